@@ -1,0 +1,89 @@
+"""Which implementation of the ops runs: the choice, and what is available here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+BACKENDS = ("native", "reference", "triton")
+
+# A plain global, not a context variable: the backward pass of a GPU runs in another thread and must see it too.
+_chosen: str | None = None
+
+
+def _check(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; known: {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def chosen() -> str:
+    """The backend in force: the innermost :func:`use_backend`, else ``FASTVAE_BACKEND``, else "native"."""
+    global _chosen
+    if _chosen is None:
+        _chosen = _check(os.environ.get("FASTVAE_BACKEND") or "native", "FASTVAE_BACKEND")
+    return _chosen
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    r"""Choose the implementation of every op within a ``with`` block.
+
+    Args:
+        name: ``"native"`` (the default: C++ for CPU tensors, Triton for GPU tensors, plain PyTorch elsewhere),
+            ``"reference"`` (plain PyTorch everywhere), or ``"triton"`` (Triton everywhere: on CPU tensors this needs
+            Triton's interpreter, that is ``TRITON_INTERPRET=1`` set before triton is imported).
+
+    Raises:
+        ValueError: for any other name.
+
+    Example:
+        >>> import torch, fastvae
+        >>> mu, logvar = torch.zeros(2, 3), torch.zeros(2, 3)
+        >>> with fastvae.use_backend("reference"):
+        ...     z, kl = fastvae.ops.rsample_kl(mu, logvar)
+        >>> kl
+        tensor([0., 0.])
+    """
+    global _chosen
+    previous, _chosen = chosen(), _check(name, "use_backend")
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported (it is not imported to find out)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def layer(backend: str, op_module: str) -> ModuleType:
+    """The module that implements ``op_module`` in the reference or in Triton, imported when first needed."""
+    if backend == "reference":
+        return importlib.import_module(f"fastvae.reference.{op_module}")
+    if not has_triton():
+        raise RuntimeError(
+            "fastvae: these tensors are on a GPU, whose kernels need triton, which is not installed. Install it "
+            "(`pip install triton`), or run plain PyTorch instead: `with fastvae.use_backend('reference'):` or "
+            "FASTVAE_BACKEND=reference."
+        )
+    return importlib.import_module(f"fastvae.kernels.{op_module}")
+
+
+def extension() -> ModuleType:
+    """The C++ extension, imported after torch so that the two share one OpenMP runtime."""
+    import torch  # noqa: F401, I001
+
+    try:
+        return importlib.import_module("fastvae._C")
+    except ImportError as error:
+        raise RuntimeError(
+            f"fastvae: the C++ extension fastvae._C could not be imported ({error}). Build it with `pip install -e .` in "
+            "fastvae's folder (if fastvae is installed already, do not start Python in that folder), or run plain "
+            "PyTorch instead: FASTVAE_BACKEND=reference."
+        ) from error

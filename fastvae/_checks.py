@@ -1,0 +1,108 @@
+"""What is asked of arguments. Every message names the argument, what came, what was expected, and how to mend it."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def checks_data() -> bool:
+    """Whether ``FASTVAE_CHECK=1`` asks for checks of the data that cost a pass, or a synchronisation on a GPU."""
+    return os.environ.get("FASTVAE_CHECK", "0") not in ("", "0")
+
+
+def shape_of(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(n) for n in tensor.shape) + "]"
+
+
+def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "") -> Tensor:
+    """A floating-point tensor, with ``dims`` axes if given; ``axes`` describes them, such as "[B, D]"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor{' ' + axes if axes else ''}, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16 (convert it with {name}.float())"
+        )
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name} has shape {shape_of(value)}; expected {axes}, that is {dims} axes")
+    return value
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} is on {value.device} but {other_name} is on {other.device}; move one of them, "
+            f"for example {name}.to({str(other.device)!r})"
+        )
+
+
+def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {shape_of(value)} but {other_name} has shape {shape_of(other)}; they must be equal"
+        )
+
+
+def check_count(name: str, value: Any, meaning: str) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, {meaning}; got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, {meaning}; got {value}")
+    return value
+
+
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")
+    return value
+
+
+def check_number(name: str, value: Any, meaning: str, least: float = 0.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, {meaning}; got {value!r} ({type(value).__name__})")
+    if not value >= least or math.isinf(value):
+        raise ValueError(f"{name} must be finite and at least {least:g}, {meaning}; got {value!r}")
+    return float(value)
+
+
+def check_logvar_range(value: Any) -> tuple[float, float]:
+    """A pair (lo, hi) with lo < hi, or None for no clamp."""
+    if value is None:
+        return -math.inf, math.inf
+    try:
+        lo, hi = (float(v) for v in value)
+    except (TypeError, ValueError):
+        raise TypeError(f"logvar_range must be a pair of numbers (lo, hi) or None, got {value!r}") from None
+    if not lo < hi:
+        raise ValueError(f"logvar_range must be (lo, hi) with lo < hi, got ({lo}, {hi})")
+    return lo, hi
+
+
+def check_seed(seed: Any, device: torch.device) -> Tensor:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.dim() != 0:
+        came = f"{seed.dtype} {shape_of(seed)}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(
+            f"seed must be an int64 tensor of no dimensions, such as fastvae.random.draw_seed(device); got {came}"
+        )
+    if seed.device != device:
+        raise ValueError(f"seed is on {seed.device} but the inputs are on {device}; draw it with draw_seed({str(device)!r})")
+    return seed
+
+
+def check_address(samples: int, rows: int, sample_offset: int, row_offset: int) -> None:
+    """Samples and rows are 32-bit words of the noise address."""
+    for what, count, offset in (("sample", samples, sample_offset), ("row", rows, row_offset)):
+        if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
+            raise TypeError(f"{what}_offset must be an int, got {offset!r} ({type(offset).__name__})")
+        if offset < 0 or count < 0 or offset + count > 2**32:
+            raise ValueError(
+                f"{what}_offset={offset} with {count} {what}s leaves the noise address, which has 2^32 {what}s; "
+                "start again at offset 0 with another seed"
+            )

@@ -1,0 +1,103 @@
+r"""log-mean-exp over importance samples, whose gradient is the normalised weights.
+
+.. math::
+    M = \max_k \log w_k, \quad S = \sum_k e^{\log w_k - M}, \quad
+    \log \tfrac{1}{K} \sum_k w_k = M + \log S - \log K, \quad \tilde w_k = e^{\log w_k - M} / S
+
+The backward pass takes the weights from (M, S), not from the bound: at :math:`\log w ≈ -1000` the bound's own rounding would
+shift them all by :math:`10^{-4}`. A column of −∞ gives −∞ with zero gradient; NaN gives NaN. Weights and gradients below the
+smallest normal number are zero: denormals would slow the decoder's backward pass many times over.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .._checks import check_tensor
+from ._registry import accumulator, code, define, strides
+
+
+def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
+    r"""The logarithm of the mean of exp(log_w) over one axis; its gradient is the normalised weights.
+
+    .. math:: \log \frac{1}{K} \sum_{k=1}^{K} \exp(\log w_k)
+
+    Args:
+        log_w: log weights, K of them along ``dim``.
+        dim: the axis of the samples.
+
+    Returns:
+        log_w's shape without ``dim``, in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: if there is no sample to take the mean of, or no such axis.
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016, eqs. 8 and 13.
+
+    Example:
+        >>> import torch, fastvae
+        >>> log_w = torch.tensor([[-1000.0], [-1000.0]], requires_grad=True)
+        >>> fastvae.ops.log_mean_exp(log_w).backward()
+        >>> log_w.grad.flatten()
+        tensor([0.5000, 0.5000])
+    """
+    check_tensor("log_w", log_w)
+    if not -log_w.dim() <= dim < log_w.dim():
+        raise ValueError(f"dim={dim} is no axis of log_w, which has {log_w.dim()}")
+    moved = log_w.movedim(dim, 0)
+    if moved.shape[0] == 0:
+        raise ValueError(f"log_w has no samples along dim={dim}: its shape is {tuple(log_w.shape)}; at least one is needed")
+    rest = moved.shape[1:]
+    return _log_mean_exp(moved.reshape(moved.shape[0], rest.numel()))[0].reshape(rest)
+
+
+def _native_log_mean_exp(log_w):
+    k, n = log_w.shape
+    results = tuple(torch.empty(n, dtype=accumulator(log_w.dtype)) for _ in range(3))
+    _backend.extension().log_mean_exp(
+        code(log_w.dtype), *(r.data_ptr() for r in results), *strides(log_w, 2), k, n, torch.get_num_threads()
+    )
+    return results
+
+
+def _native_log_mean_exp_backward(grad, log_w, maximum, total):
+    out = torch.empty(log_w.shape, dtype=log_w.dtype)
+    _backend.extension().log_mean_exp_backward(
+        code(log_w.dtype), out.data_ptr(), *strides(grad, 1), *strides(log_w, 2), maximum.data_ptr(), total.data_ptr(),
+        *log_w.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _fake_log_mean_exp(log_w):
+    return tuple(log_w.new_empty(log_w.shape[1:], dtype=accumulator(log_w.dtype)) for _ in range(3))
+
+
+def _setup(ctx, args, result):
+    ctx.mark_non_differentiable(*result[1:])
+    ctx.save_for_backward(*args, *result[1:])
+
+
+def _backward(ctx, grad, _maximum, _total):
+    return _log_mean_exp_backward(grad, *ctx.saved_tensors)
+
+
+_log_mean_exp_backward = define(
+    "importance",
+    "log_mean_exp_backward",
+    "(Tensor grad, Tensor log_w, Tensor maximum, Tensor total) -> Tensor",
+    native=_native_log_mean_exp_backward,
+    fake=lambda grad, log_w, maximum, total: log_w.new_empty(log_w.shape),
+)
+_log_mean_exp = define(
+    "importance",
+    "log_mean_exp",
+    "(Tensor log_w) -> (Tensor, Tensor, Tensor)",
+    native=_native_log_mean_exp,
+    fake=_fake_log_mean_exp,
+    setup=_setup,
+    backward=_backward,
+)

@@ -1,0 +1,343 @@
+r"""Reparameterised sampling of a diagonal Gaussian, fused with its KL or with its log-ratio to the prior.
+
+With :math:`q = N(μ, σ^2)`, :math:`σ = \exp(\mathrm{logvar}/2)`, prior :math:`p = N(m, s^2)` (default N(0, I)), noise
+:math:`ε_{kbd}` a function of its address (:mod:`fastvae.random`), and :math:`u = \log σ^2 - \log s^2`:
+
+.. math::
+    z_{kbd} &= μ_{bd} + σ_{bd} ε_{kbd} \\
+    \mathrm{KL}_b &= ½ \sum_d \big[(μ - m)^2 / s^2 + e^{u} - 1 - u\big] \\
+    \log p(z_k) - \log q(z_k|x) &= ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + u\big]
+
+:math:`e^u - 1 - u` is computed without cancellation near u = 0. ε is regenerated in the backward pass, never stored.
+
+Gradients. With :math:`g^z` and :math:`g^r_k` what arrives at z and at the log-ratio:
+
+.. math::
+    h_k &= g^z_k - g^r_k (z_k - m) / s^2 \\
+    \bar μ &= \sum_k h_k, \quad \overline{\mathrm{logvar}} = ½ σ \sum_k h_k ε_k + ½ \sum_k g^r_k \\
+    \bar m &= \sum_k g^r_k (z_k - m) / s^2, \quad
+    \overline{\log s^2} = ½ \sum_k g^r_k \big[(z_k - m)^2 / s^2 - 1\big]
+
+``estimator="stl"`` (sticking the landing, Roeder et al. 2017) drops q's own dependence on (μ, logvar) inside log q: the last
+sum of the logvar gradient goes, and :math:`h_k` gains :math:`+ g^r_k ε_k / σ`. ``estimator="dreg"`` (Tucker et al. 2019) does
+that and multiplies what reaches μ and logvar by the normalised weights once more, giving :math:`\tilde w_k^2` in all. The weights
+need no hook: the gradient of a log-mean-exp arrives here as :math:`g^r_k = g \tilde w_k`, and the weights sum to one, so
+:math:`\tilde w_k = g^r_k / \sum_j g^r_j`. The prior's gradients are those of the bound under every estimator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .._checks import (
+    check_address,
+    check_choice,
+    check_count,
+    check_logvar_range,
+    check_same_device,
+    check_same_shape,
+    check_seed,
+    check_tensor,
+    shape_of,
+)
+from ..random import draw_seed
+from ._registry import accumulator, code, define, pointer, strides
+
+ESTIMATORS = ("iwae", "dreg", "stl")
+
+_INPUTS = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor seed, "
+_ADDRESS = "SymInt samples, SymInt sample_offset, SymInt row_offset, float logvar_min, float logvar_max"
+
+
+def rsample_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    samples: int | None = None,
+    prior: tuple[Tensor, Tensor] | None = None,
+    logvar_range: tuple[float, float] | None = None,
+    per_dimension: bool = False,
+    seed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    row_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    r"""Sample z = μ + exp(logvar/2)·ε and compute KL(q(z|x) ‖ p(z)) in one pass.
+
+    .. math:: \mathrm{KL} = ½ \sum_d \big[(μ - m)^2 / s^2 + e^u - 1 - u\big], \quad u = \mathrm{logvar} - \log s^2
+
+    Args:
+        mu, logvar: mean and log variance of q, each [B, D].
+        samples: K draws per row; None (the default) draws one and leaves the axis out.
+        prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
+        logvar_range: clamp logvar to (lo, hi) first; its gradient is zero outside. Default: no clamp.
+        per_dimension: return the KL of every dimension, [B, D], instead of their sum.
+        seed: int64 tensor of no dimensions that fixes the noise; default: drawn from ``generator``.
+        generator: where a seed is drawn from; default torch's own, so ``torch.manual_seed`` rules.
+        sample_offset, row_offset: address of the first sample and row, for a chunk or a shard of a larger draw.
+
+    Returns:
+        z [K, B, D] (or [B, D] without ``samples``) in the inputs' dtype, and the KL in nats, [B] or [B, D], in float32 (float64
+        for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: for what is not a pair of [B, D] floating-point tensors on one device, and the like.
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes, 2014, appendix B.
+
+    Example:
+        >>> import torch, fastvae
+        >>> mu, logvar = torch.randn(4, 3), torch.randn(4, 3)
+        >>> z, kl = fastvae.ops.rsample_kl(mu, logvar, samples=5)
+        >>> z.shape, kl.shape
+        (torch.Size([5, 4, 3]), torch.Size([4]))
+    """
+    squeeze = samples is None
+    arguments = _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset)
+    z, kl = _rsample_kl(*arguments, bool(per_dimension))
+    return (z.squeeze(0) if squeeze else z), kl
+
+
+def rsample_log_ratio(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    samples: int,
+    prior: tuple[Tensor, Tensor] | None = None,
+    estimator: str = "iwae",
+    logvar_range: tuple[float, float] | None = None,
+    seed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    row_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    r"""Sample z = μ + exp(logvar/2)·ε and compute log p(z) − log q(z|x) of every sample in one pass.
+
+    .. math:: \log p(z) - \log q(z|x) = ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + \mathrm{logvar} - \log s^2\big]
+
+    Args:
+        mu, logvar: mean and log variance of q, each [B, D].
+        samples: K draws per row.
+        prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
+        estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the score of q;
+            ``"dreg"``, doubly reparameterised. The last takes it that the ratio feeds one log-mean-exp over these samples.
+        logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
+
+    Returns:
+        z [K, B, D] in the inputs' dtype, and the log-ratio in nats [K, B] in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: as :func:`rsample_kl`, and for an unknown estimator.
+
+    References:
+        Burda, Grosse & Salakhutdinov 2016; Roeder, Wu & Duvenaud 2017, eq. 8; Tucker, Lawson, Gu & Maddison 2019, eq. 8.
+
+    Example:
+        >>> import torch, fastvae
+        >>> mu, logvar = torch.randn(4, 3), torch.randn(4, 3)
+        >>> z, log_ratio = fastvae.ops.rsample_log_ratio(mu, logvar, samples=5)
+        >>> z.shape, log_ratio.shape
+        (torch.Size([5, 4, 3]), torch.Size([5, 4]))
+    """
+    check_choice("estimator", estimator, ESTIMATORS)
+    arguments = _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset, True)
+    return _rsample_log_ratio(*arguments, estimator)
+
+
+def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset, counted=False):
+    """Check what the user gave and bring it into the form of the schema."""
+    check_tensor("mu", mu, 2, "[B, D]")
+    check_tensor("logvar", logvar, 2, "[B, D]")
+    check_same_shape("logvar", logvar, "mu", mu)
+    check_same_device("logvar", logvar, "mu", mu)
+    samples = 1 if samples is None and not counted else check_count("samples", samples, "the draws per row")
+    logvar_min, logvar_max = check_logvar_range(logvar_range)
+    check_address(samples, mu.shape[0], sample_offset, row_offset)
+    tensors = [mu, logvar]
+    if prior is not None:
+        tensors += [_prior_part(name, value, mu) for name, value in zip(("mean", "logvar"), _pair(prior), strict=True)]
+    if any(t.dtype != mu.dtype for t in tensors):
+        dtype = mu.dtype
+        for t in tensors:
+            dtype = torch.promote_types(dtype, t.dtype)
+        tensors = [t.to(dtype) for t in tensors]
+    if prior is None:
+        tensors += [None, None]
+    seed = draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
+    return *tensors, seed, samples, sample_offset, row_offset, logvar_min, logvar_max
+
+
+def _pair(prior):
+    try:
+        mean, logvar = prior
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"prior must be a pair of tensors (mean, logvar) or None for N(0, I), got {type(prior).__name__}"
+        ) from None
+    return mean, logvar
+
+
+def _prior_part(name: str, value: Tensor, mu: Tensor) -> Tensor:
+    check_tensor(f"prior {name}", value)
+    check_same_device(f"prior {name}", value, "mu", mu)
+    try:
+        return value.expand(mu.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"prior {name} has shape {shape_of(value)}, which does not broadcast to mu's {shape_of(mu)} ([B, D])"
+        ) from None
+
+
+# rsample_kl: schema, C++, fake, autograd
+
+
+def _native_rsample_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, per_dimension):
+    b, d = mu.shape
+    z = torch.empty((samples, b, d), dtype=mu.dtype)
+    kl = torch.empty((b, d) if per_dimension else (b,), dtype=accumulator(mu.dtype))
+    _backend.extension().rsample_kl(
+        code(mu.dtype), z.data_ptr(), kl.data_ptr(),
+        mu.data_ptr(), *mu.stride(), logvar.data_ptr(), *logvar.stride(),
+        *strides(prior_mu, 2), *strides(prior_logvar, 2),
+        seed.data_ptr(), samples, b, d, k0, b0, lo, hi, per_dimension, torch.get_num_threads(),
+    )  # fmt: skip
+    return z, kl
+
+
+def _fake_rsample_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, per_dimension):
+    z = mu.new_empty((samples, *mu.shape))
+    return z, mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulator(mu.dtype))
+
+
+def _native_rsample_kl_backward(
+    grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, need
+):
+    grads = _empty_grads(mu, need)
+    if grad_kl is not None and grad_kl.dim() == 1:
+        grad_kl = grad_kl.unsqueeze(1).expand(mu.shape)
+    _backend.extension().rsample_kl_backward(
+        code(mu.dtype), *map(pointer, grads), *strides(grad_z, 3), *strides(grad_kl, 2),
+        mu.data_ptr(), *mu.stride(), logvar.data_ptr(), *logvar.stride(),
+        *strides(prior_mu, 2), *strides(prior_logvar, 2),
+        seed.data_ptr(), samples, *mu.shape, k0, b0, lo, hi, torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+def _empty_grads(mu, need):
+    return tuple(torch.empty(mu.shape, dtype=mu.dtype, device=mu.device) if n else None for n in need)
+
+
+def _fake_rsample_kl_backward(grad_z, grad_kl, mu, *rest):
+    return _empty_grads(mu, rest[-1])
+
+
+def _fake_rsample_log_ratio_backward(grad_z, grad_log_ratio, weight, mu, *rest):
+    return _empty_grads(mu, rest[-1])
+
+
+def _setup(ctx, args, result):
+    ctx.save_for_backward(*args[:5])
+    ctx.constants = args[5:]
+
+
+def _backward_rsample_kl(ctx, grad_z, grad_kl):
+    mu, logvar, prior_mu, prior_logvar, seed = ctx.saved_tensors
+    grads = _rsample_kl_backward(
+        grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, *ctx.constants[:-1], list(ctx.needs_input_grad[:4])
+    )
+    return *grads, *[None] * 7
+
+
+_GRADS = "-> (Tensor, Tensor, Tensor, Tensor)"
+
+_rsample_kl_backward = define(
+    "latent",
+    "rsample_kl_backward",
+    f"(Tensor? grad_z, Tensor? grad_kl, {_INPUTS}{_ADDRESS}, bool[4] need) {_GRADS}",
+    native=_native_rsample_kl_backward,
+    fake=_fake_rsample_kl_backward,
+)
+_rsample_kl = define(
+    "latent",
+    "rsample_kl",
+    f"({_INPUTS}{_ADDRESS}, bool per_dimension) -> (Tensor, Tensor)",
+    native=_native_rsample_kl,
+    fake=_fake_rsample_kl,
+    setup=_setup,
+    backward=_backward_rsample_kl,
+)
+
+
+# rsample_log_ratio: schema, C++, fake, autograd
+
+
+def _native_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator):
+    b, d = mu.shape
+    z = torch.empty((samples, b, d), dtype=mu.dtype)
+    log_ratio = torch.empty((samples, b), dtype=accumulator(mu.dtype))
+    _backend.extension().rsample_log_ratio(
+        code(mu.dtype), z.data_ptr(), log_ratio.data_ptr(),
+        mu.data_ptr(), *mu.stride(), logvar.data_ptr(), *logvar.stride(),
+        *strides(prior_mu, 2), *strides(prior_logvar, 2),
+        seed.data_ptr(), samples, b, d, k0, b0, lo, hi, torch.get_num_threads(),
+    )  # fmt: skip
+    return z, log_ratio
+
+
+def _fake_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator):
+    z = mu.new_empty((samples, *mu.shape))
+    return z, mu.new_empty((samples, mu.shape[0]), dtype=accumulator(mu.dtype))
+
+
+def _native_rsample_log_ratio_backward(
+    grad_z, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, path, need
+):
+    grads = _empty_grads(mu, need)
+    _backend.extension().rsample_log_ratio_backward(
+        code(mu.dtype), *map(pointer, grads), *strides(grad_z, 3), *strides(grad_log_ratio, 2), *strides(weight, 2),
+        mu.data_ptr(), *mu.stride(), logvar.data_ptr(), *logvar.stride(),
+        *strides(prior_mu, 2), *strides(prior_logvar, 2),
+        seed.data_ptr(), samples, *mu.shape, k0, b0, lo, hi, path, torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio):
+    mu, logvar, prior_mu, prior_logvar, seed = ctx.saved_tensors
+    *constants, estimator = ctx.constants
+    weight = None
+    if estimator == "dreg":
+        if grad_log_ratio is None:
+            raise RuntimeError(
+                "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not arrive: pass "
+                "log_ratio + log p(x|z) through fastvae.ops.log_mean_exp, or use estimator='stl'"
+            )
+        total = grad_log_ratio.sum(0)
+        weight = torch.where(total == 0, 0.0, grad_log_ratio / total)
+    grads = _rsample_log_ratio_backward(
+        grad_z, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed,
+        *constants, estimator != "iwae", list(ctx.needs_input_grad[:4]),
+    )  # fmt: skip
+    return *grads, *[None] * 7
+
+
+_rsample_log_ratio_backward = define(
+    "latent",
+    "rsample_log_ratio_backward",
+    f"(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? weight, {_INPUTS}{_ADDRESS}, bool path, bool[4] need) {_GRADS}",
+    native=_native_rsample_log_ratio_backward,
+    fake=_fake_rsample_log_ratio_backward,
+)
+_rsample_log_ratio = define(
+    "latent",
+    "rsample_log_ratio",
+    f"({_INPUTS}{_ADDRESS}, str estimator) -> (Tensor, Tensor)",
+    native=_native_rsample_log_ratio,
+    fake=_fake_rsample_log_ratio,
+    setup=_setup,
+    backward=_backward_rsample_log_ratio,
+)

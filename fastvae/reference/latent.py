@@ -1,0 +1,159 @@
+"""Reparameterised sampling with analytic KL or with log p(z) - log q(z|x), in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .random import normal
+
+
+def _upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Half precision is computed in float32, everything else in its own dtype."""
+    return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+
+
+def _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max):
+    """Upcast inputs, the clamp, and the prior's mean and logvar (zeros for N(0, I))."""
+    mu, logvar, prior_mu, prior_logvar = _upcast(mu, logvar, prior_mu, prior_logvar)
+    clamped = logvar.clamp(logvar_min, logvar_max)
+    zero = torch.zeros((), dtype=mu.dtype, device=mu.device)
+    return mu, logvar, clamped, zero if prior_mu is None else prior_mu, zero if prior_logvar is None else prior_logvar
+
+
+def rsample_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+    samples: int,
+    sample_offset: int,
+    row_offset: int,
+    logvar_min: float,
+    logvar_max: float,
+    per_dimension: bool,
+) -> tuple[Tensor, Tensor]:
+    """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
+    dtype = mu.dtype
+    mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
+    eps = normal(seed, samples, *mu.shape, sample_offset, row_offset, dtype=mu.dtype)
+    z = mu + torch.exp(0.5 * logvar) * eps
+    ratio = logvar - prior_logvar
+    kl = 0.5 * ((mu - prior_mu) ** 2 * torch.exp(-prior_logvar) + torch.expm1(ratio) - ratio)
+    return z.to(dtype), kl if per_dimension else kl.sum(1)
+
+
+def rsample_kl_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+    samples: int,
+    sample_offset: int,
+    row_offset: int,
+    logvar_min: float,
+    logvar_max: float,
+    need: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
+    dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
+    shape = mu.shape
+    mu, raw, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
+    grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
+    if grad_z is not None:
+        eps = normal(seed, samples, *shape, sample_offset, row_offset, dtype=mu.dtype)
+        grad_z = grad_z.to(mu.dtype)
+        grads[0] += grad_z.sum(0)
+        grads[1] += (grad_z * eps).sum(0) * 0.5 * torch.exp(0.5 * logvar)
+    if grad_kl is not None:
+        grad_kl = grad_kl if grad_kl.dim() == 2 else grad_kl[:, None]
+        precision = torch.exp(-prior_logvar)
+        delta, ratio = mu - prior_mu, torch.expm1(logvar - prior_logvar)
+        grads[0] += grad_kl * delta * precision
+        grads[1] += grad_kl * 0.5 * ratio
+        grads[2] -= grad_kl * delta * precision
+        grads[3] -= grad_kl * 0.5 * (ratio + delta**2 * precision)
+    return _finish(grads, raw, logvar_min, logvar_max, dtypes, need)
+
+
+def rsample_log_ratio(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+    samples: int,
+    sample_offset: int,
+    row_offset: int,
+    logvar_min: float,
+    logvar_max: float,
+    estimator: str,
+) -> tuple[Tensor, Tensor]:
+    """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
+    dtype = mu.dtype
+    mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
+    eps = normal(seed, samples, *mu.shape, sample_offset, row_offset, dtype=mu.dtype)
+    z = mu + torch.exp(0.5 * logvar) * eps
+    whitened = (z - prior_mu) * torch.exp(-0.5 * prior_logvar)
+    return z.to(dtype), 0.5 * (eps**2 - whitened**2 + logvar - prior_logvar).sum(2)
+
+
+def rsample_log_ratio_backward(
+    grad_z: Tensor | None,
+    grad_log_ratio: Tensor | None,
+    weight: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+    samples: int,
+    sample_offset: int,
+    row_offset: int,
+    logvar_min: float,
+    logvar_max: float,
+    path: bool,
+    need: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed.
+
+    With ``path``, log q's own dependence on (mu, logvar) is dropped (sticking the landing). ``weight`` [K, B] multiplies
+    what reaches mu and logvar, and nothing else (DReG).
+    """
+    dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
+    shape = mu.shape
+    mu, raw, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
+    sigma = torch.exp(0.5 * logvar)
+    eps = normal(seed, samples, *shape, sample_offset, row_offset, dtype=mu.dtype)
+    grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
+    grad_sample = torch.zeros_like(eps) if grad_z is None else grad_z.to(mu.dtype)
+    entropy = None
+    if grad_log_ratio is not None:
+        g = grad_log_ratio[:, :, None]
+        precision = torch.exp(-prior_logvar)
+        delta = mu + sigma * eps - prior_mu
+        grad_sample = grad_sample - g * delta * precision
+        if path:
+            grad_sample = grad_sample + g * eps * torch.exp(-0.5 * logvar)
+        else:
+            entropy = g if weight is None else g * weight[:, :, None]
+        grads[2] += (g * delta * precision).sum(0)
+        grads[3] += (g * 0.5 * (delta**2 * precision - 1)).sum(0)
+    if weight is not None:
+        grad_sample = grad_sample * weight[:, :, None]
+    grads[0] += grad_sample.sum(0)
+    grads[1] += (grad_sample * eps).sum(0) * 0.5 * sigma
+    if entropy is not None:
+        grads[1] += 0.5 * entropy.sum(0)
+    return _finish(grads, raw, logvar_min, logvar_max, dtypes, need)
+
+
+def _finish(grads, raw_logvar, logvar_min, logvar_max, dtypes, need):
+    inside = (raw_logvar >= logvar_min) & (raw_logvar <= logvar_max)
+    # NaN is inside, so that it is not lost.
+    grads[1] = torch.where(inside | raw_logvar.isnan(), grads[1], torch.zeros_like(grads[1]))
+    return tuple(g.to(d) if n else None for g, d, n in zip(grads, dtypes, need, strict=True))
