@@ -2,6 +2,29 @@
 
 from . import ops, random
 from ._backend import use_backend
+from .likelihoods import Bernoulli, Gaussian, Likelihood
+from .objectives import LogMarginal, Terms, elbo, iwae, log_marginal
+from .posteriors import DiagonalGaussian, Posterior
+from .priors import DiagonalNormal, Prior, StandardNormal
+from .vae import VAE
 
 __version__ = "0.1.0"
-__all__ = ["ops", "random", "use_backend"]
+__all__ = [
+    "VAE",
+    "Bernoulli",
+    "DiagonalGaussian",
+    "DiagonalNormal",
+    "Gaussian",
+    "Likelihood",
+    "LogMarginal",
+    "Posterior",
+    "Prior",
+    "StandardNormal",
+    "Terms",
+    "elbo",
+    "iwae",
+    "log_marginal",
+    "ops",
+    "random",
+    "use_backend",
+]

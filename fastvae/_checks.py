@@ -92,7 +92,9 @@ def check_seed(seed: Any, device: torch.device) -> Tensor:
             f"seed must be an int64 tensor of no dimensions, such as fastvae.random.draw_seed(device); got {came}"
         )
     if seed.device != device:
-        raise ValueError(f"seed is on {seed.device} but the inputs are on {device}; draw it with draw_seed({str(device)!r})")
+        raise ValueError(
+            f"seed is on {seed.device} but the inputs are on {device}; draw it with draw_seed({str(device)!r})"
+        )
     return seed
 
 

@@ -106,4 +106,6 @@ def normal(
             torch.get_num_threads(),
         )  # fmt: skip
         return out
-    return _backend.layer(backend, "random").normal(seed, samples, rows, columns, sample_offset, row_offset, dtype)
+    return _backend.layer(backend, "random").normal(
+        seed, samples, rows, columns, sample_offset, row_offset, dtype
+    )

@@ -45,7 +45,9 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     x2, logits3, lead = flatten_event("x", x, "logits", logits)
     native = x.device.type == "cpu" and _backend.chosen() == "native"
     if not native and not torch.compiler.is_compiling() and (x.device.type == "cpu" or checks_data()):
-        low, high = (x2.detach().amin(), x2.detach().amax()) if x2.numel() else (x2.new_zeros(()), x2.new_ones(()))
+        low, high = (
+            (x2.detach().amin(), x2.detach().amax()) if x2.numel() else (x2.new_zeros(()), x2.new_ones(()))
+        )
         # Written so that NaN passes: NaN in gives NaN out.
         if bool(low < 0) or bool(high > 1):
             _refuse_targets(float(low), float(high))

@@ -56,7 +56,9 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor
     return _gaussian_log_prob(x2, mean3, _fold_logvar(logvar, mean, lead, event)).reshape(*lead, x.shape[0])
 
 
-def flatten_event(x_name: str, x: Tensor, name: str, parameter: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def flatten_event(
+    x_name: str, x: Tensor, name: str, parameter: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Check x [B, *event] against a parameter [..., B, *event]; return [B, X], [K, B, X] and the leading axes."""
     check_tensor(x_name, x)
     check_tensor(name, parameter)
@@ -77,9 +79,7 @@ def flatten_event(x_name: str, x: Tensor, name: str, parameter: Tensor) -> tuple
 def _fold_logvar(logvar: Tensor, mean: Tensor, lead: tuple[int, ...], event: tuple[int, ...]) -> Tensor:
     """Bring logvar to [1 or K, 1 or B, 1 or X], expanding only what is broadcast in part."""
     missing = mean.dim() - logvar.dim()
-    fits = missing >= 0 and all(
-        n in (1, m) for n, m in zip(logvar.shape, mean.shape[missing:], strict=True)
-    )
+    fits = missing >= 0 and all(n in (1, m) for n, m in zip(logvar.shape, mean.shape[missing:], strict=True))
     if not fits:
         raise ValueError(
             f"logvar has shape {shape_of(logvar)}, which does not broadcast to mean's {shape_of(mean)}; expected that shape, "
@@ -155,7 +155,9 @@ def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
         k, b, size, torch.get_num_threads(),
     )  # fmt: skip
     if grad_logvar is not None:
-        grad_logvar = grad_logvar.sum(0).view(1, 1, size) if layout == _COLUMN else grad_logvar.sum_to_size(shape)
+        grad_logvar = (
+            grad_logvar.sum(0).view(1, 1, size) if layout == _COLUMN else grad_logvar.sum_to_size(shape)
+        )
     grads = (grad_x, grad_mean, grad_logvar)
     return tuple(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
 

@@ -49,7 +49,9 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
         raise ValueError(f"dim={dim} is no axis of log_w, which has {log_w.dim()}")
     moved = log_w.movedim(dim, 0)
     if moved.shape[0] == 0:
-        raise ValueError(f"log_w has no samples along dim={dim}: its shape is {tuple(log_w.shape)}; at least one is needed")
+        raise ValueError(
+            f"log_w has no samples along dim={dim}: its shape is {tuple(log_w.shape)}; at least one is needed"
+        )
     rest = moved.shape[1:]
     return _log_mean_exp(moved.reshape(moved.shape[0], rest.numel()))[0].reshape(rest)
 

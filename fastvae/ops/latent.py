@@ -143,11 +143,15 @@ def rsample_log_ratio(
         (torch.Size([5, 4, 3]), torch.Size([5, 4]))
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    arguments = _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset, True)
+    arguments = _prepare(
+        mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset, True
+    )
     return _rsample_log_ratio(*arguments, estimator)
 
 
-def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset, counted=False):
+def _prepare(
+    mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset, counted=False
+):
     """Check what the user gave and bring it into the form of the schema."""
     check_tensor("mu", mu, 2, "[B, D]")
     check_tensor("logvar", logvar, 2, "[B, D]")
@@ -158,7 +162,9 @@ def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_o
     check_address(samples, mu.shape[0], sample_offset, row_offset)
     tensors = [mu, logvar]
     if prior is not None:
-        tensors += [_prior_part(name, value, mu) for name, value in zip(("mean", "logvar"), _pair(prior), strict=True)]
+        tensors += [
+            _prior_part(name, value, mu) for name, value in zip(("mean", "logvar"), _pair(prior), strict=True)
+        ]
     if any(t.dtype != mu.dtype for t in tensors):
         dtype = mu.dtype
         for t in tensors:
@@ -247,7 +253,15 @@ def _setup(ctx, args, result):
 def _backward_rsample_kl(ctx, grad_z, grad_kl):
     mu, logvar, prior_mu, prior_logvar, seed = ctx.saved_tensors
     grads = _rsample_kl_backward(
-        grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, *ctx.constants[:-1], list(ctx.needs_input_grad[:4])
+        grad_z,
+        grad_kl,
+        mu,
+        logvar,
+        prior_mu,
+        prior_logvar,
+        seed,
+        *ctx.constants[:-1],
+        list(ctx.needs_input_grad[:4]),
     )
     return *grads, *[None] * 7
 
@@ -294,7 +308,21 @@ def _fake_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k
 
 
 def _native_rsample_log_ratio_backward(
-    grad_z, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, path, need
+    grad_z,
+    grad_log_ratio,
+    weight,
+    mu,
+    logvar,
+    prior_mu,
+    prior_logvar,
+    seed,
+    samples,
+    k0,
+    b0,
+    lo,
+    hi,
+    path,
+    need,
 ):
     grads = _empty_grads(mu, need)
     _backend.extension().rsample_log_ratio_backward(

@@ -27,4 +27,3 @@ def bernoulli_log_prob_backward(
     g = grad[:, :, None]
     grads = ((g * logits).sum(0), g * (x - torch.sigmoid(logits)))
     return tuple(v.to(d) if n else None for v, d, n in zip(grads, dtypes, need, strict=True))
-

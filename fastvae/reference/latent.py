@@ -10,7 +10,9 @@ from .random import normal
 
 def _upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Half precision is computed in float32, everything else in its own dtype."""
-    return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+    return tuple(
+        t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors
+    )
 
 
 def _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max):
@@ -18,7 +20,13 @@ def _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max):
     mu, logvar, prior_mu, prior_logvar = _upcast(mu, logvar, prior_mu, prior_logvar)
     clamped = logvar.clamp(logvar_min, logvar_max)
     zero = torch.zeros((), dtype=mu.dtype, device=mu.device)
-    return mu, logvar, clamped, zero if prior_mu is None else prior_mu, zero if prior_logvar is None else prior_logvar
+    return (
+        mu,
+        logvar,
+        clamped,
+        zero if prior_mu is None else prior_mu,
+        zero if prior_logvar is None else prior_logvar,
+    )
 
 
 def rsample_kl(
@@ -62,7 +70,9 @@ def rsample_kl_backward(
     """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape
-    mu, raw, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
+    mu, raw, logvar, prior_mu, prior_logvar = _parts(
+        mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max
+    )
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
     if grad_z is not None:
         eps = normal(seed, samples, *shape, sample_offset, row_offset, dtype=mu.dtype)
@@ -126,7 +136,9 @@ def rsample_log_ratio_backward(
     """
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape
-    mu, raw, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
+    mu, raw, logvar, prior_mu, prior_logvar = _parts(
+        mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max
+    )
     sigma = torch.exp(0.5 * logvar)
     eps = normal(seed, samples, *shape, sample_offset, row_offset, dtype=mu.dtype)
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]

@@ -38,7 +38,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def words(seed: Tensor, samples: int, rows: int, columns: int, sample_offset: int = 0, row_offset: int = 0) -> Tensor:
+def words(
+    seed: Tensor, samples: int, rows: int, columns: int, sample_offset: int = 0, row_offset: int = 0
+) -> Tensor:
     """The random words behind the normals: int64 [samples, rows, columns rounded up to 4], each in [0, 2^32)."""
     device = seed.device
     blocks = -(-columns // 4)

@@ -1,0 +1,149 @@
+"""Likelihoods p(x|z): what the decoder's output means."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from ._checks import check_tensor, shape_of
+
+__all__ = ["Bernoulli", "Gaussian", "Likelihood", "as_likelihood"]
+
+
+class Likelihood(nn.Module):
+    """What the objectives ask of p(x|z); a module, so that a learned scale is found among the parameters."""
+
+    def log_prob(self, x: Tensor, parameters: Any, samples: int) -> Tensor:
+        """log p(x|z) [K, B] from x [B, *event] and what the decoder returned for K·B rows of z, sample-major."""
+        raise NotImplementedError
+
+    def mean(self, parameters: Any) -> Tensor:
+        """The mean of x given the decoder's output, for reconstructions and pictures."""
+        raise NotImplementedError
+
+
+class Gaussian(Likelihood):
+    r"""p(x|z) = N(mean, s²), for decoders that return ``(mean, logvar)``, or ``mean`` alone when ``scale`` is given.
+
+    Args:
+        scale: standard deviation s > 0: a number or a tensor broadcastable to the event; an ``nn.Parameter`` is learned. Default:
+            the decoder returns the log variance, too.
+
+    Raises:
+        ValueError: if scale is not positive.
+
+    Example:
+        >>> import torch, fastvae
+        >>> likelihood = fastvae.Gaussian(scale=torch.nn.Parameter(torch.tensor(0.1)))
+        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, scale: float | Tensor | None = None):
+        super().__init__()
+        if scale is not None and not isinstance(scale, Tensor):
+            if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+                raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
+            if not (scale > 0 and math.isfinite(scale)):
+                raise ValueError(f"scale is a standard deviation and must be positive and finite, got {scale}")
+            scale = float(scale)
+        if isinstance(scale, Tensor):
+            check_tensor("scale", scale)
+            if scale.device.type == "cpu" and not bool((scale.detach() > 0).all()):
+                raise ValueError("scale is a standard deviation and must be positive everywhere")
+        if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter) and not scale.requires_grad:
+            self.register_buffer("scale", scale)
+        elif isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
+            self.__dict__["scale"] = scale
+        else:
+            self.scale = scale
+
+    def log_prob(self, x, parameters, samples):
+        if self.scale is None:
+            if not (isinstance(parameters, (tuple, list)) and len(parameters) == 2):
+                raise TypeError(
+                    f"the decoder of a gaussian likelihood must return (mean, logvar), got {_describe(parameters)}; for a "
+                    "mean alone, give the standard deviation: likelihood=fastvae.Gaussian(scale=0.1)"
+                )
+            mean = unfold_samples("the decoder's mean", parameters[0], x, samples)
+            logvar = unfold_samples("the decoder's logvar", parameters[1], x, samples)
+        else:
+            if not isinstance(parameters, Tensor):
+                raise TypeError(
+                    f"the decoder of Gaussian(scale=...) must return the mean alone, a tensor; got {_describe(parameters)}. "
+                    "A decoder that returns (mean, logvar) wants likelihood='gaussian', without a scale"
+                )
+            mean = unfold_samples("the decoder's mean", parameters, x, samples)
+            logvar = 2 * (self.scale.log() if isinstance(self.scale, Tensor) else math.log(self.scale))
+        return ops.gaussian_log_prob(x, mean, logvar)
+
+    def mean(self, parameters):
+        return parameters if isinstance(parameters, Tensor) else parameters[0]
+
+
+class Bernoulli(Likelihood):
+    """p(x|z) = independent Bernoulli pixels, for decoders that return logits; x may be soft, in [0, 1].
+
+    Example:
+        >>> import torch, fastvae
+        >>> fastvae.Bernoulli().log_prob(torch.ones(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
+        torch.Size([3, 4])
+    """
+
+    def log_prob(self, x, parameters, samples):
+        if not isinstance(parameters, Tensor):
+            raise TypeError(
+                f"the decoder of a bernoulli likelihood must return logits, one tensor; got {_describe(parameters)}"
+            )
+        return ops.bernoulli_log_prob(x, unfold_samples("the decoder's logits", parameters, x, samples))
+
+    def mean(self, parameters):
+        return torch.sigmoid(parameters)
+
+
+def unfold_samples(name: str, value: Any, x: Tensor, samples: int) -> Tensor:
+    """[K·B, *event] as [K, B, *event], checked against x [B, *event]."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    expected = (samples * x.shape[0], *x.shape[1:])
+    if value.shape != expected:
+        same = value.shape[:1] == expected[:1] and value.shape[1:].numel() == x.shape[1:].numel()
+        hint = (
+            f"; the event's {x.shape[1:].numel()} values are there in another shape: reshape the decoder's output or flatten x"
+            if same
+            else ""
+        )
+        raise ValueError(
+            f"{name} has shape {shape_of(value)}; expected [{', '.join(map(str, expected))}]: K·B = {samples}·{x.shape[0]} "
+            f"rows (samples times batch), each shaped like an x of shape {shape_of(x)}{hint}"
+        )
+    return value.reshape(samples, *x.shape)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {shape_of(value)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+_NAMES = {"gaussian": Gaussian, "bernoulli": Bernoulli}
+
+
+def as_likelihood(likelihood: Any) -> Likelihood:
+    """A name or a likelihood object."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if isinstance(likelihood, str):
+        if likelihood not in _NAMES:
+            raise ValueError(f"likelihood={likelihood!r} is unknown; known: {', '.join(map(repr, _NAMES))}")
+        return _NAMES[likelihood]()
+    raise TypeError(
+        f"likelihood must be a name ({', '.join(map(repr, _NAMES))}) or an object such as fastvae.Gaussian(scale=0.1); "
+        f"got {likelihood!r}"
+    )
