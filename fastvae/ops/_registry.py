@@ -127,6 +127,6 @@ def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """Address and strides of a tensor with ``dims`` axes; zeros for None."""
-    return (0,) * (dims + 1) if tensor is None else (tensor.data_ptr(), *tensor.stride())
+def strided(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    """Address and strides of a tensor, None for None."""
+    return None if tensor is None else (tensor.data_ptr(), *tensor.stride())

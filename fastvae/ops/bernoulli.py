@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import checks_data
-from ._registry import accumulator, code, define, pointer, strides
+from ._registry import accumulator, code, define, pointer, strided
 from .gaussian import _pair_of_dtypes, _result_dtype, flatten_event
 
 
@@ -66,7 +66,7 @@ def _native_bernoulli_log_prob(x, logits):
     x, logits = x.to(data), logits.to(parameter)
     out = torch.empty(logits.shape[:2], dtype=accumulator(parameter))
     in_range = _backend.extension().bernoulli_log_prob(
-        code(data), code(parameter), out.data_ptr(), x.data_ptr(), *x.stride(), logits.data_ptr(), *logits.stride(),
+        code(data), code(parameter), out.data_ptr(), strided(x), strided(logits),
         *logits.shape, torch.get_num_threads(),
     )  # fmt: skip
     if not in_range:
@@ -81,8 +81,8 @@ def _native_bernoulli_log_prob_backward(grad, x, logits, need):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need[0] else None
     grad_logits = torch.empty(logits.shape, dtype=parameter) if need[1] else None
     _backend.extension().bernoulli_log_prob_backward(
-        code(data), code(parameter), pointer(grad_x), pointer(grad_logits), *strides(grad, 2),
-        x.data_ptr(), *x.stride(), logits.data_ptr(), *logits.stride(), *logits.shape, torch.get_num_threads(),
+        code(data), code(parameter), pointer(grad_x), pointer(grad_logits), strided(grad),
+        strided(x), strided(logits), *logits.shape, torch.get_num_threads(),
     )  # fmt: skip
     return tuple(None if g is None else g.to(d) for g, d in zip((grad_x, grad_logits), dtypes, strict=True))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_same_device, check_tensor, shape_of
-from ._registry import accumulator, code, define, pointer, strides
+from ._registry import accumulator, code, define, pointer, strided
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor:
@@ -130,7 +130,7 @@ def _native_gaussian_log_prob(x, mean, logvar):
     out = torch.empty(mean.shape[:2], dtype=accumulator(parameter))
     _backend.extension().gaussian_log_prob(
         code(data), code(parameter), layout, out.data_ptr(),
-        x.data_ptr(), *x.stride(), mean.data_ptr(), *mean.stride(), logvar.data_ptr(), *logvar.stride(),
+        strided(x), strided(mean), strided(logvar),
         *mean.shape, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -151,7 +151,7 @@ def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
         grad_logvar = torch.empty(partial, dtype=parameter if layout == _FULL else wide)
     ext.gaussian_log_prob_backward(
         code(data), code(parameter), layout, pointer(grad_x), pointer(grad_mean), pointer(grad_logvar),
-        *strides(grad, 2), x.data_ptr(), *x.stride(), mean.data_ptr(), *mean.stride(), logvar.data_ptr(), *logvar.stride(),
+        strided(grad), strided(x), strided(mean), strided(logvar),
         k, b, size, torch.get_num_threads(),
     )  # fmt: skip
     if grad_logvar is not None:

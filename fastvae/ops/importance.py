@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_tensor
-from ._registry import accumulator, code, define, strides
+from ._registry import accumulator, code, define, strided
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -60,7 +60,7 @@ def _native_log_mean_exp(log_w):
     k, n = log_w.shape
     results = tuple(torch.empty(n, dtype=accumulator(log_w.dtype)) for _ in range(3))
     _backend.extension().log_mean_exp(
-        code(log_w.dtype), *(r.data_ptr() for r in results), *strides(log_w, 2), k, n, torch.get_num_threads()
+        code(log_w.dtype), *(r.data_ptr() for r in results), strided(log_w), k, n, torch.get_num_threads()
     )
     return results
 
@@ -68,7 +68,7 @@ def _native_log_mean_exp(log_w):
 def _native_log_mean_exp_backward(grad, log_w, maximum, total):
     out = torch.empty(log_w.shape, dtype=log_w.dtype)
     _backend.extension().log_mean_exp_backward(
-        code(log_w.dtype), out.data_ptr(), *strides(grad, 1), *strides(log_w, 2), maximum.data_ptr(), total.data_ptr(),
+        code(log_w.dtype), out.data_ptr(), strided(grad), strided(log_w), maximum.data_ptr(), total.data_ptr(),
         *log_w.shape, torch.get_num_threads(),
     )  # fmt: skip
     return out

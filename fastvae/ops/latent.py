@@ -43,7 +43,7 @@ from .._checks import (
     shape_of,
 )
 from ..random import draw_seed
-from ._registry import accumulator, code, define, pointer, strides
+from ._registry import accumulator, code, define, pointer, strided
 
 ESTIMATORS = ("iwae", "dreg", "stl")
 
@@ -206,8 +206,8 @@ def _native_rsample_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0
     kl = torch.empty((b, d) if per_dimension else (b,), dtype=accumulator(mu.dtype))
     _backend.extension().rsample_kl(
         code(mu.dtype), z.data_ptr(), kl.data_ptr(),
-        mu.data_ptr(), *mu.stride(), logvar.data_ptr(), *logvar.stride(),
-        *strides(prior_mu, 2), *strides(prior_logvar, 2),
+        strided(mu), strided(logvar),
+        strided(prior_mu), strided(prior_logvar),
         seed.data_ptr(), samples, b, d, k0, b0, lo, hi, per_dimension, torch.get_num_threads(),
     )  # fmt: skip
     return z, kl
@@ -225,9 +225,9 @@ def _native_rsample_kl_backward(
     if grad_kl is not None and grad_kl.dim() == 1:
         grad_kl = grad_kl.unsqueeze(1).expand(mu.shape)
     _backend.extension().rsample_kl_backward(
-        code(mu.dtype), *map(pointer, grads), *strides(grad_z, 3), *strides(grad_kl, 2),
-        mu.data_ptr(), *mu.stride(), logvar.data_ptr(), *logvar.stride(),
-        *strides(prior_mu, 2), *strides(prior_logvar, 2),
+        code(mu.dtype), *map(pointer, grads), strided(grad_z), strided(grad_kl),
+        strided(mu), strided(logvar),
+        strided(prior_mu), strided(prior_logvar),
         seed.data_ptr(), samples, *mu.shape, k0, b0, lo, hi, torch.get_num_threads(),
     )  # fmt: skip
     return grads
@@ -295,8 +295,8 @@ def _native_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples,
     log_ratio = torch.empty((samples, b), dtype=accumulator(mu.dtype))
     _backend.extension().rsample_log_ratio(
         code(mu.dtype), z.data_ptr(), log_ratio.data_ptr(),
-        mu.data_ptr(), *mu.stride(), logvar.data_ptr(), *logvar.stride(),
-        *strides(prior_mu, 2), *strides(prior_logvar, 2),
+        strided(mu), strided(logvar),
+        strided(prior_mu), strided(prior_logvar),
         seed.data_ptr(), samples, b, d, k0, b0, lo, hi, torch.get_num_threads(),
     )  # fmt: skip
     return z, log_ratio
@@ -326,9 +326,9 @@ def _native_rsample_log_ratio_backward(
 ):
     grads = _empty_grads(mu, need)
     _backend.extension().rsample_log_ratio_backward(
-        code(mu.dtype), *map(pointer, grads), *strides(grad_z, 3), *strides(grad_log_ratio, 2), *strides(weight, 2),
-        mu.data_ptr(), *mu.stride(), logvar.data_ptr(), *logvar.stride(),
-        *strides(prior_mu, 2), *strides(prior_logvar, 2),
+        code(mu.dtype), *map(pointer, grads), strided(grad_z), strided(grad_log_ratio), strided(weight),
+        strided(mu), strided(logvar),
+        strided(prior_mu), strided(prior_logvar),
         seed.data_ptr(), samples, *mu.shape, k0, b0, lo, hi, path, torch.get_num_threads(),
     )  # fmt: skip
     return grads

@@ -1,0 +1,105 @@
+// Row-reduced Bernoulli log-likelihood from logits and its gradients. The mathematics stands in fastvae/ops/bernoulli.py.
+
+template <class X, class P>
+struct Bernoulli {
+  using Parameter = P;
+  using C = compute_t<P>;
+  View<const X> x;       // (B, X): s0, s1
+  View<const P> logits;  // (K, B, X)
+  bool* out_of_range;    // set where a target lies outside [0, 1]
+  View<const C> grad;    // (K, B)
+  X* grad_x;             // (B, X)
+  P* grad_logits;        // (K, B, X)
+  i64 samples, rows, columns;
+};
+
+template <class X, class P>
+struct BernoulliBody {
+  using C = compute_t<P>;
+  const Bernoulli<X, P>& a;
+  C x_buffer[kTile], logits_buffer[kTile], out_buffer[kTile], sum_x[kTile];
+  int outside = 0;
+
+  explicit BernoulliBody(const Bernoulli<X, P>& params) : a(params) {}
+
+  void begin_tile(i64, int) {}
+
+  double part(i64 k, i64 b, i64 column, int n) {
+    const C* x = load(x_buffer, a.x.at(b, column), a.x.s1, n);
+    const C* logits = load(logits_buffer, a.logits.at(k, b, column), a.logits.s2, n);
+    C sum = 0;
+    int bad = 0;
+#pragma omp simd reduction(+ : sum) reduction(| : bad)
+    for (int i = 0; i < n; ++i) {
+      const C l = logits[i], v = x[i], magnitude = abs_(l);
+      // What the target lacks of the side the logit is on; 0 * inf is 0: certain and right.
+      const C miss = l > C(0) ? C(1) - v : v;
+      const C linear = miss == C(0) ? C(0) : miss * magnitude;
+      sum += linear + log1p_unit(exp_(-magnitude));
+      bad |= (v < C(0)) | (v > C(1));
+    }
+    outside |= bad;
+    return -static_cast<double>(sum);
+  }
+
+  void finish() {
+    // Threads may both write; they write the same.
+    if (outside) __atomic_store_n(a.out_of_range, true, __ATOMIC_RELAXED);
+  }
+
+  void begin_row(int n) { fill(sum_x, C(0), n); }
+  void begin_group(int) {}
+  void end_row(i64 b, i64 column, int n) {
+    X* place = a.grad_x + b * a.columns + column;
+    for (int i = 0; i < n; ++i) assign(place[i], sum_x[i]);
+  }
+  void end_group(i64, i64, int) {}
+
+  void backward(i64 k, i64 b, i64 column, int n) {
+    const C* x = load(x_buffer, a.x.at(b, column), a.x.s1, n);
+    const C* logits = load(logits_buffer, a.logits.at(k, b, column), a.logits.s2, n);
+    const C g = *a.grad.at(k, b);
+    if (a.grad_x) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) sum_x[i] += g * logits[i];
+    }
+    if (!a.grad_logits) return;
+    P* place = a.grad_logits + (k * a.rows + b) * a.columns + column;
+    C* out = target(place, out_buffer);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const C l = logits[i], e = exp_(-abs_(l));
+      const C sigmoid = (l >= C(0) ? C(1) : e) / (C(1) + e);
+      out[i] = g * (x[i] - sigmoid);
+    }
+    commit(place, out, n);
+  }
+};
+
+// @param out (K, B): contiguous, written; @param x (B, X), @param logits (K, B, X)
+// @return whether all targets lie in [0, 1] (or are NaN)
+inline bool bernoulli_log_prob(int data, int parameter, address out, Matrix x, Matrix logits, i64 samples, i64 rows,
+                               i64 columns, int threads) {
+  bool out_of_range = false;
+  for_dtypes(data, parameter, [&](auto x_value, auto p_value) {
+    using X = decltype(x_value);
+    using P = decltype(p_value);
+    const Bernoulli<X, P> a{view<const X>(x), view<const P>(logits), &out_of_range, {}, nullptr, nullptr, samples, rows,
+                            columns};
+    reduce_rows<BernoulliBody<X, P>>(a, samples, rows, columns, pointer<compute_t<P>>(out), threads);
+  });
+  return !out_of_range;
+}
+
+// @param grad_x (B, X), grad_logits (K, B, X): contiguous, written, null where not asked for; @param grad (K, B)
+inline void bernoulli_log_prob_backward(int data, int parameter, address grad_x, address grad_logits, Matrix grad,
+                                        Matrix x, Matrix logits, i64 samples, i64 rows, i64 columns, int threads) {
+  for_dtypes(data, parameter, [&](auto x_value, auto p_value) {
+    using X = decltype(x_value);
+    using P = decltype(p_value);
+    using C = compute_t<P>;
+    const Bernoulli<X, P> a{view<const X>(x), view<const P>(logits), nullptr, view<const C>(grad), pointer<X>(grad_x),
+                            pointer<P>(grad_logits), samples, rows, columns};
+    for_each_row<BernoulliBody<X, P>>(a, samples, rows, columns, grad_x != 0, threads);
+  });
+}

@@ -1,0 +1,137 @@
+// The Python module fastvae._C, and the kernels compiled once per instruction set: this file includes itself with FASTVAE_ISA
+// defined for each, and the first call chooses. No libtorch: addresses, sizes and strides come from Python.
+
+#ifdef FASTVAE_ISA
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+// clang-format off
+#include "common.hpp"
+#include "random.hpp"
+#include "latent.hpp"
+#include "rows.hpp"
+#include "gaussian.hpp"
+#include "bernoulli.hpp"
+#include "importance.hpp"
+// clang-format on
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#else
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "parallel.hpp"
+
+#define FASTVAE_ISA base
+#include "bindings.cpp"
+#undef FASTVAE_ISA
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTVAE_X86 1
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define FASTVAE_ISA avx2
+#include "bindings.cpp"
+#undef FASTVAE_ISA
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define FASTVAE_ISA avx512
+#include "bindings.cpp"
+#undef FASTVAE_ISA
+#pragma GCC pop_options
+#endif
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+
+// A tuple (address, stride, ...) of up to three strides, or None for no tensor.
+template <>
+struct type_caster<fastvae::Matrix> {
+  PYBIND11_TYPE_CASTER(fastvae::Matrix, const_name("Matrix"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    if (!PyTuple_Check(source.ptr())) return false;
+    const Py_ssize_t size = PyTuple_GET_SIZE(source.ptr());
+    if (size < 1 || size > 4) return false;
+    value.data = PyLong_AsSize_t(PyTuple_GET_ITEM(source.ptr(), 0));
+    fastvae::i64* strides[] = {&value.s0, &value.s1, &value.s2};
+    for (Py_ssize_t i = 1; i < size; ++i) *strides[i - 1] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+enum class Isa { base, avx2, avx512 };
+
+// The best instruction set that this processor has and FASTVAE_ISA (for tests) does not forbid.
+Isa choose_isa() {
+  Isa best = Isa::base;
+#ifdef FASTVAE_X86
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  best = v4 ? Isa::avx512 : v3 ? Isa::avx2 : Isa::base;
+  if (const char* wanted = std::getenv("FASTVAE_ISA")) {
+    if (!std::strcmp(wanted, "base")) best = Isa::base;
+    if (!std::strcmp(wanted, "avx2") && best == Isa::avx512) best = Isa::avx2;
+  }
+#endif
+  return best;
+}
+
+const Isa isa = choose_isa();
+
+template <class F>
+F pick(F base, [[maybe_unused]] F avx2, [[maybe_unused]] F avx512) {
+  return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : base;
+}
+
+#ifdef FASTVAE_X86
+#define FASTVAE_PICK(name) pick(&fastvae::base::name, &fastvae::avx2::name, &fastvae::avx512::name)
+#else
+#define FASTVAE_PICK(name) (&fastvae::base::name)
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastvae's CPU kernels; call them through fastvae.ops";
+  m.def("isa", [] { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base"; });
+  m.def("column_partials", &fastvae::base::column_partials);
+  m.def("philox", [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
+    const auto w = fastvae::base::philox_words(c0, c1, c2, c3, seed);
+    return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
+  });
+
+  using release = py::call_guard<py::gil_scoped_release>;
+#define FASTVAE_DEF(name) m.def(#name, FASTVAE_PICK(name), release())
+  FASTVAE_DEF(normal);
+  FASTVAE_DEF(rsample_kl);
+  FASTVAE_DEF(rsample_kl_backward);
+  FASTVAE_DEF(rsample_log_ratio);
+  FASTVAE_DEF(rsample_log_ratio_backward);
+  FASTVAE_DEF(gaussian_log_prob);
+  FASTVAE_DEF(gaussian_log_prob_backward);
+  FASTVAE_DEF(bernoulli_log_prob);
+  FASTVAE_DEF(bernoulli_log_prob_backward);
+  FASTVAE_DEF(log_mean_exp);
+  FASTVAE_DEF(log_mean_exp_backward);
+}
+
+#endif

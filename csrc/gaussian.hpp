@@ -1,0 +1,171 @@
+// Row-reduced diagonal Gaussian log-likelihood and its gradients. The mathematics stands in fastvae/ops/gaussian.py.
+
+// How the log variance is laid out: per element; one row for all samples and rows; one number per row.
+enum GaussianLayout { kFull = 0, kColumn = 1, kRow = 2 };
+
+template <class X, class P>
+struct Gaussian {
+  using Parameter = P;
+  using C = compute_t<P>;
+  View<const X> x;       // (B, X): s0, s1
+  View<const P> mean;    // (K, B, X)
+  Matrix logvar;         // (K, B, X) of P when full, else of C
+  int layout;
+  View<const C> grad;    // (K, B)
+  X* grad_x;             // (B, X)
+  P* grad_mean;          // (K, B, X)
+  address grad_logvar;   // (K, B, X) of P when full; (column_partials, X) of C; (K, B) of C
+  i64 samples, rows, columns;
+};
+
+template <class X, class P>
+struct GaussianBody {
+  using C = compute_t<P>;
+  const Gaussian<X, P>& a;
+  C x_buffer[kTile], mean_buffer[kTile], logvar_buffer[kTile], precision[kTile], out_buffer[kTile];
+  C sum_x[kTile], sum_column[kTile];
+  C logvar_sum = 0;
+
+  explicit GaussianBody(const Gaussian<X, P>& params) : a(params) {}
+
+  void begin_tile(i64 column, int n) {
+    if (a.layout != kColumn) return;
+    const C* logvar = load(logvar_buffer, view<const C>(a.logvar).data + column * a.logvar.s2, a.logvar.s2, n);
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; ++i) {
+      precision[i] = exp_(-logvar[i]);
+      sum += logvar[i];
+    }
+    logvar_sum = sum;
+  }
+
+  double part(i64 k, i64 b, i64 column, int n) {
+    constexpr double kLog2Pi = 1.8378770664093454835606594728112;
+    const C* x = load_data(b, column, n);
+    const C* mean = load(mean_buffer, a.mean.at(k, b, column), a.mean.s2, n);
+    C sum = 0;
+    double logvars;
+    if (a.layout == kFull) {
+      const C* logvar = load(logvar_buffer, view<const P>(a.logvar).at(k, b, column), a.logvar.s2, n);
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < n; ++i) {
+        const C delta = x[i] - mean[i];
+        sum += logvar[i] + delta * delta * exp_(-logvar[i]);
+      }
+      logvars = 0;
+    } else if (a.layout == kColumn) {
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < n; ++i) {
+        const C delta = x[i] - mean[i];
+        sum += delta * delta * precision[i];
+      }
+      logvars = logvar_sum;
+    } else {
+      const C logvar = *view<const C>(a.logvar).at(k, b), one = exp_(-logvar);
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < n; ++i) {
+        const C delta = x[i] - mean[i];
+        sum += delta * delta * one;
+      }
+      logvars = static_cast<double>(logvar) * n;
+    }
+    return -0.5 * (kLog2Pi * n + logvars + static_cast<double>(sum));
+  }
+
+  void finish() {}
+
+  void begin_row(int n) { fill(sum_x, C(0), n); }
+  void begin_group(int n) { fill(sum_column, C(0), n); }
+  void end_row(i64 b, i64 column, int n) {
+    if (!a.grad_x) return;
+    X* place = a.grad_x + b * a.columns + column;
+    for (int i = 0; i < n; ++i) assign(place[i], -sum_x[i]);
+  }
+  void end_group(i64 group, i64 column, int n) {
+    if (!a.grad_logvar || a.layout != kColumn) return;
+    C* place = pointer<C>(a.grad_logvar) + group * a.columns + column;
+    for (int i = 0; i < n; ++i) place[i] = sum_column[i];
+  }
+
+  void backward(i64 k, i64 b, i64 column, int n) {
+    const C* x = load_data(b, column, n);
+    const C* mean = load(mean_buffer, a.mean.at(k, b, column), a.mean.s2, n);
+    const C g = *a.grad.at(k, b);
+    if (a.layout == kFull) {
+      const C* logvar = load(logvar_buffer, view<const P>(a.logvar).at(k, b, column), a.logvar.s2, n);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) precision[i] = exp_(-logvar[i]);
+    } else if (a.layout == kRow) {
+      fill(precision, exp_(-*view<const C>(a.logvar).at(k, b)), n);
+    }
+    const i64 offset = (k * a.rows + b) * a.columns + column;
+    if (a.grad_mean || a.grad_x) {
+      C* out = a.grad_mean ? target(a.grad_mean + offset, out_buffer) : out_buffer;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = g * ((x[i] - mean[i]) * precision[i]);
+      if (a.grad_x) {
+#pragma omp simd
+        for (int i = 0; i < n; ++i) sum_x[i] += out[i];
+      }
+      if (a.grad_mean) commit(a.grad_mean + offset, out, n);
+    }
+    if (!a.grad_logvar) return;
+    if (a.layout == kFull) {
+      P* place = pointer<P>(a.grad_logvar) + offset;
+      C* out = target(place, out_buffer);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const C delta = x[i] - mean[i];
+        out[i] = C(0.5) * g * (delta * delta * precision[i] - C(1));
+      }
+      commit(place, out, n);
+    } else if (a.layout == kColumn) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const C delta = x[i] - mean[i];
+        sum_column[i] += C(0.5) * g * (delta * delta * precision[i] - C(1));
+      }
+    } else {
+      C sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < n; ++i) {
+        const C delta = x[i] - mean[i];
+        sum += delta * delta * precision[i] - C(1);
+      }
+      C& place = pointer<C>(a.grad_logvar)[k * a.rows + b];
+      place = (column == 0 ? C(0) : place) + C(0.5) * g * sum;
+    }
+  }
+
+  const C* load_data(i64 b, i64 column, int n) { return load(x_buffer, a.x.at(b, column), a.x.s1, n); }
+};
+
+// @param out (K, B): contiguous, written
+// @param x (B, X), @param mean (K, B, X), @param logvar (K, B, X), of the parameters' type when full and else of the sums'
+inline void gaussian_log_prob(int data, int parameter, int layout, address out, Matrix x, Matrix mean, Matrix logvar,
+                              i64 samples, i64 rows, i64 columns, int threads) {
+  for_dtypes(data, parameter, [&](auto x_value, auto p_value) {
+    using X = decltype(x_value);
+    using P = decltype(p_value);
+    const Gaussian<X, P> a{view<const X>(x), view<const P>(mean), logvar, layout, {}, nullptr, nullptr, 0,
+                           samples,          rows,                columns};
+    reduce_rows<GaussianBody<X, P>>(a, samples, rows, columns, pointer<compute_t<P>>(out), threads);
+  });
+}
+
+// @param grad_x (B, X), grad_mean (K, B, X), grad_logvar (by layout): contiguous, written, null where not asked for
+// @param grad (K, B)
+inline void gaussian_log_prob_backward(int data, int parameter, int layout, address grad_x, address grad_mean,
+                                       address grad_logvar, Matrix grad, Matrix x, Matrix mean, Matrix logvar,
+                                       i64 samples, i64 rows, i64 columns, int threads) {
+  for_dtypes(data, parameter, [&](auto x_value, auto p_value) {
+    using X = decltype(x_value);
+    using P = decltype(p_value);
+    using C = compute_t<P>;
+    const Gaussian<X, P> a{view<const X>(x), view<const P>(mean), logvar,          layout,      view<const C>(grad),
+                           pointer<X>(grad_x), pointer<P>(grad_mean), grad_logvar, samples, rows, columns};
+    const bool across = grad_x || (grad_logvar && layout == kColumn);
+    for_each_row<GaussianBody<X, P>>(a, samples, rows, columns, across, threads);
+  });
+}

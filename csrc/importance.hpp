@@ -1,0 +1,109 @@
+// log-mean-exp over samples, and its gradient. The mathematics stands in fastvae/ops/importance.py.
+
+// Columns handled at a time, and samples between two looks at the maximum.
+constexpr int kColumnsPerUnit = 64;
+constexpr int kSamplesPerBlock = 16;
+
+inline float infinity(float) { return __builtin_inff(); }
+inline double infinity(double) { return __builtin_inf(); }
+inline float smallest_normal(float) { return __FLT_MIN__; }
+inline double smallest_normal(double) { return __DBL_MIN__; }
+
+// What is subtracted before exp: the maximum, or 0 where it is -inf (-inf minus -inf would be NaN).
+template <class C>
+inline C shift_of(C maximum) {
+  return maximum == -infinity(C{}) ? C(0) : maximum;
+}
+
+template <class T>
+void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute_t<T>* bound, compute_t<T>* maximum,
+                          compute_t<T>* total, int threads) {
+  using C = compute_t<T>;
+  const i64 units = (columns + kColumnsPerUnit - 1) / kColumnsPerUnit;
+  parallel(threads, units, samples * columns, [&](i64 begin, i64 end) {
+    C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], sum[kColumnsPerUnit];
+    for (i64 unit = begin; unit < end; ++unit) {
+      const i64 column = unit * kColumnsPerUnit;
+      const int n = static_cast<int>(columns - column < kColumnsPerUnit ? columns - column : kColumnsPerUnit);
+      fill(peak, -infinity(C{}), n);
+      fill(sum, C(0), n);
+      for (i64 k0 = 0; k0 < samples; k0 += kSamplesPerBlock) {
+        const int m = static_cast<int>(samples - k0 < kSamplesPerBlock ? samples - k0 : kSamplesPerBlock);
+        const C* rows[kSamplesPerBlock];
+        for (int k = 0; k < m; ++k) rows[k] = load(block[k], log_w.at(k0 + k, column), log_w.s1, n);
+        C next[kColumnsPerUnit];
+        for (int i = 0; i < n; ++i) next[i] = peak[i];
+        for (int k = 0; k < m; ++k) {
+          const C* row = rows[k];
+#pragma omp simd
+          for (int i = 0; i < n; ++i) next[i] = next[i] > row[i] ? next[i] : row[i];
+        }
+        // A NaN may or may not reach `next`; the sum below carries it in either case.
+#pragma omp simd
+        for (int i = 0; i < n; ++i) sum[i] *= exp_(shift_of(peak[i]) - shift_of(next[i]));
+        for (int k = 0; k < m; ++k) {
+          const C* row = rows[k];
+#pragma omp simd
+          for (int i = 0; i < n; ++i) sum[i] += exp_(row[i] - shift_of(next[i]));
+        }
+        for (int i = 0; i < n; ++i) peak[i] = next[i];
+      }
+      const C log_samples = static_cast<C>(__builtin_log(static_cast<double>(samples)));
+      for (int i = 0; i < n; ++i) {
+        // +inf among the weights: the maximum alone tells the bound, inf - inf in the sum does not.
+        bound[column + i] = peak[i] == infinity(C{}) && sum[i] != sum[i] ? peak[i] : peak[i] + log_(sum[i]) - log_samples;
+        maximum[column + i] = peak[i];
+        total[column + i] = sum[i];
+      }
+    }
+  });
+}
+
+template <class T>
+void log_mean_exp_weights(T* out, View<const compute_t<T>> grad, View<const T> log_w, const compute_t<T>* maximum,
+                          const compute_t<T>* total, i64 samples, i64 columns, int threads) {
+  using C = compute_t<T>;
+  const C tiny = smallest_normal(C{});
+  parallel(threads, samples, samples * columns, [&](i64 begin, i64 end) {
+    C row_buffer[kTile], grad_buffer[kTile], out_buffer[kTile];
+    for (i64 column = 0; column < columns; column += kTile) {
+      const int n = tile_width(columns, column);
+      const C* g = load(grad_buffer, grad.data + column * grad.s0, grad.s0, n);
+      for (i64 k = begin; k < end; ++k) {
+        const C* row = load(row_buffer, log_w.at(k, column), log_w.s1, n);
+        T* place = out + k * columns + column;
+        C* p = target(place, out_buffer);
+#pragma omp simd
+        for (int i = 0; i < n; ++i) {
+          const C w = exp_(row[i] - shift_of(maximum[column + i])) / total[column + i];
+          const C product = g[i] * w;
+          const bool zero = w < tiny || total[column + i] == C(0) || abs_(product) < tiny;
+          p[i] = zero ? C(0) : product;
+        }
+        commit(place, p, n);
+      }
+    }
+  });
+}
+
+// @param bound, maximum, total (N): contiguous, written; @param log_w (K, N)
+inline void log_mean_exp(int dtype, address bound, address maximum, address total, Matrix log_w, i64 samples, i64 columns,
+                         int threads) {
+  for_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    using C = compute_t<T>;
+    log_mean_exp_columns<T>(view<const T>(log_w), samples, columns, pointer<C>(bound), pointer<C>(maximum), pointer<C>(total),
+                            threads);
+  });
+}
+
+// @param out (K, N): contiguous, written; @param grad (N), @param log_w (K, N), @param maximum, total (N): contiguous
+inline void log_mean_exp_backward(int dtype, address out, Matrix grad, Matrix log_w, address maximum, address total,
+                                  i64 samples, i64 columns, int threads) {
+  for_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    using C = compute_t<T>;
+    log_mean_exp_weights<T>(pointer<T>(out), view<const C>(grad), view<const T>(log_w), pointer<const C>(maximum),
+                            pointer<const C>(total), samples, columns, threads);
+  });
+}

@@ -1,0 +1,394 @@
+"""python -m fastvae demo: one VAE trained with the ELBO and one with IWAE, measured on the same test images."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import math
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fastvae
+
+BATCH, TEST_BATCH = 100, 500
+LEARNING_RATE = 3e-3
+# Fixed, so that runs with other seeds are measured on the same test images with the same noise.
+DATA_SEED, TEST_SEED = 20, 21
+
+
+class Images(NamedTuple):
+    """Training images in [0, 1] and binary test images, each [N, pixels], and what they are."""
+
+    name: str
+    train: Tensor
+    test: Tensor
+    shape: tuple[int, int]
+    epochs: int
+
+
+class Run(NamedTuple):
+    """A trained model, its bounds per epoch in nats per image, and its results per test image, each [N]."""
+
+    name: str
+    model: fastvae.VAE
+    architecture: dict[str, int]
+    train_curve: list[float]
+    test_curve: list[float]
+    elbo: Tensor
+    log_px: Tensor
+    ess: Tensor
+
+
+class Encoder(nn.Module):
+    """x [B, pixels] -> (mu, logvar), each [B, latent]."""
+
+    def __init__(self, pixels: int, hidden: int, latent: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
+        self.mu = nn.Linear(hidden, latent)
+        self.logvar = nn.Linear(hidden, latent)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        return self.mu(h), self.logvar(h)
+
+
+class Decoder(nn.Sequential):
+    """z [N, latent] -> logits [N, pixels]."""
+
+    def __init__(self, pixels: int, hidden: int, latent: int):
+        super().__init__(
+            nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, pixels)
+        )
+
+
+def build(architecture: dict[str, int]) -> fastvae.VAE:
+    """The demo's model; architecture holds pixels, hidden and latent, as a checkpoint does."""
+    encoder, decoder = Encoder(**architecture), Decoder(**architecture)
+    return fastvae.VAE(encoder, decoder, likelihood="bernoulli", latent_dim=architecture["latent"])
+
+
+def load(path: str | Path) -> fastvae.VAE:
+    """The model of a checkpoint that the demo wrote."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model = build(checkpoint["architecture"])
+    model.load_state_dict(checkpoint["state_dict"])
+    return model
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, measure, print and draw, as the command line asks."""
+    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"fastvae demo: {' and '.join(missing)} cannot be imported; pip install 'fastvae[demo]' (in fastvae's own "
+            "folder: pip install -e '.[demo]')"
+        )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "fastvae demo: --device cuda needs a GPU that this build of PyTorch can use, and torch.cuda.is_available() is "
+            "False; leave --device out to run on the CPU"
+        )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        images = digits() if args.data is None else idx_folder(args.data)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"fastvae demo: {error}") from None
+
+    pixels = images.train.shape[1]
+    architecture = {"pixels": pixels, "hidden": min(2 * pixels, 200), "latent": args.latent}
+    epochs = args.epochs or images.epochs
+    print(
+        f"{images.name}: {len(images.train)} training and {len(images.test)} test images of "
+        f"{images.shape[0]}x{images.shape[1]} pixels, binarised\n"
+        f"{args.latent} latent dimension{'s' * (args.latent > 1)}, {architecture['hidden']} hidden units, {epochs} epochs, "
+        f"seed {args.seed}, on {args.device}"
+    )
+    images = images._replace(train=images.train.to(args.device), test=images.test.to(args.device))
+    runs = [
+        train(name, k, images, architecture, epochs, args.eval_k, args.seed)
+        for name, k in (("ELBO", None), (f"IWAE-{args.k}", args.k))
+    ]
+    print("\n" + table(runs, args.eval_k) + "\n")
+
+    settings = {"data": images.name, "epochs": epochs, "k": args.k, "seed": args.seed, "shape": list(images.shape)}
+    for result, stem in zip(runs, ("elbo", "iwae"), strict=True):
+        path = args.out / f"{stem}.pt"
+        state = {key: value.cpu() for key, value in result.model.state_dict().items()}
+        torch.save(
+            {"architecture": architecture, "settings": settings, "objective": result.name, "state_dict": state}, path
+        )
+        print(path)
+    for path in draw(runs, images, args.out, args.eval_k):
+        print(path)
+    if args.latent != 2:
+        print(f"no manifold.png: it shows a latent plane, and these models have {args.latent} latent dimension(s)")
+
+
+def train(
+    name: str,
+    k: int | None,
+    images: Images,
+    architecture: dict[str, int],
+    epochs: int,
+    eval_k: int,
+    seed: int,
+) -> Run:
+    """Train a model with the ELBO, or with IWAE if k is given, and measure it on the test images."""
+    device = images.train.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(architecture).to(device)
+    encoder, decoder = model.encoder, model.decoder
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    generator = torch.Generator(device).manual_seed(seed)
+    options: dict[str, Any] = {"likelihood": "bernoulli", "generator": generator}
+
+    train_curve, test_curve = [], []
+    steps = math.ceil(len(images.train) / BATCH)
+    with tqdm(total=epochs * steps, desc=f"{name:8}", unit="step") as bar:
+        for _ in range(epochs):
+            total = torch.zeros((), device=device)
+            order = torch.randperm(len(images.train), generator=generator, device=device)
+            for rows in order.split(BATCH):
+                x = torch.bernoulli(images.train[rows], generator=generator)
+                if k is None:
+                    bound = fastvae.elbo(x, encoder(x), decoder, **options)
+                else:
+                    bound = fastvae.iwae(x, encoder(x), decoder, k=k, **options)
+                optimizer.zero_grad()
+                (-bound).backward()
+                optimizer.step()
+                total += bound.detach() * len(x)
+                bar.update()
+            train_curve.append(total.item() / len(images.train))
+            test_curve.append(test_bound(model, images.test, k).mean().item())
+            bar.set_postfix(train=f"{train_curve[-1]:.2f}", test=f"{test_curve[-1]:.2f}")
+
+    noise = torch.Generator(device).manual_seed(TEST_SEED)
+    batches = tqdm(images.test.split(TEST_BATCH), desc=f"{name:8}", unit="batch", postfix=f"log p(x), K={eval_k}")
+    estimates = [model.log_marginal(x, k=eval_k, generator=noise) for x in batches]
+    log_px, ess = (torch.cat([getattr(e, field) for e in estimates]).cpu() for field in ("log_px", "ess"))
+    elbo = test_bound(model, images.test, None, samples=100).cpu()
+    return Run(name, model, architecture, train_curve, test_curve, elbo, log_px, ess)
+
+
+@torch.no_grad()
+def test_bound(model: fastvae.VAE, test: Tensor, k: int | None, samples: int = 1) -> Tensor:
+    """The ELBO, or the IWAE bound if k is given, of each test image [N], with the same noise at every call."""
+    noise = torch.Generator(test.device).manual_seed(TEST_SEED)
+    options: dict[str, Any] = {"reduction": "none", "generator": noise}
+    return torch.cat(
+        [
+            model.elbo(x, samples=samples, **options) if k is None else model.iwae(x, k, **options)
+            for x in test.split(TEST_BATCH)
+        ]
+    )
+
+
+def table(runs: list[Run], eval_k: int) -> str:
+    """The test results of the two models, and in words which is better."""
+    log_px = f"log p(x), K={eval_k}"
+    lines = [
+        f"nats per test image, mean over {len(runs[0].log_px)} images ± its standard error",
+        f"  {'trained with':<14}{'ELBO':>18}{log_px:>22}{'median ESS':>14}",
+    ]
+    lines += [
+        f"  {r.name:<14}{_mean(r.elbo):>18}{_mean(r.log_px):>22}{r.ess.median().item():>14.0f}" for r in runs
+    ]
+    base, other = runs
+    difference = other.log_px.double() - base.log_px.double()
+    gain, error = difference.mean().item(), _standard_error(difference)
+    best, worst = (other, base) if gain > 0 else (base, other)
+    verdict = f"{best.name} is better than {worst.name} by {abs(gain):.2f} nats per image (± {error:.2f}, image by image)"
+    if not abs(gain) > 2 * error:
+        verdict += ": within two standard errors, so no clear difference"
+    return "\n".join([*lines, verdict])
+
+
+def _mean(values: Tensor) -> str:
+    return f"{values.double().mean().item():.2f} ± {_standard_error(values):.2f}"
+
+
+def _standard_error(values: Tensor) -> float:
+    return (values.double().std() / math.sqrt(len(values))).item()
+
+
+# Data
+
+
+def digits() -> Images:
+    """scikit-learn's handwritten digits: 1797 images of 8x8 pixels, 0 to 16."""
+    from sklearn.datasets import load_digits
+
+    data = torch.tensor(load_digits().data / 16, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    data = data[torch.randperm(len(data), generator=generator)]
+    return Images("digits", data[:1400], torch.bernoulli(data[1400:], generator=generator), (8, 8), 100)
+
+
+def idx_folder(folder: Path) -> Images:
+    """MNIST, Fashion-MNIST or whatever else lies in the folder under their file names."""
+    train, test = (read_idx(find_idx(folder, part)) for part in ("train", "t10k"))
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(f"{folder}: training images are {train.shape[1:]} pixels but test images {test.shape[1:]}")
+    train_images, test_images = (
+        torch.from_numpy(part.reshape(len(part), -1)).float() / 255 for part in (train, test)
+    )
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    binary = torch.bernoulli(test_images, generator=generator)
+    return Images(folder.resolve().name, train_images, binary, train.shape[1:], 10)
+
+
+def find_idx(folder: Path, part: str) -> Path:
+    """The images file of a part, "train" or "t10k", under any of its usual names."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--data {folder}: there is no such folder (looked at {folder.resolve()})")
+    names = [f"{part}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no {part} images in {folder.resolve()}: looked for {', '.join(names)}")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The images of an IDX file, uint8 [N, height, width]; a name that ends in .gz is decompressed."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+    if len(data) < 16:
+        raise ValueError(f"{path} has {len(data)} bytes; an IDX file of images has a header of 16")
+    magic, count, height, width = struct.unpack(">4I", data[:16])
+    if magic != 0x803:
+        raise ValueError(
+            f"{path} starts with {magic:#010x}; an IDX file of images starts with 0x00000803 (unsigned bytes, 3 axes)"
+        )
+    if count == 0 or height == 0 or width == 0:
+        raise ValueError(f"{path} holds no pixels: its header says {count} images of {height}x{width}")
+    if len(data) != 16 + count * height * width:
+        raise ValueError(
+            f"{path} has {len(data)} bytes; its header says {count} images of {height}x{width}, which make "
+            f"{16 + count * height * width}: is it cut off?"
+        )
+    return np.frombuffer(data, np.uint8, offset=16).reshape(count, height, width).copy()
+
+
+# Pictures. matplotlib's Figure is used without pyplot, so no backend or style is changed for anyone else.
+
+COLORS = ("tab:blue", "tab:orange")
+
+
+def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
+    """Write the pictures and return their paths."""
+    from matplotlib.figure import Figure
+
+    def pair(panel, title: str, size: tuple[float, float]) -> Figure:
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title)
+        for axes, result in zip(figure.subplots(1, 2), runs, strict=True):
+            panel(axes, result, images)
+            axes.set_title(f"trained with {result.name}", fontsize="medium")
+        return figure
+
+    figures = {
+        "samples": pair(_samples, "Samples: mean of p(x|z) for z from the prior, the same for both", (9, 5)),
+        "reconstructions": pair(
+            _reconstructions, "Test images (upper rows) and their reconstructions (lower rows)", (9, 5)
+        ),
+    }
+    if runs[0].architecture["latent"] == 2:
+        figures["manifold"] = pair(
+            _manifold, "Latent plane: mean of p(x|z) at the quantiles of N(0, 1) along each axis", (11, 6)
+        )
+    figures["training"] = Figure(figsize=(9, 5), layout="constrained")
+    _curves(figures["training"].subplots(), runs, eval_k)
+
+    best = runs[-1]
+    panels = [(_reconstructions, "test images and reconstructions"), (_samples, "samples from the prior")]
+    if "manifold" in figures:
+        panels.append((_manifold, "latent plane, quantiles of N(0, 1)"))
+    figures["overview"] = overview = Figure(figsize=(10, 9), layout="constrained")
+    grid = overview.subplots(2, 2).flat
+    _curves(next(grid), runs, eval_k)
+    for axes, (panel, title) in zip(grid, panels, strict=False):
+        panel(axes, best, images)
+        axes.set_title(f"{best.name}: {title}", fontsize="medium")
+    for axes in grid:
+        axes.remove()
+
+    paths = []
+    for name, figure in figures.items():
+        paths.append(out / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110)
+    return paths
+
+
+def _show(axes, tiles: np.ndarray) -> None:
+    """Tiles [rows, columns, height, width] in [0, 1] as one image, with a light line between them."""
+    gap = max(1, tiles.shape[2] // 12)
+    framed = np.pad(tiles, ((0, 0), (0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
+    rows, columns, height, width = framed.shape
+    picture = framed.transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
+    picture = np.pad(picture, ((0, gap), (0, gap)), constant_values=np.nan)
+    axes.set_facecolor("#cfd8e3")
+    axes.imshow(np.ma.masked_invalid(picture), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _tiles(values: Tensor, rows: int, columns: int, shape: tuple[int, int]) -> np.ndarray:
+    return values.detach().cpu().numpy().reshape(rows, columns, *shape)
+
+
+def _samples(axes, result: Run, images: Images) -> None:
+    noise = torch.Generator(images.test.device).manual_seed(TEST_SEED)
+    _show(axes, _tiles(result.model.sample(100, generator=noise), 10, 10, images.shape))
+
+
+def _reconstructions(axes, result: Run, images: Images) -> None:
+    count = min(50, len(images.test) // 10 * 10) or len(images.test)
+    columns = min(10, count)
+    x = images.test[:count]
+    above = _tiles(x, count // columns, columns, images.shape)
+    below = _tiles(result.model.reconstruct(x), count // columns, columns, images.shape)
+    _show(axes, np.stack([above, below], 1).reshape(-1, columns, *images.shape))
+
+
+@torch.no_grad()
+def _manifold(axes, result: Run, images: Images) -> None:
+    side = 20
+    quantiles = torch.special.ndtri((torch.arange(side, device=images.test.device) + 0.5) / side)
+    # Rows from the top: z2 falls, as on an upright axis.
+    z2, z1 = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
+    z = torch.stack([z1, z2], -1).reshape(-1, 2)
+    _show(axes, _tiles(torch.sigmoid(result.model.decoder(z)), side, side, images.shape))
+    axes.set_xlabel("z₁: 2.5 % to 97.5 %")
+    axes.set_ylabel("z₂: 2.5 % to 97.5 %")
+
+
+def _curves(axes, runs: list[Run], eval_k: int) -> None:
+    """Bounds per epoch, and the test log-likelihood that they are bounds of."""
+    for result, color in zip(runs, COLORS, strict=True):
+        epochs = range(1, len(result.train_curve) + 1)
+        log_px = result.log_px.mean().item()
+        marker = "." if len(epochs) == 1 else None
+        axes.plot(epochs, result.train_curve, ":", marker=marker, color=color, label=f"{result.name} bound, training")
+        axes.plot(epochs, result.test_curve, marker=marker, color=color, label=f"{result.name} bound, test")
+        axes.axhline(
+            log_px, ls="--", lw=1, color=color, label=f"{result.name} model, test log p(x), K={eval_k}: {log_px:.2f}"
+        )
+    curves = [v for r in runs for v in (*r.train_curve, *r.test_curve)]
+    later = [v for r in runs for c in (r.train_curve, r.test_curve) for v in c[len(c) // 10 :]]
+    margin = 0.05 * (max(curves) - min(later)) or 1
+    axes.set_ylim(min(later) - margin, max(max(curves), *(r.log_px.mean().item() for r in runs)) + margin)
+    axes.set(xlabel="epoch", ylabel="nats per image", title="Bounds in training")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")

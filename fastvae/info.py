@@ -1,0 +1,82 @@
+"""python -m fastvae info: what is installed and which implementation runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from . import __version__, _backend, ops
+
+
+def run() -> None:
+    """Print versions, devices, the extension's state and the implementation of each op."""
+    for heading, rows in (
+        ("versions", _versions()),
+        ("devices", _devices()),
+        ("fastvae", _choice()),
+        (f"{'ops':<22}CPU tensors     GPU tensors", _ops()),
+    ):
+        print(heading)
+        for name, value in rows:
+            print(f"  {name:<20}{value}")
+
+
+def _versions() -> list[tuple[str, str]]:
+    packages = [(name, _version(name)) for name in ("triton", "numpy")]
+    return [
+        ("fastvae", __version__),
+        ("torch", torch.__version__),
+        *packages,
+        ("Python", platform.python_version()),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(count)]
+    threads = torch.get_num_threads()
+    return [("cpu", f"{threads} thread{'s' * (threads != 1)}"), *(gpus or [("cuda", "no GPU found")])]
+
+
+def _extension() -> tuple[bool, str]:
+    """Whether the C++ extension can be imported, and its instruction set or the reason why not."""
+    try:
+        return True, _backend.extension().isa()
+    except RuntimeError as error:
+        return False, str(error).removeprefix("fastvae: ")
+
+
+def _choice() -> list[tuple[str, str]]:
+    built, text = _extension()
+    backend, variable = _backend.chosen(), os.environ.get("FASTVAE_BACKEND")
+    return [
+        ("C++ instructions", text if built else f"none: {text}"),
+        ("FASTVAE_BACKEND", f"{backend}{'' if variable else ' (not set: the default)'}"),
+    ]
+
+
+def _ops() -> list[tuple[str, str]]:
+    built, triton = _extension()[0], _backend.has_triton()
+    on_gpu = "Triton" if triton else "fails: triton is not installed"
+    cpu, gpu = {
+        "native": ("C++" if built else "fails: no C++", on_gpu),
+        "reference": ("PyTorch", "PyTorch"),
+        "triton": (_interpreter(triton), on_gpu),
+    }[_backend.chosen()]
+    return [(name, f"{cpu:<16}{gpu}") for name in ops.__all__]
+
+
+def _interpreter(triton: bool) -> str:
+    if not triton:
+        return "fails: no triton"
+    return "Triton (slow)" if os.environ.get("TRITON_INTERPRET") == "1" else "fails: no GPU"
