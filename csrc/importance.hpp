@@ -29,7 +29,7 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
       fill(sum, C(0), n);
       for (i64 k0 = 0; k0 < samples; k0 += kSamplesPerBlock) {
         const int m = static_cast<int>(samples - k0 < kSamplesPerBlock ? samples - k0 : kSamplesPerBlock);
-        const C* rows[kSamplesPerBlock];
+        const C* rows[kSamplesPerBlock] = {};
         for (int k = 0; k < m; ++k) rows[k] = load(block[k], log_w.at(k0 + k, column), log_w.s1, n);
         C next[kColumnsPerUnit];
         for (int i = 0; i < n; ++i) next[i] = peak[i];
@@ -40,7 +40,10 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
         }
         // A NaN may or may not reach `next`; the sum below carries it in either case.
 #pragma omp simd
-        for (int i = 0; i < n; ++i) sum[i] *= exp_(shift_of(peak[i]) - shift_of(next[i]));
+        for (int i = 0; i < n; ++i) {
+          // While nothing but -inf has come the sum is 0 (or NaN) and keeps its scale.
+          sum[i] *= exp_(peak[i] == -infinity(C{}) ? C(0) : peak[i] - next[i]);
+        }
         for (int k = 0; k < m; ++k) {
           const C* row = rows[k];
 #pragma omp simd
