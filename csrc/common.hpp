@@ -201,13 +201,14 @@ inline double expm1_(double x) { return __builtin_expm1(x); }
 // exp(x) - 1 - x, without cancellation near 0.
 inline float expm1_minus(float x) {
   const Reduced e = reduce(clip(x, -87.0f, 89.0f));
-  return e.n == 0.0f ? e.r2q : expm1_from(e) - x;
+  // The second x is bounded above, so that inf gives inf.
+  return e.n == 0.0f ? e.r2q : expm1_from(e) - (x > 89.0f ? 89.0f : x);
 }
 inline double expm1_minus(double x) {
   // The series where expm1(x) - x would lose more than 3 bits: the next term is below 1e-17 of the sum.
   const double small = x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 +
                        x * (1.0 / 40320 + x * (1.0 / 362880 + x / 3628800))))))));
-  return __builtin_fabs(x) < 0.125 ? small : __builtin_expm1(x) - x;
+  return __builtin_fabs(x) < 0.125 ? small : __builtin_expm1(x) - (x > 710.0 ? 710.0 : x);
 }
 
 // log(2^e (1 + g)) for sqrt(1/2) <= 1 + g < sqrt(2).

@@ -236,7 +236,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
 #pragma omp simd
           for (int i = 0; i < n; ++i) {
             const C excess = expm1_(clamped[i] - prior_logvar[i]);
-            const C v = C(0.5) * (sum_eps[i] * sigma[i] + entropy + (with_kl ? kl[i] * excess : C(0)));
+            const C v = C(0.5) * sum_eps[i] * sigma[i] + C(0.5) * (entropy + (with_kl ? kl[i] * excess : C(0)));
             // Comparing for inequality keeps the NaN of a NaN log variance.
             out[i] = clamped[i] < logvar[i] || clamped[i] > logvar[i] ? C(0) : v;
           }

@@ -42,49 +42,76 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train two small VAEs, with the ELBO and with IWAE, and compare them",
-        description="Train one VAE with the ELBO and one with IWAE on the same images, estimate the test log-likelihood of "
-        "both with many importance samples, print a table and draw pictures. Takes about a minute on the digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train one VAE with the ELBO and one with IWAE on the same images, estimate the test "
+        "log-likelihood of both with many importance samples, print a table and draw pictures. On the digits "
+        "this takes about a minute.",
     )
     demo.add_argument(
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="folder with MNIST or Fashion-MNIST as IDX files, also gzipped; without it, scikit-learn's 8x8 digits",
+        help="folder with MNIST or Fashion-MNIST as IDX files, .gz or not (default: scikit-learn's digits)",
     )
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where pictures and models go")
-    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="where pictures and models go (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: %(default)s)"
+    )
     demo.add_argument(
         "--epochs",
-        type=_count,
+        type=_whole,
         metavar="N",
-        help="passes over the training images; without it, 100 for the digits and 10 for a folder",
-    )
-    demo.add_argument("--k", type=_count, default=50, help="importance samples of the IWAE bound in training")
-    demo.add_argument("--latent", type=_count, default=2, metavar="D", help="latent dimensions of both models")
-    demo.add_argument(
-        "--eval-k", type=_count, default=5000, metavar="K", help="importance samples of the test log-likelihood"
+        help="passes over the training images (default: 100 for the digits, 10 for a folder)",
     )
     demo.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of initial weights, batches and noise; not of the test set"
+        "--k",
+        type=_whole,
+        default=50,
+        help="importance samples of the IWAE bound in training (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--latent",
+        type=_whole,
+        default=2,
+        metavar="D",
+        help="latent dimensions of both models (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--eval-k",
+        type=_whole,
+        default=5000,
+        metavar="K",
+        help="importance samples of the test log-likelihood (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--seed",
+        type=lambda text: _whole(text, 0),
+        default=0,
+        metavar="S",
+        help="seed of weights, batches and noise; the test set is always the same (default: %(default)s)",
     )
 
     commands.add_parser(
         "info",
         help="print versions, devices and which implementation each op uses here",
-        description="Print versions, devices, the state of the C++ extension, and which implementation each op uses on "
-        "CPU and on GPU tensors.",
+        description="Print versions, devices, the state of the C++ extension, and which implementation each "
+        "op uses on CPU and on GPU tensors.",
     )
     return parser
 
 
-def _count(text: str) -> int:
+def _whole(text: str, least: int = 1) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not least <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from {least} to {2**32 - 1}, got {value}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""python -m fastvae demo: one VAE trained with the ELBO and one with IWAE, measured on the same test images."""
+"""python -m fastvae demo: one VAE trained with the ELBO, one with IWAE, measured on the same test images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import gzip
 import math
 import struct
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 import fastvae
 
-BATCH, TEST_BATCH = 100, 500
+BATCH = 100
 LEARNING_RATE = 3e-3
 # Fixed, so that runs with other seeds are measured on the same test images with the same noise.
 DATA_SEED, TEST_SEED = 20, 21
@@ -65,7 +66,11 @@ class Decoder(nn.Sequential):
 
     def __init__(self, pixels: int, hidden: int, latent: int):
         super().__init__(
-            nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, pixels)
+            nn.Linear(latent, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, pixels),
         )
 
 
@@ -88,17 +93,22 @@ def run(args: argparse.Namespace) -> None:
     missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
         raise SystemExit(
-            f"fastvae demo: {' and '.join(missing)} cannot be imported; pip install 'fastvae[demo]' (in fastvae's own "
-            "folder: pip install -e '.[demo]')"
+            f"fastvae demo: {' and '.join(missing)} cannot be imported; the demo needs "
+            "pip install 'fastvae[demo]' (in fastvae's own folder: pip install -e '.[demo]')"
         )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
-            "fastvae demo: --device cuda needs a GPU that this build of PyTorch can use, and torch.cuda.is_available() is "
-            "False; leave --device out to run on the CPU"
+            "fastvae demo: --device cuda needs a GPU that PyTorch can use, and torch.cuda.is_available() "
+            "is False; leave --device out to run on the CPU"
         )
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        # Fails here, not in the first step, where the implementation in force cannot run.
+        fastvae.random.normal(0, 1, 1, 1, device=args.device)
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    try:
         images = digits() if args.data is None else idx_folder(args.data)
+        args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise SystemExit(f"fastvae demo: {error}") from None
 
@@ -108,8 +118,8 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"{images.name}: {len(images.train)} training and {len(images.test)} test images of "
         f"{images.shape[0]}x{images.shape[1]} pixels, binarised\n"
-        f"{args.latent} latent dimension{'s' * (args.latent > 1)}, {architecture['hidden']} hidden units, {epochs} epochs, "
-        f"seed {args.seed}, on {args.device}"
+        f"{args.latent} latent dimension{'s' * (args.latent > 1)}, {architecture['hidden']} hidden units, "
+        f"{epochs} epoch{'s' * (epochs > 1)}, seed {args.seed}, on {args.device}"
     )
     images = images._replace(train=images.train.to(args.device), test=images.test.to(args.device))
     runs = [
@@ -118,18 +128,30 @@ def run(args: argparse.Namespace) -> None:
     ]
     print("\n" + table(runs, args.eval_k) + "\n")
 
-    settings = {"data": images.name, "epochs": epochs, "k": args.k, "seed": args.seed, "shape": list(images.shape)}
+    settings = {
+        "data": images.name,
+        "epochs": epochs,
+        "k": args.k,
+        "seed": args.seed,
+        "shape": list(images.shape),
+    }
     for result, stem in zip(runs, ("elbo", "iwae"), strict=True):
         path = args.out / f"{stem}.pt"
         state = {key: value.cpu() for key, value in result.model.state_dict().items()}
         torch.save(
-            {"architecture": architecture, "settings": settings, "objective": result.name, "state_dict": state}, path
+            {
+                "architecture": architecture,
+                "settings": settings,
+                "objective": result.name,
+                "state_dict": state,
+            },
+            path,
         )
         print(path)
     for path in draw(runs, images, args.out, args.eval_k):
         print(path)
     if args.latent != 2:
-        print(f"no manifold.png: it shows a latent plane, and these models have {args.latent} latent dimension(s)")
+        print(f"no manifold.png: it shows a latent plane, which needs --latent 2, not {args.latent}")
 
 
 def train(
@@ -168,27 +190,29 @@ def train(
                 optimizer.step()
                 total += bound.detach() * len(x)
                 bar.update()
+                if bar.n % 50 == 0:
+                    bar.set_postfix(bound=f"{bound.item():.2f}")
             train_curve.append(total.item() / len(images.train))
-            test_curve.append(test_bound(model, images.test, k).mean().item())
+            test_curve.append(bound_on_test(model, images.test, k).mean().item())
             bar.set_postfix(train=f"{train_curve[-1]:.2f}", test=f"{test_curve[-1]:.2f}")
 
     noise = torch.Generator(device).manual_seed(TEST_SEED)
-    batches = tqdm(images.test.split(TEST_BATCH), desc=f"{name:8}", unit="batch", postfix=f"log p(x), K={eval_k}")
+    batches = tqdm(images.test.split(BATCH), desc=f"{name:8}", unit="batch", postfix=f"test, K={eval_k}")
     estimates = [model.log_marginal(x, k=eval_k, generator=noise) for x in batches]
     log_px, ess = (torch.cat([getattr(e, field) for e in estimates]).cpu() for field in ("log_px", "ess"))
-    elbo = test_bound(model, images.test, None, samples=100).cpu()
+    elbo = bound_on_test(model, images.test, None, samples=100).cpu()
     return Run(name, model, architecture, train_curve, test_curve, elbo, log_px, ess)
 
 
 @torch.no_grad()
-def test_bound(model: fastvae.VAE, test: Tensor, k: int | None, samples: int = 1) -> Tensor:
-    """The ELBO, or the IWAE bound if k is given, of each test image [N], with the same noise at every call."""
+def bound_on_test(model: fastvae.VAE, test: Tensor, k: int | None, samples: int = 1) -> Tensor:
+    """The ELBO, or the IWAE bound if k is given, of each test image [N]; every call has the same noise."""
     noise = torch.Generator(test.device).manual_seed(TEST_SEED)
     options: dict[str, Any] = {"reduction": "none", "generator": noise}
     return torch.cat(
         [
             model.elbo(x, samples=samples, **options) if k is None else model.iwae(x, k, **options)
-            for x in test.split(TEST_BATCH)
+            for x in test.split(BATCH)
         ]
     )
 
@@ -207,10 +231,18 @@ def table(runs: list[Run], eval_k: int) -> str:
     difference = other.log_px.double() - base.log_px.double()
     gain, error = difference.mean().item(), _standard_error(difference)
     best, worst = (other, base) if gain > 0 else (base, other)
-    verdict = f"{best.name} is better than {worst.name} by {abs(gain):.2f} nats per image (± {error:.2f}, image by image)"
+    verdict = (
+        f"{best.name} is better than {worst.name} by {abs(gain):.2f} nats per image "
+        f"(± {error:.2f}, compared image by image)"
+    )
     if not abs(gain) > 2 * error:
         verdict += ": within two standard errors, so no clear difference"
-    return "\n".join([*lines, verdict])
+    lines.append(verdict)
+    if any(r.ess.median() < 10 for r in runs):
+        lines.append(
+            "an effective sample size this small means that log p(x) is underestimated: raise --eval-k"
+        )
+    return "\n".join(lines)
 
 
 def _mean(values: Tensor) -> str:
@@ -238,7 +270,8 @@ def idx_folder(folder: Path) -> Images:
     """MNIST, Fashion-MNIST or whatever else lies in the folder under their file names."""
     train, test = (read_idx(find_idx(folder, part)) for part in ("train", "t10k"))
     if train.shape[1:] != test.shape[1:]:
-        raise ValueError(f"{folder}: training images are {train.shape[1:]} pixels but test images {test.shape[1:]}")
+        sizes = ["x".join(map(str, part.shape[1:])) for part in (train, test)]
+        raise ValueError(f"{folder}: training images have {sizes[0]} pixels but test images {sizes[1]}")
     train_images, test_images = (
         torch.from_numpy(part.reshape(len(part), -1)).float() / 255 for part in (train, test)
     )
@@ -262,14 +295,15 @@ def read_idx(path: Path) -> np.ndarray:
     """The images of an IDX file, uint8 [N, height, width]; a name that ends in .gz is decompressed."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
     if len(data) < 16:
         raise ValueError(f"{path} has {len(data)} bytes; an IDX file of images has a header of 16")
     magic, count, height, width = struct.unpack(">4I", data[:16])
     if magic != 0x803:
         raise ValueError(
-            f"{path} starts with {magic:#010x}; an IDX file of images starts with 0x00000803 (unsigned bytes, 3 axes)"
+            f"{path} starts with {magic:#010x}; an IDX file of images starts with 0x00000803 "
+            "(unsigned bytes, 3 axes)"
         )
     if count == 0 or height == 0 or width == 0:
         raise ValueError(f"{path} holds no pixels: its header says {count} images of {height}x{width}")
@@ -301,7 +335,9 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     figures = {
         "samples": pair(_samples, "Samples: mean of p(x|z) for z from the prior, the same for both", (9, 5)),
         "reconstructions": pair(
-            _reconstructions, "Test images (upper rows) and their reconstructions (lower rows)", (9, 5)
+            _reconstructions,
+            "Test images, and below each its reconstruction, the mean of p(x'|z) over p(z|x)",
+            (9, 5),
         ),
     }
     if runs[0].architecture["latent"] == 2:
@@ -315,13 +351,14 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     panels = [(_reconstructions, "test images and reconstructions"), (_samples, "samples from the prior")]
     if "manifold" in figures:
         panels.append((_manifold, "latent plane, quantiles of N(0, 1)"))
-    figures["overview"] = overview = Figure(figsize=(10, 9), layout="constrained")
-    grid = overview.subplots(2, 2).flat
-    _curves(next(grid), runs, eval_k)
-    for axes, (panel, title) in zip(grid, panels, strict=False):
+    figures["overview"] = Figure(figsize=(10, 9.6), layout="constrained")
+    first, *rest = figures["overview"].subplots(2, 2).flat
+    _curves(first, runs, eval_k)
+    first.set_box_aspect(1)
+    for axes, (panel, title) in zip(rest, panels, strict=False):
         panel(axes, best, images)
         axes.set_title(f"{best.name}: {title}", fontsize="medium")
-    for axes in grid:
+    for axes in rest[len(panels) :]:
         axes.remove()
 
     paths = []
@@ -331,9 +368,8 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     return paths
 
 
-def _show(axes, tiles: np.ndarray) -> None:
-    """Tiles [rows, columns, height, width] in [0, 1] as one image, with a light line between them."""
-    gap = max(1, tiles.shape[2] // 12)
+def _show(axes, tiles: np.ndarray, gap: int) -> None:
+    """Tiles [rows, columns, height, width] in [0, 1] as one image, with lines of gap pixels between them."""
     framed = np.pad(tiles, ((0, 0), (0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
     rows, columns, height, width = framed.shape
     picture = framed.transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
@@ -344,22 +380,40 @@ def _show(axes, tiles: np.ndarray) -> None:
     axes.set_yticks([])
 
 
+def _gap(images: Images) -> int:
+    return max(1, images.shape[0] // 12)
+
+
 def _tiles(values: Tensor, rows: int, columns: int, shape: tuple[int, int]) -> np.ndarray:
     return values.detach().cpu().numpy().reshape(rows, columns, *shape)
 
 
 def _samples(axes, result: Run, images: Images) -> None:
     noise = torch.Generator(images.test.device).manual_seed(TEST_SEED)
-    _show(axes, _tiles(result.model.sample(100, generator=noise), 10, 10, images.shape))
+    _show(axes, _tiles(result.model.sample(100, generator=noise), 10, 10, images.shape), _gap(images))
 
 
 def _reconstructions(axes, result: Run, images: Images) -> None:
-    count = min(50, len(images.test) // 10 * 10) or len(images.test)
-    columns = min(10, count)
-    x = images.test[:count]
-    above = _tiles(x, count // columns, columns, images.shape)
-    below = _tiles(result.model.reconstruct(x), count // columns, columns, images.shape)
-    _show(axes, np.stack([above, below], 1).reshape(-1, columns, *images.shape))
+    columns = min(10, len(images.test))
+    rows = min(5, len(images.test) // columns)
+    x = images.test[: rows * columns]
+    above, below = (_tiles(v, rows, columns, images.shape) for v in (x, posterior_mean(result.model, x)))
+    gap = _gap(images)
+    above = np.pad(above, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=np.nan)
+    _show(axes, np.concatenate([above, below], 2), 2 * gap)
+
+
+@torch.no_grad()
+def posterior_mean(model: fastvae.VAE, x: Tensor, k: int = 1000) -> Tensor:
+    """The mean of p(x'|z) over the posterior p(z|x), by k importance samples from q(z|x).
+
+    After training with IWAE, q is a proposal that covers p(z|x): its own mean may lie where p(z|x) is small.
+    """
+    noise = torch.Generator(x.device).manual_seed(TEST_SEED)
+    z, log_ratio = fastvae.ops.rsample_log_ratio(*model.encoder(x), samples=k, generator=noise)
+    logits = model.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    weights = torch.softmax(fastvae.ops.bernoulli_log_prob(x, logits) + log_ratio, dim=0)
+    return torch.einsum("kb,kbx->bx", weights, torch.sigmoid(logits))
 
 
 @torch.no_grad()
@@ -369,26 +423,42 @@ def _manifold(axes, result: Run, images: Images) -> None:
     # Rows from the top: z2 falls, as on an upright axis.
     z2, z1 = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
     z = torch.stack([z1, z2], -1).reshape(-1, 2)
-    _show(axes, _tiles(torch.sigmoid(result.model.decoder(z)), side, side, images.shape))
+    _show(axes, _tiles(torch.sigmoid(result.model.decoder(z)), side, side, images.shape), _gap(images))
     axes.set_xlabel("z₁: 2.5 % to 97.5 %")
     axes.set_ylabel("z₂: 2.5 % to 97.5 %")
 
 
 def _curves(axes, runs: list[Run], eval_k: int) -> None:
     """Bounds per epoch, and the test log-likelihood that they are bounds of."""
-    for result, color in zip(runs, COLORS, strict=True):
+    final = [r.log_px.mean().item() for r in runs]
+    for result, log_px, color in zip(runs, final, COLORS, strict=True):
         epochs = range(1, len(result.train_curve) + 1)
-        log_px = result.log_px.mean().item()
         marker = "." if len(epochs) == 1 else None
-        axes.plot(epochs, result.train_curve, ":", marker=marker, color=color, label=f"{result.name} bound, training")
-        axes.plot(epochs, result.test_curve, marker=marker, color=color, label=f"{result.name} bound, test")
-        axes.axhline(
-            log_px, ls="--", lw=1, color=color, label=f"{result.name} model, test log p(x), K={eval_k}: {log_px:.2f}"
+        axes.plot(
+            epochs, result.train_curve, ":", marker=marker, color=color, label=f"{result.name}, training"
         )
-    curves = [v for r in runs for v in (*r.train_curve, *r.test_curve)]
+        axes.plot(epochs, result.test_curve, marker=marker, color=color, label=f"{result.name}, test")
+        axes.axhline(log_px, ls="--", lw=1, color=color)
+        upper = log_px == max(final)
+        axes.annotate(
+            f"{result.name} model: test log p(x) = −{abs(log_px):.2f}, K={eval_k}",
+            (1, log_px),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3 if upper else -3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if upper else "top",
+            color=color,
+            fontsize="small",
+        )
+    # The first tenth of the curves may run off below, so that the rest is legible.
     later = [v for r in runs for c in (r.train_curve, r.test_curve) for v in c[len(c) // 10 :]]
-    margin = 0.05 * (max(curves) - min(later)) or 1
-    axes.set_ylim(min(later) - margin, max(max(curves), *(r.log_px.mean().item() for r in runs)) + margin)
-    axes.set(xlabel="epoch", ylabel="nats per image", title="Bounds in training")
+    low, high = min(later), max(*later, *final)
+    margin = 0.08 * (high - low) or 1
+    axes.set_ylim(low - margin, high + margin)
+    axes.set(
+        xlabel="epoch", ylabel="nats per image", title="Bounds in training, and the log-likelihood they bound"
+    )
+    axes.title.set_fontsize("medium")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
+    axes.legend(fontsize="small", loc="lower right", title="bound", title_fontsize="small")

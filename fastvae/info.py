@@ -13,6 +13,10 @@ from . import __version__, _backend, ops
 
 def run() -> None:
     """Print versions, devices, the extension's state and the implementation of each op."""
+    try:
+        _backend.chosen()
+    except ValueError as error:
+        raise SystemExit(f"fastvae info: {error}") from None
     for heading, rows in (
         ("versions", _versions()),
         ("devices", _devices()),

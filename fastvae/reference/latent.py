@@ -48,7 +48,9 @@ def rsample_kl(
     eps = normal(seed, samples, *mu.shape, sample_offset, row_offset, dtype=mu.dtype)
     z = mu + torch.exp(0.5 * logvar) * eps
     ratio = logvar - prior_logvar
-    kl = 0.5 * ((mu - prior_mu) ** 2 * torch.exp(-prior_logvar) + torch.expm1(ratio) - ratio)
+    # Bounded above, so that an infinite variance has an infinite KL: inf - inf would be NaN.
+    excess = torch.expm1(ratio) - ratio.clamp(max=710)
+    kl = 0.5 * ((mu - prior_mu) ** 2 * torch.exp(-prior_logvar) + excess)
     return z.to(dtype), kl if per_dimension else kl.sum(1)
 
 

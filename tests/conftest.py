@@ -1,0 +1,51 @@
+"""Shared set-up: Triton's interpreter where there is no GPU, poisoned memory, one device, all backends."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    # Before triton is imported by anything: the real kernels then run on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+import fastvae  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "fastvae",
+    deadline=None,
+    max_examples=25,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fastvae")
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty is filled with NaN, so that an element that no kernel writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def backend(request):
+    """Each implementation in turn: C++ (Triton where CUDA is present), Triton (interpreted without a GPU), PyTorch."""
+    if CUDA and request.param == "triton":
+        pytest.skip("on a GPU the native backend is Triton")
+    with fastvae.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device():
+    return DEVICE

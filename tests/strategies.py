@@ -1,0 +1,59 @@
+"""What Hypothesis draws: shapes, dtypes, values and the memory layouts that break kernels."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+SIZES = (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 33, 64, 70)
+LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def distinct_sizes(count: int, largest: int = 70, least: int = 1):
+    """``count`` sizes, no two equal: a swapped axis then shows."""
+    sizes = [n for n in SIZES if least <= n <= largest]
+    return st.lists(st.sampled_from(sizes), min_size=count, max_size=count, unique=True)
+
+
+dtypes = st.sampled_from(DTYPES)
+layouts = st.sampled_from(LAYOUTS)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values (but for "expanded", which repeats the first row) in another memory layout."""
+    if values.dim() == 0:
+        return values
+    if layout == "transposed":
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        # An odd offset in every axis: no alignment, and neighbours that must not be read.
+        padded = torch.full([n + 3 for n in values.shape], torch.nan, dtype=values.dtype, device=values.device)
+        view = padded[tuple(slice(1, 1 + n) for n in values.shape)]
+        view.copy_(values)
+        return view
+    if layout == "strided":
+        spread = torch.full(
+            (*values.shape[:-1], 2 * values.shape[-1]), torch.nan, dtype=values.dtype, device=values.device
+        )
+        spread[..., ::2] = values
+        return spread[..., ::2]
+    if layout == "expanded":
+        return values[:1].expand(values.shape) if values.shape[0] else values
+    return values.contiguous()
+
+
+@st.composite
+def tensors(draw, shape, dtype, *, spread=1.0, device="cpu", low=None, high=None):
+    """Fresh normal values times ``spread`` (or uniform in [low, high], its ends included) in a drawn layout."""
+    generator = torch.Generator().manual_seed(draw(seeds))
+    if low is None:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
+    else:
+        values = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        ends = torch.rand(shape, generator=generator)
+        values = torch.where(ends < 0.1, torch.full_like(values, low), values)
+        values = torch.where(ends > 0.9, torch.full_like(values, high), values)
+    return laid_out(values.to(device=device, dtype=dtype), draw(layouts))

@@ -1,0 +1,277 @@
+"""rsample_kl and rsample_log_ratio of every backend against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastvae
+from fastvae import ops
+
+from . import strategies
+from .compare import assert_accurate
+from .conftest import DEVICE
+
+
+def _eps(seed, k, b, d, k0=0, b0=0):
+    with fastvae.use_backend("reference"):
+        return fastvae.random.normal(seed, k, b, d, sample_offset=k0, row_offset=b0, dtype=torch.float64)
+
+
+@st.composite
+def cases(draw):
+    k, b, d = draw(strategies.distinct_sizes(3))
+    dtype = draw(strategies.dtypes)
+    spread = 2.0 if dtype == torch.float16 else draw(st.sampled_from([0.01, 1.0, 6.0]))
+    make = lambda shape, s=1.0: draw(strategies.tensors(shape, dtype, spread=s, device=DEVICE))  # noqa: E731
+    prior = draw(st.sampled_from(["standard", "row", "full"]))
+    prior_shape = (d,) if prior == "row" else (b, d)
+    return {
+        "inputs": [
+            make((b, d)),
+            make((b, d), spread),
+            None if prior == "standard" else make(prior_shape),
+            None if prior == "standard" else make(prior_shape),
+        ],
+        "samples": k,
+        "seed": torch.tensor(draw(st.integers(-(2**63), 2**63 - 1)), device=DEVICE),
+        "offsets": (draw(st.sampled_from([0, 3, 2**32 - k])), draw(st.sampled_from([0, 9, 2**31 + 5]))),
+        "logvar_range": draw(st.sampled_from([None, (-1.0, 1.5)])),
+        "need": draw(st.lists(st.booleans(), min_size=4, max_size=4).filter(any)),
+        "per_dimension": draw(st.booleans()),
+        "estimator": draw(st.sampled_from(["iwae", "stl", "dreg"])),
+        "grads": [make((k, b, d)), make((b, d)), make((k, b))],
+        "which": draw(st.sampled_from(["both", "first", "second"])),
+    }
+
+
+def _run(case, op, dtype):
+    """Forward and backward in one dtype: outputs and the gradients asked for."""
+    inputs = [None if t is None else t.detach().to(dtype) for t in case["inputs"]]
+    for t, need in zip(inputs, case["need"], strict=True):
+        if t is not None:
+            t.requires_grad_(need)
+    mu, logvar, prior_mu, prior_logvar = inputs
+    options = {"estimator": case["estimator"]} if op is ops.rsample_log_ratio else {"per_dimension": case["per_dimension"]}
+    outputs = op(
+        mu,
+        logvar,
+        samples=case["samples"],
+        prior=None if prior_mu is None else (prior_mu, prior_logvar),
+        logvar_range=case["logvar_range"],
+        seed=case["seed"],
+        sample_offset=case["offsets"][0],
+        row_offset=case["offsets"][1],
+        **options,
+    )
+    z, other = outputs
+    asked = [t for t in inputs if t is not None and t.requires_grad]
+    if not asked:
+        return outputs, []
+    grad_z, grad_kl, grad_ratio = case["grads"]
+    grad_other = grad_ratio if op is ops.rsample_log_ratio else grad_kl if case["per_dimension"] else grad_kl[:, 0]
+    # What arrives in the second place is float32 or float64 whatever the inputs are.
+    pairs = [(z, grad_z.to(z.dtype)), (other, grad_other.to(other.dtype))]
+    if case["which"] == "first" and case["estimator"] != "dreg":
+        pairs = pairs[:1]
+    elif case["which"] == "second":
+        pairs = pairs[1:]
+    pairs = [(o, g) for o, g in pairs if o.requires_grad]
+    outs, arriving = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outs, asked, arriving, allow_unused=True)
+    assert all(g is None or g.dtype == t.dtype for g, t in zip(grads, asked, strict=True))
+    return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(grads, asked, strict=True)]
+
+
+def _scales(case, op):
+    """Sums of the magnitudes of the terms of every result, in float64."""
+    mu, logvar, m, prior_logvar = (None if t is None else t.detach().double() for t in case["inputs"])
+    m = torch.zeros_like(mu) if m is None else m.expand(mu.shape)
+    prior_logvar = torch.zeros_like(mu) if prior_logvar is None else prior_logvar.expand(mu.shape)
+    lo, hi = case["logvar_range"] or (-math.inf, math.inf)
+    logvar = logvar.clamp(lo, hi)
+    eps = _eps(case["seed"], case["samples"], *mu.shape, *case["offsets"]).abs()
+    sigma, precision = torch.exp(logvar / 2), torch.exp(-prior_logvar)
+    reach = mu.abs() + sigma * eps + m.abs()
+    z = mu.abs() + sigma * eps
+    grad_z, grad_kl, grad_ratio = (g.double().abs() for g in case["grads"])
+    if op is ops.rsample_kl:
+        u = logvar - prior_logvar
+        kl = ((mu - m) ** 2 * precision + torch.expm1(u) - u) / 2
+        if not case["per_dimension"]:
+            kl, grad_kl = kl.sum(1), grad_kl[:, :1]
+        pull = grad_kl * (mu - m).abs() * precision
+        excess = grad_kl * torch.expm1(u).abs() / 2
+        grads = [
+            grad_z.sum(0) + pull,
+            (grad_z * eps).sum(0) * sigma / 2 + excess,
+            pull,
+            excess + grad_kl * (mu - m) ** 2 * precision / 2,
+        ]
+        return [z, kl], grads
+    ratio = ((eps**2 + reach**2 * precision) + logvar.abs() + prior_logvar.abs()).sum(2) / 2
+    # DReG's weights divide by a sum of mixed signs here; its own scale is what the weights make of it.
+    total = case["grads"][2].double().sum(0)
+    weight = (case["grads"][2].double() / total).abs() if case["estimator"] == "dreg" else torch.ones_like(grad_ratio)
+    amplification = grad_ratio.sum(0) / total.abs() if case["estimator"] == "dreg" else torch.ones_like(total)
+    weight = (weight * amplification)[:, :, None]
+    g = grad_ratio[:, :, None]
+    h = weight * (grad_z + g * (reach * precision + eps / sigma))
+    grads = [
+        h.sum(0),
+        (h * eps).sum(0) * sigma / 2 + (g * weight).sum(0) / 2,
+        (g * reach * precision).sum(0),
+        (g * (reach**2 * precision + 1)).sum(0) / 2,
+    ]
+    return [z, ratio], grads
+
+
+def _check(case, op):
+    dtype = case["inputs"][0].dtype
+    outputs, grads = _run(case, op, dtype)
+    with fastvae.use_backend("reference"):
+        eager, eager_grads = _run(case, op, dtype)
+        exact, exact_grads = _run(case, op, torch.float64)
+    scales, grad_scales = _scales(case, op)
+    for name, *values in zip(("z", "second"), outputs, eager, exact, scales, strict=True):
+        assert_accurate(name, *values)
+    chosen = [
+        (name, s, t)
+        for name, s, t, need in zip(
+            ("mu", "logvar", "prior mu", "prior logvar"), grad_scales, case["inputs"], case["need"], strict=True
+        )
+        if t is not None and need
+    ]
+    assert len(chosen) == len(grads)
+    for (name, scale, t), *values in zip(chosen, grads, eager_grads, exact_grads, strict=True):
+        # A prior given as a row: its gradient is summed over the batch.
+        assert_accurate(f"gradient of {name}", *values, scale.sum_to_size(t.shape))
+
+
+@given(case=cases())
+def test_rsample_kl(backend, case):
+    _check({**case, "estimator": "iwae"}, ops.rsample_kl)
+
+
+@given(case=cases())
+def test_rsample_log_ratio(backend, case):
+    _check(case, ops.rsample_log_ratio)
+
+
+@pytest.mark.parametrize("columns", [1025, 2500])
+@pytest.mark.parametrize("op", [ops.rsample_kl, ops.rsample_log_ratio])
+def test_rows_longer_than_a_tile(backend, op, columns):
+    generator = torch.Generator().manual_seed(columns)
+    make = lambda *s: torch.randn(s, generator=generator).to(DEVICE)  # noqa: E731
+    case = {
+        "inputs": [make(3, columns), make(3, columns), make(columns), make(columns)],
+        "samples": 2,
+        "seed": torch.tensor(11, device=DEVICE),
+        "offsets": (0, 0),
+        "logvar_range": None,
+        "need": [True] * 4,
+        "per_dimension": False,
+        "estimator": "stl" if columns == 2500 else "iwae",
+        "grads": [make(2, 3, columns), make(3, columns), make(2, 3)],
+        "which": "both",
+    }
+    _check(case, op)
+
+
+def test_z_is_mu_plus_sigma_eps(backend):
+    mu, logvar = torch.randn(6, 9, device=DEVICE), torch.randn(6, 9, device=DEVICE)
+    seed = torch.tensor(5, device=DEVICE)
+    z, _ = ops.rsample_kl(mu, logvar, samples=4, seed=seed)
+    again, _ = ops.rsample_log_ratio(mu, logvar, samples=4, seed=seed)
+    assert torch.equal(z, again)
+    expected = mu.double() + torch.exp(logvar.double() / 2) * _eps(seed, 4, 6, 9)
+    torch.testing.assert_close(z.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_samples_the_axis_is_left_out(backend):
+    mu, logvar = torch.randn(6, 9, device=DEVICE), torch.randn(6, 9, device=DEVICE)
+    seed = torch.tensor(5, device=DEVICE)
+    assert torch.equal(ops.rsample_kl(mu, logvar, seed=seed)[0], ops.rsample_kl(mu, logvar, samples=1, seed=seed)[0][0])
+
+
+def test_kl_is_accurate_near_the_prior(backend):
+    """exp(u) - 1 - u at u = 1e-3 is 5e-7: exp and expm1 leave nothing of it in float32."""
+    logvar = torch.full((2, 3), 1e-3, device=DEVICE)
+    _, kl = ops.rsample_kl(torch.zeros(2, 3, device=DEVICE), logvar)
+    exact = 1.5 * (torch.expm1(logvar[0, 0].double()) - logvar[0, 0].double())
+    if backend != "reference":  # plain PyTorch has no such function: it is right to 1e-7 absolutely
+        torch.testing.assert_close(kl.double(), exact.expand(2), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-30, -88.0, 88.0, -104.0, 200.0, math.inf, -math.inf, math.nan])
+def test_extreme_log_variances(backend, value):
+    """As plain PyTorch: the same zeros, infinities and NaN; only in the row that has them."""
+    mu = torch.randn(3, 5, device=DEVICE)
+    logvar = torch.randn(3, 5, device=DEVICE)
+    logvar[1, 2] = value
+    seed = torch.tensor(1, device=DEVICE)
+
+    def run():
+        m, v = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+        z, kl = ops.rsample_kl(m, v, samples=2, seed=seed)
+        y, ratio = ops.rsample_log_ratio(m, v, samples=2, seed=seed)
+        grads = torch.autograd.grad(z.sum() + kl.sum() + y.sum() + ratio.sum(), (m, v))
+        return [z, kl, y, ratio, *grads]
+
+    results = run()
+    with fastvae.use_backend("reference"):
+        expected = run()
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_nan_log_variance_survives_a_clamp(backend):
+    logvar = torch.full((1, 2), math.nan, device=DEVICE, requires_grad=True)
+    z, kl = ops.rsample_kl(torch.zeros(1, 2, device=DEVICE), logvar, logvar_range=(-1.0, 1.0))
+    assert z.isnan().all() and kl.isnan().all()
+    assert torch.autograd.grad(kl.sum(), logvar)[0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)])
+def test_empty(backend, shape):
+    mu = torch.randn(shape, device=DEVICE, requires_grad=True)
+    logvar = torch.randn(shape, device=DEVICE, requires_grad=True)
+    for op in (ops.rsample_kl, ops.rsample_log_ratio):
+        z, other = op(mu, logvar, samples=2)
+        assert z.shape == (2, *shape)
+        assert torch.equal(other, torch.zeros_like(other))
+        grads = torch.autograd.grad(z.sum() + other.sum(), (mu, logvar))
+        assert [g.shape for g in grads] == [torch.Size(shape)] * 2
+
+
+def test_a_chunk_and_a_shard_are_parts_of_the_whole(backend):
+    mu, logvar = torch.randn(7, 10, device=DEVICE), torch.randn(7, 10, device=DEVICE)
+    seed = torch.tensor(-3, device=DEVICE)
+    z, ratio = ops.rsample_log_ratio(mu, logvar, samples=9, seed=seed)
+    part, part_ratio = ops.rsample_log_ratio(mu[2:6], logvar[2:6], samples=4, seed=seed, sample_offset=5, row_offset=2)
+    assert torch.equal(z[5:, 2:6], part)
+    assert torch.equal(ratio[5:, 2:6], part_ratio)
+
+
+def test_mixed_dtypes_are_promoted(backend):
+    mu = torch.randn(3, 4, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    logvar = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    z, kl = ops.rsample_kl(mu, logvar)
+    assert z.dtype == torch.float32 and kl.dtype == torch.float32
+    (z.sum() + kl.sum()).backward()
+    assert mu.grad.dtype == torch.bfloat16 and logvar.grad.dtype == torch.float32
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(-(2**63), 2**63 - 1))
+def test_the_seed_alone_decides(backend, seed):
+    mu, logvar = torch.zeros(3, 5, device=DEVICE), torch.zeros(3, 5, device=DEVICE)
+    draw = lambda s: ops.rsample_kl(mu, logvar, seed=torch.tensor(s, device=DEVICE))[0]  # noqa: E731
+    assert torch.equal(draw(seed), draw(seed))
+    assert not torch.equal(draw(seed), draw(seed ^ 1))
+    # The high word counts too.
+    assert not torch.equal(draw(seed), draw(seed ^ (1 << 40)))
