@@ -9,10 +9,10 @@ inline double infinity(double) { return __builtin_inf(); }
 inline float smallest_normal(float) { return __FLT_MIN__; }
 inline double smallest_normal(double) { return __DBL_MIN__; }
 
-// What is subtracted before exp: the maximum, or 0 where it is -inf (-inf minus -inf would be NaN).
+// What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN).
 template <class C>
 inline C shift_of(C maximum) {
-  return maximum == -infinity(C{}) ? C(0) : maximum;
+  return abs_(maximum) == infinity(C{}) ? C(0) : maximum;
 }
 
 template <class T>
@@ -41,8 +41,8 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
         // A NaN may or may not reach `next`; the sum below carries it in either case.
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
-          // While nothing but -inf has come the sum is 0 (or NaN) and keeps its scale.
-          sum[i] *= exp_(peak[i] == -infinity(C{}) ? C(0) : peak[i] - next[i]);
+          // While nothing but -inf has come the sum is 0 (or NaN), after +inf it is inf: both keep their scale.
+          sum[i] *= exp_(abs_(peak[i]) == infinity(C{}) ? C(0) : peak[i] - next[i]);
         }
         for (int k = 0; k < m; ++k) {
           const C* row = rows[k];
@@ -53,8 +53,7 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
       }
       const C log_samples = static_cast<C>(__builtin_log(static_cast<double>(samples)));
       for (int i = 0; i < n; ++i) {
-        // +inf among the weights: the maximum alone tells the bound, inf - inf in the sum does not.
-        bound[column + i] = peak[i] == infinity(C{}) && sum[i] != sum[i] ? peak[i] : peak[i] + log_(sum[i]) - log_samples;
+        bound[column + i] = peak[i] + log_(sum[i]) - log_samples;
         maximum[column + i] = peak[i];
         total[column + i] = sum[i];
       }

@@ -85,13 +85,13 @@ def check_logvar_range(value: Any) -> tuple[float, float]:
     return lo, hi
 
 
-def check_seed(seed: Any, device: torch.device) -> Tensor:
+def check_seed(seed: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.dim() != 0:
         came = f"{seed.dtype} {shape_of(seed)}" if isinstance(seed, Tensor) else repr(seed)
         raise TypeError(
             f"seed must be an int64 tensor of no dimensions, such as fastvae.random.draw_seed(device); got {came}"
         )
-    if seed.device != device:
+    if device is not None and seed.device != device:
         raise ValueError(
             f"seed is on {seed.device} but the inputs are on {device}; draw it with draw_seed({str(device)!r})"
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,10 +124,11 @@ def run(args: argparse.Namespace) -> None:
         f"{epochs} epoch{'s' * (epochs > 1)}, seed {args.seed}, on {args.device}"
     )
     images = images._replace(train=images.train.to(args.device), test=images.test.to(args.device))
-    runs = [
-        train(name, k, images, architecture, epochs, args.eval_k, args.seed)
-        for name, k in (("ELBO", None), (f"IWAE-{args.k}", args.k))
-    ]
+    with threads(1 if pixels <= 64 else torch.get_num_threads()):
+        runs = [
+            train(name, k, images, architecture, epochs, args.eval_k, args.seed)
+            for name, k in (("ELBO", None), (f"IWAE-{args.k}", args.k))
+        ]
     print("\n" + table(runs, args.eval_k) + "\n")
 
     settings = {
@@ -152,6 +155,21 @@ def run(args: argparse.Namespace) -> None:
         print(path)
     if args.latent != 2:
         print(f"no manifold.png: it shows a latent plane, which needs --latent 2, not {args.latent}")
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with this many threads within a ``with`` block.
+
+    Matrices as small as those of the digits gain little from a second thread, and wait long for it where
+    another process has its core.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train(

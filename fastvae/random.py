@@ -88,9 +88,9 @@ def normal(
     """
     if isinstance(seed, int):
         seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
-    elif device is not None:
+    elif isinstance(seed, Tensor) and device is not None:
         seed = seed.to(device)
-    check_seed(seed, seed.device)
+    check_seed(seed)
     check_address(samples, rows, sample_offset, row_offset)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")

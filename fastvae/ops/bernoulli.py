@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _backend
 from .._checks import checks_data
 from ._registry import accumulator, code, define, pointer, strided
-from .gaussian import _pair_of_dtypes, _result_dtype, flatten_event
+from .gaussian import _pair_of_dtypes, _result_dtype, _zero_grads, flatten_event
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
@@ -62,6 +62,8 @@ def _refuse_targets(low: float, high: float):
 
 
 def _native_bernoulli_log_prob(x, logits):
+    if not logits.numel():
+        return torch.zeros(logits.shape[:2], dtype=_result_dtype(x, logits))
     data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
     x, logits = x.to(data), logits.to(parameter)
     out = torch.empty(logits.shape[:2], dtype=accumulator(parameter))
@@ -75,6 +77,8 @@ def _native_bernoulli_log_prob(x, logits):
 
 
 def _native_bernoulli_log_prob_backward(grad, x, logits, need):
+    if not logits.numel():
+        return _zero_grads((x, logits), need)
     dtypes = (x.dtype, logits.dtype)
     data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
     x, logits = x.to(data), logits.to(parameter)

@@ -125,6 +125,8 @@ def _pair_of_dtypes(data: torch.dtype, parameter: torch.dtype) -> tuple[torch.dt
 
 
 def _native_gaussian_log_prob(x, mean, logvar):
+    if not mean.numel():
+        return torch.zeros(mean.shape[:2], dtype=_result_dtype(x, mean, logvar))
     data, parameter, logvar, layout = _native_layout(x, mean, logvar)
     x, mean = x.to(data), mean.to(parameter)
     out = torch.empty(mean.shape[:2], dtype=accumulator(parameter))
@@ -137,6 +139,8 @@ def _native_gaussian_log_prob(x, mean, logvar):
 
 
 def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
+    if not mean.numel():
+        return _zero_grads((x, mean, logvar), need)
     shape, dtypes = logvar.shape, (x.dtype, mean.dtype, logvar.dtype)
     data, parameter, logvar, layout = _native_layout(x, mean, logvar)
     x, mean = x.to(data), mean.to(parameter)
@@ -160,6 +164,11 @@ def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
         )
     grads = (grad_x, grad_mean, grad_logvar)
     return tuple(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
+
+
+def _zero_grads(tensors, need):
+    """Gradients where there is nothing to sum over: an empty tensor has no address to hand to C++."""
+    return tuple(t.new_zeros(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
 
 
 def _fake_gaussian_log_prob(x, mean, logvar):

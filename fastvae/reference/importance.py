@@ -37,5 +37,5 @@ def log_mean_exp_backward(grad: Tensor, log_w: Tensor, maximum: Tensor, total: T
 
 
 def _shift(maximum: Tensor) -> Tensor:
-    """What is subtracted before exp: the maximum, or 0 where it is -inf (-inf minus -inf would be NaN)."""
-    return torch.where(maximum == -math.inf, torch.zeros_like(maximum), maximum)
+    """What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN)."""
+    return torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)

@@ -1,0 +1,129 @@
+"""bernoulli_log_prob of every backend against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastvae
+from fastvae import ops
+
+from . import strategies
+from .compare import assert_accurate
+from .conftest import DEVICE
+
+
+@st.composite
+def cases(draw):
+    k, b, size = draw(strategies.distinct_sizes(3))
+    event = (size,) if size % 4 else (size // 4, 4)
+    parameter = draw(strategies.dtypes)
+    data = draw(st.sampled_from([parameter, torch.float32]))
+    spread = draw(st.sampled_from([0.01, 1.0, 8.0, 100.0]))
+    return {
+        "x": draw(strategies.tensors((b, *event), data, low=0.0, high=1.0, device=DEVICE)),
+        "logits": draw(strategies.tensors((k, b, *event), parameter, spread=spread, device=DEVICE)),
+        "grad": draw(strategies.tensors((k, b), torch.float32, device=DEVICE)),
+        "need": draw(st.sampled_from([(True, False), (False, True), (True, True)])),
+    }
+
+
+def _run(case, dtype=None):
+    inputs = [case[name].detach() for name in ("x", "logits")]
+    if dtype is not None:
+        inputs = [t.to(dtype) for t in inputs]
+    for t, need in zip(inputs, case["need"], strict=True):
+        t.requires_grad_(need)
+    out = ops.bernoulli_log_prob(*inputs)
+    asked = [t for t in inputs if t.requires_grad]
+    return out, torch.autograd.grad(out, asked, case["grad"].to(out.dtype))
+
+
+def _check(case):
+    out, grads = _run(case)
+    with fastvae.use_backend("reference"):
+        eager, eager_grads = _run(case)
+        exact, exact_grads = _run(case, torch.float64)
+    x, logits = case["x"].detach().double(), case["logits"].detach().double()
+    g = case["grad"].double().abs().reshape(*logits.shape[:2], *[1] * (x.dim() - 1))
+    # Every term of the sum is negative, so the value is its own scale.
+    assert_accurate("log prob", out, eager, exact)
+    scales = [(g * logits.abs()).sum(0), (g * (x + torch.sigmoid(logits))).expand(logits.shape)]
+    chosen = [(n, s) for n, s, need in zip(("x", "logits"), scales, case["need"], strict=True) if need]
+    for (name, scale), *values in zip(chosen, grads, eager_grads, exact_grads, strict=True):
+        assert values[0].dtype == case[name].dtype
+        assert_accurate(f"gradient of {name}", *values, scale)
+
+
+@given(case=cases())
+def test_bernoulli_log_prob(backend, case):
+    _check(case)
+
+
+def test_rows_longer_than_a_tile(backend):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *s: torch.randn(s, generator=generator).to(DEVICE)  # noqa: E731
+    x = torch.sigmoid(make(3, 2500))
+    _check({"x": x, "logits": make(2, 3, 2500), "grad": make(2, 3), "need": (True, True)})
+
+
+def test_equals_torch_distributions(backend):
+    x, logits = torch.rand(4, 7, device=DEVICE).round(), 3 * torch.randn(5, 4, 7, device=DEVICE)
+    expected = torch.distributions.Bernoulli(logits=logits).log_prob(x).sum(2)
+    torch.testing.assert_close(ops.bernoulli_log_prob(x, logits), expected)
+
+
+@pytest.mark.parametrize(
+    "x, logit, value, gradient",
+    [
+        (1.0, math.inf, 0.0, 0.0),
+        (0.0, -math.inf, 0.0, 0.0),
+        (0.0, math.inf, -math.inf, -1.0),
+        (1.0, -math.inf, -math.inf, 1.0),
+        (1.0, 200.0, 0.0, 0.0),
+        (0.0, 200.0, -200.0, -1.0),
+        (0.0, -20.0, -math.log1p(math.exp(-20.0)), -1 / (1 + math.exp(20.0))),
+        (0.5, 0.0, -math.log(2), 0.0),
+    ],
+)
+def test_certain_pixels(backend, x, logit, value, gradient):
+    """0 * inf is 0 here: certain and right costs nothing; certain and wrong costs everything."""
+    logits = torch.full((1, 1), logit, device=DEVICE, requires_grad=True)
+    out = ops.bernoulli_log_prob(torch.full((1, 1), x, device=DEVICE), logits)
+    torch.testing.assert_close(out.detach().cpu(), torch.tensor([value]), rtol=1e-6, atol=0)
+    grad = torch.autograd.grad(out.sum(), logits)[0]
+    torch.testing.assert_close(grad.cpu(), torch.tensor([[gradient]]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("low, high, hint", [(-1.0, 1.0, r"\(x \+ 1\) / 2"), (0.0, 255.0, "x / 255")])
+def test_targets_outside_the_unit_interval(backend, monkeypatch, low, high, hint):
+    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU the check is asked for
+    x = torch.rand(4, 9, device=DEVICE) * (high - low) + low
+    x[0, 0], x[3, 8] = low, high
+    with pytest.raises(ValueError, match=rf"\[{low:g}, {high:g}\].*\[0, 1\].*{hint}"):
+        ops.bernoulli_log_prob(x, torch.randn(2, 4, 9, device=DEVICE))
+
+
+def test_nan_stays_in_its_row(backend):
+    x, logits = torch.rand(4, 6, device=DEVICE), torch.randn(3, 4, 6, device=DEVICE)
+    logits[1, 2, 3] = math.nan
+    out = ops.bernoulli_log_prob(x, logits)
+    assert int(out.isnan().sum()) == 1 and bool(out[1, 2].isnan())
+    x[3, 0] = math.nan
+    out = ops.bernoulli_log_prob(x, logits)
+    assert bool(out[:, 3].isnan().all()) and int(out.isnan().sum()) == 4
+
+
+@pytest.mark.parametrize("k, b, size", [(2, 0, 3), (2, 3, 0), (0, 3, 2)])
+def test_empty(backend, k, b, size):
+    x = torch.rand(b, size, device=DEVICE, requires_grad=True)
+    logits = torch.randn(k, b, size, device=DEVICE, requires_grad=True)
+    out = ops.bernoulli_log_prob(x, logits)
+    assert torch.equal(out, torch.zeros(k, b, device=DEVICE))
+    grads = torch.autograd.grad(out.sum(), (x, logits))
+    assert [g.shape for g in grads] == [x.shape, logits.shape]
+    assert bool((grads[0] == 0).all())

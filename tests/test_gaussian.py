@@ -1,0 +1,137 @@
+"""gaussian_log_prob of every backend against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastvae
+from fastvae import ops
+
+from . import strategies
+from .compare import assert_accurate
+from .conftest import DEVICE
+
+
+@st.composite
+def cases(draw):
+    k, b, size = draw(strategies.distinct_sizes(3))
+    event = (size,) if size % 4 else (size // 4, 4)
+    parameter = draw(strategies.dtypes)
+    data = draw(st.sampled_from([parameter, torch.float32]))
+    spread = 1.0 if parameter == torch.float16 else draw(st.sampled_from([0.01, 1.0, 5.0]))
+    shape = draw(
+        st.sampled_from([(k, b, *event), event, (), (b, *event), (b,) + (1,) * len(event), (k, 1) + (1,) * len(event)])
+    )
+    # One number or one row often stays in float32 beside half-precision means.
+    wide = draw(st.booleans()) and parameter != torch.float64
+    make = lambda s, dtype, f=1.0: draw(strategies.tensors(s, dtype, spread=f, device=DEVICE))  # noqa: E731
+    return {
+        "x": make((b, *event), data, 3.0),
+        "mean": make((k, b, *event), parameter),
+        "logvar": make(shape, torch.float32 if wide else parameter, spread),
+        "grad": make((k, b), torch.float32),
+        "need": draw(st.lists(st.booleans(), min_size=3, max_size=3).filter(any)),
+    }
+
+
+def _run(case, dtype=None):
+    inputs = [case[name].detach() for name in ("x", "mean", "logvar")]
+    if dtype is not None:
+        inputs = [t.to(dtype) for t in inputs]
+    for t, need in zip(inputs, case["need"], strict=True):
+        t.requires_grad_(need)
+    out = ops.gaussian_log_prob(*inputs)
+    asked = [t for t in inputs if t.requires_grad]
+    return out, torch.autograd.grad(out, asked, case["grad"].to(out.dtype))
+
+
+def _check(case):
+    out, grads = _run(case)
+    with fastvae.use_backend("reference"):
+        eager, eager_grads = _run(case)
+        exact, exact_grads = _run(case, torch.float64)
+    x, mean, logvar = (case[name].detach().double() for name in ("x", "mean", "logvar"))
+    g = case["grad"].double().abs().reshape(*mean.shape[:2], *[1] * (x.dim() - 1))
+    events = tuple(range(2, mean.dim()))
+    precision, reach = torch.exp(-logvar), x.abs() + mean.abs()
+    # The data's own rounding does not count: x - mean is exact to an ulp of the larger.
+    terms = (math.log(2 * math.pi) + logvar.abs() + reach**2 * precision) / 2
+    assert_accurate("log prob", out, eager, exact, terms.expand(mean.shape).sum(events))
+    scale_mean = (g * reach * precision).expand(mean.shape)
+    scale_logvar = (g * (reach**2 * precision + 1) / 2).expand(mean.shape)
+    scales = [scale_mean.sum(0), scale_mean, scale_logvar.sum_to_size(logvar.shape)]
+    names = ("x", "mean", "logvar")
+    chosen = [(n, s) for n, s, need in zip(names, scales, case["need"], strict=True) if need]
+    for (name, scale), *values in zip(chosen, grads, eager_grads, exact_grads, strict=True):
+        assert values[0].dtype == case[name].dtype
+        assert_accurate(f"gradient of {name}", *values, scale)
+
+
+@given(case=cases())
+def test_gaussian_log_prob(backend, case):
+    _check(case)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2500), (2500,), (3, 1)])
+def test_rows_longer_than_a_tile(backend, shape):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *s: torch.randn(s, generator=generator).to(DEVICE)  # noqa: E731
+    _check(
+        {"x": make(3, 2500), "mean": make(2, 3, 2500), "logvar": make(*shape), "grad": make(2, 3), "need": [True] * 3}
+    )
+
+
+def test_many_rows_of_a_learned_scale(backend):
+    """More rows than there are partial sums."""
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *s: torch.randn(s, generator=generator).to(DEVICE)  # noqa: E731
+    _check({"x": make(150, 6), "mean": make(3, 150, 6), "logvar": make(6), "grad": make(3, 150), "need": [True] * 3})
+
+
+def test_large_inputs(backend):
+    """A bias added once per tile, or a constant dropped, hides behind tiny inputs; here x - mean is 1 at 1e4."""
+    x = torch.full((2, 3), 10001.0, device=DEVICE)
+    mean = torch.full((5, 2, 3), 10000.0, device=DEVICE)
+    out = ops.gaussian_log_prob(x, mean, 2 * math.log(0.5))
+    expected = 3 * (-0.5 * math.log(2 * math.pi) + math.log(2) - 2.0)
+    torch.testing.assert_close(out, torch.full((5, 2), expected, device=DEVICE), rtol=1e-6, atol=0)
+
+
+def test_half_precision_subtracts_in_float32(backend):
+    """256.5 - 256 is lost when x is rounded to bfloat16 first."""
+    x = torch.full((1, 1), 256.5, device=DEVICE)
+    mean = torch.full((1, 1), 256.0, device=DEVICE, dtype=torch.bfloat16)
+    out = ops.gaussian_log_prob(x, mean, 0.0)
+    torch.testing.assert_close(out, torch.full((1,), -0.5 * (math.log(2 * math.pi) + 0.25), device=DEVICE))
+
+
+def test_without_an_event_axis(backend):
+    x, mean = torch.randn(5, device=DEVICE), torch.randn(3, 5, device=DEVICE)
+    expected = torch.distributions.Normal(mean, 1.0).log_prob(x)
+    torch.testing.assert_close(ops.gaussian_log_prob(x, mean, 0.0), expected)
+
+
+@pytest.mark.parametrize("k, b, size", [(2, 0, 3), (2, 3, 0), (0, 3, 2)])
+@pytest.mark.parametrize("logvar", ["full", "row", "number"])
+def test_empty(backend, k, b, size, logvar):
+    x, mean = torch.randn(b, size, device=DEVICE), torch.randn(k, b, size, device=DEVICE, requires_grad=True)
+    shape = {"full": (k, b, size), "row": (size,), "number": ()}[logvar]
+    logvar = torch.zeros(shape, device=DEVICE, requires_grad=True)
+    out = ops.gaussian_log_prob(x, mean, logvar)
+    assert torch.equal(out, torch.zeros(k, b, device=DEVICE))
+    grads = torch.autograd.grad(out.sum(), (mean, logvar))
+    assert [g.shape for g in grads] == [mean.shape, logvar.shape]
+    assert all(bool((g == 0).all()) for g in grads)
+
+
+def test_nan_stays_in_its_row(backend):
+    x, mean = torch.randn(4, 6, device=DEVICE), torch.randn(3, 4, 6, device=DEVICE, requires_grad=True)
+    spoiled = mean.detach().clone()
+    spoiled[1, 2, 3] = math.nan
+    out = ops.gaussian_log_prob(x, spoiled, 0.3)
+    assert int(out.isnan().sum()) == 1 and bool(out[1, 2].isnan())

@@ -1,0 +1,139 @@
+"""log_mean_exp of every backend against plain PyTorch in float64, and its edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastvae
+from fastvae import ops
+
+from . import strategies
+from .compare import assert_accurate
+from .conftest import DEVICE
+
+
+@st.composite
+def cases(draw):
+    k, n = draw(strategies.distinct_sizes(2))
+    dtype = draw(strategies.dtypes)
+    spread = draw(st.sampled_from([0.01, 1.0, 30.0]))
+    shift = draw(st.sampled_from([0.0, -100.0, -1000.0, 700.0]))
+    log_w = draw(strategies.tensors((k, n), dtype, spread=spread, device=DEVICE)) + shift
+    return log_w, draw(strategies.tensors((n,), torch.float32, device=DEVICE))
+
+
+def _run(log_w, grad, dtype=None):
+    log_w = log_w.detach().to(dtype or log_w.dtype).requires_grad_()
+    out = ops.log_mean_exp(log_w)
+    return out, torch.autograd.grad(out, log_w, grad.to(out.dtype))[0]
+
+
+@given(case=cases())
+def test_log_mean_exp(backend, case):
+    log_w, grad = case
+    out, weights = _run(log_w, grad)
+    with fastvae.use_backend("reference"):
+        eager, eager_weights = _run(log_w, grad)
+        exact, exact_weights = _run(log_w, grad, torch.float64)
+    scale = log_w.double().abs().amax(0) + math.log(log_w.shape[0]) + 1
+    assert_accurate("bound", out, eager, exact, scale)
+    # exp of a difference: its relative error is the difference's absolute one.
+    spread = 1 + (log_w.double() - log_w.double().amax(0)).abs()
+    tiny = torch.finfo(torch.float32).tiny if log_w.dtype != torch.float64 else 0.0
+    kept = exact_weights.abs() > 2 * tiny
+    assert_accurate(
+        "weights",
+        torch.where(kept, weights, 0.0),
+        torch.where(kept, eager_weights, 0.0),
+        torch.where(kept, exact_weights, 0.0),
+        exact_weights * spread,
+    )
+
+
+@pytest.mark.parametrize("k", [1, 5, 17, 40])
+def test_the_gradient_is_the_normalised_weights(backend, k):
+    log_w = (3 * torch.randn(k, 6, device=DEVICE) - 1000).requires_grad_()
+    ops.log_mean_exp(log_w).sum().backward()
+    torch.testing.assert_close(log_w.grad.sum(0), torch.ones(6, device=DEVICE), rtol=1e-6, atol=0)
+    torch.testing.assert_close(log_w.grad, torch.softmax(log_w.detach(), 0), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
+def test_any_axis(backend, dim):
+    log_w = torch.randn(4, 3, 5, device=DEVICE, requires_grad=True)
+    out = ops.log_mean_exp(log_w, dim)
+    expected = torch.logsumexp(log_w, dim) - math.log(log_w.shape[dim])
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    actual, wanted = (torch.autograd.grad(o, log_w, grad)[0] for o in (out, expected))
+    torch.testing.assert_close(actual, wanted)
+
+
+def test_equal_weights_give_themselves(backend):
+    """Far from zero: exp would underflow, and the bound must not lose its last digits to log K."""
+    log_w = torch.full((7, 3), -1234.5, device=DEVICE)
+    torch.testing.assert_close(ops.log_mean_exp(log_w), log_w[0], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_all_minus_infinity(backend, k):
+    log_w = torch.randn(k, 3, device=DEVICE)
+    log_w[:, 1] = -math.inf
+    log_w.requires_grad_()
+    out = ops.log_mean_exp(log_w)
+    assert out[1] == -math.inf and bool(out[[0, 2]].isfinite().all())
+    out.sum().backward()
+    assert torch.equal(log_w.grad[:, 1], torch.zeros(k, device=DEVICE))
+    torch.testing.assert_close(log_w.grad[:, 0].sum(), torch.ones((), device=DEVICE))
+
+
+@pytest.mark.parametrize("position", [0, 1, 18])
+def test_some_minus_infinity(backend, position):
+    log_w = torch.randn(19, 2, device=DEVICE) - 500
+    log_w[position] = -math.inf
+    log_w.requires_grad_()
+    out = ops.log_mean_exp(log_w)
+    torch.testing.assert_close(out, torch.logsumexp(log_w, 0) - math.log(19))
+    out.sum().backward()
+    assert torch.equal(log_w.grad[position], torch.zeros(2, device=DEVICE))
+
+
+@pytest.mark.parametrize("position", [0, 1, 18])
+@pytest.mark.parametrize("others", [0.0, -math.inf])
+def test_nan_gives_nan_in_its_column(backend, position, others):
+    log_w = torch.full((19, 3), others, device=DEVICE)
+    log_w[position, 1] = math.nan
+    out = ops.log_mean_exp(log_w)
+    assert out.isnan().tolist() == [False, True, False]
+
+
+def test_plus_infinity(backend):
+    log_w = torch.zeros(3, 2, device=DEVICE)
+    log_w[1, 0] = math.inf
+    assert ops.log_mean_exp(log_w).tolist() == [math.inf, 0.0]
+    log_w[2, 0] = math.nan
+    assert bool(ops.log_mean_exp(log_w)[0].isnan())
+
+
+def test_denormal_weights_and_gradients_are_zero(backend):
+    """They would slow a CPU's backward pass many times over."""
+    tiny = torch.finfo(torch.float32).tiny
+    log_w = torch.tensor([[0.0], [-88.0], [-100.0], [-86.0]], device=DEVICE, requires_grad=True)
+    grad = torch.autograd.grad(ops.log_mean_exp(log_w), log_w, torch.ones(1, device=DEVICE))[0].flatten()
+    assert grad[1] == 0 and grad[2] == 0 and grad[3] > tiny
+    grad = torch.autograd.grad(ops.log_mean_exp(log_w), log_w, torch.full((1,), 1e-3, device=DEVICE))[0].flatten()
+    assert grad[3] == 0 and grad[0] == pytest.approx(1e-3)
+
+
+def test_empty(backend):
+    log_w = torch.randn(4, 0, device=DEVICE, requires_grad=True)
+    out = ops.log_mean_exp(log_w)
+    assert out.shape == (0,)
+    assert torch.autograd.grad(out.sum(), log_w)[0].shape == (4, 0)
+    with pytest.raises(ValueError, match="no samples"):
+        ops.log_mean_exp(torch.randn(0, 4, device=DEVICE))
