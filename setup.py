@@ -1,4 +1,6 @@
-"""Builds fastvae._C (pybind11 and the C++ standard library, no libtorch) and installs kernels/ as fastvae.kernels."""
+"""Builds fastvae._C (pybind11 and the C++ standard library, no libtorch) and installs kernels/ as
+fastvae.kernels.
+"""
 
 import glob
 import shutil
@@ -15,9 +17,10 @@ class BuildExt(build_ext):
         command = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
         if self.compiler.compiler_type == "unix" and shutil.which(command[0]) is None:
             sys.exit(
-                f"fastvae: no C++ compiler found (looked for {command[0]!r}). fastvae's CPU kernels are C++17: install one, "
-                "for example `apt-get install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora) or "
-                "`conda install cxx-compiler`, or name yours in the environment variable CXX, and try again."
+                f"fastvae: no C++ compiler found (looked for {command[0]!r}). fastvae's CPU kernels are "
+                "C++17: install one, for example `apt-get install g++` (Debian, Ubuntu), `dnf install "
+                "gcc-c++` (Fedora) or `conda install cxx-compiler`, or name yours in the environment "
+                "variable CXX, and try again."
             )
         super().build_extensions()
 

@@ -238,5 +238,3 @@ inline double log1p_unit(double t) { return __builtin_log1p(t); }
 
 inline float abs_(float x) { return __builtin_fabsf(x); }
 inline double abs_(double x) { return __builtin_fabs(x); }
-inline float log_(float x) { return __builtin_logf(x); }
-inline double log_(double x) { return __builtin_log(x); }

@@ -21,12 +21,13 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
   using C = compute_t<T>;
   const i64 units = (columns + kColumnsPerUnit - 1) / kColumnsPerUnit;
   parallel(threads, units, samples * columns, [&](i64 begin, i64 end) {
-    C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], sum[kColumnsPerUnit];
+    C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], part[kColumnsPerUnit];
+    double sum[kColumnsPerUnit];  // of the blocks' sums: thousands of samples must not cost digits
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 column = unit * kColumnsPerUnit;
       const int n = static_cast<int>(columns - column < kColumnsPerUnit ? columns - column : kColumnsPerUnit);
       fill(peak, -infinity(C{}), n);
-      fill(sum, C(0), n);
+      fill(sum, 0.0, n);
       for (i64 k0 = 0; k0 < samples; k0 += kSamplesPerBlock) {
         const int m = static_cast<int>(samples - k0 < kSamplesPerBlock ? samples - k0 : kSamplesPerBlock);
         const C* rows[kSamplesPerBlock] = {};
@@ -44,18 +45,23 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
           // While nothing but -inf has come the sum is 0 (or NaN), after +inf it is inf: both keep their scale.
           sum[i] *= exp_(abs_(peak[i]) == infinity(C{}) ? C(0) : peak[i] - next[i]);
         }
+        fill(part, C(0), n);
         for (int k = 0; k < m; ++k) {
           const C* row = rows[k];
 #pragma omp simd
-          for (int i = 0; i < n; ++i) sum[i] += exp_(row[i] - shift_of(next[i]));
+          for (int i = 0; i < n; ++i) part[i] += exp_(row[i] - shift_of(next[i]));
         }
-        for (int i = 0; i < n; ++i) peak[i] = next[i];
+#pragma omp simd
+        for (int i = 0; i < n; ++i) {
+          sum[i] += part[i];
+          peak[i] = next[i];
+        }
       }
-      const C log_samples = static_cast<C>(__builtin_log(static_cast<double>(samples)));
+      const double log_samples = __builtin_log(static_cast<double>(samples));
       for (int i = 0; i < n; ++i) {
-        bound[column + i] = peak[i] + log_(sum[i]) - log_samples;
+        bound[column + i] = static_cast<C>(peak[i] + __builtin_log(sum[i]) - log_samples);
         maximum[column + i] = peak[i];
-        total[column + i] = sum[i];
+        total[column + i] = static_cast<C>(sum[i]);
       }
     }
   });

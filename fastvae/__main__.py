@@ -43,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train two small VAEs, with the ELBO and with IWAE, and compare them",
         description="Train one VAE with the ELBO and one with IWAE on the same images, estimate the test "
-        "log-likelihood of both with many importance samples, print a table and draw pictures. On the digits "
-        "this takes about a minute.",
+        "log-likelihood of both with many importance samples, print a table and draw pictures. On the "
+        "digits this takes about a minute.",
     )
     demo.add_argument(
         "--data",

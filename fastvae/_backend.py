@@ -11,7 +11,8 @@ from types import ModuleType
 
 BACKENDS = ("native", "reference", "triton")
 
-# A plain global, not a context variable: the backward pass of a GPU runs in another thread and must see it too.
+# A plain global, not a context variable: the backward pass of a GPU runs in another thread and must see it
+# too.
 _chosen: str | None = None
 
 
@@ -34,9 +35,10 @@ def use_backend(name: str) -> Iterator[None]:
     r"""Choose the implementation of every op within a ``with`` block.
 
     Args:
-        name: ``"native"`` (the default: C++ for CPU tensors, Triton for GPU tensors, plain PyTorch elsewhere),
-            ``"reference"`` (plain PyTorch everywhere), or ``"triton"`` (Triton everywhere: on CPU tensors this needs
-            Triton's interpreter, that is ``TRITON_INTERPRET=1`` set before triton is imported).
+        name: ``"native"`` (the default: C++ for CPU tensors, Triton for GPU tensors, plain PyTorch
+            elsewhere), ``"reference"`` (plain PyTorch everywhere), or ``"triton"`` (Triton everywhere: on CPU
+            tensors this needs Triton's interpreter, that is ``TRITON_INTERPRET=1`` set before triton is
+            imported).
 
     Raises:
         ValueError: for any other name.
@@ -68,9 +70,9 @@ def layer(backend: str, op_module: str) -> ModuleType:
         return importlib.import_module(f"fastvae.reference.{op_module}")
     if not has_triton():
         raise RuntimeError(
-            "fastvae: these tensors are on a GPU, whose kernels need triton, which is not installed. Install it "
-            "(`pip install triton`), or run plain PyTorch instead: `with fastvae.use_backend('reference'):` or "
-            "FASTVAE_BACKEND=reference."
+            "fastvae: these tensors are on a GPU, whose kernels need triton, which is not installed. "
+            "Install it (`pip install triton`), or run plain PyTorch instead: `with "
+            "fastvae.use_backend('reference'):` or FASTVAE_BACKEND=reference."
         )
     return importlib.import_module(f"fastvae.kernels.{op_module}")
 
@@ -83,7 +85,7 @@ def extension() -> ModuleType:
         return importlib.import_module("fastvae._C")
     except ImportError as error:
         raise RuntimeError(
-            f"fastvae: the C++ extension fastvae._C could not be imported ({error}). Build it with `pip install -e .` in "
-            "fastvae's folder (if fastvae is installed already, do not start Python in that folder), or run plain "
-            "PyTorch instead: FASTVAE_BACKEND=reference."
+            f"fastvae: the C++ extension fastvae._C could not be imported ({error}). Build it with `pip "
+            "install -e .` in fastvae's folder (if fastvae is installed already, do not start Python in "
+            "that folder), or run plain PyTorch instead: FASTVAE_BACKEND=reference."
         ) from error

@@ -1,4 +1,4 @@
-"""What is asked of arguments. Every message names the argument, what came, what was expected, and how to mend it."""
+"""What is asked of arguments. Messages name the argument, what came, what was expected, how to mend it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def checks_data() -> bool:
-    """Whether ``FASTVAE_CHECK=1`` asks for checks of the data that cost a pass, or a synchronisation on a GPU."""
+    """Whether ``FASTVAE_CHECK=1`` asks for checks of the data that cost a synchronisation on a GPU."""
     return os.environ.get("FASTVAE_CHECK", "0") not in ("", "0")
 
 
@@ -27,7 +27,8 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
         raise TypeError(f"{name} must be a tensor{' ' + axes if axes else ''}, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(
-            f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16 (convert it with {name}.float())"
+            f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16 (convert it "
+            f"with {name}.float())"
         )
     if dims is not None and value.dim() != dims:
         raise ValueError(f"{name} has shape {shape_of(value)}; expected {axes}, that is {dims} axes")
@@ -37,15 +38,16 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(
-            f"{name} is on {value.device} but {other_name} is on {other.device}; move one of them, "
-            f"for example {name}.to({str(other.device)!r})"
+            f"{name} is on {value.device} but {other_name} is on {other.device}; move one of them, for "
+            f"example {name}.to({str(other.device)!r})"
         )
 
 
 def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.shape != other.shape:
         raise ValueError(
-            f"{name} has shape {shape_of(value)} but {other_name} has shape {shape_of(other)}; they must be equal"
+            f"{name} has shape {shape_of(value)} but {other_name} has shape {shape_of(other)}; they must be "
+            "equal"
         )
 
 
@@ -89,11 +91,13 @@ def check_seed(seed: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.dim() != 0:
         came = f"{seed.dtype} {shape_of(seed)}" if isinstance(seed, Tensor) else repr(seed)
         raise TypeError(
-            f"seed must be an int64 tensor of no dimensions, such as fastvae.random.draw_seed(device); got {came}"
+            "seed must be an int64 tensor of no dimensions, such as fastvae.random.draw_seed(device); got "
+            f"{came}"
         )
     if device is not None and seed.device != device:
         raise ValueError(
-            f"seed is on {seed.device} but the inputs are on {device}; draw it with draw_seed({str(device)!r})"
+            f"seed is on {seed.device} but the inputs are on {device}; draw it with "
+            f"draw_seed({str(device)!r})"
         )
     return seed
 
@@ -105,6 +109,6 @@ def check_address(samples: int, rows: int, sample_offset: int, row_offset: int) 
             raise TypeError(f"{what}_offset must be an int, got {offset!r} ({type(offset).__name__})")
         if offset < 0 or count < 0 or offset + count > 2**32:
             raise ValueError(
-                f"{what}_offset={offset} with {count} {what}s leaves the noise address, which has 2^32 {what}s; "
-                "start again at offset 0 with another seed"
+                f"{what}_offset={offset} with {count} {what}s leaves the noise address, which has 2^32 "
+                f"{what}s; start again at offset 0 with another seed"
             )

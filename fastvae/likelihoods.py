@@ -18,7 +18,9 @@ class Likelihood(nn.Module):
     """What the objectives ask of p(x|z); a module, so that a learned scale is found among the parameters."""
 
     def log_prob(self, x: Tensor, parameters: Any, samples: int) -> Tensor:
-        """log p(x|z) [K, B] from x [B, *event] and what the decoder returned for K·B rows of z, sample-major."""
+        """log p(x|z) [K, B] from x [B, *event] and what the decoder returned for K·B rows of z,
+        sample-major.
+        """
         raise NotImplementedError
 
     def mean(self, parameters: Any) -> Tensor:
@@ -27,11 +29,12 @@ class Likelihood(nn.Module):
 
 
 class Gaussian(Likelihood):
-    r"""p(x|z) = N(mean, s²), for decoders that return ``(mean, logvar)``, or ``mean`` alone when ``scale`` is given.
+    r"""p(x|z) = N(mean, s²), for decoders that return ``(mean, logvar)``, or ``mean`` alone when ``scale`` is
+    given.
 
     Args:
-        scale: standard deviation s > 0: a number or a tensor broadcastable to the event; an ``nn.Parameter`` is learned. Default:
-            the decoder returns the log variance, too.
+        scale: standard deviation s > 0: a number or a tensor broadcastable to the event; an ``nn.Parameter``
+            is learned. Default: the decoder returns the log variance, too.
 
     Raises:
         ValueError: if scale is not positive.
@@ -49,7 +52,9 @@ class Gaussian(Likelihood):
             if isinstance(scale, bool) or not isinstance(scale, (int, float)):
                 raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
             if not (scale > 0 and math.isfinite(scale)):
-                raise ValueError(f"scale is a standard deviation and must be positive and finite, got {scale}")
+                raise ValueError(
+                    f"scale is a standard deviation and must be positive and finite, got {scale}"
+                )
             scale = float(scale)
         if isinstance(scale, Tensor):
             check_tensor("scale", scale)
@@ -66,16 +71,18 @@ class Gaussian(Likelihood):
         if self.scale is None:
             if not (isinstance(parameters, (tuple, list)) and len(parameters) == 2):
                 raise TypeError(
-                    f"the decoder of a gaussian likelihood must return (mean, logvar), got {_describe(parameters)}; for a "
-                    "mean alone, give the standard deviation: likelihood=fastvae.Gaussian(scale=0.1)"
+                    "the decoder of a gaussian likelihood must return (mean, logvar), got "
+                    f"{_describe(parameters)}; for a mean alone, give the standard deviation: "
+                    "likelihood=fastvae.Gaussian(scale=0.1)"
                 )
             mean = unfold_samples("the decoder's mean", parameters[0], x, samples)
             logvar = unfold_samples("the decoder's logvar", parameters[1], x, samples)
         else:
             if not isinstance(parameters, Tensor):
                 raise TypeError(
-                    f"the decoder of Gaussian(scale=...) must return the mean alone, a tensor; got {_describe(parameters)}. "
-                    "A decoder that returns (mean, logvar) wants likelihood='gaussian', without a scale"
+                    "the decoder of Gaussian(scale=...) must return the mean alone, a tensor; got "
+                    f"{_describe(parameters)}. A decoder that returns (mean, logvar) wants "
+                    "likelihood='gaussian', without a scale"
                 )
             mean = unfold_samples("the decoder's mean", parameters, x, samples)
             logvar = 2 * (self.scale.log() if isinstance(self.scale, Tensor) else math.log(self.scale))
@@ -97,7 +104,8 @@ class Bernoulli(Likelihood):
     def log_prob(self, x, parameters, samples):
         if not isinstance(parameters, Tensor):
             raise TypeError(
-                f"the decoder of a bernoulli likelihood must return logits, one tensor; got {_describe(parameters)}"
+                "the decoder of a bernoulli likelihood must return logits, one tensor; got "
+                f"{_describe(parameters)}"
             )
         return ops.bernoulli_log_prob(x, unfold_samples("the decoder's logits", parameters, x, samples))
 
@@ -113,13 +121,15 @@ def unfold_samples(name: str, value: Any, x: Tensor, samples: int) -> Tensor:
     if value.shape != expected:
         same = value.shape[:1] == expected[:1] and value.shape[1:].numel() == x.shape[1:].numel()
         hint = (
-            f"; the event's {x.shape[1:].numel()} values are there in another shape: reshape the decoder's output or flatten x"
+            f"; the event's {x.shape[1:].numel()} values are there in another shape: reshape the decoder's "
+            "output or flatten x"
             if same
             else ""
         )
         raise ValueError(
-            f"{name} has shape {shape_of(value)}; expected [{', '.join(map(str, expected))}]: K·B = {samples}·{x.shape[0]} "
-            f"rows (samples times batch), each shaped like an x of shape {shape_of(x)}{hint}"
+            f"{name} has shape {shape_of(value)}; expected [{', '.join(map(str, expected))}]: K·B = "
+            f"{samples}·{x.shape[0]} rows (samples times batch), each shaped like an x of shape "
+            f"{shape_of(x)}{hint}"
         )
     return value.reshape(samples, *x.shape)
 
@@ -144,6 +154,6 @@ def as_likelihood(likelihood: Any) -> Likelihood:
             raise ValueError(f"likelihood={likelihood!r} is unknown; known: {', '.join(map(repr, _NAMES))}")
         return _NAMES[likelihood]()
     raise TypeError(
-        f"likelihood must be a name ({', '.join(map(repr, _NAMES))}) or an object such as fastvae.Gaussian(scale=0.1); "
-        f"got {likelihood!r}"
+        f"likelihood must be a name ({', '.join(map(repr, _NAMES))}) or an object such as "
+        f"fastvae.Gaussian(scale=0.1); got {likelihood!r}"
     )

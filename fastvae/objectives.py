@@ -1,4 +1,4 @@
-"""elbo, iwae and log_marginal: compositions of the fused ops, with no arithmetic of their own beyond adding them up."""
+"""elbo, iwae and log_marginal: compositions of the fused ops, which hold the arithmetic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ __all__ = ["LogMarginal", "Terms", "elbo", "iwae", "log_marginal"]
 
 
 class Terms(NamedTuple):
-    """A bound and its parts, each [B], in nats: ``bound`` to be maximised, ``log_likelihood`` E_q log p(x|z), and ``kl``."""
+    """A bound and its parts, each [B], in nats: ``bound`` to be maximised, ``log_likelihood`` E_q log p(x|z),
+    and ``kl``.
+    """
 
     bound: Tensor
     log_likelihood: Tensor
@@ -29,7 +31,7 @@ class Terms(NamedTuple):
 
 
 class LogMarginal(NamedTuple):
-    """An importance-sampling estimate of log p(x), each [B]: the estimate in nats, its standard error, and the effective
+    """An importance-sampling estimate of log p(x), each [B]: in nats, its standard error, and the effective
     sample size (of the k drawn)."""
 
     log_px: Tensor
@@ -54,23 +56,26 @@ def elbo(
 ) -> Tensor | Terms:
     r"""Evidence lower bound, to be maximised.
 
-    .. math:: \frac{1}{L} \sum_{l=1}^{L} \log p(x|z_l) - β\, \mathrm{KL}(q(z|x) \,\|\, p(z)), \quad z_l \sim q(z|x)
+    .. math:: \frac{1}{L} \sum_{l=1}^{L} \log p(x|z_l) - β\, \mathrm{KL}(q(z|x) \,\|\, p(z)),
+              \quad z_l \sim q(z|x)
 
     Args:
         x: data [B, *event].
-        q: the encoder's output: a pair (mu, logvar), each [B, D]; a torch.distributions.Normal or Independent(Normal, 1); or a
-            posterior object.
-        decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B, sample-major.
-        likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits), or an object such as
-            ``fastvae.Gaussian(scale=0.1)`` (it returns the mean).
+        q: the encoder's output: a pair (mu, logvar), each [B, D]; a torch.distributions.Normal or
+            Independent(Normal, 1); or a posterior object.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
+            sample-major.
+        likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
+            or an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean).
         prior: default N(0, I); else ``fastvae.DiagonalNormal(mu, logvar)`` or a torch.distributions.Normal.
         samples: L, the draws of z per example.
         beta: weight of the KL (β-VAE, Higgins et al. 2017).
-        free_bits: λ in nats: each dimension's KL, averaged over this batch, counts as at least λ (Kingma et al. 2016, eq. 15), so
-            its gradient is zero below. The KL term is then the same for every example.
+        free_bits: λ in nats: each dimension's KL, averaged over this batch, counts as at least λ (Kingma et
+            al. 2016, eq. 15), so its gradient is zero below. The KL term is then the same for every example.
         kl: ``"analytic"``, in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the draws.
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for [B]. Events are always summed.
-        terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction; kl without β.
+        terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction; kl
+            without β.
         generator: source of the noise; default torch's own random state.
 
     Returns:
@@ -96,7 +101,9 @@ def elbo(
     check_choice("kl", kl, ("analytic", "mc"))
     check_choice("reduction", reduction, _REDUCTIONS)
     if free_bits and kl == "mc":
-        raise ValueError("free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'")
+        raise ValueError(
+            "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
+        )
     seed = draw_seed(q.device, generator)
     if kl == "analytic":
         z, divergence = q.rsample_kl(prior, samples=samples, seed=seed, per_dimension=free_bits > 0)
@@ -129,14 +136,17 @@ def iwae(
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, prior, reduction, generator: as in :func:`elbo`; the decoder is called once, with N = k·B.
+        x, q, decoder, likelihood, prior, reduction, generator: as in :func:`elbo`; the decoder is called
+            once, with N = k·B.
         k: importance samples per example.
         estimator: the gradient that reaches q; the value is the same, and so is the decoder's gradient.
-            ``"iwae"``: the bound's derivative; its signal-to-noise ratio falls with k (Rainforth et al. 2018).
-            ``"dreg"``: doubly reparameterised, unbiased for it, with a signal-to-noise ratio that rises with k.
-            ``"stl"``: drops the score of q; unbiased for k=1, where it vanishes at the exact posterior, biased for k>1.
-        terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction: the bound to train on, and
-            the means of log p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws, detached, to look at.
+            ``"iwae"``: the bound's derivative, whose signal-to-noise falls with k (Rainforth et al. 2018).
+            ``"dreg"``: doubly reparameterised, unbiased for it; its signal-to-noise rises with k.
+            ``"stl"``: drops the score of q; unbiased for k=1, where it vanishes at the exact posterior,
+                biased for k>1.
+        terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction: the
+            bound to train on, and the means of log p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws,
+            detached, to look at.
 
     Returns:
         A number in nats, or [B], or Terms.
@@ -180,9 +190,11 @@ def log_marginal(
     prior: Prior | None = None,
     generator: torch.Generator | None = None,
 ) -> LogMarginal:
-    r"""Estimate log p(x) per example by importance sampling, streaming over chunks of the k draws; no gradients.
+    r"""Estimate log p(x) per example by importance sampling, streaming over chunks of the k draws; no
+    gradients.
 
-    With the running maximum M, :math:`S_1 = \sum_k e^{\log w_k - M}` and :math:`S_2 = \sum_k e^{2(\log w_k - M)}`:
+    With the running maximum M, :math:`S_1 = \sum_k e^{\log w_k - M}` and
+    :math:`S_2 = \sum_k e^{2(\log w_k - M)}`:
 
     .. math:: \log \hat p = M + \log S_1 - \log K, \quad \mathrm{ESS} = S_1^2 / S_2, \quad
               \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
@@ -190,12 +202,12 @@ def log_marginal(
     Args:
         x, q, decoder, likelihood, prior, generator: as in :func:`elbo`.
         k: draws per example.
-        k_chunk: draws at a time, which bounds memory and changes no result but by rounding: the noise of draw k is the same in
-            any chunk. Default: as many as make about 4096 rows for the decoder.
+        k_chunk: draws at a time, which bounds memory and changes no result but by rounding: the noise of draw
+            k is the same in any chunk. Default: as many as make about 4096 rows for the decoder.
 
     Returns:
-        :class:`LogMarginal` (log_px, stderr, ess), each [B]. The standard error is the delta method's, and NaN for k=1; it is to
-        be trusted only while ess is large.
+        :class:`LogMarginal` (log_px, stderr, ess), each [B]. The standard error is the delta method's, and
+        NaN for k=1; it is to be trusted only while ess is large.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, naming the one that does not.
@@ -228,7 +240,7 @@ def log_marginal(
 
 
 def _merge(state: tuple[Tensor, ...] | None, log_w: Tensor) -> tuple[Tensor, ...]:
-    """Fold log weights [K, B] into the running (maximum, sum of w, sum of w^2), the sums relative to the maximum."""
+    """Fold log weights [K, B] into the running (maximum, sum of w, sum of w^2), relative to the maximum."""
     maximum = log_w.amax(0) if state is None else torch.maximum(state[0], log_w.amax(0))
     # A column of -inf keeps sums of 0 instead of exp(-inf + inf).
     shift = torch.where(maximum == -math.inf, 0.0, maximum)
@@ -259,8 +271,8 @@ def _model(x, q, decoder, likelihood, prior) -> tuple[Posterior, Likelihood, Pri
         raise ValueError(f"x is on {x.device} but q is on {q.device}; move one of them")
     if not callable(decoder):
         raise TypeError(
-            f"decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got {type(decoder).__name__}. Pass the "
-            "decoder itself, not its output"
+            "decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got "
+            f"{type(decoder).__name__}. Pass the decoder itself, not its output"
         )
     return q, as_likelihood(likelihood), as_prior(prior)
 

@@ -18,8 +18,8 @@ __all__ = ["DiagonalGaussian", "Posterior", "as_posterior"]
 class Posterior:
     """What the objectives ask of q(z|x). Subclass it for families that fastvae does not have yet.
 
-    ``batch`` is the number of rows B, ``device`` where they lie. Both methods take a prior object and an int64 ``seed``, and
-    draw samples [K, B, D] addressed by (seed, ``sample_offset`` + k, ``row_offset`` + b).
+    ``batch`` is the number of rows B, ``device`` where they lie. Both methods take a prior object and an
+    int64 ``seed``, and draw samples [K, B, D] addressed by (seed, ``sample_offset`` + k, ``row_offset`` + b).
     """
 
     batch: int
@@ -89,9 +89,7 @@ class DiagonalGaussian(Posterior):
             seed=seed,
         )
 
-    def rsample_log_ratio(
-        self, prior, *, samples, seed, estimator="iwae", sample_offset=0, row_offset=0
-    ):
+    def rsample_log_ratio(self, prior, *, samples, seed, estimator="iwae", sample_offset=0, row_offset=0):
         return ops.rsample_log_ratio(
             self.mu,
             self.logvar,
@@ -114,7 +112,9 @@ def _normal_parts(prior: Prior) -> tuple[Tensor, Tensor] | None:
 
 
 def as_posterior(q: Any) -> Posterior:
-    """Read what an encoder returned: a pair (mu, logvar), a Normal or Independent(Normal), or a posterior object."""
+    """Read what an encoder returned: a pair (mu, logvar), a Normal or Independent(Normal), or a posterior
+    object.
+    """
     if isinstance(q, Posterior):
         return q
     if isinstance(q, td.Independent) and q.reinterpreted_batch_ndims == 1:
@@ -124,10 +124,8 @@ def as_posterior(q: Any) -> Posterior:
     if isinstance(q, (tuple, list)) and len(q) == 2:
         return DiagonalGaussian(*q)
     came = f"a {type(q).__name__} of length {len(q)}" if isinstance(q, (tuple, list)) else type(q).__name__
-    hint = (
-        "; a tensor [B, 2 D] is split by q.chunk(2, dim=1)" if isinstance(q, Tensor) else ""
-    )
+    hint = "; a tensor [B, 2 D] is split by q.chunk(2, dim=1)" if isinstance(q, Tensor) else ""
     raise TypeError(
-        f"q must be a pair (mu, logvar) of tensors [B, D], a torch.distributions.Normal, an Independent(Normal, 1), or a "
-        f"fastvae posterior; got {came}{hint}"
+        "q must be a pair (mu, logvar) of tensors [B, D], a torch.distributions.Normal, an "
+        f"Independent(Normal, 1), or a fastvae posterior; got {came}{hint}"
     )

@@ -15,7 +15,9 @@ __all__ = ["DiagonalNormal", "Prior", "StandardNormal", "as_prior"]
 
 
 class Prior(nn.Module):
-    """What the objectives and ``VAE.sample`` ask of p(z); a module, so that a learned prior's parameters are found."""
+    """What the objectives and ``VAE.sample`` ask of p(z); a module, so that a learned prior's parameters are
+    found.
+    """
 
     def sample(self, n: int, dim: int, *, device=None, generator: torch.Generator | None = None) -> Tensor:
         """Draw z [n, dim]."""
@@ -39,15 +41,16 @@ class DiagonalNormal(Prior):
     r"""p(z) = N(mu, diag exp(logvar)), fixed or learned.
 
     Args:
-        mu, logvar: mean and log variance, each broadcastable to [B, D]; ``nn.Parameter`` for a learned prior, tensors [B, D] that
-            a network computed for a conditional one.
+        mu, logvar: mean and log variance, each broadcastable to [B, D]; ``nn.Parameter`` for a learned prior,
+            tensors [B, D] that a network computed for a conditional one.
 
     Raises:
         TypeError, ValueError: if they are not floating-point tensors on one device.
 
     Example:
         >>> import torch, fastvae
-        >>> prior = fastvae.DiagonalNormal(torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2)))
+        >>> mu, logvar = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+        >>> prior = fastvae.DiagonalNormal(mu, logvar)
         >>> len(list(prior.parameters()))
         2
     """
@@ -82,13 +85,15 @@ def as_prior(prior: Any) -> Prior:
         return prior
     if isinstance(prior, str):
         if prior not in _NAMES:
-            raise ValueError(f"prior={prior!r} is unknown; known: {', '.join(map(repr, _NAMES))}, or a prior object")
+            raise ValueError(
+                f"prior={prior!r} is unknown; known: {', '.join(map(repr, _NAMES))}, or a prior object"
+            )
         return _NAMES[prior]()
     if isinstance(prior, td.Independent) and prior.reinterpreted_batch_ndims == 1:
         prior = prior.base_dist
     if isinstance(prior, td.Normal):
         return DiagonalNormal(prior.loc, 2 * prior.scale.log())
     raise TypeError(
-        f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), fastvae.DiagonalNormal(mu, logvar), or a "
-        f"torch.distributions.Normal; got {type(prior).__name__}"
+        f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), "
+        f"fastvae.DiagonalNormal(mu, logvar), or a torch.distributions.Normal; got {type(prior).__name__}"
     )

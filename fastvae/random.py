@@ -1,20 +1,22 @@
 r"""Seeds, and noise as an address.
 
-fastvae never stores the noise of a sample: it is a pure function of (seed, sample, row, column), so the backward pass,
-another thread count, a chunk of the samples, a shard of the rows or another device all see the same numbers.
+fastvae never stores the noise of a sample: it is a pure function of (seed, sample, row, column), so the
+backward pass, another thread count, a chunk of the samples, a shard of the rows or another device all see the
+same numbers.
 
 The function is Philox4x32-10 [1]_ with the 64-bit seed as its key (low word first) and the counter
 
     (column // 4, row, sample, 0)
 
-whose four words :math:`w_0 … w_3` belong to the four columns of the block. Words :math:`w_0, w_1` make columns 0 and 1 by
-Box and Muller's transform, :math:`w_2, w_3` columns 2 and 3:
+whose four words :math:`w_0 … w_3` belong to the four columns of the block. Words :math:`w_0, w_1` make
+columns 0 and 1 by Box and Muller's transform, :math:`w_2, w_3` columns 2 and 3:
 
 .. math:: u = (w_0 + ½) 2^{-32}, \quad v = (w_1 + ½) 2^{-32}, \quad
           ε_0 = \sqrt{-2 \ln u} \cos 2πv, \quad ε_1 = \sqrt{-2 \ln u} \sin 2πv
 
-so both halves of each pair are used and the tail reaches :math:`\sqrt{2 \ln 2^{33}} = 6.76` standard deviations. The words are
-equal bit for bit in C++, Triton and PyTorch; the normals to a few units in the last place.
+so both halves of each pair are used and the tail reaches :math:`\sqrt{2 \ln 2^{33}} = 6.76` standard
+deviations. The words are equal bit for bit in C++, Triton and PyTorch; the normals to a few units in the last
+place.
 
 .. [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
 """
@@ -31,11 +33,13 @@ __all__ = ["draw_seed", "normal"]
 
 
 def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
-    """Draw a seed, an int64 tensor of no dimensions, from torch's random state; no synchronisation, none on a GPU either.
+    """Draw a seed, an int64 tensor of no dimensions, from torch's random state; no synchronisation, none on a
+    GPU either.
 
     Args:
         device: where the seed shall lie: the device of the tensors that it makes noise for.
-        generator: the generator to draw from, on that device. Default: torch's own, so ``torch.manual_seed`` rules.
+        generator: the generator to draw from, on that device. Default: torch's own, so ``torch.manual_seed``
+            rules.
 
     Raises:
         ValueError: if the generator is on another device.
@@ -66,13 +70,14 @@ def normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The noise that the sampling ops use: standard normals [samples, rows, columns], a function of the address alone.
+    """The noise that the sampling ops use: standard normals [samples, rows, columns], a function of the
+    address alone.
 
     Args:
         seed: int64 tensor of no dimensions, or an int.
         samples, rows, columns: the shape of the result.
-        sample_offset, row_offset: address of its first sample and row: ``normal(s, K, B, D)[k0:, b0:]`` equals
-            ``normal(s, K - k0, B - b0, D, sample_offset=k0, row_offset=b0)``.
+        sample_offset, row_offset: address of its first sample and row: ``normal(s, K, B, D)[k0:, b0:]``
+            equals ``normal(s, K - k0, B - b0, D, sample_offset=k0, row_offset=b0)``.
         dtype: float32 or float64.
         device: where to make it; default: the seed's device.
 
@@ -102,8 +107,8 @@ def normal(
     if backend == "native":
         out = torch.empty((samples, rows, columns), dtype=dtype)
         _backend.extension().normal(
-            out.data_ptr(), dtype == torch.float64, seed.data_ptr(), samples, rows, columns, sample_offset, row_offset,
-            torch.get_num_threads(),
+            out.data_ptr(), dtype == torch.float64, seed.data_ptr(), samples, rows, columns,
+            sample_offset, row_offset, torch.get_num_threads(),
         )  # fmt: skip
         return out
     return _backend.layer(backend, "random").normal(

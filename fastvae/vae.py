@@ -21,11 +21,13 @@ class VAE(nn.Module):
     """A variational autoencoder: encoder, decoder, likelihood and prior in one module.
 
     Args:
-        encoder: module x [B, *event] -> q, a pair (mu, logvar) or any other posterior that :func:`fastvae.elbo` takes.
+        encoder: module x [B, *event] -> q, a pair (mu, logvar) or any other posterior that
+            :func:`fastvae.elbo` takes.
         decoder: module z [N, D] -> parameters of the likelihood.
         likelihood: ``"gaussian"``, ``"bernoulli"`` or an object.
         prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``.
-        latent_dim: D; found from the encoder's first output if not given, and needed for :meth:`sample` before that.
+        latent_dim: D; found from the encoder's first output if not given, and needed for :meth:`sample`
+            before that.
 
     Example:
         >>> import torch, fastvae
@@ -75,7 +77,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def log_marginal(self, x: Tensor, k: int = 5000, **options) -> LogMarginal:
-        """:func:`fastvae.log_marginal` of x with k samples, in the mode (train or eval) that the module is in."""
+        """:func:`fastvae.log_marginal` of x with k samples, in the mode (train or eval) that the module is
+        in.
+        """
         return objectives.log_marginal(x, self.posterior(x), self.decoder, k=k, **self._meaning(), **options)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """How an op meets torch: one dispatcher entry per op, with kernels per device, a fake, and autograd.
 
 The Autograd kernel is Python and uses two private names of torch, ``_SingleLevelFunction`` and
-``_AutoDispatchBelowAutograd``; this is the only file that does. Compared with ``torch.library.register_autograd`` it costs
-half the time per call and works under ``torch.func.grad``.
+``_AutoDispatchBelowAutograd``; this is the only file that does. Compared with
+``torch.library.register_autograd`` it costs half the time per call and works under ``torch.func.grad``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def define(
         native: the same function in C++, for CPU tensors.
         fake: the shapes and dtypes of the results, from fake inputs.
         setup: ``setup(ctx, args, result)`` saves what backward needs.
-        backward: ``backward(ctx, *grads)`` returns a gradient or None per argument. Without it, differentiating raises.
+        backward: ``backward(ctx, *grads)`` returns a gradient or None per argument. Without it,
+            differentiating raises.
     """
     _library.define(name + schema)
     op = getattr(torch.ops.fastvae, name).default
@@ -74,9 +75,9 @@ def define(
     def node_backward(ctx, *grads):
         if backward is None:
             raise RuntimeError(
-                f"fastvae::{name.removesuffix('_backward')}: second derivatives are not implemented. Differentiate once "
-                "(no create_graph=True on what you differentiate again), or compute this term in plain PyTorch: the "
-                "formulas stand in fastvae/reference."
+                f"fastvae::{name.removesuffix('_backward')}: second derivatives are not implemented. "
+                "Differentiate once (no create_graph=True on what you differentiate again), or compute this "
+                "term in plain PyTorch: the formulas stand in fastvae/reference."
             )
         return backward(ctx, *grads)
 
@@ -89,8 +90,8 @@ def define(
     def autograd(*args):
         if forward_ad._current_level >= 0 and _any_tangent(args):
             raise RuntimeError(
-                f"fastvae::{name}: forward-mode differentiation is not implemented; use reverse mode (backward, "
-                "torch.func.grad, torch.func.vjp)."
+                f"fastvae::{name}: forward-mode differentiation is not implemented; use reverse mode "
+                "(backward, torch.func.grad, torch.func.vjp)."
             )
         if _C.is_grad_enabled() and _C._any_requires_grad(*args):
             with enable_single_level_autograd_function():

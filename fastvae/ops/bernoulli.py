@@ -1,11 +1,14 @@
-r"""Row-reduced Bernoulli log-likelihood from logits, soft targets in [0, 1] allowed, x broadcast over samples.
+r"""Row-reduced Bernoulli log-likelihood from logits; x in [0, 1], broadcast over samples.
 
 .. math:: \log p(x|z_k) = \sum_i \big[x_i l_{ki} - \mathrm{softplus}(l_{ki})\big]
-          = -\sum_i \big[t_{ki} |l_{ki}| + \log(1 + e^{-|l_{ki}|})\big], \quad t = x \text{ if } l ≤ 0 \text{ else } 1 - x
+          = -\sum_i \big[t_{ki} |l_{ki}| + \log(1 + e^{-|l_{ki}|})\big],
+          \quad t = x \text{ if } l ≤ 0 \text{ else } 1 - x
 
-The second form neither cancels nor overflows, and :math:`0 \cdot ∞ = 0`: a pixel that is certain and right costs nothing.
+The second form neither cancels nor overflows, and :math:`0 \cdot ∞ = 0`: a pixel that is certain and right
+costs nothing.
 
-With :math:`g_k` what arrives: :math:`\bar l_{ki} = g_k (x_i - σ(l_{ki}))`, :math:`\bar x_i = \sum_k g_k l_{ki}`.
+With :math:`g_k` what arrives: :math:`\bar l_{ki} = g_k (x_i - σ(l_{ki}))` and
+:math:`\bar x_i = \sum_k g_k l_{ki}`.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: for shapes that do not fit, integer tensors, or several devices.
-        ValueError: for targets outside [0, 1]: always on a CPU; on a GPU, where it would cost a synchronisation, if the
-            environment variable FASTVAE_CHECK is 1.
+        ValueError: for targets outside [0, 1]: always on a CPU; on a GPU, where it would cost a
+            synchronisation, if the environment variable FASTVAE_CHECK is 1.
 
     Example:
         >>> import torch, fastvae
@@ -56,8 +59,9 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
 
 def _refuse_targets(low: float, high: float):
     raise ValueError(
-        f"x holds values in [{low:g}, {high:g}], but Bernoulli targets must lie in [0, 1]; images scaled to [-1, 1] are "
-        "mended by (x + 1) / 2, bytes by x / 255, and data that is not bounded wants likelihood='gaussian'"
+        f"x holds values in [{low:g}, {high:g}], but Bernoulli targets must lie in [0, 1]; images scaled to "
+        "[-1, 1] are mended by (x + 1) / 2, bytes by x / 255, and data that is not bounded wants "
+        "likelihood='gaussian'"
     )
 
 

@@ -6,11 +6,11 @@ r"""Row-reduced log-likelihood of a diagonal Gaussian, x broadcast over samples 
 With :math:`g_k` what arrives, and :math:`r = (x - m) / s^2`:
 
 .. math::
-    \bar m_{ki} = g_k r_{ki}, \quad \overline{\log s^2}_{ki} = ½ g_k \big[(x_i - m_{ki}) r_{ki} - 1\big], \quad
-    \bar x_i = -\sum_k \bar m_{ki}
+    \bar m_{ki} = g_k r_{ki}, \quad \overline{\log s^2}_{ki} = ½ g_k \big[(x_i - m_{ki}) r_{ki} - 1\big],
+    \quad \bar x_i = -\sum_k \bar m_{ki}
 
-The log variance has one entry per element, or broadcasts over samples and rows (a row per pixel), or over pixels as well (one
-number, fixed or learned); its gradient is then summed in a fixed order inside the kernel.
+The log variance has one entry per element, or broadcasts over samples and rows (a row per pixel), or over
+pixels as well (one number, fixed or learned); its gradient is then summed in a fixed order inside the kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from ._registry import accumulator, code, define, pointer, strided
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor:
     r"""Log-likelihood of a diagonal Gaussian, summed over the event.
 
-    .. math:: -½ \sum_i \big[\log 2π + \mathrm{logvar}_i + (x_i - \mathrm{mean}_i)^2 e^{-\mathrm{logvar}_i}\big]
+    .. math:: -½ \sum_i \big[\log 2π + \mathrm{logvar}_i
+              + (x_i - \mathrm{mean}_i)^2 e^{-\mathrm{logvar}_i}\big]
 
     Args:
         x: data [B, *event]; broadcasts over the leading axes of mean.
@@ -59,15 +60,15 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor
 def flatten_event(
     x_name: str, x: Tensor, name: str, parameter: Tensor
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Check x [B, *event] against a parameter [..., B, *event]; return [B, X], [K, B, X] and the leading axes."""
+    """Check x [B, *event] against a parameter [..., B, *event]; return [B, X], [K, B, X], leading axes."""
     check_tensor(x_name, x)
     check_tensor(name, parameter)
     check_same_device(name, parameter, x_name, x)
     lead = parameter.dim() - x.dim()
     if x.dim() == 0 or lead < 0 or parameter.shape[lead:] != x.shape:
         raise ValueError(
-            f"{name} has shape {shape_of(parameter)}, which does not end in {x_name}'s {shape_of(x)} ([B, *event]); "
-            f"expected [..., {', '.join(map(str, x.shape))}]"
+            f"{name} has shape {shape_of(parameter)}, which does not end in {x_name}'s {shape_of(x)} ([B, "
+            f"*event]); expected [..., {', '.join(map(str, x.shape))}]"
         )
     b = x.shape[0]
     # Written out, since -1 is ambiguous for an empty batch.
@@ -82,8 +83,8 @@ def _fold_logvar(logvar: Tensor, mean: Tensor, lead: tuple[int, ...], event: tup
     fits = missing >= 0 and all(n in (1, m) for n, m in zip(logvar.shape, mean.shape[missing:], strict=True))
     if not fits:
         raise ValueError(
-            f"logvar has shape {shape_of(logvar)}, which does not broadcast to mean's {shape_of(mean)}; expected that shape, "
-            f"one row {list(event)}, or one number"
+            f"logvar has shape {shape_of(logvar)}, which does not broadcast to mean's {shape_of(mean)}; "
+            f"expected that shape, one row {list(event)}, or one number"
         )
     logvar = logvar.reshape((1,) * missing + tuple(logvar.shape))
     groups = ((0, len(lead)), (len(lead), len(lead) + 1), (len(lead) + 1, mean.dim()))

@@ -4,9 +4,10 @@ r"""log-mean-exp over importance samples, whose gradient is the normalised weigh
     M = \max_k \log w_k, \quad S = \sum_k e^{\log w_k - M}, \quad
     \log \tfrac{1}{K} \sum_k w_k = M + \log S - \log K, \quad \tilde w_k = e^{\log w_k - M} / S
 
-The backward pass takes the weights from (M, S), not from the bound: at :math:`\log w ≈ -1000` the bound's own rounding would
-shift them all by :math:`10^{-4}`. A column of −∞ gives −∞ with zero gradient; NaN gives NaN. Weights and gradients below the
-smallest normal number are zero: denormals would slow the decoder's backward pass many times over.
+The backward pass takes the weights from (M, S), not from the bound: at :math:`\log w ≈ -1000` the bound's own
+rounding would shift them all by :math:`10^{-4}`. A column of −∞ gives −∞ with zero gradient; NaN gives NaN.
+Weights and gradients below the smallest normal number are zero: denormals would slow the decoder's backward
+pass many times over.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def _native_log_mean_exp(log_w):
 def _native_log_mean_exp_backward(grad, log_w, maximum, total):
     out = torch.empty(log_w.shape, dtype=log_w.dtype)
     _backend.extension().log_mean_exp_backward(
-        code(log_w.dtype), out.data_ptr(), strided(grad), strided(log_w), maximum.data_ptr(), total.data_ptr(),
-        *log_w.shape, torch.get_num_threads(),
+        code(log_w.dtype), out.data_ptr(), strided(grad), strided(log_w),
+        maximum.data_ptr(), total.data_ptr(), *log_w.shape, torch.get_num_threads(),
     )  # fmt: skip
     return out
 

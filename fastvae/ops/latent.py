@@ -1,14 +1,16 @@
 r"""Reparameterised sampling of a diagonal Gaussian, fused with its KL or with its log-ratio to the prior.
 
-With :math:`q = N(μ, σ^2)`, :math:`σ = \exp(\mathrm{logvar}/2)`, prior :math:`p = N(m, s^2)` (default N(0, I)), noise
-:math:`ε_{kbd}` a function of its address (:mod:`fastvae.random`), and :math:`u = \log σ^2 - \log s^2`:
+With :math:`q = N(μ, σ^2)`, :math:`σ = \exp(\mathrm{logvar}/2)`, prior :math:`p = N(m, s^2)` (default
+N(0, I)), noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random`), and :math:`u = \log σ^2 -
+\log s^2`:
 
 .. math::
     z_{kbd} &= μ_{bd} + σ_{bd} ε_{kbd} \\
     \mathrm{KL}_b &= ½ \sum_d \big[(μ - m)^2 / s^2 + e^{u} - 1 - u\big] \\
     \log p(z_k) - \log q(z_k|x) &= ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + u\big]
 
-:math:`e^u - 1 - u` is computed without cancellation near u = 0. ε is regenerated in the backward pass, never stored.
+:math:`e^u - 1 - u` is computed without cancellation near u = 0. ε is regenerated in the backward pass, never
+stored.
 
 Gradients. With :math:`g^z` and :math:`g^r_k` what arrives at z and at the log-ratio:
 
@@ -18,11 +20,13 @@ Gradients. With :math:`g^z` and :math:`g^r_k` what arrives at z and at the log-r
     \bar m &= \sum_k g^r_k (z_k - m) / s^2, \quad
     \overline{\log s^2} = ½ \sum_k g^r_k \big[(z_k - m)^2 / s^2 - 1\big]
 
-``estimator="stl"`` (sticking the landing, Roeder et al. 2017) drops q's own dependence on (μ, logvar) inside log q: the last
-sum of the logvar gradient goes, and :math:`h_k` gains :math:`+ g^r_k ε_k / σ`. ``estimator="dreg"`` (Tucker et al. 2019) does
-that and multiplies what reaches μ and logvar by the normalised weights once more, giving :math:`\tilde w_k^2` in all. The weights
-need no hook: the gradient of a log-mean-exp arrives here as :math:`g^r_k = g \tilde w_k`, and the weights sum to one, so
-:math:`\tilde w_k = g^r_k / \sum_j g^r_j`. The prior's gradients are those of the bound under every estimator.
+``estimator="stl"`` (sticking the landing, Roeder et al. 2017) drops q's own dependence on (μ, logvar) inside
+log q: the last sum of the logvar gradient goes, and :math:`h_k` gains :math:`+ g^r_k ε_k / σ`.
+``estimator="dreg"`` (Tucker et al. 2019) does that and multiplies what reaches μ and logvar by the normalised
+weights once more, giving :math:`\tilde w_k^2` in all. The weights need no hook: the gradient of a
+log-mean-exp arrives here as :math:`g^r_k = g \tilde w_k`, and the weights sum to one,
+so :math:`\tilde w_k = g^r_k / \sum_j g^r_j`. The prior's gradients are those of the bound under every
+estimator.
 """
 
 from __future__ import annotations
@@ -66,7 +70,8 @@ def rsample_kl(
 ) -> tuple[Tensor, Tensor]:
     r"""Sample z = μ + exp(logvar/2)·ε and compute KL(q(z|x) ‖ p(z)) in one pass.
 
-    .. math:: \mathrm{KL} = ½ \sum_d \big[(μ - m)^2 / s^2 + e^u - 1 - u\big], \quad u = \mathrm{logvar} - \log s^2
+    .. math:: \mathrm{KL} = ½ \sum_d \big[(μ - m)^2 / s^2 + e^u - 1 - u\big],
+              \quad u = \mathrm{logvar} - \log s^2
 
     Args:
         mu, logvar: mean and log variance of q, each [B, D].
@@ -76,14 +81,16 @@ def rsample_kl(
         per_dimension: return the KL of every dimension, [B, D], instead of their sum.
         seed: int64 tensor of no dimensions that fixes the noise; default: drawn from ``generator``.
         generator: where a seed is drawn from; default torch's own, so ``torch.manual_seed`` rules.
-        sample_offset, row_offset: address of the first sample and row, for a chunk or a shard of a larger draw.
+        sample_offset, row_offset: address of the first sample and row, for a chunk or a shard of a larger
+            draw.
 
     Returns:
-        z [K, B, D] (or [B, D] without ``samples``) in the inputs' dtype, and the KL in nats, [B] or [B, D], in float32 (float64
-        for float64 inputs).
+        z [K, B, D] (or [B, D] without ``samples``) in the inputs' dtype, and the KL in nats, [B] or [B, D],
+        in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: for what is not a pair of [B, D] floating-point tensors on one device, and the like.
+        TypeError, ValueError: for what is not a pair of [B, D] floating-point tensors on one device, and the
+            like.
 
     References:
         Kingma & Welling, Auto-Encoding Variational Bayes, 2014, appendix B.
@@ -122,18 +129,21 @@ def rsample_log_ratio(
         mu, logvar: mean and log variance of q, each [B, D].
         samples: K draws per row.
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
-        estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the score of q;
-            ``"dreg"``, doubly reparameterised. The last takes it that the ratio feeds one log-mean-exp over these samples.
+        estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the
+            score of q; ``"dreg"``, doubly reparameterised. The last takes it that the ratio feeds one
+            log-mean-exp over these samples.
         logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
 
     Returns:
-        z [K, B, D] in the inputs' dtype, and the log-ratio in nats [K, B] in float32 (float64 for float64 inputs).
+        z [K, B, D] in the inputs' dtype, and the log-ratio in nats [K, B] in float32 (float64 for float64
+        inputs).
 
     Raises:
         TypeError, ValueError: as :func:`rsample_kl`, and for an unknown estimator.
 
     References:
-        Burda, Grosse & Salakhutdinov 2016; Roeder, Wu & Duvenaud 2017, eq. 8; Tucker, Lawson, Gu & Maddison 2019, eq. 8.
+        Burda, Grosse & Salakhutdinov 2016; Roeder, Wu & Duvenaud 2017, eq. 8; Tucker, Lawson, Gu & Maddison
+        2019, eq. 8.
 
     Example:
         >>> import torch, fastvae
@@ -193,7 +203,8 @@ def _prior_part(name: str, value: Tensor, mu: Tensor) -> Tensor:
         return value.expand(mu.shape)
     except RuntimeError:
         raise ValueError(
-            f"prior {name} has shape {shape_of(value)}, which does not broadcast to mu's {shape_of(mu)} ([B, D])"
+            f"prior {name} has shape {shape_of(value)}, which does not broadcast to mu's {shape_of(mu)} ([B, "
+            "D])"
         ) from None
 
 
@@ -341,8 +352,9 @@ def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio):
     if estimator == "dreg":
         if grad_log_ratio is None:
             raise RuntimeError(
-                "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not arrive: pass "
-                "log_ratio + log p(x|z) through fastvae.ops.log_mean_exp, or use estimator='stl'"
+                "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not "
+                "arrive: pass log_ratio + log p(x|z) through fastvae.ops.log_mean_exp, or use "
+                "estimator='stl'"
             )
         total = grad_log_ratio.sum(0)
         weight = torch.where(total == 0, 0.0, grad_log_ratio / total)
@@ -356,7 +368,8 @@ def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio):
 _rsample_log_ratio_backward = define(
     "latent",
     "rsample_log_ratio_backward",
-    f"(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? weight, {_INPUTS}{_ADDRESS}, bool path, bool[4] need) {_GRADS}",
+    f"(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? weight, {_INPUTS}{_ADDRESS}, bool path, bool[4] "
+    f"need) {_GRADS}",
     native=_native_rsample_log_ratio_backward,
     fake=_fake_rsample_log_ratio_backward,
 )

@@ -11,7 +11,8 @@ from .latent import _upcast
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     """x l - softplus(l) summed over the last axis: x [B, X], logits [K, B, X] -> [K, B]."""
     x, logits = _upcast(x, logits)
-    # For l > 0 the same is -(1 - x) l - log(1 + exp(-l)): no cancellation, and certain pixels (0 * inf) are 0, not NaN.
+    # For l > 0 the same is -(1 - x) l - log(1 + exp(-l)): no cancellation, and certain pixels (0 * inf) are
+    # 0, not NaN.
     miss = torch.where(logits > 0, 1 - x, x.expand_as(logits))
     magnitude = logits.abs()
     linear = torch.where(miss == 0, torch.zeros_like(logits), miss * magnitude)

@@ -11,7 +11,7 @@ from .latent import _upcast
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """log N(x; mean, exp(logvar)) summed over the last axis: x [B, X], mean [K, B, X], logvar broadcastable -> [K, B]."""
+    """log N(x; mean, exp(logvar)) summed over the last axis: x [B, X], mean [K, B, X] -> [K, B]."""
     x, mean, logvar = _upcast(x, mean, logvar)
     delta = x - mean
     return -0.5 * (math.log(2 * math.pi) + logvar + delta**2 * torch.exp(-logvar)).sum(2)

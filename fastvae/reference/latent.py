@@ -133,8 +133,8 @@ def rsample_log_ratio_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed.
 
-    With ``path``, log q's own dependence on (mu, logvar) is dropped (sticking the landing). ``weight`` [K, B] multiplies
-    what reaches mu and logvar, and nothing else (DReG).
+    With ``path``, log q's own dependence on (mu, logvar) is dropped (sticking the landing). ``weight`` [K, B]
+    multiplies what reaches mu and logvar, and nothing else (DReG).
     """
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape

@@ -41,7 +41,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 def words(
     seed: Tensor, samples: int, rows: int, columns: int, sample_offset: int = 0, row_offset: int = 0
 ) -> Tensor:
-    """The random words behind the normals: int64 [samples, rows, columns rounded up to 4], each in [0, 2^32)."""
+    """The random words behind the normals: int64 [samples, rows, columns rounded up to 4]."""
     device = seed.device
     blocks = -(-columns // 4)
     block = torch.arange(blocks, device=device).view(1, 1, blocks)
