@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 
-def assert_accurate(name: str, actual: Tensor, eager: Tensor, exact: Tensor, scale: Tensor | None = None) -> None:
-    """Element by element: error <= 2 * (eager's largest error relative to the scale) * scale + 1 ulp of the scale.
+def assert_accurate(
+    name: str, actual: Tensor, eager: Tensor, exact: Tensor, scale: Tensor | None = None
+) -> None:
+    """Element by element: error <= 2 * (eager's largest error relative to the scale) * scale + 1 ulp of the
+    scale.
 
     Args:
         actual: what the kernel gave.
         eager: plain PyTorch on the same inputs in the same dtype.
         exact: the same in float64.
-        scale: the sum of the magnitudes of the terms that make up each element, in float64; by default, |exact|.
+        scale: the sum of the magnitudes of the terms that make up each element, in float64; by default,
+            |exact|.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
@@ -21,7 +25,8 @@ def assert_accurate(name: str, actual: Tensor, eager: Tensor, exact: Tensor, sca
     actual, eager, exact = (t.detach().double().cpu() for t in (actual, eager, exact))
     scale = (exact if scale is None else scale.detach().cpu().expand(exact.shape)).abs().clamp(min=info.tiny)
     finite = exact.isfinite() & eager.isfinite()
-    # Where the true value or plain PyTorch is infinite or NaN in this dtype, the kernel must agree with PyTorch.
+    # Where the true value or plain PyTorch is infinite or NaN in this dtype, the kernel must agree with
+    # PyTorch.
     same = (actual == eager) | (actual.isnan() & eager.isnan())
     assert bool(same[~finite].all()), f"{name}: {int((~same & ~finite).sum())} non-finite elements differ"
     if not bool(finite.any()):
@@ -37,6 +42,7 @@ def assert_accurate(name: str, actual: Tensor, eager: Tensor, exact: Tensor, sca
         worst = torch.where(good, 0.0, error.nan_to_num(nan=torch.inf) / bound).flatten().argmax()
         raise AssertionError(
             f"{name}: {int((~good).sum())} of {good.numel()} elements are off; worst at {int(worst)}: got "
-            f"{actual.flatten()[worst]:.9g}, exact {exact.flatten()[worst]:.9g}, eager {eager.flatten()[worst]:.9g}, "
+            f"{actual.flatten()[worst]:.9g}, exact {exact.flatten()[worst]:.9g}, eager "
+            f"{eager.flatten()[worst]:.9g}, "
             f"allowed error {bound.flatten()[worst]:.3g}"
         )

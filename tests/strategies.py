@@ -30,7 +30,9 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced":
         # An odd offset in every axis: no alignment, and neighbours that must not be read.
-        padded = torch.full([n + 3 for n in values.shape], torch.nan, dtype=values.dtype, device=values.device)
+        padded = torch.full(
+            [n + 3 for n in values.shape], torch.nan, dtype=values.dtype, device=values.device
+        )
         view = padded[tuple(slice(1, 1 + n) for n in values.shape)]
         view.copy_(values)
         return view
@@ -47,7 +49,9 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 @st.composite
 def tensors(draw, shape, dtype, *, spread=1.0, device="cpu", low=None, high=None):
-    """Fresh normal values times ``spread`` (or uniform in [low, high], its ends included) in a drawn layout."""
+    """Fresh normal values times ``spread`` (or uniform in [low, high], its ends included) in a drawn
+    layout.
+    """
     generator = torch.Generator().manual_seed(draw(seeds))
     if low is None:
         values = torch.randn(shape, generator=generator, dtype=torch.float64) * spread

@@ -25,7 +25,9 @@ def cases(draw):
     data = draw(st.sampled_from([parameter, torch.float32]))
     spread = 1.0 if parameter == torch.float16 else draw(st.sampled_from([0.01, 1.0, 5.0]))
     shape = draw(
-        st.sampled_from([(k, b, *event), event, (), (b, *event), (b,) + (1,) * len(event), (k, 1) + (1,) * len(event)])
+        st.sampled_from(
+            [(k, b, *event), event, (), (b, *event), (b,) + (1,) * len(event), (k, 1) + (1,) * len(event)]
+        )
     )
     # One number or one row often stays in float32 beside half-precision means.
     wide = draw(st.booleans()) and parameter != torch.float64
@@ -82,7 +84,13 @@ def test_rows_longer_than_a_tile(backend, shape):
     generator = torch.Generator().manual_seed(0)
     make = lambda *s: torch.randn(s, generator=generator).to(DEVICE)  # noqa: E731
     _check(
-        {"x": make(3, 2500), "mean": make(2, 3, 2500), "logvar": make(*shape), "grad": make(2, 3), "need": [True] * 3}
+        {
+            "x": make(3, 2500),
+            "mean": make(2, 3, 2500),
+            "logvar": make(*shape),
+            "grad": make(2, 3),
+            "need": [True] * 3,
+        }
     )
 
 
@@ -90,11 +98,21 @@ def test_many_rows_of_a_learned_scale(backend):
     """More rows than there are partial sums."""
     generator = torch.Generator().manual_seed(0)
     make = lambda *s: torch.randn(s, generator=generator).to(DEVICE)  # noqa: E731
-    _check({"x": make(150, 6), "mean": make(3, 150, 6), "logvar": make(6), "grad": make(3, 150), "need": [True] * 3})
+    _check(
+        {
+            "x": make(150, 6),
+            "mean": make(3, 150, 6),
+            "logvar": make(6),
+            "grad": make(3, 150),
+            "need": [True] * 3,
+        }
+    )
 
 
 def test_large_inputs(backend):
-    """A bias added once per tile, or a constant dropped, hides behind tiny inputs; here x - mean is 1 at 1e4."""
+    """A bias added once per tile, or a constant dropped, hides behind tiny inputs; here x - mean is 1 at
+    1e4.
+    """
     x = torch.full((2, 3), 10001.0, device=DEVICE)
     mean = torch.full((5, 2, 3), 10000.0, device=DEVICE)
     out = ops.gaussian_log_prob(x, mean, 2 * math.log(0.5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,15 @@ def _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max):
     )
 
 
+def _expm1_minus(u: Tensor) -> Tensor:
+    """exp(u) - 1 - u without cancellation: near 0 by its series, whose next term is below 1e-17 of the sum."""
+    series = torch.zeros_like(u)
+    for n in range(10, 1, -1):
+        series = 1 / math.factorial(n) + series * u
+    # Bounded above, so that an infinite variance has an infinite KL: inf - inf would be NaN.
+    return torch.where(u.abs() < 0.125, u * u * series, torch.expm1(u) - u.clamp(max=710))
+
+
 def rsample_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -48,9 +59,7 @@ def rsample_kl(
     eps = normal(seed, samples, *mu.shape, sample_offset, row_offset, dtype=mu.dtype)
     z = mu + torch.exp(0.5 * logvar) * eps
     ratio = logvar - prior_logvar
-    # Bounded above, so that an infinite variance has an infinite KL: inf - inf would be NaN.
-    excess = torch.expm1(ratio) - ratio.clamp(max=710)
-    kl = 0.5 * ((mu - prior_mu) ** 2 * torch.exp(-prior_logvar) + excess)
+    kl = 0.5 * ((mu - prior_mu) ** 2 * torch.exp(-prior_logvar) + _expm1_minus(ratio))
     return z.to(dtype), kl if per_dimension else kl.sum(1)
 
 

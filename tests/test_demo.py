@@ -1,0 +1,217 @@
+"""The command line: demo and info, through the function that python -m fastvae calls."""
+
+import gzip
+import math
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fastvae
+from fastvae import _backend, demo
+from fastvae.__main__ import main
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+TINY = ["--epochs", "1", "--k", "3", "--eval-k", "7"]
+PICTURES = {"samples.png", "reconstructions.png", "manifold.png", "training.png", "overview.png"}
+
+
+def idx_bytes(count, seed, size=6, magic=0x803):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size), np.uint8)
+    return struct.pack(">4I", magic, count, size, size) + pixels.tobytes()
+
+
+def idx_folder(folder, dot="-", compress=False):
+    folder.mkdir()
+    for part, count in (("train", 230), ("t10k", 23)):
+        data = idx_bytes(count, count)
+        name = f"{part}-images{dot}idx3-ubyte"
+        (folder / (name + ".gz" if compress else name)).write_bytes(gzip.compress(data) if compress else data)
+    return folder
+
+
+def check_pictures(folder, names):
+    assert {p.name for p in folder.glob("*.png")} == names
+    for name in names:
+        content = (folder / name).read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 1000
+
+
+def test_digits(tmp_path, capsys):
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    assert main(["demo", "--out", str(tmp_path / "out"), *TINY]) == 0
+    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
+    check_pictures(tmp_path / "out", PICTURES)
+    text = capsys.readouterr().out
+    for part in (
+        "1400 training and 397 test images",
+        "log p(x), K=7",
+        "IWAE-3",
+        "is better than",
+        "manifold.png",
+    ):
+        assert part in text
+
+    # The checkpoint rebuilds the model that the table speaks of.
+    saved = torch.load(tmp_path / "out" / "iwae.pt", weights_only=True)
+    assert saved["architecture"] == {"pixels": 64, "hidden": 128, "latent": 2}
+    assert saved["settings"] == {"data": "digits", "epochs": 1, "k": 3, "seed": 0, "shape": [8, 8]}
+    model = demo.load(tmp_path / "out" / "iwae.pt")
+    noise = torch.Generator().manual_seed(demo.TEST_SEED)
+    batches = demo.digits().test.split(demo.BATCH)
+    log_px = torch.cat([model.log_marginal(x, k=7, generator=noise).log_px for x in batches])
+    assert f"{log_px.double().mean().item():.2f} ±" in text
+
+
+def test_a_seed_repeats_itself():
+    images = demo.digits()
+    architecture = {"pixels": 64, "hidden": 8, "latent": 3}
+    with demo.threads(1):
+        first, again, other = (demo.train("x", 2, images, architecture, 1, 5, seed) for seed in (3, 3, 4))
+    assert first.train_curve == again.train_curve and torch.equal(first.log_px, again.log_px)
+    assert first.train_curve != other.train_curve
+
+
+@pytest.mark.parametrize("dot, compress", [("-", True), (".", False)])
+def test_idx_folder(tmp_path, capsys, dot, compress):
+    folder = idx_folder(tmp_path / "images", dot, compress)
+    out = tmp_path / "out"
+    assert main(["demo", "--data", str(folder), "--out", str(out), "--latent", "3", *TINY]) == 0
+    check_pictures(out, PICTURES - {"manifold.png"})
+    text = capsys.readouterr().out
+    assert "images: 230 training and 23 test images of 6x6 pixels" in text
+    assert "no manifold.png" in text and "--latent 2" in text
+
+
+def test_read_idx(tmp_path):
+    data = idx_bytes(5, 0)
+    (tmp_path / "a").write_bytes(data)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(data))
+    images = demo.read_idx(tmp_path / "a")
+    assert images.shape == (5, 6, 6) and images.tobytes() == data[16:]
+    assert np.array_equal(images, demo.read_idx(tmp_path / "a.gz"))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a", b"", "0 bytes"),
+        ("a", idx_bytes(5, 0, magic=0x801), "0x00000801.*0x00000803"),
+        ("a", idx_bytes(5, 0)[:-1], "195 bytes.*which make 196.*cut off"),
+        ("a", struct.pack(">4I", 0x803, 0, 6, 6), "no pixels"),
+        ("a.gz", idx_bytes(5, 0), "not a whole gzip"),
+        ("a.gz", gzip.compress(idx_bytes(5, 0))[:-9], "not a whole gzip"),
+    ],
+)
+def test_read_idx_refuses(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        demo.read_idx(tmp_path / name)
+
+
+def test_folder_errors(tmp_path):
+    out = ["--out", str(tmp_path / "out"), *TINY]
+    with pytest.raises(SystemExit, match="fastvae demo: .*no such folder.*nowhere"):
+        main(["demo", "--data", str(tmp_path / "nowhere"), *out])
+    folder = idx_folder(tmp_path / "images")
+    (folder / "t10k-images-idx3-ubyte").unlink()
+    with pytest.raises(
+        SystemExit, match=r"no t10k images in .*images: looked for t10k-images-idx3-ubyte, t10k.*\.gz"
+    ):
+        main(["demo", "--data", str(folder), *out])
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(3, 0, size=5))
+    with pytest.raises(SystemExit, match="6x6.*5x5"):
+        main(["demo", "--data", str(folder), *out])
+    assert not (tmp_path / "out").exists()
+
+
+def test_messages(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cuda needs a GPU"):
+        main(["demo", "--device", "cuda"])
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(
+        SystemExit, match=r"sklearn and matplotlib cannot be imported.*pip install 'fastvae\[demo\]'"
+    ):
+        main(["demo"])
+    for wrong in (["--k", "0"], ["--epochs", "two"], ["--seed", "-1"]):
+        with pytest.raises(SystemExit):
+            main(["demo", *wrong])
+    assert (
+        "must be from 1" in (text := capsys.readouterr().err) and "expected a whole number, got 'two'" in text
+    )
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_table_says_which_is_better():
+    def run(name, log_px):
+        values = torch.tensor(log_px)
+        return demo.Run(name, None, {}, [], [], values - 1, values, torch.full_like(values, 5.0))
+
+    low, high = run("ELBO", [-10.0, -12.0, -14.0]), run("IWAE-9", [-9.0, -11.5, -12.5])
+    assert "IWAE-9 is better than ELBO by 1.00 nats per image (± 0.29" in demo.table([low, high], 7)
+    assert "-12.00 ± 1.15" in demo.table([low, high], 7)
+    assert "IWAE-9 is better than ELBO by 1.00" in demo.table([high, low], 7)
+    assert "raise --eval-k" in demo.table([low, high], 7)
+    assert "no clear difference" in demo.table([low, run("IWAE-9", [-9.0, -14.0, -13.0])], 7)
+
+
+def test_posterior_mean_is_exact_where_the_posterior_is_known():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return torch.zeros(len(x), 1), torch.zeros(len(x), 1)
+
+    class Sign(torch.nn.Module):
+        """z > 0 makes pixel 0 likely, z < 0 makes it unlikely; pixel 1 is a coin."""
+
+        def forward(self, z):
+            return torch.cat([2 * torch.sign(z), torch.zeros_like(z)], 1)
+
+    model = fastvae.VAE(Fixed(), Sign(), likelihood="bernoulli", latent_dim=1)
+    p = 1 / (1 + math.exp(-2))
+    result = demo.posterior_mean(model, torch.tensor([[1.0, 1.0], [0.0, 1.0]]), k=200_000)
+    expected = torch.tensor([[p * p + (1 - p) ** 2, 0.5], [2 * p * (1 - p), 0.5]])
+    assert torch.allclose(result, expected, atol=0.005)
+
+
+def test_info(capsys, monkeypatch):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "fastvae",
+        torch.__version__,
+        "Python",
+        "FASTVAE_BACKEND",
+        "rsample_log_ratio",
+        "log_mean_exp",
+    ):
+        assert part in text
+    monkeypatch.setattr(_backend, "_chosen", None)
+    monkeypatch.setenv("FASTVAE_BACKEND", "fortran")
+    with pytest.raises(SystemExit, match="FASTVAE_BACKEND: unknown backend 'fortran'"):
+        main(["info"])
+
+
+def test_bare_command_prints_help(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert "usage: python -m fastvae" in text and "demo" in text and "info" in text
+
+
+def test_import_is_light():
+    heavy = {"matplotlib", "sklearn", "triton", "fastvae.__main__", "fastvae.demo"}
+    code = f"import sys, fastvae; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
