@@ -39,7 +39,9 @@ def poisoned_memory():
 
 @pytest.fixture(params=["native", "triton", "reference"])
 def backend(request):
-    """Each implementation in turn: C++ (Triton where CUDA is present), Triton (interpreted without a GPU), PyTorch."""
+    """Each implementation in turn: C++ (Triton where CUDA is present), Triton (interpreted without a GPU),
+    PyTorch.
+    """
     if CUDA and request.param == "triton":
         pytest.skip("on a GPU the native backend is Triton")
     with fastvae.use_backend(request.param):

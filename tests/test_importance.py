@@ -126,7 +126,9 @@ def test_denormal_weights_and_gradients_are_zero(backend):
     log_w = torch.tensor([[0.0], [-88.0], [-100.0], [-86.0]], device=DEVICE, requires_grad=True)
     grad = torch.autograd.grad(ops.log_mean_exp(log_w), log_w, torch.ones(1, device=DEVICE))[0].flatten()
     assert grad[1] == 0 and grad[2] == 0 and grad[3] > tiny
-    grad = torch.autograd.grad(ops.log_mean_exp(log_w), log_w, torch.full((1,), 1e-3, device=DEVICE))[0].flatten()
+    grad = torch.autograd.grad(ops.log_mean_exp(log_w), log_w, torch.full((1,), 1e-3, device=DEVICE))[
+        0
+    ].flatten()
     assert grad[3] == 0 and grad[0] == pytest.approx(1e-3)
 
 

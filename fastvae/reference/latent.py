@@ -32,7 +32,7 @@ def _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max):
 
 
 def _expm1_minus(u: Tensor) -> Tensor:
-    """exp(u) - 1 - u without cancellation: near 0 by its series, whose next term is below 1e-17 of the sum."""
+    """exp(u) - 1 - u without cancellation: by the series where |u| < 1/8 (next term < 1e-17)."""
     series = torch.zeros_like(u)
     for n in range(10, 1, -1):
         series = 1 / math.factorial(n) + series * u
