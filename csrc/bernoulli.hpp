@@ -17,7 +17,8 @@ template <class X, class P>
 struct BernoulliBody {
   using C = compute_t<P>;
   const Bernoulli<X, P>& a;
-  C x_buffer[kTile], logits_buffer[kTile], out_buffer[kTile], sum_x[kTile];
+  C x_buffer[kTile], logits_buffer[kTile], out_buffer[kTile];
+  double sum_x[kTile];  // over samples
   int outside = 0;
 
   explicit BernoulliBody(const Bernoulli<X, P>& params) : a(params) {}
@@ -27,19 +28,19 @@ struct BernoulliBody {
   double part(i64 k, i64 b, i64 column, int n) {
     const C* x = load(x_buffer, a.x.at(b, column), a.x.s1, n);
     const C* logits = load(logits_buffer, a.logits.at(k, b, column), a.logits.s2, n);
-    C sum = 0;
-    int bad = 0;
-#pragma omp simd reduction(+ : sum) reduction(| : bad)
-    for (int i = 0; i < n; ++i) {
+    if (k == 0) {
+      int bad = 0;
+#pragma omp simd reduction(| : bad)
+      for (int i = 0; i < n; ++i) bad |= (x[i] < C(0)) | (x[i] > C(1));
+      outside |= bad;
+    }
+    return -sum_over<C>(n, [=](int i) {
       const C l = logits[i], v = x[i], magnitude = abs_(l);
       // What the target lacks of the side the logit is on; 0 * inf is 0: certain and right.
       const C miss = l > C(0) ? C(1) - v : v;
       const C linear = miss == C(0) ? C(0) : miss * magnitude;
-      sum += linear + log1p_unit(exp_(-magnitude));
-      bad |= (v < C(0)) | (v > C(1));
-    }
-    outside |= bad;
-    return -static_cast<double>(sum);
+      return linear + log1p_unit(exp_(-magnitude));
+    });
   }
 
   void finish() {
@@ -47,11 +48,11 @@ struct BernoulliBody {
     if (outside) __atomic_store_n(a.out_of_range, true, __ATOMIC_RELAXED);
   }
 
-  void begin_row(int n) { fill(sum_x, C(0), n); }
+  void begin_row(int n) { fill(sum_x, 0.0, n); }
   void begin_group(int) {}
   void end_row(i64 b, i64 column, int n) {
     X* place = a.grad_x + b * a.columns + column;
-    for (int i = 0; i < n; ++i) assign(place[i], sum_x[i]);
+    for (int i = 0; i < n; ++i) assign(place[i], static_cast<C>(sum_x[i]));
   }
   void end_group(i64, i64, int) {}
 

@@ -32,7 +32,8 @@ namespace FASTVAE_ISA {
 #include "bindings.cpp"
 #undef FASTVAE_ISA
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// FASTVAE_BASE_ONLY: a quick build for development, sanitisers and mutation checks.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTVAE_BASE_ONLY)
 #define FASTVAE_X86 1
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")

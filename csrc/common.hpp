@@ -127,6 +127,21 @@ inline void fill(C* p, C value, int n) {
   for (int i = 0; i < n; ++i) p[i] = value;
 }
 
+// The sum of term(i) over [0, n): short blocks in C, so that few lanes lose no more digits than many, then double.
+constexpr int kSumBlock = 128;
+template <class C, class F>
+inline double sum_over(int n, F term) {
+  double total = 0;
+  for (int first = 0; first < n; first += kSumBlock) {
+    const int last = n - first < kSumBlock ? n : first + kSumBlock;
+    C part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int i = first; i < last; ++i) part += term(i);
+    total += part;
+  }
+  return total;
+}
+
 // Calls f with a value of the storage type that a dtype code means.
 template <class F>
 inline void for_dtype(int code, F f) {

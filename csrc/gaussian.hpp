@@ -23,69 +23,63 @@ struct GaussianBody {
   using C = compute_t<P>;
   const Gaussian<X, P>& a;
   C x_buffer[kTile], mean_buffer[kTile], logvar_buffer[kTile], precision[kTile], out_buffer[kTile];
-  C sum_x[kTile], sum_column[kTile];
-  C logvar_sum = 0;
+  double sum_x[kTile], sum_column[kTile];  // over samples; over all rows of a group
+  double logvar_sum = 0;
 
   explicit GaussianBody(const Gaussian<X, P>& params) : a(params) {}
 
   void begin_tile(i64 column, int n) {
     if (a.layout != kColumn) return;
     const C* logvar = load(logvar_buffer, view<const C>(a.logvar).data + column * a.logvar.s2, a.logvar.s2, n);
-    C sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; ++i) {
-      precision[i] = exp_(-logvar[i]);
-      sum += logvar[i];
-    }
-    logvar_sum = sum;
+    C* p = precision;
+    logvar_sum = sum_over<C>(n, [=](int i) {
+      p[i] = exp_(-logvar[i]);
+      return logvar[i];
+    });
   }
 
   double part(i64 k, i64 b, i64 column, int n) {
     constexpr double kLog2Pi = 1.8378770664093454835606594728112;
     const C* x = load_data(b, column, n);
     const C* mean = load(mean_buffer, a.mean.at(k, b, column), a.mean.s2, n);
-    C sum = 0;
-    double logvars;
+    double sum, logvars = 0;
     if (a.layout == kFull) {
       const C* logvar = load(logvar_buffer, view<const P>(a.logvar).at(k, b, column), a.logvar.s2, n);
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) {
+      sum = sum_over<C>(n, [=](int i) {
         const C delta = x[i] - mean[i];
-        sum += logvar[i] + delta * delta * exp_(-logvar[i]);
-      }
-      logvars = 0;
+        return logvar[i] + delta * delta * exp_(-logvar[i]);
+      });
     } else if (a.layout == kColumn) {
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) {
+      const C* p = precision;
+      sum = sum_over<C>(n, [=](int i) {
         const C delta = x[i] - mean[i];
-        sum += delta * delta * precision[i];
-      }
+        return delta * delta * p[i];
+      });
       logvars = logvar_sum;
     } else {
       const C logvar = *view<const C>(a.logvar).at(k, b), one = exp_(-logvar);
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) {
+      sum = sum_over<C>(n, [=](int i) {
         const C delta = x[i] - mean[i];
-        sum += delta * delta * one;
-      }
+        return delta * delta * one;
+      });
       logvars = static_cast<double>(logvar) * n;
     }
-    return -0.5 * (kLog2Pi * n + logvars + static_cast<double>(sum));
+    return -0.5 * (kLog2Pi * n + logvars + sum);
   }
 
   void finish() {}
 
-  void begin_row(int n) { fill(sum_x, C(0), n); }
-  void begin_group(int n) { fill(sum_column, C(0), n); }
+  void begin_row(int n) { fill(sum_x, 0.0, n); }
+  void begin_group(int n) { fill(sum_column, 0.0, n); }
   void end_row(i64 b, i64 column, int n) {
     if (!a.grad_x) return;
     X* place = a.grad_x + b * a.columns + column;
-    for (int i = 0; i < n; ++i) assign(place[i], -sum_x[i]);
+    for (int i = 0; i < n; ++i) assign(place[i], static_cast<C>(-sum_x[i]));
   }
   void end_group(i64 group, i64 column, int n) {
     if (!a.grad_logvar || a.layout != kColumn) return;
     C* place = pointer<C>(a.grad_logvar) + group * a.columns + column;
-    for (int i = 0; i < n; ++i) place[i] = sum_column[i];
+    for (int i = 0; i < n; ++i) place[i] = static_cast<C>(sum_column[i]);
   }
 
   void backward(i64 k, i64 b, i64 column, int n) {
@@ -127,14 +121,13 @@ struct GaussianBody {
         sum_column[i] += C(0.5) * g * (delta * delta * precision[i] - C(1));
       }
     } else {
-      C sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) {
+      const C* p = precision;
+      const double sum = sum_over<C>(n, [=](int i) {
         const C delta = x[i] - mean[i];
-        sum += delta * delta * precision[i] - C(1);
-      }
+        return delta * delta * p[i] - C(1);
+      });
       C& place = pointer<C>(a.grad_logvar)[k * a.rows + b];
-      place = (column == 0 ? C(0) : place) + C(0.5) * g * sum;
+      place = (column == 0 ? C(0) : place) + static_cast<C>(0.5 * g * sum);
     }
   }
 

@@ -1,8 +1,7 @@
 // log-mean-exp over samples, and its gradient. The mathematics stands in fastvae/ops/importance.py.
 
-// Columns handled at a time, and samples between two looks at the maximum.
+// Columns handled at a time; kSamplesPerBlock samples come between two looks at the maximum.
 constexpr int kColumnsPerUnit = 64;
-constexpr int kSamplesPerBlock = 16;
 
 inline float infinity(float) { return __builtin_inff(); }
 inline double infinity(double) { return __builtin_inf(); }

@@ -4,6 +4,8 @@
 // Samples of one row that a unit of work handles: long enough to share what a row needs, short enough to spread K over
 // threads when there are few rows.
 constexpr i64 kSamplesPerUnit = 64;
+// Samples summed before their sum is added to those before.
+constexpr int kSamplesPerBlock = 16;
 
 template <class T>
 struct Latent {
@@ -80,7 +82,6 @@ void latent_forward(const Latent<T>& a, T* z, compute_t<T>* kl, bool per_dimensi
         const C *mu = t.mu, *prior_mu = t.prior_mu, *prior_logvar = t.prior_logvar;
         const C *clamped = t.clamped, *sigma = t.sigma, *precision = t.precision;
         if (kl && k0 == 0) {
-          C sum = 0;
           if (per_dimension) {
             C* row = kl + b * a.columns + column;
 #pragma omp simd
@@ -89,31 +90,24 @@ void latent_forward(const Latent<T>& a, T* z, compute_t<T>* kl, bool per_dimensi
               row[i] = C(0.5) * (delta * delta * precision[i] + expm1_minus(clamped[i] - prior_logvar[i]));
             }
           } else {
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < n; ++i) {
+            kl_sum += sum_over<C>(n, [=](int i) {
               const C delta = mu[i] - prior_mu[i];
-              sum += delta * delta * precision[i] + expm1_minus(clamped[i] - prior_logvar[i]);
-            }
-            kl_sum += sum;
+              return delta * delta * precision[i] + expm1_minus(clamped[i] - prior_logvar[i]);
+            });
           }
         }
-        C constant = 0;
-        if (log_ratio) {
-#pragma omp simd reduction(+ : constant)
-          for (int i = 0; i < n; ++i) constant += clamped[i] - prior_logvar[i];
-        }
+        double constant = 0;
+        if (log_ratio) constant = sum_over<C>(n, [=](int i) { return clamped[i] - prior_logvar[i]; });
         for (i64 k = k0; k < k1; ++k) {
           const C* eps = noise(k, b, a.samples == 1 ? last_row : k1);
           T* place = z + (k * a.rows + b) * a.columns + column;
           C* out = target(place, z_buffer);
           if (log_ratio) {
-            C sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < n; ++i) {
+            const double sum = sum_over<C>(n, [=](int i) {
               const C v = mu[i] + sigma[i] * eps[i], delta = v - prior_mu[i];
               out[i] = v;
-              sum += eps[i] * eps[i] - delta * delta * precision[i];
-            }
+              return eps[i] * eps[i] - delta * delta * precision[i];
+            });
             ratio_sum[k - k0] += sum + constant;
           } else {
 #pragma omp simd
@@ -173,7 +167,12 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
     Noise<C> noise(Key(a.seed), a.samples, a.sample_offset, a.row_offset);
     LatentTile<T> t;
     C grad_z_buffer[kTile], kl_buffer[kTile], out_buffer[kTile], inverse_sigma[kTile];
+    // Sums over samples in two levels, blocks of kSamplesPerBlock and then the blocks: thousands must not cost digits.
     C sum[kTile], sum_eps[kTile], sum_prior[kTile], sum_prior_logvar[kTile];
+    C part[kTile], part_eps[kTile], part_prior[kTile], part_prior_logvar[kTile];
+    C *const sums[] = {sum, sum_eps, sum_prior, sum_prior_logvar};
+    C *const parts[] = {part, part_eps, part_prior, part_prior_logvar};
+    const int used = prior_asked ? 4 : 2;
     for (i64 b = begin; b < end; ++b) {
       for (i64 column = 0; column < a.columns; column += kTile) {
         const int n = tile_width(a.columns, column);
@@ -181,12 +180,15 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
         t.read(a, b, column, n);
         const C *mu = t.mu, *prior_mu = t.prior_mu, *prior_logvar = t.prior_logvar, *logvar = t.logvar;
         const C *clamped = t.clamped, *sigma = t.sigma, *precision = t.precision;
-        for (C* s : {sum, sum_eps, sum_prior, sum_prior_logvar}) fill(s, C(0), n);
+        for (int j = 0; j < used; ++j) {
+          fill(sums[j], C(0), n);
+          fill(parts[j], C(0), n);
+        }
         if (g.path) {
 #pragma omp simd
           for (int i = 0; i < n; ++i) inverse_sigma[i] = exp_(C(-0.5) * clamped[i]);
         }
-        C entropy = 0;
+        double entropy = 0;
         if (g.z || g.log_ratio) {
           for (i64 k = 0; k < a.samples; ++k) {
             const C* eps = noise(k, b, a.samples == 1 ? end : a.samples);
@@ -201,8 +203,8 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
             entropy += ratio * weight;
             auto go = [&](auto with_ratio, auto with_path, auto with_prior) {
               latent_accumulate<decltype(with_ratio)::value, decltype(with_path)::value, decltype(with_prior)::value, C>(
-                  n, mu, sigma, inverse_sigma, prior_mu, precision, eps, grad_z, ratio, weight, sum, sum_eps,
-                  sum_prior, sum_prior_logvar);
+                  n, mu, sigma, inverse_sigma, prior_mu, precision, eps, grad_z, ratio, weight, part, part_eps,
+                  part_prior, part_prior_logvar);
             };
             if (!g.log_ratio) {
               go(No{}, No{}, No{});
@@ -210,6 +212,14 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
               prior_asked ? go(Yes{}, Yes{}, Yes{}) : go(Yes{}, Yes{}, No{});
             } else {
               prior_asked ? go(Yes{}, No{}, Yes{}) : go(Yes{}, No{}, No{});
+            }
+            if ((k + 1) % kSamplesPerBlock && k + 1 < a.samples) continue;
+            for (int j = 0; j < used; ++j) {
+#pragma omp simd
+              for (int i = 0; i < n; ++i) {
+                sums[j][i] += parts[j][i];
+                parts[j][i] = C(0);
+              }
             }
           }
         }
@@ -236,7 +246,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
 #pragma omp simd
           for (int i = 0; i < n; ++i) {
             const C excess = expm1_(clamped[i] - prior_logvar[i]);
-            const C v = C(0.5) * sum_eps[i] * sigma[i] + C(0.5) * (entropy + (with_kl ? kl[i] * excess : C(0)));
+            const C v = C(0.5) * sum_eps[i] * sigma[i] + C(0.5) * (static_cast<C>(entropy) + (with_kl ? kl[i] * excess : C(0)));
             // Comparing for inequality keeps the NaN of a NaN log variance.
             out[i] = clamped[i] < logvar[i] || clamped[i] > logvar[i] ? C(0) : v;
           }

@@ -294,3 +294,18 @@ def test_the_seed_alone_decides(backend, seed):
     assert not torch.equal(draw(seed), draw(seed ^ 1))
     # The high word counts too.
     assert not torch.equal(draw(seed), draw(seed ^ (1 << 40)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_rounded_float32(backend, dtype):
+    """Rounded to nearest, ties to even, once. Triton's interpreter truncates what a GPU rounds, so it is not asked."""
+    if backend == "triton":
+        pytest.skip(
+            "Triton's interpreter truncates to bfloat16; the GPU's rounding is tested by the native backend"
+        )
+    mu, logvar = (torch.randn(64, 33, device=DEVICE).to(dtype) for _ in range(2))
+    seed = torch.tensor(3, device=DEVICE)
+    z, kl = ops.rsample_kl(mu, logvar, seed=seed)
+    wide, wide_kl = ops.rsample_kl(mu.float(), logvar.float(), seed=seed)
+    assert torch.equal(z, wide.to(dtype))
+    assert torch.equal(kl, wide_kl)

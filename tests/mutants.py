@@ -1,0 +1,225 @@
+"""Mutation check: break one line of a kernel at a time, in a scratch copy, and see that the tests notice.
+
+``python -m tests.mutants [cpp|triton] [--jobs 2]`` prints a line per mutant, and fails if one survives. It is no part of
+the test suite: it takes about a minute a mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    """One wrong line: ``old`` (its ``nth`` occurrence) becomes ``new`` in ``file``."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    nth: int = 0
+
+
+CPP = [
+    Mutant(
+        "z: sign of the noise", "csrc/latent.hpp", "out[i] = mu[i] + sigma[i]", "out[i] = mu[i] - sigma[i]"
+    ),
+    Mutant(
+        "ratio: sign of the noise",
+        "csrc/latent.hpp",
+        "const C v = mu[i] + sigma",
+        "const C v = mu[i] - sigma",
+    ),
+    Mutant(
+        "KL: the mean's term dropped",
+        "csrc/latent.hpp",
+        "return delta * delta * precision[i] + expm1",
+        "return expm1",
+    ),
+    Mutant(
+        "KL: half its constant",
+        "csrc/latent.hpp",
+        "static_cast<C>(0.5 * kl_sum)",
+        "static_cast<C>(0.25 * kl_sum)",
+    ),
+    Mutant("ratio: log variances dropped", "csrc/latent.hpp", "+= sum + constant;", "+= sum;"),
+    Mutant(
+        "ratio: samples and rows swapped",
+        "csrc/latent.hpp",
+        "log_ratio[k * a.rows + b]",
+        "log_ratio[b * a.samples + k]",
+    ),
+    Mutant("backward: the prior pushes", "csrc/latent.hpp", "h -= pull;", "h += pull;"),
+    Mutant("backward: DReG weight dropped", "csrc/latent.hpp", "h *= weight;", ""),
+    Mutant(
+        "backward: half the entropy", "csrc/latent.hpp", "C(0.5) * (static_cast<C>(entropy)", "C(0.5) * (C(0.5) * static_cast<C>(entropy)"
+    ),
+    Mutant("backward: entropy kept by stl", "csrc/latent.hpp", "if (g.path) entropy = 0;", ""),
+    Mutant("backward: prior log variance", "csrc/latent.hpp", "pull * delta - ratio", "pull * delta"),
+    Mutant(
+        "backward: gradient outside the clamp",
+        "csrc/latent.hpp",
+        "clamped[i] > logvar[i] ? C(0)",
+        "clamped[i] > logvar[i] ? v",
+    ),
+    Mutant("noise: a key constant", "csrc/random.hpp", "0x9E3779B9u", "0x9E3779BAu"),
+    Mutant(
+        "noise: a quarter turn's sign", "csrc/random.hpp", "((quarter + 1u) & 2u)", "((quarter + 2u) & 2u)"
+    ),
+    Mutant(
+        "noise: rows and samples swapped",
+        "csrc/random.hpp",
+        "along_rows ? c1[i] : fixed, along_rows ? fixed : c1[i]",
+        "along_rows ? fixed : c1[i], along_rows ? c1[i] : fixed",
+    ),
+    Mutant(
+        "noise: the chunk's offset dropped",
+        "csrc/random.hpp",
+        "(along_rows_ ? row_offset_ : sample_offset_)",
+        "(along_rows_ ? row_offset_ : 0)",
+    ),
+    Mutant("gaussian: log 2 pi dropped", "csrc/gaussian.hpp", "kLog2Pi * n + logvars", "logvars"),
+    Mutant(
+        "gaussian: constant once per row",
+        "csrc/gaussian.hpp",
+        "static_cast<double>(logvar) * n",
+        "static_cast<double>(logvar)",
+    ),
+    Mutant("gaussian: sign of x's gradient", "csrc/gaussian.hpp", "-sum_x[i]", "sum_x[i]"),
+    Mutant(
+        "gaussian: twice a row's log variance",
+        "csrc/gaussian.hpp",
+        "sum_column[i] += C(0.5) * g",
+        "sum_column[i] += g",
+    ),
+    Mutant("gaussian: last tile alone", "csrc/gaussian.hpp", "(column == 0 ? C(0) : place)", "C(0)"),
+    Mutant(
+        "gaussian: samples and rows swapped",
+        "csrc/rows.hpp",
+        "body.backward(r / rows, r % rows",
+        "body.backward(r % samples, r / samples",
+    ),
+    Mutant(
+        "bernoulli: wrong side", "csrc/bernoulli.hpp", "l > C(0) ? C(1) - v : v", "l > C(0) ? v : C(1) - v"
+    ),
+    Mutant(
+        "bernoulli: 0 * inf",
+        "csrc/bernoulli.hpp",
+        "miss == C(0) ? C(0) : miss * magnitude",
+        "miss * magnitude",
+    ),
+    Mutant("bernoulli: sigmoid of |l|", "csrc/bernoulli.hpp", "(l >= C(0) ? C(1) : e)", "C(1)"),
+    Mutant("bernoulli: range check", "csrc/bernoulli.hpp", "(x[i] < C(0)) | (x[i] > C(1))", "(x[i] > C(1))"),
+    Mutant("importance: log K dropped", "csrc/importance.hpp", "- log_samples", ""),
+    Mutant("importance: weights not divided", "csrc/importance.hpp", " / total[column + i];", ";"),
+    Mutant("importance: denormal weights kept", "csrc/importance.hpp", "w < tiny || ", ""),
+    Mutant(
+        "importance: -inf minus -inf",
+        "csrc/importance.hpp",
+        "abs_(maximum) == infinity(C{}) ? C(0) : maximum",
+        "maximum",
+    ),
+    Mutant(
+        "half precision: no rounding",
+        "csrc/common.hpp",
+        "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",
+        "bits >> 16",
+    ),
+]
+
+TRITON: list[Mutant] = []
+
+TESTS = [f"tests/test_{name}.py" for name in ("importance", "bernoulli", "gaussian", "latent", "random")]
+
+
+def build(folder: Path) -> subprocess.CompletedProcess:
+    import pybind11
+
+    includes = [
+        f"-I{folder / 'csrc'}",
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_paths()['include']}",
+    ]
+    target = folder / "fastvae" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = [
+        "-O1",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-DFASTVAE_BASE_ONLY",
+    ]
+    command = ["c++", *flags, *includes, str(folder / "csrc/bindings.cpp"), "-o", str(target)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def run(mutant: Mutant | None, backend: str) -> tuple[bool, str]:
+    """Whether the tests fail on the mutant, and which test failed first; None runs the code as it is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "copy"
+        shutil.copytree(
+            ROOT,
+            folder,
+            ignore=shutil.ignore_patterns(
+                ".git", ".venv*", "build", "demo", "*.so", ".hypothesis", "*.egg-info"
+            ),
+        )
+        # The editable layout without an installation: the kernels are a subpackage.
+        shutil.move(folder / "kernels", folder / "fastvae" / "kernels")
+        if mutant is not None:
+            path = folder / mutant.file.replace("kernels/", "fastvae/kernels/", 1)
+            parts = path.read_text().split(mutant.old)
+            if len(parts) < mutant.nth + 2:
+                return False, f"NOT APPLIED: {mutant.old!r} does not occur in {mutant.file}"
+            n = mutant.nth + 1
+            path.write_text(mutant.old.join(parts[:n]) + mutant.new + mutant.old.join(parts[n:]))
+        built = build(folder)
+        if built.returncode:
+            return False, "DOES NOT COMPILE: " + built.stderr[-300:]
+        environment = {**os.environ, "PYTHONPATH": str(folder), "CI": "1", "OMP_NUM_THREADS": "1"}
+        chosen = "native" if backend == "cpp" else "triton"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest",
+             "-o", "addopts=", "-k", f"{chosen} or (cpp and not slow)", *TESTS],
+            cwd=folder, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        return done.returncode == 1 and bool(failed), (failed or [done.stdout[-200:]])[0][:110]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("which", nargs="?", choices=["cpp", "triton"])
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    survivors = 0
+    for name, mutants in (("cpp", CPP), ("triton", TRITON)):
+        if arguments.which not in (None, name):
+            continue
+        caught, message = run(None, name)
+        print(f"{name}: unchanged code {'FAILS ' + message if caught else 'passes'}", flush=True)
+        survivors += caught
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            results = pool.map(lambda m, n=name: run(m, n), mutants)
+            for mutant, (caught, message) in zip(mutants, results, strict=True):
+                survivors += not caught
+                print(f"{'caught  ' if caught else 'SURVIVED'} {name}: {mutant.what}: {message}", flush=True)
+    print(f"{survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
