@@ -1,0 +1,297 @@
+"""What the kernels share: elementary functions, and the tiles of the likelihoods.
+
+The elementary functions are plain float32 arithmetic (Cephes' polynomials and bit operations), so a GPU,
+Triton's interpreter and the C++ of csrc agree to an ulp or two. Triton's own are no alternative: ``tl.exp``
+becomes ex2.approx(x log2 e), whose relative error grows with |x|, and ``tl.log`` becomes lg2.approx, whose
+error is absolute near 1. They are used in float64 only, where they are accurate.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# log 2 in two parts; the first has nine bits, so that its product with an exponent is exact.
+LOG_2_HIGH = tl.constexpr(0.693359375)
+LOG_2_LOW = tl.constexpr(-2.12194440e-4)
+# Adding it rounds a float32 to an integer, which then stands in the low bits.
+ROUNDER = tl.constexpr(12582912.0)
+ROUNDER_BITS = tl.constexpr(0x4B400000)
+SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+SQRT_2_MINUS_1 = tl.constexpr(0.41421356)
+# Triton's interpreter truncates to bfloat16 and mangles its denormals; there the casts are made of bits.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Elements of a likelihood tile, and its warps: 16 elements a thread, four 16-byte loads of float32 in flight
+# per operand, and about 100 registers with the exponential's temporaries; twice that halves the occupancy.
+TILE = 2048
+# The backward passes also hold their sums and two results: half as much a thread, or they spill.
+TILE_BACKWARD = 1024
+NUM_WARPS = 4
+# Columns of a likelihood tile: the remaining factor goes to samples, which share x, and to rows.
+TILE_X = 512
+# Programs to aim at when work is split or merged: several for each of some 130 multiprocessors. A constant
+# and not the device's count, so that the order of sums, and with it every bit, is the same on every GPU of an
+# architecture.
+PROGRAMS = 1024
+
+
+@triton.jit
+def _exp_parts(b_x):
+    """(n, r, q) with exp(x) = 2^n (1 + r + q) for x in [-104, 89].
+
+    |r| <= log(2)/2, and q = exp(r) - 1 - r without cancellation.
+    """
+    b_t = b_x * LOG2_E + ROUNDER
+    b_n = b_t.to(tl.int32, bitcast=True) - ROUNDER_BITS
+    b_f = b_t - ROUNDER
+    b_r = (b_x - b_f * LOG_2_HIGH) - b_f * LOG_2_LOW
+    b_p = ((1.9875691500e-4 * b_r + 1.3981999507e-3) * b_r + 8.3334519073e-3) * b_r + 4.1665795894e-2
+    b_p = (b_p * b_r + 1.6666665459e-1) * b_r + 5.0000001201e-1
+    return b_n, b_r, b_r * b_r * b_p
+
+
+@triton.jit
+def _power_of_two(b_n):
+    """2^n in float32 for n in [-126, 127]."""
+    return ((b_n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _within_range(b_x):
+    """x in [-104, 89], beyond which exp is 0 or inf in float32; written so that NaN stays."""
+    b_x = tl.where(b_x > 89.0, 89.0, b_x)
+    return tl.where(b_x < -104.0, -104.0, b_x)
+
+
+@triton.jit
+def _scaled(b_n, b_r, b_q):
+    """2^n (1 + r + q); in two steps, since 2^n alone may overflow or be a denormal."""
+    b_half = b_n >> 1
+    return ((1.0 + (b_r + b_q)) * _power_of_two(b_half)) * _power_of_two(b_n - b_half)
+
+
+@triton.jit
+def exp(b_x):
+    """exp(x) to about an ulp everywhere, denormal results included."""
+    if b_x.dtype == tl.float64:
+        b_y = tl.exp(b_x)
+    else:
+        b_n, b_r, b_q = _exp_parts(_within_range(b_x))
+        b_y = _scaled(b_n, b_r, b_q)
+    return b_y
+
+
+@triton.jit
+def expm1_parts(b_x):
+    """(exp(x) - 1, exp(x) - 1 - x), neither of which cancels near zero."""
+    b_half = 0.5 * b_x
+    if b_x.dtype == tl.float64:
+        # Taylor's series of exp(h) - 1 - h to h^15: what is left out is below 1e-17 of it where it is used.
+        b_p = b_half * (1.0 / 1307674368000.0) + 1.0 / 87178291200.0
+        b_p = (b_p * b_half + 1.0 / 6227020800.0) * b_half + 1.0 / 479001600.0
+        b_p = (b_p * b_half + 1.0 / 39916800.0) * b_half + 1.0 / 3628800.0
+        b_p = (b_p * b_half + 1.0 / 362880.0) * b_half + 1.0 / 40320.0
+        b_p = (b_p * b_half + 1.0 / 5040.0) * b_half + 1.0 / 720.0
+        b_p = (b_p * b_half + 1.0 / 120.0) * b_half + 1.0 / 24.0
+        b_q = ((b_p * b_half + 1.0 / 6.0) * b_half + 0.5) * b_half * b_half
+        b_far = tl.exp(b_x) - 1.0
+    else:
+        b_n, b_r, b_q = _exp_parts(_within_range(b_x))
+        # 2^n (exp(r) - 1) + (2^n - 1) is accurate for every n; from 2^64 on the -1 is below rounding.
+        b_scale = _power_of_two(tl.minimum(tl.maximum(b_n, -126), 64))
+        b_far = tl.where(b_n > 64, _scaled(b_n, b_r, b_q), b_scale * (b_r + b_q) + (b_scale - 1.0))
+        _, b_half, b_q = _exp_parts(_within_range(b_half))
+    # Twice the argument squares exp: the excess from that of x / 2, a sum of positive terms.
+    b_excess = (b_half + b_q) * (b_half + b_q) + 2.0 * b_q
+    b_near = tl.abs(b_x) < 0.69
+    # inf - inf would be NaN.
+    b_bounded = tl.minimum(b_x, 710.0)
+    return tl.where(b_near, b_x + b_excess, b_far), tl.where(b_near, b_excess, b_far - b_bounded)
+
+
+@triton.jit
+def log_of_parts(b_g, b_e):
+    """log((1 + g) 2^e) for 1 + g in [sqrt(1/2), sqrt(2)]: relatively accurate for small g if e is 0."""
+    b_z = b_g * b_g
+    b_p = (7.0376836292e-2 * b_g - 1.1514610310e-1) * b_g + 1.1676998740e-1
+    b_p = (b_p * b_g - 1.2420140846e-1) * b_g + 1.4249322787e-1
+    b_p = (b_p * b_g - 1.6668057665e-1) * b_g + 2.0000714765e-1
+    b_p = (b_p * b_g - 2.4999993993e-1) * b_g + 3.3333331174e-1
+    b_y = b_g * b_z * b_p + LOG_2_LOW * b_e - 0.5 * b_z
+    return (b_g + b_y) + LOG_2_HIGH * b_e
+
+
+@triton.jit
+def split_float(b_x):
+    """(m, e) with x = m 2^e, m in [sqrt(1/2), sqrt(2)) and e an int32, for a positive normal float32."""
+    b_bits = b_x.to(tl.int32, bitcast=True)
+    b_e = (b_bits - SQRT_HALF_BITS) >> 23
+    return (b_bits - (b_e << 23)).to(tl.float32, bitcast=True), b_e
+
+
+@triton.jit
+def log(b_x):
+    """log(x) for a finite positive normal x; NaN stays NaN."""
+    if b_x.dtype == tl.float64:
+        b_y = tl.log(b_x)
+    else:
+        b_m, b_e = split_float(b_x)
+        b_y = tl.where(b_x == b_x, log_of_parts(b_m - 1.0, b_e.to(tl.float32)), b_x)
+    return b_y
+
+
+@triton.jit
+def log1p(b_t):
+    """log(1 + t) for t in [0, 1], relatively accurate for small t."""
+    if b_t.dtype == tl.float64:
+        # The rounding of 1 + t cancels in the quotient.
+        b_v = 1.0 + b_t
+        b_y = tl.where(b_v == 1.0, b_t, tl.log(b_v) * (b_t / tl.where(b_v == 1.0, 1.0, b_v - 1.0)))
+    else:
+        b_far = b_t > SQRT_2_MINUS_1
+        b_g = tl.where(b_far, (b_t - 1.0) * 0.5, b_t)
+        b_y = log_of_parts(b_g, tl.where(b_far, 1.0, 0.0))
+    return b_y
+
+
+@triton.jit
+def reciprocal(b_x):
+    """1/x for x in [1, 2] to an ulp: one Newton step makes up for the GPU's approximate division."""
+    b_y = 1.0 / b_x
+    return b_y + b_y * (1.0 - b_x * b_y)
+
+
+@triton.jit
+def quotient(b_x, b_y):
+    """x / y correctly rounded, where the GPU's own float32 division is off by two ulps."""
+    if b_x.dtype == tl.float64:
+        b_z = b_x / b_y
+    else:
+        b_z = tl.div_rn(b_x, b_y)
+    return b_z
+
+
+@triton.jit
+def event_offsets(start, BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    """Indices start, start + 1, … along one of three axes, int64: they will be multiplied by strides."""
+    o_x = (start + tl.arange(0, BLOCK)).to(tl.int64)
+    if AXIS == 0:
+        o_x = o_x[:, None, None]  # [BLOCK, 1, 1]
+    elif AXIS == 1:
+        o_x = o_x[None, :, None]  # [1, BLOCK, 1]
+    else:
+        o_x = o_x[None, None, :]  # [1, 1, BLOCK]
+    return o_x
+
+
+@triton.jit
+def load(p_x, offsets, mask, DTYPE: tl.constexpr):
+    """A tile in the dtype of the computation, 0 outside the mask."""
+    b_x = tl.load(p_x + offsets, mask=mask, other=0.0)
+    if b_x.dtype == tl.bfloat16:
+        if INTERPRETED:
+            b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        # By way of float32, the one cast that bfloat16 has everywhere.
+        b_x = b_x.to(tl.float32)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def store(p_x, offsets, b_x, mask):
+    """Write a tile in the dtype of the tensor that it goes to."""
+    if p_x.dtype.element_ty == tl.bfloat16:
+        b_x = b_x.to(tl.float32)
+        if INTERPRETED:
+            b_bits = b_x.to(tl.uint32, bitcast=True)
+            b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+            b_bits = tl.where(b_x == b_x, b_bits, 0x7FC0)
+            b_x = b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    tl.store(p_x + offsets, b_x.to(p_x.dtype.element_ty), mask=mask)
+
+
+class EventTiles(NamedTuple):
+    """How a likelihood over [K, B, X] is cut up: tiles, and what one program takes of each axis."""
+
+    block_k: int
+    block_b: int
+    block_x: int
+    k_per_program: int
+    b_per_program: int
+    x_tiles: int
+    k_splits: int
+    b_splits: int
+    x_splits: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The compile-time arguments."""
+        return {"BLOCK_K": self.block_k, "BLOCK_B": self.block_b, "BLOCK_X": self.block_x}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """One program per split; samples fastest, so that programs that share x run together."""
+        # Rows and samples on the first axis: the second holds no more than 65535.
+        return self.k_splits * self.b_splits, self.x_splits
+
+
+def event_tiles(
+    k: int, b: int, x: int, tile: int, *, merge_k: bool = False, merge_b: bool = False
+) -> EventTiles:
+    """Cut [K, B, X] into tiles and programs.
+
+    Args:
+        k, b, x: the sizes, none of them 0.
+        tile: elements of a tile.
+        merge_k, merge_b: let a program loop over several tiles of samples, or of rows, as far as enough
+            programs are left: for sums over them, of which each program writes its part.
+    """
+    block_x = min(triton.next_power_of_2(x), TILE_X)
+    block_k = min(triton.next_power_of_2(k), tile // block_x)
+    block_b = min(triton.next_power_of_2(b), tile // (block_x * block_k))
+    k_tiles, b_tiles, x_tiles = triton.cdiv(k, block_k), triton.cdiv(b, block_b), triton.cdiv(x, block_x)
+    # Long rows are split only where there are few of them: the parts cost another pass to add.
+    x_splits = min(x_tiles, max(1, PROGRAMS // (k_tiles * b_tiles)))
+    b_splits = min(b_tiles, max(1, PROGRAMS // x_splits)) if merge_b else b_tiles
+    k_splits = min(k_tiles, max(1, PROGRAMS // (x_splits * b_splits))) if merge_k else k_tiles
+    k_per, b_per, x_per = (
+        triton.cdiv(tiles, splits)
+        for tiles, splits in ((k_tiles, k_splits), (b_tiles, b_splits), (x_tiles, x_splits))
+    )
+    return EventTiles(
+        block_k,
+        block_b,
+        block_x,
+        k_per * block_k,
+        b_per * block_b,
+        x_per,
+        triton.cdiv(k_tiles, k_per),
+        triton.cdiv(b_tiles, b_per),
+        triton.cdiv(x_tiles, x_per),
+    )
+
+
+def accumulator(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype that is computed and summed in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def warps(dtype: torch.dtype) -> int:
+    """Warps of a program: twice as many in float64, whose elements take two registers each."""
+    return 2 * NUM_WARPS if dtype == torch.float64 else NUM_WARPS
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of an accumulator."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """Strides for a kernel: 0 along axes of size 1, which broadcast, and for a tensor that is None."""
+    if tensor is None:
+        return (0,) * dims
+    return tuple(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

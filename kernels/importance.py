@@ -1,0 +1,172 @@
+"""log-mean-exp over importance samples, in Triton.
+
+:mod:`fastvae.ops.importance` is the mathematics. One pass over memory, with a running maximum
+for each column and a running sum for each lane.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import accumulator, exp, load, log, quotient, store, strides, triton_dtype, warps
+
+# Elements of a tile, and its warps: 16 elements a thread, enough loads in flight to hide the latency of
+# memory.
+TILE = 2048
+# Columns of a tile: 8 float32 fill a 32-byte sector, which is what memory hands out, and leave more programs
+# where N is small.
+TILE_N = 8
+# With many columns a whole cache line.
+TILE_N_WIDE = 32
+MANY_COLUMNS = 16384
+
+
+@triton.jit
+def finite_shift(b_max):
+    """What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN)."""
+    return tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)
+
+
+@triton.jit(do_not_specialize=["K"])
+def log_mean_exp_kernel(
+    p_log_w,  # [K, N] log weights
+    p_bound,  # [N] out, log (1/K) sum_k exp(log_w)
+    p_maximum,  # [N] out
+    p_total,  # [N] out, sum_k exp(log_w - maximum)
+    K,  # samples
+    N,  # columns
+    stride_k,
+    stride_n,
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per block of columns."""
+    o_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    m_n = o_n < N
+    b_max = tl.full([BLOCK_N, 1], float("-inf"), dtype=DTYPE)  # [BLOCK_N, 1]
+    b_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=DTYPE)  # [BLOCK_N, BLOCK_K]
+    for i_k in range(0, K, BLOCK_K):
+        o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
+        mask = m_n & (o_k < K)
+        b_x = load(p_log_w, o_k * stride_k + o_n * stride_n, mask, DTYPE)
+        b_x = tl.where(mask, b_x, float("-inf"))
+        # tl.max may drop NaN, so it drops it everywhere; the sum keeps it.
+        b_block = tl.max(tl.where(b_x == b_x, b_x, float("-inf")), axis=1, keep_dims=True)
+        b_new = tl.maximum(b_max, b_block)
+        b_shift = finite_shift(b_new)
+        # With an infinite maximum the sum will be infinite, and 0 times a rescaling must not make it NaN.
+        b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
+        b_sum = b_sum * b_rescale + exp(b_x - b_shift)
+        b_max = b_new
+    b_total = tl.sum(b_sum, axis=1, keep_dims=True)  # [BLOCK_N, 1]
+    b_max = tl.where(b_total == b_total, b_max, b_total)
+    b_bound = b_max + log(b_total) - log(tl.zeros([BLOCK_N, 1], dtype=DTYPE) + K)
+    tl.store(p_bound + o_n, b_bound, mask=m_n)
+    tl.store(p_maximum + o_n, b_max, mask=m_n)
+    tl.store(p_total + o_n, b_total, mask=m_n)
+
+
+@triton.jit(do_not_specialize=["K"])
+def log_mean_exp_backward_kernel(
+    p_grad,  # [N] gradient of the bound
+    p_log_w,  # [K, N] log weights
+    p_maximum,  # [N]
+    p_total,  # [N]
+    p_out,  # [K, N] out, contiguous
+    K,  # samples
+    N,  # columns
+    stride_grad,
+    stride_k,
+    stride_n,
+    stride_maximum,
+    stride_total,
+    TINY: tl.constexpr,  # the smallest normal number of the computation
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per tile, tiles of samples fastest."""
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    i_k = (tl.program_id(0) % k_tiles) * BLOCK_K
+    i_n = (tl.program_id(0) // k_tiles) * BLOCK_N
+    o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None]  # [BLOCK_K, 1]
+    o_n = (i_n + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]  # [1, BLOCK_N]
+    m_n = o_n < N
+    mask = (o_k < K) & m_n
+    b_grad = load(p_grad, o_n * stride_grad, m_n, DTYPE)
+    b_max = load(p_maximum, o_n * stride_maximum, m_n, DTYPE)
+    b_total = load(p_total, o_n * stride_total, m_n, DTYPE)
+    b_x = load(p_log_w, o_k * stride_k + o_n * stride_n, mask, DTYPE)  # [BLOCK_K, BLOCK_N]
+    b_weight = quotient(exp(b_x - finite_shift(b_max)), tl.where(b_total == 0, 1.0, b_total))
+    m_zero = (b_weight < TINY) | (b_total == 0)
+    b_out = b_grad * b_weight
+    # NaN is below nothing, and stays.
+    b_out = tl.where(m_zero | (tl.abs(b_out) < TINY), 0.0, b_out)
+    store(p_out, o_k * N + o_n, b_out, mask)
+
+
+def _tile(k: int, n: int) -> tuple[int, int]:
+    """(BLOCK_K, BLOCK_N): columns along lanes, the remaining factor to samples."""
+    block_n = min(triton.next_power_of_2(n), TILE_N_WIDE if n >= MANY_COLUMNS else TILE_N)
+    return min(triton.next_power_of_2(k), TILE // block_n), block_n
+
+
+def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log (1/K) sum_k exp(log_w[k]) of [K, N], the maximum, and sum_k exp(log_w[k] - maximum): each [N].
+
+    A column of -inf has bound -inf and total 0.
+    """
+    k, n = log_w.shape
+    bound, maximum, total = (torch.empty(n, dtype=accumulator(log_w), device=log_w.device) for _ in range(3))
+    if n > 0:
+        block_k, block_n = _tile(k, n)
+        log_mean_exp_kernel[(triton.cdiv(n, block_n),)](
+            log_w,
+            bound,
+            maximum,
+            total,
+            k,
+            n,
+            *strides(log_w, 2),
+            DTYPE=triton_dtype(bound.dtype),
+            BLOCK_K=block_k,
+            BLOCK_N=block_n,
+            num_warps=warps(bound.dtype),
+        )
+    return bound, maximum, total
+
+
+def log_mean_exp_backward(
+    grad: torch.Tensor, log_w: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """grad times the normalised weights softmax_k(log_w): [K, N].
+
+    A column of -inf has zero gradient; weights and gradients below the smallest normal number are zero.
+    """
+    k, n = log_w.shape
+    out = torch.empty((k, n), dtype=log_w.dtype, device=log_w.device)
+    if out.numel() > 0:
+        block_k, block_n = _tile(k, n)
+        dtype = accumulator(log_w)
+        log_mean_exp_backward_kernel[(triton.cdiv(k, block_k) * triton.cdiv(n, block_n),)](
+            grad,
+            log_w,
+            maximum,
+            total,
+            out,
+            k,
+            n,
+            *strides(grad, 1),
+            *strides(log_w, 2),
+            *strides(maximum, 1),
+            *strides(total, 1),
+            TINY=torch.finfo(dtype).tiny,
+            DTYPE=triton_dtype(dtype),
+            BLOCK_K=block_k,
+            BLOCK_N=block_n,
+            num_warps=warps(dtype),
+        )
+    return out

@@ -1,0 +1,625 @@
+"""Reparameterised sampling with analytic KL or with log p(z) - log q(z|x), in Triton.
+
+:mod:`fastvae.ops.latent` is the mathematics. A tile is [BLOCK_K, BLOCK_B, BLOCK_D]: samples, rows, columns. A
+program keeps a block of rows and loops over its samples, so that what depends on the row alone is read and
+computed once. Where there are few rows the samples are split over programs; the backward pass then writes one
+part of each sum per split. The noise never leaves the registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import NUM_WARPS, accumulator, exp, expm1_parts, load, store, strides, triton_dtype, warps
+from .random import TILE_BACKWARD, noise_tile, normals
+
+# Programs to aim at when samples are split: a few for each of some 130 multiprocessors. A constant and not
+# the device's count, so that the order of sums is the same everywhere.
+PROGRAMS = 512
+# Steps of a backward program's loop over samples. At least: every split writes its part of the sums, in vain
+# if it is short. At most: float32 sums of that length are as good as torch's blockwise ones.
+MIN_STEPS = 8
+MAX_STEPS = 32
+
+
+@triton.jit
+def load_inputs(
+    p_mu,
+    p_logvar,
+    p_prior_mu,
+    p_prior_logvar,
+    o_b,
+    o_d,
+    B,
+    D,
+    stride_mu_b,
+    stride_mu_d,
+    stride_logvar_b,
+    stride_logvar_d,
+    stride_prior_mu_b,
+    stride_prior_mu_d,
+    stride_prior_logvar_b,
+    stride_prior_logvar_d,
+    LOGVAR_MIN: tl.constexpr,
+    LOGVAR_MAX: tl.constexpr,
+    CLAMP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """mu, logvar, whether the clamp leaves it alone, prior mean, prior logvar: [1, BLOCK_B, BLOCK_D]."""
+    mask = (o_b < B) & (o_d < D)
+    b_mu = load(p_mu, o_b * stride_mu_b + o_d * stride_mu_d, mask, DTYPE)
+    b_logvar = load(p_logvar, o_b * stride_logvar_b + o_d * stride_logvar_d, mask, DTYPE)
+    b_inside = mask
+    if CLAMP:
+        # Written so that NaN is inside and stays.
+        b_low = b_logvar < LOGVAR_MIN
+        b_high = b_logvar > LOGVAR_MAX
+        b_logvar = tl.where(b_low, LOGVAR_MIN, tl.where(b_high, LOGVAR_MAX, b_logvar))
+        b_inside = (b_low | b_high) == 0
+    if p_prior_mu is not None:
+        b_prior_mu = load(p_prior_mu, o_b * stride_prior_mu_b + o_d * stride_prior_mu_d, mask, DTYPE)
+        b_prior_logvar = load(
+            p_prior_logvar, o_b * stride_prior_logvar_b + o_d * stride_prior_logvar_d, mask, DTYPE
+        )
+    else:
+        b_prior_mu = tl.zeros([1, 1, 1], dtype=DTYPE)
+        b_prior_logvar = tl.zeros([1, 1, 1], dtype=DTYPE)
+    return b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar
+
+
+@triton.jit
+def precision_of(b_prior_logvar, p_prior_logvar):
+    """1 / s^2, or the number 1 for N(0, I)."""
+    b_precision = b_prior_logvar + 1.0
+    if p_prior_logvar is not None:
+        b_precision = exp(-b_prior_logvar)
+    return b_precision
+
+
+@triton.jit
+def draw(
+    p_z,
+    b_mu,
+    b_sigma,
+    seed,
+    o_k,
+    o_b,
+    i_d,
+    o_d,
+    k_stop,
+    B,
+    D,
+    sample_offset,
+    row_offset,
+    DTYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Draw the noise of a tile and store z; returns both in the dtype of the computation, z unrounded."""
+    b_eps = normals(seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
+    b_z = b_mu + b_sigma * b_eps  # [BLOCK_K, BLOCK_B, BLOCK_D]
+    store(p_z, (o_k * B + o_b) * D + o_d, b_z, (o_k < k_stop) & (o_b < B) & (o_d < D))
+    return b_eps, b_z
+
+
+@triton.jit(do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"])
+def rsample_kl_kernel(
+    p_mu,  # [B, D] mean of q
+    p_logvar,  # [B, D] log variance of q
+    p_prior_mu,  # [B, D] mean of the prior, or None for N(0, I)
+    p_prior_logvar,  # [B, D] its log variance, None likewise
+    p_seed,  # [] int64
+    p_z,  # [K, B, D] out, contiguous
+    p_kl,  # [B] or [B, D] out, contiguous, in the dtype of the computation
+    K,  # samples
+    B,  # rows
+    D,  # columns
+    sample_offset,  # address of the first sample
+    row_offset,  # address of the first row
+    k_per_program,  # samples of one program
+    stride_mu_b,
+    stride_mu_d,
+    stride_logvar_b,
+    stride_logvar_d,
+    stride_prior_mu_b,
+    stride_prior_mu_d,
+    stride_prior_logvar_b,
+    stride_prior_logvar_d,
+    LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
+    LOGVAR_MAX: tl.constexpr,
+    CLAMP: tl.constexpr,  # whether logvar is clamped
+    PER_DIMENSION: tl.constexpr,  # KL [B, D] instead of [B]
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per block of rows and split of the samples; the first split does the KL."""
+    i_b = tl.program_id(0) * BLOCK_B
+    i_split = tl.program_id(1)
+    k_start = i_split * k_per_program
+    k_stop = tl.minimum(k_start + k_per_program, K)
+    o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
+    seed = tl.load(p_seed)
+    b_kl = tl.zeros([1, BLOCK_B, BLOCK_D], dtype=DTYPE)  # [1, BLOCK_B, BLOCK_D]
+    for i_d in range(0, D, BLOCK_D):
+        o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
+        b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
+            p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
+            stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
+            stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
+            LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+        )  # fmt: skip
+        if i_split == 0:
+            b_delta = b_mu - b_prior_mu
+            _, b_excess = expm1_parts(b_logvar - b_prior_logvar)
+            b_precision = precision_of(b_prior_logvar, p_prior_logvar)
+            b_term = 0.5 * (b_delta * b_delta * b_precision + b_excess)
+            if PER_DIMENSION:
+                tl.store(p_kl + o_b * D + o_d, b_term, mask=(o_b < B) & (o_d < D))
+            else:
+                # The zeros loaded outside may have a KL too, if they were clamped.
+                b_kl += tl.where(o_d < D, b_term, 0.0)
+        b_sigma = exp(0.5 * b_logvar)
+        for i_k in range(k_start, k_stop, BLOCK_K):
+            o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
+            draw(
+                p_z, b_mu, b_sigma, seed, o_k, o_b, i_d, o_d, k_stop, B, D, sample_offset, row_offset,
+                DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
+            )  # fmt: skip
+    if not PER_DIMENSION:  # noqa: SIM102 (one is of compile time, the other of run time)
+        if i_split == 0:
+            tl.store(p_kl + o_b, tl.sum(b_kl, axis=2, keep_dims=True), mask=o_b < B)
+
+
+@triton.jit(do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"])
+def rsample_log_ratio_kernel(
+    p_mu,  # [B, D] mean of q
+    p_logvar,  # [B, D] log variance of q
+    p_prior_mu,  # [B, D] mean of the prior, or None for N(0, I)
+    p_prior_logvar,  # [B, D] its log variance, None likewise
+    p_seed,  # [] int64
+    p_z,  # [K, B, D] out, contiguous
+    p_log_ratio,  # [K, B] out, contiguous, in the dtype of the computation
+    K,  # samples
+    B,  # rows
+    D,  # columns
+    sample_offset,  # address of the first sample
+    row_offset,  # address of the first row
+    k_per_program,  # samples of one program
+    stride_mu_b,
+    stride_mu_d,
+    stride_logvar_b,
+    stride_logvar_d,
+    stride_prior_mu_b,
+    stride_prior_mu_d,
+    stride_prior_logvar_b,
+    stride_prior_logvar_d,
+    LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
+    LOGVAR_MAX: tl.constexpr,
+    CLAMP: tl.constexpr,  # whether logvar is clamped
+    ONE_TILE: tl.constexpr,  # a row fits BLOCK_D: its inputs are read once, and not once per block of samples
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per block of rows and split of the samples."""
+    i_b = tl.program_id(0) * BLOCK_B
+    k_start = tl.program_id(1) * k_per_program
+    k_stop = tl.minimum(k_start + k_per_program, K)
+    o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
+    seed = tl.load(p_seed)
+    if ONE_TILE:
+        o_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
+        b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
+            p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
+            stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
+            stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
+            LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+        )  # fmt: skip
+        b_sigma = exp(0.5 * b_logvar)
+        for i_k in range(k_start, k_stop, BLOCK_K):
+            o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
+            b_eps, b_z = draw(
+                p_z, b_mu, b_sigma, seed, o_k, o_b, 0, o_d, k_stop, B, D, sample_offset, row_offset,
+                DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
+            )  # fmt: skip
+            b_term = log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_logvar)
+            b_term = tl.where(o_d < D, b_term, 0.0)
+            mask = (o_k < k_stop) & (o_b < B)
+            tl.store(p_log_ratio + o_k * B + o_b, tl.sum(b_term, axis=2, keep_dims=True), mask=mask)
+    else:
+        for i_k in range(k_start, k_stop, BLOCK_K):
+            o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
+            b_sum = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_D]
+            for i_d in range(0, D, BLOCK_D):
+                o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
+                b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
+                    p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
+                    stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
+                    stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
+                    LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+                )  # fmt: skip
+                b_eps, b_z = draw(
+                    p_z, b_mu, exp(0.5 * b_logvar), seed, o_k, o_b, i_d, o_d, k_stop, B, D,
+                    sample_offset, row_offset, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
+                )  # fmt: skip
+                b_term = log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_logvar)
+                b_sum += tl.where(o_d < D, b_term, 0.0)
+            mask = (o_k < k_stop) & (o_b < B)
+            tl.store(p_log_ratio + o_k * B + o_b, tl.sum(b_sum, axis=2, keep_dims=True), mask=mask)
+
+
+@triton.jit
+def log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_logvar):
+    """What a column adds to log p(z) - log q(z|x); a product of sums cancels less than squares do."""
+    b_white = b_z
+    if p_prior_logvar is not None:
+        b_white = (b_z - b_prior_mu) * exp(-0.5 * b_prior_logvar)
+    return 0.5 * ((b_eps - b_white) * (b_eps + b_white) + (b_logvar - b_prior_logvar))
+
+
+@triton.jit
+def store_part(p_x, b_x, i_split, o_b, o_d, B, D):
+    """Write one split's part of a sum over samples, [1, BLOCK_B, BLOCK_D] of [splits, B, D]."""
+    o_b = o_b + i_split.to(tl.int64) * B
+    store(p_x, o_b * D + o_d, b_x, (o_b < (i_split.to(tl.int64) + 1) * B) & (o_d < D))
+
+
+@triton.jit(do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"])
+def rsample_backward_kernel(
+    p_grad_z,  # [K, B, D] gradient of z, or None
+    p_grad_kl,  # [B, D] gradient of the KL, or None
+    p_grad_log_ratio,  # [K, B] gradient of the log-ratio, or None
+    p_weight,  # [K, B] factor of what reaches mu and logvar, or None
+    p_mu,  # [B, D] mean of q
+    p_logvar,  # [B, D] log variance of q
+    p_prior_mu,  # [B, D] mean of the prior, or None for N(0, I)
+    p_prior_logvar,  # [B, D] its log variance, None likewise
+    p_seed,  # [] int64
+    p_grad_mu,  # [splits, B, D] out, contiguous, or None where not needed
+    p_grad_logvar,  # likewise
+    p_grad_prior_mu,  # likewise
+    p_grad_prior_logvar,  # likewise
+    K,  # samples
+    B,  # rows
+    D,  # columns
+    sample_offset,  # address of the first sample
+    row_offset,  # address of the first row
+    k_per_program,  # samples of one program
+    stride_grad_z_k,
+    stride_grad_z_b,
+    stride_grad_z_d,
+    stride_grad_kl_b,
+    stride_grad_kl_d,
+    stride_grad_log_ratio_k,
+    stride_grad_log_ratio_b,
+    stride_weight_k,
+    stride_weight_b,
+    stride_mu_b,
+    stride_mu_d,
+    stride_logvar_b,
+    stride_logvar_d,
+    stride_prior_mu_b,
+    stride_prior_mu_d,
+    stride_prior_logvar_b,
+    stride_prior_logvar_d,
+    LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
+    LOGVAR_MAX: tl.constexpr,
+    CLAMP: tl.constexpr,  # whether logvar is clamped
+    PATH: tl.constexpr,  # drop log q's own dependence on (mu, logvar)
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per block of rows, block of columns and split of the samples.
+
+    The first split adds what the KL gives.
+    """
+    # What is needed of each sample, settled at compile time.
+    Q: tl.constexpr = (p_grad_mu is not None) or (p_grad_logvar is not None)
+    RATIO: tl.constexpr = p_grad_log_ratio is not None
+    PRIOR: tl.constexpr = (p_grad_prior_mu is not None) or (p_grad_prior_logvar is not None)
+    ENTROPY: tl.constexpr = RATIO and (not PATH) and (p_grad_logvar is not None)
+    NOISE: tl.constexpr = RATIO or (p_grad_z is not None and p_grad_logvar is not None)
+    SAMPLES: tl.constexpr = (Q and p_grad_z is not None) or (RATIO and (Q or PRIOR))
+
+    i_b = tl.program_id(0) * BLOCK_B
+    i_d = tl.program_id(1) * BLOCK_D
+    i_split = tl.program_id(2)
+    o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
+    o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
+    b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
+        p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
+        stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
+        stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
+        LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+    )  # fmt: skip
+    b_sigma = exp(0.5 * b_logvar)
+    b_precision = precision_of(b_prior_logvar, p_prior_logvar)
+    b_delta = b_mu - b_prior_mu
+    # Sums over samples, a lane each until the end.
+    s_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h
+    s_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h eps
+    s_entropy = tl.zeros([BLOCK_K, BLOCK_B, 1], dtype=DTYPE)  # sum of g
+    s_prior_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
+    s_prior_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
+    if SAMPLES:
+        seed = tl.load(p_seed)
+        if PATH and RATIO and Q:
+            b_inverse_sigma = exp(-0.5 * b_logvar)
+        k_start = i_split * k_per_program
+        k_stop = tl.minimum(k_start + k_per_program, K)
+        for i_k in range(k_start, k_stop, BLOCK_K):
+            o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
+            m_k = o_k < k_stop
+            m_row = m_k & (o_b < B)
+            if NOISE:
+                b_eps = normals(
+                    seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D
+                )
+            b_h = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_D]
+            if Q and p_grad_z is not None:
+                o_z = o_k * stride_grad_z_k + o_b * stride_grad_z_b + o_d * stride_grad_z_d
+                b_h = load(p_grad_z, o_z, m_row & (o_d < D), DTYPE)
+            if RATIO:
+                o_g = o_k * stride_grad_log_ratio_k + o_b * stride_grad_log_ratio_b
+                b_g = load(p_grad_log_ratio, o_g, m_row, DTYPE)  # [BLOCK_K, BLOCK_B, 1]
+                b_distance = b_delta + b_sigma * b_eps
+                b_pull = b_g * b_distance * b_precision
+                # Samples beyond the last have g = 0, which times an infinite distance would be NaN.
+                b_pull = tl.where(m_k, b_pull, 0.0)
+                b_h -= b_pull
+                if p_grad_prior_mu is not None:
+                    s_prior_mu += b_pull
+                if p_grad_prior_logvar is not None:
+                    b_square = b_g * 0.5 * (b_distance * b_distance * b_precision - 1.0)
+                    s_prior_logvar += tl.where(m_k, b_square, 0.0)
+                if PATH and Q:
+                    b_h += tl.where(m_k, b_g * b_eps * b_inverse_sigma, 0.0)
+            if p_weight is not None and Q:
+                o_w = o_k * stride_weight_k + o_b * stride_weight_b
+                b_weight = load(p_weight, o_w, m_row, DTYPE)  # [BLOCK_K, BLOCK_B, 1]
+                b_h *= b_weight
+                if ENTROPY:
+                    s_entropy += b_g * b_weight
+            elif ENTROPY:
+                s_entropy += b_g
+            if p_grad_mu is not None:
+                s_mu += b_h
+            if p_grad_logvar is not None:
+                s_logvar += b_h * b_eps
+
+    b_kl = tl.zeros(
+        [1, BLOCK_B, BLOCK_D], dtype=DTYPE
+    )  # [1, BLOCK_B, BLOCK_D] gradient of the KL, 0 but in one split
+    b_ratio = b_kl
+    if p_grad_kl is not None:
+        o_kl = o_b * stride_grad_kl_b + o_d * stride_grad_kl_d
+        b_kl = load(p_grad_kl, o_kl, (o_b < B) & (o_d < D), DTYPE)
+        b_ratio, _ = expm1_parts(b_logvar - b_prior_logvar)
+    b_push = b_kl * b_delta * b_precision
+    if p_grad_mu is not None:
+        b_out = tl.sum(s_mu, axis=0, keep_dims=True)
+        if p_grad_kl is not None:
+            b_out += tl.where(i_split == 0, b_push, 0.0)
+        store_part(p_grad_mu, b_out, i_split, o_b, o_d, B, D)
+    if p_grad_logvar is not None:
+        b_out = tl.sum(s_logvar, axis=0, keep_dims=True)
+        if SAMPLES:
+            b_out *= 0.5 * b_sigma
+        if ENTROPY:
+            b_out += 0.5 * tl.sum(s_entropy, axis=0, keep_dims=True)
+        if p_grad_kl is not None:
+            b_out += tl.where(i_split == 0, 0.5 * b_kl * b_ratio, 0.0)
+        if CLAMP:
+            b_out = tl.where(b_inside, b_out, 0.0)
+        store_part(p_grad_logvar, b_out, i_split, o_b, o_d, B, D)
+    if p_grad_prior_mu is not None:
+        b_out = tl.sum(s_prior_mu, axis=0, keep_dims=True)
+        if p_grad_kl is not None:
+            b_out -= tl.where(i_split == 0, b_push, 0.0)
+        store_part(p_grad_prior_mu, b_out, i_split, o_b, o_d, B, D)
+    if p_grad_prior_logvar is not None:
+        b_out = tl.sum(s_prior_logvar, axis=0, keep_dims=True)
+        if p_grad_kl is not None:
+            b_square = 0.5 * b_kl * (b_ratio + b_delta * b_delta * b_precision)
+            b_out -= tl.where(i_split == 0, b_square, 0.0)
+        store_part(p_grad_prior_logvar, b_out, i_split, o_b, o_d, B, D)
+
+
+def rsample_kl(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    prior_mu: torch.Tensor | None,
+    prior_logvar: torch.Tensor | None,
+    seed: torch.Tensor,
+    samples: int,
+    sample_offset: int,
+    row_offset: int,
+    logvar_min: float,
+    logvar_max: float,
+    per_dimension: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
+    shape = mu.shape if per_dimension else mu.shape[:1]
+    kl = torch.empty(shape, dtype=accumulator(mu), device=mu.device)
+    z = _forward(
+        rsample_kl_kernel, kl, mu, logvar, prior_mu, prior_logvar, seed, samples, sample_offset, row_offset,
+        logvar_min, logvar_max, PER_DIMENSION=per_dimension,
+    )  # fmt: skip
+    return z, kl
+
+
+def rsample_log_ratio(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    prior_mu: torch.Tensor | None,
+    prior_logvar: torch.Tensor | None,
+    seed: torch.Tensor,
+    samples: int,
+    sample_offset: int,
+    row_offset: int,
+    logvar_min: float,
+    logvar_max: float,
+    estimator: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
+    log_ratio = torch.empty((samples, mu.shape[0]), dtype=accumulator(mu), device=mu.device)
+    _, _, block_d = noise_tile(samples, *mu.shape)
+    z = _forward(
+        rsample_log_ratio_kernel, log_ratio, mu, logvar, prior_mu, prior_logvar, seed, samples, sample_offset,
+        row_offset, logvar_min, logvar_max, ONE_TILE=mu.shape[1] <= block_d,
+    )  # fmt: skip
+    return z, log_ratio
+
+
+def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[int, ...]:
+    """The strides of the four inputs, as every kernel here takes them."""
+    return *strides(mu, 2), *strides(logvar, 2), *strides(prior_mu, 2), *strides(prior_logvar, 2)
+
+
+def _constants(mu, logvar_min, logvar_max, block_k, block_b, block_d, num_warps) -> dict:
+    """The compile-time arguments of every kernel here; the clamp is one, as a range is a hyperparameter."""
+    clamp = logvar_min > float("-inf") or logvar_max < float("inf")
+    return {
+        "LOGVAR_MIN": logvar_min,
+        "LOGVAR_MAX": logvar_max,
+        "CLAMP": clamp,
+        "DTYPE": triton_dtype(accumulator(mu)),
+        "BLOCK_K": block_k,
+        "BLOCK_B": block_b,
+        "BLOCK_D": block_d,
+        "num_warps": num_warps,
+    }
+
+
+def _forward(
+    kernel,
+    reduced,
+    mu,
+    logvar,
+    prior_mu,
+    prior_logvar,
+    seed,
+    k,
+    sample_offset,
+    row_offset,
+    lo,
+    hi,
+    **constants,
+) -> torch.Tensor:
+    """Launch a forward kernel, which fills ``reduced``; returns z."""
+    b, d = mu.shape
+    z = torch.empty((k, b, d), dtype=mu.dtype, device=mu.device)
+    if b == 0:
+        return z
+    block_k, block_b, block_d = noise_tile(k, b, d)
+    b_tiles, k_tiles = triton.cdiv(b, block_b), triton.cdiv(k, block_k)
+    k_per_program = triton.cdiv(max(k_tiles, 1), max(1, min(k_tiles, PROGRAMS // b_tiles))) * block_k
+    kernel[b_tiles, max(1, triton.cdiv(k, k_per_program))](
+        mu, logvar, prior_mu, prior_logvar, seed, z, reduced,
+        k, b, d, sample_offset, row_offset, k_per_program,
+        *_inputs(mu, logvar, prior_mu, prior_logvar),
+        **constants,
+        **_constants(mu, lo, hi, block_k, block_b, block_d, warps(accumulator(mu))),
+    )  # fmt: skip
+    return z
+
+
+def rsample_kl_backward(
+    grad_z: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    prior_mu: torch.Tensor | None,
+    prior_logvar: torch.Tensor | None,
+    seed: torch.Tensor,
+    samples: int,
+    sample_offset: int,
+    row_offset: int,
+    logvar_min: float,
+    logvar_max: float,
+    need: list[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
+    if grad_kl is not None and grad_kl.dim() == 1:
+        grad_kl = grad_kl[:, None].expand(mu.shape)
+    return _backward(
+        grad_z, grad_kl, None, None, mu, logvar, prior_mu, prior_logvar, seed,
+        samples, sample_offset, row_offset, logvar_min, logvar_max, False, need,
+    )  # fmt: skip
+
+
+def rsample_log_ratio_backward(
+    grad_z: torch.Tensor | None,
+    grad_log_ratio: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    prior_mu: torch.Tensor | None,
+    prior_logvar: torch.Tensor | None,
+    seed: torch.Tensor,
+    samples: int,
+    sample_offset: int,
+    row_offset: int,
+    logvar_min: float,
+    logvar_max: float,
+    path: bool,
+    need: list[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed.
+
+    With ``path``, log q's own dependence on (mu, logvar) is dropped (sticking the landing). ``weight`` [K, B]
+    multiplies what reaches mu and logvar, and nothing else (DReG).
+    """
+    return _backward(
+        grad_z, None, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed,
+        samples, sample_offset, row_offset, logvar_min, logvar_max, path, need,
+    )  # fmt: skip
+
+
+def _backward(
+    grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed,
+    k, sample_offset, row_offset, lo, hi, path, need,
+):  # fmt: skip
+    """Both backward passes: what does not arrive is None, and costs nothing."""
+    b, d = mu.shape
+    # Without a prior there is no tensor to give a gradient to.
+    inputs = [t if n else None for t, n in zip((mu, logvar, prior_mu, prior_logvar), need, strict=True)]
+    if mu.numel() == 0 or not any(t is not None for t in inputs):
+        return tuple(None if t is None else torch.empty_like(t) for t in inputs)
+    block_k, block_b, block_d = noise_tile(k, b, d, TILE_BACKWARD)
+    b_tiles, d_tiles, k_tiles = triton.cdiv(b, block_b), triton.cdiv(d, block_d), triton.cdiv(k, block_k)
+    splits = 1
+    if grad_z is not None or grad_log_ratio is not None:
+        # Split for want of programs, but only from MIN_STEPS on, since every split writes a part; and for
+        # accuracy.
+        splits = min(PROGRAMS // (b_tiles * d_tiles), triton.cdiv(k_tiles, MIN_STEPS))
+        splits = max(splits, triton.cdiv(k_tiles, MAX_STEPS), 1)
+    k_per_program = triton.cdiv(max(k_tiles, 1), splits) * block_k
+    splits = max(1, triton.cdiv(k, k_per_program))
+    grads = [
+        None
+        if t is None
+        else torch.empty((splits, b, d), dtype=t.dtype if splits == 1 else accumulator(mu), device=mu.device)
+        for t in inputs
+    ]
+    # The smaller tile leaves room for float64 too.
+    rsample_backward_kernel[b_tiles, d_tiles, splits](
+        grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, *grads,
+        k, b, d, sample_offset, row_offset, k_per_program,
+        *strides(grad_z, 3), *strides(grad_kl, 2), *strides(grad_log_ratio, 2), *strides(weight, 2),
+        *_inputs(mu, logvar, prior_mu, prior_logvar),
+        PATH=path,
+        **_constants(mu, lo, hi, block_k, block_b, block_d, NUM_WARPS),
+    )  # fmt: skip
+    return tuple(
+        g if g is None else g[0] if splits == 1 else g.sum(0).to(t.dtype)
+        for g, t in zip(grads, inputs, strict=True)
+    )

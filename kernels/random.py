@@ -1,0 +1,211 @@
+"""Noise as an address, in Triton: Philox4x32-10, and a Box-Muller transform that uses both halves of a pair.
+
+:mod:`fastvae.random` says what the address means. In float32 the transform is plain arithmetic, see
+:mod:`.common`: the uniform number keeps its relative accuracy at both ends, so the normals are right to a few
+ulps from the smallest radius to the tail.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import log_of_parts, split_float, triton_dtype, warps
+
+TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
+TWO_PI_HIGH = tl.constexpr(6.2831854820251465)
+TWO_PI_LOW = tl.constexpr(-1.7484556025237907e-07)
+
+# Elements of a tile with noise, and its warps: 8 elements, two Philox blocks, a thread. The registers of the
+# ten rounds bound it.
+TILE = 1024
+# The backward passes also hold up to four sums: half as much a thread, or they spill.
+TILE_BACKWARD = 512
+
+
+@triton.jit
+def philox_words(seed, o_k, o_b, o_j):
+    """Four uint32 words per block of four columns.
+
+    Args:
+        seed: int64 scalar, the key.
+        o_k, o_b: int64 sample [BLOCK_K, 1, 1] and row [1, BLOCK_B, 1], offsets included.
+        o_j: block of columns [1, 1, BLOCK_D // 4].
+    """
+    # 32-bit counters, or tl.philox becomes Philox4x64. Broadcast late: the first rounds then work on few
+    # elements.
+    b_zero = tl.zeros([1, 1, 1], dtype=tl.uint32)
+    return tl.philox(seed, o_j.to(tl.uint32), o_b.to(tl.uint32), o_k.to(tl.uint32), b_zero)
+
+
+@triton.jit
+def _radius(b_w):
+    """sqrt(-2 log u), u = (w + 1/2) 2^-32."""
+    b_s = b_w.to(tl.int32, bitcast=True)
+    b_sign = b_s >> 31
+    b_high = b_s < 0
+    # The distance of u to the nearer of 0 and 1; the exclusive or is a not for words from 2^31 on. Twice the
+    # word plus one is exact in 32 bits, so it is rounded once.
+    b_f = (((b_s ^ b_sign) << 1) | 1).to(tl.uint32, bitcast=True).to(tl.float32) * (0.5 * TWO_TO_MINUS_32)
+    b_m, b_e = split_float(tl.where(b_high, 1.0 - b_f, b_f))
+    # Above 1/2 from the distance, not from the rounded 1 - f: the smallest radii keep their accuracy. There e
+    # is 0 or -1.
+    b_g = tl.where(b_high, tl.where(b_e == 0, -b_f, 1.0 - 2.0 * b_f), b_m - 1.0)
+    return tl.sqrt(-2.0 * log_of_parts(b_g, b_e.to(tl.float32)))
+
+
+@triton.jit
+def _with_sign(b_x, b_bit):
+    """x, negated where the sign bit given is set."""
+    return (b_x.to(tl.int32, bitcast=True) ^ b_bit).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _cosine_and_sine(b_w):
+    """cos and sin of 2 pi (w + 1/2) 2^-32."""
+    b_s = b_w.to(tl.int32, bitcast=True)
+    # The nearest multiple of a quarter turn is exact in integers, and what is left lies within an eighth.
+    b_n = (((b_s >> 29) + 1) >> 1) & 3
+    b_t = (((b_s << 2) >> 1) | 1).to(tl.float32) * (0.5 * TWO_TO_MINUS_32)
+    # Cephes' polynomials with their argument in turns, so that the rounding of 2 pi can be made good.
+    b_z = b_t * b_t
+    b_sin = ((-75.4456525 * b_z + 81.59376781) * b_z - 41.34167234) * b_z + TWO_PI_LOW
+    b_sin = b_t * TWO_PI_HIGH + b_t * b_sin
+    b_cos = (((59.3497009 * b_z - 85.44714096) * b_z + 64.93936132) * b_z - 19.7392088) * b_z + 1.0
+    b_odd = (b_n & 1) != 0
+    b_c = _with_sign(tl.where(b_odd, b_sin, b_cos), ((b_n + 1) & 2) << 30)
+    return b_c, _with_sign(tl.where(b_odd, b_cos, b_sin), (b_n & 2) << 30)
+
+
+@triton.jit
+def box_muller(b_u, b_v, DTYPE: tl.constexpr):
+    """Two normals from two words."""
+    if DTYPE == tl.float64:  # noqa: SIM300 (DTYPE is no constant of Python's)
+        b_r = tl.sqrt(-2.0 * tl.log((b_u.to(tl.float64) + 0.5) * TWO_TO_MINUS_32))
+        b_a = (b_v.to(tl.float64) + 0.5) * (TWO_TO_MINUS_32 * (TWO_PI_HIGH + TWO_PI_LOW))
+        b_c, b_s = tl.cos(b_a), tl.sin(b_a)
+    else:
+        b_r = _radius(b_u)
+        b_c, b_s = _cosine_and_sine(b_v)
+    return b_r * b_c, b_r * b_s
+
+
+@triton.jit
+def interleaved(b_0, b_1, b_2, b_3, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Four tiles of every fourth column as one; a thread that had one element of each holds four in a row."""
+    b_x = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))  # [BLOCK_K, BLOCK_B, BLOCK_D // 4, 2, 2]
+    return tl.reshape(b_x, [BLOCK_K, BLOCK_B, BLOCK_D])
+
+
+@triton.jit
+def normals(
+    seed,
+    o_k,
+    o_b,
+    i_d,
+    DTYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Standard normals of a tile that begins at column i_d, a multiple of 4.
+
+    Args:
+        seed: int64 scalar.
+        o_k, o_b: int64 address of the samples [BLOCK_K, 1, 1] and rows [1, BLOCK_B, 1], offsets included.
+    """
+    o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
+    b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k, o_b, o_j)
+    b_0, b_1 = box_muller(b_w0, b_w1, DTYPE)
+    b_2, b_3 = box_muller(b_w2, b_w3, DTYPE)
+    return interleaved(b_0, b_1, b_2, b_3, BLOCK_K, BLOCK_B, BLOCK_D)  # [BLOCK_K, BLOCK_B, BLOCK_D]
+
+
+@triton.jit(do_not_specialize=["sample_offset", "row_offset", "K", "B"])
+def noise_kernel(
+    p_seed,  # [] int64
+    p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
+    K,  # samples
+    B,  # rows
+    D,  # columns; for words a multiple of 4
+    sample_offset,  # address of the first sample
+    row_offset,  # address of the first row
+    WORDS: tl.constexpr,  # write the words and not the normals
+    DTYPE: tl.constexpr,  # of the normals
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per tile [BLOCK_K, BLOCK_B, BLOCK_D]."""
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    i_k = (tl.program_id(0) % k_tiles) * BLOCK_K
+    i_b = (tl.program_id(0) // k_tiles) * BLOCK_B
+    i_d = tl.program_id(1) * BLOCK_D
+    o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
+    o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
+    o_d = (i_d + tl.arange(0, BLOCK_D))[None, None, :]  # [1, 1, BLOCK_D]
+    seed = tl.load(p_seed)
+    if WORDS:
+        o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
+        b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k + sample_offset, o_b + row_offset, o_j)
+        b_out = interleaved(b_w0, b_w1, b_w2, b_w3, BLOCK_K, BLOCK_B, BLOCK_D).to(tl.int64)
+    else:
+        b_out = normals(seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
+    tl.store(p_out + (o_k * B + o_b) * D + o_d, b_out, mask=(o_k < K) & (o_b < B) & (o_d < D))
+
+
+def noise_tile(k: int, b: int, d: int, tile: int = TILE) -> tuple[int, int, int]:
+    """(BLOCK_K, BLOCK_B, BLOCK_D) of a tile with noise.
+
+    Rows before samples: what depends on the row alone is then computed once.
+    """
+    block_d = min(max(triton.next_power_of_2(d), 4), tile)
+    block_b = min(triton.next_power_of_2(max(b, 1)), tile // block_d)
+    block_k = min(triton.next_power_of_2(max(k, 1)), tile // (block_d * block_b))
+    return block_k, block_b, block_d
+
+
+def _launch(out: torch.Tensor, seed: torch.Tensor, sample_offset: int, row_offset: int, want_words: bool):
+    k, b, d = out.shape
+    if out.numel() == 0:
+        return out
+    block_k, block_b, block_d = noise_tile(k, b, d)
+    noise_kernel[triton.cdiv(k, block_k) * triton.cdiv(b, block_b), triton.cdiv(d, block_d)](
+        seed,
+        out,
+        k,
+        b,
+        d,
+        sample_offset,
+        row_offset,
+        WORDS=want_words,
+        DTYPE=triton_dtype(out.dtype),
+        BLOCK_K=block_k,
+        BLOCK_B=block_b,
+        BLOCK_D=block_d,
+        num_warps=warps(out.dtype),
+    )
+    return out
+
+
+def words(
+    seed: torch.Tensor, samples: int, rows: int, columns: int, sample_offset: int = 0, row_offset: int = 0
+) -> torch.Tensor:
+    """The random words behind the normals: int64 [samples, rows, columns rounded up to 4], below 2^32."""
+    out = torch.empty((samples, rows, 4 * -(-columns // 4)), dtype=torch.int64, device=seed.device)
+    return _launch(out, seed, sample_offset, row_offset, True)
+
+
+def normal(
+    seed: torch.Tensor,
+    samples: int,
+    rows: int,
+    columns: int,
+    sample_offset: int = 0,
+    row_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Standard normals [samples, rows, columns]: words 2i and 2i+1 of a row make normals 2i and 2i+1."""
+    out = torch.empty((samples, rows, columns), dtype=dtype, device=seed.device)
+    return _launch(out, seed, sample_offset, row_offset, False)
