@@ -23,7 +23,14 @@ hypothesis.settings.register_profile(
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile("fastvae")
+# For mutants.py: a failure is enough, its smallest example is not wanted.
+hypothesis.settings.register_profile(
+    "mutants",
+    hypothesis.settings.get_profile("fastvae"),
+    phases=[hypothesis.Phase.generate],
+    derandomize=True,
+)
+hypothesis.settings.load_profile(os.environ.get("FASTVAE_TEST_PROFILE", "fastvae"))
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
