@@ -1,7 +1,7 @@
 """Mutation check: break one line of a kernel at a time, in a scratch copy, and see the tests notice.
 
-``python -m tests.mutants [cpp|triton] [--jobs 2]`` prints a line per mutant, and fails if one survives. It is no
-part of the test suite: it takes about half a minute a mutant.
+``python -m tests.mutants [cpp|triton] [--jobs 2]`` prints a line per mutant, and fails if one survives. It is
+no part of the test suite: it takes about half a minute a mutant.
 """
 
 from __future__ import annotations

@@ -73,6 +73,9 @@ def define(
         return result
 
     def node_backward(ctx, *grads):
+        # What follows may send no gradient at all.
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
         if backward is None:
             raise RuntimeError(
                 f"fastvae::{name.removesuffix('_backward')}: second derivatives are not implemented. "

@@ -1,0 +1,580 @@
+"""Wrong uses: the exception, and that its message names the argument, what came, and what was expected.
+
+And the edges that are specified rather than left: an empty batch, and NaN in one row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import distributions as td
+
+import fastvae
+from fastvae import elbo, iwae, log_marginal, ops
+
+from . import models
+from .conftest import DEVICE
+from .models import generator, rand, randn, seed_of
+
+B, D, X, K = 5, 3, 7, 4
+
+# A device that is not the one under test, and exists everywhere.
+ELSEWHERE = "meta"
+
+
+def mu(*shape):
+    return randn(*(shape or (B, D)), seed=1)
+
+
+def logvar(*shape):
+    return randn(*(shape or (B, D)), seed=2)
+
+
+def x(*shape):
+    return rand(*(shape or (B, X)), seed=3)
+
+
+def q():
+    return mu(), logvar()
+
+
+def logits(z):
+    """A decoder for a bernoulli likelihood."""
+    return models.networks(X, D, "bernoulli")[1](z)
+
+
+def pair(z):
+    """A decoder for a gaussian likelihood."""
+    return models.networks(X, D)[1](z)
+
+
+def scaled(scale):
+    return {"likelihood": fastvae.Gaussian(scale=scale)}
+
+
+BERNOULLI = {"likelihood": "bernoulli"}
+
+
+def enter_backend(name):
+    with fastvae.use_backend(name):
+        pass
+
+
+CASES = {
+    # x and q
+    "batch sizes": (
+        lambda: elbo(x(4, X), q(), pair),
+        ValueError,
+        ["x has shape [4, 7]", "q has 5 rows", "batch"],
+    ),
+    "batch sizes, log_marginal": (
+        lambda: log_marginal(x(4, X), q(), pair),
+        ValueError,
+        ["x has shape [4, 7]", "q has 5 rows"],
+    ),
+    "x without a batch": (lambda: elbo(x()[0, 0], q(), pair), ValueError, ["x has shape []", "batch"]),
+    "mu and logvar of two shapes": (
+        lambda: elbo(x(), (mu(), logvar(B, 2)), pair),
+        ValueError,
+        ["logvar has shape [5, 2]", "mu has shape [5, 3]", "must be equal"],
+    ),
+    "mu with three axes": (
+        lambda: iwae(x(), (mu(1, B, D), logvar(1, B, D)), pair),
+        ValueError,
+        ["mu has shape [1, 5, 3]", "[B, D]", "2 axes"],
+    ),
+    "integer x": (
+        lambda: elbo((x() > 0.5).long(), q(), logits, **BERNOULLI),
+        TypeError,
+        ["x has dtype torch.int64", "float32", "x.float()"],
+    ),
+    "bytes": (
+        lambda: elbo((255 * x()).to(torch.uint8), q(), logits, **BERNOULLI),
+        TypeError,
+        ["x has dtype torch.uint8", "float32", "x.float()"],
+    ),
+    "complex x": (
+        lambda: elbo(x().cfloat(), q(), pair),
+        TypeError,
+        ["x has dtype torch.complex64", "float32"],
+    ),
+    "complex mu": (
+        lambda: elbo(x(), (mu().cfloat(), logvar()), pair),
+        TypeError,
+        ["mu has dtype torch.complex64", "float32"],
+    ),
+    "numpy x": (lambda: elbo(np.zeros((B, X)), q(), pair), TypeError, ["x must be a tensor", "ndarray"]),
+    "x on another device": (
+        lambda: elbo(x().to(ELSEWHERE), q(), pair),
+        ValueError,
+        ["x is on meta", f"q is on {DEVICE.type}", "move"],
+    ),
+    "logvar on another device": (
+        lambda: elbo(x(), (mu(), logvar().to(ELSEWHERE)), pair),
+        ValueError,
+        ["logvar is on meta", f"mu is on {DEVICE.type}", "logvar.to("],
+    ),
+    "decoder on another device": (
+        lambda: elbo(x(), q(), lambda z: logits(z).to(ELSEWHERE), **BERNOULLI),
+        ValueError,
+        ["decoder's output is on meta", f"x is on {DEVICE.type}"],
+    ),
+    "prior on another device": (
+        lambda: elbo(
+            x(),
+            q(),
+            pair,
+            prior=fastvae.DiagonalNormal(mu(D).to(ELSEWHERE), logvar(D).to(ELSEWHERE)),
+        ),
+        ValueError,
+        ["prior", "is on meta", f"mu is on {DEVICE.type}"],
+    ),
+    "q a single tensor": (
+        lambda: elbo(x(), mu(B, 2 * D), pair),
+        TypeError,
+        ["q must be a pair (mu, logvar)", "got Tensor", "q.chunk(2, dim=1)"],
+    ),
+    "q stacked": (
+        lambda: elbo(x(), torch.stack(q()), pair),
+        TypeError,
+        ["q must be a pair (mu, logvar)", "got Tensor"],
+    ),
+    "q of three": (
+        lambda: elbo(x(), (*q(), mu()), pair),
+        TypeError,
+        ["q must be a pair (mu, logvar)", "tuple of length 3"],
+    ),
+    "q of another family": (
+        lambda: elbo(x(), td.Gamma(mu().exp(), logvar().exp()), pair),
+        TypeError,
+        ["q must be", "torch.distributions.Normal", "got Gamma"],
+    ),
+    # counts and numbers
+    "k of zero": (lambda: iwae(x(), q(), pair, k=0), ValueError, ["k must be at least 1", "got 0"]),
+    "k of a fraction": (lambda: iwae(x(), q(), pair, k=2.5), TypeError, ["k must be an int", "got 2.5"]),
+    "k a tensor": (
+        lambda: iwae(x(), q(), pair, k=torch.tensor(4)),
+        TypeError,
+        ["k must be an int", "got tensor(4)"],
+    ),
+    "k a truth value": (lambda: iwae(x(), q(), pair, k=True), TypeError, ["k must be an int", "got True"]),
+    "k negative, log_marginal": (
+        lambda: log_marginal(x(), q(), pair, k=-3),
+        ValueError,
+        ["k must be at least 1", "got -3"],
+    ),
+    "k_chunk of zero": (
+        lambda: log_marginal(x(), q(), pair, k=10, k_chunk=0),
+        ValueError,
+        ["k_chunk must be at least 1", "got 0"],
+    ),
+    "samples of zero": (
+        lambda: elbo(x(), q(), pair, samples=0),
+        ValueError,
+        ["samples must be at least 1", "got 0"],
+    ),
+    "beta a string": (
+        lambda: elbo(x(), q(), pair, beta="1"),
+        TypeError,
+        ["beta must be a number", "'1' (str)"],
+    ),
+    "beta NaN": (lambda: elbo(x(), q(), pair, beta=math.nan), ValueError, ["beta must be finite", "got nan"]),
+    "free_bits negative": (
+        lambda: elbo(x(), q(), pair, free_bits=-0.1),
+        ValueError,
+        ["free_bits must be", "at least 0", "got -0.1"],
+    ),
+    "free_bits without an analytic KL": (
+        lambda: elbo(x(), q(), pair, free_bits=0.1, kl="mc"),
+        ValueError,
+        ["free_bits", "kl='mc'", "use kl='analytic'"],
+    ),
+    # names
+    "misspelt likelihood": (
+        lambda: elbo(x(), q(), pair, likelihood="guassian"),
+        ValueError,
+        ["likelihood='guassian'", "'gaussian', 'bernoulli'"],
+    ),
+    "likelihood a class": (
+        lambda: elbo(x(), q(), pair, likelihood=fastvae.Gaussian),
+        TypeError,
+        ["likelihood must be", "fastvae.Gaussian(scale=0.1)"],
+    ),
+    "misspelt prior": (
+        lambda: elbo(x(), q(), pair, prior="normal"),
+        ValueError,
+        ["prior='normal'", "'standard_normal'"],
+    ),
+    "prior a pair": (
+        lambda: elbo(x(), q(), pair, prior=q()),
+        TypeError,
+        ["prior must be", "fastvae.DiagonalNormal(mu, logvar)", "got tuple"],
+    ),
+    "prior of another dimension": (
+        lambda: elbo(x(), q(), pair, prior=fastvae.DiagonalNormal(mu(2), logvar(2))),
+        ValueError,
+        ["prior mean has shape [2]", "mu's [5, 3]"],
+    ),
+    "misspelt estimator": (
+        lambda: iwae(x(), q(), pair, estimator="DReG"),
+        ValueError,
+        ["estimator='DReG'", "'iwae', 'dreg', 'stl'"],
+    ),
+    "misspelt reduction": (
+        lambda: iwae(x(), q(), pair, reduction="avg"),
+        ValueError,
+        ["reduction='avg'", "'mean', 'sum', 'none'"],
+    ),
+    "reduction None": (
+        lambda: elbo(x(), q(), pair, reduction=None),
+        ValueError,
+        ["reduction=None", "'mean', 'sum', 'none'"],
+    ),
+    "misspelt kl": (
+        lambda: elbo(x(), q(), pair, kl="exact"),
+        ValueError,
+        ["kl='exact'", "'analytic', 'mc'"],
+    ),
+    "unknown backend": (
+        lambda: enter_backend("cuda"),
+        ValueError,
+        ["use_backend", "'cuda'", "'native', 'reference', 'triton'"],
+    ),
+    # the decoder
+    "a pair for a bernoulli likelihood": (
+        lambda: elbo(x(), q(), pair, **BERNOULLI),
+        TypeError,
+        ["decoder of a bernoulli likelihood", "logits, one tensor", "a tuple of 2"],
+    ),
+    "a tensor for a gaussian likelihood": (
+        lambda: elbo(x(), q(), logits),
+        TypeError,
+        [
+            "decoder of a gaussian likelihood",
+            "(mean, logvar)",
+            "a tensor [5, 7]",
+            "fastvae.Gaussian(scale=0.1)",
+        ],
+    ),
+    "a pair for a gaussian likelihood with a scale": (
+        lambda: elbo(x(), q(), pair, **scaled(0.1)),
+        TypeError,
+        ["Gaussian(scale=...)", "mean alone", "a tuple of 2", "likelihood='gaussian'"],
+    ),
+    "decoder output of a wrong width": (
+        lambda: elbo(x(), q(), lambda z: logits(z)[:, 1:], **BERNOULLI),
+        ValueError,
+        ["decoder's logits", "[5, 6]", "expected [5, 7]"],
+    ),
+    "decoder output of another event shape": (
+        lambda: elbo(x(), q(), lambda z: logits(z)[:, None], **BERNOULLI),
+        ValueError,
+        ["decoder's logits", "[5, 1, 7]", "expected [5, 7]", "reshape"],
+    ),
+    "decoder output with axes [K, B]": (
+        lambda: iwae(x(), q(), lambda z: logits(z).view(K, B, X), k=K, **BERNOULLI),
+        ValueError,
+        ["[4, 5, 7]", "expected [20, 7]", "4·5 rows"],
+    ),
+    "decoder output with axes [B, K]": (
+        lambda: iwae(x(), q(), lambda z: logits(z).view(K, B, X).transpose(0, 1), k=K, **BERNOULLI),
+        ValueError,
+        ["[5, 4, 7]", "expected [20, 7]", "4·5 rows"],
+    ),
+    "decoder mean fits, logvar does not": (
+        lambda: elbo(x(), q(), lambda z: (pair(z)[0], pair(z)[1][:, :1])),
+        ValueError,
+        ["decoder's logvar", "[5, 1]", "expected [5, 7]"],
+    ),
+    "decoder returns None": (
+        lambda: elbo(x(), q(), lambda z: None, **BERNOULLI),
+        TypeError,
+        ["decoder of a bernoulli", "one tensor", "NoneType"],
+    ),
+    "gaussian decoder returns None": (
+        lambda: elbo(x(), q(), lambda z: None),
+        TypeError,
+        ["decoder of a gaussian", "(mean, logvar)", "NoneType"],
+    ),
+    "decoder returns integers": (
+        lambda: elbo(x(), q(), lambda z: logits(z).long(), **BERNOULLI),
+        TypeError,
+        ["logits has dtype torch.int64", "float32"],
+    ),
+    "decoder's output for a decoder": (
+        lambda: elbo(x(), q(), logits(mu()), **BERNOULLI),
+        TypeError,
+        ["decoder must be a callable", "got Tensor", "not its output"],
+    ),
+    # what only the data can tell
+    "targets in [-1, 1]": (
+        lambda: elbo(2 * x() - 1, q(), logits, **BERNOULLI),
+        ValueError,
+        ["x holds values in [-0.", "[0, 1]", "(x + 1) / 2"],
+    ),
+    "targets in [0, 255]": (
+        lambda: iwae(255 * x(), q(), logits, k=K, **BERNOULLI),
+        ValueError,
+        ["x holds values in [", "[0, 1]", "x / 255"],
+    ),
+    # scales and ranges
+    "scale of zero": (lambda: fastvae.Gaussian(scale=0), ValueError, ["scale", "positive", "got 0"]),
+    "scale negative": (lambda: fastvae.Gaussian(scale=-0.1), ValueError, ["scale", "positive", "got -0.1"]),
+    "scale NaN": (lambda: fastvae.Gaussian(scale=math.nan), ValueError, ["scale", "positive", "got nan"]),
+    "scale a string": (
+        lambda: fastvae.Gaussian("0.1"),
+        TypeError,
+        ["scale must be a number or a tensor", "str"],
+    ),
+    "logvar_range reversed": (
+        lambda: fastvae.DiagonalGaussian(*q(), logvar_range=(3, -3)),
+        ValueError,
+        ["logvar_range", "lo < hi", "(3.0, -3.0)"],
+    ),
+    "logvar_range a number": (
+        lambda: ops.rsample_kl(*q(), logvar_range=3.0),
+        TypeError,
+        ["logvar_range", "pair of numbers (lo, hi)", "got 3.0"],
+    ),
+    # seeds and addresses
+    "seed an int": (
+        lambda: ops.rsample_kl(*q(), seed=3),
+        TypeError,
+        ["seed must be an int64 tensor", "draw_seed", "got 3"],
+    ),
+    "seed of int32": (
+        lambda: ops.rsample_kl(*q(), seed=torch.tensor(3, dtype=torch.int32, device=DEVICE)),
+        TypeError,
+        ["seed must be an int64 tensor", "torch.int32"],
+    ),
+    "seed with an axis": (
+        lambda: ops.rsample_log_ratio(*q(), samples=K, seed=torch.zeros(1, dtype=torch.int64, device=DEVICE)),
+        TypeError,
+        ["seed must be an int64 tensor of no dimensions", "[1]"],
+    ),
+    "seed on another device": (
+        lambda: ops.rsample_kl(*q(), seed=torch.zeros((), dtype=torch.int64, device=ELSEWHERE)),
+        ValueError,
+        ["seed is on meta", f"on {DEVICE.type}", "draw_seed"],
+    ),
+    "row_offset negative": (
+        lambda: ops.rsample_kl(*q(), row_offset=-1),
+        ValueError,
+        ["row_offset=-1", "2^32"],
+    ),
+    "row_offset beyond the address": (
+        lambda: ops.rsample_kl(*q(), row_offset=2**32 - B + 1),
+        ValueError,
+        ["row_offset=4294967292", "5 rows", "2^32"],
+    ),
+    "row_offset a fraction": (
+        lambda: ops.rsample_kl(*q(), row_offset=1.0),
+        TypeError,
+        ["row_offset must be an int", "got 1.0"],
+    ),
+    "sample_offset beyond the address": (
+        lambda: ops.rsample_log_ratio(*q(), samples=2, sample_offset=2**32 - 1),
+        ValueError,
+        ["sample_offset=4294967295", "2 samples", "2^32"],
+    ),
+    # the other ops
+    "no samples": (
+        lambda: ops.log_mean_exp(mu(0, B)),
+        ValueError,
+        ["log_w has no samples along dim=0", "(0, 5)", "at least one"],
+    ),
+    "no such axis": (lambda: ops.log_mean_exp(mu(K, B), dim=2), ValueError, ["dim=2", "log_w"]),
+    "mean of another shape": (
+        lambda: ops.gaussian_log_prob(x(), x(B, 6), 0.0),
+        ValueError,
+        ["mean has shape [5, 6]", "x's [5, 7]", "expected [..., 5, 7]"],
+    ),
+    "logvar that does not broadcast": (
+        lambda: ops.gaussian_log_prob(x(), x(), logvar(6)),
+        ValueError,
+        ["logvar has shape [6]", "mean's [5, 7]", "one row [7], or one number"],
+    ),
+    # the module
+    "encoder no callable": (lambda: fastvae.VAE(3, logits), TypeError, ["encoder must be a module", "int"]),
+    "encoder returns one tensor": (
+        lambda: fastvae.VAE(lambda data: mu(B, 2 * D), pair).elbo(x()),
+        TypeError,
+        ["q must be a pair", "q.chunk(2, dim=1)"],
+    ),
+    "latent dimension unknown": (
+        lambda: fastvae.VAE(lambda data: q(), pair).sample(2),
+        ValueError,
+        ["latent dimension", "latent_dim=D"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_use(case):
+    call, exception, fragments = CASES[case]
+    with pytest.raises(exception) as raised:
+        call()
+    # The class itself: a subclass would be another failure on the way (UnicodeError, torch's
+    # OutOfMemoryError, ...).
+    assert type(raised.value) is exception
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "bad", [2 * rand(B, X, seed=4) - 1, 255 * rand(B, X, seed=4)], ids=["[-1, 1]", "bytes"]
+)
+def test_targets_are_checked_by_every_backend(backend, bad):
+    # On a CPU. A GPU checks with FASTVAE_CHECK=1: it would have to synchronise.
+    if DEVICE.type != "cpu":
+        pytest.skip("not checked on a GPU")
+    with pytest.raises(ValueError, match=re.escape("must lie in [0, 1]")):
+        ops.bernoulli_log_prob(bad, randn(K, B, X, seed=5))
+
+
+def test_failed_call_leaves_the_random_state_alone():
+    """Arguments are checked before a seed is drawn, so that mending a call does not change its numbers."""
+    torch.manual_seed(0)
+    expected = elbo(x(), q(), pair)
+    torch.manual_seed(0)
+    for wrong in ({"samples": 0}, {"likelihood": "guassian"}, {"reduction": "avg"}, {"kl": "exact"}):
+        with pytest.raises(ValueError):
+            elbo(x(), q(), pair, **wrong)
+    assert torch.equal(elbo(x(), q(), pair), expected)
+
+
+def test_backend_is_restored_after_an_error():
+    from fastvae import _backend
+
+    before = _backend.chosen()
+    with pytest.raises(ZeroDivisionError), fastvae.use_backend("reference"):
+        raise ZeroDivisionError
+    assert _backend.chosen() == before
+
+
+# An empty batch gives an empty result, and no gradient is lost on the way.
+
+
+def _leaves(rows: int, dtype=torch.float32):
+    return tuple(randn(rows, D, seed=s, dtype=dtype).requires_grad_() for s in (6, 7))
+
+
+@pytest.mark.parametrize("prior", [None, "learned"])
+def test_empty_batch_through_the_ops(backend, prior):
+    mu, logvar = _leaves(0)
+    leaves = [mu, logvar]
+    parts = None
+    if prior:
+        parts = tuple(randn(D, seed=s).requires_grad_() for s in (8, 9))
+        leaves += parts
+    z, kl = ops.rsample_kl(mu, logvar, samples=K, prior=parts)
+    assert (z.shape, kl.shape) == ((K, 0, D), (0,))
+    z2, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, prior=parts, estimator="dreg")
+    assert (z2.shape, ratio.shape) == ((K, 0, D), (K, 0))
+    assert ops.rsample_kl(mu, logvar, prior=parts, per_dimension=True)[1].shape == (0, D)
+    bound = ops.log_mean_exp(ratio)
+    assert bound.shape == (0,)
+    mean, log_scale = randn(K, 0, X, seed=10).requires_grad_(), randn(X, seed=11).requires_grad_()
+    gaussian = ops.gaussian_log_prob(mean.new_zeros(0, X), mean, log_scale)
+    bernoulli = ops.bernoulli_log_prob(mean.new_zeros(0, X), mean)
+    assert gaussian.shape == bernoulli.shape == (K, 0)
+    leaves += [mean, log_scale]
+    total = z.sum() + kl.sum() + z2.sum() + bound.sum() + gaussian.sum() + bernoulli.sum()
+    for leaf, grad in zip(leaves, torch.autograd.grad(total, leaves), strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_empty_batch_through_the_objectives(backend, likelihood):
+    _, decoder = models.networks(X, D, likelihood)
+    data, leaves = rand(0, X, seed=12), _leaves(0)
+    options = {"likelihood": likelihood, "reduction": "none"}
+    for bound in (
+        elbo(data, leaves, decoder, **options),
+        elbo(data, leaves, decoder, kl="mc", samples=K, **options),
+        iwae(data, leaves, decoder, k=K, estimator="dreg", **options),
+    ):
+        assert bound.shape == (0,)
+        bound.sum().backward()
+        assert leaves[0].grad.shape == (0, D)
+        assert not any(p.grad.any() for p in decoder.parameters())
+    assert all(
+        v.shape == (0,) for v in log_marginal(data, leaves, decoder, k=K, k_chunk=3, likelihood=likelihood)
+    )
+
+
+# NaN in gives NaN out, in its own row only.
+
+
+def _only(row: int, *tensors) -> None:
+    """Every tensor [B, ...] is NaN somewhere in ``row`` and nowhere else."""
+    for t in tensors:
+        rows = t.isnan().reshape(B, -1).any(1).tolist()
+        assert rows == [b == row for b in range(B)]
+
+
+@pytest.mark.parametrize("where", ["x", "mu", "logvar"])
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_nan_stays_in_its_row(backend, where, likelihood):
+    row = 2
+    _, decoder = models.networks(X, D, likelihood)
+    tensors = {"x": rand(B, X, seed=13), "mu": randn(B, D, seed=14), "logvar": randn(B, D, seed=15)}
+    tensors[where][row, 1] = math.nan
+    mu, logvar = tensors["mu"].requires_grad_(), tensors["logvar"].requires_grad_()
+    arguments = (tensors["x"], (mu, logvar), decoder)
+    for bound in (
+        elbo(*arguments, likelihood=likelihood, reduction="none"),
+        iwae(*arguments, k=K, likelihood=likelihood, reduction="none"),
+        iwae(*arguments, k=K, likelihood=likelihood, reduction="none", estimator="dreg"),
+    ):
+        _only(row, bound, *torch.autograd.grad(bound.sum(), (mu, logvar)))
+    result = log_marginal(*arguments, k=K, k_chunk=3, likelihood=likelihood)
+    _only(row, *result)
+
+
+def test_nan_in_one_sample_reaches_its_example(backend):
+    """One bad weight of K makes its example's bound NaN, wherever in the column it stands, and no other's."""
+    for sample in range(K):
+        log_w = randn(K, B, seed=16)
+        log_w[sample, 3] = math.nan
+        log_w.requires_grad_()
+        bound = ops.log_mean_exp(log_w)
+        _only(3, bound, torch.autograd.grad(bound.sum(), log_w)[0].T)
+
+
+def test_nan_in_the_decoders_output(backend):
+    mean, row = randn(K, B, X, seed=17), 4
+    mean[2, row, 6] = math.nan
+    for value in (
+        ops.gaussian_log_prob(rand(B, X, seed=18), mean, 0.0),
+        ops.bernoulli_log_prob(rand(B, X, seed=18), mean),
+    ):
+        bad = value.isnan()
+        assert bool(bad[2, row])
+        assert int(bad.sum()) == 1
+
+
+def test_certainly_impossible_example_is_minus_infinity():
+    """Weights that are all zero give a bound of -inf with zero gradient, and log_marginal says the same."""
+    data = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=DEVICE)
+    # Certain of (1, 0): the second example cannot happen.
+    certain = torch.tensor([math.inf, -math.inf], device=DEVICE)
+    decoder = lambda z: certain.expand(z.shape[0], 2)  # noqa: E731
+    mu, logvar = (randn(2, D, seed=s).requires_grad_() for s in (19, 20))
+    bound = iwae(data, (mu, logvar), decoder, k=K, reduction="none", generator=generator(0), **BERNOULLI)
+    # For the first, log p(x|z) = 0 and the bound is the mean of p(z) / q(z).
+    _, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed_of(0))
+    torch.testing.assert_close(bound[0], ops.log_mean_exp(ratio)[0], rtol=1e-6, atol=1e-6)
+    assert float(bound[1]) == -math.inf
+    grad_mu, grad_logvar = torch.autograd.grad(bound.sum(), (mu, logvar))
+    assert not grad_mu[1].any()
+    assert not grad_logvar[1].any()
+    assert bool(grad_mu[0].all())
+    result = log_marginal(data, (mu, logvar), decoder, k=K, k_chunk=3, **BERNOULLI)
+    assert float(result.log_px[1]) == -math.inf
+    assert math.isfinite(float(result.log_px[0]))

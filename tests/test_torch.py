@@ -1,0 +1,821 @@
+"""The ops and objectives inside torch: dispatcher, autograd, compile, autocast, torch.func, DDP, modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import distributed, nn
+
+import fastvae
+from fastvae import ops
+
+from . import models
+from .conftest import DEVICE
+from .models import generator, rand, randn, seed_of
+
+B, D, X, K = 5, 3, 7, 4
+INF = math.inf
+
+
+@pytest.fixture
+def fallback_random():
+    """Compiled code draws seeds from torch's own generator, so that compiled equals eager."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    with config.patch(fallback_random=True):
+        yield
+    torch._dynamo.reset()
+
+
+# The registration.
+
+
+def _latent_arguments(op: str):
+    """Argument lists of an op of the latent module: with and without prior, clamp, offsets."""
+    mu, logvar = randn(B, D, seed=1).requires_grad_(), randn(B, D, seed=2).requires_grad_()
+    prior = tuple(randn(B, D, seed=s).requires_grad_() for s in (3, 4))
+    row = tuple(randn(D, seed=s).requires_grad_().expand(B, D) for s in (5, 6))
+    last = {"rsample_kl": (True, False, False), "rsample_log_ratio": ("iwae", "stl", "iwae")}[op]
+    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, last[0]
+    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, last[1]
+    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, last[2]
+
+
+def _backward_arguments(op: str):
+    """Argument lists of an op's backward, with and without each incoming gradient."""
+    g = {
+        "z": randn(K, B, D, seed=7),
+        "kl": randn(B, seed=8),
+        "dims": randn(B, D, seed=9),
+        "ratio": randn(K, B, seed=10),
+    }
+    mu, logvar, *prior = (randn(B, D, seed=s) for s in (1, 2, 3, 4))
+    inputs = (mu, logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5)
+    bare = (mu, logvar, None, None, seed_of(1), K, 0, 0, -INF, INF)
+    if op == "rsample_kl_backward":
+        yield g["z"], g["kl"], *inputs, [True] * 4
+        yield None, g["dims"], *bare, [True, False, False, False]
+        yield g["z"], None, *inputs, [False, True, True, False]
+    else:
+        yield g["z"], g["ratio"], None, *inputs, False, [True] * 4
+        yield g["z"], g["ratio"], torch.softmax(g["ratio"], 0), *bare, True, [True, True, False, False]
+        yield None, g["ratio"], None, *inputs, True, [False, False, True, True]
+        yield g["z"], None, None, *inputs, False, [True, False, False, False]
+
+
+def _arguments(op: str):
+    """All argument lists that opcheck sees for ``torch.ops.fastvae.<op>``."""
+    x, mean = rand(B, X, seed=11), randn(K, B, X, seed=12)
+    log_w = randn(K, B, seed=13)
+    if op.startswith("rsample"):
+        yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
+    elif op == "gaussian_log_prob":
+        for shape in ((K, B, X), (1, 1, X), (1, 1, 1), (K, B, 1)):
+            yield (
+                x.clone().requires_grad_(),
+                mean.clone().requires_grad_(),
+                randn(*shape, seed=14).requires_grad_(),
+            )
+        yield x, mean.bfloat16().requires_grad_(), randn(1, B, X, seed=14)
+    elif op == "gaussian_log_prob_backward":
+        for shape, need in (
+            ((K, B, X), [True] * 3),
+            ((1, 1, X), [False, True, True]),
+            ((1, 1, 1), [True, False, False]),
+        ):
+            yield log_w, x, mean, randn(*shape, seed=14), need
+    elif op == "bernoulli_log_prob":
+        yield x.clone().requires_grad_(), mean.clone().requires_grad_()
+        yield x, mean.half().requires_grad_()
+    elif op == "bernoulli_log_prob_backward":
+        yield log_w, x, mean, [True, True]
+        yield log_w, x, mean, [False, True]
+    elif op == "log_mean_exp":
+        yield (log_w.clone().requires_grad_(),)
+        yield (log_w.double().T.contiguous().T.requires_grad_(),)
+    elif op == "log_mean_exp_backward":
+        maximum = log_w.amax(0)
+        yield randn(B, seed=15), log_w, maximum, torch.exp(log_w - maximum).sum(0)
+
+
+def _registered() -> list[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(n.removeprefix("fastvae::") for n in names if n.startswith("fastvae::"))
+
+
+@pytest.mark.parametrize("op", _registered())
+def test_opcheck(op):
+    cases = list(_arguments(op))
+    assert cases, f"no arguments here for fastvae::{op}: add some"
+    for arguments in cases:
+        torch.library.opcheck(getattr(torch.ops.fastvae, op).default, arguments)
+
+
+# Derivatives.
+
+
+def _double(*shape, seed):
+    return randn(*shape, seed=seed, dtype=torch.float64).requires_grad_()
+
+
+def gradcheck(function, inputs) -> bool:
+    """torch's, but for undefined gradients: they have a test of their own, in a process of its own."""
+    return torch.autograd.gradcheck(function, inputs, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("prior", ["standard", "row", "full"])
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_gradcheck_of_the_latent_ops(implementation, prior):
+    mu, logvar = _double(B, D, seed=20), _double(B, D, seed=21)
+    shape = {"row": (D,), "full": (B, D)}.get(prior)
+    parts = () if shape is None else (_double(*shape, seed=22), _double(*shape, seed=23))
+    # Some log variances lie outside the clamp, none near its corners.
+    assert bool((logvar.abs() > 1.2).any())
+    assert float((logvar.abs() - 1.2).abs().min()) > 1e-3
+    seed = seed_of(2)
+
+    def arguments(mu, logvar, *parts):
+        return {"args": (mu, logvar), "prior": parts or None, "seed": seed, "samples": K}
+
+    def call(op, **options):
+        def function(*leaves):
+            given = arguments(*leaves)
+            return op(*given.pop("args"), **given, **options)
+
+        return function
+
+    with fastvae.use_backend(implementation):
+        for function in (
+            call(ops.rsample_kl),
+            call(
+                ops.rsample_kl,
+                per_dimension=True,
+                logvar_range=(-1.2, 1.2),
+                sample_offset=3,
+                row_offset=2**31,
+            ),
+            call(ops.rsample_log_ratio),
+            call(ops.rsample_log_ratio, logvar_range=(-1.2, 1.2)),
+        ):
+            assert gradcheck(function, (mu, logvar, *parts))
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_gradcheck_of_the_likelihoods(implementation):
+    x, mean = _double(B, X, seed=24), _double(K, B, X, seed=25)
+    targets = rand(B, X, seed=26, dtype=torch.float64).requires_grad_()
+    with fastvae.use_backend(implementation):
+        # One entry per element, per sample, per pixel, per row, per row and sample, one for all, and a
+        # partial row.
+        for shape in ((K, B, X), (K, 1, 1), (X,), (B, 1), (K, B, 1), ()):
+            assert gradcheck(ops.gaussian_log_prob, (x, mean, _double(*shape, seed=27)))
+        image, centre = _double(B, 2, 3, seed=28), _double(K, B, 2, 3, seed=29)
+        assert gradcheck(ops.gaussian_log_prob, (image, centre, _double(2, 1, seed=30)))
+        assert gradcheck(ops.bernoulli_log_prob, (targets, mean))
+        assert gradcheck(ops.bernoulli_log_prob, (targets, _double(B, X, seed=31)))
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_gradcheck_of_log_mean_exp(implementation):
+    with fastvae.use_backend(implementation):
+        for dim in (0, 1, -1):
+            assert gradcheck(lambda w: ops.log_mean_exp(w, dim), (_double(K, B, D, seed=32),))  # noqa: B023
+
+
+@pytest.mark.parametrize("objective", ["elbo", "elbo mc", "elbo free bits", "iwae"])
+def test_gradcheck_of_the_objectives(objective):
+    """Through encoder outputs, decoder weights, the learned scale, the learned prior and x at once."""
+    x, mu, logvar, weight = (
+        _double(B, X, seed=33),
+        _double(B, D, seed=34),
+        _double(B, D, seed=35),
+        _double(D, X, seed=36),
+    )
+    prior_mu, prior_logvar = _double(D, seed=37), _double(D, seed=38)
+    scale = (rand(X, seed=39, dtype=torch.float64) + 0.5).requires_grad_()
+
+    def function(x, mu, logvar, weight, scale, prior_mu, prior_logvar):
+        shared = {
+            "likelihood": fastvae.Gaussian(scale=scale),
+            "prior": fastvae.DiagonalNormal(prior_mu, prior_logvar),
+            "reduction": "none",
+            "generator": generator(3),
+        }
+        decoder = lambda z: torch.tanh(z @ weight)  # noqa: E731
+        if objective == "iwae":
+            return fastvae.iwae(x, (mu, logvar), decoder, k=K, **shared)
+        options = {"elbo": {}, "elbo mc": {"kl": "mc"}, "elbo free bits": {"free_bits": 1.0, "beta": 0.3}}[
+            objective
+        ]
+        return fastvae.elbo(x, (mu, logvar), decoder, samples=K, **options, **shared)
+
+    assert gradcheck(function, (x, mu, logvar, weight, scale, prior_mu, prior_logvar))
+
+
+def _public_ops():
+    """Each public op as a function of all its float inputs, and those inputs."""
+    mu, logvar, prior_mu, prior_logvar = (randn(B, D, seed=s) for s in (40, 41, 42, 43))
+    x, mean, spread = rand(B, X, seed=44), randn(K, B, X, seed=45), randn(K, B, X, seed=46)
+    seed = seed_of(4)
+
+    def latent(op, **options):
+        return lambda m, v, pm, pv: op(m, v, samples=K, prior=(pm, pv), seed=seed, **options)
+
+    inputs = (mu, logvar, prior_mu, prior_logvar)
+    return {
+        "rsample_kl": (latent(ops.rsample_kl), inputs),
+        "rsample_kl per dimension": (latent(ops.rsample_kl, per_dimension=True), inputs),
+        "rsample_log_ratio iwae": (latent(ops.rsample_log_ratio), inputs),
+        "rsample_log_ratio dreg": (latent(ops.rsample_log_ratio, estimator="dreg"), inputs),
+        "rsample_log_ratio stl": (latent(ops.rsample_log_ratio, estimator="stl"), inputs),
+        "gaussian_log_prob": (ops.gaussian_log_prob, (x, mean, spread)),
+        "gaussian_log_prob pixel": (ops.gaussian_log_prob, (x, mean, spread[0, 0])),
+        "gaussian_log_prob number": (ops.gaussian_log_prob, (x, mean, spread[0, 0, 0])),
+        "bernoulli_log_prob": (ops.bernoulli_log_prob, (x, mean)),
+        "log_mean_exp": (ops.log_mean_exp, (mean[:, :, 0],)),
+    }
+
+
+PUBLIC = list(_public_ops())
+
+
+def _outputs(function, *inputs):
+    result = function(*inputs)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _scalar(function, *inputs):
+    """A sum of the outputs with fixed weights that differ everywhere."""
+    return sum((randn(*o.shape, seed=47 + i) * o).sum() for i, o in enumerate(_outputs(function, *inputs)))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_gradients_only_where_asked(backend, name):
+    """Every subset of the inputs gets the gradients that all of them get, and the rest none."""
+    function, inputs = _public_ops()[name]
+    everything = [t.clone().requires_grad_() for t in inputs]
+    full = torch.autograd.grad(_scalar(function, *everything), everything)
+    subsets = range(1, 2 ** len(inputs) - 1)
+    if backend == "triton":
+        subsets = list(subsets)[:: max(1, len(subsets) // 3)]
+    for subset in subsets:
+        wanted = [bool(subset >> i & 1) for i in range(len(inputs))]
+        leaves = [t.clone().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
+        _scalar(function, *leaves).backward()
+        for leaf, want, expected in zip(leaves, wanted, full, strict=True):
+            if want:
+                # A kernel without the sums that nobody asked for may contract other multiply-adds: a
+                # rounding or two of each of the K terms, the largest of which is about the largest
+                # gradient.
+                allowed = K * torch.finfo(torch.float32).eps * float(expected.abs().max())
+                assert float((leaf.grad - expected).abs().max()) <= allowed
+            else:
+                assert leaf.grad is None
+
+
+@pytest.mark.parametrize("name", ["rsample_kl", "rsample_log_ratio iwae", "rsample_log_ratio stl"])
+def test_either_output_may_go_unused(backend, name):
+    """The gradient of one of two outputs is what it is when the other's is zero."""
+    function, inputs = _public_ops()[name]
+    for used in (0, 1):
+        grads = []
+        for scale in (None, 0.0):
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            outputs = function(*leaves)
+            loss = (randn(*outputs[used].shape, seed=50) * outputs[used]).sum()
+            if scale is not None:
+                loss = loss + scale * outputs[1 - used].sum()
+            grads.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+        for actual, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+_UNDEFINED = """
+import sys
+import torch
+import fastvae
+from tests import test_torch
+
+class Stop(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.clone())
+    backward = staticmethod(lambda ctx, grad: None)
+
+with fastvae.use_backend(sys.argv[1]):
+    for name, (function, inputs) in test_torch._public_ops().items():
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        print(name, end=": ", flush=True)
+        sum(Stop.apply(o).sum() for o in test_torch._outputs(function, *leaves)).backward()
+        assert all(t.grad is None or not t.grad.any() for t in leaves)
+        print("fine", flush=True)
+"""
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_undefined_gradients(implementation):
+    """What follows an op may send no gradient at all (a Function that returns None): none is passed on.
+
+    In a process of its own, since a null pointer ends the process.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", _UNDEFINED, implementation], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    assert run.stdout.count("fine") == len(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_second_derivatives_raise(name):
+    function, inputs = _public_ops()[name]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    grads = torch.autograd.grad(_scalar(function, *leaves), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivatives are not implemented.*Differentiate once"):
+        sum(g.pow(2).sum() for g in grads).backward()
+
+
+def test_second_derivatives_raise_through_an_objective():
+    """A gradient penalty, the usual reason: never silently wrong."""
+    encoder, decoder = models.networks(X, D)
+    x = randn(B, X, seed=51).requires_grad_()
+    (grad,) = torch.autograd.grad(fastvae.elbo(x, encoder(x), decoder), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        grad.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_forward_mode_raises(name):
+    function, inputs = _public_ops()[name]
+    with pytest.raises(
+        RuntimeError, match="forward-mode differentiation is not implemented; use reverse mode"
+    ):
+        torch.func.jvp(function, inputs, tuple(torch.ones_like(t) for t in inputs))
+
+
+# Functional transforms.
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_func_grad_of_the_ops(name):
+    function, inputs = _public_ops()[name]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(_scalar(function, *leaves), leaves)
+    positions = tuple(range(len(inputs)))
+    got = torch.func.grad(lambda *t: _scalar(function, *t), argnums=positions)(*inputs)
+    for actual, reference in zip(got, expected, strict=True):
+        assert torch.equal(actual, reference)
+        assert bool(actual.any())
+
+
+def _functional_loss(encoder, decoder, x, estimator="iwae"):
+    """Parameters of both networks -> iwae, stateless, with its noise fixed by torch.manual_seed."""
+    names = {"encoder": encoder, "decoder": decoder}
+
+    def loss(parameters):
+        def call(name, v):
+            return torch.func.functional_call(names[name], parameters[name], v)
+
+        return fastvae.iwae(x, call("encoder", x), lambda z: call("decoder", z), k=K, estimator=estimator)
+
+    return loss, {n: {k: p.detach() for k, p in m.named_parameters()} for n, m in names.items()}
+
+
+def _eager_gradients(encoder, decoder, x, estimator):
+    torch.manual_seed(5)
+    fastvae.iwae(x, encoder(x), decoder, k=K, estimator=estimator).backward()
+    modules = {"encoder": encoder, "decoder": decoder}
+    return {n: {k: p.grad for k, p in m.named_parameters()} for n, m in modules.items()}
+
+
+def _same(actual, expected, rtol=1e-5, atol=1e-6):
+    for name in expected:
+        for key in expected[name]:
+            assert bool(expected[name][key].any())
+            torch.testing.assert_close(actual[name][key], expected[name][key], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "dreg"])
+def test_func_grad_of_an_objective(estimator):
+    encoder, decoder = models.networks(X, D)
+    x = randn(B, X, seed=52)
+    expected = _eager_gradients(encoder, decoder, x, estimator)
+    loss, parameters = _functional_loss(encoder, decoder, x, estimator)
+    torch.manual_seed(5)
+    _same(torch.func.grad(loss)(parameters), expected)
+
+
+# torch.compile. Each compilation costs seconds, so that one graph holds as much as it can.
+
+
+def _all_ops(function_inputs):
+    def run(*groups):
+        return tuple(
+            o for (f, _), inputs in zip(function_inputs, groups, strict=True) for o in _outputs(f, *inputs)
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_compiled_ops_equal_eager(fallback_random):
+    """All ops in one full graph, values and gradients."""
+    cases = list(_public_ops().values())
+    run = _all_ops(cases)
+    compiled = torch.compile(run, fullgraph=True)
+    results = []
+    for function in (run, compiled):
+        groups = [tuple(t.clone().requires_grad_() for t in inputs) for _, inputs in cases]
+        leaves = [t for group in groups for t in group]
+        outputs = function(*groups)
+        loss = sum((randn(*o.shape, seed=60 + i) * o).sum() for i, o in enumerate(outputs))
+        results.append(([o.detach() for o in outputs], torch.autograd.grad(loss, leaves)))
+    (values, grads), (compiled_values, compiled_grads) = results
+    # The ops are opaque to the compiler: the same kernels on the same inputs.
+    for actual, expected in zip(compiled_values, values, strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(compiled_grads, grads, strict=True):
+        assert bool(actual.any())
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_compiled_objectives_equal_eager(fallback_random, likelihood):
+    """elbo and iwae in one training graph, seeds drawn in it; values and gradients."""
+    encoder, decoder = models.networks(X, D, likelihood)
+    x = rand(B, X, seed=61)
+
+    def losses(x):
+        q = encoder.linear(x).chunk(2, dim=1)
+        return (
+            fastvae.elbo(x, q, decoder, likelihood=likelihood, samples=2),
+            fastvae.elbo(x, q, decoder, likelihood=likelihood, kl="mc"),
+            fastvae.elbo(x, q, decoder, likelihood=likelihood, kl="mc"),
+            fastvae.iwae(x, q, decoder, k=K, likelihood=likelihood, estimator="dreg"),
+        )
+
+    results = []
+    for function in (losses, torch.compile(losses, fullgraph=True)):
+        for module in (encoder, decoder):
+            module.zero_grad()
+        torch.manual_seed(6)
+        values = function(x)
+        assert float(values[1]) != float(values[2]), "two draws were merged"
+        sum((i + 1) * value for i, value in enumerate(values)).backward()
+        grads = [p.grad.clone() for m in (encoder, decoder) for p in m.parameters()]
+        results.append((torch.stack(values).detach(), grads))
+        # A second call goes on from the generator's state: other noise.
+        assert not torch.equal(torch.stack(function(x)), results[-1][0])
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-5)
+    for actual, expected in zip(results[1][1], results[0][1], strict=True):
+        assert bool(expected.any())
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_draws_are_not_merged(fallback_random):
+    """Two equal calls in one training graph see different noise: the compiler must not join them."""
+    mu, logvar = randn(B, D, seed=62).requires_grad_(), randn(B, D, seed=63).requires_grad_()
+
+    def draw(mu, logvar):
+        one, _ = ops.rsample_kl(mu, logvar)
+        other, _ = ops.rsample_kl(mu, logvar)
+        return one, other, *(ops.rsample_log_ratio(mu, logvar, samples=1)[0] for _ in range(2))
+
+    # aot_eager runs the same graph passes, without generating code.
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(7)
+    drawn = compiled(mu, logvar)
+    for i, one in enumerate(drawn):
+        assert not any(torch.equal(one.flatten(), other.flatten()) for other in drawn[:i])
+    torch.manual_seed(7)
+    for actual, expected in zip(drawn, draw(mu, logvar), strict=True):
+        assert torch.equal(actual, expected)
+    # And the backward of each sees its own noise: dz/dlogvar = (z - mu) / 2.
+    (grad,) = torch.autograd.grad(drawn[0].sum() + 10 * drawn[1].sum(), logvar)
+    expected = 0.5 * (drawn[0] - mu) + 5 * (drawn[1] - mu)
+    torch.testing.assert_close(grad, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_with_dynamic_shapes(fallback_random):
+    """One graph for several batch sizes and widths, equal to eager for each."""
+    graphs = 0
+
+    def losses(x, mu, logvar, weight, seed):
+        z, kl = ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+        one = ops.bernoulli_log_prob(x, z @ weight).mean(0) - kl
+        z, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed, estimator="dreg")
+        return one + ops.log_mean_exp(ops.gaussian_log_prob(x, z @ weight, 0.0) + ratio)
+
+    def counting(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend=counting)
+    for b, d, size in ((5, 3, 7), (6, 2, 9), (11, 4, 8)):
+        x, weight = rand(b, size, seed=64), randn(d, size, seed=65).requires_grad_()
+        mu, logvar = randn(b, d, seed=66).requires_grad_(), randn(b, d, seed=67).requires_grad_()
+        arguments = (x, mu, logvar, weight, seed_of(8))
+        for got, expected in zip(
+            (compiled(*arguments), *torch.autograd.grad(compiled(*arguments).sum(), (mu, logvar, weight))),
+            (losses(*arguments), *torch.autograd.grad(losses(*arguments).sum(), (mu, logvar, weight))),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+    assert graphs == 1
+
+
+def test_compiled_func_grad(fallback_random):
+    """torch.compile(torch.func.grad(f)) equals eager; with an autograd.Function over a bare op, zeros."""
+    encoder, decoder = models.networks(X, D)
+    x = randn(B, X, seed=68)
+    expected = _eager_gradients(encoder, decoder, x, "dreg")
+    loss, parameters = _functional_loss(encoder, decoder, x, "dreg")
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")
+    torch.manual_seed(5)
+    _same(compiled(parameters), expected)
+
+
+def test_export_keeps_the_ops():
+    """torch.export traces the public ops into their dispatcher entries, shapes and all."""
+
+    class Bound(nn.Module):
+        def forward(self, x, mu, logvar, seed):
+            z, kl = ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+            return ops.gaussian_log_prob(x, z, 0.0).mean(0) - kl
+
+    inputs = (randn(B, D, seed=69), randn(B, D, seed=70), randn(B, D, seed=71), seed_of(9))
+    program = torch.export.export(Bound(), inputs)
+    assert "fastvae.rsample_kl" in str(program.graph)
+    torch.testing.assert_close(program.module()(*inputs), Bound()(*inputs))
+
+
+# Autocast.
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_autocast(likelihood):
+    """Networks run in bfloat16, the objective in float32, and its gradients reach float32 parameters."""
+    encoder, decoder = models.networks(X, D, likelihood)
+    x = rand(B, X, seed=72)
+    seen = {}
+
+    def watching(z):
+        seen["z"], seen["out"] = z, decoder(z)
+        return seen["out"]
+
+    for objective in (fastvae.elbo, fastvae.iwae):
+        options = {"samples": K} if objective is fastvae.elbo else {"k": K}
+        options |= {"likelihood": likelihood, "reduction": "none"}
+        full = objective(x, encoder(x), decoder, generator=generator(10), **options)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            q = encoder(x)
+            bound = objective(x, q, watching, generator=generator(10), **options)
+        assert q[0].dtype == seen["z"].dtype == torch.bfloat16
+        assert bound.dtype == torch.float32
+        # Given what the networks returned, the objective is the float32 one of the same numbers: only z was
+        # rounded.
+        out = tuple(o.float() for o in seen["out"]) if likelihood == "gaussian" else seen["out"].float()
+        wide = tuple(t.float() for t in q)
+        again = objective(x, wide, lambda z, out=out: out, generator=generator(10), **options)
+        torch.testing.assert_close(bound, again, rtol=1e-6, atol=1e-5)
+        # And near the float32 networks: parameters good to 2^-8, of sums of X terms of order 1 to 10.
+        torch.testing.assert_close(bound, full, rtol=0.03, atol=0.3)
+        encoder.zero_grad(), decoder.zero_grad()
+        bound.sum().backward()
+        for parameter in (*encoder.parameters(), *decoder.parameters()):
+            assert parameter.grad.dtype == torch.float32
+            assert bool(parameter.grad.isfinite().all())
+            assert bool(parameter.grad.any())
+
+
+# Modules.
+
+
+def _vae():
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    likelihood = fastvae.Gaussian(scale=nn.Parameter(torch.full((X,), 0.7, device=DEVICE)))
+    prior = fastvae.DiagonalNormal(
+        nn.Parameter(randn(D, seed=73)), nn.Parameter(torch.zeros(D, device=DEVICE))
+    )
+    return fastvae.VAE(encoder, decoder, likelihood=likelihood, prior=prior, latent_dim=D)
+
+
+def _value(vae, x):
+    return vae.iwae(x, k=K, generator=generator(11))
+
+
+def test_learned_scale_and_prior_are_parameters():
+    vae = _vae()
+    names = dict(vae.named_parameters())
+    assert {"likelihood.scale", "prior.mu", "prior.logvar"} <= set(names)
+    _value(vae, randn(B, X, seed=74)).backward()
+    for name, parameter in names.items():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()), name
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_vae_is_copied(how):
+    vae, x = _vae(), randn(B, X, seed=75)
+    with torch.no_grad():
+        vae.likelihood.scale.mul_(1.3)
+    if how == "deepcopy":
+        twin = copy.deepcopy(vae)
+    else:
+        file = io.BytesIO()
+        torch.save(vae if how == "pickle" else vae.state_dict(), file)
+        file.seek(0)
+        if how == "pickle":
+            twin = torch.load(file, weights_only=False)
+        else:
+            twin = _vae()
+            twin.load_state_dict(torch.load(file, weights_only=True))
+    expected = _value(vae, x)
+    assert torch.equal(_value(twin, x), expected)
+    # A copy, not another name.
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(_value(vae, x), expected)
+    assert not torch.equal(_value(twin, x), expected)
+
+
+def test_fixed_scale_and_prior_follow_the_module():
+    """Tensors that are not learned are buffers: they are saved, and move with .to()."""
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    vae = fastvae.VAE(
+        encoder, decoder, likelihood=fastvae.Gaussian(scale=torch.full((X,), 0.7, device=DEVICE)),
+        prior=fastvae.DiagonalNormal(randn(D, seed=76), randn(D, seed=77)),
+    )  # fmt: skip
+    assert {"likelihood.scale", "prior.mu", "prior.logvar"} <= set(vae.state_dict())
+    assert len(list(vae.parameters())) == 4
+    wide = copy.deepcopy(vae).double()
+    assert _value(wide, randn(B, X, seed=78, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_training_raises_the_bound():
+    torch.manual_seed(8)
+    vae, x = _vae(), randn(64, X, seed=79)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=0.02)
+    before = float(vae.log_marginal(x, k=200).log_px.mean())
+    for _ in range(100):
+        optimizer.zero_grad()
+        (-vae.iwae(x, k=K, estimator="dreg")).backward()
+        optimizer.step()
+    assert float(vae.log_marginal(x, k=200).log_px.mean()) > before + 1
+
+
+# Distributed.
+
+
+def _train_one_rank(rank: int, ranks: int, store: str) -> None:
+    """Gradients of DDP-wrapped networks are the ranks' mean of the unwrapped ones."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    try:
+        for estimator in ("elbo", "dreg"):
+            x = torch.randn(B, X, generator=torch.Generator().manual_seed(rank))
+
+            def loss(encoder, decoder, x=x, estimator=estimator):
+                noise = torch.Generator().manual_seed(100 + rank)
+                if estimator == "elbo":
+                    return fastvae.elbo(x, encoder(x), decoder, generator=noise)
+                return fastvae.iwae(x, encoder(x), decoder, k=K, estimator=estimator, generator=noise)
+
+            plain = [m.cpu() for m in models.networks(X, D)]
+            loss(*plain).backward()
+            expected = [p.grad for m in plain for p in m.parameters()]
+            for grad in expected:
+                distributed.all_reduce(grad)
+                grad /= ranks
+            wrapped = [DistributedDataParallel(m.cpu()) for m in models.networks(X, D)]
+            loss(*wrapped).backward()
+            for actual, reference in zip(
+                (p.grad for m in wrapped for p in m.parameters()), expected, strict=True
+            ):
+                assert bool(actual.any())
+                torch.testing.assert_close(actual, reference, rtol=1e-6, atol=1e-6)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+def test_distributed_data_parallel(tmp_path):
+    # Two processes; a failed assertion in one of them is raised here.
+    torch.multiprocessing.spawn(_train_one_rank, args=(2, str(tmp_path / "store")), nprocs=2)
+
+
+# The process.
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="threads of the CPU kernels")
+@pytest.mark.parametrize("what", ["latent", "gaussian", "bernoulli", "log_mean_exp", "iwae"])
+def test_threads_do_not_change_a_bit(what):
+    """Shapes well above where the kernels go parallel (about 40 000 elements)."""
+    b, d, size, k = 601, 33, 130, 3
+    mu, logvar, x, mean = (
+        randn(b, d, seed=80),
+        randn(b, d, seed=81),
+        rand(b, size, seed=82),
+        randn(k, b, size, seed=83),
+    )
+    weight = randn(d, size, seed=84) / d
+    log_w = randn(40, 5001, seed=85)
+
+    def latent(m, v, pm, pv):
+        z, kl = ops.rsample_kl(m, v, samples=k, prior=(pm, pv), seed=seed_of(12))
+        z2, ratio = ops.rsample_log_ratio(m, v, samples=k, prior=(pm, pv), seed=seed_of(12), estimator="dreg")
+        return z, kl, z2, ratio
+
+    def objective(m, v, s):
+        # The decoder does not multiply matrices, whose library may split sums by the number of threads.
+        return fastvae.iwae(
+            x, (m, v), lambda z: z[:, :1] * weight[0], k=k, likelihood=fastvae.Gaussian(scale=s),
+            estimator="dreg", reduction="none", generator=generator(12),
+        )  # fmt: skip
+
+    function, inputs = {
+        "latent": (latent, (mu, logvar, randn(b, d, seed=86), randn(b, d, seed=87))),
+        "gaussian": (lambda x, m, v, p: (ops.gaussian_log_prob(x, m, v), ops.gaussian_log_prob(x, m, p)),
+                     (x, mean, randn(k, b, size, seed=88), randn(size, seed=89))),
+        "bernoulli": (ops.bernoulli_log_prob, (x, mean)),
+        "log_mean_exp": (ops.log_mean_exp, (log_w,)),
+        "iwae": (objective, (mu, logvar, rand(size, seed=90) + 0.5)),
+    }[what]  # fmt: skip
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            outputs = _outputs(function, *leaves)
+            # Every kernel's own gradient by a loss without sums of torch's: grad_outputs.
+            upstream = [randn(*o.shape, seed=91 + i) for i, o in enumerate(outputs)]
+            results.append([*outputs, *torch.autograd.grad(outputs, leaves, upstream)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_same_inputs_same_bits(backend, name):
+    function, inputs = _public_ops()[name]
+    results = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        outputs = _outputs(function, *leaves)
+        results.append([*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_inference_mode():
+    encoder, decoder = models.networks(X, D)
+    x = randn(B, X, seed=95)
+    expected = fastvae.iwae(x, encoder(x), decoder, k=K, generator=generator(13))
+    with torch.inference_mode():
+        got = fastvae.iwae(x, encoder(x), decoder, k=K, generator=generator(13))
+        fastvae.log_marginal(x, encoder(x), decoder, k=K)
+    assert torch.equal(got, expected)
+
+
+_IMPORT = """
+import sys
+import torch
+torch.manual_seed(3)
+before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_rng_state(),
+          torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())
+assert "triton" not in sys.modules
+import fastvae
+after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_rng_state(),
+         torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())
+for one, other in zip(before, after):
+    assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, (one, other)
+assert "triton" not in sys.modules, "importing fastvae imports triton"
+# Denormals still exist: an extension linked with -ffast-math flushes them for the whole process.
+x, q = torch.rand(5, 7), (torch.zeros(5, 3), torch.zeros(5, 3))
+bound = fastvae.iwae(x, q, lambda z: z[:, :1].expand(-1, 7), k=4, likelihood="bernoulli")
+assert bool(torch.full((100,), 1e-40).mul(0.5).gt(0).all())
+assert sys.float_info.min / 2 > 0
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "running on a CPU imports triton"
+print("fine")
+"""
+
+
+def test_import_has_no_side_effects():
+    run = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "fine", run.stderr
