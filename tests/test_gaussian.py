@@ -128,6 +128,18 @@ def test_half_precision_subtracts_in_float32(backend):
     torch.testing.assert_close(out, torch.full((1,), -0.5 * (math.log(2 * math.pi) + 0.25), device=DEVICE))
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 5)])
+def test_a_float64_log_variance_widens_the_result(backend, shape):
+    """Eager, compiled and every backend must agree on the dtype."""
+    x, mean = torch.randn(3, 5, device=DEVICE), torch.randn(2, 3, 5, device=DEVICE, requires_grad=True)
+    logvar = torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    out = ops.gaussian_log_prob(x, mean, logvar)
+    exact = -0.5 * (math.log(2 * math.pi) + logvar + (x - mean.double()) ** 2 * torch.exp(-logvar)).sum(2)
+    torch.testing.assert_close(out, exact)
+    grads = torch.autograd.grad(out.sum(), (mean, logvar))
+    assert [g.dtype for g in grads] == [torch.float32, torch.float64]
+
+
 def test_without_an_event_axis(backend):
     x, mean = torch.randn(5, device=DEVICE), torch.randn(3, 5, device=DEVICE)
     expected = torch.distributions.Normal(mean, 1.0).log_prob(x)

@@ -104,7 +104,9 @@ _FULL, _COLUMN, _ROW = 0, 1, 2
 
 def _native_layout(x, mean, logvar):
     """Dtypes that the C++ has code for, and which of its three layouts the log variance takes."""
-    data, parameter = _pair_of_dtypes(x.dtype, mean.dtype)
+    # A log variance in float64 widens everything, as in plain PyTorch.
+    wide = torch.float64 if logvar.dtype == torch.float64 else mean.dtype
+    data, parameter = _pair_of_dtypes(x.dtype, wide)
     wide = accumulator(parameter)
     if logvar.shape[2] == 1 and mean.shape[2] != 1:
         # One per row: a column of numbers, kept in the dtype of the sums.
