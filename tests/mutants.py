@@ -108,9 +108,9 @@ CPP = [
     Mutant("gaussian: last tile alone", "csrc/gaussian.hpp", "(column == 0 ? C(0) : place)", "C(0)"),
     Mutant(
         "gaussian: samples and rows swapped",
-        "csrc/rows.hpp",
-        "body.backward(r / rows, r % rows",
-        "body.backward(r % samples, r / samples",
+        "csrc/gaussian.hpp",
+        "const i64 offset = (k * a.rows + b)",
+        "const i64 offset = (b * a.samples + k)",
     ),
     Mutant(
         "bernoulli: wrong side", "csrc/bernoulli.hpp", "l > C(0) ? C(1) - v : v", "l > C(0) ? v : C(1) - v"
@@ -305,6 +305,7 @@ def main() -> int:
     )
     parser.add_argument("which", nargs="?", choices=["cpp", "triton"])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="only mutants whose description has this text")
     arguments = parser.parse_args()
     survivors = 0
     for name, mutants in (("cpp", CPP), ("triton", TRITON)):
@@ -314,6 +315,7 @@ def main() -> int:
         print(f"{name}: unchanged code {'FAILS ' + message if caught else 'passes'}", flush=True)
         survivors += caught
         with ThreadPoolExecutor(arguments.jobs) as pool:
+            mutants = [m for m in mutants if arguments.only in m.what]
             results = pool.map(lambda m, n=name: run(m, n), mutants)
             for mutant, (caught, message) in zip(mutants, results, strict=True):
                 survivors += not caught

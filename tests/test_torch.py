@@ -138,7 +138,7 @@ def test_gradcheck_of_the_latent_ops(implementation, prior):
     parts = () if shape is None else (_double(*shape, seed=22), _double(*shape, seed=23))
     # Some log variances lie outside the clamp, none near its corners.
     assert bool((logvar.abs() > 1.2).any())
-    assert float((logvar.abs() - 1.2).abs().min()) > 1e-3
+    assert float((logvar.detach().abs() - 1.2).abs().min()) > 1e-3
     seed = seed_of(2)
 
     def arguments(mu, logvar, *parts):
@@ -705,6 +705,8 @@ def _train_one_rank(rank: int, ranks: int, store: str) -> None:
             ):
                 assert bool(actual.any())
                 torch.testing.assert_close(actual, reference, rtol=1e-6, atol=1e-6)
+        # Torn down while the other rank still talks, gloo aborts now and then (seen without fastvae, too).
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
 
