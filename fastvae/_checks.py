@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from typing import Any
 
@@ -26,9 +27,11 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor{' ' + axes if axes else ''}, got {type(value).__name__}")
     if value.dtype not in FLOATING:
+        hints = {True: "", False: f" (convert it with {name}.float())"}
+        bytes_hint = f" (bytes become numbers in [0, 1] by {name}.float() / 255)"
+        hint = bytes_hint if value.dtype == torch.uint8 else hints[value.is_complex() or " " in name]
         raise TypeError(
-            f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16 (convert it "
-            f"with {name}.float())"
+            f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16{hint}"
         )
     if dims is not None and value.dim() != dims:
         raise ValueError(f"{name} has shape {shape_of(value)}; expected {axes}, that is {dims} axes")
@@ -37,9 +40,9 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
+        example = "" if " " in name else f", for example {name}.to({str(other.device)!r})"
         raise ValueError(
-            f"{name} is on {value.device} but {other_name} is on {other.device}; move one of them, for "
-            f"example {name}.to({str(other.device)!r})"
+            f"{name} is on {value.device} but {other_name} is on {other.device}; move one of them{example}"
         )
 
 
@@ -67,7 +70,7 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> str:
 
 
 def check_number(name: str, value: Any, meaning: str, least: float = 0.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {meaning}; got {value!r} ({type(value).__name__})")
     if not value >= least or math.isinf(value):
         raise ValueError(f"{name} must be finite and at least {least:g}, {meaning}; got {value!r}")
@@ -107,8 +110,10 @@ def check_address(samples: int, rows: int, sample_offset: int, row_offset: int) 
     for what, count, offset in (("sample", samples, sample_offset), ("row", rows, row_offset)):
         if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
             raise TypeError(f"{what}_offset must be an int, got {offset!r} ({type(offset).__name__})")
-        if offset < 0 or count < 0 or offset + count > 2**32:
+        if count < 0:
+            raise ValueError(f"the number of {what}s must be at least 0, got {count}")
+        if offset < 0 or offset + count > 2**32:
             raise ValueError(
-                f"{what}_offset={offset} with {count} {what}s leaves the noise address, which has 2^32 "
-                f"{what}s; start again at offset 0 with another seed"
+                f"{what}_offset must lie in 0 … 2^32 − {count}, got {offset}: the noise address has 2^32 {what}s, "
+                f"and {count} {what}s are asked for"
             )

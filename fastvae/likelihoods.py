@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._checks import check_tensor, shape_of
+from ._checks import check_same_device, check_tensor, shape_of
 
 __all__ = ["Bernoulli", "Gaussian", "Likelihood", "as_likelihood"]
 
@@ -58,8 +58,9 @@ class Gaussian(Likelihood):
             scale = float(scale)
         if isinstance(scale, Tensor):
             check_tensor("scale", scale)
-            if scale.device.type == "cpu" and not bool((scale.detach() > 0).all()):
-                raise ValueError("scale is a standard deviation and must be positive everywhere")
+            values = scale.detach()
+            if scale.device.type == "cpu" and not bool(((values > 0) & values.isfinite()).all()):
+                raise ValueError("scale is a standard deviation and must be positive and finite everywhere")
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter) and not scale.requires_grad:
             self.register_buffer("scale", scale)
         elif isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
@@ -70,10 +71,12 @@ class Gaussian(Likelihood):
     def log_prob(self, x, parameters, samples):
         if self.scale is None:
             if not (isinstance(parameters, (tuple, list)) and len(parameters) == 2):
+                hint = (
+                    "; for a mean alone, give the standard deviation: likelihood=fastvae.Gaussian(scale=0.1)"
+                )
                 raise TypeError(
                     "the decoder of a gaussian likelihood must return (mean, logvar), got "
-                    f"{_describe(parameters)}; for a mean alone, give the standard deviation: "
-                    "likelihood=fastvae.Gaussian(scale=0.1)"
+                    f"{_describe(parameters)}{hint if isinstance(parameters, Tensor) else ''}"
                 )
             mean = unfold_samples("the decoder's mean", parameters[0], x, samples)
             logvar = unfold_samples("the decoder's logvar", parameters[1], x, samples)
@@ -85,8 +88,22 @@ class Gaussian(Likelihood):
                     "likelihood='gaussian', without a scale"
                 )
             mean = unfold_samples("the decoder's mean", parameters, x, samples)
+            self._check_scale(x)
             logvar = 2 * (self.scale.log() if isinstance(self.scale, Tensor) else math.log(self.scale))
         return ops.gaussian_log_prob(x, mean, logvar)
+
+    def _check_scale(self, x: Tensor) -> None:
+        if not isinstance(self.scale, Tensor):
+            return
+        check_same_device("scale", self.scale, "x", x)
+        missing = x.dim() - self.scale.dim()
+        if missing < 0 or any(
+            n not in (1, m) for n, m in zip(self.scale.shape, x.shape[missing:], strict=True)
+        ):
+            raise ValueError(
+                f"scale has shape {shape_of(self.scale)}, which does not broadcast to an x of shape "
+                f"{shape_of(x)}; expected one number, or one for each element of the event, {list(x.shape[1:])}"
+            )
 
     def mean(self, parameters):
         return parameters if isinstance(parameters, Tensor) else parameters[0]

@@ -51,6 +51,8 @@ def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | N
         (torch.int64, torch.Size([]))
     """
     device = torch.device(device)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(
             f"generator is on {generator.device}, but the noise is needed on {device}; make it with "
@@ -97,6 +99,8 @@ def normal(
         seed = seed.to(device)
     check_seed(seed)
     check_address(samples, rows, sample_offset, row_offset)
+    if columns < 0:
+        raise ValueError(f"the number of columns must be at least 0, got {columns}")
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     backend = _backend.chosen()

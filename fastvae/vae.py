@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import objectives
+from ._checks import check_count
 from .likelihoods import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
 from .posteriors import as_posterior
@@ -58,7 +59,9 @@ class VAE(nn.Module):
         self.decoder = decoder
         self.likelihood = as_likelihood(likelihood)
         self.prior = as_prior(prior)
-        self.latent_dim = latent_dim
+        self.latent_dim = (
+            None if latent_dim is None else check_count("latent_dim", latent_dim, "the number of latents")
+        )
 
     def posterior(self, x: Tensor):
         """q(z|x), the posterior object of the encoder's output."""
@@ -85,6 +88,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """The means of p(x|z) for n draws of z from the prior, [n, *event]."""
+        check_count("n", n, "the number of draws")
         if self.latent_dim is None:
             raise ValueError(
                 "the latent dimension is not known yet: give VAE(..., latent_dim=D), or encode a batch first"

@@ -40,7 +40,7 @@ def cases(draw):
         "samples": k,
         "seed": torch.tensor(draw(st.integers(-(2**63), 2**63 - 1)), device=DEVICE),
         "offsets": (draw(st.sampled_from([0, 3, 2**32 - k])), draw(st.sampled_from([0, 9, 2**31 + 5]))),
-        "logvar_range": draw(st.sampled_from([None, (-1.0, 1.5)])),
+        "logvar_range": draw(st.sampled_from([None, (-1.0, 1.5), (0.25, 1.5)])),
         "need": draw(st.lists(st.booleans(), min_size=4, max_size=4).filter(any)),
         "per_dimension": draw(st.booleans()),
         "estimator": draw(st.sampled_from(["iwae", "stl", "dreg"])),

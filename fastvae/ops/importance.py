@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._checks import check_tensor
+from .._checks import check_tensor, shape_of
 from ._registry import accumulator, code, define, strided
 
 
@@ -46,8 +46,10 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     check_tensor("log_w", log_w)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, the axis of the samples; got {dim!r} ({type(dim).__name__})")
     if not -log_w.dim() <= dim < log_w.dim():
-        raise ValueError(f"dim={dim} is no axis of log_w, which has {log_w.dim()}")
+        raise ValueError(f"dim={dim} is no axis of log_w, whose shape is {shape_of(log_w)}")
     moved = log_w.movedim(dim, 0)
     if moved.shape[0] == 0:
         raise ValueError(
