@@ -114,6 +114,6 @@ def check_address(samples: int, rows: int, sample_offset: int, row_offset: int) 
             raise ValueError(f"the number of {what}s must be at least 0, got {count}")
         if offset < 0 or offset + count > 2**32:
             raise ValueError(
-                f"{what}_offset must lie in 0 … 2^32 − {count}, got {offset}: the noise address has 2^32 {what}s, "
-                f"and {count} {what}s are asked for"
+                f"{what}_offset must lie in 0 … 2^32 − {count}, got {offset}: the noise address has "
+                f"2^32 {what}s, and {count} {what}s are asked for"
             )

@@ -102,7 +102,8 @@ class Gaussian(Likelihood):
         ):
             raise ValueError(
                 f"scale has shape {shape_of(self.scale)}, which does not broadcast to an x of shape "
-                f"{shape_of(x)}; expected one number, or one for each element of the event, {list(x.shape[1:])}"
+                f"{shape_of(x)}; expected one number, or one for each element of the event, "
+                f"{list(x.shape[1:])}"
             )
 
     def mean(self, parameters):
