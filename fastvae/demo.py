@@ -477,6 +477,7 @@ def _curves(axes, runs: list[Run], eval_k: int) -> None:
     axes.set(
         xlabel="epoch", ylabel="nats per image", title="Bounds in training, and the log-likelihood they bound"
     )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.title.set_fontsize("medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower right", title="bound", title_fontsize="small")
