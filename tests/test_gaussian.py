@@ -120,6 +120,14 @@ def test_large_inputs(backend):
     torch.testing.assert_close(out, torch.full((5, 2), expected, device=DEVICE), rtol=1e-6, atol=0)
 
 
+def test_samples_that_fill_a_tile_up_have_no_gradient(backend):
+    """A fourth sample would have mean 0, 1e3 away from x: 0 times the square, infinite, is NaN."""
+    x, mean = torch.full((5, 6), 1e3, device=DEVICE), torch.full((3, 5, 6), 1e3, device=DEVICE)
+    logvar = torch.full((6,), -80.0, device=DEVICE, requires_grad=True)
+    grad = torch.autograd.grad(ops.gaussian_log_prob(x, mean, logvar).sum(), logvar)[0]
+    torch.testing.assert_close(grad, torch.full((6,), -7.5, device=DEVICE))
+
+
 def test_half_precision_subtracts_in_float32(backend):
     """256.5 - 256 is lost when x is rounded to bfloat16 first."""
     x = torch.full((1, 1), 256.5, device=DEVICE)

@@ -63,6 +63,25 @@ def test_the_gradient_is_the_normalised_weights(backend, k):
     torch.testing.assert_close(log_w.grad, torch.softmax(log_w.detach(), 0), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("n", [1, 9])
+@pytest.mark.parametrize("order", ["rising", "falling", "shuffled"])
+def test_more_samples_than_a_tile(backend, n, order):
+    """What was summed so far shrinks whenever the maximum rises."""
+    k = 5000
+    log_w = torch.linspace(-60, 0, k, dtype=torch.float64, device=DEVICE)[:, None] - 100 * torch.arange(
+        n, device=DEVICE
+    )
+    if order == "falling":
+        log_w = log_w.flip(0)
+    elif order == "shuffled":
+        log_w = log_w[torch.randperm(k, generator=torch.Generator().manual_seed(n))]
+    narrow = log_w.float().requires_grad_()
+    out = ops.log_mean_exp(narrow)
+    torch.testing.assert_close(out.double(), torch.logsumexp(log_w, 0) - math.log(k), rtol=1e-6, atol=1e-6)
+    weights = torch.autograd.grad(out.sum(), narrow)[0]
+    torch.testing.assert_close(weights.double(), torch.softmax(log_w, 0), rtol=2e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 def test_any_axis(backend, dim):
     log_w = torch.randn(4, 3, 5, device=DEVICE, requires_grad=True)
