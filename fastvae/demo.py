@@ -468,6 +468,8 @@ def _curves(axes, runs: list[Run], eval_k: int) -> None:
             va="bottom" if upper else "top",
             color=color,
             fontsize="small",
+            # Legible where a curve passes behind it.
+            bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
         )
     # The first tenth of the curves may run off below, so that the rest is legible.
     later = [v for r in runs for c in (r.train_curve, r.test_curve) for v in c[len(c) // 10 :]]

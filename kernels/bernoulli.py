@@ -19,6 +19,7 @@ from .common import (
     exp,
     load,
     log1p,
+    pixel_span,
     reciprocal,
     store,
     strides,
@@ -50,10 +51,7 @@ def bernoulli_log_prob_kernel(
     k_tiles = tl.cdiv(K, BLOCK_K)
     i_k = (tl.program_id(0) % k_tiles) * BLOCK_K
     i_b = (tl.program_id(0) // k_tiles) * BLOCK_B
-    # A multiple of BLOCK_X that the compiler can see, and masks by X: or it would not know that loads are
-    # aligned.
-    x_start = tl.program_id(1) * x_tiles * BLOCK_X
-    x_stop = tl.minimum(x_start + x_tiles * BLOCK_X, X)
+    x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
     b_sum = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
     o_k = event_offsets(i_k, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
     o_b = event_offsets(i_b, BLOCK_B, 1)  # [1, BLOCK_B, 1]
@@ -106,10 +104,7 @@ def bernoulli_log_prob_backward_kernel(
     k_stop = k_start + 1
     if MERGE_K:
         k_stop = tl.minimum(k_start + k_per_program, K)
-    # A multiple of BLOCK_X that the compiler can see, and masks by X: or it would not know that loads are
-    # aligned.
-    x_start = tl.program_id(1) * x_tiles * BLOCK_X
-    x_stop = tl.minimum(x_start + x_tiles * BLOCK_X, X)
+    x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
     o_b = event_offsets((tl.program_id(0) // k_splits) * BLOCK_B, BLOCK_B, 1)  # [1, BLOCK_B, 1]
     m_b = o_b < B
     for i_x in range(x_start, x_stop, BLOCK_X):

@@ -190,6 +190,17 @@ def event_offsets(start, BLOCK: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
+def pixel_span(X, x_tiles, BLOCK_X: tl.constexpr):
+    """First pixel and end of this program's part of a row, along the grid's second axis.
+
+    The first is a multiple of BLOCK_X that the compiler can see; the masks compare with X. Otherwise it would
+    not know that loads are aligned.
+    """
+    x_start = tl.program_id(1) * x_tiles * BLOCK_X
+    return x_start, tl.minimum(x_start + x_tiles * BLOCK_X, X)
+
+
+@triton.jit
 def load(p_x, offsets, mask, DTYPE: tl.constexpr):
     """A tile in the dtype of the computation, 0 outside the mask."""
     b_x = tl.load(p_x + offsets, mask=mask, other=0.0)

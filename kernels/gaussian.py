@@ -19,6 +19,7 @@ from .common import (
     event_tiles,
     exp,
     load,
+    pixel_span,
     store,
     strides,
     triton_dtype,
@@ -89,10 +90,7 @@ def gaussian_log_prob_kernel(
     k_tiles = tl.cdiv(K, BLOCK_K)
     i_k = (tl.program_id(0) % k_tiles) * BLOCK_K
     i_b = (tl.program_id(0) // k_tiles) * BLOCK_B
-    # A multiple of BLOCK_X that the compiler can see, and masks by X: or it would not know that loads are
-    # aligned.
-    x_start = tl.program_id(1) * x_tiles * BLOCK_X
-    x_stop = tl.minimum(x_start + x_tiles * BLOCK_X, X)
+    x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
     b_sum = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
     o_k = event_offsets(i_k, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
     o_b = event_offsets(i_b, BLOCK_B, 1)  # [1, BLOCK_B, 1]
@@ -160,10 +158,7 @@ def gaussian_log_prob_backward_kernel(
     b_stop = b_start + 1
     if MERGE_B:
         b_stop = tl.minimum(b_start + b_per_program, B)
-    # A multiple of BLOCK_X that the compiler can see, and masks by X: or it would not know that loads are
-    # aligned.
-    x_start = tl.program_id(1) * x_tiles * BLOCK_X
-    x_stop = tl.minimum(x_start + x_tiles * BLOCK_X, X)
+    x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
     # Sums a lane each until they are complete: over the pixels of a row,
     s_row = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
     for i_x in range(x_start, x_stop, BLOCK_X):
