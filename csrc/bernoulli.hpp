@@ -13,13 +13,47 @@ struct Bernoulli {
   i64 samples, rows, columns;
 };
 
+template <class C>
+FASTVAE_LOOP bool within_unit_interval(int n, const C* x) {  // or NaN
+  C low = 0, high = 1;
+#pragma omp simd reduction(min : low) reduction(max : high)
+  for (int i = 0; i < n; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+  }
+  return low == C(0) && high == C(1);
+}
+
+// The sum of t |l|, t what the target lacks of the side the logit is on; and exp(-|l|) of each element.
+template <class C>
+FASTVAE_LOOP double bernoulli_sum(int n, const C* __restrict x, const C* __restrict logits, C* __restrict e) {
+  return sum_over<C>(n, [=](int i) {
+    const C l = logits[i], v = x[i], magnitude = abs_(l);
+    e[i] = exp_negative(-magnitude);
+    // 0 * inf is 0: certain and right.
+    const C miss = l > C(0) ? C(1) - v : v;
+    return miss == C(0) ? C(0) : miss * magnitude;
+  });
+}
+
+// The derivative by the logits times g.
+template <class C>
+FASTVAE_LOOP void bernoulli_gradient(int n, C g, const C* __restrict x, const C* __restrict logits, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C l = logits[i], e = exp_negative(-abs_(l));
+    const C sigmoid = (l >= C(0) ? C(1) : e) / (C(1) + e);
+    out[i] = g * (x[i] - sigmoid);
+  }
+}
+
 template <class X, class P>
 struct BernoulliBody {
   using C = compute_t<P>;
   const Bernoulli<X, P>& a;
   C x_buffer[kTile], logits_buffer[kTile], out_buffer[kTile];
   double sum_x[kTile];  // over samples
-  int outside = 0;
+  bool outside = false;
 
   explicit BernoulliBody(const Bernoulli<X, P>& params) : a(params) {}
 
@@ -28,19 +62,9 @@ struct BernoulliBody {
   double part(i64 k, i64 b, i64 column, int n) {
     const C* x = load(x_buffer, a.x.at(b, column), a.x.s1, n);
     const C* logits = load(logits_buffer, a.logits.at(k, b, column), a.logits.s2, n);
-    if (k == 0) {
-      int bad = 0;
-#pragma omp simd reduction(| : bad)
-      for (int i = 0; i < n; ++i) bad |= (x[i] < C(0)) | (x[i] > C(1));
-      outside |= bad;
-    }
-    return -sum_over<C>(n, [=](int i) {
-      const C l = logits[i], v = x[i], magnitude = abs_(l);
-      // What the target lacks of the side the logit is on; 0 * inf is 0: certain and right.
-      const C miss = l > C(0) ? C(1) - v : v;
-      const C linear = miss == C(0) ? C(0) : miss * magnitude;
-      return linear + log1p_unit(exp_(-magnitude));
-    });
+    if (k == 0) outside |= !within_unit_interval(n, x);
+    const double linear = bernoulli_sum(n, x, logits, out_buffer);
+    return -(linear + sum_log1p(out_buffer, n));
   }
 
   void finish() {
@@ -60,19 +84,11 @@ struct BernoulliBody {
     const C* x = load(x_buffer, a.x.at(b, column), a.x.s1, n);
     const C* logits = load(logits_buffer, a.logits.at(k, b, column), a.logits.s2, n);
     const C g = *a.grad.at(k, b);
-    if (a.grad_x) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) sum_x[i] += g * logits[i];
-    }
+    if (a.grad_x) add_scaled(n, g, logits, sum_x);
     if (!a.grad_logits) return;
     P* place = a.grad_logits + (k * a.rows + b) * a.columns + column;
     C* out = target(place, out_buffer);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const C l = logits[i], e = exp_(-abs_(l));
-      const C sigmoid = (l >= C(0) ? C(1) : e) / (C(1) + e);
-      out[i] = g * (x[i] - sigmoid);
-    }
+    bernoulli_gradient(n, g, x, logits, out);
     commit(place, out, n);
   }
 };

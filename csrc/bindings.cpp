@@ -25,6 +25,9 @@ namespace FASTVAE_ISA {
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 #include "parallel.hpp"
 

@@ -1,6 +1,9 @@
 // Storage types, loads and stores, and elementary functions. Included once per instruction set, inside its namespace.
 // Loops marked `omp simd` run over a tile of a row; everything they call is branch-free, so that they vectorise.
 
+// A loop over a tile, compiled by itself: among others GCC forgets that its pointers do not overlap and leaves it scalar.
+#define FASTVAE_LOOP __attribute__((noinline))
+
 enum Dtype { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // Columns handled at a time: a few buffers of this length stay in the first-level cache.
@@ -90,6 +93,40 @@ struct No {
   static constexpr bool value = false;
 };
 
+template <class C>
+inline void fill(C* p, C value, int n) {
+  for (int i = 0; i < n; ++i) p[i] = value;
+}
+
+// One vector of the instruction set, anywhere in memory.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+template <class C>
+using Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(C)), may_alias)) = C;
+template <class C>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
+// Behind a tile's last element a whole vector may be read.
+constexpr int kBuffer = kTile + 16;
+
+// Copies a short row: whole vectors, the last of which overlaps the one before.
+template <class C>
+inline void copy(C* to, const C* from, int n) {
+  constexpr int step = kLanes<C>;
+  if (n < step) {
+    for (int i = 0; i < n; ++i) to[i] = from[i];
+    return;
+  }
+  for (int i = 0; i < n - step; i += step) {
+    *reinterpret_cast<Vector<C>*>(to + i) = *reinterpret_cast<const Vector<C>*>(from + i);
+  }
+  *reinterpret_cast<Vector<C>*>(to + n - step) = *reinterpret_cast<const Vector<C>*>(from + n - step);
+}
+
 // n elements from p as compute type: p itself where nothing must be done, else buffer, filled.
 template <class T>
 inline const compute_t<T>* load(compute_t<T>* __restrict buffer, const T* p, i64 stride, int n) {
@@ -99,6 +136,8 @@ inline const compute_t<T>* load(compute_t<T>* __restrict buffer, const T* p, i64
   if (stride == 1) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) buffer[i] = upcast(p[i]);
+  } else if (stride == 0) {
+    fill(buffer, upcast(*p), n);
   } else {
     for (int i = 0; i < n; ++i) buffer[i] = upcast(p[i * stride]);
   }
@@ -122,24 +161,83 @@ inline void commit(T* __restrict p, const compute_t<T>* __restrict buffer, int n
   }
 }
 
-template <class C>
-inline void fill(C* p, C value, int n) {
-  for (int i = 0; i < n; ++i) p[i] = value;
+// A tile: `rows` rows of n columns each, `pitch` elements apart in buffers. Loops run over all of it at once, the few elements
+// between rows included: whatever these hold, nobody reads the results.
+struct Tile {
+  int rows, n, pitch;
+  int size() const { return (rows - 1) * pitch + n; }
+  bool dense(i64 stride) const { return rows == 1 || (pitch == n && stride == n); }
+};
+
+// The tile of a strided matrix that begins at p, as compute type: in place where it lies so already.
+template <class T>
+inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1, const Tile& t) {
+  if (s1 == 1 && t.dense(s0)) return load(buffer, p, 1, t.size());
+  for (int r = 0; r < t.rows; ++r) {
+    compute_t<T>* row = buffer + r * t.pitch;
+    const compute_t<T>* from = load(row, p + r * s0, s1, t.n);
+    if (from != row) copy(row, from, t.n);
+  }
+  return buffer;
 }
 
-// The sum of term(i) over [0, n): short blocks in C, so that few lanes lose no more digits than many, then double.
-constexpr int kSumBlock = 128;
+// Where to write a tile that shall end in rows s0 apart at p, and how it gets there.
+template <class T>
+inline compute_t<T>* target(T* p, compute_t<T>* buffer, i64 s0, const Tile& t) {
+  return p && t.dense(s0) ? target(p, buffer) : buffer;
+}
+template <class T>
+inline void commit(T* p, const compute_t<T>* from, i64 s0, const Tile& t) {
+  if (t.dense(s0)) return commit(p, from, t.size());
+  for (int r = 0; r < t.rows; ++r) {
+    if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
+      copy(p + r * s0, from + r * t.pitch, t.n);
+    } else {
+      commit(p + r * s0, from + r * t.pitch, t.n);
+    }
+  }
+}
+
+// The sum of term(i) over [0, n): blocks in which each lane adds 16 terms in C, then double.
 template <class C, class F>
 inline double sum_over(int n, F term) {
+  constexpr int block = 16 * kLanes<C>;
   double total = 0;
-  for (int first = 0; first < n; first += kSumBlock) {
-    const int last = n - first < kSumBlock ? n : first + kSumBlock;
+  for (int first = 0; first < n; first += block) {
+    const int last = n - first < block ? n : first + block;
     C part = 0;
 #pragma omp simd reduction(+ : part)
     for (int i = first; i < last; ++i) part += term(i);
     total += part;
   }
   return total;
+}
+
+// sums[r] += the sum of row r of a tile in a buffer, as sum_over adds it.
+template <class C>
+FASTVAE_LOOP void add_row_sums(const C* p, const Tile& t, double* sums) {
+  constexpr int lanes = kLanes<C>, block = 16 * lanes;
+  const int whole = t.n / lanes * lanes;
+  C tail[lanes];  // 1 where the last, incomplete vector has an element
+  for (int l = 0; l < lanes; ++l) tail[l] = C(l < t.n - whole);
+  const Vector<C> mask = *reinterpret_cast<const Vector<C>*>(tail), zero = {};
+  for (int r = 0; r < t.rows; ++r) {
+    const C* row = p + r * t.pitch;
+    double total = 0;
+    for (int first = 0; first < t.n; first += block) {
+      const int last = whole - first < block ? whole : first + block;
+      Vector<C> part = zero;
+      for (int i = first; i < last; i += lanes) part += *reinterpret_cast<const Vector<C>*>(row + i);
+      // Selected, not multiplied: what stands behind the row may be NaN.
+      if (last == whole && whole < t.n) part += mask > zero ? *reinterpret_cast<const Vector<C>*>(row + whole) : zero;
+      C sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int l = 0; l < lanes; ++l) sum += part[l];
+      total += sum;
+      if (last == whole) break;
+    }
+    sums[r] += total;
+  }
 }
 
 // Calls f with a value of the storage type that a dtype code means.
@@ -172,42 +270,49 @@ inline void parallel(int threads, i64 units, i64 elements, F body) {
 
 // exp(x) = 2^n (1 + p) with |x - n ln 2| < 0.35; at n = 0, p = x + x^2 q(x).
 struct Reduced {
+  std::uint32_t integer;  // n in its low bits
   float n, p, r2q;
+  // 2^(n + shift), for what a normal number can hold. NaN gives some number: p is NaN then.
+  float power(int shift) const { return bit_cast<float>((integer + static_cast<std::uint32_t>(127 + shift)) << 23); }
 };
 inline Reduced reduce(float x) {
-  const float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+  const float rounded = x * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer
+  const float n = rounded - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float q = 1.9875691500e-4f;
-  q = q * r + 1.3981999507e-3f;
-  q = q * r + 8.3334519073e-3f;
-  q = q * r + 4.1665795894e-2f;
-  q = q * r + 1.6666665459e-1f;
-  q = q * r + 5.0000001201e-1f;
-  const float r2q = r * r * q;
-  return {n, r + r2q, r2q};
+  // In pairs, which shortens the chain of operations that wait for each other; likewise below.
+  const float r2 = r * r;
+  const float q = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r2 + (8.3334519073e-3f * r + 4.1665795894e-2f)) * r2 +
+                  (1.6666665459e-1f * r + 5.0000001201e-1f);
+  const float r2q = r2 * q;
+  return {bit_cast<std::uint32_t>(rounded), n, r + r2q, r2q};
 }
-inline float power_of_two(float n) {  // -126 <= n <= 127
-  return bit_cast<float>((static_cast<std::int32_t>(n) + 127) << 23);
-}
-inline float clip(float x, float lo, float hi) {  // NaN stays
+inline float clip_below(float x, float lo) { return x < lo ? lo : x; }  // NaN stays
+template <class C>
+inline C clip(C x, C lo, C hi) {
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
 }
 
+// In two steps, so that neither subnormal results nor the largest ones lose anything on the way.
 inline float exp_(float x) {
   const Reduced e = reduce(clip(x, -104.0f, 89.0f));
-  // In two steps, so that neither subnormal results nor the largest ones lose anything on the way.
-  const float half = (e.n * 0.5f + 12582912.0f) - 12582912.0f;
-  // NaN must not reach the conversion to an integer.
-  const float h = half == half ? half : 0.0f, rest = half == half ? e.n - half : 0.0f;
-  return (1.0f + e.p) * power_of_two(h) * power_of_two(rest);
+  const bool down = x < 0.0f;
+  const float s = e.power(down ? 64 : -64);
+  return (s * e.p + s) * (down ? 0x1p-64f : 0x1p64f);
 }
 inline double exp_(double x) { return __builtin_exp(x); }
 
+// exp(x) for x <= 0.
+inline float exp_negative(float x) {
+  const Reduced e = reduce(clip_below(x, -104.0f));
+  const float s = e.power(64);
+  return (s * e.p + s) * 0x1p-64f;
+}
+inline double exp_negative(double x) { return __builtin_exp(x); }
+
 // The scaled half of exp(x) - 1: 2 * (s p + (s - 1/2)) with s = 2^(n-1) is exact in form at n = 0 and finite up to the end.
 inline float expm1_from(const Reduced& e) {
-  const float n = e.n == e.n ? e.n : 0.0f;
-  const float s = power_of_two(n - 1.0f);
+  const float s = e.power(-1);
   return 2.0f * (s * e.p + (s - 0.5f));
 }
 inline float expm1_(float x) { return expm1_from(reduce(clip(x, -87.0f, 89.0f))); }
@@ -215,9 +320,10 @@ inline double expm1_(double x) { return __builtin_expm1(x); }
 
 // exp(x) - 1 - x, without cancellation near 0.
 inline float expm1_minus(float x) {
-  const Reduced e = reduce(clip(x, -87.0f, 89.0f));
-  // The second x is bounded above, so that inf gives inf.
-  return e.n == 0.0f ? e.r2q : expm1_from(e) - (x > 89.0f ? 89.0f : x);
+  const float c = clip(x, -87.0f, 89.0f);
+  const Reduced e = reduce(c);
+  // Below the clip exp(x) is nothing beside x; above it x is nothing beside exp(x), and inf gives inf.
+  return e.n == 0.0f ? e.r2q : expm1_from(e) - (x < 0.0f ? x : c);
 }
 inline double expm1_minus(double x) {
   // The series where expm1(x) - x would lose more than 3 bits: the next term is below 1e-17 of the sum.
@@ -229,27 +335,41 @@ inline double expm1_minus(double x) {
 // log(2^e (1 + g)) for sqrt(1/2) <= 1 + g < sqrt(2).
 inline float log_from(float g, float e) {
   const float z = g * g;
-  float p = 7.0376836292e-2f;
-  p = p * g - 1.1514610310e-1f;
-  p = p * g + 1.1676998740e-1f;
-  p = p * g - 1.2420140846e-1f;
-  p = p * g + 1.4249322787e-1f;
-  p = p * g - 1.6668057665e-1f;
-  p = p * g + 2.0000714765e-1f;
-  p = p * g - 2.4999993993e-1f;
-  p = p * g + 3.3333331174e-1f;
-  float y = g * z * p;
-  y = y - 2.12194440e-4f * e;
-  y = y - 0.5f * z;
+  const float p = (((7.0376836292e-2f * z + (-1.1514610310e-1f * g + 1.1676998740e-1f)) * z +
+                    (-1.2420140846e-1f * g + 1.4249322787e-1f)) * z + (-1.6668057665e-1f * g + 2.0000714765e-1f)) * z +
+                  (-2.4999993993e-1f * g + 3.3333331174e-1f);
+  const float y = z * (g * p - 0.5f) - 2.12194440e-4f * e;
   return (g + y) + 0.693359375f * e;
 }
 
-// log(1 + t) for 0 <= t <= 1, to full relative accuracy.
-inline float log1p_unit(float t) {
-  const bool big = t > 0.41421356f;
-  return log_from(big ? 0.5f * (t - 1.0f) : t, big ? 1.0f : 0.0f);
+// log(1 + t) for 0 <= t < 2^31, to full relative accuracy.
+inline float log1p_(float t) {
+  const float u = 1.0f + t;
+  const float lost = t < 1.0f ? t - (u - 1.0f) : 1.0f - (u - t);
+  // u = 2^e m with sqrt(1/2) <= m < sqrt(2).
+  const std::uint32_t shifted = bit_cast<std::uint32_t>(u) - 0x3f3504f3u;
+  const std::int32_t e = static_cast<std::int32_t>(shifted) >> 23;
+  const float m = bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u);
+  const float g = (m - 1.0f) + lost * bit_cast<float>(static_cast<std::uint32_t>(127 - e) << 23);
+  // NaN has lost its bits on the way.
+  return t == t ? log_from(e == 0 ? t : g, static_cast<float>(e)) : t;
 }
-inline double log1p_unit(double t) { return __builtin_log1p(t); }
+inline double log1p_(double t) { return __builtin_log1p(t); }
 
+// The sum of log(1 + e[i]) for e in [0, 1], through products: with 1 + e = (1 + a)(1 + b), e = a + b (1 + a) keeps the
+// relative accuracy that 1 + e would not, and one logarithm serves 16 elements. Overwrites e.
+template <class C>
+FASTVAE_LOOP double sum_log1p(C* e, int n) {
+  for (int halvings = 0; halvings < 4 && n > 1; ++halvings) {
+    const int kept = (n + 1) / 2;
+#pragma omp simd
+    for (int i = 0; i < n - kept; ++i) e[i] += e[kept + i] * (C(1) + e[i]);
+    n = kept;
+  }
+  return sum_over<C>(n, [=](int i) { return log1p_(e[i]); });
+}
+
+inline float infinity(float) { return __builtin_inff(); }
+inline double infinity(double) { return __builtin_inf(); }
 inline float abs_(float x) { return __builtin_fabsf(x); }
 inline double abs_(double x) { return __builtin_fabs(x); }

@@ -18,11 +18,50 @@ struct Gaussian {
   i64 samples, rows, columns;
 };
 
+// The sum of logvar + (x - mean)^2 exp(-logvar).
+template <class C>
+FASTVAE_LOOP double gaussian_sum(int n, const C* __restrict x, const C* __restrict mean, const C* __restrict logvar) {
+  return sum_over<C>(n, [=](int i) {
+    const C delta = x[i] - mean[i];
+    return logvar[i] + delta * delta * exp_(-logvar[i]);
+  });
+}
+
+// The derivatives by mean and logvar times g.
+template <class C>
+FASTVAE_LOOP void gaussian_gradients(int n, C g, const C* __restrict x, const C* __restrict mean,
+                                     const C* __restrict logvar, C* __restrict out_mean, C* __restrict out_logvar) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C delta = x[i] - mean[i], pull = delta * exp_(-logvar[i]);
+    out_mean[i] = g * pull;
+    out_logvar[i] = C(0.5) * g * (delta * pull - C(1));
+  }
+}
+
+// The same where the precision is known.
+template <class C, class F>
+FASTVAE_LOOP void gaussian_mean_gradient(int n, C g, const C* __restrict x, const C* __restrict mean, F precision,
+                                   C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = g * ((x[i] - mean[i]) * precision(i));
+}
+template <class C>
+FASTVAE_LOOP void add_column_gradients(int n, C g, const C* __restrict x, const C* __restrict mean,
+                                       const C* __restrict precision, double* __restrict sum) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C delta = x[i] - mean[i];
+    sum[i] += C(0.5) * g * (delta * delta * precision[i] - C(1));
+  }
+}
+
 template <class X, class P>
 struct GaussianBody {
   using C = compute_t<P>;
   const Gaussian<X, P>& a;
-  C x_buffer[kTile], mean_buffer[kTile], logvar_buffer[kTile], precision[kTile], out_buffer[kTile];
+  C x_buffer[kTile], mean_buffer[kTile], logvar_buffer[kTile], precision[kTile], out_buffer[kTile],
+      logvar_out_buffer[kTile];
   double sum_x[kTile], sum_column[kTile];  // over samples; over all rows of a group
   double logvar_sum = 0;
 
@@ -45,10 +84,7 @@ struct GaussianBody {
     double sum, logvars = 0;
     if (a.layout == kFull) {
       const C* logvar = load(logvar_buffer, view<const P>(a.logvar).at(k, b, column), a.logvar.s2, n);
-      sum = sum_over<C>(n, [=](int i) {
-        const C delta = x[i] - mean[i];
-        return logvar[i] + delta * delta * exp_(-logvar[i]);
-      });
+      sum = gaussian_sum(n, x, mean, logvar);
     } else if (a.layout == kColumn) {
       const C* p = precision;
       sum = sum_over<C>(n, [=](int i) {
@@ -86,49 +122,32 @@ struct GaussianBody {
     const C* x = load_data(b, column, n);
     const C* mean = load(mean_buffer, a.mean.at(k, b, column), a.mean.s2, n);
     const C g = *a.grad.at(k, b);
+    const i64 offset = (k * a.rows + b) * a.columns + column;
+    C* out = a.grad_mean ? target(a.grad_mean + offset, out_buffer) : out_buffer;
     if (a.layout == kFull) {
       const C* logvar = load(logvar_buffer, view<const P>(a.logvar).at(k, b, column), a.logvar.s2, n);
-#pragma omp simd
-      for (int i = 0; i < n; ++i) precision[i] = exp_(-logvar[i]);
-    } else if (a.layout == kRow) {
-      fill(precision, exp_(-*view<const C>(a.logvar).at(k, b)), n);
-    }
-    const i64 offset = (k * a.rows + b) * a.columns + column;
-    if (a.grad_mean || a.grad_x) {
-      C* out = a.grad_mean ? target(a.grad_mean + offset, out_buffer) : out_buffer;
-#pragma omp simd
-      for (int i = 0; i < n; ++i) out[i] = g * ((x[i] - mean[i]) * precision[i]);
-      if (a.grad_x) {
-#pragma omp simd
-        for (int i = 0; i < n; ++i) sum_x[i] += out[i];
-      }
-      if (a.grad_mean) commit(a.grad_mean + offset, out, n);
-    }
-    if (!a.grad_logvar) return;
-    if (a.layout == kFull) {
-      P* place = pointer<P>(a.grad_logvar) + offset;
-      C* out = target(place, out_buffer);
-#pragma omp simd
-      for (int i = 0; i < n; ++i) {
-        const C delta = x[i] - mean[i];
-        out[i] = C(0.5) * g * (delta * delta * precision[i] - C(1));
-      }
-      commit(place, out, n);
+      P* place = a.grad_logvar ? pointer<P>(a.grad_logvar) + offset : nullptr;
+      C* out_logvar = place ? target(place, logvar_out_buffer) : logvar_out_buffer;
+      gaussian_gradients(n, g, x, mean, logvar, out, out_logvar);
+      if (place) commit(place, out_logvar, n);
     } else if (a.layout == kColumn) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) {
-        const C delta = x[i] - mean[i];
-        sum_column[i] += C(0.5) * g * (delta * delta * precision[i] - C(1));
-      }
-    } else {
       const C* p = precision;
-      const double sum = sum_over<C>(n, [=](int i) {
-        const C delta = x[i] - mean[i];
-        return delta * delta * p[i] - C(1);
-      });
-      C& place = pointer<C>(a.grad_logvar)[k * a.rows + b];
-      place = (column == 0 ? C(0) : place) + static_cast<C>(0.5 * g * sum);
+      gaussian_mean_gradient(n, g, x, mean, [=](int i) { return p[i]; }, out);
+      if (a.grad_logvar) add_column_gradients(n, g, x, mean, p, sum_column);
+    } else {
+      const C p = exp_(-*view<const C>(a.logvar).at(k, b));
+      gaussian_mean_gradient(n, g, x, mean, [=](int) { return p; }, out);
+      if (a.grad_logvar) {
+        const double sum = sum_over<C>(n, [=](int i) {
+          const C delta = x[i] - mean[i];
+          return delta * delta * p - C(1);
+        });
+        C& place = pointer<C>(a.grad_logvar)[k * a.rows + b];
+        place = (column == 0 ? C(0) : place) + static_cast<C>(0.5 * g * sum);
+      }
     }
+    if (a.grad_x) add_scaled(n, C(1), out, sum_x);
+    if (a.grad_mean) commit(a.grad_mean + offset, out, n);
   }
 
   const C* load_data(i64 b, i64 column, int n) { return load(x_buffer, a.x.at(b, column), a.x.s1, n); }

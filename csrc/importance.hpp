@@ -3,8 +3,6 @@
 // Columns handled at a time; kSamplesPerBlock samples come between two looks at the maximum.
 constexpr int kColumnsPerUnit = 64;
 
-inline float infinity(float) { return __builtin_inff(); }
-inline double infinity(double) { return __builtin_inf(); }
 inline float smallest_normal(float) { return __FLT_MIN__; }
 inline double smallest_normal(double) { return __DBL_MIN__; }
 
@@ -14,13 +12,40 @@ inline C shift_of(C maximum) {
   return abs_(maximum) == infinity(C{}) ? C(0) : maximum;
 }
 
+template <class C>
+FASTVAE_LOOP void raise_maximum(C* __restrict maximum, const C* __restrict row, int n) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) maximum[i] = row[i] > maximum[i] ? row[i] : maximum[i];
+}
+
+template <class C>
+FASTVAE_LOOP void add_exponentials(C* __restrict sum, const C* __restrict row, const C* __restrict shift, int n) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) sum[i] += exp_(row[i] - shift[i]);
+}
+
+// out = g w, or 0 where either is too small to be a normal number.
+template <class C>
+FASTVAE_LOOP void weigh(C* __restrict out, const C* __restrict g, const C* __restrict row, const C* __restrict shift,
+                  const C* __restrict inverse, int n) {
+  const C tiny = smallest_normal(C{});
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C w = exp_(row[i] - shift[i]) * inverse[i];
+    const C product = g[i] * w;
+    out[i] = w < tiny || abs_(product) < tiny ? C(0) : product;
+  }
+}
+
 template <class T>
 void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute_t<T>* bound, compute_t<T>* maximum,
                           compute_t<T>* total, int threads) {
   using C = compute_t<T>;
   const i64 units = (columns + kColumnsPerUnit - 1) / kColumnsPerUnit;
+  const double log_samples = __builtin_log(static_cast<double>(samples));
   parallel(threads, units, samples * columns, [&](i64 begin, i64 end) {
-    C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], part[kColumnsPerUnit];
+    C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], next[kColumnsPerUnit], shift[kColumnsPerUnit],
+        scale[kColumnsPerUnit], part[kColumnsPerUnit];
     double sum[kColumnsPerUnit];  // of the blocks' sums: thousands of samples must not cost digits
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 column = unit * kColumnsPerUnit;
@@ -31,32 +56,22 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
         const int m = static_cast<int>(samples - k0 < kSamplesPerBlock ? samples - k0 : kSamplesPerBlock);
         const C* rows[kSamplesPerBlock] = {};
         for (int k = 0; k < m; ++k) rows[k] = load(block[k], log_w.at(k0 + k, column), log_w.s1, n);
-        C next[kColumnsPerUnit];
-        for (int i = 0; i < n; ++i) next[i] = peak[i];
-        for (int k = 0; k < m; ++k) {
-          const C* row = rows[k];
-#pragma omp simd
-          for (int i = 0; i < n; ++i) next[i] = next[i] > row[i] ? next[i] : row[i];
-        }
+        fill(next, -infinity(C{}), n);
+        for (int k = 0; k < m; ++k) raise_maximum(next, rows[k], n);
         // A NaN may or may not reach `next`; the sum below carries it in either case.
+        raise_maximum(next, peak, n);
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
+          shift[i] = shift_of(next[i]);
           // While nothing but -inf has come the sum is 0 (or NaN), after +inf it is inf: both keep their scale.
-          sum[i] *= exp_(abs_(peak[i]) == infinity(C{}) ? C(0) : peak[i] - next[i]);
-        }
-        fill(part, C(0), n);
-        for (int k = 0; k < m; ++k) {
-          const C* row = rows[k];
-#pragma omp simd
-          for (int i = 0; i < n; ++i) part[i] += exp_(row[i] - shift_of(next[i]));
-        }
-#pragma omp simd
-        for (int i = 0; i < n; ++i) {
-          sum[i] += part[i];
+          scale[i] = exp_negative(abs_(peak[i]) == infinity(C{}) ? C(0) : peak[i] - next[i]);
+          part[i] = C(0);
           peak[i] = next[i];
         }
+        for (int k = 0; k < m; ++k) add_exponentials(part, rows[k], shift, n);
+#pragma omp simd
+        for (int i = 0; i < n; ++i) sum[i] = sum[i] * scale[i] + part[i];
       }
-      const double log_samples = __builtin_log(static_cast<double>(samples));
       for (int i = 0; i < n; ++i) {
         bound[column + i] = static_cast<C>(peak[i] + __builtin_log(sum[i]) - log_samples);
         maximum[column + i] = peak[i];
@@ -70,23 +85,22 @@ template <class T>
 void log_mean_exp_weights(T* out, View<const compute_t<T>> grad, View<const T> log_w, const compute_t<T>* maximum,
                           const compute_t<T>* total, i64 samples, i64 columns, int threads) {
   using C = compute_t<T>;
-  const C tiny = smallest_normal(C{});
   parallel(threads, samples, samples * columns, [&](i64 begin, i64 end) {
-    C row_buffer[kTile], grad_buffer[kTile], out_buffer[kTile];
+    C row_buffer[kTile], grad_buffer[kTile], out_buffer[kTile], shift[kTile], inverse[kTile];
     for (i64 column = 0; column < columns; column += kTile) {
       const int n = tile_width(columns, column);
       const C* g = load(grad_buffer, grad.data + column * grad.s0, grad.s0, n);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        shift[i] = shift_of(maximum[column + i]);
+        // No weight at all: 0, so that its gradient is 0 and not 0 / 0.
+        inverse[i] = total[column + i] == C(0) ? C(0) : C(1) / total[column + i];
+      }
       for (i64 k = begin; k < end; ++k) {
         const C* row = load(row_buffer, log_w.at(k, column), log_w.s1, n);
         T* place = out + k * columns + column;
         C* p = target(place, out_buffer);
-#pragma omp simd
-        for (int i = 0; i < n; ++i) {
-          const C w = exp_(row[i] - shift_of(maximum[column + i])) / total[column + i];
-          const C product = g[i] * w;
-          const bool zero = w < tiny || total[column + i] == C(0) || abs_(product) < tiny;
-          p[i] = zero ? C(0) : product;
-        }
+        weigh(p, g, row, shift, inverse, n);
         commit(place, p, n);
       }
     }

@@ -1,11 +1,11 @@
 // Reparameterised sampling with the KL or with log p(z) - log q(z|x), forward and backward.
 // The mathematics stands in fastvae/ops/latent.py; names and arguments are those of fastvae/reference/latent.py.
 
-// Samples of one row that a unit of work handles: long enough to share what a row needs, short enough to spread K over
-// threads when there are few rows.
-constexpr i64 kSamplesPerUnit = 64;
+// Samples of a tile that a unit of work handles: long enough to share what a tile needs, short enough to spread K over threads
+// when there are few rows.
+constexpr i64 kSamplesPerUnit = 16;
 // Samples summed before their sum is added to those before.
-constexpr int kSamplesPerBlock = 16;
+constexpr i64 kSamplesPerBlock = 16;
 
 template <class T>
 struct Latent {
@@ -14,111 +14,183 @@ struct Latent {
   i64 samples, rows, columns, sample_offset, row_offset;
   compute_t<T> logvar_min, logvar_max;
   int threads;
+  bool with_prior() const { return prior_mu || prior_logvar; }
 };
 
-// What a tile of one row of q and p comes to, in buffers.
+// What a tile of q and p comes to. Without a prior, p = N(0, I), its three arrays are not read.
+template <class C>
+struct LatentArrays {
+  const C *mu, *logvar, *clamped, *prior_mu, *prior_logvar, *precision;
+};
+
+template <class C>
+FASTVAE_LOOP void clamp_all(int n, const C* __restrict x, C lo, C hi, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = clip(x[i], lo, hi);
+}
+
+template <class C>
+FASTVAE_LOOP void exp_negated(int n, const C* __restrict x, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = exp_(-x[i]);
+}
+
 template <class T>
 struct LatentTile {
   using C = compute_t<T>;
-  C mu_buffer[kTile], logvar_buffer[kTile], prior_mu_buffer[kTile], prior_logvar_buffer[kTile];
-  C clamped[kTile], sigma[kTile], precision[kTile];
-  const C *mu, *logvar, *prior_mu, *prior_logvar;
+  C mu[kTile] = {}, logvar[kTile] = {}, clamped[kTile];
+  C prior_mu[kTile] = {}, prior_logvar[kTile] = {}, precision[kTile];
 
-  void read(const Latent<T>& a, i64 row, i64 column, int n) {
-    mu = load(mu_buffer, a.mu.at(row, column), a.mu.s1, n);
-    logvar = load(logvar_buffer, a.logvar.at(row, column), a.logvar.s1, n);
-    const C lo = a.logvar_min, hi = a.logvar_max;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      C v = logvar[i];
-      v = v < lo ? lo : v;
-      v = v > hi ? hi : v;
-      clamped[i] = v;
-      sigma[i] = exp_(C(0.5) * v);
+  LatentArrays<C> read(const Latent<T>& a, i64 row, i64 column, const Tile& t) {
+    const int n = t.size();
+    LatentArrays<C> q{};
+    q.mu = load(mu, a.mu.at(row, column), a.mu.s0, a.mu.s1, t);
+    q.logvar = load(logvar, a.logvar.at(row, column), a.logvar.s0, a.logvar.s1, t);
+    q.clamped = q.logvar;
+    if (a.logvar_min > -infinity(C{}) || a.logvar_max < infinity(C{})) {
+      clamp_all(n, q.logvar, a.logvar_min, a.logvar_max, clamped);
+      q.clamped = clamped;
     }
-    if (a.prior_mu) {
-      prior_mu = load(prior_mu_buffer, a.prior_mu.at(row, column), a.prior_mu.s1, n);
-    } else {
-      fill(prior_mu_buffer, C(0), n);
-      prior_mu = prior_mu_buffer;
-    }
-    if (a.prior_logvar) {
-      prior_logvar = load(prior_logvar_buffer, a.prior_logvar.at(row, column), a.prior_logvar.s1, n);
-#pragma omp simd
-      for (int i = 0; i < n; ++i) precision[i] = exp_(-prior_logvar[i]);
-    } else {
-      fill(prior_logvar_buffer, C(0), n);
-      fill(precision, C(1), n);
-      prior_logvar = prior_logvar_buffer;
-    }
+    if (!a.with_prior()) return q;
+    q.prior_mu = a.prior_mu ? load(prior_mu, a.prior_mu.at(row, column), a.prior_mu.s0, a.prior_mu.s1, t) : prior_mu;
+    q.prior_logvar = a.prior_logvar
+                         ? load(prior_logvar, a.prior_logvar.at(row, column), a.prior_logvar.s0, a.prior_logvar.s1, t)
+                         : prior_logvar;
+    exp_negated(n, q.prior_logvar, precision);
+    q.precision = precision;
+    return q;
   }
 };
 
-inline int tile_width(i64 columns, i64 column) {
-  return static_cast<int>(columns - column < kTile ? columns - column : kTile);
+// x - m, its quotient with s^2, and log sigma^2 - log s^2, at i.
+template <bool kPrior, class C>
+inline C distance(const LatentArrays<C>& q, C x, int i) {
+  return kPrior ? x - q.prior_mu[i] : x;
+}
+template <bool kPrior, class C>
+inline C times_precision(const LatentArrays<C>& q, C x, int i) {
+  return kPrior ? x * q.precision[i] : x;
+}
+template <bool kPrior, class C>
+inline C log_variances(const LatentArrays<C>& q, int i) {
+  return kPrior ? q.clamped[i] - q.prior_logvar[i] : q.clamped[i];
 }
 
-// z [K, B, D]; and kl [B] (or [B, D] with per_dimension), or log_ratio [K, B] when that is given.
-template <class T>
-void latent_forward(const Latent<T>& a, T* z, compute_t<T>* kl, bool per_dimension, compute_t<T>* log_ratio) {
-  using C = compute_t<T>;
-  const i64 chunks = (a.samples + kSamplesPerUnit - 1) / kSamplesPerUnit;
-  parallel(a.threads, a.rows * chunks, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
-    Noise<C> noise(Key(a.seed), a.samples, a.sample_offset, a.row_offset);
-    LatentTile<T> t;
-    C z_buffer[kTile];
-    double kl_sum, ratio_sum[kSamplesPerUnit];
-    const i64 last_row = a.samples == 1 ? end : a.rows;
-    // Tiles within units, but for one sample a row's window of noise spans rows: then a tile is outermost.
-    for (i64 unit = begin; unit < end; ++unit) {
-      const i64 b = unit / chunks, k0 = unit % chunks * kSamplesPerUnit;
-      const i64 k1 = k0 + kSamplesPerUnit < a.samples ? k0 + kSamplesPerUnit : a.samples;
-      kl_sum = 0;
-      for (i64 k = k0; k < k1; ++k) ratio_sum[k - k0] = 0;
-      for (i64 column = 0; column < a.columns; column += kTile) {
-        const int n = tile_width(a.columns, column);
-        if (unit == begin || a.columns > kTile) noise.columns(column, n);
-        t.read(a, b, column, n);
-        const C *mu = t.mu, *prior_mu = t.prior_mu, *prior_logvar = t.prior_logvar;
-        const C *clamped = t.clamped, *sigma = t.sigma, *precision = t.precision;
-        if (kl && k0 == 0) {
-          if (per_dimension) {
-            C* row = kl + b * a.columns + column;
+template <class C>
+FASTVAE_LOOP void half_sigmas(int n, const C* __restrict logvar, C* __restrict half_sigma) {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) {
-              const C delta = mu[i] - prior_mu[i];
-              row[i] = C(0.5) * (delta * delta * precision[i] + expm1_minus(clamped[i] - prior_logvar[i]));
-            }
-          } else {
-            kl_sum += sum_over<C>(n, [=](int i) {
-              const C delta = mu[i] - prior_mu[i];
-              return delta * delta * precision[i] + expm1_minus(clamped[i] - prior_logvar[i]);
-            });
+  for (int i = 0; i < n; ++i) half_sigma[i] = C(0.5) * exp_(C(0.5) * logvar[i]);
+}
+
+// exp(v) - 1 - v for v = log sigma^2, from sigma.
+inline float excess_of(float v, float sigma) {
+  // Near 0 the series, to the term that is below 5e-8 of the sum; in pairs.
+  const float v2 = v * v;
+  const float series = (((2.7557319e-6f * v + 2.4801587e-5f) * v2 + (1.9841270e-4f * v + 1.3888889e-3f)) * v2 +
+                        (8.3333333e-3f * v + 4.1666667e-2f)) * v2 + (1.6666667e-1f * v + 0.5f);
+  // exp(v) - 1 = (sigma - 1)(sigma + 1); the last v is bounded above, so that inf gives inf.
+  const float less = sigma - 1.0f;
+  return abs_(v) < 0.5f ? v2 * series : less * (less + 2.0f) - (v > 178.0f ? 178.0f : v);
+}
+inline double excess_of(double v, double) { return expm1_minus(v); }
+
+// Twice the KL of each element.
+template <bool kPrior, class C>
+FASTVAE_LOOP void kl_terms(int n, LatentArrays<C> q, const C* __restrict half_sigma, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C delta = distance<kPrior>(q, q.mu[i], i);
+    out[i] = delta * times_precision<kPrior>(q, delta, i) +
+             (kPrior ? expm1_minus(log_variances<kPrior>(q, i)) : excess_of(q.clamped[i], C(2) * half_sigma[i]));
+  }
+}
+
+// z, the derivative of z by logvar if that is kept, and what of twice the log-ratio depends on the noise if that is wanted.
+template <bool kKeep, bool kRatio, bool kPrior, class C>
+FASTVAE_LOOP void draw(int n, LatentArrays<C> q, const C* __restrict half_sigma, const C* __restrict eps, C* __restrict z,
+                       C* __restrict slope, C* __restrict terms) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C half = half_sigma[i] * eps[i], v = q.mu[i] + C(2) * half;
+    z[i] = v;
+    if constexpr (kKeep) slope[i] = half;
+    if constexpr (kRatio) {
+      const C delta = distance<kPrior>(q, v, i);
+      terms[i] = eps[i] * eps[i] - delta * times_precision<kPrior>(q, delta, i);
+    }
+  }
+}
+
+template <bool kPrior, class C>
+FASTVAE_LOOP double sum_log_variances(int n, LatentArrays<C> q, int first) {
+  return sum_over<C>(n, [=](int i) { return log_variances<kPrior>(q, first + i); });
+}
+
+// What a forward pass writes: z [K, B, D]; if kept, the derivative of z by logvar [K, B, D]; and kl [B] (or [B, D] with
+// per_dimension), or log_ratio [K, B].
+template <class T>
+struct LatentResults {
+  T* z;
+  compute_t<T>*slope, *kl, *log_ratio;
+  bool per_dimension;
+};
+
+template <bool kPrior, class T>
+void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
+  using C = compute_t<T>;
+  const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
+  const i64 chunks = (a.samples + kSamplesPerUnit - 1) / kSamplesPerUnit;
+  parallel(a.threads, tiles * chunks, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
+    Noise<C> noise(Key(a.seed), a.sample_offset, a.row_offset);
+    LatentTile<T> buffers;
+    C half_sigma[kTile], z_buffer[kTile], slope_buffer[kTile], terms[kBuffer];
+    double kl_sum[kMostRows], constant[kMostRows], ratio_sum[kSamplesPerUnit][kMostRows];
+    const auto draw_tile = to.log_ratio ? (to.slope ? draw<true, true, kPrior, C> : draw<false, true, kPrior, C>)
+                                        : (to.slope ? draw<true, false, kPrior, C> : draw<false, false, kPrior, C>);
+    for (i64 unit = begin; unit < end; ++unit) {
+      const i64 b = unit / chunks * height, k0 = unit % chunks * kSamplesPerUnit;
+      const i64 k1 = k0 + kSamplesPerUnit < a.samples ? k0 + kSamplesPerUnit : a.samples;
+      const bool with_kl = to.kl && k0 == 0;
+      const int rows = tile_of(a.rows, b, height, a.columns, 0).rows;
+      fill(kl_sum, 0.0, rows);
+      for (i64 k = k0; k < k1; ++k) fill(ratio_sum[k - k0], 0.0, rows);
+      for (i64 column = 0; column < a.columns; column += kTile) {
+        const Tile t = tile_of(a.rows, b, height, a.columns, column);
+        noise.shape(column, t);
+        const LatentArrays<C> q = buffers.read(a, b, column, t);
+        half_sigmas(t.size(), q.clamped, half_sigma);
+        if (with_kl) {
+          kl_terms<kPrior>(t.size(), q, half_sigma, terms);
+          if (!to.per_dimension) add_row_sums(terms, t, kl_sum);
+          for (int r = 0; r < rows && to.per_dimension; ++r) {
+            C* out = to.kl + (b + r) * a.columns + column;
+            for (int i = 0; i < t.n; ++i) out[i] = C(0.5) * terms[r * t.pitch + i];
           }
         }
-        double constant = 0;
-        if (log_ratio) constant = sum_over<C>(n, [=](int i) { return clamped[i] - prior_logvar[i]; });
+        if (to.log_ratio) {
+          for (int r = 0; r < rows; ++r) constant[r] = sum_log_variances<kPrior>(t.n, q, r * t.pitch);
+        }
         for (i64 k = k0; k < k1; ++k) {
-          const C* eps = noise(k, b, a.samples == 1 ? last_row : k1);
-          T* place = z + (k * a.rows + b) * a.columns + column;
-          C* out = target(place, z_buffer);
-          if (log_ratio) {
-            const double sum = sum_over<C>(n, [=](int i) {
-              const C v = mu[i] + sigma[i] * eps[i], delta = v - prior_mu[i];
-              out[i] = v;
-              return eps[i] * eps[i] - delta * delta * precision[i];
-            });
-            ratio_sum[k - k0] += sum + constant;
-          } else {
-#pragma omp simd
-            for (int i = 0; i < n; ++i) out[i] = mu[i] + sigma[i] * eps[i];
-          }
-          commit(place, out, n);
+          const C* eps = noise(k, b);
+          const i64 offset = (k * a.rows + b) * a.columns + column;
+          C* z = target(to.z + offset, z_buffer, a.columns, t);
+          C* slope = target(to.slope ? to.slope + offset : nullptr, slope_buffer, a.columns, t);
+          draw_tile(t.size(), q, half_sigma, eps, z, slope, terms);
+          commit(to.z + offset, z, a.columns, t);
+          if (to.slope) commit(to.slope + offset, slope, a.columns, t);
+          if (!to.log_ratio) continue;
+          add_row_sums(terms, t, ratio_sum[k - k0]);
+          for (int r = 0; r < rows; ++r) ratio_sum[k - k0][r] += constant[r];
         }
       }
-      if (kl && k0 == 0 && !per_dimension) kl[b] = static_cast<C>(0.5 * kl_sum);
-      if (log_ratio) {
-        for (i64 k = k0; k < k1; ++k) log_ratio[k * a.rows + b] = static_cast<C>(0.5 * ratio_sum[k - k0]);
+      if (with_kl && !to.per_dimension) {
+        for (int r = 0; r < rows; ++r) to.kl[b + r] = static_cast<C>(0.5 * kl_sum[r]);
+      }
+      if (to.log_ratio) {
+        for (i64 k = k0; k < k1; ++k) {
+          C* out = to.log_ratio + k * a.rows + b;
+          for (int r = 0; r < rows; ++r) out[r] = static_cast<C>(0.5 * ratio_sum[k - k0][r]);
+        }
       }
     }
   });
@@ -128,224 +200,259 @@ void latent_forward(const Latent<T>& a, T* z, compute_t<T>* kl, bool per_dimensi
 template <class T>
 struct LatentGrads {
   View<const T> z;
-  View<const compute_t<T>> kl, log_ratio, weight;
+  View<const compute_t<T>> slope, kl, log_ratio, weight;
   bool path;
   T *mu, *logvar, *prior_mu, *prior_logvar;  // where results go, (B, D); null where none is asked for
 };
 
-// One sample's part of the row sums over k.
-template <bool kRatio, bool kPath, bool kPrior, class C>
-inline void latent_accumulate(int n, const C* __restrict mu, const C* __restrict sigma,
-                              const C* __restrict inverse_sigma, const C* __restrict prior_mu,
-                              const C* __restrict precision, const C* __restrict eps, const C* __restrict grad_z,
-                              C ratio, C weight, C* __restrict sum, C* __restrict sum_eps, C* __restrict sum_prior,
-                              C* __restrict sum_prior_logvar) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    C h = grad_z[i];
-    if constexpr (kRatio) {
-      const C delta = mu[i] + sigma[i] * eps[i] - prior_mu[i];
-      const C pull = ratio * (delta * precision[i]);
-      h -= pull;
-      if constexpr (kPath) h += ratio * (eps[i] * inverse_sigma[i]);
-      if constexpr (kPrior) {
-        sum_prior[i] += pull;
-        sum_prior_logvar[i] += pull * delta - ratio;
-      }
-    }
-    h *= weight;
-    sum[i] += h;
-    sum_eps[i] += h * eps[i];
+// Sums over samples, for each element of a tile: h, h times the derivative of z by logvar, and the prior's.
+template <class C>
+struct LatentSums {
+  C h[kTile], h_slope[kTile], prior[kTile], prior_logvar[kTile];
+
+  template <bool kPrior>
+  void clear(int n) {
+    fill(h, C(0), n);
+    fill(h_slope, C(0), n);
+    if constexpr (!kPrior) return;
+    fill(prior, C(0), n);
+    fill(prior_logvar, C(0), n);
   }
-}
-
-template <class T>
-void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
-  using C = compute_t<T>;
-  const bool prior_asked = g.prior_mu || g.prior_logvar;
-  parallel(a.threads, a.rows, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
-    Noise<C> noise(Key(a.seed), a.samples, a.sample_offset, a.row_offset);
-    LatentTile<T> t;
-    C grad_z_buffer[kTile], kl_buffer[kTile], out_buffer[kTile], inverse_sigma[kTile];
-    // Sums over samples in two levels, blocks of kSamplesPerBlock and then the blocks: thousands must not cost digits.
-    C sum[kTile], sum_eps[kTile], sum_prior[kTile], sum_prior_logvar[kTile];
-    C part[kTile], part_eps[kTile], part_prior[kTile], part_prior_logvar[kTile];
-    C *const sums[] = {sum, sum_eps, sum_prior, sum_prior_logvar};
-    C *const parts[] = {part, part_eps, part_prior, part_prior_logvar};
-    const int used = prior_asked ? 4 : 2;
-    for (i64 b = begin; b < end; ++b) {
-      for (i64 column = 0; column < a.columns; column += kTile) {
-        const int n = tile_width(a.columns, column);
-        if (b == begin || a.columns > kTile) noise.columns(column, n);
-        t.read(a, b, column, n);
-        const C *mu = t.mu, *prior_mu = t.prior_mu, *prior_logvar = t.prior_logvar, *logvar = t.logvar;
-        const C *clamped = t.clamped, *sigma = t.sigma, *precision = t.precision;
-        for (int j = 0; j < used; ++j) {
-          fill(sums[j], C(0), n);
-          fill(parts[j], C(0), n);
-        }
-        if (g.path) {
+  template <bool kPrior>
+  void add(int n, const LatentSums& other) {
+    add(n, h, other.h);
+    add(n, h_slope, other.h_slope);
+    if constexpr (!kPrior) return;
+    add(n, prior, other.prior);
+    add(n, prior_logvar, other.prior_logvar);
+  }
+  static FASTVAE_LOOP void add(int n, C* __restrict to, const C* __restrict from) {
 #pragma omp simd
-          for (int i = 0; i < n; ++i) inverse_sigma[i] = exp_(C(-0.5) * clamped[i]);
-        }
-        double entropy = 0;
-        if (g.z || g.log_ratio) {
-          for (i64 k = 0; k < a.samples; ++k) {
-            const C* eps = noise(k, b, a.samples == 1 ? end : a.samples);
-            const C* grad_z = grad_z_buffer;
-            if (g.z) {
-              grad_z = load(grad_z_buffer, g.z.at(k, b, column), g.z.s2, n);
-            } else {
-              fill(grad_z_buffer, C(0), n);
-            }
-            const C ratio = g.log_ratio ? *g.log_ratio.at(k, b) : C(0);
-            const C weight = g.weight ? *g.weight.at(k, b) : C(1);
-            entropy += ratio * weight;
-            auto go = [&](auto with_ratio, auto with_path, auto with_prior) {
-              latent_accumulate<decltype(with_ratio)::value, decltype(with_path)::value, decltype(with_prior)::value, C>(
-                  n, mu, sigma, inverse_sigma, prior_mu, precision, eps, grad_z, ratio, weight, part, part_eps,
-                  part_prior, part_prior_logvar);
-            };
-            if (!g.log_ratio) {
-              go(No{}, No{}, No{});
-            } else if (g.path) {
-              prior_asked ? go(Yes{}, Yes{}, Yes{}) : go(Yes{}, Yes{}, No{});
-            } else {
-              prior_asked ? go(Yes{}, No{}, Yes{}) : go(Yes{}, No{}, No{});
-            }
-            if ((k + 1) % kSamplesPerBlock && k + 1 < a.samples) continue;
-            for (int j = 0; j < used; ++j) {
-#pragma omp simd
-              for (int i = 0; i < n; ++i) {
-                sums[j][i] += parts[j][i];
-                parts[j][i] = C(0);
-              }
-            }
-          }
-        }
-        if (g.path) entropy = 0;
-        const C* kl = kl_buffer;
-        if (g.kl) {
-          kl = load(kl_buffer, g.kl.at(b, column), g.kl.s1, n);
-        } else {
-          fill(kl_buffer, C(0), n);
-        }
-        const bool with_kl = static_cast<bool>(g.kl);
-        const i64 offset = b * a.columns + column;
-        if (g.mu) {
-          C* out = target(g.mu + offset, out_buffer);
-#pragma omp simd
-          for (int i = 0; i < n; ++i) {
-            const C pull = (mu[i] - prior_mu[i]) * precision[i];
-            out[i] = sum[i] + (with_kl ? kl[i] * pull : C(0));
-          }
-          commit(g.mu + offset, out, n);
-        }
-        if (g.logvar) {
-          C* out = target(g.logvar + offset, out_buffer);
-#pragma omp simd
-          for (int i = 0; i < n; ++i) {
-            const C excess = expm1_(clamped[i] - prior_logvar[i]);
-            const C v = C(0.5) * sum_eps[i] * sigma[i] + C(0.5) * (static_cast<C>(entropy) + (with_kl ? kl[i] * excess : C(0)));
-            // Comparing for inequality keeps the NaN of a NaN log variance.
-            out[i] = clamped[i] < logvar[i] || clamped[i] > logvar[i] ? C(0) : v;
-          }
-          commit(g.logvar + offset, out, n);
-        }
-        if (g.prior_mu) {
-          C* out = target(g.prior_mu + offset, out_buffer);
-#pragma omp simd
-          for (int i = 0; i < n; ++i) {
-            const C pull = (mu[i] - prior_mu[i]) * precision[i];
-            out[i] = sum_prior[i] - (with_kl ? kl[i] * pull : C(0));
-          }
-          commit(g.prior_mu + offset, out, n);
-        }
-        if (g.prior_logvar) {
-          C* out = target(g.prior_logvar + offset, out_buffer);
-#pragma omp simd
-          for (int i = 0; i < n; ++i) {
-            const C delta = mu[i] - prior_mu[i];
-            const C excess = expm1_(clamped[i] - prior_logvar[i]) + delta * delta * precision[i];
-            out[i] = C(0.5) * (sum_prior_logvar[i] - (with_kl ? kl[i] * excess : C(0)));
-          }
-          commit(g.prior_logvar + offset, out, n);
-        }
-      }
-    }
-  });
-}
-
-// What every entry point takes of q, p and the noise.
-struct LatentArguments {
-  Matrix mu, logvar, prior_mu, prior_logvar;  // (B, D); the priors may be null, for N(0, I)
-  address seed;                               // of an int64
-  i64 samples, rows, columns, sample_offset, row_offset;
-  double logvar_min, logvar_max;
-  int threads;
-
-  template <class T>
-  Latent<T> as() const {
-    using C = compute_t<T>;
-    return {view<const T>(mu), view<const T>(logvar), view<const T>(prior_mu), view<const T>(prior_logvar),
-            *reinterpret_cast<const std::uint64_t*>(seed), samples, rows, columns, sample_offset, row_offset,
-            static_cast<C>(logvar_min), static_cast<C>(logvar_max), threads};
+    for (int i = 0; i < n; ++i) to[i] += from[i];
   }
 };
 
-// @param z (K, B, D), @param kl (B), or (B, D) with per_dimension: contiguous, written
-inline void rsample_kl(int dtype, address z, address kl, Matrix mu, Matrix logvar, Matrix prior_mu, Matrix prior_logvar,
-                       address seed, i64 samples, i64 rows, i64 columns, i64 sample_offset, i64 row_offset,
-                       double logvar_min, double logvar_max, bool per_dimension, int threads) {
-  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, seed, samples, rows, columns, sample_offset, row_offset,
-                          logvar_min, logvar_max, threads};
-  for_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    latent_forward<T>(a.as<T>(), pointer<T>(z), pointer<compute_t<T>>(kl), per_dimension, nullptr);
+// Adds one sample's part, without the log-ratio.
+template <class C>
+FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restrict grad_z, C* __restrict h_sum,
+                             C* __restrict h_slope_sum) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    h_sum[i] += grad_z[i];
+    h_slope_sum[i] += grad_z[i] * slope[i];
+  }
+}
+
+// The same with the log-ratio; ratio and weight are spread over the elements of their row.
+template <bool kPath, bool kPrior, class C>
+FASTVAE_LOOP void accumulate_ratio(int n, LatentArrays<C> q, const C* q_precision, const C* __restrict slope,
+                                   const C* __restrict grad_z, const C* __restrict ratio, const C* __restrict weight,
+                                   LatentSums<C>& __restrict sums) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C delta = distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i);
+    const C pull = ratio[i] * times_precision<kPrior>(q, delta, i);
+    C h = grad_z[i] - pull;
+    // eps / sigma, from the slope sigma eps / 2.
+    if constexpr (kPath) h = weight[i] * (h + ratio[i] * (C(2) * slope[i] * q_precision[i]));
+    sums.h[i] += h;
+    sums.h_slope[i] += h * slope[i];
+    if constexpr (kPrior) {
+      sums.prior[i] += pull;
+      sums.prior_logvar[i] += pull * delta - ratio[i];
+    }
+  }
+}
+
+// The gradients of mu and logvar from the sums; `side` is what arrives at kl, or else the sum of what arrives at the log-ratio.
+template <bool kKl, bool kPrior, class C>
+FASTVAE_LOOP void finish_q(int n, LatentArrays<C> q, const C* __restrict h_sum, const C* __restrict h_slope_sum,
+                           const C* __restrict side, C* __restrict out_mu, C* __restrict out_logvar) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    C mu = h_sum[i], entropy = side[i];
+    if constexpr (kKl) {
+      mu += side[i] * times_precision<kPrior>(q, distance<kPrior>(q, q.mu[i], i), i);
+      entropy *= expm1_(log_variances<kPrior>(q, i));
+    }
+    out_mu[i] = mu;
+    const C v = h_slope_sum[i] + C(0.5) * entropy;
+    // Comparing for inequality keeps the NaN of a NaN log variance.
+    out_logvar[i] = q.clamped[i] < q.logvar[i] || q.clamped[i] > q.logvar[i] ? C(0) : v;
+  }
+}
+template <bool kKl, class C>
+FASTVAE_LOOP void finish_prior(int n, LatentArrays<C> q, const LatentSums<C>& sums, const C* __restrict side,
+                               C* __restrict out_mu, C* __restrict out_logvar) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    C mu = sums.prior[i], logvar = sums.prior_logvar[i];
+    if constexpr (kKl) {
+      const C delta = q.mu[i] - q.prior_mu[i], pull = delta * q.precision[i];
+      mu -= side[i] * pull;
+      logvar -= side[i] * (expm1_(q.clamped[i] - q.prior_logvar[i]) + delta * pull);
+    }
+    out_mu[i] = mu;
+    out_logvar[i] = C(0.5) * logvar;
+  }
+}
+
+// One number for each row, written to all elements of the row.
+template <class C, class F>
+inline void spread(C* out, const Tile& t, F value) {
+  for (int r = 0; r < t.rows; ++r) fill(out + r * t.pitch, value(r), t.n);
+}
+
+template <bool kPrior, class T>
+void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
+  using C = compute_t<T>;
+  const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
+  parallel(a.threads, tiles, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
+    LatentTile<T> buffers;
+    C grad_z_buffer[kTile] = {}, slope_buffer[kTile] = {}, side[kTile] = {}, ratio[kTile] = {}, weight[kTile] = {};
+    C q_precision[kTile], out_mu[kTile], out_logvar[kTile];
+    // In two levels, blocks of kSamplesPerBlock and then the blocks: thousands must not cost digits.
+    LatentSums<C> total, block;
+    double entropy[kMostRows];
+    for (i64 tile = begin; tile < end; ++tile) {
+      const i64 b = tile * height;
+      for (i64 column = 0; column < a.columns; column += kTile) {
+        const Tile t = tile_of(a.rows, b, height, a.columns, column);
+        const int n = t.size();
+        const LatentArrays<C> q = buffers.read(a, b, column, t);
+        if (g.path) exp_negated(n, q.clamped, q_precision);
+        fill(entropy, 0.0, t.rows);
+        if (!g.z) fill(grad_z_buffer, C(0), n);
+        total.template clear<kPrior>(n);
+        // A single block needs no second level.
+        LatentSums<C>& sums = a.samples > kSamplesPerBlock ? block : total;
+        const i64 sampled = g.z || g.log_ratio ? a.samples : 0;
+        for (i64 k = 0; k < sampled; ++k) {
+          if (&sums == &block && k % kSamplesPerBlock == 0) block.template clear<kPrior>(n);
+          const C* slope = load(slope_buffer, g.slope.at(k, b, column), g.slope.s1, g.slope.s2, t);
+          const C* grad_z = g.z ? load(grad_z_buffer, g.z.at(k, b, column), g.z.s1, g.z.s2, t) : grad_z_buffer;
+          if (!g.log_ratio) {
+            accumulate(n, slope, grad_z, sums.h, sums.h_slope);
+          } else {
+            spread(ratio, t, [&](int r) { return *g.log_ratio.at(k, b + r); });
+            if (g.path) {
+              spread(weight, t, [&](int r) { return g.weight ? *g.weight.at(k, b + r) : C(1); });
+            } else {
+              for (int r = 0; r < t.rows; ++r) entropy[r] += *g.log_ratio.at(k, b + r);
+            }
+            (g.path ? accumulate_ratio<true, kPrior, C> : accumulate_ratio<false, kPrior, C>)(
+                n, q, q_precision, slope, grad_z, ratio, weight, sums);
+          }
+          const bool last = (k + 1) % kSamplesPerBlock == 0 || k + 1 == a.samples;
+          if (&sums == &block && last) total.template add<kPrior>(n, block);
+        }
+        const C* at_side = side;
+        if (g.kl) {
+          at_side = load(side, g.kl.at(b, column), g.kl.s0, g.kl.s1, t);
+        } else {
+          spread(side, t, [&](int r) { return static_cast<C>(entropy[r]); });
+        }
+        const i64 offset = b * a.columns + column;
+        auto put = [&](T* first, T* second, auto compute) {
+          if (!first && !second) return;
+          C* to_first = target(first ? first + offset : nullptr, out_mu, a.columns, t);
+          C* to_second = target(second ? second + offset : nullptr, out_logvar, a.columns, t);
+          compute(to_first, to_second);
+          if (first) commit(first + offset, to_first, a.columns, t);
+          if (second) commit(second + offset, to_second, a.columns, t);
+        };
+        put(g.mu, g.logvar, [&](C* to_mu, C* to_logvar) {
+          (g.kl ? finish_q<true, kPrior, C> : finish_q<false, kPrior, C>)(n, q, total.h, total.h_slope, at_side, to_mu,
+                                                                         to_logvar);
+        });
+        if constexpr (kPrior) {
+          put(g.prior_mu, g.prior_logvar, [&](C* to_mu, C* to_logvar) {
+            (g.kl ? finish_prior<true, C> : finish_prior<false, C>)(n, q, total, at_side, to_mu, to_logvar);
+          });
+        }
+      }
+    }
   });
 }
 
-// @param log_ratio (K, B): contiguous, written
-inline void rsample_log_ratio(int dtype, address z, address log_ratio, Matrix mu, Matrix logvar, Matrix prior_mu,
-                              Matrix prior_logvar, address seed, i64 samples, i64 rows, i64 columns, i64 sample_offset,
-                              i64 row_offset, double logvar_min, double logvar_max, int threads) {
-  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, seed, samples, rows, columns, sample_offset, row_offset,
-                          logvar_min, logvar_max, threads};
+// What every entry point takes of q and p, and of the noise where it draws.
+struct LatentArguments {
+  Matrix mu, logvar, prior_mu, prior_logvar;  // (B, D); the priors may be null, for N(0, I)
+  i64 samples, rows, columns;
+  double logvar_min, logvar_max;
+  int threads;
+  address seed = 0;  // of an int64
+  i64 sample_offset = 0, row_offset = 0;
+
+  // Calls f(Yes or No: whether there is a prior but N(0, I); the arguments for the storage type T).
+  template <class T, class F>
+  void as(F f) const {
+    using C = compute_t<T>;
+    const Latent<T> a{view<const T>(mu), view<const T>(logvar), view<const T>(prior_mu), view<const T>(prior_logvar),
+                      seed ? *pointer<const std::uint64_t>(seed) : 0, samples, rows, columns, sample_offset, row_offset,
+                      static_cast<C>(logvar_min), static_cast<C>(logvar_max), threads};
+    a.with_prior() ? f(Yes{}, a) : f(No{}, a);
+  }
+};
+
+// @param z (K, B, D), @param slope the same or null, @param kl (B), or (B, D) with per_dimension: contiguous, written
+inline void rsample_kl(int dtype, address z, address slope, address kl, Matrix mu, Matrix logvar, Matrix prior_mu,
+                       Matrix prior_logvar, i64 samples, i64 rows, i64 columns, double logvar_min, double logvar_max,
+                       int threads, address seed, i64 sample_offset, i64 row_offset, bool per_dimension) {
+  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, samples, rows, columns, logvar_min, logvar_max, threads,
+                          seed, sample_offset, row_offset};
   for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    latent_forward<T>(a.as<T>(), pointer<T>(z), nullptr, false, pointer<compute_t<T>>(log_ratio));
+    using C = compute_t<T>;
+    const LatentResults<T> to{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension};
+    a.as<T>([&](auto prior, const Latent<T>& q) { latent_forward<decltype(prior)::value>(q, to); });
+  });
+}
+
+// @param z (K, B, D), @param slope the same or null, @param log_ratio (K, B): contiguous, written
+inline void rsample_log_ratio(int dtype, address z, address slope, address log_ratio, Matrix mu, Matrix logvar,
+                              Matrix prior_mu, Matrix prior_logvar, i64 samples, i64 rows, i64 columns, double logvar_min,
+                              double logvar_max, int threads, address seed, i64 sample_offset, i64 row_offset) {
+  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, samples, rows, columns, logvar_min, logvar_max, threads,
+                          seed, sample_offset, row_offset};
+  for_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    using C = compute_t<T>;
+    const LatentResults<T> to{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false};
+    a.as<T>([&](auto prior, const Latent<T>& q) { latent_forward<decltype(prior)::value>(q, to); });
   });
 }
 
 // @param out_mu, out_logvar, out_prior_mu, out_prior_logvar (B, D): contiguous, written, null where not asked for
 // @param grad_z (K, B, D), @param grad_kl (B, D): null where nothing arrives
+// @param slope (K, B, D): from the forward pass
 inline void rsample_kl_backward(int dtype, address out_mu, address out_logvar, address out_prior_mu,
-                                address out_prior_logvar, Matrix grad_z, Matrix grad_kl, Matrix mu, Matrix logvar,
-                                Matrix prior_mu, Matrix prior_logvar, address seed, i64 samples, i64 rows, i64 columns,
-                                i64 sample_offset, i64 row_offset, double logvar_min, double logvar_max, int threads) {
-  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, seed, samples, rows, columns, sample_offset, row_offset,
-                          logvar_min, logvar_max, threads};
+                                address out_prior_logvar, Matrix grad_z, Matrix grad_kl, Matrix slope, Matrix mu,
+                                Matrix logvar, Matrix prior_mu, Matrix prior_logvar, i64 samples, i64 rows, i64 columns,
+                                double logvar_min, double logvar_max, int threads) {
+  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, samples, rows, columns, logvar_min, logvar_max, threads};
   for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     using C = compute_t<T>;
-    latent_backward<T>(a.as<T>(), {view<const T>(grad_z), view<const C>(grad_kl), {}, {}, false, pointer<T>(out_mu),
-                                   pointer<T>(out_logvar), pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)});
+    const LatentGrads<T> g{view<const T>(grad_z), view<const C>(slope), view<const C>(grad_kl), {}, {}, false,
+                           pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)};
+    a.as<T>([&](auto prior, const Latent<T>& q) { latent_backward<decltype(prior)::value>(q, g); });
   });
 }
 
 // @param grad_log_ratio (K, B), @param weight (K, B): null where nothing arrives, and without DReG
 inline void rsample_log_ratio_backward(int dtype, address out_mu, address out_logvar, address out_prior_mu,
                                        address out_prior_logvar, Matrix grad_z, Matrix grad_log_ratio, Matrix weight,
-                                       Matrix mu, Matrix logvar, Matrix prior_mu, Matrix prior_logvar, address seed,
-                                       i64 samples, i64 rows, i64 columns, i64 sample_offset, i64 row_offset,
-                                       double logvar_min, double logvar_max, bool path, int threads) {
-  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, seed, samples, rows, columns, sample_offset, row_offset,
-                          logvar_min, logvar_max, threads};
+                                       Matrix slope, Matrix mu, Matrix logvar, Matrix prior_mu, Matrix prior_logvar,
+                                       i64 samples, i64 rows, i64 columns, double logvar_min, double logvar_max, int threads,
+                                       bool path) {
+  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, samples, rows, columns, logvar_min, logvar_max, threads};
   for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     using C = compute_t<T>;
-    latent_backward<T>(a.as<T>(),
-                       {view<const T>(grad_z), {}, view<const C>(grad_log_ratio), view<const C>(weight), path,
-                        pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)});
+    const LatentGrads<T> g{view<const T>(grad_z), view<const C>(slope), {}, view<const C>(grad_log_ratio),
+                           view<const C>(weight), path, pointer<T>(out_mu), pointer<T>(out_logvar),
+                           pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)};
+    a.as<T>([&](auto prior, const Latent<T>& q) { latent_backward<decltype(prior)::value>(q, g); });
   });
 }

@@ -24,27 +24,31 @@ inline Words philox(Words c, Key key) {
   return c;
 }
 
-template <class C>
-struct Pair {
-  C first, second;
-};
-
-// Two words make two normals.
-inline Pair<float> box_muller(std::uint32_t w0, std::uint32_t w1, float) {
-  // u = (w0 + 1/2) / 2^32. Its upper half is taken as 1 - f with f exact, which keeps small radii accurate.
-  const bool upper = static_cast<std::int32_t>(w0) < 0;
-  const std::int32_t t = static_cast<std::int32_t>(upper ? ~w0 : w0);
-  const float f = (static_cast<float>(t) + 0.5f) * 2.3283064365386963e-10f;
+// Two words make two normals, radius * (cosine, sine) of an angle.
+inline float radius_of(std::uint32_t w, float) {
+  // u = (w + 1/2) / 2^32. Its upper half is taken as 1 - f with f exact, which keeps small radii accurate.
+  const bool upper = static_cast<std::int32_t>(w) < 0;
+  const std::int32_t t = static_cast<std::int32_t>(upper ? ~w : w);
+  const float f = static_cast<float>(t) * 0x1p-32f + 0x1p-33f;
   const float u = upper ? 1.0f - f : f;
   // u = 2^e m with sqrt(1/2) <= m < sqrt(2).
   const std::uint32_t shifted = bit_cast<std::uint32_t>(u) - 0x3f3504f3u;
   const std::int32_t exponent = static_cast<std::int32_t>(shifted) >> 23;
   const float m = bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u);
   const float g = upper && exponent == 0 ? -f : m - 1.0f;
-  const float radius = __builtin_sqrtf(-2.0f * log_from(g, static_cast<float>(exponent)));
-  // The angle 2 pi (w1 + 1/2) / 2^32 is reduced to +-pi/4 in integers, exactly.
-  const std::uint32_t quarter = (w1 + 0x20000000u) >> 30;
-  const float a = (static_cast<float>(static_cast<std::int32_t>(w1 - (quarter << 30))) + 0.5f) * 1.4629180792671596e-9f;
+  return __builtin_sqrtf(-2.0f * log_from(g, static_cast<float>(exponent)));
+}
+inline double radius_of(std::uint32_t w, double) {
+  return __builtin_sqrt(-2.0 * __builtin_log((w + 0.5) * 0x1p-32));
+}
+
+template <class C>
+struct Pair {
+  C first, second;
+};
+inline Pair<float> turn(float radius, std::uint32_t w) {
+  // The angle 2 pi (w + 1/2) / 2^32 less its quarter turns, within +-pi/4: the lower 30 bits with their sign, exactly.
+  const float a = static_cast<float>(static_cast<std::int32_t>(w << 2)) * 3.6572951981678990e-10f + 7.3145903963357980e-10f;
   const float z = a * a;
   float s = -1.9515295891e-4f;
   s = s * z + 8.3321608736e-3f;
@@ -53,91 +57,147 @@ inline Pair<float> box_muller(std::uint32_t w0, std::uint32_t w1, float) {
   float c = 2.443315711809948e-5f;
   c = c * z - 1.388731625493765e-3f;
   c = c * z + 4.166664568298827e-2f;
-  c = c * z * z - 0.5f * z + 1.0f;
-  // Quarter turns: (c, s), (-s, c), (-c, -s), (s, -c).
-  const bool odd = quarter & 1u;
-  const std::uint32_t sign_cos = ((quarter + 1u) & 2u) << 30, sign_sin = (quarter & 2u) << 30;
-  const float cosine = bit_cast<float>(bit_cast<std::uint32_t>(odd ? s : c) ^ sign_cos);
-  const float sine = bit_cast<float>(bit_cast<std::uint32_t>(odd ? c : s) ^ sign_sin);
+  c = (c * z - 0.5f) * z + 1.0f;
+  // Quarter turns, the upper two bits: (c, s), (-s, c), (-c, -s), (s, -c).
+  const std::uint32_t turns = w + 0x20000000u, sign = 0x80000000u;
+  const bool odd = turns & 0x40000000u;
+  const float cosine = bit_cast<float>(bit_cast<std::uint32_t>(odd ? s : c) ^ ((turns + 0x40000000u) & sign));
+  const float sine = bit_cast<float>(bit_cast<std::uint32_t>(odd ? c : s) ^ (turns & sign));
   return {radius * cosine, radius * sine};
 }
-inline Pair<double> box_muller(std::uint32_t w0, std::uint32_t w1, double) {
-  const double radius = __builtin_sqrt(-2.0 * __builtin_log((w0 + 0.5) * 0x1p-32));
-  const double angle = (w1 + 0.5) * (6.283185307179586476925286766559 * 0x1p-32);
+inline Pair<double> turn(double radius, std::uint32_t w) {
+  const double angle = (w + 0.5) * (6.283185307179586476925286766559 * 0x1p-32);
   return {radius * __builtin_cos(angle), radius * __builtin_sin(angle)};
 }
 
-// A window of noise rows in a buffer, refilled as the kernel walks along the samples of a row, or along the rows when each
-// has one sample: short rows then share the vector units.
+// Philox on vectors of 64-bit lanes. A lane's lower half is a word of a counter; what a product leaves in the upper half does no
+// harm, since a multiplication takes lower halves only.
+#if defined(__AVX512F__)
+typedef std::uint64_t U64 __attribute__((vector_size(64)));
+inline U64 multiply_lower(U64 a, U64 b) { return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+typedef std::uint64_t U64 __attribute__((vector_size(32)));
+inline U64 multiply_lower(U64 a, U64 b) { return (U64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+#elif defined(__SSE2__)
+typedef std::uint64_t U64 __attribute__((vector_size(16)));
+inline U64 multiply_lower(U64 a, U64 b) { return (U64)_mm_mul_epu32((__m128i)a, (__m128i)b); }
+#else
+typedef std::uint64_t U64 __attribute__((vector_size(16)));
+inline U64 multiply_lower(U64 a, U64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+#endif
+constexpr int kCallsPerStep = sizeof(U64) / 4;  // one vector of even calls and one of odd calls
+
+inline void philox(U64& c0, U64& c1, U64& c2, U64& c3, Key key) {
+  std::uint32_t k0 = key.low, k1 = key.high;
+  const U64 zero = {}, m0 = zero + 0xD2511F53u, m1 = zero + 0xCD9E8D57u;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const U64 p0 = multiply_lower(c0, m0), p1 = multiply_lower(c2, m1);
+    c0 = (p1 >> 32) ^ c1 ^ (zero + k0);
+    c1 = p1;
+    c2 = (p0 >> 32) ^ c3 ^ (zero + k1);
+    c3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// The words of `calls` counters (block + c0[i], row + c1[i], sample, 0); whole steps are done.
+constexpr int kCalls = kTile / 4;
+FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t block, const std::uint32_t* c1,
+                               std::uint32_t row, std::uint32_t sample, Key key, std::uint32_t (*words)[kCalls]) {
+  const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample, lower = zero + 0xffffffffu;
+  for (int i = 0; i < calls; i += kCallsPerStep) {
+    U64 pattern0, pattern1;
+    __builtin_memcpy(&pattern0, c0 + i, sizeof(U64));
+    __builtin_memcpy(&pattern1, c1 + i, sizeof(U64));
+    U64 even[4] = {pattern0 + blocks, pattern1 + rows, samples, zero};
+    U64 odd[4] = {(pattern0 >> 32) + blocks, (pattern1 >> 32) + rows, samples, zero};
+    philox(even[0], even[1], even[2], even[3], key);
+    philox(odd[0], odd[1], odd[2], odd[3], key);
+    for (int j = 0; j < 4; ++j) {
+      const U64 both = (even[j] & lower) | (odd[j] << 32);
+      __builtin_memcpy(words[j] + i, &both, sizeof(U64));
+    }
+  }
+}
+
+// Normals from the words, in two loops: a processor looks only so far ahead, and short bodies show it several elements at once.
+template <class C>
+FASTVAE_LOOP void radii(int calls, const std::uint32_t* __restrict words, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < calls; ++i) out[i] = radius_of(words[i], C{});
+}
+template <class C>
+FASTVAE_LOOP void turns(int calls, const C* __restrict r0, const std::uint32_t* __restrict w1, const C* __restrict r2,
+                        const std::uint32_t* __restrict w3, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < calls; ++i) {
+    const Pair<C> a = turn(r0[i], w1[i]), b = turn(r2[i], w3[i]);
+    out[4 * i] = a.first;
+    out[4 * i + 1] = a.second;
+    out[4 * i + 2] = b.first;
+    out[4 * i + 3] = b.second;
+  }
+}
+
+// The noise of one tile at a time: rows of the same columns and the same sample.
 template <class C>
 class Noise {
  public:
-  // Noise of columns [column, column + width) for samples and rows below the ends given; column is a multiple of 4.
-  Noise(Key key, i64 samples, i64 sample_offset, i64 row_offset)
-      : key_(key), along_rows_(samples == 1), sample_offset_(sample_offset), row_offset_(row_offset) {}
+  Noise(Key key, i64 sample_offset, i64 row_offset) : key_(key), sample_offset_(sample_offset), row_offset_(row_offset) {}
 
-  void columns(i64 column, int width) {
+  // From here on tiles begin at `column`, a multiple of 4; their pitch is the least multiple of 4.
+  void shape(i64 column, const Tile& tile) {
     block_ = static_cast<std::uint32_t>(column / 4);
-    blocks_ = (width + 3) / 4;
-    count_ = 0;
+    const int blocks = tile.pitch / 4;
+    calls_ = (blocks * tile.rows + kCallsPerStep - 1) / kCallsPerStep * kCallsPerStep;
+    if (blocks == blocks_) return;
+    blocks_ = blocks;
+    for (int i = 0, j = 0, r = 0; i < kCalls; ++i) {
+      c0_[i] = static_cast<std::uint32_t>(j);
+      c1_[i] = static_cast<std::uint32_t>(r);
+      if (++j == blocks) j = 0, ++r;
+    }
   }
 
-  // The normals of (sample, row): at least `width` of them. `end` is where the walk along its axis ends.
-  const C* operator()(i64 sample, i64 row, i64 end) {
-    const i64 position = along_rows_ ? row : sample, other = along_rows_ ? sample : row;
-    if (position < start_ || position >= start_ + count_ || other != other_) refill(position, other, end);
-    return normals_ + (position - start_) * blocks_ * 4;
+  // The normals of the tile that begins at (sample, row).
+  const C* operator()(i64 sample, i64 row) {
+    philox_calls(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_),
+                 static_cast<std::uint32_t>(sample + sample_offset_), key_, words_);
+    radii(calls_, words_[0], radii_[0]);
+    radii(calls_, words_[2], radii_[1]);
+    turns(calls_, radii_[0], words_[1], radii_[1], words_[3], normals_);
+    return normals_;
   }
 
  private:
-  static constexpr int kCalls = kTile / 4;
-
-  void refill(i64 position, i64 other, i64 end) {
-    start_ = position;
-    other_ = other;
-    const i64 fit = kCalls / blocks_;
-    count_ = end - position < fit ? end - position : fit;
-    const int calls = static_cast<int>(count_) * blocks_;
-    const std::uint32_t first = static_cast<std::uint32_t>(position + (along_rows_ ? row_offset_ : sample_offset_));
-    const std::uint32_t fixed = static_cast<std::uint32_t>(other + (along_rows_ ? sample_offset_ : row_offset_));
-    std::uint32_t c0[kCalls], c1[kCalls], w[4][kCalls];
-    int call = 0;
-    for (int i = 0; i < count_; ++i) {
-      for (int j = 0; j < blocks_; ++j, ++call) {
-        c0[call] = block_ + static_cast<std::uint32_t>(j);
-        c1[call] = first + static_cast<std::uint32_t>(i);
-      }
-    }
-    const bool along_rows = along_rows_;
-    const Key key = key_;
-#pragma omp simd
-    for (int i = 0; i < calls; ++i) {
-      const Words r = philox({c0[i], along_rows ? c1[i] : fixed, along_rows ? fixed : c1[i], 0u}, key);
-      w[0][i] = r.w0;
-      w[1][i] = r.w1;
-      w[2][i] = r.w2;
-      w[3][i] = r.w3;
-    }
-    C* __restrict out = normals_;
-#pragma omp simd
-    for (int i = 0; i < calls; ++i) {
-      const Pair<C> a = box_muller(w[0][i], w[1][i], C{});
-      const Pair<C> b = box_muller(w[2][i], w[3][i], C{});
-      out[4 * i] = a.first;
-      out[4 * i + 1] = a.second;
-      out[4 * i + 2] = b.first;
-      out[4 * i + 3] = b.second;
-    }
-  }
-
   Key key_;
-  bool along_rows_;
   i64 sample_offset_, row_offset_;
   std::uint32_t block_ = 0;
-  int blocks_ = 1;
-  i64 start_ = 0, count_ = 0, other_ = -1;
-  C normals_[kTile];
+  int blocks_ = 0, calls_ = 0;
+  std::uint32_t c0_[kCalls], c1_[kCalls], words_[4][kCalls];
+  C radii_[2][kCalls], normals_[kTile];
 };
+
+inline int tile_width(i64 columns, i64 column) {
+  return static_cast<int>(columns - column < kTile ? columns - column : kTile);
+}
+
+// How many rows are handled as one tile: a function of the shape alone, so that results do not depend on threads. Nearly a full
+// tile, and all tiles of nearly one height.
+constexpr int kMostRows = 64;
+inline i64 rows_per_tile(i64 rows, i64 columns) {
+  const i64 pitch = columns > 0 ? (columns + 3) / 4 * 4 : 4;
+  if (2 * pitch > kTile) return 1;
+  const i64 fit = kTile / pitch < kMostRows ? kTile / pitch : kMostRows;
+  const i64 tiles = (rows + fit - 1) / fit;
+  return tiles ? (rows + tiles - 1) / tiles : 1;
+}
+inline Tile tile_of(i64 rows, i64 row, i64 height, i64 columns, i64 column) {
+  const int n = tile_width(columns, column);
+  return {static_cast<int>(rows - row < height ? rows - row : height), n, (n + 3) / 4 * 4};
+}
 
 // The noise itself.
 // @param out (samples, rows, columns): float, or double with `wide`
@@ -147,17 +207,17 @@ inline void normal(address out, bool wide, address seed, i64 samples, i64 rows, 
   auto run = [&](auto zero) {
     using C = decltype(zero);
     const Key key(*reinterpret_cast<const std::uint64_t*>(seed));
-    parallel(threads, rows, samples * rows * columns, [&](i64 begin, i64 end) {
-      Noise<C> noise(key, samples, sample_offset, row_offset);
-      for (i64 column = 0; column < columns; column += kTile) {
-        const int n = static_cast<int>(columns - column < kTile ? columns - column : kTile);
-        noise.columns(column, n);
-        for (i64 b = begin; b < end; ++b) {
-          for (i64 k = 0; k < samples; ++k) {
-            const C* eps = noise(k, b, samples == 1 ? end : samples);
-            C* p = reinterpret_cast<C*>(out) + (k * rows + b) * columns + column;
-            for (int i = 0; i < n; ++i) p[i] = eps[i];
-          }
+    const i64 height = rows_per_tile(rows, columns), tiles = (rows + height - 1) / height;
+    parallel(threads, samples * tiles, samples * rows * columns, [&](i64 begin, i64 end) {
+      Noise<C> noise(key, sample_offset, row_offset);
+      for (i64 unit = begin; unit < end; ++unit) {
+        const i64 k = unit / tiles, b = unit % tiles * height;
+        for (i64 column = 0; column < columns; column += kTile) {
+          const Tile tile = tile_of(rows, b, height, columns, column);
+          noise.shape(column, tile);
+          const C* eps = noise(k, b);
+          C* p = pointer<C>(out) + (k * rows + b) * columns + column;
+          for (int r = 0; r < tile.rows; ++r) copy(p + r * columns, eps + r * tile.pitch, tile.n);
         }
       }
     });

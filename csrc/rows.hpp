@@ -25,6 +25,13 @@ void reduce_rows(const Params& params, i64 samples, i64 rows, i64 columns, compu
   });
 }
 
+// sums += factor * p, in double: sums over many samples.
+template <class C>
+FASTVAE_LOOP void add_scaled(int n, C factor, const C* __restrict p, double* __restrict sums) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) sums[i] += factor * p[i];
+}
+
 // How many partial sums over rows are kept for a gradient that is summed over all rows: a function of the batch alone, so that
 // the order of summation, and with it every bit, is the same for any number of threads.
 inline i64 column_partials(i64 rows) { return rows < 64 ? rows : 64; }

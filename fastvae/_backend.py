@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -77,6 +78,7 @@ def layer(backend: str, op_module: str) -> ModuleType:
     return importlib.import_module(f"fastvae.kernels.{op_module}")
 
 
+@functools.cache
 def extension() -> ModuleType:
     """The C++ extension, imported after torch so that the two share one OpenMP runtime."""
     import torch  # noqa: F401, I001

@@ -29,8 +29,14 @@ def define(
     fake: Callable,
     setup: Callable | None = None,
     backward: Callable | None = None,
+    adapt: Callable = lambda function: function,
+    results: int | None = None,
 ) -> Callable:
-    """Register ``fastvae::name`` and return its overload.
+    """Register ``fastvae::name`` and return a function that calls it.
+
+    In plain eager mode on a CPU that function goes to the C++ without the dispatcher, which would cost
+    several times what a small kernel does (docs/NOTES.md); anything else, a compiler, a transform, a
+    tensor subclass, a mode, another device or backend, gets the registered op.
 
     Args:
         module: the op's file name in every layer, such as ``"latent"``.
@@ -42,7 +48,13 @@ def define(
         setup: ``setup(ctx, args, result)`` saves what backward needs.
         backward: ``backward(ctx, *grads)`` returns a gradient or None per argument. Without it,
             differentiating raises.
+        adapt: makes the op's function out of the one in the reference or in ``kernels``, where the C++
+            takes or returns more.
+        results: how many of the op's results its caller wants; the others are there for ``setup``, and
+            the function that is returned may leave them out.
     """
+    # Tensors are always the leading arguments.
+    tensors = schema.partition("->")[0].count("Tensor")
     _library.define(name + schema)
     op = getattr(torch.ops.fastvae, name).default
 
@@ -50,14 +62,16 @@ def define(
         backend = _backend.chosen()
         if backend == "native":
             return native(*args)
-        return getattr(_backend.layer(backend, module), name)(*args)
+        return other(backend)(*args)
 
     def on_gpu(*args):
-        backend = "reference" if _backend.chosen() == "reference" else "triton"
-        return getattr(_backend.layer(backend, module), name)(*args)
+        return other("reference" if _backend.chosen() == "reference" else "triton")(*args)
 
     def elsewhere(*args):
-        return getattr(_backend.layer("reference", module), name)(*args)
+        return other("reference")(*args)
+
+    def other(backend):
+        return adapt(getattr(_backend.layer(backend, module), name))
 
     _library.impl(name, on_cpu, "CPU")
     _library.impl(name, on_gpu, "CUDA")
@@ -65,16 +79,23 @@ def define(
     torch.library.register_fake(f"fastvae::{name}", fake, lib=_library)
 
     def node_forward(ctx, *args):
-        ctx.set_materialize_grads(False)
         with _C._AutoDispatchBelowAutograd():
-            result = op(*args)
+            return record(ctx, args, op(*args))
+
+    def direct_forward(ctx, *args):
+        return record(ctx, args, native(*args))[:results]
+
+    def record(ctx, args, result):
+        ctx.set_materialize_grads(False)
         if setup is not None:
             setup(ctx, args, result)
         return result
 
     def node_backward(ctx, *grads):
-        # What follows may send no gradient at all.
-        if all(g is None for g in grads):
+        for g in grads:
+            if g is not None:
+                break
+        else:  # what follows may send no gradient at all
             return (None,) * len(ctx.needs_input_grad)
         if backward is None:
             raise RuntimeError(
@@ -84,11 +105,11 @@ def define(
             )
         return backward(ctx, *grads)
 
-    node = type(
-        f"{name}_node",
-        (_SingleLevelFunction,),
-        {"forward": staticmethod(node_forward), "backward": staticmethod(node_backward)},
-    )
+    def node_type(forward):
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
+        return type(name, (_SingleLevelFunction,), methods)
+
+    node, direct = node_type(node_forward), node_type(direct_forward)
 
     def autograd(*args):
         if forward_ad._current_level >= 0 and _any_tangent(args):
@@ -103,7 +124,35 @@ def define(
             return op(*args)
 
     _library.impl(name, autograd, "Autograd")
-    return op
+
+    def call(*args):
+        if not _is_plain(args[:tensors]):
+            return op(*args)
+        if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            return direct.apply(*args)
+        return native(*args)
+
+    return call
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_plain(tensors) -> bool:
+    """Whether nothing but eager mode stands between these tensors and the C++."""
+    if (
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack()
+        or _C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or _backend.chosen() != "native"
+    ):
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TENSORS or not t.is_cpu):
+            return False
+    return True
 
 
 def _any_tangent(args) -> bool:
@@ -126,11 +175,26 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_CPU = torch.device("cpu")
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised CPU tensor, whatever torch's default device is."""
+    return torch.empty(shape, dtype=dtype, device=_CPU)
+
+
+def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised contiguous tensor of this one's shape and device; half the price of empty."""
+    if tensor.is_contiguous() and (dtype is None or dtype == tensor.dtype):
+        return torch.empty_like(tensor)
+    return tensor.new_empty(tensor.shape, dtype=dtype)
+
+
 def pointer(tensor: torch.Tensor | None) -> int:
     """The address of a tensor's first element, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def strided(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
-    """Address and strides of a tensor, None for None."""
-    return None if tensor is None else (tensor.data_ptr(), *tensor.stride())
+def strided(tensor: torch.Tensor | None, *leading: int) -> tuple[int, ...] | None:
+    """Address and strides of a tensor, None for None; ``leading`` are strides of axes that it lacks."""
+    return None if tensor is None else (tensor.data_ptr(), *leading, *tensor.stride())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import checks_data
-from ._registry import accumulator, code, define, pointer, strided
+from ._registry import accumulator, code, define, empty, empty_like, pointer, strided
 from .gaussian import _pair_of_dtypes, _result_dtype, _zero_grads, flatten_event
 
 
@@ -70,7 +70,7 @@ def _native_bernoulli_log_prob(x, logits):
         return torch.zeros(logits.shape[:2], dtype=_result_dtype(x, logits))
     data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
     x, logits = x.to(data), logits.to(parameter)
-    out = torch.empty(logits.shape[:2], dtype=accumulator(parameter))
+    out = empty(logits.shape[:2], accumulator(parameter))
     in_range = _backend.extension().bernoulli_log_prob(
         code(data), code(parameter), out.data_ptr(), strided(x), strided(logits),
         *logits.shape, torch.get_num_threads(),
@@ -86,8 +86,8 @@ def _native_bernoulli_log_prob_backward(grad, x, logits, need):
     dtypes = (x.dtype, logits.dtype)
     data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
     x, logits = x.to(data), logits.to(parameter)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need[0] else None
-    grad_logits = torch.empty(logits.shape, dtype=parameter) if need[1] else None
+    grad_x = empty_like(x) if need[0] else None
+    grad_logits = empty_like(logits) if need[1] else None
     _backend.extension().bernoulli_log_prob_backward(
         code(data), code(parameter), pointer(grad_x), pointer(grad_logits), strided(grad),
         strided(x), strided(logits), *logits.shape, torch.get_num_threads(),

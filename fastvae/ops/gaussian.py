@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_same_device, check_tensor, shape_of
-from ._registry import accumulator, code, define, pointer, strided
+from ._registry import accumulator, code, define, empty, empty_like, pointer, strided
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor:
@@ -132,7 +132,7 @@ def _native_gaussian_log_prob(x, mean, logvar):
         return torch.zeros(mean.shape[:2], dtype=_result_dtype(x, mean, logvar))
     data, parameter, logvar, layout = _native_layout(x, mean, logvar)
     x, mean = x.to(data), mean.to(parameter)
-    out = torch.empty(mean.shape[:2], dtype=accumulator(parameter))
+    out = empty(mean.shape[:2], accumulator(parameter))
     _backend.extension().gaussian_log_prob(
         code(data), code(parameter), layout, out.data_ptr(),
         strided(x), strided(mean), strided(logvar),
@@ -150,12 +150,12 @@ def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
     wide = accumulator(parameter)
     k, b, size = mean.shape
     ext = _backend.extension()
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need[0] else None
-    grad_mean = torch.empty((k, b, size), dtype=parameter) if need[1] else None
+    grad_x = empty_like(x) if need[0] else None
+    grad_mean = empty_like(mean) if need[1] else None
     grad_logvar = None
     if need[2]:
         partial = {_FULL: (k, b, size), _COLUMN: (ext.column_partials(b), size), _ROW: (k, b, 1)}[layout]
-        grad_logvar = torch.empty(partial, dtype=parameter if layout == _FULL else wide)
+        grad_logvar = empty(partial, parameter if layout == _FULL else wide)
     ext.gaussian_log_prob_backward(
         code(data), code(parameter), layout, pointer(grad_x), pointer(grad_mean), pointer(grad_logvar),
         strided(grad), strided(x), strided(mean), strided(logvar),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_tensor, shape_of
-from ._registry import accumulator, code, define, strided
+from ._registry import accumulator, code, define, empty, empty_like, strided
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -61,7 +61,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
 def _native_log_mean_exp(log_w):
     k, n = log_w.shape
-    results = tuple(torch.empty(n, dtype=accumulator(log_w.dtype)) for _ in range(3))
+    results = empty((3, n), accumulator(log_w.dtype)).unbind()
     _backend.extension().log_mean_exp(
         code(log_w.dtype), *(r.data_ptr() for r in results), strided(log_w), k, n, torch.get_num_threads()
     )
@@ -69,7 +69,7 @@ def _native_log_mean_exp(log_w):
 
 
 def _native_log_mean_exp_backward(grad, log_w, maximum, total):
-    out = torch.empty(log_w.shape, dtype=log_w.dtype)
+    out = empty_like(log_w)
     _backend.extension().log_mean_exp_backward(
         code(log_w.dtype), out.data_ptr(), strided(grad), strided(log_w),
         maximum.data_ptr(), total.data_ptr(), *log_w.shape, torch.get_num_threads(),
@@ -86,7 +86,7 @@ def _setup(ctx, args, result):
     ctx.save_for_backward(*args, *result[1:])
 
 
-def _backward(ctx, grad, _maximum, _total):
+def _backward(ctx, grad, *_):
     return _log_mean_exp_backward(grad, *ctx.saved_tensors)
 
 
@@ -105,4 +105,5 @@ _log_mean_exp = define(
     fake=_fake_log_mean_exp,
     setup=_setup,
     backward=_backward,
+    results=1,
 )

@@ -9,8 +9,9 @@ N(0, I)), noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random
     \mathrm{KL}_b &= ½ \sum_d \big[(μ - m)^2 / s^2 + e^{u} - 1 - u\big] \\
     \log p(z_k) - \log q(z_k|x) &= ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + u\big]
 
-:math:`e^u - 1 - u` is computed without cancellation near u = 0. ε is regenerated in the backward pass, never
-stored.
+:math:`e^u - 1 - u` is computed without cancellation near u = 0. On a GPU ε is regenerated in the backward pass,
+never stored. On a CPU, where drawing a normal costs several times what moving a float does (docs/NOTES.md),
+the forward pass of training keeps :math:`\partial z / \partial \mathrm{logvar} = ½σε`, the ``slope``.
 
 Gradients. With :math:`g^z` and :math:`g^r_k` what arrives at z and at the log-ratio:
 
@@ -46,10 +47,12 @@ from .._checks import (
     check_tensor,
     shape_of,
 )
+from ..reference.random import normal
 from ..random import draw_seed
-from ._registry import accumulator, code, define, pointer, strided
+from ._registry import accumulator, code, define, empty, empty_like, pointer, strided
 
 ESTIMATORS = ("iwae", "dreg", "stl")
+NO_AXIS = 0  # as the number of samples: one, whose axis z does not have
 
 _INPUTS = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor seed, "
 _ADDRESS = "SymInt samples, SymInt sample_offset, SymInt row_offset, float logvar_min, float logvar_max"
@@ -102,10 +105,12 @@ def rsample_kl(
         >>> z.shape, kl.shape
         (torch.Size([5, 4, 3]), torch.Size([4]))
     """
-    squeeze = samples is None
+    if samples is None:
+        samples = NO_AXIS
+    else:
+        check_count("samples", samples, "the draws per row")
     arguments = _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset)
-    z, kl = _rsample_kl(*arguments, bool(per_dimension))
-    return (z.squeeze(0) if squeeze else z), kl
+    return _rsample_kl(*arguments, bool(per_dimension), _keeps_slope(arguments))[:2]
 
 
 def rsample_log_ratio(
@@ -152,31 +157,33 @@ def rsample_log_ratio(
         >>> z.shape, log_ratio.shape
         (torch.Size([5, 4, 3]), torch.Size([5, 4]))
     """
+    check_count("samples", samples, "the draws per row")
     check_choice("estimator", estimator, ESTIMATORS)
-    arguments = _prepare(
-        mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset, True
-    )
-    return _rsample_log_ratio(*arguments, estimator)
+    arguments = _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset)
+    return _rsample_log_ratio(*arguments, estimator, _keeps_slope(arguments))[:2]
 
 
-def _prepare(
-    mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset, counted=False
-):
+def _keeps_slope(arguments) -> bool:
+    mu = arguments[0]
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
+    return wanted and mu.device.type == "cpu" and _backend.chosen() == "native"
+
+
+def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset):
     """Check what the user gave and bring it into the form of the schema."""
     check_tensor("mu", mu, 2, "[B, D]")
     check_tensor("logvar", logvar, 2, "[B, D]")
     check_same_shape("logvar", logvar, "mu", mu)
     check_same_device("logvar", logvar, "mu", mu)
-    samples = 1 if samples is None and not counted else check_count("samples", samples, "the draws per row")
     logvar_min, logvar_max = check_logvar_range(logvar_range)
-    check_address(samples, mu.shape[0], sample_offset, row_offset)
+    check_address(samples or 1, mu.shape[0], sample_offset, row_offset)
     tensors = [mu, logvar]
     if prior is not None:
         tensors += [
             _prior_part(name, value, mu) for name, value in zip(("mean", "logvar"), _pair(prior), strict=True)
         ]
-    if any(t.dtype != mu.dtype for t in tensors):
-        dtype = mu.dtype
+    dtype = mu.dtype
+    if logvar.dtype != dtype or any(t.dtype != dtype for t in tensors[2:]):
         for t in tensors:
             dtype = torch.promote_types(dtype, t.dtype)
         tensors = [t.to(dtype) for t in tensors]
@@ -208,146 +215,171 @@ def _prior_part(name: str, value: Tensor, mu: Tensor) -> Tensor:
         ) from None
 
 
-# rsample_kl: schema, C++, fake, autograd
+# What the two ops share
 
 
-def _native_rsample_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, per_dimension):
-    b, d = mu.shape
-    z = torch.empty((samples, b, d), dtype=mu.dtype)
-    kl = torch.empty((b, d) if per_dimension else (b,), dtype=accumulator(mu.dtype))
-    _backend.extension().rsample_kl(
-        code(mu.dtype), z.data_ptr(), kl.data_ptr(),
-        strided(mu), strided(logvar),
-        strided(prior_mu), strided(prior_logvar),
-        seed.data_ptr(), samples, b, d, k0, b0, lo, hi, per_dimension, torch.get_num_threads(),
+def _native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi):
+    """What every entry point of the C++ takes of q and p."""
+    return (
+        strided(mu), strided(logvar), strided(prior_mu), strided(prior_logvar),
+        samples or 1, *mu.shape, lo, hi, torch.get_num_threads(),
     )  # fmt: skip
-    return z, kl
 
 
-def _fake_rsample_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, per_dimension):
-    z = mu.new_empty((samples, *mu.shape))
-    return z, mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulator(mu.dtype))
+def _sample_shape(mu, samples):
+    return mu.shape if samples == NO_AXIS else (samples, *mu.shape)
 
 
-def _native_rsample_kl_backward(
-    grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, need
-):
-    grads = _empty_grads(mu, need)
-    if grad_kl is not None and grad_kl.dim() == 1:
-        grad_kl = grad_kl.unsqueeze(1).expand(mu.shape)
-    _backend.extension().rsample_kl_backward(
-        code(mu.dtype), *map(pointer, grads), strided(grad_z), strided(grad_kl),
-        strided(mu), strided(logvar),
-        strided(prior_mu), strided(prior_logvar),
-        seed.data_ptr(), samples, *mu.shape, k0, b0, lo, hi, torch.get_num_threads(),
+def _native_draw(function, second, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, keep, *rest):
+    """z, the second result (a tensor to fill), and the slope, empty if it is not kept."""
+    z = empty_like(mu) if samples == NO_AXIS else empty((samples, *mu.shape), mu.dtype)
+    slope = empty_like(z, second.dtype) if keep else second.new_empty(0)
+    function(
+        code(mu.dtype), z.data_ptr(), slope.data_ptr(), second.data_ptr(),
+        *_native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi), seed.data_ptr(), k0, b0, *rest,
     )  # fmt: skip
-    return grads
+    return z, second, slope
+
+
+def _fake_draw(second, mu, samples, keep):
+    shape = _sample_shape(mu, samples)
+    slope = mu.new_empty(shape if keep else (0,), dtype=accumulator(mu.dtype))
+    return mu.new_empty(shape), second, slope
+
+
+def _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi):
+    """The slope that the forward pass kept, or else made again: the backend has been changed since."""
+    if slope.numel() or not mu.numel():
+        return slope
+    wide = accumulator(mu.dtype)
+    eps = normal(seed, samples or 1, *mu.shape, k0, b0, dtype=wide)
+    slope = 0.5 * torch.exp(0.5 * logvar.to(wide).clamp(lo, hi)) * eps
+    return slope.reshape(_sample_shape(mu, samples))
+
+
+def _adapt_draw(function):
+    """The reference and Triton give z its axis, make the noise again in the backward pass, and keep no slope."""
+
+    def draw(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, option, keep):
+        z, second = function(mu, logvar, prior_mu, prior_logvar, seed, samples or 1, k0, b0, lo, hi, option)
+        slope = mu.new_empty(0, dtype=second.dtype)
+        if keep:
+            slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
+        return z.reshape(_sample_shape(mu, samples)), second, slope
+
+    return draw
 
 
 def _empty_grads(mu, need):
-    return tuple(torch.empty(mu.shape, dtype=mu.dtype, device=mu.device) if n else None for n in need)
-
-
-def _fake_rsample_kl_backward(grad_z, grad_kl, mu, *rest):
-    return _empty_grads(mu, rest[-1])
-
-
-def _fake_rsample_log_ratio_backward(grad_z, grad_log_ratio, weight, mu, *rest):
-    return _empty_grads(mu, rest[-1])
+    return tuple(empty_like(mu) if n else None for n in need)
 
 
 def _setup(ctx, args, result):
-    ctx.save_for_backward(*args[:5])
+    ctx.mark_non_differentiable(*result[2:])
+    ctx.save_for_backward(*args[:5], result[2])
     ctx.constants = args[5:]
-
-
-def _backward_rsample_kl(ctx, grad_z, grad_kl):
-    mu, logvar, prior_mu, prior_logvar, seed = ctx.saved_tensors
-    grads = _rsample_kl_backward(
-        grad_z,
-        grad_kl,
-        mu,
-        logvar,
-        prior_mu,
-        prior_logvar,
-        seed,
-        *ctx.constants[:-1],
-        list(ctx.needs_input_grad[:4]),
-    )
-    return *grads, *[None] * 7
 
 
 _GRADS = "-> (Tensor, Tensor, Tensor, Tensor)"
 
+
+# rsample_kl: schema, C++, fake, autograd
+
+
+def _native_rsample_kl(mu, *rest):
+    *rest, per_dimension, keep = rest
+    kl = empty(mu.shape if per_dimension else mu.shape[:1], accumulator(mu.dtype))
+    return _native_draw(_backend.extension().rsample_kl, kl, mu, *rest, keep, per_dimension)
+
+
+def _fake_rsample_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, per_dimension, keep):
+    kl = mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulator(mu.dtype))
+    return _fake_draw(kl, mu, samples, keep)
+
+
+def _native_rsample_kl_backward(
+    grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, need
+):
+    grads = _empty_grads(mu, need)
+    slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
+    axis = (0,) if samples == NO_AXIS else ()
+    _backend.extension().rsample_kl_backward(
+        code(mu.dtype), *map(pointer, grads),
+        strided(grad_z, *axis), strided(grad_kl), strided(slope, *axis),
+        *_native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi),
+    )  # fmt: skip
+    return grads
+
+
+def _backward_rsample_kl(ctx, grad_z, grad_kl, *_):
+    *inputs, slope = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:4])
+    grads = _rsample_kl_backward(grad_z, grad_kl, slope, *inputs, *ctx.constants[:-2], need)
+    return *grads, *[None] * 8
+
+
+def _adapt_rsample_kl_backward(function):
+    def backward(grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, samples, *rest):
+        if grad_z is not None and samples == NO_AXIS:
+            grad_z = grad_z.unsqueeze(0)
+        return function(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, samples or 1, *rest)
+
+    return backward
+
+
 _rsample_kl_backward = define(
     "latent",
     "rsample_kl_backward",
-    f"(Tensor? grad_z, Tensor? grad_kl, {_INPUTS}{_ADDRESS}, bool[4] need) {_GRADS}",
+    f"(Tensor? grad_z, Tensor? grad_kl, Tensor slope, {_INPUTS}{_ADDRESS}, bool[4] need) {_GRADS}",
     native=_native_rsample_kl_backward,
-    fake=_fake_rsample_kl_backward,
+    fake=lambda grad_z, grad_kl, slope, mu, *rest: _empty_grads(mu, rest[-1]),
+    adapt=_adapt_rsample_kl_backward,
 )
 _rsample_kl = define(
     "latent",
     "rsample_kl",
-    f"({_INPUTS}{_ADDRESS}, bool per_dimension) -> (Tensor, Tensor)",
+    f"({_INPUTS}{_ADDRESS}, bool per_dimension, bool keep_slope) -> (Tensor, Tensor, Tensor)",
     native=_native_rsample_kl,
     fake=_fake_rsample_kl,
     setup=_setup,
     backward=_backward_rsample_kl,
+    adapt=_adapt_draw,
+    results=2,
 )
 
 
 # rsample_log_ratio: schema, C++, fake, autograd
 
 
-def _native_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator):
-    b, d = mu.shape
-    z = torch.empty((samples, b, d), dtype=mu.dtype)
-    log_ratio = torch.empty((samples, b), dtype=accumulator(mu.dtype))
-    _backend.extension().rsample_log_ratio(
-        code(mu.dtype), z.data_ptr(), log_ratio.data_ptr(),
-        strided(mu), strided(logvar),
-        strided(prior_mu), strided(prior_logvar),
-        seed.data_ptr(), samples, b, d, k0, b0, lo, hi, torch.get_num_threads(),
+def _native_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, keep):
+    log_ratio = empty((samples, mu.shape[0]), accumulator(mu.dtype))
+    return _native_draw(
+        _backend.extension().rsample_log_ratio, log_ratio,
+        mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, keep,
     )  # fmt: skip
-    return z, log_ratio
 
 
-def _fake_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator):
-    z = mu.new_empty((samples, *mu.shape))
-    return z, mu.new_empty((samples, mu.shape[0]), dtype=accumulator(mu.dtype))
+def _fake_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, keep):
+    return _fake_draw(mu.new_empty((samples, mu.shape[0]), dtype=accumulator(mu.dtype)), mu, samples, keep)
 
 
 def _native_rsample_log_ratio_backward(
-    grad_z,
-    grad_log_ratio,
-    weight,
-    mu,
-    logvar,
-    prior_mu,
-    prior_logvar,
-    seed,
-    samples,
-    k0,
-    b0,
-    lo,
-    hi,
-    path,
-    need,
-):
+    grad_z, grad_log_ratio, weight, slope,
+    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, path, need,
+):  # fmt: skip
     grads = _empty_grads(mu, need)
+    slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
     _backend.extension().rsample_log_ratio_backward(
-        code(mu.dtype), *map(pointer, grads), strided(grad_z), strided(grad_log_ratio), strided(weight),
-        strided(mu), strided(logvar),
-        strided(prior_mu), strided(prior_logvar),
-        seed.data_ptr(), samples, *mu.shape, k0, b0, lo, hi, path, torch.get_num_threads(),
+        code(mu.dtype), *map(pointer, grads),
+        strided(grad_z), strided(grad_log_ratio), strided(weight), strided(slope),
+        *_native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi), path,
     )  # fmt: skip
     return grads
 
 
-def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio):
-    mu, logvar, prior_mu, prior_logvar, seed = ctx.saved_tensors
-    *constants, estimator = ctx.constants
+def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio, *_):
+    *inputs, slope = ctx.saved_tensors
+    *constants, estimator, _ = ctx.constants
     weight = None
     if estimator == "dreg":
         if grad_log_ratio is None:
@@ -359,26 +391,31 @@ def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio):
         total = grad_log_ratio.sum(0)
         weight = torch.where(total == 0, 0.0, grad_log_ratio / total)
     grads = _rsample_log_ratio_backward(
-        grad_z, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed,
+        grad_z, grad_log_ratio, weight, slope, *inputs,
         *constants, estimator != "iwae", list(ctx.needs_input_grad[:4]),
     )  # fmt: skip
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 _rsample_log_ratio_backward = define(
     "latent",
     "rsample_log_ratio_backward",
-    f"(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? weight, {_INPUTS}{_ADDRESS}, bool path, bool[4] "
-    f"need) {_GRADS}",
+    f"(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? weight, Tensor slope, {_INPUTS}{_ADDRESS}, bool path, "
+    f"bool[4] need) {_GRADS}",
     native=_native_rsample_log_ratio_backward,
-    fake=_fake_rsample_log_ratio_backward,
+    fake=lambda grad_z, grad_log_ratio, weight, slope, mu, *rest: _empty_grads(mu, rest[-1]),
+    adapt=lambda function: lambda grad_z, grad_log_ratio, weight, slope, *rest: function(
+        grad_z, grad_log_ratio, weight, *rest
+    ),
 )
 _rsample_log_ratio = define(
     "latent",
     "rsample_log_ratio",
-    f"({_INPUTS}{_ADDRESS}, str estimator) -> (Tensor, Tensor)",
+    f"({_INPUTS}{_ADDRESS}, str estimator, bool keep_slope) -> (Tensor, Tensor, Tensor)",
     native=_native_rsample_log_ratio,
     fake=_fake_rsample_log_ratio,
     setup=_setup,
     backward=_backward_rsample_log_ratio,
+    adapt=_adapt_draw,
+    results=2,
 )
