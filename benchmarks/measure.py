@@ -1,10 +1,11 @@
-"""Measuring: interleaved timing, allocations, and what the machine can do at best."""
+"""Measuring: interleaved timing, allocations, and what the machine does at best."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,12 @@ import torch
 from torch import Tensor
 
 OURS = "fastvae"
+COMPILE = "torch.compile"
+FALLBACK = "torch.compile, fallback_random"
+
+# Work of more elements than this is run a few times only, and not checked again: its check passed at smaller
+# sizes.
+HUGE = 10**8
 
 
 @dataclass
@@ -19,14 +26,15 @@ class Work:
     """One thing to compute, by several implementations.
 
     Attributes:
-        group: what is computed, such as ``"rsample_kl"``: a table and a plot each.
+        group: what is computed, such as ``"rsample_kl"``: a part of the table and a plot.
         case: its sizes, such as ``"8192×64"``.
+        direction: ``"forward"``, ``"forward+backward"``, or ``"step"``, ``"evaluation"`` for what is not split.
         run: implementation → a function of no arguments that does the work once.
-        check: implementation → a function that raises AssertionError if its result is wrong.
-        direction: ``"forward"``, ``"forward+backward"``, or ``"step"`` for what cannot be split.
-        bytes: the least that must move between memory and the processor: inputs once, results once.
-        operations: the least number of arithmetic operations, counted by hand (a multiply-add is one).
-        note: implementation → what a reader must know of it.
+        check: implementation → a function that raises AssertionError where its result is wrong.
+        bytes: the least that must move between memory and the processor: inputs once a pass, results once.
+        operations: the least arithmetic, counted by hand (a multiply-add is one).
+        huge: whether to be content with few rounds and no check.
+        target: implementation → how many times as fast as it fastvae shall be.
     """
 
     group: str
@@ -36,6 +44,8 @@ class Work:
     check: dict[str, Callable[[], None]] = field(default_factory=dict)
     bytes: int = 0
     operations: int = 0
+    huge: bool = False
+    target: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,27 +53,43 @@ class Result:
     """What was measured of one implementation: seconds per run in each round, and one run's allocations."""
 
     seconds: np.ndarray
-    peak_bytes: int
-    allocations: int
+    peak_bytes: int = 0
+    allocations: int = 0
     wrong: str = ""
 
 
-def measure(work: Work, budget: float = 1.5, least_rounds: int = 5) -> dict[str, Result]:
-    """Run every implementation in turn, round after round, so that a busy machine slows them all alike.
+def keep_memory() -> bool:
+    """Make glibc keep freed memory, for every implementation alike, and say whether that worked.
+
+    Otherwise whoever allocates after somebody else's memory went back to the system pays for its pages: that
+    costs more than many a kernel here, and hits at random.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+    except (OSError, AttributeError):
+        return False
+
+
+def measure(work: Work, budget: float = 1.5) -> dict[str, Result]:
+    """Run the implementations in turn, round after round, so that a busy machine slows them all alike.
+
+    Each turn is one run that does not count, which brings an implementation's own memory back into the
+    caches, and then as many as take some milliseconds. A wrong result is not timed.
 
     Args:
         work: what to run.
-        budget: seconds to spend on the rounds.
-        least_rounds: rounds to do even if they take longer; slow work (a round above ``budget``) gets 3.
+        budget: seconds to spend on the rounds; there are at least five, or two of huge work.
     """
     results: dict[str, Result] = {}
     repeats, warm = {}, {}
     for name, run in work.run.items():
         try:
-            if name in work.check:
+            if name in work.check and not work.huge:
                 work.check[name]()
         except AssertionError as error:
-            results[name] = Result(np.array([]), 0, 0, wrong=str(error).strip().splitlines()[0])
+            results[name] = Result(np.array([]), wrong=str(error).strip().splitlines()[0])
             continue
         run()
         peak, count = allocations(run)
@@ -79,7 +105,7 @@ def measure(work: Work, budget: float = 1.5, least_rounds: int = 5) -> dict[str,
     gc.disable()
     try:
         start, done = time.perf_counter(), 0
-        while True:
+        while names:
             # The order turns, so that nobody always comes after the same neighbour.
             for name in names[done % len(names) :] + names[: done % len(names)]:
                 run, count = work.run[name], repeats[name]
@@ -90,8 +116,7 @@ def measure(work: Work, budget: float = 1.5, least_rounds: int = 5) -> dict[str,
                     run()
                 times[name].append((time.perf_counter() - before) / count)
             done += 1
-            spent = time.perf_counter() - start
-            if spent > budget and done >= (3 if spent / done > budget else least_rounds):
+            if time.perf_counter() - start > budget and done >= (2 if work.huge else 5):
                 break
     finally:
         gc.enable()
@@ -117,29 +142,95 @@ def allocations(run: Callable[[], object]) -> tuple[int, int]:
     return int(max(held.max(), 0)), sum(size > 0 for _, size in sizes)
 
 
-def differentiate(function: Callable, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Callable:
-    """A function of no arguments: ``function(*inputs)`` and the gradients of its inputs."""
-    wanted = [t for t in inputs if t.requires_grad]
+def tuple_of(outputs) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
-    def run():
-        outputs = function(*inputs)
-        return outputs, torch.autograd.grad(outputs, wanted, grads)
 
-    return run
+def gradients(outputs, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(tuple_of(outputs), [t for t in inputs if t.requires_grad], grads)
+
+
+def compiled(function: Callable, sampling: bool) -> dict[str, Callable]:
+    """torch.compile's versions of a function, for one shape each; its own random numbers are slow on a CPU."""
+    versions = {COMPILE: torch.compile(function, dynamic=False)}
+    if sampling:
+        versions[FALLBACK] = torch.compile(function, dynamic=False, options={"fallback_random": True})
+    return versions
+
+
+def op_works(
+    group: str,
+    case: str,
+    inputs: tuple[Tensor, ...],
+    functions: dict[str, Callable],
+    exact: Callable,
+    *,
+    sampling: bool,
+    elements: int,
+    moved: tuple[int, int],
+    operations: tuple[int, int],
+    target: dict[str, float] | None = None,
+) -> Iterator[Work]:
+    """The works of one op at one size: forward (recording for backward), and forward and backward.
+
+    Args:
+        functions: implementation → a function of ``inputs``; ``"eager"`` is compiled, too.
+        exact: ``exact(outputs, *inputs)`` in float64: what the outputs should be, with gradients; it may take
+            the noise from the outputs.
+        sampling: whether the functions draw random numbers.
+        elements: how many numbers the largest tensor has.
+        moved, operations: the least bytes and operations of forward, and of forward and backward.
+        target: for forward and backward.
+    """
+    huge = elements > HUGE
+    functions = {**functions, **compiled(functions["eager"], sampling)}
+    with torch.no_grad():
+        grads = tuple(torch.randn_like(t) for t in tuple_of(functions[OURS](*inputs)))
+
+    def check(function):
+        outputs = tuple_of(function(*inputs))
+        wide = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
+        expected = tuple_of(exact(tuple(o.detach().double() for o in outputs), *wide))
+        for got, want in zip(outputs, expected, strict=True):
+            assert_near(got, want)
+        got = gradients(outputs, inputs, grads)
+        want = gradients(expected, wide, tuple(g.double() for g in grads))
+        for a, b in zip(got, want, strict=True):
+            assert_near(a, b)
+
+    checks = {name: lambda f=f: check(f) for name, f in functions.items()}
+    forward = {name: lambda f=f: f(*inputs) for name, f in functions.items()}
+    both = {name: lambda f=f: gradients(f(*inputs), inputs, grads) for name, f in functions.items()}
+    if not huge:
+        yield Work(group, case, "forward", forward, checks, moved[0], operations[0])
+    yield Work(
+        group, case, "forward+backward", both, checks if huge else {}, moved[1], operations[1], huge, target or {}
+    )
+    torch._dynamo.reset()
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    """A thousandth of the largest element: what this refuses is wrong, not inaccurate; the tests see to that."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    error = float((got.double() - want).abs().amax())
+    scale = float(want.abs().amax())
+    assert error <= 1e-3 * scale, f"an error of {error:.3g} at a scale of {scale:.3g}"
 
 
 @dataclass
 class Machine:
-    """What this machine does at best, measured in this run."""
+    """What this machine does at best: bytes copied (read and written) and multiply-adds, per second."""
 
-    copy_bytes_per_second: float
+    bytes_per_second: float
     operations_per_second: float
+
+    def least_seconds(self, work: Work) -> float:
+        """The time that the bytes and the operations of a work need at least."""
+        return max(work.bytes / self.bytes_per_second, work.operations / self.operations_per_second)
 
 
 def measure_machine() -> Machine:
-    """Memory bandwidth by copying 256 MiB (bytes read plus bytes written), and arithmetic by a float32 matrix
-    product of 2048³ (a multiply-add counts as one), each the best of several.
-    """
+    """Copying 256 MiB, and a float32 matrix product of 2048³; each the best of eight."""
     source, target = torch.ones(2**26), torch.zeros(2**26)
     a, b, c = torch.rand(2048, 2048), torch.rand(2048, 2048), torch.empty(2048, 2048)
 

@@ -82,26 +82,13 @@ FASTVAE_LOOP void half_sigmas(int n, const C* __restrict logvar, C* __restrict h
   for (int i = 0; i < n; ++i) half_sigma[i] = C(0.5) * exp_(C(0.5) * logvar[i]);
 }
 
-// exp(v) - 1 - v for v = log sigma^2, from sigma.
-inline float excess_of(float v, float sigma) {
-  // Near 0 the series, to the term that is below 5e-8 of the sum; in pairs.
-  const float v2 = v * v;
-  const float series = (((2.7557319e-6f * v + 2.4801587e-5f) * v2 + (1.9841270e-4f * v + 1.3888889e-3f)) * v2 +
-                        (8.3333333e-3f * v + 4.1666667e-2f)) * v2 + (1.6666667e-1f * v + 0.5f);
-  // exp(v) - 1 = (sigma - 1)(sigma + 1); the last v is bounded above, so that inf gives inf.
-  const float less = sigma - 1.0f;
-  return abs_(v) < 0.5f ? v2 * series : less * (less + 2.0f) - (v > 178.0f ? 178.0f : v);
-}
-inline double excess_of(double v, double) { return expm1_minus(v); }
-
 // Twice the KL of each element.
 template <bool kPrior, class C>
-FASTVAE_LOOP void kl_terms(int n, LatentArrays<C> q, const C* __restrict half_sigma, C* __restrict out) {
+FASTVAE_LOOP void kl_terms(int n, LatentArrays<C> q, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C delta = distance<kPrior>(q, q.mu[i], i);
-    out[i] = delta * times_precision<kPrior>(q, delta, i) +
-             (kPrior ? expm1_minus(log_variances<kPrior>(q, i)) : excess_of(q.clamped[i], C(2) * half_sigma[i]));
+    out[i] = delta * times_precision<kPrior>(q, delta, i) + expm1_minus(log_variances<kPrior>(q, i));
   }
 }
 
@@ -160,7 +147,7 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
         const LatentArrays<C> q = buffers.read(a, b, column, t);
         half_sigmas(t.size(), q.clamped, half_sigma);
         if (with_kl) {
-          kl_terms<kPrior>(t.size(), q, half_sigma, terms);
+          kl_terms<kPrior>(t.size(), q, terms);
           if (!to.per_dimension) add_row_sums(terms, t, kl_sum);
           for (int r = 0; r < rows && to.per_dimension; ++r) {
             C* out = to.kl + (b + r) * a.columns + column;
@@ -171,8 +158,16 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
           for (int r = 0; r < rows; ++r) constant[r] = sum_log_variances<kPrior>(t.n, q, r * t.pitch);
         }
         for (i64 k = k0; k < k1; ++k) {
+          const i64 offset = (k * a.rows + b) * a.columns + column, size = (t.rows - 1) * a.columns + t.n;
+          // While the noise is made, memory can bring where it goes and the next tile.
+          prefetch(to.z + offset, size);
+          if (to.slope) prefetch(to.slope + offset, size);
+          if (k + 1 == k1 && b + height < a.rows) {
+            const Tile next = tile_of(a.rows, b + height, height, a.columns, column);
+            prefetch(a.mu, b + height, column, next);
+            prefetch(a.logvar, b + height, column, next);
+          }
           const C* eps = noise(k, b);
-          const i64 offset = (k * a.rows + b) * a.columns + column;
           C* z = target(to.z + offset, z_buffer, a.columns, t);
           C* slope = target(to.slope ? to.slope + offset : nullptr, slope_buffer, a.columns, t);
           draw_tile(t.size(), q, half_sigma, eps, z, slope, terms);

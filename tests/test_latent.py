@@ -315,3 +315,55 @@ def test_half_precision_is_the_rounded_float32(backend, dtype):
     wide, wide_kl = ops.rsample_kl(mu.float(), logvar.float(), seed=seed)
     assert torch.equal(z, wide.to(dtype))
     assert torch.equal(kl, wide_kl)
+
+
+@pytest.mark.parametrize("op", ["rsample_kl", "rsample_log_ratio"])
+@pytest.mark.parametrize("estimator", ["iwae", "dreg"])
+def test_backward_may_run_on_another_backend(op, estimator):
+    """What a forward pass keeps for its own backend is made again by the others."""
+    options = {} if op == "rsample_kl" else {"estimator": estimator}
+    seed = torch.tensor(7, device=DEVICE)
+
+    def run(forward, backward, samples):
+        torch.manual_seed(0)
+        mu, logvar = (torch.randn(5, 6, device=DEVICE, requires_grad=True) for _ in range(2))
+        with fastvae.use_backend(forward):
+            results = getattr(ops, op)(mu, logvar, samples=samples, seed=seed, **options)
+        weights = [torch.randn_like(r).square() for r in results]
+        with fastvae.use_backend(backward):
+            return torch.autograd.grad(results, (mu, logvar), weights)
+
+    for samples in (3, None) if op == "rsample_kl" else (3,):
+        expected = run("reference", "reference", samples)
+        for pair in (("reference", "native"), ("native", "reference"), ("native", "native")):
+            torch.testing.assert_close(run(*pair, samples), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradients_no_slope():
+    """Large-K evaluation keeps nothing for a backward pass that will not come."""
+    mu, logvar = torch.randn(2, 4, 3, requires_grad=True)
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            arguments = ops.latent._prepare(mu, logvar, 5, None, None, None, None, 0, 0)
+            keep = ops.latent._keeps_slope(arguments)
+        slope = ops.latent._native_rsample_log_ratio(*arguments, "iwae", keep)[2]
+        assert slope.numel() == (5 * 4 * 3 if wanted else 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (70, 1), (33, 50), (64, 17), (5, 513), (3, 1025)])
+def test_tiles_of_rows_hold_every_row(backend, shape):
+    """Around what a tile of rows holds: sizes that fill it, and leave a short last row or tile."""
+    k = 18 if backend != "triton" else 3
+    mu, logvar = torch.randn(2, *shape, device=DEVICE)
+    prior = torch.randn(2, *shape, device=DEVICE)
+    seed = torch.tensor(3, device=DEVICE)
+    eps = _eps(seed, k, *shape)
+    z, ratio = ops.rsample_log_ratio(mu, logvar, samples=k, prior=tuple(prior), seed=seed)
+    exact = mu.double() + torch.exp(0.5 * logvar.double()) * eps
+    m, v = prior.double()
+    terms = eps**2 - (exact - m) ** 2 * torch.exp(-v) + logvar.double() - v
+    torch.testing.assert_close(z.double(), exact, rtol=1e-6, atol=2e-6)
+    # Rounding of the terms, and of z and z - m in float32, which (z - m)^2 / s^2 magnifies.
+    rounding = (exact - m).abs() * torch.exp(-v) * (mu.abs() + exact.abs() + m.abs())
+    bound = (1e-6 * terms.abs() + 4e-7 * rounding).sum(-1) + 1e-6
+    assert bool(((ratio.double() - 0.5 * terms.sum(-1)).abs() <= bound).all())

@@ -14,6 +14,7 @@ from torch import distributed, nn
 
 import fastvae
 from fastvae import ops
+from fastvae.ops.latent import NO_AXIS
 
 from . import models
 from .conftest import DEVICE
@@ -43,9 +44,11 @@ def _latent_arguments(op: str):
     prior = tuple(randn(B, D, seed=s).requires_grad_() for s in (3, 4))
     row = tuple(randn(D, seed=s).requires_grad_().expand(B, D) for s in (5, 6))
     last = {"rsample_kl": (True, False, False), "rsample_log_ratio": ("iwae", "stl", "iwae")}[op]
-    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, last[0]
-    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, last[1]
-    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, last[2]
+    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, last[0], True
+    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, last[1], True
+    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, last[2], False
+    if op == "rsample_kl":
+        yield mu, logvar, None, None, seed_of(1), NO_AXIS, 0, 0, -INF, INF, last[0], True
 
 
 def _backward_arguments(op: str):
@@ -55,19 +58,25 @@ def _backward_arguments(op: str):
         "kl": randn(B, seed=8),
         "dims": randn(B, D, seed=9),
         "ratio": randn(K, B, seed=10),
+        "slope": randn(K, B, D, seed=16),
     }
     mu, logvar, *prior = (randn(B, D, seed=s) for s in (1, 2, 3, 4))
     inputs = (mu, logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5)
     bare = (mu, logvar, None, None, seed_of(1), K, 0, 0, -INF, INF)
     if op == "rsample_kl_backward":
-        yield g["z"], g["kl"], *inputs, [True] * 4
-        yield None, g["dims"], *bare, [True, False, False, False]
-        yield g["z"], None, *inputs, [False, True, True, False]
+        yield g["z"], g["kl"], g["slope"], *inputs, [True] * 4
+        yield None, g["dims"], g["slope"], *bare, [True, False, False, False]
+        yield g["z"], None, g["slope"][:0], *inputs, [False, True, True, False]
+        bare = (mu, logvar, None, None, seed_of(1), NO_AXIS, 0, 0, -INF, INF)
+        yield g["z"][0], g["kl"], g["slope"][0], *bare, [True, True, False, False]
     else:
-        yield g["z"], g["ratio"], None, *inputs, False, [True] * 4
-        yield g["z"], g["ratio"], torch.softmax(g["ratio"], 0), *bare, True, [True, True, False, False]
-        yield None, g["ratio"], None, *inputs, True, [False, False, True, True]
-        yield g["z"], None, None, *inputs, False, [True, False, False, False]
+        yield g["z"], g["ratio"], None, g["slope"], *inputs, False, [True] * 4
+        yield (
+            *(g["z"], g["ratio"], torch.softmax(g["ratio"], 0), g["slope"][:0]),
+            *(*bare, True, [True, True, False, False]),
+        )
+        yield None, g["ratio"], None, g["slope"], *inputs, True, [False, False, True, True]
+        yield g["z"], None, None, g["slope"], *inputs, False, [True, False, False, False]
 
 
 def _arguments(op: str):

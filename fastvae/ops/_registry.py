@@ -30,6 +30,7 @@ def define(
     setup: Callable | None = None,
     backward: Callable | None = None,
     adapt: Callable = lambda function: function,
+    flatten: Callable | None = None,
     results: int | None = None,
 ) -> Callable:
     """Register ``fastvae::name`` and return a function that calls it.
@@ -50,6 +51,9 @@ def define(
             differentiating raises.
         adapt: makes the op's function out of the one in the reference or in ``kernels``, where the C++
             takes or returns more.
+        flatten: for an op of one result, ``flatten(*args)`` gives the arguments in the form that the schema
+            has them, by views, and the shape of the result. The function that is returned then takes them as
+            they are; called directly, these views are no nodes of the autograd graph.
         results: how many of the op's results its caller wants; the others are there for ``setup``, and
             the function that is returned may leave them out.
     """
@@ -83,7 +87,17 @@ def define(
             return record(ctx, args, op(*args))
 
     def direct_forward(ctx, *args):
-        return record(ctx, args, native(*args))[:results]
+        if flatten is None:
+            return record(ctx, args, native(*args))[:results]
+        ctx.shapes = [a.shape for a in args]
+        args, shape = flatten(*args)
+        return record(ctx, args, native(*args)).view(shape)
+
+    def direct_backward(ctx, *grads):
+        grads = node_backward(ctx, *grads)
+        if flatten is None:
+            return grads
+        return tuple(None if g is None else g.view(s) for g, s in zip(grads, ctx.shapes, strict=True))
 
     def record(ctx, args, result):
         ctx.set_materialize_grads(False)
@@ -105,11 +119,12 @@ def define(
             )
         return backward(ctx, *grads)
 
-    def node_type(forward):
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
+    def node_type(forward, backward):
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(name, (_SingleLevelFunction,), methods)
 
-    node, direct = node_type(node_forward), node_type(direct_forward)
+    node = node_type(node_forward, node_backward)
+    direct = node_type(direct_forward, direct_backward)
 
     def autograd(*args):
         if forward_ad._current_level >= 0 and _any_tangent(args):
@@ -126,11 +141,14 @@ def define(
     _library.impl(name, autograd, "Autograd")
 
     def call(*args):
-        if not _is_plain(args[:tensors]):
-            return op(*args)
-        if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+        plain = _is_plain(args[:tensors])
+        if plain and _C.is_grad_enabled() and _C._any_requires_grad(*args):
             return direct.apply(*args)
-        return native(*args)
+        function = native if plain else op
+        if flatten is None:
+            return function(*args)
+        args, shape = flatten(*args)
+        return function(*args).reshape(shape)
 
     return call
 
@@ -149,7 +167,8 @@ def _is_plain(tensors) -> bool:
         or _backend.chosen() != "native"
     ):
         return False
-    for t in tensors:
+    # A loop: a generator costs more than all else here.
+    for t in tensors:  # noqa: SIM110
         if t is not None and (type(t) not in _PLAIN_TENSORS or not t.is_cpu):
             return False
     return True
@@ -188,6 +207,11 @@ def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
     if tensor.is_contiguous() and (dtype is None or dtype == tensor.dtype):
         return torch.empty_like(tensor)
     return tensor.new_empty(tensor.shape, dtype=dtype)
+
+
+def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """tensor.to(dtype), at no price where there is nothing to do."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

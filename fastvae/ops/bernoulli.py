@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import checks_data
-from ._registry import accumulator, code, define, empty, empty_like, pointer, strided
-from .gaussian import _pair_of_dtypes, _result_dtype, _zero_grads, flatten_event
+from ._registry import accumulator, cast, code, define, empty, empty_like, pointer, strided
+from .gaussian import _pair_of_dtypes, _result_dtype, _zero_grads, check_event, flatten_event
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
@@ -45,16 +45,14 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
         >>> fastvae.ops.bernoulli_log_prob(x, logits)[0, 0]  # 64 log ½
         tensor(-44.3614)
     """
-    x2, logits3, lead = flatten_event("x", x, "logits", logits)
+    check_event("x", x, "logits", logits)
     native = x.device.type == "cpu" and _backend.chosen() == "native"
     if not native and not torch.compiler.is_compiling() and (x.device.type == "cpu" or checks_data()):
-        low, high = (
-            (x2.detach().amin(), x2.detach().amax()) if x2.numel() else (x2.new_zeros(()), x2.new_ones(()))
-        )
+        low, high = (x.detach().amin(), x.detach().amax()) if x.numel() else (x.new_zeros(()), x.new_ones(()))
         # Written so that NaN passes: NaN in gives NaN out.
         if bool(low < 0) or bool(high > 1):
             _refuse_targets(float(low), float(high))
-    return _bernoulli_log_prob(x2, logits3).reshape(*lead, x.shape[0])
+    return _bernoulli_log_prob(x, logits)
 
 
 def _refuse_targets(low: float, high: float):
@@ -69,7 +67,7 @@ def _native_bernoulli_log_prob(x, logits):
     if not logits.numel():
         return torch.zeros(logits.shape[:2], dtype=_result_dtype(x, logits))
     data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
-    x, logits = x.to(data), logits.to(parameter)
+    x, logits = cast(x, data), cast(logits, parameter)
     out = empty(logits.shape[:2], accumulator(parameter))
     in_range = _backend.extension().bernoulli_log_prob(
         code(data), code(parameter), out.data_ptr(), strided(x), strided(logits),
@@ -85,14 +83,14 @@ def _native_bernoulli_log_prob_backward(grad, x, logits, need):
         return _zero_grads((x, logits), need)
     dtypes = (x.dtype, logits.dtype)
     data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
-    x, logits = x.to(data), logits.to(parameter)
+    x, logits = cast(x, data), cast(logits, parameter)
     grad_x = empty_like(x) if need[0] else None
     grad_logits = empty_like(logits) if need[1] else None
     _backend.extension().bernoulli_log_prob_backward(
         code(data), code(parameter), pointer(grad_x), pointer(grad_logits), strided(grad),
         strided(x), strided(logits), *logits.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return tuple(None if g is None else g.to(d) for g, d in zip((grad_x, grad_logits), dtypes, strict=True))
+    return tuple(map(cast, (grad_x, grad_logits), dtypes))
 
 
 def _fake_bernoulli_log_prob(x, logits):
@@ -108,7 +106,8 @@ def _setup(ctx, args, result):
 
 
 def _backward(ctx, grad):
-    return _bernoulli_log_prob_backward(grad, *ctx.saved_tensors, list(ctx.needs_input_grad))
+    x, logits = ctx.saved_tensors
+    return _bernoulli_log_prob_backward(grad.reshape(logits.shape[:2]), x, logits, list(ctx.needs_input_grad))
 
 
 _bernoulli_log_prob_backward = define(
@@ -126,4 +125,5 @@ _bernoulli_log_prob = define(
     fake=_fake_bernoulli_log_prob,
     setup=_setup,
     backward=_backward,
+    flatten=flatten_event,
 )

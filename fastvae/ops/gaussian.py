@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_same_device, check_tensor, shape_of
-from ._registry import accumulator, code, define, empty, empty_like, pointer, strided
+from ._registry import accumulator, cast, code, define, empty, empty_like, pointer, strided
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor:
@@ -46,21 +46,18 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor
         >>> fastvae.ops.gaussian_log_prob(x, mean, 0.0).shape
         torch.Size([50, 4])
     """
-    x2, mean3, lead = flatten_event("x", x, "mean", mean)
-    event = mean.shape[len(lead) + 1 :]
+    check_event("x", x, "mean", mean)
     if not isinstance(logvar, Tensor):
         if isinstance(logvar, bool) or not isinstance(logvar, (int, float)):
             raise TypeError(f"logvar must be a tensor or a number, got {type(logvar).__name__}")
         logvar = torch.full((), logvar, dtype=accumulator(mean.dtype), device=mean.device)
     check_tensor("logvar", logvar)
     check_same_device("logvar", logvar, "mean", mean)
-    return _gaussian_log_prob(x2, mean3, _fold_logvar(logvar, mean, lead, event)).reshape(*lead, x.shape[0])
+    return _gaussian_log_prob(x, mean, _spread_logvar(logvar, mean, x))
 
 
-def flatten_event(
-    x_name: str, x: Tensor, name: str, parameter: Tensor
-) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Check x [B, *event] against a parameter [..., B, *event]; return [B, X], [K, B, X], leading axes."""
+def check_event(x_name: str, x: Tensor, name: str, parameter: Tensor) -> None:
+    """Check x [B, *event] against a parameter [..., B, *event]."""
     check_tensor(x_name, x)
     check_tensor(name, parameter)
     check_same_device(name, parameter, x_name, x)
@@ -70,33 +67,38 @@ def flatten_event(
             f"{name} has shape {shape_of(parameter)}, which does not end in {x_name}'s {shape_of(x)} ([B, "
             f"*event]); expected [..., {', '.join(map(str, x.shape))}]"
         )
-    b = x.shape[0]
-    # Written out, since -1 is ambiguous for an empty batch.
-    size = x.shape[1:].numel()
-    samples = parameter.shape[:lead]
-    return x.reshape(b, size), parameter.reshape(samples.numel(), b, size), tuple(samples)
 
 
-def _fold_logvar(logvar: Tensor, mean: Tensor, lead: tuple[int, ...], event: tuple[int, ...]) -> Tensor:
-    """Bring logvar to [1 or K, 1 or B, 1 or X], expanding only what is broadcast in part."""
-    missing = mean.dim() - logvar.dim()
+def flatten_event(x: Tensor, *parameters: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """x [B, *event] as [B, X], parameters [..., B, *event] as [K, B, X]; the shape [..., B] of a result."""
+    lead = parameters[0].dim() - x.dim()
+    flat = [x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel())]
+    for p in parameters:
+        # Written out, since -1 is ambiguous for an empty batch.
+        shape = (p.shape[:lead].numel(), p.shape[lead], p.shape[lead + 1 :].numel())
+        flat.append(p if p.shape == shape else p.reshape(shape))
+    return tuple(flat), (*parameters[0].shape[:lead], x.shape[0])
+
+
+def _spread_logvar(logvar: Tensor, mean: Tensor, x: Tensor) -> Tensor:
+    """Give logvar mean's axes, expanding what is broadcast in part: over all of the samples, the rows, or the
+    event, it stays one number.
+    """
+    if logvar.shape == mean.shape:
+        return logvar
+    missing, lead = mean.dim() - logvar.dim(), mean.dim() - x.dim()
     fits = missing >= 0 and all(n in (1, m) for n, m in zip(logvar.shape, mean.shape[missing:], strict=True))
     if not fits:
         raise ValueError(
             f"logvar has shape {shape_of(logvar)}, which does not broadcast to mean's {shape_of(mean)}; "
-            f"expected that shape, one row {list(event)}, or one number"
+            f"expected that shape, one row {list(mean.shape[lead + 1 :])}, or one number"
         )
     logvar = logvar.reshape((1,) * missing + tuple(logvar.shape))
-    groups = ((0, len(lead)), (len(lead), len(lead) + 1), (len(lead) + 1, mean.dim()))
-    sizes = []
-    for start, stop in groups:
-        ours, full = logvar.shape[start:stop], mean.shape[start:stop]
-        if all(n == 1 for n in ours):
-            sizes.append(1)
-            continue
-        logvar = logvar.expand(*logvar.shape[:start], *full, *logvar.shape[stop:])
-        sizes.append(full.numel())
-    return logvar.reshape(sizes)
+    for start, stop in ((0, lead), (lead, lead + 1), (lead + 1, mean.dim())):
+        if any(n != 1 for n in logvar.shape[start:stop]):
+            full = mean.shape[start:stop]
+            logvar = logvar.expand(*logvar.shape[:start], *full, *logvar.shape[stop:])
+    return logvar
 
 
 _FULL, _COLUMN, _ROW = 0, 1, 2
@@ -104,6 +106,8 @@ _FULL, _COLUMN, _ROW = 0, 1, 2
 
 def _native_layout(x, mean, logvar):
     """Dtypes that the C++ has code for, and which of its three layouts the log variance takes."""
+    if x.dtype == mean.dtype == logvar.dtype and logvar.shape == mean.shape:
+        return x.dtype, x.dtype, logvar, _FULL
     # A log variance in float64 widens everything, as in plain PyTorch.
     wide = torch.float64 if logvar.dtype == torch.float64 else mean.dtype
     data, parameter = _pair_of_dtypes(x.dtype, wide)
@@ -131,7 +135,7 @@ def _native_gaussian_log_prob(x, mean, logvar):
     if not mean.numel():
         return torch.zeros(mean.shape[:2], dtype=_result_dtype(x, mean, logvar))
     data, parameter, logvar, layout = _native_layout(x, mean, logvar)
-    x, mean = x.to(data), mean.to(parameter)
+    x, mean = cast(x, data), cast(mean, parameter)
     out = empty(mean.shape[:2], accumulator(parameter))
     _backend.extension().gaussian_log_prob(
         code(data), code(parameter), layout, out.data_ptr(),
@@ -146,7 +150,7 @@ def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
         return _zero_grads((x, mean, logvar), need)
     shape, dtypes = logvar.shape, (x.dtype, mean.dtype, logvar.dtype)
     data, parameter, logvar, layout = _native_layout(x, mean, logvar)
-    x, mean = x.to(data), mean.to(parameter)
+    x, mean = cast(x, data), cast(mean, parameter)
     wide = accumulator(parameter)
     k, b, size = mean.shape
     ext = _backend.extension()
@@ -165,8 +169,7 @@ def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
         grad_logvar = (
             grad_logvar.sum(0).view(1, 1, size) if layout == _COLUMN else grad_logvar.sum_to_size(shape)
         )
-    grads = (grad_x, grad_mean, grad_logvar)
-    return tuple(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
+    return tuple(map(cast, (grad_x, grad_mean, grad_logvar), dtypes))
 
 
 def _zero_grads(tensors, need):
@@ -191,7 +194,9 @@ def _setup(ctx, args, result):
 
 
 def _backward(ctx, grad):
-    return _gaussian_log_prob_backward(grad, *ctx.saved_tensors, list(ctx.needs_input_grad))
+    x, mean, logvar = ctx.saved_tensors
+    grad = grad.reshape(mean.shape[:2])
+    return _gaussian_log_prob_backward(grad, x, mean, logvar, list(ctx.needs_input_grad))
 
 
 _gaussian_log_prob_backward = define(
@@ -209,4 +214,5 @@ _gaussian_log_prob = define(
     fake=_fake_gaussian_log_prob,
     setup=_setup,
     backward=_backward,
+    flatten=flatten_event,
 )

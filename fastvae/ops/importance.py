@@ -50,18 +50,21 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
         raise TypeError(f"dim must be an int, the axis of the samples; got {dim!r} ({type(dim).__name__})")
     if not -log_w.dim() <= dim < log_w.dim():
         raise ValueError(f"dim={dim} is no axis of log_w, whose shape is {shape_of(log_w)}")
-    moved = log_w.movedim(dim, 0)
+    moved = log_w if dim == 0 else log_w.movedim(dim, 0)
     if moved.shape[0] == 0:
         raise ValueError(
             f"log_w has no samples along dim={dim}: its shape is {tuple(log_w.shape)}; at least one is needed"
         )
+    if moved.dim() == 2:
+        return _log_mean_exp(moved)[0]
     rest = moved.shape[1:]
     return _log_mean_exp(moved.reshape(moved.shape[0], rest.numel()))[0].reshape(rest)
 
 
 def _native_log_mean_exp(log_w):
     k, n = log_w.shape
-    results = empty((3, n), accumulator(log_w.dtype)).unbind()
+    bound = empty((n,), accumulator(log_w.dtype))
+    results = bound, torch.empty_like(bound), torch.empty_like(bound)
     _backend.extension().log_mean_exp(
         code(log_w.dtype), *(r.data_ptr() for r in results), strided(log_w), k, n, torch.get_num_threads()
     )

@@ -9,9 +9,10 @@ N(0, I)), noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random
     \mathrm{KL}_b &= ½ \sum_d \big[(μ - m)^2 / s^2 + e^{u} - 1 - u\big] \\
     \log p(z_k) - \log q(z_k|x) &= ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + u\big]
 
-:math:`e^u - 1 - u` is computed without cancellation near u = 0. On a GPU ε is regenerated in the backward pass,
-never stored. On a CPU, where drawing a normal costs several times what moving a float does (docs/NOTES.md),
-the forward pass of training keeps :math:`\partial z / \partial \mathrm{logvar} = ½σε`, the ``slope``.
+:math:`e^u - 1 - u` is computed without cancellation near u = 0. On a GPU ε is regenerated in the backward
+pass, never stored. On a CPU, where drawing a normal costs several times what moving a float does
+(docs/NOTES.md), the forward pass of training keeps :math:`\partial z / \partial \mathrm{logvar} = ½σε`, the
+``slope``.
 
 Gradients. With :math:`g^z` and :math:`g^r_k` what arrives at z and at the log-ratio:
 
@@ -47,8 +48,8 @@ from .._checks import (
     check_tensor,
     shape_of,
 )
-from ..reference.random import normal
 from ..random import draw_seed
+from ..reference.random import normal
 from ._registry import accumulator, code, define, empty, empty_like, pointer, strided
 
 ESTIMATORS = ("iwae", "dreg", "stl")
@@ -230,7 +231,9 @@ def _sample_shape(mu, samples):
     return mu.shape if samples == NO_AXIS else (samples, *mu.shape)
 
 
-def _native_draw(function, second, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, keep, *rest):
+def _native_draw(
+    function, second, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, keep, *rest
+):
     """z, the second result (a tensor to fill), and the slope, empty if it is not kept."""
     z = empty_like(mu) if samples == NO_AXIS else empty((samples, *mu.shape), mu.dtype)
     slope = empty_like(z, second.dtype) if keep else second.new_empty(0)
@@ -258,7 +261,7 @@ def _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi):
 
 
 def _adapt_draw(function):
-    """The reference and Triton give z its axis, make the noise again in the backward pass, and keep no slope."""
+    """The reference and Triton give z its axis, and make the noise again in the backward pass."""
 
     def draw(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, option, keep):
         z, second = function(mu, logvar, prior_mu, prior_logvar, seed, samples or 1, k0, b0, lo, hi, option)
@@ -351,7 +354,9 @@ _rsample_kl = define(
 # rsample_log_ratio: schema, C++, fake, autograd
 
 
-def _native_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, keep):
+def _native_rsample_log_ratio(
+    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, keep
+):
     log_ratio = empty((samples, mu.shape[0]), accumulator(mu.dtype))
     return _native_draw(
         _backend.extension().rsample_log_ratio, log_ratio,
@@ -359,7 +364,9 @@ def _native_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples,
     )  # fmt: skip
 
 
-def _fake_rsample_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, keep):
+def _fake_rsample_log_ratio(
+    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, keep
+):
     return _fake_draw(mu.new_empty((samples, mu.shape[0]), dtype=accumulator(mu.dtype)), mu, samples, keep)
 
 
@@ -404,8 +411,8 @@ _rsample_log_ratio_backward = define(
     f"bool[4] need) {_GRADS}",
     native=_native_rsample_log_ratio_backward,
     fake=lambda grad_z, grad_log_ratio, weight, slope, mu, *rest: _empty_grads(mu, rest[-1]),
-    adapt=lambda function: lambda grad_z, grad_log_ratio, weight, slope, *rest: function(
-        grad_z, grad_log_ratio, weight, *rest
+    adapt=lambda function: (
+        lambda grad_z, grad_log_ratio, weight, slope, *rest: function(grad_z, grad_log_ratio, weight, *rest)
     ),
 )
 _rsample_log_ratio = define(

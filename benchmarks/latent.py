@@ -1,0 +1,99 @@
+"""rsample_kl and rsample_log_ratio."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvae import ops
+
+from .measure import COMPILE, FALLBACK, OURS, op_works
+
+# Operations of one element, counted in the instructions of the C++: a normal (Philox 30, as 64-bit products
+# take two lanes, and Box-Muller 27), an exponential, exp(u) - 1 - u.
+NORMAL, EXP, EXPM1 = 57, 16, 20
+
+
+def works():
+    for b, d in ((128, 32), (8192, 64), (8192, 784)):
+        for k in (1, 50):
+            large = {"eager": 8.0, COMPILE: 5.0, FALLBACK: 5.0} if b > 128 and k == 1 else {}
+            yield from _rsample_kl(k, b, d, large or ({"eager": 3.0, COMPILE: 4.0, FALLBACK: 4.0} if k == 1 else {}))
+    for k, b, d in ((1, 128, 32), (50, 128, 32), (50, 64, 50), (1, 8192, 64), (50, 8192, 64), (50, 8192, 784)):
+        target = {"eager": 8.0, COMPILE: 5.0, FALLBACK: 5.0} if b == 64 else {}
+        yield from _rsample_log_ratio(k, b, d, target)
+
+
+def _leaves(b, d):
+    torch.manual_seed(0)
+    return torch.randn(b, d, requires_grad=True), torch.randn(b, d, requires_grad=True)
+
+
+def _eps(outputs, mu, logvar):
+    """The noise behind z, whoever drew it, once it is seen to be standard normal."""
+    eps = ((outputs[0] - mu) / torch.exp(0.5 * logvar)).detach()
+    n = eps.numel()
+    assert abs(float(eps.mean())) < 6 / n**0.5, f"the noise has a mean of {float(eps.mean()):.3g}"
+    variance = float(eps.var())
+    assert abs(variance - 1) < 6 * (2 / n) ** 0.5, f"the noise has a variance of {variance:.3g}"
+    return eps
+
+
+def _rsample_kl(k, b, d, target):
+    def eager(mu, logvar):
+        if k == 1:
+            z = torch.addcmul(mu, torch.exp(0.5 * logvar), torch.randn_like(mu))
+        else:
+            z = torch.addcmul(mu, torch.exp(0.5 * logvar), torch.randn(k, b, d))
+        return z, 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
+
+    def exact(outputs, mu, logvar):
+        z = mu + torch.exp(0.5 * logvar) * _eps(outputs, mu, logvar)
+        return z, 0.5 * (mu**2 + torch.expm1(logvar) - logvar).sum(-1)
+
+    samples = None if k == 1 else k
+    functions = {OURS: lambda mu, logvar: ops.rsample_kl(mu, logvar, samples=samples), "eager": eager}
+    # Forward: mu, logvar in, z, kl out. Backward: the same in, what arrives at z in, two gradients out.
+    forward = 4 * (2 * b * d + k * b * d + b)
+    backward = 4 * (2 * b * d + k * b * d + b + 2 * b * d)
+    operations = b * d * (EXP + EXPM1 + 3) + k * b * d * (NORMAL + 2)
+    yield from op_works(
+        "rsample_kl",
+        f"{'' if k == 1 else f'{k}×'}{b}×{d}",
+        _leaves(b, d),
+        functions,
+        exact,
+        sampling=True,
+        elements=k * b * d,
+        moved=(forward, forward + backward),
+        operations=(operations, operations + b * d * (EXPM1 + 4) + 2 * k * b * d),
+        target=target,
+    )
+
+
+def _rsample_log_ratio(k, b, d, target):
+    def eager(mu, logvar):
+        eps = torch.randn(k, b, d)
+        z = torch.addcmul(mu, torch.exp(0.5 * logvar), eps)
+        return z, 0.5 * ((eps.square() - z.square()).sum(-1) + logvar.sum(-1))
+
+    def exact(outputs, mu, logvar):
+        eps = _eps(outputs, mu, logvar)
+        z = mu + torch.exp(0.5 * logvar) * eps
+        return z, 0.5 * (eps**2 - z**2 + logvar).sum(-1)
+
+    functions = {OURS: lambda mu, logvar: ops.rsample_log_ratio(mu, logvar, samples=k), "eager": eager}
+    forward = 4 * (2 * b * d + k * b * d + k * b)
+    backward = 4 * (2 * b * d + k * b * d + k * b + 2 * b * d)
+    operations = b * d * EXP + k * b * d * (NORMAL + 5)
+    yield from op_works(
+        "rsample_log_ratio",
+        f"{k}×{b}×{d}",
+        _leaves(b, d),
+        functions,
+        exact,
+        sampling=True,
+        elements=k * b * d,
+        moved=(forward, forward + backward),
+        operations=(operations, operations + 6 * k * b * d),
+        target=target,
+    )
