@@ -17,7 +17,10 @@ LOG_2PI = math.log(2 * math.pi)
 def works():
     yield from likelihood_works(
         "gaussian_log_prob",
-        lambda *shape: (torch.randn(*shape[-2:]), *(torch.randn(*shape, requires_grad=True) for _ in range(2))),
+        lambda *shape: (
+            torch.randn(*shape[-2:]),
+            *(torch.randn(*shape, requires_grad=True) for _ in range(2)),
+        ),
         ops.gaussian_log_prob,
         lambda x, mean, logvar: -0.5 * (LOG_2PI + logvar + (x - mean).square() * torch.exp(-logvar)).sum(-1),
         operations=(EXP + 4, EXP + 5),

@@ -17,8 +17,17 @@ def works():
     for b, d in ((128, 32), (8192, 64), (8192, 784)):
         for k in (1, 50):
             large = {"eager": 8.0, COMPILE: 5.0, FALLBACK: 5.0} if b > 128 and k == 1 else {}
-            yield from _rsample_kl(k, b, d, large or ({"eager": 3.0, COMPILE: 4.0, FALLBACK: 4.0} if k == 1 else {}))
-    for k, b, d in ((1, 128, 32), (50, 128, 32), (50, 64, 50), (1, 8192, 64), (50, 8192, 64), (50, 8192, 784)):
+            yield from _rsample_kl(
+                k, b, d, large or ({"eager": 3.0, COMPILE: 4.0, FALLBACK: 4.0} if k == 1 else {})
+            )
+    for k, b, d in (
+        (1, 128, 32),
+        (50, 128, 32),
+        (50, 64, 50),
+        (1, 8192, 64),
+        (50, 8192, 64),
+        (50, 8192, 784),
+    ):
         target = {"eager": 8.0, COMPILE: 5.0, FALLBACK: 5.0} if b == 64 else {}
         yield from _rsample_log_ratio(k, b, d, target)
 

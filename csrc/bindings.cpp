@@ -24,16 +24,25 @@ namespace FASTVAE_ISA {
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
+#include <type_traits>
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
 #include "parallel.hpp"
 
+// How long its vectors are is told along with the instruction set: the pragmas below do not define __AVX2__ and the like.
 #define FASTVAE_ISA base
+#if defined(__AVX512F__)
+#define FASTVAE_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTVAE_VECTOR_BYTES 32
+#else
+#define FASTVAE_VECTOR_BYTES 16
+#endif
 #include "bindings.cpp"
 #undef FASTVAE_ISA
+#undef FASTVAE_VECTOR_BYTES
 
 // FASTVAE_BASE_ONLY: a quick build for development, sanitisers and mutation checks.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTVAE_BASE_ONLY)
@@ -41,14 +50,18 @@ namespace FASTVAE_ISA {
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 #define FASTVAE_ISA avx2
+#define FASTVAE_VECTOR_BYTES 32
 #include "bindings.cpp"
 #undef FASTVAE_ISA
+#undef FASTVAE_VECTOR_BYTES
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define FASTVAE_ISA avx512
+#define FASTVAE_VECTOR_BYTES 64
 #include "bindings.cpp"
 #undef FASTVAE_ISA
+#undef FASTVAE_VECTOR_BYTES
 #pragma GCC pop_options
 #endif
 

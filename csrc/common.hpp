@@ -4,6 +4,10 @@
 // A loop over a tile, compiled by itself: among others GCC forgets that its pointers do not overlap and leaves it scalar.
 #define FASTVAE_LOOP __attribute__((noinline))
 
+// For what such loops call element by element: one call that is not inlined, and the loop is scalar. Left to itself GCC stops
+// inlining when a file has grown by some share.
+#define FASTVAE_INLINE inline __attribute__((always_inline))
+
 enum Dtype { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // Columns handled at a time: a few buffers of this length stay in the first-level cache.
@@ -29,17 +33,17 @@ template <class T>
 using compute_t = typename Compute<T>::type;
 
 template <class To, class From>
-inline To bit_cast(From from) {
+FASTVAE_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   __builtin_memcpy(&to, &from, sizeof(To));
   return to;
 }
 
-inline double upcast(double v) { return v; }
-inline float upcast(float v) { return v; }
-inline float upcast(bf16 v) { return bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16); }
-inline float upcast(f16 v) {
+FASTVAE_INLINE double upcast(double v) { return v; }
+FASTVAE_INLINE float upcast(float v) { return v; }
+FASTVAE_INLINE float upcast(bf16 v) { return bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16); }
+FASTVAE_INLINE float upcast(f16 v) {
   // Shift the exponent into place; infinities and NaN get the rest of it, subnormals are renormalised by a subtraction.
   const std::uint32_t magnitude = (v.bits & 0x7fffu) << 13;
   const std::uint32_t exponent = magnitude & (0x7c00u << 13);
@@ -50,14 +54,14 @@ inline float upcast(f16 v) {
   return bit_cast<float>(bits | (static_cast<std::uint32_t>(v.bits & 0x8000u) << 16));
 }
 
-inline void assign(double& to, double v) { to = v; }
-inline void assign(float& to, float v) { to = v; }
-inline void assign(bf16& to, float v) {
+FASTVAE_INLINE void assign(double& to, double v) { to = v; }
+FASTVAE_INLINE void assign(float& to, float v) { to = v; }
+FASTVAE_INLINE void assign(bf16& to, float v) {
   const std::uint32_t bits = bit_cast<std::uint32_t>(v);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to.bits = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
-inline void assign(f16& to, float v) {
+FASTVAE_INLINE void assign(f16& to, float v) {
   const std::uint32_t all = bit_cast<std::uint32_t>(v), sign = all & 0x80000000u, bits = all ^ sign;
   const std::uint32_t magic = ((127u - 15u) + (23u - 10u) + 1u) << 23;  // adding it rounds at the subnormals' last place
   const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(bits) + bit_cast<float>(magic)) - magic;
@@ -99,13 +103,7 @@ inline void fill(C* p, C value, int n) {
 }
 
 // One vector of the instruction set, anywhere in memory.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
+constexpr int kVectorBytes = FASTVAE_VECTOR_BYTES;
 template <class C>
 using Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(C)), may_alias)) = C;
 template <class C>
@@ -146,7 +144,7 @@ inline const compute_t<T>* load(compute_t<T>* __restrict buffer, const T* p, i64
 
 // Where to write n results that shall end at p, which is contiguous: p itself or buffer, then commit().
 template <class T>
-inline compute_t<T>* target(T* p, compute_t<T>* buffer) {
+FASTVAE_INLINE compute_t<T>* target(T* p, compute_t<T>* buffer) {
   if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
     return p;
   } else {
@@ -197,7 +195,7 @@ inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1
 
 // Where to write a tile that shall end in rows s0 apart at p, and how it gets there.
 template <class T>
-inline compute_t<T>* target(T* p, compute_t<T>* buffer, i64 s0, const Tile& t) {
+FASTVAE_INLINE compute_t<T>* target(T* p, compute_t<T>* buffer, i64 s0, const Tile& t) {
   return p && t.dense(s0) ? target(p, buffer) : buffer;
 }
 template <class T>
@@ -214,7 +212,7 @@ inline void commit(T* p, const compute_t<T>* from, i64 s0, const Tile& t) {
 
 // The sum of term(i) over [0, n): blocks in which each lane adds 16 terms in C, then double.
 template <class C, class F>
-inline double sum_over(int n, F term) {
+FASTVAE_INLINE double sum_over(int n, F term) {
   constexpr int block = 16 * kLanes<C>;
   double total = 0;
   for (int first = 0; first < n; first += block) {
@@ -287,9 +285,9 @@ struct Reduced {
   std::uint32_t integer;  // n in its low bits
   float n, p, r2q;
   // 2^(n + shift), for what a normal number can hold. NaN gives some number: p is NaN then.
-  float power(int shift) const { return bit_cast<float>((integer + static_cast<std::uint32_t>(127 + shift)) << 23); }
+  FASTVAE_INLINE float power(int shift) const { return bit_cast<float>((integer + static_cast<std::uint32_t>(127 + shift)) << 23); }
 };
-inline Reduced reduce(float x) {
+FASTVAE_INLINE Reduced reduce(float x) {
   const float rounded = x * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer
   const float n = rounded - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -300,46 +298,47 @@ inline Reduced reduce(float x) {
   const float r2q = r2 * q;
   return {bit_cast<std::uint32_t>(rounded), n, r + r2q, r2q};
 }
-inline float clip_below(float x, float lo) { return x < lo ? lo : x; }  // NaN stays
+FASTVAE_INLINE float clip_below(float x, float lo) { return x < lo ? lo : x; }  // NaN stays
 template <class C>
-inline C clip(C x, C lo, C hi) {
+FASTVAE_INLINE C clip(C x, C lo, C hi) {
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
 }
 
-// In two steps, so that neither subnormal results nor the largest ones lose anything on the way.
-inline float exp_(float x) {
+// In two steps, so that neither subnormal results nor the largest ones lose anything on the way: 2^(n -+ 64), then 2^+-64. The sign
+// of x chooses by its bit: two comparisons of x would tempt the compiler to branch, and the loop around to stay scalar.
+FASTVAE_INLINE float exp_(float x) {
   const Reduced e = reduce(clip(x, -104.0f, 89.0f));
-  const bool down = x < 0.0f;
-  const float s = e.power(down ? 64 : -64);
-  return (s * e.p + s) * (down ? 0x1p-64f : 0x1p64f);
+  const std::int32_t down = (bit_cast<std::int32_t>(x) >> 31) & 128;
+  const float s = e.power(down - 64);
+  return (s * e.p + s) * bit_cast<float>((127 + 64 - down) << 23);
 }
-inline double exp_(double x) { return __builtin_exp(x); }
+FASTVAE_INLINE double exp_(double x) { return __builtin_exp(x); }
 
 // exp(x) for x <= 0.
-inline float exp_negative(float x) {
+FASTVAE_INLINE float exp_negative(float x) {
   const Reduced e = reduce(clip_below(x, -104.0f));
   const float s = e.power(64);
   return (s * e.p + s) * 0x1p-64f;
 }
-inline double exp_negative(double x) { return __builtin_exp(x); }
+FASTVAE_INLINE double exp_negative(double x) { return __builtin_exp(x); }
 
 // The scaled half of exp(x) - 1: 2 * (s p + (s - 1/2)) with s = 2^(n-1) is exact in form at n = 0 and finite up to the end.
-inline float expm1_from(const Reduced& e) {
+FASTVAE_INLINE float expm1_from(const Reduced& e) {
   const float s = e.power(-1);
   return 2.0f * (s * e.p + (s - 0.5f));
 }
-inline float expm1_(float x) { return expm1_from(reduce(clip(x, -87.0f, 89.0f))); }
-inline double expm1_(double x) { return __builtin_expm1(x); }
+FASTVAE_INLINE float expm1_(float x) { return expm1_from(reduce(clip(x, -87.0f, 89.0f))); }
+FASTVAE_INLINE double expm1_(double x) { return __builtin_expm1(x); }
 
 // exp(x) - 1 - x, without cancellation near 0.
-inline float expm1_minus(float x) {
-  const float c = clip(x, -87.0f, 89.0f);
-  const Reduced e = reduce(c);
-  // Below the clip exp(x) is nothing beside x; above it x is nothing beside exp(x), and inf gives inf.
-  return e.n == 0.0f ? e.r2q : expm1_from(e) - (x < 0.0f ? x : c);
+FASTVAE_INLINE float expm1_minus(float x) {
+  // The x at the end is bounded above, so that inf gives inf; below -87 exp(x) is nothing beside it.
+  const float top = x > 89.0f ? 89.0f : x;
+  const Reduced e = reduce(clip_below(top, -87.0f));
+  return e.n == 0.0f ? e.r2q : expm1_from(e) - top;
 }
-inline double expm1_minus(double x) {
+FASTVAE_INLINE double expm1_minus(double x) {
   // The series where expm1(x) - x would lose more than 3 bits: the next term is below 1e-17 of the sum.
   const double small = x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 +
                        x * (1.0 / 40320 + x * (1.0 / 362880 + x / 3628800))))))));
@@ -347,7 +346,7 @@ inline double expm1_minus(double x) {
 }
 
 // log(2^e (1 + g)) for sqrt(1/2) <= 1 + g < sqrt(2).
-inline float log_from(float g, float e) {
+FASTVAE_INLINE float log_from(float g, float e) {
   const float z = g * g;
   const float p = (((7.0376836292e-2f * z + (-1.1514610310e-1f * g + 1.1676998740e-1f)) * z +
                     (-1.2420140846e-1f * g + 1.4249322787e-1f)) * z + (-1.6668057665e-1f * g + 2.0000714765e-1f)) * z +
@@ -357,18 +356,24 @@ inline float log_from(float g, float e) {
 }
 
 // log(1 + t) for 0 <= t < 2^31, to full relative accuracy.
-inline float log1p_(float t) {
-  const float u = 1.0f + t;
-  const float lost = t < 1.0f ? t - (u - 1.0f) : 1.0f - (u - t);
+FASTVAE_INLINE float log1p_(float t) {
+  const float u = 1.0f + t, whole = u - 1.0f;
+  const float lost = (1.0f - (u - whole)) + (t - whole);
   // u = 2^e m with sqrt(1/2) <= m < sqrt(2).
   const std::uint32_t shifted = bit_cast<std::uint32_t>(u) - 0x3f3504f3u;
   const std::int32_t e = static_cast<std::int32_t>(shifted) >> 23;
   const float m = bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u);
   const float g = (m - 1.0f) + lost * bit_cast<float>(static_cast<std::uint32_t>(127 - e) << 23);
-  // NaN has lost its bits on the way.
-  return t == t ? log_from(e == 0 ? t : g, static_cast<float>(e)) : t;
+  // A NaN has lost its bits on the way; the last term brings it back.
+  return log_from(e == 0 ? t : g, static_cast<float>(e)) + (t - t);
 }
-inline double log1p_(double t) { return __builtin_log1p(t); }
+FASTVAE_INLINE double log1p_(double t) { return __builtin_log1p(t); }
+
+template <class C>
+FASTVAE_LOOP void log1p_all(int n, C* p) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) p[i] = log1p_(p[i]);
+}
 
 // The sum of log(1 + e[i]) for e in [0, 1], through products: with 1 + e = (1 + a)(1 + b), e = a + b (1 + a) keeps the
 // relative accuracy that 1 + e would not, and one logarithm serves 16 elements. Overwrites e.
@@ -380,10 +385,11 @@ FASTVAE_LOOP double sum_log1p(C* e, int n) {
     for (int i = 0; i < n - kept; ++i) e[i] += e[kept + i] * (C(1) + e[i]);
     n = kept;
   }
-  return sum_over<C>(n, [=](int i) { return log1p_(e[i]); });
+  log1p_all(n, e);
+  return sum_over<C>(n, [=](int i) { return e[i]; });
 }
 
-inline float infinity(float) { return __builtin_inff(); }
-inline double infinity(double) { return __builtin_inf(); }
-inline float abs_(float x) { return __builtin_fabsf(x); }
-inline double abs_(double x) { return __builtin_fabs(x); }
+FASTVAE_INLINE float infinity(float) { return __builtin_inff(); }
+FASTVAE_INLINE double infinity(double) { return __builtin_inf(); }
+FASTVAE_INLINE float abs_(float x) { return __builtin_fabsf(x); }
+FASTVAE_INLINE double abs_(double x) { return __builtin_fabs(x); }

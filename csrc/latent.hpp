@@ -64,15 +64,15 @@ struct LatentTile {
 
 // x - m, its quotient with s^2, and log sigma^2 - log s^2, at i.
 template <bool kPrior, class C>
-inline C distance(const LatentArrays<C>& q, C x, int i) {
+FASTVAE_INLINE C distance(const LatentArrays<C>& q, C x, int i) {
   return kPrior ? x - q.prior_mu[i] : x;
 }
 template <bool kPrior, class C>
-inline C times_precision(const LatentArrays<C>& q, C x, int i) {
+FASTVAE_INLINE C times_precision(const LatentArrays<C>& q, C x, int i) {
   return kPrior ? x * q.precision[i] : x;
 }
 template <bool kPrior, class C>
-inline C log_variances(const LatentArrays<C>& q, int i) {
+FASTVAE_INLINE C log_variances(const LatentArrays<C>& q, int i) {
   return kPrior ? q.clamped[i] - q.prior_logvar[i] : q.clamped[i];
 }
 
@@ -109,8 +109,8 @@ FASTVAE_LOOP void draw(int n, LatentArrays<C> q, const C* __restrict half_sigma,
 }
 
 template <bool kPrior, class C>
-FASTVAE_LOOP double sum_log_variances(int n, LatentArrays<C> q, int first) {
-  return sum_over<C>(n, [=](int i) { return log_variances<kPrior>(q, first + i); });
+FASTVAE_LOOP double sum_log_variances(int n, const C* __restrict logvar, const C* __restrict prior_logvar) {
+  return sum_over<C>(n, [=](int i) { return kPrior ? logvar[i] - prior_logvar[i] : logvar[i]; });
 }
 
 // What a forward pass writes: z [K, B, D]; if kept, the derivative of z by logvar [K, B, D]; and kl [B] (or [B, D] with
@@ -155,7 +155,10 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
           }
         }
         if (to.log_ratio) {
-          for (int r = 0; r < rows; ++r) constant[r] = sum_log_variances<kPrior>(t.n, q, r * t.pitch);
+          for (int r = 0; r < rows; ++r) {
+            const C* prior_logvar = kPrior ? q.prior_logvar + r * t.pitch : nullptr;
+            constant[r] = sum_log_variances<kPrior>(t.n, q.clamped + r * t.pitch, prior_logvar);
+          }
         }
         for (i64 k = k0; k < k1; ++k) {
           const i64 offset = (k * a.rows + b) * a.columns + column, size = (t.rows - 1) * a.columns + t.n;

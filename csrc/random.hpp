@@ -10,7 +10,7 @@ struct Words {
   std::uint32_t w0, w1, w2, w3;
 };
 
-inline Words philox(Words c, Key key) {
+FASTVAE_INLINE Words philox(Words c, Key key) {
   std::uint32_t k0 = key.low, k1 = key.high;
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
@@ -25,7 +25,7 @@ inline Words philox(Words c, Key key) {
 }
 
 // Two words make two normals, radius * (cosine, sine) of an angle.
-inline float radius_of(std::uint32_t w, float) {
+FASTVAE_INLINE float radius_of(std::uint32_t w, float) {
   // u = (w + 1/2) / 2^32. Its upper half is taken as 1 - f with f exact, which keeps small radii accurate.
   const bool upper = static_cast<std::int32_t>(w) < 0;
   const std::int32_t t = static_cast<std::int32_t>(upper ? ~w : w);
@@ -38,7 +38,7 @@ inline float radius_of(std::uint32_t w, float) {
   const float g = upper && exponent == 0 ? -f : m - 1.0f;
   return __builtin_sqrtf(-2.0f * log_from(g, static_cast<float>(exponent)));
 }
-inline double radius_of(std::uint32_t w, double) {
+FASTVAE_INLINE double radius_of(std::uint32_t w, double) {
   return __builtin_sqrt(-2.0 * __builtin_log((w + 0.5) * 0x1p-32));
 }
 
@@ -46,7 +46,7 @@ template <class C>
 struct Pair {
   C first, second;
 };
-inline Pair<float> turn(float radius, std::uint32_t w) {
+FASTVAE_INLINE Pair<float> turn(float radius, std::uint32_t w) {
   // The angle 2 pi (w + 1/2) / 2^32 less its quarter turns, within +-pi/4: the lower 30 bits with their sign, exactly.
   const float a = static_cast<float>(static_cast<std::int32_t>(w << 2)) * 3.6572951981678990e-10f + 7.3145903963357980e-10f;
   const float z = a * a;
@@ -65,29 +65,26 @@ inline Pair<float> turn(float radius, std::uint32_t w) {
   const float sine = bit_cast<float>(bit_cast<std::uint32_t>(odd ? c : s) ^ (turns & sign));
   return {radius * cosine, radius * sine};
 }
-inline Pair<double> turn(double radius, std::uint32_t w) {
+FASTVAE_INLINE Pair<double> turn(double radius, std::uint32_t w) {
   const double angle = (w + 0.5) * (6.283185307179586476925286766559 * 0x1p-32);
   return {radius * __builtin_cos(angle), radius * __builtin_sin(angle)};
 }
 
 // Philox on vectors of 64-bit lanes. A lane's lower half is a word of a counter; what a product leaves in the upper half does no
 // harm, since a multiplication takes lower halves only.
-#if defined(__AVX512F__)
-typedef std::uint64_t U64 __attribute__((vector_size(64)));
-inline U64 multiply_lower(U64 a, U64 b) { return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
-#elif defined(__AVX2__)
-typedef std::uint64_t U64 __attribute__((vector_size(32)));
-inline U64 multiply_lower(U64 a, U64 b) { return (U64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+typedef std::uint64_t U64 __attribute__((vector_size(kVectorBytes)));
+#if FASTVAE_VECTOR_BYTES == 64
+FASTVAE_INLINE U64 multiply_lower(U64 a, U64 b) { return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+#elif FASTVAE_VECTOR_BYTES == 32
+FASTVAE_INLINE U64 multiply_lower(U64 a, U64 b) { return (U64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 #elif defined(__SSE2__)
-typedef std::uint64_t U64 __attribute__((vector_size(16)));
-inline U64 multiply_lower(U64 a, U64 b) { return (U64)_mm_mul_epu32((__m128i)a, (__m128i)b); }
+FASTVAE_INLINE U64 multiply_lower(U64 a, U64 b) { return (U64)_mm_mul_epu32((__m128i)a, (__m128i)b); }
 #else
-typedef std::uint64_t U64 __attribute__((vector_size(16)));
-inline U64 multiply_lower(U64 a, U64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+FASTVAE_INLINE U64 multiply_lower(U64 a, U64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 #endif
 constexpr int kCallsPerStep = sizeof(U64) / 4;  // one vector of even calls and one of odd calls
 
-inline void philox(U64& c0, U64& c1, U64& c2, U64& c3, Key key) {
+FASTVAE_INLINE void philox(U64& c0, U64& c1, U64& c2, U64& c3, Key key) {
   std::uint32_t k0 = key.low, k1 = key.high;
   const U64 zero = {}, m0 = zero + 0xD2511F53u, m1 = zero + 0xCD9E8D57u;
 #pragma GCC unroll 10
@@ -129,16 +126,47 @@ FASTVAE_LOOP void radii(int calls, const std::uint32_t* __restrict words, C* __r
   for (int i = 0; i < calls; ++i) out[i] = radius_of(words[i], C{});
 }
 template <class C>
-FASTVAE_LOOP void turns(int calls, const C* __restrict r0, const std::uint32_t* __restrict w1, const C* __restrict r2,
-                        const std::uint32_t* __restrict w3, C* __restrict out) {
+FASTVAE_LOOP void turns(int calls, const C* __restrict radii, const std::uint32_t* __restrict words, C* __restrict first,
+                        C* __restrict second) {
 #pragma omp simd
   for (int i = 0; i < calls; ++i) {
-    const Pair<C> a = turn(r0[i], w1[i]), b = turn(r2[i], w3[i]);
-    out[4 * i] = a.first;
-    out[4 * i + 1] = a.second;
-    out[4 * i + 2] = b.first;
-    out[4 * i + 3] = b.second;
+    const Pair<C> pair = turn(radii[i], words[i]);
+    first[i] = pair.first;
+    second[i] = pair.second;
   }
+}
+
+// out[4 i + j] = planes[j][i]. Spelt out, since some compilers scatter every element by itself.
+template <class C>
+FASTVAE_LOOP void interleave(int calls, const C (*planes)[kCalls], C* out) {
+#ifdef __clang__
+  for (int i = 0; i < calls; ++i) {
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = planes[j][i];
+  }
+#else
+  constexpr int lanes = kLanes<C>;
+  using Integer = std::conditional_t<sizeof(C) == 4, std::int32_t, std::int64_t>;
+  typedef Integer Index __attribute__((vector_size(kVectorBytes)));
+  // Of two vectors, the lower or the upper half, alternating by single elements or by pairs.
+  Index low1, low2, high1, high2;
+  for (int l = 0; l < lanes; ++l) {
+    low1[l] = l / 2 + l % 2 * lanes;
+    low2[l] = l / 4 * 2 + l % 2 + l / 2 % 2 * lanes;
+    high1[l] = low1[l] + lanes / 2;
+    high2[l] = low2[l] + lanes / 2;
+  }
+  for (int i = 0; i < calls; i += lanes) {
+    Vector<C> in[4];
+    for (int j = 0; j < 4; ++j) in[j] = *reinterpret_cast<const Vector<C>*>(planes[j] + i);
+    const Vector<C> a0 = __builtin_shuffle(in[0], in[1], low1), a1 = __builtin_shuffle(in[0], in[1], high1);
+    const Vector<C> b0 = __builtin_shuffle(in[2], in[3], low1), b1 = __builtin_shuffle(in[2], in[3], high1);
+    Vector<C>* to = reinterpret_cast<Vector<C>*>(out + 4 * i);
+    to[0] = __builtin_shuffle(a0, b0, low2);
+    to[1] = __builtin_shuffle(a0, b0, high2);
+    to[2] = __builtin_shuffle(a1, b1, low2);
+    to[3] = __builtin_shuffle(a1, b1, high2);
+  }
+#endif
 }
 
 // The noise of one tile at a time: rows of the same columns and the same sample.
@@ -165,9 +193,11 @@ class Noise {
   const C* operator()(i64 sample, i64 row) {
     philox_calls(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_),
                  static_cast<std::uint32_t>(sample + sample_offset_), key_, words_);
-    radii(calls_, words_[0], radii_[0]);
-    radii(calls_, words_[2], radii_[1]);
-    turns(calls_, radii_[0], words_[1], radii_[1], words_[3], normals_);
+    for (int j = 0; j < 4; j += 2) {
+      radii(calls_, words_[j], radii_);
+      turns(calls_, radii_, words_[j + 1], planes_[j], planes_[j + 1]);
+    }
+    interleave(calls_, planes_, normals_);
     return normals_;
   }
 
@@ -177,7 +207,7 @@ class Noise {
   std::uint32_t block_ = 0;
   int blocks_ = 0, calls_ = 0;
   std::uint32_t c0_[kCalls], c1_[kCalls], words_[4][kCalls];
-  C radii_[2][kCalls], normals_[kTile];
+  C radii_[kCalls], planes_[4][kCalls], normals_[kTile];
 };
 
 inline int tile_width(i64 columns, i64 column) {
@@ -226,6 +256,6 @@ inline void normal(address out, bool wide, address seed, i64 samples, i64 rows, 
 }
 
 // The random words of one counter, for the known-answer test.
-inline Words philox_words(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
+FASTVAE_INLINE Words philox_words(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
   return philox({c0, c1, c2, c3}, Key(seed));
 }

@@ -1,0 +1,91 @@
+"""``python -m benchmarks [module ...]``: measure, print, write CSV and plots."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+# Before torch is imported: the profiler's chatter.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch  # noqa: E402
+
+from . import report  # noqa: E402
+from .measure import OURS, keep_memory, measure, measure_machine  # noqa: E402
+
+MODULES = ("latent", "gaussian", "bernoulli", "importance", "objectives")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure fastvae beside eager PyTorch, torch.compile, torch.distributions, Pyro and pythae "
+        "(those that are installed), interleaved in one run; print a table, write CSV and plots.",
+    )
+    parser.add_argument("modules", nargs="*", metavar="module", help=f"some of: {', '.join(MODULES)}")
+    parser.add_argument("--out", type=Path, help="where CSV and plots go; default: benchmarks/results")
+    parser.add_argument(
+        "--budget", type=float, default=1.0, help="seconds of rounds for each line (default 1)"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the ratios with those recorded for this device, say what got slower, and write nothing",
+    )
+    options = parser.parse_args(arguments)
+    if unknown := [m for m in options.modules if m not in MODULES]:
+        parser.error(f"unknown module {unknown[0]!r}; known: {', '.join(MODULES)}")
+    warnings.filterwarnings("ignore")
+
+    began = time.perf_counter()
+    kept = keep_memory()
+    machine = measure_machine()
+    where = report.environment(machine)
+    stem = (options.out or Path(__file__).parent / "results") / report.file_name(where)
+    print(
+        f"{where['device']}, {where['threads']} threads, {where['versions']}, {where['time']}\n"
+        f"a copy moves {where['copy_gb_per_s']} GB/s, a float32 matrix product does {where['gflop_per_s']} GFLOP/s; "
+        f"freed memory is {'kept' if kept else 'NOT kept: allocations will cost page faults'}\n\n"
+        "× fastvae: time / fastvae's in the same round. of copy: bytes that must move, a second, to those of a "
+        "copy.\nof least: the time that bytes and operations need at least, to the time taken. MiB, allocs: of "
+        "one run.\n\n" + report.HEAD,
+        flush=True,
+    )
+    rows: list[report.Row] = []
+    for module in options.modules or MODULES:
+        for work in importlib.import_module(f".{module}", __package__).works():
+            results = measure(work, options.budget)
+            if results[OURS].wrong:
+                print(f"fastvae's own result is wrong: {results[OURS].wrong}", file=sys.stderr)
+            new = report.rows_of(work, results, machine, where)
+            rows += new
+            print(report.table(new), flush=True)
+    print()
+    print(report.summary(rows))
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
+    path = stem.with_suffix(".csv")
+    if options.check:
+        if not path.exists():
+            print(f"nothing is recorded for this device: {path} is missing; run without --check first")
+            return 2
+        slower = report.got_slower(rows, report.read_csv(path))
+        print("\n".join(["got slower than recorded:", *slower]) if slower else "nothing got slower")
+        return 1 if slower else 0
+    if options.modules and path.exists():
+        measured = {r["group"] for r in rows}
+        rows = [r for r in report.read_csv(path) if r["group"] not in measured] + rows
+    report.write_csv(rows, path)
+    for p in (path, *report.plots(report.read_csv(path), stem)):
+        print(p)
+    return 1 if any(r["wrong"] and r["implementation"] == OURS for r in rows) else 0
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""From measurements to rows, and from rows to a table, a CSV file, plots, and a comparison with recorded rows."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .measure import OURS, Machine, Result, Work
+
+Row = dict[str, str]
+FULL = ("forward+backward", "step", "evaluation")
+
+
+def environment(machine: Machine) -> Row:
+    """What every row says of where and when it was measured."""
+    versions = []
+    for package in ("torch", "fastvae", "pyro-ppl", "pythae"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": _device(),
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "copy_gb_per_s": f"{machine.bytes_per_second / 1e9:.1f}",
+        "gflop_per_s": f"{2 * machine.operations_per_second / 1e9:.0f}",
+    }
+
+
+def _device() -> str:
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def rows_of(work: Work, results: dict[str, Result], machine: Machine, where: Row) -> list[Row]:
+    """A row for each implementation; ``ratio`` is its time divided by fastvae's, round by round."""
+    ours = results[OURS].seconds
+    least = machine.least_seconds(work)
+    rows = []
+    for name, result in results.items():
+        row = {
+            "group": work.group,
+            "case": work.case,
+            "direction": work.direction,
+            "implementation": name,
+            "rounds": str(len(result.seconds)),
+            "wrong": result.wrong,
+        }
+        if len(result.seconds):
+            p20, p50, p80 = np.percentile(result.seconds, (20, 50, 80))
+            row |= {f"{key}_us": f"{v * 1e6:.1f}" for key, v in (("p20", p20), ("p50", p50), ("p80", p80))}
+            if len(ours):
+                r20, r50, r80 = np.percentile(result.seconds / ours, (20, 50, 80))
+                row |= {"ratio": f"{r50:.3f}", "ratio_p20": f"{r20:.3f}", "ratio_p80": f"{r80:.3f}"}
+            row |= {
+                "gb_per_s": f"{work.bytes / p50 / 1e9:.2f}" if work.bytes else "",
+                "share_of_copy": f"{work.bytes / p50 / machine.bytes_per_second:.3f}" if work.bytes else "",
+                "least_us": f"{least * 1e6:.1f}",
+                "share_of_least": f"{least / p50:.3f}",
+                "peak_mib": f"{result.peak_bytes / 2**20:.2f}",
+                "allocations": str(result.allocations),
+                "target": str(work.target.get(name, "")),
+            }
+        rows.append(row | where)
+    return rows
+
+
+COLUMNS = (
+    *("group", "case", "direction", "implementation", "p20_us", "p50_us", "p80_us"),
+    *("ratio", "ratio_p20", "ratio_p80", "target", "gb_per_s", "share_of_copy", "least_us", "share_of_least"),
+    *("peak_mib", "allocations", "rounds", "wrong"),
+    *("device", "threads", "versions", "time", "copy_gb_per_s", "gflop_per_s"),
+)
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def file_name(where: Row) -> str:
+    """The CSV's name without its ending: the device and the number of threads."""
+    slug = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
+    return f"cpu-{slug}-{where['threads']}-threads"
+
+
+HEAD = (
+    f"{'':36s}{'p50':>9s}  {'p20 – p80':>19s}  {'× fastvae':>9s}  {'p20 – p80':>13s}"
+    f"  {'GB/s':>6s} {'of copy':>7s} {'of least':>8s} {'MiB':>8s} {'allocs':>6s}"
+)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows of one work as text; a peer that beats fastvae is marked."""
+    rows = list(rows)
+    lines = [f"{rows[0]['group']}  {rows[0]['case']}  {rows[0]['direction']}"]
+    for row in rows:
+        name = f"  {row['implementation']:34s}"
+        if row["wrong"] or not row.get("p50_us"):
+            lines.append(f"{name} not timed: {row['wrong']}")
+            continue
+        times = [_time(row[k]) for k in ("p50_us", "p20_us", "p80_us")]
+        share = _percent(row.get("share_of_copy", ""))
+        mark = "  ◄ faster than fastvae" if loses(row) else ""
+        missed = f"  target {row['target']}×, not met" if misses(row) else ""
+        spread = f"{_number(row.get('ratio_p20'))} – {_number(row.get('ratio_p80'))}"
+        lines.append(
+            f"{name}{times[0]:>9s}  {times[1]:>8s} – {times[2]:>8s}  {_number(row.get('ratio')):>9s}  {spread:>13s}"
+            f"  {row['gb_per_s']:>6s} {share:>7s} {_percent(row['share_of_least']):>8s}"
+            f" {float(row['peak_mib']):8.1f} {row['allocations']:>6s}{mark}{missed}"
+        )
+    return "\n".join(lines)
+
+
+def _time(us: str) -> str:
+    value = float(us)
+    return (
+        f"{value:.1f} µs"
+        if value < 1e3
+        else f"{value / 1e3:.2f} ms"
+        if value < 1e6
+        else f"{value / 1e6:.2f} s"
+    )
+
+
+def _number(text: str | None) -> str:
+    return f"{float(text):.2f}" if text else ""
+
+
+def _percent(text: str) -> str:
+    return f"{100 * float(text):.0f} %" if text else ""
+
+
+def loses(row: Row) -> bool:
+    """Whether this peer is faster than fastvae, beyond what its rounds leave open."""
+    return row["implementation"] != OURS and bool(row.get("ratio")) and float(row["ratio_p80"]) < 1
+
+
+def misses(row: Row) -> bool:
+    return bool(row.get("target")) and bool(row.get("ratio")) and float(row["ratio"]) < float(row["target"])
+
+
+def summary(rows: list[Row]) -> str:
+    """The rows that lose, and the targets."""
+    lines = []
+    losing = [r for r in rows if loses(r)]
+    lines.append(f"{len(losing)} rows in which somebody is faster than fastvae:")
+    for r in losing:
+        lines.append(
+            f"  {r['group']} {r['case']} {r['direction']}: {r['implementation']}, {_number(r['ratio'])}×"
+        )
+    wanted = [r for r in rows if r.get("target") and r.get("ratio")]
+    lines.append(f"{sum(not misses(r) for r in wanted)} of {len(wanted)} targets met; the others:")
+    for r in wanted:
+        if misses(r):
+            lines.append(
+                f"  {r['group']} {r['case']}: {_number(r['ratio'])}× over {r['implementation']}, target "
+                f"{_number(r['target'])}×"
+            )
+    wrong = [r for r in rows if r["wrong"]]
+    for r in wrong:
+        lines.append(
+            f"  not timed: {r['group']} {r['case']} {r['direction']} {r['implementation']}: {r['wrong']}"
+        )
+    return "\n".join(lines)
+
+
+def got_slower(rows: list[Row], recorded: list[Row], tolerance: float = 0.3) -> list[str]:
+    """Ratios that have fallen by more than the tolerance, and by more than either's spread explains."""
+    key = lambda r: (r["group"], r["case"], r["direction"], r["implementation"])  # noqa: E731
+    before = {key(r): r for r in recorded if r["ratio"]}
+    lines = []
+    for r in rows:
+        old = before.get(key(r))
+        if old is None or not r.get("ratio") or r["implementation"] == OURS:
+            continue
+        fell = float(r["ratio"]) < (1 - tolerance) * float(old["ratio"])
+        if fell and float(r["ratio_p80"]) < float(old["ratio_p20"]):
+            lines.append(f"{' '.join(key(r))}: {_number(r['ratio'])}×, recorded {_number(old['ratio'])}×")
+    return lines
+
+
+def plots(rows: list[Row], stem: Path) -> list[Path]:
+    """One plot for each group: how many times as long as fastvae each peer takes, with p20 to p80."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    timed = [r for r in rows if r["ratio"] and r["direction"] in FULL]
+    peers = list(dict.fromkeys(r["implementation"] for r in timed if r["implementation"] != OURS))
+    colours = {name: f"C{i % 10}" for i, name in enumerate(peers)}
+    paths = []
+    for group in dict.fromkeys(_plot_group(r) for r in timed):
+        part = [r for r in timed if _plot_group(r) == group]
+        labels = list(dict.fromkeys(_label(r, group) for r in part))
+        used = [p for p in peers if any(r["implementation"] == p for r in part)]
+        fig, ax = plt.subplots(figsize=(8.5, 1.6 + 0.62 * len(labels)))
+        for i, name in enumerate(used):
+            mine = [r for r in part if r["implementation"] == name]
+            y = [
+                labels.index(_label(r, group)) + 0.62 * (i - (len(used) - 1) / 2) / max(len(used), 1)
+                for r in mine
+            ]
+            x = np.array([float(r["ratio"]) for r in mine])
+            low, high = (np.array([float(r[k]) for r in mine]) for k in ("ratio_p20", "ratio_p80"))
+            ax.errorbar(
+                *(x, y), xerr=[x - low, high - x], fmt="o", ms=5, capsize=2, color=colours[name], label=name
+            )
+        ours = [r for r in part if r["implementation"] == OURS]
+        bound = [min(1.0, float(r["share_of_least"])) for r in ours]
+        ax.plot(
+            *(bound, [labels.index(_label(r, group)) for r in ours]),
+            *("|",), ms=16, mew=2, color="0.4", label="least that bytes and operations allow",
+        )  # fmt: skip
+        ax.axvline(1, color="k", lw=1)
+        ax.set_xscale("log")
+        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_xlabel("time / fastvae's time: right of the line fastvae is faster")
+        r = part[0]
+        torch_version = re.search(r"torch [\d.]+", r["versions"])
+        where = f"{r['device']}, {r['threads']} threads, {torch_version[0] if torch_version else ''}, {r['time'][:10]}"
+        ax.set_title(f"{group}\n{where}", fontsize=10)
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        path = stem.with_name(f"{stem.name}-{re.sub(r'[^a-z0-9]+', '-', group.lower())}.png")
+        fig.savefig(path, dpi=110, bbox_inches="tight")
+        plt.close(fig)
+        paths.append(path)
+    return paths
+
+
+def _plot_group(row: Row) -> str:
+    if row["direction"] in ("step", "evaluation"):
+        return "objectives"
+    return row["group"]
+
+
+def _label(row: Row, group: str) -> str:
+    if group == "objectives":
+        return f"{row['group']}\n{row['case']}"
+    return row["case"]
+
+
+def available_gib() -> float:
+    """Memory that can still be had, in GiB; infinite where nobody tells."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return math.inf
