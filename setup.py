@@ -34,7 +34,12 @@ extension = Pybind11Extension(
     # The instruction set is chosen at run time (see bindings.cpp), so nothing here names one.
     # -fschedule-insns spreads chains of operations that wait for each other: noise is made 20 % faster.
     extra_compile_args=[
-        "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fschedule-insns", "-g0",
+        "-O3",
+        "-fopenmp",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fschedule-insns",
+        "-g0",
         "--param=inline-unit-growth=1000",
     ],  # fmt: skip
     extra_link_args=["-fopenmp"],

@@ -23,7 +23,7 @@ def works():
         lambda *shape: (torch.rand(*shape[-2:]).round(), torch.randn(*shape, requires_grad=True)),
         ops.bernoulli_log_prob,
         eager,
-        # Forward: an exponential, the linear term, a product, a sixteenth of a logarithm. Backward: a quotient.
+        # Forward: an exponential, the linear term, a product, 1/16 of a logarithm. Backward: a quotient.
         operations=(EXP + 10, EXP + 6),
         target={"eager": 3.0, COMPILE: 1.2},
     )

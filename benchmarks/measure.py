@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +31,8 @@ class Work:
     Attributes:
         group: what is computed, such as ``"rsample_kl"``: a part of the table and a plot.
         case: its sizes, such as ``"8192×64"``.
-        direction: ``"forward"``, ``"forward+backward"``, or ``"step"``, ``"evaluation"`` for what is not split.
+        direction: ``"forward"``, ``"forward+backward"``, or, for what is not split, ``"step"`` or
+            ``"evaluation"``.
         run: implementation → a function of no arguments that does the work once.
         check: implementation → a function that raises AssertionError where its result is wrong.
         bytes: the least that must move between memory and the processor: inputs once a pass, results once.
@@ -58,21 +62,24 @@ class Result:
     wrong: str = ""
 
 
-def keep_memory() -> bool:
+def keep_memory(keep: bool = True) -> bool:
     """Make glibc keep freed memory, for every implementation alike, and say whether that worked.
 
     Otherwise whoever allocates after somebody else's memory went back to the system pays for its pages: that
-    costs more than many a kernel here, and hits at random.
+    costs more than many a kernel here, and hits at random. Arrays of gigabytes are not kept: they would not
+    fit beside each other.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     try:
         libc = ctypes.CDLL(None)
-        return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+        kept = libc.mallopt(m_mmap_max, 0 if keep else 2**16) and libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.malloc_trim(0)
+        return bool(kept)
     except (OSError, AttributeError):
         return False
 
 
-def measure(work: Work, budget: float = 1.5) -> dict[str, Result]:
+def measure(work: Work, budget: float = 0.6) -> dict[str, Result]:
     """Run the implementations in turn, round after round, so that a busy machine slows them all alike.
 
     Each turn is one run that does not count, which brings an implementation's own memory back into the
@@ -80,7 +87,8 @@ def measure(work: Work, budget: float = 1.5) -> dict[str, Result]:
 
     Args:
         work: what to run.
-        budget: seconds to spend on the rounds; there are at least five, or two of huge work.
+        budget: seconds to spend on the rounds; there are at least five, or two that are longer,
+            or one of more than five seconds.
     """
     results: dict[str, Result] = {}
     repeats, warm = {}, {}
@@ -88,15 +96,18 @@ def measure(work: Work, budget: float = 1.5) -> dict[str, Result]:
         try:
             if name in work.check and not work.huge:
                 work.check[name]()
+            start = time.perf_counter()
             run()
+            first = time.perf_counter() - start
         except Exception as error:  # one peer's failure is a row of the table, not the end of the run
             text = str(error).strip().splitlines() or [""]
             results[name] = Result(np.array([]), wrong=f"{type(error).__name__}: {text[0]}"[:120])
             continue
         peak, count = allocations(run)
         start = time.perf_counter()
-        run()
-        once = time.perf_counter() - start
+        if first < 2:
+            run()
+        once = time.perf_counter() - start if first < 2 else first
         repeats[name] = max(1, int(5e-3 / max(once, 1e-7)))
         warm[name] = once < 0.1
         results[name] = Result(np.array([]), peak, count)
@@ -117,7 +128,9 @@ def measure(work: Work, budget: float = 1.5) -> dict[str, Result]:
                     run()
                 times[name].append((time.perf_counter() - before) / count)
             done += 1
-            if time.perf_counter() - start > budget and done >= (2 if work.huge else 5):
+            spent = time.perf_counter() - start
+            # What takes long is run less often: five rounds, two above the budget, one above five seconds.
+            if spent > budget and done >= (1 if spent / done > 5 else 2 if spent / done > budget else 5):
                 break
     finally:
         gc.enable()
@@ -152,7 +165,7 @@ def gradients(outputs, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) ->
 
 
 def compiled(function: Callable, sampling: bool) -> dict[str, Callable]:
-    """torch.compile's versions of a function, for one shape each; its own random numbers are slow on a CPU."""
+    """torch.compile's versions of a function, for one shape each; its own random numbers are slow."""
     versions = {COMPILE: torch.compile(function, dynamic=False)}
     if sampling:
         versions[FALLBACK] = torch.compile(function, dynamic=False, options={"fallback_random": True})
@@ -184,6 +197,11 @@ def op_works(
         target: for forward and backward.
     """
     huge = elements > HUGE
+    # The most that a peer here holds at once is eleven tensors.
+    if huge and (needed := 44 * elements / 2**30) > (there := _available_gib()):
+        print(f"{group} {case}: left out; it takes about {needed:.0f} GiB, and there are {there:.0f}")
+        return
+    keep_memory(not huge)
     functions = {**functions, **compiled(functions["eager"], sampling)}
     with torch.no_grad():
         grads = tuple(torch.randn_like(t) for t in tuple_of(functions[OURS](*inputs)))
@@ -219,27 +237,37 @@ def op_works(
 
 
 def assert_near(got: Tensor, want: Tensor) -> None:
-    """A thousandth of the largest element: what this refuses is wrong, not inaccurate; the tests see to that."""
+    """A thousandth of the largest element: this refuses what is wrong; accuracy is for the tests."""
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     error = float((got.double() - want).abs().amax())
     scale = float(want.abs().amax())
     assert error <= 1e-3 * scale, f"an error of {error:.3g} at a scale of {scale:.3g}"
 
 
+def _available_gib() -> float:
+    """Memory that can still be had; infinite where nobody tells."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return math.inf
+    return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) / 2**20
+
+
 @dataclass
 class Machine:
-    """What this machine does at best: bytes copied (read and written) and multiply-adds, per second."""
+    """What this machine does at best, per second: bytes copied (in and out), bytes read, multiply-adds."""
 
-    bytes_per_second: float
-    operations_per_second: float
+    copied: float
+    read: float
+    operations: float
 
     def least_seconds(self, work: Work) -> float:
         """The time that the bytes and the operations of a work need at least."""
-        return max(work.bytes / self.bytes_per_second, work.operations / self.operations_per_second)
+        return max(work.bytes / max(self.copied, self.read), work.operations / self.operations)
 
 
 def measure_machine() -> Machine:
-    """Copying 256 MiB, and a float32 matrix product of 2048³; each the best of eight."""
+    """Copying 256 MiB, adding them up, and a float32 matrix product of 2048³; each the best of eight."""
     source, target = torch.ones(2**26), torch.zeros(2**26)
     a, b, c = torch.rand(2048, 2048), torch.rand(2048, 2048), torch.empty(2048, 2048)
 
@@ -253,4 +281,4 @@ def measure_machine() -> Machine:
 
     copy = best(lambda: target.copy_(source))
     product = best(lambda: torch.mm(a, b, out=c))
-    return Machine(2 * source.nbytes / copy, 2048**3 / product)
+    return Machine(2 * source.nbytes / copy, source.nbytes / best(source.sum), 2048**3 / product)

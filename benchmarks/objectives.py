@@ -49,7 +49,7 @@ def _products(hidden, latent):
     return between + 2 * sizes[-1] * latent, between + sizes[-1] * latent
 
 
-# The loss of a batch, by each implementation: minus the mean bound. model["encoder"] gives (mu, logvar) side by side.
+# The loss of a batch, by each implementation: minus the mean bound.
 
 
 def _ours(model, x, k):
@@ -174,7 +174,7 @@ def _steps(group, k, batch, hidden, latent, target):
 
 
 def _means(model, loss, runs=8):
-    """Mean loss, its standard error, and the mean gradient of the decoder's last bias, whose noise is small."""
+    """Mean loss, its standard error, and the mean gradient of the decoder's last bias, the least noisy."""
     values, grads = [], []
     for _ in range(runs):
         model.zero_grad()

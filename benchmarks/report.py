@@ -1,12 +1,10 @@
-"""From measurements to rows, and from rows to a table, a CSV file, plots, and a comparison with recorded rows."""
+"""From measurements to rows; from rows to a table, CSV, plots, and a comparison with recorded rows."""
 
 from __future__ import annotations
 
 import csv
 import datetime
 import importlib.metadata
-import math
-import os
 import platform
 import re
 from collections.abc import Iterable
@@ -33,9 +31,10 @@ def environment(machine: Machine) -> Row:
         "device": _device(),
         "threads": str(torch.get_num_threads()),
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "copy_gb_per_s": f"{machine.bytes_per_second / 1e9:.1f}",
-        "gflop_per_s": f"{2 * machine.operations_per_second / 1e9:.0f}",
+        "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "copy_gb_per_s": f"{machine.copied / 1e9:.1f}",
+        "read_gb_per_s": f"{machine.read / 1e9:.1f}",
+        "gflop_per_s": f"{2 * machine.operations / 1e9:.0f}",
     }
 
 
@@ -69,7 +68,7 @@ def rows_of(work: Work, results: dict[str, Result], machine: Machine, where: Row
                 row |= {"ratio": f"{r50:.3f}", "ratio_p20": f"{r20:.3f}", "ratio_p80": f"{r80:.3f}"}
             row |= {
                 "gb_per_s": f"{work.bytes / p50 / 1e9:.2f}" if work.bytes else "",
-                "share_of_copy": f"{work.bytes / p50 / machine.bytes_per_second:.3f}" if work.bytes else "",
+                "share_of_copy": f"{work.bytes / p50 / machine.copied:.3f}" if work.bytes else "",
                 "least_us": f"{least * 1e6:.1f}",
                 "share_of_least": f"{least / p50:.3f}",
                 "peak_mib": f"{result.peak_bytes / 2**20:.2f}",
@@ -84,7 +83,7 @@ COLUMNS = (
     *("group", "case", "direction", "implementation", "p20_us", "p50_us", "p80_us"),
     *("ratio", "ratio_p20", "ratio_p80", "target", "gb_per_s", "share_of_copy", "least_us", "share_of_least"),
     *("peak_mib", "allocations", "rounds", "wrong"),
-    *("device", "threads", "versions", "time", "copy_gb_per_s", "gflop_per_s"),
+    *("device", "threads", "versions", "time", "copy_gb_per_s", "read_gb_per_s", "gflop_per_s"),
 )
 
 
@@ -128,9 +127,10 @@ def table(rows: Iterable[Row]) -> str:
         missed = f"  target {row['target']}×, not met" if misses(row) else ""
         spread = f"{_number(row.get('ratio_p20'))} – {_number(row.get('ratio_p80'))}"
         lines.append(
-            f"{name}{times[0]:>9s}  {times[1]:>8s} – {times[2]:>8s}  {_number(row.get('ratio')):>9s}  {spread:>13s}"
-            f"  {row['gb_per_s']:>6s} {share:>7s} {_percent(row['share_of_least']):>8s}"
-            f" {float(row['peak_mib']):8.1f} {row['allocations']:>6s}{mark}{missed}"
+            f"{name}{times[0]:>9s}  {times[1]:>8s} – {times[2]:>8s}"
+            f"  {_number(row.get('ratio')):>9s}  {spread:>13s}  {row['gb_per_s']:>6s} {share:>7s}"
+            f" {_percent(row['share_of_least']):>8s} {float(row['peak_mib']):8.1f} {row['allocations']:>6s}"
+            f"{mark}{missed}"
         )
     return "\n".join(lines)
 
@@ -247,7 +247,8 @@ def plots(rows: list[Row], stem: Path) -> list[Path]:
         ax.set_xlabel("time / fastvae's time: right of the line fastvae is faster")
         r = part[0]
         torch_version = re.search(r"torch [\d.]+", r["versions"])
-        where = f"{r['device']}, {r['threads']} threads, {torch_version[0] if torch_version else ''}, {r['time'][:10]}"
+        version = torch_version[0] if torch_version else ""
+        where = f"{r['device']}, {r['threads']} threads, {version}, {r['time'][:10]}"
         ax.set_title(f"{group}\n{where}", fontsize=10)
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
         path = stem.with_name(f"{stem.name}-{re.sub(r'[^a-z0-9]+', '-', group.lower())}.png")
@@ -267,11 +268,3 @@ def _label(row: Row, group: str) -> str:
     if group == "objectives":
         return f"{row['group']}\n{row['case']}"
     return row["case"]
-
-
-def available_gib() -> float:
-    """Memory that can still be had, in GiB; infinite where nobody tells."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError, AttributeError):
-        return math.inf

@@ -32,64 +32,76 @@ class Mutant(NamedTuple):
 
 CPP = [
     Mutant(
-        "z: sign of the noise", "csrc/latent.hpp", "out[i] = mu[i] + sigma[i]", "out[i] = mu[i] - sigma[i]"
+        "z: sign of the noise", "csrc/latent.hpp", "v = q.mu[i] + C(2) * half;", "v = q.mu[i] - C(2) * half;"
     ),
     Mutant(
         "ratio: sign of the noise",
         "csrc/latent.hpp",
-        "const C v = mu[i] + sigma",
-        "const C v = mu[i] - sigma",
+        "terms[i] = eps[i] * eps[i] - delta",
+        "terms[i] = eps[i] * eps[i] + delta",
     ),
     Mutant(
         "KL: the mean's term dropped",
         "csrc/latent.hpp",
-        "return delta * delta * precision[i] + expm1",
-        "return expm1",
+        "out[i] = delta * times_precision<kPrior>(q, delta, i) + expm1",
+        "out[i] = expm1",
     ),
     Mutant(
         "KL: half its constant",
         "csrc/latent.hpp",
-        "static_cast<C>(0.5 * kl_sum)",
-        "static_cast<C>(0.25 * kl_sum)",
+        "static_cast<C>(0.5 * kl_sum[r])",
+        "static_cast<C>(0.25 * kl_sum[r])",
     ),
-    Mutant("ratio: log variances dropped", "csrc/latent.hpp", "+= sum + constant;", "+= sum;"),
+    Mutant("ratio: log variances dropped", "csrc/latent.hpp", "ratio_sum[k - k0][r] += constant[r];", ";"),
     Mutant(
         "ratio: samples and rows swapped",
         "csrc/latent.hpp",
-        "log_ratio[k * a.rows + b]",
-        "log_ratio[b * a.samples + k]",
+        "C* out = to.log_ratio + k * a.rows + b;",
+        "C* out = to.log_ratio + b * a.samples + k;",
     ),
-    Mutant("backward: the prior pushes", "csrc/latent.hpp", "h -= pull;", "h += pull;"),
-    Mutant("backward: DReG weight dropped", "csrc/latent.hpp", "h *= weight;", ""),
+    Mutant(
+        "backward: the prior pushes", "csrc/latent.hpp", "C h = grad_z[i] - pull;", "C h = grad_z[i] + pull;"
+    ),
+    Mutant(
+        "backward: DReG weight dropped",
+        "csrc/latent.hpp",
+        "h = weight[i] * (h + ratio[i]",
+        "h = (h + ratio[i]",
+    ),
     Mutant(
         "backward: half the entropy",
         "csrc/latent.hpp",
-        "C(0.5) * (static_cast<C>(entropy)",
-        "C(0.5) * (C(0.5) * static_cast<C>(entropy)",
+        "static_cast<C>(entropy[r])",
+        "static_cast<C>(0.5 * entropy[r])",
     ),
-    Mutant("backward: entropy kept by stl", "csrc/latent.hpp", "if (g.path) entropy = 0;", ""),
+    Mutant(
+        "backward: entropy kept by stl",
+        "csrc/latent.hpp",
+        "            } else {\n              for (int r = 0; r < t.rows; ++r) entropy[r] +=",
+        "            }\n            {\n              for (int r = 0; r < t.rows; ++r) entropy[r] +=",
+    ),
     Mutant("backward: prior log variance", "csrc/latent.hpp", "pull * delta - ratio", "pull * delta"),
     Mutant(
         "backward: gradient outside the clamp",
         "csrc/latent.hpp",
-        "clamped[i] > logvar[i] ? C(0)",
-        "clamped[i] > logvar[i] ? v",
+        "q.clamped[i] > q.logvar[i] ? C(0)",
+        "q.clamped[i] > q.logvar[i] ? v",
     ),
     Mutant("noise: a key constant", "csrc/random.hpp", "0x9E3779B9u", "0x9E3779BAu"),
     Mutant(
-        "noise: a quarter turn's sign", "csrc/random.hpp", "((quarter + 1u) & 2u)", "((quarter + 2u) & 2u)"
+        "noise: a quarter turn's sign", "csrc/random.hpp", "((turns + 0x40000000u) & sign)", "(turns & sign)"
     ),
     Mutant(
         "noise: rows and samples swapped",
         "csrc/random.hpp",
-        "along_rows ? c1[i] : fixed, along_rows ? fixed : c1[i]",
-        "along_rows ? fixed : c1[i], along_rows ? c1[i] : fixed",
+        "{pattern0 + blocks, pattern1 + rows, samples, zero}",
+        "{pattern0 + blocks, samples, pattern1 + rows, zero}",
     ),
     Mutant(
         "noise: the chunk's offset dropped",
         "csrc/random.hpp",
-        "(along_rows_ ? row_offset_ : sample_offset_)",
-        "(along_rows_ ? row_offset_ : 0)",
+        "static_cast<std::uint32_t>(sample + sample_offset_)",
+        "static_cast<std::uint32_t>(sample)",
     ),
     Mutant("gaussian: log 2 pi dropped", "csrc/gaussian.hpp", "kLog2Pi * n + logvars", "logvars"),
     Mutant(
@@ -100,10 +112,7 @@ CPP = [
     ),
     Mutant("gaussian: sign of x's gradient", "csrc/gaussian.hpp", "-sum_x[i]", "sum_x[i]"),
     Mutant(
-        "gaussian: twice a row's log variance",
-        "csrc/gaussian.hpp",
-        "sum_column[i] += C(0.5) * g",
-        "sum_column[i] += g",
+        "gaussian: twice a row's log variance", "csrc/gaussian.hpp", "sum[i] += C(0.5) * g *", "sum[i] += g *"
     ),
     Mutant("gaussian: last tile alone", "csrc/gaussian.hpp", "(column == 0 ? C(0) : place)", "C(0)"),
     Mutant(
@@ -122,7 +131,12 @@ CPP = [
         "miss * magnitude",
     ),
     Mutant("bernoulli: sigmoid of |l|", "csrc/bernoulli.hpp", "(l >= C(0) ? C(1) : e)", "C(1)"),
-    Mutant("bernoulli: range check", "csrc/bernoulli.hpp", "(x[i] < C(0)) | (x[i] > C(1))", "(x[i] > C(1))"),
+    Mutant(
+        "bernoulli: range check",
+        "csrc/bernoulli.hpp",
+        "return low == C(0) && high == C(1);",
+        "return high == C(1);",
+    ),
     Mutant("importance: log K dropped", "csrc/importance.hpp", "- log_samples", ""),
     Mutant("importance: weights not divided", "csrc/importance.hpp", " / total[column + i];", ";"),
     Mutant("importance: denormal weights kept", "csrc/importance.hpp", "w < tiny || ", ""),
@@ -137,6 +151,52 @@ CPP = [
         "csrc/common.hpp",
         "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",
         "bits >> 16",
+    ),
+    Mutant(
+        "noise: odd calls take the even words",
+        "csrc/random.hpp",
+        "(pattern0 >> 32) + blocks",
+        "pattern0 + blocks",
+    ),
+    Mutant(
+        "noise: planes in another order",
+        "csrc/random.hpp",
+        "high2[l] = low2[l] + lanes / 2;",
+        "high2[l] = low2[l];",
+    ),
+    Mutant(
+        "tile: its last rows", "csrc/random.hpp", "rows - row < height ? rows - row : height", "height - 1"
+    ),
+    Mutant("tile: the end of a row", "csrc/common.hpp", "mask > zero ?", "mask > zero + C(1) ?"),
+    Mutant(
+        "copy: the last vector",
+        "csrc/common.hpp",
+        "(to + n - step) = *reinterpret_cast<const Vector<C>*>(from + n - step)",
+        "(to + n - step) = *reinterpret_cast<const Vector<C>*>(from)",
+    ),
+    Mutant(
+        "slope: not halved",
+        "csrc/latent.hpp",
+        "if constexpr (kKeep) slope[i] = half;",
+        "if constexpr (kKeep) slope[i] = C(2) * half;",
+    ),
+    Mutant(
+        "backward: blocks of samples forgotten",
+        "csrc/latent.hpp",
+        "if (&sums == &block && last) total",
+        "if (&sums == &block && last && k + 1 == a.samples) total",
+    ),
+    Mutant(
+        "bernoulli: product of the pairs",
+        "csrc/common.hpp",
+        "e[i] += other[i] * (C(1) + e[i]);",
+        "e[i] += other[i];",
+    ),
+    Mutant(
+        "exp: large arguments",
+        "csrc/common.hpp",
+        "const float s = e.power(down - 64);",
+        "const float s = e.power(down - 63);",
     ),
 ]
 
@@ -234,7 +294,15 @@ TRITON = [
 TESTS = [f"tests/test_{name}.py" for name in ("importance", "bernoulli", "gaussian", "latent", "random")]
 
 
-def build(folder: Path) -> subprocess.CompletedProcess:
+def copy_to(folder: Path) -> None:
+    """A copy of the project in the editable layout without an installation: the kernels are a subpackage."""
+    left_out = (".git", ".venv*", "build", "demo", "*.so", ".hypothesis", "*.egg-info", "results")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
+    shutil.move(folder / "kernels", folder / "fastvae" / "kernels")
+
+
+def build(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """Compile the extension of a copy, with options of one's own."""
     import pybind11
 
     includes = [
@@ -252,7 +320,7 @@ def build(folder: Path) -> subprocess.CompletedProcess:
         "-fPIC",
         "-fopenmp",
         "-fvisibility=hidden",
-        "-DFASTVAE_BASE_ONLY",
+        *options,
     ]
     command = ["c++", *flags, *includes, str(folder / "csrc/bindings.cpp"), "-o", str(target)]
     return subprocess.run(command, capture_output=True, text=True)
@@ -262,15 +330,7 @@ def run(mutant: Mutant | None, backend: str) -> tuple[bool, str]:
     """Whether the tests fail on the mutant, and which test failed first; None runs the code as it is."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "copy"
-        shutil.copytree(
-            ROOT,
-            folder,
-            ignore=shutil.ignore_patterns(
-                ".git", ".venv*", "build", "demo", "*.so", ".hypothesis", "*.egg-info"
-            ),
-        )
-        # The editable layout without an installation: the kernels are a subpackage.
-        shutil.move(folder / "kernels", folder / "fastvae" / "kernels")
+        copy_to(folder)
         if mutant is not None:
             path = folder / mutant.file.replace("kernels/", "fastvae/kernels/", 1)
             parts = path.read_text().split(mutant.old)
@@ -278,7 +338,7 @@ def run(mutant: Mutant | None, backend: str) -> tuple[bool, str]:
                 return False, f"NOT APPLIED: {mutant.old!r} does not occur in {mutant.file}"
             n = mutant.nth + 1
             path.write_text(mutant.old.join(parts[:n]) + mutant.new + mutant.old.join(parts[n:]))
-        built = build(folder)
+        built = build(folder, "-DFASTVAE_BASE_ONLY")
         if built.returncode:
             return False, "DOES NOT COMPILE: " + built.stderr[-300:]
         environment = {

@@ -1,0 +1,96 @@
+"""python -m benchmarks: what is wrong is not timed, what loses is shown, what got slower is said."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure, report
+from benchmarks.measure import OURS, Machine, Work
+
+MACHINE = Machine(copied=2e10, read=3e10, operations=5e10)
+WHERE = {"device": "A Processor (R) 7", "threads": "2", "versions": "torch 9", "time": "2030-01-01 00:00 UTC"}
+
+
+def _work(peer_seconds=3e-3, wrong=False):
+    def ours():
+        time.sleep(1e-3)
+        return torch.empty(1000)
+
+    def peer():
+        time.sleep(peer_seconds)
+        return torch.empty(1000), torch.empty(1000)
+
+    def check():
+        assert not wrong, "an error of 7"
+
+    run = {OURS: ours, "peer": peer}
+    target = {"peer": 2.0}
+    return Work("group", "3×5", "step", run, {"peer": check}, bytes=10**6, operations=10**5, target=target)
+
+
+def _rows(work):
+    return report.rows_of(work, measure.measure(work, budget=0.05), MACHINE, WHERE)
+
+
+def test_a_row_says_how_long_and_how_near():
+    ours, peer = _rows(_work())
+    assert 1000 <= float(ours["p20_us"]) <= float(ours["p50_us"]) <= float(ours["p80_us"])
+    assert float(peer["ratio"]) > 1.5 and float(peer["ratio_p20"]) <= float(peer["ratio_p80"])
+    # A megabyte at 30 GB/s takes 33.3 µs, more than the operations do; read by a call of 1 ms and more.
+    assert ours["least_us"] == "33.3" and 0 < float(ours["share_of_least"]) <= 0.0334
+    assert (ours["allocations"], peer["allocations"]) == ("1", "2")
+    assert float(peer["peak_mib"]) == pytest.approx(8000 / 2**20, abs=0.01)
+    assert not report.loses(peer) and not report.misses(peer)
+
+
+def test_a_wrong_result_is_not_timed():
+    rows = _rows(_work(wrong=True))
+    assert rows[1]["wrong"] == "AssertionError: an error of 7" and "p50_us" not in rows[1]
+    assert "not timed: AssertionError: an error of 7" in report.table(rows)
+    assert "not timed: group 3×5 step peer" in report.summary(rows)
+
+
+def test_rows_that_lose_are_shown():
+    rows = _rows(_work(peer_seconds=1e-4))
+    assert report.loses(rows[1]) and report.misses(rows[1])
+    assert "◄ faster than fastvae" in report.table(rows)
+    text = report.summary(rows)
+    assert "1 rows in which somebody is faster" in text and "0 of 1 targets met" in text
+
+
+def test_slower_than_recorded_is_said_and_noise_is_not(tmp_path):
+    rows = _rows(_work())
+    report.write_csv(rows, tmp_path / "x.csv")
+    recorded = report.read_csv(tmp_path / "x.csv")
+    assert [r["p50_us"] for r in recorded] == [r["p50_us"] for r in rows]
+    assert report.got_slower(rows, recorded) == []
+
+    def changed(factor):
+        keys = ("ratio", "ratio_p20", "ratio_p80")
+        return [r | {k: str(factor * float(r[k])) for k in keys} for r in rows]
+
+    assert report.got_slower(changed(0.8), recorded) == []
+    (line,) = report.got_slower(changed(0.5), recorded)
+    assert line.startswith("group 3×5 step peer: ")
+
+
+def test_every_op_has_its_benchmark():
+    """The house's rule: an op has one name in every layer."""
+    root = Path(__file__).parent.parent
+    ops = {p.stem for p in (root / "fastvae/ops").glob("*.py")} - {"__init__", "_registry"}
+    for name in ops:
+        assert callable(importlib.import_module(f"benchmarks.{name}").works)
+
+
+def test_recorded_results_can_be_read():
+    paths = list((Path(measure.__file__).parent / "results").glob("*.csv"))
+    assert paths
+    for path in paths:
+        rows = report.read_csv(path)
+        assert rows and set(rows[0]) == set(report.COLUMNS)
+        assert not [r for r in rows if r["wrong"] and r["implementation"] == OURS]
