@@ -153,7 +153,7 @@ FASTVAE_LOOP void interleave(int calls, const C (*planes)[kCalls], C* out) {
     low1[l] = l / 2 + l % 2 * lanes;
     low2[l] = l / 4 * 2 + l % 2 + l / 2 % 2 * lanes;
     high1[l] = low1[l] + lanes / 2;
-    high2[l] = low2[l] + lanes / 2;
+    high2[l] = low2[l] + (lanes > 2 ? lanes / 2 : 2);
   }
   for (int i = 0; i < calls; i += lanes) {
     Vector<C> in[4];

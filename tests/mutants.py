@@ -161,7 +161,7 @@ CPP = [
     Mutant(
         "noise: planes in another order",
         "csrc/random.hpp",
-        "high2[l] = low2[l] + lanes / 2;",
+        "high2[l] = low2[l] + (lanes > 2 ? lanes / 2 : 2);",
         "high2[l] = low2[l];",
     ),
     Mutant(

@@ -50,7 +50,7 @@ def main(names: list[str]) -> int:
             }
             print(f"{isa}:", flush=True)
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=",
+                [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", "-o", "addopts=",
                  "-k", "(native or cpp or threads) and not slow", *TESTS],
                 cwd=folder, env=environment,
             )  # fmt: skip
