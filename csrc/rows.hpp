@@ -4,10 +4,26 @@ constexpr i64 kRowsPerUnit = 16;
 
 // out[k, b] = constant + sum over the row of part(k, b, column, n).
 // Body is made anew per thread from params: its buffers are the thread's own. begin_tile() prepares what a tile's rows share.
+// Short rows are handled many at a time, where the body can: body.add_sums(k, b, tile, sums) adds the sums of the rows from b on.
 template <class Body, class Params>
 void reduce_rows(const Params& params, i64 samples, i64 rows, i64 columns, compute_t<typename Params::Parameter>* out,
                  int threads) {
   using C = compute_t<typename Params::Parameter>;
+  if (2 * columns <= kTile && Body::takes_tiles(params)) {
+    const i64 height = rows_per_tile(rows, columns), tiles = (rows + height - 1) / height;
+    parallel(threads, samples * tiles, samples * rows * columns, [&](i64 begin, i64 end) {
+      Body body(params);
+      for (i64 unit = begin; unit < end; ++unit) {
+        const i64 k = unit / tiles, b = unit % tiles * height;
+        const int n = static_cast<int>(columns), count = tile_of(rows, b, height, columns, 0).rows;
+        double sums[kMostRows] = {};
+        body.add_sums(k, b, {count, n, n}, sums);
+        for (int r = 0; r < count; ++r) out[k * rows + b + r] = static_cast<C>(sums[r]);
+      }
+      body.finish();
+    });
+    return;
+  }
   const i64 total = samples * rows, units = (total + kRowsPerUnit - 1) / kRowsPerUnit;
   parallel(threads, units, total * columns, [&](i64 begin, i64 end) {
     Body body(params);

@@ -80,7 +80,7 @@ CPP = [
         "            } else {\n              for (int r = 0; r < t.rows; ++r) entropy[r] +=",
         "            }\n            {\n              for (int r = 0; r < t.rows; ++r) entropy[r] +=",
     ),
-    Mutant("backward: prior log variance", "csrc/latent.hpp", "pull * delta - ratio", "pull * delta"),
+    Mutant("backward: prior log variance", "csrc/latent.hpp", "pull * delta - ratio[i]", "pull * delta"),
     Mutant(
         "backward: gradient outside the clamp",
         "csrc/latent.hpp",
@@ -197,6 +197,17 @@ CPP = [
         "csrc/common.hpp",
         "const float s = e.power(down - 64);",
         "const float s = e.power(down - 63);",
+    ),
+    Mutant(
+        "gaussian: a tile's constant", "csrc/gaussian.hpp", "-0.5 * kLog2Pi * t.n", "-0.25 * kLog2Pi * t.n"
+    ),
+    Mutant("gaussian: a tile of another sample", "csrc/gaussian.hpp", "v.at(k, b), v.s1", "v.at(0, b), v.s1"),
+    Mutant(
+        "bernoulli: a tile's wrong side",
+        "csrc/bernoulli.hpp",
+        "l > C(0) ? C(1) - v : v",
+        "l < C(0) ? C(1) - v : v",
+        nth=1,
     ),
 ]
 
