@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 # Before torch is imported: the profiler's chatter.
@@ -59,16 +60,22 @@ def main(arguments: list[str] | None = None) -> int:
         "allocs: of one run.\n\n" + report.HEAD,
         flush=True,
     )
-    rows: list[report.Row] = []
+    if os.getloadavg()[0] > 0.5 * torch.get_num_threads():
+        print(f"(others are at work here, a load of {os.getloadavg()[0]:.1f}: ratios will be disturbed)")
+    measured = []
     for module in options.modules or MODULES:
         for work in importlib.import_module(f".{module}", __package__).works():
             results = measure(work, options.budget)
             if results[OURS].wrong:
                 print(f"fastvae's own result is wrong: {results[OURS].wrong}", file=sys.stderr)
-            new = report.rows_of(work, results, machine, where)
-            rows += new
-            print(report.table(new), flush=True)
-    print()
+            # What is kept for the end must not keep the tensors.
+            measured.append((replace(work, run={}, check={}), results))
+            print(report.table(report.rows_of(*measured[-1], machine, where)), flush=True)
+        # A neighbour may have slowed the first measurement; the best one counts.
+        machine = machine.best(measure_machine())
+    where |= report.environment(machine) | {"time": where["time"]}
+    rows = [row for work, results in measured for row in report.rows_of(work, results, machine, where)]
+    print(f"\nat best: {where['copy_gb_per_s']} GB/s copied, {where['gflop_per_s']} GFLOP/s")
     print(report.summary(rows))
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
     path = stem.with_suffix(".csv")
@@ -80,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(["got slower than recorded:", *slower]) if slower else "nothing got slower")
         return 1 if slower else 0
     if options.modules and path.exists():
-        measured = {r["group"] for r in rows}
-        rows = [r for r in report.read_csv(path) if r["group"] not in measured] + rows
+        groups = {r["group"] for r in rows}
+        rows = [r for r in report.read_csv(path) if r["group"] not in groups] + rows
     report.write_csv(rows, path)
     for p in (path, *report.plots(report.read_csv(path), stem)):
         print(p)

@@ -167,13 +167,13 @@ def summary(rows: list[Row]) -> str:
     """The rows that lose, and the targets."""
     lines = []
     losing = [r for r in rows if loses(r)]
-    lines.append(f"{len(losing)} rows in which somebody is faster than fastvae:")
+    lines.append(f"rows in which somebody is faster than fastvae: {len(losing)}")
     for r in losing:
         lines.append(
             f"  {r['group']} {r['case']} {r['direction']}: {r['implementation']}, {_number(r['ratio'])}×"
         )
     wanted = [r for r in rows if r.get("target") and r.get("ratio")]
-    lines.append(f"{sum(not misses(r) for r in wanted)} of {len(wanted)} targets met; the others:")
+    lines.append(f"targets met: {sum(not misses(r) for r in wanted)} of {len(wanted)}")
     for r in wanted:
         if misses(r):
             lines.append(

@@ -55,12 +55,16 @@ def test_a_wrong_result_is_not_timed():
     assert "not timed: group 3×5 step peer" in report.summary(rows)
 
 
+def test_the_machine_is_what_it_was_at_best():
+    assert Machine(1, 6, 2).best(Machine(3, 5, 1)) == Machine(3, 6, 2)
+
+
 def test_rows_that_lose_are_shown():
     rows = _rows(_work(peer_seconds=1e-4))
     assert report.loses(rows[1]) and report.misses(rows[1])
     assert "◄ faster than fastvae" in report.table(rows)
     text = report.summary(rows)
-    assert "1 rows in which somebody is faster" in text and "0 of 1 targets met" in text
+    assert "somebody is faster than fastvae: 1" in text and "targets met: 0 of 1" in text
 
 
 def test_slower_than_recorded_is_said_and_noise_is_not(tmp_path):
