@@ -77,6 +77,7 @@ def test_equals_torch_distributions(backend):
     torch.testing.assert_close(ops.bernoulli_log_prob(x, logits), expected)
 
 
+@pytest.mark.parametrize("columns", [1, 500])
 @pytest.mark.parametrize(
     "x, logit, value, gradient",
     [
@@ -90,13 +91,16 @@ def test_equals_torch_distributions(backend):
         (0.5, 0.0, -math.log(2), 0.0),
     ],
 )
-def test_certain_pixels(backend, x, logit, value, gradient):
+def test_certain_pixels(backend, x, logit, value, gradient, columns):
     """0 * inf is 0 here: certain and right costs nothing; certain and wrong costs everything."""
-    logits = torch.full((1, 1), logit, device=DEVICE, requires_grad=True)
-    out = ops.bernoulli_log_prob(torch.full((1, 1), x, device=DEVICE), logits)
+    # The other pixels of a long row cost nothing: they are right by 200 nats.
+    logits, data = torch.full((1, columns), 200.0, device=DEVICE), torch.ones(1, columns, device=DEVICE)
+    logits[0, -1], data[0, -1] = logit, x
+    logits.requires_grad_()
+    out = ops.bernoulli_log_prob(data, logits)
     torch.testing.assert_close(out.detach().cpu(), torch.tensor([value]), rtol=1e-6, atol=0)
     grad = torch.autograd.grad(out.sum(), logits)[0]
-    torch.testing.assert_close(grad.cpu(), torch.tensor([[gradient]]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad[:, -1].cpu(), torch.tensor([gradient]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("low, high, hint", [(-1.0, 1.0, r"\(x \+ 1\) / 2"), (0.0, 255.0, "x / 255")])
@@ -108,8 +112,9 @@ def test_targets_outside_the_unit_interval(backend, monkeypatch, low, high, hint
         ops.bernoulli_log_prob(x, torch.randn(2, 4, 9, device=DEVICE))
 
 
-def test_nan_stays_in_its_row(backend):
-    x, logits = torch.rand(4, 6, device=DEVICE), torch.randn(3, 4, 6, device=DEVICE)
+@pytest.mark.parametrize("columns", [6, 300])
+def test_nan_stays_in_its_row(backend, columns):
+    x, logits = torch.rand(4, columns, device=DEVICE), torch.randn(3, 4, columns, device=DEVICE)
     logits[1, 2, 3] = math.nan
     out = ops.bernoulli_log_prob(x, logits)
     assert int(out.isnan().sum()) == 1 and bool(out[1, 2].isnan())
