@@ -61,22 +61,10 @@ def _rsample_kl(k, b, d, target):
 
     samples = None if k == 1 else k
     functions = {OURS: lambda mu, logvar: ops.rsample_kl(mu, logvar, samples=samples), "eager": eager}
-    # Forward: mu, logvar in, z, kl out. Backward: the same in, what arrives at z in, two gradients out.
-    forward = 4 * (2 * b * d + k * b * d + b)
-    backward = 4 * (2 * b * d + k * b * d + b + 2 * b * d)
-    operations = b * d * (EXP + EXPM1 + 3) + k * b * d * (NORMAL + 2)
-    yield from op_works(
-        "rsample_kl",
-        f"{'' if k == 1 else f'{k}×'}{b}×{d}",
-        _leaves(b, d),
-        functions,
-        exact,
-        sampling=True,
-        elements=k * b * d,
-        moved=(forward, forward + backward),
-        operations=(operations, operations + b * d * (EXPM1 + 4) + 2 * k * b * d),
-        target=target,
-    )
+    forward = b * d * (EXP + EXPM1 + 3) + k * b * d * (NORMAL + 2)
+    backward = b * d * (EXPM1 + 4) + 2 * k * b * d
+    case = f"{'' if k == 1 else f'{k}×'}{b}×{d}"
+    yield from _works("rsample_kl", case, (k, b, d), functions, exact, b, (forward, backward), target)
 
 
 def _rsample_log_ratio(k, b, d, target):
@@ -91,18 +79,28 @@ def _rsample_log_ratio(k, b, d, target):
         return z, 0.5 * (eps**2 - z**2 + logvar).sum(-1)
 
     functions = {OURS: lambda mu, logvar: ops.rsample_log_ratio(mu, logvar, samples=k), "eager": eager}
-    forward = 4 * (2 * b * d + k * b * d + k * b)
-    backward = 4 * (2 * b * d + k * b * d + k * b + 2 * b * d)
-    operations = b * d * EXP + k * b * d * (NORMAL + 5)
+    forward, backward = b * d * EXP + k * b * d * (NORMAL + 5), 6 * k * b * d
+    case = f"{k}×{b}×{d}"
+    yield from _works(
+        "rsample_log_ratio", case, (k, b, d), functions, exact, k * b, (forward, backward), target
+    )
+
+
+def _works(group, case, sizes, functions, exact, second, operations, target):
+    """The works of either op; ``second`` is how many numbers its second result has."""
+    k, b, d = sizes
+    # Forward: mu, logvar in, both results out. Backward: mu, logvar, what arrives at both in, gradients out.
+    forward = 4 * (2 * b * d + k * b * d + second)
+    backward = forward + 4 * 2 * b * d
     yield from op_works(
-        "rsample_log_ratio",
-        f"{k}×{b}×{d}",
+        group,
+        case,
         _leaves(b, d),
         functions,
         exact,
         sampling=True,
         elements=k * b * d,
         moved=(forward, forward + backward),
-        operations=(operations, operations + 6 * k * b * d),
+        operations=(operations[0], sum(operations)),
         target=target,
     )
