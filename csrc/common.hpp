@@ -167,20 +167,6 @@ struct Tile {
   bool dense(i64 stride) const { return rows == 1 || (pitch == n && stride == n); }
 };
 
-// Asks for memory that will be read or written soon, so that it comes while something else is computed.
-template <class T>
-inline void prefetch(const T* p, i64 n) {
-  const char* first = reinterpret_cast<const char*>(p);
-  for (i64 i = 0; i < n * static_cast<i64>(sizeof(T)); i += 64) __builtin_prefetch(first + i);
-}
-// A tile of a matrix with strides, unless its columns lie apart.
-template <class T>
-inline void prefetch(const View<T>& v, i64 row, i64 column, const Tile& t) {
-  if (!v || v.s1 != 1) return;
-  if (v.s0 == t.n) return prefetch(v.at(row, column), t.rows * t.n);
-  for (int r = 0; r < t.rows; ++r) prefetch(v.at(row + r, column), t.n);
-}
-
 // The tile of a strided matrix that begins at p, as compute type: in place where it lies so already.
 template <class T>
 inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1, const Tile& t) {

@@ -161,15 +161,7 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
           }
         }
         for (i64 k = k0; k < k1; ++k) {
-          const i64 offset = (k * a.rows + b) * a.columns + column, size = (t.rows - 1) * a.columns + t.n;
-          // While the noise is made, memory can bring where it goes and the next tile.
-          prefetch(to.z + offset, size);
-          if (to.slope) prefetch(to.slope + offset, size);
-          if (k + 1 == k1 && b + height < a.rows) {
-            const Tile next = tile_of(a.rows, b + height, height, a.columns, column);
-            prefetch(a.mu, b + height, column, next);
-            prefetch(a.logvar, b + height, column, next);
-          }
+          const i64 offset = (k * a.rows + b) * a.columns + column;
           const C* eps = noise(k, b);
           C* z = target(to.z + offset, z_buffer, a.columns, t);
           C* slope = target(to.slope ? to.slope + offset : nullptr, slope_buffer, a.columns, t);
