@@ -1,9 +1,10 @@
 """fastvae: the objectives of variational autoencoders on fused kernels. See README.md."""
 
-from . import ops, random
+from . import ops, random, weights
 from ._backend import use_backend
+from .evaluate import Evaluation, evaluate
 from .likelihoods import Bernoulli, Gaussian, Likelihood
-from .objectives import LogMarginal, Terms, elbo, iwae, log_marginal
+from .objectives import LogMarginal, Terms, elbo, iwae, log_marginal, reconstruction_log_prob
 from .posteriors import DiagonalGaussian, Posterior
 from .priors import DiagonalNormal, Prior, StandardNormal
 from .vae import VAE
@@ -14,6 +15,7 @@ __all__ = [
     "Bernoulli",
     "DiagonalGaussian",
     "DiagonalNormal",
+    "Evaluation",
     "Gaussian",
     "Likelihood",
     "LogMarginal",
@@ -22,9 +24,12 @@ __all__ = [
     "StandardNormal",
     "Terms",
     "elbo",
+    "evaluate",
     "iwae",
     "log_marginal",
     "ops",
     "random",
+    "reconstruction_log_prob",
     "use_backend",
+    "weights",
 ]

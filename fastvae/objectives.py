@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from . import ops
-from ._checks import check_choice, check_count, check_number, check_same_device, check_tensor, shape_of
-from .likelihoods import Likelihood, as_likelihood
+from . import _model, ops
+from ._checks import check_choice, check_count, check_number
+from ._model import Chunks, Model
+from .likelihoods import Likelihood
 from .ops.latent import ESTIMATORS
-from .posteriors import Posterior, as_posterior
-from .priors import Prior, as_prior
+from .priors import Prior
 from .random import draw_seed
+from .weights import tail_length
 
-__all__ = ["LogMarginal", "Terms", "elbo", "iwae", "log_marginal"]
+__all__ = ["LogMarginal", "Terms", "elbo", "iwae", "log_marginal", "reconstruction_log_prob"]
 
 
 class Terms(NamedTuple):
@@ -31,12 +32,14 @@ class Terms(NamedTuple):
 
 
 class LogMarginal(NamedTuple):
-    """An importance-sampling estimate of log p(x), each [B]: in nats, its standard error, and the effective
-    sample size (of the k drawn)."""
+    """An importance-sampling estimate of log p(x), each [B]: in nats, its standard error, the effective
+    sample size (of the k drawn), and Pareto k̂, above which 0.7 is not to be trusted.
+    """
 
     log_px: Tensor
     stderr: Tensor
     ess: Tensor
+    khat: Tensor
 
 
 def elbo(
@@ -94,7 +97,8 @@ def elbo(
         >>> bound = fastvae.elbo(x, encoder(x).chunk(2, dim=1), decoder, likelihood="bernoulli")
         >>> (-bound).backward()
     """
-    q, likelihood, prior = _model(x, q, decoder, likelihood, prior)
+    model = Model.read(x, q, decoder, likelihood, prior)
+    q, prior = model.q, model.prior
     check_count("samples", samples, "the draws of z per example")
     beta = check_number("beta", beta, "the weight of the KL")
     free_bits = check_number("free_bits", free_bits, "in nats per dimension")
@@ -112,7 +116,7 @@ def elbo(
     else:
         z, log_ratio = q.rsample_log_ratio(prior, samples=samples, seed=seed)
         divergence = -log_ratio.mean(0)
-    log_likelihood = _log_likelihood(x, z, decoder, likelihood).mean(0)
+    log_likelihood = model.log_likelihood(z).mean(0)
     bound = log_likelihood - (divergence if beta == 1 else beta * divergence)
     return Terms(bound, log_likelihood, divergence) if terms else _reduce(bound, reduction)
 
@@ -126,6 +130,7 @@ def iwae(
     likelihood: str | Likelihood = "gaussian",
     prior: Prior | None = None,
     estimator: str = "iwae",
+    k_chunk: int | None = None,
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
@@ -137,13 +142,18 @@ def iwae(
 
     Args:
         x, q, decoder, likelihood, prior, reduction, generator: as in :func:`elbo`; the decoder is called
-            once, with N = k·B.
+            with N = k·B, once if there is no ``k_chunk``.
         k: importance samples per example.
         estimator: the gradient that reaches q; the value is the same, and so is the decoder's gradient.
             ``"iwae"``: the bound's derivative, whose signal-to-noise falls with k (Rainforth et al. 2018).
             ``"dreg"``: doubly reparameterised, unbiased for it; its signal-to-noise rises with k.
             ``"stl"``: drops the score of q; unbiased for k=1, where it vanishes at the exact posterior,
                 biased for k>1.
+        k_chunk: train on chunks of this many samples, in the memory of one chunk: their activations are
+            dropped and computed again in the backward pass, with the same noise (the decoder's own too, such
+            as dropout), so that the gradient is that of all k samples. This costs one more forward pass. The
+            decoder is called with N = k_chunk·B; statistics over the batch, as in BatchNorm, are a chunk's,
+            and are updated twice. Default: all k at once.
         terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction: the
             bound to train on, and the means of log p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws,
             detached, to look at.
@@ -165,17 +175,51 @@ def iwae(
         >>> bound = fastvae.iwae(x, q, decoder, k=50, likelihood="bernoulli", estimator="dreg")
         >>> (-bound).backward()
     """
-    q, likelihood, prior = _model(x, q, decoder, likelihood, prior)
+    model = Model.read(x, q, decoder, likelihood, prior)
     check_count("k", k, "the importance samples per example")
     check_choice("estimator", estimator, ESTIMATORS)
     check_choice("reduction", reduction, _REDUCTIONS)
-    seed = draw_seed(q.device, generator)
-    z, log_ratio = q.rsample_log_ratio(prior, samples=k, seed=seed, estimator=estimator)
-    log_likelihood = _log_likelihood(x, z, decoder, likelihood)
-    bound = ops.log_mean_exp(log_likelihood + log_ratio)
+    if k_chunk is not None:
+        check_count("k_chunk", k_chunk, "the samples trained on at a time")
+    seed = draw_seed(model.q.device, generator)
+    if k_chunk is None or k_chunk >= k:
+        z, log_ratio = model.q.rsample_log_ratio(model.prior, samples=k, seed=seed, estimator=estimator)
+        log_likelihood = model.log_likelihood(z)
+        bound = ops.log_mean_exp(log_likelihood + log_ratio)
+    else:
+        log_likelihood, log_ratio, whole = _chunked(model, seed, k, k_chunk, estimator)
+        bound = ops.log_mean_exp(log_likelihood + log_ratio)
+        if whole is not None:
+            bound = bound + whole
     if terms:
         return Terms(bound, log_likelihood.detach().mean(0), -log_ratio.detach().mean(0))
     return _reduce(bound, reduction)
+
+
+def _chunked(
+    model: Model, seed: Tensor, k: int, k_chunk: int, estimator: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what a chunk
+    of DReG needs added to the bound, zeros [B].
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "k_chunk does not work under torch.func transforms, which cannot drop activations; leave it out, "
+            "or "
+            "differentiate with backward() or torch.autograd.grad"
+        )
+    # DReG weighs by what is a sample's share of all K, which a chunk does not see.
+    options = {"estimator": estimator, **({"chunk": True} if estimator == "dreg" else {})}
+
+    def draw(start: int) -> tuple[Tensor, ...]:
+        z, *rest = model.q.rsample_log_ratio(
+            model.prior, samples=min(k_chunk, k - start), seed=seed, sample_offset=start, **options
+        )
+        return model.log_likelihood(z), *rest
+
+    parts = [checkpoint(draw, start, use_reentrant=False) for start in range(0, k, k_chunk)]
+    log_likelihood, log_ratio, *whole = zip(*parts, strict=True)
+    return torch.cat(log_likelihood), torch.cat(log_ratio), sum(whole[0]) if whole else None
 
 
 @torch.no_grad()
@@ -203,17 +247,21 @@ def log_marginal(
         x, q, decoder, likelihood, prior, generator: as in :func:`elbo`.
         k: draws per example.
         k_chunk: draws at a time, which bounds memory and changes no result but by rounding: the noise of draw
-            k is the same in any chunk. Default: as many as make about 4096 rows for the decoder.
+            k is the same in any chunk. Default: as many as give the decoder's output about 4 million numbers
+            on a CPU (a size for its caches), 64 million elsewhere. Halved, with a warning, when memory runs
+            out.
 
     Returns:
-        :class:`LogMarginal` (log_px, stderr, ess), each [B]. The standard error is the delta method's, and
-        NaN for k=1; it is to be trusted only while ess is large.
+        :class:`LogMarginal` (log_px, stderr, ess, khat), each [B]. The standard error is the delta method's,
+        and NaN for k=1; it and log_px are to be trusted while Pareto k̂ (:func:`fastvae.weights.pareto_khat`)
+        is below 0.7: beyond it the variance of the weights is as good as infinite.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, naming the one that does not.
 
     References:
-        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016, section 5.
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016, section 5; Vehtari et al.,
+        Pareto Smoothed Importance Sampling, 2024.
 
     Example:
         >>> import torch, fastvae
@@ -222,34 +270,58 @@ def log_marginal(
         >>> fastvae.log_marginal(torch.rand(16, 8), q, decoder, k=100, likelihood="bernoulli").log_px.shape
         torch.Size([16])
     """
-    q, likelihood, prior = _model(x, q, decoder, likelihood, prior)
+    model = Model.read(x, q, decoder, likelihood, prior)
     check_count("k", k, "the importance samples per example")
-    if k_chunk is None:
-        k_chunk = max(1, 4096 // max(1, q.batch))
-    check_count("k_chunk", k_chunk, "the importance samples drawn at a time")
-    seed = draw_seed(q.device, generator)
-    state = None
-    for start in range(0, k, k_chunk):
-        count = min(k_chunk, k - start)
-        z, log_ratio = q.rsample_log_ratio(prior, samples=count, seed=seed, sample_offset=start)
-        state = _merge(state, _log_likelihood(x, z, decoder, likelihood) + log_ratio)
-    maximum, first, second = state
-    log_px = maximum + torch.log(first) - math.log(k)
-    variance = (second / first**2 - 1 / k).clamp(min=0) * (k / (k - 1) if k > 1 else math.nan)
-    return LogMarginal(*(v.to(maximum.dtype) for v in (log_px, variance.sqrt(), first**2 / second)))
+    chunks = Chunks(k_chunk)
+    seed = draw_seed(model.q.device, generator)
+    w = _model.weights(model, seed, 0, k, chunks, tail_length(k) + 1)
+    return LogMarginal(*(v.to(w.maximum.dtype) for v in (w.log_px, w.stderr, w.ess, w.khat)))
 
 
-def _merge(state: tuple[Tensor, ...] | None, log_w: Tensor) -> tuple[Tensor, ...]:
-    """Fold log weights [K, B] into the running (maximum, sum of w, sum of w^2), relative to the maximum."""
-    maximum = log_w.amax(0) if state is None else torch.maximum(state[0], log_w.amax(0))
-    # A column of -inf keeps sums of 0 instead of exp(-inf + inf).
-    shift = torch.where(maximum == -math.inf, 0.0, maximum)
-    w = torch.exp(log_w.double() - shift)
-    first, second = w.sum(0), (w**2).sum(0)
-    if state is not None:
-        scale = torch.exp(state[0].double() - shift)
-        first, second = first + state[1] * scale, second + state[2] * scale**2
-    return maximum, first, second
+@torch.no_grad()
+def reconstruction_log_prob(
+    x: Tensor,
+    q: Any,
+    decoder: Callable[[Tensor], Any],
+    *,
+    samples: int = 100,
+    k_chunk: int | None = None,
+    likelihood: str | Likelihood = "gaussian",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Log of the mean likelihood of x over draws from its posterior, An and Cho's reconstruction
+    probability; low is anomalous. No gradients.
+
+    .. math:: \log \frac{1}{L} \sum_{l=1}^{L} p(x|z_l), \quad z_l \sim q(z|x)
+
+    Args:
+        x, q, decoder, likelihood, generator: as in :func:`elbo`.
+        samples: L, the draws per example.
+        k_chunk: draws at a time, as in :func:`log_marginal`.
+
+    Returns:
+        [B], in nats.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+
+    References:
+        An & Cho, Variational Autoencoder based Anomaly Detection using Reconstruction Probability, 2015.
+
+    Example:
+        >>> import torch, fastvae
+        >>> decoder = torch.nn.Linear(2, 8)
+        >>> q = torch.zeros(16, 2), torch.zeros(16, 2)
+        >>> x = torch.rand(16, 8)
+        >>> fastvae.reconstruction_log_prob(x, q, decoder, samples=30, likelihood="bernoulli").shape
+        torch.Size([16])
+    """
+    model = Model.read(x, q, decoder, likelihood, None)
+    check_count("samples", samples, "the draws per example")
+    chunks = Chunks(k_chunk)
+    seed = draw_seed(model.q.device, generator)
+    w = _model.weights(model, seed, 0, samples, chunks, 1, ratio=False)
+    return w.log_px.to(w.maximum.dtype)
 
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -257,31 +329,3 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 def _reduce(bound: Tensor, reduction: str) -> Tensor:
     return bound if reduction == "none" else getattr(bound, reduction)()
-
-
-def _model(x, q, decoder, likelihood, prior) -> tuple[Posterior, Likelihood, Prior]:
-    """Read and check what every objective takes."""
-    check_tensor("x", x)
-    q = as_posterior(q)
-    if x.dim() == 0 or x.shape[0] != q.batch:
-        raise ValueError(
-            f"x has shape {shape_of(x)} but q has {q.batch} rows; the first axis of both must be the batch"
-        )
-    if x.device != q.device:
-        raise ValueError(f"x is on {x.device} but q is on {q.device}; move one of them")
-    if not callable(decoder):
-        raise TypeError(
-            "decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got "
-            f"{type(decoder).__name__}. Pass the decoder itself, not its output"
-        )
-    return q, as_likelihood(likelihood), as_prior(prior)
-
-
-def _log_likelihood(x: Tensor, z: Tensor, decoder: Callable, likelihood: Likelihood) -> Tensor:
-    """log p(x|z) [K, B]: the decoder sees one batch axis, sample-major."""
-    samples = z.shape[0]
-    parameters = decoder(z.flatten(0, 1))
-    first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
-    if isinstance(first, Tensor):
-        check_same_device("the decoder's output", first, "x", x)
-    return likelihood.log_prob(x, parameters, samples)

@@ -40,8 +40,11 @@ class Posterior:
         estimator: str = "iwae",
         sample_offset: int = 0,
         row_offset: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """z [K, B, D] and log p(z) - log q(z|x) [K, B]."""
+        chunk: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """z [K, B, D] and log p(z) - log q(z|x) [K, B]; with ``chunk`` also the zeros [B] that
+        :func:`fastvae.ops.rsample_log_ratio` tells of.
+        """
         raise NotImplementedError
 
 
@@ -89,7 +92,9 @@ class DiagonalGaussian(Posterior):
             seed=seed,
         )
 
-    def rsample_log_ratio(self, prior, *, samples, seed, estimator="iwae", sample_offset=0, row_offset=0):
+    def rsample_log_ratio(
+        self, prior, *, samples, seed, estimator="iwae", sample_offset=0, row_offset=0, chunk=False
+    ):
         return ops.rsample_log_ratio(
             self.mu,
             self.logvar,
@@ -100,6 +105,7 @@ class DiagonalGaussian(Posterior):
             seed=seed,
             sample_offset=sample_offset,
             row_offset=row_offset,
+            chunk=chunk,
         )
 
 

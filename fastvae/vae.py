@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import objectives
 from ._checks import check_count
+from .evaluate import Evaluation, evaluate
 from .likelihoods import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
 from .posteriors import as_posterior
@@ -84,6 +85,21 @@ class VAE(nn.Module):
         in.
         """
         return objectives.log_marginal(x, self.posterior(x), self.decoder, k=k, **self._meaning(), **options)
+
+    def evaluate(self, data, **options) -> Evaluation:
+        """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
+        return evaluate(self.posterior, self.decoder, data, **self._meaning(), **options)
+
+    @torch.no_grad()
+    def anomaly_score(self, x: Tensor, samples: int = 100, **options) -> Tensor:
+        """How unlike the training data x is, [B], in nats; high is anomalous.
+
+        It is minus :func:`fastvae.reconstruction_log_prob`, An and Cho's reconstruction probability; options
+        are its keyword arguments. Minus :meth:`log_marginal` is the other usual score: it also charges for
+        latents that are rare under the prior.
+        """
+        options = {"likelihood": self.likelihood, "samples": samples, **options}
+        return -objectives.reconstruction_log_prob(x, self.posterior(x), self.decoder, **options)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:

@@ -101,7 +101,7 @@ def test_last_chunk_may_be_ragged():
     stderr = torch.sqrt(((w**2).sum(0) - 1 / k) * k / (k - 1))
     for k_chunk in (*range(1, k + 2), 100, None):
         got = fastvae.log_marginal(x, (mu, logvar), decoder, k=k, k_chunk=k_chunk, generator=generator(3))
-        for actual, expected in zip(got, (log_px, stderr, 1 / (w**2).sum(0)), strict=True):
+        for actual, expected in zip(got[:3], (log_px, stderr, 1 / (w**2).sum(0)), strict=True):
             torch.testing.assert_close(actual, expected.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -449,6 +449,7 @@ def test_nothing_is_read_back(likelihood):
         assert reads.count == 1, "the counter is blind"
         fastvae.elbo(x, encoder(x), decoder, likelihood=likelihood, free_bits=0.1).backward()
         fastvae.iwae(x, encoder(x), decoder, k=K, likelihood=likelihood, estimator="dreg").backward()
+        fastvae.iwae(x, encoder(x), decoder, k=K, k_chunk=2, likelihood=likelihood).backward()
         fastvae.log_marginal(x, encoder(x), decoder, k=10, k_chunk=3, likelihood=likelihood)
     assert reads.count == 1
     # Nor can it be: on the meta device there is nothing to read.

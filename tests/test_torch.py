@@ -43,12 +43,15 @@ def _latent_arguments(op: str):
     mu, logvar = randn(B, D, seed=1).requires_grad_(), randn(B, D, seed=2).requires_grad_()
     prior = tuple(randn(B, D, seed=s).requires_grad_() for s in (3, 4))
     row = tuple(randn(D, seed=s).requires_grad_().expand(B, D) for s in (5, 6))
-    last = {"rsample_kl": (True, False, False), "rsample_log_ratio": ("iwae", "stl", "iwae")}[op]
-    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, last[0], True
-    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, last[1], True
-    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, last[2], False
+    options = {
+        "rsample_kl": ((True,), (False,), (False,)),
+        "rsample_log_ratio": (("iwae", False), ("stl", False), ("dreg", True)),
+    }[op]
+    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, *options[0], True
+    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, *options[1], True
+    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, *options[2], False
     if op == "rsample_kl":
-        yield mu, logvar, None, None, seed_of(1), NO_AXIS, 0, 0, -INF, INF, last[0], True
+        yield mu, logvar, None, None, seed_of(1), NO_AXIS, 0, 0, -INF, INF, *options[0], True
 
 
 def _backward_arguments(op: str):

@@ -126,7 +126,8 @@ def rsample_log_ratio(
     generator: torch.Generator | None = None,
     sample_offset: int = 0,
     row_offset: int = 0,
-) -> tuple[Tensor, Tensor]:
+    chunk: bool = False,
+) -> tuple[Tensor, ...]:
     r"""Sample z = μ + exp(logvar/2)·ε and compute log p(z) − log q(z|x) of every sample in one pass.
 
     .. math:: \log p(z) - \log q(z|x) = ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + \mathrm{logvar} - \log s^2\big]
@@ -137,8 +138,11 @@ def rsample_log_ratio(
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
         estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the
             score of q; ``"dreg"``, doubly reparameterised. The last takes it that the ratio feeds one
-            log-mean-exp over these samples.
+            log-mean-exp over these samples, or else needs ``chunk``.
         logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
+        chunk: for ``"dreg"``, when these are some of the samples of a log-mean-exp: return zeros [B] as well,
+            to be added to it. Their gradient is the sum that a sample's weight is a share of, which the other
+            chunks' samples belong to.
 
     Returns:
         z [K, B, D] in the inputs' dtype, and the log-ratio in nats [K, B] in float32 (float64 for float64
@@ -161,7 +165,8 @@ def rsample_log_ratio(
     check_count("samples", samples, "the draws per row")
     check_choice("estimator", estimator, ESTIMATORS)
     arguments = _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset)
-    return _rsample_log_ratio(*arguments, estimator, _keeps_slope(arguments))[:2]
+    results = _rsample_log_ratio(*arguments, estimator, bool(chunk), _keeps_slope(arguments))
+    return results[:3] if chunk else results[:2]
 
 
 def _keeps_slope(arguments) -> bool:
@@ -234,20 +239,19 @@ def _sample_shape(mu, samples):
 def _native_draw(
     function, second, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, keep, *rest
 ):
-    """z, the second result (a tensor to fill), and the slope, empty if it is not kept."""
+    """z, and the slope, empty if it is not kept; ``second`` is the second result, a tensor to fill."""
     z = empty_like(mu) if samples == NO_AXIS else empty((samples, *mu.shape), mu.dtype)
     slope = empty_like(z, second.dtype) if keep else second.new_empty(0)
     function(
         code(mu.dtype), z.data_ptr(), slope.data_ptr(), second.data_ptr(),
         *_native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi), seed.data_ptr(), k0, b0, *rest,
     )  # fmt: skip
-    return z, second, slope
+    return z, slope
 
 
-def _fake_draw(second, mu, samples, keep):
+def _fake_draw(mu, samples, keep):
     shape = _sample_shape(mu, samples)
-    slope = mu.new_empty(shape if keep else (0,), dtype=accumulator(mu.dtype))
-    return mu.new_empty(shape), second, slope
+    return mu.new_empty(shape), mu.new_empty(shape if keep else (0,), dtype=accumulator(mu.dtype))
 
 
 def _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi):
@@ -260,26 +264,21 @@ def _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi):
     return slope.reshape(_sample_shape(mu, samples))
 
 
-def _adapt_draw(function):
-    """The reference and Triton give z its axis, and make the noise again in the backward pass."""
-
-    def draw(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, option, keep):
-        z, second = function(mu, logvar, prior_mu, prior_logvar, seed, samples or 1, k0, b0, lo, hi, option)
-        slope = mu.new_empty(0, dtype=second.dtype)
-        if keep:
-            slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
-        return z.reshape(_sample_shape(mu, samples)), second, slope
-
-    return draw
+def _adapted_draw(function, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, option, keep):
+    """From the reference and Triton, which give z its axis and make the noise again in the backward pass."""
+    z, second = function(mu, logvar, prior_mu, prior_logvar, seed, samples or 1, k0, b0, lo, hi, option)
+    slope = mu.new_empty(0, dtype=second.dtype)
+    if keep:
+        slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
+    return z.reshape(_sample_shape(mu, samples)), second, slope
 
 
 def _empty_grads(mu, need):
     return tuple(empty_like(mu) if n else None for n in need)
 
 
-def _setup(ctx, args, result):
-    ctx.mark_non_differentiable(*result[2:])
-    ctx.save_for_backward(*args[:5], result[2])
+def _save(ctx, args, slope):
+    ctx.save_for_backward(*args[:5], slope)
     ctx.constants = args[5:]
 
 
@@ -292,12 +291,19 @@ _GRADS = "-> (Tensor, Tensor, Tensor, Tensor)"
 def _native_rsample_kl(mu, *rest):
     *rest, per_dimension, keep = rest
     kl = empty(mu.shape if per_dimension else mu.shape[:1], accumulator(mu.dtype))
-    return _native_draw(_backend.extension().rsample_kl, kl, mu, *rest, keep, per_dimension)
+    z, slope = _native_draw(_backend.extension().rsample_kl, kl, mu, *rest, keep, per_dimension)
+    return z, kl, slope
 
 
 def _fake_rsample_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, per_dimension, keep):
     kl = mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulator(mu.dtype))
-    return _fake_draw(kl, mu, samples, keep)
+    z, slope = _fake_draw(mu, samples, keep)
+    return z, kl, slope
+
+
+def _setup_rsample_kl(ctx, args, result):
+    ctx.mark_non_differentiable(result[2])
+    _save(ctx, args, result[2])
 
 
 def _native_rsample_kl_backward(
@@ -344,9 +350,9 @@ _rsample_kl = define(
     f"({_INPUTS}{_ADDRESS}, bool per_dimension, bool keep_slope) -> (Tensor, Tensor, Tensor)",
     native=_native_rsample_kl,
     fake=_fake_rsample_kl,
-    setup=_setup,
+    setup=_setup_rsample_kl,
     backward=_backward_rsample_kl,
-    adapt=_adapt_draw,
+    adapt=lambda function: lambda *args: _adapted_draw(function, *args),
     results=2,
 )
 
@@ -355,19 +361,41 @@ _rsample_kl = define(
 
 
 def _native_rsample_log_ratio(
-    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, keep
+    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, chunk, keep
 ):
     log_ratio = empty((samples, mu.shape[0]), accumulator(mu.dtype))
-    return _native_draw(
+    z, slope = _native_draw(
         _backend.extension().rsample_log_ratio, log_ratio,
         mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, keep,
     )  # fmt: skip
+    return z, log_ratio, _whole(mu, chunk), slope
+
+
+def _whole(mu, chunk):
+    return mu.new_zeros(mu.shape[:1] if chunk else (0,), dtype=accumulator(mu.dtype))
 
 
 def _fake_rsample_log_ratio(
-    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, keep
+    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, chunk, keep
 ):
-    return _fake_draw(mu.new_empty((samples, mu.shape[0]), dtype=accumulator(mu.dtype)), mu, samples, keep)
+    log_ratio = mu.new_empty((samples, mu.shape[0]), dtype=accumulator(mu.dtype))
+    z, slope = _fake_draw(mu, samples, keep)
+    return z, log_ratio, _whole(mu, chunk), slope
+
+
+def _adapt_rsample_log_ratio(function):
+    def draw(mu, *rest):
+        *rest, chunk, keep = rest
+        z, log_ratio, slope = _adapted_draw(function, mu, *rest, keep)
+        return z, log_ratio, _whole(mu, chunk), slope
+
+    return draw
+
+
+def _setup_rsample_log_ratio(ctx, args, result):
+    *_, chunk, _ = args
+    ctx.mark_non_differentiable(*result[3 if chunk else 2 :])
+    _save(ctx, args, result[3])
 
 
 def _native_rsample_log_ratio_backward(
@@ -384,9 +412,9 @@ def _native_rsample_log_ratio_backward(
     return grads
 
 
-def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio, *_):
+def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio, grad_whole, *_):
     *inputs, slope = ctx.saved_tensors
-    *constants, estimator, _ = ctx.constants
+    *constants, estimator, chunk, _ = ctx.constants
     weight = None
     if estimator == "dreg":
         if grad_log_ratio is None:
@@ -395,13 +423,18 @@ def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio, *_):
                 "arrive: pass log_ratio + log p(x|z) through fastvae.ops.log_mean_exp, or use "
                 "estimator='stl'"
             )
-        total = grad_log_ratio.sum(0)
+        if chunk and grad_whole is None:
+            raise RuntimeError(
+                "estimator='dreg' with chunk=True takes its weights as shares of the gradient of its third "
+                "result, which did not arrive: add those zeros [B] to the log-mean-exp over all chunks"
+            )
+        total = grad_whole if chunk else grad_log_ratio.sum(0)
         weight = torch.where(total == 0, 0.0, grad_log_ratio / total)
     grads = _rsample_log_ratio_backward(
         grad_z, grad_log_ratio, weight, slope, *inputs,
         *constants, estimator != "iwae", list(ctx.needs_input_grad[:4]),
     )  # fmt: skip
-    return *grads, *[None] * 8
+    return *grads, *[None] * 9
 
 
 _rsample_log_ratio_backward = define(
@@ -418,11 +451,11 @@ _rsample_log_ratio_backward = define(
 _rsample_log_ratio = define(
     "latent",
     "rsample_log_ratio",
-    f"({_INPUTS}{_ADDRESS}, str estimator, bool keep_slope) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}{_ADDRESS}, str estimator, bool chunk, bool keep_slope) -> (Tensor, Tensor, Tensor, Tensor)",
     native=_native_rsample_log_ratio,
     fake=_fake_rsample_log_ratio,
-    setup=_setup,
+    setup=_setup_rsample_log_ratio,
     backward=_backward_rsample_log_ratio,
-    adapt=_adapt_draw,
-    results=2,
+    adapt=_adapt_rsample_log_ratio,
+    results=3,
 )

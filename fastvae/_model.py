@@ -1,0 +1,169 @@
+"""What every objective takes, read and checked, and its draws: all at once, or streamed in chunks."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import check_count, check_same_device, check_tensor, shape_of
+from .likelihoods import Likelihood, as_likelihood
+from .posteriors import Posterior, as_posterior
+from .priors import Prior, as_prior
+from .weights import Weights
+
+
+class Model(NamedTuple):
+    """A batch and the three distributions that an objective is made of."""
+
+    x: Tensor
+    q: Posterior
+    decoder: Callable[[Tensor], Any]
+    likelihood: Likelihood
+    prior: Prior
+
+    @classmethod
+    def read(cls, x: Any, q: Any, decoder: Any, likelihood: Any, prior: Any) -> Model:
+        """Read and check what the user gave."""
+        check_tensor("x", x)
+        q = as_posterior(q)
+        if x.dim() == 0 or x.shape[0] != q.batch:
+            raise ValueError(
+                f"x has shape {shape_of(x)} but q has {q.batch} rows; the first axis of both must be the "
+                "batch"
+            )
+        if x.device != q.device:
+            raise ValueError(f"x is on {x.device} but q is on {q.device}; move one of them")
+        if not callable(decoder):
+            raise TypeError(
+                "decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got "
+                f"{type(decoder).__name__}. Pass the decoder itself, not its output"
+            )
+        return cls(x, q, decoder, as_likelihood(likelihood), as_prior(prior))
+
+    def log_likelihood(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major."""
+        x = self.x if x is None else x
+        samples = z.shape[0]
+        parameters = self.decoder(z.flatten(0, 1))
+        first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
+        if isinstance(first, Tensor):
+            check_same_device("the decoder's output", first, "x", x)
+        return self.likelihood.log_prob(x, parameters, samples)
+
+
+class Chunks:
+    """How many draws are made at a time.
+
+    Args:
+        k_chunk: draws per example; None chooses as many as give the decoder's output a size that stays in a
+            CPU's caches and fills a GPU. Halved for good when memory runs out.
+    """
+
+    # Numbers of the decoder's output at a time, and rows of it; measured: docs/NOTES.md.
+    _CPU, _GPU = (2**22, 2**13), (2**26, 2**18)
+
+    def __init__(self, k_chunk: int | None):
+        if k_chunk is not None:
+            check_count("k_chunk", k_chunk, "the samples drawn at a time")
+        self.k_chunk = k_chunk
+        self.most_rows: int | None = None
+
+    def draws(self, x: Tensor) -> int:
+        """For each example of x."""
+        batch = max(1, x.shape[0])
+        size = self.k_chunk
+        if size is None:
+            numbers, rows = self._CPU if x.device.type == "cpu" else self._GPU
+            size = min(rows, numbers // max(1, x.shape[1:].numel())) // batch
+        if self.most_rows is not None:
+            size = min(size, self.most_rows // batch)
+        return max(1, size)
+
+    def halve(self, x: Tensor, count: int) -> None:
+        """After memory ran out with ``count`` draws of each example of x, two or more."""
+        half = count // 2
+        self.most_rows = half * x.shape[0]
+        warnings.warn(
+            f"fastvae: memory ran out with {count} draws of {x.shape[0]} examples at a time; going on with "
+            f"{half} (k_chunk={half} starts there)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def stream(
+    model: Model,
+    seed: Tensor,
+    start: int,
+    stop: int,
+    chunks: Chunks,
+    *,
+    row_offset: int = 0,
+    rows: Tensor | None = None,
+    ratio: bool = True,
+) -> Iterator[Tensor]:
+    """Log weights of draws ``start`` to ``stop``, [draws, B], chunk by chunk; without ``ratio``
+    log-likelihoods.
+
+    ``rows`` are the examples whose draws are wanted, if not all; the noise is that of their place in the
+    batch.
+    """
+    x = model.x if rows is None else model.x[rows]
+
+    def draw(count: int) -> Tensor:
+        z, log_ratio = model.q.rsample_log_ratio(
+            model.prior, samples=count, seed=seed, sample_offset=start, row_offset=row_offset
+        )
+        if rows is not None:
+            z, log_ratio = z[:, rows], log_ratio[:, rows]
+        log_likelihood = model.log_likelihood(z, x)
+        return log_likelihood + log_ratio if ratio else log_likelihood
+
+    while start < stop:
+        count = min(chunks.draws(x), stop - start)
+        log_w = None
+        with _spared_memory_errors() if count > 1 else contextlib.nullcontext():
+            log_w = draw(count)
+        # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
+        if log_w is None:
+            if x.device.type == "cuda":
+                torch.cuda.empty_cache()
+            chunks.halve(x, count)
+            continue
+        yield log_w
+        start += count
+
+
+@contextlib.contextmanager
+def _spared_memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        # What the CPU's allocator says.
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+
+
+def weights(
+    model: Model, seed: Tensor, start: int, stop: int, chunks: Chunks, tail: int, **options: Any
+) -> Weights:
+    """Draws ``start`` to ``stop`` folded into :class:`Weights`; options are those of :func:`stream`."""
+    total: Weights | None = None
+    waiting: list[Tensor] = []
+    drawn = start
+    for log_w in stream(model, seed, start, stop, chunks, **options):
+        waiting.append(log_w)
+        drawn += log_w.shape[0]
+        # Sorting out the largest is worth its while when there are as many new ones.
+        if drawn == stop or sum(map(len, waiting)) >= tail:
+            part = Weights.of(waiting[0] if len(waiting) == 1 else torch.cat(waiting), tail)
+            total = part if total is None else total.merge(part)
+            waiting.clear()
+    return total

@@ -1,0 +1,564 @@
+"""log p(x) of whole data sets: streamed over draws, sharded over ranks, resumable, with its error."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from tqdm import tqdm
+
+from . import _model
+from ._checks import check_choice, check_count, check_number, check_tensor
+from ._model import Chunks, Model
+from ._parts import Checkpoint, Part, digest, modules_of, weights_digest
+from .likelihoods import Likelihood, as_likelihood
+from .posteriors import Posterior, as_posterior
+from .priors import Prior, as_prior
+from .random import draw_seed
+from .weights import Weights, tail_length
+
+__all__ = ["Evaluation", "evaluate"]
+
+ACTIVE = 0.01  # variance of the posterior mean, Burda et al. 2016
+UNTRUSTED = 0.7  # Pareto k̂, Vehtari et al. 2024
+FIRST_LOOK = 100  # draws before the first question whether they are enough
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of :func:`evaluate`: numbers for the data set, and float64 tensors [N] for its examples, in
+    their order. ``print`` it for a summary.
+    """
+
+    nll: float
+    """Mean of −log p(x), in nats per example."""
+    stderr: float
+    """Standard error of nll over the choice of examples."""
+    mc_stderr: float
+    """Standard error of nll over the draws of z: what another seed would change."""
+    bits_per_dim: float
+    """nll / (X log 2) for X numbers in an example. For data that were dequantised from 2^b levels to [0, 1],
+    add b."""
+    log_px: Tensor
+    """log p(x) of each example, in nats."""
+    log_px_stderr: Tensor
+    """Its standard error over the draws."""
+    ess: Tensor
+    """Effective sample size."""
+    khat: Tensor
+    """Pareto k̂: above 0.7 the example's log_px and its standard error are not to be trusted."""
+    k: Tensor
+    """Draws made, int64."""
+    elbo: Tensor
+    """Mean of the log weights: the bound of k=1."""
+    active_units: int | None
+    """Latents whose posterior mean has a variance above 0.01 over the data (Burda et al.); None where q has
+    no ``mu``, or NaN in it."""
+    kl_per_dim: Tensor | None
+    """KL(q ‖ p) of each latent, averaged over the data [D]; None where q has no analytic KL."""
+    curve: list[tuple[int, float, float]]
+    """(draws, nll by so many draws of each example at most, its standard error over examples), rising
+    draws."""
+    dims: int
+    """Numbers in an example."""
+
+    def __str__(self) -> str:
+        n, latents = len(self.log_px), ""
+        draws = f"{int(self.k.max())} draws each"
+        if int(self.k.min()) != int(self.k.max()):
+            average = float(self.k.double().mean())
+            draws = f"{int(self.k.min())} to {int(self.k.max())} draws, {average:.0f} on average"
+        gap = float((self.log_px - self.elbo).mean())
+        low, median, high = (_number(v) for v in _quantiles(self.ess))
+        share = float((self.khat > UNTRUSTED).double().mean())
+        advice = ": there log p(x) is not to be trusted, and likely too low" if share else ""
+        if self.active_units is not None:
+            kl = "" if self.kl_per_dim is None else f"; KL {float(self.kl_per_dim.sum()):.2f} nats"
+            latents = f"\n  latents        {self._active()} active{kl}"
+        nan = int(self.log_px.isnan().sum())
+        lost = f"\n  NaN            {nan} example{'s' * (nan > 1)}" if nan else ""
+        return (
+            f"log p(x) of {n} example{'s' * (n > 1)}, {draws}\n"
+            f"  NLL            {self.nll:.2f} ± {self.stderr:.2f} nats (± {self.mc_stderr:.2g} by the "
+            f"draws)\n"
+            f"  bits           {self.bits_per_dim:.4f} per dimension, of {self.dims}\n"
+            f"  ELBO           {float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)\n"
+            f"  ESS            median {median}; {low} to {high} for nine of ten examples\n"
+            f"  Pareto k̂      median {float(self.khat.nanmedian()):.2f}; above {UNTRUSTED} for "
+            f"{100 * share:.1f} % of the examples{advice}{latents}{lost}"
+        )
+
+    def _active(self) -> str:
+        total = "" if self.kl_per_dim is None else f" of {len(self.kl_per_dim)}"
+        return f"{self.active_units}{total}"
+
+    __repr__ = __str__
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write every field to an .npz file, for ``numpy.load``; what is None is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        np.savez(path, **{name: np.asarray(v) for name, v in values.items() if v is not None})
+
+
+def _quantiles(values: Tensor) -> list[float]:
+    values = values[values.isfinite()]
+    if not len(values):
+        return [math.nan] * 3
+    return torch.quantile(values, values.new_tensor([0.05, 0.5, 0.95])).tolist()
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+@torch.no_grad()
+def evaluate(
+    encoder: Callable[[Tensor], Any],
+    decoder: Callable[[Tensor], Any],
+    data: Tensor | np.ndarray | Dataset | Iterable[Any],
+    *,
+    k: int | None = None,
+    tol: float | None = None,
+    k_chunk: int | None = None,
+    batch_size: int = 100,
+    likelihood: str | Likelihood = "gaussian",
+    prior: Prior | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    shard: str = "data",
+    progress: bool = True,
+    generator: torch.Generator | None = None,
+) -> Evaluation:
+    r"""Estimate log p(x) of every example of a data set by importance sampling, with its error and
+    diagnostics.
+
+    .. math:: \mathrm{NLL} = -\frac{1}{N} \sum_{n=1}^{N} \log \hat p(x_n), \quad
+              \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^{K} w_k
+
+    Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). Encoder and decoder,
+    and the modules that they refer to, are put into eval mode and back; batches are moved to the encoder's
+    device. Means are over examples, whatever the batches. No gradients.
+
+    Under ``torch.distributed`` (``torchrun``, gloo or nccl) the ranks share the work, and each returns the
+    whole result. The noise is addressed by the example's place in the data and by the draw, so the result is
+    the same for any number of ranks, any batch size and any ``k_chunk``, to rounding.
+
+    Args:
+        encoder: x [B, \*event] -> q, what :func:`fastvae.elbo` takes.
+        decoder: z [N, D] -> parameters of the likelihood.
+        data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches such as a
+            DataLoader; of a batch that is a tuple or list, the first entry.
+        k: draws per example; default 5000. With ``tol`` it is the most, by default 100 000.
+        tol: draw 100, 200, 400, … until an example's standard error is at most tol nats. Easy examples then
+            cost little, and log p(x) is low by a little more, since an example may stop before its largest
+            weights have come: by up to tol² or so (docs/NOTES.md has it measured).
+        k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
+        batch_size: of data that do not come in batches.
+        likelihood, prior: as in :func:`fastvae.elbo`.
+        checkpoint: a file, such as ``"run.npz"``, that gets the results as they come. If it exists, the work
+            goes on where it stopped, with its seed. It is refused for other weights, data or settings.
+        shard: under torch.distributed, what ranks share: ``"data"``, whole batches, or ``"samples"``, each
+            example's draws, for few examples and a large k.
+        progress: show a progress bar with the NLL so far.
+        generator: source of the noise; default torch's own random state.
+
+    Returns:
+        :class:`Evaluation`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, data without a batch, a checkpoint of something
+        else.
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016; Vehtari et al., Pareto Smoothed
+        Importance Sampling, 2024.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
+        >>> result = fastvae.evaluate(
+        ...     lambda x: encoder(x).chunk(2, dim=1), decoder, torch.rand(16, 8), k=50,
+        likelihood="bernoulli", ...     progress=False
+        ... )
+        >>> result.log_px.shape, result.active_units
+        (torch.Size([16]), 0)
+    """
+    likelihood, prior = as_likelihood(likelihood), as_prior(prior)
+    for name, value in (("encoder", encoder), ("decoder", decoder)):
+        if not callable(value):
+            raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
+    if k is not None:
+        check_count("k", k, "the importance samples per example")
+    if tol is not None and not check_number("tol", tol, "in nats"):
+        raise ValueError("tol must be greater than 0: no finite number of draws has no error")
+    check_choice("shard", shard, ("data", "samples"))
+    check_count("batch_size", batch_size, "the examples of a batch")
+    k = k or (5000 if tol is None else 100_000)
+    device = _device(encoder, decoder)
+    batches = _batches(data, batch_size)
+    ranks = _Ranks(shard)
+    plan = _Plan(k, tol, Chunks(k_chunk), ranks)
+
+    seed = None
+    file = None
+    if checkpoint is not None:
+        settings = {
+            "k": k,
+            "tol": tol,
+            "seed": None if generator is None else int(draw_seed(generator.device, generator)),
+            "weights": weights_digest(encoder, decoder, likelihood, prior),
+        }
+        file = Checkpoint(checkpoint, settings, ranks.rank)
+    done: dict[int, Part] = {}
+    if file is not None:
+        loaded = ranks.gather(file.load())
+        done = {p.index: p for parts in loaded for p in parts}
+        seed = file.settings["seed"]
+    if seed is None:
+        seed = int(draw_seed("cpu") if generator is None else draw_seed(generator.device, generator))
+    seed = ranks.first(seed)
+    if file is not None:
+        file.settings["seed"] = seed
+        _take_over(file, done, ranks)
+    mine = list(done.values()) if ranks.rank == 0 else []
+
+    def batch_part(index: int, x: Tensor, row: int, plan: _Plan) -> Part:
+        q = as_posterior(encoder(x))
+        return _evaluate_batch(index, Model.read(x, q, decoder, likelihood, prior), seed, row, plan)
+
+    total = len(batches) if hasattr(batches, "__len__") else None
+    bar = tqdm(total=total, desc="log p(x)", unit="batch", disable=not progress or ranks.rank != 0)
+    modules = [m for f in (encoder, decoder, likelihood, prior) for m in modules_of(f)]
+    with bar, _evaluating(modules):
+        try:
+            row, compared = 0, False
+            for index, batch in enumerate(batches):
+                x = _data_of(batch)
+                checked = None if file is None else digest([x])
+                x = x if device is None else x.to(device)
+                size = x.shape[0]
+                row, start = row + size, row
+                if size == 0:
+                    continue
+                if index in done:
+                    _check_data(file, done[index], checked, index)
+                    if not compared:
+                        first = _Plan(1, None, plan.chunks, _Ranks("data", alone=True))
+                        _check_weights(file, done[index], batch_part(index, x, start, first))
+                        compared = True
+                elif shard == "samples" or index % ranks.world == ranks.rank:
+                    part = batch_part(index, x, start, plan)
+                    mine.append(part if checked is None else part._replace(digest=checked))
+                    if file is not None and (shard == "data" or ranks.rank == 0):
+                        file.save(mine, now=False)
+                bar.update()
+                if mine and not bar.disable:
+                    bar.set_postfix_str(_running(mine))
+        finally:
+            if file is not None and (shard == "data" or ranks.rank == 0):
+                file.save(mine)
+    everyone = ranks.gather(mine) if shard == "data" else [mine]
+    found = {p.index: p for parts in everyone for p in parts} | done
+    if not found:
+        raise ValueError("data has no batches: there is nothing to evaluate")
+    parts = [found[i] for i in sorted(found)]
+    if file is not None:
+        _take_over(file, found, ranks)
+    return _combine(parts, plan.looks)
+
+
+# One batch
+
+
+class _Plan:
+    """How many draws, when to look, and by whom.
+
+    ``looks`` are the numbers of draws after which the bound is noted; with ``tol``, from FIRST_LOOK on,
+    examples that are done leave.
+    """
+
+    def __init__(self, k: int, tol: float | None, chunks: Chunks, ranks: _Ranks):
+        looks = {10**i for i in range(10)}
+        if tol is not None:
+            looks = {n for n in looks if n < FIRST_LOOK} | {FIRST_LOOK * 2**i for i in range(26)}
+        self.looks = [*sorted(n for n in looks if n < k), k]
+        self.tol = tol
+        self.tail = tail_length(k) + 1
+        self.chunks = chunks
+        self.ranks = ranks
+
+
+def _evaluate_batch(index: int, model: Model, seed: int, row: int, plan: _Plan) -> Part:
+    device = model.q.device
+    key = torch.tensor(seed, dtype=torch.int64, device=device)
+    total: Weights | None = None
+    rows: Tensor | None = None
+    curve = []
+    for start, stop in pairwise([0, *plan.looks]):
+        share = plan.ranks.share(start, stop)
+        part = None
+        if share[0] < share[1]:
+            part = _model.weights(model, key, *share, plan.chunks, plan.tail, row_offset=row, rows=rows)
+        part = plan.ranks.merge(part, device)
+        if total is None:
+            total = part
+        elif rows is None:
+            total = total.merge(part)
+        else:
+            total = total.put(rows, total.at(rows).merge(part))
+        curve.append(total.log_px)
+        if plan.tol is not None and stop >= FIRST_LOOK:
+            # NaN stays what it is.
+            wanted = (total.stderr > plan.tol) & ~total.log_px.isnan()
+            rows = wanted.nonzero()[:, 0]
+            if not len(rows):
+                break
+            rows = None if len(rows) == len(wanted) else rows
+    curve += curve[-1:] * (len(plan.looks) - len(curve))
+    values = (total.log_px, total.stderr, total.ess, total.khat, total.count, total.elbo, torch.stack(curve))
+    return Part(
+        index,
+        np.zeros(16, np.uint8),
+        _latent_statistics(model.q, model.prior, key),
+        model.x.shape[1:].numel(),
+        *(v.cpu().numpy() for v in values),
+    )
+
+
+def _latent_statistics(q: Posterior, prior: Prior, seed: Tensor) -> np.ndarray:
+    """[3, D]: mean of the posterior means, the sum of their squared deviations, the sum of the KL, NaN where
+    q has none; [3, 0] where q has no means.
+    """
+    mu = getattr(q, "mu", None)
+    if not isinstance(mu, Tensor):
+        return np.zeros((3, 0))
+    mu = mu.double()
+    try:
+        _, kl = q.rsample_kl(prior, samples=1, seed=seed, per_dimension=True)
+        kl = kl.double().sum(0)
+    except NotImplementedError:
+        kl = torch.full_like(mu[0], math.nan)
+    mean = mu.mean(0)
+    return torch.stack([mean, (mu - mean).square().sum(0), kl]).cpu().numpy()
+
+
+# All batches
+
+
+def _combine(parts: list[Part], looks: list[int]) -> Evaluation:
+    def joined(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(p, name) for p in parts], -1))
+
+    log_px, stderr, curve = joined("log_px"), joined("stderr"), joined("curve")
+    n, dims = len(log_px), parts[0].dims
+    if nan := int(log_px.isnan().sum()):
+        first = ", ".join(map(str, log_px.isnan().nonzero()[:5, 0].tolist())) + ", …" * (nan > 5)
+        warnings.warn(
+            f"fastvae.evaluate: log p(x) is NaN for {nan} of {n} examples (number {first}), and so are means "
+            f"over "
+            "all; look at these examples' x, q and decoder output, or take -result.log_px.nanmean()",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    nll = -float(log_px.mean())
+    active, kl = _latents(parts)
+    return Evaluation(
+        nll=nll,
+        stderr=_standard_error(log_px),
+        mc_stderr=float(stderr.square().sum().sqrt()) / n,
+        bits_per_dim=nll / (dims * math.log(2)) if dims else math.nan,
+        log_px=log_px,
+        log_px_stderr=stderr,
+        ess=joined("ess"),
+        khat=joined("khat"),
+        k=joined("k"),
+        elbo=joined("elbo"),
+        active_units=active,
+        kl_per_dim=kl,
+        curve=[(k, -float(v.mean()), _standard_error(v)) for k, v in zip(looks, curve, strict=True)],
+        dims=dims,
+    )
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _latents(parts: list[Part]) -> tuple[int | None, Tensor | None]:
+    """Active units and KL per dimension, by adding sums, and squared deviations about the common mean."""
+    if not parts[0].latent.shape[1]:
+        return None, None
+    sizes = np.array([len(p.log_px) for p in parts], dtype=np.float64)[:, None]
+    mean, deviations, kl = np.stack([p.latent for p in parts], 1)  # each [parts, D]
+    n = sizes.sum()
+    common = (sizes * mean).sum(0) / n
+    variance = (deviations + sizes * (mean - common) ** 2).sum(0) / max(n - 1, 1)
+    active = None if np.isnan(variance).any() else int((variance > ACTIVE).sum())
+    kl = torch.from_numpy(kl.sum(0) / n)
+    return active, None if bool(kl.isnan().all()) else kl
+
+
+def _running(parts: list[Part]) -> str:
+    log_px = torch.from_numpy(np.concatenate([p.log_px for p in parts]))
+    return f"NLL {-float(log_px.mean()):.2f} ± {_standard_error(log_px):.2f}"
+
+
+# Data and modules
+
+
+def _batches(data: Any, batch_size: int) -> Iterable[Any]:
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(data)
+    if isinstance(data, Tensor):
+        if data.dim() == 0:
+            raise ValueError("data is a tensor of no dimensions; expected [N, *event]")
+        return data.split(batch_size) if len(data) else []
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size)
+    if isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
+        raise ValueError(
+            "data has a DistributedSampler, but evaluate shares the batches among the ranks itself; give it "
+            "a "
+            "loader of the whole data set"
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            "data must be a tensor [N, *event], a Dataset, or an iterable of batches such as a DataLoader; "
+            "got "
+            f"{type(data).__name__}"
+        )
+    return data
+
+
+def _data_of(batch: Any) -> Tensor:
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, Tensor):
+        came = f"a {type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
+        raise TypeError(
+            f"a batch must be a tensor, or a tuple or list that begins with one; got {came}. Give evaluate a "
+            "generator: (batch['x'] for batch in loader)"
+        )
+    check_tensor("a batch of data", x)
+    if x.dim() == 0:
+        raise ValueError("a batch of data is a tensor of no dimensions; expected [B, *event]")
+    return x
+
+
+def _device(encoder: Callable, decoder: Callable) -> torch.device | None:
+    """That of the encoder's modules; None where it has none."""
+    found = {}
+    for name, function in (("encoder", encoder), ("decoder", decoder)):
+        tensors = [t for m in modules_of(function) for t in (*m.parameters(), *m.buffers())]
+        if tensors:
+            found[name] = tensors[0].device
+    devices = set(found.values())
+    if len(devices) > 1:
+        where = [f"the {name} is on {device}" for name, device in found.items()]
+        raise ValueError(f"{where[0]} but {where[1]}; move one of them")
+    if any(d.type == "meta" for d in devices):
+        raise ValueError("encoder and decoder are on meta, a device without numbers; load their weights")
+    return found.get("encoder", found.get("decoder"))
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Every module in eval mode, and each back in its own."""
+    before = {m: m.training for module in modules for m in module.modules()}
+    for m in before:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, mode in before.items():
+            m.training = mode
+
+
+# Checkpoints
+
+
+def _take_over(file: Checkpoint, parts: dict[int, Part], ranks: _Ranks) -> None:
+    """All parts in the one file of rank 0, whoever made them."""
+    if ranks.rank == 0:
+        file.save([parts[i] for i in sorted(parts)])
+    ranks.wait()
+    if ranks.rank == 0:
+        for other in file.files():
+            if other != file.path:
+                other.unlink()
+    ranks.wait()
+
+
+def _check_data(file: Checkpoint, part: Part, digest: np.ndarray, index: int) -> None:
+    if not np.array_equal(part.digest, digest):
+        raise ValueError(
+            f"checkpoint {file.path} was made with other data: batch {index} differs. A loader must give the "
+            f"same "
+            "batches every time (shuffle=False); for other data give another name"
+        )
+
+
+def _check_weights(file: Checkpoint, part: Part, again: Part) -> None:
+    """The first draw once more: it also sees weights and code that no module holds."""
+    if not np.allclose(part.curve[0], again.curve[0], rtol=1e-3, atol=1e-2, equal_nan=True):
+        raise ValueError(
+            f"checkpoint {file.path} was made with another encoder or decoder: the same draw has other "
+            f"weights "
+            "now. Give another name to start anew, or delete it"
+        )
+
+
+# Ranks
+
+
+class _Ranks:
+    """The processes that share the work; one, if torch.distributed was not started."""
+
+    def __init__(self, shard: str, *, alone: bool = False):
+        together = not alone and dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.world = dist.get_world_size() if together else 1
+        self.by_samples = shard == "samples" and self.world > 1
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Everyone's, in the order of ranks."""
+        if self.world == 1:
+            return [mine]
+        found = [None] * self.world
+        dist.all_gather_object(found, mine)
+        return found
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's."""
+        return self.gather(value)[0]
+
+    def wait(self) -> None:
+        self.gather(None)
+
+    def share(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's of these draws."""
+        if not self.by_samples:
+            return start, stop
+        cuts = [start + (stop - start) * r // self.world for r in (self.rank, self.rank + 1)]
+        return cuts[0], cuts[1]
+
+    def merge(self, part: Weights | None, device: torch.device) -> Weights:
+        """Everyone's draws together, in the order of ranks; None for none."""
+        if not self.by_samples:
+            return part
+        parts = self.gather(None if part is None else [v.cpu() for v in part])
+        merged: Weights | None = None
+        for values in parts:
+            if values is not None:
+                its = Weights(*(v.to(device) for v in values))
+                merged = its if merged is None else merged.merge(its)
+        return merged
