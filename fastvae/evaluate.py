@@ -82,7 +82,7 @@ class Evaluation:
         gap = float((self.log_px - self.elbo).mean())
         low, median, high = (_number(v) for v in _quantiles(self.ess))
         share = float((self.khat > UNTRUSTED).double().mean())
-        advice = ": there log p(x) is not to be trusted, and likely too low" if share else ""
+        advice = "\n                 whose log p(x) is not to be trusted, and likely too low" if share else ""
         if self.active_units is not None:
             kl = "" if self.kl_per_dim is None else f"; KL {float(self.kl_per_dim.sum()):.2f} nats"
             latents = f"\n  latents        {self._active()} active{kl}"
@@ -160,8 +160,8 @@ def evaluate(
             DataLoader; of a batch that is a tuple or list, the first entry.
         k: draws per example; default 5000. With ``tol`` it is the most, by default 100 000.
         tol: draw 100, 200, 400, … until an example's standard error is at most tol nats. Easy examples then
-            cost little, and log p(x) is low by a little more, since an example may stop before its largest
-            weights have come: by up to tol² or so (docs/NOTES.md has it measured).
+            cost little. An example may stop before its largest weights have come, which makes log p(x) low: by
+            up to half of tol where weights are heavy-tailed, hardly where they are not (docs/NOTES.md).
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
         batch_size: of data that do not come in batches.
         likelihood, prior: as in :func:`fastvae.elbo`.
@@ -186,12 +186,12 @@ def evaluate(
     Example:
         >>> import torch, fastvae
         >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
-        >>> result = fastvae.evaluate(
-        ...     lambda x: encoder(x).chunk(2, dim=1), decoder, torch.rand(16, 8), k=50,
-        likelihood="bernoulli", ...     progress=False
-        ... )
-        >>> result.log_px.shape, result.active_units
-        (torch.Size([16]), 0)
+        >>> def q(x):
+        ...     return encoder(x).chunk(2, dim=1)
+        >>> x = torch.rand(16, 8)
+        >>> result = fastvae.evaluate(q, decoder, x, k=50, likelihood="bernoulli", progress=False)
+        >>> result.log_px.shape, result.kl_per_dim.shape
+        (torch.Size([16]), torch.Size([2]))
     """
     likelihood, prior = as_likelihood(likelihood), as_prior(prior)
     for name, value in (("encoder", encoder), ("decoder", decoder)):

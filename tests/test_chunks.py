@@ -1,0 +1,168 @@
+"""iwae by chunks: the gradient of all samples, in the memory of a few of them."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import fastvae
+from fastvae import objectives
+from fastvae.ops.latent import ESTIMATORS
+
+from . import models
+from .conftest import DEVICE
+from .models import generator, rand, randn
+
+B, D, X, K = 4, 3, 7, 11
+
+
+def _parts(dtype=torch.float32):
+    """Everything that can be learned, and a bound of it."""
+    encoder, decoder = models.networks(X, D, "bernoulli", dtype=dtype)
+    decoder = nn.Sequential(decoder, nn.Tanh(), nn.Linear(X, X, device=DEVICE, dtype=dtype))
+    scale = nn.Parameter(torch.full((X,), 0.7, device=DEVICE, dtype=dtype))
+    prior = [nn.Parameter(0.3 * randn(D, seed=s, dtype=dtype)) for s in (1, 2)]
+    learned = [*encoder.parameters(), *decoder.parameters(), scale, *prior]
+    x = randn(B, X, seed=3, dtype=dtype)
+
+    def bound(**options):
+        model = {"likelihood": fastvae.Gaussian(scale), "prior": fastvae.DiagonalNormal(*prior)}
+        return fastvae.iwae(x, encoder(x), decoder, k=K, **model, generator=generator(4), **options)
+
+    return bound, learned, x
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("k_chunk", [1, 4, K - 1])
+def test_chunks_have_the_gradient_of_the_whole(backend, estimator, k_chunk):
+    """For the encoder, the decoder, a learned scale and a learned prior; 4 and 10 do not divide 11."""
+    dtype, tolerance = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-12)
+    bound, learned, _ = _parts(dtype)
+    whole, chunked = (bound(estimator=estimator, k_chunk=n, reduction="none") for n in (None, k_chunk))
+    torch.testing.assert_close(chunked, whole, rtol=tolerance, atol=tolerance)
+    upstream = randn(B, seed=5, dtype=dtype)
+    expected = torch.autograd.grad(whole, learned, upstream)
+    for actual, wanted in zip(torch.autograd.grad(chunked, learned, upstream), expected, strict=True):
+        assert bool(wanted.any())
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("k_chunk", [K, K + 1, 1000])
+def test_one_chunk_is_the_whole(k_chunk):
+    bound, _, _ = _parts()
+    assert torch.equal(bound(k_chunk=k_chunk), bound())
+
+
+def test_terms_and_reductions():
+    bound, _, _ = _parts(torch.float64)
+    for options in ({"terms": True}, {"reduction": "sum"}, {"reduction": "none"}, {}):
+        torch.testing.assert_close(bound(k_chunk=4, **options), bound(**options), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_the_same_in_both_passes(monkeypatch):
+    """The second pass must see the decoder's own noise again, and leave torch's random state where it was."""
+    encoder, _ = models.networks(X, D)
+    decoder = nn.Sequential(nn.Linear(D, 30), nn.Dropout(0.5), nn.Tanh(), nn.Linear(30, X)).to(DEVICE)
+    x = rand(B, X, seed=6)
+    learned = [*encoder.parameters(), *decoder.parameters()]
+
+    def run():
+        torch.manual_seed(7)
+        bound = fastvae.iwae(
+            x, encoder(x), decoder, k=K, k_chunk=4, likelihood="bernoulli", generator=generator(8)
+        )
+        grads = torch.autograd.grad(bound, learned)
+        return bound, *grads, torch.rand(3)
+
+    chunked = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "checkpoint", lambda function, *args, **options: function(*args))
+        expected = run()
+    for actual, wanted in zip(chunked, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_activations_are_dropped(estimator):
+    """At no time do more rows of the decoder's insides live than a chunk has, forward or backward."""
+    alive, most = [0], [0]
+
+    class Watch(nn.Module):
+        def forward(self, h):
+            h = torch.tanh(h)
+            rows = h.shape[0]
+            alive[0] += rows
+            most[0] = max(most[0], alive[0])
+            weakref.finalize(h.untyped_storage(), lambda: alive.__setitem__(0, alive[0] - rows))
+            return h
+
+    encoder, _ = models.networks(X, D)
+    decoder = nn.Sequential(nn.Linear(D, 30), Watch(), nn.Linear(30, 30), Watch(), nn.Linear(30, X)).to(
+        DEVICE
+    )
+    x = rand(B, X, seed=9)
+    peaks = {}
+    for k_chunk in (None, 5):
+        alive[0] = most[0] = 0
+        bound = fastvae.iwae(
+            x, encoder(x), decoder, k=100, k_chunk=k_chunk, likelihood="bernoulli", estimator=estimator
+        )
+        bound.backward()
+        peaks[k_chunk] = most[0]
+    # Two layers of 100 or 5 samples.
+    assert peaks[None] == 2 * 100 * B
+    assert peaks[5] <= 2 * 5 * B
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "dreg"])
+def test_compiled(estimator):
+    from torch._inductor import config
+
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    x = rand(B, X, seed=10)
+    learned = [*encoder.parameters(), *decoder.parameters()]
+
+    def loss(x):
+        return -fastvae.iwae(
+            x, encoder(x), decoder, k=K, k_chunk=4, estimator=estimator, likelihood="bernoulli"
+        )
+
+    torch._dynamo.reset()
+    results = []
+    with config.patch(fallback_random=True):
+        for function in (loss, torch.compile(loss, fullgraph=True)):
+            torch.manual_seed(11)
+            value = function(x)
+            results.append((value, *torch.autograd.grad(value, learned)))
+    torch._dynamo.reset()
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_errors():
+    bound, _, x = _parts()
+    with pytest.raises(ValueError, match="k_chunk must be at least 1"):
+        bound(k_chunk=0)
+    with pytest.raises(TypeError, match="k_chunk must be an int"):
+        bound(k_chunk=2.5)
+    _, decoder = models.networks(X, D, "bernoulli")
+    q = randn(B, D, seed=12), randn(B, D, seed=13)
+
+    def objective(weight):
+        call = lambda z: torch.func.functional_call(decoder, {"weight": weight}, z)  # noqa: E731
+        return fastvae.iwae(x.sigmoid(), q, call, k=K, k_chunk=4, likelihood="bernoulli")
+
+    with pytest.raises(RuntimeError, match=r"k_chunk does not work under torch\.func"):
+        torch.func.grad(objective)(decoder.weight.detach())
+
+
+def test_a_chunk_of_dreg_wants_its_zeros_added():
+    mu, logvar = (randn(B, D, seed=s).requires_grad_() for s in (14, 15))
+    z, ratio, whole = fastvae.ops.rsample_log_ratio(mu, logvar, samples=K, estimator="dreg", chunk=True)
+    assert whole.shape == (B,)
+    assert not whole.any()
+    with pytest.raises(RuntimeError, match="add those zeros"):
+        fastvae.ops.log_mean_exp(ratio + z.sum(2)).sum().backward()

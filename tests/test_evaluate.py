@@ -1,0 +1,653 @@
+"""Whole data sets: truth, streaming, stopping, ranks, checkpoints, and what may be wrong with the data."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import fastvae
+from fastvae import _model
+
+from . import models
+from .conftest import DEVICE
+from .models import LinearGaussian, generator, rand, randn, seed_of
+
+N, D, X, K = 23, 3, 7, 40
+QUIET = {"progress": False}
+SHIFT, STRETCH = 0.3, 0.2
+
+
+def _model_and_data(n=N, dtype=torch.float64):
+    model = LinearGaussian(D, X, dtype=dtype)
+    return model, model.sample(n), lambda x: model.posterior(x, SHIFT, STRETCH)
+
+
+def _evaluate(model, q, x, **options):
+    options = {"k": K, "likelihood": model.likelihood, "generator": generator(1), **QUIET, **options}
+    return fastvae.evaluate(q, model.decoder, x, **options)
+
+
+FIELDS = ("log_px", "log_px_stderr", "ess", "khat", "k", "elbo", "kl_per_dim")
+NUMBERS = ("nll", "stderr", "mc_stderr", "bits_per_dim", "active_units", "dims")
+
+
+def _assert_same(actual, expected, tolerance=1e-10):
+    for name in FIELDS:
+        torch.testing.assert_close(
+            getattr(actual, name), getattr(expected, name), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+    for name in NUMBERS:
+        assert getattr(actual, name) == pytest.approx(getattr(expected, name), rel=tolerance, nan_ok=True)
+    assert np.allclose(actual.curve, expected.curve, rtol=tolerance, equal_nan=True)
+
+
+# Truth
+
+
+@pytest.mark.parametrize("k", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_linear_gaussian(k):
+    """2000 examples of known log p(x), with q off by a known amount, so that the weights' moments are
+    known.
+    """
+    n = 2000
+    model, x, q = _model_and_data(n, torch.float32)
+    result = _evaluate(model, q, x, k=k)
+    error = result.log_px - model.log_px(x).cpu()
+    score = error / result.log_px_stderr
+    assert float((score.abs() < 4).double().mean()) >= 0.99
+    # The bias of log p is -Var(w) / (2 p^2 K).
+    variance = model.moment(2, SHIFT, STRETCH) - 1
+    spread = math.sqrt(variance / k)
+    assert abs(float(error.mean()) + variance / (2 * k)) < 4 * spread / math.sqrt(n)
+    assert float(error.std()) == pytest.approx(spread, rel=0.1)
+    assert result.mc_stderr == pytest.approx(spread / math.sqrt(n), rel=0.1)
+    assert float(result.khat.median()) < 0.7
+    # nll's error over examples is that of their mean.
+    assert result.nll == pytest.approx(-float(result.log_px.mean()), rel=1e-12)
+    assert result.stderr == pytest.approx(float(result.log_px.std()) / math.sqrt(n), rel=1e-12)
+    assert result.bits_per_dim == pytest.approx(result.nll / (X * math.log(2)), rel=1e-12)
+    # The bound rises with the number of draws, from the ELBO to log p(x).
+    nll = [v for _, v, _ in result.curve]
+    assert [n for n, _, _ in result.curve] == [n for n in (1, 10, 100, 1000) if n < k] + [k]
+    assert nll == sorted(nll, reverse=True)
+    assert nll[-1] == result.nll
+    kl = fastvae.ops.rsample_kl(*q(x))[1].mean()
+    at_mean = torch.distributions.Normal(model.decoder(q(x)[0]), model.scale).log_prob(x).sum(1)
+    variance = q(x)[1].exp()
+    elbo = float((at_mean - 0.5 * (model.gain**2 * variance).sum(1) / model.scale**2).mean() - kl)
+    assert float(result.elbo.mean()) == pytest.approx(elbo, abs=0.05)
+
+
+def test_stopping_at_a_tolerance():
+    """Every example has its error, or the most draws; easy ones cost little; the draws are those of
+    log_marginal.
+    """
+    model, x, _ = _model_and_data()
+    tol, most = 0.1, 3000
+
+    def q(x):  # from nearly exact to hopeless
+        mu, logvar = model.posterior(x)
+        return mu + torch.linspace(0, 2, len(x), device=DEVICE, dtype=x.dtype)[:, None] * (
+            0.5 * logvar
+        ).exp(), logvar
+
+    result = _evaluate(model, q, x, k=None, tol=tol, batch_size=N)
+    assert int(result.k.max()) > 1000
+    result = _evaluate(model, q, x, k=most, tol=tol, batch_size=N)
+    assert bool(((result.log_px_stderr <= tol) | (result.k == most)).all())
+    assert set(result.k.tolist()) <= {100, 200, 400, 800, 1600, most}
+    assert {100, most} <= set(result.k.tolist())
+    for k in result.k.unique().tolist():
+        rows = result.k == k
+        expected = fastvae.log_marginal(
+            x, q(x), model.decoder, k=k, likelihood=model.likelihood, generator=generator(1)
+        )
+        torch.testing.assert_close(result.log_px[rows], expected.log_px.cpu()[rows], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(result.khat[rows], expected.khat.cpu()[rows], rtol=1e-8, atol=1e-8)
+    # In batches, where all of a batch may stop early.
+    _assert_same(_evaluate(model, q, x, k=most, tol=tol, k_chunk=17, batch_size=N), result)
+    assert [n for n, _, _ in result.curve] == [1, 10, 100, 200, 400, 800, 1600, most]
+    assert "on average" in str(result)
+
+
+def test_the_bias_that_stopping_brings():
+    """Low, but by less than half of the tolerance, on weights whose log has a deviation of 1 (shift 1, 3
+    latents: 1.7).
+    """
+    model = LinearGaussian(D, X, dtype=torch.float32)
+    x = model.sample(1500)
+    result = fastvae.evaluate(
+        lambda x: model.posterior(x, 0.6, 0.0), model.decoder, x, tol=0.1, likelihood=model.likelihood,
+        batch_size=500, generator=generator(2), **QUIET,
+    )  # fmt: skip
+    error = result.log_px - model.log_px(x).cpu()
+    assert -0.05 < float(error.mean()) < 0.01
+    assert float(error.square().mean().sqrt()) < 0.13
+
+
+# Streaming
+
+
+def test_independent_of_batches_and_chunks():
+    model, x, q = _model_and_data()
+    whole = _evaluate(model, q, x, batch_size=N)
+    for options in (
+        {"batch_size": 4},
+        {"batch_size": 1, "k_chunk": 3},
+        {"k_chunk": 1000},
+        {"batch_size": 22},
+    ):
+        _assert_same(_evaluate(model, q, x, **options), whole)
+
+
+def test_the_draws_are_those_of_log_marginal():
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x, batch_size=N)
+    for name, values in (
+        fastvae.log_marginal(x, q(x), model.decoder, k=K, likelihood=model.likelihood, generator=generator(1))
+        ._asdict()
+        .items()
+    ):
+        got = getattr(result, {"stderr": "log_px_stderr"}.get(name, name))
+        torch.testing.assert_close(got, values.cpu(), rtol=1e-10, atol=1e-10)
+
+
+def test_backends_agree(backend):
+    model, x, q = _model_and_data(dtype=torch.float32)
+    result = _evaluate(model, q, x[:6], k=25, batch_size=4, k_chunk=9)
+    with fastvae.use_backend("reference"):
+        expected = _evaluate(model, q, x[:6], k=25, batch_size=4, k_chunk=9)
+    torch.testing.assert_close(result.log_px, expected.log_px, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(result.ess, expected.ess, rtol=1e-3, atol=1e-3)
+
+
+def test_means_are_over_examples():
+    """A mean of the batches' means would weigh the short last batch's examples eleven times."""
+    model, x, q = _model_and_data()
+    x[-1] += 30
+    result = _evaluate(model, q, x, batch_size=11)
+    assert [len(b) for b in x.split(11)] == [11, 11, 1]
+    exact = model.log_px(x).cpu()
+    assert result.nll == pytest.approx(-float(exact.mean()), rel=0.01)
+    mu, logvar = q(x)
+    kl = fastvae.ops.rsample_kl(mu, logvar, per_dimension=True)[1].mean(0)
+    torch.testing.assert_close(result.kl_per_dim, kl.cpu(), rtol=1e-10, atol=1e-10)
+
+
+def test_active_units():
+    """Latents whose posterior mean varies by more than 0.01 over the data: two of four."""
+    scale = torch.tensor([1.0, 0.0, 0.09, 0.11], device=DEVICE)
+    x = randn(4000, 4, seed=1)
+    x = (x - x.mean(0)) / x.std(0)
+    for batch_size in (4000, 7):
+        result = fastvae.evaluate(
+            lambda x: (x * scale + 5, torch.zeros_like(x)), nn.Identity(), x, k=1,
+            likelihood=fastvae.Gaussian(1.0), batch_size=batch_size, **QUIET,
+        )  # fmt: skip
+        assert result.active_units == 2
+    assert "2 of 4 active" in str(result)
+
+
+def test_eval_mode_and_back():
+    """Dropout is off in evaluation, also where the encoder is a function of modules; every mode is
+    restored.
+    """
+    encoder = nn.Sequential(nn.Linear(X, 2 * D), nn.Dropout(0.9)).to(DEVICE)
+    decoder = nn.Sequential(nn.Linear(D, 9), nn.Dropout(0.9), nn.BatchNorm1d(9), nn.Linear(9, X)).to(DEVICE)
+    decoder[2].eval()
+    x, seen = rand(N, X, seed=2), []
+
+    def q(x):
+        seen.append((encoder.training, decoder[1].training, torch.is_grad_enabled()))
+        return encoder(x).chunk(2, dim=1)
+
+    options = {"likelihood": "bernoulli", "k": 5, **QUIET}
+    first, second = (fastvae.evaluate(q, decoder, x, generator=generator(1), **options) for _ in range(2))
+    assert set(seen) == {(False, False, False)}
+    assert torch.equal(first.log_px, second.log_px)
+    assert [m.training for m in (encoder, encoder[1], decoder, decoder[1], decoder[2])] == [True] * 4 + [
+        False
+    ]
+    assert torch.is_grad_enabled()
+    assert not first.log_px.requires_grad
+
+    def broken(z):
+        raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        fastvae.evaluate(q, broken, x, **options)
+    assert encoder.training
+
+
+def test_progress_shows_the_running_nll(capsys):
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x, batch_size=10, progress=True)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert f"NLL {result.nll:.2f} ± {result.stderr:.2f}" in shown
+    _evaluate(model, q, x)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_person_can_read_it(tmp_path):
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x)
+    text = str(result)
+    print(text)
+    nll = f"{result.nll:.2f} ± {result.stderr:.2f} nats"
+    for words in (f"{N} examples, {K} draws each", nll, "per dimension", "ELBO", "ESS", "Pareto k̂", "active"):
+        assert words in text
+    assert max(map(len, text.splitlines())) <= 120
+    result.save(tmp_path / "result.npz")
+    with np.load(tmp_path / "result.npz") as saved:
+        assert np.array_equal(saved["log_px"], result.log_px.numpy())
+        assert float(saved["nll"]) == result.nll
+        assert saved["curve"].shape == (3, 3)
+
+
+# Data in every form
+
+
+class _Pairs(torch.utils.data.IterableDataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return ((x, 7) for x in self.x.split(5))
+
+
+def test_forms_of_data():
+    model, x, q = _model_and_data()
+    x = x.cpu()
+    labels = torch.arange(N)
+    expected = _evaluate(model, q, x.to(DEVICE))
+
+    def on_device(x):
+        return q(x.to(DEVICE))
+
+    encoder = nn.Module()
+    encoder.anchor = nn.Parameter(torch.zeros(1, device=DEVICE))
+    encoder.forward = q
+    loader = DataLoader(TensorDataset(x, labels), batch_size=10)
+    forms = [
+        x,
+        x.numpy(),
+        TensorDataset(x, labels),
+        loader,
+        [[b, 1] for b in x.split(4)],
+        _Pairs(x),
+        list(x.split(6)),
+    ]
+    forms += [(b for b in x.split(9)), [x[:5], x[:0], x[5:]]]
+    for data in forms:
+        _assert_same(_evaluate(model, encoder, data), expected)
+
+
+def test_nan_in_one_example():
+    """Its results are NaN, all others right, and a warning counts."""
+    encoder, decoder = models.networks(X, D)
+    x = randn(N, X, seed=3)
+    options = {"k": 25, "batch_size": 10, **QUIET}
+    clean = fastvae.evaluate(encoder, decoder, x, generator=generator(1), **options)
+    bad = x.clone()
+    bad[12, 1] = math.nan
+    with pytest.warns(RuntimeWarning, match=r"NaN for 1 of 23 examples \(number 12\)"):
+        result = fastvae.evaluate(encoder, decoder, bad, generator=generator(1), **options)
+
+    def spoils(z):
+        mean, logvar = decoder(z)
+        rows = mean.unflatten(0, (-1, 10 if len(z) % 10 == 0 else 3)).clone()
+        rows[:, 2] = math.nan
+        return rows.flatten(0, 1), logvar
+
+    with pytest.warns(RuntimeWarning, match=r"NaN for 3 of 23 examples \(number 2, 12, 22\)"):
+        other = fastvae.evaluate(encoder, spoils, x, generator=generator(1), k_chunk=1, **options)
+    for got, lost in ((result, [12]), (other, [2, 12, 22])):
+        kept = [n for n in range(N) if n not in lost]
+        for name in ("log_px", "log_px_stderr", "ess", "khat", "elbo"):
+            values = getattr(got, name)
+            assert values[lost].isnan().all()
+            torch.testing.assert_close(values[kept], getattr(clean, name)[kept], rtol=1e-4, atol=1e-4)
+        assert math.isnan(got.nll)
+        assert f"NaN            {len(lost)} example" in str(got)
+    # NaN does not keep an example drawing.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = fastvae.evaluate(encoder, decoder, bad, tol=10.0, **QUIET)
+    assert set(result.k.tolist()) == {100}
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (torch.zeros(0, X), ValueError, "no batches"),
+        ([], ValueError, "no batches"),
+        ([torch.zeros(0, X)], ValueError, "no batches"),
+        (torch.tensor(1.0), ValueError, r"expected \[N, \*event\]"),
+        (3, TypeError, "data must be a tensor"),
+        ([{"x": torch.zeros(2, X)}], TypeError, r"a dict.*batch\['x'\]"),
+        ([("a", 1)], TypeError, "a tuple of str"),
+        ([torch.tensor(1.0)], ValueError, "no dimensions"),
+        (torch.zeros(3, X, dtype=torch.uint8), TypeError, "255"),
+    ],
+)
+def test_bad_data(data, error, words):
+    encoder, decoder = models.networks(X, D)
+    with pytest.raises(error, match=words):
+        fastvae.evaluate(encoder, decoder, data, k=3, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"k": 0}, ValueError, "k must be at least 1"),
+        ({"k": 2.5}, TypeError, "k must be an int"),
+        ({"tol": 0}, ValueError, "tol must be greater than 0"),
+        ({"tol": -1}, ValueError, "tol must be finite and at least 0"),
+        ({"shard": "rows"}, ValueError, "'data', 'samples'"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"k_chunk": 0}, ValueError, "k_chunk must be at least 1"),
+        ({"likelihood": "gauss"}, ValueError, "unknown"),
+        ({"checkpoint": "/nowhere/at/all.npz"}, ValueError, "there is no folder"),
+    ],
+)
+def test_bad_options(options, error, words):
+    encoder, decoder = models.networks(X, D)
+    with pytest.raises(error, match=words):
+        fastvae.evaluate(encoder, decoder, torch.zeros(3, X), **QUIET, **options)
+
+
+def test_modules_on_other_devices():
+    encoder, decoder = models.networks(X, D)
+    with pytest.raises(ValueError, match="the encoder is on meta but the decoder is on"):
+        fastvae.evaluate(encoder.to("meta"), decoder, torch.zeros(3, X), k=3, **QUIET)
+    with pytest.raises(ValueError, match="without numbers"):
+        fastvae.evaluate(encoder, decoder.to("meta"), torch.zeros(3, X), k=3, **QUIET)
+    with pytest.raises(TypeError, match="encoder must be a module"):
+        fastvae.evaluate(None, decoder, torch.zeros(3, X))
+    loader = DataLoader(TensorDataset(torch.zeros(4, X)), sampler=DistributedSampler([0] * 4, 2, 0))
+    with pytest.raises(ValueError, match="DistributedSampler"):
+        fastvae.evaluate(*models.networks(X, D), loader)
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_halves_the_chunk(error):
+    model, x, q = _model_and_data()
+    sizes = []
+
+    def decoder(z):
+        sizes.append(len(z) // N)
+        if len(z) > 11 * N:
+            raise error
+        return model.decoder(z)
+
+    options = {"k": K, "likelihood": model.likelihood}
+    expected = fastvae.log_marginal(x, q(x), model.decoder, generator=generator(1), **options)
+    with pytest.warns(
+        RuntimeWarning, match=r"memory ran out with \d+ draws of 23 examples.*going on with 10 "
+    ):
+        got = fastvae.log_marginal(x, q(x), decoder, generator=generator(1), **options)
+    assert sizes == [40, 20, 10, 10, 10, 10]
+    for actual, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+    # The lesson is kept for the batches that follow.
+    sizes.clear()
+    with pytest.warns(RuntimeWarning, match="memory ran out"):
+        fastvae.evaluate(q, decoder, [x, x], **options, **QUIET)
+    assert [n for n in sizes if n > 11] == [30, 15]
+
+
+def test_other_errors_are_not_swallowed():
+    model, x, q = _model_and_data()
+
+    def decoder(z):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    def too_large(z):
+        raise torch.OutOfMemoryError("one row does not fit")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        fastvae.log_marginal(x, q(x), decoder, k=K)
+    with pytest.raises(torch.OutOfMemoryError, match="one row"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fastvae.log_marginal(x, q(x), too_large, k=K)
+
+
+@pytest.mark.parametrize(
+    ("event", "draws"), [((784,), 53), ((8, 8), 81), ((3, 64, 64), 3), ((3, 512, 512), 1)]
+)
+def test_chunks_fit_the_caches(event, draws):
+    """At most 4 million numbers of the decoder's output, and 8192 rows."""
+    assert _model.Chunks(None).draws(torch.empty(100, *event, device="meta").to("meta")) >= draws
+    assert _model.Chunks(None).draws(torch.empty(100, *event)) == draws
+    assert _model.Chunks(7).draws(torch.empty(100, *event)) == 7
+
+
+# Checkpoints
+
+_SLOW = """
+import sys, time, torch, fastvae
+from tests.test_evaluate import _model_and_data, _evaluate
+model, x, q = _model_and_data()
+def slow(x):
+    time.sleep(0.2)
+    return q(x)
+_evaluate(model, slow, x, batch_size=2, checkpoint=sys.argv[1])
+"""
+
+
+def test_killed_and_started_again(tmp_path):
+    """Kill -9 in the middle; what was done is not done again, and the result is that of an unbroken run."""
+    file = tmp_path / "run.npz"
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", _SLOW, str(file)], cwd=root)
+    limit = time.monotonic() + 120
+    while not file.exists() and time.monotonic() < limit and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    with np.load(file) as saved:
+        done = len(saved["sizes"])
+    assert 1 <= done < 12
+    model, x, q = _model_and_data()
+    calls = []
+
+    def counting(x):
+        calls.append(len(x))
+        return q(x)
+
+    result = _evaluate(model, counting, x, batch_size=2, checkpoint=file)
+    # One batch is encoded again, to see whether the weights are the same.
+    assert len(calls) == 12 - done + 1
+    _assert_same(result, _evaluate(model, q, x, batch_size=2), 1e-14)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
+    # And once more: everything is there.
+    calls.clear()
+    again = _evaluate(model, counting, x, batch_size=2, checkpoint=file)
+    assert len(calls) == 1
+    _assert_same(again, result, 0)
+
+
+def test_the_seed_is_in_the_checkpoint(tmp_path):
+    """Without a generator, the first run's seed goes on."""
+    model, x, q = _model_and_data()
+    torch.manual_seed(1)
+    options = {"generator": None, "batch_size": 5}
+    expected = _evaluate(model, q, x, **options)
+    torch.manual_seed(1)
+
+    class Stop(Exception):
+        pass
+
+    def stops(x):
+        if len(calls) == 2:
+            raise Stop
+        calls.append(1)
+        return q(x)
+
+    calls = []
+    with pytest.raises(Stop):
+        _evaluate(model, stops, x, checkpoint=tmp_path / "run.npz", **options)
+    torch.manual_seed(2)
+    _assert_same(_evaluate(model, q, x, checkpoint=tmp_path / "run.npz", **options), expected, 1e-14)
+
+
+def test_checkpoints_of_something_else(tmp_path):
+    file = tmp_path / "run.npz"
+    encoder, decoder = models.networks(X, D)
+    x = randn(N, X, seed=5)
+
+    def run(encoder=encoder, decoder=decoder, x=x, **options):
+        options = {"k": K, "batch_size": 10, "checkpoint": file, **QUIET, **options}
+        return fastvae.evaluate(encoder, decoder, x, **options)
+
+    run()
+    with pytest.raises(ValueError, match="other k: 40 then, 41 now"):
+        run(k=41)
+    with pytest.raises(ValueError, match=r"other tol: None then, 0\.1 now"):
+        run(tol=0.1)
+    with pytest.raises(ValueError, match="other seed"):
+        run(generator=generator(3))
+    with pytest.raises(ValueError, match="other weights"):
+        run(prior=fastvae.DiagonalNormal(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)))
+    changed = x.clone()
+    changed[15, 2] += 1e-6
+    with pytest.raises(ValueError, match="other data: batch 1 differs"):
+        run(x=changed)
+    with pytest.raises(ValueError, match="other data: batch 0 differs"):
+        run(batch_size=9)
+    with torch.no_grad():
+        decoder.linear.weight[0, 0] += 1e-6
+    with pytest.raises(ValueError, match="other weights"):
+        run()
+    with torch.no_grad():
+        decoder.linear.weight[0, 0] -= 1e-6
+    # A change that no module shows.
+    holder = {"gain": 1.0}
+    hidden = tmp_path / "hidden.npz"
+    run(decoder=lambda z: tuple(holder["gain"] * v for v in decoder(z)), checkpoint=hidden)
+    holder["gain"] = 1.1
+    with pytest.raises(ValueError, match="another encoder or decoder"):
+        run(decoder=lambda z: tuple(holder["gain"] * v for v in decoder(z)), checkpoint=hidden)
+    for content in (b"", b"PK\x03\x04 nonsense", file.read_bytes()[:-300]):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.npz is no checkpoint of fastvae\.evaluate"):
+            run(checkpoint=tmp_path / "bad.npz")
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match=r"other\.npz is no checkpoint"):
+        run(checkpoint=tmp_path / "other.npz")
+
+
+# Ranks
+
+
+def _run_rank(rank: int, world: int, folder: str, shard: str, options: dict) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store-{world}-{shard}-{len(options)}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    try:
+        model, x, q = _model_and_data()
+        # Each rank's own random state must not matter.
+        torch.manual_seed(rank)
+        options = {"k": 333, "batch_size": 4, "generator": None, "shard": shard, **options}
+        if "seed" in options:
+            options["generator"] = torch.Generator().manual_seed(options.pop("seed"))
+        result = _evaluate(model, q, x, **options)
+        torch.save(vars(result), f"{folder}/{shard}-{world}-{rank}.pt")
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _ranks(world: int, folder, shard: str, **options) -> list[fastvae.Evaluation]:
+    torch.multiprocessing.spawn(_run_rank, args=(world, str(folder), shard, options), nprocs=world)
+    load = [torch.load(folder / f"{shard}-{world}-{r}.pt", weights_only=True) for r in range(world)]
+    return [fastvae.Evaluation(**values) for values in load]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("shard", ["data", "samples"])
+def test_any_number_of_ranks(tmp_path, shard):
+    """1, 2 and 3 processes give the same, on each rank."""
+    model, x, q = _model_and_data()
+    expected = _evaluate(model, q, x.cpu(), k=333, batch_size=4, generator=torch.Generator().manual_seed(6))
+    for world in (1, 2, 3):
+        for result in _ranks(world, tmp_path, shard, seed=6):
+            _assert_same(result, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+def test_ranks_with_a_tolerance_and_a_checkpoint(tmp_path):
+    """Two ranks begin, three go on, one finishes: all from one file."""
+    expected = None
+    for shard in ("samples", "data"):
+        file = tmp_path / f"{shard}.npz"
+        for world in (2, 3):
+            for result in _ranks(world, tmp_path, shard, tol=0.05, checkpoint=str(file)):
+                assert bool(((result.log_px_stderr <= 0.05) | (result.k == 333)).all())
+                expected = expected or result
+                _assert_same(result, expected) if shard == "samples" else None
+        assert sorted(p.name for p in tmp_path.glob(f"{shard}*.npz")) == [f"{shard}.npz"]
+
+
+# Reconstruction probability
+
+
+def test_reconstruction_log_prob(backend):
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    x, samples = rand(N, X, seed=7), 9
+    q = encoder(x)
+    z, _ = fastvae.ops.rsample_log_ratio(*q, samples=samples, seed=seed_of(8))
+    log_likelihood = torch.distributions.Bernoulli(logits=decoder(z), validate_args=False).log_prob(x).sum(2)
+    expected = (torch.logsumexp(log_likelihood, 0) - math.log(samples)).detach()
+    for k_chunk in (None, 2):
+        got = fastvae.reconstruction_log_prob(
+            x, q, decoder, samples=samples, k_chunk=k_chunk, likelihood="bernoulli", generator=generator(8)
+        )
+        assert not got.requires_grad
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_anomaly_score():
+    """High for what is unlike the data, whatever the learned prior."""
+    model, x, q = _model_and_data(dtype=torch.float32)
+    vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood)
+    odd = x + 3
+    assert float(vae.anomaly_score(odd, samples=30).min()) > float(vae.anomaly_score(x, samples=30).max())
+    got = vae.anomaly_score(x, 30, generator=generator(9))
+    expected = -fastvae.reconstruction_log_prob(
+        x, q(x), model.decoder, samples=30, likelihood=model.likelihood, generator=generator(9)
+    )
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        vae.anomaly_score(x, 0)
+
+
+def test_vae_evaluate():
+    model, x, q = _model_and_data()
+    vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood)
+    result = vae.evaluate(x, k=K, generator=generator(1), **QUIET)
+    _assert_same(result, _evaluate(model, q, x))
