@@ -31,7 +31,7 @@ def _mlp(*sizes):
     return nn.Sequential(*layers[:-1])
 
 
-def _model(hidden, latent):
+def model_of(hidden, latent):
     torch.manual_seed(0)
     encoder = _mlp(PIXELS, *hidden, 2 * latent)
     decoder = _mlp(latent, *reversed(hidden), PIXELS)
@@ -138,7 +138,7 @@ def _steps(group, k, batch, hidden, latent, target):
         return loss
 
     functions = {}
-    start = _model(hidden, latent)
+    start = model_of(hidden, latent)
     for name, loss in losses.items():
         model = copy.deepcopy(start)
         functions[name] = model, backward(loss, model)
@@ -193,7 +193,7 @@ def _assert_same(ours, theirs):
 
 
 def _evaluation(k, images, hidden, latent):
-    model = _model(hidden, latent).eval()
+    model = model_of(hidden, latent).eval()
     encoder, decoder = model["encoder"], model["decoder"]
     # Posteriors near the prior and faint images, so that K samples determine log p(x) well enough to compare.
     with torch.no_grad():

@@ -156,14 +156,24 @@ def weights(
 ) -> Weights:
     """Draws ``start`` to ``stop`` folded into :class:`Weights`; options are those of :func:`stream`."""
     total: Weights | None = None
-    waiting: list[Tensor] = []
-    drawn = start
+    # What is kept between chunks must not lie between their activations in the heap, which would grow with k.
+    buffer, filled = None, 0
+
+    def fold(log_w: Tensor) -> Weights:
+        part = Weights.of(log_w, tail)
+        return part if total is None else total.merge(part)
+
     for log_w in stream(model, seed, start, stop, chunks, **options):
-        waiting.append(log_w)
-        drawn += log_w.shape[0]
+        count = log_w.shape[0]
+        start += count
+        if filled == 0 and (count >= tail or start == stop):
+            total = fold(log_w)
+            continue
         # Sorting out the largest is worth its while when there are as many new ones.
-        if drawn == stop or sum(map(len, waiting)) >= tail:
-            part = Weights.of(waiting[0] if len(waiting) == 1 else torch.cat(waiting), tail)
-            total = part if total is None else total.merge(part)
-            waiting.clear()
+        if buffer is None:
+            buffer = log_w.new_empty(tail + count, log_w.shape[1])
+        buffer[filled : filled + count] = log_w
+        filled += count
+        if filled >= tail or start == stop:
+            total, filled = fold(buffer[:filled]), 0
     return total

@@ -160,8 +160,8 @@ def evaluate(
             DataLoader; of a batch that is a tuple or list, the first entry.
         k: draws per example; default 5000. With ``tol`` it is the most, by default 100 000.
         tol: draw 100, 200, 400, … until an example's standard error is at most tol nats. Easy examples then
-            cost little. An example may stop before its largest weights have come, which makes log p(x) low: by
-            up to half of tol where weights are heavy-tailed, hardly where they are not (docs/NOTES.md).
+            cost little. An example may stop before its largest weights have come, which makes log p(x) low:
+            by up to half of tol where weights are heavy-tailed, hardly where they are not (docs/NOTES.md).
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
         batch_size: of data that do not come in batches.
         likelihood, prior: as in :func:`fastvae.elbo`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -196,6 +198,28 @@ def iwae(
     return _reduce(bound, reduction)
 
 
+# What a chunk leaves in the graph, small pieces, lies between its activations: when these are freed they are
+# holes
+# in the heap, too small for the next chunk's, and the heap grows with k. So the holes' pages are given back
+# now and
+# then, in both passes.
+_CHUNKS_PER_TRIM = 8
+
+
+def _trim(device: torch.device) -> None:
+    if device.type == "cpu" and (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; None elsewhere."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
 def _chunked(
     model: Model, seed: Tensor, k: int, k_chunk: int, estimator: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -212,6 +236,8 @@ def _chunked(
     options = {"estimator": estimator, **({"chunk": True} if estimator == "dreg" else {})}
 
     def draw(start: int) -> tuple[Tensor, ...]:
+        if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
+            _trim(model.x.device)
         z, *rest = model.q.rsample_log_ratio(
             model.prior, samples=min(k_chunk, k - start), seed=seed, sample_offset=start, **options
         )
