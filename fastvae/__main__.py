@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import info
 
             info.run()
+        elif args.command == "evaluate":
+            from . import _command
+
+            _command.run(args)
         else:
             from . import demo
 
@@ -94,6 +98,65 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="S",
         help="seed of weights, batches and noise; the test set is always the same (default: %(default)s)",
+    )
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="estimate log p(x) of a saved data set under a saved model",
+        description="Estimate log p(x) of every example by importance sampling; print a summary with its "
+        "errors, and write results and a picture. Under torchrun the processes share the work.",
+    )
+    evaluate.add_argument(
+        "model",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a model of the demo, or a fastvae.VAE saved whole (--trust)",
+    )
+    evaluate.add_argument(
+        "data",
+        metavar="DATA",
+        help="'digits', a folder of MNIST's IDX files (its test images), or an array in a .npy, .npz or .pt "
+        "file; bytes are divided by 255",
+    )
+    evaluate.add_argument(
+        "--k", type=_whole, help="draws per example (default: 5000; with --tol the most, default 100000)"
+    )
+    evaluate.add_argument(
+        "--tol", type=float, metavar="NATS", help="draw until each example's standard error is this small"
+    )
+    evaluate.add_argument("--out", type=Path, metavar="FILE.npz", help="write results of every example")
+    evaluate.add_argument(
+        "--plot",
+        nargs="?",
+        const=True,
+        metavar="FILE.png",
+        help="draw NLL against draws, and histograms (default: beside --out, else evaluation.png)",
+    )
+    evaluate.add_argument(
+        "--checkpoint", type=Path, metavar="RUN.npz", help="keep results as they come, and go on from them"
+    )
+    evaluate.add_argument(
+        "--batch-size",
+        type=_whole,
+        default=100,
+        metavar="B",
+        help="examples at a time (default: %(default)s)",
+    )
+    evaluate.add_argument("--k-chunk", type=_whole, metavar="K", help="draws at a time (default: what fits)")
+    evaluate.add_argument(
+        "--shard",
+        choices=("data", "samples"),
+        default="data",
+        help="what processes share: examples, or each example's draws (default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--seed", type=lambda text: _whole(text, 0), default=0, metavar="S", help="of the noise (default: 0)"
+    )
+    evaluate.add_argument(
+        "--trust", action="store_true", help="load a pickled model, which may run code from the file"
     )
 
     commands.add_parser(

@@ -83,8 +83,12 @@ def build(architecture: dict[str, int]) -> fastvae.VAE:
 
 
 def load(path: str | Path) -> fastvae.VAE:
-    """The model of a checkpoint that the demo wrote."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    """The model of a checkpoint file that the demo wrote."""
+    return of_checkpoint(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def of_checkpoint(checkpoint: dict[str, Any]) -> fastvae.VAE:
+    """The model of a checkpoint."""
     model = build(checkpoint["architecture"])
     model.load_state_dict(checkpoint["state_dict"])
     return model

@@ -32,6 +32,7 @@ __all__ = ["Evaluation", "evaluate"]
 
 ACTIVE = 0.01  # variance of the posterior mean, Burda et al. 2016
 UNTRUSTED = 0.7  # Pareto k̂, Vehtari et al. 2024
+LEAST_FOR_KHAT = 21  # draws, for a tail of five
 FIRST_LOOK = 100  # draws before the first question whether they are enough
 
 
@@ -81,8 +82,6 @@ class Evaluation:
             draws = f"{int(self.k.min())} to {int(self.k.max())} draws, {average:.0f} on average"
         gap = float((self.log_px - self.elbo).mean())
         low, median, high = (_number(v) for v in _quantiles(self.ess))
-        share = float((self.khat > UNTRUSTED).double().mean())
-        advice = "\n                 whose log p(x) is not to be trusted, and likely too low" if share else ""
         if self.active_units is not None:
             kl = "" if self.kl_per_dim is None else f"; KL {float(self.kl_per_dim.sum()):.2f} nats"
             latents = f"\n  latents        {self._active()} active{kl}"
@@ -95,9 +94,18 @@ class Evaluation:
             f"  bits           {self.bits_per_dim:.4f} per dimension, of {self.dims}\n"
             f"  ELBO           {float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)\n"
             f"  ESS            median {median}; {low} to {high} for nine of ten examples\n"
-            f"  Pareto k̂      median {float(self.khat.nanmedian()):.2f}; above {UNTRUSTED} for "
-            f"{100 * share:.1f} % of the examples{advice}{latents}{lost}"
+            f"  Pareto k̂      {self._trust()}{latents}{lost}"
         )
+
+    def _trust(self) -> str:
+        if bool(self.khat.isnan().all()):
+            return f"unknown; it takes {LEAST_FOR_KHAT} draws"
+        share = float((self.khat > UNTRUSTED).double().mean())
+        advice = (
+            ",\n                 whose log p(x) is not to be trusted, and likely too low" if share else ""
+        )
+        median = float(self.khat.nanmedian())
+        return f"median {median:.2f}; above {UNTRUSTED} for {100 * share:.1f} % of the examples{advice}"
 
     def _active(self) -> str:
         total = "" if self.kl_per_dim is None else f" of {len(self.kl_per_dim)}"

@@ -1,0 +1,194 @@
+"""python -m fastvae evaluate: log p(x) of saved data under a saved model, with a picture."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pickle
+import time
+import zipfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from . import demo
+from .evaluate import UNTRUSTED, Evaluation, evaluate
+from .likelihoods import Bernoulli
+from .vae import VAE
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, evaluate, print, write and draw, as the command line asks."""
+    plot = args.plot and (Path(args.plot) if isinstance(args.plot, str) else _beside(args.out))
+    if plot and find_spec("matplotlib") is None:
+        raise SystemExit("fastvae evaluate: --plot needs matplotlib: pip install 'fastvae[demo]'")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("fastvae evaluate: --device cuda needs a GPU that PyTorch can use; there is none")
+    with _ranks(args.device) as (device, first):
+        try:
+            for path in (args.out, plot):
+                if path and not path.parent.is_dir():
+                    raise ValueError(f"there is no folder {path.parent} for {path}")
+            model, pixels = load_model(args.model, args.trust)
+            x = load_data(args.data, isinstance(model.likelihood, Bernoulli))
+            if pixels is not None and x[0].numel() == pixels:
+                x = x.flatten(1)
+            start = time.perf_counter()
+            result = evaluate(
+                model.to(device).posterior,
+                model.decoder,
+                x,
+                k=args.k,
+                tol=args.tol,
+                k_chunk=args.k_chunk,
+                batch_size=args.batch_size,
+                likelihood=model.likelihood,
+                prior=model.prior,
+                checkpoint=args.checkpoint,
+                shard=args.shard,
+                progress=first,
+                generator=torch.Generator().manual_seed(args.seed),
+            )
+        except (OSError, TypeError, ValueError) as error:
+            raise SystemExit(f"fastvae evaluate: {error}") from None
+        except RuntimeError as error:
+            if "shapes cannot be multiplied" not in str(error):
+                raise
+            raise SystemExit(
+                f"fastvae evaluate: the model does not take data of shape {list(x.shape)}: {error}"
+            ) from None
+        if not first:
+            return
+        print(result)
+        print(f"{time.perf_counter() - start:.1f} s on {device}, seed {args.seed}")
+        if args.out:
+            result.save(args.out)
+            print(args.out)
+        if plot:
+            draw(result, plot, f"{args.model.name} on {args.data}")
+            print(plot)
+
+
+def _beside(out: Path | None) -> Path:
+    return Path("evaluation.png") if out is None else out.with_suffix(".png")
+
+
+@contextlib.contextmanager
+def _ranks(device: str) -> Iterator[tuple[torch.device, bool]]:
+    """This process's device, and whether it is the one that prints; under torchrun the ranks are joined."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield torch.device(device), True
+        return
+    where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+    if device == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield where, dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def load_model(path: Path, trust: bool) -> tuple[VAE, int | None]:
+    """A model of the demo, with its number of pixels, or a VAE that was saved whole."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds a pickled object, and loading one runs code from the file. If you trust where it "
+            f"comes "
+            "from, add --trust"
+        ) from None
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise ValueError(
+            f"{path} needs a class that cannot be imported here ({error}); define the model's classes in a "
+            f"module, "
+            "not in a script, and start this command where it can be found"
+        ) from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read by torch.load: {error}") from None
+    if isinstance(saved, dict) and {"architecture", "state_dict"} <= saved.keys():
+        return demo.of_checkpoint(saved), saved["architecture"]["pixels"]
+    if isinstance(saved, VAE):
+        return saved, None
+    came = f"an object of {type(saved).__name__}"
+    if isinstance(saved, dict):
+        came = f"a dict with the keys {', '.join(map(repr, list(saved)[:4]))}"
+    raise ValueError(
+        f"{path} holds {came}; expected a model of the demo, or a whole fastvae.VAE written by "
+        f"torch.save(vae, path)"
+    )
+
+
+def load_data(name: str, binary: bool) -> Tensor:
+    """Test data [N, ...]: scikit-learn's digits, a folder of IDX files, or an array in a file."""
+    path = Path(name)
+    if name == "digits" and not path.exists():
+        return demo.digits().test
+    if path.is_dir():
+        if binary:
+            return demo.idx_folder(path).test
+        return torch.from_numpy(demo.read_idx(demo.find_idx(path, "t10k"))).float() / 255
+    if path.suffix == ".npy":
+        data = np.load(path, allow_pickle=False)
+    elif path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            names = list(arrays)
+            key = "x" if "x" in names else names[0]
+            if key != "x" and len(names) > 1:
+                raise ValueError(f"{path} holds {', '.join(names)}; call the data x, or save them alone")
+            data = arrays[key]
+    elif path.suffix in (".pt", ".pth"):
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = data[0] if isinstance(data, (tuple, list)) and data else data
+    else:
+        raise ValueError(
+            f"DATA {name} is no file that can be read: expected 'digits', a folder of IDX files, or a file "
+            f"that ends in "
+            ".npy, .npz or .pt"
+        )
+    data = torch.as_tensor(data)
+    if data.dim() == 0 or len(data) == 0:
+        raise ValueError(f"{path} holds {list(data.shape)} numbers; expected [N, ...] with N > 0")
+    return data.float() / 255 if data.dtype == torch.uint8 else data
+
+
+def draw(result: Evaluation, path: Path, title: str) -> None:
+    """NLL against the number of draws, and histograms of log p(x) and of k̂."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    curve, log_px, khat = figure.subplots(1, 3)
+
+    k, nll, error = map(np.array, zip(*result.curve, strict=True))
+    curve.plot(k, nll, marker="o", ms=4)
+    curve.fill_between(k, nll - error, nll + error, alpha=0.2, lw=0, label="± standard error over examples")
+    where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
+    curve.annotate(f"{result.nll:.2f}", (k[-1], nll[-1]), **where)
+    curve.set(xscale="log", xlabel="draws K", ylabel="nats per example", title="Minus the bound of K draws")
+    curve.legend(fontsize="small")
+
+    values = result.log_px[result.log_px.isfinite()].numpy()
+    log_px.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
+    log_px.axvline(-result.nll, color="black", lw=1, label=f"mean {-result.nll:.2f}".replace("-", "−"))
+    log_px.set(xlabel="log p(x), nats", ylabel="examples", title="Examples")
+    log_px.legend(fontsize="small")
+
+    values = result.khat[result.khat.isfinite()].numpy()
+    share = 100 * float((result.khat > UNTRUSTED).double().mean())
+    khat.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
+    label = f"{UNTRUSTED}: {share:.1f} % of the examples are above"
+    khat.axvline(UNTRUSTED, color="tab:red", lw=1, label=label)
+    khat.set(xlabel="Pareto k̂", ylabel="examples", title="Can log p(x) be trusted?")
+    khat.legend(fontsize="small")
+    for axes in (curve, log_px, khat):
+        axes.grid(alpha=0.3)
+        axes.title.set_fontsize("medium")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,148 @@
+"""python -m fastvae evaluate: models and data in files, results, pictures, and messages."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastvae
+from fastvae import demo
+from fastvae.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model as the demo saves it, one saved whole, and data in every form."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        architecture = {"pixels": 64, "hidden": 16, "latent": 2}
+        model = demo.build(architecture)
+        whole = fastvae.VAE(demo.Encoder(64, 16, 2), torch.nn.Linear(2, 64), likelihood=fastvae.Gaussian(0.5))
+    torch.save({"architecture": architecture, "state_dict": model.state_dict()}, tmp_path / "model.pt")
+    torch.save(whole, tmp_path / "whole.pt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    rng = np.random.default_rng(0)
+    x = rng.random((23, 8, 8), dtype=np.float32).round()
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(23))
+    torch.save((torch.from_numpy(x), torch.arange(23)), tmp_path / "x.pt")
+    np.save(tmp_path / "bytes.npy", (255 * x).astype(np.uint8))
+    np.save(tmp_path / "small.npy", x[:, :7])
+    np.savez(tmp_path / "two.npz", a=x, b=x)
+    np.save(tmp_path / "none.npy", x[:0])
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    for part in ("train", "t10k"):
+        header = struct.pack(">4I", 0x803, 23, 8, 8)
+        (idx / f"{part}-images-idx3-ubyte").write_bytes(header + (255 * x).astype(np.uint8).tobytes())
+    return tmp_path
+
+
+def test_results_and_picture(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ["evaluate", "model.pt", "x.npy", "--k", "60", "--seed", "3"]
+    assert main([*arguments, "--out", "results.npz", "--plot"]) == 0
+    shown = capsys.readouterr()
+    assert "23 examples, 60 draws each" in shown.out
+    assert "NLL" in shown.err
+    assert shown.out.splitlines()[-2:] == ["results.npz", "results.png"]
+    with np.load("results.npz") as saved:
+        model = demo.load("model.pt")
+        x = torch.from_numpy(np.load("x.npy")).flatten(1)
+        expected = model.evaluate(x, k=60, progress=False, generator=torch.Generator().manual_seed(3))
+        np.testing.assert_allclose(saved["log_px"], expected.log_px.numpy(), rtol=1e-6)
+        np.testing.assert_allclose(saved["curve"], expected.curve, rtol=1e-6)
+    assert Path("results.png").read_bytes().startswith(b"\x89PNG")
+    main([*arguments, "--plot", "other.png"])
+    assert Path("other.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("data", ["x.npy", "x.npz", "x.pt", "bytes.npy", "idx"])
+def test_forms_of_data(folder, data, capsys):
+    """All hold the same images, black and white."""
+    results = []
+    for name in ("x.npy", data):
+        out = folder / "out.npz"
+        main(["evaluate", str(folder / "model.pt"), str(folder / name), "--k", "30", "--out", str(out)])
+        with np.load(out) as saved:
+            results.append(saved["log_px"])
+    np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+def test_digits_and_a_tolerance(folder, capsys):
+    main(["evaluate", str(folder / "model.pt"), "digits", "--tol", "0.2", "--k", "400", "--k-chunk", "50"])
+    shown = capsys.readouterr().out
+    assert "397 examples" in shown
+    assert "to 400 draws" in shown or "100 draws each" in shown
+
+
+def test_a_whole_vae_is_loaded_on_trust(folder, capsys):
+    data = str(folder / "idx")
+    with pytest.raises(SystemExit, match="add --trust"):
+        main(["evaluate", str(folder / "whole.pt"), data])
+    flat = folder / "flat.npy"
+    np.save(flat, np.load(folder / "x.npy").reshape(23, 64))
+    main(["evaluate", str(folder / "whole.pt"), str(flat), "--trust", "--k", "20"])
+    assert "unknown; it takes 21 draws" in capsys.readouterr().out
+
+
+def test_goes_on_from_its_checkpoint(folder, capsys):
+    arguments = ["evaluate", str(folder / "model.pt"), str(folder / "x.npy"), "--k", "30"]
+    arguments += ["--checkpoint", str(folder / "run.npz"), "--batch-size", "10"]
+    outputs = []
+    for _ in range(2):
+        main(arguments)
+        outputs.append(capsys.readouterr().out.splitlines()[:-1])
+    assert outputs[0] == outputs[1]
+    with pytest.raises(SystemExit, match="other seed"):
+        main([*arguments, "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing.pt", "x.npy"], "No such file"),
+        (["x.npy", "x.npy"], "cannot be read by torch.load|pickled object"),
+        (["weights.pt", "x.npy"], r"expected a model of the demo.*torch\.save\(vae, path\)"),
+        (["model.pt", "nothing"], "'digits', a folder of IDX files"),
+        (["model.pt", "nothing.npy"], "No such file"),
+        (["model.pt", "two.npz"], "holds a, b; call the data x"),
+        (["model.pt", "none.npy"], r"expected \[N, \.\.\.\] with N > 0"),
+        (["model.pt", "."], "no train images"),
+        (["model.pt", "small.npy"], r"does not take data of shape \[23, 7, 8\]"),
+        (["model.pt", "x.npy", "--tol", "0"], "tol must be greater than 0"),
+        (["model.pt", "x.npy", "--out", "nowhere/out.npz"], "there is no folder nowhere"),
+        (["model.pt", "x.npy", "--checkpoint", "nowhere/run.npz"], "there is no folder nowhere"),
+    ],
+)
+def test_errors(folder, monkeypatch, arguments, words):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match=words) as error:
+        main(["evaluate", *arguments])
+    assert str(error.value).startswith("fastvae evaluate: ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_torchrun(folder):
+    """Two processes print one result, that of one process."""
+    arguments = ["evaluate", "model.pt", "x.npy", "--k", "30", "--batch-size", "5"]
+    # Installed without -e, the package is found; from a clone, by this.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    outputs = []
+    for launcher in ([], ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]):
+        command = [sys.executable, "-m", *launcher, "fastvae", *arguments]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
+        outputs.append(done.stdout.splitlines()[:-1])
+    assert outputs[0] == outputs[1]
