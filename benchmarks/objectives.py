@@ -221,7 +221,12 @@ def _evaluation(k, images, hidden, latent):
             parts.append(torch.logsumexp(log_w, 0))
         return torch.logsumexp(torch.stack(parts), 0) - math.log(k)
 
-    run = {OURS: ours}
+    @torch.no_grad()
+    def ours_in_bfloat16():
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours()
+
+    run = {OURS: ours, f"{OURS}, bfloat16": ours_in_bfloat16}
     for chunk in (20, 50, 250):
         run[f"eager loop, chunks of {chunk}"] = lambda chunk=chunk: loop(chunk)
     if (pythae := _pythae(model, hidden, latent)) is not None:

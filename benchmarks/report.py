@@ -156,7 +156,9 @@ def _percent(text: str) -> str:
 
 def loses(row: Row) -> bool:
     """Whether this peer is faster than fastvae, beyond what its rounds leave open."""
-    return row["implementation"] != OURS and bool(row.get("ratio")) and float(row["ratio_p80"]) < 1
+    return (
+        row["implementation"].split(",")[0] != OURS and bool(row.get("ratio")) and float(row["ratio_p80"]) < 1
+    )
 
 
 def misses(row: Row) -> bool:

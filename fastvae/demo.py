@@ -219,11 +219,9 @@ def train(
             bar.set_postfix(train=f"{train_curve[-1]:.2f}", test=f"{test_curve[-1]:.2f}")
 
     noise = torch.Generator(device).manual_seed(TEST_SEED)
-    batches = tqdm(images.test.split(BATCH), desc=f"{name:8}", unit="batch", postfix=f"test, K={eval_k}")
-    estimates = [model.log_marginal(x, k=eval_k, generator=noise) for x in batches]
-    log_px, ess = (torch.cat([getattr(e, field) for e in estimates]).cpu() for field in ("log_px", "ess"))
+    result = model.evaluate(images.test, k=eval_k, batch_size=BATCH, generator=noise)
     elbo = bound_on_test(model, images.test, None, samples=100).cpu()
-    return Run(name, model, architecture, train_curve, test_curve, elbo, log_px, ess)
+    return Run(name, model, architecture, train_curve, test_curve, elbo, result.log_px, result.ess)
 
 
 @torch.no_grad()

@@ -163,6 +163,23 @@ def test_the_draws_are_those_of_log_marginal():
         torch.testing.assert_close(got, values.cpu(), rtol=1e-10, atol=1e-10)
 
 
+def test_autocast():
+    """A bfloat16 encoder and decoder give log p(x) to a bfloat16's accuracy, in float64 sums."""
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    x = rand(N, X, seed=9).round()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+            results.append(
+                fastvae.evaluate(
+                    encoder, decoder, x, k=500, likelihood="bernoulli", generator=generator(1), **QUIET
+                )
+            )
+    difference = (results[0].log_px - results[1].log_px).abs()
+    assert 0 < float(difference.max()) < 0.05
+    assert results[1].log_px.dtype == torch.float64
+
+
 def test_backends_agree(backend):
     model, x, q = _model_and_data(dtype=torch.float32)
     result = _evaluate(model, q, x[:6], k=25, batch_size=4, k_chunk=9)
