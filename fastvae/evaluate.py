@@ -229,9 +229,9 @@ def evaluate(
         file = Checkpoint(checkpoint, settings, ranks.rank)
     done: dict[int, Part] = {}
     if file is not None:
-        loaded = ranks.gather(file.load())
-        done = {p.index: p for parts in loaded for p in parts}
-        seed = file.settings["seed"]
+        loaded = ranks.gather((file.load(), file.settings["seed"]))
+        done = {p.index: p for parts, _ in loaded for p in parts}
+        seed = next((s for _, s in loaded if s is not None), None)
     if seed is None:
         seed = int(draw_seed("cpu") if generator is None else draw_seed(generator.device, generator))
     seed = ranks.first(seed)
@@ -244,8 +244,7 @@ def evaluate(
         q = as_posterior(encoder(x))
         return _evaluate_batch(index, Model.read(x, q, decoder, likelihood, prior), seed, row, plan)
 
-    total = len(batches) if hasattr(batches, "__len__") else None
-    bar = tqdm(total=total, desc="log p(x)", unit="batch", disable=not progress or ranks.rank != 0)
+    bar = tqdm(total=_length(batches), desc="log p(x)", unit="batch", disable=not progress or ranks.rank != 0)
     modules = [m for f in (encoder, decoder, likelihood, prior) for m in modules_of(f)]
     with bar, _evaluating(modules):
         try:
@@ -446,6 +445,13 @@ def _batches(data: Any, batch_size: int) -> Iterable[Any]:
             f"{type(data).__name__}"
         )
     return data
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:  # a generator, or a loader of one
+        return None
 
 
 def _data_of(batch: Any) -> Tensor:

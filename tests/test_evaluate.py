@@ -290,23 +290,12 @@ def test_forms_of_data():
     labels = torch.arange(N)
     expected = _evaluate(model, q, x.to(DEVICE))
 
-    def on_device(x):
-        return q(x.to(DEVICE))
-
     encoder = nn.Module()
     encoder.anchor = nn.Parameter(torch.zeros(1, device=DEVICE))
     encoder.forward = q
     loader = DataLoader(TensorDataset(x, labels), batch_size=10)
-    forms = [
-        x,
-        x.numpy(),
-        TensorDataset(x, labels),
-        loader,
-        [[b, 1] for b in x.split(4)],
-        _Pairs(x),
-        list(x.split(6)),
-    ]
-    forms += [(b for b in x.split(9)), [x[:5], x[:0], x[5:]]]
+    forms = [x, x.numpy(), TensorDataset(x, labels), loader, [[b, 1] for b in x.split(4)], list(x.split(6))]
+    forms += [_Pairs(x), DataLoader(_Pairs(x), None), (b for b in x.split(9)), [x[:5], x[:0], x[5:]]]
     for data in forms:
         _assert_same(_evaluate(model, encoder, data), expected)
 
