@@ -144,7 +144,9 @@ class Checkpoint:
 
 
 def modules_of(function: Callable) -> list[nn.Module]:
-    """The modules that a callable is, is a method of, or refers to by its closure or its globals."""
+    """The modules that a callable is, is a method of, holds as an attribute, or refers to by its closure or
+    its globals.
+    """
     found: dict[int, nn.Module] = {}
 
     def visit(value: Any, depth: int) -> None:
@@ -155,10 +157,16 @@ def modules_of(function: Callable) -> list[nn.Module]:
                 visit(v, depth)
         elif inspect.ismethod(value):
             visit(value.__self__, depth)
-        elif inspect.isfunction(value) and depth:
-            variables = inspect.getclosurevars(value)
-            for v in (*variables.nonlocals.values(), *variables.globals.values()):
+        elif isinstance(value, (tuple, list, dict)) and depth:
+            for v in value.values() if isinstance(value, dict) else value:
                 visit(v, depth - 1)
+        elif inspect.isfunction(value) and depth:
+            with contextlib.suppress(ValueError):  # of a variable that is not set yet
+                variables = inspect.getclosurevars(value)
+                for v in (*variables.nonlocals.values(), *variables.globals.values()):
+                    visit(v, depth - 1)
+        elif depth and callable(value) and hasattr(value, "__dict__") and not inspect.isclass(value):
+            visit(vars(value), depth)
 
     visit(function, 3)
     return list(found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
 from fastvae import _model
+from fastvae._parts import modules_of
 
 from . import models
 from .conftest import DEVICE
@@ -245,6 +247,46 @@ def test_eval_mode_and_back():
     with pytest.raises(RuntimeError, match="stop here"):
         fastvae.evaluate(q, broken, x, **options)
     assert encoder.training
+
+
+def test_modules_are_found_wherever_they_are():
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    class Callable:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, x):
+            return self.inner(x)
+
+        def method(self, x):
+            return self.inner(x)
+
+    def function(x):
+        return module(x) + other(x)
+
+    def nested(x):
+        return function(x)
+
+    held = [module]
+    for encoder, found in (
+        (module, [module]),
+        (module.forward, [module]),
+        (function, [module, other]),
+        (nested, [module, other]),
+        (functools.partial(lambda m, x: m(x), module), [module]),
+        (Callable(module), [module]),
+        (Callable(module).method, [module]),
+        (Callable(function), [module, other]),
+        (lambda x: held[0](x), [module]),
+        (torch.compile(module), None),
+        (len, []),
+    ):
+        got = modules_of(encoder)
+        if found is None:
+            assert module in [m for part in got for m in part.modules()]
+        else:
+            assert {id(m) for m in got} == {id(m) for m in found}
 
 
 def test_progress_shows_the_running_nll(capsys):
