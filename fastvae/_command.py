@@ -7,10 +7,10 @@ import contextlib
 import os
 import pickle
 import time
-import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +32,12 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit("fastvae evaluate: --device cuda needs a GPU that PyTorch can use; there is none")
     with _ranks(args.device) as (device, first):
         try:
-            for path in (args.out, plot):
-                if path and not path.parent.is_dir():
-                    raise ValueError(f"there is no folder {path.parent} for {path}")
+            _check_paths(args.out, plot, args.checkpoint)
             model, pixels = load_model(args.model, args.trust)
             x = load_data(args.data, isinstance(model.likelihood, Bernoulli))
             if pixels is not None and x[0].numel() == pixels:
                 x = x.flatten(1)
+            x = x.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype))
             start = time.perf_counter()
             result = evaluate(
                 model.to(device).posterior,
@@ -73,6 +72,19 @@ def run(args: argparse.Namespace) -> None:
         if plot:
             draw(result, plot, f"{args.model.name} on {args.data}")
             print(plot)
+
+
+def _check_paths(out: Path | None, plot: Path | None, checkpoint: Path | None) -> None:
+    """Now, not when the work is done."""
+    for path in filter(None, (out, plot)):
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} for {path}")
+    if out and out.suffix != ".npz":
+        raise ValueError(f"--out {out} must end in .npz")
+    if plot and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
+    if out and checkpoint and out.resolve() == checkpoint.resolve():
+        raise ValueError(f"--out and --checkpoint are both {out}: the results would overwrite the checkpoint")
 
 
 def _beside(out: Path | None) -> Path:
@@ -111,10 +123,15 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, int | None]:
             f"module, "
             "not in a script, and start this command where it can be found"
         ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read by torch.load: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises what the bytes lead it to
+        raise ValueError(f"{path} cannot be read by torch.load: {_said(error)}") from None
     if isinstance(saved, dict) and {"architecture", "state_dict"} <= saved.keys():
-        return demo.of_checkpoint(saved), saved["architecture"]["pixels"]
+        try:
+            return demo.of_checkpoint(saved), saved["architecture"]["pixels"]
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no whole checkpoint of the demo: {_said(error)}") from None
     if isinstance(saved, VAE):
         return saved, None
     came = f"an object of {type(saved).__name__}"
@@ -135,28 +152,44 @@ def load_data(name: str, binary: bool) -> Tensor:
         if binary:
             return demo.idx_folder(path).test
         return torch.from_numpy(demo.read_idx(demo.find_idx(path, "t10k"))).float() / 255
-    if path.suffix == ".npy":
-        data = np.load(path, allow_pickle=False)
-    elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            names = list(arrays)
-            key = "x" if "x" in names else names[0]
-            if key != "x" and len(names) > 1:
-                raise ValueError(f"{path} holds {', '.join(names)}; call the data x, or save them alone")
-            data = arrays[key]
-    elif path.suffix in (".pt", ".pth"):
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        data = data[0] if isinstance(data, (tuple, list)) and data else data
-    else:
+    if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
         raise ValueError(
             f"DATA {name} is no file that can be read: expected 'digits', a folder of IDX files, or a file "
-            f"that ends in "
-            ".npy, .npz or .pt"
+            f"that "
+            "ends in .npy, .npz or .pt"
         )
+    try:
+        data = _read(path)
+    except OSError:
+        raise
+    except Exception as error:  # numpy and torch raise what the bytes lead them to
+        raise ValueError(f"{path} cannot be read: {_said(error)}") from None
+    if not isinstance(data, (np.ndarray, Tensor)):
+        raise ValueError(f"{path} holds an object of {type(data).__name__}; expected an array")
     data = torch.as_tensor(data)
     if data.dim() == 0 or len(data) == 0:
         raise ValueError(f"{path} holds {list(data.shape)} numbers; expected [N, ...] with N > 0")
     return data.float() / 255 if data.dtype == torch.uint8 else data
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            names = list(arrays)
+            if "x" not in names and len(names) != 1:
+                raise ValueError(
+                    f"it holds {', '.join(names) or 'nothing'}; call the data x, or save them alone"
+                )
+            return arrays["x" if "x" in names else names[0]]
+    data = torch.load(path, map_location="cpu", weights_only=True)
+    return data[0] if isinstance(data, (tuple, list)) and data else data
+
+
+def _said(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]}"
 
 
 def draw(result: Evaluation, path: Path, title: str) -> None:

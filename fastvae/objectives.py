@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _model, ops
+from . import _backend, _model, ops
 from ._checks import check_choice, check_count, check_number
 from ._model import Chunks, Model
 from .likelihoods import Likelihood
@@ -235,12 +235,25 @@ def _chunked(
     # DReG weighs by what is a sample's share of all K, which a chunk does not see.
     options = {"estimator": estimator, **({"chunk": True} if estimator == "dreg" else {})}
 
+    # The second pass must be of the first one's kind.
+    backend = _backend.chosen()
+
     def draw(start: int) -> tuple[Tensor, ...]:
+        if _backend.chosen() != backend:
+            with _backend.use_backend(backend):
+                return draw(start)
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
             _trim(model.x.device)
         z, *rest = model.q.rsample_log_ratio(
             model.prior, samples=min(k_chunk, k - start), seed=seed, sample_offset=start, **options
         )
+        if len(rest) != 1 + (estimator == "dreg"):
+            raise TypeError(
+                f"{type(model.q).__name__}.rsample_log_ratio returned {1 + len(rest)} results; with "
+                f"chunk=True, which "
+                "estimator='dreg' needs for k_chunk, it must return zeros [B] as the third, as "
+                "fastvae.ops.rsample_log_ratio does"
+            )
         return model.log_likelihood(z), *rest
 
     parts = [checkpoint(draw, start, use_reentrant=False) for start in range(0, k, k_chunk)]

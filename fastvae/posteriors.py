@@ -47,6 +47,10 @@ class Posterior:
         """
         raise NotImplementedError
 
+    def rows(self, start: int, stop: int) -> Posterior | None:
+        """The posterior of these rows alone, or None where that is not known."""
+        return None
+
 
 class DiagonalGaussian(Posterior):
     r"""q(z|x) = N(mu, diag exp(logvar)), the posterior that a pair ``(mu, logvar)`` stands for.
@@ -80,6 +84,11 @@ class DiagonalGaussian(Posterior):
     @property
     def device(self) -> torch.device:
         return self.mu.device
+
+    def rows(self, start, stop):
+        if type(self) is not DiagonalGaussian:
+            return None
+        return DiagonalGaussian(self.mu[start:stop], self.logvar[start:stop], logvar_range=self.logvar_range)
 
     def rsample_kl(self, prior, *, samples, seed, per_dimension=False):
         return ops.rsample_kl(

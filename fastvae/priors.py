@@ -69,6 +69,11 @@ class DiagonalNormal(Prior):
             else:
                 self.register_buffer(name, value)
 
+    @property
+    def per_row(self) -> bool:
+        """Whether each row of the batch has its own."""
+        return any(v.dim() > 1 and v.shape[0] > 1 for v in (self.mu, self.logvar))
+
     def sample(self, n, dim, *, device=None, generator=None):
         eps = random.normal(random.draw_seed(self.mu.device, generator), 1, n, dim)[0]
         return self.mu + torch.exp(0.5 * self.logvar) * eps

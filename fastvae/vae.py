@@ -68,7 +68,8 @@ class VAE(nn.Module):
         """q(z|x), the posterior object of the encoder's output."""
         q = as_posterior(self.encoder(x))
         if self.latent_dim is None:
-            self.latent_dim = q.mu.shape[1]
+            mu = getattr(q, "mu", None)
+            self.latent_dim = None if mu is None else mu.shape[1]
         return q
 
     def elbo(self, x: Tensor, **options) -> Tensor | Terms:

@@ -125,9 +125,10 @@ def pareto_khat(log_w: Tensor) -> Tensor:
         log_w: log weights [K, B].
 
     Returns:
-        [B] in float64. −∞ where the tail is flat, as with the exact posterior, whose weights are all equal;
-        +∞ where four draws or fewer outweigh all others beyond the range of numbers; NaN where K is below 21,
-        which leaves fewer than five draws to fit, and for NaN weights.
+        [B] in float64. −∞ where the tail is flat, its weights within a thousandth of each other, as with the
+        exact posterior, whose weights are all equal but for rounding. +∞ where fewer than five draws lie
+        above the rest of the tail. NaN where K is below 21, which leaves fewer than five draws to fit, and
+        for NaN weights.
 
     Raises:
         TypeError, ValueError: if log_w is no floating-point tensor [K, B].
@@ -151,6 +152,8 @@ def pareto_khat(log_w: Tensor) -> Tensor:
     return _khat(_largest(log_w, tail_length(k) + 1), count)
 
 
+# Spread of the log weights in a tail that counts as flat: rounding, and no harm to any estimate.
+_FLAT = 1e-3
 # Numbers that the fit holds at a time: candidates times tail times examples.
 _FIT_SIZE = 2**21
 
@@ -186,6 +189,6 @@ def _khat(tail: Tensor, count: Tensor) -> Tensor:
     fitted = (n * shape(best[None])[0] + 10 * 0.5) / (n + 10)
 
     fitted = torch.where(n <= 4, math.inf, fitted)
-    fitted = torch.where(n == 0, -math.inf, fitted)
+    fitted = torch.where(relative[0] - cutoff < _FLAT, -math.inf, fitted)
     unknown = (length <= 4) | tail[0].isnan() | (tail[0] == -math.inf)
     return torch.where(unknown, math.nan, fitted)

@@ -142,6 +142,19 @@ def test_compiled(estimator):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backends", [("reference", "native"), ("native", "reference")])
+def test_the_backend_is_that_of_the_first_pass(backends):
+    results = []
+    bound, learned, _ = _parts()
+    for forward, backward in (backends, backends[:1] * 2):
+        with fastvae.use_backend(forward):
+            value = bound(k_chunk=4, estimator="dreg")
+        with fastvae.use_backend(backward):
+            results.append(torch.autograd.grad(value, learned))
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_errors():
     bound, _, x = _parts()
     with pytest.raises(ValueError, match="k_chunk must be at least 1"):
@@ -157,6 +170,19 @@ def test_errors():
 
     with pytest.raises(RuntimeError, match=r"k_chunk does not work under torch\.func"):
         torch.func.grad(objective)(decoder.weight.detach())
+
+
+def test_a_posterior_that_knows_no_chunks():
+    class Deaf(fastvae.DiagonalGaussian):
+        def rsample_log_ratio(self, prior, *, chunk=False, **options):
+            return super().rsample_log_ratio(prior, **options)
+
+    _, decoder = models.networks(X, D, "bernoulli")
+    q, x = Deaf(randn(B, D, seed=1), randn(B, D, seed=2)), rand(B, X, seed=3)
+    options = {"k": K, "k_chunk": 4, "likelihood": "bernoulli"}
+    fastvae.iwae(x, q, decoder, **options)
+    with pytest.raises(TypeError, match=r"Deaf\.rsample_log_ratio returned 2 results.*zeros \[B\]"):
+        fastvae.iwae(x, q, decoder, estimator="dreg", **options)
 
 
 def test_a_chunk_of_dreg_wants_its_zeros_added():

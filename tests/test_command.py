@@ -39,6 +39,13 @@ def folder(tmp_path):
     np.save(tmp_path / "small.npy", x[:, :7])
     np.savez(tmp_path / "two.npz", a=x, b=x)
     np.save(tmp_path / "none.npy", x[:0])
+    np.save(tmp_path / "wide.npy", x.astype(np.float64))
+    np.savez(tmp_path / "empty.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:-100])
+    (tmp_path / "zero.npy").write_bytes(b"")
+    (tmp_path / "garbage.pt").write_bytes(b"nonsense")
+    torch.save({"x": torch.zeros(3)}, tmp_path / "dict.pt")
+    torch.save({"architecture": architecture, "state_dict": {}}, tmp_path / "partial.pt")
     idx = tmp_path / "idx"
     idx.mkdir()
     for part in ("train", "t10k"):
@@ -66,7 +73,7 @@ def test_results_and_picture(folder, capsys, monkeypatch):
     assert Path("other.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("data", ["x.npy", "x.npz", "x.pt", "bytes.npy", "idx"])
+@pytest.mark.parametrize("data", ["x.npy", "x.npz", "x.pt", "wide.npy", "bytes.npy", "idx"])
 def test_forms_of_data(folder, data, capsys):
     """All hold the same images, black and white."""
     results = []
@@ -83,6 +90,29 @@ def test_digits_and_a_tolerance(folder, capsys):
     shown = capsys.readouterr().out
     assert "397 examples" in shown
     assert "to 400 draws" in shown or "100 draws each" in shown
+
+
+def test_every_option_arrives(folder, monkeypatch):
+    given = {}
+    evaluate = fastvae.evaluate
+
+    def watching(*args, **options):
+        given.update(options)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr("fastvae._command.evaluate", watching)
+    options = {"k": "30", "tol": "0.5", "k-chunk": "7", "batch-size": "9", "shard": "samples"}
+    options |= {"checkpoint": str(folder / "run.npz")}
+    main(
+        [
+            "evaluate",
+            str(folder / "model.pt"),
+            str(folder / "x.npy"),
+            *(v for o in options.items() for v in ("--" + o[0], o[1])),
+        ]
+    )
+    for name, value in options.items():
+        assert str(given[name.replace("-", "_")]) == value
 
 
 def test_a_whole_vae_is_loaded_on_trust(folder, capsys):
@@ -116,6 +146,19 @@ def test_goes_on_from_its_checkpoint(folder, capsys):
         (["model.pt", "nothing"], "'digits', a folder of IDX files"),
         (["model.pt", "nothing.npy"], "No such file"),
         (["model.pt", "two.npz"], "holds a, b; call the data x"),
+        (["model.pt", "cut.npz"], "cut.npz cannot be read: BadZipFile"),
+        (["model.pt", "empty.npz"], "holds nothing"),
+        (["model.pt", "zero.npy"], "zero.npy cannot be read: EOFError"),
+        (["model.pt", "garbage.pt"], "garbage.pt cannot be read"),
+        (["model.pt", "dict.pt"], "holds an object of dict"),
+        (["garbage.pt", "x.npy"], "garbage.pt cannot be read by torch.load|pickled object"),
+        (["partial.pt", "x.npy"], "no whole checkpoint of the demo"),
+        (["model.pt", "x.npy", "--plot", "p.foo"], r"must end in \.png"),
+        (["model.pt", "x.npy", "--out", "run"], r"must end in \.npz"),
+        (
+            ["model.pt", "x.npy", "--out", "a.npz", "--checkpoint", "./a.npz"],
+            "would overwrite the checkpoint",
+        ),
         (["model.pt", "none.npy"], r"expected \[N, \.\.\.\] with N > 0"),
         (["model.pt", "."], "no train images"),
         (["model.pt", "small.npy"], r"does not take data of shape \[23, 7, 8\]"),

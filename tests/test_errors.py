@@ -560,14 +560,16 @@ def test_nan_in_the_decoders_output(backend):
         assert int(bad.sum()) == 1
 
 
-def test_certainly_impossible_example_is_minus_infinity():
+@pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
+def test_certainly_impossible_example_is_minus_infinity(estimator):
     """Weights that are all zero give a bound of -inf with zero gradient, and log_marginal says the same."""
     data = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=DEVICE)
     # Certain of (1, 0): the second example cannot happen.
     certain = torch.tensor([math.inf, -math.inf], device=DEVICE)
     decoder = lambda z: certain.expand(z.shape[0], 2)  # noqa: E731
     mu, logvar = (randn(2, D, seed=s).requires_grad_() for s in (19, 20))
-    bound = iwae(data, (mu, logvar), decoder, k=K, reduction="none", generator=generator(0), **BERNOULLI)
+    options = {"reduction": "none", "generator": generator(0), "estimator": estimator, **BERNOULLI}
+    bound = iwae(data, (mu, logvar), decoder, k=K, **options)
     # For the first, log p(x|z) = 0 and the bound is the mean of p(z) / q(z).
     _, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed_of(0))
     torch.testing.assert_close(bound[0], ops.log_mean_exp(ratio)[0], rtol=1e-6, atol=1e-6)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
 from fastvae import _model
-from fastvae._parts import modules_of
+from fastvae._parts import Store, digest, modules_of, weights_digest
 
 from . import models
 from .conftest import DEVICE
@@ -100,7 +101,7 @@ def test_stopping_at_a_tolerance():
 
     def q(x):  # from nearly exact to hopeless
         mu, logvar = model.posterior(x)
-        return mu + torch.linspace(0, 2, len(x), device=DEVICE, dtype=x.dtype)[:, None] * (
+        return mu + torch.linspace(0.3, 2, len(x), device=DEVICE, dtype=x.dtype)[:, None] * (
             0.5 * logvar
         ).exp(), logvar
 
@@ -121,6 +122,70 @@ def test_stopping_at_a_tolerance():
     _assert_same(_evaluate(model, q, x, k=most, tol=tol, k_chunk=17, batch_size=N), result)
     assert [n for n, _, _ in result.curve] == [1, 10, 100, 200, 400, 800, 1600, most]
     assert "on average" in str(result)
+
+
+def test_stopping_draws_for_those_that_go_on_alone():
+    """Neither the decoder nor the sampler works for examples that are done; results are those of their own
+    rows.
+    """
+    model, x, _ = _model_and_data(100)
+    hard = [7, 8, 60]
+    drawn = {True: [], False: []}
+
+    class Counting(fastvae.DiagonalGaussian):
+        """Of a subclass rows cannot be taken, and the whole batch is drawn for."""
+
+        sliced = True
+
+        def rows(self, start, stop):
+            part = super().rows(start, stop) if not self.sliced else None
+            if self.sliced:
+                part = Counting(self.mu[start:stop], self.logvar[start:stop])
+            return part
+
+        def rsample_log_ratio(self, prior, *, samples, **options):
+            drawn[self.sliced].append((samples, self.batch))
+            return super().rsample_log_ratio(prior, samples=samples, **options)
+
+    def q(x):
+        mu, logvar = model.posterior(x)
+        mu = mu.clone()
+        mu[hard] += 2 * (0.5 * logvar[hard]).exp()
+        return Counting(mu + 0.05, logvar)
+
+    results = []
+    for Counting.sliced in (True, False):
+        results.append(_evaluate(model, q, x, k=3000, tol=0.05))
+        assert results[-1].k[hard].tolist() == [3000] * 3
+        assert set(results[-1].k.tolist()) == {100, 3000}
+    _assert_same(*results, 1e-9)
+    assert sum(k * n for k, n in drawn[True]) == 100 * 100 + 2900 * 3
+    assert sum(k * n for k, n in drawn[False]) == 3000 * 100
+    # What is drawn at once is bounded in either case.
+    assert all(k * n <= 2**13 for calls in drawn.values() for k, n in calls)
+    # A prior of its own for each row cannot be sliced, but is right.
+    prior = fastvae.DiagonalNormal(*(0 * randn(100, D, seed=1, dtype=torch.float64) for _ in range(2)))
+    Counting.sliced = True
+    _assert_same(_evaluate(model, q, x, k=3000, tol=0.05, prior=prior), results[0], 1e-9)
+
+
+def test_stopping_waits_for_the_first_weight():
+    """While all weights are 0 the error is not known: drawing goes on; what never comes is said."""
+
+    class Rare(fastvae.Likelihood):
+        def log_prob(self, x, parameters, samples):
+            return torch.where(parameters.reshape(samples, x.shape[0], D)[..., 0] > x[:, 0], 0.0, -math.inf)
+
+    x = torch.tensor([[2.5], [50.0], [-9.0]], device=DEVICE).expand(3, X)
+    q = lambda x: (torch.zeros(len(x), D, device=DEVICE), torch.zeros(len(x), D, device=DEVICE))  # noqa: E731
+    with pytest.warns(RuntimeWarning, match=r"-inf for 1 of 3 examples \(number 1\)"):
+        result = fastvae.evaluate(
+            q, nn.Identity(), x, likelihood=Rare(), k=20_000, tol=0.3, generator=generator(1), **QUIET
+        )
+    assert result.k.tolist()[1:] == [20_000, 100]
+    assert float(result.log_px_stderr[0]) <= 0.3
+    exact = math.log(0.5 * math.erfc(2.5 / math.sqrt(2)))
+    assert abs(float(result.log_px[0]) - exact) < 1.5
 
 
 def test_the_bias_that_stopping_brings():
@@ -218,6 +283,71 @@ def test_active_units():
     assert "2 of 4 active" in str(result)
 
 
+class _Bare(fastvae.Posterior):
+    """A posterior that can do no more than it must."""
+
+    def __init__(self, mu, logvar):
+        self._q = fastvae.DiagonalGaussian(mu, logvar)
+        self.batch, self.device = self._q.batch, self._q.device
+
+    def rsample_log_ratio(self, prior, **options):
+        return self._q.rsample_log_ratio(prior, **options)
+
+
+class _MonteCarlo(fastvae.DiagonalGaussian):
+    """Knows no KL in closed form to this prior."""
+
+    def rsample_kl(self, prior, **options):
+        raise TypeError("no fused op for the prior")
+
+
+def test_posteriors_without_means_or_kl():
+    model, x, q = _model_and_data()
+    expected = _evaluate(model, q, x)
+    for kind, active in ((_Bare, None), (_MonteCarlo, expected.active_units)):
+        for tol in (None, 1.0):
+            result = _evaluate(model, lambda x, kind=kind: kind(*q(x)), x, tol=tol)
+            torch.testing.assert_close(result.log_px, expected.log_px, rtol=1e-10, atol=1e-10)
+            assert result.active_units == active
+            assert result.kl_per_dim is None
+        assert ("latents" in str(result)) == (active is not None)
+        vae = fastvae.VAE(lambda x, kind=kind: kind(*q(x)), model.decoder, likelihood=model.likelihood)
+        vae.evaluate(x, k=3, **QUIET)
+
+
+def test_one_example_and_sizes_that_differ():
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x[:1])
+    assert math.isnan(result.stderr)
+    assert result.active_units == 0
+
+    class Sum(fastvae.Likelihood):
+        def log_prob(self, x, parameters, samples):
+            return parameters.reshape(samples, x.shape[0], -1).sum(2) - x.sum(1)
+
+    def encoder(x):
+        return torch.zeros(len(x), D, device=DEVICE), torch.zeros(len(x), D, device=DEVICE)
+
+    batches = [torch.ones(3, 4), torch.ones(2, 9), torch.ones(1, 0)]
+    result = fastvae.evaluate(
+        encoder, nn.Identity(), [b.to(DEVICE) for b in batches], k=9, likelihood=Sum(), **QUIET
+    )
+    assert result.dims == (3 * 4 + 2 * 9) / 6
+    assert result.bits_per_dim == pytest.approx(-float(result.log_px.sum()) / (30 * math.log(2)))
+    result = fastvae.evaluate(
+        encoder, nn.Identity(), torch.ones(2, 0, device=DEVICE), k=9, likelihood=Sum(), **QUIET
+    )
+    assert math.isnan(result.bits_per_dim)
+
+
+def test_exact_posterior_is_trusted():
+    """Weights that differ by rounding alone have a flat tail, not a heavy one."""
+    model = LinearGaussian(D, X, dtype=torch.float32)
+    x = model.sample(300)
+    result = fastvae.evaluate(model.posterior, model.decoder, x, k=1000, likelihood=model.likelihood, **QUIET)
+    assert result.khat.tolist() == [-math.inf] * 300
+
+
 def test_eval_mode_and_back():
     """Dropout is off in evaluation, also where the encoder is a function of modules; every mode is
     restored.
@@ -248,6 +378,16 @@ def test_eval_mode_and_back():
         fastvae.evaluate(q, broken, x, **options)
     assert encoder.training
 
+    class Watching(fastvae.Bernoulli):
+        def log_prob(self, x, parameters, samples):
+            assert not self.training
+            return super().log_prob(x, parameters, samples)
+
+    fastvae.evaluate(q, decoder, x, **{**options, "likelihood": Watching()})
+
+
+_GLOBAL = nn.Linear(2, 2)
+
 
 def test_modules_are_found_wherever_they_are():
     module, other = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -268,7 +408,12 @@ def test_modules_are_found_wherever_they_are():
     def nested(x):
         return function(x)
 
+    @functools.lru_cache(None)
+    def cached(x):
+        return module(x)
+
     held = [module]
+    holder = types.SimpleNamespace(net=module)
     for encoder, found in (
         (module, [module]),
         (module.forward, [module]),
@@ -279,6 +424,11 @@ def test_modules_are_found_wherever_they_are():
         (Callable(module).method, [module]),
         (Callable(function), [module, other]),
         (lambda x: held[0](x), [module]),
+        (lambda x: holder.net(x), [module]),
+        (lambda x, net=module: net(x), [module]),
+        (lambda x, *, net=module: net(x), [module]),
+        (lambda x: [_GLOBAL(v) for v in (lambda y: [y])(x)], [_GLOBAL]),
+        (cached, [module]),
         (torch.compile(module), None),
         (len, []),
     ):
@@ -385,7 +535,8 @@ def test_nan_in_one_example():
         (torch.tensor(1.0), ValueError, r"expected \[N, \*event\]"),
         (3, TypeError, "data must be a tensor"),
         ([{"x": torch.zeros(2, X)}], TypeError, r"a dict.*batch\['x'\]"),
-        ([("a", 1)], TypeError, "a tuple of str"),
+        ([("a", 1)], TypeError, "a tuple of str.*a generator of tensors"),
+        ("digits", TypeError, "data must be a tensor"),
         ([torch.tensor(1.0)], ValueError, "no dimensions"),
         (torch.zeros(3, X, dtype=torch.uint8), TypeError, "255"),
     ],
@@ -436,6 +587,8 @@ def test_modules_on_other_devices():
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("not enough memory: you tried to allocate 9 bytes"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
@@ -486,9 +639,9 @@ def test_other_errors_are_not_swallowed():
 )
 def test_chunks_fit_the_caches(event, draws):
     """At most 4 million numbers of the decoder's output, and 8192 rows."""
-    assert _model.Chunks(None).draws(torch.empty(100, *event, device="meta").to("meta")) >= draws
-    assert _model.Chunks(None).draws(torch.empty(100, *event)) == draws
-    assert _model.Chunks(7).draws(torch.empty(100, *event)) == 7
+    assert _model.Chunks(None).draws(torch.empty(100, *event, device="meta").to("meta"), 100) >= draws
+    assert _model.Chunks(None).draws(torch.empty(100, *event), 100) == draws
+    assert _model.Chunks(7).draws(torch.empty(100, *event), 100) == 7
 
 
 # Checkpoints
@@ -561,6 +714,99 @@ def test_the_seed_is_in_the_checkpoint(tmp_path):
     _assert_same(_evaluate(model, q, x, checkpoint=tmp_path / "run.npz", **options), expected, 1e-14)
 
 
+def test_interrupted_twice(tmp_path):
+    """What the first run did is still there when the second is interrupted, too."""
+    model, x, q = _model_and_data()
+    calls = []
+
+    class Stop(Exception):
+        pass
+
+    def stops(x):
+        calls.append(1)
+        if len(calls) % 4 == 0:
+            raise Stop
+        return q(x)
+
+    options = {"batch_size": 2, "checkpoint": tmp_path / "run.npz"}
+    for done in (3, 5):  # one batch of a run that goes on is to compare the weights
+        with pytest.raises(Stop):
+            _evaluate(model, stops, x, **options)
+        with np.load(tmp_path / "run.npz") as saved:
+            assert sorted(saved["index"].tolist()) == list(range(done))
+    _assert_same(_evaluate(model, q, x, **options), _evaluate(model, q, x, batch_size=2), 1e-14)
+
+
+def test_saving_takes_little_of_the_time_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x, batch_size=1, checkpoint=tmp_path / "a.npz")
+    writes = []
+    write = Store._write
+
+    def slow(self, file, parts):
+        write(self, file, parts)
+        writes.append(len(parts))
+        self._saved -= 0
+        time.sleep(0.05)
+
+    monkeypatch.setattr(Store, "_write", slow)
+    _assert_same(_evaluate(model, q, x, batch_size=1, checkpoint=tmp_path / "b.npz"), result, 1e-14)
+    # After the first batch, in the end, and when all is put together: not 23 times.
+    assert writes[0] == 1
+    assert len(writes) < 6
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        _evaluate(model, q, x, checkpoint=tmp_path / "c.npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+def test_checkpoints_leave_other_files_alone(tmp_path):
+    model, x, q = _model_and_data()
+    other = tmp_path / "run[1].rank_best.npz"
+    _evaluate(model, q, x, batch_size=10, checkpoint=other)
+    result = _evaluate(model, q, x[:10], batch_size=10, checkpoint=tmp_path / "run[1].npz")
+    assert len(result.log_px) == 10
+    assert other.exists()
+    # What a rank left there belongs to it, though.
+    (tmp_path / "run[1].npz").rename(tmp_path / "run[1].rank3.npz")
+    calls = []
+    _evaluate(
+        model, lambda x: calls.append(1) or q(x), x[:10], batch_size=10, checkpoint=tmp_path / "run[1].npz"
+    )
+    assert len(calls) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run[1].npz", other.name]
+
+
+def test_what_the_digests_see():
+    """Every tensor's name, type, shape and numbers, and the settings of modules."""
+    base = [torch.arange(6.0)]
+    seen = [
+        digest(v).tobytes() for v in (base, [base[0].view(2, 3)], [base[0].int()], [base[0] + 1e-7], base * 2)
+    ]
+    assert len(set(seen)) == 5
+    assert digest(base).tobytes() == digest([torch.arange(6.0)]).tobytes()
+
+    def parts(slope=0.1, scale=0.5, mean=0.0):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.LeakyReLU(slope))
+        return module, fastvae.Gaussian(scale), fastvae.DiagonalNormal(torch.tensor([mean]), torch.zeros(1))
+
+    same, *others = [parts(), parts(slope=0.2), parts(scale=0.6), parts(mean=1.0), parts()]
+    others[-1][0][1].running_mean += 1
+    swapped = parts()
+    swapped[0].register_parameter("a", nn.Parameter(torch.zeros(1)))
+    renamed = parts()
+    renamed[0].register_parameter("b", nn.Parameter(torch.zeros(1)))
+    computed = parts()[:2] + (fastvae.DiagonalNormal(torch.ones(1, requires_grad=True) * 3, torch.zeros(1)),)
+    found = [weights_digest(*p) for p in (same, *others, swapped, renamed, computed)]
+    assert len(set(found)) == len(found)
+    assert weights_digest(*parts()) == found[0]
+    module, *rest = parts()
+    assert weights_digest(torch.compile(module), *rest) == found[0]
+    weights_digest(nn.LazyLinear(3))
+
+
 def test_checkpoints_of_something_else(tmp_path):
     file = tmp_path / "run.npz"
     encoder, decoder = models.networks(X, D)
@@ -585,6 +831,10 @@ def test_checkpoints_of_something_else(tmp_path):
         run(x=changed)
     with pytest.raises(ValueError, match="other data: batch 0 differs"):
         run(batch_size=9)
+    for less in (x[:10], x[:0]):
+        with pytest.raises(ValueError, match="it holds batch [01], which these data do not have"):
+            run(x=less)
+    assert len(run().log_px) == N
     with torch.no_grad():
         decoder.linear.weight[0, 0] += 1e-6
     with pytest.raises(ValueError, match="other weights"):
@@ -595,7 +845,7 @@ def test_checkpoints_of_something_else(tmp_path):
     holder = {"gain": 1.0}
     hidden = tmp_path / "hidden.npz"
     run(decoder=lambda z: tuple(holder["gain"] * v for v in decoder(z)), checkpoint=hidden)
-    holder["gain"] = 1.1
+    holder["gain"] = 1.001
     with pytest.raises(ValueError, match="another encoder or decoder"):
         run(decoder=lambda z: tuple(holder["gain"] * v for v in decoder(z)), checkpoint=hidden)
     for content in (b"", b"PK\x03\x04 nonsense", file.read_bytes()[:-300]):
@@ -603,8 +853,15 @@ def test_checkpoints_of_something_else(tmp_path):
         with pytest.raises(ValueError, match=r"bad\.npz is no checkpoint of fastvae\.evaluate"):
             run(checkpoint=tmp_path / "bad.npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    with pytest.raises(ValueError, match=r"other\.npz is no checkpoint"):
-        run(checkpoint=tmp_path / "other.npz")
+    np.savez(tmp_path / "list.npz", settings="[1, 2]")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with np.load(file) as saved:
+        np.savez(tmp_path / "older.npz", **{k: v for k, v in saved.items() if k != "khat"})
+    for name in ("other.npz", "list.npz", "array.npy", "older.npz"):
+        with pytest.raises(ValueError, match=f"{name} is no checkpoint"):
+            run(checkpoint=tmp_path / name)
+    run(tol=np.float32(0.1), checkpoint=tmp_path / "tol")
+    run(tol=np.float32(0.1), checkpoint=tmp_path / "tol")
 
 
 # Ranks
@@ -620,7 +877,12 @@ def _run_rank(rank: int, world: int, folder: str, shard: str, options: dict) -> 
         torch.manual_seed(rank)
         options = {"k": 333, "batch_size": 4, "generator": None, "shard": shard, **options}
         if "seed" in options:
-            options["generator"] = torch.Generator().manual_seed(options.pop("seed"))
+            # Rank 0's counts, whatever the others'.
+            options["generator"] = torch.Generator().manual_seed(options.pop("seed") + rank)
+        if options.pop("shuffled", False):
+            loader = DataLoader(TensorDataset(x), 4, shuffle=True)
+            with pytest.raises(ValueError, match="data differ between the ranks"):
+                _evaluate(model, q, loader, **{**options, "generator": None})
         result = _evaluate(model, q, x, **options)
         torch.save(vars(result), f"{folder}/{shard}-{world}-{rank}.pt")
         distributed.barrier()
@@ -642,7 +904,7 @@ def test_any_number_of_ranks(tmp_path, shard):
     model, x, q = _model_and_data()
     expected = _evaluate(model, q, x.cpu(), k=333, batch_size=4, generator=torch.Generator().manual_seed(6))
     for world in (1, 2, 3):
-        for result in _ranks(world, tmp_path, shard, seed=6):
+        for result in _ranks(world, tmp_path, shard, seed=6, shuffled=world == 2):
             _assert_same(result, expected)
 
 

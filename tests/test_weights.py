@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastvae
+from fastvae import weights as folding
 from fastvae.weights import Weights, pareto_khat, tail_length
 
 from .conftest import DEVICE
@@ -102,6 +103,13 @@ def test_one_draw_has_no_error():
 # Pareto k̂
 
 
+def test_khat_is_fitted_in_pieces(monkeypatch):
+    log_w = torch.randn(500, B, dtype=torch.float64, device=DEVICE)
+    whole = pareto_khat(log_w)
+    monkeypatch.setattr(folding, "_FIT_SIZE", 2000)
+    torch.testing.assert_close(pareto_khat(log_w), whole, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [21, 57, 1000, 5000])
 def test_khat_is_that_of_arviz(k, dtype):
@@ -136,6 +144,13 @@ def test_khat_where_nothing_can_be_fitted():
     alone = torch.full((100, 1), -900.0, dtype=torch.float64, device=DEVICE)
     alone[17] = 0.0
     assert pareto_khat(alone).tolist() == [math.inf]
+    # Seven draws above a floor that is out of range, as ArviZ fits them.
+    some = torch.full((100, 1), -900.0, dtype=torch.float64, device=DEVICE)
+    some[:7, 0] = -torch.arange(7, dtype=torch.float64)
+    assert 0 < float(pareto_khat(some)) < 1
+    # Rounding alone is no tail.
+    rounded = -1000 + 1e-4 * torch.randn(1000, 3, device=DEVICE)
+    assert pareto_khat(rounded).tolist() == [-math.inf] * 3
     nan = torch.randn(100, 2, device=DEVICE)
     nan[5, 1] = math.nan
     assert pareto_khat(nan).isnan().tolist() == [False, True]
