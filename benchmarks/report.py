@@ -214,7 +214,7 @@ def plots(rows: list[Row], stem: Path) -> list[Path]:
 
     timed = [r for r in rows if r["ratio"] and r["direction"] in FULL]
     peers = list(dict.fromkeys(r["implementation"] for r in timed if r["implementation"] != OURS))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(peers)}
+    styles = {name: {"color": f"C{i % 10}", "fmt": "os"[i // 10 % 2]} for i, name in enumerate(peers)}
     paths = []
     for group in dict.fromkeys(_plot_group(r) for r in timed):
         part = [r for r in timed if _plot_group(r) == group]
@@ -229,9 +229,7 @@ def plots(rows: list[Row], stem: Path) -> list[Path]:
             ]
             x = np.array([float(r["ratio"]) for r in mine])
             low, high = (np.array([float(r[k]) for r in mine]) for k in ("ratio_p20", "ratio_p80"))
-            ax.errorbar(
-                *(x, y), xerr=[x - low, high - x], fmt="o", ms=5, capsize=2, color=colours[name], label=name
-            )
+            ax.errorbar(x, y, xerr=[x - low, high - x], ms=5, capsize=2, label=name, **styles[name])
         ours = [r for r in part if r["implementation"] == OURS]
         bound = [min(1.0, float(r["share_of_least"])) for r in ours]
         ax.plot(
