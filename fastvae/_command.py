@@ -215,9 +215,8 @@ def draw(result: Evaluation, path: Path, title: str) -> None:
     log_px.legend(fontsize="small")
 
     values = result.khat[result.khat.isfinite()].numpy()
-    share = 100 * float((result.khat > UNTRUSTED).double().mean())
     khat.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
-    label = f"{UNTRUSTED}: {share:.1f} % of the examples are above"
+    label = f"{UNTRUSTED}: {100 * result.untrusted:.1f} % of the examples are above"
     khat.axvline(UNTRUSTED, color="tab:red", lw=1, label=label)
     khat.set(xlabel="Pareto k̂", ylabel="examples", title="Can log p(x) be trusted?")
     khat.legend(fontsize="small")

@@ -73,42 +73,51 @@ class Evaluation:
     dims: float
     """Numbers in an example, X; their mean where examples differ in size."""
 
+    @property
+    def ess_quantiles(self) -> tuple[float, float, float]:
+        """5 %, 50 % and 95 % of the effective sample sizes."""
+        values = self.ess[self.ess.isfinite()]
+        if not len(values):
+            return math.nan, math.nan, math.nan
+        return tuple(torch.quantile(values, values.new_tensor([0.05, 0.5, 0.95])).tolist())
+
+    @property
+    def untrusted(self) -> float:
+        """The share of the examples whose k̂ is above 0.7."""
+        return float((self.khat > UNTRUSTED).double().mean())
+
     def __str__(self) -> str:
-        n, latents = len(self.log_px), ""
-        draws = f"{int(self.k.max())} draws each"
-        if int(self.k.min()) != int(self.k.max()):
-            average = float(self.k.double().mean())
-            draws = f"{int(self.k.min())} to {int(self.k.max())} draws, {average:.0f} on average"
+        n, fewest, most = len(self.log_px), int(self.k.min()), int(self.k.max())
+        draws = f"{most} draw{'s' * (most > 1)} each"
+        if fewest != most:
+            draws = f"{fewest} to {most} draws, {float(self.k.double().mean()):.0f} on average"
         gap = float((self.log_px - self.elbo).mean())
-        low, median, high = (_number(v) for v in _quantiles(self.ess))
-        if self.active_units is not None:
-            kl = "" if self.kl_per_dim is None else f"; KL {float(self.kl_per_dim.sum()):.2f} nats"
-            latents = f"\n  latents        {self._active()} active{kl}"
-        nan = int(self.log_px.isnan().sum())
-        lost = f"\n  NaN            {nan} example{'s' * (nan > 1)}" if nan else ""
-        return (
-            f"log p(x) of {n} example{'s' * (n > 1)}, {draws}\n"
-            f"  NLL            {self.nll:.2f} ± {self.stderr:.2f} nats (± {self.mc_stderr:.2g} by the "
-            f"draws)\n"
-            f"  bits           {self.bits_per_dim:.4f} per dimension, of {self.dims:g}\n"
-            f"  ELBO           {float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)\n"
-            f"  ESS            median {median}; {low} to {high} for nine of ten examples\n"
-            f"  Pareto k̂      {self._trust()}{latents}{lost}"
-        )
-
-    def _trust(self) -> str:
+        low, median, high = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in self.ess_quantiles)
+        nll = f"{self.nll:.2f} ± {self.stderr:.2f} nats (± {self.mc_stderr:.2g} by the draws)"
+        lines = [
+            f"log p(x) of {n} example{'s' * (n > 1)}, {draws}",
+            f"  NLL            {nll}",
+            f"  bits           {self.bits_per_dim:.4f} per dimension, of {self.dims:g}",
+            f"  ELBO           {float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)",
+            f"  ESS            median {median}; {low} to {high} for nine of ten examples",
+        ]
         if bool(self.khat.isnan().all()):
-            return f"unknown; it takes {LEAST_FOR_KHAT} draws"
-        share = float((self.khat > UNTRUSTED).double().mean())
-        advice = (
-            ",\n                 whose log p(x) is not to be trusted, and likely too low" if share else ""
-        )
-        median = float(self.khat.nanmedian())
-        return f"median {median:.2f}; above {UNTRUSTED} for {100 * share:.1f} % of the examples{advice}"
-
-    def _active(self) -> str:
-        total = "" if self.kl_per_dim is None else f" of {len(self.kl_per_dim)}"
-        return f"{self.active_units}{total}"
+            lines.append(f"  Pareto k̂      unknown; it takes {LEAST_FOR_KHAT} draws")
+        else:
+            share = f"above {UNTRUSTED} for {100 * self.untrusted:.1f} % of the examples"
+            lines.append(f"  Pareto k̂      median {float(self.khat.nanmedian()):.2f}; {share}")
+            if self.untrusted:
+                lines[-1] += ","
+                lines.append("                 whose log p(x) is not to be trusted, and likely too low")
+        if self.active_units is not None:
+            total = kl = ""
+            if self.kl_per_dim is not None:
+                total = f" of {len(self.kl_per_dim)}"
+                kl = f"; KL {float(self.kl_per_dim.sum()):.2f} nats"
+            lines.append(f"  latents        {self.active_units}{total} active{kl}")
+        if nan := int(self.log_px.isnan().sum()):
+            lines.append(f"  NaN            {nan} example{'s' * (nan > 1)}")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -117,17 +126,6 @@ class Evaluation:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         with open(path, "wb") as file:
             np.savez(file, **{name: np.asarray(v) for name, v in values.items() if v is not None})
-
-
-def _quantiles(values: Tensor) -> list[float]:
-    values = values[values.isfinite()]
-    if not len(values):
-        return [math.nan] * 3
-    return torch.quantile(values, values.new_tensor([0.05, 0.5, 0.95])).tolist()
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 @torch.no_grad()

@@ -457,7 +457,12 @@ def test_a_person_can_read_it(tmp_path):
     nll = f"{result.nll:.2f} ± {result.stderr:.2f} nats"
     for words in (f"{N} examples, {K} draws each", nll, "per dimension", "ELBO", "ESS", "Pareto k̂", "active"):
         assert words in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 110
+    low, median, high = result.ess_quantiles
+    assert float((result.ess <= low).double().mean()) == pytest.approx(0.05, abs=0.05)
+    assert median == float(result.ess.median())
+    assert float((result.ess >= high).double().mean()) == pytest.approx(0.05, abs=0.05)
+    assert result.untrusted == float((result.khat > 0.7).double().mean())
     result.save(tmp_path / "result.npz")
     with np.load(tmp_path / "result.npz") as saved:
         assert np.array_equal(saved["log_px"], result.log_px.numpy())
