@@ -114,14 +114,12 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, int | None]:
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds a pickled object, and loading one runs code from the file. If you trust where it "
-            f"comes "
-            "from, add --trust"
+            "comes from, add --trust"
         ) from None
     except (AttributeError, ModuleNotFoundError) as error:
         raise ValueError(
             f"{path} needs a class that cannot be imported here ({error}); define the model's classes in a "
-            f"module, "
-            "not in a script, and start this command where it can be found"
+            "module, not in a script, and start this command where it can be found"
         ) from None
     except OSError:
         raise
@@ -155,8 +153,7 @@ def load_data(name: str, binary: bool) -> Tensor:
     if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
         raise ValueError(
             f"DATA {name} is no file that can be read: expected 'digits', a folder of IDX files, or a file "
-            f"that "
-            "ends in .npy, .npz or .pt"
+            "that ends in .npy, .npz or .pt"
         )
     try:
         data = _read(path)

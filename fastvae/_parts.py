@@ -152,8 +152,13 @@ class Store:
         found = ranks.gather((parts, self.settings["seed"], problem))
         if problems := [p for _, _, p in found if p]:
             raise ValueError(problems[0])
+        seeds = {s for _, s, _ in found if s is not None}
+        if len(seeds) > 1:
+            raise ValueError(
+                f"checkpoint {self.path}: the ranks hold results of several runs; delete all but one of them"
+            )
         self.done = {p.index: p for parts, _, _ in found for p in parts}
-        self.settings["seed"] = next((s for _, s, _ in found if s is not None), None)
+        self.settings["seed"] = next(iter(seeds), None)
 
     @property
     def seed(self) -> int | None:
@@ -184,8 +189,7 @@ class Store:
         if part is not None and not np.array_equal(part.digest, found):
             raise ValueError(
                 f"checkpoint {self.path} was made with other data: batch {index} differs. A loader must give "
-                f"the "
-                "same batches every time (shuffle=False); for other data give another name"
+                "the same batches every time (shuffle=False); for other data give another name"
             )
         return part
 
@@ -206,8 +210,7 @@ class Store:
             if extra := sorted(found.keys() - self._seen.keys()):
                 raise ValueError(
                     f"checkpoint {self.path} was made with other data: it holds batch {extra[0]}, which "
-                    f"these data do "
-                    "not have. For other data give another name"
+                    "these data do not have. For other data give another name"
                 )
             self._collect([found[i] for i in sorted(found)])
         return [found[i] for i in sorted(found)]
@@ -249,8 +252,7 @@ class Store:
         if len(set(self.ranks.gather(hashlib.blake2b(b"".join(self._seen.values())).digest()))) > 1:
             raise ValueError(
                 "data differ between the ranks: each must iterate over the same batches, of which evaluate "
-                "gives "
-                "every rank its own (shuffle=False, no sampler that shards)"
+                "gives every rank its own (shuffle=False, no sampler that shards)"
             )
 
     def _beside(self, mark: str) -> Path:
@@ -274,8 +276,7 @@ class Store:
             except Exception as error:  # whatever a file of something else brings about
                 raise ValueError(
                     f"checkpoint {file} is no checkpoint of fastvae.evaluate ({type(error).__name__}: "
-                    f"{error}); give "
-                    "another name, or delete it"
+                    f"{error}); give another name, or delete it"
                 ) from None
             self._compare(file, made)
             parts.update((p.index, p) for p in found)
@@ -290,8 +291,7 @@ class Store:
                 values = "" if name == "weights" else f": {was!r} then, {now!r} now"
                 raise ValueError(
                     f"checkpoint {file} was made with other {name}{values}. Give another name to start anew, "
-                    f"or "
-                    "delete it"
+                    "or delete it"
                 )
 
 

@@ -429,14 +429,12 @@ def _batches(data: Any, batch_size: int) -> Iterable[Any]:
     if isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
         raise ValueError(
             "data has a DistributedSampler, but evaluate shares the batches among the ranks itself; give it "
-            "a "
-            "loader of the whole data set"
+            "a loader of the whole data set"
         )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise TypeError(
             "data must be a tensor [N, *event], a Dataset, or an iterable of batches such as a DataLoader; "
-            "got "
-            f"{type(data).__name__}"
+            f"got {type(data).__name__}"
         )
     return data
 
@@ -498,6 +496,5 @@ def _check_weights(checkpoint: Any, part: Part, again: Part) -> None:
     if not np.allclose(part.curve[0], again.curve[0], rtol=1e-5, atol=1e-3, equal_nan=True):
         raise ValueError(
             f"checkpoint {checkpoint} was made with another encoder or decoder: the same draw has other "
-            f"weights now. "
-            "Give another name to start anew, or delete it"
+            "weights now. Give another name to start anew, or delete it"
         )

@@ -229,8 +229,7 @@ def _chunked(
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "k_chunk does not work under torch.func transforms, which cannot drop activations; leave it out, "
-            "or "
-            "differentiate with backward() or torch.autograd.grad"
+            "or differentiate with backward() or torch.autograd.grad"
         )
     # DReG weighs by what is a sample's share of all K, which a chunk does not see.
     options = {"estimator": estimator, **({"chunk": True} if estimator == "dreg" else {})}
@@ -250,9 +249,8 @@ def _chunked(
         if len(rest) != 1 + (estimator == "dreg"):
             raise TypeError(
                 f"{type(model.q).__name__}.rsample_log_ratio returned {1 + len(rest)} results; with "
-                f"chunk=True, which "
-                "estimator='dreg' needs for k_chunk, it must return zeros [B] as the third, as "
-                "fastvae.ops.rsample_log_ratio does"
+                "chunk=True, which estimator='dreg' needs for k_chunk, it must return zeros [B] as the "
+                "third, as fastvae.ops.rsample_log_ratio does"
             )
         return model.log_likelihood(z), *rest
 
