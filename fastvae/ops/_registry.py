@@ -53,7 +53,8 @@ def define(
             takes or returns more.
         flatten: for an op of one result, ``flatten(*args)`` gives the arguments in the form that the schema
             has them, by views, and the shape of the result. The function that is returned then takes them as
-            they are; called directly, these views are no nodes of the autograd graph.
+            they are; called directly, these views are no nodes of the autograd graph. Tensors [B, X] of one
+            shape and dtype, and their gradients, ``native`` and ``backward`` must take as they are.
         results: how many of the op's results its caller wants; the others are there for ``setup``, and
             the function that is returned may leave them out.
     """
@@ -89,13 +90,16 @@ def define(
     def direct_forward(ctx, *args):
         if flatten is None:
             return record(ctx, args, native(*args))[:results]
+        ctx.shapes = None
+        if _are_rows(args):
+            return record(ctx, args, native(*args))
         ctx.shapes = [a.shape for a in args]
         args, shape = flatten(*args)
         return record(ctx, args, native(*args)).view(shape)
 
     def direct_backward(ctx, *grads):
         grads = node_backward(ctx, *grads)
-        if flatten is None:
+        if flatten is None or ctx.shapes is None:
             return grads
         return tuple(None if g is None else g.view(s) for g, s in zip(grads, ctx.shapes, strict=True))
 
@@ -145,12 +149,23 @@ def define(
         if plain and _C.is_grad_enabled() and _C._any_requires_grad(*args):
             return direct.apply(*args)
         function = native if plain else op
-        if flatten is None:
+        if flatten is None or (plain and _are_rows(args)):
             return function(*args)
         args, shape = flatten(*args)
         return function(*args).reshape(shape)
 
     return call
+
+
+def _are_rows(tensors) -> bool:
+    """Whether these are all [B, X], of one shape and dtype."""
+    first = tensors[0]
+    if first.dim() != 2:
+        return False
+    for t in tensors[1:]:  # noqa: SIM110
+        if t.shape != first.shape or t.dtype != first.dtype:
+            return False
+    return True
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _backend
 from .._checks import checks_data
 from ._registry import accumulator, cast, code, define, empty, empty_like, pointer, strided
-from .gaussian import _pair_of_dtypes, _result_dtype, _zero_grads, check_event, flatten_event
+from .gaussian import _pair_of_dtypes, _result_dtype, _zero_grads, check_event, flatten_event, sizes
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
@@ -65,13 +65,14 @@ def _refuse_targets(low: float, high: float):
 
 def _native_bernoulli_log_prob(x, logits):
     if not logits.numel():
-        return torch.zeros(logits.shape[:2], dtype=_result_dtype(x, logits))
+        return torch.zeros(logits.shape[:-1], dtype=_result_dtype(x, logits))
     data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
     x, logits = cast(x, data), cast(logits, parameter)
-    out = empty(logits.shape[:2], accumulator(parameter))
+    out = empty(logits.shape[:-1], accumulator(parameter))
+    shape, lacks = sizes(logits)
     in_range = _backend.extension().bernoulli_log_prob(
-        code(data), code(parameter), out.data_ptr(), strided(x), strided(logits),
-        *logits.shape, torch.get_num_threads(),
+        code(data), code(parameter), out.data_ptr(), strided(x), strided(logits, *lacks),
+        *shape, torch.get_num_threads(),
     )  # fmt: skip
     if not in_range:
         _refuse_targets(float(x.amin()), float(x.amax()))
@@ -86,9 +87,10 @@ def _native_bernoulli_log_prob_backward(grad, x, logits, need):
     x, logits = cast(x, data), cast(logits, parameter)
     grad_x = empty_like(x) if need[0] else None
     grad_logits = empty_like(logits) if need[1] else None
+    shape, lacks = sizes(logits)
     _backend.extension().bernoulli_log_prob_backward(
-        code(data), code(parameter), pointer(grad_x), pointer(grad_logits), strided(grad),
-        strided(x), strided(logits), *logits.shape, torch.get_num_threads(),
+        code(data), code(parameter), pointer(grad_x), pointer(grad_logits), strided(grad, *lacks),
+        strided(x), strided(logits, *lacks), *shape, torch.get_num_threads(),
     )  # fmt: skip
     return tuple(map(cast, (grad_x, grad_logits), dtypes))
 
@@ -107,7 +109,9 @@ def _setup(ctx, args, result):
 
 def _backward(ctx, grad):
     x, logits = ctx.saved_tensors
-    return _bernoulli_log_prob_backward(grad.reshape(logits.shape[:2]), x, logits, list(ctx.needs_input_grad))
+    if grad.dim() != logits.dim() - 1:
+        grad = grad.reshape(logits.shape[:-1])
+    return _bernoulli_log_prob_backward(grad, x, logits, list(ctx.needs_input_grad))
 
 
 _bernoulli_log_prob_backward = define(

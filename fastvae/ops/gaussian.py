@@ -131,16 +131,22 @@ def _pair_of_dtypes(data: torch.dtype, parameter: torch.dtype) -> tuple[torch.dt
     return wide, wide
 
 
+def sizes(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """K, B and X of a parameter [K, B, X] or [B, X], and the strides of the axes that it lacks."""
+    return (parameter.shape, ()) if parameter.dim() == 3 else ((1, *parameter.shape), (0,))
+
+
 def _native_gaussian_log_prob(x, mean, logvar):
     if not mean.numel():
-        return torch.zeros(mean.shape[:2], dtype=_result_dtype(x, mean, logvar))
+        return torch.zeros(mean.shape[:-1], dtype=_result_dtype(x, mean, logvar))
     data, parameter, logvar, layout = _native_layout(x, mean, logvar)
     x, mean = cast(x, data), cast(mean, parameter)
-    out = empty(mean.shape[:2], accumulator(parameter))
+    out = empty(mean.shape[:-1], accumulator(parameter))
+    shape, lacks = sizes(mean)
     _backend.extension().gaussian_log_prob(
         code(data), code(parameter), layout, out.data_ptr(),
-        strided(x), strided(mean), strided(logvar),
-        *mean.shape, torch.get_num_threads(),
+        strided(x), strided(mean, *lacks), strided(logvar, *lacks),
+        *shape, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -148,27 +154,29 @@ def _native_gaussian_log_prob(x, mean, logvar):
 def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
     if not mean.numel():
         return _zero_grads((x, mean, logvar), need)
-    shape, dtypes = logvar.shape, (x.dtype, mean.dtype, logvar.dtype)
+    given, dtypes = logvar.shape, (x.dtype, mean.dtype, logvar.dtype)
     data, parameter, logvar, layout = _native_layout(x, mean, logvar)
     x, mean = cast(x, data), cast(mean, parameter)
     wide = accumulator(parameter)
-    k, b, size = mean.shape
+    (k, b, size), lacks = sizes(mean)
     ext = _backend.extension()
     grad_x = empty_like(x) if need[0] else None
     grad_mean = empty_like(mean) if need[1] else None
     grad_logvar = None
     if need[2]:
-        partial = {_FULL: (k, b, size), _COLUMN: (ext.column_partials(b), size), _ROW: (k, b, 1)}[layout]
-        grad_logvar = empty(partial, parameter if layout == _FULL else wide)
+        if layout == _FULL:
+            grad_logvar = empty_like(mean)
+        else:
+            grad_logvar = empty((ext.column_partials(b), size) if layout == _COLUMN else (k, b, 1), wide)
     ext.gaussian_log_prob_backward(
         code(data), code(parameter), layout, pointer(grad_x), pointer(grad_mean), pointer(grad_logvar),
-        strided(grad), strided(x), strided(mean), strided(logvar),
+        strided(grad, *lacks), strided(x), strided(mean, *lacks), strided(logvar, *lacks),
         k, b, size, torch.get_num_threads(),
     )  # fmt: skip
-    if grad_logvar is not None:
-        grad_logvar = (
-            grad_logvar.sum(0).view(1, 1, size) if layout == _COLUMN else grad_logvar.sum_to_size(shape)
-        )
+    if layout == _COLUMN and need[2]:
+        grad_logvar = grad_logvar.sum(0).view(1, 1, size)
+    elif need[2] and grad_logvar.shape != given:
+        grad_logvar = grad_logvar.sum_to_size(given)
     return tuple(map(cast, (grad_x, grad_mean, grad_logvar), dtypes))
 
 
@@ -195,7 +203,8 @@ def _setup(ctx, args, result):
 
 def _backward(ctx, grad):
     x, mean, logvar = ctx.saved_tensors
-    grad = grad.reshape(mean.shape[:2])
+    if grad.dim() != mean.dim() - 1:
+        grad = grad.reshape(mean.shape[:-1])
     return _gaussian_log_prob_backward(grad, x, mean, logvar, list(ctx.needs_input_grad))
 
 
