@@ -50,10 +50,12 @@ def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | N
         >>> seed.dtype, seed.shape
         (torch.int64, torch.Size([]))
     """
+    if generator is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
     device = torch.device(device)
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-    if generator is not None and generator.device.type != device.type:
+    if generator.device.type != device.type:
         raise ValueError(
             f"generator is on {generator.device}, but the noise is needed on {device}; make it with "
             f"torch.Generator(device={device.type!r})"

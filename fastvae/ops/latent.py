@@ -33,11 +33,14 @@ estimator.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _backend
 from .._checks import (
+    FLOATING,
     check_address,
     check_choice,
     check_count,
@@ -170,33 +173,59 @@ def rsample_log_ratio(
 
 
 def _keeps_slope(arguments) -> bool:
-    mu = arguments[0]
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
-    return wanted and mu.device.type == "cpu" and _backend.chosen() == "native"
+    mu, logvar, *prior = arguments[:4]
+    # A list and not a generator, which would cost more than all else here.
+    wanted = mu.requires_grad or logvar.requires_grad or any([p is not None and p.requires_grad for p in prior])
+    return wanted and torch.is_grad_enabled() and mu.device.type == "cpu" and _backend.chosen() == "native"
 
 
 def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset):
     """Check what the user gave and bring it into the form of the schema."""
+    if not (_is_pair_of_rows(mu, logvar) and prior is None and logvar_range is None):
+        mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
+        logvar_min, logvar_max = check_logvar_range(logvar_range)
+    else:
+        prior_mu = prior_logvar = None
+        logvar_min, logvar_max = -math.inf, math.inf
+    if sample_offset != 0 or row_offset != 0 or samples > 2**32:
+        check_address(samples or 1, mu.shape[0], sample_offset, row_offset)
+    seed = draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
+    return (
+        mu, logvar, prior_mu, prior_logvar, seed, samples, sample_offset, row_offset, logvar_min, logvar_max
+    )  # fmt: skip
+
+
+def _is_pair_of_rows(mu, logvar) -> bool:
+    """Whether these are what they should be. In a small call Python is most of the cost, and what is seen at
+    a glance need not be asked one by one.
+    """
+    return (
+        isinstance(mu, Tensor)
+        and isinstance(logvar, Tensor)
+        and mu.dim() == 2
+        and mu.shape == logvar.shape
+        and mu.dtype == logvar.dtype
+        and mu.dtype in FLOATING
+        and mu.device == logvar.device
+    )
+
+
+def _check_tensors(mu, logvar, prior):
     check_tensor("mu", mu, 2, "[B, D]")
     check_tensor("logvar", logvar, 2, "[B, D]")
     check_same_shape("logvar", logvar, "mu", mu)
     check_same_device("logvar", logvar, "mu", mu)
-    logvar_min, logvar_max = check_logvar_range(logvar_range)
-    check_address(samples or 1, mu.shape[0], sample_offset, row_offset)
     tensors = [mu, logvar]
     if prior is not None:
         tensors += [
             _prior_part(name, value, mu) for name, value in zip(("mean", "logvar"), _pair(prior), strict=True)
         ]
     dtype = mu.dtype
-    if logvar.dtype != dtype or any(t.dtype != dtype for t in tensors[2:]):
+    if any(t.dtype != dtype for t in tensors):
         for t in tensors:
             dtype = torch.promote_types(dtype, t.dtype)
         tensors = [t.to(dtype) for t in tensors]
-    if prior is None:
-        tensors += [None, None]
-    seed = draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
-    return *tensors, seed, samples, sample_offset, row_offset, logvar_min, logvar_max
+    return *tensors, *[None] * (4 - len(tensors))
 
 
 def _pair(prior):
@@ -224,14 +253,6 @@ def _prior_part(name: str, value: Tensor, mu: Tensor) -> Tensor:
 # What the two ops share
 
 
-def _native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi):
-    """What every entry point of the C++ takes of q and p."""
-    return (
-        strided(mu), strided(logvar), strided(prior_mu), strided(prior_logvar),
-        samples or 1, *mu.shape, lo, hi, torch.get_num_threads(),
-    )  # fmt: skip
-
-
 def _sample_shape(mu, samples):
     return mu.shape if samples == NO_AXIS else (samples, *mu.shape)
 
@@ -244,7 +265,8 @@ def _native_draw(
     slope = empty_like(z, second.dtype) if keep else second.new_empty(0)
     function(
         code(mu.dtype), z.data_ptr(), slope.data_ptr(), second.data_ptr(),
-        *_native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi), seed.data_ptr(), k0, b0, *rest,
+        strided(mu), strided(logvar), strided(prior_mu), strided(prior_logvar),
+        samples or 1, *mu.shape, lo, hi, torch.get_num_threads(), seed.data_ptr(), k0, b0, *rest,
     )  # fmt: skip
     return z, slope
 
@@ -315,7 +337,8 @@ def _native_rsample_kl_backward(
     _backend.extension().rsample_kl_backward(
         code(mu.dtype), *map(pointer, grads),
         strided(grad_z, *axis), strided(grad_kl), strided(slope, *axis),
-        *_native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi),
+        strided(mu), strided(logvar), strided(prior_mu), strided(prior_logvar),
+        samples or 1, *mu.shape, lo, hi, torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
@@ -407,7 +430,8 @@ def _native_rsample_log_ratio_backward(
     _backend.extension().rsample_log_ratio_backward(
         code(mu.dtype), *map(pointer, grads),
         strided(grad_z), strided(grad_log_ratio), strided(weight), strided(slope),
-        *_native_latent(mu, logvar, prior_mu, prior_logvar, samples, lo, hi), path,
+        strided(mu), strided(logvar), strided(prior_mu), strided(prior_logvar),
+        samples or 1, *mu.shape, lo, hi, torch.get_num_threads(), path,
     )  # fmt: skip
     return grads
 
