@@ -175,7 +175,9 @@ def rsample_log_ratio(
 def _keeps_slope(arguments) -> bool:
     mu, logvar, *prior = arguments[:4]
     # A list and not a generator, which would cost more than all else here.
-    wanted = mu.requires_grad or logvar.requires_grad or any([p is not None and p.requires_grad for p in prior])
+    wanted = any(
+        [mu.requires_grad, logvar.requires_grad, *[p is not None and p.requires_grad for p in prior]]
+    )
     return wanted and torch.is_grad_enabled() and mu.device.type == "cpu" and _backend.chosen() == "native"
 
 
