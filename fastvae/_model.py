@@ -65,7 +65,7 @@ class Chunks:
             CPU's caches and fills a GPU. Halved for good when memory runs out.
     """
 
-    # Numbers of the decoder's output at a time, and rows of it; measured: docs/NOTES.md.
+    # Numbers of the decoder's output at a time, and rows of it; the CPU's are measured: docs/NOTES.md.
     _CPU, _GPU = (2**22, 2**13), (2**26, 2**18)
 
     def __init__(self, k_chunk: int | None):
