@@ -199,10 +199,8 @@ def iwae(
 
 
 # What a chunk leaves in the graph, small pieces, lies between its activations: when these are freed they are
-# holes
-# in the heap, too small for the next chunk's, and the heap grows with k. So the holes' pages are given back
-# now and
-# then, in both passes.
+# holes in the heap, too small for the next chunk's, and the heap grows with k. So the holes' pages are given
+# back now and then, in both passes.
 _CHUNKS_PER_TRIM = 8
 
 

@@ -685,6 +685,27 @@ def test_training_raises_the_bound():
     assert float(vae.log_marginal(x, k=200).log_px.mean()) > before + 1
 
 
+@pytest.mark.parametrize(("samples", "event"), [((), (X,)), ((K,), (X,)), ((), (2, 3))])
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_likelihoods_may_change_backend_between_the_passes(likelihood, samples, event):
+    x = rand(B, *event, seed=1)
+    parameters = [randn(*samples, B, *event, seed=s) for s in ((2, 3) if likelihood == "gaussian" else (2,))]
+    leaves = [t.requires_grad_() for t in (x, *parameters)]
+    op = ops.gaussian_log_prob if likelihood == "gaussian" else ops.bernoulli_log_prob
+    upstream = randn(*samples, B, seed=4)
+    backends = ["native", "reference"] + ["triton"] * (DEVICE.type == "cpu")
+    results = []
+    for forward in backends:
+        for backward in backends:
+            with fastvae.use_backend(forward):
+                value = op(*leaves)
+            with fastvae.use_backend(backward):
+                results.append(torch.autograd.grad(value, leaves, upstream))
+    for grads in results:
+        for actual, expected in zip(grads, results[0], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 # Distributed.
 
 

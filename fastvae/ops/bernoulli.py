@@ -19,7 +19,15 @@ from torch import Tensor
 from .. import _backend
 from .._checks import checks_data
 from ._registry import accumulator, cast, code, define, empty, empty_like, pointer, strided
-from .gaussian import _pair_of_dtypes, _result_dtype, _zero_grads, check_event, flatten_event, sizes
+from .gaussian import (
+    _pair_of_dtypes,
+    _result_dtype,
+    _zero_grads,
+    adapt_rows,
+    check_event,
+    flatten_event,
+    sizes,
+)
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
@@ -120,6 +128,7 @@ _bernoulli_log_prob_backward = define(
     "(Tensor grad, Tensor x, Tensor logits, bool[2] need) -> (Tensor, Tensor)",
     native=_native_bernoulli_log_prob_backward,
     fake=_fake_bernoulli_log_prob_backward,
+    adapt=adapt_rows,
 )
 _bernoulli_log_prob = define(
     "bernoulli",

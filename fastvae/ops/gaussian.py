@@ -185,6 +185,19 @@ def _zero_grads(tensors, need):
     return tuple(t.new_zeros(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
 
 
+def adapt_rows(function):
+    """A backward of the reference or Triton, which want the axis of samples that [B, X] lacks in C++."""
+
+    def backward(grad, x, *rest):
+        *parameters, need = rest
+        if parameters[0].dim() == 3:
+            return function(grad, x, *rest)
+        grad_x, *grads = function(grad[None], x, *(p[None] for p in parameters), need)
+        return grad_x, *(None if g is None else g[0] for g in grads)
+
+    return backward
+
+
 def _fake_gaussian_log_prob(x, mean, logvar):
     return mean.new_empty(mean.shape[:2], dtype=_result_dtype(x, mean, logvar))
 
@@ -214,6 +227,7 @@ _gaussian_log_prob_backward = define(
     "(Tensor grad, Tensor x, Tensor mean, Tensor logvar, bool[3] need) -> (Tensor, Tensor, Tensor)",
     native=_native_gaussian_log_prob_backward,
     fake=_fake_gaussian_log_prob_backward,
+    adapt=adapt_rows,
 )
 _gaussian_log_prob = define(
     "gaussian",
