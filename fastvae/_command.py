@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from . import demo
-from .evaluate import UNTRUSTED, Evaluation, evaluate
+from .evaluate import UNTRUSTED, Evaluation
 from .likelihoods import Bernoulli
 from .vae import VAE
 
@@ -39,16 +39,12 @@ def run(args: argparse.Namespace) -> None:
                 x = x.flatten(1)
             x = x.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype))
             start = time.perf_counter()
-            result = evaluate(
-                model.to(device).posterior,
-                model.decoder,
+            result = model.to(device).evaluate(
                 x,
                 k=args.k,
                 tol=args.tol,
                 k_chunk=args.k_chunk,
                 batch_size=args.batch_size,
-                likelihood=model.likelihood,
-                prior=model.prior,
                 checkpoint=args.checkpoint,
                 shard=args.shard,
                 progress=first,

@@ -94,13 +94,13 @@ def test_digits_and_a_tolerance(folder, capsys):
 
 def test_every_option_arrives(folder, monkeypatch):
     given = {}
-    evaluate = fastvae.evaluate
+    evaluate = fastvae.VAE.evaluate
 
     def watching(*args, **options):
         given.update(options)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr("fastvae._command.evaluate", watching)
+    monkeypatch.setattr(fastvae.VAE, "evaluate", watching)
     options = {"k": "30", "tol": "0.5", "k-chunk": "7", "batch-size": "9", "shard": "samples"}
     options |= {"checkpoint": str(folder / "run.npz")}
     main(
