@@ -716,14 +716,15 @@ def _train_one_rank(rank: int, ranks: int, store: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
-        for estimator in ("elbo", "dreg"):
+        for estimator, k_chunk in (("elbo", None), ("dreg", None), ("dreg", 2)):
             x = torch.randn(B, X, generator=torch.Generator().manual_seed(rank))
 
-            def loss(encoder, decoder, x=x, estimator=estimator):
+            def loss(encoder, decoder, x=x, estimator=estimator, k_chunk=k_chunk):
                 noise = torch.Generator().manual_seed(100 + rank)
                 if estimator == "elbo":
                     return fastvae.elbo(x, encoder(x), decoder, generator=noise)
-                return fastvae.iwae(x, encoder(x), decoder, k=K, estimator=estimator, generator=noise)
+                options = {"k": K, "k_chunk": k_chunk, "estimator": estimator, "generator": noise}
+                return fastvae.iwae(x, encoder(x), decoder, **options)
 
             plain = [m.cpu() for m in models.networks(X, D)]
             loss(*plain).backward()
