@@ -16,19 +16,21 @@ from .common import (
     accumulator,
     event_offsets,
     event_tiles,
-    exp,
+    exp_of_negative,
     load,
     log1p,
     pixel_span,
     reciprocal,
+    split_program,
     store,
     strides,
+    sum_of_parts,
     triton_dtype,
     warps,
 )
 
 
-@triton.jit(do_not_specialize=["K", "B", "x_tiles"])
+@triton.jit(do_not_specialize=["K", "B", "x_tiles"], do_not_specialize_on_alignment=["k_splits"])
 def bernoulli_log_prob_kernel(
     p_x,  # [B, X] targets
     p_logits,  # [K, B, X]
@@ -36,6 +38,7 @@ def bernoulli_log_prob_kernel(
     K,  # samples
     B,  # rows
     X,  # pixels
+    k_splits,  # programs along the samples
     x_tiles,  # blocks of pixels of one program
     stride_x_b,
     stride_x_x,
@@ -48,9 +51,9 @@ def bernoulli_log_prob_kernel(
     BLOCK_X: tl.constexpr,
 ):
     """One program per block of samples and rows, and split of the pixels."""
-    k_tiles = tl.cdiv(K, BLOCK_K)
-    i_k = (tl.program_id(0) % k_tiles) * BLOCK_K
-    i_b = (tl.program_id(0) // k_tiles) * BLOCK_B
+    i_b, i_k = split_program(k_splits)
+    i_k *= BLOCK_K
+    i_b *= BLOCK_B
     x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
     b_sum = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
     o_k = event_offsets(i_k, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
@@ -66,12 +69,14 @@ def bernoulli_log_prob_kernel(
         b_miss = tl.where(b_l > 0, 1.0 - b_x, b_x)
         b_margin = tl.abs(b_l)
         b_linear = tl.where(b_miss == 0, 0.0, b_miss * b_margin)
-        b_sum += tl.where(m_x, b_linear + log1p(exp(-b_margin)), 0.0)
+        b_sum += tl.where(m_x, b_linear + log1p(exp_of_negative(-b_margin)), 0.0)
     o_out = (tl.program_id(1).to(tl.int64) * K + o_k) * B + o_b
     tl.store(p_out + o_out, -tl.sum(b_sum, axis=2, keep_dims=True), mask=(o_k < K) & (o_b < B))
 
 
-@triton.jit(do_not_specialize=["K", "B", "k_per_program", "x_tiles"])
+@triton.jit(
+    do_not_specialize=["K", "B", "k_per_program", "x_tiles"], do_not_specialize_on_alignment=["k_splits"]
+)
 def bernoulli_log_prob_backward_kernel(
     p_grad,  # [K, B] gradient of the log-likelihood
     p_x,  # [B, X] targets, or None where grad_logits is not needed
@@ -82,6 +87,7 @@ def bernoulli_log_prob_backward_kernel(
     B,  # rows
     X,  # pixels
     k_per_program,  # samples of one program
+    k_splits,  # programs along the samples
     x_tiles,  # blocks of pixels of one program
     stride_grad_k,
     stride_grad_b,
@@ -97,15 +103,14 @@ def bernoulli_log_prob_backward_kernel(
     BLOCK_X: tl.constexpr,
 ):
     """One program per split of the samples, block of rows, and split of the pixels."""
-    k_splits = tl.cdiv(K, k_per_program)
-    i_split = tl.program_id(0) % k_splits
+    i_b, i_split = split_program(k_splits)
     k_start = i_split * k_per_program
     # One block, where the compiler can see that it is one, or it takes twice the registers.
     k_stop = k_start + 1
     if MERGE_K:
         k_stop = tl.minimum(k_start + k_per_program, K)
     x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
-    o_b = event_offsets((tl.program_id(0) // k_splits) * BLOCK_B, BLOCK_B, 1)  # [1, BLOCK_B, 1]
+    o_b = event_offsets(i_b * BLOCK_B, BLOCK_B, 1)  # [1, BLOCK_B, 1]
     m_b = o_b < B
     for i_x in range(x_start, x_stop, BLOCK_X):
         o_x = event_offsets(i_x, BLOCK_X, 2)  # [1, 1, BLOCK_X]
@@ -123,7 +128,7 @@ def bernoulli_log_prob_backward_kernel(
             if p_grad_logits is not None:
                 # sigmoid(-|l|) is what either target is missed by: x - sigmoid(l) without cancellation at x =
                 # 0 and x = 1.
-                b_t = exp(-tl.abs(b_l))
+                b_t = exp_of_negative(-tl.abs(b_l))
                 b_t *= reciprocal(1.0 + b_t)
                 b_out = b_g * tl.where(b_l > 0, (b_x - 1.0) + b_t, b_x - b_t)
                 store(p_grad_logits, (o_k * B + o_b) * X + o_x, b_out, m_k & m_x)
@@ -143,12 +148,12 @@ def bernoulli_log_prob(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     tiles = event_tiles(k, b, size, TILE)
     out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=logits.device)
     bernoulli_log_prob_kernel[tiles.grid](
-        x, logits, out, k, b, size, tiles.x_tiles, *strides(x, 2), *strides(logits, 3),
+        x, logits, out, k, b, size, tiles.k_splits, tiles.x_tiles, *strides(x, 2), *strides(logits, 3),
         DTYPE=triton_dtype(dtype),
         **tiles.blocks,
         num_warps=warps(dtype),
     )  # fmt: skip
-    return out[0] if tiles.x_splits == 1 else out.sum(0)
+    return sum_of_parts(out)
 
 
 def bernoulli_log_prob_backward(
@@ -169,7 +174,7 @@ def bernoulli_log_prob_backward(
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     bernoulli_log_prob_backward_kernel[tiles.grid](
         grad, x if need_logits else None, logits, grad_x, grad_logits,
-        k, b, size, tiles.k_per_program, tiles.x_tiles,
+        k, b, size, tiles.k_per_program, tiles.k_splits, tiles.x_tiles,
         *strides(grad, 2), *strides(x, 2), *strides(logits, 3),
         MERGE_K=tiles.k_per_program > tiles.block_k,
         DTYPE=triton_dtype(dtype),
@@ -177,5 +182,5 @@ def bernoulli_log_prob_backward(
         num_warps=warps(dtype),
     )  # fmt: skip
     if need_x:
-        grad_x = grad_x[0] if tiles.k_splits == 1 else grad_x.sum(0).to(x.dtype)
+        grad_x = sum_of_parts(grad_x).to(x.dtype)
     return grad_x, grad_logits

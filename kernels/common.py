@@ -20,9 +20,8 @@ LOG_2_HIGH = tl.constexpr(0.693359375)
 LOG_2_LOW = tl.constexpr(-2.12194440e-4)
 # Adding it rounds a float32 to an integer, which then stands in the low bits.
 ROUNDER = tl.constexpr(12582912.0)
-ROUNDER_BITS = tl.constexpr(0x4B400000)
+ONE_BITS = tl.constexpr(0x3F800000)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
-SQRT_2_MINUS_1 = tl.constexpr(0.41421356)
 # Triton's interpreter truncates to bfloat16 and mangles its denormals; there the casts are made of bits.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -41,56 +40,42 @@ PROGRAMS = 1024
 
 
 @triton.jit
-def _exp_parts(b_x):
-    """(n, r, q) with exp(x) = 2^n (1 + r + q) for x in [-104, 89].
-
-    |r| <= log(2)/2, and q = exp(r) - 1 - r without cancellation.
-    """
-    b_t = b_x * LOG2_E + ROUNDER
-    b_n = b_t.to(tl.int32, bitcast=True) - ROUNDER_BITS
-    b_f = b_t - ROUNDER
-    b_r = (b_x - b_f * LOG_2_HIGH) - b_f * LOG_2_LOW
-    b_p = ((1.9875691500e-4 * b_r + 1.3981999507e-3) * b_r + 8.3334519073e-3) * b_r + 4.1665795894e-2
-    b_p = (b_p * b_r + 1.6666665459e-1) * b_r + 5.0000001201e-1
-    return b_n, b_r, b_r * b_r * b_p
-
-
-@triton.jit
-def _power_of_two(b_n):
-    """2^n in float32 for n in [-126, 127]."""
-    return ((b_n + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _within_range(b_x):
-    """x in [-104, 89], beyond which exp is 0 or inf in float32; written so that NaN stays."""
-    b_x = tl.where(b_x > 89.0, 89.0, b_x)
-    return tl.where(b_x < -104.0, -104.0, b_x)
-
-
-@triton.jit
-def _scaled(b_n, b_r, b_q):
-    """2^n (1 + r + q); in two steps, since 2^n alone may overflow or be a denormal."""
-    b_half = b_n >> 1
-    return ((1.0 + (b_r + b_q)) * _power_of_two(b_half)) * _power_of_two(b_n - b_half)
-
-
-@triton.jit
 def exp(b_x):
-    """exp(x) to about an ulp everywhere, denormal results included."""
+    """exp(x) to an ulp and a half everywhere, denormal results included; NaN stays NaN."""
     if b_x.dtype == tl.float64:
         b_y = tl.exp(b_x)
     else:
-        b_n, b_r, b_q = _exp_parts(_within_range(b_x))
-        b_y = _scaled(b_n, b_r, b_q)
+        b_t = b_x * LOG2_E + ROUNDER
+        # 2^n stays a normal number; what is beyond it is left to exp2, by way of r.
+        b_y = _two_to_n_exp_r(b_x, tl.minimum(tl.maximum(b_t, ROUNDER - 126.0), ROUNDER + 127.0))
     return b_y
+
+
+@triton.jit
+def exp_of_negative(b_x):
+    """exp(x) for x <= 0, likewise."""
+    if b_x.dtype == tl.float64:
+        b_y = tl.exp(b_x)
+    else:
+        b_y = _two_to_n_exp_r(b_x, tl.maximum(b_x * LOG2_E + ROUNDER, ROUNDER - 126.0))
+    return b_y
+
+
+@triton.jit
+def _two_to_n_exp_r(b_x, b_t):
+    """2^n exp(x - n log 2) for the n in the low bits of t; the hardware's 2^f is good for small f."""
+    b_f = b_t - ROUNDER
+    b_r = (b_x - b_f * LOG_2_HIGH) - b_f * LOG_2_LOW
+    # What stands above n in t is shifted out.
+    b_scale = ((b_t.to(tl.int32, bitcast=True) << 23) + ONE_BITS).to(tl.float32, bitcast=True)
+    return tl.exp2(b_r * LOG2_E) * b_scale
 
 
 @triton.jit
 def expm1_parts(b_x):
     """(exp(x) - 1, exp(x) - 1 - x), neither of which cancels near zero."""
-    b_half = 0.5 * b_x
     if b_x.dtype == tl.float64:
+        b_half = 0.5 * b_x
         # Taylor's series of exp(h) - 1 - h to h^15: what is left out is below 1e-17 of it where it is used.
         b_p = b_half * (1.0 / 1307674368000.0) + 1.0 / 87178291200.0
         b_p = (b_p * b_half + 1.0 / 6227020800.0) * b_half + 1.0 / 479001600.0
@@ -99,16 +84,16 @@ def expm1_parts(b_x):
         b_p = (b_p * b_half + 1.0 / 5040.0) * b_half + 1.0 / 720.0
         b_p = (b_p * b_half + 1.0 / 120.0) * b_half + 1.0 / 24.0
         b_q = ((b_p * b_half + 1.0 / 6.0) * b_half + 0.5) * b_half * b_half
-        b_far = tl.exp(b_x) - 1.0
+        # Twice the argument squares exp: the excess from that of x / 2, a sum of positive terms.
+        b_excess = (b_half + b_q) * (b_half + b_q) + 2.0 * b_q
+        b_near = tl.abs(b_x) < 0.69
     else:
-        b_n, b_r, b_q = _exp_parts(_within_range(b_x))
-        # 2^n (exp(r) - 1) + (2^n - 1) is accurate for every n; from 2^64 on the -1 is below rounding.
-        b_scale = _power_of_two(tl.minimum(tl.maximum(b_n, -126), 64))
-        b_far = tl.where(b_n > 64, _scaled(b_n, b_r, b_q), b_scale * (b_r + b_q) + (b_scale - 1.0))
-        _, b_half, b_q = _exp_parts(_within_range(b_half))
-    # Twice the argument squares exp: the excess from that of x / 2, a sum of positive terms.
-    b_excess = (b_half + b_q) * (b_half + b_q) + 2.0 * b_q
-    b_near = tl.abs(b_x) < 0.69
+        # (exp(x) - 1 - x) / x^2 on [-1, 1.5] to 3e-8, a minimax polynomial.
+        b_p = ((3.39566828e-6 * b_x + 2.52610675e-5) * b_x + 1.97230238e-4) * b_x + 1.3886383e-3
+        b_p = ((b_p * b_x + 8.33399185e-3) * b_x + 4.16667273e-2) * b_x + 1.66666574e-1
+        b_excess = (b_p * b_x + 0.5) * (b_x * b_x)
+        b_near = tl.abs(b_x - 0.25) < 1.25
+    b_far = exp(b_x) - 1.0
     # inf - inf would be NaN.
     b_bounded = tl.minimum(b_x, 710.0)
     return tl.where(b_near, b_x + b_excess, b_far), tl.where(b_near, b_excess, b_far - b_bounded)
@@ -153,16 +138,19 @@ def log1p(b_t):
         b_v = 1.0 + b_t
         b_y = tl.where(b_v == 1.0, b_t, tl.log(b_v) * (b_t / tl.where(b_v == 1.0, 1.0, b_v - 1.0)))
     else:
-        b_far = b_t > SQRT_2_MINUS_1
-        b_g = tl.where(b_far, (b_t - 1.0) * 0.5, b_t)
-        b_y = log_of_parts(b_g, tl.where(b_far, 1.0, 0.0))
+        # log(1 + t) / t on [0, 1] to 5e-9, a minimax polynomial.
+        b_p = ((-3.24402462e-3 * b_t + 1.98514598e-2) * b_t - 5.69595295e-2) * b_t + 1.06036544e-1
+        b_p = ((b_p * b_t - 1.53055923e-1) * b_t + 1.96759392e-1) * b_t - 2.49541336e-1
+        b_p = ((b_p * b_t + 3.33299624e-1) * b_t - 4.99999024e-1) * b_t + 1.0
+        b_y = b_t * b_p
     return b_y
 
 
 @triton.jit
 def reciprocal(b_x):
-    """1/x for x in [1, 2] to an ulp: one Newton step makes up for the GPU's approximate division."""
-    b_y = 1.0 / b_x
+    """1/x for x in [1, 2] to an ulp: the GPU's rsqrt squared, and a Newton step."""
+    b_y = tl.rsqrt(b_x)
+    b_y *= b_y
     return b_y + b_y * (1.0 - b_x * b_y)
 
 
@@ -174,6 +162,17 @@ def quotient(b_x, b_y):
     else:
         b_z = tl.div_rn(b_x, b_y)
     return b_z
+
+
+@triton.jit
+def split_program(n):
+    """(i // n, i % n) for this program's number i along the grid's first axis; one division, none if n is 1.
+
+    The grid's other axes hold no more than 65535.
+    """
+    i = tl.program_id(0)
+    i_slow = i // n
+    return i_slow, i - i_slow * n
 
 
 @triton.jit
@@ -225,6 +224,19 @@ def store(p_x, offsets, b_x, mask):
     tl.store(p_x + offsets, b_x.to(p_x.dtype.element_ty), mask=mask)
 
 
+def tile_width(n: int, most: int) -> int:
+    """A tile's width for rows of n: the widest power of two up to ``most`` that wastes few lanes.
+
+    784 columns are 7 tiles of 128, an eighth of which is empty, and not 2 of 512, almost a quarter. A warp's
+    16-byte loads of float32 span 128.
+    """
+    if n <= 128:
+        return min(triton.next_power_of_2(n), most)
+    widths = [w for w in (1024, 512, 256, 128) if w <= most]
+    least = min(triton.cdiv(n, w) * w for w in widths)
+    return next(w for w in widths if triton.cdiv(n, w) * w <= max(least, n + n // 16))
+
+
 class EventTiles(NamedTuple):
     """How a likelihood over [K, B, X] is cut up: tiles, and what one program takes of each axis."""
 
@@ -261,8 +273,10 @@ def event_tiles(
         merge_k, merge_b: let a program loop over several tiles of samples, or of rows, as far as enough
             programs are left: for sums over them, of which each program writes its part.
     """
-    block_x = min(triton.next_power_of_2(x), TILE_X)
-    block_k = min(triton.next_power_of_2(k), tile // block_x)
+    block_x = tile_width(x, TILE_X)
+    # Rows first, until each thread loads 16 bytes of x; then samples, which share these.
+    block_b = min(triton.next_power_of_2(b), max(1, TILE_X // block_x))
+    block_k = min(triton.next_power_of_2(k), tile // (block_x * block_b))
     block_b = min(triton.next_power_of_2(b), tile // (block_x * block_k))
     k_tiles, b_tiles, x_tiles = triton.cdiv(k, block_k), triton.cdiv(b, block_b), triton.cdiv(x, block_x)
     # Long rows are split only where there are few of them: the parts cost another pass to add.
@@ -299,6 +313,11 @@ def warps(dtype: torch.dtype) -> int:
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of an accumulator."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def sum_of_parts(parts: torch.Tensor) -> torch.Tensor:
+    """The second stage of a split sum, over the first axis, in a fixed order; nothing to do for one part."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:

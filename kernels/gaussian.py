@@ -20,8 +20,10 @@ from .common import (
     exp,
     load,
     pixel_span,
+    split_program,
     store,
     strides,
+    sum_of_parts,
     triton_dtype,
     warps,
 )
@@ -60,7 +62,7 @@ def load_logvar(
     return load(p_logvar, o_k * stride_k + o_b * stride_b + o_x * stride_x, mask, DTYPE)
 
 
-@triton.jit(do_not_specialize=["K", "B", "x_tiles"])
+@triton.jit(do_not_specialize=["K", "B", "x_tiles"], do_not_specialize_on_alignment=["k_splits"])
 def gaussian_log_prob_kernel(
     p_x,  # [B, X] data
     p_mean,  # [K, B, X]
@@ -69,6 +71,7 @@ def gaussian_log_prob_kernel(
     K,  # samples
     B,  # rows
     X,  # pixels
+    k_splits,  # programs along the samples
     x_tiles,  # blocks of pixels of one program
     stride_x_b,
     stride_x_x,
@@ -87,9 +90,9 @@ def gaussian_log_prob_kernel(
     BLOCK_X: tl.constexpr,
 ):
     """One program per block of samples and rows, and split of the pixels."""
-    k_tiles = tl.cdiv(K, BLOCK_K)
-    i_k = (tl.program_id(0) % k_tiles) * BLOCK_K
-    i_b = (tl.program_id(0) // k_tiles) * BLOCK_B
+    i_b, i_k = split_program(k_splits)
+    i_k *= BLOCK_K
+    i_b *= BLOCK_B
     x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
     b_sum = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
     o_k = event_offsets(i_k, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
@@ -110,7 +113,10 @@ def gaussian_log_prob_kernel(
     tl.store(p_out + o_out, -0.5 * tl.sum(b_sum, axis=2, keep_dims=True), mask=(o_k < K) & (o_b < B))
 
 
-@triton.jit(do_not_specialize=["K", "B", "k_per_program", "b_per_program", "x_tiles"])
+@triton.jit(
+    do_not_specialize=["K", "B", "k_per_program", "b_per_program", "x_tiles"],
+    do_not_specialize_on_alignment=["k_splits"],
+)
 def gaussian_log_prob_backward_kernel(
     p_grad,  # [K, B] gradient of the log-likelihood
     p_x,  # [B, X] data
@@ -124,6 +130,7 @@ def gaussian_log_prob_backward_kernel(
     X,  # pixels
     k_per_program,  # samples of one program; with ROW one block of them
     b_per_program,  # rows of one program; with ROW one block of them
+    k_splits,  # programs along the samples
     x_tiles,  # blocks of pixels of one program
     stride_grad_k,
     stride_grad_b,
@@ -147,10 +154,9 @@ def gaussian_log_prob_backward_kernel(
     BLOCK_X: tl.constexpr,
 ):
     """One program per split of the samples, of the rows and of the pixels."""
-    k_splits = tl.cdiv(K, k_per_program)
-    i_split = tl.program_id(0) % k_splits
+    i_b_split, i_split = split_program(k_splits)
     k_start = i_split * k_per_program
-    b_start = (tl.program_id(0) // k_splits) * b_per_program
+    b_start = i_b_split * b_per_program
     # One block, where the compiler can see that it is one, or it takes twice the registers.
     k_stop = k_start + 1
     if MERGE_K:
@@ -234,14 +240,14 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor)
     tiles = event_tiles(k, b, size, TILE)
     out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=mean.device)
     gaussian_log_prob_kernel[tiles.grid](
-        x, mean, logvar, out, k, b, size, tiles.x_tiles,
+        x, mean, logvar, out, k, b, size, tiles.k_splits, tiles.x_tiles,
         *strides(x, 2), *strides(mean, 3), *strides(logvar, 3),
         **_varies(logvar),
         DTYPE=triton_dtype(dtype),
         **tiles.blocks,
         num_warps=warps(dtype),
     )  # fmt: skip
-    return out[0] if tiles.x_splits == 1 else out.sum(0)
+    return sum_of_parts(out)
 
 
 def gaussian_log_prob_backward(
@@ -283,7 +289,7 @@ def gaussian_log_prob_backward(
         grad_logvar = torch.empty(shape, dtype=logvar.dtype if whole else dtype, device=mean.device)
     gaussian_log_prob_backward_kernel[tiles.grid](
         grad, x, mean, logvar, grad_x, grad_mean, grad_logvar,
-        k, b, size, tiles.k_per_program, tiles.b_per_program, tiles.x_tiles,
+        k, b, size, tiles.k_per_program, tiles.b_per_program, tiles.k_splits, tiles.x_tiles,
         *strides(grad, 2), *strides(x, 2), *strides(mean, 3), *strides(logvar, 3),
         MERGE_K=tiles.k_per_program > tiles.block_k,
         MERGE_B=tiles.b_per_program > tiles.block_b,
@@ -294,11 +300,11 @@ def gaussian_log_prob_backward(
         num_warps=warps(dtype),
     )  # fmt: skip
     if need_x:
-        grad_x = grad_x[0] if tiles.k_splits == 1 else grad_x.sum(0).to(x.dtype)
+        grad_x = sum_of_parts(grad_x).to(x.dtype)
     if need_logvar and not whole:
         if column:
-            grad_logvar = grad_logvar.sum(0).view(1, 1, size)
+            grad_logvar = sum_of_parts(grad_logvar).view(1, 1, size)
         elif layout.value == ROW.value:
-            grad_logvar = grad_logvar.sum(0)[:, :, None]
+            grad_logvar = sum_of_parts(grad_logvar)[:, :, None]
         grad_logvar = grad_logvar.sum_to_size(logvar.shape).to(logvar.dtype)
     return grad_x, grad_mean, grad_logvar

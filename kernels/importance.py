@@ -10,7 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator, exp, load, log, quotient, store, strides, triton_dtype, warps
+from .common import (
+    accumulator,
+    exp,
+    load,
+    log,
+    quotient,
+    split_program,
+    store,
+    strides,
+    triton_dtype,
+    warps,
+)
 
 # Elements of a tile, and its warps: 16 elements a thread, enough loads in flight to hide the latency of
 # memory.
@@ -69,7 +80,7 @@ def log_mean_exp_kernel(
     tl.store(p_total + o_n, b_total, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["k_tiles"])
 def log_mean_exp_backward_kernel(
     p_grad,  # [N] gradient of the bound
     p_log_w,  # [K, N] log weights
@@ -78,6 +89,7 @@ def log_mean_exp_backward_kernel(
     p_out,  # [K, N] out, contiguous
     K,  # samples
     N,  # columns
+    k_tiles,  # blocks of samples
     stride_grad,
     stride_k,
     stride_n,
@@ -89,9 +101,9 @@ def log_mean_exp_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One program per tile, tiles of samples fastest."""
-    k_tiles = tl.cdiv(K, BLOCK_K)
-    i_k = (tl.program_id(0) % k_tiles) * BLOCK_K
-    i_n = (tl.program_id(0) // k_tiles) * BLOCK_N
+    i_n, i_k = split_program(k_tiles)
+    i_k *= BLOCK_K
+    i_n *= BLOCK_N
     o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None]  # [BLOCK_K, 1]
     o_n = (i_n + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]  # [1, BLOCK_N]
     m_n = o_n < N
@@ -151,7 +163,8 @@ def log_mean_exp_backward(
     if out.numel() > 0:
         block_k, block_n = _tile(k, n)
         dtype = accumulator(log_w)
-        log_mean_exp_backward_kernel[(triton.cdiv(k, block_k) * triton.cdiv(n, block_n),)](
+        k_tiles = triton.cdiv(k, block_k)
+        log_mean_exp_backward_kernel[(k_tiles * triton.cdiv(n, block_n),)](
             grad,
             log_w,
             maximum,
@@ -159,6 +172,7 @@ def log_mean_exp_backward(
             out,
             k,
             n,
+            k_tiles,
             *strides(grad, 1),
             *strides(log_w, 2),
             *strides(maximum, 1),

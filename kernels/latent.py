@@ -2,22 +2,34 @@
 
 :mod:`fastvae.ops.latent` is the mathematics. A tile is [BLOCK_K, BLOCK_B, BLOCK_D]: samples, rows, columns. A
 program keeps a block of rows and loops over its samples, so that what depends on the row alone is read and
-computed once. Where there are few rows the samples are split over programs; the backward pass then writes one
-part of each sum per split. The noise never leaves the registers.
+computed once. Rows longer than a tile, and samples where there are few rows, are split over programs, each of
+which writes its part of the sums. The noise never leaves the registers.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import NUM_WARPS, accumulator, exp, expm1_parts, load, store, strides, triton_dtype, warps
-from .random import TILE_BACKWARD, noise_tile, normals
+from .common import (
+    NUM_WARPS,
+    PROGRAMS,
+    accumulator,
+    exp,
+    expm1_parts,
+    load,
+    split_program,
+    store,
+    strides,
+    sum_of_parts,
+    triton_dtype,
+    warps,
+)
+from .random import TILE, TILE_BACKWARD, noise_tile, normals
 
-# Programs to aim at when samples are split: a few for each of some 130 multiprocessors. A constant and not
-# the device's count, so that the order of sums is the same everywhere.
-PROGRAMS = 512
 # Steps of a backward program's loop over samples. At least: every split writes its part of the sums, in vain
 # if it is short. At most: float32 sums of that length are as good as torch's blockwise ones.
 MIN_STEPS = 8
@@ -105,7 +117,10 @@ def draw(
     return b_eps, b_z
 
 
-@triton.jit(do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"])
+@triton.jit(
+    do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"],
+    do_not_specialize_on_alignment=["d_splits"],
+)
 def rsample_kl_kernel(
     p_mu,  # [B, D] mean of q
     p_logvar,  # [B, D] log variance of q
@@ -113,13 +128,15 @@ def rsample_kl_kernel(
     p_prior_logvar,  # [B, D] its log variance, None likewise
     p_seed,  # [] int64
     p_z,  # [K, B, D] out, contiguous
-    p_kl,  # [B] or [B, D] out, contiguous, in the dtype of the computation
+    p_kl,  # [d_splits, B] or [B, D] out, contiguous, in the dtype of the computation
     K,  # samples
     B,  # rows
     D,  # columns
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
     k_per_program,  # samples of one program
+    d_splits,  # programs along the columns
+    d_tiles,  # blocks of columns of one program
     stride_mu_b,
     stride_mu_d,
     stride_logvar_b,
@@ -131,21 +148,28 @@ def rsample_kl_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
+    LOOP_D: tl.constexpr,  # a program takes more than one block of columns
     PER_DIMENSION: tl.constexpr,  # KL [B, D] instead of [B]
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of rows and split of the samples; the first split does the KL."""
-    i_b = tl.program_id(0) * BLOCK_B
+    """One program per block of rows, split of the columns and split of the samples; the first does the KL."""
+    i_b, i_d_split = split_program(d_splits)
+    i_b *= BLOCK_B
     i_split = tl.program_id(1)
+    # A multiple of BLOCK_D that the compiler can see.
+    d_start = i_d_split * d_tiles * BLOCK_D
+    d_stop = d_start + 1
+    if LOOP_D:
+        d_stop = tl.minimum(d_start + d_tiles * BLOCK_D, D)
     k_start = i_split * k_per_program
     k_stop = tl.minimum(k_start + k_per_program, K)
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
     seed = tl.load(p_seed)
     b_kl = tl.zeros([1, BLOCK_B, BLOCK_D], dtype=DTYPE)  # [1, BLOCK_B, BLOCK_D]
-    for i_d in range(0, D, BLOCK_D):
+    for i_d in range(d_start, d_stop, BLOCK_D):
         o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
         b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
             p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
@@ -172,10 +196,14 @@ def rsample_kl_kernel(
             )  # fmt: skip
     if not PER_DIMENSION:  # noqa: SIM102 (one is of compile time, the other of run time)
         if i_split == 0:
-            tl.store(p_kl + o_b, tl.sum(b_kl, axis=2, keep_dims=True), mask=o_b < B)
+            o_kl = i_d_split.to(tl.int64) * B + o_b
+            tl.store(p_kl + o_kl, tl.sum(b_kl, axis=2, keep_dims=True), mask=o_b < B)
 
 
-@triton.jit(do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"])
+@triton.jit(
+    do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"],
+    do_not_specialize_on_alignment=["d_splits"],
+)
 def rsample_log_ratio_kernel(
     p_mu,  # [B, D] mean of q
     p_logvar,  # [B, D] log variance of q
@@ -183,13 +211,14 @@ def rsample_log_ratio_kernel(
     p_prior_logvar,  # [B, D] its log variance, None likewise
     p_seed,  # [] int64
     p_z,  # [K, B, D] out, contiguous
-    p_log_ratio,  # [K, B] out, contiguous, in the dtype of the computation
+    p_log_ratio,  # [d_splits, K, B] out, contiguous, in the dtype of the computation
     K,  # samples
     B,  # rows
     D,  # columns
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
     k_per_program,  # samples of one program
+    d_splits,  # programs along the columns
     stride_mu_b,
     stride_mu_d,
     stride_logvar_b,
@@ -201,57 +230,38 @@ def rsample_log_ratio_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
-    ONE_TILE: tl.constexpr,  # a row fits BLOCK_D: its inputs are read once, and not once per block of samples
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of rows and split of the samples."""
-    i_b = tl.program_id(0) * BLOCK_B
+    """One program per block of rows, block of columns and split of the samples."""
+    i_b, i_d_split = split_program(d_splits)
+    i_b *= BLOCK_B
+    i_d = i_d_split * BLOCK_D
     k_start = tl.program_id(1) * k_per_program
     k_stop = tl.minimum(k_start + k_per_program, K)
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
+    o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
     seed = tl.load(p_seed)
-    if ONE_TILE:
-        o_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
-        b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
-            p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
-            stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
-            stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
-            LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+    b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
+        p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
+        stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
+        stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
+        LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+    )  # fmt: skip
+    b_sigma = exp(0.5 * b_logvar)
+    for i_k in range(k_start, k_stop, BLOCK_K):
+        o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
+        b_eps, b_z = draw(
+            p_z, b_mu, b_sigma, seed, o_k, o_b, i_d, o_d, k_stop, B, D, sample_offset, row_offset,
+            DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
         )  # fmt: skip
-        b_sigma = exp(0.5 * b_logvar)
-        for i_k in range(k_start, k_stop, BLOCK_K):
-            o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
-            b_eps, b_z = draw(
-                p_z, b_mu, b_sigma, seed, o_k, o_b, 0, o_d, k_stop, B, D, sample_offset, row_offset,
-                DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
-            )  # fmt: skip
-            b_term = log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_logvar)
-            b_term = tl.where(o_d < D, b_term, 0.0)
-            mask = (o_k < k_stop) & (o_b < B)
-            tl.store(p_log_ratio + o_k * B + o_b, tl.sum(b_term, axis=2, keep_dims=True), mask=mask)
-    else:
-        for i_k in range(k_start, k_stop, BLOCK_K):
-            o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
-            b_sum = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_D]
-            for i_d in range(0, D, BLOCK_D):
-                o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
-                b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
-                    p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
-                    stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
-                    stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
-                    LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
-                )  # fmt: skip
-                b_eps, b_z = draw(
-                    p_z, b_mu, exp(0.5 * b_logvar), seed, o_k, o_b, i_d, o_d, k_stop, B, D,
-                    sample_offset, row_offset, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
-                )  # fmt: skip
-                b_term = log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_logvar)
-                b_sum += tl.where(o_d < D, b_term, 0.0)
-            mask = (o_k < k_stop) & (o_b < B)
-            tl.store(p_log_ratio + o_k * B + o_b, tl.sum(b_sum, axis=2, keep_dims=True), mask=mask)
+        b_term = log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_logvar)
+        b_term = tl.where(o_d < D, b_term, 0.0)
+        mask = (o_k < k_stop) & (o_b < B)
+        o_ratio = (i_d_split.to(tl.int64) * K + o_k) * B + o_b
+        tl.store(p_log_ratio + o_ratio, tl.sum(b_term, axis=2, keep_dims=True), mask=mask)
 
 
 @triton.jit
@@ -270,7 +280,10 @@ def store_part(p_x, b_x, i_split, o_b, o_d, B, D):
     store(p_x, o_b * D + o_d, b_x, (o_b < (i_split.to(tl.int64) + 1) * B) & (o_d < D))
 
 
-@triton.jit(do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"])
+@triton.jit(
+    do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"],
+    do_not_specialize_on_alignment=["d_splits"],
+)
 def rsample_backward_kernel(
     p_grad_z,  # [K, B, D] gradient of z, or None
     p_grad_kl,  # [B, D] gradient of the KL, or None
@@ -291,6 +304,7 @@ def rsample_backward_kernel(
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
     k_per_program,  # samples of one program
+    d_splits,  # programs along the columns
     stride_grad_z_k,
     stride_grad_z_b,
     stride_grad_z_d,
@@ -329,9 +343,10 @@ def rsample_backward_kernel(
     NOISE: tl.constexpr = RATIO or (p_grad_z is not None and p_grad_logvar is not None)
     SAMPLES: tl.constexpr = (Q and p_grad_z is not None) or (RATIO and (Q or PRIOR))
 
-    i_b = tl.program_id(0) * BLOCK_B
-    i_d = tl.program_id(1) * BLOCK_D
-    i_split = tl.program_id(2)
+    i_b, i_d = split_program(d_splits)
+    i_b *= BLOCK_B
+    i_d *= BLOCK_D
+    i_split = tl.program_id(1)
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
     o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
     b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
@@ -433,6 +448,49 @@ def rsample_backward_kernel(
         store_part(p_grad_prior_logvar, b_out, i_split, o_b, o_d, B, D)
 
 
+class LatentTiles(NamedTuple):
+    """How [K, B, D] is cut up: tiles, and what one program takes of each axis."""
+
+    block_k: int
+    block_b: int
+    block_d: int
+    k_per_program: int
+    d_tiles: int
+    k_splits: int
+    b_tiles: int
+    d_splits: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """One program per split; columns fastest, so that neighbours read what lies side by side."""
+        return self.b_tiles * self.d_splits, self.k_splits
+
+
+def latent_tiles(
+    k: int, b: int, d: int, tile: int, *, loop_d: bool = False, least_steps: int = 1, most_steps: int = 0
+) -> LatentTiles:
+    """Cut [K, B, D] into tiles and programs.
+
+    Args:
+        k, b, d: the sizes, b and d not 0.
+        tile: elements of a tile.
+        loop_d: let a program loop over several tiles of columns, as far as enough programs are left;
+            otherwise each takes one.
+        least_steps, most_steps: of a program's loop over samples, as far as there are as many; 0 is no limit.
+            The samples are split for want of programs, or where most_steps asks for it.
+    """
+    block_k, block_b, block_d = noise_tile(k, b, d, tile)
+    k_tiles, b_tiles, d_tiles = triton.cdiv(k, block_k), triton.cdiv(b, block_b), triton.cdiv(d, block_d)
+    d_per = triton.cdiv(d_tiles, max(1, PROGRAMS // b_tiles)) if loop_d else 1
+    d_splits = triton.cdiv(d_tiles, d_per)
+    k_splits = min(PROGRAMS // (b_tiles * d_splits), triton.cdiv(k_tiles, least_steps))
+    k_splits = max(k_splits, triton.cdiv(k_tiles, most_steps) if most_steps else 1, 1)
+    k_per = triton.cdiv(max(k_tiles, 1), k_splits) * block_k
+    return LatentTiles(
+        block_k, block_b, block_d, k_per, d_per, max(triton.cdiv(k, k_per), 1), b_tiles, d_splits
+    )
+
+
 def rsample_kl(
     mu: torch.Tensor,
     logvar: torch.Tensor,
@@ -447,13 +505,23 @@ def rsample_kl(
     per_dimension: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
-    shape = mu.shape if per_dimension else mu.shape[:1]
+    b, d = mu.shape
+    z = torch.empty((samples, b, d), dtype=mu.dtype, device=mu.device)
+    if mu.numel() == 0:
+        return z, mu.new_zeros((b, d) if per_dimension else b, dtype=accumulator(mu))
+    tiles = latent_tiles(samples, b, d, TILE, loop_d=True)
+    shape = (b, d) if per_dimension else (tiles.d_splits, b)
     kl = torch.empty(shape, dtype=accumulator(mu), device=mu.device)
-    z = _forward(
-        rsample_kl_kernel, kl, mu, logvar, prior_mu, prior_logvar, seed, samples, sample_offset, row_offset,
-        logvar_min, logvar_max, PER_DIMENSION=per_dimension,
+    rsample_kl_kernel[tiles.grid](
+        mu, logvar, prior_mu, prior_logvar, seed, z, kl,
+        samples, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits, tiles.d_tiles,
+        *_inputs(mu, logvar, prior_mu, prior_logvar),
+        LOOP_D=tiles.d_tiles > 1,
+        PER_DIMENSION=per_dimension,
+        **_constants(mu, logvar_min, logvar_max, tiles),
+        num_warps=warps(kl.dtype),
     )  # fmt: skip
-    return z, kl
+    return z, kl if per_dimension else sum_of_parts(kl)
 
 
 def rsample_log_ratio(
@@ -470,13 +538,20 @@ def rsample_log_ratio(
     estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
-    log_ratio = torch.empty((samples, mu.shape[0]), dtype=accumulator(mu), device=mu.device)
-    _, _, block_d = noise_tile(samples, *mu.shape)
-    z = _forward(
-        rsample_log_ratio_kernel, log_ratio, mu, logvar, prior_mu, prior_logvar, seed, samples, sample_offset,
-        row_offset, logvar_min, logvar_max, ONE_TILE=mu.shape[1] <= block_d,
+    b, d = mu.shape
+    z = torch.empty((samples, b, d), dtype=mu.dtype, device=mu.device)
+    if z.numel() == 0:
+        return z, mu.new_zeros((samples, b), dtype=accumulator(mu))
+    tiles = latent_tiles(samples, b, d, TILE)
+    log_ratio = torch.empty((tiles.d_splits, samples, b), dtype=accumulator(mu), device=mu.device)
+    rsample_log_ratio_kernel[tiles.grid](
+        mu, logvar, prior_mu, prior_logvar, seed, z, log_ratio,
+        samples, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits,
+        *_inputs(mu, logvar, prior_mu, prior_logvar),
+        **_constants(mu, logvar_min, logvar_max, tiles),
+        num_warps=warps(log_ratio.dtype),
     )  # fmt: skip
-    return z, log_ratio
+    return z, sum_of_parts(log_ratio)
 
 
 def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[int, ...]:
@@ -484,52 +559,17 @@ def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[int, ...]:
     return *strides(mu, 2), *strides(logvar, 2), *strides(prior_mu, 2), *strides(prior_logvar, 2)
 
 
-def _constants(mu, logvar_min, logvar_max, block_k, block_b, block_d, num_warps) -> dict:
+def _constants(mu, logvar_min, logvar_max, tiles: LatentTiles) -> dict:
     """The compile-time arguments of every kernel here; the clamp is one, as a range is a hyperparameter."""
-    clamp = logvar_min > float("-inf") or logvar_max < float("inf")
     return {
         "LOGVAR_MIN": logvar_min,
         "LOGVAR_MAX": logvar_max,
-        "CLAMP": clamp,
+        "CLAMP": logvar_min > float("-inf") or logvar_max < float("inf"),
         "DTYPE": triton_dtype(accumulator(mu)),
-        "BLOCK_K": block_k,
-        "BLOCK_B": block_b,
-        "BLOCK_D": block_d,
-        "num_warps": num_warps,
+        "BLOCK_K": tiles.block_k,
+        "BLOCK_B": tiles.block_b,
+        "BLOCK_D": tiles.block_d,
     }
-
-
-def _forward(
-    kernel,
-    reduced,
-    mu,
-    logvar,
-    prior_mu,
-    prior_logvar,
-    seed,
-    k,
-    sample_offset,
-    row_offset,
-    lo,
-    hi,
-    **constants,
-) -> torch.Tensor:
-    """Launch a forward kernel, which fills ``reduced``; returns z."""
-    b, d = mu.shape
-    z = torch.empty((k, b, d), dtype=mu.dtype, device=mu.device)
-    if b == 0:
-        return z
-    block_k, block_b, block_d = noise_tile(k, b, d)
-    b_tiles, k_tiles = triton.cdiv(b, block_b), triton.cdiv(k, block_k)
-    k_per_program = triton.cdiv(max(k_tiles, 1), max(1, min(k_tiles, PROGRAMS // b_tiles))) * block_k
-    kernel[b_tiles, max(1, triton.cdiv(k, k_per_program))](
-        mu, logvar, prior_mu, prior_logvar, seed, z, reduced,
-        k, b, d, sample_offset, row_offset, k_per_program,
-        *_inputs(mu, logvar, prior_mu, prior_logvar),
-        **constants,
-        **_constants(mu, lo, hi, block_k, block_b, block_d, warps(accumulator(mu))),
-    )  # fmt: skip
-    return z
 
 
 def rsample_kl_backward(
@@ -594,32 +634,23 @@ def _backward(
     inputs = [t if n else None for t, n in zip((mu, logvar, prior_mu, prior_logvar), need, strict=True)]
     if mu.numel() == 0 or not any(t is not None for t in inputs):
         return tuple(None if t is None else torch.empty_like(t) for t in inputs)
-    block_k, block_b, block_d = noise_tile(k, b, d, TILE_BACKWARD)
-    b_tiles, d_tiles, k_tiles = triton.cdiv(b, block_b), triton.cdiv(d, block_d), triton.cdiv(k, block_k)
-    splits = 1
-    if grad_z is not None or grad_log_ratio is not None:
-        # Split for want of programs, but only from MIN_STEPS on, since every split writes a part; and for
-        # accuracy.
-        splits = min(PROGRAMS // (b_tiles * d_tiles), triton.cdiv(k_tiles, MIN_STEPS))
-        splits = max(splits, triton.cdiv(k_tiles, MAX_STEPS), 1)
-    k_per_program = triton.cdiv(max(k_tiles, 1), splits) * block_k
-    splits = max(1, triton.cdiv(k, k_per_program))
+    # The KL alone asks for no sample.
+    k = 1 if grad_z is None and grad_log_ratio is None else k
+    # Every split writes its part of the sums, in vain if its loop is short; a long one loses accuracy.
+    tiles = latent_tiles(k, b, d, TILE_BACKWARD, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
+    part = (lambda t: t.dtype) if tiles.k_splits == 1 else (lambda t: accumulator(mu))
     grads = [
-        None
-        if t is None
-        else torch.empty((splits, b, d), dtype=t.dtype if splits == 1 else accumulator(mu), device=mu.device)
+        None if t is None else torch.empty((tiles.k_splits, b, d), dtype=part(t), device=mu.device)
         for t in inputs
     ]
     # The smaller tile leaves room for float64 too.
-    rsample_backward_kernel[b_tiles, d_tiles, splits](
+    rsample_backward_kernel[tiles.grid](
         grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, *grads,
-        k, b, d, sample_offset, row_offset, k_per_program,
+        k, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits,
         *strides(grad_z, 3), *strides(grad_kl, 2), *strides(grad_log_ratio, 2), *strides(weight, 2),
         *_inputs(mu, logvar, prior_mu, prior_logvar),
         PATH=path,
-        **_constants(mu, lo, hi, block_k, block_b, block_d, NUM_WARPS),
+        **_constants(mu, lo, hi, tiles),
+        num_warps=NUM_WARPS,
     )  # fmt: skip
-    return tuple(
-        g if g is None else g[0] if splits == 1 else g.sum(0).to(t.dtype)
-        for g, t in zip(grads, inputs, strict=True)
-    )
+    return tuple(g if g is None else sum_of_parts(g).to(t.dtype) for g, t in zip(grads, inputs, strict=True))

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import log_of_parts, split_float, triton_dtype, warps
+from .common import log_of_parts, split_float, split_program, tile_width, triton_dtype, warps
 
 TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 TWO_PI_HIGH = tl.constexpr(6.2831854820251465)
@@ -122,7 +122,9 @@ def normals(
     return interleaved(b_0, b_1, b_2, b_3, BLOCK_K, BLOCK_B, BLOCK_D)  # [BLOCK_K, BLOCK_B, BLOCK_D]
 
 
-@triton.jit(do_not_specialize=["sample_offset", "row_offset", "K", "B"])
+@triton.jit(
+    do_not_specialize=["sample_offset", "row_offset", "K", "B"], do_not_specialize_on_alignment=["k_tiles"]
+)
 def noise_kernel(
     p_seed,  # [] int64
     p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
@@ -131,6 +133,7 @@ def noise_kernel(
     D,  # columns; for words a multiple of 4
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
+    k_tiles,  # blocks of samples
     WORDS: tl.constexpr,  # write the words and not the normals
     DTYPE: tl.constexpr,  # of the normals
     BLOCK_K: tl.constexpr,
@@ -138,9 +141,9 @@ def noise_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program per tile [BLOCK_K, BLOCK_B, BLOCK_D]."""
-    k_tiles = tl.cdiv(K, BLOCK_K)
-    i_k = (tl.program_id(0) % k_tiles) * BLOCK_K
-    i_b = (tl.program_id(0) // k_tiles) * BLOCK_B
+    i_b, i_k = split_program(k_tiles)
+    i_k *= BLOCK_K
+    i_b *= BLOCK_B
     i_d = tl.program_id(1) * BLOCK_D
     o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
@@ -160,7 +163,8 @@ def noise_tile(k: int, b: int, d: int, tile: int = TILE) -> tuple[int, int, int]
 
     Rows before samples: what depends on the row alone is then computed once.
     """
-    block_d = min(max(triton.next_power_of_2(d), 4), tile)
+    # Four columns share their random words.
+    block_d = max(tile_width(d, tile), 4)
     block_b = min(triton.next_power_of_2(max(b, 1)), tile // block_d)
     block_k = min(triton.next_power_of_2(max(k, 1)), tile // (block_d * block_b))
     return block_k, block_b, block_d
@@ -171,7 +175,8 @@ def _launch(out: torch.Tensor, seed: torch.Tensor, sample_offset: int, row_offse
     if out.numel() == 0:
         return out
     block_k, block_b, block_d = noise_tile(k, b, d)
-    noise_kernel[triton.cdiv(k, block_k) * triton.cdiv(b, block_b), triton.cdiv(d, block_d)](
+    k_tiles = triton.cdiv(k, block_k)
+    noise_kernel[k_tiles * triton.cdiv(b, block_b), triton.cdiv(d, block_d)](
         seed,
         out,
         k,
@@ -179,6 +184,7 @@ def _launch(out: torch.Tensor, seed: torch.Tensor, sample_offset: int, row_offse
         d,
         sample_offset,
         row_offset,
+        k_tiles,
         WORDS=want_words,
         DTYPE=triton_dtype(out.dtype),
         BLOCK_K=block_k,

@@ -1,0 +1,453 @@
+"""``python -m benchmarks kernels``: what the compiler makes of every Triton kernel, without a GPU.
+
+The ops are called on meta tensors of realistic shapes, and a launch is recorded instead of made, so tiles,
+flags and specialisation are those of the launcher and there is no second table to keep. What is recorded is
+compiled for each architecture, and the code is read: registers, spills, shared memory, the widths of what
+is loaded and stored by argument, and the instructions that an element costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+# Compute capabilities 8.0 (A100), 9.0 (H100, H200), 10.0 (B200), and AMD's MI300.
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# Registers of a multiprocessor, and the most threads that it holds; of AMD's a SIMD's, in lanes.
+REGISTERS, THREADS = 65536, 2048
+# Shared memory that one program may have: 163 KiB on the smallest of the above but AMD's, which has 64.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+# For the estimate of the last column, an H100: bytes that a copy moves, and instructions that the
+# multiprocessors begin, in lanes, a second. Those of integers run at half, of special functions at an eighth.
+COPIED, BEGUN = 3.0e12, 132 * 128 * 1.755e9
+INTEGER = re.compile(
+    r"IMAD(?!\.MOV)|IADD|LOP3|SHF|LEA|ISETP|IMNMX|VIADD|VIMNMX|SGXT|PRMT|I2F|F2I|FSETP|FMNMX"
+)
+SPECIAL = re.compile(r"MUFU")
+
+
+@dataclass
+class Report:
+    """What the compiler made of one launch for one target.
+
+    Attributes:
+        kernel, launch, target: which.
+        registers: of a thread.
+        spills: bytes (AMD: registers) of a thread that went to memory.
+        shared: bytes of a program.
+        occupancy: the share of a multiprocessor's threads that the registers leave room for.
+        widths: argument → the least bytes that a thread loads or stores of it at once ("" → all of AMD's
+            loads and stores, of which the argument is not known).
+        loop: instructions of an element in the innermost loop, 0 without a loop.
+        instructions: of an element in all, those outside of loops shared by all tiles of a program, those of
+            tiles' empty lanes included.
+        arithmetic: an estimate for an H100: the time of the instructions by that of the element's bytes.
+    """
+
+    kernel: str
+    launch: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    widths: dict[str, int]
+    loop: float
+    instructions: float
+    arithmetic: float
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A label and a call for every kernel, in the configurations that matter: dtypes, flags, shapes."""
+    from fastvae.kernels import bernoulli, gaussian, importance, latent, random
+
+    infinity = float("inf")
+    seed = tensor(dtype=torch.int64)
+    free, clamped = (-infinity, infinity), (-10.0, 4.0)
+    f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
+
+    yield "normal", lambda: random.normal(seed, 50, 128, 64)
+    yield "normal, float64", lambda: random.normal(seed, 50, 128, 64, dtype=f64)
+    yield "words", lambda: random.words(seed, 50, 128, 64)
+    shapes = ((50, 1024, 64), (50, 4, 32), (50, 64, 2048), (1, 65536, 64), (1, 2, 196608), (1, 8192, 784))
+    for dtype, prior, limits, sizes in (
+        (f32, False, free, shapes),
+        (bf16, True, clamped, ((50, 1024, 64), (50, 64, 2048), (1, 65536, 64))),
+        (f64, True, free, ((50, 128, 64),)),
+    ):
+        for k, b, d in sizes:
+            q = (tensor(b, d, dtype=dtype), tensor(b, d, dtype=dtype))
+            p = q if prior else (None, None)
+            wide = f64 if dtype == f64 else f32
+            grad_z, grad_ratio = tensor(k, b, d, dtype=dtype), tensor(k, b, dtype=wide)
+            grad_kl = tensor(b, dtype=wide)
+            need = [True, True, prior, prior]
+            arguments = (*q, *p, seed, k, 0, 0, *limits)
+            label = f"{str(dtype)[6:]} [{k}, {b}, {d}]"
+            yield f"rsample_kl {label}", lambda a=arguments: latent.rsample_kl(*a, False)
+            yield f"rsample_log_ratio {label}", lambda a=arguments: latent.rsample_log_ratio(*a, "iwae")
+            yield (
+                f"rsample_kl_backward {label}",
+                lambda a=arguments, n=need, z=grad_z, g=grad_kl: latent.rsample_kl_backward(z, g, *a, n),
+            )
+            for path, weight in ((False, None), (True, grad_ratio)):
+                yield (
+                    f"rsample_log_ratio_backward {label}, path={path}",
+                    lambda a=arguments, n=need, z=grad_z, g=grad_ratio, w=weight, p=path: (
+                        latent.rsample_log_ratio_backward(z, g, w, *a, p, n)
+                    ),
+                )
+    q = (tensor(128, 64), tensor(128, 64))
+    yield (
+        "rsample_kl float32 [1, 128, 64], per dimension",
+        lambda: latent.rsample_kl(*q, None, None, seed, 1, 0, 0, *free, True),
+    )
+    # A likelihood's log variance: one per element, per pixel or per row; the gradients that are asked for
+    # with it.
+    full, column, row = (lambda k, b, x: (k, b, x)), (lambda k, b, x: (1, 1, x)), (lambda k, b, x: (1, 1, 1))
+    for dtype, size, layouts in (
+        (f32, (50, 128, 784), (full, column, row)),
+        (bf16, (50, 128, 784), (full, column, row)),
+        (f64, (50, 128, 784), (full, column, row)),
+        (f32, (1, 4096, 64), (full, row)),
+        (f32, (1, 65536, 64), (column,)),
+        (f32, (1, 8, 196608), (full,)),
+    ):
+        k, b, pixels = size
+        x, mean = tensor(b, pixels), tensor(*size, dtype=dtype)
+        grad = tensor(k, b, dtype=f64 if dtype == f64 else f32)
+        label = f"{str(dtype)[6:]} {list(size)}"
+        yield f"bernoulli_log_prob {label}", lambda x=x, m=mean: bernoulli.bernoulli_log_prob(x, m)
+        for need in ([False, True], [True, True]):
+            yield (
+                f"bernoulli_log_prob_backward {label}, need={need}",
+                lambda g=grad, x=x, m=mean, n=need: bernoulli.bernoulli_log_prob_backward(g, x, m, n),
+            )
+        for layout in layouts:
+            logvar = tensor(*layout(*size), dtype=dtype)
+            need = [layout is column, True, True]
+            suffix = f"{label}, logvar {list(logvar.shape)}"
+            yield (
+                f"gaussian_log_prob {suffix}",
+                lambda x=x, m=mean, v=logvar: gaussian.gaussian_log_prob(x, m, v),
+            )
+            yield (
+                f"gaussian_log_prob_backward {suffix}, need={need}",
+                lambda g=grad, x=x, m=mean, v=logvar, n=need: gaussian.gaussian_log_prob_backward(
+                    g, x, m, v, n
+                ),
+            )
+    for dtype in (f32, bf16, f64):
+        for k, n in ((5000, 128), (50, 65536)):
+            log_w, column = tensor(k, n, dtype=dtype), tensor(n, dtype=f64 if dtype == f64 else f32)
+            label = f"{str(dtype)[6:]} [{k}, {n}]"
+            yield f"log_mean_exp {label}", lambda w=log_w: importance.log_mean_exp(w)
+            yield (
+                f"log_mean_exp_backward {label}",
+                lambda w=log_w, c=column: importance.log_mean_exp_backward(c, w, c, c),
+            )
+
+
+def recorded(call: Callable[[], object]) -> list[tuple]:
+    """The kernels that a call would launch: (kernel, arguments by name, options, grid)."""
+    import triton
+
+    found = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        names = self.arg_names
+        options = {n: v for n, v in kwargs.items() if n not in names}
+        found.append((self, {**dict(zip(names, args, strict=False)), **kwargs}, options, grid))
+
+    original = triton.JITFunction.run
+    triton.JITFunction.run = run
+    try:
+        call()
+    finally:
+        triton.JITFunction.run = original
+    return found
+
+
+def specialisation(kernel, arguments: dict) -> tuple[dict, dict, dict]:
+    """What the launcher compiles for: types, constants, and what is known to be divisible by 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        specialize = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialize and type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialize and not parameter.do_not_specialize_on_alignment and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compiled(kernel, arguments: dict, options: dict, target: str):
+    """What Triton compiles for this launch on this target."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = specialisation(kernel, arguments)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def report(kernel, arguments: dict, options: dict, grid: tuple[int, ...], target: str, label: str) -> Report:
+    """Compile one launch and read its code."""
+    code = compiled(kernel, arguments, options, target)
+    backend, capability, threads = TARGETS[target]
+    threads *= options.get("num_warps", 4)
+    if backend == "hip":
+        text = code.asm["amdgcn"]
+        field = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # noqa: E731
+        registers, spills = field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+        widths = {"": min(_amd_widths(text), default=0)}
+        loops = _loops(*_amd_instructions(text))
+    else:
+        registers, spills, assembly = _assembled(code.asm["ptx"], capability)
+        pointers = [p.name for p in kernel.params if isinstance(arguments[p.name], torch.Tensor)]
+        widths = access_widths(code.asm["ptx"], pointers)
+        loops = _loops(*_nvidia_instructions(assembly))
+    per_thread, steps, k_steps, waste = _tiling(arguments, grid, threads)
+    inner, outer, all_ = loops
+
+    def of_element(count: Callable[[list[str]], float]) -> float:
+        i, o, a = map(count, (inner, outer, all_))
+        shared = (o - i) / k_steps + (a - o) / steps if inner else a
+        return (i + shared) / per_thread * waste
+
+    instructions = of_element(len)
+    integer, special = (
+        of_element(lambda x, p=p: sum(bool(p.match(i)) for i in x)) for p in (INTEGER, SPECIAL)
+    )
+    tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor)]
+    # Several names of one tensor stand for several tensors.
+    moved = sum(t.numel() * t.element_size() for t in tensors) / max(t.numel() for t in tensors)
+    seconds = max(instructions, 2 * integer, 8 * special) / BEGUN
+    return Report(
+        kernel=kernel.__name__,
+        launch=label,
+        target=target,
+        registers=registers,
+        spills=spills,
+        shared=code.metadata.shared,
+        occupancy=min(1.0, REGISTERS // (threads * 8 * math.ceil(registers / 8)) * threads / THREADS),
+        widths=widths,
+        loop=round(len(inner) / per_thread, 1),
+        instructions=round(instructions, 1),
+        arithmetic=round(seconds / (moved / COPIED), 2),
+    )
+
+
+def _tiling(arguments: dict, grid: tuple[int, ...], threads: int) -> tuple[float, float, float, float]:
+    """Elements of a tile for a thread; tiles of a program, in all and along K; lanes by elements."""
+    blocks = {n.removeprefix("BLOCK_"): v for n, v in arguments.items() if n.startswith("BLOCK")}
+    sizes = {n: arguments.get(n, block) for n, block in blocks.items()}
+    tiles = {n: math.ceil(size / blocks[n]) for n, size in sizes.items()}
+    tile = math.prod(blocks.values())
+    steps = math.prod(tiles.values()) / math.prod(grid)
+    k_steps = math.ceil(min(sizes.get("K", 1), arguments.get("k_per_program", 1)) / blocks.get("K", 1))
+    waste = math.prod(tiles.values()) * tile / math.prod(sizes.values())
+    return max(tile / threads, 1.0), max(steps, 1.0), max(k_steps, 1), waste
+
+
+def _assembled(ptx: str, capability: int) -> tuple[int, int, str]:
+    """Registers a thread, bytes that it spills, and the disassembly, by NVIDIA's assembler."""
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        arch = f"-arch={sm_arch_from_capability(capability)}"
+        said = _output([get_ptxas(capability).path, "-v", arch, source, "-o", binary])
+        assembly = _output([knobs.nvidia.nvdisasm.path, "-c", binary])
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+    return int(re.search(r"Used (\d+) registers", said)[1]), spills, assembly
+
+
+def _output(command: list) -> str:
+    run = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def access_widths(ptx: str, pointers: list[str]) -> dict[str, int]:
+    """The least bytes that a thread loads or stores at once through each pointer argument.
+
+    An address is followed back to the argument that it was computed from.
+    """
+    # The arguments' numbers in PTX are those of the pointers' order among all.
+    declared = re.findall(
+        r"\.param \.\w+ (\.ptr)?[^\n]*?_param_(\d+)", ptx.partition(".entry")[2].partition("{")[0]
+    )
+    numbers = [n for is_pointer, n in declared if is_pointer]
+    names = dict(zip(numbers, pointers, strict=False))
+    origin: dict[str, str] = {}
+    lines = ptx.splitlines()
+    for _ in range(3):  # addresses that a loop carries are known the second time
+        for line in lines:
+            if m := re.search(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
+                if m[2] in names:
+                    origin[m[1]] = names[m[2]]
+            elif (m := re.search(r"(?:add|sub|mov|mad|selp|cvta|or)[\w.]*\s+(%rd\d+), (.+);", line)) and m[
+                1
+            ] not in origin:
+                known = [origin[r] for r in re.findall(r"%rd\d+", m[2]) if r in origin]
+                if known:
+                    origin[m[1]] = known[0]
+    widths: dict[str, int] = {}
+    for line in lines:
+        if m := re.search(r"(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\s.*?\[ ?(%rd\d+)", line):
+            name = origin.get(m[3], m[3])
+            width = int(m[1] or 1) * int(m[2]) // 8
+            widths[name] = min(widths.get(name, width), width)
+    return widths
+
+
+def _amd_widths(text: str) -> list[int]:
+    """Bytes that a thread loads or stores at once, of every such instruction."""
+    units = {"dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
+    found = re.findall(r"\b(?:global|buffer)_(?:load|store)_(dword|u?short|u?byte)(?:x(\d))?", text)
+    return [units[unit] * int(n or 1) for unit, n in found]
+
+
+def _nvidia_instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions without their predicates, and where each label stands among them."""
+    instructions, labels = [], {}
+    for line in assembly.splitlines():
+        if m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(\S.*?)\s*;", line):
+            instructions.append(m[1])
+        elif m := re.match(r"(\.L_x_\d+):", line):
+            labels[m[1]] = len(instructions)
+    return instructions, labels
+
+
+def _amd_instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
+    instructions, labels = [], {}
+    for line in assembly.splitlines():
+        if m := re.match(r"\s+((?:[vs]|ds|global|buffer)_\w.*)", line):
+            instructions.append(m[1])
+        elif m := re.match(r"(\.LBB\d+_\d+):", line):
+            labels[m[1]] = len(instructions)
+    return instructions, labels
+
+
+def _loops(instructions: list[str], labels: dict[str, int]) -> tuple[list[str], list[str], list[str]]:
+    """The longest of the innermost loops, the outermost one around it, and everything."""
+    loops = []
+    for i, text in enumerate(instructions):
+        m = re.match(r"(?:BRA|s_c?branch)\S*.*?(\.L\w+)", text)
+        # What ends a kernel branches to itself.
+        if m and labels.get(m[1], i) < i:
+            loops.append((labels[m[1]], i + 1))
+
+    def within(a, b):
+        return b[0] <= a[0] and a[1] <= b[1]
+
+    def length(loop):
+        return loop[1] - loop[0]
+
+    innermost = [a for a in loops if not any(a != b and within(b, a) for b in loops)]
+    inner = max(innermost, key=length, default=(0, 0))
+    outer = max((a for a in loops if within(inner, a)), key=length, default=(0, 0))
+    return instructions[slice(*inner)], instructions[slice(*outer)], instructions
+
+
+def _reports(job: tuple[str, int]) -> list[Report]:
+    """Compile what one labelled call launches, for one target."""
+    target, index = job
+    label, call = list(launches())[index]
+    return [report(*launch, target, label) for launch in recorded(call)]
+
+
+def reports(patterns: list[str] = (), jobs: int | None = None) -> Iterator[Report]:
+    """A report for every launch and target whose "target label" all the patterns match."""
+    chosen = [re.compile(p) for p in patterns]
+    # float64 once is enough: nobody tunes it.
+    work = [
+        (target, i)
+        for target in TARGETS
+        for i, (label, _) in enumerate(launches())
+        if (target == "sm_90" or "float64" not in label)
+        and all(p.search(f"{target} {label}") for p in chosen)
+    ]
+    jobs = jobs or min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for found in pool.map(_reports, work):
+            yield from found
+
+
+HEAD = (
+    f"{'target':7} {'kernel and launch':91} {'reg':>3} {'occ':>4} {'spill':>5} {'shared':>6}"
+    f" {'loop':>6} {'instr':>6} {'arith':>5}  narrowest access"
+)
+
+
+def row(r: Report) -> str:
+    widths = " ".join(f"{n.removeprefix('p_') or 'any'} {w}" for n, w in r.widths.items())
+    name = r.launch if r.launch.partition(" ")[0] in r.kernel else f"{r.kernel}: {r.launch}"
+    return (
+        f"{r.target:7} {name:91} {r.registers:3} {r.occupancy:4.0%} {r.spills:5} {r.shared:6}"
+        f" {r.loop:6.1f} {r.instructions:6.1f} {r.arithmetic:5.2f}  {widths}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks kernels",
+        description="Compile every Triton kernel as it is launched, without a GPU, and print what it takes: "
+        "registers of a thread (reg) and the share of a multiprocessor's threads for which they last (occ); "
+        "bytes spilled and shared; instructions of an element, in the innermost loop and in all (loop, instr); "
+        "their time on an H100 by that of the element's bytes (arith: an estimate; below 1 memory is the "
+        "limit); and the least bytes that a thread loads or stores at once of each argument.",
+    )
+    parser.add_argument("patterns", nargs="*", help='regular expressions that "target launch" shall match')
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
+    parser.add_argument("--jobs", type=int, help="processes; default: the processors, 8 at most")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
+    if not options.json:
+        print(HEAD)
+    for r in reports(options.patterns, options.jobs):
+        print(json.dumps(asdict(r)) if options.json else row(r), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
