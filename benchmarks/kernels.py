@@ -432,7 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks kernels",
         description="Compile every Triton kernel as it is launched, without a GPU, and print what it takes: "
         "registers of a thread (reg) and the share of a multiprocessor's threads for which they last (occ); "
-        "bytes spilled and shared; instructions of an element, in the innermost loop and in all (loop, instr); "
+        "bytes spilled and shared; an element's instructions, in the innermost loop and all (loop, instr), "
         "their time on an H100 by that of the element's bytes (arith: an estimate; below 1 memory is the "
         "limit); and the least bytes that a thread loads or stores at once of each argument.",
     )

@@ -19,6 +19,8 @@ from .common import (
     exp_of_negative,
     load,
     log1p,
+    log1p_of_odds,
+    odds_of_both,
     pixel_span,
     reciprocal,
     split_program,
@@ -28,6 +30,9 @@ from .common import (
     triton_dtype,
     warps,
 )
+
+# Tiles of a row for one program: the product of four factors of up to 2 from each must stay below 2^127.
+MOST_TILES = 28
 
 
 @triton.jit(do_not_specialize=["K", "B", "x_tiles"], do_not_specialize_on_alignment=["k_splits"])
@@ -55,7 +60,12 @@ def bernoulli_log_prob_kernel(
     i_k *= BLOCK_K
     i_b *= BLOCK_B
     x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
-    b_sum = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
+    # What four pixels, and all tiles of a row, add by log(1 + t) each is one logarithm of a product.
+    PRODUCT: tl.constexpr = tl.float32 == DTYPE and BLOCK_X >= 4
+    LANES: tl.constexpr = BLOCK_X // 4 if PRODUCT else BLOCK_X
+    b_sum = tl.zeros([BLOCK_K, BLOCK_B, LANES], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, LANES]
+    if PRODUCT:
+        b_odds = tl.zeros([BLOCK_K, BLOCK_B, LANES], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, LANES]
     o_k = event_offsets(i_k, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
     o_b = event_offsets(i_b, BLOCK_B, 1)  # [1, BLOCK_B, 1]
     for i_x in range(x_start, x_stop, BLOCK_X):
@@ -63,15 +73,28 @@ def bernoulli_log_prob_kernel(
         m_x = o_x < X
         b_x = load(p_x, o_b * stride_x_b + o_x * stride_x_x, (o_b < B) & m_x, DTYPE)
         o_l = o_k * stride_logits_k + o_b * stride_logits_b + o_x * stride_logits_x
-        b_l = load(p_logits, o_l, (o_k < K) & (o_b < B) & m_x, DTYPE)
+        # Beyond the row a certain miss of 0 by -inf, which adds nothing.
+        b_l = load(p_logits, o_l, (o_k < K) & (o_b < B) & m_x, DTYPE, float("-inf"))
         # The probability of a miss times the margin, instead of x l - softplus(l): no cancellation, and 0 *
         # inf is 0.
         b_miss = tl.where(b_l > 0, 1.0 - b_x, b_x)
         b_margin = tl.abs(b_l)
         b_linear = tl.where(b_miss == 0, 0.0, b_miss * b_margin)
-        b_sum += tl.where(m_x, b_linear + log1p(exp_of_negative(-b_margin)), 0.0)
+        b_t = exp_of_negative(-b_margin)
+        if PRODUCT:
+            b_linear, b_more = tl.split(tl.reshape(b_linear, [BLOCK_K, BLOCK_B, LANES, 2, 2]))
+            b_linear, b_more = tl.split(b_linear + b_more)
+            b_sum += b_linear + b_more
+            b_t, b_u = tl.split(tl.reshape(b_t, [BLOCK_K, BLOCK_B, LANES, 2, 2]))
+            b_t, b_u = tl.split(odds_of_both(b_t, b_u))
+            b_odds = odds_of_both(b_odds, odds_of_both(b_t, b_u))
+        else:
+            b_sum += b_linear + log1p(b_t)
+    if PRODUCT:
+        b_sum += log1p_of_odds(b_odds)
+    b_out = tl.sum(b_sum, axis=2, keep_dims=True)
     o_out = (tl.program_id(1).to(tl.int64) * K + o_k) * B + o_b
-    tl.store(p_out + o_out, -tl.sum(b_sum, axis=2, keep_dims=True), mask=(o_k < K) & (o_b < B))
+    tl.store(p_out + o_out, -b_out, mask=(o_k < K) & (o_b < B))
 
 
 @triton.jit(
@@ -145,7 +168,7 @@ def bernoulli_log_prob(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     dtype = accumulator(x, logits)
     if logits.numel() == 0:
         return torch.zeros((k, b), dtype=dtype, device=logits.device)
-    tiles = event_tiles(k, b, size, TILE)
+    tiles = event_tiles(k, b, size, TILE, most_tiles=MOST_TILES)
     out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=logits.device)
     bernoulli_log_prob_kernel[tiles.grid](
         x, logits, out, k, b, size, tiles.k_splits, tiles.x_tiles, *strides(x, 2), *strides(logits, 3),

@@ -1,9 +1,9 @@
 """What the kernels share: elementary functions, and the tiles of the likelihoods.
 
-The elementary functions are plain float32 arithmetic (Cephes' polynomials and bit operations), so a GPU,
-Triton's interpreter and the C++ of csrc agree to an ulp or two. Triton's own are no alternative: ``tl.exp``
-becomes ex2.approx(x log2 e), whose relative error grows with |x|, and ``tl.log`` becomes lg2.approx, whose
-error is absolute near 1. They are used in float64 only, where they are accurate.
+The elementary functions are float32 arithmetic and the hardware's 2^x and 1/sqrt(x) where their arguments are
+small, so a GPU, Triton's interpreter and the C++ of csrc agree to an ulp or two. Triton's own are used in
+float64 only: ``tl.exp`` is 2^(x log2 e), whose relative error grows with the argument, and ``tl.log`` allows
+for any argument, which takes twice the instructions.
 """
 
 from __future__ import annotations
@@ -147,6 +147,18 @@ def log1p(b_t):
 
 
 @triton.jit
+def odds_of_both(b_s, b_t):
+    """(1 + s) (1 + t) - 1 for s, t >= 0: log1p of it is log1p(s) + log1p(t), and nothing cancels."""
+    return b_s + (b_t + b_s * b_t)
+
+
+@triton.jit
+def log1p_of_odds(b_s):
+    """log(1 + s) for s in [0, 2^126], relatively accurate for small s; float32."""
+    return tl.where(b_s < 0.5, log1p(b_s), log(1.0 + b_s))
+
+
+@triton.jit
 def reciprocal(b_x):
     """1/x for x in [1, 2] to an ulp: the GPU's rsqrt squared, and a Newton step."""
     b_y = tl.rsqrt(b_x)
@@ -200,9 +212,9 @@ def pixel_span(X, x_tiles, BLOCK_X: tl.constexpr):
 
 
 @triton.jit
-def load(p_x, offsets, mask, DTYPE: tl.constexpr):
-    """A tile in the dtype of the computation, 0 outside the mask."""
-    b_x = tl.load(p_x + offsets, mask=mask, other=0.0)
+def load(p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0):
+    """A tile in the dtype of the computation, 0 or what is given outside the mask."""
+    b_x = tl.load(p_x + offsets, mask=mask, other=other)
     if b_x.dtype == tl.bfloat16:
         if INTERPRETED:
             b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -263,7 +275,7 @@ class EventTiles(NamedTuple):
 
 
 def event_tiles(
-    k: int, b: int, x: int, tile: int, *, merge_k: bool = False, merge_b: bool = False
+    k: int, b: int, x: int, tile: int, *, merge_k: bool = False, merge_b: bool = False, most_tiles: int = 0
 ) -> EventTiles:
     """Cut [K, B, X] into tiles and programs.
 
@@ -272,6 +284,7 @@ def event_tiles(
         tile: elements of a tile.
         merge_k, merge_b: let a program loop over several tiles of samples, or of rows, as far as enough
             programs are left: for sums over them, of which each program writes its part.
+        most_tiles: of a row for one program; 0 is no limit.
     """
     block_x = tile_width(x, TILE_X)
     # Rows first, until each thread loads 16 bytes of x; then samples, which share these.
@@ -281,6 +294,8 @@ def event_tiles(
     k_tiles, b_tiles, x_tiles = triton.cdiv(k, block_k), triton.cdiv(b, block_b), triton.cdiv(x, block_x)
     # Long rows are split only where there are few of them: the parts cost another pass to add.
     x_splits = min(x_tiles, max(1, PROGRAMS // (k_tiles * b_tiles)))
+    if most_tiles:
+        x_splits = max(x_splits, triton.cdiv(x_tiles, most_tiles))
     b_splits = min(b_tiles, max(1, PROGRAMS // x_splits)) if merge_b else b_tiles
     k_splits = min(k_tiles, max(1, PROGRAMS // (x_splits * b_splits))) if merge_k else k_tiles
     k_per, b_per, x_per = (

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    PROGRAMS,
     accumulator,
     exp,
     load,
@@ -23,15 +24,15 @@ from .common import (
     warps,
 )
 
-# Elements of a tile, and its warps: 16 elements a thread, enough loads in flight to hide the latency of
-# memory.
+# Elements of a tile: 16 a thread, enough loads in flight to hide the latency of memory.
 TILE = 2048
-# Columns of a tile: 8 float32 fill a 32-byte sector, which is what memory hands out, and leave more programs
-# where N is small.
-TILE_N = 8
-# With many columns a whole cache line.
-TILE_N_WIDE = 32
+# Columns of a tile. With few, 8 float32: they fill a 32-byte sector, which is what memory hands out, and
+# leave more programs. With many, enough for a thread to have all of a tile's samples: fewer exchanges.
+TILE_N, TILE_N_WIDE = 8, 256
 MANY_COLUMNS = 16384
+# Samples that a program takes at least, if they are split for want of programs: the parts cost another
+# kernel.
+MIN_SAMPLES = 512
 
 
 @triton.jit
@@ -40,28 +41,35 @@ def finite_shift(b_max):
     return tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["K", "count", "k_per_program"], do_not_specialize_on_alignment=["k_splits"])
 def log_mean_exp_kernel(
-    p_log_w,  # [K, N] log weights
-    p_bound,  # [N] out, log (1/K) sum_k exp(log_w)
-    p_maximum,  # [N] out
-    p_total,  # [N] out, sum_k exp(log_w - maximum)
-    K,  # samples
+    p_log_w,  # [K, N] log weights; merging: the maxima of the parts
+    p_part,  # [K, N] sums of the parts, or None where the log weights are no parts
+    p_bound,  # [N] out, log (1/count) sum_k exp(log_w), or None where parts are made
+    p_maximum,  # [k_splits, N] out
+    p_total,  # [k_splits, N] out, sum_k exp(log_w - maximum)
+    K,  # samples, or parts
     N,  # columns
+    count,  # samples in all
+    k_per_program,  # samples of one program
+    k_splits,  # programs along the samples
     stride_k,
     stride_n,
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per block of columns."""
-    o_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    """One program per block of columns and split of the samples."""
+    i_n, i_split = split_program(k_splits)
+    k_start = i_split * k_per_program
+    k_stop = tl.minimum(k_start + k_per_program, K)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
     m_n = o_n < N
     b_max = tl.full([BLOCK_N, 1], float("-inf"), dtype=DTYPE)  # [BLOCK_N, 1]
     b_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=DTYPE)  # [BLOCK_N, BLOCK_K]
-    for i_k in range(0, K, BLOCK_K):
+    for i_k in range(k_start, k_stop, BLOCK_K):
         o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
-        mask = m_n & (o_k < K)
+        mask = m_n & (o_k < k_stop)
         b_x = load(p_log_w, o_k * stride_k + o_n * stride_n, mask, DTYPE)
         b_x = tl.where(mask, b_x, float("-inf"))
         # tl.max may drop NaN, so it drops it everywhere; the sum keeps it.
@@ -70,14 +78,19 @@ def log_mean_exp_kernel(
         b_shift = finite_shift(b_new)
         # With an infinite maximum the sum will be infinite, and 0 times a rescaling must not make it NaN.
         b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
-        b_sum = b_sum * b_rescale + exp(b_x - b_shift)
+        b_term = exp(b_x - b_shift)
+        if p_part is not None:
+            b_term *= load(p_part, o_k * N + o_n, mask, DTYPE)
+        b_sum = b_sum * b_rescale + b_term
         b_max = b_new
     b_total = tl.sum(b_sum, axis=1, keep_dims=True)  # [BLOCK_N, 1]
     b_max = tl.where(b_total == b_total, b_max, b_total)
-    b_bound = b_max + log(b_total) - log(tl.zeros([BLOCK_N, 1], dtype=DTYPE) + K)
-    tl.store(p_bound + o_n, b_bound, mask=m_n)
-    tl.store(p_maximum + o_n, b_max, mask=m_n)
-    tl.store(p_total + o_n, b_total, mask=m_n)
+    if p_bound is not None:
+        b_bound = b_max + log(b_total) - log(tl.zeros([BLOCK_N, 1], dtype=DTYPE) + count)
+        tl.store(p_bound + o_n, b_bound, mask=m_n)
+    o_out = i_split.to(tl.int64) * N + o_n
+    tl.store(p_maximum + o_out, b_max, mask=m_n)
+    tl.store(p_total + o_out, b_total, mask=m_n)
 
 
 @triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["k_tiles"])
@@ -135,20 +148,31 @@ def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     bound, maximum, total = (torch.empty(n, dtype=accumulator(log_w), device=log_w.device) for _ in range(3))
     if n > 0:
         block_k, block_n = _tile(k, n)
-        log_mean_exp_kernel[(triton.cdiv(n, block_n),)](
-            log_w,
-            bound,
-            maximum,
-            total,
-            k,
-            n,
-            *strides(log_w, 2),
-            DTYPE=triton_dtype(bound.dtype),
-            BLOCK_K=block_k,
-            BLOCK_N=block_n,
-            num_warps=warps(bound.dtype),
-        )
+        k_tiles = max(triton.cdiv(k, block_k), 1)
+        splits = max(1, min(PROGRAMS // triton.cdiv(n, block_n), k // MIN_SAMPLES))
+        k_per_program = triton.cdiv(k_tiles, splits) * block_k
+        splits = max(triton.cdiv(k, k_per_program), 1)
+        if splits == 1:
+            _launch(log_w, None, bound, maximum, total, k, k_per_program)
+        else:
+            # The parts' sums count as weights beside exp of the parts' maxima.
+            parts = bound.new_empty((2, splits, n))
+            _launch(log_w, None, None, *parts, k, k_per_program)
+            _launch(*parts, bound, maximum, total, k, splits)
     return bound, maximum, total
+
+
+def _launch(log_w, part, bound, maximum, total, count, k_per_program):
+    k, n = log_w.shape
+    block_k, block_n = _tile(k, n)
+    splits = max(triton.cdiv(k, k_per_program), 1)
+    log_mean_exp_kernel[(splits * triton.cdiv(n, block_n),)](
+        log_w, part, bound, maximum, total, k, n, count, k_per_program, splits, *strides(log_w, 2),
+        DTYPE=triton_dtype(total.dtype),
+        BLOCK_K=block_k,
+        BLOCK_N=block_n,
+        num_warps=warps(total.dtype),
+    )  # fmt: skip
 
 
 def log_mean_exp_backward(

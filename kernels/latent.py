@@ -643,7 +643,6 @@ def _backward(
         None if t is None else torch.empty((tiles.k_splits, b, d), dtype=part(t), device=mu.device)
         for t in inputs
     ]
-    # The smaller tile leaves room for float64 too.
     rsample_backward_kernel[tiles.grid](
         grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, *grads,
         k, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits,
@@ -651,6 +650,7 @@ def _backward(
         *_inputs(mu, logvar, prior_mu, prior_logvar),
         PATH=path,
         **_constants(mu, lo, hi, tiles),
-        num_warps=NUM_WARPS,
+        # 16 bytes a thread; the smaller tile leaves room for float64 too.
+        num_warps=NUM_WARPS if mu.element_size() > 2 else NUM_WARPS // 2,
     )  # fmt: skip
     return tuple(g if g is None else sum_of_parts(g).to(t.dtype) for g, t in zip(grads, inputs, strict=True))

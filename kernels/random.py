@@ -13,6 +13,9 @@ import triton.language as tl
 
 from .common import log_of_parts, split_float, split_program, tile_width, triton_dtype, warps
 
+# Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): multipliers, and the key's increments.
+PHILOX_0, PHILOX_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+WEYL_0, WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 TWO_PI_HIGH = tl.constexpr(6.2831854820251465)
 TWO_PI_LOW = tl.constexpr(-1.7484556025237907e-07)
@@ -33,10 +36,20 @@ def philox_words(seed, o_k, o_b, o_j):
         o_k, o_b: int64 sample [BLOCK_K, 1, 1] and row [1, BLOCK_B, 1], offsets included.
         o_j: block of columns [1, 1, BLOCK_D // 4].
     """
-    # 32-bit counters, or tl.philox becomes Philox4x64. Broadcast late: the first rounds then work on few
-    # elements.
-    b_zero = tl.zeros([1, 1, 1], dtype=tl.uint32)
-    return tl.philox(seed, o_j.to(tl.uint32), o_b.to(tl.uint32), o_k.to(tl.uint32), b_zero)
+    # Broadcast late: the first rounds then work on few elements.
+    b_0, b_1, b_2 = o_j.to(tl.uint32), o_b.to(tl.uint32), o_k.to(tl.uint32)
+    b_3 = tl.zeros([1, 1, 1], dtype=tl.uint32)
+    key_0 = seed.to(tl.uint32)
+    key_1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        # Both halves of a product by one instruction, where tl.philox takes one for each.
+        b_p = b_0.to(tl.uint64) * PHILOX_0
+        b_q = b_2.to(tl.uint64) * PHILOX_1
+        b_0, b_2 = (b_q >> 32).to(tl.uint32) ^ b_1 ^ key_0, (b_p >> 32).to(tl.uint32) ^ b_3 ^ key_1
+        b_1, b_3 = b_q.to(tl.uint32), b_p.to(tl.uint32)
+        key_0 += WEYL_0
+        key_1 += WEYL_1
+    return b_0, b_1, b_2, b_3
 
 
 @triton.jit
