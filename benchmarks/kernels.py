@@ -31,8 +31,10 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-# Registers of a multiprocessor, and the most threads that it holds; of AMD's a SIMD's, in lanes.
+# Registers of a multiprocessor and the most threads that it holds; of AMD's vector units, the registers of a
+# lane and the most wavefronts.
 REGISTERS, THREADS = 65536, 2048
+AMD_REGISTERS, AMD_WAVES = 512, 8
 # Shared memory that one program may have: 163 KiB on the smallest of the above but AMD's, which has 64.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {
@@ -61,8 +63,9 @@ class Report:
         spills: bytes (AMD: registers) of a thread that went to memory.
         shared: bytes of a program.
         occupancy: the share of a multiprocessor's threads that the registers leave room for.
-        widths: argument → the least bytes that a thread loads or stores of it at once ("" → all of AMD's
-            loads and stores, of which the argument is not known).
+        widths: argument → the least bytes that a thread loads or stores of it at once; for AMD, where the
+            argument is not known, "widest" → the most.
+        narrow: of these, arguments that are large, have rows of whole 16 bytes, and are accessed by less.
         loop: instructions of an element in the innermost loop, 0 without a loop.
         instructions: of an element in all, those outside of loops shared by all tiles of a program, those of
             tiles' empty lanes included.
@@ -77,6 +80,7 @@ class Report:
     shared: int
     occupancy: float
     widths: dict[str, int]
+    narrow: list[str]
     loop: float
     instructions: float
     arithmetic: float
@@ -229,20 +233,49 @@ def compiled(kernel, arguments: dict, options: dict, target: str):
 
 def report(kernel, arguments: dict, options: dict, grid: tuple[int, ...], target: str, label: str) -> Report:
     """Compile one launch and read its code."""
+    (found,) = _reports_of_one((kernel, arguments, options), [(arguments, grid, label)], target)
+    return found
+
+
+def _reports_of_one(program: tuple, launches: list[tuple], target: str) -> list[Report]:
+    """Compile one program, (kernel, arguments, options), and report on it at each of its launches."""
+    kernel, arguments, options = program
     code = compiled(kernel, arguments, options, target)
     backend, capability, threads = TARGETS[target]
     threads *= options.get("num_warps", 4)
     if backend == "hip":
         text = code.asm["amdgcn"]
         field = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # noqa: E731
-        registers, spills = field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
-        widths = {"": min(_amd_widths(text), default=0)}
+        # Scalar registers that do not last are kept in a vector's lanes, and not in memory.
+        registers, spills = field("vgpr_count"), field("vgpr_spill_count")
+        widths = _amd_widths(text)
+        occupancy = AMD_REGISTERS // _rounded(registers) / AMD_WAVES
         loops = _loops(*_amd_instructions(text))
     else:
         registers, spills, assembly = _assembled(code.asm["ptx"], capability)
         pointers = [p.name for p in kernel.params if isinstance(arguments[p.name], torch.Tensor)]
         widths = access_widths(code.asm["ptx"], pointers)
+        occupancy = REGISTERS // (threads * _rounded(registers)) * threads / THREADS
         loops = _loops(*_nvidia_instructions(assembly))
+    common = {
+        "kernel": kernel.__name__,
+        "target": target,
+        "registers": registers,
+        "spills": spills,
+        "shared": code.metadata.shared,
+        "occupancy": min(1.0, occupancy),
+        "widths": widths,
+    }
+    return [
+        Report(launch=label, **common, **_costs(a, grid, threads, loops, widths))
+        for a, grid, label in launches
+    ]
+
+
+def _costs(
+    arguments: dict, grid: tuple[int, ...], threads: int, loops: tuple, widths: dict[str, int]
+) -> dict:
+    """What depends on the shapes: instructions of an element, and which arguments are large."""
     per_thread, steps, k_steps, waste = _tiling(arguments, grid, threads)
     inner, outer, all_ = loops
 
@@ -255,23 +288,24 @@ def report(kernel, arguments: dict, options: dict, grid: tuple[int, ...], target
     integer, special = (
         of_element(lambda x, p=p: sum(bool(p.match(i)) for i in x)) for p in (INTEGER, SPECIAL)
     )
-    tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor)]
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+    largest = max(t.numel() for t in tensors.values())
     # Several names of one tensor stand for several tensors.
-    moved = sum(t.numel() * t.element_size() for t in tensors) / max(t.numel() for t in tensors)
+    moved = sum(t.numel() * t.element_size() for t in tensors.values()) / largest
+    whole = [n for n, t in tensors.items() if t.dim() and t.shape[-1] * t.element_size() % 16 == 0]
+    large = ["widest"] if "widest" in widths else [n for n in whole if 32 * tensors[n].numel() >= largest]
     seconds = max(instructions, 2 * integer, 8 * special) / BEGUN
-    return Report(
-        kernel=kernel.__name__,
-        launch=label,
-        target=target,
-        registers=registers,
-        spills=spills,
-        shared=code.metadata.shared,
-        occupancy=min(1.0, REGISTERS // (threads * 8 * math.ceil(registers / 8)) * threads / THREADS),
-        widths=widths,
-        loop=round(len(inner) / per_thread, 1),
-        instructions=round(instructions, 1),
-        arithmetic=round(seconds / (moved / COPIED), 2),
-    )
+    return {
+        "narrow": [n for n in large if widths.get(n, 0) < 16],
+        "loop": round(len(inner) / per_thread, 1),
+        "instructions": round(instructions, 1),
+        "arithmetic": round(seconds / (moved / COPIED), 2),
+    }
+
+
+def _rounded(registers: int) -> int:
+    """Registers are handed out in eights."""
+    return 8 * math.ceil(registers / 8)
 
 
 def _tiling(arguments: dict, grid: tuple[int, ...], threads: int) -> tuple[float, float, float, float]:
@@ -339,11 +373,11 @@ def access_widths(ptx: str, pointers: list[str]) -> dict[str, int]:
     return widths
 
 
-def _amd_widths(text: str) -> list[int]:
-    """Bytes that a thread loads or stores at once, of every such instruction."""
+def _amd_widths(text: str) -> dict[str, int]:
+    """The most bytes that a thread loads or stores at once."""
     units = {"dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
     found = re.findall(r"\b(?:global|buffer)_(?:load|store)_(dword|u?short|u?byte)(?:x(\d))?", text)
-    return [units[unit] * int(n or 1) for unit, n in found]
+    return {"widest": max((units[unit] * int(n or 1) for unit, n in found), default=0)}
 
 
 def _nvidia_instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
@@ -388,24 +422,40 @@ def _loops(instructions: list[str], labels: dict[str, int]) -> tuple[list[str], 
     return instructions[slice(*inner)], instructions[slice(*outer)], instructions
 
 
-def _reports(job: tuple[str, int]) -> list[Report]:
-    """Compile what one labelled call launches, for one target."""
-    target, index = job
-    label, call = list(launches())[index]
-    return [report(*launch, target, label) for launch in recorded(call)]
+def _programs(target: str, patterns: list[re.Pattern]) -> list[list[tuple[int, int]]]:
+    """Launches, by the numbers of call and of launch within it, that share a compiled program."""
+    from fastvae.kernels import common
+
+    common.LANES = TARGETS[target][2]
+    programs: dict[str, list[tuple[int, int]]] = {}
+    for i, (label, call) in enumerate(launches()):
+        # float64 once is enough: nobody tunes it.
+        if (target == "sm_90" or "float64" not in label) and all(
+            p.search(f"{target} {label}") for p in patterns
+        ):
+            for j, (kernel, arguments, options, _) in enumerate(recorded(call)):
+                key = f"{kernel.__name__} {specialisation(kernel, arguments)} {options}"
+                programs.setdefault(key, []).append((i, j))
+    return list(programs.values())
+
+
+def _reports(job: tuple[str, list[tuple[int, int]]]) -> list[Report]:
+    """Compile one program for one target, and report on its launches."""
+    from fastvae.kernels import common
+
+    target, numbers = job
+    common.LANES = TARGETS[target][2]
+    calls = list(launches())
+    found = [(calls[i][0], recorded(calls[i][1])[j]) for i, j in numbers]
+    (kernel, arguments, options, _) = found[0][1]
+    shapes = [(launch[1], launch[3], label) for label, launch in found]
+    return _reports_of_one((kernel, arguments, options), shapes, target)
 
 
 def reports(patterns: list[str] = (), jobs: int | None = None) -> Iterator[Report]:
     """A report for every launch and target whose "target label" all the patterns match."""
     chosen = [re.compile(p) for p in patterns]
-    # float64 once is enough: nobody tunes it.
-    work = [
-        (target, i)
-        for target in TARGETS
-        for i, (label, _) in enumerate(launches())
-        if (target == "sm_90" or "float64" not in label)
-        and all(p.search(f"{target} {label}") for p in chosen)
-    ]
+    work = [(target, numbers) for target in TARGETS for numbers in _programs(target, chosen)]
     jobs = jobs or min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for found in pool.map(_reports, work):
@@ -419,11 +469,12 @@ HEAD = (
 
 
 def row(r: Report) -> str:
-    widths = " ".join(f"{n.removeprefix('p_') or 'any'} {w}" for n, w in r.widths.items())
+    widths = " ".join(f"{n.removeprefix('p_')} {w}" for n, w in r.widths.items())
     name = r.launch if r.launch.partition(" ")[0] in r.kernel else f"{r.kernel}: {r.launch}"
     return (
         f"{r.target:7} {name:91} {r.registers:3} {r.occupancy:4.0%} {r.spills:5} {r.shared:6}"
         f" {r.loop:6.1f} {r.instructions:6.1f} {r.arithmetic:5.2f}  {widths}"
+        + (f"  ◄ narrow: {', '.join(r.narrow)}" if r.narrow else "")
     )
 
 

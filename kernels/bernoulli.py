@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import (
-    TILE,
-    TILE_BACKWARD,
+    LAUNCH,
     accumulator,
     event_offsets,
     event_tiles,
@@ -28,7 +27,6 @@ from .common import (
     strides,
     sum_of_parts,
     triton_dtype,
-    warps,
 )
 
 # Tiles of a row for one program: the product of four factors of up to 2 from each must stay below 2^127.
@@ -98,7 +96,8 @@ def bernoulli_log_prob_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["K", "B", "k_per_program", "x_tiles"], do_not_specialize_on_alignment=["k_splits"]
+    do_not_specialize=["K", "B", "k_per_program", "x_tiles"],
+    do_not_specialize_on_alignment=["k_splits", "stride_grad_k", "stride_grad_b"],
 )
 def bernoulli_log_prob_backward_kernel(
     p_grad,  # [K, B] gradient of the log-likelihood
@@ -168,13 +167,14 @@ def bernoulli_log_prob(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     dtype = accumulator(x, logits)
     if logits.numel() == 0:
         return torch.zeros((k, b), dtype=dtype, device=logits.device)
-    tiles = event_tiles(k, b, size, TILE, most_tiles=MOST_TILES)
+    launch = LAUNCH["likelihood"]
+    tiles = event_tiles(k, b, size, launch.tile, most_tiles=MOST_TILES)
     out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=logits.device)
     bernoulli_log_prob_kernel[tiles.grid](
         x, logits, out, k, b, size, tiles.k_splits, tiles.x_tiles, *strides(x, 2), *strides(logits, 3),
         DTYPE=triton_dtype(dtype),
         **tiles.blocks,
-        num_warps=warps(dtype),
+        num_warps=launch.warps(dtype),
     )  # fmt: skip
     return sum_of_parts(out)
 
@@ -188,7 +188,8 @@ def bernoulli_log_prob_backward(
     if logits.numel() == 0 or not any(need):
         return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, logits), need, strict=True))
     dtype = accumulator(x, logits)
-    tiles = event_tiles(k, b, size, TILE_BACKWARD, merge_k=need_x)
+    launch = LAUNCH["likelihood_backward"]
+    tiles = event_tiles(k, b, size, launch.tile, merge_k=need_x)
     grad_x = grad_logits = None
     if need_x:
         part = x.dtype if tiles.k_splits == 1 else dtype
@@ -202,7 +203,7 @@ def bernoulli_log_prob_backward(
         MERGE_K=tiles.k_per_program > tiles.block_k,
         DTYPE=triton_dtype(dtype),
         **tiles.blocks,
-        num_warps=warps(dtype),
+        num_warps=launch.warps(dtype),
     )  # fmt: skip
     if need_x:
         grad_x = sum_of_parts(grad_x).to(x.dtype)

@@ -25,13 +25,40 @@ SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 # Triton's interpreter truncates to bfloat16 and mangles its denormals; there the casts are made of bits.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Elements of a likelihood tile, and its warps: 16 elements a thread, four 16-byte loads of float32 in flight
-# per operand, and about 100 registers with the exponential's temporaries; twice that halves the occupancy.
-TILE = 2048
-# The backward passes also hold their sums and two results: half as much a thread, or they spill.
-TILE_BACKWARD = 1024
-NUM_WARPS = 4
-# Columns of a likelihood tile: the remaining factor goes to samples, which share x, and to rows.
+# Lanes of a warp: AMD's compute cards have wavefronts of 64.
+LANES = 64 if torch.version.hip else 32
+
+
+class Launch(NamedTuple):
+    """Elements of a tile; threads of a program, by the precision of the computation (half: of the data)."""
+
+    tile: int
+    single: int
+    double: int
+    half: int
+
+    def warps(self, dtype: torch.dtype) -> int:
+        threads = {2: self.half, 4: self.single, 8: self.double}[dtype.itemsize]
+        return threads // LANES
+
+
+# Launch parameters, and why (`python -m benchmarks kernels` shows what comes of them). No autotuning: a
+# choice made by timing would change the order of sums, and with it bits, from run to run.
+LAUNCH = {
+    # With noise: 8 elements, two Philox blocks, a thread; the ten rounds' registers bound it.
+    "latent": Launch(1024, 128, 256, 128),
+    # Up to four sums besides: half as much a thread, or float64 spills. Half precision needs 8 elements a
+    # thread for 16 bytes.
+    "latent_backward": Launch(512, 128, 128, 64),
+    # 16 elements a thread: four 16-byte loads of float32 in flight for each operand. Twice that halves the
+    # occupancy.
+    "likelihood": Launch(2048, 128, 256, 128),
+    # Sums and two results besides: half as much a thread, or they spill.
+    "likelihood_backward": Launch(1024, 128, 256, 128),
+    # As the likelihoods: one operand, and little arithmetic.
+    "importance": Launch(2048, 128, 256, 128),
+}
+# Columns of a likelihood's tile at most: the remaining factor goes to samples, which share x, and to rows.
 TILE_X = 512
 # Programs to aim at when work is split or merged: several for each of some 130 multiprocessors. A constant
 # and not the device's count, so that the order of sums, and with it every bit, is the same on every GPU of an
@@ -318,11 +345,6 @@ def event_tiles(
 def accumulator(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype that is computed and summed in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def warps(dtype: torch.dtype) -> int:
-    """Warps of a program: twice as many in float64, whose elements take two registers each."""
-    return 2 * NUM_WARPS if dtype == torch.float64 else NUM_WARPS
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import (
-    TILE,
-    TILE_BACKWARD,
+    LAUNCH,
     accumulator,
     event_offsets,
     event_tiles,
@@ -25,7 +24,6 @@ from .common import (
     strides,
     sum_of_parts,
     triton_dtype,
-    warps,
 )
 
 LOG_2_PI = tl.constexpr(1.8378770664093453)
@@ -115,7 +113,7 @@ def gaussian_log_prob_kernel(
 
 @triton.jit(
     do_not_specialize=["K", "B", "k_per_program", "b_per_program", "x_tiles"],
-    do_not_specialize_on_alignment=["k_splits"],
+    do_not_specialize_on_alignment=["k_splits", "stride_grad_k", "stride_grad_b"],
 )
 def gaussian_log_prob_backward_kernel(
     p_grad,  # [K, B] gradient of the log-likelihood
@@ -237,7 +235,8 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor)
     dtype = accumulator(x, mean, logvar)
     if mean.numel() == 0:
         return torch.zeros((k, b), dtype=dtype, device=mean.device)
-    tiles = event_tiles(k, b, size, TILE)
+    launch = LAUNCH["likelihood"]
+    tiles = event_tiles(k, b, size, launch.tile)
     out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=mean.device)
     gaussian_log_prob_kernel[tiles.grid](
         x, mean, logvar, out, k, b, size, tiles.k_splits, tiles.x_tiles,
@@ -245,7 +244,7 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor)
         **_varies(logvar),
         DTYPE=triton_dtype(dtype),
         **tiles.blocks,
-        num_warps=warps(dtype),
+        num_warps=launch.warps(dtype),
     )  # fmt: skip
     return sum_of_parts(out)
 
@@ -270,8 +269,9 @@ def gaussian_log_prob_backward(
     # A sum over samples or rows is the shorter the more of them a program takes; a sum over a row needs one
     # block of rows.
     column = layout.value == COLUMN.value
+    launch = LAUNCH["likelihood_backward"]
     tiles = event_tiles(
-        k, b, size, TILE_BACKWARD, merge_k=(need_x or column) and layout.value != ROW.value, merge_b=column
+        k, b, size, launch.tile, merge_k=(need_x or column) and layout.value != ROW.value, merge_b=column
     )
     grad_x = grad_mean = grad_logvar = None
     if need_x:
@@ -297,7 +297,7 @@ def gaussian_log_prob_backward(
         **_varies(logvar),
         DTYPE=triton_dtype(dtype),
         **tiles.blocks,
-        num_warps=warps(dtype),
+        num_warps=launch.warps(dtype),
     )  # fmt: skip
     if need_x:
         grad_x = sum_of_parts(grad_x).to(x.dtype)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    LAUNCH,
     PROGRAMS,
     accumulator,
     exp,
@@ -21,15 +22,14 @@ from .common import (
     store,
     strides,
     triton_dtype,
-    warps,
 )
 
-# Elements of a tile: 16 a thread, enough loads in flight to hide the latency of memory.
-TILE = 2048
 # Columns of a tile. With few, 8 float32: they fill a 32-byte sector, which is what memory hands out, and
 # leave more programs. With many, enough for a thread to have all of a tile's samples: fewer exchanges.
 TILE_N, TILE_N_WIDE = 8, 256
 MANY_COLUMNS = 16384
+# Elements of a tile at least, where samples are few: 16 bytes a thread.
+MIN_TILE = 512
 # Samples that a program takes at least, if they are split for want of programs: the parts cost another
 # kernel.
 MIN_SAMPLES = 512
@@ -135,8 +135,10 @@ def log_mean_exp_backward_kernel(
 
 def _tile(k: int, n: int) -> tuple[int, int]:
     """(BLOCK_K, BLOCK_N): columns along lanes, the remaining factor to samples."""
-    block_n = min(triton.next_power_of_2(n), TILE_N_WIDE if n >= MANY_COLUMNS else TILE_N)
-    return min(triton.next_power_of_2(k), TILE // block_n), block_n
+    block_k = triton.next_power_of_2(k)
+    block_n = TILE_N_WIDE if n >= MANY_COLUMNS else max(TILE_N, MIN_TILE // block_k)
+    block_n = min(triton.next_power_of_2(n), block_n)
+    return min(block_k, LAUNCH["importance"].tile // block_n), block_n
 
 
 def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -171,7 +173,7 @@ def _launch(log_w, part, bound, maximum, total, count, k_per_program):
         DTYPE=triton_dtype(total.dtype),
         BLOCK_K=block_k,
         BLOCK_N=block_n,
-        num_warps=warps(total.dtype),
+        num_warps=LAUNCH["importance"].warps(total.dtype),
     )  # fmt: skip
 
 
@@ -205,6 +207,6 @@ def log_mean_exp_backward(
             DTYPE=triton_dtype(dtype),
             BLOCK_K=block_k,
             BLOCK_N=block_n,
-            num_warps=warps(dtype),
+            num_warps=LAUNCH["importance"].warps(dtype),
         )
     return out

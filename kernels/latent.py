@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .common import (
-    NUM_WARPS,
+    LAUNCH,
     PROGRAMS,
     accumulator,
     exp,
@@ -26,9 +26,8 @@ from .common import (
     strides,
     sum_of_parts,
     triton_dtype,
-    warps,
 )
-from .random import TILE, TILE_BACKWARD, noise_tile, normals
+from .random import noise_tile, normals
 
 # Steps of a backward program's loop over samples. At least: every split writes its part of the sums, in vain
 # if it is short. At most: float32 sums of that length are as good as torch's blockwise ones.
@@ -282,11 +281,18 @@ def store_part(p_x, b_x, i_split, o_b, o_d, B, D):
 
 @triton.jit(
     do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"],
-    do_not_specialize_on_alignment=["d_splits"],
+    # Of the strides those of one number a row: they change with the batch, and it does not help to know them.
+    do_not_specialize_on_alignment=[
+        "d_splits",
+        "stride_grad_log_ratio_k",
+        "stride_grad_log_ratio_b",
+        "stride_weight_k",
+        "stride_weight_b",
+    ],
 )
 def rsample_backward_kernel(
     p_grad_z,  # [K, B, D] gradient of z, or None
-    p_grad_kl,  # [B, D] gradient of the KL, or None
+    p_grad_kl,  # [B], or [B, D] with PER_DIMENSION, gradient of the KL, or None
     p_grad_log_ratio,  # [K, B] gradient of the log-ratio, or None
     p_weight,  # [K, B] factor of what reaches mu and logvar, or None
     p_mu,  # [B, D] mean of q
@@ -325,6 +331,7 @@ def rsample_backward_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
+    PER_DIMENSION: tl.constexpr,  # the KL is [B, D] instead of [B]
     PATH: tl.constexpr,  # drop log q's own dependence on (mu, logvar)
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
@@ -410,13 +417,15 @@ def rsample_backward_kernel(
             if p_grad_logvar is not None:
                 s_logvar += b_h * b_eps
 
-    b_kl = tl.zeros(
-        [1, BLOCK_B, BLOCK_D], dtype=DTYPE
-    )  # [1, BLOCK_B, BLOCK_D] gradient of the KL, 0 but in one split
+    # Gradient of the KL, 0 but in one split.
+    b_kl = tl.zeros([1, BLOCK_B, 1], dtype=DTYPE)  # [1, BLOCK_B, 1 or BLOCK_D]
     b_ratio = b_kl
     if p_grad_kl is not None:
-        o_kl = o_b * stride_grad_kl_b + o_d * stride_grad_kl_d
-        b_kl = load(p_grad_kl, o_kl, (o_b < B) & (o_d < D), DTYPE)
+        if PER_DIMENSION:
+            o_kl = o_b * stride_grad_kl_b + o_d * stride_grad_kl_d
+            b_kl = load(p_grad_kl, o_kl, (o_b < B) & (o_d < D), DTYPE)
+        else:
+            b_kl = load(p_grad_kl, o_b * stride_grad_kl_b, o_b < B, DTYPE)  # [1, BLOCK_B, 1]
         b_ratio, _ = expm1_parts(b_logvar - b_prior_logvar)
     b_push = b_kl * b_delta * b_precision
     if p_grad_mu is not None:
@@ -509,7 +518,7 @@ def rsample_kl(
     z = torch.empty((samples, b, d), dtype=mu.dtype, device=mu.device)
     if mu.numel() == 0:
         return z, mu.new_zeros((b, d) if per_dimension else b, dtype=accumulator(mu))
-    tiles = latent_tiles(samples, b, d, TILE, loop_d=True)
+    tiles = latent_tiles(samples, b, d, LAUNCH["latent"].tile, loop_d=True)
     shape = (b, d) if per_dimension else (tiles.d_splits, b)
     kl = torch.empty(shape, dtype=accumulator(mu), device=mu.device)
     rsample_kl_kernel[tiles.grid](
@@ -519,7 +528,7 @@ def rsample_kl(
         LOOP_D=tiles.d_tiles > 1,
         PER_DIMENSION=per_dimension,
         **_constants(mu, logvar_min, logvar_max, tiles),
-        num_warps=warps(kl.dtype),
+        num_warps=LAUNCH["latent"].warps(kl.dtype),
     )  # fmt: skip
     return z, kl if per_dimension else sum_of_parts(kl)
 
@@ -542,14 +551,14 @@ def rsample_log_ratio(
     z = torch.empty((samples, b, d), dtype=mu.dtype, device=mu.device)
     if z.numel() == 0:
         return z, mu.new_zeros((samples, b), dtype=accumulator(mu))
-    tiles = latent_tiles(samples, b, d, TILE)
+    tiles = latent_tiles(samples, b, d, LAUNCH["latent"].tile)
     log_ratio = torch.empty((tiles.d_splits, samples, b), dtype=accumulator(mu), device=mu.device)
     rsample_log_ratio_kernel[tiles.grid](
         mu, logvar, prior_mu, prior_logvar, seed, z, log_ratio,
         samples, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits,
         *_inputs(mu, logvar, prior_mu, prior_logvar),
         **_constants(mu, logvar_min, logvar_max, tiles),
-        num_warps=warps(log_ratio.dtype),
+        num_warps=LAUNCH["latent"].warps(log_ratio.dtype),
     )  # fmt: skip
     return z, sum_of_parts(log_ratio)
 
@@ -588,8 +597,6 @@ def rsample_kl_backward(
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
-    if grad_kl is not None and grad_kl.dim() == 1:
-        grad_kl = grad_kl[:, None].expand(mu.shape)
     return _backward(
         grad_z, grad_kl, None, None, mu, logvar, prior_mu, prior_logvar, seed,
         samples, sample_offset, row_offset, logvar_min, logvar_max, False, need,
@@ -634,10 +641,13 @@ def _backward(
     inputs = [t if n else None for t, n in zip((mu, logvar, prior_mu, prior_logvar), need, strict=True)]
     if mu.numel() == 0 or not any(t is not None for t in inputs):
         return tuple(None if t is None else torch.empty_like(t) for t in inputs)
+    per_dimension = grad_kl is not None and grad_kl.dim() == 2
+    stride_kl = strides(grad_kl, 2) if per_dimension else (*strides(grad_kl, 1), 0)
     # The KL alone asks for no sample.
     k = 1 if grad_z is None and grad_log_ratio is None else k
     # Every split writes its part of the sums, in vain if its loop is short; a long one loses accuracy.
-    tiles = latent_tiles(k, b, d, TILE_BACKWARD, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
+    launch = LAUNCH["latent_backward"]
+    tiles = latent_tiles(k, b, d, launch.tile, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
     part = (lambda t: t.dtype) if tiles.k_splits == 1 else (lambda t: accumulator(mu))
     grads = [
         None if t is None else torch.empty((tiles.k_splits, b, d), dtype=part(t), device=mu.device)
@@ -646,11 +656,11 @@ def _backward(
     rsample_backward_kernel[tiles.grid](
         grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, *grads,
         k, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits,
-        *strides(grad_z, 3), *strides(grad_kl, 2), *strides(grad_log_ratio, 2), *strides(weight, 2),
+        *strides(grad_z, 3), *stride_kl, *strides(grad_log_ratio, 2), *strides(weight, 2),
         *_inputs(mu, logvar, prior_mu, prior_logvar),
+        PER_DIMENSION=per_dimension,
         PATH=path,
         **_constants(mu, lo, hi, tiles),
-        # 16 bytes a thread; the smaller tile leaves room for float64 too.
-        num_warps=NUM_WARPS if mu.element_size() > 2 else NUM_WARPS // 2,
+        num_warps=launch.warps(mu.dtype),
     )  # fmt: skip
     return tuple(g if g is None else sum_of_parts(g).to(t.dtype) for g, t in zip(grads, inputs, strict=True))

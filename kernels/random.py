@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import log_of_parts, split_float, split_program, tile_width, triton_dtype, warps
+from .common import LAUNCH, accumulator, log_of_parts, split_float, split_program, tile_width, triton_dtype
 
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): multipliers, and the key's increments.
 PHILOX_0, PHILOX_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
@@ -19,12 +19,6 @@ WEYL_0, WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 TWO_PI_HIGH = tl.constexpr(6.2831854820251465)
 TWO_PI_LOW = tl.constexpr(-1.7484556025237907e-07)
-
-# Elements of a tile with noise, and its warps: 8 elements, two Philox blocks, a thread. The registers of the
-# ten rounds bound it.
-TILE = 1024
-# The backward passes also hold up to four sums: half as much a thread, or they spill.
-TILE_BACKWARD = 512
 
 
 @triton.jit
@@ -171,7 +165,7 @@ def noise_kernel(
     tl.store(p_out + (o_k * B + o_b) * D + o_d, b_out, mask=(o_k < K) & (o_b < B) & (o_d < D))
 
 
-def noise_tile(k: int, b: int, d: int, tile: int = TILE) -> tuple[int, int, int]:
+def noise_tile(k: int, b: int, d: int, tile: int) -> tuple[int, int, int]:
     """(BLOCK_K, BLOCK_B, BLOCK_D) of a tile with noise.
 
     Rows before samples: what depends on the row alone is then computed once.
@@ -187,7 +181,7 @@ def _launch(out: torch.Tensor, seed: torch.Tensor, sample_offset: int, row_offse
     k, b, d = out.shape
     if out.numel() == 0:
         return out
-    block_k, block_b, block_d = noise_tile(k, b, d)
+    block_k, block_b, block_d = noise_tile(k, b, d, LAUNCH["latent"].tile)
     k_tiles = triton.cdiv(k, block_k)
     noise_kernel[k_tiles * triton.cdiv(b, block_b), triton.cdiv(d, block_d)](
         seed,
@@ -203,7 +197,7 @@ def _launch(out: torch.Tensor, seed: torch.Tensor, sample_offset: int, row_offse
         BLOCK_K=block_k,
         BLOCK_B=block_b,
         BLOCK_D=block_d,
-        num_warps=warps(out.dtype),
+        num_warps=LAUNCH["latent"].warps(accumulator(out)),
     )
     return out
 

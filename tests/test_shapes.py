@@ -1,0 +1,216 @@
+"""Any shape: rows longer than a tile, few rows, millions of rows, one column, and more than 2^31 elements."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import ops
+
+from .compare import assert_accurate
+from .conftest import CUDA, DEVICE
+
+FREE = (-math.inf, math.inf)
+SEED = torch.tensor(3)
+interpreted = pytest.mark.skipif(CUDA, reason="needs the addresses of Triton's interpreter")
+
+
+def of_addresses(*shape: int, stride: tuple[int, ...] | None = None, dtype=torch.bfloat16) -> torch.Tensor:
+    """A tensor without memory behind it: only its addresses may be used."""
+    stride = stride or tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    elements = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    buffer = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, stride)
+
+
+@pytest.fixture
+def no_poison():
+    """The results of these tests are larger than memory; nobody may fill them."""
+    before, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def ends(grid):
+    """The first program and the last."""
+    return [(0, 0, 0), tuple(n - 1 for n in grid)]
+
+
+def assert_reaches_the_ends(launch, *names: str) -> None:
+    """First and last element were accessed; all else is in range, or recording would have failed."""
+    for name in names:
+        tensor = launch.tensors[name]
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        offsets = [o for part in (launch.loads, launch.stores) for o in part.get(name, [])]
+        assert offsets and min(int(o.min()) for o in offsets) == 0, f"{launch.kernel}: {name}"
+        assert max(int(o.max()) for o in offsets) == last * tensor.element_size(), name
+        assert last > 2**31, name
+
+
+@interpreted
+def test_more_elements_than_int32(no_poison):
+    """Offsets are int64 in every kernel: the last program reaches the last of more than 2^31 elements."""
+    from fastvae.kernels import bernoulli, gaussian, importance, latent, random
+
+    from .traffic import recorded
+
+    k, b, x = 2, 2**20 + 3, 1100
+    q, wide = (of_addresses(b, x), of_addresses(b, x)), of_addresses(k, b, x)
+    data, grad = of_addresses(b, x), of_addresses(k, b, dtype=torch.float32)
+    arguments = (*q, None, None, SEED, k, 0, 0, *FREE)
+    need = [True, True, False, False]
+    long = [of_addresses(2 * b, x) for _ in range(3)]
+    for call, names in (
+        (lambda: latent.rsample_kl(*arguments, False), ["p_z"]),
+        (lambda: latent.rsample_log_ratio(*arguments, "iwae"), ["p_z"]),
+        (lambda: latent.rsample_kl_backward(wide, None, *arguments, need), ["p_grad_z"]),
+        (
+            lambda: latent.rsample_kl_backward(None, *long, None, None, SEED, 1, 0, 0, *FREE, need),
+            ["p_mu", "p_logvar", "p_grad_kl", "p_grad_mu", "p_grad_logvar"],
+        ),
+        (lambda: bernoulli.bernoulli_log_prob(data, wide), ["p_logits"]),
+        (
+            lambda: bernoulli.bernoulli_log_prob_backward(grad, data, wide, [False, True]),
+            ["p_logits", "p_grad_logits"],
+        ),
+        (lambda: gaussian.gaussian_log_prob(data, wide, wide), ["p_mean"]),
+        (
+            lambda: gaussian.gaussian_log_prob_backward(grad, data, wide, wide, [False, True, True]),
+            ["p_mean", "p_grad_mean", "p_grad_logvar"],
+        ),
+        (lambda: importance.log_mean_exp(wide.view(2 * 1100, b)), ["p_log_w"]),
+        (
+            lambda: importance.log_mean_exp_backward(grad[0], wide.view(2 * 1100, b), grad[0], grad[1]),
+            ["p_log_w", "p_out"],
+        ),
+        (lambda: random.normal(SEED, k, b, x), ["p_out"]),
+    ):
+        with recorded(touch=False, programs=ends) as launches:
+            call()
+        assert_reaches_the_ends(launches[0], *names)
+
+
+@interpreted
+def test_strides_beyond_int32():
+    """Rows, samples and columns that lie more than 2^31 elements apart."""
+    from fastvae.kernels import bernoulli, gaussian, importance, latent
+
+    from .traffic import recorded
+
+    far = 2**31 + 64
+    row, column = ((far, 1), (1, far))
+    for stride in (row, column):
+        mu, logvar, data, grad_kl = (of_addresses(2, 3, stride=stride) for _ in range(4))
+        grad_z = of_addresses(2, 2, 3, stride=(4, *stride))
+        arguments = (mu, logvar, None, None, SEED, 2, 0, 0, *FREE)
+        log_w = of_addresses(3, 2, stride=stride)
+        for call, names in (
+            (lambda: latent.rsample_kl(*arguments, False), ["p_mu", "p_logvar"]),  # noqa: B023
+            (lambda: latent.rsample_log_ratio(*arguments, "iwae"), ["p_mu", "p_logvar"]),  # noqa: B023
+            (
+                lambda: latent.rsample_kl_backward(grad_z, grad_kl, *arguments, [True, True, False, False]),  # noqa: B023
+                ["p_mu", "p_logvar", "p_grad_z", "p_grad_kl"],
+            ),
+            (lambda: bernoulli.bernoulli_log_prob(data, grad_z), ["p_x", "p_logits"]),  # noqa: B023
+            (lambda: gaussian.gaussian_log_prob(data, grad_z, grad_z), ["p_x", "p_mean"]),  # noqa: B023
+            (lambda: importance.log_mean_exp(log_w), ["p_log_w"]),  # noqa: B023
+        ):
+            with recorded(touch=False) as launches:
+                call()
+            assert_reaches_the_ends(launches[0], *names)
+
+
+SHAPES = {
+    "one long row": (1, 1, 30_001),
+    "few long rows": (1, 3, 3 * 32 * 32),
+    "long rows, several samples": (3, 2, 2100),
+    "many short rows": (1, 3001, 3),
+    "one column": (2, 777, 1),
+    "one of everything": (1, 1, 1),
+    "many samples of one row": (2001, 1, 2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_latent_shapes(backend, shape):
+    """z, KL and the gradients against float64, whose noise is the same."""
+    k, b, d = shape
+    mu, logvar = (torch.randn(b, d, device=DEVICE) for _ in range(2))
+
+    def run(dtype):
+        q = [t.to(dtype).requires_grad_() for t in (mu, logvar)]
+        z, kl = ops.rsample_kl(*q, samples=k, seed=SEED.to(DEVICE))
+        y, ratio = ops.rsample_log_ratio(*q, samples=k, seed=SEED.to(DEVICE))
+        grads = torch.autograd.grad((z.sin().sum() + kl.sum(), ratio.sum()), q)
+        return z, kl, ratio, *grads
+
+    actual = run(torch.float32)
+    with fastvae.use_backend("reference"):
+        eager, exact = run(torch.float32), run(torch.float64)
+    # The magnitudes of the terms of each sum.
+    z, m, v = exact[0].detach().abs(), mu.double(), logvar.double()
+    sigma = torch.exp(0.5 * v)
+    eps = ((exact[0].detach() - m) / sigma).abs()
+    scales = {
+        "z": z + m.abs(),
+        "kl": 0.5 * (m**2 + v.exp() + 1 + v.abs()).sum(-1),
+        "log ratio": 0.5 * (eps**2 + z**2 + v.abs()).sum(-1),
+        "mu's gradient": (1 + z).sum(0) + m.abs(),
+        "logvar's gradient": (0.5 * sigma * eps * (1 + z) + 0.5).sum(0) + 0.5 * (v.exp() + 1),
+    }
+    for (name, scale), a, e, x in zip(scales.items(), actual, eager, exact, strict=True):
+        assert_accurate(name, a, e, x, scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_likelihood_shapes(backend, shape):
+    k, b, x = shape
+    data, mean, logvar = (torch.randn(*s, device=DEVICE) for s in ((b, x), (k, b, x), (k, b, x)))
+    data = data.sigmoid()
+
+    def run(dtype):
+        parameters = [t.to(dtype).requires_grad_() for t in (mean, logvar)]
+        normal = ops.gaussian_log_prob(data.to(dtype), *parameters)
+        coin = ops.bernoulli_log_prob(data.to(dtype), parameters[0])
+        return normal, coin, *torch.autograd.grad((normal.sum(), coin.sum()), parameters)
+
+    actual = run(torch.float32)
+    with fastvae.use_backend("reference"):
+        eager, exact = run(torch.float32), run(torch.float64)
+    for name, a, e, w in zip(("gaussian", "bernoulli", "mean", "logvar"), actual, eager, exact, strict=True):
+        scale = w.abs() + (x if w.dim() == 2 else 1)
+        assert_accurate(name, a, e, w, scale)
+
+
+@pytest.mark.parametrize("k, n", [(20_001, 1), (3000, 3), (1, 5000), (2, 40_001), (600, 17)])
+def test_importance_shapes(backend, k, n):
+    """Samples that are split over programs, with -inf, inf and NaN in some columns."""
+    log_w = 30 * torch.randn(k, n, dtype=torch.float64, device=DEVICE)
+    log_w[-1, 0] = -math.inf
+    if n > 5:
+        log_w[:, 1] = -math.inf
+        log_w[k // 2, 2] = math.inf
+        log_w[k // 2, 3] = math.nan
+
+    def run(dtype):
+        w = log_w.to(dtype).requires_grad_()
+        bound = ops.log_mean_exp(w)
+        return bound, *torch.autograd.grad(bound.sum(), w)
+
+    actual = run(torch.float32)
+    with fastvae.use_backend("reference"):
+        eager, exact = run(torch.float32), run(torch.float64)
+    assert_accurate("bound", actual[0], eager[0], exact[0], 1 + exact[0].abs())
+    # Rounding log w to float32 moves the weights. What an infinite weight leaves of the others is nobody's
+    # business, but NaN spoils its column alone.
+    columns = [i for i in range(n) if n <= 5 or i not in (2, 3)]
+    torch.testing.assert_close(actual[1][:, columns].double(), exact[1][:, columns], rtol=0, atol=2e-5)
+    assert n <= 5 or bool(actual[1][:, 3].isnan().all())

@@ -1,0 +1,308 @@
+"""Every kernel moves the least: inputs are read once, outputs written once, and nothing else is touched."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fastvae.kernels import bernoulli, common, gaussian, importance, latent
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .conftest import CUDA
+from .traffic import Launch, recorded
+
+pytestmark = pytest.mark.skipif(CUDA, reason="counts the accesses of Triton's interpreter")
+
+FREE = (-math.inf, math.inf)
+SEED = torch.tensor(3)
+# What a launcher may do besides launching: allocate, look at a tensor in another shape, cast the results of
+# split sums to half precision, and add the parts of a split sum.
+ALLOWED = {"empty", "new_empty", "view", "select", "unsqueeze", "unbind", "_to_copy"}
+
+
+class Called(TorchDispatchMode):
+    """The names of the operations of torch that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def run(call) -> list[Launch]:
+    """The launches of a call that does nothing else to memory than to add the parts of split sums."""
+    with recorded() as launches, Called() as called:
+        results = call()
+    parts = [t for launch in launches for t in _parts(launch, results)]
+    assert called.names <= ALLOWED | ({"sum"} if parts else set()), called.names
+    return launches
+
+
+def _parts(launch: Launch, results) -> list[torch.Tensor]:
+    """What a launch stores that is no result of the call."""
+    results = results if isinstance(results, tuple) else (results,)
+    kept = {t.data_ptr() for t in results if t is not None}
+    return [launch.tensors[name] for name in launch.stores if launch.tensors[name].data_ptr() not in kept]
+
+
+def assert_least(launch: Launch, again: dict[str, int] = {}) -> None:  # noqa: B006 (it is only read)
+    """Each element of each argument is either read once (``again``: so often) or written once."""
+    for name in launch.tensors:
+        loaded, stored = launch.counts(launch.loads, name), launch.counts(launch.stores, name)
+        what = f"{launch.kernel}: each element of {name}"
+        assert not (loaded.any() and stored.any()), f"{what} is read and written"
+        if stored.any():
+            least, most = stored.min(), stored.max()
+            assert least == most == 1, f"{what} shall be written once, and is written {least} to {most} times"
+        else:
+            # Every program reads the seed.
+            allowed = again.get(name, math.prod(launch.grid) if name == "p_seed" else 1)
+            least, most = loaded.min(), loaded.max()
+            times = f"shall be read {allowed} times, and is read {least} to {most} times"
+            assert least == most == allowed, f"{what} {times}"
+
+
+def _tiles(n: int, most: int) -> int:
+    return triton.cdiv(n, common.tile_width(n, most))
+
+
+def tensors(count, *shape, dtype=torch.float32):
+    return [torch.randn(shape).to(dtype) for _ in range(count)]
+
+
+@pytest.fixture
+def enough(monkeypatch):
+    """As if there were enough programs without splitting anything."""
+    for module in (common, latent, importance):
+        monkeypatch.setattr(module, "PROGRAMS", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("k, b, d", [(1, 33, 70), (5, 3, 300), (2, 1, 1100)])
+def test_latent_reads_once(enough, k, b, d, prior, dtype):
+    """A program takes all samples of its rows: mu, logvar and the prior's are read once, z written once."""
+    q, p = tensors(2, b, d, dtype=dtype), tensors(2, b, d, dtype=dtype) if prior else (None, None)
+    arguments = (*q, *p, SEED, k, 0, 0, *FREE)
+    (launch,) = run(lambda: latent.rsample_kl(*arguments, False))
+    assert_least(launch)
+    size, row = q[0].element_size(), 4 * b
+    read = (2 + 2 * prior) * b * d * size + 8 * math.prod(launch.grid)
+    # Not a byte more: no noise, no copies.
+    assert launch.bytes() == read + k * b * d * size + row * launch.tensors["p_kl"].shape[0]
+
+    (launch,) = run(lambda: latent.rsample_log_ratio(*arguments, "iwae"))
+    assert_least(launch)
+    tiles = launch.tensors["p_log_ratio"].shape[0]
+    assert tiles == _tiles(d, common.LAUNCH["latent"].tile)
+    read = (2 + 2 * prior) * b * d * size + 8 * math.prod(launch.grid)
+    assert launch.bytes() == read + k * b * d * size + k * row * tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k, b, d", [(1, 33, 70), (5, 3, 300), (2, 1, 1100)])
+def test_latent_backward_reads_once(enough, k, b, d, dtype):
+    (mu, logvar, *prior), (grad_z,) = tensors(4, b, d, dtype=dtype), tensors(1, k, b, d, dtype=dtype)
+    (grad_kl,), (grad_each,), (grad_ratio, weight) = tensors(1, b), tensors(1, b, d), tensors(2, k, b)
+    arguments = (mu, logvar, *prior, SEED, k, 0, 0, *FREE)
+    size, need, tiles = mu.element_size(), [True] * 4, _tiles(d, common.LAUNCH["latent_backward"].tile)
+    # mu, logvar, the prior's, z's gradient; four gradients.
+    least = (4 + k + 4) * b * d * size
+
+    (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, grad_kl, *arguments, need))
+    # A number a row is read by every tile of the row.
+    assert_least(launch, {"p_grad_kl": tiles})
+    assert launch.bytes() == least + 4 * tiles * b + launch.loaded("p_seed")
+
+    (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, grad_each, *arguments, need))
+    assert_least(launch)
+    assert launch.bytes() == least + 4 * b * d + launch.loaded("p_seed")
+
+    (launch,) = run(
+        lambda: latent.rsample_log_ratio_backward(grad_z, grad_ratio, weight, *arguments, False, need)
+    )
+    assert_least(launch, {"p_grad_log_ratio": tiles, "p_weight": tiles})
+    assert launch.bytes() == least + 4 * tiles * 2 * k * b + launch.loaded("p_seed")
+
+
+def test_latent_reads_what_it_needs(enough):
+    """Nothing is read for gradients that nobody asks for."""
+    k, b, d = 3, 5, 70
+    (mu, logvar), (grad_z,), (grad_kl,) = tensors(2, b, d), tensors(1, k, b, d), tensors(1, b)
+    arguments = (mu, logvar, None, None, SEED, k, 0, 0, *FREE)
+    (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, None, *arguments, [True, False, False, False]))
+    assert launch.loaded("p_grad_z") == grad_z.nbytes and launch.stores.keys() == {"p_grad_mu"}
+    # The KL alone asks for no sample, and the backward pass then reads no seed.
+    (launch,) = run(lambda: latent.rsample_kl_backward(None, grad_kl, *arguments, [True, True, False, False]))
+    assert set(launch.loads) == {"p_mu", "p_logvar", "p_grad_kl"}
+    assert launch.bytes() == 4 * (4 * b * d + b)
+
+
+def test_split_samples():
+    """Few rows: the samples are split over programs, each of which reads mu and logvar and writes a part."""
+    k, b, d = 130, 2, 20
+    (mu, logvar), (grad_z,) = tensors(2, b, d), tensors(1, k, b, d)
+    arguments = (mu, logvar, None, None, SEED, k, 0, 0, *FREE)
+    for call in (
+        lambda: latent.rsample_kl(*arguments, False),
+        lambda: latent.rsample_log_ratio(*arguments, "iwae"),
+        lambda: latent.rsample_kl_backward(grad_z, None, *arguments, [True, True, False, False]),
+    ):
+        (launch,) = run(call)
+        splits = launch.grid[1]
+        assert splits > 1
+        assert_least(launch, {"p_mu": splits, "p_logvar": splits})
+    assert [t.shape for t in launch.tensors.values()].count((splits, b, d)) == 2
+
+
+LOGVARS = {
+    "full": lambda k, b, x: (k, b, x),
+    "column": lambda k, b, x: (1, 1, x),
+    "row": lambda *_: (1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k, b, x", [(1, 33, 70), (7, 9, 200), (3, 2, 1100)])
+def test_likelihoods_read_once(enough, k, b, x, dtype):
+    """Parameters are read once, x once for each block of samples that shares it."""
+    (data,), (mean, logits) = tensors(1, b, x), tensors(2, k, b, x, dtype=dtype)
+    data = data.sigmoid()
+    tiles = common.event_tiles(k, b, x, common.LAUNCH["likelihood"].tile)
+    blocks = triton.cdiv(k, tiles.block_k)
+    assert blocks <= max(1, k // 2) or k == 1
+    (launch,) = run(lambda: bernoulli.bernoulli_log_prob(data, logits))
+    assert_least(launch, {"p_x": blocks})
+    assert launch.bytes() == blocks * data.nbytes + logits.nbytes + 4 * k * b
+    for layout, shape in LOGVARS.items():
+        (logvar,) = tensors(1, *shape(k, b, x), dtype=dtype)
+        (launch,) = run(lambda: gaussian.gaussian_log_prob(data, mean, logvar))  # noqa: B023
+        again = {"p_x": blocks}
+        if layout != "full":
+            # A few numbers for all, which every program wants.
+            again["p_logvar"] = int(launch.counts(launch.loads, "p_logvar").max())
+            assert again["p_logvar"] <= blocks * triton.cdiv(b, tiles.block_b) * _tiles(x, common.TILE_X)
+        assert_least(launch, again)
+        assert launch.bytes() == blocks * data.nbytes + mean.nbytes + launch.loaded("p_logvar") + 4 * k * b
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k, b, x", [(1, 33, 70), (7, 9, 200), (3, 2, 1100)])
+def test_likelihoods_backward_reads_once(enough, k, b, x, dtype):
+    """The gradient of x is summed over samples by a program that has them all, so x is read once."""
+    (data,), (mean, logits), (grad,) = tensors(1, b, x), tensors(2, k, b, x, dtype=dtype), tensors(1, k, b)
+    data, tiles = data.sigmoid(), _tiles(x, common.TILE_X)
+    for need in ([False, True], [True, True]):
+        merged = common.event_tiles(k, b, x, common.LAUNCH["likelihood_backward"].tile, merge_k=need[0])
+        blocks = merged.k_splits
+        assert blocks == 1 or not need[0]
+        (launch,) = run(lambda: bernoulli.bernoulli_log_prob_backward(grad, data, logits, need))  # noqa: B023
+        # The gradient of a row is read for each of its tiles.
+        assert_least(launch, {"p_x": blocks, "p_grad": tiles})
+        moved = blocks * data.nbytes + 2 * logits.nbytes + tiles * grad.nbytes
+        assert launch.bytes() == moved + (data.nbytes if need[0] else 0)
+    for layout, shape in LOGVARS.items():
+        (logvar,) = tensors(1, *shape(k, b, x), dtype=dtype)
+        need = [layout == "column", True, True]
+        (launch,) = run(lambda: gaussian.gaussian_log_prob_backward(grad, data, mean, logvar, need))  # noqa: B023
+        merged = common.event_tiles(
+            k,
+            b,
+            x,
+            common.LAUNCH["likelihood_backward"].tile,
+            merge_k=layout == "column",
+            merge_b=layout == "column",
+        )
+        again = {"p_x": merged.k_splits, "p_grad": tiles}
+        if layout != "full":
+            again["p_logvar"] = int(launch.counts(launch.loads, "p_logvar").max())
+        assert_least(launch, again)
+        stored = {"full": mean.nbytes, "column": 4 * x, "row": 4 * k * b}[layout]
+        stored += data.nbytes if need[0] else 0
+        read = merged.k_splits * data.nbytes + mean.nbytes + tiles * grad.nbytes + launch.loaded("p_logvar")
+        assert launch.bytes() == read + mean.nbytes + stored
+
+
+def test_long_rows_are_split():
+    """A handful of long rows keeps many programs busy: each writes a part of its row's sum, and no more."""
+    k, b, x = 1, 2, 40_000
+    logits, data = tensors(2, b, x)
+    data = data.sigmoid()
+    (launch,) = run(lambda: bernoulli.bernoulli_log_prob(data, logits[None]))
+    assert launch.grid[1] > 50 and launch.tensors["p_out"].shape == (launch.grid[1], k, b)
+    assert_least(launch)
+    (launch,) = run(lambda: latent.rsample_kl(data, logits, None, None, SEED, 1, 0, 0, *FREE, False))
+    assert launch.grid[0] == b * launch.tensors["p_kl"].shape[0] > 60
+    assert_least(launch)
+
+
+def test_importance_reads_once(enough):
+    for k, n in ((70, 5), (300, 33), (40, importance.MANY_COLUMNS + 3)):
+        (log_w,), (grad, maximum, total) = tensors(1, k, n), tensors(3, n)
+        (launch,) = run(lambda: importance.log_mean_exp(log_w))  # noqa: B023
+        assert_least(launch)
+        assert launch.bytes() == log_w.nbytes + 12 * n
+        (launch,) = run(lambda: importance.log_mean_exp_backward(grad, log_w, maximum, total))  # noqa: B023
+        blocks = launch.grid[0] // triton.cdiv(n, importance._tile(k, n)[1])
+        assert_least(launch, {"p_grad": blocks, "p_maximum": blocks, "p_total": blocks})
+        assert launch.bytes() == 2 * log_w.nbytes + 12 * n * blocks
+
+
+def test_importance_split():
+    """Few columns and many samples: a second launch adds up parts of two numbers for each split."""
+    k, n = 3000, 3
+    (log_w,) = tensors(1, k, n)
+    first, second = run(lambda: importance.log_mean_exp(log_w))
+    splits = first.tensors["p_maximum"].shape[0]
+    assert 1 < splits <= k // importance.MIN_SAMPLES and first.tensors["p_total"].shape == (splits, n)
+    assert_least(first)
+    assert_least(second)
+    assert first.bytes() + second.bytes() == log_w.nbytes + 4 * (4 * splits * n + 3 * n)
+
+
+@triton.jit
+def reads_twice(p_x, p_y, N, BLOCK: tl.constexpr):
+    """What the checker must flag: a mean, and then the difference from it, each from memory."""
+    o_x = tl.arange(0, BLOCK)
+    b_mean = tl.sum(tl.load(p_x + o_x, mask=o_x < N, other=0.0)) / N
+    tl.store(p_y + o_x, tl.load(p_x + o_x, mask=o_x < N, other=0.0) - b_mean, mask=o_x < N)
+
+
+@triton.jit
+def writes_twice(p_x, p_y, N, BLOCK: tl.constexpr):
+    o_x = tl.arange(0, BLOCK)
+    tl.store(p_y + o_x, tl.load(p_x + o_x, mask=o_x < N), mask=o_x < N)
+    tl.store(p_y + o_x // 2, 0.0, mask=o_x < 1)
+
+
+@triton.jit
+def reads_beyond(p_x, p_y, N, BLOCK: tl.constexpr):
+    o_x = tl.arange(0, BLOCK)
+    tl.store(p_y + o_x, tl.load(p_x + o_x), mask=o_x < N)
+
+
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        (reads_twice, "p_x shall be read 1 times, and is read 2 to 2 times"),
+        (writes_twice, "p_y shall be written once, and is written 1 to 2 times"),
+        (reads_beyond, "reads_beyond reaches beyond its arguments"),
+    ],
+)
+def test_what_is_planted_is_flagged(kernel, message):
+    (x, y) = tensors(2, 13)
+    with pytest.raises(AssertionError, match=message), recorded() as launches:
+        kernel[(1,)](x, y, 13, BLOCK=16)
+        assert_least(launches[0])
+
+
+def test_a_copy_is_flagged():
+    x = torch.rand(5, 7)
+    with pytest.raises(AssertionError, match="clone"):
+        run(lambda: bernoulli.bernoulli_log_prob(x, x.clone()[None]))

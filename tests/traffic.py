@@ -1,0 +1,125 @@
+"""What kernels load and store, address by address, under Triton's interpreter.
+
+Every access is attributed to the argument that it reaches, so a test can say how often each element of it is
+read or written; an access that reaches none fails, which the interpreter itself would not notice. With
+``touch=False`` memory is left alone, loads give zeros, and tensors may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass
+class Launch:
+    """One launch: its arguments, and the byte offsets of what was loaded and stored, by argument."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    tensors: dict[str, Tensor]
+    loads: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    stores: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    def bytes(self) -> int:
+        """All that is loaded and stored."""
+        return sum(
+            offsets.size * self.tensors[name].element_size()
+            for accesses in (self.loads, self.stores)
+            for name, parts in accesses.items()
+            for offsets in parts
+        )
+
+    def loaded(self, name: str) -> int:
+        """Bytes loaded of one argument."""
+        return sum(o.size for o in self.loads.get(name, [])) * self.tensors[name].element_size()
+
+    def counts(self, accesses: dict[str, list[np.ndarray]], name: str) -> np.ndarray:
+        """How often each element of an argument, in the order of its indices, is loaded or stored."""
+        tensor = self.tensors[name]
+        offsets = np.sort(np.concatenate([np.zeros(0, np.int64), *accesses.get(name, [])]))
+        every = _offsets(tensor)
+        assert np.isin(offsets, every).all(), f"{self.kernel}: {name}: addresses between its elements"
+        return np.searchsorted(offsets, every, "right") - np.searchsorted(offsets, every, "left")
+
+
+def _offsets(tensor: Tensor) -> np.ndarray:
+    """Byte offsets of all elements of a tensor."""
+    every = np.zeros((1,) * tensor.dim(), np.int64)
+    for axis, (n, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        shape = [n if i == axis else 1 for i in range(tensor.dim())]
+        every = every + (np.arange(n) * stride).reshape(shape)
+    return (every * tensor.element_size()).flatten()
+
+
+@contextlib.contextmanager
+def recorded(
+    *, touch: bool = True, programs: Callable[[tuple[int, ...]], list[tuple[int, int, int]]] | None = None
+) -> Iterator[list[Launch]]:
+    """Record every launch within the block.
+
+    Args:
+        touch: whether memory is read and written.
+        programs: ``programs(grid)`` lists the programs to run; default: all.
+    """
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    original = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    launches: list[Launch] = []
+
+    def attributed(pointers, mask, accesses) -> None:
+        launch = launches[-1]
+        addresses = np.broadcast_to(pointers, mask.shape)[mask.astype(bool)].astype(np.int64)
+        if not addresses.size:
+            return
+        for name, tensor in launch.tensors.items():
+            first = tensor.data_ptr()
+            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            if (
+                tensor.numel()
+                and addresses.min() >= first
+                and addresses.max() < first + span * tensor.element_size()
+            ):
+                accesses(launch).setdefault(name, []).append(addresses - first)
+                return
+        raise AssertionError(f"{launch.kernel} reaches beyond its arguments: {addresses.min():#x}")
+
+    def load(self, pointers, mask, other, *rest):
+        attributed(pointers.data, mask.data, lambda launch: launch.loads)
+        if touch:
+            return original[0](self, pointers, mask, other, *rest)
+        kind = pointers.get_element_ty()
+        zeros = np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind))
+        return interpreter.TensorHandle(zeros, kind)
+
+    def store(self, pointers, value, mask, *rest):
+        attributed(pointers.data, mask.data, lambda launch: launch.stores)
+        return original[1](self, pointers, value, mask, *rest) if touch else None
+
+    def call(self, *args, **kwargs):
+        names = inspect.getfullargspec(self.fn).args
+        given = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
+        tensors = {n: v for n, v in given.items() if isinstance(v, Tensor)}
+        grid = (*self.grid, 1, 1)[:3]
+        launches.append(Launch(self.fn.__name__, grid, tensors))
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            given = {n: v if n in self.constexprs else interpreter._implicit_cvt(v) for n, v in given.items()}
+            interpreter.interpreter_builder.set_grid_dim(*grid)
+            for program in np.ndindex(grid) if programs is None else programs(grid):
+                interpreter.interpreter_builder.set_grid_idx(*program)
+                self.fn(**given)
+        finally:
+            scope.restore()
+
+    builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, call
+    try:
+        yield launches
+    finally:
+        builder.create_masked_load, builder.create_masked_store, executor.__call__ = original
