@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -76,6 +77,30 @@ def layer(backend: str, op_module: str) -> ModuleType:
             "fastvae.use_backend('reference'):` or FASTVAE_BACKEND=reference."
         )
     return importlib.import_module(f"fastvae.kernels.{op_module}")
+
+
+def on_gpu(device) -> str:
+    """The backend for tensors of a GPU: "triton", or "reference" if that is chosen or Triton knows it not."""
+    name = chosen()
+    return _native_on_gpu(device.index) if name == "native" else name
+
+
+@functools.cache
+def _native_on_gpu(index: int) -> str:
+    import torch
+
+    # Triton's own limit; AMD's cards have other numbers, and those it does not know it refuses by name.
+    if torch.version.hip or torch.cuda.get_device_capability(index) >= (8, 0):
+        return "triton"
+    major, minor = torch.cuda.get_device_capability(index)
+    warnings.warn(
+        f"fastvae: {torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and Triton's "
+        "kernels need 8.0 (A100, RTX 30) or newer: plain PyTorch computes there, correct and slower. "
+        "FASTVAE_BACKEND=reference chooses that without this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "reference"
 
 
 @functools.cache

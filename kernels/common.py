@@ -8,6 +8,7 @@ for any argument, which takes twice the instructions.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -263,6 +264,16 @@ def store(p_x, offsets, b_x, mask):
     tl.store(p_x + offsets, b_x.to(p_x.dtype.element_ty), mask=mask)
 
 
+def cdiv(n: int, m: int) -> int:
+    """n / m, rounded up. (Triton's own takes five microseconds outside a kernel.)"""
+    return -(-n // m)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n; 1 for n = 0."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
 def tile_width(n: int, most: int) -> int:
     """A tile's width for rows of n: the widest power of two up to ``most`` that wastes few lanes.
 
@@ -270,10 +281,10 @@ def tile_width(n: int, most: int) -> int:
     16-byte loads of float32 span 128.
     """
     if n <= 128:
-        return min(triton.next_power_of_2(n), most)
+        return min(power_of_two(n), most)
     widths = [w for w in (1024, 512, 256, 128) if w <= most]
-    least = min(triton.cdiv(n, w) * w for w in widths)
-    return next(w for w in widths if triton.cdiv(n, w) * w <= max(least, n + n // 16))
+    least = min(cdiv(n, w) * w for w in widths)
+    return next(w for w in widths if cdiv(n, w) * w <= max(least, n + n // 16))
 
 
 class EventTiles(NamedTuple):
@@ -288,11 +299,7 @@ class EventTiles(NamedTuple):
     k_splits: int
     b_splits: int
     x_splits: int
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """The compile-time arguments."""
-        return {"BLOCK_K": self.block_k, "BLOCK_B": self.block_b, "BLOCK_X": self.block_x}
+    blocks: dict[str, int]  # the compile-time arguments
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -301,6 +308,7 @@ class EventTiles(NamedTuple):
         return self.k_splits * self.b_splits, self.x_splits
 
 
+@functools.lru_cache(4096)
 def event_tiles(
     k: int, b: int, x: int, tile: int, *, merge_k: bool = False, merge_b: bool = False, most_tiles: int = 0
 ) -> EventTiles:
@@ -315,18 +323,18 @@ def event_tiles(
     """
     block_x = tile_width(x, TILE_X)
     # Rows first, until each thread loads 16 bytes of x; then samples, which share these.
-    block_b = min(triton.next_power_of_2(b), max(1, TILE_X // block_x))
-    block_k = min(triton.next_power_of_2(k), tile // (block_x * block_b))
-    block_b = min(triton.next_power_of_2(b), tile // (block_x * block_k))
-    k_tiles, b_tiles, x_tiles = triton.cdiv(k, block_k), triton.cdiv(b, block_b), triton.cdiv(x, block_x)
+    block_b = min(power_of_two(b), max(1, TILE_X // block_x))
+    block_k = min(power_of_two(k), tile // (block_x * block_b))
+    block_b = min(power_of_two(b), tile // (block_x * block_k))
+    k_tiles, b_tiles, x_tiles = cdiv(k, block_k), cdiv(b, block_b), cdiv(x, block_x)
     # Long rows are split only where there are few of them: the parts cost another pass to add.
     x_splits = min(x_tiles, max(1, PROGRAMS // (k_tiles * b_tiles)))
     if most_tiles:
-        x_splits = max(x_splits, triton.cdiv(x_tiles, most_tiles))
+        x_splits = max(x_splits, cdiv(x_tiles, most_tiles))
     b_splits = min(b_tiles, max(1, PROGRAMS // x_splits)) if merge_b else b_tiles
     k_splits = min(k_tiles, max(1, PROGRAMS // (x_splits * b_splits))) if merge_k else k_tiles
     k_per, b_per, x_per = (
-        triton.cdiv(tiles, splits)
+        cdiv(tiles, splits)
         for tiles, splits in ((k_tiles, k_splits), (b_tiles, b_splits), (x_tiles, x_splits))
     )
     return EventTiles(
@@ -336,9 +344,10 @@ def event_tiles(
         k_per * block_k,
         b_per * block_b,
         x_per,
-        triton.cdiv(k_tiles, k_per),
-        triton.cdiv(b_tiles, b_per),
-        triton.cdiv(x_tiles, x_per),
+        cdiv(k_tiles, k_per),
+        cdiv(b_tiles, b_per),
+        cdiv(x_tiles, x_per),
+        {"BLOCK_K": block_k, "BLOCK_B": block_b, "BLOCK_X": block_x},
     )
 
 

@@ -14,9 +14,11 @@ from .common import (
     LAUNCH,
     PROGRAMS,
     accumulator,
+    cdiv,
     exp,
     load,
     log,
+    power_of_two,
     quotient,
     split_program,
     store,
@@ -135,9 +137,9 @@ def log_mean_exp_backward_kernel(
 
 def _tile(k: int, n: int) -> tuple[int, int]:
     """(BLOCK_K, BLOCK_N): columns along lanes, the remaining factor to samples."""
-    block_k = triton.next_power_of_2(k)
+    block_k = power_of_two(k)
     block_n = TILE_N_WIDE if n >= MANY_COLUMNS else max(TILE_N, MIN_TILE // block_k)
-    block_n = min(triton.next_power_of_2(n), block_n)
+    block_n = min(power_of_two(n), block_n)
     return min(block_k, LAUNCH["importance"].tile // block_n), block_n
 
 
@@ -150,10 +152,10 @@ def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     bound, maximum, total = (torch.empty(n, dtype=accumulator(log_w), device=log_w.device) for _ in range(3))
     if n > 0:
         block_k, block_n = _tile(k, n)
-        k_tiles = max(triton.cdiv(k, block_k), 1)
-        splits = max(1, min(PROGRAMS // triton.cdiv(n, block_n), k // MIN_SAMPLES))
-        k_per_program = triton.cdiv(k_tiles, splits) * block_k
-        splits = max(triton.cdiv(k, k_per_program), 1)
+        k_tiles = max(cdiv(k, block_k), 1)
+        splits = max(1, min(PROGRAMS // cdiv(n, block_n), k // MIN_SAMPLES))
+        k_per_program = cdiv(k_tiles, splits) * block_k
+        splits = max(cdiv(k, k_per_program), 1)
         if splits == 1:
             _launch(log_w, None, bound, maximum, total, k, k_per_program)
         else:
@@ -167,8 +169,8 @@ def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 def _launch(log_w, part, bound, maximum, total, count, k_per_program):
     k, n = log_w.shape
     block_k, block_n = _tile(k, n)
-    splits = max(triton.cdiv(k, k_per_program), 1)
-    log_mean_exp_kernel[(splits * triton.cdiv(n, block_n),)](
+    splits = max(cdiv(k, k_per_program), 1)
+    log_mean_exp_kernel[(splits * cdiv(n, block_n),)](
         log_w, part, bound, maximum, total, k, n, count, k_per_program, splits, *strides(log_w, 2),
         DTYPE=triton_dtype(total.dtype),
         BLOCK_K=block_k,
@@ -189,8 +191,8 @@ def log_mean_exp_backward(
     if out.numel() > 0:
         block_k, block_n = _tile(k, n)
         dtype = accumulator(log_w)
-        k_tiles = triton.cdiv(k, block_k)
-        log_mean_exp_backward_kernel[(k_tiles * triton.cdiv(n, block_n),)](
+        k_tiles = cdiv(k, block_k)
+        log_mean_exp_backward_kernel[(k_tiles * cdiv(n, block_n),)](
             grad,
             log_w,
             maximum,

@@ -8,6 +8,7 @@ which writes its part of the sums. The noise never leaves the registers.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from .common import (
     LAUNCH,
     PROGRAMS,
     accumulator,
+    cdiv,
     exp,
     expm1_parts,
     load,
@@ -460,14 +462,12 @@ def rsample_backward_kernel(
 class LatentTiles(NamedTuple):
     """How [K, B, D] is cut up: tiles, and what one program takes of each axis."""
 
-    block_k: int
-    block_b: int
-    block_d: int
     k_per_program: int
     d_tiles: int
     k_splits: int
     b_tiles: int
     d_splits: int
+    blocks: dict[str, int]  # the compile-time arguments
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -475,6 +475,7 @@ class LatentTiles(NamedTuple):
         return self.b_tiles * self.d_splits, self.k_splits
 
 
+@functools.lru_cache(4096)
 def latent_tiles(
     k: int, b: int, d: int, tile: int, *, loop_d: bool = False, least_steps: int = 1, most_steps: int = 0
 ) -> LatentTiles:
@@ -489,15 +490,14 @@ def latent_tiles(
             The samples are split for want of programs, or where most_steps asks for it.
     """
     block_k, block_b, block_d = noise_tile(k, b, d, tile)
-    k_tiles, b_tiles, d_tiles = triton.cdiv(k, block_k), triton.cdiv(b, block_b), triton.cdiv(d, block_d)
-    d_per = triton.cdiv(d_tiles, max(1, PROGRAMS // b_tiles)) if loop_d else 1
-    d_splits = triton.cdiv(d_tiles, d_per)
-    k_splits = min(PROGRAMS // (b_tiles * d_splits), triton.cdiv(k_tiles, least_steps))
-    k_splits = max(k_splits, triton.cdiv(k_tiles, most_steps) if most_steps else 1, 1)
-    k_per = triton.cdiv(max(k_tiles, 1), k_splits) * block_k
-    return LatentTiles(
-        block_k, block_b, block_d, k_per, d_per, max(triton.cdiv(k, k_per), 1), b_tiles, d_splits
-    )
+    k_tiles, b_tiles, d_tiles = cdiv(k, block_k), cdiv(b, block_b), cdiv(d, block_d)
+    d_per = cdiv(d_tiles, max(1, PROGRAMS // b_tiles)) if loop_d else 1
+    d_splits = cdiv(d_tiles, d_per)
+    k_splits = min(PROGRAMS // (b_tiles * d_splits), cdiv(k_tiles, least_steps))
+    k_splits = max(k_splits, cdiv(k_tiles, most_steps) if most_steps else 1, 1)
+    k_per = cdiv(max(k_tiles, 1), k_splits) * block_k
+    blocks = {"BLOCK_K": block_k, "BLOCK_B": block_b, "BLOCK_D": block_d}
+    return LatentTiles(k_per, d_per, max(cdiv(k, k_per), 1), b_tiles, d_splits, blocks)
 
 
 def rsample_kl(
@@ -575,9 +575,7 @@ def _constants(mu, logvar_min, logvar_max, tiles: LatentTiles) -> dict:
         "LOGVAR_MAX": logvar_max,
         "CLAMP": logvar_min > float("-inf") or logvar_max < float("inf"),
         "DTYPE": triton_dtype(accumulator(mu)),
-        "BLOCK_K": tiles.block_k,
-        "BLOCK_B": tiles.block_b,
-        "BLOCK_D": tiles.block_d,
+        **tiles.blocks,
     }
 
 

@@ -11,7 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LAUNCH, accumulator, log_of_parts, split_float, split_program, tile_width, triton_dtype
+from .common import (
+    LAUNCH,
+    accumulator,
+    cdiv,
+    log_of_parts,
+    power_of_two,
+    split_float,
+    split_program,
+    tile_width,
+    triton_dtype,
+)
 
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): multipliers, and the key's increments.
 PHILOX_0, PHILOX_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
@@ -172,8 +182,8 @@ def noise_tile(k: int, b: int, d: int, tile: int) -> tuple[int, int, int]:
     """
     # Four columns share their random words.
     block_d = max(tile_width(d, tile), 4)
-    block_b = min(triton.next_power_of_2(max(b, 1)), tile // block_d)
-    block_k = min(triton.next_power_of_2(max(k, 1)), tile // (block_d * block_b))
+    block_b = min(power_of_two(max(b, 1)), tile // block_d)
+    block_k = min(power_of_two(max(k, 1)), tile // (block_d * block_b))
     return block_k, block_b, block_d
 
 
@@ -182,8 +192,8 @@ def _launch(out: torch.Tensor, seed: torch.Tensor, sample_offset: int, row_offse
     if out.numel() == 0:
         return out
     block_k, block_b, block_d = noise_tile(k, b, d, LAUNCH["latent"].tile)
-    k_tiles = triton.cdiv(k, block_k)
-    noise_kernel[k_tiles * triton.cdiv(b, block_b), triton.cdiv(d, block_d)](
+    k_tiles = cdiv(k, block_k)
+    noise_kernel[k_tiles * cdiv(b, block_b), cdiv(d, block_d)](
         seed,
         out,
         k,

@@ -79,8 +79,14 @@ def tensors(count, *shape, dtype=torch.float32):
 @pytest.fixture
 def enough(monkeypatch):
     """As if there were enough programs without splitting anything."""
+    cached = (common.event_tiles, latent.latent_tiles)
+    for function in cached:
+        function.cache_clear()
     for module in (common, latent, importance):
         monkeypatch.setattr(module, "PROGRAMS", 1)
+    yield
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ The Autograd kernel is Python and uses two private names of torch, ``_SingleLeve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -35,9 +36,9 @@ def define(
 ) -> Callable:
     """Register ``fastvae::name`` and return a function that calls it.
 
-    In plain eager mode on a CPU that function goes to the C++ without the dispatcher, which would cost
-    several times what a small kernel does (docs/NOTES.md); anything else, a compiler, a transform, a
-    tensor subclass, a mode, another device or backend, gets the registered op.
+    In plain eager mode that function goes to the C++ or to Triton without the dispatcher, which would cost
+    several times what a small kernel does (docs/NOTES.md); anything else, a compiler, a transform, a tensor
+    subclass, a mode, another device or the reference, gets the registered op.
 
     Args:
         module: the op's file name in every layer, such as ``"latent"``.
@@ -54,7 +55,7 @@ def define(
         flatten: for an op of one result, ``flatten(*args)`` gives the arguments in the form that the schema
             has them, by views, and the shape of the result. The function that is returned then takes them as
             they are; called directly, these views are no nodes of the autograd graph. Tensors [B, X] of one
-            shape and dtype, and their gradients, ``native`` and ``backward`` must take as they are.
+            shape and dtype, and their gradients, ``native`` and ``backward`` must take as they are, on a CPU.
         results: how many of the op's results its caller wants; the others are there for ``setup``, and
             the function that is returned may leave them out.
     """
@@ -64,19 +65,23 @@ def define(
     op = getattr(torch.ops.fastvae, name).default
 
     def on_cpu(*args):
-        backend = _backend.chosen()
-        if backend == "native":
-            return native(*args)
-        return other(backend)(*args)
+        return implementation(_backend.chosen())(*args)
 
     def on_gpu(*args):
-        return other("reference" if _backend.chosen() == "reference" else "triton")(*args)
+        device = next(a.device for a in args if a is not None)
+        function = implementation(_backend.on_gpu(device))
+        # Triton launches on the current device, whatever the tensors say.
+        if device.index == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
+            return function(*args)
 
     def elsewhere(*args):
-        return other("reference")(*args)
+        return implementation("reference")(*args)
 
-    def other(backend):
-        return adapt(getattr(_backend.layer(backend, module), name))
+    @functools.cache
+    def implementation(backend):
+        return native if backend == "native" else adapt(getattr(_backend.layer(backend, module), name))
 
     _library.impl(name, on_cpu, "CPU")
     _library.impl(name, on_gpu, "CUDA")
@@ -87,15 +92,18 @@ def define(
         with _C._AutoDispatchBelowAutograd():
             return record(ctx, args, op(*args))
 
-    def direct_forward(ctx, *args):
-        if flatten is None:
-            return record(ctx, args, native(*args))[:results]
-        ctx.shapes = None
-        if _are_rows(args):
-            return record(ctx, args, native(*args))
-        ctx.shapes = [a.shape for a in args]
-        args, shape = flatten(*args)
-        return record(ctx, args, native(*args)).view(shape)
+    def direct_forward(function):
+        def forward(ctx, *args):
+            if flatten is None:
+                return record(ctx, args, function(*args))[:results]
+            ctx.shapes = None
+            if function is native and _are_rows(args):
+                return record(ctx, args, native(*args))
+            ctx.shapes = [a.shape for a in args]
+            args, shape = flatten(*args)
+            return record(ctx, args, function(*args)).view(shape)
+
+        return forward
 
     def direct_backward(ctx, *grads):
         grads = node_backward(ctx, *grads)
@@ -128,7 +136,7 @@ def define(
         return type(name, (_SingleLevelFunction,), methods)
 
     node = node_type(node_forward, node_backward)
-    direct = node_type(direct_forward, direct_backward)
+    direct = {f: node_type(direct_forward(f), direct_backward) for f in (native, on_cpu, on_gpu)}
 
     def autograd(*args):
         if forward_ad._current_level >= 0 and _any_tangent(args):
@@ -145,11 +153,16 @@ def define(
     _library.impl(name, autograd, "Autograd")
 
     def call(*args):
-        plain = _is_plain(args[:tensors])
-        if plain and _C.is_grad_enabled() and _C._any_requires_grad(*args):
-            return direct.apply(*args)
-        function = native if plain else op
-        if flatten is None or (plain and _are_rows(args)):
+        device = _plain_device(args[:tensors])
+        if device is None:
+            function = op
+        elif device == "cuda":
+            function = on_gpu
+        else:
+            function = native if _backend.chosen() == "native" else on_cpu
+        if device is not None and _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            return direct[function].apply(*args)
+        if flatten is None or (function is native and _are_rows(args)):
             return function(*args)
         args, shape = flatten(*args)
         return function(*args).reshape(shape)
@@ -171,22 +184,30 @@ def _are_rows(tensors) -> bool:
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-def _is_plain(tensors) -> bool:
-    """Whether nothing but eager mode stands between these tensors and the C++."""
+def _plain_device(tensors) -> str | None:
+    """The type of these tensors' device, if nothing but eager mode stands between them and a kernel."""
     if (
         torch.compiler.is_compiling()
         or _C._are_functorch_transforms_active()
         or _C._len_torch_dispatch_stack()
         or _C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or _backend.chosen() != "native"
+        or _backend.chosen() == "reference"
     ):
-        return False
+        return None
+    device = None
     # A loop: a generator costs more than all else here.
-    for t in tensors:  # noqa: SIM110
-        if t is not None and (type(t) not in _PLAIN_TENSORS or not t.is_cpu):
-            return False
-    return True
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN_TENSORS or not (t.is_cpu or t.is_cuda):
+            return None
+        # The seed of a GPU's tensors is on the GPU, too; what is not must not be overlooked.
+        kind = "cuda" if t.is_cuda else "cpu"
+        if device is not None and kind != device:
+            return None
+        device = kind
+    return device
 
 
 def _any_tangent(args) -> bool:
