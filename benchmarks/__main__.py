@@ -21,13 +21,19 @@ from . import report  # noqa: E402
 from .measure import OURS, keep_memory, measure, measure_machine  # noqa: E402
 
 MODULES = ("latent", "gaussian", "bernoulli", "importance", "objectives")
+# Other things to do, each with options of its own: the module whose ``main`` takes what follows the name.
+SUBCOMMANDS = {"gpu": "measure a CUDA device"}
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in SUBCOMMANDS:
+        return importlib.import_module(f".{arguments[0]}", __package__).main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure fastvae beside eager PyTorch, torch.compile, torch.distributions, Pyro and "
         "pythae (those that are installed), interleaved in one run; print a table, write CSV and plots.",
+        epilog="Instead of modules: " + "; ".join(f"{name} ({what})" for name, what in SUBCOMMANDS.items()),
     )
     parser.add_argument("modules", nargs="*", metavar="module", help=f"some of: {', '.join(MODULES)}")
     parser.add_argument("--out", type=Path, help="where CSV and plots go; default: benchmarks/results")
