@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -93,10 +94,15 @@ def run(seconds: float, dry_run: bool) -> Outcome:
     rest = sorted(p.stem.removeprefix("test_") for p in tests.glob("test_*.py"))
     names = [*FIRST, *(n for n in rest if n not in FIRST and n not in WITHOUT_DEVICE)]
     files = [str(tests / f"test_{name}.py") for name in ([QUICK] if dry_run else names)]
-    workers = 0 if dry_run else min(8, (os.cpu_count() or 2) // 2)
     command = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "-v", "--tb=short", "-rfE"]
-    command += ["-p", "no:cacheprovider", "-n", str(workers), *files]
+    command += ["-p", "no:cacheprovider", *files]
     environment = {**os.environ, "FASTVAE_TEST_PROFILE": "device"}
+    cores = os.cpu_count() or 1
+    workers = min(8, cores // 2)
+    if not dry_run and workers > 1 and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(workers)]
+        # Each would take all cores for itself, and start as many compilers.
+        environment |= {"OMP_NUM_THREADS": str(cores // workers), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         # A group of its own, so that its workers end with it.
         process = subprocess.Popen(

@@ -214,6 +214,17 @@ def _plan() -> list[Item]:
 PLAN = _plan()
 
 
+def plan(only: list[str], dry_run: bool) -> list[Item]:
+    """What has one of these parts in its name, everything if there are none; in a dry run one size of each
+    kind, as all are tiny there.
+    """
+    items = [item for item in PLAN if not only or any(part in item.name for part in only)]
+    if not dry_run:
+        return items
+    kinds = {(i.what, i.precision, len(i.size), i.size[0] == 1): i for i in reversed(items)}
+    return [item for item in items if item in kinds.values()]
+
+
 @dataclass
 class State:
     """What the command and the processes that measure tell each other, in a file.
@@ -260,8 +271,7 @@ class State:
     def wanted(self) -> list[Item]:
         """What is to be measured and has not been, in order."""
         over = {*self.done, *self.left_out, *self.lost}
-        named = [item for item in PLAN if not self.only or any(part in item.name for part in self.only)]
-        return [item for item in named if item.name not in over]
+        return [item for item in plan(self.only, self.dry_run) if item.name not in over]
 
 
 # The process that measures
@@ -392,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _worker(options.worker)
     if options.seconds <= 0:
         parser.error(f"--seconds must be greater than 0, got {options.seconds:g}")
-    if options.only and not any(part in item.name for item in PLAN for part in options.only):
+    if not plan(options.only, options.dry_run):
         names = "\n  ".join(item.name for item in PLAN)
         parser.error(f"--only {options.only[0]!r} is in none of the names:\n  {names}")
     if reason := _unfit(options.dry_run):

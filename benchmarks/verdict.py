@@ -39,9 +39,7 @@ class Target:
         """``judge`` says whether the numbers are worth a word."""
         mark = "met" if self.met else "arithmetic" if self.excused else "MISSED"
         mark = "not measured" if self.measured is None else mark if judge else "-"
-        return (
-            f"{mark:12s} {self.what:55s} {self.wanted:>7s} {self.measured or '':>7s}  {self.where}".rstrip()
-        )
+        return f"{mark:12s} {self.what:52s}{self.wanted:>8s}{self.measured or '':>8s}  {self.where}".rstrip()
 
 
 def _of(rows: list[Row], **wanted: str) -> list[Row]:
@@ -87,7 +85,7 @@ def _bandwidth(rows: list[Row], many_bytes: int) -> list[Target]:
                 mine = [r for r in _of(large, group=group, direction=direction) if _precision(r) == precision]
                 moving = [r for r in mine if is_moving(r)]
                 if not mine:
-                    lines.append(Target(what, "≥ 90 %"))
+                    lines.append(Target(what, "≥ 90%"))
                     continue
                 # Where no size is limited by its bytes the line is there to be seen.
                 worst, best = (f(moving or mine, key=lambda r: float(r["share_of_copy"])) for f in (min, max))
@@ -98,7 +96,7 @@ def _bandwidth(rows: list[Row], many_bytes: int) -> list[Target]:
                     where += f"; {_percent(worst['share_of_least'])} of what arithmetic allows"
                 share = float(worst["share_of_copy"])
                 met = share >= SHARE_OF_COPY
-                lines.append(Target(what, "≥ 90 %", _percent(str(share)), met, where, not moving))
+                lines.append(Target(what, "≥ 90%", _percent(str(share)), met, where, not moving))
     return lines
 
 
@@ -157,7 +155,7 @@ def _size(row: Row) -> str:
 
 
 def _percent(share: str) -> str:
-    return f"{100 * float(share):.0f} %"
+    return f"{100 * float(share):.0f}%"
 
 
 def text(rows: list[Row], dry_run: bool) -> str:
@@ -197,7 +195,7 @@ def _op_table(rows: list[Row]) -> str:
     cases = dict.fromkeys((r["group"], r["case"]) for r in rows if r["gb_per_s"] and r["group"] != "overhead")
     for group, case in cases:
         line = f"{group} {case.replace('float32', 'f32').replace('bfloat16', 'bf16')}"
-        cells = [f"{line:44s}"]
+        cells = [f"{line:38s}"]
         for direction in ("forward", BOTH_WAYS):
             mine = {r["implementation"]: r for r in _of(rows, group=group, case=case, direction=direction)}
             if OURS not in mine:
@@ -209,8 +207,8 @@ def _op_table(rows: list[Row]) -> str:
             peers = [_ratio(mine, peer) for peer in ("eager", COMPILE, "torch.distributions")]
             share = f"{_percent(ours['share_of_copy'])}{limit}"
             cells.append(
-                f"{float(ours['p50_us']):8.1f} {float(ours['gb_per_s']):5.0f} {share:6s}"
-                f"{_percent(copy) if copy else '':>6s} {' '.join(f'{p:>5s}' for p in peers)}"
+                f"{float(ours['p50_us']):7.1f}{float(ours['gb_per_s']):5.0f}{share:>6s}"
+                f"{_percent(copy) if copy else '':>5s}{''.join(f'{p:>6s}' for p in peers)}"
             )
         ours, eager = (
             next(iter(_of(rows, group=group, case=case, direction=BOTH_WAYS, implementation=name)), None)
@@ -220,12 +218,12 @@ def _op_table(rows: list[Row]) -> str:
         lines.append(f"{' |'.join(cells)} | {memory}")
     if not lines:
         return ""
-    head = f"{'     µs  GB/s  copy  same  eager compi distr':43s}"
+    head = "     µs GB/s  copy same eager  comp distr"
     return "\n".join(
         [
             "ops: forward | forward+backward: µs, GB/s, share of the copy below and of a copy as large, × of",
-            "eager, torch.compile, torch.distributions | MiB at once, fastvae/eager; *: arithmetic is the limit",
-            f"{'':44s} |{head} |{head} | MiB",
+            "eager, torch.compile, torch.distributions | MiB at once, fastvae/eager; *: bound by arithmetic",
+            f"{'':38s} |{head} |{head} | MiB",
             *lines,
         ]
     )
