@@ -374,12 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         "training steps and the evaluation of log p(x) beside eager PyTorch, torch.compile, "
         "torch.distributions and Pyro (where installed). Prints short tables last; writes CSV and plots.",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "benchmarks" / "results",
-        help="where CSV and plots go; default: benchmarks/results",
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where CSV and plots go")
     parser.add_argument("--seconds", type=float, default=420, help="for everything (default 420)")
     parser.add_argument("--tests-seconds", type=float, default=200, help="for the tests (default 200)")
     parser.add_argument("--no-tests", action="store_true", help="do not run the tests")
@@ -400,6 +395,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.worker:
         return _worker(options.worker)
+    if options.out is None:
+        parser.error("--out DIR is missing: the folder where CSV and plots go")
     if options.seconds <= 0:
         parser.error(f"--seconds must be greater than 0, got {options.seconds:g}")
     if not plan(options.only, options.dry_run):

@@ -103,6 +103,13 @@ def test_an_unknown_name_is_refused(capsys, tmp_path):
     assert "'rsample_lk'" in error and "rsample_kl 1×65536×256, float32" in error
 
 
+@pytest.mark.parametrize("arguments, said", [([], "--out DIR"), (["--out", "x", "--seconds", "0"], "got 0")])
+def test_a_missing_folder_and_no_time_are_refused(capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_a_plan_has_no_name_twice():
     names = [item.name for item in gpu.PLAN]
     assert len(set(names)) == len(names)
