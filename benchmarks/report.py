@@ -152,12 +152,13 @@ def table(rows: Iterable[Row]) -> str:
         share = _percent(row.get("share_of_copy", ""))
         mark = "  ◄ faster than fastvae" if loses(row) else ""
         missed = f"  target {row['target']}×, not met" if misses(row) else ""
+        without = "  (without a CUDA graph)" if row.get("clock", "").startswith("events") else ""
         spread = f"{_number(row.get('ratio_p20'))} – {_number(row.get('ratio_p80'))}"
         lines.append(
             f"{name}{times[0]:>9s}  {times[1]:>8s} – {times[2]:>8s}"
             f"  {_number(row.get('ratio')):>9s}  {spread:>13s}  {row['gb_per_s']:>6s} {share:>7s}"
             f" {_percent(row['share_of_least']):>8s} {float(row['peak_mib']):8.1f} {row['allocations']:>6s}"
-            f"{mark}{missed}"
+            f"{mark}{missed}{without}"
         )
     return "\n".join(lines)
 
