@@ -443,10 +443,11 @@ def _unfit(dry_run: bool) -> str:
 def _measure_all(state: State) -> State:
     """Let processes measure until everything is done or the time is up."""
     command = [sys.executable, "-m", "benchmarks", "gpu", "--worker", state.path]
-    environment = dict(os.environ)
+    # Whatever backend is chosen for other work, what a card runs by itself is measured.
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTVAE_BACKEND")}
     if state.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "FASTVAE_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    if not state.dry_run and torch.version.hip:
+    elif torch.version.hip:
         print("this is ROCm: CUDA's names stand for HIP's here, and nobody has tried it", flush=True)
     for _ in range(MOST_PROCESSES):
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
@@ -460,15 +461,18 @@ def _measure_all(state: State) -> State:
         state = State.load(state.path)
         if code == 0:
             return state
-        if code != AGAIN:
-            reason = {None: "cut off when the time was up", -signal.SIGALRM: "took much too long"}.get(
-                code, f"ended its process, code {code}"
-            )
-            name = state.began or MACHINE
-            print(f"{name}: {reason}", flush=True)
-            # What the process itself said of it says more.
-            state.save(lost={name: reason, **state.lost}, began="")
-        if code is None or not state.machines:
+        if code == AGAIN:
+            continue
+        name = state.began or MACHINE
+        if code is None:
+            print(f"{name}: cut off, the time is up", flush=True)
+            state.save(left_out=[*state.left_out, name], began="")
+            break
+        reason = "took much too long" if code == -signal.SIGALRM else f"ended its process, code {code}"
+        print(f"{name}: {reason}", flush=True)
+        # What the process itself said of it says more.
+        state.save(lost={name: reason, **state.lost}, began="")
+        if not state.machines:
             break
     state.save(left_out=[*state.left_out, *(item.name for item in state.wanted())])
     return state

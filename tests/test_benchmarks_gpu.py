@@ -397,12 +397,13 @@ def test_after_a_death_another_process_goes_on(monkeypatch, tmp_path):
         monkeypatch,
         tmp_path,
         [
-            ({**machines, "failed": lambda state: {"op: peer": "why"}}, gpu.AGAIN),
+            ({"failed": lambda state: {"machine: copy": "why"}}, gpu.AGAIN),
+            ({**machines, "failed": lambda state: {**state.failed, "op: peer": "why"}}, gpu.AGAIN),
             ({"began": lambda state: name}, -signal.SIGSEGV),
             ({"done": lambda state: [i.name for i in state.wanted()]}, 0),
         ],
     )
-    assert next(ends, None) is None and state.failed == {"op: peer": "why"}
+    assert next(ends, None) is None and set(state.failed) == {"machine: copy", "op: peer"}
     assert state.lost == {name: "ended its process, code -11"} and state.done == [] and state.left_out == []
 
 
@@ -411,10 +412,55 @@ def test_what_hangs_is_named_and_what_was_to_follow_is_left_out(monkeypatch, tmp
     machines = {"machines": lambda state: {"float32": {}}}
     one, other = ({**machines, "began": lambda state, n=n: n} for n in ("one", "other"))
     state, _ = _measure_all(monkeypatch, tmp_path, [(one, -signal.SIGALRM), (other, None)])
-    assert state.lost == {"one": "took much too long", "other": "cut off when the time was up"}
-    assert state.left_out == [name]
+    assert state.lost == {"one": "took much too long"} and state.left_out == ["other", name]
     state, _ = _measure_all(monkeypatch, tmp_path, [({}, 1)])
     assert list(state.lost) == [gpu.MACHINE] and state.left_out == [name]
+
+
+class Troubled(device.StandIn):
+    """A stand-in that cannot capture one peer's backward pass, and then loses the device."""
+
+    COMPILED = 0
+    failed, lost_in = (), ""
+
+    def prepare(self, work, name, once):
+        key = f"{work.group}: {name}"
+        if (work.direction, name) == ("forward+backward", "eager") and key not in self.failed:
+            raise device.CaptureFailed(key, "not permitted")
+        if work.group == self.lost_in:
+            raise ZeroDivisionError
+        return super().prepare(work, name, once)
+
+    def check_usable(self, error):
+        if isinstance(error, device.CaptureFailed):
+            raise error
+        if isinstance(error, ZeroDivisionError):
+            raise device.DeviceLost("an illegal address")
+
+
+def test_a_process_that_cannot_go_on_leaves_what_it_has(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "StandIn", Troubled)
+    monkeypatch.setattr(gpu.signal, "alarm", lambda seconds: None)
+    only = ["log_mean_exp", "gaussian_log_prob 16384×784, float32"]
+    lme, gaussian = (item.name for item in gpu.plan(only, True))
+    state = gpu.State(str(tmp_path / "state.json"), time.time() + 1000, str(tmp_path), True, only)
+    state.save()
+    assert gpu._worker(state.path) == gpu.AGAIN
+    state = gpu.State.load(state.path)
+    assert state.failed == {"log_mean_exp: eager": "not permitted"} and not state.done
+    before = report.read_csv(Path(state.csv))
+    assert {r["direction"] for r in before} == {"forward"}
+
+    monkeypatch.setattr(Troubled, "failed", state.failed)
+    monkeypatch.setattr(Troubled, "lost_in", "gaussian_log_prob")
+    assert gpu._worker(state.path) == gpu.AGAIN
+    state = gpu.State.load(state.path)
+    assert state.done == [lme] and state.lost == {gaussian: "DeviceLost: an illegal address"}
+    rows = report.read_csv(Path(state.csv))
+    # What was written is not measured again, and the speed of the machine stays what it was.
+    assert rows[: len(before)] == before and len(rows) == 2 * len(before)
+    assert len({r["copy_gb_per_s"] for r in rows}) == 1
+    assert gpu._worker(state.path) == 0 and "the device is lost" in capfd.readouterr().out
 
 
 def test_the_state_is_a_file(tmp_path):
