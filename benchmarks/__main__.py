@@ -21,8 +21,11 @@ from . import report  # noqa: E402
 from .measure import OURS, keep_memory, measure, measure_machine  # noqa: E402
 
 MODULES = ("latent", "gaussian", "bernoulli", "importance", "objectives")
-# With arguments of their own.
-SUBCOMMANDS = ("kernels",)
+# Other things to do, each with options of its own: the module whose ``main`` takes what follows the name.
+SUBCOMMANDS = {
+    "gpu": "run the tests on a card, and measure it",
+    "kernels": "what the compiler makes of the kernels, without a GPU",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure fastvae beside eager PyTorch, torch.compile, torch.distributions, Pyro and "
-        "pythae (those that are installed), interleaved in one run; print a table, write CSV and plots. "
-        f"More: {', '.join(f'python -m benchmarks {name} --help' for name in SUBCOMMANDS)}.",
+        "pythae (those that are installed), interleaved in one run; print a table, write CSV and plots.",
+        epilog="Instead of modules: " + "; ".join(f"{name} ({what})" for name, what in SUBCOMMANDS.items()),
     )
     parser.add_argument("modules", nargs="*", metavar="module", help=f"some of: {', '.join(MODULES)}")
     parser.add_argument("--out", type=Path, help="where CSV and plots go; default: benchmarks/results")

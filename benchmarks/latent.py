@@ -6,7 +6,7 @@ import torch
 
 from fastvae import ops
 
-from .measure import COMPILE, FALLBACK, OURS, op_works
+from .measure import COMPILE, CPU, FALLBACK, OURS, Place, op_works
 
 # Operations of one element, counted in the instructions of the C++: a normal (Philox 30, as 64-bit products
 # take two lanes, and Box-Muller 27), an exponential, exp(u) - 1 - u.
@@ -17,7 +17,7 @@ def works():
     for b, d in ((128, 32), (8192, 64), (8192, 784)):
         for k in (1, 50):
             large = {"eager": 8.0, COMPILE: 5.0, FALLBACK: 5.0} if b > 128 and k == 1 else {}
-            yield from _rsample_kl(
+            yield from rsample_kl(
                 k, b, d, large or ({"eager": 3.0, COMPILE: 4.0, FALLBACK: 4.0} if k == 1 else {})
             )
     for k, b, d in (
@@ -29,15 +29,10 @@ def works():
         (50, 8192, 784),
     ):
         target = {"eager": 8.0, COMPILE: 5.0, FALLBACK: 5.0} if b == 64 else {}
-        yield from _rsample_log_ratio(k, b, d, target)
+        yield from rsample_log_ratio(k, b, d, target)
 
 
-def _leaves(b, d):
-    torch.manual_seed(0)
-    return torch.randn(b, d, requires_grad=True), torch.randn(b, d, requires_grad=True)
-
-
-def _eps(outputs, mu, logvar):
+def eps_of(outputs, mu, logvar):
     """The noise behind z, whoever drew it, once it is seen to be standard normal."""
     eps = ((outputs[0] - mu) / torch.exp(0.5 * logvar)).detach()
     n = eps.numel()
@@ -47,34 +42,41 @@ def _eps(outputs, mu, logvar):
     return eps
 
 
-def _rsample_kl(k, b, d, target):
+def rsample_kl(k, b, d, target, place: Place = CPU, peers=None):
+    """The works of one size; ``peers`` are implementations besides eager PyTorch, of K samples (None for one
+    without an axis).
+    """
+
     def eager(mu, logvar):
-        if k == 1:
-            z = torch.addcmul(mu, torch.exp(0.5 * logvar), torch.randn_like(mu))
-        else:
-            z = torch.addcmul(mu, torch.exp(0.5 * logvar), torch.randn(k, b, d))
+        z = torch.addcmul(
+            mu, torch.exp(0.5 * logvar), torch.randn_like(mu) if k == 1 else place.randn(k, b, d)
+        )
         return z, 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
 
     def exact(outputs, mu, logvar):
-        z = mu + torch.exp(0.5 * logvar) * _eps(outputs, mu, logvar)
+        z = mu + torch.exp(0.5 * logvar) * eps_of(outputs, mu, logvar)
         return z, 0.5 * (mu**2 + torch.expm1(logvar) - logvar).sum(-1)
 
     samples = None if k == 1 else k
     functions = {OURS: lambda mu, logvar: ops.rsample_kl(mu, logvar, samples=samples), "eager": eager}
+    for name, peer in (peers or {}).items():
+        functions[name] = lambda mu, logvar, peer=peer: peer(mu, logvar, samples)
     forward = b * d * (EXP + EXPM1 + 3) + k * b * d * (NORMAL + 2)
     backward = b * d * (EXPM1 + 4) + 2 * k * b * d
     case = f"{'' if k == 1 else f'{k}×'}{b}×{d}"
-    yield from _works("rsample_kl", case, (k, b, d), functions, exact, b, (forward, backward), target)
+    yield from _works("rsample_kl", case, (k, b, d), functions, exact, b, (forward, backward), target, place)
 
 
-def _rsample_log_ratio(k, b, d, target):
+def rsample_log_ratio(k, b, d, target, place: Place = CPU):
+    """The works of one size."""
+
     def eager(mu, logvar):
-        eps = torch.randn(k, b, d)
+        eps = place.randn(k, b, d)
         z = torch.addcmul(mu, torch.exp(0.5 * logvar), eps)
         return z, 0.5 * ((eps.square() - z.square()).sum(-1) + logvar.sum(-1))
 
     def exact(outputs, mu, logvar):
-        eps = _eps(outputs, mu, logvar)
+        eps = eps_of(outputs, mu, logvar)
         z = mu + torch.exp(0.5 * logvar) * eps
         return z, 0.5 * (eps**2 - z**2 + logvar).sum(-1)
 
@@ -82,20 +84,21 @@ def _rsample_log_ratio(k, b, d, target):
     forward, backward = b * d * EXP + k * b * d * (NORMAL + 5), 6 * k * b * d
     case = f"{k}×{b}×{d}"
     yield from _works(
-        "rsample_log_ratio", case, (k, b, d), functions, exact, k * b, (forward, backward), target
+        "rsample_log_ratio", case, (k, b, d), functions, exact, k * b, (forward, backward), target, place
     )
 
 
-def _works(group, case, sizes, functions, exact, second, operations, target):
+def _works(group, case, sizes, functions, exact, second, operations, target, place):
     """The works of either op; ``second`` is how many numbers its second result has."""
     k, b, d = sizes
     # Forward: mu, logvar in, both results out. Backward: mu, logvar, what arrives at both in, gradients out.
-    forward = 4 * (2 * b * d + k * b * d + second)
-    backward = forward + 4 * 2 * b * d
+    size = place.dtype.itemsize
+    forward = size * (2 * b * d + k * b * d) + 4 * second
+    backward = forward + size * 2 * b * d
     yield from op_works(
         group,
         case,
-        _leaves(b, d),
+        lambda: tuple(place.randn(b, d, requires_grad=True) for _ in range(2)),
         functions,
         exact,
         sampling=True,
@@ -103,4 +106,5 @@ def _works(group, case, sizes, functions, exact, second, operations, target):
         moved=(forward, forward + backward),
         operations=(operations[0], sum(operations)),
         target=target,
+        place=place,
     )

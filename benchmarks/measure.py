@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from torch import Tensor
 OURS = "fastvae"
 COMPILE = "torch.compile"
 FALLBACK = "torch.compile, fallback_random"
+REDUCE_OVERHEAD = "torch.compile, reduce-overhead"
+# No peer: what moving as many bytes takes, measured with the others.
+COPY = "a copy as large"
 
 # Work of more elements than this is run a few times only, and not checked again: its check passed at smaller
 # sizes.
@@ -39,6 +44,11 @@ class Work:
         operations: the least arithmetic, counted by hand (a multiply-add is one).
         huge: whether to be content with few rounds and no check.
         target: implementation → how many times as fast as it fastvae shall be.
+        graphs: the implementations that are captured in a CUDA graph and timed by its replays.
+        sets: how many sets of inputs the implementations go through in turn, so that a cache does not hold
+            them.
+        part: implementation → which part of the work it does, where all of it would take too long; its time
+            is divided by that.
     """
 
     group: str
@@ -50,16 +60,143 @@ class Work:
     operations: int = 0
     huge: bool = False
     target: dict[str, float] = field(default_factory=dict)
+    graphs: frozenset[str] = frozenset()
+    sets: int = 1
+    part: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """What was measured of one implementation: seconds per run in each round, and one run's allocations."""
+    """What was measured of one implementation: seconds per run in each round, one run's allocations, and by
+    what clock.
+    """
 
     seconds: np.ndarray
     peak_bytes: int = 0
     allocations: int = 0
     wrong: str = ""
+    clock: str = ""
+
+
+@dataclass
+class Timed:
+    """``launch`` does the work ``calls`` times, ``seconds(launch)`` says how long that took, by ``clock``."""
+
+    launch: Callable[[], object]
+    calls: int
+    seconds: Callable[[Callable[[], object]], float]
+    clock: str
+
+
+class Host:
+    """Where the work is done, its clock and its memory: a CPU. :class:`benchmarks.device.Cuda` has the same
+    methods.
+
+    Without a GPU it stands in for one: a work that wants a CUDA graph gets a loop.
+    """
+
+    device = torch.device("cpu")
+
+    def seconds(self, launch: Callable[[], object]) -> float:
+        """From before the call until all of its work is done."""
+        before = time.perf_counter()
+        launch()
+        return time.perf_counter() - before
+
+    def prepare(self, work: Work, name: str, once: float) -> Timed:
+        """A way to time an implementation that is warm and takes ``once`` seconds."""
+        return loop_of(work.run[name], once, self.seconds, "host")
+
+    def memory(self, run: Callable[[], object]) -> tuple[int, int]:
+        """The most bytes held at once for one run, beyond those held before, and how often memory was asked
+        for.
+        """
+        return allocations(run)
+
+    def compile(self, function: Callable, **options) -> Callable:
+        version = torch.compile(function, dynamic=False, **options)
+        if options.get("mode") != "reduce-overhead":
+            return version
+
+        def call(*arguments):
+            # Otherwise a forward pass whose backward pass never comes keeps its CUDA graph from being used.
+            torch.compiler.cudagraph_mark_step_begin()
+            return version(*arguments)
+
+        return call
+
+    def sets(self, moved: int) -> int:
+        """How many sets of inputs to go through, for a call that moves so many bytes: here one, caches are
+        part of a CPU's speed.
+        """
+        return 1
+
+    def check_usable(self, error: Exception) -> None:
+        """Raise if no further work can be done here after this error."""
+
+
+HOST = Host()
+
+
+def loop_of(run: Callable[[], object], once: float, seconds: Callable, clock: str) -> Timed:
+    """As many calls as take some milliseconds."""
+    calls = max(1, int(5e-3 / max(once, 1e-7)))
+
+    def launch():
+        for _ in range(calls):
+            run()
+
+    return Timed(launch, calls, seconds, clock)
+
+
+# torch.compile's versions of a function: the options of each. On a CPU its own random numbers are slow.
+VERSIONS = {COMPILE: {}, FALLBACK: {"options": {"fallback_random": True}}}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in what precision works are made.
+
+    Attributes:
+        host: clock, memory and device.
+        dtype: of the inputs; whole steps are autocast to it.
+        versions: compiled version → options of torch.compile.
+        graphs: whether every implementation of an op is captured in a CUDA graph, and goes through several
+            sets of inputs.
+        label: what is added to a work's case.
+    """
+
+    host: Host = HOST
+    dtype: torch.dtype = torch.float32
+    versions: Mapping[str, dict] = field(default_factory=lambda: VERSIONS)
+    graphs: bool = False
+    label: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return self.host.device
+
+    def sets_of(self, make: Callable[[], tuple[Tensor, ...]], moved: int) -> list[tuple[Tensor, ...]]:
+        """Sets of inputs to go through, made from the seed 0, for a call that moves so many bytes."""
+        torch.manual_seed(0)
+        return [make() for _ in range(self.host.sets(moved) if self.graphs else 1)]
+
+    def cast(self, function: Callable) -> Callable:
+        """The function as training in this precision calls it: autocast, so that what it sums is float32."""
+        if self.dtype == torch.float32:
+            return function
+
+        def cast(*arguments):
+            with torch.autocast(self.device.type, self.dtype):
+                return function(*arguments)
+
+        return cast
+
+    def randn(self, *shape: int, requires_grad: bool = False) -> Tensor:
+        return torch.randn(*shape, dtype=self.dtype, device=self.device, requires_grad=requires_grad)
+
+
+CPU = Place()
 
 
 def keep_memory(keep: bool = True) -> bool:
@@ -79,7 +216,7 @@ def keep_memory(keep: bool = True) -> bool:
         return False
 
 
-def measure(work: Work, budget: float = 0.6) -> dict[str, Result]:
+def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Result]:
     """Run the implementations in turn, round after round, so that a busy machine slows them all alike.
 
     Each turn is one run that does not count, which brings an implementation's own memory back into the
@@ -89,29 +226,26 @@ def measure(work: Work, budget: float = 0.6) -> dict[str, Result]:
         work: what to run.
         budget: seconds to spend on the rounds; there are at least five, or two that are longer,
             or one of more than five seconds.
+        host: where, and by which clock.
     """
     results: dict[str, Result] = {}
-    repeats, warm = {}, {}
+    timed: dict[str, Timed] = {}
+    warm = {}
     for name, run in work.run.items():
         try:
             if name in work.check and not work.huge:
                 work.check[name]()
-            start = time.perf_counter()
-            run()
-            first = time.perf_counter() - start
+            first = host.seconds(run)
+            peak, count = host.memory(run)
+            once = host.seconds(run) if first < 2 else first
+            timed[name] = host.prepare(work, name, once)
         except Exception as error:  # one peer's failure is a row of the table, not the end of the run
-            text = str(error).strip().splitlines() or [""]
-            results[name] = Result(np.array([]), wrong=f"{type(error).__name__}: {text[0]}"[:120])
+            host.check_usable(error)
+            results[name] = Result(np.array([]), wrong=describe(error))
             continue
-        peak, count = allocations(run)
-        start = time.perf_counter()
-        if first < 2:
-            run()
-        once = time.perf_counter() - start if first < 2 else first
-        repeats[name] = max(1, int(5e-3 / max(once, 1e-7)))
         warm[name] = once < 0.1
-        results[name] = Result(np.array([]), peak, count)
-    names = list(repeats)
+        results[name] = Result(np.array([]), peak, count, clock=timed[name].clock)
+    names = list(timed)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
@@ -120,13 +254,10 @@ def measure(work: Work, budget: float = 0.6) -> dict[str, Result]:
         while names:
             # The order turns, so that nobody always comes after the same neighbour.
             for name in names[done % len(names) :] + names[: done % len(names)]:
-                run, count = work.run[name], repeats[name]
                 if warm[name]:
-                    run()
-                before = time.perf_counter()
-                for _ in range(count):
-                    run()
-                times[name].append((time.perf_counter() - before) / count)
+                    work.run[name]()
+                seconds = timed[name].seconds(timed[name].launch)
+                times[name].append(seconds / timed[name].calls / work.part.get(name, 1))
             done += 1
             spent = time.perf_counter() - start
             # What takes long is run less often: five rounds, two above the budget, one above five seconds.
@@ -137,6 +268,12 @@ def measure(work: Work, budget: float = 0.6) -> dict[str, Result]:
     for name in names:
         results[name].seconds = np.array(times[name])
     return results
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line of the table."""
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]}"[:120]
 
 
 def allocations(run: Callable[[], object]) -> tuple[int, int]:
@@ -164,18 +301,19 @@ def gradients(outputs, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) ->
     return torch.autograd.grad(tuple_of(outputs), [t for t in inputs if t.requires_grad], grads)
 
 
-def compiled(function: Callable, sampling: bool) -> dict[str, Callable]:
-    """torch.compile's versions of a function, for one shape each; its own random numbers are slow."""
-    versions = {COMPILE: torch.compile(function, dynamic=False)}
-    if sampling:
-        versions[FALLBACK] = torch.compile(function, dynamic=False, options={"fallback_random": True})
-    return versions
+def compiled(function: Callable, sampling: bool, place: Place = CPU) -> dict[str, Callable]:
+    """torch.compile's versions of a function, for one shape each; ``fallback_random`` where it draws."""
+    return {
+        name: place.host.compile(function, **options)
+        for name, options in place.versions.items()
+        if sampling or name != FALLBACK
+    }
 
 
 def op_works(
     group: str,
     case: str,
-    inputs: tuple[Tensor, ...],
+    make: Callable[[], tuple[Tensor, ...]],
     functions: dict[str, Callable],
     exact: Callable,
     *,
@@ -184,64 +322,142 @@ def op_works(
     moved: tuple[int, int],
     operations: tuple[int, int],
     target: dict[str, float] | None = None,
+    place: Place = CPU,
+    tolerance: float | None = None,
 ) -> Iterator[Work]:
     """The works of one op at one size: forward (recording for backward), and forward and backward.
 
     Args:
-        functions: implementation → a function of ``inputs``; ``"eager"`` is compiled, too.
+        make: makes the inputs.
+        functions: implementation → a function of the inputs; ``"eager"`` is compiled, too.
         exact: ``exact(outputs, *inputs)`` in float64: what the outputs should be, with gradients; it may take
             the noise from the outputs.
         sampling: whether the functions draw random numbers.
         elements: how many numbers the largest tensor has.
         moved, operations: the least bytes and operations of forward, and of forward and backward.
         target: for forward and backward.
+        place: where, and in what precision; fastvae takes its tensors as they are, peers run under autocast.
+        tolerance: of the check, if not that of the precision.
     """
-    huge = elements > HUGE
+    tolerance = tolerance or TOLERANCE[place.dtype]
+    on_cpu = place.device.type == "cpu"
+    huge = on_cpu and elements > HUGE
     # The most that a peer here holds at once is eleven tensors.
     if huge and (needed := 44 * elements / 2**30) > (there := _available_gib()):
         print(f"{group} {case}: left out; it takes about {needed:.0f} GiB, and there are {there:.0f}")
         return
-    keep_memory(not huge)
-    functions = {**functions, **compiled(functions["eager"], sampling)}
+    if on_cpu:
+        keep_memory(not huge)
+    functions = {name: f if name == OURS else place.cast(f) for name, f in functions.items()}
+    functions |= compiled(functions["eager"], sampling, place)
+    sets = place.sets_of(make, moved[0])
     with torch.no_grad():
-        grads = tuple(torch.randn_like(t) for t in tuple_of(functions[OURS](*inputs)))
+        grads = tuple(torch.randn_like(t) for t in tuple_of(functions[OURS](*sets[0])))
+    # A peer may return another dtype, whose gradient is to be ready.
+    ready = {(i, d): g.to(d) for i, g in enumerate(grads) for d in (g.dtype, torch.float32, place.dtype)}
 
-    def check(function):
-        outputs = tuple_of(function(*inputs))
+    def gradients_of(outputs, inputs):
+        return gradients(outputs, inputs, tuple(ready[i, o.dtype] for i, o in enumerate(tuple_of(outputs))))
+
+    def check(name):
+        inputs = sets[-1]
+        with poisoned() if name == OURS else contextlib.nullcontext():
+            outputs = tuple_of(functions[name](*inputs))
+            got_gradients = gradients_of(outputs, inputs)
         wide = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
         expected = tuple_of(exact(tuple(o.detach().double() for o in outputs), *wide))
         for got, want in zip(outputs, expected, strict=True):
-            assert_near(got, want)
-        got = gradients(outputs, inputs, grads)
+            assert_near(got, want, tolerance)
         want = gradients(expected, wide, tuple(g.double() for g in grads))
-        for a, b in zip(got, want, strict=True):
-            assert_near(a, b)
+        for a, b in zip(got_gradients, want, strict=True):
+            assert_near(a, b, tolerance)
 
-    checks = {name: lambda f=f: check(f) for name, f in functions.items()}
-    forward = {name: lambda f=f: f(*inputs) for name, f in functions.items()}
-    both = {name: lambda f=f: gradients(f(*inputs), inputs, grads) for name, f in functions.items()}
+    found: dict[str, Exception | None] = {}
+
+    def check_once(name):
+        if name not in found:
+            try:
+                check(name)
+                found[name] = None
+            except Exception as error:
+                # Its traceback would keep the tensors.
+                found[name] = error.with_traceback(None)
+        if found[name] is not None:
+            raise found[name]
+
+    def each(call):
+        """A function of no arguments that goes on to the next set of inputs at every call."""
+        if len(sets) == 1:
+            return lambda: call(sets[0])
+        turn = itertools.cycle(sets)
+        return lambda: call(next(turn))
+
+    checks = {name: lambda name=name: check_once(name) for name in functions}
+    forward = {name: each(lambda inputs, f=f: f(*inputs)) for name, f in functions.items()}
+    both = {name: each(lambda inputs, f=f: gradients_of(f(*inputs), inputs)) for name, f in functions.items()}
+    shared = {"graphs": frozenset((*functions, COPY)) if place.graphs else frozenset(), "sets": len(sets)}
+    case += place.label
     if not huge:
-        yield Work(group, case, "forward", forward, checks, moved[0], operations[0])
+        run = forward | copies(moved[0], place)
+        yield Work(group, case, "forward", run, checks, moved[0], operations[0], **shared)
     yield Work(
         group,
         case,
         "forward+backward",
-        both,
-        checks if huge else {},
+        both | copies(moved[1], place),
+        checks,
         moved[1],
         operations[1],
         huge,
         target or {},
+        **shared,
     )
     torch._dynamo.reset()
 
 
-def assert_near(got: Tensor, want: Tensor) -> None:
-    """A thousandth of the largest element: this refuses what is wrong; accuracy is for the tests."""
+def copies(moved: int, place: Place) -> dict[str, Callable[[], object]]:
+    """Copying half as many bytes, as a copy reads and writes: what the card can do at this size."""
+    if not place.graphs:
+        return {}
+    pairs = itertools.cycle(
+        [
+            (source, torch.empty_like(source))
+            for source in (
+                torch.rand(max(1, moved // 8), device=place.device) for _ in range(place.host.sets(moved))
+            )
+        ]
+    )
+
+    def run():
+        source, target = next(pairs)
+        return target.copy_(source)
+
+    return {COPY: run}
+
+
+# A thousandth of the largest element; where z and products are rounded to eight bits, two hundredths.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, so that what no kernel writes is seen. A compiled function would be
+    compiled anew.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-3) -> None:
+    """To a part of the largest element: this refuses what is wrong; accuracy is for the tests."""
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-    error = float((got.double() - want).abs().amax())
-    scale = float(want.abs().amax())
-    assert error <= 1e-3 * scale, f"an error of {error:.3g} at a scale of {scale:.3g}"
+    error = float((got.detach().double() - want.detach()).abs().amax())
+    scale = float(want.detach().abs().amax())
+    assert error <= tolerance * scale, f"an error of {error:.3g} at a scale of {scale:.3g}"
 
 
 def _available_gib() -> float:
@@ -271,19 +487,20 @@ class Machine:
         return max(work.bytes / max(self.copied, self.read), work.operations / self.operations)
 
 
-def measure_machine() -> Machine:
-    """Copying 256 MiB, adding them up, and a float32 matrix product of 2048³; each the best of eight."""
-    source, target = torch.ones(2**26), torch.zeros(2**26)
-    a, b, c = torch.rand(2048, 2048), torch.rand(2048, 2048), torch.empty(2048, 2048)
-
-    def best(run):
-        seconds = []
-        for _ in range(8):
-            before = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - before)
-        return min(seconds)
-
-    copy = best(lambda: target.copy_(source))
-    product = best(lambda: torch.mm(a, b, out=c))
-    return Machine(2 * source.nbytes / copy, source.nbytes / best(source.sum), 2048**3 / product)
+def measure_machine(
+    host: Host = HOST, numbers: int = 2**26, size: int = 2048, dtype: torch.dtype = torch.float32
+) -> Machine:
+    """Copying so many float32, adding them up, and a matrix product of size³; each at its best."""
+    source = torch.rand(numbers, device=host.device)
+    target = torch.zeros_like(source)
+    a, b, c = (torch.rand(size, size, device=host.device).to(dtype) for _ in range(3))
+    run = {
+        "copy": lambda: target.copy_(source),
+        "sum": source.sum,
+        "product": lambda: torch.mm(a, b, out=c),
+    }
+    results = measure(Work("machine", "", "", run, graphs=frozenset(run)), budget=1.0, host=host)
+    if wrong := [f"{name}: {r.wrong}" for name, r in results.items() if r.wrong]:
+        raise RuntimeError(f"the machine's own speed could not be measured: {wrong[0]}")
+    copy, read, product = (float(r.seconds.min()) for r in results.values())
+    return Machine(2 * source.nbytes / copy, source.nbytes / read, size**3 / product)

@@ -7,28 +7,29 @@ import datetime
 import importlib.metadata
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .measure import OURS, Machine, Result, Work
+from .measure import COPY, OURS, Machine, Result, Work
 
 Row = dict[str, str]
 FULL = ("forward+backward", "step", "evaluation")
 
 
-def environment(machine: Machine) -> Row:
-    """What every row says of where and when it was measured."""
-    versions = []
-    for package in ("torch", "fastvae", "pyro-ppl", "pythae"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+def environment(machine: Machine, device: str = "", versions: Iterable[str] = ()) -> Row:
+    """What every row says of where and when it was measured.
+
+    Args:
+        machine: its speed.
+        device: its name; default the processor's.
+        versions: more of them.
+    """
+    versions = [*versions_of("torch", "fastvae", "pyro-ppl", "pythae"), *versions]
     return {
-        "device": _device(),
+        "device": device or processor(),
         "threads": str(torch.get_num_threads()),
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
         "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -38,7 +39,19 @@ def environment(machine: Machine) -> Row:
     }
 
 
-def _device() -> str:
+def versions_of(*packages: str) -> list[str]:
+    """The versions of those that are installed."""
+    versions = []
+    for package in packages:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def processor() -> str:
+    """The processor's name."""
     try:
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -59,6 +72,7 @@ def rows_of(work: Work, results: dict[str, Result], machine: Machine, where: Row
             "implementation": name,
             "rounds": str(len(result.seconds)),
             "wrong": result.wrong,
+            "clock": result.clock,
         }
         if len(result.seconds):
             p20, p50, p80 = np.percentile(result.seconds, (20, 50, 80))
@@ -82,7 +96,7 @@ def rows_of(work: Work, results: dict[str, Result], machine: Machine, where: Row
 COLUMNS = (
     *("group", "case", "direction", "implementation", "p20_us", "p50_us", "p80_us"),
     *("ratio", "ratio_p20", "ratio_p80", "target", "gb_per_s", "share_of_copy", "least_us", "share_of_least"),
-    *("peak_mib", "allocations", "rounds", "wrong"),
+    *("peak_mib", "allocations", "rounds", "clock", "wrong"),
     *("device", "threads", "versions", "time", "copy_gb_per_s", "read_gb_per_s", "gflop_per_s"),
 )
 
@@ -95,6 +109,15 @@ def write_csv(rows: list[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
+def append_csv(rows: list[Row], path: Path) -> None:
+    """Add rows to a file, which begins with them if it is not there."""
+    if not path.exists():
+        write_csv(rows, path)
+        return
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, COLUMNS, restval="").writerows(rows)
+
+
 def read_csv(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -102,8 +125,12 @@ def read_csv(path: Path) -> list[Row]:
 
 def file_name(where: Row) -> str:
     """The CSV's name without its ending: the device and the number of threads."""
-    slug = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
-    return f"cpu-{slug}-{where['threads']}-threads"
+    return f"cpu-{slug(where['device'])}-{where['threads']}-threads"
+
+
+def slug(name: str) -> str:
+    """A name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 HEAD = (
@@ -125,12 +152,13 @@ def table(rows: Iterable[Row]) -> str:
         share = _percent(row.get("share_of_copy", ""))
         mark = "  ◄ faster than fastvae" if loses(row) else ""
         missed = f"  target {row['target']}×, not met" if misses(row) else ""
+        without = "  (without a CUDA graph)" if row.get("clock", "").startswith("events") else ""
         spread = f"{_number(row.get('ratio_p20'))} – {_number(row.get('ratio_p80'))}"
         lines.append(
             f"{name}{times[0]:>9s}  {times[1]:>8s} – {times[2]:>8s}"
             f"  {_number(row.get('ratio')):>9s}  {spread:>13s}  {row['gb_per_s']:>6s} {share:>7s}"
             f" {_percent(row['share_of_least']):>8s} {float(row['peak_mib']):8.1f} {row['allocations']:>6s}"
-            f"{mark}{missed}"
+            f"{mark}{missed}{without}"
         )
     return "\n".join(lines)
 
@@ -156,8 +184,9 @@ def _percent(text: str) -> str:
 
 def loses(row: Row) -> bool:
     """Whether this peer is faster than fastvae, beyond what its rounds leave open."""
+    name = row["implementation"]
     return (
-        row["implementation"].split(",")[0] != OURS and bool(row.get("ratio")) and float(row["ratio_p80"]) < 1
+        name.split(",")[0] != OURS and name != COPY and bool(row.get("ratio")) and float(row["ratio_p80"]) < 1
     )
 
 
@@ -205,8 +234,14 @@ def got_slower(rows: list[Row], recorded: list[Row], tolerance: float = 0.3) -> 
     return lines
 
 
-def plots(rows: list[Row], stem: Path) -> list[Path]:
-    """One plot for each group: how many times as long as fastvae each peer takes, with p20 to p80."""
+def plots(rows: list[Row], stem: Path, group_of: Callable[[Row], str] | None = None) -> list[Path]:
+    """One plot for each group: how many times as long as fastvae each peer takes, with p20 to p80.
+
+    Args:
+        rows: what was measured.
+        stem: of the files' names.
+        group_of: the plot that a row belongs to; default: its op's, or that of the objectives.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,8 +251,9 @@ def plots(rows: list[Row], stem: Path) -> list[Path]:
     peers = list(dict.fromkeys(r["implementation"] for r in timed if r["implementation"] != OURS))
     styles = {name: {"color": f"C{i % 10}", "fmt": "os"[i // 10 % 2]} for i, name in enumerate(peers)}
     paths = []
-    for group in dict.fromkeys(_plot_group(r) for r in timed):
-        part = [r for r in timed if _plot_group(r) == group]
+    group_of = group_of or _plot_group
+    for group in dict.fromkeys(map(group_of, timed)):
+        part = [r for r in timed if group_of(r) == group]
         labels = list(dict.fromkeys(_label(r, group) for r in part))
         used = [p for p in peers if any(r["implementation"] == p for r in part)]
         fig, ax = plt.subplots(figsize=(8.5, 1.6 + 0.62 * len(labels)))
@@ -251,7 +287,7 @@ def plots(rows: list[Row], stem: Path) -> list[Path]:
         where = f"{r['device']}, {r['threads']} threads, {version}, {r['time'][:10]}"
         ax.set_title(f"{group}\n{where}", fontsize=10)
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-        path = stem.with_name(f"{stem.name}-{re.sub(r'[^a-z0-9]+', '-', group.lower())}.png")
+        path = stem.with_name(f"{stem.name}-{slug(group)}.png")
         fig.savefig(path, dpi=110, bbox_inches="tight")
         plt.close(fig)
         paths.append(path)
@@ -265,6 +301,4 @@ def _plot_group(row: Row) -> str:
 
 
 def _label(row: Row, group: str) -> str:
-    if group == "objectives":
-        return f"{row['group']}\n{row['case']}"
-    return row["case"]
+    return row["case"] if group == row["group"] else f"{row['group']}\n{row['case']}"

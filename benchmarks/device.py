@@ -1,0 +1,210 @@
+"""A CUDA device as a place to measure: events, graphs, peak memory. All that touches torch.cuda is here."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import gc
+import math
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+
+from .measure import Host, Timed, Work, describe, loop_of, tuple_of
+from .report import processor, versions_of
+
+# A graph holds as many calls as take so long, so that what its launch costs does not count.
+GRAPH_SECONDS = 2e-3
+MOST_CALLS = 64
+# The inputs and results of all sets of a work together, in multiples of the L2 cache.
+TIMES_THE_CACHE = 4
+MOST_SETS = 64
+
+
+class CaptureFailed(Exception):
+    """A CUDA graph could not be captured. What torch keeps of the attempt (the random generator believes that
+    it is being captured, the allocator too) makes this process unfit to go on.
+    """
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+
+class DeviceLost(Exception):
+    """The device accepts no more work from this process: an illegal address, a failed assertion."""
+
+
+class Cuda(Host):
+    """The current CUDA device.
+
+    Everything runs on one stream that is not the default one, as a capture wants its warm-up to.
+
+    Args:
+        failed: work and implementation → why its capture failed before; it is timed without a graph.
+        cuda: ``torch.cuda``, or what stands in for it in a test.
+        device: where tensors are; another in a test.
+    """
+
+    def __init__(
+        self,
+        failed: dict[str, str] | None = None,
+        cuda: ModuleType = torch.cuda,
+        device: torch.device | None = None,
+    ):
+        self.cuda = cuda
+        self.device = device or torch.device("cuda", cuda.current_device())
+        self.properties = cuda.get_device_properties(cuda.current_device())
+        self.failed = failed or {}
+        self.stream = cuda.Stream()
+
+    def active(self) -> AbstractContextManager:
+        """Within it, work goes to the one stream."""
+        return self.cuda.stream(self.stream)
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the L2 cache."""
+        return getattr(self.properties, "L2_cache_size", 0) or 2**26
+
+    def seconds(self, launch: Callable[[], object]) -> float:
+        """By the host's clock, from an idle device to an idle device."""
+        self.cuda.synchronize()
+
+        def launch_and_wait():
+            launch()
+            self.cuda.synchronize()
+
+        return super().seconds(launch_and_wait)
+
+    def seconds_by_events(self, launch: Callable[[], object]) -> float:
+        """By the device's clock, between what is in the stream before and after."""
+        before, after = (self.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        launch()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+    def prepare(self, work: Work, name: str, once: float) -> Timed:
+        run = work.run[name]
+        if name not in work.graphs:
+            return loop_of(run, once, self.seconds, "host")
+        key = f"{work.group}: {name}"
+        # Where a plain copy cannot be captured, nothing can.
+        if reason := self.failed.get(key) or self.failed.get("machine: copy"):
+            return loop_of(run, once, self.seconds_by_events, f"events: {reason}")
+        # A step is a graph, as in training; of an op's calls a graph holds many, so that its launch does not
+        # count.
+        calls = 1 if work.direction == "step" else math.ceil(GRAPH_SECONDS / max(once, 1e-6))
+        calls = max(work.sets, min(MOST_CALLS, calls))
+        try:
+            replay = self._capture(run, calls, work.sets)
+        except Exception as error:
+            raise CaptureFailed(key, describe(error)) from error
+        timed = loop_of(replay, once * calls, self.seconds_by_events, "graph")
+        return replace(timed, calls=timed.calls * calls)
+
+    def _capture(self, run: Callable[[], object], calls: int, sets: int) -> Callable[[], object]:
+        # An autograd graph that lives on would tie the capture to what is outside.
+        gc.collect()
+        for _ in range(max(3, sets)):
+            run()
+        self.cuda.synchronize()
+        graph = self.cuda.CUDAGraph()
+        # Results are kept as long as their inputs are: freed at once, they would stay in the cache.
+        kept = collections.deque(maxlen=sets)
+        with self.cuda.graph(graph, stream=self.stream):
+            for _ in range(calls):
+                kept.append(_detached(run()))
+        self.cuda.synchronize()
+        return graph.replay
+
+    def memory(self, run: Callable[[], object]) -> tuple[int, int]:
+        self.cuda.synchronize()
+        self.cuda.reset_peak_memory_stats()
+        held, count = self.cuda.memory_allocated(), self._allocations()
+        run()
+        self.cuda.synchronize()
+        return max(0, self.cuda.max_memory_allocated() - held), self._allocations() - count
+
+    def _allocations(self) -> int:
+        return self.cuda.memory_stats().get("allocation.all.allocated", 0)
+
+    def sets(self, moved: int) -> int:
+        return min(MOST_SETS, max(2, math.ceil(TIMES_THE_CACHE * self.cache / max(moved, 1))))
+
+    def check_usable(self, error: Exception) -> None:
+        if isinstance(error, CaptureFailed):
+            raise error
+        try:
+            self.cuda.synchronize()
+        except Exception as lost:
+            raise DeviceLost(describe(lost)) from lost
+
+    def release(self) -> None:
+        """Give the memory of what has been dropped back to the device."""
+        gc.collect()
+        self.cuda.empty_cache()
+
+    def describe(self) -> tuple[str, list[str]]:
+        """The card's name, and versions that every row names."""
+        runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        return self.properties.name, [*versions_of("triton", "numpy"), runtime, *_driver()]
+
+
+def _detached(outputs: object) -> list[torch.Tensor]:
+    return [] if outputs is None else [t.detach() for t in tuple_of(outputs)]
+
+
+def _driver() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [f"driver {line.strip()}" for line in done.stdout.splitlines()[:1]]
+
+
+class StandIn(Host):
+    """The CPU in place of a card, for a dry run: the same methods, a loop for a graph.
+
+    Compiling costs seconds, so only the first functions are compiled.
+    """
+
+    COMPILED = 3
+    cache = 2**10
+
+    def __init__(self):
+        self.compiled = 0
+
+    def active(self) -> AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def prepare(self, work: Work, name: str, once: float) -> Timed:
+        run = work.run[name]
+        if name not in work.graphs:
+            return Timed(run, 1, self.seconds, "host")
+
+        def launch():
+            for _ in range(work.sets):
+                _detached(run())
+
+        return Timed(launch, work.sets, self.seconds, "stand-in for a graph")
+
+    def compile(self, function: Callable, **options) -> Callable:
+        self.compiled += 1
+        return super().compile(function, **options) if self.compiled <= self.COMPILED else function
+
+    def sets(self, moved: int) -> int:
+        return 2
+
+    def release(self) -> None:
+        pass
+
+    def describe(self) -> tuple[str, list[str]]:
+        return f"DRY RUN without a card, {processor()}", versions_of("triton", "numpy")

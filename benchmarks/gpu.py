@@ -1,0 +1,505 @@
+"""``python -m benchmarks gpu``: the tests on the device, then every op, step and evaluation, within a time.
+
+The command itself touches no device. It runs the tests, and then a process that measures, the most important
+first. That process writes rows as they come, and where it cannot go on (an illegal address, a capture that
+failed) another does what is left. What could not be measured, or not in time, is listed by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import distributions as td
+
+from fastvae import _backend
+
+from . import device_tests, report, verdict
+from .bernoulli import bernoulli_log_prob
+from .device import CaptureFailed, Cuda, DeviceLost, StandIn
+from .gaussian import gaussian_log_prob
+from .importance import log_mean_exp
+from .latent import rsample_kl, rsample_log_ratio
+from .measure import (
+    COMPILE,
+    OURS,
+    REDUCE_OVERHEAD,
+    Host,
+    Machine,
+    Place,
+    Work,
+    describe,
+    measure,
+    measure_machine,
+)
+from .objectives import evaluated, evaluation, iwae_without_networks, steps
+
+ROOT = Path(__file__).parents[1]
+# What the process that measures returns when another shall go on.
+AGAIN = 3
+# What is lost, if not an item.
+MACHINE = "the machine's own speed"
+MOST_PROCESSES = 10
+# Seconds: for tables and plots at the end, and for what is under way when the time is up.
+RESERVE, GRACE = 15, 10
+# Of rounds, for each work; in a dry run two rounds are enough.
+BUDGET = 0.3
+# An item that takes so much longer than expected hangs, and is ended with its process.
+PATIENCE = 60
+
+# Compiled versions: the options of each, and those to measure.
+VERSIONS = {COMPILE: {}, REDUCE_OVERHEAD: {"mode": "reduce-overhead"}}
+COMPILED = (COMPILE,)
+ALL = tuple(VERSIONS)
+
+# What fastvae shall be, forward and backward, times as fast as whom.
+FAST = {"eager": 4.0, COMPILE: 1.2}
+LEVEL = {COMPILE: 1.0}
+
+
+# The same by torch.distributions, as Pyro does it, too.
+
+
+def _normal(mu, logvar):
+    return td.Independent(td.Normal(mu, torch.exp(0.5 * logvar), validate_args=False), 1)
+
+
+def _rsample_kl(mu, logvar, samples):
+    q = _normal(mu, logvar)
+    p = _normal(torch.zeros_like(mu), torch.zeros_like(mu))
+    return q.rsample(() if samples is None else (samples,)), td.kl_divergence(q, p)
+
+
+def _bernoulli(x, logits):
+    return td.Independent(td.Bernoulli(logits=logits, validate_args=False), 1).log_prob(x)
+
+
+def _gaussian(x, mean, logvar):
+    return _normal(mean, logvar).log_prob(x)
+
+
+def _by(function):
+    return {"torch.distributions": function}
+
+
+def _overhead(works, place):
+    """A call of tiny tensors, whose price is Python's; the target is for the forward pass, too."""
+    for work in works(replace(place, graphs=False)):
+        yield replace(work, group="overhead", case=f"{work.group} {work.case}", target=LEVEL)
+
+
+# What can be measured: works of a size, at a place.
+WORKS = {
+    "rsample_kl": lambda size, place: rsample_kl(
+        *size, FAST if size[0] == 1 else {}, place, _by(_rsample_kl)
+    ),
+    "rsample_log_ratio": lambda size, place: rsample_log_ratio(*size, {}, place),
+    "gaussian_log_prob": lambda size, place: gaussian_log_prob(size, LEVEL, place, _by(_gaussian)),
+    "bernoulli_log_prob": lambda size, place: bernoulli_log_prob(size, LEVEL, place, _by(_bernoulli)),
+    "log_mean_exp": lambda size, place: log_mean_exp(*size, {}, place),
+    "IWAE without networks": lambda size, place: iwae_without_networks(*size, FAST, place),
+    "overhead of rsample_kl": lambda size, place: _overhead(lambda p: rsample_kl(*size, {}, p), place),
+    "overhead of bernoulli_log_prob": lambda size, place: _overhead(
+        lambda p: bernoulli_log_prob(size, {}, p), place
+    ),
+    "IWAE step": lambda size, place: steps("IWAE step", *size[:2], size[2:-1], size[-1], {}, place),
+    "evaluation": lambda size, place: evaluation(
+        *size[:2], (200,), 50, evaluated, size[3:], by_hand=size[2], place=place
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to measure.
+
+    Attributes:
+        what: a key of WORKS.
+        size: its sizes.
+        precision: float32 or bfloat16.
+        versions: keys of VERSIONS.
+        seconds: that must be left to begin it.
+        small: its sizes in a dry run; default: few numbers along each axis, no two alike.
+    """
+
+    what: str
+    size: tuple[int, ...]
+    precision: str = "float32"
+    versions: tuple[str, ...] = ()
+    seconds: float = 5
+    small: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.what} {'×'.join(map(str, self.size))}", self.precision, *self.versions]
+        return ", ".join(parts)
+
+    @property
+    def rate(self) -> str:
+        """The precision whose matrix products bound the time. An op's arithmetic is float32 in any."""
+        return self.precision if self.what in ("IWAE step", "evaluation") else "float32"
+
+    def works(self, host: Host, dry_run: bool) -> Iterator[Work]:
+        versions = {name: VERSIONS[name] for name in self.versions}
+        # An evaluation is one of both.
+        size, label = self.size, "" if self.what == "evaluation" else f", {self.precision}"
+        if dry_run:
+            label += f", DRY RUN of {'×'.join(map(str, size))}"
+            size = self.small or tuple(map(min, size, (3, 6, 5, 20, 4)))
+        place = Place(host, getattr(torch, self.precision), versions, True, label)
+        yield from WORKS[self.what](size, place)
+
+
+def _plan() -> list[Item]:
+    """Everything, the most important first."""
+
+    def main(precision):
+        for what, *size in (
+            ("rsample_kl", 1, 65536, 256),
+            ("gaussian_log_prob", 50, 1024, 784),
+            ("bernoulli_log_prob", 50, 1024, 784),
+            ("IWAE without networks", 50, 1024, 50, 784),
+        ):
+            yield Item(what, tuple(size), precision, COMPILED, 12)
+
+    def others(precision):
+        for what, *size in (
+            ("rsample_kl", 1, 262144, 256),
+            ("gaussian_log_prob", 16384, 784),
+            ("bernoulli_log_prob", 16384, 784),
+            ("rsample_kl", 1, 8192, 1568),
+            ("rsample_log_ratio", 50, 1024, 784),
+            ("gaussian_log_prob", 64, 196608),
+            ("bernoulli_log_prob", 64, 196608),
+            ("gaussian_log_prob", 4194304, 8),
+            ("bernoulli_log_prob", 4194304, 8),
+            ("rsample_kl", 1, 4194304, 8),
+        ):
+            yield Item(what, tuple(size), precision)
+
+    def step(*arguments):
+        return Item("IWAE step", *arguments, small=(2, 3, 5, 20, 4))
+
+    return [
+        *main("float32"),
+        Item("evaluation", (5000, 10000, 500, 500), "bfloat16", seconds=25, small=(8, 4, 3, 4)),
+        Item("log_mean_exp", (50, 1048576), versions=COMPILED, seconds=12),
+        Item("overhead of rsample_kl", (1, 128, 32), versions=ALL, seconds=15),
+        Item("overhead of bernoulli_log_prob", (128, 784), versions=ALL, seconds=15),
+        step((50, 1024, 200, 200, 50), "bfloat16", ALL, 30),
+        step((50, 64, 200, 200, 50), "float32", ALL, 30),
+        *main("bfloat16"),
+        Item("rsample_kl", (50, 4096, 64), versions=COMPILED, seconds=12),
+        Item("rsample_log_ratio", (50, 4096, 64), versions=COMPILED, seconds=12),
+        *others("float32"),
+        Item("log_mean_exp", (5000, 16384)),
+        *others("bfloat16"),
+        step((50, 64, 200, 200, 50), "bfloat16", COMPILED, 20),
+        step((50, 1024, 200, 200, 50), "float32", COMPILED, 20),
+    ]
+
+
+PLAN = _plan()
+
+
+def plan(only: list[str], dry_run: bool) -> list[Item]:
+    """What has one of these parts in its name, everything if there are none; in a dry run one size of each
+    kind, as all are tiny there.
+    """
+    items = [item for item in PLAN if not only or any(part in item.name for part in only)]
+    if not dry_run:
+        return items
+    kinds = {(i.what, i.precision, len(i.size), i.size[0] == 1): i for i in reversed(items)}
+    return [item for item in items if item in kinds.values()]
+
+
+@dataclass
+class State:
+    """What the command and the processes that measure tell each other, in a file.
+
+    Attributes:
+        path: of the file.
+        stop: when the last work shall have been done, in seconds since the epoch.
+        only: parts of names; what has none of them is not measured. All, if empty.
+        csv: where the rows are.
+        machines: precision → what the card does at best.
+        began: what is being measured.
+        done: what has been.
+        left_out: what there was no time for.
+        lost: what ended in an error → the error.
+        failed: what could not be captured in a CUDA graph → why.
+    """
+
+    path: str
+    stop: float
+    out: str
+    dry_run: bool
+    only: list[str] = field(default_factory=list)
+    csv: str = ""
+    machines: dict[str, dict[str, float]] = field(default_factory=dict)
+    began: str = ""
+    done: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def save(self, **changes: object) -> None:
+        """Change fields and write the file."""
+        for name, value in changes.items():
+            setattr(self, name, value)
+        path = Path(self.path)
+        # In one step: the process may be ended at any moment.
+        path.with_suffix(".new").write_text(json.dumps(asdict(self)))
+        os.replace(path.with_suffix(".new"), path)
+
+    @classmethod
+    def load(cls, path: str) -> State:
+        return cls(**json.loads(Path(path).read_text()))
+
+    def wanted(self) -> list[Item]:
+        """What is to be measured and has not been, in order."""
+        over = {*self.done, *self.left_out, *self.lost}
+        return [item for item in plan(self.only, self.dry_run) if item.name not in over]
+
+
+# The process that measures
+
+
+def _worker(path: str) -> int:
+    warnings.filterwarnings("ignore")
+    state = State.load(path)
+    host = StandIn() if state.dry_run else Cuda(state.failed)
+    with host.active():
+        try:
+            where, machines = _machines(host, state)
+            for item in state.wanted():
+                if time.time() + item.seconds > state.stop:
+                    state.save(left_out=[*state.left_out, item.name])
+                    print(f"{item.name}: left out for want of time", flush=True)
+                    continue
+                state.save(began=item.name)
+                # Nobody handles this signal: it ends the process, also one that waits for the device.
+                signal.alarm(int(PATIENCE + 4 * item.seconds))
+                _try(item, host, machines[item.rate], where[item.rate], state)
+                signal.alarm(0)
+                state.save(began="")
+                host.release()
+        except CaptureFailed as error:
+            print(f"a CUDA graph could not be captured: {error}; once more without", flush=True)
+            state.save(failed={**state.failed, error.key: error.reason})
+            return AGAIN
+        except DeviceLost as error:
+            print(f"the device is lost to this process: {error}", flush=True)
+            state.save(lost={**state.lost, state.began or MACHINE: describe(error)})
+            return AGAIN if state.machines else 1
+    return 0
+
+
+def _try(item: Item, host: Host, machine: Machine, where: report.Row, state: State) -> None:
+    """Measure an item; an error that the device survives is noted."""
+    try:
+        _measure(item, host, machine, where, state)
+    except (CaptureFailed, DeviceLost):
+        raise
+    except Exception as error:
+        traceback.print_exc(limit=-8)
+        state.save(lost={**state.lost, item.name: describe(error)})
+        host.check_usable(error)
+    else:
+        state.save(done=[*state.done, item.name])
+
+
+def _machines(host: Host, state: State) -> tuple[dict[str, report.Row], dict[str, Machine]]:
+    """What every row says of the card, and its speed, by precision; measured by the first process."""
+    if not state.machines:
+        numbers, sizes = (2**16, (64, 64)) if state.dry_run else (2**28, (8192, 16384))
+        machines = {
+            name: asdict(measure_machine(host, numbers, size, getattr(torch, name)))
+            for name, size in zip(("float32", "bfloat16"), sizes, strict=True)
+        }
+        state.save(machines=machines)
+        host.release()
+    machines = {name: Machine(**values) for name, values in state.machines.items()}
+    device, versions = host.describe()
+    where = {name: report.environment(machine, device, versions) for name, machine in machines.items()}
+    if not state.csv:
+        name = f"dry-run-{report.slug(report.processor())}" if state.dry_run else f"gpu-{report.slug(device)}"
+        csv = Path(state.out) / f"{name}.csv"
+        csv.unlink(missing_ok=True)
+        state.save(csv=str(csv))
+        row, half = where["float32"], where["bfloat16"]
+        print(
+            f"{device}, {row['versions']}, {row['time']}\na copy moves {row['copy_gb_per_s']} GB/s, a sum "
+            f"reads {row['read_gb_per_s']} GB/s, a matrix product does {row['gflop_per_s']} GFLOP/s in "
+            f"float32, {half['gflop_per_s']} in bfloat16\n\n{report.HEAD}",
+            flush=True,
+        )
+    return where, machines
+
+
+def _measure(item: Item, host: Host, machine: Machine, where: report.Row, state: State) -> None:
+    """Measure, print and write the works of an item that are not written yet."""
+    csv = Path(state.csv)
+    key = lambda row: (row["group"], row["case"], row["direction"])  # noqa: E731
+    written = {key(row) for row in report.read_csv(csv)} if csv.exists() else set()
+    began = time.perf_counter()
+    for work in item.works(host, state.dry_run):
+        if (work.group, work.case, work.direction) in written:
+            continue
+        rows = report.rows_of(work, measure(work, 0 if state.dry_run else BUDGET, host), machine, where)
+        report.append_csv(rows, csv)
+        print(report.table(rows), flush=True)
+    print(f"  ({item.name}: {time.perf_counter() - began:.1f} s)", flush=True)
+
+
+# The command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu",
+        description="On a machine with a CUDA device: run the tests there, then measure every op, IWAE "
+        "training steps and the evaluation of log p(x) beside eager PyTorch, torch.compile, "
+        "torch.distributions and Pyro (where installed). Prints short tables last; writes CSV and plots.",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where CSV and plots go")
+    parser.add_argument("--seconds", type=float, default=420, help="for everything (default 420)")
+    parser.add_argument("--tests-seconds", type=float, default=200, help="for the tests (default 200)")
+    parser.add_argument("--no-tests", action="store_true", help="do not run the tests")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="measure only what has this in its name (may be given several times)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="without a device: the same on tiny CPU tensors with Triton's interpreter, which shows that "
+        "every line works, and nothing else; marked as such everywhere",
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        return _worker(options.worker)
+    if options.out is None:
+        parser.error("--out DIR is missing: the folder where CSV and plots go")
+    if options.seconds <= 0:
+        parser.error(f"--seconds must be greater than 0, got {options.seconds:g}")
+    if not plan(options.only, options.dry_run):
+        names = "\n  ".join(item.name for item in PLAN)
+        parser.error(f"--only {options.only[0]!r} is in none of the names:\n  {names}")
+    if reason := _unfit(options.dry_run):
+        print(f"python -m benchmarks gpu: {reason}", file=sys.stderr)
+        return 2
+    began = time.time()
+    options.out.mkdir(parents=True, exist_ok=True)
+    tests = None
+    if not options.no_tests:
+        tests = device_tests.run(min(options.tests_seconds, options.seconds / 2), options.dry_run)
+        print(tests.text(), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        state = State(
+            path=str(Path(folder) / "state.json"),
+            stop=began + max(options.seconds - RESERVE, 0),
+            out=str(options.out.resolve()),
+            dry_run=options.dry_run,
+            only=options.only,
+        )
+        state.save()
+        state = _measure_all(state)
+    return _conclude(state, tests, options.out, began)
+
+
+def _unfit(dry_run: bool) -> str:
+    """Why this machine cannot do it, and what to do; nothing if it can."""
+    if not _backend.has_triton():
+        return (
+            "triton is not installed, and the kernels to measure are written in it; install the version that "
+            "belongs to this torch (`pip install triton`)"
+        )
+    if not dry_run and not torch.cuda.is_available():
+        return (
+            f"no CUDA device was found (torch {torch.__version__}); expected a machine with an NVIDIA card, "
+            "a driver, and a torch built for CUDA. To see that the command works up to the device, add "
+            "--dry-run; to measure the CPU, run `python -m benchmarks`"
+        )
+    return ""
+
+
+def _measure_all(state: State) -> State:
+    """Let processes measure until everything is done or the time is up."""
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--worker", state.path]
+    # Whatever backend is chosen for other work, what a card runs by itself is measured.
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTVAE_BACKEND")}
+    if state.dry_run:
+        environment |= {"TRITON_INTERPRET": "1", "FASTVAE_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    elif torch.version.hip:
+        print("this is ROCm: CUDA's names stand for HIP's here, and nobody has tried it", flush=True)
+    for _ in range(MOST_PROCESSES):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        try:
+            code = process.wait(max(state.stop + GRACE - time.time(), GRACE))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            process.kill()
+            process.wait()
+        state = State.load(state.path)
+        if code == 0:
+            return state
+        if code == AGAIN:
+            continue
+        name = state.began or MACHINE
+        if code is None:
+            print(f"{name}: cut off, the time is up", flush=True)
+            state.save(left_out=[*state.left_out, name], began="")
+            break
+        reason = "took much too long" if code == -signal.SIGALRM else f"ended its process, code {code}"
+        print(f"{name}: {reason}", flush=True)
+        # What the process itself said of it says more.
+        state.save(lost={name: reason, **state.lost}, began="")
+        if not state.machines:
+            break
+    state.save(left_out=[*state.left_out, *(item.name for item in state.wanted())])
+    return state
+
+
+def _conclude(state: State, tests: device_tests.Outcome | None, out: Path, began: float) -> int:
+    """Plots, and the tables that are to be seen last."""
+    csv = Path(state.csv) if state.csv else None
+    rows = report.read_csv(csv) if csv and csv.exists() else []
+    files = [csv, *verdict.plots(rows, csv.with_suffix(""))] if rows else []
+    if tests is not None and tests.log:
+        log = out / f"{csv.stem if csv else 'gpu'}-tests.txt"
+        log.write_text(tests.log[-200_000:])
+        files.append(log)
+    print("\n" + verdict.text(rows, state.dry_run))
+    for heading, lines in (
+        ("left out for want of time", state.left_out),
+        ("ended in an error", [f"{name}: {reason}" for name, reason in state.lost.items()]),
+        ("timed without a CUDA graph", [f"{name}: {reason}" for name, reason in state.failed.items()]),
+    ):
+        if lines:
+            print(f"{heading}: {len(lines)}", *lines, sep="\n  ")
+    if tests is not None:
+        print(tests.summary())
+    print(*(f"{path} ({path.stat().st_size / 1024:.0f} KiB)" for path in files), sep="\n")
+    mark = ", A DRY RUN: no number is a card's" if state.dry_run else ""
+    print(f"{(time.time() - began) / 60:.1f} minutes{mark}")
+    wrong = any(row["wrong"] and row["implementation"].split(",")[0] == OURS for row in rows)
+    failed = tests is not None and not tests.passed
+    return 1 if wrong or failed or state.lost or not rows else 0

@@ -1,0 +1,523 @@
+"""python -m benchmarks gpu: its dry run, what it judges, its time, its device and its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import device, device_tests, gpu, report, verdict
+from benchmarks.measure import COMPILE, COPY, OURS, Machine, Result, Work, measure
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+# What the last thing to be seen of the command may hold.
+MOST_CHARACTERS = 12_000
+
+
+def _run(*arguments, timeout=300):
+    command = [sys.executable, "-m", "benchmarks", "gpu", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+# The dry run.
+
+
+def _check_dry_run(done, out, groups):
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = out.glob("*.csv")
+    files = sorted(out.iterdir())
+    assert len(files) <= 8 and all(f.name.startswith("dry-run-") for f in files)
+    assert all(f.stat().st_size < 2**20 for f in files)
+    rows = report.read_csv(path)
+    assert {r["group"] for r in rows} == groups
+    for r in rows:
+        assert r["device"].startswith("DRY RUN") and "DRY RUN" in r["case"] and not r["wrong"], r
+        assert "triton" in r["versions"] and r["time"] and float(r["p50_us"]) > 0
+    assert "DRY RUN: what follows was computed on a CPU" in done.stdout
+    assert "targets: not judged" in done.stdout and "MISSED" not in done.stdout
+    return rows
+
+
+def test_dry_run_of_one_op(tmp_path):
+    done = _run(
+        "--dry-run", "--no-tests", "--out", tmp_path, "--only", "log_mean_exp", "--only", "evaluation"
+    )
+    rows = _check_dry_run(done, tmp_path, {"log_mean_exp", "evaluation"})
+    ours = [r for r in rows if r["implementation"] == OURS and r["group"] == "log_mean_exp"]
+    assert [r["direction"] for r in ours] == ["forward", "forward+backward"]
+    assert all(r["clock"] == "stand-in for a graph" and r["share_of_copy"] for r in ours)
+    assert "left out" not in done.stdout and "ended in an error" not in done.stdout
+
+
+@pytest.mark.slow
+def test_dry_run_of_everything(tmp_path):
+    done = _run("--dry-run", "--out", tmp_path)
+    rows = _check_dry_run(done, tmp_path, {*GROUPS, "overhead", "IWAE step", "evaluation"})
+    assert {"fastvae, CUDA graph", "fastvae, compiled, reduce-overhead", COPY, "torch.distributions"} <= {
+        r["implementation"] for r in rows
+    }
+    assert "tests: " in done.stdout and " passed" in done.stdout.rpartition("tests: ")[2]
+
+
+GROUPS = (
+    *("rsample_kl", "rsample_log_ratio", "gaussian_log_prob", "bernoulli_log_prob", "log_mean_exp"),
+    "IWAE without networks",
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_it_says_what_was_expected(tmp_path):
+    done = _run("--out", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "no CUDA device" in done.stderr and "--dry-run" in done.stderr and "NVIDIA" in done.stderr
+
+
+def test_without_triton_it_says_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu._backend, "has_triton", lambda: False)
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 2
+    assert "pip install triton" in capsys.readouterr().err
+
+
+def test_what_there_is_no_time_for_is_listed(tmp_path):
+    done = _run("--dry-run", "--no-tests", "--out", tmp_path, "--seconds", 17, "--only", "rsample_kl")
+    assert done.returncode == 1  # nothing was measured
+    listed = done.stdout.rpartition("left out for want of time: ")[2].splitlines()[1:]
+    names = [item.name for item in gpu.plan(["rsample_kl"], True)]
+    assert len(names) > 2 and [line.strip() for line in listed[: len(names)]] == names
+
+
+def test_an_unknown_name_is_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--only", "rsample_lk"])
+    error = capsys.readouterr().err
+    assert "'rsample_lk'" in error and "rsample_kl 1×65536×256, float32" in error
+
+
+@pytest.mark.parametrize("arguments, said", [([], "--out DIR"), (["--out", "x", "--seconds", "0"], "got 0")])
+def test_a_missing_folder_and_no_time_are_refused(capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_a_plan_has_no_name_twice():
+    names = [item.name for item in gpu.PLAN]
+    assert len(set(names)) == len(names)
+    small = gpu.plan([], True)
+    assert {i.what for i in small} == set(gpu.WORKS) and {i.precision for i in small} == {
+        "float32",
+        "bfloat16",
+    }
+
+
+# Targets, on rows that are made up.
+
+WHERE = {
+    "device": "A Card",
+    "threads": "2",
+    "versions": "torch 9",
+    "time": "2030-01-01 00:00 UTC",
+    "copy_gb_per_s": "4000.0",
+    "read_gb_per_s": "3900.0",
+    "gflop_per_s": "50000",
+}
+MACHINE = Machine(copied=4e12, read=3.9e12, operations=2.5e13)
+
+
+def _rows(group, case, seconds, *, moved=0, operations=0, target=None, direction="forward+backward"):
+    """Rows as a run writes them; ``seconds`` are each implementation's."""
+    work = Work(group, case, direction, dict.fromkeys(seconds), {}, moved, operations, target=target or {})
+    results = {name: Result(torch.tensor([s, s]).numpy()) for name, s in seconds.items()}
+    rows = report.rows_of(work, results, MACHINE, WHERE)
+    return [{**dict.fromkeys(report.COLUMNS, ""), **row} for row in rows]
+
+
+def _line(rows, what):
+    (line,) = (t for t in verdict.targets(rows) if t.what.startswith(what))
+    return line
+
+
+def test_the_worst_large_size_is_judged():
+    gib = 2**30
+    rows = _rows("gaussian_log_prob", "1×2, float32", {OURS: gib / 3.8e12}, moved=gib, direction="forward")
+    line = _line(rows, "gaussian_log_prob forward float32")
+    assert line.met and line.measured == "95%" and line.where == "1×2"
+    # Too small to count: a cache or a launch is what is measured there.
+    rows += _rows("gaussian_log_prob", "3×4, float32", {OURS: 1.0}, moved=2**20, direction="forward")
+    assert _line(rows, "gaussian_log_prob forward float32").met
+    rows += _rows("gaussian_log_prob", "5×6, float32", {OURS: gib / 2e12}, moved=gib, direction="forward")
+    line = _line(rows, "gaussian_log_prob forward float32")
+    assert not line.met and line.measured == "50%" and line.where == "5×6; 95% at 1×2"
+    assert line.line().startswith("MISSED ") and line.line(judge=False).startswith("- ")
+    # The other precision and direction have not been measured, and say so.
+    for what in (
+        "gaussian_log_prob forward bfloat16",
+        "gaussian_log_prob fwd+bwd float32",
+        "log_mean_exp forward",
+    ):
+        assert _line(rows, what).line().startswith("not measured ")
+
+
+def test_what_arithmetic_limits_is_not_blamed_on_bandwidth():
+    gib = 2**30
+    # The operations need twice as long as the bytes.
+    operations = int(2 * gib / 4e12 * MACHINE.operations)
+    seconds = {OURS: 2.5 * gib / 4e12}
+    rows = _rows("rsample_kl", "1×2, float32", seconds, moved=gib, operations=operations)
+    line = _line(rows, "rsample_kl fwd+bwd float32, of")
+    assert line.excused and not line.met and line.measured == "40%" and "80% of what arithmetic" in line.where
+    assert line.line().startswith("arithmetic ")
+
+
+def test_ratios_are_judged_by_their_worst_size():
+    target = {"eager": 4.0, COMPILE: 1.2}
+    rows = _rows("rsample_kl", "1×2, float32", {OURS: 1.0, "eager": 5.0, COMPILE: 1.3}, target=target)
+    assert _line(rows, "rsample_kl fwd+bwd float32, over eager").met
+    rows += _rows("rsample_kl", "3×4, float32", {OURS: 1.0, "eager": 3.0, COMPILE: 1.3}, target=target)
+    line = _line(rows, "rsample_kl fwd+bwd float32, over eager")
+    assert not line.met and (line.wanted, line.measured, line.where) == ("≥ 4.0 ×", "3.00 ×", "3×4")
+    assert _line(rows, f"rsample_kl fwd+bwd float32, over {COMPILE}").met
+    assert _line(rows, f"overhead, rsample_kl, over {COMPILE}").measured is None
+    rows += _rows("overhead", "rsample_kl 128×32, float32", {OURS: 1.0, COMPILE: 0.9}, target={COMPILE: 1.0})
+    line = _line(rows, "overhead, rsample_kl fwd+bwd")
+    assert not line.met and line.where == "128×32"
+
+
+@pytest.mark.parametrize("seconds, met", [(4.9, True), (5.1, False)])
+def test_the_evaluation_has_five_seconds(seconds, met):
+    assert _line([], "evaluation").measured is None
+    rows = _rows("evaluation", "K", {OURS: 9.0, f"{OURS}, bfloat16": seconds}, direction="evaluation")
+    assert _line(rows, "evaluation").met == met
+
+
+def test_the_tables_can_be_seen_to_the_end():
+    """All of the plan, with the longest lines: no more than what is shown of a long output."""
+    peers = (OURS, "eager", COMPILE, "torch.distributions", COPY)
+    rows = []
+    for item in gpu.PLAN:
+        case = f"{'×'.join(map(str, item.size))}, {item.precision}"
+        if item.what in ("IWAE step", "evaluation"):
+            names = (
+                *peers,
+                *(f"{OURS}, {i}" for i in ("bfloat16", "compiled", "CUDA graph", "reduce-overhead")),
+            )
+            direction = "step" if item.what == "IWAE step" else "evaluation"
+            rows += _rows(item.what, case, dict.fromkeys(names, 1e-3), direction=direction)
+            continue
+        for direction in ("forward", "forward+backward"):
+            wanted = item.versions and direction == "forward+backward"
+            target = {"eager": 4.0, COMPILE: 1.2} if wanted and not item.what.startswith("log") else {}
+            group, case_of = item.what, case
+            if group.startswith("overhead"):
+                group, case_of = "overhead", f"{group.removeprefix('overhead of ')} {case}"
+            seconds = dict.fromkeys(peers, 123e-6)
+            rows += _rows(group, case_of, seconds, moved=2**28, target=target, direction=direction)
+    text = verdict.text(rows, False)
+    assert len(text) < MOST_CHARACTERS - 1000
+    assert max(map(len, text.splitlines())) < 180
+
+
+# The device, with a torch.cuda that writes down what is asked of it.
+
+
+class FakeCuda(SimpleNamespace):
+    def __init__(self, **changes):
+        self.calls, self.capturing, self.clock = [], False, 0.0
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                assert enable_timing
+
+            def record(self):
+                fake.calls.append("record")
+                self.at = fake.clock
+
+            def synchronize(self):
+                fake.calls.append("wait")
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        class CUDAGraph:
+            def replay(self):
+                fake.calls.append("replay")
+                fake.clock += 1.0
+
+        @contextlib.contextmanager
+        def graph(graph, stream=None):
+            assert isinstance(graph, CUDAGraph) and stream == "a stream"
+            fake.calls.append("capture")
+            fake.capturing = True
+            yield
+            fake.capturing = False
+
+        super().__init__(
+            Event=Event,
+            CUDAGraph=CUDAGraph,
+            graph=graph,
+            Stream=lambda: "a stream",
+            stream=lambda stream: contextlib.nullcontext(),
+            synchronize=lambda: fake.calls.append("synchronize"),
+            empty_cache=lambda: fake.calls.append("empty_cache"),
+            current_device=lambda: 0,
+            get_device_properties=lambda i: SimpleNamespace(name="A Card", L2_cache_size=60 * 2**20),
+            reset_peak_memory_stats=lambda: fake.calls.append("reset"),
+            memory_allocated=lambda: 100,
+            max_memory_allocated=lambda: 164,
+            memory_stats=lambda: {"allocation.all.allocated": len(fake.calls)},
+        )
+        self.__dict__.update(changes)
+
+
+def _cuda(failed=None, **changes):
+    fake = FakeCuda(**changes)
+    return fake, device.Cuda(failed, fake, torch.device("cpu"))
+
+
+def _work(run, direction="forward", graphs=(OURS,), sets=3):
+    return Work("op", "1×2", direction, {OURS: run}, graphs=frozenset(graphs), sets=sets)
+
+
+def test_a_graph_is_captured_warm_and_timed_by_events():
+    fake, cuda = _cuda()
+
+    def run():
+        fake.calls.append("captured" if fake.capturing else "warm")
+        return torch.ones(1)
+
+    timed = cuda.prepare(_work(run), OURS, once=1e-3)
+    # As many calls as there are sets of inputs, though two of them would be long enough.
+    warm = ["warm"] * 3 + ["synchronize"]
+    assert fake.calls == [*warm, "capture", *["captured"] * 3, "synchronize"]
+    assert (timed.clock, timed.calls) == ("graph", 3)
+    fake.calls.clear()
+    assert timed.seconds(timed.launch) == 1.0
+    assert fake.calls == ["record", "replay", "record", "wait"]
+
+
+def test_a_step_is_a_graph_of_its_own_and_short_calls_share_one():
+    _, cuda = _cuda()
+    run = lambda: None  # noqa: E731
+    step = cuda.prepare(_work(run, "step", sets=1), OURS, once=1e-3)
+    assert step.clock == "graph" and step.calls == 5  # replays
+    assert cuda.prepare(_work(run), OURS, once=1e-9).calls % device.MOST_CALLS == 0
+    assert cuda.prepare(_work(run, graphs=()), OURS, once=1e-3).clock == "host"
+
+
+def test_a_capture_that_fails_ends_the_process_and_the_next_does_without():
+    def graph(graph, stream=None):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    fake, cuda = _cuda(graph=graph)
+    work = _work(lambda: torch.ones(1))
+    with pytest.raises(device.CaptureFailed, match="not permitted") as caught:
+        measure(work, 0, cuda)
+    assert caught.value.key == "op: fastvae"
+    fake, cuda = _cuda({caught.value.key: caught.value.reason})
+    timed = cuda.prepare(work, OURS, once=1e-3)
+    assert timed.clock.startswith("events: RuntimeError: operation not permitted")
+    assert "capture" not in fake.calls
+    _, cuda = _cuda({"machine: copy": "nothing can be captured"})
+    assert cuda.prepare(work, OURS, once=1e-3).clock == "events: nothing can be captured"
+
+
+def test_a_lost_device_is_not_a_row_of_the_table():
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    fake, cuda = _cuda()
+
+    def run():
+        fake.synchronize = fail
+        fail()
+
+    with pytest.raises(device.DeviceLost, match="illegal memory access"):
+        measure(_work(run), 0, cuda)
+    # Another error is.
+    _, cuda = _cuda()
+    assert "ZeroDivisionError" in measure(_work(lambda: 1 / 0), 0, cuda)[OURS].wrong
+
+
+def test_memory_is_what_a_run_adds_at_its_peak():
+    fake, cuda = _cuda()
+    assert cuda.memory(lambda: fake.calls.append("run")) == (64, 2)
+    assert fake.calls == ["synchronize", "reset", "run", "synchronize"]
+
+
+def test_sets_of_inputs_exceed_the_cache():
+    _, cuda = _cuda()
+    assert cuda.cache == 60 * 2**20
+    assert cuda.sets(10**12) == 2  # never the same inputs again at once
+    assert 4 * cuda.cache <= 20 * 2**20 * cuda.sets(20 * 2**20) < 5 * cuda.cache
+    assert cuda.sets(1) == device.MOST_SETS
+
+
+# The processes.
+
+
+def _measure_all(monkeypatch, tmp_path, ends):
+    """What the command makes of processes that end so: each changes the state and returns a code."""
+    ends = iter(ends)
+
+    class Process:
+        def __init__(self, command, cwd, env):
+            state = gpu.State.load(command[-1])
+            changes, self.code = next(ends)
+            state.save(**{name: value(state) for name, value in changes.items()})
+
+        def wait(self, timeout=None):
+            if self.code is None and timeout is not None:
+                raise subprocess.TimeoutExpired("it", timeout)
+            return self.code
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    state = gpu.State(str(tmp_path / "state.json"), time.time() + 100, str(tmp_path), True, ["log_mean_exp"])
+    state.save()
+    return gpu._measure_all(state), ends
+
+
+def test_after_a_death_another_process_goes_on(monkeypatch, tmp_path):
+    (name,) = (item.name for item in gpu.plan(["log_mean_exp"], True))
+    machines = {"machines": lambda state: {"float32": {}}}
+    state, ends = _measure_all(
+        monkeypatch,
+        tmp_path,
+        [
+            ({"failed": lambda state: {"machine: copy": "why"}}, gpu.AGAIN),
+            ({**machines, "failed": lambda state: {**state.failed, "op: peer": "why"}}, gpu.AGAIN),
+            ({"began": lambda state: name}, -signal.SIGSEGV),
+            ({"done": lambda state: [i.name for i in state.wanted()]}, 0),
+        ],
+    )
+    assert next(ends, None) is None and set(state.failed) == {"machine: copy", "op: peer"}
+    assert state.lost == {name: "ended its process, code -11"} and state.done == [] and state.left_out == []
+
+
+def test_what_hangs_is_named_and_what_was_to_follow_is_left_out(monkeypatch, tmp_path):
+    (name,) = (item.name for item in gpu.plan(["log_mean_exp"], True))
+    machines = {"machines": lambda state: {"float32": {}}}
+    one, other = ({**machines, "began": lambda state, n=n: n} for n in ("one", "other"))
+    state, _ = _measure_all(monkeypatch, tmp_path, [(one, -signal.SIGALRM), (other, None)])
+    assert state.lost == {"one": "took much too long"} and state.left_out == ["other", name]
+    state, _ = _measure_all(monkeypatch, tmp_path, [({}, 1)])
+    assert list(state.lost) == [gpu.MACHINE] and state.left_out == [name]
+
+
+class Troubled(device.StandIn):
+    """A stand-in that cannot capture one peer's backward pass, and then loses the device."""
+
+    COMPILED = 0
+    failed, lost_in = (), ""
+
+    def prepare(self, work, name, once):
+        key = f"{work.group}: {name}"
+        if (work.direction, name) == ("forward+backward", "eager") and key not in self.failed:
+            raise device.CaptureFailed(key, "not permitted")
+        if work.group == self.lost_in:
+            raise ZeroDivisionError
+        return super().prepare(work, name, once)
+
+    def check_usable(self, error):
+        if isinstance(error, device.CaptureFailed):
+            raise error
+        if isinstance(error, ZeroDivisionError):
+            raise device.DeviceLost("an illegal address")
+
+
+def test_a_process_that_cannot_go_on_leaves_what_it_has(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "StandIn", Troubled)
+    monkeypatch.setattr(gpu.signal, "alarm", lambda seconds: None)
+    only = ["log_mean_exp", "gaussian_log_prob 16384×784, float32"]
+    lme, gaussian = (item.name for item in gpu.plan(only, True))
+    state = gpu.State(str(tmp_path / "state.json"), time.time() + 1000, str(tmp_path), True, only)
+    state.save()
+    assert gpu._worker(state.path) == gpu.AGAIN
+    state = gpu.State.load(state.path)
+    assert state.failed == {"log_mean_exp: eager": "not permitted"} and not state.done
+    before = report.read_csv(Path(state.csv))
+    assert {r["direction"] for r in before} == {"forward"}
+
+    monkeypatch.setattr(Troubled, "failed", state.failed)
+    monkeypatch.setattr(Troubled, "lost_in", "gaussian_log_prob")
+    assert gpu._worker(state.path) == gpu.AGAIN
+    state = gpu.State.load(state.path)
+    assert state.done == [lme] and state.lost == {gaussian: "DeviceLost: an illegal address"}
+    rows = report.read_csv(Path(state.csv))
+    # What was written is not measured again, and the speed of the machine stays what it was.
+    assert rows[: len(before)] == before and len(rows) == 2 * len(before)
+    assert len({r["copy_gb_per_s"] for r in rows}) == 1
+    assert gpu._worker(state.path) == 0 and "the device is lost" in capfd.readouterr().out
+
+
+def test_the_state_is_a_file(tmp_path):
+    state = gpu.State(str(tmp_path / "state.json"), 1.0, "out", False)
+    state.save(done=["a"], failed={"b": "c"})
+    assert gpu.State.load(state.path) == state
+    assert json.loads(Path(state.path).read_text())["done"] == ["a"]
+
+
+# The tests on the device.
+
+SPREAD = """
+created: 8/8 workers
+8 workers [5 items]
+[gw1] [ 20%] PASSED tests/test_latent.py::test_a[x-1]
+[gw0] [ 40%] FAILED tests/test_latent.py::test_b[a b]
+[gw0] [ 60%] SKIPPED tests/test_torch.py::test_c
+"""
+PLAIN = """
+collected 3 items
+tests/test_x.py::test_a PASSED                                     [ 33%]
+tests/test_x.py::test_b[a b] FAILED                                [ 66%]
+tests/test_x.py::test_b[a b] ERROR                                 [ 66%]
+
+=================================== FAILURES ===================================
+_________________________________ test_b[a b] __________________________________
+tests/test_x.py:3: in test_b
+    assert 1 == 2
+E   assert 1 == 2
+=========================== short test summary info ============================
+FAILED tests/test_x.py::test_b[a b] - assert 1 == 2
+"""
+
+
+def test_the_outcome_of_tests_is_read():
+    outcome = device_tests.read(SPREAD, -2, 200)
+    assert outcome.counts == {"passed": 1, "failed": 1, "skipped": 1} and not outcome.passed
+    assert "cut off after 200 s, 3 of 5 done" in outcome.summary()
+    assert "tests/test_latent.py::test_b[a b]" in outcome.summary()
+    outcome = device_tests.read(PLAIN, 1, 0)
+    assert outcome.counts == {"passed": 1, "errors": 1} and outcome.collected == 3
+    assert "assert 1 == 2" in outcome.text() and "short test summary" not in outcome.text()
+    # Cut off without a failure is no failure, and nothing at all is.
+    assert device_tests.read(SPREAD.replace("FAILED", "PASSED"), -2, 200).passed
+    nothing = device_tests.read("no module named pytest", 1, 0)
+    assert not nothing.passed and "no module named pytest" in nothing.text()
+    assert "pytest returned 1" in nothing.summary()
+
+
+def test_tests_are_ended_when_their_time_is_up(tmp_path, monkeypatch):
+    """The group of processes, too; what has been done by then is known."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_compare.py").write_text(
+        "import time\n\n\ndef test_a():\n    pass\n\n\ndef test_b():\n    time.sleep(60)\n"
+    )
+    monkeypatch.setattr(device_tests, "ROOT", tmp_path)
+    began = time.monotonic()
+    outcome = device_tests.run(4, dry_run=True)
+    assert time.monotonic() - began < 20
+    assert outcome.counts == {"passed": 1} and outcome.seconds == 4 and outcome.collected == 2
