@@ -25,6 +25,7 @@ MODULES = ("latent", "gaussian", "bernoulli", "importance", "objectives")
 SUBCOMMANDS = {
     "gpu": "run the tests on a card, and measure it",
     "kernels": "what the compiler makes of the kernels, without a GPU",
+    "launches": "the Python path from a call to its launch, without a GPU",
 }
 
 

@@ -16,6 +16,7 @@ from .common import (
     event_offsets,
     event_tiles,
     exp_of_negative,
+    launch,
     load,
     log1p,
     log1p_of_odds,
@@ -167,15 +168,17 @@ def bernoulli_log_prob(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     dtype = accumulator(x, logits)
     if logits.numel() == 0:
         return torch.zeros((k, b), dtype=dtype, device=logits.device)
-    launch = LAUNCH["likelihood"]
-    tiles = event_tiles(k, b, size, launch.tile, most_tiles=MOST_TILES)
+    parameters = LAUNCH["likelihood"]
+    tiles = event_tiles(k, b, size, parameters.tile, most_tiles=MOST_TILES)
     out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=logits.device)
-    bernoulli_log_prob_kernel[tiles.grid](
-        x, logits, out, k, b, size, tiles.k_splits, tiles.x_tiles, *strides(x, 2), *strides(logits, 3),
-        DTYPE=triton_dtype(dtype),
-        **tiles.blocks,
-        num_warps=launch.warps(dtype),
-    )  # fmt: skip
+    launch(
+        bernoulli_log_prob_kernel,
+        tiles.grid,
+        (x, logits, out),
+        (k, b, size, tiles.k_splits, tiles.x_tiles, *strides(x, 2), *strides(logits, 3)),
+        {"DTYPE": triton_dtype(dtype), **tiles.blocks},
+        parameters.warps(dtype),
+    )
     return sum_of_parts(out)
 
 
@@ -188,23 +191,25 @@ def bernoulli_log_prob_backward(
     if logits.numel() == 0 or not any(need):
         return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, logits), need, strict=True))
     dtype = accumulator(x, logits)
-    launch = LAUNCH["likelihood_backward"]
-    tiles = event_tiles(k, b, size, launch.tile, merge_k=need_x)
+    parameters = LAUNCH["likelihood_backward"]
+    tiles = event_tiles(k, b, size, parameters.tile, merge_k=need_x)
     grad_x = grad_logits = None
     if need_x:
         part = x.dtype if tiles.k_splits == 1 else dtype
         grad_x = torch.empty((tiles.k_splits, b, size), dtype=part, device=x.device)
     if need_logits:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    bernoulli_log_prob_backward_kernel[tiles.grid](
-        grad, x if need_logits else None, logits, grad_x, grad_logits,
-        k, b, size, tiles.k_per_program, tiles.k_splits, tiles.x_tiles,
-        *strides(grad, 2), *strides(x, 2), *strides(logits, 3),
-        MERGE_K=tiles.k_per_program > tiles.block_k,
-        DTYPE=triton_dtype(dtype),
-        **tiles.blocks,
-        num_warps=launch.warps(dtype),
-    )  # fmt: skip
+    launch(
+        bernoulli_log_prob_backward_kernel,
+        tiles.grid,
+        (grad, x if need_logits else None, logits, grad_x, grad_logits),
+        (
+            *(k, b, size, tiles.k_per_program, tiles.k_splits, tiles.x_tiles),
+            *(*strides(grad, 2), *strides(x, 2), *strides(logits, 3)),
+        ),
+        {"MERGE_K": tiles.k_per_program > tiles.block_k, "DTYPE": triton_dtype(dtype), **tiles.blocks},
+        parameters.warps(dtype),
+    )
     if need_x:
         grad_x = sum_of_parts(grad_x).to(x.dtype)
     return grad_x, grad_logits

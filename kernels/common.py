@@ -351,6 +351,51 @@ def event_tiles(
     )
 
 
+# Compiled programs by what they were compiled for, ready to be launched.
+_programs: dict[tuple, tuple] = {}
+
+
+def launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    tensors: tuple[torch.Tensor | None, ...],
+    numbers: tuple[int, ...],
+    constants: dict[str, object],
+    num_warps: int,
+    loose: tuple[int, ...] = (),
+) -> None:
+    """Launch a kernel, and remember its program: to find it again by itself takes Triton twice the rest.
+
+    Args:
+        tensors: the first arguments.
+        numbers: those after ``loose``; they, the constants and the tensors' dtypes determine the program.
+        constants: the compile-time arguments.
+        loose: numbers, not specialised for, that change from call to call.
+    """
+    addresses, types = 0, []
+    for t in tensors:
+        if t is None:
+            types.append(None)
+        else:
+            addresses |= t.data_ptr()
+            types.append(t.dtype)
+            device = t.device
+    wide = max(loose, default=0) >> 31
+    key = (id(kernel), grid, *types, *numbers, *constants.values(), num_warps, device, wide)
+    program = _programs.get(key)
+    # Programs are for aligned tensors, which nearly all are.
+    if program is not None and not addresses & 15:
+        run, constants = program
+        run(*tensors, *loose, *numbers, *constants)
+        return
+    compiled = kernel[grid](*tensors, *loose, *numbers, **constants, num_warps=num_warps)
+    if compiled is not None and not addresses & 15:
+        if len(_programs) >= 4096:
+            _programs.clear()
+        names = kernel.arg_names[len(tensors) + len(loose) + len(numbers) :]
+        _programs[key] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)
+
+
 def accumulator(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype that is computed and summed in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -370,4 +415,5 @@ def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     """Strides for a kernel: 0 along axes of size 1, which broadcast, and for a tensor that is None."""
     if tensor is None:
         return (0,) * dims
-    return tuple(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    shape, stride = tensor.shape, tensor.stride()
+    return tuple(0 if n == 1 else s for n, s in zip(shape, stride, strict=True)) if 1 in shape else stride

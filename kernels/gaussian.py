@@ -17,6 +17,7 @@ from .common import (
     event_offsets,
     event_tiles,
     exp,
+    launch,
     load,
     pixel_span,
     split_program,
@@ -235,17 +236,20 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor)
     dtype = accumulator(x, mean, logvar)
     if mean.numel() == 0:
         return torch.zeros((k, b), dtype=dtype, device=mean.device)
-    launch = LAUNCH["likelihood"]
-    tiles = event_tiles(k, b, size, launch.tile)
+    parameters = LAUNCH["likelihood"]
+    tiles = event_tiles(k, b, size, parameters.tile)
     out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=mean.device)
-    gaussian_log_prob_kernel[tiles.grid](
-        x, mean, logvar, out, k, b, size, tiles.k_splits, tiles.x_tiles,
-        *strides(x, 2), *strides(mean, 3), *strides(logvar, 3),
-        **_varies(logvar),
-        DTYPE=triton_dtype(dtype),
-        **tiles.blocks,
-        num_warps=launch.warps(dtype),
-    )  # fmt: skip
+    launch(
+        gaussian_log_prob_kernel,
+        tiles.grid,
+        (x, mean, logvar, out),
+        (
+            *(k, b, size, tiles.k_splits, tiles.x_tiles),
+            *(*strides(x, 2), *strides(mean, 3), *strides(logvar, 3)),
+        ),
+        {**_varies(logvar), "DTYPE": triton_dtype(dtype), **tiles.blocks},
+        parameters.warps(dtype),
+    )
     return sum_of_parts(out)
 
 
@@ -269,9 +273,9 @@ def gaussian_log_prob_backward(
     # A sum over samples or rows is the shorter the more of them a program takes; a sum over a row needs one
     # block of rows.
     column = layout.value == COLUMN.value
-    launch = LAUNCH["likelihood_backward"]
+    parameters = LAUNCH["likelihood_backward"]
     tiles = event_tiles(
-        k, b, size, launch.tile, merge_k=(need_x or column) and layout.value != ROW.value, merge_b=column
+        k, b, size, parameters.tile, merge_k=(need_x or column) and layout.value != ROW.value, merge_b=column
     )
     grad_x = grad_mean = grad_logvar = None
     if need_x:
@@ -287,18 +291,24 @@ def gaussian_log_prob_backward(
         }[layout.value]
         whole = layout.value == FULL.value and logvar.shape == mean.shape
         grad_logvar = torch.empty(shape, dtype=logvar.dtype if whole else dtype, device=mean.device)
-    gaussian_log_prob_backward_kernel[tiles.grid](
-        grad, x, mean, logvar, grad_x, grad_mean, grad_logvar,
-        k, b, size, tiles.k_per_program, tiles.b_per_program, tiles.k_splits, tiles.x_tiles,
-        *strides(grad, 2), *strides(x, 2), *strides(mean, 3), *strides(logvar, 3),
-        MERGE_K=tiles.k_per_program > tiles.block_k,
-        MERGE_B=tiles.b_per_program > tiles.block_b,
-        LAYOUT=layout.value,
-        **_varies(logvar),
-        DTYPE=triton_dtype(dtype),
-        **tiles.blocks,
-        num_warps=launch.warps(dtype),
-    )  # fmt: skip
+    launch(
+        gaussian_log_prob_backward_kernel,
+        tiles.grid,
+        (grad, x, mean, logvar, grad_x, grad_mean, grad_logvar),
+        (
+            *(k, b, size, tiles.k_per_program, tiles.b_per_program, tiles.k_splits, tiles.x_tiles),
+            *(*strides(grad, 2), *strides(x, 2), *strides(mean, 3), *strides(logvar, 3)),
+        ),
+        {
+            "MERGE_K": tiles.k_per_program > tiles.block_k,
+            "MERGE_B": tiles.b_per_program > tiles.block_b,
+            "LAYOUT": layout.value,
+            **_varies(logvar),
+            "DTYPE": triton_dtype(dtype),
+            **tiles.blocks,
+        },
+        parameters.warps(dtype),
+    )
     if need_x:
         grad_x = sum_of_parts(grad_x).to(x.dtype)
     if need_logvar and not whole:

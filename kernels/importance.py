@@ -16,6 +16,7 @@ from .common import (
     accumulator,
     cdiv,
     exp,
+    launch,
     load,
     log,
     power_of_two,
@@ -170,13 +171,14 @@ def _launch(log_w, part, bound, maximum, total, count, k_per_program):
     k, n = log_w.shape
     block_k, block_n = _tile(k, n)
     splits = max(cdiv(k, k_per_program), 1)
-    log_mean_exp_kernel[(splits * cdiv(n, block_n),)](
-        log_w, part, bound, maximum, total, k, n, count, k_per_program, splits, *strides(log_w, 2),
-        DTYPE=triton_dtype(total.dtype),
-        BLOCK_K=block_k,
-        BLOCK_N=block_n,
-        num_warps=LAUNCH["importance"].warps(total.dtype),
-    )  # fmt: skip
+    launch(
+        log_mean_exp_kernel,
+        (splits * cdiv(n, block_n),),
+        (log_w, part, bound, maximum, total),
+        (k, n, count, k_per_program, splits, *strides(log_w, 2)),
+        {"DTYPE": triton_dtype(total.dtype), "BLOCK_K": block_k, "BLOCK_N": block_n},
+        LAUNCH["importance"].warps(total.dtype),
+    )
 
 
 def log_mean_exp_backward(
@@ -192,23 +194,20 @@ def log_mean_exp_backward(
         block_k, block_n = _tile(k, n)
         dtype = accumulator(log_w)
         k_tiles = cdiv(k, block_k)
-        log_mean_exp_backward_kernel[(k_tiles * cdiv(n, block_n),)](
-            grad,
-            log_w,
-            maximum,
-            total,
-            out,
-            k,
-            n,
-            k_tiles,
-            *strides(grad, 1),
-            *strides(log_w, 2),
-            *strides(maximum, 1),
-            *strides(total, 1),
-            TINY=torch.finfo(dtype).tiny,
-            DTYPE=triton_dtype(dtype),
-            BLOCK_K=block_k,
-            BLOCK_N=block_n,
-            num_warps=LAUNCH["importance"].warps(dtype),
+        launch(
+            log_mean_exp_backward_kernel,
+            (k_tiles * cdiv(n, block_n),),
+            (grad, log_w, maximum, total, out),
+            (
+                *(k, n, k_tiles, *strides(grad, 1), *strides(log_w, 2)),
+                *(*strides(maximum, 1), *strides(total, 1)),
+            ),
+            {
+                "TINY": torch.finfo(dtype).tiny,
+                "DTYPE": triton_dtype(dtype),
+                "BLOCK_K": block_k,
+                "BLOCK_N": block_n,
+            },
+            LAUNCH["importance"].warps(dtype),
         )
     return out

@@ -22,6 +22,7 @@ from .common import (
     cdiv,
     exp,
     expm1_parts,
+    launch,
     load,
     split_program,
     store,
@@ -130,11 +131,11 @@ def rsample_kl_kernel(
     p_seed,  # [] int64
     p_z,  # [K, B, D] out, contiguous
     p_kl,  # [d_splits, B] or [B, D] out, contiguous, in the dtype of the computation
+    sample_offset,  # address of the first sample
+    row_offset,  # address of the first row
     K,  # samples
     B,  # rows
     D,  # columns
-    sample_offset,  # address of the first sample
-    row_offset,  # address of the first row
     k_per_program,  # samples of one program
     d_splits,  # programs along the columns
     d_tiles,  # blocks of columns of one program
@@ -213,11 +214,11 @@ def rsample_log_ratio_kernel(
     p_seed,  # [] int64
     p_z,  # [K, B, D] out, contiguous
     p_log_ratio,  # [d_splits, K, B] out, contiguous, in the dtype of the computation
+    sample_offset,  # address of the first sample
+    row_offset,  # address of the first row
     K,  # samples
     B,  # rows
     D,  # columns
-    sample_offset,  # address of the first sample
-    row_offset,  # address of the first row
     k_per_program,  # samples of one program
     d_splits,  # programs along the columns
     stride_mu_b,
@@ -306,11 +307,11 @@ def rsample_backward_kernel(
     p_grad_logvar,  # likewise
     p_grad_prior_mu,  # likewise
     p_grad_prior_logvar,  # likewise
+    sample_offset,  # address of the first sample
+    row_offset,  # address of the first row
     K,  # samples
     B,  # rows
     D,  # columns
-    sample_offset,  # address of the first sample
-    row_offset,  # address of the first row
     k_per_program,  # samples of one program
     d_splits,  # programs along the columns
     stride_grad_z_k,
@@ -470,6 +471,11 @@ class LatentTiles(NamedTuple):
     blocks: dict[str, int]  # the compile-time arguments
 
     @property
+    def numbers(self) -> tuple[int, int]:
+        """What every kernel here takes."""
+        return self.k_per_program, self.d_splits
+
+    @property
     def grid(self) -> tuple[int, int]:
         """One program per split; columns fastest, so that neighbours read what lies side by side."""
         return self.b_tiles * self.d_splits, self.k_splits
@@ -521,15 +527,16 @@ def rsample_kl(
     tiles = latent_tiles(samples, b, d, LAUNCH["latent"].tile, loop_d=True)
     shape = (b, d) if per_dimension else (tiles.d_splits, b)
     kl = torch.empty(shape, dtype=accumulator(mu), device=mu.device)
-    rsample_kl_kernel[tiles.grid](
-        mu, logvar, prior_mu, prior_logvar, seed, z, kl,
-        samples, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits, tiles.d_tiles,
-        *_inputs(mu, logvar, prior_mu, prior_logvar),
-        LOOP_D=tiles.d_tiles > 1,
-        PER_DIMENSION=per_dimension,
-        **_constants(mu, logvar_min, logvar_max, tiles),
-        num_warps=LAUNCH["latent"].warps(kl.dtype),
-    )  # fmt: skip
+    launch(
+        rsample_kl_kernel,
+        tiles.grid,
+        (mu, logvar, prior_mu, prior_logvar, seed, z, kl),
+        (samples, b, d, *tiles.numbers, tiles.d_tiles, *_inputs(mu, logvar, prior_mu, prior_logvar)),
+        {"LOOP_D": tiles.d_tiles > 1, "PER_DIMENSION": per_dimension}
+        | _constants(mu, logvar_min, logvar_max, tiles),
+        LAUNCH["latent"].warps(kl.dtype),
+        (sample_offset, row_offset),
+    )
     return z, kl if per_dimension else sum_of_parts(kl)
 
 
@@ -553,13 +560,15 @@ def rsample_log_ratio(
         return z, mu.new_zeros((samples, b), dtype=accumulator(mu))
     tiles = latent_tiles(samples, b, d, LAUNCH["latent"].tile)
     log_ratio = torch.empty((tiles.d_splits, samples, b), dtype=accumulator(mu), device=mu.device)
-    rsample_log_ratio_kernel[tiles.grid](
-        mu, logvar, prior_mu, prior_logvar, seed, z, log_ratio,
-        samples, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits,
-        *_inputs(mu, logvar, prior_mu, prior_logvar),
-        **_constants(mu, logvar_min, logvar_max, tiles),
-        num_warps=LAUNCH["latent"].warps(log_ratio.dtype),
-    )  # fmt: skip
+    launch(
+        rsample_log_ratio_kernel,
+        tiles.grid,
+        (mu, logvar, prior_mu, prior_logvar, seed, z, log_ratio),
+        (samples, b, d, *tiles.numbers, *_inputs(mu, logvar, prior_mu, prior_logvar)),
+        _constants(mu, logvar_min, logvar_max, tiles),
+        LAUNCH["latent"].warps(log_ratio.dtype),
+        (sample_offset, row_offset),
+    )
     return z, sum_of_parts(log_ratio)
 
 
@@ -644,21 +653,24 @@ def _backward(
     # The KL alone asks for no sample.
     k = 1 if grad_z is None and grad_log_ratio is None else k
     # Every split writes its part of the sums, in vain if its loop is short; a long one loses accuracy.
-    launch = LAUNCH["latent_backward"]
-    tiles = latent_tiles(k, b, d, launch.tile, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
-    part = (lambda t: t.dtype) if tiles.k_splits == 1 else (lambda t: accumulator(mu))
+    parameters = LAUNCH["latent_backward"]
+    tiles = latent_tiles(k, b, d, parameters.tile, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
     grads = [
-        None if t is None else torch.empty((tiles.k_splits, b, d), dtype=part(t), device=mu.device)
+        None
+        if t is None
+        else t.new_empty((tiles.k_splits, b, d), dtype=t.dtype if tiles.k_splits == 1 else accumulator(mu))
         for t in inputs
     ]
-    rsample_backward_kernel[tiles.grid](
-        grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, *grads,
-        k, b, d, sample_offset, row_offset, tiles.k_per_program, tiles.d_splits,
-        *strides(grad_z, 3), *stride_kl, *strides(grad_log_ratio, 2), *strides(weight, 2),
-        *_inputs(mu, logvar, prior_mu, prior_logvar),
-        PER_DIMENSION=per_dimension,
-        PATH=path,
-        **_constants(mu, lo, hi, tiles),
-        num_warps=launch.warps(mu.dtype),
-    )  # fmt: skip
+    launch(
+        rsample_backward_kernel,
+        tiles.grid,
+        (grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, *grads),
+        (
+            *(k, b, d, *tiles.numbers, *strides(grad_z, 3), *stride_kl),
+            *(*strides(grad_log_ratio, 2), *strides(weight, 2), *_inputs(mu, logvar, prior_mu, prior_logvar)),
+        ),
+        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(mu, lo, hi, tiles),
+        parameters.warps(mu.dtype),
+        (sample_offset, row_offset),
+    )
     return tuple(g if g is None else sum_of_parts(g).to(t.dtype) for g, t in zip(grads, inputs, strict=True))

@@ -15,6 +15,7 @@ from .common import (
     LAUNCH,
     accumulator,
     cdiv,
+    launch,
     log_of_parts,
     power_of_two,
     split_float,
@@ -145,11 +146,11 @@ def normals(
 def noise_kernel(
     p_seed,  # [] int64
     p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
+    sample_offset,  # address of the first sample
+    row_offset,  # address of the first row
     K,  # samples
     B,  # rows
     D,  # columns; for words a multiple of 4
-    sample_offset,  # address of the first sample
-    row_offset,  # address of the first row
     k_tiles,  # blocks of samples
     WORDS: tl.constexpr,  # write the words and not the normals
     DTYPE: tl.constexpr,  # of the normals
@@ -193,21 +194,20 @@ def _launch(out: torch.Tensor, seed: torch.Tensor, sample_offset: int, row_offse
         return out
     block_k, block_b, block_d = noise_tile(k, b, d, LAUNCH["latent"].tile)
     k_tiles = cdiv(k, block_k)
-    noise_kernel[k_tiles * cdiv(b, block_b), cdiv(d, block_d)](
-        seed,
-        out,
-        k,
-        b,
-        d,
-        sample_offset,
-        row_offset,
-        k_tiles,
-        WORDS=want_words,
-        DTYPE=triton_dtype(out.dtype),
-        BLOCK_K=block_k,
-        BLOCK_B=block_b,
-        BLOCK_D=block_d,
-        num_warps=LAUNCH["latent"].warps(accumulator(out)),
+    launch(
+        noise_kernel,
+        (k_tiles * cdiv(b, block_b), cdiv(d, block_d)),
+        (seed, out),
+        (k, b, d, k_tiles),
+        {
+            "WORDS": want_words,
+            "DTYPE": triton_dtype(out.dtype),
+            "BLOCK_K": block_k,
+            "BLOCK_B": block_b,
+            "BLOCK_D": block_d,
+        },
+        LAUNCH["latent"].warps(accumulator(out)),
+        (sample_offset, row_offset),
     )
     return out
 

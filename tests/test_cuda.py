@@ -1,0 +1,204 @@
+"""What a training step on a GPU needs: no synchronisation, CUDA graphs, torch.compile's reduce-overhead."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastvae
+
+from .conftest import CUDA, DEVICE
+
+on_a_card = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+
+B, D, X, K = 6, 3, 20, 4
+
+
+def _bounds():
+    """Every objective, as a function of (x, q, decoder)."""
+    bernoulli, gaussian = {"likelihood": "bernoulli"}, {"likelihood": fastvae.Gaussian(scale=0.3)}
+    bounds = {
+        "elbo": lambda *a: fastvae.elbo(*a, **bernoulli, beta=0.5, free_bits=0.1),
+        "elbo, monte carlo": lambda *a: fastvae.elbo(*a, **gaussian, samples=2, kl="mc"),
+        "iwae by chunks": lambda *a: fastvae.iwae(*a, **bernoulli, k=K, k_chunk=2),
+    }
+    for estimator in ("iwae", "dreg", "stl"):
+        bounds[estimator] = lambda *a, e=estimator: fastvae.iwae(*a, **bernoulli, k=K, estimator=e)
+        bounds[f"{estimator}, gaussian"] = lambda *a, e=estimator: fastvae.iwae(
+            *a, **gaussian, k=K, estimator=e
+        )
+    return bounds
+
+
+BOUNDS = _bounds()
+
+
+class Model(nn.Module):
+    def __init__(self, bound):
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder, self.decoder, self.bound = nn.Linear(X, 2 * D), nn.Linear(D, X), bound
+
+    def forward(self, x):
+        return -self.bound(x, self.encoder(x).chunk(2, dim=1), self.decoder)
+
+
+def _step_of(bound, device=DEVICE, lr=1e-2):
+    """A model, a fixed batch, and a training step of it that returns the loss."""
+    model = Model(bound).to(device)
+    x = torch.rand(B, X, device=device).round()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, capturable=CUDA)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(x)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return model, x, step
+
+
+class Refusing(TorchDispatchMode):
+    """Fails where a number leaves the device, or a shape depends on one."""
+
+    REFUSED = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "equal"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.REFUSED, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [n for n in BOUNDS if "gaussian" in n or "monte" in n])
+def test_no_step_waits_for_numbers(backend, name):
+    """Forward and backward, whatever the device. (On a CPU Bernoulli targets are checked, by a look at them.)"""
+    model, x, _ = _step_of(BOUNDS[name])
+    with Refusing():
+        model(x).backward()
+    with pytest.raises(AssertionError, match="_local_scalar_dense waits"), Refusing():
+        model(x).item()
+
+
+FAKE = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tests.test_cuda import B, BOUNDS, D, X
+
+# Fake tensors of a card: whoever asks for a number, or mixes devices, fails.
+with FakeTensorMode(), torch.no_grad():
+    device = torch.device("cuda", 0)
+    weight, x = torch.empty(D, X, device=device), torch.empty(B, X, device=device)
+    q = torch.empty(B, D, device=device), torch.empty(B, D, device=device)
+    for name, bound in BOUNDS.items():
+        result = bound(x, q, lambda z: z @ weight)
+        assert result.device == device and result.shape == (), name
+print("fine")
+"""
+
+
+def test_tensors_stay_on_the_card():
+    """On fake CUDA tensors, without a card: no number is asked for, no tensor is made elsewhere."""
+    run = subprocess.run([sys.executable, "-c", FAKE], capture_output=True, text=True)
+    assert run.stdout.strip() == "fine", run.stderr[-3000:]
+
+
+@on_a_card
+@pytest.mark.parametrize("name", BOUNDS)
+def test_no_synchronisation(name):
+    _, _, step = _step_of(BOUNDS[name])
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_card
+@pytest.mark.parametrize("name", [n for n in BOUNDS if n != "iwae by chunks"])
+def test_a_step_in_a_cuda_graph(name):
+    """A whole step is captured; every replay draws new noise, trains, and allocates nothing."""
+    model, x, step = _step_of(BOUNDS[name])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    graph.replay()
+    held = torch.cuda.memory_allocated()
+    losses = []
+    for _ in range(200):
+        graph.replay()
+        losses.append(loss.clone())
+    losses = torch.stack(losses).double().cpu()
+    assert torch.cuda.memory_allocated() - held <= 200 * 512
+    assert bool(losses.isfinite().all()) and losses.unique().numel() > 190
+    assert losses[-50:].mean() < losses[:50].mean()
+    # The replays' losses are those of the model as it now is, by the eager step's own account.
+    with torch.no_grad():
+        eager = torch.stack([model(x) for _ in range(200)]).double().cpu()
+    assert abs(eager.mean() - losses[-20:].mean()) < 5 * eager.std() / 20**0.5 + 0.02 * abs(eager.mean())
+
+
+@on_a_card
+@pytest.mark.parametrize("name", ["elbo", "iwae", "dreg, gaussian"])
+def test_reduce_overhead(name):
+    """torch.compile's CUDA graphs take the whole step, skip nothing, and draw new noise each time."""
+    from torch._dynamo.utils import counters
+
+    model, x, _ = _step_of(BOUNDS[name])
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    counters.clear()
+    losses = []
+    for _ in range(8):
+        torch.compiler.cudagraph_mark_step_begin()
+        model.zero_grad()
+        loss = compiled(x)
+        loss.backward()
+        losses.append(float(loss))
+        grads = [p.grad.clone() for p in model.parameters()]
+        assert all(bool(g.isfinite().all()) and bool(g.any()) for g in grads)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert len(set(losses)) == len(losses)
+    with torch.no_grad():
+        eager = torch.stack([model(x) for _ in range(200)]).double()
+    assert abs(float(eager.mean()) - sum(losses) / 8) < 5 * float(eager.std()) / 8**0.5
+    torch._dynamo.reset()
+
+
+@on_a_card
+def test_capture_draws_the_same_noise():
+    """A graph whose seed is a tensor computes what the eager call does for that seed."""
+    mu, logvar = (torch.randn(B, D, device=DEVICE) for _ in range(2))
+    seed = torch.tensor(5, device=DEVICE)
+    fastvae.ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z, kl = fastvae.ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+    for value in (5, -7):
+        seed.fill_(value)
+        graph.replay()
+        expected = fastvae.ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+        assert torch.equal(z, expected[0]) and torch.equal(kl, expected[1])
+
+
+@on_a_card
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_of_another_card():
+    """With the first card current, tensors of the second are computed there, eagerly and compiled."""
+    device = torch.device("cuda", 1)
+    model, x, step = _step_of(BOUNDS["iwae"], device)
+    assert step().device == device and torch.cuda.current_device() == 0
+    assert torch.compile(model)(x).device == device
