@@ -21,13 +21,17 @@ ROOT = Path(__file__).parent.parent
 
 
 class Mutant(NamedTuple):
-    """One wrong line: ``old`` (its ``nth`` occurrence) becomes ``new`` in ``file``."""
+    """One wrong line: ``old`` (its ``nth`` occurrence) becomes ``new`` in ``file``.
+
+    ``tests`` are those that shall notice; default: TESTS of the mutant's backend.
+    """
 
     what: str
     file: str
     old: str
     new: str
     nth: int = 0
+    tests: tuple[str, ...] = ()
 
 
 CPP = [
@@ -224,8 +228,8 @@ TRITON = [
     Mutant(
         "ratio: rows and samples swapped",
         "kernels/latent.py",
-        "p_log_ratio + o_k * B + o_b",
-        "p_log_ratio + o_b * K + o_k",
+        "o_ratio = (i_d_split.to(tl.int64) * K + o_k) * B + o_b",
+        "o_ratio = (i_d_split.to(tl.int64) * B + o_b) * K + o_k",
     ),
     Mutant("backward: the prior pushes", "kernels/latent.py", "b_h -= b_pull", "b_h += b_pull"),
     Mutant("backward: DReG weight dropped", "kernels/latent.py", "b_h *= b_weight", "b_h *= 1.0"),
@@ -287,7 +291,7 @@ TRITON = [
     Mutant(
         "importance: log K dropped",
         "kernels/importance.py",
-        " - log(tl.zeros([BLOCK_N, 1], dtype=DTYPE) + K)",
+        " - log(tl.zeros([BLOCK_N, 1], dtype=DTYPE) + count)",
         "",
     ),
     Mutant(
@@ -299,6 +303,113 @@ TRITON = [
         "kernels/importance.py",
         'tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)',
         "b_max",
+    ),
+    Mutant("bernoulli: a product's last term", "kernels/common.py", "b_s + (b_t + b_s * b_t)", "b_s + b_t"),
+    Mutant(
+        "bernoulli: log 1.5",
+        "kernels/common.py",
+        "tl.where(b_s < 0.5, log1p(b_s)",
+        "tl.where(b_s < 2.5, log1p(b_s)",
+    ),
+    Mutant(
+        "exp: the last step",
+        "kernels/common.py",
+        "(b_x - b_f * LOG_2_HIGH) - b_f * LOG_2_LOW",
+        "b_x - b_f * LOG_2_HIGH",
+    ),
+    Mutant(
+        "KL: a polynomial's range",
+        "kernels/common.py",
+        "tl.abs(b_x - 0.25) < 1.25",
+        "tl.abs(b_x - 0.25) < 2.5",
+    ),
+    Mutant(
+        "importance: a part's sum forgotten",
+        "kernels/importance.py",
+        "b_term *= load(p_part, o_k * N + o_n, mask, DTYPE)",
+        "b_term *= 1.0",
+        tests=("tests/test_shapes.py",),
+    ),
+    Mutant(
+        "importance: a part of another split",
+        "kernels/importance.py",
+        "o_out = i_split.to(tl.int64) * N + o_n",
+        "o_out = o_n",
+        tests=("tests/test_shapes.py",),
+    ),
+    Mutant(
+        "KL: a part of another split",
+        "kernels/latent.py",
+        "o_kl = i_d_split.to(tl.int64) * B + o_b",
+        "o_kl = o_b",
+        tests=("tests/test_shapes.py",),
+    ),
+    Mutant(
+        "traffic: mu is read twice",
+        "kernels/latent.py",
+        "b_mu = load(p_mu, o_b * stride_mu_b + o_d * stride_mu_d, mask, DTYPE)",
+        "b_mu = load(p_mu, o_b * stride_mu_b + o_d * stride_mu_d, mask, DTYPE)\n"
+        "    b_mu = load(p_mu, o_b * stride_mu_b + o_d * stride_mu_d, mask, DTYPE)",
+        tests=("tests/test_traffic.py",),
+    ),
+    Mutant(
+        "traffic: logits are read twice",
+        "kernels/bernoulli.py",
+        "            b_l = load(p_logits, o_l, m_k & m_x, DTYPE)",
+        "            b_l = load(p_logits, o_l, m_k & m_x, DTYPE)\n"
+        "            b_l = load(p_logits, o_l, m_k & m_x, DTYPE)",
+        tests=("tests/test_traffic.py",),
+    ),
+    Mutant(
+        "traffic: a copy of the means",
+        "kernels/gaussian.py",
+        "        (x, mean, logvar, out),",
+        "        (x, mean.clone(), logvar, out),",
+        tests=("tests/test_traffic.py",),
+    ),
+    Mutant(
+        "traffic: a result is written twice",
+        "kernels/latent.py",
+        "    store(p_z, (o_k * B + o_b) * D + o_d, b_z, (o_k < k_stop) & (o_b < B) & (o_d < D))",
+        "    store(p_z, (o_k * B + o_b) * D + o_d, b_z, (o_k < k_stop) & (o_b < B) & (o_d < D))\n"
+        "    store(p_z, (o_k * B + o_b) * D + o_d, b_z, (o_k < k_stop) & (o_b < B) & (o_d < D))",
+        tests=("tests/test_traffic.py",),
+    ),
+    Mutant(
+        "code: tiles that spill",
+        "kernels/common.py",
+        '"latent_backward": Launch(512, 128, 128, 64)',
+        '"latent_backward": Launch(4096, 128, 128, 64)',
+        tests=("tests/test_kernels_compile.py::test_nothing_spills",),
+    ),
+    Mutant(
+        "code: rows not known to be aligned",
+        "kernels/bernoulli.py",
+        'do_not_specialize=["K", "B", "x_tiles"]',
+        'do_not_specialize=["K", "B", "X", "x_tiles"]',
+        tests=("tests/test_kernels_compile.py::test_loads_and_stores_are_wide",),
+    ),
+    Mutant(
+        "offsets: int32 in the likelihoods",
+        "kernels/common.py",
+        "o_x = (start + tl.arange(0, BLOCK)).to(tl.int64)",
+        "o_x = start + tl.arange(0, BLOCK)",
+        tests=("tests/test_shapes.py",),
+    ),
+    Mutant(
+        "offsets: int32 in the backward pass",
+        "kernels/latent.py",
+        "o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]",
+        "o_b = (i_b + tl.arange(0, BLOCK_B))[None, :, None]",
+        nth=2,
+        tests=("tests/test_shapes.py",),
+    ),
+    Mutant(
+        "launch: numbers in another order",
+        "kernels/common.py",
+        "run(*tensors, *loose, *numbers, *constants)",
+        "run(*tensors, *numbers, *loose, *constants)",
+        tests=("tests/test_launches.py",),
     ),
 ]
 
@@ -361,9 +472,12 @@ def run(mutant: Mutant | None, backend: str) -> tuple[bool, str]:
         # The tests of the mutant's own op first, as the run stops at the first failure.
         tests = sorted(TESTS, key=lambda t: mutant is not None and Path(mutant.file).stem not in t)
         chosen = "native" if backend == "cpp" else "triton"
+        choice = ["-k", f"{chosen} or (cpp and not slow)", *tests]
+        if mutant is not None and mutant.tests:
+            choice = list(mutant.tests)
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest",
-             "-o", "addopts=", "-k", f"{chosen} or (cpp and not slow)", *tests],
+             "-o", "addopts=", *choice],
             cwd=folder, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]

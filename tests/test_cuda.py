@@ -77,7 +77,7 @@ class Refusing(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [n for n in BOUNDS if "gaussian" in n or "monte" in n])
 def test_no_step_waits_for_numbers(backend, name):
-    """Forward and backward, whatever the device. (On a CPU Bernoulli targets are checked, by a look at them.)"""
+    """Forward and backward, whatever the device. (On a CPU Bernoulli targets are checked by looking.)"""
     model, x, _ = _step_of(BOUNDS[name])
     with Refusing():
         model(x).backward()

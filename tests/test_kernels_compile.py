@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from benchmarks import kernels  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Compiling takes a minute and a half.
+pytestmark = pytest.mark.slow
 
 # A process of its own: the other tests import triton with TRITON_INTERPRET set, and then it cannot compile.
 PLANTED = """
