@@ -250,13 +250,13 @@ def _reports_of_one(program: tuple, launches: list[tuple], target: str) -> list[
         registers, spills = field("vgpr_count"), field("vgpr_spill_count")
         widths = _amd_widths(text)
         occupancy = AMD_REGISTERS // _rounded(registers) / AMD_WAVES
-        loops = _loops(*_amd_instructions(text))
+        loops = _loops(*_instructions(text, *AMD))
     else:
         registers, spills, assembly = _assembled(code.asm["ptx"], capability)
         pointers = [p.name for p in kernel.params if isinstance(arguments[p.name], torch.Tensor)]
         widths = access_widths(code.asm["ptx"], pointers)
         occupancy = REGISTERS // (threads * _rounded(registers)) * threads / THREADS
-        loops = _loops(*_nvidia_instructions(assembly))
+        loops = _loops(*_instructions(assembly, *NVIDIA))
     common = {
         "kernel": kernel.__name__,
         "target": target,
@@ -380,23 +380,18 @@ def _amd_widths(text: str) -> dict[str, int]:
     return {"widest": max((units[unit] * int(n or 1) for unit, n in found), default=0)}
 
 
-def _nvidia_instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
-    """Instructions without their predicates, and where each label stands among them."""
-    instructions, labels = [], {}
-    for line in assembly.splitlines():
-        if m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(\S.*?)\s*;", line):
-            instructions.append(m[1])
-        elif m := re.match(r"(\.L_x_\d+):", line):
-            labels[m[1]] = len(instructions)
-    return instructions, labels
+# An instruction without its predicate, and a label, of a line of NVIDIA's disassembly and of AMD's.
+NVIDIA = (r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(\S.*?)\s*;", r"(\.L_x_\d+):")
+AMD = (r"\s+((?:[vs]|ds|global|buffer)_\w.*)", r"(\.LBB\d+_\d+):")
 
 
-def _amd_instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
+def _instructions(assembly: str, instruction: str, label: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions, and where each label stands among them."""
     instructions, labels = [], {}
     for line in assembly.splitlines():
-        if m := re.match(r"\s+((?:[vs]|ds|global|buffer)_\w.*)", line):
+        if m := re.match(instruction, line):
             instructions.append(m[1])
-        elif m := re.match(r"(\.LBB\d+_\d+):", line):
+        elif m := re.match(label, line):
             labels[m[1]] = len(instructions)
     return instructions, labels
 
