@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def assert_accurate(
-    name: str, actual: Tensor, eager: Tensor, exact: Tensor, scale: Tensor | None = None
+    name: str, actual: Tensor, eager: Tensor, exact: Tensor, scale: Tensor | None = None, least: float = 1
 ) -> None:
     """Element by element: error <= 2 * (eager's largest error relative to the scale) * scale + 1 ulp.
 
@@ -17,6 +17,7 @@ def assert_accurate(
         exact: the same in float64.
         scale: the sum of the magnitudes of the terms that make up each element, in float64; by default,
             |exact|.
+        least: what eager's error counts as at least, in ulps.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
@@ -32,7 +33,7 @@ def assert_accurate(
         return
     # What eager's error is over many elements, its largest over these few only estimates: a formula of three
     # roundings or more (all are) has one of an ulp somewhere, even if not in the row at hand.
-    relative = ((eager - exact).abs() / scale)[finite].max().clamp(min=info.eps)
+    relative = ((eager - exact).abs() / scale)[finite].max().clamp(min=least * info.eps)
     # For float64 the exact value is itself rounded: a few operations and a sum in another order.
     ulps = 16 if info.bits == 64 else 1
     bound = (2 * relative + ulps * info.eps) * scale
