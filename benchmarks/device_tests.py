@@ -28,7 +28,7 @@ FIRST = (
     "chunks",
 )
 # What compiles, starts processes or builds for its own sake, without the device.
-WITHOUT_DEVICE = ("package", "kernels_compile", "launches", "readme", "benchmarks", "benchmarks_gpu")
+WITHOUT_DEVICE = ("package", "kernels_compile", "ptx", "launches", "readme", "benchmarks", "benchmarks_gpu")
 # The tests of a dry run.
 QUICK = "compare"
 MOST_SHOWN = 20
