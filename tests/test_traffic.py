@@ -248,6 +248,15 @@ def test_long_rows_are_split():
     assert_least(launch)
 
 
+def test_a_long_row_of_even_odds(enough):
+    """Every pixel doubles a lane's product; before that overflows, the row is split."""
+    x = bernoulli.MOST_TILES * common.TILE_X + 700
+    tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, most_tiles=bernoulli.MOST_TILES)
+    assert tiles.x_splits == 2 and 4 * tiles.x_tiles < 127
+    out = bernoulli.bernoulli_log_prob(torch.full((1, x), 0.5), torch.zeros(1, 1, x))
+    assert float(out) == pytest.approx(-x * math.log(2), rel=1e-6)
+
+
 def test_importance_reads_once(enough):
     for k, n in ((70, 5), (300, 33), (40, importance.MANY_COLUMNS + 3)):
         (log_w,), (grad, maximum, total) = tensors(1, k, n), tensors(3, n)
