@@ -8,8 +8,10 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+
+import torch
 
 BACKENDS = ("native", "reference", "triton")
 
@@ -79,16 +81,22 @@ def layer(backend: str, op_module: str) -> ModuleType:
     return importlib.import_module(f"fastvae.kernels.{op_module}")
 
 
-def on_gpu(device) -> str:
+def on_gpu(device: torch.device) -> str:
     """The backend for tensors of a GPU: "triton", or "reference" if that is chosen or Triton knows it not."""
     name = chosen()
     return _native_on_gpu(device.index) if name == "native" else name
 
 
+def on_device(device: torch.device, function: Callable, args: tuple):
+    """Call with this GPU as the current device: Triton launches there, whatever the tensors say."""
+    if device.index == torch.cuda.current_device():
+        return function(*args)
+    with torch.cuda.device(device):
+        return function(*args)
+
+
 @functools.cache
 def _native_on_gpu(index: int) -> str:
-    import torch
-
     # Triton's own limit; AMD's cards have other numbers, and those it does not know it refuses by name.
     if torch.version.hip or torch.cuda.get_device_capability(index) >= (8, 0):
         return "triton"
@@ -105,9 +113,7 @@ def _native_on_gpu(index: int) -> str:
 
 @functools.cache
 def extension() -> ModuleType:
-    """The C++ extension, imported after torch so that the two share one OpenMP runtime."""
-    import torch  # noqa: F401, I001
-
+    """The C++ extension; torch, imported before it, shares its OpenMP runtime with it."""
     try:
         return importlib.import_module("fastvae._C")
     except ImportError as error:

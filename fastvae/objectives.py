@@ -235,10 +235,11 @@ def _chunked(
     # The second pass must be of the first one's kind.
     backend = _backend.chosen()
 
-    def draw(start: int) -> tuple[Tensor, ...]:
+    # checkpoint keeps the random state (dropout's) of those devices that it sees a tensor of.
+    def draw(start: int, on_device: Tensor) -> tuple[Tensor, ...]:
         if _backend.chosen() != backend:
             with _backend.use_backend(backend):
-                return draw(start)
+                return draw(start, on_device)
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
             _trim(model.x.device)
         z, *rest = model.q.rsample_log_ratio(
@@ -252,7 +253,7 @@ def _chunked(
             )
         return model.log_likelihood(z), *rest
 
-    parts = [checkpoint(draw, start, use_reentrant=False) for start in range(0, k, k_chunk)]
+    parts = [checkpoint(draw, start, model.x, use_reentrant=False) for start in range(0, k, k_chunk)]
     log_likelihood, log_ratio, *whole = zip(*parts, strict=True)
     return torch.cat(log_likelihood), torch.cat(log_ratio), sum(whole[0]) if whole else None
 

@@ -107,7 +107,10 @@ def normal(
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     backend = _backend.chosen()
     if backend == "native":
-        backend = {"cpu": "native", "cuda": "triton"}.get(seed.device.type, "reference")
+        kind = seed.device.type
+        backend = (
+            _backend.on_gpu(seed.device) if kind == "cuda" else "native" if kind == "cpu" else "reference"
+        )
     if backend == "triton" and dtype == torch.float64:
         backend = "reference"
     if backend == "native":
@@ -117,6 +120,6 @@ def normal(
             sample_offset, row_offset, torch.get_num_threads(),
         )  # fmt: skip
         return out
-    return _backend.layer(backend, "random").normal(
-        seed, samples, rows, columns, sample_offset, row_offset, dtype
-    )
+    function = _backend.layer(backend, "random").normal
+    args = seed, samples, rows, columns, sample_offset, row_offset, dtype
+    return _backend.on_device(seed.device, function, args) if seed.is_cuda else function(*args)

@@ -380,8 +380,8 @@ def launch(
             addresses |= t.data_ptr()
             types.append(t.dtype)
             device = t.device
-    wide = max(loose, default=0) >> 31
-    key = (id(kernel), grid, *types, *numbers, *constants.values(), num_warps, device, wide)
+    wide = [n >> 31 for n in loose]
+    key = (id(kernel), grid, *types, *numbers, *constants.values(), num_warps, device, *wide)
     program = _programs.get(key)
     # Programs are for aligned tensors, which nearly all are.
     if program is not None and not addresses & 15:

@@ -501,6 +501,8 @@ def latent_tiles(
     d_splits = cdiv(d_tiles, d_per)
     k_splits = min(PROGRAMS // (b_tiles * d_splits), cdiv(k_tiles, least_steps))
     k_splits = max(k_splits, cdiv(k_tiles, most_steps) if most_steps else 1, 1)
+    # More the grid's second axis cannot hold.
+    k_splits = min(k_splits, 65535)
     k_per = cdiv(max(k_tiles, 1), k_splits) * block_k
     blocks = {"BLOCK_K": block_k, "BLOCK_B": block_b, "BLOCK_D": block_d}
     return LatentTiles(k_per, d_per, max(cdiv(k, k_per), 1), b_tiles, d_splits, blocks)

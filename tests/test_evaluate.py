@@ -906,7 +906,7 @@ def _ranks(world: int, folder, shard: str, **options) -> list[fastvae.Evaluation
 def test_any_number_of_ranks(tmp_path, shard):
     """1, 2 and 3 processes give the same, on each rank."""
     model, x, q = _model_and_data()
-    expected = _evaluate(model, q, x.cpu(), k=333, batch_size=4, generator=torch.Generator().manual_seed(6))
+    expected = _evaluate(model, q, x, k=333, batch_size=4, generator=torch.Generator().manual_seed(6))
     for world in (1, 2, 3):
         for result in _ranks(world, tmp_path, shard, seed=6, shuffled=world == 2):
             _assert_same(result, expected)

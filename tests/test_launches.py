@@ -43,7 +43,9 @@ def grad(out, *inputs):
 
 three = {"samples": 3, "seed": seed}
 calls = {
-    "rsample_kl": lambda k0=0: grad(ops.rsample_kl(mu, logvar, **three, sample_offset=k0), mu, logvar),
+    "rsample_kl": lambda k0=0, b0=0: grad(
+        ops.rsample_kl(mu, logvar, **three, sample_offset=k0, row_offset=b0), mu, logvar
+    ),
     "rsample_log_ratio": lambda: grad(
         ops.rsample_log_ratio(mu, logvar, **three, estimator="stl"), mu, logvar
     ),
@@ -71,6 +73,8 @@ with fastvae.use_backend("triton"):
     # One beyond 2^31 has another type, and gets a program of its own.
     launched(lambda: calls["rsample_kl"](2**31))
     assert len(common._programs) == 4
+    launched(lambda: calls["rsample_kl"](0, 2**31))
+    assert len(common._programs) == 6
     # Tensors that are not aligned get Triton's own choice every time.
     off = torch.randn(6 * 80 + 1)[1:].view(6, 80)
     common._programs.clear()
@@ -91,7 +95,6 @@ def test_programs_are_remembered():
 def test_another_device_is_made_current(monkeypatch):
     """Triton launches on the current device, so that is set where the tensors are elsewhere."""
     from fastvae import _backend
-    from fastvae.ops import _registry
 
     entered = []
 
@@ -107,10 +110,9 @@ def test_another_device_is_made_current(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", Entered)
-    monkeypatch.setattr(_backend, "on_gpu", lambda device: "reference")
     for index, expected in ((0, []), (1, [torch.device("cuda", 1)])):
         entered.clear()
-        assert _registry.on_device(torch.device("cuda", index), lambda a, b: a + b, (1, 2)) == 3
+        assert _backend.on_device(torch.device("cuda", index), lambda a, b: a + b, (1, 2)) == 3
         assert entered == expected
 
 

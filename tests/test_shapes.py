@@ -128,6 +128,16 @@ def test_strides_beyond_int32():
             assert_reaches_the_ends(launches[0], *names)
 
 
+def test_the_grid_is_large_enough():
+    """A grid's second axis holds no more than 65535, whatever the number of samples."""
+    pytest.importorskip("triton")
+    from fastvae.kernels import latent
+
+    for b, d in ((1, 512), (4, 100), (1, 10**6)):
+        tiles = latent.latent_tiles(2 * 10**8, b, d, 512, least_steps=8, most_steps=32)
+        assert tiles.grid[1] <= 65535 and tiles.grid[1] * tiles.k_per_program >= 2 * 10**8
+
+
 SHAPES = {
     "one long row": (1, 1, 30_001),
     "few long rows": (1, 3, 3 * 32 * 32),

@@ -69,7 +69,7 @@ def define(
 
     def on_gpu(*args):
         device = next(a.device for a in args if a is not None)
-        return on_device(device, implementation(_backend.on_gpu(device)), args)
+        return _backend.on_device(device, implementation(_backend.on_gpu(device)), args)
 
     def elsewhere(*args):
         return implementation("reference")(*args)
@@ -163,14 +163,6 @@ def define(
         return function(*args).reshape(shape)
 
     return call
-
-
-def on_device(device: torch.device, function: Callable, args: tuple):
-    """Call with this device as the current one: Triton launches there, whatever the tensors say."""
-    if device.index == torch.cuda.current_device():
-        return function(*args)
-    with torch.cuda.device(device):
-        return function(*args)
 
 
 def _are_rows(tensors) -> bool:
