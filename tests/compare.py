@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What eager's error counts as at least, in ulps: on a card its exp is off by one before anything is done with
-# it (CUDA's documented bound of expf).
-LEAST = 2 if torch.cuda.is_available() else 1
-
 
 def assert_accurate(
-    name: str, actual: Tensor, eager: Tensor, exact: Tensor, scale: Tensor | None = None, least: float = LEAST
+    name: str, actual: Tensor, eager: Tensor, exact: Tensor, scale: Tensor | None = None, least: float = 1
 ) -> None:
     """Element by element: error <= 2 * (eager's largest error relative to the scale) * scale + 1 ulp.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -9,6 +12,15 @@ from torch import Tensor
 SIZES = (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 33, 64, 70)
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def of_addresses(*shape: int, stride: tuple[int, ...] | None = None, dtype=torch.bfloat16) -> Tensor:
+    """Zeros on a CPU that may be larger than memory: only the pages that are touched are there."""
+    stride = stride or tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    elements = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    buffer = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, stride)
 
 
 def distinct_sizes(count: int, largest: int = 70, least: int = 1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 
 import pytest
 import torch
@@ -13,19 +12,11 @@ from fastvae import ops
 
 from .compare import assert_accurate
 from .conftest import CUDA, DEVICE
+from .strategies import of_addresses
 
 FREE = (-math.inf, math.inf)
 SEED = torch.tensor(3)
 interpreted = pytest.mark.skipif(CUDA, reason="needs the addresses of Triton's interpreter")
-
-
-def of_addresses(*shape: int, stride: tuple[int, ...] | None = None, dtype=torch.bfloat16) -> torch.Tensor:
-    """A tensor without memory behind it: only its addresses may be used."""
-    stride = stride or tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    elements = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    buffer = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
-    return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, stride)
 
 
 @pytest.fixture
