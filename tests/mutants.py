@@ -41,13 +41,13 @@ CPP = [
     Mutant(
         "ratio: sign of the noise",
         "csrc/latent.hpp",
-        "terms[i] = eps[i] * eps[i] - delta",
-        "terms[i] = eps[i] * eps[i] + delta",
+        "terms[i] = eps[i] * eps[i] - white",
+        "terms[i] = eps[i] * eps[i] + white",
     ),
     Mutant(
         "KL: the mean's term dropped",
         "csrc/latent.hpp",
-        "out[i] = delta * times_precision<kPrior>(q, delta, i) + expm1",
+        "out[i] = white * white + expm1",
         "out[i] = expm1",
     ),
     Mutant(
@@ -64,13 +64,13 @@ CPP = [
         "C* out = to.log_ratio + b * a.samples + k;",
     ),
     Mutant(
-        "backward: the prior pushes", "csrc/latent.hpp", "C h = grad_z[i] - pull;", "C h = grad_z[i] + pull;"
+        "backward: the prior pushes", "csrc/latent.hpp", "C h = grad_z[i] - pull", "C h = grad_z[i] + pull"
     ),
     Mutant(
         "backward: DReG weight dropped",
         "csrc/latent.hpp",
-        "h = weight[i] * (h + ratio[i]",
-        "h = (h + ratio[i]",
+        "h = weight[i] * (h + push",
+        "h = (h + push",
     ),
     Mutant(
         "backward: half the entropy",
@@ -84,7 +84,7 @@ CPP = [
         "            } else {\n              for (int r = 0; r < t.rows; ++r) entropy[r] +=",
         "            }\n            {\n              for (int r = 0; r < t.rows; ++r) entropy[r] +=",
     ),
-    Mutant("backward: prior log variance", "csrc/latent.hpp", "pull * delta - ratio[i]", "pull * delta"),
+    Mutant("backward: prior log variance", "csrc/latent.hpp", "part * white - ratio[i]", "part * white"),
     Mutant(
         "backward: gradient outside the clamp",
         "csrc/latent.hpp",
@@ -116,7 +116,7 @@ CPP = [
     ),
     Mutant("gaussian: sign of x's gradient", "csrc/gaussian.hpp", "-sum_x[i]", "sum_x[i]"),
     Mutant(
-        "gaussian: twice a row's log variance", "csrc/gaussian.hpp", "sum[i] += C(0.5) * g *", "sum[i] += g *"
+        "gaussian: twice a row's log variance", "csrc/gaussian.hpp", "sum[i] += C(0.5) * (g", "sum[i] += (g"
     ),
     Mutant("gaussian: last tile alone", "csrc/gaussian.hpp", "(column == 0 ? C(0) : place)", "C(0)"),
     Mutant(
@@ -220,7 +220,7 @@ TRITON = [
     Mutant(
         "KL: the mean's term dropped",
         "kernels/latent.py",
-        "b_delta * b_delta * b_precision + b_excess",
+        "b_white * b_white + b_excess",
         "b_excess",
     ),
     Mutant("KL: padding counted", "kernels/latent.py", "tl.where(o_d < D, b_term, 0.0)", "b_term"),
@@ -242,8 +242,8 @@ TRITON = [
     Mutant(
         "backward: prior log variance",
         "kernels/latent.py",
-        "b_distance * b_precision - 1.0)",
-        "b_distance * b_precision)",
+        "b_part * b_white - b_g), 0.0)",
+        "b_part * b_white), 0.0)",
     ),
     Mutant(
         "backward: gradient outside the clamp",
@@ -263,7 +263,9 @@ TRITON = [
     Mutant("noise: the row's offset dropped", "kernels/latent.py", "o_b + row_offset", "o_b"),
     Mutant("gaussian: log 2 pi dropped", "kernels/gaussian.py", "LOG_2_PI + b_logvar", "b_logvar"),
     Mutant("gaussian: sign of x's gradient", "kernels/gaussian.py", "s_x -= tl.where", "s_x += tl.where"),
-    Mutant("gaussian: twice the log variance", "kernels/gaussian.py", "b_out = 0.5 * b_g", "b_out = b_g"),
+    Mutant(
+        "gaussian: twice the log variance", "kernels/gaussian.py", "b_out = 0.5 * (b_part", "b_out = (b_part"
+    ),
     Mutant(
         "gaussian: padding rows counted",
         "kernels/gaussian.py",
