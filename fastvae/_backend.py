@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -15,9 +16,9 @@ import torch
 
 BACKENDS = ("native", "reference", "triton")
 
-# A plain global, not a context variable: the backward pass of a GPU runs in another thread and must see it
-# too.
-_chosen: str | None = None
+# Of this thread or task; others have their own. A backward pass may run in a thread of autograd's: it is told
+# what its forward pass ran on.
+_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastvae_backend", default=None)
 
 
 def _check(name: str, source: str) -> str:
@@ -28,15 +29,20 @@ def _check(name: str, source: str) -> str:
 
 def chosen() -> str:
     """The backend in force: the innermost :func:`use_backend`, else ``FASTVAE_BACKEND``, else "native"."""
-    global _chosen
-    if _chosen is None:
-        _chosen = _check(os.environ.get("FASTVAE_BACKEND") or "native", "FASTVAE_BACKEND")
-    return _chosen
+    return _choice.get() or _default()
+
+
+@functools.cache
+def _default() -> str:
+    return _check(os.environ.get("FASTVAE_BACKEND") or "native", "FASTVAE_BACKEND")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    r"""Choose the implementation of every op within a ``with`` block.
+    r"""Choose the implementation of every op within a ``with`` block, in this thread or task.
+
+    The backward pass of an op runs on the backend of its forward pass, wherever autograd calls it. What
+    ``torch.compile`` made asks anew in each pass. The process has one default: ``FASTVAE_BACKEND``.
 
     Args:
         name: ``"native"`` (the default: C++ for CPU tensors, Triton for GPU tensors, plain PyTorch
@@ -55,12 +61,22 @@ def use_backend(name: str) -> Iterator[None]:
         >>> kl
         tensor([0., 0.])
     """
-    global _chosen
-    previous, _chosen = chosen(), _check(name, "use_backend")
+    previous = _choice.get()
+    _choice.set(_check(name, "use_backend"))
     try:
         yield
     finally:
-        _chosen = previous
+        # Not by a token, which only the task that made it can hand back: an asynchronous generator may be
+        # closed by another.
+        _choice.set(previous)
+
+
+def run_on(name: str, function: Callable, *args):
+    """Call on this backend, whatever is in force here."""
+    if chosen() == name:
+        return function(*args)
+    with use_backend(name):
+        return function(*args)
 
 
 def has_triton() -> bool:

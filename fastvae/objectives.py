@@ -232,14 +232,8 @@ def _chunked(
     # DReG weighs by what is a sample's share of all K, which a chunk does not see.
     options = {"estimator": estimator, **({"chunk": True} if estimator == "dreg" else {})}
 
-    # The second pass must be of the first one's kind.
-    backend = _backend.chosen()
-
     # checkpoint keeps the random state (dropout's) of those devices that it sees a tensor of.
     def draw(start: int, on_device: Tensor) -> tuple[Tensor, ...]:
-        if _backend.chosen() != backend:
-            with _backend.use_backend(backend):
-                return draw(start, on_device)
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
             _trim(model.x.device)
         z, *rest = model.q.rsample_log_ratio(
@@ -253,6 +247,9 @@ def _chunked(
             )
         return model.log_likelihood(z), *rest
 
+    if not torch.compiler.is_compiling():
+        # The second pass may run in a thread of autograd's, and must be of the first one's kind.
+        draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
     parts = [checkpoint(draw, start, model.x, use_reentrant=False) for start in range(0, k, k_chunk)]
     log_likelihood, log_ratio, *whole = zip(*parts, strict=True)
     return torch.cat(log_likelihood), torch.cat(log_ratio), sum(whole[0]) if whole else None

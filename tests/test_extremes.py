@@ -22,8 +22,7 @@ ROUNDINGS = 32
 
 def assert_right(name, actual, exact, scale, one_sign=False):
     """Right to the roundings of the terms that ``scale`` sums, wherever these fit float32. Where the result
-    does not it is not finite, and infinite if what is too large in it has one sign; elsewhere inf - inf may be
-    NaN.
+    does not it is not finite; with ``one_sign`` it is infinite, elsewhere inf - inf may be NaN.
     """
     actual, exact, scale = (t.detach().double().cpu() for t in (actual, exact, scale))
     fits = scale < INFO.max / 4

@@ -92,7 +92,7 @@ def rsample_kl_backward(
         grads[1] += (grad_z * eps).sum(0) * 0.5 * torch.exp(0.5 * logvar)
     if grad_kl is not None:
         grad_kl = grad_kl if grad_kl.dim() == 2 else grad_kl[:, None]
-        # 1 / s one factor at a time, here and below: 1 / s^2 overflows long before what it is a factor of does.
+        # 1 / s one factor at a time, here and below: 1 / s^2 overflows long before the product does.
         inverse_s = torch.exp(-0.5 * prior_logvar)
         whitened, ratio = (mu - prior_mu) * inverse_s, torch.expm1(logvar - prior_logvar)
         push = grad_kl * whitened
@@ -155,8 +155,8 @@ def rsample_log_ratio_backward(
     sigma = torch.exp(0.5 * logvar)
     eps = normal(seed, samples, *shape, sample_offset, row_offset, dtype=mu.dtype)
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
-    # What reaches z, and that times sigma / 2, factor by factor: where one is beyond its range, the other need not
-    # be.
+    # What reaches z, and that times sigma / 2, factor by factor: one may be beyond its range and the other
+    # not.
     grad_sample = torch.zeros_like(eps) if grad_z is None else grad_z.to(mu.dtype)
     half_sigma = 0.5 * sigma
     grad_scaled = grad_sample * half_sigma
