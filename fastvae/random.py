@@ -107,10 +107,10 @@ def normal(
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     backend = _backend.chosen()
     if backend == "native":
-        kind = seed.device.type
-        backend = (
-            _backend.on_gpu(seed.device) if kind == "cuda" else "native" if kind == "cpu" else "reference"
-        )
+        if seed.is_cuda:
+            backend = _backend.on_gpu(seed.device)
+        else:
+            backend = _backend.on_cpu() if seed.is_cpu else "reference"
     if backend == "triton" and dtype == torch.float64:
         backend = "reference"
     if backend == "native":

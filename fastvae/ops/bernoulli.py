@@ -54,7 +54,7 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
         tensor(-44.3614)
     """
     check_event("x", x, "logits", logits)
-    native = x.device.type == "cpu" and _backend.chosen() == "native"
+    native = x.device.type == "cpu" and _backend.on_cpu() == "native"
     if not native and not torch.compiler.is_compiling() and (x.device.type == "cpu" or checks_data()):
         low, high = (x.detach().amin(), x.detach().amax()) if x.numel() else (x.new_zeros(()), x.new_ones(()))
         # Written so that NaN passes: NaN in gives NaN out.

@@ -178,7 +178,7 @@ def _keeps_slope(arguments) -> bool:
     wanted = any(
         [mu.requires_grad, logvar.requires_grad, *[p is not None and p.requires_grad for p in prior]]
     )
-    return wanted and torch.is_grad_enabled() and mu.device.type == "cpu" and _backend.chosen() == "native"
+    return wanted and torch.is_grad_enabled() and mu.device.type == "cpu" and _backend.on_cpu() == "native"
 
 
 def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset):
