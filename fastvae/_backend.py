@@ -10,11 +10,25 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from types import ModuleType
 
 import torch
 
 BACKENDS = ("native", "reference", "triton")
+
+
+def _left_out() -> bool:
+    if importlib.util.find_spec("fastvae._C") is not None:
+        return False
+    # Such a wheel is pure Python. In the folder of an editable install fastvae.egg-info comes first, and has
+    # no such file.
+    wheels = (d.read_text("WHEEL") for d in metadata.distributions(name="fastvae"))
+    return "Root-Is-Purelib: true" in next(filter(None, wheels), "")
+
+
+# Whether fastvae was installed with FASTVAE_NO_EXTENSION=1, that is without its C++, on purpose.
+LEFT_OUT = _left_out()
 
 # Of this thread or task; others have their own. A backward pass may run in a thread of autograd's: it is told
 # what its forward pass ran on.
@@ -91,10 +105,17 @@ def layer(backend: str, op_module: str) -> ModuleType:
     if not has_triton():
         raise RuntimeError(
             "fastvae: these tensors are on a GPU, whose kernels need triton, which is not installed. "
-            "Install it (`pip install triton`), or run plain PyTorch instead: `with "
+            "Install it: `pip install 'fastvae[triton]'` (in fastvae's own folder: `pip install -e "
+            "'.[triton]'`; on Windows: `pip install triton-windows`). Or run plain PyTorch instead: `with "
             "fastvae.use_backend('reference'):` or FASTVAE_BACKEND=reference."
         )
     return importlib.import_module(f"fastvae.kernels.{op_module}")
+
+
+def on_cpu() -> str:
+    """The backend for CPU tensors: that chosen, where "native" is "reference" if the C++ was left out."""
+    name = chosen()
+    return "reference" if LEFT_OUT and name == "native" else name
 
 
 def on_gpu(device: torch.device) -> str:
@@ -130,6 +151,11 @@ def _native_on_gpu(index: int) -> str:
 @functools.cache
 def extension() -> ModuleType:
     """The C++ extension; torch, imported before it, shares its OpenMP runtime with it."""
+    if LEFT_OUT:
+        raise RuntimeError(
+            "fastvae: the C++ extension was left out on purpose, by FASTVAE_NO_EXTENSION=1; to have it, "
+            "install fastvae again without that variable."
+        )
     try:
         return importlib.import_module("fastvae._C")
     except ImportError as error:

@@ -65,7 +65,7 @@ def define(
     op = getattr(torch.ops.fastvae, name).default
 
     def on_cpu(*args):
-        return implementation(_backend.chosen())(*args)
+        return implementation(_backend.on_cpu())(*args)
 
     def on_gpu(*args):
         device = next(a.device for a in args if a is not None)
@@ -155,7 +155,7 @@ def define(
         elif device == "cuda":
             function = on_gpu
         else:
-            function = native if _backend.chosen() == "native" else on_cpu
+            function = native if _backend.on_cpu() == "native" else on_cpu
         if device is not None and _C.is_grad_enabled() and _C._any_requires_grad(*args):
             return direct[function].apply(*args)
         if flatten is None or (function is native and _are_rows(args)):

@@ -64,7 +64,7 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
 
 def _checks_targets_here(device: torch.device) -> bool:
     """Whether targets are checked before the op: C++ does it in the pass that reads them."""
-    return _backend.chosen() != "native" if device.type == "cpu" else checks_data()
+    return _backend.on_cpu() != "native" if device.type == "cpu" else checks_data()
 
 
 def _refuse_targets(low: float, high: float):

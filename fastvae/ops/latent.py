@@ -180,7 +180,7 @@ def _keeps_slope(arguments) -> bool:
     if not (wanted and torch.is_grad_enabled() and mu.device.type == "cpu"):
         return False
     # A compiled graph serves every backend.
-    return torch.compiler.is_compiling() or _backend.chosen() == "native"
+    return torch.compiler.is_compiling() or _backend.on_cpu() == "native"
 
 
 def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset):
