@@ -34,7 +34,7 @@ print(fastvae._backend.extension().isa())
 def _run(path, **environment):
     environment = {**os.environ, **environment}
     command = [sys.executable, "-c", WORK, str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), torch.load(path)
 
@@ -62,7 +62,7 @@ def test_the_kernels_on_an_older_processor(isa):
     # Without a GPU: there "native" is another thing.
     environment = {**os.environ, "FASTVAE_ISA": isa, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     root = os.path.dirname(folder)
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
 
@@ -76,7 +76,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(tmp_path):
 def test_torch_and_the_extension_share_one_openmp():
     """Two OpenMP runtimes in one process fight over the cores."""
     code = "import fastvae; fastvae._backend.extension(); print(open('/proc/self/maps').read())"
-    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout
+    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}
     assert len(runtimes) == 1, runtimes
 
@@ -97,7 +97,7 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 print("exit", os.waitstatus_to_exitcode(status))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "exit 0", done.stderr
 
 
@@ -107,7 +107,7 @@ def test_import_without_a_gpu_does_not_import_triton():
     ours = f"import sys, torch, fastvae; mu = torch.zeros(2, 3); fastvae.ops.rsample_kl(mu, mu); {seen}"
     torchs = f"import sys, torch; {seen}"
     ours, torchs = (
-        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, timeout=120).stdout
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout
         for c in (ours, torchs)
     )
     assert ours == torchs
