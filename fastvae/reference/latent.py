@@ -11,10 +11,10 @@ from .random import normal
 
 
 def _upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Half precision is computed in float32, everything else in its own dtype."""
-    return tuple(
-        t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors
-    )
+    """All in the dtype of the computation: float64 if any of them is, else float32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    dtype = torch.float64 if wide else torch.float32
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
 def _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max):
