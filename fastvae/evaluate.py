@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from tqdm import tqdm
 
 from . import _model
-from ._checks import FLOATING, check_choice, check_count, check_number, check_tensor
+from ._checks import FLOATING, check_choice, check_count, check_number, check_tensor, shape_of
 from ._model import Chunks, Model
 from ._parts import Part, Ranks, Store, modules_of, weights_digest, write_arrays
 from ._terminal import ProgressStream, printable
@@ -97,13 +97,15 @@ class Evaluation:
             draws = f"{fewest} to {most} draws, {float(self.k.double().mean()):.0f} on average"
         gap = float((self.log_px - self.elbo).mean())
         low, median, high = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in self.ess_quantiles)
-        nll = f"{self.nll:.2f} ± {self.stderr:.2f} nats (± {self.mc_stderr:.2g} by the draws)"
+        error = f" ± {self.stderr:.2f}" * (n > 1)
+        nll = f"{self.nll:.2f}{error} nats (± {self.mc_stderr:.2g} by the draws)"
+        ess = f"median {median}; {low} to {high} for nine of ten examples" if n > 1 else median
         lines = [
             f"log p(x) of {n} example{'s' * (n > 1)}, {draws}",
             f"  NLL            {nll}",
             f"  bits           {self.bits_per_dim:.4f} per dimension, of {self.dims:g}",
             f"  ELBO           {float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)",
-            f"  ESS            median {median}; {low} to {high} for nine of ten examples",
+            f"  ESS            {ess}",
         ]
         if bool(self.khat.isnan().all()):
             lines.append(f"  Pareto k-hat   unknown; it takes {LEAST_FOR_KHAT} draws")
@@ -226,8 +228,8 @@ def evaluate(
     Args:
         encoder: x [B, \*event] -> q, what :func:`fastvae.elbo` takes.
         decoder: z [N, D] -> parameters of the likelihood.
-        data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches such as a
-            DataLoader; of a batch that is a tuple or list, the first entry.
+        data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches, tensors or
+            arrays, such as a DataLoader; of a batch that is a tuple or list, the first entry.
         k: draws per example; default 5000. With ``tol`` it is the most, by default 100 000.
         tol: draw 100, 200, 400, … until an example's standard error is at most tol nats. Easy examples then
             cost little. An example may stop before its largest weights have come, which makes log p(x) low:
@@ -295,7 +297,14 @@ def evaluate(
 
         def evaluate_batch(index: int, x: Tensor, row: int, plan: _Plan) -> Part:
             x = x.to(device or x.device, dtype or x.dtype)
-            q = as_posterior(encoder(x))
+            try:
+                q = as_posterior(encoder(x))
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(
+                        f"fastvae.evaluate gave the encoder batch {index}: {shape_of(x)}, {x.dtype}"
+                    )
+                raise
             return _evaluate_batch(index, Model.read(x, q, decoder, likelihood, prior), seed, row, plan)
 
         bar = tqdm(
@@ -308,10 +317,10 @@ def evaluate(
         modules = [m for f in (encoder, decoder, likelihood, prior) for m in modules_of(f)]
         with bar, _evaluating(modules):
             try:
-                row, running, compared = 0, _Running(), False
+                row, axes, running, compared = 0, None, _Running(), False
                 for index, batch in enumerate(batches):
-                    x = _data_of(batch)
-                    row, start = row + x.shape[0], row
+                    x = _data_of(batch, axes)
+                    row, start, axes = row + x.shape[0], row, x.dim()
                     if x.shape[0] == 0:
                         continue
                     part = store.see(index, x)
@@ -554,12 +563,12 @@ class _Running:
 
 
 def _batches(data: Any, batch_size: int, shard: str) -> Iterable[Any]:
-    if isinstance(data, np.ndarray):
-        data = torch.from_numpy(data if data.flags.writeable else data.copy())
-    if isinstance(data, Tensor):
-        if data.dim() == 0:
-            raise ValueError("data is a tensor of no dimensions; expected [N, *event]")
-        return data.split(batch_size) if len(data) else []
+    if hasattr(data, "__array__") and not isinstance(data, Tensor):
+        data = np.asarray(data)
+    if isinstance(data, (Tensor, np.ndarray)):
+        if data.ndim == 0:
+            raise ValueError(f"data is a {type(data).__name__} of no dimensions; expected [N, *event]")
+        return [data[i : i + batch_size] for i in range(0, len(data), batch_size)]
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return DataLoader(data, batch_size)
     sampler = data.sampler if isinstance(data, DataLoader) else None
@@ -570,8 +579,8 @@ def _batches(data: Any, batch_size: int, shard: str) -> Iterable[Any]:
         )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise TypeError(
-            "data must be a tensor [N, *event], a Dataset, or an iterable of batches such as a DataLoader; "
-            f"got {type(data).__name__}"
+            "data must be a tensor or array [N, *event], a Dataset, or an iterable of batches such as a "
+            f"DataLoader; got {type(data).__name__}"
         )
     return data
 
@@ -583,18 +592,28 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def _data_of(batch: Any) -> Tensor:
+def _data_of(batch: Any, axes: int | None) -> Tensor:
+    """x [B, *event] of a batch; ``axes`` is how many those before it had."""
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(x, np.ndarray):
+        with contextlib.suppress(TypeError):  # of strings or objects
+            x = torch.from_numpy(x.astype(x.dtype.newbyteorder("="), order="C"))
     if not isinstance(x, Tensor):
-        came = f"a {type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
+        kind = f"{type(x).__name__} of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        came = f"a {kind}" if x is batch else f"a {type(batch).__name__} of {kind}"
         hint = ": (batch['x'] for batch in loader)" if isinstance(batch, dict) else " of tensors"
         raise TypeError(
-            f"a batch must be a tensor, or a tuple or list that begins with one; got {came}. Give evaluate a "
-            f"generator{hint}"
+            "a batch must be a tensor or array of numbers, or a tuple or list that begins with one; got "
+            f"{came}. Give evaluate a generator{hint}"
         )
-    check_tensor("data", x)
     if x.dim() == 0:
         raise ValueError("a batch of data is a tensor of no dimensions; expected [B, *event]")
+    if axes not in (None, x.dim()):
+        raise ValueError(
+            f"data has a batch of shape {shape_of(x)} after batches of {axes} axes. A tuple or list is taken "
+            "as batches: of (x, labels) give x alone"
+        )
+    check_tensor("data", x)
     return x
 
 

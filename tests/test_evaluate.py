@@ -440,6 +440,7 @@ def test_one_example_and_sizes_that_differ():
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x[:1])
     assert math.isnan(result.stderr)
+    assert "1 example, " in str(result) and "nan" not in str(result)
     assert result.active_units == 0
 
     class Sum(fastvae.Likelihood):
@@ -659,6 +660,19 @@ class _Pairs(torch.utils.data.IterableDataset):
         return ((x, 7) for x in self.x.split(5))
 
 
+class _Table:
+    """As a DataFrame: it iterates over something else than rows."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+    def __iter__(self):
+        return iter("abc")
+
+
 def test_forms_of_data():
     model, x, q = _model_and_data()
     x = x.cpu()
@@ -671,8 +685,24 @@ def test_forms_of_data():
     loader = DataLoader(TensorDataset(x, labels), batch_size=10)
     forms = [x, x.numpy(), TensorDataset(x, labels), loader, [[b, 1] for b in x.split(4)], list(x.split(6))]
     forms += [_Pairs(x), DataLoader(_Pairs(x), None), (b for b in x.split(9)), [x[:5], x[:0], x[5:]]]
-    for data in forms:
-        _assert_same(_evaluate(model, encoder, data), expected)
+    # Arrays: batches of them, in another order of bytes, backwards in memory, and what can become one.
+    array = x.numpy()
+    fixed = array.copy()
+    fixed.flags.writeable = False
+    forms += [[array[:9], array[9:]], array.astype(">f8"), array[::-1].copy()[::-1], fixed, _Table(array)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in forms:
+            _assert_same(_evaluate(model, encoder, data), expected)
+
+
+def test_an_encoder_that_fails_says_on_what():
+    """A list of examples is taken as batches, which only the encoder can tell from a list of batches."""
+    encoder, decoder = models.networks(X, D)
+    with pytest.raises(IndexError) as error:
+        fastvae.evaluate(encoder, decoder, list(torch.zeros(5, X, device=DEVICE)), k=3, **QUIET)
+    if sys.version_info >= (3, 11):
+        assert error.value.__notes__ == ["fastvae.evaluate gave the encoder batch 0: [7], torch.float32"]
 
 
 @pytest.mark.parametrize(
@@ -774,6 +804,13 @@ def test_nan_in_one_example():
         ([("a", 1)], TypeError, "a tuple of str.*a generator of tensors"),
         ("digits", TypeError, "data must be a tensor"),
         ([torch.tensor(1.0)], ValueError, "no dimensions"),
+        (np.float32(1.0), ValueError, r"no dimensions; expected \[N, \*event\]"),
+        (np.array(["a", "b"]), TypeError, "a batch must be.*got a ndarray of <U1"),
+        (
+            (torch.zeros(4, X), torch.zeros(4)),
+            ValueError,
+            r"shape \[4\] after batches of 2 axes.*give x alone",
+        ),
         (
             torch.zeros(3, X, dtype=torch.uint8),
             TypeError,
