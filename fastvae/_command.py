@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import pickle
 import tempfile
@@ -222,16 +223,28 @@ def draw(result: Evaluation, path: Path, title: str) -> None:
     curve, log_px, khat = figure.subplots(1, 3)
 
     k, nll, error = map(np.array, zip(*result.curve, strict=True))
-    curve.plot(k, nll, marker="o", ms=4)
-    curve.fill_between(k, nll - error, nll + error, alpha=0.2, lw=0, label="± standard error over examples")
-    where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
-    curve.annotate(f"{result.nll:.2f}", (k[-1], nll[-1]), **where)
     curve.set(xscale="log", xlabel="draws K", ylabel="nats per example", title="Minus the bound of K draws")
-    curve.legend(fontsize="small")
+    finite = np.isfinite(nll)  # a bound of few draws may be infinite, all are NaN with one example
+    k, nll, error = k[finite], nll[finite], error[finite]
+    if len(k):
+        curve.plot(k, nll, marker="o", ms=4)
+        curve.fill_between(
+            k, nll - error, nll + error, alpha=0.2, lw=0, label="± standard error over examples"
+        )
+        where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
+        curve.annotate(f"{nll[-1]:.2f}", (k[-1], nll[-1]), **where)
+        curve.legend(fontsize="small")
+    else:
+        bad = int((~result.log_px.isfinite()).sum())
+        where = {"transform": curve.transAxes, "ha": "center", "fontsize": "small"}
+        curve.text(
+            0.5, 0.5, f"not finite: {bad} of {len(result.log_px)} examples are NaN or infinite", **where
+        )
 
     values = result.log_px[result.log_px.isfinite()].numpy()
     log_px.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
-    log_px.axvline(-result.nll, color="black", lw=1, label=f"mean {-result.nll:.2f}".replace("-", "−"))
+    mean = float(values.mean()) if len(values) else math.nan
+    log_px.axvline(mean, color="black", lw=1, label=f"mean {mean:.2f}".replace("-", "−"))
     log_px.set(xlabel="log p(x), nats", ylabel="examples", title="Examples")
     log_px.legend(fontsize="small")
 

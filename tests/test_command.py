@@ -246,6 +246,17 @@ def test_a_whole_vae_is_loaded_on_trust(folder, capsys):
     assert "unknown; it takes 21 draws" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rows", [slice(3, 4), slice(None)])
+def test_a_picture_of_what_is_not_finite(folder, monkeypatch, rows):
+    monkeypatch.chdir(folder)
+    x = np.load("x.npy")
+    x[rows] = np.nan
+    np.save("x.npy", x)
+    with pytest.warns(RuntimeWarning, match="log p\\(x\\) is NaN"):
+        assert main(["evaluate", "model.pt", "x.npy", "--k", "30", "--plot", "nan.png"]) == 0
+    assert Path("nan.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_goes_on_from_its_checkpoint(folder, capsys):
     arguments = ["evaluate", str(folder / "model.pt"), str(folder / "x.npy"), "--k", "30"]
     arguments += ["--checkpoint", str(folder / "run.npz"), "--batch-size", "10"]

@@ -199,7 +199,7 @@ _CLOSING_OVER = {
     "repeated": lambda mean, y: mean + y.repeat(len(mean) // len(y), 1),
     "cut to length": lambda mean, y: mean + y.repeat(-(-len(mean) // len(y)), 1)[: len(mean)],
     "unfolded": lambda mean, y: (mean.unflatten(0, (-1, len(y))) + y).flatten(0, 1),
-    "statistics of the batch": lambda mean, y: mean - 0.1 * mean.unflatten(0, (-1, len(y))).mean(1).mean(0),
+    "statistics of the batch": lambda mean, y: mean - 0.5 * mean.unflatten(0, (-1, len(y))).mean(1).mean(0),
     "indexed": lambda mean, y: mean + y[torch.arange(len(mean)) % len(y)],
 }
 
