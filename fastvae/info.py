@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 
 from . import __version__, _backend, ops
+from ._terminal import show
 
 
 def run() -> None:
@@ -23,9 +24,9 @@ def run() -> None:
         ("fastvae", _choice()),
         (f"{'ops':<22}CPU tensors     GPU tensors", _ops()),
     ):
-        print(heading)
+        show(heading)
         for name, value in rows:
-            print(f"  {name:<20}{value}")
+            show(f"  {name:<20}{value}")
 
 
 def _versions() -> list[tuple[str, str]]:
