@@ -469,11 +469,16 @@ def modules_of(function: Callable) -> list[nn.Module]:
     """The modules that a callable is, or reaches: as the object of a method, an attribute, an argument's
     default, a variable of its closure or a global that its code names; within three steps.
     """
-    found: dict[int, nn.Module] = {}
+    return reached(function, nn.Module)
+
+
+def reached(function: Callable, kinds: type | tuple[type, ...]) -> list[Any]:
+    """What a callable is, or reaches in this way, of these kinds; no farther than to one of them."""
+    found: dict[int, Any] = {}
     seen: dict[int, int] = {}
 
     def visit(value: Any, depth: int) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, kinds):
             found[id(value)] = value
         elif seen.get(id(value), 0) < depth and not isinstance(value, (type, ModuleType, Tensor)):
             seen[id(value)] = depth
@@ -492,7 +497,7 @@ def _reached(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     elif inspect.ismethod(value):
-        yield value.__self__
+        yield from (value.__self__, value.__func__)
     elif isinstance(value, FunctionType):
         yield from (value.__defaults__, value.__kwdefaults__)
         for cell in value.__closure__ or ():
@@ -502,6 +507,7 @@ def _reached(value: Any) -> Iterator[Any]:
         yield getattr(value, "__wrapped__", None)
     elif hasattr(value, "__dict__"):
         yield vars(value)
+        yield inspect.getattr_static(type(value), "__call__", None)
 
 
 def _names(code: CodeType) -> set[str]:
