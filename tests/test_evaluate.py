@@ -1382,7 +1382,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=100),
+        timeout=datetime.timedelta(hours=1),
     )  # fmt: skip
     try:
         model, x, q = _model_and_data()

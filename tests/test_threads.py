@@ -44,7 +44,7 @@ def test_threads_do_not_see_each_others_backend():
         with fastvae.use_backend(name):
             expected[name] = run()[1].detach()
     assert not torch.equal(*expected.values())
-    wrong, barrier = [], threading.Barrier(2, timeout=60)
+    wrong, barrier = [], threading.Barrier(2, timeout=600)
 
     def loop(name):
         for _ in range(50):
