@@ -1,54 +1,79 @@
 """Builds fastvae._C (pybind11 and the C++ standard library, no libtorch) and installs kernels/ as
-fastvae.kernels.
+fastvae.kernels. With FASTVAE_NO_EXTENSION=1 in the environment, fastvae._C is left out.
 """
 
 import glob
+import os
 import shutil
 import sys
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+# The instruction set is chosen at run time (see bindings.cpp), so nothing here names one. No OpenMP runtime
+# is linked: torch's serves (see parallel.hpp).
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+# What some compilers refuse. -fschedule-insns spreads chains of operations that wait for each other: noise is
+# made 20 % faster.
+OPTIONAL_FLAGS = ["-fopenmp-simd", "-fschedule-insns", "--param=inline-unit-growth=1000"]
+
+
+def stop(problem):
+    sys.exit(
+        f"fastvae: {problem} Or install fastvae without its C++, by FASTVAE_NO_EXTENSION=1 in this command's "
+        "environment: plain PyTorch then computes on CPU tensors, correct and slower."
+    )
 
 
 class BuildExt(build_ext):
-    """build_ext whose failure for want of a compiler says what to install."""
+    """build_ext that leaves out flags unknown to the compiler and, for want of one, says what to install."""
 
     def build_extensions(self):
-        command = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
-        if self.compiler.compiler_type == "unix" and shutil.which(command[0]) is None:
-            sys.exit(
-                f"fastvae: no C++ compiler found (looked for {command[0]!r}). fastvae's CPU kernels are "
-                "C++17: install one, for example `apt-get install g++` (Debian, Ubuntu), `dnf install "
-                "gcc-c++` (Fedora) or `conda install cxx-compiler`, or name yours in the environment "
-                "variable CXX, and try again."
-            )
+        if self.compiler.compiler_type == "msvc":
+            stop("the CPU kernels use vector types of GCC and clang, which Microsoft's compiler lacks.")
+        if self.compiler.compiler_type == "unix":
+            # Older versions of setuptools compile C++ with the C compiler's command.
+            compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)[0]
+            for command in (compiler, self.compiler.compiler_cxx[0]):
+                if shutil.which(command) is None:
+                    stop(
+                        f"no C++ compiler found (looked for {command!r}). fastvae's CPU kernels are C++17: "
+                        "install one, for example `apt-get install g++` (Debian, Ubuntu), `dnf install "
+                        "gcc-c++` (Fedora) or `conda install cxx-compiler`, or name yours in the environment "
+                        "variables CC and CXX, and try again."
+                    )
+        from pybind11.setup_helpers import has_flag
+
+        for extension in self.extensions:
+            extension.extra_compile_args += [f for f in OPTIONAL_FLAGS if has_flag(self.compiler, f)]
         super().build_extensions()
 
 
-extension = Pybind11Extension(
-    "fastvae._C",
-    ["csrc/bindings.cpp"],
-    include_dirs=["csrc"],
-    depends=sorted(glob.glob("csrc/*.hpp")),
-    cxx_std=17,
-    # The instruction set is chosen at run time (see bindings.cpp), so nothing here names one.
-    # -fschedule-insns spreads chains of operations that wait for each other: noise is made 20 % faster.
-    extra_compile_args=[
-        "-O3",
-        "-fopenmp",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fschedule-insns",
-        "-g0",
-        "--param=inline-unit-growth=1000",
-    ],  # fmt: skip
-    extra_link_args=["-fopenmp"],
-)
+def extensions():
+    if os.environ.get("FASTVAE_NO_EXTENSION", "0") not in ("", "0"):
+        return []
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:
+        stop("pybind11 is needed to build the CPU kernels: `pip install pybind11`, and try again.")
+    return [
+        Pybind11Extension(
+            "fastvae._C",
+            ["csrc/bindings.cpp"],
+            include_dirs=["csrc"],
+            depends=sorted(glob.glob("csrc/*.hpp")),
+            cxx_std=17,
+            extra_compile_args=FLAGS,
+        )
+    ]
+
 
 setup(
+    # Not in pyproject.toml: no form of the field there is valid both before and after setuptools 77.
+    license="MIT",
     packages=["fastvae", "fastvae.ops", "fastvae.reference", "fastvae.kernels"],
     package_dir={"fastvae.kernels": "kernels"},
     package_data={"fastvae": ["py.typed"]},
-    ext_modules=[extension],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
 )

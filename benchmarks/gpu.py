@@ -290,8 +290,10 @@ def _worker(path: str) -> int:
                     print(f"{item.name}: left out for want of time", flush=True)
                     continue
                 state.save(began=item.name)
-                # Nobody handles this signal: it ends the process, also one that waits for the device.
-                signal.alarm(int(PATIENCE + 4 * item.seconds))
+                # Nobody handles this signal: it ends the process, also one that waits for the device. There
+                # is none in a dry run, which may be as slow as the machine is busy.
+                if not state.dry_run:
+                    signal.alarm(int(PATIENCE + 4 * item.seconds))
                 _try(item, host, machines[item.rate], where[item.rate], state)
                 signal.alarm(0)
                 state.save(began="")

@@ -45,16 +45,29 @@ namespace FASTVAE_ISA {
 #undef FASTVAE_VECTOR_BYTES
 
 // FASTVAE_BASE_ONLY: a quick build for development, sanitisers and mutation checks.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTVAE_BASE_ONLY)
-#define FASTVAE_X86 1
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(FASTVAE_BASE_ONLY)
+#define FASTVAE_AVX2 1
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#endif
 #define FASTVAE_ISA avx2
 #define FASTVAE_VECTOR_BYTES 32
 #include "bindings.cpp"
 #undef FASTVAE_ISA
 #undef FASTVAE_VECTOR_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
+#endif
+
+// By clang this has not been tried.
+#if defined(FASTVAE_AVX2) && !defined(__clang__)
+#define FASTVAE_AVX512 1
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define FASTVAE_ISA avx512
@@ -96,14 +109,17 @@ enum class Isa { base, avx2, avx512 };
 // The best instruction set that this processor has and FASTVAE_ISA (for tests) does not forbid.
 Isa choose_isa() {
   Isa best = Isa::base;
-#ifdef FASTVAE_X86
+#ifdef FASTVAE_AVX2
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                   __builtin_cpu_supports("bmi2");
+  if (v3) best = Isa::avx2;
+#ifdef FASTVAE_AVX512
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  best = v4 ? Isa::avx512 : v3 ? Isa::avx2 : Isa::base;
+  if (v4) best = Isa::avx512;
+#endif
   if (const char* wanted = std::getenv("FASTVAE_ISA")) {
     if (!std::strcmp(wanted, "base")) best = Isa::base;
     if (!std::strcmp(wanted, "avx2") && best == Isa::avx512) best = Isa::avx2;
@@ -119,8 +135,10 @@ F pick(F base, [[maybe_unused]] F avx2, [[maybe_unused]] F avx512) {
   return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : base;
 }
 
-#ifdef FASTVAE_X86
+#if defined(FASTVAE_AVX512)
 #define FASTVAE_PICK(name) pick(&fastvae::base::name, &fastvae::avx2::name, &fastvae::avx512::name)
+#elif defined(FASTVAE_AVX2)
+#define FASTVAE_PICK(name) pick(&fastvae::base::name, &fastvae::avx2::name, &fastvae::avx2::name)
 #else
 #define FASTVAE_PICK(name) (&fastvae::base::name)
 #endif
@@ -130,6 +148,7 @@ F pick(F base, [[maybe_unused]] F avx2, [[maybe_unused]] F avx512) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastvae's CPU kernels; call them through fastvae.ops";
   m.def("isa", [] { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base"; });
+  m.def("threaded", [] { return fastvae::openmp().parallel != nullptr; });
   m.def("column_partials", &fastvae::base::column_partials);
   m.def("philox", [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
     const auto w = fastvae::base::philox_words(c0, c1, c2, c3, seed);

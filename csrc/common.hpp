@@ -102,10 +102,14 @@ inline void fill(C* p, C value, int n) {
   for (int i = 0; i < n; ++i) p[i] = value;
 }
 
-// One vector of the instruction set, anywhere in memory.
+// One vector of the instruction set, anywhere in memory. The attributes of an alias template clang would forget.
 constexpr int kVectorBytes = FASTVAE_VECTOR_BYTES;
 template <class C>
-using Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(C)), may_alias)) = C;
+struct VectorOf {
+  typedef C type __attribute__((vector_size(kVectorBytes), aligned(sizeof(C)), may_alias));
+};
+template <class C>
+using Vector = typename VectorOf<C>::type;
 template <class C>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
 // Behind a tile's last element a whole vector may be read.

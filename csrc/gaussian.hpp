@@ -20,12 +20,12 @@ struct Gaussian {
   i64 samples, rows, columns;
 };
 
-// The sum of logvar + (x - mean)^2 exp(-logvar).
+// The sum of logvar + ((x - mean) / s)^2. exp(-logvar) itself overflows long before what it is a factor of does, here and below.
 template <class C>
 FASTVAE_LOOP double gaussian_sum(int n, const C* __restrict x, const C* __restrict mean, const C* __restrict logvar) {
   return sum_over<C>(n, [=](int i) {
-    const C delta = x[i] - mean[i];
-    return logvar[i] + delta * delta * exp_(-logvar[i]);
+    const C white = (x[i] - mean[i]) * exp_(C(-0.5) * logvar[i]);
+    return logvar[i] + white * white;
   });
 }
 
@@ -35,8 +35,8 @@ FASTVAE_LOOP void gaussian_terms(int n, const C* __restrict x, const C* __restri
                                  C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const C delta = x[i] - mean[i];
-    out[i] = C(-0.5) * (logvar[i] + delta * delta * exp_(-logvar[i]));
+    const C white = (x[i] - mean[i]) * exp_(C(-0.5) * logvar[i]);
+    out[i] = C(-0.5) * (logvar[i] + white * white);
   }
 }
 
@@ -46,26 +46,26 @@ FASTVAE_LOOP void gaussian_gradients(int n, C g, const C* __restrict x, const C*
                                      const C* __restrict logvar, C* __restrict out_mean, C* __restrict out_logvar) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const C delta = x[i] - mean[i], pull = delta * exp_(-logvar[i]);
-    out_mean[i] = g * pull;
-    out_logvar[i] = C(0.5) * g * (delta * pull - C(1));
+    const C inverse_s = exp_(C(-0.5) * logvar[i]), white = (x[i] - mean[i]) * inverse_s, part = g * white;
+    out_mean[i] = part * inverse_s;
+    out_logvar[i] = C(0.5) * (part * white - g);
   }
 }
 
-// The same where the precision is known.
+// The same where 1 / s is known.
 template <class C, class F>
-FASTVAE_LOOP void gaussian_mean_gradient(int n, C g, const C* __restrict x, const C* __restrict mean, F precision,
-                                   C* __restrict out) {
+FASTVAE_LOOP void gaussian_mean_gradient(int n, C g, const C* __restrict x, const C* __restrict mean, F inverse_s,
+                                         C* __restrict out) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = g * ((x[i] - mean[i]) * precision(i));
+  for (int i = 0; i < n; ++i) out[i] = g * ((x[i] - mean[i]) * inverse_s(i)) * inverse_s(i);
 }
 template <class C>
 FASTVAE_LOOP void add_column_gradients(int n, C g, const C* __restrict x, const C* __restrict mean,
-                                       const C* __restrict precision, double* __restrict sum) {
+                                       const C* __restrict inverse_s, double* __restrict sum) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const C delta = x[i] - mean[i];
-    sum[i] += C(0.5) * g * (delta * delta * precision[i] - C(1));
+    const C white = (x[i] - mean[i]) * inverse_s[i];
+    sum[i] += C(0.5) * (g * white * white - g);
   }
 }
 
@@ -73,7 +73,7 @@ template <class X, class P>
 struct GaussianBody {
   using C = compute_t<P>;
   const Gaussian<X, P>& a;
-  C x_buffer[kTile], mean_buffer[kTile], logvar_buffer[kTile], precision[kTile], out_buffer[kBuffer],
+  C x_buffer[kTile], mean_buffer[kTile], logvar_buffer[kTile], inverse_s[kTile], out_buffer[kBuffer],
       logvar_out_buffer[kTile];
   double sum_x[kTile], sum_column[kTile];  // over samples; over all rows of a group
   double logvar_sum = 0;
@@ -83,9 +83,9 @@ struct GaussianBody {
   void begin_tile(i64 column, int n) {
     if (a.layout != kColumn) return;
     const C* logvar = load(logvar_buffer, view<const C>(a.logvar).data + column * a.logvar.s2, a.logvar.s2, n);
-    C* p = precision;
+    C* p = inverse_s;
     logvar_sum = sum_over<C>(n, [=](int i) {
-      p[i] = exp_(-logvar[i]);
+      p[i] = exp_(C(-0.5) * logvar[i]);
       return logvar[i];
     });
   }
@@ -110,17 +110,17 @@ struct GaussianBody {
       const C* logvar = load(logvar_buffer, view<const P>(a.logvar).at(k, b, column), a.logvar.s2, n);
       sum = gaussian_sum(n, x, mean, logvar);
     } else if (a.layout == kColumn) {
-      const C* p = precision;
+      const C* p = inverse_s;
       sum = sum_over<C>(n, [=](int i) {
-        const C delta = x[i] - mean[i];
-        return delta * delta * p[i];
+        const C white = (x[i] - mean[i]) * p[i];
+        return white * white;
       });
       logvars = logvar_sum;
     } else {
-      const C logvar = *view<const C>(a.logvar).at(k, b), one = exp_(-logvar);
+      const C logvar = *view<const C>(a.logvar).at(k, b), p = exp_(C(-0.5) * logvar);
       sum = sum_over<C>(n, [=](int i) {
-        const C delta = x[i] - mean[i];
-        return delta * delta * one;
+        const C white = (x[i] - mean[i]) * p;
+        return white * white;
       });
       logvars = static_cast<double>(logvar) * n;
     }
@@ -155,19 +155,19 @@ struct GaussianBody {
       gaussian_gradients(n, g, x, mean, logvar, out, out_logvar);
       if (place) commit(place, out_logvar, n);
     } else if (a.layout == kColumn) {
-      const C* p = precision;
+      const C* p = inverse_s;
       gaussian_mean_gradient(n, g, x, mean, [=](int i) { return p[i]; }, out);
       if (a.grad_logvar) add_column_gradients(n, g, x, mean, p, sum_column);
     } else {
-      const C p = exp_(-*view<const C>(a.logvar).at(k, b));
+      const C p = exp_(C(-0.5) * *view<const C>(a.logvar).at(k, b));
       gaussian_mean_gradient(n, g, x, mean, [=](int) { return p; }, out);
       if (a.grad_logvar) {
         const double sum = sum_over<C>(n, [=](int i) {
-          const C delta = x[i] - mean[i];
-          return delta * delta * p - C(1);
+          const C white = (x[i] - mean[i]) * p;
+          return g * white * white - g;
         });
         C& place = pointer<C>(a.grad_logvar)[k * a.rows + b];
-        place = (column == 0 ? C(0) : place) + static_cast<C>(0.5 * g * sum);
+        place = (column == 0 ? C(0) : place) + static_cast<C>(0.5 * sum);
       }
     }
     if (a.grad_x) add_scaled(n, C(1), out, sum_x);

@@ -20,7 +20,7 @@ struct Latent {
 // What a tile of q and p comes to. Without a prior, p = N(0, I), its three arrays are not read.
 template <class C>
 struct LatentArrays {
-  const C *mu, *logvar, *clamped, *prior_mu, *prior_logvar, *precision;
+  const C *mu, *logvar, *clamped, *prior_mu, *prior_logvar, *inverse_s;
 };
 
 template <class C>
@@ -29,17 +29,18 @@ FASTVAE_LOOP void clamp_all(int n, const C* __restrict x, C lo, C hi, C* __restr
   for (int i = 0; i < n; ++i) out[i] = clip(x[i], lo, hi);
 }
 
+// 1 / s of log variances. It is multiplied one factor at a time: 1 / s^2 overflows long before what it is a factor of does.
 template <class C>
-FASTVAE_LOOP void exp_negated(int n, const C* __restrict x, C* __restrict out) {
+FASTVAE_LOOP void inverse_scales(int n, const C* __restrict logvar, C* __restrict out) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = exp_(-x[i]);
+  for (int i = 0; i < n; ++i) out[i] = exp_(C(-0.5) * logvar[i]);
 }
 
 template <class T>
 struct LatentTile {
   using C = compute_t<T>;
   C mu[kTile] = {}, logvar[kTile] = {}, clamped[kTile];
-  C prior_mu[kTile] = {}, prior_logvar[kTile] = {}, precision[kTile];
+  C prior_mu[kTile] = {}, prior_logvar[kTile] = {}, inverse_s[kTile];
 
   LatentArrays<C> read(const Latent<T>& a, i64 row, i64 column, const Tile& t) {
     const int n = t.size();
@@ -56,20 +57,20 @@ struct LatentTile {
     q.prior_logvar = a.prior_logvar
                          ? load(prior_logvar, a.prior_logvar.at(row, column), a.prior_logvar.s0, a.prior_logvar.s1, t)
                          : prior_logvar;
-    exp_negated(n, q.prior_logvar, precision);
-    q.precision = precision;
+    inverse_scales(n, q.prior_logvar, inverse_s);
+    q.inverse_s = inverse_s;
     return q;
   }
 };
 
-// x - m, its quotient with s^2, and log sigma^2 - log s^2, at i.
+// x - m, a quotient with s, and log sigma^2 - log s^2, at i.
 template <bool kPrior, class C>
 FASTVAE_INLINE C distance(const LatentArrays<C>& q, C x, int i) {
   return kPrior ? x - q.prior_mu[i] : x;
 }
 template <bool kPrior, class C>
-FASTVAE_INLINE C times_precision(const LatentArrays<C>& q, C x, int i) {
-  return kPrior ? x * q.precision[i] : x;
+FASTVAE_INLINE C over_s(const LatentArrays<C>& q, C x, int i) {
+  return kPrior ? x * q.inverse_s[i] : x;
 }
 template <bool kPrior, class C>
 FASTVAE_INLINE C log_variances(const LatentArrays<C>& q, int i) {
@@ -87,8 +88,8 @@ template <bool kPrior, class C>
 FASTVAE_LOOP void kl_terms(int n, LatentArrays<C> q, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const C delta = distance<kPrior>(q, q.mu[i], i);
-    out[i] = delta * times_precision<kPrior>(q, delta, i) + expm1_minus(log_variances<kPrior>(q, i));
+    const C white = over_s<kPrior>(q, distance<kPrior>(q, q.mu[i], i), i);
+    out[i] = white * white + expm1_minus(log_variances<kPrior>(q, i));
   }
 }
 
@@ -102,8 +103,8 @@ FASTVAE_LOOP void draw(int n, LatentArrays<C> q, const C* __restrict half_sigma,
     z[i] = v;
     if constexpr (kKeep) slope[i] = half;
     if constexpr (kRatio) {
-      const C delta = distance<kPrior>(q, v, i);
-      terms[i] = eps[i] * eps[i] - delta * times_precision<kPrior>(q, delta, i);
+      const C white = over_s<kPrior>(q, distance<kPrior>(q, v, i), i);
+      terms[i] = eps[i] * eps[i] - white * white;
     }
   }
 }
@@ -235,21 +236,25 @@ FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restri
 
 // The same with the log-ratio; ratio and weight are spread over the elements of their row.
 template <bool kPath, bool kPrior, class C>
-FASTVAE_LOOP void accumulate_ratio(int n, LatentArrays<C> q, const C* q_precision, const C* __restrict slope,
+FASTVAE_LOOP void accumulate_ratio(int n, LatentArrays<C> q, const C* inverse_sigma, const C* __restrict slope,
                                    const C* __restrict grad_z, const C* __restrict ratio, const C* __restrict weight,
                                    LatentSums<C>& __restrict sums) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const C delta = distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i);
-    const C pull = ratio[i] * times_precision<kPrior>(q, delta, i);
-    C h = grad_z[i] - pull;
-    // eps / sigma, from the slope sigma eps / 2.
-    if constexpr (kPath) h = weight[i] * (h + ratio[i] * (C(2) * slope[i] * q_precision[i]));
+    const C white = over_s<kPrior>(q, distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i), i);
+    const C part = ratio[i] * white, pull = over_s<kPrior>(q, part, i);
+    // h times the slope, factor by factor: where h is beyond its range this need not be.
+    C h = grad_z[i] - pull, h_slope = grad_z[i] * slope[i] - part * over_s<kPrior>(q, slope[i], i);
+    if constexpr (kPath) {
+      const C eps = C(2) * slope[i] * inverse_sigma[i], push = ratio[i] * eps;
+      h = weight[i] * (h + push * inverse_sigma[i]);
+      h_slope = weight[i] * (h_slope + C(0.5) * push * eps);
+    }
     sums.h[i] += h;
-    sums.h_slope[i] += h * slope[i];
+    sums.h_slope[i] += h_slope;
     if constexpr (kPrior) {
       sums.prior[i] += pull;
-      sums.prior_logvar[i] += pull * delta - ratio[i];
+      sums.prior_logvar[i] += part * white - ratio[i];
     }
   }
 }
@@ -262,7 +267,7 @@ FASTVAE_LOOP void finish_q(int n, LatentArrays<C> q, const C* __restrict h_sum, 
   for (int i = 0; i < n; ++i) {
     C mu = h_sum[i], entropy = side[i];
     if constexpr (kKl) {
-      mu += side[i] * times_precision<kPrior>(q, distance<kPrior>(q, q.mu[i], i), i);
+      mu += over_s<kPrior>(q, side[i] * over_s<kPrior>(q, distance<kPrior>(q, q.mu[i], i), i), i);
       entropy *= expm1_(log_variances<kPrior>(q, i));
     }
     out_mu[i] = mu;
@@ -278,9 +283,9 @@ FASTVAE_LOOP void finish_prior(int n, LatentArrays<C> q, const LatentSums<C>& su
   for (int i = 0; i < n; ++i) {
     C mu = sums.prior[i], logvar = sums.prior_logvar[i];
     if constexpr (kKl) {
-      const C delta = q.mu[i] - q.prior_mu[i], pull = delta * q.precision[i];
-      mu -= side[i] * pull;
-      logvar -= side[i] * (expm1_(q.clamped[i] - q.prior_logvar[i]) + delta * pull);
+      const C white = (q.mu[i] - q.prior_mu[i]) * q.inverse_s[i], part = side[i] * white;
+      mu -= part * q.inverse_s[i];
+      logvar -= side[i] * expm1_(q.clamped[i] - q.prior_logvar[i]) + part * white;
     }
     out_mu[i] = mu;
     out_logvar[i] = C(0.5) * logvar;
@@ -300,7 +305,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
   parallel(a.threads, tiles, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
     LatentTile<T> buffers;
     C grad_z_buffer[kTile] = {}, slope_buffer[kTile] = {}, side[kTile] = {}, ratio[kTile] = {}, weight[kTile] = {};
-    C q_precision[kTile], out_mu[kTile], out_logvar[kTile];
+    C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile];
     // In two levels, blocks of kSamplesPerBlock and then the blocks: thousands must not cost digits.
     LatentSums<C> total, block;
     double entropy[kMostRows];
@@ -310,7 +315,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
         const Tile t = tile_of(a.rows, b, height, a.columns, column);
         const int n = t.size();
         const LatentArrays<C> q = buffers.read(a, b, column, t);
-        if (g.path) exp_negated(n, q.clamped, q_precision);
+        if (g.path) inverse_scales(n, q.clamped, inverse_sigma);
         fill(entropy, 0.0, t.rows);
         if (!g.z) fill(grad_z_buffer, C(0), n);
         total.template clear<kPrior>(n);
@@ -331,7 +336,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
               for (int r = 0; r < t.rows; ++r) entropy[r] += *g.log_ratio.at(k, b + r);
             }
             (g.path ? accumulate_ratio<true, kPrior, C> : accumulate_ratio<false, kPrior, C>)(
-                n, q, q_precision, slope, grad_z, ratio, weight, sums);
+                n, q, inverse_sigma, slope, grad_z, ratio, weight, sums);
           }
           const bool last = (k + 1) % kSamplesPerBlock == 0 || k + 1 == a.samples;
           if (&sums == &block && last) total.template add<kPrior>(n, block);

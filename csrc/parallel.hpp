@@ -3,6 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
 
 namespace fastvae {
 
@@ -18,19 +21,55 @@ struct Matrix {
 // Below this many elements a thread costs more than it saves (measured: docs/NOTES.md).
 constexpr i64 kElementsPerThread = 20000;
 
+// The OpenMP runtime that torch brought into this process, whichever compiler built this file. None is linked: it could be a second one,
+// and two fight over the cores. GNU's, LLVM's and Intel's runtimes all have these functions on Linux; elsewhere one thread computes.
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread)() = nullptr;
+  int (*threads)() = nullptr;
+
+  OpenMP() {
+#ifdef __linux__
+    // Torch loads its runtime for everybody; where one did not, GNU's is opened by name, the one already loaded if there is one.
+    for (const char* library : {static_cast<const char*>(nullptr), "libgomp.so.1"}) {
+      void* handle = dlopen(library, RTLD_LAZY);
+      if (handle == nullptr) continue;
+      thread = reinterpret_cast<int (*)()>(dlsym(handle, "omp_get_thread_num"));
+      threads = reinterpret_cast<int (*)()>(dlsym(handle, "omp_get_num_threads"));
+      void* function = thread && threads ? dlsym(handle, "GOMP_parallel") : nullptr;
+      parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(function);
+      if (parallel) return;
+    }
+#endif
+  }
+};
+inline const OpenMP& openmp() {
+  static const OpenMP runtime;
+  return runtime;
+}
+
 // Runs work(context, begin, end) on contiguous parts of [0, units). A part's bounds depend on the number of threads, so
 // what a unit computes must not depend on its neighbours.
 inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(void*, i64, i64), void* context) {
-  const i64 wanted = std::min<i64>({static_cast<i64>(threads), units, elements / kElementsPerThread});
+  struct Team {
+    i64 parts, units;
+    void (*work)(void*, i64, i64);
+    void* context;
+  };
+  Team team{std::min<i64>({static_cast<i64>(threads), units, elements / kElementsPerThread}), units, work, context};
   // One thread opens no parallel region: it would hang in a process forked after OpenMP ran.
-  if (wanted <= 1) {
+  if (team.parts <= 1 || openmp().parallel == nullptr) {
     if (units > 0) work(context, 0, units);
     return;
   }
-#pragma omp parallel for num_threads(static_cast<int>(wanted)) schedule(static, 1)
-  for (i64 part = 0; part < wanted; ++part) {
-    work(context, units * part / wanted, units * (part + 1) / wanted);
-  }
+  // The team may be smaller than asked for.
+  auto run = [](void* p) {
+    const Team& t = *static_cast<const Team*>(p);
+    for (i64 part = openmp().thread(); part < t.parts; part += openmp().threads()) {
+      t.work(t.context, t.units * part / t.parts, t.units * (part + 1) / t.parts);
+    }
+  };
+  openmp().parallel(run, &team, static_cast<unsigned>(team.parts), 0);
 }
 
 }  // namespace fastvae

@@ -52,13 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--data",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         help="folder with MNIST or Fashion-MNIST as IDX files, .gz or not (default: scikit-learn's digits)",
     )
     demo.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         default=Path("demo"),
         metavar="DIR",
         help="where pictures and models go (default: %(default)s)",
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "model",
-        type=Path,
+        type=_path,
         metavar="CHECKPOINT",
         help="a model of the demo, or a fastvae.VAE saved whole (--trust)",
     )
@@ -124,16 +124,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--tol", type=float, metavar="NATS", help="draw until each example's standard error is this small"
     )
-    evaluate.add_argument("--out", type=Path, metavar="FILE.npz", help="write results of every example")
+    evaluate.add_argument("--out", type=_path, metavar="FILE.npz", help="write results of every example")
     evaluate.add_argument(
         "--plot",
         nargs="?",
+        type=_path,
         const=True,
         metavar="FILE.png",
         help="draw NLL against draws, and histograms (default: beside --out, else evaluation.png)",
     )
     evaluate.add_argument(
-        "--checkpoint", type=Path, metavar="RUN.npz", help="keep results as they come, and go on from them"
+        "--checkpoint", type=_path, metavar="RUN.npz", help="keep results as they come, and go on from them"
     )
     evaluate.add_argument(
         "--batch-size",
@@ -145,9 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--k-chunk", type=_whole, metavar="K", help="draws at a time (default: what fits)")
     evaluate.add_argument(
         "--shard",
-        choices=("data", "samples"),
+        choices=("data", "samples", "none"),
         default="data",
-        help="what processes share: examples, or each example's draws (default: %(default)s)",
+        help="what processes share: examples, each example's draws, or nothing: this process works alone, "
+        "whatever the environment says of others (default: %(default)s)",
     )
     evaluate.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: %(default)s)"
@@ -166,6 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         "op uses on CPU and on GPU tensors.",
     )
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _whole(text: str, least: int = 1) -> int:

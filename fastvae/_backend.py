@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from types import ModuleType
 
 import torch
 
 BACKENDS = ("native", "reference", "triton")
 
-# A plain global, not a context variable: the backward pass of a GPU runs in another thread and must see it
-# too.
-_chosen: str | None = None
+
+def _left_out() -> bool:
+    if importlib.util.find_spec("fastvae._C") is not None:
+        return False
+    # Such a wheel is pure Python. In the folder of an editable install fastvae.egg-info comes first, and has
+    # no such file.
+    wheels = (d.read_text("WHEEL") for d in metadata.distributions(name="fastvae"))
+    return "Root-Is-Purelib: true" in next(filter(None, wheels), "")
+
+
+# Whether fastvae was installed with FASTVAE_NO_EXTENSION=1, that is without its C++, on purpose.
+LEFT_OUT = _left_out()
+
+# Of this thread or task; others have their own. A backward pass may run in a thread of autograd's: it is told
+# what its forward pass ran on.
+_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastvae_backend", default=None)
 
 
 def _check(name: str, source: str) -> str:
@@ -28,15 +43,20 @@ def _check(name: str, source: str) -> str:
 
 def chosen() -> str:
     """The backend in force: the innermost :func:`use_backend`, else ``FASTVAE_BACKEND``, else "native"."""
-    global _chosen
-    if _chosen is None:
-        _chosen = _check(os.environ.get("FASTVAE_BACKEND") or "native", "FASTVAE_BACKEND")
-    return _chosen
+    return _choice.get() or _default()
+
+
+@functools.cache
+def _default() -> str:
+    return _check(os.environ.get("FASTVAE_BACKEND") or "native", "FASTVAE_BACKEND")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    r"""Choose the implementation of every op within a ``with`` block.
+    r"""Choose the implementation of every op within a ``with`` block, in this thread or task.
+
+    The backward pass of an op runs on the backend of its forward pass, wherever autograd calls it. What
+    ``torch.compile`` made asks anew in each pass. The process has one default: ``FASTVAE_BACKEND``.
 
     Args:
         name: ``"native"`` (the default: C++ for CPU tensors, Triton for GPU tensors, plain PyTorch
@@ -55,12 +75,22 @@ def use_backend(name: str) -> Iterator[None]:
         >>> kl
         tensor([0., 0.])
     """
-    global _chosen
-    previous, _chosen = chosen(), _check(name, "use_backend")
+    previous = _choice.get()
+    _choice.set(_check(name, "use_backend"))
     try:
         yield
     finally:
-        _chosen = previous
+        # Not by a token, which only the task that made it can hand back: an asynchronous generator may be
+        # closed by another.
+        _choice.set(previous)
+
+
+def run_on(name: str, function: Callable, *args):
+    """Call on this backend, whatever is in force here."""
+    if chosen() == name:
+        return function(*args)
+    with use_backend(name):
+        return function(*args)
 
 
 def has_triton() -> bool:
@@ -75,10 +105,17 @@ def layer(backend: str, op_module: str) -> ModuleType:
     if not has_triton():
         raise RuntimeError(
             "fastvae: these tensors are on a GPU, whose kernels need triton, which is not installed. "
-            "Install it (`pip install triton`), or run plain PyTorch instead: `with "
+            "Install it: `pip install 'fastvae[triton]'` (in fastvae's own folder: `pip install -e "
+            "'.[triton]'`; on Windows: `pip install triton-windows`). Or run plain PyTorch instead: `with "
             "fastvae.use_backend('reference'):` or FASTVAE_BACKEND=reference."
         )
     return importlib.import_module(f"fastvae.kernels.{op_module}")
+
+
+def on_cpu() -> str:
+    """The backend for CPU tensors: that chosen, where "native" is "reference" if the C++ was left out."""
+    name = chosen()
+    return "reference" if LEFT_OUT and name == "native" else name
 
 
 def on_gpu(device: torch.device) -> str:
@@ -114,6 +151,11 @@ def _native_on_gpu(index: int) -> str:
 @functools.cache
 def extension() -> ModuleType:
     """The C++ extension; torch, imported before it, shares its OpenMP runtime with it."""
+    if LEFT_OUT:
+        raise RuntimeError(
+            "fastvae: the C++ extension was left out on purpose, by FASTVAE_NO_EXTENSION=1; to have it, "
+            "install fastvae again without that variable."
+        )
     try:
         return importlib.import_module("fastvae._C")
     except ImportError as error:

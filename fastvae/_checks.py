@@ -54,6 +54,31 @@ def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -
         )
 
 
+def check_result(
+    owner: Any,
+    method: str,
+    what: str,
+    value: Any,
+    axes: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    fix: str,
+) -> None:
+    """What a method that a user may have written returned: a floating-point tensor of this shape, here."""
+    is_tensor = isinstance(value, Tensor)
+    if is_tensor and value.shape == shape and value.is_floating_point() and value.device == device:
+        return
+    method = f"{type(owner).__name__}.{method}"
+    expected = f"expected {what} {axes} = [{', '.join(map(str, shape))}]"
+    if not is_tensor:
+        raise TypeError(f"{method} returned {type(value).__name__}; {expected}, a floating-point tensor")
+    if value.shape != shape:
+        raise ValueError(f"{method} returned {shape_of(value)}; {expected}: {fix}")
+    if not value.is_floating_point():
+        raise TypeError(f"{method} returned a tensor of {value.dtype}; {expected}, of a floating-point dtype")
+    raise ValueError(f"{method} returned a tensor on {value.device}; {expected}, on {device} as z is")
+
+
 def check_count(name: str, value: Any, meaning: str) -> int:
     """An integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -70,11 +95,39 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> str:
 
 
 def check_number(name: str, value: Any, meaning: str, least: float = 0.0) -> float:
+    if type(value) is float and least <= value < math.inf:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {meaning}; got {value!r} ({type(value).__name__})")
-    if not value >= least or math.isinf(value):
+    # Not math.isinf, which knows no number that a compiler leaves open.
+    if not least <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least {least:g}, {meaning}; got {value!r}")
     return float(value)
+
+
+def check_weight(name: str, value: Any, meaning: str, q: Any, *, per_row: bool) -> float | Tensor:
+    """A finite number of at least 0, or a floating-point tensor of such, [] or, with ``per_row``, [B]."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value, meaning)
+    check_tensor(name, value)
+    device = q.device
+    if value.dim() and not (per_row and value.shape == (q.batch,)):
+        expected = f"[] or [B] = [{q.batch}]" if per_row else "[]"
+        raise ValueError(f"{name} has shape {shape_of(value)}; a tensor must be {expected}, {meaning}")
+    # torch takes a CPU's number as it takes Python's, on any device.
+    if value.device != device and (value.dim() or value.device.type != "cpu"):
+        raise ValueError(
+            f"{name} is on {value.device} but q is on {device}; move it with {name}.to({str(device)!r})"
+        )
+    # On a GPU the question would be a synchronisation.
+    known = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if known and (value.is_cpu or checks_data()):
+        wrong = ~((value >= 0) & (value < math.inf)).detach()
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} must be finite and at least 0, {meaning}; got {value.detach()[wrong].tolist()}"
+            )
+    return value
 
 
 def check_logvar_range(value: Any) -> tuple[float, float]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import pickle
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,26 +21,27 @@ from torch import Tensor
 from torch import distributed as dist
 
 from . import demo
+from ._parts import RankFailed, check_destination
+from ._terminal import show
 from .evaluate import UNTRUSTED, Evaluation
 from .likelihoods import Bernoulli
 from .vae import VAE
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, evaluate, print, write and draw, as the command line asks."""
-    plot = args.plot and (Path(args.plot) if isinstance(args.plot, str) else _beside(args.out))
+    """Load, evaluate, write, print and draw, as the command line asks."""
+    plot = args.plot and (args.plot if isinstance(args.plot, Path) else _beside(args.out))
     if plot and find_spec("matplotlib") is None:
         raise SystemExit("fastvae evaluate: --plot needs matplotlib: pip install 'fastvae[demo]'")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("fastvae evaluate: --device cuda needs a GPU that PyTorch can use; there is none")
-    with _ranks(args.device) as (device, first):
+    with _ranks(args.device, args.shard) as (device, first):
         try:
             _check_paths(args.out, plot, args.checkpoint)
             model, pixels = load_model(args.model, args.trust)
             x = load_data(args.data, isinstance(model.likelihood, Bernoulli))
             if pixels is not None and x[0].numel() == pixels:
                 x = x.flatten(1)
-            x = x.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype))
             start = time.perf_counter()
             result = model.to(device).evaluate(
                 x,
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
                 progress=first,
                 generator=torch.Generator().manual_seed(args.seed),
             )
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, RankFailed, TypeError, ValueError) as error:
             raise SystemExit(f"fastvae evaluate: {error}") from None
         except RuntimeError as error:
             if "shapes cannot be multiplied" not in str(error):
@@ -60,21 +64,43 @@ def run(args: argparse.Namespace) -> None:
             ) from None
         if not first:
             return
-        print(result)
-        print(f"{time.perf_counter() - start:.1f} s on {device}, seed {args.seed}")
-        if args.out:
-            result.save(args.out)
-            print(args.out)
+        # What is saved is not lost, whatever becomes of the rest.
+        took = time.perf_counter() - start
+        saved, problem = _save(result, args.out) if args.out else (None, None)
+        show(result)
+        show(f"{took:.1f} s on {device}, seed {args.seed}")
+        if saved:
+            show(saved)
         if plot:
-            draw(result, plot, f"{args.model.name} on {args.data}")
-            print(plot)
+            try:
+                draw(result, plot, f"{args.model.name} on {args.data}")
+            except OSError as error:
+                problem = problem or f"{plot} cannot be written ({error.strerror or error})"
+            else:
+                show(plot)
+        if problem:
+            raise SystemExit(f"fastvae evaluate: {problem}")
+
+
+def _save(result: Evaluation, out: Path) -> tuple[Path | None, str | None]:
+    """Where the results are, and what went wrong: if ``out`` has become impossible, another folder may do."""
+    try:
+        result.save(out)
+        return out, None
+    except OSError as error:
+        problem = f"{out} cannot be written ({error.strerror or error})"
+    with contextlib.suppress(OSError):
+        spare = Path(tempfile.mkdtemp(prefix="fastvae-")) / out.name
+        result.save(spare)
+        return spare, f"{problem}; the results are in {spare}"
+    return None, problem
 
 
 def _check_paths(out: Path | None, plot: Path | None, checkpoint: Path | None) -> None:
     """Now, not when the work is done."""
-    for path in filter(None, (out, plot)):
-        if not path.parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent} for {path}")
+    for name, path in (("--out", out), ("--plot", plot), ("--checkpoint", checkpoint)):
+        if path:
+            check_destination(name, path)
     if out and out.suffix != ".npz":
         raise ValueError(f"--out {out} must end in .npz")
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
@@ -88,9 +114,9 @@ def _beside(out: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def _ranks(device: str) -> Iterator[tuple[torch.device, bool]]:
+def _ranks(device: str, shard: str) -> Iterator[tuple[torch.device, bool]]:
     """This process's device, and whether it is the one that prints; under torchrun the ranks are joined."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if shard == "none" or "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield torch.device(device), True
         return
     where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
@@ -107,7 +133,10 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, int | None]:
     """A model of the demo, with its number of pixels, or a VAE that was saved whole."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        # Either a whole archive of torch.save, or an old file in which torch.load met a class.
+        if trust or not (zipfile.is_zipfile(path) or "GLOBAL" in str(error)):
+            raise ValueError(f"{path} is damaged, or is no file that torch.save wrote") from None
         raise ValueError(
             f"{path} holds a pickled object, and loading one runs code from the file. If you trust where it "
             "comes from, add --trust"
@@ -139,7 +168,7 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, int | None]:
 
 def load_data(name: str, binary: bool) -> Tensor:
     """Test data [N, ...]: scikit-learn's digits, a folder of IDX files, or an array in a file."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if name == "digits" and not path.exists():
         return demo.digits().test
     if path.is_dir():
@@ -194,16 +223,28 @@ def draw(result: Evaluation, path: Path, title: str) -> None:
     curve, log_px, khat = figure.subplots(1, 3)
 
     k, nll, error = map(np.array, zip(*result.curve, strict=True))
-    curve.plot(k, nll, marker="o", ms=4)
-    curve.fill_between(k, nll - error, nll + error, alpha=0.2, lw=0, label="± standard error over examples")
-    where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
-    curve.annotate(f"{result.nll:.2f}", (k[-1], nll[-1]), **where)
     curve.set(xscale="log", xlabel="draws K", ylabel="nats per example", title="Minus the bound of K draws")
-    curve.legend(fontsize="small")
+    finite = np.isfinite(nll)  # a bound of few draws may be infinite, all are NaN with one example
+    k, nll, error = k[finite], nll[finite], error[finite]
+    if len(k):
+        curve.plot(k, nll, marker="o", ms=4)
+        curve.fill_between(
+            k, nll - error, nll + error, alpha=0.2, lw=0, label="± standard error over examples"
+        )
+        where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
+        curve.annotate(f"{nll[-1]:.2f}", (k[-1], nll[-1]), **where)
+        curve.legend(fontsize="small")
+    else:
+        bad = int((~result.log_px.isfinite()).sum())
+        where = {"transform": curve.transAxes, "ha": "center", "fontsize": "small"}
+        curve.text(
+            0.5, 0.5, f"not finite: {bad} of {len(result.log_px)} examples are NaN or infinite", **where
+        )
 
     values = result.log_px[result.log_px.isfinite()].numpy()
     log_px.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
-    log_px.axvline(-result.nll, color="black", lw=1, label=f"mean {-result.nll:.2f}".replace("-", "−"))
+    mean = float(values.mean()) if len(values) else math.nan
+    log_px.axvline(mean, color="black", lw=1, label=f"mean {mean:.2f}".replace("-", "−"))
     log_px.set(xlabel="log p(x), nats", ylabel="examples", title="Examples")
     log_px.legend(fontsize="small")
 

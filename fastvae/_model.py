@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_same_device, check_tensor, shape_of
-from .likelihoods import Likelihood, as_likelihood
-from .posteriors import Posterior, as_posterior
+from ._checks import check_count, check_result, check_same_device, check_tensor, shape_of
+from .likelihoods import Bernoulli, Gaussian, Likelihood, as_likelihood
+from .posteriors import Posterior, as_posterior, draw_log_ratio
 from .priors import DiagonalNormal, Prior, as_prior
 from .weights import Weights
 
@@ -49,12 +49,25 @@ class Model(NamedTuple):
     def log_likelihood(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major."""
         x = self.x if x is None else x
-        samples = z.shape[0]
+        samples, batch, _ = z.shape
         parameters = self.decoder(z.flatten(0, 1))
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
         if isinstance(first, Tensor):
             check_same_device("the decoder's output", first, "x", x)
-        return self.likelihood.log_prob(x, parameters, samples)
+        value = self.likelihood.log_prob(x, parameters, samples)
+        if type(self.likelihood) in (Gaussian, Bernoulli):
+            return value
+        # One of the user's may have broadcast what fastvae's own refuse.
+        if isinstance(first, Tensor) and first.shape[:1] != (samples * batch,):
+            raise ValueError(
+                f"the decoder returned {shape_of(first)} for z [{samples * batch}, {z.shape[2]}]; expected "
+                f"K·B = {samples}·{batch} rows, one for each row of z"
+            )
+        check_result(
+            self.likelihood, "log_prob", "log p(x|z)", value, "[K, B]", (samples, batch), z.device,
+            "sum over the axes of the event, not over samples or batch",
+        )  # fmt: skip
+        return value
 
 
 class Chunks:
@@ -121,8 +134,8 @@ def stream(
     def draw(count: int) -> Tensor:
         parts = []
         for q, offset, wanted in spans:
-            part = q.rsample_log_ratio(
-                model.prior, samples=count, seed=seed, sample_offset=start, row_offset=offset
+            part = draw_log_ratio(
+                q, model.prior, samples=count, seed=seed, sample_offset=start, row_offset=offset
             )
             parts.append(part if wanted is None else tuple(v[:, wanted] for v in part))
         z, log_ratio = parts[0] if len(parts) == 1 else map(torch.hstack, zip(*parts, strict=True))

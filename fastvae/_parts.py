@@ -9,11 +9,15 @@ import inspect
 import json
 import os
 import re
+import signal
+import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +28,8 @@ from torch.nn.parameter import is_lazy
 from .likelihoods import Likelihood
 from .priors import Prior
 from .weights import Weights
+
+_E = TypeVar("_E", bound=Exception)
 
 
 class Part(NamedTuple):
@@ -46,6 +52,16 @@ class Part(NamedTuple):
 
 
 _PER_BATCH = ("index", "digest", "latent", "dims")
+# Kind and axes of each array of packed parts.
+_PACKED = dict.fromkeys(Part._fields, ("f", 1)) | {
+    "index": ("i", 1),
+    "digest": ("u", 2),
+    "latent": ("f", 3),
+    "dims": ("i", 1),
+    "k": ("i", 1),
+    "curve": ("f", 2),
+    "sizes": ("i", 1),
+}
 
 
 def pack(parts: list[Part]) -> dict[str, np.ndarray]:
@@ -57,8 +73,21 @@ def pack(parts: list[Part]) -> dict[str, np.ndarray]:
 
 
 def unpack(arrays: dict[str, np.ndarray]) -> list[Part]:
-    """The parts again."""
-    cuts = np.cumsum(arrays["sizes"])[:-1]
+    """The parts again.
+
+    Raises:
+        KeyError, ValueError: for arrays that no parts were packed to.
+    """
+    for name, (kind, axes) in _PACKED.items():
+        if arrays[name].dtype.kind != kind or arrays[name].ndim != axes:
+            raise ValueError(f"{name} is of {arrays[name].dtype} with {arrays[name].ndim} axes")
+    sizes = arrays["sizes"]
+    for name in Part._fields:
+        length = arrays[name].shape[0 if name in _PER_BATCH else -1]
+        expected = len(sizes) if name in _PER_BATCH else sizes.sum()
+        if length != expected or (sizes < 1).any():
+            raise ValueError(f"sizes {sizes[:5].tolist()}… do not fit {name}, which has {length} entries")
+    cuts = np.cumsum(sizes)[:-1]
     fields = {
         name: list(arrays[name]) if name in _PER_BATCH else np.split(arrays[name], cuts, -1)
         for name in Part._fields
@@ -67,34 +96,138 @@ def unpack(arrays: dict[str, np.ndarray]) -> list[Part]:
     return [p._replace(index=int(p.index), dims=int(p.dims)) for p in parts]
 
 
+# Files
+
+
+def check_destination(name: str, path: Path) -> None:
+    """That a file can be written there, before the work whose results it is to hold.
+
+    Raises:
+        ValueError: where it cannot.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{name} {path} is a folder; expected the name of a file")
+    try:
+        # Permissions alone do not tell: a file system may be read-only, or full.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} {path}: no file can be made in the folder {path.parent} ({error.strerror}); use another"
+        ) from None
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """An .npz file, replaced as a whole: it is complete at any moment, and stays what it was if writing
+    fails.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a device such as /dev/null, or a pipe
+        with open(path, "wb") as handle:
+            np.savez(handle, **arrays)
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(draft, "wb") as handle:
+            np.savez(handle, **arrays)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+class RankFailed(RuntimeError):
+    """What the other ranks raise when one has failed."""
+
+
 class Ranks:
     """The processes that share the work; one, if torch.distributed was not started.
 
+    What they exchange are results, or the error of a rank that failed, which all others then raise.
+
     Args:
-        by_samples: whether they share each example's draws, not the batches.
-        alone: this process by itself, whatever was started.
+        shard: what they share: "data", "samples", or "none": this process works by itself, whatever was
+            started.
     """
 
-    def __init__(self, *, by_samples: bool = False, alone: bool = False):
-        together = not alone and dist.is_available() and dist.is_initialized()
+    def __init__(self, shard: str):
+        together = shard != "none" and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
-        self.by_samples = by_samples and self.world > 1
+        self.by_samples = shard == "samples" and self.world > 1
+        self._awaited = self.world > 1  # whether the others will listen once more
 
-    def gather(self, mine: Any) -> list[Any]:
-        """Everyone's, in the order of ranks."""
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error that leaves the block reaches the other ranks in their next exchange."""
+        try:
+            yield
+        except BaseException as error:
+            if self._awaited:
+                self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        # The others may be long in coming; and what goes wrong here must not hide the error.
+        with contextlib.suppress(Exception):
+            warnings.warn(
+                f"fastvae.evaluate: rank {self.rank} failed ({said}); it waits to tell the other ranks",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        with contextlib.suppress(Exception):
+            self._exchange(said, "", None)
+
+    def unanimous(self, error: _E) -> _E:
+        """An error that every rank raises at this point, so that none need be told."""
+        self._awaited = False
+        return error
+
+    def _exchange(self, problem: str | None, what: str, value: Any) -> list[tuple[str | None, str, Any]]:
+        found: list[Any] = [None] * self.world
+        with _interrupts_after():
+            self._awaited = False  # if this fails
+            dist.all_gather_object(found, (problem, what, value))
+            self._awaited = all(p is None for p, _, _ in found)
+        return found
+
+    def gather(self, mine: Any, what: str) -> list[Any]:
+        """Everyone's, in the order of ranks; ``what`` names the place in the work.
+
+        Raises:
+            RankFailed: if one of them failed.
+            ValueError: if one of them is at another place, since it has fewer batches.
+        """
         if self.world == 1:
             return [mine]
-        found = [None] * self.world
-        dist.all_gather_object(found, mine)
-        return found
+        found = self._exchange(None, what, mine)
+        for rank, (problem, _, _) in enumerate(found):
+            if problem is not None:
+                raise RankFailed(f"rank {rank} failed: {problem}")
+        if len({place for _, place, _ in found}) > 1:
+            raise self.data_differ()
+        return [value for _, _, value in found]
+
+    def data_differ(self) -> ValueError:
+        """Every rank raises it."""
+        return self.unanimous(
+            ValueError(
+                "data differ between the ranks: each must iterate over the same batches, of which evaluate "
+                "gives every rank its own (shuffle=False, no sampler that shards). To evaluate other data on "
+                'each rank use shard="none"'
+            )
+        )
 
     def first(self, value: Any) -> Any:
         """Rank 0's."""
-        return self.gather(value)[0]
+        return self.gather(value, "first")[0]
 
     def wait(self) -> None:
-        self.gather(None)
+        self.gather(None, "wait")
 
     def takes(self, index: int) -> bool:
         """Whether this rank evaluates this batch."""
@@ -112,18 +245,35 @@ class Ranks:
         if not self.by_samples:
             return part
         merged: Weights | None = None
-        for values in self.gather(None if part is None else [v.cpu() for v in part]):
+        for values in self.gather(None if part is None else [v.cpu() for v in part], "draws"):
             if values is not None:
                 its = Weights(*(v.to(device) for v in values))
                 merged = its if merged is None else merged.merge(its)
         return merged
 
 
+@contextlib.contextmanager
+def _interrupts_after() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: in the middle of an exchange it would leave the others there."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *seen: pressed.append(seen))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            before(*pressed[0])
+
+
 class Store:
     """The parts of an evaluation: those of a checkpoint, and what this rank adds.
 
-    A checkpoint is replaced as a whole, so that it is complete at any moment. Rank 0 writes the file itself,
-    others beside it; in the end all is in the one file.
+    Rank 0 writes the checkpoint itself, others beside it; in the end all is in the one file. Where it cannot
+    be written, as on a full disk, the results stay in memory, with a warning.
 
     Args:
         path: the checkpoint, or None for none.
@@ -135,7 +285,7 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any], ranks: Ranks):
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).expanduser()
         self.settings = settings
         self.ranks = ranks
         self.done: dict[int, Part] = {}
@@ -146,16 +296,21 @@ class Store:
             return
         parts, problem = [], None
         try:
+            if self._writes:
+                check_destination("checkpoint", self.path)
             parts = self._load()
         except ValueError as error:
             problem = str(error)
-        found = ranks.gather((parts, self.settings["seed"], problem))
+        found = ranks.gather((parts, self.settings["seed"], problem), "checkpoint")
         if problems := [p for _, _, p in found if p]:
-            raise ValueError(problems[0])
+            raise ranks.unanimous(ValueError(problems[0]))
         seeds = {s for _, s, _ in found if s is not None}
         if len(seeds) > 1:
-            raise ValueError(
-                f"checkpoint {self.path}: the ranks hold results of several runs; delete all but one of them"
+            raise ranks.unanimous(
+                ValueError(
+                    f"checkpoint {self.path}: the ranks hold results of several runs; delete all but one of "
+                    "them"
+                )
             )
         self.done = {p.index: p for parts, _, _ in found for p in parts}
         self.settings["seed"] = next(iter(seeds), None)
@@ -187,6 +342,13 @@ class Store:
             self._same_everywhere()
         part = self.done.get(index)
         if part is not None and not np.array_equal(part.digest, found):
+            was, now = len(part.log_px), x.shape[0]
+            if was != now:
+                raise ValueError(
+                    f"checkpoint {self.path} was made with other batches: batch {index} had {was} examples "
+                    f"then and has {now} now. Use the same batch_size or loader, or give another name to "
+                    "start anew"
+                )
             raise ValueError(
                 f"checkpoint {self.path} was made with other data: batch {index} differs. A loader must give "
                 "the same batches every time (shuffle=False); for other data give another name"
@@ -197,63 +359,68 @@ class Store:
         """Keep the results of a batch that was seen."""
         mark = self._seen.get(part.index)
         self.mine.append(part if mark is None else part._replace(digest=np.frombuffer(mark, np.uint8)))
-        # Saving shall not take more than a twentieth of the time.
+        # Saving is to take no more than a twentieth of the time.
         if time.monotonic() - self._saved >= 20 * self._cost:
             self.save()
 
     def finish(self) -> list[Part]:
         """Everyone's parts, in the order of the batches."""
         self._same_everywhere()
-        everyone = [self.mine] if self.ranks.by_samples else self.ranks.gather(self.mine)
+        everyone = [self.mine] if self.ranks.by_samples else self.ranks.gather(self.mine, "parts")
         found = self.done | {p.index: p for parts in everyone for p in parts}
         if self.path is not None:
             if extra := sorted(found.keys() - self._seen.keys()):
-                raise ValueError(
-                    f"checkpoint {self.path} was made with other data: it holds batch {extra[0]}, which "
-                    "these data do not have. For other data give another name"
+                raise self.ranks.unanimous(
+                    ValueError(
+                        f"checkpoint {self.path} was made with other data: it holds batch {extra[0]}, which "
+                        "these data do not have. For other data give another name"
+                    )
                 )
             self._collect([found[i] for i in sorted(found)])
         return [found[i] for i in sorted(found)]
 
     def save(self) -> None:
         """Write this rank's parts."""
-        if self.path is None or not self.mine or (self.ranks.by_samples and self.ranks.rank):
+        if self.path is None or not self.mine or not self._writes:
             return
         start = time.monotonic()
-        file = self.path if self.ranks.rank == 0 else self._beside(f"rank{self.ranks.rank}")
-        self._write(file, self.mine)
+        self._write(self.path if self.ranks.rank == 0 else self._beside(f"rank{self.ranks.rank}"), self.mine)
         self._saved = time.monotonic()
         self._cost = self._saved - start
 
-    def _write(self, file: Path, parts: list[Part]) -> None:
-        draft = file.with_name(f".{file.name}.{os.getpid()}")
+    @property
+    def _writes(self) -> bool:
+        return self.ranks.rank == 0 or not self.ranks.by_samples
+
+    def _write(self, file: Path, parts: list[Part]) -> bool:
+        """Whether it could be done."""
         try:
-            with open(draft, "wb") as handle:
-                np.savez(handle, settings=json.dumps(self.settings), **pack(parts))
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(draft, file)
-        finally:
-            draft.unlink(missing_ok=True)
+            write_arrays(file, {"settings": json.dumps(self.settings), **pack(parts)})
+        except OSError as error:
+            warnings.warn(
+                f"fastvae.evaluate: checkpoint {file} cannot be written ({error.strerror or error}). The "
+                "results stay in memory; each later save tries again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
 
     def _collect(self, parts: list[Part]) -> None:
         if self.path is None:
             return
-        if self.ranks.rank == 0 and parts:
-            self._write(self.path, parts)
+        done = self.ranks.rank == 0 and bool(parts) and self._write(self.path, parts)
         self.ranks.wait()
-        if self.ranks.rank == 0:
+        if done:
             for other in self._files():
                 if other != self.path:
                     other.unlink()
         self.ranks.wait()
 
     def _same_everywhere(self) -> None:
-        if len(set(self.ranks.gather(hashlib.blake2b(b"".join(self._seen.values())).digest()))) > 1:
-            raise ValueError(
-                "data differ between the ranks: each must iterate over the same batches, of which evaluate "
-                "gives every rank its own (shuffle=False, no sampler that shards)"
-            )
+        mine = hashlib.blake2b(b"".join(self._seen.values())).digest()
+        if len(set(self.ranks.gather(mine, "data"))) > 1:
+            raise self.ranks.data_differ()
 
     def _beside(self, mark: str) -> Path:
         return self.path.with_name(f"{self.path.stem}.{mark}{self.path.suffix}")
@@ -302,11 +469,16 @@ def modules_of(function: Callable) -> list[nn.Module]:
     """The modules that a callable is, or reaches: as the object of a method, an attribute, an argument's
     default, a variable of its closure or a global that its code names; within three steps.
     """
-    found: dict[int, nn.Module] = {}
+    return reached(function, nn.Module)
+
+
+def reached(function: Callable, kinds: type | tuple[type, ...]) -> list[Any]:
+    """What a callable is, or reaches in this way, of these kinds; no farther than to one of them."""
+    found: dict[int, Any] = {}
     seen: dict[int, int] = {}
 
     def visit(value: Any, depth: int) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, kinds):
             found[id(value)] = value
         elif seen.get(id(value), 0) < depth and not isinstance(value, (type, ModuleType, Tensor)):
             seen[id(value)] = depth
@@ -325,7 +497,7 @@ def _reached(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     elif inspect.ismethod(value):
-        yield value.__self__
+        yield from (value.__self__, value.__func__)
     elif isinstance(value, FunctionType):
         yield from (value.__defaults__, value.__kwdefaults__)
         for cell in value.__closure__ or ():
@@ -335,6 +507,7 @@ def _reached(value: Any) -> Iterator[Any]:
         yield getattr(value, "__wrapped__", None)
     elif hasattr(value, "__dict__"):
         yield vars(value)
+        yield inspect.getattr_static(type(value), "__call__", None)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -20,6 +20,9 @@ from tqdm import tqdm
 
 import fastvae
 
+from ._parts import check_destination
+from ._terminal import ProgressStream, show
+
 BATCH = 100
 LEARNING_RATE = 3e-3
 # Fixed, so that runs with other seeds are measured on the same test images with the same noise.
@@ -115,13 +118,14 @@ def run(args: argparse.Namespace) -> None:
     try:
         images = digits() if args.data is None else idx_folder(args.data)
         args.out.mkdir(parents=True, exist_ok=True)
+        check_destination("--out", args.out / "elbo.pt")
     except (OSError, ValueError) as error:
         raise SystemExit(f"fastvae demo: {error}") from None
 
     pixels = images.train.shape[1]
     architecture = {"pixels": pixels, "hidden": min(2 * pixels, 200), "latent": args.latent}
     epochs = args.epochs or images.epochs
-    print(
+    show(
         f"{images.name}: {len(images.train)} training and {len(images.test)} test images of "
         f"{images.shape[0]}x{images.shape[1]} pixels, binarised\n"
         f"{args.latent} latent dimension{'s' * (args.latent > 1)}, {architecture['hidden']} hidden units, "
@@ -133,8 +137,6 @@ def run(args: argparse.Namespace) -> None:
             train(name, k, images, architecture, epochs, args.eval_k, args.seed)
             for name, k in (("ELBO", None), (f"IWAE-{args.k}", args.k))
         ]
-    print("\n" + table(runs, args.eval_k) + "\n")
-
     settings = {
         "data": images.name,
         "epochs": epochs,
@@ -142,23 +144,25 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "shape": list(images.shape),
     }
-    for result, stem in zip(runs, ("elbo", "iwae"), strict=True):
-        path = args.out / f"{stem}.pt"
-        state = {key: value.cpu() for key, value in result.model.state_dict().items()}
-        torch.save(
-            {
-                "architecture": architecture,
-                "settings": settings,
-                "objective": result.name,
-                "state_dict": state,
-            },
-            path,
-        )
-        print(path)
-    for path in draw(runs, images, args.out, args.eval_k):
-        print(path)
+    paths = [args.out / "elbo.pt", args.out / "iwae.pt"]
+    try:
+        for result, path in zip(runs, paths, strict=True):
+            state = {key: value.cpu() for key, value in result.model.state_dict().items()}
+            torch.save(
+                {
+                    "architecture": architecture,
+                    "settings": settings,
+                    "objective": result.name,
+                    "state_dict": state,
+                },
+                path,
+            )
+    finally:
+        show("\n" + table(runs, args.eval_k) + "\n")
+    for path in paths + draw(runs, images, args.out, args.eval_k):
+        show(path)
     if args.latent != 2:
-        print(f"no manifold.png: it shows a latent plane, which needs --latent 2, not {args.latent}")
+        show(f"no manifold.png: it shows a latent plane, which needs --latent 2, not {args.latent}")
 
 
 @contextlib.contextmanager
@@ -197,7 +201,7 @@ def train(
 
     train_curve, test_curve = [], []
     steps = math.ceil(len(images.train) / BATCH)
-    with tqdm(total=epochs * steps, desc=f"{name:8}", unit="step") as bar:
+    with tqdm(total=epochs * steps, desc=f"{name:8}", unit="step", file=ProgressStream()) as bar:
         for _ in range(epochs):
             total = torch.zeros((), device=device)
             order = torch.randperm(len(images.train), generator=generator, device=device)

@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 
 from . import __version__, _backend, ops
+from ._terminal import show
 
 
 def run() -> None:
@@ -23,9 +24,9 @@ def run() -> None:
         ("fastvae", _choice()),
         (f"{'ops':<22}CPU tensors     GPU tensors", _ops()),
     ):
-        print(heading)
+        show(heading)
         for name, value in rows:
-            print(f"  {name:<20}{value}")
+            show(f"  {name:<20}{value}")
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -55,9 +56,10 @@ def _devices() -> list[tuple[str, str]]:
 def _extension() -> tuple[bool, str]:
     """Whether the C++ extension can be imported, and its instruction set or the reason why not."""
     try:
-        return True, _backend.extension().isa()
+        extension = _backend.extension()
     except RuntimeError as error:
         return False, str(error).removeprefix("fastvae: ")
+    return True, extension.isa() + ("" if extension.threaded() else ", one thread: no OpenMP runtime found")
 
 
 def _choice() -> list[tuple[str, str]]:
@@ -71,9 +73,9 @@ def _choice() -> list[tuple[str, str]]:
 
 def _ops() -> list[tuple[str, str]]:
     built, triton = _extension()[0], _backend.has_triton()
-    on_gpu = "Triton" if triton else "fails: triton is not installed"
+    on_gpu = "Triton" if triton else "fails: no triton (pip install 'fastvae[triton]')"
     cpu, gpu = {
-        "native": ("C++" if built else "fails: no C++", on_gpu),
+        "native": ("C++" if built else "PyTorch" if _backend.LEFT_OUT else "fails: no C++", on_gpu),
         "reference": ("PyTorch", "PyTorch"),
         "triton": (_interpreter(triton), on_gpu),
     }[_backend.chosen()]

@@ -15,11 +15,22 @@ __all__ = ["Bernoulli", "Gaussian", "Likelihood", "as_likelihood"]
 
 
 class Likelihood(nn.Module):
-    """What the objectives ask of p(x|z); a module, so that a learned scale is found among the parameters."""
+    """What the objectives ask of p(x|z); a module, so that its own parameters are found.
+
+    Example:
+        >>> import torch, fastvae
+        >>> class Poisson(fastvae.Likelihood):
+        ...     def log_prob(self, x, log_rate, samples):
+        ...         log_rate = log_rate.reshape(samples, *x.shape)
+        ...         return (x * log_rate - log_rate.exp() - torch.lgamma(x + 1)).sum(-1)
+        >>> x, q = torch.ones(4, 7), torch.zeros(4, 2 * 3)
+        >>> fastvae.iwae(x, q, torch.nn.Linear(3, 7), k=5, likelihood=Poisson()).shape
+        torch.Size([])
+    """
 
     def log_prob(self, x: Tensor, parameters: Any, samples: int) -> Tensor:
-        """log p(x|z) [K, B] from x [B, *event] and what the decoder returned for K·B rows of z,
-        sample-major.
+        """log p(x|z) [K, B], a floating-point tensor, from x [B, *event] and what the decoder returned for
+        K·B rows of z, sample-major. It is summed over the event alone; another shape is refused.
         """
         raise NotImplementedError
 
@@ -33,21 +44,35 @@ class Gaussian(Likelihood):
     given.
 
     Args:
-        scale: standard deviation s > 0: a number or a tensor broadcastable to the event; an ``nn.Parameter``
-            is learned. Default: the decoder returns the log variance, too.
+        scale: standard deviation s > 0: a number, a tensor broadcastable to the event, or a tensor that a
+            network computed. Default: the decoder returns the log variance, too.
+        learned: train the scale, beginning at this one. It is kept as the parameter ``log_scale``, so that no
+            step of an optimiser can make it 0 or negative; ``scale`` reads it.
 
     Raises:
-        ValueError: if scale is not positive.
+        TypeError, ValueError: if scale is not positive, or is an ``nn.Parameter``.
 
     Example:
         >>> import torch, fastvae
-        >>> likelihood = fastvae.Gaussian(scale=torch.nn.Parameter(torch.tensor(0.1)))
+        >>> likelihood = fastvae.Gaussian(scale=0.1, learned=True)
         >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
         torch.Size([3, 4])
+        >>> [name for name, _ in likelihood.named_parameters()]
+        ['log_scale']
     """
 
-    def __init__(self, scale: float | Tensor | None = None):
+    def __init__(self, scale: float | Tensor | None = None, *, learned: bool = False):
         super().__init__()
+        if isinstance(scale, nn.Parameter) or (learned and isinstance(scale, Tensor) and scale.requires_grad):
+            raise TypeError(
+                "scale must be a value to begin training at, not a parameter, which a step of an optimiser "
+                "can make negative; use fastvae.Gaussian(scale=0.1, learned=True), which trains log_scale, "
+                "the logarithm"
+            )
+        if learned and scale is None:
+            raise ValueError(
+                "learned=True needs a scale to begin at, such as fastvae.Gaussian(scale=0.1, learned=True)"
+            )
         if scale is not None and not isinstance(scale, Tensor):
             if isinstance(scale, bool) or not isinstance(scale, (int, float)):
                 raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
@@ -61,15 +86,29 @@ class Gaussian(Likelihood):
             values = scale.detach()
             if scale.device.type == "cpu" and not bool(((values > 0) & values.isfinite()).all()):
                 raise ValueError("scale is a standard deviation and must be positive and finite everywhere")
-        if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter) and not scale.requires_grad:
-            self.register_buffer("scale", scale)
-        elif isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
-            self.__dict__["scale"] = scale
+        self.learned = learned
+        if learned:
+            scale = scale if isinstance(scale, Tensor) else torch.tensor(scale)
+            self.log_scale = nn.Parameter(scale.log())
+        elif isinstance(scale, Tensor) and not scale.requires_grad:
+            self.register_buffer("fixed_scale", scale)
         else:
-            self.scale = scale
+            # A number, or computed by a network: no state of ours, and it must stay in its graph.
+            self.__dict__["fixed_scale"] = scale
+
+    @property
+    def scale(self) -> float | Tensor | None:
+        """The standard deviation, learned or not."""
+        return self.log_scale.exp() if self.learned else self.fixed_scale
+
+    def _log_scale(self) -> float | Tensor:
+        if self.learned:
+            return self.log_scale
+        scale = self.fixed_scale
+        return scale.log() if isinstance(scale, Tensor) else math.log(scale)
 
     def log_prob(self, x, parameters, samples):
-        if self.scale is None:
+        if not self.learned and self.fixed_scale is None:
             if not (isinstance(parameters, (tuple, list)) and len(parameters) == 2):
                 hint = (
                     "; for a mean alone, give the standard deviation: likelihood=fastvae.Gaussian(scale=0.1)"
@@ -88,26 +127,25 @@ class Gaussian(Likelihood):
                     "likelihood='gaussian', without a scale"
                 )
             mean = unfold_samples("the decoder's mean", parameters, x, samples)
-            self._check_scale(x)
-            logvar = 2 * (self.scale.log() if isinstance(self.scale, Tensor) else math.log(self.scale))
+            log_scale = self._log_scale()
+            _check_scale(log_scale, x)
+            logvar = 2 * log_scale
         return ops.gaussian_log_prob(x, mean, logvar)
-
-    def _check_scale(self, x: Tensor) -> None:
-        if not isinstance(self.scale, Tensor):
-            return
-        check_same_device("scale", self.scale, "x", x)
-        missing = x.dim() - self.scale.dim()
-        if missing < 0 or any(
-            n not in (1, m) for n, m in zip(self.scale.shape, x.shape[missing:], strict=True)
-        ):
-            raise ValueError(
-                f"scale has shape {shape_of(self.scale)}, which does not broadcast to an x of shape "
-                f"{shape_of(x)}; expected one number, or one for each element of the event, "
-                f"{list(x.shape[1:])}"
-            )
 
     def mean(self, parameters):
         return parameters if isinstance(parameters, Tensor) else parameters[0]
+
+
+def _check_scale(scale: float | Tensor, x: Tensor) -> None:
+    if not isinstance(scale, Tensor):
+        return
+    check_same_device("the scale", scale, "x", x)
+    missing = x.dim() - scale.dim()
+    if missing < 0 or any(n not in (1, m) for n, m in zip(scale.shape, x.shape[missing:], strict=True)):
+        raise ValueError(
+            f"scale has shape {shape_of(scale)}, which does not broadcast to an x of shape {shape_of(x)}; "
+            f"expected one number, or one for each element of the event, {list(x.shape[1:])}"
+        )
 
 
 class Bernoulli(Likelihood):

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import _backend, _model, ops
-from ._checks import check_choice, check_count, check_number
+from ._checks import check_address, check_choice, check_count, check_weight
 from ._model import Chunks, Model
 from .likelihoods import Likelihood
 from .ops.latent import ESTIMATORS
+from .posteriors import Posterior, draw_kl, draw_log_ratio
 from .priors import Prior
 from .random import draw_seed
 from .weights import tail_length
@@ -52,12 +53,13 @@ def elbo(
     likelihood: str | Likelihood = "gaussian",
     prior: Prior | None = None,
     samples: int = 1,
-    beta: float = 1.0,
-    free_bits: float = 0.0,
+    beta: float | Tensor = 1.0,
+    free_bits: float | Tensor = 0.0,
     kl: str = "analytic",
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
+    row_offset: int = 0,
 ) -> Tensor | Terms:
     r"""Evidence lower bound, to be maximised.
 
@@ -66,22 +68,28 @@ def elbo(
 
     Args:
         x: data [B, *event].
-        q: the encoder's output: a pair (mu, logvar), each [B, D]; a torch.distributions.Normal or
-            Independent(Normal, 1); or a posterior object.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar side by side; a pair (mu, logvar), each [B,
+            D], or an object or mapping that names them, as those of diffusers and pythae do; a
+            torch.distributions.Normal or Independent(Normal, 1); or a posterior object.
         decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
             sample-major.
         likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
             or an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean).
         prior: default N(0, I); else ``fastvae.DiagonalNormal(mu, logvar)`` or a torch.distributions.Normal.
         samples: L, the draws of z per example.
-        beta: weight of the KL (β-VAE, Higgins et al. 2017).
+        beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Under
+            torch.compile a number that changes is compiled again; a tensor's values are not part of the code.
         free_bits: λ in nats: each dimension's KL, averaged over this batch, counts as at least λ (Kingma et
             al. 2016, eq. 15), so its gradient is zero below. The KL term is then the same for every example.
+            A number, of which 0 is none, or a tensor [].
         kl: ``"analytic"``, in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the draws.
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for [B]. Events are always summed.
         terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction; kl
             without β.
         generator: source of the noise; default torch's own random state.
+        row_offset: place of x's first row in the noise's address. Processes of one seed that share a batch
+            each give their rows' place in it, such as ``rank * len(x)``, and so get the noise that one
+            process gives the whole batch; without it they all get the same.
 
     Returns:
         A number in nats, or [B], or Terms.
@@ -96,30 +104,37 @@ def elbo(
         >>> import torch, fastvae
         >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
         >>> x = torch.rand(16, 8)
-        >>> bound = fastvae.elbo(x, encoder(x).chunk(2, dim=1), decoder, likelihood="bernoulli")
+        >>> bound = fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")
         >>> (-bound).backward()
     """
     model = Model.read(x, q, decoder, likelihood, prior)
     q, prior = model.q, model.prior
     check_count("samples", samples, "the draws of z per example")
-    beta = check_number("beta", beta, "the weight of the KL")
-    free_bits = check_number("free_bits", free_bits, "in nats per dimension")
+    beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
+    free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
     check_choice("kl", kl, ("analytic", "mc"))
     check_choice("reduction", reduction, _REDUCTIONS)
-    if free_bits and kl == "mc":
+    # A tensor's value is not asked for, which would be a synchronisation.
+    has_free_bits = isinstance(free_bits, Tensor) or free_bits > 0
+    if has_free_bits and kl == "mc":
         raise ValueError(
             "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
         )
+    address = _address(q, samples, row_offset)
     seed = draw_seed(q.device, generator)
     if kl == "analytic":
-        z, divergence = q.rsample_kl(prior, samples=samples, seed=seed, per_dimension=free_bits > 0)
-        if free_bits:
+        z, divergence = draw_kl(q, prior, samples=samples, seed=seed, per_dimension=has_free_bits, **address)
+        if has_free_bits:
             divergence = divergence.mean(0).clamp(min=free_bits).sum().expand(q.batch)
     else:
-        z, log_ratio = q.rsample_log_ratio(prior, samples=samples, seed=seed)
+        z, log_ratio = draw_log_ratio(q, prior, samples=samples, seed=seed, **address)
         divergence = -log_ratio.mean(0)
     log_likelihood = model.log_likelihood(z).mean(0)
-    bound = log_likelihood - (divergence if beta == 1 else beta * divergence)
+    if isinstance(beta, Tensor):
+        weighted = beta.to(divergence.dtype) * divergence
+    else:
+        weighted = divergence if beta == 1 else beta * divergence
+    bound = log_likelihood - weighted
     return Terms(bound, log_likelihood, divergence) if terms else _reduce(bound, reduction)
 
 
@@ -136,6 +151,7 @@ def iwae(
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
+    row_offset: int = 0,
 ) -> Tensor | Terms:
     r"""Importance-weighted bound, to be maximised; k=1 is the ELBO, and it rises to log p(x) with k.
 
@@ -143,8 +159,8 @@ def iwae(
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, prior, reduction, generator: as in :func:`elbo`; the decoder is called
-            with N = k·B, once if there is no ``k_chunk``.
+        x, q, decoder, likelihood, prior, reduction, generator, row_offset: as in :func:`elbo`; the decoder is
+            called with N = k·B, once if there is no ``k_chunk``.
         k: importance samples per example.
         estimator: the gradient that reaches q; the value is the same, and so is the decoder's gradient.
             ``"iwae"``: the bound's derivative, whose signal-to-noise falls with k (Rainforth et al. 2018).
@@ -173,8 +189,7 @@ def iwae(
         >>> import torch, fastvae
         >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
         >>> x = torch.rand(16, 8)
-        >>> q = encoder(x).chunk(2, dim=1)
-        >>> bound = fastvae.iwae(x, q, decoder, k=50, likelihood="bernoulli", estimator="dreg")
+        >>> bound = fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli", estimator="dreg")
         >>> (-bound).backward()
     """
     model = Model.read(x, q, decoder, likelihood, prior)
@@ -183,13 +198,16 @@ def iwae(
     check_choice("reduction", reduction, _REDUCTIONS)
     if k_chunk is not None:
         check_count("k_chunk", k_chunk, "the samples trained on at a time")
+    address = _address(model.q, k, row_offset)
     seed = draw_seed(model.q.device, generator)
     if k_chunk is None or k_chunk >= k:
-        z, log_ratio = model.q.rsample_log_ratio(model.prior, samples=k, seed=seed, estimator=estimator)
+        z, log_ratio = draw_log_ratio(
+            model.q, model.prior, samples=k, seed=seed, estimator=estimator, **address
+        )
         log_likelihood = model.log_likelihood(z)
         bound = ops.log_mean_exp(log_likelihood + log_ratio)
     else:
-        log_likelihood, log_ratio, whole = _chunked(model, seed, k, k_chunk, estimator)
+        log_likelihood, log_ratio, whole = _chunked(model, seed, k, k_chunk, estimator, address)
         bound = ops.log_mean_exp(log_likelihood + log_ratio)
         if whole is not None:
             bound = bound + whole
@@ -219,7 +237,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _chunked(
-    model: Model, seed: Tensor, k: int, k_chunk: int, estimator: str
+    model: Model, seed: Tensor, k: int, k_chunk: int, estimator: str, address: dict[str, int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what a chunk
     of DReG needs added to the bound, zeros [B].
@@ -230,20 +248,19 @@ def _chunked(
             "or differentiate with backward() or torch.autograd.grad"
         )
     # DReG weighs by what is a sample's share of all K, which a chunk does not see.
-    options = {"estimator": estimator, **({"chunk": True} if estimator == "dreg" else {})}
-
-    # The second pass must be of the first one's kind.
-    backend = _backend.chosen()
+    options = {"estimator": estimator, **address, **({"chunk": True} if estimator == "dreg" else {})}
 
     # checkpoint keeps the random state (dropout's) of those devices that it sees a tensor of.
     def draw(start: int, on_device: Tensor) -> tuple[Tensor, ...]:
-        if _backend.chosen() != backend:
-            with _backend.use_backend(backend):
-                return draw(start, on_device)
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
             _trim(model.x.device)
-        z, *rest = model.q.rsample_log_ratio(
-            model.prior, samples=min(k_chunk, k - start), seed=seed, sample_offset=start, **options
+        z, *rest = draw_log_ratio(
+            model.q,
+            model.prior,
+            samples=min(k_chunk, k - start),
+            seed=seed,
+            sample_offset=start,
+            **options,
         )
         if len(rest) != 1 + (estimator == "dreg"):
             raise TypeError(
@@ -253,6 +270,9 @@ def _chunked(
             )
         return model.log_likelihood(z), *rest
 
+    if not torch.compiler.is_compiling():
+        # The second pass may run in a thread of autograd's, and must be of the first one's kind.
+        draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
     parts = [checkpoint(draw, start, model.x, use_reentrant=False) for start in range(0, k, k_chunk)]
     log_likelihood, log_ratio, *whole = zip(*parts, strict=True)
     return torch.cat(log_likelihood), torch.cat(log_ratio), sum(whole[0]) if whole else None
@@ -269,6 +289,7 @@ def log_marginal(
     likelihood: str | Likelihood = "gaussian",
     prior: Prior | None = None,
     generator: torch.Generator | None = None,
+    row_offset: int = 0,
 ) -> LogMarginal:
     r"""Estimate log p(x) per example by importance sampling, streaming over chunks of the k draws; no
     gradients.
@@ -280,7 +301,7 @@ def log_marginal(
               \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
     Args:
-        x, q, decoder, likelihood, prior, generator: as in :func:`elbo`.
+        x, q, decoder, likelihood, prior, generator, row_offset: as in :func:`elbo`.
         k: draws per example.
         k_chunk: draws at a time, which bounds memory and changes no result but by rounding: the noise of draw
             k is the same in any chunk. Default: as many as give the decoder's output about 4 million numbers
@@ -309,8 +330,9 @@ def log_marginal(
     model = Model.read(x, q, decoder, likelihood, prior)
     check_count("k", k, "the importance samples per example")
     chunks = Chunks(k_chunk)
+    address = _address(model.q, k, row_offset)
     seed = draw_seed(model.q.device, generator)
-    w = _model.weights(model, seed, 0, k, chunks, tail_length(k) + 1)
+    w = _model.weights(model, seed, 0, k, chunks, tail_length(k) + 1, **address)
     return LogMarginal(*(v.to(w.maximum.dtype) for v in (w.log_px, w.stderr, w.ess, w.khat)))
 
 
@@ -323,7 +345,9 @@ def reconstruction_log_prob(
     samples: int = 100,
     k_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
+    prior: Prior | None = None,
     generator: torch.Generator | None = None,
+    row_offset: int = 0,
 ) -> Tensor:
     r"""Log of the mean likelihood of x over draws from its posterior, An and Cho's reconstruction
     probability; low is anomalous. No gradients.
@@ -331,7 +355,8 @@ def reconstruction_log_prob(
     .. math:: \log \frac{1}{L} \sum_{l=1}^{L} p(x|z_l), \quad z_l \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, generator: as in :func:`elbo`.
+        x, q, decoder, likelihood, generator, row_offset: as in :func:`elbo`.
+        prior: handed to a posterior of your own, which may need it to draw; the result does not depend on it.
         samples: L, the draws per example.
         k_chunk: draws at a time, as in :func:`log_marginal`.
 
@@ -352,12 +377,21 @@ def reconstruction_log_prob(
         >>> fastvae.reconstruction_log_prob(x, q, decoder, samples=30, likelihood="bernoulli").shape
         torch.Size([16])
     """
-    model = Model.read(x, q, decoder, likelihood, None)
+    model = Model.read(x, q, decoder, likelihood, prior)
     check_count("samples", samples, "the draws per example")
     chunks = Chunks(k_chunk)
+    address = _address(model.q, samples, row_offset)
     seed = draw_seed(model.q.device, generator)
-    w = _model.weights(model, seed, 0, samples, chunks, 1, ratio=False)
+    w = _model.weights(model, seed, 0, samples, chunks, 1, ratio=False, **address)
     return w.log_px.to(w.maximum.dtype)
+
+
+def _address(q: Posterior, samples: int, row_offset: int) -> dict[str, int]:
+    """The offset as an option of a draw; none for 0, so that a posterior that knows none need not take it."""
+    if type(row_offset) is int and row_offset == 0:
+        return {}
+    check_address(samples, q.batch, 0, row_offset)
+    return {"row_offset": row_offset}
 
 
 _REDUCTIONS = ("mean", "sum", "none")

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from . import _backend
 from ._checks import check_address, check_seed
+from .ops._registry import define, empty
+from .reference import random as reference
 
 __all__ = ["draw_seed", "normal"]
 
@@ -100,26 +102,42 @@ def normal(
     elif isinstance(seed, Tensor) and device is not None:
         seed = seed.to(device)
     check_seed(seed)
-    check_address(samples, rows, sample_offset, row_offset)
+    # A size that an exporter leaves open must not be compared with 2^32: it would be the size's limit.
+    if sample_offset != 0 or row_offset != 0 or not torch.compiler.is_compiling():
+        check_address(samples, rows, sample_offset, row_offset)
     if columns < 0:
         raise ValueError(f"the number of columns must be at least 0, got {columns}")
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    backend = _backend.chosen()
-    if backend == "native":
-        kind = seed.device.type
-        backend = (
-            _backend.on_gpu(seed.device) if kind == "cuda" else "native" if kind == "cpu" else "reference"
-        )
-    if backend == "triton" and dtype == torch.float64:
-        backend = "reference"
-    if backend == "native":
-        out = torch.empty((samples, rows, columns), dtype=dtype)
-        _backend.extension().normal(
-            out.data_ptr(), dtype == torch.float64, seed.data_ptr(), samples, rows, columns,
-            sample_offset, row_offset, torch.get_num_threads(),
-        )  # fmt: skip
-        return out
-    function = _backend.layer(backend, "random").normal
-    args = seed, samples, rows, columns, sample_offset, row_offset, dtype
-    return _backend.on_device(seed.device, function, args) if seed.is_cuda else function(*args)
+    return _normal(seed, samples, rows, columns, sample_offset, row_offset, dtype)
+
+
+def _native_normal(seed, samples, rows, columns, sample_offset, row_offset, dtype):
+    out = empty((samples, rows, columns), dtype)
+    _backend.extension().normal(
+        out.data_ptr(), dtype == torch.float64, seed.data_ptr(), samples, rows, columns,
+        sample_offset, row_offset, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _adapt_normal(function):
+    """Of the reference and of Triton; in float64 the first for both."""
+
+    def draw(*args):
+        return (function if args[-1] == torch.float32 else reference.normal)(*args)
+
+    return draw
+
+
+_normal = define(
+    "random",
+    "normal",
+    "(Tensor seed, SymInt samples, SymInt rows, SymInt columns, SymInt sample_offset, SymInt row_offset, "
+    "ScalarType dtype) -> Tensor",
+    native=_native_normal,
+    fake=lambda seed, samples, rows, columns, k0, b0, dtype: seed.new_empty(
+        (samples, rows, columns), dtype=dtype
+    ),
+    adapt=_adapt_normal,
+)

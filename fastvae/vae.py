@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import objectives
-from ._checks import check_count
+from ._checks import check_choice, check_count, shape_of
+from ._parts import modules_of, reached
 from .evaluate import Evaluation, evaluate
 from .likelihoods import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
@@ -20,25 +24,30 @@ __all__ = ["VAE"]
 
 
 class VAE(nn.Module):
-    """A variational autoencoder: encoder, decoder, likelihood and prior in one module.
+    r"""A variational autoencoder: encoder, decoder, likelihood and prior in one module.
 
     Args:
-        encoder: module x [B, *event] -> q, a pair (mu, logvar) or any other posterior that
-            :func:`fastvae.elbo` takes.
+        encoder: module x [B, \*event] -> q: a tensor [B, 2 D], mu and logvar side by side, a pair (mu,
+            logvar) or any other posterior that :func:`fastvae.elbo` takes.
         decoder: module z [N, D] -> parameters of the likelihood.
         likelihood: ``"gaussian"``, ``"bernoulli"`` or an object.
         prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``.
         latent_dim: D; found from the encoder's first output if not given, and needed for :meth:`sample`
-            before that.
+            before that. Given, it spares torch.compile a second compilation.
+
+    Encoder and decoder may be functions or methods, too. The modules that such a callable reaches when the
+    VAE is built are then modules of the VAE, so that optimisers, ``state_dict``, ``.to()`` and ``.eval()``
+    find them.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit; for a callable that reaches a parameter outside
+            of modules, or the module that is going to hold the VAE.
 
     Example:
         >>> import torch, fastvae
-        >>> class Encoder(torch.nn.Linear):
-        ...     def forward(self, x):
-        ...         return super().forward(x).chunk(2, dim=1)
-        >>> vae = fastvae.VAE(Encoder(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli", latent_dim=2)
+        >>> vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli")
         >>> x = torch.rand(16, 8)
-        >>> (-vae.elbo(x)).backward()
+        >>> (-vae(x)).backward()
         >>> vae.sample(3).shape, vae.reconstruct(x).shape, vae.log_marginal(x, k=10).log_px.shape
         (torch.Size([3, 8]), torch.Size([16, 8]), torch.Size([16]))
     """
@@ -56,13 +65,33 @@ class VAE(nn.Module):
         for name, value in (("encoder", encoder), ("decoder", decoder)):
             if not callable(value):
                 raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
-        self.encoder = encoder
-        self.decoder = decoder
+            setattr(self, name, _as_module(name, value, self))
         self.likelihood = as_likelihood(likelihood)
         self.prior = as_prior(prior)
         self.latent_dim = (
             None if latent_dim is None else check_count("latent_dim", latent_dim, "the number of latents")
         )
+
+    def forward(self, x: Tensor, objective: str = "elbo", **options: Any) -> Tensor | Terms | LogMarginal:
+        """:meth:`elbo`, :meth:`iwae` or :meth:`log_marginal` of x, by name, with its options.
+
+        What wraps a module and works in its ``forward`` needs this: ``DistributedDataParallel(vae)(x,
+        objective="iwae", k=5)`` synchronises gradients, which ``ddp.module.iwae(x)`` does not; and so
+        ``torch.compile(vae)``, ``torch.export`` and hooks.
+
+        Args:
+            x: data [B, *event].
+            objective: ``"elbo"``, ``"iwae"`` or ``"log_marginal"``; the last under ``torch.no_grad()`` where
+                the module is wrapped, since it has no gradients to wait for.
+            options: the method's, such as ``k``, ``beta`` or ``reduction``. Processes whose random state is
+                the same need ``row_offset``, see :func:`fastvae.elbo`, or they draw the same noise for
+                different data.
+
+        Raises:
+            ValueError: for an unknown objective.
+        """
+        check_choice("objective", objective, _OBJECTIVES)
+        return getattr(self, objective)(x, **options)
 
     def posterior(self, x: Tensor):
         """q(z|x), the posterior object of the encoder's output."""
@@ -99,7 +128,7 @@ class VAE(nn.Module):
         are its keyword arguments. Minus :meth:`log_marginal` is the other usual score: it also charges for
         latents that are rare under the prior.
         """
-        options = {"likelihood": self.likelihood, "samples": samples, **options}
+        options = {**self._meaning(), "samples": samples, **options}
         return -objectives.reconstruction_log_prob(x, self.posterior(x), self.decoder, **options)
 
     @torch.no_grad()
@@ -121,3 +150,122 @@ class VAE(nn.Module):
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}
+
+
+_OBJECTIVES = ("elbo", "iwae", "log_marginal")
+
+
+class _Function(nn.Module):
+    """A callable that is no module, and the modules that it reaches, as its children."""
+
+    def __init__(self, function: Callable, modules: list[nn.Module]):
+        super().__init__()
+        self.function = function
+        variables = _variables(function)
+        for module in modules:
+            name = start = variables.get(id(module), type(module).__name__.lower())
+            count = 1
+            while hasattr(self, name):
+                count += 1
+                name = f"{start}{count}"
+            self.add_module(name, module)
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce_ex__(self, protocol):
+        # The copy of a function is the function itself, with the modules of the original.
+        kinds = (nn.Module, FunctionType)
+        functions = [f for f in reached(self.function, kinds) if isinstance(f, FunctionType)]
+        own = {id(m) for m in self.children()}
+        if lost := {type(m).__name__ for f in functions for m in modules_of(f) if id(m) in own}:
+            lost = ", ".join(sorted(lost))
+            raise TypeError(
+                f"a VAE cannot be copied or pickled whose encoder or decoder is {_name(self.function)}, a "
+                f"function: the copy would go on using the original's {lost}. Give VAE the "
+                "module itself, if the function does no more than split its output, or put the function's "
+                "code into the forward of an nn.Module"
+            )
+        return super().__reduce_ex__(protocol)
+
+    # What walks down all modules, and would not end if one of these held the VAE.
+
+    def named_children(self):
+        self._refuse_cycle()
+        return super().named_children()
+
+    def extra_repr(self):
+        self._refuse_cycle()
+        return super().extra_repr()
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self._refuse_cycle()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._refuse_cycle()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _refuse_cycle(self) -> None:
+        for name, module in self._modules.items():
+            if any(m is self for m in module.modules()):
+                raise ValueError(_cycle(_name(self.function), name, module))
+
+
+def _as_module(name: str, function: Callable, vae: VAE) -> Callable:
+    """A callable's modules, held by a module, so that they are found; the callable if it reaches none."""
+    if isinstance(function, nn.Module):
+        return function
+    found = reached(function, (nn.Module, Tensor))
+    modules = [m for m in found if isinstance(m, nn.Module) and m is not vae]
+    if isinstance(function, torch.ScriptMethod) and not modules:
+        raise TypeError(
+            f"{name} is a method of a scripted module, and does not say of which; give VAE the module itself"
+        )
+    for module in modules:
+        if _in_construction(module):
+            raise ValueError(_cycle(name, "self", module))
+    held = {id(p) for m in (vae, *modules) for p in m.parameters()}
+    for t in found:
+        if isinstance(t, Tensor) and t.requires_grad and t.is_leaf and id(t) not in held:
+            raise TypeError(
+                f"{name} uses a tensor {shape_of(t)} that requires gradients and belongs to no module, so "
+                f"that the VAE's parameters would lack it. Make {name} an nn.Module that holds it as an "
+                "nn.Parameter"
+            )
+    return _Function(function, modules) if modules else function
+
+
+def _in_construction(module: nn.Module) -> bool:
+    """Whether this is called within the module's ``__init__``."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        own = code.co_varnames[0] if code.co_name == "__init__" and code.co_argcount else None
+        if own is not None and frame.f_locals.get(own) is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _cycle(function: str, name: str, module: nn.Module) -> str:
+    parts = [f"{name}.{n}" for n, m in module.named_children() if not isinstance(m, VAE)]
+    example = f", such as {' and '.join(parts)}" if parts else ""
+    return (
+        f"{function} reaches the {type(module).__name__} that holds the VAE, so that each would be a part of "
+        f"the other. Give VAE the networks themselves{example}; or build none, and call fastvae.elbo or "
+        "fastvae.iwae yourself"
+    )
+
+
+def _variables(function: Callable) -> dict[int, str]:
+    """Names of the objects that a function's own code refers to."""
+    try:
+        nonlocals, variables, *_ = inspect.getclosurevars(function)
+    except (TypeError, ValueError):  # no function, or a variable that is not set yet
+        return {}
+    return {id(value): name for name, value in (variables | nonlocals).items()}
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)

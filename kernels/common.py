@@ -68,6 +68,12 @@ PROGRAMS = 1024
 
 
 @triton.jit
+def add_bits(b_x, b_y):
+    """x + y modulo 2^32, where TRITON_DEBUG=1 would check each sum of integers for an overflow."""
+    return tl.add(b_x, b_y, sanitize_overflow=False)
+
+
+@triton.jit
 def exp(b_x):
     """exp(x) to an ulp and a half everywhere, denormal results included; NaN stays NaN."""
     if b_x.dtype == tl.float64:
@@ -94,9 +100,9 @@ def _two_to_n_exp_r(b_x, b_t):
     """2^n exp(x - n log 2) for the n in the low bits of t; the hardware's 2^f is good for small f."""
     b_f = b_t - ROUNDER
     b_r = (b_x - b_f * LOG_2_HIGH) - b_f * LOG_2_LOW
-    # What stands above n in t is shifted out.
-    b_scale = ((b_t.to(tl.int32, bitcast=True) << 23) + ONE_BITS).to(tl.float32, bitcast=True)
-    return tl.exp2(b_r * LOG2_E) * b_scale
+    # What stands above n in t is shifted out; the sum wraps for an x that is not in the domain.
+    b_bits = add_bits(b_t.to(tl.int32, bitcast=True) << 23, ONE_BITS)
+    return tl.exp2(b_r * LOG2_E) * b_bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -143,8 +149,9 @@ def log_of_parts(b_g, b_e):
 def split_float(b_x):
     """(m, e) with x = m 2^e, m in [sqrt(1/2), sqrt(2)) and e an int32, for a positive normal float32."""
     b_bits = b_x.to(tl.int32, bitcast=True)
-    b_e = (b_bits - SQRT_HALF_BITS) >> 23
-    return (b_bits - (b_e << 23)).to(tl.float32, bitcast=True), b_e
+    # Outside of the domain, in lanes that are not used, they wrap.
+    b_e = add_bits(b_bits, -SQRT_HALF_BITS) >> 23
+    return tl.sub(b_bits, b_e << 23, sanitize_overflow=False).to(tl.float32, bitcast=True), b_e
 
 
 @triton.jit
@@ -372,30 +379,48 @@ def launch(
         constants: the compile-time arguments.
         loose: numbers, not specialised for, that change from call to call.
     """
-    addresses, types = 0, []
+    # A program is for addresses divisible by 16, or not, each of them: chunk(2) of 100 columns is off by 8.
+    off, types = 0, []
     for t in tensors:
         if t is None:
             types.append(None)
         else:
-            addresses |= t.data_ptr()
+            off = 2 * off + (t.data_ptr() & 15 > 0)
             types.append(t.dtype)
             device = t.device
+    if torch.version.hip:
+        # There also for memory that 31 bits address, or not.
+        types += [t is not None and t.untyped_storage().nbytes() < 2**31 for t in tensors]
     wide = [n >> 31 for n in loose]
-    key = (id(kernel), grid, *types, *numbers, *constants.values(), num_warps, device, *wide)
-    program = _programs.get(key)
-    # Programs are for aligned tensors, which nearly all are.
-    if program is not None and not addresses & 15:
+    key = (id(kernel), grid, *types, off, *numbers, *constants.values(), num_warps, device, *wide)
+    watched = _is_watched(kernel)
+    program = None if watched else _programs.get(key)
+    if program is not None:
         run, constants = program
         run(*tensors, *loose, *numbers, *constants)
         return
     # a * b + c in one rounding: Triton's default so far, which is about to change.
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     compiled = kernel[grid](*tensors, *loose, *numbers, **constants, **options)
-    if compiled is not None and not addresses & 15:
+    if compiled is not None and not watched:
         if len(_programs) >= 4096:
             _programs.clear()
         names = kernel.arg_names[len(tensors) + len(loose) + len(numbers) :]
         _programs[key] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)
+
+
+def _is_watched(kernel: triton.JITFunction) -> bool:
+    """Whether a launch must be Triton's own: what is compiled depends on more, or more is called.
+
+    The hooks around a launch are called for what is remembered, too.
+    """
+    runtime = triton.knobs.runtime
+    return bool(
+        runtime.debug
+        or triton.knobs.compilation.instrumentation_mode
+        or runtime.add_stages_inspection_hook
+        or kernel.pre_run_hooks
+    )
 
 
 def accumulator(*tensors: torch.Tensor) -> torch.dtype:
@@ -410,7 +435,8 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 def sum_of_parts(parts: torch.Tensor) -> torch.Tensor:
     """The second stage of a split sum, over the first axis, in a fixed order; nothing to do for one part."""
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    # In place: a view could not be modified by the user.
+    return parts.squeeze_(0) if parts.shape[0] == 1 else parts.sum(0)
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:

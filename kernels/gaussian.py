@@ -106,8 +106,9 @@ def gaussian_log_prob_kernel(
             p_logvar, i_k, i_b, i_x, K, B, X, stride_logvar_k, stride_logvar_b, stride_logvar_x,
             VARIES_K, VARIES_B, VARIES_X, DTYPE, BLOCK_K, BLOCK_B, BLOCK_X,
         )  # fmt: skip
-        b_delta = b_x - b_mean
-        b_sum += tl.where(m_x, LOG_2_PI + b_logvar + b_delta * b_delta * exp(-b_logvar), 0.0)
+        # exp(-logvar) itself overflows long before what it is a factor of does, here and below.
+        b_white = (b_x - b_mean) * exp(-0.5 * b_logvar)
+        b_sum += tl.where(m_x, LOG_2_PI + b_logvar + b_white * b_white, 0.0)
     o_out = (tl.program_id(1).to(tl.int64) * K + o_k) * B + o_b
     tl.store(p_out + o_out, -0.5 * tl.sum(b_sum, axis=2, keep_dims=True), mask=(o_k < K) & (o_b < B))
 
@@ -191,17 +192,18 @@ def gaussian_log_prob_backward_kernel(
                     VARIES_K, VARIES_B, VARIES_X, DTYPE, BLOCK_K, BLOCK_B, BLOCK_X,
                 )  # fmt: skip
                 o_out = (o_k * B + o_b) * X + o_x
-                b_delta = b_x - b_mean
-                b_ratio = b_delta * exp(-b_logvar)
+                b_inverse_s = exp(-0.5 * b_logvar)
+                b_white = (b_x - b_mean) * b_inverse_s
+                b_part = b_g * b_white
                 if p_grad_x is not None or p_grad_mean is not None:
-                    b_out = b_g * b_ratio
+                    b_out = b_part * b_inverse_s
                     if p_grad_mean is not None:
                         store(p_grad_mean, o_out, b_out, mask)
                     if p_grad_x is not None:
-                        # Outside, g is 0, but an infinite ratio would make it NaN.
+                        # Outside, g is 0, but an infinite distance would make it NaN.
                         s_x -= tl.where(m_row, b_out, 0.0)
                 if LAYOUT != NONE:
-                    b_out = 0.5 * b_g * (b_delta * b_ratio - 1.0)
+                    b_out = 0.5 * (b_part * b_white - b_g)
                     if LAYOUT == FULL:
                         store(p_grad_logvar, o_out, b_out, mask)
                     elif LAYOUT == COLUMN:

@@ -84,12 +84,14 @@ def load_inputs(
 
 
 @triton.jit
-def precision_of(b_prior_logvar, p_prior_logvar):
-    """1 / s^2, or the number 1 for N(0, I)."""
-    b_precision = b_prior_logvar + 1.0
+def inverse_scale(b_prior_logvar, p_prior_logvar):
+    """1 / s, or the number 1 for N(0, I); a factor at a time, since 1 / s^2 overflows long before what it is
+    a factor of does.
+    """
+    b_inverse_s = b_prior_logvar + 1.0
     if p_prior_logvar is not None:
-        b_precision = exp(-b_prior_logvar)
-    return b_precision
+        b_inverse_s = exp(-0.5 * b_prior_logvar)
+    return b_inverse_s
 
 
 @triton.jit
@@ -180,10 +182,9 @@ def rsample_kl_kernel(
             LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
         )  # fmt: skip
         if i_split == 0:
-            b_delta = b_mu - b_prior_mu
             _, b_excess = expm1_parts(b_logvar - b_prior_logvar)
-            b_precision = precision_of(b_prior_logvar, p_prior_logvar)
-            b_term = 0.5 * (b_delta * b_delta * b_precision + b_excess)
+            b_white = (b_mu - b_prior_mu) * inverse_scale(b_prior_logvar, p_prior_logvar)
+            b_term = 0.5 * (b_white * b_white + b_excess)
             if PER_DIMENSION:
                 tl.store(p_kl + o_b * D + o_d, b_term, mask=(o_b < B) & (o_d < D))
             else:
@@ -269,9 +270,7 @@ def rsample_log_ratio_kernel(
 @triton.jit
 def log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_logvar):
     """What a column adds to log p(z) - log q(z|x); a product of sums cancels less than squares do."""
-    b_white = b_z
-    if p_prior_logvar is not None:
-        b_white = (b_z - b_prior_mu) * exp(-0.5 * b_prior_logvar)
+    b_white = (b_z - b_prior_mu) * inverse_scale(b_prior_logvar, p_prior_logvar)
     return 0.5 * ((b_eps - b_white) * (b_eps + b_white) + (b_logvar - b_prior_logvar))
 
 
@@ -366,11 +365,12 @@ def rsample_backward_kernel(
         LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
     )  # fmt: skip
     b_sigma = exp(0.5 * b_logvar)
-    b_precision = precision_of(b_prior_logvar, p_prior_logvar)
+    b_half_sigma = 0.5 * b_sigma
+    b_inverse_s = inverse_scale(b_prior_logvar, p_prior_logvar)
     b_delta = b_mu - b_prior_mu
     # Sums over samples, a lane each until the end.
     s_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h
-    s_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h eps
+    s_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h eps; with RATIO times sigma / 2
     s_entropy = tl.zeros([BLOCK_K, BLOCK_B, 1], dtype=DTYPE)  # sum of g
     s_prior_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
     s_prior_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
@@ -395,22 +395,30 @@ def rsample_backward_kernel(
             if RATIO:
                 o_g = o_k * stride_grad_log_ratio_k + o_b * stride_grad_log_ratio_b
                 b_g = load(p_grad_log_ratio, o_g, m_row, DTYPE)  # [BLOCK_K, BLOCK_B, 1]
-                b_distance = b_delta + b_sigma * b_eps
-                b_pull = b_g * b_distance * b_precision
-                # Samples beyond the last have g = 0, which times an infinite distance would be NaN.
-                b_pull = tl.where(m_k, b_pull, 0.0)
+                b_white = (b_delta + b_sigma * b_eps) * b_inverse_s
+                b_part = b_g * b_white
+                b_pull = b_part * b_inverse_s
+                # h sigma / 2, factor by factor: where h is beyond its range this need not be.
+                b_scaled = b_h * b_half_sigma - b_part * (b_half_sigma * b_inverse_s)
                 b_h -= b_pull
+                # Samples beyond the last have g = 0, which times infinity would be NaN.
                 if p_grad_prior_mu is not None:
-                    s_prior_mu += b_pull
+                    s_prior_mu += tl.where(m_k, b_pull, 0.0)
                 if p_grad_prior_logvar is not None:
-                    b_square = b_g * 0.5 * (b_distance * b_distance * b_precision - 1.0)
-                    s_prior_logvar += tl.where(m_k, b_square, 0.0)
+                    s_prior_logvar += tl.where(m_k, 0.5 * (b_part * b_white - b_g), 0.0)
                 if PATH and Q:
-                    b_h += tl.where(m_k, b_g * b_eps * b_inverse_sigma, 0.0)
+                    b_push = b_g * b_eps
+                    b_h += b_push * b_inverse_sigma
+                    b_scaled += 0.5 * b_push
+                b_h = tl.where(m_k, b_h, 0.0)
+                b_scaled = tl.where(m_k, b_scaled, 0.0)
+            else:
+                b_scaled = b_h
             if p_weight is not None and Q:
                 o_w = o_k * stride_weight_k + o_b * stride_weight_b
                 b_weight = load(p_weight, o_w, m_row, DTYPE)  # [BLOCK_K, BLOCK_B, 1]
                 b_h *= b_weight
+                b_scaled *= b_weight
                 if ENTROPY:
                     s_entropy += b_g * b_weight
             elif ENTROPY:
@@ -418,7 +426,7 @@ def rsample_backward_kernel(
             if p_grad_mu is not None:
                 s_mu += b_h
             if p_grad_logvar is not None:
-                s_logvar += b_h * b_eps
+                s_logvar += b_scaled * b_eps
 
     # Gradient of the KL, 0 but in one split.
     b_kl = tl.zeros([1, BLOCK_B, 1], dtype=DTYPE)  # [1, BLOCK_B, 1 or BLOCK_D]
@@ -430,7 +438,9 @@ def rsample_backward_kernel(
         else:
             b_kl = load(p_grad_kl, o_b * stride_grad_kl_b, o_b < B, DTYPE)  # [1, BLOCK_B, 1]
         b_ratio, _ = expm1_parts(b_logvar - b_prior_logvar)
-    b_push = b_kl * b_delta * b_precision
+    b_white = b_delta * b_inverse_s
+    b_part = b_kl * b_white
+    b_push = b_part * b_inverse_s
     if p_grad_mu is not None:
         b_out = tl.sum(s_mu, axis=0, keep_dims=True)
         if p_grad_kl is not None:
@@ -438,8 +448,8 @@ def rsample_backward_kernel(
         store_part(p_grad_mu, b_out, i_split, o_b, o_d, B, D)
     if p_grad_logvar is not None:
         b_out = tl.sum(s_logvar, axis=0, keep_dims=True)
-        if SAMPLES:
-            b_out *= 0.5 * b_sigma
+        if SAMPLES and not RATIO:
+            b_out *= b_half_sigma
         if ENTROPY:
             b_out += 0.5 * tl.sum(s_entropy, axis=0, keep_dims=True)
         if p_grad_kl is not None:
@@ -455,7 +465,7 @@ def rsample_backward_kernel(
     if p_grad_prior_logvar is not None:
         b_out = tl.sum(s_prior_logvar, axis=0, keep_dims=True)
         if p_grad_kl is not None:
-            b_square = 0.5 * b_kl * (b_ratio + b_delta * b_delta * b_precision)
+            b_square = 0.5 * (b_kl * b_ratio + b_part * b_white)
             b_out -= tl.where(i_split == 0, b_square, 0.0)
         store_part(p_grad_prior_logvar, b_out, i_split, o_b, o_d, B, D)
 

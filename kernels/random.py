@@ -14,6 +14,7 @@ import triton.language as tl
 from .common import (
     LAUNCH,
     accumulator,
+    add_bits,
     cdiv,
     launch,
     log_of_parts,
@@ -52,8 +53,8 @@ def philox_words(seed, o_k, o_b, o_j):
         b_q = b_2.to(tl.uint64) * PHILOX_1
         b_0, b_2 = (b_q >> 32).to(tl.uint32) ^ b_1 ^ key_0, (b_p >> 32).to(tl.uint32) ^ b_3 ^ key_1
         b_1, b_3 = b_q.to(tl.uint32), b_p.to(tl.uint32)
-        key_0 += WEYL_0
-        key_1 += WEYL_1
+        key_0 = add_bits(key_0, WEYL_0)
+        key_1 = add_bits(key_1, WEYL_1)
     return b_0, b_1, b_2, b_3
 
 
@@ -84,7 +85,7 @@ def _cosine_and_sine(b_w):
     """cos and sin of 2 pi (w + 1/2) 2^-32."""
     b_s = b_w.to(tl.int32, bitcast=True)
     # The nearest multiple of a quarter turn is exact in integers, and what is left lies within an eighth.
-    b_n = (((b_s >> 29) + 1) >> 1) & 3
+    b_n = (add_bits(b_s >> 29, 1) >> 1) & 3
     b_t = (((b_s << 2) >> 1) | 1).to(tl.float32) * (0.5 * TWO_TO_MINUS_32)
     # Cephes' polynomials with their argument in turns, so that the rounding of 2 pi can be made good.
     b_z = b_t * b_t
@@ -92,7 +93,7 @@ def _cosine_and_sine(b_w):
     b_sin = b_t * TWO_PI_HIGH + b_t * b_sin
     b_cos = (((59.3497009 * b_z - 85.44714096) * b_z + 64.93936132) * b_z - 19.7392088) * b_z + 1.0
     b_odd = (b_n & 1) != 0
-    b_c = _with_sign(tl.where(b_odd, b_sin, b_cos), ((b_n + 1) & 2) << 30)
+    b_c = _with_sign(tl.where(b_odd, b_sin, b_cos), (add_bits(b_n, 1) & 2) << 30)
     return b_c, _with_sign(tl.where(b_odd, b_cos, b_sin), (b_n & 2) << 30)
 
 

@@ -23,10 +23,11 @@ def of_addresses(*shape: int, stride: tuple[int, ...] | None = None, dtype=torch
     return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, stride)
 
 
-def distinct_sizes(count: int, largest: int = 70, least: int = 1):
-    """``count`` sizes, no two equal: a swapped axis then shows."""
+def distinct_sizes(count: int, largest: int = 70, least: int = 1, elements: int = 20_000):
+    """``count`` sizes, no two equal: a swapped axis then shows. Their product is at most ``elements``."""
     sizes = [n for n in SIZES if least <= n <= largest]
-    return st.lists(st.sampled_from(sizes), min_size=count, max_size=count, unique=True)
+    lists = st.lists(st.sampled_from(sizes), min_size=count, max_size=count, unique=True)
+    return lists.filter(lambda drawn: math.prod(drawn) <= elements)
 
 
 dtypes = st.sampled_from(DTYPES)

@@ -146,3 +146,24 @@ def test_a_vae_samples_by_its_generator_alone():
     first = vae.sample(5)
     torch.manual_seed(1)
     assert torch.equal(vae.sample(5), first)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae", "log_marginal", "reconstruction_log_prob"])
+def test_an_objectives_rows_begin_where_they_are_told(objective):
+    """A part of the batch at its place is that part of the whole batch."""
+    x, mu, logvar, weight = (randn(*s, seed=5, dtype=torch.float64) for s in ((9, X), (9, D), (9, D), (D, X)))
+
+    def run(rows, **options):
+        options = {"likelihood": fastvae.Gaussian(0.7), "generator": generator(6), **options}
+        call = {
+            "elbo": lambda *a: fastvae.elbo(*a, samples=3, reduction="none", **options),
+            "elbo mc": lambda *a: fastvae.elbo(*a, samples=3, kl="mc", reduction="none", **options),
+            "iwae": lambda *a: fastvae.iwae(*a, k=3, reduction="none", **options),
+            "log_marginal": lambda *a: fastvae.log_marginal(*a, k=30, **options).log_px,
+            "reconstruction_log_prob": lambda *a: fastvae.reconstruction_log_prob(*a, samples=3, **options),
+        }[objective]
+        return call(x[rows], (mu[rows], logvar[rows]), lambda z: z @ weight)
+
+    whole = run(slice(0, 9))
+    torch.testing.assert_close(run(slice(4, 9), row_offset=4), whole[4:], rtol=1e-12, atol=1e-12)
+    assert float((run(slice(4, 9)) - whole[4:]).abs().max()) > 1e-3

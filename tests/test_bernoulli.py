@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 import fastvae
 from fastvae import ops
 
-from . import strategies
+from . import formulas, strategies
 from .compare import assert_accurate
 from .conftest import DEVICE
 
+SIZES = strategies.distinct_sizes(3)
+
 
 @st.composite
-def cases(draw):
-    k, b, size = draw(strategies.distinct_sizes(3))
+def cases(draw, sizes=SIZES):
+    k, b, size = draw(sizes)
     event = (size,) if size % 4 else (size // 4, 4)
     parameter = draw(strategies.dtypes)
     data = draw(st.sampled_from([parameter, torch.float32]))
@@ -32,31 +34,33 @@ def cases(draw):
     }
 
 
-def _run(case, dtype=None):
-    inputs = [case[name].detach() for name in ("x", "logits")]
-    if dtype is not None:
-        inputs = [t.to(dtype) for t in inputs]
+NAMES = ("x", "logits")
+
+
+def _run(case):
+    inputs = [case[name].detach() for name in NAMES]
     for t, need in zip(inputs, case["need"], strict=True):
         t.requires_grad_(need)
     out = ops.bernoulli_log_prob(*inputs)
     asked = [t for t in inputs if t.requires_grad]
-    return out, torch.autograd.grad(out, asked, case["grad"].to(out.dtype))
+    grads = torch.autograd.grad(out, asked, case["grad"].to(out.dtype))
+    assert all(g.dtype == t.dtype for g, t in zip(grads, asked, strict=True))
+    return out, *grads
+
+
+def results(case):
+    """(name, the op's, plain PyTorch's, what is expected) of everything that a case asks for."""
+    actual = _run(case)
+    with fastvae.use_backend("reference"):
+        eager = _run(case)
+    out, grads = formulas.bernoulli(*(case[name].detach() for name in (*NAMES, "grad")))
+    wanted = [(f"gradient of {n}", g) for n, g, need in zip(NAMES, grads, case["need"], strict=True) if need]
+    return [(n, a, e, x) for (n, x), a, e in zip([("log prob", out), *wanted], actual, eager, strict=True)]
 
 
 def _check(case):
-    out, grads = _run(case)
-    with fastvae.use_backend("reference"):
-        eager, eager_grads = _run(case)
-        exact, exact_grads = _run(case, torch.float64)
-    x, logits = case["x"].detach().double(), case["logits"].detach().double()
-    g = case["grad"].double().abs().reshape(*logits.shape[:2], *[1] * (x.dim() - 1))
-    # Every term of the sum is negative, so the value is its own scale.
-    assert_accurate("log prob", out, eager, exact)
-    scales = [(g * logits.abs()).sum(0), (g * (x + torch.sigmoid(logits))).expand(logits.shape)]
-    chosen = [(n, s) for n, s, need in zip(("x", "logits"), scales, case["need"], strict=True) if need]
-    for (name, scale), *values in zip(chosen, grads, eager_grads, exact_grads, strict=True):
-        assert values[0].dtype == case[name].dtype
-        assert_accurate(f"gradient of {name}", *values, scale)
+    for result in results(case):
+        assert_accurate(*result)
 
 
 @given(case=cases())
@@ -69,6 +73,13 @@ def test_rows_longer_than_a_tile(backend):
     make = lambda *s: torch.randn(s, generator=generator).to(DEVICE)  # noqa: E731
     x = torch.sigmoid(make(3, 2500))
     _check({"x": x, "logits": make(2, 3, 2500), "grad": make(2, 3), "need": (True, True)})
+
+
+def test_targets_in_float32_beside_float64_logits(backend):
+    """1 - x is computed in float64, too."""
+    x, logits = torch.rand(3, 5, device=DEVICE), torch.randn(2, 3, 5, device=DEVICE, dtype=torch.float64)
+    expected = ops.bernoulli_log_prob(x.double(), logits)
+    torch.testing.assert_close(ops.bernoulli_log_prob(x, logits), expected, rtol=1e-13, atol=0)
 
 
 def test_equals_torch_distributions(backend):

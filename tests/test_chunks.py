@@ -23,13 +23,13 @@ def _parts(dtype=torch.float32):
     """Everything that can be learned, and a bound of it."""
     encoder, decoder = models.networks(X, D, "bernoulli", dtype=dtype)
     decoder = nn.Sequential(decoder, nn.Tanh(), nn.Linear(X, X, device=DEVICE, dtype=dtype))
-    scale = nn.Parameter(torch.full((X,), 0.7, device=DEVICE, dtype=dtype))
+    likelihood = fastvae.Gaussian(torch.full((X,), 0.7, device=DEVICE, dtype=dtype), learned=True)
     prior = [nn.Parameter(0.3 * randn(D, seed=s, dtype=dtype)) for s in (1, 2)]
-    learned = [*encoder.parameters(), *decoder.parameters(), scale, *prior]
+    learned = [*encoder.parameters(), *decoder.parameters(), *likelihood.parameters(), *prior]
     x = randn(B, X, seed=3, dtype=dtype)
 
     def bound(**options):
-        model = {"likelihood": fastvae.Gaussian(scale), "prior": fastvae.DiagonalNormal(*prior)}
+        model = {"likelihood": likelihood, "prior": fastvae.DiagonalNormal(*prior)}
         return fastvae.iwae(x, encoder(x), decoder, k=K, **model, generator=generator(4), **options)
 
     return bound, learned, x

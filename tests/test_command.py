@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import struct
 import subprocess
@@ -40,6 +42,7 @@ def folder(tmp_path):
     np.savez(tmp_path / "two.npz", a=x, b=x)
     np.save(tmp_path / "none.npy", x[:0])
     np.save(tmp_path / "wide.npy", x.astype(np.float64))
+    np.save(tmp_path / "whole.npy", x.astype(np.int64))
     np.savez(tmp_path / "empty.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:-100])
     (tmp_path / "zero.npy").write_bytes(b"")
@@ -71,6 +74,124 @@ def test_results_and_picture(folder, capsys, monkeypatch):
     assert Path("results.png").read_bytes().startswith(b"\x89PNG")
     main([*arguments, "--plot", "other.png"])
     assert Path("other.png").stat().st_size > 10_000
+
+
+class _NoWork:
+    def __call__(self, *args, **options):
+        raise AssertionError("the work began")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_is_seen_before_the_work(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(fastvae.VAE, "evaluate", _NoWork())
+    monkeypatch.setattr(demo, "train", _NoWork())
+    for option, name in (("--out", "out.npz"), ("--plot", "plot.png"), ("--checkpoint", "run.npz")):
+        with pytest.raises(
+            SystemExit, match=f"{option} /proc/{name}: no file can be made in the folder /proc"
+        ):
+            main(["evaluate", "model.pt", "x.npy", option, f"/proc/{name}"])
+    with pytest.raises(SystemExit, match="no file can be made in the folder /proc"):
+        main(["demo", "--out", "/proc"])
+
+
+def test_results_are_not_lost_when_their_folder_is_full_in_the_end(folder, monkeypatch, capsys):
+    """They go elsewhere, and what can be printed is printed."""
+    monkeypatch.chdir(folder)
+    save = fastvae.Evaluation.save
+
+    def full(self, path):
+        if Path(path) == Path("out.npz"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, path)
+
+    monkeypatch.setattr(fastvae.Evaluation, "save", full)
+    words = r"out\.npz cannot be written \(No space left.*\); the results are in (.*out\.npz)$"
+    with pytest.raises(SystemExit, match=words) as error:
+        main(["evaluate", "model.pt", "x.npy", "--k", "30", "--out", "out.npz", "--plot"])
+    shown = capsys.readouterr().out.splitlines()
+    assert "23 examples, 30 draws each" in shown[0]
+    assert str(error.value).endswith(shown[-2])
+    assert len(fastvae.Evaluation.load(shown[-2]).log_px) == 23
+    assert shown[-1] == "out.png"
+
+    def none(self, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fastvae.Evaluation, "save", none)
+    with pytest.raises(SystemExit, match=r"out\.npz cannot be written \(No space left[^;]*$"):
+        main(["evaluate", "model.pt", "x.npy", "--k", "30", "--out", "out.npz"])
+    assert "NLL" in capsys.readouterr().out
+
+
+def _terminal(monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    return stream.buffer
+
+
+@pytest.mark.parametrize(("encoding", "sign"), [("ascii", "+-"), ("cp1252", "±"), ("utf-8", "±")])
+def test_terminals_of_every_encoding(folder, monkeypatch, encoding, sign):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(demo, "draw", lambda *args: [Path("Größe.png")])
+    size = "Größe.png".encode(encoding, "backslashreplace")
+    for arguments, words in (
+        (["evaluate", "model.pt", "x.npy", "--k", "30", "--out", "ß.npz"], f" {sign} ".encode(encoding)),
+        (["demo", "--epochs", "1", "--k", "2", "--eval-k", "3"], size),
+        (["info"], b"rsample_kl"),
+    ):
+        buffer = _terminal(monkeypatch, encoding)
+        assert main(arguments) == 0
+        assert words in buffer.getvalue()
+        if arguments[0] == "demo":
+            assert f" {sign} ".encode(encoding) in buffer.getvalue()
+    assert len(fastvae.Evaluation.load("ß.npz").log_px) == 23
+
+
+# Installed without -e, the package is found; from a clone, by this.
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_process_whose_reader_has_left(folder):
+    """As under ``| head``, with the progress bar in the pipe, too: results are there, and no traceback."""
+    command = [sys.executable, "-m", "fastvae", "evaluate", "model.pt", "x.npy", "--k", "30", "--out"]
+    read, write = os.pipe()
+    os.close(read)
+    for encoding, errors in (("ascii", subprocess.PIPE), ("cp1252", write)):
+        environment = {**_ENVIRONMENT, "PYTHONIOENCODING": encoding}
+        out = f"{encoding}.npz"
+        done = subprocess.run([*command, out], cwd=folder, env=environment, stdout=write, stderr=errors)
+        assert done.returncode == 0
+        assert not [word for word in (b"Traceback", b"ignored") if word in (done.stderr or b"")]
+        assert len(fastvae.Evaluation.load(folder / out).log_px) == 23
+    os.close(write)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_standard_output_on_a_full_disk(folder):
+    command = [sys.executable, "-m", "fastvae", "evaluate", "model.pt", "x.npy", "--k", "30"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*command, "--out", "full.npz"],
+            cwd=folder,
+            env=_ENVIRONMENT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr.endswith("fastvae: standard output cannot be written: No space left on device\n")
+    assert "Traceback" not in done.stderr
+    assert len(fastvae.Evaluation.load(folder / "full.npz").log_px) == 23
+
+
+def test_alone_whatever_the_environment_says(folder, monkeypatch, capsys):
+    """As in a shell of a cluster's job, which is rank 0 of several that are not there."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.distributed, "init_process_group", _NoWork())
+    main(["evaluate", str(folder / "model.pt"), str(folder / "x.npy"), "--k", "30", "--shard", "none"])
+    assert "23 examples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("data", ["x.npy", "x.npz", "x.pt", "wide.npy", "bytes.npy", "idx"])
@@ -125,6 +246,17 @@ def test_a_whole_vae_is_loaded_on_trust(folder, capsys):
     assert "unknown; it takes 21 draws" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rows", [slice(3, 4), slice(None)])
+def test_a_picture_of_what_is_not_finite(folder, monkeypatch, rows):
+    monkeypatch.chdir(folder)
+    x = np.load("x.npy")
+    x[rows] = np.nan
+    np.save("x.npy", x)
+    with pytest.warns(RuntimeWarning, match="log p\\(x\\) is NaN"):
+        assert main(["evaluate", "model.pt", "x.npy", "--k", "30", "--plot", "nan.png"]) == 0
+    assert Path("nan.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_goes_on_from_its_checkpoint(folder, capsys):
     arguments = ["evaluate", str(folder / "model.pt"), str(folder / "x.npy"), "--k", "30"]
     arguments += ["--checkpoint", str(folder / "run.npz"), "--batch-size", "10"]
@@ -141,7 +273,7 @@ def test_goes_on_from_its_checkpoint(folder, capsys):
     ("arguments", "words"),
     [
         (["nothing.pt", "x.npy"], "No such file"),
-        (["x.npy", "x.npy"], "cannot be read by torch.load|pickled object"),
+        (["x.npy", "x.npy"], "x.npy is damaged, or is no file that torch.save wrote$"),
         (["weights.pt", "x.npy"], r"expected a model of the demo.*torch\.save\(vae, path\)"),
         (["model.pt", "nothing"], "'digits', a folder of IDX files"),
         (["model.pt", "nothing.npy"], "No such file"),
@@ -151,7 +283,8 @@ def test_goes_on_from_its_checkpoint(folder, capsys):
         (["model.pt", "zero.npy"], "zero.npy cannot be read: EOFError"),
         (["model.pt", "garbage.pt"], "garbage.pt cannot be read"),
         (["model.pt", "dict.pt"], "holds an object of dict"),
-        (["garbage.pt", "x.npy"], "garbage.pt cannot be read by torch.load|pickled object"),
+        (["garbage.pt", "x.npy"], "garbage.pt is damaged, or is no file that torch.save wrote$"),
+        (["garbage.pt", "x.npy", "--trust"], "garbage.pt is damaged, or is no file that torch.save wrote$"),
         (["partial.pt", "x.npy"], "no whole checkpoint of the demo"),
         (["model.pt", "x.npy", "--plot", "p.foo"], r"must end in \.png"),
         (["model.pt", "x.npy", "--out", "run"], r"must end in \.npz"),
@@ -165,6 +298,10 @@ def test_goes_on_from_its_checkpoint(folder, capsys):
         (["model.pt", "x.npy", "--tol", "0"], "tol must be greater than 0"),
         (["model.pt", "x.npy", "--out", "nowhere/out.npz"], "there is no folder nowhere"),
         (["model.pt", "x.npy", "--checkpoint", "nowhere/run.npz"], "there is no folder nowhere"),
+        (["model.pt", "x.npy", "--plot", "nowhere/p.png"], "there is no folder nowhere"),
+        (["model.pt", "x.npy", "--out", "x.npy/out.npz"], "there is no folder x.npy"),
+        (["model.pt", "x.npy", "--checkpoint", "idx"], "idx is a folder; expected the name of a file"),
+        (["model.pt", "whole.npy"], r"data has dtype torch.int64.*data\.float\(\)"),
     ],
 )
 def test_errors(folder, monkeypatch, arguments, words):
@@ -179,13 +316,11 @@ def test_errors(folder, monkeypatch, arguments, words):
 def test_torchrun(folder):
     """Two processes print one result, that of one process."""
     arguments = ["evaluate", "model.pt", "x.npy", "--k", "30", "--batch-size", "5"]
-    # Installed without -e, the package is found; from a clone, by this.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     outputs = []
     for launcher in ([], ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]):
         command = [sys.executable, "-m", *launcher, "fastvae", *arguments]
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=True
+            command, cwd=folder, env=_ENVIRONMENT, capture_output=True, text=True, check=True
         )
         outputs.append(done.stdout.splitlines()[:-1])
     assert outputs[0] == outputs[1]

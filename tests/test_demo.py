@@ -198,7 +198,7 @@ def test_info(capsys, monkeypatch):
         "log_mean_exp",
     ):
         assert part in text
-    monkeypatch.setattr(_backend, "_chosen", None)
+    _backend._default.cache_clear()
     monkeypatch.setenv("FASTVAE_BACKEND", "fortran")
     with pytest.raises(SystemExit, match="FASTVAE_BACKEND: unknown backend 'fortran'"):
         main(["info"])

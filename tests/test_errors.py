@@ -133,15 +133,30 @@ CASES = {
         ValueError,
         ["prior", "is on meta", f"mu is on {DEVICE.type}"],
     ),
-    "q a single tensor": (
-        lambda: elbo(x(), mu(B, 2 * D), pair),
-        TypeError,
-        ["q must be a pair (mu, logvar)", "got Tensor", "q.chunk(2, dim=1)"],
+    "q a tensor of an odd width": (
+        lambda: elbo(x(), mu(B, 2 * D + 1), pair),
+        ValueError,
+        ["q has shape [5, 7]", "[B, 2 D], mu and logvar side by side", "width is even"],
     ),
     "q stacked": (
         lambda: elbo(x(), torch.stack(q()), pair),
+        ValueError,
+        ["q has shape [2, 5, 3]", "[B, 2 D], mu and logvar side by side"],
+    ),
+    "q of integers": (
+        lambda: elbo(x(), mu(B, 2 * D).long(), pair),
         TypeError,
-        ["q must be a pair (mu, logvar)", "got Tensor"],
+        ["q has dtype torch.int64", "float32"],
+    ),
+    "q with axes of its own": (
+        lambda: elbo(x(), mu(B, 8, 2, 3), pair),
+        ValueError,
+        ["q has shape [5, 8, 2, 3]", "q.chunk(2, dim=1)", "flatten(1)", "Unflatten(1, (4, 2, 3))"],
+    ),
+    "mu with axes of its own": (
+        lambda: elbo(x(), (mu(B, 4, 2, 3), logvar(B, 4, 2, 3)), pair),
+        ValueError,
+        ["mu has shape [5, 4, 2, 3]", "mu.flatten(1)", "Unflatten(1, (4, 2, 3))"],
     ),
     "q of three": (
         lambda: elbo(x(), (*q(), mu()), pair),
@@ -151,7 +166,64 @@ CASES = {
     "q of another family": (
         lambda: elbo(x(), td.Gamma(mu().exp(), logvar().exp()), pair),
         TypeError,
-        ["q must be", "torch.distributions.Normal", "got Gamma"],
+        ["q must be", "torch.distributions.Normal", "Got Gamma"],
+    ),
+    "q a Normal over several event axes": (
+        lambda: elbo(x(), td.Independent(td.Normal(mu(), logvar().exp()), 2), pair),
+        TypeError,
+        ["Independent(Normal, 1)", "Got Independent(Normal, 2)"],
+    ),
+    "q a mapping of other names": (
+        lambda: elbo(x(), {"m": mu(), "logvar": logvar()}, pair),
+        TypeError,
+        ["a mean (mu, mean", "a log variance (logvar", "Got a dict of m, logvar"],
+    ),
+    "q an array": (lambda: elbo(x(), np.zeros((B, 2 * D)), pair), TypeError, ["q must be", "Got ndarray"]),
+    "q None": (lambda: elbo(x(), None, pair), TypeError, ["q must be", "Got NoneType"]),
+    "beta of several rows": (
+        lambda: elbo(x(), q(), pair, beta=torch.ones(2, device=DEVICE)),
+        ValueError,
+        ["beta has shape [2]", "[] or [B] = [5]"],
+    ),
+    "beta a tensor below 0": (
+        lambda: elbo(x(), q(), pair, beta=torch.tensor([1.0, -1.0, 1.0, math.nan, 1.0])),
+        ValueError,
+        ["beta must be finite and at least 0", "got [-1.0, nan]"],
+    ),
+    "beta of integers": (
+        lambda: elbo(x(), q(), pair, beta=torch.tensor(1)),
+        TypeError,
+        ["beta has dtype torch.int64"],
+    ),
+    "beta on another device": (
+        lambda: elbo(x(), q(), pair, beta=torch.ones(B, device=ELSEWHERE)),
+        ValueError,
+        ["beta is on meta", f"q is on {DEVICE.type}", "beta.to("],
+    ),
+    "free_bits of several rows": (
+        lambda: elbo(x(), q(), pair, free_bits=torch.ones(B, device=DEVICE)),
+        ValueError,
+        ["free_bits has shape [5]", "must be []"],
+    ),
+    "free_bits a tensor without an analytic KL": (
+        lambda: elbo(x(), q(), pair, free_bits=torch.tensor(0.1), kl="mc"),
+        ValueError,
+        ["free_bits", "kl='mc'", "use kl='analytic'"],
+    ),
+    "row_offset of an objective negative": (
+        lambda: elbo(x(), q(), pair, row_offset=-1),
+        ValueError,
+        ["row_offset must lie in", "got -1"],
+    ),
+    "row_offset of an objective a fraction": (
+        lambda: iwae(x(), q(), pair, row_offset=2.5),
+        TypeError,
+        ["row_offset must be an int", "got 2.5"],
+    ),
+    "row_offset of an objective beyond the address": (
+        lambda: log_marginal(x(), q(), pair, k=3, row_offset=2**32 - B + 1),
+        ValueError,
+        ["row_offset must lie in", "5 rows"],
     ),
     # counts and numbers
     "k of zero": (lambda: iwae(x(), q(), pair, k=0), ValueError, ["k must be at least 1", "got 0"]),
@@ -330,6 +402,33 @@ CASES = {
         TypeError,
         ["scale must be a number or a tensor", "str"],
     ),
+    "scale a parameter": (
+        lambda: fastvae.Gaussian(scale=torch.nn.Parameter(torch.tensor(0.1))),
+        TypeError,
+        ["scale", "fastvae.Gaussian(scale=0.1, learned=True)", "log_scale"],
+    ),
+    "scale that requires gradients, learned": (
+        lambda: fastvae.Gaussian(scale=torch.tensor(0.1, requires_grad=True), learned=True),
+        TypeError,
+        ["scale must be a value to begin training at"],
+    ),
+    "learned without a scale": (
+        lambda: fastvae.Gaussian(learned=True),
+        ValueError,
+        ["learned=True needs a scale", "fastvae.Gaussian(scale=0.1, learned=True)"],
+    ),
+    "learned scale negative": (
+        lambda: fastvae.Gaussian(scale=torch.tensor([0.1, -0.1]), learned=True),
+        ValueError,
+        ["scale", "positive"],
+    ),
+    "learned scale of another shape": (
+        lambda: elbo(
+            x(), q(), logits, likelihood=fastvae.Gaussian(torch.ones(6, device=DEVICE), learned=True)
+        ),
+        ValueError,
+        ["scale has shape [6]", "[5, 7]", "[7]"],
+    ),
     "logvar_range reversed": (
         lambda: fastvae.DiagonalGaussian(*q(), logvar_range=(3, -3)),
         ValueError,
@@ -400,10 +499,15 @@ CASES = {
     ),
     # the module
     "encoder no callable": (lambda: fastvae.VAE(3, logits), TypeError, ["encoder must be a module", "int"]),
-    "encoder returns one tensor": (
-        lambda: fastvae.VAE(lambda data: mu(B, 2 * D), pair).elbo(x()),
-        TypeError,
-        ["q must be a pair", "q.chunk(2, dim=1)"],
+    "encoder returns an odd width": (
+        lambda: fastvae.VAE(lambda data: mu(B, 2 * D + 1), pair).elbo(x()),
+        ValueError,
+        ["q has shape [5, 7]", "[B, 2 D]"],
+    ),
+    "unknown objective": (
+        lambda: fastvae.VAE(lambda data: q(), pair)(x(), objective="IWAE"),
+        ValueError,
+        ["objective='IWAE'", "'elbo', 'iwae', 'log_marginal'"],
     ),
     "latent dimension unknown": (
         lambda: fastvae.VAE(lambda data: q(), pair).sample(2),

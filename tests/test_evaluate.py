@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import errno
 import functools
+import io
 import math
+import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 import types
 import warnings
 from pathlib import Path
@@ -159,8 +163,9 @@ def test_stopping_draws_for_those_that_go_on_alone():
         assert results[-1].k[hard].tolist() == [3000] * 3
         assert set(results[-1].k.tolist()) == {100, 3000}
     _assert_same(*results, 1e-9)
-    assert sum(k * n for k, n in drawn[True]) == 100 * 100 + 2900 * 3
-    assert sum(k * n for k, n in drawn[False]) == 3000 * 100
+    # And, once, a few draws that show that rows can be decoded alone.
+    assert 0 <= sum(k * n for k, n in drawn[True]) - (100 * 100 + 2900 * 3) <= 5 * 100
+    assert 0 <= sum(k * n for k, n in drawn[False]) - 3000 * 100 <= 5 * 100
     # What is drawn at once is bounded in either case.
     assert all(k * n <= 2**13 for calls in drawn.values() for k, n in calls)
     # A prior of its own for each row cannot be sliced, but is right.
@@ -186,6 +191,121 @@ def test_stopping_waits_for_the_first_weight():
     assert float(result.log_px_stderr[0]) <= 0.3
     exact = math.log(0.5 * math.erfc(2.5 / math.sqrt(2)))
     assert abs(float(result.log_px[0]) - exact) < 1.5
+
+
+# What a decoder may do with rows that it is given for the whole batch; all are right while no row leaves.
+_CLOSING_OVER = {
+    "repeated": lambda mean, y: mean + y.repeat(len(mean) // len(y), 1),
+    "cut to length": lambda mean, y: mean + y.repeat(-(-len(mean) // len(y)), 1)[: len(mean)],
+    "unfolded": lambda mean, y: (mean.unflatten(0, (-1, len(y))) + y).flatten(0, 1),
+    "statistics of the batch": lambda mean, y: mean - 0.5 * mean.unflatten(0, (-1, len(y))).mean(1).mean(0),
+    "indexed": lambda mean, y: mean + y[torch.arange(len(mean)) % len(y)],
+}
+
+
+@pytest.mark.parametrize("how", _CLOSING_OVER)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tolerance_refuses_rows_that_depend_on_others(how, dtype):
+    """Rows that are done leave, and a decoder that keeps something for each row of the batch would give the
+    others what belongs to them.
+    """
+    model, x, q = _model_and_data(24, dtype)
+    labels = randn(24, X, seed=11, dtype=dtype)
+    x = x + labels
+
+    class Conditional:
+        """Takes the labels of its batch, which it numbers itself, from outside, as a closure does."""
+
+        def __init__(self):
+            self.seen = 0
+
+        def encode(self, b):
+            self.y = labels[self.seen : self.seen + len(b)]
+            self.seen += len(b)
+            return q(b - self.y)
+
+        def decode(self, z):
+            return _CLOSING_OVER[how](model.decoder(z), self.y)
+
+    def run(data, **options):
+        this = Conditional()
+        options = {"k": 300, "likelihood": model.likelihood, "generator": generator(1), **QUIET, **options}
+        return fastvae.evaluate(this.encode, this.decode, data, **options)
+
+    whole = run(x, batch_size=24)
+    words = r"tol=0\.1 needs a model in which.*leave tol out.*batch_size=1"
+    for data in (x, [x[:1], x[1:]]):  # of one row alone nothing can be said
+        with pytest.raises(ValueError, match=words):
+            run(data, batch_size=24, tol=0.1)
+    # No more draws than all make, so that nobody leaves; and one row at a time, which has no others.
+    assert run(x, batch_size=24, tol=0.1, k=100).k.tolist() == [100] * 24
+    alone = run(x, batch_size=1, tol=1e-9)
+    if how != "statistics of the batch" and dtype == torch.float64:
+        torch.testing.assert_close(alone.log_px, whole.log_px, rtol=1e-10, atol=1e-10)
+
+
+def test_a_tolerance_says_why_a_row_alone_cannot_be_decoded():
+    model, x, q = _model_and_data(24)
+
+    def decoder(z):
+        if len(z) % 24:
+            raise RuntimeError("a batch norm of mine")
+        return model.decoder(z)
+
+    with pytest.raises(
+        ValueError, match="12 of 24 rows .* raised RuntimeError: a batch norm of mine"
+    ) as error:
+        fastvae.evaluate(q, decoder, x, tol=0.1, likelihood=model.likelihood, batch_size=24, **QUIET)
+    assert isinstance(error.value.__cause__, RuntimeError)
+    # The same goes for the whole batch of course, in its own words.
+    with pytest.raises(RuntimeError, match="^a batch norm of mine"):
+        fastvae.evaluate(q, decoder, x, tol=0.1, likelihood=model.likelihood, batch_size=23, **QUIET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tolerance_takes_any_honest_decoder(dtype):
+    """Rounding differs with the number of rows; a decoder's own noise cannot be judged; NaN stays where it
+    is.
+    """
+    encoder, decoder = models.networks(X, D, "bernoulli", dtype=dtype)
+    x = rand(N, X, seed=2, dtype=dtype).round()
+    options = {"likelihood": "bernoulli", "tol": 0.3, "k": 400, **QUIET}
+
+    def noisy(z):
+        return decoder(z) + torch.randn_like(decoder(z))
+
+    def nan(z):
+        return torch.where(z[:, :1] > 0.3, math.nan, decoder(z))
+
+    def impossible(z):
+        return torch.where(z[:, :1] > 0.3, math.inf, -math.inf).expand(-1, X).to(z.dtype)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for these in (decoder, noisy, nan, impossible):
+            for size in (N, 2, 1):
+                assert len(fastvae.evaluate(encoder, these, x, batch_size=size, **options).log_px) == N
+        for low in (torch.bfloat16, torch.float16):
+            with torch.autocast(DEVICE.type, low):
+                fastvae.evaluate(encoder, decoder, x, **options)
+
+
+def test_the_question_leaves_no_trace():
+    """Random state and results are those of a run that asks nothing."""
+    model, x, q = _model_and_data()
+
+    def decoder(z):
+        return model.decoder(z) + 0.01 * torch.randn_like(z).sum(1, keepdim=True)
+
+    def run(**options):
+        torch.manual_seed(3)
+        options = {"likelihood": model.likelihood, "generator": generator(1), **QUIET, **options}
+        return fastvae.evaluate(q, decoder, x, batch_size=10, **options), torch.get_rng_state()
+
+    # All are done after a hundred draws.
+    (asked, state), (plain, expected) = run(tol=1e9, k=200), run(k=100)
+    assert torch.equal(state, expected)
+    assert torch.equal(asked.log_px, plain.log_px)
 
 
 def test_the_bias_that_stopping_brings():
@@ -319,6 +439,7 @@ def test_one_example_and_sizes_that_differ():
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x[:1])
     assert math.isnan(result.stderr)
+    assert "1 example, " in str(result) and "nan" not in str(result)
     assert result.active_units == 0
 
     class Sum(fastvae.Likelihood):
@@ -384,6 +505,55 @@ def test_eval_mode_and_back():
             return super().log_prob(x, parameters, samples)
 
     fastvae.evaluate(q, decoder, x, **{**options, "likelihood": Watching()})
+
+
+def test_two_threads_evaluate_one_model():
+    """It is in eval mode while either works, and in its own mode after both."""
+    encoder, decoder = models.networks(X, D)
+    decoder = nn.Sequential(decoder, nn.Identity())
+    decoder[1].eval()
+    x, modes, failed = rand(N, X, seed=2), [], []
+    second_began, first_ended = threading.Event(), threading.Event()
+
+    def q(x):
+        modes.append((encoder.training, decoder.training, decoder[0].training))
+        return encoder(x)
+
+    def data_of_the_first():
+        yield x
+        assert second_began.wait(60)
+
+    def data_of_the_second():
+        yield x
+        second_began.set()
+        assert first_ended.wait(60)
+        yield x
+
+    def second():
+        try:
+            fastvae.evaluate(q, decoder, data_of_the_second(), k=3, **QUIET)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=second)
+
+    def starting():
+        batches = data_of_the_first()
+        yield next(batches)
+        thread.start()
+        yield from batches
+
+    fastvae.evaluate(q, decoder, starting(), k=3, **QUIET)
+    first_ended.set()
+    thread.join()
+    assert not failed
+    assert modes == [(False, False, False)] * 3
+    assert [m.training for m in (encoder, decoder, decoder[0], decoder[1])] == [True, True, True, False]
+    # An evaluation inside another, too.
+    inner = lambda x: (fastvae.evaluate(encoder, decoder, x, k=1, **QUIET), q(x))[1]  # noqa: E731
+    fastvae.evaluate(inner, decoder, x, k=3, **QUIET)
+    assert modes[-1] == (False, False, False)
+    assert encoder.training
 
 
 _GLOBAL = nn.Linear(2, 2)
@@ -455,7 +625,15 @@ def test_a_person_can_read_it(tmp_path):
     text = str(result)
     print(text)
     nll = f"{result.nll:.2f} ± {result.stderr:.2f} nats"
-    for words in (f"{N} examples, {K} draws each", nll, "per dimension", "ELBO", "ESS", "Pareto k̂", "active"):
+    for words in (
+        f"{N} examples, {K} draws each",
+        nll,
+        "per dimension",
+        "ELBO",
+        "ESS",
+        "Pareto k-hat",
+        "active",
+    ):
         assert words in text
     assert max(map(len, text.splitlines())) <= 110
     low, median, high = result.ess_quantiles
@@ -481,6 +659,19 @@ class _Pairs(torch.utils.data.IterableDataset):
         return ((x, 7) for x in self.x.split(5))
 
 
+class _Table:
+    """As a DataFrame: it iterates over something else than rows."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+    def __iter__(self):
+        return iter("abc")
+
+
 def test_forms_of_data():
     model, x, q = _model_and_data()
     x = x.cpu()
@@ -488,13 +679,82 @@ def test_forms_of_data():
     expected = _evaluate(model, q, x.to(DEVICE))
 
     encoder = nn.Module()
-    encoder.anchor = nn.Parameter(torch.zeros(1, device=DEVICE))
+    encoder.anchor = nn.Parameter(torch.zeros(1, device=DEVICE, dtype=x.dtype))
     encoder.forward = q
     loader = DataLoader(TensorDataset(x, labels), batch_size=10)
     forms = [x, x.numpy(), TensorDataset(x, labels), loader, [[b, 1] for b in x.split(4)], list(x.split(6))]
     forms += [_Pairs(x), DataLoader(_Pairs(x), None), (b for b in x.split(9)), [x[:5], x[:0], x[5:]]]
+    # Arrays: batches of them, in another order of bytes, backwards in memory, and what can become one.
+    array = x.numpy()
+    fixed = array.copy()
+    fixed.flags.writeable = False
+    forms += [[array[:9], array[9:]], array.astype(">f8"), array[::-1].copy()[::-1], fixed, _Table(array)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in forms:
+            _assert_same(_evaluate(model, encoder, data), expected)
+
+
+def test_an_encoder_that_fails_says_on_what():
+    """A list of examples is taken as batches, which only the encoder can tell from a list of batches."""
+    encoder, decoder = models.networks(X, D)
+    with pytest.raises(IndexError) as error:
+        fastvae.evaluate(encoder, decoder, list(torch.zeros(5, X, device=DEVICE)), k=3, **QUIET)
+    if sys.version_info >= (3, 11):
+        assert error.value.__notes__ == ["fastvae.evaluate gave the encoder batch 0: [7], torch.float32"]
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_batches_go_to_the_models_dtype(given, own, tmp_path):
+    """NumPy's float64 for a float32 model; float32 for one in bfloat16 or float64, as Lightning's bf16-true
+    and 64-true have it.
+    """
+    encoder, decoder = models.networks(X, D, dtype=own)
+    x = randn(N, X, seed=5, dtype=given)
+    vae = fastvae.VAE(encoder, decoder)
+    file = tmp_path / "run.npz"
+
+    def run(data, evaluate=vae.evaluate, **options):
+        return evaluate(data, k=K, batch_size=10, generator=generator(1), **QUIET, **options)
+
+    expected = run(x.to(own))
+    forms = [x, TensorDataset(x), [x[:10], x[10:20], x[20:]]]
+    if given != torch.bfloat16:
+        forms.append(x.cpu().numpy())
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[own]
     for data in forms:
-        _assert_same(_evaluate(model, encoder, data), expected)
+        torch.testing.assert_close(run(data).log_px, expected.log_px, rtol=near, atol=near)
+    # Where the encoder has no parameters, the decoder's dtype is the model's.
+    plain = functools.partial(fastvae.evaluate, lambda x: (x[:, :D], x[:, :D]), decoder)
+    torch.testing.assert_close(run(x, plain).log_px, run(x.to(own), plain).log_px, rtol=near, atol=near)
+    # What a checkpoint compares are the data as they were given.
+    first = run(x, checkpoint=file)
+    assert torch.equal(run(x, checkpoint=file).log_px, first.log_px)
+    with pytest.raises(ValueError, match="other data"):
+        run(x.to(own), checkpoint=file)
+
+
+def test_data_stay_as_they_are_where_nothing_has_a_dtype():
+    seen = []
+
+    def q(x):
+        seen.append(x.dtype)
+        return x[:, :D], x[:, :D]
+
+    for dtype in (torch.float64, torch.float32):
+        x = rand(N, X, seed=1, dtype=dtype)
+        fastvae.evaluate(
+            q, lambda z: torch.zeros(len(z), X, dtype=z.dtype), x, k=2, likelihood="bernoulli", **QUIET
+        )
+    assert seen == [torch.float64, torch.float32]
 
 
 def test_nan_in_one_example():
@@ -543,7 +803,19 @@ def test_nan_in_one_example():
         ([("a", 1)], TypeError, "a tuple of str.*a generator of tensors"),
         ("digits", TypeError, "data must be a tensor"),
         ([torch.tensor(1.0)], ValueError, "no dimensions"),
-        (torch.zeros(3, X, dtype=torch.uint8), TypeError, "255"),
+        (np.float32(1.0), ValueError, r"no dimensions; expected \[N, \*event\]"),
+        (np.array(["a", "b"]), TypeError, "a batch must be.*got a ndarray of <U1"),
+        (
+            (torch.zeros(4, X), torch.zeros(4)),
+            ValueError,
+            r"shape \[4\] after batches of 2 axes.*give x alone",
+        ),
+        (
+            torch.zeros(3, X, dtype=torch.uint8),
+            TypeError,
+            r"data has dtype torch.uint8.*data\.float\(\) / 255",
+        ),
+        (torch.zeros(3, X, dtype=torch.int64), TypeError, r"data has dtype torch.int64.*data\.float\(\)"),
     ],
 )
 def test_bad_data(data, error, words):
@@ -559,11 +831,12 @@ def test_bad_data(data, error, words):
         ({"k": 2.5}, TypeError, "k must be an int"),
         ({"tol": 0}, ValueError, "tol must be greater than 0"),
         ({"tol": -1}, ValueError, "tol must be finite and at least 0"),
-        ({"shard": "rows"}, ValueError, "'data', 'samples'"),
+        ({"shard": "rows"}, ValueError, "'data', 'samples', 'none'"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"k_chunk": 0}, ValueError, "k_chunk must be at least 1"),
         ({"likelihood": "gauss"}, ValueError, "unknown"),
         ({"checkpoint": "/nowhere/at/all.npz"}, ValueError, "there is no folder"),
+        ({"checkpoint": "/"}, ValueError, "is a folder; expected the name of a file"),
     ],
 )
 def test_bad_options(options, error, words):
@@ -651,14 +924,16 @@ def test_chunks_fit_the_caches(event, draws):
 
 # Checkpoints
 
-_SLOW = """
-import sys, time, torch, fastvae
+_STOPS = """
+import os, sys, torch, fastvae
 from tests.test_evaluate import _model_and_data, _evaluate
 model, x, q = _model_and_data()
-def slow(x):
-    time.sleep(0.2)
+def stops(x):
+    if os.path.exists(sys.argv[1]):
+        print("saved", flush=True)
+        sys.stdin.read()
     return q(x)
-_evaluate(model, slow, x, batch_size=2, checkpoint=sys.argv[1])
+_evaluate(model, stops, x, batch_size=2, checkpoint=sys.argv[1])
 """
 
 
@@ -666,13 +941,11 @@ def test_killed_and_started_again(tmp_path):
     """Kill -9 in the middle; what was done is not done again, and the result is that of an unbroken run."""
     file = tmp_path / "run.npz"
     root = Path(__file__).parents[1]
-    process = subprocess.Popen([sys.executable, "-c", _SLOW, str(file)], cwd=root)
-    limit = time.monotonic() + 120
-    while not file.exists() and time.monotonic() < limit and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", _STOPS, str(file)], cwd=root, **pipes) as process:
+        assert process.stdout.readline() == "saved\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
     with np.load(file) as saved:
         done = len(saved["sizes"])
     assert 1 <= done < 12
@@ -748,20 +1021,178 @@ def test_saving_takes_little_of_the_time_and_leaves_nothing_behind(tmp_path, mon
     writes = []
     write = Store._write
 
+    now = [0.0]
+
     def slow(self, file, parts):
-        write(self, file, parts)
         writes.append(len(parts))
-        time.sleep(0.05)
+        now[0] += 0.05
+        return write(self, file, parts)
+
+    def encoder(x):
+        now[0] += 0.12
+        return q(x)
 
     monkeypatch.setattr(Store, "_write", slow)
-    _assert_same(_evaluate(model, q, x, batch_size=1, checkpoint=tmp_path / "b.npz"), result, 1e-14)
-    # After the first batch, in the end, and when all is put together: not 23 times.
+    monkeypatch.setattr("fastvae._parts.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    _assert_same(_evaluate(model, encoder, x, batch_size=1, checkpoint=tmp_path / "b.npz"), result, 1e-14)
+    # After the first batch, when 20 times as long has gone by, in the end, and when all is put together.
     assert writes[0] == 1
-    assert len(writes) < 6
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
-    with pytest.raises(OSError, match="no space"):
-        _evaluate(model, q, x, checkpoint=tmp_path / "c.npz")
+    assert 3 < len(writes) < 6
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+def _full_disk(monkeypatch, times: int) -> list[int]:
+    """The first so many files cannot be written to their end."""
+    left, sync = [times], os.fsync
+
+    def full(handle):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    return left
+
+
+@pytest.mark.parametrize("times", [2, 10**6])
+def test_a_full_disk_costs_the_checkpoint_not_the_results(tmp_path, monkeypatch, times):
+    """The work goes on, saving is tried again, and a file that is there is not spoiled."""
+    model, x, q = _model_and_data()
+    file = tmp_path / "run.npz"
+    expected = _evaluate(model, q, x, batch_size=2)
+    with pytest.raises(KeyError):
+        _evaluate(model, q, _stops_after(x, 2), checkpoint=file)
+    before = file.read_bytes()
+    left = _full_disk(monkeypatch, times)
+    with pytest.warns(RuntimeWarning, match=r"run\.npz cannot be written \(No space left.*tries again"):
+        result = _evaluate(model, q, x, batch_size=2, checkpoint=file)
+    _assert_same(result, expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
+    if times > 9:
+        assert left[0] < times - 1
+        assert file.read_bytes() == before
+    else:
+        with np.load(file) as saved:
+            assert len(saved["index"]) == 12
+
+
+def _stops_after(x, count):
+    yield from x.split(2)[:count]
+    raise KeyError("stop")
+
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x, checkpoint="~/run.npz")
+    result.save("~/result.npz")
+    assert {p.name for p in tmp_path.iterdir()} == {"run.npz", "result.npz"}
+    assert torch.equal(fastvae.Evaluation.load("~/result.npz").log_px, result.log_px)
+
+
+def test_a_link_is_followed(tmp_path):
+    model, x, q = _model_and_data()
+    (tmp_path / "big").mkdir()
+    (tmp_path / "run.npz").symlink_to(tmp_path / "big" / "run.npz")
+    _evaluate(model, q, x, checkpoint=tmp_path / "run.npz").save(os.devnull)
+    assert (tmp_path / "run.npz").is_symlink()
+    assert (tmp_path / "big" / "run.npz").is_file()
+    assert not Path(os.devnull).is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_is_seen_before_the_work():
+    model, x, _ = _model_and_data()
+
+    def encoder(x):
+        raise AssertionError("too late")
+
+    with pytest.raises(
+        ValueError, match=r"checkpoint /proc/run\.npz: no file can be made in the folder /proc"
+    ):
+        _evaluate(model, encoder, x, checkpoint="/proc/run.npz")
+
+
+# Results in files
+
+
+@pytest.mark.parametrize("kind", ["all", "no KL", "no means", "one example"])
+def test_a_result_is_saved_and_loaded(tmp_path, kind):
+    model, x, q = _model_and_data()
+    encoder = {"no KL": lambda x: _MonteCarlo(*q(x)), "no means": lambda x: _Bare(*q(x))}.get(kind, q)
+    result = _evaluate(model, encoder, x[:1] if kind == "one example" else x)
+    file = tmp_path / "result"
+    result.save(file)
+    loaded = fastvae.Evaluation.load(file)
+    assert type(loaded) is fastvae.Evaluation
+    for name, value in vars(result).items():
+        got = getattr(loaded, name)
+        assert type(got) is type(value), name
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(got, value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert repr(got) == repr(value), name
+    assert {type(v) for row in loaded.curve for v in row} == {int, float}
+    assert str(loaded) == str(result)
+
+
+def test_what_is_no_result_is_not_loaded(tmp_path):
+    model, x, q = _model_and_data()
+    file = tmp_path / "result.npz"
+    _evaluate(model, q, x, checkpoint=tmp_path / "run.npz").save(file)
+    with np.load(file) as saved:
+        arrays = dict(saved)
+    (tmp_path / "garbage.npz").write_bytes(b"nonsense")
+    (tmp_path / "cut.npz").write_bytes(file.read_bytes()[:-100])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "array.npz.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    np.savez(tmp_path / "short.npz", **{**arrays, "khat": arrays["khat"][:-1]})
+    np.savez(tmp_path / "less.npz", **{k: v for k, v in arrays.items() if k != "ess"})
+    np.savez(tmp_path / "curve.npz", **{**arrays, "curve": np.zeros(3)})
+    for name, words in {
+        "run.npz": "it is a checkpoint; evaluate",
+        "garbage.npz": "",
+        "cut.npz": "",
+        "empty.npz": "",
+        "array.npz.npy": "",
+        "other.npz": "log_px",
+        "short.npz": r"khat has shape \[22\]",
+        "less.npz": "there is no ess",
+        "curve.npz": "",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} holds no result that Evaluation.save wrote.*{words}"):
+            fastvae.Evaluation.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        fastvae.Evaluation.load(tmp_path / "nothing.npz")
+
+
+def test_a_result_replaces_another_when_it_is_whole(tmp_path, monkeypatch):
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x)
+    result.save(tmp_path / "result.npz")
+    before = (tmp_path / "result.npz").read_bytes()
+    _full_disk(monkeypatch, 1)
+    with pytest.raises(OSError, match="No space left"):
+        result.save(tmp_path / "result.npz")
+    assert (tmp_path / "result.npz").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["result.npz"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sign"), [("utf-8", "±"), ("cp1252", "±"), ("ascii", "+-"), ("cp932", "±")]
+)
+def test_a_summary_can_be_printed_anywhere(encoding, sign, monkeypatch):
+    """Not even an output that has no sign for ± ends a script that prints a result."""
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    print(result)
+    stream.flush()
+    assert f"{result.nll:.2f} {sign} {result.stderr:.2f} nats" in stream.buffer.getvalue().decode(encoding)
 
 
 def test_checkpoints_leave_other_files_alone(tmp_path):
@@ -833,8 +1264,14 @@ def test_checkpoints_of_something_else(tmp_path):
     changed[15, 2] += 1e-6
     with pytest.raises(ValueError, match="other data: batch 1 differs"):
         run(x=changed)
-    with pytest.raises(ValueError, match="other data: batch 0 differs"):
+    with pytest.raises(
+        ValueError, match="other batches: batch 0 had 10 examples then and has 9 now.*batch_size"
+    ):
         run(batch_size=9)
+    with pytest.raises(ValueError, match="other batches: batch 0 had 10 examples then and has 23 now"):
+        run(batch_size=50)
+    with pytest.raises(ValueError, match="other batches: batch 2 had 3 examples then and has 10 now"):
+        run(x=torch.cat([x, x[:9]]))
     for less in (x[:10], x[:0]):
         with pytest.raises(ValueError, match="it holds batch [01], which these data do not have"):
             run(x=less)
@@ -861,7 +1298,16 @@ def test_checkpoints_of_something_else(tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     with np.load(file) as saved:
         np.savez(tmp_path / "older.npz", **{k: v for k, v in saved.items() if k != "khat"})
-    for name in ("other.npz", "list.npz", "array.npy", "older.npz"):
+        for name, sizes in {
+            "fewer": [10, 10],
+            "more": [10, 10, 4],
+            "none": [10, 13, 0],
+            "real": [10.0, 10, 3],
+        }.items():
+            np.savez(tmp_path / f"{name}.npz", **{**saved, "sizes": np.array(sizes)})
+        np.savez(tmp_path / "shape.npz", **{**saved, "sizes": np.array([[10, 10, 3]])})
+    changed = ("fewer.npz", "more.npz", "none.npz", "real.npz", "shape.npz")
+    for name in ("other.npz", "list.npz", "array.npy", "older.npz", *changed):
         with pytest.raises(ValueError, match=f"{name} is no checkpoint"):
             run(checkpoint=tmp_path / name)
     run(tol=np.float32(0.1), checkpoint=tmp_path / "tol")
@@ -925,6 +1371,116 @@ def test_ranks_with_a_tolerance_and_a_checkpoint(tmp_path):
                 expected = expected or result
                 _assert_same(result, expected)
         assert sorted(p.name for p in tmp_path.glob(f"{shard}*.npz")) == [f"{shard}.npz"]
+
+
+class _Failure(Exception):
+    pass
+
+
+def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
+    """Rank 2 fails at every place; the last one to call evaluate may be any."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+        timeout=datetime.timedelta(hours=1),
+    )  # fmt: skip
+    try:
+        model, x, q = _model_and_data()
+        bad = rank == 2
+
+        def fail():
+            if bad:
+                raise _Failure("here")
+
+        def interrupt():
+            if bad:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def at(call, action):
+            calls = []
+
+            def counting():
+                calls.append(1)
+                if len(calls) == call:
+                    action()
+
+            return counting
+
+        def evaluate(encode=int, decode=int, iterate=int, count=12, **options):
+            def batches():
+                for b in x.split(2)[:count]:
+                    iterate()
+                    yield b
+
+            def encoder(b):
+                encode()
+                return q(b)
+
+            def decoder(z):
+                decode()
+                return model.decoder(z)
+
+            options = {"k": 200, "likelihood": model.likelihood, "shard": shard, **QUIET, **options}
+            return fastvae.evaluate(encoder, decoder, batches(), **options)
+
+        class Likelihood(fastvae.Gaussian):
+            def log_prob(self, x, parameters, samples):
+                if bad and samples == 1 and x.shape[0] == 1:
+                    raise _Failure("here")
+                return super().log_prob(x, parameters, samples)
+
+        def seeded():
+            return {"generator": torch.Generator().manual_seed(6)}
+
+        failed = "rank 2 failed: _Failure: here"
+        resumed = {"checkpoint": f"{folder}/run.npz"}
+        # Where, what rank 2 raises, and what the others raise.
+        for options, own, words in (
+            ({"encode": at(2, fail)}, _Failure, failed),
+            ({"decode": at(5, fail)}, _Failure, failed),
+            ({"iterate": at(1, fail)}, _Failure, failed),
+            ({"iterate": at(12, fail)}, _Failure, failed),
+            ({"encode": at(2, fail), **resumed, **seeded()}, _Failure, failed),
+            (
+                {"likelihood": Likelihood(model.scale), "tol": 0.1},
+                ValueError,
+                "rank 2 failed: ValueError: tol=0.1 needs .* raised _Failure: here",
+            ),
+            ({"decode": at(5, interrupt)}, KeyboardInterrupt, "rank 2 failed: KeyboardInterrupt"),
+            ({"exchange": at(3, interrupt)}, KeyboardInterrupt, "rank 2 failed: KeyboardInterrupt"),
+            ({"count": 5 if bad else 12}, ValueError, "data differ between the ranks"),
+        ):
+            expected = own if bad else ValueError if "count" in options else RuntimeError
+            exchange, gather = options.pop("exchange", int), distributed.all_gather_object
+            with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+                patch.setattr(distributed, "all_gather_object", lambda *a: (exchange(), gather(*a)))  # noqa: B023
+                warnings.simplefilter("ignore")
+                with pytest.raises(expected, match=None if bad else words):
+                    evaluate(**options)
+        # All are in step: what follows is right, also from the checkpoint.
+        expected = torch.load(f"{folder}/expected.pt", weights_only=False)
+        _assert_same(evaluate(**seeded()), expected)
+        _assert_same(evaluate(**seeded(), **resumed), expected)
+        # One rank by itself, while the others do something else.
+        if rank == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(distributed, "all_gather_object", None)
+                result = evaluate(**{**seeded(), "shard": "none", "checkpoint": f"{folder}/alone.npz"})
+            _assert_same(result, expected)
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("shard", ["data", "samples"])
+def test_a_rank_that_fails_tells_the_others(tmp_path, shard):
+    """They raise what happened to it instead of waiting for it, and can go on to something else."""
+    model, x, q = _model_and_data()
+    options = {"k": 200, "batch_size": 2, "generator": torch.Generator().manual_seed(6)}
+    torch.save(_evaluate(model, q, x, **options), tmp_path / "expected.pt")
+    torch.multiprocessing.spawn(_run_failures, args=(3, str(tmp_path), shard), nprocs=3)
 
 
 # Reconstruction probability

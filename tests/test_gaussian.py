@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 import fastvae
 from fastvae import ops
 
-from . import strategies
+from . import formulas, strategies
 from .compare import assert_accurate
 from .conftest import DEVICE
 
+SIZES = strategies.distinct_sizes(3)
+
 
 @st.composite
-def cases(draw):
-    k, b, size = draw(strategies.distinct_sizes(3))
+def cases(draw, sizes=SIZES):
+    k, b, size = draw(sizes)
     event = (size,) if size % 4 else (size // 4, 4)
     parameter = draw(strategies.dtypes)
     data = draw(st.sampled_from([parameter, torch.float32]))
@@ -41,37 +43,33 @@ def cases(draw):
     }
 
 
-def _run(case, dtype=None):
-    inputs = [case[name].detach() for name in ("x", "mean", "logvar")]
-    if dtype is not None:
-        inputs = [t.to(dtype) for t in inputs]
+NAMES = ("x", "mean", "logvar")
+
+
+def _run(case):
+    inputs = [case[name].detach() for name in NAMES]
     for t, need in zip(inputs, case["need"], strict=True):
         t.requires_grad_(need)
     out = ops.gaussian_log_prob(*inputs)
     asked = [t for t in inputs if t.requires_grad]
-    return out, torch.autograd.grad(out, asked, case["grad"].to(out.dtype))
+    grads = torch.autograd.grad(out, asked, case["grad"].to(out.dtype))
+    assert all(g.dtype == t.dtype for g, t in zip(grads, asked, strict=True))
+    return out, *grads
+
+
+def results(case):
+    """(name, the op's, plain PyTorch's, what is expected) of everything that a case asks for."""
+    actual = _run(case)
+    with fastvae.use_backend("reference"):
+        eager = _run(case)
+    out, grads = formulas.gaussian(*(case[name].detach() for name in (*NAMES, "grad")))
+    wanted = [(f"gradient of {n}", g) for n, g, need in zip(NAMES, grads, case["need"], strict=True) if need]
+    return [(n, a, e, x) for (n, x), a, e in zip([("log prob", out), *wanted], actual, eager, strict=True)]
 
 
 def _check(case):
-    out, grads = _run(case)
-    with fastvae.use_backend("reference"):
-        eager, eager_grads = _run(case)
-        exact, exact_grads = _run(case, torch.float64)
-    x, mean, logvar = (case[name].detach().double() for name in ("x", "mean", "logvar"))
-    g = case["grad"].double().abs().reshape(*mean.shape[:2], *[1] * (x.dim() - 1))
-    events = tuple(range(2, mean.dim()))
-    precision, reach = torch.exp(-logvar), x.abs() + mean.abs()
-    # The data's own rounding does not count: x - mean is exact to an ulp of the larger.
-    terms = (math.log(2 * math.pi) + logvar.abs() + reach**2 * precision) / 2
-    assert_accurate("log prob", out, eager, exact, terms.expand(mean.shape).sum(events))
-    scale_mean = (g * reach * precision).expand(mean.shape)
-    scale_logvar = (g * (reach**2 * precision + 1) / 2).expand(mean.shape)
-    scales = [scale_mean.sum(0), scale_mean, scale_logvar.sum_to_size(logvar.shape)]
-    names = ("x", "mean", "logvar")
-    chosen = [(n, s) for n, s, need in zip(names, scales, case["need"], strict=True) if need]
-    for (name, scale), *values in zip(chosen, grads, eager_grads, exact_grads, strict=True):
-        assert values[0].dtype == case[name].dtype
-        assert_accurate(f"gradient of {name}", *values, scale)
+    for result in results(case):
+        assert_accurate(*result)
 
 
 @given(case=cases())
@@ -146,6 +144,14 @@ def test_a_float64_log_variance_widens_the_result(backend, shape):
     torch.testing.assert_close(out, exact)
     grads = torch.autograd.grad(out.sum(), (mean, logvar))
     assert [g.dtype for g in grads] == [torch.float32, torch.float64]
+
+
+def test_a_float32_log_variance_beside_float64_means(backend):
+    """Its exponential is computed in float64, too."""
+    x, mean = torch.randn(3, 5, device=DEVICE), torch.randn(2, 3, 5, device=DEVICE, dtype=torch.float64)
+    logvar = torch.randn(5, device=DEVICE)
+    expected = ops.gaussian_log_prob(x.double(), mean, logvar.double())
+    torch.testing.assert_close(ops.gaussian_log_prob(x, mean, logvar), expected, rtol=1e-12, atol=0)
 
 
 def test_without_an_event_axis(backend):

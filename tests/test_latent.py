@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fastvae
 from fastvae import ops
 
-from . import strategies
+from . import formulas, strategies
 from .compare import assert_accurate
 from .conftest import DEVICE
 
@@ -22,12 +22,18 @@ def _eps(seed, k, b, d, k0=0, b0=0):
         return fastvae.random.normal(seed, k, b, d, sample_offset=k0, row_offset=b0, dtype=torch.float64)
 
 
+SIZES = strategies.distinct_sizes(3)
+
+
 @st.composite
-def cases(draw):
-    k, b, d = draw(strategies.distinct_sizes(3))
+def cases(draw, sizes=SIZES):
+    k, b, d = draw(sizes)
     dtype = draw(strategies.dtypes)
     spread = 2.0 if dtype == torch.float16 else draw(st.sampled_from([0.01, 1.0, 6.0]))
     make = lambda shape, s=1.0: draw(strategies.tensors(shape, dtype, spread=s, device=DEVICE))  # noqa: E731
+    estimator = draw(st.sampled_from(["iwae", "stl", "dreg"]))
+    # DReG's weights are shares of what arrives, which has one sign, as a log-mean-exp sends it.
+    ends = {"low": 0.0, "high": 1.0} if estimator == "dreg" else {}
     prior = draw(st.sampled_from(["standard", "row", "full"]))
     prior_shape = (d,) if prior == "row" else (b, d)
     return {
@@ -43,10 +49,20 @@ def cases(draw):
         "logvar_range": draw(st.sampled_from([None, (-1.0, 1.5), (0.25, 1.5)])),
         "need": draw(st.lists(st.booleans(), min_size=4, max_size=4).filter(any)),
         "per_dimension": draw(st.booleans()),
-        "estimator": draw(st.sampled_from(["iwae", "stl", "dreg"])),
-        "grads": [make((k, b, d)), make((b, d)), make((k, b))],
+        "estimator": estimator,
+        "grads": [
+            make((k, b, d)),
+            make((b, d)),
+            draw(strategies.tensors((k, b), dtype, device=DEVICE, **ends)),
+        ],
         "which": draw(st.sampled_from(["both", "first", "second"])),
     }
+
+
+def _arriving(case):
+    """At which results a gradient arrives; DReG needs the log-ratio's."""
+    which = {"both": ("z", "second"), "first": ("z",), "second": ("second",)}[case["which"]]
+    return ("z", "second") if case["estimator"] == "dreg" and which == ("z",) else which
 
 
 def _run(case, op, dtype):
@@ -75,95 +91,58 @@ def _run(case, op, dtype):
     z, other = outputs
     asked = [t for t in inputs if t is not None and t.requires_grad]
     if not asked:
-        return outputs, []
+        return outputs, ()
     grad_z, grad_kl, grad_ratio = case["grads"]
     grad_other = (
         grad_ratio if op is ops.rsample_log_ratio else grad_kl if case["per_dimension"] else grad_kl[:, 0]
     )
     # What arrives in the second place is float32 or float64 whatever the inputs are.
     pairs = [(z, grad_z.to(z.dtype)), (other, grad_other.to(other.dtype))]
-    if case["which"] == "first" and case["estimator"] != "dreg":
-        pairs = pairs[:1]
-    elif case["which"] == "second":
-        pairs = pairs[1:]
+    pairs = [pair for name, pair in zip(("z", "second"), pairs, strict=True) if name in _arriving(case)]
     pairs = [(o, g) for o, g in pairs if o.requires_grad]
     outs, arriving = zip(*pairs, strict=True)
     grads = torch.autograd.grad(outs, asked, arriving, allow_unused=True)
     assert all(g is None or g.dtype == t.dtype for g, t in zip(grads, asked, strict=True))
-    return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(grads, asked, strict=True)]
+    return outputs, tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, asked, strict=True))
 
 
-def _scales(case, op):
-    """Sums of the magnitudes of the terms of every result, in float64."""
-    mu, logvar, m, prior_logvar = (None if t is None else t.detach().double() for t in case["inputs"])
-    m = torch.zeros_like(mu) if m is None else m.expand(mu.shape)
-    prior_logvar = torch.zeros_like(mu) if prior_logvar is None else prior_logvar.expand(mu.shape)
-    lo, hi = case["logvar_range"] or (-math.inf, math.inf)
-    logvar = logvar.clamp(lo, hi)
-    eps = _eps(case["seed"], case["samples"], *mu.shape, *case["offsets"]).abs()
-    sigma, precision = torch.exp(logvar / 2), torch.exp(-prior_logvar)
-    reach = mu.abs() + sigma * eps + m.abs()
-    z = mu.abs() + sigma * eps
-    grad_z, grad_kl, grad_ratio = (g.double().abs() for g in case["grads"])
+def results(case, op):
+    """(name, the op's, plain PyTorch's, what is expected) of everything that a case asks for."""
+    inputs, dtype = case["inputs"], case["inputs"][0].dtype
+    actual = sum(_run(case, op, dtype), ())
+    with fastvae.use_backend("reference"):
+        eager = sum(_run(case, op, dtype), ())
+    grad_z, grad_kl, grad_ratio = (g.detach() for g in case["grads"])
     if op is ops.rsample_kl:
-        u = logvar - prior_logvar
-        kl = ((mu - m) ** 2 * precision + torch.expm1(u) - u) / 2
-        if not case["per_dimension"]:
-            kl, grad_kl = kl.sum(1), grad_kl[:, :1]
-        pull = grad_kl * (mu - m).abs() * precision
-        excess = grad_kl * torch.expm1(u).abs() / 2
-        grads = [
-            grad_z.sum(0) + pull,
-            (grad_z * eps).sum(0) * sigma / 2 + excess,
-            pull,
-            excess + grad_kl * (mu - m) ** 2 * precision / 2,
-        ]
-        return [z, kl], grads
-    ratio = ((eps**2 + reach**2 * precision) + logvar.abs() + prior_logvar.abs()).sum(2) / 2
-    # DReG's weights divide by a sum of mixed signs here; its own scale is what the weights make of it.
-    total = case["grads"][2].double().sum(0)
-    weight = (
-        (case["grads"][2].double() / total).abs()
-        if case["estimator"] == "dreg"
-        else torch.ones_like(grad_ratio)
+        other = {"grad_kl": grad_kl if case["per_dimension"] else grad_kl[:, 0]}
+        other["per_dimension"] = case["per_dimension"]
+    else:
+        other = {"grad_ratio": grad_ratio, "estimator": case["estimator"]}
+    arrives = _arriving(case)
+    if "second" not in arrives:
+        other |= {name: None for name in ("grad_kl", "grad_ratio") if name in other}
+    eps = _eps(case["seed"], case["samples"], *inputs[0].shape, *case["offsets"])
+    expected, grads = formulas.rsample(
+        inputs,
+        eps,
+        grad_z if "z" in arrives else None,
+        logvar_range=case["logvar_range"],
+        **other,
     )
-    amplification = grad_ratio.sum(0) / total.abs() if case["estimator"] == "dreg" else torch.ones_like(total)
-    weight = (weight * amplification)[:, :, None]
-    g = grad_ratio[:, :, None]
-    h = weight * (grad_z + g * (reach * precision + eps / sigma))
-    grads = [
-        h.sum(0),
-        (h * eps).sum(0) * sigma / 2 + (g * weight).sum(0) / 2,
-        (g * reach * precision).sum(0),
-        (g * (reach**2 * precision + 1)).sum(0) / 2,
+    second = "kl" if op is ops.rsample_kl else "ratio"
+    wanted = [("z", expected["z"]), (second, expected[second])]
+    names = ("mu", "logvar", "prior mu", "prior logvar")
+    wanted += [
+        (f"gradient of {name}", grad)
+        for name, grad, need in zip(names, grads, case["need"], strict=True)
+        if grad is not None and need
     ]
-    return [z, ratio], grads
+    return [(name, a, e, x) for (name, x), a, e in zip(wanted, actual, eager, strict=True)]
 
 
 def _check(case, op):
-    dtype = case["inputs"][0].dtype
-    outputs, grads = _run(case, op, dtype)
-    with fastvae.use_backend("reference"):
-        eager, eager_grads = _run(case, op, dtype)
-        exact, exact_grads = _run(case, op, torch.float64)
-    scales, grad_scales = _scales(case, op)
-    for name, *values in zip(("z", "second"), outputs, eager, exact, scales, strict=True):
-        assert_accurate(name, *values)
-    chosen = [
-        (name, s, t)
-        for name, s, t, need in zip(
-            ("mu", "logvar", "prior mu", "prior logvar"),
-            grad_scales,
-            case["inputs"],
-            case["need"],
-            strict=True,
-        )
-        if t is not None and need
-    ]
-    assert len(chosen) == len(grads)
-    for (name, scale, t), *values in zip(chosen, grads, eager_grads, exact_grads, strict=True):
-        # A prior given as a row: its gradient is summed over the batch.
-        assert_accurate(f"gradient of {name}", *values, scale.sum_to_size(t.shape))
+    for result in results(case, op):
+        assert_accurate(*result)
 
 
 @given(case=cases())

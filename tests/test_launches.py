@@ -75,19 +75,160 @@ with fastvae.use_backend("triton"):
     assert len(common._programs) == 4
     launched(lambda: calls["rsample_kl"](0, 2**31))
     assert len(common._programs) == 6
-    # Tensors that are not aligned get Triton's own choice every time.
-    off = torch.randn(6 * 80 + 1)[1:].view(6, 80)
-    common._programs.clear()
-    launched(lambda: ops.gaussian_log_prob(off, off, 0.0))
-    assert not common._programs
+print("fine")
+"""
+
+# Each loaded program has a handle of its own, and what Triton's own run is asked is counted.
+HANDLES = (
+    SCRIPT.partition("mu, logvar = ")[0]
+    + """
+import itertools, triton
+from fastvae.kernels import gaussian
+
+handles = itertools.count(1)
+driver.load_binary = lambda *_: (1, next(handles), 32, 0, 1024)
+asked = []
+run = triton.JITFunction.run
+triton.JITFunction.run = lambda *a, **k: (asked.append(1), run(*a, **k))[1]
+
+def handle(call):
+    (launch,) = launched(call)
+    return launch[4]
+
+def is_remembered(call):
+    asked.clear()
+    handle(call)
+    return not asked
+"""
+)
+
+ALIGNMENT = (
+    HANDLES
+    + """
+x, mean = (torch.randn(6, 80) for _ in range(2))
+x_off, mean_off = (torch.randn(6 * 80 + 1)[1:].view(6, 80) for _ in range(2))
+calls = [
+    lambda a=a, b=b: ops.gaussian_log_prob(a, b, 0.0) for a in (x, x_off) for b in (mean, mean_off)
+]
+# The flagship: the second half begins at half of 100 columns, 8 bytes off.
+halves = torch.randn(6, 100).chunk(2, dim=1)
+assert halves[1].data_ptr() % 16 == 8
+wide = [torch.randn(6, 100)[:, :50] for _ in range(2)]
+pairs = [lambda p=p: ops.rsample_kl(*p) for p in (halves, wide)]
+with fastvae.use_backend("triton"):
+    for group in (calls, pairs):
+        found = [handle(call) for call in group]
+        assert len(set(found)) == len(group), found
+        assert all(map(is_remembered, group))
+        assert [handle(call) for call in group] == found
+        # Each is the program that Triton would choose for these pointers.
+        common._programs.clear()
+        assert [handle(call) for call in reversed(group)] == found[::-1]
+        assert not any(common._programs.clear() or is_remembered(call) for call in group)
+print("fine")
+"""
+)
+
+WATCHED = (
+    HANDLES
+    + """
+from triton import knobs
+
+x = torch.randn(6, 80)
+call = lambda: ops.gaussian_log_prob(x, x, 0.0)
+kernel = gaussian.gaussian_log_prob_kernel
+with fastvae.use_backend("triton"):
+    plain = handle(call)
+    assert is_remembered(call)
+
+    # Another program.
+    knobs.runtime.debug = True
+    assert handle(call) != plain and not is_remembered(call)
+    knobs.runtime.debug = False
+    assert handle(call) == plain and is_remembered(call)
+
+    knobs.runtime.add_stages_inspection_hook = lambda *of_a_compilation: ("key", "hash")
+    assert handle(call) != plain
+    knobs.runtime.add_stages_inspection_hook = None
+    assert handle(call) == plain and is_remembered(call)
+
+    # The same one, by Triton's own way.
+    seen = []
+    kernel.add_pre_run_hook(lambda *a, **k: seen.append(len(a)))
+    call(), call()
+    assert len(seen) == 2
+    kernel.pre_run_hooks.clear()
+    assert is_remembered(call)
+
+    # Hooks around a launch are handed to it, remembered or not.
+    enter = lambda metadata: None
+    before, knobs.runtime.launch_enter_hook = knobs.runtime.launch_enter_hook, enter
+    (launch,) = launched(call)
+    assert launch[7] is enter and launch[6].get()["name"] == kernel.__name__
+    knobs.runtime.launch_enter_hook = before
+
+    assert not common._is_watched(kernel)
+    knobs.compilation.instrumentation_mode = "consan"
+    assert common._is_watched(kernel)
+print("fine")
+"""
+)
+
+# Kernels of nothing but the functions that calculate with bits: what a debugger's program asserts is theirs.
+OVERFLOWS = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastvae.kernels import common, random
+
+@triton.jit
+def noise(p_seed, p_out):
+    o = tl.arange(0, 4)
+    o_j = o[None, None, :]
+    b_0, b_1, b_2, b_3 = random.philox_words(tl.load(p_seed), o_j.to(tl.int64), o_j.to(tl.int64), o_j)
+    b_x, b_y = random.box_muller(b_0, b_1, tl.float32)
+    b_u, b_v = random.box_muller(b_2, b_3, tl.float32)
+    tl.store(p_out + o_j, b_x + b_y + b_u + b_v)
+
+@triton.jit
+def functions(p_x, p_out):
+    o = tl.arange(0, 4)
+    b_x = tl.load(p_x + o)
+    b_y, b_z = common.expm1_parts(b_x)
+    b_y += b_z + common.exp(b_x) + common.exp_of_negative(b_x)
+    b_y += common.log(b_x) + common.log1p(b_x) + common.log1p_of_odds(b_x)
+    tl.store(p_out + o, b_y)
+
+@triton.jit
+def sums(p_x, p_out):
+    o = tl.arange(0, 4)
+    tl.store(p_out + o, tl.load(p_x + o) + 1)
+
+def asserts(kernel, *types):
+    signature = dict(zip(kernel.arg_names, types))
+    source = ASTSource(fn=kernel, signature=signature, constexprs={}, attrs={})
+    options = {"num_warps": 4, "debug": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return compiled.asm["ttir"].count("tt.assert")
+
+assert asserts(sums, "*i32", "*i32") == 1
+assert asserts(noise, "*i64", "*fp32") == 0
+assert asserts(functions, "*fp32", "*fp32") == 0
 print("fine")
 """
 
 
-def test_programs_are_remembered():
+@pytest.mark.parametrize("name", ["SCRIPT", "ALIGNMENT", "WATCHED", "OVERFLOWS"])
+def test_launches(name, tmp_path):
+    """Programs are remembered: by the alignment of each pointer, and not while Triton is told to debug, whose
+    checks find no overflow in what may wrap.
+    """
+    script = tmp_path / "script.py"
+    script.write_text(globals()[name])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert run.stdout.strip() == "fine", run.stderr[-4000:]
 

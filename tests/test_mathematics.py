@@ -249,18 +249,73 @@ def test_bernoulli_log_prob(backend, targets):
     torch.testing.assert_close(fastvae.ops.bernoulli_log_prob(x, logits), expected, rtol=1e-13, atol=1e-12)
 
 
+@pytest.mark.parametrize("kl", ["analytic", "mc"])
+def test_beta_may_be_a_tensor(backend, kl):
+    """One for all or one for each example, weighing what a number weighs; its gradient is minus the KL."""
+    encoder, decoder = models.networks(X, 3)
+    x = randn(B, X, seed=21)
+
+    def bound(beta, **options):
+        shared = {"samples": 2, "kl": kl, "reduction": "none", "generator": generator(1)}
+        return fastvae.elbo(x, encoder(x), decoder, beta=beta, **shared, **options)
+
+    each = bound(1.0, terms=True).kl
+    one = torch.tensor(0.3, device=DEVICE)
+    for beta in (one, one.double(), one.cpu(), one.expand(B)):
+        got = bound(beta)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, bound(0.3), rtol=1e-6, atol=1e-5)
+    rows = rand(B, seed=22).requires_grad_()
+    got = bound(rows)
+    torch.testing.assert_close(got, bound(0.0) - rows * each, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), rows)[0], -each, rtol=1e-6, atol=1e-6)
+    assert torch.equal(bound(rows, terms=True).kl, each)
+
+
+def test_tensor_weights_of_the_kl_are_not_read():
+    """On a GPU that would be a synchronisation; on a device without numbers it raises."""
+    x, mu, logvar = (torch.zeros(B, n, device="meta") for n in (X, 3, 3))
+    decoder = torch.nn.Linear(3, X, device="meta")
+    for options in (
+        {"beta": torch.ones((), device="meta")},
+        {"beta": torch.ones(B, device="meta")},
+        {"beta": torch.tensor(0.3)},
+        {"free_bits": torch.ones((), device="meta")},
+    ):
+        assert fastvae.elbo(x, (mu, logvar), decoder, likelihood="bernoulli", **options).is_meta
+
+
+def test_free_bits_may_be_a_tensor(backend):
+    encoder, decoder = models.networks(X, 3)
+    x = randn(B, X, seed=23)
+
+    def results(free_bits, *leaves):
+        value = fastvae.elbo(x, encoder(x), decoder, free_bits=free_bits, generator=generator(1))
+        return value, *torch.autograd.grad(value, [*leaves, *encoder.parameters()])
+
+    free = torch.tensor(0.1, device=DEVICE, requires_grad=True)
+    value, slope, *grads = results(free, free)
+    for got, expected in zip((value, *grads), results(0.1), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    kl = fastvae.ops.rsample_kl(*encoder(x), per_dimension=True)[1].mean(0)
+    assert float(slope) == -int((kl < 0.1).sum())
+
+
 def test_gaussian_scale_is_a_standard_deviation():
-    """A number, a tensor per pixel and a parameter give Normal(mean, scale)."""
+    """A number and a tensor per pixel, fixed, learned or computed, give Normal(mean, scale)."""
     k, x, mean = 4, randn(B, X, seed=25, dtype=torch.float64), randn(4, B, X, seed=26, dtype=torch.float64)
     row = rand(X, seed=27, dtype=torch.float64) + 0.5
-    for scale in (0.3, row, torch.nn.Parameter(row.clone())):
-        got = fastvae.Gaussian(scale=scale).log_prob(x, mean.reshape(k * B, X), k)
+    number = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
+    for scale, learned in ((0.3, False), (number, False), (row, False), (number, True), (row, True)):
+        likelihood = fastvae.Gaussian(scale=scale, learned=learned)
+        got = likelihood.log_prob(x, mean.reshape(k * B, X), k)
         torch.testing.assert_close(got, td.Normal(mean, scale).log_prob(x).sum(2), rtol=1e-12, atol=1e-12)
-    parameter = torch.nn.Parameter(row.clone())
+        torch.testing.assert_close(likelihood.scale, scale)
+    computed = row.clone().requires_grad_()
     (got,) = torch.autograd.grad(
-        fastvae.Gaussian(parameter).log_prob(x, mean.reshape(k * B, X), k).sum(), parameter
+        fastvae.Gaussian(computed).log_prob(x, mean.reshape(k * B, X), k).sum(), computed
     )
-    (expected,) = torch.autograd.grad(td.Normal(mean, parameter).log_prob(x).sum(), parameter)
+    (expected,) = torch.autograd.grad(td.Normal(mean, computed).log_prob(x).sum(), computed)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-import fastvae
 from fastvae import ops
 
+from . import test_bernoulli, test_gaussian, test_importance, test_latent
 from .compare import assert_accurate
 from .conftest import CUDA, DEVICE
 from .strategies import of_addresses
@@ -142,76 +142,48 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_latent_shapes(backend, shape):
-    """z, KL and the gradients against float64, whose noise is the same."""
     k, b, d = shape
-    mu, logvar = (torch.randn(b, d, device=DEVICE) for _ in range(2))
-
-    def run(dtype):
-        q = [t.to(dtype).requires_grad_() for t in (mu, logvar)]
-        z, kl = ops.rsample_kl(*q, samples=k, seed=SEED.to(DEVICE))
-        y, ratio = ops.rsample_log_ratio(*q, samples=k, seed=SEED.to(DEVICE))
-        grads = torch.autograd.grad((z.sin().sum() + kl.sum(), ratio.sum()), q)
-        return z, kl, ratio, *grads
-
-    actual = run(torch.float32)
-    with fastvae.use_backend("reference"):
-        eager, exact = run(torch.float32), run(torch.float64)
-    # The magnitudes of the terms of each sum.
-    z, m, v = exact[0].detach().abs(), mu.double(), logvar.double()
-    sigma = torch.exp(0.5 * v)
-    eps = ((exact[0].detach() - m) / sigma).abs()
-    scales = {
-        "z": z + m.abs(),
-        "kl": 0.5 * (m**2 + v.exp() + 1 + v.abs()).sum(-1),
-        "log ratio": 0.5 * (eps**2 + z**2 + v.abs()).sum(-1),
-        "mu's gradient": (1 + z).sum(0) + m.abs(),
-        "logvar's gradient": (0.5 * sigma * eps * (1 + z) + 0.5).sum(0) + 0.5 * (v.exp() + 1),
+    mu, logvar, grad_kl = (torch.randn(b, d, device=DEVICE) for _ in range(3))
+    case = {
+        "inputs": [mu, logvar, None, None],
+        "samples": k,
+        "seed": SEED.to(DEVICE),
+        "offsets": (0, 0),
+        "logvar_range": None,
+        "need": [True, True, False, False],
+        "per_dimension": False,
+        "estimator": "iwae",
+        "grads": [torch.randn(k, b, d, device=DEVICE), grad_kl, torch.randn(k, b, device=DEVICE)],
+        "which": "both",
     }
-    for (name, scale), a, e, x in zip(scales.items(), actual, eager, exact, strict=True):
-        assert_accurate(name, a, e, x, scale)
+    for op in (ops.rsample_kl, ops.rsample_log_ratio):
+        for result in test_latent.results(case, op):
+            assert_accurate(*result)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_likelihood_shapes(backend, shape):
     k, b, x = shape
-    data, mean, logvar = (torch.randn(*s, device=DEVICE) for s in ((b, x), (k, b, x), (k, b, x)))
-    data = data.sigmoid()
-
-    def run(dtype):
-        parameters = [t.to(dtype).requires_grad_() for t in (mean, logvar)]
-        normal = ops.gaussian_log_prob(data.to(dtype), *parameters)
-        coin = ops.bernoulli_log_prob(data.to(dtype), parameters[0])
-        return normal, coin, *torch.autograd.grad((normal.sum(), coin.sum()), parameters)
-
-    actual = run(torch.float32)
-    with fastvae.use_backend("reference"):
-        eager, exact = run(torch.float32), run(torch.float64)
-    for name, a, e, w in zip(("gaussian", "bernoulli", "mean", "logvar"), actual, eager, exact, strict=True):
-        scale = w.abs() + (x if w.dim() == 2 else 1)
-        assert_accurate(name, a, e, w, scale)
+    data, mean, logvar, grad = (
+        torch.randn(*s, device=DEVICE) for s in ((b, x), (k, b, x), (k, b, x), (k, b))
+    )
+    normal = {"x": data, "mean": mean, "logvar": logvar, "grad": grad, "need": [False, True, True]}
+    coin = {"x": data.sigmoid(), "logits": mean, "grad": grad, "need": (False, True)}
+    for result in (*test_gaussian.results(normal), *test_bernoulli.results(coin)):
+        assert_accurate(*result)
 
 
 @pytest.mark.parametrize("k, n", [(20_001, 1), (3000, 3), (1, 5000), (2, 40_001), (600, 17)])
 def test_importance_shapes(backend, k, n):
     """Samples that are split over programs, with -inf, inf and NaN in some columns."""
-    log_w = 30 * torch.randn(k, n, dtype=torch.float64, device=DEVICE)
+    log_w = 30 * torch.randn(k, n, device=DEVICE)
     log_w[-1, 0] = -math.inf
     if n > 5:
         log_w[:, 1] = -math.inf
         log_w[k // 2, 2] = math.inf
         log_w[k // 2, 3] = math.nan
-
-    def run(dtype):
-        w = log_w.to(dtype).requires_grad_()
-        bound = ops.log_mean_exp(w)
-        return bound, *torch.autograd.grad(bound.sum(), w)
-
-    actual = run(torch.float32)
-    with fastvae.use_backend("reference"):
-        eager, exact = run(torch.float32), run(torch.float64)
-    assert_accurate("bound", actual[0], eager[0], exact[0], 1 + exact[0].abs())
-    # Rounding log w to float32 moves the weights. What an infinite weight leaves of the others is nobody's
-    # business, but NaN spoils its column alone.
-    columns = [i for i in range(n) if n <= 5 or i not in (2, 3)]
-    torch.testing.assert_close(actual[1][:, columns].double(), exact[1][:, columns], rtol=0, atol=2e-5)
-    assert n <= 5 or bool(actual[1][:, 3].isnan().all())
+    bound, (name, *weights) = test_importance.results((log_w, torch.randn(n, device=DEVICE)))
+    assert_accurate(*bound)
+    # What an infinite weight leaves of the others is nobody's business, but NaN spoils its column alone.
+    columns = [i for i in range(n) if n <= 5 or i != 2]
+    assert_accurate(name, *(t[:, columns] for t in weights))

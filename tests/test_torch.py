@@ -115,6 +115,8 @@ def _arguments(op: str):
     elif op == "log_mean_exp_backward":
         maximum = log_w.amax(0)
         yield randn(B, seed=15), log_w, maximum, torch.exp(log_w - maximum).sum(0)
+    elif op == "normal":
+        yield torch.tensor(9, device=log_w.device), K, B, D, 1, 4, torch.float32
 
 
 def _registered() -> list[str]:
@@ -555,6 +557,84 @@ def test_compiled_func_grad(fallback_random):
     _same(compiled(parameters), expected)
 
 
+def _linear_vae():
+    """Of networks that keep no count of their calls, which a compiler would take for a constant."""
+    return fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), likelihood="bernoulli", latent_dim=D).to(DEVICE)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_weights_of_the_kl(fallback_random, dynamic):
+    """beta and free_bits as numbers and as tensors, through elbo and through forward: eager's values."""
+    vae, x = _linear_vae(), rand(B, X, seed=61)
+    # A draw each, so that the noise is a compiled program's, too.
+    weights = (0.3, torch.tensor(0.3, device=DEVICE), rand(B, seed=62), 0.2, torch.tensor(0.2, device=DEVICE))
+
+    def losses(x, beta, one, rows, bits, free):
+        return torch.stack(
+            [*(vae.elbo(x, beta=w) for w in (beta, one)), *(vae(x, beta=w) for w in (beta, rows))]
+            + [vae(x, free_bits=w) for w in (bits, free)]
+        )
+
+    results = []
+    for function in (losses, torch.compile(losses, fullgraph=True, dynamic=dynamic, backend="aot_eager")):
+        vae.zero_grad()
+        torch.manual_seed(6)
+        value = function(x, *weights)
+        (value * randn(6, seed=63)).sum().backward()
+        results.append((value.detach(), *[p.grad for p in vae.parameters()]))
+    for got, expected in zip(*results, strict=True):
+        assert bool(expected.any())
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_with_a_tensor_beta(fallback_random):
+    vae, x = _linear_vae(), rand(B, X, seed=61)
+    beta = rand(B, seed=62).requires_grad_()
+    results = []
+    for function in (vae.elbo, torch.compile(vae.elbo, fullgraph=True, dynamic=True)):
+        torch.manual_seed(6)
+        value = function(x, beta=beta)
+        results.append((value.detach(), *torch.autograd.grad(value, [beta, *vae.parameters()])))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("kind", ["number", "tensor", "attribute"])
+def test_a_schedule_of_beta_does_not_compile_again(kind, dynamic):
+    """A tensor's values are not part of the code; a number is a variable from its second value on."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    vae, x = _linear_vae(), rand(B, X, seed=61)
+
+    class Step(nn.Module):
+        def forward(self, x):
+            return vae(x, beta=self.beta)
+
+    step, counter = Step(), CompileCounter()
+    function = step if kind == "attribute" else lambda x, beta: vae(x, beta=beta)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
+    for i in range(1, 8):
+        step.beta = 0.1 * i
+        beta = torch.tensor(step.beta, device=DEVICE) if kind == "tensor" else step.beta
+        compiled(x) if kind == "attribute" else compiled(x, beta)
+    torch._dynamo.reset()
+    assert counter.frame_count <= (1 if kind == "tensor" or dynamic else 2)
+
+
+def test_export_of_an_objective():
+    """The module's forward is what is exported; its noise is drawn by the program."""
+    vae, x = _linear_vae(), rand(B, X, seed=61)
+    program = torch.export.export(vae, (x,), {"objective": "iwae", "k": K})
+    assert "fastvae.rsample_log_ratio" in str(program.graph)
+    torch.manual_seed(6)
+    expected = vae(x, objective="iwae", k=K)
+    torch.manual_seed(6)
+    torch.testing.assert_close(program.module()(x, objective="iwae", k=K), expected)
+
+
 def test_export_keeps_the_ops():
     """torch.export traces the public ops into their dispatcher entries, shapes and all."""
 
@@ -613,7 +693,7 @@ def test_autocast(likelihood):
 
 def _vae():
     encoder, decoder = models.networks(X, D, "bernoulli")
-    likelihood = fastvae.Gaussian(scale=nn.Parameter(torch.full((X,), 0.7, device=DEVICE)))
+    likelihood = fastvae.Gaussian(scale=torch.full((X,), 0.7, device=DEVICE), learned=True)
     prior = fastvae.DiagonalNormal(
         nn.Parameter(randn(D, seed=73)), nn.Parameter(torch.zeros(D, device=DEVICE))
     )
@@ -627,7 +707,7 @@ def _value(vae, x):
 def test_learned_scale_and_prior_are_parameters():
     vae = _vae()
     names = dict(vae.named_parameters())
-    assert {"likelihood.scale", "prior.mu", "prior.logvar"} <= set(names)
+    assert {"likelihood.log_scale", "prior.mu", "prior.logvar"} <= set(names)
     _value(vae, randn(B, X, seed=74)).backward()
     for name, parameter in names.items():
         assert parameter.grad is not None, name
@@ -638,7 +718,7 @@ def test_learned_scale_and_prior_are_parameters():
 def test_vae_is_copied(how):
     vae, x = _vae(), randn(B, X, seed=75)
     with torch.no_grad():
-        vae.likelihood.scale.mul_(1.3)
+        vae.likelihood.log_scale.add_(0.3)
     if how == "deepcopy":
         twin = copy.deepcopy(vae)
     else:
@@ -667,7 +747,7 @@ def test_fixed_scale_and_prior_follow_the_module():
         encoder, decoder, likelihood=fastvae.Gaussian(scale=torch.full((X,), 0.7, device=DEVICE)),
         prior=fastvae.DiagonalNormal(randn(D, seed=76), randn(D, seed=77)),
     )  # fmt: skip
-    assert {"likelihood.scale", "prior.mu", "prior.logvar"} <= set(vae.state_dict())
+    assert {"likelihood.fixed_scale", "prior.mu", "prior.logvar"} <= set(vae.state_dict())
     assert len(list(vae.parameters())) == 4
     wide = copy.deepcopy(vae).double()
     assert _value(wide, randn(B, X, seed=78, dtype=torch.float64)).dtype == torch.float64
@@ -743,6 +823,48 @@ def _train_one_rank(rank: int, ranks: int, store: str) -> None:
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
+
+
+def _train_a_module_on_one_rank(rank: int, ranks: int, store: str) -> None:
+    """DDP(vae)(x) on parts of a batch, one seed on all ranks: the gradient of one process on the whole."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    try:
+        for options in (
+            {},
+            {"objective": "elbo", "samples": 2, "beta": torch.tensor(0.3)},
+            {"objective": "iwae", "k": K, "estimator": "dreg"},
+            {"objective": "iwae", "k": K, "k_chunk": 3},
+        ):
+            x = torch.randn(ranks * B, X, generator=torch.Generator().manual_seed(1))
+            gradients, bounds = [], []
+            for together in (False, True):
+                vae = fastvae.VAE(*[m.cpu() for m in models.networks(X, D)])
+                module = DistributedDataParallel(vae) if together else vae
+                mine = slice(rank * B, (rank + 1) * B) if together else slice(None)
+                torch.manual_seed(0)
+                bound = module(x[mine], row_offset=rank * B if together else 0, **options)
+                (-bound).backward()
+                gradients.append([p.grad for p in vae.parameters()])
+                with torch.no_grad():
+                    module(x[mine], objective="log_marginal", k=9)
+                bounds.append(bound.detach().clone())
+            distributed.all_reduce(bounds[1])
+            torch.testing.assert_close(bounds[1] / ranks, bounds[0], rtol=1e-5, atol=1e-5)
+            for actual, expected in zip(gradients[1], gradients[0], strict=True):
+                assert bool(expected.any())
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+def test_distributed_data_parallel_of_the_module(tmp_path):
+    torch.multiprocessing.spawn(_train_a_module_on_one_rank, args=(2, str(tmp_path / "store")), nprocs=2)
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def define(
     op = getattr(torch.ops.fastvae, name).default
 
     def on_cpu(*args):
-        return implementation(_backend.chosen())(*args)
+        return implementation(_backend.on_cpu())(*args)
 
     def on_gpu(*args):
         device = next(a.device for a in args if a is not None)
@@ -96,7 +96,7 @@ def define(
                 return record(ctx, args, native(*args))
             ctx.shapes = [a.shape for a in args]
             args, shape = flatten(*args)
-            return record(ctx, args, function(*args)).view(shape)
+            return _in_shape(record(ctx, args, function(*args)), shape)
 
         return forward
 
@@ -108,6 +108,7 @@ def define(
 
     def record(ctx, args, result):
         ctx.set_materialize_grads(False)
+        ctx.backend = _backend.chosen()
         if setup is not None:
             setup(ctx, args, result)
         return result
@@ -124,7 +125,7 @@ def define(
                 "Differentiate once (no create_graph=True on what you differentiate again), or compute this "
                 "term in plain PyTorch: the formulas stand in fastvae/reference."
             )
-        return backward(ctx, *grads)
+        return _backend.run_on(ctx.backend, backward, ctx, *grads)
 
     def node_type(forward, backward):
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -154,15 +155,21 @@ def define(
         elif device == "cuda":
             function = on_gpu
         else:
-            function = native if _backend.chosen() == "native" else on_cpu
+            function = native if _backend.on_cpu() == "native" else on_cpu
         if device is not None and _C.is_grad_enabled() and _C._any_requires_grad(*args):
             return direct[function].apply(*args)
         if flatten is None or (function is native and _are_rows(args)):
             return function(*args)
         args, shape = flatten(*args)
-        return function(*args).reshape(shape)
+        result = function(*args)
+        return result.reshape(shape) if function is op else _in_shape(result, shape)
 
     return call
+
+
+def _in_shape(result: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A kernel's result in the caller's shape, and no view: the caller could not modify one in place."""
+    return result if result.shape == shape else result.contiguous().resize_(shape)
 
 
 def _are_rows(tensors) -> bool:

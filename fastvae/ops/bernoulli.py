@@ -54,13 +54,17 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
         tensor(-44.3614)
     """
     check_event("x", x, "logits", logits)
-    native = x.device.type == "cpu" and _backend.chosen() == "native"
-    if not native and not torch.compiler.is_compiling() and (x.device.type == "cpu" or checks_data()):
+    if not torch.compiler.is_compiling() and _checks_targets_here(x.device):
         low, high = (x.detach().amin(), x.detach().amax()) if x.numel() else (x.new_zeros(()), x.new_ones(()))
         # Written so that NaN passes: NaN in gives NaN out.
         if bool(low < 0) or bool(high > 1):
             _refuse_targets(float(low), float(high))
     return _bernoulli_log_prob(x, logits)
+
+
+def _checks_targets_here(device: torch.device) -> bool:
+    """Whether targets are checked before the op: C++ does it in the pass that reads them."""
+    return _backend.on_cpu() != "native" if device.type == "cpu" else checks_data()
 
 
 def _refuse_targets(low: float, high: float):

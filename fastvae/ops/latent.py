@@ -38,7 +38,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, random
 from .._checks import (
     FLOATING,
     check_address,
@@ -51,7 +51,6 @@ from .._checks import (
     check_tensor,
     shape_of,
 )
-from ..random import draw_seed
 from ..reference.random import normal
 from ._registry import accumulator, code, define, empty, empty_like, pointer, strided
 
@@ -178,7 +177,10 @@ def _keeps_slope(arguments) -> bool:
     wanted = any(
         [mu.requires_grad, logvar.requires_grad, *[p is not None and p.requires_grad for p in prior]]
     )
-    return wanted and torch.is_grad_enabled() and mu.device.type == "cpu" and _backend.chosen() == "native"
+    if not (wanted and torch.is_grad_enabled() and mu.device.type == "cpu"):
+        return False
+    # A compiled graph serves every backend.
+    return torch.compiler.is_compiling() or _backend.on_cpu() == "native"
 
 
 def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset):
@@ -191,7 +193,7 @@ def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_o
         logvar_min, logvar_max = -math.inf, math.inf
     if sample_offset != 0 or row_offset != 0 or samples > 2**32:
         check_address(samples or 1, mu.shape[0], sample_offset, row_offset)
-    seed = draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
+    seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
     return (
         mu, logvar, prior_mu, prior_logvar, seed, samples, sample_offset, row_offset, logvar_min, logvar_max
     )  # fmt: skip
@@ -279,7 +281,9 @@ def _fake_draw(mu, samples, keep):
 
 
 def _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi):
-    """The slope that the forward pass kept, or else made again: the backend has been changed since."""
+    """The slope that the forward pass kept, or else made again: a transform of torch.func may not say that it
+    will differentiate, and a caller of the dispatcher's op need not.
+    """
     if slope.numel() or not mu.numel():
         return slope
     wide = accumulator(mu.dtype)
@@ -294,7 +298,8 @@ def _adapted_draw(function, mu, logvar, prior_mu, prior_logvar, seed, samples, k
     slope = mu.new_empty(0, dtype=second.dtype)
     if keep:
         slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
-    return z.reshape(_sample_shape(mu, samples)), second, slope
+    # In place, here and below: a view could not be modified by the user.
+    return z.squeeze_(0) if samples == NO_AXIS else z, second, slope
 
 
 def _empty_grads(mu, need):

@@ -13,8 +13,9 @@ from .latent import _upcast
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     """log N(x; mean, exp(logvar)) summed over the last axis: x [B, X], mean [K, B, X] -> [K, B]."""
     x, mean, logvar = _upcast(x, mean, logvar)
-    delta = x - mean
-    return -0.5 * (math.log(2 * math.pi) + logvar + delta**2 * torch.exp(-logvar)).sum(2)
+    # exp(-logvar) itself overflows long before what it is a factor of does, here and below.
+    whitened = (x - mean) * torch.exp(-0.5 * logvar)
+    return -0.5 * (math.log(2 * math.pi) + logvar + whitened**2).sum(2)
 
 
 def gaussian_log_prob_backward(
@@ -25,9 +26,10 @@ def gaussian_log_prob_backward(
     shape = logvar.shape
     x, mean, logvar = _upcast(x, mean, logvar)
     g = grad[:, :, None]
-    precision = torch.exp(-logvar)
-    delta = x - mean
-    grad_mean = g * delta * precision
-    grad_logvar = 0.5 * g * (delta**2 * precision - 1)
+    inverse_s = torch.exp(-0.5 * logvar)
+    whitened = (x - mean) * inverse_s
+    push = g * whitened
+    grad_mean = push * inverse_s
+    grad_logvar = 0.5 * (push * whitened - g)
     grads = (-grad_mean.sum(0), grad_mean, grad_logvar.sum_to_size(shape))
     return tuple(v.to(d) if n else None for v, d, n in zip(grads, dtypes, need, strict=True))

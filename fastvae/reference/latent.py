@@ -11,10 +11,10 @@ from .random import normal
 
 
 def _upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Half precision is computed in float32, everything else in its own dtype."""
-    return tuple(
-        t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors
-    )
+    """All in the dtype of the computation: float64 if any of them is, else float32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    dtype = torch.float64 if wide else torch.float32
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
 def _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max):
@@ -58,8 +58,8 @@ def rsample_kl(
     mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
     eps = normal(seed, samples, *mu.shape, sample_offset, row_offset, dtype=mu.dtype)
     z = mu + torch.exp(0.5 * logvar) * eps
-    ratio = logvar - prior_logvar
-    kl = 0.5 * ((mu - prior_mu) ** 2 * torch.exp(-prior_logvar) + _expm1_minus(ratio))
+    whitened = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
+    kl = 0.5 * (whitened**2 + _expm1_minus(logvar - prior_logvar))
     return z.to(dtype), kl if per_dimension else kl.sum(1)
 
 
@@ -92,12 +92,14 @@ def rsample_kl_backward(
         grads[1] += (grad_z * eps).sum(0) * 0.5 * torch.exp(0.5 * logvar)
     if grad_kl is not None:
         grad_kl = grad_kl if grad_kl.dim() == 2 else grad_kl[:, None]
-        precision = torch.exp(-prior_logvar)
-        delta, ratio = mu - prior_mu, torch.expm1(logvar - prior_logvar)
-        grads[0] += grad_kl * delta * precision
+        # 1 / s one factor at a time, here and below: 1 / s^2 overflows long before the product does.
+        inverse_s = torch.exp(-0.5 * prior_logvar)
+        whitened, ratio = (mu - prior_mu) * inverse_s, torch.expm1(logvar - prior_logvar)
+        push = grad_kl * whitened
+        grads[0] += push * inverse_s
         grads[1] += grad_kl * 0.5 * ratio
-        grads[2] -= grad_kl * delta * precision
-        grads[3] -= grad_kl * 0.5 * (ratio + delta**2 * precision)
+        grads[2] -= push * inverse_s
+        grads[3] -= 0.5 * (grad_kl * ratio + push * whitened)
     return _finish(grads, raw, logvar_min, logvar_max, dtypes, need)
 
 
@@ -153,23 +155,31 @@ def rsample_log_ratio_backward(
     sigma = torch.exp(0.5 * logvar)
     eps = normal(seed, samples, *shape, sample_offset, row_offset, dtype=mu.dtype)
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
+    # What reaches z, and that times sigma / 2, factor by factor: one may be beyond its range and the other
+    # not.
     grad_sample = torch.zeros_like(eps) if grad_z is None else grad_z.to(mu.dtype)
+    half_sigma = 0.5 * sigma
+    grad_scaled = grad_sample * half_sigma
     entropy = None
     if grad_log_ratio is not None:
         g = grad_log_ratio[:, :, None]
-        precision = torch.exp(-prior_logvar)
-        delta = mu + sigma * eps - prior_mu
-        grad_sample = grad_sample - g * delta * precision
+        inverse_s = torch.exp(-0.5 * prior_logvar)
+        whitened = (mu + sigma * eps - prior_mu) * inverse_s
+        push = g * whitened
+        grad_sample = grad_sample - push * inverse_s
+        grad_scaled = grad_scaled - push * (half_sigma * inverse_s)
         if path:
             grad_sample = grad_sample + g * eps * torch.exp(-0.5 * logvar)
+            grad_scaled = grad_scaled + 0.5 * g * eps
         else:
             entropy = g if weight is None else g * weight[:, :, None]
-        grads[2] += (g * delta * precision).sum(0)
-        grads[3] += (g * 0.5 * (delta**2 * precision - 1)).sum(0)
+        grads[2] += (push * inverse_s).sum(0)
+        grads[3] += (0.5 * (push * whitened - g)).sum(0)
     if weight is not None:
         grad_sample = grad_sample * weight[:, :, None]
+        grad_scaled = grad_scaled * weight[:, :, None]
     grads[0] += grad_sample.sum(0)
-    grads[1] += (grad_sample * eps).sum(0) * 0.5 * sigma
+    grads[1] += (grad_scaled * eps).sum(0)
     if entropy is not None:
         grads[1] += 0.5 * entropy.sum(0)
     return _finish(grads, raw, logvar_min, logvar_max, dtypes, need)

@@ -68,4 +68,4 @@ def normal(
     radius = torch.sqrt(-2 * torch.log((w[..., 0::2] + 0.5) * 2.0**-32))
     angle = (w[..., 1::2] + 0.5) * (2 * math.pi * 2.0**-32)
     eps = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return eps.flatten(-2)[..., :columns].to(dtype)
+    return eps.flatten(-2)[..., :columns].to(dtype).contiguous()

@@ -1,0 +1,165 @@
+"""Every op and its gradients as a formula of rounded numbers: the values that are expected, and their bounds.
+
+Written by hand from the mathematics (docstrings of fastvae.ops), so that it is independent of the reference.
+Where the implementations round differently the formula here has the more roundings of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .compare import EXP, LOG, Rounded, total
+
+
+def computation(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that is computed in."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _constant(value: float, like: Rounded) -> Rounded:
+    """A number that is no float, perhaps a logarithm that the kernel takes."""
+    value = torch.full_like(like.value, value)
+    return Rounded(value, value.abs() * LOG * like.u, like.u)
+
+
+def rsample(
+    inputs: Sequence[Tensor | None],
+    eps: Tensor,
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None = None,
+    grad_ratio: Tensor | None = None,
+    *,
+    logvar_range: tuple[float, float] | None = None,
+    per_dimension: bool = False,
+    estimator: str = "iwae",
+) -> tuple[dict[str, Rounded], list[Rounded | None]]:
+    """What rsample_kl and rsample_log_ratio give: z, kl and ratio, and the gradients of the four inputs.
+
+    Args:
+        inputs: mu, logvar, and mean and log variance of the prior or None.
+        eps: the noise [K, B, D] in float64.
+        grad_z, grad_kl, grad_ratio: what arrives at z [K, B, D], the KL [B] (or [B, D] with
+            ``per_dimension``) and the ratio [K, B]; None where nothing does.
+    """
+    dtype = computation(*inputs)
+    storage, device = inputs[0].dtype, eps.device
+
+    def given(t, shape=None):
+        return Rounded.exact(torch.zeros(shape, device=device) if t is None else t, dtype)
+
+    b, d = inputs[0].shape
+    mu, raw, m, s = (given(t, (b, d)).expand(b, d) for t in inputs)
+    lo, hi = logvar_range or (-math.inf, math.inf)
+    logvar = Rounded.exact(raw.value.clamp(lo, hi), dtype)
+    eps = Rounded.exact(eps, dtype).noise()
+    sigma = (logvar * 0.5).exp()
+    # N(0, I) has the precision 1, exactly.
+    precision = s.precision() if inputs[3] is not None else Rounded.exact(torch.ones_like(s.value), dtype)
+    move = sigma * eps
+    z = mu + move
+
+    delta, u = mu - m, logvar - s
+    push = delta * precision
+    kl = total([delta * push, u.expm1_minus()])
+    kl = (kl if per_dimension else kl.sum(1)) * 0.5
+
+    far = z - m
+    white = far * precision
+    square = far * white
+    noise = eps.square()
+    ratio = total([noise, -square, logvar.expand(*eps.value.shape), -s.expand(*eps.value.shape)], 2) * 0.5
+
+    zero = given(None, eps.value.shape)
+    g_z = zero if grad_z is None else given(grad_z)
+    g_kl = given(grad_kl, (b, d)) if grad_kl is None or per_dimension else given(grad_kl)[:, None]
+    g = (zero if grad_ratio is None else given(grad_ratio)[:, :, None]).expand(*eps.value.shape)
+    pull = g * white
+    h = [g_z, -pull]
+    if estimator != "iwae":
+        h.append(g * (move * logvar.precision()))
+    h = total(h)
+    if estimator == "dreg":
+        row = given(grad_ratio)
+        whole = row.sum(0)
+        h = h * (row / whole).where(whole.value != 0)[:, :, None]
+    entropy = g if estimator == "iwae" else zero
+    mu_grad = total([h.sum(0), g_kl * push])
+    logvar_grad = total([(h * move * 0.5).sum(0), (entropy * 0.5).sum(0), g_kl * u.expm1() * 0.5])
+    inside = ((raw.value >= lo) & (raw.value <= hi)) | raw.value.isnan()
+    m_grad = total([pull.sum(0), -(g_kl * push)])
+    s_grad = total([(g * square).sum(0), -g.sum(0), -(g_kl * u.expm1()), -(g_kl * (delta * push))]) * 0.5
+    grads = [mu_grad, logvar_grad.where(inside), m_grad, s_grad]
+    # A row's gradient is the sum over the batch of gradients as they are stored.
+    grads = [
+        None if t is None else grad if t.shape == (b, d) else grad.stored(storage).sum_to_size(t.shape)
+        for grad, t in zip(grads, inputs, strict=True)
+    ]
+    return {"z": z, "kl": kl, "ratio": ratio}, grads
+
+
+def gaussian(x: Tensor, mean: Tensor, logvar: Tensor, grad: Tensor) -> tuple[Rounded, list[Rounded]]:
+    """gaussian_log_prob [K, B] and the gradients of x [B, X], mean [K, B, X], logvar (which broadcasts)."""
+    dtype = computation(x, mean, logvar)
+    shape, storage = mean.shape, torch.promote_types(mean.dtype, logvar.dtype)
+    x, mean, v = (Rounded.exact(t, dtype) for t in (x, mean, logvar))
+    g = Rounded.exact(grad, dtype)[(..., *[None] * (len(shape) - 2))]
+    delta = x - mean
+    precision = v.precision()
+    push = delta * precision
+    square = delta * push
+    constant = _constant(math.log(2 * math.pi), square)
+    events = tuple(range(2, len(shape)))
+    out = total([constant, v.expand(*shape), square], *events) * -0.5
+    one = Rounded.exact(torch.ones_like(square.value), dtype)
+    mean_grad = g * push
+    terms = g * total([square, -one]) * 0.5
+    if logvar.shape == shape[1:] or (shape[2:].numel() == 1 and 1 < logvar.numel() < mean.value.numel()):
+        # The gradient of an element may be stored before the sum over what shares its log variance.
+        terms = terms.stored(storage)
+    return out, [-mean_grad.sum(0), mean_grad, terms.sum_to_size(logvar.shape)]
+
+
+def bernoulli(x: Tensor, logits: Tensor, grad: Tensor) -> tuple[Rounded, list[Rounded]]:
+    """bernoulli_log_prob [K, B] and the gradients of x [B, X] and logits [K, B, X]."""
+    dtype = computation(x, logits)
+    dims = tuple(range(2, logits.dim()))
+    x, logits = (Rounded.exact(t, dtype) for t in (x, logits))
+    g = Rounded.exact(grad, dtype)[(..., *[None] * len(dims))]
+    one = Rounded.exact(torch.ones_like(x.value), dtype)
+    right = logits.value > 0
+    missed = one - x
+    miss = Rounded(torch.where(right, missed.value, x.value), torch.where(right, missed.error, x.error), x.u)
+    margin = Rounded(logits.value.abs(), logits.error, x.u)
+    log = (-margin).exp().log1p()
+    # Of a product of 16 factors, made by halves, rather than of each: 3 roundings a halving.
+    log = log.rounded(4 * 3)
+    out = -total([miss * margin, log], *dims)
+    return out, [(g * logits).sum(0), g * (x - logits.sigmoid())]
+
+
+def log_mean_exp(log_w: Tensor, grad: Tensor) -> tuple[Rounded, Rounded]:
+    """log_mean_exp over the first axis, and the gradient of log_w."""
+    dtype = computation(log_w)
+    k = log_w.shape[0]
+    log_w, grad = Rounded.exact(log_w, dtype), Rounded.exact(grad, dtype)
+    peak = log_w.value.amax(0)
+    shift = Rounded.exact(torch.where(peak.isinf(), 0.0, peak), dtype)
+    e = (log_w - shift).exp()
+    # A sum so far is scaled by an exponential of its own whenever the maximum rises: after a block of 16, and
+    # not often.
+    scaled = e.rounded((EXP + 1) * min((k - 1) // 16, 8))
+    sum_ = scaled.sum(0)
+    log_k = _constant(math.log(k), sum_)
+    bound = total([Rounded.exact(peak, dtype), sum_.log(), -log_k])
+    weight = e / sum_
+    # Below the smallest normal number it is zero, and without any weight.
+    tiny = torch.finfo(dtype).tiny
+    small = weight.value < 2 * tiny
+    weight = Rounded(weight.value, torch.where(small, weight.error + 2 * tiny, weight.error), weight.u)
+    weight = weight.where(sum_.value != 0)
+    return bound, grad * weight

@@ -1,0 +1,277 @@
+"""What encoders return, and what likelihoods and posteriors of the user's own must."""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+
+from . import models
+from .conftest import DEVICE
+from .models import generator, rand, randn
+
+B, D, X, K = 5, 3, 7, 4
+BERNOULLI = {"likelihood": "bernoulli"}
+
+
+# Encoders' outputs
+
+
+class DiagonalGaussianDistribution:
+    """diffusers' and latent-diffusion's."""
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+        self.mean, self.logvar = torch.chunk(parameters, 2, dim=1)
+        self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
+
+    def sample(self):
+        return self.mean + self.std * torch.randn_like(self.mean)
+
+
+class ModelOutput(OrderedDict):
+    """diffusers' and transformers': entries are attributes, too."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.__dict__.update(entries)
+
+
+class PlainOutput(OrderedDict):
+    """pythae's: entries are not attributes."""
+
+
+Backwards = namedtuple("Backwards", "logvar, mu")
+WithDraw = namedtuple("WithDraw", "z, mu, log_var")
+
+OUTPUTS = {
+    "a tensor": lambda both, mu, logvar: both,
+    "a list": lambda both, mu, logvar: [mu, logvar],
+    "a posterior": lambda both, mu, logvar: fastvae.DiagonalGaussian(mu, logvar),
+    "a Normal": lambda both, mu, logvar: td.Normal(mu, torch.exp(0.5 * logvar)),
+    "an Independent": lambda both, mu, logvar: td.Independent(td.Normal(mu, torch.exp(0.5 * logvar)), 1),
+    "diffusers' distribution": lambda both, mu, logvar: DiagonalGaussianDistribution(both),
+    "diffusers' output": lambda both, mu, logvar: ModelOutput(latent_dist=DiagonalGaussianDistribution(both)),
+    "pythae's output": lambda both, mu, logvar: PlainOutput(embedding=mu, log_covariance=logvar),
+    "a dict": lambda both, mu, logvar: {"z": None, "logvar": logvar, "mu": mu},
+    "an object": lambda both, mu, logvar: types.SimpleNamespace(mu=mu, logvar=logvar),
+    "a named tuple": lambda both, mu, logvar: Backwards(logvar, mu),
+    "a longer named tuple": lambda both, mu, logvar: WithDraw(mu + 1, mu, logvar),
+}
+
+
+@pytest.mark.parametrize("form", OUTPUTS)
+def test_forms_of_q(form):
+    """Each is read as the pair (mu, logvar), everywhere, gradients and all."""
+    networks = models.networks(X, D, "bernoulli")
+    linear, decoder = networks[0].linear, networks[1]
+    x = rand(B, X, seed=1)
+
+    def pair(x):
+        return linear(x).chunk(2, dim=1)
+
+    def encoder(x):
+        both = linear(x)
+        return OUTPUTS[form](both, *both.chunk(2, dim=1))
+
+    def same(got, expected):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+
+    for objective, options in (
+        (fastvae.elbo, {"samples": 2}),
+        (fastvae.iwae, {"k": K, "estimator": "dreg"}),
+    ):
+        results = []
+        for read in (pair, encoder):
+            bound = objective(x, read(x), decoder, generator=generator(1), **options, **BERNOULLI)
+            results.append((bound, *torch.autograd.grad(bound, [*linear.parameters()])))
+        for got, expected in zip(*results, strict=True):
+            same(got, expected)
+    vaes = [fastvae.VAE(read, decoder, **BERNOULLI) for read in (pair, encoder)]
+    same(*(vae.reconstruct(x) for vae in vaes))
+    same(*(vae.anomaly_score(x, 9, generator=generator(1)) for vae in vaes))
+    assert vaes[1].latent_dim == D
+    evaluations = [
+        fastvae.evaluate(read, decoder, x, k=9, progress=False, generator=generator(1), **BERNOULLI)
+        for read in (pair, encoder)
+    ]
+    same(evaluations[1].log_px, evaluations[0].log_px)
+    same(evaluations[1].kl_per_dim, evaluations[0].kl_per_dim)
+
+
+# What methods of the user's own return
+
+
+class Own(fastvae.Likelihood):
+    """A Poisson, with a mistake at its end."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
+    def log_prob(self, x, parameters, samples):
+        log_rate = parameters.reshape(samples, *x.shape)
+        return self.end(x * log_rate - log_rate.exp() - torch.lgamma(x + 1))
+
+
+class Around(fastvae.Posterior):
+    """A Gaussian, with a mistake at the end of one of its results."""
+
+    def __init__(self, mu, logvar, method=None, index=0, end=None):
+        self.mu = mu
+        self._q = fastvae.DiagonalGaussian(mu, logvar)
+        self.batch, self.device = self._q.batch, self._q.device
+        self._mistake = method, index, end
+
+    def _call(self, method, prior, **options):
+        results = list(getattr(self._q, method)(prior, **options))
+        wrong, index, end = self._mistake
+        if method == wrong:
+            results[index] = end(results[index])
+        return tuple(results)
+
+    def rsample_kl(self, prior, **options):
+        return self._call("rsample_kl", prior, **options)
+
+    def rsample_log_ratio(self, prior, **options):
+        return self._call("rsample_log_ratio", prior, **options)
+
+
+def _calls(with_kl: bool = True):
+    """Everything that draws from q and asks for a likelihood; samples, and a function of x, q, decoder."""
+    if with_kl:
+        yield K, lambda x, q, f, **o: fastvae.elbo(x, q, f, samples=K, **o)
+    yield K, lambda x, q, f, **o: fastvae.elbo(x, q, f, samples=K, kl="mc", **o)
+    yield K, lambda x, q, f, **o: fastvae.iwae(x, q, f, k=K, **o)
+    yield 2, lambda x, q, f, **o: fastvae.iwae(x, q, f, k=K, k_chunk=2, **o)
+    yield 2, lambda x, q, f, **o: fastvae.iwae(x, q, f, k=K, k_chunk=2, estimator="dreg", **o)
+    yield 3, lambda x, q, f, **o: fastvae.log_marginal(x, q, f, k=9, k_chunk=3, **o)
+    yield 3, lambda x, q, f, **o: fastvae.reconstruction_log_prob(x, q, f, samples=9, k_chunk=3, **o)
+    yield 1, lambda x, q, f, **o: fastvae.evaluate(lambda x: q, f, x, k=9, progress=False, **o)
+
+
+def _arguments(event):
+    decoder = nn.Linear(D, event, device=DEVICE)
+    return rand(B, event, seed=1).round(), (randn(B, D, seed=2), randn(B, D, seed=3)), decoder
+
+
+SHAPES = {
+    "not summed": (lambda v: v, lambda k, x: [k, B, x], ValueError),
+    "summed over all": (lambda v: v.sum(), lambda k, x: [], ValueError),
+    "mean over samples": (lambda v: v.sum(-1).mean(0), lambda k, x: [B], ValueError),
+    "samples last": (lambda v: v.sum(-1).T, lambda k, x: [B, k], ValueError),
+    "a column": (lambda v: v.sum(-1).mean(1, keepdim=True), lambda k, x: [k, 1], ValueError),
+}
+
+
+@pytest.mark.parametrize("event", [X, B], ids=["X", "X = B"])
+@pytest.mark.parametrize("mistake", SHAPES)
+def test_wrong_shape_of_a_log_prob(mistake, event):
+    """An event as large as the batch broadcasts; none of these goes unnoticed."""
+    end, shape, exception = SHAPES[mistake]
+    x, q, decoder = _arguments(event)
+    for samples, call in _calls():
+        with pytest.raises(exception) as raised:
+            call(x, q, decoder, likelihood=Own(end))
+        message = str(raised.value)
+        assert message.startswith(f"Own.log_prob returned {shape(samples, event)}; expected log p(x|z)")
+        assert f"[K, B] = [{samples}, {B}]" in message
+        assert "sum over the axes of the event, not over samples or batch" in message
+
+
+def test_wrong_kind_of_a_log_prob():
+    x, q, decoder = _arguments(X)
+    for end, exception, words in (
+        (lambda v: v.sum(-1).long(), TypeError, "a tensor of torch.int64; expected"),
+        (lambda v: v.sum(-1).tolist(), TypeError, "list; expected"),
+        (lambda v: None, TypeError, "NoneType; expected"),
+        (lambda v: v.sum(-1).to("meta"), ValueError, "a tensor on meta; expected"),
+    ):
+        for _, call in _calls():
+            with pytest.raises(exception, match=f"Own.log_prob returned {words}"):
+                call(x, q, decoder, likelihood=Own(end))
+
+
+def test_a_decoder_of_other_rows_under_a_likelihood_of_ones_own():
+    """One row for each sample would be broadcast over the batch."""
+
+    class Broadcasting(fastvae.Likelihood):
+        def log_prob(self, x, parameters, samples):
+            return td.Normal(parameters.reshape(samples, -1, x.shape[1]), 1.0).log_prob(x).sum(-1)
+
+    x, q, decoder = _arguments(X)
+    fastvae.iwae(x, q, decoder, k=K, likelihood=Broadcasting())
+    averaging = lambda z: decoder(z).reshape(K, B, X).mean(1)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"decoder returned \[4, 7\] for z \[20, 3\]; expected K·B = 4·5 rows"
+    ):
+        fastvae.iwae(x, q, averaging, k=K, likelihood=Broadcasting())
+
+
+RATIOS = {
+    "a column": (lambda v: v.mean(1, keepdim=True), lambda k: [k, 1]),
+    "of each dimension": (lambda v: v.unsqueeze(2).expand(-1, -1, D), lambda k: [k, B, D]),
+    "of all": (lambda v: v.sum(), lambda k: []),
+    "of the batch": (lambda v: v.mean(0), lambda k: [B]),
+}
+
+
+@pytest.mark.parametrize("mistake", RATIOS)
+def test_wrong_shape_of_a_log_ratio(mistake):
+    end, shape = RATIOS[mistake]
+    x, q, decoder = _arguments(X)
+    for samples, call in _calls(with_kl=False):
+        with pytest.raises(ValueError) as raised:
+            call(x, Around(*q, "rsample_log_ratio", 1, end), decoder, likelihood=fastvae.Gaussian(1.0))
+        message = str(raised.value)
+        assert message.startswith(f"Around.rsample_log_ratio returned {shape(samples)}; expected log p(z)")
+        assert f"[K, B] = [{samples}, {B}]" in message
+
+
+def test_wrong_shape_of_a_kl():
+    x, q, decoder = _arguments(X)
+
+    def bound(method, index, end, **options):
+        q_of_ones_own = Around(*q, method, index, end)
+        return fastvae.elbo(x, q_of_ones_own, decoder, likelihood=fastvae.Gaussian(1.0), **options)
+
+    for end, shape in ((lambda v: v.mean(), r"\[\]"), (lambda v: v[:, None], r"\[5, 1\]")):
+        with pytest.raises(ValueError, match=rf"rsample_kl returned {shape}; expected the KL \[B\] = \[5\]"):
+            bound("rsample_kl", 1, end)
+    with pytest.raises(ValueError, match=r"rsample_kl returned \[5\]; expected the KL \[B, D\] = \[5, 3\]"):
+        bound("rsample_kl", 1, lambda v: v.sum(1), free_bits=0.1)
+    assert bound(None, 0, None).shape == bound(None, 0, None, free_bits=0.1).shape == ()
+
+
+@pytest.mark.parametrize("method", ["rsample_kl", "rsample_log_ratio"])
+def test_wrong_shape_of_draws(method):
+    x, q, decoder = _arguments(X)
+    for end, shape in (
+        (lambda z: z.transpose(0, 1), [B, K, D]),
+        (lambda z: z[0], [B, D]),
+        (lambda z: z.flatten(0, 1), [K * B, D]),
+    ):
+        with pytest.raises(ValueError) as raised:
+            fastvae.elbo(
+                x, Around(*q, method, 0, end), decoder, samples=K, likelihood=fastvae.Gaussian(1.0),
+                kl="analytic" if method == "rsample_kl" else "mc",
+            )  # fmt: skip
+        assert f"Around.{method} returned {shape}; expected z [K, B, D] = [4, 5, 3]" in str(raised.value)
+
+
+def test_right_shapes_pass():
+    """What is of the user's own and right gives what fastvae's own gives."""
+    x, q, decoder = _arguments(X)
+    own = Own(lambda v: v.sum(-1))
+    for _, call in _calls():
+        results = []
+        for posterior in (q, Around(*q)):
+            result = call(x, posterior, decoder, likelihood=own, generator=generator(1))
+            results.append(getattr(result, "log_px", result))
+        assert torch.equal(*results)

@@ -1,0 +1,106 @@
+"""What an op returns is the caller's own: it may be modified in place, and gradients stay right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import ops
+
+from .conftest import CUDA, DEVICE
+
+
+def _leaf(*shape, low=None):
+    values = torch.randn(shape, device=DEVICE) if low is None else torch.rand(shape, device=DEVICE)
+    return values.requires_grad_()
+
+
+def _seed():
+    return torch.tensor(7, device=DEVICE)
+
+
+# x [B, *event] and the leading axes of the parameters.
+SHAPES = {
+    "[B, X]": ((5, 4), ()),
+    "[1, B, X]": ((5, 4), (1,)),
+    "[K, B, X]": ((5, 4), (3,)),
+    "[K, B, H, W]": ((5, 4, 2), (3,)),
+    "[B, H, W]": ((5, 4, 2), ()),
+    "[K, L, B, X]": ((5, 4), (3, 2)),
+    "[K, B]": ((5,), (3,)),
+}
+
+
+def _likelihood(op, event, lead):
+    x, parameter = _leaf(*event, low=0), _leaf(*lead, *event)
+    if op == "bernoulli":
+        return lambda: (ops.bernoulli_log_prob(x, parameter),), [x, parameter]
+    if op == "gaussian":
+        logvar = _leaf(*lead, *event)
+        return lambda: (ops.gaussian_log_prob(x, parameter, logvar),), [x, parameter, logvar]
+    logvar = _leaf(*event[1:])
+    return lambda: (ops.gaussian_log_prob(x, parameter, logvar),), [x, parameter, logvar]
+
+
+def _latent(op, samples, **options):
+    mu, logvar = _leaf(5, 4), _leaf(5, 4)
+    return lambda: getattr(ops, op)(mu, logvar, samples=samples, seed=_seed(), **options), [mu, logvar]
+
+
+def _log_mean_exp(*shape, dim=0):
+    log_w = _leaf(*shape)
+    return lambda: (ops.log_mean_exp(log_w, dim=dim),), [log_w]
+
+
+CASES = {
+    **{
+        f"{op} {name}": lambda op=op, s=s: _likelihood(op, *s)
+        for op in ("bernoulli", "gaussian", "gaussian row")
+        for name, s in SHAPES.items()
+    },
+    "kl without samples": lambda: _latent("rsample_kl", None),
+    "kl of one sample": lambda: _latent("rsample_kl", 1),
+    "kl of three": lambda: _latent("rsample_kl", 3),
+    "kl per dimension": lambda: _latent("rsample_kl", 3, per_dimension=True),
+    "ratio": lambda: _latent("rsample_log_ratio", 3),
+    "ratio of one": lambda: _latent("rsample_log_ratio", 1, estimator="stl"),
+    "ratio of a chunk": lambda: _latent("rsample_log_ratio", 3, chunk=True),
+    "log-mean-exp": lambda: _log_mean_exp(3, 5),
+    "log-mean-exp of one row": lambda: _log_mean_exp(3),
+    "log-mean-exp of three axes": lambda: _log_mean_exp(5, 3, 4, dim=1),
+    "log-mean-exp of thousands": lambda: _log_mean_exp(3000, 2),
+}
+
+
+RESHAPED = ("one row", "three axes")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_may_be_modified_in_place(backend, name):
+    call, inputs = CASES[name]()
+    results = call()
+    weights = [torch.rand_like(r) for r in results]
+    expected = torch.autograd.grad(results, inputs, weights)
+    modified = call()
+    for i, r in enumerate(modified):
+        kept = r.detach().clone()
+        # Something with a gradient of its own in one, a factor in the other.
+        r.add_(inputs[0].sum()) if i else r.mul_(2)
+        torch.testing.assert_close(r.detach(), kept + inputs[0].sum().detach() if i else 2 * kept)
+    found = torch.autograd.grad(modified, inputs, weights)
+    # By the factor the gradient of the first result counts twice; by the sum all of the first input's does.
+    first = torch.autograd.grad(call()[:1], inputs, weights[:1], allow_unused=True)
+    for i, (f, e, g) in enumerate(zip(found, expected, first, strict=True)):
+        more = sum(float(w.sum()) for w in weights[1:]) if i == 0 else 0.0
+        torch.testing.assert_close(f, e + (0 if g is None else g) + more)
+
+
+# Other axes than [K, N] are PyTorch's own reshaping, there and back.
+@pytest.mark.parametrize("name", [n for n in CASES if n not in (f"log-mean-exp of {s}" for s in RESHAPED)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_kernels_return_no_views(name, grad):
+    for backend in ("native",) if CUDA else ("native", "triton"):
+        with fastvae.use_backend(backend), torch.set_grad_enabled(grad):
+            call, _ = CASES[name]()
+            assert all(r._base is None for r in call()), backend

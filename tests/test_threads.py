@@ -1,0 +1,135 @@
+"""The backend is chosen per thread and per task, and a backward pass follows its forward pass."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import _backend, ops
+
+from .conftest import CUDA, DEVICE
+
+# Two whose bits differ.
+PAIR = ("native", "reference")
+
+
+def _sample():
+    """A function that samples and weighs fixed inputs, and these."""
+    torch.manual_seed(5)
+    mu, logvar = (torch.randn(40, 70, device=DEVICE, requires_grad=True) for _ in range(2))
+    seed = torch.tensor(3, device=DEVICE)
+
+    def run():
+        return ops.rsample_log_ratio(mu, logvar, samples=3, seed=seed)
+
+    return run, (mu, logvar)
+
+
+def _in_thread(function):
+    """The result of a function in a new thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_threads_do_not_see_each_others_backend():
+    run, _ = _sample()
+    expected = {}
+    for name in PAIR:
+        with fastvae.use_backend(name):
+            expected[name] = run()[1].detach()
+    assert not torch.equal(*expected.values())
+    wrong, barrier = [], threading.Barrier(2, timeout=600)
+
+    def loop(name):
+        for _ in range(50):
+            with fastvae.use_backend(name):
+                barrier.wait()  # until the other is in its block, too
+                if not torch.equal(run()[1], expected[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=loop, args=(name,)) for name in PAIR]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_new_thread_has_the_default_and_a_context_carries_the_choice():
+    default = _backend.chosen()
+    other = next(name for name in PAIR if name != default)
+    with fastvae.use_backend(other):
+        assert _in_thread(_backend.chosen) == default
+        context = contextvars.copy_context()
+        assert _in_thread(lambda: context.run(_backend.chosen)) == other
+        with pytest.raises(ZeroDivisionError), fastvae.use_backend(default):
+            assert _backend.chosen() == default
+            1 / 0  # noqa: B018
+        assert _backend.chosen() == other
+    assert _backend.chosen() == default
+
+
+def test_tasks_do_not_see_each_others_backend():
+    async def loop(name):
+        for _ in range(5):
+            with fastvae.use_backend(name):
+                await asyncio.sleep(0)
+                assert _backend.chosen() == name
+
+    async def stream():
+        with fastvae.use_backend("reference"):
+            yield _backend.chosen()
+
+    async def main():
+        before = _backend.chosen()
+        await asyncio.gather(*map(loop, PAIR))
+        generator = stream()
+        assert await anext(generator) == "reference"
+        # Closed by another task than the one that opened it.
+        await asyncio.create_task(generator.aclose())
+        return before
+
+    assert asyncio.run(main()) == _backend.chosen()
+
+
+@pytest.mark.parametrize("where", ["here", "thread"])
+@pytest.mark.parametrize("forward, backward", [PAIR, PAIR[::-1]])
+def test_backward_follows_forward(forward, backward, where):
+    """Bit by bit, in whatever thread and under whatever choice it is asked for."""
+    run, inputs = _sample()
+
+    def differentiate(results):
+        return torch.autograd.grad(results, inputs, [torch.ones_like(r) for r in results])
+
+    with fastvae.use_backend(forward):
+        expected = differentiate(run())
+        results = run()
+    with fastvae.use_backend(backward):
+        other = differentiate(run())
+        found = differentiate(results) if where == "here" else _in_thread(lambda: differentiate(results))
+    assert all(map(torch.equal, found, expected))
+    assert not all(map(torch.equal, found, other))
+
+
+@pytest.mark.skipif(CUDA, reason="Triton's interpreter is chosen before triton is imported")
+def test_chunks_are_made_again_on_the_backend_of_the_forward_pass():
+    """The second pass of checkpointed chunks, in a thread that chose nothing."""
+    linear = torch.nn.Linear(4, 6)
+    mu, logvar, x = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4), torch.rand(5, 6)
+
+    def bound():
+        torch.manual_seed(3)
+        return fastvae.iwae(x, (mu, logvar), linear, likelihood="bernoulli", k=7, k_chunk=2)
+
+    def differentiate(value):
+        return torch.autograd.grad(value, [mu, *linear.parameters()])
+
+    with fastvae.use_backend("triton"):
+        expected, value = differentiate(bound()), bound()
+    assert all(map(torch.equal, _in_thread(lambda: differentiate(value)), expected))

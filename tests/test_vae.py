@@ -1,0 +1,432 @@
+"""fastvae.VAE as a module: whose parameters it has, how it is copied, called and trained."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import fastvae
+
+from . import models
+from .conftest import DEVICE
+from .models import generator, rand, randn
+
+B, D, X, K = 5, 3, 7, 4
+BERNOULLI = {"likelihood": "bernoulli"}
+
+
+class Net(nn.Module):
+    """Both networks in one module, with methods as other libraries have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Sequential(nn.Linear(X, 6), nn.Dropout(0.5), nn.Linear(6, 2 * D)).to(DEVICE)
+        self.dec = nn.Linear(D, X).to(DEVICE)
+
+    def encode(self, x):
+        return self.enc(x)
+
+    def decode(self, z):
+        return self.dec(z)
+
+
+class Caller:
+    """A callable object that is no module."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x):
+        return self.net.encode(x)
+
+
+class UsesGlobal:
+    """Its code names a module that it does not hold."""
+
+    def __call__(self, x):
+        return HELD["net"].encode(x)
+
+    def method(self, x):
+        return HELD["net"].encode(x)
+
+
+HELD = {}
+
+
+class Trainer:
+    """A plain object that holds the networks, and the VAE made of its methods."""
+
+    def __init__(self, net):
+        self.net = net
+        self.vae = fastvae.VAE(self.encode, self.decode, **BERNOULLI)
+
+    def encode(self, x):
+        return self.net.encode(x)
+
+    def decode(self, z):
+        return self.net.decode(z)
+
+
+def callables():
+    """A net, and an encoder and a decoder that use it, for each kind of callable."""
+    net = Net()
+    enc, dec = net.enc, net.dec
+    yield "modules", net, enc, dec
+    yield "methods", net, net.encode, net.decode
+    yield "functions", net, lambda x: enc(x).chunk(2, dim=1), lambda z: dec(z)
+    yield "functions of one net", net, lambda x: net.encode(x), lambda z: net.decode(z)
+    yield "partials", net, functools.partial(lambda m, x: m(x), enc), functools.partial(Net.decode, net)
+    yield "an object", net, Caller(net), dec
+    yield "defaults", net, lambda x, f=enc: f(x), lambda z, *, f=dec: f(z)
+    HELD["net"] = net
+    yield "a method with a global", net, UsesGlobal().method, net.decode
+    yield "an object with a global", net, UsesGlobal(), net.decode
+    yield "compiled functions", net, torch.compile(lambda x: enc(x), backend="eager"), net.decode
+    yield "compiled modules", net, torch.compile(enc, backend="eager"), torch.compile(dec, backend="eager")
+
+
+KINDS = [kind for kind, *_ in callables()]
+
+
+def build(kind):
+    net, encoder, decoder = next(rest for name, *rest in callables() if name == kind)
+    return fastvae.VAE(encoder, decoder, **BERNOULLI), net
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_of_any_callable_are_the_vaes(kind):
+    """Optimisers, state_dict, .eval() and .to() reach what the encoder and the decoder use."""
+    vae, net = build(kind)
+    assert {id(p) for p in vae.parameters()} == {id(p) for p in net.parameters()}
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.Adam(vae.parameters(), lr=0.1)
+    (-vae.elbo(rand(B, X, seed=1))).backward()
+    optimizer.step()
+    for name, value in net.state_dict().items():
+        assert not torch.equal(value, before[name]), name
+    vae.eval()
+    assert not net.enc[1].training
+    other, other_net = build(kind)
+    HELD["net"] = net
+    other.load_state_dict(vae.state_dict())
+    for name, value in net.state_dict().items():
+        assert torch.equal(other_net.state_dict()[name], value)
+    vae.to(torch.float64)
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+    assert vae.elbo(rand(B, X, seed=1, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_scripted_modules():
+    scripted = torch.jit.trace(nn.Linear(X, 2 * D), torch.zeros(1, X)).to(DEVICE)
+    vae = fastvae.VAE(scripted, nn.Linear(D, X, device=DEVICE), **BERNOULLI)
+    assert len(list(vae.parameters())) == 4
+    (-vae(rand(B, X, seed=1))).backward()
+    assert all(bool(p.grad.any()) for p in vae.parameters())
+    # Their methods do not say whose they are.
+    with pytest.raises(TypeError, match="encoder is a method of a scripted module.*the module itself"):
+        fastvae.VAE(scripted.forward, nn.Linear(D, X))
+
+
+def test_names_are_the_functions_variables():
+    net, other = nn.Linear(X, X, bias=False), nn.Linear(X, 2 * D, bias=False)
+    vae = fastvae.VAE(lambda x: other(net(x)), Net().decode)
+    names = [n for n in vae.state_dict() if not n.startswith("decoder")]
+    assert sorted(names) == ["encoder.net.weight", "encoder.other.weight"]
+    # What no variable names gets its type's name, and two of one type a number.
+    pair = [nn.Linear(X, X, bias=False), nn.Linear(X, 2 * D, bias=False)]
+    vae = fastvae.VAE(lambda x: pair[1](pair[0](x)), nn.Linear(D, X))
+    names = [n for n in vae.state_dict() if n.startswith("encoder")]
+    assert names == ["encoder.linear.weight", "encoder.linear2.weight"]
+
+
+def test_functions_without_parameters_are_taken():
+    model = models.LinearGaussian(D, X, dtype=torch.float32)
+    vae = fastvae.VAE(model.posterior, model.decoder, likelihood=model.likelihood)
+    assert not list(vae.parameters())
+    twin = copy.deepcopy(vae)
+    x = model.sample(B)
+    assert torch.equal(twin(x, generator=generator(1)), vae(x, generator=generator(1)))
+
+
+def test_parameters_outside_of_modules_are_refused():
+    weight = randn(X, 2 * D, seed=1).requires_grad_()
+    for role, arguments in (
+        ("encoder", (lambda x: x @ weight, nn.Linear(D, X))),
+        ("decoder", (nn.Linear(X, 2 * D), lambda z: z @ weight[:, :D].T)),
+    ):
+        with pytest.raises(TypeError, match=rf"{role} uses a tensor \[7, 6\] that requires gradients"):
+            fastvae.VAE(*arguments)
+    # One that a module holds is found with it, and what needs no gradient is data.
+    linear, data = nn.Linear(X, 2 * D), randn(X, X, seed=2)
+    vae = fastvae.VAE(lambda x: nn.functional.linear(x @ data, linear.weight, linear.bias), nn.Linear(D, X))
+    assert len(list(vae.parameters())) == 4
+
+
+class Holder(nn.Module):
+    """As a LightningModule has it: networks, methods, and a VAE of the methods."""
+
+    def __init__(self, build):
+        super().__init__()
+        self.enc, self.dec = nn.Linear(X, 2 * D), nn.Linear(D, X)
+        self.vae = build(self)
+
+    def encode(self, x):
+        return self.enc(x)
+
+    def decode(self, z):
+        return self.dec(z)
+
+
+CYCLES = {
+    "methods": lambda self: fastvae.VAE(self.encode, self.decode),
+    "functions": lambda self: fastvae.VAE(lambda x: self.enc(x), lambda z: self.dec(z)),
+    "the decoder alone": lambda self: fastvae.VAE(self.enc, self.decode),
+    "a partial": lambda self: fastvae.VAE(functools.partial(self.encode), self.dec),
+}
+
+
+@pytest.mark.parametrize("how", CYCLES)
+def test_the_module_that_will_hold_the_vae_is_refused(how):
+    """It would be its own part: train() and state_dict() would not end."""
+    with pytest.raises(ValueError, match=r"reaches the Holder that holds the VAE.*self\.enc and self\.dec"):
+        Holder(CYCLES[how])
+    holder = Holder(lambda self: fastvae.VAE(self.enc, self.dec))
+    holder.train().eval()
+    assert len(list(holder.parameters())) == 4
+    assert len(holder.state_dict()) == 8
+
+
+@pytest.mark.parametrize("walk", ["train", "state_dict", "load_state_dict", "double", "repr"])
+def test_the_module_that_came_to_hold_the_vae_is_refused(walk):
+    holder = Holder(lambda self: None)
+    holder.vae = fastvae.VAE(holder.encode, holder.decode)
+    call = {
+        "load_state_dict": lambda: holder.load_state_dict({}, strict=False),
+        "repr": lambda: repr(holder),
+    }.get(walk, lambda: getattr(holder, walk)())
+    with pytest.raises(ValueError, match=r"holds the VAE.*\.enc and \w+\.dec"):
+        call()
+
+
+def test_a_subclass_with_its_own_methods():
+    class Own(fastvae.VAE):
+        def __init__(self):
+            super().__init__(self.encode, self.decode, **BERNOULLI)
+            self.enc, self.dec = nn.Linear(X, 2 * D, device=DEVICE), nn.Linear(D, X, device=DEVICE)
+
+        encode = Net.encode
+        decode = Net.decode
+
+    vae, x = Own(), rand(B, X, seed=1)
+    assert len(vae.state_dict()) == len(list(vae.train().parameters())) == 4
+    _assert_copy(vae, copy.deepcopy(vae), x)
+
+
+def _assert_copy(vae, twin, x):
+    """A copy computes the same, and changing it leaves the original alone."""
+    value = vae(x, generator=generator(1))
+    assert torch.equal(twin(x, generator=generator(1)), value)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.3)
+    assert torch.equal(vae(x, generator=generator(1)), value)
+    assert not torch.equal(twin(x, generator=generator(1)), value)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "average"])
+@pytest.mark.parametrize("kind", ["modules", "methods", "an object"])
+def test_copies_use_their_own_parameters(kind, how):
+    vae, _ = build(kind)
+    vae.eval()
+    if how == "average":
+        twin = torch.optim.swa_utils.AveragedModel(vae)
+    elif how == "deepcopy":
+        twin = copy.deepcopy(vae)
+    else:
+        file = io.BytesIO()
+        torch.save(vae, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    _assert_copy(vae, twin, rand(B, X, seed=1))
+
+
+@pytest.mark.parametrize("what", ["vae", "trainer"])
+def test_copies_of_a_plain_object_and_its_vae(what):
+    trainer = Trainer(Net().eval())
+    copied = copy.deepcopy(trainer if what == "trainer" else trainer.vae)
+    twin = copied.vae if what == "trainer" else copied
+    assert {id(p) for p in twin.parameters()} == {
+        id(p) for p in twin.encoder.function.__self__.net.parameters()
+    }
+    _assert_copy(trainer.vae, twin, rand(B, X, seed=1))
+
+
+_GLOBAL = nn.Linear(X, 2 * D)
+
+
+def _of_a_global(x):
+    return _GLOBAL(x)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "average"])
+def test_copies_that_would_use_the_originals_parameters_are_refused(how):
+    """A function cannot be copied, so neither can its modules."""
+    net = Net()
+    copies = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda vae: torch.save(vae, io.BytesIO()),
+        "average": torch.optim.swa_utils.AveragedModel,
+    }
+    HELD["net"] = net
+    functions = (lambda x: net(x), _of_a_global, functools.partial(_of_a_global), UsesGlobal().method)
+    for encoder in functions:
+        vae = fastvae.VAE(encoder, nn.Linear(D, X))
+        with pytest.raises(TypeError, match=r"cannot be copied.*would go on using the original's \w+"):
+            copies[how](vae)
+
+
+def test_evaluate_with_methods():
+    """The net is put into eval mode and back, and its dropout is off."""
+    net = Net().train()
+    vae = fastvae.VAE(net.encode, net.decode, **BERNOULLI)
+    x = rand(B, X, seed=1)
+    results = [vae.evaluate(x, k=9, progress=False, generator=generator(2)) for _ in range(2)]
+    assert net.enc[1].training
+    assert torch.equal(results[0].log_px, results[1].log_px)
+    expected = fastvae.evaluate(net.enc, net.dec, x, k=9, progress=False, generator=generator(2), **BERNOULLI)
+    assert torch.equal(results[0].log_px, expected.log_px)
+
+
+# forward
+
+
+def test_forward_calls_an_objective_by_name():
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    vae, x = fastvae.VAE(encoder, decoder, **BERNOULLI), rand(B, X, seed=1)
+    for objective, options in (
+        ("elbo", {"samples": 2, "beta": 0.3, "reduction": "none"}),
+        ("iwae", {"k": K, "estimator": "dreg"}),
+        ("iwae", {"k": K, "terms": True}),
+        ("log_marginal", {"k": 30}),
+    ):
+        got = vae(x, objective=objective, generator=generator(1), **options)
+        expected = getattr(vae, objective)(x, generator=generator(1), **options)
+        assert type(got) is type(expected)
+        pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+        assert all(torch.equal(one, other) for one, other in pairs)
+    assert torch.equal(vae(x, generator=generator(1)), vae.elbo(x, generator=generator(1)))
+    seen = []
+    vae.register_forward_hook(lambda module, arguments, result: seen.append(result))
+    vae(x, objective="iwae", k=K)
+    assert len(seen) == 1
+
+
+# Noise of a part of the batch
+
+
+@pytest.mark.parametrize("offset", [0, 2, 2**32 - 2 * B])
+def test_parts_of_a_batch_get_the_noise_of_the_whole(backend, offset):
+    """What ranks with one seed compute of their rows, one process computes of all."""
+    encoder, decoder = models.networks(X, D)
+    rows = 2 * B
+    x = randn(rows, X, seed=1)
+    x[B:] = x[:B]
+    vae = fastvae.VAE(encoder, decoder)
+    calls = [
+        (vae.elbo, {"samples": K}),
+        (vae.elbo, {"samples": K, "kl": "mc"}),
+        (vae.iwae, {"k": K}),
+        (vae.iwae, {"k": K, "k_chunk": 3, "estimator": "dreg"}),
+    ]
+    calls += [(lambda *a, **o: vae.log_marginal(*a, **o).log_px, {"k": 9, "k_chunk": 4})]
+    calls += [(vae.anomaly_score, {"samples": 9})]
+    for call, options in calls:
+        train = {"reduction": "none"} if call in (vae.elbo, vae.iwae) else {}
+        whole, *parts = (
+            call(x[start:stop], row_offset=offset + start, generator=generator(2), **options, **train)
+            for start, stop in ((0, rows), (0, B), (B, rows))
+        )
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+        # The same data, another place: other noise.
+        assert not torch.allclose(parts[0], parts[1])
+
+
+def test_a_posterior_that_knows_no_offset_is_not_asked_for_one():
+    class Plain(fastvae.Posterior):
+        def __init__(self, mu, logvar):
+            self.mu, self.logvar = mu, logvar
+            self.batch, self.device = mu.shape[0], mu.device
+
+        def rsample_kl(self, prior, *, samples, seed, per_dimension=False):
+            return fastvae.ops.rsample_kl(
+                self.mu, self.logvar, samples=samples, seed=seed, per_dimension=per_dimension
+            )
+
+        def rsample_log_ratio(self, prior, *, samples, seed, estimator="iwae"):
+            return fastvae.ops.rsample_log_ratio(
+                self.mu, self.logvar, samples=samples, seed=seed, estimator=estimator
+            )
+
+    encoder, decoder = models.networks(X, D)
+    x = randn(B, X, seed=1)
+    for objective, options in ((fastvae.elbo, {}), (fastvae.elbo, {"kl": "mc"}), (fastvae.iwae, {"k": K})):
+        got = objective(x, Plain(*encoder(x)), decoder, generator=generator(1), **options)
+        assert torch.equal(got, objective(x, encoder(x), decoder, generator=generator(1), **options))
+
+
+# Anomalies under a prior that the posterior needs
+
+
+def test_anomaly_score_hands_over_the_models_prior():
+    class Shifted(fastvae.Prior):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(randn(D, seed=1))
+
+    class Around(fastvae.DiagonalGaussian):
+        """Draws about the prior's place."""
+
+        def rsample_log_ratio(self, prior, **options):
+            moved = fastvae.DiagonalGaussian(self.mu + prior.shift, self.logvar)
+            return moved.rsample_log_ratio(fastvae.StandardNormal(), **options)
+
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    prior, x = Shifted(), rand(B, X, seed=2)
+    vae = fastvae.VAE(lambda x: Around(*encoder(x)), decoder, prior=prior.to(DEVICE), **BERNOULLI)
+    got = vae.anomaly_score(x, 9, generator=generator(3))
+    mu, logvar = encoder(x)
+    options = {"samples": 9, "generator": generator(3), **BERNOULLI}
+    moved = fastvae.reconstruction_log_prob(x, (mu + prior.shift, logvar), decoder, **options)
+    assert torch.equal(got, -moved)
+    with pytest.raises(AttributeError):
+        fastvae.reconstruction_log_prob(x, Around(mu, logvar), decoder, **BERNOULLI)
+
+
+# A learned scale
+
+
+@pytest.mark.parametrize("scale", [0.1, torch.full((X,), 0.1)], ids=["number", "row"])
+def test_learned_scale_stays_positive(scale):
+    """Pixels that never change draw the scale to 0, which a step on the scale itself crosses."""
+    likelihood = fastvae.Gaussian(scale=scale, learned=True)
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    vae = fastvae.VAE(encoder, decoder, likelihood=likelihood.to(DEVICE))
+    assert "likelihood.log_scale" in vae.state_dict()
+    assert torch.allclose(likelihood.scale, torch.as_tensor(0.1, device=DEVICE))
+    optimizer = torch.optim.Adam(vae.parameters(), lr=0.01)
+    with torch.no_grad():
+        decoder.weight.zero_()
+        decoder.bias.zero_()
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = -vae(torch.zeros(B, X, device=DEVICE))
+        loss.backward()
+        optimizer.step()
+        assert bool(loss.isfinite())
+        assert bool((likelihood.scale > 0).all())
+    assert float(likelihood.scale.detach().max()) < 0.05
