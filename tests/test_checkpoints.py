@@ -1,0 +1,181 @@
+"""What a checkpoint belongs to: the model and its parts' order, the prior, the data, and the format."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastvae
+
+from . import models
+from .conftest import DEVICE
+from .models import generator, randn
+
+N, D, X, K = 23, 3, 7, 40
+
+
+def _run(file, encoder, decoder, x, **options):
+    options = {"k": K, "batch_size": 10, "progress": False, "generator": generator(1), **options}
+    return fastvae.evaluate(encoder, decoder, x, checkpoint=file, **options)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_another_prior_is_another_model(tmp_path, learned):
+    """Even one that is off by less than the results show; a prior computed by a network, too."""
+    encoder, decoder = models.networks(X, D)
+    x = randn(N, X, seed=2)
+
+    def prior(shift=0.0):
+        mu = torch.zeros(D, device=DEVICE) + shift
+        return fastvae.DiagonalNormal(nn.Parameter(mu) if learned else mu, torch.zeros(D, device=DEVICE))
+
+    _run(tmp_path / "run.npz", encoder, decoder, x, prior=prior())
+    for other in (prior(1e-6), None):
+        with pytest.raises(ValueError, match="was made with other weights"):
+            _run(tmp_path / "run.npz", encoder, decoder, x, prior=other)
+    assert len(_run(tmp_path / "run.npz", encoder, decoder, x, prior=prior()).log_px) == N
+
+
+def test_another_likelihood_is_another_model(tmp_path):
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    x = randn(N, X, seed=3)
+    _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=fastvae.Gaussian(0.5))
+    with pytest.raises(ValueError, match="was made with other weights"):
+        _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=fastvae.Gaussian(0.5 + 1e-9))
+
+
+def test_encoder_and_decoder_are_not_exchanged(tmp_path):
+    """The same parameters in the other's place."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+
+        def forward(self, x):
+            h = self.linear(x)
+            return h, 0.1 * h
+
+    one, other = Net().to(DEVICE), Net().to(DEVICE)
+    x = randn(N, D, seed=4)
+    _run(tmp_path / "run.npz", one, other, x)
+    with pytest.raises(ValueError, match="was made with other weights"):
+        _run(tmp_path / "run.npz", other, one, x)
+
+
+def test_the_same_bytes_in_another_dtype_are_other_data(tmp_path):
+    """Where the first batch, zeros, cannot tell."""
+    encoder, decoder = models.networks(X, D)
+    wide = lambda x: encoder(x.float())  # noqa: E731
+    x = randn(N, X, seed=5).to(torch.float16)
+    x[:10] = 0
+    _run(tmp_path / "run.npz", wide, decoder, x)
+    with pytest.raises(ValueError, match="was made with other data"):
+        _run(tmp_path / "run.npz", wide, decoder, x.view(torch.bfloat16))
+
+
+def test_the_same_numbers_in_another_shape_are_other_data(tmp_path):
+    encoder, decoder = models.networks(X, D)
+    flat = lambda x: encoder(x.flatten(1))  # noqa: E731
+    reshaped = lambda z: tuple(v.view(-1, 1, X) for v in decoder(z))  # noqa: E731
+    x = randn(N, X, seed=6)
+    _run(tmp_path / "run.npz", flat, decoder, x)
+    with pytest.raises(ValueError, match="was made with other data"):
+        _run(tmp_path / "run.npz", flat, reshaped, x[:, None])
+
+
+def test_parameters_of_another_dtype_are_other_weights(tmp_path):
+    """Whose bytes, zeros, are the same."""
+    x = randn(N, X, seed=7)
+
+    def parts(dtype):
+        encoder, decoder = models.networks(X, D)
+        gain = nn.Module()
+        gain.register_buffer("gain", torch.zeros(D, dtype=dtype, device=DEVICE))
+        encoder.gain = gain
+        return encoder, decoder
+
+    _run(tmp_path / "run.npz", *parts(torch.float16), x)
+    with pytest.raises(ValueError, match="was made with other weights"):
+        _run(tmp_path / "run.npz", *parts(torch.bfloat16), x)
+
+
+def _edited(file, target, **changes):
+    """A copy of a checkpoint with other settings."""
+    with np.load(file) as saved:
+        arrays = dict(saved)
+    settings = json.loads(str(arrays.pop("settings"))) | changes
+    settings = {name: value for name, value in settings.items() if value is not ...}
+    np.savez(target, settings=json.dumps(settings), **arrays)
+    return target
+
+
+@pytest.mark.parametrize("made", [0, 99, ...], ids=str)
+def test_another_format_is_refused(tmp_path, made):
+    encoder, decoder = models.networks(X, D)
+    x = randn(N, X, seed=8)
+    file = tmp_path / "run.npz"
+    _run(file, encoder, decoder, x)
+    other = _edited(file, tmp_path / "other.npz", format=made)
+    with pytest.raises(ValueError, match="other format"):
+        _run(other, encoder, decoder, x)
+
+
+def test_a_setting_that_this_version_does_not_know_is_refused(tmp_path):
+    encoder, decoder = models.networks(X, D)
+    x = randn(N, X, seed=9)
+    file = tmp_path / "run.npz"
+    _run(file, encoder, decoder, x)
+    other = _edited(file, tmp_path / "other.npz", novelty=3)
+    with pytest.raises(ValueError, match="other novelty"):
+        _run(other, encoder, decoder, x)
+
+
+def test_a_run_with_a_nan_goes_on(tmp_path):
+    """The first batch is looked at again, and NaN is what it was then."""
+    encoder, decoder = models.networks(X, D)
+    x = randn(N, X, seed=10)
+    x[3, 1] = math.nan
+    file = tmp_path / "run.npz"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, again = (_run(file, encoder, decoder, x) for _ in range(2))
+    assert first.log_px.isnan().tolist() == [n == 3 for n in range(N)]
+    torch.testing.assert_close(again.log_px, first.log_px, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_interrupted_run_keeps_what_was_done(tmp_path):
+    """And goes on with it: no batch twice, the same numbers as without a stop."""
+    encoder, decoder = models.networks(X, D)
+    x = randn(N, X, seed=11)
+    calls = []
+
+    def stops(x):
+        calls.append(len(x))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encoder(x)
+
+    def goes_on(x):
+        calls.append(len(x))
+        return encoder(x)
+
+    file, options = tmp_path / "run.npz", {"batch_size": 4}
+    with pytest.raises(KeyboardInterrupt):
+        _run(file, stops, decoder, x, **options)
+    with np.load(file) as saved:
+        assert saved["sizes"].tolist() == [4, 4, 4]
+    calls.clear()
+    result = _run(file, goes_on, decoder, x, **options)
+    # One to see that the weights are the same, and the three that were missing.
+    assert calls == [4, 4, 4, 3]
+    expected = _run(None, encoder, decoder, x, **options)
+    assert torch.equal(result.log_px, expected.log_px)
+    assert result.curve == expected.curve
+    torch.testing.assert_close(result.kl_per_dim, expected.kl_per_dim, rtol=1e-14, atol=0)

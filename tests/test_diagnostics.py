@@ -1,0 +1,234 @@
+"""The numbers of an evaluation beside log p(x), from log weights that are known."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+from fastvae.weights import pareto_khat
+
+from .conftest import DEVICE
+from .models import LinearGaussian, generator, randn
+
+N, D, X = 23, 3, 7
+QUIET = {"progress": False}
+
+
+class Given(fastvae.Likelihood):
+    """log p(x|z) is what a table says for the example, whose number is its first pixel, and for the draw."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.register_buffer("table", table)
+        self.drawn = 0
+
+    def log_prob(self, x, parameters, samples):
+        start, self.drawn = self.drawn, self.drawn + samples
+        return self.table[start : start + samples, x[:, 0].long()]
+
+
+def _evaluate_table(table, **options):
+    """Of log weights [K, N]: q is the prior, so that they are the log-likelihoods. One batch."""
+    k, n = table.shape
+    zeros = torch.zeros(n, D, dtype=table.dtype, device=DEVICE)
+    x = torch.arange(n, device=DEVICE, dtype=table.dtype)[:, None]
+    options = {"k": k, "batch_size": n, **QUIET, **options}
+    return fastvae.evaluate(
+        lambda x: (zeros[: len(x)], zeros[: len(x)]), nn.Identity(), x, likelihood=Given(table), **options
+    )
+
+
+@pytest.mark.parametrize("k_chunk", [None, 600])
+def test_sums_of_float32_weights_are_kept_in_float64(k_chunk):
+    """20 000 of them, to the digits of float64; and so are means of log weights near −1000."""
+    k, n = 20_000, 6
+    table = (randn(k, n, seed=1) - 1000).float()
+    result = _evaluate_table(table, k_chunk=k_chunk)
+    wide = table.double().cpu()
+    w = torch.softmax(wide, 0)
+    expected = {
+        "log_px": torch.logsumexp(wide, 0) - math.log(k),
+        "elbo": wide.mean(0),
+        "ess": 1 / w.square().sum(0),
+        "log_px_stderr": ((w.square().sum(0) - 1 / k) * k / (k - 1)).sqrt(),
+    }
+    for name, value in expected.items():
+        assert getattr(result, name).dtype == torch.float64
+        torch.testing.assert_close(getattr(result, name), value, rtol=1e-12, atol=0)
+    assert result.nll == pytest.approx(-float(expected["log_px"].mean()), rel=1e-14)
+
+
+def test_what_is_known_stops():
+    """An infinite density, NaN, and equal weights need no more draws; others go on."""
+
+    class ByExample(fastvae.Likelihood):
+        """Of the example's number, its first pixel, and of z."""
+
+        def log_prob(self, x, parameters, samples):
+            z = parameters.reshape(samples, len(x), D)[..., 0]
+            kinds = [
+                0 * z,
+                torch.where(z > 0, math.inf, z),
+                torch.where(z > 0, math.nan, z),
+                3 * z,
+                z - math.inf,
+            ]
+            return torch.stack(kinds, 2).gather(2, x[:, :1].long().expand(samples, -1, 1))[..., 0]
+
+    zeros = torch.zeros(5, D, dtype=torch.float64, device=DEVICE)
+    x = torch.arange(5, device=DEVICE, dtype=torch.float64)[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = fastvae.evaluate(
+            lambda x: (zeros, zeros), nn.Identity(), x, likelihood=ByExample(), k=800, tol=0.01, **QUIET
+        )
+    assert result.k.tolist() == [100, 100, 100, 800, 800]
+    assert result.log_px[1] == math.inf and result.log_px[4] == -math.inf and bool(result.log_px[2].isnan())
+    # Quantiles are of those that have one.
+    assert all(math.isfinite(q) for q in result.ess_quantiles)
+
+
+def test_the_curve_has_each_points_own_mean_and_error():
+    k, n = 1000, 40
+    table = 2 * randn(k, n, seed=3, dtype=torch.float64) + randn(n, seed=4, dtype=torch.float64)
+    result = _evaluate_table(table)
+    assert [point[0] for point in result.curve] == [1, 10, 100, 1000]
+    for draws, nll, error in result.curve:
+        bound = torch.logsumexp(table[:draws], 0) - math.log(draws)
+        assert nll == pytest.approx(-float(bound.mean()), rel=1e-12)
+        assert error == pytest.approx(float(bound.std()) / math.sqrt(n), rel=1e-12)
+    assert result.stderr == result.curve[-1][2]
+    assert len({error for *_, error in result.curve}) == 4
+
+
+@pytest.mark.parametrize("batch_size", [N, 5])
+def test_the_kl_of_each_latent_is_that_to_the_models_prior(batch_size):
+    model = LinearGaussian(D, X)
+    x = model.sample(N)
+    prior = td.Normal(
+        randn(D, seed=5, dtype=torch.float64), 0.5 + randn(D, seed=6, dtype=torch.float64).abs()
+    )
+    result = fastvae.evaluate(
+        model.posterior, model.decoder, x, k=9, likelihood=model.likelihood, prior=prior,
+        batch_size=batch_size, **QUIET,
+    )  # fmt: skip
+    mu, logvar = model.posterior(x)
+    expected = td.kl_divergence(td.Normal(mu, torch.exp(0.5 * logvar)), prior).mean(0)
+    torch.testing.assert_close(result.kl_per_dim, expected.cpu(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5])
+def test_active_units_are_counted_by_the_unbiased_variance(batch_size):
+    """Over five examples the variance divided by five would be below the threshold; batches do not matter."""
+    unit = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0], device=DEVICE, dtype=torch.float64)
+    # Unbiased variances: 0.5 s^2 = 0.0101, 0.0099 and 0; divided by five, 0.0081 and less.
+    scale = torch.tensor([math.sqrt(0.0202), math.sqrt(0.0198), 0.0], device=DEVICE, dtype=torch.float64)
+    x = (7 + unit)[:, None]
+    result = fastvae.evaluate(
+        lambda x: ((x - 7) * scale + 100, torch.zeros(len(x), 3, dtype=x.dtype, device=DEVICE)),
+        nn.Identity(), x.expand(5, 3), k=2, likelihood=fastvae.Gaussian(1.0), batch_size=batch_size, **QUIET,
+    )  # fmt: skip
+    assert result.active_units == 1
+
+
+def test_batches_of_other_means_are_active_units_too():
+    """A unit that is constant within each batch, and not between them; batches of unequal sizes."""
+    levels = torch.tensor([0.0] * 5 + [0.5] * 2, device=DEVICE)
+    x = levels[:, None].expand(7, D)
+    options = {"k": 2, "likelihood": fastvae.Gaussian(1.0), **QUIET}
+    for batches, active in (([x[:5], x[5:]], D), ([x[:5], x[:2]], 0)):
+        result = fastvae.evaluate(lambda x: (x, torch.zeros_like(x)), nn.Identity(), batches, **options)
+        assert result.active_units == active
+
+
+def test_a_tail_of_four_is_not_fitted():
+    """Fewer than five draws above the rest of the tail, of which the others are out of range: +inf."""
+    for above, finite in ((4, False), (5, True)):
+        log_w = torch.full((100, 1), -900.0, dtype=torch.float64, device=DEVICE)
+        log_w[:above, 0] = -torch.arange(above, dtype=torch.float64)
+        found = float(pareto_khat(log_w))
+        assert math.isfinite(found) if finite else found == math.inf
+        result = _evaluate_table(log_w)
+        assert float(result.khat[0]) == found
+
+
+def test_defaults():
+    """5000 draws; with a tolerance, 100 000 at most, in batches of 100."""
+    sizes = []
+
+    def encoder(x):
+        sizes.append(len(x))
+        return torch.zeros(len(x), 1, device=DEVICE), torch.zeros(len(x), 1, device=DEVICE)
+
+    x = torch.linspace(0, 4, 101, device=DEVICE)[:, None]
+    options = {"likelihood": fastvae.Gaussian(1.0), **QUIET}
+    assert set(fastvae.evaluate(encoder, nn.Identity(), x, **options).k.tolist()) == {5000}
+    assert sizes == [100, 1]
+    result = fastvae.evaluate(encoder, nn.Identity(), x[:1], tol=1e-9, **options)
+    assert result.k.tolist() == [100_000]
+
+
+def test_what_a_result_says_in_words():
+    model = LinearGaussian(D, X)
+    x = model.sample(N)
+    result = fastvae.evaluate(
+        lambda x: model.posterior(x, 0.4, 0.3), model.decoder, x, k=500, likelihood=model.likelihood, **QUIET
+    )
+    gap = float((result.log_px - result.elbo).mean())
+    assert gap > 0
+    assert f"ELBO           {float(result.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)" in str(result)
+    assert f"bits           {result.bits_per_dim:.4f} per dimension, of {X}" in str(result)
+    assert f"KL {float(result.kl_per_dim.sum()):.2f} nats" in str(result)
+    assert f"median {float(result.khat.nanmedian()):.2f}; above 0.7 for" in str(result)
+    few = fastvae.evaluate(model.posterior, model.decoder, x, k=20, likelihood=model.likelihood, **QUIET)
+    assert "unknown; it takes 21 draws" in str(few)
+    assert few.khat.isnan().all()
+
+
+def test_what_is_not_known_is_left_out_of_the_file(tmp_path):
+    """And what is there is read without pickle."""
+
+    class Bare(fastvae.Posterior):
+        def __init__(self, mu, logvar):
+            self.inner = fastvae.DiagonalGaussian(mu, logvar)
+            self.batch, self.device = self.inner.batch, self.inner.device
+
+        def rsample_log_ratio(self, prior, **options):
+            return self.inner.rsample_log_ratio(prior, **options)
+
+    model = LinearGaussian(D, X)
+    result = fastvae.evaluate(
+        lambda x: Bare(*model.posterior(x)), model.decoder, model.sample(N), k=9, likelihood=model.likelihood,
+        **QUIET,
+    )  # fmt: skip
+    assert result.active_units is None and result.kl_per_dim is None
+    result.save(tmp_path / "result.npz")
+    with np.load(tmp_path / "result.npz", allow_pickle=False) as saved:
+        assert {"active_units", "kl_per_dim"}.isdisjoint(saved.files)
+        for name in saved.files:
+            assert saved[name].dtype != object
+        assert np.array_equal(saved["khat"], result.khat.numpy(), equal_nan=True)
+
+
+def test_an_array_that_may_not_be_written_is_read():
+    model = LinearGaussian(D, X)
+    x = model.sample(N)
+    array = x.cpu().numpy().copy()
+    array.flags.writeable = False
+    run = lambda data, encoder: fastvae.evaluate(  # noqa: E731
+        encoder, model.decoder, data, k=9, likelihood=model.likelihood, generator=generator(7), **QUIET
+    )
+    encoder = nn.Module()
+    encoder.anchor = nn.Parameter(torch.zeros(1, device=DEVICE))
+    encoder.forward = model.posterior
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = run(array, encoder)
+    torch.testing.assert_close(got.log_px, run(x, encoder).log_px, rtol=1e-12, atol=1e-12)

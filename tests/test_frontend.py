@@ -1,0 +1,363 @@
+"""What the front end says about its numbers: terms, β, clamps, priors, scales, and a VAE's own methods."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+from fastvae import ops
+
+from . import models
+from .conftest import DEVICE
+from .models import LinearGaussian, generator, rand, randn, seed_of
+
+B, D, X, K = 5, 3, 7, 4
+
+
+def _inputs(dtype=torch.float64):
+    """x, mu, logvar and the weight of a linear decoder."""
+    return (
+        randn(B, X, seed=1, dtype=dtype),
+        randn(B, D, seed=2, dtype=dtype),
+        randn(B, D, seed=3, dtype=dtype),
+        randn(D, X, seed=4, dtype=dtype),
+    )
+
+
+def _samples(mu, logvar, k, seed):
+    """z [K, B, D] at the address that the objectives draw from."""
+    eps = fastvae.random.normal(seed_of(seed), k, *mu.shape, dtype=mu.dtype)
+    return mu + torch.exp(0.5 * logvar) * eps
+
+
+def _close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+# Terms.
+
+
+@pytest.mark.parametrize("k_chunk", [None, 3])
+def test_terms_of_iwae_are_means_over_the_draws(k_chunk):
+    """log p(x|z) and log q(z|x) − log p(z), which is the KL's Monte Carlo estimate: its sign is the KL's."""
+    x, mu, logvar, weight = _inputs()
+    terms = fastvae.iwae(
+        x, (mu, logvar), lambda z: z @ weight, k=K, k_chunk=k_chunk, likelihood=fastvae.Gaussian(0.8),
+        terms=True, generator=generator(5),
+    )  # fmt: skip
+    z = _samples(mu, logvar, K, 5)
+    log_likelihood = td.Normal(z @ weight, 0.8).log_prob(x).sum(2)
+    log_q = td.Normal(mu, torch.exp(0.5 * logvar)).log_prob(z).sum(2)
+    log_p = td.Normal(torch.zeros_like(mu), 1.0).log_prob(z).sum(2)
+    _close(terms.log_likelihood, log_likelihood.mean(0))
+    _close(terms.kl, (log_q - log_p).mean(0))
+    _close(terms.bound, torch.logsumexp(log_likelihood + log_p - log_q, 0) - math.log(K))
+
+
+def test_terms_of_the_monte_carlo_elbo_are_means_over_the_draws():
+    x, mu, logvar, weight = _inputs()
+    terms = fastvae.elbo(
+        x, (mu, logvar), lambda z: z @ weight, samples=K, kl="mc", likelihood=fastvae.Gaussian(0.8),
+        terms=True, generator=generator(6),
+    )  # fmt: skip
+    z = _samples(mu, logvar, K, 6)
+    log_q = td.Normal(mu, torch.exp(0.5 * logvar)).log_prob(z).sum(2)
+    log_p = td.Normal(torch.zeros_like(mu), 1.0).log_prob(z).sum(2)
+    _close(terms.log_likelihood, td.Normal(z @ weight, 0.8).log_prob(x).sum(2).mean(0))
+    _close(terms.kl, (log_q - log_p).mean(0))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kl": "mc"}, {"kl": "mc", "samples": K}, {"free_bits": 0.3}, {"samples": K}], ids=str
+)
+def test_beta_weighs_every_kind_of_kl(options):
+    """In the value and in the gradient."""
+    x, mu, logvar, weight = _inputs()
+    mu.requires_grad_()
+
+    def run(**more):
+        return fastvae.elbo(
+            x, (mu, logvar), lambda z: z @ weight, likelihood=fastvae.Gaussian(0.8), generator=generator(7),
+            **options, **more,
+        )  # fmt: skip
+
+    plain, heavy = run(terms=True), run(beta=3.0, terms=True)
+    assert float(plain.kl.detach().abs().min()) > 1e-3
+    _close(heavy.kl, plain.kl)
+    _close(heavy.bound, plain.bound - 2 * plain.kl)
+    _close(run(beta=3.0), heavy.bound.mean())
+    _close(run(beta=0.0), plain.log_likelihood.mean())
+    slope = [torch.autograd.grad(run(beta=beta), mu)[0] for beta in (0.0, 1.0, 3.0)]
+    _close(slope[2] - slope[0], 3 * (slope[1] - slope[0]))
+    assert bool((slope[1] != slope[0]).any())
+
+
+# Posteriors and priors.
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["Normal", "Independent"])
+@pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae"])
+def test_a_torch_normal_is_read_by_its_standard_deviation(objective, wrapped):
+    """As q and as p, of which the scales are σ and s, not variances; by torch's own densities."""
+    x, mu, logvar, weight = _inputs()
+    q = td.Normal(mu, torch.exp(0.5 * logvar))
+    p = td.Normal(randn(D, seed=8, dtype=torch.float64), 0.5 + rand(D, seed=9, dtype=torch.float64))
+    given = (td.Independent(q, 1), td.Independent(p, 1)) if wrapped else (q, p)
+    options = {"likelihood": fastvae.Gaussian(0.8), "prior": given[1], "reduction": "none"}
+    if objective == "iwae":
+        got = fastvae.iwae(x, given[0], lambda z: z @ weight, k=K, generator=generator(10), **options)
+    else:
+        kl = "mc" if objective == "elbo mc" else "analytic"
+        got = fastvae.elbo(
+            x, given[0], lambda z: z @ weight, samples=K, kl=kl, generator=generator(10), **options
+        )
+    z = _samples(mu, logvar, K, 10)
+    log_likelihood = td.Normal(z @ weight, 0.8).log_prob(x).sum(2)
+    log_ratio = (p.log_prob(z) - q.log_prob(z)).sum(2)
+    expected = {
+        "elbo": log_likelihood.mean(0) - td.kl_divergence(q, p).sum(1),
+        "elbo mc": (log_likelihood + log_ratio).mean(0),
+        "iwae": torch.logsumexp(log_likelihood + log_ratio, 0) - math.log(K),
+    }[objective]
+    _close(got, expected)
+
+
+CLAMP = (-0.5, 0.75)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae", "log_marginal"])
+def test_logvar_range_clamps_everything_that_the_posterior_says(objective):
+    """z, the KL and the log-ratio, as if the log variances had come clamped."""
+    x, mu, logvar, weight = _inputs()
+    assert bool((logvar < CLAMP[0]).any()) and bool((logvar > CLAMP[1]).any())
+
+    def run(q):
+        options = {"likelihood": fastvae.Gaussian(0.8), "generator": generator(11)}
+        decoder = lambda z: z @ weight  # noqa: E731
+        if objective == "iwae":
+            return fastvae.iwae(x, q, decoder, k=K, reduction="none", **options)
+        if objective == "log_marginal":
+            return fastvae.log_marginal(x, q, decoder, k=K, **options).log_px
+        kl = "mc" if objective == "elbo mc" else "analytic"
+        return fastvae.elbo(x, q, decoder, kl=kl, reduction="none", **options)
+
+    got = run(fastvae.DiagonalGaussian(mu, logvar, logvar_range=CLAMP))
+    _close(got, run((mu, logvar.clamp(*CLAMP))))
+    assert float((got - run((mu, logvar))).abs().min()) > 1e-6
+
+
+def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
+    """Examples that go on drawing keep their own row of it, though the mean is one for all."""
+    n = 23
+    model = LinearGaussian(D, X)
+    x = model.sample(n)
+    mu, logvar = model.posterior(x)
+    mu[[4, 17]] += 2 * torch.exp(0.5 * logvar[[4, 17]])
+    scales = torch.linspace(-0.4, 0.4, n, dtype=torch.float64, device=DEVICE)[:, None].expand(n, D)
+    prior = fastvae.DiagonalNormal(torch.zeros(D, dtype=torch.float64, device=DEVICE), scales.contiguous())
+    options = {"likelihood": model.likelihood, "prior": prior}
+    result = fastvae.evaluate(
+        lambda _: (mu, logvar), model.decoder, x, k=800, tol=0.15, batch_size=n, progress=False,
+        generator=generator(12), **options,
+    )  # fmt: skip
+    assert len(result.k.unique()) > 1 and int((result.k > 100).sum()) <= 8
+    for k in result.k.unique().tolist():
+        expected = fastvae.log_marginal(
+            x, (mu, logvar), model.decoder, k=k, generator=generator(12), **options
+        )
+        rows = result.k == k
+        torch.testing.assert_close(result.log_px[rows], expected.log_px.cpu()[rows], rtol=1e-10, atol=1e-10)
+
+
+def test_a_clamp_is_kept_by_examples_that_go_on_drawing():
+    n = 23
+    model = LinearGaussian(D, X)
+    x = model.sample(n)
+    mu, logvar = model.posterior(x)
+    mu[[4, 17]] += 2 * torch.exp(0.5 * logvar[[4, 17]])
+    lo, hi = float(logvar.min()) + 0.2, float(logvar.max()) - 0.2
+
+    def run(q):
+        return fastvae.evaluate(
+            lambda _: q, model.decoder, x, k=800, tol=0.2, batch_size=n, progress=False,
+            likelihood=model.likelihood, generator=generator(13),
+        )  # fmt: skip
+
+    got = run(fastvae.DiagonalGaussian(mu, logvar, logvar_range=(lo, hi)))
+    expected = run((mu, logvar.clamp(lo, hi)))
+    # Few enough that they are drawn for by themselves.
+    assert 1 <= int((got.k > 100).sum()) <= 8
+    assert torch.equal(got.k, expected.k)
+    torch.testing.assert_close(got.log_px, expected.log_px, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.kl_per_dim, expected.kl_per_dim, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("value", [(1.0, 1.0), (math.nan, 1.0), (0.0, math.nan)])
+def test_an_empty_range_is_refused(value):
+    with pytest.raises(ValueError, match="logvar_range"):
+        fastvae.DiagonalGaussian(torch.zeros(B, D), torch.zeros(B, D), logvar_range=value)
+
+
+# Likelihoods.
+
+
+def test_a_scale_must_be_of_the_event():
+    """Of a row per sample, or per something else, there is no reading."""
+    x, mu, logvar, weight = _inputs()
+    for shape in ((K, 1, X), (X - 1,), (B + 1, X), (1, 1, 1)):
+        scale = torch.ones(shape, dtype=torch.float64, device=DEVICE)
+        with pytest.raises(ValueError, match="scale has shape"):
+            fastvae.iwae(x, (mu, logvar), lambda z: z @ weight, k=K, likelihood=fastvae.Gaussian(scale))
+    # A row, a number and one for each example are.
+    for shape in ((X,), (1,), (), (B, X), (B, 1)):
+        scale = 0.5 + torch.rand(shape, dtype=torch.float64, device=DEVICE)
+        got = fastvae.iwae(
+            x, (mu, logvar), lambda z: z @ weight, k=K, likelihood=fastvae.Gaussian(scale), terms=True,
+            generator=generator(14),
+        )  # fmt: skip
+        z = _samples(mu, logvar, K, 14)
+        _close(got.log_likelihood, td.Normal(z @ weight, scale).log_prob(x).sum(2).mean(0))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="costs a synchronisation on a GPU")
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_scale_that_is_no_deviation_is_refused(value):
+    scale = torch.ones(X)
+    scale[2] = value
+    with pytest.raises(ValueError, match="must be positive"):
+        fastvae.Gaussian(scale)
+
+
+def test_a_fixed_log_variance_is_as_exact_as_the_sums(backend):
+    """A number is kept in float32 where the mean is in bfloat16: log 0.01 would lose 0.004 of it."""
+    x, mean = (randn(B, X, seed=s).bfloat16() for s in (15, 16))
+    got = ops.gaussian_log_prob(x, mean, math.log(0.01))
+    exact = td.Normal(mean.double(), 0.1).log_prob(x.double()).sum(1)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+# VAE.
+
+
+def _vae(likelihood="bernoulli", **options):
+    encoder, decoder = models.networks(X, D, likelihood)
+    return fastvae.VAE(encoder, decoder, likelihood=likelihood, **options)
+
+
+def test_means_are_in_the_space_of_the_data():
+    """Probabilities for Bernoulli, the mean alone for a Gaussian's pair; at the mean of q, whatever its σ."""
+    x = rand(B, X, seed=17)
+    vae = _vae()
+    mu, _ = vae.encoder(x)
+    expected = torch.sigmoid(vae.decoder(mu))
+    torch.testing.assert_close(vae.reconstruct(x), expected, rtol=1e-6, atol=1e-7)
+    drawn = vae.sample(200, generator=generator(18))
+    assert drawn.shape == (200, X)
+    assert bool(((drawn > 0) & (drawn < 1)).all())
+    vae = _vae("gaussian")
+    mu, _ = vae.encoder(x)
+    torch.testing.assert_close(vae.reconstruct(x), vae.decoder(mu)[0], rtol=1e-6, atol=1e-7)
+    scaled = fastvae.VAE(vae.encoder, lambda z: vae.decoder(z)[0], likelihood=fastvae.Gaussian(0.1))
+    torch.testing.assert_close(scaled.reconstruct(x), vae.decoder(mu)[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_samples_are_of_the_models_dtype(dtype):
+    vae = _vae(latent_dim=D).to(dtype)
+    assert vae.sample(6).dtype == dtype
+
+
+@pytest.mark.parametrize("prior", ["standard", "learned"])
+def test_samples_are_draws_from_the_prior(prior):
+    """Mean and deviation of each latent, by a decoder that returns z; the generator decides."""
+    n = 40_000
+    mu, logvar = torch.tensor([0.0, 3.0, -2.0]), torch.tensor([0.0, math.log(4.0), math.log(0.09)])
+    if prior == "standard":
+        mu, logvar = torch.zeros(D), torch.zeros(D)
+    options = {"prior": fastvae.DiagonalNormal(nn.Parameter(mu), nn.Parameter(logvar))}
+    vae = fastvae.VAE(
+        nn.Linear(X, 2 * D), nn.Identity(), likelihood=fastvae.Gaussian(1.0), latent_dim=D,
+        **(options if prior == "learned" else {}),
+    ).to(DEVICE)  # fmt: skip
+    z = vae.sample(n, generator=generator(19)).cpu()
+    sigma = torch.exp(0.5 * logvar)
+    # Six standard errors, with one seed.
+    assert bool(((z.mean(0) - mu).abs() < 6 * sigma / math.sqrt(n)).all())
+    assert bool(((z.std(0) / sigma - 1).abs() < 6 / math.sqrt(2 * n)).all())
+    assert torch.equal(vae.sample(n, generator=generator(19)).cpu(), z)
+    assert not torch.equal(vae.sample(n, generator=generator(20)).cpu(), z)
+
+
+def test_an_anomaly_score_is_minus_an_and_chos_reconstruction_probability():
+    """By its definition; samples, k_chunk and the generator arrive."""
+    x = rand(B, X, seed=21).round()
+    vae = _vae()
+    mu, logvar = vae.encoder(x)
+    for samples in (6, 100):
+        logits = vae.decoder(_samples(mu, logvar, samples, 22))
+        each = td.Bernoulli(logits=logits).log_prob(x).sum(2).detach()
+        expected = math.log(samples) - torch.logsumexp(each, 0)
+        options = {} if samples == 100 else {"samples": samples, "k_chunk": 4}
+        got = vae.anomaly_score(x, generator=generator(22), **options)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="k_chunk must be at least 1"):
+        vae.anomaly_score(x, k_chunk=0)
+
+
+def test_a_vae_hands_on_its_prior_its_likelihood_and_every_option():
+    x = rand(B, X, seed=23)
+    prior = fastvae.DiagonalNormal(nn.Parameter(randn(D, seed=24)), nn.Parameter(randn(D, seed=25)))
+    vae = _vae(prior=prior)
+    q, meaning = vae.encoder(x), {"likelihood": "bernoulli", "prior": prior}
+
+    def same(actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+    same(
+        vae.elbo(x, samples=3, beta=0.5, generator=generator(26)),
+        fastvae.elbo(x, q, vae.decoder, samples=3, beta=0.5, generator=generator(26), **meaning),
+    )
+    same(
+        vae.iwae(x, 6, reduction="none", generator=generator(26)),
+        fastvae.iwae(x, q, vae.decoder, k=6, reduction="none", generator=generator(26), **meaning),
+    )
+    same(
+        tuple(vae.log_marginal(x, 30, k_chunk=7, generator=generator(26))),
+        tuple(fastvae.log_marginal(x, q, vae.decoder, k=30, generator=generator(26), **meaning)),
+    )
+    options = {"k": 30, "progress": False}
+    same(
+        vae.evaluate(x, generator=generator(26), **options).log_px,
+        fastvae.evaluate(
+            vae.encoder, vae.decoder, x, generator=generator(26), **options, **meaning
+        ).log_px,
+    )  # fmt: skip
+    # Which is not what another prior gives.
+    vae.prior = fastvae.StandardNormal()
+    with pytest.raises(AssertionError):
+        same(
+            vae.elbo(x, generator=generator(26)),
+            fastvae.elbo(x, q, vae.decoder, generator=generator(26), **meaning),
+        )
+
+
+def test_the_latent_dimension_is_learned_from_the_first_batch():
+    vae = _vae()
+    vae.elbo(rand(B, X, seed=27))
+    assert vae.sample(2).shape == (2, X)
+
+
+def test_infinite_numbers_are_refused():
+    x, mu, logvar, weight = _inputs()
+    for name in ("beta", "free_bits"):
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            fastvae.elbo(
+                x, (mu, logvar), lambda z: z @ weight, likelihood=fastvae.Gaussian(1.0), **{name: math.inf}
+            )
+    with pytest.raises(ValueError, match="tol must be finite"):
+        fastvae.evaluate(lambda x: (mu, logvar), lambda z: z @ weight, x, tol=math.inf)

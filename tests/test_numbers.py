@@ -1,0 +1,314 @@
+"""Where single numbers are lost: conversions, clamps and their edges, checks of every target, long sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import ops
+
+from .conftest import CUDA, DEVICE
+from .models import rand, randn
+
+HALVES = [torch.float16, torch.bfloat16]
+SEED = torch.tensor(5, device=DEVICE)
+
+
+def _all_numbers(dtype):
+    """Every bit pattern of a half precision but NaN: subnormals, both zeros, infinities."""
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).to(DEVICE)
+    return patterns[~patterns.isnan()]
+
+
+def _bits(t):
+    return t.cpu().view({2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+# Conversions.
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_precision_number_is_read(backend, dtype):
+    """The gradient by x of a Gaussian of mean m, variance 1 and x = 0 is m: m is read, and nothing else."""
+    mean = _all_numbers(dtype).view(-1, 1)
+    x = torch.zeros(len(mean), 1, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.gaussian_log_prob(x, mean, 0.0).sum(), x)
+    assert torch.equal(grad, mean.float())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_result_is_rounded_to_the_nearest(backend, dtype):
+    """The gradient by m = 0 of such a Gaussian is x: float32 to half precision, ties to even, to infinity."""
+    exact = _all_numbers(dtype).float()
+    exact = exact[exact.isfinite()].sort().values.unique()
+    half = (exact[1:] - exact[:-1]) / 2
+    ties = exact[:-1] + half
+    near = [torch.nextafter(ties, torch.full_like(ties, s)) for s in (-math.inf, math.inf)]
+    limit = torch.finfo(dtype).max
+    # Half a step beyond the largest number is where infinity begins.
+    edge = torch.tensor(limit, device=DEVICE) + half[-1]
+    beyond = torch.stack([edge, torch.nextafter(edge, torch.zeros_like(edge)), edge * 1.01])
+    beyond = torch.cat([beyond, -beyond, torch.tensor([math.inf, -math.inf, 3e38, -3e38], device=DEVICE)])
+    x = torch.cat([exact, ties, *near, beyond])
+    # Float32 subnormals are not bfloat16's affair only: a GPU may flush them.
+    x = x[(x.abs() >= torch.finfo(torch.float32).tiny) | (x == 0)].view(-1, 1)
+    mean = torch.zeros(len(x), 1, dtype=dtype, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.gaussian_log_prob(x, mean, 0.0).sum(), mean)
+    assert grad.dtype == dtype
+    wrong = (grad != x.to(dtype)).flatten()
+    assert not wrong.any(), (x[wrong][:5], grad[wrong][:5], x.to(dtype)[wrong][:5])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -(2**31) + 0x7F80FFFF])
+def test_nan_of_any_payload_stays_nan(backend, dtype, bits):
+    """Rounding must not carry it over into a number."""
+    x = torch.tensor([bits], dtype=torch.int32).view(torch.float32).expand(3, 5).clone().to(DEVICE)
+    mean = torch.zeros(3, 5, dtype=dtype, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.gaussian_log_prob(x, mean, 0.0).sum(), mean)
+    assert grad.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_latents_of_any_size(backend, dtype):
+    """Subnormal means, and samples beyond the largest float16: z is the rounded float32 z."""
+    numbers = _all_numbers(dtype)
+    mu = numbers[numbers.isfinite()][:: 7 if backend == "triton" else 1]
+    mu = mu[: len(mu) // 9 * 9].view(-1, 9)
+    for level in (-200.0, 20.0):
+        logvar = torch.full_like(mu, level)
+        z, _ = ops.rsample_log_ratio(mu, logvar, samples=1, seed=SEED)
+        wide, _ = ops.rsample_log_ratio(mu.float(), logvar.float(), samples=1, seed=SEED)
+        assert torch.equal(z, wide.to(dtype))
+    assert bool(z.isinf().any()) == (dtype == torch.float16)
+
+
+# Clamps.
+
+
+@pytest.mark.parametrize("limits", [(-math.inf, 0.5), (-0.5, math.inf), (-0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_clamp_of_one_side(backend, limits, dtype):
+    """z, KL, ratio and gradients are those of clamped log variances; on the edge the gradient is there."""
+    b, d, k = 6, 5, 3
+    mu = randn(b, d, seed=1, dtype=dtype)
+    logvar = 2 * randn(b, d, seed=2, dtype=dtype)
+    # Equal to the limits in some elements.
+    logvar[0], logvar[1] = -0.5, 0.5
+    grad_z, grad_kl, grad_ratio = (randn(*s, seed=3, dtype=dtype) for s in ((k, b, d), (b,), (k, b)))
+    for op, options, second in (
+        (ops.rsample_kl, {}, grad_kl),
+        (ops.rsample_log_ratio, {}, grad_ratio),
+        (ops.rsample_log_ratio, {"estimator": "stl"}, grad_ratio),
+    ):
+        results = []
+        for clamped in (True, False):
+            leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
+            given = leaves[1] if clamped else leaves[1].clamp(*limits)
+            out = op(
+                leaves[0], given, samples=k, seed=SEED, logvar_range=limits if clamped else None, **options
+            )
+            results.append((*(o.detach() for o in out), *torch.autograd.grad(out, leaves, (grad_z, second))))
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+        edges = results[0][3][:2]
+        assert edges.all() and not results[0][3][2:][logvar[2:] > limits[1]].any()
+
+
+@pytest.mark.parametrize("forward, backward", [("reference", "native"), ("native", "reference")])
+def test_a_clamp_holds_when_the_backend_changes_between_the_passes(forward, backward):
+    def run(first, then):
+        mu, logvar = (2 * randn(6, 5, seed=s) for s in (4, 5))
+        leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
+        with fastvae.use_backend(first):
+            z, kl = ops.rsample_kl(*leaves, samples=3, seed=SEED, logvar_range=(-0.5, 0.5))
+        with fastvae.use_backend(then):
+            return torch.autograd.grad((z.square().sum(), kl.sum()), leaves)
+
+    for got, expected in zip(run(forward, backward), run("reference", "reference"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+# Every target is checked.
+
+
+@pytest.mark.parametrize("bad", [-1e-3, 1.001, math.inf])
+@pytest.mark.parametrize(
+    ("rows", "columns", "place"),
+    [
+        (70, 7, (69, 6)), (70, 7, (0, 0)), (200, 3, (130, 1)),  # many rows in a tile
+        (3, 3000, (0, 2999)), (3, 3000, (2, 1024)), (1, 1025, (0, 1024)), (1, 2048, (0, 1023)),  # long
+        (40, 700, (39, 699)), (40, 700, (17, 300)),  # rows of one tile
+    ],
+)  # fmt: skip
+def test_a_single_target_out_of_range_is_refused(backend, monkeypatch, rows, columns, place, bad):
+    monkeypatch.setenv("FASTVAE_CHECK", "1")
+    x, logits = rand(rows, columns, seed=6), randn(2, rows, columns, seed=7)
+    ops.bernoulli_log_prob(x, logits)
+    x[place] = bad
+    with pytest.raises(ValueError, match="must lie in \\[0, 1\\]"):
+        ops.bernoulli_log_prob(x, logits)
+
+
+# Log variances in every layout.
+
+
+def _layouts(k, b, size):
+    return {
+        "full": (k, b, size), "row per pixel": (size,), "number": (), "number per row": (b, 1),
+        "row per sample": (k, 1, size), "number per sample": (k, 1, 1), "row per example": (b, size),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", _layouts(1, 1, 1))
+@pytest.mark.parametrize(
+    "sizes", [(3, 4, 5), (3, 1, 6), (1, 4, 5), (2, 3, 1), (2, 1, 1), (40, 1, 3), (2, 3, 1100)]
+)
+def test_log_variances_of_every_layout(backend, layout, sizes):
+    """Value and all gradients by torch's own density, whatever is broadcast and how it lies in memory."""
+    k, b, size = sizes
+    shape = _layouts(k, b, size)[layout]
+    x, mean = randn(b, size, seed=8), randn(k, b, size, seed=9)
+    upstream = randn(k, b, seed=11)
+    for spread in (False, True):
+        logvar = randn(*shape, 2, seed=10)[..., 0] if spread else randn(*shape, seed=10)
+        leaves = [t.detach().requires_grad_() for t in (x, mean, logvar)]
+        value = ops.gaussian_log_prob(*leaves)
+        got = (value, *torch.autograd.grad(value, leaves, upstream))
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        exact = torch.distributions.Normal(wide[1], torch.exp(0.5 * wide[2])).log_prob(wide[0]).sum(2)
+        wanted = (exact, *torch.autograd.grad(exact, wide, upstream.double()))
+        for actual, expected in zip(got, wanted, strict=True):
+            assert actual.shape == expected.shape
+            # Sums of at most k b x terms of order 1 to 30.
+            assert float((actual.double() - expected).detach().abs().max()) <= 2e-6 * float(
+                expected.detach().abs().max() + 30
+            )
+
+
+# Sums of many terms.
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(params=["native", "reference"])
+def on_cpu(request):
+    """Triton's programs are few there, and its sums of some thousand terms a lane are another matter."""
+    if CUDA:
+        pytest.skip("the C++ kernels' sums")
+    with fastvae.use_backend(request.param):
+        yield
+
+
+def _off(actual, exact):
+    """The largest relative error, in eps."""
+    return float(((actual.detach().double() - exact) / exact).abs().max()) / EPS
+
+
+@pytest.mark.parametrize("values", ["constant", "random"])
+def test_very_long_rows(on_cpu, values):
+    """A blank picture's terms are all rounded to the same side; the tiles of a row are added in double."""
+    b, size = 2, 1_000_003
+    level = randn(b, 1, seed=15).expand(b, size)
+    x = (level if values == "constant" else randn(b, size, seed=16)).contiguous()
+    mean, logvar = torch.zeros(1, b, size, device=DEVICE), torch.full((size,), 0.3, device=DEVICE)
+    wide = x.double()
+    exact = torch.distributions.Normal(0.0, math.exp(0.15)).log_prob(wide).sum(1)
+    full = logvar.expand(1, b, size).contiguous()
+    number = torch.tensor(0.3, device=DEVICE)
+    # float32's 0.3 is another number.
+    exact = -0.5 * (math.log(2 * math.pi) + float(number) + wide**2 * math.exp(-float(number))).sum(1)
+    for v in (full, logvar, number, number.expand(1, b, 1)):
+        assert _off(ops.gaussian_log_prob(x, mean, v), exact) < 8
+    coin = ops.bernoulli_log_prob(x.sigmoid(), mean + 1.7)
+    logit = float(torch.tensor(1.7))
+    exact = (x.sigmoid().double() * logit - math.log1p(math.exp(logit))).sum(1)
+    assert _off(coin, exact) < 8
+    q = x, full[0]
+    _, kl = ops.rsample_kl(*q, samples=1, seed=SEED)
+    assert _off(kl, 0.5 * (wide**2 + math.expm1(float(number)) - float(number)).sum(1)) < 8
+    _, ratio = ops.rsample_log_ratio(*q, samples=1, seed=SEED)
+    with fastvae.use_backend("reference"):
+        _, exact = ops.rsample_log_ratio(*(t.double() for t in q), samples=1, seed=SEED)
+    # Its terms have both signs: relative to the sum of their magnitudes, two or more a column.
+    assert float((ratio.double() - exact).abs().max()) < 8 * EPS * 2 * size
+
+
+def test_gradients_over_many_samples(on_cpu):
+    """What is summed over 60 000 of them keeps its digits: gradients of x, a shared log variance, and q."""
+    k, size = 60_000, 3
+    x, probability = randn(1, size, seed=17), rand(1, size, seed=18)
+    mean = torch.full((k, 1, size), 0.3, device=DEVICE)
+    upstream = torch.full((k, 1), 0.731, device=DEVICE)
+    logvar = torch.zeros(size, device=DEVICE, requires_grad=True)
+    x.requires_grad_()
+    got = torch.autograd.grad(ops.gaussian_log_prob(x, mean, logvar), (x, logvar), upstream)
+    g, delta = k * float(upstream[0, 0]), (x - mean[0]).detach().double()
+    assert _off(got[0], -g * delta) < 16
+    assert _off(got[1], 0.5 * g * (delta[0] ** 2 - 1)) < 16
+    probability.requires_grad_()
+    (got,) = torch.autograd.grad(ops.bernoulli_log_prob(probability, mean + 3.0), probability, upstream)
+    assert _off(got, (mean[0] + 3.0).double() * g) < 16
+    # q = p, so that of the log variance's gradient nothing but the entropy's is left in the mean.
+    q = [torch.zeros(2, size, device=DEVICE, requires_grad=True) for _ in range(2)]
+    _, ratio = ops.rsample_log_ratio(*q, samples=k, seed=SEED)
+    got = torch.autograd.grad(ratio, q, upstream.expand(k, 2))
+    with fastvae.use_backend("reference"):
+        wide = [t.detach().double().requires_grad_() for t in q]
+        _, ratio = ops.rsample_log_ratio(*wide, samples=k, seed=SEED)
+        exact = torch.autograd.grad(ratio, wide, upstream.double().expand(k, 2))
+    for actual, expected in zip(got, exact, strict=True):
+        # Terms of g each: relative to the sum of their magnitudes.
+        assert float((actual.double() - expected).abs().max()) < 16 * EPS * g
+
+
+def test_weights_of_many_samples_sum_to_one(on_cpu):
+    k = 60_000
+    for spread in (0.0, 1.0):
+        log_w = (spread * randn(k, 8, seed=19) - 300).requires_grad_()
+        bound = ops.log_mean_exp(log_w)
+        weights = torch.autograd.grad(bound.sum(), log_w)[0].double()
+        assert float((weights.sum(0) - 1).abs().max()) < 4 * EPS
+        exact = torch.logsumexp(log_w.detach().double(), 0) - math.log(k)
+        assert float((bound.double() - exact).detach().abs().max()) < 2 * EPS * 300
+
+
+def test_sums_that_are_split_over_programs(backend):
+    """Few rows and many samples, or the other way round: every part is added once, in every gradient."""
+    for k, b, size in ((700, 1, 5), (1, 900, 5), (3, 2, 2500)):
+        x, mean, upstream = rand(b, size, seed=20), randn(k, b, size, seed=21), randn(k, b, seed=22)
+        mu, logvar = randn(b, size, seed=23), randn(b, size, seed=24)
+        grads = randn(k, b, size, seed=25), randn(b, seed=26), upstream
+
+        def run(
+            dtype, x=x, mean=mean, upstream=upstream, mu=mu, logvar=logvar, grads=grads, size=size, k=k, b=b
+        ):
+            results = []
+            for shape in ((k, b, size), (size,), (b, 1), ()):
+                leaves = [t.detach().to(dtype).requires_grad_() for t in (x, mean, randn(*shape, seed=27))]
+                value = ops.gaussian_log_prob(*leaves)
+                results += [value, *torch.autograd.grad(value, leaves, upstream.to(dtype))]
+            leaves = [t.detach().to(dtype).requires_grad_() for t in (x, mean)]
+            value = ops.bernoulli_log_prob(*leaves)
+            results += [value, *torch.autograd.grad(value, leaves, upstream.to(dtype))]
+            for op, options in ((ops.rsample_kl, {}), (ops.rsample_log_ratio, {"estimator": "stl"}),
+                                (ops.rsample_log_ratio, {})):  # fmt: skip
+                prior = [0.5 * randn(b, size, seed=s) for s in (28, 29)]
+                leaves = [t.detach().to(dtype).requires_grad_() for t in (mu, logvar, *prior)]
+                out = op(*leaves[:2], samples=k, seed=SEED, prior=leaves[2:], **options)
+                arriving = grads[0].to(dtype), (grads[1] if op is ops.rsample_kl else grads[2]).to(dtype)
+                results += [out[1], *torch.autograd.grad(out, leaves, arriving)]
+            return results
+
+        got = run(torch.float32)
+        with fastvae.use_backend("reference"):
+            expected = run(torch.float64)
+        for i, (actual, exact) in enumerate(zip(got, expected, strict=True)):
+            assert actual.shape == exact.shape
+            # Sums of some thousand terms of both signs: a part left out, or added twice, is far more.
+            bound = 1e-5 * float(exact.detach().abs().max() + 30)
+            assert float((actual.double() - exact).detach().abs().max()) <= bound, (i, k, b, size)
