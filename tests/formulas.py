@@ -105,7 +105,7 @@ def rsample(
 def gaussian(x: Tensor, mean: Tensor, logvar: Tensor, grad: Tensor) -> tuple[Rounded, list[Rounded]]:
     """gaussian_log_prob [K, B] and the gradients of x [B, X], mean [K, B, X], logvar (which broadcasts)."""
     dtype = computation(x, mean, logvar)
-    shape, storage = mean.shape, torch.promote_types(mean.dtype, logvar.dtype)
+    shape = mean.shape
     x, mean, v = (Rounded.exact(t, dtype) for t in (x, mean, logvar))
     g = Rounded.exact(grad, dtype)[(..., *[None] * (len(shape) - 2))]
     delta = x - mean
@@ -118,9 +118,6 @@ def gaussian(x: Tensor, mean: Tensor, logvar: Tensor, grad: Tensor) -> tuple[Rou
     one = Rounded.exact(torch.ones_like(square.value), dtype)
     mean_grad = g * push
     terms = g * total([square, -one]) * 0.5
-    if logvar.shape == shape[1:] or (shape[2:].numel() == 1 and 1 < logvar.numel() < mean.value.numel()):
-        # The gradient of an element may be stored before the sum over what shares its log variance.
-        terms = terms.stored(storage)
     return out, [-mean_grad.sum(0), mean_grad, terms.sum_to_size(logvar.shape)]
 
 

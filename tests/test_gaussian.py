@@ -179,3 +179,18 @@ def test_nan_stays_in_its_row(backend):
     spoiled[1, 2, 3] = math.nan
     out = ops.gaussian_log_prob(x, spoiled, 0.3)
     assert int(out.isnan().sum()) == 1 and bool(out[1, 2].isnan())
+
+
+def test_the_gradients_of_a_shared_log_variance_are_summed_before_they_are_rounded(backend):
+    """Samples of opposite gradients cancel but for a thousandth, which roundings to bfloat16 would bury."""
+    k, b, n = 64, 3, 5
+    x = torch.zeros(b, n, dtype=torch.bfloat16, device=DEVICE)
+    mean = torch.randn(1, b, n, device=DEVICE).bfloat16().expand(k, b, n)
+    logvar = torch.zeros(b, n, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    sign = torch.tensor([1.0, -0.999], device=DEVICE).repeat(k // 2)[:, None].expand(k, b)
+    (grad,) = torch.autograd.grad(ops.gaussian_log_prob(x, mean, logvar), logvar, sign)
+    square = mean.double().square()
+    exact = (sign.double()[:, :, None] * 0.5 * (square - 1)).sum(0)
+    # One rounding to bfloat16, and those of a sum of k terms in float32, in any order.
+    bound = 2**-9 * exact.abs() + k * 2**-23 * (square + 1).sum(0)
+    assert bool(((grad.double() - exact).abs() <= bound).all())

@@ -155,6 +155,9 @@ def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
     if not mean.numel():
         return _zero_grads((x, mean, logvar), need)
     given, dtypes = logvar.shape, (x.dtype, mean.dtype, logvar.dtype)
+    if need[2] and given != mean.shape:
+        # The gradients of those that share a log variance are summed, and must not be rounded before.
+        logvar = cast(logvar, torch.promote_types(logvar.dtype, accumulator(mean.dtype)))
     data, parameter, logvar, layout = _native_layout(x, mean, logvar)
     x, mean = cast(x, data), cast(mean, parameter)
     wide = accumulator(parameter)
