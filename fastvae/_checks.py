@@ -125,7 +125,7 @@ def check_weight(name: str, value: Any, meaning: str, q: Any, *, per_row: bool) 
         wrong = ~((value >= 0) & (value < math.inf)).detach()
         if bool(wrong.any()):
             raise ValueError(
-                f"{name} must be finite and at least 0, {meaning}; got {value.detach()[wrong].tolist()}"
+                f"{name} must be finite and at least 0, {meaning}; got {value.detach()[wrong][:5].tolist()}"
             )
     return value
 

@@ -412,9 +412,9 @@ class Store:
         done = self.ranks.rank == 0 and bool(parts) and self._write(self.path, parts)
         self.ranks.wait()
         if done:
-            for other in self._files():
+            for other in [*self._files(), *self._drafts()]:
                 if other != self.path:
-                    other.unlink()
+                    other.unlink(missing_ok=True)
         self.ranks.wait()
 
     def _same_everywhere(self) -> None:
@@ -431,6 +431,11 @@ class Store:
         ranks = re.compile(rf"{re.escape(self.path.stem)}\.rank\d+{re.escape(self.path.suffix)}")
         others = sorted(p for p in self.path.parent.iterdir() if ranks.fullmatch(p.name))
         return [p for p in (self.path, *others) if p.exists()]
+
+    def _drafts(self) -> list[Path]:
+        """What a process that was killed while it wrote has left."""
+        name = rf"\.{re.escape(self.path.stem)}(\.rank\d+)?{re.escape(self.path.suffix)}\.\d+"
+        return [p for p in self.path.parent.iterdir() if re.fullmatch(name, p.name)]
 
     def _load(self) -> list[Part]:
         parts: dict[int, Part] = {}

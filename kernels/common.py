@@ -417,9 +417,10 @@ def _is_watched(kernel: triton.JITFunction) -> bool:
     runtime = triton.knobs.runtime
     return bool(
         runtime.debug
-        or triton.knobs.compilation.instrumentation_mode
-        or runtime.add_stages_inspection_hook
         or kernel.pre_run_hooks
+        # Not every version of Triton has these.
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or getattr(triton.knobs.compilation, "instrumentation_mode", None)
     )
 
 

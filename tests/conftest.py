@@ -34,6 +34,8 @@ hypothesis.settings.register_profile(
 )
 # For python -m benchmarks gpu: on a card every new shape compiles a kernel, which takes a second.
 hypothesis.settings.register_profile("device", hypothesis.settings.get_profile("fastvae"), max_examples=6)
+# For tests that are run once more elsewhere, such as on an older processor's instructions.
+hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("fastvae"), max_examples=8)
 hypothesis.settings.load_profile(os.environ.get("FASTVAE_TEST_PROFILE", "fastvae"))
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")

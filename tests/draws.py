@@ -119,7 +119,9 @@ def main() -> int:
     parser.add_argument("op", nargs="*", choices=[*OPS, []], default=[])
     parser.add_argument("--backend", nargs="+", default=["native", "triton", "reference"])
     parser.add_argument("--elements", type=int, default=10**6)
-    parser.add_argument("--seconds", type=float, default=120, help="for an op and a backend (default 120)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="for an op and a backend at most (default 60)"
+    )
     parser.add_argument("--seed", type=int, help="one seed alone, which a failure has named")
     options = parser.parse_args()
     failed = False

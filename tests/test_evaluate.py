@@ -1195,6 +1195,14 @@ def test_a_summary_can_be_printed_anywhere(encoding, sign, monkeypatch):
     assert f"{result.nll:.2f} {sign} {result.stderr:.2f} nats" in stream.buffer.getvalue().decode(encoding)
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    model, x, q = _model_and_data()
+    for name in (".run.npz.123", ".run.rank3.npz.4", ".run.npz.bak", ".other.npz.5"):
+        (tmp_path / name).write_bytes(b"half")
+    _evaluate(model, q, x, checkpoint=tmp_path / "run.npz")
+    assert {p.name for p in tmp_path.iterdir()} == {"run.npz", ".run.npz.bak", ".other.npz.5"}
+
+
 def test_checkpoints_leave_other_files_alone(tmp_path):
     model, x, q = _model_and_data()
     other = tmp_path / "run[1].rank_best.npz"

@@ -71,6 +71,7 @@ def test_the_kernels_on_an_older_processor(isa):
     command += ["-o", "addopts=", "-k", "(native or cpp) and not slow", *tests]
     # Without a GPU: there "native" is another thing.
     environment = {**os.environ, "FASTVAE_ISA": isa, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["FASTVAE_TEST_PROFILE"] = "few"
     root = os.path.dirname(folder)
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

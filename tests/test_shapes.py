@@ -130,10 +130,10 @@ def test_the_grid_is_large_enough():
 
 
 SHAPES = {
-    "one long row": (1, 1, 30_001),
-    "few long rows": (1, 3, 3 * 32 * 32),
-    "long rows, several samples": (3, 2, 2100),
-    "many short rows": (1, 3001, 3),
+    "one long row": (1, 1, 9001),
+    "few long rows": (1, 3, 2100),
+    "long rows, several samples": (3, 2, 1300),
+    "many short rows": (1, 1201, 3),
     "one column": (2, 777, 1),
     "one of everything": (1, 1, 1),
     "many samples of one row": (2001, 1, 2),
@@ -173,7 +173,7 @@ def test_likelihood_shapes(backend, shape):
         assert_accurate(*result)
 
 
-@pytest.mark.parametrize("k, n", [(20_001, 1), (3000, 3), (1, 5000), (2, 40_001), (600, 17)])
+@pytest.mark.parametrize("k, n", [(5001, 1), (3000, 3), (1, 3000), (2, 16_501), (600, 17)])
 def test_importance_shapes(backend, k, n):
     """Samples that are split over programs, with -inf, inf and NaN in some columns."""
     log_w = 30 * torch.randn(k, n, device=DEVICE)
