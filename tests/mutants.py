@@ -1563,27 +1563,6 @@ PYTHON = [
         ("evaluate::test_eval_mode_and_back",),
     ),
     Mutant(
-        "ranks: an example's draws twice",
-        "fastvae/_parts.py",
-        "for r in (self.rank, self.rank + 1)]",
-        "for r in (0, self.world)]",
-        ("evaluate::test_any_number_of_ranks[samples]",),
-    ),
-    Mutant(
-        "ranks: a batch left out",
-        "fastvae/_parts.py",
-        "index % self.world == self.rank",
-        "index % self.world == self.rank and index != 5",
-        ("evaluate::test_any_number_of_ranks[data]",),
-    ),
-    Mutant(
-        "ranks: each by its own seed",
-        "fastvae/_parts.py",
-        'self.gather(value, "first")[0]',
-        '(self.gather(value, "first"), value)[1]',
-        ("evaluate::test_any_number_of_ranks[data]",),
-    ),
-    Mutant(
         "digests are blind to the dtype",
         "fastvae/_parts.py",
         'f"{t.dtype}{tuple(t.shape)}"',
@@ -1703,7 +1682,7 @@ PYTHON = [
         "fastvae/weights.py",
         "other.second * its.square()",
         "other.second * its",
-        ("mistakes::test_running_maximum_may_rise_and_fall",),
+        ("weights::test_any_split_gives_the_same",),
     ),
     Mutant(
         "VAE: samples in the noise's dtype",
