@@ -55,6 +55,8 @@ def test_every_result_is_rounded_to_the_nearest(backend, dtype):
     x = torch.cat([exact, ties, *near, beyond])
     # Float32 subnormals are not bfloat16's affair only: a GPU may flush them.
     x = x[(x.abs() >= torch.finfo(torch.float32).tiny) | (x == 0)].view(-1, 1)
+    if backend == "triton" and not CUDA:  # a few seconds' worth of them, the largest among them
+        x = torch.cat([x[::11], x[-2000:]])
     mean = torch.zeros(len(x), 1, dtype=dtype, device=DEVICE, requires_grad=True)
     (grad,) = torch.autograd.grad(ops.gaussian_log_prob(x, mean, 0.0).sum(), mean)
     assert grad.dtype == dtype
