@@ -92,7 +92,7 @@ def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
 
 @pytest.mark.parametrize("given", [False, True], ids=["torch's state", "a generator"])
 def test_seeds_have_64_bits(given):
-    """Neither half is the same twice: two of 200 draws share 32 bits with a chance of 5e-6; the seed is fixed."""
+    """Neither half comes twice: of 200 draws two share 32 bits with a chance of 5e-6, and these are fixed."""
     source = generator(4) if given else None
     if not given:
         torch.manual_seed(4)
