@@ -1297,10 +1297,10 @@ PYTHON = [
         ("weights::test_log_marginal_agrees_with_weights_of_all_draws",),
     ),
     Mutant(
-        "memory: the lesson forgotten",
+        "memory: what fits divided by the batch twice",
         "fastvae/_model.py",
-        "size = min(size, self.most_rows // max(1, batch))",
-        "size = size",
+        "self.most_rows = half * batch",
+        "self.most_rows = half",
         ("evaluate::test_out_of_memory_halves_the_chunk",),
     ),
     Mutant(
@@ -1336,14 +1336,14 @@ PYTHON = [
         "fastvae/ops/latent.py",
         ".clamp(lo, hi)) * eps",
         ") * eps",
-        ("numbers::test_a_clamp_holds_when_the_backend_changes_between_the_passes",),
+        ("numbers::test_what_the_dispatchers_op_did_not_keep_is_made_again",),
     ),
     Mutant(
         "slope made again: half of it",
         "fastvae/ops/latent.py",
         "slope = 0.5 * torch.exp",
         "slope = torch.exp",
-        ("latent::test_backward_may_run_on_another_backend",),
+        ("numbers::test_what_the_dispatchers_op_did_not_keep_is_made_again",),
     ),
     Mutant(
         "a row of log variances per sample taken for one",
@@ -1448,7 +1448,7 @@ PYTHON = [
         "fastvae/evaluate.py",
         "common = (sizes * mean).sum(0) / n",
         "common = mean.mean(0)",
-        ("diagnostics::test_active_units_are_counted_by_the_unbiased_variance",),
+        ("diagnostics::test_batches_of_other_means_are_active_units_too",),
     ),
     Mutant(
         "a checkpoint of another prior is taken",
@@ -1511,7 +1511,7 @@ PYTHON = [
         "fastvae/evaluate.py",
         "stop >= FIRST_LOOK",
         "stop >= 10",
-        ("evaluate::test_stopping_at_a_tolerance",),
+        ("diagnostics::test_what_is_known_stops",),
     ),
     Mutant(
         "evaluate: batches counted from the first row",
@@ -1561,27 +1561,6 @@ PYTHON = [
         "            m.training = mode\n",
         "            pass\n",
         ("evaluate::test_eval_mode_and_back",),
-    ),
-    Mutant(
-        "ranks: an example's draws twice",
-        "fastvae/_parts.py",
-        "for r in (self.rank, self.rank + 1)]",
-        "for r in (0, self.world)]",
-        ("evaluate::test_any_number_of_ranks[samples]",),
-    ),
-    Mutant(
-        "ranks: a batch left out",
-        "fastvae/_parts.py",
-        "index % self.world == self.rank",
-        "index % self.world == self.rank and index != 5",
-        ("evaluate::test_any_number_of_ranks[data]",),
-    ),
-    Mutant(
-        "ranks: each by its own seed",
-        "fastvae/_parts.py",
-        'self.gather(value, "first")[0]',
-        '(self.gather(value, "first"), value)[1]',
-        ("evaluate::test_any_number_of_ranks[data]",),
     ),
     Mutant(
         "digests are blind to the dtype",
@@ -1703,7 +1682,7 @@ PYTHON = [
         "fastvae/weights.py",
         "other.second * its.square()",
         "other.second * its",
-        ("mistakes::test_running_maximum_may_rise_and_fall",),
+        ("weights::test_any_split_gives_the_same",),
     ),
     Mutant(
         "VAE: samples in the noise's dtype",
@@ -1912,11 +1891,14 @@ def run(mutants: list[Mutant], kind: str, *, changed: bool = True) -> tuple[bool
         chosen = [
             f"tests/test_{file}.py{colons}{test}" for file, colons, test in (n.partition("::") for n in names)
         ]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest",
-             "-o", "addopts=", "-k", KINDS[kind][1], *chosen],
-            cwd=folder, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest"]
+        command += ["-o", "addopts=", "-k", KINDS[kind][1], *chosen]
+        try:
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3600
+            )
+        except subprocess.TimeoutExpired:
+            return not changed, "TESTS DO NOT END"
         failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         # Neither 1 (failures) nor 0: no such test, or a file that cannot be imported, which is no finding.
         if done.returncode not in (0, 1):
