@@ -384,6 +384,10 @@ def test_func_grad_of_the_ops(name):
     for actual, reference in zip(got, expected, strict=True):
         assert torch.equal(actual, reference)
         assert bool(actual.any())
+    # The function that vjp returns is called when the transform is over.
+    value, pull = torch.func.vjp(lambda *t: _scalar(function, *t), *inputs)
+    for actual, reference in zip(pull(torch.ones_like(value)), expected, strict=True):
+        assert torch.equal(actual, reference)
 
 
 def _functional_loss(encoder, decoder, x, estimator="iwae"):

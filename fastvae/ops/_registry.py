@@ -184,6 +184,7 @@ def _are_rows(tensors) -> bool:
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_is_wrapped = _C._functorch.is_functorch_wrapped_tensor
 
 
 def _plain_device(tensors) -> str | None:
@@ -202,7 +203,8 @@ def _plain_device(tensors) -> str | None:
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN_TENSORS or not (t.is_cpu or t.is_cuda):
+        # What torch.func.vjp saved is still wrapped when its function is called, outside of the transform.
+        if type(t) not in _PLAIN_TENSORS or _is_wrapped(t) or not (t.is_cpu or t.is_cuda):
             return None
         # The seed of a GPU's tensors is on the GPU, too; what is not must not be overlooked.
         kind = "cuda" if t.is_cuda else "cpu"
