@@ -372,10 +372,12 @@ def rsample_backward_kernel(
     s_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h
     s_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h eps; with RATIO times sigma / 2
     s_entropy = tl.zeros([BLOCK_K, BLOCK_B, 1], dtype=DTYPE)  # sum of g
-    s_prior_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
+    s_prior_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # short of a factor 1 / s
     s_prior_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
     if SAMPLES:
         seed = tl.load(p_seed)
+        if PATH and RATIO:
+            b_shift, b_spread = b_delta * b_inverse_s, b_sigma * b_inverse_s
         if PATH and RATIO and Q:
             b_inverse_sigma = exp(-0.5 * b_logvar)
         k_start = i_split * k_per_program
@@ -395,15 +397,23 @@ def rsample_backward_kernel(
             if RATIO:
                 o_g = o_k * stride_grad_log_ratio_k + o_b * stride_grad_log_ratio_b
                 b_g = load(p_grad_log_ratio, o_g, m_row, DTYPE)  # [BLOCK_K, BLOCK_B, 1]
-                b_white = (b_delta + b_sigma * b_eps) * b_inverse_s
-                b_part = b_g * b_white
+                # The distance from the prior's mean over s, its product with g, and that times sigma / (2 s).
+                # With PATH there is one number more to keep, and registers for fewer of these.
+                if PATH:
+                    b_white = b_shift + b_spread * b_eps
+                    b_part = b_g * b_white
+                    b_pull_scaled = (0.5 * b_part) * b_spread
+                else:
+                    b_white = (b_delta + b_sigma * b_eps) * b_inverse_s
+                    b_part = b_g * b_white
+                    b_pull_scaled = b_part * (b_half_sigma * b_inverse_s)
                 b_pull = b_part * b_inverse_s
                 # h sigma / 2, factor by factor: where h is beyond its range this need not be.
-                b_scaled = b_h * b_half_sigma - b_part * (b_half_sigma * b_inverse_s)
+                b_scaled = b_h * b_half_sigma - b_pull_scaled
                 b_h -= b_pull
                 # Samples beyond the last have g = 0, which times infinity would be NaN.
                 if p_grad_prior_mu is not None:
-                    s_prior_mu += tl.where(m_k, b_pull, 0.0)
+                    s_prior_mu += tl.where(m_k, b_part, 0.0)
                 if p_grad_prior_logvar is not None:
                     s_prior_logvar += tl.where(m_k, 0.5 * (b_part * b_white - b_g), 0.0)
                 if PATH and Q:
@@ -459,6 +469,8 @@ def rsample_backward_kernel(
         store_part(p_grad_logvar, b_out, i_split, o_b, o_d, B, D)
     if p_grad_prior_mu is not None:
         b_out = tl.sum(s_prior_mu, axis=0, keep_dims=True)
+        if RATIO:
+            b_out *= b_inverse_s
         if p_grad_kl is not None:
             b_out -= tl.where(i_split == 0, b_push, 0.0)
         store_part(p_grad_prior_mu, b_out, i_split, o_b, o_d, B, D)
