@@ -990,6 +990,34 @@ TRITON = [
         "b_bits >> 16",
         ("latent::test_half_precision_is_the_rounded_float32",),
     ),
+    Mutant(
+        "backward: distance by the path, sign of the noise",
+        "kernels/latent.py",
+        "b_shift + b_spread * b_eps",
+        "b_shift - b_spread * b_eps",
+        ("latent",),
+    ),
+    Mutant(
+        "backward: scaled pull by the path, not halved",
+        "kernels/latent.py",
+        "(0.5 * b_part) * b_spread",
+        "b_part * b_spread",
+        ("latent",),
+    ),
+    Mutant(
+        "backward: scaled pull, not halved",
+        "kernels/latent.py",
+        "b_part * (b_half_sigma * b_inverse_s)",
+        "b_part * (b_sigma * b_inverse_s)",
+        ("latent",),
+    ),
+    Mutant(
+        "backward: a factor of the prior mean's sum",
+        "kernels/latent.py",
+        "            b_out *= b_inverse_s\n",
+        "            b_out *= 1.0\n",
+        ("latent",),
+    ),
 ]
 
 PYTHON = [
