@@ -77,12 +77,18 @@ def _latent(op, inputs, with_prior, samples, seed, grads, dtype, **options):
     return results, [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
 
 
+# DReG takes its weights from what arrives at the ratio: without it there is no gradient.
+ARRIVING = [
+    (estimator, arriving)
+    for estimator in ("kl", "kl per dimension", "iwae", "stl", "dreg")
+    for arriving in ("both", "first", "second")
+    if (estimator, arriving) != ("dreg", "first")
+]
+
+
 @pytest.mark.parametrize("with_prior", [True, False])
-@pytest.mark.parametrize("arriving", ["both", "first", "second"])
-@pytest.mark.parametrize("estimator", ["kl", "kl per dimension", "iwae", "stl", "dreg"])
+@pytest.mark.parametrize("estimator, arriving", ARRIVING)
 def test_log_variances_of_q_and_p(backend, estimator, arriving, with_prior):
-    if estimator == "dreg" and arriving == "first":
-        pytest.skip("DReG takes its weights from what arrives at the ratio")
     k, b, d = 3, 12, 7
     inputs = _moved(_latent_case(b, d))
     seed = torch.tensor(int(torch.randint(2**62, ())), device=DEVICE)
