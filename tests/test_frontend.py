@@ -151,13 +151,19 @@ def test_logvar_range_clamps_everything_that_the_posterior_says(objective):
     assert float((got - run((mu, logvar))).abs().min()) > 1e-6
 
 
-def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
-    """Examples that go on drawing keep their own row of it, though the mean is one for all."""
-    n = 23
+def _two_that_go_on(n):
+    """A model of known posterior, and a q that is two deviations off for two of n examples."""
     model = LinearGaussian(D, X)
     x = model.sample(n)
     mu, logvar = model.posterior(x)
     mu[[4, 17]] += 2 * torch.exp(0.5 * logvar[[4, 17]])
+    return model, x, mu, logvar
+
+
+def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
+    """Examples that go on drawing keep their own row of it, though the mean is one for all."""
+    n = 23
+    model, x, mu, logvar = _two_that_go_on(n)
     scales = torch.linspace(-0.4, 0.4, n, dtype=torch.float64, device=DEVICE)[:, None].expand(n, D)
     prior = fastvae.DiagonalNormal(torch.zeros(D, dtype=torch.float64, device=DEVICE), scales.contiguous())
     options = {"likelihood": model.likelihood, "prior": prior}
@@ -176,10 +182,7 @@ def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
 
 def test_a_clamp_is_kept_by_examples_that_go_on_drawing():
     n = 23
-    model = LinearGaussian(D, X)
-    x = model.sample(n)
-    mu, logvar = model.posterior(x)
-    mu[[4, 17]] += 2 * torch.exp(0.5 * logvar[[4, 17]])
+    model, x, mu, logvar = _two_that_go_on(n)
     lo, hi = float(logvar.min()) + 0.2, float(logvar.max()) - 0.2
 
     def run(q):
