@@ -9,6 +9,7 @@ is loaded and stored by argument, and the instructions that an element costs.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -66,7 +67,8 @@ class Report:
         widths: argument → the least bytes that a thread loads or stores of it at once; for AMD, where the
             argument is not known, "widest" → the most.
         narrow: of these, arguments that are large, have rows of whole 16 bytes, and are accessed by less.
-        loop: instructions of an element in the innermost loop, 0 without a loop.
+        loop: instructions of an element in the innermost loop, 0 without a loop. NaN, as the next two, where
+            they were not asked for.
         instructions: of an element in all, those outside of loops shared by all tiles of a program, those of
             tiles' empty lanes included.
         arithmetic: an estimate for an H100: the time of the instructions by that of the element's bytes.
@@ -220,8 +222,22 @@ def specialisation(kernel, arguments: dict) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
+@functools.cache
+def _settle_keys() -> None:
+    """Let Triton hash every function after those that it calls: the keys of its cache would depend on what
+    was launched first, since a callee that is not hashed yet does not hand on the constants that it uses.
+    """
+    from fastvae.kernels import bernoulli, common, gaussian, importance, latent, random
+
+    for module in (common, random, latent, gaussian, bernoulli, importance):
+        for value in vars(module).values():
+            if hasattr(value, "cache_key"):
+                value.cache_key  # noqa: B018
+
+
 def compiled(kernel, arguments: dict, options: dict, target: str):
     """What Triton compiles for this launch on this target."""
+    _settle_keys()
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -233,12 +249,14 @@ def compiled(kernel, arguments: dict, options: dict, target: str):
 
 def report(kernel, arguments: dict, options: dict, grid: tuple[int, ...], target: str, label: str) -> Report:
     """Compile one launch and read its code."""
-    (found,) = _reports_of_one((kernel, arguments, options), [(arguments, grid, label)], target)
+    (found,) = _reports_of_one((kernel, arguments, options), [(arguments, grid, label)], target, True)
     return found
 
 
-def _reports_of_one(program: tuple, launches: list[tuple], target: str) -> list[Report]:
-    """Compile one program, (kernel, arguments, options), and report on it at each of its launches."""
+def _reports_of_one(program: tuple, launches: list[tuple], target: str, count: bool) -> list[Report]:
+    """Compile one program, (kernel, arguments, options), and report on it at each of its launches; count its
+    instructions, too, if asked for.
+    """
     kernel, arguments, options = program
     code = compiled(kernel, arguments, options, target)
     backend, capability, threads = TARGETS[target]
@@ -252,7 +270,7 @@ def _reports_of_one(program: tuple, launches: list[tuple], target: str) -> list[
         occupancy = AMD_REGISTERS // _rounded(registers) / AMD_WAVES
         loops = _loops(*_instructions(text, *AMD))
     else:
-        registers, spills, assembly = _assembled(code.asm["ptx"], capability)
+        registers, spills, assembly = _assembled(code.asm["ptx"], capability, count)
         pointers = [p.name for p in kernel.params if isinstance(arguments[p.name], torch.Tensor)]
         widths = access_widths(code.asm["ptx"], pointers)
         occupancy = REGISTERS // (threads * _rounded(registers)) * threads / THREADS
@@ -267,13 +285,13 @@ def _reports_of_one(program: tuple, launches: list[tuple], target: str) -> list[
         "widths": widths,
     }
     return [
-        Report(launch=label, **common, **_costs(a, grid, threads, loops, widths))
+        Report(launch=label, **common, **_costs(a, grid, threads, loops, widths, count))
         for a, grid, label in launches
     ]
 
 
 def _costs(
-    arguments: dict, grid: tuple[int, ...], threads: int, loops: tuple, widths: dict[str, int]
+    arguments: dict, grid: tuple[int, ...], threads: int, loops: tuple, widths: dict[str, int], count: bool
 ) -> dict:
     """What depends on the shapes: instructions of an element, and which arguments are large."""
     per_thread, steps, k_steps, waste = _tiling(arguments, grid, threads)
@@ -295,11 +313,14 @@ def _costs(
     whole = [n for n, t in tensors.items() if t.dim() and t.shape[-1] * t.element_size() % 16 == 0]
     large = ["widest"] if "widest" in widths else [n for n in whole if 32 * tensors[n].numel() >= largest]
     seconds = max(instructions, 2 * integer, 8 * special) / BEGUN
-    return {
-        "narrow": [n for n in large if widths.get(n, 0) < 16],
+    counts = {
         "loop": round(len(inner) / per_thread, 1),
         "instructions": round(instructions, 1),
         "arithmetic": round(seconds / (moved / COPIED), 2),
+    }
+    return {
+        "narrow": [n for n in large if widths.get(n, 0) < 16],
+        **(counts if count else dict.fromkeys(counts, math.nan)),
     }
 
 
@@ -320,8 +341,10 @@ def _tiling(arguments: dict, grid: tuple[int, ...], threads: int) -> tuple[float
     return max(tile / threads, 1.0), max(steps, 1.0), max(k_steps, 1), waste
 
 
-def _assembled(ptx: str, capability: int) -> tuple[int, int, str]:
-    """Registers a thread, bytes that it spills, and the disassembly, by NVIDIA's assembler."""
+def _assembled(ptx: str, capability: int, disassemble: bool) -> tuple[int, int, str]:
+    """Registers a thread, bytes that it spills, and the disassembly, by NVIDIA's assembler; disassembling
+    takes ten times as long as the rest.
+    """
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
@@ -330,7 +353,7 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int, str]:
         source.write_text(ptx)
         arch = f"-arch={sm_arch_from_capability(capability)}"
         said = _output([get_ptxas(capability).path, "-v", arch, source, "-o", binary])
-        assembly = _output([knobs.nvidia.nvdisasm.path, "-c", binary])
+        assembly = _output([knobs.nvidia.nvdisasm.path, "-c", binary]) if disassemble else ""
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
     return int(re.search(r"Used (\d+) registers", said)[1]), spills, assembly
 
@@ -434,23 +457,28 @@ def _programs(target: str, patterns: list[re.Pattern]) -> list[list[tuple[int, i
     return list(programs.values())
 
 
-def _reports(job: tuple[str, list[tuple[int, int]]]) -> list[Report]:
+def _reports(job: tuple[str, list[tuple[int, int]], re.Pattern]) -> list[Report]:
     """Compile one program for one target, and report on its launches."""
     from fastvae.kernels import common
 
-    target, numbers = job
+    target, numbers, counted = job
     common.LANES = TARGETS[target][2]
     calls = list(launches())
     found = [(calls[i][0], recorded(calls[i][1])[j]) for i, j in numbers]
     (kernel, arguments, options, _) = found[0][1]
     shapes = [(launch[1], launch[3], label) for label, launch in found]
-    return _reports_of_one((kernel, arguments, options), shapes, target)
+    count = any(counted.search(f"{target} {label}") for *_, label in shapes)
+    return _reports_of_one((kernel, arguments, options), shapes, target, count)
 
 
-def reports(patterns: list[str] = (), jobs: int | None = None) -> Iterator[Report]:
-    """A report for every launch and target whose "target label" all the patterns match."""
+def reports(patterns: list[str] = (), jobs: int | None = None, counted: str = "") -> Iterator[Report]:
+    """A report for every launch and target whose "target label" all the patterns match, with its instructions
+    where ``counted`` does.
+    """
     chosen = [re.compile(p) for p in patterns]
-    work = [(target, numbers) for target in TARGETS for numbers in _programs(target, chosen)]
+    work = [
+        (target, numbers, re.compile(counted)) for target in TARGETS for numbers in _programs(target, chosen)
+    ]
     jobs = jobs or min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for found in pool.map(_reports, work):
@@ -482,7 +510,13 @@ def main(arguments: list[str] | None = None) -> int:
         "their time on an H100 by that of the element's bytes (arith: an estimate; below 1 memory is the "
         "limit); and the least bytes that a thread loads or stores at once of each argument.",
     )
-    parser.add_argument("patterns", nargs="*", help='regular expressions that "target launch" shall match')
+    parser.add_argument("patterns", nargs="*", help='regular expressions that "target launch" must match')
+    parser.add_argument(
+        "--count",
+        default="",
+        metavar="PATTERN",
+        help="count instructions where this matches alone; it is most of the time",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     parser.add_argument("--jobs", type=int, help="processes; default: the processors, 8 at most")
     options = parser.parse_args(arguments)
@@ -490,7 +524,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
     if not options.json:
         print(HEAD)
-    for r in reports(options.patterns, options.jobs):
+    for r in reports(options.patterns, options.jobs, options.count):
         print(json.dumps(asdict(r)) if options.json else row(r), flush=True)
     return 0
 

@@ -17,6 +17,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 import fastvae  # noqa: E402
+from benchmarks import interpreter  # noqa: E402
 
 hypothesis.settings.register_profile(
     "fastvae",
@@ -39,6 +40,10 @@ hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("fas
 hypothesis.settings.load_profile(os.environ.get("FASTVAE_TEST_PROFILE", "fastvae"))
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+if not CUDA:
+    interpreter.quicken()
 
 
 @pytest.fixture(autouse=True)

@@ -27,13 +27,14 @@ from . import compare, strategies, test_bernoulli, test_gaussian, test_importanc
 
 # Few samples and columns, many rows: results that are sums have many elements then.
 FEW = st.sampled_from((1, 2, 3, 5, 7))
-MANY = st.sampled_from((250, 600, 1001))
+MANY = st.sampled_from((1001, 3000, 6007))
 CHUNK = 50  # cases for a seed
 
 
 def _sizes(count):
     """Sizes as the tests have them, or many rows of few."""
-    return strategies.distinct_sizes(count) | st.tuples(*(FEW, MANY, FEW)[:count])
+    long = st.tuples(*(FEW, MANY, FEW)[:count])
+    return strategies.distinct_sizes(count) | long | long
 
 
 def _rsample_kl(case):
