@@ -28,7 +28,7 @@ from . import compare, strategies, test_bernoulli, test_gaussian, test_importanc
 # Few samples and columns, many rows: results that are sums have many elements then.
 FEW = st.sampled_from((1, 2, 3, 5, 7))
 MANY = st.sampled_from((1001, 3000, 6007))
-CHUNK = 50  # cases for a seed
+CHUNK = 20  # cases for a seed
 
 
 def _sizes(count):
