@@ -1388,6 +1388,8 @@ class _Failure(Exception):
 def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
     """Rank 2 fails at every place; the last one to call evaluate may be any."""
     torch.set_num_threads(1)
+    # Who is started in the background of a shell, and so are its children, is deaf to it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
         timeout=datetime.timedelta(hours=1),
@@ -1402,7 +1404,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
 
         def interrupt():
             if bad:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
         def at(call, action):
             calls = []
