@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -12,13 +13,13 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 fcntl = pytest.importorskip("fcntl")
 
 from benchmarks import kernels  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Compiling takes a minute and a half.
+# Compiling takes some minutes the first time.
 pytestmark = pytest.mark.slow
 
 # A process of its own: the other tests import triton with TRITON_INTERPRET set, and then it cannot compile.
@@ -72,25 +73,41 @@ ONCE = ("float32 [1, 65536, 64]", "float32 [1, 8192, 784]", "196608]")
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """Made once, also where several processes run the tests."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    file = folder / "kernels.json"
-    with open(folder / "kernels.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists():
-            made = _run("--count", f"sm_90.*({'|'.join(map(re.escape, ONCE))})")
-            file.write_text(json.dumps([dataclasses.asdict(r) for r in made]))
-    return [kernels.Report(**r) for r in json.loads(file.read_text())]
+def kept(pytestconfig, tmp_path_factory):
+    """Where reports are kept: between runs, if pytest keeps anything."""
+    cache = getattr(pytestconfig, "cache", None)
+    return tmp_path_factory.mktemp("kernels") if cache is None else cache.mkdir("kernels")
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def reports(kept):
+    return _reports(kept, "launches", "--count", f"sm_90.*({'|'.join(map(re.escape, ONCE))})")
+
+
+@pytest.fixture(scope="module")
+def planted(kept, tmp_path_factory):
     # Triton reads the source of a kernel from its file.
     file = tmp_path_factory.mktemp("planted") / "planted.py"
     file.write_text(PLANTED)
-    return _run(file=file)
+    return _reports(kept, "planted", file=file)
+
+
+def _reports(
+    folder: pathlib.Path, name: str, *arguments: str, file: pathlib.Path | None = None
+) -> list[kernels.Report]:
+    """Made once for the same code and compiler, also where several processes run the tests."""
+    sources = [*sorted((ROOT / "kernels").rglob("*.py")), ROOT / "benchmarks" / "kernels.py"]
+    code = [triton.__version__, *arguments, *(f.read_text() for f in sources), PLANTED]
+    key = hashlib.blake2b("\n".join(code).encode(), digest_size=8).hexdigest()
+    found = folder / f"{name}-{key}.json"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            made = json.dumps([dataclasses.asdict(r) for r in _run(*arguments, file=file)])
+            for old in folder.glob(f"{name}-*.json"):
+                old.unlink()
+            found.write_text(made)
+    return [kernels.Report(**r) for r in json.loads(found.read_text())]
 
 
 def spilling(reports):
