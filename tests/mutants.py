@@ -647,7 +647,14 @@ TRITON = [
         "kernels/gaussian.py",
         "s_column += tl.where(m_row, b_out, 0.0)",
         "s_column += b_out",
-        ("gaussian", "importance", "bernoulli", "latent", "random"),
+        ("extremes::test_a_scale_too_small_for_its_type",),
+    ),
+    Mutant(
+        "gaussian: padding samples counted",
+        "kernels/gaussian.py",
+        "s_x -= tl.where(m_row, b_out, 0.0)",
+        "s_x -= b_out",
+        ("extremes::test_a_scale_too_small_for_its_type",),
     ),
     Mutant(
         "bernoulli: wrong side",

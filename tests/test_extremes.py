@@ -228,3 +228,17 @@ def test_a_pixel_that_is_met_exactly(backend, logvar):
     torch.testing.assert_close(value.double(), wide, rtol=1e-6, atol=0)
     grads = torch.autograd.grad(value.sum(), (mean, v))
     assert torch.equal(grads[0], torch.zeros_like(mean)) and float(grads[1]) == -5.0
+
+
+def test_a_scale_too_small_for_its_type(backend):
+    """Infinite where it must be, and nothing of the rows that a tile has more than there are."""
+    x, mean = torch.ones(3, 5, device=DEVICE), torch.zeros(7, 3, 5, device=DEVICE, requires_grad=True)
+    x.requires_grad_()
+    logvar = torch.zeros(5, device=DEVICE)
+    logvar[2] = -400  # 1 / s is beyond float32
+    logvar.requires_grad_()
+    grads = torch.autograd.grad(ops.gaussian_log_prob(x, mean, logvar).sum(), (x, mean, logvar))
+    others = torch.arange(5, device=DEVICE) != 2
+    for grad, sign, value in zip(grads, (-1, 1, 1), (-7.0, 1.0, 0.0), strict=True):
+        assert bool((grad[..., 2] == sign * torch.inf).all())
+        assert bool((grad[..., others] == value).all())
