@@ -9,9 +9,7 @@ namespace FASTVAE_ISA {
 #include "common.hpp"
 #include "random.hpp"
 #include "latent.hpp"
-#include "rows.hpp"
-#include "gaussian.hpp"
-#include "bernoulli.hpp"
+#include "likelihood.hpp"
 #include "importance.hpp"
 // clang-format on
 }  // namespace FASTVAE_ISA
@@ -25,11 +23,13 @@ namespace FASTVAE_ISA {
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
 #include "parallel.hpp"
+#include "rows.hpp"
 
 // How long its vectors are is told along with the instruction set: the pragmas below do not define __AVX2__ and the like.
 #define FASTVAE_ISA base
@@ -100,6 +100,51 @@ struct type_caster<fastvae::Matrix> {
   }
 };
 
+template <>
+struct type_caster<fastvae::Operand> {
+  PYBIND11_TYPE_CASTER(fastvae::Operand, const_name("Operand"));
+
+  // (address, dtype, stride, ...), or None for no tensor.
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) > 5) return false;
+    return read(source.ptr(), 0, value);
+  }
+  static bool read(PyObject* tuple, Py_ssize_t at, fastvae::Operand& to) {
+    to.data = PyLong_AsSize_t(PyTuple_GET_ITEM(tuple, at));
+    to.dtype = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, at + 1)));
+    fastvae::i64* strides[] = {&to.s0, &to.s1, &to.s2};
+    for (Py_ssize_t i = 0; at + 2 + i < PyTuple_GET_SIZE(tuple); ++i) {
+      *strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, at + 2 + i));
+    }
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+template <>
+struct type_caster<fastvae::Rows> {
+  PYBIND11_TYPE_CASTER(fastvae::Rows, const_name("Rows"));
+
+  // (likelihood, samples, rows, columns, threads, x, (kind, address, dtype, stride, stride, stride), ...)
+  bool load(handle source, bool) {
+    PyObject* t = source.ptr();
+    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) < 7 || PyTuple_GET_SIZE(t) > 6 + fastvae::kMostParameters) return false;
+    fastvae::i64 numbers[5];
+    for (Py_ssize_t i = 0; i < 5; ++i) numbers[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(t, i));
+    value.likelihood = static_cast<int>(numbers[0]);
+    value.samples = numbers[1], value.rows = numbers[2], value.columns = numbers[3];
+    value.threads = static_cast<int>(numbers[4]);
+    using Read = type_caster<fastvae::Operand>;
+    Read::read(PyTuple_GET_ITEM(t, 5), 0, value.x);
+    for (Py_ssize_t j = 6; j < PyTuple_GET_SIZE(t); ++j) {
+      value.kind[j - 6] = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(PyTuple_GET_ITEM(t, j), 0)));
+      Read::read(PyTuple_GET_ITEM(t, j), 1, value.p[j - 6]);
+    }
+    return true;
+  }
+};
+
 }  // namespace pybind11::detail
 
 namespace {
@@ -143,13 +188,19 @@ F pick(F base, [[maybe_unused]] F avx2, [[maybe_unused]] F avx512) {
 #define FASTVAE_PICK(name) (&fastvae::base::name)
 #endif
 
+// Names by number.
+py::tuple likelihoods() {
+#define FASTVAE_NAME(L) fastvae::base::L::kName,
+  return py::make_tuple(FASTVAE_LIKELIHOODS(FASTVAE_NAME) py::none())[py::slice(0, -1, 1)];
+#undef FASTVAE_NAME
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastvae's CPU kernels; call them through fastvae.ops";
   m.def("isa", [] { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base"; });
   m.def("threaded", [] { return fastvae::openmp().parallel != nullptr; });
-  m.def("column_partials", &fastvae::base::column_partials);
   m.def("philox", [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
     const auto w = fastvae::base::philox_words(c0, c1, c2, c3, seed);
     return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
@@ -162,10 +213,13 @@ PYBIND11_MODULE(_C, m) {
   FASTVAE_DEF(rsample_kl_backward);
   FASTVAE_DEF(rsample_log_ratio);
   FASTVAE_DEF(rsample_log_ratio_backward);
-  FASTVAE_DEF(gaussian_log_prob);
-  FASTVAE_DEF(gaussian_log_prob_backward);
-  FASTVAE_DEF(bernoulli_log_prob);
-  FASTVAE_DEF(bernoulli_log_prob_backward);
+  m.attr("likelihoods") = likelihoods();
+  FASTVAE_DEF(log_prob);
+  m.def("log_prob_backward", [](const fastvae::Rows& a, bool wide, const fastvae::Operand& grad, fastvae::address x,
+                                fastvae::address p0, fastvae::address p1, fastvae::address p2) {
+    static const auto run = FASTVAE_PICK(log_prob_backward);
+    run(a, wide, {grad, x, {p0, p1, p2}});
+  }, release());
   FASTVAE_DEF(log_mean_exp);
   FASTVAE_DEF(log_mean_exp_backward);
 }

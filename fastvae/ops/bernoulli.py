@@ -18,16 +18,9 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import checks_data
-from ._registry import accumulator, cast, code, define, empty, empty_like, pointer, strided
-from .gaussian import (
-    _pair_of_dtypes,
-    _result_dtype,
-    _zero_grads,
-    adapt_rows,
-    check_event,
-    flatten_event,
-    sizes,
-)
+from ._registry import define
+from ._rows import native_log_prob, native_log_prob_backward, result_dtype
+from .gaussian import adapt_rows, check_event, flatten_event
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
@@ -76,39 +69,18 @@ def _refuse_targets(low: float, high: float):
 
 
 def _native_bernoulli_log_prob(x, logits):
-    if not logits.numel():
-        return torch.zeros(logits.shape[:-1], dtype=_result_dtype(x, logits))
-    data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
-    x, logits = cast(x, data), cast(logits, parameter)
-    out = empty(logits.shape[:-1], accumulator(parameter))
-    shape, lacks = sizes(logits)
-    in_range = _backend.extension().bernoulli_log_prob(
-        code(data), code(parameter), out.data_ptr(), strided(x), strided(logits, *lacks),
-        *shape, torch.get_num_threads(),
-    )  # fmt: skip
+    out, in_range = native_log_prob("bernoulli", x, logits)
     if not in_range:
         _refuse_targets(float(x.amin()), float(x.amax()))
     return out
 
 
 def _native_bernoulli_log_prob_backward(grad, x, logits, need):
-    if not logits.numel():
-        return _zero_grads((x, logits), need)
-    dtypes = (x.dtype, logits.dtype)
-    data, parameter = _pair_of_dtypes(x.dtype, logits.dtype)
-    x, logits = cast(x, data), cast(logits, parameter)
-    grad_x = empty_like(x) if need[0] else None
-    grad_logits = empty_like(logits) if need[1] else None
-    shape, lacks = sizes(logits)
-    _backend.extension().bernoulli_log_prob_backward(
-        code(data), code(parameter), pointer(grad_x), pointer(grad_logits), strided(grad, *lacks),
-        strided(x), strided(logits, *lacks), *shape, torch.get_num_threads(),
-    )  # fmt: skip
-    return tuple(map(cast, (grad_x, grad_logits), dtypes))
+    return native_log_prob_backward("bernoulli", grad, x, (logits,), need)
 
 
 def _fake_bernoulli_log_prob(x, logits):
-    return logits.new_empty(logits.shape[:2], dtype=_result_dtype(x, logits))
+    return logits.new_empty(logits.shape[:2], dtype=result_dtype(x, logits))
 
 
 def _fake_bernoulli_log_prob_backward(grad, x, logits, need):

@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend
 from .._checks import check_same_device, check_tensor, shape_of
-from ._registry import accumulator, cast, code, define, empty, empty_like, pointer, strided
+from ._registry import accumulator, define
+from ._rows import native_log_prob, native_log_prob_backward, result_dtype
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor:
@@ -101,91 +101,12 @@ def _spread_logvar(logvar: Tensor, mean: Tensor, x: Tensor) -> Tensor:
     return logvar
 
 
-_FULL, _COLUMN, _ROW = 0, 1, 2
-
-
-def _native_layout(x, mean, logvar):
-    """Dtypes that the C++ has code for, and which of its three layouts the log variance takes."""
-    if x.dtype == mean.dtype == logvar.dtype and logvar.shape == mean.shape:
-        return x.dtype, x.dtype, logvar, _FULL
-    # A log variance in float64 widens everything, as in plain PyTorch.
-    wide = torch.float64 if logvar.dtype == torch.float64 else mean.dtype
-    data, parameter = _pair_of_dtypes(x.dtype, wide)
-    wide = accumulator(parameter)
-    if logvar.shape[2] == 1 and mean.shape[2] != 1:
-        # One per row: a column of numbers, kept in the dtype of the sums.
-        return data, parameter, logvar.to(wide).expand(*mean.shape[:2], 1), _ROW
-    if logvar.shape[0] == 1 and logvar.shape[1] == 1:
-        return data, parameter, logvar.to(wide).contiguous().expand(*mean.shape), _COLUMN
-    if logvar.dtype != parameter:
-        parameter = torch.promote_types(parameter, logvar.dtype)
-        data, parameter = _pair_of_dtypes(data, parameter)
-    return data, parameter, logvar.to(parameter).expand(mean.shape), _FULL
-
-
-def _pair_of_dtypes(data: torch.dtype, parameter: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """C++ has code for equal dtypes, and for float32 data with half-precision parameters."""
-    if data == parameter or (data == torch.float32 and parameter != torch.float64):
-        return data, parameter
-    wide = torch.promote_types(data, parameter)
-    return wide, wide
-
-
-def sizes(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """K, B and X of a parameter [K, B, X] or [B, X], and the strides of the axes that it lacks."""
-    return (parameter.shape, ()) if parameter.dim() == 3 else ((1, *parameter.shape), (0,))
-
-
 def _native_gaussian_log_prob(x, mean, logvar):
-    if not mean.numel():
-        return torch.zeros(mean.shape[:-1], dtype=_result_dtype(x, mean, logvar))
-    data, parameter, logvar, layout = _native_layout(x, mean, logvar)
-    x, mean = cast(x, data), cast(mean, parameter)
-    out = empty(mean.shape[:-1], accumulator(parameter))
-    shape, lacks = sizes(mean)
-    _backend.extension().gaussian_log_prob(
-        code(data), code(parameter), layout, out.data_ptr(),
-        strided(x), strided(mean, *lacks), strided(logvar, *lacks),
-        *shape, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return native_log_prob("gaussian", x, mean, logvar)[0]
 
 
 def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
-    if not mean.numel():
-        return _zero_grads((x, mean, logvar), need)
-    given, dtypes = logvar.shape, (x.dtype, mean.dtype, logvar.dtype)
-    if need[2] and given != mean.shape:
-        # The gradients of those that share a log variance are summed, and must not be rounded before.
-        logvar = cast(logvar, torch.promote_types(logvar.dtype, accumulator(mean.dtype)))
-    data, parameter, logvar, layout = _native_layout(x, mean, logvar)
-    x, mean = cast(x, data), cast(mean, parameter)
-    wide = accumulator(parameter)
-    (k, b, size), lacks = sizes(mean)
-    ext = _backend.extension()
-    grad_x = empty_like(x) if need[0] else None
-    grad_mean = empty_like(mean) if need[1] else None
-    grad_logvar = None
-    if need[2]:
-        if layout == _FULL:
-            grad_logvar = empty_like(mean)
-        else:
-            grad_logvar = empty((ext.column_partials(b), size) if layout == _COLUMN else (k, b, 1), wide)
-    ext.gaussian_log_prob_backward(
-        code(data), code(parameter), layout, pointer(grad_x), pointer(grad_mean), pointer(grad_logvar),
-        strided(grad, *lacks), strided(x), strided(mean, *lacks), strided(logvar, *lacks),
-        k, b, size, torch.get_num_threads(),
-    )  # fmt: skip
-    if layout == _COLUMN and need[2]:
-        grad_logvar = grad_logvar.sum(0).view(1, 1, size)
-    elif need[2] and grad_logvar.shape != given:
-        grad_logvar = grad_logvar.sum_to_size(given)
-    return tuple(map(cast, (grad_x, grad_mean, grad_logvar), dtypes))
-
-
-def _zero_grads(tensors, need):
-    """Gradients where there is nothing to sum over: an empty tensor has no address to hand to C++."""
-    return tuple(t.new_zeros(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
+    return native_log_prob_backward("gaussian", grad, x, (mean, logvar), need)
 
 
 def adapt_rows(function):
@@ -202,11 +123,7 @@ def adapt_rows(function):
 
 
 def _fake_gaussian_log_prob(x, mean, logvar):
-    return mean.new_empty(mean.shape[:2], dtype=_result_dtype(x, mean, logvar))
-
-
-def _result_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return mean.new_empty(mean.shape[:2], dtype=result_dtype(x, mean, logvar))
 
 
 def _fake_gaussian_log_prob_backward(grad, x, mean, logvar, need):

@@ -1,0 +1,584 @@
+// The engine of the likelihoods: log p(x|z) of rows (k, b) of parameters, summed over the event, and its gradients.
+//
+// A likelihood is a declaration (csrc/likelihoods, one file each) of scalar functions. From it come a few loops over a tile, in
+// float and in double; walks over rows, conversions from and to storage types, broadcasting and sums are written once, here, and
+// reach the loops by a table.
+
+constexpr int kMostPrepared = 4;
+
+// What a likelihood declares, and what it leaves out.
+struct Declaration {
+  static constexpr int kParameters = 1;
+  // The parameter of which something is computed by itself, once a tile where it broadcasts, and how many numbers that is.
+  static constexpr int kHooked = -1, kPrepared = 0;
+  // value() leaves a factor 1 + odds, odds in [0, 1], whose logarithm is to be added: elements share logarithms.
+  static constexpr bool kSharedLog = false;
+  // log p = kFactor * sum(kConstant + value).
+  static constexpr double kFactor = 1, kConstant = 0;
+  // x lies between these, or is NaN.
+  static constexpr double kLow = -__builtin_inf(), kHigh = __builtin_inf();
+};
+
+// A tile's data, parameters, and what was prepared of one of them.
+template <class C>
+struct TileArrays {
+  const C* x;
+  const C* p[kMostParameters];
+  const C* q[kMostPrepared];
+};
+
+// The loops of one likelihood. An index "ready" tells that what is prepared is there.
+template <class C>
+struct Loops {
+  int parameters, hooked, prepared;
+  bool shared_log, checked;
+  double factor, constant;
+  C low, high;
+  double (*sum[2])(int n, TileArrays<C> a, C* odds);
+  void (*terms[2])(int n, TileArrays<C> a, C* out);
+  void (*gradients[2][2][2])(int n, const C* g, TileArrays<C> a, C* out_x, C* const* out);  // [ready][with out_x][many g]
+  double (*prepare)(int n, const C* p, C* const* q);
+};
+
+// One element of a tile, and what the scalar functions make of it. No arrays: with one GCC leaves a loop scalar.
+template <class C>
+struct Element {
+  C x, p0, p1, p2, q0, q1, q2, q3;
+};
+template <class C>
+struct Prepared {
+  C own, q0, q1, q2, q3;  // what the hooked parameter adds by itself, and what is used of it
+};
+template <class C>
+struct Value {
+  C value, odds;
+};
+template <class C>
+struct Slopes {
+  C x, p0, p1, p2;
+};
+
+// Element i, its hooked parameter prepared here or before; and what that adds by itself, if here.
+template <class L, bool kReady, class C>
+FASTVAE_INLINE Element<C> element(const TileArrays<C>& a, int i, C& own) {
+  Element<C> e{};
+  e.x = a.x[i];
+  if constexpr (!(kReady && L::kHooked == 0)) e.p0 = a.p[0][i];
+  if constexpr (L::kParameters > 1 && !(kReady && L::kHooked == 1)) e.p1 = a.p[1][i];
+  if constexpr (L::kParameters > 2 && !(kReady && L::kHooked == 2)) e.p2 = a.p[2][i];
+  if constexpr (L::kHooked >= 0) {
+    if constexpr (kReady) {
+      e.q0 = a.q[0][i];
+      if constexpr (L::kPrepared > 1) e.q1 = a.q[1][i];
+      if constexpr (L::kPrepared > 2) e.q2 = a.q[2][i];
+      if constexpr (L::kPrepared > 3) e.q3 = a.q[3][i];
+    } else {
+      const Prepared<C> p = L::prepare(L::kHooked == 0 ? e.p0 : L::kHooked == 1 ? e.p1 : e.p2);
+      own = p.own, e.q0 = p.q0, e.q1 = p.q1, e.q2 = p.q2, e.q3 = p.q3;
+    }
+  }
+  return e;
+}
+
+template <class L, bool kReady, class C>
+FASTVAE_LOOP double sum_of(int n, TileArrays<C> a, C* odds) {
+  return sum_over<C>(n, [=](int i) {
+    C own = 0;
+    const Value<C> v = L::value(element<L, kReady>(a, i, own));
+    if constexpr (L::kSharedLog) odds[i] = v.odds;
+    // Not 0 + value, which is no value to a compiler that minds the sign of 0.
+    return L::kHooked >= 0 && !kReady ? own + v.value : v.value;
+  });
+}
+
+// Each element's part, logarithms not shared: for rows too short for that.
+template <class L, bool kReady, class C>
+FASTVAE_LOOP void terms_of(int n, TileArrays<C> a, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    C own = 0;
+    const Value<C> v = L::value(element<L, kReady>(a, i, own));
+    const C value = L::kHooked >= 0 && !kReady ? own + v.value : v.value;
+    out[i] = L::kSharedLog ? value + log1p_(v.odds) : value;
+  }
+}
+
+// g is one number, or with kMany one for each element.
+template <class L, bool kReady, bool kX, bool kMany, class C>
+FASTVAE_LOOP void gradients_of(int n, const C* g, TileArrays<C> a, C* __restrict out_x, C* const* out) {
+  const C one = *g;
+  C *__restrict out0 = out[0], *__restrict out1 = out[1], *__restrict out2 = out[2];
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    C own = 0;
+    const Slopes<C> s = L::gradient(kMany ? g[i] : one, element<L, kReady>(a, i, own));
+    out0[i] = s.p0;
+    if constexpr (L::kParameters > 1) out1[i] = s.p1;
+    if constexpr (L::kParameters > 2) out2[i] = s.p2;
+    if constexpr (kX) out_x[i] = s.x;
+  }
+}
+
+template <class L, class C>
+FASTVAE_LOOP double prepare_all(int n, const C* p, C* const* q) {
+  if constexpr (L::kHooked < 0) {
+    return 0;
+  } else {
+    C *q0 = q[0], *q1 = q[1], *q2 = q[2], *q3 = q[3];
+    return sum_over<C>(n, [=](int i) {
+      const Prepared<C> prepared = L::prepare(p[i]);
+      q0[i] = prepared.q0;
+      if constexpr (L::kPrepared > 1) q1[i] = prepared.q1;
+      if constexpr (L::kPrepared > 2) q2[i] = prepared.q2;
+      if constexpr (L::kPrepared > 3) q3[i] = prepared.q3;
+      return prepared.own;
+    });
+  }
+}
+
+template <class L, bool kReady, class C>
+constexpr auto sum_loop = sum_of<L, kReady && L::kHooked >= 0, C>;
+template <class L, bool kReady, class C>
+constexpr auto terms_loop = terms_of<L, kReady && L::kHooked >= 0, C>;
+template <class L, bool kReady, bool kX, bool kMany, class C>
+constexpr auto gradients_loop = gradients_of<L, kReady && L::kHooked >= 0, kX, kMany, C>;
+
+template <class L, class C>
+const Loops<C> loops_of = {
+    L::kParameters, L::kHooked, L::kPrepared, L::kSharedLog, L::kLow > -__builtin_inf() || L::kHigh < __builtin_inf(),
+    L::kFactor, L::kConstant, static_cast<C>(L::kLow), static_cast<C>(L::kHigh),
+    {sum_loop<L, false, C>, sum_loop<L, true, C>},
+    {terms_loop<L, false, C>, terms_loop<L, true, C>},
+    {{{gradients_loop<L, false, false, false, C>, gradients_loop<L, false, false, true, C>},
+      {gradients_loop<L, false, true, false, C>, gradients_loop<L, false, true, true, C>}},
+     {{gradients_loop<L, true, false, false, C>, gradients_loop<L, true, false, true, C>},
+      {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
+    prepare_all<L, C>};
+
+#include "likelihoods/bernoulli.hpp"
+#include "likelihoods/gaussian.hpp"
+
+// All of them, in the order of their numbers.
+#define FASTVAE_LIKELIHOODS(F) F(Bernoulli) F(Gaussian)
+
+template <class C>
+const Loops<C>& loops(int likelihood) {
+#define FASTVAE_LOOPS(L) &loops_of<L, C>,
+  static const Loops<C>* const all[] = {FASTVAE_LIKELIHOODS(FASTVAE_LOOPS)};
+#undef FASTVAE_LOOPS
+  return *all[likelihood];
+}
+
+// How a storage type's numbers are read and written.
+template <class C>
+struct Storage {
+  i64 size;  // of an element, in bytes
+  const C* (*load)(C* buffer, address from, i64 stride, int n);
+  void (*store)(address to, const C* from, int n);
+  bool in_place;  // the compute type itself
+};
+
+template <class T, class C>
+const C* load_as(C* __restrict buffer, address from, i64 stride, int n) {
+  const T* p = pointer<const T>(from);
+  if constexpr (std::is_same<T, C>::value) {
+    return load(buffer, p, stride, n);
+  } else {
+    if (stride == 1) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) buffer[i] = static_cast<C>(upcast(p[i]));
+    } else if (stride == 0) {
+      fill(buffer, static_cast<C>(upcast(*p)), n);
+    } else {
+      for (int i = 0; i < n; ++i) buffer[i] = static_cast<C>(upcast(p[i * stride]));
+    }
+    return buffer;
+  }
+}
+template <class T, class C>
+void store_as(address to, const C* __restrict from, int n) {
+  T* p = pointer<T>(to);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) assign(p[i], static_cast<compute_t<T>>(from[i]));
+}
+
+template <class C>
+const Storage<C>& storage(int dtype) {
+  static const Storage<C> all[] = {
+      {4, load_as<float, C>, store_as<float, C>, std::is_same<C, float>::value},
+      {8, load_as<double, C>, store_as<double, C>, std::is_same<C, double>::value},
+      {2, load_as<bf16, C>, store_as<bf16, C>, false},
+      {2, load_as<f16, C>, store_as<f16, C>, false},
+  };
+  return all[dtype];
+}
+
+constexpr i64 kRowsPerUnit = 16;
+
+// A thread's buffers, and a tile's arrays: in place where the numbers lie so already.
+template <class C>
+struct Reader {
+  const Rows& a;
+  const Loops<C>& f;
+  const Storage<C>& x_storage;
+  TileArrays<C> tile{};
+  bool ready;               // the hooked parameter broadcasts, and what is prepared of it is kept
+  double own = 0;           // what it adds by itself to a row of the tile
+  C x[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer];
+
+  explicit Reader(const Rows& rows)
+      : a(rows), f(loops<C>(rows.likelihood)), x_storage(storage<C>(rows.x.dtype)),
+        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull) {
+    for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
+  }
+
+  static const C* load(const Storage<C>& s, C* buffer, const Operand& t, i64 offset, i64 stride, int n) {
+    const address from = t.data + static_cast<address>(offset * s.size);
+    if (s.in_place && stride == 1) return pointer<const C>(from);
+    return s.load(buffer, from, stride, n);
+  }
+  const C* parameter(int j, i64 k, i64 b, i64 column, int n) {
+    const Operand& t = a.p[j];
+    return load(storage<C>(t.dtype), p[j], t, k * t.s0 + b * t.s1 + column * t.s2, t.s2, n);
+  }
+  void prepare(int n) { own = f.prepare(n, tile.p[f.hooked], q_rows()); }
+  C* const* q_rows() {
+    for (int j = 0; j < kMostPrepared; ++j) q_row[j] = q[j];
+    return q_row;
+  }
+  C* q_row[kMostPrepared];
+
+  // What a tile's columns have for all rows.
+  void begin_tile(i64 column, int n) {
+    for (int j = 0; j < f.parameters; ++j) {
+      if (!is_shared(a.kind[j])) continue;
+      tile.p[j] = parameter(j, 0, 0, column, n);
+      if (j == f.hooked) prepare(n);
+    }
+  }
+  // A row's part in the tile.
+  void read(i64 k, i64 b, i64 column, int n) {
+    tile.x = load(x_storage, x, a.x, b * a.x.s0 + column * a.x.s1, a.x.s1, n);
+    for (int j = 0; j < f.parameters; ++j) {
+      if (is_shared(a.kind[j])) continue;
+      if (a.kind[j] == kFull) {
+        tile.p[j] = parameter(j, k, b, column, n);
+        continue;
+      }
+      // One number: prepared once, then spread.
+      tile.p[j] = parameter(j, k, b, 0, 1);
+      if (j == f.hooked) {
+        prepare(1);
+        own *= n;
+        for (int i = 0; i < f.prepared; ++i) fill(q[i], q[i][0], n);
+      }
+      const C value = tile.p[j][0];
+      fill(p[j], value, n);
+      tile.p[j] = p[j];
+    }
+  }
+  double sum(int n, C* odds) {
+    double total = f.sum[ready](n, tile, odds) + f.constant * n;
+    if (ready) total += own;
+    if (f.shared_log) total += sum_log1p(odds, n);
+    return f.factor * total;
+  }
+};
+
+// The same for rows so short that many are handled as one tile, without anything between them.
+template <class C>
+struct ShortRows {
+  const Rows& a;
+  const Loops<C>& f;
+  const int n;
+  TileArrays<C> tile{};
+  bool ready, outside = false;
+  double own[kMostRows] = {};
+  C x[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer], out[kBuffer];
+
+  ShortRows(const Rows& rows, int height)
+      : a(rows), f(loops<C>(rows.likelihood)), n(static_cast<int>(rows.columns)),
+        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull) {
+    for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
+    for (int j = 0; j < f.parameters; ++j) {
+      if (!is_shared(a.kind[j])) continue;
+      const C* row = storage<C>(a.p[j].dtype).load(p[j], a.p[j].data, a.p[j].s2, n);
+      if (row != p[j]) copy(p[j], row, n);
+      if (j == f.hooked) prepare(0, n);
+      for (int r = 1; r < height; ++r) repeat(j, r);
+      tile.p[j] = p[j];
+    }
+  }
+  Tile shape(int rows) const { return {rows, n, n}; }
+
+  // Of `count` elements of the hooked parameter from row r on.
+  void prepare(int r, int count) {
+    C* to[kMostPrepared];
+    for (int i = 0; i < kMostPrepared; ++i) to[i] = q[i] + r * n;
+    own[r] = f.prepare(count, p[f.hooked] + r * n, to);
+  }
+  void repeat(int j, int r) {
+    copy(p[j] + r * n, p[j], n);
+    if (j != f.hooked) return;
+    for (int i = 0; i < f.prepared; ++i) copy(q[i] + r * n, q[i], n);
+    own[r] = own[0];
+  }
+  const C* load(C* buffer, const Operand& t, i64 offset, i64 s0, i64 s1, const Tile& shape) const {
+    const Storage<C>& s = storage<C>(t.dtype);
+    const address from = t.data + static_cast<address>(offset * s.size);
+    if (s1 == 1 && shape.dense(s0)) return s.in_place ? pointer<const C>(from) : s.load(buffer, from, 1, shape.size());
+    for (int r = 0; r < shape.rows; ++r) {
+      const C* row = s.load(buffer + r * n, from + static_cast<address>(r * s0 * s.size), s1, n);
+      if (row != buffer + r * n) copy(buffer + r * n, row, n);
+    }
+    return buffer;
+  }
+  // Reads the rows (k, b), (k, b + 1), ....
+  Tile read(i64 k, i64 b, i64 height) {
+    const Tile t = shape(static_cast<int>(a.rows - b < height ? a.rows - b : height));
+    tile.x = load(x, a.x, b * a.x.s0, a.x.s0, a.x.s1, t);
+    for (int j = 0; j < f.parameters; ++j) {
+      const Operand& from = a.p[j];
+      if (a.kind[j] == kFull) tile.p[j] = load(p[j], from, k * from.s0 + b * from.s1, from.s1, from.s2, t);
+      if (a.kind[j] != kOne) continue;
+      for (int r = 0; r < t.rows; ++r) {
+        C* row = p[j] + r * n;
+        storage<C>(from.dtype).load(row, from.data + static_cast<address>((k * from.s0 + (b + r) * from.s1) * storage<C>(from.dtype).size), 0, 1);
+        if (j == f.hooked) {
+          prepare(r, 1);
+          own[r] *= n;
+          for (int i = 0; i < f.prepared; ++i) fill(q[i] + r * n, q[i][r * n], n);
+        }
+        fill(row, row[0], n);
+      }
+      tile.p[j] = p[j];
+    }
+    return t;
+  }
+  // Adds the sums of these rows; returns how many there are.
+  int sums(i64 k, i64 b, i64 height, double* to) {
+    const Tile t = read(k, b, height);
+    f.terms[ready](t.size(), tile, out);
+    add_row_sums(out, t, to);
+    for (int r = 0; r < t.rows; ++r) to[r] = f.factor * (to[r] + f.constant * n + (ready ? own[r] : 0.0));
+    return t.rows;
+  }
+};
+
+// Whether x lies in [low, high], or is NaN.
+template <class C>
+FASTVAE_LOOP bool within(int n, const C* x, C lowest, C highest) {
+  C low = lowest, high = highest;
+#pragma omp simd reduction(min : low) reduction(max : high)
+  for (int i = 0; i < n; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+  }
+  return low == lowest && high == highest;
+}
+
+// Rows of up to this many columns are handled many at a time; longer ones gain more by sharing logarithms (measured: even near 200).
+constexpr i64 kShortRow = kTile / 2, kShortRowWithLog = 192;
+
+// out[k, b] = log p(x_b | parameters of (k, b)). Returns whether x lies where it must.
+template <class C>
+bool reduce_rows(const Rows& a, C* out) {
+  const Loops<C>& f = loops<C>(a.likelihood);
+  const i64 total = a.samples * a.rows, size = total * a.columns;
+  bool outside = false;
+  auto done = [&](bool o) {
+    // Threads may both write; they write the same.
+    if (o) __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
+  };
+  if (a.columns <= (f.shared_log ? kShortRowWithLog : kShortRow)) {
+    const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
+    parallel(a.threads, a.samples * tiles, size, [&](i64 begin, i64 end) {
+      ShortRows<C> r(a, static_cast<int>(height));
+      for (i64 unit = begin; unit < end; ++unit) {
+        const i64 k = unit / tiles, b = unit % tiles * height;
+        double sums[kMostRows] = {};
+        const int count = r.sums(k, b, height, sums);
+        if (f.checked && k == 0) r.outside |= !within(r.shape(count).size(), r.tile.x, f.low, f.high);
+        for (int i = 0; i < count; ++i) out[k * a.rows + b + i] = static_cast<C>(sums[i]);
+      }
+      done(r.outside);
+    });
+  } else {
+    const i64 units = (total + kRowsPerUnit - 1) / kRowsPerUnit;
+    parallel(a.threads, units, size, [&](i64 begin, i64 end) {
+      Reader<C> r(a);
+      C odds[kBuffer];
+      bool o = false;
+      for (i64 unit = begin; unit < end; ++unit) {
+        const i64 first = unit * kRowsPerUnit, last = first + kRowsPerUnit < total ? first + kRowsPerUnit : total;
+        double sums[kRowsPerUnit] = {};
+        for (i64 column = 0; column < a.columns; column += kTile) {
+          const int n = tile_width(a.columns, column);
+          r.begin_tile(column, n);
+          for (i64 i = first; i < last; ++i) {
+            r.read(i / a.rows, i % a.rows, column, n);
+            if (f.checked && i < a.rows) o |= !within(n, r.tile.x, f.low, f.high);
+            sums[i - first] += r.sum(n, odds);
+          }
+        }
+        for (i64 i = first; i < last; ++i) out[i] = static_cast<C>(sums[i - first]);
+      }
+      done(o);
+    });
+  }
+  return !outside;
+}
+
+// sums += p, in double: sums over many samples.
+template <class C>
+FASTVAE_LOOP void add_to(int n, const C* __restrict p, double* __restrict sums) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) sums[i] += p[i];
+}
+
+// How many partial sums over rows are kept for a gradient that is summed over all rows: a function of the batch alone, so that
+// the order of summation, and with it every bit, is the same for any number of threads.
+inline i64 column_partials(i64 rows) { return rows < 64 ? rows : 64; }
+
+// Where a pass puts the gradients of its tiles, each of whole rows or of a part of one.
+template <class C>
+struct GradientSink {
+  const Rows& a;
+  const Loops<C>& f;
+  const RowGradients& to;
+  C out[kMostParameters][kBuffer], out_x[kBuffer];
+  double sum_x[kTile];
+  C* place[kMostParameters] = {};
+
+  GradientSink(const Rows& rows, const RowGradients& gradients) : a(rows), f(loops<C>(rows.likelihood)), to(gradients) {}
+
+  C grad(i64 k, i64 b) const { return *(pointer<const C>(to.grad.data) + k * to.grad.s0 + b * to.grad.s1); }
+
+  // For elements from `first` of (K, B, X) on: in place where that is possible, else buffers.
+  C* const* places(i64 first) {
+    for (int j = 0; j < f.parameters; ++j) {
+      const bool direct = to.p[j] && a.kind[j] == kFull && storage<C>(a.p[j].dtype).in_place;
+      place[j] = direct ? pointer<C>(to.p[j]) + first : out[j];
+    }
+    return place;
+  }
+  // What places() gave is filled: t.rows rows from (k, b) on, columns from `column` on. `partial` sums over rows.
+  void put(i64 k, i64 b, i64 column, const Tile& t, std::vector<double>* partial, i64 group) {
+    const i64 first = (k * a.rows + b) * a.columns + column;
+    for (int j = 0; j < f.parameters; ++j) {
+      if (!to.p[j] || place[j] != out[j]) continue;
+      if (a.kind[j] == kFull) {
+        const Storage<C>& s = storage<C>(a.p[j].dtype);
+        s.store(to.p[j] + static_cast<address>(first * s.size), out[j], t.size());
+      } else if (a.kind[j] == kOne) {
+        double sums[kMostRows] = {};
+        add_row_sums(out[j], t, sums);
+        C* sum = pointer<C>(to.p[j]) + k * a.rows + b;
+        for (int r = 0; r < t.rows; ++r) sum[r] = (column == 0 ? C(0) : sum[r]) + static_cast<C>(sums[r]);
+      } else {
+        double* sums = &partial[j][static_cast<std::size_t>(group * a.columns + column)];
+        for (int r = 0; r < t.rows; ++r) add_to(t.n, out[j] + r * t.pitch, sums);
+      }
+    }
+    if (to.x) add_to(t.size(), out_x, sum_x);
+  }
+  void put_x(i64 b, i64 column, int n) {
+    for (int i = 0; i < n; ++i) out_x[i] = static_cast<C>(sum_x[i]);
+    const Storage<C>& s = storage<C>(a.x.dtype);
+    s.store(to.x + static_cast<address>((b * a.columns + column) * s.size), out_x, n);
+  }
+};
+
+template <class C>
+void reduce_rows_backward(const Rows& a, const RowGradients& to) {
+  const Loops<C>& f = loops<C>(a.likelihood);
+  const i64 total = a.samples * a.rows;
+  const bool ready = f.hooked >= 0 && a.kind[f.hooked < 0 ? 0 : f.hooked] != kFull, with_x = to.x != 0;
+  bool across = with_x;
+  for (int j = 0; j < f.parameters; ++j) across |= to.p[j] && is_shared(a.kind[j]);
+  // Sums over rows are of groups of rows with all their samples.
+  const i64 groups = column_partials(a.rows);
+  std::vector<double> partial[kMostParameters];
+  for (int j = 0; j < f.parameters; ++j) {
+    if (to.p[j] && is_shared(a.kind[j])) partial[j].resize(static_cast<std::size_t>(groups * a.columns));
+  }
+  if (a.columns <= kShortRow) {
+    const i64 height = rows_per_tile(across ? a.rows / groups : a.rows, a.columns), tiles = (a.rows + height - 1) / height;
+    const auto run = f.gradients[ready][with_x][1];
+    auto one = [&](ShortRows<C>& r, GradientSink<C>& sink, C* g, i64 k, i64 b, i64 most, i64 group) {
+      const Tile t = r.read(k, b, most);
+      for (int i = 0; i < t.rows; ++i) fill(g + i * t.n, sink.grad(k, b + i), t.n);
+      run(t.size(), g, r.tile, sink.out_x, sink.places((k * a.rows + b) * a.columns));
+      sink.put(k, b, 0, t, partial, group);
+      return t;
+    };
+    parallel(a.threads, across ? groups : a.samples * tiles, total * a.columns, [&](i64 begin, i64 end) {
+      ShortRows<C> r(a, static_cast<int>(height));
+      GradientSink<C> sink(a, to);
+      C g[kBuffer];
+      for (i64 unit = begin; unit < end; ++unit) {
+        if (!across) {
+          one(r, sink, g, unit / tiles, unit % tiles * height, height, 0);
+          continue;
+        }
+        const i64 stop = a.rows * (unit + 1) / groups;
+        for (i64 b = a.rows * unit / groups; b < stop; b += height) {
+          const i64 most = stop - b < height ? stop - b : height;
+          fill(sink.sum_x, 0.0, static_cast<int>(most * a.columns));
+          for (i64 k = 0; k < a.samples; ++k) one(r, sink, g, k, b, most, unit);
+          if (with_x) sink.put_x(b, 0, static_cast<int>(most * a.columns));
+        }
+      }
+    });
+  } else {
+    const i64 units = across ? groups : (total + kRowsPerUnit - 1) / kRowsPerUnit;
+    const auto run = f.gradients[ready][with_x][0];
+    parallel(a.threads, units, total * a.columns, [&](i64 begin, i64 end) {
+      Reader<C> r(a);
+      GradientSink<C> sink(a, to);
+      auto one = [&](i64 k, i64 b, i64 column, int n, i64 group) {
+        r.read(k, b, column, n);
+        const C g = sink.grad(k, b);
+        run(n, &g, r.tile, sink.out_x, sink.places((k * a.rows + b) * a.columns + column));
+        sink.put(k, b, column, {1, n, n}, partial, group);
+      };
+      for (i64 unit = begin; unit < end; ++unit) {
+        for (i64 column = 0; column < a.columns; column += kTile) {
+          const int n = tile_width(a.columns, column);
+          r.begin_tile(column, n);
+          if (!across) {
+            const i64 first = unit * kRowsPerUnit, last = first + kRowsPerUnit < total ? first + kRowsPerUnit : total;
+            for (i64 i = first; i < last; ++i) one(i / a.rows, i % a.rows, column, n, 0);
+            continue;
+          }
+          for (i64 b = a.rows * unit / groups; b < a.rows * (unit + 1) / groups; ++b) {
+            fill(sink.sum_x, 0.0, n);
+            for (i64 k = 0; k < a.samples; ++k) one(k, b, column, n, unit);
+            if (with_x) sink.put_x(b, column, n);
+          }
+        }
+      }
+    });
+  }
+  for (int j = 0; j < f.parameters; ++j) {
+    if (partial[j].empty()) continue;
+    C* place = pointer<C>(to.p[j]);
+    double all = 0;
+    for (i64 i = 0; i < a.columns; ++i) {
+      double sum = 0;
+      for (i64 group = 0; group < groups; ++group) sum += partial[j][static_cast<std::size_t>(group * a.columns + i)];
+      if (a.kind[j] == kColumn) place[i] = static_cast<C>(sum);
+      all += sum;
+    }
+    if (a.kind[j] == kNumber) *place = static_cast<C>(all);
+  }
+}
+
+// @param out (K, B) of compute type, that is double if `wide`: contiguous, written. Returns whether x lies where it must.
+inline bool log_prob(const Rows& a, bool wide, address out) {
+  return wide ? reduce_rows(a, pointer<double>(out)) : reduce_rows(a, pointer<float>(out));
+}
+
+inline void log_prob_backward(const Rows& a, bool wide, const RowGradients& to) {
+  wide ? reduce_rows_backward<double>(a, to) : reduce_rows_backward<float>(a, to);
+}

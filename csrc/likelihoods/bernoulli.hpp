@@ -1,0 +1,23 @@
+// x l - log(1 + exp(l)) of logits l. The mathematics stands in fastvae/ops/bernoulli.py.
+struct Bernoulli : Declaration {
+  static constexpr const char* kName = "bernoulli";
+  static constexpr int kParameters = 1;
+  static constexpr bool kSharedLog = true;
+  static constexpr double kFactor = -1, kLow = 0, kHigh = 1;
+
+  // What the target lacks of the side the logit is on, times |l|; and log(1 + exp(-|l|)) is to be added.
+  template <class C>
+  static FASTVAE_INLINE Value<C> value(Element<C> e) {
+    const C l = e.p0, magnitude = abs_(l);
+    const C odds = exp_negative(-magnitude);
+    // 0 * inf is 0: certain and right.
+    const C miss = l > C(0) ? C(1) - e.x : e.x;
+    return {miss == C(0) ? C(0) : miss * magnitude, odds};
+  }
+  template <class C>
+  static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
+    const C l = e.p0, t = exp_negative(-abs_(l));
+    const C sigmoid = (l >= C(0) ? C(1) : t) / (C(1) + t);
+    return {g * l, g * (e.x - sigmoid)};
+  }
+};

@@ -1,0 +1,22 @@
+// log N(x; mean, exp(logvar)). The mathematics stands in fastvae/ops/gaussian.py.
+struct Gaussian : Declaration {
+  static constexpr const char* kName = "gaussian";
+  static constexpr int kParameters = 2, kHooked = 1, kPrepared = 1;
+  static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
+
+  // 1 / s: exp(-logvar) itself overflows long before what it is a factor of does.
+  template <class C>
+  static FASTVAE_INLINE Prepared<C> prepare(C logvar) {
+    return {logvar, exp_(C(-0.5) * logvar)};
+  }
+  template <class C>
+  static FASTVAE_INLINE Value<C> value(Element<C> e) {
+    const C white = (e.x - e.p0) * e.q0;
+    return {white * white};
+  }
+  template <class C>
+  static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
+    const C white = (e.x - e.p0) * e.q0, part = g * white, mean = part * e.q0;
+    return {-mean, mean, C(0.5) * (part * white - g)};
+  }
+};
