@@ -61,7 +61,7 @@ def extensions():
             "fastvae._C",
             ["csrc/bindings.cpp"],
             include_dirs=["csrc"],
-            depends=sorted(glob.glob("csrc/**/*.hpp", recursive=True)),
+            depends=sorted(glob.glob("csrc/*.hpp")),
             cxx_std=17,
             extra_compile_args=FLAGS,
         )

@@ -82,6 +82,15 @@ namespace py = pybind11;
 
 namespace pybind11::detail {
 
+// The items of a tuple from `at` on, strides, as far as there are any.
+inline void read_strides(PyObject* tuple, Py_ssize_t at, fastvae::i64& s0, fastvae::i64& s1, fastvae::i64& s2) {
+  fastvae::i64* strides[] = {&s0, &s1, &s2};
+  for (fastvae::i64* stride : strides) {
+    if (at < PyTuple_GET_SIZE(tuple)) *stride = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, at++));
+  }
+  if (PyErr_Occurred()) throw error_already_set();
+}
+
 // A tuple (address, stride, ...) of up to three strides, or None for no tensor.
 template <>
 struct type_caster<fastvae::Matrix> {
@@ -93,9 +102,7 @@ struct type_caster<fastvae::Matrix> {
     const Py_ssize_t size = PyTuple_GET_SIZE(source.ptr());
     if (size < 1 || size > 4) return false;
     value.data = PyLong_AsSize_t(PyTuple_GET_ITEM(source.ptr(), 0));
-    fastvae::i64* strides[] = {&value.s0, &value.s1, &value.s2};
-    for (Py_ssize_t i = 1; i < size; ++i) *strides[i - 1] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
-    if (PyErr_Occurred()) throw error_already_set();
+    read_strides(source.ptr(), 1, value.s0, value.s1, value.s2);
     return true;
   }
 };
@@ -108,17 +115,13 @@ struct type_caster<fastvae::Operand> {
   bool load(handle source, bool) {
     if (source.is_none()) return true;
     if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) > 5) return false;
-    return read(source.ptr(), 0, value);
+    read(source.ptr(), 0, value);
+    return true;
   }
-  static bool read(PyObject* tuple, Py_ssize_t at, fastvae::Operand& to) {
+  static void read(PyObject* tuple, Py_ssize_t at, fastvae::Operand& to) {
     to.data = PyLong_AsSize_t(PyTuple_GET_ITEM(tuple, at));
     to.dtype = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, at + 1)));
-    fastvae::i64* strides[] = {&to.s0, &to.s1, &to.s2};
-    for (Py_ssize_t i = 0; at + 2 + i < PyTuple_GET_SIZE(tuple); ++i) {
-      *strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, at + 2 + i));
-    }
-    if (PyErr_Occurred()) throw error_already_set();
-    return true;
+    read_strides(tuple, at + 2, to.s0, to.s1, to.s2);
   }
 };
 

@@ -1,6 +1,6 @@
 // The engine of the likelihoods: log p(x|z) of rows (k, b) of parameters, summed over the event, and its gradients.
 //
-// A likelihood is a declaration (csrc/likelihoods, one file each) of scalar functions. From it come a few loops over a tile, in
+// A likelihood is a declaration of scalar functions, in a file of its own. From it come a few loops over a tile, in
 // float and in double; walks over rows, conversions from and to storage types, broadcasting and sums are written once, here, and
 // reach the loops by a table.
 
@@ -155,8 +155,8 @@ const Loops<C> loops_of = {
       {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
     prepare_all<L, C>};
 
-#include "likelihoods/bernoulli.hpp"
-#include "likelihoods/gaussian.hpp"
+#include "bernoulli.hpp"
+#include "gaussian.hpp"
 
 // All of them, in the order of their numbers.
 #define FASTVAE_LIKELIHOODS(F) F(Bernoulli) F(Gaussian)
