@@ -20,9 +20,10 @@ import torch  # noqa: E402
 from . import report  # noqa: E402
 from .measure import OURS, keep_memory, measure, measure_machine  # noqa: E402
 
-MODULES = ("latent", "gaussian", "bernoulli", "importance", "objectives")
+MODULES = ("latent", "gaussian", "bernoulli", "importance", "weigh", "objectives")
 # Other things to do, each with options of its own: the module whose ``main`` takes what follows the name.
 SUBCOMMANDS = {
+    "frontend": "what an objective costs of its own, beside a decoder that costs nothing",
     "gpu": "run the tests on a card, and measure it",
     "kernels": "what the compiler makes of the kernels, without a GPU",
     "launches": "the Python path from a call to its launch, without a GPU",

@@ -94,7 +94,9 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """A label and a call for every kernel, in the configurations that matter: dtypes, flags, shapes."""
-    from fastvae.kernels import bernoulli, gaussian, importance, latent, random
+    from fastvae.kernels import bernoulli, gaussian, importance, latent, random, weigh
+    from fastvae.ops.latent import Draw
+    from fastvae.ops.weigh import Weighing
 
     infinity = float("inf")
     seed = tensor(dtype=torch.int64)
@@ -117,7 +119,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             grad_z, grad_ratio = tensor(k, b, d, dtype=dtype), tensor(k, b, dtype=wide)
             grad_kl = tensor(b, dtype=wide)
             need = [True, True, prior, prior]
-            arguments = (*q, *p, seed, k, 0, 0, *limits)
+            arguments = (*q, *p, seed, Draw(k, 0, 0, *limits))
             label = f"{str(dtype)[6:]} [{k}, {b}, {d}]"
             yield f"rsample_kl {label}", lambda a=arguments: latent.rsample_kl(*a, False)
             yield f"rsample_log_ratio {label}", lambda a=arguments: latent.rsample_log_ratio(*a, "iwae")
@@ -135,7 +137,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     q = (tensor(128, 64), tensor(128, 64))
     yield (
         "rsample_kl float32 [1, 128, 64], per dimension",
-        lambda: latent.rsample_kl(*q, None, None, seed, 1, 0, 0, *free, True),
+        lambda: latent.rsample_kl(*q, None, None, seed, Draw(1, 0, 0, *free), True),
     )
     # A likelihood's log variance: one per element, per pixel or per row; the gradients that are asked for
     # with it.
@@ -181,6 +183,22 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"log_mean_exp_backward {label}",
                 lambda w=log_w, c=column: importance.log_mean_exp_backward(c, w, c, c),
             )
+    for dtype in (f32, f64):
+        for k, b in ((1, 1024), (50, 128), (5000, 16)):
+            likelihood, row = tensor(k, b, dtype=dtype), tensor(b, dtype=dtype)
+            beta = None if k == 50 else row
+            for how, term, weights in (
+                (Weighing(-1.0, "mean", "none"), row, None),
+                (Weighing(1.0, "log_mean_exp", "none"), likelihood, likelihood),
+            ):
+                label = f"{str(dtype)[6:]} [{k}, {b}], {how.over}"
+                yield f"weigh {label}", lambda v=likelihood, t=term, b=beta, h=how: weigh.weigh(v, t, b, h)
+                yield (
+                    f"weigh_backward {label}",
+                    lambda g=row, w=weights, b=beta, h=how, n=(k, b), t=term: weigh.weigh_backward(
+                        g, None, w, b, h, *n, t.dim()
+                    ),
+                )
 
 
 def recorded(call: Callable[[], object]) -> list[tuple]:
@@ -227,9 +245,9 @@ def _settle_keys() -> None:
     """Let Triton hash every function after those that it calls: the keys of its cache would depend on what
     was launched first, since a callee that is not hashed yet does not hand on the constants that it uses.
     """
-    from fastvae.kernels import bernoulli, common, gaussian, importance, latent, random
+    from fastvae.kernels import bernoulli, common, gaussian, importance, latent, random, weigh
 
-    for module in (common, random, latent, gaussian, bernoulli, importance):
+    for module in (common, random, latent, gaussian, bernoulli, importance, weigh):
         for value in vars(module).values():
             if hasattr(value, "cache_key"):
                 value.cache_key  # noqa: B018

@@ -11,6 +11,7 @@ namespace FASTVAE_ISA {
 #include "latent.hpp"
 #include "likelihood.hpp"
 #include "importance.hpp"
+#include "weigh.hpp"
 // clang-format on
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
@@ -22,6 +23,7 @@ namespace FASTVAE_ISA {
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 #ifdef __SSE2__
@@ -29,7 +31,7 @@ namespace FASTVAE_ISA {
 #endif
 
 #include "parallel.hpp"
-#include "rows.hpp"
+#include "arguments.hpp"
 
 // How long its vectors are is told along with the instruction set: the pragmas below do not define __AVX2__ and the like.
 #define FASTVAE_ISA base
@@ -78,77 +80,9 @@ namespace FASTVAE_ISA {
 #pragma GCC pop_options
 #endif
 
+#include "casters.hpp"
+
 namespace py = pybind11;
-
-namespace pybind11::detail {
-
-// The items of a tuple from `at` on, strides, as far as there are any.
-inline void read_strides(PyObject* tuple, Py_ssize_t at, fastvae::i64& s0, fastvae::i64& s1, fastvae::i64& s2) {
-  fastvae::i64* strides[] = {&s0, &s1, &s2};
-  for (fastvae::i64* stride : strides) {
-    if (at < PyTuple_GET_SIZE(tuple)) *stride = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, at++));
-  }
-  if (PyErr_Occurred()) throw error_already_set();
-}
-
-// A tuple (address, stride, ...) of up to three strides, or None for no tensor.
-template <>
-struct type_caster<fastvae::Matrix> {
-  PYBIND11_TYPE_CASTER(fastvae::Matrix, const_name("Matrix"));
-
-  bool load(handle source, bool) {
-    if (source.is_none()) return true;
-    if (!PyTuple_Check(source.ptr())) return false;
-    const Py_ssize_t size = PyTuple_GET_SIZE(source.ptr());
-    if (size < 1 || size > 4) return false;
-    value.data = PyLong_AsSize_t(PyTuple_GET_ITEM(source.ptr(), 0));
-    read_strides(source.ptr(), 1, value.s0, value.s1, value.s2);
-    return true;
-  }
-};
-
-template <>
-struct type_caster<fastvae::Operand> {
-  PYBIND11_TYPE_CASTER(fastvae::Operand, const_name("Operand"));
-
-  // (address, dtype, stride, ...), or None for no tensor.
-  bool load(handle source, bool) {
-    if (source.is_none()) return true;
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) > 5) return false;
-    read(source.ptr(), 0, value);
-    return true;
-  }
-  static void read(PyObject* tuple, Py_ssize_t at, fastvae::Operand& to) {
-    to.data = PyLong_AsSize_t(PyTuple_GET_ITEM(tuple, at));
-    to.dtype = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, at + 1)));
-    read_strides(tuple, at + 2, to.s0, to.s1, to.s2);
-  }
-};
-
-template <>
-struct type_caster<fastvae::Rows> {
-  PYBIND11_TYPE_CASTER(fastvae::Rows, const_name("Rows"));
-
-  // (likelihood, samples, rows, columns, threads, x, (kind, address, dtype, stride, stride, stride), ...)
-  bool load(handle source, bool) {
-    PyObject* t = source.ptr();
-    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) < 7 || PyTuple_GET_SIZE(t) > 6 + fastvae::kMostParameters) return false;
-    fastvae::i64 numbers[5];
-    for (Py_ssize_t i = 0; i < 5; ++i) numbers[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(t, i));
-    value.likelihood = static_cast<int>(numbers[0]);
-    value.samples = numbers[1], value.rows = numbers[2], value.columns = numbers[3];
-    value.threads = static_cast<int>(numbers[4]);
-    using Read = type_caster<fastvae::Operand>;
-    Read::read(PyTuple_GET_ITEM(t, 5), 0, value.x);
-    for (Py_ssize_t j = 6; j < PyTuple_GET_SIZE(t); ++j) {
-      value.kind[j - 6] = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(PyTuple_GET_ITEM(t, j), 0)));
-      Read::read(PyTuple_GET_ITEM(t, j), 1, value.p[j - 6]);
-    }
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
 
 namespace {
 
@@ -209,6 +143,7 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
   });
 
+  using namespace fastvae;
   using release = py::call_guard<py::gil_scoped_release>;
 #define FASTVAE_DEF(name) m.def(#name, FASTVAE_PICK(name), release())
   FASTVAE_DEF(normal);
@@ -218,10 +153,22 @@ PYBIND11_MODULE(_C, m) {
   FASTVAE_DEF(rsample_log_ratio_backward);
   m.attr("likelihoods") = likelihoods();
   FASTVAE_DEF(log_prob);
-  m.def("log_prob_backward", [](const fastvae::Rows& a, bool wide, const fastvae::Operand& grad, fastvae::address x,
-                                fastvae::address p0, fastvae::address p1, fastvae::address p2) {
+  m.def("log_prob_backward", [](const Rows& a, bool wide, const Tensor& grad, Output x, const Outputs& p) {
     static const auto run = FASTVAE_PICK(log_prob_backward);
-    run(a, wide, {grad, x, {p0, p1, p2}});
+    run(a, wide, {grad.along(2), x, {p[0], p[1], p[2]}});
+  }, release());
+  m.def("weigh", [](int likelihood, const Tensor& x, const Parameters& parameters, const Tensor& term, const Tensor& beta,
+                    const How& how, int threads, Output bound, Output log_likelihood, Output weights) {
+    static const auto run = FASTVAE_PICK(weigh);
+    const Weighing w(likelihood, x, parameters, term, beta, how, threads);
+    return run(w, w.wide(), {bound, log_likelihood, weights});
+  }, release());
+  m.def("weigh_backward", [](int likelihood, const Tensor& x, const Parameters& parameters, const Tensor& term, const Tensor& beta,
+                             const How& how, int threads, const Tensor& bound, const Tensor& log_likelihood, Output weights,
+                             Output to_term, Output to_x, const Outputs& p) {
+    static const auto run = FASTVAE_PICK(weigh_backward);
+    const Weighing w(likelihood, x, parameters, term, beta, how, threads);
+    run(w, w.wide(), {bound, log_likelihood, weights}, {{}, to_x, {p[0], p[1], p[2]}}, to_term);
   }, release());
   FASTVAE_DEF(log_mean_exp);
   FASTVAE_DEF(log_mean_exp_backward);

@@ -82,7 +82,7 @@ struct View {
 };
 
 template <class T>
-inline View<T> view(const Matrix& m) {
+inline View<T> view(const Tensor& m) {
   return {reinterpret_cast<T*>(m.data), m.s0, m.s1, m.s2};
 }
 template <class T>

@@ -26,8 +26,8 @@ FASTVAE_LOOP void add_exponentials(C* __restrict sum, const C* __restrict row, c
 
 // out = g w, or 0 where either is too small to be a normal number.
 template <class C>
-FASTVAE_LOOP void weigh(C* __restrict out, const C* __restrict g, const C* __restrict row, const C* __restrict shift,
-                  const C* __restrict inverse, int n) {
+FASTVAE_LOOP void times_weights(C* __restrict out, const C* __restrict g, const C* __restrict row, const C* __restrict shift,
+                                const C* __restrict inverse, int n) {
   const C tiny = smallest_normal(C{});
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
@@ -100,31 +100,30 @@ void log_mean_exp_weights(T* out, View<const compute_t<T>> grad, View<const T> l
         const C* row = load(row_buffer, log_w.at(k, column), log_w.s1, n);
         T* place = out + k * columns + column;
         C* p = target(place, out_buffer);
-        weigh(p, g, row, shift, inverse, n);
+        times_weights(p, g, row, shift, inverse, n);
         commit(place, p, n);
       }
     }
   });
 }
 
-// @param bound, maximum, total (N): contiguous, written; @param log_w (K, N)
-inline void log_mean_exp(int dtype, address bound, address maximum, address total, Matrix log_w, i64 samples, i64 columns,
-                         int threads) {
-  for_dtype(dtype, [&](auto t) {
+// @param bound, maximum, total (N): written; @param log_w (K, N)
+inline void log_mean_exp(Output bound, Output maximum, Output total, const Tensor& log_w, int threads) {
+  for_dtype(log_w.dtype, [&](auto t) {
     using T = decltype(t);
     using C = compute_t<T>;
-    log_mean_exp_columns<T>(view<const T>(log_w), samples, columns, pointer<C>(bound), pointer<C>(maximum), pointer<C>(total),
+    log_mean_exp_columns<T>(view<const T>(log_w), log_w.n0, log_w.n1, pointer<C>(bound), pointer<C>(maximum), pointer<C>(total),
                             threads);
   });
 }
 
-// @param out (K, N): contiguous, written; @param grad (N), @param log_w (K, N), @param maximum, total (N): contiguous
-inline void log_mean_exp_backward(int dtype, address out, Matrix grad, Matrix log_w, address maximum, address total,
-                                  i64 samples, i64 columns, int threads) {
-  for_dtype(dtype, [&](auto t) {
+// @param out (K, N): written; @param grad (N), @param log_w (K, N), @param maximum, total (N): contiguous
+inline void log_mean_exp_backward(Output out, const Tensor& grad, const Tensor& log_w, Output maximum, Output total,
+                                  int threads) {
+  for_dtype(log_w.dtype, [&](auto t) {
     using T = decltype(t);
     using C = compute_t<T>;
     log_mean_exp_weights<T>(pointer<T>(out), view<const C>(grad), view<const T>(log_w), pointer<const C>(maximum),
-                            pointer<const C>(total), samples, columns, threads);
+                            pointer<const C>(total), log_w.n0, log_w.n1, threads);
   });
 }

@@ -9,6 +9,7 @@ constexpr i64 kSamplesPerBlock = 16;
 
 template <class T>
 struct Latent {
+  using Storage = T;
   View<const T> mu, logvar, prior_mu, prior_logvar;  // (B, D)
   std::uint64_t seed;
   i64 samples, rows, columns, sample_offset, row_offset;
@@ -372,82 +373,74 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
 
 // What every entry point takes of q and p, and of the noise where it draws.
 struct LatentArguments {
-  Matrix mu, logvar, prior_mu, prior_logvar;  // (B, D); the priors may be null, for N(0, I)
-  i64 samples, rows, columns;
-  double logvar_min, logvar_max;
+  Tensor mu, logvar, prior_mu, prior_logvar;  // (B, D); the priors may be null, for N(0, I)
+  Draw draw;
   int threads;
   address seed = 0;  // of an int64
-  i64 sample_offset = 0, row_offset = 0;
 
   // Calls f(Yes or No: whether there is a prior but N(0, I); the arguments for the storage type T).
-  template <class T, class F>
-  void as(F f) const {
-    using C = compute_t<T>;
-    const Latent<T> a{view<const T>(mu), view<const T>(logvar), view<const T>(prior_mu), view<const T>(prior_logvar),
-                      seed ? *pointer<const std::uint64_t>(seed) : 0, samples, rows, columns, sample_offset, row_offset,
-                      static_cast<C>(logvar_min), static_cast<C>(logvar_max), threads};
-    a.with_prior() ? f(Yes{}, a) : f(No{}, a);
+  template <class F>
+  void call(F f) const {
+    for_dtype(mu.dtype, [&](auto t) {
+      using T = decltype(t);
+      using C = compute_t<T>;
+      const Latent<T> a{view<const T>(mu), view<const T>(logvar), view<const T>(prior_mu), view<const T>(prior_logvar),
+                        seed ? *pointer<const std::uint64_t>(seed) : 0, draw.samples, mu.n0, mu.n1, draw.sample_offset,
+                        draw.row_offset, static_cast<C>(draw.logvar_min), static_cast<C>(draw.logvar_max), threads};
+      a.with_prior() ? f(Yes{}, a) : f(No{}, a);
+    });
   }
 };
 
-// @param z (K, B, D), @param slope the same or null, @param kl (B), or (B, D) with per_dimension: contiguous, written
-inline void rsample_kl(int dtype, address z, address slope, address kl, Matrix mu, Matrix logvar, Matrix prior_mu,
-                       Matrix prior_logvar, i64 samples, i64 rows, i64 columns, double logvar_min, double logvar_max,
-                       int threads, address seed, i64 sample_offset, i64 row_offset, bool per_dimension) {
-  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, samples, rows, columns, logvar_min, logvar_max, threads,
-                          seed, sample_offset, row_offset};
-  for_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
+// @param z (K, B, D), @param slope the same or null, @param kl (B), or (B, D) with per_dimension: written
+inline void rsample_kl(Output z, Output slope, Output kl, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
+                       const Tensor& prior_logvar, const Draw& draw, Output seed, int threads, bool per_dimension) {
+  LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads, seed}.call([&](auto prior, auto& q) {
+    using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    const LatentResults<T> to{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension};
-    a.as<T>([&](auto prior, const Latent<T>& q) { latent_forward<decltype(prior)::value>(q, to); });
+    latent_forward<decltype(prior)::value>(
+        q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension});
   });
 }
 
-// @param z (K, B, D), @param slope the same or null, @param log_ratio (K, B): contiguous, written
-inline void rsample_log_ratio(int dtype, address z, address slope, address log_ratio, Matrix mu, Matrix logvar,
-                              Matrix prior_mu, Matrix prior_logvar, i64 samples, i64 rows, i64 columns, double logvar_min,
-                              double logvar_max, int threads, address seed, i64 sample_offset, i64 row_offset) {
-  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, samples, rows, columns, logvar_min, logvar_max, threads,
-                          seed, sample_offset, row_offset};
-  for_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
+// @param z (K, B, D), @param slope the same or null, @param log_ratio (K, B): written
+inline void rsample_log_ratio(Output z, Output slope, Output log_ratio, const Tensor& mu, const Tensor& logvar,
+                              const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw, Output seed, int threads) {
+  LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads, seed}.call([&](auto prior, auto& q) {
+    using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    const LatentResults<T> to{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false};
-    a.as<T>([&](auto prior, const Latent<T>& q) { latent_forward<decltype(prior)::value>(q, to); });
+    latent_forward<decltype(prior)::value>(
+        q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false});
   });
 }
 
-// @param out_mu, out_logvar, out_prior_mu, out_prior_logvar (B, D): contiguous, written, null where not asked for
-// @param grad_z (K, B, D), @param grad_kl (B, D): null where nothing arrives
+// @param out_mu, out_logvar, out_prior_mu, out_prior_logvar (B, D): written
+// @param grad_z (K, B, D), @param grad_kl (B), or (B, D): null where nothing arrives
 // @param slope (K, B, D): from the forward pass
-inline void rsample_kl_backward(int dtype, address out_mu, address out_logvar, address out_prior_mu,
-                                address out_prior_logvar, Matrix grad_z, Matrix grad_kl, Matrix slope, Matrix mu,
-                                Matrix logvar, Matrix prior_mu, Matrix prior_logvar, i64 samples, i64 rows, i64 columns,
-                                double logvar_min, double logvar_max, int threads) {
-  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, samples, rows, columns, logvar_min, logvar_max, threads};
-  for_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
+inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar,
+                                const Tensor& grad_z, const Tensor& grad_kl, const Tensor& slope, const Tensor& mu,
+                                const Tensor& logvar, const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw,
+                                int threads) {
+  LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads}.call([&](auto prior, auto& q) {
+    using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    const LatentGrads<T> g{view<const T>(grad_z), view<const C>(slope), view<const C>(grad_kl), {}, {}, false,
-                           pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)};
-    a.as<T>([&](auto prior, const Latent<T>& q) { latent_backward<decltype(prior)::value>(q, g); });
+    latent_backward<decltype(prior)::value>(
+        q, LatentGrads<T>{view<const T>(grad_z.along(3)), view<const C>(slope.along(3)), view<const C>(grad_kl), {}, {}, false,
+                          pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)});
   });
 }
 
 // @param grad_log_ratio (K, B), @param weight (K, B): null where nothing arrives, and without DReG
-inline void rsample_log_ratio_backward(int dtype, address out_mu, address out_logvar, address out_prior_mu,
-                                       address out_prior_logvar, Matrix grad_z, Matrix grad_log_ratio, Matrix weight,
-                                       Matrix slope, Matrix mu, Matrix logvar, Matrix prior_mu, Matrix prior_logvar,
-                                       i64 samples, i64 rows, i64 columns, double logvar_min, double logvar_max, int threads,
-                                       bool path) {
-  const LatentArguments a{mu, logvar, prior_mu, prior_logvar, samples, rows, columns, logvar_min, logvar_max, threads};
-  for_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
+inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar,
+                                       const Tensor& grad_z, const Tensor& grad_log_ratio, const Tensor& weight,
+                                       const Tensor& slope, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
+                                       const Tensor& prior_logvar, const Draw& draw, int threads, bool path) {
+  LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads}.call([&](auto prior, auto& q) {
+    using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    const LatentGrads<T> g{view<const T>(grad_z), view<const C>(slope), {}, view<const C>(grad_log_ratio),
-                           view<const C>(weight), path, pointer<T>(out_mu), pointer<T>(out_logvar),
-                           pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)};
-    a.as<T>([&](auto prior, const Latent<T>& q) { latent_backward<decltype(prior)::value>(q, g); });
+    latent_backward<decltype(prior)::value>(
+        q, LatentGrads<T>{view<const T>(grad_z.along(3)), view<const C>(slope.along(3)), {}, view<const C>(grad_log_ratio),
+                          view<const C>(weight), path, pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu),
+                          pointer<T>(out_prior_logvar)});
   });
 }

@@ -232,13 +232,13 @@ struct Reader {
     for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
   }
 
-  static const C* load(const Storage<C>& s, C* buffer, const Operand& t, i64 offset, i64 stride, int n) {
+  static const C* load(const Storage<C>& s, C* buffer, const Tensor& t, i64 offset, i64 stride, int n) {
     const address from = t.data + static_cast<address>(offset * s.size);
     if (s.in_place && stride == 1) return pointer<const C>(from);
     return s.load(buffer, from, stride, n);
   }
   const C* parameter(int j, i64 k, i64 b, i64 column, int n) {
-    const Operand& t = a.p[j];
+    const Tensor& t = a.p[j];
     return load(storage<C>(t.dtype), p[j], t, k * t.s0 + b * t.s1 + column * t.s2, t.s2, n);
   }
   void prepare(int n) { own = f.prepare(n, tile.p[f.hooked], q_rows()); }
@@ -323,7 +323,7 @@ struct ShortRows {
     for (int i = 0; i < f.prepared; ++i) copy(q[i] + r * n, q[i], n);
     own[r] = own[0];
   }
-  const C* load(C* buffer, const Operand& t, i64 offset, i64 s0, i64 s1, const Tile& shape) const {
+  const C* load(C* buffer, const Tensor& t, i64 offset, i64 s0, i64 s1, const Tile& shape) const {
     const Storage<C>& s = storage<C>(t.dtype);
     const address from = t.data + static_cast<address>(offset * s.size);
     if (s1 == 1 && shape.dense(s0)) return s.in_place ? pointer<const C>(from) : s.load(buffer, from, 1, shape.size());
@@ -338,7 +338,7 @@ struct ShortRows {
     const Tile t = shape(static_cast<int>(a.rows - b < height ? a.rows - b : height));
     tile.x = load(x, a.x, b * a.x.s0, a.x.s0, a.x.s1, t);
     for (int j = 0; j < f.parameters; ++j) {
-      const Operand& from = a.p[j];
+      const Tensor& from = a.p[j];
       if (a.kind[j] == kFull) tile.p[j] = load(p[j], from, k * from.s0 + b * from.s1, from.s1, from.s2, t);
       if (a.kind[j] != kOne) continue;
       for (int r = 0; r < t.rows; ++r) {
@@ -575,7 +575,7 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
 }
 
 // @param out (K, B) of compute type, that is double if `wide`: contiguous, written. Returns whether x lies where it must.
-inline bool log_prob(const Rows& a, bool wide, address out) {
+inline bool log_prob(const Rows& a, bool wide, Output out) {
   return wide ? reduce_rows(a, pointer<double>(out)) : reduce_rows(a, pointer<float>(out));
 }
 

@@ -12,12 +12,6 @@ namespace fastvae {
 using i64 = std::int64_t;
 using address = std::uintptr_t;
 
-// A strided tensor of up to three axes as it comes from Python: address of the first element, strides in elements.
-struct Matrix {
-  address data = 0;
-  i64 s0 = 0, s1 = 0, s2 = 0;
-};
-
 // Below this many elements a thread costs more than it saves (measured: docs/NOTES.md).
 constexpr i64 kElementsPerThread = 20000;
 

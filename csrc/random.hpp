@@ -232,11 +232,11 @@ inline Tile tile_of(i64 rows, i64 row, i64 height, i64 columns, i64 column) {
 // The noise itself.
 // @param out (samples, rows, columns): float, or double with `wide`
 // @param seed the address of an int64
-inline void normal(address out, bool wide, address seed, i64 samples, i64 rows, i64 columns, i64 sample_offset,
+inline void normal(Output out, bool wide, Output seed, i64 samples, i64 rows, i64 columns, i64 sample_offset,
                    i64 row_offset, int threads) {
   auto run = [&](auto zero) {
     using C = decltype(zero);
-    const Key key(*reinterpret_cast<const std::uint64_t*>(seed));
+    const Key key(*pointer<const std::uint64_t>(seed));
     const i64 height = rows_per_tile(rows, columns), tiles = (rows + height - 1) / height;
     parallel(threads, samples * tiles, samples * rows * columns, [&](i64 begin, i64 end) {
       Noise<C> noise(key, sample_offset, row_offset);

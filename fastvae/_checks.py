@@ -38,6 +38,21 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
     return value
 
 
+def are_rows(mu: Any, logvar: Any) -> bool:
+    """Whether these are what a pair (mu, logvar) should be. In a small call Python is most of the cost, and
+    what is seen at a glance need not be asked one by one.
+    """
+    return (
+        isinstance(mu, Tensor)
+        and isinstance(logvar, Tensor)
+        and mu.dim() == 2
+        and mu.shape == logvar.shape
+        and mu.dtype == logvar.dtype
+        and mu.dtype in FLOATING
+        and mu.device == logvar.device
+    )
+
+
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         example = "" if " " in name else f", for example {name}.to({str(other.device)!r})"

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from ._checks import check_count, check_result, check_same_device, check_tensor, shape_of
-from .likelihoods import Bernoulli, Gaussian, Likelihood, as_likelihood
+from .likelihoods import Bernoulli, Gaussian, Likelihood, as_likelihood, fused
+from .ops.weigh import Weighing, weigh
 from .posteriors import Posterior, as_posterior, draw_log_ratio
 from .priors import DiagonalNormal, Prior, as_prior
 from .weights import Weights
@@ -44,23 +46,41 @@ class Model(NamedTuple):
                 "decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got "
                 f"{type(decoder).__name__}. Pass the decoder itself, not its output"
             )
-        return cls(x, q, decoder, as_likelihood(likelihood), as_prior(prior))
+        return cls(x, q, decoder, as_likelihood(likelihood, shared=True), as_prior(prior))
+
+    def bound(
+        self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """What :func:`fastvae.ops.weigh.weigh` returns, of z [K·B, D] and a term of q and p."""
+        parameters = self.decoder(z)
+        first = _first_of(parameters)
+        if isinstance(first, Tensor) and first.device != self.x.device:
+            check_same_device("the decoder's output", first, "x", self.x)
+        takes_fused = beta is None or not beta.requires_grad
+        if takes_fused and (arguments := fused(self.likelihood, self.x, parameters, samples)) is not None:
+            return weigh(*arguments, term, beta, how, terms)
+        return weigh_samples(self._log_prob(z, self.x, parameters, samples), term, beta, how)
 
     def log_likelihood(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major."""
         x = self.x if x is None else x
-        samples, batch, _ = z.shape
-        parameters = self.decoder(z.flatten(0, 1))
-        first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
+        z_rows = z.flatten(0, 1)
+        parameters = self.decoder(z_rows)
+        first = _first_of(parameters)
         if isinstance(first, Tensor):
             check_same_device("the decoder's output", first, "x", x)
+        return self._log_prob(z_rows, x, parameters, z.shape[0])
+
+    def _log_prob(self, z: Tensor, x: Tensor, parameters: Any, samples: int) -> Tensor:
+        """log p(x|z) [K, B] of the decoder's output for z [K·B, D], checked."""
+        batch, first = x.shape[0], _first_of(parameters)
         value = self.likelihood.log_prob(x, parameters, samples)
         if type(self.likelihood) in (Gaussian, Bernoulli):
             return value
         # One of the user's may have broadcast what fastvae's own refuse.
         if isinstance(first, Tensor) and first.shape[:1] != (samples * batch,):
             raise ValueError(
-                f"the decoder returned {shape_of(first)} for z [{samples * batch}, {z.shape[2]}]; expected "
+                f"the decoder returned {shape_of(first)} for z [{samples * batch}, {z.shape[1]}]; expected "
                 f"K·B = {samples}·{batch} rows, one for each row of z"
             )
         check_result(
@@ -68,6 +88,24 @@ class Model(NamedTuple):
             "sum over the axes of the event, not over samples or batch",
         )  # fmt: skip
         return value
+
+
+def _first_of(parameters: Any) -> Any:
+    return parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
+
+
+def weigh_samples(
+    log_likelihood: Tensor, term: Tensor, beta: Tensor | None, how: Weighing
+) -> tuple[Tensor, Tensor]:
+    """What :func:`fastvae.ops.weigh.weigh` returns, of log-likelihoods [K, B] that no fused op makes."""
+    mean = log_likelihood.mean(0)
+    factor = how.coefficient if beta is None else how.coefficient * beta.to(term.dtype)
+    if how.over == "mean":
+        bound = mean + factor * (term if term.dim() == 1 else term.mean(0))
+    else:
+        bound = ops.log_mean_exp(log_likelihood + factor * term)
+        mean = mean.detach()
+    return bound if how.reduction == "none" else getattr(bound, how.reduction)(), mean
 
 
 class Chunks:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from . import ops
 from ._checks import check_same_device, check_tensor, shape_of
+from .ops.bernoulli import check_targets
+from .ops.op import accumulator
 
 __all__ = ["Bernoulli", "Gaussian", "Likelihood", "as_likelihood"]
 
@@ -37,6 +39,10 @@ class Likelihood(nn.Module):
     def mean(self, parameters: Any) -> Tensor:
         """The mean of x given the decoder's output, for reconstructions and pictures."""
         raise NotImplementedError
+
+
+# What fastvae.ops.weigh takes: the likelihood's name, x [B, X], and parameters, the first [K·B, X].
+Fused = tuple[str, Tensor, tuple[Tensor, ...]]
 
 
 class Gaussian(Likelihood):
@@ -108,7 +114,28 @@ class Gaussian(Likelihood):
         return scale.log() if isinstance(scale, Tensor) else math.log(scale)
 
     def log_prob(self, x, parameters, samples):
-        if not self.learned and self.fixed_scale is None:
+        mean, logvar = self._read(x, parameters, samples)
+        mean = mean.reshape(samples, *x.shape)
+        if isinstance(logvar, Tensor) and self._from_decoder:
+            logvar = logvar.reshape(samples, *x.shape)
+        return ops.gaussian_log_prob(x, mean, logvar)
+
+    def _fused(self, x, parameters, samples):
+        mean, logvar = self._read(x, parameters, samples)
+        if not self._from_decoder:
+            logvar = _of_the_event(logvar, mean, x)
+            if logvar is None:
+                return None
+        return ("gaussian", *_flat(x, mean, logvar))
+
+    @property
+    def _from_decoder(self) -> bool:
+        """Whether the decoder returns the log variance, too."""
+        return not self.learned and self.fixed_scale is None
+
+    def _read(self, x: Tensor, parameters: Any, samples: int) -> tuple[Tensor, Tensor | float]:
+        """The mean [K·B, *event], and the log variance, like it or broadcastable to the event."""
+        if self._from_decoder:
             if not (isinstance(parameters, (tuple, list)) and len(parameters) == 2):
                 hint = (
                     "; for a mean alone, give the standard deviation: likelihood=fastvae.Gaussian(scale=0.1)"
@@ -117,23 +144,39 @@ class Gaussian(Likelihood):
                     "the decoder of a gaussian likelihood must return (mean, logvar), got "
                     f"{_describe(parameters)}{hint if isinstance(parameters, Tensor) else ''}"
                 )
-            mean = unfold_samples("the decoder's mean", parameters[0], x, samples)
-            logvar = unfold_samples("the decoder's logvar", parameters[1], x, samples)
-        else:
-            if not isinstance(parameters, Tensor):
-                raise TypeError(
-                    "the decoder of Gaussian(scale=...) must return the mean alone, a tensor; got "
-                    f"{_describe(parameters)}. A decoder that returns (mean, logvar) wants "
-                    "likelihood='gaussian', without a scale"
-                )
-            mean = unfold_samples("the decoder's mean", parameters, x, samples)
-            log_scale = self._log_scale()
-            _check_scale(log_scale, x)
-            logvar = 2 * log_scale
-        return ops.gaussian_log_prob(x, mean, logvar)
+            mean, logvar = parameters
+            check_rows("the decoder's mean", mean, x, samples)
+            check_rows("the decoder's logvar", logvar, x, samples)
+            if logvar.device != mean.device:
+                check_same_device("the decoder's logvar", logvar, "the decoder's mean", mean)
+            return mean, logvar
+        if not isinstance(parameters, Tensor):
+            raise TypeError(
+                "the decoder of Gaussian(scale=...) must return the mean alone, a tensor; got "
+                f"{_describe(parameters)}. For a decoder that returns (mean, logvar) use "
+                "likelihood='gaussian', without a scale"
+            )
+        check_rows("the decoder's mean", parameters, x, samples)
+        log_scale = self._log_scale()
+        _check_scale(log_scale, x)
+        return parameters, 2 * log_scale
 
     def mean(self, parameters):
         return parameters if isinstance(parameters, Tensor) else parameters[0]
+
+
+def _of_the_event(logvar: float | Tensor, mean: Tensor, x: Tensor) -> Tensor | None:
+    """A log variance as one number or one row [X]; None where the rows of the batch have their own."""
+    if not isinstance(logvar, Tensor):
+        # Not in half precision, which the decoder may compute in.
+        return torch.full((), logvar, dtype=accumulator(mean.dtype), device=mean.device)
+    if logvar.numel() == 1:
+        return logvar.reshape(())
+    if logvar.dim() == x.dim():
+        if logvar.shape[0] != 1:
+            return None
+        logvar = logvar[0]
+    return logvar.expand(x.shape[1:]).reshape(-1)
 
 
 def _check_scale(scale: float | Tensor, x: Tensor) -> None:
@@ -158,21 +201,29 @@ class Bernoulli(Likelihood):
     """
 
     def log_prob(self, x, parameters, samples):
+        self._check(x, parameters, samples)
+        return ops.bernoulli_log_prob(x, parameters.reshape(samples, *x.shape))
+
+    def _fused(self, x, parameters, samples):
+        self._check(x, parameters, samples)
+        check_targets(x)
+        return ("bernoulli", *_flat(x, parameters))
+
+    def _check(self, x: Tensor, parameters: Any, samples: int) -> None:
         if not isinstance(parameters, Tensor):
             raise TypeError(
                 "the decoder of a bernoulli likelihood must return logits, one tensor; got "
                 f"{_describe(parameters)}"
             )
-        return ops.bernoulli_log_prob(x, unfold_samples("the decoder's logits", parameters, x, samples))
+        check_rows("the decoder's logits", parameters, x, samples)
 
     def mean(self, parameters):
         return torch.sigmoid(parameters)
 
 
-def unfold_samples(name: str, value: Any, x: Tensor, samples: int) -> Tensor:
-    """[K·B, *event] as [K, B, *event], checked against x [B, *event]."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+def check_rows(name: str, value: Any, x: Tensor, samples: int) -> None:
+    """Check a decoder's output [K·B, *event] against x [B, *event]."""
+    check_tensor(name, value)
     expected = (samples * x.shape[0], *x.shape[1:])
     if value.shape != expected:
         same = value.shape[:1] == expected[:1] and value.shape[1:].numel() == x.shape[1:].numel()
@@ -187,7 +238,15 @@ def unfold_samples(name: str, value: Any, x: Tensor, samples: int) -> Tensor:
             f"{samples}·{x.shape[0]} rows (samples times batch), each shaped like an x of shape "
             f"{shape_of(x)}{hint}"
         )
-    return value.reshape(samples, *x.shape)
+
+
+def _flat(x: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """x [B, *event] as [B, X], and parameters [K·B, *event] as [K·B, X]; others have no event."""
+    if x.dim() == 2:
+        return x, parameters
+    return x.reshape(len(x), -1), tuple(
+        p.reshape(len(p), -1) if p.dim() == x.dim() else p for p in parameters
+    )
 
 
 def _describe(value: Any) -> str:
@@ -199,12 +258,27 @@ def _describe(value: Any) -> str:
 
 
 _NAMES = {"gaussian": Gaussian, "bernoulli": Bernoulli}
+# For a call that gives a name: making a module costs more than the kernels of a small batch.
+_SHARED = {name: kind() for name, kind in _NAMES.items()}
 
 
-def as_likelihood(likelihood: Any) -> Likelihood:
-    """A name or a likelihood object."""
+def fused(likelihood: Likelihood, x: Tensor, parameters: Any, samples: int) -> Fused | None:
+    """The arguments of the fused op, checked; None for a likelihood that has none."""
+    if type(likelihood).log_prob not in _OWN or x.numel() == 0:
+        return None
+    return likelihood._fused(x, parameters, samples)
+
+
+# What a subclass may have replaced.
+_OWN = (Gaussian.log_prob, Bernoulli.log_prob)
+
+
+def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
+    """A name or a likelihood object; of a name a module of its own, or ``shared`` with others."""
     if isinstance(likelihood, Likelihood):
         return likelihood
+    if shared and type(likelihood) is str and likelihood in _SHARED:
+        return _SHARED[likelihood]
     if isinstance(likelihood, str):
         if likelihood not in _NAMES:
             raise ValueError(f"likelihood={likelihood!r} is unknown; known: {', '.join(map(repr, _NAMES))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _backend, _model, ops
+from . import _backend, _model
 from ._checks import check_address, check_choice, check_count, check_weight
 from ._model import Chunks, Model
 from .likelihoods import Likelihood
 from .ops.latent import ESTIMATORS
+from .ops.weigh import Weighing
 from .posteriors import Posterior, draw_kl, draw_log_ratio
 from .priors import Prior
 from .random import draw_seed
@@ -110,8 +112,10 @@ def elbo(
     model = Model.read(x, q, decoder, likelihood, prior)
     q, prior = model.q, model.prior
     check_count("samples", samples, "the draws of z per example")
-    beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
-    free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
+    if type(beta) is not float or not 0 <= beta < math.inf:
+        beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
+    if type(free_bits) is not float or not 0 <= free_bits < math.inf:
+        free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
     check_choice("kl", kl, ("analytic", "mc"))
     check_choice("reduction", reduction, _REDUCTIONS)
     # A tensor's value is not asked for, which would be a synchronisation.
@@ -122,20 +126,23 @@ def elbo(
         )
     address = _address(q, samples, row_offset)
     seed = draw_seed(q.device, generator)
+    if not isinstance(beta, Tensor) and beta != 1 and torch.compiler.is_compiling():
+        # An op's number is part of the code, a tensor's values are not.
+        beta = torch.ones((), dtype=torch.float64, device=q.device) * beta
+    coefficient, beta = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     if kl == "analytic":
-        z, divergence = draw_kl(q, prior, samples=samples, seed=seed, per_dimension=has_free_bits, **address)
+        z, term = draw_kl(q, prior, samples=samples, seed=seed, per_dimension=has_free_bits, **address)
         if has_free_bits:
-            divergence = divergence.mean(0).clamp(min=free_bits).sum().expand(q.batch)
+            term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)
+        coefficient = -coefficient
     else:
-        z, log_ratio = draw_log_ratio(q, prior, samples=samples, seed=seed, **address)
-        divergence = -log_ratio.mean(0)
-    log_likelihood = model.log_likelihood(z).mean(0)
-    if isinstance(beta, Tensor):
-        weighted = beta.to(divergence.dtype) * divergence
-    else:
-        weighted = divergence if beta == 1 else beta * divergence
-    bound = log_likelihood - weighted
-    return Terms(bound, log_likelihood, divergence) if terms else _reduce(bound, reduction)
+        z, term = draw_log_ratio(q, prior, samples=samples, seed=seed, **address)
+        z = z.flatten(0, 1)
+    how = Weighing(coefficient, "mean", "none" if terms else reduction)
+    bound, log_likelihood = model.bound(z, term, samples, beta, how, terms)
+    if not terms:
+        return bound
+    return Terms(bound, log_likelihood, term if kl == "analytic" else -term.mean(0))
 
 
 def iwae(
@@ -200,20 +207,23 @@ def iwae(
         check_count("k_chunk", k_chunk, "the samples trained on at a time")
     address = _address(model.q, k, row_offset)
     seed = draw_seed(model.q.device, generator)
+    how = Weighing(1.0, "log_mean_exp", "none" if terms else reduction)
     if k_chunk is None or k_chunk >= k:
         z, log_ratio = draw_log_ratio(
             model.q, model.prior, samples=k, seed=seed, estimator=estimator, **address
         )
-        log_likelihood = model.log_likelihood(z)
-        bound = ops.log_mean_exp(log_likelihood + log_ratio)
+        bound, log_likelihood = model.bound(z.flatten(0, 1), log_ratio, k, None, how, terms)
     else:
         log_likelihood, log_ratio, whole = _chunked(model, seed, k, k_chunk, estimator, address)
-        bound = ops.log_mean_exp(log_likelihood + log_ratio)
+        if whole is not None:
+            how = how._replace(reduction="none")
+        bound, log_likelihood = _model.weigh_samples(log_likelihood, log_ratio, None, how)
         if whole is not None:
             bound = bound + whole
-    if terms:
-        return Terms(bound, log_likelihood.detach().mean(0), -log_ratio.detach().mean(0))
-    return _reduce(bound, reduction)
+            bound = bound if terms or reduction == "none" else getattr(bound, reduction)()
+    if not terms:
+        return bound
+    return Terms(bound, log_likelihood, -log_ratio.detach().mean(0))
 
 
 # What a chunk leaves in the graph, small pieces, lies between its activations: when these are freed they are
@@ -395,7 +405,3 @@ def _address(q: Posterior, samples: int, row_offset: int) -> dict[str, int]:
 
 
 _REDUCTIONS = ("mean", "sum", "none")
-
-
-def _reduce(bound: Tensor, reduction: str) -> Tensor:
-    return bound if reduction == "none" else getattr(bound, reduction)()

@@ -11,6 +11,7 @@ from torch import distributions as td
 
 from . import ops
 from ._checks import (
+    are_rows,
     check_logvar_range,
     check_result,
     check_same_device,
@@ -86,18 +87,20 @@ class DiagonalGaussian(Posterior):
     """
 
     def __init__(self, mu: Tensor, logvar: Tensor, *, logvar_range: tuple[float, float] | None = None):
+        self.mu, self.logvar, self.logvar_range = mu, logvar, logvar_range
+        if logvar_range is None and are_rows(mu, logvar):
+            return
         if isinstance(mu, Tensor) and mu.dim() > 2:
             raise ValueError(
                 f"mu has shape {shape_of(mu)}; expected [B, D], that is 2 axes. Flatten latents that have "
                 "axes of their own, mu.flatten(1) and logvar.flatten(1), and begin the decoder with "
                 f"torch.nn.Unflatten(1, {tuple(mu.shape[1:])})"
             )
-        self.mu = check_tensor("mu", mu, 2, "[B, D]")
-        self.logvar = check_tensor("logvar", logvar, 2, "[B, D]")
+        check_tensor("mu", mu, 2, "[B, D]")
+        check_tensor("logvar", logvar, 2, "[B, D]")
         check_same_shape("logvar", logvar, "mu", mu)
         check_same_device("logvar", logvar, "mu", mu)
         check_logvar_range(logvar_range)
-        self.logvar_range = logvar_range
 
     @property
     def batch(self) -> int:
@@ -144,17 +147,22 @@ class DiagonalGaussian(Posterior):
 def draw_kl(
     q: Posterior, prior: Prior, *, samples: int, per_dimension: bool = False, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """``q.rsample_kl``, its results checked where they are not fastvae's own; options are its others."""
-    z, kl = q.rsample_kl(prior, samples=samples, per_dimension=per_dimension, **options)
+    """z [K·B, D] and the KL by ``q.rsample_kl``, its results checked where they are not fastvae's own;
+    options are its others.
+    """
     if type(q) is DiagonalGaussian:
-        return z, kl
+        # One draw needs no axis, and then no view that takes the axis away.
+        one = None if samples == 1 else samples
+        z, kl = q.rsample_kl(prior, samples=one, per_dimension=per_dimension, **options)
+        return z if samples == 1 else z.flatten(0, 1), kl
+    z, kl = q.rsample_kl(prior, samples=samples, per_dimension=per_dimension, **options)
     _check_draws(q, "rsample_kl", z, samples)
     if per_dimension:
         axes, shape, fix = "[B, D]", (q.batch, z.shape[2]), "per_dimension=True asks for each dimension's"
     else:
         axes, shape, fix = "[B]", (q.batch,), "sum over the latent dimensions, not over the batch"
     check_result(q, "rsample_kl", "the KL", kl, axes, shape, q.device, fix)
-    return z, kl
+    return z.flatten(0, 1), kl
 
 
 def draw_log_ratio(q: Posterior, prior: Prior, *, samples: int, **options: Any) -> tuple[Tensor, ...]:

@@ -80,12 +80,14 @@ class DiagonalNormal(Prior):
 
 
 _NAMES = {"standard_normal": StandardNormal}
+# It has no state; making a module costs more than the kernels of a small batch.
+_STANDARD = StandardNormal()
 
 
 def as_prior(prior: Any) -> Prior:
     """None or "standard_normal", a prior object, or a Normal / Independent(Normal)."""
     if prior is None:
-        return StandardNormal()
+        return _STANDARD
     if isinstance(prior, Prior):
         return prior
     if isinstance(prior, str):

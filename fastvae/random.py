@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import _backend
 from ._checks import check_address, check_seed
-from .ops._registry import define, empty
+from .ops.op import Op
 from .reference import random as reference
 
 __all__ = ["draw_seed", "normal"]
@@ -112,32 +112,33 @@ def normal(
     return _normal(seed, samples, rows, columns, sample_offset, row_offset, dtype)
 
 
-def _native_normal(seed, samples, rows, columns, sample_offset, row_offset, dtype):
-    out = empty((samples, rows, columns), dtype)
-    _backend.extension().normal(
-        out.data_ptr(), dtype == torch.float64, seed.data_ptr(), samples, rows, columns,
-        sample_offset, row_offset, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+class _Normal(Op):
+    module = "random"
+    name = "normal"
+    schema = (
+        "(Tensor seed, SymInt samples, SymInt rows, SymInt columns, SymInt sample_offset, SymInt row_offset, "
+        "ScalarType dtype) -> Tensor"
+    )
+
+    def native(self, seed, samples, rows, columns, sample_offset, row_offset, dtype):
+        out = seed.new_empty((samples, rows, columns), dtype=dtype)
+        _backend.extension().normal(
+            out, dtype == torch.float64, seed, samples, rows, columns, sample_offset, row_offset,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def composed(self, backend):
+        function = super().composed(backend)
+
+        def draw(*args):
+            # Triton makes no float64.
+            return (function if args[-1] == torch.float32 else reference.normal)(*args)
+
+        return draw
+
+    def fake(self, seed, samples, rows, columns, sample_offset, row_offset, dtype):
+        return seed.new_empty((samples, rows, columns), dtype=dtype)
 
 
-def _adapt_normal(function):
-    """Of the reference and of Triton; in float64 the first for both."""
-
-    def draw(*args):
-        return (function if args[-1] == torch.float32 else reference.normal)(*args)
-
-    return draw
-
-
-_normal = define(
-    "random",
-    "normal",
-    "(Tensor seed, SymInt samples, SymInt rows, SymInt columns, SymInt sample_offset, SymInt row_offset, "
-    "ScalarType dtype) -> Tensor",
-    native=_native_normal,
-    fake=lambda seed, samples, rows, columns, k0, b0, dtype: seed.new_empty(
-        (samples, rows, columns), dtype=dtype
-    ),
-    adapt=_adapt_normal,
-)
+_normal = _Normal()

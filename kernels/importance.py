@@ -136,7 +136,7 @@ def log_mean_exp_backward_kernel(
     store(p_out, o_k * N + o_n, b_out, mask)
 
 
-def _tile(k: int, n: int) -> tuple[int, int]:
+def tile(k: int, n: int) -> tuple[int, int]:
     """(BLOCK_K, BLOCK_N): columns along lanes, the remaining factor to samples."""
     block_k = power_of_two(k)
     block_n = TILE_N_WIDE if n >= MANY_COLUMNS else max(TILE_N, MIN_TILE // block_k)
@@ -152,7 +152,7 @@ def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     k, n = log_w.shape
     bound, maximum, total = (torch.empty(n, dtype=accumulator(log_w), device=log_w.device) for _ in range(3))
     if n > 0:
-        block_k, block_n = _tile(k, n)
+        block_k, block_n = tile(k, n)
         k_tiles = max(cdiv(k, block_k), 1)
         splits = max(1, min(PROGRAMS // cdiv(n, block_n), k // MIN_SAMPLES))
         k_per_program = cdiv(k_tiles, splits) * block_k
@@ -169,7 +169,7 @@ def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def _launch(log_w, part, bound, maximum, total, count, k_per_program):
     k, n = log_w.shape
-    block_k, block_n = _tile(k, n)
+    block_k, block_n = tile(k, n)
     splits = max(cdiv(k, k_per_program), 1)
     launch(
         log_mean_exp_kernel,
@@ -191,7 +191,7 @@ def log_mean_exp_backward(
     k, n = log_w.shape
     out = torch.empty((k, n), dtype=log_w.dtype, device=log_w.device)
     if out.numel() > 0:
-        block_k, block_n = _tile(k, n)
+        block_k, block_n = tile(k, n)
         dtype = accumulator(log_w)
         k_tiles = cdiv(k, block_k)
         launch(

@@ -4,12 +4,14 @@
 program keeps a block of rows and loops over its samples, so that what depends on the row alone is read and
 computed once. Rows longer than a tile, and samples where there are few rows, are split over programs, each of
 which writes its part of the sums. The noise never leaves the registers.
+
+``draw`` is the record of how the draw is made: samples, sample_offset, row_offset, logvar_min, logvar_max.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -536,15 +538,12 @@ def rsample_kl(
     prior_mu: torch.Tensor | None,
     prior_logvar: torch.Tensor | None,
     seed: torch.Tensor,
-    samples: int,
-    sample_offset: int,
-    row_offset: int,
-    logvar_min: float,
-    logvar_max: float,
+    draw: Any,
     per_dimension: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
     b, d = mu.shape
+    samples = draw.samples
     z = torch.empty((samples, b, d), dtype=mu.dtype, device=mu.device)
     if mu.numel() == 0:
         return z, mu.new_zeros((b, d) if per_dimension else b, dtype=accumulator(mu))
@@ -556,10 +555,9 @@ def rsample_kl(
         tiles.grid,
         (mu, logvar, prior_mu, prior_logvar, seed, z, kl),
         (samples, b, d, *tiles.numbers, tiles.d_tiles, *_inputs(mu, logvar, prior_mu, prior_logvar)),
-        {"LOOP_D": tiles.d_tiles > 1, "PER_DIMENSION": per_dimension}
-        | _constants(mu, logvar_min, logvar_max, tiles),
+        {"LOOP_D": tiles.d_tiles > 1, "PER_DIMENSION": per_dimension} | _constants(mu, draw, tiles),
         LAUNCH["latent"].warps(kl.dtype),
-        (sample_offset, row_offset),
+        (draw.sample_offset, draw.row_offset),
     )
     return z, kl if per_dimension else sum_of_parts(kl)
 
@@ -570,15 +568,12 @@ def rsample_log_ratio(
     prior_mu: torch.Tensor | None,
     prior_logvar: torch.Tensor | None,
     seed: torch.Tensor,
-    samples: int,
-    sample_offset: int,
-    row_offset: int,
-    logvar_min: float,
-    logvar_max: float,
+    draw: Any,
     estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
     b, d = mu.shape
+    samples = draw.samples
     z = torch.empty((samples, b, d), dtype=mu.dtype, device=mu.device)
     if z.numel() == 0:
         return z, mu.new_zeros((samples, b), dtype=accumulator(mu))
@@ -589,9 +584,9 @@ def rsample_log_ratio(
         tiles.grid,
         (mu, logvar, prior_mu, prior_logvar, seed, z, log_ratio),
         (samples, b, d, *tiles.numbers, *_inputs(mu, logvar, prior_mu, prior_logvar)),
-        _constants(mu, logvar_min, logvar_max, tiles),
+        _constants(mu, draw, tiles),
         LAUNCH["latent"].warps(log_ratio.dtype),
-        (sample_offset, row_offset),
+        (draw.sample_offset, draw.row_offset),
     )
     return z, sum_of_parts(log_ratio)
 
@@ -601,12 +596,12 @@ def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[int, ...]:
     return *strides(mu, 2), *strides(logvar, 2), *strides(prior_mu, 2), *strides(prior_logvar, 2)
 
 
-def _constants(mu, logvar_min, logvar_max, tiles: LatentTiles) -> dict:
+def _constants(mu, draw, tiles: LatentTiles) -> dict:
     """The compile-time arguments of every kernel here; the clamp is one, as a range is a hyperparameter."""
     return {
-        "LOGVAR_MIN": logvar_min,
-        "LOGVAR_MAX": logvar_max,
-        "CLAMP": logvar_min > float("-inf") or logvar_max < float("inf"),
+        "LOGVAR_MIN": draw.logvar_min,
+        "LOGVAR_MAX": draw.logvar_max,
+        "CLAMP": draw.logvar_min > float("-inf") or draw.logvar_max < float("inf"),
         "DTYPE": triton_dtype(accumulator(mu)),
         **tiles.blocks,
     }
@@ -620,17 +615,12 @@ def rsample_kl_backward(
     prior_mu: torch.Tensor | None,
     prior_logvar: torch.Tensor | None,
     seed: torch.Tensor,
-    samples: int,
-    sample_offset: int,
-    row_offset: int,
-    logvar_min: float,
-    logvar_max: float,
+    draw: Any,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
     return _backward(
-        grad_z, grad_kl, None, None, mu, logvar, prior_mu, prior_logvar, seed,
-        samples, sample_offset, row_offset, logvar_min, logvar_max, False, need,
+        grad_z, grad_kl, None, None, mu, logvar, prior_mu, prior_logvar, seed, draw, False, need
     )  # fmt: skip
 
 
@@ -643,11 +633,7 @@ def rsample_log_ratio_backward(
     prior_mu: torch.Tensor | None,
     prior_logvar: torch.Tensor | None,
     seed: torch.Tensor,
-    samples: int,
-    sample_offset: int,
-    row_offset: int,
-    logvar_min: float,
-    logvar_max: float,
+    draw: Any,
     path: bool,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
@@ -657,14 +643,12 @@ def rsample_log_ratio_backward(
     multiplies what reaches mu and logvar, and nothing else (DReG).
     """
     return _backward(
-        grad_z, None, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed,
-        samples, sample_offset, row_offset, logvar_min, logvar_max, path, need,
+        grad_z, None, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, draw, path, need
     )  # fmt: skip
 
 
 def _backward(
-    grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed,
-    k, sample_offset, row_offset, lo, hi, path, need,
+    grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, draw, path, need
 ):  # fmt: skip
     """Both backward passes: what does not arrive is None, and costs nothing."""
     b, d = mu.shape
@@ -675,7 +659,7 @@ def _backward(
     per_dimension = grad_kl is not None and grad_kl.dim() == 2
     stride_kl = strides(grad_kl, 2) if per_dimension else (*strides(grad_kl, 1), 0)
     # The KL alone asks for no sample.
-    k = 1 if grad_z is None and grad_log_ratio is None else k
+    k = 1 if grad_z is None and grad_log_ratio is None else draw.samples
     # Every split writes its part of the sums, in vain if its loop is short; a long one loses accuracy.
     parameters = LAUNCH["latent_backward"]
     tiles = latent_tiles(k, b, d, parameters.tile, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
@@ -693,8 +677,8 @@ def _backward(
             *(k, b, d, *tiles.numbers, *strides(grad_z, 3), *stride_kl),
             *(*strides(grad_log_ratio, 2), *strides(weight, 2), *_inputs(mu, logvar, prior_mu, prior_logvar)),
         ),
-        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(mu, lo, hi, tiles),
+        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(mu, draw, tiles),
         parameters.warps(mu.dtype),
-        (sample_offset, row_offset),
+        (draw.sample_offset, draw.row_offset),
     )
     return tuple(g if g is None else sum_of_parts(g).to(t.dtype) for g, t in zip(grads, inputs, strict=True))

@@ -165,7 +165,7 @@ def total(terms: Sequence[Rounded], *dims: int, keepdim: bool = False) -> Rounde
     return Rounded(values, errors + (count - 1 + additions) * u * sizes, u)
 
 
-def assert_accurate(name: str, actual: Tensor, eager: Tensor, expected: Rounded) -> None:
+def assert_accurate(name: str, actual: Tensor, eager: Tensor | None, expected: Rounded) -> None:
     """Every element is within the bound, and in the bulk the errors are no larger than twice plain PyTorch's.
 
     The first holds for any right kernel and any inputs. The second, which sees what the worst case of a long
@@ -175,19 +175,22 @@ def assert_accurate(name: str, actual: Tensor, eager: Tensor, expected: Rounded)
 
     Args:
         actual: what the kernel gave.
-        eager: plain PyTorch on the same inputs in the same dtype.
+        eager: plain PyTorch on the same inputs in the same dtype; None where elements share an error (a
+            weight's is in all of its row), so that chance has a say in the mean of a few.
         expected: the formula.
     """
     ratios = errors(name, actual, expected)
-    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
+    if eager is not None:
+        assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
     if ratios.numel() == 0:
         return
     worst = int(ratios.argmax())
     if not bool(ratios[worst] <= 1):
         raise AssertionError(
             f"{name}: {int((~(ratios <= 1)).sum())} of {ratios.numel()} elements are off; worst at {worst}: "
-            f"got {actual.flatten()[worst]:.9g}, exact {expected.value.flatten()[worst]:.9g}, eager "
-            f"{eager.flatten()[worst]:.9g}; the error is {float(ratios[worst]):.3g} times its bound"
+            f"got {actual.flatten()[worst]:.9g}, exact {expected.value.flatten()[worst]:.9g}"
+            f"{'' if eager is None else f', eager {eager.flatten()[worst]:.9g}'}; the error is "
+            f"{float(ratios[worst]):.3g} times its bound"
         )
     share = in_the_bulk(ratios, eager, expected)
     assert share <= 1, (
@@ -211,11 +214,13 @@ def errors(name: str, actual: Tensor, expected: Rounded) -> Tensor:
     return ratios.nan_to_num(nan=torch.inf, posinf=torch.inf).flatten()
 
 
-def in_the_bulk(ratios: Tensor, eager: Tensor, expected: Rounded) -> float:
+def in_the_bulk(ratios: Tensor, eager: Tensor | None, expected: Rounded) -> float:
     """The root mean square of a kernel's errors as a share of what it may be; 0 for few elements.
 
     And in float64, where the expected values have errors of the same size.
     """
+    if eager is None:
+        return 0.0
     bound = _bounds(eager.dtype, expected)
     ulp = (torch.finfo(eager.dtype).eps * expected.value.abs() / bound).flatten()
     finite = ulp.isfinite()

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import fastvae
 from fastvae import ops
 
-from . import compare, strategies, test_bernoulli, test_gaussian, test_importance, test_latent
+from . import compare, strategies, test_bernoulli, test_gaussian, test_importance, test_latent, test_weigh
 
 # Few samples and columns, many rows: results that are sums have many elements then.
 FEW = st.sampled_from((1, 2, 3, 5, 7))
@@ -51,6 +51,7 @@ OPS = {
     "gaussian_log_prob": (test_gaussian.cases(_sizes(3)), test_gaussian.results),
     "bernoulli_log_prob": (test_bernoulli.cases(_sizes(3)), test_bernoulli.results),
     "log_mean_exp": (test_importance.cases(_sizes(2)), test_importance.results),
+    "weigh": (test_weigh.cases(_sizes(3)), test_weigh.results),
 }
 
 

@@ -21,6 +21,11 @@ def computation(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def _given(value: Tensor | Rounded, dtype: torch.dtype) -> Rounded:
+    """A number, or what was computed before."""
+    return value if isinstance(value, Rounded) else Rounded.exact(value, dtype)
+
+
 def _constant(value: float, like: Rounded) -> Rounded:
     """A number that is no float, perhaps a logarithm that the kernel takes."""
     value = torch.full_like(like.value, value)
@@ -102,12 +107,14 @@ def rsample(
     return {"z": z, "kl": kl, "ratio": ratio}, grads
 
 
-def gaussian(x: Tensor, mean: Tensor, logvar: Tensor, grad: Tensor) -> tuple[Rounded, list[Rounded]]:
+def gaussian(
+    x: Tensor, mean: Tensor, logvar: Tensor, grad: Tensor | Rounded
+) -> tuple[Rounded, list[Rounded]]:
     """gaussian_log_prob [K, B] and the gradients of x [B, X], mean [K, B, X], logvar (which broadcasts)."""
     dtype = computation(x, mean, logvar)
     shape = mean.shape
     x, mean, v = (Rounded.exact(t, dtype) for t in (x, mean, logvar))
-    g = Rounded.exact(grad, dtype)[(..., *[None] * (len(shape) - 2))]
+    g = _given(grad, dtype)[(..., *[None] * (len(shape) - 2))]
     delta = x - mean
     precision = v.precision()
     push = delta * precision
@@ -121,12 +128,12 @@ def gaussian(x: Tensor, mean: Tensor, logvar: Tensor, grad: Tensor) -> tuple[Rou
     return out, [-mean_grad.sum(0), mean_grad, terms.sum_to_size(logvar.shape)]
 
 
-def bernoulli(x: Tensor, logits: Tensor, grad: Tensor) -> tuple[Rounded, list[Rounded]]:
+def bernoulli(x: Tensor, logits: Tensor, grad: Tensor | Rounded) -> tuple[Rounded, list[Rounded]]:
     """bernoulli_log_prob [K, B] and the gradients of x [B, X] and logits [K, B, X]."""
     dtype = computation(x, logits)
     dims = tuple(range(2, logits.dim()))
     x, logits = (Rounded.exact(t, dtype) for t in (x, logits))
-    g = Rounded.exact(grad, dtype)[(..., *[None] * len(dims))]
+    g = _given(grad, dtype)[(..., *[None] * len(dims))]
     one = Rounded.exact(torch.ones_like(x.value), dtype)
     right = logits.value > 0
     missed = one - x
@@ -142,8 +149,13 @@ def bernoulli(x: Tensor, logits: Tensor, grad: Tensor) -> tuple[Rounded, list[Ro
 def log_mean_exp(log_w: Tensor, grad: Tensor) -> tuple[Rounded, Rounded]:
     """log_mean_exp over the first axis, and the gradient of log_w."""
     dtype = computation(log_w)
-    k = log_w.shape[0]
-    log_w, grad = Rounded.exact(log_w, dtype), Rounded.exact(grad, dtype)
+    bound, weight = _log_mean_exp(Rounded.exact(log_w, dtype), dtype)
+    return bound, Rounded.exact(grad, dtype) * weight
+
+
+def _log_mean_exp(log_w: Rounded, dtype: torch.dtype) -> tuple[Rounded, Rounded]:
+    """The bound, and the normalised weights."""
+    k = log_w.value.shape[0]
     peak = log_w.value.amax(0)
     shift = Rounded.exact(torch.where(peak.isinf(), 0.0, peak), dtype)
     e = (log_w - shift).exp()
@@ -153,10 +165,62 @@ def log_mean_exp(log_w: Tensor, grad: Tensor) -> tuple[Rounded, Rounded]:
     sum_ = scaled.sum(0)
     log_k = _constant(math.log(k), sum_)
     bound = total([Rounded.exact(peak, dtype), sum_.log(), -log_k])
-    weight = e / sum_
-    # Below the smallest normal number it is zero, and without any weight.
+    # Without any weight it is zero.
+    return bound, _flushed(e / sum_, dtype).where(sum_.value != 0)
+
+
+def _flushed(number: Rounded, dtype: torch.dtype) -> Rounded:
+    """It is zero below the smallest normal number."""
     tiny = torch.finfo(dtype).tiny
-    small = weight.value < 2 * tiny
-    weight = Rounded(weight.value, torch.where(small, weight.error + 2 * tiny, weight.error), weight.u)
-    weight = weight.where(sum_.value != 0)
-    return bound, grad * weight
+    small = number.value.abs() < 2 * tiny
+    return Rounded(number.value, torch.where(small, number.error + 2 * tiny, number.error), number.u)
+
+
+def weigh(
+    likelihood: str,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    term: Tensor | None,
+    beta: Tensor | None,
+    how: tuple[float, str, str],
+    grad: Tensor,
+    grad_mean: Tensor | None,
+) -> tuple[list[Rounded], list[Rounded | None]]:
+    """The bound and the mean log-likelihood, and the gradients of x, the parameters and the term.
+
+    Args:
+        parameters: the first [K, B, X], others broadcast to it.
+        how: coefficient, over, reduction.
+        grad, grad_mean: what arrives at the bound, and at the mean log-likelihood [B].
+    """
+    rows = {"gaussian": gaussian, "bernoulli": bernoulli}[likelihood]
+    coefficient, over, reduction = how
+    dtype = computation(x, *parameters)
+    samples, batch = parameters[0].shape[:2]
+
+    def exact(value):
+        return Rounded.exact(torch.as_tensor(value, dtype=torch.float64, device=x.device), dtype)
+
+    log_likelihood, _ = rows(x, *parameters, torch.zeros(samples, batch, device=x.device))
+    log_likelihood = log_likelihood.rounded(1)
+    k, one = exact(samples), exact(1.0)
+    mean = log_likelihood.sum(0) / k
+    factor = (exact(coefficient).rounded(1) * (one if beta is None else exact(beta))).expand(batch)
+    added = exact(0.0).expand(batch) if term is None else exact(term)
+    arrives = exact(grad) / exact(batch) if reduction == "mean" else exact(grad)
+    arrives = arrives.expand(batch)
+    if over == "mean":
+        each = added if added.value.dim() == 1 else added.sum(0) / k
+        bound = total([mean, factor * each])
+        g = (arrives / k).expand(samples, batch)
+    else:
+        bound, weight = _log_mean_exp(total([log_likelihood, (factor * added).expand(samples, batch)]), dtype)
+        g = _flushed(arrives * weight, dtype)
+    if reduction != "none":
+        bound = bound.sum(0) if reduction == "sum" else bound.sum(0) / exact(batch)
+    once = arrives if over == "mean" else g.sum(0)
+    to_term = factor * (g if added.value.dim() == 2 else once)
+    if grad_mean is not None:
+        g = total([g, (exact(grad_mean) / k).expand(samples, batch)])
+    _, grads = rows(x, *parameters, g)
+    return [bound, mean], [*grads, None if term is None else to_term]

@@ -187,14 +187,17 @@ def test_one_program_for_every_batch():
     """A new B or K compiles nothing: launches differ in no more than what alignment asks for."""
     script = """
 from benchmarks import kernels
-from fastvae.kernels import bernoulli, gaussian, importance, latent
+from fastvae.kernels import bernoulli, gaussian, importance, latent, weigh
+from fastvae.ops.latent import Draw
+from fastvae.ops.weigh import Weighing
+how = Weighing(-1.0, "log_mean_exp", "mean")
 seed = kernels.tensor(dtype=kernels.torch.int64)
 found = {}
 for b in range(2, 130):
     for k in (1, 2, 5, 16, 50, 51):
         for d in (64, 50):
             t = lambda *s: kernels.tensor(*s)
-            a = (t(b, d), t(b, d), None, None, seed, k, 0, 0, float("-inf"), float("inf"))
+            a = t(b, d), t(b, d), None, None, seed, Draw(k, 0, 0, float("-inf"), float("inf"))
             need = [True, True, False, False]
             for call in (
                 lambda: latent.rsample_kl(*a, False),
@@ -205,6 +208,8 @@ for b in range(2, 130):
                 lambda: bernoulli.bernoulli_log_prob_backward(t(k, b), t(b, d), t(k, b, d), [False, True]),
                 lambda: gaussian.gaussian_log_prob(t(b, d), t(k, b, d), t(k, b, d)),
                 lambda: importance.log_mean_exp(t(k, b)),
+                lambda: weigh.weigh(t(k, b), t(k, b), None, how),
+                lambda: weigh.weigh_backward(t(), None, t(k, b), None, how, k, b, 2),
             ):
                 for kernel, arguments, options, _ in kernels.recorded(call):
                     blocks = tuple(v for n, v in arguments.items() if n.startswith("BLOCK"))

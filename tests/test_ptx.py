@@ -20,6 +20,7 @@ import math, sys
 import torch
 import fastvae
 from fastvae import ops
+from fastvae.ops.weigh import Weighing, weigh
 from fastvae.reference import random as reference
 from tests import formulas
 from tests.compare import assert_accurate
@@ -126,6 +127,24 @@ def importance():
             log_w[k // 2, 2] = -math.inf
         name = f"log_mean_exp [{k}, {n}]"
         compare(name, ops.log_mean_exp, (log_w,), lambda g, w=log_w: formulas.log_mean_exp(w.detach(), g))
+    for k, b, how in (
+        (70, 5, Weighing(1.0, "log_mean_exp", "none")),
+        (3, 11, Weighing(-0.7, "log_mean_exp", "mean")),
+        (9, 4, Weighing(-0.7, "mean", "sum")),
+    ):
+        x, (logits,), (term,) = torch.rand(b, 6), leaves(1, k * b, 6), leaves(1, k, b, scale=5.0)
+        beta = torch.rand(b) if how.reduction == "sum" else None
+
+        def bound(logits, term):
+            return weigh("bernoulli", x, (logits,), term, beta, how)[0]
+
+        def expected(grad):
+            rows = logits.detach().unflatten(0, (k, b))
+            values, grads = formulas.weigh("bernoulli", x, [rows], term.detach(), beta, how, grad, None)
+            flat = formulas.Rounded(grads[1].value.flatten(0, 1), grads[1].error.flatten(0, 1), grads[1].u)
+            return [values[0], flat, grads[2]]
+
+        compare(f"weigh [{k}, {b}], {how.over}", bound, (logits, term), expected)
     log_w = torch.tensor([[math.inf, 0.0], [1.0, math.nan]])
     with emulated(target), fastvae.use_backend("triton"):
         bound = ops.log_mean_exp(log_w)

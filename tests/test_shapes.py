@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from fastvae import ops
+from fastvae.ops.latent import Draw
 
 from . import test_bernoulli, test_gaussian, test_importance, test_latent
 from .compare import assert_accurate
 from .conftest import CUDA, DEVICE
 from .strategies import of_addresses
 
-FREE = (-math.inf, math.inf)
+FREE = (0, 0, -math.inf, math.inf)
 SEED = torch.tensor(3)
 interpreted = pytest.mark.skipif(CUDA, reason="needs the addresses of Triton's interpreter")
 
@@ -56,7 +57,7 @@ def test_more_elements_than_int32(no_poison):
     k, b, x = 2, 2**20 + 3, 1100
     q, wide = (of_addresses(b, x), of_addresses(b, x)), of_addresses(k, b, x)
     data, grad = of_addresses(b, x), of_addresses(k, b, dtype=torch.float32)
-    arguments = (*q, None, None, SEED, k, 0, 0, *FREE)
+    arguments = (*q, None, None, SEED, Draw(k, *FREE))
     need = [True, True, False, False]
     long = [of_addresses(2 * b, x) for _ in range(3)]
     for call, names in (
@@ -64,7 +65,7 @@ def test_more_elements_than_int32(no_poison):
         (lambda: latent.rsample_log_ratio(*arguments, "iwae"), ["p_z"]),
         (lambda: latent.rsample_kl_backward(wide, None, *arguments, need), ["p_grad_z"]),
         (
-            lambda: latent.rsample_kl_backward(None, *long, None, None, SEED, 1, 0, 0, *FREE, need),
+            lambda: latent.rsample_kl_backward(None, *long, None, None, SEED, Draw(1, *FREE), need),
             ["p_mu", "p_logvar", "p_grad_kl", "p_grad_mu", "p_grad_logvar"],
         ),
         (lambda: bernoulli.bernoulli_log_prob(data, wide), ["p_logits"]),
@@ -101,7 +102,7 @@ def test_strides_beyond_int32():
     for stride in (row, column):
         mu, logvar, data, grad_kl = (of_addresses(2, 3, stride=stride) for _ in range(4))
         grad_z = of_addresses(2, 2, 3, stride=(4, *stride))
-        arguments = (mu, logvar, None, None, SEED, 2, 0, 0, *FREE)
+        arguments = (mu, logvar, None, None, SEED, Draw(2, *FREE))
         log_w = of_addresses(3, 2, stride=stride)
         for call, names in (
             (lambda: latent.rsample_kl(*arguments, False), ["p_mu", "p_logvar"]),  # noqa: B023

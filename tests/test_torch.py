@@ -69,17 +69,40 @@ def _backward_arguments(op: str):
     if op == "rsample_kl_backward":
         yield g["z"], g["kl"], g["slope"], *inputs, [True] * 4
         yield None, g["dims"], g["slope"], *bare, [True, False, False, False]
-        yield g["z"], None, g["slope"][:0], *inputs, [False, True, True, False]
+        yield g["z"], None, None, *inputs, [False, True, True, False]
         bare = (mu, logvar, None, None, seed_of(1), NO_AXIS, 0, 0, -INF, INF)
         yield g["z"][0], g["kl"], g["slope"][0], *bare, [True, True, False, False]
     else:
         yield g["z"], g["ratio"], None, g["slope"], *inputs, False, [True] * 4
         yield (
-            *(g["z"], g["ratio"], torch.softmax(g["ratio"], 0), g["slope"][:0]),
+            *(g["z"], g["ratio"], torch.softmax(g["ratio"], 0), None),
             *(*bare, True, [True, True, False, False]),
         )
         yield None, g["ratio"], None, g["slope"], *inputs, True, [False, False, True, True]
         yield g["z"], None, None, g["slope"], *inputs, False, [True, False, False, False]
+
+
+def _weigh_arguments(op: str):
+    """Argument lists of a bound and of its backward pass: terms, reductions, parameters that broadcast."""
+    x, rows, likelihood = rand(B, X, seed=11), randn(K * B, X, seed=12), op.split("_")[1]
+    kl, ratio, beta = randn(B, seed=41), randn(K, B, seed=42), rand(B, seed=43)
+    seconds = [(K * B, X), (X,), ()] if likelihood == "gaussian" else [None] * 3
+    for shape, term, factor, over, reduction, terms in (
+        (seconds[0], kl, None, "mean", "mean", True),
+        (seconds[1], ratio, beta, "mean", "none", False),
+        (seconds[2], ratio, None, "log_mean_exp", "sum", True),
+    ):
+        parameters = (rows, *(() if shape is None else (randn(*shape, seed=14),)))
+        how = -0.5, over, reduction
+        if not op.endswith("_backward"):
+            leaves = (t.clone().requires_grad_() for t in (x, *parameters, term))
+            yield *leaves, factor, *how, terms
+            continue
+        weights = torch.softmax(ratio, 0) if over == "log_mean_exp" else ratio.new_empty(0)
+        grad = randn(B, seed=44) if reduction == "none" else randn(seed=44)
+        mean = randn(B, seed=45) if terms and over == "mean" else None
+        need = [True] * (len(parameters) + 2)
+        yield grad, mean, weights, x, *parameters, term, factor, *how, need
 
 
 def _arguments(op: str):
@@ -109,6 +132,8 @@ def _arguments(op: str):
     elif op == "bernoulli_log_prob_backward":
         yield log_w, x, mean, [True, True]
         yield log_w, x, mean, [False, True]
+    elif op.startswith("weigh"):
+        yield from _weigh_arguments(op)
     elif op == "log_mean_exp":
         yield (log_w.clone().requires_grad_(),)
         yield (log_w.double().T.contiguous().T.requires_grad_(),)

@@ -8,15 +8,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastvae.kernels import bernoulli, common, gaussian, importance, latent
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvae.kernels import bernoulli, common, gaussian, importance, latent, weigh
+from fastvae.ops.latent import Draw
+from fastvae.ops.weigh import Weighing
 
 from .conftest import CUDA
 from .traffic import Launch, recorded
 
 pytestmark = pytest.mark.skipif(CUDA, reason="counts the accesses of Triton's interpreter")
 
-FREE = (-math.inf, math.inf)
+FREE = (0, 0, -math.inf, math.inf)
 SEED = torch.tensor(3)
 # What a launcher may do besides launching: allocate, look at a tensor in another shape, cast the results of
 # split sums to half precision, and add the parts of a split sum.
@@ -95,7 +98,7 @@ def enough(monkeypatch):
 def test_latent_reads_once(enough, k, b, d, prior, dtype):
     """A program takes all samples of its rows: mu, logvar and the prior's are read once, z written once."""
     q, p = tensors(2, b, d, dtype=dtype), tensors(2, b, d, dtype=dtype) if prior else (None, None)
-    arguments = (*q, *p, SEED, k, 0, 0, *FREE)
+    arguments = (*q, *p, SEED, Draw(k, *FREE))
     (launch,) = run(lambda: latent.rsample_kl(*arguments, False))
     assert_least(launch)
     size, row = q[0].element_size(), 4 * b
@@ -116,7 +119,7 @@ def test_latent_reads_once(enough, k, b, d, prior, dtype):
 def test_latent_backward_reads_once(enough, k, b, d, dtype):
     (mu, logvar, *prior), (grad_z,) = tensors(4, b, d, dtype=dtype), tensors(1, k, b, d, dtype=dtype)
     (grad_kl,), (grad_each,), (grad_ratio, weight) = tensors(1, b), tensors(1, b, d), tensors(2, k, b)
-    arguments = (mu, logvar, *prior, SEED, k, 0, 0, *FREE)
+    arguments = (mu, logvar, *prior, SEED, Draw(k, *FREE))
     size, need, tiles = mu.element_size(), [True] * 4, _tiles(d, common.LAUNCH["latent_backward"].tile)
     # mu, logvar, the prior's, z's gradient; four gradients.
     least = (4 + k + 4) * b * d * size
@@ -141,7 +144,7 @@ def test_latent_reads_what_it_needs(enough):
     """Nothing is read for gradients that nobody asks for."""
     k, b, d = 3, 5, 70
     (mu, logvar), (grad_z,), (grad_kl,) = tensors(2, b, d), tensors(1, k, b, d), tensors(1, b)
-    arguments = (mu, logvar, None, None, SEED, k, 0, 0, *FREE)
+    arguments = (mu, logvar, None, None, SEED, Draw(k, *FREE))
     (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, None, *arguments, [True, False, False, False]))
     assert launch.loaded("p_grad_z") == grad_z.nbytes and launch.stores.keys() == {"p_grad_mu"}
     # The KL alone asks for no sample, and the backward pass then reads no seed.
@@ -154,7 +157,7 @@ def test_split_samples():
     """Few rows: the samples are split over programs, each of which reads mu and logvar and writes a part."""
     k, b, d = 130, 2, 20
     (mu, logvar), (grad_z,) = tensors(2, b, d), tensors(1, k, b, d)
-    arguments = (mu, logvar, None, None, SEED, k, 0, 0, *FREE)
+    arguments = (mu, logvar, None, None, SEED, Draw(k, *FREE))
     for call in (
         lambda: latent.rsample_kl(*arguments, False),
         lambda: latent.rsample_log_ratio(*arguments, "iwae"),
@@ -243,7 +246,7 @@ def test_long_rows_are_split():
     (launch,) = run(lambda: bernoulli.bernoulli_log_prob(data, logits[None]))
     assert launch.grid[1] > 50 and launch.tensors["p_out"].shape == (launch.grid[1], k, b)
     assert_least(launch)
-    (launch,) = run(lambda: latent.rsample_kl(data, logits, None, None, SEED, 1, 0, 0, *FREE, False))
+    (launch,) = run(lambda: latent.rsample_kl(data, logits, None, None, SEED, Draw(1, *FREE), False))
     assert launch.grid[0] == b * launch.tensors["p_kl"].shape[0] > 60
     assert_least(launch)
 
@@ -264,7 +267,7 @@ def test_importance_reads_once(enough):
         assert_least(launch)
         assert launch.bytes() == log_w.nbytes + 12 * n
         (launch,) = run(lambda: importance.log_mean_exp_backward(grad, log_w, maximum, total))  # noqa: B023
-        blocks = launch.grid[0] // triton.cdiv(n, importance._tile(k, n)[1])
+        blocks = launch.grid[0] // triton.cdiv(n, importance.tile(k, n)[1])
         assert_least(launch, {"p_grad": blocks, "p_maximum": blocks, "p_total": blocks})
         assert launch.bytes() == 2 * log_w.nbytes + 12 * n * blocks
 
@@ -279,6 +282,27 @@ def test_importance_split():
     assert_least(first)
     assert_least(second)
     assert first.bytes() + second.bytes() == log_w.nbytes + 4 * (4 * splits * n + 3 * n)
+
+
+def test_weigh_reads_once_for_the_sums_and_once_for_the_weights():
+    k, b = 300, 5
+    (likelihood, ratio), (kl, grad, grad_mean) = tensors(2, k, b), tensors(3, b)
+    how = Weighing(1.0, "log_mean_exp", "none")
+    (launch,) = run(lambda: weigh.weigh(likelihood, ratio, None, how))
+    assert_least(launch, {"p_log_likelihood": 2, "p_term": 2})
+    assert launch.bytes() == 5 * likelihood.nbytes + 8 * b
+    (launch,) = run(lambda: weigh.weigh_backward(grad, None, likelihood, None, how, k, b, 2))
+    blocks = launch.grid[0] // triton.cdiv(b, importance.tile(k, b)[1])
+    assert_least(launch, {"p_grad_bound": blocks})
+    assert launch.bytes() == 3 * likelihood.nbytes + 4 * b * blocks
+    # A mean keeps no weights, and a KL is there once for all samples.
+    how = Weighing(-1.0, "mean", "none")
+    (launch,) = run(lambda: weigh.weigh(likelihood, kl, None, how))
+    assert_least(launch, {"p_term": k})
+    assert launch.stores.keys() == {"p_bound", "p_mean"}
+    (launch,) = run(lambda: weigh.weigh_backward(grad, grad_mean, None, None, how, k, b, 1))
+    assert_least(launch, {"p_grad_bound": blocks, "p_grad_mean": blocks})
+    assert launch.stores.keys() == {"p_grad", "p_grad_kl"}
 
 
 @triton.jit

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import checks_data
-from ._registry import define
-from ._rows import native_log_prob, native_log_prob_backward, result_dtype
-from .gaussian import adapt_rows, check_event, flatten_event
+from ._rows import LogProb, check_event
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
@@ -47,12 +45,18 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
         tensor(-44.3614)
     """
     check_event("x", x, "logits", logits)
-    if not torch.compiler.is_compiling() and _checks_targets_here(x.device):
-        low, high = (x.detach().amin(), x.detach().amax()) if x.numel() else (x.new_zeros(()), x.new_ones(()))
-        # Written so that NaN passes: NaN in gives NaN out.
-        if bool(low < 0) or bool(high > 1):
-            _refuse_targets(float(low), float(high))
+    check_targets(x)
     return _bernoulli_log_prob(x, logits)
+
+
+def check_targets(x: Tensor) -> None:
+    """Refuse targets outside [0, 1], where the op itself does not and looking is asked for or free."""
+    if torch.compiler.is_compiling() or not _checks_targets_here(x.device) or not x.numel():
+        return
+    values = x.detach()
+    # Written so that NaN passes: NaN in gives NaN out.
+    if bool(values.amin() < 0) or bool(values.amax() > 1):
+        refuse_targets(values)
 
 
 def _checks_targets_here(device: torch.device) -> bool:
@@ -60,59 +64,14 @@ def _checks_targets_here(device: torch.device) -> bool:
     return _backend.on_cpu() != "native" if device.type == "cpu" else checks_data()
 
 
-def _refuse_targets(low: float, high: float):
+def refuse_targets(x: Tensor):
+    """They are outside of [0, 1]."""
+    low, high = float(x.amin()), float(x.amax())
     raise ValueError(
-        f"x holds values in [{low:g}, {high:g}], but Bernoulli targets must lie in [0, 1]; images scaled to "
-        "[-1, 1] are mended by (x + 1) / 2, bytes by x / 255, and data that is not bounded wants "
+        f"x holds values in [{low:g}, {high:g}], but Bernoulli targets must lie in [0, 1]; for images scaled "
+        "to [-1, 1] use (x + 1) / 2, for bytes x / 255, and for data that is not bounded "
         "likelihood='gaussian'"
     )
 
 
-def _native_bernoulli_log_prob(x, logits):
-    out, in_range = native_log_prob("bernoulli", x, logits)
-    if not in_range:
-        _refuse_targets(float(x.amin()), float(x.amax()))
-    return out
-
-
-def _native_bernoulli_log_prob_backward(grad, x, logits, need):
-    return native_log_prob_backward("bernoulli", grad, x, (logits,), need)
-
-
-def _fake_bernoulli_log_prob(x, logits):
-    return logits.new_empty(logits.shape[:2], dtype=result_dtype(x, logits))
-
-
-def _fake_bernoulli_log_prob_backward(grad, x, logits, need):
-    return tuple(t.new_empty(t.shape) if n else None for t, n in zip((x, logits), need, strict=True))
-
-
-def _setup(ctx, args, result):
-    ctx.save_for_backward(*args)
-
-
-def _backward(ctx, grad):
-    x, logits = ctx.saved_tensors
-    if grad.dim() != logits.dim() - 1:
-        grad = grad.reshape(logits.shape[:-1])
-    return _bernoulli_log_prob_backward(grad, x, logits, list(ctx.needs_input_grad))
-
-
-_bernoulli_log_prob_backward = define(
-    "bernoulli",
-    "bernoulli_log_prob_backward",
-    "(Tensor grad, Tensor x, Tensor logits, bool[2] need) -> (Tensor, Tensor)",
-    native=_native_bernoulli_log_prob_backward,
-    fake=_fake_bernoulli_log_prob_backward,
-    adapt=adapt_rows,
-)
-_bernoulli_log_prob = define(
-    "bernoulli",
-    "bernoulli_log_prob",
-    "(Tensor x, Tensor logits) -> Tensor",
-    native=_native_bernoulli_log_prob,
-    fake=_fake_bernoulli_log_prob,
-    setup=_setup,
-    backward=_backward,
-    flatten=flatten_event,
-)
+_bernoulli_log_prob = LogProb("bernoulli", ("logits",), refuse_targets)

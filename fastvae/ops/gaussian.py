@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_same_device, check_tensor, shape_of
-from ._registry import accumulator, define
-from ._rows import native_log_prob, native_log_prob_backward, result_dtype
+from ._rows import LogProb, check_event
+from .op import accumulator
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor:
@@ -56,30 +56,6 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor
     return _gaussian_log_prob(x, mean, _spread_logvar(logvar, mean, x))
 
 
-def check_event(x_name: str, x: Tensor, name: str, parameter: Tensor) -> None:
-    """Check x [B, *event] against a parameter [..., B, *event]."""
-    check_tensor(x_name, x)
-    check_tensor(name, parameter)
-    check_same_device(name, parameter, x_name, x)
-    lead = parameter.dim() - x.dim()
-    if x.dim() == 0 or lead < 0 or parameter.shape[lead:] != x.shape:
-        raise ValueError(
-            f"{name} has shape {shape_of(parameter)}, which does not end in {x_name}'s {shape_of(x)} ([B, "
-            f"*event]); expected [..., {', '.join(map(str, x.shape))}]"
-        )
-
-
-def flatten_event(x: Tensor, *parameters: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """x [B, *event] as [B, X], parameters [..., B, *event] as [K, B, X]; the shape [..., B] of a result."""
-    lead = parameters[0].dim() - x.dim()
-    flat = [x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel())]
-    for p in parameters:
-        # Written out, since -1 is ambiguous for an empty batch.
-        shape = (p.shape[:lead].numel(), p.shape[lead], p.shape[lead + 1 :].numel())
-        flat.append(p if p.shape == shape else p.reshape(shape))
-    return tuple(flat), (*parameters[0].shape[:lead], x.shape[0])
-
-
 def _spread_logvar(logvar: Tensor, mean: Tensor, x: Tensor) -> Tensor:
     """Give logvar mean's axes, expanding what is broadcast in part: over all of the samples, the rows, or the
     event, it stays one number.
@@ -101,61 +77,4 @@ def _spread_logvar(logvar: Tensor, mean: Tensor, x: Tensor) -> Tensor:
     return logvar
 
 
-def _native_gaussian_log_prob(x, mean, logvar):
-    return native_log_prob("gaussian", x, mean, logvar)[0]
-
-
-def _native_gaussian_log_prob_backward(grad, x, mean, logvar, need):
-    return native_log_prob_backward("gaussian", grad, x, (mean, logvar), need)
-
-
-def adapt_rows(function):
-    """A backward of the reference or Triton, which want the axis of samples that [B, X] lacks in C++."""
-
-    def backward(grad, x, *rest):
-        *parameters, need = rest
-        if parameters[0].dim() == 3:
-            return function(grad, x, *rest)
-        grad_x, *grads = function(grad[None], x, *(p[None] for p in parameters), need)
-        return grad_x, *(None if g is None else g[0] for g in grads)
-
-    return backward
-
-
-def _fake_gaussian_log_prob(x, mean, logvar):
-    return mean.new_empty(mean.shape[:2], dtype=result_dtype(x, mean, logvar))
-
-
-def _fake_gaussian_log_prob_backward(grad, x, mean, logvar, need):
-    return tuple(t.new_empty(t.shape) if n else None for t, n in zip((x, mean, logvar), need, strict=True))
-
-
-def _setup(ctx, args, result):
-    ctx.save_for_backward(*args)
-
-
-def _backward(ctx, grad):
-    x, mean, logvar = ctx.saved_tensors
-    if grad.dim() != mean.dim() - 1:
-        grad = grad.reshape(mean.shape[:-1])
-    return _gaussian_log_prob_backward(grad, x, mean, logvar, list(ctx.needs_input_grad))
-
-
-_gaussian_log_prob_backward = define(
-    "gaussian",
-    "gaussian_log_prob_backward",
-    "(Tensor grad, Tensor x, Tensor mean, Tensor logvar, bool[3] need) -> (Tensor, Tensor, Tensor)",
-    native=_native_gaussian_log_prob_backward,
-    fake=_fake_gaussian_log_prob_backward,
-    adapt=adapt_rows,
-)
-_gaussian_log_prob = define(
-    "gaussian",
-    "gaussian_log_prob",
-    "(Tensor x, Tensor mean, Tensor logvar) -> Tensor",
-    native=_native_gaussian_log_prob,
-    fake=_fake_gaussian_log_prob,
-    setup=_setup,
-    backward=_backward,
-    flatten=flatten_event,
-)
+_gaussian_log_prob = LogProb("gaussian", ("mean", "logvar"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_tensor, shape_of
-from ._registry import accumulator, code, define, empty, empty_like, strided
+from .op import Op, accumulator, empty_like, new_empty
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -61,52 +61,44 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     return _log_mean_exp(moved.reshape(moved.shape[0], rest.numel()))[0].reshape(rest)
 
 
-def _native_log_mean_exp(log_w):
-    k, n = log_w.shape
-    bound = empty((n,), accumulator(log_w.dtype))
-    results = bound, torch.empty_like(bound), torch.empty_like(bound)
-    _backend.extension().log_mean_exp(
-        code(log_w.dtype), *(r.data_ptr() for r in results), strided(log_w), k, n, torch.get_num_threads()
-    )
-    return results
+class _LogMeanExpBackward(Op):
+    module = "importance"
+    name = "log_mean_exp_backward"
+    schema = "(Tensor grad, Tensor log_w, Tensor maximum, Tensor total) -> Tensor"
+
+    def native(self, grad, log_w, maximum, total):
+        out = empty_like(log_w)
+        _backend.extension().log_mean_exp_backward(out, grad, log_w, maximum, total, torch.get_num_threads())
+        return out
+
+    def fake(self, grad, log_w, maximum, total):
+        return log_w.new_empty(log_w.shape)
 
 
-def _native_log_mean_exp_backward(grad, log_w, maximum, total):
-    out = empty_like(log_w)
-    _backend.extension().log_mean_exp_backward(
-        code(log_w.dtype), out.data_ptr(), strided(grad), strided(log_w),
-        maximum.data_ptr(), total.data_ptr(), *log_w.shape, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+class _LogMeanExp(Op):
+    """The bound [N] of log_w [K, N], the maximum, and the sum of what is left: what the gradient takes."""
+
+    module = "importance"
+    name = "log_mean_exp"
+    schema = "(Tensor log_w) -> (Tensor, Tensor, Tensor)"
+    shown = 1
+    gradient = _LogMeanExpBackward()
+
+    def native(self, log_w):
+        bound = new_empty(log_w, log_w.shape[1:], accumulator(log_w.dtype))
+        results = bound, torch.empty_like(bound), torch.empty_like(bound)
+        _backend.extension().log_mean_exp(*results, log_w, torch.get_num_threads())
+        return results
+
+    def fake(self, log_w):
+        return tuple(log_w.new_empty(log_w.shape[1:], dtype=accumulator(log_w.dtype)) for _ in range(3))
+
+    def save(self, ctx, args, results):
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.save_for_backward(*args, *results[1:])
+
+    def arguments_of_gradient(self, ctx, grad, *_):
+        return grad, *ctx.saved_tensors
 
 
-def _fake_log_mean_exp(log_w):
-    return tuple(log_w.new_empty(log_w.shape[1:], dtype=accumulator(log_w.dtype)) for _ in range(3))
-
-
-def _setup(ctx, args, result):
-    ctx.mark_non_differentiable(*result[1:])
-    ctx.save_for_backward(*args, *result[1:])
-
-
-def _backward(ctx, grad, *_):
-    return _log_mean_exp_backward(grad, *ctx.saved_tensors)
-
-
-_log_mean_exp_backward = define(
-    "importance",
-    "log_mean_exp_backward",
-    "(Tensor grad, Tensor log_w, Tensor maximum, Tensor total) -> Tensor",
-    native=_native_log_mean_exp_backward,
-    fake=lambda grad, log_w, maximum, total: log_w.new_empty(log_w.shape),
-)
-_log_mean_exp = define(
-    "importance",
-    "log_mean_exp",
-    "(Tensor log_w) -> (Tensor, Tensor, Tensor)",
-    native=_native_log_mean_exp,
-    fake=_fake_log_mean_exp,
-    setup=_setup,
-    backward=_backward,
-    results=1,
-)
+_log_mean_exp = _LogMeanExp()

@@ -33,14 +33,16 @@ estimator.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import _backend, random
 from .._checks import (
-    FLOATING,
+    are_rows,
     check_address,
     check_choice,
     check_count,
@@ -52,13 +54,28 @@ from .._checks import (
     shape_of,
 )
 from ..reference.random import normal
-from ._registry import accumulator, code, define, empty, empty_like, pointer, strided
+from .op import Op, accumulator, empty_like, new_empty, or_none, wants_gradients
 
 ESTIMATORS = ("iwae", "dreg", "stl")
-NO_AXIS = 0  # as the number of samples: one, whose axis z does not have
 
+
+class Draw(NamedTuple):
+    """How a draw is made: what both ops take beside tensors, in every layer."""
+
+    samples: int  # 0 (NO_AXIS) for one, whose axis z does not have
+    sample_offset: int
+    row_offset: int
+    logvar_min: float
+    logvar_max: float
+
+    @property
+    def count(self) -> int:
+        return self.samples or 1
+
+
+NO_AXIS = 0
 _INPUTS = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor seed, "
-_ADDRESS = "SymInt samples, SymInt sample_offset, SymInt row_offset, float logvar_min, float logvar_max"
+_DRAW = "SymInt samples, SymInt sample_offset, SymInt row_offset, float logvar_min, float logvar_max"
 
 
 def rsample_kl(
@@ -172,12 +189,7 @@ def rsample_log_ratio(
 
 
 def _keeps_slope(arguments) -> bool:
-    mu, logvar, *prior = arguments[:4]
-    # A list and not a generator, which would cost more than all else here.
-    wanted = any(
-        [mu.requires_grad, logvar.requires_grad, *[p is not None and p.requires_grad for p in prior]]
-    )
-    if not (wanted and torch.is_grad_enabled() and mu.device.type == "cpu"):
+    if not (arguments[0].is_cpu and wants_gradients(arguments[:4])):
         return False
     # A compiled graph serves every backend.
     return torch.compiler.is_compiling() or _backend.on_cpu() == "native"
@@ -185,7 +197,7 @@ def _keeps_slope(arguments) -> bool:
 
 def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset):
     """Check what the user gave and bring it into the form of the schema."""
-    if not (_is_pair_of_rows(mu, logvar) and prior is None and logvar_range is None):
+    if not (are_rows(mu, logvar) and prior is None and logvar_range is None):
         mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
         logvar_min, logvar_max = check_logvar_range(logvar_range)
     else:
@@ -194,24 +206,8 @@ def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_o
     if sample_offset != 0 or row_offset != 0 or samples > 2**32:
         check_address(samples or 1, mu.shape[0], sample_offset, row_offset)
     seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
-    return (
-        mu, logvar, prior_mu, prior_logvar, seed, samples, sample_offset, row_offset, logvar_min, logvar_max
-    )  # fmt: skip
-
-
-def _is_pair_of_rows(mu, logvar) -> bool:
-    """Whether these are what they should be. In a small call Python is most of the cost, and what is seen at
-    a glance need not be asked one by one.
-    """
-    return (
-        isinstance(mu, Tensor)
-        and isinstance(logvar, Tensor)
-        and mu.dim() == 2
-        and mu.shape == logvar.shape
-        and mu.dtype == logvar.dtype
-        and mu.dtype in FLOATING
-        and mu.device == logvar.device
-    )
+    draw = Draw(samples, sample_offset, row_offset, logvar_min, logvar_max)
+    return mu, logvar, prior_mu, prior_logvar, seed, draw
 
 
 def _check_tensors(mu, logvar, prior):
@@ -257,236 +253,225 @@ def _prior_part(name: str, value: Tensor, mu: Tensor) -> Tensor:
 # What the two ops share
 
 
-def _sample_shape(mu, samples):
-    return mu.shape if samples == NO_AXIS else (samples, *mu.shape)
+def _shape_of_z(mu, draw):
+    return mu.shape if draw.samples == NO_AXIS else (draw.samples, *mu.shape)
 
 
-def _native_draw(
-    function, second, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, keep, *rest
-):
-    """z, and the slope, empty if it is not kept; ``second`` is the second result, a tensor to fill."""
-    z = empty_like(mu) if samples == NO_AXIS else empty((samples, *mu.shape), mu.dtype)
-    slope = empty_like(z, second.dtype) if keep else second.new_empty(0)
-    function(
-        code(mu.dtype), z.data_ptr(), slope.data_ptr(), second.data_ptr(),
-        strided(mu), strided(logvar), strided(prior_mu), strided(prior_logvar),
-        samples or 1, *mu.shape, lo, hi, torch.get_num_threads(), seed.data_ptr(), k0, b0, *rest,
-    )  # fmt: skip
+def _native_draw(function, second, mu, logvar, prior_mu, prior_logvar, seed, draw, keep, *rest):
+    """z, and the slope if it is kept; ``second`` is the second result, a tensor to fill."""
+    z = empty_like(mu) if draw.samples == NO_AXIS else mu.new_empty((draw.samples, *mu.shape))
+    slope = empty_like(z, second.dtype) if keep else None
+    function(z, slope, second, mu, logvar, prior_mu, prior_logvar, draw, seed, get_num_threads(), *rest)
     return z, slope
 
 
-def _fake_draw(mu, samples, keep):
-    shape = _sample_shape(mu, samples)
-    return mu.new_empty(shape), mu.new_empty(shape if keep else (0,), dtype=accumulator(mu.dtype))
+def _fake_draw(mu, draw, keep):
+    shape = _shape_of_z(mu, draw)
+    return mu.new_empty(shape), mu.new_empty(shape, dtype=accumulator(mu.dtype)) if keep else None
 
 
-def _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi):
-    """The slope that the forward pass kept, or else made again: a transform of torch.func may not say that it
-    will differentiate, and a caller of the dispatcher's op need not.
+def _kept(slope, mu, logvar, seed, draw):
+    """The slope, made again where the forward pass did not keep it: a transform of torch.func may not say
+    that it will differentiate, and a caller of the dispatcher's op need not.
     """
-    if slope.numel() or not mu.numel():
-        return slope
+    return _slope(mu, logvar, seed, draw) if slope is None else slope
+
+
+def _slope(mu, logvar, seed, draw):
     wide = accumulator(mu.dtype)
-    eps = normal(seed, samples or 1, *mu.shape, k0, b0, dtype=wide)
-    slope = 0.5 * torch.exp(0.5 * logvar.to(wide).clamp(lo, hi)) * eps
-    return slope.reshape(_sample_shape(mu, samples))
+    eps = normal(seed, draw.count, *mu.shape, draw.sample_offset, draw.row_offset, dtype=wide)
+    slope = 0.5 * torch.exp(0.5 * logvar.to(wide).clamp(draw.logvar_min, draw.logvar_max)) * eps
+    return slope.reshape(_shape_of_z(mu, draw))
 
 
-def _adapted_draw(function, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, option, keep):
+def _composed_draw(function, mu, logvar, prior_mu, prior_logvar, seed, draw, option, keep):
     """From the reference and Triton, which give z its axis and make the noise again in the backward pass."""
-    z, second = function(mu, logvar, prior_mu, prior_logvar, seed, samples or 1, k0, b0, lo, hi, option)
-    slope = mu.new_empty(0, dtype=second.dtype)
-    if keep:
-        slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
+    each = draw._replace(samples=draw.count)
+    z, second = function(mu, logvar, prior_mu, prior_logvar, seed, each, option)
+    slope = _slope(mu, logvar, seed, draw) if keep else None
     # In place, here and below: a view could not be modified by the user.
-    return z.squeeze_(0) if samples == NO_AXIS else z, second, slope
+    return z.squeeze_(0) if draw.samples == NO_AXIS else z, second, slope
 
 
-def _empty_grads(mu, need):
-    return tuple(empty_like(mu) if n else None for n in need)
+class _Gradient(Op):
+    """Gradients of (mu, logvar, prior_mu, prior_logvar), None where not needed."""
 
+    module = "latent"
+    record = Draw
 
-def _save(ctx, args, slope):
-    ctx.save_for_backward(*args[:5], slope)
-    ctx.constants = args[5:]
+    def fake(self, *args):
+        # The inputs end with the record, and what may stand beside it.
+        mu = next(args[i - 5] for i in range(5, len(args)) if isinstance(args[i], Draw))
+        return tuple(empty_like(mu) if n else None for n in args[-1])
 
 
 _GRADS = "-> (Tensor, Tensor, Tensor, Tensor)"
 
 
-# rsample_kl: schema, C++, fake, autograd
+class _RsampleKLBackward(_Gradient):
+    name = "rsample_kl_backward"
+    schema = f"(Tensor? grad_z, Tensor? grad_kl, Tensor? slope, {_INPUTS}{_DRAW}, bool[4] need) {_GRADS}"
+
+    def native(self, grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, draw, need):
+        grads = [empty_like(mu) if n else None for n in need]
+        _backend.extension().rsample_kl_backward(
+            *grads, grad_z, grad_kl, _kept(slope, mu, logvar, seed, draw),
+            mu, logvar, prior_mu, prior_logvar, draw, get_num_threads(),
+        )  # fmt: skip
+        return tuple(grads)
+
+    def composed(self, backend):
+        function = super().composed(backend)
+
+        def backward(grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, draw, need):
+            if grad_z is not None and draw.samples == NO_AXIS:
+                grad_z, draw = grad_z.unsqueeze(0), draw._replace(samples=1)
+            return function(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, draw, need)
+
+        return backward
 
 
-def _native_rsample_kl(mu, *rest):
-    *rest, per_dimension, keep = rest
-    kl = empty(mu.shape if per_dimension else mu.shape[:1], accumulator(mu.dtype))
-    z, slope = _native_draw(_backend.extension().rsample_kl, kl, mu, *rest, keep, per_dimension)
-    return z, kl, slope
+class _RsampleKL(Op):
+    module = "latent"
+    name = "rsample_kl"
+    schema = f"({_INPUTS}{_DRAW}, bool per_dimension, bool keep_slope) -> (Tensor, Tensor, Tensor)"
+    record = Draw
+    shown = 2
+    gradient = _RsampleKLBackward()
+
+    def native(self, mu, logvar, prior_mu, prior_logvar, seed, draw, per_dimension, keep):
+        kl = new_empty(mu, mu.shape if per_dimension else mu.shape[:1], accumulator(mu.dtype))
+        z, slope = _native_draw(
+            _backend.extension().rsample_kl, kl,
+            mu, logvar, prior_mu, prior_logvar, seed, draw, keep, per_dimension,
+        )  # fmt: skip
+        return z, kl, slope
+
+    def composed(self, backend):
+        return functools.partial(_composed_draw, super().composed(backend))
+
+    def fake(self, mu, logvar, prior_mu, prior_logvar, seed, draw, per_dimension, keep):
+        kl = mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulator(mu.dtype))
+        z, slope = _fake_draw(mu, draw, keep)
+        return z, kl, slope
+
+    def save(self, ctx, args, results):
+        if results[2] is not None:
+            ctx.mark_non_differentiable(results[2])
+        ctx.save_for_backward(*args[:5], results[2])
+        ctx.draw = args[5]
+
+    def arguments_of_gradient(self, ctx, grad_z, grad_kl, *_):
+        *inputs, slope = ctx.saved_tensors
+        return grad_z, grad_kl, or_none(slope), *inputs, ctx.draw, list(ctx.needs_input_grad[:4])
 
 
-def _fake_rsample_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, per_dimension, keep):
-    kl = mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulator(mu.dtype))
-    z, slope = _fake_draw(mu, samples, keep)
-    return z, kl, slope
+_rsample_kl = _RsampleKL()
 
 
-def _setup_rsample_kl(ctx, args, result):
-    ctx.mark_non_differentiable(result[2])
-    _save(ctx, args, result[2])
+class _RsampleLogRatioBackward(_Gradient):
+    name = "rsample_log_ratio_backward"
+    schema = (
+        f"(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? weight, Tensor? slope, {_INPUTS}{_DRAW}, "
+        f"bool path, bool[4] need) {_GRADS}"
+    )
+
+    def native(
+        self,
+        grad_z,
+        grad_log_ratio,
+        weight,
+        slope,
+        mu,
+        logvar,
+        prior_mu,
+        prior_logvar,
+        seed,
+        draw,
+        path,
+        need,
+    ):
+        grads = [empty_like(mu) if n else None for n in need]
+        _backend.extension().rsample_log_ratio_backward(
+            *grads, grad_z, grad_log_ratio, weight, _kept(slope, mu, logvar, seed, draw),
+            mu, logvar, prior_mu, prior_logvar, draw, get_num_threads(), path,
+        )  # fmt: skip
+        return tuple(grads)
+
+    def composed(self, backend):
+        function = super().composed(backend)
+        return lambda grad_z, grad_log_ratio, weight, slope, *rest: function(
+            grad_z, grad_log_ratio, weight, *rest
+        )
 
 
-def _native_rsample_kl_backward(
-    grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, need
-):
-    grads = _empty_grads(mu, need)
-    slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
-    axis = (0,) if samples == NO_AXIS else ()
-    _backend.extension().rsample_kl_backward(
-        code(mu.dtype), *map(pointer, grads),
-        strided(grad_z, *axis), strided(grad_kl), strided(slope, *axis),
-        strided(mu), strided(logvar), strided(prior_mu), strided(prior_logvar),
-        samples or 1, *mu.shape, lo, hi, torch.get_num_threads(),
-    )  # fmt: skip
-    return grads
+class _RsampleLogRatio(Op):
+    module = "latent"
+    name = "rsample_log_ratio"
+    schema = (
+        f"({_INPUTS}{_DRAW}, str estimator, bool chunk, bool keep_slope) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    record = Draw
+    shown = 3
+    gradient = _RsampleLogRatioBackward()
 
+    def native(self, mu, logvar, prior_mu, prior_logvar, seed, draw, estimator, chunk, keep):
+        log_ratio = new_empty(mu, (draw.samples, mu.shape[0]), accumulator(mu.dtype))
+        z, slope = _native_draw(
+            _backend.extension().rsample_log_ratio, log_ratio,
+            mu, logvar, prior_mu, prior_logvar, seed, draw, keep,
+        )  # fmt: skip
+        return z, log_ratio, _whole(mu, chunk), slope
 
-def _backward_rsample_kl(ctx, grad_z, grad_kl, *_):
-    *inputs, slope = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:4])
-    grads = _rsample_kl_backward(grad_z, grad_kl, slope, *inputs, *ctx.constants[:-2], need)
-    return *grads, *[None] * 8
+    def composed(self, backend):
+        function = super().composed(backend)
 
+        def draw(mu, *rest):
+            *rest, chunk, keep = rest
+            z, log_ratio, slope = _composed_draw(function, mu, *rest, keep)
+            return z, log_ratio, _whole(mu, chunk), slope
 
-def _adapt_rsample_kl_backward(function):
-    def backward(grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, samples, *rest):
-        if grad_z is not None and samples == NO_AXIS:
-            grad_z = grad_z.unsqueeze(0)
-        return function(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, samples or 1, *rest)
+        return draw
 
-    return backward
+    def fake(self, mu, logvar, prior_mu, prior_logvar, seed, draw, estimator, chunk, keep):
+        log_ratio = mu.new_empty((draw.samples, mu.shape[0]), dtype=accumulator(mu.dtype))
+        z, slope = _fake_draw(mu, draw, keep)
+        return z, log_ratio, _whole(mu, chunk), slope
 
+    def save(self, ctx, args, results):
+        *_, draw, estimator, chunk, _ = args
+        if results[3] is not None:
+            ctx.mark_non_differentiable(results[3])
+        ctx.save_for_backward(*args[:5], results[3])
+        ctx.how = draw, estimator, chunk
 
-_rsample_kl_backward = define(
-    "latent",
-    "rsample_kl_backward",
-    f"(Tensor? grad_z, Tensor? grad_kl, Tensor slope, {_INPUTS}{_ADDRESS}, bool[4] need) {_GRADS}",
-    native=_native_rsample_kl_backward,
-    fake=lambda grad_z, grad_kl, slope, mu, *rest: _empty_grads(mu, rest[-1]),
-    adapt=_adapt_rsample_kl_backward,
-)
-_rsample_kl = define(
-    "latent",
-    "rsample_kl",
-    f"({_INPUTS}{_ADDRESS}, bool per_dimension, bool keep_slope) -> (Tensor, Tensor, Tensor)",
-    native=_native_rsample_kl,
-    fake=_fake_rsample_kl,
-    setup=_setup_rsample_kl,
-    backward=_backward_rsample_kl,
-    adapt=lambda function: lambda *args: _adapted_draw(function, *args),
-    results=2,
-)
-
-
-# rsample_log_ratio: schema, C++, fake, autograd
-
-
-def _native_rsample_log_ratio(
-    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, chunk, keep
-):
-    log_ratio = empty((samples, mu.shape[0]), accumulator(mu.dtype))
-    z, slope = _native_draw(
-        _backend.extension().rsample_log_ratio, log_ratio,
-        mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, keep,
-    )  # fmt: skip
-    return z, log_ratio, _whole(mu, chunk), slope
+    def arguments_of_gradient(self, ctx, grad_z, grad_log_ratio, grad_whole, *_):
+        *inputs, slope = ctx.saved_tensors
+        draw, estimator, chunk = ctx.how
+        weight = _dreg_weight(grad_log_ratio, grad_whole, chunk) if estimator == "dreg" else None
+        need = list(ctx.needs_input_grad[:4])
+        return grad_z, grad_log_ratio, weight, or_none(slope), *inputs, draw, estimator != "iwae", need
 
 
 def _whole(mu, chunk):
-    return mu.new_zeros(mu.shape[:1] if chunk else (0,), dtype=accumulator(mu.dtype))
+    return mu.new_zeros(mu.shape[:1], dtype=accumulator(mu.dtype)) if chunk else None
 
 
-def _fake_rsample_log_ratio(
-    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, estimator, chunk, keep
-):
-    log_ratio = mu.new_empty((samples, mu.shape[0]), dtype=accumulator(mu.dtype))
-    z, slope = _fake_draw(mu, samples, keep)
-    return z, log_ratio, _whole(mu, chunk), slope
+def _dreg_weight(grad_log_ratio, grad_whole, chunk):
+    """The normalised weights: each sample's share of what arrives."""
+    if grad_log_ratio is None:
+        raise RuntimeError(
+            "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not "
+            "arrive: pass log_ratio + log p(x|z) through fastvae.ops.log_mean_exp, or use "
+            "estimator='stl'"
+        )
+    if chunk and grad_whole is None:
+        raise RuntimeError(
+            "estimator='dreg' with chunk=True takes its weights as shares of the gradient of its third "
+            "result, which did not arrive: add those zeros [B] to the log-mean-exp over all chunks"
+        )
+    total = grad_whole if chunk else grad_log_ratio.sum(0)
+    return torch.where(total == 0, 0.0, grad_log_ratio / total)
 
 
-def _adapt_rsample_log_ratio(function):
-    def draw(mu, *rest):
-        *rest, chunk, keep = rest
-        z, log_ratio, slope = _adapted_draw(function, mu, *rest, keep)
-        return z, log_ratio, _whole(mu, chunk), slope
-
-    return draw
-
-
-def _setup_rsample_log_ratio(ctx, args, result):
-    *_, chunk, _ = args
-    ctx.mark_non_differentiable(*result[3 if chunk else 2 :])
-    _save(ctx, args, result[3])
-
-
-def _native_rsample_log_ratio_backward(
-    grad_z, grad_log_ratio, weight, slope,
-    mu, logvar, prior_mu, prior_logvar, seed, samples, k0, b0, lo, hi, path, need,
-):  # fmt: skip
-    grads = _empty_grads(mu, need)
-    slope = _slope(slope, mu, logvar, seed, samples, k0, b0, lo, hi)
-    _backend.extension().rsample_log_ratio_backward(
-        code(mu.dtype), *map(pointer, grads),
-        strided(grad_z), strided(grad_log_ratio), strided(weight), strided(slope),
-        strided(mu), strided(logvar), strided(prior_mu), strided(prior_logvar),
-        samples or 1, *mu.shape, lo, hi, torch.get_num_threads(), path,
-    )  # fmt: skip
-    return grads
-
-
-def _backward_rsample_log_ratio(ctx, grad_z, grad_log_ratio, grad_whole, *_):
-    *inputs, slope = ctx.saved_tensors
-    *constants, estimator, chunk, _ = ctx.constants
-    weight = None
-    if estimator == "dreg":
-        if grad_log_ratio is None:
-            raise RuntimeError(
-                "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not "
-                "arrive: pass log_ratio + log p(x|z) through fastvae.ops.log_mean_exp, or use "
-                "estimator='stl'"
-            )
-        if chunk and grad_whole is None:
-            raise RuntimeError(
-                "estimator='dreg' with chunk=True takes its weights as shares of the gradient of its third "
-                "result, which did not arrive: add those zeros [B] to the log-mean-exp over all chunks"
-            )
-        total = grad_whole if chunk else grad_log_ratio.sum(0)
-        weight = torch.where(total == 0, 0.0, grad_log_ratio / total)
-    grads = _rsample_log_ratio_backward(
-        grad_z, grad_log_ratio, weight, slope, *inputs,
-        *constants, estimator != "iwae", list(ctx.needs_input_grad[:4]),
-    )  # fmt: skip
-    return *grads, *[None] * 9
-
-
-_rsample_log_ratio_backward = define(
-    "latent",
-    "rsample_log_ratio_backward",
-    f"(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? weight, Tensor slope, {_INPUTS}{_ADDRESS}, bool path, "
-    f"bool[4] need) {_GRADS}",
-    native=_native_rsample_log_ratio_backward,
-    fake=lambda grad_z, grad_log_ratio, weight, slope, mu, *rest: _empty_grads(mu, rest[-1]),
-    adapt=lambda function: (
-        lambda grad_z, grad_log_ratio, weight, slope, *rest: function(grad_z, grad_log_ratio, weight, *rest)
-    ),
-)
-_rsample_log_ratio = define(
-    "latent",
-    "rsample_log_ratio",
-    f"({_INPUTS}{_ADDRESS}, str estimator, bool chunk, bool keep_slope) -> (Tensor, Tensor, Tensor, Tensor)",
-    native=_native_rsample_log_ratio,
-    fake=_fake_rsample_log_ratio,
-    setup=_setup_rsample_log_ratio,
-    backward=_backward_rsample_log_ratio,
-    adapt=_adapt_rsample_log_ratio,
-    results=3,
-)
+_rsample_log_ratio = _RsampleLogRatio()

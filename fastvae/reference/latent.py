@@ -1,8 +1,12 @@
-"""Reparameterised sampling with analytic KL or with log p(z) - log q(z|x), in plain PyTorch."""
+"""Reparameterised sampling with analytic KL or with log p(z) - log q(z|x), in plain PyTorch.
+
+``draw`` is the record of how the draw is made: samples, sample_offset, row_offset, logvar_min, logvar_max.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +21,14 @@ def _upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
-def _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max):
+def _noise(seed, draw, mu):
+    return normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=mu.dtype)
+
+
+def _parts(mu, logvar, prior_mu, prior_logvar, draw):
     """Upcast inputs, the clamp, and the prior's mean and logvar (zeros for N(0, I))."""
     mu, logvar, prior_mu, prior_logvar = _upcast(mu, logvar, prior_mu, prior_logvar)
-    clamped = logvar.clamp(logvar_min, logvar_max)
+    clamped = logvar.clamp(draw.logvar_min, draw.logvar_max)
     zero = torch.zeros((), dtype=mu.dtype, device=mu.device)
     return (
         mu,
@@ -46,17 +54,13 @@ def rsample_kl(
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor,
-    samples: int,
-    sample_offset: int,
-    row_offset: int,
-    logvar_min: float,
-    logvar_max: float,
+    draw: Any,
     per_dimension: bool,
 ) -> tuple[Tensor, Tensor]:
     """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
     dtype = mu.dtype
-    mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
-    eps = normal(seed, samples, *mu.shape, sample_offset, row_offset, dtype=mu.dtype)
+    mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
+    eps = _noise(seed, draw, mu)
     z = mu + torch.exp(0.5 * logvar) * eps
     whitened = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
     kl = 0.5 * (whitened**2 + _expm1_minus(logvar - prior_logvar))
@@ -71,22 +75,16 @@ def rsample_kl_backward(
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor,
-    samples: int,
-    sample_offset: int,
-    row_offset: int,
-    logvar_min: float,
-    logvar_max: float,
+    draw: Any,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape
-    mu, raw, logvar, prior_mu, prior_logvar = _parts(
-        mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max
-    )
+    mu, raw, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
     if grad_z is not None:
-        eps = normal(seed, samples, *shape, sample_offset, row_offset, dtype=mu.dtype)
+        eps = _noise(seed, draw, mu)
         grad_z = grad_z.to(mu.dtype)
         grads[0] += grad_z.sum(0)
         grads[1] += (grad_z * eps).sum(0) * 0.5 * torch.exp(0.5 * logvar)
@@ -100,7 +98,7 @@ def rsample_kl_backward(
         grads[1] += grad_kl * 0.5 * ratio
         grads[2] -= push * inverse_s
         grads[3] -= 0.5 * (grad_kl * ratio + push * whitened)
-    return _finish(grads, raw, logvar_min, logvar_max, dtypes, need)
+    return _finish(grads, raw, draw, dtypes, need)
 
 
 def rsample_log_ratio(
@@ -109,17 +107,13 @@ def rsample_log_ratio(
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor,
-    samples: int,
-    sample_offset: int,
-    row_offset: int,
-    logvar_min: float,
-    logvar_max: float,
+    draw: Any,
     estimator: str,
 ) -> tuple[Tensor, Tensor]:
     """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
     dtype = mu.dtype
-    mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max)
-    eps = normal(seed, samples, *mu.shape, sample_offset, row_offset, dtype=mu.dtype)
+    mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
+    eps = _noise(seed, draw, mu)
     z = mu + torch.exp(0.5 * logvar) * eps
     whitened = (z - prior_mu) * torch.exp(-0.5 * prior_logvar)
     return z.to(dtype), 0.5 * (eps**2 - whitened**2 + logvar - prior_logvar).sum(2)
@@ -134,11 +128,7 @@ def rsample_log_ratio_backward(
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor,
-    samples: int,
-    sample_offset: int,
-    row_offset: int,
-    logvar_min: float,
-    logvar_max: float,
+    draw: Any,
     path: bool,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
@@ -149,11 +139,9 @@ def rsample_log_ratio_backward(
     """
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape
-    mu, raw, logvar, prior_mu, prior_logvar = _parts(
-        mu, logvar, prior_mu, prior_logvar, logvar_min, logvar_max
-    )
+    mu, raw, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     sigma = torch.exp(0.5 * logvar)
-    eps = normal(seed, samples, *shape, sample_offset, row_offset, dtype=mu.dtype)
+    eps = _noise(seed, draw, mu)
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
     # What reaches z, and that times sigma / 2, factor by factor: one may be beyond its range and the other
     # not.
@@ -182,11 +170,11 @@ def rsample_log_ratio_backward(
     grads[1] += (grad_scaled * eps).sum(0)
     if entropy is not None:
         grads[1] += 0.5 * entropy.sum(0)
-    return _finish(grads, raw, logvar_min, logvar_max, dtypes, need)
+    return _finish(grads, raw, draw, dtypes, need)
 
 
-def _finish(grads, raw_logvar, logvar_min, logvar_max, dtypes, need):
-    inside = (raw_logvar >= logvar_min) & (raw_logvar <= logvar_max)
+def _finish(grads, raw_logvar, draw, dtypes, need):
+    inside = (raw_logvar >= draw.logvar_min) & (raw_logvar <= draw.logvar_max)
     # NaN is inside, so that it is not lost.
     grads[1] = torch.where(inside | raw_logvar.isnan(), grads[1], torch.zeros_like(grads[1]))
     return tuple(g.to(d) if n else None for g, d, n in zip(grads, dtypes, need, strict=True))

@@ -1,0 +1,229 @@
+"""``python -m benchmarks frontend``: what an objective costs of its own, beside a decoder that costs nothing.
+
+Forward and backward of ``fastvae.elbo`` and ``fastvae.iwae``, less the decoder's own link in the graph,
+beside the same lines of PyTorch, eager and compiled, and beside two autograd nodes that allocate the same
+results and do nothing. Where people train small models this is the whole cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastvae
+
+
+class Case(NamedTuple):
+    k: int  # 0 for the ELBO
+    batch: int
+    latent: int
+    pixels: int
+
+    def __str__(self) -> str:
+        bound = f"iwae K={self.k}" if self.k else "elbo"
+        return f"{bound}, {self.batch}×{self.latent}, {self.pixels} pixels"
+
+
+CASES = (
+    Case(0, 32, 10, 64),
+    Case(0, 64, 20, 784),
+    Case(0, 128, 50, 784),
+    Case(5, 32, 10, 64),
+    Case(50, 16, 20, 64),
+)
+LIKELIHOODS = ("bernoulli", "gaussian")
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    mu: Tensor
+    logvar: Tensor
+    outputs: tuple[Tensor, ...]  # the decoder's
+    grad_z: Tensor
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.mu, self.logvar, *self.outputs
+
+
+def make(case: Case, likelihood: str) -> Inputs:
+    torch.manual_seed(0)
+    rows = max(1, case.k) * case.batch
+    mu, logvar = (torch.randn(case.batch, case.latent, requires_grad=True) for _ in range(2))
+    number = 2 if likelihood == "gaussian" else 1
+    outputs = tuple((0.1 * torch.randn(rows, case.pixels)).requires_grad_() for _ in range(number))
+    x = torch.rand(case.batch, case.pixels).round()
+    return Inputs(x, mu, logvar, outputs, torch.randn(rows, case.latent))
+
+
+class Link(torch.autograd.Function):
+    """The decoder: prepared outputs, and a prepared gradient for z."""
+
+    @staticmethod
+    def forward(ctx, z, grad_z, *outputs):
+        ctx.save_for_backward(grad_z)
+        return tuple(o.view_as(o) for o in outputs) if len(outputs) > 1 else outputs[0].view_as(outputs[0])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *ctx.saved_tensors, None, *grads
+
+
+def ours(case: Case, likelihood: str, i: Inputs) -> Tensor:
+    def decoder(z):
+        return Link.apply(z, i.grad_z, *i.outputs)
+
+    q = i.mu, i.logvar
+    if case.k:
+        return fastvae.iwae(i.x, q, decoder, k=case.k, likelihood=likelihood)
+    return fastvae.elbo(i.x, q, decoder, likelihood=likelihood)
+
+
+def eager(case: Case, likelihood: str, i: Inputs) -> Tensor:
+    k = max(1, case.k)
+    eps = torch.randn(k, *i.mu.shape)
+    z = i.mu + torch.exp(0.5 * i.logvar) * eps
+    outputs = Link.apply(z.flatten(0, 1), i.grad_z, *i.outputs)
+    x = i.x.expand(k, *i.x.shape).flatten(0, 1)
+    if likelihood == "bernoulli":
+        terms = -functional.binary_cross_entropy_with_logits(outputs, x, reduction="none")
+    else:
+        mean, logvar = outputs
+        terms = -0.5 * (math.log(2 * math.pi) + logvar + (x - mean).square() * torch.exp(-logvar))
+    log_px = terms.sum(-1)
+    if not case.k:
+        kl = 0.5 * (i.mu.square() + i.logvar.exp() - 1 - i.logvar).sum(-1)
+        return (log_px - kl).mean()
+    ratio = 0.5 * (eps.square() - z.square() + i.logvar).sum(-1)
+    return (torch.logsumexp(log_px.view(k, -1) + ratio, 0) - math.log(k)).mean()
+
+
+class EmptyDraw(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mu, logvar, k):
+        return mu.new_empty(max(1, k) * mu.shape[0], mu.shape[1]), mu.new_empty(max(1, k), mu.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_term):
+        shape = grad_term.shape[1], grad_z.shape[1]
+        return grad_z.new_empty(shape), grad_z.new_empty(shape), None
+
+
+class EmptyWeigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, term, *outputs):
+        ctx.save_for_backward(term, *outputs)
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        term, *outputs = ctx.saved_tensors
+        return None, torch.empty_like(term), *(torch.empty_like(o) for o in outputs)
+
+
+def empty(case: Case, likelihood: str, i: Inputs) -> Tensor:
+    z, term = EmptyDraw.apply(i.mu, i.logvar, case.k)
+    outputs = Link.apply(z, i.grad_z, *i.outputs)
+    return EmptyWeigh.apply(i.x, term, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+def bare(i: Inputs) -> Callable[[], object]:
+    """The link by itself."""
+    z = torch.zeros_like(i.grad_z, requires_grad=True)
+    grads = tuple(torch.ones_like(o) for o in i.outputs)
+
+    def run():
+        outputs = Link.apply(z, i.grad_z, *i.outputs)
+        return torch.autograd.grad(outputs, (z, *i.outputs), grads)
+
+    return run
+
+
+OURS, COMPILED = "fastvae", "fastvae, compiled"
+COLUMNS = (OURS, COMPILED, "eager", "torch.compile", "torch.compile, fallback_random", "empty nodes")
+
+
+def implementations(
+    case: Case, likelihood: str, i: Inputs, compiled: bool
+) -> dict[str, Callable[[], object]]:
+    """Each one's forward and backward pass, and the link's."""
+    functions = {OURS: ours, "eager": eager, "empty nodes": empty}
+    if compiled:
+        torch._dynamo.reset()
+        functions |= {
+            COMPILED: torch.compile(ours, dynamic=False),
+            "torch.compile": torch.compile(eager, dynamic=False),
+            "torch.compile, fallback_random": torch.compile(
+                eager, dynamic=False, options={"fallback_random": True}
+            ),
+        }
+    runs: dict[str, Callable[[], object]] = {"link": bare(i)}
+    for name in (c for c in COLUMNS if c in functions):
+
+        def run(function=functions[name]):
+            return torch.autograd.grad(function(case, likelihood, i), i.leaves)
+
+        runs[name] = run
+    return runs
+
+
+def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each run in each round, less those of the link beside it."""
+    for run in runs.values():
+        for _ in range(20):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            before = time.perf_counter_ns()
+            run()
+            times[name].append((time.perf_counter_ns() - before) / 1e3)
+    link = statistics.median(times.pop("link"))
+    return {name: [t - link for t in values] for name, values in times.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks frontend", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--rounds", type=int, default=400, help="of each implementation (default 400)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--likelihoods", nargs="+", default=LIKELIHOODS, choices=LIKELIHOODS)
+    parser.add_argument(
+        "--cases", type=int, nargs="+", default=range(len(CASES)), help="some of them, by number"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args(arguments)
+    columns = [c for c in COLUMNS if not options.no_compile or "compile" not in c]
+    print("microseconds, forward + backward without the decoder: median (20th to 80th percentile)\n")
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for likelihood in options.likelihoods:
+            print(
+                f"{threads} thread{'s' * (threads > 1)}, {likelihood} | "
+                + " | ".join(columns)
+                + " | to eager | to compiled | to empty"
+            )
+            for case in (CASES[n] for n in options.cases):
+                i = make(case, likelihood)
+                found = measure(implementations(case, likelihood, i, not options.no_compile), options.rounds)
+                middle = {name: statistics.median(values) for name, values in found.items()}
+                best = min(middle[c] for c in (OURS, COMPILED) if c in middle)
+                peers = [v for name, v in middle.items() if name.startswith("torch.compile")]
+                cells = []
+                for name in columns:
+                    low, *_, high = statistics.quantiles(found[name], n=5)
+                    cells.append(f"{middle[name]:.0f} ({low:.0f} to {high:.0f})")
+                ratios = [middle["eager"] / middle[OURS], min(peers) / best if peers else math.nan]
+                ratios.append(middle[OURS] / max(40.0, middle["empty nodes"]))
+                print(f"{case} | " + " | ".join(cells + [f"{r:.2f}×" for r in ratios]), flush=True)
+            print()
+    return 0

@@ -1,0 +1,125 @@
+// What Python hands to the kernels. Compiled once: no code of an instruction set is in it.
+#pragma once
+
+#include "parallel.hpp"
+
+namespace fastvae {
+
+constexpr int kMostParameters = 3;
+
+// A tensor of up to three axes in any storage type: address of the first element (null for no tensor), the type's number, strides in
+// elements, and how long the axes are.
+struct Tensor {
+  address data = 0;
+  int dtype = 0;
+  i64 s0 = 0, s1 = 0, s2 = 0;
+  int axes = 0;
+  i64 n0 = 1, n1 = 1, n2 = 1;
+
+  // With this many axes: those that it lacks come first, and what it holds is the same along them.
+  Tensor along(int number) const {
+    Tensor t = *this;
+    for (; t.axes < number; ++t.axes) {
+      t.s2 = t.s1, t.s1 = t.s0, t.s0 = 0;
+      t.n2 = t.n1, t.n1 = t.n0, t.n0 = 1;
+    }
+    return t;
+  }
+};
+
+// What a kernel fills: contiguous, null where it is not wanted.
+struct Output {
+  address data = 0;
+  operator address() const { return data; }
+};
+
+// A decoder's outputs.
+struct Parameters {
+  int count = 0;
+  Tensor p[kMostParameters];
+};
+
+// How a draw of z is made.
+struct Draw {
+  i64 samples, sample_offset, row_offset;
+  double logvar_min, logvar_max;
+};
+
+
+// Of a parameter: a number for every element; a row, the same for all samples and rows; one number for each row (k, b); one in all.
+enum Kind { kFull = 0, kColumn = 1, kOne = 2, kNumber = 3 };
+inline bool is_shared(int kind) { return kind == kColumn || kind == kNumber; }
+
+// A call: x (B, X), parameters (K, B, X) that may broadcast.
+struct Rows {
+  int likelihood;
+  Tensor x, p[kMostParameters];
+  int kind[kMostParameters];
+  i64 samples, rows, columns;
+  int threads;
+};
+
+// What is asked for: gradients of x (B, X) and of parameters, contiguous, null where not wanted. Those of parameters that broadcast
+// are of compute type: (X), one number, or (K, B).
+struct RowGradients {
+  Tensor grad;  // (K, B) of compute type: arrives
+  address x, p[kMostParameters];
+};
+
+// How the samples become a bound.
+struct How {
+  double coefficient;  // of the term, beside beta
+  bool log_mean_exp;   // over samples; else their mean
+  char reduction;      // of the batch: n(one), s(um), m(ean)
+};
+
+// A call that goes on to the bound.
+struct Weighing {
+  Rows rows;
+  Tensor term;        // (K, B), or (B) with no stride over samples: of compute type; null for none
+  bool each_sample;   // the first
+  Tensor beta;        // (B), of any storage type; null for 1
+  double coefficient;  // the term counts this times beta
+  bool log_mean_exp;  // over samples; else their mean
+  double scale;       // of the sum over the batch; 0: no sum
+
+  // Of x (B, X), a decoder's outputs, the first (K B, X), and a term (K, B) or (B).
+  Weighing(int likelihood, const Tensor& x, const Parameters& outputs, const Tensor& added, const Tensor& weight, const How& how,
+           int threads)
+      : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)), each_sample(added.axes == 2), beta(weight),
+        coefficient(how.coefficient), log_mean_exp(how.log_mean_exp),
+        scale(how.reduction == 'n' ? 0 : how.reduction == 's' ? 1 : 1.0 / static_cast<double>(x.n0)) {
+    const Tensor& full = outputs.p[0];
+    rows.samples = full.n0 / x.n0;
+    for (int j = 0; j < outputs.count; ++j) {
+      const Tensor& p = outputs.p[j];
+      Tensor& to = rows.p[j] = p;
+      if (p.axes == 2 && p.n0 == full.n0 && (p.n1 == full.n1 || p.n1 == 1)) {
+        rows.kind[j] = p.n1 == full.n1 ? kFull : kOne;
+        to.s0 = p.s0 * x.n0, to.s1 = p.s0, to.s2 = p.n1 == full.n1 ? p.s1 : 0;
+      } else {
+        const bool number = p.n0 * p.n1 * p.n2 == 1;
+        rows.kind[j] = number ? kNumber : kColumn;
+        to.s0 = to.s1 = 0, to.s2 = number ? 0 : p.axes == 1 ? p.s0 : p.s1;
+      }
+    }
+  }
+  bool wide() const {
+    bool found = rows.x.dtype == 1;
+    for (const Tensor& p : rows.p) found |= p.data && p.dtype == 1;
+    return found;
+  }
+};
+
+// What it writes, of compute type: the bound, one number or (B); (B); (K, B). The last two may be null.
+struct WeighingResults {
+  address bound, log_likelihood, weights;
+};
+
+// What arrives at them: strides may be 0, addresses null; and the weights (K, B) again.
+struct WeighingGradients {
+  Tensor bound, log_likelihood;
+  address weights;
+};
+
+}  // namespace fastvae

@@ -1,0 +1,138 @@
+// The bound of a batch: log p(x|z) of every row, the term of q and p added, reduced over samples and over the batch; and back.
+// The mathematics stands in fastvae/ops/weigh.py.
+
+// Numbers for the length of a call, as they come.
+template <class C>
+struct Scratch {
+  C* const data;
+  explicit Scratch(i64 size) : data(static_cast<C*>(::operator new(static_cast<std::size_t>(size) * sizeof(C)))) {}
+  ~Scratch() { ::operator delete(data); }
+  Scratch(const Scratch&) = delete;
+};
+
+// The factor of the term, for each row of the batch.
+template <class C>
+struct Factor {
+  double coefficient;
+  const Storage<C>* storage;
+  Tensor beta;
+
+  explicit Factor(const Weighing& w) : coefficient(w.coefficient), storage(&fastvae::FASTVAE_ISA::storage<C>(w.beta.dtype)), beta(w.beta) {}
+  double operator()(i64 b) const {
+    if (!beta.data) return coefficient;
+    C number[1];
+    return coefficient * storage->load(number, beta.data + static_cast<address>(b * beta.s0 * storage->size), 0, 1)[0];
+  }
+};
+
+// out[b] = (1 / K) sum_k p[k, b].
+template <class C>
+void mean_over_samples(i64 samples, i64 first, int n, const C* p, i64 s0, i64 s1, double* out) {
+  fill(out, 0.0, n);
+  for (i64 k = 0; k < samples; ++k) {
+    const C* row = p + k * s0 + first * s1;
+    for (int i = 0; i < n; ++i) out[i] += row[i * s1];
+  }
+  for (int i = 0; i < n; ++i) out[i] /= static_cast<double>(samples);
+}
+
+// The bound of each row, and the mean of its log-likelihoods where that is asked for. `log_w` holds the log-likelihoods (K, B),
+// and becomes the log weights where these are weighed.
+template <class C>
+void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C* weights) {
+  const i64 samples = w.rows.samples, rows = w.rows.rows;
+  const C* term = pointer<const C>(w.term.data);
+  const Factor<C> factor(w);
+  const i64 units = (rows + kColumnsPerUnit - 1) / kColumnsPerUnit;
+  parallel(w.rows.threads, units, samples * rows, [&](i64 begin, i64 end) {
+    double likelihood[kColumnsPerUnit], added[kColumnsPerUnit];
+    for (i64 unit = begin; unit < end; ++unit) {
+      const i64 first = unit * kColumnsPerUnit;
+      const int n = static_cast<int>(rows - first < kColumnsPerUnit ? rows - first : kColumnsPerUnit);
+      if (log_likelihood || !w.log_mean_exp) {
+        mean_over_samples(samples, first, n, log_w, rows, 1, likelihood);
+        for (int i = 0; i < n && log_likelihood; ++i) log_likelihood[first + i] = static_cast<C>(likelihood[i]);
+      }
+      if (!w.log_mean_exp) {
+        fill(added, 0.0, n);
+        if (term) mean_over_samples(w.each_sample ? samples : 1, first, n, term, w.term.s0, w.term.s1, added);
+        for (int i = 0; i < n; ++i) bound[first + i] = static_cast<C>(likelihood[i] + factor(first + i) * added[i]);
+      } else if (term) {
+        for (int i = 0; i < n; ++i) added[i] = factor(first + i);
+        for (i64 k = 0; k < samples; ++k) {
+          C* row = log_w + k * rows + first;
+          const C* t = term + k * w.term.s0 + first * w.term.s1;
+          for (int i = 0; i < n; ++i) row[i] += static_cast<C>(added[i]) * t[i * w.term.s1];
+        }
+      }
+    }
+  });
+  if (!w.log_mean_exp) return;
+  const Scratch<C> maximum(2 * rows);
+  const View<const C> view{log_w, rows, 1, 0};
+  log_mean_exp_columns<C>(view, samples, rows, bound, maximum.data, maximum.data + rows, w.rows.threads);
+  const C one = 1;
+  const View<const C> ones{&one, 0, 0, 0};
+  log_mean_exp_weights<C>(weights, ones, view, maximum.data, maximum.data + rows, samples, rows, w.rows.threads);
+}
+
+template <class C>
+bool weigh_rows(const Weighing& w, const WeighingResults& to) {
+  const i64 rows = w.rows.rows;
+  const Scratch<C> log_w(w.rows.samples * rows);
+  const bool in_range = reduce_rows(w.rows, log_w.data);
+  if (w.scale == 0) {
+    bounds_of_rows(w, log_w.data, pointer<C>(to.bound), pointer<C>(to.log_likelihood), pointer<C>(to.weights));
+    return in_range;
+  }
+  const Scratch<C> bound(rows);
+  bounds_of_rows(w, log_w.data, bound.data, pointer<C>(to.log_likelihood), pointer<C>(to.weights));
+  double sum = 0;
+  for (i64 b = 0; b < rows; ++b) sum += bound.data[b];
+  *pointer<C>(to.bound) = static_cast<C>(w.scale * sum);
+  return in_range;
+}
+
+template <class C>
+void weigh_rows_backward(const Weighing& w, const WeighingGradients& from, const RowGradients& to, address out_term) {
+  const i64 samples = w.rows.samples, rows = w.rows.rows;
+  const C tiny = smallest_normal(C{});
+  const Factor<C> factor(w);
+  const C* weights = pointer<const C>(from.weights);
+  C* term = pointer<C>(out_term);
+  const Scratch<C> grad(samples * rows);
+  const double scale = w.scale == 0 ? 1 : w.scale, share = 1.0 / static_cast<double>(samples);
+  for (i64 b = 0; b < rows; ++b) {
+    const C arrives = from.bound.data ? static_cast<C>(scale * pointer<const C>(from.bound.data)[b * from.bound.s0]) : C(0);
+    const double extra = from.log_likelihood.data ? pointer<const C>(from.log_likelihood.data)[b * from.log_likelihood.s0] : 0.0;
+    const C even = static_cast<C>(share * (arrives + extra));
+    const double c = factor(b);
+    double sum = 0;
+    for (i64 k = 0; k < samples; ++k) {
+      const i64 i = k * rows + b;
+      C g = even;
+      if (w.log_mean_exp) {
+        const C product = arrives * weights[i];
+        // A denormal would slow the decoder's backward pass many times over.
+        g = weights[i] == C(0) || abs_(product) < tiny ? C(0) : product;
+        sum += g;
+      }
+      grad.data[i] = g;
+      if (term && w.each_sample) term[i] = static_cast<C>(c * (w.log_mean_exp ? static_cast<double>(g) : share * arrives));
+    }
+    if (term && !w.each_sample) term[b] = static_cast<C>(c * (w.log_mean_exp ? sum : static_cast<double>(arrives)));
+  }
+  bool wanted = to.x != 0;
+  for (address p : to.p) wanted |= p != 0;
+  if (!wanted) return;
+  RowGradients gradients = to;
+  gradients.grad = {reinterpret_cast<address>(grad.data), std::is_same<C, double>::value, rows, 1};
+  reduce_rows_backward<C>(w.rows, gradients);
+}
+
+inline bool weigh(const Weighing& w, bool wide, const WeighingResults& to) {
+  return wide ? weigh_rows<double>(w, to) : weigh_rows<float>(w, to);
+}
+inline void weigh_backward(const Weighing& w, bool wide, const WeighingGradients& from, const RowGradients& to, address out_term) {
+  wide ? weigh_rows_backward<double>(w, from, to, out_term) : weigh_rows_backward<float>(w, from, to, out_term);
+}

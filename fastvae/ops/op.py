@@ -1,0 +1,305 @@
+"""How an op meets torch: one dispatcher entry per op, with kernels per device, a fake, and autograd.
+
+The Autograd kernel is Python and uses private names of torch, ``_SingleLevelFunction`` and
+``_AutoDispatchBelowAutograd`` among them; this is the only file that does. Compared with
+``torch.library.register_autograd`` it costs half the time per call and works under ``torch.func.grad``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import _C, Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from .. import _backend
+
+_library = torch.library.Library("fastvae", "DEF")
+
+
+class Op:
+    """One op, registered with torch when it is made, and called like a function.
+
+    In plain eager mode a call goes to the C++ or to Triton without the dispatcher, which would cost several
+    times what a small kernel does (docs/NOTES.md). Anything else, a compiler, a transform, a tensor subclass,
+    a mode, another device or the reference, gets the registered op.
+
+    Tensors are the leading arguments. Then comes the ``record``, if there is one: a NamedTuple, which the
+    dispatcher knows by its fields, one by one.
+
+    A result that nobody wants may be None; the dispatcher, whose graphs know no such thing, has a tensor [0]
+    in its place (:func:`or_none`).
+
+    Attributes:
+        module: the op's file name in every layer, such as ``"latent"``.
+        name: the op, and the function that computes it in ``fastvae.reference.<module>`` and
+            ``fastvae.kernels.<module>``.
+        schema: arguments and results, as torch writes them.
+        record: the type of the record.
+        shown: how many of the results a caller wants; a call may leave out the others.
+        gradient: the op that computes this one's gradients; without it, differentiating raises.
+    """
+
+    module: str
+    name: str
+    schema: str
+    record: type | None = None
+    shown: int | None = None
+    gradient: Op | None = None
+
+    # What an op says of itself.
+
+    def native(self, *args: Any) -> Any:
+        """The op in C++, for CPU tensors."""
+        raise NotImplementedError
+
+    def fake(self, *args: Any) -> Any:
+        """Results of the right shapes and dtypes, of fake arguments."""
+        raise NotImplementedError
+
+    def composed(self, backend: str) -> Callable:
+        """The op by the reference or by Triton."""
+        return getattr(_backend.layer(backend, self.module), self.name)
+
+    def save(self, ctx: Any, args: tuple, results: Any) -> None:
+        """Save what the gradient takes, and say which results have none."""
+
+    def arguments_of_gradient(self, ctx: Any, *grads: Tensor | None) -> tuple:
+        """What ``gradient`` is called with; it returns gradients of the leading arguments."""
+        raise NotImplementedError
+
+    # What is made of it.
+
+    def __init__(self) -> None:
+        self._tensors = self.schema.partition("->")[0].count("Tensor")
+        self._fields = len(self.record._fields) if self.record else 0
+        self._by_backend = functools.cache(self._implementation)
+        _library.define(self.name + self.schema)
+        self._registered = getattr(torch.ops.fastvae, self.name).default
+        _library.impl(self.name, self._dispatched(self._on_cpu), "CPU")
+        _library.impl(self.name, self._dispatched(self._on_gpu), "CUDA")
+        _library.impl(self.name, self._dispatched(self._elsewhere), "CompositeExplicitAutograd")
+        _library.impl(self.name, self._autograd, "Autograd")
+        torch.library.register_fake(f"fastvae::{self.name}", self._dispatched(self.fake), lib=_library)
+        self._dispatched_node = self._node(self._below_autograd, self._differentiate)
+        # The short ways: a function, and the node that calls it.
+        self._short = {
+            "native": (self.native, self._node(self.native, self._differentiate_natively, self.shown)),
+            "cpu": (self._on_cpu, self._node(self._on_cpu, self._differentiate, self.shown)),
+            "cuda": (self._on_gpu, self._node(self._on_gpu, self._differentiate, self.shown)),
+        }
+
+    def __call__(self, *args: Any) -> Any:
+        tensors = args[: self._tensors]
+        way = _plain_device(tensors)
+        if way is not None:
+            backend = _backend.on_cpu() if way == "cpu" else _backend.chosen()
+            if backend == "reference":
+                way = None
+            elif backend == "native" and way == "cpu":
+                way = "native"
+        if way is None:
+            return self._registered(*self._unpacked(args))
+        function, node = self._short[way]
+        wanted = _C.is_grad_enabled() and _C._any_requires_grad(*tensors)
+        return node.apply(*args) if wanted else function(*args)
+
+    def _implementation(self, backend: str) -> Callable:
+        return self.native if backend == "native" else self.composed(backend)
+
+    def _on_cpu(self, *args):
+        return self._by_backend(_backend.on_cpu())(*args)
+
+    def _on_gpu(self, *args):
+        device = next(a.device for a in args if a is not None)
+        return _backend.on_device(device, self._by_backend(_backend.on_gpu(device)), args)
+
+    def _elsewhere(self, *args):
+        return self._by_backend("reference")(*args)
+
+    def _packed(self, function: Callable) -> Callable:
+        """The function for the dispatcher, which gives the record's fields one by one."""
+        if self.record is None:
+            return function
+        begin, end, record = self._tensors, self._tensors + self._fields, self.record
+
+        def of_fields(*args):
+            return function(*args[:begin], record(*args[begin:end]), *args[end:])
+
+        return of_fields
+
+    def _dispatched(self, function: Callable) -> Callable:
+        """The function for the dispatcher, without a result that is None."""
+        function = self._packed(function)
+        if self.gradient is None or self.shown is None:
+            return function
+
+        def without_none(*args):
+            results = function(*args)
+            return tuple(results[0].new_empty(0) if r is None else r for r in results)
+
+        return without_none
+
+    def _unpacked(self, args: tuple) -> tuple:
+        if self.record is None:
+            return args
+        n = self._tensors
+        return *args[:n], *args[n], *args[n + 1 :]
+
+    # Autograd
+
+    def _below_autograd(self, *args):
+        with _C._AutoDispatchBelowAutograd():
+            return self._registered(*self._unpacked(args))
+
+    def _autograd(self, *fields):
+        """The dispatcher's kernel for tensors that may want gradients."""
+        if forward_ad._current_level >= 0 and _any_tangent(fields):
+            raise RuntimeError(
+                f"fastvae::{self.name}: forward-mode differentiation is not implemented; use reverse mode "
+                "(backward, torch.func.grad, torch.func.vjp)."
+            )
+        if wants_gradients(fields[: self._tensors]):
+            with enable_single_level_autograd_function():
+                return self._packed(self._dispatched_node.apply)(*fields)
+        with _C._AutoDispatchBelowAutograd():
+            return self._registered(*fields)
+
+    def _node(self, function: Callable, backward: Callable, shown: int | None = None) -> type:
+        """The autograd node of the op as this function computes it."""
+        native = backward == self._differentiate_natively
+
+        def forward(ctx, *args):
+            results = function(*args)
+            ctx.set_materialize_grads(False)
+            if not native:
+                ctx.backend = _backend.chosen()
+            self.save(ctx, args, results)
+            return results if shown is None else results[:shown]
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(self.name, (_SingleLevelFunction,), methods)
+
+    def _differentiate_natively(self, ctx, *grads):
+        """In C++ without the dispatcher, if nothing has come between since the forward pass."""
+        if self.gradient is None or torch.is_grad_enabled() or not _are_plain(grads):
+            ctx.backend = "native"
+            return self._differentiate(ctx, *grads)
+        results = self.gradient.native(*self.arguments_of_gradient(ctx, *grads))
+        return self._padded(ctx, results)
+
+    @staticmethod
+    def _padded(ctx, results):
+        """Gradients of all arguments: those that are no tensors have none."""
+        if isinstance(results, Tensor):
+            results = (results,)
+        return *results, *(None,) * (len(ctx.needs_input_grad) - len(results))
+
+    def _differentiate(self, ctx, *grads):
+        if all([g is None for g in grads]):  # what follows may send no gradient at all
+            return (None,) * len(ctx.needs_input_grad)
+        if self.gradient is None:
+            raise RuntimeError(
+                f"fastvae::{self.name.removesuffix('_backward')}: second derivatives are not implemented. "
+                "Differentiate once (no create_graph=True on what you differentiate again), or compute this "
+                "term in plain PyTorch: the formulas stand in fastvae/reference."
+            )
+        args = self.arguments_of_gradient(ctx, *grads)
+        return self._padded(ctx, _backend.run_on(ctx.backend, self.gradient, *args))
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_is_wrapped = _C._functorch.is_functorch_wrapped_tensor
+
+
+def _plain_device(tensors) -> str | None:
+    """The type of these tensors' device, if nothing but eager mode stands between them and a kernel."""
+    if (
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack()
+        or _C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    device = None
+    # A loop: a generator costs more than all else here.
+    for t in tensors:
+        if t is None:
+            continue
+        # What torch.func.vjp saved is still wrapped when its function is called, outside of the transform.
+        if type(t) not in _PLAIN_TENSORS or _is_wrapped(t) or not (t.is_cpu or t.is_cuda):
+            return None
+        # The seed of a GPU's tensors is on the GPU, too; what is not must not be overlooked.
+        kind = "cuda" if t.is_cuda else "cpu"
+        if device is not None and kind != device:
+            return None
+        device = kind
+    return device
+
+
+def _are_plain(grads) -> bool:
+    """Whether some gradient arrives, and all that do are CPU tensors with nothing but eager mode about."""
+    if _C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack():
+        return False
+    some = False
+    for g in grads:
+        if g is not None:
+            if type(g) is not Tensor or _is_wrapped(g) or not g.is_cpu:
+                return False
+            some = True
+    return some
+
+
+def or_none(tensor: Tensor | None) -> Tensor | None:
+    """What the forward pass kept; None for a tensor [0], which stands for nothing in a graph."""
+    return None if tensor is None or (tensor.dim() == 1 and tensor.shape[0] == 0) else tensor
+
+
+def wants_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether autograd will ask for the gradient of one of them."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return any([t is not None and t.requires_grad for t in tensors])
+    return _C._any_requires_grad(*tensors)
+
+
+def _any_tangent(args) -> bool:
+    tensors = (a for a in args if isinstance(a, torch.Tensor))
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+# What the ops share
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept and returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor of this one's shape and device; half the price of torch.empty."""
+    if tensor.is_contiguous() and (dtype is None or dtype == tensor.dtype):
+        return torch.empty_like(tensor)
+    return tensor.new_empty(tensor.shape, dtype=dtype)
+
+
+def new_empty(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on this one's device; a dtype that is said costs as much as the memory."""
+    return tensor.new_empty(shape) if tensor.dtype == dtype else tensor.new_empty(shape, dtype=dtype)
+
+
+def in_shape(result: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A kernel's result in the caller's shape, and no view: the caller could not modify one in place."""
+    return result if result.shape == shape else result.contiguous().resize_(shape)
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """tensor.to(dtype), at no price where there is nothing to do."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

@@ -1,0 +1,218 @@
+r"""From the decoder's output to the bound: likelihood, term, and both reductions in one pass each way.
+
+With :math:`L_{kb} = \log p(x_b|z_{kb})`, the event summed, a term :math:`t` of q and p, [K, B] or [B], and
+its factor :math:`c_b` (:math:`-β_b` for a KL, :math:`β_b` for a log-ratio), the bound of a row is
+
+.. math::
+    \text{mean:}\quad \mathcal{L}_b &= \frac{1}{K} \sum_k \big[L_{kb} + c_b t_{kb}\big] \\
+    \text{log-mean-exp:}\quad \mathcal{L}_b &= \log \frac{1}{K} \sum_k e^{\log w_{kb}}, \quad
+    \log w_{kb} = L_{kb} + c_b t_{kb}
+
+and of the batch the sum or the mean of these. With :math:`g_b` what arrives at a row's bound, and the
+normalised weights :math:`\tilde w_{kb}` (or :math:`1/K`), what reaches a sample's log-likelihood is
+:math:`g_{kb} = g_b \tilde w_{kb}`, and its term :math:`c_b g_{kb}`. The forward pass keeps the weights, so
+that the backward pass goes straight over the likelihood's gradients. Weights and gradients below the smallest
+normal number are zero (:mod:`fastvae.ops.importance`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, get_num_threads
+
+from .. import _backend
+from ._rows import native_gradients, number, result_dtype
+from .bernoulli import refuse_targets
+from .op import Op, cast, empty_like, new_empty, or_none
+
+
+class Weighing(NamedTuple):
+    """How the samples become a bound: what the op takes beside tensors, in every layer."""
+
+    coefficient: float  # of the term
+    over: str  # the samples: "mean" or "log_mean_exp"
+    reduction: str  # of the batch: "mean" or "sum", or "none" for [B]
+
+
+def weigh(
+    likelihood: str,
+    x: Tensor,
+    parameters: tuple[Tensor, ...],
+    term: Tensor | None,
+    beta: Tensor | None,
+    how: Weighing,
+    terms: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    r"""The bound of a batch from its decoder's output.
+
+    .. math:: \frac{1}{K} \sum_k \big[\log p(x|z_k) + c\, t_k\big] \quad \text{or} \quad
+              \log \frac{1}{K} \sum_k e^{\log p(x|z_k) + c\, t_k}
+
+    Args:
+        likelihood: its name.
+        x: data [B, X].
+        parameters: the decoder's output: the first [K·B, X], sample-major; others like it, [K·B, 1], one row
+            [X], or one number.
+        term: what is added to each sample's log-likelihood, [K, B], or to all of a row's, [B].
+        beta: the term's factor, beside how.coefficient: [] or [B], without a gradient; None for 1.
+        how: the :class:`Weighing`.
+        terms: return the mean of the log-likelihoods, too. For a log-mean-exp it takes no gradient.
+
+    Returns:
+        The bound in nats, and log p(x|z)'s mean over the samples, [B], or None without ``terms``: in float32
+        (float64 if one of the tensors is).
+
+    Example:
+        >>> import torch
+        >>> from fastvae.ops.weigh import Weighing, weigh
+        >>> x, logits, log_ratio = torch.ones(4, 7), torch.zeros(3 * 4, 7), torch.zeros(3, 4)
+        >>> how = Weighing(1.0, "log_mean_exp", "none")
+        >>> bound, _ = weigh("bernoulli", x, (logits,), log_ratio, None, how)
+        >>> bound  # 7 log ½
+        tensor([-4.8520, -4.8520, -4.8520, -4.8520])
+    """
+    bound, mean, *_ = _weigh[likelihood](x, *parameters, term, beta, how, terms)
+    return bound, mean if terms else None
+
+
+_HOW = "float coefficient, str over, str reduction"
+
+
+class _Weigh(Op):
+    module = "weigh"
+    record = Weighing
+    shown = 2
+
+    def __init__(self, likelihood: str, parameters: tuple[str, ...], refuse: Callable | None):
+        self.likelihood, self.number, self.refuse = likelihood, len(parameters), refuse
+        self.name = f"weigh_{likelihood}"
+        inputs = (
+            f"Tensor x, {', '.join(f'Tensor {p}' for p in parameters)}, Tensor? term, Tensor? beta, {_HOW}"
+        )
+        self.schema = f"({inputs}, bool terms) -> (Tensor, Tensor, Tensor)"
+        self.gradient = _WeighBackward(likelihood, len(parameters), inputs)
+        super().__init__()
+
+    def native(self, x, *rest):
+        parameters, (term, beta, how, terms) = rest[: self.number], rest[self.number :]
+        if not parameters[0].numel():
+            return self.composed("reference")(x, *rest)
+        dtype, batch = result_dtype(x, *parameters), x.shape[0]
+        bound = new_empty(x, (batch,) if how.reduction == "none" else (), dtype)
+        log_likelihood = bound.new_empty(batch) if terms else None
+        weights = None
+        if how.over == "log_mean_exp":
+            weights = bound.new_empty((parameters[0].shape[0] // batch, batch))
+        in_range = _backend.extension().weigh(
+            number(self.likelihood), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
+            bound, log_likelihood, weights,
+        )  # fmt: skip
+        if not in_range:
+            self.refuse(x)
+        return bound, log_likelihood, weights
+
+    def composed(self, backend):
+        rows = getattr(_backend.layer(backend, self.likelihood), f"{self.likelihood}_log_prob")
+        finish = _backend.layer(backend, "weigh").weigh
+
+        def function(x, *rest):
+            parameters, (term, beta, how, terms) = rest[: self.number], rest[self.number :]
+            log_likelihood = rows(x, *_with_samples(x, parameters))
+            bound, mean, weights = finish(log_likelihood, term, beta, how)
+            return bound, mean if terms else None, weights
+
+        return function
+
+    def fake(self, x, *rest):
+        parameters, (_, _, how, terms) = rest[: self.number], rest[self.number :]
+        batch = x.shape[0]
+        shape = (batch,) if how.reduction == "none" else ()
+        bound = x.new_empty(shape, dtype=result_dtype(x, *parameters))
+        samples = parameters[0].shape[0] // batch
+        weights = bound.new_empty((samples, batch)) if how.over == "log_mean_exp" else None
+        return bound, bound.new_empty(batch) if terms else None, weights
+
+    def save(self, ctx, args, results):
+        *tensors, ctx.how, _ = args
+        if ctx.how.over == "log_mean_exp":
+            ctx.mark_non_differentiable(*[r for r in results[1:] if r is not None])
+        ctx.save_for_backward(*tensors, results[2])
+
+    def arguments_of_gradient(self, ctx, grad_bound, grad_log_likelihood, *_):
+        *inputs, weights = ctx.saved_tensors
+        need = list(ctx.needs_input_grad[: self.number + 2])
+        return grad_bound, grad_log_likelihood, or_none(weights), *inputs, ctx.how, need
+
+
+class _WeighBackward(Op):
+    """Gradients of (x, *parameters, term), None where not needed."""
+
+    module = "weigh"
+    record = Weighing
+
+    def __init__(self, likelihood: str, number: int, inputs: str):
+        self.likelihood, self.number = likelihood, number
+        self.name = f"weigh_{likelihood}_backward"
+        self.schema = (
+            f"(Tensor? grad_bound, Tensor? grad_log_likelihood, Tensor? weights, {inputs}, "
+            f"bool[{number + 2}] need) -> ({', '.join(['Tensor'] * (number + 2))})"
+        )
+        super().__init__()
+
+    def native(self, grad_bound, grad_log_likelihood, weights, x, *rest):
+        parameters, (term, beta, how, need) = rest[: self.number], rest[self.number :]
+        if not parameters[0].numel():
+            return self.composed("reference")(grad_bound, grad_log_likelihood, weights, x, *rest)
+        dtype = result_dtype(x, *parameters)
+        grad_x, grads = native_gradients(x, parameters, need, dtype)
+        grad_term = empty_like(term, dtype) if need[-1] else None
+        _backend.extension().weigh_backward(
+            number(self.likelihood), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
+            grad_bound, grad_log_likelihood, weights, grad_term, grad_x, grads,
+        )  # fmt: skip
+        grads = [cast(g, p.dtype) for g, p in zip(grads, parameters, strict=True)]
+        return grad_x, *grads, grad_term if grad_term is None else cast(grad_term, term.dtype)
+
+    def composed(self, backend):
+        rows = getattr(_backend.layer(backend, self.likelihood), f"{self.likelihood}_log_prob_backward")
+        finish = _backend.layer(backend, "weigh").weigh_backward
+
+        def function(grad_bound, grad_log_likelihood, weights, x, *rest):
+            parameters, (term, beta, how, need) = rest[: self.number], rest[self.number :]
+            spread = _with_samples(x, parameters)
+            axes = term.dim() if need[-1] else 0
+            grad, grad_term = finish(
+                grad_bound, grad_log_likelihood, weights, beta, how, *spread[0].shape[:2], axes
+            )
+            grad_x, *grads = rows(grad, x, *spread, list(need[:-1]))
+            grads = [g if g is None else g.reshape(p.shape) for g, p in zip(grads, parameters, strict=True)]
+            return grad_x, *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
+
+        return function
+
+    def fake(self, grad_bound, grad_log_likelihood, weights, *rest):
+        return tuple(
+            t.new_empty(t.shape) if n else None
+            for t, n in zip(rest[: self.number + 2], rest[-1], strict=True)
+        )
+
+
+def _with_samples(x: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+    """Parameters [K·B, X] as [K, B, X]; a row or a number gets the axes that it lacks."""
+    batch, first = x.shape[0], parameters[0]
+    samples = first.shape[0] // batch if batch else 0
+    spread = []
+    for p in parameters:
+        if p.dim() == 2 and p.shape[0] == first.shape[0]:
+            spread.append(p.reshape(samples, batch, p.shape[1]))
+        else:
+            spread.append(p.reshape(1, 1, -1))
+    return spread
+
+
+_weigh = {
+    "bernoulli": _Weigh("bernoulli", ("logits",), refuse_targets),
+    "gaussian": _Weigh("gaussian", ("mean", "logvar"), None),
+}

@@ -1,0 +1,254 @@
+"""From the log-likelihoods of the samples to the bound of each row, in Triton.
+
+:mod:`fastvae.ops.weigh` is the mathematics. A program takes a block of rows with all their samples: once for
+the sums, and where they are weighed, once more for the weights, out of the caches.
+
+``how`` is the record of how: coefficient, over, reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    LAUNCH,
+    cdiv,
+    exp,
+    launch,
+    load,
+    log,
+    quotient,
+    split_program,
+    store,
+    strides,
+    triton_dtype,
+)
+from .importance import finite_shift, tile
+
+
+@triton.jit
+def log_weights(
+    p_log_likelihood, p_term, p_factor, o_k, o_b, mask, m_b, B, stride_k, stride_b, SIGN: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The log-likelihoods of a tile, the factor of their term times it, and zero where there is none."""
+    b_likelihood = load(p_log_likelihood, o_k * B + o_b, mask, DTYPE)
+    b_added = tl.zeros_like(b_likelihood)
+    if p_term is not None:
+        b_added = SIGN * load(p_term, o_k * stride_k + o_b * stride_b, mask, DTYPE)
+        if p_factor is not None:
+            b_added *= load(p_factor, o_b, m_b, DTYPE)
+    return b_likelihood, b_added
+
+
+@triton.jit(do_not_specialize=["K"])
+def weigh_kernel(
+    p_log_likelihood,  # [K, B] contiguous
+    p_term,  # [K, B], or [B] with no stride along the samples, or None
+    p_factor,  # [B] contiguous: its factor, or None for 1
+    p_bound,  # [B] out
+    p_mean,  # [B] out, the mean log-likelihood, or None
+    p_weights,  # [K, B] out, contiguous, or None
+    K,  # samples
+    B,  # rows
+    stride_k,  # of the term
+    stride_b,
+    SIGN: tl.constexpr,  # of the factor
+    LOG_MEAN_EXP: tl.constexpr,  # over samples; else their mean
+    TINY: tl.constexpr,  # the smallest normal number of the computation
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """One program per block of rows."""
+    o_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
+    m_b = o_b < B
+    b_max = tl.full([BLOCK_B, 1], float("-inf"), dtype=DTYPE)
+    b_sum = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # of the exponentials
+    b_mean = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # of the log-likelihoods
+    b_term = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
+    for i_k in range(0, K, BLOCK_K):
+        o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
+        mask = m_b & (o_k < K)
+        b_likelihood, b_added = log_weights(
+            p_log_likelihood, p_term, p_factor, o_k, o_b, mask, m_b, B, stride_k, stride_b, SIGN, DTYPE
+        )  # fmt: skip
+        b_mean += b_likelihood
+        b_term += b_added
+        if LOG_MEAN_EXP:
+            b_w = tl.where(mask, b_likelihood + b_added, float("-inf"))
+            # tl.max may drop NaN, so it drops it everywhere; the sum keeps it.
+            b_block = tl.max(tl.where(b_w == b_w, b_w, float("-inf")), axis=1, keep_dims=True)
+            b_new = tl.maximum(b_max, b_block)
+            b_shift = finite_shift(b_new)
+            # With an infinite maximum the sum will be infinite; 0 times a rescaling must not make it NaN.
+            b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
+            b_sum = b_sum * b_rescale + exp(b_w - b_shift)
+            b_max = b_new
+    b_count = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + K
+    b_average = quotient(tl.sum(b_mean, axis=1, keep_dims=True), b_count)  # [BLOCK_B, 1]
+    if p_mean is not None:
+        tl.store(p_mean + o_b, b_average, mask=m_b)
+    if LOG_MEAN_EXP:
+        b_total = tl.sum(b_sum, axis=1, keep_dims=True)  # [BLOCK_B, 1]
+        b_max = tl.where(b_total == b_total, b_max, b_total)
+        tl.store(p_bound + o_b, b_max + log(b_total) - log(b_count), mask=m_b)
+        if p_weights is not None:
+            b_shift = finite_shift(b_max)
+            b_divisor = tl.where(b_total == 0, 1.0, b_total)
+            for i_k in range(0, K, BLOCK_K):
+                o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+                mask = m_b & (o_k < K)
+                b_likelihood, b_added = log_weights(
+                    p_log_likelihood, p_term, p_factor, o_k, o_b, mask, m_b, B, stride_k, stride_b, SIGN,
+                    DTYPE,
+                )  # fmt: skip
+                b_weight = quotient(exp(b_likelihood + b_added - b_shift), b_divisor)
+                b_weight = tl.where((b_weight < TINY) | (b_total == 0), 0.0, b_weight)
+                store(p_weights, o_k * B + o_b, b_weight, mask)
+    else:
+        b_bound = b_average + quotient(tl.sum(b_term, axis=1, keep_dims=True), b_count)
+        tl.store(p_bound + o_b, b_bound, mask=m_b)
+
+
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["k_tiles"])
+def weigh_backward_kernel(
+    p_grad_bound,  # [B], or [] with no stride: of each row's bound
+    p_grad_mean,  # [B] of the mean log-likelihood, or None
+    p_weights,  # [K, B] contiguous, or None for 1 / K
+    p_factor,  # [B] contiguous: the term's factor, or None for 1
+    p_grad,  # [K, B] out, contiguous, of the log-likelihoods
+    p_grad_term,  # [K, B] out, contiguous, of the term of each sample, or None
+    p_grad_kl,  # [B] out, of a term that all samples share, or None
+    K,  # samples
+    B,  # rows
+    k_tiles,  # blocks of samples
+    stride_bound,
+    stride_mean,
+    SIGN: tl.constexpr,  # of the factor
+    TINY: tl.constexpr,  # the smallest normal number of the computation
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """One program per block of rows and of samples."""
+    i_b, i_k = split_program(k_tiles)
+    o_k = (i_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
+    o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
+    m_b = o_b < B
+    mask = m_b & (o_k < K)
+    b_bound = load(p_grad_bound, o_b * stride_bound, m_b, DTYPE)
+    b_count = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + K
+    if p_weights is not None:
+        b_weight = load(p_weights, o_k * B + o_b, mask, DTYPE)
+        b_grad = b_bound * b_weight
+        # NaN is below nothing, and stays.
+        b_grad = tl.where((b_weight == 0) | (tl.abs(b_grad) < TINY), 0.0, b_grad)
+    else:
+        b_grad = quotient(b_bound, b_count) + tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
+    if p_grad_term is not None:
+        b_term = SIGN * b_grad
+        if p_factor is not None:
+            b_term *= load(p_factor, o_b, m_b, DTYPE)
+        store(p_grad_term, o_k * B + o_b, b_term, mask)
+    if p_grad_kl is not None:
+        b_kl = SIGN * b_bound
+        if p_factor is not None:
+            b_kl *= load(p_factor, o_b, m_b, DTYPE)
+        store(p_grad_kl, o_b, b_kl, m_b & (i_k == 0))
+    if p_grad_mean is not None:
+        b_grad += quotient(load(p_grad_mean, o_b * stride_mean, m_b, DTYPE), b_count)
+    store(p_grad, o_k * B + o_b, b_grad, mask)
+
+
+def _factor(beta: torch.Tensor | None, coefficient: float, like: torch.Tensor):
+    """The term's factor as a sign and a tensor [B], None for 1."""
+    sign = -1.0 if coefficient < 0 else 1.0
+    if beta is None and abs(coefficient) == 1:
+        return sign, None
+    batch = like.shape[1]
+    if beta is None:
+        return sign, like.new_full((batch,), abs(coefficient))
+    return sign, (abs(coefficient) * beta.to(like.dtype)).expand(batch).contiguous()
+
+
+def weigh(
+    log_likelihood: torch.Tensor, term: torch.Tensor | None, beta: torch.Tensor | None, how: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The bound ([B], or its sum or mean), the mean log-likelihood [B], and the normalised weights [K, B]
+    (None for a mean), of log_likelihood [K, B] and a term [K, B], [B] or None.
+    """
+    k, b = log_likelihood.shape
+    log_mean_exp = how.over == "log_mean_exp"
+    bound, mean = (log_likelihood.new_empty(b) for _ in range(2))
+    weights = log_likelihood.new_empty((k, b)) if log_mean_exp else None
+    sign, factor = _factor(beta, how.coefficient, log_likelihood)
+    stride_term = (0, 0) if term is None else strides(term, 2) if term.dim() == 2 else (0, term.stride(0))
+    if b > 0:
+        block_k, block_b = tile(k, b)
+        launch(
+            weigh_kernel,
+            (cdiv(b, block_b),),
+            (log_likelihood, term, factor, bound, mean, weights),
+            (k, b, *stride_term),
+            {
+                "SIGN": sign,
+                "LOG_MEAN_EXP": log_mean_exp,
+                "TINY": torch.finfo(log_likelihood.dtype).tiny,
+                "DTYPE": triton_dtype(log_likelihood.dtype),
+                "BLOCK_K": block_k,
+                "BLOCK_B": block_b,
+            },
+            LAUNCH["importance"].warps(log_likelihood.dtype),
+        )
+    if how.reduction != "none":
+        bound = bound.sum() if how.reduction == "sum" else bound.mean()
+    return bound, mean, weights
+
+
+def weigh_backward(
+    grad_bound: torch.Tensor | None,
+    grad_mean: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    how: Any,
+    samples: int,
+    batch: int,
+    term_axes: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of the log-likelihoods [K, B], and of a term of so many axes, [K, B] or [B]; None for 0."""
+    if grad_bound is None:
+        grad_bound = grad_mean.new_zeros(())
+    elif how.reduction == "mean":
+        grad_bound = grad_bound / batch
+    grad = grad_bound.new_empty((samples, batch))
+    sign, factor = _factor(beta, how.coefficient, grad)
+    grad_term = grad.new_empty((samples, batch)) if term_axes == 2 else None
+    grad_kl = grad.new_empty(batch) if term_axes == 1 and weights is None else None
+    if grad.numel() > 0:
+        block_k, block_b = tile(samples, batch)
+        k_tiles = cdiv(samples, block_k)
+        launch(
+            weigh_backward_kernel,
+            (k_tiles * cdiv(batch, block_b),),
+            (grad_bound, grad_mean, weights, factor, grad, grad_term, grad_kl),
+            (
+                *(samples, batch, k_tiles, *(strides(grad_bound, 1) if grad_bound.dim() else (0,))),
+                *strides(grad_mean, 1),
+            ),
+            {
+                "SIGN": sign,
+                "TINY": torch.finfo(grad.dtype).tiny,
+                "DTYPE": triton_dtype(grad.dtype),
+                "BLOCK_K": block_k,
+                "BLOCK_B": block_b,
+            },
+            LAUNCH["importance"].warps(grad.dtype),
+        )
+    if term_axes == 1 and weights is not None:
+        grad_term = sign * grad.sum(0) if factor is None else sign * factor * grad.sum(0)
+    return grad, grad_kl if grad_term is None else grad_term

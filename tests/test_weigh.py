@@ -1,0 +1,356 @@
+"""The bound of a batch from its decoder's output: every backend against plain PyTorch in float64; edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastvae
+from fastvae import ops
+from fastvae.ops.weigh import Weighing
+from fastvae.ops.weigh import weigh as fused
+
+from . import formulas, strategies
+from .compare import assert_accurate
+from .conftest import DEVICE
+from .models import rand, randn
+
+
+def weigh(likelihood, x, parameters, term=None, *, beta=None, terms=False, **how):
+    how = {"coefficient": 1.0, "over": "mean", "reduction": "none"} | how
+    return fused(likelihood, x, parameters, term, beta, Weighing(**how), terms)
+
+
+SIZES = strategies.distinct_sizes(3, elements=8000)
+# Shapes of a parameter beside the first, [K·B, X].
+KINDS = {
+    "full": lambda n, x: (n, x),
+    "row": lambda n, x: (x,),
+    "number": lambda n, x: (),
+    "one": lambda n, x: (n, 1),
+}
+
+
+@st.composite
+def cases(draw, sizes=SIZES):
+    k, b, size = draw(sizes)
+    likelihood = draw(st.sampled_from(["bernoulli", "gaussian"]))
+    dtype = draw(strategies.dtypes)
+    data = draw(st.sampled_from([dtype, torch.float32]))
+    spread = draw(st.sampled_from([0.01, 1.0, 8.0]))
+
+    def tensor(*shape, dtype=dtype, **options):
+        return draw(strategies.tensors(shape, dtype, device=DEVICE, **options))
+
+    parameters = [tensor(k * b, size, spread=spread)]
+    if likelihood == "gaussian":
+        parameters.append(tensor(*KINDS[draw(st.sampled_from(sorted(KINDS)))](k * b, size)))
+    over = draw(st.sampled_from(["mean", "log_mean_exp"]))
+    reduction = draw(st.sampled_from(["none", "sum", "mean"]))
+    wide = formulas.computation(*parameters)
+    term = draw(st.sampled_from([None, (b,), (k, b)]))
+    beta = draw(st.sampled_from([None, (), (b,)]))
+    terms = draw(st.booleans())
+    return {
+        "likelihood": likelihood,
+        "x": tensor(b, size, dtype=data, low=0.0, high=1.0),
+        "parameters": parameters,
+        "term": None if term is None else tensor(*term, dtype=wide, spread=5.0),
+        "beta": None if beta is None else tensor(*beta, dtype=wide, low=0.0, high=2.0),
+        "how": (draw(st.sampled_from([1.0, -1.0, -0.3])), over, reduction),
+        "terms": terms,
+        "grad": tensor(*((b,) if reduction == "none" else ()), dtype=torch.float32),
+        "grad_mean": tensor(b, dtype=torch.float32) if terms and over == "mean" else None,
+        "need": [draw(st.booleans()) for _ in parameters] + [True],
+    }
+
+
+def _leaves(case):
+    need_x, *need = reversed(case["need"])
+    leaves = [case["x"].detach().requires_grad_(need_x)]
+    leaves += [p.detach().requires_grad_(n) for p, n in zip(case["parameters"], need, strict=True)]
+    return leaves, None if case["term"] is None else case["term"].detach().requires_grad_()
+
+
+def _run(case):
+    (x, *parameters), term = _leaves(case)
+    coefficient, over, reduction = case["how"]
+    bound, mean = weigh(
+        case["likelihood"], x, tuple(parameters), term, beta=case["beta"], coefficient=coefficient, over=over,
+        reduction=reduction, terms=case["terms"],
+    )  # fmt: skip
+    assert (mean is not None) == case["terms"]
+    assert bound.dtype == formulas.computation(x, *parameters)
+    outputs = [bound] if case["grad_mean"] is None else [bound, mean]
+    grads = [case[n].to(bound.dtype) for n in ("grad", "grad_mean") if case[n] is not None]
+    asked = [t for t in (x, *parameters, term) if t is not None and t.requires_grad]
+    found = torch.autograd.grad(outputs, asked, grads) if asked else ()
+    assert all(g.dtype == t.dtype and g.shape == t.shape for g, t in zip(found, asked, strict=True))
+    return [bound, *([mean] if case["terms"] else []), *found]
+
+
+def results(case):
+    """(name, the op's, None, what is expected) of everything that a case asks for: see assert_accurate."""
+    actual = _run(case)
+    x, parameters, batch = case["x"], case["parameters"], len(case["x"])
+    first = parameters[0].unflatten(0, (-1, batch))
+    spread = [first] + [
+        p.unflatten(0, (-1, batch)) if p.dim() == 2 else p.reshape(1, 1, -1) for p in parameters[1:]
+    ]
+    values, grads = formulas.weigh(
+        case["likelihood"],
+        x,
+        spread,
+        case["term"],
+        case["beta"],
+        case["how"],
+        case["grad"],
+        case["grad_mean"],
+    )
+    for i, p in enumerate(parameters, 1):
+        grads[i] = formulas.Rounded(
+            grads[i].value.reshape(p.shape), grads[i].error.reshape(p.shape), grads[i].u
+        )
+    need_x, *need = reversed(case["need"])
+    need = [need_x, *need, case["term"] is not None]
+    names = ["x", *(f"parameter {i}" for i in range(len(parameters))), "term"]
+    wanted = [("bound", values[0])] + ([("mean", values[1])] if case["terms"] else [])
+    wanted += [(f"gradient of {n}", g) for n, g, asked in zip(names, grads, need, strict=True) if asked]
+    return [(n, a, None, w) for (n, w), a in zip(wanted, actual, strict=True)]
+
+
+@given(case=cases())
+def test_weigh(backend, case):
+    for result in results(case):
+        assert_accurate(*result)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
+def test_it_is_what_the_ops_give(backend, likelihood, over):
+    """The bound and its gradients are those of log_prob, the sum, the reductions by themselves."""
+    k, b, size = 5, 3, 7
+    x, log_ratio = rand(b, size, seed=1), randn(k, b, seed=2)
+    number = 2 if likelihood == "gaussian" else 1
+    leaves = [randn(k * b, size, seed=3 + i).requires_grad_() for i in range(number)] + [
+        log_ratio.requires_grad_()
+    ]
+    bound, _ = weigh(likelihood, x, tuple(leaves[:-1]), leaves[-1], over=over, reduction="mean")
+    log_prob = getattr(ops, f"{likelihood}_log_prob")
+    log_w = log_prob(x, *(p.unflatten(0, (k, b)) for p in leaves[:-1])) + leaves[-1]
+    expected = (ops.log_mean_exp(log_w) if over == "log_mean_exp" else log_w.mean(0)).mean()
+    torch.testing.assert_close(bound, expected, rtol=1e-6, atol=1e-5)
+    for got, wanted in zip(
+        torch.autograd.grad(bound, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_edges(backend):
+    """A sample of no weight, a row of none, infinity and NaN: as log_mean_exp has them."""
+    x, logits = torch.ones(4, 2, device=DEVICE), torch.zeros(3 * 4, 2, device=DEVICE, requires_grad=True)
+    ratio = torch.zeros(3, 4, device=DEVICE)
+    ratio[0, 0] = ratio[:, 1] = -math.inf
+    ratio[1, 2], ratio[2, 3] = math.inf, math.nan
+    ratio.requires_grad_()
+    bound, _ = weigh("bernoulli", x, (logits,), ratio, over="log_mean_exp")
+    assert bound[1] == -math.inf and bound[2] == math.inf and bound[3].isnan()
+    grad_logits, grad_ratio = torch.autograd.grad(bound[:2].sum(), (logits, ratio))
+    torch.testing.assert_close(grad_ratio[:, 0], torch.tensor([0.0, 0.5, 0.5], device=DEVICE))
+    assert not grad_ratio[:, 1].any() and not grad_logits.view(3, 4, 2)[:, 1].any()
+    assert grad_logits.view(3, 4, 2)[:, 0].isfinite().all()
+
+
+def test_weights_of_denormal_size_are_none(backend):
+    """They would slow the decoder's backward pass many times over."""
+    ratio = torch.tensor([[0.0], [-95.0], [-87.0]], device=DEVICE, requires_grad=True)
+    x, logits = torch.ones(1, 3, device=DEVICE), torch.zeros(3, 3, device=DEVICE, requires_grad=True)
+    bound, _ = weigh("bernoulli", x, (logits,), ratio, over="log_mean_exp", reduction="sum")
+    _, grad = torch.autograd.grad(bound, (logits, ratio), torch.tensor(1e-2, device=DEVICE))
+    assert grad[0] == 1e-2 and grad[1] == 0 and grad[2] == 0
+
+
+def test_gradients_that_nobody_asks_for(backend):
+    """One parameter alone, the term alone, the mean log-likelihood: each as with the rest."""
+    k, b, size = 3, 4, 5
+    x, mean, logvar = rand(b, size, seed=1), randn(k * b, size, seed=2), randn(size, seed=3)
+    kl = randn(b, seed=4)
+
+    def run(*asked):
+        leaves = [t.clone().requires_grad_(n in asked) for n, t in enumerate((mean, logvar, kl))]
+        bound, average = weigh(
+            "gaussian", x, tuple(leaves[:2]), leaves[2], coefficient=-2.0, reduction="sum", terms=True
+        )
+        return bound, average, leaves
+
+    bound, _, leaves = run(0, 1, 2)
+    wanted = torch.autograd.grad(bound, leaves)
+    for n in range(3):
+        bound, _, alone = run(n)
+        (got,) = torch.autograd.grad(bound, alone[n])
+        torch.testing.assert_close(got, wanted[n], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(wanted[2], torch.full_like(kl, -2.0))
+    _, average, leaves = run(0, 1)
+    got = torch.autograd.grad(average.sum(), leaves[:2])
+    for a, w in zip(got, wanted[:2], strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_longer_than_a_tile_and_many_samples(backend):
+    k, b, size = (40, 2, 2500) if backend != "triton" else (5, 2, 2500)
+    x, logits = rand(b, size, seed=1), 0.05 * randn(k * b, size, seed=2)
+    case = {
+        "likelihood": "bernoulli", "x": x, "parameters": [logits], "term": randn(k, b, seed=3), "beta": None,
+        "how": (1.0, "log_mean_exp", "mean"), "terms": True, "grad": torch.tensor(0.7, device=DEVICE),
+        "grad_mean": None, "need": [True, True],
+    }  # fmt: skip
+    for result in results(case):
+        assert_accurate(*result)
+
+
+# The objectives take it wherever it fits.
+
+EVENT = (2, 3)
+SCALES = {
+    "bernoulli": lambda b: None,
+    "decoder": lambda b: None,
+    "number": lambda b: 0.3,
+    "tensor": lambda b: torch.tensor(0.4),
+    "one": lambda b: torch.tensor([[0.4]]),
+    "pixel": lambda b: torch.linspace(0.2, 0.9, 6).view(EVENT),
+    "row of a picture": lambda b: torch.tensor([0.3, 0.5, 0.9]),
+    "batch": lambda b: torch.tensor([[[0.3]], [[0.5]], [[0.6]], [[0.9]]])[:b],
+    "learned": lambda b: 0.3,
+    "learned pixel": lambda b: torch.linspace(0.2, 0.9, 6).view(EVENT),
+}
+
+
+def _likelihood(form, batch, kind=None):
+    scale = SCALES[form](batch)
+    if form == "bernoulli":
+        return (kind or fastvae.Bernoulli)()
+    return (kind or fastvae.Gaussian)(scale, learned=form.startswith("learned")).to(DEVICE)
+
+
+def _by_itself(own):
+    """The likelihood as a user's own, whose bound is made of its log_prob."""
+
+    class Own(own):
+        def log_prob(self, x, parameters, samples):
+            return super().log_prob(x, parameters, samples)
+
+    return Own
+
+
+@pytest.mark.parametrize("form", SCALES)
+@pytest.mark.parametrize("objective", ["elbo", "elbo, 3", "elbo, mc", "iwae"])
+def test_every_form_of_a_likelihood(backend, form, objective):
+    """With x, q, the decoder and the likelihood's own parameters as leaves: as by its log_prob alone."""
+    batch, latent = 4, 3
+    x, mu, logvar = rand(batch, *EVENT, seed=1), randn(batch, latent, seed=2), randn(batch, latent, seed=3)
+    weight = randn(latent, 6, seed=4)
+    results = []
+    for wrap in (lambda kind: kind, _by_itself):
+        kind = wrap(fastvae.Bernoulli if form == "bernoulli" else fastvae.Gaussian)
+        likelihood = _likelihood(form, batch, kind)
+        leaves = [t.clone().requires_grad_() for t in (x, mu, logvar, weight)] + list(likelihood.parameters())
+
+        def decoder(z, weight=leaves[3]):
+            out = (z @ weight).unflatten(1, EVENT)
+            return (out, 0.1 * out) if form == "decoder" else out
+
+        generator = torch.Generator(device=DEVICE).manual_seed(5)
+        options = {"likelihood": likelihood, "generator": generator}
+        if objective == "iwae":
+            bound = fastvae.iwae(leaves[0], leaves[1:3], decoder, k=5, **options)
+        else:
+            samples, kl = (1, "analytic") if objective == "elbo" else (3, "analytic")
+            kl = "mc" if objective == "elbo, mc" else kl
+            bound = fastvae.elbo(
+                leaves[0], leaves[1:3], decoder, samples=samples, kl=kl, beta=0.7, reduction="sum", **options
+            )
+        results.append((bound, *torch.autograd.grad(bound, leaves)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", fastvae.Gaussian(0.5)])
+def test_an_event_of_one_number(backend, likelihood):
+    """x [B]: as [B, 1]."""
+    x, mu, logvar, weight = rand(5, seed=1), randn(5, 3, seed=2), randn(5, 3, seed=3), randn(3, seed=4)
+
+    def bound(x):
+        def decoder(z):
+            out = (z @ weight).reshape(-1, *x.shape[1:])
+            return (out, 0.1 * out) if likelihood == "gaussian" else out
+
+        generator = torch.Generator(device=DEVICE).manual_seed(0)
+        return fastvae.iwae(x, (mu, logvar), decoder, k=3, likelihood=likelihood, generator=generator)
+
+    torch.testing.assert_close(bound(x), bound(x[:, None]))
+
+
+@pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)])
+def test_a_scale_keeps_its_digits_beside_a_decoder_in_half_precision(backend, scale):
+    x, q = rand(4, 7, seed=1), (torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE))
+    likelihood = fastvae.Gaussian(scale).to(DEVICE)
+    mean = torch.zeros(4, 7, dtype=torch.bfloat16, device=DEVICE)
+    bound = fastvae.elbo(x, q, lambda z: mean, likelihood=likelihood, reduction="none")
+    exact = torch.distributions.Normal(0.0, 0.3).log_prob(x.double()).sum(1)
+    torch.testing.assert_close(bound.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+def test_a_subclass_is_asked_for_its_own_log_prob():
+    class Half(fastvae.Bernoulli):
+        def log_prob(self, x, parameters, samples):
+            return 0.5 * super().log_prob(x, parameters, samples)
+
+    x, q = rand(4, 7, seed=1), (torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE))
+    weight = randn(3, 7, seed=2)
+
+    def bound(likelihood):
+        generator = torch.Generator(device=DEVICE).manual_seed(0)
+        return fastvae.elbo(x, q, lambda z: z @ weight, likelihood=likelihood, generator=generator)
+
+    # q is the prior: the bound is the likelihood.
+    torch.testing.assert_close(bound(Half()), 0.5 * bound("bernoulli"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_terms_are_those_of_the_bound(backend, reduction):
+    """bound = log-likelihood - beta KL, [B], each with its gradient, whatever the reduction."""
+    x, mu, logvar = rand(4, 7, seed=1), randn(4, 3, seed=2), randn(4, 3, seed=3)
+    weight = randn(3, 7, seed=4).requires_grad_()
+    for kl, samples in (("analytic", 1), ("analytic", 2), ("mc", 2)):
+        leaves = [mu.clone().requires_grad_(), logvar.clone().requires_grad_(), weight]
+        terms = fastvae.elbo(
+            x, leaves[:2], lambda z: z @ weight, likelihood="bernoulli", beta=0.3, kl=kl, samples=samples,
+            terms=True, reduction=reduction,
+        )  # fmt: skip
+        assert terms.bound.shape == terms.log_likelihood.shape == terms.kl.shape == (4,)
+        torch.testing.assert_close(terms.bound, terms.log_likelihood - 0.3 * terms.kl)
+        whole = torch.autograd.grad(terms.bound.sum(), leaves, retain_graph=True)
+        parts = torch.autograd.grad((terms.log_likelihood - 0.3 * terms.kl).sum(), leaves)
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_beta_that_is_learned_gets_its_gradient(backend):
+    x, q = rand(4, 7, seed=1), (randn(4, 3, seed=2), randn(4, 3, seed=3))
+    weight, beta = randn(3, 7, seed=4), torch.tensor(0.3, device=DEVICE, requires_grad=True)
+    options = {"likelihood": "bernoulli", "reduction": "sum"}
+    bound = fastvae.elbo(x, q, lambda z: z @ weight, beta=beta, **options)
+    kl = fastvae.elbo(x, q, lambda z: z @ weight, terms=True, **options).kl
+    torch.testing.assert_close(torch.autograd.grad(bound, beta)[0], -kl.sum())
+
+
+def test_no_second_derivatives():
+    logits = torch.zeros(4, 7, device=DEVICE, requires_grad=True)
+    bound, _ = weigh("bernoulli", rand(4, 7, seed=1), (logits,), reduction="sum")
+    (grad,) = torch.autograd.grad(bound, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        grad.sum().backward()
