@@ -150,6 +150,35 @@ def test_it_is_what_the_ops_give(backend, likelihood, over):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_beta_for_each_row(backend, over, axes):
+    """More rows than are reduced at a time, and a term that is no block of memory."""
+    k, b, size = 3, 150, 2
+    term = randn(*((k, b) if axes == 2 else (b,)), 2, seed=3)[..., 0]
+    case = {
+        "likelihood": "bernoulli", "x": rand(b, size, seed=1), "parameters": [randn(k * b, size, seed=2)],
+        "term": term, "beta": rand(b, 2, seed=4)[:, 1], "how": (-0.7, over, "none"), "terms": True,
+        "grad": randn(b, 2, seed=5)[:, 0], "grad_mean": None, "need": [True, True],
+    }  # fmt: skip
+    for result in results(case):
+        assert_accurate(*result)
+    logvar = randn(size, 2, seed=6)[:, 0]
+    case |= {"likelihood": "gaussian", "parameters": [*case["parameters"], logvar], "need": [True] * 3}
+    for result in results(case):
+        assert_accurate(*result)
+
+
+def test_a_term_that_leaves_no_weight(backend):
+    """A row's own term of minus infinity: the bound is that, and no gradient arrives anywhere."""
+    x, logits = rand(2, 3, seed=1), randn(4 * 2, 3, seed=2).requires_grad_()
+    term = torch.tensor([-math.inf, 0.5], device=DEVICE, requires_grad=True)
+    bound, _ = weigh("bernoulli", x, (logits,), term, over="log_mean_exp")
+    grad_logits, grad_term = torch.autograd.grad(bound.sum(), (logits, term))
+    assert bound[0] == -math.inf and not grad_logits.view(4, 2, 3)[:, 0].any()
+    torch.testing.assert_close(grad_term, torch.tensor([0.0, 1.0], device=DEVICE))
+
+
 def test_edges(backend):
     """A sample of no weight, a row of none, infinity and NaN: as log_mean_exp has them."""
     x, logits = torch.ones(4, 2, device=DEVICE), torch.zeros(3 * 4, 2, device=DEVICE, requires_grad=True)
