@@ -179,6 +179,22 @@ def test_a_term_that_leaves_no_weight(backend):
     torch.testing.assert_close(grad_term, torch.tensor([0.0, 1.0], device=DEVICE))
 
 
+@pytest.mark.parametrize("order", ["rising", "falling"])
+def test_more_samples_than_a_tile(backend, order):
+    """What was summed so far shrinks whenever the maximum rises."""
+    k, b = 700, 3
+    ratio = torch.linspace(-60, 0, k, dtype=torch.float64, device=DEVICE)[:, None]
+    ratio = (ratio if order == "rising" else ratio.flip(0)) - 100 * torch.arange(b, device=DEVICE)
+    x, logits = torch.ones(b, 1, device=DEVICE), torch.zeros(k * b, 1, device=DEVICE)
+    narrow = ratio.float().requires_grad_()
+    bound, mean = weigh("bernoulli", x, (logits,), narrow, over="log_mean_exp", terms=True)
+    expected = torch.logsumexp(ratio, 0) - math.log(k) - math.log(2)
+    torch.testing.assert_close(bound.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mean, torch.full_like(mean, -math.log(2)))
+    (grad,) = torch.autograd.grad(bound.sum(), narrow)
+    torch.testing.assert_close(grad.double(), torch.softmax(ratio, 0), rtol=2e-4, atol=1e-7)
+
+
 def test_edges(backend):
     """A sample of no weight, a row of none, infinity and NaN: as log_mean_exp has them."""
     x, logits = torch.ones(4, 2, device=DEVICE), torch.zeros(3 * 4, 2, device=DEVICE, requires_grad=True)
