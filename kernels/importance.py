@@ -44,6 +44,18 @@ def finite_shift(b_max):
     return tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)
 
 
+@triton.jit
+def next_block(b_x, b_max):
+    """The maximum so far and of a block [BLOCK_N, BLOCK_K]; what scales the sum so far; exponentials."""
+    # tl.max may drop NaN, so it drops it everywhere; the sum keeps it.
+    b_block = tl.max(tl.where(b_x == b_x, b_x, float("-inf")), axis=1, keep_dims=True)
+    b_new = tl.maximum(b_max, b_block)
+    b_shift = finite_shift(b_new)
+    # With an infinite maximum the sum will be infinite, and 0 times a rescaling must not make it NaN.
+    b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
+    return b_new, b_rescale, exp(b_x - b_shift)
+
+
 @triton.jit(do_not_specialize=["K", "count", "k_per_program"], do_not_specialize_on_alignment=["k_splits"])
 def log_mean_exp_kernel(
     p_log_w,  # [K, N] log weights; merging: the maxima of the parts
@@ -75,17 +87,10 @@ def log_mean_exp_kernel(
         mask = m_n & (o_k < k_stop)
         b_x = load(p_log_w, o_k * stride_k + o_n * stride_n, mask, DTYPE)
         b_x = tl.where(mask, b_x, float("-inf"))
-        # tl.max may drop NaN, so it drops it everywhere; the sum keeps it.
-        b_block = tl.max(tl.where(b_x == b_x, b_x, float("-inf")), axis=1, keep_dims=True)
-        b_new = tl.maximum(b_max, b_block)
-        b_shift = finite_shift(b_new)
-        # With an infinite maximum the sum will be infinite, and 0 times a rescaling must not make it NaN.
-        b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
-        b_term = exp(b_x - b_shift)
+        b_max, b_rescale, b_term = next_block(b_x, b_max)
         if p_part is not None:
             b_term *= load(p_part, o_k * N + o_n, mask, DTYPE)
         b_sum = b_sum * b_rescale + b_term
-        b_max = b_new
     b_total = tl.sum(b_sum, axis=1, keep_dims=True)  # [BLOCK_N, 1]
     b_max = tl.where(b_total == b_total, b_max, b_total)
     if p_bound is not None:

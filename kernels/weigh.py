@@ -27,7 +27,7 @@ from .common import (
     strides,
     triton_dtype,
 )
-from .importance import finite_shift, tile
+from .importance import finite_shift, next_block, tile
 
 
 @triton.jit
@@ -81,14 +81,8 @@ def weigh_kernel(
         b_term += b_added
         if LOG_MEAN_EXP:
             b_w = tl.where(mask, b_likelihood + b_added, float("-inf"))
-            # tl.max may drop NaN, so it drops it everywhere; the sum keeps it.
-            b_block = tl.max(tl.where(b_w == b_w, b_w, float("-inf")), axis=1, keep_dims=True)
-            b_new = tl.maximum(b_max, b_block)
-            b_shift = finite_shift(b_new)
-            # With an infinite maximum the sum will be infinite; 0 times a rescaling must not make it NaN.
-            b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
-            b_sum = b_sum * b_rescale + exp(b_w - b_shift)
-            b_max = b_new
+            b_max, b_rescale, b_exp = next_block(b_w, b_max)
+            b_sum = b_sum * b_rescale + b_exp
     b_count = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + K
     b_average = quotient(tl.sum(b_mean, axis=1, keep_dims=True), b_count)  # [BLOCK_B, 1]
     if p_mean is not None:
