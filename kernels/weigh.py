@@ -170,6 +170,16 @@ def _factor(beta: torch.Tensor | None, coefficient: float, like: torch.Tensor):
     return sign, (abs(coefficient) * beta.to(like.dtype)).expand(batch).contiguous()
 
 
+def _constants(dtype: torch.dtype, sign: float, block_k: int, block_b: int) -> dict[str, object]:
+    return {
+        "SIGN": sign,
+        "TINY": torch.finfo(dtype).tiny,
+        "DTYPE": triton_dtype(dtype),
+        "BLOCK_K": block_k,
+        "BLOCK_B": block_b,
+    }
+
+
 def weigh(
     log_likelihood: torch.Tensor, term: torch.Tensor | None, beta: torch.Tensor | None, how: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -189,14 +199,7 @@ def weigh(
             (cdiv(b, block_b),),
             (log_likelihood, term, factor, bound, mean, weights),
             (k, b, *stride_term),
-            {
-                "SIGN": sign,
-                "LOG_MEAN_EXP": log_mean_exp,
-                "TINY": torch.finfo(log_likelihood.dtype).tiny,
-                "DTYPE": triton_dtype(log_likelihood.dtype),
-                "BLOCK_K": block_k,
-                "BLOCK_B": block_b,
-            },
+            {"LOG_MEAN_EXP": log_mean_exp, **_constants(log_likelihood.dtype, sign, block_k, block_b)},
             LAUNCH["importance"].warps(log_likelihood.dtype),
         )
     if how.reduction != "none":
@@ -234,13 +237,7 @@ def weigh_backward(
                 *(samples, batch, k_tiles, *(strides(grad_bound, 1) if grad_bound.dim() else (0,))),
                 *strides(grad_mean, 1),
             ),
-            {
-                "SIGN": sign,
-                "TINY": torch.finfo(grad.dtype).tiny,
-                "DTYPE": triton_dtype(grad.dtype),
-                "BLOCK_K": block_k,
-                "BLOCK_B": block_b,
-            },
+            _constants(grad.dtype, sign, block_k, block_b),
             LAUNCH["importance"].warps(grad.dtype),
         )
     if term_axes == 1 and weights is not None:
