@@ -46,6 +46,10 @@ class Rounded:
         """The same after so many more roundings."""
         return self._made(self.value, self.error, times)
 
+    def off(self, by: Tensor) -> Rounded:
+        """The same with so much more of an error."""
+        return Rounded(self.value, self.error + by, self.u)
+
     def noise(self) -> Rounded:
         """These are normals, as the kernel makes them."""
         # In float64 the definition itself rounds the angle, which costs the small ones their digits.

@@ -25,7 +25,8 @@ from fastvae import ops
 
 from . import compare, strategies, test_bernoulli, test_gaussian, test_importance, test_latent, test_weigh
 
-# Few samples and columns, many rows: results that are sums have many elements then.
+# Few samples and columns, many rows: results that are sums have many elements then. Or many of another axis:
+# sums of many terms.
 FEW = st.sampled_from((1, 2, 3, 5, 7))
 MANY = st.sampled_from((1001, 3000, 6007))
 CHUNK = 20  # cases for a seed
@@ -33,8 +34,9 @@ CHUNK = 20  # cases for a seed
 
 def _sizes(count):
     """Sizes as the tests have them, or many rows of few."""
-    long = st.tuples(*(FEW, MANY, FEW)[:count])
-    return strategies.distinct_sizes(count) | long | long
+    long = [st.tuples(*(MANY if axis == many else FEW for axis in range(count))) for many in range(count)]
+    rows = long[1]
+    return st.one_of(strategies.distinct_sizes(count), rows, rows, *long)
 
 
 def _rsample_kl(case):

@@ -158,7 +158,7 @@ def _log_mean_exp(log_w: Rounded, dtype: torch.dtype) -> tuple[Rounded, Rounded]
     k = log_w.value.shape[0]
     peak = log_w.value.amax(0)
     shift = Rounded.exact(torch.where(peak.isinf(), 0.0, peak), dtype)
-    e = (log_w - shift).exp()
+    e = (Rounded.exact(log_w.value, dtype) - shift).exp()
     # A sum so far is scaled by an exponential of its own whenever the maximum rises: after a block of 16, and
     # not often.
     scaled = e.rounded((EXP + 1) * min((k - 1) // 16, 8))
@@ -166,7 +166,12 @@ def _log_mean_exp(log_w: Rounded, dtype: torch.dtype) -> tuple[Rounded, Rounded]
     log_k = _constant(math.log(k), sum_)
     bound = total([Rounded.exact(peak, dtype), sum_.log(), -log_k])
     # Without any weight it is zero.
-    return bound, _flushed(e / sum_, dtype).where(sum_.value != 0)
+    weight = _flushed(e / sum_, dtype).where(sum_.value != 0)
+    # What the errors of the log weights come to: in the bound no more than the largest of them, and in a
+    # weight, which stays within [0, 1] whatever they are, its own and those of the others.
+    largest = log_w.error.amax(0)
+    change = torch.fmin(weight.value * torch.expm1(log_w.error + largest), torch.ones_like(weight.value))
+    return bound.off(largest), weight.off(change)
 
 
 def _flushed(number: Rounded, dtype: torch.dtype) -> Rounded:

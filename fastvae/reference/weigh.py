@@ -59,7 +59,9 @@ def weigh_backward(
         grad = (grad_bound / samples).expand(samples, batch)
     grad_term = None
     if term_axes:
-        grad_term = _factor(beta, how.coefficient, grad) * (grad if term_axes == 2 else grad.sum(0))
+        # Of the samples' mean a term [B] gets all that arrives: the sum of K shares would round K times.
+        once = grad_bound if weights is None else grad.sum(0)
+        grad_term = _factor(beta, how.coefficient, grad) * (grad if term_axes == 2 else once)
     if grad_mean is not None:
         grad = grad + grad_mean / samples
     return grad, grad_term
