@@ -46,7 +46,20 @@ class BuildExt(build_ext):
 
         for extension in self.extensions:
             extension.extra_compile_args += [f for f in OPTIONAL_FLAGS if has_flag(self.compiler, f)]
+            extension.include_dirs.append(self.write_likelihoods())
         super().build_extensions()
+
+    def write_likelihoods(self):
+        """List what lies in csrc/likelihoods for csrc/likelihood.hpp; returns the folder of the list."""
+        names = sorted(os.path.basename(path)[:-4] for path in glob.glob("csrc/likelihoods/*.hpp"))
+        structs = ["".join(word.capitalize() for word in name.split("_")) for name in names]
+        lines = [f'#include "likelihoods/{name}.hpp"' for name in names]
+        entries = (f"F({name}, {struct})" for name, struct in zip(names, structs, strict=True))
+        lines.append(f"#define FASTVAE_LIKELIHOODS(F) {' '.join(entries)}")
+        os.makedirs(self.build_temp, exist_ok=True)
+        with open(os.path.join(self.build_temp, "likelihoods.inc"), "w") as file:
+            file.write("\n".join(lines) + "\n")
+        return self.build_temp
 
 
 def extensions():
@@ -61,7 +74,7 @@ def extensions():
             "fastvae._C",
             ["csrc/bindings.cpp"],
             include_dirs=["csrc"],
-            depends=sorted(glob.glob("csrc/*.hpp")),
+            depends=sorted(glob.glob("csrc/**/*.hpp", recursive=True)),
             cxx_std=17,
             extra_compile_args=FLAGS,
         )
@@ -71,7 +84,14 @@ def extensions():
 setup(
     # Not in pyproject.toml: no form of the field there is valid both before and after setuptools 77.
     license="MIT",
-    packages=["fastvae", "fastvae.ops", "fastvae.reference", "fastvae.kernels"],
+    packages=[
+        "fastvae",
+        "fastvae.likelihoods",
+        "fastvae.ops",
+        "fastvae.reference",
+        "fastvae.kernels",
+        "fastvae.kernels.likelihoods",
+    ],
     package_dir={"fastvae.kernels": "kernels"},
     package_data={"fastvae": ["py.typed"]},
     ext_modules=extensions(),

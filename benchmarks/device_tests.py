@@ -16,8 +16,11 @@ ROOT = Path(__file__).parents[1]
 # What runs on the device itself, in order; then the rest.
 FIRST = (
     "latent",
+    "likelihoods",
+    "weigh",
     "gaussian",
     "bernoulli",
+    "poisson",
     "importance",
     "random",
     "shapes",

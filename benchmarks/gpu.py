@@ -27,11 +27,10 @@ from torch import distributions as td
 from fastvae import _backend
 
 from . import device_tests, report, verdict
-from .bernoulli import bernoulli_log_prob
 from .device import CaptureFailed, Cuda, DeviceLost, StandIn
-from .gaussian import gaussian_log_prob
 from .importance import log_mean_exp
 from .latent import rsample_kl, rsample_log_ratio
+from .likelihood import log_prob
 from .measure import (
     COMPILE,
     OURS,
@@ -106,13 +105,13 @@ WORKS = {
         *size, FAST if size[0] == 1 else {}, place, _by(_rsample_kl)
     ),
     "rsample_log_ratio": lambda size, place: rsample_log_ratio(*size, {}, place),
-    "gaussian_log_prob": lambda size, place: gaussian_log_prob(size, LEVEL, place, _by(_gaussian)),
-    "bernoulli_log_prob": lambda size, place: bernoulli_log_prob(size, LEVEL, place, _by(_bernoulli)),
+    "gaussian_log_prob": lambda size, place: log_prob("gaussian", size, LEVEL, place, _by(_gaussian)),
+    "bernoulli_log_prob": lambda size, place: log_prob("bernoulli", size, LEVEL, place, _by(_bernoulli)),
     "log_mean_exp": lambda size, place: log_mean_exp(*size, {}, place),
     "IWAE without networks": lambda size, place: iwae_without_networks(*size, FAST, place),
     "overhead of rsample_kl": lambda size, place: _overhead(lambda p: rsample_kl(*size, {}, p), place),
     "overhead of bernoulli_log_prob": lambda size, place: _overhead(
-        lambda p: bernoulli_log_prob(size, {}, p), place
+        lambda p: log_prob("bernoulli", size, {}, p), place
     ),
     "IWAE step": lambda size, place: steps("IWAE step", *size[:2], size[2:-1], size[-1], {}, place),
     "evaluation": lambda size, place: evaluation(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import math
 import os
@@ -44,6 +45,8 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 # For the estimate of the last column, an H100: bytes that a copy moves, and instructions that the
 # multiprocessors begin, in lanes, a second. Those of integers run at half, of special functions at an eighth.
@@ -92,9 +95,30 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float32) -> Iterator:
+    """A likelihood's launches: parameters beside the first of this shape, x's gradient asked for or not."""
+    k, b, pixels = size
+    x, first = tensor(b, pixels, dtype=data), tensor(*size, dtype=dtype)
+    given = [first, *(tensor(*shape, dtype=dtype) for _ in declared.outputs[1:])]
+    grad = tensor(k, b, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    label = f"{str(dtype)[6:]} {list(size)}"
+    for output, parameter in zip(declared.outputs[1:], given[1:], strict=True):
+        label += f", {output} {list(parameter.shape)}"
+    label += "" if data.is_floating_point else f", {str(data)[6:]} data"
+    name = f"{declared.name}_log_prob"
+    yield f"{name} {label}", lambda: engine.log_prob(declared, x, *given)
+    for need_x in needs:
+        need = [need_x] + [True] * len(given)
+        yield (
+            f"{name}_backward {label}, need={need}",
+            lambda n=need: engine.log_prob_backward(declared, grad, x, *given, n),
+        )
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """A label and a call for every kernel, in the configurations that matter: dtypes, flags, shapes."""
-    from fastvae.kernels import bernoulli, gaussian, importance, latent, random, weigh
+    from fastvae.kernels import importance, latent, likelihood, random, weigh
+    from fastvae.likelihoods.base import DECLARED
     from fastvae.ops.latent import Draw
     from fastvae.ops.weigh import Weighing
 
@@ -139,8 +163,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         "rsample_kl float32 [1, 128, 64], per dimension",
         lambda: latent.rsample_kl(*q, None, None, seed, Draw(1, 0, 0, *free), True),
     )
-    # A likelihood's log variance: one per element, per pixel or per row; the gradients that are asked for
-    # with it.
+    # A likelihood's parameters beside the first: one per element, per pixel or per row; the gradients that
+    # are asked for with it.
     full, column, row = (lambda k, b, x: (k, b, x)), (lambda k, b, x: (1, 1, x)), (lambda k, b, x: (1, 1, 1))
     for dtype, size, layouts in (
         (f32, (50, 128, 784), (full, column, row)),
@@ -150,30 +174,15 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         (f32, (1, 65536, 64), (column,)),
         (f32, (1, 8, 196608), (full,)),
     ):
-        k, b, pixels = size
-        x, mean = tensor(b, pixels), tensor(*size, dtype=dtype)
-        grad = tensor(k, b, dtype=f64 if dtype == f64 else f32)
-        label = f"{str(dtype)[6:]} {list(size)}"
-        yield f"bernoulli_log_prob {label}", lambda x=x, m=mean: bernoulli.bernoulli_log_prob(x, m)
-        for need in ([False, True], [True, True]):
-            yield (
-                f"bernoulli_log_prob_backward {label}, need={need}",
-                lambda g=grad, x=x, m=mean, n=need: bernoulli.bernoulli_log_prob_backward(g, x, m, n),
-            )
-        for layout in layouts:
-            logvar = tensor(*layout(*size), dtype=dtype)
-            need = [layout is column, True, True]
-            suffix = f"{label}, logvar {list(logvar.shape)}"
-            yield (
-                f"gaussian_log_prob {suffix}",
-                lambda x=x, m=mean, v=logvar: gaussian.gaussian_log_prob(x, m, v),
-            )
-            yield (
-                f"gaussian_log_prob_backward {suffix}, need={need}",
-                lambda g=grad, x=x, m=mean, v=logvar, n=need: gaussian.gaussian_log_prob_backward(
-                    g, x, m, v, n
-                ),
-            )
+        for declared in DECLARED.values():
+            alone = len(declared.outputs) == 1
+            for layout in (full,) if alone else layouts:
+                needs = [alone, not alone and layout is column] if alone else [layout is column]
+                needs = sorted({n and declared.differentiable for n in needs})
+                yield from of_likelihood(likelihood, declared, dtype, size, layout(*size), needs)
+        if dtype != f64 and size[0] > 1:
+            for kind in (torch.uint8, torch.int32):
+                yield from of_likelihood(likelihood, DECLARED["poisson"], dtype, size, (), [False], kind)
     for dtype in (f32, bf16, f64):
         for k, n in ((5000, 128), (50, 65536)):
             log_w, column = tensor(k, n, dtype=dtype), tensor(n, dtype=f64 if dtype == f64 else f32)
@@ -245,9 +254,11 @@ def _settle_keys() -> None:
     """Let Triton hash every function after those that it calls: the keys of its cache would depend on what
     was launched first, since a callee that is not hashed yet does not hand on the constants that it uses.
     """
-    from fastvae.kernels import bernoulli, common, gaussian, importance, latent, random, weigh
+    from fastvae.kernels import common, importance, latent, likelihood, random, weigh
+    from fastvae.likelihoods.base import DECLARED
 
-    for module in (common, random, latent, gaussian, bernoulli, importance, weigh):
+    twins = [importlib.import_module(f"fastvae.kernels.likelihoods.{name}") for name in sorted(DECLARED)]
+    for module in (common, random, latent, *twins, likelihood, importance, weigh):
         for value in vars(module).values():
             if hasattr(value, "cache_key"):
                 value.cache_key  # noqa: B018

@@ -14,8 +14,8 @@ from torch.nn import functional
 import fastvae
 from fastvae import ops
 
-from .bernoulli import eager_bernoulli
 from .latent import EXP, NORMAL, eps_of
+from .likelihood import eager_bernoulli
 from .measure import COMPILE, CPU, FALLBACK, OURS, Place, Work, op_works
 
 PIXELS = 784

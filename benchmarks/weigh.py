@@ -8,8 +8,8 @@ import torch
 
 from fastvae.ops.weigh import Weighing, weigh
 
-from .bernoulli import eager_bernoulli
 from .latent import EXP
+from .likelihood import eager_bernoulli
 from .measure import COMPILE, CPU, OURS, Place, op_works
 
 

@@ -127,7 +127,7 @@ F pick(F base, [[maybe_unused]] F avx2, [[maybe_unused]] F avx512) {
 
 // Names by number.
 py::tuple likelihoods() {
-#define FASTVAE_NAME(L) fastvae::base::L::kName,
+#define FASTVAE_NAME(name, L) #name,
   return py::make_tuple(FASTVAE_LIKELIHOODS(FASTVAE_NAME) py::none())[py::slice(0, -1, 1)];
 #undef FASTVAE_NAME
 }

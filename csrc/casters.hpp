@@ -13,18 +13,20 @@ struct Outputs {
   Output operator[](int i) const { return p[i]; }
 };
 
+constexpr int kUInt8 = 4, kBool = 9, kDtypes = 10;
+
 // Names and types of torch, looked up once.
 struct Torch {
-  PyObject *data_ptr, *dtype, *shape, *stride, *dtypes[4];
+  PyObject *data_ptr, *dtype, *shape, *stride, *dtypes[kDtypes];
   Torch() {
     data_ptr = PyUnicode_InternFromString("data_ptr");
     dtype = PyUnicode_InternFromString("dtype");
     shape = PyUnicode_InternFromString("shape");
     stride = PyUnicode_InternFromString("stride");
     const pybind11::module_ torch = pybind11::module_::import("torch");
-    // In the order of enum Dtype (common.hpp).
-    const char* names[] = {"float32", "float64", "bfloat16", "float16"};
-    for (int i = 0; i < 4; ++i) dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
+    // In the order of enum Dtype (common.hpp); bool last, for which uint8 serves.
+    const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64", "bool"};
+    for (int i = 0; i < kDtypes; ++i) dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
   }
 };
 inline const Torch& torch_names() {
@@ -63,8 +65,9 @@ inline Tensor tensor_of(PyObject* tensor) {
   const Torch& names = torch_names();
   t.data = address_of(tensor);
   const pybind11::object dtype = owned(PyObject_GetAttr(tensor, names.dtype));
-  while (t.dtype < 4 && names.dtypes[t.dtype] != dtype.ptr()) ++t.dtype;
-  if (t.dtype == 4) throw pybind11::type_error("fastvae._C: a tensor of a dtype that has no number here");
+  while (t.dtype < kDtypes && names.dtypes[t.dtype] != dtype.ptr()) ++t.dtype;
+  if (t.dtype == kDtypes) throw pybind11::type_error("fastvae._C: a tensor of a dtype that has no number here");
+  if (t.dtype == kBool) t.dtype = kUInt8;
   t.axes = read_numbers(owned(PyObject_GetAttr(tensor, names.shape)).ptr(), t.n0, t.n1, t.n2);
   read_numbers(owned(PyObject_CallMethodNoArgs(tensor, names.stride)).ptr(), t.s0, t.s1, t.s2);
   return t;

@@ -8,7 +8,8 @@
 // inlining when a file has grown by some share.
 #define FASTVAE_INLINE inline __attribute__((always_inline))
 
-enum Dtype { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+// The integers are for data alone.
+enum Dtype { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kUInt8, kInt8, kInt16, kInt32, kInt64 };
 
 // Columns handled at a time: a few buffers of this length stay in the first-level cache.
 constexpr int kTile = 1024;
@@ -41,6 +42,8 @@ FASTVAE_INLINE To bit_cast(From from) {
 }
 
 FASTVAE_INLINE double upcast(double v) { return v; }
+template <class T>
+FASTVAE_INLINE std::enable_if_t<std::is_integral<T>::value, T> upcast(T v) { return v; }
 FASTVAE_INLINE float upcast(float v) { return v; }
 FASTVAE_INLINE float upcast(bf16 v) { return bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16); }
 FASTVAE_INLINE float upcast(f16 v) {
@@ -359,6 +362,37 @@ FASTVAE_INLINE float log1p_(float t) {
 }
 FASTVAE_INLINE double log1p_(double t) { return __builtin_log1p(t); }
 
+// log(x) for positive normal numbers, and log(inf) some number; NaN stays.
+FASTVAE_INLINE float log_(float x) {
+  const std::uint32_t shifted = bit_cast<std::uint32_t>(x) - 0x3f3504f3u;
+  const float m = bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u);
+  return log_from(m - 1.0f, static_cast<float>(static_cast<std::int32_t>(shifted) >> 23)) + (x - x);
+}
+FASTVAE_INLINE double log_(double x) { return __builtin_log(x); }
+
+// log x! - (x log x - x) for x >= 0 and log x (any number at 0): Stirling's series is its expansion. By polynomials, that of (log x!
+// - (x log x - x) - log(2 pi x) / 2) x in 1/x for x >= 1, that of log x! / (x (x - 1)) below.
+FASTVAE_INLINE float log_factorial_excess(float x, float log_x) {
+  const float u = 1.0f / (x < 1.0f ? 1.0f : x);
+  const float u2 = u * u;
+  const float series = ((1.4221894e-4f * u - 6.4566986e-4f) * u2 + (1.0635331e-3f * u - 6.0909733e-5f)) * u2 +
+                       (-2.7706881e-3f * u - 3.4973453e-7f);
+  const float above = 0.918938533f + 0.5f * log_x + u * (series * u + 0.0833333367f);
+  const float y = x < 1.0f ? x : 1.0f, y2 = y * y;
+  const float r = (((2.3883113e-3f * y - 1.3525379e-2f) * y2 + (3.5975764e-2f * y - 6.2913768e-2f)) * y2 +
+                   (8.7903543e-2f * y - 1.1437390e-1f)) * y2 + (1.5536288e-1f * y - 2.4524876e-1f);
+  const float below = y * ((y - 1.0f) * (r * y + 5.7721565e-1f) + 1.0f - log_x);
+  return x < 1.0f ? (x == 0.0f ? 0.0f : below) : above;
+}
+inline double log_factorial_excess(double x, double log_x) {
+  if (x >= 16) {
+    const double v = 1 / (x * x);
+    const double series = 1.0 / 12 + v * (-1.0 / 360 + v * (1.0 / 1260 + v * (-1.0 / 1680 + v * (1.0 / 1188 + v * (-691.0 / 360360 + v / 156)))));
+    return 0.91893853320467274178 + 0.5 * log_x + series / x;
+  }
+  return x == 0 ? 0.0 : __builtin_lgamma(1 + x) - x * (log_x - 1);
+}
+
 template <class C>
 FASTVAE_LOOP void log1p_all(int n, C* p) {
 #pragma omp simd
@@ -385,6 +419,8 @@ FASTVAE_LOOP double sum_log1p(C* e, int n) {
   return sum_over<C>(n, [=](int i) { return e[i]; });
 }
 
+FASTVAE_INLINE float smallest_normal(float) { return __FLT_MIN__; }
+FASTVAE_INLINE double smallest_normal(double) { return __DBL_MIN__; }
 FASTVAE_INLINE float infinity(float) { return __builtin_inff(); }
 FASTVAE_INLINE double infinity(double) { return __builtin_inf(); }
 FASTVAE_INLINE float abs_(float x) { return __builtin_fabsf(x); }

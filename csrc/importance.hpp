@@ -3,8 +3,6 @@
 // Columns handled at a time; kSamplesPerBlock samples come between two looks at the maximum.
 constexpr int kColumnsPerUnit = 64;
 
-FASTVAE_INLINE float smallest_normal(float) { return __FLT_MIN__; }
-FASTVAE_INLINE double smallest_normal(double) { return __DBL_MIN__; }
 
 // What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN).
 template <class C>

@@ -1,6 +1,6 @@
 // The engine of the likelihoods: log p(x|z) of rows (k, b) of parameters, summed over the event, and its gradients.
 //
-// A likelihood is a declaration of scalar functions, in a file of its own. From it come a few loops over a tile, in
+// A likelihood is a declaration of scalar functions, in a file of csrc/likelihoods. From it come a few loops over a tile, in
 // float and in double; walks over rows, conversions from and to storage types, broadcasting and sums are written once, here, and
 // reach the loops by a table.
 
@@ -11,6 +11,8 @@ struct Declaration {
   static constexpr int kParameters = 1;
   // The parameter of which something is computed by itself, once a tile where it broadcasts, and how many numbers that is.
   static constexpr int kHooked = -1, kPrepared = 0;
+  // data() tells what x adds by itself, and a number of it that value() takes: once, not for each sample.
+  static constexpr bool kData = false;
   // value() leaves a factor 1 + odds, odds in [0, 1], whose logarithm is to be added: elements share logarithms.
   static constexpr bool kSharedLog = false;
   // log p = kFactor * sum(kConstant + value).
@@ -19,10 +21,10 @@ struct Declaration {
   static constexpr double kLow = -__builtin_inf(), kHigh = __builtin_inf();
 };
 
-// A tile's data, parameters, and what was prepared of one of them.
+// A tile's data, parameters, and what was prepared of them and of one of these.
 template <class C>
 struct TileArrays {
-  const C* x;
+  const C *x, *d;
   const C* p[kMostParameters];
   const C* q[kMostPrepared];
 };
@@ -38,12 +40,13 @@ struct Loops {
   void (*terms[2])(int n, TileArrays<C> a, C* out);
   void (*gradients[2][2][2])(int n, const C* g, TileArrays<C> a, C* out_x, C* const* out);  // [ready][with out_x][many g]
   double (*prepare)(int n, const C* p, C* const* q);
+  double (*data)(int n, const C* x, C* d);  // null for none
 };
 
 // One element of a tile, and what the scalar functions make of it. No arrays: with one GCC leaves a loop scalar.
 template <class C>
 struct Element {
-  C x, p0, p1, p2, q0, q1, q2, q3;
+  C x, d, p0, p1, p2, q0, q1, q2, q3;
 };
 template <class C>
 struct Prepared {
@@ -80,11 +83,18 @@ FASTVAE_INLINE Element<C> element(const TileArrays<C>& a, int i, C& own) {
   return e;
 }
 
+// Its data's number, for values alone.
+template <class L, class C>
+FASTVAE_INLINE Element<C> with_data(const TileArrays<C>& a, int i, Element<C> e) {
+  if constexpr (L::kData) e.d = a.d[i];
+  return e;
+}
+
 template <class L, bool kReady, class C>
 FASTVAE_LOOP double sum_of(int n, TileArrays<C> a, C* odds) {
   return sum_over<C>(n, [=](int i) {
     C own = 0;
-    const Value<C> v = L::value(element<L, kReady>(a, i, own));
+    const Value<C> v = L::value(with_data<L>(a, i, element<L, kReady>(a, i, own)));
     if constexpr (L::kSharedLog) odds[i] = v.odds;
     // Not 0 + value, which is no value to a compiler that minds the sign of 0.
     return L::kHooked >= 0 && !kReady ? own + v.value : v.value;
@@ -97,7 +107,7 @@ FASTVAE_LOOP void terms_of(int n, TileArrays<C> a, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C own = 0;
-    const Value<C> v = L::value(element<L, kReady>(a, i, own));
+    const Value<C> v = L::value(with_data<L>(a, i, element<L, kReady>(a, i, own)));
     const C value = L::kHooked >= 0 && !kReady ? own + v.value : v.value;
     out[i] = L::kSharedLog ? value + log1p_(v.odds) : value;
   }
@@ -136,6 +146,20 @@ FASTVAE_LOOP double prepare_all(int n, const C* p, C* const* q) {
   }
 }
 
+template <class L, class C>
+FASTVAE_LOOP double data_of(int n, const C* x, C* __restrict d) {
+  return sum_over<C>(n, [=](int i) {
+    const Prepared<C> prepared = L::data(x[i]);
+    d[i] = prepared.q0;
+    return prepared.own;
+  });
+}
+template <class L, class C>
+constexpr auto data_loop() -> double (*)(int, const C*, C*) {
+  if constexpr (L::kData) return data_of<L, C>;
+  return nullptr;
+}
+
 template <class L, bool kReady, class C>
 constexpr auto sum_loop = sum_of<L, kReady && L::kHooked >= 0, C>;
 template <class L, bool kReady, class C>
@@ -153,17 +177,15 @@ const Loops<C> loops_of = {
       {gradients_loop<L, false, true, false, C>, gradients_loop<L, false, true, true, C>}},
      {{gradients_loop<L, true, false, false, C>, gradients_loop<L, true, false, true, C>},
       {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
-    prepare_all<L, C>};
+    prepare_all<L, C>, data_loop<L, C>()};
 
-#include "bernoulli.hpp"
-#include "gaussian.hpp"
-
-// All of them, in the order of their numbers.
-#define FASTVAE_LIKELIHOODS(F) F(Bernoulli) F(Gaussian)
+// Made by setup.py of what lies in csrc/likelihoods: includes the files, and defines FASTVAE_LIKELIHOODS(F), F(name, Struct) for each
+// in the order of their numbers.
+#include "likelihoods.inc"
 
 template <class C>
 const Loops<C>& loops(int likelihood) {
-#define FASTVAE_LOOPS(L) &loops_of<L, C>,
+#define FASTVAE_LOOPS(name, L) &loops_of<L, C>,
   static const Loops<C>* const all[] = {FASTVAE_LIKELIHOODS(FASTVAE_LOOPS)};
 #undef FASTVAE_LOOPS
   return *all[likelihood];
@@ -174,8 +196,8 @@ template <class C>
 struct Storage {
   i64 size;  // of an element, in bytes
   const C* (*load)(C* buffer, address from, i64 stride, int n);
-  void (*store)(address to, const C* from, int n);
-  bool in_place;  // the compute type itself
+  void (*store)(address to, const C* from, int n);  // null for integers, which have no gradients
+  bool in_place;                                    // the compute type itself
 };
 
 template <class T, class C>
@@ -202,6 +224,10 @@ void store_as(address to, const C* __restrict from, int n) {
   for (int i = 0; i < n; ++i) assign(p[i], static_cast<compute_t<T>>(from[i]));
 }
 
+template <class T, class C>
+constexpr Storage<C> integers = {sizeof(T), load_as<T, C>, nullptr, false};
+
+// In the order of enum Dtype.
 template <class C>
 const Storage<C>& storage(int dtype) {
   static const Storage<C> all[] = {
@@ -209,6 +235,11 @@ const Storage<C>& storage(int dtype) {
       {8, load_as<double, C>, store_as<double, C>, std::is_same<C, double>::value},
       {2, load_as<bf16, C>, store_as<bf16, C>, false},
       {2, load_as<f16, C>, store_as<f16, C>, false},
+      integers<std::uint8_t, C>,  // and bool
+      integers<std::int8_t, C>,
+      integers<std::int16_t, C>,
+      integers<std::int32_t, C>,
+      integers<i64, C>,
   };
   return all[dtype];
 }
@@ -224,11 +255,15 @@ struct Reader {
   TileArrays<C> tile{};
   bool ready;               // the hooked parameter broadcasts, and what is prepared of it is kept
   double own = 0;           // what it adds by itself to a row of the tile
-  C x[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer];
+  double own_data = 0;      // what x adds, if asked for
+  i64 b_read = -1, column_read = -1;
+  const bool with_data;
+  C x[kBuffer], d[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer];
 
-  explicit Reader(const Rows& rows)
+  Reader(const Rows& rows, bool values)
       : a(rows), f(loops<C>(rows.likelihood)), x_storage(storage<C>(rows.x.dtype)),
-        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull) {
+        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull), with_data(values && f.data) {
+    tile.d = d;
     for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
   }
 
@@ -256,9 +291,13 @@ struct Reader {
       if (j == f.hooked) prepare(n);
     }
   }
-  // A row's part in the tile.
+  // A row's part in the tile. What is there of x already is not read again.
   void read(i64 k, i64 b, i64 column, int n) {
-    tile.x = load(x_storage, x, a.x, b * a.x.s0 + column * a.x.s1, a.x.s1, n);
+    if (b != b_read || column != column_read) {
+      tile.x = load(x_storage, x, a.x, b * a.x.s0 + column * a.x.s1, a.x.s1, n);
+      if (with_data) own_data = f.data(n, tile.x, d);
+      b_read = b, column_read = column;
+    }
     for (int j = 0; j < f.parameters; ++j) {
       if (is_shared(a.kind[j])) continue;
       if (a.kind[j] == kFull) {
@@ -281,7 +320,7 @@ struct Reader {
     double total = f.sum[ready](n, tile, odds) + f.constant * n;
     if (ready) total += own;
     if (f.shared_log) total += sum_log1p(odds, n);
-    return f.factor * total;
+    return f.factor * total + own_data;
   }
 };
 
@@ -293,12 +332,15 @@ struct ShortRows {
   const int n;
   TileArrays<C> tile{};
   bool ready, outside = false;
-  double own[kMostRows] = {};
-  C x[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer], out[kBuffer];
+  double own[kMostRows] = {}, own_data[kMostRows] = {};
+  i64 b_read = -1;
+  const bool with_data;
+  C x[kBuffer], d[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer], out[kBuffer];
 
-  ShortRows(const Rows& rows, int height)
+  ShortRows(const Rows& rows, int height, bool values)
       : a(rows), f(loops<C>(rows.likelihood)), n(static_cast<int>(rows.columns)),
-        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull) {
+        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull), with_data(values && f.data) {
+    tile.d = d;
     for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
     for (int j = 0; j < f.parameters; ++j) {
       if (!is_shared(a.kind[j])) continue;
@@ -336,7 +378,11 @@ struct ShortRows {
   // Reads the rows (k, b), (k, b + 1), ....
   Tile read(i64 k, i64 b, i64 height) {
     const Tile t = shape(static_cast<int>(a.rows - b < height ? a.rows - b : height));
-    tile.x = load(x, a.x, b * a.x.s0, a.x.s0, a.x.s1, t);
+    if (b != b_read) {
+      tile.x = load(x, a.x, b * a.x.s0, a.x.s0, a.x.s1, t);
+      for (int r = 0; r < t.rows && with_data; ++r) own_data[r] = f.data(n, tile.x + r * n, d + r * n);
+      b_read = b;
+    }
     for (int j = 0; j < f.parameters; ++j) {
       const Tensor& from = a.p[j];
       if (a.kind[j] == kFull) tile.p[j] = load(p[j], from, k * from.s0 + b * from.s1, from.s1, from.s2, t);
@@ -360,7 +406,7 @@ struct ShortRows {
     const Tile t = read(k, b, height);
     f.terms[ready](t.size(), tile, out);
     add_row_sums(out, t, to);
-    for (int r = 0; r < t.rows; ++r) to[r] = f.factor * (to[r] + f.constant * n + (ready ? own[r] : 0.0));
+    for (int r = 0; r < t.rows; ++r) to[r] = f.factor * (to[r] + f.constant * n + (ready ? own[r] : 0.0)) + own_data[r];
     return t.rows;
   }
 };
@@ -385,6 +431,8 @@ template <class C>
 bool reduce_rows(const Rows& a, C* out) {
   const Loops<C>& f = loops<C>(a.likelihood);
   const i64 total = a.samples * a.rows, size = total * a.columns;
+  // Samples of a row after one another where they share what is made of x.
+  const bool row_by_row = f.data != nullptr;
   bool outside = false;
   auto done = [&](bool o) {
     // Threads may both write; they write the same.
@@ -393,9 +441,10 @@ bool reduce_rows(const Rows& a, C* out) {
   if (a.columns <= (f.shared_log ? kShortRowWithLog : kShortRow)) {
     const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
     parallel(a.threads, a.samples * tiles, size, [&](i64 begin, i64 end) {
-      ShortRows<C> r(a, static_cast<int>(height));
+      ShortRows<C> r(a, static_cast<int>(height), true);
       for (i64 unit = begin; unit < end; ++unit) {
-        const i64 k = unit / tiles, b = unit % tiles * height;
+        const i64 k = row_by_row ? unit % a.samples : unit / tiles;
+        const i64 b = (row_by_row ? unit / a.samples : unit % tiles) * height;
         double sums[kMostRows] = {};
         const int count = r.sums(k, b, height, sums);
         if (f.checked && k == 0) r.outside |= !within(r.shape(count).size(), r.tile.x, f.low, f.high);
@@ -406,7 +455,7 @@ bool reduce_rows(const Rows& a, C* out) {
   } else {
     const i64 units = (total + kRowsPerUnit - 1) / kRowsPerUnit;
     parallel(a.threads, units, size, [&](i64 begin, i64 end) {
-      Reader<C> r(a);
+      Reader<C> r(a, true);
       C odds[kBuffer];
       bool o = false;
       for (i64 unit = begin; unit < end; ++unit) {
@@ -416,12 +465,15 @@ bool reduce_rows(const Rows& a, C* out) {
           const int n = tile_width(a.columns, column);
           r.begin_tile(column, n);
           for (i64 i = first; i < last; ++i) {
-            r.read(i / a.rows, i % a.rows, column, n);
-            if (f.checked && i < a.rows) o |= !within(n, r.tile.x, f.low, f.high);
+            const i64 k = row_by_row ? i % a.samples : i / a.rows;
+            r.read(k, row_by_row ? i / a.samples : i % a.rows, column, n);
+            if (f.checked && k == 0) o |= !within(n, r.tile.x, f.low, f.high);
             sums[i - first] += r.sum(n, odds);
           }
         }
-        for (i64 i = first; i < last; ++i) out[i] = static_cast<C>(sums[i - first]);
+        for (i64 i = first; i < last; ++i) {
+          out[row_by_row ? i % a.samples * a.rows + i / a.samples : i] = static_cast<C>(sums[i - first]);
+        }
       }
       done(o);
     });
@@ -513,7 +565,7 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
       return t;
     };
     parallel(a.threads, across ? groups : a.samples * tiles, total * a.columns, [&](i64 begin, i64 end) {
-      ShortRows<C> r(a, static_cast<int>(height));
+      ShortRows<C> r(a, static_cast<int>(height), false);
       GradientSink<C> sink(a, to);
       C g[kBuffer];
       for (i64 unit = begin; unit < end; ++unit) {
@@ -534,7 +586,7 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
     const i64 units = across ? groups : (total + kRowsPerUnit - 1) / kRowsPerUnit;
     const auto run = f.gradients[ready][with_x][0];
     parallel(a.threads, units, total * a.columns, [&](i64 begin, i64 end) {
-      Reader<C> r(a);
+      Reader<C> r(a, false);
       GradientSink<C> sink(a, to);
       auto one = [&](i64 k, i64 b, i64 column, int n, i64 group) {
         r.read(k, b, column, n);

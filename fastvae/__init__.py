@@ -3,7 +3,7 @@
 from . import ops, random, weights
 from ._backend import use_backend
 from .evaluate import Evaluation, evaluate
-from .likelihoods import Bernoulli, Gaussian, Likelihood
+from .likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
 from .objectives import LogMarginal, Terms, elbo, iwae, log_marginal, reconstruction_log_prob
 from .posteriors import DiagonalGaussian, Posterior
 from .priors import DiagonalNormal, Prior, StandardNormal
@@ -19,6 +19,7 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "LogMarginal",
+    "Poisson",
     "Posterior",
     "Prior",
     "StandardNormal",

@@ -1,4 +1,4 @@
-"""What is asked of arguments. Messages name the argument, what came, what was expected, how to mend it."""
+"""What is asked of arguments. Messages name the argument, what came, what was expected, how to fix it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def checks_data() -> bool:
@@ -36,6 +37,20 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
     if dims is not None and value.dim() != dims:
         raise ValueError(f"{name} has shape {shape_of(value)}; expected {axes}, that is {dims} axes")
     return value
+
+
+def check_data(x: Any, likelihood: Any) -> Tensor:
+    """x: a floating-point tensor, or one of integers where the likelihood takes them."""
+    if not (isinstance(x, Tensor) and x.dtype in FLOATING):
+        if isinstance(x, Tensor) and x.dtype in INTEGERS and likelihood.takes_integers:
+            return x
+        check_tensor("x", x)
+    if x.requires_grad and not likelihood.differentiable:
+        raise ValueError(
+            f"x requires a gradient, but a {type(likelihood).__name__} likelihood has none of its data; give "
+            "x.detach()"
+        )
+    return x
 
 
 def are_rows(mu: Any, logvar: Any) -> bool:

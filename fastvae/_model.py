@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_count, check_result, check_same_device, check_tensor, shape_of
-from .likelihoods import Bernoulli, Gaussian, Likelihood, as_likelihood, fused
+from ._checks import check_count, check_data, check_result, check_same_device, shape_of
+from .likelihoods.base import Declared, Likelihood, as_likelihood, fused
 from .ops.weigh import Weighing, weigh
 from .posteriors import Posterior, as_posterior, draw_log_ratio
 from .priors import DiagonalNormal, Prior, as_prior
@@ -32,7 +32,8 @@ class Model(NamedTuple):
     @classmethod
     def read(cls, x: Any, q: Any, decoder: Any, likelihood: Any, prior: Any) -> Model:
         """Read and check what the user gave."""
-        check_tensor("x", x)
+        likelihood = as_likelihood(likelihood, shared=True)
+        check_data(x, likelihood)
         q = as_posterior(q)
         if x.dim() == 0 or x.shape[0] != q.batch:
             raise ValueError(
@@ -46,7 +47,7 @@ class Model(NamedTuple):
                 "decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got "
                 f"{type(decoder).__name__}. Pass the decoder itself, not its output"
             )
-        return cls(x, q, decoder, as_likelihood(likelihood, shared=True), as_prior(prior))
+        return cls(x, q, decoder, likelihood, as_prior(prior))
 
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
@@ -75,7 +76,7 @@ class Model(NamedTuple):
         """log p(x|z) [K, B] of the decoder's output for z [K·B, D], checked."""
         batch, first = x.shape[0], _first_of(parameters)
         value = self.likelihood.log_prob(x, parameters, samples)
-        if type(self.likelihood) in (Gaussian, Bernoulli):
+        if type(self.likelihood).log_prob is Declared.log_prob:
             return value
         # One of the user's may have broadcast what fastvae's own refuse.
         if isinstance(first, Tensor) and first.shape[:1] != (samples * batch,):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parameter import is_lazy
 
-from .likelihoods import Likelihood
+from .likelihoods.base import Likelihood
 from .priors import Prior
 from .weights import Weights
 

@@ -25,7 +25,7 @@ from ._checks import FLOATING, check_choice, check_count, check_number, check_te
 from ._model import Chunks, Model
 from ._parts import Part, Ranks, Store, modules_of, weights_digest, write_arrays
 from ._terminal import ProgressStream, printable
-from .likelihoods import Likelihood, as_likelihood
+from .likelihoods.base import Likelihood, as_likelihood
 from .posteriors import Posterior, as_posterior
 from .priors import Prior, as_prior
 from .random import draw_seed

@@ -15,7 +15,7 @@ from . import objectives
 from ._checks import check_choice, check_count, shape_of
 from ._parts import modules_of, reached
 from .evaluate import Evaluation, evaluate
-from .likelihoods import Likelihood, as_likelihood
+from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
 from .posteriors import as_posterior
 from .priors import Prior, as_prior

@@ -106,8 +106,8 @@ def _two_to_n_exp_r(b_x, b_t):
 
 
 @triton.jit
-def expm1_parts(b_x):
-    """(exp(x) - 1, exp(x) - 1 - x), neither of which cancels near zero."""
+def expm1_minus_near(b_x):
+    """exp(x) - 1 - x where |x| < 0.69, and a little beyond."""
     if b_x.dtype == tl.float64:
         b_half = 0.5 * b_x
         # Taylor's series of exp(h) - 1 - h to h^15: what is left out is below 1e-17 of it where it is used.
@@ -120,12 +120,21 @@ def expm1_parts(b_x):
         b_q = ((b_p * b_half + 1.0 / 6.0) * b_half + 0.5) * b_half * b_half
         # Twice the argument squares exp: the excess from that of x / 2, a sum of positive terms.
         b_excess = (b_half + b_q) * (b_half + b_q) + 2.0 * b_q
-        b_near = tl.abs(b_x) < 0.69
     else:
         # (exp(x) - 1 - x) / x^2 on [-1, 1.5] to 3e-8, a minimax polynomial.
         b_p = ((3.39566828e-6 * b_x + 2.52610675e-5) * b_x + 1.97230238e-4) * b_x + 1.3886383e-3
         b_p = ((b_p * b_x + 8.33399185e-3) * b_x + 4.16667273e-2) * b_x + 1.66666574e-1
         b_excess = (b_p * b_x + 0.5) * (b_x * b_x)
+    return b_excess
+
+
+@triton.jit
+def expm1_parts(b_x):
+    """(exp(x) - 1, exp(x) - 1 - x), neither of which cancels near zero."""
+    b_excess = expm1_minus_near(b_x)
+    if b_x.dtype == tl.float64:
+        b_near = tl.abs(b_x) < 0.69
+    else:
         b_near = tl.abs(b_x - 0.25) < 1.25
     b_far = exp(b_x) - 1.0
     # inf - inf would be NaN.
@@ -208,6 +217,53 @@ def quotient(b_x, b_y):
         b_z = b_x / b_y
     else:
         b_z = tl.div_rn(b_x, b_y)
+    return b_z
+
+
+@triton.jit
+def smallest_normal(b_x):
+    """The smallest normal number of x's type."""
+    if b_x.dtype == tl.float64:
+        b_y = tl.zeros_like(b_x) + 2.2250738585072014e-308
+    else:
+        b_y = tl.zeros_like(b_x) + 1.1754943508222875e-38
+    return b_y
+
+
+@triton.jit
+def log_factorial_excess(b_x, b_log_x):
+    """log x! - (x log x - x) for x >= 0 and log x (any number at 0): Stirling's series is its expansion."""
+    b_v = 1.0 / tl.maximum(b_x, 1.0)
+    if b_x.dtype == tl.float64:
+        # Below 16 of x + 16, less the logarithm of the factors between.
+        b_low = b_x < 16
+        b_y = tl.where(b_low, b_x + 16.0, b_x)
+        b_product = tl.zeros_like(b_x) + 1.0
+        for i in tl.static_range(1, 17):
+            b_product *= b_x + i
+        b_product = tl.where(b_low, b_product, 1.0)
+        b_v = 1.0 / b_y
+        b_v2 = b_v * b_v
+        b_series = (b_v2 * (1.0 / 156.0) - 691.0 / 360360.0) * b_v2 + 1.0 / 1188.0
+        b_series = ((b_series * b_v2 - 1.0 / 1680.0) * b_v2 + 1.0 / 1260.0) * b_v2 - 1.0 / 360.0
+        b_series = (b_series * b_v2 + 1.0 / 12.0) * b_v
+        b_log_y = tl.log(b_y)
+        # (y + 1/2) log y - y - (x log x - x), of which the large terms cancel above.
+        b_rest = tl.where(b_low, b_y * (b_log_y - 1.0) - b_x * (b_log_x - 1.0) - tl.log(b_product), 0.0)
+        b_z = 0.91893853320467274178 + 0.5 * b_log_y + b_series + b_rest
+        b_z = tl.where(b_x == 0, 0.0, b_z)
+    else:
+        # (log x! - (x log x - x) - log(2 pi x) / 2) x in 1/x to 6e-8 for x >= 1, log x! / (x (x - 1)) to 3e-8
+        # below: minimax polynomials.
+        b_p = ((1.4221894e-4 * b_v - 6.4566986e-4) * b_v + 1.0635331e-3) * b_v - 6.0909733e-5
+        b_p = ((b_p * b_v - 2.7706881e-3) * b_v - 3.4973453e-7) * b_v + 0.0833333367
+        b_above = 0.918938533 + 0.5 * b_log_x + b_v * b_p
+        b_y = tl.minimum(b_x, 1.0)
+        b_r = ((2.3883113e-3 * b_y - 1.3525379e-2) * b_y + 3.5975764e-2) * b_y - 6.2913768e-2
+        b_r = ((b_r * b_y + 8.7903543e-2) * b_y - 1.1437390e-1) * b_y + 1.5536288e-1
+        b_r = (b_r * b_y - 2.4524876e-1) * b_y + 5.7721565e-1
+        b_below = b_y * ((b_y - 1.0) * b_r + 1.0 - b_log_x)
+        b_z = tl.where(b_x < 1, tl.where(b_x == 0, 0.0, b_below), b_above)
     return b_z
 
 

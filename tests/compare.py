@@ -39,6 +39,53 @@ class Rounded:
         value = value.detach().double()
         return cls(value, torch.zeros_like(value), torch.finfo(dtype).eps / 2)
 
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """What a definition in plain PyTorch calls: torch.exp(v) is v.exp(), and so on."""
+        method = {torch.where: cls._where, torch.zeros_like: cls._zeros}.get(function)
+        if method is None:
+            method = getattr(cls, function.__name__.strip("_"))
+        return method(*args, **(kwargs or {}))
+
+    def _as(self, other: Rounded | float) -> Rounded:
+        """A number that a program holds, rounded if its type cannot."""
+        if isinstance(other, Rounded):
+            return other
+        value = torch.full_like(self.value, other)
+        exact = self.u < 1e-15 or bool((value == value.float()).all())
+        return Rounded(value, torch.zeros_like(value) if exact else self.u * value.abs(), self.u)
+
+    @staticmethod
+    def _where(condition: Tensor, yes: Rounded | float, no: Rounded | float) -> Rounded:
+        like = yes if isinstance(yes, Rounded) else no
+        yes, no = like._as(yes), like._as(no)
+        return Rounded(
+            torch.where(condition, yes.value, no.value), torch.where(condition, yes.error, no.error), like.u
+        )
+
+    def _zeros(self) -> Rounded:
+        return Rounded(torch.zeros_like(self.value), torch.zeros_like(self.error), self.u)
+
+    def __lt__(self, other: float) -> Tensor:
+        return self.value < other
+
+    def __gt__(self, other: float) -> Tensor:
+        return self.value > other
+
+    def __eq__(self, other: object) -> Tensor:
+        return self.value == other
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That which is computed in."""
+        return torch.float64 if self.u < 1e-15 else torch.float32
+
+    def abs(self) -> Rounded:
+        return Rounded(self.value.abs(), self.error, self.u)
+
+    def clamp(self, min: float | None = None, max: float | None = None) -> Rounded:
+        return Rounded(self.value.clamp(min, max), self.error, self.u)
+
     def _made(self, value: Tensor, error: Tensor, roundings: float | Tensor = 0) -> Rounded:
         return Rounded(value, error + roundings * self.u * value.abs(), self.u)
 
@@ -59,19 +106,31 @@ class Rounded:
     def __neg__(self) -> Rounded:
         return Rounded(-self.value, self.error, self.u)
 
-    def __add__(self, other: Rounded) -> Rounded:
+    def __add__(self, other: Rounded | float) -> Rounded:
+        other = self._as(other)
         rounded = (self.value != 0) & (other.value != 0)
         return self._made(self.value + other.value, self.error + other.error, rounded)
 
-    def __sub__(self, other: Rounded) -> Rounded:
-        return self + -other
+    __radd__ = __add__
+
+    def __sub__(self, other: Rounded | float) -> Rounded:
+        return self + -self._as(other)
+
+    def __rsub__(self, other: float) -> Rounded:
+        return self._as(other) + -self
 
     def __mul__(self, other: Rounded | float) -> Rounded:
-        if not isinstance(other, Rounded):
-            assert math.frexp(other)[0] in (0.5, -0.5), "a power of two; other factors are rounded"
+        if not isinstance(other, Rounded) and math.frexp(other)[0] in (0.5, -0.5):
             return Rounded(self.value * other, self.error * abs(other), self.u)
+        other = self._as(other)
         error = self.value.abs() * other.error + (other.value.abs() + other.error) * self.error
         return self._made(self.value * other.value, error, 1)
+
+    __rmul__ = __mul__
+
+    def __pow__(self, exponent: int) -> Rounded:
+        assert exponent == 2
+        return self.square()
 
     def __truediv__(self, other: Rounded) -> Rounded:
         value = self.value / other.value
@@ -97,19 +156,23 @@ class Rounded:
     def expm1(self) -> Rounded:
         """exp(v) - 1; away from 0 it may be that difference."""
         value = torch.expm1(self.value)
+        propagated = (value + 1) * torch.expm1(self.error)
+        return Rounded(value, propagated + self._of_expm1(value) * self.u, self.u)
+
+    def _of_expm1(self, value: Tensor) -> Tensor:
         difference = EXP * (value + 1) + value.abs()
-        own = torch.maximum(3 * value.abs(), torch.where(self.value.abs() < 1, 0.0, difference))
-        return Rounded(value, (value + 1) * torch.expm1(self.error) + own * self.u, self.u)
+        return torch.maximum(3 * value.abs(), torch.where(self.value.abs() < 1, 0.0, difference))
 
     def expm1_minus(self) -> Rounded:
         """exp(v) - 1 - v: by a series near 0, elsewhere it may be that difference."""
-        expm1 = self.expm1()
+        expm1 = torch.expm1(self.value)
         series = sum(self.value**n / math.factorial(n) for n in range(2, 13))
         near = self.value.abs() < 0.125
-        value = torch.where(near, series, expm1.value - self.value)
-        propagated = expm1.value.abs() * self.error + (expm1.value + 1) * self.error**2
-        own = torch.where(near, 6 * value, expm1.error / self.u + value)
-        return Rounded(value, torch.where(near, propagated, 0.0) + own * self.u, self.u)
+        value = torch.where(near, series, expm1 - self.value)
+        # Of both terms the same error: its derivative is exp(v) - 1.
+        propagated = expm1.abs() * self.error + (expm1 + 1) * (torch.expm1(self.error) - self.error)
+        own = torch.where(near, 6 * value, self._of_expm1(expm1) + value)
+        return Rounded(value, propagated + own * self.u, self.u)
 
     def log1p(self) -> Rounded:
         return self._made(torch.log1p(self.value), self.error / (1 + self.value), LOG)

@@ -19,6 +19,8 @@ import pytest  # noqa: E402
 import fastvae  # noqa: E402
 from benchmarks import interpreter  # noqa: E402
 
+from .cases import DEVICE  # noqa: E402
+
 hypothesis.settings.register_profile(
     "fastvae",
     deadline=None,
@@ -38,8 +40,6 @@ hypothesis.settings.register_profile("device", hypothesis.settings.get_profile("
 # For tests that are run once more elsewhere, such as on an older processor's instructions.
 hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("fastvae"), max_examples=8)
 hypothesis.settings.load_profile(os.environ.get("FASTVAE_TEST_PROFILE", "fastvae"))
-
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 if not CUDA:

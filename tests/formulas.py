@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastvae.likelihoods.base import DECLARED
+
 from .compare import EXP, LOG, Rounded, total
 
 
@@ -107,43 +109,60 @@ def rsample(
     return {"z": z, "kl": kl, "ratio": ratio}, grads
 
 
-def gaussian(
-    x: Tensor, mean: Tensor, logvar: Tensor, grad: Tensor | Rounded
-) -> tuple[Rounded, list[Rounded]]:
-    """gaussian_log_prob [K, B] and the gradients of x [B, X], mean [K, B, X], logvar (which broadcasts)."""
-    dtype = computation(x, mean, logvar)
-    shape = mean.shape
-    x, mean, v = (Rounded.exact(t, dtype) for t in (x, mean, logvar))
-    g = _given(grad, dtype)[(..., *[None] * (len(shape) - 2))]
-    delta = x - mean
-    precision = v.precision()
-    push = delta * precision
-    square = delta * push
-    constant = _constant(math.log(2 * math.pi), square)
-    events = tuple(range(2, len(shape)))
-    out = total([constant, v.expand(*shape), square], *events) * -0.5
-    one = Rounded.exact(torch.ones_like(square.value), dtype)
-    mean_grad = g * push
-    terms = g * total([square, -one]) * 0.5
-    return out, [-mean_grad.sum(0), mean_grad, terms.sum_to_size(logvar.shape)]
+# How many times the roundings of a likelihood's definition its kernels may have, which group them otherwise:
+# a logarithm of a product of 16 factors has 12 of its own, beside 9.
+GROUPED = 3
 
 
-def bernoulli(x: Tensor, logits: Tensor, grad: Tensor | Rounded) -> tuple[Rounded, list[Rounded]]:
-    """bernoulli_log_prob [K, B] and the gradients of x [B, X] and logits [K, B, X]."""
-    dtype = computation(x, logits)
-    dims = tuple(range(2, logits.dim()))
-    x, logits = (Rounded.exact(t, dtype) for t in (x, logits))
-    g = _given(grad, dtype)[(..., *[None] * len(dims))]
-    one = Rounded.exact(torch.ones_like(x.value), dtype)
-    right = logits.value > 0
-    missed = one - x
-    miss = Rounded(torch.where(right, missed.value, x.value), torch.where(right, missed.error, x.error), x.u)
-    margin = Rounded(logits.value.abs(), logits.error, x.u)
-    log = (-margin).exp().log1p()
-    # Of a product of 16 factors, made by halves, rather than of each: 3 roundings a halving.
-    log = log.rounded(4 * 3)
-    out = -total([miss * margin, log], *dims)
-    return out, [(g * logits).sum(0), g * (x - logits.sigmoid())]
+def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, list[Rounded | None]]:
+    """log_prob [K, B] of a declared likelihood, and the gradients of x [B, *event] (None if it has none) and
+    of the parameters, which broadcast to the first, [K, B, *event]. The last argument arrives, [K, B].
+
+    The values are those of an independent distribution in float64, the errors those of the definition.
+    """
+    declared = DECLARED[likelihood]
+    *parameters, grad = (t.detach() if isinstance(t, Tensor) else t for t in rest)
+    x = x.detach()
+    dtype = computation(*(t for t in (x, *parameters) if t.is_floating_point()))
+    shape, events = parameters[0].shape, tuple(range(2, parameters[0].dim()))
+    g = _given(grad, dtype)[(..., *[None] * len(events))]
+
+    wide = x.double().expand(shape).clone().requires_grad_(declared.differentiable)
+    exact = [p.double().expand(shape).clone().requires_grad_() for p in parameters]
+    values = declared.oracle(*exact).log_prob(wide)
+    asked = [wide, *exact] if declared.differentiable else exact
+    slopes = torch.autograd.grad(values.sum(), asked)
+    # What cancels inside of the distribution, in float64.
+    of_oracle = 2.0**-46 * (values.detach().abs() + wide.detach().abs() + 1)
+
+    terms = [Rounded.exact(t, dtype) for t in (wide, *exact)]
+    defined = declared.value(*terms)
+    error = GROUPED * defined.error + of_oracle
+    if declared.data is not None:
+        own = declared.data(wide.detach())
+        assert_close(defined.value + own, values.detach(), of_oracle)
+        # Computed by itself, to a few roundings.
+        error = error + 8 * defined.u * own.abs()
+    else:
+        assert_close(defined.value, values.detach(), of_oracle)
+    out = total([Rounded(values.detach(), error, defined.u)], *events)
+
+    made = declared.gradient(g, *terms)
+    found = []
+    for gradient, slope in zip(made[0 if declared.differentiable else 1 :], slopes, strict=True):
+        value = g.value * slope
+        bound = GROUPED * gradient.error + of_oracle * g.value.abs()
+        assert_close(gradient.value, value, of_oracle * (1 + g.value.abs()))
+        found.append(Rounded(*torch.broadcast_tensors(value, bound), defined.u))
+    to_x = [found.pop(0).sum(0)] if declared.differentiable else [None]
+    return out, to_x + [f.sum_to_size(p.shape) for f, p in zip(found, parameters, strict=True)]
+
+
+def assert_close(defined: Tensor, expected: Tensor, error: Tensor) -> None:
+    """A definition is what the independent distribution says."""
+    same = (defined == expected) | (defined.isnan() & expected.isnan())
+    wrong = ~same & ~((defined - expected).abs() <= error + 2.0**-40 * expected.abs())
+    assert not bool(wrong.any()), f"defined {defined[wrong][:3]}, but {expected[wrong][:3]} by its oracle"
 
 
 def log_mean_exp(log_w: Tensor, grad: Tensor) -> tuple[Rounded, Rounded]:
@@ -198,15 +217,14 @@ def weigh(
         how: coefficient, over, reduction.
         grad, grad_mean: what arrives at the bound, and at the mean log-likelihood [B].
     """
-    rows = {"gaussian": gaussian, "bernoulli": bernoulli}[likelihood]
     coefficient, over, reduction = how
-    dtype = computation(x, *parameters)
+    dtype = computation(*(t for t in (x, *parameters) if t.is_floating_point()))
     samples, batch = parameters[0].shape[:2]
 
     def exact(value):
         return Rounded.exact(torch.as_tensor(value, dtype=torch.float64, device=x.device), dtype)
 
-    log_likelihood, _ = rows(x, *parameters, torch.zeros(samples, batch, device=x.device))
+    log_likelihood, _ = rows(likelihood, x, *parameters, torch.zeros(samples, batch, device=x.device))
     log_likelihood = log_likelihood.rounded(1)
     k, one = exact(samples), exact(1.0)
     mean = log_likelihood.sum(0) / k
@@ -227,5 +245,5 @@ def weigh(
     to_term = factor * (g if added.value.dim() == 2 else once)
     if grad_mean is not None:
         g = total([g, (exact(grad_mean) / k).expand(samples, batch)])
-    _, grads = rows(x, *parameters, g)
+    _, grads = rows(likelihood, x, *parameters, g)
     return [bound, mean], [*grads, None if term is None else to_term]

@@ -35,6 +35,11 @@ layouts = st.sampled_from(LAYOUTS)
 seeds = st.integers(0, 2**31 - 1)
 
 
+def _poison(values: Tensor) -> float:
+    """What spoils every result that it enters, or at least changes it."""
+    return math.nan if values.is_floating_point() else 1 if values.dtype == torch.bool else 99
+
+
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same values (but for "expanded", which repeats the first row) in another memory layout."""
     if values.dim() == 0:
@@ -43,16 +48,12 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced":
         # An odd offset in every axis: no alignment, and neighbours that must not be read.
-        padded = torch.full(
-            [n + 3 for n in values.shape], torch.nan, dtype=values.dtype, device=values.device
-        )
+        padded = values.new_full([n + 3 for n in values.shape], _poison(values))
         view = padded[tuple(slice(1, 1 + n) for n in values.shape)]
         view.copy_(values)
         return view
     if layout == "strided":
-        spread = torch.full(
-            (*values.shape[:-1], 2 * values.shape[-1]), torch.nan, dtype=values.dtype, device=values.device
-        )
+        spread = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), _poison(values))
         spread[..., ::2] = values
         return spread[..., ::2]
     if layout == "expanded":

@@ -269,7 +269,7 @@ CASES = {
     "misspelt likelihood": (
         lambda: elbo(x(), q(), pair, likelihood="guassian"),
         ValueError,
-        ["likelihood='guassian'", "'gaussian', 'bernoulli'"],
+        ["likelihood='guassian'", "'bernoulli', 'gaussian', 'poisson'"],
     ),
     "likelihood a class": (
         lambda: elbo(x(), q(), pair, likelihood=fastvae.Gaussian),

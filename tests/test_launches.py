@@ -83,7 +83,7 @@ HANDLES = (
     SCRIPT.partition("mu, logvar = ")[0]
     + """
 import itertools, triton
-from fastvae.kernels import gaussian
+from fastvae.kernels import likelihood
 
 handles = itertools.count(1)
 driver.load_binary = lambda *_: (1, next(handles), 32, 0, 1024)
@@ -136,7 +136,7 @@ from triton import knobs
 
 x = torch.randn(6, 80)
 call = lambda: ops.gaussian_log_prob(x, x, 0.0)
-kernel = gaussian.gaussian_log_prob_kernel
+kernel = likelihood.log_prob_kernel
 with fastvae.use_backend("triton"):
     plain = handle(call)
     assert is_remembered(call)

@@ -22,7 +22,7 @@ import fastvae
 from fastvae import ops
 from fastvae.ops.weigh import Weighing, weigh
 from fastvae.reference import random as reference
-from tests import formulas
+from tests import cases, formulas
 from tests.compare import assert_accurate
 from tests.ptx import emulated
 
@@ -96,27 +96,19 @@ def latent():
 def likelihoods():
     shapes = ((3, 5, 80, f32), (2, 6, 131, f32), (1, 2, 1500, f32), (5, 3, 64, bf16), (1, 33, 3, f32))
     for k, b, x, dtype in shapes:
-        data = torch.rand(b, x)
-        (mean,) = leaves(1, k, b, x, dtype=dtype, scale=3.0)
+        for name, declared in cases.DECLARED.items():
+            others = len(declared.outputs) - 1
+            for shape in ((k, b, x), (x,), ()) if others else ((),):
+                (first,) = leaves(1, k, b, x, dtype=dtype, scale=3.0)
+                given = [first, *leaves(others, *shape, dtype=dtype)]
+                data = cases.data(name, b, x).requires_grad_(declared.differentiable and shape in ((), (x,)))
 
-        def expected(formula, inputs):
-            def of(grad):
-                out, grads = formula(*(t.detach() for t in inputs), grad)
-                return [out, *(g for g, t in zip(grads, inputs, strict=True) if t.requires_grad)]
+                def expected(grad, name=name, inputs=(data, *given)):
+                    out, grads = formulas.rows(name, *inputs, grad)
+                    return [out, *(g for g, t in zip(grads, inputs, strict=True) if t.requires_grad)]
 
-            return of
-
-        inputs = (data, mean)
-        wanted = expected(formulas.bernoulli, inputs)
-        compare(f"bernoulli [{k}, {b}, {x}], {dtype}", ops.bernoulli_log_prob, inputs, wanted)
-        for shape in ((k, b, x), (x,), ()):
-            (logvar,) = leaves(1, *shape, dtype=dtype)
-            name = f"gaussian [{k}, {b}, {x}], {dtype}, {list(shape)}"
-            inputs = (data, mean, logvar)
-            compare(name, ops.gaussian_log_prob, inputs, expected(formulas.gaussian, inputs))
-            if shape == (x,):
-                inputs = (data.clone().requires_grad_(), mean, logvar)
-                compare(name + ", x", ops.gaussian_log_prob, inputs, expected(formulas.gaussian, inputs))
+                label = f"{name} [{k}, {b}, {x}], {dtype}, {list(shape)}"
+                compare(label, getattr(ops, f"{name}_log_prob"), (data, *given), expected)
 
 
 def importance():

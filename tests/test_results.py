@@ -8,12 +8,12 @@ import torch
 import fastvae
 from fastvae import ops
 
+from .cases import DECLARED, LIKELIHOODS, data
 from .conftest import CUDA, DEVICE
 
 
-def _leaf(*shape, low=None):
-    values = torch.randn(shape, device=DEVICE) if low is None else torch.rand(shape, device=DEVICE)
-    return values.requires_grad_()
+def _leaf(*shape):
+    return torch.randn(shape, device=DEVICE).requires_grad_()
 
 
 def _seed():
@@ -32,15 +32,14 @@ SHAPES = {
 }
 
 
-def _likelihood(op, event, lead):
-    x, parameter = _leaf(*event, low=0), _leaf(*lead, *event)
-    if op == "bernoulli":
-        return lambda: (ops.bernoulli_log_prob(x, parameter),), [x, parameter]
-    if op == "gaussian":
-        logvar = _leaf(*lead, *event)
-        return lambda: (ops.gaussian_log_prob(x, parameter, logvar),), [x, parameter, logvar]
-    logvar = _leaf(*event[1:])
-    return lambda: (ops.gaussian_log_prob(x, parameter, logvar),), [x, parameter, logvar]
+def _likelihood(name, event, lead, row=False):
+    """The parameters beside the first are one row with ``row``."""
+    declared = DECLARED[name]
+    x = data(name, *event).requires_grad_(declared.differentiable)
+    given = [_leaf(*lead, *event)]
+    given += [_leaf(*(event[1:] if row else (*lead, *event))) for _ in declared.outputs[1:]]
+    inputs = [*given, x] if declared.differentiable else given
+    return lambda: (getattr(ops, f"{name}_log_prob")(x, *given),), inputs
 
 
 def _latent(op, samples, **options):
@@ -55,9 +54,10 @@ def _log_mean_exp(*shape, dim=0):
 
 CASES = {
     **{
-        f"{op} {name}": lambda op=op, s=s: _likelihood(op, *s)
-        for op in ("bernoulli", "gaussian", "gaussian row")
+        f"{op} {name}{' row' * row}": lambda op=op, s=s, row=row: _likelihood(op, *s, row)
+        for op in LIKELIHOODS
         for name, s in SHAPES.items()
+        for row in range(len(DECLARED[op].outputs[:2]))
     },
     "kl without samples": lambda: _latent("rsample_kl", None),
     "kl of one sample": lambda: _latent("rsample_kl", 1),

@@ -10,7 +10,7 @@ import torch
 from fastvae import ops
 from fastvae.ops.latent import Draw
 
-from . import test_bernoulli, test_gaussian, test_importance, test_latent
+from . import cases, test_importance, test_latent
 from .compare import assert_accurate
 from .conftest import CUDA, DEVICE
 from .strategies import of_addresses
@@ -47,10 +47,23 @@ def assert_reaches_the_ends(launch, *names: str) -> None:
         assert last > 2**31, name
 
 
+def of_likelihoods(kernels, data, wide, grad):
+    """Calls of every likelihood's kernels, and the arguments that each must reach the ends of."""
+    for declared in cases.DECLARED.values():
+        given = [wide] * len(declared.outputs)
+        need = [False] + [True] * len(given)
+        yield lambda d=declared, g=given: kernels.log_prob(d, data, *g), ["p_p0"]
+        yield (
+            lambda d=declared, g=given, n=need: kernels.log_prob_backward(d, grad, data, *g, n),
+            ["p_p0", *(f"p_grad_p{i}" for i in range(len(given)))],
+        )
+
+
 @interpreted
 def test_more_elements_than_int32(no_poison):
     """Offsets are int64 in every kernel: the last program reaches the last of more than 2^31 elements."""
-    from fastvae.kernels import bernoulli, gaussian, importance, latent, random
+    from fastvae.kernels import importance, latent, random
+    from fastvae.kernels import likelihood as kernels
 
     from .traffic import recorded
 
@@ -68,16 +81,7 @@ def test_more_elements_than_int32(no_poison):
             lambda: latent.rsample_kl_backward(None, *long, None, None, SEED, Draw(1, *FREE), need),
             ["p_mu", "p_logvar", "p_grad_kl", "p_grad_mu", "p_grad_logvar"],
         ),
-        (lambda: bernoulli.bernoulli_log_prob(data, wide), ["p_logits"]),
-        (
-            lambda: bernoulli.bernoulli_log_prob_backward(grad, data, wide, [False, True]),
-            ["p_logits", "p_grad_logits"],
-        ),
-        (lambda: gaussian.gaussian_log_prob(data, wide, wide), ["p_mean"]),
-        (
-            lambda: gaussian.gaussian_log_prob_backward(grad, data, wide, wide, [False, True, True]),
-            ["p_mean", "p_grad_mean", "p_grad_logvar"],
-        ),
+        *of_likelihoods(kernels, data, wide, grad),
         (lambda: importance.log_mean_exp(wide.view(2 * 1100, b)), ["p_log_w"]),
         (
             lambda: importance.log_mean_exp_backward(grad[0], wide.view(2 * 1100, b), grad[0], grad[1]),
@@ -93,7 +97,8 @@ def test_more_elements_than_int32(no_poison):
 @interpreted
 def test_strides_beyond_int32():
     """Rows, samples and columns that lie more than 2^31 elements apart."""
-    from fastvae.kernels import bernoulli, gaussian, importance, latent
+    from fastvae.kernels import importance, latent
+    from fastvae.kernels import likelihood as kernels
 
     from .traffic import recorded
 
@@ -111,8 +116,10 @@ def test_strides_beyond_int32():
                 lambda: latent.rsample_kl_backward(grad_z, grad_kl, *arguments, [True, True, False, False]),  # noqa: B023
                 ["p_mu", "p_logvar", "p_grad_z", "p_grad_kl"],
             ),
-            (lambda: bernoulli.bernoulli_log_prob(data, grad_z), ["p_x", "p_logits"]),  # noqa: B023
-            (lambda: gaussian.gaussian_log_prob(data, grad_z, grad_z), ["p_x", "p_mean"]),  # noqa: B023
+            *(
+                (lambda d=d, g=grad_z, x=data: kernels.log_prob(d, x, *[g] * len(d.outputs)), ["p_x", "p_p0"])
+                for d in cases.DECLARED.values()
+            ),
             (lambda: importance.log_mean_exp(log_w), ["p_log_w"]),  # noqa: B023
         ):
             with recorded(touch=False) as launches:
@@ -162,15 +169,10 @@ def test_latent_shapes(backend, shape):
             assert_accurate(*result)
 
 
+@pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_likelihood_shapes(backend, shape):
-    k, b, x = shape
-    data, mean, logvar, grad = (
-        torch.randn(*s, device=DEVICE) for s in ((b, x), (k, b, x), (k, b, x), (k, b))
-    )
-    normal = {"x": data, "mean": mean, "logvar": logvar, "grad": grad, "need": [False, True, True]}
-    coin = {"x": data.sigmoid(), "logits": mean, "grad": grad, "need": (False, True)}
-    for result in (*test_gaussian.results(normal), *test_bernoulli.results(coin)):
+def test_likelihood_shapes(backend, shape, likelihood):
+    for result in cases.results(cases.case(likelihood, *shape)):
         assert_accurate(*result)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import subprocess
@@ -16,7 +17,8 @@ import fastvae
 from fastvae import ops
 from fastvae.ops.latent import NO_AXIS
 
-from . import models
+from . import cases, models
+from .cases import DECLARED, LIKELIHOODS
 from .conftest import DEVICE
 from .models import generator, rand, randn, seed_of
 
@@ -82,56 +84,57 @@ def _backward_arguments(op: str):
         yield g["z"], None, None, g["slope"], *inputs, False, [True, False, False, False]
 
 
+def _log_prob_arguments(op: str):
+    """Argument lists of a likelihood and of its backward pass: parameters that broadcast, dtypes."""
+    declared = DECLARED[op.removesuffix("_backward").removesuffix("_log_prob")]
+    x, first = cases.data(declared.name, B, X), randn(K, B, X, seed=12)
+    others = len(declared.outputs) - 1
+    for i, shape in enumerate(((K, B, X), (1, 1, X), (1, 1, 1), (K, B, 1)) if others else ((),)):
+        given = [first, *(randn(*shape, seed=14 + j) for j in range(others))]
+        if op.endswith("_backward"):
+            need = [declared.differentiable and i != 1] + [True] * len(given)
+            yield randn(K, B, seed=13), x, *given, need
+            yield randn(K, B, seed=13), x, *given, [False, True] + [False] * others
+        else:
+            leaves = (p.clone().requires_grad_() for p in given)
+            yield x.clone().requires_grad_(declared.differentiable), *leaves
+    if not op.endswith("_backward"):
+        yield x, first.bfloat16().requires_grad_(), *(randn(1, B, X, seed=14) for _ in range(others))
+        if declared.takes_integers:
+            yield x.int(), first.half().requires_grad_(), *(randn(X, seed=14) for _ in range(others))
+
+
 def _weigh_arguments(op: str):
     """Argument lists of a bound and of its backward pass: terms, reductions, parameters that broadcast."""
-    x, rows, likelihood = rand(B, X, seed=11), randn(K * B, X, seed=12), op.split("_")[1]
+    declared = DECLARED[op.removeprefix("weigh_").removesuffix("_backward")]
+    x, rows = cases.data(declared.name, B, X), randn(K * B, X, seed=12)
     kl, ratio, beta = randn(B, seed=41), randn(K, B, seed=42), rand(B, seed=43)
-    seconds = [(K * B, X), (X,), ()] if likelihood == "gaussian" else [None] * 3
+    seconds = [(K * B, X), (X,), ()]
     for shape, term, factor, over, reduction, terms in (
         (seconds[0], kl, None, "mean", "mean", True),
         (seconds[1], ratio, beta, "mean", "none", False),
         (seconds[2], ratio, None, "log_mean_exp", "sum", True),
     ):
-        parameters = (rows, *(() if shape is None else (randn(*shape, seed=14),)))
+        parameters = (rows, *(randn(*shape, seed=14 + j) for j in range(len(declared.outputs) - 1)))
         how = -0.5, over, reduction
         if not op.endswith("_backward"):
-            leaves = (t.clone().requires_grad_() for t in (x, *parameters, term))
-            yield *leaves, factor, *how, terms
+            leaves = (t.clone().requires_grad_() for t in (*parameters, term))
+            yield x.clone().requires_grad_(declared.differentiable), *leaves, factor, *how, terms
             continue
         weights = torch.softmax(ratio, 0) if over == "log_mean_exp" else ratio.new_empty(0)
         grad = randn(B, seed=44) if reduction == "none" else randn(seed=44)
         mean = randn(B, seed=45) if terms and over == "mean" else None
-        need = [True] * (len(parameters) + 2)
+        need = [declared.differentiable] + [True] * (len(parameters) + 1)
         yield grad, mean, weights, x, *parameters, term, factor, *how, need
 
 
 def _arguments(op: str):
     """All argument lists that opcheck sees for ``torch.ops.fastvae.<op>``."""
-    x, mean = rand(B, X, seed=11), randn(K, B, X, seed=12)
     log_w = randn(K, B, seed=13)
     if op.startswith("rsample"):
         yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
-    elif op == "gaussian_log_prob":
-        for shape in ((K, B, X), (1, 1, X), (1, 1, 1), (K, B, 1)):
-            yield (
-                x.clone().requires_grad_(),
-                mean.clone().requires_grad_(),
-                randn(*shape, seed=14).requires_grad_(),
-            )
-        yield x, mean.bfloat16().requires_grad_(), randn(1, B, X, seed=14)
-    elif op == "gaussian_log_prob_backward":
-        for shape, need in (
-            ((K, B, X), [True] * 3),
-            ((1, 1, X), [False, True, True]),
-            ((1, 1, 1), [True, False, False]),
-        ):
-            yield log_w, x, mean, randn(*shape, seed=14), need
-    elif op == "bernoulli_log_prob":
-        yield x.clone().requires_grad_(), mean.clone().requires_grad_()
-        yield x, mean.half().requires_grad_()
-    elif op == "bernoulli_log_prob_backward":
-        yield log_w, x, mean, [True, True]
-        yield log_w, x, mean, [False, True]
+    elif op.startswith(tuple(LIKELIHOODS)):
+        yield from _log_prob_arguments(op)
     elif op.startswith("weigh"):
         yield from _weigh_arguments(op)
     elif op == "log_mean_exp":
@@ -258,10 +261,27 @@ def test_gradcheck_of_the_objectives(objective):
     assert gradcheck(function, (x, mu, logvar, weight, scale, prior_mu, prior_logvar))
 
 
+def _public_likelihoods():
+    found = {}
+    for name, declared in DECLARED.items():
+        op, x, mean = (
+            getattr(ops, f"{name}_log_prob"),
+            cases.data(name, B, X, seed=44),
+            randn(K, B, X, seed=45),
+        )
+        if not declared.differentiable:
+            op, x = functools.partial(op, x), None
+        for form, shape in (("", (K, B, X)), (" pixel", (X,)), (" number", ())):
+            others = [randn(*shape, seed=46 + i) for i in range(len(declared.outputs) - 1)]
+            if others or not form:
+                found[f"{name}_log_prob{form}"] = op, (*(() if x is None else (x,)), mean, *others)
+    return found
+
+
 def _public_ops():
     """Each public op as a function of all its float inputs, and those inputs."""
     mu, logvar, prior_mu, prior_logvar = (randn(B, D, seed=s) for s in (40, 41, 42, 43))
-    x, mean, spread = rand(B, X, seed=44), randn(K, B, X, seed=45), randn(K, B, X, seed=46)
+    mean = randn(K, B, X, seed=45)
     seed = seed_of(4)
 
     def latent(op, **options):
@@ -274,10 +294,7 @@ def _public_ops():
         "rsample_log_ratio iwae": (latent(ops.rsample_log_ratio), inputs),
         "rsample_log_ratio dreg": (latent(ops.rsample_log_ratio, estimator="dreg"), inputs),
         "rsample_log_ratio stl": (latent(ops.rsample_log_ratio, estimator="stl"), inputs),
-        "gaussian_log_prob": (ops.gaussian_log_prob, (x, mean, spread)),
-        "gaussian_log_prob pixel": (ops.gaussian_log_prob, (x, mean, spread[0, 0])),
-        "gaussian_log_prob number": (ops.gaussian_log_prob, (x, mean, spread[0, 0, 0])),
-        "bernoulli_log_prob": (ops.bernoulli_log_prob, (x, mean)),
+        **_public_likelihoods(),
         "log_mean_exp": (ops.log_mean_exp, (mean[:, :, 0],)),
     }
 
@@ -907,7 +924,7 @@ def test_distributed_data_parallel(tmp_path):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="threads of the CPU kernels")
-@pytest.mark.parametrize("what", ["latent", "gaussian", "bernoulli", "log_mean_exp", "iwae"])
+@pytest.mark.parametrize("what", ["latent", *LIKELIHOODS, "log_mean_exp", "iwae"])
 def test_threads_do_not_change_a_bit(what):
     """Shapes well above where the kernels go parallel (about 40 000 elements)."""
     b, d, size, k = 601, 33, 130, 3
@@ -932,14 +949,23 @@ def test_threads_do_not_change_a_bit(what):
             estimator="dreg", reduction="none", generator=generator(12),
         )  # fmt: skip
 
+    def likelihood(first, *others):
+        """With parameters in full, and with rows of them; x, if it has a gradient, comes last."""
+        data = others[-1] if DECLARED[what].differentiable else cases.data(what, b, size)
+        op, number = getattr(ops, f"{what}_log_prob"), len(DECLARED[what].outputs) - 1
+        in_full = op(data, first, *others[:number])
+        return (in_full, op(data, first, *others[number : 2 * number])) if number else (in_full,)
+
+    if what in LIKELIHOODS:
+        number = len(DECLARED[what].outputs) - 1
+        shapes = [(k, b, size)] * number + [(size,)] * number
+        parameters = [mean, *(randn(*s, seed=88 + i) for i, s in enumerate(shapes))]
+        parameters += [cases.data(what, b, size)] * DECLARED[what].differentiable
     function, inputs = {
         "latent": (latent, (mu, logvar, randn(b, d, seed=86), randn(b, d, seed=87))),
-        "gaussian": (lambda x, m, v, p: (ops.gaussian_log_prob(x, m, v), ops.gaussian_log_prob(x, m, p)),
-                     (x, mean, randn(k, b, size, seed=88), randn(size, seed=89))),
-        "bernoulli": (ops.bernoulli_log_prob, (x, mean)),
         "log_mean_exp": (ops.log_mean_exp, (log_w,)),
         "iwae": (objective, (mu, logvar, rand(size, seed=90) + 0.5)),
-    }[what]  # fmt: skip
+    }.get(what) or (likelihood, parameters)
     threads = torch.get_num_threads()
     results = []
     try:

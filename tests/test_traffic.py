@@ -10,15 +10,18 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvae.kernels import bernoulli, common, gaussian, importance, latent, weigh
+from fastvae.kernels import common, importance, latent, likelihood, weigh
 from fastvae.ops.latent import Draw
 from fastvae.ops.weigh import Weighing
 
+from . import cases
+from .cases import DECLARED
 from .conftest import CUDA
 from .traffic import Launch, recorded
 
 pytestmark = pytest.mark.skipif(CUDA, reason="counts the accesses of Triton's interpreter")
 
+BERNOULLI = DECLARED["bernoulli"]
 FREE = (0, 0, -math.inf, math.inf)
 SEED = torch.tensor(3)
 # What a launcher may do besides launching: allocate, look at a tensor in another shape, cast the results of
@@ -170,72 +173,70 @@ def test_split_samples():
     assert [t.shape for t in launch.tensors.values()].count((splits, b, d)) == 2
 
 
-LOGVARS = {
+LAYOUTS = {
     "full": lambda k, b, x: (k, b, x),
     "column": lambda k, b, x: (1, 1, x),
     "row": lambda *_: (1, 1, 1),
 }
 
 
+each = [
+    pytest.param(name, layout, id=f"{name}-{layout}")
+    for name, declared in DECLARED.items()
+    for layout in (LAYOUTS if len(declared.outputs) > 1 else ["full"])
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k, b, x", [(1, 33, 70), (7, 9, 200), (3, 2, 1100)])
-def test_likelihoods_read_once(enough, k, b, x, dtype):
+@pytest.mark.parametrize("name, layout", each)
+def test_likelihoods_read_once(enough, name, layout, k, b, x, dtype):
     """Parameters are read once, x once for each block of samples that shares it."""
-    (data,), (mean, logits) = tensors(1, b, x), tensors(2, k, b, x, dtype=dtype)
-    data = data.sigmoid()
-    tiles = common.event_tiles(k, b, x, common.LAUNCH["likelihood"].tile)
+    declared, data = DECLARED[name], cases.data(name, b, x)
+    (first,) = tensors(1, k, b, x, dtype=dtype)
+    given = [first, *tensors(len(declared.outputs) - 1, *LAYOUTS[layout](k, b, x), dtype=dtype)]
+    launching = common.LAUNCH["likelihood" if declared.data is None else "likelihood_backward"]
+    tiles = common.event_tiles(k, b, x, launching.tile)
     blocks = triton.cdiv(k, tiles.block_k)
-    assert blocks <= max(1, k // 2) or k == 1
-    (launch,) = run(lambda: bernoulli.bernoulli_log_prob(data, logits))
-    assert_least(launch, {"p_x": blocks})
-    assert launch.bytes() == blocks * data.nbytes + logits.nbytes + 4 * k * b
-    for layout, shape in LOGVARS.items():
-        (logvar,) = tensors(1, *shape(k, b, x), dtype=dtype)
-        (launch,) = run(lambda: gaussian.gaussian_log_prob(data, mean, logvar))  # noqa: B023
-        again = {"p_x": blocks}
+    assert blocks < k or k == 1
+    (launch,) = run(lambda: likelihood.log_prob(declared, data, *given))
+    again, moved = {"p_x": blocks}, blocks * data.nbytes + first.nbytes + 4 * k * b
+    for i in range(1, len(given)):
         if layout != "full":
             # A few numbers for all, which every program wants.
-            again["p_logvar"] = int(launch.counts(launch.loads, "p_logvar").max())
-            assert again["p_logvar"] <= blocks * triton.cdiv(b, tiles.block_b) * _tiles(x, common.TILE_X)
-        assert_least(launch, again)
-        assert launch.bytes() == blocks * data.nbytes + mean.nbytes + launch.loaded("p_logvar") + 4 * k * b
+            again[f"p_p{i}"] = int(launch.counts(launch.loads, f"p_p{i}").max())
+            assert again[f"p_p{i}"] <= blocks * triton.cdiv(b, tiles.block_b) * _tiles(x, common.TILE_X)
+        moved += launch.loaded(f"p_p{i}")
+    assert_least(launch, again)
+    assert launch.bytes() == moved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k, b, x", [(1, 33, 70), (7, 9, 200), (3, 2, 1100)])
-def test_likelihoods_backward_reads_once(enough, k, b, x, dtype):
+@pytest.mark.parametrize("with_x", [False, True])
+@pytest.mark.parametrize("name, layout", each)
+def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, dtype):
     """The gradient of x is summed over samples by a program that has them all, so x is read once."""
-    (data,), (mean, logits), (grad,) = tensors(1, b, x), tensors(2, k, b, x, dtype=dtype), tensors(1, k, b)
-    data, tiles = data.sigmoid(), _tiles(x, common.TILE_X)
-    for need in ([False, True], [True, True]):
-        merged = common.event_tiles(k, b, x, common.LAUNCH["likelihood_backward"].tile, merge_k=need[0])
-        blocks = merged.k_splits
-        assert blocks == 1 or not need[0]
-        (launch,) = run(lambda: bernoulli.bernoulli_log_prob_backward(grad, data, logits, need))  # noqa: B023
-        # The gradient of a row is read for each of its tiles.
-        assert_least(launch, {"p_x": blocks, "p_grad": tiles})
-        moved = blocks * data.nbytes + 2 * logits.nbytes + tiles * grad.nbytes
-        assert launch.bytes() == moved + (data.nbytes if need[0] else 0)
-    for layout, shape in LOGVARS.items():
-        (logvar,) = tensors(1, *shape(k, b, x), dtype=dtype)
-        need = [layout == "column", True, True]
-        (launch,) = run(lambda: gaussian.gaussian_log_prob_backward(grad, data, mean, logvar, need))  # noqa: B023
-        merged = common.event_tiles(
-            k,
-            b,
-            x,
-            common.LAUNCH["likelihood_backward"].tile,
-            merge_k=layout == "column",
-            merge_b=layout == "column",
-        )
-        again = {"p_x": merged.k_splits, "p_grad": tiles}
+    declared, data = DECLARED[name], cases.data(name, b, x)
+    if with_x and not (declared.differentiable and layout != "row"):
+        return
+    (first,), (grad,) = tensors(1, k, b, x, dtype=dtype), tensors(1, k, b)
+    given = [first, *tensors(len(declared.outputs) - 1, *LAYOUTS[layout](k, b, x), dtype=dtype)]
+    need = [with_x] + [True] * len(given)
+    merged = {"merge_k": with_x or layout == "column", "merge_b": layout == "column"}
+    blocks = common.event_tiles(k, b, x, common.LAUNCH["likelihood_backward"].tile, **merged).k_splits
+    assert blocks == 1 or not with_x
+    (launch,) = run(lambda: likelihood.log_prob_backward(declared, grad, data, *given, need))
+    # The gradient of a row is read for each of its tiles.
+    tiles = _tiles(x, common.TILE_X)
+    again, moved = {"p_x": blocks, "p_grad": tiles}, blocks * data.nbytes + tiles * grad.nbytes
+    moved += 2 * first.nbytes + (data.nbytes if with_x else 0)
+    for i in range(1, len(given)):
         if layout != "full":
-            again["p_logvar"] = int(launch.counts(launch.loads, "p_logvar").max())
-        assert_least(launch, again)
-        stored = {"full": mean.nbytes, "column": 4 * x, "row": 4 * k * b}[layout]
-        stored += data.nbytes if need[0] else 0
-        read = merged.k_splits * data.nbytes + mean.nbytes + tiles * grad.nbytes + launch.loaded("p_logvar")
-        assert launch.bytes() == read + mean.nbytes + stored
+            again[f"p_p{i}"] = int(launch.counts(launch.loads, f"p_p{i}").max())
+        moved += launch.loaded(f"p_p{i}") + {"full": first.nbytes, "column": 4 * x, "row": 4 * k * b}[layout]
+    assert_least(launch, again)
+    assert launch.bytes() == moved
 
 
 def test_long_rows_are_split():
@@ -243,7 +244,7 @@ def test_long_rows_are_split():
     k, b, x = 1, 2, 40_000
     logits, data = tensors(2, b, x)
     data = data.sigmoid()
-    (launch,) = run(lambda: bernoulli.bernoulli_log_prob(data, logits[None]))
+    (launch,) = run(lambda: likelihood.log_prob(BERNOULLI, data, logits[None]))
     assert launch.grid[1] > 50 and launch.tensors["p_out"].shape == (launch.grid[1], k, b)
     assert_least(launch)
     (launch,) = run(lambda: latent.rsample_kl(data, logits, None, None, SEED, Draw(1, *FREE), False))
@@ -253,10 +254,10 @@ def test_long_rows_are_split():
 
 def test_a_long_row_of_even_odds(enough):
     """Every pixel doubles a lane's product; before that overflows, the row is split."""
-    x = bernoulli.MOST_TILES * common.TILE_X + 700
-    tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, most_tiles=bernoulli.MOST_TILES)
+    x = likelihood.MOST_TILES * common.TILE_X + 700
+    tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, most_tiles=likelihood.MOST_TILES)
     assert tiles.x_splits == 2 and 4 * tiles.x_tiles < 127
-    out = bernoulli.bernoulli_log_prob(torch.full((1, x), 0.5), torch.zeros(1, 1, x))
+    out = likelihood.log_prob(BERNOULLI, torch.full((1, x), 0.5), torch.zeros(1, 1, x))
     assert float(out) == pytest.approx(-x * math.log(2), rel=1e-6)
 
 
@@ -344,4 +345,4 @@ def test_what_is_planted_is_flagged(kernel, message):
 def test_a_copy_is_flagged():
     x = torch.rand(5, 7)
     with pytest.raises(AssertionError, match="clone"):
-        run(lambda: bernoulli.bernoulli_log_prob(x, x.clone()[None]))
+        run(lambda: likelihood.log_prob(BERNOULLI, x, x.clone()[None]))

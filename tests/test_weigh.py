@@ -14,6 +14,7 @@ from fastvae import ops
 from fastvae.ops.weigh import Weighing
 from fastvae.ops.weigh import weigh as fused
 
+from . import cases as registered
 from . import formulas, strategies
 from .compare import assert_accurate
 from .conftest import DEVICE
@@ -38,17 +39,19 @@ KINDS = {
 @st.composite
 def cases(draw, sizes=SIZES):
     k, b, size = draw(sizes)
-    likelihood = draw(st.sampled_from(["bernoulli", "gaussian"]))
+    likelihood = draw(st.sampled_from(registered.LIKELIHOODS))
+    declared = registered.DECLARED[likelihood]
     dtype = draw(strategies.dtypes)
-    data = draw(st.sampled_from([dtype, torch.float32]))
+    kinds = [dtype, torch.float32, *([torch.int32] if declared.takes_integers else [])]
     spread = draw(st.sampled_from([0.01, 1.0, 8.0]))
 
     def tensor(*shape, dtype=dtype, **options):
         return draw(strategies.tensors(shape, dtype, device=DEVICE, **options))
 
     parameters = [tensor(k * b, size, spread=spread)]
-    if likelihood == "gaussian":
+    for _ in declared.outputs[1:]:
         parameters.append(tensor(*KINDS[draw(st.sampled_from(sorted(KINDS)))](k * b, size)))
+    x = registered.data(likelihood, b, size, seed=draw(strategies.seeds), dtype=draw(st.sampled_from(kinds)))
     over = draw(st.sampled_from(["mean", "log_mean_exp"]))
     reduction = draw(st.sampled_from(["none", "sum", "mean"]))
     wide = formulas.computation(*parameters)
@@ -57,7 +60,7 @@ def cases(draw, sizes=SIZES):
     terms = draw(st.booleans())
     return {
         "likelihood": likelihood,
-        "x": tensor(b, size, dtype=data, low=0.0, high=1.0),
+        "x": strategies.laid_out(x, draw(strategies.layouts)),
         "parameters": parameters,
         "term": None if term is None else tensor(*term, dtype=wide, spread=5.0),
         "beta": None if beta is None else tensor(*beta, dtype=wide, low=0.0, high=2.0),
@@ -65,7 +68,7 @@ def cases(draw, sizes=SIZES):
         "terms": terms,
         "grad": tensor(*((b,) if reduction == "none" else ()), dtype=torch.float32),
         "grad_mean": tensor(b, dtype=torch.float32) if terms and over == "mean" else None,
-        "need": [draw(st.booleans()) for _ in parameters] + [True],
+        "need": [draw(st.booleans()) for _ in parameters] + [declared.differentiable],
     }
 
 
@@ -84,7 +87,7 @@ def _run(case):
         reduction=reduction, terms=case["terms"],
     )  # fmt: skip
     assert (mean is not None) == case["terms"]
-    assert bound.dtype == formulas.computation(x, *parameters)
+    assert bound.dtype == formulas.computation(*parameters, *([x] if x.is_floating_point() else []))
     outputs = [bound] if case["grad_mean"] is None else [bound, mean]
     grads = [case[n].to(bound.dtype) for n in ("grad", "grad_mean") if case[n] is not None]
     asked = [t for t in (x, *parameters, term) if t is not None and t.requires_grad]
@@ -112,6 +115,7 @@ def results(case):
         case["grad_mean"],
     )
     for i, p in enumerate(parameters, 1):
+        assert grads[i].value.numel() == p.numel()
         grads[i] = formulas.Rounded(
             grads[i].value.reshape(p.shape), grads[i].error.reshape(p.shape), grads[i].u
         )

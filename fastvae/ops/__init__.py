@@ -1,8 +1,29 @@
-"""The fused ops, for code that has already run its decoder. Each file's docstring is its mathematics."""
+"""The fused ops, for code that has already run its decoder. Each file's docstring is its mathematics.
 
-from .bernoulli import bernoulli_log_prob
-from .gaussian import gaussian_log_prob
+Each likelihood has its own, ``<likelihood>_log_prob(x, *parameters)``, such as
+``bernoulli_log_prob(x, logits)`` and ``gaussian_log_prob(x, mean, logvar)``.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from . import likelihood as _likelihood
+from . import weigh as _weigh
 from .importance import log_mean_exp
 from .latent import rsample_kl, rsample_log_ratio
 
-__all__ = ["bernoulli_log_prob", "gaussian_log_prob", "log_mean_exp", "rsample_kl", "rsample_log_ratio"]
+__all__ = ["log_mean_exp", "rsample_kl", "rsample_log_ratio"]
+
+
+def declare(likelihood: _likelihood.Declaration) -> None:
+    """Register the ops of a likelihood, and make its ``<likelihood>_log_prob`` known here."""
+    name = f"{likelihood.name}_log_prob"
+    globals()[name] = _likelihood.declare(likelihood)
+    __all__.append(name)
+    _weigh.declare(likelihood)
+
+
+def __getattr__(name: str) -> Callable[..., Tensor]:
+    # Of what is declared a type checker knows this much.
+    raise AttributeError(f"fastvae.ops has no {name!r}; it has {', '.join(__all__)}")

@@ -17,14 +17,12 @@ normal number are zero (:mod:`fastvae.ops.importance`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, get_num_threads
 
 from .. import _backend
-from ._rows import native_gradients, number, result_dtype
-from .bernoulli import refuse_targets
+from .likelihood import Declaration, native_gradients, number, refuse, result_dtype
 from .op import Op, cast, empty_like, new_empty, or_none
 
 
@@ -85,14 +83,13 @@ class _Weigh(Op):
     record = Weighing
     shown = 2
 
-    def __init__(self, likelihood: str, parameters: tuple[str, ...], refuse: Callable | None):
-        self.likelihood, self.number, self.refuse = likelihood, len(parameters), refuse
-        self.name = f"weigh_{likelihood}"
-        inputs = (
-            f"Tensor x, {', '.join(f'Tensor {p}' for p in parameters)}, Tensor? term, Tensor? beta, {_HOW}"
-        )
+    def __init__(self, likelihood: Declaration):
+        self.likelihood, self.number = likelihood, len(likelihood.outputs)
+        self.name = f"weigh_{likelihood.name}"
+        parameters = ", ".join(f"Tensor {p}" for p in likelihood.outputs)
+        inputs = f"Tensor x, {parameters}, Tensor? term, Tensor? beta, {_HOW}"
         self.schema = f"({inputs}, bool terms) -> (Tensor, Tensor, Tensor)"
-        self.gradient = _WeighBackward(likelihood, len(parameters), inputs)
+        self.gradient = _WeighBackward(likelihood, inputs)
         super().__init__()
 
     def native(self, x, *rest):
@@ -106,20 +103,20 @@ class _Weigh(Op):
         if how.over == "log_mean_exp":
             weights = bound.new_empty((parameters[0].shape[0] // batch, batch))
         in_range = _backend.extension().weigh(
-            number(self.likelihood), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
+            number(self.likelihood.name), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
             bound, log_likelihood, weights,
         )  # fmt: skip
         if not in_range:
-            self.refuse(x)
+            refuse(self.likelihood, x)
         return bound, log_likelihood, weights
 
     def composed(self, backend):
-        rows = getattr(_backend.layer(backend, self.likelihood), f"{self.likelihood}_log_prob")
+        rows = _backend.layer(backend, "likelihood").log_prob
         finish = _backend.layer(backend, "weigh").weigh
 
         def function(x, *rest):
             parameters, (term, beta, how, terms) = rest[: self.number], rest[self.number :]
-            log_likelihood = rows(x, *_with_samples(x, parameters))
+            log_likelihood = rows(self.likelihood, x, *_with_samples(x, parameters))
             bound, mean, weights = finish(log_likelihood, term, beta, how)
             return bound, mean if terms else None, weights
 
@@ -143,6 +140,7 @@ class _Weigh(Op):
     def arguments_of_gradient(self, ctx, grad_bound, grad_log_likelihood, *_):
         *inputs, weights = ctx.saved_tensors
         need = list(ctx.needs_input_grad[: self.number + 2])
+        need[0] = need[0] and self.likelihood.differentiable
         return grad_bound, grad_log_likelihood, or_none(weights), *inputs, ctx.how, need
 
 
@@ -152,12 +150,13 @@ class _WeighBackward(Op):
     module = "weigh"
     record = Weighing
 
-    def __init__(self, likelihood: str, number: int, inputs: str):
-        self.likelihood, self.number = likelihood, number
-        self.name = f"weigh_{likelihood}_backward"
+    def __init__(self, likelihood: Declaration, inputs: str):
+        self.likelihood, self.number = likelihood, len(likelihood.outputs)
+        self.name = f"weigh_{likelihood.name}_backward"
+        results = self.number + 2
         self.schema = (
             f"(Tensor? grad_bound, Tensor? grad_log_likelihood, Tensor? weights, {inputs}, "
-            f"bool[{number + 2}] need) -> ({', '.join(['Tensor'] * (number + 2))})"
+            f"bool[{results}] need) -> ({', '.join(['Tensor'] * results)})"
         )
         super().__init__()
 
@@ -169,14 +168,14 @@ class _WeighBackward(Op):
         grad_x, grads = native_gradients(x, parameters, need, dtype)
         grad_term = empty_like(term, dtype) if need[-1] else None
         _backend.extension().weigh_backward(
-            number(self.likelihood), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
+            number(self.likelihood.name), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
             grad_bound, grad_log_likelihood, weights, grad_term, grad_x, grads,
         )  # fmt: skip
         grads = [cast(g, p.dtype) for g, p in zip(grads, parameters, strict=True)]
         return grad_x, *grads, grad_term if grad_term is None else cast(grad_term, term.dtype)
 
     def composed(self, backend):
-        rows = getattr(_backend.layer(backend, self.likelihood), f"{self.likelihood}_log_prob_backward")
+        rows = _backend.layer(backend, "likelihood").log_prob_backward
         finish = _backend.layer(backend, "weigh").weigh_backward
 
         def function(grad_bound, grad_log_likelihood, weights, x, *rest):
@@ -186,7 +185,7 @@ class _WeighBackward(Op):
             grad, grad_term = finish(
                 grad_bound, grad_log_likelihood, weights, beta, how, *spread[0].shape[:2], axes
             )
-            grad_x, *grads = rows(grad, x, *spread, list(need[:-1]))
+            grad_x, *grads = rows(self.likelihood, grad, x, *spread, list(need[:-1]))
             grads = [g if g is None else g.reshape(p.shape) for g, p in zip(grads, parameters, strict=True)]
             return grad_x, *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
 
@@ -212,7 +211,9 @@ def _with_samples(x: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
     return spread
 
 
-_weigh = {
-    "bernoulli": _Weigh("bernoulli", ("logits",), refuse_targets),
-    "gaussian": _Weigh("gaussian", ("mean", "logvar"), None),
-}
+_weigh: dict[str, _Weigh] = {}
+
+
+def declare(likelihood: Declaration) -> None:
+    """Register the op of a likelihood."""
+    _weigh[likelihood.name] = _Weigh(likelihood)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .latent import _upcast
+from .common import upcast
 
 
 def log_mean_exp(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,7 +15,7 @@ def log_mean_exp(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     A column of -inf has bound -inf and total 0.
     """
-    (log_w,) = _upcast(log_w)
+    (log_w,) = upcast(log_w)
     maximum = log_w.amax(0)
     total = torch.exp(log_w - _shift(maximum)).sum(0)
     return maximum + torch.log(total) - math.log(log_w.shape[0]), maximum, total
@@ -27,7 +27,7 @@ def log_mean_exp_backward(grad: Tensor, log_w: Tensor, maximum: Tensor, total: T
     A column of -inf has zero gradient; weights and gradients below the smallest normal number are zero.
     """
     dtype = log_w.dtype
-    (log_w,) = _upcast(log_w)
+    (log_w,) = upcast(log_w)
     tiny = torch.finfo(log_w.dtype).tiny
     weight = torch.exp(log_w - _shift(maximum)) / total
     weight = torch.where((weight < tiny) | (total == 0), torch.zeros_like(weight), weight)

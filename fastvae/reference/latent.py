@@ -5,20 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .common import expm1_minus, upcast
 from .random import normal
-
-
-def _upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All in the dtype of the computation: float64 if any of them is, else float32."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    dtype = torch.float64 if wide else torch.float32
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
 def _noise(seed, draw, mu):
@@ -27,7 +20,7 @@ def _noise(seed, draw, mu):
 
 def _parts(mu, logvar, prior_mu, prior_logvar, draw):
     """Upcast inputs, the clamp, and the prior's mean and logvar (zeros for N(0, I))."""
-    mu, logvar, prior_mu, prior_logvar = _upcast(mu, logvar, prior_mu, prior_logvar)
+    mu, logvar, prior_mu, prior_logvar = upcast(mu, logvar, prior_mu, prior_logvar)
     clamped = logvar.clamp(draw.logvar_min, draw.logvar_max)
     zero = torch.zeros((), dtype=mu.dtype, device=mu.device)
     return (
@@ -37,15 +30,6 @@ def _parts(mu, logvar, prior_mu, prior_logvar, draw):
         zero if prior_mu is None else prior_mu,
         zero if prior_logvar is None else prior_logvar,
     )
-
-
-def _expm1_minus(u: Tensor) -> Tensor:
-    """exp(u) - 1 - u without cancellation: by the series where |u| < 1/8 (next term < 1e-17)."""
-    series = torch.zeros_like(u)
-    for n in range(10, 1, -1):
-        series = 1 / math.factorial(n) + series * u
-    # Bounded above, so that an infinite variance has an infinite KL: inf - inf would be NaN.
-    return torch.where(u.abs() < 0.125, u * u * series, torch.expm1(u) - u.clamp(max=710))
 
 
 def rsample_kl(
@@ -63,7 +47,7 @@ def rsample_kl(
     eps = _noise(seed, draw, mu)
     z = mu + torch.exp(0.5 * logvar) * eps
     whitened = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
-    kl = 0.5 * (whitened**2 + _expm1_minus(logvar - prior_logvar))
+    kl = 0.5 * (whitened**2 + expm1_minus(logvar - prior_logvar))
     return z.to(dtype), kl if per_dimension else kl.sum(1)
 
 

@@ -1,6 +1,5 @@
-// log N(x; mean, exp(logvar)). The mathematics stands in fastvae/ops/gaussian.py.
+// log N(x; mean, exp(logvar)). The mathematics stands in fastvae/likelihoods/gaussian.py.
 struct Gaussian : Declaration {
-  static constexpr const char* kName = "gaussian";
   static constexpr int kParameters = 2, kHooked = 1, kPrepared = 1;
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
 

@@ -1,6 +1,5 @@
-// x l - log(1 + exp(l)) of logits l. The mathematics stands in fastvae/ops/bernoulli.py.
+// x l - log(1 + exp(l)) of logits l. The mathematics stands in fastvae/likelihoods/bernoulli.py.
 struct Bernoulli : Declaration {
-  static constexpr const char* kName = "bernoulli";
   static constexpr int kParameters = 1;
   static constexpr bool kSharedLog = true;
   static constexpr double kFactor = -1, kLow = 0, kHigh = 1;

@@ -1,0 +1,123 @@
+"""<likelihood>_log_prob."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional
+
+from fastvae import ops
+
+from .latent import EXP
+from .measure import COMPILE, CPU, OURS, Place, op_works
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+SIZES = (
+    *((128, 32), (50, 128, 32), (128, 784), (8192, 64), (8192, 784), (50, 64, 784), (50, 8192, 64)),
+    (50, 8192, 784),
+)
+LARGE = ((8192, 784), (50, 64, 784))
+TARGETS = {
+    "gaussian": {"eager": 4.0, COMPILE: 1.2},
+    "bernoulli": {"eager": 3.0, COMPILE: 1.2},
+    "poisson": {"eager": 2.0, COMPILE: 1.0},
+}
+
+
+def works():
+    for name, target in TARGETS.items():
+        for shape in SIZES:
+            yield from log_prob(name, shape, _target(shape, target))
+
+
+def _target(shape, large):
+    """What a likelihood must reach at each size on a CPU; ``large`` where tensors are large."""
+    return large if shape in LARGE else {"eager": 2.0, COMPILE: 1.0} if shape == (128, 784) else {}
+
+
+def eager_bernoulli(x, logits):
+    """The careful way: stable, and x is expanded, not copied."""
+    loss = functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+    return -loss.sum(-1)
+
+
+def eager_gaussian(x, mean, logvar):
+    return -0.5 * (LOG_2PI + logvar + (x - mean).square() * torch.exp(-logvar)).sum(-1)
+
+
+def eager_poisson(x, log_rate):
+    loss = functional.poisson_nll_loss(log_rate, x.expand_as(log_rate), reduction="none")
+    return -loss.sum(-1) - torch.lgamma(x + 1).sum(-1)
+
+
+def _pixels(place, shape):
+    return torch.rand(*shape, device=place.device).round().to(place.dtype)
+
+
+def _counts(place, shape):
+    """As of genes: nine in ten are zero."""
+    counts = torch.poisson(torch.rand(*shape, device=place.device) * 6)
+    return (counts * (torch.rand(*shape, device=place.device) < 0.1)).to(place.dtype)
+
+
+# Data; eager PyTorch; how many parameters; operations of an element, forward and backward.
+CASES = {
+    "gaussian": (lambda place, shape: place.randn(*shape), eager_gaussian, 2, (EXP + 4, EXP + 5)),
+    # Forward: an exponential, the linear term, a product, 1/16 of a logarithm. Backward: a quotient.
+    "bernoulli": (_pixels, eager_bernoulli, 1, (EXP + 10, EXP + 6)),
+    # Of the data a logarithm and Stirling's series, once for all samples; then two exponentials.
+    "poisson": (_counts, eager_poisson, 1, (4 * EXP + 30, EXP + 2)),
+}
+
+
+def log_prob(name, shape, target, place: Place = CPU, peers=None):
+    """The works of one size [..., B, X]; ``peers`` are implementations besides eager PyTorch."""
+    data, eager, parameters, operations = CASES[name]
+    yield from _works(
+        f"{name}_log_prob",
+        shape,
+        lambda: (
+            data(place, shape[-2:]),
+            *(place.randn(*shape, requires_grad=True) for _ in range(parameters)),
+        ),
+        getattr(ops, f"{name}_log_prob"),
+        eager,
+        parameters=parameters,
+        operations=operations,
+        target=target,
+        place=place,
+        peers=peers,
+    )
+
+
+def _works(
+    group, shape, make, ours, eager, *, parameters, operations, target, place: Place = CPU, peers=None
+):
+    """The works of a likelihood whose parameters are tensors [..., B, X].
+
+    Args:
+        make: makes x and the parameters.
+        ours, eager: functions of these.
+        parameters: how many there are.
+        operations: of one element, forward and backward.
+        peers: implementations besides.
+    """
+    n, rows = math.prod(shape), math.prod(shape[:-1])
+    size = place.dtype.itemsize
+    read = size * (math.prod(shape[-2:]) + parameters * n)
+    yield from op_works(
+        group,
+        "×".join(map(str, shape)),
+        make,
+        {OURS: ours, "eager": eager, **(peers or {})},
+        lambda outputs, *wide: eager(*wide),
+        sampling=False,
+        elements=n,
+        moved=(read + 4 * rows, 2 * read + 8 * rows + size * parameters * n),
+        operations=(n * operations[0], n * sum(operations)),
+        target=target,
+        place=place,
+    )

@@ -1,0 +1,24 @@
+// x r - exp(r) - log x! of log rates r. The mathematics stands in fastvae/likelihoods/poisson.py.
+struct Poisson : Declaration {
+  static constexpr bool kData = true;
+  static constexpr double kLow = 0;
+
+  // What is left of x log x - x - log x!, and log x, bounded.
+  template <class C>
+  static FASTVAE_INLINE Prepared<C> data(C x) {
+    const C log_x = log_(x < smallest_normal(C{}) ? smallest_normal(C{}) : x);
+    return {-log_factorial_excess(x, log_x), log_x};
+  }
+  // With d = r - log x the rest is x (1 + d) - exp(r), which is -x (exp(d) - 1 - d): where d is small the latter cancels less.
+  template <class C>
+  static FASTVAE_INLINE Value<C> value(Element<C> e) {
+    const C r = e.p0, d = r - e.d;
+    const C linear = C(1) + (d > C(710) ? C(710) : d);  // of an infinite rate no inf - inf is left
+    const C far = (e.x == C(0) ? C(0) : e.x * linear) - exp_(r);
+    return {abs_(d) < C(1) ? -e.x * expm1_minus(d) : far};
+  }
+  template <class C>
+  static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
+    return {C(0), g * (e.x - exp_(e.p0))};
+  }
+};

@@ -1,0 +1,57 @@
+"""The Poisson likelihood."""
+
+import torch
+
+from ..reference.common import expm1_minus
+from .base import Declared
+
+
+class Poisson(Declared):
+    r"""p(x|z) = independent Poisson counts, for decoders that return log rates.
+
+    .. math:: \log p(x|z_k) = \sum_i \big[x_i r_{ki} - e^{r_{ki}} - \log x_i!\big]
+              = \sum_i \big[-x_i (e^{d_{ki}} - 1 - d_{ki}) + x_i \log x_i - x_i - \log x_i!\big],
+              \quad d = r - \log x
+
+    In the second form what cancels for large counts is left out, and its last terms, of the data alone, are
+    computed once for all samples. With :math:`g_k` what arrives:
+    :math:`\bar r_{ki} = g_k (x_i - e^{r_{ki}})`. Counts may be integers of any dtype, or not whole; they have
+    no gradient.
+
+    The op by itself is ``fastvae.ops.poisson_log_prob(x, log_rate)``.
+
+    Example:
+        >>> import torch, fastvae
+        >>> counts, q = torch.tensor([[0, 3], [1, 2]]), torch.zeros(2, 2 * 5)
+        >>> fastvae.iwae(counts, q, torch.nn.Linear(5, 2), k=7, likelihood="poisson").shape
+        torch.Size([])
+        >>> fastvae.ops.poisson_log_prob(counts, torch.zeros(2, 2))  # -2 - log 3!, -2 - log 2!
+        tensor([-3.7918, -2.6931])
+    """
+
+    name = "poisson"
+    outputs = ("log_rate",)
+    low = 0.0
+    takes_integers = True
+    differentiable = False
+    hint = "they are counts: neither centred nor on a log scale"
+    hazards = {"log_rate": (20.0,)}
+    oracle = staticmethod(lambda log_rate: torch.distributions.Poisson(log_rate.exp(), validate_args=False))
+
+    @staticmethod
+    def value(x, log_rate):
+        d = log_rate - torch.log(x.clamp(min=torch.finfo(x.dtype).tiny))
+        far = torch.where(x == 0, 0.0, x * (1 + d.clamp(max=710))) - torch.exp(log_rate)
+        return torch.where(d.abs() < 1, -x * expm1_minus(d), far)
+
+    @staticmethod
+    def gradient(g, x, log_rate):
+        return None, g * (x - torch.exp(log_rate))
+
+    @staticmethod
+    def data(x):
+        wide = x.double()
+        return (torch.xlogy(wide, wide) - wide - torch.lgamma(wide + 1)).to(x.dtype)
+
+    def mean(self, parameters):
+        return torch.exp(parameters)

@@ -1,0 +1,382 @@
+r"""log p(x|z) of rows: the op of any likelihood that is declared, and the form in which the C++ is called.
+
+.. math:: \log p(x|z_k) = \sum_i v(x_i, p_{ki}) + \sum_i d(x_i)
+
+with a value :math:`v` of each element and its parameters, and what the data add by themselves, :math:`d`.
+With :math:`g_k` what arrives, each parameter gets :math:`g_k\, ∂v/∂p`, summed in a fixed order over whatever
+it was broadcast over, and x the sum over its samples. A parameter has one entry per element, or broadcasts
+over samples and rows (a row per pixel), or over pixels as well (one number, fixed or learned).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .._checks import check_data, check_same_device, check_tensor, checks_data, shape_of
+from .op import Op, accumulator, cast, empty_like, in_shape, new_empty
+
+
+class Declaration(Protocol):
+    """What is told of a likelihood, once; everything else is made of it.
+
+    Attributes:
+        name: in snake case, that of its files in ``kernels/likelihoods`` and ``csrc/likelihoods``, too.
+        outputs: names of its parameters; the decoder returns the first at least.
+        low, high: where x lies.
+        takes_integers: x may be integers, which are read as they are.
+        differentiable: x may have a gradient.
+        hint: for data that lie elsewhere: how they get there.
+        value, gradient, data: the definition in plain PyTorch: log p of an element; what reaches x (None if
+            it is not differentiable) and each parameter when g arrives; what x adds by itself, or None for
+            nothing.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    low: float
+    high: float
+    takes_integers: bool
+    differentiable: bool
+    hint: str
+    value: Callable[..., Tensor]
+    gradient: Callable[..., tuple[Tensor | None, ...]]
+    data: Callable[[Tensor], Tensor] | None
+
+
+# How a parameter lies beside the others' [K, B, X]: in full, a row for all, a number a row, a number for all.
+_FULL, _COLUMN, _ONE, _NUMBER = range(4)
+
+
+@functools.cache
+def number(likelihood: str) -> int:
+    return _backend.extension().likelihoods.index(likelihood)
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that is computed and summed in; integers have no say in it."""
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def _laid_out(parameter: Tensor, shape: tuple[int, ...]) -> tuple[int, Tensor]:
+    """The kind of a parameter, and the parameter, expanded over the axes that it is shared along."""
+    if parameter.shape == shape:
+        return _FULL, parameter
+    *leading, columns = parameter.shape
+    shared = all(n == 1 for n in leading)
+    alone, many = (_NUMBER, _ONE) if columns == 1 and shape[-1] != 1 else (_COLUMN, _FULL)
+    return alone if shared else many, parameter.expand(shape)
+
+
+def native_gradients(
+    x: Tensor, parameters: tuple[Tensor, ...], need: list[bool], dtype: torch.dtype
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Tensors for the C++ to fill: those of parameters that broadcast are sums, kept in ``dtype``."""
+    full = parameters[0].shape
+    grads = [
+        empty_like(p, None if p.shape == full else dtype) if n else None
+        for p, n in zip(parameters, need[1:], strict=False)
+    ]
+    return empty_like(x) if need[0] else None, grads
+
+
+def native_log_prob(likelihood: str, x: Tensor, *parameters: Tensor) -> tuple[Tensor, bool]:
+    """log p(x|z) of rows, and whether x lies where it must; the first parameter has all axes."""
+    shape = parameters[0].shape
+    dtype = result_dtype(x, *parameters)
+    if not parameters[0].numel():
+        return x.new_zeros(shape[:-1], dtype=dtype), True
+    rows = (number(likelihood), torch.get_num_threads(), x, *(_laid_out(p, shape) for p in parameters))
+    out = new_empty(x, shape[:-1], dtype)
+    in_range = _backend.extension().log_prob(rows, dtype == torch.float64, out)
+    return out, in_range
+
+
+def native_log_prob_backward(
+    likelihood: str, grad: Tensor, x: Tensor, parameters: tuple[Tensor, ...], need: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the parameters, None where not needed."""
+    given = (x, *parameters)
+    if not parameters[0].numel():
+        # There is nothing to sum over, and an empty tensor has no address to hand to C++.
+        return tuple(t.new_zeros(t.shape) if n else None for t, n in zip(given, need, strict=True))
+    shape = parameters[0].shape
+    dtype = result_dtype(*given)
+    rows, grads = [number(likelihood), torch.get_num_threads(), x], []
+    for p, n in zip(parameters, need[1:], strict=True):
+        kind, laid_out = _laid_out(p, shape)
+        if kind != _FULL:
+            sizes = {_COLUMN: shape[-1:], _ONE: shape[:-1], _NUMBER: ()}[kind]
+            grads.append(new_empty(x, sizes, dtype) if n else None)
+        else:
+            if n and laid_out is not p:
+                # The gradients of those that share a number are summed, and must not be rounded before.
+                laid_out = laid_out.to(dtype)
+            grads.append(empty_like(laid_out) if n else None)
+        rows.append((kind, laid_out))
+    grad_x = empty_like(x) if need[0] else None
+    _backend.extension().log_prob_backward(tuple(rows), dtype == torch.float64, grad, grad_x, grads)
+    finished = [None if g is None else _as_given(g, p) for g, p in zip(grads, parameters, strict=True)]
+    return grad_x, *finished
+
+
+def _as_given(grad: Tensor, parameter: Tensor) -> Tensor:
+    if grad.shape != parameter.shape:
+        if grad.numel() == parameter.numel():
+            grad = grad.view(parameter.shape)
+        else:
+            while grad.dim() < parameter.dim():
+                grad = grad.unsqueeze(-1)
+            grad = grad.sum_to_size(parameter.shape)
+    return cast(grad, parameter.dtype)
+
+
+# The ops
+
+
+def _flat(x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+    """x [B, *event] as [B, X], parameters [..., B, *event] as [K, B, X]."""
+    lead = parameters[0].dim() - x.dim()
+    flat = []
+    for p in parameters:
+        # Written out, since -1 is ambiguous for an empty batch.
+        shape = (p.shape[:lead].numel(), p.shape[lead], p.shape[lead + 1 :].numel())
+        flat.append(p if p.shape == shape else p.reshape(shape))
+    return x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel()), flat
+
+
+def _are_rows(x: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+    """Whether these are all [B, X], of one shape and dtype: the C++ takes them as they are."""
+    if x.dim() != 2:
+        return False
+    for t in parameters:  # noqa: SIM110
+        if t.shape != x.shape or t.dtype != x.dtype:
+            return False
+    return True
+
+
+class LogProb(Op):
+    """log p(x|z) [..., B] of x [B, *event] and parameters [..., B, *event]."""
+
+    module = "likelihood"
+
+    def __init__(self, likelihood: Declaration):
+        self.likelihood = likelihood
+        self.name = f"{likelihood.name}_log_prob"
+        self.schema = f"(Tensor x, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}) -> Tensor"
+        self.gradient = _LogProbBackward(likelihood)
+        super().__init__()
+
+    def native(self, x, *parameters):
+        if _are_rows(x, parameters):
+            result, in_range = native_log_prob(self.likelihood.name, x, *parameters)
+        else:
+            rows, flat = _flat(x, parameters)
+            result, in_range = native_log_prob(self.likelihood.name, rows, *flat)
+            result = in_shape(result, self._shape(x, parameters))
+        if not in_range:
+            refuse(self.likelihood, x)
+        return result
+
+    def composed(self, backend):
+        function = _backend.layer(backend, self.module).log_prob
+
+        def log_prob(x, *parameters):
+            rows, flat = _flat(x, parameters)
+            return in_shape(function(self.likelihood, rows, *flat), self._shape(x, parameters))
+
+        return log_prob
+
+    def fake(self, x, *parameters):
+        return x.new_empty(self._shape(x, parameters), dtype=result_dtype(x, *parameters))
+
+    def save(self, ctx, args, results):
+        ctx.save_for_backward(*args)
+
+    def arguments_of_gradient(self, ctx, grad):
+        need_x, *need = ctx.needs_input_grad
+        return grad, *ctx.saved_tensors, [need_x and self.likelihood.differentiable, *need]
+
+    @staticmethod
+    def _shape(x, parameters):
+        return parameters[0].shape[: parameters[0].dim() - x.dim() + 1]
+
+
+class _LogProbBackward(Op):
+    """Gradients of (x, *parameters), None where not needed."""
+
+    module = "likelihood"
+
+    def __init__(self, likelihood: Declaration):
+        self.likelihood = likelihood
+        self.name = f"{likelihood.name}_log_prob_backward"
+        number = len(likelihood.outputs) + 1
+        self.schema = (
+            f"(Tensor grad, Tensor x, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}, "
+            f"bool[{number}] need) -> ({', '.join(['Tensor'] * number)})"
+        )
+        super().__init__()
+
+    def native(self, grad, x, *rest):
+        *parameters, need = rest
+        if _are_rows(x, parameters):
+            return native_log_prob_backward(self.likelihood.name, grad, x, tuple(parameters), need)
+        rows, flat = _flat(x, parameters)
+        grads = native_log_prob_backward(
+            self.likelihood.name, grad.reshape(flat[0].shape[:2]), rows, tuple(flat), need
+        )
+        return _reshaped(grads, (x, *parameters))
+
+    def composed(self, backend):
+        function = _backend.layer(backend, self.module).log_prob_backward
+
+        def backward(grad, x, *rest):
+            *parameters, need = rest
+            rows, flat = _flat(x, parameters)
+            grads = function(self.likelihood, grad.reshape(flat[0].shape[:2]), rows, *flat, need)
+            return _reshaped(grads, (x, *parameters))
+
+        return backward
+
+    def fake(self, grad, *rest):
+        *tensors, need = rest
+        return tuple(t.new_empty(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
+
+
+def _reshaped(grads, tensors):
+    return tuple(None if g is None else g.reshape(t.shape) for g, t in zip(grads, tensors, strict=True))
+
+
+# What a user calls
+
+
+def check_support(likelihood: Declaration, x: Tensor) -> None:
+    """Refuse data outside [low, high], where the op itself does not and looking is asked for or free."""
+    # A compiler comes first: a float that it sees is a variable to it.
+    if torch.compiler.is_compiling() or (likelihood.low == -math.inf and likelihood.high == math.inf):
+        return
+    if not _looks_here(x.device) or not x.numel():
+        return
+    values = x.detach()
+    # Written so that NaN passes: NaN in gives NaN out.
+    if bool(values.amin() < likelihood.low) or bool(values.amax() > likelihood.high):
+        refuse(likelihood, values)
+
+
+def _looks_here(device: torch.device) -> bool:
+    """Whether data are checked before the op: C++ does it in the pass that reads them."""
+    return _backend.on_cpu() != "native" if device.type == "cpu" else checks_data()
+
+
+def refuse(likelihood: Declaration, x: Tensor) -> None:
+    """They lie outside of [low, high]."""
+    low, high = float(x.amin()), float(x.amax())
+    bounds = f"in [{likelihood.low:g}, {likelihood.high:g}]"
+    if likelihood.high == math.inf:
+        bounds = f"at or above {likelihood.low:g}"
+    kind = likelihood.name.replace("_", " ")
+    kind = kind[0].upper() + kind[1:]
+    raise ValueError(
+        f"x holds values in [{low:g}, {high:g}], but {kind} targets must lie {bounds}; {likelihood.hint}"
+    )
+
+
+def declare(likelihood: Declaration) -> Callable[..., Tensor]:
+    """Register the op of a likelihood; returns the function that checks its arguments and calls it."""
+    op = LogProb(likelihood)
+    first, *others = likelihood.outputs
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature(
+        [inspect.Parameter(n, kind, annotation=Tensor) for n in ("x", *likelihood.outputs)],
+        return_annotation=Tensor,
+    )
+
+    def log_prob(*args: Tensor | float, **named: Tensor | float) -> Tensor:
+        if named or len(args) != 1 + len(likelihood.outputs):
+            args = signature.bind(*args, **named).args
+        x, full, *rest = args
+        check_data(x, likelihood)
+        _check_event(x, first, full)
+        check_support(likelihood, x)
+        return op(x, full, *(_spread(n, p, first, full, x) for n, p in zip(others, rest, strict=True)))
+
+    log_prob.__name__ = log_prob.__qualname__ = op.name
+    log_prob.__signature__ = signature  # type: ignore[attr-defined]
+    log_prob.__doc__ = _DOCUMENTATION.format(
+        name=likelihood.name.replace("_", " "),
+        owner=getattr(likelihood, "__name__", likelihood.name),
+        first=first,
+        others="".join(_OF_OTHERS.format(name=n, first=first) for n in others),
+    )
+    return log_prob
+
+
+_DOCUMENTATION = """log p(x|z) of a {name} likelihood, summed over the event; the formula: fastvae.{owner}.
+
+    Args:
+        x: data [B, *event]; broadcast over the leading axes of {first}.
+        {first}: [..., B, *event].{others}
+
+    Returns:
+        nats [..., B], in float32 (float64 if one of the arguments is).
+
+    Raises:
+        TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
+        ValueError: for an x that lies where it cannot: always on a CPU; on a GPU, where it would cost a
+            synchronisation, if the environment variable FASTVAE_CHECK is 1.
+    """
+_OF_OTHERS = """
+        {name}: broadcastable to {first}: a tensor like it, one row [*event], or one number."""
+
+
+def _check_event(x: Tensor, name: str, parameter: Any) -> None:
+    """Check x [B, *event] against a parameter [..., B, *event]."""
+    check_tensor(name, parameter)
+    check_same_device(name, parameter, "x", x)
+    lead = parameter.dim() - x.dim()
+    if x.dim() == 0 or lead < 0 or parameter.shape[lead:] != x.shape:
+        raise ValueError(
+            f"{name} has shape {shape_of(parameter)}, which does not end in x's {shape_of(x)} ([B, *event]); "
+            f"expected [..., {', '.join(map(str, x.shape))}]"
+        )
+
+
+def _spread(name: str, parameter: Any, first: str, full: Tensor, x: Tensor) -> Tensor:
+    """A parameter with the first one's axes, expanded where it is broadcast in part: over all of the samples,
+    the rows, or the event, it stays one number.
+    """
+    if not isinstance(parameter, Tensor):
+        if isinstance(parameter, bool) or not isinstance(parameter, (int, float)):
+            raise TypeError(f"{name} must be a tensor or a number, got {type(parameter).__name__}")
+        parameter = torch.full((), parameter, dtype=accumulator(full.dtype), device=full.device)
+    check_tensor(name, parameter)
+    check_same_device(name, parameter, first, full)
+    if parameter.shape == full.shape:
+        return parameter
+    missing, lead = full.dim() - parameter.dim(), full.dim() - x.dim()
+    fits = missing >= 0 and all(
+        n in (1, m) for n, m in zip(parameter.shape, full.shape[missing:], strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {shape_of(parameter)}, which does not broadcast to {first}'s "
+            f"{shape_of(full)}; expected that shape, one row {list(full.shape[lead + 1 :])}, or one number"
+        )
+    parameter = parameter.reshape((1,) * missing + tuple(parameter.shape))
+    for start, stop in ((0, lead), (lead, lead + 1), (lead + 1, full.dim())):
+        if any(n != 1 for n in parameter.shape[start:stop]):
+            parameter = parameter.expand(
+                *parameter.shape[:start], *full.shape[start:stop], *parameter.shape[stop:]
+            )
+    return parameter

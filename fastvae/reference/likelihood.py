@@ -1,0 +1,37 @@
+"""log p(x|z) of rows and its gradients, by the functions that a likelihood declares, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .common import upcast
+
+
+def log_prob(likelihood: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    """log p(x|z) summed over the last axis: [K, B].
+
+    x is [B, X]; parameters are broadcastable to [K, B, X], which the first is.
+    """
+    x, *parameters = _computed(x, parameters)
+    value = likelihood.value(x, *parameters).sum(2)
+    return value if likelihood.data is None else value + likelihood.data(x).sum(1)
+
+
+def log_prob_backward(likelihood: Any, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """Gradients for (x, *parameters), None where not needed; the last argument says which are."""
+    *given, need = rest
+    wide, *parameters = _computed(x, given)
+    to_x, *grads = likelihood.gradient(grad[:, :, None], wide, *parameters)
+    summed = [None if to_x is None else to_x.sum(0)]
+    summed += [g.sum_to_size(p.shape) for g, p in zip(grads, given, strict=True)]
+    return tuple(g.to(t.dtype) if n else None for g, t, n in zip(summed, (x, *given), need, strict=True))
+
+
+def _computed(x: Tensor, parameters: Any) -> tuple[Tensor, ...]:
+    """In the dtype of the computation, which integers have no say in."""
+    if x.is_floating_point():
+        return upcast(x, *parameters)
+    parameters = upcast(*parameters)
+    return x.to(parameters[0].dtype), *parameters

@@ -1,0 +1,449 @@
+"""The engine of the likelihoods in Triton: log p(x|z) of rows, summed over the event, and its gradients.
+
+A likelihood is a few scalar functions in a file of :mod:`fastvae.kernels.likelihoods`; walks, broadcasting,
+dtypes, sums and launches are written once, here. A tile is [BLOCK_K, BLOCK_B, BLOCK_X]: samples that share x,
+rows, pixels. A parameter's tile has size 1 along the axes over which it does not vary, so what is computed of
+it alone is computed once for all that share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    LAUNCH,
+    accumulator,
+    event_offsets,
+    event_tiles,
+    launch,
+    load,
+    log1p,
+    log1p_of_odds,
+    odds_of_both,
+    pixel_span,
+    split_program,
+    store,
+    strides,
+    sum_of_parts,
+    triton_dtype,
+)
+
+MOST_PARAMETERS = 3
+# Tiles of a row for one program where logarithms are shared: the product of four factors of up to 2 from each
+# must stay below 2^127.
+MOST_TILES = 28
+
+# Where the gradient of a parameter goes: one per element, one per pixel, or one per row.
+NONE, FULL, COLUMN, ROW = (tl.constexpr(i) for i in range(4))
+# Bits of VARIES, the axes along which a parameter has more than one value.
+ALONG_K, ALONG_B, ALONG_X, ALONG_ALL = (tl.constexpr(i) for i in (1, 2, 4, 7))
+
+
+@triton.jit
+def load_parameter(
+    p_p, i_k, i_b, i_x, K, B, X, stride_k, stride_b, stride_x, VARIES: tl.constexpr, PADDING: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """A parameter's tile: [BLOCK_K or 1, BLOCK_B or 1, BLOCK_X or 1]; PADDING beyond the rows."""
+    o_k = event_offsets(i_k if ALONG_K & VARIES else 0, BLOCK_K if ALONG_K & VARIES else 1, 0)
+    o_b = event_offsets(i_b if ALONG_B & VARIES else 0, BLOCK_B if ALONG_B & VARIES else 1, 1)
+    o_x = event_offsets(i_x if ALONG_X & VARIES else 0, BLOCK_X if ALONG_X & VARIES else 1, 2)
+    mask = (o_k < K) & ((o_b < B) & (o_x < X))
+    return load(p_p, o_k * stride_k + o_b * stride_b + o_x * stride_x, mask, DTYPE, PADDING)
+
+
+@triton.jit(do_not_specialize=["K", "B", "x_tiles"], do_not_specialize_on_alignment=["k_splits"])
+def log_prob_kernel(
+    p_x,  # [B, X] data, of any type
+    p_p0,  # [K or 1, B or 1, X or 1] the parameters; None beyond the last
+    p_p1,
+    p_p2,
+    p_out,  # [x_splits, K, B] out, contiguous: parts of the log-likelihood
+    K,  # samples
+    B,  # rows
+    X,  # pixels
+    k_splits,  # programs along the samples
+    x_tiles,  # blocks of pixels of one program
+    stride_x_b,
+    stride_x_x,
+    stride_0_k,
+    stride_0_b,
+    stride_0_x,
+    stride_1_k,
+    stride_1_b,
+    stride_1_x,
+    stride_2_k,
+    stride_2_b,
+    stride_2_x,
+    VARIES_1: tl.constexpr,
+    VARIES_2: tl.constexpr,
+    VALUE: tl.constexpr,  # the likelihood's functions, see fastvae.kernels.likelihoods
+    DATA: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SHARED_LOG: tl.constexpr,
+    PADDING: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """One program per block of samples and rows, and split of the pixels."""
+    i_b, i_k = split_program(k_splits)
+    i_k *= BLOCK_K
+    i_b *= BLOCK_B
+    x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
+    # What four pixels, and all tiles of a row, add by log(1 + odds) each is one logarithm of a product.
+    PRODUCT: tl.constexpr = SHARED_LOG and tl.float32 == DTYPE and BLOCK_X >= 4
+    LANES: tl.constexpr = BLOCK_X // 4 if PRODUCT else BLOCK_X
+    b_sum = tl.zeros([BLOCK_K, BLOCK_B, LANES], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, LANES]
+    if PRODUCT:
+        b_product = tl.zeros([BLOCK_K, BLOCK_B, LANES], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, LANES]
+    o_k = event_offsets(i_k, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
+    o_b = event_offsets(i_b, BLOCK_B, 1)  # [1, BLOCK_B, 1]
+    for i_x in range(x_start, x_stop, BLOCK_X):
+        o_x = event_offsets(i_x, BLOCK_X, 2)  # [1, 1, BLOCK_X]
+        m_x = o_x < X
+        b_x = load(p_x, o_b * stride_x_b + o_x * stride_x_x, (o_b < B) & m_x, DTYPE)
+        b_0 = load_parameter(
+            p_p0, i_k, i_b, i_x, K, B, X, stride_0_k, stride_0_b, stride_0_x,
+            ALONG_ALL, 0.0 if PADDING is None else PADDING, DTYPE, BLOCK_K, BLOCK_B, BLOCK_X,
+        )  # fmt: skip
+        if p_p1 is not None:
+            b_1 = load_parameter(
+                p_p1, i_k, i_b, i_x, K, B, X, stride_1_k, stride_1_b, stride_1_x, VARIES_1, 0.0, DTYPE,
+                BLOCK_K, BLOCK_B, BLOCK_X,
+            )  # fmt: skip
+        if p_p2 is not None:
+            b_2 = load_parameter(
+                p_p2, i_k, i_b, i_x, K, B, X, stride_2_k, stride_2_b, stride_2_x, VARIES_2, 0.0, DTYPE,
+                BLOCK_K, BLOCK_B, BLOCK_X,
+            )  # fmt: skip
+        b_data = b_x
+        if DATA is not None:
+            # Of x alone: once for all samples of the tile.
+            b_own, b_data = DATA(b_x)
+        if p_p1 is None:
+            b_value = VALUE(b_x, b_data, b_0)
+        elif p_p2 is None:
+            b_value = VALUE(b_x, b_data, b_0, b_1)
+        else:
+            b_value = VALUE(b_x, b_data, b_0, b_1, b_2)
+        if SHARED_LOG:
+            b_value, b_odds = b_value
+        if DATA is not None:
+            b_value += b_own
+        if PADDING is None:
+            b_value = tl.where(m_x, b_value, 0.0)
+            if SHARED_LOG:
+                b_odds = tl.where(m_x, b_odds, 0.0)
+        if PRODUCT:
+            b_value, b_more = tl.split(tl.reshape(b_value, [BLOCK_K, BLOCK_B, LANES, 2, 2]))
+            b_value, b_more = tl.split(b_value + b_more)
+            b_sum += b_value + b_more
+            b_odds, b_more = tl.split(tl.reshape(b_odds, [BLOCK_K, BLOCK_B, LANES, 2, 2]))
+            b_odds, b_more = tl.split(odds_of_both(b_odds, b_more))
+            b_product = odds_of_both(b_product, odds_of_both(b_odds, b_more))
+        elif SHARED_LOG:
+            b_sum += b_value + log1p(b_odds)
+        else:
+            b_sum += b_value
+    if PRODUCT:
+        b_sum += log1p_of_odds(b_product)
+    o_out = (tl.program_id(1).to(tl.int64) * K + o_k) * B + o_b
+    tl.store(p_out + o_out, FACTOR * tl.sum(b_sum, axis=2, keep_dims=True), mask=(o_k < K) & (o_b < B))
+
+
+@triton.jit
+def put(p_grad, s_grad, b_grad, o_out, m_row, m_x, m_full, LAYOUT: tl.constexpr):
+    """A tile of a parameter's gradient: stored, or added to sums of a lane each, which are returned."""
+    if LAYOUT == FULL:
+        store(p_grad, o_out, b_grad, m_full)
+    # Beyond the rows g is 0, but what it multiplies may be infinite.
+    elif LAYOUT == COLUMN:
+        s_grad += tl.where(m_row, b_grad, 0.0)
+    elif LAYOUT == ROW:
+        s_grad += tl.where(m_x, b_grad, 0.0)
+    return s_grad
+
+
+@triton.jit
+def put_column(p_grad, s_grad, o_x, X, LAYOUT: tl.constexpr):
+    """Sums over samples and rows, complete for these pixels; zeros to go on with."""
+    if LAYOUT == COLUMN:
+        b_sum = tl.sum(tl.sum(s_grad, axis=0, keep_dims=True), axis=1, keep_dims=True)
+        tl.store(p_grad + tl.program_id(0).to(tl.int64) * X + o_x, b_sum, mask=o_x < X)
+        s_grad = tl.zeros_like(s_grad)
+    return s_grad
+
+
+@triton.jit
+def put_row(p_grad, s_grad, o_k, o_b, K, B, LAYOUT: tl.constexpr):
+    """Sums over the pixels of a row."""
+    if LAYOUT == ROW:
+        o_out = (tl.program_id(1).to(tl.int64) * K + o_k) * B + o_b
+        tl.store(p_grad + o_out, tl.sum(s_grad, axis=2, keep_dims=True), mask=(o_k < K) & (o_b < B))
+
+
+@triton.jit(
+    do_not_specialize=["K", "B", "k_per_program", "b_per_program", "x_tiles"],
+    do_not_specialize_on_alignment=["k_splits", "stride_grad_k", "stride_grad_b"],
+)
+def log_prob_backward_kernel(
+    p_grad,  # [K, B] gradient of the log-likelihood
+    p_x,  # [B, X] data, of any type
+    p_p0,  # [K or 1, B or 1, X or 1] the parameters; None beyond the last
+    p_p1,
+    p_p2,
+    p_grad_x,  # [k_splits, B, X] out, contiguous, or None where not needed
+    p_grad_p0,  # out, contiguous: FULL [K, B, X], COLUMN [k_splits * b_splits, X], ROW [x_splits, K, B]
+    p_grad_p1,
+    p_grad_p2,
+    K,  # samples
+    B,  # rows
+    X,  # pixels
+    k_per_program,  # samples of one program; with ROW one block of them
+    b_per_program,  # rows of one program; with ROW one block of them
+    k_splits,  # programs along the samples
+    x_tiles,  # blocks of pixels of one program
+    stride_grad_k,
+    stride_grad_b,
+    stride_x_b,
+    stride_x_x,
+    stride_0_k,
+    stride_0_b,
+    stride_0_x,
+    stride_1_k,
+    stride_1_b,
+    stride_1_x,
+    stride_2_k,
+    stride_2_b,
+    stride_2_x,
+    MERGE_K: tl.constexpr,  # a program takes more than one block of samples,
+    MERGE_B: tl.constexpr,  # or of rows
+    LAYOUT_0: tl.constexpr,  # of the parameters' gradients: NONE, FULL, COLUMN or ROW
+    LAYOUT_1: tl.constexpr,
+    LAYOUT_2: tl.constexpr,
+    VARIES_1: tl.constexpr,
+    VARIES_2: tl.constexpr,
+    GRADIENT: tl.constexpr,  # the likelihood's function, see fastvae.kernels.likelihoods
+    FINITE: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """One program per split of the samples, of the rows and of the pixels."""
+    i_b_split, i_split = split_program(k_splits)
+    k_start = i_split * k_per_program
+    b_start = i_b_split * b_per_program
+    # One block, where the compiler can see that it is one, or it takes twice the registers.
+    k_stop = k_start + 1
+    if MERGE_K:
+        k_stop = tl.minimum(k_start + k_per_program, K)
+    b_stop = b_start + 1
+    if MERGE_B:
+        b_stop = tl.minimum(b_start + b_per_program, B)
+    x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
+    # Sums a lane each until they are complete: over the pixels of a row, or over samples and rows.
+    s_0 = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
+    s_1 = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
+    s_2 = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
+    for i_x in range(x_start, x_stop, BLOCK_X):
+        o_x = event_offsets(i_x, BLOCK_X, 2)  # [1, 1, BLOCK_X]
+        m_x = o_x < X
+        for i_b in range(b_start, b_stop, BLOCK_B):
+            o_b = event_offsets(i_b, BLOCK_B, 1)  # [1, BLOCK_B, 1]
+            m_b = o_b < B
+            m_bx = m_b & m_x
+            b_x = load(p_x, o_b * stride_x_b + o_x * stride_x_x, m_bx, DTYPE)
+            # Those of x are over samples.
+            s_x = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
+            for i_k in range(k_start, k_stop, BLOCK_K):
+                o_k = event_offsets(i_k, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
+                m_row = (o_k < K) & m_b
+                o_g = o_k * stride_grad_k + o_b * stride_grad_b
+                b_g = load(p_grad, o_g, m_row, DTYPE)  # [BLOCK_K, BLOCK_B, 1]
+                b_0 = load_parameter(
+                    p_p0, i_k, i_b, i_x, K, B, X, stride_0_k, stride_0_b, stride_0_x, ALONG_ALL, 0.0, DTYPE,
+                    BLOCK_K, BLOCK_B, BLOCK_X,
+                )  # fmt: skip
+                if p_p1 is not None:
+                    b_1 = load_parameter(
+                        p_p1, i_k, i_b, i_x, K, B, X, stride_1_k, stride_1_b, stride_1_x, VARIES_1, 0.0,
+                        DTYPE, BLOCK_K, BLOCK_B, BLOCK_X,
+                    )  # fmt: skip
+                if p_p2 is not None:
+                    b_2 = load_parameter(
+                        p_p2, i_k, i_b, i_x, K, B, X, stride_2_k, stride_2_b, stride_2_x, VARIES_2, 0.0,
+                        DTYPE, BLOCK_K, BLOCK_B, BLOCK_X,
+                    )  # fmt: skip
+                if p_p1 is None:
+                    b_grads = GRADIENT(b_g, b_x, b_0)
+                elif p_p2 is None:
+                    b_grads = GRADIENT(b_g, b_x, b_0, b_1)
+                else:
+                    b_grads = GRADIENT(b_g, b_x, b_0, b_1, b_2)
+                o_out = (o_k * B + o_b) * X + o_x
+                if p_grad_x is not None:
+                    s_x += b_grads[0] if FINITE else tl.where(m_row, b_grads[0], 0.0)
+                s_0 = put(p_grad_p0, s_0, b_grads[1], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_0)
+                if p_p1 is not None:
+                    s_1 = put(p_grad_p1, s_1, b_grads[2], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_1)
+                if p_p2 is not None:
+                    s_2 = put(p_grad_p2, s_2, b_grads[3], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_2)
+            if p_grad_x is not None:
+                o_part = (i_split.to(tl.int64) * B + o_b) * X + o_x
+                store(p_grad_x, o_part, tl.sum(s_x, axis=0, keep_dims=True), m_b & m_x)
+        s_0 = put_column(p_grad_p0, s_0, o_x, X, LAYOUT_0)
+        s_1 = put_column(p_grad_p1, s_1, o_x, X, LAYOUT_1)
+        s_2 = put_column(p_grad_p2, s_2, o_x, X, LAYOUT_2)
+    o_k = event_offsets(k_start, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
+    o_b = event_offsets(b_start, BLOCK_B, 1)  # [1, BLOCK_B, 1]
+    put_row(p_grad_p0, s_0, o_k, o_b, K, B, LAYOUT_0)
+    put_row(p_grad_p1, s_1, o_k, o_b, K, B, LAYOUT_1)
+    put_row(p_grad_p2, s_2, o_k, o_b, K, B, LAYOUT_2)
+
+
+@functools.cache
+def twin(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A likelihood's functions and constants for the forward pass, and for the backward pass."""
+    module = importlib.import_module(f"{__package__}.likelihoods.{name}")
+    forward = {
+        "VALUE": module.value,
+        "DATA": getattr(module, "data", None),
+        "FACTOR": getattr(module, "FACTOR", 1.0),
+        "SHARED_LOG": getattr(module, "SHARED_LOG", False),
+        "PADDING": getattr(module, "PADDING", None),
+    }
+    return forward, {"GRADIENT": module.gradient, "FINITE": getattr(module, "FINITE", False)}
+
+
+def _all(parameters: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
+    return *parameters, *(None,) * (MOST_PARAMETERS - len(parameters))
+
+
+def _varies(parameter: torch.Tensor | None) -> int:
+    """Along which axes it has more than one value, whether it broadcasts or was expanded."""
+    return sum((s != 0) << i for i, s in enumerate(strides(parameter, 3)))
+
+
+def _described(parameters: tuple[torch.Tensor | None, ...]) -> tuple:
+    """What the kernels are told of the parameters: strides, and along which axes they vary."""
+    numbers = [n for p in parameters for n in strides(p, 3)]
+    # The first has all axes: beyond its rows it is PADDING.
+    return numbers, {f"VARIES_{i}": _varies(p) for i, p in enumerate(parameters) if i}
+
+
+def log_prob(likelihood: Any, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    """log p(x|z) summed over the last axis: [K, B].
+
+    x is [B, X]; parameters are broadcastable to [K, B, X], which the first is.
+    """
+    k, b, size = parameters[0].shape
+    dtype = accumulator(*parameters) if not x.is_floating_point() else accumulator(x, *parameters)
+    if parameters[0].numel() == 0:
+        return torch.zeros((k, b), dtype=dtype, device=x.device)
+    functions, _ = twin(likelihood.name)
+    # What is computed of the data takes registers.
+    launching = LAUNCH["likelihood" if functions["DATA"] is None else "likelihood_backward"]
+    most_tiles = MOST_TILES if functions["SHARED_LOG"] else 0
+    tiles = event_tiles(k, b, size, launching.tile, most_tiles=most_tiles)
+    out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=x.device)
+    parameters = _all(parameters)
+    numbers, varies = _described(parameters)
+    launch(
+        log_prob_kernel,
+        tiles.grid,
+        (x, *parameters, out),
+        (k, b, size, tiles.k_splits, tiles.x_tiles, *strides(x, 2), *numbers),
+        {**varies, **functions, "DTYPE": triton_dtype(dtype), **tiles.blocks},
+        launching.warps(dtype),
+    )
+    return sum_of_parts(out)
+
+
+def _layout(parameter: torch.Tensor | None, needed: bool, k: int, b: int, size: int) -> int:
+    """Where its gradient goes."""
+    if not needed:
+        return NONE.value
+    if parameter.shape[2] == 1 and size > 1:
+        return ROW.value
+    return COLUMN.value if parameter.shape[:2] == (1, 1) and k * b > 1 else FULL.value
+
+
+def log_prob_backward(
+    likelihood: Any, grad: torch.Tensor, x: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients for (x, *parameters), None where not needed; the last argument says which are."""
+    *given, need = rest
+    k, b, size = given[0].shape
+    if given[0].numel() == 0 or not any(need):
+        return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, *given), need, strict=True))
+    dtype = accumulator(*given) if not x.is_floating_point() else accumulator(x, *given)
+    parameters = _all(tuple(given))
+    needed = [*need[1:], *[False] * (MOST_PARAMETERS - len(given))]
+    layouts = [_layout(p, n, k, b, size) for p, n in zip(parameters, needed, strict=True)]
+    # A sum over samples or rows is the shorter the more of them a program takes; a sum over a row needs one
+    # block of rows.
+    column, row = COLUMN.value in layouts, ROW.value in layouts
+    launching = LAUNCH["likelihood_backward"]
+    merged = {"merge_k": (need[0] or column) and not row, "merge_b": column and not row}
+    tiles = event_tiles(k, b, size, launching.tile, **merged)
+    grad_x = None
+    if need[0]:
+        part = x.dtype if tiles.k_splits == 1 else dtype
+        grad_x = torch.empty((tiles.k_splits, b, size), dtype=part, device=x.device)
+    shapes = {
+        FULL.value: (k, b, size),
+        COLUMN.value: (tiles.k_splits * tiles.b_splits, size),
+        ROW.value: (tiles.x_splits, k, b),
+    }
+    grads: list[torch.Tensor | None] = [None] * MOST_PARAMETERS
+    for i, (p, layout) in enumerate(zip(parameters, layouts, strict=True)):
+        if layout != NONE.value:
+            whole = layout == FULL.value and p.shape == (k, b, size)
+            kept = p.dtype if whole else dtype
+            grads[i] = torch.empty(shapes[layout], dtype=kept, device=x.device)
+    numbers, varies = _described(parameters)
+    launch(
+        log_prob_backward_kernel,
+        tiles.grid,
+        (grad, x, *parameters, grad_x, *grads),
+        (
+            *(k, b, size, tiles.k_per_program, tiles.b_per_program, tiles.k_splits, tiles.x_tiles),
+            *(*strides(grad, 2), *strides(x, 2), *numbers),
+        ),
+        {
+            "MERGE_K": tiles.k_per_program > tiles.block_k,
+            "MERGE_B": tiles.b_per_program > tiles.block_b,
+            **{f"LAYOUT_{i}": layout for i, layout in enumerate(layouts)},
+            **varies,
+            **twin(likelihood.name)[1],
+            "DTYPE": triton_dtype(dtype),
+            **tiles.blocks,
+        },
+        launching.warps(dtype),
+    )
+    if need[0]:
+        grad_x = sum_of_parts(grad_x).to(x.dtype)
+    return grad_x, *(
+        None if g is None else _as_given(g, p, layout)
+        for g, p, layout in zip(grads, given, layouts, strict=False)
+    )
+
+
+def _as_given(grad: torch.Tensor, parameter: torch.Tensor, layout: int) -> torch.Tensor:
+    """A parameter's gradient, of what a kernel wrote."""
+    if layout == FULL.value and grad.shape == parameter.shape:
+        return grad
+    if layout == COLUMN.value:
+        grad = sum_of_parts(grad)[None, None]
+    elif layout == ROW.value:
+        grad = sum_of_parts(grad)[:, :, None]
+    return grad.sum_to_size(parameter.shape).to(parameter.dtype)

@@ -1,0 +1,25 @@
+"""log N(x; mean, exp(logvar)). The mathematics stands in fastvae/likelihoods/gaussian.py."""
+
+import triton
+import triton.language as tl
+
+from ..common import exp
+
+FACTOR = -0.5
+LOG_2_PI = tl.constexpr(1.8378770664093453)
+
+
+@triton.jit
+def value(x, data, mean, logvar):
+    # exp(-logvar) itself overflows long before what it is a factor of does, here and below.
+    white = (x - mean) * exp(-0.5 * logvar)
+    return LOG_2_PI + logvar + white * white
+
+
+@triton.jit
+def gradient(g, x, mean, logvar):
+    inverse_s = exp(-0.5 * logvar)
+    white = (x - mean) * inverse_s
+    part = g * white
+    grad_mean = part * inverse_s
+    return -grad_mean, grad_mean, 0.5 * (part * white - g)

@@ -1,0 +1,31 @@
+"""x r - exp(r) - log x! of log rates r. The mathematics stands in fastvae/likelihoods/poisson.py."""
+
+import triton
+import triton.language as tl
+
+from ..common import exp, expm1_minus_near, log, log_factorial_excess, smallest_normal
+
+# A rate of 0.
+PADDING = float("-inf")
+
+
+@triton.jit
+def data(x):
+    log_x = log(tl.maximum(x, smallest_normal(x)))
+    return -log_factorial_excess(x, log_x), log_x
+
+
+@triton.jit
+def value(x, log_x, log_rate):
+    # With d = r - log x this is x (1 + d) - exp(r), or -x (exp(d) - 1 - d), which cancels less where d is
+    # small.
+    d = log_rate - log_x
+    # Of an infinite rate no inf - inf is left.
+    linear = 1.0 + tl.minimum(d, 710.0)
+    far = tl.where(x == 0, 0.0, x * linear) - exp(log_rate)
+    return tl.where(tl.abs(d) < 0.69, -x * expm1_minus_near(d), far)
+
+
+@triton.jit
+def gradient(g, x, log_rate):
+    return 0.0, g * (x - exp(log_rate))

@@ -1,0 +1,134 @@
+"""What is registered, and inputs for it: a likelihood that is declared is covered by the tests of these."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastvae  # noqa: F401
+from fastvae._checks import INTEGERS
+from fastvae.likelihoods.base import DECLARED
+
+from . import formulas, strategies
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LIKELIHOODS = sorted(DECLARED)
+SPREADS = (0.01, 1.0, 5.0)
+SIZES = strategies.distinct_sizes(3)
+
+
+def counts(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Mostly zeros and small ones, some that are large, some that are not whole."""
+    values = torch.poisson(
+        torch.rand(shape, generator=generator, dtype=torch.float64) * 4, generator=generator
+    )
+    kind = torch.rand(shape, generator=generator)
+    values = torch.where(kind < 0.3, torch.zeros_like(values), values)
+    large = torch.floor(torch.exp(10.3 * torch.rand(shape, generator=generator, dtype=torch.float64)))
+    values = torch.where(kind > 0.9, large, values)
+    return torch.where((kind > 0.85) & (kind < 0.9), values + kind.double(), values)
+
+
+def data(likelihood: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Where the likelihood's data lie, the ends included."""
+    declared, generator = DECLARED[likelihood], torch.Generator().manual_seed(seed)
+    if declared.high < math.inf:
+        values = torch.rand(shape, generator=generator, dtype=torch.float64)
+        values = (values * 1.4 - 0.2).clamp(0, 1) * (declared.high - declared.low) + declared.low
+    elif declared.low == 0:
+        values = counts(shape, generator)
+    else:
+        assert declared.low == -math.inf, f"{likelihood}: tell tests/cases.py how to draw its data"
+        values = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    if dtype in INTEGERS:
+        most = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+        values = values.round().clamp(max=most)
+    return values.to(device=DEVICE, dtype=dtype)
+
+
+def parameters(
+    likelihood: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """The decoder's output, each tensor of this shape."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    number = len(DECLARED[likelihood].outputs)
+    return [torch.randn(shape, generator=generator).to(device=DEVICE, dtype=dtype) for _ in range(number)]
+
+
+def forms(likelihood: str, k: int, b: int, event: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of a parameter beside the first, [K, B, *event]; none for a likelihood that has but one."""
+    ones = (1,) * len(event)
+    all_ = [(k, b, *event), event, (), (b, *event), (b, *ones), (k, 1, *ones), (k, b, *ones)]
+    return all_ if len(DECLARED[likelihood].outputs) > 1 else []
+
+
+@st.composite
+def log_prob(draw, likelihood: str, sizes=SIZES):
+    """A call of ``ops.<likelihood>_log_prob``: x, parameters, what arrives, and the gradients asked for."""
+    declared = DECLARED[likelihood]
+    k, b, size = draw(sizes)
+    event = (size,) if size % 4 else (size // 4, 4)
+    dtype = draw(strategies.dtypes)
+    kinds = [dtype, torch.float32, *(INTEGERS if declared.takes_integers else ())]
+    x = data(likelihood, b, *event, seed=draw(strategies.seeds), dtype=draw(st.sampled_from(kinds)))
+    given = []
+    for i, name in enumerate(declared.outputs):
+        shape = draw(st.sampled_from(forms(likelihood, k, b, event))) if i else (k, b, *event)
+        spreads = SPREADS[:2] if dtype == torch.float16 else SPREADS
+        spread = draw(st.sampled_from((*spreads, *declared.hazards.get(name, ()))))
+        # One number or one row often stays in float32 beside half-precision tensors.
+        kept = torch.float32 if i and dtype != torch.float64 and draw(st.booleans()) else dtype
+        given.append(draw(strategies.tensors(shape, kept, spread=spread, device=DEVICE)))
+    asked = st.lists(st.booleans(), min_size=len(given), max_size=len(given))
+    need_x = declared.differentiable and draw(st.booleans())
+    need = [need_x, *draw(asked if need_x else asked.filter(any))]
+    return {
+        "likelihood": likelihood,
+        "x": strategies.laid_out(x, draw(strategies.layouts)),
+        "parameters": given,
+        "grad": draw(strategies.tensors((k, b), torch.float32, device=DEVICE)),
+        "need": need,
+    }
+
+
+def case(
+    likelihood: str, k: int, b: int, x: int, shape: tuple[int, ...] | None = None, seed: int = 0
+) -> dict:
+    """Such a call of these sizes, everything asked for; parameters beside the first of another shape."""
+    declared = DECLARED[likelihood]
+    first, *others = parameters(likelihood, k, b, x, seed=seed)
+    if shape is not None:
+        others = [o.flatten()[: math.prod(shape)].reshape(shape) for o in others]
+    return {
+        "likelihood": likelihood,
+        "x": data(likelihood, b, x, seed=seed),
+        "parameters": [first, *others],
+        "grad": torch.randn(k, b, generator=torch.Generator().manual_seed(seed)).to(DEVICE),
+        "need": [declared.differentiable] + [True] * len(declared.outputs),
+    }
+
+
+def run(case: dict) -> list[Tensor]:
+    """The op's result and its gradients."""
+    inputs = [t.detach() for t in (case["x"], *case["parameters"])]
+    for t, need in zip(inputs, case["need"], strict=True):
+        t.requires_grad_(need)
+    out = getattr(fastvae.ops, f"{case['likelihood']}_log_prob")(*inputs)
+    asked = [t for t in inputs if t.requires_grad]
+    grads = torch.autograd.grad(out, asked, case["grad"].to(out.dtype))
+    assert all(g.dtype == t.dtype for g, t in zip(grads, asked, strict=True))
+    return [out, *grads]
+
+
+def results(case: dict) -> list[tuple]:
+    """(name, the op's, plain PyTorch's, what is expected) of everything that a case asks for."""
+    actual = run(case)
+    with fastvae.use_backend("reference"):
+        eager = run(case)
+    out, grads = formulas.rows(case["likelihood"], case["x"], *case["parameters"], case["grad"])
+    names = ("x", *DECLARED[case["likelihood"]].outputs)
+    wanted = [(f"gradient of {n}", g) for n, g, need in zip(names, grads, case["need"], strict=True) if need]
+    return [(n, a, e, w) for (n, w), a, e in zip([("log prob", out), *wanted], actual, eager, strict=True)]

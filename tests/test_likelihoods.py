@@ -1,0 +1,201 @@
+"""Every declared likelihood on every backend, against an independent distribution in float64."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastvae
+from fastvae import _backend, ops
+from fastvae._checks import INTEGERS
+from fastvae.likelihoods.base import DECLARED
+
+from . import cases
+from .cases import LIKELIHOODS
+from .compare import assert_accurate
+from .conftest import CUDA, DEVICE
+
+each = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+INTEGER = [n for n in LIKELIHOODS if DECLARED[n].takes_integers]
+BOUNDED = [n for n in LIKELIHOODS if DECLARED[n].low > -math.inf]
+
+
+def _op(likelihood):
+    return getattr(ops, f"{likelihood}_log_prob")
+
+
+def _check(case):
+    for result in cases.results(case):
+        assert_accurate(*result)
+
+
+@each
+def test_every_layer_has_it(likelihood):
+    """One that is declared has its twins, and what only a declaration can tell the tests."""
+    assert likelihood in _backend.extension().likelihoods, "no csrc/likelihoods file, or not built since"
+    if importlib.util.find_spec("triton"):
+        twin = importlib.import_module(f"fastvae.kernels.likelihoods.{likelihood}")
+        assert callable(twin.value) and callable(twin.gradient)
+        assert hasattr(twin, "data") == (DECLARED[likelihood].data is not None)
+    assert callable(DECLARED[likelihood].oracle), "tests compare with an independent distribution"
+    assert set(_backend.extension().likelihoods) == set(LIKELIHOODS)
+
+
+@given(case=st.sampled_from(LIKELIHOODS).flatmap(cases.log_prob))
+def test_log_prob(backend, case):
+    _check(case)
+
+
+@each
+@pytest.mark.parametrize("shape", [(2, 3, 2500), (2500,), (3, 1)])
+def test_rows_longer_than_a_tile(backend, likelihood, shape):
+    _check(cases.case(likelihood, 2, 3, 2500, shape))
+
+
+@each
+def test_many_rows_of_a_shared_row(backend, likelihood):
+    """More rows than there are partial sums."""
+    _check(cases.case(likelihood, 3, 150, 6, (6,)))
+
+
+@each
+@pytest.mark.parametrize("k, b, size", [(2, 0, 3), (2, 3, 0), (0, 3, 2)])
+@pytest.mark.parametrize("form", ["full", "row", "number"])
+def test_empty(backend, likelihood, k, b, size, form):
+    x = cases.data(likelihood, b, size).requires_grad_(DECLARED[likelihood].differentiable)
+    first, *others = cases.parameters(likelihood, k, b, size)
+    shape = {"full": (k, b, size), "row": (size,), "number": ()}[form]
+    given = [p.requires_grad_() for p in (first, *(torch.zeros(shape, device=DEVICE) for _ in others))]
+    out = _op(likelihood)(x, *given)
+    assert torch.equal(out, torch.zeros(k, b, device=DEVICE))
+    asked = [t for t in (x, *given) if t.requires_grad]
+    grads = torch.autograd.grad(out.sum(), asked)
+    assert [g.shape for g in grads] == [t.shape for t in asked]
+    assert all(bool((g == 0).all()) for g in grads)
+
+
+@each
+@pytest.mark.parametrize("columns", [6, 300])
+def test_nan_stays_in_its_row(backend, likelihood, columns):
+    x, given = cases.data(likelihood, 4, columns), cases.parameters(likelihood, 3, 4, columns)
+    given[0][1, 2, 3] = math.nan
+    out = _op(likelihood)(x, *given)
+    assert int(out.isnan().sum()) == 1 and bool(out[1, 2].isnan())
+    x[3, 0] = math.nan
+    out = _op(likelihood)(x, *given)
+    assert bool(out[:, 3].isnan().all()) and int(out.isnan().sum()) == 4
+
+
+@each
+def test_without_an_event_axis(backend, likelihood):
+    x, given = cases.data(likelihood, 5), cases.parameters(likelihood, 3, 5)
+    exact = DECLARED[likelihood].oracle(*(p.double() for p in given)).log_prob(x.double())
+    torch.testing.assert_close(_op(likelihood)(x, *given).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_one_wide_tensor_widens_the_result(backend, likelihood):
+    """Whichever it is: eager, compiled and every backend must agree on the dtype."""
+    narrow = [cases.data(likelihood, 3, 5), *cases.parameters(likelihood, 2, 3, 5)]
+    exact = _op(likelihood)(*(t.double() for t in narrow))
+    for i in range(len(narrow)):
+        given = [t.double() if j == i else t for j, t in enumerate(narrow)]
+        for t in given[1:]:
+            t.requires_grad_()
+        out = _op(likelihood)(*given)
+        torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+        grads = torch.autograd.grad(out.sum(), given[1:])
+        assert [g.dtype for g in grads] == [t.dtype for t in given[1:]]
+
+
+@pytest.mark.parametrize("likelihood", INTEGER)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("k, b, size", [(3, 4, 7), (2, 3, 300)])
+def test_integers_are_read_as_they_are(backend, likelihood, dtype, k, b, size):
+    x = cases.data(likelihood, b, size, dtype=dtype)
+    given = [p.requires_grad_() for p in cases.parameters(likelihood, k, b, size)]
+    found, expected = _op(likelihood)(x, *given), _op(likelihood)(x.float(), *given)
+    assert torch.equal(found, expected)
+    for a, e in zip(
+        torch.autograd.grad(found.sum(), given), torch.autograd.grad(expected.sum(), given), strict=True
+    ):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("likelihood", BOUNDED)
+@pytest.mark.parametrize("columns", [6, 500])
+def test_data_outside_of_the_support(backend, monkeypatch, likelihood, columns):
+    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU the check is asked for
+    declared = DECLARED[likelihood]
+    for wrong in (declared.low - 0.5, declared.high + 0.5):
+        if math.isinf(wrong):
+            continue
+        x = cases.data(likelihood, 4, columns)
+        x[3, -1] = wrong
+        flat = [p.flatten(0, 1) for p in cases.parameters(likelihood, 2, 4, columns)]
+        message = rf"x holds values in .*{wrong:g}.*must lie .*{declared.hint.split()[0]}"
+        with pytest.raises(ValueError, match=message):
+            _op(likelihood)(x, *cases.parameters(likelihood, 2, 4, columns))
+        decoder = lambda z, f=flat: f[0] if len(f) == 1 else tuple(f)  # noqa: E731
+        with pytest.raises(ValueError, match=message):
+            fastvae.iwae(x, torch.zeros(4, 2 * 5, device=DEVICE), decoder, k=2, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("likelihood", [n for n in LIKELIHOODS if not DECLARED[n].differentiable])
+def test_data_without_a_gradient(likelihood):
+    x = cases.data(likelihood, 4, 3).requires_grad_()
+    with pytest.raises(ValueError, match=r"x requires a gradient.*x.detach\(\)"):
+        _op(likelihood)(x, *cases.parameters(likelihood, 2, 4, 3))
+
+
+@each
+def test_named_arguments(likelihood):
+    declared = DECLARED[likelihood]
+    x, given = cases.data(likelihood, 3, 5), cases.parameters(likelihood, 2, 3, 5)
+    named = dict(zip(declared.outputs, given, strict=True))
+    assert torch.equal(_op(likelihood)(x=x, **named), _op(likelihood)(x, *given))
+    with pytest.raises(TypeError, match=declared.outputs[-1]):
+        _op(likelihood)(x, *given[:-1])
+    assert declared.outputs[0] in _op(likelihood).__doc__
+
+
+@each
+@pytest.mark.parametrize("objective", ["elbo", "iwae", "log_marginal"])
+def test_objectives(backend, likelihood, objective):
+    """By name, the decoder returning what is declared; chunked or not, the same numbers."""
+    k, b, size, latent = 6, 3, 11, 4
+    x = cases.data(likelihood, b, size)
+    number = len(DECLARED[likelihood].outputs)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(latent, number * size).to(DEVICE)
+    decoder = lambda z: layer(z) if number == 1 else layer(z).chunk(number, dim=1)  # noqa: E731
+    q = torch.randn(b, 2 * latent, device=DEVICE)
+    options = {"likelihood": likelihood}
+
+    def value(**more):
+        torch.manual_seed(1)
+        if objective == "elbo":
+            return fastvae.elbo(x, q, decoder, samples=k, reduction="none", **options)
+        if objective == "iwae":
+            return fastvae.iwae(x, q, decoder, k=k, reduction="none", **options, **more)
+        return fastvae.log_marginal(x, q, decoder, k=k, **options, **more).log_px
+
+    whole = value()
+    with fastvae.use_backend("reference"):
+        torch.testing.assert_close(whole, value(), rtol=1e-4, atol=1e-4)
+    if objective != "elbo":
+        torch.testing.assert_close(value(k_chunk=4), whole, rtol=1e-5, atol=1e-4)
+    assert CUDA or whole.shape == (b,)
+
+
+@each
+def test_means(likelihood):
+    """What reconstructions show is the distribution's mean."""
+    given = cases.parameters(likelihood, 3, 5)
+    mean = DECLARED[likelihood]().mean(given[0] if len(given) == 1 else tuple(given))
+    torch.testing.assert_close(mean, DECLARED[likelihood].oracle(*given).mean)
