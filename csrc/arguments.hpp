@@ -16,6 +16,14 @@ struct Tensor {
   int axes = 0;
   i64 n0 = 1, n1 = 1, n2 = 1;
 
+  // A stack of n matrices, whose rows may come one after the other in a matrix.
+  Tensor stacked(i64 n) const {
+    if (axes != 2) return *this;
+    Tensor t = *this;
+    t.axes = 3, t.n0 = n, t.n1 = n0 / n, t.n2 = n1;
+    t.s0 = t.n1 * s0, t.s1 = s0, t.s2 = s1;
+    return t;
+  }
   // With this many axes: those that it lacks come first, and what it holds is the same along them.
   Tensor along(int number) const {
     Tensor t = *this;

@@ -128,12 +128,11 @@ struct type_caster<fastvae::Parameters> {
 template <>
 struct type_caster<fastvae::Draw> {
   PYBIND11_TYPE_CASTER(fastvae::Draw, const_name("Draw"));
-  // (samples, sample_offset, row_offset, logvar_min, logvar_max); 0 samples are one, whose axis z does not have
+  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat); the last says how z's memory is seen, which is one here
   bool load(handle source, bool) {
     PyObject* t = source.ptr();
-    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) != 5) return false;
-    const fastvae::i64 samples = fastvae::integer(PyTuple_GET_ITEM(t, 0));
-    value.samples = samples == 0 ? 1 : samples;
+    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) != 6) return false;
+    value.samples = fastvae::integer(PyTuple_GET_ITEM(t, 0));
     value.sample_offset = fastvae::integer(PyTuple_GET_ITEM(t, 1));
     value.row_offset = fastvae::integer(PyTuple_GET_ITEM(t, 2));
     value.logvar_min = fastvae::real(PyTuple_GET_ITEM(t, 3));

@@ -416,7 +416,7 @@ inline void rsample_log_ratio(Output z, Output slope, Output log_ratio, const Te
 
 // @param out_mu, out_logvar, out_prior_mu, out_prior_logvar (B, D): written
 // @param grad_z (K, B, D), @param grad_kl (B), or (B, D): null where nothing arrives
-// @param slope (K, B, D): from the forward pass
+// @param grad_z, slope (K, B, D) or (K B, D): the latter from the forward pass
 inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar,
                                 const Tensor& grad_z, const Tensor& grad_kl, const Tensor& slope, const Tensor& mu,
                                 const Tensor& logvar, const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw,
@@ -425,7 +425,7 @@ inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_pri
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
     latent_backward<decltype(prior)::value>(
-        q, LatentGrads<T>{view<const T>(grad_z.along(3)), view<const C>(slope.along(3)), view<const C>(grad_kl), {}, {}, false,
+        q, LatentGrads<T>{view<const T>(grad_z.stacked(draw.samples)), view<const C>(slope.stacked(draw.samples)), view<const C>(grad_kl), {}, {}, false,
                           pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)});
   });
 }
@@ -439,7 +439,7 @@ inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output 
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
     latent_backward<decltype(prior)::value>(
-        q, LatentGrads<T>{view<const T>(grad_z.along(3)), view<const C>(slope.along(3)), {}, view<const C>(grad_log_ratio),
+        q, LatentGrads<T>{view<const T>(grad_z.stacked(draw.samples)), view<const C>(slope.stacked(draw.samples)), {}, view<const C>(grad_log_ratio),
                           view<const C>(weight), path, pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu),
                           pointer<T>(out_prior_logvar)});
   });

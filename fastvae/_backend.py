@@ -114,7 +114,7 @@ def layer(backend: str, op_module: str) -> ModuleType:
 
 def on_cpu() -> str:
     """The backend for CPU tensors: that chosen, where "native" is "reference" if the C++ was left out."""
-    name = chosen()
+    name = _choice.get() or _default()
     return "reference" if LEFT_OUT and name == "native" else name
 
 

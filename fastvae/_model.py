@@ -54,9 +54,6 @@ class Model(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """What :func:`fastvae.ops.weigh.weigh` returns, of z [K·B, D] and a term of q and p."""
         parameters = self.decoder(z)
-        first = _first_of(parameters)
-        if isinstance(first, Tensor) and first.device != self.x.device:
-            check_same_device("the decoder's output", first, "x", self.x)
         takes_fused = beta is None or not beta.requires_grad
         if takes_fused and (arguments := fused(self.likelihood, self.x, parameters, samples)) is not None:
             return weigh(*arguments, term, beta, how, terms)
@@ -67,17 +64,16 @@ class Model(NamedTuple):
         x = self.x if x is None else x
         z_rows = z.flatten(0, 1)
         parameters = self.decoder(z_rows)
-        first = _first_of(parameters)
-        if isinstance(first, Tensor):
-            check_same_device("the decoder's output", first, "x", x)
         return self._log_prob(z_rows, x, parameters, z.shape[0])
 
     def _log_prob(self, z: Tensor, x: Tensor, parameters: Any, samples: int) -> Tensor:
         """log p(x|z) [K, B] of the decoder's output for z [K·B, D], checked."""
         batch, first = x.shape[0], _first_of(parameters)
-        value = self.likelihood.log_prob(x, parameters, samples)
         if type(self.likelihood).log_prob is Declared.log_prob:
-            return value
+            return self.likelihood.log_prob(x, parameters, samples)
+        if isinstance(first, Tensor):
+            check_same_device("the decoder's output", first, "x", x)
+        value = self.likelihood.log_prob(x, parameters, samples)
         # One of the user's may have broadcast what fastvae's own refuse.
         if isinstance(first, Tensor) and first.shape[:1] != (samples * batch,):
             raise ValueError(

@@ -18,7 +18,7 @@ from ._model import Chunks, Model
 from .likelihoods import Likelihood
 from .ops.latent import ESTIMATORS
 from .ops.weigh import Weighing
-from .posteriors import Posterior, draw_kl, draw_log_ratio
+from .posteriors import Posterior, draw_kl, draw_log_ratio, draw_ratio
 from .priors import Prior
 from .random import draw_seed
 from .weights import tail_length
@@ -111,33 +111,37 @@ def elbo(
     """
     model = Model.read(x, q, decoder, likelihood, prior)
     q, prior = model.q, model.prior
-    check_count("samples", samples, "the draws of z per example")
+    # What is right at a glance is not asked again.
+    if type(samples) is not int or samples < 1:
+        check_count("samples", samples, "the draws of z per example")
     if type(beta) is not float or not 0 <= beta < math.inf:
         beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
     if type(free_bits) is not float or not 0 <= free_bits < math.inf:
         free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
-    check_choice("kl", kl, ("analytic", "mc"))
-    check_choice("reduction", reduction, _REDUCTIONS)
+    if kl not in _KLS:
+        check_choice("kl", kl, _KLS)
+    if reduction not in _REDUCTIONS:
+        check_choice("reduction", reduction, _REDUCTIONS)
     # A tensor's value is not asked for, which would be a synchronisation.
     has_free_bits = isinstance(free_bits, Tensor) or free_bits > 0
     if has_free_bits and kl == "mc":
         raise ValueError(
             "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
         )
-    address = _address(q, samples, row_offset)
-    seed = draw_seed(q.device, generator)
+    if type(row_offset) is not int or row_offset:
+        check_address(samples, q.batch, 0, row_offset)
+    seed = draw_seed(x.device, generator)
     if not isinstance(beta, Tensor) and beta != 1 and torch.compiler.is_compiling():
         # An op's number is part of the code, a tensor's values are not.
         beta = torch.ones((), dtype=torch.float64, device=q.device) * beta
     coefficient, beta = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     if kl == "analytic":
-        z, term = draw_kl(q, prior, samples=samples, seed=seed, per_dimension=has_free_bits, **address)
+        z, term = draw_kl(q, prior, samples, seed, row_offset, has_free_bits)
         if has_free_bits:
             term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)
         coefficient = -coefficient
     else:
-        z, term = draw_log_ratio(q, prior, samples=samples, seed=seed, **address)
-        z = z.flatten(0, 1)
+        z, term = draw_ratio(q, prior, samples, seed, row_offset)
     how = Weighing(coefficient, "mean", "none" if terms else reduction)
     bound, log_likelihood = model.bound(z, term, samples, beta, how, terms)
     if not terms:
@@ -200,21 +204,25 @@ def iwae(
         >>> (-bound).backward()
     """
     model = Model.read(x, q, decoder, likelihood, prior)
-    check_count("k", k, "the importance samples per example")
-    check_choice("estimator", estimator, ESTIMATORS)
-    check_choice("reduction", reduction, _REDUCTIONS)
+    if type(k) is not int or k < 1:
+        check_count("k", k, "the importance samples per example")
+    if estimator not in ESTIMATORS:
+        check_choice("estimator", estimator, ESTIMATORS)
+    if reduction not in _REDUCTIONS:
+        check_choice("reduction", reduction, _REDUCTIONS)
     if k_chunk is not None:
         check_count("k_chunk", k_chunk, "the samples trained on at a time")
-    address = _address(model.q, k, row_offset)
-    seed = draw_seed(model.q.device, generator)
+    if type(row_offset) is not int or row_offset:
+        check_address(k, model.q.batch, 0, row_offset)
+    seed = draw_seed(x.device, generator)
     how = Weighing(1.0, "log_mean_exp", "none" if terms else reduction)
     if k_chunk is None or k_chunk >= k:
-        z, log_ratio = draw_log_ratio(
-            model.q, model.prior, samples=k, seed=seed, estimator=estimator, **address
-        )
-        bound, log_likelihood = model.bound(z.flatten(0, 1), log_ratio, k, None, how, terms)
+        z, log_ratio = draw_ratio(model.q, model.prior, k, seed, row_offset, estimator)
+        bound, log_likelihood = model.bound(z, log_ratio, k, None, how, terms)
     else:
-        log_likelihood, log_ratio, whole = _chunked(model, seed, k, k_chunk, estimator, address)
+        log_likelihood, log_ratio, whole = _chunked(
+            model, seed, k, k_chunk, estimator, _address(model.q, k, row_offset)
+        )
         if whole is not None:
             how = how._replace(reduction="none")
         bound, log_likelihood = _model.weigh_samples(log_likelihood, log_ratio, None, how)
@@ -404,4 +412,5 @@ def _address(q: Posterior, samples: int, row_offset: int) -> dict[str, int]:
     return {"row_offset": row_offset}
 
 
+_KLS = ("analytic", "mc")
 _REDUCTIONS = ("mean", "sum", "none")

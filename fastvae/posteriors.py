@@ -19,7 +19,8 @@ from ._checks import (
     check_tensor,
     shape_of,
 )
-from .priors import DiagonalNormal, Prior, StandardNormal
+from .ops.latent import flat_kl, flat_log_ratio
+from .priors import STANDARD, DiagonalNormal, Prior, StandardNormal
 
 __all__ = ["DiagonalGaussian", "Posterior", "as_posterior"]
 
@@ -144,18 +145,18 @@ class DiagonalGaussian(Posterior):
         )
 
 
+# What a decoder takes: z [K·B, D] as the ops write it, without a view.
+
+
 def draw_kl(
-    q: Posterior, prior: Prior, *, samples: int, per_dimension: bool = False, **options: Any
+    q: Posterior, prior: Prior, samples: int, seed: Tensor, row_offset: int, per_dimension: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """z [K·B, D] and the KL by ``q.rsample_kl``, its results checked where they are not fastvae's own;
-    options are its others.
-    """
+    """z [K·B, D] and the KL by ``q.rsample_kl``, its results checked where they are not fastvae's own."""
     if type(q) is DiagonalGaussian:
-        # One draw needs no axis, and then no view that takes the axis away.
-        one = None if samples == 1 else samples
-        z, kl = q.rsample_kl(prior, samples=one, per_dimension=per_dimension, **options)
-        return z if samples == 1 else z.flatten(0, 1), kl
-    z, kl = q.rsample_kl(prior, samples=samples, per_dimension=per_dimension, **options)
+        parts = None if prior is STANDARD else _normal_parts(prior)
+        return flat_kl(q.mu, q.logvar, parts, q.logvar_range, seed, samples, row_offset, per_dimension)
+    options = _offset(row_offset)
+    z, kl = q.rsample_kl(prior, samples=samples, seed=seed, per_dimension=per_dimension, **options)
     _check_draws(q, "rsample_kl", z, samples)
     if per_dimension:
         axes, shape, fix = "[B, D]", (q.batch, z.shape[2]), "per_dimension=True asks for each dimension's"
@@ -165,8 +166,25 @@ def draw_kl(
     return z.flatten(0, 1), kl
 
 
+def draw_ratio(
+    q: Posterior, prior: Prior, samples: int, seed: Tensor, row_offset: int, estimator: str = "iwae"
+) -> tuple[Tensor, Tensor]:
+    """z [K·B, D] and the log-ratio [K, B] by ``q.rsample_log_ratio``, likewise."""
+    if type(q) is DiagonalGaussian:
+        parts = None if prior is STANDARD else _normal_parts(prior)
+        return flat_log_ratio(q.mu, q.logvar, parts, q.logvar_range, seed, samples, row_offset, estimator)
+    options = _offset(row_offset)
+    z, log_ratio = draw_log_ratio(q, prior, samples=samples, seed=seed, estimator=estimator, **options)[:2]
+    return z.flatten(0, 1), log_ratio
+
+
+def _offset(row_offset: int) -> dict[str, int]:
+    """As an option of a draw; none for 0, so that a posterior that knows none need not take it."""
+    return {"row_offset": row_offset} if row_offset else {}
+
+
 def draw_log_ratio(q: Posterior, prior: Prior, *, samples: int, **options: Any) -> tuple[Tensor, ...]:
-    """``q.rsample_log_ratio``, its results checked in the same way; options are its others."""
+    """``q.rsample_log_ratio``, z [K, B, D], its results checked in the same way; options are its others."""
     results = q.rsample_log_ratio(prior, samples=samples, **options)
     if type(q) is DiagonalGaussian:
         return results

@@ -81,13 +81,13 @@ class DiagonalNormal(Prior):
 
 _NAMES = {"standard_normal": StandardNormal}
 # It has no state; making a module costs more than the kernels of a small batch.
-_STANDARD = StandardNormal()
+STANDARD = StandardNormal()
 
 
 def as_prior(prior: Any) -> Prior:
     """None or "standard_normal", a prior object, or a Normal / Independent(Normal)."""
     if prior is None:
-        return _STANDARD
+        return STANDARD
     if isinstance(prior, Prior):
         return prior
     if isinstance(prior, str):

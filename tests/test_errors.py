@@ -121,7 +121,7 @@ CASES = {
     "decoder on another device": (
         lambda: elbo(x(), q(), lambda z: logits(z).to(ELSEWHERE), **BERNOULLI),
         ValueError,
-        ["decoder's output is on meta", f"x is on {DEVICE.type}"],
+        ["decoder's logits is on meta", f"x is on {DEVICE.type}"],
     ),
     "prior on another device": (
         lambda: elbo(

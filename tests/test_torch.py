@@ -15,7 +15,6 @@ from torch import distributed, nn
 
 import fastvae
 from fastvae import ops
-from fastvae.ops.latent import NO_AXIS
 
 from . import cases, models
 from .cases import DECLARED, LIKELIHOODS
@@ -49,11 +48,11 @@ def _latent_arguments(op: str):
         "rsample_kl": ((True,), (False,), (False,)),
         "rsample_log_ratio": (("iwae", False), ("stl", False), ("dreg", True)),
     }[op]
-    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, *options[0], True
-    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, *options[1], True
-    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, *options[2], False
+    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, False, *options[0], True
+    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, True, *options[1], True
+    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, False, *options[2], False
     if op == "rsample_kl":
-        yield mu, logvar, None, None, seed_of(1), NO_AXIS, 0, 0, -INF, INF, *options[0], True
+        yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, True, *options[0], True
 
 
 def _backward_arguments(op: str):
@@ -66,13 +65,13 @@ def _backward_arguments(op: str):
         "slope": randn(K, B, D, seed=16),
     }
     mu, logvar, *prior = (randn(B, D, seed=s) for s in (1, 2, 3, 4))
-    inputs = (mu, logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5)
-    bare = (mu, logvar, None, None, seed_of(1), K, 0, 0, -INF, INF)
+    inputs = (mu, logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, False)
+    bare = (mu, logvar, None, None, seed_of(1), K, 0, 0, -INF, INF, False)
     if op == "rsample_kl_backward":
         yield g["z"], g["kl"], g["slope"], *inputs, [True] * 4
         yield None, g["dims"], g["slope"], *bare, [True, False, False, False]
         yield g["z"], None, None, *inputs, [False, True, True, False]
-        bare = (mu, logvar, None, None, seed_of(1), NO_AXIS, 0, 0, -INF, INF)
+        bare = (mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, True)
         yield g["z"][0], g["kl"], g["slope"][0], *bare, [True, True, False, False]
     else:
         yield g["z"], g["ratio"], None, g["slope"], *inputs, False, [True] * 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_same_device, check_tensor, shape_of
+from .._checks import FLOATING, check_same_device, check_tensor, shape_of
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator
 
@@ -74,9 +74,11 @@ class Declared(Likelihood):
     gradient: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
     data: ClassVar[Callable[[Tensor], Tensor] | None] = None
     oracle: ClassVar[Callable[..., torch.distributions.Distribution]]
+    _returns_all: ClassVar[bool]  # the decoder returns every output
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
+        cls._returns_all = cls._from_decoder is Declared._from_decoder and cls._given is Declared._given
         if "name" in cls.__dict__:
             ops.declare(cls)
             DECLARED[cls.name] = cls
@@ -89,29 +91,32 @@ class Declared(Likelihood):
     def fused(self, x: Tensor, parameters: Any, samples: int) -> Fused | None:
         """What the fused op takes, checked; None where it does not fit."""
         returned, given = self._read(x, parameters, samples)
-        rows = [_of_the_event(p, returned[0], x) for p in given]
-        if any([row is None for row in rows]):
-            return None
+        rows: tuple = ()
+        if given:
+            rows = tuple([_of_the_event(p, returned[0], x) for p in given])
+            if any([row is None for row in rows]):
+                return None
         if x.dim() != 2:
             x = x.reshape(len(x), -1)
             returned = tuple([p.reshape(len(p), -1) for p in returned])
         check_support(type(self), x)
-        return self.name, x, (*returned, *rows) if rows else returned
+        return self.name, x, returned + rows
 
     def _read(self, x: Tensor, parameters: Any, samples: int) -> tuple[tuple[Tensor, ...], tuple]:
         """What the decoder returned, each [K·B, *event]; the other outputs, broadcastable to the event."""
-        names, given = self._from_decoder(), self._given(x)
+        names, given = (self.outputs, ()) if self._returns_all else (self._from_decoder(), self._given(x))
         if len(names) == 1:
             if not isinstance(parameters, Tensor):
                 raise self._wrong_output(parameters)
             parameters = (parameters,)
         elif not (isinstance(parameters, (tuple, list)) and len(parameters) == len(names)):
             raise self._wrong_output(parameters)
+        shape = (samples * x.shape[0], *x.shape[1:])
         for name, value in zip(names, parameters, strict=True):
-            check_rows(name, value, x, samples)
-        for name, value in zip(names[1:], parameters[1:], strict=True):
-            if value.device != parameters[0].device:
-                check_same_device(f"the decoder's {name}", value, f"the decoder's {names[0]}", parameters[0])
+            if not (isinstance(value, Tensor) and value.shape == shape and value.dtype in FLOATING):
+                check_rows(name, value, x, samples)
+            if value.device != x.device:
+                check_same_device(f"the decoder's {name}", value, "x", x)
         return tuple(parameters), given
 
     def _from_decoder(self) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ from .._checks import (
     shape_of,
 )
 from ..reference.random import normal
-from .op import Op, accumulator, empty_like, new_empty, or_none, wants_gradients
+from .op import Op, accumulator, empty_like, in_shape, new_empty, or_none
 
 ESTIMATORS = ("iwae", "dreg", "stl")
 
@@ -62,20 +62,18 @@ ESTIMATORS = ("iwae", "dreg", "stl")
 class Draw(NamedTuple):
     """How a draw is made: what both ops take beside tensors, in every layer."""
 
-    samples: int  # 0 (NO_AXIS) for one, whose axis z does not have
+    samples: int
     sample_offset: int
     row_offset: int
     logvar_min: float
     logvar_max: float
-
-    @property
-    def count(self) -> int:
-        return self.samples or 1
+    flat: bool = False  # z is [K·B, D], as a decoder takes it
 
 
-NO_AXIS = 0
 _INPUTS = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor seed, "
-_DRAW = "SymInt samples, SymInt sample_offset, SymInt row_offset, float logvar_min, float logvar_max"
+_DRAW = (
+    "SymInt samples, SymInt sample_offset, SymInt row_offset, float logvar_min, float logvar_max, bool flat"
+)
 
 
 def rsample_kl(
@@ -125,12 +123,13 @@ def rsample_kl(
         >>> z.shape, kl.shape
         (torch.Size([5, 4, 3]), torch.Size([4]))
     """
-    if samples is None:
-        samples = NO_AXIS
-    else:
+    if samples is not None:
         check_count("samples", samples, "the draws per row")
-    arguments = _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset)
-    return _rsample_kl(*arguments, bool(per_dimension), _keeps_slope(arguments))[:2]
+    seed = random.draw_seed(mu.device, generator) if seed is None and isinstance(mu, Tensor) else seed
+    arguments = _prepare(
+        mu, logvar, prior, logvar_range, seed, samples or 1, sample_offset, row_offset, samples is None
+    )
+    return _rsample_kl(*arguments, bool(per_dimension))
 
 
 def rsample_log_ratio(
@@ -183,19 +182,34 @@ def rsample_log_ratio(
     """
     check_count("samples", samples, "the draws per row")
     check_choice("estimator", estimator, ESTIMATORS)
-    arguments = _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset)
-    results = _rsample_log_ratio(*arguments, estimator, bool(chunk), _keeps_slope(arguments))
-    return results[:3] if chunk else results[:2]
+    seed = random.draw_seed(mu.device, generator) if seed is None and isinstance(mu, Tensor) else seed
+    arguments = _prepare(mu, logvar, prior, logvar_range, seed, samples, sample_offset, row_offset, False)
+    results = _rsample_log_ratio(*arguments, estimator, bool(chunk))
+    return results if chunk else results[:2]
 
 
-def _keeps_slope(arguments) -> bool:
-    if not (arguments[0].is_cpu and wants_gradients(arguments[:4])):
-        return False
-    # A compiled graph serves every backend.
-    return torch.compiler.is_compiling() or _backend.on_cpu() == "native"
+# For a pair that has been checked, a seed, and a place in the noise: z is [K·B, D].
 
 
-def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_offset, row_offset):
+def flat_kl(mu, logvar, prior, logvar_range, seed, samples, row_offset, per_dimension):
+    """z [K·B, D] and the KL, of :func:`rsample_kl`."""
+    if prior is None and logvar_range is None and row_offset == 0 and samples <= 2**32:
+        draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
+        return _rsample_kl(mu, logvar, None, None, seed, draw, per_dimension)
+    arguments = _prepare(mu, logvar, prior, logvar_range, seed, samples, 0, row_offset, True)
+    return _rsample_kl(*arguments, per_dimension)
+
+
+def flat_log_ratio(mu, logvar, prior, logvar_range, seed, samples, row_offset, estimator):
+    """z [K·B, D] and the log-ratio [K, B], of :func:`rsample_log_ratio`."""
+    if prior is None and logvar_range is None and row_offset == 0 and samples <= 2**32:
+        draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
+        return _rsample_log_ratio(mu, logvar, None, None, seed, draw, estimator, False)[:2]
+    arguments = _prepare(mu, logvar, prior, logvar_range, seed, samples, 0, row_offset, True)
+    return _rsample_log_ratio(*arguments, estimator, False)[:2]
+
+
+def _prepare(mu, logvar, prior, logvar_range, seed, samples, sample_offset, row_offset, flat):
     """Check what the user gave and bring it into the form of the schema."""
     if not (are_rows(mu, logvar) and prior is None and logvar_range is None):
         mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
@@ -204,10 +218,9 @@ def _prepare(mu, logvar, samples, prior, logvar_range, seed, generator, sample_o
         prior_mu = prior_logvar = None
         logvar_min, logvar_max = -math.inf, math.inf
     if sample_offset != 0 or row_offset != 0 or samples > 2**32:
-        check_address(samples or 1, mu.shape[0], sample_offset, row_offset)
-    seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
-    draw = Draw(samples, sample_offset, row_offset, logvar_min, logvar_max)
-    return mu, logvar, prior_mu, prior_logvar, seed, draw
+        check_address(samples, mu.shape[0], sample_offset, row_offset)
+    draw = Draw(samples, sample_offset, row_offset, logvar_min, logvar_max, flat)
+    return mu, logvar, prior_mu, prior_logvar, check_seed(seed, mu.device), draw
 
 
 def _check_tensors(mu, logvar, prior):
@@ -254,12 +267,13 @@ def _prior_part(name: str, value: Tensor, mu: Tensor) -> Tensor:
 
 
 def _shape_of_z(mu, draw):
-    return mu.shape if draw.samples == NO_AXIS else (draw.samples, *mu.shape)
+    rows, columns = mu.shape
+    return (draw.samples * rows, columns) if draw.flat else (draw.samples, rows, columns)
 
 
 def _native_draw(function, second, mu, logvar, prior_mu, prior_logvar, seed, draw, keep, *rest):
     """z, and the slope if it is kept; ``second`` is the second result, a tensor to fill."""
-    z = empty_like(mu) if draw.samples == NO_AXIS else mu.new_empty((draw.samples, *mu.shape))
+    z = mu.new_empty(_shape_of_z(mu, draw))
     slope = empty_like(z, second.dtype) if keep else None
     function(z, slope, second, mu, logvar, prior_mu, prior_logvar, draw, seed, get_num_threads(), *rest)
     return z, slope
@@ -279,18 +293,23 @@ def _kept(slope, mu, logvar, seed, draw):
 
 def _slope(mu, logvar, seed, draw):
     wide = accumulator(mu.dtype)
-    eps = normal(seed, draw.count, *mu.shape, draw.sample_offset, draw.row_offset, dtype=wide)
+    eps = normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=wide)
     slope = 0.5 * torch.exp(0.5 * logvar.to(wide).clamp(draw.logvar_min, draw.logvar_max)) * eps
     return slope.reshape(_shape_of_z(mu, draw))
 
 
+def _stacked(grad_z, mu, draw):
+    """[K, B, D] of whatever arrives at z."""
+    if grad_z is None or not draw.flat:
+        return grad_z
+    return grad_z.reshape(draw.samples, *mu.shape)
+
+
 def _composed_draw(function, mu, logvar, prior_mu, prior_logvar, seed, draw, option, keep):
     """From the reference and Triton, which give z its axis and make the noise again in the backward pass."""
-    each = draw._replace(samples=draw.count)
-    z, second = function(mu, logvar, prior_mu, prior_logvar, seed, each, option)
+    z, second = function(mu, logvar, prior_mu, prior_logvar, seed, draw, option)
     slope = _slope(mu, logvar, seed, draw) if keep else None
-    # In place, here and below: a view could not be modified by the user.
-    return z.squeeze_(0) if draw.samples == NO_AXIS else z, second, slope
+    return in_shape(z, _shape_of_z(mu, draw)), second, slope
 
 
 class _Gradient(Op):
@@ -324,9 +343,9 @@ class _RsampleKLBackward(_Gradient):
         function = super().composed(backend)
 
         def backward(grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, draw, need):
-            if grad_z is not None and draw.samples == NO_AXIS:
-                grad_z, draw = grad_z.unsqueeze(0), draw._replace(samples=1)
-            return function(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, draw, need)
+            return function(
+                _stacked(grad_z, mu, draw), grad_kl, mu, logvar, prior_mu, prior_logvar, seed, draw, need
+            )
 
         return backward
 
@@ -337,6 +356,7 @@ class _RsampleKL(Op):
     schema = f"({_INPUTS}{_DRAW}, bool per_dimension, bool keep_slope) -> (Tensor, Tensor, Tensor)"
     record = Draw
     shown = 2
+    told = True
     gradient = _RsampleKLBackward()
 
     def native(self, mu, logvar, prior_mu, prior_logvar, seed, draw, per_dimension, keep):
@@ -400,9 +420,12 @@ class _RsampleLogRatioBackward(_Gradient):
 
     def composed(self, backend):
         function = super().composed(backend)
-        return lambda grad_z, grad_log_ratio, weight, slope, *rest: function(
-            grad_z, grad_log_ratio, weight, *rest
-        )
+
+        def backward(grad_z, grad_log_ratio, weight, slope, mu, *rest):
+            draw = next(r for r in rest if isinstance(r, Draw))
+            return function(_stacked(grad_z, mu, draw), grad_log_ratio, weight, mu, *rest)
+
+        return backward
 
 
 class _RsampleLogRatio(Op):
@@ -413,6 +436,7 @@ class _RsampleLogRatio(Op):
     )
     record = Draw
     shown = 3
+    told = True
     gradient = _RsampleLogRatioBackward()
 
     def native(self, mu, logvar, prior_mu, prior_logvar, seed, draw, estimator, chunk, keep):

@@ -82,11 +82,9 @@ def native_gradients(
     x: Tensor, parameters: tuple[Tensor, ...], need: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Tensors for the C++ to fill: those of parameters that broadcast are sums, kept in ``dtype``."""
-    full = parameters[0].shape
-    grads = [
-        empty_like(p, None if p.shape == full else dtype) if n else None
-        for p, n in zip(parameters, need[1:], strict=False)
-    ]
+    full, grads = parameters[0].shape, []
+    for p, n in zip(parameters, need[1:], strict=False):
+        grads.append(empty_like(p, None if p.shape == full else dtype) if n else None)
     return empty_like(x) if need[0] else None, grads
 
 
@@ -265,17 +263,13 @@ def check_support(likelihood: Declaration, x: Tensor) -> None:
     # A compiler comes first: a float that it sees is a variable to it.
     if torch.compiler.is_compiling() or (likelihood.low == -math.inf and likelihood.high == math.inf):
         return
-    if not _looks_here(x.device) or not x.numel():
+    # C++ looks in the pass that reads the data.
+    if (_backend.on_cpu() == "native" if x.is_cpu else not checks_data()) or not x.numel():
         return
     values = x.detach()
     # Written so that NaN passes: NaN in gives NaN out.
     if bool(values.amin() < likelihood.low) or bool(values.amax() > likelihood.high):
         refuse(likelihood, values)
-
-
-def _looks_here(device: torch.device) -> bool:
-    """Whether data are checked before the op: C++ does it in the pass that reads them."""
-    return _backend.on_cpu() != "native" if device.type == "cpu" else checks_data()
 
 
 def refuse(likelihood: Declaration, x: Tensor) -> None:

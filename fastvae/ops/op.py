@@ -41,7 +41,8 @@ class Op:
             ``fastvae.kernels.<module>``.
         schema: arguments and results, as torch writes them.
         record: the type of the record.
-        shown: how many of the results a caller wants; a call may leave out the others.
+        shown: how many of the results a caller gets; a call may leave out the others.
+        told: the last argument, which a caller leaves out, says whether the C++ will be asked for gradients.
         gradient: the op that computes this one's gradients; without it, differentiating raises.
     """
 
@@ -50,6 +51,7 @@ class Op:
     schema: str
     record: type | None = None
     shown: int | None = None
+    told: bool = False
     gradient: Op | None = None
 
     # What an op says of itself.
@@ -104,10 +106,17 @@ class Op:
             elif backend == "native" and way == "cpu":
                 way = "native"
         if way is None:
-            return self._registered(*self._unpacked(args))
+            if self.told:
+                args = (*args, _cpp_differentiates(tensors))
+            return self._shown(self._registered(*self._unpacked(args)))
         function, node = self._short[way]
         wanted = _C.is_grad_enabled() and _C._any_requires_grad(*tensors)
-        return node.apply(*args) if wanted else function(*args)
+        if self.told:
+            args = (*args, wanted and way == "native")
+        return node.apply(*args) if wanted else self._shown(function(*args))
+
+    def _shown(self, results):
+        return results if self.shown is None else results[: self.shown]
 
     def _implementation(self, backend: str) -> Callable:
         return self.native if backend == "native" else self.composed(backend)
@@ -268,6 +277,14 @@ def wants_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
     if torch.compiler.is_compiling():
         return any([t is not None and t.requires_grad for t in tensors])
     return _C._any_requires_grad(*tensors)
+
+
+def _cpp_differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether autograd will ask the C++ for gradients of these."""
+    if not (tensors[0].is_cpu and wants_gradients(tensors)):
+        return False
+    # A compiled graph serves every backend.
+    return torch.compiler.is_compiling() or _backend.on_cpu() == "native"
 
 
 def _any_tangent(args) -> bool:

@@ -134,7 +134,8 @@ class _Weigh(Op):
     def save(self, ctx, args, results):
         *tensors, ctx.how, _ = args
         if ctx.how.over == "log_mean_exp":
-            ctx.mark_non_differentiable(*[r for r in results[1:] if r is not None])
+            *_, mean, weights = results
+            ctx.mark_non_differentiable(*((weights,) if mean is None else (mean, weights)))
         ctx.save_for_backward(*tensors, results[2])
 
     def arguments_of_gradient(self, ctx, grad_bound, grad_log_likelihood, *_):
@@ -171,7 +172,9 @@ class _WeighBackward(Op):
             number(self.likelihood.name), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
             grad_bound, grad_log_likelihood, weights, grad_term, grad_x, grads,
         )  # fmt: skip
-        grads = [cast(g, p.dtype) for g, p in zip(grads, parameters, strict=True)]
+        for i, (g, p) in enumerate(zip(grads, parameters, strict=True)):
+            if g is not None and g.dtype != p.dtype:
+                grads[i] = g.to(p.dtype)
         return grad_x, *grads, grad_term if grad_term is None else cast(grad_term, term.dtype)
 
     def composed(self, backend):
