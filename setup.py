@@ -4,6 +4,7 @@ fastvae.kernels. With FASTVAE_NO_EXTENSION=1 in the environment, fastvae._C is l
 
 import glob
 import os
+import runpy
 import shutil
 import sys
 
@@ -46,20 +47,9 @@ class BuildExt(build_ext):
 
         for extension in self.extensions:
             extension.extra_compile_args += [f for f in OPTIONAL_FLAGS if has_flag(self.compiler, f)]
-            extension.include_dirs.append(self.write_likelihoods())
+            extension.include_dirs.append(self.build_temp)
+        runpy.run_path("csrc/list_likelihoods.py")["write"](self.build_temp)
         super().build_extensions()
-
-    def write_likelihoods(self):
-        """List what lies in csrc/likelihoods for csrc/likelihood.hpp; returns the folder of the list."""
-        names = sorted(os.path.basename(path)[:-4] for path in glob.glob("csrc/likelihoods/*.hpp"))
-        structs = ["".join(word.capitalize() for word in name.split("_")) for name in names]
-        lines = [f'#include "likelihoods/{name}.hpp"' for name in names]
-        entries = (f"F({name}, {struct})" for name, struct in zip(names, structs, strict=True))
-        lines.append(f"#define FASTVAE_LIKELIHOODS(F) {' '.join(entries)}")
-        os.makedirs(self.build_temp, exist_ok=True)
-        with open(os.path.join(self.build_temp, "likelihoods.inc"), "w") as file:
-            file.write("\n".join(lines) + "\n")
-        return self.build_temp
 
 
 def extensions():

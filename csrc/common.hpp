@@ -362,7 +362,7 @@ FASTVAE_INLINE float log1p_(float t) {
 }
 FASTVAE_INLINE double log1p_(double t) { return __builtin_log1p(t); }
 
-// log(x) for positive normal numbers, and log(inf) some number; NaN stays.
+// log(x) for positive normal numbers, some number for others; NaN stays, and infinity becomes NaN.
 FASTVAE_INLINE float log_(float x) {
   const std::uint32_t shifted = bit_cast<std::uint32_t>(x) - 0x3f3504f3u;
   const float m = bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u);

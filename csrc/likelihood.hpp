@@ -179,8 +179,8 @@ const Loops<C> loops_of = {
       {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
     prepare_all<L, C>, data_loop<L, C>()};
 
-// Made by setup.py of what lies in csrc/likelihoods: includes the files, and defines FASTVAE_LIKELIHOODS(F), F(name, Struct) for each
-// in the order of their numbers.
+// Made by list_likelihoods.py of what lies in csrc/likelihoods: includes the files, and defines FASTVAE_LIKELIHOODS(F), F(name, Struct)
+// for each in the order of their numbers.
 #include "likelihoods.inc"
 
 template <class C>

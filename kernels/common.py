@@ -221,16 +221,6 @@ def quotient(b_x, b_y):
 
 
 @triton.jit
-def smallest_normal(b_x):
-    """The smallest normal number of x's type."""
-    if b_x.dtype == tl.float64:
-        b_y = tl.zeros_like(b_x) + 2.2250738585072014e-308
-    else:
-        b_y = tl.zeros_like(b_x) + 1.1754943508222875e-38
-    return b_y
-
-
-@triton.jit
 def log_factorial_excess(b_x, b_log_x):
     """log x! - (x log x - x) for x >= 0 and log x (any number at 0): Stirling's series is its expansion."""
     b_v = 1.0 / tl.maximum(b_x, 1.0)

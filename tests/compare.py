@@ -144,6 +144,8 @@ class Rounded:
         value = self.value.exp()
         # The relative error of exp is the absolute one of its argument; of nothing, nothing.
         error = torch.where(value == 0, 0.0, value * torch.expm1(self.error))
+        # Beyond the type it is infinite, and what is made of it anything.
+        error = torch.where(value > torch.finfo(self.dtype).max, torch.inf, error)
         return self._made(value, error, EXP)
 
     def precision(self) -> Rounded:

@@ -133,7 +133,8 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
     asked = [wide, *exact] if declared.differentiable else exact
     slopes = torch.autograd.grad(values.sum(), asked)
     # What cancels inside of the distribution, in float64.
-    of_oracle = 2.0**-46 * (values.detach().abs() + wide.detach().abs() + 1)
+    sizes = (1 + wide.detach().abs()) * sum(1 + p.detach().abs() for p in exact)
+    of_oracle = 2.0**-46 * (values.detach().abs() + sizes)
 
     terms = [Rounded.exact(t, dtype) for t in (wide, *exact)]
     defined = declared.value(*terms)
@@ -162,7 +163,9 @@ def assert_close(defined: Tensor, expected: Tensor, error: Tensor) -> None:
     """A definition is what the independent distribution says."""
     same = (defined == expected) | (defined.isnan() & expected.isnan())
     wrong = ~same & ~((defined - expected).abs() <= error + 2.0**-40 * expected.abs())
-    assert not bool(wrong.any()), f"defined {defined[wrong][:3]}, but {expected[wrong][:3]} by its oracle"
+    assert not bool(wrong.any()), (
+        f"defined {defined[wrong][:3].tolist()}, but {expected[wrong][:3].tolist()} by its oracle"
+    )
 
 
 def log_mean_exp(log_w: Tensor, grad: Tensor) -> tuple[Rounded, Rounded]:

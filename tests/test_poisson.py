@@ -58,6 +58,17 @@ def test_rates_without_end(backend, x, log_rate, value, gradient, columns):
     torch.testing.assert_close(grad[:, -1].cpu(), torch.tensor([gradient]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("columns", [1, 300])
+def test_a_sample_without_weight_has_no_gradient(backend, columns):
+    """Whatever its rate: 0 times infinity would spoil the decoder's gradient for all of the batch."""
+    rates = torch.tensor([1.0, 200.0, math.inf], device=DEVICE)[:, None, None].expand(3, 2, columns).clone()
+    x, grad = torch.ones(2, columns, device=DEVICE), torch.tensor([1.0, 0.0, 0.0], device=DEVICE)
+    out = ops.poisson_log_prob(x, rates.requires_grad_())
+    (found,) = torch.autograd.grad(out, rates, grad[:, None].expand(3, 2))
+    expected = (1 - math.e) * grad[:, None, None].expand(3, 2, columns)
+    torch.testing.assert_close(found, expected)
+
+
 def test_many_zeros_add_nothing(backend):
     """An error of the constant that each had would be a nat in a million genes."""
     x = torch.zeros(1, 10**5, dtype=torch.uint8, device=DEVICE)

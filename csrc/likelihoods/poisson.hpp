@@ -3,10 +3,10 @@ struct Poisson : Declaration {
   static constexpr bool kData = true;
   static constexpr double kLow = 0;
 
-  // What is left of x log x - x - log x!, and log x, bounded.
+  // What is left of x log x - x - log x!, and log x, which a count of 0 does not use.
   template <class C>
   static FASTVAE_INLINE Prepared<C> data(C x) {
-    const C log_x = log_(x < smallest_normal(C{}) ? smallest_normal(C{}) : x);
+    const C log_x = log_(x);
     return {-log_factorial_excess(x, log_x), log_x};
   }
   // With d = r - log x the rest is x (1 + d) - exp(r), which is -x (exp(d) - 1 - d): where d is small the latter cancels less.
@@ -19,6 +19,7 @@ struct Poisson : Declaration {
   }
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
-    return {C(0), g * (e.x - exp_(e.p0))};
+    // A sample without weight has no gradient, also where its rate overflows.
+    return {C(0), g == C(0) ? C(0) : g * (e.x - exp_(e.p0))};
   }
 };

@@ -46,7 +46,8 @@ class Poisson(Declared):
 
     @staticmethod
     def gradient(g, x, log_rate):
-        return None, g * (x - torch.exp(log_rate))
+        # A sample without weight has no gradient, also where its rate overflows.
+        return None, torch.where(g == 0, 0.0, g * (x - torch.exp(log_rate)))
 
     @staticmethod
     def data(x):

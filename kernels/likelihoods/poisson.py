@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import exp, expm1_minus_near, log, log_factorial_excess, smallest_normal
+from ..common import exp, expm1_minus_near, log, log_factorial_excess
 
 # A rate of 0.
 PADDING = float("-inf")
@@ -11,7 +11,8 @@ PADDING = float("-inf")
 
 @triton.jit
 def data(x):
-    log_x = log(tl.maximum(x, smallest_normal(x)))
+    # Of a count of 0 it is not used.
+    log_x = log(x)
     return -log_factorial_excess(x, log_x), log_x
 
 
@@ -28,4 +29,5 @@ def value(x, log_x, log_rate):
 
 @triton.jit
 def gradient(g, x, log_rate):
-    return 0.0, g * (x - exp(log_rate))
+    # A sample without weight has no gradient, also where its rate overflows.
+    return 0.0, tl.where(g == 0, 0.0, g * (x - exp(log_rate)))
