@@ -39,12 +39,12 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
     return value
 
 
-def check_data(x: Any, likelihood: Any) -> Tensor:
-    """x: a floating-point tensor, or one of integers where the likelihood takes them."""
+def check_data(x: Any, likelihood: Any, name: str = "x") -> Tensor:
+    """A floating-point tensor, or one of integers where the likelihood takes them."""
     if not (isinstance(x, Tensor) and x.dtype in FLOATING):
         if isinstance(x, Tensor) and x.dtype in INTEGERS and likelihood.takes_integers:
             return x
-        check_tensor("x", x)
+        check_tensor(name, x)
     if x.requires_grad and not likelihood.differentiable:
         raise ValueError(
             f"x requires a gradient, but a {type(likelihood).__name__} likelihood has none of its data; give "

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from tqdm import tqdm
 
 from . import _model
-from ._checks import FLOATING, check_choice, check_count, check_number, check_tensor, shape_of
+from ._checks import FLOATING, check_choice, check_count, check_data, check_number, shape_of
 from ._model import Chunks, Model
 from ._parts import Part, Ranks, Store, modules_of, weights_digest, write_arrays
 from ._terminal import ProgressStream, printable
@@ -217,7 +217,8 @@ def evaluate(
 
     Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). Encoder and decoder,
     and the modules that they refer to, are put into eval mode and back; batches are moved to the encoder's
-    device, and to its floating dtype. Means are over examples, whatever the batches. No gradients.
+    device, and to its floating dtype (integers for the encoder alone: the likelihood has them as they are).
+    Means are over examples, whatever the batches. No gradients.
 
     Under ``torch.distributed`` (``torchrun``, gloo or nccl) the ranks share the work, and each returns the
     whole result; each must be given the whole data, in the same order. When a rank fails, the others raise an
@@ -296,13 +297,16 @@ def evaluate(
         store.begin(seed)
 
         def evaluate_batch(index: int, x: Tensor, row: int, plan: _Plan) -> Part:
-            x = x.to(device or x.device, dtype or x.dtype)
+            x = x.to(device or x.device)
+            # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
+            seen = x.to(dtype or x.dtype)
+            x = seen if x.is_floating_point() else x
             try:
-                q = as_posterior(encoder(x))
+                q = as_posterior(encoder(seen))
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(
-                        f"fastvae.evaluate gave the encoder batch {index}: {shape_of(x)}, {x.dtype}"
+                        f"fastvae.evaluate gave the encoder batch {index}: {shape_of(seen)}, {seen.dtype}"
                     )
                 raise
             return _evaluate_batch(index, Model.read(x, q, decoder, likelihood, prior), seed, row, plan)
@@ -319,7 +323,7 @@ def evaluate(
             try:
                 row, axes, running, compared = 0, None, _Running(), False
                 for index, batch in enumerate(batches):
-                    x = _data_of(batch, axes)
+                    x = _data_of(batch, axes, likelihood)
                     row, start, axes = row + x.shape[0], row, x.dim()
                     if x.shape[0] == 0:
                         continue
@@ -444,7 +448,7 @@ def _check_rows(model: Model, key: Tensor, row: int, plan: _Plan) -> None:
     off = _distance(alone, whole_rows)
     # What the number of draws changes is rounding, or noise of the decoder's own, which cannot be judged.
     noise = _distance(again, whole).max()
-    half = model.x.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
+    half = getattr(model.q, "mu", model.x).dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
     rounding = 2e-3 if half else 1e-5
     largest = whole[whole.isfinite()].abs().amax() if bool(whole.isfinite().any()) else 0.0
     if float(off.max()) > max(10 * float(noise), 0.01 * plan.tol, rounding * float(largest)):
@@ -592,7 +596,7 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def _data_of(batch: Any, axes: int | None) -> Tensor:
+def _data_of(batch: Any, axes: int | None, likelihood: Likelihood) -> Tensor:
     """x [B, *event] of a batch; ``axes`` is how many those before it had."""
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(x, np.ndarray):
@@ -613,8 +617,7 @@ def _data_of(batch: Any, axes: int | None) -> Tensor:
             f"data has a batch of shape {shape_of(x)} after batches of {axes} axes. A tuple or list is taken "
             "as batches: of (x, labels) give x alone"
         )
-    check_tensor("data", x)
-    return x
+    return check_data(x, likelihood, "data")
 
 
 def _place(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import objectives
-from ._checks import check_choice, check_count, shape_of
+from ._checks import INTEGERS, check_choice, check_count, shape_of
 from ._parts import modules_of, reached
 from .evaluate import Evaluation, evaluate
 from .likelihoods.base import Likelihood, as_likelihood
@@ -95,6 +95,9 @@ class VAE(nn.Module):
 
     def posterior(self, x: Tensor):
         """q(z|x), the posterior object of the encoder's output."""
+        if isinstance(x, Tensor) and x.dtype in INTEGERS and self.likelihood.takes_integers:
+            # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
+            x = x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32))
         q = as_posterior(self.encoder(x))
         if self.latent_dim is None:
             mu = getattr(q, "mu", None)

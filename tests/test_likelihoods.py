@@ -127,6 +127,32 @@ def test_integers_are_read_as_they_are(backend, likelihood, dtype, k, b, size):
         assert torch.equal(a, e)
 
 
+@pytest.mark.parametrize("likelihood", INTEGER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_networks_see_integers_as_numbers(likelihood, dtype):
+    """The likelihood has them as they are, also where the model's own type could not hold them."""
+    torch.manual_seed(0)
+    encoder, decoder = torch.nn.Linear(7, 2 * 3), torch.nn.Linear(3, 7)
+    torch.nn.init.normal_(encoder.weight, std=1e-3)
+    for m in (encoder, decoder):
+        m.to(device=DEVICE, dtype=dtype)
+    x = cases.data(likelihood, 20, 7).round().clamp(max=257).to(torch.int16)
+    x[0, 0] = 257  # a bfloat16 is 256 or 258
+    vae = fastvae.VAE(encoder, decoder, likelihood=likelihood)
+    torch.manual_seed(1)
+    found = vae.iwae(x, k=3, reduction="none")
+    torch.manual_seed(1)
+    q = encoder(x.to(dtype))
+    expected = fastvae.iwae(x.double(), q, decoder, k=3, likelihood=likelihood, reduction="none")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+    seed = lambda: torch.Generator(DEVICE).manual_seed(3)  # noqa: E731
+    result = vae.evaluate(x, k=20, batch_size=6, progress=False, generator=seed())
+    if dtype == torch.float32:
+        floats = vae.evaluate(x.float(), k=20, progress=False, generator=seed())
+        torch.testing.assert_close(result.log_px, floats.log_px, rtol=1e-6, atol=1e-5)
+    assert bool(result.log_px.isfinite().all())
+
+
 @pytest.mark.parametrize("likelihood", BOUNDED)
 @pytest.mark.parametrize("columns", [6, 500])
 def test_data_outside_of_the_support(backend, monkeypatch, likelihood, columns):
