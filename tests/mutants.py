@@ -1706,11 +1706,32 @@ PYTHON = [
         ("frontend::test_a_clamp_is_kept_by_examples_that_go_on_drawing",),
     ),
     Mutant(
+        "logvar_range lost in the KL of objectives",
+        "fastvae/posteriors.py",
+        "parts, q.logvar_range, seed, samples, row_offset, per_dimension",
+        "parts, None, seed, samples, row_offset, per_dimension",
+        ("frontend::test_logvar_range_clamps_everything_that_the_posterior_says",),
+    ),
+    Mutant(
+        "a row offset lost in the KL of objectives",
+        "fastvae/posteriors.py",
+        "parts, q.logvar_range, seed, samples, row_offset, per_dimension",
+        "parts, q.logvar_range, seed, samples, 0, per_dimension",
+        ("addresses::test_an_objectives_rows_begin_where_they_are_told",),
+    ),
+    Mutant(
+        "a prior lost in the log-ratio of objectives",
+        "fastvae/posteriors.py",
+        "parts = None if prior is STANDARD else _normal_parts(prior)\n        return flat_log_ratio",
+        "parts = None\n        return flat_log_ratio",
+        ("frontend", "mathematics"),
+    ),
+    Mutant(
         "logvar_range lost in the KL",
         "fastvae/posteriors.py",
         "logvar_range=self.logvar_range,\n",
         "logvar_range=None,\n",
-        ("frontend::test_logvar_range_clamps_everything_that_the_posterior_says",),
+        ("frontend::test_a_posterior_draws_what_its_objectives_draw",),
     ),
     Mutant(
         "logvar_range lost in the log-ratio",
@@ -1740,7 +1761,7 @@ PYTHON = [
         "fastvae/posteriors.py",
         "row_offset=row_offset,",
         "row_offset=0,",
-        ("addresses::test_an_objectives_rows_begin_where_they_are_told",),
+        ("frontend::test_a_posterior_draws_what_its_objectives_draw",),
     ),
     Mutant(
         "an objective's row offset lost",

@@ -364,3 +364,31 @@ def test_infinite_numbers_are_refused():
             )
     with pytest.raises(ValueError, match="tol must be finite"):
         fastvae.evaluate(lambda x: (mu, logvar), lambda z: z @ weight, x, tol=math.inf)
+
+
+@pytest.mark.parametrize("logvar_range", [None, (-0.5, 0.5)])
+@pytest.mark.parametrize("normal", [False, True])
+@pytest.mark.parametrize("row_offset", [0, 7])
+def test_a_posterior_draws_what_its_objectives_draw(backend, logvar_range, normal, row_offset):
+    """Its methods, which a subclass may call, and the draws as a decoder takes them are the same."""
+    from fastvae.posteriors import draw_kl, draw_ratio
+
+    q = fastvae.DiagonalGaussian(randn(B, 4, seed=50), randn(B, 4, seed=51), logvar_range=logvar_range)
+    prior = fastvae.StandardNormal()
+    if normal:
+        prior = fastvae.DiagonalNormal(randn(4, seed=52), randn(4, seed=53))
+    seed = torch.tensor(9, device=DEVICE)
+    for method, draw in ((q.rsample_kl, draw_kl), (q.rsample_log_ratio, draw_ratio)):
+        z, second = method(prior, samples=3, seed=seed, row_offset=row_offset)
+        flat, other = draw(q, prior, 3, seed, row_offset)
+        assert torch.equal(flat, z.flatten(0, 1)) and torch.equal(other, second)
+    clamped = q.logvar if logvar_range is None else q.logvar.clamp(*logvar_range)
+    p = torch.distributions.Normal(0.0, 1.0)
+    if normal:
+        p = torch.distributions.Normal(prior.mu, torch.exp(0.5 * prior.logvar))
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(q.mu, torch.exp(0.5 * clamped)), p)
+    _, found = q.rsample_kl(prior, samples=3, seed=seed, row_offset=row_offset)
+    torch.testing.assert_close(found, kl.sum(1), rtol=1e-5, atol=1e-5)
+    whole = fastvae.random.normal(9, 3, B + row_offset, 4, device=DEVICE)[:, row_offset:]
+    expected = q.mu + torch.exp(0.5 * clamped) * whole
+    torch.testing.assert_close(q.rsample_kl(prior, samples=3, seed=seed, row_offset=row_offset)[0], expected)
