@@ -181,8 +181,9 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 needs = sorted({n and declared.differentiable for n in needs})
                 yield from of_likelihood(likelihood, declared, dtype, size, layout(*size), needs)
         if dtype != f64 and size[0] > 1:
-            for kind in (torch.uint8, torch.int32):
-                yield from of_likelihood(likelihood, DECLARED["poisson"], dtype, size, (), [False], kind)
+            for declared in DECLARED.values():
+                if declared.takes_integers:
+                    yield from of_likelihood(likelihood, declared, dtype, size, (), [False], torch.uint8)
     for dtype in (f32, bf16, f64):
         for k, n in ((5000, 128), (50, 65536)):
             log_w, column = tensor(k, n, dtype=dtype), tensor(n, dtype=f64 if dtype == f64 else f32)

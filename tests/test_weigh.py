@@ -403,3 +403,10 @@ def test_no_second_derivatives():
     (grad,) = torch.autograd.grad(bound, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
+def test_the_likelihoods_mean_beside_a_log_mean_exp_has_no_gradient(backend, over):
+    x, logits = rand(4, 7, seed=1), randn(3 * 4, 7, seed=2).requires_grad_()
+    bound, mean = weigh("bernoulli", x, (logits,), over=over, terms=True)
+    assert bound.requires_grad and mean.requires_grad == (over == "mean")
