@@ -43,7 +43,7 @@ class DeviceLost(Exception):
 class Cuda(Host):
     """The current CUDA device.
 
-    Everything runs on one stream that is not the default one, as a capture wants its warm-up to.
+    Everything runs on one stream that is not the default one, as a capture requires of its warm-up.
 
     Args:
         failed: work and implementation → why its capture failed before; it is timed without a graph.

@@ -46,7 +46,7 @@ from .measure import (
 from .objectives import evaluated, evaluation, iwae_without_networks, steps
 
 ROOT = Path(__file__).parents[1]
-# What the process that measures returns when another shall go on.
+# What the process that measures returns when another must go on.
 AGAIN = 3
 # What is lost, if not an item.
 MACHINE = "the machine's own speed"
@@ -63,7 +63,7 @@ VERSIONS = {COMPILE: {}, REDUCE_OVERHEAD: {"mode": "reduce-overhead"}}
 COMPILED = (COMPILE,)
 ALL = tuple(VERSIONS)
 
-# What fastvae shall be, forward and backward, times as fast as whom.
+# What fastvae must be, forward and backward, times as fast as whom.
 FAST = {"eager": 4.0, COMPILE: 1.2}
 LEVEL = {COMPILE: 1.0}
 
@@ -230,7 +230,7 @@ class State:
 
     Attributes:
         path: of the file.
-        stop: when the last work shall have been done, in seconds since the epoch.
+        stop: when the last work must have been done, in seconds since the epoch.
         only: parts of names; what has none of them is not measured. All, if empty.
         csv: where the rows are.
         machines: precision → what the card does at best.

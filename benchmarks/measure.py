@@ -43,7 +43,7 @@ class Work:
         bytes: the least that must move between memory and the processor: inputs once a pass, results once.
         operations: the least arithmetic, counted by hand (a multiply-add is one).
         huge: whether to be content with few rounds and no check.
-        target: implementation → how many times as fast as it fastvae shall be.
+        target: implementation → how many times as fast as it fastvae must be.
         graphs: the implementations that are captured in a CUDA graph and timed by its replays.
         sets: how many sets of inputs the implementations go through in turn, so that a cache does not hold
             them.
@@ -92,7 +92,7 @@ class Host:
     """Where the work is done, its clock and its memory: a CPU. :class:`benchmarks.device.Cuda` has the same
     methods.
 
-    Without a GPU it stands in for one: a work that wants a CUDA graph gets a loop.
+    Without a GPU it stands in for one: a work that asks for a CUDA graph gets a loop.
     """
 
     device = torch.device("cpu")

@@ -149,7 +149,7 @@ inline const compute_t<T>* load(compute_t<T>* __restrict buffer, const T* p, i64
   return buffer;
 }
 
-// Where to write n results that shall end at p, which is contiguous: p itself or buffer, then commit().
+// Where to write n results that must end up at p, which is contiguous: p itself or buffer, then commit().
 template <class T>
 FASTVAE_INLINE compute_t<T>* target(T* p, compute_t<T>* buffer) {
   if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
@@ -186,7 +186,7 @@ inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1
   return buffer;
 }
 
-// Where to write a tile that shall end in rows s0 apart at p, and how it gets there.
+// Where to write a tile that must end up in rows s0 apart at p, and how it gets there.
 template <class T>
 FASTVAE_INLINE compute_t<T>* target(T* p, compute_t<T>* buffer, i64 s0, const Tile& t) {
   return p && t.dense(s0) ? target(p, buffer) : buffer;

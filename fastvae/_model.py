@@ -196,7 +196,7 @@ def _spans(model: Model, row_offset: int, rows: Tensor) -> list[tuple[Posterior,
     """Posteriors to draw some examples from, each with the address of its first row, and which of its rows
     are wanted.
 
-    A call for every run of neighbours costs some 20 µs; the whole batch costs draws that nobody wants, 8192 B
+    A call for every run of neighbours costs some 20 µs; the whole batch costs draws that nobody needs, 8192 B
     / A of them for A of B examples, 20 µs for 250 rows or so.
     """
     numbers = rows.tolist()

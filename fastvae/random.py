@@ -39,7 +39,7 @@ def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | N
     GPU either.
 
     Args:
-        device: where the seed shall lie: the device of the tensors that it makes noise for.
+        device: where the seed must lie: the device of the tensors that it makes noise for.
         generator: the generator to draw from, on that device. Default: torch's own, so ``torch.manual_seed``
             rules.
 

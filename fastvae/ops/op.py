@@ -32,8 +32,8 @@ class Op:
     Tensors are the leading arguments. Then comes the ``record``, if there is one: a NamedTuple, which the
     dispatcher knows by its fields, one by one.
 
-    A result that nobody wants may be None; the dispatcher, whose graphs know no such thing, has a tensor [0]
-    in its place (:func:`or_none`).
+    A result that nobody asked for may be None; the dispatcher, whose graphs know no such thing, has a tensor
+    [0] in its place (:func:`or_none`).
 
     Attributes:
         module: the op's file name in every layer, such as ``"latent"``.
