@@ -225,3 +225,13 @@ def test_means(likelihood):
     given = cases.parameters(likelihood, 3, 5)
     mean = DECLARED[likelihood]().mean(given[0] if len(given) == 1 else tuple(given))
     torch.testing.assert_close(mean, DECLARED[likelihood].oracle(*given).mean)
+
+
+@pytest.mark.parametrize("likelihood", INTEGER)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_a_negative_integer_is_no_count(backend, monkeypatch, likelihood, dtype):
+    monkeypatch.setenv("FASTVAE_CHECK", "1")
+    x = cases.data(likelihood, 4, 6, dtype=dtype)
+    x[2, 3] = -1
+    with pytest.raises(ValueError, match="-1"):
+        _op(likelihood)(x, *cases.parameters(likelihood, 2, 4, 6))
