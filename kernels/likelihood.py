@@ -346,7 +346,7 @@ def log_prob(likelihood: Any, x: torch.Tensor, *parameters: torch.Tensor) -> tor
     x is [B, X]; parameters are broadcastable to [K, B, X], which the first is.
     """
     k, b, size = parameters[0].shape
-    dtype = accumulator(*parameters) if not x.is_floating_point() else accumulator(x, *parameters)
+    dtype = accumulator(x, *parameters)
     if parameters[0].numel() == 0:
         return torch.zeros((k, b), dtype=dtype, device=x.device)
     functions, _ = twin(likelihood.name)
@@ -385,7 +385,7 @@ def log_prob_backward(
     k, b, size = given[0].shape
     if given[0].numel() == 0 or not any(need):
         return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, *given), need, strict=True))
-    dtype = accumulator(*given) if not x.is_floating_point() else accumulator(x, *given)
+    dtype = accumulator(x, *given)
     parameters = _all(tuple(given))
     needed = [*need[1:], *[False] * (MOST_PARAMETERS - len(given))]
     layouts = [_layout(p, n, k, b, size) for p, n in zip(parameters, needed, strict=True)]

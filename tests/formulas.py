@@ -123,7 +123,7 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
     declared = DECLARED[likelihood]
     *parameters, grad = (t.detach() if isinstance(t, Tensor) else t for t in rest)
     x = x.detach()
-    dtype = computation(*(t for t in (x, *parameters) if t.is_floating_point()))
+    dtype = computation(x, *parameters)
     shape, events = parameters[0].shape, tuple(range(2, parameters[0].dim()))
     g = _given(grad, dtype)[(..., *[None] * len(events))]
 
@@ -221,7 +221,7 @@ def weigh(
         grad, grad_mean: what arrives at the bound, and at the mean log-likelihood [B].
     """
     coefficient, over, reduction = how
-    dtype = computation(*(t for t in (x, *parameters) if t.is_floating_point()))
+    dtype = computation(x, *parameters)
     samples, batch = parameters[0].shape[:2]
 
     def exact(value):

@@ -2481,13 +2481,6 @@ PYTHON = [
         ("likelihoods",),
     ),
     Mutant(
-        "reference: integers decide the dtype",
-        "fastvae/reference/likelihood.py",
-        "return x.to(parameters[0].dtype), *parameters",
-        "return x.double(), *parameters",
-        ("likelihoods",),
-    ),
-    Mutant(
         "flat draws: an offset of rows lost",
         "fastvae/ops/latent.py",
         "if prior is None and logvar_range is None and row_offset == 0 and samples <= 2**32:",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All in the dtype of the computation: float64 if any of them is, else float32."""
+    """All in the dtype of the computation: float64 if any of them is, else float32; integers have no say."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     dtype = torch.float64 if wide else torch.float32
     return tuple(t if t is None else t.to(dtype) for t in tensors)

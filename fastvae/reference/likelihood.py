@@ -14,7 +14,7 @@ def log_prob(likelihood: Any, x: Tensor, *parameters: Tensor) -> Tensor:
 
     x is [B, X]; parameters are broadcastable to [K, B, X], which the first is.
     """
-    x, *parameters = _computed(x, parameters)
+    x, *parameters = upcast(x, *parameters)
     value = likelihood.value(x, *parameters).sum(2)
     return value if likelihood.data is None else value + likelihood.data(x).sum(1)
 
@@ -22,16 +22,8 @@ def log_prob(likelihood: Any, x: Tensor, *parameters: Tensor) -> Tensor:
 def log_prob_backward(likelihood: Any, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     """Gradients for (x, *parameters), None where not needed; the last argument says which are."""
     *given, need = rest
-    wide, *parameters = _computed(x, given)
+    wide, *parameters = upcast(x, *given)
     to_x, *grads = likelihood.gradient(grad[:, :, None], wide, *parameters)
     summed = [None if to_x is None else to_x.sum(0)]
     summed += [g.sum_to_size(p.shape) for g, p in zip(grads, given, strict=True)]
     return tuple(g.to(t.dtype) if n else None for g, t, n in zip(summed, (x, *given), need, strict=True))
-
-
-def _computed(x: Tensor, parameters: Any) -> tuple[Tensor, ...]:
-    """In the dtype of the computation, which integers have no say in."""
-    if x.is_floating_point():
-        return upcast(x, *parameters)
-    parameters = upcast(*parameters)
-    return x.to(parameters[0].dtype), *parameters
