@@ -7,6 +7,9 @@ namespace fastvae {
 
 constexpr int kMostParameters = 3;
 
+// The integers are for data alone; bool is read as uint8.
+enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8, kInt8, kInt16, kInt32, kInt64, kBool, kDtypes };
+
 // A tensor of up to three axes in any storage type: address of the first element (null for no tensor), the type's number, strides in
 // elements, and how long the axes are.
 struct Tensor {
@@ -33,6 +36,7 @@ struct Tensor {
     }
     return t;
   }
+  i64 size() const { return n0 * n1 * n2; }
 };
 
 // What a kernel fills: contiguous, null where it is not wanted.
@@ -41,18 +45,12 @@ struct Output {
   operator address() const { return data; }
 };
 
-// A decoder's outputs.
-struct Parameters {
-  int count = 0;
-  Tensor p[kMostParameters];
-};
-
 // How a draw of z is made.
 struct Draw {
   i64 samples, sample_offset, row_offset;
   double logvar_min, logvar_max;
+  bool flat;  // z is (K B, D): the same memory
 };
-
 
 // Of a parameter: a number for every element; a row, the same for all samples and rows; one number for each row (k, b); one in all.
 enum Kind { kFull = 0, kColumn = 1, kOne = 2, kNumber = 3 };
@@ -92,21 +90,21 @@ struct Weighing {
   double scale;       // of the sum over the batch; 0: no sum
 
   // Of x (B, X), a decoder's outputs, the first (K B, X), and a term (K, B) or (B).
-  Weighing(int likelihood, const Tensor& x, const Parameters& outputs, const Tensor& added, const Tensor& weight, const How& how,
-           int threads)
+  Weighing(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added, const Tensor& weight,
+           const How& how, int threads)
       : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)), each_sample(added.axes == 2), beta(weight),
         coefficient(how.coefficient), log_mean_exp(how.log_mean_exp),
         scale(how.reduction == 'n' ? 0 : how.reduction == 's' ? 1 : 1.0 / static_cast<double>(x.n0)) {
-    const Tensor& full = outputs.p[0];
+    const Tensor& full = outputs[0];
     rows.samples = full.n0 / x.n0;
-    for (int j = 0; j < outputs.count; ++j) {
-      const Tensor& p = outputs.p[j];
+    for (int j = 0; j < count; ++j) {
+      const Tensor& p = outputs[j];
       Tensor& to = rows.p[j] = p;
       if (p.axes == 2 && p.n0 == full.n0 && (p.n1 == full.n1 || p.n1 == 1)) {
         rows.kind[j] = p.n1 == full.n1 ? kFull : kOne;
         to.s0 = p.s0 * x.n0, to.s1 = p.s0, to.s2 = p.n1 == full.n1 ? p.s1 : 0;
       } else {
-        const bool number = p.n0 * p.n1 * p.n2 == 1;
+        const bool number = p.size() == 1;
         rows.kind[j] = number ? kNumber : kColumn;
         to.s0 = to.s1 = 0, to.s2 = number ? 0 : p.axes == 1 ? p.s0 : p.s1;
       }

@@ -1,11 +1,25 @@
-// How arguments come from Python. A tensor is read by its own methods, so that no libtorch is linked and one build serves every version.
+// How arguments come from Python, and how results are made. A tensor is read by its own methods and made by torch's functions, so that
+// no libtorch is linked and one build serves every version.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
 #include "arguments.hpp"
 
 namespace fastvae {
+
+// Which of the inputs need a gradient, as far as there are any.
+constexpr int kMostNeeds = kMostParameters + 2;
+struct Need {
+  bool gradient[kMostNeeds] = {};
+  bool operator[](int i) const { return gradient[i]; }
+};
 
 // What a call gives to fill, at most as many as a likelihood has parameters.
 struct Outputs {
@@ -13,18 +27,21 @@ struct Outputs {
   Output operator[](int i) const { return p[i]; }
 };
 
-constexpr int kUInt8 = 4, kBool = 9, kDtypes = 10;
-
-// Names and types of torch, looked up once.
+// Names, types and functions of torch, looked up once.
 struct Torch {
-  PyObject *data_ptr, *dtype, *shape, *stride, *dtypes[kDtypes];
+  PyObject *data_ptr, *dtype, *shape, *stride, *to, *new_empty, *with_dtype, *empty_like, *get_num_threads, *dtypes[kDtypes];
   Torch() {
     data_ptr = PyUnicode_InternFromString("data_ptr");
     dtype = PyUnicode_InternFromString("dtype");
     shape = PyUnicode_InternFromString("shape");
     stride = PyUnicode_InternFromString("stride");
+    to = PyUnicode_InternFromString("to");
+    new_empty = PyUnicode_InternFromString("new_empty");
+    with_dtype = pybind11::make_tuple("dtype").release().ptr();
     const pybind11::module_ torch = pybind11::module_::import("torch");
-    // In the order of enum Dtype (common.hpp); bool last, for which uint8 serves.
+    empty_like = pybind11::object(torch.attr("empty_like")).release().ptr();
+    get_num_threads = pybind11::object(torch.attr("get_num_threads")).release().ptr();
+    // In the order of enum Dtype.
     const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64", "bool"};
     for (int i = 0; i < kDtypes; ++i) dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
   }
@@ -73,6 +90,89 @@ inline Tensor tensor_of(PyObject* tensor) {
   return t;
 }
 
+// The likelihoods' names, by number.
+#define FASTVAE_NAME(name, L) #name,
+constexpr const char* kLikelihoods[] = {FASTVAE_LIKELIHOODS(FASTVAE_NAME)};
+#undef FASTVAE_NAME
+
+inline pybind11::list likelihoods() {
+  pybind11::list names;
+  for (const char* name : kLikelihoods) names.append(name);
+  return names;
+}
+
+inline int number_of(const char* likelihood) {
+  int number = 0;
+  for (const char* name : kLikelihoods) {
+    if (std::strcmp(name, likelihood) == 0) return number;
+    ++number;
+  }
+  throw std::runtime_error(std::string("fastvae: the C++ extension fastvae._C has no likelihood '") + likelihood +
+                           "': it was built without csrc/likelihoods/" + likelihood +
+                           ".hpp. Build it again with `pip install -e .` in fastvae's folder.");
+}
+
+// A tensor, and the object that it was read from.
+struct Given : Tensor {
+  PyObject* object = Py_None;
+  Given() = default;
+  explicit Given(PyObject* tensor) : Tensor(tensor_of(tensor)), object(tensor) {}
+
+  bool is_contiguous() const {
+    i64 stride = 1;
+    const i64 n[] = {n0, n1, n2}, s[] = {s0, s1, s2};
+    for (int i = axes; i-- > 0; stride *= n[i]) {
+      if (n[i] != 1 && s[i] != stride) return false;
+    }
+    return true;
+  }
+  // The dtype of the computation.
+  int wide() const { return dtype == kFloat64 ? kFloat64 : kFloat32; }
+};
+
+// A result: a tensor that a kernel fills, or None.
+struct Made : Output {
+  pybind11::object object = pybind11::none();
+  int dtype = 0;
+  Made() = default;
+  Made(pybind11::object tensor, int its) : Output{address_of(tensor.ptr())}, object(std::move(tensor)), dtype(its) {}
+
+  // In this dtype.
+  pybind11::object as(int wanted) const {
+    const Torch& names = torch_names();
+    if (!data || wanted == dtype) return object;
+    PyObject* arguments[] = {object.ptr(), names.dtypes[wanted]};
+    return owned(PyObject_VectorcallMethod(names.to, arguments, 2, nullptr));
+  }
+};
+
+// An uninitialised contiguous tensor [sizes] where the given one lies.
+inline Made make(const Given& given, std::initializer_list<i64> sizes, int dtype) {
+  const Torch& names = torch_names();
+  // Sizes one by one cost less than a tuple of them, but for none.
+  PyObject* arguments[5] = {given.object};
+  std::size_t n = 1;
+  pybind11::object items[4];
+  for (i64 size : sizes) items[n - 1] = owned(PyLong_FromLongLong(size)), arguments[n] = items[n - 1].ptr(), ++n;
+  if (n == 1) items[0] = pybind11::tuple(), arguments[n++] = items[0].ptr();
+  arguments[n] = names.dtypes[dtype];
+  return Made(owned(PyObject_VectorcallMethod(names.new_empty, arguments, n, dtype == given.dtype ? nullptr : names.with_dtype)),
+              dtype);
+}
+
+// An uninitialised contiguous tensor of the given one's shape.
+inline Made make_like(const Given& given, int dtype) {
+  if (dtype == given.dtype && given.is_contiguous()) {  // at two thirds of the price
+    return Made(owned(PyObject_CallOneArg(torch_names().empty_like, given.object)), dtype);
+  }
+  if (given.axes == 0) return make(given, {}, dtype);
+  if (given.axes == 1) return make(given, {given.n0}, dtype);
+  return given.axes == 2 ? make(given, {given.n0, given.n1}, dtype) : make(given, {given.n0, given.n1, given.n2}, dtype);
+}
+inline Made make_like(const Given& given) { return make_like(given, given.dtype); }
+
+inline int number_of_threads() { return static_cast<int>(integer(owned(PyObject_CallNoArgs(torch_names().get_num_threads)).ptr())); }
+
 inline double real(PyObject* number) {
   const double value = PyFloat_AsDouble(number);
   if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
@@ -113,14 +213,23 @@ struct type_caster<fastvae::Outputs> {
 };
 
 template <>
-struct type_caster<fastvae::Parameters> {
-  PYBIND11_TYPE_CASTER(fastvae::Parameters, const_name("tuple[Tensor, ...]"));
+struct type_caster<fastvae::Given> {
+  PYBIND11_TYPE_CASTER(fastvae::Given, const_name("Tensor | None"));
   bool load(handle source, bool) {
-    PyObject* t = source.ptr();
-    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) > fastvae::kMostParameters) return false;
-    for (; value.count < PyTuple_GET_SIZE(t); ++value.count) {
-      value.p[value.count] = fastvae::tensor_of(PyTuple_GET_ITEM(t, value.count));
-    }
+    value = fastvae::Given(source.ptr());
+    return true;
+  }
+};
+
+template <>
+struct type_caster<fastvae::Need> {
+  PYBIND11_TYPE_CASTER(fastvae::Need, const_name("Sequence[bool]"));
+  bool load(handle source, bool) {
+    const object items = reinterpret_steal<object>(PySequence_Fast(source.ptr(), "fastvae._C: needs of gradients must be a sequence"));
+    if (!items) throw error_already_set();
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
+    if (count > fastvae::kMostNeeds) return false;
+    for (Py_ssize_t i = 0; i < count; ++i) value.gradient[i] = PySequence_Fast_GET_ITEM(items.ptr(), i) == Py_True;
     return true;
   }
 };
@@ -128,7 +237,7 @@ struct type_caster<fastvae::Parameters> {
 template <>
 struct type_caster<fastvae::Draw> {
   PYBIND11_TYPE_CASTER(fastvae::Draw, const_name("Draw"));
-  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat); the last says how z's memory is seen, which is one here
+  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat)
   bool load(handle source, bool) {
     PyObject* t = source.ptr();
     if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) != 6) return false;
@@ -137,6 +246,7 @@ struct type_caster<fastvae::Draw> {
     value.row_offset = fastvae::integer(PyTuple_GET_ITEM(t, 2));
     value.logvar_min = fastvae::real(PyTuple_GET_ITEM(t, 3));
     value.logvar_max = fastvae::real(PyTuple_GET_ITEM(t, 4));
+    value.flat = PyTuple_GET_ITEM(t, 5) == Py_True;
     return true;
   }
 };
@@ -162,7 +272,9 @@ struct type_caster<fastvae::Rows> {
   bool load(handle source, bool) {
     PyObject* t = source.ptr();
     if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) < 4 || PyTuple_GET_SIZE(t) > 3 + fastvae::kMostParameters) return false;
-    value.likelihood = static_cast<int>(fastvae::integer(PyTuple_GET_ITEM(t, 0)));
+    const char* likelihood = PyUnicode_AsUTF8(PyTuple_GET_ITEM(t, 0));
+    if (likelihood == nullptr) throw error_already_set();
+    value.likelihood = fastvae::number_of(likelihood);
     value.threads = static_cast<int>(fastvae::integer(PyTuple_GET_ITEM(t, 1)));
     value.x = fastvae::tensor_of(PyTuple_GET_ITEM(t, 2));
     for (Py_ssize_t j = 3; j < PyTuple_GET_SIZE(t); ++j) {

@@ -8,9 +8,6 @@
 // inlining when a file has grown by some share.
 #define FASTVAE_INLINE inline __attribute__((always_inline))
 
-// The integers are for data alone.
-enum Dtype { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kUInt8, kInt8, kInt16, kInt32, kInt64 };
-
 // Columns handled at a time: a few buffers of this length stay in the first-level cache.
 constexpr int kTile = 1024;
 
@@ -254,14 +251,6 @@ inline void for_dtype(int code, F f) {
     case kBFloat16: return f(bf16{});
     case kFloat16: return f(f16{});
   }
-}
-
-// Calls f with values of the types of data and parameters: equal, or float data with half-precision parameters.
-template <class F>
-inline void for_dtypes(int data, int parameter, F f) {
-  if (data == kFloat32 && parameter == kBFloat16) return f(float{}, bf16{});
-  if (data == kFloat32 && parameter == kFloat16) return f(float{}, f16{});
-  for_dtype(parameter, [&](auto t) { f(t, t); });
 }
 
 // Runs body(begin, end) over parts of [0, units) on several threads where the number of elements pays for them.

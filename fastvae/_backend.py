@@ -164,3 +164,21 @@ def extension() -> ModuleType:
             "install -e .` in fastvae's folder (if fastvae is installed already, do not start Python in "
             "that folder), or run plain PyTorch instead: FASTVAE_BACKEND=reference."
         ) from error
+
+
+def native(name: str) -> Callable:
+    """A function of the C++; where that cannot be had, one that says why when it is called."""
+    try:
+        return getattr(extension(), name)
+    except (RuntimeError, AttributeError):
+        return functools.partial(_call, name)
+
+
+def _call(name: str, *args):
+    function = getattr(extension(), name, None)
+    if function is None:
+        raise RuntimeError(
+            f"fastvae: the C++ extension fastvae._C has no {name}: it was built from another version of "
+            "fastvae. Build it again with `pip install -e .` in fastvae's folder."
+        )
+    return function(*args)

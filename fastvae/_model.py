@@ -13,10 +13,11 @@ from torch import Tensor
 
 from . import ops
 from ._checks import check_count, check_data, check_result, check_same_device, shape_of
-from .likelihoods.base import Declared, Likelihood, as_likelihood, fused
+from ._glance import are_batch
+from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
 from .ops.weigh import Weighing, weigh
-from .posteriors import Posterior, as_posterior, draw_log_ratio
-from .priors import DiagonalNormal, Prior, as_prior
+from .posteriors import Posterior, as_posterior, diagonal, draw_log_ratio
+from .priors import STANDARD, DiagonalNormal, Prior, as_prior
 from .weights import Weights
 
 
@@ -32,6 +33,12 @@ class Model(NamedTuple):
     @classmethod
     def read(cls, x: Any, q: Any, decoder: Any, likelihood: Any, prior: Any) -> Model:
         """Read and check what the user gave."""
+        # What is right at a glance is not asked one by one.
+        if type(q) is tuple and len(q) == 2 and prior is None and not torch.compiler.is_compiling():
+            known = SHARED.get(likelihood) if type(likelihood) is str else None
+            fits = known is not None and callable(decoder) and are_batch(x, *q)
+            if fits and (known.differentiable or not x.requires_grad):
+                return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD))
         likelihood = as_likelihood(likelihood, shared=True)
         check_data(x, likelihood)
         q = as_posterior(q)
@@ -55,8 +62,9 @@ class Model(NamedTuple):
         """What :func:`fastvae.ops.weigh.weigh` returns, of z [K·B, D] and a term of q and p."""
         parameters = self.decoder(z)
         takes_fused = beta is None or not beta.requires_grad
-        if takes_fused and (arguments := fused(self.likelihood, self.x, parameters, samples)) is not None:
-            return weigh(*arguments, term, beta, how, terms)
+        fused = self.likelihood.fused(self.x, parameters, samples) if takes_fused else None
+        if fused is not None:
+            return weigh(*fused, term, beta, how, terms)
         return weigh_samples(self._log_prob(z, self.x, parameters, samples), term, beta, how)
 
     def log_likelihood(self, z: Tensor, x: Tensor | None = None) -> Tensor:

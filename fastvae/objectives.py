@@ -123,7 +123,7 @@ def elbo(
     if reduction not in _REDUCTIONS:
         check_choice("reduction", reduction, _REDUCTIONS)
     # A tensor's value is not asked for, which would be a synchronisation.
-    has_free_bits = isinstance(free_bits, Tensor) or free_bits > 0
+    has_free_bits = free_bits > 0 if type(free_bits) is float else True
     if has_free_bits and kl == "mc":
         raise ValueError(
             "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
@@ -131,10 +131,14 @@ def elbo(
     if type(row_offset) is not int or row_offset:
         check_address(samples, q.batch, 0, row_offset)
     seed = draw_seed(x.device, generator)
-    if not isinstance(beta, Tensor) and beta != 1 and torch.compiler.is_compiling():
+    coefficient, factor = 1.0, None
+    if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
+        coefficient = beta
+    else:
         # An op's number is part of the code, a tensor's values are not.
-        beta = torch.ones((), dtype=torch.float64, device=q.device) * beta
-    coefficient, beta = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
+        factor = (
+            beta if isinstance(beta, Tensor) else beta * torch.ones((), dtype=torch.float64, device=q.device)
+        )
     if kl == "analytic":
         z, term = draw_kl(q, prior, samples, seed, row_offset, has_free_bits)
         if has_free_bits:
@@ -143,7 +147,7 @@ def elbo(
     else:
         z, term = draw_ratio(q, prior, samples, seed, row_offset)
     how = Weighing(coefficient, "mean", "none" if terms else reduction)
-    bound, log_likelihood = model.bound(z, term, samples, beta, how, terms)
+    bound, log_likelihood = model.bound(z, term, samples, factor, how, terms)
     if not terms:
         return bound
     return Terms(bound, log_likelihood, term if kl == "analytic" else -term.mean(0))

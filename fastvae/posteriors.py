@@ -145,6 +145,13 @@ class DiagonalGaussian(Posterior):
         )
 
 
+def diagonal(mu: Tensor, logvar: Tensor) -> DiagonalGaussian:
+    """The posterior of a pair that has been checked."""
+    q = DiagonalGaussian.__new__(DiagonalGaussian)
+    q.mu, q.logvar, q.logvar_range = mu, logvar, None
+    return q
+
+
 # What a decoder takes: z [K·B, D] as the ops write it, without a view.
 
 
@@ -154,7 +161,7 @@ def draw_kl(
     """z [K·B, D] and the KL by ``q.rsample_kl``, its results checked where they are not fastvae's own."""
     if type(q) is DiagonalGaussian:
         parts = None if prior is STANDARD else _normal_parts(prior)
-        return flat_kl(q.mu, q.logvar, parts, q.logvar_range, seed, samples, row_offset, per_dimension)
+        return flat_kl((q.mu, q.logvar, q.logvar_range), parts, seed, samples, row_offset, per_dimension)
     options = _offset(row_offset)
     z, kl = q.rsample_kl(prior, samples=samples, seed=seed, per_dimension=per_dimension, **options)
     _check_draws(q, "rsample_kl", z, samples)
@@ -172,7 +179,7 @@ def draw_ratio(
     """z [K·B, D] and the log-ratio [K, B] by ``q.rsample_log_ratio``, likewise."""
     if type(q) is DiagonalGaussian:
         parts = None if prior is STANDARD else _normal_parts(prior)
-        return flat_log_ratio(q.mu, q.logvar, parts, q.logvar_range, seed, samples, row_offset, estimator)
+        return flat_log_ratio((q.mu, q.logvar, q.logvar_range), parts, seed, samples, row_offset, estimator)
     options = _offset(row_offset)
     z, log_ratio = draw_log_ratio(q, prior, samples=samples, seed=seed, estimator=estimator, **options)[:2]
     return z.flatten(0, 1), log_ratio

@@ -154,52 +154,81 @@ def test_without_triton_the_message_says_what_to_install(monkeypatch, capsys):
     assert re.search(r"rsample_kl .*no triton \(pip install 'fastvae\[triton\]'\)", capsys.readouterr().out)
 
 
-@pytest.fixture
-def without_extension(monkeypatch):
-    """fastvae as FASTVAE_NO_EXTENSION=1 installs it."""
-    monkeypatch.setattr(_backend, "LEFT_OUT", True)
-    _backend.extension.cache_clear()
-    with fastvae.use_backend("native"):
-        yield
-    _backend.extension.cache_clear()
+# As FASTVAE_NO_EXTENSION=1 installs it, or as nobody meant to.
+WITHOUT_EXTENSION = """
+import sys, torch
+from importlib import metadata
+from types import SimpleNamespace
+sys.modules["fastvae._C"] = None
+on_purpose = sys.argv[1] == "on purpose"
+wheel = SimpleNamespace(read_text=lambda file: f"Root-Is-Purelib: {str(on_purpose).lower()}")
+real, metadata.distributions = metadata.distributions, lambda **options: [wheel]
+import fastvae
+from fastvae import info, ops
+metadata.distributions = real
+"""
+LEFT_OUT = """
+mu, logvar = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
+x, logits, seed = torch.rand(6, 11), torch.randn(4, 6, 11, requires_grad=True), torch.tensor(5)
+
+def everything():
+    z, kl = ops.rsample_kl(mu, logvar, samples=4, seed=seed)
+    y, ratio = ops.rsample_log_ratio(mu, logvar, samples=4, seed=seed)
+    log_px = ops.gaussian_log_prob(x, logits, logits) + ops.bernoulli_log_prob(x, logits)
+    results = [z, kl, y, log_px, ops.log_mean_exp(ratio), fastvae.random.normal(seed, 4, 6, 3)]
+    torch.manual_seed(1)
+    results += [fastvae.elbo(x, (mu, logvar), lambda z: logits[0], likelihood="bernoulli")]
+    return [*results, *torch.autograd.grad(sum(r.sum() for r in results), [mu, logvar, logits])]
+
+found = everything()
+with fastvae.use_backend("reference"):
+    expected = everything()
+assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+try:
+    ops.bernoulli_log_prob(x + 1, logits)
+except ValueError as error:
+    assert "targets must lie in" in str(error)
+else:
+    assert False
+compiled = torch.compile(lambda m, v: ops.rsample_kl(m, v, seed=seed), backend="eager", fullgraph=True)
+assert torch.equal(compiled(mu, logvar)[1], ops.rsample_kl(mu, logvar, seed=seed)[1])
+info.run()
+"""
+MISSING = """
+try:
+    ops.rsample_kl(torch.zeros(2, 3), torch.zeros(2, 3))
+except RuntimeError as error:
+    print(error)
+info.run()
+"""
+
+
+def _without_extension(code: str, why: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_EXTENSION + code, why]
+    done = subprocess.run(command, env={**os.environ, "FASTVAE_BACKEND": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(CUDA, reason="native is Triton there")
-@pytest.mark.filterwarnings("error")
-def test_an_extension_left_out_on_purpose_is_replaced_by_the_reference(without_extension, capsys):
-    mu, logvar = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
-    x, logits, seed = torch.rand(6, 11), torch.randn(4, 6, 11, requires_grad=True), torch.tensor(5)
-
-    def everything():
-        z, kl = ops.rsample_kl(mu, logvar, samples=4, seed=seed)
-        y, ratio = ops.rsample_log_ratio(mu, logvar, samples=4, seed=seed)
-        log_px = ops.gaussian_log_prob(x, logits, logits) + ops.bernoulli_log_prob(x, logits)
-        results = [z, kl, y, log_px, ops.log_mean_exp(ratio), fastvae.random.normal(seed, 4, 6, 3)]
-        return [*results, *torch.autograd.grad(sum(r.sum() for r in results), [mu, logvar, logits])]
-
-    found = everything()
-    with fastvae.use_backend("reference"):
-        expected = everything()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    with pytest.raises(ValueError, match="targets must lie in"):
-        ops.bernoulli_log_prob(x + 1, logits)
-    compiled = torch.compile(lambda m, v: ops.rsample_kl(m, v, seed=seed), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(mu, logvar)[1], ops.rsample_kl(mu, logvar, seed=seed)[1])
-
-    info.run()
-    printed = capsys.readouterr().out
+def test_an_extension_left_out_on_purpose_is_replaced_by_the_reference():
+    printed = _without_extension(LEFT_OUT, "on purpose")
     assert re.search(r"C\+\+ instructions +none: .*left out on purpose, by FASTVAE_NO_EXTENSION=1", printed)
     assert re.search(r"rsample_kl +PyTorch ", printed)
 
 
 @pytest.mark.skipif(CUDA, reason="native is Triton there")
-def test_an_extension_missing_by_accident_is_an_error(without_extension, monkeypatch, capsys):
-    monkeypatch.setattr(_backend, "LEFT_OUT", False)
-    monkeypatch.setitem(sys.modules, "fastvae._C", None)
-    with pytest.raises(RuntimeError, match=r"fastvae\._C could not be imported.*pip install -e \."):
-        ops.rsample_kl(torch.zeros(2, 3), torch.zeros(2, 3))
-    info.run()
-    assert re.search(r"rsample_kl +fails: no C\+\+ ", capsys.readouterr().out)
+def test_an_extension_missing_by_accident_is_an_error():
+    printed = _without_extension(MISSING, "by accident")
+    assert re.search(r"fastvae\._C could not be imported.*pip install -e \.", printed)
+    assert re.search(r"rsample_kl +fails: no C\+\+ ", printed)
+
+
+def test_an_extension_of_another_version_says_so(monkeypatch):
+    """An editable install whose C++ was not built again."""
+    monkeypatch.setattr(_backend, "extension", lambda: SimpleNamespace(rsample=None))
+    with pytest.raises(RuntimeError, match=r"no rsample_kl: it was built from another version.*pip install"):
+        _backend.native("rsample_kl")(1, 2)
 
 
 @pytest.mark.parametrize(

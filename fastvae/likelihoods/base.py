@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import FLOATING, check_same_device, check_tensor, shape_of
+from .._checks import check_same_device, check_tensor, shape_of
+from .._glance import are_outputs
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator
 
@@ -40,6 +41,10 @@ class Likelihood(nn.Module):
         K·B rows of z, sample-major. It is summed over the event alone; another shape is refused.
         """
         raise NotImplementedError
+
+    def fused(self, x: Tensor, parameters: Any, samples: int) -> Fused | None:
+        """What the fused op takes; None where there is none."""
+        return None
 
     def mean(self, parameters: Any) -> Tensor:
         """The mean of x given the decoder's output, for reconstructions and pictures."""
@@ -74,57 +79,61 @@ class Declared(Likelihood):
     gradient: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
     data: ClassVar[Callable[[Tensor], Tensor] | None] = None
     oracle: ClassVar[Callable[..., torch.distributions.Distribution]]
-    _returns_all: ClassVar[bool]  # the decoder returns every output
+    _bounded: ClassVar[bool]
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        cls._returns_all = cls._from_decoder is Declared._from_decoder and cls._given is Declared._given
+        cls._bounded = cls.low > -math.inf or cls.high < math.inf
         if "name" in cls.__dict__:
             ops.declare(cls)
             DECLARED[cls.name] = cls
 
     def log_prob(self, x: Tensor, parameters: Any, samples: int) -> Tensor:
-        returned, given = self._read(x, parameters, samples)
+        given = self._given(x)
+        returned = self._read(x, parameters, samples, given)
         spread = [p.reshape(samples, *x.shape) for p in returned]
         return getattr(ops, f"{self.name}_log_prob")(x, *spread, *given)
 
     def fused(self, x: Tensor, parameters: Any, samples: int) -> Fused | None:
         """What the fused op takes, checked; None where it does not fit."""
-        returned, given = self._read(x, parameters, samples)
-        rows: tuple = ()
-        if given:
-            rows = tuple([_of_the_event(p, returned[0], x) for p in given])
-            if any([row is None for row in rows]):
-                return None
+        if type(self).log_prob is not Declared.log_prob:  # a subclass's own
+            return None
+        given = self._given(x)
+        returned = parameters if type(parameters) is tuple else (parameters,)
+        at_a_glance = not torch.compiler.is_compiling() and len(returned) + len(given) == len(self.outputs)
+        if at_a_glance and are_outputs(x, samples, returned):
+            if not given:
+                if self._bounded:
+                    check_support(type(self), x)
+                return self.name, x, returned
+        else:
+            returned = self._read(x, parameters, samples, given)
+        if not x.numel():
+            return None
+        rows = [_of_the_event(p, returned[0], x) for p in given]
+        if any([row is None for row in rows]):
+            return None
         if x.dim() != 2:
-            x = x.reshape(len(x), -1)
-            returned = tuple([p.reshape(len(p), -1) for p in returned])
+            x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
         check_support(type(self), x)
-        return self.name, x, returned + rows
+        return self.name, x, (*returned, *rows)
 
-    def _read(self, x: Tensor, parameters: Any, samples: int) -> tuple[tuple[Tensor, ...], tuple]:
-        """What the decoder returned, each [K·B, *event]; the other outputs, broadcastable to the event."""
-        names, given = (self.outputs, ()) if self._returns_all else (self._from_decoder(), self._given(x))
+    def _read(self, x: Tensor, parameters: Any, samples: int, given: tuple) -> tuple[Tensor, ...]:
+        """What the decoder returned, each [K·B, *event], checked."""
+        names = self.outputs[: len(self.outputs) - len(given)]
         if len(names) == 1:
             if not isinstance(parameters, Tensor):
                 raise self._wrong_output(parameters)
             parameters = (parameters,)
         elif not (isinstance(parameters, (tuple, list)) and len(parameters) == len(names)):
             raise self._wrong_output(parameters)
-        shape = (samples * x.shape[0], *x.shape[1:])
         for name, value in zip(names, parameters, strict=True):
-            if not (isinstance(value, Tensor) and value.shape == shape and value.dtype in FLOATING):
-                check_rows(name, value, x, samples)
-            if value.device != x.device:
-                check_same_device(f"the decoder's {name}", value, "x", x)
-        return tuple(parameters), given
-
-    def _from_decoder(self) -> tuple[str, ...]:
-        """Names of what the decoder returns."""
-        return self.outputs
+            check_rows(name, value, x, samples)
+            check_same_device(f"the decoder's {name}", value, "x", x)
+        return tuple(parameters)
 
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
-        """The outputs that it does not return."""
+        """The last outputs, which the decoder does not return, broadcastable to the event."""
         return ()
 
     def _wrong_output(self, came: Any) -> TypeError:
@@ -176,23 +185,15 @@ def describe(value: Any) -> str:
 
 
 # For a call that gives a name: making a module costs more than the kernels of a small batch.
-_shared: dict[str, Likelihood] = {}
-
-
-def fused(likelihood: Likelihood, x: Tensor, parameters: Any, samples: int) -> Fused | None:
-    """The arguments of the fused op, checked; None for a likelihood that has none."""
-    # A subclass may have a log_prob of its own.
-    if type(likelihood).log_prob is not Declared.log_prob or x.numel() == 0:
-        return None
-    return likelihood.fused(x, parameters, samples)  # type: ignore[attr-defined]
+SHARED: dict[str, Likelihood] = {}
 
 
 def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
     """A name or a likelihood object; of a name a module of its own, or ``shared`` with others."""
     if isinstance(likelihood, Likelihood):
         return likelihood
-    if shared and type(likelihood) is str and likelihood in _shared:
-        return _shared[likelihood]
+    if shared and type(likelihood) is str and likelihood in SHARED:
+        return SHARED[likelihood]
     known = ", ".join(map(repr, DECLARED))
     if not isinstance(likelihood, str):
         raise TypeError(
@@ -202,4 +203,4 @@ def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
     if likelihood not in DECLARED:
         raise ValueError(f"likelihood={likelihood!r} is unknown; known: {known}")
     module = DECLARED[likelihood]()
-    return _shared.setdefault(likelihood, module) if shared else module
+    return SHARED.setdefault(likelihood, module) if shared else module

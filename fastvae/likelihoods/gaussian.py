@@ -112,9 +112,6 @@ class Gaussian(Declared):
         scale = self.fixed_scale
         return scale.log() if isinstance(scale, Tensor) else math.log(scale)
 
-    def _from_decoder(self):
-        return self.outputs if self._returns_logvar() else self.outputs[:1]
-
     def _returns_logvar(self) -> bool:
         return not self.learned and self.fixed_scale is None
 

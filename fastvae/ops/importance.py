@@ -12,12 +12,11 @@ pass many times over.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _backend
 from .._checks import check_tensor, shape_of
-from .op import Op, accumulator, empty_like, new_empty
+from .op import Op, accumulator
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -65,11 +64,7 @@ class _LogMeanExpBackward(Op):
     module = "importance"
     name = "log_mean_exp_backward"
     schema = "(Tensor grad, Tensor log_w, Tensor maximum, Tensor total) -> Tensor"
-
-    def native(self, grad, log_w, maximum, total):
-        out = empty_like(log_w)
-        _backend.extension().log_mean_exp_backward(out, grad, log_w, maximum, total, torch.get_num_threads())
-        return out
+    native = staticmethod(_backend.native(name))
 
     def fake(self, grad, log_w, maximum, total):
         return log_w.new_empty(log_w.shape)
@@ -83,22 +78,20 @@ class _LogMeanExp(Op):
     schema = "(Tensor log_w) -> (Tensor, Tensor, Tensor)"
     shown = 1
     gradient = _LogMeanExpBackward()
-
-    def native(self, log_w):
-        bound = new_empty(log_w, log_w.shape[1:], accumulator(log_w.dtype))
-        results = bound, torch.empty_like(bound), torch.empty_like(bound)
-        _backend.extension().log_mean_exp(*results, log_w, torch.get_num_threads())
-        return results
+    native = staticmethod(_backend.native(name))
 
     def fake(self, log_w):
         return tuple(log_w.new_empty(log_w.shape[1:], dtype=accumulator(log_w.dtype)) for _ in range(3))
 
-    def save(self, ctx, args, results):
-        ctx.mark_non_differentiable(*results[1:])
-        ctx.save_for_backward(*args, *results[1:])
+    def forward(self, run, ctx, log_w):
+        bound, maximum, total = run(log_w)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(maximum, total)
+        ctx.save_for_backward(log_w, maximum, total)
+        return bound, maximum, total
 
-    def arguments_of_gradient(self, ctx, grad, *_):
-        return grad, *ctx.saved_tensors
+    def backward(self, run, ctx, grad, *_):
+        return run(grad, *ctx.saved_tensors)
 
 
 _log_mean_exp = _LogMeanExp()

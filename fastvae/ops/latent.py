@@ -38,7 +38,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
 from .. import _backend, random
 from .._checks import (
@@ -54,7 +54,7 @@ from .._checks import (
     shape_of,
 )
 from ..reference.random import normal
-from .op import Op, accumulator, empty_like, in_shape, new_empty, or_none
+from .op import Op, accumulator, empty_like, in_shape, or_none
 
 ESTIMATORS = ("iwae", "dreg", "stl")
 
@@ -125,9 +125,9 @@ def rsample_kl(
     """
     if samples is not None:
         check_count("samples", samples, "the draws per row")
-    seed = random.draw_seed(mu.device, generator) if seed is None and isinstance(mu, Tensor) else seed
+    draws, flat = (1, True) if samples is None else (samples, False)
     arguments = _prepare(
-        mu, logvar, prior, logvar_range, seed, samples or 1, sample_offset, row_offset, samples is None
+        mu, logvar, prior, logvar_range, seed, generator, draws, sample_offset, row_offset, flat
     )
     return _rsample_kl(*arguments, bool(per_dimension))
 
@@ -182,8 +182,9 @@ def rsample_log_ratio(
     """
     check_count("samples", samples, "the draws per row")
     check_choice("estimator", estimator, ESTIMATORS)
-    seed = random.draw_seed(mu.device, generator) if seed is None and isinstance(mu, Tensor) else seed
-    arguments = _prepare(mu, logvar, prior, logvar_range, seed, samples, sample_offset, row_offset, False)
+    arguments = _prepare(
+        mu, logvar, prior, logvar_range, seed, generator, samples, sample_offset, row_offset, False
+    )
     results = _rsample_log_ratio(*arguments, estimator, bool(chunk))
     return results if chunk else results[:2]
 
@@ -191,25 +192,23 @@ def rsample_log_ratio(
 # For a pair that has been checked, a seed, and a place in the noise: z is [K·B, D].
 
 
-def flat_kl(mu, logvar, prior, logvar_range, seed, samples, row_offset, per_dimension):
+def flat_kl(q, prior, seed, samples, row_offset, per_dimension):
     """z [K·B, D] and the KL, of :func:`rsample_kl`."""
-    if prior is None and logvar_range is None and row_offset == 0 and samples <= 2**32:
-        draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
-        return _rsample_kl(mu, logvar, None, None, seed, draw, per_dimension)
-    arguments = _prepare(mu, logvar, prior, logvar_range, seed, samples, 0, row_offset, True)
-    return _rsample_kl(*arguments, per_dimension)
+    return _rsample_kl(*_flat(*q, prior, seed, samples, row_offset), per_dimension)
 
 
-def flat_log_ratio(mu, logvar, prior, logvar_range, seed, samples, row_offset, estimator):
+def flat_log_ratio(q, prior, seed, samples, row_offset, estimator):
     """z [K·B, D] and the log-ratio [K, B], of :func:`rsample_log_ratio`."""
+    return _rsample_log_ratio(*_flat(*q, prior, seed, samples, row_offset), estimator, False)[:2]
+
+
+def _flat(mu, logvar, logvar_range, prior, seed, samples, row_offset):
     if prior is None and logvar_range is None and row_offset == 0 and samples <= 2**32:
-        draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
-        return _rsample_log_ratio(mu, logvar, None, None, seed, draw, estimator, False)[:2]
-    arguments = _prepare(mu, logvar, prior, logvar_range, seed, samples, 0, row_offset, True)
-    return _rsample_log_ratio(*arguments, estimator, False)[:2]
+        return mu, logvar, None, None, seed, Draw(samples, 0, 0, -math.inf, math.inf, True)
+    return _prepare(mu, logvar, prior, logvar_range, seed, None, samples, 0, row_offset, True)
 
 
-def _prepare(mu, logvar, prior, logvar_range, seed, samples, sample_offset, row_offset, flat):
+def _prepare(mu, logvar, prior, logvar_range, seed, generator, samples, sample_offset, row_offset, flat):
     """Check what the user gave and bring it into the form of the schema."""
     if not (are_rows(mu, logvar) and prior is None and logvar_range is None):
         mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
@@ -219,8 +218,9 @@ def _prepare(mu, logvar, prior, logvar_range, seed, samples, sample_offset, row_
         logvar_min, logvar_max = -math.inf, math.inf
     if sample_offset != 0 or row_offset != 0 or samples > 2**32:
         check_address(samples, mu.shape[0], sample_offset, row_offset)
+    seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
     draw = Draw(samples, sample_offset, row_offset, logvar_min, logvar_max, flat)
-    return mu, logvar, prior_mu, prior_logvar, check_seed(seed, mu.device), draw
+    return mu, logvar, prior_mu, prior_logvar, seed, draw
 
 
 def _check_tensors(mu, logvar, prior):
@@ -271,14 +271,6 @@ def _shape_of_z(mu, draw):
     return (draw.samples * rows, columns) if draw.flat else (draw.samples, rows, columns)
 
 
-def _native_draw(function, second, mu, logvar, prior_mu, prior_logvar, seed, draw, keep, *rest):
-    """z, and the slope if it is kept; ``second`` is the second result, a tensor to fill."""
-    z = mu.new_empty(_shape_of_z(mu, draw))
-    slope = empty_like(z, second.dtype) if keep else None
-    function(z, slope, second, mu, logvar, prior_mu, prior_logvar, draw, seed, get_num_threads(), *rest)
-    return z, slope
-
-
 def _fake_draw(mu, draw, keep):
     shape = _shape_of_z(mu, draw)
     return mu.new_empty(shape), mu.new_empty(shape, dtype=accumulator(mu.dtype)) if keep else None
@@ -312,6 +304,24 @@ def _composed_draw(function, mu, logvar, prior_mu, prior_logvar, seed, draw, opt
     return in_shape(z, _shape_of_z(mu, draw)), second, slope
 
 
+class _Draw(Op):
+    """The noise's slope is the last of the results, and is kept."""
+
+    module = "latent"
+    record = Draw
+    told = True
+
+    def forward(self, run, ctx, mu, logvar, prior_mu, prior_logvar, seed, draw, *options):
+        results = run(mu, logvar, prior_mu, prior_logvar, seed, draw, *options)
+        slope = results[-1]
+        ctx.set_materialize_grads(False)
+        if slope is not None:
+            ctx.mark_non_differentiable(slope)
+        ctx.save_for_backward(slope, mu, logvar, prior_mu, prior_logvar, seed)
+        ctx.draw, ctx.options = draw, options
+        return results
+
+
 class _Gradient(Op):
     """Gradients of (mu, logvar, prior_mu, prior_logvar), None where not needed."""
 
@@ -330,14 +340,11 @@ _GRADS = "-> (Tensor, Tensor, Tensor, Tensor)"
 class _RsampleKLBackward(_Gradient):
     name = "rsample_kl_backward"
     schema = f"(Tensor? grad_z, Tensor? grad_kl, Tensor? slope, {_INPUTS}{_DRAW}, bool[4] need) {_GRADS}"
+    of_node = staticmethod(_backend.native(name))
 
     def native(self, grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, draw, need):
-        grads = [empty_like(mu) if n else None for n in need]
-        _backend.extension().rsample_kl_backward(
-            *grads, grad_z, grad_kl, _kept(slope, mu, logvar, seed, draw),
-            mu, logvar, prior_mu, prior_logvar, draw, get_num_threads(),
-        )  # fmt: skip
-        return tuple(grads)
+        slope = _kept(slope, mu, logvar, seed, draw)
+        return self.of_node(grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, draw, need)
 
     def composed(self, backend):
         function = super().composed(backend)
@@ -350,22 +357,12 @@ class _RsampleKLBackward(_Gradient):
         return backward
 
 
-class _RsampleKL(Op):
-    module = "latent"
+class _RsampleKL(_Draw):
     name = "rsample_kl"
     schema = f"({_INPUTS}{_DRAW}, bool per_dimension, bool keep_slope) -> (Tensor, Tensor, Tensor)"
-    record = Draw
     shown = 2
-    told = True
     gradient = _RsampleKLBackward()
-
-    def native(self, mu, logvar, prior_mu, prior_logvar, seed, draw, per_dimension, keep):
-        kl = new_empty(mu, mu.shape if per_dimension else mu.shape[:1], accumulator(mu.dtype))
-        z, slope = _native_draw(
-            _backend.extension().rsample_kl, kl,
-            mu, logvar, prior_mu, prior_logvar, seed, draw, keep, per_dimension,
-        )  # fmt: skip
-        return z, kl, slope
+    native = staticmethod(_backend.native(name))
 
     def composed(self, backend):
         return functools.partial(_composed_draw, super().composed(backend))
@@ -375,15 +372,11 @@ class _RsampleKL(Op):
         z, slope = _fake_draw(mu, draw, keep)
         return z, kl, slope
 
-    def save(self, ctx, args, results):
-        if results[2] is not None:
-            ctx.mark_non_differentiable(results[2])
-        ctx.save_for_backward(*args[:5], results[2])
-        ctx.draw = args[5]
-
-    def arguments_of_gradient(self, ctx, grad_z, grad_kl, *_):
-        *inputs, slope = ctx.saved_tensors
-        return grad_z, grad_kl, or_none(slope), *inputs, ctx.draw, list(ctx.needs_input_grad[:4])
+    def backward(self, run, ctx, grad_z, grad_kl, _):
+        slope, *inputs = ctx.saved_tensors
+        need = list(ctx.needs_input_grad[:4])
+        grads = run(grad_z, grad_kl, or_none(slope), *inputs, ctx.draw, need)
+        return *grads, None, None, None, None
 
 
 _rsample_kl = _RsampleKL()
@@ -396,27 +389,12 @@ class _RsampleLogRatioBackward(_Gradient):
         f"bool path, bool[4] need) {_GRADS}"
     )
 
-    def native(
-        self,
-        grad_z,
-        grad_log_ratio,
-        weight,
-        slope,
-        mu,
-        logvar,
-        prior_mu,
-        prior_logvar,
-        seed,
-        draw,
-        path,
-        need,
-    ):
-        grads = [empty_like(mu) if n else None for n in need]
-        _backend.extension().rsample_log_ratio_backward(
-            *grads, grad_z, grad_log_ratio, weight, _kept(slope, mu, logvar, seed, draw),
-            mu, logvar, prior_mu, prior_logvar, draw, get_num_threads(), path,
-        )  # fmt: skip
-        return tuple(grads)
+    of_node = staticmethod(_backend.native(name))
+
+    def native(self, grad_z, grad_log_ratio, weight, slope, mu, logvar, *rest):
+        *_, seed, draw, _, _ = rest
+        slope = _kept(slope, mu, logvar, seed, draw)
+        return self.of_node(grad_z, grad_log_ratio, weight, slope, mu, logvar, *rest)
 
     def composed(self, backend):
         function = super().composed(backend)
@@ -428,24 +406,14 @@ class _RsampleLogRatioBackward(_Gradient):
         return backward
 
 
-class _RsampleLogRatio(Op):
-    module = "latent"
+class _RsampleLogRatio(_Draw):
     name = "rsample_log_ratio"
     schema = (
         f"({_INPUTS}{_DRAW}, str estimator, bool chunk, bool keep_slope) -> (Tensor, Tensor, Tensor, Tensor)"
     )
-    record = Draw
     shown = 3
-    told = True
     gradient = _RsampleLogRatioBackward()
-
-    def native(self, mu, logvar, prior_mu, prior_logvar, seed, draw, estimator, chunk, keep):
-        log_ratio = new_empty(mu, (draw.samples, mu.shape[0]), accumulator(mu.dtype))
-        z, slope = _native_draw(
-            _backend.extension().rsample_log_ratio, log_ratio,
-            mu, logvar, prior_mu, prior_logvar, seed, draw, keep,
-        )  # fmt: skip
-        return z, log_ratio, _whole(mu, chunk), slope
+    native = staticmethod(_backend.native(name))
 
     def composed(self, backend):
         function = super().composed(backend)
@@ -462,19 +430,13 @@ class _RsampleLogRatio(Op):
         z, slope = _fake_draw(mu, draw, keep)
         return z, log_ratio, _whole(mu, chunk), slope
 
-    def save(self, ctx, args, results):
-        *_, draw, estimator, chunk, _ = args
-        if results[3] is not None:
-            ctx.mark_non_differentiable(results[3])
-        ctx.save_for_backward(*args[:5], results[3])
-        ctx.how = draw, estimator, chunk
-
-    def arguments_of_gradient(self, ctx, grad_z, grad_log_ratio, grad_whole, *_):
-        *inputs, slope = ctx.saved_tensors
-        draw, estimator, chunk = ctx.how
+    def backward(self, run, ctx, grad_z, grad_log_ratio, grad_whole, _):
+        slope, *inputs = ctx.saved_tensors
+        estimator, chunk, _ = ctx.options
         weight = _dreg_weight(grad_log_ratio, grad_whole, chunk) if estimator == "dreg" else None
-        need = list(ctx.needs_input_grad[:4])
-        return grad_z, grad_log_ratio, weight, or_none(slope), *inputs, draw, estimator != "iwae", need
+        need, path = list(ctx.needs_input_grad[:4]), estimator != "iwae"
+        grads = run(grad_z, grad_log_ratio, weight, or_none(slope), *inputs, ctx.draw, path, need)
+        return *grads, None, None, None, None, None
 
 
 def _whole(mu, chunk):

@@ -10,7 +10,6 @@ over samples and rows (a row per pixel), or over pixels as well (one number, fix
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -55,11 +54,6 @@ class Declaration(Protocol):
 _FULL, _COLUMN, _ONE, _NUMBER = range(4)
 
 
-@functools.cache
-def number(likelihood: str) -> int:
-    return _backend.extension().likelihoods.index(likelihood)
-
-
 def result_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype that is computed and summed in; integers have no say in it."""
     for t in tensors:
@@ -78,23 +72,13 @@ def _laid_out(parameter: Tensor, shape: tuple[int, ...]) -> tuple[int, Tensor]:
     return alone if shared else many, parameter.expand(shape)
 
 
-def native_gradients(
-    x: Tensor, parameters: tuple[Tensor, ...], need: list[bool], dtype: torch.dtype
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Tensors for the C++ to fill: those of parameters that broadcast are sums, kept in ``dtype``."""
-    full, grads = parameters[0].shape, []
-    for p, n in zip(parameters, need[1:], strict=False):
-        grads.append(empty_like(p, None if p.shape == full else dtype) if n else None)
-    return empty_like(x) if need[0] else None, grads
-
-
 def native_log_prob(likelihood: str, x: Tensor, *parameters: Tensor) -> tuple[Tensor, bool]:
     """log p(x|z) of rows, and whether x lies where it must; the first parameter has all axes."""
     shape = parameters[0].shape
     dtype = result_dtype(x, *parameters)
     if not parameters[0].numel():
         return x.new_zeros(shape[:-1], dtype=dtype), True
-    rows = (number(likelihood), torch.get_num_threads(), x, *(_laid_out(p, shape) for p in parameters))
+    rows = (likelihood, torch.get_num_threads(), x, *(_laid_out(p, shape) for p in parameters))
     out = new_empty(x, shape[:-1], dtype)
     in_range = _backend.extension().log_prob(rows, dtype == torch.float64, out)
     return out, in_range
@@ -110,7 +94,7 @@ def native_log_prob_backward(
         return tuple(t.new_zeros(t.shape) if n else None for t, n in zip(given, need, strict=True))
     shape = parameters[0].shape
     dtype = result_dtype(*given)
-    rows, grads = [number(likelihood), torch.get_num_threads(), x], []
+    rows, grads = [likelihood, torch.get_num_threads(), x], []
     for p, n in zip(parameters, need[1:], strict=True):
         kind, laid_out = _laid_out(p, shape)
         if kind != _FULL:
@@ -198,12 +182,14 @@ class LogProb(Op):
     def fake(self, x, *parameters):
         return x.new_empty(self._shape(x, parameters), dtype=result_dtype(x, *parameters))
 
-    def save(self, ctx, args, results):
+    def forward(self, run, ctx, *args):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args)
+        return run(*args)
 
-    def arguments_of_gradient(self, ctx, grad):
+    def backward(self, run, ctx, grad):
         need_x, *need = ctx.needs_input_grad
-        return grad, *ctx.saved_tensors, [need_x and self.likelihood.differentiable, *need]
+        return run(grad, *ctx.saved_tensors, [need_x and self.likelihood.differentiable, *need])
 
     @staticmethod
     def _shape(x, parameters):

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import _backend
+from .._glance import ON_CPU, ON_GPU, PLACES, WANTED, plain
 
 _library = torch.library.Library("fastvae", "DEF")
 
@@ -41,7 +42,7 @@ class Op:
             ``fastvae.kernels.<module>``.
         schema: arguments and results, as torch writes them.
         record: the type of the record.
-        shown: how many of the results a caller gets; a call may leave out the others.
+        shown: how many of the results a caller gets; the others are for the gradient.
         told: the last argument, which a caller leaves out, says whether the C++ will be asked for gradients.
         gradient: the op that computes this one's gradients; without it, differentiating raises.
     """
@@ -56,9 +57,8 @@ class Op:
 
     # What an op says of itself.
 
-    def native(self, *args: Any) -> Any:
-        """The op in C++, for CPU tensors."""
-        raise NotImplementedError
+    native: Callable
+    """The op in C++, for CPU tensors."""
 
     def fake(self, *args: Any) -> Any:
         """Results of the right shapes and dtypes, of fake arguments."""
@@ -68,11 +68,14 @@ class Op:
         """The op by the reference or by Triton."""
         return getattr(_backend.layer(backend, self.module), self.name)
 
-    def save(self, ctx: Any, args: tuple, results: Any) -> None:
-        """Save what the gradient takes, and say which results have none."""
+    def forward(self, run: Callable, ctx: Any, *args: Any) -> Any:
+        """What ``run`` computes of these arguments; ``ctx`` keeps what the gradient takes."""
+        return run(*args)
 
-    def arguments_of_gradient(self, ctx: Any, *grads: Tensor | None) -> tuple:
-        """What ``gradient`` is called with; it returns gradients of the leading arguments."""
+    def backward(self, run: Callable, ctx: Any, *grads: Tensor | None) -> tuple:
+        """Gradients of all arguments, None for those that are no tensors, by ``run``: ``gradient``'s
+        function.
+        """
         raise NotImplementedError
 
     # What is made of it.
@@ -88,34 +91,32 @@ class Op:
         _library.impl(self.name, self._dispatched(self._elsewhere), "CompositeExplicitAutograd")
         _library.impl(self.name, self._autograd, "Autograd")
         torch.library.register_fake(f"fastvae::{self.name}", self._dispatched(self.fake), lib=_library)
-        self._dispatched_node = self._node(self._below_autograd, self._differentiate)
-        # The short ways: a function, and the node that calls it.
-        self._short = {
-            "native": (self.native, self._node(self.native, self._differentiate_natively, self.shown)),
-            "cpu": (self._on_cpu, self._node(self._on_cpu, self._differentiate, self.shown)),
-            "cuda": (self._on_gpu, self._node(self._on_gpu, self._differentiate, self.shown)),
+        self._dispatched_node = self._node(self._below_autograd)
+        # The short ways, by where the tensors lie and the backend: a function, the node that calls it, and
+        # whether it is the C++. Everything else is the dispatcher's.
+        on_cpu, on_gpu = ((f, self._node(f), False) for f in (self._on_cpu, self._on_gpu))
+        self._ways: dict[tuple[int, str], tuple[Callable, type, bool]] = {
+            (ON_CPU, "triton"): on_cpu,
+            (ON_GPU, "triton"): on_gpu,
+            (ON_GPU, "native"): on_gpu,
         }
+        if not _backend.LEFT_OUT:
+            self._ways[ON_CPU, "native"] = (self.native, self._native_node(), True)
 
     def __call__(self, *args: Any) -> Any:
         tensors = args[: self._tensors]
-        way = _plain_device(tensors)
-        if way is not None:
-            backend = _backend.on_cpu() if way == "cpu" else _backend.chosen()
-            if backend == "reference":
-                way = None
-            elif backend == "native" and way == "cpu":
-                way = "native"
+        found = 0 if torch.compiler.is_compiling() else plain(tensors)
+        way = self._ways.get((found & PLACES, _backend.chosen())) if found else None
         if way is None:
             if self.told:
                 args = (*args, _cpp_differentiates(tensors))
-            return self._shown(self._registered(*self._unpacked(args)))
-        function, node = self._short[way]
-        wanted = _C.is_grad_enabled() and _C._any_requires_grad(*tensors)
-        if self.told:
-            args = (*args, wanted and way == "native")
-        return node.apply(*args) if wanted else self._shown(function(*args))
-
-    def _shown(self, results):
+            results = self._registered(*self._unpacked(args))
+        else:
+            function, node, native = way
+            wanted = found & WANTED and _C.is_grad_enabled()
+            if self.told:
+                args = (*args, native if wanted else False)
+            results = node.apply(*args) if wanted else function(*args)
         return results if self.shown is None else results[: self.shown]
 
     def _implementation(self, backend: str) -> Callable:
@@ -179,35 +180,36 @@ class Op:
         with _C._AutoDispatchBelowAutograd():
             return self._registered(*fields)
 
-    def _node(self, function: Callable, backward: Callable, shown: int | None = None) -> type:
-        """The autograd node of the op as this function computes it."""
-        native = backward == self._differentiate_natively
+    def _node(self, function: Callable) -> type:
+        """The autograd node of the op as this function computes it, for the backend in force."""
 
         def forward(ctx, *args):
-            results = function(*args)
-            ctx.set_materialize_grads(False)
-            if not native:
-                ctx.backend = _backend.chosen()
-            self.save(ctx, args, results)
-            return results if shown is None else results[:shown]
+            ctx.backend = _backend.chosen()
+            return self.forward(function, ctx, *args)
 
+        return self._node_of(forward, self._differentiate)
+
+    def _native_node(self) -> type:
+        """The same in C++, without the dispatcher in either pass."""
+        run = self.gradient.of_node if self.gradient else None
+
+        def backward(ctx, *grads):
+            # Anything may have come between the passes.
+            if run is None or _C.is_grad_enabled() or plain(grads) != ON_CPU:
+                ctx.backend = "native"
+                return self._differentiate(ctx, *grads)
+            return self.backward(run, ctx, *grads)
+
+        return self._node_of(functools.partial(self.forward, self.native), backward)
+
+    @property
+    def of_node(self) -> Callable:
+        """The C++ of a gradient, for what the node of its op gives."""
+        return self.native
+
+    def _node_of(self, forward: Callable, backward: Callable) -> type:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(self.name, (_SingleLevelFunction,), methods)
-
-    def _differentiate_natively(self, ctx, *grads):
-        """In C++ without the dispatcher, if nothing has come between since the forward pass."""
-        if self.gradient is None or torch.is_grad_enabled() or not _are_plain(grads):
-            ctx.backend = "native"
-            return self._differentiate(ctx, *grads)
-        results = self.gradient.native(*self.arguments_of_gradient(ctx, *grads))
-        return self._padded(ctx, results)
-
-    @staticmethod
-    def _padded(ctx, results):
-        """Gradients of all arguments: those that are no tensors have none."""
-        if isinstance(results, Tensor):
-            results = (results,)
-        return *results, *(None,) * (len(ctx.needs_input_grad) - len(results))
 
     def _differentiate(self, ctx, *grads):
         if all([g is None for g in grads]):  # what follows may send no gradient at all
@@ -218,51 +220,7 @@ class Op:
                 "Differentiate once (no create_graph=True on what you differentiate again), or compute this "
                 "term in plain PyTorch: the formulas stand in fastvae/reference."
             )
-        args = self.arguments_of_gradient(ctx, *grads)
-        return self._padded(ctx, _backend.run_on(ctx.backend, self.gradient, *args))
-
-
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_is_wrapped = _C._functorch.is_functorch_wrapped_tensor
-
-
-def _plain_device(tensors) -> str | None:
-    """The type of these tensors' device, if nothing but eager mode stands between them and a kernel."""
-    if (
-        torch.compiler.is_compiling()
-        or _C._are_functorch_transforms_active()
-        or _C._len_torch_dispatch_stack()
-        or _C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
-        return None
-    device = None
-    # A loop: a generator costs more than all else here.
-    for t in tensors:
-        if t is None:
-            continue
-        # What torch.func.vjp saved is still wrapped when its function is called, outside of the transform.
-        if type(t) not in _PLAIN_TENSORS or _is_wrapped(t) or not (t.is_cpu or t.is_cuda):
-            return None
-        # The seed of a GPU's tensors is on the GPU, too; what is not must not be overlooked.
-        kind = "cuda" if t.is_cuda else "cpu"
-        if device is not None and kind != device:
-            return None
-        device = kind
-    return device
-
-
-def _are_plain(grads) -> bool:
-    """Whether some gradient arrives, and all that do are CPU tensors with nothing but eager mode about."""
-    if _C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack():
-        return False
-    some = False
-    for g in grads:
-        if g is not None:
-            if type(g) is not Tensor or _is_wrapped(g) or not g.is_cpu:
-                return False
-            some = True
-    return some
+        return self.backward(functools.partial(_backend.run_on, ctx.backend, self.gradient), ctx, *grads)
 
 
 def or_none(tensor: Tensor | None) -> Tensor | None:

@@ -17,13 +17,14 @@ normal number are zero (:mod:`fastvae.ops.importance`).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
 from .. import _backend
-from .likelihood import Declaration, native_gradients, number, refuse, result_dtype
-from .op import Op, cast, empty_like, new_empty, or_none
+from .likelihood import Declaration, refuse, result_dtype
+from .op import Op, or_none
 
 
 class Weighing(NamedTuple):
@@ -90,25 +91,14 @@ class _Weigh(Op):
         inputs = f"Tensor x, {parameters}, Tensor? term, Tensor? beta, {_HOW}"
         self.schema = f"({inputs}, bool terms) -> (Tensor, Tensor, Tensor)"
         self.gradient = _WeighBackward(likelihood, inputs)
+        self.native = functools.partial(_backend.native("weigh"), likelihood.name, self._not_native)
         super().__init__()
 
-    def native(self, x, *rest):
-        parameters, (term, beta, how, terms) = rest[: self.number], rest[self.number :]
-        if not parameters[0].numel():
-            return self.composed("reference")(x, *rest)
-        dtype, batch = result_dtype(x, *parameters), x.shape[0]
-        bound = new_empty(x, (batch,) if how.reduction == "none" else (), dtype)
-        log_likelihood = bound.new_empty(batch) if terms else None
-        weights = None
-        if how.over == "log_mean_exp":
-            weights = bound.new_empty((parameters[0].shape[0] // batch, batch))
-        in_range = _backend.extension().weigh(
-            number(self.likelihood.name), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
-            bound, log_likelihood, weights,
-        )  # fmt: skip
-        if not in_range:
-            refuse(self.likelihood, x)
-        return bound, log_likelihood, weights
+    def _not_native(self, *args):
+        """What the C++ leaves to Python: nothing to sum over, or an x that lies where it cannot."""
+        if args[1].numel():
+            refuse(self.likelihood, args[0])
+        return self.composed("reference")(*args)
 
     def composed(self, backend):
         rows = _backend.layer(backend, "likelihood").log_prob
@@ -131,18 +121,21 @@ class _Weigh(Op):
         weights = bound.new_empty((samples, batch)) if how.over == "log_mean_exp" else None
         return bound, bound.new_empty(batch) if terms else None, weights
 
-    def save(self, ctx, args, results):
-        *tensors, ctx.how, _ = args
-        if ctx.how.over == "log_mean_exp":
-            *_, mean, weights = results
+    def forward(self, run, ctx, *args):
+        bound, mean, weights = run(*args)
+        *tensors, how, _ = args
+        ctx.set_materialize_grads(False)
+        if how.over == "log_mean_exp":
             ctx.mark_non_differentiable(*((weights,) if mean is None else (mean, weights)))
-        ctx.save_for_backward(*tensors, results[2])
+        ctx.save_for_backward(weights, *tensors)
+        ctx.how = how
+        return bound, mean, weights
 
-    def arguments_of_gradient(self, ctx, grad_bound, grad_log_likelihood, *_):
-        *inputs, weights = ctx.saved_tensors
-        need = list(ctx.needs_input_grad[: self.number + 2])
-        need[0] = need[0] and self.likelihood.differentiable
-        return grad_bound, grad_log_likelihood, or_none(weights), *inputs, ctx.how, need
+    def backward(self, run, ctx, grad_bound, grad_mean, _):
+        weights, *inputs = ctx.saved_tensors
+        need_x, *need = ctx.needs_input_grad[: self.number + 2]
+        need = [need_x and self.likelihood.differentiable, *need]
+        return *run(grad_bound, grad_mean, or_none(weights), *inputs, ctx.how, need), None, None, None
 
 
 class _WeighBackward(Op):
@@ -159,23 +152,10 @@ class _WeighBackward(Op):
             f"(Tensor? grad_bound, Tensor? grad_log_likelihood, Tensor? weights, {inputs}, "
             f"bool[{results}] need) -> ({', '.join(['Tensor'] * results)})"
         )
+        self.native = functools.partial(
+            _backend.native("weigh_backward"), likelihood.name, self.composed("reference")
+        )
         super().__init__()
-
-    def native(self, grad_bound, grad_log_likelihood, weights, x, *rest):
-        parameters, (term, beta, how, need) = rest[: self.number], rest[self.number :]
-        if not parameters[0].numel():
-            return self.composed("reference")(grad_bound, grad_log_likelihood, weights, x, *rest)
-        dtype = result_dtype(x, *parameters)
-        grad_x, grads = native_gradients(x, parameters, need, dtype)
-        grad_term = empty_like(term, dtype) if need[-1] else None
-        _backend.extension().weigh_backward(
-            number(self.likelihood.name), x, parameters, cast(term, dtype), beta, how, get_num_threads(),
-            grad_bound, grad_log_likelihood, weights, grad_term, grad_x, grads,
-        )  # fmt: skip
-        for i, (g, p) in enumerate(zip(grads, parameters, strict=True)):
-            if g is not None and g.dtype != p.dtype:
-                grads[i] = g.to(p.dtype)
-        return grad_x, *grads, grad_term if grad_term is None else cast(grad_term, term.dtype)
 
     def composed(self, backend):
         rows = _backend.layer(backend, "likelihood").log_prob_backward

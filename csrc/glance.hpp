@@ -1,0 +1,145 @@
+// What Python asks of tensors before a kernel is called, in one call: where models are small, asking costs more than computing; // function says the same as its namesake in fastvae/_glance.py, or less: what does not pass is looked at there one by one.
+#pragma once
+
+#include "casters.hpp"
+
+namespace fastvae {
+
+struct Glance {
+  PyObject *tensor, *parameter, *is_wrapped, *transforms, *modes, *tracing, *forward_ad;
+  PyObject *level, *is_cpu, *is_cuda, *requires_grad, *device;
+  Glance() {
+    const auto kept = [](pybind11::object object) { return object.release().ptr(); };
+    const pybind11::module_ torch = pybind11::module_::import("torch"), c = torch.attr("_C");
+    tensor = kept(torch.attr("Tensor")), parameter = kept(torch.attr("nn").attr("Parameter"));
+    is_wrapped = kept(c.attr("_functorch").attr("is_functorch_wrapped_tensor"));
+    transforms = kept(c.attr("_are_functorch_transforms_active"));
+    modes = kept(c.attr("_len_torch_dispatch_stack")), tracing = kept(c.attr("_get_tracing_state"));
+    forward_ad = kept(pybind11::module_::import("torch.autograd.forward_ad"));
+    level = PyUnicode_InternFromString("_current_level");
+    is_cpu = PyUnicode_InternFromString("is_cpu"), is_cuda = PyUnicode_InternFromString("is_cuda");
+    requires_grad = PyUnicode_InternFromString("requires_grad"), device = PyUnicode_InternFromString("device");
+  }
+};
+inline const Glance& glance() {
+  static const Glance* const names = new Glance;
+  return *names;
+}
+
+inline bool asks(PyObject* object, PyObject* attribute) { return owned(PyObject_GetAttr(object, attribute)).ptr() == Py_True; }
+
+inline bool is_tensor(PyObject* object) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == glance().tensor || type == glance().parameter;
+}
+
+// Sizes, of up to 8 axes, or none with a number of axes that is not.
+struct Shape {
+  pybind11::object sizes;
+  Py_ssize_t axes;
+  explicit Shape(PyObject* tensor) : sizes(owned(PyObject_GetAttr(tensor, torch_names().shape))), axes(PyTuple_GET_SIZE(sizes.ptr())) {}
+  i64 operator[](Py_ssize_t i) const { return integer(PyTuple_GET_ITEM(sizes.ptr(), i)); }
+  bool operator==(const Shape& other) const {
+    bool same = axes == other.axes;
+    for (Py_ssize_t i = 0; same && i < axes; ++i) same = (*this)[i] == other[i];
+    return same;
+  }
+};
+
+inline bool is_floating(PyObject* dtype) {
+  const auto& known = torch_names().dtypes;
+  return dtype == known[kFloat32] || dtype == known[kFloat64] || dtype == known[kBFloat16] || dtype == known[kFloat16];
+}
+inline pybind11::object dtype_of(PyObject* tensor) { return owned(PyObject_GetAttr(tensor, torch_names().dtype)); }
+
+inline bool together(PyObject* one, PyObject* other) {
+  if (asks(one, glance().is_cpu)) return asks(other, glance().is_cpu);
+  const auto device = [](PyObject* t) { return owned(PyObject_GetAttr(t, glance().device)); };
+  return PyObject_RichCompareBool(device(one).ptr(), device(other).ptr(), Py_EQ) == 1;
+}
+
+inline bool are_rows(PyObject* mu, PyObject* logvar) {
+  if (!is_tensor(mu) || !is_tensor(logvar)) return false;
+  const pybind11::object dtype = dtype_of(mu);
+  const Shape shape(mu);
+  return shape.axes == 2 && is_floating(dtype.ptr()) && dtype_of(logvar).ptr() == dtype.ptr() && shape == Shape(logvar) &&
+         together(mu, logvar);
+}
+
+inline bool are_batch(PyObject* x, PyObject* mu, PyObject* logvar) {
+  if (!is_tensor(x) || !are_rows(mu, logvar)) return false;
+  const Shape shape(x);
+  return shape.axes > 0 && shape[0] == Shape(mu)[0] && is_floating(dtype_of(x).ptr()) && together(x, mu);
+}
+
+inline bool are_outputs(PyObject* x, PyObject* samples, PyObject* parameters) {
+  const Shape shape(x);
+  if (shape.axes != 2) return false;
+  const i64 rows = integer(samples) * shape[0], columns = shape[1];
+  if (rows == 0 || columns == 0) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parameters); ++i) {
+    PyObject* p = PyTuple_GET_ITEM(parameters, i);
+    if (!is_tensor(p)) return false;
+    const Shape its(p);
+    if (its.axes != 2 || its[0] != rows || its[1] != columns || !is_floating(dtype_of(p).ptr()) || !together(x, p)) return false;
+  }
+  return true;
+}
+
+constexpr int kOnCpu = 1, kOnGpu = 2, kWanted = 4;
+
+inline int plain(PyObject* tensors) {
+  const Glance& names = glance();
+  if (owned(PyObject_CallNoArgs(names.transforms)).ptr() == Py_True || integer(owned(PyObject_CallNoArgs(names.modes)).ptr()) != 0 ||
+      owned(PyObject_CallNoArgs(names.tracing)).ptr() != Py_None ||
+      integer(owned(PyObject_GetAttr(names.forward_ad, names.level)).ptr()) >= 0) {
+    return 0;
+  }
+  int found = 0;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); ++i) {
+    PyObject* t = PyTuple_GET_ITEM(tensors, i);
+    if (t == Py_None) continue;
+    if (!is_tensor(t) || owned(PyObject_CallOneArg(names.is_wrapped, t)).ptr() == Py_True) return 0;
+    if (asks(t, names.is_cpu)) {
+      found |= kOnCpu;
+    } else if (asks(t, names.is_cuda)) {
+      found |= kOnGpu;
+    } else {
+      return 0;
+    }
+    if (!(found & kWanted) && asks(t, names.requires_grad)) found |= kWanted;
+  }
+  return (found & kOnCpu) && (found & kOnGpu) ? 0 : found;
+}
+
+// As Python calls them: without pybind11, which would cost as much again.
+template <int (*kFunction)(PyObject* const*), int kArguments>
+PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
+  if (n != kArguments) return PyErr_Format(PyExc_TypeError, "fastvae._C: expected %d arguments, got %zd", kArguments, n);
+  try {
+    return PyLong_FromLong(kFunction(arguments));
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
+}
+inline int call_plain(PyObject* const* a) { return plain(a[0]); }
+inline int call_are_batch(PyObject* const* a) { return are_batch(a[0], a[1], a[2]); }
+inline int call_are_outputs(PyObject* const* a) { return are_outputs(a[0], a[1], a[2]); }
+
+template <int (*kFunction)(PyObject* const*), int kArguments>
+PyMethodDef glanced(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&called<kFunction, kArguments>)), METH_FASTCALL, nullptr};
+}
+
+inline void add_glances(PyObject* module) {
+  static PyMethodDef functions[] = {
+      glanced<call_plain, 1>("plain"),
+      glanced<call_are_batch, 3>("are_batch"),
+      glanced<call_are_outputs, 3>("are_outputs"),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  if (PyModule_AddFunctions(module, functions) != 0) throw pybind11::error_already_set();
+}
+
+}  // namespace fastvae
