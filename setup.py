@@ -76,6 +76,7 @@ setup(
     license="MIT",
     packages=[
         "fastvae",
+        "fastvae.distributions",
         "fastvae.likelihoods",
         "fastvae.ops",
         "fastvae.reference",

@@ -2,35 +2,45 @@
 
 from . import ops, random, weights
 from ._backend import use_backend
+from .distributions import DiagonalNormal, Distribution, StandardNormal, TorchDistribution, register_kl
 from .evaluate import Evaluation, evaluate
 from .likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
-from .objectives import LogMarginal, Terms, elbo, iwae, log_marginal, reconstruction_log_prob
-from .posteriors import DiagonalGaussian, Posterior
-from .priors import DiagonalNormal, Prior, StandardNormal
+from .objectives import (
+    LogMarginal,
+    LogWeights,
+    Terms,
+    elbo,
+    iwae,
+    log_marginal,
+    log_weights,
+    reconstruction_log_prob,
+)
 from .vae import VAE
 
 __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "Bernoulli",
-    "DiagonalGaussian",
     "DiagonalNormal",
+    "Distribution",
     "Evaluation",
     "Gaussian",
     "Likelihood",
     "LogMarginal",
+    "LogWeights",
     "Poisson",
-    "Posterior",
-    "Prior",
     "StandardNormal",
     "Terms",
+    "TorchDistribution",
     "elbo",
     "evaluate",
     "iwae",
     "log_marginal",
+    "log_weights",
     "ops",
     "random",
     "reconstruction_log_prob",
+    "register_kl",
     "use_backend",
     "weights",
 ]

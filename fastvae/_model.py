@@ -14,10 +14,17 @@ from torch import Tensor
 from . import ops
 from ._checks import check_count, check_data, check_result, check_same_device, shape_of
 from ._glance import are_batch
+from .distributions import (
+    STANDARD,
+    Distribution,
+    as_posterior,
+    as_prior,
+    diagonal,
+    draw_chunk,
+    rsample,
+)
 from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
 from .ops.weigh import Weighing, weigh
-from .posteriors import Posterior, as_posterior, diagonal, draw_log_ratio
-from .priors import STANDARD, DiagonalNormal, Prior, as_prior
 from .weights import Weights
 
 
@@ -25,10 +32,10 @@ class Model(NamedTuple):
     """A batch and the three distributions that an objective is made of."""
 
     x: Tensor
-    q: Posterior
+    q: Distribution
     decoder: Callable[[Tensor], Any]
     likelihood: Likelihood
-    prior: Prior
+    prior: Distribution
 
     @classmethod
     def read(cls, x: Any, q: Any, decoder: Any, likelihood: Any, prior: Any) -> Model:
@@ -177,13 +184,14 @@ def stream(
     def draw(count: int) -> Tensor:
         parts = []
         for q, offset, wanted in spans:
-            part = draw_log_ratio(
-                q, model.prior, samples=count, seed=seed, sample_offset=start, row_offset=offset
-            )
+            if ratio:
+                part = draw_chunk(q, model.prior, count, seed, start, offset)[:2]
+            else:
+                part = rsample(q, count, seed, sample_offset=start, row_offset=offset)[:1]
             parts.append(part if wanted is None else tuple(v[:, wanted] for v in part))
-        z, log_ratio = parts[0] if len(parts) == 1 else map(torch.hstack, zip(*parts, strict=True))
+        z, *log_ratio = parts[0] if len(parts) == 1 else map(torch.hstack, zip(*parts, strict=True))
         log_likelihood = model.log_likelihood(z, x)
-        return log_likelihood + log_ratio if ratio else log_likelihood
+        return log_likelihood + log_ratio[0] if ratio else log_likelihood
 
     while start < stop:
         count = min(chunks.draws(x, batch), stop - start)
@@ -200,7 +208,7 @@ def stream(
         start += count
 
 
-def _spans(model: Model, row_offset: int, rows: Tensor) -> list[tuple[Posterior, int, Tensor | None]]:
+def _spans(model: Model, row_offset: int, rows: Tensor) -> list[tuple[Distribution, int, Tensor | None]]:
     """Posteriors to draw some examples from, each with the address of its first row, and which of its rows
     are wanted.
 
@@ -208,8 +216,7 @@ def _spans(model: Model, row_offset: int, rows: Tensor) -> list[tuple[Posterior,
     / A of them for A of B examples, 20 µs for 250 rows or so.
     """
     numbers = rows.tolist()
-    shared = not (isinstance(model.prior, DiagonalNormal) and model.prior.per_row)
-    if shared and len(numbers) ** 2 < 16 * model.q.batch:
+    if not model.prior.per_row and len(numbers) ** 2 < 16 * model.q.batch:
         cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
         runs = [numbers[i:j] for i, j in pairwise([0, *cuts, len(numbers)])]
         parts = [model.q.rows(run[0], run[-1] + 1) for run in runs]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parameter import is_lazy
 
+from .distributions import Distribution
 from .likelihoods.base import Likelihood
-from .priors import Prior
 from .weights import Weights
 
 _E = TypeVar("_E", bound=Exception)
@@ -538,7 +538,7 @@ def weights_digest(*callables: Callable) -> str:
             module = getattr(module, "_orig_mod", module)  # compiled or not
             names.append(repr(module))
             for part in module.modules():
-                if isinstance(part, (Likelihood, Prior)):
+                if isinstance(part, (Likelihood, Distribution)):
                     # Such as a fixed scale, or a tensor that a network computed.
                     plain = {k: v for k, v in sorted(vars(part).items()) if k != "training"}
                     names += [f"{k}={v}" for k, v in plain.items() if isinstance(v, (int, float, str))]

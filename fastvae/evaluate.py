@@ -25,9 +25,8 @@ from ._checks import FLOATING, check_choice, check_count, check_data, check_numb
 from ._model import Chunks, Model
 from ._parts import Part, Ranks, Store, modules_of, weights_digest, write_arrays
 from ._terminal import ProgressStream, printable
+from .distributions import Distribution, as_posterior, as_prior, closed_kl
 from .likelihoods.base import Likelihood, as_likelihood
-from .posteriors import Posterior, as_posterior
-from .priors import Prior, as_prior
 from .random import draw_seed
 from .weights import Weights, tail_length
 
@@ -203,7 +202,7 @@ def evaluate(
     k_chunk: int | None = None,
     batch_size: int = 100,
     likelihood: str | Likelihood = "gaussian",
-    prior: Prior | None = None,
+    prior: Any = None,
     checkpoint: str | os.PathLike | None = None,
     shard: str = "data",
     progress: bool = True,
@@ -372,7 +371,7 @@ class _Plan:
 def _evaluate_batch(index: int, model: Model, seed: int, row: int, plan: _Plan) -> Part:
     device = model.q.device
     key = torch.tensor(seed, dtype=torch.int64, device=device)
-    latent = _latent_statistics(model.q, model.prior, key)
+    latent = _latent_statistics(model.q, model.prior)
     if plan.leaving and not plan.proven and model.q.batch > 1:
         _check_rows(model, key, row, plan)
         plan.proven = True
@@ -448,7 +447,8 @@ def _check_rows(model: Model, key: Tensor, row: int, plan: _Plan) -> None:
     off = _distance(alone, whole_rows)
     # What the number of draws changes is rounding, or noise of the decoder's own, which cannot be judged.
     noise = _distance(again, whole).max()
-    half = getattr(model.q, "mu", model.x).dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
+    mean = model.x if model.q.mean is None else model.q.mean
+    half = mean.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
     rounding = 2e-3 if half else 1e-5
     largest = whole[whole.isfinite()].abs().amax() if bool(whole.isfinite().any()) else 0.0
     if float(off.max()) > max(10 * float(noise), 0.01 * plan.tol, rounding * float(largest)):
@@ -465,20 +465,18 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf))
 
 
-def _latent_statistics(q: Posterior, prior: Prior, seed: Tensor) -> np.ndarray:
+def _latent_statistics(q: Distribution, prior: Distribution) -> np.ndarray:
     """[3, D]: mean of the posterior means, the sum of their squared deviations, the sum of the KL; [2, D]
     where q has no analytic KL to this prior; [2, 0] where q has no means [B, D].
     """
-    mu = getattr(q, "mu", None)
-    if not isinstance(mu, Tensor) or mu.dim() != 2:
+    if q.mean is None or q.mean.dim() != 2:
         return np.zeros((2, 0))
-    mu = mu.double()
-    mean = mu.mean(0)
-    statistics = [mean, (mu - mean).square().sum(0)]
-    with contextlib.suppress(NotImplementedError, TypeError):
-        _, kl = q.rsample_kl(prior, samples=1, seed=seed, per_dimension=True)
-        if kl.shape == mu.shape:
-            statistics.append(kl.double().sum(0))
+    means = q.mean.double()
+    mean = means.mean(0)
+    statistics = [mean, (means - mean).square().sum(0)]
+    kl = closed_kl(q, prior)
+    if kl is not None and kl.shape == means.shape:
+        statistics.append(kl.double().sum(0))
     return torch.stack(statistics).cpu().numpy()
 
 

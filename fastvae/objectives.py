@@ -15,15 +15,24 @@ from torch.utils.checkpoint import checkpoint
 from . import _backend, _model
 from ._checks import check_address, check_choice, check_count, check_weight
 from ._model import Chunks, Model
+from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio
+from .distributions.draws import describe, say_monte_carlo
 from .likelihoods import Likelihood
 from .ops.latent import ESTIMATORS
 from .ops.weigh import Weighing
-from .posteriors import Posterior, draw_kl, draw_log_ratio, draw_ratio
-from .priors import Prior
 from .random import draw_seed
 from .weights import tail_length
 
-__all__ = ["LogMarginal", "Terms", "elbo", "iwae", "log_marginal", "reconstruction_log_prob"]
+__all__ = [
+    "LogMarginal",
+    "LogWeights",
+    "Terms",
+    "elbo",
+    "iwae",
+    "log_marginal",
+    "log_weights",
+    "reconstruction_log_prob",
+]
 
 
 class Terms(NamedTuple):
@@ -53,7 +62,7 @@ def elbo(
     decoder: Callable[[Tensor], Any],
     *,
     likelihood: str | Likelihood = "gaussian",
-    prior: Prior | None = None,
+    prior: Any = None,
     samples: int = 1,
     beta: float | Tensor = 1.0,
     free_bits: float | Tensor = 0.0,
@@ -72,12 +81,13 @@ def elbo(
         x: data [B, *event].
         q: the encoder's output: a tensor [B, 2 D], mu and logvar side by side; a pair (mu, logvar), each [B,
             D], or an object or mapping that names them, as those of diffusers and pythae do; a
-            torch.distributions.Normal or Independent(Normal, 1); or a posterior object.
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.Distribution`.
         decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
             sample-major.
         likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
             or an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean).
-        prior: default N(0, I); else ``fastvae.DiagonalNormal(mu, logvar)`` or a torch.distributions.Normal.
+        prior: default N(0, I); else ``fastvae.DiagonalNormal(mu, logvar)``, another
+            :class:`fastvae.Distribution`, or a torch.distributions object.
         samples: L, the draws of z per example.
         beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Under
             torch.compile a number that changes is compiled again; a tensor's values are not part of the code.
@@ -85,6 +95,7 @@ def elbo(
             al. 2016, eq. 15), so its gradient is zero below. The KL term is then the same for every example.
             A number, of which 0 is none, or a tensor [].
         kl: ``"analytic"``, in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the draws.
+            Where no closed form is known for q and the prior, it is ``"mc"``, with a warning.
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for [B]. Events are always summed.
         terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction; kl
             without β.
@@ -139,18 +150,31 @@ def elbo(
         factor = (
             beta if isinstance(beta, Tensor) else beta * torch.ones((), dtype=torch.float64, device=q.device)
         )
-    if kl == "analytic":
-        z, term = draw_kl(q, prior, samples, seed, row_offset, has_free_bits)
+    drawn = draw_kl(q, prior, samples, seed, row_offset, has_free_bits) if kl == "analytic" else None
+    if drawn is not None:
+        z, term = drawn
         if has_free_bits:
             term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)
         coefficient = -coefficient
     else:
+        if kl == "analytic":
+            _without_closed_form(q, prior, has_free_bits)
         z, term = draw_ratio(q, prior, samples, seed, row_offset)
     how = Weighing(coefficient, "mean", "none" if terms else reduction)
     bound, log_likelihood = model.bound(z, term, samples, factor, how, terms)
     if not terms:
         return bound
-    return Terms(bound, log_likelihood, term if kl == "analytic" else -term.mean(0))
+    return Terms(bound, log_likelihood, -term.mean(0) if drawn is None else term)
+
+
+def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bool) -> None:
+    if has_free_bits:
+        raise ValueError(
+            "free_bits needs the KL of each dimension in closed form, which is not known for q = "
+            f"{describe(q)} and prior = {describe(prior)}; register one with fastvae.register_kl, or leave "
+            "free_bits out"
+        )
+    say_monte_carlo(q, prior)
 
 
 def iwae(
@@ -160,7 +184,7 @@ def iwae(
     *,
     k: int = 50,
     likelihood: str | Likelihood = "gaussian",
-    prior: Prior | None = None,
+    prior: Any = None,
     estimator: str = "iwae",
     k_chunk: int | None = None,
     reduction: str = "mean",
@@ -224,9 +248,7 @@ def iwae(
         z, log_ratio = draw_ratio(model.q, model.prior, k, seed, row_offset, estimator)
         bound, log_likelihood = model.bound(z, log_ratio, k, None, how, terms)
     else:
-        log_likelihood, log_ratio, whole = _chunked(
-            model, seed, k, k_chunk, estimator, _address(model.q, k, row_offset)
-        )
+        log_likelihood, log_ratio, whole = _chunked(model, seed, k, k_chunk, estimator, row_offset)
         if whole is not None:
             how = how._replace(reduction="none")
         bound, log_likelihood = _model.weigh_samples(log_likelihood, log_ratio, None, how)
@@ -236,6 +258,64 @@ def iwae(
     if not terms:
         return bound
     return Terms(bound, log_likelihood, -log_ratio.detach().mean(0))
+
+
+class LogWeights(NamedTuple):
+    """What every objective reduces, each [K, B], in nats: log p(x|z_k), and log p(z_k) − log q(z_k|x)."""
+
+    log_likelihood: Tensor
+    log_ratio: Tensor
+
+
+def log_weights(
+    x: Tensor,
+    q: Any,
+    decoder: Callable[[Tensor], Any],
+    *,
+    k: int,
+    likelihood: str | Likelihood = "gaussian",
+    prior: Any = None,
+    estimator: str = "iwae",
+    generator: torch.Generator | None = None,
+    row_offset: int = 0,
+) -> LogWeights:
+    r"""Log importance weights of k draws, in the two parts that every objective reduces, for an objective of
+    your own.
+
+    .. math:: \log w_k = \log p(x|z_k) + \big[\log p(z_k) - \log q(z_k|x)\big], \quad z_k \sim q(z|x)
+
+    Args:
+        x, q, decoder, likelihood, prior, generator, row_offset: as in :func:`elbo`.
+        k: draws per example.
+        estimator: which gradient reaches q through the log-ratio, as in :func:`iwae`. ``"dreg"`` takes its
+            weights from the gradient that arrives at the log-ratio: it is right under one log-mean-exp over
+            these k draws.
+
+    Returns:
+        :class:`LogWeights` (log_likelihood, log_ratio), each [K, B].
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016, eq. 8.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
+        >>> x = torch.rand(16, 8)
+        >>> parts = fastvae.log_weights(x, encoder(x), decoder, k=5, likelihood="bernoulli")
+        >>> tempered = torch.logsumexp(0.5 * (parts.log_likelihood + parts.log_ratio), 0)
+        >>> tempered.shape
+        torch.Size([16])
+    """
+    model = Model.read(x, q, decoder, likelihood, prior)
+    check_count("k", k, "the importance samples per example")
+    check_choice("estimator", estimator, ESTIMATORS)
+    if type(row_offset) is not int or row_offset:
+        check_address(k, model.q.batch, 0, row_offset)
+    z, log_ratio = draw_ratio(model.q, model.prior, k, draw_seed(x.device, generator), row_offset, estimator)
+    return LogWeights(model.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)
 
 
 # What a chunk leaves in the graph, small pieces, lies between its activations: when these are freed they are
@@ -259,7 +339,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _chunked(
-    model: Model, seed: Tensor, k: int, k_chunk: int, estimator: str, address: dict[str, int]
+    model: Model, seed: Tensor, k: int, k_chunk: int, estimator: str, row_offset: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what a chunk
     of DReG needs added to the bound, zeros [B].
@@ -269,28 +349,16 @@ def _chunked(
             "k_chunk does not work under torch.func transforms, which cannot drop activations; leave it out, "
             "or differentiate with backward() or torch.autograd.grad"
         )
-    # DReG weighs by what is a sample's share of all K, which a chunk does not see.
-    options = {"estimator": estimator, **address, **({"chunk": True} if estimator == "dreg" else {})}
 
     # checkpoint keeps the random state (dropout's) of those devices that it sees a tensor of.
     def draw(start: int, on_device: Tensor) -> tuple[Tensor, ...]:
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
             _trim(model.x.device)
-        z, *rest = draw_log_ratio(
-            model.q,
-            model.prior,
-            samples=min(k_chunk, k - start),
-            seed=seed,
-            sample_offset=start,
-            **options,
+        z, log_ratio, whole = draw_chunk(
+            model.q, model.prior, min(k_chunk, k - start), seed, start, row_offset, estimator
         )
-        if len(rest) != 1 + (estimator == "dreg"):
-            raise TypeError(
-                f"{type(model.q).__name__}.rsample_log_ratio returned {1 + len(rest)} results; with "
-                "chunk=True, which estimator='dreg' needs for k_chunk, it must return zeros [B] as the "
-                "third, as fastvae.ops.rsample_log_ratio does"
-            )
-        return model.log_likelihood(z), *rest
+        rest = () if whole is None else (whole,)
+        return model.log_likelihood(z), log_ratio, *rest
 
     if not torch.compiler.is_compiling():
         # The second pass may run in a thread of autograd's, and must be of the first one's kind.
@@ -309,7 +377,7 @@ def log_marginal(
     k: int = 5000,
     k_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
-    prior: Prior | None = None,
+    prior: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> LogMarginal:
@@ -352,9 +420,10 @@ def log_marginal(
     model = Model.read(x, q, decoder, likelihood, prior)
     check_count("k", k, "the importance samples per example")
     chunks = Chunks(k_chunk)
-    address = _address(model.q, k, row_offset)
+    if type(row_offset) is not int or row_offset:
+        check_address(k, model.q.batch, 0, row_offset)
     seed = draw_seed(model.q.device, generator)
-    w = _model.weights(model, seed, 0, k, chunks, tail_length(k) + 1, **address)
+    w = _model.weights(model, seed, 0, k, chunks, tail_length(k) + 1, row_offset=row_offset)
     return LogMarginal(*(v.to(w.maximum.dtype) for v in (w.log_px, w.stderr, w.ess, w.khat)))
 
 
@@ -367,7 +436,6 @@ def reconstruction_log_prob(
     samples: int = 100,
     k_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
-    prior: Prior | None = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> Tensor:
@@ -378,7 +446,6 @@ def reconstruction_log_prob(
 
     Args:
         x, q, decoder, likelihood, generator, row_offset: as in :func:`elbo`.
-        prior: handed to a posterior of your own, which may need it to draw; the result does not depend on it.
         samples: L, the draws per example.
         k_chunk: draws at a time, as in :func:`log_marginal`.
 
@@ -399,21 +466,14 @@ def reconstruction_log_prob(
         >>> fastvae.reconstruction_log_prob(x, q, decoder, samples=30, likelihood="bernoulli").shape
         torch.Size([16])
     """
-    model = Model.read(x, q, decoder, likelihood, prior)
+    model = Model.read(x, q, decoder, likelihood, None)
     check_count("samples", samples, "the draws per example")
     chunks = Chunks(k_chunk)
-    address = _address(model.q, samples, row_offset)
+    if type(row_offset) is not int or row_offset:
+        check_address(samples, model.q.batch, 0, row_offset)
     seed = draw_seed(model.q.device, generator)
-    w = _model.weights(model, seed, 0, samples, chunks, 1, ratio=False, **address)
+    w = _model.weights(model, seed, 0, samples, chunks, 1, ratio=False, row_offset=row_offset)
     return w.log_px.to(w.maximum.dtype)
-
-
-def _address(q: Posterior, samples: int, row_offset: int) -> dict[str, int]:
-    """The offset as an option of a draw; none for 0, so that a posterior that knows none need not take it."""
-    if type(row_offset) is int and row_offset == 0:
-        return {}
-    check_address(samples, q.batch, 0, row_offset)
-    return {"row_offset": row_offset}
 
 
 _KLS = ("analytic", "mc")

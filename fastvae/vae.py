@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
 from ._parts import modules_of, reached
+from .distributions import as_posterior, as_prior
 from .evaluate import Evaluation, evaluate
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
-from .posteriors import as_posterior
-from .priors import Prior, as_prior
 
 __all__ = ["VAE"]
 
@@ -58,7 +57,7 @@ class VAE(nn.Module):
         decoder: Callable[[Tensor], Any],
         *,
         likelihood: str | Likelihood = "gaussian",
-        prior: Prior | None = None,
+        prior: Any = None,
         latent_dim: int | None = None,
     ):
         super().__init__()
@@ -100,8 +99,7 @@ class VAE(nn.Module):
             x = x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32))
         q = as_posterior(self.encoder(x))
         if self.latent_dim is None:
-            mu = getattr(q, "mu", None)
-            self.latent_dim = None if mu is None else mu.shape[1]
+            self.latent_dim = None if q.mean is None else q.mean.shape[1]
         return q
 
     def elbo(self, x: Tensor, **options) -> Tensor | Terms:
@@ -131,7 +129,7 @@ class VAE(nn.Module):
         are its keyword arguments. Minus :meth:`log_marginal` is the other usual score: it also charges for
         latents that are rare under the prior.
         """
-        options = {**self._meaning(), "samples": samples, **options}
+        options = {"likelihood": self.likelihood, "samples": samples, **options}
         return -objectives.reconstruction_log_prob(x, self.posterior(x), self.decoder, **options)
 
     @torch.no_grad()
@@ -149,7 +147,10 @@ class VAE(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x|z) at the mean of q(z|x), [B, *event]."""
-        return self.likelihood.mean(self.decoder(self.posterior(x).mu))
+        mean = self.posterior(x).mean
+        if mean is None:
+            raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
+        return self.likelihood.mean(self.decoder(mean))
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}

@@ -15,12 +15,12 @@ from .models import LinearGaussian, generator, randn
 N, D, X = 23, 3, 7
 
 
-class _Whole(fastvae.DiagonalGaussian):
+class _Whole(fastvae.DiagonalNormal):
     """Of a subclass rows cannot be taken, so the whole batch is drawn for."""
 
 
 @pytest.mark.parametrize("hard", [3, 15], ids=["few go on", "most go on"])
-@pytest.mark.parametrize("posterior", [fastvae.DiagonalGaussian, _Whole], ids=["rows", "whole"])
+@pytest.mark.parametrize("posterior", [fastvae.DiagonalNormal, _Whole], ids=["rows", "whole"])
 def test_stopping_draws_the_same_noise_in_any_batch(posterior, hard):
     """An example's noise is that of its place in the data, also when others of its batch have stopped."""
     model = LinearGaussian(D, X)

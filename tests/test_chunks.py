@@ -172,20 +172,27 @@ def test_errors():
         torch.func.grad(objective)(decoder.weight.detach())
 
 
-def test_a_posterior_that_knows_no_chunks():
-    class Deaf(fastvae.DiagonalGaussian):
-        def rsample_log_ratio(self, prior, *, chunk=False, **options):
-            return super().rsample_log_ratio(prior, **options)
+@pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
+def test_a_posterior_of_ones_own_knows_nothing_of_chunks(estimator):
+    class Own(fastvae.DiagonalNormal):
+        pass
 
     _, decoder = models.networks(X, D, "bernoulli")
-    q, x = Deaf(randn(B, D, seed=1), randn(B, D, seed=2)), rand(B, X, seed=3)
-    options = {"k": K, "k_chunk": 4, "likelihood": "bernoulli"}
-    fastvae.iwae(x, q, decoder, **options)
-    with pytest.raises(TypeError, match=r"Deaf\.rsample_log_ratio returned 2 results.*zeros \[B\]"):
-        fastvae.iwae(x, q, decoder, estimator="dreg", **options)
+    x = rand(B, X, seed=3)
+    results = []
+    for kind, k_chunk in ((fastvae.DiagonalNormal, None), (Own, None), (Own, 4)):
+        mu, logvar = (randn(B, D, seed=s).requires_grad_() for s in (1, 2))
+        value = fastvae.iwae(
+            x, kind(mu, logvar), decoder, k=K, k_chunk=k_chunk, likelihood="bernoulli", estimator=estimator,
+            generator=generator(5),
+        )  # fmt: skip
+        results.append([value, *torch.autograd.grad(value, [mu, logvar, *decoder.parameters()])])
+    for found in results[1:]:
+        for a, b in zip(found, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
-def test_a_chunk_of_dreg_wants_its_zeros_added():
+def test_a_chunk_of_dreg_needs_its_zeros_added():
     mu, logvar = (randn(B, D, seed=s).requires_grad_() for s in (14, 15))
     z, ratio, whole = fastvae.ops.rsample_log_ratio(mu, logvar, samples=K, estimator="dreg", chunk=True)
     assert whole.shape == (B,)

@@ -11,6 +11,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import closed_kl
 
 from . import models
 from .conftest import DEVICE
@@ -53,7 +54,7 @@ WithDraw = namedtuple("WithDraw", "z, mu, log_var")
 OUTPUTS = {
     "a tensor": lambda both, mu, logvar: both,
     "a list": lambda both, mu, logvar: [mu, logvar],
-    "a posterior": lambda both, mu, logvar: fastvae.DiagonalGaussian(mu, logvar),
+    "a posterior": lambda both, mu, logvar: fastvae.DiagonalNormal(mu, logvar),
     "a Normal": lambda both, mu, logvar: td.Normal(mu, torch.exp(0.5 * logvar)),
     "an Independent": lambda both, mu, logvar: td.Independent(td.Normal(mu, torch.exp(0.5 * logvar)), 1),
     "diffusers' distribution": lambda both, mu, logvar: DiagonalGaussianDistribution(both),
@@ -120,27 +121,33 @@ class Own(fastvae.Likelihood):
         return self.end(x * log_rate - log_rate.exp() - torch.lgamma(x + 1))
 
 
-class Around(fastvae.Posterior):
+class Around(fastvae.Distribution):
     """A Gaussian, with a mistake at the end of one of its results."""
 
     def __init__(self, mu, logvar, method=None, index=0, end=None):
-        self.mu = mu
-        self._q = fastvae.DiagonalGaussian(mu, logvar)
+        super().__init__()
+        self._q = fastvae.DiagonalNormal(mu, logvar)
         self.batch, self.device = self._q.batch, self._q.device
         self._mistake = method, index, end
 
-    def _call(self, method, prior, **options):
-        results = list(getattr(self._q, method)(prior, **options))
+    def rsample(self, samples, seed, **place):
+        results = list(self._q.rsample(samples, seed, **place))
         wrong, index, end = self._mistake
-        if method == wrong:
+        if wrong == "rsample":
             results[index] = end(results[index])
         return tuple(results)
 
-    def rsample_kl(self, prior, **options):
-        return self._call("rsample_kl", prior, **options)
+    def log_prob(self, z):
+        wrong, _, end = self._mistake
+        value = self._q.log_prob(z)
+        return end(value) if wrong == "log_prob" else value
 
-    def rsample_log_ratio(self, prior, **options):
-        return self._call("rsample_log_ratio", prior, **options)
+
+@fastvae.register_kl(Around, fastvae.StandardNormal)
+def _kl(q, p):
+    wrong, _, end = q._mistake
+    value = closed_kl(q._q, p)
+    return end(value) if wrong == "kl" else value
 
 
 def _calls(with_kl: bool = True):
@@ -223,34 +230,43 @@ RATIOS = {
 
 
 @pytest.mark.parametrize("mistake", RATIOS)
-def test_wrong_shape_of_a_log_ratio(mistake):
+def test_wrong_shape_of_a_density(mistake):
     end, shape = RATIOS[mistake]
     x, q, decoder = _arguments(X)
     for samples, call in _calls(with_kl=False):
         with pytest.raises(ValueError) as raised:
-            call(x, Around(*q, "rsample_log_ratio", 1, end), decoder, likelihood=fastvae.Gaussian(1.0))
+            call(x, Around(*q, "rsample", 1, end), decoder, likelihood=fastvae.Gaussian(1.0))
         message = str(raised.value)
-        assert message.startswith(f"Around.rsample_log_ratio returned {shape(samples)}; expected log p(z)")
+        assert message.startswith(f"Around.rsample returned {shape(samples)}; expected log q(z|x)")
         assert f"[K, B] = [{samples}, {B}]" in message
+    for estimator in ("stl", "dreg"):
+        with pytest.raises(ValueError, match=r"Around.log_prob returned .*; expected log q\(z\|x\) \[K, B\]"):
+            wrong = Around(*q, "log_prob", 0, end)
+            fastvae.iwae(x, wrong, decoder, k=K, likelihood=fastvae.Gaussian(1.0), estimator=estimator)
+        with pytest.raises(ValueError, match=r"Around.log_prob returned .*; expected log p\(z\) \[K, B\]"):
+            wrong = Around(*q, "log_prob", 0, end)
+            fastvae.iwae(x, q, decoder, k=K, likelihood=fastvae.Gaussian(1.0), prior=wrong)
 
 
 def test_wrong_shape_of_a_kl():
     x, q, decoder = _arguments(X)
 
-    def bound(method, index, end, **options):
-        q_of_ones_own = Around(*q, method, index, end)
+    def bound(method, end, **options):
+        q_of_ones_own = Around(*q, method, 0, end)
         return fastvae.elbo(x, q_of_ones_own, decoder, likelihood=fastvae.Gaussian(1.0), **options)
 
-    for end, shape in ((lambda v: v.mean(), r"\[\]"), (lambda v: v[:, None], r"\[5, 1\]")):
-        with pytest.raises(ValueError, match=rf"rsample_kl returned {shape}; expected the KL \[B\] = \[5\]"):
-            bound("rsample_kl", 1, end)
-    with pytest.raises(ValueError, match=r"rsample_kl returned \[5\]; expected the KL \[B, D\] = \[5, 3\]"):
-        bound("rsample_kl", 1, lambda v: v.sum(1), free_bits=0.1)
-    assert bound(None, 0, None).shape == bound(None, 0, None, free_bits=0.1).shape == ()
+    for end, shape in ((lambda v: v.mean(), r"\[\]"), (lambda v: v[:, :1], r"\[5, 1\]"), (list, "list")):
+        with pytest.raises(
+            ValueError, match=rf"KL of Around and StandardNormal is {shape}; expected \[B\] ="
+        ):
+            bound("kl", end)
+    with pytest.raises(ValueError, match="free_bits needs the KL of each dimension; of the KL of Around and"):
+        bound("kl", lambda v: v.sum(1), free_bits=0.1)
+    assert bound(None, None).shape == bound(None, None, free_bits=0.1).shape == ()
 
 
-@pytest.mark.parametrize("method", ["rsample_kl", "rsample_log_ratio"])
-def test_wrong_shape_of_draws(method):
+@pytest.mark.parametrize("kl", ["analytic", "mc"])
+def test_wrong_shape_of_draws(kl):
     x, q, decoder = _arguments(X)
     for end, shape in (
         (lambda z: z.transpose(0, 1), [B, K, D]),
@@ -259,10 +275,20 @@ def test_wrong_shape_of_draws(method):
     ):
         with pytest.raises(ValueError) as raised:
             fastvae.elbo(
-                x, Around(*q, method, 0, end), decoder, samples=K, likelihood=fastvae.Gaussian(1.0),
-                kl="analytic" if method == "rsample_kl" else "mc",
-            )  # fmt: skip
-        assert f"Around.{method} returned {shape}; expected z [K, B, D] = [4, 5, 3]" in str(raised.value)
+                x, Around(*q, "rsample", 0, end), decoder, samples=K, likelihood=fastvae.Gaussian(1.0), kl=kl
+            )
+        assert f"Around.rsample returned {shape}; expected z [K, B, D] = [4, 5, 3]" in str(raised.value)
+
+
+def test_draws_without_their_density():
+    x, q, decoder = _arguments(X)
+
+    class Alone(Around):
+        def rsample(self, samples, seed, **place):
+            return super().rsample(samples, seed, **place)[0]
+
+    with pytest.raises(TypeError, match=r"Alone.rsample returned Tensor; expected z \[K, B, D\] and log q"):
+        fastvae.iwae(x, Alone(*q), decoder, k=K, likelihood=fastvae.Gaussian(1.0))
 
 
 def test_right_shapes_pass():
@@ -274,4 +300,4 @@ def test_right_shapes_pass():
         for posterior in (q, Around(*q)):
             result = call(x, posterior, decoder, likelihood=own, generator=generator(1))
             results.append(getattr(result, "log_px", result))
-        assert torch.equal(*results)
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

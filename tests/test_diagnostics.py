@@ -197,13 +197,14 @@ def test_what_a_result_says_in_words():
 def test_what_is_not_known_is_left_out_of_the_file(tmp_path):
     """And what is there is read without pickle."""
 
-    class Bare(fastvae.Posterior):
+    class Bare(fastvae.Distribution):
         def __init__(self, mu, logvar):
-            self.inner = fastvae.DiagonalGaussian(mu, logvar)
+            super().__init__()
+            self.inner = fastvae.DiagonalNormal(mu, logvar)
             self.batch, self.device = self.inner.batch, self.inner.device
 
-        def rsample_log_ratio(self, prior, **options):
-            return self.inner.rsample_log_ratio(prior, **options)
+        def rsample(self, samples, seed, **place):
+            return self.inner.rsample(samples, seed, **place)
 
     model = LinearGaussian(D, X)
     result = fastvae.evaluate(

@@ -136,7 +136,7 @@ def test_stopping_draws_for_those_that_go_on_alone():
     hard = [7, 8, 60]
     drawn = {True: [], False: []}
 
-    class Counting(fastvae.DiagonalGaussian):
+    class Counting(fastvae.DiagonalNormal):
         """Of a subclass rows cannot be taken, and the whole batch is drawn for."""
 
         sliced = True
@@ -147,9 +147,9 @@ def test_stopping_draws_for_those_that_go_on_alone():
                 part = Counting(self.mu[start:stop], self.logvar[start:stop])
             return part
 
-        def rsample_log_ratio(self, prior, *, samples, **options):
+        def rsample(self, samples, seed, **place):
             drawn[self.sliced].append((samples, self.batch))
-            return super().rsample_log_ratio(prior, samples=samples, **options)
+            return super().rsample(samples, seed, **place)
 
     def q(x):
         mu, logvar = model.posterior(x)
@@ -403,22 +403,24 @@ def test_active_units():
     assert "2 of 4 active" in str(result)
 
 
-class _Bare(fastvae.Posterior):
+class _Bare(fastvae.Distribution):
     """A posterior that can do no more than it must."""
 
     def __init__(self, mu, logvar):
-        self._q = fastvae.DiagonalGaussian(mu, logvar)
+        super().__init__()
+        self._q = fastvae.DiagonalNormal(mu, logvar)
         self.batch, self.device = self._q.batch, self._q.device
 
-    def rsample_log_ratio(self, prior, **options):
-        return self._q.rsample_log_ratio(prior, **options)
+    def rsample(self, samples, seed, **place):
+        return self._q.rsample(samples, seed, **place)
 
 
-class _MonteCarlo(fastvae.DiagonalGaussian):
-    """Knows no KL in closed form to this prior."""
+class _MonteCarlo(_Bare):
+    """Knows its means, and no KL in closed form."""
 
-    def rsample_kl(self, prior, **options):
-        raise TypeError("no fused op for the prior")
+    @property
+    def mean(self):
+        return self._q.mean
 
 
 def test_posteriors_without_means_or_kl():

@@ -1,0 +1,25 @@
+"""Distributions over z, as q(z|x) and as p(z): one file per family. :mod:`~fastvae.distributions.draws` finds
+what is fused."""
+
+from .base import Distribution, closed_kl, register_kl
+from .draws import STANDARD, draw_chunk, draw_kl, draw_ratio, rsample
+from .normal import DiagonalNormal, StandardNormal, diagonal
+from .read import as_posterior, as_prior
+from .wrapped import TorchDistribution
+
+__all__ = [
+    "STANDARD",
+    "DiagonalNormal",
+    "Distribution",
+    "StandardNormal",
+    "TorchDistribution",
+    "as_posterior",
+    "as_prior",
+    "closed_kl",
+    "diagonal",
+    "draw_chunk",
+    "draw_kl",
+    "draw_ratio",
+    "register_kl",
+    "rsample",
+]

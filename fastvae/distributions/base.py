@@ -1,0 +1,154 @@
+"""What a distribution over z is, in both of its roles: q(z|x), and the prior p(z)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributions as td
+
+
+class Distribution(nn.Module):
+    r"""A distribution over z: a posterior q(z|x), which has a row of parameters for each example, or a prior.
+
+    Subclass it for a family that neither fastvae nor ``torch.distributions`` has; an object of the latter
+    needs no subclass. A prior needs :meth:`log_prob`; a posterior needs ``batch``, ``device`` and
+    :meth:`rsample`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too. A module, so that a
+    learned prior's parameters are found.
+
+    Attributes:
+        batch: the number of examples B, of a posterior.
+        device: where z is drawn, of a posterior.
+        mean: of a posterior: the mean of each row [B, D], or None where it is not known.
+        per_row: of a prior: whether each row of the batch has parameters of its own.
+
+    Example:
+        >>> import torch, fastvae
+        >>> class Laplace(fastvae.Distribution):
+        ...     def log_prob(self, z):
+        ...         return -(z.abs() + torch.log(torch.tensor(2.0))).sum(-1)
+        >>> x, q = torch.ones(4, 7), (torch.zeros(4, 3), torch.zeros(4, 3))
+        >>> decoder = torch.nn.Linear(3, 7)
+        >>> fastvae.iwae(x, q, decoder, k=5, likelihood="bernoulli", prior=Laplace()).shape
+        torch.Size([])
+    """
+
+    batch: int
+    device: torch.device
+    mean: Tensor | None = None
+    per_row: ClassVar[bool] = False
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log of the density at z [K, B, D], summed over D: [K, B], in nats."""
+        raise NotImplementedError(f"{type(self).__name__} has no log_prob")
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """z [K, B, D], a differentiable function of the parameters, and its log density [K, B].
+
+        Args:
+            samples: K.
+            seed: int64 tensor of no dimensions. The noise of sample k and row b is a function of (seed,
+                sample_offset + k, row_offset + b), as that of :func:`fastvae.random.normal` is.
+            sample_offset, row_offset: place of the first sample and row; one that is 0 may be left out of the
+                call.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rsample, which a posterior needs")
+
+    def sample(self, n: int, dim: int, *, device=None, generator: torch.Generator | None = None) -> Tensor:
+        """n draws of a prior [n, dim], for :meth:`fastvae.VAE.sample`."""
+        raise NotImplementedError(f"{type(self).__name__} has no sample, which drawing from the prior needs")
+
+    def rows(self, start: int, stop: int) -> Distribution | None:
+        """The posterior of these examples alone, or None where that is not known."""
+        return None
+
+    def as_torch(self) -> td.Distribution | None:
+        """The same as an object of torch.distributions, whose table of KLs is asked; None for none."""
+        return None
+
+
+# What is read as a tensor's holder when a distribution's parameters are held fixed.
+_HOLDERS = (nn.Module, td.Distribution, td.Transform)
+
+
+def held(value: Any) -> Any:
+    """A distribution with the same values, through whose parameters no gradient passes."""
+    return _held(value, {})
+
+
+def _held(value: Any, seen: dict[int, Any]) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, weakref.ref):  # a transform's, to its inverse, which is made anew
+        return None
+    if isinstance(value, _HOLDERS):
+        seen[id(value)] = copied = object.__new__(type(value))
+        vars(copied).update({name: _held(v, seen) for name, v in vars(value).items()})
+        return copied
+    if type(value) in (tuple, list):
+        return type(value)([_held(v, seen) for v in value])
+    if isinstance(value, dict) and hasattr(value, "copy"):
+        copied = seen[id(value)] = value.copy()
+        copied.update({name: _held(v, seen) for name, v in value.items()})
+        return copied
+    return value
+
+
+# Closed forms
+
+_Closed = Callable[[Any, Any], Tensor]
+_closed: dict[tuple[type, type], _Closed] = {}
+
+
+def register_kl(q: type[Distribution], p: type[Distribution]) -> Callable[[_Closed], _Closed]:
+    r"""Register a closed form of KL(q ‖ p) for two families, as ``torch.distributions.register_kl`` does.
+
+    The function takes the two distributions and returns the KL of each dimension [B, D], or their sum [B].
+    It serves subclasses too, if they leave ``log_prob`` and ``rsample`` as they are.
+
+    Args:
+        q, p: the families.
+
+    Example:
+        >>> import torch, fastvae
+        >>> class Laplace(fastvae.Distribution):
+        ...     pass
+        >>> @fastvae.register_kl(fastvae.DiagonalNormal, Laplace)
+        ... def _(q, p):
+        ...     return torch.zeros_like(q.mu)
+    """
+
+    def register(function: _Closed) -> _Closed:
+        _closed[q, p] = function
+        return function
+
+    return register
+
+
+def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
+    """KL(q ‖ p), [B, D] or [B], where a closed form is known."""
+    for a in type(q).__mro__:
+        for b in type(p).__mro__:
+            function = _closed.get((a, b))
+            if function is not None and is_still(q, a) and is_still(p, b):
+                return function(q, p)
+    one, other = q.as_torch(), p.as_torch()
+    if one is None or other is None:
+        return None
+    try:
+        return td.kl_divergence(one, other)
+    except NotImplementedError:
+        return None
+
+
+def is_still(distribution: Distribution, family: type) -> bool:
+    """Whether a subclass leaves the density and the draws of this family as they are."""
+    kind = type(distribution)
+    return kind.log_prob is family.log_prob and kind.rsample is family.rsample  # type: ignore[attr-defined]

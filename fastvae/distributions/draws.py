@@ -1,0 +1,202 @@
+"""Draws from q with what the bound needs of q and p: the fused op of the pair, or else compositions."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._checks import check_result
+from ..ops.latent import flat_kl, flat_log_ratio
+from .base import Distribution, closed_kl, held
+from .normal import DiagonalNormal, StandardNormal
+
+# It has no state; making a module costs more than the kernels of a small batch.
+STANDARD = StandardNormal()
+_NOT_FUSED = object()
+
+
+def _fused_prior(q: Distribution, p: Distribution) -> Any:
+    """What the fused op takes of p beside this q."""
+    if type(q) is not DiagonalNormal:
+        return _NOT_FUSED
+    if p is STANDARD or type(p) is StandardNormal:
+        return None
+    if type(p) is not DiagonalNormal:
+        return _NOT_FUSED
+    return p.mu, p.logvar if p.logvar_range is None else p.logvar.clamp(*p.logvar_range)
+
+
+def draw_kl(
+    q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int, per_dimension: bool
+) -> tuple[Tensor, Tensor] | None:
+    """z [K·B, D], as a decoder takes it, and KL(q ‖ p), [B] or [B, D]; None where no closed form is known.
+
+    Raises:
+        ValueError: if each dimension's is asked for, and only their sum is known.
+    """
+    prior = _fused_prior(q, p)
+    if prior is not _NOT_FUSED:
+        return flat_kl((q.mu, q.logvar, q.logvar_range), prior, seed, samples, row_offset, per_dimension)
+    kl = closed_kl(q, p)
+    if kl is None:
+        return None
+    z, _ = rsample(q, samples, seed, row_offset=row_offset)
+    names = f"KL of {describe(q)} and {describe(p)}"
+    shapes = (q.batch,), (q.batch, z.shape[2])
+    if not isinstance(kl, Tensor) or kl.shape not in shapes:
+        came = list(kl.shape) if isinstance(kl, Tensor) else type(kl).__name__
+        raise ValueError(
+            f"the registered {names} is {came}; expected [B] = {list(shapes[0])} or [B, D] = "
+            f"{list(shapes[1])}"
+        )
+    if per_dimension and kl.dim() == 1:
+        raise ValueError(
+            f"free_bits needs the KL of each dimension; of the {names} only the sum is known. Register a "
+            "closed form [B, D] with fastvae.register_kl, or leave free_bits out"
+        )
+    return z.flatten(0, 1), kl if per_dimension or kl.dim() == 1 else kl.sum(1)
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def say_monte_carlo(q: Distribution, p: Distribution) -> None:
+    """Once for each pair of families."""
+    names = describe(q), describe(p)
+    if names not in _said:
+        _said.add(names)
+        warnings.warn(
+            f"fastvae.elbo: no closed form of KL(q || p) is known for q = {names[0]} and p = {names[1]}; it "
+            'is estimated from the draws. Say so with kl="mc", which also stops this warning, or register a '
+            "closed form with fastvae.register_kl",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def describe(distribution: Distribution) -> str:
+    inner = getattr(distribution, "distribution", None)
+    return type(distribution).__name__ if inner is None else type(inner).__name__
+
+
+def draw_ratio(
+    q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int, estimator: str = "iwae"
+) -> tuple[Tensor, Tensor]:
+    """z [K·B, D] and log p(z) − log q(z|x) [K, B]."""
+    prior = _fused_prior(q, p)
+    if prior is not _NOT_FUSED:
+        return flat_log_ratio((q.mu, q.logvar, q.logvar_range), prior, seed, samples, row_offset, estimator)
+    z, log_ratio, _ = _composed(q, p, samples, seed, estimator, False, row_offset=row_offset)
+    return z.flatten(0, 1), log_ratio
+
+
+def draw_chunk(
+    q: Distribution,
+    p: Distribution,
+    samples: int,
+    seed: Tensor,
+    sample_offset: int,
+    row_offset: int,
+    estimator: str = "iwae",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """z [K, B, D] and the log-ratio of some of the samples of a log-mean-exp; and for ``"dreg"`` zeros [B],
+    to be added to it. Their gradient is the sum that a sample's weight is a share of, which the other chunks'
+    samples belong to.
+    """
+    prior = _fused_prior(q, p)
+    place = {"sample_offset": sample_offset, "row_offset": row_offset}
+    if prior is _NOT_FUSED:
+        return _composed(q, p, samples, seed, estimator, True, **place)
+    z, log_ratio, *whole = ops.rsample_log_ratio(
+        q.mu, q.logvar, samples=samples, prior=prior, estimator=estimator, logvar_range=q.logvar_range,
+        seed=seed, chunk=estimator == "dreg", **place,
+    )  # fmt: skip
+    return z, log_ratio, whole[0] if whole else None
+
+
+def _composed(
+    q: Distribution,
+    p: Distribution,
+    samples: int,
+    seed: Tensor,
+    estimator: str,
+    chunk: bool,
+    **place: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What :func:`draw_chunk` returns, of any q and p."""
+    z, log_q = rsample(q, samples, seed, **place)
+    if estimator == "iwae":
+        return z, _log_prob(p, z, "p(z)") - log_q, None
+    # Of q's own parameters nothing but z is left.
+    log_q = _log_prob(held(q), z, "q(z|x)")
+    if estimator == "stl":
+        return z, _log_prob(p, z, "p(z)") - log_q, None
+    log_p = _log_prob(p, z.detach(), "p(z)")
+    z, log_ratio, *whole = _DReG.apply(z, _log_prob(held(p), z, "p(z)") - log_q, chunk)
+    # The prior's gradient is that of the bound: its parameters are reached beside z.
+    return z, log_ratio + (log_p - log_p.detach()), whole[0] if whole else None
+
+
+class _DReG(torch.autograd.Function):
+    """z and a log-ratio through which q is reached, as they are; what passes back is weighed once more.
+
+    A sample's normalised weight is its share of the gradient of the log-ratio in that of the whole: its sum,
+    or, of a chunk, what arrives at the third result, zeros [B].
+    """
+
+    @staticmethod
+    def forward(z, log_ratio, chunk):
+        results = z.view_as(z), log_ratio.view_as(log_ratio)
+        return (*results, log_ratio.new_zeros(log_ratio.shape[1])) if chunk else results
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_ratio, *grad_whole):
+        if grad_ratio is None or any(g is None for g in grad_whole):
+            raise RuntimeError(
+                "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not "
+                "arrive; use estimator='stl'"
+            )
+        total = grad_whole[0] if grad_whole else grad_ratio.sum(0)
+        weight = torch.where(total == 0, 0.0, grad_ratio / total)
+        if grad_z is not None:
+            grad_z = weight.unsqueeze(-1).to(grad_z.dtype) * grad_z
+        return grad_z, weight * grad_ratio, None
+
+
+# What a user may have written, checked
+
+
+def rsample(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
+    """``q.rsample``, its results checked where they are not fastvae's own."""
+    place = {name: value for name, value in place.items() if not (type(value) is int and value == 0)}
+    results = q.rsample(samples, seed, **place)
+    if type(q) is DiagonalNormal:
+        return results
+    if not (isinstance(results, (tuple, list)) and len(results) == 2):
+        came = f"{len(results)} results" if isinstance(results, (tuple, list)) else type(results).__name__
+        raise TypeError(f"{describe(q)}.rsample returned {came}; expected z [K, B, D] and log q(z|x) [K, B]")
+    z, log_q = results
+    shape = (samples, q.batch, z.shape[-1] if isinstance(z, Tensor) and z.dim() else "D")
+    fix = "samples come first, and the latent dimensions last"
+    check_result(q, "rsample", "z", z, "[K, B, D]", shape, q.device, fix)
+    _check_density(q, "rsample", "log q(z|x)", log_q, z)
+    return z, log_q
+
+
+def _log_prob(distribution: Distribution, z: Tensor, what: str) -> Tensor:
+    value = distribution.log_prob(z)
+    _check_density(distribution, "log_prob", f"log {what}", value, z)
+    return value
+
+
+def _check_density(distribution: Distribution, method: str, what: str, value: Any, z: Tensor) -> None:
+    fix = "sum over the latent dimensions, not over samples or batch"
+    check_result(distribution, method, what, value, "[K, B]", tuple(z.shape[:2]), z.device, fix)

@@ -1,0 +1,143 @@
+"""What a user may give for q(z|x) and p(z), read as distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch import distributions as td
+
+from .._checks import are_rows, check_tensor, shape_of
+from .base import Distribution
+from .draws import STANDARD
+from .normal import DiagonalNormal, StandardNormal, check_posterior, diagonal
+from .wrapped import TorchDistribution
+
+# What a mean and a log variance are called in an encoder's output: in plain code, diffusers, pythae.
+_MEANS = ("mu", "mean", "loc", "embedding")
+_LOGVARS = ("logvar", "log_var", "log_covariance")
+
+
+def as_posterior(q: Any) -> Distribution:
+    """Read what an encoder returned: a distribution of fastvae's, a tensor [B, 2 D], a pair (mu, logvar), a
+    torch.distributions object with rsample, or an object or mapping that names its mean and log variance.
+    """
+    if type(q) is tuple and len(q) == 2:
+        return _pair(*q)
+    if isinstance(q, Distribution):
+        return _posterior(q)
+    if isinstance(q, Tensor):
+        return _pair(*_halves(q))
+    if type(q) is list and len(q) == 2:
+        return _pair(*q)
+    if isinstance(q, td.Distribution):
+        if isinstance(normal := _univariate(q), td.Normal):
+            return _pair(normal.loc, 2 * normal.scale.log())
+        return _posterior(TorchDistribution(q))
+    if (inner := _named(q, "latent_dist")) is not None:
+        return as_posterior(inner)
+    # The log variance first: a distribution without one may have no mean to ask for either.
+    logvar = _first_named(q, _LOGVARS)
+    if isinstance(logvar, Tensor) and isinstance(mu := _first_named(q, _MEANS), Tensor):
+        return _pair(mu, logvar)
+    raise TypeError(
+        "q must be a pair (mu, logvar) of tensors [B, D]; a tensor [B, 2 D], mu and logvar side by side; a "
+        "torch.distributions object of shape [B, D] with rsample; a fastvae.Distribution; or an object or "
+        f"mapping with a mean ({', '.join(_MEANS)}) and a log variance ({', '.join(_LOGVARS)}). Got "
+        f"{_describe(q)}"
+    )
+
+
+def _pair(mu: Any, logvar: Any) -> DiagonalNormal:
+    q = diagonal(mu, logvar)
+    return q if are_rows(mu, logvar) else check_posterior(q)
+
+
+def _univariate(d: td.Distribution) -> td.Distribution:
+    """Without the statement that its last axis is an event."""
+    return d.base_dist if isinstance(d, td.Independent) and d.reinterpreted_batch_ndims == 1 else d
+
+
+def _posterior(q: Distribution) -> Distribution:
+    """Checked, as far as its family is known."""
+    if isinstance(q, DiagonalNormal):
+        return check_posterior(q)
+    if isinstance(q, TorchDistribution):
+        d = q.distribution
+        if not q.is_posterior:
+            raise ValueError(
+                f"q is {_describe(d)} with batch shape {list(d.batch_shape)} and event shape "
+                f"{list(d.event_shape)}; expected [B, D] in all, with D in the batch or in the event"
+            )
+        if not d.has_rsample:
+            raise TypeError(
+                f"q is a {_describe(d)}, which has no rsample (reparameterised draws); use a family that has"
+            )
+    elif not hasattr(q, "batch"):
+        raise TypeError(
+            f"q is {type(q).__name__}, which has no rows (batch and device) and so is no posterior: give the "
+            "distribution that the encoder says for each example"
+        )
+    return q
+
+
+def _halves(q: Tensor) -> tuple[Tensor, Tensor]:
+    check_tensor("q", q)
+    if q.dim() != 2 or q.shape[1] % 2:
+        hint = ", so that its width is even"
+        if q.dim() > 2 and q.shape[1] % 2 == 0:
+            event = (q.shape[1] // 2, *q.shape[2:])
+            hint = (
+                ". For channels that are mu and then logvar, pass [t.flatten(1) for t in q.chunk(2, dim=1)] "
+                f"and begin the decoder with torch.nn.Unflatten(1, {event})"
+            )
+        raise ValueError(
+            f"q has shape {shape_of(q)}; a tensor must be [B, 2 D], mu and logvar side by side{hint}"
+        )
+    return q.chunk(2, dim=1)
+
+
+def _named(q: Any, name: str) -> Any:
+    return q.get(name) if isinstance(q, Mapping) else getattr(q, name, None)
+
+
+def _first_named(q: Any, names: tuple[str, ...]) -> Any:
+    return next((value for name in names if (value := _named(q, name)) is not None), None)
+
+
+def _describe(q: Any) -> str:
+    kind = type(q).__name__
+    if isinstance(q, Mapping):
+        return f"a {kind} of {', '.join(map(str, q)) or 'nothing'}"
+    if isinstance(q, td.Independent):
+        return f"Independent({type(q.base_dist).__name__}, {q.reinterpreted_batch_ndims})"
+    if hasattr(q, "_fields"):
+        return f"a {kind} of {', '.join(q._fields)}"
+    return f"a {kind} of length {len(q)}" if isinstance(q, (tuple, list)) else kind
+
+
+_NAMES = {"standard_normal": StandardNormal}
+
+
+def as_prior(prior: Any) -> Distribution:
+    """None or "standard_normal", a distribution of fastvae's, or a torch.distributions object."""
+    if prior is None:
+        return STANDARD
+    if isinstance(prior, Distribution):
+        return prior
+    if isinstance(prior, str):
+        if prior not in _NAMES:
+            raise ValueError(
+                f"prior={prior!r} is unknown; known: {', '.join(map(repr, _NAMES))}, or a distribution"
+            )
+        return _NAMES[prior]()
+    if isinstance(prior, td.Distribution):
+        if isinstance(normal := _univariate(prior), td.Normal):
+            return DiagonalNormal(normal.loc, 2 * normal.scale.log())
+        return TorchDistribution(prior)
+    raise TypeError(
+        f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), a fastvae.Distribution "
+        "such as fastvae.DiagonalNormal(mu, logvar), or a torch.distributions object; got "
+        f"{type(prior).__name__}"
+    )

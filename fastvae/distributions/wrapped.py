@@ -1,0 +1,164 @@
+"""torch.distributions objects as distributions over z."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from .. import random
+from .._checks import check_same_device
+from .base import Distribution
+
+
+class TorchDistribution(Distribution):
+    r"""A ``torch.distributions`` object as a posterior, if it has ``rsample``, or as a prior.
+
+    A posterior's axes are [B, D], whether D is its event or not; a prior's may be [D] or [] as well. Where it
+    is a function of normal noise (Normal, MultivariateNormal) or has a quantile function ``icdf`` (Laplace,
+    Cauchy, Uniform, …), or transforms such a one (LogNormal, Gumbel, flows), a sample's noise is a function
+    of its address, as that of fastvae's own is. Elsewhere torch draws, from a state that the seed and the
+    place of the first sample and row determine: the same call gives the same samples, other chunks give
+    others.
+
+    Args:
+        distribution: the object.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x, decoder = torch.ones(4, 7), torch.nn.Linear(3, 7)
+        >>> q = torch.distributions.Laplace(torch.zeros(4, 3), torch.ones(4, 3))
+        >>> p = torch.distributions.Laplace(0.0, 1.0)
+        >>> fastvae.elbo(x, q, decoder, likelihood="bernoulli", prior=p).shape
+        torch.Size([])
+    """
+
+    def __init__(self, distribution: td.Distribution):
+        super().__init__()
+        self.distribution = distribution
+
+    @property
+    def _summed(self) -> bool:
+        """Whether log_prob is of all dimensions together."""
+        return len(self.distribution.event_shape) > 0
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self.distribution.batch_shape[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return next(_tensors(self.distribution), torch.empty(())).device
+
+    @property
+    def mean(self) -> Tensor | None:  # type: ignore[override]
+        try:
+            mean = self.distribution.mean
+        except NotImplementedError:  # of most transforms
+            return None
+        return mean if mean.dim() == 2 and self.is_posterior else None
+
+    @property
+    def is_posterior(self) -> bool:
+        """Whether its axes are [B, D]."""
+        d = self.distribution
+        return (len(d.batch_shape), len(d.event_shape)) in ((2, 0), (1, 1))
+
+    @property
+    def per_row(self) -> bool:  # type: ignore[override]
+        return self.is_posterior and self.batch > 1
+
+    def log_prob(self, z):
+        d = self.distribution
+        shape = (*d.batch_shape, *d.event_shape)
+        if len(shape) > 2 or any(n not in (1, m) for n, m in zip(shape[::-1], z.shape[::-1], strict=False)):
+            raise ValueError(
+                f"the distribution {type(d).__name__} of shape {list(shape)} does not broadcast to z's [B, "
+                f"D] = {list(z.shape[1:])}"
+            )
+        if self.device != z.device and any(t.dim() for t in _tensors(d)):
+            check_same_device(f"the distribution {type(d).__name__}", next(_tensors(d)), "z", z)
+        value = d.log_prob(z)
+        return value if self._summed else value.sum(-1)
+
+    def rsample(self, samples, seed, *, sample_offset=0, row_offset=0):
+        shape = (samples, *self.distribution.batch_shape, *self.distribution.event_shape)
+        place = {"sample_offset": sample_offset, "row_offset": row_offset}
+        z = _at_address(self.distribution, shape, seed, place)
+        if z is None:
+            with _seeded(seed, self.device, sample_offset, row_offset):
+                z = self.distribution.rsample((samples,))
+        return z, self.log_prob(z)
+
+    def sample(self, n, dim, *, device=None, generator=None):
+        d = self.distribution
+        shape = (*d.batch_shape, *d.event_shape)
+        if len(shape) > 1 or shape not in ((), (1,), (dim,)):
+            raise ValueError(
+                f"the prior has the shape {list(shape)}; to draw z [{n}, {dim}] from it, it must be [{dim}] "
+                "or []"
+            )
+        with _seeded(random.draw_seed(self.device, generator), self.device, 0, 0):
+            return d.sample((n,) if shape == (dim,) else (n, dim)).reshape(n, dim)
+
+    def as_torch(self):
+        return self.distribution
+
+
+def _tensors(value: Any, depth: int = 4):
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (td.Distribution, td.Transform)) and depth:
+        for part in vars(value).values():
+            yield from _tensors(part, depth - 1)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part, depth)
+
+
+def _at_address(d: td.Distribution, shape: tuple, seed: Tensor, place: dict[str, int]) -> Tensor | None:
+    """z of this shape, a function of addressed normal noise; None where that is not known."""
+    if isinstance(d, td.Independent):
+        return _at_address(d.base_dist, shape, seed, place)
+    if type(d) is td.TransformedDistribution or (
+        isinstance(d, td.TransformedDistribution) and type(d).rsample is td.TransformedDistribution.rsample
+    ):
+        base = d.base_dist
+        z = _at_address(base, (shape[0], *base.batch_shape, *base.event_shape), seed, place)
+        for transform in d.transforms if z is not None else ():
+            z = transform(z)
+        return z
+    if len(shape) != 3:
+        return None
+    tensor = next(_tensors(d), None)
+    if tensor is None:
+        return None
+    # A quantile function takes what is left of a normal's 6.7 sigma in double precision.
+    eps = random.normal(seed.to(tensor.device), *shape, dtype=torch.float64, **place)
+    if isinstance(d, td.Normal):
+        return d.loc + d.scale * eps.to(tensor.dtype)
+    if isinstance(d, td.MultivariateNormal):
+        return d.loc + (d.scale_tril @ eps.to(tensor.dtype).unsqueeze(-1)).squeeze(-1)
+    if type(d).icdf is td.Distribution.icdf or not d.has_rsample:
+        return None
+    return d.icdf(0.5 * torch.erfc(-eps / math.sqrt(2))).to(tensor.dtype)
+
+
+class _seeded:
+    """Torch draws from a state that these determine, and has its own again afterwards."""
+
+    def __init__(self, seed: Tensor, device: torch.device, sample_offset: int, row_offset: int):
+        mixed = int(seed) + 0x9E3779B97F4A7C15 * (sample_offset + 1) + 0xC2B2AE3D27D4EB4F * (row_offset + 1)
+        self._seed = mixed % 2**63
+        devices = [] if device.type == "cpu" else [device]
+        self._fork = torch.random.fork_rng(devices, device_type=device.type)
+
+    def __enter__(self):
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *error):
+        return self._fork.__exit__(*error)

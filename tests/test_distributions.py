@@ -1,0 +1,467 @@
+"""Any q with any p: what is composed is what is fused, torch.distributions objects, closed forms, errors."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+from fastvae.distributions import (
+    TorchDistribution,
+    closed_kl,
+    draw_chunk,
+    draw_kl,
+    draw_ratio,
+    draws,
+    rsample,
+)
+from fastvae.distributions.base import held
+
+from .conftest import DEVICE
+from .models import LinearGaussian, generator, randn
+
+K, B, D, X = 4, 5, 3, 7
+SEED = torch.tensor(11, device=DEVICE)
+BERNOULLI = {"likelihood": "bernoulli"}
+
+
+class Own(fastvae.DiagonalNormal):
+    """Of a subclass nothing is fused."""
+
+
+def wide(*shape, seed):
+    return randn(*shape, seed=seed).double().requires_grad_()
+
+
+def pairs(kinds=(fastvae.DiagonalNormal, fastvae.DiagonalNormal), prior=True, logvar_range=None):
+    """q, p, and their parameters in float64."""
+    mu, logvar = wide(B, D, seed=1), wide(B, D, seed=2)
+    q = kinds[0](mu, logvar, logvar_range=logvar_range)
+    if not prior:
+        return q, fastvae.StandardNormal(), [mu, logvar]
+    m, s = wide(D, seed=3), wide(B, D, seed=4)
+    return q, kinds[1](m, s), [mu, logvar, m, s]
+
+
+# What is composed is what is fused
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("logvar_range", [None, (-0.5, 0.5)])
+def test_composed_ratios_are_the_fused_ones(estimator, prior, logvar_range):
+    """Value, and the gradients of q and p under a log-mean-exp, through the decoder and beside it."""
+    weight = randn(K, B, D, seed=5).double()
+    found = []
+    for kinds in ((fastvae.DiagonalNormal,) * 2, (Own, fastvae.DiagonalNormal), (Own, Own)):
+        q, p, leaves = pairs(kinds, prior, logvar_range)
+        z, ratio = draw_ratio(q, p, K, SEED, 2, estimator)
+        z = z.reshape(K, B, D)
+        bound = fastvae.ops.log_mean_exp(ratio + (z * weight).sin().sum(2))
+        upstream = torch.arange(B, dtype=torch.float64, device=DEVICE)  # of one row nothing arrives
+        found.append([z, ratio, bound, *torch.autograd.grad(bound, leaves, upstream)])
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
+def test_composed_chunks_are_the_whole(estimator):
+    weight = randn(K, B, D, seed=5).double()
+
+    def bound(kind, cuts):
+        q, p, leaves = pairs((kind, fastvae.DiagonalNormal))
+        parts = [draw_chunk(q, p, e - s, SEED, s, 0, estimator) for s, e in cuts]
+        z, ratio = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        value = fastvae.ops.log_mean_exp(ratio + (z * weight).sin().sum(2))
+        assert all((part[2] is None) == (estimator != "dreg") for part in parts)
+        value = value + sum(part[2] for part in parts if part[2] is not None)
+        return [value, *torch.autograd.grad(value.sum(), leaves)]
+
+    expected = bound(fastvae.DiagonalNormal, [(0, K)])
+    for kind, cuts in ((Own, [(0, K)]), (Own, [(0, 1), (1, K)]), (fastvae.DiagonalNormal, [(0, 3), (3, K)])):
+        for a, b in zip(bound(kind, cuts), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("per_dimension", [False, True])
+def test_composed_kls_are_the_fused_ones(prior, per_dimension):
+    found = []
+    for kind in (fastvae.DiagonalNormal, Own):
+        q, p, leaves = pairs((kind, fastvae.DiagonalNormal), prior, (-0.5, 0.5))
+        z, kl = draw_kl(q, p, K, SEED, 2, per_dimension)
+        found.append([z, kl, *torch.autograd.grad(z.square().sum() + kl.sin().sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_densities_are_those_of_torch():
+    q, p, _ = pairs()
+    z, log_q = rsample(q, K, SEED)
+    expected = td.Normal(q.mu, torch.exp(0.5 * q.logvar)).log_prob(z).sum(-1)
+    torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(q.log_prob(z), expected, rtol=1e-9, atol=1e-9)
+    expected = td.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(fastvae.StandardNormal().log_prob(z), expected, rtol=1e-9, atol=1e-9)
+
+
+# torch.distributions
+
+
+def _parameters():
+    return wide(B, D, seed=1), wide(B, D, seed=2).detach().exp().requires_grad_()
+
+
+def _full(a, b):
+    scale_tril = torch.diag_embed(b) + 0.3 * torch.ones(D, D, dtype=a.dtype, device=DEVICE).tril(-1)
+    return td.MultivariateNormal(a, scale_tril=scale_tril)
+
+
+FAMILIES = {
+    "Laplace": td.Laplace,
+    "Independent Laplace": lambda a, b: td.Independent(td.Laplace(a, b), 1),
+    "MultivariateNormal": _full,
+    "LogNormal": td.LogNormal,
+    "Gumbel": td.Gumbel,
+    "a flow": lambda a, b: td.TransformedDistribution(
+        td.Independent(td.Normal(a, b), 1), [td.TanhTransform(), td.AffineTransform(0.5, 1 + b.sum())]
+    ),
+}
+# Torch draws these.
+DRAWN = {"StudentT": lambda a, b: td.StudentT(5.0, a, b), "Gamma": lambda a, b: td.Gamma(a.exp() + 1, b)}
+
+
+def total(d, z):
+    value = d.log_prob(z)
+    return value if d.event_shape else value.sum(-1)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *DRAWN])
+@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
+def test_torch_distributions_as_posteriors(name, estimator):
+    """The ratio is log p − log q at z, and the gradient is that of the definition."""
+    family = (FAMILIES | DRAWN)[name]
+    seen = []
+
+    def decoder(z):
+        seen.append(z)
+        return z @ weight
+
+    weight, x = randn(D, X, seed=6).double(), (randn(B, X, seed=7) > 0).double()
+    a, b = _parameters()
+    q = family(a, b)
+    parts = fastvae.log_weights(x, q, decoder, k=K, estimator=estimator, generator=generator(3), **BERNOULLI)
+    z = seen[0].reshape(K, B, D)
+    expected = td.Normal(0.0, 1.0).log_prob(z).sum(-1) - total(q, z)
+    torch.testing.assert_close(parts.log_ratio, expected, rtol=1e-9, atol=1e-9)
+    bound = fastvae.ops.log_mean_exp(parts.log_likelihood + parts.log_ratio).sum()
+    found = torch.autograd.grad(bound, [a, b], retain_graph=True)
+    if estimator == "iwae":
+        log_px = td.Bernoulli(logits=z @ weight).log_prob(x).sum(-1)
+        value = (torch.logsumexp(log_px + expected, 0) - math.log(K)).sum()
+        torch.testing.assert_close(found, torch.autograd.grad(value, [a, b]), rtol=1e-8, atol=1e-9)
+        return
+    # Of q's parameters only z is a function: its gradient, weighed by w or w squared, goes through z alone.
+    fixed = family(a.detach(), b.detach())
+    free = z.detach().requires_grad_()
+    log_px = td.Bernoulli(logits=free @ weight).log_prob(x).sum(-1)
+    log_w = log_px + td.Normal(0.0, 1.0).log_prob(free).sum(-1) - total(fixed, free)
+    w = torch.softmax(log_w.detach(), 0) ** (2 if estimator == "dreg" else 1)
+    (to_z,) = torch.autograd.grad((w * log_w).sum(), free)
+    drawn, _ = TorchDistribution(q).rsample(K, fastvae.random.draw_seed(DEVICE, generator(3)))
+    assert torch.equal(drawn, z)
+    torch.testing.assert_close(found, torch.autograd.grad(drawn, [a, b], to_z), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_their_noise_is_an_address(name):
+    """Chunks and shards of a draw are its parts."""
+    a, b = _parameters()
+    whole, _ = TorchDistribution(FAMILIES[name](a, b)).rsample(6, SEED)
+    part, _ = TorchDistribution(FAMILIES[name](a[2:], b[2:])).rsample(3, SEED, sample_offset=2, row_offset=2)
+    assert torch.equal(whole[2:5, 2:], part)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_torch_draws_is_repeatable_and_leaves_its_state(name):
+    q = TorchDistribution(DRAWN[name](*_parameters()))
+    before = torch.get_rng_state()
+    draw = lambda **place: q.rsample(K, SEED, **place)[0]  # noqa: E731
+    assert torch.equal(draw(), draw())
+    assert not torch.equal(draw(), draw(sample_offset=1))
+    assert not torch.equal(draw(), draw(row_offset=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["Laplace", "LogNormal", "Gumbel", *DRAWN])
+def test_their_draws_follow_them(name):
+    """By their own distribution function they are uniform: mean and variance within six sigma."""
+    n = 20_000
+    d = (FAMILIES | DRAWN)[name](*(p.detach() for p in _parameters()))
+    z, _ = TorchDistribution(d).rsample(n, SEED)
+    if name == "StudentT":  # without a distribution function
+        mean, sigma = z.mean(0), d.variance.sqrt()
+        assert bool(((mean - d.mean).abs() < 6 * sigma / math.sqrt(n)).all())
+        return
+    u = d.cdf(z)
+    assert bool(((u.mean(0) - 0.5).abs() < 6 * math.sqrt(1 / 12 / n)).all())
+    assert bool((((u - 0.5).square().mean(0) - 1 / 12).abs() < 6 * math.sqrt(1 / 180 / n)).all())
+
+
+def test_the_tail_of_a_quantile_function():
+    """Its argument is made in double precision: float32's would be 1 from 5.3 sigma on."""
+    far = td.Laplace(torch.zeros(1, 2048, device=DEVICE), 1.0)
+    z, _ = TorchDistribution(far).rsample(500, SEED)
+    assert bool(z.isfinite().all())
+    assert float(z.max()) > 10 and float(z.min()) < -10
+
+
+def test_an_exact_posterior_weighs_every_draw_alike():
+    """Of a linear-Gaussian model whose latents are rotated, so that its posterior has a full covariance: any
+    K gives log p(x), and STL's gradient is 0.
+    """
+    model = LinearGaussian(D, X)
+    x = model.sample(B)
+    rotation, _ = torch.linalg.qr(randn(D, D, seed=9, dtype=torch.float64))
+    mu, logvar = model.posterior(x)
+    mean = (mu @ rotation.T).requires_grad_()
+    covariance = rotation @ torch.diag_embed(logvar.exp()) @ rotation.T
+    scale_tril = torch.linalg.cholesky(covariance).requires_grad_()
+    value = fastvae.iwae(
+        x, td.MultivariateNormal(mean, scale_tril=scale_tril), lambda z: model.decoder(z @ rotation), k=K,
+        likelihood=model.likelihood, estimator="stl", reduction="none",
+    )  # fmt: skip
+    torch.testing.assert_close(value, model.log_px(x), rtol=1e-9, atol=1e-9)
+    grads = torch.autograd.grad(value.sum(), [mean, scale_tril])
+    assert all(float(g.abs().max()) < 1e-8 for g in grads)
+
+
+PRIORS = {
+    "Laplace": lambda a: td.Laplace(a, 1.0),
+    "per row": lambda a: td.Laplace(a.expand(B, D), 1.0),
+    "MultivariateNormal": lambda a: td.MultivariateNormal(a, torch.eye(D, dtype=a.dtype, device=DEVICE)),
+    "a mixture": lambda a: td.MixtureSameFamily(
+        td.Categorical(logits=torch.zeros(2, dtype=a.dtype, device=DEVICE)),
+        td.Independent(td.Normal(torch.stack([a, -a]), torch.ones_like(a)), 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
+def test_torch_distributions_as_priors(name, estimator):
+    """Value, and the gradient of the prior's parameters, which is the bound's under every estimator."""
+    q, _, leaves = pairs(prior=False)
+    a = wide(D, seed=8)
+    p = PRIORS[name](a)
+    z, ratio = draw_ratio(q, fastvae.distributions.as_prior(p), K, SEED, 0, estimator)
+    z = z.reshape(K, B, D)
+    log_p = total(p, z)
+    torch.testing.assert_close(ratio, log_p - q.log_prob(z), rtol=1e-9, atol=1e-9)
+    bound = fastvae.ops.log_mean_exp(ratio).sum()
+    (found,) = torch.autograd.grad(bound, a, retain_graph=True)
+    w = torch.softmax(ratio.detach(), 0)
+    (expected,) = torch.autograd.grad((w * total(p, z.detach())).sum(), a)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert all(g is not None for g in torch.autograd.grad(bound, leaves))
+
+
+def test_every_entry_takes_them(backend):
+    x = torch.rand(B, X, device=DEVICE)
+    decoder = nn.Linear(D, X).to(DEVICE)
+    q = td.Laplace(randn(B, D, seed=1), torch.ones(B, D, device=DEVICE))
+    p = td.Laplace(torch.zeros(D, device=DEVICE), 2.0)
+    options = {"prior": p, **BERNOULLI}
+    assert fastvae.elbo(x, q, decoder, samples=2, **options).isfinite()
+    assert fastvae.iwae(x, q, decoder, k=K, k_chunk=3, estimator="dreg", **options).isfinite()
+    assert fastvae.log_marginal(x, q, decoder, k=9, k_chunk=4, **options).log_px.isfinite().all()
+    assert fastvae.reconstruction_log_prob(x, q, decoder, samples=9, **BERNOULLI).isfinite().all()
+    result = fastvae.evaluate(lambda x: q, decoder, x, k=9, progress=False, **options)
+    assert result.log_px.isfinite().all() and result.kl_per_dim.shape == (D,)
+    vae = fastvae.VAE(lambda x: q, decoder, prior=p, **BERNOULLI)
+    assert vae(x).isfinite() and vae.reconstruct(x).shape == (B, X) and vae.latent_dim == D
+    assert vae.sample(6).shape == (6, X)
+    assert torch.equal(vae.sample(6, generator=generator(1)), vae.sample(6, generator=generator(1)))
+
+
+@pytest.mark.parametrize("objective", [fastvae.elbo, fastvae.iwae])
+def test_compiled(objective):
+    x, mu, logvar = (
+        t.detach() for t in (torch.rand(B, X), randn(B, D, seed=1).cpu(), randn(B, D, seed=2).cpu())
+    )
+    weight = randn(D, X, seed=3).cpu()
+
+    def loss(mu, logvar, location):
+        prior = td.Laplace(location, torch.ones(D), validate_args=False)
+        options = {"kl": "mc"} if objective is fastvae.elbo else {"k": K, "estimator": "dreg"}
+        return objective(x, (mu, logvar), lambda z: z @ weight, prior=prior, **options, **BERNOULLI)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        leaves = [t.clone().requires_grad_() for t in (mu, logvar, torch.zeros(D))]
+        torch.manual_seed(3)
+        value = function(*leaves)
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# The KL
+
+
+@pytest.fixture
+def unsaid(monkeypatch):
+    monkeypatch.setattr(draws, "_said", set())
+
+
+@pytest.mark.filterwarnings("error")
+def test_closed_forms_of_torch_serve(unsaid):
+    x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
+    location = randn(B, D, seed=1)
+    laplace, normal = td.Laplace(location, 0.7), td.Normal(location, 0.7)
+    one = torch.ones(D, device=DEVICE)
+    for q, p in ((laplace, td.Laplace(0.5 * one, 2 * one)), (normal, td.Laplace(0.5 * one, 2 * one))):
+        terms = fastvae.elbo(x, q, decoder, prior=p, terms=True, **BERNOULLI)
+        torch.testing.assert_close(terms.kl, td.kl_divergence(q, p).sum(1))
+        assert fastvae.elbo(x, q, decoder, prior=p, free_bits=0.1, **BERNOULLI).isfinite()
+    together = td.Independent(laplace, 1), td.Independent(td.Laplace(0.5 * one, 2 * one), 1)
+    terms = fastvae.elbo(x, together[0], decoder, prior=together[1], terms=True, **BERNOULLI)
+    torch.testing.assert_close(terms.kl, td.kl_divergence(*together))
+
+
+def test_without_a_closed_form_it_is_monte_carlo_and_said_once(unsaid):
+    x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
+    q, p = (randn(B, D, seed=1), randn(B, D, seed=2)), td.StudentT(5.0)
+    call = lambda **options: fastvae.elbo(  # noqa: E731
+        x, q, decoder, prior=p, samples=K, terms=True, generator=generator(2), **options, **BERNOULLI
+    )
+    with pytest.warns(UserWarning, match=r"q = DiagonalNormal and p = StudentT; it is estimated.*kl=\"mc\""):
+        found = call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, expected = call(), call(kl="mc")
+    for a, b, c in zip(found, again, expected, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(
+        ValueError, match=r"free_bits needs the KL of each dimension in closed form.*StudentT"
+    ):
+        call(free_bits=0.1)
+
+
+def test_a_registered_kl_is_used():
+    class Family(Own):
+        def log_prob(self, z):
+            return super().log_prob(z)
+
+    class Further(Family):
+        pass
+
+    class Other(Family):
+        def rsample(self, samples, seed, **place):
+            return super().rsample(samples, seed, **place)
+
+    made = lambda kind: kind(randn(B, D, seed=1), randn(B, D, seed=2))  # noqa: E731
+    standard = fastvae.StandardNormal()
+    # What overrides its density is another distribution, until it is told.
+    assert torch.equal(closed_kl(made(Own), standard), closed_kl(made(fastvae.DiagonalNormal), standard))
+    assert closed_kl(made(Family), standard) is None
+
+    @fastvae.register_kl(Family, fastvae.StandardNormal)
+    def _(q, p):
+        return torch.full((B,), 7.0, device=DEVICE)
+
+    for kind in (Family, Further):
+        x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
+        assert fastvae.elbo(x, made(kind), decoder, terms=True, **BERNOULLI).kl.tolist() == [7.0] * B
+    assert closed_kl(made(Other), standard) is None
+
+
+# What is held fixed
+
+
+def test_held_is_a_copy_without_gradients():
+    inner = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
+
+    class Deep(fastvae.Distribution):
+        def __init__(self):
+            super().__init__()
+            self.net, self.own = inner, nn.Parameter(torch.ones(D))
+            self.listed = [inner[0].weight * 2, {"a": inner[0].weight * 3}]
+            self.itself = [self]
+
+    deep = Deep()
+    copied = held(deep)
+    assert copied is not deep and copied.itself[0] is copied and type(copied) is Deep
+    assert not copied.own.requires_grad and not copied.net[0].weight.requires_grad
+    assert not copied.listed[0].requires_grad and not copied.listed[1]["a"].requires_grad
+    assert deep.own.requires_grad and deep.net[0].weight.requires_grad and deep.listed[1]["a"].requires_grad
+    assert torch.equal(copied.net(torch.ones(2, D)), deep.net(torch.ones(2, D)))
+    assert dict(deep.named_parameters()).keys() == {
+        "own",
+        "net.0.weight",
+        "net.0.bias",
+        "net.1.weight",
+        "net.1.bias",
+    }
+    flow = FAMILIES["a flow"](*_parameters())
+    assert not held(flow).rsample().requires_grad and flow.rsample().requires_grad
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "q, exception, words",
+    [
+        (lambda: td.Bernoulli(torch.zeros(B, D)), TypeError, "has no rsample"),
+        (
+            lambda: td.Laplace(torch.zeros(D), 1.0),
+            ValueError,
+            r"batch shape \[3\] and event shape \[\]; expected",
+        ),
+        (lambda: td.Laplace(torch.zeros(B, D, 1), 1.0), ValueError, r"expected \[B, D\] in all"),
+        (lambda: fastvae.StandardNormal(), TypeError, "q is StandardNormal, which has no rows"),
+        (
+            lambda: fastvae.DiagonalNormal(torch.zeros(D), torch.zeros(D)),
+            ValueError,
+            r"mu has shape \[3\]; expected",
+        ),
+        (
+            lambda: fastvae.DiagonalNormal(torch.zeros(B, D), torch.zeros(D)),
+            ValueError,
+            r"logvar has shape \[3\]; expected \[B, D\]",
+        ),
+    ],
+)
+def test_what_is_no_posterior(q, exception, words):
+    with pytest.raises(exception, match=words):
+        fastvae.elbo(torch.rand(B, X), q(), nn.Linear(D, X), **BERNOULLI)
+
+
+def test_what_a_family_lacks_is_said():
+    class Nothing(fastvae.Distribution):
+        batch, device = B, DEVICE
+
+    x, decoder, q = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE), Nothing()
+    with pytest.raises(NotImplementedError, match="Nothing has no rsample, which a posterior needs"):
+        fastvae.iwae(x, q, decoder, **BERNOULLI)
+    pair = torch.zeros(B, D, device=DEVICE), torch.zeros(B, D, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="Nothing has no log_prob"):
+        fastvae.iwae(x, pair, decoder, prior=q, **BERNOULLI)
+    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, **BERNOULLI)
+    with pytest.raises(NotImplementedError, match="Nothing has no sample"):
+        vae.sample(2)
+    with pytest.raises(
+        ValueError, match=r"the prior has the shape \[4\]; to draw z \[2, 3\] from it, it must be \[3\]"
+    ):
+        TorchDistribution(td.Laplace(torch.zeros(4), 1.0)).sample(2, 3)
+    bare = fastvae.VAE(lambda x: q, decoder, **BERNOULLI)
+    with pytest.raises(ValueError, match="mean of q.* is not known"):
+        bare.reconstruct(x)
