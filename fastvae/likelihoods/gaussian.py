@@ -116,7 +116,7 @@ class Gaussian(Declared):
         return not self.learned and self.fixed_scale is None
 
     def _given(self, x):
-        if self._returns_logvar():
+        if not self.learned and self.fixed_scale is None:  # _returns_logvar, without a call
             return ()
         log_scale = self._log_scale()
         _check_scale(log_scale, x)
