@@ -20,6 +20,8 @@ from torch.nn import functional
 
 import fastvae
 
+from .measure import keep_memory
+
 
 class Case(NamedTuple):
     k: int  # 0 for the ELBO
@@ -203,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args(arguments)
     columns = [c for c in COLUMNS if not options.no_compile or "compile" not in c]
+    keep_memory()
     print("microseconds, forward + backward without the decoder: median (20th to 80th percentile)\n")
     for threads in options.threads:
         torch.set_num_threads(threads)

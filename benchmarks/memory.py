@@ -26,7 +26,7 @@ CASES = {
 }
 
 
-def _peak_mib(reset: bool = False) -> float:
+def peak_mib(reset: bool = False) -> float:
     """The most resident memory since the last reset; Linux only."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
@@ -48,10 +48,10 @@ def _call(what: str, k: int, k_chunk: int | None) -> None:
 def _child(case: str) -> None:
     what, k, k_chunk = CASES[case]
     _call(what, 20, None if k_chunk is None else 10)
-    before = _peak_mib(reset=True)
+    before = peak_mib(reset=True)
     start = time.perf_counter()
     _call(what, k, k_chunk)
-    print(_peak_mib() - before, time.perf_counter() - start)
+    print(peak_mib() - before, time.perf_counter() - start)
 
 
 def main() -> int:

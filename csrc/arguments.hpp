@@ -82,19 +82,20 @@ struct How {
 // A call that goes on to the bound.
 struct Weighing {
   Rows rows;
-  Tensor term;        // (K, B), or (B) with no stride over samples: of compute type; null for none
-  bool each_sample;   // the first
-  Tensor beta;        // (B), of any storage type; null for 1
+  Tensor term;         // (K, B), or (B) with no stride over samples: of compute type; null for none
+  bool each_sample;    // the first
+  Tensor beta;         // (B), of any storage type; null for 1
   double coefficient;  // the term counts this times beta
-  bool log_mean_exp;  // over samples; else their mean
-  double scale;       // of the sum over the batch; 0: no sum
+  bool log_mean_exp;   // over samples; else their mean
+  double scale;        // of the sum over the batch; 0: no sum
 
   // Of x (B, X), a decoder's outputs, the first (K B, X), and a term (K, B) or (B).
-  Weighing(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added, const Tensor& weight,
-           const How& how, int threads)
+  Weighing(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added, const Tensor& weight, const How& how,
+           int threads)
       : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)), each_sample(added.axes == 2), beta(weight),
-        coefficient(how.coefficient), log_mean_exp(how.log_mean_exp),
-        scale(how.reduction == 'n' ? 0 : how.reduction == 's' ? 1 : 1.0 / static_cast<double>(x.n0)) {
+        coefficient(how.coefficient), log_mean_exp(how.log_mean_exp), scale(how.reduction == 'n'   ? 0
+                                                                            : how.reduction == 's' ? 1
+                                                                                                   : 1.0 / static_cast<double>(x.n0)) {
     const Tensor& full = outputs[0];
     rows.samples = full.n0 / x.n0;
     for (int j = 0; j < count; ++j) {

@@ -94,13 +94,12 @@ Isa choose_isa() {
   Isa best = Isa::base;
 #ifdef FASTVAE_AVX2
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                  __builtin_cpu_supports("bmi2");
+  const bool v3 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   if (v3) best = Isa::avx2;
 #ifdef FASTVAE_AVX512
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (v4) best = Isa::avx512;
 #endif
   if (const char* wanted = std::getenv("FASTVAE_ISA")) {
@@ -144,8 +143,8 @@ Made make_z(const Given& mu, const Draw& draw, int dtype) {
 struct LatentMade {
   Made mu, logvar, prior_mu, prior_logvar;
   LatentMade(const Given& like, const Need& need)
-      : mu(need[0] ? make_like(like) : Made()), logvar(need[1] ? make_like(like) : Made()),
-        prior_mu(need[2] ? make_like(like) : Made()), prior_logvar(need[3] ? make_like(like) : Made()) {}
+      : mu(need[0] ? make_like(like) : Made()), logvar(need[1] ? make_like(like) : Made()), prior_mu(need[2] ? make_like(like) : Made()),
+        prior_logvar(need[3] ? make_like(like) : Made()) {}
   py::tuple objects() const { return py::make_tuple(mu.object, logvar.object, prior_mu.object, prior_logvar.object); }
 };
 
@@ -208,15 +207,15 @@ PYBIND11_MODULE(_C, m) {
     released(run, z, slope, kl, mu, logvar, prior_mu, prior_logvar, draw, seed, number_of_threads(), per_dimension);
     return py::make_tuple(z.object, kl.object, slope.object);
   });
-  m.def("rsample_kl_backward", [](const Tensor& grad_z, const Tensor& grad_kl, const Tensor& slope, const Given& mu,
-                                  const Tensor& logvar, const Tensor& prior_mu, const Tensor& prior_logvar, py::handle /*seed*/,
-                                  const Draw& draw, const Need& need) {
-    static const auto run = FASTVAE_PICK(rsample_kl_backward);
-    const LatentMade to(mu, need);
-    released(run, to.mu, to.logvar, to.prior_mu, to.prior_logvar, grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, draw,
-             number_of_threads());
-    return to.objects();
-  });
+  m.def("rsample_kl_backward",
+        [](const Tensor& grad_z, const Tensor& grad_kl, const Tensor& slope, const Given& mu, const Tensor& logvar, const Tensor& prior_mu,
+           const Tensor& prior_logvar, py::handle /*seed*/, const Draw& draw, const Need& need) {
+          static const auto run = FASTVAE_PICK(rsample_kl_backward);
+          const LatentMade to(mu, need);
+          released(run, to.mu, to.logvar, to.prior_mu, to.prior_logvar, grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, draw,
+                   number_of_threads());
+          return to.objects();
+        });
   m.def("rsample_log_ratio", [](const Given& mu, const Tensor& logvar, const Tensor& prior_mu, const Tensor& prior_logvar, Output seed,
                                 const Draw& draw, py::handle /*estimator*/, bool chunk, bool keep_slope) {
     static const auto run = FASTVAE_PICK(rsample_log_ratio);
@@ -231,17 +230,20 @@ PYBIND11_MODULE(_C, m) {
                                          py::handle /*seed*/, const Draw& draw, bool path, const Need& need) {
     static const auto run = FASTVAE_PICK(rsample_log_ratio_backward);
     const LatentMade to(mu, need);
-    released(run, to.mu, to.logvar, to.prior_mu, to.prior_logvar, grad_z, grad_log_ratio, weight, slope, mu, logvar, prior_mu,
-             prior_logvar, draw, number_of_threads(), path);
+    released(run, to.mu, to.logvar, to.prior_mu, to.prior_logvar, grad_z, grad_log_ratio, weight, slope, mu, logvar, prior_mu, prior_logvar,
+             draw, number_of_threads(), path);
     return to.objects();
   });
   add_glances(m.ptr());
   m.attr("likelihoods") = likelihoods();
   FASTVAE_DEF(log_prob);
-  m.def("log_prob_backward", [](const Rows& a, bool wide, const Tensor& grad, Output x, const Outputs& p) {
-    static const auto run = FASTVAE_PICK(log_prob_backward);
-    run(a, wide, {grad.along(2), x, {p[0], p[1], p[2]}});
-  }, release());
+  m.def(
+      "log_prob_backward",
+      [](const Rows& a, bool wide, const Tensor& grad, Output x, const Outputs& p) {
+        static const auto run = FASTVAE_PICK(log_prob_backward);
+        run(a, wide, {grad.along(2), x, {p[0], p[1], p[2]}});
+      },
+      release());
   // x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. Where there is nothing to sum over, or x lies where
   // it cannot, `otherwise` is called with them.
   m.def("weigh", [](const char* likelihood, py::handle otherwise, const py::args& given) -> py::object {
@@ -270,8 +272,7 @@ PYBIND11_MODULE(_C, m) {
       if (need[j + 1]) to[j] = make_like(a.parameter[j], w.rows.kind[j] == kFull ? a.parameter[j].dtype : a.wide);
     }
     const auto at = [&](Py_ssize_t i) { return tensor_of(PyTuple_GET_ITEM(given.ptr(), i)); };
-    released(run, w, w.wide(), WeighingGradients{at(0), at(1), at(2).data},
-             RowGradients{{}, to_x, {to[0], to[1], to[2]}}, to_term);
+    released(run, w, w.wide(), WeighingGradients{at(0), at(1), at(2).data}, RowGradients{{}, to_x, {to[0], to[1], to[2]}}, to_term);
     py::tuple grads(a.count + 2);
     grads[0] = to_x.object;
     for (int j = 0; j < a.count; ++j) grads[j + 1] = to[j].as(a.parameter[j].dtype);

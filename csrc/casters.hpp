@@ -156,8 +156,7 @@ inline Made make(const Given& given, std::initializer_list<i64> sizes, int dtype
   for (i64 size : sizes) items[n - 1] = owned(PyLong_FromLongLong(size)), arguments[n] = items[n - 1].ptr(), ++n;
   if (n == 1) items[0] = pybind11::tuple(), arguments[n++] = items[0].ptr();
   arguments[n] = names.dtypes[dtype];
-  return Made(owned(PyObject_VectorcallMethod(names.new_empty, arguments, n, dtype == given.dtype ? nullptr : names.with_dtype)),
-              dtype);
+  return Made(owned(PyObject_VectorcallMethod(names.new_empty, arguments, n, dtype == given.dtype ? nullptr : names.with_dtype)), dtype);
 }
 
 // An uninitialised contiguous tensor of the given one's shape.

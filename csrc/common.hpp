@@ -40,7 +40,9 @@ FASTVAE_INLINE To bit_cast(From from) {
 
 FASTVAE_INLINE double upcast(double v) { return v; }
 template <class T>
-FASTVAE_INLINE std::enable_if_t<std::is_integral<T>::value, T> upcast(T v) { return v; }
+FASTVAE_INLINE std::enable_if_t<std::is_integral<T>::value, T> upcast(T v) {
+  return v;
+}
 FASTVAE_INLINE float upcast(float v) { return v; }
 FASTVAE_INLINE float upcast(bf16 v) { return bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16); }
 FASTVAE_INLINE float upcast(f16 v) {
@@ -256,8 +258,7 @@ inline void for_dtype(int code, F f) {
 // Runs body(begin, end) over parts of [0, units) on several threads where the number of elements pays for them.
 template <class F>
 inline void parallel(int threads, i64 units, i64 elements, F body) {
-  parallel_ranges(
-      threads, units, elements, [](void* f, i64 begin, i64 end) { (*static_cast<F*>(f))(begin, end); }, &body);
+  parallel_ranges(threads, units, elements, [](void* f, i64 begin, i64 end) { (*static_cast<F*>(f))(begin, end); }, &body);
 }
 
 // Elementary functions in float: Cephes' polynomials (S. Moshier), about 1 ulp; in double: the C library.
@@ -322,17 +323,22 @@ FASTVAE_INLINE float expm1_minus(float x) {
 }
 FASTVAE_INLINE double expm1_minus(double x) {
   // The series where expm1(x) - x would lose more than 3 bits: the next term is below 1e-17 of the sum.
-  const double small = x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 +
-                       x * (1.0 / 40320 + x * (1.0 / 362880 + x / 3628800))))))));
+  const double small =
+      x * x *
+      (0.5 +
+       x * (1.0 / 6 +
+            x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880 + x / 3628800))))))));
   return __builtin_fabs(x) < 0.125 ? small : __builtin_expm1(x) - (x > 710.0 ? 710.0 : x);
 }
 
 // log(2^e (1 + g)) for sqrt(1/2) <= 1 + g < sqrt(2).
 FASTVAE_INLINE float log_from(float g, float e) {
   const float z = g * g;
-  const float p = (((7.0376836292e-2f * z + (-1.1514610310e-1f * g + 1.1676998740e-1f)) * z +
-                    (-1.2420140846e-1f * g + 1.4249322787e-1f)) * z + (-1.6668057665e-1f * g + 2.0000714765e-1f)) * z +
-                  (-2.4999993993e-1f * g + 3.3333331174e-1f);
+  const float p =
+      (((7.0376836292e-2f * z + (-1.1514610310e-1f * g + 1.1676998740e-1f)) * z + (-1.2420140846e-1f * g + 1.4249322787e-1f)) * z +
+       (-1.6668057665e-1f * g + 2.0000714765e-1f)) *
+          z +
+      (-2.4999993993e-1f * g + 3.3333331174e-1f);
   const float y = z * (g * p - 0.5f) - 2.12194440e-4f * e;
   return (g + y) + 0.693359375f * e;
 }
@@ -364,19 +370,21 @@ FASTVAE_INLINE double log_(double x) { return __builtin_log(x); }
 FASTVAE_INLINE float log_factorial_excess(float x, float log_x) {
   const float u = 1.0f / (x < 1.0f ? 1.0f : x);
   const float u2 = u * u;
-  const float series = ((1.4221894e-4f * u - 6.4566986e-4f) * u2 + (1.0635331e-3f * u - 6.0909733e-5f)) * u2 +
-                       (-2.7706881e-3f * u - 3.4973453e-7f);
+  const float series =
+      ((1.4221894e-4f * u - 6.4566986e-4f) * u2 + (1.0635331e-3f * u - 6.0909733e-5f)) * u2 + (-2.7706881e-3f * u - 3.4973453e-7f);
   const float above = 0.918938533f + 0.5f * log_x + u * (series * u + 0.0833333367f);
   const float y = x < 1.0f ? x : 1.0f, y2 = y * y;
-  const float r = (((2.3883113e-3f * y - 1.3525379e-2f) * y2 + (3.5975764e-2f * y - 6.2913768e-2f)) * y2 +
-                   (8.7903543e-2f * y - 1.1437390e-1f)) * y2 + (1.5536288e-1f * y - 2.4524876e-1f);
+  const float r =
+      (((2.3883113e-3f * y - 1.3525379e-2f) * y2 + (3.5975764e-2f * y - 6.2913768e-2f)) * y2 + (8.7903543e-2f * y - 1.1437390e-1f)) * y2 +
+      (1.5536288e-1f * y - 2.4524876e-1f);
   const float below = y * ((y - 1.0f) * (r * y + 5.7721565e-1f) + 1.0f - log_x);
   return x < 1.0f ? (x == 0.0f ? 0.0f : below) : above;
 }
 inline double log_factorial_excess(double x, double log_x) {
   if (x >= 16) {
     const double v = 1 / (x * x);
-    const double series = 1.0 / 12 + v * (-1.0 / 360 + v * (1.0 / 1260 + v * (-1.0 / 1680 + v * (1.0 / 1188 + v * (-691.0 / 360360 + v / 156)))));
+    const double series =
+        1.0 / 12 + v * (-1.0 / 360 + v * (1.0 / 1260 + v * (-1.0 / 1680 + v * (1.0 / 1188 + v * (-691.0 / 360360 + v / 156)))));
     return 0.91893853320467274178 + 0.5 * log_x + series / x;
   }
   return x == 0 ? 0.0 : __builtin_lgamma(1 + x) - x * (log_x - 1);

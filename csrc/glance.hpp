@@ -1,4 +1,5 @@
-// What Python asks of tensors before a kernel is called, in one call: where models are small, asking costs more than computing; // function says the same as its namesake in fastvae/_glance.py, or less: what does not pass is looked at there one by one.
+// What Python asks of tensors before a kernel is called, in one call: where models are small, asking costs more than computing. What
+// does not pass is looked at there one by one. The contracts stand in fastvae/_glance.py.
 #pragma once
 
 #include "casters.hpp"
@@ -33,7 +34,6 @@ inline bool is_tensor(PyObject* object) {
   return type == glance().tensor || type == glance().parameter;
 }
 
-// Sizes, of up to 8 axes, or none with a number of axes that is not.
 struct Shape {
   pybind11::object sizes;
   Py_ssize_t axes;
@@ -112,7 +112,7 @@ inline int plain(PyObject* tensors) {
   return (found & kOnCpu) && (found & kOnGpu) ? 0 : found;
 }
 
-// As Python calls them: without pybind11, which would cost as much again.
+// As Python calls them: without pybind11, whose call would cost as much again.
 template <int (*kFunction)(PyObject* const*), int kArguments>
 PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
   if (n != kArguments) return PyErr_Format(PyExc_TypeError, "fastvae._C: expected %d arguments, got %zd", kArguments, n);

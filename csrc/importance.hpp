@@ -3,7 +3,6 @@
 // Columns handled at a time; kSamplesPerBlock samples come between two looks at the maximum.
 constexpr int kColumnsPerUnit = 64;
 
-
 // What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN).
 template <class C>
 FASTVAE_INLINE C shift_of(C maximum) {
@@ -36,8 +35,8 @@ FASTVAE_LOOP void times_weights(C* __restrict out, const C* __restrict g, const 
 }
 
 template <class T>
-void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute_t<T>* bound, compute_t<T>* maximum,
-                          compute_t<T>* total, int threads) {
+void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute_t<T>* bound, compute_t<T>* maximum, compute_t<T>* total,
+                          int threads) {
   using C = compute_t<T>;
   const i64 units = (columns + kColumnsPerUnit - 1) / kColumnsPerUnit;
   const double log_samples = __builtin_log(static_cast<double>(samples));
@@ -110,18 +109,16 @@ inline void log_mean_exp(Output bound, Output maximum, Output total, const Tenso
   for_dtype(log_w.dtype, [&](auto t) {
     using T = decltype(t);
     using C = compute_t<T>;
-    log_mean_exp_columns<T>(view<const T>(log_w), log_w.n0, log_w.n1, pointer<C>(bound), pointer<C>(maximum), pointer<C>(total),
-                            threads);
+    log_mean_exp_columns<T>(view<const T>(log_w), log_w.n0, log_w.n1, pointer<C>(bound), pointer<C>(maximum), pointer<C>(total), threads);
   });
 }
 
 // @param out (K, N): written; @param grad (N), @param log_w (K, N), @param maximum, total (N): contiguous
-inline void log_mean_exp_backward(Output out, const Tensor& grad, const Tensor& log_w, Output maximum, Output total,
-                                  int threads) {
+inline void log_mean_exp_backward(Output out, const Tensor& grad, const Tensor& log_w, Output maximum, Output total, int threads) {
   for_dtype(log_w.dtype, [&](auto t) {
     using T = decltype(t);
     using C = compute_t<T>;
-    log_mean_exp_weights<T>(pointer<T>(out), view<const C>(grad), view<const T>(log_w), pointer<const C>(maximum),
-                            pointer<const C>(total), log_w.n0, log_w.n1, threads);
+    log_mean_exp_weights<T>(pointer<T>(out), view<const C>(grad), view<const T>(log_w), pointer<const C>(maximum), pointer<const C>(total),
+                            log_w.n0, log_w.n1, threads);
   });
 }

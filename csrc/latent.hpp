@@ -55,9 +55,8 @@ struct LatentTile {
     }
     if (!a.with_prior()) return q;
     q.prior_mu = a.prior_mu ? load(prior_mu, a.prior_mu.at(row, column), a.prior_mu.s0, a.prior_mu.s1, t) : prior_mu;
-    q.prior_logvar = a.prior_logvar
-                         ? load(prior_logvar, a.prior_logvar.at(row, column), a.prior_logvar.s0, a.prior_logvar.s1, t)
-                         : prior_logvar;
+    q.prior_logvar =
+        a.prior_logvar ? load(prior_logvar, a.prior_logvar.at(row, column), a.prior_logvar.s0, a.prior_logvar.s1, t) : prior_logvar;
     inverse_scales(n, q.prior_logvar, inverse_s);
     q.inverse_s = inverse_s;
     return q;
@@ -226,8 +225,7 @@ struct LatentSums {
 
 // Adds one sample's part, without the log-ratio.
 template <class C>
-FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restrict grad_z, C* __restrict h_sum,
-                             C* __restrict h_slope_sum) {
+FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restrict grad_z, C* __restrict h_sum, C* __restrict h_slope_sum) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     h_sum[i] += grad_z[i];
@@ -237,9 +235,8 @@ FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restri
 
 // The same with the log-ratio; ratio and weight are spread over the elements of their row.
 template <bool kPath, bool kPrior, class C>
-FASTVAE_LOOP void accumulate_ratio(int n, LatentArrays<C> q, const C* inverse_sigma, const C* __restrict slope,
-                                   const C* __restrict grad_z, const C* __restrict ratio, const C* __restrict weight,
-                                   LatentSums<C>& __restrict sums) {
+FASTVAE_LOOP void accumulate_ratio(int n, LatentArrays<C> q, const C* inverse_sigma, const C* __restrict slope, const C* __restrict grad_z,
+                                   const C* __restrict ratio, const C* __restrict weight, LatentSums<C>& __restrict sums) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C white = over_s<kPrior>(q, distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i), i);
@@ -262,8 +259,8 @@ FASTVAE_LOOP void accumulate_ratio(int n, LatentArrays<C> q, const C* inverse_si
 
 // The gradients of mu and logvar from the sums; `side` is what arrives at kl, or else the sum of what arrives at the log-ratio.
 template <bool kKl, bool kPrior, class C>
-FASTVAE_LOOP void finish_q(int n, LatentArrays<C> q, const C* __restrict h_sum, const C* __restrict h_slope_sum,
-                           const C* __restrict side, C* __restrict out_mu, C* __restrict out_logvar) {
+FASTVAE_LOOP void finish_q(int n, LatentArrays<C> q, const C* __restrict h_sum, const C* __restrict h_slope_sum, const C* __restrict side,
+                           C* __restrict out_mu, C* __restrict out_logvar) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C mu = h_sum[i], entropy = side[i];
@@ -278,8 +275,8 @@ FASTVAE_LOOP void finish_q(int n, LatentArrays<C> q, const C* __restrict h_sum, 
   }
 }
 template <bool kKl, class C>
-FASTVAE_LOOP void finish_prior(int n, LatentArrays<C> q, const LatentSums<C>& sums, const C* __restrict side,
-                               C* __restrict out_mu, C* __restrict out_logvar) {
+FASTVAE_LOOP void finish_prior(int n, LatentArrays<C> q, const LatentSums<C>& sums, const C* __restrict side, C* __restrict out_mu,
+                               C* __restrict out_logvar) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C mu = sums.prior[i], logvar = sums.prior_logvar[i];
@@ -336,8 +333,8 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
             } else {
               for (int r = 0; r < t.rows; ++r) entropy[r] += *g.log_ratio.at(k, b + r);
             }
-            (g.path ? accumulate_ratio<true, kPrior, C> : accumulate_ratio<false, kPrior, C>)(
-                n, q, inverse_sigma, slope, grad_z, ratio, weight, sums);
+            (g.path ? accumulate_ratio<true, kPrior, C> : accumulate_ratio<false, kPrior, C>)(n, q, inverse_sigma, slope, grad_z, ratio,
+                                                                                              weight, sums);
           }
           const bool last = (k + 1) % kSamplesPerBlock == 0 || k + 1 == a.samples;
           if (&sums == &block && last) total.template add<kPrior>(n, block);
@@ -358,8 +355,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
           if (second) commit(second + offset, to_second, a.columns, t);
         };
         put(g.mu, g.logvar, [&](C* to_mu, C* to_logvar) {
-          (g.kl ? finish_q<true, kPrior, C> : finish_q<false, kPrior, C>)(n, q, total.h, total.h_slope, at_side, to_mu,
-                                                                         to_logvar);
+          (g.kl ? finish_q<true, kPrior, C> : finish_q<false, kPrior, C>)(n, q, total.h, total.h_slope, at_side, to_mu, to_logvar);
         });
         if constexpr (kPrior) {
           put(g.prior_mu, g.prior_logvar, [&](C* to_mu, C* to_logvar) {
@@ -384,9 +380,19 @@ struct LatentArguments {
     for_dtype(mu.dtype, [&](auto t) {
       using T = decltype(t);
       using C = compute_t<T>;
-      const Latent<T> a{view<const T>(mu), view<const T>(logvar), view<const T>(prior_mu), view<const T>(prior_logvar),
-                        seed ? *pointer<const std::uint64_t>(seed) : 0, draw.samples, mu.n0, mu.n1, draw.sample_offset,
-                        draw.row_offset, static_cast<C>(draw.logvar_min), static_cast<C>(draw.logvar_max), threads};
+      const Latent<T> a{view<const T>(mu),
+                        view<const T>(logvar),
+                        view<const T>(prior_mu),
+                        view<const T>(prior_logvar),
+                        seed ? *pointer<const std::uint64_t>(seed) : 0,
+                        draw.samples,
+                        mu.n0,
+                        mu.n1,
+                        draw.sample_offset,
+                        draw.row_offset,
+                        static_cast<C>(draw.logvar_min),
+                        static_cast<C>(draw.logvar_max),
+                        threads};
       a.with_prior() ? f(Yes{}, a) : f(No{}, a);
     });
   }
@@ -398,49 +404,59 @@ inline void rsample_kl(Output z, Output slope, Output kl, const Tensor& mu, cons
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads, seed}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_forward<decltype(prior)::value>(
-        q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension});
+    latent_forward<decltype(prior)::value>(q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension});
   });
 }
 
 // @param z (K, B, D), @param slope the same or null, @param log_ratio (K, B): written
-inline void rsample_log_ratio(Output z, Output slope, Output log_ratio, const Tensor& mu, const Tensor& logvar,
-                              const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw, Output seed, int threads) {
+inline void rsample_log_ratio(Output z, Output slope, Output log_ratio, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
+                              const Tensor& prior_logvar, const Draw& draw, Output seed, int threads) {
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads, seed}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_forward<decltype(prior)::value>(
-        q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false});
+    latent_forward<decltype(prior)::value>(q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false});
   });
 }
 
 // @param out_mu, out_logvar, out_prior_mu, out_prior_logvar (B, D): written
 // @param grad_z (K, B, D), @param grad_kl (B), or (B, D): null where nothing arrives
 // @param grad_z, slope (K, B, D) or (K B, D): the latter from the forward pass
-inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar,
-                                const Tensor& grad_z, const Tensor& grad_kl, const Tensor& slope, const Tensor& mu,
-                                const Tensor& logvar, const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw,
-                                int threads) {
+inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar, const Tensor& grad_z,
+                                const Tensor& grad_kl, const Tensor& slope, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
+                                const Tensor& prior_logvar, const Draw& draw, int threads) {
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_backward<decltype(prior)::value>(
-        q, LatentGrads<T>{view<const T>(grad_z.stacked(draw.samples)), view<const C>(slope.stacked(draw.samples)), view<const C>(grad_kl), {}, {}, false,
-                          pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu), pointer<T>(out_prior_logvar)});
+    latent_backward<decltype(prior)::value>(q, LatentGrads<T>{view<const T>(grad_z.stacked(draw.samples)),
+                                                              view<const C>(slope.stacked(draw.samples)),
+                                                              view<const C>(grad_kl),
+                                                              {},
+                                                              {},
+                                                              false,
+                                                              pointer<T>(out_mu),
+                                                              pointer<T>(out_logvar),
+                                                              pointer<T>(out_prior_mu),
+                                                              pointer<T>(out_prior_logvar)});
   });
 }
 
 // @param grad_log_ratio (K, B), @param weight (K, B): null where nothing arrives, and without DReG
-inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar,
-                                       const Tensor& grad_z, const Tensor& grad_log_ratio, const Tensor& weight,
-                                       const Tensor& slope, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
-                                       const Tensor& prior_logvar, const Draw& draw, int threads, bool path) {
+inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar, const Tensor& grad_z,
+                                       const Tensor& grad_log_ratio, const Tensor& weight, const Tensor& slope, const Tensor& mu,
+                                       const Tensor& logvar, const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw,
+                                       int threads, bool path) {
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_backward<decltype(prior)::value>(
-        q, LatentGrads<T>{view<const T>(grad_z.stacked(draw.samples)), view<const C>(slope.stacked(draw.samples)), {}, view<const C>(grad_log_ratio),
-                          view<const C>(weight), path, pointer<T>(out_mu), pointer<T>(out_logvar), pointer<T>(out_prior_mu),
-                          pointer<T>(out_prior_logvar)});
+    latent_backward<decltype(prior)::value>(q, LatentGrads<T>{view<const T>(grad_z.stacked(draw.samples)),
+                                                              view<const C>(slope.stacked(draw.samples)),
+                                                              {},
+                                                              view<const C>(grad_log_ratio),
+                                                              view<const C>(weight),
+                                                              path,
+                                                              pointer<T>(out_mu),
+                                                              pointer<T>(out_logvar),
+                                                              pointer<T>(out_prior_mu),
+                                                              pointer<T>(out_prior_logvar)});
   });
 }

@@ -117,7 +117,7 @@ FASTVAE_LOOP void terms_of(int n, TileArrays<C> a, C* __restrict out) {
 template <class L, bool kReady, bool kX, bool kMany, class C>
 FASTVAE_LOOP void gradients_of(int n, const C* g, TileArrays<C> a, C* __restrict out_x, C* const* out) {
   const C one = *g;
-  C *__restrict out0 = out[0], *__restrict out1 = out[1], *__restrict out2 = out[2];
+  C* __restrict out0 = out[0], * __restrict out1 = out[1], * __restrict out2 = out[2];
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C own = 0;
@@ -168,16 +168,23 @@ template <class L, bool kReady, bool kX, bool kMany, class C>
 constexpr auto gradients_loop = gradients_of<L, kReady && L::kHooked >= 0, kX, kMany, C>;
 
 template <class L, class C>
-const Loops<C> loops_of = {
-    L::kParameters, L::kHooked, L::kPrepared, L::kSharedLog, L::kLow > -__builtin_inf() || L::kHigh < __builtin_inf(),
-    L::kFactor, L::kConstant, static_cast<C>(L::kLow), static_cast<C>(L::kHigh),
-    {sum_loop<L, false, C>, sum_loop<L, true, C>},
-    {terms_loop<L, false, C>, terms_loop<L, true, C>},
-    {{{gradients_loop<L, false, false, false, C>, gradients_loop<L, false, false, true, C>},
-      {gradients_loop<L, false, true, false, C>, gradients_loop<L, false, true, true, C>}},
-     {{gradients_loop<L, true, false, false, C>, gradients_loop<L, true, false, true, C>},
-      {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
-    prepare_all<L, C>, data_loop<L, C>()};
+const Loops<C> loops_of = {L::kParameters,
+                           L::kHooked,
+                           L::kPrepared,
+                           L::kSharedLog,
+                           L::kLow > -__builtin_inf() || L::kHigh < __builtin_inf(),
+                           L::kFactor,
+                           L::kConstant,
+                           static_cast<C>(L::kLow),
+                           static_cast<C>(L::kHigh),
+                           {sum_loop<L, false, C>, sum_loop<L, true, C>},
+                           {terms_loop<L, false, C>, terms_loop<L, true, C>},
+                           {{{gradients_loop<L, false, false, false, C>, gradients_loop<L, false, false, true, C>},
+                             {gradients_loop<L, false, true, false, C>, gradients_loop<L, false, true, true, C>}},
+                            {{gradients_loop<L, true, false, false, C>, gradients_loop<L, true, false, true, C>},
+                             {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
+                           prepare_all<L, C>,
+                           data_loop<L, C>()};
 
 // Made by list_likelihoods.py of what lies in csrc/likelihoods: includes the files, and defines FASTVAE_LIKELIHOODS(F), F(name, Struct)
 // for each in the order of their numbers.
@@ -253,16 +260,16 @@ struct Reader {
   const Loops<C>& f;
   const Storage<C>& x_storage;
   TileArrays<C> tile{};
-  bool ready;               // the hooked parameter broadcasts, and what is prepared of it is kept
-  double own = 0;           // what it adds by itself to a row of the tile
-  double own_data = 0;      // what x adds, if asked for
+  bool ready;           // the hooked parameter broadcasts, and what is prepared of it is kept
+  double own = 0;       // what it adds by itself to a row of the tile
+  double own_data = 0;  // what x adds, if asked for
   i64 b_read = -1, column_read = -1;
   const bool with_data;
   C x[kBuffer], d[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer];
 
   Reader(const Rows& rows, bool values)
-      : a(rows), f(loops<C>(rows.likelihood)), x_storage(storage<C>(rows.x.dtype)),
-        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull), with_data(values && f.data) {
+      : a(rows), f(loops<C>(rows.likelihood)), x_storage(storage<C>(rows.x.dtype)), ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull),
+        with_data(values && f.data) {
     tile.d = d;
     for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
   }
@@ -338,8 +345,8 @@ struct ShortRows {
   C x[kBuffer], d[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer], out[kBuffer];
 
   ShortRows(const Rows& rows, int height, bool values)
-      : a(rows), f(loops<C>(rows.likelihood)), n(static_cast<int>(rows.columns)),
-        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull), with_data(values && f.data) {
+      : a(rows), f(loops<C>(rows.likelihood)), n(static_cast<int>(rows.columns)), ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull),
+        with_data(values && f.data) {
     tile.d = d;
     for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
     for (int j = 0; j < f.parameters; ++j) {
@@ -389,7 +396,8 @@ struct ShortRows {
       if (a.kind[j] != kOne) continue;
       for (int r = 0; r < t.rows; ++r) {
         C* row = p[j] + r * n;
-        storage<C>(from.dtype).load(row, from.data + static_cast<address>((k * from.s0 + (b + r) * from.s1) * storage<C>(from.dtype).size), 0, 1);
+        storage<C>(from.dtype)
+            .load(row, from.data + static_cast<address>((k * from.s0 + (b + r) * from.s1) * storage<C>(from.dtype).size), 0, 1);
         if (j == f.hooked) {
           prepare(r, 1);
           own[r] *= n;

@@ -16,8 +16,8 @@ FASTVAE_INLINE Words philox(Words c, Key key) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = static_cast<std::uint64_t>(c.w0) * 0xD2511F53u;
     const std::uint64_t p1 = static_cast<std::uint64_t>(c.w2) * 0xCD9E8D57u;
-    c = {static_cast<std::uint32_t>(p1 >> 32) ^ c.w1 ^ k0, static_cast<std::uint32_t>(p1),
-         static_cast<std::uint32_t>(p0 >> 32) ^ c.w3 ^ k1, static_cast<std::uint32_t>(p0)};
+    c = {static_cast<std::uint32_t>(p1 >> 32) ^ c.w1 ^ k0, static_cast<std::uint32_t>(p1), static_cast<std::uint32_t>(p0 >> 32) ^ c.w3 ^ k1,
+         static_cast<std::uint32_t>(p0)};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -38,9 +38,7 @@ FASTVAE_INLINE float radius_of(std::uint32_t w, float) {
   const float g = upper && exponent == 0 ? -f : m - 1.0f;
   return __builtin_sqrtf(-2.0f * log_from(g, static_cast<float>(exponent)));
 }
-FASTVAE_INLINE double radius_of(std::uint32_t w, double) {
-  return __builtin_sqrt(-2.0 * __builtin_log((w + 0.5) * 0x1p-32));
-}
+FASTVAE_INLINE double radius_of(std::uint32_t w, double) { return __builtin_sqrt(-2.0 * __builtin_log((w + 0.5) * 0x1p-32)); }
 
 template <class C>
 struct Pair {
@@ -101,8 +99,8 @@ FASTVAE_INLINE void philox(U64& c0, U64& c1, U64& c2, U64& c3, Key key) {
 
 // The words of `calls` counters (block + c0[i], row + c1[i], sample, 0); whole steps are done.
 constexpr int kCalls = kTile / 4;
-FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t block, const std::uint32_t* c1,
-                               std::uint32_t row, std::uint32_t sample, Key key, std::uint32_t (*words)[kCalls]) {
+FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t block, const std::uint32_t* c1, std::uint32_t row,
+                               std::uint32_t sample, Key key, std::uint32_t (*words)[kCalls]) {
   const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample, lower = zero + 0xffffffffu;
   for (int i = 0; i < calls; i += kCallsPerStep) {
     U64 pattern0, pattern1;
@@ -210,9 +208,7 @@ class Noise {
   C radii_[kCalls], planes_[4][kCalls], normals_[kTile];
 };
 
-inline int tile_width(i64 columns, i64 column) {
-  return static_cast<int>(columns - column < kTile ? columns - column : kTile);
-}
+inline int tile_width(i64 columns, i64 column) { return static_cast<int>(columns - column < kTile ? columns - column : kTile); }
 
 // How many rows are handled as one tile: a function of the shape alone, so that results do not depend on threads. Nearly a full
 // tile, and all tiles of nearly one height.
@@ -232,8 +228,7 @@ inline Tile tile_of(i64 rows, i64 row, i64 height, i64 columns, i64 column) {
 // The noise itself.
 // @param out (samples, rows, columns): float, or double with `wide`
 // @param seed the address of an int64
-inline void normal(Output out, bool wide, Output seed, i64 samples, i64 rows, i64 columns, i64 sample_offset,
-                   i64 row_offset, int threads) {
+inline void normal(Output out, bool wide, Output seed, i64 samples, i64 rows, i64 columns, i64 sample_offset, i64 row_offset, int threads) {
   auto run = [&](auto zero) {
     using C = decltype(zero);
     const Key key(*pointer<const std::uint64_t>(seed));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,23 @@ def test_recorded_results_can_be_read():
             rows and {"clock"} >= set(report.COLUMNS) - set(rows[0]) and set(rows[0]) <= set(report.COLUMNS)
         )
         assert not [r for r in rows if r["wrong"] and r["implementation"] == OURS]
+
+
+def test_the_readmes_picture(tmp_path, monkeypatch, capsys):
+    """It is drawn of what is measured, and says it in numbers too."""
+    pytest.importorskip("matplotlib")
+    from benchmarks import picture
+
+    monkeypatch.setattr(picture, "PICTURE", tmp_path / "front.png")
+    monkeypatch.setattr(picture, "DRAWS", (50, 200))
+    monkeypatch.setattr(
+        picture, "times", lambda rounds: {"ELBO": dict.fromkeys(picture.COLORS, (1.0, 2.0, 4.0))}
+    )
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(picture, "keep_memory", lambda: None)
+    assert picture.main(["--rounds", "1"]) == 0
+    assert (tmp_path / "front.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "fastvae 2 (1 to 4)" in printed and re.search(
+        r"eager PyTorch: K=50 \d+ MiB, K=200 \d+ MiB", printed
+    )
