@@ -38,7 +38,8 @@ def draw_kl(
     Raises:
         ValueError: if each dimension's is asked for, and only their sum is known.
     """
-    prior = _fused_prior(q, p)
+    usual = type(q) is DiagonalNormal and p is STANDARD
+    prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
         return flat_kl((q.mu, q.logvar, q.logvar_range), prior, seed, samples, row_offset, per_dimension)
     kl = closed_kl(q, p)
@@ -87,7 +88,8 @@ def draw_ratio(
     q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int, estimator: str = "iwae"
 ) -> tuple[Tensor, Tensor]:
     """z [K·B, D] and log p(z) − log q(z|x) [K, B]."""
-    prior = _fused_prior(q, p)
+    usual = type(q) is DiagonalNormal and p is STANDARD
+    prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
         return flat_log_ratio((q.mu, q.logvar, q.logvar_range), prior, seed, samples, row_offset, estimator)
     z, log_ratio, _ = _composed(q, p, samples, seed, estimator, False, row_offset=row_offset)

@@ -127,7 +127,7 @@ def rsample_kl(
         check_count("samples", samples, "the draws per row")
     draws, flat = (1, True) if samples is None else (samples, False)
     arguments = _prepare(
-        mu, logvar, prior, logvar_range, seed, generator, draws, sample_offset, row_offset, flat
+        mu, logvar, logvar_range, prior, seed, generator, draws, sample_offset, row_offset, flat
     )
     return _rsample_kl(*arguments, bool(per_dimension))
 
@@ -183,7 +183,7 @@ def rsample_log_ratio(
     check_count("samples", samples, "the draws per row")
     check_choice("estimator", estimator, ESTIMATORS)
     arguments = _prepare(
-        mu, logvar, prior, logvar_range, seed, generator, samples, sample_offset, row_offset, False
+        mu, logvar, logvar_range, prior, seed, generator, samples, sample_offset, row_offset, False
     )
     results = _rsample_log_ratio(*arguments, estimator, bool(chunk))
     return results if chunk else results[:2]
@@ -194,21 +194,22 @@ def rsample_log_ratio(
 
 def flat_kl(q, prior, seed, samples, row_offset, per_dimension):
     """z [K·B, D] and the KL, of :func:`rsample_kl`."""
-    return _rsample_kl(*_flat(*q, prior, seed, samples, row_offset), per_dimension)
+    if prior is None and q[2] is None and row_offset == 0 and samples <= 2**32:
+        draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
+        return _rsample_kl(q[0], q[1], None, None, seed, draw, per_dimension)
+    return _rsample_kl(*_prepare(*q, prior, seed, None, samples, 0, row_offset, True), per_dimension)
 
 
 def flat_log_ratio(q, prior, seed, samples, row_offset, estimator):
     """z [K·B, D] and the log-ratio [K, B], of :func:`rsample_log_ratio`."""
-    return _rsample_log_ratio(*_flat(*q, prior, seed, samples, row_offset), estimator, False)[:2]
+    if prior is None and q[2] is None and row_offset == 0 and samples <= 2**32:
+        draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
+        return _rsample_log_ratio(q[0], q[1], None, None, seed, draw, estimator, False)[:2]
+    arguments = _prepare(*q, prior, seed, None, samples, 0, row_offset, True)
+    return _rsample_log_ratio(*arguments, estimator, False)[:2]
 
 
-def _flat(mu, logvar, logvar_range, prior, seed, samples, row_offset):
-    if prior is None and logvar_range is None and row_offset == 0 and samples <= 2**32:
-        return mu, logvar, None, None, seed, Draw(samples, 0, 0, -math.inf, math.inf, True)
-    return _prepare(mu, logvar, prior, logvar_range, seed, None, samples, 0, row_offset, True)
-
-
-def _prepare(mu, logvar, prior, logvar_range, seed, generator, samples, sample_offset, row_offset, flat):
+def _prepare(mu, logvar, logvar_range, prior, seed, generator, samples, sample_offset, row_offset, flat):
     """Check what the user gave and bring it into the form of the schema."""
     if not (are_rows(mu, logvar) and prior is None and logvar_range is None):
         mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import _backend
+from .._backend import _choice, _default
 from .._glance import ON_CPU, ON_GPU, PLACES, WANTED, plain
 
 _library = torch.library.Library("fastvae", "DEF")
@@ -106,7 +107,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         tensors = args[: self._tensors]
         found = 0 if torch.compiler.is_compiling() else plain(tensors)
-        way = self._ways.get((found & PLACES, _backend.chosen())) if found else None
+        way = self._ways.get((found & PLACES, _choice.get() or _default())) if found else None
         if way is None:
             if self.told:
                 args = (*args, _cpp_differentiates(tensors))
