@@ -130,7 +130,7 @@ FAMILIES = {
     "LogNormal": td.LogNormal,
     "Gumbel": td.Gumbel,
     "a flow": lambda a, b: td.TransformedDistribution(
-        td.Independent(td.Normal(a, b), 1), [td.TanhTransform(), td.AffineTransform(0.5, 1 + b.sum())]
+        td.Independent(td.Normal(a, b), 1), [td.TanhTransform(), td.AffineTransform(0.5, 1 + b)]
     ),
 }
 # Torch draws these.
