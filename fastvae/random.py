@@ -6,10 +6,11 @@ same numbers.
 
 The function is Philox4x32-10 [1]_ with the 64-bit seed as its key (low word first) and the counter
 
-    (column // 4, row, sample, 0)
+    (column // 4, row, sample, level)
 
-whose four words :math:`w_0 … w_3` belong to the four columns of the block. Words :math:`w_0, w_1` make
-columns 0 and 1 by Box and Muller's transform, :math:`w_2, w_3` columns 2 and 3:
+in which the level, for latents in several layers, is 0 so far. The four words :math:`w_0 … w_3` that it gives
+belong to the four columns of the block. Words :math:`w_0, w_1` make columns 0 and 1 by Box and Muller's
+transform, :math:`w_2, w_3` columns 2 and 3:
 
 .. math:: u = (w_0 + ½) 2^{-32}, \quad v = (w_1 + ½) 2^{-32}, \quad
           ε_0 = \sqrt{-2 \ln u} \cos 2πv, \quad ε_1 = \sqrt{-2 \ln u} \sin 2πv
