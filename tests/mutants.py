@@ -2832,9 +2832,9 @@ PYTHON = [
     Mutant(
         "op: the short way without a look at the backend",
         "fastvae/ops/op.py",
-        "self._ways.get((found & PLACES, _backend.chosen()))",
+        "self._ways.get((found & PLACES, _choice.get() or _default()))",
         'self._ways.get((found & PLACES, "native"))',
-        ("frontend", "latent", "package"),
+        ("glance::test_the_short_way_goes_to_the_backend_in_force",),
     ),
     Mutant(
         "op: gradients of a node for none",
