@@ -26,9 +26,9 @@ from .weights import tail_length
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
 
-    class BoundOptions(TypedDict, total=False):
-        """For type checkers: the keyword arguments that the overloads of both bounds share."""
+    # What the overloads take alike.
 
+    class BoundOptions(TypedDict, total=False):
         reduction: str
         generator: torch.Generator | None
         row_offset: int

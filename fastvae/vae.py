@@ -56,7 +56,8 @@ class VAE(nn.Module):
         (torch.Size([3, 8]), torch.Size([16, 8]), torch.Size([16]))
     """
 
-    encoder: Any  # a module; or a function, which reaches none
+    # Modules, or functions that reach none.
+    encoder: Any
     decoder: Any
 
     def __init__(

@@ -108,7 +108,8 @@ def draw_chunk(
     samples belong to.
     """
     prior = _fused_prior(q, p)
-    place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
+    place: dict[str, Any]
+    place = {"sample_offset": sample_offset, "row_offset": row_offset}
     if prior is _NOT_FUSED:
         return _composed(q, p, samples, seed, estimator, True, **place)
     z, log_ratio, *whole = ops.rsample_log_ratio(

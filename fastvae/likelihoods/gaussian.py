@@ -50,8 +50,6 @@ class Gaussian(Declared):
 
     name = "gaussian"
     outputs = ("mean", "logvar")
-    log_scale: nn.Parameter
-    fixed_scale: float | Tensor | None
     oracle = staticmethod(lambda mean, logvar: torch.distributions.Normal(mean, torch.exp(0.5 * logvar)))
 
     @staticmethod
@@ -67,6 +65,10 @@ class Gaussian(Declared):
         push = g * whitened
         grad_mean = push * inverse_s
         return -grad_mean, grad_mean, 0.5 * (push * whitened - g)
+
+    # Which of the two there is, ``learned`` says.
+    log_scale: nn.Parameter
+    fixed_scale: float | Tensor | None
 
     def __init__(self, scale: float | Tensor | None = None, *, learned: bool = False):
         super().__init__()
