@@ -12,8 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 BACKENDS = ("native", "reference", "triton")
 
@@ -85,7 +88,7 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.set(previous)
 
 
-def run_on(name: str, function: Callable, *args):
+def run_on(name: str, function: Callable[..., _T], *args: Any) -> _T:
     """Call on this backend, whatever is in force here."""
     if chosen() == name:
         return function(*args)
@@ -124,7 +127,7 @@ def on_gpu(device: torch.device) -> str:
     return _native_on_gpu(device.index) if name == "native" else name
 
 
-def on_device(device: torch.device, function: Callable, args: tuple):
+def on_device(device: torch.device, function: Callable[..., _T], args: tuple[Any, ...]) -> _T:
     """Call with this GPU as the current device: Triton launches there, whatever the tensors say."""
     if device.index == torch.cuda.current_device():
         return function(*args)
@@ -166,15 +169,16 @@ def extension() -> ModuleType:
         ) from error
 
 
-def native(name: str) -> Callable:
+def native(name: str) -> Callable[..., Any]:
     """A function of the C++; where that cannot be had, one that says why when it is called."""
     try:
-        return getattr(extension(), name)
+        function: Callable[..., Any] = getattr(extension(), name)
+        return function
     except (RuntimeError, AttributeError):
         return functools.partial(_call, name)
 
 
-def _call(name: str, *args):
+def _call(name: str, *args: Any) -> Any:
     function = getattr(extension(), name, None)
     if function is None:
         raise RuntimeError(

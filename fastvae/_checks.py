@@ -39,12 +39,12 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
     return value
 
 
-def check_data(x: Any, likelihood: Any, name: str = "x") -> Tensor:
+def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
     """A floating-point tensor, or one of integers where the likelihood takes them."""
     if not (isinstance(x, Tensor) and x.dtype in FLOATING):
         if isinstance(x, Tensor) and x.dtype in INTEGERS and likelihood.takes_integers:
             return x
-        check_tensor(name, x)
+        x = check_tensor(name, x)
     if x.requires_grad and not likelihood.differentiable:
         raise ValueError(
             f"x requires a gradient, but a {type(likelihood).__name__} likelihood has none of its data; give "
@@ -90,7 +90,7 @@ def check_result(
     what: str,
     value: Any,
     axes: str,
-    shape: tuple[int, ...],
+    shape: tuple[int | str, ...],
     device: torch.device,
     fix: str,
 ) -> None:
@@ -115,10 +115,10 @@ def check_count(name: str, value: Any, meaning: str) -> int:
         raise TypeError(f"{name} must be an int, {meaning}; got {value!r} ({type(value).__name__})")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, {meaning}; got {value}")
-    return value
+    return value  # type: ignore[return-value]
 
 
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> str:
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")
     return value
@@ -130,7 +130,7 @@ def check_number(name: str, value: Any, meaning: str, least: float = 0.0) -> flo
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {meaning}; got {value!r} ({type(value).__name__})")
     # Not math.isinf, which knows no number that a compiler leaves open.
-    if not least <= value < math.inf:
+    if not least <= value < math.inf:  # type: ignore[operator]
         raise ValueError(f"{name} must be finite and at least {least:g}, {meaning}; got {value!r}")
     return float(value)
 

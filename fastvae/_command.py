@@ -119,7 +119,7 @@ def _ranks(device: str, shard: str) -> Iterator[tuple[torch.device, bool]]:
     if shard == "none" or "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield torch.device(device), True
         return
-    where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+    where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)  # type: ignore[arg-type]
     if device == "cuda":
         torch.cuda.set_device(where)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -48,11 +48,11 @@ def are_batch(x: Any, mu: Any, logvar: Any) -> bool:
     return False
 
 
-def are_outputs(x: Tensor, samples: int, parameters: tuple) -> bool:
+def are_outputs(x: Tensor, samples: int, parameters: tuple[Any, ...]) -> bool:
     """Whether x is [B, X], not empty, and what the decoder returned are tensors [K·B, X] beside it."""
     return False
 
 
 plain = plain_in_python
 with contextlib.suppress(ImportError):  # left out on purpose, or else the first op says what is wrong
-    from ._C import are_batch, are_outputs, plain  # type: ignore[assignment] # noqa: F401, F811
+    from ._C import are_batch, are_outputs, plain  # type: ignore[no-redef] # noqa: F401, F811

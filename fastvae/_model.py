@@ -42,7 +42,7 @@ class Model(NamedTuple):
         """Read and check what the user gave."""
         # What is right at a glance is not asked one by one.
         if type(q) is tuple and len(q) == 2 and prior is None and not torch.compiler.is_compiling():
-            known = SHARED.get(likelihood) if type(likelihood) is str else None
+            known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
             fits = known is not None and callable(decoder) and are_batch(x, *q)
             if fits and (known.differentiable or not x.requires_grad):
                 return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD))
@@ -183,6 +183,7 @@ def stream(
 
     def draw(count: int) -> Tensor:
         parts = []
+        part: tuple[Tensor, ...]
         for q, offset, wanted in spans:
             if ratio:
                 part = draw_chunk(q, model.prior, count, seed, start, offset)[:2]
@@ -219,7 +220,7 @@ def _spans(model: Model, row_offset: int, rows: Tensor) -> list[tuple[Distributi
     if not model.prior.per_row and len(numbers) ** 2 < 16 * model.q.batch:
         cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
         runs = [numbers[i:j] for i, j in pairwise([0, *cuts, len(numbers)])]
-        parts = [model.q.rows(run[0], run[-1] + 1) for run in runs]
+        parts: list[Any] = [model.q.rows(run[0], run[-1] + 1) for run in runs]
         if None not in parts:
             return [(q, row_offset + run[0], None) for q, run in zip(parts, runs, strict=True)]
     return [(model.q, row_offset, rows)]
@@ -262,4 +263,5 @@ def weights(
         filled += count
         if filled >= tail or start == stop:
             total, filled = fold(buffer[:filled]), 0
+    assert total is not None
     return total

@@ -35,7 +35,7 @@ _E = TypeVar("_E", bound=Exception)
 class Part(NamedTuple):
     """One batch's results; the last axis of the second group of fields is its examples."""
 
-    index: int  # of the batch
+    index: int  # type: ignore[assignment] # of the batch
     digest: np.ndarray  # [16] bytes, of the data
     latent: (
         np.ndarray
@@ -240,7 +240,7 @@ class Ranks:
         cuts = [start + (stop - start) * r // self.world for r in (self.rank, self.rank + 1)]
         return cuts[0], cuts[1]
 
-    def merge(self, part: Weights | None, device: torch.device) -> Weights:
+    def merge(self, part: Weights | None, device: torch.device) -> Weights | None:
         """Everyone's draws together, in the order of ranks; None for none."""
         if not self.by_samples:
             return part
@@ -259,7 +259,7 @@ def _interrupts_after() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    pressed: list[tuple] = []
+    pressed: list[tuple[Any, ...]] = []
     signal.signal(signal.SIGINT, lambda *seen: pressed.append(seen))
     try:
         yield
@@ -284,7 +284,7 @@ class Store:
         ValueError: for a file of something else, on every rank.
     """
 
-    def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any], ranks: Ranks):
+    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any], ranks: Ranks):
         self.path = None if path is None else Path(path).expanduser()
         self.settings = settings
         self.ranks = ranks
@@ -318,7 +318,8 @@ class Store:
     @property
     def seed(self) -> int | None:
         """The seed that the checkpoint was made with, or the one that was asked for."""
-        return self.settings["seed"]
+        seed: int | None = self.settings["seed"]
+        return seed
 
     def begin(self, seed: int) -> None:
         """Before the first batch: what is done lies in rank 0's file, whoever made it."""
@@ -423,9 +424,11 @@ class Store:
             raise self.ranks.data_differ()
 
     def _beside(self, mark: str) -> Path:
+        assert self.path is not None
         return self.path.with_name(f"{self.path.stem}.{mark}{self.path.suffix}")
 
     def _files(self) -> list[Path]:
+        assert self.path is not None
         if not self.path.parent.is_dir():
             raise ValueError(f"checkpoint {self.path}: there is no folder {self.path.parent}")
         ranks = re.compile(rf"{re.escape(self.path.stem)}\.rank\d+{re.escape(self.path.suffix)}")
@@ -434,6 +437,7 @@ class Store:
 
     def _drafts(self) -> list[Path]:
         """What a process that was killed while it wrote has left."""
+        assert self.path is not None
         name = rf"\.{re.escape(self.path.stem)}(\.rank\d+)?{re.escape(self.path.suffix)}\.\d+"
         return [p for p in self.path.parent.iterdir() if re.fullmatch(name, p.name)]
 
@@ -470,14 +474,14 @@ class Store:
 # What a callable is made of
 
 
-def modules_of(function: Callable) -> list[nn.Module]:
+def modules_of(function: Callable[..., Any]) -> list[nn.Module]:
     """The modules that a callable is, or reaches: as the object of a method, an attribute, an argument's
     default, a variable of its closure or a global that its code names; within three steps.
     """
     return reached(function, nn.Module)
 
 
-def reached(function: Callable, kinds: type | tuple[type, ...]) -> list[Any]:
+def reached(function: Callable[..., Any], kinds: type | tuple[type, ...]) -> list[Any]:
     """What a callable is, or reaches in this way, of these kinds; no farther than to one of them."""
     found: dict[int, Any] = {}
     seen: dict[int, int] = {}
@@ -526,11 +530,11 @@ def digest(tensors: Iterable[Tensor]) -> np.ndarray:
     for t in tensors:
         t = t.detach().cpu().contiguous()
         found.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        found.update(t.reshape(-1).view(torch.uint8).numpy())
+        found.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return np.frombuffer(found.digest(), np.uint8).copy()
 
 
-def weights_digest(*callables: Callable) -> str:
+def weights_digest(*callables: Callable[..., Any]) -> str:
     """Of everything that the callables' modules keep, and of how they print."""
     tensors, names = [], []
     for function in callables:

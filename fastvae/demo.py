@@ -8,7 +8,7 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -348,7 +348,7 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     """Write the pictures and return their paths."""
     from matplotlib.figure import Figure
 
-    def pair(panel, title: str, size: tuple[float, float]) -> Figure:
+    def pair(panel: Callable[..., None], title: str, size: tuple[float, float]) -> Figure:
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title)
         for axes, result in zip(figure.subplots(1, 2), runs, strict=True):
@@ -392,7 +392,7 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     return paths
 
 
-def _show(axes, tiles: np.ndarray, gap: int) -> None:
+def _show(axes: Any, tiles: np.ndarray, gap: int) -> None:
     """Tiles [rows, columns, height, width] in [0, 1] as one image, with lines of gap pixels between them."""
     framed = np.pad(tiles, ((0, 0), (0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
     rows, columns, height, width = framed.shape
@@ -412,12 +412,12 @@ def _tiles(values: Tensor, rows: int, columns: int, shape: tuple[int, int]) -> n
     return values.detach().cpu().numpy().reshape(rows, columns, *shape)
 
 
-def _samples(axes, result: Run, images: Images) -> None:
+def _samples(axes: Any, result: Run, images: Images) -> None:
     noise = torch.Generator(images.test.device).manual_seed(TEST_SEED)
     _show(axes, _tiles(result.model.sample(100, generator=noise), 10, 10, images.shape), _gap(images))
 
 
-def _reconstructions(axes, result: Run, images: Images) -> None:
+def _reconstructions(axes: Any, result: Run, images: Images) -> None:
     columns = min(10, len(images.test))
     rows = min(5, len(images.test) // columns)
     x = images.test[: rows * columns]
@@ -441,7 +441,7 @@ def posterior_mean(model: fastvae.VAE, x: Tensor, k: int = 1000) -> Tensor:
 
 
 @torch.no_grad()
-def _manifold(axes, result: Run, images: Images) -> None:
+def _manifold(axes: Any, result: Run, images: Images) -> None:
     side = 20
     quantiles = torch.special.ndtri((torch.arange(side, device=images.test.device) + 0.5) / side)
     # Rows from the top: z2 falls, as on an upright axis.
@@ -452,7 +452,7 @@ def _manifold(axes, result: Run, images: Images) -> None:
     axes.set_ylabel("z₂: 2.5 % to 97.5 %")
 
 
-def _curves(axes, runs: list[Run], eval_k: int) -> None:
+def _curves(axes: Any, runs: list[Run], eval_k: int) -> None:
     """Bounds per epoch, and the test log-likelihood that they are bounds of."""
     final = [r.log_px.mean().item() for r in runs]
     for result, log_px, color in zip(runs, final, COLORS, strict=True):

@@ -127,7 +127,7 @@ class Evaluation:
 
     __repr__ = __str__
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field to an .npz file, for :meth:`load` and ``numpy.load``; what is None is left out.
         A file that is there is replaced when the new one is complete.
         """
@@ -136,7 +136,7 @@ class Evaluation:
         write_arrays(Path(path).expanduser(), arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Evaluation:
+    def load(cls, path: str | os.PathLike[str]) -> Evaluation:
         """The result that :meth:`save` wrote.
 
         Raises:
@@ -195,7 +195,7 @@ def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 def evaluate(
     encoder: Callable[[Tensor], Any],
     decoder: Callable[[Tensor], Any],
-    data: Tensor | np.ndarray | Dataset | Iterable[Any],
+    data: Tensor | np.ndarray | Dataset[Any] | Iterable[Any],
     *,
     k: int | None = None,
     tol: float | None = None,
@@ -203,7 +203,7 @@ def evaluate(
     batch_size: int = 100,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     shard: str = "data",
     progress: bool = True,
     generator: torch.Generator | None = None,
@@ -286,7 +286,7 @@ def evaluate(
     with ranks.telling():
         device, dtype = _place(encoder, decoder)
         batches = _batches(data, batch_size, shard)
-        settings = {"format": 1, "k": k, "tol": tol}
+        settings: dict[str, Any] = {"format": 1, "k": k, "tol": tol}
         if checkpoint is not None:
             settings["weights"] = weights_digest(encoder, decoder, likelihood, prior)
         asked = None if generator is None else int(draw_seed(generator.device, generator))
@@ -384,6 +384,7 @@ def _evaluate_batch(index: int, model: Model, seed: int, row: int, plan: _Plan) 
         if share[0] < share[1]:
             part = _model.weights(model, key, *share, plan.chunks, plan.tail, row_offset=row, rows=rows)
         part = plan.ranks.merge(part, device)
+        assert part is not None  # some rank has draws
         if total is None:
             total = part
         elif rows is None:
@@ -398,6 +399,7 @@ def _evaluate_batch(index: int, model: Model, seed: int, row: int, plan: _Plan) 
             if not len(rows):
                 break
             rows = None if len(rows) == len(wanted) else rows
+    assert total is not None
     curve += curve[-1:] * (len(plan.looks) - len(curve))
     values = (total.log_px, total.stderr, total.ess, total.khat, total.count, total.elbo, torch.stack(curve))
     return Part(
@@ -418,6 +420,7 @@ def _check_rows(model: Model, key: Tensor, row: int, plan: _Plan) -> None:
     Raises:
         ValueError: where it does.
     """
+    assert plan.tol is not None
     batch, device = model.q.batch, model.q.device
     rows = torch.arange(batch - 1, (batch - 1) // 2, -1, device=device)
 
@@ -547,7 +550,7 @@ def _latents(parts: list[Part]) -> tuple[int | None, Tensor | None]:
 class _Running:
     """The NLL of the parts so far, by sums about the first value."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.n, self.shift, self.first, self.second = 0, 0.0, 0.0, 0.0
 
     def add(self, part: Part) -> str:
@@ -589,7 +592,7 @@ def _batches(data: Any, batch_size: int, shard: str) -> Iterable[Any]:
 
 def _length(batches: Iterable[Any]) -> int | None:
     try:
-        return len(batches)
+        return len(batches)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a loader of one
         return None
 

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,27 @@ from .ops.latent import ESTIMATORS
 from .ops.weigh import Weighing
 from .random import draw_seed
 from .weights import tail_length
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    # What the overloads take alike.
+
+    class BoundOptions(TypedDict, total=False):
+        reduction: str
+        generator: torch.Generator | None
+        row_offset: int
+
+    class ElboOptions(BoundOptions, total=False):
+        samples: int
+        beta: float | Tensor
+        free_bits: float | Tensor
+        kl: str
+
+    class IwaeOptions(BoundOptions, total=False):
+        estimator: str
+        k_chunk: int | None
+
 
 __all__ = [
     "LogMarginal",
@@ -56,6 +77,39 @@ class LogMarginal(NamedTuple):
     khat: Tensor
 
 
+@overload
+def elbo(
+    x: Tensor,
+    q: Any,
+    decoder: Callable[[Tensor], Any],
+    *,
+    terms: Literal[True],
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[ElboOptions],
+) -> Terms: ...
+@overload
+def elbo(
+    x: Tensor,
+    q: Any,
+    decoder: Callable[[Tensor], Any],
+    *,
+    terms: Literal[False] = ...,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[ElboOptions],
+) -> Tensor: ...
+@overload
+def elbo(
+    x: Tensor,
+    q: Any,
+    decoder: Callable[[Tensor], Any],
+    *,
+    terms: bool,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[ElboOptions],
+) -> Tensor | Terms: ...
 def elbo(
     x: Tensor,
     q: Any,
@@ -164,7 +218,7 @@ def elbo(
     bound, log_likelihood = model.bound(z, term, samples, factor, how, terms)
     if not terms:
         return bound
-    return Terms(bound, log_likelihood, -term.mean(0) if drawn is None else term)
+    return Terms(bound, log_likelihood, -term.mean(0) if drawn is None else term)  # type: ignore[arg-type]
 
 
 def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bool) -> None:
@@ -177,6 +231,42 @@ def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bo
     say_monte_carlo(q, prior)
 
 
+@overload
+def iwae(
+    x: Tensor,
+    q: Any,
+    decoder: Callable[[Tensor], Any],
+    *,
+    terms: Literal[True],
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    k: int = ...,
+    **options: Unpack[IwaeOptions],
+) -> Terms: ...
+@overload
+def iwae(
+    x: Tensor,
+    q: Any,
+    decoder: Callable[[Tensor], Any],
+    *,
+    terms: Literal[False] = ...,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    k: int = ...,
+    **options: Unpack[IwaeOptions],
+) -> Tensor: ...
+@overload
+def iwae(
+    x: Tensor,
+    q: Any,
+    decoder: Callable[[Tensor], Any],
+    *,
+    terms: bool,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    k: int = ...,
+    **options: Unpack[IwaeOptions],
+) -> Tensor | Terms: ...
 def iwae(
     x: Tensor,
     q: Any,
@@ -257,7 +347,7 @@ def iwae(
             bound = bound if terms or reduction == "none" else getattr(bound, reduction)()
     if not terms:
         return bound
-    return Terms(bound, log_likelihood, -log_ratio.detach().mean(0))
+    return Terms(bound, log_likelihood, -log_ratio.detach().mean(0))  # type: ignore[arg-type]
 
 
 class LogWeights(NamedTuple):

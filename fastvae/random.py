@@ -24,6 +24,9 @@ place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -121,7 +124,16 @@ class _Normal(Op):
         "ScalarType dtype) -> Tensor"
     )
 
-    def native(self, seed, samples, rows, columns, sample_offset, row_offset, dtype):
+    def native(
+        self,
+        seed: Tensor,
+        samples: int,
+        rows: int,
+        columns: int,
+        sample_offset: int,
+        row_offset: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         out = seed.new_empty((samples, rows, columns), dtype=dtype)
         _backend.extension().normal(
             out, dtype == torch.float64, seed, samples, rows, columns, sample_offset, row_offset,
@@ -129,17 +141,26 @@ class _Normal(Op):
         )  # fmt: skip
         return out
 
-    def composed(self, backend):
+    def composed(self, backend: str) -> Callable[..., Tensor]:
         function = super().composed(backend)
 
-        def draw(*args):
+        def draw(*args: Any) -> Tensor:
             # Triton makes no float64.
             return (function if args[-1] == torch.float32 else reference.normal)(*args)
 
         return draw
 
-    def fake(self, seed, samples, rows, columns, sample_offset, row_offset, dtype):
+    def fake(
+        self,
+        seed: Tensor,
+        samples: int,
+        rows: int,
+        columns: int,
+        sample_offset: int,
+        row_offset: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         return seed.new_empty((samples, rows, columns), dtype=dtype)
 
 
-_normal = _Normal()
+_normal: Callable[..., Tensor] = _Normal()

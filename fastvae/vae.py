@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from types import FunctionType
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import FrameType, FunctionType
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
 from ._parts import modules_of, reached
-from .distributions import as_posterior, as_prior
+from .distributions import Distribution, as_posterior, as_prior
 from .evaluate import Evaluation, evaluate
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .objectives import ElboOptions, IwaeOptions
 
 __all__ = ["VAE"]
 
@@ -50,6 +55,10 @@ class VAE(nn.Module):
         >>> vae.sample(3).shape, vae.reconstruct(x).shape, vae.log_marginal(x, k=10).log_px.shape
         (torch.Size([3, 8]), torch.Size([16, 8]), torch.Size([16]))
     """
+
+    # Modules, or functions that reach none.
+    encoder: Any
+    decoder: Any
 
     def __init__(
         self,
@@ -90,9 +99,9 @@ class VAE(nn.Module):
             ValueError: for an unknown objective.
         """
         check_choice("objective", objective, _OBJECTIVES)
-        return getattr(self, objective)(x, **options)
+        return getattr(self, objective)(x, **options)  # type: ignore[no-any-return]
 
-    def posterior(self, x: Tensor):
+    def posterior(self, x: Tensor) -> Distribution:
         """q(z|x), the posterior object of the encoder's output."""
         if isinstance(x, Tensor) and x.dtype in INTEGERS and self.likelihood.takes_integers:
             # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
@@ -102,27 +111,45 @@ class VAE(nn.Module):
             self.latent_dim = None if q.mean is None else q.mean.shape[1]
         return q
 
-    def elbo(self, x: Tensor, **options) -> Tensor | Terms:
+    @overload
+    def elbo(self, x: Tensor, *, terms: Literal[True], **options: Unpack[ElboOptions]) -> Terms: ...
+    @overload
+    def elbo(self, x: Tensor, *, terms: Literal[False] = ..., **options: Unpack[ElboOptions]) -> Tensor: ...
+    @overload
+    def elbo(self, x: Tensor, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
+    def elbo(self, x: Tensor, **options: Any) -> Tensor | Terms:
         """:func:`fastvae.elbo` of x; options are its keyword arguments."""
-        return objectives.elbo(x, self.posterior(x), self.decoder, **self._meaning(), **options)
+        return objectives.elbo(x, self.posterior(x), self.decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
-    def iwae(self, x: Tensor, k: int = 50, **options) -> Tensor | Terms:
+    @overload
+    def iwae(
+        self, x: Tensor, k: int = ..., *, terms: Literal[True], **options: Unpack[IwaeOptions]
+    ) -> Terms: ...
+    @overload
+    def iwae(
+        self, x: Tensor, k: int = ..., *, terms: Literal[False] = ..., **options: Unpack[IwaeOptions]
+    ) -> Tensor: ...
+    @overload
+    def iwae(
+        self, x: Tensor, k: int = ..., *, terms: bool, **options: Unpack[IwaeOptions]
+    ) -> Tensor | Terms: ...
+    def iwae(self, x: Tensor, k: int = 50, **options: Any) -> Tensor | Terms:
         """:func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
-        return objectives.iwae(x, self.posterior(x), self.decoder, k=k, **self._meaning(), **options)
+        return objectives.iwae(x, self.posterior(x), self.decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def log_marginal(self, x: Tensor, k: int = 5000, **options) -> LogMarginal:
+    def log_marginal(self, x: Tensor, k: int = 5000, **options: Any) -> LogMarginal:
         """:func:`fastvae.log_marginal` of x with k samples, in the mode (train or eval) that the module is
         in.
         """
         return objectives.log_marginal(x, self.posterior(x), self.decoder, k=k, **self._meaning(), **options)
 
-    def evaluate(self, data, **options) -> Evaluation:
+    def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
         return evaluate(self.posterior, self.decoder, data, **self._meaning(), **options)
 
     @torch.no_grad()
-    def anomaly_score(self, x: Tensor, samples: int = 100, **options) -> Tensor:
+    def anomaly_score(self, x: Tensor, samples: int = 100, **options: Any) -> Tensor:
         """How unlike the training data x is, [B], in nats; high is anomalous.
 
         It is minus :func:`fastvae.reconstruction_log_prob`, An and Cho's reconstruction probability; options
@@ -162,7 +189,7 @@ _OBJECTIVES = ("elbo", "iwae", "log_marginal")
 class _Function(nn.Module):
     """A callable that is no module, and the modules that it reaches, as its children."""
 
-    def __init__(self, function: Callable, modules: list[nn.Module]):
+    def __init__(self, function: Callable[..., Any], modules: list[nn.Module]):
         super().__init__()
         self.function = function
         variables = _variables(function)
@@ -177,16 +204,16 @@ class _Function(nn.Module):
     def forward(self, *args: Any) -> Any:
         return self.function(*args)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # The copy of a function is the function itself, with the modules of the original.
         kinds = (nn.Module, FunctionType)
         functions = [f for f in reached(self.function, kinds) if isinstance(f, FunctionType)]
         own = {id(m) for m in self.children()}
         if lost := {type(m).__name__ for f in functions for m in modules_of(f) if id(m) in own}:
-            lost = ", ".join(sorted(lost))
+            names = ", ".join(sorted(lost))
             raise TypeError(
                 f"a VAE cannot be copied or pickled whose encoder or decoder is {_name(self.function)}, a "
-                f"function: the copy would go on using the original's {lost}. Give VAE the "
+                f"function: the copy would go on using the original's {names}. Give VAE the "
                 "module itself, if the function does no more than split its output, or put the function's "
                 "code into the forward of an nn.Module"
             )
@@ -194,29 +221,29 @@ class _Function(nn.Module):
 
     # What walks down all modules, and would not end if one of these held the VAE.
 
-    def named_children(self):
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         self._refuse_cycle()
         return super().named_children()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         self._refuse_cycle()
         return super().extra_repr()
 
-    def _save_to_state_dict(self, *args, **kwargs):
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_cycle()
         super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_cycle()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _refuse_cycle(self) -> None:
         for name, module in self._modules.items():
-            if any(m is self for m in module.modules()):
+            if module is not None and any(m is self for m in module.modules()):
                 raise ValueError(_cycle(_name(self.function), name, module))
 
 
-def _as_module(name: str, function: Callable, vae: VAE) -> Callable:
+def _as_module(name: str, function: Callable[..., Any], vae: VAE) -> Callable[..., Any]:
     """A callable's modules, held by a module, so that they are found; the callable if it reaches none."""
     if isinstance(function, nn.Module):
         return function
@@ -242,7 +269,7 @@ def _as_module(name: str, function: Callable, vae: VAE) -> Callable:
 
 def _in_construction(module: nn.Module) -> bool:
     """Whether this is called within the module's ``__init__``."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         own = code.co_varnames[0] if code.co_name == "__init__" and code.co_argcount else None
@@ -262,14 +289,14 @@ def _cycle(function: str, name: str, module: nn.Module) -> str:
     )
 
 
-def _variables(function: Callable) -> dict[int, str]:
+def _variables(function: Callable[..., Any]) -> dict[int, str]:
     """Names of the objects that a function's own code refers to."""
     try:
         nonlocals, variables, *_ = inspect.getclosurevars(function)
     except (TypeError, ValueError):  # no function, or a variable that is not set yet
         return {}
-    return {id(value): name for name, value in (variables | nonlocals).items()}
+    return {id(value): name for name, value in {**variables, **nonlocals}.items()}
 
 
-def _name(function: Callable) -> str:
+def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", type(function).__name__)

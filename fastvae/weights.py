@@ -37,7 +37,7 @@ class Weights(NamedTuple):
     first: Tensor  # [B] float64, sum of w relative to the maximum
     second: Tensor  # [B] float64, sum of w^2 relative to the maximum
     log_sum: Tensor  # [B] float64, sum of the log weights
-    count: Tensor  # [B] int64
+    count: Tensor  # type: ignore[assignment] # [B] int64
     tail: Tensor  # [T, B], the largest log weights, descending; -inf where there are fewer
 
     @classmethod

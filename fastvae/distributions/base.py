@@ -59,7 +59,14 @@ class Distribution(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no rsample, which a posterior needs")
 
-    def sample(self, n: int, dim: int, *, device=None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """n draws of a prior [n, dim], for :meth:`fastvae.VAE.sample`."""
         raise NotImplementedError(f"{type(self).__name__} has no sample, which drawing from the prior needs")
 
@@ -82,6 +89,7 @@ def held(value: Any) -> Any:
 
 
 def _held(value: Any, seen: dict[int, Any]) -> Any:
+    copied: Any
     if isinstance(value, Tensor):
         return value.detach()
     if id(value) in seen:

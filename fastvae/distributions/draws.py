@@ -110,11 +110,12 @@ def draw_chunk(
     samples belong to.
     """
     prior = _fused_prior(q, p)
+    place: dict[str, Any]
     place = {"sample_offset": sample_offset, "row_offset": row_offset}
     if prior is _NOT_FUSED:
         return _composed(q, p, samples, seed, estimator, True, **place)
     z, log_ratio, *whole = ops.rsample_log_ratio(
-        q.mu, q.logvar, samples=samples, prior=prior, estimator=estimator, logvar_range=q.logvar_range,
+        q.mu, q.logvar, samples=samples, prior=prior, estimator=estimator, logvar_range=q.logvar_range,  # type: ignore[arg-type]
         seed=seed, chunk=estimator == "dreg", **place,
     )  # fmt: skip
     return z, log_ratio, whole[0] if whole else None
@@ -138,7 +139,7 @@ def _composed(
     if estimator == "stl":
         return z, _log_prob(p, z, "p(z)") - log_q, None
     log_p = _log_prob(p, z.detach(), "p(z)")
-    z, log_ratio, *whole = _DReG.apply(z, _log_prob(held(p), z, "p(z)") - log_q, chunk)
+    z, log_ratio, *whole = _DReG.apply(z, _log_prob(held(p), z, "p(z)") - log_q, chunk)  # type: ignore[no-untyped-call]
     # The prior's gradient is that of the bound: its parameters are reached beside z.
     return z, log_ratio + (log_p - log_p.detach()), whole[0] if whole else None
 
@@ -151,16 +152,16 @@ class _DReG(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(z, log_ratio, chunk):
+    def forward(z: Tensor, log_ratio: Tensor, chunk: bool) -> tuple[Tensor, ...]:
         results = z.view_as(z), log_ratio.view_as(log_ratio)
         return (*results, log_ratio.new_zeros(log_ratio.shape[1])) if chunk else results
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_z, grad_ratio, *grad_whole):
+    def backward(ctx: Any, grad_z: Any, grad_ratio: Any, *grad_whole: Any) -> Any:
         if grad_ratio is None or any(g is None for g in grad_whole):
             raise RuntimeError(
                 "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,21 @@ class StandardNormal(Distribution):
         torch.Size([5, 2])
     """
 
-    def log_prob(self, z):
+    def log_prob(self, z: Tensor) -> Tensor:
         z = z.to(accumulator(z.dtype))
         return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
 
-    def sample(self, n, dim, *, device=None, generator=None):
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         return random.normal(random.draw_seed(device or "cpu", generator), 1, n, dim)[0]
 
-    def as_torch(self):
+    def as_torch(self) -> td.Normal | None:
         return td.Normal(0.0, 1.0, validate_args=False)
 
 
@@ -58,6 +66,8 @@ class DiagonalNormal(Distribution):
         2
     """
 
+    mu: Tensor
+    logvar: Tensor
     logvar_range: tuple[float, float] | None
 
     def __init__(self, mu: Tensor, logvar: Tensor, *, logvar_range: tuple[float, float] | None = None):
@@ -99,13 +109,15 @@ class DiagonalNormal(Distribution):
         logvar = self.logvar.to(dtype)
         return self.mu.to(dtype), logvar if self.logvar_range is None else logvar.clamp(*self.logvar_range)
 
-    def log_prob(self, z):
+    def log_prob(self, z: Tensor) -> Tensor:
         mu, logvar = self._wide()
         white = (z.to(accumulator(z.dtype)) - mu) * torch.exp(-0.5 * logvar)
         return -0.5 * (white.square() + logvar + math.log(2 * math.pi)).sum(-1)
 
-    def rsample(self, samples, seed, *, sample_offset=0, row_offset=0):
-        place = {"sample_offset": sample_offset, "row_offset": row_offset}
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
         z, _ = ops.rsample_kl(
             self.mu, self.logvar, samples=samples, logvar_range=self.logvar_range, seed=seed, **place
         )
@@ -114,17 +126,24 @@ class DiagonalNormal(Distribution):
         eps = random.normal(seed, *z.shape, dtype=accumulator(z.dtype), **place)
         return z, -0.5 * (eps.square() + logvar + math.log(2 * math.pi)).sum(-1)
 
-    def sample(self, n, dim, *, device=None, generator=None):
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         eps = random.normal(random.draw_seed(self.mu.device, generator), 1, n, dim)[0]
         mu, logvar = self._wide()
         return mu + torch.exp(0.5 * logvar) * eps
 
-    def rows(self, start, stop):
+    def rows(self, start: int, stop: int) -> DiagonalNormal | None:
         if type(self) is not DiagonalNormal:
             return None
         return diagonal(self.mu[start:stop], self.logvar[start:stop], self.logvar_range)
 
-    def as_torch(self):
+    def as_torch(self) -> td.Normal | None:
         if not is_still(self, DiagonalNormal):
             return None
         mu, logvar = self._wide()

@@ -82,7 +82,7 @@ def _posterior(q: Distribution) -> Distribution:
     return q
 
 
-def _halves(q: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(q: Tensor) -> tuple[Tensor, ...]:
     check_tensor("q", q)
     if q.dim() != 2 or q.shape[1] % 2:
         hint = ", so that its width is even"

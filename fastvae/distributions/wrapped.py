@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class TorchDistribution(Distribution):
     def per_row(self) -> bool:  # type: ignore[override]
         return self.is_posterior and self.batch > 1
 
-    def log_prob(self, z):
+    def log_prob(self, z: Tensor) -> Tensor:
         d = self.distribution
         shape = (*d.batch_shape, *d.event_shape)
         if len(shape) > 2 or any(n not in (1, m) for n, m in zip(shape[::-1], z.shape[::-1], strict=False)):
@@ -84,7 +85,9 @@ class TorchDistribution(Distribution):
         value = d.log_prob(z)
         return value if self._summed else value.sum(-1)
 
-    def rsample(self, samples, seed, *, sample_offset=0, row_offset=0):
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
         shape = (samples, *self.distribution.batch_shape, *self.distribution.event_shape)
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
         z = _at_address(self.distribution, shape, seed, place)
@@ -93,7 +96,14 @@ class TorchDistribution(Distribution):
                 z = self.distribution.rsample((samples,))
         return z, self.log_prob(z)
 
-    def sample(self, n, dim, *, device=None, generator=None):
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         d = self.distribution
         shape = (*d.batch_shape, *d.event_shape)
         if len(shape) > 1 or shape not in ((), (1,), (dim,)):
@@ -104,11 +114,11 @@ class TorchDistribution(Distribution):
         with _seeded(random.draw_seed(self.device, generator), self.device, 0, 0):
             return d.sample((n,) if shape == (dim,) else (n, dim)).reshape(n, dim)
 
-    def as_torch(self):
+    def as_torch(self) -> td.Distribution:
         return self.distribution
 
 
-def _tensors(value: Any, depth: int = 4):
+def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (td.Distribution, td.Transform)) and depth:
@@ -119,7 +129,9 @@ def _tensors(value: Any, depth: int = 4):
             yield from _tensors(part, depth)
 
 
-def _at_address(d: td.Distribution, shape: tuple, seed: Tensor, place: dict[str, int]) -> Tensor | None:
+def _at_address(
+    d: td.Distribution, shape: tuple[int, ...], seed: Tensor, place: dict[str, Any]
+) -> Tensor | None:
     """z of this shape, a function of addressed normal noise; None where that is not known."""
     if isinstance(d, td.Independent):
         return _at_address(d.base_dist, shape, seed, place)
@@ -156,9 +168,9 @@ class _seeded:
         devices = [] if device.type == "cpu" else [device]
         self._fork = torch.random.fork_rng(devices, device_type=device.type)
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._fork.__enter__()
         torch.manual_seed(self._seed)
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> Any:
         return self._fork.__exit__(*error)

@@ -77,7 +77,7 @@ class Declared(Likelihood):
 
     value: ClassVar[Callable[..., Tensor]]
     gradient: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
-    data: ClassVar[Callable[[Tensor], Tensor] | None] = None
+    data: ClassVar[Callable[..., Tensor] | None] = None
     oracle: ClassVar[Callable[..., torch.distributions.Distribution]]
     _bounded: ClassVar[bool]
 
@@ -92,7 +92,7 @@ class Declared(Likelihood):
         given = self._given(x)
         returned = self._read(x, parameters, samples, given)
         spread = [p.reshape(samples, *x.shape) for p in returned]
-        return getattr(ops, f"{self.name}_log_prob")(x, *spread, *given)
+        return getattr(ops, f"{self.name}_log_prob")(x, *spread, *given)  # type: ignore[no-any-return]
 
     def fused(self, x: Tensor, parameters: Any, samples: int) -> Fused | None:
         """What the fused op takes, checked; None where it does not fit."""
@@ -118,7 +118,7 @@ class Declared(Likelihood):
         check_support(type(self), x)
         return self.name, x, (*returned, *rows)
 
-    def _read(self, x: Tensor, parameters: Any, samples: int, given: tuple) -> tuple[Tensor, ...]:
+    def _read(self, x: Tensor, parameters: Any, samples: int, given: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """What the decoder returned, each [K·B, *event], checked."""
         names = self.outputs[: len(self.outputs) - len(given)]
         if len(names) == 1:

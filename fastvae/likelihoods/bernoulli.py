@@ -1,6 +1,7 @@
 """The Bernoulli likelihood."""
 
 import torch
+from torch import Tensor
 
 from .base import Declared
 
@@ -38,7 +39,7 @@ class Bernoulli(Declared):
     oracle = staticmethod(lambda logits: torch.distributions.Bernoulli(logits=logits, validate_args=False))
 
     @staticmethod
-    def value(x, logits):
+    def value(x: Tensor, logits: Tensor) -> Tensor:
         # For l > 0 the same is -(1 - x) l - log(1 + exp(-l)): no cancellation, and certain pixels (0 * inf)
         # are 0, not NaN.
         miss = torch.where(logits > 0, 1 - x, x)
@@ -47,8 +48,8 @@ class Bernoulli(Declared):
         return -(linear + torch.log1p(torch.exp(-magnitude)))
 
     @staticmethod
-    def gradient(g, x, logits):
+    def gradient(g: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         return g * logits, g * (x - torch.sigmoid(logits))
 
-    def mean(self, parameters):
+    def mean(self, parameters: Tensor) -> Tensor:
         return torch.sigmoid(parameters)

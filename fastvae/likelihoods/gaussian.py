@@ -53,18 +53,22 @@ class Gaussian(Declared):
     oracle = staticmethod(lambda mean, logvar: torch.distributions.Normal(mean, torch.exp(0.5 * logvar)))
 
     @staticmethod
-    def value(x, mean, logvar):
+    def value(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
         # exp(-logvar) itself overflows long before what it is a factor of does, here and below.
         whitened = (x - mean) * torch.exp(-0.5 * logvar)
         return -0.5 * (math.log(2 * math.pi) + logvar + whitened**2)
 
     @staticmethod
-    def gradient(g, x, mean, logvar):
+    def gradient(g: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inverse_s = torch.exp(-0.5 * logvar)
         whitened = (x - mean) * inverse_s
         push = g * whitened
         grad_mean = push * inverse_s
         return -grad_mean, grad_mean, 0.5 * (push * whitened - g)
+
+    # Which of the two there is, ``learned`` says.
+    log_scale: nn.Parameter
+    fixed_scale: float | Tensor | None
 
     def __init__(self, scale: float | Tensor | None = None, *, learned: bool = False):
         super().__init__()
@@ -110,12 +114,12 @@ class Gaussian(Declared):
         if self.learned:
             return self.log_scale
         scale = self.fixed_scale
-        return scale.log() if isinstance(scale, Tensor) else math.log(scale)
+        return scale.log() if isinstance(scale, Tensor) else math.log(scale)  # type: ignore[arg-type]
 
     def _returns_logvar(self) -> bool:
         return not self.learned and self.fixed_scale is None
 
-    def _given(self, x):
+    def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
         if not self.learned and self.fixed_scale is None:  # _returns_logvar, without a call
             return ()
         log_scale = self._log_scale()
@@ -135,7 +139,7 @@ class Gaussian(Declared):
             "a scale"
         )
 
-    def mean(self, parameters):
+    def mean(self, parameters: Any) -> Tensor:
         return parameters if isinstance(parameters, Tensor) else parameters[0]
 
 

@@ -1,6 +1,7 @@
 """The Poisson likelihood."""
 
 import torch
+from torch import Tensor
 
 from ..reference.common import expm1_minus
 from .base import Declared
@@ -39,20 +40,20 @@ class Poisson(Declared):
     oracle = staticmethod(lambda log_rate: torch.distributions.Poisson(log_rate.exp(), validate_args=False))
 
     @staticmethod
-    def value(x, log_rate):
+    def value(x: Tensor, log_rate: Tensor) -> Tensor:
         d = log_rate - torch.log(x.clamp(min=torch.finfo(x.dtype).tiny))
         far = torch.where(x == 0, 0.0, x * (1 + d.clamp(max=710))) - torch.exp(log_rate)
         return torch.where(d.abs() < 1, -x * expm1_minus(d), far)
 
     @staticmethod
-    def gradient(g, x, log_rate):
+    def gradient(g: Tensor, x: Tensor, log_rate: Tensor) -> tuple[None, Tensor]:
         # A sample without weight has no gradient, also where its rate overflows.
         return None, torch.where(g == 0, 0.0, g * (x - torch.exp(log_rate)))
 
     @staticmethod
-    def data(x):
+    def data(x: Tensor) -> Tensor:
         wide = x.double()
         return (torch.xlogy(wide, wide) - wide - torch.lgamma(wide + 1)).to(x.dtype)
 
-    def mean(self, parameters):
+    def mean(self, parameters: Tensor) -> Tensor:
         return torch.exp(parameters)

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,7 +192,9 @@ def rsample_log_ratio(
 # For a pair that has been checked, a seed, and a place in the noise: z is [K·B, D].
 
 
-def flat_kl(q, prior, seed, samples, row_offset, per_dimension):
+def flat_kl(
+    q: tuple[Any, Any, Any], prior: Any, seed: Tensor, samples: int, row_offset: int, per_dimension: bool
+) -> tuple[Tensor, Tensor]:
     """z [K·B, D] and the KL, of :func:`rsample_kl`."""
     if prior is None and q[2] is None and row_offset == 0 and samples <= 2**32:
         draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
@@ -200,7 +202,9 @@ def flat_kl(q, prior, seed, samples, row_offset, per_dimension):
     return _rsample_kl(*_prepare(*q, prior, seed, None, samples, 0, row_offset, True), per_dimension)
 
 
-def flat_log_ratio(q, prior, seed, samples, row_offset, estimator):
+def flat_log_ratio(
+    q: tuple[Any, Any, Any], prior: Any, seed: Tensor, samples: int, row_offset: int, estimator: str
+) -> tuple[Tensor, Tensor]:
     """z [K·B, D] and the log-ratio [K, B], of :func:`rsample_log_ratio`."""
     if prior is None and q[2] is None and row_offset == 0 and samples <= 2**32:
         draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
@@ -286,7 +290,7 @@ def _kept(slope, mu, logvar, seed, draw):
 
 def _slope(mu, logvar, seed, draw):
     wide = accumulator(mu.dtype)
-    eps = normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=wide)
+    eps = normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=wide)  # type: ignore[call-arg, misc]
     slope = 0.5 * torch.exp(0.5 * logvar.to(wide).clamp(draw.logvar_min, draw.logvar_max)) * eps
     return slope.reshape(_shape_of_z(mu, draw))
 
@@ -420,8 +424,8 @@ class _RsampleLogRatio(_Draw):
         function = super().composed(backend)
 
         def draw(mu, *rest):
-            *rest, chunk, keep = rest
-            z, log_ratio, slope = _composed_draw(function, mu, *rest, keep)
+            *rest, chunk, keep = rest  # type: ignore[assignment]
+            z, log_ratio, slope = _composed_draw(function, mu, *rest, keep)  # type: ignore[call-arg]
             return z, log_ratio, _whole(mu, chunk), slope
 
         return draw

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -126,7 +126,7 @@ def _as_given(grad: Tensor, parameter: Tensor) -> Tensor:
 # The ops
 
 
-def _flat(x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+def _flat(x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """x [B, *event] as [B, X], parameters [..., B, *event] as [K, B, X]."""
     lead = parameters[0].dim() - x.dim()
     flat = []
@@ -137,7 +137,7 @@ def _flat(x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tenso
     return x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel()), flat
 
 
-def _are_rows(x: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+def _are_rows(x: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Whether these are all [B, X], of one shape and dtype: the C++ takes them as they are."""
     if x.dim() != 2:
         return False
@@ -282,7 +282,7 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
         return_annotation=Tensor,
     )
 
-    def log_prob(*args: Tensor | float, **named: Tensor | float) -> Tensor:
+    def log_prob(*args: Any, **named: Any) -> Tensor:
         if named or len(args) != 1 + len(likelihood.outputs):
             args = signature.bind(*args, **named).args
         x, full, *rest = args

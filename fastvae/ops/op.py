@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import _C, Tensor
@@ -51,7 +51,7 @@ class Op:
     module: str
     name: str
     schema: str
-    record: type | None = None
+    record: type[Any] | None = None
     shown: int | None = None
     told: bool = False
     gradient: Op | None = None
@@ -73,7 +73,7 @@ class Op:
         """What ``run`` computes of these arguments; ``ctx`` keeps what the gradient takes."""
         return run(*args)
 
-    def backward(self, run: Callable, ctx: Any, *grads: Tensor | None) -> tuple:
+    def backward(self, run: Callable, ctx: Any, *grads: Any) -> tuple:
         """Gradients of all arguments, None for those that are no tensors, by ``run``: ``gradient``'s
         function.
         """
@@ -96,7 +96,7 @@ class Op:
         # The short ways, by where the tensors lie and the backend: a function, the node that calls it, and
         # whether it is the C++. Everything else is the dispatcher's.
         on_cpu, on_gpu = ((f, self._node(f), False) for f in (self._on_cpu, self._on_gpu))
-        self._ways: dict[tuple[int, str], tuple[Callable, type, bool]] = {
+        self._ways: dict[tuple[int, str], tuple[Callable, type[Any], bool]] = {
             (ON_CPU, "triton"): on_cpu,
             (ON_GPU, "triton"): on_gpu,
             (ON_GPU, "native"): on_gpu,
@@ -181,7 +181,7 @@ class Op:
         with _C._AutoDispatchBelowAutograd():
             return self._registered(*fields)
 
-    def _node(self, function: Callable) -> type:
+    def _node(self, function: Callable) -> type[Any]:
         """The autograd node of the op as this function computes it, for the backend in force."""
 
         def forward(ctx, *args):
@@ -208,7 +208,7 @@ class Op:
         """The C++ of a gradient, for what the node of its op gives."""
         return self.native
 
-    def _node_of(self, forward: Callable, backward: Callable) -> type:
+    def _node_of(self, forward: Callable, backward: Callable) -> type[Any]:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(self.name, (_SingleLevelFunction,), methods)
 
@@ -238,7 +238,7 @@ def wants_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
     return _C._any_requires_grad(*tensors)
 
 
-def _cpp_differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
+def _cpp_differentiates(tensors: tuple[Any, ...]) -> bool:
     """Whether autograd will ask the C++ for gradients of these."""
     if not (tensors[0].is_cpu and wants_gradients(tensors)):
         return False
@@ -276,6 +276,10 @@ def in_shape(result: Tensor, shape: tuple[int, ...]) -> Tensor:
     return result if result.shape == shape else result.contiguous().resize_(shape)
 
 
+@overload
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """tensor.to(dtype), at no price where there is nothing to do."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

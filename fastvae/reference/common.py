@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
 
 
+@overload
+def upcast(*tensors: Tensor) -> tuple[Tensor, ...]: ...
+@overload
+def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]: ...
 def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """All in the dtype of the computation: float64 if any of them is, else float32; integers have no say."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)

@@ -15,7 +15,7 @@ from .random import normal
 
 
 def _noise(seed, draw, mu):
-    return normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=mu.dtype)
+    return normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=mu.dtype)  # type: ignore[call-arg, misc]
 
 
 def _parts(mu, logvar, prior_mu, prior_logvar, draw):

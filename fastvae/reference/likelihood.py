@@ -14,8 +14,8 @@ def log_prob(likelihood: Any, x: Tensor, *parameters: Tensor) -> Tensor:
 
     x is [B, X]; parameters are broadcastable to [K, B, X], which the first is.
     """
-    x, *parameters = upcast(x, *parameters)
-    value = likelihood.value(x, *parameters).sum(2)
+    x, *wide = upcast(x, *parameters)
+    value: Tensor = likelihood.value(x, *wide).sum(2)
     return value if likelihood.data is None else value + likelihood.data(x).sum(1)
 
 
@@ -24,6 +24,6 @@ def log_prob_backward(likelihood: Any, grad: Tensor, x: Tensor, *rest: Any) -> t
     *given, need = rest
     wide, *parameters = upcast(x, *given)
     to_x, *grads = likelihood.gradient(grad[:, :, None], wide, *parameters)
-    summed = [None if to_x is None else to_x.sum(0)]
+    summed: list[Any] = [None if to_x is None else to_x.sum(0)]
     summed += [g.sum_to_size(p.shape) for g, p in zip(grads, given, strict=True)]
     return tuple(g.to(t.dtype) if n else None for g, t, n in zip(summed, (x, *given), need, strict=True))

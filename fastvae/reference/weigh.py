@@ -48,6 +48,7 @@ def weigh_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the log-likelihoods [K, B], and of a term of so many axes, [K, B] or [B]; None for 0."""
     if grad_bound is None:
+        assert grad_mean is not None
         grad_bound = grad_mean.new_zeros(())
     grad_bound = (grad_bound / batch if how.reduction == "mean" else grad_bound).expand(batch)
     if weights is not None:

@@ -1,0 +1,95 @@
+"""What a type checker says of a user's program: a call's result is known from its arguments."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastvae
+
+pytest.importorskip("mypy")
+
+# Each line that ends in a comment, and what mypy must say of it.
+PROGRAM = """
+import torch
+import fastvae
+from fastvae import DiagonalNormal, Gaussian, VAE
+
+x = torch.rand(16, 8)
+encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
+q = encoder(x)
+either = bool(x.any())
+
+reveal_type(fastvae.elbo(x, q, decoder))  # Tensor
+reveal_type(fastvae.elbo(x, q, decoder, likelihood="bernoulli", beta=0.5, kl="mc"))  # Tensor
+reveal_type(fastvae.elbo(x, q, decoder, terms=False))  # Tensor
+reveal_type(fastvae.elbo(x, q, decoder, prior=None, terms=True))  # Terms
+reveal_type(fastvae.elbo(x, q, decoder, terms=either))  # Tensor | Terms
+reveal_type(fastvae.iwae(x, q, decoder, k=5, estimator="dreg", k_chunk=2))  # Tensor
+reveal_type(fastvae.iwae(x, q, decoder, k=5, terms=True))  # Terms
+reveal_type(fastvae.iwae(x, q, decoder, k=5, terms=either))  # Tensor | Terms
+reveal_type(fastvae.log_weights(x, q, decoder, k=5))  # LogWeights
+reveal_type(fastvae.log_marginal(x, q, decoder, k=5))  # LogMarginal
+reveal_type(fastvae.reconstruction_log_prob(x, q, decoder))  # Tensor
+
+vae = VAE(encoder, decoder, likelihood=Gaussian(scale=0.1))
+reveal_type(vae.elbo(x))  # Tensor
+reveal_type(vae.elbo(x, samples=3, reduction="none"))  # Tensor
+reveal_type(vae.elbo(x, terms=True))  # Terms
+reveal_type(vae.elbo(x, terms=either))  # Tensor | Terms
+reveal_type(vae.iwae(x, 5))  # Tensor
+reveal_type(vae.iwae(x, k=5, terms=True))  # Terms
+reveal_type(vae.iwae(x, k=5, terms=either))  # Tensor | Terms
+reveal_type(vae.log_marginal(x))  # LogMarginal
+reveal_type(vae.evaluate(x))  # Evaluation
+reveal_type(vae.posterior(x))  # Distribution
+reveal_type(vae.sample(3))  # Tensor
+reveal_type(DiagonalNormal(x, x).mu)  # Tensor
+reveal_type(fastvae.ops.bernoulli_log_prob(x, x))  # Tensor
+print(-vae.elbo(x), vae.encoder.weight)
+
+fastvae.elbo(x, q, decoder, sample=3)  # error
+fastvae.elbo(x, q, decoder, k=3)  # error
+fastvae.iwae(x, q, decoder, samples=3)  # error
+fastvae.iwae(x, q, decoder, k="5")  # error
+fastvae.log_weights(x, q, decoder)  # error
+vae.elbo(x, bta=0.5)  # error
+vae.iwae(x, beta=0.5)  # error
+-vae.elbo(x, terms=True)  # error
+"""
+
+
+@pytest.mark.slow
+def test_a_program(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "--no-error-summary", program.name]
+    environment = dict(os.environ)
+    root = Path(fastvae.__file__).parents[1]
+    if root.name != "site-packages":  # where mypy looks, and must not be told to
+        environment["MYPYPATH"] = str(root)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said: dict[int, str] = {}
+    for number, kind, message in re.findall(r"^program\.py:(\d+): (error|note): (.*)$", done.stdout, re.M):
+        if kind == "error":
+            said[int(number)] = "error"
+        elif found := re.fullmatch(r'Revealed type is "(.*)"', message):
+            named = re.sub(r"tuple\[[^\]]*fallback=([\w.]+)\]", r"\1", found[1])
+            said[int(number)] = re.sub(r"\b\w+\.", "", named)
+    wanted = {n: line.split("  # ")[1] for n, line in enumerate(PROGRAM.splitlines(), 1) if "  # " in line}
+    assert said == wanted, done.stdout + done.stderr
+
+
+def test_overloads_do_not_show():
+    names = list(inspect.signature(fastvae.elbo).parameters)
+    assert names[:3] == ["x", "q", "decoder"] and {"samples", "beta", "terms"} <= set(names)
+    assert (
+        "Evidence lower bound" in fastvae.elbo.__doc__ and ":func:`fastvae.elbo`" in fastvae.VAE.elbo.__doc__
+    )
