@@ -177,6 +177,13 @@ def test_data_without_a_gradient(likelihood):
     x = cases.data(likelihood, 4, 3).requires_grad_()
     with pytest.raises(ValueError, match=r"x requires a gradient.*x.detach\(\)"):
         _op(likelihood)(x, *cases.parameters(likelihood, 2, 4, 3))
+    pair = torch.zeros(4, 2, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
+    (outputs,) = cases.parameters(likelihood, 1, 4, 3)
+    call = lambda x: fastvae.elbo(x, pair, lambda z: outputs[0], likelihood=likelihood)  # noqa: E731
+    # From the second call on, a likelihood by its name is known at a glance.
+    assert call(x.detach()).isfinite()
+    with pytest.raises(ValueError, match=r"x requires a gradient.*x.detach\(\)"):
+        call(x)
 
 
 @each

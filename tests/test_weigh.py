@@ -410,3 +410,38 @@ def test_the_likelihoods_mean_beside_a_log_mean_exp_has_no_gradient(backend, ove
     x, logits = rand(4, 7, seed=1), randn(3 * 4, 7, seed=2).requires_grad_()
     bound, mean = weigh("bernoulli", x, (logits,), over=over, terms=True)
     assert bound.requires_grad and mean.requires_grad == (over == "mean")
+
+
+def test_gradients_are_of_their_inputs_dtypes(backend):
+    """As the ops return them, without the cast by which autograd would hide another."""
+    b, k, x = 4, 3, 5
+    data, mean = rand(b, x, seed=1), randn(k * b, x, seed=2)
+    for logvar in (randn(x, seed=3), randn(seed=3)):
+        given = data, mean, logvar.bfloat16(), randn(k, b, seed=4).double()
+        how = Weighing(1.0, "mean", "sum")
+        grad = torch.ones((), device=DEVICE)
+        op = torch.ops.fastvae.weigh_gaussian_backward
+        for inputs, need in (
+            (given, [True] * 4),
+            ((data.double(), mean, *given[2:]), [False, True, True, True]),
+        ):
+            grad = grad.to(torch.float64 if torch.float64 in {t.dtype for t in inputs[:3]} else torch.float32)
+            found = op(grad, None, None, *inputs, None, *how, need)
+            for g, t, n in zip(found, inputs, need, strict=True):
+                assert not n or (g.dtype == t.dtype and g.shape == t.shape)
+
+
+def test_what_is_kept_has_no_gradient(backend):
+    """Results of the dispatcher's ops that are for the backward pass alone."""
+    mu, logvar = (randn(4, 3, seed=s).requires_grad_() for s in (1, 2))
+    seed, logits = torch.tensor(3, device=DEVICE), randn(8, 5, seed=4).requires_grad_()
+    draw = (2, 0, 0, -math.inf, math.inf, True)
+    kept = [
+        torch.ops.fastvae.rsample_kl(mu, logvar, None, None, seed, *draw, False, True)[2],
+        torch.ops.fastvae.rsample_log_ratio(mu, logvar, None, None, seed, *draw, "iwae", False, True)[3],
+        torch.ops.fastvae.weigh_bernoulli(
+            rand(4, 5, seed=5), logits, None, None, *Weighing(1.0, "log_mean_exp", "none"), False
+        )[2],
+        *torch.ops.fastvae.log_mean_exp(logits)[1:],
+    ]
+    assert not any(t.requires_grad for t in kept)
