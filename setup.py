@@ -76,7 +76,9 @@ setup(
     license="MIT",
     packages=[
         "fastvae",
+        "fastvae.cli",
         "fastvae.distributions",
+        "fastvae.evaluate",
         "fastvae.likelihoods",
         "fastvae.ops",
         "fastvae.reference",

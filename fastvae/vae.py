@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
-from ._parts import modules_of, reached
 from .distributions import Distribution, as_posterior, as_prior
 from .evaluate import Evaluation, evaluate
+from .evaluate.modules import modules_of, reached
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
 

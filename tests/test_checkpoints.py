@@ -37,7 +37,7 @@ def test_another_prior_is_another_model(tmp_path, learned):
 
     _run(tmp_path / "run.npz", encoder, decoder, x, prior=prior())
     for other in (prior(1e-6), None):
-        with pytest.raises(ValueError, match="was made with other weights"):
+        with pytest.raises(ValueError, match="was made with other parameters"):
             _run(tmp_path / "run.npz", encoder, decoder, x, prior=other)
     assert len(_run(tmp_path / "run.npz", encoder, decoder, x, prior=prior()).log_px) == N
 
@@ -46,7 +46,7 @@ def test_another_likelihood_is_another_model(tmp_path):
     encoder, decoder = models.networks(X, D, "bernoulli")
     x = randn(N, X, seed=3)
     _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=fastvae.Gaussian(0.5))
-    with pytest.raises(ValueError, match="was made with other weights"):
+    with pytest.raises(ValueError, match="was made with other parameters"):
         _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=fastvae.Gaussian(0.5 + 1e-9))
 
 
@@ -65,7 +65,7 @@ def test_encoder_and_decoder_are_not_exchanged(tmp_path):
     one, other = Net().to(DEVICE), Net().to(DEVICE)
     x = randn(N, D, seed=4)
     _run(tmp_path / "run.npz", one, other, x)
-    with pytest.raises(ValueError, match="was made with other weights"):
+    with pytest.raises(ValueError, match="was made with other parameters"):
         _run(tmp_path / "run.npz", other, one, x)
 
 
@@ -102,7 +102,7 @@ def test_parameters_of_another_dtype_are_other_weights(tmp_path):
         return encoder, decoder
 
     _run(tmp_path / "run.npz", *parts(torch.float16), x)
-    with pytest.raises(ValueError, match="was made with other weights"):
+    with pytest.raises(ValueError, match="was made with other parameters"):
         _run(tmp_path / "run.npz", *parts(torch.bfloat16), x)
 
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import demo
-from fastvae.__main__ import main
+from fastvae.cli import demo, main
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import _backend, demo
-from fastvae.__main__ import main
+from fastvae import _backend
+from fastvae.cli import demo, main
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -211,6 +211,6 @@ def test_bare_command_prints_help(capsys):
 
 
 def test_import_is_light():
-    heavy = {"matplotlib", "sklearn", "triton", "fastvae.__main__", "fastvae.demo"}
+    heavy = {"matplotlib", "sklearn", "triton", "fastvae.__main__", "fastvae.cli"}
     code = f"import sys, fastvae; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

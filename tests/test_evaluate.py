@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
 from fastvae import _model
-from fastvae._parts import Store, digest, modules_of, weights_digest
+from fastvae.evaluate.checkpoint import Store, digest
+from fastvae.evaluate.modules import modules_of, parameters_digest
 
 from . import models
 from .conftest import DEVICE
@@ -1035,7 +1036,7 @@ def test_saving_takes_little_of_the_time_and_leaves_nothing_behind(tmp_path, mon
         return q(x)
 
     monkeypatch.setattr(Store, "_write", slow)
-    monkeypatch.setattr("fastvae._parts.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("fastvae.evaluate.checkpoint.time", types.SimpleNamespace(monotonic=lambda: now[0]))
     _assert_same(_evaluate(model, encoder, x, batch_size=1, checkpoint=tmp_path / "b.npz"), result, 1e-14)
     # After the first batch, when 20 times as long has gone by, in the end, and when all is put together.
     assert writes[0] == 1
@@ -1244,12 +1245,12 @@ def test_what_the_digests_see():
     renamed = parts()
     renamed[0].register_parameter("b", nn.Parameter(torch.zeros(1)))
     computed = parts()[:2] + (fastvae.DiagonalNormal(torch.ones(1, requires_grad=True) * 3, torch.zeros(1)),)
-    found = [weights_digest(*p) for p in (same, *others, swapped, renamed, computed)]
+    found = [parameters_digest(*p) for p in (same, *others, swapped, renamed, computed)]
     assert len(set(found)) == len(found)
-    assert weights_digest(*parts()) == found[0]
+    assert parameters_digest(*parts()) == found[0]
     module, *rest = parts()
-    assert weights_digest(torch.compile(module), *rest) == found[0]
-    weights_digest(nn.LazyLinear(3))
+    assert parameters_digest(torch.compile(module), *rest) == found[0]
+    parameters_digest(nn.LazyLinear(3))
 
 
 def test_checkpoints_of_something_else(tmp_path):
@@ -1268,7 +1269,7 @@ def test_checkpoints_of_something_else(tmp_path):
         run(tol=0.1)
     with pytest.raises(ValueError, match="other seed"):
         run(generator=generator(3))
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="other parameters"):
         run(prior=fastvae.DiagonalNormal(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)))
     changed = x.clone()
     changed[15, 2] += 1e-6
@@ -1288,7 +1289,7 @@ def test_checkpoints_of_something_else(tmp_path):
     assert len(run().log_px) == N
     with torch.no_grad():
         decoder.linear.weight[0, 0] += 1e-6
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="other parameters"):
         run()
     with torch.no_grad():
         decoder.linear.weight[0, 0] -= 1e-6

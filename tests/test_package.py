@@ -18,7 +18,8 @@ import setuptools
 import torch
 
 import fastvae
-from fastvae import _backend, info, ops
+from fastvae import _backend, ops
+from fastvae.cli import info
 
 from .conftest import CUDA
 
@@ -164,7 +165,8 @@ on_purpose = sys.argv[1] == "on purpose"
 wheel = SimpleNamespace(read_text=lambda file: f"Root-Is-Purelib: {str(on_purpose).lower()}")
 real, metadata.distributions = metadata.distributions, lambda **options: [wheel]
 import fastvae
-from fastvae import info, ops
+from fastvae import ops
+from fastvae.cli import info
 metadata.distributions = real
 """
 LEFT_OUT = """
@@ -276,7 +278,7 @@ def test_installed_without_a_compiler(distributions, tmp_path):
     # An editable install would lend its extension to any fastvae.
     code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
     code += re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    code += "print(fastvae.__file__)\nfrom fastvae import info\ninfo.run()\n"
+    code += "print(fastvae.__file__)\nfrom fastvae.cli import info\ninfo.run()\n"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .._terminal import show
+from ..evaluate.checkpoint import check_destination
+from ..evaluate.ranks import RankFailed
+from ..evaluate.result import UNTRUSTED, Evaluation
+from ..likelihoods import Bernoulli
+from ..vae import VAE
 from . import demo
-from ._parts import RankFailed, check_destination
-from ._terminal import show
-from .evaluate import UNTRUSTED, Evaluation
-from .likelihoods import Bernoulli
-from .vae import VAE
 
 
 def run(args: argparse.Namespace) -> None:

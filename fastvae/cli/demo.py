@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import fastvae
 
-from ._parts import check_destination
-from ._terminal import ProgressStream, show
+from .._terminal import ProgressStream, show
+from ..evaluate.checkpoint import check_destination
 
 BATCH = 100
 LEARNING_RATE = 3e-3

@@ -1,0 +1,184 @@
+"""The command line, python -m fastvae: a module for each command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        if args.command == "info":
+            from . import info
+
+            info.run()
+        elif args.command == "evaluate":
+            from . import evaluate
+
+            evaluate.run(args)
+        else:
+            from . import demo
+
+            demo.run(args)
+    except KeyboardInterrupt:
+        print(f"\nfastvae {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastvae", description="Fused kernels for the objectives of variational autoencoders."
+    )
+    parser.add_argument("--version", action="version", version=f"fastvae {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train two small VAEs, with the ELBO and with IWAE, and compare them",
+        description="Train one VAE with the ELBO and one with IWAE on the same images, estimate the test "
+        "log-likelihood of both with many importance samples, print a table and draw pictures. On the "
+        "digits this takes about a minute.",
+    )
+    demo.add_argument(
+        "--data",
+        type=_path,
+        metavar="FOLDER",
+        help="folder with MNIST or Fashion-MNIST as IDX files, .gz or not (default: scikit-learn's digits)",
+    )
+    demo.add_argument(
+        "--out",
+        type=_path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="where pictures and models go (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--epochs",
+        type=_whole,
+        metavar="N",
+        help="passes over the training images (default: 100 for the digits, 10 for a folder)",
+    )
+    demo.add_argument(
+        "--k",
+        type=_whole,
+        default=50,
+        help="importance samples of the IWAE bound in training (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--latent",
+        type=_whole,
+        default=2,
+        metavar="D",
+        help="latent dimensions of both models (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--eval-k",
+        type=_whole,
+        default=5000,
+        metavar="K",
+        help="importance samples of the test log-likelihood (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--seed",
+        type=lambda text: _whole(text, 0),
+        default=0,
+        metavar="S",
+        help="seed of weights, batches and noise; the test set is always the same (default: %(default)s)",
+    )
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="estimate log p(x) of a saved data set under a saved model",
+        description="Estimate log p(x) of every example by importance sampling; print a summary with its "
+        "errors, and write results and a picture. Under torchrun the processes share the work.",
+    )
+    evaluate.add_argument(
+        "model",
+        type=_path,
+        metavar="CHECKPOINT",
+        help="a model of the demo, or a fastvae.VAE saved whole (--trust)",
+    )
+    evaluate.add_argument(
+        "data",
+        metavar="DATA",
+        help="'digits', a folder of MNIST's IDX files (its test images), or an array in a .npy, .npz or .pt "
+        "file; bytes are divided by 255",
+    )
+    evaluate.add_argument(
+        "--k", type=_whole, help="draws per example (default: 5000; with --tol the most, default 100000)"
+    )
+    evaluate.add_argument(
+        "--tol", type=float, metavar="NATS", help="draw until each example's standard error is this small"
+    )
+    evaluate.add_argument("--out", type=_path, metavar="FILE.npz", help="write results of every example")
+    evaluate.add_argument(
+        "--plot",
+        nargs="?",
+        type=_path,
+        const=True,
+        metavar="FILE.png",
+        help="draw NLL against draws, and histograms (default: beside --out, else evaluation.png)",
+    )
+    evaluate.add_argument(
+        "--checkpoint", type=_path, metavar="RUN.npz", help="keep results as they come, and go on from them"
+    )
+    evaluate.add_argument(
+        "--batch-size",
+        type=_whole,
+        default=100,
+        metavar="B",
+        help="examples at a time (default: %(default)s)",
+    )
+    evaluate.add_argument("--k-chunk", type=_whole, metavar="K", help="draws at a time (default: what fits)")
+    evaluate.add_argument(
+        "--shard",
+        choices=("data", "samples", "none"),
+        default="data",
+        help="what processes share: examples, each example's draws, or nothing: this process works alone, "
+        "whatever the environment says of others (default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--seed", type=lambda text: _whole(text, 0), default=0, metavar="S", help="of the noise (default: 0)"
+    )
+    evaluate.add_argument(
+        "--trust", action="store_true", help="load a pickled model, which may run code from the file"
+    )
+
+    commands.add_parser(
+        "info",
+        help="print versions, devices and which implementation each op uses here",
+        description="Print versions, devices, the state of the C++ extension, and which implementation each "
+        "op uses on CPU and on GPU tensors.",
+    )
+    return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _whole(text: str, least: int = 1) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if not least <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from {least} to {2**32 - 1}, got {value}")
+    return value

@@ -1,0 +1,273 @@
+"""Parts in a file, as they come: what an interrupted evaluation goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .parts import Part, pack, unpack
+from .ranks import Ranks
+
+
+def check_destination(name: str, path: Path) -> None:
+    """That a file can be written there, before the work whose results it is to hold.
+
+    Raises:
+        ValueError: where it cannot.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{name} {path} is a folder; expected the name of a file")
+    try:
+        # Permissions alone do not tell: a file system may be read-only, or full.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} {path}: no file can be made in the folder {path.parent} ({error.strerror}); use another"
+        ) from None
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """An .npz file, replaced as a whole: it is complete at any moment, and stays what it was if writing
+    fails.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a device such as /dev/null, or a pipe
+        with open(path, "wb") as handle:
+            np.savez(handle, **arrays)
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(draft, "wb") as handle:
+            np.savez(handle, **arrays)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+class Store:
+    """The parts of an evaluation: those of a checkpoint, and what this rank adds.
+
+    Rank 0 writes the checkpoint itself, others beside it; in the end all is in the one file. Where it cannot
+    be written, as on a full disk, the results stay in memory, with a warning.
+
+    Args:
+        path: the checkpoint, or None for none.
+        settings: what must be the same for results to belong together; a seed that is None may be any.
+        ranks: who shares the work.
+
+    Raises:
+        ValueError: for a file of something else, on every rank.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any], ranks: Ranks):
+        self.path = None if path is None else Path(path).expanduser()
+        self.settings = settings
+        self.ranks = ranks
+        self.done: dict[int, Part] = {}
+        self.mine: list[Part] = []
+        self._seen: dict[int, bytes] = {}
+        self._saved = self._cost = 0.0
+        if self.path is None:
+            return
+        parts, problem = [], None
+        try:
+            if self._writes:
+                check_destination("checkpoint", self.path)
+            parts = self._load()
+        except ValueError as error:
+            problem = str(error)
+        found = ranks.gather((parts, self.settings["seed"], problem), "checkpoint")
+        if problems := [p for _, _, p in found if p]:
+            raise ranks.unanimous(ValueError(problems[0]))
+        seeds = {s for _, s, _ in found if s is not None}
+        if len(seeds) > 1:
+            raise ranks.unanimous(
+                ValueError(
+                    f"checkpoint {self.path}: the ranks hold results of several runs; delete all but one of "
+                    "them"
+                )
+            )
+        self.done = {p.index: p for parts, _, _ in found for p in parts}
+        self.settings["seed"] = next(iter(seeds), None)
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that the checkpoint was made with, or the one that was asked for."""
+        seed: int | None = self.settings["seed"]
+        return seed
+
+    def begin(self, seed: int) -> None:
+        """Before the first batch: what is done lies in rank 0's file, whoever made it."""
+        self.settings["seed"] = seed
+        if self.ranks.rank == 0:
+            self.mine = list(self.done.values())
+        self._collect(self.mine)
+
+    def see(self, index: int, x: Tensor) -> Part | None:
+        """Take note of a batch; its results if they are there.
+
+        Raises:
+            ValueError: if it is not the batch that they are of, or not that of the other ranks.
+        """
+        if self.path is None and self.ranks.world == 1:
+            return None
+        found = digest([x])
+        first = not self._seen
+        self._seen[index] = found.tobytes()
+        if first:
+            self._same_everywhere()
+        part = self.done.get(index)
+        if part is not None and not np.array_equal(part.digest, found):
+            was, now = len(part.log_px), x.shape[0]
+            if was != now:
+                raise ValueError(
+                    f"checkpoint {self.path} was made with other batches: batch {index} had {was} examples "
+                    f"then and has {now} now. Use the same batch_size or loader, or give another name to "
+                    "start anew"
+                )
+            raise ValueError(
+                f"checkpoint {self.path} was made with other data: batch {index} differs. A loader must give "
+                "the same batches every time (shuffle=False); for other data give another name"
+            )
+        return part
+
+    def add(self, part: Part) -> None:
+        """Keep the results of a batch that was seen."""
+        mark = self._seen.get(part.index)
+        self.mine.append(part if mark is None else part._replace(digest=np.frombuffer(mark, np.uint8)))
+        # Saving is to take no more than a twentieth of the time.
+        if time.monotonic() - self._saved >= 20 * self._cost:
+            self.save()
+
+    def finish(self) -> list[Part]:
+        """Everyone's parts, in the order of the batches."""
+        self._same_everywhere()
+        everyone = [self.mine] if self.ranks.by_samples else self.ranks.gather(self.mine, "parts")
+        found = self.done | {p.index: p for parts in everyone for p in parts}
+        if self.path is not None:
+            if extra := sorted(found.keys() - self._seen.keys()):
+                raise self.ranks.unanimous(
+                    ValueError(
+                        f"checkpoint {self.path} was made with other data: it holds batch {extra[0]}, which "
+                        "these data do not have. For other data give another name"
+                    )
+                )
+            self._collect([found[i] for i in sorted(found)])
+        return [found[i] for i in sorted(found)]
+
+    def save(self) -> None:
+        """Write this rank's parts."""
+        if self.path is None or not self.mine or not self._writes:
+            return
+        start = time.monotonic()
+        self._write(self.path if self.ranks.rank == 0 else self._beside(f"rank{self.ranks.rank}"), self.mine)
+        self._saved = time.monotonic()
+        self._cost = self._saved - start
+
+    @property
+    def _writes(self) -> bool:
+        return self.ranks.rank == 0 or not self.ranks.by_samples
+
+    def _write(self, file: Path, parts: list[Part]) -> bool:
+        """Whether it could be done."""
+        try:
+            write_arrays(file, {"settings": json.dumps(self.settings), **pack(parts)})
+        except OSError as error:
+            warnings.warn(
+                f"fastvae.evaluate: checkpoint {file} cannot be written ({error.strerror or error}). The "
+                "results stay in memory; each later save tries again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def _collect(self, parts: list[Part]) -> None:
+        if self.path is None:
+            return
+        done = self.ranks.rank == 0 and bool(parts) and self._write(self.path, parts)
+        self.ranks.wait()
+        if done:
+            for other in [*self._files(), *self._drafts()]:
+                if other != self.path:
+                    other.unlink(missing_ok=True)
+        self.ranks.wait()
+
+    def _same_everywhere(self) -> None:
+        mine = hashlib.blake2b(b"".join(self._seen.values())).digest()
+        if len(set(self.ranks.gather(mine, "data"))) > 1:
+            raise self.ranks.data_differ()
+
+    def _beside(self, mark: str) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.stem}.{mark}{self.path.suffix}")
+
+    def _files(self) -> list[Path]:
+        assert self.path is not None
+        if not self.path.parent.is_dir():
+            raise ValueError(f"checkpoint {self.path}: there is no folder {self.path.parent}")
+        ranks = re.compile(rf"{re.escape(self.path.stem)}\.rank\d+{re.escape(self.path.suffix)}")
+        others = sorted(p for p in self.path.parent.iterdir() if ranks.fullmatch(p.name))
+        return [p for p in (self.path, *others) if p.exists()]
+
+    def _drafts(self) -> list[Path]:
+        """What a process that was killed while it wrote has left."""
+        assert self.path is not None
+        name = rf"\.{re.escape(self.path.stem)}(\.rank\d+)?{re.escape(self.path.suffix)}\.\d+"
+        return [p for p in self.path.parent.iterdir() if re.fullmatch(name, p.name)]
+
+    def _load(self) -> list[Part]:
+        parts: dict[int, Part] = {}
+        for file in self._files():
+            try:
+                with np.load(file, allow_pickle=False) as data:
+                    arrays = dict(data)
+                made = dict(json.loads(str(arrays.pop("settings"))))
+                found = unpack(arrays)
+            except Exception as error:  # whatever a file of something else brings about
+                raise ValueError(
+                    f"checkpoint {file} is no checkpoint of fastvae.evaluate ({type(error).__name__}: "
+                    f"{error}); give another name, or delete it"
+                ) from None
+            self._compare(file, made)
+            parts.update((p.index, p) for p in found)
+        return list(parts.values())
+
+    def _compare(self, file: Path, made: dict[str, Any]) -> None:
+        for name in sorted(self.settings.keys() | made.keys()):
+            was, now = made.get(name), self.settings.get(name)
+            if name == "seed" and now is None:
+                self.settings["seed"] = was
+            elif was != now:
+                values = "" if name == "parameters" else f": {was!r} then, {now!r} now"
+                raise ValueError(
+                    f"checkpoint {file} was made with other {name}{values}. Give another name to start anew, "
+                    "or delete it"
+                )
+
+
+def digest(tensors: Iterable[Tensor]) -> np.ndarray:
+    """[16] bytes that differ for other tensors."""
+    found = hashlib.blake2b(digest_size=16)
+    for t in tensors:
+        t = t.detach().cpu().contiguous()
+        found.update(f"{t.dtype}{tuple(t.shape)}".encode())
+        found.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return np.frombuffer(found.digest(), np.uint8).copy()

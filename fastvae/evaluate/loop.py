@@ -1,0 +1,347 @@
+"""The loop over batches, and what is done with one: draws, the question whether they are enough, checks."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .. import _model
+from .._checks import check_choice, check_count, check_number, shape_of
+from .._model import Chunks, Model
+from .._terminal import ProgressStream
+from ..distributions import Distribution, as_posterior, as_prior, closed_kl
+from ..likelihoods.base import Likelihood, as_likelihood
+from ..random import draw_seed
+from ..weights import Weights, tail_length
+from .checkpoint import Store
+from .data import batches_of, data_of, length_of, place_of
+from .modules import evaluating, modules_of, parameters_digest
+from .parts import Part
+from .ranks import Ranks
+from .result import Evaluation, combine
+
+FIRST_LOOK = 100  # draws before the first question whether they are enough
+
+
+@torch.no_grad()
+def evaluate(
+    encoder: Callable[[Tensor], Any],
+    decoder: Callable[[Tensor], Any],
+    data: Tensor | np.ndarray | Dataset[Any] | Iterable[Any],
+    *,
+    k: int | None = None,
+    tol: float | None = None,
+    k_chunk: int | None = None,
+    batch_size: int = 100,
+    likelihood: str | Likelihood = "gaussian",
+    prior: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: str = "data",
+    progress: bool = True,
+    generator: torch.Generator | None = None,
+) -> Evaluation:
+    r"""Estimate log p(x) of every example of a data set by importance sampling, with its error and
+    diagnostics.
+
+    .. math:: \mathrm{NLL} = -\frac{1}{N} \sum_{n=1}^{N} \log \hat p(x_n), \quad
+              \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^{K} w_k
+
+    Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). Encoder and decoder,
+    and the modules that they refer to, are put into eval mode and back; batches are moved to the encoder's
+    device, and to its floating dtype (integers for the encoder alone: the likelihood has them as they are).
+    Means are over examples, whatever the batches. No gradients.
+
+    Under ``torch.distributed`` (``torchrun``, gloo or nccl) the ranks share the work, and each returns the
+    whole result; each must be given the whole data, in the same order. When a rank fails, the others raise an
+    error that says so when they next exchange results. The noise is addressed by the example's place in the
+    data and by the draw, so the result is the same for any number of ranks, any batch size and any
+    ``k_chunk``, to rounding.
+
+    Args:
+        encoder: x [B, \*event] -> q, what :func:`fastvae.elbo` takes.
+        decoder: z [N, D] -> parameters of the likelihood.
+        data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches, tensors or
+            arrays, such as a DataLoader; of a batch that is a tuple or list, the first entry.
+        k: draws per example; default 5000. With ``tol`` it is the most, by default 100 000.
+        tol: draw 100, 200, 400, … until an example's standard error is at most tol nats. Easy examples then
+            cost little. An example may stop before its largest weights have come, which makes log p(x) low:
+            by up to half of tol where weights are heavy-tailed, hardly where they are not (docs/NOTES.md).
+            Examples that are done are no longer decoded, so a row of the decoder's output must not depend on
+            the other rows; the first batch is asked whether it does.
+        k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
+        batch_size: of data that do not come in batches.
+        likelihood, prior: as in :func:`fastvae.elbo`.
+        checkpoint: a file, such as ``"run.npz"``, that gets the results as they come. If it exists, the work
+            goes on where it stopped, with its seed. It is refused for other parameters, data or settings. When
+            it cannot be written, a warning says so and the work goes on.
+        shard: under torch.distributed, what ranks share: ``"data"``, whole batches; ``"samples"``, each
+            example's draws, for few examples and a large k; or ``"none"``, nothing: this process evaluates
+            alone, and others need not call evaluate.
+        progress: show a progress bar with the NLL so far.
+        generator: source of the noise; default torch's own random state.
+
+    Returns:
+        :class:`Evaluation`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, data without a batch, a checkpoint of something
+            else, and with ``tol`` for a decoder whose rows depend on each other.
+        RuntimeError: if another rank failed.
+
+    References:
+        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016; Vehtari et al., Pareto Smoothed
+        Importance Sampling, 2024.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
+        >>> def q(x):
+        ...     return encoder(x).chunk(2, dim=1)
+        >>> x = torch.rand(16, 8)
+        >>> result = fastvae.evaluate(q, decoder, x, k=50, likelihood="bernoulli", progress=False)
+        >>> result.log_px.shape, result.kl_per_dim.shape
+        (torch.Size([16]), torch.Size([2]))
+    """
+    likelihood, prior = as_likelihood(likelihood), as_prior(prior)
+    for name, value in (("encoder", encoder), ("decoder", decoder)):
+        if not callable(value):
+            raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
+    if k is not None:
+        check_count("k", k, "the importance samples per example")
+    if tol is not None and not (tol := check_number("tol", tol, "in nats")):
+        raise ValueError("tol must be greater than 0: no finite number of draws has no error")
+    check_choice("shard", shard, ("data", "samples", "none"))
+    check_count("batch_size", batch_size, "the examples of a batch")
+    k = k or (5000 if tol is None else 100_000)
+    ranks = Ranks(shard)
+    plan = _Plan(k, tol, Chunks(k_chunk), ranks)
+    with ranks.telling():
+        device, dtype = place_of(encoder, decoder)
+        batches = batches_of(data, batch_size, shard)
+        settings: dict[str, Any] = {"format": 1, "k": k, "tol": tol}
+        if checkpoint is not None:
+            settings["parameters"] = parameters_digest(encoder, decoder, likelihood, prior)
+        asked = None if generator is None else int(draw_seed(generator.device, generator))
+        settings["seed"] = ranks.first(asked)
+        store = Store(checkpoint, settings, ranks)
+        seed = ranks.first(int(draw_seed("cpu")) if store.seed is None else store.seed)
+        store.begin(seed)
+
+        def evaluate_batch(index: int, x: Tensor, row: int, plan: _Plan) -> Part:
+            x = x.to(device or x.device)
+            # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
+            seen = x.to(dtype or x.dtype)
+            x = seen if x.is_floating_point() else x
+            try:
+                q = as_posterior(encoder(seen))
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(
+                        f"fastvae.evaluate gave the encoder batch {index}: {shape_of(seen)}, {seen.dtype}"
+                    )
+                raise
+            return _evaluate_batch(index, Model.read(x, q, decoder, likelihood, prior), seed, row, plan)
+
+        bar = tqdm(
+            total=length_of(batches),
+            desc="log p(x)",
+            unit="batch",
+            disable=not progress or ranks.rank != 0,
+            file=ProgressStream(),
+        )
+        modules = [m for f in (encoder, decoder, likelihood, prior) for m in modules_of(f)]
+        with bar, evaluating(modules):
+            try:
+                row, axes, running, compared = 0, None, _Running(), False
+                for index, batch in enumerate(batches):
+                    x = data_of(batch, axes, likelihood)
+                    row, start, axes = row + x.shape[0], row, x.dim()
+                    if x.shape[0] == 0:
+                        continue
+                    part = store.see(index, x)
+                    if part is None and ranks.takes(index):
+                        part = evaluate_batch(index, x, start, plan)
+                        store.add(part)
+                    elif part is not None and not compared:
+                        first = _Plan(1, None, plan.chunks, Ranks("none"))
+                        _check_first_draw(checkpoint, part, evaluate_batch(index, x, start, first))
+                        compared = True
+                    bar.update()
+                    if part is not None and not bar.disable:
+                        bar.set_postfix_str(running.add(part))
+            finally:
+                store.save()
+        parts = store.finish()
+    if not parts:
+        raise ValueError("data has no batches: there is nothing to evaluate")
+    return combine(parts, plan.looks)
+
+
+class _Plan:
+    """How many draws, when to look, and by whom.
+
+    ``looks`` are the numbers of draws after which the bound is noted; with ``tol``, from FIRST_LOOK on,
+    examples that are done leave.
+    """
+
+    def __init__(self, k: int, tol: float | None, chunks: Chunks, ranks: Ranks):
+        looks = {10**i for i in range(10)}
+        if tol is not None:
+            looks = {n for n in looks if n < FIRST_LOOK} | {FIRST_LOOK * 2**i for i in range(26)}
+        self.looks = [*sorted(n for n in looks if n < k), k]
+        self.tol = tol
+        self.leaving = tol is not None and k > FIRST_LOOK  # examples leave: rows are decoded without others
+        self.proven = False  # that this does not change what the decoder makes of them
+        self.tail = tail_length(k) + 1
+        self.chunks = chunks
+        self.ranks = ranks
+
+
+def _evaluate_batch(index: int, model: Model, seed: int, row: int, plan: _Plan) -> Part:
+    device = model.q.device
+    key = torch.tensor(seed, dtype=torch.int64, device=device)
+    latent = _latent_statistics(model.q, model.prior)
+    if plan.leaving and not plan.proven and model.q.batch > 1:
+        _check_rows(model, key, row, plan)
+        plan.proven = True
+    total: Weights | None = None
+    rows: Tensor | None = None
+    curve = []
+    for start, stop in pairwise([0, *plan.looks]):
+        share = plan.ranks.share(start, stop)
+        part = None
+        if share[0] < share[1]:
+            part = _model.weights(model, key, *share, plan.chunks, plan.tail, row_offset=row, rows=rows)
+        part = plan.ranks.merge(part, device)
+        assert part is not None  # some rank has draws
+        if total is None:
+            total = part
+        elif rows is None:
+            total = total.merge(part)
+        else:
+            total = total.put(rows, total.at(rows).merge(part))
+        curve.append(total.log_px)
+        if plan.tol is not None and stop >= FIRST_LOOK:
+            # NaN and inf stay what they are; while all weights are 0 their error is not known.
+            wanted = ~(total.stderr <= plan.tol) & ~total.log_px.isnan() & (total.log_px != math.inf)
+            rows = wanted.nonzero()[:, 0]
+            if not len(rows):
+                break
+            rows = None if len(rows) == len(wanted) else rows
+    assert total is not None
+    curve += curve[-1:] * (len(plan.looks) - len(curve))
+    values = (total.log_px, total.stderr, total.ess, total.khat, total.count, total.elbo, torch.stack(curve))
+    return Part(
+        index,
+        np.zeros(16, np.uint8),
+        latent,
+        model.x.shape[1:].numel(),
+        *(v.cpu().numpy() for v in values),
+    )
+
+
+def _check_rows(model: Model, key: Tensor, row: int, plan: _Plan) -> None:
+    """That a row's log weight does not depend on which other rows are decoded with it.
+
+    The upper half of the batch is decoded alone, upside down, so that a decoder that keeps something for each
+    row of the batch meets other rows than its own, and not a multiple of them.
+
+    Raises:
+        ValueError: where it does.
+    """
+    assert plan.tol is not None
+    batch, device = model.q.batch, model.q.device
+    rows = torch.arange(batch - 1, (batch - 1) // 2, -1, device=device)
+
+    def log_weights(draws: int, chunks: Chunks, rows: Tensor | None = None) -> Tensor:
+        stream = _model.stream(model, key, 0, draws, chunks, row_offset=row, rows=rows)
+        return torch.cat(list(stream))[0].double().cpu()
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(
+            f"tol={plan.tol:g} needs a model in which a row of the decoder's output depends on that row of z "
+            f"alone, since examples that are done are no longer decoded. {reason}. A decoder that uses "
+            "something of the batch beside z, such as labels, needs the whole batch: leave tol out and give "
+            "k, or use batch_size=1"
+        )
+
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        whole = log_weights(2, plan.chunks)
+        again = log_weights(1, Chunks(1))
+        try:
+            alone = log_weights(1, Chunks(1), rows)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise refuse(f"With {len(rows)} of {batch} rows of the first batch it raised {said}") from error
+    whole_rows = whole[rows.cpu()]
+    off = _distance(alone, whole_rows)
+    # What the number of draws changes is rounding, or noise of the decoder's own, which cannot be judged.
+    noise = _distance(again, whole).max()
+    mean = model.x if model.q.mean is None else model.q.mean
+    half = mean.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
+    rounding = 2e-3 if half else 1e-5
+    largest = whole[whole.isfinite()].abs().amax() if bool(whole.isfinite().any()) else 0.0
+    if float(off.max()) > max(10 * float(noise), 0.01 * plan.tol, rounding * float(largest)):
+        n = int(off.argmax())
+        raise refuse(
+            f"Row {int(rows[n])} of the first batch has a log weight of {float(whole_rows[n]):.6g} in the "
+            f"whole batch of {batch}, and of {float(alone[n]):.6g} where {len(rows)} of its rows are decoded"
+        )
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a − b|, 0 for equal infinities and for NaN in both, else infinite for them."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf))
+
+
+def _latent_statistics(q: Distribution, prior: Distribution) -> np.ndarray:
+    """[3, D]: mean of the posterior means, the sum of their squared deviations, the sum of the KL; [2, D]
+    where q has no analytic KL to this prior; [2, 0] where q has no means [B, D].
+    """
+    if q.mean is None or q.mean.dim() != 2:
+        return np.zeros((2, 0))
+    means = q.mean.double()
+    mean = means.mean(0)
+    statistics = [mean, (means - mean).square().sum(0)]
+    kl = closed_kl(q, prior)
+    if kl is not None and kl.shape == means.shape:
+        statistics.append(kl.double().sum(0))
+    return torch.stack(statistics).cpu().numpy()
+
+
+class _Running:
+    """The NLL of the parts so far, by sums about the first value."""
+
+    def __init__(self) -> None:
+        self.n, self.shift, self.first, self.second = 0, 0.0, 0.0, 0.0
+
+    def add(self, part: Part) -> str:
+        if not self.n:
+            self.shift = part.log_px[0]
+        values = part.log_px - self.shift
+        self.n += len(values)
+        self.first += values.sum()
+        self.second += np.square(values).sum()
+        variance = (self.second - self.first**2 / self.n) / max(self.n - 1, 1)
+        return f"NLL {-self.shift - self.first / self.n:.2f} ± {np.sqrt(variance / self.n):.2f}"
+
+
+def _check_first_draw(checkpoint: Any, part: Part, again: Part) -> None:
+    """The first draw once more: it also sees weights and code that no module holds."""
+    if not np.allclose(part.curve[0], again.curve[0], rtol=1e-5, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"checkpoint {checkpoint} was made with another encoder or decoder: the same draw has other "
+            "weights now. Give another name to start anew, or delete it"
+        )

@@ -1,0 +1,119 @@
+"""The modules that a callable is made of: found, digested, and put into eval mode."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..distributions import Distribution
+from ..likelihoods.base import Likelihood
+from .checkpoint import digest
+
+
+def modules_of(function: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that a callable is, or reaches: as the object of a method, an attribute, an argument's
+    default, a variable of its closure or a global that its code names; within three steps.
+    """
+    return reached(function, nn.Module)
+
+
+def reached(function: Callable[..., Any], kinds: type | tuple[type, ...]) -> list[Any]:
+    """What a callable is, or reaches in this way, of these kinds; no farther than to one of them."""
+    found: dict[int, Any] = {}
+    seen: dict[int, int] = {}
+
+    def visit(value: Any, depth: int) -> None:
+        if isinstance(value, kinds):
+            found[id(value)] = value
+        elif seen.get(id(value), 0) < depth and not isinstance(value, (type, ModuleType, Tensor)):
+            seen[id(value)] = depth
+            for part in _reached(value):
+                visit(part, depth - (not inspect.ismethod(value)))
+
+    visit(function, 4)
+    return list(found.values())
+
+
+def _reached(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from list(value.values())[:1000]
+    elif isinstance(value, (tuple, list)):
+        yield from value[:1000]
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif inspect.ismethod(value):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, FunctionType):
+        yield from (value.__defaults__, value.__kwdefaults__)
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # of a variable that is not set yet
+                yield cell.cell_contents
+        yield from (value.__globals__[n] for n in _names(value.__code__) if n in value.__globals__)
+        yield getattr(value, "__wrapped__", None)
+    elif hasattr(value, "__dict__"):
+        yield vars(value)
+        yield inspect.getattr_static(type(value), "__call__", None)
+
+
+def _names(code: CodeType) -> set[str]:
+    """What a function's code, and that of the functions in it, may call globals or attributes."""
+    return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
+def parameters_digest(*callables: Callable[..., Any]) -> str:
+    """Of everything that the callables' modules keep, and of how they print."""
+    tensors, names = [], []
+    for function in callables:
+        for module in modules_of(function):
+            module = getattr(module, "_orig_mod", module)  # compiled or not
+            names.append(repr(module))
+            for part in module.modules():
+                if isinstance(part, (Likelihood, Distribution)):
+                    # Such as a fixed scale, or a tensor that a network computed.
+                    plain = {k: v for k, v in sorted(vars(part).items()) if k != "training"}
+                    names += [f"{k}={v}" for k, v in plain.items() if isinstance(v, (int, float, str))]
+                    tensors += [v for v in plain.values() if isinstance(v, Tensor)]
+            for name, value in (*module.named_parameters(), *module.named_buffers()):
+                if not is_lazy(value):
+                    names.append(name.replace("_orig_mod.", ""))
+                    tensors.append(value)
+    tensors.append(torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8))
+    return digest(tensors).tobytes().hex()
+
+
+# Modules that are evaluated now: by how many, and the mode that each had before the first.
+_evaluated: dict[nn.Module, tuple[int, bool]] = {}
+_evaluated_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Every module in eval mode, and each back in its own when the last evaluation of it ends, in whatever
+    thread.
+    """
+    # A frozen ScriptModule has no mode.
+    parts = {m for module in modules for m in module.modules() if hasattr(m, "training")}
+    with _evaluated_lock:
+        for m in parts:
+            count, mode = _evaluated.get(m, (0, m.training))
+            _evaluated[m] = count + 1, mode
+            m.training = False
+    try:
+        yield
+    finally:
+        with _evaluated_lock:
+            for m in parts:
+                count, mode = _evaluated.pop(m)
+                if count > 1:
+                    _evaluated[m] = count - 1, mode
+                else:
+                    m.training = mode

@@ -1,0 +1,147 @@
+"""The processes that share the work, and what they tell each other."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed as dist
+
+from ..weights import Weights
+
+_E = TypeVar("_E", bound=Exception)
+
+
+class RankFailed(RuntimeError):
+    """What the other ranks raise when one has failed."""
+
+
+class Ranks:
+    """The processes that share the work; one, if torch.distributed was not started.
+
+    What they exchange are results, or the error of a rank that failed, which all others then raise.
+
+    Args:
+        shard: what they share: "data", "samples", or "none": this process works by itself, whatever was
+            started.
+    """
+
+    def __init__(self, shard: str):
+        together = shard != "none" and dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.world = dist.get_world_size() if together else 1
+        self.by_samples = shard == "samples" and self.world > 1
+        self._awaited = self.world > 1  # whether the others will listen once more
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error that leaves the block reaches the other ranks in their next exchange."""
+        try:
+            yield
+        except BaseException as error:
+            if self._awaited:
+                self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        # The others may be long in coming; and what goes wrong here must not hide the error.
+        with contextlib.suppress(Exception):
+            warnings.warn(
+                f"fastvae.evaluate: rank {self.rank} failed ({said}); it waits to tell the other ranks",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        with contextlib.suppress(Exception):
+            self._exchange(said, "", None)
+
+    def unanimous(self, error: _E) -> _E:
+        """An error that every rank raises at this point, so that none need be told."""
+        self._awaited = False
+        return error
+
+    def _exchange(self, problem: str | None, what: str, value: Any) -> list[tuple[str | None, str, Any]]:
+        found: list[Any] = [None] * self.world
+        with _interrupts_after():
+            self._awaited = False  # if this fails
+            dist.all_gather_object(found, (problem, what, value))
+            self._awaited = all(p is None for p, _, _ in found)
+        return found
+
+    def gather(self, mine: Any, what: str) -> list[Any]:
+        """Everyone's, in the order of ranks; ``what`` names the place in the work.
+
+        Raises:
+            RankFailed: if one of them failed.
+            ValueError: if one of them is at another place, since it has fewer batches.
+        """
+        if self.world == 1:
+            return [mine]
+        found = self._exchange(None, what, mine)
+        for rank, (problem, _, _) in enumerate(found):
+            if problem is not None:
+                raise RankFailed(f"rank {rank} failed: {problem}")
+        if len({place for _, place, _ in found}) > 1:
+            raise self.data_differ()
+        return [value for _, _, value in found]
+
+    def data_differ(self) -> ValueError:
+        """Every rank raises it."""
+        return self.unanimous(
+            ValueError(
+                "data differ between the ranks: each must iterate over the same batches, of which evaluate "
+                "gives every rank its own (shuffle=False, no sampler that shards). To evaluate other data on "
+                'each rank use shard="none"'
+            )
+        )
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's."""
+        return self.gather(value, "first")[0]
+
+    def wait(self) -> None:
+        self.gather(None, "wait")
+
+    def takes(self, index: int) -> bool:
+        """Whether this rank evaluates this batch."""
+        return self.by_samples or index % self.world == self.rank
+
+    def share(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's of these draws."""
+        if not self.by_samples:
+            return start, stop
+        cuts = [start + (stop - start) * r // self.world for r in (self.rank, self.rank + 1)]
+        return cuts[0], cuts[1]
+
+    def merge(self, part: Weights | None, device: torch.device) -> Weights | None:
+        """Everyone's draws together, in the order of ranks; None for none."""
+        if not self.by_samples:
+            return part
+        merged: Weights | None = None
+        for values in self.gather(None if part is None else [v.cpu() for v in part], "draws"):
+            if values is not None:
+                its = Weights(*(v.to(device) for v in values))
+                merged = its if merged is None else merged.merge(its)
+        return merged
+
+
+@contextlib.contextmanager
+def _interrupts_after() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: in the middle of an exchange it would leave the others there."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *seen: pressed.append(seen))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            before(*pressed[0])

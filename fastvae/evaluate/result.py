@@ -1,0 +1,237 @@
+"""What an evaluation comes to: its numbers, put together from those of the batches."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._terminal import printable
+from .checkpoint import write_arrays
+from .parts import Part
+
+ACTIVE = 0.01  # variance of the posterior mean, Burda et al. 2016
+UNTRUSTED = 0.7  # Pareto k̂, Vehtari et al. 2024
+LEAST_FOR_KHAT = 21  # draws, for a tail of five
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The result of :func:`evaluate`: numbers for the data set, and float64 tensors [N] for its examples, in
+    their order. ``print`` it for a summary, :meth:`save` it to a file.
+    """
+
+    nll: float
+    """Mean of −log p(x), in nats per example."""
+    stderr: float
+    """Standard error of nll over the choice of examples."""
+    mc_stderr: float
+    """Standard error of nll over the draws of z: what another seed would change."""
+    bits_per_dim: float
+    """nll / (X log 2) for X numbers in an example. For data that were dequantised from 2^b levels to [0, 1],
+    add b."""
+    log_px: Tensor
+    """log p(x) of each example, in nats."""
+    log_px_stderr: Tensor
+    """Its standard error over the draws."""
+    ess: Tensor
+    """Effective sample size."""
+    khat: Tensor
+    """Pareto k̂: above 0.7 the example's log_px and its standard error are not to be trusted."""
+    k: Tensor
+    """Draws made, int64."""
+    elbo: Tensor
+    """Mean of the log weights: the bound of k=1."""
+    active_units: int | None
+    """Latents whose posterior mean has a variance above 0.01 over the data (Burda et al.); None where q has
+    no ``mu``, or NaN in it."""
+    kl_per_dim: Tensor | None
+    """KL(q ‖ p) of each latent, averaged over the data [D]; None where q has no analytic KL."""
+    curve: list[tuple[int, float, float]]
+    """(draws, nll by so many draws of each example at most, its standard error over examples), rising
+    draws."""
+    dims: float
+    """Numbers in an example, X; their mean where examples differ in size."""
+
+    @property
+    def ess_quantiles(self) -> tuple[float, float, float]:
+        """5 %, 50 % and 95 % of the effective sample sizes."""
+        values = self.ess[self.ess.isfinite()]
+        if not len(values):
+            return math.nan, math.nan, math.nan
+        return tuple(torch.quantile(values, values.new_tensor([0.05, 0.5, 0.95])).tolist())
+
+    @property
+    def untrusted(self) -> float:
+        """The share of the examples whose k̂ is above 0.7."""
+        return float((self.khat > UNTRUSTED).double().mean())
+
+    def __str__(self) -> str:
+        n, fewest, most = len(self.log_px), int(self.k.min()), int(self.k.max())
+        draws = f"{most} draw{'s' * (most > 1)} each"
+        if fewest != most:
+            draws = f"{fewest} to {most} draws, {float(self.k.double().mean()):.0f} on average"
+        gap = float((self.log_px - self.elbo).mean())
+        low, median, high = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in self.ess_quantiles)
+        error = f" ± {self.stderr:.2f}" * (n > 1)
+        nll = f"{self.nll:.2f}{error} nats (± {self.mc_stderr:.2g} by the draws)"
+        ess = f"median {median}; {low} to {high} for nine of ten examples" if n > 1 else median
+        lines = [
+            f"log p(x) of {n} example{'s' * (n > 1)}, {draws}",
+            f"  NLL            {nll}",
+            f"  bits           {self.bits_per_dim:.4f} per dimension, of {self.dims:g}",
+            f"  ELBO           {float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)",
+            f"  ESS            {ess}",
+        ]
+        if bool(self.khat.isnan().all()):
+            lines.append(f"  Pareto k-hat   unknown; it takes {LEAST_FOR_KHAT} draws")
+        else:
+            share = f"above {UNTRUSTED} for {100 * self.untrusted:.1f} % of the examples"
+            lines.append(f"  Pareto k-hat   median {float(self.khat.nanmedian()):.2f}; {share}")
+            if self.untrusted:
+                lines[-1] += ","
+                lines.append("                 whose log p(x) is not to be trusted, and likely too low")
+        if self.active_units is not None:
+            total = kl = ""
+            if self.kl_per_dim is not None:
+                total = f" of {len(self.kl_per_dim)}"
+                kl = f"; KL {float(self.kl_per_dim.sum()):.2f} nats"
+            lines.append(f"  latents        {self.active_units}{total} active{kl}")
+        if nan := int(self.log_px.isnan().sum()):
+            lines.append(f"  NaN            {nan} example{'s' * (nan > 1)}")
+        # A summary must not end a script whose output has no sign for ±.
+        return printable("\n".join(lines), sys.stdout)
+
+    __repr__ = __str__
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write every field to an .npz file, for :meth:`load` and ``numpy.load``; what is None is left out.
+        A file that is there is replaced when the new one is complete.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        arrays = {name: np.asarray(v) for name, v in values.items() if v is not None}
+        write_arrays(Path(path).expanduser(), arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evaluation:
+        """The result that :meth:`save` wrote.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it holds something else.
+
+        Example:
+            >>> import tempfile, torch, fastvae
+            >>> def encoder(x):
+            ...     return torch.zeros(len(x), 2), torch.zeros(len(x), 2)
+            >>> decoder, x = torch.nn.Linear(2, 8), torch.rand(16, 8)
+            >>> result = fastvae.evaluate(encoder, decoder, x, k=50, likelihood="bernoulli", progress=False)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     result.save(f"{folder}/result.npz")
+            ...     again = fastvae.Evaluation.load(f"{folder}/result.npz")
+            >>> torch.equal(again.log_px, result.log_px)
+            True
+        """
+        try:
+            with np.load(Path(path).expanduser(), allow_pickle=False) as file:
+                values = _fields_of(dict(file))
+        except OSError:
+            raise
+        except Exception as error:  # whatever a file of something else brings about
+            raise ValueError(
+                f"{os.fspath(path)} holds no result that Evaluation.save wrote ({type(error).__name__}: "
+                f"{error})"
+            ) from None
+        return cls(**values)
+
+
+def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Of an Evaluation that was saved."""
+    if "settings" in arrays:
+        raise ValueError("it is a checkpoint; evaluate(..., checkpoint=path) returns the result")
+    n = len(arrays["log_px"])
+    values: dict[str, Any] = {}
+    for field in fields(Evaluation):
+        name, value = field.name, arrays.get(field.name)
+        if value is None and field.type.endswith("| None"):
+            values[name] = None
+        elif value is None:
+            raise ValueError(f"there is no {name}")
+        elif name == "curve":
+            values[name] = [(int(k), nll, error) for k, nll, error in value.tolist()]
+        elif "Tensor" in field.type:
+            if value.shape != (n,) and name != "kl_per_dim":
+                raise ValueError(f"{name} has shape {list(value.shape)}; log_px has [{n}]")
+            values[name] = torch.from_numpy(value)
+        else:
+            values[name] = value.item()
+    return values
+
+
+def combine(parts: list[Part], looks: list[int]) -> Evaluation:
+    def joined(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(p, name) for p in parts], -1))
+
+    log_px, stderr, curve = joined("log_px"), joined("stderr"), joined("curve")
+    n = len(log_px)
+    total = sum(p.dims * len(p.log_px) for p in parts)
+    advice = (
+        ", and so are means over all; look at their x, q and decoder output, or take -result.log_px.nanmean()"
+    )
+    _warn_about("NaN", log_px.isnan(), advice)
+    advice = ": every draw was impossible, so it takes more draws or another q"
+    _warn_about("-inf", log_px == -math.inf, advice)
+    nll = -float(log_px.mean())
+    active, kl = _latents(parts)
+    return Evaluation(
+        nll=nll,
+        stderr=_standard_error(log_px),
+        mc_stderr=float(stderr.square().sum().sqrt()) / n,
+        bits_per_dim=nll * n / (total * math.log(2)) if total else math.nan,
+        log_px=log_px,
+        log_px_stderr=stderr,
+        ess=joined("ess"),
+        khat=joined("khat"),
+        k=joined("k"),
+        elbo=joined("elbo"),
+        active_units=active,
+        kl_per_dim=kl,
+        curve=[(k, -float(v.mean()), _standard_error(v)) for k, v in zip(looks, curve, strict=True)],
+        dims=total / n,
+    )
+
+
+def _warn_about(what: str, which: Tensor, advice: str) -> None:
+    if count := int(which.sum()):
+        first = ", ".join(map(str, which.nonzero()[:5, 0].tolist())) + ", …" * (count > 5)
+        warnings.warn(
+            f"fastvae.evaluate: log p(x) is {what} for {count} of {len(which)} examples (number "
+            f"{first}){advice}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _latents(parts: list[Part]) -> tuple[int | None, Tensor | None]:
+    """Active units and KL per dimension, by adding sums, and squared deviations about the common mean."""
+    if not parts[0].latent.shape[1]:
+        return None, None
+    sizes = np.array([len(p.log_px) for p in parts], dtype=np.float64)[:, None]
+    mean, deviations, *kl = np.stack([p.latent for p in parts], 1)  # each [parts, D]
+    n = sizes.sum()
+    common = (sizes * mean).sum(0) / n
+    variance = (deviations + sizes * (mean - common) ** 2).sum(0) / max(n - 1, 1)
+    active = None if np.isnan(variance).any() else int((variance > ACTIVE).sum())
+    return active, torch.from_numpy(kl[0].sum(0) / n) if kl else None
