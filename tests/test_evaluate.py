@@ -1036,7 +1036,10 @@ def test_saving_takes_little_of_the_time_and_leaves_nothing_behind(tmp_path, mon
         return q(x)
 
     monkeypatch.setattr(Store, "_write", slow)
-    monkeypatch.setattr("fastvae.evaluate.checkpoint.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    # By its name fastvae.evaluate is the function.
+    monkeypatch.setattr(
+        sys.modules["fastvae.evaluate.checkpoint"], "time", types.SimpleNamespace(monotonic=lambda: now[0])
+    )
     _assert_same(_evaluate(model, encoder, x, batch_size=1, checkpoint=tmp_path / "b.npz"), result, 1e-14)
     # After the first batch, when 20 times as long has gone by, in the end, and when all is put together.
     assert writes[0] == 1

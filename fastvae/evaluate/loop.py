@@ -81,8 +81,8 @@ def evaluate(
         batch_size: of data that do not come in batches.
         likelihood, prior: as in :func:`fastvae.elbo`.
         checkpoint: a file, such as ``"run.npz"``, that gets the results as they come. If it exists, the work
-            goes on where it stopped, with its seed. It is refused for other parameters, data or settings. When
-            it cannot be written, a warning says so and the work goes on.
+            goes on where it stopped, with its seed. It is refused for other parameters, data or settings.
+            When it cannot be written, a warning says so and the work goes on.
         shard: under torch.distributed, what ranks share: ``"data"``, whole batches; ``"samples"``, each
             example's draws, for few examples and a large k; or ``"none"``, nothing: this process evaluates
             alone, and others need not call evaluate.
