@@ -84,7 +84,7 @@ _HOLDERS = (nn.Module, td.Distribution, td.Transform)
 
 
 def held(value: Any) -> Any:
-    """A distribution with the same values, through whose parameters no gradient passes."""
+    """A copy with the same values, through whose parameters no gradient passes."""
     return _held(value, {})
 
 

@@ -76,8 +76,8 @@ def _posterior(q: Distribution) -> Distribution:
             )
     elif not hasattr(q, "batch"):
         raise TypeError(
-            f"q is {type(q).__name__}, which has no rows (batch and device) and so is no posterior: give the "
-            "distribution that the encoder says for each example"
+            f"q is {type(q).__name__}, which has no rows (batch and device), so it is not a posterior: pass "
+            "the distribution that the encoder returns for each example"
         )
     return q
 
