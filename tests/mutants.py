@@ -384,7 +384,7 @@ CPP = [
         "range check: first tile of rows alone",
         "csrc/likelihood.hpp",
         "if (f.checked && k == 0) o |=",
-        "if (f.checked && k == 0 && b == 0)",
+        "if (f.checked && i == 0) o |=",
         ("numbers::test_a_single_target_out_of_range_is_refused",),
     ),
     Mutant(
