@@ -184,6 +184,34 @@ struct WeighArguments {
   }
 };
 
+// x (B, X) and parameters (B, X) or (K, B, X) in full, from this position on; `fits` says whether they are.
+struct FullRows {
+  Given x, parameter[kMostParameters];
+  int count = 0, wide = kFloat32;
+  bool fits = false;
+  Rows rows{};
+
+  FullRows(const char* likelihood, const py::args& given, Py_ssize_t first, Py_ssize_t outputs) {
+    const auto at = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(given.ptr(), first + i); };
+    if (outputs < 1 || outputs > kMostParameters || Shape(at(0)).axes != 2 || Shape(at(1)).axes > 3) return;
+    x = Given(at(0));
+    rows.likelihood = number_of(likelihood), rows.threads = number_of_threads(), rows.x = x;
+    wide = x.wide();
+    for (; count < outputs; ++count) {
+      const Shape shape(at(count + 1));
+      if (shape.axes != 2 && shape.axes != 3) return;
+      const Given p(at(count + 1));
+      const Tensor t = p.along(3), full = parameter[0].along(3);
+      if (t.n1 != x.n0 || t.n2 != x.n1 || (count > 0 && (p.axes != parameter[0].axes || t.n0 != full.n0))) return;
+      parameter[count] = p, rows.p[count] = t, rows.kind[count] = kFull;
+      if (p.dtype == kFloat64) wide = kFloat64;
+    }
+    rows.samples = rows.p[0].n0, rows.rows = x.n0, rows.columns = x.n1;
+    fits = parameter[0].size() > 0;
+  }
+  Made per_row() const { return parameter[0].axes == 2 ? make(x, {rows.rows}, wide) : make(x, {rows.samples, rows.rows}, wide); }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -244,6 +272,34 @@ PYBIND11_MODULE(_C, m) {
         run(a, wide, {grad.along(2), x, {p[0], p[1], p[2]}});
       },
       release());
+  // x, parameters -> log-likelihoods. What is not in full, or has an x that lies where it cannot, is left to `otherwise`.
+  m.def("full_log_prob", [](const char* likelihood, py::handle otherwise, const py::args& given) -> py::object {
+    static const auto run = FASTVAE_PICK(log_prob);
+    const FullRows a(likelihood, given, 0, PyTuple_GET_SIZE(given.ptr()) - 1);
+    if (!a.fits) return otherwise(*given);
+    const Made out = a.per_row();
+    return released(run, a.rows, a.wide == kFloat64, out) ? out.object : py::object(otherwise(*given));
+  });
+  // What arrives, x, parameters, need -> gradients of x and of the parameters.
+  m.def("full_log_prob_backward", [](const char* likelihood, py::handle otherwise, const py::args& given) -> py::object {
+    static const auto run = FASTVAE_PICK(log_prob_backward);
+    const Py_ssize_t outputs = PyTuple_GET_SIZE(given.ptr()) - 3;
+    const FullRows a(likelihood, given, 1, outputs);
+    const Shape arrived(PyTuple_GET_ITEM(given.ptr(), 0));
+    if (!a.fits || arrived.axes != a.parameter[0].axes - 1) return otherwise(*given);
+    const Tensor grad = tensor_of(PyTuple_GET_ITEM(given.ptr(), 0));
+    const Need need = py::cast<Need>(py::handle(PyTuple_GET_ITEM(given.ptr(), outputs + 2)));
+    const Made to_x = need[0] ? make_like(a.x) : Made();
+    Made to[kMostParameters];
+    for (int j = 0; j < a.count; ++j) {
+      if (need[j + 1]) to[j] = make_like(a.parameter[j]);
+    }
+    released(run, a.rows, a.wide == kFloat64, RowGradients{grad.along(2), to_x, {to[0], to[1], to[2]}});
+    py::tuple grads(a.count + 1);
+    grads[0] = to_x.object;
+    for (int j = 0; j < a.count; ++j) grads[j + 1] = to[j].object;
+    return std::move(grads);
+  });
   // x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. Where there is nothing to sum over, or x lies where
   // it cannot, `otherwise` is called with them.
   m.def("weigh", [](const char* likelihood, py::handle otherwise, const py::args& given) -> py::object {

@@ -10,6 +10,7 @@ over samples and rows (a row per pixel), or over pixels as well (one number, fix
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -137,16 +138,6 @@ def _flat(x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]
     return x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel()), flat
 
 
-def _are_rows(x: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether these are all [B, X], of one shape and dtype: the C++ takes them as they are."""
-    if x.dim() != 2:
-        return False
-    for t in parameters:  # noqa: SIM110
-        if t.shape != x.shape or t.dtype != x.dtype:
-            return False
-    return True
-
-
 class LogProb(Op):
     """log p(x|z) [..., B] of x [B, *event] and parameters [..., B, *event]."""
 
@@ -157,18 +148,16 @@ class LogProb(Op):
         self.name = f"{likelihood.name}_log_prob"
         self.schema = f"(Tensor x, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}) -> Tensor"
         self.gradient = _LogProbBackward(likelihood)
+        self.native = functools.partial(_backend.native("full_log_prob"), likelihood.name, self._native)
         super().__init__()
 
-    def native(self, x, *parameters):
-        if _are_rows(x, parameters):
-            result, in_range = native_log_prob(self.likelihood.name, x, *parameters)
-        else:
-            rows, flat = _flat(x, parameters)
-            result, in_range = native_log_prob(self.likelihood.name, rows, *flat)
-            result = in_shape(result, self._shape(x, parameters))
+    def _native(self, x, *parameters):
+        """Of parameters that broadcast, and events of several axes."""
+        rows, flat = _flat(x, parameters)
+        result, in_range = native_log_prob(self.likelihood.name, rows, *flat)
         if not in_range:
             refuse(self.likelihood, x)
-        return result
+        return in_shape(result, self._shape(x, parameters))
 
     def composed(self, backend):
         function = _backend.layer(backend, self.module).log_prob
@@ -209,12 +198,13 @@ class _LogProbBackward(Op):
             f"(Tensor grad, Tensor x, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}, "
             f"bool[{number}] need) -> ({', '.join(['Tensor'] * number)})"
         )
+        self.native = functools.partial(
+            _backend.native("full_log_prob_backward"), likelihood.name, self._native
+        )
         super().__init__()
 
-    def native(self, grad, x, *rest):
+    def _native(self, grad, x, *rest):
         *parameters, need = rest
-        if _are_rows(x, parameters):
-            return native_log_prob_backward(self.likelihood.name, grad, x, tuple(parameters), need)
         rows, flat = _flat(x, parameters)
         grads = native_log_prob_backward(
             self.likelihood.name, grad.reshape(flat[0].shape[:2]), rows, tuple(flat), need
