@@ -8,7 +8,7 @@ namespace fastvae {
 
 struct Glance {
   PyObject *tensor, *parameter, *is_wrapped, *transforms, *modes, *tracing, *forward_ad;
-  PyObject *level, *is_cpu, *is_cuda, *requires_grad, *device;
+  PyObject *level, *is_cpu, *is_cuda, *requires_grad, *device, *is_neg;
   Glance() {
     const auto kept = [](pybind11::object object) { return object.release().ptr(); };
     const pybind11::module_ torch = pybind11::module_::import("torch"), c = torch.attr("_C");
@@ -19,6 +19,7 @@ struct Glance {
     forward_ad = kept(pybind11::module_::import("torch.autograd.forward_ad"));
     level = PyUnicode_InternFromString("_current_level");
     is_cpu = PyUnicode_InternFromString("is_cpu"), is_cuda = PyUnicode_InternFromString("is_cuda");
+    is_neg = PyUnicode_InternFromString("is_neg");
     requires_grad = PyUnicode_InternFromString("requires_grad"), device = PyUnicode_InternFromString("device");
   }
 };
@@ -100,6 +101,8 @@ inline int plain(PyObject* tensors) {
     PyObject* t = PyTuple_GET_ITEM(tensors, i);
     if (t == Py_None) continue;
     if (!is_tensor(t) || owned(PyObject_CallOneArg(names.is_wrapped, t)).ptr() == Py_True) return 0;
+    // A view that is negative lazily is for the dispatcher to resolve.
+    if (owned(PyObject_CallMethodNoArgs(t, names.is_neg)).ptr() == Py_True) return 0;
     if (asks(t, names.is_cpu)) {
       found |= kOnCpu;
     } else if (asks(t, names.is_cuda)) {

@@ -36,7 +36,8 @@ def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
         if t is None:
             continue
         # What torch.func.vjp saved is still wrapped when its function is called, outside of the transform.
-        if type(t) not in _PLAIN or _is_wrapped(t) or not (t.is_cpu or t.is_cuda):
+        # A view that is negative lazily is for the dispatcher to resolve.
+        if type(t) not in _PLAIN or _is_wrapped(t) or t.is_neg() or not (t.is_cpu or t.is_cuda):
             return 0
         found |= (ON_CPU if t.is_cpu else ON_GPU) | (WANTED if t.requires_grad else 0)
     # The seed of a GPU's tensors is on the GPU, too; what is not must not be overlooked.

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch import distributions as td
 
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
 from .distributions import Distribution, as_posterior, as_prior
+from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
 from .likelihoods.base import Likelihood, as_likelihood
@@ -75,6 +77,12 @@ class VAE(nn.Module):
                 raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
             setattr(self, name, _as_module(name, value, self))
         self.likelihood = as_likelihood(likelihood)
+        if isinstance(prior, td.Distribution) and any(t.requires_grad for t in tensors_of(prior)):
+            raise TypeError(
+                f"prior is a torch.distributions.{type(prior).__name__} with learned parameters, which a "
+                "module cannot find in it: they would not be trained. Use fastvae.DiagonalNormal(mu, logvar) with "
+                "nn.Parameters, or a subclass of fastvae.Distribution that has the parameters and a log_prob"
+            )
         self.prior = as_prior(prior)
         self.latent_dim = (
             None if latent_dim is None else check_count("latent_dim", latent_dim, "the number of latents")

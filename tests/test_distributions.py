@@ -465,3 +465,96 @@ def test_what_a_family_lacks_is_said():
     bare = fastvae.VAE(lambda x: q, decoder, **BERNOULLI)
     with pytest.raises(ValueError, match="mean of q.* is not known"):
         bare.reconstruct(x)
+
+
+# Subclasses and seams
+
+
+def test_a_subclass_of_the_standard_normal_has_no_kl_of_its_parent():
+    class Wider(fastvae.StandardNormal):
+        def log_prob(self, z):
+            return super().log_prob(z / 2) - z.shape[-1] * math.log(2)
+
+    assert closed_kl(fastvae.DiagonalNormal(randn(B, D, seed=1), randn(B, D, seed=2)), Wider()) is None
+
+
+@pytest.mark.parametrize("family", [td.Normal, td.Laplace, td.LogNormal])
+def test_a_subclass_of_torchs_draws_and_weighs_as_it_says(family):
+    class Clipped(family):
+        def rsample(self, shape=()):
+            return super().rsample(shape).clamp(0.5, 1)
+
+        def log_prob(self, value):
+            return 2 * super().log_prob(value)
+
+    q = Clipped(torch.zeros(B, D, device=DEVICE), torch.ones(B, D, device=DEVICE))
+    seen = []
+    parts = fastvae.log_weights(
+        torch.rand(B, D, device=DEVICE),
+        q,
+        lambda z: seen.append(z) or z,
+        k=K,
+        prior=Clipped(0.0, 1.0),
+        **BERNOULLI,
+    )
+    assert bool(((seen[0] >= 0.5) & (seen[0] <= 1)).all())
+    # q and p have one density: what is left of the ratio is rounding.
+    torch.testing.assert_close(parts.log_ratio, torch.zeros(K, B, device=DEVICE), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
+def test_parameters_that_cannot_be_held_are_an_error(estimator):
+    """In a closure: counted twice, they would give the prior a wrong gradient without a word."""
+    weight = torch.ones(D, device=DEVICE, requires_grad=True)
+
+    class Reaching(fastvae.Distribution):
+        def __init__(self):
+            super().__init__()
+            self.density = lambda z: -(z * weight).square().sum(-1)
+
+        def log_prob(self, z):
+            return self.density(z)
+
+    q = randn(B, D, seed=1).requires_grad_(), randn(B, D, seed=2).requires_grad_()
+    x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
+    options = {"k": K, "prior": Reaching(), "estimator": estimator}
+    call = lambda: fastvae.iwae(x, q, decoder, **options, **BERNOULLI)  # noqa: E731
+    if estimator == "dreg":
+        with pytest.raises(RuntimeError, match="Reaching.log_prob with its parameters held fixed.*closure"):
+            call()
+    else:
+        assert torch.autograd.grad(call(), weight)[0].isfinite().all()
+
+
+def test_a_learned_prior_of_torchs_is_refused_by_a_module():
+    learned = td.Laplace(nn.Parameter(torch.zeros(D)), torch.ones(D))
+    with pytest.raises(TypeError, match=r"Laplace with learned parameters.*not be trained.*Diagonal"):
+        fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), prior=learned)
+
+
+def test_drawing_leaves_other_devices_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("reseeded"))
+    q = td.Gamma(torch.ones(B, D), torch.ones(B, D))
+    TorchDistribution(q).rsample(2, torch.tensor(3))
+
+
+def test_what_is_registered_is_looked_at():
+    for wrong in (td.Gamma, fastvae.StandardNormal(), 3):
+        with pytest.raises(TypeError, match="register_kl takes subclasses of fastvae.Distribution"):
+            fastvae.register_kl(wrong, fastvae.StandardNormal)
+
+    class Forgetful(Own):
+        def log_prob(self, z):
+            return super().log_prob(z)
+
+    fastvae.register_kl(Forgetful, fastvae.StandardNormal)(lambda q, p: None)
+    with pytest.raises(TypeError, match="registered KL of Forgetful and StandardNormal returned None"):
+        closed_kl(Forgetful(randn(B, D, seed=1), randn(B, D, seed=2)), fastvae.StandardNormal())
+
+
+def test_lazily_negative_tensors():
+    """Views that the dispatcher resolves, which the short way must not read as they lie."""
+    mu, logvar, seed = randn(B, D, seed=1), randn(B, D, seed=2), torch.tensor(3, device=DEVICE)
+    expected = fastvae.ops.rsample_kl(mu, logvar, seed=seed)
+    for a, b in zip(fastvae.ops.rsample_kl(torch._neg_view(-mu), logvar, seed=seed), expected, strict=True):
+        torch.testing.assert_close(a, b)

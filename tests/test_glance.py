@@ -36,6 +36,7 @@ def tensors():
     yield "subclass", (torch.zeros(2), torch.zeros(2).as_subclass(Own))
     yield "no tensor", (torch.zeros(2), 3.0)
     yield "meta", (torch.zeros(2, device="meta"),)
+    yield "negative", (torch.zeros(2), torch._neg_view(torch.ones(2)))
     yield "list", (torch.zeros(2), [1])
     if CUDA:
         yield "on a GPU", (torch.zeros(2, device="cuda"), None)

@@ -133,6 +133,13 @@ def register_kl(q: type[Distribution], p: type[Distribution]) -> Callable[[_Clos
         ...     return torch.zeros_like(q.mu)
     """
 
+    for family in (q, p):
+        if not (isinstance(family, type) and issubclass(family, Distribution)):
+            raise TypeError(
+                f"register_kl takes subclasses of fastvae.Distribution, got {family!r}; for families of "
+                "torch.distributions use torch.distributions.register_kl, which is asked too"
+            )
+
     def register(function: _Closed) -> _Closed:
         _closed[q, p] = function
         return function
@@ -146,7 +153,13 @@ def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
         for b in type(p).__mro__:
             function = _closed.get((a, b))
             if function is not None and is_still(q, a) and is_still(p, b):
-                return function(q, p)
+                kl = function(q, p)
+                if kl is None:
+                    raise TypeError(
+                        f"the registered KL of {a.__name__} and {b.__name__} returned None; expected a "
+                        "tensor, [B, D] or [B]"
+                    )
+                return kl
     one, other = q.as_torch(), p.as_torch()
     if one is None or other is None:
         return None

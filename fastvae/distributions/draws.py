@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from .. import ops
 from .._checks import check_result
@@ -135,13 +136,29 @@ def _composed(
     if estimator == "iwae":
         return z, _log_prob(p, z, "p(z)") - log_q, None
     # Of q's own parameters nothing but z is left.
-    log_q = _log_prob(held(q), z, "q(z|x)")
+    log_q = _log_prob(_held(q, z, estimator), z, "q(z|x)")
     if estimator == "stl":
         return z, _log_prob(p, z, "p(z)") - log_q, None
     log_p = _log_prob(p, z.detach(), "p(z)")
-    z, log_ratio, *whole = _DReG.apply(z, _log_prob(held(p), z, "p(z)") - log_q, chunk)  # type: ignore[no-untyped-call]
+    z, log_ratio, *whole = _DReG.apply(z, _log_prob(_held(p, z, estimator), z, "p(z)") - log_q, chunk)  # type: ignore[no-untyped-call]
     # The prior's gradient is that of the bound: its parameters are reached beside z.
     return z, log_ratio + (log_p - log_p.detach()), whole[0] if whole else None
+
+
+def _held(distribution: Distribution, z: Tensor, estimator: str) -> Distribution:
+    """The distribution held fixed, and looked at: what a family of the user's reaches need not be its own."""
+    fixed: Distribution = held(distribution)
+    kind = type(getattr(distribution, "distribution", distribution))
+    known = kind.__module__.startswith(("fastvae.distributions.", "torch.distributions."))
+    known = known and not issubclass(kind, td.TransformedDistribution)  # whose transforms may be anything
+    if not (known or torch.compiler.is_compiling()) and fixed.log_prob(z.detach()).requires_grad:
+        raise RuntimeError(
+            f"estimator={estimator!r} needs {describe(distribution)}.log_prob with its parameters held "
+            "fixed, but it reaches some that are not its own tensors or modules: in a closure, a namedtuple, a "
+            "compiled or scripted module. Keep them as attributes of the distribution, or use "
+            "estimator='iwae'"
+        )
+    return fixed
 
 
 class _DReG(torch.autograd.Function):

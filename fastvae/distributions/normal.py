@@ -39,7 +39,7 @@ class StandardNormal(Distribution):
         return random.normal(random.draw_seed(device or "cpu", generator), 1, n, dim)[0]
 
     def as_torch(self) -> td.Normal | None:
-        return td.Normal(0.0, 1.0, validate_args=False)
+        return td.Normal(0.0, 1.0, validate_args=False) if is_still(self, StandardNormal) else None
 
 
 class DiagonalNormal(Distribution):

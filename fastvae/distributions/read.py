@@ -32,7 +32,7 @@ def as_posterior(q: Any) -> Distribution:
     if type(q) is list and len(q) == 2:
         return _pair(*q)
     if isinstance(q, td.Distribution):
-        if isinstance(normal := _univariate(q), td.Normal):
+        if type(normal := _univariate(q)) is td.Normal:
             return _pair(normal.loc, 2 * normal.scale.log())
         return _posterior(TorchDistribution(q))
     if (inner := _named(q, "latent_dist")) is not None:
@@ -74,7 +74,7 @@ def _posterior(q: Distribution) -> Distribution:
             raise TypeError(
                 f"q is a {_describe(d)}, which has no rsample (reparameterised draws); use a family that has"
             )
-    elif not hasattr(q, "batch"):
+    elif not (hasattr(q, "batch") and hasattr(q, "device")):
         raise TypeError(
             f"q is {type(q).__name__}, which has no rows (batch and device), so it is not a posterior: pass "
             "the distribution that the encoder returns for each example"
@@ -133,7 +133,7 @@ def as_prior(prior: Any) -> Distribution:
             )
         return _NAMES[prior]()
     if isinstance(prior, td.Distribution):
-        if isinstance(normal := _univariate(prior), td.Normal):
+        if type(normal := _univariate(prior)) is td.Normal:
             return DiagonalNormal(normal.loc, 2 * normal.scale.log())
         return TorchDistribution(prior)
     raise TypeError(

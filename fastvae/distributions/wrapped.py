@@ -52,7 +52,7 @@ class TorchDistribution(Distribution):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return next(_tensors(self.distribution), torch.empty(())).device
+        return next(tensors_of(self.distribution), torch.empty(())).device
 
     @property
     def mean(self) -> Tensor | None:  # type: ignore[override]
@@ -80,8 +80,8 @@ class TorchDistribution(Distribution):
                 f"the distribution {type(d).__name__} of shape {list(shape)} does not broadcast to z's [B, "
                 f"D] = {list(z.shape[1:])}"
             )
-        if self.device != z.device and any(t.dim() for t in _tensors(d)):
-            check_same_device(f"the distribution {type(d).__name__}", next(_tensors(d)), "z", z)
+        if self.device != z.device and any(t.dim() for t in tensors_of(d)):
+            check_same_device(f"the distribution {type(d).__name__}", next(tensors_of(d)), "z", z)
         value = d.log_prob(z)
         return value if self._summed else value.sum(-1)
 
@@ -118,26 +118,26 @@ class TorchDistribution(Distribution):
         return self.distribution
 
 
-def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+def tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (td.Distribution, td.Transform)) and depth:
         for part in vars(value).values():
-            yield from _tensors(part, depth - 1)
+            yield from tensors_of(part, depth - 1)
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _tensors(part, depth)
+            yield from tensors_of(part, depth)
 
 
 def _at_address(
     d: td.Distribution, shape: tuple[int, ...], seed: Tensor, place: dict[str, Any]
 ) -> Tensor | None:
     """z of this shape, a function of addressed normal noise; None where that is not known."""
+    if not type(d).rsample.__module__.startswith("torch.distributions."):  # a subclass draws as it likes
+        return None
     if isinstance(d, td.Independent):
         return _at_address(d.base_dist, shape, seed, place)
-    if type(d) is td.TransformedDistribution or (
-        isinstance(d, td.TransformedDistribution) and type(d).rsample is td.TransformedDistribution.rsample
-    ):
+    if isinstance(d, td.TransformedDistribution) and type(d).rsample is td.TransformedDistribution.rsample:
         base = d.base_dist
         z = _at_address(base, (shape[0], *base.batch_shape, *base.event_shape), seed, place)
         for transform in d.transforms if z is not None else ():
@@ -145,7 +145,7 @@ def _at_address(
         return z
     if len(shape) != 3:
         return None
-    tensor = next(_tensors(d), None)
+    tensor = next(tensors_of(d), None)
     if tensor is None:
         return None
     # A quantile function takes what is left of a normal's 6.7 sigma in double precision.
@@ -165,12 +165,16 @@ class _seeded:
     def __init__(self, seed: Tensor, device: torch.device, sample_offset: int, row_offset: int):
         mixed = int(seed) + 0x9E3779B97F4A7C15 * (sample_offset + 1) + 0xC2B2AE3D27D4EB4F * (row_offset + 1)
         self._seed = mixed % 2**63
+        # Not torch.manual_seed, which reseeds every device.
+        self._generator = torch.default_generator
+        if device.type != "cpu":
+            self._generator = torch.get_device_module(device).default_generators[device.index]
         devices = [] if device.type == "cpu" else [device]
         self._fork = torch.random.fork_rng(devices, device_type=device.type)
 
     def __enter__(self) -> None:
         self._fork.__enter__()
-        torch.manual_seed(self._seed)
+        self._generator.manual_seed(self._seed)
 
     def __exit__(self, *error: Any) -> Any:
         return self._fork.__exit__(*error)
