@@ -80,8 +80,8 @@ class VAE(nn.Module):
         if isinstance(prior, td.Distribution) and any(t.requires_grad for t in tensors_of(prior)):
             raise TypeError(
                 f"prior is a torch.distributions.{type(prior).__name__} with learned parameters, which a "
-                "module cannot find in it: they would not be trained. Use fastvae.DiagonalNormal(mu, logvar) with "
-                "nn.Parameters, or a subclass of fastvae.Distribution that has the parameters and a log_prob"
+                "module cannot find in it: they would not be trained. Use fastvae.DiagonalNormal(mu, logvar) "
+                "with nn.Parameters, or a subclass of fastvae.Distribution with the parameters and a log_prob"
             )
         self.prior = as_prior(prior)
         self.latent_dim = (

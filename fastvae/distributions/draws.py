@@ -154,8 +154,8 @@ def _held(distribution: Distribution, z: Tensor, estimator: str) -> Distribution
     if not (known or torch.compiler.is_compiling()) and fixed.log_prob(z.detach()).requires_grad:
         raise RuntimeError(
             f"estimator={estimator!r} needs {describe(distribution)}.log_prob with its parameters held "
-            "fixed, but it reaches some that are not its own tensors or modules: in a closure, a namedtuple, a "
-            "compiled or scripted module. Keep them as attributes of the distribution, or use "
+            "fixed, but it reaches some that are not its own tensors or modules: in a closure, a namedtuple, "
+            "a compiled or scripted module. Keep them as attributes of the distribution, or use "
             "estimator='iwae'"
         )
     return fixed
