@@ -56,14 +56,18 @@ class Inputs(NamedTuple):
         return self.mu, self.logvar, *self.outputs
 
 
-def make(case: Case, likelihood: str) -> Inputs:
+def make(case: Case, likelihood: str, device: str) -> Inputs:
     torch.manual_seed(0)
     rows = max(1, case.k) * case.batch
-    mu, logvar = (torch.randn(case.batch, case.latent, requires_grad=True) for _ in range(2))
+
+    def randn(*shape):
+        return torch.randn(*shape, device=device)
+
+    mu, logvar = (randn(case.batch, case.latent).requires_grad_() for _ in range(2))
     number = 2 if likelihood == "gaussian" else 1
-    outputs = tuple((0.1 * torch.randn(rows, case.pixels)).requires_grad_() for _ in range(number))
-    x = torch.rand(case.batch, case.pixels).round()
-    return Inputs(x, mu, logvar, outputs, torch.randn(rows, case.latent))
+    outputs = tuple((0.1 * randn(rows, case.pixels)).requires_grad_() for _ in range(number))
+    x = torch.rand(case.batch, case.pixels, device=device).round()
+    return Inputs(x, mu, logvar, outputs, randn(rows, case.latent))
 
 
 class Link(torch.autograd.Function):
@@ -91,7 +95,7 @@ def ours(case: Case, likelihood: str, i: Inputs) -> Tensor:
 
 def eager(case: Case, likelihood: str, i: Inputs) -> Tensor:
     k = max(1, case.k)
-    eps = torch.randn(k, *i.mu.shape)
+    eps = torch.randn(k, *i.mu.shape, device=i.mu.device)
     z = i.mu + torch.exp(0.5 * i.logvar) * eps
     outputs = Link.apply(z.flatten(0, 1), i.grad_z, *i.outputs)
     x = i.x.expand(k, *i.x.shape).flatten(0, 1)
@@ -177,17 +181,29 @@ def implementations(
     return runs
 
 
-def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each run in each round, less those of the link beside it."""
+def measure(
+    runs: dict[str, Callable[[], object]], rounds: int, calls: int = 1, wait: Callable[[], object] = bool
+) -> dict[str, list[float]]:
+    """Microseconds of each run in each round, less those of the link beside it.
+
+    Args:
+        runs: what to measure.
+        rounds: how often.
+        calls: in a row in each round.
+        wait: returns when the device has done all it was asked to.
+    """
     for run in runs.values():
         for _ in range(20):
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            wait()
             before = time.perf_counter_ns()
-            run()
-            times[name].append((time.perf_counter_ns() - before) / 1e3)
+            for _ in range(calls):
+                run()
+            wait()
+            times[name].append((time.perf_counter_ns() - before) / (1e3 * calls))
     link = statistics.median(times.pop("link"))
     return {name: [t - link for t in values] for name, values in times.items()}
 
@@ -202,8 +218,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--cases", type=int, nargs="+", default=range(len(CASES)), help="some of them, by number"
     )
+    parser.add_argument(
+        "--device", default="cpu", help="of the tensors (default cpu); on another, twenty calls in a row"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args(arguments)
+    if options.device != "cpu":
+        options.threads = [torch.get_num_threads()]
     columns = [c for c in COLUMNS if not options.no_compile or "compile" not in c]
     keep_memory()
     print("microseconds, forward + backward without the decoder: median (20th to 80th percentile)\n")
@@ -216,8 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
                 + " | to eager | to compiled | to empty"
             )
             for case in (CASES[n] for n in options.cases):
-                i = make(case, likelihood)
-                found = measure(implementations(case, likelihood, i, not options.no_compile), options.rounds)
+                i = make(case, likelihood, options.device)
+                runs = implementations(case, likelihood, i, not options.no_compile)
+                queue = (20, torch.cuda.synchronize) if options.device.startswith("cuda") else ()
+                found = measure(runs, options.rounds, *queue)
                 middle = {name: statistics.median(values) for name, values in found.items()}
                 best = min(middle[c] for c in (OURS, COMPILED) if c in middle)
                 peers = [v for name, v in middle.items() if name.startswith("torch.compile")]

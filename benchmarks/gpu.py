@@ -44,6 +44,7 @@ from .measure import (
     measure_machine,
 )
 from .objectives import evaluated, evaluation, iwae_without_networks, steps
+from .weigh import bound
 
 ROOT = Path(__file__).parents[1]
 # What the process that measures returns when another must go on.
@@ -104,15 +105,20 @@ WORKS = {
     "rsample_kl": lambda size, place: rsample_kl(
         *size, FAST if size[0] == 1 else {}, place, _by(_rsample_kl)
     ),
+    "rsample_kl, chunked": lambda size, place: rsample_kl(*size, {}, place, chunked=True),
     "rsample_log_ratio": lambda size, place: rsample_log_ratio(*size, {}, place),
+    "rsample_log_ratio, chunked": lambda size, place: rsample_log_ratio(*size, {}, place, chunked=True),
     "gaussian_log_prob": lambda size, place: log_prob("gaussian", size, LEVEL, place, _by(_gaussian)),
     "bernoulli_log_prob": lambda size, place: log_prob("bernoulli", size, LEVEL, place, _by(_bernoulli)),
+    "poisson_log_prob": lambda size, place: log_prob("poisson", size, {}, place),
+    "weigh": lambda size, place: bound(*size, FAST, place),
     "log_mean_exp": lambda size, place: log_mean_exp(*size, {}, place),
-    "IWAE without networks": lambda size, place: iwae_without_networks(*size, FAST, place),
+    "IWAE without networks": lambda size, place: iwae_without_networks(*size, FAST, place, chunked=True),
     "overhead of rsample_kl": lambda size, place: _overhead(lambda p: rsample_kl(*size, {}, p), place),
     "overhead of bernoulli_log_prob": lambda size, place: _overhead(
         lambda p: log_prob("bernoulli", size, {}, p), place
     ),
+    "ELBO step": lambda size, place: steps("ELBO step", *size[:2], size[2:-1], size[-1], {}, place),
     "IWAE step": lambda size, place: steps("IWAE step", *size[:2], size[2:-1], size[-1], {}, place),
     "evaluation": lambda size, place: evaluation(
         *size[:2], (200,), 50, evaluated, size[3:], by_hand=size[2], place=place
@@ -166,47 +172,51 @@ def _plan() -> list[Item]:
 
     def main(precision):
         for what, *size in (
-            ("rsample_kl", 1, 65536, 256),
-            ("gaussian_log_prob", 50, 1024, 784),
-            ("bernoulli_log_prob", 50, 1024, 784),
+            ("rsample_log_ratio, chunked", 50, 1024, 50),
+            ("weigh", 50, 1024, 784),
             ("IWAE without networks", 50, 1024, 50, 784),
+            ("bernoulli_log_prob", 50, 1024, 784),
+            ("gaussian_log_prob", 50, 1024, 784),
+            ("rsample_kl", 1, 65536, 256),
+            ("rsample_kl, chunked", 1, 65536, 50),
         ):
             yield Item(what, tuple(size), precision, COMPILED, 12)
 
     def others(precision):
         for what, *size in (
-            ("rsample_kl", 1, 262144, 256),
+            ("gaussian_log_prob", 50, 4096, 100),
+            ("bernoulli_log_prob", 50, 65536, 8),
+            ("gaussian_log_prob", 50, 65536, 8),
+            ("bernoulli_log_prob", 64, 196608),
+            ("gaussian_log_prob", 64, 196608),
+            ("poisson_log_prob", 50, 1024, 2000),
+            ("rsample_kl", 1, 8192, 1568),
+            ("rsample_kl", 1, 4194304, 8),
+            ("rsample_log_ratio, chunked", 50, 8192, 10),
+            ("rsample_log_ratio", 50, 4096, 64),
             ("gaussian_log_prob", 16384, 784),
             ("bernoulli_log_prob", 16384, 784),
-            ("rsample_kl", 1, 8192, 1568),
-            ("rsample_log_ratio", 50, 1024, 784),
-            ("gaussian_log_prob", 64, 196608),
-            ("bernoulli_log_prob", 64, 196608),
-            ("gaussian_log_prob", 4194304, 8),
-            ("bernoulli_log_prob", 4194304, 8),
-            ("rsample_kl", 1, 4194304, 8),
         ):
             yield Item(what, tuple(size), precision)
 
-    def step(*arguments):
-        return Item("IWAE step", *arguments, small=(2, 3, 5, 20, 4))
+    def step(what, *arguments):
+        return Item(what, *arguments, small=(2, 3, 5, 20, 4))
 
     return [
         *main("float32"),
-        Item("evaluation", (5000, 10000, 500, 500), "bfloat16", seconds=25, small=(8, 4, 3, 4)),
         Item("log_mean_exp", (50, 1048576), versions=COMPILED, seconds=12),
+        step("IWAE step", (50, 64, 200, 200, 50), "float32", ALL, 30),
+        step("ELBO step", (1, 128, 200, 200, 50), "float32", ALL, 30),
         Item("overhead of rsample_kl", (1, 128, 32), versions=ALL, seconds=15),
         Item("overhead of bernoulli_log_prob", (128, 784), versions=ALL, seconds=15),
-        step((50, 1024, 200, 200, 50), "bfloat16", ALL, 30),
-        step((50, 64, 200, 200, 50), "float32", ALL, 30),
-        *main("bfloat16"),
-        Item("rsample_kl", (50, 4096, 64), versions=COMPILED, seconds=12),
-        Item("rsample_log_ratio", (50, 4096, 64), versions=COMPILED, seconds=12),
         *others("float32"),
+        *main("bfloat16"),
+        Item("evaluation", (5000, 10000, 500, 500), "bfloat16", seconds=25, small=(8, 4, 3, 4)),
         Item("log_mean_exp", (5000, 16384)),
+        Item("log_mean_exp", (50, 1024)),
+        step("IWAE step", (50, 1024, 200, 200, 50), "bfloat16", ALL, 30),
         *others("bfloat16"),
-        step((50, 64, 200, 200, 50), "bfloat16", COMPILED, 20),
-        step((50, 1024, 200, 200, 50), "float32", COMPILED, 20),
+        step("IWAE step", (50, 1024, 200, 200, 50), "float32", COMPILED, 20),
     ]
 
 

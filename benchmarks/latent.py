@@ -42,9 +42,9 @@ def eps_of(outputs, mu, logvar):
     return eps
 
 
-def rsample_kl(k, b, d, target, place: Place = CPU, peers=None):
+def rsample_kl(k, b, d, target, place: Place = CPU, peers=None, chunked=False):
     """The works of one size; ``peers`` are implementations besides eager PyTorch, of K samples (None for one
-    without an axis).
+    without an axis); mu and logvar are the halves of an encoder's output if ``chunked``.
     """
 
     def eager(mu, logvar):
@@ -64,11 +64,13 @@ def rsample_kl(k, b, d, target, place: Place = CPU, peers=None):
     forward = b * d * (EXP + EXPM1 + 3) + k * b * d * (NORMAL + 2)
     backward = b * d * (EXPM1 + 4) + 2 * k * b * d
     case = f"{'' if k == 1 else f'{k}×'}{b}×{d}"
-    yield from _works("rsample_kl", case, (k, b, d), functions, exact, b, (forward, backward), target, place)
+    yield from _works(
+        "rsample_kl", case, (k, b, d), functions, exact, b, (forward, backward), target, place, chunked
+    )
 
 
-def rsample_log_ratio(k, b, d, target, place: Place = CPU):
-    """The works of one size."""
+def rsample_log_ratio(k, b, d, target, place: Place = CPU, chunked=False):
+    """The works of one size; mu and logvar are the halves of an encoder's output if ``chunked``."""
 
     def eager(mu, logvar):
         eps = place.randn(k, b, d)
@@ -84,11 +86,27 @@ def rsample_log_ratio(k, b, d, target, place: Place = CPU):
     forward, backward = b * d * EXP + k * b * d * (NORMAL + 5), 6 * k * b * d
     case = f"{k}×{b}×{d}"
     yield from _works(
-        "rsample_log_ratio", case, (k, b, d), functions, exact, k * b, (forward, backward), target, place
+        "rsample_log_ratio",
+        case,
+        (k, b, d),
+        functions,
+        exact,
+        k * b,
+        (forward, backward),
+        target,
+        place,
+        chunked,
     )
 
 
-def _works(group, case, sizes, functions, exact, second, operations, target, place):
+def posterior(place: Place, b: int, d: int, chunked: bool):
+    """mu and logvar [B, D], leaves: two tensors, or as ``encoder(x).chunk(2, dim=1)`` returns them."""
+    if not chunked:
+        return tuple(place.randn(b, d, requires_grad=True) for _ in range(2))
+    return tuple(t.requires_grad_() for t in place.randn(b, 2 * d).chunk(2, dim=1))
+
+
+def _works(group, case, sizes, functions, exact, second, operations, target, place, chunked):
     """The works of either op; ``second`` is how many numbers its second result has."""
     k, b, d = sizes
     # Forward: mu, logvar in, both results out. Backward: mu, logvar, what arrives at both in, gradients out.
@@ -97,8 +115,8 @@ def _works(group, case, sizes, functions, exact, second, operations, target, pla
     backward = forward + size * 2 * b * d
     yield from op_works(
         group,
-        case,
-        lambda: tuple(place.randn(b, d, requires_grad=True) for _ in range(2)),
+        case + ", chunked" * chunked,
+        lambda: posterior(place, b, d, chunked),
         functions,
         exact,
         sampling=True,

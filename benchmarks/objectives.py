@@ -13,8 +13,9 @@ from torch.nn import functional
 
 import fastvae
 from fastvae import ops
+from fastvae.ops.weigh import Weighing, weigh
 
-from .latent import EXP, NORMAL, eps_of
+from .latent import EXP, NORMAL, eps_of, posterior
 from .likelihood import eager_bernoulli
 from .measure import COMPILE, CPU, FALLBACK, OURS, Place, Work, op_works
 
@@ -207,14 +208,17 @@ def _assert_same(ours, theirs, tolerance):
     assert cosine > 0.99, f"the gradient's direction differs: a cosine of {cosine:.3g}"
 
 
-def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU):
+def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU, chunked=False):
     """The works of the bound between encoder and decoder: z and the log-ratio from (mu, logvar), and from the
-    decoder's logits, which are given here, the bound. A gradient arrives at z, as from the decoder.
+    decoder's logits, which are given here, the bound. A gradient arrives at z, as from the decoder. mu and
+    logvar are the halves of an encoder's output if ``chunked``.
     """
+
+    how = Weighing(1.0, "log_mean_exp", "none")
 
     def ours(x, mu, logvar, logits):
         z, log_ratio = ops.rsample_log_ratio(mu, logvar, samples=k)
-        return z, ops.log_mean_exp(ops.bernoulli_log_prob(x, logits) + log_ratio)
+        return z, weigh("bernoulli", x, (logits.flatten(0, 1),), log_ratio, None, how)[0]
 
     def bound(x, logits, eps, z, logvar):
         log_w = eager_bernoulli(x, logits) + 0.5 * ((eps.square() - z.square()).sum(-1) + logvar.sum(-1))
@@ -232,7 +236,7 @@ def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU):
 
     def make():
         x = torch.rand(b, pixels, device=place.device).round().to(place.dtype)
-        q = (place.randn(b, d, requires_grad=True) for _ in range(2))
+        q = posterior(place, b, d, chunked)
         # A tenth: the weights are then not all one sample's.
         return x, *q, (0.1 * place.randn(k, b, pixels)).requires_grad_()
 
@@ -240,7 +244,7 @@ def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU):
     forward = size * (b * pixels + 2 * b * d + n + k * b * d) + 4 * b
     yield from op_works(
         "IWAE without networks",
-        f"{k}×{b}, {d} and {pixels}",
+        f"{k}×{b}, {d} and {pixels}" + ", chunked" * chunked,
         make,
         {OURS: ours, "eager": eager},
         exact,

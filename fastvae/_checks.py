@@ -68,8 +68,13 @@ def are_rows(mu: Any, logvar: Any) -> bool:
     )
 
 
+def on_same_device(device: torch.device, other: torch.device) -> bool:
+    """Whether they are equal; without an index one is the current of its type, which the other may be."""
+    return device == other or (device.type == other.type and None in (device.index, other.index))
+
+
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.device != other.device:
+    if not on_same_device(value.device, other.device):
         example = "" if " " in name else f", for example {name}.to({str(other.device)!r})"
         raise ValueError(
             f"{name} is on {value.device} but {other_name} is on {other.device}; move one of them{example}"
@@ -96,7 +101,7 @@ def check_result(
 ) -> None:
     """What a method that a user may have written returned: a floating-point tensor of this shape, here."""
     is_tensor = isinstance(value, Tensor)
-    if is_tensor and value.shape == shape and value.is_floating_point() and value.device == device:
+    if is_tensor and value.shape == shape and value.is_floating_point() and on_same_device(value.device, device):
         return
     method = f"{type(owner).__name__}.{method}"
     expected = f"expected {what} {axes} = [{', '.join(map(str, shape))}]"
@@ -145,7 +150,7 @@ def check_weight(name: str, value: Any, meaning: str, q: Any, *, per_row: bool) 
         expected = f"[] or [B] = [{q.batch}]" if per_row else "[]"
         raise ValueError(f"{name} has shape {shape_of(value)}; a tensor must be {expected}, {meaning}")
     # torch takes a CPU's number as it takes Python's, on any device.
-    if value.device != device and (value.dim() or value.device.type != "cpu"):
+    if not on_same_device(value.device, device) and (value.dim() or value.device.type != "cpu"):
         raise ValueError(
             f"{name} is on {value.device} but q is on {device}; move it with {name}.to({str(device)!r})"
         )

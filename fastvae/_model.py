@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_count, check_data, check_result, check_same_device, shape_of
+from ._checks import check_count, check_data, check_result, check_same_device, on_same_device, shape_of
 from ._glance import are_batch
 from .distributions import (
     STANDARD,
@@ -54,7 +54,7 @@ class Model(NamedTuple):
                 f"x has shape {shape_of(x)} but q has {q.batch} rows; the first axis of both must be the "
                 "batch"
             )
-        if x.device != q.device:
+        if not on_same_device(x.device, q.device):
             raise ValueError(f"x is on {x.device} but q is on {q.device}; move one of them")
         if not callable(decoder):
             raise TypeError(

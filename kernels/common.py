@@ -150,7 +150,8 @@ def log_of_parts(b_g, b_e):
     b_p = (b_p * b_g - 1.2420140846e-1) * b_g + 1.4249322787e-1
     b_p = (b_p * b_g - 1.6668057665e-1) * b_g + 2.0000714765e-1
     b_p = (b_p * b_g - 2.4999993993e-1) * b_g + 3.3333331174e-1
-    b_y = b_g * b_z * b_p + LOG_2_LOW * b_e - 0.5 * b_z
+    # Of two products the compiler may round either, in one tile this, in another that.
+    b_y = tl.fma(b_e, LOG_2_LOW, b_g * b_z * b_p) - 0.5 * b_z
     return (b_g + b_y) + LOG_2_HIGH * b_e
 
 

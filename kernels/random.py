@@ -90,7 +90,8 @@ def _cosine_and_sine(b_w):
     # Cephes' polynomials with their argument in turns, so that the rounding of 2 pi can be made good.
     b_z = b_t * b_t
     b_sin = ((-75.4456525 * b_z + 81.59376781) * b_z - 41.34167234) * b_z + TWO_PI_LOW
-    b_sin = b_t * TWO_PI_HIGH + b_t * b_sin
+    # Of two products the compiler may round either, in one tile this, in another that.
+    b_sin = tl.fma(b_t, TWO_PI_HIGH, b_t * b_sin)
     b_cos = (((59.3497009 * b_z - 85.44714096) * b_z + 64.93936132) * b_z - 19.7392088) * b_z + 1.0
     b_odd = (b_n & 1) != 0
     b_c = _with_sign(tl.where(b_odd, b_sin, b_cos), (add_bits(b_n, 1) & 2) << 30)

@@ -167,7 +167,8 @@ def _factor(beta: torch.Tensor | None, coefficient: float, like: torch.Tensor):
     batch = like.shape[1]
     if beta is None:
         return sign, like.new_full((batch,), abs(coefficient))
-    return sign, (abs(coefficient) * beta.to(like.dtype)).expand(batch).contiguous()
+    # One number may lie on the CPU, as torch's operators allow.
+    return sign, (abs(coefficient) * beta.to(like)).expand(batch).contiguous()
 
 
 def _constants(dtype: torch.dtype, sign: float, block_k: int, block_b: int) -> dict[str, object]:

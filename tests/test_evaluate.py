@@ -6,6 +6,7 @@ import datetime
 import errno
 import functools
 import io
+import itertools
 import math
 import os
 import signal
@@ -88,7 +89,9 @@ def test_linear_gaussian(k):
     # The bound rises with the number of draws, from the ELBO to log p(x).
     nll = [v for _, v, _ in result.curve]
     assert [n for n, _, _ in result.curve] == [n for n in (1, 10, 100, 1000) if n < k] + [k]
-    assert nll == sorted(nll, reverse=True)
+    for (fewer, before, _), (_, after, _) in itertools.pairwise(result.curve):
+        # Fewer draws are a part of more, so that the difference errs less than they.
+        assert after < before + 4 * math.sqrt(model.moment(2, SHIFT, STRETCH) / (fewer * n))
     assert nll[-1] == result.nll
     kl = fastvae.ops.rsample_kl(*q(x))[1].mean()
     at_mean = torch.distributions.Normal(model.decoder(q(x)[0]), model.scale).log_prob(x).sum(1)
@@ -168,7 +171,8 @@ def test_stopping_draws_for_those_that_go_on_alone():
     assert 0 <= sum(k * n for k, n in drawn[True]) - (100 * 100 + 2900 * 3) <= 5 * 100
     assert 0 <= sum(k * n for k, n in drawn[False]) - 3000 * 100 <= 5 * 100
     # What is drawn at once is bounded in either case.
-    assert all(k * n <= 2**13 for calls in drawn.values() for k, n in calls)
+    most = 2**18 if DEVICE.type == "cuda" else 2**13
+    assert all(k * n <= most for calls in drawn.values() for k, n in calls)
     # A prior of its own for each row cannot be sliced, but is right.
     prior = fastvae.DiagonalNormal(*(0 * randn(100, D, seed=1, dtype=torch.float64) for _ in range(2)))
     Counting.sliced = True
@@ -755,7 +759,7 @@ def test_data_stay_as_they_are_where_nothing_has_a_dtype():
     for dtype in (torch.float64, torch.float32):
         x = rand(N, X, seed=1, dtype=dtype)
         fastvae.evaluate(
-            q, lambda z: torch.zeros(len(z), X, dtype=z.dtype), x, k=2, likelihood="bernoulli", **QUIET
+            q, lambda z: torch.zeros_like(z[:, :1]).expand(-1, X), x, k=2, likelihood="bernoulli", **QUIET
         )
     assert seen == [torch.float64, torch.float32]
 

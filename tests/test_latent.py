@@ -264,7 +264,10 @@ def test_a_chunk_and_a_shard_are_parts_of_the_whole(backend):
         mu[2:6], logvar[2:6], samples=4, seed=seed, sample_offset=5, row_offset=2
     )
     assert torch.equal(z[5:, 2:6], part)
-    assert torch.equal(ratio[5:, 2:6], part_ratio)
+    if DEVICE.type == "cuda":  # a tile of other sizes sums a row in another order
+        torch.testing.assert_close(part_ratio, ratio[5:, 2:6], rtol=2e-6, atol=2e-6)
+    else:
+        assert torch.equal(ratio[5:, 2:6], part_ratio)
 
 
 def test_mixed_dtypes_are_promoted(backend):

@@ -445,7 +445,7 @@ def test_estimators_are_the_textbook_ones(backend, estimator, prior):
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 def test_estimators_leave_value_decoder_and_prior_alone(likelihood):
-    """Bit for bit, with one seed."""
+    """Bit for bit, with one seed; to roundings where each estimator has a kernel of its own."""
     k, x = 4, rand(B, X, seed=40)
     results = {}
     for estimator in ("iwae", "dreg", "stl"):
@@ -468,7 +468,8 @@ def test_estimators_leave_value_decoder_and_prior_alone(likelihood):
         results[estimator + " encoder"] = encoder.linear.weight.grad
     for estimator in ("dreg", "stl"):
         for actual, expected in zip(results[estimator], results["iwae"], strict=True):
-            assert torch.equal(actual, expected)
+            near = 2e-6 if DEVICE.type == "cuda" else 0
+            torch.testing.assert_close(actual, expected, rtol=near, atol=near)
         assert not torch.allclose(results[f"{estimator} encoder"], results["iwae encoder"], rtol=1e-2)
 
 

@@ -119,7 +119,7 @@ def test_running_maximum_may_rise_and_fall():
             return parameters.reshape(samples, x.shape[0]).to(x.device)
 
     def decoder(z):
-        return next(coming).expand(z.shape[0])
+        return next(coming).to(DEVICE).expand(z.shape[0])
 
     got = fastvae.log_marginal(
         x.to(DEVICE), tuple(t.to(DEVICE) for t in q), decoder, k=7, k_chunk=1, likelihood=Given()

@@ -98,7 +98,9 @@ def _held(value: Any, seen: dict[int, Any]) -> Any:
         return None
     if isinstance(value, _HOLDERS):
         seen[id(value)] = copied = object.__new__(type(value))
-        vars(copied).update({name: _held(v, seen) for name, v in vars(value).items()})
+        attributes = copied.__dict__
+        for name in value.__dict__:
+            attributes[name] = _held(value.__dict__[name], seen)
         return copied
     if type(value) in (tuple, list):
         return type(value)([_held(v, seen) for v in value])

@@ -155,7 +155,11 @@ def diagonal(mu: Tensor, logvar: Tensor, logvar_range: tuple[float, float] | Non
     kernels.
     """
     q = DiagonalNormal.__new__(DiagonalNormal)
-    q.__dict__.update(mu=mu, logvar=logvar, logvar_range=logvar_range)
+    # One by one, as torch 2.11 cannot trace ``update``.
+    attributes = q.__dict__
+    attributes["mu"] = mu
+    attributes["logvar"] = logvar
+    attributes["logvar_range"] = logvar_range
     return q
 
 

@@ -122,8 +122,9 @@ def tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (td.Distribution, td.Transform)) and depth:
-        for part in vars(value).values():
-            yield from tensors_of(part, depth - 1)
+        attributes = value.__dict__  # whose values torch 2.11 cannot trace
+        for name in attributes:
+            yield from tensors_of(attributes[name], depth - 1)
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from tensors_of(part, depth)

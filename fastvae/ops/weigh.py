@@ -135,6 +135,9 @@ class _Weigh(Op):
         weights, *inputs = ctx.saved_tensors
         need_x, *need = ctx.needs_input_grad[: self.number + 2]
         need = [need_x and self.likelihood.differentiable, *need]
+        # In a graph also a mean that was not asked for, [0], gets a gradient.
+        if grad_bound is not None:
+            grad_mean = or_none(grad_mean)
         return *run(grad_bound, grad_mean, or_none(weights), *inputs, ctx.how, need), None, None, None
 
 
