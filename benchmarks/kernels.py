@@ -202,7 +202,10 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 (Weighing(1.0, "log_mean_exp", "none"), likelihood, likelihood),
             ):
                 label = f"{str(dtype)[6:]} [{k}, {b}], {how.over}"
-                yield f"weigh {label}", lambda v=likelihood, t=term, b=beta, h=how: weigh.weigh(v, t, b, h)
+                yield (
+                    f"weigh {label}",
+                    lambda v=likelihood, t=term, b=beta, h=how: weigh.weigh(v, t, b, h, True),
+                )
                 yield (
                     f"weigh_backward {label}",
                     lambda g=row, w=weights, b=beta, h=how, n=(k, b), t=term: weigh.weigh_backward(

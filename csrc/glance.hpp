@@ -8,7 +8,7 @@ namespace fastvae {
 
 struct Glance {
   PyObject *tensor, *parameter, *is_wrapped, *transforms, *modes, *tracing, *forward_ad;
-  PyObject *level, *is_cpu, *is_cuda, *requires_grad, *device, *is_neg;
+  PyObject *level, *is_cpu, *is_cuda, *requires_grad, *device, *is_neg, *get_device;
   Glance() {
     const auto kept = [](pybind11::object object) { return object.release().ptr(); };
     const pybind11::module_ torch = pybind11::module_::import("torch"), c = torch.attr("_C");
@@ -19,7 +19,7 @@ struct Glance {
     forward_ad = kept(pybind11::module_::import("torch.autograd.forward_ad"));
     level = PyUnicode_InternFromString("_current_level");
     is_cpu = PyUnicode_InternFromString("is_cpu"), is_cuda = PyUnicode_InternFromString("is_cuda");
-    is_neg = PyUnicode_InternFromString("is_neg");
+    is_neg = PyUnicode_InternFromString("is_neg"), get_device = PyUnicode_InternFromString("get_device");
     requires_grad = PyUnicode_InternFromString("requires_grad"), device = PyUnicode_InternFromString("device");
   }
 };
@@ -130,6 +130,46 @@ inline int call_plain(PyObject* const* a) { return plain(a[0]); }
 inline int call_are_batch(PyObject* const* a) { return are_batch(a[0], a[1], a[2]); }
 inline int call_are_outputs(PyObject* const* a) { return are_outputs(a[0], a[1], a[2]); }
 
+// All that the launch of a kernel depends on, of a tuple of tensors or None, as bytes that compare equal where a launch is the same; and
+// their addresses.
+inline PyObject* described(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
+  if (n != 1 || !PyTuple_Check(arguments[0])) return PyErr_Format(PyExc_TypeError, "fastvae._C: expected a tuple of tensors");
+  try {
+    const Torch& names = torch_names();
+    const Py_ssize_t size = PyTuple_GET_SIZE(arguments[0]);
+    const pybind11::object addresses = owned(PyTuple_New(size));
+    std::string key;
+    key.reserve(static_cast<size_t>(size) * 64);
+    const auto note = [&](i64 number) { key.append(reinterpret_cast<const char*>(&number), sizeof number); };
+    const auto note_all = [&](const pybind11::object& numbers) {
+      const Py_ssize_t count = PyTuple_GET_SIZE(numbers.ptr());
+      note(count);
+      for (Py_ssize_t i = 0; i < count; ++i) note(integer(PyTuple_GET_ITEM(numbers.ptr(), i)));
+    };
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      PyObject* t = PyTuple_GET_ITEM(arguments[0], i);
+      if (t == Py_None) {
+        note(-1);
+        PyTuple_SET_ITEM(addresses.ptr(), i, Py_NewRef(Py_None));
+        continue;
+      }
+      pybind11::object address = owned(PyObject_CallMethodNoArgs(t, names.data_ptr));
+      // A program is for addresses divisible by 16, or not: chunk(2) of 100 columns is off by 8.
+      note(PyLong_AsUnsignedLongLong(address.ptr()) & 15);
+      // There is one object of each dtype.
+      note(reinterpret_cast<i64>(owned(PyObject_GetAttr(t, names.dtype)).ptr()));
+      note(integer(owned(PyObject_CallMethodNoArgs(t, glance().get_device)).ptr()));
+      note_all(owned(PyObject_GetAttr(t, names.shape)));
+      note_all(owned(PyObject_CallMethodNoArgs(t, names.stride)));
+      PyTuple_SET_ITEM(addresses.ptr(), i, address.release().ptr());
+    }
+    return PyTuple_Pack(2, owned(PyBytes_FromStringAndSize(key.data(), static_cast<Py_ssize_t>(key.size()))).ptr(), addresses.ptr());
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
+}
+
 template <int (*kFunction)(PyObject* const*), int kArguments>
 PyMethodDef glanced(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&called<kFunction, kArguments>)), METH_FASTCALL, nullptr};
@@ -140,6 +180,7 @@ inline void add_glances(PyObject* module) {
       glanced<call_plain, 1>("plain"),
       glanced<call_are_batch, 3>("are_batch"),
       glanced<call_are_outputs, 3>("are_outputs"),
+      {"described", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&described)), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(module, functions) != 0) throw pybind11::error_already_set();

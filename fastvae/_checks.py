@@ -101,7 +101,12 @@ def check_result(
 ) -> None:
     """What a method that a user may have written returned: a floating-point tensor of this shape, here."""
     is_tensor = isinstance(value, Tensor)
-    if is_tensor and value.shape == shape and value.is_floating_point() and on_same_device(value.device, device):
+    if (
+        is_tensor
+        and value.shape == shape
+        and value.is_floating_point()
+        and on_same_device(value.device, device)
+    ):
         return
     method = f"{type(owner).__name__}.{method}"
     expected = f"expected {what} {axes} = [{', '.join(map(str, shape))}]"

@@ -405,72 +405,6 @@ def event_tiles(
     )
 
 
-# Compiled programs by what they were compiled for, ready to be launched.
-_programs: dict[tuple, tuple] = {}
-
-
-def launch(
-    kernel: triton.JITFunction,
-    grid: tuple[int, ...],
-    tensors: tuple[torch.Tensor | None, ...],
-    numbers: tuple[int, ...],
-    constants: dict[str, object],
-    num_warps: int,
-    loose: tuple[int, ...] = (),
-) -> None:
-    """Launch a kernel, and remember its program: to find it again by itself takes Triton twice the rest.
-
-    Args:
-        tensors: the first arguments.
-        numbers: those after ``loose``; they, the constants and the tensors' dtypes determine the program.
-        constants: the compile-time arguments.
-        loose: numbers, not specialised for, that change from call to call.
-    """
-    # A program is for addresses divisible by 16, or not, each of them: chunk(2) of 100 columns is off by 8.
-    off, types = 0, []
-    for t in tensors:
-        if t is None:
-            types.append(None)
-        else:
-            off = 2 * off + (t.data_ptr() & 15 > 0)
-            types.append(t.dtype)
-            device = t.device
-    if torch.version.hip:
-        # There also for memory that 31 bits address, or not.
-        types += [t is not None and t.untyped_storage().nbytes() < 2**31 for t in tensors]
-    wide = [n >> 31 for n in loose]
-    key = (id(kernel), grid, *types, off, *numbers, *constants.values(), num_warps, device, *wide)
-    watched = _is_watched(kernel)
-    program = None if watched else _programs.get(key)
-    if program is not None:
-        run, constants = program
-        run(*tensors, *loose, *numbers, *constants)
-        return
-    # a * b + c in one rounding: Triton's default so far, which is about to change.
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
-    compiled = kernel[grid](*tensors, *loose, *numbers, **constants, **options)
-    if compiled is not None and not watched:
-        if len(_programs) >= 4096:
-            _programs.clear()
-        names = kernel.arg_names[len(tensors) + len(loose) + len(numbers) :]
-        _programs[key] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)
-
-
-def _is_watched(kernel: triton.JITFunction) -> bool:
-    """Whether a launch must be Triton's own: what is compiled depends on more, or more is called.
-
-    The hooks around a launch are called for what is remembered, too.
-    """
-    runtime = triton.knobs.runtime
-    return bool(
-        runtime.debug
-        or kernel.pre_run_hooks
-        # Not every version of Triton has these.
-        or getattr(runtime, "add_stages_inspection_hook", None)
-        or getattr(triton.knobs.compilation, "instrumentation_mode", None)
-    )
-
-
 def accumulator(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype that is computed and summed in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -479,12 +413,6 @@ def accumulator(*tensors: torch.Tensor) -> torch.dtype:
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of an accumulator."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def sum_of_parts(parts: torch.Tensor) -> torch.Tensor:
-    """The second stage of a split sum, over the first axis, in a fixed order; nothing to do for one part."""
-    # In place: a view could not be modified by the user.
-    return parts.squeeze_(0) if parts.shape[0] == 1 else parts.sum(0)
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:

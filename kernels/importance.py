@@ -16,7 +16,6 @@ from .common import (
     accumulator,
     cdiv,
     exp,
-    launch,
     load,
     log,
     power_of_two,
@@ -26,6 +25,7 @@ from .common import (
     strides,
     triton_dtype,
 )
+from .launching import Call, Result, planned
 
 # Columns of a tile. With few, 8 float32: they fill a 32-byte sector, which is what memory hands out, and
 # leave more programs. With many, enough for a thread to have all of a tile's samples: fewer exchanges.
@@ -149,40 +149,65 @@ def tile(k: int, n: int) -> tuple[int, int]:
     return min(block_k, LAUNCH["importance"].tile // block_n), block_n
 
 
+@planned
+def _reduce(log_w, part, k_per_program, count, into_parts) -> Call:
+    """One pass: into as many parts as there are programs for the samples, or of ``count`` of them."""
+    k, n = log_w.shape
+    dtype = accumulator(log_w)
+    block_k, block_n = tile(k, n)
+    splits = max(cdiv(k, k_per_program), 1)
+    shape = (splits, n) if into_parts else (n,)
+    return Call(
+        log_mean_exp_kernel,
+        (splits * cdiv(n, block_n),),
+        (None if into_parts else Result(shape, dtype), Result(shape, dtype), Result(shape, dtype)),
+        (k, n, count, k_per_program, splits, *strides(log_w, 2)),
+        {"DTYPE": triton_dtype(dtype), "BLOCK_K": block_k, "BLOCK_N": block_n},
+        LAUNCH["importance"].warps(dtype),
+    )
+
+
 def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log (1/K) sum_k exp(log_w[k]) of [K, N], the maximum, and sum_k exp(log_w[k] - maximum): each [N].
 
     A column of -inf has bound -inf and total 0.
     """
     k, n = log_w.shape
-    bound, maximum, total = (torch.empty(n, dtype=accumulator(log_w), device=log_w.device) for _ in range(3))
-    if n > 0:
-        block_k, block_n = tile(k, n)
-        k_tiles = max(cdiv(k, block_k), 1)
-        splits = max(1, min(PROGRAMS // cdiv(n, block_n), k // MIN_SAMPLES))
-        k_per_program = cdiv(k_tiles, splits) * block_k
-        splits = max(cdiv(k, k_per_program), 1)
-        if splits == 1:
-            _launch(log_w, None, bound, maximum, total, k, k_per_program)
-        else:
-            # The parts' sums count as weights beside exp of the parts' maxima.
-            parts = bound.new_empty((2, splits, n))
-            _launch(log_w, None, None, *parts, k, k_per_program)
-            _launch(*parts, bound, maximum, total, k, splits)
-    return bound, maximum, total
+    if n == 0:
+        return tuple(torch.empty(0, dtype=accumulator(log_w), device=log_w.device) for _ in range(3))
+    block_k, block_n = tile(k, n)
+    k_tiles = max(cdiv(k, block_k), 1)
+    splits = max(1, min(PROGRAMS // cdiv(n, block_n), k // MIN_SAMPLES))
+    k_per_program = cdiv(k_tiles, splits) * block_k
+    splits = max(cdiv(k, k_per_program), 1)
+    if splits == 1:
+        return _reduce((log_w, None), (k_per_program, k, False))
+    # The parts' sums count as weights beside exp of the parts' maxima.
+    _, maxima, totals = _reduce((log_w, None), (k_per_program, k, True))
+    return _reduce((maxima, totals), (splits, k, False))
 
 
-def _launch(log_w, part, bound, maximum, total, count, k_per_program):
+@planned
+def _weights(grad, log_w, maximum, total) -> Call:
     k, n = log_w.shape
     block_k, block_n = tile(k, n)
-    splits = max(cdiv(k, k_per_program), 1)
-    launch(
-        log_mean_exp_kernel,
-        (splits * cdiv(n, block_n),),
-        (log_w, part, bound, maximum, total),
-        (k, n, count, k_per_program, splits, *strides(log_w, 2)),
-        {"DTYPE": triton_dtype(total.dtype), "BLOCK_K": block_k, "BLOCK_N": block_n},
-        LAUNCH["importance"].warps(total.dtype),
+    dtype = accumulator(log_w)
+    k_tiles = cdiv(k, block_k)
+    return Call(
+        log_mean_exp_backward_kernel,
+        (k_tiles * cdiv(n, block_n),),
+        (Result((k, n), log_w.dtype),),
+        (
+            *(k, n, k_tiles, *strides(grad, 1), *strides(log_w, 2)),
+            *(*strides(maximum, 1), *strides(total, 1)),
+        ),
+        {
+            "TINY": torch.finfo(dtype).tiny,
+            "DTYPE": triton_dtype(dtype),
+            "BLOCK_K": block_k,
+            "BLOCK_N": block_n,
+        },
+        LAUNCH["importance"].warps(dtype),
     )
 
 
@@ -193,26 +218,6 @@ def log_mean_exp_backward(
 
     A column of -inf has zero gradient; weights and gradients below the smallest normal number are zero.
     """
-    k, n = log_w.shape
-    out = torch.empty((k, n), dtype=log_w.dtype, device=log_w.device)
-    if out.numel() > 0:
-        block_k, block_n = tile(k, n)
-        dtype = accumulator(log_w)
-        k_tiles = cdiv(k, block_k)
-        launch(
-            log_mean_exp_backward_kernel,
-            (k_tiles * cdiv(n, block_n),),
-            (grad, log_w, maximum, total, out),
-            (
-                *(k, n, k_tiles, *strides(grad, 1), *strides(log_w, 2)),
-                *(*strides(maximum, 1), *strides(total, 1)),
-            ),
-            {
-                "TINY": torch.finfo(dtype).tiny,
-                "DTYPE": triton_dtype(dtype),
-                "BLOCK_K": block_k,
-                "BLOCK_N": block_n,
-            },
-            LAUNCH["importance"].warps(dtype),
-        )
-    return out
+    if log_w.numel() == 0:
+        return torch.empty_like(log_w)
+    return _weights((grad, log_w, maximum, total))[0]

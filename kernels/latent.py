@@ -24,14 +24,13 @@ from .common import (
     cdiv,
     exp,
     expm1_parts,
-    launch,
     load,
     split_program,
     store,
     strides,
-    sum_of_parts,
     triton_dtype,
 )
+from .launching import Call, Result, fixed, planned
 from .random import noise_tile, normals
 
 # Steps of a backward program's loop over samples. At least: every split writes its part of the sums, in vain
@@ -532,6 +531,22 @@ def latent_tiles(
     return LatentTiles(k_per, d_per, max(cdiv(k, k_per), 1), b_tiles, d_splits, blocks)
 
 
+@planned
+def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, limits, per_dimension) -> Call:
+    b, d = mu.shape
+    dtype, launching = accumulator(mu), LAUNCH["latent"]
+    tiles = latent_tiles(samples, b, d, launching.tile, loop_d=True)
+    kl = Result((b, d), dtype) if per_dimension else Result((b,), dtype, tiles.d_splits)
+    return Call(
+        rsample_kl_kernel,
+        tiles.grid,
+        (Result((samples, b, d), mu.dtype), kl),
+        (samples, b, fixed(d), *tiles.numbers, tiles.d_tiles, *_inputs(mu, logvar, prior_mu, prior_logvar)),
+        {"LOOP_D": tiles.d_tiles > 1, "PER_DIMENSION": per_dimension} | _constants(dtype, limits, tiles),
+        launching.warps(dtype),
+    )
+
+
 def rsample_kl(
     mu: torch.Tensor,
     logvar: torch.Tensor,
@@ -543,23 +558,27 @@ def rsample_kl(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
     b, d = mu.shape
-    samples = draw.samples
-    z = torch.empty((samples, b, d), dtype=mu.dtype, device=mu.device)
-    if mu.numel() == 0:
-        return z, mu.new_zeros((b, d) if per_dimension else b, dtype=accumulator(mu))
-    tiles = latent_tiles(samples, b, d, LAUNCH["latent"].tile, loop_d=True)
-    shape = (b, d) if per_dimension else (tiles.d_splits, b)
-    kl = torch.empty(shape, dtype=accumulator(mu), device=mu.device)
-    launch(
-        rsample_kl_kernel,
+    if b == 0 or d == 0:
+        kl = mu.new_zeros((b, d) if per_dimension else b, dtype=accumulator(mu))
+        return mu.new_empty((draw.samples, b, d)), kl
+    settings = draw.samples, (draw.logvar_min, draw.logvar_max), per_dimension
+    tensors = mu, logvar, prior_mu, prior_logvar, seed
+    return _draw_kl(tensors, settings, (draw.sample_offset, draw.row_offset))
+
+
+@planned
+def _draw_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, limits) -> Call:
+    b, d = mu.shape
+    dtype, launching = accumulator(mu), LAUNCH["latent"]
+    tiles = latent_tiles(samples, b, d, launching.tile)
+    return Call(
+        rsample_log_ratio_kernel,
         tiles.grid,
-        (mu, logvar, prior_mu, prior_logvar, seed, z, kl),
-        (samples, b, d, *tiles.numbers, tiles.d_tiles, *_inputs(mu, logvar, prior_mu, prior_logvar)),
-        {"LOOP_D": tiles.d_tiles > 1, "PER_DIMENSION": per_dimension} | _constants(mu, draw, tiles),
-        LAUNCH["latent"].warps(kl.dtype),
-        (draw.sample_offset, draw.row_offset),
+        (Result((samples, b, d), mu.dtype), Result((samples, b), dtype, tiles.d_splits)),
+        (samples, b, fixed(d), *tiles.numbers, *_inputs(mu, logvar, prior_mu, prior_logvar)),
+        _constants(dtype, limits, tiles),
+        launching.warps(dtype),
     )
-    return z, kl if per_dimension else sum_of_parts(kl)
 
 
 def rsample_log_ratio(
@@ -574,35 +593,25 @@ def rsample_log_ratio(
     """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
     b, d = mu.shape
     samples = draw.samples
-    z = torch.empty((samples, b, d), dtype=mu.dtype, device=mu.device)
-    if z.numel() == 0:
-        return z, mu.new_zeros((samples, b), dtype=accumulator(mu))
-    tiles = latent_tiles(samples, b, d, LAUNCH["latent"].tile)
-    log_ratio = torch.empty((tiles.d_splits, samples, b), dtype=accumulator(mu), device=mu.device)
-    launch(
-        rsample_log_ratio_kernel,
-        tiles.grid,
-        (mu, logvar, prior_mu, prior_logvar, seed, z, log_ratio),
-        (samples, b, d, *tiles.numbers, *_inputs(mu, logvar, prior_mu, prior_logvar)),
-        _constants(mu, draw, tiles),
-        LAUNCH["latent"].warps(log_ratio.dtype),
-        (draw.sample_offset, draw.row_offset),
-    )
-    return z, sum_of_parts(log_ratio)
+    if samples == 0 or b == 0 or d == 0:
+        return mu.new_empty((samples, b, d)), mu.new_zeros((samples, b), dtype=accumulator(mu))
+    settings = samples, (draw.logvar_min, draw.logvar_max)
+    tensors = mu, logvar, prior_mu, prior_logvar, seed
+    return _draw_log_ratio(tensors, settings, (draw.sample_offset, draw.row_offset))
 
 
-def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[int, ...]:
+def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[Any, ...]:
     """The strides of the four inputs, as every kernel here takes them."""
-    return *strides(mu, 2), *strides(logvar, 2), *strides(prior_mu, 2), *strides(prior_logvar, 2)
+    return tuple(fixed(s) for t in (mu, logvar, prior_mu, prior_logvar) for s in strides(t, 2))
 
 
-def _constants(mu, draw, tiles: LatentTiles) -> dict:
+def _constants(dtype: torch.dtype, limits: tuple[float, float], tiles: LatentTiles) -> dict:
     """The compile-time arguments of every kernel here; the clamp is one, as a range is a hyperparameter."""
     return {
-        "LOGVAR_MIN": draw.logvar_min,
-        "LOGVAR_MAX": draw.logvar_max,
-        "CLAMP": draw.logvar_min > float("-inf") or draw.logvar_max < float("inf"),
-        "DTYPE": triton_dtype(accumulator(mu)),
+        "LOGVAR_MIN": limits[0],
+        "LOGVAR_MAX": limits[1],
+        "CLAMP": limits[0] > float("-inf") or limits[1] < float("inf"),
+        "DTYPE": triton_dtype(dtype),
         **tiles.blocks,
     }
 
@@ -647,38 +656,60 @@ def rsample_log_ratio_backward(
     )  # fmt: skip
 
 
-def _backward(
-    grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, draw, path, need
-):  # fmt: skip
+@planned
+def _gradients(
+    grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, samples, limits, path,
+    need,
+) -> Call:  # fmt: skip
     """Both backward passes: what does not arrive is None, and costs nothing."""
     b, d = mu.shape
-    # Without a prior there is no tensor to give a gradient to.
-    inputs = [t if n else None for t, n in zip((mu, logvar, prior_mu, prior_logvar), need, strict=True)]
-    if mu.numel() == 0 or not any(t is not None for t in inputs):
-        return tuple(None if t is None else torch.empty_like(t) for t in inputs)
+    dtype, launching = accumulator(mu), LAUNCH["latent_backward"]
     per_dimension = grad_kl is not None and grad_kl.dim() == 2
     stride_kl = strides(grad_kl, 2) if per_dimension else (*strides(grad_kl, 1), 0)
     # The KL alone asks for no sample.
-    k = 1 if grad_z is None and grad_log_ratio is None else draw.samples
+    k = 1 if grad_z is None and grad_log_ratio is None else samples
     # Every split writes its part of the sums, in vain if its loop is short; a long one loses accuracy.
-    parameters = LAUNCH["latent_backward"]
-    tiles = latent_tiles(k, b, d, parameters.tile, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
-    grads = [
-        None
-        if t is None
-        else t.new_empty((tiles.k_splits, b, d), dtype=t.dtype if tiles.k_splits == 1 else accumulator(mu))
-        for t in inputs
-    ]
-    launch(
+    tiles = latent_tiles(k, b, d, launching.tile, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
+    inputs = mu, logvar, prior_mu, prior_logvar
+    stride_z = strides(grad_z, 3)
+    return Call(
         rsample_backward_kernel,
         tiles.grid,
-        (grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, *grads),
-        (
-            *(k, b, d, *tiles.numbers, *strides(grad_z, 3), *stride_kl),
-            *(*strides(grad_log_ratio, 2), *strides(weight, 2), *_inputs(mu, logvar, prior_mu, prior_logvar)),
+        tuple(
+            Result((b, d), t.dtype, tiles.k_splits, dtype) if n else None
+            for t, n in zip(inputs, need, strict=True)
         ),
-        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(mu, draw, tiles),
-        parameters.warps(mu.dtype),
+        (
+            *(
+                k,
+                b,
+                fixed(d),
+                *tiles.numbers,
+                stride_z[0],
+                fixed(stride_z[1]),
+                fixed(stride_z[2]),
+                *stride_kl,
+            ),
+            *(*strides(grad_log_ratio, 2), *strides(weight, 2), *_inputs(*inputs)),
+        ),
+        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(dtype, limits, tiles),
+        launching.warps(mu.dtype),
+    )
+
+
+def _backward(
+    grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, draw, path, need
+):  # fmt: skip
+    # Without a prior there is no tensor to give a gradient to.
+    need = need[0], need[1], need[2] and prior_mu is not None, need[3] and prior_logvar is not None
+    if not any(need):
+        return None, None, None, None
+    tensors = mu, logvar, prior_mu, prior_logvar
+    if mu.shape[0] == 0 or mu.shape[1] == 0:
+        return tuple(torch.empty_like(t) if n else None for t, n in zip(tensors, need, strict=True))
+    settings = draw.samples, (draw.logvar_min, draw.logvar_max), path, need
+    return _gradients(
+        (grad_z, grad_kl, grad_log_ratio, weight, *tensors, seed),
+        settings,
         (draw.sample_offset, draw.row_offset),
     )
-    return tuple(g if g is None else sum_of_parts(g).to(t.dtype) for g, t in zip(grads, inputs, strict=True))

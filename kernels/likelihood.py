@@ -21,7 +21,6 @@ from .common import (
     accumulator,
     event_offsets,
     event_tiles,
-    launch,
     load,
     log1p,
     log1p_of_odds,
@@ -30,9 +29,9 @@ from .common import (
     split_program,
     store,
     strides,
-    sum_of_parts,
     triton_dtype,
 )
+from .launching import Call, Result, fixed, planned
 
 MOST_PARAMETERS = 3
 # Tiles of a row for one program where logarithms are shared: the product of four factors of up to 2 from each
@@ -335,9 +334,37 @@ def _varies(parameter: torch.Tensor | None) -> int:
 
 def _described(parameters: tuple[torch.Tensor | None, ...]) -> tuple:
     """What the kernels are told of the parameters: strides, and along which axes they vary."""
-    numbers = [n for p in parameters for n in strides(p, 3)]
+    numbers = [n for p in parameters for n in _fixed_strides(p)]
     # The first has all axes: beyond its rows it is PADDING.
     return numbers, {f"VARIES_{i}": _varies(p) for i, p in enumerate(parameters) if i}
+
+
+def _fixed_strides(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+    """Those of a row and of a pixel are known; that of a sample changes with the batch."""
+    first, *others = strides(tensor, 3)
+    return first, *map(fixed, others)
+
+
+@planned
+def _log_prob(x, *rest) -> Call:
+    *given, likelihood = rest
+    k, b, size = given[0].shape
+    dtype = accumulator(x, *given)
+    functions, _ = twin(likelihood.name)
+    # What is computed of the data takes registers.
+    launching = LAUNCH["likelihood" if functions["DATA"] is None else "likelihood_backward"]
+    most_tiles = MOST_TILES if functions["SHARED_LOG"] else 0
+    tiles = event_tiles(k, b, size, launching.tile, most_tiles=most_tiles)
+    numbers, varies = _described(_all(tuple(given)))
+    return Call(
+        log_prob_kernel,
+        tiles.grid,
+        (Result((k, b), dtype, tiles.x_splits),),
+        (k, b, fixed(size), tiles.k_splits, tiles.x_tiles, *map(fixed, strides(x, 2)), *numbers),
+        {**varies, **functions, "DTYPE": triton_dtype(dtype), **tiles.blocks},
+        launching.warps(dtype),
+        MOST_PARAMETERS - len(given),
+    )
 
 
 def log_prob(likelihood: Any, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -345,27 +372,10 @@ def log_prob(likelihood: Any, x: torch.Tensor, *parameters: torch.Tensor) -> tor
 
     x is [B, X]; parameters are broadcastable to [K, B, X], which the first is.
     """
-    k, b, size = parameters[0].shape
-    dtype = accumulator(x, *parameters)
-    if parameters[0].numel() == 0:
-        return torch.zeros((k, b), dtype=dtype, device=x.device)
-    functions, _ = twin(likelihood.name)
-    # What is computed of the data takes registers.
-    launching = LAUNCH["likelihood" if functions["DATA"] is None else "likelihood_backward"]
-    most_tiles = MOST_TILES if functions["SHARED_LOG"] else 0
-    tiles = event_tiles(k, b, size, launching.tile, most_tiles=most_tiles)
-    out = torch.empty((tiles.x_splits, k, b), dtype=dtype, device=x.device)
-    parameters = _all(parameters)
-    numbers, varies = _described(parameters)
-    launch(
-        log_prob_kernel,
-        tiles.grid,
-        (x, *parameters, out),
-        (k, b, size, tiles.k_splits, tiles.x_tiles, *strides(x, 2), *numbers),
-        {**varies, **functions, "DTYPE": triton_dtype(dtype), **tiles.blocks},
-        launching.warps(dtype),
-    )
-    return sum_of_parts(out)
+    first = parameters[0]
+    if first.numel() == 0:
+        return x.new_zeros(first.shape[:2], dtype=accumulator(x, *parameters))
+    return _log_prob((x, *parameters), (likelihood,))[0]
 
 
 def _layout(parameter: torch.Tensor | None, needed: bool, k: int, b: int, size: int) -> int:
@@ -377,14 +387,10 @@ def _layout(parameter: torch.Tensor | None, needed: bool, k: int, b: int, size: 
     return COLUMN.value if parameter.shape[:2] == (1, 1) and k * b > 1 else FULL.value
 
 
-def log_prob_backward(
-    likelihood: Any, grad: torch.Tensor, x: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients for (x, *parameters), None where not needed; the last argument says which are."""
-    *given, need = rest
+@planned
+def _gradients(grad, x, *rest) -> Call:
+    *given, likelihood, need = rest
     k, b, size = given[0].shape
-    if given[0].numel() == 0 or not any(need):
-        return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, *given), need, strict=True))
     dtype = accumulator(x, *given)
     parameters = _all(tuple(given))
     needed = [*need[1:], *[False] * (MOST_PARAMETERS - len(given))]
@@ -395,29 +401,24 @@ def log_prob_backward(
     launching = LAUNCH["likelihood_backward"]
     merged = {"merge_k": (need[0] or column) and not row, "merge_b": column and not row}
     tiles = event_tiles(k, b, size, launching.tile, **merged)
-    grad_x = None
-    if need[0]:
-        part = x.dtype if tiles.k_splits == 1 else dtype
-        grad_x = torch.empty((tiles.k_splits, b, size), dtype=part, device=x.device)
-    shapes = {
-        FULL.value: (k, b, size),
-        COLUMN.value: (tiles.k_splits * tiles.b_splits, size),
-        ROW.value: (tiles.x_splits, k, b),
-    }
-    grads: list[torch.Tensor | None] = [None] * MOST_PARAMETERS
-    for i, (p, layout) in enumerate(zip(parameters, layouts, strict=True)):
-        if layout != NONE.value:
-            whole = layout == FULL.value and p.shape == (k, b, size)
-            kept = p.dtype if whole else dtype
-            grads[i] = torch.empty(shapes[layout], dtype=kept, device=x.device)
+    results: list[Result | None] = [Result((b, size), x.dtype, tiles.k_splits, dtype) if need[0] else None]
+    for p, layout in zip(parameters, layouts, strict=True):
+        if layout == NONE.value:
+            results.append(None)
+        elif layout == COLUMN.value:
+            results.append(Result((size,), dtype, tiles.k_splits * tiles.b_splits))
+        elif layout == ROW.value:
+            results.append(Result((k, b), dtype, tiles.x_splits))
+        else:
+            results.append(Result((k, b, size), p.dtype if p.shape == (k, b, size) else dtype))
     numbers, varies = _described(parameters)
-    launch(
+    return Call(
         log_prob_backward_kernel,
         tiles.grid,
-        (grad, x, *parameters, grad_x, *grads),
+        tuple(results),
         (
-            *(k, b, size, tiles.k_per_program, tiles.b_per_program, tiles.k_splits, tiles.x_tiles),
-            *(*strides(grad, 2), *strides(x, 2), *numbers),
+            *(k, b, fixed(size), tiles.k_per_program, tiles.b_per_program, tiles.k_splits, tiles.x_tiles),
+            *(*strides(grad, 2), *map(fixed, strides(x, 2)), *numbers),
         ),
         {
             "MERGE_K": tiles.k_per_program > tiles.block_k,
@@ -429,21 +430,25 @@ def log_prob_backward(
             **tiles.blocks,
         },
         launching.warps(dtype),
+        MOST_PARAMETERS - len(given),
     )
-    if need[0]:
-        grad_x = sum_of_parts(grad_x).to(x.dtype)
+
+
+def log_prob_backward(
+    likelihood: Any, grad: torch.Tensor, x: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients for (x, *parameters), None where not needed; the last argument says which are."""
+    *given, need = rest
+    if given[0].numel() == 0 or not any(need):
+        return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, *given), need, strict=True))
+    grad_x, *grads = _gradients((grad, x, *given), (likelihood, tuple(need)))
     return grad_x, *(
-        None if g is None else _as_given(g, p, layout)
-        for g, p, layout in zip(grads, given, layouts, strict=False)
+        g if g is None or g.shape == p.shape else _as_given(g, p) for g, p in zip(grads, given, strict=False)
     )
 
 
-def _as_given(grad: torch.Tensor, parameter: torch.Tensor, layout: int) -> torch.Tensor:
-    """A parameter's gradient, of what a kernel wrote."""
-    if layout == FULL.value and grad.shape == parameter.shape:
-        return grad
-    if layout == COLUMN.value:
-        grad = sum_of_parts(grad)[None, None]
-    elif layout == ROW.value:
-        grad = sum_of_parts(grad)[:, :, None]
+def _as_given(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's gradient, of what a kernel wrote: [K, B, X], [K, B] for one a row, or [X]."""
+    if grad.dim() < 3:
+        grad = grad[:, :, None] if grad.dim() == 2 else grad[None, None]
     return grad.sum_to_size(parameter.shape).to(parameter.dtype)

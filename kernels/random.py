@@ -13,10 +13,8 @@ import triton.language as tl
 
 from .common import (
     LAUNCH,
-    accumulator,
     add_bits,
     cdiv,
-    launch,
     log_of_parts,
     power_of_two,
     split_float,
@@ -24,6 +22,7 @@ from .common import (
     tile_width,
     triton_dtype,
 )
+from .launching import Call, Result, fixed, planned
 
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): multipliers, and the key's increments.
 PHILOX_0, PHILOX_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
@@ -190,36 +189,42 @@ def noise_tile(k: int, b: int, d: int, tile: int) -> tuple[int, int, int]:
     return block_k, block_b, block_d
 
 
-def _launch(out: torch.Tensor, seed: torch.Tensor, sample_offset: int, row_offset: int, want_words: bool):
-    k, b, d = out.shape
-    if out.numel() == 0:
-        return out
+@planned
+def _noise(seed, k, b, d, dtype) -> Call:
+    """Normals of this dtype, or for int64 words."""
+    want_words = dtype == torch.int64
+    computed = torch.float32 if want_words else dtype
     block_k, block_b, block_d = noise_tile(k, b, d, LAUNCH["latent"].tile)
     k_tiles = cdiv(k, block_k)
-    launch(
+    return Call(
         noise_kernel,
         (k_tiles * cdiv(b, block_b), cdiv(d, block_d)),
-        (seed, out),
-        (k, b, d, k_tiles),
+        (Result((k, b, d), dtype),),
+        (k, b, fixed(d), k_tiles),
         {
             "WORDS": want_words,
-            "DTYPE": triton_dtype(out.dtype),
+            "DTYPE": triton_dtype(computed),
             "BLOCK_K": block_k,
             "BLOCK_B": block_b,
             "BLOCK_D": block_d,
         },
-        LAUNCH["latent"].warps(accumulator(out)),
-        (sample_offset, row_offset),
+        LAUNCH["latent"].warps(computed),
     )
-    return out
+
+
+def _draw(
+    seed: torch.Tensor, k: int, b: int, d: int, dtype: torch.dtype, offsets: tuple[int, int]
+) -> torch.Tensor:
+    if k == 0 or b == 0 or d == 0:
+        return torch.empty((k, b, d), dtype=dtype, device=seed.device)
+    return _noise((seed,), (k, b, d, dtype), offsets)[0]
 
 
 def words(
     seed: torch.Tensor, samples: int, rows: int, columns: int, sample_offset: int = 0, row_offset: int = 0
 ) -> torch.Tensor:
     """The random words behind the normals: int64 [samples, rows, columns rounded up to 4], below 2^32."""
-    out = torch.empty((samples, rows, 4 * -(-columns // 4)), dtype=torch.int64, device=seed.device)
-    return _launch(out, seed, sample_offset, row_offset, True)
+    return _draw(seed, samples, rows, 4 * -(-columns // 4), torch.int64, (sample_offset, row_offset))
 
 
 def normal(
@@ -232,5 +237,4 @@ def normal(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Standard normals [samples, rows, columns]: words 2i and 2i+1 of a row make normals 2i and 2i+1."""
-    out = torch.empty((samples, rows, columns), dtype=dtype, device=seed.device)
-    return _launch(out, seed, sample_offset, row_offset, False)
+    return _draw(seed, samples, rows, columns, dtype, (sample_offset, row_offset))

@@ -18,7 +18,6 @@ from .common import (
     LAUNCH,
     cdiv,
     exp,
-    launch,
     load,
     log,
     quotient,
@@ -28,6 +27,7 @@ from .common import (
     triton_dtype,
 )
 from .importance import finite_shift, next_block, tile
+from .launching import Call, Result, planned
 
 
 @triton.jit
@@ -123,6 +123,7 @@ def weigh_backward_kernel(
     k_tiles,  # blocks of samples
     stride_bound,
     stride_mean,
+    OF_MEAN: tl.constexpr,  # what arrives is of the batch's mean
     SIGN: tl.constexpr,  # of the factor
     TINY: tl.constexpr,  # the smallest normal number of the computation
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
@@ -136,6 +137,8 @@ def weigh_backward_kernel(
     m_b = o_b < B
     mask = m_b & (o_k < K)
     b_bound = load(p_grad_bound, o_b * stride_bound, m_b, DTYPE)
+    if OF_MEAN:
+        b_bound = quotient(b_bound, tl.zeros([BLOCK_B, 1], dtype=DTYPE) + B)
     b_count = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + K
     if p_weights is not None:
         b_weight = load(p_weights, o_k * B + o_b, mask, DTYPE)
@@ -159,12 +162,11 @@ def weigh_backward_kernel(
     store(p_grad, o_k * B + o_b, b_grad, mask)
 
 
-def _factor(beta: torch.Tensor | None, coefficient: float, like: torch.Tensor):
+def _factor(beta: torch.Tensor | None, coefficient: float, like: torch.Tensor, batch: int):
     """The term's factor as a sign and a tensor [B], None for 1."""
     sign = -1.0 if coefficient < 0 else 1.0
     if beta is None and abs(coefficient) == 1:
         return sign, None
-    batch = like.shape[1]
     if beta is None:
         return sign, like.new_full((batch,), abs(coefficient))
     # One number may lie on the CPU, as torch's operators allow.
@@ -181,31 +183,66 @@ def _constants(dtype: torch.dtype, sign: float, block_k: int, block_b: int) -> d
     }
 
 
+@planned
+def _weigh(log_likelihood, term, factor, sign, log_mean_exp, terms) -> Call:
+    k, b = log_likelihood.shape
+    dtype = log_likelihood.dtype
+    stride_term = (0, 0) if term is None else strides(term, 2) if term.dim() == 2 else (0, term.stride(0))
+    block_k, block_b = tile(k, b)
+    return Call(
+        weigh_kernel,
+        (cdiv(b, block_b),),
+        (
+            Result((b,), dtype),
+            Result((b,), dtype) if terms else None,
+            Result((k, b), dtype) if log_mean_exp else None,
+        ),
+        (k, b, *stride_term),
+        {"LOG_MEAN_EXP": log_mean_exp, **_constants(dtype, sign, block_k, block_b)},
+        LAUNCH["importance"].warps(dtype),
+    )
+
+
 def weigh(
-    log_likelihood: torch.Tensor, term: torch.Tensor | None, beta: torch.Tensor | None, how: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The bound ([B], or its sum or mean), the mean log-likelihood [B], and the normalised weights [K, B]
-    (None for a mean), of log_likelihood [K, B] and a term [K, B], [B] or None.
+    log_likelihood: torch.Tensor,
+    term: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    how: Any,
+    terms: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The bound ([B], or its sum or mean), the mean log-likelihood [B] (None without ``terms``), and the
+    normalised weights [K, B] (None for a mean), of log_likelihood [K, B] and a term [K, B], [B] or None.
     """
     k, b = log_likelihood.shape
     log_mean_exp = how.over == "log_mean_exp"
-    bound, mean = (log_likelihood.new_empty(b) for _ in range(2))
-    weights = log_likelihood.new_empty((k, b)) if log_mean_exp else None
-    sign, factor = _factor(beta, how.coefficient, log_likelihood)
-    stride_term = (0, 0) if term is None else strides(term, 2) if term.dim() == 2 else (0, term.stride(0))
+    sign, factor = _factor(beta, how.coefficient, log_likelihood, b)
     if b > 0:
-        block_k, block_b = tile(k, b)
-        launch(
-            weigh_kernel,
-            (cdiv(b, block_b),),
-            (log_likelihood, term, factor, bound, mean, weights),
-            (k, b, *stride_term),
-            {"LOG_MEAN_EXP": log_mean_exp, **_constants(log_likelihood.dtype, sign, block_k, block_b)},
-            LAUNCH["importance"].warps(log_likelihood.dtype),
-        )
+        bound, mean, weights = _weigh((log_likelihood, term, factor), (sign, log_mean_exp, terms))
+    else:
+        bound, mean = log_likelihood.new_empty(0), log_likelihood.new_empty(0) if terms else None
+        weights = log_likelihood.new_empty((k, 0)) if log_mean_exp else None
     if how.reduction != "none":
         bound = bound.sum() if how.reduction == "sum" else bound.mean()
     return bound, mean, weights
+
+
+@planned
+def _spread(grad_bound, grad_mean, weights, factor, k, b, sign, of_mean, term_axes) -> Call:
+    dtype = grad_bound.dtype
+    block_k, block_b = tile(k, b)
+    k_tiles = cdiv(k, block_k)
+    return Call(
+        weigh_backward_kernel,
+        (k_tiles * cdiv(b, block_b),),
+        (
+            Result((k, b), dtype),
+            Result((k, b), dtype) if term_axes == 2 else None,
+            Result((b,), dtype) if term_axes == 1 and weights is None else None,
+        ),
+        (k, b, k_tiles, *(strides(grad_bound, 1) if grad_bound.dim() else (0,)), *strides(grad_mean, 1)),
+        {"OF_MEAN": of_mean, **_constants(dtype, sign, block_k, block_b)},
+        LAUNCH["importance"].warps(dtype),
+    )
 
 
 def weigh_backward(
@@ -219,28 +256,15 @@ def weigh_backward(
     term_axes: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of the log-likelihoods [K, B], and of a term of so many axes, [K, B] or [B]; None for 0."""
+    of_mean = how.reduction == "mean"
     if grad_bound is None:
         grad_bound = grad_mean.new_zeros(())
-    elif how.reduction == "mean":
-        grad_bound = grad_bound / batch
-    grad = grad_bound.new_empty((samples, batch))
-    sign, factor = _factor(beta, how.coefficient, grad)
-    grad_term = grad.new_empty((samples, batch)) if term_axes == 2 else None
-    grad_kl = grad.new_empty(batch) if term_axes == 1 and weights is None else None
-    if grad.numel() > 0:
-        block_k, block_b = tile(samples, batch)
-        k_tiles = cdiv(samples, block_k)
-        launch(
-            weigh_backward_kernel,
-            (k_tiles * cdiv(batch, block_b),),
-            (grad_bound, grad_mean, weights, factor, grad, grad_term, grad_kl),
-            (
-                *(samples, batch, k_tiles, *(strides(grad_bound, 1) if grad_bound.dim() else (0,))),
-                *strides(grad_mean, 1),
-            ),
-            _constants(grad.dtype, sign, block_k, block_b),
-            LAUNCH["importance"].warps(grad.dtype),
-        )
+    if samples == 0 or batch == 0:
+        grad = grad_bound.new_zeros((samples, batch))
+        return grad, None if term_axes == 0 else torch.zeros_like(grad) if term_axes == 2 else grad.sum(0)
+    sign, factor = _factor(beta, how.coefficient, grad_bound, batch)
+    settings = samples, batch, sign, of_mean, term_axes
+    grad, grad_term, grad_kl = _spread((grad_bound, grad_mean, weights, factor), settings)
     if term_axes == 1 and weights is not None:
-        grad_term = sign * grad.sum(0) if factor is None else sign * factor * grad.sum(0)
+        grad_kl = sign * grad.sum(0) if factor is None else sign * factor * grad.sum(0)
     return grad, grad_kl if grad_term is None else grad_term

@@ -218,7 +218,7 @@ for b in range(2, 130):
                     )
                 ),
                 lambda: importance.log_mean_exp(t(k, b)),
-                lambda: weigh.weigh(t(k, b), t(k, b), None, how),
+                lambda: weigh.weigh(t(k, b), t(k, b), None, how, True),
                 lambda: weigh.weigh_backward(t(), None, t(k, b), None, how, k, b, 2),
             ):
                 for kernel, arguments, options, _ in kernels.recorded(call):

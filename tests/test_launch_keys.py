@@ -1,4 +1,4 @@
-"""Which launches share a compiled program, shown by a kernel that counts how often it is compiled."""
+"""Which launches share a plan and a program, shown by a kernel that counts how often it is compiled."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastvae.kernels import launching  # noqa: E402
+
 
 class Kernel:
     """Triton's side of a launch: compiles something that notes by which program it is run."""
 
-    arg_names = ("p_x", "p_y", "offset", "n", "BLOCK")
+    arg_names = ("p_x", "p_y", "p_out", "offset", "n", "BLOCK")
     pre_run_hooks = ()
 
     def __init__(self):
@@ -23,58 +25,102 @@ class Kernel:
     def __getitem__(self, grid):
         def compile_and_run(*arguments, **options):
             self.programs += 1
-            self.ran.append(self.programs)
-            return Program(self, self.programs)
+            number = self.programs
+            self.ran.append(number)
+            return types.SimpleNamespace(
+                run=lambda *arguments: self.ran.append(number), function=0, packed_metadata=()
+            )
 
         return compile_and_run
 
 
-class Program:
-    def __init__(self, kernel, number):
-        self.kernel, self.number = kernel, number
-
-    def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.ran.append(self.number)
-
-
-def tensor(dtype=torch.float32, device="cuda:0", address=4096):
-    """What a launch asks of a tensor."""
-    return types.SimpleNamespace(dtype=dtype, device=torch.device(device), data_ptr=lambda: address)
-
-
 @pytest.fixture
-def run():
+def run(monkeypatch):
     """Launch one kernel, and say which of its programs ran."""
-    from fastvae.kernels import common
+    kernel, planned = Kernel(), []
+    monkeypatch.setattr(launching, "_stream_of", lambda device: 0)
 
-    kernel = Kernel()
+    @launching.planned
+    def launch(x, y, n, block, grid, warps):
+        planned.append(n)
+        return launching.Call(kernel, grid, (launching.Result((n,), x.dtype),), (n,), {"BLOCK": block}, warps)
 
-    def launch(x, offset=0, n=8, block=16, grid=(3, 1), num_warps=4):
-        common.launch(kernel, grid, (x, None), (n,), {"BLOCK": block}, num_warps, (offset,))
+    def call(x, offset=0, n=8, block=16, grid=(3, 1), warps=4):
+        (out,) = launch((x, None), (n, block, grid, warps), (offset,))
+        assert out.shape == (n,) and out.dtype == x.dtype
+        assert len(planned) == len(launch.calls) == kernel.programs
         return kernel.ran[-1]
 
-    yield launch
-    common._programs.clear()
+    return call
 
 
-def test_a_program_belongs_to_its_device(run):
-    assert run(tensor()) == run(tensor()) == 1
-    assert run(tensor(device="cuda:1")) == 2
-    assert run(tensor()) == 1
+def test_a_program_belongs_to_the_alignment_of_its_addresses(run):
+    x = torch.zeros(16)
+    assert run(x[:8]) == run(x[4:12]) == 1
+    assert run(x[2:10]) == 2
+    assert run(x[3:11]) == 3
+    assert run(x[:8]) == 1
+
+
+def test_a_program_belongs_to_shapes_and_strides(run):
+    x = torch.zeros(64)
+    assert run(x[:8]) == run(x[8:16]) == 1
+    assert run(x[:9]) == 2
+    assert run(x[:16:2]) == 3
+    assert run(x[:8].view(2, 4)) == 4
+    assert run(x[:8]) == 1
 
 
 def test_a_program_belongs_to_the_width_of_its_numbers(run):
     """An offset beyond 2^31 is an int64 in the program, one below it an int32; within them it may change."""
-    assert run(tensor(), offset=0) == run(tensor(), offset=2**31 - 1) == 1
-    assert run(tensor(), offset=2**31) == 2
-    assert run(tensor(), offset=5) == 1
+    x = torch.zeros(8)
+    assert run(x, offset=0) == run(x, offset=2**31 - 1) == 1
+    assert run(x, offset=2**31) == 2
+    assert run(x, offset=5) == 1
 
 
 def test_a_program_belongs_to_its_dtypes_and_constants(run):
-    assert run(tensor()) == 1
-    assert run(tensor(torch.bfloat16)) == 2
-    assert run(tensor(), block=32) == 3
-    assert run(tensor(), n=9) == 4
-    assert run(tensor(), grid=(4, 1)) == 5
-    assert run(tensor(), num_warps=8) == 6
-    assert run(tensor()) == 1
+    x = torch.zeros(8)
+    assert run(x) == 1
+    assert run(x.bfloat16()) == 2
+    assert run(x, block=32) == 3
+    assert run(x, n=9) == 4
+    assert run(x, grid=(4, 1)) == 5
+    assert run(x, warps=8) == 6
+    assert run(x) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")
+def test_a_program_belongs_to_its_device(run):
+    assert run(torch.zeros(8)) == 1
+    assert run(torch.zeros(8, device="cuda")) == 2
+    assert run(torch.zeros(8)) == 1
+
+
+def test_described_says_the_same_in_both_languages():
+    x = torch.zeros(48)
+    tensors = [x[:8], x[4:12], x[1:9], x[:9], x[:16:2], x[:8].view(2, 4), x[:8].double(), None]
+    tensors += [x[:0], torch.tensor(3), x[:6].view(1, 2, 3), x[:6].view(1, 3, 2).mT]
+    for i, a in enumerate(tensors):
+        for j, b in enumerate(tensors):
+            for function in (launching.described, launching.described_in_python):
+                (first, one), (second, other) = function((a, x, None)), function((b, x, None))
+                # The first two are alike but for their address.
+                assert (first == second) == (i == j or {i, j} == {0, 1}), (i, j)
+                assert one[1:] == other[1:] == (x.data_ptr(), None)
+                assert one[0] == (None if a is None else a.data_ptr())
+
+
+def test_numbers_are_fixed_for_a_few_shapes_only(monkeypatch):
+    """A new batch compiles nothing; data of ever new shapes neither, after the first few."""
+    monkeypatch.setattr(launching, "_known", {})
+    monkeypatch.setattr(launching, "INTERPRETED", types.SimpleNamespace(value=False))
+    kernel = Kernel()
+
+    def numbers(*numbers):
+        return launching._without_too_many(launching.Call(kernel, (1,), (), numbers, {}, 4)).numbers
+
+    for n in range(launching.MOST_FIXED):
+        assert numbers(7, launching.fixed(n))[1].value == n
+    assert numbers(8, launching.fixed(3))[1].value == 3
+    assert numbers(8, launching.fixed(1000)) == (8, 1000)

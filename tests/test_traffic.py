@@ -293,7 +293,7 @@ def test_weigh_reads_once_for_the_sums_and_once_for_the_weights():
     k, b = 300, 5
     (likelihood, ratio), (kl, grad, grad_mean) = tensors(2, k, b), tensors(3, b)
     how = Weighing(1.0, "log_mean_exp", "none")
-    (launch,) = run(lambda: weigh.weigh(likelihood, ratio, None, how))
+    (launch,) = run(lambda: weigh.weigh(likelihood, ratio, None, how, True))
     assert_least(launch, {"p_log_likelihood": 2, "p_term": 2})
     assert launch.bytes() == 5 * likelihood.nbytes + 8 * b
     (launch,) = run(lambda: weigh.weigh_backward(grad, None, likelihood, None, how, k, b, 2))
@@ -302,7 +302,7 @@ def test_weigh_reads_once_for_the_sums_and_once_for_the_weights():
     assert launch.bytes() == 3 * likelihood.nbytes + 4 * b * blocks
     # A mean keeps no weights, and a KL is there once for all samples.
     how = Weighing(-1.0, "mean", "none")
-    (launch,) = run(lambda: weigh.weigh(likelihood, kl, None, how))
+    (launch,) = run(lambda: weigh.weigh(likelihood, kl, None, how, True))
     assert_least(launch, {"p_term": k})
     assert launch.stores.keys() == {"p_bound", "p_mean"}
     (launch,) = run(lambda: weigh.weigh_backward(grad, grad_mean, None, None, how, k, b, 1))

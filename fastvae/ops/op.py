@@ -95,7 +95,8 @@ class Op:
         self._dispatched_node = self._node(self._below_autograd)
         # The short ways, by where the tensors lie and the backend: a function, the node that calls it, and
         # whether it is the C++. Everything else is the dispatcher's.
-        on_cpu, on_gpu = ((f, self._node(f), False) for f in (self._on_cpu, self._on_gpu))
+        on_cpu = self._on_cpu, self._node(self._on_cpu, ON_CPU), False
+        on_gpu = self._on_gpu, self._node(self._on_gpu, ON_GPU), False
         self._ways: dict[tuple[int, str], tuple[Callable, type[Any], bool]] = {
             (ON_CPU, "triton"): on_cpu,
             (ON_GPU, "triton"): on_gpu,
@@ -181,14 +182,26 @@ class Op:
         with _C._AutoDispatchBelowAutograd():
             return self._registered(*fields)
 
-    def _node(self, function: Callable) -> type[Any]:
-        """The autograd node of the op as this function computes it, for the backend in force."""
+    def _node(self, function: Callable, place: int = 0) -> type[Any]:
+        """The autograd node of the op as this function computes it, for the backend in force; if the tensors
+        are known to lie at one place, the gradient too goes by without the dispatcher.
+        """
 
         def forward(ctx, *args):
             ctx.backend = _backend.chosen()
             return self.forward(function, ctx, *args)
 
-        return self._node_of(forward, self._differentiate)
+        if self.gradient is None or not place:
+            return self._node_of(forward, self._differentiate)
+        run = self.gradient._on_cpu if place == ON_CPU else self.gradient._on_gpu
+
+        def backward(ctx, *grads):
+            # Anything may have come between the passes.
+            if ctx.backend != _backend.chosen() or _C.is_grad_enabled() or plain(grads) != place:
+                return self._differentiate(ctx, *grads)
+            return self.backward(run, ctx, *grads)
+
+        return self._node_of(forward, backward)
 
     def _native_node(self) -> type:
         """The same in C++, without the dispatcher in either pass."""

@@ -107,8 +107,7 @@ class _Weigh(Op):
         def function(x, *rest):
             parameters, (term, beta, how, terms) = rest[: self.number], rest[self.number :]
             log_likelihood = rows(self.likelihood, x, *_with_samples(x, parameters))
-            bound, mean, weights = finish(log_likelihood, term, beta, how)
-            return bound, mean if terms else None, weights
+            return finish(log_likelihood, term, beta, how, terms)
 
         return function
 

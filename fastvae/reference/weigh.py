@@ -18,9 +18,10 @@ def weigh(
     term: Tensor | None,
     beta: Tensor | None,
     how: Any,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The bound ([B], or its sum or mean), the mean log-likelihood [B], and the normalised weights [K, B]
-    (None for a mean), of log_likelihood [K, B] and a term [K, B], [B] or None.
+    terms: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The bound ([B], or its sum or mean), the mean log-likelihood [B] (None without ``terms``), and the
+    normalised weights [K, B] (None for a mean), of log_likelihood [K, B] and a term [K, B], [B] or None.
     """
     mean = log_likelihood.mean(0)
     factor = _factor(beta, how.coefficient, log_likelihood)
@@ -33,7 +34,7 @@ def weigh(
         log_w = log_likelihood if term is None else log_likelihood + factor * term.to(mean.dtype)
         bound, *sums = log_mean_exp(log_w)
         weights = log_mean_exp_backward(torch.ones_like(bound), log_w, *sums)
-    return _reduce(bound, how.reduction), mean, weights
+    return _reduce(bound, how.reduction), mean if terms else None, weights
 
 
 def weigh_backward(

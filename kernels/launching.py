@@ -1,0 +1,226 @@
+"""How kernels are launched: a call whose like has been before costs a key, its results and the launch.
+
+An op says what is to be launched as a :class:`Call`, a function of the tensors' shapes, strides and dtypes
+and of its settings. It is computed once for each of these (:func:`planned`), and so is what Triton compiled
+for it; to find that again by itself takes Triton longer than all the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.driver import driver
+
+from .common import INTERPRETED
+
+# Calls that are remembered of one op, and programs of one kernel for numbers that are known to it.
+MOST_CALLS = 4096
+MOST_FIXED = 16
+
+
+class Result(NamedTuple):
+    """A tensor that a kernel writes, and what becomes of it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: int = 1  # the kernel writes so many, [parts, *shape], of which this is the sum
+    part: torch.dtype | None = None  # their dtype, if not that of the sum
+
+
+class Call(NamedTuple):
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: takes the tensors, the results, what changes from call to call, the numbers and the constants.
+        grid: of programs.
+        results: what it writes; None for what it need not.
+        numbers: among them what :func:`fixed` made.
+        constants: the compile-time arguments.
+        warps: of a program.
+    """
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    results: tuple[Result | None, ...]
+    numbers: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    left_out: int = 0  # tensors that the kernel takes, too, after those given: none
+
+
+def fixed(n: int) -> tl.constexpr:
+    """A number that the compiler is to know, such as a row's length: it then sees which addresses are
+    aligned. A batch's or a number of samples' is none: they change.
+    """
+    return tl.constexpr(n)
+
+
+def described_in_python(tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, tuple[int | None, ...]]:
+    """(all that a launch depends on, addresses) of some tensors; csrc/glance.hpp has the same."""
+    seen: list[Any] = []
+    addresses: list[int | None] = []
+    for t in tensors:
+        if t is None:
+            seen.append(None)
+            addresses.append(None)
+        else:
+            address = t.data_ptr()
+            # A program is for addresses divisible by 16, or not: chunk(2) of 100 columns is off by 8.
+            seen.append((t.dtype, t.get_device(), t.shape, t.stride(), address & 15))
+            addresses.append(address)
+    return tuple(seen), tuple(addresses)
+
+
+described = described_in_python
+with contextlib.suppress(ImportError):  # left out on purpose, or else the first op says what is wrong
+    from fastvae._C import described  # type: ignore[no-redef] # noqa: F811
+
+
+def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+    """Make ``plan(*tensors, *settings)``, which says what is launched, a function that launches it.
+
+    It takes the tensors, hashable settings, and numbers that change from call to call, and returns the
+    results.
+    """
+    calls: dict[Hashable, _Ready] = {}
+
+    def launch(
+        tensors: tuple[torch.Tensor | None, ...], settings: tuple[Any, ...] = (), loose: tuple[int, ...] = ()
+    ) -> tuple[torch.Tensor | None, ...]:
+        seen, addresses = described(tensors)
+        # A number beyond 2^31 has another type.
+        key = (seen, settings, *[n >> 31 for n in loose]) if loose else (seen, settings)
+        if torch.version.hip:
+            # There a program is for memory that 31 bits address, or not.
+            key += tuple(t is not None and t.untyped_storage().nbytes() < 2**31 for t in tensors)
+        ready = calls.get(key)
+        if ready is None:
+            if len(calls) >= MOST_CALLS:
+                calls.clear()
+            ready = calls[key] = _Ready(plan(*tensors, *settings), tensors)
+        return ready(tensors, addresses, loose)
+
+    launch.calls = calls  # type: ignore[attr-defined]
+    return launch
+
+
+class _Ready:
+    """A call that has been planned, and its program once that is compiled."""
+
+    def __init__(self, call: Call, tensors: tuple[torch.Tensor | None, ...]):
+        self.call = _without_too_many(call)
+        self.none = (None,) * call.left_out
+        self.like = next(i for i, t in enumerate(tensors) if t is not None)
+        like = tensors[self.like]
+        self.device = like.get_device()
+        self.makers = [_maker(r, like.dtype) for r in call.results]
+        self.sums = any(r is not None and r.parts > 1 for r in call.results)
+        self.program: Callable[..., object] | None = None
+
+    def __call__(self, tensors, addresses, loose):
+        like = tensors[self.like]
+        results = [None if m is None else like.new_empty(m) if d is None else like.new_empty(m, dtype=d)
+                   for m, d in self.makers]  # fmt: skip
+        call = self.call
+        if self.program is None or _is_watched(call.kernel):
+            self._compile(tensors, results, loose)
+        else:
+            written = [None if r is None else r.data_ptr() for r in results]
+            self.program(_stream_of(self.device), addresses, written, loose)
+        return tuple(map(_summed, results, call.results)) if self.sums else tuple(results)
+
+    def _compile(self, tensors, results, loose) -> None:
+        """Launch by Triton's own way."""
+        kernel, grid, _, numbers, constants, warps, left_out = self.call
+        # a * b + c in one rounding: Triton's default so far, which is about to change.
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        compiled = kernel[grid](*tensors, *self.none, *results, *loose, *numbers, **constants, **options)
+        if compiled is None or _is_watched(kernel):
+            return
+        x, y, z = (*grid, 1, 1)[:3]
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        none, count = self.none, len(tensors) + left_out + len(results) + len(loose) + len(numbers)
+        last = (*numbers, *(constants[name] for name in kernel.arg_names[count:]))
+
+        def program(stream, addresses, written, loose):
+            # Where an address is a number, nobody asks the driver whose it is.
+            arguments = *addresses, *none, *written, *loose, *last
+            run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+
+        self.program = program
+
+
+def _maker(result: Result | None, dtype: torch.dtype) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
+    """The shape of what a kernel writes, and its dtype if that is another; to say it costs half as much as
+    the memory.
+    """
+    if result is None:
+        return None, None
+    shape = result.shape if result.parts == 1 else (result.parts, *result.shape)
+    own = result.part if result.parts > 1 and result.part is not None else result.dtype
+    return shape, None if own == dtype else own
+
+
+def _summed(tensor: torch.Tensor | None, result: Result | None) -> torch.Tensor | None:
+    """The second stage of a sum that was split, in a fixed order."""
+    if result is None or result.parts == 1:
+        return tensor
+    return tensor.sum(0).to(result.dtype)
+
+
+# By kernel, the numbers that were fixed.
+_known: dict[int, set[tuple[int, ...]]] = {}
+
+
+def _without_too_many(call: Call) -> Call:
+    """Of a kernel for which many numbers were fixed already, these are not: it would be compiled for each
+    shape of data whose shapes change.
+    """
+    values = tuple(n.value for n in call.numbers if isinstance(n, tl.constexpr))
+    known = _known.setdefault(id(call.kernel), set())
+    if values in known or (len(known) < MOST_FIXED and not INTERPRETED.value):
+        known.add(values)
+        return call
+    return call._replace(numbers=tuple(getattr(n, "value", n) for n in call.numbers))
+
+
+def _stream_of(device: int) -> int:
+    return driver.active.get_current_stream(device)
+
+
+_runtime = triton.knobs.runtime
+# What Triton calls around a launch: a chain, or in its place what somebody has set.
+_chains = [getattr(_runtime, f"launch_{when}_hook", None) for when in ("enter", "exit")]
+
+
+def _is_watched(kernel: triton.JITFunction) -> bool:
+    """Whether a launch must be Triton's own: what is compiled depends on more, or more is called."""
+    # What was set lies in the object's dictionary; to ask for each by name costs more than a launch.
+    return bool(
+        _runtime.__dict__
+        or kernel.pre_run_hooks
+        or any([getattr(chain, "calls", chain) for chain in _chains])
+        or triton.knobs.compilation.__dict__
+        or _WATCHED
+    ) and _is_asked_to_watch(kernel)
+
+
+def _is_asked_to_watch(kernel: triton.JITFunction) -> bool:
+    hooks = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(
+        _runtime.debug
+        or kernel.pre_run_hooks
+        or any([getattr(hook, "calls", hook) for hook in hooks])
+        # Not every version of Triton has these.
+        or getattr(_runtime, "add_stages_inspection_hook", None)
+        or getattr(triton.knobs.compilation, "instrumentation_mode", None)
+    )
+
+
+# By the environment, which is read once.
+_WATCHED = bool(_runtime.debug or getattr(triton.knobs.compilation, "instrumentation_mode", None))
