@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -214,17 +215,33 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 )
 
 
+class Fixed(int):
+    """A number that the compiler is told."""
+
+
+def named(kernel, args: tuple, kwargs: dict) -> tuple[dict, dict]:
+    """What ``JITFunction.run`` is given: arguments by name, and options."""
+    import triton.language as tl
+
+    names = kernel.arg_names
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    arguments = {n: Fixed(v.value) if isinstance(v, tl.constexpr) else v for n, v in given.items()}
+    return arguments, {n: v for n, v in kwargs.items() if n not in names}
+
+
 def recorded(call: Callable[[], object]) -> list[tuple]:
     """The kernels that a call would launch: (kernel, arguments by name, options, grid)."""
     import triton
 
+    from fastvae.kernels import launching
+
     found = []
 
     def run(self, *args, grid, warmup, **kwargs):
-        names = self.arg_names
-        options = {n: v for n, v in kwargs.items() if n not in names}
-        found.append((self, {**dict(zip(names, args, strict=False)), **kwargs}, options, grid))
+        found.append((self, *named(self, args, kwargs), grid))
 
+    # Other targets have other warps, and who asks for all shapes in turn wants each as its user has it.
+    launching.forget()
     original = triton.JITFunction.run
     triton.JITFunction.run = run
     try:
@@ -240,9 +257,10 @@ def specialisation(kernel, arguments: dict) -> tuple[dict, dict, dict]:
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
         specialize = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialize and type(value) is int and value == 1):
+        known = parameter.is_constexpr or value is None or isinstance(value, Fixed)
+        if known or (specialize and type(value) is int and value == 1):
             signature[name] = "constexpr"
-            constants[name] = value
+            constants[name] = int(value) if isinstance(value, Fixed) else value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -274,10 +292,17 @@ def compiled(kernel, arguments: dict, options: dict, target: str):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.driver import driver
 
     signature, constants, attributes = specialisation(kernel, arguments)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    gpu, before = GPUTarget(*TARGETS[target]), driver._active
+    # A kernel asks the driver whose code it is to be.
+    driver.set_active(SimpleNamespace(get_current_target=lambda: gpu))
+    try:
+        return triton.compile(source, target=gpu, options=options)
+    finally:
+        driver.set_active(before)
 
 
 def report(kernel, arguments: dict, options: dict, grid: tuple[int, ...], target: str, label: str) -> Report:
@@ -367,10 +392,10 @@ def _tiling(arguments: dict, grid: tuple[int, ...], threads: int) -> tuple[float
     blocks = {n.removeprefix("BLOCK_"): v for n, v in arguments.items() if n.startswith("BLOCK")}
     sizes = {n: arguments.get(n, block) for n, block in blocks.items()}
     tiles = {n: math.ceil(size / blocks[n]) for n, size in sizes.items()}
-    tile = math.prod(blocks.values())
+    tile = math.prod(blocks.values()) * arguments.get("VECTOR", 1)
     steps = math.prod(tiles.values()) / math.prod(grid)
     k_steps = math.ceil(min(sizes.get("K", 1), arguments.get("k_per_program", 1)) / blocks.get("K", 1))
-    waste = math.prod(tiles.values()) * tile / math.prod(sizes.values())
+    waste = math.prod(tiles.values()) * math.prod(blocks.values()) / math.prod(sizes.values())
     return max(tile / threads, 1.0), max(steps, 1.0), max(k_steps, 1), waste
 
 

@@ -81,6 +81,18 @@ with contextlib.suppress(ImportError):  # left out on purpose, or else the first
     from fastvae._C import described  # type: ignore[no-redef] # noqa: F811
 
 
+# Of every op, what is remembered of its calls; by kernel, the numbers that were fixed.
+_memories: list[dict[Hashable, _Ready]] = []
+_known: dict[int, set[tuple[int, ...]]] = {}
+
+
+def forget() -> None:
+    """Plan and compile everything anew."""
+    for calls in _memories:
+        calls.clear()
+    _known.clear()
+
+
 def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | None, ...]]:
     """Make ``plan(*tensors, *settings)``, which says what is launched, a function that launches it.
 
@@ -105,7 +117,7 @@ def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | Non
             ready = calls[key] = _Ready(plan(*tensors, *settings), tensors)
         return ready(tensors, addresses, loose)
 
-    launch.calls = calls  # type: ignore[attr-defined]
+    _memories.append(calls)
     return launch
 
 
@@ -171,10 +183,6 @@ def _summed(tensor: torch.Tensor | None, result: Result | None) -> torch.Tensor 
     if result is None or result.parts == 1:
         return tensor
     return tensor.sum(0).to(result.dtype)
-
-
-# By kernel, the numbers that were fixed.
-_known: dict[int, set[tuple[int, ...]]] = {}
 
 
 def _without_too_many(call: Call) -> Call:

@@ -3,8 +3,9 @@
 All threads of a program go in step, as numpy arrays with one entry a thread; a branch must be the same for
 all. The hardware's approximate functions get a random error as large as NVIDIA documents, so that what passes
 here does not live by their luck: relative, ex2 2^-22 (PTX ISA), but 2^-23 for arguments up to a half, as
-CUDA's expf is made of these and documented with an ulp; rsqrt 2^-22.9; sqrt 2^-23. Only the instructions that
-the kernels need are known; another one fails by name.
+CUDA's expf is made of these and documented with an ulp; rsqrt 2^-22.9; sqrt 2^-23; lg2 2^-22, and so much
+absolutely in (1/2, 2); sin and cos 2^-20.5 absolutely. Only the instructions that the kernels need are known;
+another one fails by name.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ ERRORS = {
     "ex2": lambda x: np.where(np.abs(x) <= 0.51, 2.0**-23, 2.0**-22),
     "rsqrt": lambda x: 2.0**-22.9,
     "sqrt": lambda x: 2.0**-23,
+}
+ABSOLUTE_ERRORS = {
+    "lg2": lambda x: 2.0**-22 * np.where((x > 0.5) & (x < 2), 1.0, np.abs(np.log2(x))),
+    "sin": lambda x: 2.0**-20.5,
+    "cos": lambda x: 2.0**-20.5,
 }
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
@@ -317,6 +323,8 @@ class Threads:
         out = function(*values)
         if name in ERRORS and "approx" in op:
             out = out * (1 + ERRORS[name](values[0]) * self.random.uniform(-1, 1, self.count))
+        if name in ABSOLUTE_ERRORS:
+            out = out + ABSOLUTE_ERRORS[name](values[0]) * self.random.uniform(-1, 1, self.count)
         self.put(to, out.astype(dtype), active)
 
     def bfe(self, dtype, source, start, length):
@@ -348,6 +356,7 @@ ELEMENTWISE: dict[str, Callable] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": _fma, "mad": _fma, "min": _of_all(np.fmin),
     "max": _of_all(np.fmax), "abs": np.abs, "neg": np.negative, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert, "ex2": np.exp2, "sqrt": np.sqrt,
+    "lg2": np.log2, "sin": np.sin, "cos": np.cos,
     "rsqrt": lambda x: 1 / np.sqrt(x.astype(np.float64)),
     "div": lambda a, b: a / b if a.dtype == F32 else (np.trunc(a / b)).astype(a.dtype),
 }  # fmt: skip
@@ -387,16 +396,14 @@ def emulated(target: str = "sm_90") -> Iterator[list[str]]:
     programs: dict[str, tuple[Program, int]] = {}
 
     def run(self, *args, grid, warmup, **kwargs):
-        names = self.arg_names
-        options = {n: v for n, v in kwargs.items() if n not in names}
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given, options = kernels.named(self, args, kwargs)
         signature, constants, _ = kernels.specialisation(self, given)
         key = f"{self.__name__} {signature} {constants} {kernels.specialisation(self, given)[2]} {options}"
         if key not in programs:
             code = kernels.compiled(self, given, options, target)
             programs[key] = Program(code.asm["ptx"]), code.metadata.shared
         program, shared = programs[key]
-        values = [given[n] for n in names if n not in constants]
+        values = [given[n] for n in self.arg_names if n not in constants]
         numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
         # What follows the arguments are addresses of scratch memory, of which there is none.
         numbers += [0] * (len(program.parameters) - len(numbers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -211,3 +212,53 @@ def test_tensors_of_another_card():
     model, x, step = _step_of(BOUNDS["iwae"], device)
     assert step().device == device and torch.cuda.current_device() == 0
     assert torch.compile(model)(x).device == device
+
+
+FAST_NOISE = """
+import math, torch, fastvae
+from fastvae import ops
+
+device = torch.device("cuda")
+# Where the tests have the accurate noise: here as users have it.
+worst, count, moments, histogram = 0.0, 0, torch.zeros(4, dtype=torch.float64, device=device), 0
+edges = torch.linspace(-4, 4, 401, dtype=torch.float64, device=device)
+for seed in torch.randint(2**62, (8,)).tolist():
+    eps = fastvae.random.normal(seed, 4, 2**10, 2**12, device=device)
+    exact = fastvae.random.normal(seed, 4, 2**10, 2**12, dtype=torch.float64, device=device)
+    worst = max(worst, float((eps - exact).abs().max()))
+    eps, count = eps.double().flatten(), count + eps.numel()
+    moments += torch.stack([(eps**i).sum() for i in (1, 2, 3, 4)])
+    histogram = histogram + torch.bucketize(eps, edges).bincount(minlength=len(edges) + 1)
+assert count >= 10**8 and 0 < worst <= 1e-5, (count, worst)
+# Mean, variance, and the third and fourth moments, whose variances are 1, 2, 15 and 96.
+for moment, expected, variance in zip((moments / count).tolist(), (0, 1, 0, 3), (1, 2, 15, 96)):
+    assert abs(moment - expected) < 5 * math.sqrt(variance / count), moments / count
+distance = float((histogram.cumsum(0)[:-1] / count - torch.special.ndtr(edges)).abs().max())
+# Kolmogorov and Smirnov's: beyond it once in 10^9.
+assert distance < 3.3 / math.sqrt(count), distance
+
+# What z is made of, what the gradient takes it for, and what normal() says are the same noise.
+b, d, k = 33, 50, 7
+mu, logvar = torch.randn(b, 2 * d, device=device).chunk(2, dim=1)
+mu, logvar, seed = mu.requires_grad_(), logvar.requires_grad_(), torch.tensor(11, device=device)
+eps = fastvae.random.normal(seed, k, b, d).double()
+sigma, g = torch.exp(0.5 * logvar.detach().double()), torch.randn(k, b, d, device=device)
+for op in (ops.rsample_kl, ops.rsample_log_ratio):
+    z, _ = op(mu, logvar, samples=k, seed=seed)
+    torch.testing.assert_close(z.double(), mu + sigma * eps, rtol=1e-6, atol=1e-6)
+    got = torch.autograd.grad(z, (mu, logvar), g)
+    torch.testing.assert_close(got[0].double(), g.double().sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1].double(), (0.5 * g * sigma * eps).sum(0), rtol=1e-5, atol=1e-5)
+    part, _ = op(mu[4:9], logvar[4:9], samples=3, seed=seed, sample_offset=2, row_offset=4)
+    assert torch.equal(part, z[2:5, 4:9])
+print("fine", worst, distance * math.sqrt(count))
+"""
+
+
+@on_a_card
+def test_fast_noise():
+    """10^8 normals as users have them, to 1e-5 of what the words say; and the ops use the same."""
+    environment = {**os.environ, "FASTVAE_NOISE": "fast"}
+    run = subprocess.run([sys.executable, "-c", FAST_NOISE], env=environment, capture_output=True, text=True)
+    print(run.stdout)
+    assert run.stdout.startswith("fine"), run.stderr[-3000:]

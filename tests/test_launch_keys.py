@@ -48,7 +48,7 @@ def run(monkeypatch):
     def call(x, offset=0, n=8, block=16, grid=(3, 1), warps=4):
         (out,) = launch((x, None), (n, block, grid, warps), (offset,))
         assert out.shape == (n,) and out.dtype == x.dtype
-        assert len(planned) == len(launch.calls) == kernel.programs
+        assert len(planned) == kernel.programs
         return kernel.ran[-1]
 
     return call

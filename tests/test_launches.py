@@ -19,7 +19,7 @@ SCRIPT = """
 import torch, fastvae
 from benchmarks.launches import install
 from fastvae import ops
-from fastvae.kernels import importance, latent, launching, likelihood, random, weigh
+from fastvae.kernels import launching, likelihood
 
 driver = install()
 
@@ -35,15 +35,9 @@ def described(launch):
     is_address = lambda a: isinstance(a, torch.Tensor) or type(a) is int and a > 2**32
     return (x, y, z), ["address" if is_address(a) else str(a) for a in arguments]
 
-modules = importance, latent, likelihood, random, weigh
-memories = [v.calls for m in modules for v in vars(m).values() if hasattr(v, "calls")]
-
-def forget():
-    for memory in memories:
-        memory.clear()
 
 def known():
-    return sum(map(len, memories))
+    return sum(map(len, launching._memories))
 
 mu, logvar = (torch.randn(6, 40, requires_grad=True) for _ in range(2))
 x, mean = torch.rand(6, 80), torch.randn(3, 6, 80, requires_grad=True)
@@ -68,17 +62,17 @@ calls = {
 }
 with fastvae.use_backend("triton"):
     for name, call in calls.items():
-        forget()
+        launching.forget()
         first = launched(call)
         before = known()
         again = launched(call)
         assert first and [described(a) for a in first] == [described(a) for a in again], name
         assert before == len(first) == known(), (name, before, len(first))
         # What is remembered is what Triton would find by itself.
-        forget()
+        launching.forget()
         assert [(a[4], a[5]) for a in launched(call)] == [(a[4], a[5]) for a in again], name
     # Another offset is another number, not another program.
-    forget()
+    launching.forget()
     near, far = launched(calls["rsample_kl"]), launched(lambda: calls["rsample_kl"](7))
     assert known() == 2
     assert described(near[0])[1][7] == "0" and described(far[0])[1][7] == "7", described(far[0])
@@ -134,9 +128,9 @@ with fastvae.use_backend("triton"):
         assert all(map(is_remembered, group))
         assert [handle(call) for call in group] == found
         # Each is the program that Triton would choose for these pointers.
-        forget()
+        launching.forget()
         assert [handle(call) for call in reversed(group)] == found[::-1]
-        assert not any(forget() or is_remembered(call) for call in group)
+        assert not any(launching.forget() or is_remembered(call) for call in group)
 print("fine")
 """
 )

@@ -162,16 +162,66 @@ for group in (noise, latent, likelihoods, importance):
 print("fine")
 """
 
+# Of a file, as Triton reads the source of a kernel there.
+FAST = """
+import math, sys
+import torch, triton
+import triton.language as tl
+from fastvae.kernels.random import box_muller
+from tests.ptx import emulated
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_emitted_code(target):
+@triton.jit
+def transform(p_u, p_v, p_x, p_y, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_x, b_y = box_muller(tl.load(p_u + o).to(tl.uint32), tl.load(p_v + o).to(tl.uint32), tl.float32)
+    tl.store(p_x + o, b_x)
+    tl.store(p_y + o, b_y)
+
+(target,) = sys.argv[1:]
+torch.manual_seed(4)
+# Words at both ends, at what the branches compare with, at eighths of a turn, and anywhere.
+edges = [base + sign * step for base in (0, 2**31, 2**32 - 2**24, 2**32) for sign in (-1, 1)
+         for step in (0, 1, 2, 3, 5, 100, 2**9, 2**14, 2**20, 2**23 + 1)]
+edges += [2**32 - 2**i for i in range(32)] + [2**i for i in range(32)]
+edges += [i * 2**29 + j for i in range(9) for j in (-1, 0, 1)]
+edges = torch.tensor([w for w in edges if 0 <= w < 2**32])
+count = 2**14
+u = torch.cat([edges, edges, torch.randint(2**32, (count - 2 * len(edges),))])
+v = torch.cat([torch.randint(2**32, (len(edges),)), edges, torch.randint(2**32, (count - 2 * len(edges),))])
+x, y = torch.empty(count), torch.empty(count)
+with emulated(target):
+    transform[(count // 512,)](u, v, x, y, BLOCK=512, num_warps=4)
+f = u.double().add(0.5) / 2**32
+# log1p where u is near 1.
+radius = torch.where(u < 2**31, torch.log(f), torch.log1p(-(2**32 - u.double() - 0.5) / 2**32)).mul(-2).sqrt()
+angle = 2 * math.pi * v.double().add(0.5) / 2**32
+error = torch.stack([x - radius * angle.cos(), y - radius * angle.sin()]).abs().amax(0)
+assert radius.max() > 6.6 and radius.min() < 2e-5
+small = (error / radius)[u >= 2**32 - 2**24].max()
+print(f"normals: {float(error.max()):.3g}, {float(small):.3g} of a small radius")
+assert error.max() <= 1e-5 and small <= 2e-6
+print("fine")
+"""
+
+
+def _run(target: str, *script: str, **variables: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, target],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, *script, target], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     print(run.stdout)
     assert run.stdout.endswith("fine\n"), run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_emitted_code(target):
+    """With the noise that is right to ulps, so that all the rest can be held to its own roundings."""
+    _run(target, "-c", SCRIPT, FASTVAE_NOISE="accurate")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_fast_normals(target, tmp_path):
+    """To 1e-5 from the tail to the smallest radius, which keeps its digits, as far as a card may err."""
+    (tmp_path / "fast.py").write_text(FAST)
+    _run(target, str(tmp_path / "fast.py"), FASTVAE_NOISE="fast")

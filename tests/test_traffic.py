@@ -231,8 +231,12 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
     blocks = common.event_tiles(k, b, x, common.LAUNCH["likelihood_backward"].tile, **merged).k_splits
     assert blocks == 1 or not with_x
     (launch,) = run(lambda: likelihood.log_prob_backward(declared, grad, data, *given, need))
-    # The gradient of a row is read for each of its tiles.
+    # The gradient of a row is read for each of its tiles, or of its groups of pixels, out of the caches.
     tiles = _tiles(x, common.TILE_X)
+    if not with_x and (layout == "full" or len(given) == 1):
+        assert launch.kernel == "log_prob_flat_backward_kernel"
+        tiles = x // min(x & -x, 16 // first.element_size())
+        blocks = triton.cdiv(k, likelihood.SAMPLES_FLAT)
     again, moved = {"p_x": blocks, "p_grad": tiles}, blocks * data.nbytes + tiles * grad.nbytes
     moved += 2 * first.nbytes + (data.nbytes if with_x else 0)
     for i in range(1, len(given)):
