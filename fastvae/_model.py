@@ -238,6 +238,10 @@ def _spared_memory_errors() -> Iterator[None]:
             raise
 
 
+# Log weights that are folded at once, if so many come: a few megabytes.
+_FOLDED = 2**20
+
+
 def weights(
     model: Model, seed: Tensor, start: int, stop: int, chunks: Chunks, tail: int, **options: Any
 ) -> Weights:
@@ -251,17 +255,18 @@ def weights(
         return part if total is None else total.merge(part)
 
     for log_w in stream(model, seed, start, stop, chunks, **options):
-        count = log_w.shape[0]
+        count, batch = log_w.shape
         start += count
-        if filled == 0 and (count >= tail or start == stop):
+        # To fold is some forty small ops: worth their while for many draws, and as many new as are kept.
+        enough = max(tail, _FOLDED // max(1, batch))
+        if filled == 0 and (count >= enough or start == stop):
             total = fold(log_w)
             continue
-        # Sorting out the largest is worth its while when there are as many new ones.
         if buffer is None:
-            buffer = log_w.new_empty(tail + count, log_w.shape[1])
+            buffer = log_w.new_empty(min(enough + count, count + stop - start), batch)
         buffer[filled : filled + count] = log_w
         filled += count
-        if filled >= tail or start == stop:
+        if filled >= enough or start == stop:
             total, filled = fold(buffer[:filled]), 0
     assert total is not None
     return total

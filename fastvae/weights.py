@@ -43,10 +43,10 @@ class Weights(NamedTuple):
     @classmethod
     def of(cls, log_w: Tensor, tail: int) -> Weights:
         """Of log weights [K, B], keeping the ``tail`` largest."""
-        maximum = log_w.amax(0)
-        w = torch.exp(log_w.double() - _shift(maximum))
+        maximum, wide = log_w.amax(0), log_w.double()
+        w = torch.exp(wide - _shift(maximum))
         count = torch.full(maximum.shape, log_w.shape[0], dtype=torch.int64, device=log_w.device)
-        return cls(maximum, w.sum(0), w.square().sum(0), log_w.double().sum(0), count, _largest(log_w, tail))
+        return cls(maximum, w.sum(0), w.square().sum(0), wide.sum(0), count, _largest(log_w, tail))
 
     def merge(self, other: Weights) -> Weights:
         """The weights of both sets of draws."""
@@ -100,7 +100,7 @@ class Weights(NamedTuple):
 
 def _shift(maximum: Tensor) -> Tensor:
     """What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN)."""
-    return torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
+    return torch.nan_to_num(maximum, nan=math.nan, posinf=0.0, neginf=0.0)
 
 
 def _largest(log_w: Tensor, count: int) -> Tensor:
