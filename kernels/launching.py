@@ -8,6 +8,7 @@ for it; to find that again by itself takes Triton longer than all the rest.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ import triton
 import triton.language as tl
 from triton.runtime.driver import driver
 
-from .common import INTERPRETED
+from .common import INTERPRETED, LAUNCH, accumulator, cdiv, store, triton_dtype
 
 # Calls that are remembered of one op, and programs of one kernel for numbers that are known to it.
 MOST_CALLS = 4096
 MOST_FIXED = 16
+# Split sums that one launch completes, and parts of each that one thread adds; numbers of a program.
+MOST_SUMS, MOST_PARTS, SUM_BLOCK = 4, 64, 512
 
 
 class Result(NamedTuple):
@@ -144,7 +147,7 @@ class _Ready:
         else:
             written = [None if r is None else r.data_ptr() for r in results]
             self.program(_stream_of(self.device), addresses, written, loose)
-        return tuple(map(_summed, results, call.results)) if self.sums else tuple(results)
+        return _summed(results, call.results) if self.sums else tuple(results)
 
     def _compile(self, tensors, results, loose) -> None:
         """Launch by Triton's own way."""
@@ -178,11 +181,81 @@ def _maker(result: Result | None, dtype: torch.dtype) -> tuple[tuple[int, ...] |
     return shape, None if own == dtype else own
 
 
-def _summed(tensor: torch.Tensor | None, result: Result | None) -> torch.Tensor | None:
-    """The second stage of a sum that was split, in a fixed order."""
-    if result is None or result.parts == 1:
-        return tensor
-    return tensor.sum(0).to(result.dtype)
+def _summed(
+    written: list[torch.Tensor | None], results: tuple[Result | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """The second stage of sums that were split, in a fixed order; several by one launch."""
+    split = [i for i, r in enumerate(results) if r is not None and r.parts > 1]
+    most = max(results[i].parts for i in split), max(math.prod(results[i].shape) for i in split)
+    if 1 < len(split) <= MOST_SUMS and most[0] <= MOST_PARTS and most[1] < 2**31 - SUM_BLOCK:
+        none = (None,) * (MOST_SUMS - len(split))
+        sums = _sum_parts((*(written[i] for i in split), *none), (tuple(results[i] for i in split),))
+    else:
+        sums = [written[i].sum(0).to(results[i].dtype) for i in split]
+    for i, total in zip(split, sums, strict=False):
+        written[i] = total
+    return tuple(written)
+
+
+@triton.jit
+def _sum_one(p_parts, p_out, parts, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_n < n
+    b_sum = tl.zeros([BLOCK], dtype=DTYPE)
+    for i in range(parts):
+        b_sum += tl.load(p_parts + (tl.zeros([BLOCK], dtype=tl.int64) + i) * n + o_n, mask=mask, other=0.0)
+    store(p_out, o_n, b_sum, mask)
+
+
+@triton.jit(do_not_specialize=["parts_0", "parts_1", "parts_2", "parts_3", "n_0", "n_1", "n_2", "n_3"])
+def sum_parts_kernel(
+    p_0,  # [parts, n] each, contiguous, or None
+    p_1,
+    p_2,
+    p_3,
+    p_out_0,  # [n] out, their sums
+    p_out_1,
+    p_out_2,
+    p_out_3,
+    parts_0,
+    parts_1,
+    parts_2,
+    parts_3,
+    n_0,
+    n_1,
+    n_2,
+    n_3,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for a stretch of one tensor."""
+    i = tl.program_id(1)
+    if i == 0:
+        _sum_one(p_0, p_out_0, parts_0, n_0, DTYPE, BLOCK)
+    if p_1 is not None:  # noqa: SIM102 (one is of compile time, the other of run time)
+        if i == 1:
+            _sum_one(p_1, p_out_1, parts_1, n_1, DTYPE, BLOCK)
+    if p_2 is not None:  # noqa: SIM102
+        if i == 2:
+            _sum_one(p_2, p_out_2, parts_2, n_2, DTYPE, BLOCK)
+    if p_3 is not None:  # noqa: SIM102
+        if i == 3:
+            _sum_one(p_3, p_out_3, parts_3, n_3, DTYPE, BLOCK)
+
+
+@planned
+def _sum_parts(p_0, p_1, p_2, p_3, results) -> Call:
+    count = len(results)
+    sizes = [math.prod(r.shape) for r in results]
+    none = (0,) * (MOST_SUMS - count)
+    return Call(
+        sum_parts_kernel,
+        (cdiv(max(sizes), SUM_BLOCK), count),
+        tuple(Result(r.shape, r.dtype) for r in results) + (None,) * (MOST_SUMS - count),
+        (*(r.parts for r in results), *none, *sizes, *none),
+        {"DTYPE": triton_dtype(accumulator(p_0)), "BLOCK": SUM_BLOCK},
+        LAUNCH["importance"].warps(torch.float32),
+    )
 
 
 def _without_too_many(call: Call) -> Call:

@@ -139,9 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--batch-size",
         type=_whole,
-        default=100,
         metavar="B",
-        help="examples at a time (default: %(default)s)",
+        help="examples at a time (default: 100, on a GPU 500)",
     )
     evaluate.add_argument("--k-chunk", type=_whole, metavar="K", help="draws at a time (default: what fits)")
     evaluate.add_argument(

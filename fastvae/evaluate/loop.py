@@ -30,6 +30,8 @@ from .ranks import Ranks
 from .result import Evaluation, combine
 
 FIRST_LOOK = 100  # draws before the first question whether they are enough
+# Examples of a batch. A GPU waits for the host unless they are many: docs/NOTES.md.
+BATCH, BATCH_ON_GPU = 100, 500
 
 
 @torch.no_grad()
@@ -41,7 +43,7 @@ def evaluate(
     k: int | None = None,
     tol: float | None = None,
     k_chunk: int | None = None,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -78,7 +80,7 @@ def evaluate(
             Examples that are done are no longer decoded, so a row of the decoder's output must not depend on
             the other rows; the first batch is asked whether it does.
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
-        batch_size: of data that do not come in batches.
+        batch_size: of data that do not come in batches; default 100, on a GPU 500. No result depends on it.
         likelihood, prior: as in :func:`fastvae.elbo`.
         checkpoint: a file, such as ``"run.npz"``, that gets the results as they come. If it exists, the work
             goes on where it stopped, with its seed. It is refused for other parameters, data or settings.
@@ -120,13 +122,16 @@ def evaluate(
     if tol is not None and not (tol := check_number("tol", tol, "in nats")):
         raise ValueError("tol must be greater than 0: no finite number of draws has no error")
     check_choice("shard", shard, ("data", "samples", "none"))
-    check_count("batch_size", batch_size, "the examples of a batch")
+    if batch_size is not None:
+        check_count("batch_size", batch_size, "the examples of a batch")
     k = k or (5000 if tol is None else 100_000)
     ranks = Ranks(shard)
     plan = _Plan(k, tol, Chunks(k_chunk), ranks)
     with ranks.telling():
         device, dtype = place_of(encoder, decoder)
-        batches = batches_of(data, batch_size, shard)
+        place = device or getattr(data, "device", None)
+        on_gpu = isinstance(place, torch.device) and place.type != "cpu"
+        batches = batches_of(data, batch_size or (BATCH_ON_GPU if on_gpu else BATCH), shard)
         settings: dict[str, Any] = {"format": 1, "k": k, "tol": tol}
         if checkpoint is not None:
             settings["parameters"] = parameters_digest(encoder, decoder, likelihood, prior)
