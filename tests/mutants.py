@@ -38,6 +38,27 @@ class Mutant(NamedTuple):
 
 CPP = [
     Mutant(
+        "described: alignment",
+        "csrc/glance.hpp",
+        "note(PyLong_AsUnsignedLongLong(address.ptr()) & 15);",
+        "note(PyLong_AsUnsignedLongLong(address.ptr()) & 3);",
+        ("launch_keys",),
+    ),
+    Mutant(
+        "described: strides",
+        "csrc/glance.hpp",
+        "      note_all(owned(PyObject_CallMethodNoArgs(t, names.stride)));\n",
+        "",
+        ("launch_keys",),
+    ),
+    Mutant(
+        "described: dtypes",
+        "csrc/glance.hpp",
+        "note(reinterpret_cast<i64>(owned(PyObject_GetAttr(t, names.dtype)).ptr()));",
+        "note(0);",
+        ("launch_keys",),
+    ),
+    Mutant(
         "z: sign of the noise",
         "csrc/latent.hpp",
         "v = q.mu[i] + C(2) * half;",
@@ -1265,8 +1286,8 @@ TRITON = [
     Mutant(
         "traffic: a copy of the means",
         "kernels/likelihood.py",
-        "        (x, *parameters, out),",
-        "        (x, parameters[0].clone(), *parameters[1:], out),",
+        "return _log_prob((x, *parameters), (likelihood,))[0]",
+        "return _log_prob((x, parameters[0].clone(), *parameters[1:]), (likelihood,))[0]",
         ("traffic",),
     ),
     Mutant(
@@ -1310,9 +1331,9 @@ TRITON = [
     ),
     Mutant(
         "launch: numbers in another order",
-        "kernels/common.py",
-        "run(*tensors, *loose, *numbers, *constants)",
-        "run(*tensors, *numbers, *loose, *constants)",
+        "kernels/launching.py",
+        "arguments = *addresses, *none, *written, *loose, *last",
+        "arguments = *addresses, *none, *written, *last, *loose",
         ("launches",),
     ),
     Mutant(
@@ -1332,8 +1353,8 @@ TRITON = [
     Mutant(
         "clamp: one of one side is ignored",
         "kernels/latent.py",
-        'draw.logvar_min > float("-inf") or draw.logvar_max < float("inf")',
-        'draw.logvar_min > float("-inf")',
+        'limits[0] > float("-inf") or limits[1] < float("inf")',
+        'limits[0] > float("-inf")',
         ("numbers::test_a_clamp_of_one_side",),
     ),
     Mutant(
@@ -1367,38 +1388,108 @@ TRITON = [
         ("addresses::test_a_shards_rows_and_draws_are_those_of_the_whole",),
     ),
     Mutant(
-        "launch: programs of another device",
-        "kernels/common.py",
-        "num_warps, device, *wide)",
-        "num_warps, *wide)",
-        ("launch_keys::test_a_program_belongs_to_its_device",),
-    ),
-    Mutant(
         "launch: programs of narrow numbers",
-        "kernels/common.py",
-        "num_warps, device, *wide)",
-        "num_warps, device)",
+        "kernels/launching.py",
+        "(seen, settings, *[n >> 31 for n in loose]) if loose else",
+        "(seen, settings) if loose else",
         ("launch_keys::test_a_program_belongs_to_the_width_of_its_numbers",),
     ),
     Mutant(
-        "launch: programs of another dtype",
-        "kernels/common.py",
-        "types.append(t.dtype)",
-        "types.append(None)",
-        ("launch_keys::test_a_program_belongs_to_its_dtypes_and_constants",),
+        "launch: programs of other constants",
+        "kernels/launching.py",
+        "if loose else (seen, settings)",
+        "if loose else (seen,)",
+        ("launch_keys", "launches", "likelihoods", "random"),
     ),
     Mutant(
-        "launch: programs of other constants",
-        "kernels/common.py",
-        "*numbers, *constants.values(), num_warps",
-        "*numbers, num_warps",
-        ("launch_keys::test_a_program_belongs_to_its_dtypes_and_constants",),
+        "launch: programs of other shapes",
+        "kernels/launching.py",
+        "seen.append((t.dtype, t.get_device(), t.shape, t.stride(), address & 15))",
+        "seen.append((t.dtype, t.get_device(), t.stride(), address & 15))",
+        ("launch_keys::test_described_says_the_same_in_both_languages",),
+    ),
+    Mutant(
+        "launch: a program for every shape of data",
+        "kernels/launching.py",
+        "len(known) < MOST_FIXED",
+        "len(known) >= 0",
+        ("launch_keys::test_numbers_are_fixed_for_a_few_shapes_only",),
+    ),
+    Mutant(
+        "launch: a batch's size is fixed, too",
+        "kernels/latent.py",
+        "        (samples, b, fixed(d), *tiles.numbers, tiles.d_tiles, *_inputs",
+        "        (samples, fixed(b), fixed(d), *tiles.numbers, tiles.d_tiles, *_inputs",
+        ("kernels_compile",),
+    ),
+    Mutant(
+        "split sums: parts of another tensor",
+        "kernels/launching.py",
+        "_sum_one(p_1, p_out_1, parts_1, n_1, DTYPE, BLOCK)",
+        "_sum_one(p_0, p_out_1, parts_1, n_1, DTYPE, BLOCK)",
+        ("numbers::test_sums_that_are_split_over_programs", "latent"),
+    ),
+    Mutant(
+        "split sums: the last part forgotten",
+        "kernels/launching.py",
+        "for i in range(parts):",
+        "for i in range(parts - 1):",
+        ("numbers::test_sums_that_are_split_over_programs", "latent"),
+    ),
+    Mutant(
+        "flat gradient: a row's gradient for its neighbour",
+        "kernels/likelihood.py",
+        "o_b = o_g // (X // VECTOR)",
+        "o_b = (o_g + 1) // (X // VECTOR)",
+        ("likelihoods", "bernoulli", "gaussian"),
+    ),
+    Mutant(
+        "flat gradient: a row of parameters taken for a number",
+        "kernels/likelihood.py",
+        "    if VARIES == ALONG_X:",
+        "    if VARIES == 16:",
+        ("likelihoods", "gaussian"),
+    ),
+    Mutant(
+        "flat gradient: of parameters that are not contiguous",
+        "kernels/likelihood.py",
+        "        and first.is_contiguous()\n",
+        "",
+        ("likelihoods", "contracts", "gaussian", "bernoulli", "weigh"),
+    ),
+    Mutant(
+        "flat gradient: groups wider than what divides a row",
+        "kernels/likelihood.py",
+        "vector = min(size & -size, 16 // parameters[0].element_size())",
+        "vector = 16 // parameters[0].element_size()",
+        ("likelihoods", "shapes", "traffic"),
+    ),
+    Mutant(
+        "fast normals: no series near zero",
+        "kernels/random.py",
+        "tl.where((b_s < 0) & (b_s >= -(2**24)), b_near, b_square)",
+        "b_square",
+        ("ptx::test_fast_normals",),
+    ),
+    Mutant(
+        "fast normals: the series used too far out",
+        "kernels/random.py",
+        "(b_s >= -(2**24))",
+        "(b_s >= -(2**28))",
+        ("ptx::test_fast_normals",),
+    ),
+    Mutant(
+        "fast normals: the angle of an unsigned word rounded",
+        "kernels/random.py",
+        "_cosine_and_sine_of_turns(b_v.to(tl.int32, bitcast=True))",
+        "_cosine_and_sine_of_turns(b_v.to(tl.int32, bitcast=True) & -65536)",
+        ("ptx::test_fast_normals",),
     ),
     Mutant(
         "split sums: the first part alone",
-        "kernels/common.py",
-        "if parts.shape[0] == 1 else parts.sum(0)",
-        "if parts.shape[0] == 1 else parts[0]",
+        "kernels/launching.py",
+        "written[i].sum(0).to(results[i].dtype)",
+        "written[i][0].to(results[i].dtype)",
         ("numbers::test_sums_that_are_split_over_programs",),
     ),
     Mutant(
@@ -1586,8 +1677,8 @@ TRITON = [
     Mutant(
         "weigh backward: batch's mean not divided",
         "kernels/weigh.py",
-        "grad_bound = grad_bound / batch",
-        "grad_bound = grad_bound / 1",
+        '"OF_MEAN": of_mean',
+        '"OF_MEAN": False',
         ("weigh",),
     ),
     Mutant(
@@ -1663,6 +1754,20 @@ TRITON = [
 ]
 
 PYTHON = [
+    Mutant(
+        "weigh: a gradient for the mean that nobody asked for",
+        "fastvae/ops/weigh.py",
+        "            grad_mean = or_none(grad_mean)\n",
+        "            pass\n",
+        ("torch::test_opcheck",),
+    ),
+    Mutant(
+        "devices: one without an index is another",
+        "fastvae/_checks.py",
+        "or (device.type == other.type and None in (device.index, other.index))",
+        "",
+        ("errors",),
+    ),
     Mutant(
         "iwae's terms: sign of the KL",
         "fastvae/objectives.py",
@@ -1940,14 +2045,14 @@ PYTHON = [
     Mutant(
         "composed: stl keeps q's score",
         "fastvae/distributions/draws.py",
-        'log_q = _log_prob(held(q), z, "q(z|x)")',
+        'log_q = _log_prob(_held(q, z, estimator), z, "q(z|x)")',
         'log_q = _log_prob(q, z, "q(z|x)")',
         ("distributions",),
     ),
     Mutant(
         "composed: dreg's weight on the prior, too",
         "fastvae/distributions/draws.py",
-        '_DReG.apply(z, _log_prob(held(p), z, "p(z)") - log_q, chunk)',
+        '_DReG.apply(z, _log_prob(_held(p, z, estimator), z, "p(z)") - log_q, chunk)',
         '_DReG.apply(z, _log_prob(p, z, "p(z)") - log_q, chunk)',
         ("distributions",),
     ),
@@ -2191,8 +2296,8 @@ PYTHON = [
     Mutant(
         "weights: the last of a buffer forgotten",
         "fastvae/_model.py",
-        "if filled >= tail or start == stop:",
-        "if filled >= tail:",
+        "if filled >= enough or start == stop:",
+        "if filled >= enough:",
         ("weights::test_log_marginal_agrees_with_weights_of_all_draws",),
     ),
     Mutant(
@@ -2537,15 +2642,15 @@ PYTHON = [
     Mutant(
         "sums in the weights' own dtype",
         "fastvae/weights.py",
-        "torch.exp(log_w.double() - _shift(maximum))",
+        "torch.exp(wide - _shift(maximum))",
         "torch.exp(log_w - _shift(maximum))",
         ("diagnostics::test_sums_of_float32_weights_are_kept_in_float64",),
     ),
     Mutant(
         "the ELBO's sum in the weights' own dtype",
         "fastvae/weights.py",
-        "log_w.double().sum(0)",
-        "log_w.sum(0).double()",
+        "wide.sum(0), count",
+        "log_w.sum(0).double(), count",
         ("diagnostics::test_sums_of_float32_weights_are_kept_in_float64",),
     ),
     Mutant(

@@ -15,6 +15,7 @@ from torch import distributions as td
 
 import fastvae
 from fastvae import elbo, iwae, log_marginal, ops
+from fastvae._checks import on_same_device
 
 from . import models
 from .conftest import DEVICE
@@ -699,3 +700,10 @@ def test_certainly_impossible_example_is_minus_infinity(estimator):
     result = log_marginal(data, (mu, logvar), decoder, k=K, k_chunk=3, **BERNOULLI)
     assert float(result.log_px[1]) == -math.inf
     assert math.isfinite(float(result.log_px[0]))
+
+
+def test_devices_without_an_index():
+    """A user's own distribution may say "cuda", where its tensors say "cuda:0"."""
+    on = lambda one, other: on_same_device(torch.device(one), torch.device(other))  # noqa: E731
+    assert on("cuda", "cuda:0") and on("cuda:1", "cuda") and on("cpu", "cpu") and on("cuda:1", "cuda:1")
+    assert not on("cuda:0", "cuda:1") and not on("cpu", "cuda") and not on("cuda:0", "cpu")
