@@ -212,7 +212,6 @@ def _plan() -> list[Item]:
         Item("log_mean_exp", (5000, 16384)),
         step("IWAE step", (50, 1024, 200, 200, 50), "bfloat16", ALL, 30),
         Item("rsample_log_ratio", (50, 4096, 64), "bfloat16"),
-        Item("bernoulli_log_prob", (16384, 784), "bfloat16"),
         Item("gaussian_log_prob", (50, 4096, 100), "bfloat16"),
     ]
 
