@@ -23,7 +23,7 @@ from .common import INTERPRETED, LAUNCH, accumulator, cdiv, store, triton_dtype
 MOST_CALLS = 4096
 MOST_FIXED = 16
 # Split sums that one launch completes, and parts of each that one thread adds; numbers of a program.
-MOST_SUMS, MOST_PARTS, SUM_BLOCK = 4, 64, 512
+MOST_SUMS, MOST_PARTS, SUM_BLOCK = 4, 64, 1024
 
 
 class Result(NamedTuple):
@@ -207,7 +207,7 @@ def _sum_one(p_parts, p_out, parts, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr)
     store(p_out, o_n, b_sum, mask)
 
 
-@triton.jit(do_not_specialize=["parts_0", "parts_1", "parts_2", "parts_3", "n_0", "n_1", "n_2", "n_3"])
+@triton.jit(do_not_specialize=["parts_0", "parts_1", "parts_2", "parts_3"])
 def sum_parts_kernel(
     p_0,  # [parts, n] each, contiguous, or None
     p_1,
