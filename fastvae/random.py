@@ -17,8 +17,8 @@ transform, :math:`w_2, w_3` columns 2 and 3:
 
 so both halves of each pair are used and the tail reaches :math:`\sqrt{2 \ln 2^{33}} = 6.76` standard
 deviations. The words are equal bit for bit in C++, Triton and PyTorch; the normals to a few units in the last
-place, but on a GPU, where those in float32 are made by the hardware's logarithm, sine and cosine and are equal to
-1e-5; with ``FASTVAE_NOISE=accurate`` in the environment they are equal to a few units there, too.
+place, but on a GPU, where those in float32 are made by the hardware's logarithm, sine and cosine and are
+equal to 1e-5; with ``FASTVAE_NOISE=accurate`` in the environment they are equal to a few units there, too.
 
 .. [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
 """

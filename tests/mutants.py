@@ -1420,7 +1420,7 @@ TRITON = [
         "kernels/latent.py",
         "        (samples, b, fixed(d), *tiles.numbers, tiles.d_tiles, *_inputs",
         "        (samples, fixed(b), fixed(d), *tiles.numbers, tiles.d_tiles, *_inputs",
-        ("kernels_compile",),
+        ("launches",),
     ),
     Mutant(
         "split sums: parts of another tensor",

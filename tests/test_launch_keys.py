@@ -123,4 +123,5 @@ def test_numbers_are_fixed_for_a_few_shapes_only(monkeypatch):
     for n in range(launching.MOST_FIXED):
         assert numbers(7, launching.fixed(n))[1].value == n
     assert numbers(8, launching.fixed(3))[1].value == 3
-    assert numbers(8, launching.fixed(1000)) == (8, 1000)
+    # Not a constant of Triton's, which would be equal, too.
+    assert list(map(type, numbers(8, launching.fixed(1000)))) == [int, int]

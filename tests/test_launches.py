@@ -131,6 +131,13 @@ with fastvae.use_backend("triton"):
         launching.forget()
         assert [handle(call) for call in reversed(group)] == found[::-1]
         assert not any(launching.forget() or is_remembered(call) for call in group)
+    # Another batch, or another number of samples, needs no other program; another number of columns does.
+    wide = torch.randn(40, 100)
+    for op in (ops.rsample_kl, ops.rsample_log_ratio):
+        halves = lambda b: wide[:b].chunk(2, dim=1)
+        found = {handle(lambda: op(*halves(b), samples=k)) for b, k in ((20, 9), (21, 9), (21, 11))}
+        assert len(found) == 1, found
+        assert handle(lambda: op(wide[:20, :48], wide[:20, 50:98], samples=9)) not in found
 print("fine")
 """
 )
