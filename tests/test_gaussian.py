@@ -10,6 +10,7 @@ import torch
 from fastvae import ops
 
 from .conftest import DEVICE
+from .models import randn
 
 
 def test_large_inputs(backend):
@@ -64,3 +65,16 @@ def test_the_gradients_of_a_shared_log_variance_are_summed_before_they_are_round
     # One rounding to bfloat16, and those of a sum of k terms in float32, in any order.
     bound = 2**-9 * exact.abs() + k * 2**-23 * (square + 1).sum(0)
     assert bool(((grad.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("shape", [(), (20,), (3, 1, 1), (1, 7, 20), (3, 7, 20)])
+def test_a_log_variance_that_asks_for_no_gradient(backend, shape):
+    """A fixed scale of all, of each pixel, or of what it may: the mean's gradient by itself."""
+    k, b, x = 3, 7, 20
+    data, mean, grad = randn(b, x, seed=1), randn(k, b, x, seed=2).requires_grad_(), randn(k, b, seed=3)
+    logvar = randn(*shape, seed=4)
+    (got,) = torch.autograd.grad(ops.gaussian_log_prob(data, mean, logvar), mean, grad)
+    wide = (t.detach().double() for t in (data, mean, logvar, grad))
+    data, mean, logvar, grad = wide
+    expected = grad[..., None] * (data - mean) * torch.exp(-logvar)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
