@@ -65,14 +65,20 @@ def philox_words(seed, o_k, o_b, o_j):
 
 
 @triton.jit
+def _distance(b_s):
+    """The distance of u to the nearer of 0 and 1, of the word as an int32."""
+    # The exclusive or is a not for words from 2^31 on. Twice the word plus one is exact in 32 bits, so it is
+    # rounded once.
+    b_x = (((b_s ^ (b_s >> 31)) << 1) | 1).to(tl.uint32, bitcast=True)
+    return b_x.to(tl.float32) * (0.5 * TWO_TO_MINUS_32)
+
+
+@triton.jit
 def _radius(b_w):
     """sqrt(-2 log u), u = (w + 1/2) 2^-32."""
     b_s = b_w.to(tl.int32, bitcast=True)
-    b_sign = b_s >> 31
     b_high = b_s < 0
-    # The distance of u to the nearer of 0 and 1; the exclusive or is a not for words from 2^31 on. Twice the
-    # word plus one is exact in 32 bits, so it is rounded once.
-    b_f = (((b_s ^ b_sign) << 1) | 1).to(tl.uint32, bitcast=True).to(tl.float32) * (0.5 * TWO_TO_MINUS_32)
+    b_f = _distance(b_s)
     b_m, b_e = split_float(tl.where(b_high, 1.0 - b_f, b_f))
     # Above 1/2 from the distance, not from the rounded 1 - f: the smallest radii keep their accuracy. There e
     # is 0 or -1.
@@ -105,62 +111,32 @@ def _cosine_and_sine(b_w):
 
 
 @triton.jit
-def _log2(b_x):
-    """The hardware's log2 of a positive normal number."""
+def _hardware(b_x, CUDA: tl.constexpr, HIP: tl.constexpr):
+    """An instruction of the hardware's, by the name that it has at each vendor's."""
     if is_hip():
-        b_y = tl.inline_asm_elementwise("v_log_f32 $0, $1", "=v,v", [b_x], tl.float32, is_pure=True, pack=1)
+        b_y = tl.inline_asm_elementwise(HIP, "=v,v", [b_x], tl.float32, is_pure=True, pack=1)
     else:
-        b_y = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1
-        )
+        b_y = tl.inline_asm_elementwise(CUDA, "=f,f", [b_x], tl.float32, is_pure=True, pack=1)
     return b_y
-
-
-@triton.jit
-def _square_root(b_x):
-    """The hardware's of a positive normal number."""
-    if is_hip():
-        b_y = tl.inline_asm_elementwise("v_sqrt_f32 $0, $1", "=v,v", [b_x], tl.float32, is_pure=True, pack=1)
-    else:
-        b_y = tl.inline_asm_elementwise(
-            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1
-        )
-    return b_y
-
-
-@triton.jit
-def _cosine_and_sine_of_turns(b_w):
-    """The hardware's cos and sin of 2 pi 2^-32 times a signed word."""
-    b_t = b_w.to(tl.float32)
-    if is_hip():
-        # There the angle is in turns.
-        b_t = b_t * TWO_TO_MINUS_32
-        b_c = tl.inline_asm_elementwise("v_cos_f32 $0, $1", "=v,v", [b_t], tl.float32, is_pure=True, pack=1)
-        b_s = tl.inline_asm_elementwise("v_sin_f32 $0, $1", "=v,v", [b_t], tl.float32, is_pure=True, pack=1)
-    else:
-        b_t = b_t * (TWO_PI_HIGH * TWO_TO_MINUS_32)
-        b_c = tl.inline_asm_elementwise(
-            "cos.approx.ftz.f32 $0, $1;", "=f,f", [b_t], tl.float32, is_pure=True, pack=1
-        )
-        b_s = tl.inline_asm_elementwise(
-            "sin.approx.ftz.f32 $0, $1;", "=f,f", [b_t], tl.float32, is_pure=True, pack=1
-        )
-    return b_c, b_s
 
 
 @triton.jit
 def _fast_box_muller(b_u, b_v):
     """To 1e-5, absolutely: NVIDIA's sine and cosine err by 2^-20.5, its log2 by 2^-22."""
     b_s = b_u.to(tl.int32, bitcast=True)
-    # The distance of u to the nearer of 0 and 1, as in _radius.
-    b_f = (((b_s ^ (b_s >> 31)) << 1) | 1).to(tl.uint32, bitcast=True).to(tl.float32)
-    b_f *= 0.5 * TWO_TO_MINUS_32
-    b_square = _log2(tl.where(b_s < 0, 1.0 - b_f, b_f)) * MINUS_TWO_LOG_2
+    b_f = _distance(b_s)
+    b_u = tl.where(b_s < 0, 1.0 - b_f, b_f)
+    b_square = _hardware(b_u, "lg2.approx.ftz.f32 $0, $1;", "v_log_f32 $0, $1") * MINUS_TWO_LOG_2
     # Near 1, where that errs by more than a small radius may: a series to 2e-8.
     b_near = b_f * (2.0 + b_f * (1.0 + b_f * (2.0 / 3.0)))
-    b_r = _square_root(tl.where((b_s < 0) & (b_s >= -(2**24)), b_near, b_square))
-    b_c, b_s = _cosine_and_sine_of_turns(b_v.to(tl.int32, bitcast=True))
-    return b_r * b_c, b_r * b_s
+    b_square = tl.where((b_s < 0) & (b_s >= -(2**24)), b_near, b_square)
+    b_r = _hardware(b_square, "sqrt.approx.ftz.f32 $0, $1;", "v_sqrt_f32 $0, $1")
+    # In radians; in turns at AMD's.
+    UNIT: tl.constexpr = TWO_TO_MINUS_32 if is_hip() else TWO_PI_HIGH * TWO_TO_MINUS_32
+    b_a = b_v.to(tl.int32, bitcast=True).to(tl.float32) * UNIT
+    b_x = b_r * _hardware(b_a, "cos.approx.ftz.f32 $0, $1;", "v_cos_f32 $0, $1")
+    b_y = b_r * _hardware(b_a, "sin.approx.ftz.f32 $0, $1;", "v_sin_f32 $0, $1")
+    return b_x, b_y
 
 
 @triton.jit

@@ -1481,8 +1481,8 @@ TRITON = [
     Mutant(
         "fast normals: the angle of an unsigned word rounded",
         "kernels/random.py",
-        "_cosine_and_sine_of_turns(b_v.to(tl.int32, bitcast=True))",
-        "_cosine_and_sine_of_turns(b_v.to(tl.int32, bitcast=True) & -65536)",
+        "b_v.to(tl.int32, bitcast=True).to(tl.float32)",
+        "(b_v.to(tl.int32, bitcast=True) & -65536).to(tl.float32)",
         ("ptx::test_fast_normals",),
     ),
     Mutant(
