@@ -1,6 +1,8 @@
 // What Python hands to the kernels. Compiled once: no code of an instruction set is in it.
 #pragma once
 
+#include <stdexcept>
+
 #include "parallel.hpp"
 
 namespace fastvae {
@@ -37,12 +39,36 @@ struct Tensor {
     return t;
   }
   i64 size() const { return n0 * n1 * n2; }
+  bool is_contiguous() const {
+    i64 stride = 1;
+    const i64 n[] = {n0, n1, n2}, s[] = {s0, s1, s2};
+    for (int i = axes; i-- > 0; stride *= n[i]) {
+      if (n[i] != 1 && s[i] != stride) return false;
+    }
+    return true;
+  }
+  // The dtype of the computation.
+  int wide() const { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 };
+
+// Those of a tensor that has more are not read.
+template <class T>
+T up_to_three_axes(T tensor) {
+  if (tensor.axes > 3) throw std::runtime_error("fastvae._C: a tensor must have up to three axes");
+  return tensor;
+}
 
 // What a kernel fills: contiguous, null where it is not wanted.
 struct Output {
   address data = 0;
   operator address() const { return data; }
+};
+
+// Which of the inputs need a gradient, as far as there are any.
+constexpr int kMostNeeds = kMostParameters + 2;
+struct Need {
+  bool gradient[kMostNeeds] = {};
+  bool operator[](int i) const { return gradient[i]; }
 };
 
 // How a draw of z is made.

@@ -2,7 +2,7 @@
 // does not pass is looked at there one by one. The contracts stand in fastvae/_glance.py.
 #pragma once
 
-#include "casters.hpp"
+#include "python.hpp"
 
 namespace fastvae {
 
@@ -115,16 +115,10 @@ inline int plain(PyObject* tensors) {
   return (found & kOnCpu) && (found & kOnGpu) ? 0 : found;
 }
 
-// As Python calls them: without pybind11, whose call would cost as much again.
 template <int (*kFunction)(PyObject* const*), int kArguments>
 PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
   if (n != kArguments) return PyErr_Format(PyExc_TypeError, "fastvae._C: expected %d arguments, got %zd", kArguments, n);
-  try {
-    return PyLong_FromLong(kFunction(arguments));
-  } catch (pybind11::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  }
+  return guarded([&] { return PyLong_FromLong(kFunction(arguments)); });
 }
 inline int call_plain(PyObject* const* a) { return plain(a[0]); }
 inline int call_are_batch(PyObject* const* a) { return are_batch(a[0], a[1], a[2]); }
@@ -134,7 +128,7 @@ inline int call_are_outputs(PyObject* const* a) { return are_outputs(a[0], a[1],
 // their addresses.
 inline PyObject* described(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
   if (n != 1 || !PyTuple_Check(arguments[0])) return PyErr_Format(PyExc_TypeError, "fastvae._C: expected a tuple of tensors");
-  try {
+  return guarded([&] {
     const Torch& names = torch_names();
     const Py_ssize_t size = PyTuple_GET_SIZE(arguments[0]);
     const pybind11::object addresses = owned(PyTuple_New(size));
@@ -164,23 +158,15 @@ inline PyObject* described(PyObject*, PyObject* const* arguments, Py_ssize_t n) 
       PyTuple_SET_ITEM(addresses.ptr(), i, address.release().ptr());
     }
     return PyTuple_Pack(2, owned(PyBytes_FromStringAndSize(key.data(), static_cast<Py_ssize_t>(key.size()))).ptr(), addresses.ptr());
-  } catch (pybind11::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  }
-}
-
-template <int (*kFunction)(PyObject* const*), int kArguments>
-PyMethodDef glanced(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&called<kFunction, kArguments>)), METH_FASTCALL, nullptr};
+  });
 }
 
 inline void add_glances(PyObject* module) {
   static PyMethodDef functions[] = {
-      glanced<call_plain, 1>("plain"),
-      glanced<call_are_batch, 3>("are_batch"),
-      glanced<call_are_outputs, 3>("are_outputs"),
-      {"described", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&described)), METH_FASTCALL, nullptr},
+      fast_method("plain", &called<call_plain, 1>),
+      fast_method("are_batch", &called<call_are_batch, 3>),
+      fast_method("are_outputs", &called<call_are_outputs, 3>),
+      fast_method("described", &described),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(module, functions) != 0) throw pybind11::error_already_set();

@@ -53,21 +53,6 @@ def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
     return x
 
 
-def are_rows(mu: Any, logvar: Any) -> bool:
-    """Whether these are what a pair (mu, logvar) should be. In a small call Python is most of the cost, and
-    what is seen at a glance need not be asked one by one.
-    """
-    return (
-        isinstance(mu, Tensor)
-        and isinstance(logvar, Tensor)
-        and mu.dim() == 2
-        and mu.shape == logvar.shape
-        and mu.dtype == logvar.dtype
-        and mu.dtype in FLOATING
-        and mu.device == logvar.device
-    )
-
-
 def on_same_device(device: torch.device, other: torch.device) -> bool:
     """Whether they are equal; without an index one is the current of its type, which the other may be."""
     return device == other or (device.type == other.type and None in (device.index, other.index))

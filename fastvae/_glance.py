@@ -1,7 +1,7 @@
 """What is asked of every call before its kernel: in C++ where the extension is there (csrc/glance.hpp).
 
-Where models are small, asking in Python costs more than the kernels. A compiler cannot look into these
-functions: ask ``torch.compiler.is_compiling()`` first.
+Where models are small, asking in Python costs more than the kernels. A compiler cannot look into the C++:
+under ``torch.compiler.is_compiling()`` use those ``_in_python``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+
+from ._checks import FLOATING
 
 ON_CPU, ON_GPU, WANTED = 1, 2, 4
 PLACES = ON_CPU | ON_GPU
@@ -44,16 +46,42 @@ def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
     return 0 if found & ON_CPU and found & ON_GPU else found
 
 
-def are_batch(x: Any, mu: Any, logvar: Any) -> bool:
+def are_rows(mu: Any, logvar: Any) -> bool:
+    """Whether a pair (mu, logvar) is right at a glance: [B, D] each."""
+    return (
+        isinstance(mu, Tensor)
+        and isinstance(logvar, Tensor)
+        and mu.dim() == 2
+        and mu.shape == logvar.shape
+        and mu.dtype == logvar.dtype
+        and mu.dtype in FLOATING
+        and mu.device == logvar.device
+    )
+
+
+def are_batch_in_python(x: Any, mu: Any, logvar: Any) -> bool:
     """Whether x [B, *event] and a pair [B, D] are right at a glance; if not, they may still be right."""
-    return False
+    return (
+        isinstance(x, Tensor)
+        and are_rows(mu, logvar)
+        and x.dim() > 0
+        and x.shape[0] == mu.shape[0]
+        and x.dtype in FLOATING
+        and x.device == mu.device
+    )
 
 
-def are_outputs(x: Tensor, samples: int, parameters: tuple[Any, ...]) -> bool:
+def are_outputs_in_python(x: Tensor, samples: int, parameters: tuple[Any, ...]) -> bool:
     """Whether x is [B, X], not empty, and what the decoder returned are tensors [K·B, X] beside it."""
-    return False
+    if x.dim() != 2 or not x.numel():
+        return False
+    shape = (samples * x.shape[0], x.shape[1])
+    for p in parameters:
+        if not (isinstance(p, Tensor) and p.shape == shape and p.dtype in FLOATING and p.device == x.device):
+            return False
+    return True
 
 
-plain = plain_in_python
+plain, are_batch, are_outputs = plain_in_python, are_batch_in_python, are_outputs_in_python
 with contextlib.suppress(ImportError):  # left out on purpose, or else the first op says what is wrong
     from ._C import are_batch, are_outputs, plain  # type: ignore[no-redef] # noqa: F401, F811

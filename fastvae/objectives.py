@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _backend, _model
+from . import _backend, _stream
 from ._checks import check_address, check_choice, check_count, check_weight
-from ._model import Chunks, Model
+from ._inputs import Inputs, weigh_samples
+from ._stream import Chunks
 from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio
 from .distributions.draws import describe, say_monte_carlo
 from .likelihoods import Likelihood
@@ -174,8 +175,8 @@ def elbo(
         >>> bound = fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")
         >>> (-bound).backward()
     """
-    model = Model.read(x, q, decoder, likelihood, prior)
-    q, prior = model.q, model.prior
+    inputs = Inputs.read(x, q, decoder, likelihood, prior)
+    q, prior = inputs.q, inputs.prior
     # What is right at a glance is not asked again.
     if type(samples) is not int or samples < 1:
         check_count("samples", samples, "the draws of z per example")
@@ -215,7 +216,7 @@ def elbo(
             _without_closed_form(q, prior, has_free_bits)
         z, term = draw_ratio(q, prior, samples, seed, row_offset)
     how = Weighing(coefficient, "mean", "none" if terms else reduction)
-    bound, log_likelihood = model.bound(z, term, samples, factor, how, terms)
+    bound, log_likelihood = inputs.bound(z, term, samples, factor, how, terms)
     if not terms:
         return bound
     return Terms(bound, log_likelihood, -term.mean(0) if drawn is None else term)  # type: ignore[arg-type]
@@ -321,7 +322,7 @@ def iwae(
         >>> bound = fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli", estimator="dreg")
         >>> (-bound).backward()
     """
-    model = Model.read(x, q, decoder, likelihood, prior)
+    inputs = Inputs.read(x, q, decoder, likelihood, prior)
     if type(k) is not int or k < 1:
         check_count("k", k, "the importance samples per example")
     if estimator not in ESTIMATORS:
@@ -331,17 +332,17 @@ def iwae(
     if k_chunk is not None:
         check_count("k_chunk", k_chunk, "the samples trained on at a time")
     if type(row_offset) is not int or row_offset:
-        check_address(k, model.q.batch, 0, row_offset)
+        check_address(k, inputs.q.batch, 0, row_offset)
     seed = draw_seed(x.device, generator)
     how = Weighing(1.0, "log_mean_exp", "none" if terms else reduction)
     if k_chunk is None or k_chunk >= k:
-        z, log_ratio = draw_ratio(model.q, model.prior, k, seed, row_offset, estimator)
-        bound, log_likelihood = model.bound(z, log_ratio, k, None, how, terms)
+        z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
+        bound, log_likelihood = inputs.bound(z, log_ratio, k, None, how, terms)
     else:
-        log_likelihood, log_ratio, whole = _chunked(model, seed, k, k_chunk, estimator, row_offset)
+        log_likelihood, log_ratio, whole = _chunked(inputs, seed, k, k_chunk, estimator, row_offset)
         if whole is not None:
             how = how._replace(reduction="none")
-        bound, log_likelihood = _model.weigh_samples(log_likelihood, log_ratio, None, how)
+        bound, log_likelihood = weigh_samples(log_likelihood, log_ratio, None, how)
         if whole is not None:
             bound = bound + whole
             bound = bound if terms or reduction == "none" else getattr(bound, reduction)()
@@ -399,13 +400,15 @@ def log_weights(
         >>> tempered.shape
         torch.Size([16])
     """
-    model = Model.read(x, q, decoder, likelihood, prior)
+    inputs = Inputs.read(x, q, decoder, likelihood, prior)
     check_count("k", k, "the importance samples per example")
     check_choice("estimator", estimator, ESTIMATORS)
     if type(row_offset) is not int or row_offset:
-        check_address(k, model.q.batch, 0, row_offset)
-    z, log_ratio = draw_ratio(model.q, model.prior, k, draw_seed(x.device, generator), row_offset, estimator)
-    return LogWeights(model.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)
+        check_address(k, inputs.q.batch, 0, row_offset)
+    z, log_ratio = draw_ratio(
+        inputs.q, inputs.prior, k, draw_seed(x.device, generator), row_offset, estimator
+    )
+    return LogWeights(inputs.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)
 
 
 # What a chunk leaves in the graph, small pieces, lies between its activations: when these are freed they are
@@ -429,7 +432,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _chunked(
-    model: Model, seed: Tensor, k: int, k_chunk: int, estimator: str, row_offset: int
+    inputs: Inputs, seed: Tensor, k: int, k_chunk: int, estimator: str, row_offset: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what a chunk
     of DReG needs added to the bound, zeros [B].
@@ -443,17 +446,17 @@ def _chunked(
     # checkpoint keeps the random state (dropout's) of those devices that it sees a tensor of.
     def draw(start: int, on_device: Tensor) -> tuple[Tensor, ...]:
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
-            _trim(model.x.device)
+            _trim(inputs.x.device)
         z, log_ratio, whole = draw_chunk(
-            model.q, model.prior, min(k_chunk, k - start), seed, start, row_offset, estimator
+            inputs.q, inputs.prior, min(k_chunk, k - start), seed, start, row_offset, estimator
         )
         rest = () if whole is None else (whole,)
-        return model.log_likelihood(z), log_ratio, *rest
+        return inputs.log_likelihood(z), log_ratio, *rest
 
     if not torch.compiler.is_compiling():
         # The second pass may run in a thread of autograd's, and must be of the first one's kind.
         draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
-    parts = [checkpoint(draw, start, model.x, use_reentrant=False) for start in range(0, k, k_chunk)]
+    parts = [checkpoint(draw, start, inputs.x, use_reentrant=False) for start in range(0, k, k_chunk)]
     log_likelihood, log_ratio, *whole = zip(*parts, strict=True)
     return torch.cat(log_likelihood), torch.cat(log_ratio), sum(whole[0]) if whole else None
 
@@ -507,13 +510,13 @@ def log_marginal(
         >>> fastvae.log_marginal(torch.rand(16, 8), q, decoder, k=100, likelihood="bernoulli").log_px.shape
         torch.Size([16])
     """
-    model = Model.read(x, q, decoder, likelihood, prior)
+    inputs = Inputs.read(x, q, decoder, likelihood, prior)
     check_count("k", k, "the importance samples per example")
     chunks = Chunks(k_chunk)
     if type(row_offset) is not int or row_offset:
-        check_address(k, model.q.batch, 0, row_offset)
-    seed = draw_seed(model.q.device, generator)
-    w = _model.weights(model, seed, 0, k, chunks, tail_length(k) + 1, row_offset=row_offset)
+        check_address(k, inputs.q.batch, 0, row_offset)
+    seed = draw_seed(inputs.q.device, generator)
+    w = _stream.weights(inputs, seed, 0, k, chunks, tail_length(k) + 1, row_offset=row_offset)
     return LogMarginal(*(v.to(w.maximum.dtype) for v in (w.log_px, w.stderr, w.ess, w.khat)))
 
 
@@ -556,13 +559,13 @@ def reconstruction_log_prob(
         >>> fastvae.reconstruction_log_prob(x, q, decoder, samples=30, likelihood="bernoulli").shape
         torch.Size([16])
     """
-    model = Model.read(x, q, decoder, likelihood, None)
+    inputs = Inputs.read(x, q, decoder, likelihood, None)
     check_count("samples", samples, "the draws per example")
     chunks = Chunks(k_chunk)
     if type(row_offset) is not int or row_offset:
-        check_address(samples, model.q.batch, 0, row_offset)
-    seed = draw_seed(model.q.device, generator)
-    w = _model.weights(model, seed, 0, samples, chunks, 1, ratio=False, row_offset=row_offset)
+        check_address(samples, inputs.q.batch, 0, row_offset)
+    seed = draw_seed(inputs.q.device, generator)
+    w = _stream.weights(inputs, seed, 0, samples, chunks, 1, ratio=False, row_offset=row_offset)
     return w.log_px.to(w.maximum.dtype)
 
 

@@ -24,7 +24,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
-from fastvae import _model
+from fastvae import _stream
 from fastvae.evaluate.checkpoint import Store, digest
 from fastvae.evaluate.modules import modules_of, parameters_digest
 
@@ -924,9 +924,9 @@ def test_other_errors_are_not_swallowed():
 )
 def test_chunks_fit_the_caches(event, draws):
     """At most 4 million numbers of the decoder's output, and 8192 rows."""
-    assert _model.Chunks(None).draws(torch.empty(100, *event, device="meta").to("meta"), 100) >= draws
-    assert _model.Chunks(None).draws(torch.empty(100, *event), 100) == draws
-    assert _model.Chunks(7).draws(torch.empty(100, *event), 100) == 7
+    assert _stream.Chunks(None).draws(torch.empty(100, *event, device="meta").to("meta"), 100) >= draws
+    assert _stream.Chunks(None).draws(torch.empty(100, *event), 100) == draws
+    assert _stream.Chunks(7).draws(torch.empty(100, *event), 100) == 7
 
 
 # Checkpoints

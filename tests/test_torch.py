@@ -6,8 +6,10 @@ import copy
 import functools
 import io
 import math
+import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from fastvae import ops
 
 from . import cases, models
 from .cases import DECLARED, LIKELIHOODS
-from .conftest import DEVICE
+from .conftest import CUDA, DEVICE
 from .models import generator, rand, randn, seed_of
 
 B, D, X, K = 5, 3, 7, 4
@@ -154,11 +156,110 @@ def _registered() -> list[str]:
 @pytest.mark.parametrize("implementation", ["native", "reference"])
 @pytest.mark.parametrize("op", _registered())
 def test_opcheck(op, implementation):
-    cases = list(_arguments(op))
-    assert cases, f"no arguments here for fastvae::{op}: add some"
+    name, _, overload = op.partition(".")
+    cases = list(_arguments(name))
+    assert cases, f"no arguments here for fastvae::{name}: add some"
+    registered = getattr(getattr(torch.ops.fastvae, name), overload or "default")
     with fastvae.use_backend(implementation):
         for arguments in cases:
-            torch.library.opcheck(getattr(torch.ops.fastvae, op).default, arguments)
+            if overload:  # below autograd
+                arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+            torch.library.opcheck(registered, arguments)
+
+
+def _kernel_arguments(name: str):
+    """Those of opcheck, and dtypes that the C++ leaves to Python."""
+    yield from _arguments(name)
+    if not name.startswith("weigh_gaussian"):
+        return
+    for x, mean, logvar, term, *rest in _arguments(name) if not name.endswith("_backward") else ():
+        yield x, mean.bfloat16(), logvar.bfloat16(), term, *rest
+        yield x, mean, logvar, term.double(), *rest
+        yield x[:, :0], mean[:, :0], logvar[..., :0] if logvar.dim() else logvar, term, *rest
+    for *grads, x, mean, logvar, term, beta, c, over, reduction, need in (
+        _arguments(name) if name.endswith("_backward") else ()
+    ):
+        yield *grads, x, mean.bfloat16(), logvar.bfloat16(), term, beta, c, over, reduction, need
+
+
+@pytest.mark.parametrize("name", sorted({n.partition(".")[0] for n in _registered()}))
+def test_kernels_of_graphs_equal_the_ops(name):
+    """What a compiled graph calls, on CPU tensors in C++, gives the op's bits."""
+    op = getattr(torch.ops.fastvae, name)
+    for arguments in _kernel_arguments(name):
+        arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+        with torch.inference_mode():  # below autograd, so from Python
+            expected = op.default(*arguments)
+        actual = op.kernel(*arguments)
+        if isinstance(expected, torch.Tensor):
+            expected, actual = [expected], [actual]
+        for a, e in zip(actual, expected, strict=True):
+            if e is None:
+                assert a is None
+            else:
+                torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True, check_stride=True)
+
+
+@pytest.mark.parametrize("x", [0.5, 1.5], ids=["in C++", "refused by Python"])
+def test_kernels_of_graphs_leak_nothing(x):
+    x, logits, term = torch.full((B, X), x), torch.zeros(K * B, X), torch.zeros(K, B)
+    how = 1.0, "log_mean_exp", "none", True
+    results = ()
+    try:
+        results = torch.ops.fastvae.weigh_bernoulli.kernel(x, logits, term, None, *how)
+    except ValueError:
+        assert x[0, 0] > 1
+    alive = [weakref.ref(t) for t in (x, logits, term, *results)]
+    # A tensor that C++ still holds keeps its Python object.
+    del x, logits, term, results
+    assert [r() for r in alive] == [None] * len(alive)
+
+
+def _functions_called(function) -> set[str]:
+    """Names of fastvae's Python functions that run in a call."""
+    folder, names = os.path.dirname(fastvae.__file__), set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            names.add(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.mark.skipif(CUDA, reason="on a GPU the kernels are Triton's, which Python launches")
+def test_a_compiled_graph_calls_no_python():
+    x, mu, logvar = rand(B, X, seed=1), randn(B, D, seed=2), randn(B, D, seed=3)
+    weight = randn(X, D, seed=4).requires_grad_()
+
+    def loss(x, mu, logvar):
+        def decoder(z):
+            return z @ weight.T
+
+        options = {"likelihood": "bernoulli"}
+        return fastvae.elbo(x, (mu, logvar), decoder, **options) + fastvae.iwae(
+            x, (mu, logvar), decoder, k=K, estimator="dreg", **options
+        )
+
+    compiled = torch.compile(loss, fullgraph=True)
+    inputs = mu.requires_grad_(), logvar.requires_grad_()
+
+    def step(x=x):
+        return torch.autograd.grad(compiled(x, *inputs), (*inputs, weight))
+
+    first = step()
+    # It asks which backend is in force, and no more.
+    assert _functions_called(step) <= {"on_cpu", "_default"}
+    assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(loss)) == 1
+    with pytest.raises(ValueError, match=r"x holds values in .*Bernoulli targets must lie in \[0, 1\]"):
+        step(x + 1)
+    with fastvae.use_backend("reference"):
+        assert "weigh" in _functions_called(step)
+    assert all(g.shape == f.shape for g, f in zip(step(), first, strict=True))
 
 
 # Derivatives.

@@ -154,10 +154,9 @@ def diagonal(mu: Tensor, logvar: Tensor, logvar_range: tuple[float, float] | Non
     """The posterior of a pair that has been checked: making a module costs more than a small batch's
     kernels.
     """
-    if torch.compiler.is_compiling():
-        return DiagonalNormal(mu, logvar, logvar_range=logvar_range)
     q = DiagonalNormal.__new__(DiagonalNormal)
-    q.__dict__.update(mu=mu, logvar=logvar, logvar_range=logvar_range)
+    attributes = q.__dict__
+    attributes["mu"], attributes["logvar"], attributes["logvar_range"] = mu, logvar, logvar_range
     return q
 
 

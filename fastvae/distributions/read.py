@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch import distributions as td
 
-from .._checks import are_rows, check_tensor, shape_of
+from .._checks import check_tensor, shape_of
+from .._glance import are_rows
 from .base import Distribution
 from .draws import STANDARD
 from .normal import DiagonalNormal, StandardNormal, check_posterior, diagonal

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .. import _model
+from .. import _stream
 from .._checks import check_choice, check_count, check_number, shape_of
-from .._model import Chunks, Model
+from .._inputs import Inputs
+from .._stream import Chunks
 from .._terminal import ProgressStream
 from ..distributions import Distribution, as_posterior, as_prior, closed_kl
 from ..likelihoods.base import Likelihood, as_likelihood
@@ -154,7 +155,7 @@ def evaluate(
                         f"fastvae.evaluate gave the encoder batch {index}: {shape_of(seen)}, {seen.dtype}"
                     )
                 raise
-            return _evaluate_batch(index, Model.read(x, q, decoder, likelihood, prior), seed, row, plan)
+            return _evaluate_batch(index, Inputs.read(x, q, decoder, likelihood, prior), seed, row, plan)
 
         bar = tqdm(
             total=length_of(batches),
@@ -211,12 +212,12 @@ class _Plan:
         self.ranks = ranks
 
 
-def _evaluate_batch(index: int, model: Model, seed: int, row: int, plan: _Plan) -> Part:
-    device = model.q.device
+def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan) -> Part:
+    device = inputs.q.device
     key = torch.tensor(seed, dtype=torch.int64, device=device)
-    latent = _latent_statistics(model.q, model.prior)
-    if plan.leaving and not plan.proven and model.q.batch > 1:
-        _check_rows(model, key, row, plan)
+    latent = _latent_statistics(inputs.q, inputs.prior)
+    if plan.leaving and not plan.proven and inputs.q.batch > 1:
+        _check_rows(inputs, key, row, plan)
         plan.proven = True
     total: Weights | None = None
     rows: Tensor | None = None
@@ -225,7 +226,7 @@ def _evaluate_batch(index: int, model: Model, seed: int, row: int, plan: _Plan) 
         share = plan.ranks.share(start, stop)
         part = None
         if share[0] < share[1]:
-            part = _model.weights(model, key, *share, plan.chunks, plan.tail, row_offset=row, rows=rows)
+            part = _stream.weights(inputs, key, *share, plan.chunks, plan.tail, row_offset=row, rows=rows)
         part = plan.ranks.merge(part, device)
         assert part is not None  # some rank has draws
         if total is None:
@@ -249,12 +250,12 @@ def _evaluate_batch(index: int, model: Model, seed: int, row: int, plan: _Plan) 
         index,
         np.zeros(16, np.uint8),
         latent,
-        model.x.shape[1:].numel(),
+        inputs.x.shape[1:].numel(),
         *(v.cpu().numpy() for v in values),
     )
 
 
-def _check_rows(model: Model, key: Tensor, row: int, plan: _Plan) -> None:
+def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
     """That a row's log weight does not depend on which other rows are decoded with it.
 
     The upper half of the batch is decoded alone, upside down, so that a decoder that keeps something for each
@@ -264,11 +265,11 @@ def _check_rows(model: Model, key: Tensor, row: int, plan: _Plan) -> None:
         ValueError: where it does.
     """
     assert plan.tol is not None
-    batch, device = model.q.batch, model.q.device
+    batch, device = inputs.q.batch, inputs.q.device
     rows = torch.arange(batch - 1, (batch - 1) // 2, -1, device=device)
 
     def log_weights(draws: int, chunks: Chunks, rows: Tensor | None = None) -> Tensor:
-        stream = _model.stream(model, key, 0, draws, chunks, row_offset=row, rows=rows)
+        stream = _stream.stream(inputs, key, 0, draws, chunks, row_offset=row, rows=rows)
         return torch.cat(list(stream))[0].double().cpu()
 
     def refuse(reason: str) -> ValueError:
@@ -293,7 +294,7 @@ def _check_rows(model: Model, key: Tensor, row: int, plan: _Plan) -> None:
     off = _distance(alone, whole_rows)
     # What the number of draws changes is rounding, or noise of the decoder's own, which cannot be judged.
     noise = _distance(again, whole).max()
-    mean = model.x if model.q.mean is None else model.q.mean
+    mean = inputs.x if inputs.q.mean is None else inputs.q.mean
     half = mean.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
     rounding = 2e-3 if half else 1e-5
     largest = whole[whole.isfinite()].abs().amax() if bool(whole.isfinite().any()) else 0.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_same_device, check_tensor, shape_of
-from .._glance import are_outputs
+from .._glance import are_outputs, are_outputs_in_python
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator
 
@@ -55,6 +55,8 @@ class Likelihood(nn.Module):
 Fused = tuple[str, Tensor, tuple[Tensor, ...]]
 
 DECLARED: dict[str, type[Declared]] = {}
+# For a call that gives a name: making a module costs more than the kernels of a small batch.
+SHARED: dict[str, Declared] = {}
 
 
 class Declared(Likelihood):
@@ -87,6 +89,7 @@ class Declared(Likelihood):
         if "name" in cls.__dict__:
             ops.declare(cls)
             DECLARED[cls.name] = cls
+            SHARED[cls.name] = cls()
 
     def log_prob(self, x: Tensor, parameters: Any, samples: int) -> Tensor:
         given = self._given(x)
@@ -100,8 +103,8 @@ class Declared(Likelihood):
             return None
         given = self._given(x)
         returned = parameters if type(parameters) is tuple else (parameters,)
-        at_a_glance = not torch.compiler.is_compiling() and len(returned) + len(given) == len(self.outputs)
-        if at_a_glance and are_outputs(x, samples, returned):
+        glance = are_outputs_in_python if torch.compiler.is_compiling() else are_outputs
+        if len(returned) + len(given) == len(self.outputs) and glance(x, samples, returned):
             if not given:
                 if self._bounded:
                     check_support(type(self), x)
@@ -184,10 +187,6 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-# For a call that gives a name: making a module costs more than the kernels of a small batch.
-SHARED: dict[str, Likelihood] = {}
-
-
 def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
     """A name or a likelihood object; of a name a module of its own, or ``shared`` with others."""
     if isinstance(likelihood, Likelihood):
@@ -202,5 +201,4 @@ def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
         )
     if likelihood not in DECLARED:
         raise ValueError(f"likelihood={likelihood!r} is unknown; known: {known}")
-    module = DECLARED[likelihood]()
-    return SHARED.setdefault(likelihood, module) if shared else module
+    return DECLARED[likelihood]()

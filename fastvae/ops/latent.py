@@ -42,7 +42,6 @@ from torch import Tensor
 
 from .. import _backend, random
 from .._checks import (
-    are_rows,
     check_address,
     check_choice,
     check_count,
@@ -53,6 +52,7 @@ from .._checks import (
     check_tensor,
     shape_of,
 )
+from .._glance import are_rows
 from ..reference.random import normal
 from .op import Op, accumulator, empty_like, in_shape, or_none
 
@@ -281,13 +281,6 @@ def _fake_draw(mu, draw, keep):
     return mu.new_empty(shape), mu.new_empty(shape, dtype=accumulator(mu.dtype)) if keep else None
 
 
-def _kept(slope, mu, logvar, seed, draw):
-    """The slope, made again where the forward pass did not keep it: a transform of torch.func may not say
-    that it will differentiate, and a caller of the dispatcher's op need not.
-    """
-    return _slope(mu, logvar, seed, draw) if slope is None else slope
-
-
 def _slope(mu, logvar, seed, draw):
     wide = accumulator(mu.dtype)
     eps = normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=wide)  # type: ignore[call-arg, misc]
@@ -328,10 +321,27 @@ class _Draw(Op):
 
 
 class _Gradient(Op):
-    """Gradients of (mu, logvar, prior_mu, prior_logvar), None where not needed."""
+    """Gradients of (mu, logvar, prior_mu, prior_logvar), None where not needed.
+
+    Attributes:
+        arrives: how many of the arguments, the first ones, arrive from what follows.
+    """
 
     module = "latent"
     record = Draw
+    arrives: int
+
+    def __init__(self):
+        self.native = functools.partial(_backend.native(self.name), self._without_slope)
+        super().__init__()
+
+    def _without_slope(self, *args):
+        """The C++, where the forward pass did not keep the slope: a transform of torch.func may not say that
+        it will differentiate, and a caller of the dispatcher's op need not.
+        """
+        n = self.arrives
+        mu, logvar, _, _, seed, draw = args[n + 1 : n + 7]
+        return self.native(*args[:n], _slope(mu, logvar, seed, draw), *args[n + 1 :])
 
     def fake(self, *args):
         # The inputs end with the record, and what may stand beside it.
@@ -345,11 +355,7 @@ _GRADS = "-> (Tensor, Tensor, Tensor, Tensor)"
 class _RsampleKLBackward(_Gradient):
     name = "rsample_kl_backward"
     schema = f"(Tensor? grad_z, Tensor? grad_kl, Tensor? slope, {_INPUTS}{_DRAW}, bool[4] need) {_GRADS}"
-    of_node = staticmethod(_backend.native(name))
-
-    def native(self, grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, draw, need):
-        slope = _kept(slope, mu, logvar, seed, draw)
-        return self.of_node(grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, draw, need)
+    arrives = 2
 
     def composed(self, backend):
         function = super().composed(backend)
@@ -393,13 +399,7 @@ class _RsampleLogRatioBackward(_Gradient):
         f"(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? weight, Tensor? slope, {_INPUTS}{_DRAW}, "
         f"bool path, bool[4] need) {_GRADS}"
     )
-
-    of_node = staticmethod(_backend.native(name))
-
-    def native(self, grad_z, grad_log_ratio, weight, slope, mu, logvar, *rest):
-        *_, seed, draw, _, _ = rest
-        slope = _kept(slope, mu, logvar, seed, draw)
-        return self.of_node(grad_z, grad_log_ratio, weight, slope, mu, logvar, *rest)
+    arrives = 3
 
     def composed(self, backend):
         function = super().composed(backend)

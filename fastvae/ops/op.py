@@ -8,6 +8,7 @@ The Autograd kernel is Python and uses private names of torch, ``_SingleLevelFun
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -22,6 +23,8 @@ from .._backend import _choice, _default
 from .._glance import ON_CPU, ON_GPU, PLACES, WANTED, plain
 
 _library = torch.library.Library("fastvae", "DEF")
+# The overload that is below autograd, and which a compiled graph therefore holds.
+_KERNEL = "kernel"
 
 
 class Op:
@@ -85,13 +88,10 @@ class Op:
         self._tensors = self.schema.partition("->")[0].count("Tensor")
         self._fields = len(self.record._fields) if self.record else 0
         self._by_backend = functools.cache(self._implementation)
-        _library.define(self.name + self.schema)
-        self._registered = getattr(torch.ops.fastvae, self.name).default
-        _library.impl(self.name, self._dispatched(self._on_cpu), "CPU")
-        _library.impl(self.name, self._dispatched(self._on_gpu), "CUDA")
-        _library.impl(self.name, self._dispatched(self._elsewhere), "CompositeExplicitAutograd")
+        self._registered = self._register("")
+        self._kernel = self._register(_KERNEL)
         _library.impl(self.name, self._autograd, "Autograd")
-        torch.library.register_fake(f"fastvae::{self.name}", self._dispatched(self.fake), lib=_library)
+        _library.impl(f"{self.name}.{_KERNEL}", torch.library.fallthrough_kernel, "Autograd")
         self._dispatched_node = self._node(self._below_autograd)
         # The short ways, by where the tensors lie and the backend: a function, the node that calls it, and
         # whether it is the C++. Everything else is the dispatcher's.
@@ -120,6 +120,19 @@ class Op:
                 args = (*args, native if wanted else False)
             results = node.apply(*args) if wanted else function(*args)
         return results if self.shown is None else results[: self.shown]
+
+    def _register(self, overload: str) -> Any:
+        """An overload of the op with all that is below autograd."""
+        name = f"{self.name}.{overload}" if overload else self.name
+        _library.define(name + self.schema)
+        registered = getattr(getattr(torch.ops.fastvae, self.name), overload or "default")
+        on_cpu = self._dispatched(self._on_cpu)
+        if not (overload and _implemented_in_cpp(self.name, registered, on_cpu)):
+            _library.impl(name, on_cpu, "CPU")
+        _library.impl(name, self._dispatched(self._on_gpu), "CUDA")
+        _library.impl(name, self._dispatched(self._elsewhere), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastvae::{name}", self._dispatched(self.fake), lib=_library)
+        return registered
 
     def _implementation(self, backend: str) -> Callable:
         return self.native if backend == "native" else self.composed(backend)
@@ -167,7 +180,7 @@ class Op:
 
     def _below_autograd(self, *args):
         with _C._AutoDispatchBelowAutograd():
-            return self._registered(*self._unpacked(args))
+            return self._kernel(*self._unpacked(args))
 
     def _autograd(self, *fields):
         """The dispatcher's kernel for tensors that may want gradients."""
@@ -180,7 +193,7 @@ class Op:
             with enable_single_level_autograd_function():
                 return self._packed(self._dispatched_node.apply)(*fields)
         with _C._AutoDispatchBelowAutograd():
-            return self._registered(*fields)
+            return self._kernel(*fields)
 
     def _node(self, function: Callable, place: int = 0) -> type[Any]:
         """The autograd node of the op as this function computes it, for the backend in force; if the tensors
@@ -205,7 +218,7 @@ class Op:
 
     def _native_node(self) -> type:
         """The same in C++, without the dispatcher in either pass."""
-        run = self.gradient.of_node if self.gradient else None
+        run = self.gradient.native if self.gradient else None
 
         def backward(ctx, *grads):
             # Anything may have come between the passes.
@@ -215,11 +228,6 @@ class Op:
             return self.backward(run, ctx, *grads)
 
         return self._node_of(functools.partial(self.forward, self.native), backward)
-
-    @property
-    def of_node(self) -> Callable:
-        """The C++ of a gradient, for what the node of its op gives."""
-        return self.native
 
     def _node_of(self, forward: Callable, backward: Callable) -> type[Any]:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -235,6 +243,38 @@ class Op:
                 "term in plain PyTorch: the formulas stand in fastvae/reference."
             )
         return self.backward(functools.partial(_backend.run_on, ctx.backend, self.gradient), ctx, *grads)
+
+
+# As the C++ reads the arguments of an op that the dispatcher calls.
+_LETTERS = {
+    "Tensor": "t", "Optional[Tensor]": "T", "int": "i", "SymInt": "i", "float": "f", "bool": "b", "str": "s",
+    "List[bool]": "l",
+}  # fmt: skip
+
+
+def _implemented_in_cpp(name: str, registered: Any, in_python: Callable) -> bool:
+    """Register the C++ for CPU tensors, so that a compiled graph calls it without Python: with Python around
+    it an op costs 20 µs more. What the C++ leaves to others, and another backend, is ``in_python``'s.
+    """
+    types = [str(a.type) for a in registered._schema.arguments]
+    try:
+        implement = _backend.extension().implement
+    except (RuntimeError, AttributeError):  # left out, or missing by accident: the first call says so
+        return False
+    if not all(t in _LETTERS for t in types):
+        return False
+    steal = _C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # that for one tensor leaks it (torch 2.13)
+    handle = _C._aoti.unsafe_alloc_void_ptr_from_tensor
+
+    def with_handles(*args):
+        given = zip(types, args, strict=True)
+        results = in_python(*(steal([a])[0] if "Tensor" in t and a is not None else a for t, a in given))
+        results = results if isinstance(results, tuple) else (results,)
+        return [None if r is None else handle(r) for r in results]
+
+    letters = "".join(_LETTERS[t] for t in types)
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    return bool(implement(library, name, _KERNEL, letters, with_handles, _backend.on_cpu))
 
 
 def or_none(tensor: Tensor | None) -> Tensor | None:

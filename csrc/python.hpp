@@ -1,11 +1,12 @@
-// How arguments come from Python, and how results are made. A tensor is read by its own methods and made by torch's functions, so that
-// no libtorch is linked and one build serves every version.
+// Python as a caller of the ops in calls.hpp: how its arguments are read and results are made. A tensor is read by its own methods and
+// made by torch's functions, so that no libtorch is linked and one build serves every version.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstring>
 #include <initializer_list>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -13,13 +14,6 @@
 #include "arguments.hpp"
 
 namespace fastvae {
-
-// Which of the inputs need a gradient, as far as there are any.
-constexpr int kMostNeeds = kMostParameters + 2;
-struct Need {
-  bool gradient[kMostNeeds] = {};
-  bool operator[](int i) const { return gradient[i]; }
-};
 
 // What a call gives to fill, at most as many as a likelihood has parameters.
 struct Outputs {
@@ -67,12 +61,11 @@ inline address address_of(PyObject* tensor) {
   return static_cast<address>(integer(owned(PyObject_CallMethodNoArgs(tensor, torch_names().data_ptr)).ptr()));
 }
 
-// The items of a tuple, as far as there are any.
+// The items of a tuple, as far as there are any, and how many there are: of more than three none is read.
 inline int read_numbers(PyObject* tuple, i64& n0, i64& n1, i64& n2) {
   i64* numbers[] = {&n0, &n1, &n2};
   const Py_ssize_t size = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : 4;
-  if (size > 3) throw pybind11::type_error("fastvae._C: a tensor must have up to three axes");
-  for (Py_ssize_t i = 0; i < size; ++i) *numbers[i] = integer(PyTuple_GET_ITEM(tuple, i));
+  for (Py_ssize_t i = 0; i < size && size <= 3; ++i) *numbers[i] = integer(PyTuple_GET_ITEM(tuple, i));
   return static_cast<int>(size);
 }
 
@@ -117,17 +110,6 @@ struct Given : Tensor {
   PyObject* object = Py_None;
   Given() = default;
   explicit Given(PyObject* tensor) : Tensor(tensor_of(tensor)), object(tensor) {}
-
-  bool is_contiguous() const {
-    i64 stride = 1;
-    const i64 n[] = {n0, n1, n2}, s[] = {s0, s1, s2};
-    for (int i = axes; i-- > 0; stride *= n[i]) {
-      if (n[i] != 1 && s[i] != stride) return false;
-    }
-    return true;
-  }
-  // The dtype of the computation.
-  int wide() const { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 };
 
 // A result: a tensor that a kernel fills, or None.
@@ -137,12 +119,10 @@ struct Made : Output {
   Made() = default;
   Made(pybind11::object tensor, int its) : Output{address_of(tensor.ptr())}, object(std::move(tensor)), dtype(its) {}
 
-  // In this dtype.
-  pybind11::object as(int wanted) const {
-    const Torch& names = torch_names();
-    if (!data || wanted == dtype) return object;
-    PyObject* arguments[] = {object.ptr(), names.dtypes[wanted]};
-    return owned(PyObject_VectorcallMethod(names.to, arguments, 2, nullptr));
+  void convert(int wanted) {
+    if (!data || wanted == dtype) return;
+    PyObject* arguments[] = {object.ptr(), torch_names().dtypes[wanted]};
+    object = owned(PyObject_VectorcallMethod(torch_names().to, arguments, 2, nullptr));
   }
 };
 
@@ -168,7 +148,6 @@ inline Made make_like(const Given& given, int dtype) {
   if (given.axes == 1) return make(given, {given.n0}, dtype);
   return given.axes == 2 ? make(given, {given.n0, given.n1}, dtype) : make(given, {given.n0, given.n1, given.n2}, dtype);
 }
-inline Made make_like(const Given& given) { return make_like(given, given.dtype); }
 
 inline int number_of_threads() { return static_cast<int>(integer(owned(PyObject_CallNoArgs(torch_names().get_num_threads)).ptr())); }
 
@@ -176,6 +155,118 @@ inline double real(PyObject* number) {
   const double value = PyFloat_AsDouble(number);
   if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
   return value;
+}
+
+inline PyObject* const* items_of(PyObject* tuple, Py_ssize_t number) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != number) throw pybind11::type_error("fastvae._C: expected a record of the op");
+  return &PyTuple_GET_ITEM(tuple, 0);
+}
+
+// The arguments of one call, read one after the other.
+class FromPython {
+ public:
+  using Given = fastvae::Given;
+  using Made = fastvae::Made;
+  using Results = PyObject*;
+  static constexpr int kHow = 1;  // arguments that it is
+
+  FromPython(PyObject* const* arguments, Py_ssize_t number) : at_(arguments), end_(arguments + number) {}
+
+  int left() const { return static_cast<int>(end_ - at_); }
+  int likelihood() {
+    const char* name = PyUnicode_AsUTF8(next());
+    if (name == nullptr) throw pybind11::error_already_set();
+    return number_of(name);
+  }
+  // The function that is called with what follows where the C++ does not serve.
+  void read_otherwise() { otherwise_ = next(), given_ = at_; }
+  Results otherwise() const { return PyObject_Vectorcall(otherwise_, given_, static_cast<std::size_t>(end_ - given_), nullptr); }
+
+  void skip() { next(); }
+  bool flag() { return next() == Py_True; }
+  Tensor tensor() { return up_to_three_axes(tensor_of(next())); }
+  Given given() { return up_to_three_axes(Given(next())); }
+  Given any() { return Given(next()); }
+  Output data() { return {address_of(next())}; }
+  Draw draw() {  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat)
+    PyObject* const* t = items_of(next(), 6);
+    return {integer(t[0]), integer(t[1]), integer(t[2]), real(t[3]), real(t[4]), t[5] == Py_True};
+  }
+  How how() {  // (coefficient, over, reduction)
+    PyObject* const* t = items_of(next(), 3);
+    const bool log_mean_exp = PyUnicode_CompareWithASCIIString(t[1], "log_mean_exp") == 0;
+    return {real(t[0]), log_mean_exp, static_cast<char>(PyUnicode_READ_CHAR(t[2], 0))};
+  }
+  Need need() {
+    Need need;
+    const pybind11::object items = owned(PySequence_Fast(next(), "fastvae._C: needs of gradients must be a sequence"));
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
+    if (count > kMostNeeds) throw pybind11::type_error("fastvae._C: more needs of gradients than inputs");
+    for (Py_ssize_t i = 0; i < count; ++i) need.gradient[i] = PySequence_Fast_GET_ITEM(items.ptr(), i) == Py_True;
+    return need;
+  }
+
+  // Whether what must be computed and given in two dtypes can be.
+  bool converts() const { return true; }
+  Given in_dtype(const Given& given, int dtype) {
+    converted_ = pybind11::handle(given.object).attr("to")(pybind11::handle(torch_names().dtypes[dtype]));
+    return Given(converted_.ptr());
+  }
+  int threads() const { return number_of_threads(); }
+  // Calls a kernel while other threads of Python go on.
+  template <class F, class... A>
+  static auto run(F kernel, const A&... arguments) {
+    const pybind11::gil_scoped_release release;
+    return kernel(arguments...);
+  }
+  template <std::size_t kNumber>
+  static Results results(Made (&&made)[kNumber], int number = kNumber) {
+    if (number == 1) return made[0].object.release().ptr();
+    PyObject* tuple = PyTuple_New(number);
+    if (tuple == nullptr) throw pybind11::error_already_set();
+    for (int i = 0; i < number; ++i) PyTuple_SET_ITEM(tuple, i, made[i].object.release().ptr());
+    return tuple;
+  }
+
+ private:
+  PyObject* next() {
+    if (at_ == end_) throw pybind11::type_error("fastvae._C: an op was called with too few arguments");
+    return *at_++;
+  }
+  PyObject *const *at_, *const *end_, *const *given_ = nullptr;
+  PyObject* otherwise_ = nullptr;
+  pybind11::object converted_;  // kept while it is read
+};
+
+// As Python calls a function: without pybind11, whose call costs as much as a small kernel.
+template <class F>
+PyObject* guarded(F function) {
+  try {
+    return function();
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+  } catch (const pybind11::type_error& error) {
+    PyErr_SetString(PyExc_TypeError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+inline PyMethodDef fast_method(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+// An op of calls.hpp as a function of Python.
+template <class Op>
+PyMethodDef method() {
+  return fast_method(Op::kName, [](PyObject*, PyObject* const* arguments, Py_ssize_t n) {
+    return guarded([&] {
+      FromPython from(arguments, n);
+      return Op::call(from);
+    });
+  });
 }
 
 }  // namespace fastvae
@@ -207,59 +298,6 @@ struct type_caster<fastvae::Outputs> {
     PyObject* list = source.ptr();
     if (!PyList_Check(list) || PyList_GET_SIZE(list) > fastvae::kMostParameters) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) value.p[i].data = fastvae::address_of(PyList_GET_ITEM(list, i));
-    return true;
-  }
-};
-
-template <>
-struct type_caster<fastvae::Given> {
-  PYBIND11_TYPE_CASTER(fastvae::Given, const_name("Tensor | None"));
-  bool load(handle source, bool) {
-    value = fastvae::Given(source.ptr());
-    return true;
-  }
-};
-
-template <>
-struct type_caster<fastvae::Need> {
-  PYBIND11_TYPE_CASTER(fastvae::Need, const_name("Sequence[bool]"));
-  bool load(handle source, bool) {
-    const object items = reinterpret_steal<object>(PySequence_Fast(source.ptr(), "fastvae._C: needs of gradients must be a sequence"));
-    if (!items) throw error_already_set();
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
-    if (count > fastvae::kMostNeeds) return false;
-    for (Py_ssize_t i = 0; i < count; ++i) value.gradient[i] = PySequence_Fast_GET_ITEM(items.ptr(), i) == Py_True;
-    return true;
-  }
-};
-
-template <>
-struct type_caster<fastvae::Draw> {
-  PYBIND11_TYPE_CASTER(fastvae::Draw, const_name("Draw"));
-  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat)
-  bool load(handle source, bool) {
-    PyObject* t = source.ptr();
-    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) != 6) return false;
-    value.samples = fastvae::integer(PyTuple_GET_ITEM(t, 0));
-    value.sample_offset = fastvae::integer(PyTuple_GET_ITEM(t, 1));
-    value.row_offset = fastvae::integer(PyTuple_GET_ITEM(t, 2));
-    value.logvar_min = fastvae::real(PyTuple_GET_ITEM(t, 3));
-    value.logvar_max = fastvae::real(PyTuple_GET_ITEM(t, 4));
-    value.flat = PyTuple_GET_ITEM(t, 5) == Py_True;
-    return true;
-  }
-};
-
-template <>
-struct type_caster<fastvae::How> {
-  PYBIND11_TYPE_CASTER(fastvae::How, const_name("Weighing"));
-  // (coefficient, over, reduction)
-  bool load(handle source, bool) {
-    PyObject* t = source.ptr();
-    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) != 3) return false;
-    value.coefficient = fastvae::real(PyTuple_GET_ITEM(t, 0));
-    value.log_mean_exp = PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(t, 1), "log_mean_exp") == 0;
-    value.reduction = static_cast<char>(PyUnicode_READ_CHAR(PyTuple_GET_ITEM(t, 2), 0));
     return true;
   }
 };

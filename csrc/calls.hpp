@@ -1,0 +1,306 @@
+// The ops: what is read of the arguments, what is made for the results, and which kernel is called. Written once for both callers,
+// Python (python.hpp) and torch's dispatcher (dispatcher.hpp); included by bindings.cpp, which knows the instruction set.
+#pragma once
+
+namespace fastvae {
+
+template <class Caller>
+using GivenOf = typename Caller::Given;
+template <class Caller>
+using MadeOf = typename Caller::Made;
+template <class Caller>
+using ResultsOf = typename Caller::Results;
+
+template <class Caller>
+struct LatentArguments {
+  GivenOf<Caller> mu;
+  Tensor logvar, prior_mu, prior_logvar;
+  Output seed;
+  Draw draw;
+  explicit LatentArguments(Caller& from)
+      : mu(from.given()), logvar(from.tensor()), prior_mu(from.tensor()), prior_logvar(from.tensor()), seed(from.data()),
+        draw(from.draw()) {}
+
+  MadeOf<Caller> make_z(int dtype) const {
+    if (!draw.flat) return make(mu, {draw.samples, mu.n0, mu.n1}, dtype);
+    return draw.samples == 1 ? make_like(mu, dtype) : make(mu, {draw.samples * mu.n0, mu.n1}, dtype);
+  }
+};
+
+// Gradients of q and p.
+template <class Caller>
+struct LatentGradients {
+  MadeOf<Caller> made[4];
+  LatentGradients(const GivenOf<Caller>& like, const Need& need) {
+    for (int i = 0; i < 4; ++i) {
+      if (need[i]) made[i] = make_like(like, like.dtype);
+    }
+  }
+};
+
+// x, the likelihood's parameters, term, beta, and how, with `behind` arguments more behind them.
+template <class Caller>
+struct WeighArguments {
+  int likelihood, count = 0;
+  GivenOf<Caller> x, parameter[kMostParameters], term;
+  Tensor beta;
+  How how;
+  int wide, term_dtype;
+  bool fits = true;  // there is something to sum over, and no dtype in the way
+
+  WeighArguments(int its, Caller& from, int behind) : likelihood(its) {
+    const int outputs = from.left() - 3 - Caller::kHow - behind;
+    if (outputs < 1 || outputs > kMostParameters) throw std::runtime_error("fastvae._C: weigh takes one to three parameters");
+    x = from.given();
+    wide = x.wide();
+    for (; count < outputs; ++count) {
+      parameter[count] = from.given();
+      wide = parameter[count].dtype == kFloat64 ? kFloat64 : wide;
+    }
+    fits = parameter[0].size() > 0;
+    term = from.given();
+    term_dtype = term.dtype;
+    if (term.data && term.dtype != wide) {
+      fits = fits && from.converts();
+      if (fits) term = from.in_dtype(term, wide);
+    }
+    beta = from.tensor();
+    how = from.how();
+  }
+  Weighing weighing(int threads) const {
+    const Tensor outputs[kMostParameters] = {parameter[0], parameter[1], parameter[2]};
+    return {likelihood, x, count, outputs, term, beta, how, threads};
+  }
+};
+
+// x (B, X) and parameters (B, X) or (K, B, X) in full; `fits` says whether they are.
+template <class Caller>
+struct FullRows {
+  GivenOf<Caller> x, parameter[kMostParameters];
+  int count = 0, wide = kFloat32;
+  bool fits;
+  Rows rows{};
+
+  FullRows(int likelihood, Caller& from, int behind) : x(from.any()) {
+    const int outputs = from.left() - behind;
+    if (outputs < 1 || outputs > kMostParameters) throw std::runtime_error("fastvae._C: log_prob takes one to three parameters");
+    rows.likelihood = likelihood, rows.threads = from.threads(), rows.x = x;
+    wide = x.wide();
+    fits = x.axes == 2;
+    for (; count < outputs; ++count) {
+      const GivenOf<Caller> p = from.any();
+      fits = fits && (p.axes == 2 || p.axes == 3);
+      const Tensor t = p.along(3), full = count > 0 ? parameter[0].along(3) : t;
+      fits = fits && t.n1 == x.n0 && t.n2 == x.n1 && t.n0 == full.n0 && (count == 0 || p.axes == parameter[0].axes);
+      parameter[count] = p, rows.p[count] = t, rows.kind[count] = kFull;
+      if (p.dtype == kFloat64) wide = kFloat64;
+    }
+    rows.samples = rows.p[0].n0, rows.rows = x.n0, rows.columns = x.n1;
+    fits = fits && parameter[0].size() > 0;
+  }
+  MadeOf<Caller> per_row() const { return parameter[0].axes == 2 ? make(x, {rows.rows}, wide) : make(x, {rows.samples, rows.rows}, wide); }
+};
+
+// Each op: its name, whether the dispatcher has a tensor [0] for a result that is None, and the call.
+
+struct RsampleKl {
+  static constexpr const char* kName = "rsample_kl";
+  static constexpr bool kEmptyForNone = true;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(rsample_kl);
+    const LatentArguments<Caller> q(from);
+    const bool per_dimension = from.flag(), keep_slope = from.flag();
+    const int wide = q.mu.wide();
+    MadeOf<Caller> z = q.make_z(q.mu.dtype), kl = per_dimension ? make_like(q.mu, wide) : make(q.mu, {q.mu.n0}, wide), slope;
+    if (keep_slope) slope = q.make_z(wide);
+    from.run(kernel, z, slope, kl, q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, q.seed, from.threads(), per_dimension);
+    return from.results({std::move(z), std::move(kl), std::move(slope)});
+  }
+};
+
+// What arrives at z and at the KL, the slope, the op's arguments, need -> gradients. Without the slope `otherwise` is called.
+struct RsampleKlBackward {
+  static constexpr const char* kName = "rsample_kl_backward";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(rsample_kl_backward);
+    from.read_otherwise();
+    const Tensor grad_z = from.tensor(), grad_kl = from.tensor(), slope = from.tensor();
+    const LatentArguments<Caller> q(from);
+    if (!slope.data && q.mu.size()) return from.otherwise();
+    LatentGradients<Caller> to(q.mu, from.need());
+    from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_kl, slope, q.mu, q.logvar, q.prior_mu, q.prior_logvar,
+             q.draw, from.threads());
+    return from.results(std::move(to.made));
+  }
+};
+
+struct RsampleLogRatio {
+  static constexpr const char* kName = "rsample_log_ratio";
+  static constexpr bool kEmptyForNone = true;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(rsample_log_ratio);
+    const LatentArguments<Caller> q(from);
+    from.skip();  // the estimator, which is the gradient's
+    const bool chunk = from.flag(), keep_slope = from.flag();
+    const int wide = q.mu.wide();
+    MadeOf<Caller> z = q.make_z(q.mu.dtype), log_ratio = make(q.mu, {q.draw.samples, q.mu.n0}, wide), whole, slope;
+    if (chunk) whole = make(q.mu, {q.mu.n0}, wide);
+    if (whole.data) std::memset(reinterpret_cast<void*>(whole.data), 0, static_cast<std::size_t>(q.mu.n0) * (wide == kFloat64 ? 8 : 4));
+    if (keep_slope) slope = q.make_z(wide);
+    from.run(kernel, z, slope, log_ratio, q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, q.seed, from.threads());
+    return from.results({std::move(z), std::move(log_ratio), std::move(whole), std::move(slope)});
+  }
+};
+
+// What arrives at z and at the log-ratio, weights, the slope, the op's arguments, path, need -> gradients.
+struct RsampleLogRatioBackward {
+  static constexpr const char* kName = "rsample_log_ratio_backward";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(rsample_log_ratio_backward);
+    from.read_otherwise();
+    const Tensor grad_z = from.tensor(), grad_log_ratio = from.tensor(), weight = from.tensor(), slope = from.tensor();
+    const LatentArguments<Caller> q(from);
+    if (!slope.data && q.mu.size()) return from.otherwise();
+    const bool path = from.flag();
+    LatentGradients<Caller> to(q.mu, from.need());
+    from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_log_ratio, weight, slope, q.mu, q.logvar, q.prior_mu,
+             q.prior_logvar, q.draw, from.threads(), path);
+    return from.results(std::move(to.made));
+  }
+};
+
+// x, parameters -> log-likelihoods. What is not in full, or has an x that lies where it cannot, is left to `otherwise`.
+struct LogProb {
+  static constexpr const char* kName = "full_log_prob";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(log_prob);
+    const int likelihood = from.likelihood();
+    from.read_otherwise();
+    const FullRows<Caller> a(likelihood, from, 0);
+    if (!a.fits) return from.otherwise();
+    MadeOf<Caller> out = a.per_row();
+    if (!from.run(kernel, a.rows, a.wide == kFloat64, out)) return from.otherwise();
+    return from.results({std::move(out)});
+  }
+};
+
+// What arrives, x, parameters, need -> gradients of x and of the parameters.
+struct LogProbBackward {
+  static constexpr const char* kName = "full_log_prob_backward";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(log_prob_backward);
+    const int likelihood = from.likelihood();
+    from.read_otherwise();
+    const Tensor grad = from.any();
+    const FullRows<Caller> a(likelihood, from, 1);
+    if (!a.fits || grad.axes != a.parameter[0].axes - 1) return from.otherwise();
+    const Need need = from.need();
+    MadeOf<Caller> to[kMostParameters + 1];
+    if (need[0]) to[0] = make_like(a.x, a.x.dtype);
+    for (int j = 0; j < a.count; ++j) {
+      if (need[j + 1]) to[j + 1] = make_like(a.parameter[j], a.parameter[j].dtype);
+    }
+    from.run(kernel, a.rows, a.wide == kFloat64, RowGradients{grad.along(2), to[0], {to[1], to[2], to[3]}});
+    return from.results(std::move(to), a.count + 1);
+  }
+};
+
+// x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. Where there is nothing to sum over, or x lies where
+// it cannot, `otherwise` is called with them.
+struct Weigh {
+  static constexpr const char* kName = "weigh";
+  static constexpr bool kEmptyForNone = true;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(weigh);
+    const int likelihood = from.likelihood();
+    from.read_otherwise();
+    const WeighArguments<Caller> a(likelihood, from, 1);
+    if (!a.fits) return from.otherwise();
+    const Weighing w = a.weighing(from.threads());
+    MadeOf<Caller> bound = w.scale == 0 ? make(a.x, {a.x.n0}, a.wide) : make(a.x, {}, a.wide), log_likelihood, weights;
+    if (from.flag()) log_likelihood = make(a.x, {a.x.n0}, a.wide);
+    if (w.log_mean_exp) weights = make(a.x, {w.rows.samples, w.rows.rows}, a.wide);
+    if (!from.run(kernel, w, w.wide(), WeighingResults{bound, log_likelihood, weights})) return from.otherwise();
+    return from.results({std::move(bound), std::move(log_likelihood), std::move(weights)});
+  }
+};
+
+// What arrives at the bound and at the mean log-likelihood, weights, x, parameters, term, beta, how, need -> gradients of x,
+// parameters, term.
+struct WeighBackward {
+  static constexpr const char* kName = "weigh_backward";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(weigh_backward);
+    const int likelihood = from.likelihood();
+    from.read_otherwise();
+    const Tensor bound = from.tensor(), log_likelihood = from.tensor();
+    const Output weights = from.data();
+    const WeighArguments<Caller> a(likelihood, from, 1);
+    if (!a.fits) return from.otherwise();
+    const Weighing w = a.weighing(from.threads());
+    const Need need = from.need();
+    // Those of parameters that broadcast are sums, and must not be rounded before.
+    const auto dtype = [&](int j) { return w.rows.kind[j] == kFull ? a.parameter[j].dtype : a.wide; };
+    for (int j = 0; j < a.count; ++j) {
+      if (need[j + 1] && dtype(j) != a.parameter[j].dtype && !from.converts()) return from.otherwise();
+    }
+    MadeOf<Caller> to[kMostParameters + 2];
+    MadeOf<Caller>& to_term = to[a.count + 1];
+    if (need[0]) to[0] = make_like(a.x, a.x.dtype);
+    for (int j = 0; j < a.count; ++j) {
+      if (need[j + 1]) to[j + 1] = make_like(a.parameter[j], dtype(j));
+    }
+    if (need[a.count + 1]) to_term = make_like(a.term, a.wide);
+    address parameters[kMostParameters] = {};
+    for (int j = 0; j < a.count; ++j) parameters[j] = to[j + 1];
+    from.run(kernel, w, w.wide(), WeighingGradients{bound, log_likelihood, weights},
+             RowGradients{{}, to[0], {parameters[0], parameters[1], parameters[2]}}, to_term);
+    for (int j = 0; j < a.count; ++j) to[j + 1].convert(a.parameter[j].dtype);
+    to_term.convert(a.term_dtype);
+    return from.results(std::move(to), a.count + 2);
+  }
+};
+
+struct LogMeanExp {
+  static constexpr const char* kName = "log_mean_exp";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(log_mean_exp);
+    const GivenOf<Caller> log_w = from.given();
+    const auto column = [&] { return make(log_w, {log_w.n1}, log_w.wide()); };
+    MadeOf<Caller> bound = column(), maximum = column(), total = column();
+    from.run(kernel, bound, maximum, total, log_w, from.threads());
+    return from.results({std::move(bound), std::move(maximum), std::move(total)});
+  }
+};
+
+struct LogMeanExpBackward {
+  static constexpr const char* kName = "log_mean_exp_backward";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(log_mean_exp_backward);
+    const Tensor grad = from.tensor();
+    const GivenOf<Caller> log_w = from.given();
+    const Output maximum = from.data(), total = from.data();
+    MadeOf<Caller> to = make_like(log_w, log_w.dtype);
+    from.run(kernel, to, grad, log_w, maximum, total, from.threads());
+    return from.results({std::move(to)});
+  }
+};
+
+}  // namespace fastvae

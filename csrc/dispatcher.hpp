@@ -1,0 +1,346 @@
+// Torch's dispatcher as a caller of the ops in calls.hpp: a compiled graph calls them without Python. Kernels are registered through
+// torch's C interface, whose functions are looked up in the library that is loaded: nothing is linked, and no header of torch is needed.
+// Arguments and results are 64-bit words, as torch/csrc/stable/stableivalue_conversions.h has it: numbers as they are; handles of tensors,
+// strings and lists, which are the kernel's to delete; of an optional one the address of a word, or null.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
+#include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "arguments.hpp"
+
+namespace fastvae {
+
+using Word = std::uint64_t;
+using Handle = void*;
+using Boxed = void (*)(Word*, std::uint64_t, std::uint64_t);
+
+// As torch 2.11 has it, which later versions keep to for those who say so.
+constexpr Word kInterface = (Word{2} << 56) | (Word{11} << 48);
+
+struct TorchInterface {
+  int (*library)(const char*, const char*, const char*, std::uint32_t, Handle*) = nullptr;
+  int (*implement)(Handle, const char*, Boxed, Word) = nullptr;
+  int (*data)(Handle, void**) = nullptr;
+  int (*axes)(Handle, i64*) = nullptr;
+  int (*sizes)(Handle, i64**) = nullptr;
+  int (*strides)(Handle, i64**) = nullptr;
+  int (*dtype)(Handle, std::int32_t*) = nullptr;
+  int (*empty)(i64, const i64*, const i64*, std::int32_t, std::int32_t, std::int32_t, Handle*) = nullptr;
+  int (*undefined)(Handle*) = nullptr;
+  int (*delete_tensor)(Handle) = nullptr;
+  int (*threads)(std::uint32_t*) = nullptr;
+  int (*text)(Handle, const char**) = nullptr;
+  int (*delete_text)(Handle) = nullptr;
+  int (*length)(Handle, std::size_t*) = nullptr;
+  int (*item)(Handle, std::size_t, Word*) = nullptr;
+  int (*delete_list)(Handle) = nullptr;
+  std::int32_t cpu = 0, dtypes[kDtypes] = {};
+  bool complete = false;
+
+  void find(const char* path) {
+#ifdef __linux__
+    void* torch = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    complete = torch != nullptr;
+    const auto look = [&](auto& function, const char* name) {
+      function = torch ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(torch, name)) : nullptr;
+      complete = complete && function != nullptr;
+    };
+    look(library, "aoti_torch_library_init_impl"), look(implement, "torch_library_impl");
+    look(data, "aoti_torch_get_data_ptr"), look(axes, "aoti_torch_get_dim");
+    look(sizes, "aoti_torch_get_sizes"), look(strides, "aoti_torch_get_strides"), look(dtype, "aoti_torch_get_dtype");
+    look(empty, "aoti_torch_empty_strided"), look(undefined, "aoti_torch_new_uninitialized_tensor");
+    look(delete_tensor, "aoti_torch_delete_tensor_object"), look(threads, "torch_get_num_threads");
+    look(text, "torch_string_c_str"), look(delete_text, "torch_delete_string");
+    look(length, "torch_list_size"), look(item, "torch_list_get_item"), look(delete_list, "torch_delete_list");
+    const auto number = [&](std::int32_t& value, const std::string& name) {
+      std::int32_t (*function)() = nullptr;
+      look(function, name.c_str());
+      if (function) value = function();
+    };
+    number(cpu, "aoti_torch_device_type_cpu");
+    // In the order of enum Dtype.
+    const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64", "bool"};
+    for (int i = 0; i < kDtypes; ++i) number(dtypes[i], std::string("aoti_torch_dtype_") + names[i]);
+#else
+    static_cast<void>(path);
+#endif
+  }
+};
+inline TorchInterface& torch_interface() {
+  static TorchInterface functions;
+  return functions;
+}
+
+inline void succeed(int error) {
+  if (error != 0) throw std::runtime_error("fastvae: a function of torch's C interface failed");
+}
+
+struct HandleGiven : Tensor {
+  Handle handle = nullptr;
+  HandleGiven() = default;
+  explicit HandleGiven(Handle its) : handle(its) {
+    if (handle == nullptr) return;
+    const TorchInterface& torch = torch_interface();
+    void* address = nullptr;
+    i64 count = 0, *sizes = nullptr, *strides = nullptr;
+    std::int32_t type = 0;
+    succeed(torch.data(handle, &address)), succeed(torch.axes(handle, &count)), succeed(torch.dtype(handle, &type));
+    succeed(torch.sizes(handle, &sizes)), succeed(torch.strides(handle, &strides));
+    data = reinterpret_cast<fastvae::address>(address), axes = static_cast<int>(count);
+    while (dtype < kDtypes && torch.dtypes[dtype] != type) ++dtype;
+    if (dtype == kDtypes) throw std::runtime_error("fastvae._C: a tensor of a dtype that has no number here");
+    if (dtype == kBool) dtype = kUInt8;
+    i64 *const n[] = {&n0, &n1, &n2}, *const s[] = {&s0, &s1, &s2};
+    for (int i = 0; i < axes && axes <= 3; ++i) *n[i] = sizes[i], *s[i] = strides[i];
+  }
+};
+
+struct HandleMade : Output {
+  Handle handle = nullptr;
+  HandleMade() = default;
+  HandleMade(int axes, const i64* sizes, int dtype) {
+    const TorchInterface& torch = torch_interface();
+    i64 strides[3] = {}, stride = 1;
+    for (int i = axes; i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
+    succeed(torch.empty(axes, sizes, strides, torch.dtypes[dtype], torch.cpu, 0, &handle));
+    void* address = nullptr;
+    succeed(torch.data(handle, &address));
+    data = reinterpret_cast<fastvae::address>(address);
+  }
+  HandleMade(HandleMade&& other) noexcept : Output(other), handle(std::exchange(other.handle, nullptr)) {}
+  HandleMade& operator=(HandleMade&& other) noexcept {
+    std::swap(data, other.data), std::swap(handle, other.handle);
+    return *this;
+  }
+  ~HandleMade() {
+    if (handle != nullptr) torch_interface().delete_tensor(handle);
+  }
+  void convert(int /*dtype*/) {}  // never asked for: see FromDispatcher::converts
+};
+
+inline HandleMade make(const HandleGiven&, std::initializer_list<i64> sizes, int dtype) {
+  return {static_cast<int>(sizes.size()), sizes.begin(), dtype};
+}
+inline HandleMade make_like(const HandleGiven& given, int dtype) {
+  const i64 sizes[] = {given.n0, given.n1, given.n2};
+  return {given.axes, sizes, dtype};
+}
+
+// What is kept of an op that is registered.
+struct Registered {
+  int likelihood = 0;
+  bool empty_for_none = false;
+  std::string types;              // of the arguments: t(ensor), T(ensor or None), i(nteger), f(loat), b(ool), s(tring), l(ist of bools)
+  PyObject* in_python = nullptr;  // called with the arguments, tensors as capsules of handles, where the C++ does not serve
+  PyObject* backend = nullptr;    // called for the name of the backend in force
+};
+
+// The arguments of one call, read one after the other.
+class FromDispatcher {
+ public:
+  using Given = HandleGiven;
+  using Made = HandleMade;
+  using Results = void;
+  static constexpr int kHow = 3;  // arguments that it is
+  static constexpr std::uint64_t kMostArguments = 24;
+
+  FromDispatcher(const Registered& op, Word* stack, std::uint64_t number, std::uint64_t results)
+      : op_(op), stack_(stack), number_(static_cast<int>(number)), wanted_(static_cast<int>(results)) {
+    if (number > kMostArguments || number != op.types.size())
+      throw std::runtime_error("fastvae._C: an op was registered with another schema");
+    std::copy_n(stack, number, words_);
+  }
+  FromDispatcher(const FromDispatcher&) = delete;
+  ~FromDispatcher() {
+    const TorchInterface& torch = torch_interface();
+    for (int i = 0; i < number_; ++i) {
+      const char type = op_.types[static_cast<std::size_t>(i)];
+      if (type == 't' || type == 'T') {
+        if (Handle handle = handle_at(i)) torch.delete_tensor(handle);
+        if (type == 'T') delete reinterpret_cast<Word*>(words_[i]);
+      } else if (type == 's') {
+        torch.delete_text(reinterpret_cast<Handle>(words_[i]));
+      } else if (type == 'l') {
+        torch.delete_list(reinterpret_cast<Handle>(words_[i]));
+      }
+    }
+  }
+
+  int left() const { return number_ - at_; }
+  int likelihood() const { return op_.likelihood; }
+  void read_otherwise() const {}
+  void skip() { ++at_; }
+  bool flag() { return (next() & 0xff) != 0; }
+  Given any() { return Given(handle_at(at_++)); }
+  Given given() { return up_to_three_axes(any()); }
+  Tensor tensor() { return given(); }
+  Output data() { return {any().data}; }
+  Draw draw() {
+    const i64 samples = integer(), sample_offset = integer(), row_offset = integer();
+    const double low = real(), high = real();
+    return {samples, sample_offset, row_offset, low, high, flag()};
+  }
+  How how() {
+    const double coefficient = real();
+    const bool log_mean_exp = std::strcmp(text(), "log_mean_exp") == 0;
+    return {coefficient, log_mean_exp, text()[0]};
+  }
+  Need need() {
+    const TorchInterface& torch = torch_interface();
+    const Handle list = reinterpret_cast<Handle>(next());
+    Need need;
+    std::size_t length = 0;
+    succeed(torch.length(list, &length));
+    for (std::size_t i = 0; i < length && i < kMostNeeds; ++i) {
+      Word item = 0;
+      succeed(torch.item(list, i, &item));
+      need.gradient[i] = (item & 0xff) != 0;
+    }
+    return need;
+  }
+
+  bool converts() const { return false; }
+  static Given in_dtype(const Given& given, int /*dtype*/) { return given; }
+  int threads() const {
+    std::uint32_t number = 1;
+    succeed(torch_interface().threads(&number));
+    return static_cast<int>(number);
+  }
+  template <class F, class... A>
+  static auto run(F kernel, const A&... arguments) {
+    return kernel(arguments...);
+  }
+  template <std::size_t kNumber>
+  void results(Made (&&made)[kNumber], int number = kNumber) {
+    Made empty;
+    for (int i = 0; i < number; ++i) {
+      if (made[i].handle != nullptr) continue;
+      const i64 none = 0;
+      // In the dtype of the first, which is there.
+      if (op_.empty_for_none) {
+        std::int32_t type = 0;
+        succeed(torch_interface().dtype(made[0].handle, &type));
+        const i64 stride = 1;
+        succeed(torch_interface().empty(1, &none, &stride, type, torch_interface().cpu, 0, &made[i].handle));
+      } else {
+        succeed(torch_interface().undefined(&made[i].handle));
+      }
+    }
+    for (int i = 0; i < number; ++i) stack_[i] = reinterpret_cast<Word>(std::exchange(made[i].handle, nullptr));
+  }
+
+  // Whether the C++ is the backend in force.
+  bool serves() const {
+    const pybind11::gil_scoped_acquire gil;
+    const pybind11::object name = called(op_.backend, nullptr, 0);
+    return PyUnicode_Check(name.ptr()) && PyUnicode_CompareWithASCIIString(name.ptr(), "native") == 0;
+  }
+  void otherwise() {
+    const pybind11::gil_scoped_acquire gil;
+    pybind11::object arguments[kMostArguments];
+    PyObject* pointers[kMostArguments];
+    for (int i = 0; i < number_; ++i) arguments[i] = object_at(i), pointers[i] = arguments[i].ptr();
+    const pybind11::object made = called(op_.in_python, pointers, static_cast<std::size_t>(number_));
+    const pybind11::list handles(made);
+    if (static_cast<int>(handles.size()) != wanted_) throw std::runtime_error("fastvae: an op returned another number of results");
+    for (int i = 0; i < wanted_; ++i) {
+      const pybind11::object handle = handles[static_cast<std::size_t>(i)];
+      Handle result = nullptr;
+      if (handle.is_none()) {
+        succeed(torch_interface().undefined(&result));
+      } else {
+        result = PyCapsule_GetPointer(handle.ptr(), PyCapsule_GetName(handle.ptr()));
+      }
+      stack_[i] = reinterpret_cast<Word>(result);
+    }
+  }
+
+ private:
+  Word next() { return words_[at_++]; }
+  i64 integer() { return static_cast<i64>(next()); }
+  double real() {
+    const Word word = next();
+    double value = 0;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+  }
+  const char* text() {
+    const char* characters = "";
+    succeed(torch_interface().text(reinterpret_cast<Handle>(next()), &characters));
+    return characters;
+  }
+  Handle handle_at(int i) const {
+    if (op_.types[static_cast<std::size_t>(i)] == 't') return reinterpret_cast<Handle>(words_[i]);
+    const Word* word = reinterpret_cast<const Word*>(words_[i]);
+    return word ? reinterpret_cast<Handle>(*word) : nullptr;
+  }
+  // An argument as Python has it; a tensor's handle becomes Python's.
+  pybind11::object object_at(int i) {
+    at_ = i;
+    switch (op_.types[static_cast<std::size_t>(i)]) {
+      case 'i': return pybind11::int_(integer());
+      case 'f': return pybind11::float_(real());
+      case 'b': return pybind11::bool_(flag());
+      case 's': return pybind11::str(text());
+      case 'l': {
+        const Need found = need();
+        pybind11::list list;
+        std::size_t length = 0;
+        succeed(torch_interface().length(reinterpret_cast<Handle>(words_[i]), &length));
+        for (std::size_t j = 0; j < length; ++j) list.append(found[static_cast<int>(j)]);
+        return std::move(list);
+      }
+      default: break;
+    }
+    const Handle handle = handle_at(i);
+    if (handle == nullptr) return pybind11::none();
+    if (op_.types[static_cast<std::size_t>(i)] == 't') {
+      words_[i] = 0;
+    } else {
+      *reinterpret_cast<Word*>(words_[i]) = 0;
+    }
+    return pybind11::capsule(handle);
+  }
+  // Errors in Python become such of C++ that torch gives back to Python as what they were.
+  static pybind11::object called(PyObject* function, PyObject* const* arguments, std::size_t number) {
+    PyObject* result = PyObject_Vectorcall(function, arguments, number, nullptr);
+    if (result != nullptr) return pybind11::reinterpret_steal<pybind11::object>(result);
+    const pybind11::error_already_set error;
+    const std::string text = pybind11::str(error.value());
+    if (error.matches(PyExc_ValueError)) throw std::invalid_argument(text);
+    throw std::runtime_error(std::string(pybind11::str(error.type().attr("__name__"))) + ": " + text);
+  }
+
+  const Registered& op_;
+  Word* stack_;
+  Word words_[kMostArguments];
+  int number_, at_ = 0, wanted_;
+};
+
+// The kernel of an op, of a likelihood by its number.
+template <class Op, int kLikelihood>
+struct Kernel {
+  static Registered& state() {
+    static Registered registered;
+    return registered;
+  }
+  static void boxed(Word* stack, std::uint64_t arguments, std::uint64_t results) {
+    FromDispatcher from(state(), stack, arguments, results);
+    from.serves() ? Op::call(from) : from.otherwise();
+  }
+  static bool implement(Handle library, const char* name, const char* types, pybind11::object in_python, pybind11::object backend) {
+    state() = {kLikelihood, Op::kEmptyForNone, types, in_python.release().ptr(), backend.release().ptr()};
+    return torch_interface().implement(library, name, &boxed, kInterface) == 0;
+  }
+};
+
+}  // namespace fastvae

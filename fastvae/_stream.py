@@ -1,0 +1,169 @@
+"""Draws of a batch chunk by chunk, in bounded memory, and what is folded of their log weights."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_count
+from ._inputs import Inputs
+from .distributions import Distribution, draw_chunk, rsample
+from .weights import Weights
+
+
+class Chunks:
+    """How many draws are made at a time.
+
+    Args:
+        k_chunk: draws per example; None chooses as many as give the decoder's output a size that stays in a
+            CPU's caches and fills a GPU. Halved for good when memory runs out.
+    """
+
+    # Numbers of the decoder's output at a time, and rows of it; the CPU's are measured: docs/NOTES.md.
+    _CPU, _GPU = (2**22, 2**13), (2**26, 2**18)
+
+    def __init__(self, k_chunk: int | None):
+        if k_chunk is not None:
+            check_count("k_chunk", k_chunk, "the samples drawn at a time")
+        self.k_chunk = k_chunk
+        self.most_rows: int | None = None
+
+    def draws(self, x: Tensor, batch: int) -> int:
+        """For each of ``batch`` examples like those of x."""
+        size = self.k_chunk
+        if size is None:
+            numbers, rows = self._CPU if x.device.type == "cpu" else self._GPU
+            size = min(rows, numbers // max(1, x.shape[1:].numel())) // max(1, batch)
+        if self.most_rows is not None:
+            size = min(size, self.most_rows // max(1, batch))
+        return max(1, size)
+
+    def halve(self, count: int, batch: int) -> None:
+        """After memory ran out with ``count`` draws of each of ``batch`` examples, two draws or more."""
+        half = count // 2
+        self.most_rows = half * batch
+        warnings.warn(
+            f"fastvae: memory ran out with {count} draws of {batch} examples at a time; going on with "
+            f"{half} (k_chunk={half} starts there)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def stream(
+    inputs: Inputs,
+    seed: Tensor,
+    start: int,
+    stop: int,
+    chunks: Chunks,
+    *,
+    row_offset: int = 0,
+    rows: Tensor | None = None,
+    ratio: bool = True,
+) -> Iterator[Tensor]:
+    """Log weights of draws ``start`` to ``stop``, [draws, B], chunk by chunk; without ``ratio``
+    log-likelihoods.
+
+    ``rows`` are the examples whose draws are wanted, if not all; the noise is that of their place in the
+    batch.
+    """
+    x = inputs.x if rows is None else inputs.x[rows]
+    # Examples drawn for at once, and those of them that are wanted.
+    spans = [(inputs.q, row_offset, rows)] if rows is None else _spans(inputs, row_offset, rows)
+    batch = sum(q.batch for q, _, _ in spans)
+
+    def draw(count: int) -> Tensor:
+        parts = []
+        part: tuple[Tensor, ...]
+        for q, offset, wanted in spans:
+            if ratio:
+                part = draw_chunk(q, inputs.prior, count, seed, start, offset)[:2]
+            else:
+                part = rsample(q, count, seed, sample_offset=start, row_offset=offset)[:1]
+            parts.append(part if wanted is None else tuple(v[:, wanted] for v in part))
+        z, *log_ratio = parts[0] if len(parts) == 1 else map(torch.hstack, zip(*parts, strict=True))
+        log_likelihood = inputs.log_likelihood(z, x)
+        return log_likelihood + log_ratio[0] if ratio else log_likelihood
+
+    while start < stop:
+        count = min(chunks.draws(x, batch), stop - start)
+        log_w = None
+        with _spared_memory_errors() if count > 1 else contextlib.nullcontext():
+            log_w = draw(count)
+        # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
+        if log_w is None:
+            if x.device.type == "cuda":
+                torch.cuda.empty_cache()
+            chunks.halve(count, batch)
+            continue
+        yield log_w
+        start += count
+
+
+def _spans(inputs: Inputs, row_offset: int, rows: Tensor) -> list[tuple[Distribution, int, Tensor | None]]:
+    """Posteriors to draw some examples from, each with the address of its first row, and which of its rows
+    are wanted.
+
+    A call for every run of neighbours costs some 20 µs; the whole batch costs draws that nobody needs, 8192 B
+    / A of them for A of B examples, 20 µs for 250 rows or so.
+    """
+    numbers = rows.tolist()
+    if not inputs.prior.per_row and len(numbers) ** 2 < 16 * inputs.q.batch:
+        cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+        runs = [numbers[i:j] for i, j in pairwise([0, *cuts, len(numbers)])]
+        parts: list[Any] = [inputs.q.rows(run[0], run[-1] + 1) for run in runs]
+        if None not in parts:
+            return [(q, row_offset + run[0], None) for q, run in zip(parts, runs, strict=True)]
+    return [(inputs.q, row_offset, rows)]
+
+
+@contextlib.contextmanager
+def _spared_memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        # What the CPU's allocator says.
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+
+
+# Log weights that are folded at once, if so many come: a few megabytes.
+_FOLDED = 2**20
+
+
+def weights(
+    inputs: Inputs, seed: Tensor, start: int, stop: int, chunks: Chunks, tail: int, **options: Any
+) -> Weights:
+    """Draws ``start`` to ``stop`` folded into :class:`Weights`; options are those of :func:`stream`."""
+    total: Weights | None = None
+    # What is kept between chunks must not lie between their activations in the heap, which would grow with k.
+    buffer, filled = None, 0
+
+    def fold(log_w: Tensor) -> Weights:
+        part = Weights.of(log_w, tail)
+        return part if total is None else total.merge(part)
+
+    for log_w in stream(inputs, seed, start, stop, chunks, **options):
+        count, batch = log_w.shape
+        start += count
+        # To fold is some forty small ops: worth their while for many draws, and as many new as are kept.
+        enough = max(tail, _FOLDED // max(1, batch))
+        if filled == 0 and (count >= enough or start == stop):
+            total = fold(log_w)
+            continue
+        if buffer is None:
+            buffer = log_w.new_empty(min(enough + count, count + stop - start), batch)
+        buffer[filled : filled + count] = log_w
+        filled += count
+        if filled >= enough or start == stop:
+            total, filled = fold(buffer[:filled]), 0
+    assert total is not None
+    return total
