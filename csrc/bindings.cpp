@@ -192,14 +192,6 @@ PYBIND11_MODULE(_C, m) {
   FASTVAE_DEF(normal);
   add_glances(m.ptr());
   m.attr("likelihoods") = likelihoods();
-  FASTVAE_DEF(log_prob);
-  m.def(
-      "log_prob_backward",
-      [](const Rows& a, bool wide, const Tensor& grad, Output x, const Outputs& p) {
-        static const auto run = FASTVAE_PICK(log_prob_backward);
-        run(a, wide, {grad.along(2), x, {p[0], p[1], p[2]}});
-      },
-      release());
   static PyMethodDef ops[] = {
       method<RsampleKl>(),
       method<RsampleKlBackward>(),

@@ -73,32 +73,49 @@ struct WeighArguments {
   }
 };
 
-// x (B, X) and parameters (B, X) or (K, B, X) in full; `fits` says whether they are.
+// x (B, X) and parameters: the first (B, X) or (K, B, X), the others like it or broadcast over samples and rows, over columns, or over
+// all; `fits` says whether they are.
 template <class Caller>
-struct FullRows {
+struct LikelihoodArguments {
   GivenOf<Caller> x, parameter[kMostParameters];
   int count = 0, wide = kFloat32;
   bool fits;
   Rows rows{};
 
-  FullRows(int likelihood, Caller& from, int behind) : x(from.any()) {
+  LikelihoodArguments(int likelihood, Caller& from, int behind) : x(from.any()) {
     const int outputs = from.left() - behind;
     if (outputs < 1 || outputs > kMostParameters) throw std::runtime_error("fastvae._C: log_prob takes one to three parameters");
+    for (int j = 0; j < outputs; ++j) parameter[j] = from.any();
+    const GivenOf<Caller>& first = parameter[0];
+    const Tensor full = first.along(3);
+    fits = x.axes == 2 && (first.axes == 2 || first.axes == 3) && full.n1 == x.n0 && full.n2 == x.n1 && full.size() > 0;
     rows.likelihood = likelihood, rows.threads = from.threads(), rows.x = x;
+    rows.samples = full.n0, rows.rows = x.n0, rows.columns = x.n1;
     wide = x.wide();
-    fits = x.axes == 2;
     for (; count < outputs; ++count) {
-      const GivenOf<Caller> p = from.any();
-      fits = fits && (p.axes == 2 || p.axes == 3);
-      const Tensor t = p.along(3), full = count > 0 ? parameter[0].along(3) : t;
-      fits = fits && t.n1 == x.n0 && t.n2 == x.n1 && t.n0 == full.n0 && (count == 0 || p.axes == parameter[0].axes);
-      parameter[count] = p, rows.p[count] = t, rows.kind[count] = kFull;
-      if (p.dtype == kFloat64) wide = kFloat64;
+      if (parameter[count].dtype == kFloat64) wide = kFloat64;
+      fits = fits && parameter[count].axes <= 3 && lay_out(parameter[count].along(3));
     }
-    rows.samples = rows.p[0].n0, rows.rows = x.n0, rows.columns = x.n1;
-    fits = fits && parameter[0].size() > 0;
   }
   MadeOf<Caller> per_row() const { return parameter[0].axes == 2 ? make(x, {rows.rows}, wide) : make(x, {rows.samples, rows.rows}, wide); }
+  // Gradients of parameters that broadcast are sums, and must not be rounded before.
+  int gradient_dtype(int j) const { return rows.kind[j] == kFull ? parameter[j].dtype : wide; }
+
+ private:
+  bool lay_out(Tensor p) {
+    const bool samples = p.n0 == rows.samples, all_rows = p.n1 == rows.rows, columns = p.n2 == rows.columns;
+    int& kind = rows.kind[count];
+    if (samples && all_rows) {
+      kind = columns ? kFull : kOne;
+    } else {
+      if (p.n0 != 1 || p.n1 != 1) return false;
+      kind = columns ? kColumn : kNumber;
+      p.s0 = p.s1 = 0;
+    }
+    if (!columns) p.s2 = 0;
+    rows.p[count] = p;
+    return columns || p.n2 == 1;
+  }
 };
 
 // Each op: its name, whether the dispatcher has a tensor [0] for a result that is None, and the call.
@@ -175,16 +192,16 @@ struct RsampleLogRatioBackward {
   }
 };
 
-// x, parameters -> log-likelihoods. What is not in full, or has an x that lies where it cannot, is left to `otherwise`.
+// x, parameters -> log-likelihoods. What does not fit, or has an x that lies where it cannot, is left to `otherwise`.
 struct LogProb {
-  static constexpr const char* kName = "full_log_prob";
+  static constexpr const char* kName = "log_prob";
   static constexpr bool kEmptyForNone = false;
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(log_prob);
     const int likelihood = from.likelihood();
     from.read_otherwise();
-    const FullRows<Caller> a(likelihood, from, 0);
+    const LikelihoodArguments<Caller> a(likelihood, from, 0);
     if (!a.fits) return from.otherwise();
     MadeOf<Caller> out = a.per_row();
     if (!from.run(kernel, a.rows, a.wide == kFloat64, out)) return from.otherwise();
@@ -194,7 +211,7 @@ struct LogProb {
 
 // What arrives, x, parameters, need -> gradients of x and of the parameters.
 struct LogProbBackward {
-  static constexpr const char* kName = "full_log_prob_backward";
+  static constexpr const char* kName = "log_prob_backward";
   static constexpr bool kEmptyForNone = false;
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
@@ -202,15 +219,18 @@ struct LogProbBackward {
     const int likelihood = from.likelihood();
     from.read_otherwise();
     const Tensor grad = from.any();
-    const FullRows<Caller> a(likelihood, from, 1);
+    const LikelihoodArguments<Caller> a(likelihood, from, 1);
     if (!a.fits || grad.axes != a.parameter[0].axes - 1) return from.otherwise();
     const Need need = from.need();
     MadeOf<Caller> to[kMostParameters + 1];
     if (need[0]) to[0] = make_like(a.x, a.x.dtype);
     for (int j = 0; j < a.count; ++j) {
-      if (need[j + 1]) to[j + 1] = make_like(a.parameter[j], a.parameter[j].dtype);
+      if (!need[j + 1]) continue;
+      if (a.gradient_dtype(j) != a.parameter[j].dtype && !from.converts()) return from.otherwise();
+      to[j + 1] = make_like(a.parameter[j], a.gradient_dtype(j));
     }
     from.run(kernel, a.rows, a.wide == kFloat64, RowGradients{grad.along(2), to[0], {to[1], to[2], to[3]}});
+    for (int j = 0; j < a.count; ++j) to[j + 1].convert(a.parameter[j].dtype);
     return from.results(std::move(to), a.count + 1);
   }
 };
@@ -254,14 +274,13 @@ struct WeighBackward {
     const Need need = from.need();
     // Those of parameters that broadcast are sums, and must not be rounded before.
     const auto dtype = [&](int j) { return w.rows.kind[j] == kFull ? a.parameter[j].dtype : a.wide; };
-    for (int j = 0; j < a.count; ++j) {
-      if (need[j + 1] && dtype(j) != a.parameter[j].dtype && !from.converts()) return from.otherwise();
-    }
     MadeOf<Caller> to[kMostParameters + 2];
     MadeOf<Caller>& to_term = to[a.count + 1];
     if (need[0]) to[0] = make_like(a.x, a.x.dtype);
     for (int j = 0; j < a.count; ++j) {
-      if (need[j + 1]) to[j + 1] = make_like(a.parameter[j], dtype(j));
+      if (!need[j + 1]) continue;
+      if (dtype(j) != a.parameter[j].dtype && !from.converts()) return from.otherwise();
+      to[j + 1] = make_like(a.parameter[j], dtype(j));
     }
     if (need[a.count + 1]) to_term = make_like(a.term, a.wide);
     address parameters[kMostParameters] = {};

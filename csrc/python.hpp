@@ -15,12 +15,6 @@
 
 namespace fastvae {
 
-// What a call gives to fill, at most as many as a likelihood has parameters.
-struct Outputs {
-  Output p[kMostParameters];
-  Output operator[](int i) const { return p[i]; }
-};
-
 // Names, types and functions of torch, looked up once.
 struct Torch {
   PyObject *data_ptr, *dtype, *shape, *stride, *to, *new_empty, *with_dtype, *empty_like, *get_num_threads, *dtypes[kDtypes];
@@ -287,39 +281,6 @@ struct type_caster<fastvae::Output> {
   PYBIND11_TYPE_CASTER(fastvae::Output, const_name("Tensor | None"));
   bool load(handle source, bool) {
     value.data = fastvae::address_of(source.ptr());
-    return true;
-  }
-};
-
-template <>
-struct type_caster<fastvae::Outputs> {
-  PYBIND11_TYPE_CASTER(fastvae::Outputs, const_name("list[Tensor | None]"));
-  bool load(handle source, bool) {
-    PyObject* list = source.ptr();
-    if (!PyList_Check(list) || PyList_GET_SIZE(list) > fastvae::kMostParameters) return false;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) value.p[i].data = fastvae::address_of(PyList_GET_ITEM(list, i));
-    return true;
-  }
-};
-
-template <>
-struct type_caster<fastvae::Rows> {
-  PYBIND11_TYPE_CASTER(fastvae::Rows, const_name("Rows"));
-  // (likelihood, threads, x, (kind, parameter), ...); parameters have the axes of samples, rows and columns, or lack the first
-  bool load(handle source, bool) {
-    PyObject* t = source.ptr();
-    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) < 4 || PyTuple_GET_SIZE(t) > 3 + fastvae::kMostParameters) return false;
-    const char* likelihood = PyUnicode_AsUTF8(PyTuple_GET_ITEM(t, 0));
-    if (likelihood == nullptr) throw error_already_set();
-    value.likelihood = fastvae::number_of(likelihood);
-    value.threads = static_cast<int>(fastvae::integer(PyTuple_GET_ITEM(t, 1)));
-    value.x = fastvae::tensor_of(PyTuple_GET_ITEM(t, 2));
-    for (Py_ssize_t j = 3; j < PyTuple_GET_SIZE(t); ++j) {
-      PyObject* pair = PyTuple_GET_ITEM(t, j);
-      value.kind[j - 3] = static_cast<int>(fastvae::integer(PyTuple_GET_ITEM(pair, 0)));
-      value.p[j - 3] = fastvae::tensor_of(PyTuple_GET_ITEM(pair, 1)).along(3);
-    }
-    value.samples = value.p[0].n0, value.rows = value.p[0].n1, value.columns = value.p[0].n2;
     return true;
   }
 };

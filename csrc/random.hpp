@@ -97,17 +97,20 @@ FASTVAE_INLINE void philox(U64& c0, U64& c1, U64& c2, U64& c3, Key key) {
   }
 }
 
-// The words of `calls` counters (block + c0[i], row + c1[i], sample, 0); whole steps are done.
+// Of latents in several layers, which a counter's last word tells apart: there is one layer so far.
+constexpr std::uint32_t kLevel = 0;
+
+// The words of `calls` counters (block + c0[i], row + c1[i], sample, kLevel); whole steps are done.
 constexpr int kCalls = kTile / 4;
 FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t block, const std::uint32_t* c1, std::uint32_t row,
                                std::uint32_t sample, Key key, std::uint32_t (*words)[kCalls]) {
-  const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample, lower = zero + 0xffffffffu;
+  const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample, level = zero + kLevel, lower = zero + 0xffffffffu;
   for (int i = 0; i < calls; i += kCallsPerStep) {
     U64 pattern0, pattern1;
     __builtin_memcpy(&pattern0, c0 + i, sizeof(U64));
     __builtin_memcpy(&pattern1, c1 + i, sizeof(U64));
-    U64 even[4] = {pattern0 + blocks, pattern1 + rows, samples, zero};
-    U64 odd[4] = {(pattern0 >> 32) + blocks, (pattern1 >> 32) + rows, samples, zero};
+    U64 even[4] = {pattern0 + blocks, pattern1 + rows, samples, level};
+    U64 odd[4] = {(pattern0 >> 32) + blocks, (pattern1 >> 32) + rows, samples, level};
     philox(even[0], even[1], even[2], even[3], key);
     philox(odd[0], odd[1], odd[2], odd[3], key);
     for (int j = 0; j < 4; ++j) {

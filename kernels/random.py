@@ -31,6 +31,8 @@ from .launching import Call, Result, fixed, planned
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): multipliers, and the key's increments.
 PHILOX_0, PHILOX_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 WEYL_0, WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+# Of latents in several layers, which a counter's last word tells apart: there is one layer so far.
+LEVEL = tl.constexpr(0)
 TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 TWO_PI_HIGH = tl.constexpr(6.2831854820251465)
 TWO_PI_LOW = tl.constexpr(-1.7484556025237907e-07)
@@ -50,7 +52,7 @@ def philox_words(seed, o_k, o_b, o_j):
     """
     # Broadcast late: the first rounds then work on few elements.
     b_0, b_1, b_2 = o_j.to(tl.uint32), o_b.to(tl.uint32), o_k.to(tl.uint32)
-    b_3 = tl.zeros([1, 1, 1], dtype=tl.uint32)
+    b_3 = tl.full([1, 1, 1], LEVEL, dtype=tl.uint32)
     key_0 = seed.to(tl.uint32)
     key_1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):

@@ -38,6 +38,41 @@ class Mutant(NamedTuple):
 
 CPP = [
     Mutant(
+        "a row of log variances per sample taken for one",
+        "csrc/calls.hpp",
+        "if (p.n0 != 1 || p.n1 != 1) return false;",
+        "if (p.n1 != 1) return false;",
+        ("numbers::test_log_variances_of_every_layout",),
+    ),
+    Mutant(
+        "a row of log variances per example taken for one",
+        "csrc/calls.hpp",
+        "if (p.n0 != 1 || p.n1 != 1) return false;",
+        "if (p.n0 != 1) return false;",
+        ("numbers::test_log_variances_of_every_layout",),
+    ),
+    Mutant(
+        "a column of log variances read along a row",
+        "csrc/calls.hpp",
+        "if (!columns) p.s2 = 0;",
+        "",
+        ("likelihoods", "numbers", "gaussian"),
+    ),
+    Mutant(
+        "gradients of a row in half precision before they are summed",
+        "csrc/calls.hpp",
+        "return rows.kind[j] == kFull ? parameter[j].dtype : wide;",
+        "return parameter[j].dtype;",
+        ("numbers", "likelihoods", "gaussian"),
+    ),
+    Mutant(
+        "log-likelihoods of parameters [B, X] in the shape of samples",
+        "csrc/calls.hpp",
+        "return parameter[0].axes == 2 ? make(x, {rows.rows}, wide)",
+        "return parameter[0].axes == 1 ? make(x, {rows.rows}, wide)",
+        ("likelihoods",),
+    ),
+    Mutant(
         "dispatcher: another backend is not asked for",
         "csrc/dispatcher.hpp",
         "from.serves() ? Op::call(from) : from.otherwise();",
@@ -236,8 +271,8 @@ CPP = [
     Mutant(
         "noise: rows and samples swapped",
         "csrc/random.hpp",
-        "{pattern0 + blocks, pattern1 + rows, samples, zero}",
-        "{pattern0 + blocks, samples, pattern1 + rows, zero}",
+        "{pattern0 + blocks, pattern1 + rows, samples, level}",
+        "{pattern0 + blocks, samples, pattern1 + rows, level}",
         ("random", "importance", "bernoulli", "gaussian", "latent"),
     ),
     Mutant(
@@ -2422,23 +2457,9 @@ PYTHON = [
     Mutant(
         "gradients of a shared log variance rounded before they are summed",
         "fastvae/ops/likelihood.py",
-        "laid_out = laid_out.to(dtype)",
-        "pass",
+        "expanded.to(dtype))",
+        "expanded)",
         ("gaussian",),
-    ),
-    Mutant(
-        "a row of log variances per sample taken for one",
-        "fastvae/ops/likelihood.py",
-        "shared = all(n == 1 for n in leading)",
-        "shared = leading[-1] == 1",
-        ("numbers::test_log_variances_of_every_layout",),
-    ),
-    Mutant(
-        "a row of log variances per example taken for one",
-        "fastvae/ops/likelihood.py",
-        "shared = all(n == 1 for n in leading)",
-        "shared = leading[0] == 1",
-        ("numbers::test_log_variances_of_every_layout",),
     ),
     Mutant(
         "a number in the mean's half precision",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_data, check_same_device, check_tensor, checks_data, shape_of
-from .op import Op, accumulator, cast, empty_like, in_shape, new_empty
+from .op import Op, accumulator, cast, in_shape
 
 
 class Declaration(Protocol):
@@ -51,10 +51,6 @@ class Declaration(Protocol):
     data: Callable[[Tensor], Tensor] | None
 
 
-# How a parameter lies beside the others' [K, B, X]: in full, a row for all, a number a row, a number for all.
-_FULL, _COLUMN, _ONE, _NUMBER = range(4)
-
-
 def result_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype that is computed and summed in; integers have no say in it."""
     for t in tensors:
@@ -63,65 +59,14 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def _laid_out(parameter: Tensor, shape: tuple[int, ...]) -> tuple[int, Tensor]:
-    """The kind of a parameter, and the parameter, expanded over the axes that it is shared along."""
-    if parameter.shape == shape:
-        return _FULL, parameter
-    *leading, columns = parameter.shape
-    shared = all(n == 1 for n in leading)
-    alone, many = (_NUMBER, _ONE) if columns == 1 and shape[-1] != 1 else (_COLUMN, _FULL)
-    return alone if shared else many, parameter.expand(shape)
-
-
-def native_log_prob(likelihood: str, x: Tensor, *parameters: Tensor) -> tuple[Tensor, bool]:
-    """log p(x|z) of rows, and whether x lies where it must; the first parameter has all axes."""
-    shape = parameters[0].shape
-    dtype = result_dtype(x, *parameters)
-    if not parameters[0].numel():
-        return x.new_zeros(shape[:-1], dtype=dtype), True
-    rows = (likelihood, torch.get_num_threads(), x, *(_laid_out(p, shape) for p in parameters))
-    out = new_empty(x, shape[:-1], dtype)
-    in_range = _backend.extension().log_prob(rows, dtype == torch.float64, out)
-    return out, in_range
-
-
-def native_log_prob_backward(
-    likelihood: str, grad: Tensor, x: Tensor, parameters: tuple[Tensor, ...], need: list[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x and of the parameters, None where not needed."""
-    given = (x, *parameters)
-    if not parameters[0].numel():
-        # There is nothing to sum over, and an empty tensor has no address to hand to C++.
-        return tuple(t.new_zeros(t.shape) if n else None for t, n in zip(given, need, strict=True))
-    shape = parameters[0].shape
-    dtype = result_dtype(*given)
-    rows, grads = [likelihood, torch.get_num_threads(), x], []
-    for p, n in zip(parameters, need[1:], strict=True):
-        kind, laid_out = _laid_out(p, shape)
-        if kind != _FULL:
-            sizes = {_COLUMN: shape[-1:], _ONE: shape[:-1], _NUMBER: ()}[kind]
-            grads.append(new_empty(x, sizes, dtype) if n else None)
-        else:
-            if n and laid_out is not p:
-                # The gradients of those that share a number are summed, and must not be rounded before.
-                laid_out = laid_out.to(dtype)
-            grads.append(empty_like(laid_out) if n else None)
-        rows.append((kind, laid_out))
-    grad_x = empty_like(x) if need[0] else None
-    _backend.extension().log_prob_backward(tuple(rows), dtype == torch.float64, grad, grad_x, grads)
-    finished = [None if g is None else _as_given(g, p) for g, p in zip(grads, parameters, strict=True)]
-    return grad_x, *finished
-
-
-def _as_given(grad: Tensor, parameter: Tensor) -> Tensor:
-    if grad.shape != parameter.shape:
-        if grad.numel() == parameter.numel():
-            grad = grad.view(parameter.shape)
-        else:
-            while grad.dim() < parameter.dim():
-                grad = grad.unsqueeze(-1)
-            grad = grad.sum_to_size(parameter.shape)
-    return cast(grad, parameter.dtype)
+def _readable(parameter: Tensor, full: Tensor) -> Tensor:
+    """A parameter [K, B, X], or one that broadcasts as the C++ reads it: over samples and rows, over columns,
+    or over all. Others are expanded.
+    """
+    samples_and_rows, columns = parameter.shape[:2], parameter.shape[2]
+    if samples_and_rows in (full.shape[:2], (1, 1)) and columns in (full.shape[2], 1):
+        return parameter
+    return parameter.expand(full.shape)
 
 
 # The ops
@@ -148,16 +93,21 @@ class LogProb(Op):
         self.name = f"{likelihood.name}_log_prob"
         self.schema = f"(Tensor x, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}) -> Tensor"
         self.gradient = _LogProbBackward(likelihood)
-        self.native = functools.partial(_backend.native("full_log_prob"), likelihood.name, self._native)
+        self.native = functools.partial(_backend.native("log_prob"), likelihood.name, self._native)
         super().__init__()
 
     def _native(self, x, *parameters):
-        """Of parameters that broadcast, and events of several axes."""
+        """What does not fit the C++ as it is, and what it refused."""
         rows, flat = _flat(x, parameters)
-        result, in_range = native_log_prob(self.likelihood.name, rows, *flat)
-        if not in_range:
-            refuse(self.likelihood, x)
-        return in_shape(result, self._shape(x, parameters))
+        shape, full = self._shape(x, parameters), flat[0]
+        if not full.numel():
+            return x.new_zeros(shape, dtype=result_dtype(x, *parameters))
+        given = [_readable(p, full) for p in flat]
+        run = _backend.native("log_prob")
+        return in_shape(run(self.likelihood.name, self._refuse, rows, *given), shape)
+
+    def _refuse(self, x, *_):
+        refuse(self.likelihood, x)
 
     def composed(self, backend):
         function = _backend.layer(backend, self.module).log_prob
@@ -198,18 +148,32 @@ class _LogProbBackward(Op):
             f"(Tensor grad, Tensor x, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}, "
             f"bool[{number}] need) -> ({', '.join(['Tensor'] * number)})"
         )
-        self.native = functools.partial(
-            _backend.native("full_log_prob_backward"), likelihood.name, self._native
-        )
+        self.native = functools.partial(_backend.native("log_prob_backward"), likelihood.name, self._native)
         super().__init__()
 
     def _native(self, grad, x, *rest):
+        """What does not fit the C++ as it is."""
         *parameters, need = rest
         rows, flat = _flat(x, parameters)
-        grads = native_log_prob_backward(
-            self.likelihood.name, grad.reshape(flat[0].shape[:2]), rows, tuple(flat), need
+        full = flat[0]
+        if not full.numel():
+            return tuple(
+                t.new_zeros(t.shape) if n else None for t, n in zip((x, *parameters), need, strict=True)
+            )
+        dtype, given = result_dtype(x, *flat), []
+        for p, n in zip(flat, need[1:], strict=True):
+            expanded = _readable(p, full)
+            # The gradients of those that share a number are summed, and must not be rounded before.
+            given.append(expanded if expanded is p or not n else expanded.to(dtype))
+        run = _backend.native("log_prob_backward")
+        grad_x, *grads = run(
+            self.likelihood.name, self.composed("reference"), grad.reshape(full.shape[:2]), rows, *given, need
         )
-        return _reshaped(grads, (x, *parameters))
+        grads = [
+            g if g is None else cast(g.sum_to_size(p.shape), p.dtype)
+            for g, p in zip(grads, flat, strict=True)
+        ]
+        return _reshaped((grad_x, *grads), (x, *parameters))
 
     def composed(self, backend):
         function = _backend.layer(backend, self.module).log_prob_backward

@@ -13,6 +13,8 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+# Of latents in several layers, which a counter's last word tells apart: there is one layer so far.
+LEVEL = 0
 
 
 def _mulhilo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,7 @@ def words(
     sample = (torch.arange(samples, device=device) + sample_offset).view(samples, 1, 1)
     block, row, sample = torch.broadcast_tensors(block, row, sample)
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    result = philox((block, row, sample, torch.zeros_like(block)), key)
+    result = philox((block, row, sample, torch.full_like(block, LEVEL)), key)
     return torch.stack(result, dim=-1).reshape(samples, rows, 4 * blocks)
 
 
