@@ -99,6 +99,27 @@ def test_without_an_event_axis(backend, likelihood):
 
 
 @each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", range(7))
+def test_parameters_in_half_precision_that_broadcast(backend, likelihood, dtype, form):
+    """Their gradients are sums, which are rounded once."""
+    shapes = cases.forms(likelihood, 3, 4, (37,))
+    if not shapes:
+        pytest.skip("has one parameter")
+    case = cases.case(likelihood, 3, 4, 37, shapes[form])
+    case["parameters"] = [p.to(dtype) for p in case["parameters"]]
+    _check(case)
+
+
+@each
+def test_parameters_of_one_sample_have_no_axis_of_samples(backend, likelihood):
+    x, given = cases.data(likelihood, 4, 7), cases.parameters(likelihood, 3, 4, 7)
+    every = _op(likelihood)(x, *given)
+    for k in range(3):
+        assert torch.equal(_op(likelihood)(x, *(p[k] for p in given)), every[k])
+
+
+@each
 def test_one_wide_tensor_widens_the_result(backend, likelihood):
     """Whichever it is: eager, compiled and every backend must agree on the dtype."""
     narrow = [cases.data(likelihood, 3, 5), *cases.parameters(likelihood, 2, 3, 5)]
