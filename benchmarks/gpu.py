@@ -26,7 +26,7 @@ from torch import distributions as td
 
 from fastvae import _backend
 
-from . import device_tests, report, verdict
+from . import device_tests, gpu_tables, report
 from .device import CaptureFailed, Cuda, DeviceLost, StandIn
 from .importance import log_mean_exp
 from .latent import rsample_kl, rsample_log_ratio
@@ -489,12 +489,12 @@ def _conclude(state: State, tests: device_tests.Outcome | None, out: Path, began
     """Plots, and the tables that are to be seen last."""
     csv = Path(state.csv) if state.csv else None
     rows = report.read_csv(csv) if csv and csv.exists() else []
-    files = [csv, *verdict.plots(rows, csv.with_suffix(""))] if rows else []
+    files = [csv, *gpu_tables.plots(rows, csv.with_suffix(""))] if rows else []
     if tests is not None and tests.log:
         log = out / f"{csv.stem if csv else 'gpu'}-tests.txt"
         log.write_text(tests.log[-200_000:])
         files.append(log)
-    print("\n" + verdict.text(rows, state.dry_run))
+    print("\n" + gpu_tables.text(rows, state.dry_run))
     for heading, lines in (
         ("left out for want of time", state.left_out),
         ("ended in an error", [f"{name}: {reason}" for name, reason in state.lost.items()]),

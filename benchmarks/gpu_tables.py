@@ -1,54 +1,20 @@
-"""A GPU run in short: a line for each op and size, the steps, and every target beside what was measured."""
+"""A GPU run in short: a line for each op and size, the steps, what loses, and plots."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from . import report
 from .measure import COMPILE, COPY, OURS
 from .report import Row
 
-MANY_BYTES = 64 * 2**20
 SHARE_OF_COPY = 0.9
-EVALUATION_SECONDS = 5.0
 BOTH_WAYS = "forward+backward"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A line of what was wanted.
-
-    Attributes:
-        what: the op, its direction and precision, and whom it is compared with.
-        wanted: how much.
-        measured: how much it is; None where nothing was measured.
-        met: whether that is enough.
-        where: at which size.
-        excused: whether something else than what the target is about is the limit.
-    """
-
-    what: str
-    wanted: str
-    measured: str | None = None
-    met: bool = False
-    where: str = ""
-    excused: bool = False
-
-    def line(self, judge: bool = True) -> str:
-        """``judge`` says whether the numbers are worth a word."""
-        mark = "met" if self.met else "arithmetic" if self.excused else "MISSED"
-        mark = "not measured" if self.measured is None else mark if judge else "-"
-        return f"{mark:12s} {self.what:52s}{self.wanted:>8s}{self.measured or '':>8s}  {self.where}".rstrip()
 
 
 def _of(rows: list[Row], **wanted: str) -> list[Row]:
     """The timed rows with these values."""
     return [r for r in rows if r["p50_us"] and all(r[key] == value for key, value in wanted.items())]
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return row["group"], row["case"], row["direction"]
 
 
 def _bytes(row: Row) -> float:
@@ -66,99 +32,8 @@ def _precision(row: Row) -> str:
     return "bfloat16" if ", bfloat16" in row["case"] else "float32"
 
 
-def targets(rows: list[Row], many_bytes: int = MANY_BYTES) -> list[Target]:
-    """Every target, line by line; of several sizes the worst counts.
-
-    Args:
-        rows: what was measured.
-        many_bytes: from how many on bandwidth is asked for.
-    """
-    return [*_bandwidth(rows, many_bytes), *_ratios(rows), _evaluation(rows)]
-
-
-def _bandwidth(rows: list[Row], many_bytes: int) -> list[Target]:
-    large = [r for r in _of(rows, implementation=OURS) if r["gb_per_s"] and _bytes(r) >= many_bytes]
-    # Of a copy as large, timed beside it; else of the largest.
-    copies = {_key(r): r["ratio"] for r in _of(rows, implementation=COPY)}
-    large = [{**r, "share_of_copy": copies.get(_key(r)) or r["share_of_copy"]} for r in large]
-    lines = []
-    for group in ("rsample_kl", "gaussian_log_prob", "bernoulli_log_prob", "log_mean_exp"):
-        for precision in ("float32", "bfloat16"):
-            # Log weights are sums: float32, whatever the decoder returns.
-            if (group, precision) == ("log_mean_exp", "bfloat16"):
-                continue
-            for direction in ("forward", BOTH_WAYS):
-                what = f"{group} {_short(direction)} {precision}, of a copy"
-                mine = [r for r in _of(large, group=group, direction=direction) if _precision(r) == precision]
-                moving = [r for r in mine if is_moving(r)]
-                if not mine:
-                    lines.append(Target(what, "≥ 90%"))
-                    continue
-                # Where no size is limited by its bytes the line is there to be seen.
-                worst, best = (f(moving or mine, key=lambda r: float(r["share_of_copy"])) for f in (min, max))
-                where = _size(worst)
-                if best is not worst:
-                    where += f"; {_percent(best['share_of_copy'])} at {_size(best)}"
-                if not moving:
-                    where += f"; {_percent(worst['share_of_least'])} of what arithmetic allows"
-                share = float(worst["share_of_copy"])
-                met = share >= SHARE_OF_COPY
-                lines.append(Target(what, "≥ 90%", _percent(str(share)), met, where, not moving))
-    return lines
-
-
-def _ratios(rows: list[Row]) -> list[Target]:
-    """Those that the works themselves name, by group, direction and peer."""
-    named: dict[tuple[str, ...], list[Row]] = {}
-    for r in rows:
-        if r["target"] and r["ratio"]:
-            what = r["group"] if r["group"] != "overhead" else f"overhead, {r['case'].split(' ')[0]}"
-            key = (what, r["direction"], _precision(r), r["implementation"], r["target"])
-            named.setdefault(key, []).append(r)
-    lines = []
-    for (what, direction, precision, peer, wanted), mine in named.items():
-        worst = min(mine, key=lambda r: float(r["ratio"]))
-        lines.append(
-            Target(
-                f"{what} {_short(direction)} {precision}, over {peer}",
-                f"≥ {float(wanted):.1f} ×",
-                f"{float(worst['ratio']):.2f} ×",
-                not report.misses(worst),
-                _size(worst),
-            )
-        )
-    expected = {
-        "rsample_kl": ("eager", COMPILE),
-        "IWAE without networks": ("eager", COMPILE),
-        "gaussian_log_prob": (COMPILE,),
-        "bernoulli_log_prob": (COMPILE,),
-        "overhead, rsample_kl": (COMPILE,),
-        "overhead, bernoulli_log_prob": (COMPILE,),
-    }
-    for what, peers in expected.items():
-        for peer in peers:
-            if not any(key[0] == what and key[3] == peer for key in named):
-                lines.append(Target(f"{what}, over {peer}", ""))
-    return lines
-
-
-def _evaluation(rows: list[Row]) -> Target:
-    mine = _of(rows, group="evaluation", implementation=f"{OURS}, bfloat16")
-    what, wanted = "evaluation, K=5000, 10 000 images, bfloat16", f"< {EVALUATION_SECONDS:g} s"
-    if not mine:
-        return Target(what, wanted)
-    seconds = float(mine[0]["p50_us"]) / 1e6
-    return Target(what, wanted, f"{seconds:.2f} s", seconds < EVALUATION_SECONDS, mine[0]["case"])
-
-
 def _short(direction: str) -> str:
     return "fwd+bwd" if direction == BOTH_WAYS else direction
-
-
-def _size(row: Row) -> str:
-    """A case without what a line says elsewhere."""
-    case = row["case"].replace(", bfloat16", "").replace(", float32", "")
-    return case.partition(" ")[2] if row["group"] == "overhead" else case
 
 
 def _percent(share: str) -> str:
@@ -179,15 +54,7 @@ def text(rows: list[Row], dry_run: bool) -> str:
         f"a copy of this run: {row['copy_gb_per_s']} GB/s; {row['device']}, {row['versions']}, {row['time']}"
     )
     parts = [mark + _step_table(rows), _evaluation_table(rows), _call_table(rows), _op_table(rows), speed]
-    if wrong := [r for r in rows if r["wrong"]]:
-        lines = [
-            f"  {r['group']} {r['case']} {r['direction']}, {r['implementation']}: {r['wrong']}" for r in wrong
-        ]
-        parts.append("\n".join([f"not timed: {len(wrong)}", *lines[:12]]))
-    lines = targets(rows, 0 if dry_run else MANY_BYTES)
-    met = "not judged" if dry_run else f"{sum(t.met for t in lines)} of {len(lines)} met"
-    head = f"{mark}targets: {met}; the worst size counts"
-    parts.append("\n".join([head, *(t.line(not dry_run) for t in lines)]))
+    parts.append("not judged" if dry_run else report.summary(rows))
     return "\n\n".join(p for p in parts if p)
 
 
