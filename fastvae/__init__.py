@@ -4,6 +4,7 @@ from . import ops, random, weights
 from ._backend import use_backend
 from .distributions import DiagonalNormal, Distribution, StandardNormal, TorchDistribution, register_kl
 from .evaluate import Evaluation, evaluate
+from .graphs import graphed
 from .likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
 from .objectives import (
     LogMarginal,
@@ -34,6 +35,7 @@ __all__ = [
     "TorchDistribution",
     "elbo",
     "evaluate",
+    "graphed",
     "iwae",
     "log_marginal",
     "log_weights",

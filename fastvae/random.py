@@ -50,6 +50,7 @@ def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | N
 
     Raises:
         ValueError: if the generator is on another device.
+        RuntimeError: if a CUDA graph is being captured, which the generator is not registered with.
 
     Example:
         >>> import torch, fastvae
@@ -67,7 +68,16 @@ def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | N
             f"generator is on {generator.device}, but the noise is needed on {device}; make it with "
             f"torch.Generator(device={device.type!r})"
         )
-    return torch.randint(-(2**63), 2**63 - 1, (), device=device, generator=generator)
+    try:
+        return torch.randint(-(2**63), 2**63 - 1, (), device=device, generator=generator)
+    except RuntimeError as error:
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            raise
+        raise RuntimeError(
+            "generator is not registered with the CUDA graph that is being captured; give it to "
+            "fastvae.graphed(step, generators=[generator]), or to graph.register_generator_state(generator) "
+            "before the capture"
+        ) from error
 
 
 def normal(

@@ -3092,7 +3092,7 @@ KINDS = {
 }
 
 # What the sanitisers run, too.
-TESTS = [f"tests/test_{name}.py" for name in ("importance", "likelihoods", "latent", "random")]
+TESTS = [f"tests/test_{name}.py" for name in ("importance", "likelihoods", "latent", "random", "torch")]
 
 
 def copy_to(folder: Path) -> None:

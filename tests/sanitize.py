@@ -51,7 +51,7 @@ def main(names: list[str]) -> int:
             print(f"{isa}:", flush=True)
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", "-o", "addopts=",
-                 "-k", "(native or cpp or threads) and not slow", *TESTS],
+                 "-k", "(native or cpp or threads or kernels_of_graphs) and not slow", *TESTS],
                 cwd=folder, env=environment,
             )  # fmt: skip
             if done.returncode:

@@ -663,6 +663,27 @@ def test_compiled_draws_are_not_merged(fallback_random):
     torch.testing.assert_close(grad, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_seeds_drawn_by_inductor_are_uniform():
+    """Inductor draws integers in its own way: all 64 bits of a seed must be fair, and no two seeds equal."""
+    torch._dynamo.reset()
+    calls, draws = 64, 64
+
+    def draw():
+        return torch.stack([fastvae.random.draw_seed(DEVICE) for _ in range(draws)])
+
+    compiled = torch.compile(draw, fullgraph=True)
+    torch.manual_seed(71)
+    seeds = torch.cat([compiled() for _ in range(calls)]).cpu()
+    number = calls * draws
+    assert len(set(seeds.tolist())) == number
+    bits = (seeds.unsqueeze(1) >> torch.arange(64)) & 1
+    # Six standard deviations: of 64 bits and of 2016 pairs of them.
+    assert float((bits.double().mean(0) - 0.5).abs().max()) < 6 * 0.5 / math.sqrt(number)
+    signs = 1 - 2 * bits.double()
+    together = (signs.T @ signs / number).fill_diagonal_(0)
+    assert float(together.abs().max()) < 6 / math.sqrt(number)
+
+
 def test_compiled_with_dynamic_shapes(fallback_random):
     """One graph for several batch sizes and widths, equal to eager for each."""
     graphs = 0
