@@ -70,7 +70,7 @@ class Report:
         occupancy: the share of a multiprocessor's threads that the registers leave room for.
         widths: argument → the least bytes that a thread loads or stores of it at once; for AMD, where the
             argument is not known, "widest" → the most.
-        narrow: of these, arguments that are large, have rows of whole 16 bytes, and are accessed by less.
+        narrow: of these, arguments that are large and accessed by less than their alignment allows.
         loop: instructions of an element in the innermost loop, 0 without a loop. NaN, as the next two, where
             they were not asked for.
         instructions: of an element in all, those outside of loops shared by all tiles of a program, those of
@@ -213,6 +213,46 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                         g, None, w, b, h, *n, t.dim()
                     ),
                 )
+    yield from odd_launches()
+
+
+# Sizes that people use, and no power of two: latents of a pair (mu, logvar) that is cut out of one tensor,
+# whose second half begins 8 bytes off where D = 50; events of 8 features to 2000 genes.
+LATENTS = (2, 8, 10, 20, 50, 64, 100, 128)
+EVENTS = (8, 64, 100, 784, 1568, 2000, 3072)
+
+
+def odd_launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The same of those sizes, at a batch and a number of samples that fill a card."""
+    from fastvae.kernels import latent, likelihood
+    from fastvae.likelihoods.base import DECLARED
+    from fastvae.ops.latent import Draw
+
+    seed, need = tensor(dtype=torch.int64), [True, True, False, False]
+    for dtype in (torch.float32, torch.bfloat16):
+        for d in LATENTS:
+            for k, b in ((50, 1024), (1, 65536)):
+                q = tensor(b, 2 * d, dtype=dtype).chunk(2, dim=1)
+                given = (*q, None, None, seed, Draw(k, 0, 0, -math.inf, math.inf))
+                z = tensor(k, b, d, dtype=dtype)
+                label = f"{str(dtype)[6:]} [{k}, {b}, {d}], chunked"
+                if k == 1:
+                    yield f"rsample_kl {label}", lambda g=given: latent.rsample_kl(*g, False)
+                    yield (
+                        f"rsample_kl_backward {label}",
+                        lambda g=given, z=z, b=b: latent.rsample_kl_backward(z, tensor(b), *g, need),
+                    )
+                else:
+                    yield f"rsample_log_ratio {label}", lambda g=given: latent.rsample_log_ratio(*g, "iwae")
+                    yield (
+                        f"rsample_log_ratio_backward {label}, path=False",
+                        lambda g=given, z=z, k=k, b=b: latent.rsample_log_ratio_backward(
+                            z, tensor(k, b), None, *g, False, need
+                        ),
+                    )
+        for x in EVENTS:
+            for declared in DECLARED.values():
+                yield from of_likelihood(likelihood, declared, dtype, (50, 1024, x), (50, 1024, x), [False])
 
 
 class Fixed(int):
@@ -263,7 +303,8 @@ def specialisation(kernel, arguments: dict) -> tuple[dict, dict, dict]:
             constants[name] = int(value) if isinstance(value, Fixed) else value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if _aligned(value.storage_offset() * value.element_size()) == 16:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialize and not parameter.do_not_specialize_on_alignment and value % 16 == 0:
@@ -368,8 +409,9 @@ def _costs(
     largest = max(t.numel() for t in tensors.values())
     # Several names of one tensor stand for several tensors.
     moved = sum(t.numel() * t.element_size() for t in tensors.values()) / largest
-    whole = [n for n, t in tensors.items() if t.dim() and t.shape[-1] * t.element_size() % 16 == 0]
-    large = ["widest"] if "widest" in widths else [n for n in whole if 32 * tensors[n].numel() >= largest]
+    large = {n: _widest(t) for n, t in tensors.items() if t.dim() and 32 * t.numel() >= largest}
+    if "widest" in widths:  # of all
+        large = {"widest": max(_widest(t) for t in tensors.values() if t.numel() == largest)} if large else {}
     seconds = max(instructions, 2 * integer, 8 * special) / BEGUN
     counts = {
         "loop": round(len(inner) / per_thread, 1),
@@ -377,9 +419,22 @@ def _costs(
         "arithmetic": round(seconds / (moved / COPIED), 2),
     }
     return {
-        "narrow": [n for n in large if widths.get(n, 0) < 16],
+        "narrow": [n for n, most in large.items() if widths.get(n, 0) < most],
         **(counts if count else dict.fromkeys(counts, math.nan)),
     }
+
+
+def _aligned(*numbers: int) -> int:
+    """The largest power of two, up to 16, that divides all of these numbers of bytes."""
+    return math.gcd(16, *numbers)
+
+
+def _widest(t: torch.Tensor) -> int:
+    """The most bytes of a row that can be accessed at once: no access may straddle rows, or lie across 16
+    bytes.
+    """
+    size = t.element_size()
+    return _aligned(*(size * n for n in (t.storage_offset(), t.shape[-1], *t.stride()[:-1])))
 
 
 def _rounded(registers: int) -> int:

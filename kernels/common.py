@@ -9,6 +9,7 @@ for any argument, which takes twice the instructions.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -294,9 +295,16 @@ def pixel_span(X, x_tiles, BLOCK_X: tl.constexpr):
 
 
 @triton.jit
-def load(p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0):
-    """A tile in the dtype of the computation, 0 or what is given outside the mask."""
-    b_x = tl.load(p_x + offsets, mask=mask, other=other)
+def load(p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0, ALIGN: tl.constexpr = 16):
+    """A tile in the dtype of the computation, 0 or what is given outside the mask.
+
+    ALIGN is what each row's address is a multiple of, where the tensor's is none of 16 bytes: the compiler
+    would load one number at a time.
+    """
+    p_tile = p_x + offsets
+    if ALIGN < 16:
+        p_tile = tl.multiple_of(p_tile, [1, 1, ALIGN])
+    b_x = tl.load(p_tile, mask=mask, other=other)
     if b_x.dtype == tl.bfloat16:
         if INTERPRETED:
             b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -413,6 +421,15 @@ def accumulator(*tensors: torch.Tensor) -> torch.dtype:
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of an accumulator."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def row_alignment(t: torch.Tensor) -> int:
+    """Bytes, up to 16, that each row of [B, D] begins at a multiple of: of a pair that is cut out of one
+    tensor the second half begins anywhere. 16 where rows are not contiguous, and it does not matter.
+    """
+    if t.stride(1) != 1:
+        return 16
+    return math.gcd(16, t.data_ptr(), t.element_size() * t.stride(0))
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from .common import (
     exp,
     expm1_parts,
     load,
+    row_alignment,
     split_program,
     store,
     strides,
@@ -60,12 +61,13 @@ def load_inputs(
     LOGVAR_MIN: tl.constexpr,
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,
+    ALIGN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """mu, logvar, whether the clamp leaves it alone, prior mean, prior logvar: [1, BLOCK_B, BLOCK_D]."""
     mask = (o_b < B) & (o_d < D)
     b_mu = load(p_mu, o_b * stride_mu_b + o_d * stride_mu_d, mask, DTYPE)
-    b_logvar = load(p_logvar, o_b * stride_logvar_b + o_d * stride_logvar_d, mask, DTYPE)
+    b_logvar = load(p_logvar, o_b * stride_logvar_b + o_d * stride_logvar_d, mask, DTYPE, ALIGN=ALIGN)
     b_inside = mask
     if CLAMP:
         # Written so that NaN is inside and stays.
@@ -153,6 +155,7 @@ def rsample_kl_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
+    ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
     LOOP_D: tl.constexpr,  # a program takes more than one block of columns
     PER_DIMENSION: tl.constexpr,  # KL [B, D] instead of [B]
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
@@ -180,7 +183,7 @@ def rsample_kl_kernel(
             p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
             stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
             stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
-            LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+            LOGVAR_MIN, LOGVAR_MAX, CLAMP, ALIGN, DTYPE,
         )  # fmt: skip
         if i_split == 0:
             _, b_excess = expm1_parts(b_logvar - b_prior_logvar)
@@ -234,6 +237,7 @@ def rsample_log_ratio_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
+    ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -252,7 +256,7 @@ def rsample_log_ratio_kernel(
         p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
         stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
         stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
-        LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+        LOGVAR_MIN, LOGVAR_MAX, CLAMP, ALIGN, DTYPE,
     )  # fmt: skip
     b_sigma = exp(0.5 * b_logvar)
     for i_k in range(k_start, k_stop, BLOCK_K):
@@ -334,6 +338,7 @@ def rsample_backward_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
+    ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
     PER_DIMENSION: tl.constexpr,  # the KL is [B, D] instead of [B]
     PATH: tl.constexpr,  # drop log q's own dependence on (mu, logvar)
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
@@ -363,7 +368,7 @@ def rsample_backward_kernel(
         p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
         stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
         stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
-        LOGVAR_MIN, LOGVAR_MAX, CLAMP, DTYPE,
+        LOGVAR_MIN, LOGVAR_MAX, CLAMP, ALIGN, DTYPE,
     )  # fmt: skip
     b_sigma = exp(0.5 * b_logvar)
     b_half_sigma = 0.5 * b_sigma
@@ -542,7 +547,8 @@ def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, limits, per_dime
         tiles.grid,
         (Result((samples, b, d), mu.dtype), kl),
         (samples, b, fixed(d), *tiles.numbers, tiles.d_tiles, *_inputs(mu, logvar, prior_mu, prior_logvar)),
-        {"LOOP_D": tiles.d_tiles > 1, "PER_DIMENSION": per_dimension} | _constants(dtype, limits, tiles),
+        {"LOOP_D": tiles.d_tiles > 1, "PER_DIMENSION": per_dimension}
+        | _constants(dtype, limits, tiles, logvar),
         launching.warps(dtype),
     )
 
@@ -576,7 +582,7 @@ def _draw_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, limits) -
         tiles.grid,
         (Result((samples, b, d), mu.dtype), Result((samples, b), dtype, tiles.d_splits)),
         (samples, b, fixed(d), *tiles.numbers, *_inputs(mu, logvar, prior_mu, prior_logvar)),
-        _constants(dtype, limits, tiles),
+        _constants(dtype, limits, tiles, logvar),
         launching.warps(dtype),
     )
 
@@ -605,12 +611,15 @@ def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[Any, ...]:
     return tuple(fixed(s) for t in (mu, logvar, prior_mu, prior_logvar) for s in strides(t, 2))
 
 
-def _constants(dtype: torch.dtype, limits: tuple[float, float], tiles: LatentTiles) -> dict:
+def _constants(
+    dtype: torch.dtype, limits: tuple[float, float], tiles: LatentTiles, logvar: torch.Tensor
+) -> dict:
     """The compile-time arguments of every kernel here; the clamp is one, as a range is a hyperparameter."""
     return {
         "LOGVAR_MIN": limits[0],
         "LOGVAR_MAX": limits[1],
         "CLAMP": limits[0] > float("-inf") or limits[1] < float("inf"),
+        "ALIGN": row_alignment(logvar),
         "DTYPE": triton_dtype(dtype),
         **tiles.blocks,
     }
@@ -692,7 +701,7 @@ def _gradients(
             ),
             *(*strides(grad_log_ratio, 2), *strides(weight, 2), *_inputs(*inputs)),
         ),
-        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(dtype, limits, tiles),
+        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(dtype, limits, tiles, logvar),
         launching.warps(mu.dtype),
     )
 

@@ -1154,6 +1154,20 @@ CPP = [
 
 TRITON = [
     Mutant(
+        "alignment: rows' distance forgotten",
+        "kernels/common.py",
+        "math.gcd(16, t.data_ptr(), t.element_size() * t.stride(0))",
+        "math.gcd(16, t.data_ptr())",
+        ("launch_keys",),
+    ),
+    Mutant(
+        "alignment: the first row's address forgotten",
+        "kernels/common.py",
+        "math.gcd(16, t.data_ptr(), t.element_size() * t.stride(0))",
+        "math.gcd(16, t.element_size() * t.stride(0))",
+        ("launch_keys",),
+    ),
+    Mutant(
         "z: sign of the noise",
         "kernels/latent.py",
         "b_z = b_mu + b_sigma",

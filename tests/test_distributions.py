@@ -560,3 +560,47 @@ def test_lazily_negative_tensors():
     expected = fastvae.ops.rsample_kl(mu, logvar, seed=seed)
     for a, b in zip(fastvae.ops.rsample_kl(torch._neg_view(-mu), logvar, seed=seed), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# A prior as it says
+
+
+@pytest.mark.parametrize("kl", ["analytic", "mc"])
+def test_a_priors_clamp_counts(kl):
+    """As a prior of the clamped log variance, whose gradient is zero where it is clamped."""
+    mu, logvar = wide(B, D, seed=1), wide(B, D, seed=2)
+    m, s = wide(D, seed=3), wide(D, seed=4)
+    x, weight = (randn(B, X, seed=5) > 0).double(), randn(D, X, seed=6).double()
+    low, high = (
+        float(v) for v in s.detach().quantile(torch.tensor([0.3, 0.7], dtype=s.dtype, device=s.device))
+    )
+
+    def run(prior):
+        value = fastvae.elbo(
+            x, (mu, logvar), lambda z: z @ weight, prior=prior, kl=kl, generator=generator(7), **BERNOULLI
+        )
+        return value, *torch.autograd.grad(value, (m, s))
+
+    found = run(fastvae.DiagonalNormal(m, s, logvar_range=(low, high)))
+    expected = run(fastvae.DiagonalNormal(m, s.clamp(low, high)))
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+    inside = (s > low) & (s < high)
+    assert bool(inside.any()) and not bool(inside.all())
+    assert torch.equal(found[2] != 0, inside)
+
+
+class Shifted(fastvae.DiagonalNormal):
+    def log_prob(self, z):
+        return super().log_prob(z) - 1
+
+
+def test_a_subclass_of_the_prior_has_the_density_that_it_says():
+    q = randn(B, D, seed=1), randn(B, D, seed=2)
+    m, s = randn(D, seed=3), randn(D, seed=4)
+    x, weight = (randn(B, X, seed=5) > 0).float(), randn(D, X, seed=6)
+    found = [
+        fastvae.iwae(x, q, lambda z: z @ weight, k=K, prior=kind(m, s), generator=generator(7), **BERNOULLI)
+        for kind in (fastvae.DiagonalNormal, Shifted)
+    ]
+    torch.testing.assert_close(found[1], found[0] - 1, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastvae.kernels import launching  # noqa: E402
+from fastvae.kernels import common, launching  # noqa: E402
 
 
 class Kernel:
@@ -60,6 +60,22 @@ def test_a_program_belongs_to_the_alignment_of_its_addresses(run):
     assert run(x[2:10]) == 2
     assert run(x[3:11]) == 3
     assert run(x[:8]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("columns", [2, 8, 10, 20, 50, 51, 64, 100])
+def test_rows_begin_where_they_are_said_to(columns, dtype):
+    whole = torch.zeros(6, 2 * columns, dtype=dtype)
+    parts = [
+        *whole.chunk(2, dim=1),
+        whole[1:, 3 : 3 + columns],
+        whole[::2, columns:],
+        whole[:, columns - 1 :],
+    ]
+    for t in parts:
+        addresses = {row.data_ptr() for row in t}
+        expected = max(n for n in (1, 2, 4, 8, 16) if all(a % n == 0 for a in addresses))
+        assert common.row_alignment(t) == expected
 
 
 def test_a_program_belongs_to_shapes_and_strides(run):

@@ -65,12 +65,12 @@ def assert_least(launch: Launch, again: dict[str, int] = {}) -> None:  # noqa: B
         assert not (loaded.any() and stored.any()), f"{what} is read and written"
         if stored.any():
             least, most = stored.min(), stored.max()
-            assert least == most == 1, f"{what} shall be written once, and is written {least} to {most} times"
+            assert least == most == 1, f"{what} must be written once, and is written {least} to {most} times"
         else:
             # Every program reads the seed.
             allowed = again.get(name, math.prod(launch.grid) if name == "p_seed" else 1)
             least, most = loaded.min(), loaded.max()
-            times = f"shall be read {allowed} times, and is read {least} to {most} times"
+            times = f"must be read {allowed} times, and is read {least} to {most} times"
             assert least == most == allowed, f"{what} {times}"
 
 
@@ -80,6 +80,17 @@ def _tiles(n: int, most: int) -> int:
 
 def tensors(count, *shape, dtype=torch.float32):
     return [torch.randn(shape).to(dtype) for _ in range(count)]
+
+
+def pair(b, d, dtype, chunked):
+    """mu and logvar; ``chunked`` are the halves of one tensor, as an encoder's output is cut."""
+    if not chunked:
+        return tensors(2, b, d, dtype=dtype)
+    return list(torch.randn(b, 2 * d).to(dtype).chunk(2, dim=1))
+
+
+# K, B, D, and whether mu and logvar are cut out of one tensor.
+DRAWS = [(1, 33, 70, False), (5, 3, 300, False), (2, 1, 1100, False), (3, 40, 50, True), (2, 130, 10, True)]
 
 
 @pytest.fixture
@@ -97,10 +108,10 @@ def enough(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prior", [False, True])
-@pytest.mark.parametrize("k, b, d", [(1, 33, 70), (5, 3, 300), (2, 1, 1100)])
-def test_latent_reads_once(enough, k, b, d, prior, dtype):
+@pytest.mark.parametrize("k, b, d, chunked", DRAWS)
+def test_latent_reads_once(enough, k, b, d, chunked, prior, dtype):
     """A program takes all samples of its rows: mu, logvar and the prior's are read once, z written once."""
-    q, p = tensors(2, b, d, dtype=dtype), tensors(2, b, d, dtype=dtype) if prior else (None, None)
+    q, p = pair(b, d, dtype, chunked), tensors(2, b, d, dtype=dtype) if prior else (None, None)
     arguments = (*q, *p, SEED, Draw(k, *FREE))
     (launch,) = run(lambda: latent.rsample_kl(*arguments, False))
     assert_least(launch)
@@ -118,9 +129,10 @@ def test_latent_reads_once(enough, k, b, d, prior, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k, b, d", [(1, 33, 70), (5, 3, 300), (2, 1, 1100)])
-def test_latent_backward_reads_once(enough, k, b, d, dtype):
-    (mu, logvar, *prior), (grad_z,) = tensors(4, b, d, dtype=dtype), tensors(1, k, b, d, dtype=dtype)
+@pytest.mark.parametrize("k, b, d, chunked", DRAWS)
+def test_latent_backward_reads_once(enough, k, b, d, chunked, dtype):
+    (mu, logvar), prior = pair(b, d, dtype, chunked), tensors(2, b, d, dtype=dtype)
+    (grad_z,) = tensors(1, k, b, d, dtype=dtype)
     (grad_kl,), (grad_each,), (grad_ratio, weight) = tensors(1, b), tensors(1, b, d), tensors(2, k, b)
     arguments = (mu, logvar, *prior, SEED, Draw(k, *FREE))
     size, need, tiles = mu.element_size(), [True] * 4, _tiles(d, common.LAUNCH["latent_backward"].tile)
@@ -339,8 +351,8 @@ def reads_beyond(p_x, p_y, N, BLOCK: tl.constexpr):
 @pytest.mark.parametrize(
     "kernel, message",
     [
-        (reads_twice, "p_x shall be read 1 times, and is read 2 to 2 times"),
-        (writes_twice, "p_y shall be written once, and is written 1 to 2 times"),
+        (reads_twice, "p_x must be read 1 times, and is read 2 to 2 times"),
+        (writes_twice, "p_y must be written once, and is written 1 to 2 times"),
         (reads_beyond, "reads_beyond reaches beyond its arguments"),
     ],
 )

@@ -57,6 +57,23 @@ def _offsets(tensor: Tensor) -> np.ndarray:
     return (every * tensor.element_size()).flatten()
 
 
+def _spans(tensor: Tensor, addresses: np.ndarray) -> bool:
+    """Whether these lie between the tensor's first and last byte."""
+    first = tensor.data_ptr()
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    last = first + span * tensor.element_size()
+    return bool(tensor.numel() and addresses.min() >= first and addresses.max() < last)
+
+
+def _has(tensor: Tensor, addresses: np.ndarray) -> bool:
+    """Whether these are addresses of its elements, which do not overlap."""
+    left, rest = np.divmod(addresses - tensor.data_ptr(), tensor.element_size())
+    for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True):
+        if stride:
+            left = left - np.minimum(left // stride, n - 1) * stride
+    return not (left.any() or rest.any())
+
+
 @contextlib.contextmanager
 def recorded(
     *, touch: bool = True, programs: Callable[[tuple[int, ...]], list[tuple[int, int, int]]] | None = None
@@ -78,16 +95,13 @@ def recorded(
         addresses = np.broadcast_to(pointers, mask.shape)[mask.astype(bool)].astype(np.int64)
         if not addresses.size:
             return
-        for name, tensor in launch.tensors.items():
-            first = tensor.data_ptr()
-            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            if (
-                tensor.numel()
-                and addresses.min() >= first
-                and addresses.max() < first + span * tensor.element_size()
-            ):
-                accesses(launch).setdefault(name, []).append(addresses - first)
-                return
+        reached = [n for n, t in launch.tensors.items() if _spans(t, addresses)]
+        if len(reached) > 1:  # rows of halves of one tensor, in turns
+            reached = [n for n in reached if _has(launch.tensors[n], addresses)] or reached
+        if reached:
+            name = reached[0]
+            accesses(launch).setdefault(name, []).append(addresses - launch.tensors[name].data_ptr())
+            return
         raise AssertionError(f"{launch.kernel} reaches beyond its arguments: {addresses.min():#x}")
 
     def load(self, pointers, mask, other, *rest):
