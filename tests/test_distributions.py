@@ -214,12 +214,28 @@ def test_their_draws_follow_them(name):
     assert bool((((u - 0.5).square().mean(0) - 1 / 12).abs() < 6 * math.sqrt(1 / 180 / n)).all())
 
 
-def test_the_tail_of_a_quantile_function():
-    """Its argument is made in double precision: float32's would be 1 from 5.3 sigma on."""
-    far = td.Laplace(torch.zeros(1, 2048, device=DEVICE), 1.0)
-    z, _ = TorchDistribution(far).rsample(500, SEED)
-    assert bool(z.isfinite().all())
-    assert float(z.max()) > 10 and float(z.min()) < -10
+def test_draws_of_a_full_covariance_have_it():
+    """Each entry within six sigma."""
+    n = 20_000
+    d = _full(*(p.detach() for p in _parameters()))
+    z, _ = TorchDistribution(d).rsample(n, SEED)
+    expected, centred = d.covariance_matrix, z - d.mean
+    found = torch.einsum("kbi,kbj->bij", centred, centred) / n
+    variances = expected.diagonal(dim1=-2, dim2=-1)
+    error = (variances.unsqueeze(-1) * variances.unsqueeze(-2) + expected.square()).sqrt() / math.sqrt(n)
+    assert bool(((found - expected).abs() < 6 * error).all())
+
+
+def test_the_tail_of_a_quantile_function(monkeypatch):
+    """Its argument is made in double precision: in float32 it is 1 from 5.3 sigma on."""
+    eps = torch.tensor([-6.5, 6.5], dtype=torch.float64, device=DEVICE)
+    monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, 2))
+    z, _ = TorchDistribution(td.Laplace(torch.zeros(1, 2, device=DEVICE), 1.0)).rsample(1, SEED)
+    # Both are as far out as probability 4.016e-11 is.
+    expected = -math.log(2 * 0.5 * math.erfc(6.5 / math.sqrt(2)))
+    torch.testing.assert_close(
+        z.flatten().double(), torch.tensor([-expected, expected], device=DEVICE).double(), rtol=1e-4, atol=0
+    )
 
 
 def test_an_exact_posterior_weighs_every_draw_alike():
