@@ -26,6 +26,7 @@ SUBCOMMANDS = {
     "frontend": "what an objective costs of its own, beside a decoder that costs nothing",
     "gpu": "run the tests on a card, and measure it",
     "kernels": "what the compiler makes of the kernels, without a GPU",
+    "predict": "times of the kernels on a card that is not there, from their machine code",
     "picture": "the README's picture: the time of a call, and memory over K",
     "launches": "the Python path from a call to its launch, without a GPU",
 }

@@ -9,6 +9,7 @@ from .measure import COMPILE, COPY, OURS
 from .report import Row
 
 SHARE_OF_COPY = 0.9
+PREDICTED = Path(__file__).parent / "predicted-sm_90.csv"
 BOTH_WAYS = "forward+backward"
 
 
@@ -55,7 +56,25 @@ def text(rows: list[Row], dry_run: bool) -> str:
     )
     parts = [mark + _step_table(rows), _evaluation_table(rows), _call_table(rows), _op_table(rows), speed]
     parts.append("not judged" if dry_run else report.summary(rows))
+    parts.append(predictions(rows))
     return "\n\n".join(p for p in parts if p)
+
+
+def predictions(rows: list[Row], path: Path = PREDICTED) -> str:
+    """What ``python -m benchmarks predict`` said of this card, beside what was measured."""
+    device = next((r["device"] for r in rows), "")
+    column = next((f"{card}_us" for card in ("h100", "h200") if card.upper() in device), "")
+    if not column or not path.exists():
+        return ""
+    said = {(r["group"], r["case"], r["direction"]): r for r in report.read_csv(path)}
+    lines = []
+    for r in _of(rows, implementation=OURS):
+        found = said.get((r["group"], r["case"], r["direction"]))
+        if found is not None:
+            took, expected = float(r["p50_us"]), float(found[column])
+            name = f"{r['group']} {r['case']} {r['direction']}"
+            lines.append(f"  {name:66s} {took:7.1f} {expected:7.1f} ({expected / took - 1:+.0%})")
+    return "\n".join(["measured, and predicted before, µs:", *lines]) if lines else ""
 
 
 def _ratio(mine: dict[str, Row], peer: str) -> str:
