@@ -58,8 +58,8 @@ def _default() -> str:
 def use_backend(name: str) -> Iterator[None]:
     r"""Choose the implementation of every op within a ``with`` block, in this thread or task.
 
-    The backward pass of an op runs on the backend of its forward pass, wherever autograd calls it. What
-    ``torch.compile`` made asks anew in each pass. The process has one default: ``FASTVAE_BACKEND``.
+    The backward pass of an op runs on the backend of its forward pass, wherever autograd calls it.
+    Compiled code reads the choice again in each pass. The process has one default: ``FASTVAE_BACKEND``.
 
     Args:
         name: ``"native"`` (the default: C++ for CPU tensors, Triton for GPU tensors, plain PyTorch
@@ -143,7 +143,7 @@ def _native_on_gpu(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     warnings.warn(
         f"fastvae: {torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and Triton's "
-        "kernels need 8.0 (A100, RTX 30) or newer: plain PyTorch computes there, correct and slower. "
+        "kernels need 8.0 (A100, RTX 30) or newer: plain PyTorch is used there, which is slower. "
         "FASTVAE_BACKEND=reference chooses that without this warning.",
         RuntimeWarning,
         stacklevel=2,

@@ -47,7 +47,7 @@ def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
         x = check_tensor(name, x)
     if x.requires_grad and not likelihood.differentiable:
         raise ValueError(
-            f"x requires a gradient, but a {type(likelihood).__name__} likelihood has none of its data; give "
+            f"x requires a gradient, but a {type(likelihood).__name__} likelihood has none for x; pass "
             "x.detach()"
         )
     return x
@@ -101,7 +101,7 @@ def check_result(
         raise ValueError(f"{method} returned {shape_of(value)}; {expected}: {fix}")
     if not value.is_floating_point():
         raise TypeError(f"{method} returned a tensor of {value.dtype}; {expected}, of a floating-point dtype")
-    raise ValueError(f"{method} returned a tensor on {value.device}; {expected}, on {device} as z is")
+    raise ValueError(f"{method} returned a tensor on {value.device}; {expected}, on {device}")
 
 
 def check_count(name: str, value: Any, meaning: str) -> int:

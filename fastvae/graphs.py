@@ -36,7 +36,7 @@ def graphed(
         A function of the same tensors that returns the same.
 
     Raises:
-        TypeError: when called with what is not a tensor.
+        TypeError: if the result is called with an argument that is not a tensor.
         RuntimeError: if the step cannot be captured.
 
     Example:

@@ -69,7 +69,7 @@ class Terms(NamedTuple):
 
 class LogMarginal(NamedTuple):
     """An importance-sampling estimate of log p(x), each [B]: in nats, its standard error, the effective
-    sample size (of the k drawn), and Pareto k̂, above which 0.7 is not to be trusted.
+    sample size (of the k drawn), and Pareto k̂: above 0.7, do not trust the other three.
     """
 
     log_px: Tensor
@@ -155,9 +155,9 @@ def elbo(
         terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction; kl
             without β.
         generator: source of the noise; default torch's own random state.
-        row_offset: place of x's first row in the noise's address. Processes of one seed that share a batch
-            each give their rows' place in it, such as ``rank * len(x)``, and so get the noise that one
-            process gives the whole batch; without it they all get the same.
+        row_offset: index of x's first row in the noise's address. Processes with one seed that split a batch
+            each pass the index of their first row, such as ``rank * len(x)``, and so get the noise that one
+            process gives the whole batch; without it they all draw the same noise.
 
     Returns:
         A number in nats, or [B], or Terms.
@@ -493,8 +493,8 @@ def log_marginal(
 
     Returns:
         :class:`LogMarginal` (log_px, stderr, ess, khat), each [B]. The standard error is the delta method's,
-        and NaN for k=1; it and log_px are to be trusted while Pareto k̂ (:func:`fastvae.weights.pareto_khat`)
-        is below 0.7: beyond it the variance of the weights is as good as infinite.
+        and is NaN for k=1. Trust it and log_px only while Pareto k̂ (:func:`fastvae.weights.pareto_khat`)
+        is below 0.7; above that, the variance of the weights is effectively infinite.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, naming the one that does not.

@@ -103,7 +103,7 @@ def normal(
         device: where to make it; default: the seed's device.
 
     Raises:
-        TypeError, ValueError: for a seed that is no int64 scalar, or an address beyond 2^32.
+        TypeError, ValueError: for a seed that is not an int64 scalar, or an address beyond 2^32.
 
     Example:
         >>> import torch, fastvae

@@ -39,7 +39,7 @@ class VAE(nn.Module):
         likelihood: ``"gaussian"``, ``"bernoulli"`` or an object.
         prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``.
         latent_dim: D; found from the encoder's first output if not given, and needed for :meth:`sample`
-            before that. Given, it spares torch.compile a second compilation.
+            before that. If given, torch.compile compiles only once.
 
     Encoder and decoder may be functions or methods, too. The modules that such a callable reaches when the
     VAE is built are then modules of the VAE, so that optimisers, ``state_dict``, ``.to()`` and ``.eval()``
@@ -80,7 +80,7 @@ class VAE(nn.Module):
         if isinstance(prior, td.Distribution) and any(t.requires_grad for t in tensors_of(prior)):
             raise TypeError(
                 f"prior is a torch.distributions.{type(prior).__name__} with learned parameters, which a "
-                "module cannot find in it: they would not be trained. Use fastvae.DiagonalNormal(mu, logvar) "
+                "module does not register: they would not be trained. Use fastvae.DiagonalNormal(mu, logvar) "
                 "with nn.Parameters, or a subclass of fastvae.Distribution with the parameters and a log_prob"
             )
         self.prior = as_prior(prior)
@@ -91,9 +91,9 @@ class VAE(nn.Module):
     def forward(self, x: Tensor, objective: str = "elbo", **options: Any) -> Tensor | Terms | LogMarginal:
         """:meth:`elbo`, :meth:`iwae` or :meth:`log_marginal` of x, by name, with its options.
 
-        What wraps a module and works in its ``forward`` needs this: ``DistributedDataParallel(vae)(x,
-        objective="iwae", k=5)`` synchronises gradients, which ``ddp.module.iwae(x)`` does not; and so
-        ``torch.compile(vae)``, ``torch.export`` and hooks.
+        Wrappers that act in a module's ``forward`` need this: ``DistributedDataParallel(vae)(x,
+        objective="iwae", k=5)`` synchronises gradients, which ``ddp.module.iwae(x)`` does not.
+        ``torch.compile(vae)``, ``torch.export`` and hooks need it as well.
 
         Args:
             x: data [B, *event].
@@ -220,8 +220,8 @@ class _Function(nn.Module):
         if lost := {type(m).__name__ for f in functions for m in modules_of(f) if id(m) in own}:
             names = ", ".join(sorted(lost))
             raise TypeError(
-                f"a VAE cannot be copied or pickled whose encoder or decoder is {_name(self.function)}, a "
-                f"function: the copy would go on using the original's {names}. Give VAE the "
+                f"a VAE whose encoder or decoder is the function {_name(self.function)} cannot be copied or "
+                f"pickled: the copy would go on using the original's {names}. Pass VAE the "
                 "module itself, if the function does no more than split its output, or put the function's "
                 "code into the forward of an nn.Module"
             )
@@ -259,7 +259,7 @@ def _as_module(name: str, function: Callable[..., Any], vae: VAE) -> Callable[..
     modules = [m for m in found if isinstance(m, nn.Module) and m is not vae]
     if isinstance(function, torch.ScriptMethod) and not modules:
         raise TypeError(
-            f"{name} is a method of a scripted module, and does not say of which; give VAE the module itself"
+            f"{name} is a method of a scripted module and does not refer to it; pass VAE the module itself"
         )
     for module in modules:
         if _in_construction(module):
@@ -269,7 +269,7 @@ def _as_module(name: str, function: Callable[..., Any], vae: VAE) -> Callable[..
         if isinstance(t, Tensor) and t.requires_grad and t.is_leaf and id(t) not in held:
             raise TypeError(
                 f"{name} uses a tensor {shape_of(t)} that requires gradients and belongs to no module, so "
-                f"that the VAE's parameters would lack it. Make {name} an nn.Module that holds it as an "
+                f"the VAE's parameters would not include it. Make {name} an nn.Module that holds it as an "
                 "nn.Parameter"
             )
     return _Function(function, modules) if modules else function
@@ -292,7 +292,7 @@ def _cycle(function: str, name: str, module: nn.Module) -> str:
     example = f", such as {' and '.join(parts)}" if parts else ""
     return (
         f"{function} reaches the {type(module).__name__} that holds the VAE, so that each would be a part of "
-        f"the other. Give VAE the networks themselves{example}; or build none, and call fastvae.elbo or "
+        f"the other. Give VAE the networks themselves{example}; or build no VAE, and call fastvae.elbo or "
         "fastvae.iwae yourself"
     )
 

@@ -273,7 +273,11 @@ def errors(name: str, actual: Tensor, expected: Rounded) -> Tensor:
     exact, bound = expected.value, _bounds(actual.dtype, expected)
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     # Next to the largest number of the dtype infinity is right, too.
-    over = exact.abs() + bound >= torch.finfo(actual.dtype).max
+    most = torch.finfo(actual.dtype).max
+    # Beyond it the bound may be NaN.
+    over = (exact.abs() >= most) | (exact.abs() + bound >= most)
+        exact.abs() + bound >= most
+    )  # the bound may be NaN there: 0 times infinity
     actual = actual.detach().double()
     over &= actual == exact.sign() * torch.inf
     same = (actual == exact) | (actual.isnan() & exact.isnan()) | over

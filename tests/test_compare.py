@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -106,3 +108,12 @@ def test_the_bounds_hold_for_arithmetic(dtype):
 
 def _rows(x):
     return Rounded(x.value.view(20, 100), x.error.view(20, 100), x.u)
+
+
+def test_beyond_the_type_infinity_is_right_whatever_the_bound():
+    nan = torch.tensor([math.nan, math.nan], dtype=torch.float64)
+    expected = Rounded(torch.tensor([3.3e39, -3.3e39], dtype=torch.float64), nan, 2.0**-24)
+    assert_accurate("right", torch.tensor([math.inf, -math.inf]), None, expected)
+    for wrong in ([-math.inf, -math.inf], [math.inf, 3.3e38], [math.nan, -math.inf]):
+        with pytest.raises(AssertionError, match="wrong: 1 of 2 elements are off"):
+            assert_accurate("wrong", torch.tensor(wrong), None, expected)

@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draw NLL against draws, and histograms (default: beside --out, else evaluation.png)",
     )
     evaluate.add_argument(
-        "--checkpoint", type=_path, metavar="RUN.npz", help="keep results as they come, and go on from them"
+        "--checkpoint", type=_path, metavar="RUN.npz", help="save results as they come, and resume from them"
     )
     evaluate.add_argument(
         "--batch-size",
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("data", "samples", "none"),
         default="data",
         help="what processes share: examples, each example's draws, or nothing: this process works alone, "
-        "whatever the environment says of others (default: %(default)s)",
+        "ignoring torchrun's environment (default: %(default)s)",
     )
     evaluate.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: %(default)s)"

@@ -178,7 +178,7 @@ def load_data(name: str, binary: bool) -> Tensor:
         return torch.from_numpy(demo.read_idx(demo.find_idx(path, "t10k"))).float() / 255
     if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
         raise ValueError(
-            f"DATA {name} is no file that can be read: expected 'digits', a folder of IDX files, or a file "
+            f"DATA {name} cannot be read: expected 'digits', a folder of IDX files, or a file "
             "that ends in .npy, .npz or .pt"
         )
     try:

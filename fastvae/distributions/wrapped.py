@@ -20,8 +20,8 @@ class TorchDistribution(Distribution):
 
     A posterior's axes are [B, D], whether D is its event or not; a prior's may be [D] or [] as well. Where it
     is a function of normal noise (Normal, MultivariateNormal) or has a quantile function ``icdf`` (Laplace,
-    Cauchy, Uniform, …), or transforms such a one (LogNormal, Gumbel, flows), a sample's noise is a function
-    of its address, as that of fastvae's own is. Elsewhere torch draws, from a state that the seed and the
+    Cauchy, Uniform, …), or transforms one of these (LogNormal, Gumbel, flows), a sample's noise is a function
+    of its address, as in fastvae's own. Otherwise torch draws, from a state that the seed and the
     place of the first sample and row determine: the same call gives the same samples, other chunks give
     others.
 

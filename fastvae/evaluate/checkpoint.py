@@ -258,7 +258,7 @@ class Store:
             elif was != now:
                 values = "" if name == "parameters" else f": {was!r} then, {now!r} now"
                 raise ValueError(
-                    f"checkpoint {file} was made with other {name}{values}. Give another name to start anew, "
+                    f"checkpoint {file} was made with other {name}{values}. Use another name to start over, "
                     "or delete it"
                 )
 

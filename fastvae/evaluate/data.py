@@ -1,4 +1,4 @@
-"""Data as users give them, as batches; and where the encoder wants them."""
+"""Data as users give them, as batches; and the encoder's device and dtype."""
 
 from __future__ import annotations
 

@@ -79,9 +79,9 @@ def evaluate(
             cost little. An example may stop before its largest weights have come, which makes log p(x) low:
             by up to half of tol where weights are heavy-tailed, hardly where they are not (docs/NOTES.md).
             Examples that are done are no longer decoded, so a row of the decoder's output must not depend on
-            the other rows; the first batch is asked whether it does.
+            the other rows; this is checked on the first batch.
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
-        batch_size: of data that do not come in batches; default 100, on a GPU 500. No result depends on it.
+        batch_size: for data that do not come in batches; default 100, on a GPU 500. It changes no result.
         likelihood, prior: as in :func:`fastvae.elbo`.
         checkpoint: a file, such as ``"run.npz"``, that gets the results as they come. If it exists, the work
             goes on where it stopped, with its seed. It is refused for other parameters, data or settings.
@@ -121,7 +121,7 @@ def evaluate(
     if k is not None:
         check_count("k", k, "the importance samples per example")
     if tol is not None and not (tol := check_number("tol", tol, "in nats")):
-        raise ValueError("tol must be greater than 0: no finite number of draws has no error")
+        raise ValueError("tol must be greater than 0, got 0: any finite number of draws has an error")
     check_choice("shard", shard, ("data", "samples", "none"))
     if batch_size is not None:
         check_count("batch_size", batch_size, "the examples of a batch")
@@ -276,7 +276,7 @@ def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
         return ValueError(
             f"tol={plan.tol:g} needs a model in which a row of the decoder's output depends on that row of z "
             f"alone, since examples that are done are no longer decoded. {reason}. A decoder that uses "
-            "something of the batch beside z, such as labels, needs the whole batch: leave tol out and give "
+            "batch data other than z, such as labels, needs the whole batch: leave tol out and give "
             "k, or use batch_size=1"
         )
 
@@ -348,6 +348,6 @@ def _check_first_draw(checkpoint: Any, part: Part, again: Part) -> None:
     """The first draw once more: it also sees weights and code that no module holds."""
     if not np.allclose(part.curve[0], again.curve[0], rtol=1e-5, atol=1e-3, equal_nan=True):
         raise ValueError(
-            f"checkpoint {checkpoint} was made with another encoder or decoder: the same draw has other "
-            "weights now. Give another name to start anew, or delete it"
+            f"checkpoint {checkpoint} was made with another encoder or decoder: the same draw now has "
+            "different weights. Use another file name to start over, or delete the file"
         )

@@ -94,8 +94,8 @@ class Ranks:
         """Every rank raises it."""
         return self.unanimous(
             ValueError(
-                "data differ between the ranks: each must iterate over the same batches, of which evaluate "
-                "gives every rank its own (shuffle=False, no sampler that shards). To evaluate other data on "
+                "data differ between the ranks: each must iterate over the same batches, which evaluate "
+                "divides among them (shuffle=False, no sampler that shards). To evaluate different data on "
                 'each rank use shard="none"'
             )
         )

@@ -114,7 +114,7 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field to an .npz file, for :meth:`load` and ``numpy.load``; what is None is left out.
-        A file that is there is replaced when the new one is complete.
+        An existing file is replaced when the new one is complete.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         arrays = {name: np.asarray(v) for name, v in values.items() if v is not None}
@@ -184,10 +184,10 @@ def combine(parts: list[Part], looks: list[int]) -> Evaluation:
     n = len(log_px)
     total = sum(p.dims * len(p.log_px) for p in parts)
     advice = (
-        ", and so are means over all; look at their x, q and decoder output, or take -result.log_px.nanmean()"
+        ", so the means are NaN too; check their x, q and decoder output, or use -result.log_px.nanmean()"
     )
     _warn_about("NaN", log_px.isnan(), advice)
-    advice = ": every draw was impossible, so it takes more draws or another q"
+    advice = ": all of their importance weights are 0; use more draws or another q"
     _warn_about("-inf", log_px == -math.inf, advice)
     nll = -float(log_px.mean())
     active, kl = _latents(parts)

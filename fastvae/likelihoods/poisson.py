@@ -35,7 +35,7 @@ class Poisson(Declared):
     low = 0.0
     takes_integers = True
     differentiable = False
-    hint = "they are counts: neither centred nor on a log scale"
+    hint = "pass the raw counts, neither centred nor on a log scale"
     hazards = {"log_rate": (20.0,)}
     oracle = staticmethod(lambda log_rate: torch.distributions.Poisson(log_rate.exp(), validate_args=False))
 

@@ -48,7 +48,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"dim must be an int, the axis of the samples; got {dim!r} ({type(dim).__name__})")
     if not -log_w.dim() <= dim < log_w.dim():
-        raise ValueError(f"dim={dim} is no axis of log_w, whose shape is {shape_of(log_w)}")
+        raise ValueError(f"dim={dim} is not an axis of log_w, whose shape is {shape_of(log_w)}")
     moved = log_w if dim == 0 else log_w.movedim(dim, 0)
     if moved.shape[0] == 0:
         raise ValueError(

@@ -110,7 +110,7 @@ def rsample_kl(
         in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: for what is not a pair of [B, D] floating-point tensors on one device, and the
+        TypeError, ValueError: if mu and logvar are not floating-point tensors [B, D] on one device, or the
             like.
 
     References:
@@ -155,7 +155,7 @@ def rsample_log_ratio(
         samples: K draws per row.
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
         estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the
-            score of q; ``"dreg"``, doubly reparameterised. The last takes it that the ratio feeds one
+            score of q; ``"dreg"``, doubly reparameterised. The last assumes that the ratio feeds one
             log-mean-exp over these samples, or else needs ``chunk``.
         logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
         chunk: for ``"dreg"``, when these are some of the samples of a log-mean-exp: return zeros [B] as well,

@@ -267,7 +267,7 @@ _DOCUMENTATION = """log p(x|z) of a {name} likelihood, summed over the event; th
 
     Raises:
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
-        ValueError: for an x that lies where it cannot: always on a CPU; on a GPU, where it would cost a
+        ValueError: if x is out of range: always on a CPU; on a GPU, where it would cost a
             synchronisation, if the environment variable FASTVAE_CHECK is 1.
     """
 _OF_OTHERS = """
