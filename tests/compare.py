@@ -276,8 +276,6 @@ def errors(name: str, actual: Tensor, expected: Rounded) -> Tensor:
     most = torch.finfo(actual.dtype).max
     # Beyond it the bound may be NaN.
     over = (exact.abs() >= most) | (exact.abs() + bound >= most)
-        exact.abs() + bound >= most
-    )  # the bound may be NaN there: 0 times infinity
     actual = actual.detach().double()
     over &= actual == exact.sign() * torch.inf
     same = (actual == exact) | (actual.isnan() & exact.isnan()) | over
