@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
         return self.mu, self.logvar, *self.outputs
 
 
-def make(case: Case, likelihood: str, device: str) -> Inputs:
+def make(case: Case, likelihood: str, device: str = "cpu") -> Inputs:
     torch.manual_seed(0)
     rows = max(1, case.k) * case.batch
 

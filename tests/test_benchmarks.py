@@ -195,6 +195,24 @@ def test_recorded_results_can_be_read():
         assert not [r for r in rows if r["wrong"] and r["implementation"] == OURS]
 
 
+def test_the_pictures_times_are_of_every_case(monkeypatch):
+    """With stand-ins for what is compiled and timed."""
+    from benchmarks import frontend, picture
+
+    names = ("link", frontend.OURS, "eager", "torch.compile", "torch.compile, fallback_random")
+    seen = []
+
+    def implementations(case, likelihood, inputs, compiled):
+        assert compiled and inputs.x.shape == (case.batch, case.pixels)
+        seen.append((case, likelihood))
+        return dict.fromkeys(names, lambda: None)
+
+    monkeypatch.setattr(frontend, "implementations", implementations)
+    found = picture.times(3)
+    assert len(found) == len(seen) == len(frontend.CASES) * len(frontend.LIKELIHOODS)
+    assert all(set(columns) == set(picture.COLORS) for columns in found.values())
+
+
 def test_the_readmes_picture(tmp_path, monkeypatch, capsys):
     """It is drawn of what is measured, and says it in numbers too."""
     pytest.importorskip("matplotlib")
