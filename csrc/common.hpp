@@ -270,16 +270,20 @@ struct Reduced {
   // 2^(n + shift), for what a normal number can hold. NaN gives some number: p is NaN then.
   FASTVAE_INLINE float power(int shift) const { return bit_cast<float>((integer + static_cast<std::uint32_t>(127 + shift)) << 23); }
 };
+// kHalves / 2 times x is taken for x: that power of two is folded into the constants, and not one rounding differs.
+template <int kHalves = 2>
 FASTVAE_INLINE Reduced reduce(float x) {
-  const float rounded = x * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer
+  constexpr float f = kHalves / 2.0f, f2 = f * f, f3 = f2 * f, f4 = f3 * f;
+  const float rounded = x * (1.44269504088896341f * f) + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer
   const float n = rounded - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float t = (x - n * (0.693359375f / f)) + n * (2.12194440e-4f / f);  // what is left is f t
   // In pairs, which shortens the chain of operations that wait for each other; likewise below.
-  const float r2 = r * r;
-  const float q = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r2 + (8.3334519073e-3f * r + 4.1665795894e-2f)) * r2 +
-                  (1.6666665459e-1f * r + 5.0000001201e-1f);
-  const float r2q = r2 * q;
-  return {bit_cast<std::uint32_t>(rounded), n, r + r2q, r2q};
+  const float t2 = t * t;
+  const float q =
+      ((1.9875691500e-4f * f4 * f3 * t + 1.3981999507e-3f * f4 * f2) * t2 + (8.3334519073e-3f * f4 * f * t + 4.1665795894e-2f * f4)) * t2 +
+      (1.6666665459e-1f * f3 * t + 5.0000001201e-1f * f2);
+  const float r2q = t2 * q;
+  return {bit_cast<std::uint32_t>(rounded), n, f * t + r2q, r2q};
 }
 FASTVAE_INLINE float clip_below(float x, float lo) { return x < lo ? lo : x; }  // NaN stays
 template <class C>
@@ -288,15 +292,21 @@ FASTVAE_INLINE C clip(C x, C lo, C hi) {
   return x > hi ? hi : x;
 }
 
-// In two steps, so that neither subnormal results nor the largest ones lose anything on the way: 2^(n -+ 64), then 2^+-64. The sign
-// of x chooses by its bit: two comparisons of x would tempt the compiler to branch, and the loop around to stay scalar.
+// exp(kHalves / 2 * x). In two steps, so that neither subnormal results nor the largest ones lose anything on the way: 2^(n -+ 64),
+// then 2^+-64. The sign of x chooses by its bit: two comparisons of x would tempt the compiler to branch, and the loop around to
+// stay scalar.
+template <int kHalves = 2>
 FASTVAE_INLINE float exp_(float x) {
-  const Reduced e = reduce(clip(x, -104.0f, 89.0f));
-  const std::int32_t down = (bit_cast<std::int32_t>(x) >> 31) & 128;
-  const float s = e.power(down - 64);
-  return (s * e.p + s) * bit_cast<float>((127 + 64 - down) << 23);
+  constexpr float f = kHalves / 2.0f, low = -104.0f / f, high = 89.0f / f;
+  const Reduced e = reduce<kHalves>(kHalves > 0 ? clip(x, low, high) : clip(x, high, low));
+  const std::int32_t side = (bit_cast<std::int32_t>(x) >> 31) & 128, shift = kHalves > 0 ? side - 64 : 64 - side;
+  const float s = e.power(shift);
+  return (s * e.p + s) * bit_cast<float>((127 - shift) << 23);
 }
-FASTVAE_INLINE double exp_(double x) { return __builtin_exp(x); }
+template <int kHalves = 2>
+FASTVAE_INLINE double exp_(double x) {
+  return __builtin_exp(kHalves * 0.5 * x);
+}
 
 // exp(x) for x <= 0.
 FASTVAE_INLINE float exp_negative(float x) {

@@ -34,7 +34,7 @@ FASTVAE_LOOP void clamp_all(int n, const C* __restrict x, C lo, C hi, C* __restr
 template <class C>
 FASTVAE_LOOP void inverse_scales(int n, const C* __restrict logvar, C* __restrict out) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = exp_(C(-0.5) * logvar[i]);
+  for (int i = 0; i < n; ++i) out[i] = exp_<-1>(logvar[i]);
 }
 
 template <class T>
@@ -80,12 +80,12 @@ FASTVAE_INLINE C log_variances(const LatentArrays<C>& q, int i) {
 template <class C>
 FASTVAE_LOOP void half_sigmas(int n, const C* __restrict logvar, C* __restrict half_sigma) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) half_sigma[i] = C(0.5) * exp_(C(0.5) * logvar[i]);
+  for (int i = 0; i < n; ++i) half_sigma[i] = C(0.5) * exp_<1>(logvar[i]);
 }
 
 // Twice the KL of each element.
 template <bool kPrior, class C>
-FASTVAE_LOOP void kl_terms(int n, LatentArrays<C> q, C* __restrict out) {
+FASTVAE_LOOP void kl_terms(int n, const LatentArrays<C>& q, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C white = over_s<kPrior>(q, distance<kPrior>(q, q.mu[i], i), i);
@@ -95,7 +95,7 @@ FASTVAE_LOOP void kl_terms(int n, LatentArrays<C> q, C* __restrict out) {
 
 // z, the derivative of z by logvar if that is kept, and what of twice the log-ratio depends on the noise if that is wanted.
 template <bool kKeep, bool kRatio, bool kPrior, class C>
-FASTVAE_LOOP void draw(int n, LatentArrays<C> q, const C* __restrict half_sigma, const C* __restrict eps, C* __restrict z,
+FASTVAE_LOOP void draw(int n, const LatentArrays<C>& q, const C* __restrict half_sigma, const C* __restrict eps, C* __restrict z,
                        C* __restrict slope, C* __restrict terms) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
@@ -235,8 +235,9 @@ FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restri
 
 // The same with the log-ratio; ratio and weight are spread over the elements of their row.
 template <bool kPath, bool kPrior, class C>
-FASTVAE_LOOP void accumulate_ratio(int n, LatentArrays<C> q, const C* inverse_sigma, const C* __restrict slope, const C* __restrict grad_z,
-                                   const C* __restrict ratio, const C* __restrict weight, LatentSums<C>& __restrict sums) {
+FASTVAE_LOOP void accumulate_ratio(int n, const LatentArrays<C>& q, const C* inverse_sigma, const C* __restrict slope,
+                                   const C* __restrict grad_z, const C* __restrict ratio, const C* __restrict weight,
+                                   LatentSums<C>& __restrict sums) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C white = over_s<kPrior>(q, distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i), i);
@@ -259,8 +260,8 @@ FASTVAE_LOOP void accumulate_ratio(int n, LatentArrays<C> q, const C* inverse_si
 
 // The gradients of mu and logvar from the sums; `side` is what arrives at kl, or else the sum of what arrives at the log-ratio.
 template <bool kKl, bool kPrior, class C>
-FASTVAE_LOOP void finish_q(int n, LatentArrays<C> q, const C* __restrict h_sum, const C* __restrict h_slope_sum, const C* __restrict side,
-                           C* __restrict out_mu, C* __restrict out_logvar) {
+FASTVAE_LOOP void finish_q(int n, const LatentArrays<C>& q, const C* __restrict h_sum, const C* __restrict h_slope_sum,
+                           const C* __restrict side, C* __restrict out_mu, C* __restrict out_logvar) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C mu = h_sum[i], entropy = side[i];
@@ -275,7 +276,7 @@ FASTVAE_LOOP void finish_q(int n, LatentArrays<C> q, const C* __restrict h_sum, 
   }
 }
 template <bool kKl, class C>
-FASTVAE_LOOP void finish_prior(int n, LatentArrays<C> q, const LatentSums<C>& sums, const C* __restrict side, C* __restrict out_mu,
+FASTVAE_LOOP void finish_prior(int n, const LatentArrays<C>& q, const LatentSums<C>& sums, const C* __restrict side, C* __restrict out_mu,
                                C* __restrict out_logvar) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {

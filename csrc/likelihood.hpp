@@ -36,9 +36,9 @@ struct Loops {
   bool shared_log, checked;
   double factor, constant;
   C low, high;
-  double (*sum[2])(int n, TileArrays<C> a, C* odds);
-  void (*terms[2])(int n, TileArrays<C> a, C* out);
-  void (*gradients[2][2][2])(int n, const C* g, TileArrays<C> a, C* out_x, C* const* out);  // [ready][with out_x][many g]
+  double (*sum[2])(int n, const TileArrays<C>& a, C* odds);
+  void (*terms[2])(int n, const TileArrays<C>& a, C* out);
+  void (*gradients[2][2][2])(int n, const C* g, const TileArrays<C>& a, C* out_x, C* const* out);  // [ready][with out_x][many g]
   double (*prepare)(int n, const C* p, C* const* q);
   double (*data)(int n, const C* x, C* d);  // null for none
 };
@@ -91,7 +91,7 @@ FASTVAE_INLINE Element<C> with_data(const TileArrays<C>& a, int i, Element<C> e)
 }
 
 template <class L, bool kReady, class C>
-FASTVAE_LOOP double sum_of(int n, TileArrays<C> a, C* odds) {
+FASTVAE_LOOP double sum_of(int n, const TileArrays<C>& a, C* odds) {
   return sum_over<C>(n, [=](int i) {
     C own = 0;
     const Value<C> v = L::value(with_data<L>(a, i, element<L, kReady>(a, i, own)));
@@ -103,7 +103,7 @@ FASTVAE_LOOP double sum_of(int n, TileArrays<C> a, C* odds) {
 
 // Each element's part, logarithms not shared: for rows too short for that.
 template <class L, bool kReady, class C>
-FASTVAE_LOOP void terms_of(int n, TileArrays<C> a, C* __restrict out) {
+FASTVAE_LOOP void terms_of(int n, const TileArrays<C>& a, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C own = 0;
@@ -115,7 +115,7 @@ FASTVAE_LOOP void terms_of(int n, TileArrays<C> a, C* __restrict out) {
 
 // g is one number, or with kMany one for each element.
 template <class L, bool kReady, bool kX, bool kMany, class C>
-FASTVAE_LOOP void gradients_of(int n, const C* g, TileArrays<C> a, C* __restrict out_x, C* const* out) {
+FASTVAE_LOOP void gradients_of(int n, const C* g, const TileArrays<C>& a, C* __restrict out_x, C* const* out) {
   const C one = *g;
   C* __restrict out0 = out[0], * __restrict out1 = out[1], * __restrict out2 = out[2];
 #pragma omp simd

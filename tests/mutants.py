@@ -446,8 +446,8 @@ CPP = [
     Mutant(
         "exp: large arguments",
         "csrc/common.hpp",
-        "const float s = e.power(down - 64);",
-        "const float s = e.power(down - 63);",
+        "const float s = e.power(shift);",
+        "const float s = e.power(shift + 1);",
         ("latent", "likelihoods", "weigh", "importance", "random"),
     ),
     Mutant(

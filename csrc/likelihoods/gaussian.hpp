@@ -6,7 +6,7 @@ struct Gaussian : Declaration {
   // 1 / s: exp(-logvar) itself overflows long before what it is a factor of does.
   template <class C>
   static FASTVAE_INLINE Prepared<C> prepare(C logvar) {
-    return {logvar, exp_(C(-0.5) * logvar)};
+    return {logvar, exp_<-1>(logvar)};
   }
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
