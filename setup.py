@@ -15,8 +15,8 @@ from setuptools.command.build_ext import build_ext
 # is linked: torch's serves (see parallel.hpp).
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 # What some compilers refuse. -fschedule-insns spreads chains of operations that wait for each other: noise is
-# made 20 % faster. -fno-thread-jumps keeps GCC from computing a clipped argument's two ends apart and blending
-# the results: 5 to 20 instructions of each exp.
+# made 20 % faster. -fno-thread-jumps keeps GCC from computing a clipped argument's two ends apart and
+# blending the results: 5 to 20 instructions of a loop.
 OPTIONAL_FLAGS = ["-fopenmp-simd", "-fschedule-insns", "-fno-thread-jumps", "--param=inline-unit-growth=1000"]
 
 

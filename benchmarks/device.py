@@ -155,20 +155,23 @@ class Cuda(Host):
     def describe(self) -> tuple[str, list[str]]:
         """The card's name, and versions that every row names."""
         runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-        return self.properties.name, [*versions_of("triton", "numpy"), runtime, *_driver()]
+        return self.properties.name, [*versions_of("triton", "numpy"), runtime, *_of_the_driver()]
 
 
 def _detached(outputs: object) -> list[torch.Tensor]:
     return [] if outputs is None else [t.detach() for t in tuple_of(outputs)]
 
 
-def _driver() -> list[str]:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _of_the_driver() -> list[str]:
+    """Its version, and the clocks of the multiprocessors and the memory: now, and at most."""
+    names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+        driver, *clocks = done.stdout.splitlines()[0].split(", ")
+        return [f"driver {driver}", "clocks {} of {} MHz, memory {} of {} MHz".format(*clocks)]
+    except (OSError, subprocess.SubprocessError, IndexError):
         return []
-    return [f"driver {line.strip()}" for line in done.stdout.splitlines()[:1]]
 
 
 class StandIn(Host):

@@ -49,13 +49,6 @@ POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
-# For the estimate of the last column, an H100: bytes that a copy moves, and instructions that the
-# multiprocessors begin, in lanes, a second. Those of integers run at half, of special functions at an eighth.
-COPIED, BEGUN = 3.0e12, 132 * 128 * 1.755e9
-INTEGER = re.compile(
-    r"IMAD(?!\.MOV)|IADD|LOP3|SHF|LEA|ISETP|IMNMX|VIADD|VIMNMX|SGXT|PRMT|I2F|F2I|FSETP|FMNMX"
-)
-SPECIAL = re.compile(r"MUFU")
 
 
 @dataclass
@@ -75,7 +68,7 @@ class Report:
             they were not asked for.
         instructions: of an element in all, those outside of loops shared by all tiles of a program, those of
             tiles' empty lanes included.
-        arithmetic: an estimate for an H100: the time of the instructions by that of the element's bytes.
+        bytes: of an element, of all arguments as large as the largest.
     """
 
     kernel: str
@@ -89,7 +82,7 @@ class Report:
     narrow: list[str]
     loop: float
     instructions: float
-    arithmetic: float
+    bytes: float
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -401,10 +394,6 @@ def _costs(
         shared = (o - i) / k_steps + (a - o) / steps if inner else a
         return (i + shared) / per_thread * waste
 
-    instructions = of_element(len)
-    integer, special = (
-        of_element(lambda x, p=p: sum(bool(p.match(i)) for i in x)) for p in (INTEGER, SPECIAL)
-    )
     tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
     largest = max(t.numel() for t in tensors.values())
     # Several names of one tensor stand for several tensors.
@@ -412,11 +401,10 @@ def _costs(
     large = {n: _widest(t) for n, t in tensors.items() if t.dim() and 32 * t.numel() >= largest}
     if "widest" in widths:  # of all
         large = {"widest": max(_widest(t) for t in tensors.values() if t.numel() == largest)} if large else {}
-    seconds = max(instructions, 2 * integer, 8 * special) / BEGUN
     counts = {
         "loop": round(len(inner) / per_thread, 1),
-        "instructions": round(instructions, 1),
-        "arithmetic": round(seconds / (moved / COPIED), 2),
+        "instructions": round(of_element(len), 1),
+        "bytes": round(moved, 1),
     }
     return {
         "narrow": [n for n, most in large.items() if widths.get(n, 0) < most],
@@ -600,7 +588,7 @@ def reports(patterns: list[str] = (), jobs: int | None = None, counted: str = ""
 
 HEAD = (
     f"{'target':7} {'kernel and launch':91} {'reg':>3} {'occ':>4} {'spill':>5} {'shared':>6}"
-    f" {'loop':>6} {'instr':>6} {'arith':>5}  narrowest access"
+    f" {'loop':>6} {'instr':>6} {'bytes':>5}  narrowest access"
 )
 
 
@@ -609,7 +597,7 @@ def row(r: Report) -> str:
     name = r.launch if r.launch.partition(" ")[0] in r.kernel else f"{r.kernel}: {r.launch}"
     return (
         f"{r.target:7} {name:91} {r.registers:3} {r.occupancy:4.0%} {r.spills:5} {r.shared:6}"
-        f" {r.loop:6.1f} {r.instructions:6.1f} {r.arithmetic:5.2f}  {widths}"
+        f" {r.loop:6.1f} {r.instructions:6.1f} {r.bytes:5.1f}  {widths}"
         + (f"  ◄ narrow: {', '.join(r.narrow)}" if r.narrow else "")
     )
 
@@ -620,8 +608,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Compile every Triton kernel as it is launched, without a GPU, and print what it takes: "
         "registers of a thread (reg) and the share of a multiprocessor's threads for which they last (occ); "
         "bytes spilled and shared; an element's instructions, in the innermost loop and all (loop, instr), "
-        "their time on an H100 by that of the element's bytes (arith: an estimate; below 1 memory is the "
-        "limit); and the least bytes that a thread loads or stores at once of each argument.",
+        "and its bytes; and the least bytes that a thread loads or stores at once of each argument. "
+        "`python -m benchmarks predict` says what time they take.",
     )
     parser.add_argument("patterns", nargs="*", help='regular expressions that "target launch" must match')
     parser.add_argument(

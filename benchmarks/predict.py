@@ -12,6 +12,7 @@ Assumptions, each of them wrong somewhere:
   shared or global memory; results of special functions come after 26 cycles, of shared memory after 32.
 - Memory is one server with the bandwidth of a copy, evenly shared by multiprocessors, and a latency of 600
   cycles. Each tensor moves once, whatever the caches do; stores are waited for by nobody.
+- Of branches that a program takes one of, all are run: a sum of parts seems longer than it is.
 - Warps begin 150 cycles apart, and the next one when one ends. Programs in a last, partial wave take as long
   as in a full one. A launch in a graph costs 1.5 µs besides.
 - The clock is 1.755 GHz.

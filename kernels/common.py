@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG_2 = tl.constexpr(0.6931471805599453)
 # log 2 in two parts; the first has nine bits, so that its product with an exponent is exact.
 LOG_2_HIGH = tl.constexpr(0.693359375)
 LOG_2_LOW = tl.constexpr(-2.12194440e-4)
@@ -88,11 +89,20 @@ def exp(b_x):
 
 @triton.jit
 def exp_of_negative(b_x):
-    """exp(x) for x <= 0, likewise."""
+    """exp(x) for x <= 0, to two ulps where it is a normal number, 0 where it is none; NaN stays NaN."""
     if b_x.dtype == tl.float64:
         b_y = tl.exp(b_x)
     else:
-        b_y = _two_to_n_exp_r(b_x, tl.maximum(b_x * LOG2_E + ROUNDER, ROUNDER - 126.0))
+        # Not below the last number, so that -inf is none of a difference.
+        b_x = tl.maximum(b_x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+        b_t = b_x * LOG2_E
+        b_y = tl.exp2(b_t)
+        # What rounding t has cost the exponent. The interpreter's fma rounds twice.
+        if INTERPRETED:
+            b_r = (b_x.to(tl.float64) - b_t.to(tl.float64) * LOG_2).to(tl.float32)
+        else:
+            b_r = tl.fma(b_t, -LOG_2, b_x)
+        b_y += b_y * b_r
     return b_y
 
 
@@ -295,6 +305,17 @@ def pixel_span(X, x_tiles, BLOCK_X: tl.constexpr):
 
 
 @triton.jit
+def computed(b_x, DTYPE: tl.constexpr):
+    """A tile as it was loaded, in the dtype of the computation."""
+    if b_x.dtype == tl.bfloat16:
+        if INTERPRETED:
+            b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        # By way of float32, the one cast that bfloat16 has everywhere.
+        b_x = b_x.to(tl.float32)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
 def load(p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0, ALIGN: tl.constexpr = 16):
     """A tile in the dtype of the computation, 0 or what is given outside the mask.
 
@@ -304,13 +325,7 @@ def load(p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0, ALI
     p_tile = p_x + offsets
     if ALIGN < 16:
         p_tile = tl.multiple_of(p_tile, [1, 1, ALIGN])
-    b_x = tl.load(p_tile, mask=mask, other=other)
-    if b_x.dtype == tl.bfloat16:
-        if INTERPRETED:
-            b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-        # By way of float32, the one cast that bfloat16 has everywhere.
-        b_x = b_x.to(tl.float32)
-    return b_x.to(DTYPE)
+    return computed(tl.load(p_tile, mask=mask, other=other), DTYPE)
 
 
 @triton.jit

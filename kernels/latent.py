@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from .common import (
+    INTERPRETED,
     LAUNCH,
     PROGRAMS,
     accumulator,
     cdiv,
+    computed,
     exp,
     expm1_parts,
     load,
@@ -280,6 +283,47 @@ def log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_log
 
 
 @triton.jit
+def load_arriving(
+    p_grad_z,
+    p_grad_log_ratio,
+    p_weight,
+    o_k,
+    o_b,
+    o_d,
+    k_stop,
+    B,
+    D,
+    stride_grad_z_k,
+    stride_grad_z_b,
+    stride_grad_z_d,
+    stride_grad_log_ratio_k,
+    stride_grad_log_ratio_b,
+    stride_weight_k,
+    stride_weight_b,
+    Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A step's gradients of z [BLOCK_K, BLOCK_B, BLOCK_D], as stored, and of the log-ratio, and weights."""
+    m_row = (o_k < k_stop) & (o_b < B)
+    b_h = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
+    b_g = tl.zeros([BLOCK_K, BLOCK_B, 1], dtype=DTYPE)
+    b_weight = tl.zeros([BLOCK_K, BLOCK_B, 1], dtype=DTYPE)
+    if Q and p_grad_z is not None:
+        o_z = o_k * stride_grad_z_k + o_b * stride_grad_z_b + o_d * stride_grad_z_d
+        b_h = tl.load(p_grad_z + o_z, mask=m_row & (o_d < D), other=0.0)
+    if p_grad_log_ratio is not None:
+        o_g = o_k * stride_grad_log_ratio_k + o_b * stride_grad_log_ratio_b
+        b_g = load(p_grad_log_ratio, o_g, m_row, DTYPE)
+    if Q and p_weight is not None:
+        o_w = o_k * stride_weight_k + o_b * stride_weight_b
+        b_weight = load(p_weight, o_w, m_row, DTYPE)
+    return b_h, b_g, b_weight
+
+
+@triton.jit
 def store_part(p_x, b_x, i_split, o_b, o_d, B, D):
     """Write one split's part of a sum over samples, [1, BLOCK_B, BLOCK_D] of [splits, B, D]."""
     o_b = o_b + i_split.to(tl.int64) * B
@@ -357,6 +401,9 @@ def rsample_backward_kernel(
     ENTROPY: tl.constexpr = RATIO and (not PATH) and (p_grad_logvar is not None)
     NOISE: tl.constexpr = RATIO or (p_grad_z is not None and p_grad_logvar is not None)
     SAMPLES: tl.constexpr = (Q and p_grad_z is not None) or (RATIO and (Q or PRIOR))
+    # What a step reads is asked for a step ahead, or a warp would wait for the memory at each; AMD's
+    # multiprocessors hold enough others to go on with.
+    AHEAD: tl.constexpr = INTERPRETED or not is_hip()
 
     i_b, i_d = split_program(d_splits)
     i_b *= BLOCK_B
@@ -388,21 +435,31 @@ def rsample_backward_kernel(
             b_inverse_sigma = exp(-0.5 * b_logvar)
         k_start = i_split * k_per_program
         k_stop = tl.minimum(k_start + k_per_program, K)
+        o_k = (k_start + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
+        n_h, n_g, n_weight = load_arriving(
+            p_grad_z, p_grad_log_ratio, p_weight, o_k, o_b, o_d, k_stop, B, D,
+            stride_grad_z_k, stride_grad_z_b, stride_grad_z_d, stride_grad_log_ratio_k,
+            stride_grad_log_ratio_b, stride_weight_k, stride_weight_b,
+            Q, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
+        )  # fmt: skip
         for i_k in range(k_start, k_stop, BLOCK_K):
             o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
             m_k = o_k < k_stop
-            m_row = m_k & (o_b < B)
+            if AHEAD:
+                b_h, b_g, b_weight = computed(n_h, DTYPE), n_g, n_weight
+            n_h, n_g, n_weight = load_arriving(
+                p_grad_z, p_grad_log_ratio, p_weight, o_k + BLOCK_K if AHEAD else o_k, o_b, o_d, k_stop, B, D,
+                stride_grad_z_k, stride_grad_z_b, stride_grad_z_d, stride_grad_log_ratio_k,
+                stride_grad_log_ratio_b, stride_weight_k, stride_weight_b,
+                Q, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
+            )  # fmt: skip
+            if not AHEAD:
+                b_h, b_g, b_weight = computed(n_h, DTYPE), n_g, n_weight
             if NOISE:
                 b_eps = normals(
                     seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D
                 )
-            b_h = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_D]
-            if Q and p_grad_z is not None:
-                o_z = o_k * stride_grad_z_k + o_b * stride_grad_z_b + o_d * stride_grad_z_d
-                b_h = load(p_grad_z, o_z, m_row & (o_d < D), DTYPE)
             if RATIO:
-                o_g = o_k * stride_grad_log_ratio_k + o_b * stride_grad_log_ratio_b
-                b_g = load(p_grad_log_ratio, o_g, m_row, DTYPE)  # [BLOCK_K, BLOCK_B, 1]
                 # The distance from the prior's mean over s, its product with g, and that times sigma / (2 s).
                 # With PATH there is one number more to keep, and registers for fewer of these.
                 if PATH:
@@ -431,8 +488,6 @@ def rsample_backward_kernel(
             else:
                 b_scaled = b_h
             if p_weight is not None and Q:
-                o_w = o_k * stride_weight_k + o_b * stride_weight_b
-                b_weight = load(p_weight, o_w, m_row, DTYPE)  # [BLOCK_K, BLOCK_B, 1]
                 b_h *= b_weight
                 b_scaled *= b_weight
                 if ENTROPY:
@@ -702,7 +757,8 @@ def _gradients(
             *(*strides(grad_log_ratio, 2), *strides(weight, 2), *_inputs(*inputs)),
         ),
         {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(dtype, limits, tiles, logvar),
-        launching.warps(mu.dtype),
+        # With a prior's sums besides, 8 numbers a thread of half precision leave registers for too few.
+        launching.warps(dtype if need[2] or need[3] else mu.dtype),
     )
 
 

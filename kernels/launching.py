@@ -22,8 +22,10 @@ from .common import INTERPRETED, LAUNCH, accumulator, cdiv, store, triton_dtype
 # Calls that are remembered of one op, and programs of one kernel for numbers that are known to it.
 MOST_CALLS = 4096
 MOST_FIXED = 16
-# Split sums that one launch completes, and parts of each that one thread adds; numbers of a program.
+# Split sums that one launch completes, and parts of each that one thread adds, four of them read at once: one
+# after another each would wait for the memory. Numbers of a program.
 MOST_SUMS, MOST_PARTS, SUM_BLOCK = 4, 64, 1024
+PARTS = tl.constexpr(4)
 
 
 class Result(NamedTuple):
@@ -200,11 +202,12 @@ def _summed(
 @triton.jit
 def _sum_one(p_parts, p_out, parts, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = o_n < n
     b_sum = tl.zeros([BLOCK], dtype=DTYPE)
-    for i in range(parts):
-        b_sum += tl.load(p_parts + (tl.zeros([BLOCK], dtype=tl.int64) + i) * n + o_n, mask=mask, other=0.0)
-    store(p_out, o_n, b_sum, mask)
+    for i in range(0, parts, PARTS):
+        o_part = (i + tl.arange(0, PARTS)).to(tl.int64)[:, None]  # [PARTS, 1]
+        mask = (o_part < parts) & (o_n < n)[None, :]
+        b_sum += tl.sum(tl.load(p_parts + o_part * n + o_n[None, :], mask=mask, other=0.0), axis=0)
+    store(p_out, o_n, b_sum, o_n < n)
 
 
 @triton.jit(do_not_specialize=["parts_0", "parts_1", "parts_2", "parts_3"])

@@ -147,6 +147,12 @@ def narrow(reports):
         and FEW_ROWS not in r.launch
         # Parts of the sum over a tile's rows, one number a thread.
         and not (name == "p_grad_p1" and "[1, 1, 784]" in r.launch)
+        # With the sums of a learned prior (which the chunked launches lack) four numbers a thread.
+        and not (
+            r.kernel == "rsample_backward_kernel"
+            and ("bfloat16" in r.launch and "chunked" not in r.launch)
+            and r.widths.get(name) == 8
+        )
         and "float64" not in r.launch
     ]
 
@@ -192,10 +198,9 @@ def test_every_kernel_is_compiled_for_every_target(reports):
 
 
 def test_registers_leave_room(reports):
-    """For a quarter of the threads that a processor can hold; a fifth with 8 elements and sums a thread."""
+    """For a quarter of the threads that a processor can hold."""
     for r in reports:
-        half = "bfloat16" in r.launch and r.kernel == "rsample_backward_kernel"
-        assert r.occupancy >= (0.2 if half else 0.25) or "float64" in r.launch, r
+        assert r.occupancy >= 0.25 or "float64" in r.launch, r
 
 
 def test_shared_memory_is_there(reports):
@@ -203,12 +208,15 @@ def test_shared_memory_is_there(reports):
 
 
 def test_arithmetic_is_not_the_limit(reports):
-    """What a step of training does once an element takes less time than its bytes, by count, on an H100."""
+    """What a step of training does once begins fewer instructions than an H100 does while it copies as many
+    bytes: 132 multiprocessors × 128 lanes × 1.755 GHz, at 3 TB/s.
+    """
     counted = [r for r in reports if r.target == "sm_90" and any(s in r.launch for s in ONCE)]
     assert len(counted) > 10
     for r in counted:
         # One sample leaves nobody to share what is made of a count, a logarithm and Stirling's series.
-        assert r.arithmetic < (1.5 if r.launch.startswith("poisson_log_prob ") else 1), r
+        most = 15 if r.launch.startswith("poisson_log_prob ") else 9.9
+        assert r.instructions < most * r.bytes, r
 
 
 def test_one_program_for_every_batch():
