@@ -7,6 +7,7 @@
 // For what such loops call element by element: one call that is not inlined, and the loop is scalar. Left to itself GCC stops
 // inlining when a file has grown by some share.
 #define FASTVAE_INLINE inline __attribute__((always_inline))
+#define FASTVAE_INLINED __attribute__((always_inline))  // of a lambda
 
 // Columns handled at a time: a few buffers of this length stay in the first-level cache.
 constexpr int kTile = 1024;
@@ -261,6 +262,9 @@ inline void parallel(int threads, i64 units, i64 elements, F body) {
   parallel_ranges(threads, units, elements, [](void* f, i64 begin, i64 end) { (*static_cast<F*>(f))(begin, end); }, &body);
 }
 
+FASTVAE_INLINE float abs_(float x) { return __builtin_fabsf(x); }
+FASTVAE_INLINE double abs_(double x) { return __builtin_fabs(x); }
+
 // Elementary functions in float: Cephes' polynomials (S. Moshier), about 1 ulp; in double: the C library.
 
 // exp(x) = 2^n (1 + p) with |x - n ln 2| < 0.35; at n = 0, p = x + x^2 q(x).
@@ -341,63 +345,161 @@ FASTVAE_INLINE double expm1_minus(double x) {
   return __builtin_fabs(x) < 0.125 ? small : __builtin_expm1(x) - (x > 710.0 ? 710.0 : x);
 }
 
-// log(2^e (1 + g)) for sqrt(1/2) <= 1 + g < sqrt(2).
-FASTVAE_INLINE float log_from(float g, float e) {
+// log(1 + g) - g for sqrt(1/2) <= 1 + g < sqrt(2).
+FASTVAE_INLINE float log_tail(float g) {
   const float z = g * g;
   const float p =
       (((7.0376836292e-2f * z + (-1.1514610310e-1f * g + 1.1676998740e-1f)) * z + (-1.2420140846e-1f * g + 1.4249322787e-1f)) * z +
        (-1.6668057665e-1f * g + 2.0000714765e-1f)) *
           z +
       (-2.4999993993e-1f * g + 3.3333331174e-1f);
-  const float y = z * (g * p - 0.5f) - 2.12194440e-4f * e;
-  return (g + y) + 0.693359375f * e;
+  return z * (g * p - 0.5f);
 }
+// log(2^e (1 + g)).
+FASTVAE_INLINE float log_from(float g, float e) { return (g + (log_tail(g) - 2.12194440e-4f * e)) + 0.693359375f * e; }
 
-// log(1 + t) for 0 <= t < 2^31, to full relative accuracy.
-FASTVAE_INLINE float log1p_(float t) {
+// A number as 2^e (1 + g), g as above.
+struct Split {
+  float g, e;
+};
+FASTVAE_INLINE Split split(float x) {
+  const std::uint32_t shifted = bit_cast<std::uint32_t>(x) - 0x3f3504f3u;
+  return {bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f, static_cast<float>(static_cast<std::int32_t>(shifted) >> 23)};
+}
+// Of 1 + t, with what its rounding loses.
+FASTVAE_INLINE Split split_1p(float t) {
   const float u = 1.0f + t, whole = u - 1.0f;
   const float lost = (1.0f - (u - whole)) + (t - whole);
-  // u = 2^e m with sqrt(1/2) <= m < sqrt(2).
   const std::uint32_t shifted = bit_cast<std::uint32_t>(u) - 0x3f3504f3u;
   const std::int32_t e = static_cast<std::int32_t>(shifted) >> 23;
   const float m = bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u);
   const float g = (m - 1.0f) + lost * bit_cast<float>(static_cast<std::uint32_t>(127 - e) << 23);
+  return {e == 0 ? t : g, static_cast<float>(e)};
+}
+
+// log(1 + t) for t > -1 up to 2^126, to full relative accuracy.
+FASTVAE_INLINE float log1p_(float t) {
+  const Split s = split_1p(t);
   // A NaN has lost its bits on the way; the last term brings it back.
-  return log_from(e == 0 ? t : g, static_cast<float>(e)) + (t - t);
+  return log_from(s.g, s.e) + (t - t);
 }
 FASTVAE_INLINE double log1p_(double t) { return __builtin_log1p(t); }
 
 // log(x) for positive normal numbers, some number for others; NaN stays, and infinity becomes NaN.
 FASTVAE_INLINE float log_(float x) {
-  const std::uint32_t shifted = bit_cast<std::uint32_t>(x) - 0x3f3504f3u;
-  const float m = bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u);
-  return log_from(m - 1.0f, static_cast<float>(static_cast<std::int32_t>(shifted) >> 23)) + (x - x);
+  const Split s = split(x);
+  return log_from(s.g, s.e) + (x - x);
 }
 FASTVAE_INLINE double log_(double x) { return __builtin_log(x); }
 
-// log x! - (x log x - x) for x >= 0 and log x (any number at 0): Stirling's series is its expansion. By polynomials, that of (log x!
-// - (x log x - x) - log(2 pi x) / 2) x in 1/x for x >= 1, that of log x! / (x (x - 1)) below.
-FASTVAE_INLINE float log_factorial_excess(float x, float log_x) {
-  const float u = 1.0f / (x < 1.0f ? 1.0f : x);
+// The same in two parts: a difference of logarithms keeps what the first rounds away.
+template <class C>
+struct TwoParts {
+  C high, low;
+};
+FASTVAE_INLINE TwoParts<float> log_in_parts(float x) {
+  const Split s = split(x);
+  const float y = log_tail(s.g) - 2.12194440e-4f * s.e, whole = 0.693359375f * s.e;  // the last is exact
+  const float part = s.g + y, high = whole + part;
+  return {high + (x - x), ((whole - high) + part) + ((s.g - part) + y)};
+}
+FASTVAE_INLINE TwoParts<double> log_in_parts(double x) { return {__builtin_log(x), 0.0}; }
+
+// log(1 + t) for t > -1, and t - log(1 + t), to full relative accuracy, too.
+template <class C>
+struct LogAndRest {
+  C log, rest;
+};
+FASTVAE_INLINE LogAndRest<float> log1p_and_rest(float t) {
+  const Split s = split_1p(t);
+  const float log = log_from(s.g, s.e) + (t - t);
+  return {log, s.e == 0.0f ? -log_tail(s.g) : t - log};
+}
+FASTVAE_INLINE LogAndRest<double> log1p_and_rest(double t) {
+  // log(1 + t) = 2 artanh(r), by its series near 0.
+  const double r = t / (2 + t), v = r * r, log = __builtin_log1p(t);
+  const double series =
+      1.0 / 3 +
+      v * (1.0 / 5 +
+           v * (1.0 / 7 + v * (1.0 / 9 + v * (1.0 / 11 + v * (1.0 / 13 + v * (1.0 / 15 + v * (1.0 / 17 + v * (1.0 / 19 + v / 21))))))));
+  return {log, __builtin_fabs(t) < 0.3 ? r * (t - 2 * v * series) : t - log};
+}
+
+// t - log(1 + t) of t and of 1 + t, where either has been computed to full relative accuracy.
+FASTVAE_INLINE float rest_of_log(float t, float u) {
+  const Split s = split(u);
+  const bool near = abs_(t) < 0.25f;
+  const float tail = log_tail(near ? t : s.g);
+  return near ? -tail : t - ((s.g + (tail - 2.12194440e-4f * s.e)) + 0.693359375f * s.e);
+}
+FASTVAE_INLINE double rest_of_log(double t, double u) { return __builtin_fabs(t) < 0.25 ? log1p_and_rest(t).rest : t - __builtin_log(u); }
+
+// What the gamma function is made of, of x >= 0 and log x: by polynomials in 1 / x for x >= 1, and in x below.
+
+// Stirling's error, log x! - (x + 1/2) log x + x - log(2 pi) / 2, times x, of 1 / x.
+FASTVAE_INLINE float stirling_series(float u) {
   const float u2 = u * u;
   const float series =
       ((1.4221894e-4f * u - 6.4566986e-4f) * u2 + (1.0635331e-3f * u - 6.0909733e-5f)) * u2 + (-2.7706881e-3f * u - 3.4973453e-7f);
-  const float above = 0.918938533f + 0.5f * log_x + u * (series * u + 0.0833333367f);
+  return series * u + 0.0833333367f;
+}
+inline double stirling_series(double u) {
+  const double v = u * u;
+  return 1.0 / 12 + v * (-1.0 / 360 + v * (1.0 / 1260 + v * (-1.0 / 1680 + v * (1.0 / 1188 + v * (-691.0 / 360360 + v / 156)))));
+}
+// log x! - (x log x - x) for x < 1; log x! / (x (x - 1)) is the polynomial.
+FASTVAE_INLINE float log_factorial_below(float x, float log_x) {
   const float y = x < 1.0f ? x : 1.0f, y2 = y * y;
   const float r =
       (((2.3883113e-3f * y - 1.3525379e-2f) * y2 + (3.5975764e-2f * y - 6.2913768e-2f)) * y2 + (8.7903543e-2f * y - 1.1437390e-1f)) * y2 +
       (1.5536288e-1f * y - 2.4524876e-1f);
-  const float below = y * ((y - 1.0f) * (r * y + 5.7721565e-1f) + 1.0f - log_x);
-  return x < 1.0f ? (x == 0.0f ? 0.0f : below) : above;
+  return y * ((y - 1.0f) * (r * y + 5.7721565e-1f) + 1.0f - log_x);
 }
-inline double log_factorial_excess(double x, double log_x) {
-  if (x >= 16) {
-    const double v = 1 / (x * x);
-    const double series =
-        1.0 / 12 + v * (-1.0 / 360 + v * (1.0 / 1260 + v * (-1.0 / 1680 + v * (1.0 / 1188 + v * (-691.0 / 360360 + v / 156)))));
-    return 0.91893853320467274178 + 0.5 * log_x + series / x;
+inline double log_factorial_below(double x, double log_x) { return __builtin_lgamma(1 + x) - x * (log_x - 1); }
+
+// From where on the series is right.
+FASTVAE_INLINE float series_begins(float) { return 1.0f; }
+FASTVAE_INLINE double series_begins(double) { return 16.0; }
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+
+// log x! - (x log x - x), any number for log x at 0; and without its first terms, 1/2 log(2 pi x): Stirling's error.
+template <class C>
+FASTVAE_INLINE C log_factorial_excess(C x, C log_x) {
+  const C begins = series_begins(x), u = C(1) / (x < begins ? begins : x);
+  const C above = C(kHalfLog2Pi) + C(0.5) * log_x + u * stirling_series(u);
+  return x < begins ? (x == C(0) ? C(0) : log_factorial_below(x, log_x)) : above;
+}
+template <class C>
+FASTVAE_INLINE C stirling_error(C x, C log_x) {
+  const C begins = series_begins(x), u = C(1) / (x < begins ? begins : x);
+  return x < begins ? log_factorial_below(x, log_x) - C(kHalfLog2Pi) - C(0.5) * log_x : u * stirling_series(u);
+}
+
+// x (log x - digamma(x)) - 1/2 for x > 0 and log x.
+FASTVAE_INLINE float digamma_excess(float x, float log_x) {
+  const float u = 1.0f / (x < 1.0f ? 1.0f : x), u2 = u * u;
+  const float series =
+      ((-2.5877416e-4f * u + 1.782787e-3f) * u2 + (-4.7971519e-3f * u + 5.8417973e-3f)) * u2 + (-3.919531e-4f * u - 8.2927618e-3f);
+  const float y = x < 1.0f ? x : 1.0f, y2 = y * y;
+  const float digamma =
+      ((((-3.6161063e-2f * y + 1.9612116e-1f) * y2 + (-4.9107448e-1f * y + 7.8699407e-1f)) * y2 + (-9.7081327e-1f * y + 1.0711097f)) * y2 +
+       (-1.2010771f * y + 1.6449006f)) *
+          y -
+      5.7721548e-1f;  // of 1 + y
+  return x < 1.0f ? 0.5f + y * (log_x - digamma) : u * ((series * u - 1.6125311e-6f) * u + 8.3333344e-2f);
+}
+inline double digamma_excess(double x, double log_x) {
+  double shifted = 0, z = x;
+  for (int i = 0; i < 16; ++i) {
+    const bool small = z < 16.0;
+    shifted += small ? x / z : 0.0;
+    z += small ? 1.0 : 0.0;
   }
-  return x == 0 ? 0.0 : __builtin_lgamma(1 + x) - x * (log_x - 1);
+  const double v = 1 / (z * z);
+  const double rest =
+      v * (1.0 / 12 + v * (-1.0 / 120 + v * (1.0 / 252 + v * (-1.0 / 240 + v * (1.0 / 132 + v * (-691.0 / 32760 + v / 12))))));
+  // Where nothing was shifted the logarithms are the same.
+  return z == x ? z * rest : x * (log_x - (__builtin_log(z) - 0.5 / z - rest)) + shifted - 0.5;
 }
 
 template <class C>
@@ -430,5 +532,3 @@ FASTVAE_INLINE float smallest_normal(float) { return __FLT_MIN__; }
 FASTVAE_INLINE double smallest_normal(double) { return __DBL_MIN__; }
 FASTVAE_INLINE float infinity(float) { return __builtin_inff(); }
 FASTVAE_INLINE double infinity(double) { return __builtin_inf(); }
-FASTVAE_INLINE float abs_(float x) { return __builtin_fabsf(x); }
-FASTVAE_INLINE double abs_(double x) { return __builtin_fabs(x); }

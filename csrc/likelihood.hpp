@@ -4,15 +4,20 @@
 // float and in double; walks over rows, conversions from and to storage types, broadcasting and sums are written once, here, and
 // reach the loops by a table.
 
-constexpr int kMostPrepared = 4;
+constexpr int kMostPrepared = 4, kMostData = 2;
 
 // What a likelihood declares, and what it leaves out.
 struct Declaration {
   static constexpr int kParameters = 1;
   // The parameter of which something is computed by itself, once a tile where it broadcasts, and how many numbers that is.
   static constexpr int kHooked = -1, kPrepared = 0;
-  // data() tells what x adds by itself, and a number of it that value() takes: once, not for each sample.
-  static constexpr bool kData = false;
+  // data() tells what x adds by itself, and so many numbers of it that value() takes, and perhaps gradient(): once, not for each
+  // sample.
+  static constexpr int kData = 0;
+  static constexpr bool kGradientTakesData = false;
+  // zero() is value() for x = 0, for which data() adds 0, and zero_gradient() is gradient(), which cost less: where most of x is 0 the
+  // others are taken apart.
+  static constexpr bool kSparse = false, kSparseGradient = false;
   // value() leaves a factor 1 + odds, odds in [0, 1], whose logarithm is to be added: elements share logarithms.
   static constexpr bool kSharedLog = false;
   // log p = kFactor * sum(kConstant + value).
@@ -24,7 +29,8 @@ struct Declaration {
 // A tile's data, parameters, and what was prepared of them and of one of these.
 template <class C>
 struct TileArrays {
-  const C *x, *d;
+  const C* x;
+  const C* d[kMostData];
   const C* p[kMostParameters];
   const C* q[kMostPrepared];
 };
@@ -33,20 +39,24 @@ struct TileArrays {
 template <class C>
 struct Loops {
   int parameters, hooked, prepared;
-  bool shared_log, checked;
+  bool shared_log, checked, gradient_takes_data;
   double factor, constant;
   C low, high;
   double (*sum[2])(int n, const TileArrays<C>& a, C* odds);
   void (*terms[2])(int n, const TileArrays<C>& a, C* out);
-  void (*gradients[2][2][2])(int n, const C* g, const TileArrays<C>& a, C* out_x, C* const* out);  // [ready][with out_x][many g]
+  using Gradients = void (*)(int n, const C* g, const TileArrays<C>& a, C* out_x, C* const* out);
+  Gradients gradients[2][2][2];  // [ready][with out_x][many g]
   double (*prepare)(int n, const C* p, C* const* q);
-  double (*data)(int n, const C* x, C* d);  // null for none
+  double (*data)(int n, const C* x, C* const* d);  // null for none
+  // Of the elements where x is 0 alone; null where that is not declared.
+  double (*zeros[2])(int n, const TileArrays<C>& a);
+  void (*zero_gradients[2])(int n, C g, const TileArrays<C>& a, C* const* out);
 };
 
 // One element of a tile, and what the scalar functions make of it. No arrays: with one GCC leaves a loop scalar.
 template <class C>
 struct Element {
-  C x, d, p0, p1, p2, q0, q1, q2, q3;
+  C x, d0, d1, p0, p1, p2, q0, q1, q2, q3;
 };
 template <class C>
 struct Prepared {
@@ -83,18 +93,19 @@ FASTVAE_INLINE Element<C> element(const TileArrays<C>& a, int i, C& own) {
   return e;
 }
 
-// Its data's number, for values alone.
-template <class L, class C>
+// With the numbers made of its data, if they are taken.
+template <class L, bool kTaken, class C>
 FASTVAE_INLINE Element<C> with_data(const TileArrays<C>& a, int i, Element<C> e) {
-  if constexpr (L::kData) e.d = a.d[i];
+  if constexpr (kTaken && L::kData > 0) e.d0 = a.d[0][i];
+  if constexpr (kTaken && L::kData > 1) e.d1 = a.d[1][i];
   return e;
 }
 
 template <class L, bool kReady, class C>
 FASTVAE_LOOP double sum_of(int n, const TileArrays<C>& a, C* odds) {
-  return sum_over<C>(n, [=](int i) {
+  return sum_over<C>(n, [=](int i) FASTVAE_INLINED {
     C own = 0;
-    const Value<C> v = L::value(with_data<L>(a, i, element<L, kReady>(a, i, own)));
+    const Value<C> v = L::value(with_data<L, true>(a, i, element<L, kReady>(a, i, own)));
     if constexpr (L::kSharedLog) odds[i] = v.odds;
     // Not 0 + value, which is no value to a compiler that minds the sign of 0.
     return L::kHooked >= 0 && !kReady ? own + v.value : v.value;
@@ -107,7 +118,7 @@ FASTVAE_LOOP void terms_of(int n, const TileArrays<C>& a, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C own = 0;
-    const Value<C> v = L::value(with_data<L>(a, i, element<L, kReady>(a, i, own)));
+    const Value<C> v = L::value(with_data<L, true>(a, i, element<L, kReady>(a, i, own)));
     const C value = L::kHooked >= 0 && !kReady ? own + v.value : v.value;
     out[i] = L::kSharedLog ? value + log1p_(v.odds) : value;
   }
@@ -121,7 +132,7 @@ FASTVAE_LOOP void gradients_of(int n, const C* g, const TileArrays<C>& a, C* __r
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C own = 0;
-    const Slopes<C> s = L::gradient(kMany ? g[i] : one, element<L, kReady>(a, i, own));
+    const Slopes<C> s = L::gradient(kMany ? g[i] : one, with_data<L, L::kGradientTakesData>(a, i, element<L, kReady>(a, i, own)));
     out0[i] = s.p0;
     if constexpr (L::kParameters > 1) out1[i] = s.p1;
     if constexpr (L::kParameters > 2) out2[i] = s.p2;
@@ -135,7 +146,7 @@ FASTVAE_LOOP double prepare_all(int n, const C* p, C* const* q) {
     return 0;
   } else {
     C *q0 = q[0], *q1 = q[1], *q2 = q[2], *q3 = q[3];
-    return sum_over<C>(n, [=](int i) {
+    return sum_over<C>(n, [=](int i) FASTVAE_INLINED {
       const Prepared<C> prepared = L::prepare(p[i]);
       q0[i] = prepared.q0;
       if constexpr (L::kPrepared > 1) q1[i] = prepared.q1;
@@ -147,16 +158,50 @@ FASTVAE_LOOP double prepare_all(int n, const C* p, C* const* q) {
 }
 
 template <class L, class C>
-FASTVAE_LOOP double data_of(int n, const C* x, C* __restrict d) {
-  return sum_over<C>(n, [=](int i) {
+FASTVAE_LOOP double data_of(int n, const C* x, C* const* d) {
+  C *d0 = d[0], *d1 = d[1];
+  return sum_over<C>(n, [=](int i) FASTVAE_INLINED {
     const Prepared<C> prepared = L::data(x[i]);
-    d[i] = prepared.q0;
+    d0[i] = prepared.q0;
+    if constexpr (L::kData > 1) d1[i] = prepared.q1;
     return prepared.own;
   });
 }
 template <class L, class C>
-constexpr auto data_loop() -> double (*)(int, const C*, C*) {
-  if constexpr (L::kData) return data_of<L, C>;
+constexpr auto data_loop() -> double (*)(int, const C*, C* const*) {
+  if constexpr (L::kData > 0) return data_of<L, C>;
+  return nullptr;
+}
+
+template <class L, bool kReady, class C>
+FASTVAE_LOOP double zeros_of(int n, const TileArrays<C>& a) {
+  return sum_over<C>(n, [=](int i) FASTVAE_INLINED {
+    C own = 0;
+    const Element<C> e = element<L, kReady>(a, i, own);
+    const C value = L::zero(e);
+    return e.x == C(0) ? value : C(0);
+  });
+}
+template <class L, bool kReady, class C>
+FASTVAE_LOOP void zero_gradients_of(int n, C g, const TileArrays<C>& a, C* const* out) {
+  C* __restrict out0 = out[0], * __restrict out1 = out[1], * __restrict out2 = out[2];
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    C own = 0;
+    const Slopes<C> s = L::zero_gradient(g, element<L, kReady>(a, i, own));
+    out0[i] = s.p0;
+    if constexpr (L::kParameters > 1) out1[i] = s.p1;
+    if constexpr (L::kParameters > 2) out2[i] = s.p2;
+  }
+}
+template <class L, bool kReady, class C>
+constexpr auto zeros_loop() -> double (*)(int, const TileArrays<C>&) {
+  if constexpr (L::kSparse) return zeros_of < L, kReady && L::kHooked >= 0, C > ;
+  return nullptr;
+}
+template <class L, bool kReady, class C>
+constexpr auto zero_gradients_loop() -> void (*)(int, C, const TileArrays<C>&, C* const*) {
+  if constexpr (L::kSparseGradient) return zero_gradients_of < L, kReady && L::kHooked >= 0, C > ;
   return nullptr;
 }
 
@@ -173,6 +218,7 @@ const Loops<C> loops_of = {L::kParameters,
                            L::kPrepared,
                            L::kSharedLog,
                            L::kLow > -__builtin_inf() || L::kHigh < __builtin_inf(),
+                           L::kGradientTakesData,
                            L::kFactor,
                            L::kConstant,
                            static_cast<C>(L::kLow),
@@ -184,7 +230,9 @@ const Loops<C> loops_of = {L::kParameters,
                             {{gradients_loop<L, true, false, false, C>, gradients_loop<L, true, false, true, C>},
                              {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
                            prepare_all<L, C>,
-                           data_loop<L, C>()};
+                           data_loop<L, C>(),
+                           {zeros_loop<L, false, C>(), zeros_loop<L, true, C>()},
+                           {zero_gradients_loop<L, false, C>(), zero_gradients_loop<L, true, C>()}};
 
 // Made by list_likelihoods.py of what lies in csrc/likelihoods: includes the files, and defines FASTVAE_LIKELIHOODS(F), F(name, Struct)
 // for each in the order of their numbers.
@@ -253,6 +301,18 @@ const Storage<C>& storage(int dtype) {
 
 constexpr i64 kRowsPerUnit = 16;
 
+template <class C>
+FASTVAE_LOOP void mark(int n, const C* x, std::uint8_t* __restrict differs) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) differs[i] = x[i] != C(0);
+}
+
+template <class C>
+FASTVAE_LOOP void pack(int n, const int* place, const C* from, C* __restrict to) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) to[i] = from[place[i]];
+}
+
 // A thread's buffers, and a tile's arrays: in place where the numbers lie so already.
 template <class C>
 struct Reader {
@@ -264,14 +324,21 @@ struct Reader {
   double own = 0;       // what it adds by itself to a row of the tile
   double own_data = 0;  // what x adds, if asked for
   i64 b_read = -1, column_read = -1;
-  const bool with_data;
-  C x[kBuffer], d[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer];
+  const bool with_data, sparse;
+  C x[kBuffer], d[kMostData][kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer];
+  // Where x is not 0, and the tile's arrays there; negative where that is not known, or most of the tile.
+  int others = -1, place[kTile];
+  TileArrays<C> packed{};
+  C packed_x[kBuffer], packed_d[kMostData][kBuffer], packed_p[kMostParameters][kBuffer], packed_q[kMostPrepared][kBuffer],
+      packed_out[kMostParameters][kBuffer];
 
   Reader(const Rows& rows, bool values)
       : a(rows), f(loops<C>(rows.likelihood)), x_storage(storage<C>(rows.x.dtype)), ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull),
-        with_data(values && f.data) {
-    tile.d = d;
-    for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
+        with_data(f.data && (values || f.gradient_takes_data)), sparse(values ? f.zeros[0] != nullptr : f.zero_gradients[0] != nullptr) {
+    for (int j = 0; j < kMostData; ++j) tile.d[j] = d[j], packed.d[j] = packed_d[j];
+    for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j], packed.q[j] = packed_q[j];
+    for (int j = 0; j < f.parameters; ++j) packed.p[j] = packed_p[j];
+    packed.x = packed_x;
   }
 
   static const C* load(const Storage<C>& s, C* buffer, const Tensor& t, i64 offset, i64 stride, int n) {
@@ -289,7 +356,6 @@ struct Reader {
     return q_row;
   }
   C* q_row[kMostPrepared];
-
   // What a tile's columns have for all rows.
   void begin_tile(i64 column, int n) {
     for (int j = 0; j < f.parameters; ++j) {
@@ -302,7 +368,10 @@ struct Reader {
   void read(i64 k, i64 b, i64 column, int n) {
     if (b != b_read || column != column_read) {
       tile.x = load(x_storage, x, a.x, b * a.x.s0 + column * a.x.s1, a.x.s1, n);
-      if (with_data) own_data = f.data(n, tile.x, d);
+      if (sparse) find_others(n);
+      C* const rows[kMostData] = {others < 0 ? d[0] : packed_d[0], others < 0 ? d[1] : packed_d[1]};
+      // A 0 adds nothing.
+      if (with_data) own_data = others < 0 ? f.data(n, tile.x, rows) : f.data(others, packed_x, rows);
       b_read = b, column_read = column;
     }
     for (int j = 0; j < f.parameters; ++j) {
@@ -323,8 +392,48 @@ struct Reader {
       tile.p[j] = p[j];
     }
   }
+  void find_others(int n) {
+    // Bytes first, eight of which are looked at together: most are 0. (Without branches, by a table of 256, it took longer.)
+    alignas(8) std::uint8_t differs[kTile + 8];
+    mark(n, tile.x, differs);
+    for (int i = n; i < n + 8; ++i) differs[i] = 0;
+    others = 0;
+    for (int i = 0; i < n; i += 8) {
+      std::uint64_t eight;
+      __builtin_memcpy(&eight, differs + i, 8);
+      for (; eight != 0; eight &= eight - 1) place[others++] = i + (__builtin_ctzll(eight) >> 3);
+    }
+    // Measured: even near a third.
+    if (3 * others > n) {
+      others = -1;
+      return;
+    }
+    pack(others, place, tile.x, packed_x);
+  }
+  void pack_parameters() {
+    for (int j = 0; j < f.parameters; ++j) {
+      if (!ready || j != f.hooked) pack(others, place, tile.p[j], packed_p[j]);
+    }
+    for (int j = 0; j < f.prepared && ready; ++j) pack(others, place, q[j], packed_q[j]);
+  }
+  double elements(int n, C* odds) {
+    if (others < 0) return f.sum[ready](n, tile, odds);
+    pack_parameters();
+    return f.zeros[ready](n, tile) + f.sum[ready](others, packed, odds);
+  }
+  // The gradients of a row's part; `whole` is the loop for all of it.
+  void gradients(int n, C g, typename Loops<C>::Gradients whole, C* out_x, C* const* out) {
+    if (others < 0) return whole(n, &g, tile, out_x, out);
+    pack_parameters();
+    f.zero_gradients[ready](n, g, tile, out);
+    C* const to[kMostParameters] = {packed_out[0], packed_out[1], packed_out[2]};
+    f.gradients[ready][0][0](others, &g, packed, nullptr, to);
+    for (int j = 0; j < f.parameters; ++j) {
+      for (int i = 0; i < others; ++i) out[j][place[i]] = to[j][i];
+    }
+  }
   double sum(int n, C* odds) {
-    double total = f.sum[ready](n, tile, odds) + f.constant * n;
+    double total = elements(n, odds) + f.constant * n;
     if (ready) total += own;
     if (f.shared_log) total += sum_log1p(odds, n);
     return f.factor * total + own_data;
@@ -342,12 +451,12 @@ struct ShortRows {
   double own[kMostRows] = {}, own_data[kMostRows] = {};
   i64 b_read = -1;
   const bool with_data;
-  C x[kBuffer], d[kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer], out[kBuffer];
+  C x[kBuffer], d[kMostData][kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer], out[kBuffer];
 
   ShortRows(const Rows& rows, int height, bool values)
       : a(rows), f(loops<C>(rows.likelihood)), n(static_cast<int>(rows.columns)), ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull),
-        with_data(values && f.data) {
-    tile.d = d;
+        with_data(f.data && (values || f.gradient_takes_data)) {
+    for (int j = 0; j < kMostData; ++j) tile.d[j] = d[j];
     for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
     for (int j = 0; j < f.parameters; ++j) {
       if (!is_shared(a.kind[j])) continue;
@@ -387,7 +496,10 @@ struct ShortRows {
     const Tile t = shape(static_cast<int>(a.rows - b < height ? a.rows - b : height));
     if (b != b_read) {
       tile.x = load(x, a.x, b * a.x.s0, a.x.s0, a.x.s1, t);
-      for (int r = 0; r < t.rows && with_data; ++r) own_data[r] = f.data(n, tile.x + r * n, d + r * n);
+      for (int r = 0; r < t.rows && with_data; ++r) {
+        C* const rows[kMostData] = {d[0] + r * n, d[1] + r * n};
+        own_data[r] = f.data(n, tile.x + r * n, rows);
+      }
       b_read = b;
     }
     for (int j = 0; j < f.parameters; ++j) {
@@ -496,9 +608,18 @@ FASTVAE_LOOP void add_to(int n, const C* __restrict p, double* __restrict sums) 
   for (int i = 0; i < n; ++i) sums[i] += p[i];
 }
 
+FASTVAE_LOOP void add_doubles(i64 n, const double* __restrict p, double* __restrict sums) {
+#pragma omp simd
+  for (i64 i = 0; i < n; ++i) sums[i] += p[i];
+}
+
 // How many partial sums over rows are kept for a gradient that is summed over all rows: a function of the batch alone, so that
-// the order of summation, and with it every bit, is the same for any number of threads.
-inline i64 column_partials(i64 rows) { return rows < 64 ? rows : 64; }
+// the order of summation, and with it every bit, is the same for any number of threads. To add two costs as much as a row's gradient:
+// each is of four rows at least, or of a row with as many samples.
+inline i64 column_partials(i64 samples, i64 rows) {
+  const i64 most = samples < 4 ? (rows + 3) / 4 : rows;
+  return most < 64 ? most : 64;
+}
 
 // Where a pass puts the gradients of its tiles, each of whole rows or of a part of one.
 template <class C>
@@ -557,7 +678,7 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
   bool across = with_x;
   for (int j = 0; j < f.parameters; ++j) across |= to.p[j] && is_shared(a.kind[j]);
   // Sums over rows are of groups of rows with all their samples.
-  const i64 groups = column_partials(a.rows);
+  const i64 groups = column_partials(a.samples, a.rows);
   std::vector<double> partial[kMostParameters];
   for (int j = 0; j < f.parameters; ++j) {
     if (to.p[j] && is_shared(a.kind[j])) partial[j].resize(static_cast<std::size_t>(groups * a.columns));
@@ -599,7 +720,7 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
       auto one = [&](i64 k, i64 b, i64 column, int n, i64 group) {
         r.read(k, b, column, n);
         const C g = sink.grad(k, b);
-        run(n, &g, r.tile, sink.out_x, sink.places((k * a.rows + b) * a.columns + column));
+        r.gradients(n, g, run, sink.out_x, sink.places((k * a.rows + b) * a.columns + column));
         sink.put(k, b, column, {1, n, n}, partial, group);
       };
       for (i64 unit = begin; unit < end; ++unit) {
@@ -623,12 +744,13 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
   for (int j = 0; j < f.parameters; ++j) {
     if (partial[j].empty()) continue;
     C* place = pointer<C>(to.p[j]);
+    // Group by group, as they lie in memory.
+    double* sums = partial[j].data();
+    for (i64 group = 1; group < groups; ++group) add_doubles(a.columns, sums + group * a.columns, sums);
     double all = 0;
     for (i64 i = 0; i < a.columns; ++i) {
-      double sum = 0;
-      for (i64 group = 0; group < groups; ++group) sum += partial[j][static_cast<std::size_t>(group * a.columns + i)];
-      if (a.kind[j] == kColumn) place[i] = static_cast<C>(sum);
-      all += sum;
+      if (a.kind[j] == kColumn) place[i] = static_cast<C>(sums[i]);
+      all += sums[i];
     }
     if (a.kind[j] == kNumber) *place = static_cast<C>(all);
   }

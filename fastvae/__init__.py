@@ -5,7 +5,14 @@ from ._backend import use_backend
 from .distributions import DiagonalNormal, Distribution, StandardNormal, TorchDistribution, register_kl
 from .evaluate import Evaluation, evaluate
 from .graphs import graphed
-from .likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
+from .likelihoods import (
+    Bernoulli,
+    Gaussian,
+    Likelihood,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+)
 from .objectives import (
     LogMarginal,
     LogWeights,
@@ -29,10 +36,12 @@ __all__ = [
     "Likelihood",
     "LogMarginal",
     "LogWeights",
+    "NegativeBinomial",
     "Poisson",
     "StandardNormal",
     "Terms",
     "TorchDistribution",
+    "ZeroInflatedNegativeBinomial",
     "elbo",
     "evaluate",
     "graphed",

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .common import (
     LAUNCH,
+    Launch,
     accumulator,
     cdiv,
     event_offsets,
@@ -40,8 +41,8 @@ MOST_PARAMETERS = 3
 # must stay below 2^127.
 MOST_TILES = 28
 
-# Numbers of a program where gradients are not summed, and samples among them, which share x.
-TILE_FLAT, SAMPLES_FLAT = 1024, 2
+# Where gradients are not summed, samples of a program, which share x.
+SAMPLES_FLAT = 2
 
 # Where the gradient of a parameter goes: one per element, one per pixel, or one per row.
 NONE, FULL, COLUMN, ROW = (tl.constexpr(i) for i in range(4))
@@ -386,6 +387,20 @@ def log_prob_flat_backward_kernel(
 
 
 @functools.cache
+def is_heavy(name: str) -> bool:
+    """Whether much is computed of each element."""
+    return getattr(importlib.import_module(f"{__package__}.likelihoods.{name}"), "HEAVY", False)
+
+
+def launching_of(name: str, backward: bool) -> Launch:
+    """Elements and threads of a program."""
+    if is_heavy(name):
+        return LAUNCH["likelihood_heavy"]
+    # What is computed of the data takes registers, too.
+    return LAUNCH["likelihood_backward" if backward or twin(name)[0]["DATA"] is not None else "likelihood"]
+
+
+@functools.cache
 def twin(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A likelihood's functions and constants for the forward pass, and for the backward pass."""
     module = importlib.import_module(f"{__package__}.likelihoods.{name}")
@@ -427,8 +442,7 @@ def _log_prob(x, *rest) -> Call:
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
     functions, _ = twin(likelihood.name)
-    # What is computed of the data takes registers.
-    launching = LAUNCH["likelihood" if functions["DATA"] is None else "likelihood_backward"]
+    launching = launching_of(likelihood.name, False)
     most_tiles = MOST_TILES if functions["SHARED_LOG"] else 0
     tiles = event_tiles(k, b, size, launching.tile, most_tiles=most_tiles)
     numbers, varies = _described(_all(tuple(given)))
@@ -476,7 +490,7 @@ def _gradients(grad, x, *rest) -> Call:
     # A sum over samples or rows is the shorter the more of them a program takes; a sum over a row needs one
     # block of rows.
     column, row = COLUMN.value in layouts, ROW.value in layouts
-    launching = LAUNCH["likelihood_backward"]
+    launching = launching_of(likelihood.name, True)
     merged = {"merge_k": (need[0] or column) and not row, "merge_b": column and not row}
     tiles = event_tiles(k, b, size, launching.tile, **merged)
     results: list[Result | None] = [Result((b, size), x.dtype, tiles.k_splits, dtype) if need[0] else None]
@@ -521,7 +535,7 @@ def _is_flat(parameters: tuple[torch.Tensor | None, ...], layouts: list[int], ne
         not need_x
         and set(layouts) <= {NONE.value, FULL.value}
         and first.is_contiguous()
-        and first.shape[1] * first.shape[2] < 2**31 - TILE_FLAT
+        and first.shape[1] * first.shape[2] < 2**31 - LAUNCH["likelihood_backward"].tile
         # The grid's second axis holds no more.
         and first.shape[0] <= 65535 * SAMPLES_FLAT
         and all(
@@ -539,7 +553,8 @@ def _flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
     # As wide as what is loaded at once, and a divisor of the row.
     vector = min(size & -size, 16 // parameters[0].element_size())
     block_k = min(power_of_two(k), SAMPLES_FLAT)
-    groups, block_g = b * size // vector, TILE_FLAT // (block_k * vector)
+    launching = launching_of(likelihood.name, True)
+    groups, block_g = b * size // vector, launching.tile // (block_k * vector)
     results = [Result((k, b, size), p.dtype) if n else None for p, n in zip(parameters, needed, strict=True)]
     return Call(
         log_prob_flat_backward_kernel,
@@ -554,7 +569,7 @@ def _flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
             "BLOCK_K": block_k,
             "BLOCK_G": block_g,
         },
-        LAUNCH["likelihood_backward"].warps(dtype),
+        launching.warps(dtype),
         sum(p is None for p in parameters),
     )
 

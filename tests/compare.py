@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastvae.reference.common import digamma_excess, log1p_rest, stirling_error
+
 # Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): 2 ulp are what CUDA
 # documents for expf; csrc/common.hpp, kernels/common.py and torch are within 1.3. The noise is within 4 ulp
 # of its definition over 10^7 draws (docs/NOTES.md).
@@ -66,11 +68,11 @@ class Rounded:
     def _zeros(self) -> Rounded:
         return Rounded(torch.zeros_like(self.value), torch.zeros_like(self.error), self.u)
 
-    def __lt__(self, other: float) -> Tensor:
-        return self.value < other
+    def __lt__(self, other: Rounded | float) -> Tensor:
+        return self.value < self._as(other).value
 
-    def __gt__(self, other: float) -> Tensor:
-        return self.value > other
+    def __gt__(self, other: Rounded | float) -> Tensor:
+        return self.value > self._as(other).value
 
     def __eq__(self, other: object) -> Tensor:
         return self.value == other
@@ -175,6 +177,29 @@ class Rounded:
         propagated = expm1.abs() * self.error + (expm1 + 1) * (torch.expm1(self.error) - self.error)
         own = torch.where(near, 6 * value, self._of_expm1(expm1) + value)
         return Rounded(value, propagated + own * self.u, self.u)
+
+    def log1p_rest(self) -> Rounded:
+        """v - log(1 + v): by a series near 0, elsewhere it may be that difference."""
+        value = log1p_rest(self.value)
+        propagated = (self.value / (1 + self.value)).abs() * self.error + 0.5 * self.error.square()
+        own = torch.where(self.value.abs() < 0.25, 6 * value, LOG * self.value.abs() + value)
+        return Rounded(value, propagated + own * self.u, self.u)
+
+    def stirling_error(self) -> Rounded:
+        """By a polynomial, of 1 / v or of v, beside half a logarithm of v and what that times v comes to."""
+        value, x = stirling_error(self.value), self.value
+        logarithms = torch.where(x < 16 if self.u < 1e-15 else x < 1, 1 + x + (1 + x) * x.log().abs(), 0.0)
+        slope = 0.5 / x.clamp(min=1e-38) / (1 + x)
+        return Rounded(value, slope * self.error + self.u * (EXP * value.abs() + LOG * logarithms), self.u)
+
+    def digamma_excess(self) -> Rounded:
+        """Likewise."""
+        value, x = digamma_excess(self.value), self.value
+        logarithms = torch.where(x < 16 if self.u < 1e-15 else x < 1, 1 + x * (1 + x.log().abs()), 0.0)
+        slope = 1 / (1 + x)
+        return Rounded(
+            value, slope * self.error + self.u * (2 * EXP * value.abs() + LOG * logarithms), self.u
+        )
 
     def log1p(self) -> Rounded:
         return self._made(torch.log1p(self.value), self.error / (1 + self.value), LOG)

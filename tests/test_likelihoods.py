@@ -145,12 +145,24 @@ def test_integers_are_read_as_they_are(backend, likelihood, dtype, k, b, size):
         assert torch.equal(a, e)
 
 
+class Decoder(torch.nn.Linear):
+    """A layer that returns what the likelihood asks of a decoder."""
+
+    def __init__(self, likelihood: str, latent: int, size: int):
+        self.number = len(DECLARED[likelihood].outputs)
+        super().__init__(latent, self.number * size)
+
+    def forward(self, z):
+        outputs = super().forward(z).chunk(self.number, dim=-1)
+        return outputs[0] if self.number == 1 else outputs
+
+
 @pytest.mark.parametrize("likelihood", INTEGER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_networks_see_integers_as_numbers(likelihood, dtype):
     """The likelihood has them as they are, also where the model's own type could not hold them."""
     torch.manual_seed(0)
-    encoder, decoder = torch.nn.Linear(7, 2 * 3), torch.nn.Linear(3, 7)
+    encoder, decoder = torch.nn.Linear(7, 2 * 3), Decoder(likelihood, 3, 7)
     torch.nn.init.normal_(encoder.weight, std=1e-3)
     for m in (encoder, decoder):
         m.to(device=DEVICE, dtype=dtype)
@@ -196,8 +208,9 @@ def test_data_without_a_gradient(likelihood):
     with pytest.raises(ValueError, match=r"x requires a gradient.*x.detach\(\)"):
         _op(likelihood)(x, *cases.parameters(likelihood, 2, 4, 3))
     pair = torch.zeros(4, 2, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
-    (outputs,) = cases.parameters(likelihood, 1, 4, 3)
-    call = lambda x: fastvae.elbo(x, pair, lambda z: outputs[0], likelihood=likelihood)  # noqa: E731
+    outputs = [p[0] for p in cases.parameters(likelihood, 1, 4, 3)]
+    decoder = lambda z: outputs[0] if len(outputs) == 1 else tuple(outputs)  # noqa: E731
+    call = lambda x: fastvae.elbo(x, pair, decoder, likelihood=likelihood)  # noqa: E731
     # From the second call on, a likelihood by its name is known at a glance.
     assert call(x.detach()).isfinite()
     with pytest.raises(ValueError, match=r"x requires a gradient.*x.detach\(\)"):

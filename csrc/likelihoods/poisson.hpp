@@ -1,6 +1,7 @@
 // x r - exp(r) - log x! of log rates r. The mathematics stands in fastvae/likelihoods/poisson.py.
 struct Poisson : Declaration {
-  static constexpr bool kData = true;
+  static constexpr bool kData = 1;
+  static constexpr bool kSparse = true;
   static constexpr double kLow = 0;
 
   // What is left of x log x - x - log x!, and log x, which a count of 0 does not use.
@@ -12,10 +13,14 @@ struct Poisson : Declaration {
   // With d = r - log x the rest is x (1 + d) - exp(r), which is -x (exp(d) - 1 - d): where d is small the latter cancels less.
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
-    const C r = e.p0, d = r - e.d;
+    const C r = e.p0, d = r - e.d0;
     const C linear = C(1) + (d > C(710) ? C(710) : d);  // of an infinite rate no inf - inf is left
     const C far = (e.x == C(0) ? C(0) : e.x * linear) - exp_(r);
     return {abs_(d) < C(1) ? -e.x * expm1_minus(d) : far};
+  }
+  template <class C>
+  static FASTVAE_INLINE C zero(Element<C> e) {
+    return -exp_(e.p0);
   }
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {

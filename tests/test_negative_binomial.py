@@ -1,0 +1,115 @@
+"""Negative binomial counts, with more zeros or not, beyond what every likelihood is tested for."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+from fastvae import ops
+
+from .conftest import DEVICE
+
+DISPERSIONS = (1e-4, 0.03, 1.0, 7.3, 1e3, 1e5, 1e8, 1e12)
+COUNTS = (0, 1, 2, 5, 50, 1000, 10**6, 0.3, 2.5)
+# From the count's own logarithm to that of the mean.
+DISTANCES = (0.0, 1e-3, -1e-3, 0.1, -0.1, 0.99, -1.01, 4.0, -6.0)
+
+
+def exact(x: float, m: float, t: float) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
+    """Log p, and its derivatives by log mean and by log inverse dispersion, by the textbook's formula."""
+    x, m, t = mpmath.mpf(x), mpmath.mpf(m), mpmath.mpf(t)
+    theta, mean = mpmath.e**t, mpmath.e**m
+    value = mpmath.loggamma(x + theta) - mpmath.loggamma(theta) - mpmath.loggamma(x + 1)
+    value += theta * mpmath.log(theta / (theta + mean)) + x * mpmath.log(mean / (theta + mean))
+    by_m = (x - mean) * theta / (theta + mean)
+    by_t = mpmath.digamma(x + theta) - mpmath.digamma(theta) + mpmath.log(theta / (theta + mean))
+    return value, by_m, theta * (by_t + (mean - x) / (theta + mean))
+
+
+@pytest.fixture(scope="module")
+def hard():
+    """Counts, log means, log inverse dispersions as float32 has them, and what comes of them, in float64."""
+    rows = [
+        (x, math.log(max(x, 0.5)) + d, math.log(theta))
+        for theta in DISPERSIONS
+        for x in COUNTS
+        for d in DISTANCES
+    ]
+    inputs = torch.tensor(rows, dtype=torch.float32).T
+    with mpmath.workdps(60):
+        wanted = [[float(v) for v in exact(*row)] for row in inputs.T.tolist()]
+    return inputs.to(DEVICE), torch.tensor(wanted, dtype=torch.float64, device=DEVICE).T
+
+
+@pytest.mark.parametrize("columns", [1, 700])
+def test_any_dispersion_and_count(backend, hard, columns):
+    """Within 1e-5, where differences of lgamma are wrong by whole nats; alone, and among zeros."""
+    (x, m, t), (value, by_m, by_t) = hard
+    wide = [torch.zeros(len(x), columns, device=DEVICE) for _ in range(3)]
+    wide[1].fill_(-math.inf)  # certain zeros
+    for to, given in zip(wide, (x, m, t), strict=True):
+        to[:, columns // 3] = given
+    counts, mean, dispersion = wide[0], wide[1].requires_grad_(), wide[2].requires_grad_()
+    out = ops.negative_binomial_log_prob(counts, mean, dispersion)
+    grads = torch.autograd.grad(out.sum(), (mean, dispersion))
+    got_m, got_t = (g[:, columns // 3].double() for g in grads)
+    if backend == "reference":  # which has but the logarithm of a count in float32
+        torch.testing.assert_close(out.double(), value, rtol=1e-4, atol=1e-6)
+        return
+    assert bool(((out.double() - value).abs() <= 1e-5 * value.abs()).all())
+    # Where they pass through 0 there is nothing to be relative to: the parts that cancel are of these sizes.
+    theta = t.double().exp()
+    share = x * theta / (x + theta)
+    assert bool(((got_m - by_m).abs() <= 1e-5 * by_m.abs() + 1e-8 * share).all())
+    assert bool(((got_t - by_t).abs() <= 1e-5 * by_t.abs() + 1e-6 * x / (x + theta)).all())
+
+
+def test_certain_zeros_and_impossible_counts(backend):
+    x = torch.tensor([[0.0], [3.0], [0.0], [3.0]], device=DEVICE)
+    mean = torch.tensor([[-math.inf], [-math.inf], [math.inf], [math.inf]], device=DEVICE)
+    certain, *impossible = ops.negative_binomial_log_prob(x, mean, 0.7).tolist()
+    assert abs(certain) <= torch.finfo(torch.float32).tiny * 2 and impossible == [-math.inf] * 3
+    assert math.isnan(float(ops.negative_binomial_log_prob(x[:1], mean[:1] * math.nan, 0.7)))
+
+
+@pytest.mark.parametrize("logit", [-80.0, -5.0, 0.0, 0.3, 12.0, 80.0])
+def test_dropout(backend, logit):
+    """Against 50 digits, nearly certain zeros and nearly impossible counts included."""
+    x = torch.tensor([[0.0], [0.0], [0.0], [4.0]], device=DEVICE)
+    m = torch.tensor([[-9.0], [0.4], [6.0], [1.1]], device=DEVICE, requires_grad=True)
+    t = torch.tensor([[0.5], [0.5], [9.0], [-2.0]], device=DEVICE, requires_grad=True)
+    drop = torch.full((4, 1), logit, device=DEVICE, requires_grad=True)
+    out = ops.zero_inflated_negative_binomial_log_prob(x, m, t, drop)
+    grads = torch.autograd.grad(out.sum(), (m, t, drop))
+    with mpmath.workdps(60):
+
+        def log_p(x, m, t, drop):
+            dead = 1 / (1 + mpmath.e**-drop)
+            p = (1 - dead) * mpmath.e ** exact(x, m, t)[0]
+            return mpmath.log(p + dead if x == 0 else p)
+
+        for i in range(4):
+            at = [float(x[i]), *(mpmath.mpf(float(p[i].detach())) for p in (m, t, drop))]
+            wanted = [log_p(*at)]
+            for j in range(3):
+                step = lambda v, j=j: log_p(*at[: j + 1], v, *at[j + 2 :])  # noqa: B023, E731
+                wanted.append(mpmath.diff(step, at[j + 1]))
+            for got, want in zip((out[i], *(g[i] for g in grads)), wanted, strict=True):
+                assert abs(float(got) - float(want)) <= 1e-5 * abs(float(want)) + 1e-37
+
+
+def test_a_row_a_gene(backend):
+    """One dispersion a gene: its gradient is the sum over cells, by rows of zeros and by others."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.poisson(torch.rand(6, 800, generator=g) * 9, generator=g)
+    x[:3] *= torch.rand(3, 800, generator=g) < 0.1
+    m, t = torch.randn(2, 6, 800, generator=g), torch.randn(800, generator=g)
+    x, m, t = x.to(DEVICE), m.to(DEVICE).requires_grad_(), t.to(DEVICE).requires_grad_()
+    wide = t.detach().expand(2, 6, 800).clone().requires_grad_()
+    row, full = (ops.negative_binomial_log_prob(x, m, p) for p in (t, wide))
+    torch.testing.assert_close(row, full, rtol=1e-6, atol=0)
+    found, whole = torch.autograd.grad(row.sum(), t)[0], torch.autograd.grad(full.sum(), wide)[0]
+    torch.testing.assert_close(found, whole.sum((0, 1)), rtol=1e-5, atol=1e-4)
