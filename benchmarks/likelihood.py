@@ -24,6 +24,8 @@ TARGETS = {
     "gaussian": {"eager": 4.0, COMPILE: 1.2},
     "bernoulli": {"eager": 3.0, COMPILE: 1.2},
     "poisson": {"eager": 2.0, COMPILE: 1.0},
+    "laplace": {"eager": 3.0, COMPILE: 1.0},
+    "student_t": {"eager": 3.0, COMPILE: 1.0},
 }
 
 
@@ -53,6 +55,18 @@ def eager_poisson(x, log_rate):
     return -loss.sum(-1) - torch.lgamma(x + 1).sum(-1)
 
 
+def eager_laplace(x, location, log_scale):
+    return -(math.log(2) + log_scale + (x - location).abs() * torch.exp(-log_scale)).sum(-1)
+
+
+def eager_student_t(x, location, log_scale, log_df):
+    df = torch.exp(log_df)
+    half = 0.5 * (df + 1)
+    gammas = torch.lgamma(half) - torch.lgamma(0.5 * df) - 0.5 * (math.log(math.pi) + log_df)
+    square = ((x - location) * torch.exp(-log_scale)).square()
+    return (gammas - log_scale - half * torch.log1p(square / df)).sum(-1)
+
+
 def _pixels(place, shape):
     return torch.rand(*shape, device=place.device).round().to(place.dtype)
 
@@ -70,6 +84,9 @@ CASES = {
     "bernoulli": (_pixels, eager_bernoulli, 1, (EXP + 10, EXP + 6)),
     # Of the data a logarithm and Stirling's series, once for all samples; then two exponentials.
     "poisson": (_counts, eager_poisson, 1, (4 * EXP + 30, EXP + 2)),
+    "laplace": (lambda place, shape: place.randn(*shape), eager_laplace, 2, (EXP + 4, EXP + 7)),
+    # Three exponentials, two logarithms and the gamma functions' part; backward one logarithm less.
+    "student_t": (lambda place, shape: place.randn(*shape), eager_student_t, 3, (5 * EXP + 30, 4 * EXP + 50)),
 }
 
 

@@ -377,7 +377,7 @@ FASTVAE_INLINE Split split_1p(float t) {
   return {e == 0 ? t : g, static_cast<float>(e)};
 }
 
-// log(1 + t) for t > -1 up to 2^126, to full relative accuracy.
+// log(1 + t) for -1 < t < 2^127, to full relative accuracy.
 FASTVAE_INLINE float log1p_(float t) {
   const Split s = split_1p(t);
   // A NaN has lost its bits on the way; the last term brings it back.
@@ -532,3 +532,90 @@ FASTVAE_INLINE float smallest_normal(float) { return __FLT_MIN__; }
 FASTVAE_INLINE double smallest_normal(double) { return __DBL_MIN__; }
 FASTVAE_INLINE float infinity(float) { return __builtin_inff(); }
 FASTVAE_INLINE double infinity(double) { return __builtin_inf(); }
+// By its bits, for who has compared x already.
+FASTVAE_INLINE bool is_infinite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7fffffffu) == 0x7f800000u; }
+FASTVAE_INLINE bool is_infinite(double x) { return __builtin_isinf(x); }
+
+// The sign of x, 0 of 0; NaN stays. Two tests of x itself would be two branches.
+template <class C>
+FASTVAE_INLINE C sign_(C x) {
+  const C large = C(1) / smallest_normal(C());
+  return clip(x * large * large, C(-1), C(1));
+}
+
+// tanh(x / 2), relatively accurate everywhere.
+template <class C>
+FASTVAE_INLINE C tanh_half(C x) {
+  const C e = expm1_(x > C(40) ? C(40) : x);  // beyond which it is 1
+  return e / (e + C(2));
+}
+
+// log(x) for any x >= 0, denormal numbers and both ends included; NaN stays.
+FASTVAE_INLINE float log_positive(float x) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+  const bool small = bits < 0x00800000u;
+  const float y = log_(small ? x * 0x1p24f : x) - (small ? 16.6355323f : 0.0f);
+  return x == 0.0f ? -infinity(x) : bits == 0x7f800000u ? x : y;
+}
+FASTVAE_INLINE double log_positive(double x) { return __builtin_log(x); }
+
+// log(1 + r^2), also where r^2 is no number; NaN stays.
+template <class C>
+FASTVAE_INLINE C log1p_square(C r) {
+  const C a = abs_(r);
+  // Of a large r this is 2 log r, and 2 beside it nothing. One half keeps 1 + a / 2 below 2^127.
+  const bool large = a > C(0x1p60);
+  const C y = log1p_(large ? C(0.5) * a : a * a);
+  return is_infinite(a) ? a : large ? C(2) * (y + C(0.69314718055994530942)) : y;
+}
+
+// log(1 + t) - y for t >= 0, y = t / (1 + t) and the logarithm: its expansion is y^2 / 2 + y^3 / 3 + ....
+FASTVAE_INLINE float log1p_excess(float t, float y, float log_1pt) {
+  const float y2 = y * y;
+  // (-log(1 - y) - y) / y^2 on [0, 0.35] to 2e-8.
+  const float p =
+      (((0.479645165f * y - 0.143728857f) * y2 + (0.232812975f * y + 0.150784079f)) * y2 + (0.201484848f * y + 0.249932863f)) * y2 +
+      (0.333334478f * y + 0.499999997f);
+  return t < 0.5f ? p * y2 : log_1pt - y;
+}
+FASTVAE_INLINE double log1p_excess(double t, double y, double log_1pt) {
+  // 2 atanh(s) - y, s = y / (2 - y): y s + 2 s^3 (1/3 + s^2 / 5 + ...), in which nothing cancels.
+  const double s = y / (2 - y), v = s * s;
+  double series = 0;
+  for (int n = 33; n > 1; n -= 2) series = 1.0 / n + v * series;
+  return t < 1 ? y * s + 2 * v * s * series : log_1pt - y;
+}
+
+// log Gamma(z + 1/2) - log Gamma(z) - log(z) / 2 for z >= 0 and log z, -1 / (8 z) where z is large; and z times its derivative.
+template <class C>
+struct HalfStep {
+  C value, slope;
+};
+// From that of z + 1, u = 1 / (z + 1), on which both are polynomials of u. Each step of 1 adds the logarithm of one factor near 1; what
+// it adds to the slope is positive, so that nothing cancels.
+FASTVAE_INLINE HalfStep<float> half_step(float z, float log_z) {
+  const float u = 1.0f / (z + 1.0f), c = 1.0f / (z + 0.5f), u2 = u * u;
+  const float p =
+      ((-2.53897306e-4f * u + 1.18338026e-3f) * u2 + (-1.96744781e-3f * u + 3.84325176e-5f)) * u2 + (5.22010261e-3f * u - 2.97615975e-6f);
+  const float q =
+      ((2.0119627e-3f * u - 7.74921151e-3f) * u2 + (1.05155874e-2f * u - 4.86777251e-4f)) * u2 + (-1.55831696e-2f * u - 1.33040101e-6f);
+  const bool small = z < 1.0f;
+  const float factor = ((z + 1.0f) * c) * (small ? c : z * c);
+  return {u * (p * u - 0.124999829f) + 0.5f * (log_(factor) + (small ? log_z : 0.0f)), u * (0.25f * c + (z * u) * (q * u + 0.125000015f))};
+}
+inline HalfStep<double> half_step(double z, double log_z) {
+  const bool small = z < 1;
+  double factor = 1, slope = 0;
+  for (int i = 0; i < 16; ++i) {
+    const double y = z + i, c = 1 / (y + 0.5), u = 1 / (y + 1);
+    factor *= ((y + 1) * c) * (i == 0 && small ? c : y * c);
+    slope += 0.25 * c * u * (i == 0 ? 1 : z / y);
+  }
+  const double u = 1 / (z + 16), v = u * u;
+  const double p =
+      -1.0 / 8 +
+      v * (1.0 / 192 + v * (-1.0 / 640 + v * (17.0 / 14336 + v * (-31.0 / 18432 + v * (691.0 / 180224 - v * (5461.0 / 425984))))));
+  const double q =
+      1.0 / 8 + v * (-1.0 / 64 + v * (1.0 / 128 + v * (-17.0 / 2048 + v * (31.0 / 2048 + v * (-691.0 / 16384 + v * (5461.0 / 32768))))));
+  return {u * p + 0.5 * (__builtin_log(factor) + (small ? log_z : 0.0)), slope + z * u * u * q};
+}

@@ -189,6 +189,18 @@ def log(b_x):
 
 
 @triton.jit
+def log_positive(b_x):
+    """log(x) for any x >= 0, denormal numbers and both ends included; NaN of others."""
+    if b_x.dtype == tl.float64:
+        b_y = tl.log(b_x)
+    else:
+        b_small = b_x < 1.1754943508222875e-38
+        b_y = log(tl.where(b_small, b_x * 16777216.0, b_x)) - tl.where(b_small, 24 * LOG_2, 0.0)
+        b_y = tl.where(b_x == float("inf"), b_x, b_y)
+    return tl.where(b_x > 0, b_y, tl.where(b_x == 0, float("-inf"), float("nan")))
+
+
+@triton.jit
 def log1p(b_t):
     """log(1 + t) for t in [0, 1], relatively accurate for small t."""
     if b_t.dtype == tl.float64:
@@ -235,6 +247,26 @@ def quotient(b_x, b_y):
 
 
 @triton.jit
+def sign(b_x):
+    """The sign of x, 0 of 0; NaN stays."""
+    return tl.where(b_x > 0, 1.0, tl.where(b_x < 0, -1.0, b_x))
+
+
+@triton.jit
+def tanh_half(b_x):
+    """tanh(x / 2), relatively accurate everywhere; NaN stays."""
+    b_a = tl.abs(b_x)
+    if b_x.dtype == tl.float64:
+        b_near = b_a < 0.69
+    else:
+        b_near = b_a < 1
+    # exp(-|x|) - 1, which near 0 does not cancel.
+    b_e = tl.where(b_near, expm1_minus_near(-b_a) - b_a, exp_of_negative(-b_a) - 1.0)
+    b_e /= b_e + 2.0
+    return tl.where(b_x < 0, b_e, -b_e)
+
+
+@triton.jit
 def log_factorial_excess(b_x, b_log_x):
     """log x! - (x log x - x) for x >= 0 and log x (any number at 0): Stirling's series is its expansion."""
     b_v = 1.0 / tl.maximum(b_x, 1.0)
@@ -269,6 +301,78 @@ def log_factorial_excess(b_x, b_log_x):
         b_below = b_y * ((b_y - 1.0) * b_r + 1.0 - b_log_x)
         b_z = tl.where(b_x < 1, tl.where(b_x == 0, 0.0, b_below), b_above)
     return b_z
+
+
+@triton.jit
+def log1p_square(b_r):
+    """log(1 + r^2), also where r^2 is no number; NaN stays."""
+    b_a = tl.abs(b_r)
+    b_t = b_a * b_a
+    # Of a large r it is 2 log r.
+    b_large = b_a > 1.0e18
+    b_log = log(tl.where(b_large, b_a, 1.0 + b_t))
+    b_y = tl.where(b_t < 0.5, log1p(b_t), tl.where(b_large, 2.0 * b_log, b_log))
+    return tl.where(b_a < float("inf"), b_y, b_a)
+
+
+@triton.jit
+def log1p_excess(b_t, b_y, b_log_1pt):
+    """log(1 + t) - y for t >= 0, y = t / (1 + t) and the logarithm: y^2 / 2 near 0."""
+    if b_t.dtype == tl.float64:
+        # 2 atanh(s) - y, s = y / (2 - y): y s + 2 s^3 (1/3 + s^2 / 5 + ...), in which nothing cancels.
+        b_s = b_y / (2.0 - b_y)
+        b_v = b_s * b_s
+        b_p = tl.zeros_like(b_v)
+        for i in tl.static_range(16):
+            b_p = b_p * b_v + 1.0 / (33 - 2 * i)
+        b_near = b_y * b_s + 2.0 * b_v * b_s * b_p
+        b_excess = tl.where(b_t < 1, b_near, b_log_1pt - b_y)
+    else:
+        # (-log(1 - y) - y) / y^2 on [0, 0.35] to 2e-8, a minimax polynomial.
+        b_p = ((4.79645165e-1 * b_y - 1.43728857e-1) * b_y + 2.32812975e-1) * b_y + 1.50784079e-1
+        b_p = ((b_p * b_y + 2.01484848e-1) * b_y + 2.49932863e-1) * b_y + 3.33334478e-1
+        b_p = b_p * b_y + 4.99999997e-1
+        b_excess = tl.where(b_t < 0.5, b_p * (b_y * b_y), b_log_1pt - b_y)
+    return b_excess
+
+
+@triton.jit
+def half_step(b_z, b_log_z):
+    """log Gamma(z + 1/2) - log Gamma(z) - log(z) / 2 for z >= 0 and log z, and z times its derivative.
+
+    From that of z + 1, a polynomial of 1 / (z + 1); in float64 from Stirling's series at z + 16. Each step
+    adds the logarithm of a factor near 1; what it adds to the derivative is positive, so nothing cancels.
+    """
+    b_small = b_z < 1
+    if b_z.dtype == tl.float64:
+        b_c = 1.0 / (b_z + 0.5)
+        b_factor = ((b_z + 1.0) * b_c) * (tl.where(b_small, 1.0, b_z) * b_c)
+        b_slope = 0.25 * b_c / (b_z + 1.0)
+        for i in tl.static_range(1, 16):
+            b_y = b_z + i
+            b_c = 1.0 / (b_y + 0.5)
+            b_factor *= ((b_y + 1.0) * b_c) * (b_y * b_c)
+            b_slope += 0.25 * b_c / (b_y + 1.0) * (b_z / b_y)
+        b_u = 1.0 / (b_z + 16.0)
+        b_u2 = b_u * b_u
+        b_p = (691.0 / 180224.0 - b_u2 * (5461.0 / 425984.0)) * b_u2 - 31.0 / 18432.0
+        b_p = ((b_p * b_u2 + 17.0 / 14336.0) * b_u2 - 1.0 / 640.0) * b_u2 + 1.0 / 192.0
+        b_p = b_p * b_u2 - 1.0 / 8.0
+        b_q = (b_u2 * (5461.0 / 32768.0) - 691.0 / 16384.0) * b_u2 + 31.0 / 2048.0
+        b_q = ((b_q * b_u2 - 17.0 / 2048.0) * b_u2 + 1.0 / 128.0) * b_u2 - 1.0 / 64.0
+        b_q = b_q * b_u2 + 1.0 / 8.0
+        b_log = tl.log(b_factor)
+    else:
+        b_u, b_c = 1.0 / (b_z + 1.0), 1.0 / (b_z + 0.5)
+        b_factor = ((b_z + 1.0) * b_c) * (tl.where(b_small, 1.0, b_z) * b_c)
+        b_slope = 0.25 * b_c * b_u
+        b_p = ((-2.53897306e-4 * b_u + 1.18338026e-3) * b_u - 1.96744781e-3) * b_u + 3.84325176e-5
+        b_p = ((b_p * b_u + 5.22010261e-3) * b_u - 2.97615975e-6) * b_u - 0.124999829
+        b_q = ((2.0119627e-3 * b_u - 7.74921151e-3) * b_u + 1.05155874e-2) * b_u - 4.86777251e-4
+        b_q = ((b_q * b_u - 1.55831696e-2) * b_u - 1.33040101e-6) * b_u + 0.125000015
+        b_log = log(b_factor)
+    b_steps = 0.5 * (b_log + tl.where(b_small, b_log_z, 0.0))
+    return b_u * b_p + b_steps, b_slope + (b_z * b_u) * (b_u * b_q)
 
 
 @triton.jit

@@ -392,12 +392,13 @@ def is_heavy(name: str) -> bool:
     return getattr(importlib.import_module(f"{__package__}.likelihoods.{name}"), "HEAVY", False)
 
 
-def launching_of(name: str, backward: bool) -> Launch:
+def launching_of(likelihood: Any, backward: bool) -> Launch:
     """Elements and threads of a program."""
-    if is_heavy(name):
+    if is_heavy(likelihood.name):
         return LAUNCH["likelihood_heavy"]
-    # What is computed of the data takes registers, too.
-    return LAUNCH["likelihood_backward" if backward or twin(name)[0]["DATA"] is not None else "likelihood"]
+    # What is computed of the data takes registers; so does a third parameter.
+    many = likelihood.data is not None or len(likelihood.outputs) == MOST_PARAMETERS
+    return LAUNCH["likelihood_backward" if backward or many else "likelihood"]
 
 
 @functools.cache
@@ -442,7 +443,7 @@ def _log_prob(x, *rest) -> Call:
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
     functions, _ = twin(likelihood.name)
-    launching = launching_of(likelihood.name, False)
+    launching = launching_of(likelihood, False)
     most_tiles = MOST_TILES if functions["SHARED_LOG"] else 0
     tiles = event_tiles(k, b, size, launching.tile, most_tiles=most_tiles)
     numbers, varies = _described(_all(tuple(given)))
@@ -490,7 +491,7 @@ def _gradients(grad, x, *rest) -> Call:
     # A sum over samples or rows is the shorter the more of them a program takes; a sum over a row needs one
     # block of rows.
     column, row = COLUMN.value in layouts, ROW.value in layouts
-    launching = launching_of(likelihood.name, True)
+    launching = launching_of(likelihood, True)
     merged = {"merge_k": (need[0] or column) and not row, "merge_b": column and not row}
     tiles = event_tiles(k, b, size, launching.tile, **merged)
     results: list[Result | None] = [Result((b, size), x.dtype, tiles.k_splits, dtype) if need[0] else None]
@@ -553,7 +554,7 @@ def _flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
     # As wide as what is loaded at once, and a divisor of the row.
     vector = min(size & -size, 16 // parameters[0].element_size())
     block_k = min(power_of_two(k), SAMPLES_FLAT)
-    launching = launching_of(likelihood.name, True)
+    launching = launching_of(likelihood, True)
     groups, block_g = b * size // vector, launching.tile // (block_k * vector)
     results = [Result((k, b, size), p.dtype) if n else None for p, n in zip(parameters, needed, strict=True)]
     return Call(

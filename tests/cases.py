@@ -38,8 +38,11 @@ def data(likelihood: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch
     if declared.high < math.inf:
         values = torch.rand(shape, generator=generator, dtype=torch.float64)
         values = (values * 1.4 - 0.2).clamp(0, 1) * (declared.high - declared.low) + declared.low
-    elif declared.low == 0:
+    elif declared.low == 0 and declared.takes_integers:
         values = counts(shape, generator)
+    elif declared.low == 0:
+        # Positive: what a zero is, is an edge of the likelihood's own.
+        values = torch.exp(1.5 * torch.randn(shape, generator=generator, dtype=torch.float64))
     else:
         assert declared.low == -math.inf, f"{likelihood}: tell tests/cases.py how to draw its data"
         values = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)

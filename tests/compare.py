@@ -13,7 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvae.reference.common import digamma_excess, log1p_rest, stirling_error
+from fastvae.reference.common import (
+    digamma_excess,
+    half_step,
+    half_step_slope,
+    log1p_rest,
+    stirling_error,
+)
 
 # Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): 2 ulp are what CUDA
 # documents for expf; csrc/common.hpp, kernels/common.py and torch are within 1.3. The noise is within 4 ulp
@@ -73,6 +79,9 @@ class Rounded:
 
     def __gt__(self, other: Rounded | float) -> Tensor:
         return self.value > self._as(other).value
+
+    def __ge__(self, other: float) -> Tensor:
+        return self.value >= other
 
     def __eq__(self, other: object) -> Tensor:
         return self.value == other
@@ -139,6 +148,9 @@ class Rounded:
         least = (other.value.abs() - other.error).clamp(min=0)
         return self._made(value, (self.error + value.abs() * other.error) / least, 2)
 
+    def __rtruediv__(self, other: float) -> Rounded:
+        return self._as(other) / self
+
     def square(self) -> Rounded:
         return self * self
 
@@ -203,6 +215,29 @@ class Rounded:
 
     def log1p(self) -> Rounded:
         return self._made(torch.log1p(self.value), self.error / (1 + self.value), LOG)
+
+    def sign(self) -> Rounded:
+        """Exact, but of a number that its error may have carried across 0."""
+        sure = (self.value.abs() > self.error) | (self.error == 0)
+        return Rounded(self.value.sign(), torch.where(sure, 0.0, 2.0), self.u)
+
+    def tanh(self) -> Rounded:
+        """e / (e + 2) of e = exp(2 v) - 1, a relative error of which counts at most twice."""
+        value = torch.tanh(self.value)
+        # Its slope at the point nearest to 0 that the argument's error allows.
+        steepest = 1 - torch.tanh((self.value.abs() - self.error).clamp(min=0)).square()
+        return self._made(value, steepest * self.error, 2 * 3 + 1 + 2)
+
+    def half_step(self) -> Rounded:
+        """A factor near 1 and its logarithm, in float64 sixteen factors; its slope is positive."""
+        value, slope = half_step(self.value), half_step_slope(self.value)
+        own = 10 + 2 * value.abs() if self.u > 1e-15 else 80 + 2 * value.abs()
+        return Rounded(value, slope * self.error + own * self.u, self.u)
+
+    def half_step_slope(self) -> Rounded:
+        """A sum of positive terms, by way of exp: its relative slope is at most 1."""
+        value = half_step_slope(self.value)
+        return self._made(value, value * torch.expm1(self.error), EXP + 12)
 
     def sigmoid(self) -> Rounded:
         """Of the given side of exp(-|v|): an exponential, a sum and a quotient."""

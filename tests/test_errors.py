@@ -270,7 +270,7 @@ CASES = {
     "misspelt likelihood": (
         lambda: elbo(x(), q(), pair, likelihood="guassian"),
         ValueError,
-        ["likelihood='guassian'", "'bernoulli', 'gaussian', 'poisson'"],
+        ["likelihood='guassian'", "'bernoulli', 'gaussian', 'laplace'", "'poisson'"],
     ),
     "likelihood a class": (
         lambda: elbo(x(), q(), pair, likelihood=fastvae.Gaussian),
@@ -349,6 +349,36 @@ CASES = {
         lambda: elbo(x(), q(), pair, **scaled(0.1)),
         TypeError,
         ["Gaussian(scale=...)", "mean alone", "a tuple of 2", "likelihood='gaussian'"],
+    ),
+    "a tensor for a laplace likelihood": (
+        lambda: elbo(x(), q(), logits, likelihood="laplace"),
+        TypeError,
+        [
+            "of a laplace likelihood",
+            "(location, log_scale)",
+            "a location alone",
+            "fastvae.Laplace(scale=0.1)",
+        ],
+    ),
+    "a pair for a log-normal likelihood with a scale": (
+        lambda: elbo(x(), q(), pair, likelihood=fastvae.LogNormal(0.1)),
+        TypeError,
+        ["LogNormal(scale=...)", "location alone", "a tuple of 2", "likelihood='log_normal'"],
+    ),
+    "a tensor for a student t likelihood": (
+        lambda: elbo(x(), q(), logits, likelihood="student_t"),
+        TypeError,
+        ["(location, log_scale, log_df)", "a tensor [5, 7]", "fastvae.StudentT(scale=0.1, df=4.0)"],
+    ),
+    "a pair for a student t likelihood": (
+        lambda: elbo(x(), q(), pair, likelihood="student_t"),
+        TypeError,
+        ["a tuple of 2", "these alone", "df, the degrees of freedom", "fastvae.StudentT(df=4.0)"],
+    ),
+    "a tensor for a student t likelihood with df": (
+        lambda: elbo(x(), q(), logits, likelihood=fastvae.StudentT(4)),
+        TypeError,
+        ["StudentT(df=...)", "(location, log_scale);", "a tensor [5, 7]", "without a df"],
     ),
     "decoder output of a wrong width": (
         lambda: elbo(x(), q(), lambda z: logits(z)[:, 1:], **BERNOULLI),
@@ -434,6 +464,22 @@ CASES = {
         lambda: fastvae.Gaussian(scale=torch.tensor([0.1, -0.1]), learned=True),
         ValueError,
         ["scale", "positive"],
+    ),
+    "df a parameter": (
+        lambda: fastvae.StudentT(torch.nn.Parameter(torch.tensor(4.0))),
+        TypeError,
+        ["df must be a value", "fastvae.StudentT(df=4.0, learned_df=True)", "log_df"],
+    ),
+    "df of zero": (lambda: fastvae.StudentT(0), ValueError, ["df is the degrees of freedom", "got 0"]),
+    "learned scale of a student t without one": (
+        lambda: fastvae.StudentT(4.0, learned=True),
+        ValueError,
+        ["learned=True needs a scale", "fastvae.StudentT(scale=0.1, df=4.0, learned=True)"],
+    ),
+    "df of another shape": (
+        lambda: elbo(x(), q(), pair, likelihood=fastvae.StudentT(torch.ones(6, device=DEVICE))),
+        ValueError,
+        ["df has shape [6]", "[5, 7]", "[7]"],
     ),
     "learned scale of another shape": (
         lambda: elbo(

@@ -146,7 +146,7 @@ def narrow(reports):
         if name not in SUMS
         and FEW_ROWS not in r.launch
         # Parts of the sum over a tile's rows, one number a thread.
-        and not (name == "p_grad_p1" and "[1, 1, 784]" in r.launch)
+        and not (name in ("p_grad_p1", "p_grad_p2") and "[1, 1, 784]" in r.launch)
         # With the sums of a learned prior (which the chunked launches lack) four numbers a thread.
         and not (
             r.kernel == "rsample_backward_kernel"
@@ -214,8 +214,11 @@ def test_arithmetic_is_not_the_limit(reports):
     counted = [r for r in reports if r.target == "sm_90" and any(s in r.launch for s in ONCE)]
     assert len(counted) > 10
     for r in counted:
-        # One sample leaves nobody to share what is made of a count, a logarithm and Stirling's series.
-        most = 15 if r.launch.startswith("poisson_log_prob ") else 9.9
+        # One sample leaves nobody to share what is made of a count, or of degrees of freedom: a logarithm and
+        # Stirling's series.
+        costly = r.launch.startswith(("poisson_log_prob ", "student_t_log_prob "))
+        # Negative binomials are gamma functions, and bound by arithmetic: so is plain PyTorch.
+        most = 75 if "negative_binomial" in r.launch else 15 if costly else 9.9
         assert r.instructions < most * r.bytes, r
 
 

@@ -8,6 +8,7 @@ import mpmath
 import pytest
 import torch
 
+import fastvae
 from fastvae import ops
 
 from .conftest import DEVICE
@@ -113,3 +114,34 @@ def test_a_row_a_gene(backend):
     torch.testing.assert_close(row, full, rtol=1e-6, atol=0)
     found, whole = torch.autograd.grad(row.sum(), t)[0], torch.autograd.grad(full.sum(), wide)[0]
     torch.testing.assert_close(found, whole.sum((0, 1)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("inflated", [False, True])
+@pytest.mark.parametrize("form", ["number", "row", "learned"])
+def test_dispersions_that_the_likelihood_holds(backend, inflated, form):
+    """The decoder returns the others, in their order; the same numbers as where it returns all."""
+    k, b, genes = 3, 4, 7
+    g = torch.Generator().manual_seed(1)
+    x = torch.poisson(torch.rand(b, genes, generator=g) * 3, generator=g).to(DEVICE)
+    mean, logit = (torch.randn(k * b, genes, generator=g).to(DEVICE) for _ in range(2))
+    held = 3.0 if form == "number" else torch.rand(genes, generator=g).to(DEVICE) + 0.5
+    kind = fastvae.ZeroInflatedNegativeBinomial if inflated else fastvae.NegativeBinomial
+    likelihood = kind(held, learned=form == "learned").to(DEVICE)
+    spread = torch.as_tensor(held, device=DEVICE).log().expand(k * b, genes)
+    some, every = (mean, logit) if inflated else mean, (mean, spread, *([logit] if inflated else []))
+    q = torch.zeros(b, 2 * 5, device=DEVICE)
+    bounds = [
+        fastvae.iwae(
+            x, q, lambda z, o=o: o, k=k, likelihood=how, generator=torch.Generator(DEVICE).manual_seed(2)
+        )
+        for how, o in ((likelihood, some), (kind.name, every))
+    ]
+    torch.testing.assert_close(*bounds, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(likelihood.mean(some), kind().mean(every))
+    if form == "learned":
+        (grad,) = torch.autograd.grad(bounds[0], likelihood.log_inverse_dispersion)
+        assert grad.shape == (genes,) and bool(grad.isfinite().all())
+    with pytest.raises(
+        TypeError, match=r"decoder of \w*NegativeBinomial\(inverse_dispersion=...\) must return"
+    ):
+        fastvae.iwae(x, q, lambda z: every, k=k, likelihood=likelihood)

@@ -215,8 +215,7 @@ def test_likelihoods_read_once(enough, name, layout, k, b, x, dtype):
     declared, data = DECLARED[name], cases.data(name, b, x)
     (first,) = tensors(1, k, b, x, dtype=dtype)
     given = [first, *tensors(len(declared.outputs) - 1, *LAYOUTS[layout](k, b, x), dtype=dtype)]
-    launching = common.LAUNCH["likelihood" if declared.data is None else "likelihood_backward"]
-    tiles = common.event_tiles(k, b, x, launching.tile)
+    tiles = common.event_tiles(k, b, x, likelihood.forward_launch(declared).tile)
     blocks = triton.cdiv(k, tiles.block_k)
     assert blocks < k or k == 1
     (launch,) = run(lambda: likelihood.log_prob(declared, data, *given))

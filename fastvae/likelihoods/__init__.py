@@ -3,15 +3,23 @@
 from .base import Likelihood
 from .bernoulli import Bernoulli
 from .gaussian import Gaussian
+from .laplace import Laplace
+from .log_normal import LogNormal
+from .logistic import Logistic
 from .negative_binomial import NegativeBinomial
 from .poisson import Poisson
+from .student_t import StudentT
 from .zero_inflated_negative_binomial import ZeroInflatedNegativeBinomial
 
 __all__ = [
     "Bernoulli",
     "Gaussian",
+    "Laplace",
     "Likelihood",
+    "LogNormal",
+    "Logistic",
     "NegativeBinomial",
     "Poisson",
+    "StudentT",
     "ZeroInflatedNegativeBinomial",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -95,7 +95,7 @@ class Declared(Likelihood):
         given = self._given(x)
         returned = self._read(x, parameters, samples, given)
         spread = [p.reshape(samples, *x.shape) for p in returned]
-        return getattr(ops, f"{self.name}_log_prob")(x, *spread, *given)  # type: ignore[no-any-return]
+        return getattr(ops, f"{self.name}_log_prob")(x, *self._arranged(spread, given))  # type: ignore[no-any-return]
 
     def fused(self, x: Tensor, parameters: Any, samples: int) -> Fused | None:
         """What the fused op takes, checked; None where it does not fit."""
@@ -119,11 +119,19 @@ class Declared(Likelihood):
         if x.dim() != 2:
             x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
         check_support(type(self), x)
-        return self.name, x, (*returned, *rows)
+        return self.name, x, self._arranged(returned, rows)
+
+    def _returned(self, held: int) -> tuple[str, ...]:
+        """The outputs that the decoder returns, if so many are held by the likelihood."""
+        return self.outputs[: len(self.outputs) - held]
+
+    def _arranged(self, returned: Sequence[Any], held: Sequence[Any]) -> tuple[Any, ...]:
+        """All in the order of the outputs."""
+        return (*returned, *held)
 
     def _read(self, x: Tensor, parameters: Any, samples: int, given: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """What the decoder returned, each [K·B, *event], checked."""
-        names = self.outputs[: len(self.outputs) - len(given)]
+        names = self._returned(len(given))
         if len(names) == 1:
             if not isinstance(parameters, Tensor):
                 raise self._wrong_output(parameters)
@@ -136,7 +144,7 @@ class Declared(Likelihood):
         return tuple(parameters)
 
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
-        """The last outputs, which the decoder does not return, broadcastable to the event."""
+        """The outputs that the decoder does not return, broadcastable to the event."""
         return ()
 
     def _wrong_output(self, came: Any) -> TypeError:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._checks import check_same_device, check_tensor, shape_of
-from .base import Declared, describe
+from .scaled import Scaled
 
 
-class Gaussian(Declared):
+class Gaussian(Scaled):
     r"""p(x|z) = N(mean, s²), for decoders that return ``(mean, logvar)``, or ``mean`` alone when ``scale`` is
     given.
 
@@ -50,6 +48,7 @@ class Gaussian(Declared):
 
     name = "gaussian"
     outputs = ("mean", "logvar")
+    held = {"scale": "a standard deviation"}
     oracle = staticmethod(lambda mean, logvar: torch.distributions.Normal(mean, torch.exp(0.5 * logvar)))
 
     @staticmethod
@@ -66,90 +65,5 @@ class Gaussian(Declared):
         grad_mean = push * inverse_s
         return -grad_mean, grad_mean, 0.5 * (push * whitened - g)
 
-    # Which of the two there is, ``learned`` says.
-    log_scale: nn.Parameter
-    fixed_scale: float | Tensor | None
-
-    def __init__(self, scale: float | Tensor | None = None, *, learned: bool = False):
-        super().__init__()
-        if isinstance(scale, nn.Parameter) or (learned and isinstance(scale, Tensor) and scale.requires_grad):
-            raise TypeError(
-                "scale must be a value to begin training at, not a parameter, which a step of an optimiser "
-                "can make negative; use fastvae.Gaussian(scale=0.1, learned=True), which trains log_scale, "
-                "the logarithm"
-            )
-        if learned and scale is None:
-            raise ValueError(
-                "learned=True needs a scale to begin at, such as fastvae.Gaussian(scale=0.1, learned=True)"
-            )
-        if scale is not None and not isinstance(scale, Tensor):
-            if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-                raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
-            if not (scale > 0 and math.isfinite(scale)):
-                raise ValueError(
-                    f"scale is a standard deviation and must be positive and finite, got {scale}"
-                )
-            scale = float(scale)
-        if isinstance(scale, Tensor):
-            check_tensor("scale", scale)
-            values = scale.detach()
-            if scale.device.type == "cpu" and not bool(((values > 0) & values.isfinite()).all()):
-                raise ValueError("scale is a standard deviation and must be positive and finite everywhere")
-        self.learned = learned
-        if learned:
-            scale = scale if isinstance(scale, Tensor) else torch.tensor(scale)
-            self.log_scale = nn.Parameter(scale.log())
-        elif isinstance(scale, Tensor) and not scale.requires_grad:
-            self.register_buffer("fixed_scale", scale)
-        else:
-            # A number, or computed by a network: no state of ours, and it must stay in its graph.
-            self.__dict__["fixed_scale"] = scale
-
-    @property
-    def scale(self) -> float | Tensor | None:
-        """The standard deviation, learned or not."""
-        return self.log_scale.exp() if self.learned else self.fixed_scale
-
-    def _log_scale(self) -> float | Tensor:
-        if self.learned:
-            return self.log_scale
-        scale = self.fixed_scale
-        return scale.log() if isinstance(scale, Tensor) else math.log(scale)  # type: ignore[arg-type]
-
-    def _returns_logvar(self) -> bool:
-        return not self.learned and self.fixed_scale is None
-
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
-        if not self.learned and self.fixed_scale is None:  # _returns_logvar, without a call
-            return ()
-        log_scale = self._log_scale()
-        _check_scale(log_scale, x)
-        return (2 * log_scale,)
-
-    def _wrong_output(self, came: Any) -> TypeError:
-        if self._returns_logvar():
-            hint = "; for a mean alone, give the standard deviation: likelihood=fastvae.Gaussian(scale=0.1)"
-            return TypeError(
-                "the decoder of a gaussian likelihood must return (mean, logvar), got "
-                f"{describe(came)}{hint if isinstance(came, Tensor) else ''}"
-            )
-        return TypeError(
-            "the decoder of Gaussian(scale=...) must return the mean alone, a tensor; got "
-            f"{describe(came)}. For a decoder that returns (mean, logvar) use likelihood='gaussian', without "
-            "a scale"
-        )
-
-    def mean(self, parameters: Any) -> Tensor:
-        return parameters if isinstance(parameters, Tensor) else parameters[0]
-
-
-def _check_scale(scale: float | Tensor, x: Tensor) -> None:
-    if not isinstance(scale, Tensor):
-        return
-    check_same_device("the scale", scale, "x", x)
-    missing = x.dim() - scale.dim()
-    if missing < 0 or any(n not in (1, m) for n, m in zip(scale.shape, x.shape[missing:], strict=True)):
-        raise ValueError(
-            f"scale has shape {shape_of(scale)}, which does not broadcast to an x of shape {shape_of(x)}; "
-            f"expected one number, or one for each element of the event, {list(x.shape[1:])}"
-        )
+        return tuple([2 * log_scale for log_scale in super()._given(x)])  # the log variance

@@ -5,18 +5,45 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..reference.common import digamma_excess, expm1_minus, log1p_rest, stirling_error
-from .base import Declared
+from .scaled import Held, Scaled
 
 # A log inverse dispersion near the end of a float32's range, and what its exponential holds.
 _TOP, _MOST = 85.0, 87.0
 
 
-class NegativeBinomial(Declared):
+class Overdispersed(Scaled):
+    """Counts with an inverse dispersion, which the decoder returns or the likelihood holds."""
+
+    low = 0.0
+    takes_integers = True
+    differentiable = False
+    held = {"inverse_dispersion": "the inverse dispersion"}
+    hint = "pass the raw counts, neither centred nor on a log scale"
+    hazards = {"log_mean": (20.0,), "log_inverse_dispersion": (10.0,)}
+
+    log_inverse_dispersion: nn.Parameter
+
+    def __init__(self, inverse_dispersion: Held = None, *, learned: bool = False):
+        super().__init__(inverse_dispersion, learned=learned)
+
+    @property
+    def inverse_dispersion(self) -> Held:
+        """θ, learned or not; None where the decoder returns it."""
+        return self._read_held("inverse_dispersion")
+
+    @staticmethod
+    def data(x: Tensor) -> Tensor:
+        wide = x.double()
+        return (torch.xlogy(wide, wide) - wide - torch.lgamma(wide + 1)).to(x.dtype)
+
+
+class NegativeBinomial(Overdispersed):
     r"""p(x|z) = independent negative binomial counts, for decoders that return ``(log_mean,
-    log_inverse_dispersion)``; the variance is :math:`μ + μ^2 / θ`, and Poisson's for large θ.
+    log_inverse_dispersion)``, or ``log_mean`` alone when ``inverse_dispersion`` is given; the variance is
+    :math:`μ + μ^2 / θ`, and Poisson's for large θ.
 
     .. math:: \log p(x|z_k) = \sum_i \log Γ(x + θ) - \log Γ(θ) - \log x!
               + θ \log\frac{θ}{θ + μ} + x \log\frac{μ}{θ + μ}, \quad μ = e^m, θ = e^t
@@ -31,9 +58,18 @@ class NegativeBinomial(Declared):
     :math:`g_k` what arrives, :math:`\bar m = g (x - μ) θ / (θ + μ)`; for :math:`r = (x - μ) / (θ + μ)`,
     :math:`\bar t = g\, θ\, [\log(1 + r) - r + ψ(n) - \log n - ψ(θ) + \log θ]`.
 
-    Counts may be integers of any dtype, or not whole; they have no gradient. The op by itself is
+    Counts may be integers of any dtype, or not whole; they have no gradient. From θ = e⁸⁵ on they are
+    Poisson's. The op by itself is
     ``fastvae.ops.negative_binomial_log_prob(x, log_mean, log_inverse_dispersion)``, whose last argument may
     be one row (one number a gene) or one number.
+
+    Args:
+        inverse_dispersion: θ > 0: a number, a tensor broadcastable to the event (one number a gene), or a
+            tensor that a network computed. Default: the decoder returns its logarithm, too.
+        learned: train it, beginning at this one, as the parameter ``log_inverse_dispersion``.
+
+    Raises:
+        TypeError, ValueError: if inverse_dispersion is not positive, or is an ``nn.Parameter``.
 
     References:
         Loader, Fast and Accurate Computation of Binomial Probabilities, 2000, for the form; Lopez et al.,
@@ -41,7 +77,10 @@ class NegativeBinomial(Declared):
 
     Example:
         >>> import torch, fastvae
-        >>> counts = torch.tensor([[0, 3], [1, 2]])
+        >>> counts, q = torch.tensor([[0, 3], [1, 2]]), torch.zeros(2, 2 * 5)
+        >>> of_genes = fastvae.NegativeBinomial(torch.full((2,), 10.0), learned=True)
+        >>> fastvae.iwae(counts, q, torch.nn.Linear(5, 2), k=7, likelihood=of_genes).shape
+        torch.Size([])
         >>> zeros = torch.zeros(2, 2)
         >>> fastvae.ops.negative_binomial_log_prob(counts, zeros, 0.0)  # -5 log 2, for geometric counts
         tensor([-3.4657, -3.4657])
@@ -49,11 +88,6 @@ class NegativeBinomial(Declared):
 
     name = "negative_binomial"
     outputs = ("log_mean", "log_inverse_dispersion")
-    low = 0.0
-    takes_integers = True
-    differentiable = False
-    hint = "pass the raw counts, neither centred nor on a log scale"
-    hazards = {"log_mean": (20.0,), "log_inverse_dispersion": (10.0,)}
 
     @staticmethod
     def value(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> Tensor:
@@ -85,16 +119,11 @@ class NegativeBinomial(Declared):
         return None, g * by_mean, g * by_dispersion
 
     @staticmethod
-    def data(x: Tensor) -> Tensor:
-        wide = x.double()
-        return (torch.xlogy(wide, wide) - wide - torch.lgamma(wide + 1)).to(x.dtype)
-
-    @staticmethod
     def oracle(log_mean: Tensor, log_inverse_dispersion: Tensor) -> Any:
         return _Exact(log_mean, log_inverse_dispersion)
 
     def mean(self, parameters: Any) -> Tensor:
-        return torch.exp(parameters[0])
+        return torch.exp(super().mean(parameters))
 
 
 def slopes(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> tuple[Tensor, Tensor, Tensor]:

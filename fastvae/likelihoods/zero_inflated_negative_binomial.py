@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .negative_binomial import NegativeBinomial, slopes
+from .negative_binomial import NegativeBinomial, Overdispersed, slopes
 
 
-class ZeroInflatedNegativeBinomial(NegativeBinomial):
+class ZeroInflatedNegativeBinomial(Overdispersed):
     r"""p(x|z) = independent negative binomial counts, each replaced by 0 with probability σ(l), for decoders
-    that return ``(log_mean, log_inverse_dispersion, dropout_logit)``.
+    that return ``(log_mean, log_inverse_dispersion, dropout_logit)``, or ``(log_mean, dropout_logit)`` when
+    ``inverse_dispersion`` is given, as in :class:`fastvae.NegativeBinomial`.
 
     .. math:: p(x|z_k) = \prod_i \big[σ(l) [x_i = 0] + σ(-l)\, \mathrm{NB}(x_i; e^m, e^t)\big]
 
     For a count of 0, with :math:`a = σ(-l) (\mathrm{NB}(0) - 1)`, that is :math:`\log(1 + a)` where a is
-    above -½, and else the log-sum-exp of l and log NB(0), less log(1 + exp(l)). With :math:`g_k` what arrives and
-    :math:`ω = σ(\log \mathrm{NB}(0) - l)` for a count of 0, else 1, log mean and log inverse dispersion get
-    ω times what :class:`fastvae.NegativeBinomial` gives them, and the logit
+    above -½, and else the log-sum-exp of l and log NB(0), less log(1 + exp(l)). With :math:`g_k` what arrives
+    and :math:`ω = σ(\log \mathrm{NB}(0) - l)` for a count of 0, else 1, log mean and log inverse dispersion
+    get ω times what :class:`fastvae.NegativeBinomial` gives them, and the logit
     :math:`g\, (1 - ω) σ(-l) (1 - \mathrm{NB}(0))` or :math:`-g\, σ(l)`.
 
     The op by itself is ``fastvae.ops.zero_inflated_negative_binomial_log_prob(x, log_mean,
@@ -38,7 +40,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
 
     name = "zero_inflated_negative_binomial"
     outputs = ("log_mean", "log_inverse_dispersion", "dropout_logit")
-    hazards = {**NegativeBinomial.hazards, "dropout_logit": (40.0,)}
+    hazards = {**Overdispersed.hazards, "dropout_logit": (40.0,)}
 
     @staticmethod
     def value(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor, dropout_logit: Tensor) -> Tensor:
@@ -67,8 +69,14 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     def oracle(log_mean: Tensor, log_inverse_dispersion: Tensor, dropout_logit: Tensor) -> Any:
         return _Exact(NegativeBinomial.oracle(log_mean, log_inverse_dispersion), dropout_logit)
 
+    def _returned(self, held: int) -> tuple[str, ...]:
+        return self.outputs[::2] if held else self.outputs
+
+    def _arranged(self, returned: Sequence[Any], held: Sequence[Any]) -> tuple[Any, ...]:
+        return (returned[0], *held, *returned[1:])
+
     def mean(self, parameters: Any) -> Tensor:
-        return torch.exp(parameters[0]) * torch.sigmoid(-parameters[2])
+        return torch.exp(parameters[0]) * torch.sigmoid(-parameters[-1])
 
 
 class _Exact:

@@ -6,7 +6,8 @@ import math
 from typing import overload
 
 import torch
-from torch import Tensor, overrides
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
 @overload
@@ -33,8 +34,8 @@ def log1p_rest(t: Tensor) -> Tensor:
     """t - log(1 + t) for t > -1 without cancellation: where |t| < 0.3 by the series of log(1 + t) = 2
     artanh(r), r = t / (2 + t) (next term < 1e-18).
     """
-    if overrides.has_torch_function_unary(t):
-        return overrides.handle_torch_function(log1p_rest, (t,), t)  # type: ignore[no-any-return]
+    if has_torch_function_unary(t):
+        return handle_torch_function(log1p_rest, (t,), t)
     r = t / (2 + t)
     series = torch.zeros_like(t)
     for n in range(21, 1, -2):
@@ -44,8 +45,8 @@ def log1p_rest(t: Tensor) -> Tensor:
 
 def stirling_error(x: Tensor) -> Tensor:
     """log x! - (x + 1/2) log x + x - log(2 pi) / 2 for x > 0."""
-    if overrides.has_torch_function_unary(x):
-        return overrides.handle_torch_function(stirling_error, (x,), x)  # type: ignore[no-any-return]
+    if has_torch_function_unary(x):
+        return handle_torch_function(stirling_error, (x,), x)
     wide = x.double()
     u = 1 / (wide * wide)
     series = (
@@ -57,10 +58,68 @@ def stirling_error(x: Tensor) -> Tensor:
 
 def digamma_excess(x: Tensor) -> Tensor:
     """x (log x - digamma(x)) - 1/2 for x > 0."""
-    if overrides.has_torch_function_unary(x):
-        return overrides.handle_torch_function(digamma_excess, (x,), x)  # type: ignore[no-any-return]
+    if has_torch_function_unary(x):
+        return handle_torch_function(digamma_excess, (x,), x)
     wide = x.double()
     u = 1 / (wide * wide)
     series = (1 / 12 - u * (1 / 120 - u * (1 / 252 - u * (1 / 240 - u * (1 / 132 - u * 691 / 32760))))) / wide
     exact = wide * (wide.log() - torch.digamma(wide)) - 0.5
     return torch.where(wide < 16, exact, series).to(x.dtype)
+
+
+def log1p_square(r: Tensor) -> Tensor:
+    """log(1 + r²), also where r² is no number."""
+    magnitude = r.abs()
+    large = magnitude > 2.0**60
+    near = torch.log1p(torch.where(large, 0.0, magnitude) ** 2)
+    return torch.where(large, 2 * torch.log(torch.where(large, magnitude, 1.0)), near)
+
+
+def log1p_excess(share: Tensor, log_1pt: Tensor) -> Tensor:
+    """log(1 + t) - t / (1 + t) of that logarithm and that share, t >= 0: t²/2 near 0, and nothing cancels."""
+    # 2 atanh(s) - t / (1 + t), with s = t / (2 + t), is a series of positive terms.
+    s = share / (2 - share)
+    series = torch.zeros_like(share)
+    for n in range(33, 1, -2):
+        series = 1 / n + series * (s * s)
+    return torch.where(share < 0.5, share * s + 2 * s * (s * s) * series, log_1pt - share)
+
+
+def half_step(log_z: Tensor) -> Tensor:
+    """log Γ(z + ½) - log Γ(z) - ½ log z: -1/(8 z) for large z, where differences of log Γ have lost theirs.
+
+    In float64, by Stirling's series at z + 16 and a factor near 1 for each step on the way.
+    """
+    if has_torch_function_unary(log_z):
+        return handle_torch_function(half_step, (log_z,), log_z)
+    wide = log_z.double()
+    z = wide.exp()
+    factor = torch.ones_like(z)
+    for y in (z + i for i in range(16)):
+        # The first one's z, which may be as good as 0, is taken apart.
+        factor = factor * (y + 1) / (y + 0.5) * torch.where((y == z) & (z < 1), 1.0, y) / (y + 0.5)
+    steps = 0.5 * (torch.log(factor) + torch.where(z < 1, wide, 0.0))
+    return (_series(z + 16, (-1 / 8, 1 / 192, -1 / 640, 17 / 14336, -31 / 18432, 691 / 180224)) + steps).to(
+        log_z.dtype
+    )
+
+
+def half_step_slope(log_z: Tensor) -> Tensor:
+    """The derivative of :func:`half_step`: z (ψ(z + ½) - ψ(z)) - ½, a sum of positive terms."""
+    if has_torch_function_unary(log_z):
+        return handle_torch_function(half_step_slope, (log_z,), log_z)
+    z = log_z.double().exp()
+    steps = 0.25 / ((z + 0.5) * (z + 1))
+    for y in (z + i for i in range(1, 16)):
+        steps = steps + 0.25 / (y + 0.5) / (y + 1) * (z / y)
+    last = _series(z + 16, (1 / 8, -1 / 64, 1 / 128, -17 / 2048, 31 / 2048, -691 / 16384, 5461 / 32768))
+    return (steps + z / (z + 16) * last).to(log_z.dtype)
+
+
+def _series(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """The sum of these times 1/z, 1/z³, …."""
+    u = 1 / z
+    total = torch.zeros_like(z)
+    for c in reversed(coefficients):
+        total = c + total * u * u
+    return total * u

@@ -1,0 +1,81 @@
+"""The log-normal likelihood."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .scaled import Scaled
+
+
+class LogNormal(Scaled):
+    r"""log x given z is N(location, s²): for positive data, and decoders that return ``(location,
+    log_scale)``, or ``location`` alone when ``scale`` is given.
+
+    .. math::
+        \log p(x|z_k) = -½ \sum_i \big[\log 2π + 2 \log s_{ki} + t_{ki}^2\big] - \sum_i \log x_i,
+        \quad t = (\log x - m) / s
+
+    The last sum, of the data alone, is computed once for all samples. With :math:`g_k` what arrives:
+
+    .. math::
+        \bar m_{ki} = g_k t_{ki} / s_{ki}, \quad \overline{\log s}_{ki} = g_k \big[t_{ki}^2 - 1\big], \quad
+        \bar x_i = -\sum_k \big[g_k + \bar m_{ki}\big] / x_i
+
+    A zero has no density: log p is -∞, without a gradient where g is 0.
+
+    The op by itself is ``fastvae.ops.log_normal_log_prob(x, location, log_scale)``.
+
+    Args:
+        scale: standard deviation s > 0 of log x: a number, a tensor broadcastable to the event, or a tensor
+            that a network computed. Default: the decoder returns its logarithm, too.
+        learned: train the scale, beginning at this one, as the parameter ``log_scale``.
+
+    Raises:
+        TypeError, ValueError: if scale is not positive, or is an ``nn.Parameter``.
+
+    Example:
+        >>> import torch, fastvae
+        >>> likelihood = fastvae.LogNormal(scale=0.1)
+        >>> likelihood.log_prob(torch.ones(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
+        torch.Size([3, 4])
+        >>> fastvae.ops.log_normal_log_prob(torch.ones(2, 2), torch.zeros(2, 2), 0.0)  # -log 2π
+        tensor([-1.8379, -1.8379])
+    """
+
+    name = "log_normal"
+    outputs = ("location", "log_scale")
+    low = 0.0
+    hint = "pass the positive data themselves, not their logarithms"
+    held = {"scale": "the standard deviation of log x"}
+    oracle = staticmethod(
+        lambda location, log_scale: torch.distributions.LogNormal(location, log_scale.exp())
+    )
+
+    @staticmethod
+    def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        t = (torch.log(x) - location) * torch.exp(-log_scale)
+        return -0.5 * (math.log(2 * math.pi) + 2 * log_scale + t**2)
+
+    @staticmethod
+    def gradient(g: Tensor, x: Tensor, location: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inverse_s = torch.exp(-log_scale)
+        t = (torch.log(x) - location) * inverse_s
+        # A sample without weight has no gradient, also where x is 0.
+        push = torch.where(g == 0, 0.0, g * t)
+        grad_location = push * inverse_s
+        grad_x = torch.where(g == 0, 0.0, -(g + grad_location) / x)
+        return grad_x, grad_location, torch.where(g == 0, 0.0, push * t - g)
+
+    @staticmethod
+    def data(x: Tensor) -> Tensor:
+        # What is left of a zero, the square, is -inf already: inf would make it NaN.
+        return torch.where(x == 0, 0.0, -torch.log(x))
+
+    def mean(self, parameters: Any) -> Tensor:
+        location, scale = parameters, self.scale
+        if not isinstance(parameters, Tensor):
+            location, log_scale = parameters
+            scale = torch.exp(log_scale)
+        return torch.exp(location + 0.5 * scale**2)  # type: ignore[operator]

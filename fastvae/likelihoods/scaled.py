@@ -1,0 +1,144 @@
+"""What likelihoods with a scale share: the decoder returns it, or the likelihood holds it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_same_device, check_tensor, shape_of
+from .base import DECLARED, Declared, describe
+
+Held = float | Tensor | None
+
+# Values for messages.
+EXAMPLES = {"scale": 0.1, "df": 4.0, "inverse_dispersion": 10.0}
+
+
+class Scaled(Declared):
+    """A likelihood with positive parameters after the first, each of which the decoder returns as a
+    logarithm, or the likelihood holds: a fixed number or tensor, or a learned one.
+
+    A held ``scale`` is the buffer ``fixed_scale``, or the parameter ``log_scale`` if it is learned.
+
+    Attributes:
+        held: what may be held, by name, and what it is.
+    """
+
+    held: ClassVar[dict[str, str]] = {"scale": "a scale"}
+
+    # Which of the two there is, ``learned`` says.
+    log_scale: nn.Parameter
+    fixed_scale: Held
+
+    def __init__(self, scale: Held = None, *, learned: bool = False):
+        super().__init__()
+        self._holds: tuple[str, ...] = ()
+        self._hold(next(iter(self.held)), scale, learned)
+        self.learned = learned
+
+    def _hold(self, name: str, value: Held, learned: bool) -> None:
+        """Keep a parameter, unless it is None: the decoder then returns it."""
+        names = list(self.held)
+        flag = "learned" if name == names[0] else f"learned_{name}"
+        by_hand = self._example(names[names.index(name) :], f", {flag}=True")
+        if isinstance(value, nn.Parameter) or (learned and isinstance(value, Tensor) and value.requires_grad):
+            raise TypeError(
+                f"{name} must be a value to begin training at, not a parameter, which a step of an optimiser "
+                f"can make negative; use {by_hand}, which trains log_{name}, the logarithm"
+            )
+        if learned and value is None:
+            raise ValueError(f"{flag}=True needs a {name} to begin at, such as {by_hand}")
+        must = f"{name} is {self.held[name]} and must be positive and finite"
+        if value is not None and not isinstance(value, Tensor):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{must}, got {value}")
+            value = float(value)
+        if isinstance(value, Tensor):
+            check_tensor(name, value)
+            values = value.detach()
+            if value.device.type == "cpu" and not bool(((values > 0) & values.isfinite()).all()):
+                raise ValueError(f"{must} everywhere")
+        if learned:
+            value = value if isinstance(value, Tensor) else torch.tensor(value)
+            self.register_parameter(f"log_{name}", nn.Parameter(value.log()))
+        elif isinstance(value, Tensor) and not value.requires_grad:
+            self.register_buffer(f"fixed_{name}", value)
+        else:
+            # A number, or computed by a network: no state of ours, and it must stay in its graph.
+            self.__dict__[f"fixed_{name}"] = value
+        if value is not None:
+            self._holds = (*self._holds, name)
+
+    def _read_held(self, name: str) -> Held:
+        learned: Tensor | None = self._parameters.get(f"log_{name}")
+        return getattr(self, f"fixed_{name}") if learned is None else learned.exp()
+
+    @property
+    def scale(self) -> Held:
+        """The scale, learned or not; None where the decoder returns it."""
+        return self._read_held("scale")
+
+    def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
+        if not self._holds:
+            return ()
+        return tuple([self._logarithm(name, x) for name in self._holds])
+
+    def _logarithm(self, name: str, x: Tensor) -> float | Tensor:
+        value: Tensor | None = self._parameters.get(f"log_{name}")
+        if value is None:
+            fixed = getattr(self, f"fixed_{name}")
+            if not isinstance(fixed, Tensor):
+                return math.log(fixed)
+            value = fixed.log()
+        check_broadcasts(name, value, x)
+        return value
+
+    def _wrong_output(self, came: Any) -> TypeError:
+        every, first = ", ".join(self.outputs), self.outputs[0]
+        if not self._holds:
+            returned = 1 if isinstance(came, Tensor) else len(came) if isinstance(came, (tuple, list)) else 0
+            missing = list(self.held)[returned - 1 :] if 0 < returned < len(self.outputs) else []
+            give = " and ".join(f"{name}, {self.held[name]}" for name in missing)
+            hint = (
+                f"; for {'a ' + first if returned == 1 else 'these'} alone, give {give}: "
+                f"likelihood={self._example(missing)}"
+            )
+            return TypeError(
+                f"the decoder of a {self.name.replace('_', ' ')} likelihood must return ({every}), got "
+                f"{describe(came)}{hint if missing else ''}"
+            )
+        left = self._returned(len(self._holds))
+        must = f"the {first} alone, a tensor" if len(left) == 1 else f"({', '.join(left)})"
+        arguments = ", ".join(f"{name}=..." for name in self._holds)
+        return TypeError(
+            f"the decoder of {self._kind()}({arguments}) must return {must}; got {describe(came)}. For a "
+            f"decoder that returns ({every}) use likelihood={self.name!r}, without "
+            f"{' and '.join(f'a {name}' for name in self._holds)}"
+        )
+
+    def _example(self, names: list[str], more: str = "") -> str:
+        """How one says that these are held."""
+        return f"fastvae.{self._kind()}({', '.join(f'{n}={EXAMPLES[n]}' for n in names)}{more})"
+
+    def _kind(self) -> str:
+        """The class that a user finds in fastvae."""
+        return DECLARED[self.name].__name__
+
+    def mean(self, parameters: Any) -> Tensor:
+        return parameters if isinstance(parameters, Tensor) else parameters[0]
+
+
+def check_broadcasts(name: str, value: Tensor, x: Tensor) -> None:
+    """Check one number, or one for each element of the event, against x [B, *event]."""
+    check_same_device(f"the {name}", value, "x", x)
+    missing = x.dim() - value.dim()
+    if missing < 0 or any(n not in (1, m) for n, m in zip(value.shape, x.shape[missing:], strict=True)):
+        raise ValueError(
+            f"{name} has shape {shape_of(value)}, which does not broadcast to an x of shape {shape_of(x)}; "
+            f"expected one number, or one for each element of the event, {list(x.shape[1:])}"
+        )

@@ -1,0 +1,107 @@
+"""Student's t as a likelihood."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..reference.common import half_step, half_step_slope, log1p_excess, log1p_square
+from . import oracles
+from .scaled import Held, Scaled
+
+
+class StudentT(Scaled):
+    r"""p(x|z) = Student's t with ν degrees of freedom, for decoders that return ``(location, log_scale,
+    log_df)``, ``(location, log_scale)`` when ``df`` is given, or ``location`` alone when ``scale`` is, too.
+
+    .. math::
+        \log p(x|z_k) = \sum_i \Big[\log Γ(\tfrac{ν_{ki} + 1}2) - \log Γ(\tfrac{ν_{ki}}2) - ½ \log(π ν_{ki})
+        - \log s_{ki} - \frac{ν_{ki} + 1}2 \log(1 + r_{ki}^2)\Big], \quad r = \frac{x - m}{s \sqrt ν}
+
+    The ratio of gamma functions is taken relative to √(ν/2), to which it tends, so that the normal
+    distribution comes out for large ν, where differences of log Γ have lost all digits. With :math:`g_k` what
+    arrives, and :math:`y = r^2 / (1 + r^2)`:
+
+    .. math::
+        \bar m_{ki} = g_k \frac{ν_{ki} + 1}{s_{ki} \sqrt{ν_{ki}}} \frac{r_{ki}}{1 + r_{ki}^2}, \quad
+        \overline{\log s}_{ki} = g_k \big[(ν_{ki} + 1) y_{ki} - 1\big], \quad \bar x_i = -\sum_k \bar m_{ki},
+
+        \overline{\log ν}_{ki} = ½ g_k \Big[ν_{ki} \big(ψ(\tfrac{ν_{ki} + 1}2) - ψ(\tfrac{ν_{ki}}2)\big) - 1
+        + y_{ki} - ν_{ki} \big(\log(1 + r_{ki}^2) - y_{ki}\big)\Big]
+
+    From ν = e⁸⁰ on it is the normal distribution. The op by itself is
+    ``fastvae.ops.student_t_log_prob(x, location, log_scale, log_df)``.
+
+    Args:
+        df: ν > 0, the degrees of freedom: a number, a tensor broadcastable to the event, or a tensor that a
+            network computed; 4 or so is robust to outliers, 1 is Cauchy's distribution. Default: the decoder
+            returns its logarithm, too, and a scale cannot be given.
+        scale: s > 0, in the same forms. Default: the decoder returns its logarithm, too.
+        learned: train the scale, beginning at this one, as the parameter ``log_scale``.
+        learned_df: train df, beginning at this one, as the parameter ``log_df``.
+
+    Raises:
+        TypeError, ValueError: if df or scale is not positive, or is an ``nn.Parameter``.
+        ValueError: for a scale without df.
+
+    Example:
+        >>> import torch, fastvae
+        >>> likelihood = fastvae.StudentT(df=4.0, scale=0.1, learned=True)
+        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
+        torch.Size([3, 4])
+        >>> x, location = torch.zeros(2, 3), torch.zeros(2, 3)
+        >>> fastvae.ops.student_t_log_prob(x, location, 0.0, 0.0)  # of Cauchy's distribution: -3 log π
+        tensor([-3.4342, -3.4342])
+    """
+
+    name = "student_t"
+    outputs = ("location", "log_scale", "log_df")
+    held = {"scale": "a scale", "df": "the degrees of freedom"}
+    hazards = {"log_df": (8.0,)}
+    oracle = oracles.StudentT
+
+    log_df: nn.Parameter
+
+    @staticmethod
+    def value(x: Tensor, location: Tensor, log_scale: Tensor, log_df: Tensor) -> Tensor:
+        log_df = log_df.clamp(max=80)
+        r = (x - location) * torch.exp(-log_scale) * torch.exp(-0.5 * log_df)
+        tail = (torch.exp(log_df) + 1) * log1p_square(r)
+        return half_step(log_df - math.log(2)) - 0.5 * (math.log(2 * math.pi) + 2 * log_scale + tail)
+
+    @staticmethod
+    def gradient(
+        g: Tensor, x: Tensor, location: Tensor, log_scale: Tensor, log_df: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log_df = log_df.clamp(max=80)
+        df, inverse_root = torch.exp(log_df), torch.exp(-0.5 * log_df)
+        inverse_s = torch.exp(-log_scale)
+        r = (x - location) * inverse_s * inverse_root
+        t = r**2
+        # t / (1 + t), of an infinite t as well; r / (1 + t).
+        rest = 1 / (1 + t)
+        share = torch.where(t < 1, t * rest, 1 - rest)
+        pull = r.clamp(-1e36, 1e36) * rest
+        grad_location = g * ((df + 1) * inverse_root * pull) * inverse_s
+        excess = log1p_excess(share, log1p_square(r))
+        grad_df = half_step_slope(log_df - math.log(2)) + 0.5 * (share - df * excess)
+        return -grad_location, grad_location, g * ((df + 1) * share - 1), g * grad_df
+
+    def __init__(
+        self, df: Held = None, scale: Held = None, *, learned: bool = False, learned_df: bool = False
+    ):
+        if scale is not None and df is None:
+            raise ValueError(
+                "a scale needs df, the degrees of freedom, such as fastvae.StudentT(df=4.0, scale=0.1): a "
+                "decoder that returns log_df returns (location, log_scale, log_df)"
+            )
+        super().__init__(scale, learned=learned)
+        self._hold("df", df, learned_df)
+        self.learned_df = learned_df
+
+    @property
+    def df(self) -> Held:
+        """The degrees of freedom, learned or not; None where the decoder returns them."""
+        return self._read_held("df")

@@ -1,0 +1,39 @@
+"""log of Student's t of x; location, exp(log_scale), exp(log_df). The mathematics stands in
+fastvae/likelihoods/student_t.py.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common import LOG_2, exp, half_step, log1p_excess, log1p_square
+from .gaussian import LOG_2_PI
+
+FACTOR = -0.5
+
+
+@triton.jit
+def value(x, data, location, log_scale, log_df):
+    # From e^80 on it is the normal distribution.
+    log_df = tl.where(log_df > 80, 80.0, log_df)
+    df = exp(log_df)
+    gammas, _ = half_step(0.5 * df, log_df - LOG_2)
+    r = (x - location) * exp(-log_scale) * exp(-0.5 * log_df)
+    return (LOG_2_PI - 2.0 * gammas) + 2.0 * log_scale + (df + 1.0) * log1p_square(r)
+
+
+@triton.jit
+def gradient(g, x, location, log_scale, log_df):
+    log_df = tl.where(log_df > 80, 80.0, log_df)
+    df, inverse_root = exp(log_df), exp(-0.5 * log_df)
+    inverse_s = exp(-log_scale)
+    r = (x - location) * inverse_s * inverse_root
+    t = r * r
+    # t / (1 + t), of an infinite t as well; r / (1 + t).
+    rest = 1.0 / (1.0 + t)
+    share = tl.where(t < 0.5, t * rest, 1.0 - rest)
+    # In this order, or registers spill.
+    _, slope = half_step(0.5 * df, log_df - LOG_2)
+    grad_df = g * (slope + 0.5 * (share - df * log1p_excess(t, share, log1p_square(r))))
+    pull = tl.where(tl.abs(r) < 1.0e36, r * rest, tl.where(r == r, 0.0, r))
+    grad_location = g * ((df + 1.0) * inverse_root * pull) * inverse_s
+    return -grad_location, grad_location, g * ((df + 1.0) * share - 1.0), grad_df
