@@ -282,9 +282,15 @@ class Threads:
             values = [self.value(s, np.bool_) for s in sources]
             self.put(to, getattr(np, f"logical_{name}")(*values), active)
             return
-        if kind == "bf16x2":
-            assert name == "abs", op
+        if kind == "bf16x2" and name == "abs":
             self.put(to, self.value(sources[0], U32) & U32(0x7FFF7FFF), active)
+            return
+        if kind == "bf16x2":  # of both halves by themselves
+            words = [self.value(s, U32) for s in sources]
+            low, high = (
+                ELEMENTWISE[name](*(_wide((w >> U32(shift)).astype(U16)) for w in words)) for shift in (0, 16)
+            )
+            self.put(to, (_narrow(high).astype(U32) << U32(16)) | _narrow(low).astype(U32), active)
             return
         if kind == "f32x2":
             pairs = [np.ascontiguousarray(self.value(s, U64)).view(F32) for s in sources]

@@ -48,7 +48,8 @@ def hard():
 @pytest.mark.parametrize("columns", [1, 700])
 def test_any_dispersion_and_count(backend, hard, columns):
     """Within 1e-5, where differences of lgamma are wrong by whole nats; alone, and among zeros."""
-    (x, m, t), (value, by_m, by_t) = hard
+    every = 1 if columns == 1 else 5
+    (x, m, t), (value, by_m, by_t) = (rows[:, ::every] for rows in hard)
     wide = [torch.zeros(len(x), columns, device=DEVICE) for _ in range(3)]
     wide[1].fill_(-math.inf)  # certain zeros
     for to, given in zip(wide, (x, m, t), strict=True):

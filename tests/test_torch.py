@@ -102,7 +102,7 @@ def _log_prob_arguments(op: str):
     if not op.endswith("_backward"):
         yield x, first.bfloat16().requires_grad_(), *(randn(1, B, X, seed=14) for _ in range(others))
         if declared.takes_integers:
-            yield x.int(), first.half().requires_grad_(), *(randn(X, seed=14) for _ in range(others))
+            yield x.int(), first.half().requires_grad_(), *(randn(1, 1, X, seed=14) for _ in range(others))
 
 
 def _weigh_arguments(op: str):

@@ -215,7 +215,7 @@ def test_likelihoods_read_once(enough, name, layout, k, b, x, dtype):
     declared, data = DECLARED[name], cases.data(name, b, x)
     (first,) = tensors(1, k, b, x, dtype=dtype)
     given = [first, *tensors(len(declared.outputs) - 1, *LAYOUTS[layout](k, b, x), dtype=dtype)]
-    tiles = common.event_tiles(k, b, x, likelihood.forward_launch(declared).tile)
+    tiles = common.event_tiles(k, b, x, likelihood.launching_of(declared, False).tile)
     blocks = triton.cdiv(k, tiles.block_k)
     assert blocks < k or k == 1
     (launch,) = run(lambda: likelihood.log_prob(declared, data, *given))
@@ -240,7 +240,7 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
     given = [first, *tensors(len(declared.outputs) - 1, *LAYOUTS[layout](k, b, x), dtype=dtype)]
     need = [with_x] + [True] * len(given)
     merged = {"merge_k": with_x or layout == "column", "merge_b": layout == "column"}
-    blocks = common.event_tiles(k, b, x, common.LAUNCH["likelihood_backward"].tile, **merged).k_splits
+    blocks = common.event_tiles(k, b, x, likelihood.launching_of(declared, True).tile, **merged).k_splits
     assert blocks == 1 or not with_x
     (launch,) = run(lambda: likelihood.log_prob_backward(declared, grad, data, *given, need))
     # The gradient of a row is read for each of its tiles, or of its groups of pixels, out of the caches.

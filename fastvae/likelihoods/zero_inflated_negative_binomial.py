@@ -91,6 +91,7 @@ class _Exact:
         log_alive = torch.nn.functional.logsigmoid(-self.logit)
         log_dead = torch.nn.functional.logsigmoid(self.logit)
         # Where dropping leaves next to no doubt the sum would round it away.
-        sure = torch.log1p(-torch.sigmoid(-self.logit) * -torch.expm1(counted))
+        likely = self.logit > 1
+        sure = torch.log1p(torch.sigmoid(-torch.where(likely, self.logit, 1.0)) * torch.expm1(counted))
         both = torch.logaddexp(log_dead, log_alive + counted)
-        return torch.where(x == 0, torch.where(self.logit > 1, sure, both), log_alive + counted)
+        return torch.where(x == 0, torch.where(likely, sure, both), log_alive + counted)
