@@ -58,7 +58,7 @@ LAUNCH = {
     "likelihood": Launch(2048, 128, 256, 128),
     # Sums and two results besides: half as much a thread, or they spill.
     "likelihood_backward": Launch(1024, 128, 256, 128),
-    # Those whose values and gradients are long, and bound by arithmetic: two elements a thread, or they spill.
+    # Those that are long, and bound by arithmetic: two elements a thread, or they spill.
     "likelihood_heavy": Launch(512, 256, 256, 256),
     # As the likelihoods: one operand, and little arithmetic.
     "importance": Launch(2048, 128, 256, 128),

@@ -297,7 +297,11 @@ class Threads:
             self.put(to, ELEMENTWISE[name](*pairs).astype(F32).view(U64), active)
             return
         if kind == "bf16":  # d = a + c or a b + c with c, d in float32
-            assert op[-2] == "f32", f"unknown instruction {'.'.join(op)}"
+            if op[-2] != "f32":  # or all of them in bfloat16
+                assert name in ("max", "min"), f"unknown instruction {'.'.join(op)}"
+                values = [_wide(self.value(s, U16)) for s in sources]
+                self.put(to, _narrow(ELEMENTWISE[name](*values).astype(F32)), active)
+                return
             values = [*(_wide(self.value(s, U16)) for s in sources[:-1]), self.value(sources[-1], F32)]
             self.put(to, ELEMENTWISE[name](*values).astype(F32), active)
             return

@@ -217,7 +217,7 @@ def test_likelihoods_read_once(enough, name, layout, k, b, x, dtype):
     given = [first, *tensors(len(declared.outputs) - 1, *LAYOUTS[layout](k, b, x), dtype=dtype)]
     tiles = common.event_tiles(k, b, x, likelihood.launching_of(declared, False).tile)
     blocks = triton.cdiv(k, tiles.block_k)
-    assert blocks < k or k == 1
+    assert blocks < k or k == 1 or likelihood.is_heavy(name)
     (launch,) = run(lambda: likelihood.log_prob(declared, data, *given))
     again, moved = {"p_x": blocks}, blocks * data.nbytes + first.nbytes + 4 * k * b
     for i in range(1, len(given)):
