@@ -1,6 +1,6 @@
 """fastvae: the objectives of variational autoencoders on fused kernels. See README.md."""
 
-from . import ops, random, weights
+from . import likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
 from .distributions import DiagonalNormal, Distribution, StandardNormal, TorchDistribution, register_kl
 from .evaluate import Evaluation, evaluate
@@ -8,6 +8,7 @@ from .graphs import graphed
 from .likelihoods import (
     Bernoulli,
     Gaussian,
+    Joint,
     Laplace,
     Likelihood,
     Logistic,
@@ -37,6 +38,7 @@ __all__ = [
     "Distribution",
     "Evaluation",
     "Gaussian",
+    "Joint",
     "Laplace",
     "Likelihood",
     "LogMarginal",
@@ -54,12 +56,14 @@ __all__ = [
     "evaluate",
     "graphed",
     "iwae",
+    "likelihoods",
     "log_marginal",
     "log_weights",
     "ops",
     "random",
     "reconstruction_log_prob",
     "register_kl",
+    "schedules",
     "use_backend",
     "weights",
 ]

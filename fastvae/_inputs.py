@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_data, check_result, check_same_device, on_same_device, shape_of
+from ._checks import check_same_device, shape_of
 from ._glance import are_batch, are_batch_in_python
+from ._nested import Beside, as_mask, as_size, check_batch, each, repeat, tensors
 from .distributions import (
     STANDARD,
     Distribution,
@@ -25,80 +26,100 @@ from .ops.weigh import Weighing, weigh
 class Inputs(NamedTuple):
     """A batch and the three distributions that an objective is made of."""
 
-    x: Tensor
+    x: Any
     q: Distribution
-    decoder: Callable[[Tensor], Any]
+    decoder: Callable[..., Any]
     likelihood: Likelihood
     prior: Distribution
+    beside: Beside | None = None
 
     @classmethod
-    def read(cls, x: Any, q: Any, decoder: Any, likelihood: Any, prior: Any) -> Inputs:
+    def read(
+        cls, x: Any, q: Any, decoder: Any, likelihood: Any, prior: Any, beside: Beside | None = None
+    ) -> Inputs:
         """Read and check what the user gave."""
         # What is right at a glance is not asked one by one.
-        if type(q) is tuple and len(q) == 2 and prior is None:
+        if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
             glance = are_batch_in_python if torch.compiler.is_compiling() else are_batch
             fits = known is not None and callable(decoder) and glance(x, *q)
             if fits and (known.differentiable or not x.requires_grad):
-                return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD))
+                return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD, None))
         likelihood = as_likelihood(likelihood, shared=True)
-        check_data(x, likelihood)
+        likelihood.check(x)
         q = as_posterior(q)
-        if x.dim() == 0 or x.shape[0] != q.batch:
-            raise ValueError(
-                f"x has shape {shape_of(x)} but q has {q.batch} rows; the first axis of both must be the "
-                "batch"
-            )
-        if not on_same_device(x.device, q.device):
-            raise ValueError(f"x is on {x.device} but q is on {q.device}; move one of them")
+        check_batch("x", x, q.batch, q.device)
         if not callable(decoder):
             raise TypeError(
                 "decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got "
                 f"{type(decoder).__name__}. Pass the decoder itself, not its output"
             )
-        return cls(x, q, decoder, likelihood, as_prior(prior))
+        context = None
+        if beside is not None:
+            mask, size, context = beside
+            if context is not None:
+                check_batch("context", context, q.batch, q.device)
+            mask = None if mask is None else as_mask(mask, x)
+            beside = Beside(mask, None if size is None else as_size(size, x), context)
+        return cls(x, q, decoder, likelihood, as_prior(prior, context), beside)
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    def at(self, rows: Tensor) -> Inputs:
+        """With the data of these examples; q and the prior stay those of all."""
+        beside = None if self.beside is None else self.beside.at(rows)
+        return self._replace(x=each(lambda t: t[rows], self.x), beside=beside)
+
+    def decode(self, z: Tensor, samples: int) -> Any:
+        """The decoder's output for z [K·B, D]."""
+        if self.beside is None or self.beside.context is None:
+            return self.decoder(z)
+        return self.decoder(z, repeat(self.beside.context, samples))
 
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
     ) -> tuple[Tensor, Tensor | None]:
         """What :func:`fastvae.ops.weigh.weigh` returns, of z [K·B, D] and a term of q and p."""
-        parameters = self.decoder(z)
+        parameters = self.decode(z, samples)
         takes_fused = beta is None or not beta.requires_grad
-        fused = self.likelihood.fused(self.x, parameters, samples) if takes_fused else None
+        fused = self.likelihood.fused(self.x, parameters, samples, self.beside) if takes_fused else None
         if fused is not None:
             return weigh(*fused, term, beta, how, terms)
-        return weigh_samples(self._log_prob(z, self.x, parameters, samples), term, beta, how)
+        return weigh_samples(self._log_prob(z, parameters, samples), term, beta, how)
 
-    def log_likelihood(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, z: Tensor) -> Tensor:
         """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major."""
-        x = self.x if x is None else x
         z_rows = z.flatten(0, 1)
-        parameters = self.decoder(z_rows)
-        return self._log_prob(z_rows, x, parameters, z.shape[0])
+        return self._log_prob(z_rows, self.decode(z_rows, z.shape[0]), z.shape[0])
 
-    def _log_prob(self, z: Tensor, x: Tensor, parameters: Any, samples: int) -> Tensor:
-        """log p(x|z) [K, B] of the decoder's output for z [K·B, D], checked."""
-        batch, first = x.shape[0], _first_of(parameters)
-        if type(self.likelihood).log_prob is Declared.log_prob:
-            return self.likelihood.log_prob(x, parameters, samples)
-        if isinstance(first, Tensor):
-            check_same_device("the decoder's output", first, "x", x)
-        value = self.likelihood.log_prob(x, parameters, samples)
-        # One of the user's may have broadcast what fastvae's own refuse.
-        if isinstance(first, Tensor) and first.shape[:1] != (samples * batch,):
-            raise ValueError(
-                f"the decoder returned {shape_of(first)} for z [{samples * batch}, {z.shape[1]}]; expected "
-                f"K·B = {samples}·{batch} rows, one for each row of z"
-            )
-        check_result(
-            self.likelihood, "log_prob", "log p(x|z)", value, "[K, B]", (samples, batch), z.device,
-            "sum over the axes of the event, not over samples or batch",
-        )  # fmt: skip
-        return value
+    def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:
+        """log p(x|z) [K, B] of the decoder's output for z [K·B, D]."""
+        if not (isinstance(self.likelihood, Declared) and self.likelihood.is_declared):
+            # One of the user's may broadcast what fastvae's own refuse.
+            rows = z.shape[0]
+            for name, part in _named(parameters):
+                check_same_device(f"the decoder's output{name}", part, "x", tensors(self.x)[0])
+                if part.shape[:1] != (rows,):
+                    raise ValueError(
+                        f"the decoder returned {shape_of(part)}{name and f' as {name}'} for z [{rows}, "
+                        f"{z.shape[1]}]; expected K·B = {samples}·{rows // samples} rows, one for each row "
+                        "of z"
+                    )
+        return self.likelihood.log_likelihood(self.x, parameters, samples, self.beside)
 
 
-def _first_of(parameters: Any) -> Any:
-    return parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
+def _named(parameters: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The first tensors that a decoder returned, by name where it returns a dict."""
+    if isinstance(parameters, Tensor):
+        if parameters.dim():
+            yield name, parameters
+    elif isinstance(parameters, Mapping):
+        for key, part in parameters.items():
+            yield from _named(part, f"{name}[{key!r}]")
+    elif isinstance(parameters, (tuple, list)) and parameters:
+        yield from _named(parameters[0], name)
 
 
 def weigh_samples(

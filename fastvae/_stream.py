@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._checks import check_count
 from ._inputs import Inputs
+from ._nested import event_size
 from .distributions import Distribution, draw_chunk, rsample
 from .weights import Weights
 
@@ -34,12 +35,12 @@ class Chunks:
         self.k_chunk = k_chunk
         self.most_rows: int | None = None
 
-    def draws(self, x: Tensor, batch: int) -> int:
-        """For each of ``batch`` examples like those of x."""
+    def draws(self, inputs: Inputs, batch: int) -> int:
+        """For each of ``batch`` examples like these."""
         size = self.k_chunk
         if size is None:
-            numbers, rows = self._CPU if x.device.type == "cpu" else self._GPU
-            size = min(rows, numbers // max(1, x.shape[1:].numel())) // max(1, batch)
+            numbers, rows = self._CPU if inputs.device.type == "cpu" else self._GPU
+            size = min(rows, numbers // max(1, event_size(inputs.x))) // max(1, batch)
         if self.most_rows is not None:
             size = min(size, self.most_rows // max(1, batch))
         return max(1, size)
@@ -73,7 +74,7 @@ def stream(
     ``rows`` are the examples whose draws are wanted, if not all; the noise is that of their place in the
     batch.
     """
-    x = inputs.x if rows is None else inputs.x[rows]
+    data = inputs if rows is None else inputs.at(rows)
     # Examples drawn for at once, and those of them that are wanted.
     spans = [(inputs.q, row_offset, rows)] if rows is None else _spans(inputs, row_offset, rows)
     batch = sum(q.batch for q, _, _ in spans)
@@ -88,17 +89,17 @@ def stream(
                 part = rsample(q, count, seed, sample_offset=start, row_offset=offset)[:1]
             parts.append(part if wanted is None else tuple(v[:, wanted] for v in part))
         z, *log_ratio = parts[0] if len(parts) == 1 else map(torch.hstack, zip(*parts, strict=True))
-        log_likelihood = inputs.log_likelihood(z, x)
+        log_likelihood = data.log_likelihood(z)
         return log_likelihood + log_ratio[0] if ratio else log_likelihood
 
     while start < stop:
-        count = min(chunks.draws(x, batch), stop - start)
+        count = min(chunks.draws(inputs, batch), stop - start)
         log_w = None
         with _spared_memory_errors() if count > 1 else contextlib.nullcontext():
             log_w = draw(count)
         # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
         if log_w is None:
-            if x.device.type == "cuda":
+            if inputs.device.type == "cuda":
                 torch.cuda.empty_cache()
             chunks.halve(count, batch)
             continue

@@ -13,8 +13,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import _backend, _stream
-from ._checks import check_address, check_choice, check_count, check_weight
+from ._checks import (
+    check_address,
+    check_choice,
+    check_count,
+    check_same_device,
+    check_tensor,
+    check_weight,
+    shape_of,
+)
 from ._inputs import Inputs, weigh_samples
+from ._nested import Beside, tensors
 from ._stream import Chunks
 from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio
 from .distributions.draws import describe, say_monte_carlo
@@ -30,6 +39,10 @@ if TYPE_CHECKING:
     # What the overloads take alike.
 
     class BoundOptions(TypedDict, total=False):
+        mask: Any
+        size: Any
+        context: Any
+        example_weights: Tensor | None
         reduction: str
         generator: torch.Generator | None
         row_offset: int
@@ -80,9 +93,9 @@ class LogMarginal(NamedTuple):
 
 @overload
 def elbo(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     terms: Literal[True],
     likelihood: str | Likelihood = ...,
@@ -91,9 +104,9 @@ def elbo(
 ) -> Terms: ...
 @overload
 def elbo(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     terms: Literal[False] = ...,
     likelihood: str | Likelihood = ...,
@@ -102,9 +115,9 @@ def elbo(
 ) -> Tensor: ...
 @overload
 def elbo(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     terms: bool,
     likelihood: str | Likelihood = ...,
@@ -112,9 +125,9 @@ def elbo(
     **options: Unpack[ElboOptions],
 ) -> Tensor | Terms: ...
 def elbo(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
@@ -122,6 +135,10 @@ def elbo(
     beta: float | Tensor = 1.0,
     free_bits: float | Tensor = 0.0,
     kl: str = "analytic",
+    mask: Any = None,
+    size: Any = None,
+    context: Any = None,
+    example_weights: Tensor | None = None,
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
@@ -133,16 +150,18 @@ def elbo(
               \quad z_l \sim q(z|x)
 
     Args:
-        x: data [B, *event].
+        x: data [B, *event]; for a likelihood of several parts, :class:`fastvae.Joint`, a dict of such.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar side by side; a pair (mu, logvar), each [B,
             D], or an object or mapping that names them, as those of diffusers and pythae do; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.Distribution`.
         decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
-            sample-major.
+            sample-major. With a ``context`` it is called as ``decoder(z, context)``.
         likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
-            or an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean).
+            another name, an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean), or one of
+            your own, a :class:`fastvae.Likelihood`.
         prior: default N(0, I); else ``fastvae.DiagonalNormal(mu, logvar)``, another
-            :class:`fastvae.Distribution`, or a torch.distributions object.
+            :class:`fastvae.Distribution`, a torch.distributions object, or a function of the context that
+            returns one of these, or a pair (mu, logvar), each [B, D].
         samples: L, the draws of z per example.
         beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Under
             torch.compile a number that changes is compiled again; a tensor's values are not part of the code.
@@ -151,6 +170,14 @@ def elbo(
             A number, of which 0 is none, or a tensor [].
         kl: ``"analytic"``, in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the draws.
             Where no closed form is known for q and the prior, it is ``"mc"``, with a warning.
+        mask: which elements of x were observed, bool, [B, *event] or [*event]; the others do not count,
+            whatever x holds there, NaN included. Give the encoder an x without them, such as
+            ``torch.where(mask, x, 0)``: this is MIWAE's bound (Mattei & Frellsen 2019).
+        size: factors of the mean of counts [B], such as library sizes.
+        context: what decoder, and a prior that is a function, are given beside z: a tensor [B, ...] or a dict
+            of such, repeated for each sample: labels, batches, positions.
+        example_weights: a factor of each example's bound, [B], before the reduction; ``"mean"`` still divides
+            by B.
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for [B]. Events are always summed.
         terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction; kl
             without β.
@@ -175,7 +202,7 @@ def elbo(
         >>> bound = fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")
         >>> (-bound).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior)
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     q, prior = inputs.q, inputs.prior
     # What is right at a glance is not asked again.
     if type(samples) is not int or samples < 1:
@@ -196,7 +223,7 @@ def elbo(
         )
     if type(row_offset) is not int or row_offset:
         check_address(samples, q.batch, 0, row_offset)
-    seed = draw_seed(x.device, generator)
+    seed = draw_seed(inputs.q.device, generator)
     coefficient, factor = 1.0, None
     if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
         coefficient = beta
@@ -215,11 +242,32 @@ def elbo(
         if kl == "analytic":
             _without_closed_form(q, prior, has_free_bits)
         z, term = draw_ratio(q, prior, samples, seed, row_offset)
-    how = Weighing(coefficient, "mean", "none" if terms else reduction)
+    of_each = terms or example_weights is not None
+    how = Weighing(coefficient, "mean", "none" if of_each else reduction)
     bound, log_likelihood = inputs.bound(z, term, samples, factor, how, terms)
+    if example_weights is not None:
+        return _weighted(bound, example_weights, reduction, terms)
     if not terms:
         return bound
     return Terms(bound, log_likelihood, -term.mean(0) if drawn is None else term)  # type: ignore[arg-type]
+
+
+def _weighted(bound: Tensor, weights: Any, reduction: str, terms: bool) -> Tensor:
+    """The reduction of bounds [B], each by its factor."""
+    if terms:
+        raise ValueError(
+            "terms=True returns each example's own bound, which example_weights do not change; leave one of "
+            "them out, and weight the bounds [B] yourself"
+        )
+    check_tensor("example_weights", weights)
+    if weights.shape != bound.shape:
+        raise ValueError(
+            f"example_weights has shape {shape_of(weights)}; expected [B] = {list(bound.shape)}, a factor of "
+            "each example's bound"
+        )
+    check_same_device("example_weights", weights, "q", bound)
+    weighted = weights * bound
+    return weighted if reduction == "none" else getattr(weighted, reduction)()  # type: ignore[no-any-return]
 
 
 def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bool) -> None:
@@ -234,9 +282,9 @@ def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bo
 
 @overload
 def iwae(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     terms: Literal[True],
     likelihood: str | Likelihood = ...,
@@ -246,9 +294,9 @@ def iwae(
 ) -> Terms: ...
 @overload
 def iwae(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     terms: Literal[False] = ...,
     likelihood: str | Likelihood = ...,
@@ -258,9 +306,9 @@ def iwae(
 ) -> Tensor: ...
 @overload
 def iwae(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     terms: bool,
     likelihood: str | Likelihood = ...,
@@ -269,15 +317,19 @@ def iwae(
     **options: Unpack[IwaeOptions],
 ) -> Tensor | Terms: ...
 def iwae(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     k: int = 50,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     estimator: str = "iwae",
     k_chunk: int | None = None,
+    mask: Any = None,
+    size: Any = None,
+    context: Any = None,
+    example_weights: Tensor | None = None,
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
@@ -289,8 +341,9 @@ def iwae(
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, prior, reduction, generator, row_offset: as in :func:`elbo`; the decoder is
-            called with N = k·B, once if there is no ``k_chunk``.
+        x, q, decoder, likelihood, prior, mask, size, context, example_weights, reduction, generator,
+            row_offset: as in :func:`elbo`; the decoder is called with N = k·B, once if there is no
+            ``k_chunk``.
         k: importance samples per example.
         estimator: the gradient that reaches q; the value is the same, and so is the decoder's gradient.
             ``"iwae"``: the bound's derivative, whose signal-to-noise falls with k (Rainforth et al. 2018).
@@ -322,7 +375,7 @@ def iwae(
         >>> bound = fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli", estimator="dreg")
         >>> (-bound).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior)
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     if type(k) is not int or k < 1:
         check_count("k", k, "the importance samples per example")
     if estimator not in ESTIMATORS:
@@ -333,8 +386,9 @@ def iwae(
         check_count("k_chunk", k_chunk, "the samples trained on at a time")
     if type(row_offset) is not int or row_offset:
         check_address(k, inputs.q.batch, 0, row_offset)
-    seed = draw_seed(x.device, generator)
-    how = Weighing(1.0, "log_mean_exp", "none" if terms else reduction)
+    seed = draw_seed(inputs.q.device, generator)
+    of_each = terms or example_weights is not None
+    how = Weighing(1.0, "log_mean_exp", "none" if of_each else reduction)
     if k_chunk is None or k_chunk >= k:
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
         bound, log_likelihood = inputs.bound(z, log_ratio, k, None, how, terms)
@@ -345,7 +399,9 @@ def iwae(
         bound, log_likelihood = weigh_samples(log_likelihood, log_ratio, None, how)
         if whole is not None:
             bound = bound + whole
-            bound = bound if terms or reduction == "none" else getattr(bound, reduction)()
+            bound = bound if of_each or reduction == "none" else getattr(bound, reduction)()
+    if example_weights is not None:
+        return _weighted(bound, example_weights, reduction, terms)
     if not terms:
         return bound
     return Terms(bound, log_likelihood, -log_ratio.detach().mean(0))  # type: ignore[arg-type]
@@ -359,14 +415,17 @@ class LogWeights(NamedTuple):
 
 
 def log_weights(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     k: int,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     estimator: str = "iwae",
+    mask: Any = None,
+    size: Any = None,
+    context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> LogWeights:
@@ -376,7 +435,7 @@ def log_weights(
     .. math:: \log w_k = \log p(x|z_k) + \big[\log p(z_k) - \log q(z_k|x)\big], \quad z_k \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, prior, generator, row_offset: as in :func:`elbo`.
+        x, q, decoder, likelihood, prior, mask, size, context, generator, row_offset: as in :func:`elbo`.
         k: draws per example.
         estimator: which gradient reaches q through the log-ratio, as in :func:`iwae`. ``"dreg"`` takes its
             weights from the gradient that arrives at the log-ratio: it is right under one log-mean-exp over
@@ -400,13 +459,13 @@ def log_weights(
         >>> tempered.shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior)
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     check_count("k", k, "the importance samples per example")
     check_choice("estimator", estimator, ESTIMATORS)
     if type(row_offset) is not int or row_offset:
         check_address(k, inputs.q.batch, 0, row_offset)
     z, log_ratio = draw_ratio(
-        inputs.q, inputs.prior, k, draw_seed(x.device, generator), row_offset, estimator
+        inputs.q, inputs.prior, k, draw_seed(inputs.q.device, generator), row_offset, estimator
     )
     return LogWeights(inputs.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)
 
@@ -446,7 +505,7 @@ def _chunked(
     # checkpoint keeps the random state (dropout's) of those devices that it sees a tensor of.
     def draw(start: int, on_device: Tensor) -> tuple[Tensor, ...]:
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
-            _trim(inputs.x.device)
+            _trim(inputs.device)
         z, log_ratio, whole = draw_chunk(
             inputs.q, inputs.prior, min(k_chunk, k - start), seed, start, row_offset, estimator
         )
@@ -456,21 +515,25 @@ def _chunked(
     if not torch.compiler.is_compiling():
         # The second pass may run in a thread of autograd's, and must be of the first one's kind.
         draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
-    parts = [checkpoint(draw, start, inputs.x, use_reentrant=False) for start in range(0, k, k_chunk)]
+    on_device = tensors(inputs.x)[0]
+    parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
     log_likelihood, log_ratio, *whole = zip(*parts, strict=True)
     return torch.cat(log_likelihood), torch.cat(log_ratio), sum(whole[0]) if whole else None
 
 
 @torch.no_grad()
 def log_marginal(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     k: int = 5000,
     k_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
+    mask: Any = None,
+    size: Any = None,
+    context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> LogMarginal:
@@ -484,7 +547,7 @@ def log_marginal(
               \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
     Args:
-        x, q, decoder, likelihood, prior, generator, row_offset: as in :func:`elbo`.
+        x, q, decoder, likelihood, prior, mask, size, context, generator, row_offset: as in :func:`elbo`.
         k: draws per example.
         k_chunk: draws at a time, which bounds memory and changes no result but by rounding: the noise of draw
             k is the same in any chunk. Default: as many as give the decoder's output about 4 million numbers
@@ -510,7 +573,7 @@ def log_marginal(
         >>> fastvae.log_marginal(torch.rand(16, 8), q, decoder, k=100, likelihood="bernoulli").log_px.shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior)
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     check_count("k", k, "the importance samples per example")
     chunks = Chunks(k_chunk)
     if type(row_offset) is not int or row_offset:
@@ -522,13 +585,16 @@ def log_marginal(
 
 @torch.no_grad()
 def reconstruction_log_prob(
-    x: Tensor,
+    x: Any,
     q: Any,
-    decoder: Callable[[Tensor], Any],
+    decoder: Callable[..., Any],
     *,
     samples: int = 100,
     k_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
+    mask: Any = None,
+    size: Any = None,
+    context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> Tensor:
@@ -538,7 +604,7 @@ def reconstruction_log_prob(
     .. math:: \log \frac{1}{L} \sum_{l=1}^{L} p(x|z_l), \quad z_l \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, generator, row_offset: as in :func:`elbo`.
+        x, q, decoder, likelihood, mask, size, context, generator, row_offset: as in :func:`elbo`.
         samples: L, the draws per example.
         k_chunk: draws at a time, as in :func:`log_marginal`.
 
@@ -559,7 +625,7 @@ def reconstruction_log_prob(
         >>> fastvae.reconstruction_log_prob(x, q, decoder, samples=30, likelihood="bernoulli").shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, None)
+    inputs = Inputs.read(x, q, decoder, likelihood, None, Beside.of(mask, size, context))
     check_count("samples", samples, "the draws per example")
     chunks = Chunks(k_chunk)
     if type(row_offset) is not int or row_offset:

@@ -14,7 +14,8 @@ from torch import distributions as td
 
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
-from .distributions import Distribution, as_posterior, as_prior
+from ._nested import check_batch, each, tensors
+from .distributions import Distribution, as_posterior, as_prior, is_conditional
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
@@ -36,10 +37,13 @@ class VAE(nn.Module):
         encoder: module x [B, \*event] -> q: a tensor [B, 2 D], mu and logvar side by side, a pair (mu,
             logvar) or any other posterior that :func:`fastvae.elbo` takes.
         decoder: module z [N, D] -> parameters of the likelihood.
-        likelihood: ``"gaussian"``, ``"bernoulli"`` or an object.
-        prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``.
+        likelihood: ``"gaussian"``, ``"bernoulli"``, another name or an object.
+        prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``, or a module context -> prior.
         latent_dim: D; found from the encoder's first output if not given, and needed for :meth:`sample`
             before that. If given, torch.compile compiles only once.
+
+    Conditional models: where a method is given ``context=``, encoder and decoder are called with it as their
+    second argument, and a prior that is a function with it alone.
 
     Encoder and decoder may be functions or methods, too. The modules that such a callable reaches when the
     VAE is built are then modules of the VAE, so that optimisers, ``state_dict``, ``.to()`` and ``.eval()``
@@ -61,11 +65,13 @@ class VAE(nn.Module):
     # Modules, or functions that reach none.
     encoder: Any
     decoder: Any
+    # A distribution, or a function of the context.
+    prior: Any
 
     def __init__(
         self,
-        encoder: Callable[[Tensor], Any],
-        decoder: Callable[[Tensor], Any],
+        encoder: Callable[..., Any],
+        decoder: Callable[..., Any],
         *,
         likelihood: str | Likelihood = "gaussian",
         prior: Any = None,
@@ -83,12 +89,12 @@ class VAE(nn.Module):
                 "module does not register: they would not be trained. Use fastvae.DiagonalNormal(mu, logvar) "
                 "with nn.Parameters, or a subclass of fastvae.Distribution with the parameters and a log_prob"
             )
-        self.prior = as_prior(prior)
+        self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_prior(prior)
         self.latent_dim = (
             None if latent_dim is None else check_count("latent_dim", latent_dim, "the number of latents")
         )
 
-    def forward(self, x: Tensor, objective: str = "elbo", **options: Any) -> Tensor | Terms | LogMarginal:
+    def forward(self, x: Any, objective: str = "elbo", **options: Any) -> Tensor | Terms | LogMarginal:
         """:meth:`elbo`, :meth:`iwae` or :meth:`log_marginal` of x, by name, with its options.
 
         Wrappers that act in a module's ``forward`` need this: ``DistributedDataParallel(vae)(x,
@@ -109,55 +115,59 @@ class VAE(nn.Module):
         check_choice("objective", objective, _OBJECTIVES)
         return getattr(self, objective)(x, **options)  # type: ignore[no-any-return]
 
-    def posterior(self, x: Tensor) -> Distribution:
+    def posterior(self, x: Any, context: Any = None) -> Distribution:
         """q(z|x), the posterior object of the encoder's output."""
-        if isinstance(x, Tensor) and x.dtype in INTEGERS and self.likelihood.takes_integers:
+        if any(t.dtype in INTEGERS for t in tensors(x)):
+            self.likelihood.check(x)
             # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
-            x = x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32))
-        q = as_posterior(self.encoder(x))
+            dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+            x = each(lambda t: t.to(dtype) if t.dtype in INTEGERS else t, x)
+        q = as_posterior(self.encoder(x) if context is None else self.encoder(x, context))
         if self.latent_dim is None:
             self.latent_dim = None if q.mean is None else q.mean.shape[1]
         return q
 
     @overload
-    def elbo(self, x: Tensor, *, terms: Literal[True], **options: Unpack[ElboOptions]) -> Terms: ...
+    def elbo(self, x: Any, *, terms: Literal[True], **options: Unpack[ElboOptions]) -> Terms: ...
     @overload
-    def elbo(self, x: Tensor, *, terms: Literal[False] = ..., **options: Unpack[ElboOptions]) -> Tensor: ...
+    def elbo(self, x: Any, *, terms: Literal[False] = ..., **options: Unpack[ElboOptions]) -> Tensor: ...
     @overload
-    def elbo(self, x: Tensor, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
-    def elbo(self, x: Tensor, **options: Any) -> Tensor | Terms:
+    def elbo(self, x: Any, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
+    def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
         """:func:`fastvae.elbo` of x; options are its keyword arguments."""
-        return objectives.elbo(x, self.posterior(x), self.decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
+        return objectives.elbo(x, self._q(x, options), self.decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
     def iwae(
-        self, x: Tensor, k: int = ..., *, terms: Literal[True], **options: Unpack[IwaeOptions]
+        self, x: Any, k: int = ..., *, terms: Literal[True], **options: Unpack[IwaeOptions]
     ) -> Terms: ...
     @overload
     def iwae(
-        self, x: Tensor, k: int = ..., *, terms: Literal[False] = ..., **options: Unpack[IwaeOptions]
+        self, x: Any, k: int = ..., *, terms: Literal[False] = ..., **options: Unpack[IwaeOptions]
     ) -> Tensor: ...
     @overload
     def iwae(
-        self, x: Tensor, k: int = ..., *, terms: bool, **options: Unpack[IwaeOptions]
+        self, x: Any, k: int = ..., *, terms: bool, **options: Unpack[IwaeOptions]
     ) -> Tensor | Terms: ...
-    def iwae(self, x: Tensor, k: int = 50, **options: Any) -> Tensor | Terms:
+    def iwae(self, x: Any, k: int = 50, **options: Any) -> Tensor | Terms:
         """:func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
-        return objectives.iwae(x, self.posterior(x), self.decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
+        return objectives.iwae(x, self._q(x, options), self.decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def log_marginal(self, x: Tensor, k: int = 5000, **options: Any) -> LogMarginal:
+    def log_marginal(self, x: Any, k: int = 5000, **options: Any) -> LogMarginal:
         """:func:`fastvae.log_marginal` of x with k samples, in the mode (train or eval) that the module is
         in.
         """
-        return objectives.log_marginal(x, self.posterior(x), self.decoder, k=k, **self._meaning(), **options)
+        return objectives.log_marginal(
+            x, self._q(x, options), self.decoder, k=k, **self._meaning(), **options
+        )
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
         return evaluate(self.posterior, self.decoder, data, **self._meaning(), **options)
 
     @torch.no_grad()
-    def anomaly_score(self, x: Tensor, samples: int = 100, **options: Any) -> Tensor:
+    def anomaly_score(self, x: Any, samples: int = 100, **options: Any) -> Tensor:
         """How unlike the training data x is, [B], in nats; high is anomalous.
 
         It is minus :func:`fastvae.reconstruction_log_prob`, An and Cho's reconstruction probability; options
@@ -165,27 +175,55 @@ class VAE(nn.Module):
         latents that are rare under the prior.
         """
         options = {"likelihood": self.likelihood, "samples": samples, **options}
-        return -objectives.reconstruction_log_prob(x, self.posterior(x), self.decoder, **options)
+        return -objectives.reconstruction_log_prob(x, self._q(x, options), self.decoder, **options)
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """The means of p(x|z) for n draws of z from the prior, [n, *event]."""
+    def sample(
+        self,
+        n: int,
+        *,
+        mean: bool = False,
+        context: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """n draws of x: of z from the prior, and of p(x|z), [n, *event].
+
+        Args:
+            n: how many.
+            mean: return the means of p(x|z) instead, as for pictures.
+            context: what decoder and prior are given besides z, of n rows.
+            generator: source of the noise; default torch's own random state.
+        """
         check_count("n", n, "the number of draws")
         if self.latent_dim is None:
             raise ValueError(
                 "the latent dimension is not known yet: give VAE(..., latent_dim=D), or encode a batch first"
             )
         reference = next(self.parameters(), torch.empty(()))
-        z = self.prior.sample(n, self.latent_dim, device=reference.device, generator=generator)
-        return self.likelihood.mean(self.decoder(z.to(reference.dtype)))
+        prior = self.prior
+        if context is not None:
+            check_batch("context", context, n, reference.device)
+        if is_conditional(prior):
+            prior = as_prior(prior, context)
+        z = prior.sample(n, self.latent_dim, device=reference.device, generator=generator)
+        parameters = self._decode(z.to(reference.dtype), context)
+        if mean:
+            return self.likelihood.mean(parameters)
+        return self.likelihood.sample(parameters, generator=generator)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Any, *, context: Any = None) -> Any:
         """The mean of p(x|z) at the mean of q(z|x), [B, *event]."""
-        mean = self.posterior(x).mean
+        mean = self.posterior(x, context).mean
         if mean is None:
             raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
-        return self.likelihood.mean(self.decoder(mean))
+        return self.likelihood.mean(self._decode(mean, context))
+
+    def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
+        return self.posterior(x, options.get("context"))
+
+    def _decode(self, z: Tensor, context: Any) -> Any:
+        return self.decoder(z) if context is None else self.decoder(z, context)
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}

@@ -29,7 +29,7 @@ class Given(fastvae.Likelihood):
         self.register_buffer("table", table)
         self.drawn = 0
 
-    def log_prob(self, x, parameters, samples):
+    def log_likelihood(self, x, parameters, samples, beside=None):
         start, self.drawn = self.drawn, self.drawn + samples
         return self.table[start : start + samples, x[:, 0].long()]
 
@@ -71,7 +71,7 @@ def test_what_is_known_stops():
     class ByExample(fastvae.Likelihood):
         """Of the example's number, its first pixel, and of z."""
 
-        def log_prob(self, x, parameters, samples):
+        def log_likelihood(self, x, parameters, samples, beside=None):
             z = parameters.reshape(samples, len(x), D)[..., 0]
             kinds = [
                 0 * z,

@@ -183,7 +183,7 @@ def test_stopping_waits_for_the_first_weight():
     """While all weights are 0 the error is not known: drawing goes on; what never comes is said."""
 
     class Rare(fastvae.Likelihood):
-        def log_prob(self, x, parameters, samples):
+        def log_likelihood(self, x, parameters, samples, beside=None):
             return torch.where(parameters.reshape(samples, x.shape[0], D)[..., 0] > x[:, 0], 0.0, -math.inf)
 
     x = torch.tensor([[2.5], [50.0], [-9.0]], device=DEVICE).expand(3, X)
@@ -450,8 +450,8 @@ def test_one_example_and_sizes_that_differ():
     assert result.active_units == 0
 
     class Sum(fastvae.Likelihood):
-        def log_prob(self, x, parameters, samples):
-            return parameters.reshape(samples, x.shape[0], -1).sum(2) - x.sum(1)
+        def log_prob(self, x, parameters):
+            return parameters.sum(1) - x.sum(1)
 
     def encoder(x):
         return torch.zeros(len(x), D, device=DEVICE), torch.zeros(len(x), D, device=DEVICE)
@@ -507,9 +507,9 @@ def test_eval_mode_and_back():
     assert encoder.training
 
     class Watching(fastvae.Bernoulli):
-        def log_prob(self, x, parameters, samples):
+        def log_prob(self, x, parameters):
             assert not self.training
-            return super().log_prob(x, parameters, samples)
+            return super().log_prob(x, parameters)
 
     fastvae.evaluate(q, decoder, x, **{**options, "likelihood": Watching()})
 
@@ -1444,10 +1444,10 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
             return fastvae.evaluate(encoder, decoder, batches(), **options)
 
         class Likelihood(fastvae.Gaussian):
-            def log_prob(self, x, parameters, samples):
-                if bad and samples == 1 and x.shape[0] == 1:
+            def log_prob(self, x, parameters):
+                if bad and x.shape[0] == 1:
                     raise _Failure("here")
-                return super().log_prob(x, parameters, samples)
+                return super().log_prob(x, parameters)
 
         def seeded():
             return {"generator": torch.Generator().manual_seed(6)}

@@ -308,12 +308,12 @@ def test_gaussian_scale_is_a_standard_deviation():
     number = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
     for scale, learned in ((0.3, False), (number, False), (row, False), (number, True), (row, True)):
         likelihood = fastvae.Gaussian(scale=scale, learned=learned)
-        got = likelihood.log_prob(x, mean.reshape(k * B, X), k)
+        got = likelihood.log_likelihood(x, mean.reshape(k * B, X), k)
         torch.testing.assert_close(got, td.Normal(mean, scale).log_prob(x).sum(2), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(likelihood.scale, scale)
     computed = row.clone().requires_grad_()
     (got,) = torch.autograd.grad(
-        fastvae.Gaussian(computed).log_prob(x, mean.reshape(k * B, X), k).sum(), computed
+        fastvae.Gaussian(computed).log_likelihood(x, mean.reshape(k * B, X), k).sum(), computed
     )
     (expected,) = torch.autograd.grad(td.Normal(mean, computed).log_prob(x).sum(), computed)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

@@ -289,8 +289,8 @@ def _by_itself(own):
     """The likelihood as a user's own, whose bound is made of its log_prob."""
 
     class Own(own):
-        def log_prob(self, x, parameters, samples):
-            return super().log_prob(x, parameters, samples)
+        def log_prob(self, x, parameters):
+            return super().log_prob(x, parameters)
 
     return Own
 
@@ -355,8 +355,8 @@ def test_a_scale_keeps_its_digits_beside_a_decoder_in_half_precision(backend, sc
 
 def test_a_subclass_is_asked_for_its_own_log_prob():
     class Half(fastvae.Bernoulli):
-        def log_prob(self, x, parameters, samples):
-            return 0.5 * super().log_prob(x, parameters, samples)
+        def log_prob(self, x, parameters):
+            return 0.5 * super().log_prob(x, parameters)
 
     x, q = rand(4, 7, seed=1), (torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE))
     weight = randn(3, 7, seed=2)

@@ -190,7 +190,7 @@ def test_log_marginal_agrees_with_weights_of_all_draws():
     seed = torch.Generator(DEVICE).manual_seed(5)
     z, ratio = fastvae.ops.rsample_log_ratio(*q, samples=k, generator=torch.Generator(DEVICE).manual_seed(5))
     whole = Weights.of(
-        likelihood.log_prob(x, decoder(z.flatten(0, 1)), k).detach() + ratio, tail_length(k) + 1
+        likelihood.log_likelihood(x, decoder(z.flatten(0, 1)), k).detach() + ratio, tail_length(k) + 1
     )
     expected = (whole.log_px, whole.stderr, whole.ess, whole.khat)
     for k_chunk in (1, 7, 100, 1000, None):

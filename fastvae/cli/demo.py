@@ -414,7 +414,9 @@ def _tiles(values: Tensor, rows: int, columns: int, shape: tuple[int, int]) -> n
 
 def _samples(axes: Any, result: Run, images: Images) -> None:
     noise = torch.Generator(images.test.device).manual_seed(TEST_SEED)
-    _show(axes, _tiles(result.model.sample(100, generator=noise), 10, 10, images.shape), _gap(images))
+    _show(
+        axes, _tiles(result.model.sample(100, mean=True, generator=noise), 10, 10, images.shape), _gap(images)
+    )
 
 
 def _reconstructions(axes: Any, result: Run, images: Images) -> None:

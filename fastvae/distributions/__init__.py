@@ -4,7 +4,7 @@ what is fused."""
 from .base import Distribution, closed_kl, register_kl
 from .draws import STANDARD, draw_chunk, draw_kl, draw_ratio, rsample
 from .normal import DiagonalNormal, StandardNormal, diagonal
-from .read import as_posterior, as_prior
+from .read import as_posterior, as_prior, is_conditional
 from .wrapped import TorchDistribution
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "draw_chunk",
     "draw_kl",
     "draw_ratio",
+    "is_conditional",
     "register_kl",
     "rsample",
 ]

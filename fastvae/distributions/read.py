@@ -121,8 +121,31 @@ def _describe(q: Any) -> str:
 _NAMES = {"standard_normal": StandardNormal}
 
 
-def as_prior(prior: Any) -> Distribution:
-    """None or "standard_normal", a distribution of fastvae's, or a torch.distributions object."""
+def is_conditional(prior: Any) -> bool:
+    """Whether it is a function of the context."""
+    return callable(prior) and not isinstance(prior, (Distribution, td.Distribution))
+
+
+def as_prior(prior: Any, context: Any = None) -> Distribution:
+    """None or "standard_normal", a distribution of fastvae's, a torch.distributions object, or a function of
+    the context that returns one of these or what an encoder may return.
+    """
+    if is_conditional(prior):
+        if context is None:
+            raise ValueError(
+                "prior is a function of the context, p(z|context), but no context was given; pass context=, "
+                "a tensor or a dict of tensors with the batch axis"
+            )
+        made = prior(context)
+        if isinstance(made, (Distribution, td.Distribution)):
+            return as_prior(made)
+        try:
+            return as_posterior(made)
+        except TypeError:
+            raise TypeError(
+                "prior, a function of the context, must return a distribution, a pair (mu, logvar) or a "
+                f"tensor [B, 2 D]; got {_describe(made)}"
+            ) from None
     if prior is None:
         return STANDARD
     if isinstance(prior, Distribution):
@@ -139,6 +162,7 @@ def as_prior(prior: Any) -> Distribution:
         return TorchDistribution(prior)
     raise TypeError(
         f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), a fastvae.Distribution "
-        "such as fastvae.DiagonalNormal(mu, logvar), or a torch.distributions object; got "
+        "such as fastvae.DiagonalNormal(mu, logvar), a torch.distributions object, or a function of the "
+        "context; got "
         f"{type(prior).__name__}"
     )

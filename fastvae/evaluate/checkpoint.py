@@ -120,7 +120,7 @@ class Store:
             self.mine = list(self.done.values())
         self._collect(self.mine)
 
-    def see(self, index: int, x: Tensor) -> Part | None:
+    def see(self, index: int, tensors: list[Tensor]) -> Part | None:
         """Take note of a batch; its results if they are there.
 
         Raises:
@@ -128,14 +128,14 @@ class Store:
         """
         if self.path is None and self.ranks.world == 1:
             return None
-        found = digest([x])
+        found = digest(tensors)
         first = not self._seen
         self._seen[index] = found.tobytes()
         if first:
             self._same_everywhere()
         part = self.done.get(index)
         if part is not None and not np.array_equal(part.digest, found):
-            was, now = len(part.log_px), x.shape[0]
+            was, now = len(part.log_px), len(tensors[0])
             if was != now:
                 raise ValueError(
                     f"checkpoint {self.path} was made with other batches: batch {index} had {was} examples "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,14 +17,15 @@ from tqdm import tqdm
 from .. import _stream
 from .._checks import check_choice, check_count, check_number, shape_of
 from .._inputs import Inputs
+from .._nested import Beside, each, event_size, tensors
 from .._stream import Chunks
 from .._terminal import ProgressStream
-from ..distributions import Distribution, as_posterior, as_prior, closed_kl
+from ..distributions import Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ..likelihoods.base import Likelihood, as_likelihood
 from ..random import draw_seed
 from ..weights import Weights, tail_length
 from .checkpoint import Store
-from .data import batches_of, data_of, length_of, place_of
+from .data import batches_of, data_of, length_of, place_of, unpacked
 from .modules import evaluating, modules_of, parameters_digest
 from .parts import Part
 from .ranks import Ranks
@@ -37,9 +38,9 @@ BATCH, BATCH_ON_GPU = 100, 500
 
 @torch.no_grad()
 def evaluate(
-    encoder: Callable[[Tensor], Any],
-    decoder: Callable[[Tensor], Any],
-    data: Tensor | np.ndarray | Dataset[Any] | Iterable[Any],
+    encoder: Callable[..., Any],
+    decoder: Callable[..., Any],
+    data: Tensor | np.ndarray | Mapping[str, Any] | Dataset[Any] | Iterable[Any],
     *,
     k: int | None = None,
     tol: float | None = None,
@@ -47,6 +48,7 @@ def evaluate(
     batch_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
+    unpack: Callable[[Any], Mapping[str, Any]] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     shard: str = "data",
     progress: bool = True,
@@ -70,10 +72,11 @@ def evaluate(
     ``k_chunk``, to rounding.
 
     Args:
-        encoder: x [B, \*event] -> q, what :func:`fastvae.elbo` takes.
-        decoder: z [N, D] -> parameters of the likelihood.
+        encoder: x [B, \*event] -> q, what :func:`fastvae.elbo` takes; with a context, (x, context) -> q.
+        decoder: z [N, D] -> parameters of the likelihood; with a context, (z, context) -> parameters.
         data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches, tensors or
-            arrays, such as a DataLoader; of a batch that is a tuple or list, the first entry.
+            arrays, such as a DataLoader; of a batch that is a tuple or list, the first entry. For
+            :class:`fastvae.Joint` a dict of tensors or arrays, or batches that are dicts.
         k: draws per example; default 5000. With ``tol`` it is the most, by default 100 000.
         tol: draw 100, 200, 400, … until an example's standard error is at most tol nats. Easy examples then
             cost little. An example may stop before its largest weights have come, which makes log p(x) low:
@@ -83,6 +86,9 @@ def evaluate(
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
         batch_size: for data that do not come in batches; default 100, on a GPU 500. It changes no result.
         likelihood, prior: as in :func:`fastvae.elbo`.
+        unpack: what is what in a batch: a function of it that returns a dict with ``x``, and those of
+            ``mask``, ``size`` and ``context`` that there are (:func:`fastvae.elbo`), such as
+            ``lambda batch: {"x": batch[0], "context": batch[1]}``. Default: all of it is x.
         checkpoint: a file, such as ``"run.npz"``, that gets the results as they come. If it exists, the work
             goes on where it stopped, with its seed. It is refused for other parameters, data or settings.
             When it cannot be written, a warning says so and the work goes on.
@@ -114,7 +120,13 @@ def evaluate(
         >>> result.log_px.shape, result.kl_per_dim.shape
         (torch.Size([16]), torch.Size([2]))
     """
-    likelihood, prior = as_likelihood(likelihood), as_prior(prior)
+    likelihood = as_likelihood(likelihood)
+    prior = prior if is_conditional(prior) else as_prior(prior)
+    if unpack is not None and not callable(unpack):
+        raise TypeError(
+            "unpack must be a function of a batch, such as lambda batch: {'x': batch[0], 'context': "
+            f"batch[1]}}; got {type(unpack).__name__}"
+        )
     for name, value in (("encoder", encoder), ("decoder", decoder)):
         if not callable(value):
             raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
@@ -142,20 +154,31 @@ def evaluate(
         seed = ranks.first(int(draw_seed("cpu")) if store.seed is None else store.seed)
         store.begin(seed)
 
-        def evaluate_batch(index: int, x: Tensor, row: int, plan: _Plan) -> Part:
-            x = x.to(device or x.device)
+        def evaluate_batch(index: int, x: Any, beside: Beside | None, row: int, plan: _Plan) -> Part:
+            def moved(t: Tensor, always: bool) -> Tensor:
+                t = t.to(device or t.device)
+                if t.is_floating_point():
+                    return t.to(dtype or t.dtype)
+                return t.to(dtype or torch.get_default_dtype()) if always else t
+
             # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
-            seen = x.to(dtype or x.dtype)
-            x = seen if x.is_floating_point() else x
+            seen, x = each(lambda t: moved(t, True), x), each(lambda t: moved(t, False), x)
+            context: tuple[Any, ...] = ()
+            if beside is not None:
+                beside = Beside(*(each(lambda t: moved(t, False), part) for part in beside))
+                context = () if beside.context is None else (beside.context,)
             try:
-                q = as_posterior(encoder(seen))
+                q = as_posterior(encoder(seen, *context))
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
+                    given = ", ".join(f"{shape_of(t)}, {t.dtype}" for t in tensors(seen))
                     error.add_note(
-                        f"fastvae.evaluate gave the encoder batch {index}: {shape_of(seen)}, {seen.dtype}"
+                        f"fastvae.evaluate gave the encoder batch {index}: {given}"
+                        f"{' and the context' if context else ''}"
                     )
                 raise
-            return _evaluate_batch(index, Inputs.read(x, q, decoder, likelihood, prior), seed, row, plan)
+            inputs = Inputs.read(x, q, decoder, likelihood, prior, beside)
+            return _evaluate_batch(index, inputs, seed, row, plan)
 
         bar = tqdm(
             total=length_of(batches),
@@ -169,17 +192,19 @@ def evaluate(
             try:
                 row, axes, running, compared = 0, None, _Running(), False
                 for index, batch in enumerate(batches):
+                    batch, beside = unpacked(batch, unpack)
                     x = data_of(batch, axes, likelihood)
-                    row, start, axes = row + x.shape[0], row, x.dim()
-                    if x.shape[0] == 0:
+                    examples = tensors(x)[0].shape[0]
+                    row, start, axes = row + examples, row, [t.dim() for t in tensors(x)]
+                    if examples == 0:
                         continue
-                    part = store.see(index, x)
+                    part = store.see(index, [*tensors(x), *(t for p in beside or () for t in tensors(p))])
                     if part is None and ranks.takes(index):
-                        part = evaluate_batch(index, x, start, plan)
+                        part = evaluate_batch(index, x, beside, start, plan)
                         store.add(part)
                     elif part is not None and not compared:
                         first = _Plan(1, None, plan.chunks, Ranks("none"))
-                        _check_first_draw(checkpoint, part, evaluate_batch(index, x, start, first))
+                        _check_first_draw(checkpoint, part, evaluate_batch(index, x, beside, start, first))
                         compared = True
                     bar.update()
                     if part is not None and not bar.disable:
@@ -250,7 +275,7 @@ def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan
         index,
         np.zeros(16, np.uint8),
         latent,
-        inputs.x.shape[1:].numel(),
+        event_size(inputs.x),
         *(v.cpu().numpy() for v in values),
     )
 
@@ -276,8 +301,8 @@ def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
         return ValueError(
             f"tol={plan.tol:g} needs a model in which a row of the decoder's output depends on that row of z "
             f"alone, since examples that are done are no longer decoded. {reason}. A decoder that uses "
-            "batch data other than z, such as labels, needs the whole batch: leave tol out and give "
-            "k, or use batch_size=1"
+            "batch data other than z, such as labels, must be given them as context (see unpack=); or "
+            "leave tol out and give k, or use batch_size=1"
         )
 
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
@@ -294,7 +319,7 @@ def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
     off = _distance(alone, whole_rows)
     # What the number of draws changes is rounding, or noise of the decoder's own, which cannot be judged.
     noise = _distance(again, whole).max()
-    mean = inputs.x if inputs.q.mean is None else inputs.q.mean
+    mean = tensors(inputs.x)[0] if inputs.q.mean is None else inputs.q.mean
     half = mean.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
     rounding = 2e-3 if half else 1e-5
     largest = whole[whole.isfinite()].abs().amax() if bool(whole.isfinite().any()) else 0.0

@@ -3,10 +3,12 @@
 from .base import Likelihood
 from .bernoulli import Bernoulli
 from .gaussian import Gaussian
+from .joint import Joint
 from .laplace import Laplace
 from .log_normal import LogNormal
 from .logistic import Logistic
 from .negative_binomial import NegativeBinomial
+from .own import from_distribution
 from .poisson import Poisson
 from .student_t import StudentT
 from .zero_inflated_negative_binomial import ZeroInflatedNegativeBinomial
@@ -14,6 +16,7 @@ from .zero_inflated_negative_binomial import ZeroInflatedNegativeBinomial
 __all__ = [
     "Bernoulli",
     "Gaussian",
+    "Joint",
     "Laplace",
     "Likelihood",
     "LogNormal",
@@ -22,4 +25,5 @@ __all__ = [
     "Poisson",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
+    "from_distribution",
 ]

@@ -3,52 +3,123 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_same_device, check_tensor, shape_of
+from .._checks import check_data, check_result, check_same_device, check_tensor, shape_of
 from .._glance import are_outputs, are_outputs_in_python
+from .._nested import Beside, repeat, tensors
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator
 
 
 class Likelihood(nn.Module):
-    """What the objectives ask of p(x|z); a module, so that its own parameters are found.
+    """What the objectives ask of p(x|z), for one of your own; a module, so that its parameters are found.
+
+    A subclass needs :meth:`log_prob`, in plain PyTorch; for a ``torch.distributions`` constructor
+    :func:`fastvae.likelihoods.from_distribution` makes one. Every objective takes it, in chunks too.
 
     Example:
         >>> import torch, fastvae
         >>> class Laplace(fastvae.Likelihood):
-        ...     def log_prob(self, x, location, samples):
-        ...         location = location.reshape(samples, *x.shape)
-        ...         return torch.distributions.Laplace(location, 1.0).log_prob(x).sum(-1)
+        ...     def log_prob(self, x, location):
+        ...         return -(x - location).abs() - torch.log(torch.tensor(2.0))
         >>> x, q = torch.ones(4, 7), torch.zeros(4, 2 * 3)
         >>> fastvae.iwae(x, q, torch.nn.Linear(3, 7), k=5, likelihood=Laplace()).shape
         torch.Size([])
 
     Attributes:
         takes_integers: x may be a tensor of integers; else these are refused.
+        takes_size: the mean may have a factor for each example, ``size=``.
+        inside: a value that an element of x may have: it stands where a ``mask`` says that none was observed.
     """
 
     takes_integers: ClassVar[bool] = False
+    takes_size: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
+    inside: ClassVar[float] = 0.0
 
-    def log_prob(self, x: Tensor, parameters: Any, samples: int) -> Tensor:
-        """log p(x|z) [K, B], a floating-point tensor, from x [B, *event] and what the decoder returned for
-        K·B rows of z, sample-major. It is summed over the event alone; another shape is refused.
+    def log_prob(self, x: Any, parameters: Any) -> Tensor:
+        """log p(x|z), a floating-point tensor [N, *event], of x [N, *event] and what the decoder returned for
+        N rows of z. It may be summed over the event, or last axes of it; another shape is refused.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no log_prob(x, parameters)")
 
-    def fused(self, x: Tensor, parameters: Any, samples: int) -> Fused | None:
+    def mean(self, parameters: Any) -> Any:
+        """The mean of x given the decoder's output, for reconstructions and pictures."""
+        raise NotImplementedError(f"{type(self).__name__} has no mean(parameters)")
+
+    def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Any:
+        """A draw of x given the decoder's output."""
+        raise NotImplementedError(f"{type(self).__name__} has no sample(parameters, generator=...)")
+
+    # What fastvae asks.
+
+    def check(self, x: Any, name: str = "x") -> None:
+        """Refuse data of another kind."""
+        if not isinstance(x, Mapping):
+            check_data(x, self, name)
+            return
+        for key, part in x.items():
+            check_data(part, self, f"{name}[{key!r}]")
+
+    def log_likelihood(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Tensor:
+        """log p(x|z) [K, B] of x, a batch, and what the decoder returned for K·B rows of z, sample-major."""
+        mask, size, _ = beside or _NOTHING
+        if size is not None:
+            raise self.no_size()
+        batch = tensors(x)[0].shape[0]
+        value = self.log_prob(repeat(observed(x, mask, self), samples), parameters)
+        self._check_log_prob(value, x, samples * batch, mask)
+        if mask is not None:
+            value = torch.where(repeat(mask, samples), value, 0.0)
+        return value.reshape(samples, batch, -1).sum(2)
+
+    def fused(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
         """What the fused op takes; None where there is none."""
         return None
 
-    def mean(self, parameters: Any) -> Tensor:
-        """The mean of x given the decoder's output, for reconstructions and pictures."""
-        raise NotImplementedError
+    def no_size(self) -> TypeError:
+        known = ", ".join(kind.__name__ for kind in DECLARED.values() if kind.takes_size)
+        return TypeError(
+            f"size is a factor of the mean of counts, which a {type(self).__name__} likelihood does not "
+            f"have; those that do: {known}. For others give it as context= and use it in the decoder"
+        )
+
+    def _check_log_prob(self, value: Any, x: Any, rows: int, mask: Any) -> None:
+        """That it is of each row, summed over last axes of the event or not; with a mask of each element."""
+        shape = (rows, *(() if isinstance(x, Mapping) else x.shape[1:]))
+        fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape[: value.dim()]
+        axes = "[N, *event]"
+        fix = "an entry for each row, sample times batch, summed over axes of the event alone"
+        if mask is not None:
+            fits = fits and value.shape == shape
+            fix = "a mask needs log p of each element of the event"
+        elif len(shape) > 1:
+            axes = f"summed over the event, [{rows}]; or of each element, {axes}"
+        check_result(
+            self, "log_prob", "log p(x|z)", value, axes, value.shape if fits else shape, tensors(x)[0].device,
+            fix,
+        )  # fmt: skip
+
+
+_NOTHING = Beside()
+
+
+def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
+    """x with a value that its elements may have where none was observed."""
+    if mask is None:
+        return x
+    if isinstance(x, Mapping):
+        raise TypeError(
+            f"mask is given with an x of several parts, whose elements {type(likelihood).__name__} does not "
+            "tell apart; use fastvae.Joint, which takes a mask of each"
+        )
+    return torch.where(mask, x, torch.full((), likelihood.inside, dtype=x.dtype, device=x.device))
 
 
 # What fastvae.ops.weigh takes: the likelihood's name, x [B, X], and parameters, the first [K·B, X].
@@ -62,7 +133,8 @@ SHARED: dict[str, Declared] = {}
 class Declared(Likelihood):
     """A likelihood with fused ops, declared by a subclass that has a ``name``.
 
-    What it declares stands at :class:`fastvae.ops.likelihood.Declaration`. Its twins are
+    What it declares stands at :class:`fastvae.ops.likelihood.Declaration`; ``mean_of`` and ``draw`` are the
+    mean and a draw of x, of all outputs. Its twins are
     ``csrc/likelihoods/<name>.hpp`` and ``kernels/likelihoods/<name>.py``; everything else is made of these.
 
     Attributes:
@@ -81,6 +153,8 @@ class Declared(Likelihood):
     gradient: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
     data: ClassVar[Callable[..., Tensor] | None] = None
     oracle: ClassVar[Callable[..., torch.distributions.Distribution]]
+    mean_of: ClassVar[Callable[..., Tensor]]
+    draw: ClassVar[Callable[..., Tensor]]
     _bounded: ClassVar[bool]
 
     def __init_subclass__(cls, **options: Any):
@@ -91,15 +165,94 @@ class Declared(Likelihood):
             DECLARED[cls.name] = cls
             SHARED[cls.name] = cls()
 
-    def log_prob(self, x: Tensor, parameters: Any, samples: int) -> Tensor:
-        given = self._given(x)
-        returned = self._read(x, parameters, samples, given)
-        spread = [p.reshape(samples, *x.shape) for p in returned]
-        return getattr(ops, f"{self.name}_log_prob")(x, *self._arranged(spread, given))  # type: ignore[no-any-return]
+    def check(self, x: Any, name: str = "x") -> None:
+        """Refuse data of another kind."""
+        if isinstance(x, Mapping):
+            parts = ", ".join(f'{part}="{self.name}"' for part in list(x)[:3])
+            raise TypeError(
+                f"{name} is a dict, but a {type(self).__name__} likelihood takes one tensor; for several "
+                f"parts use fastvae.Joint({parts})"
+            )
+        check_data(x, self, name)
 
-    def fused(self, x: Tensor, parameters: Any, samples: int) -> Fused | None:
+    def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
+        """log p of each element [N, *event], of x [N, *event] and what the decoder returned for N rows."""
+        return self._elements(x, parameters, 1, None)[0]
+
+    def log_likelihood(
+        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+    ) -> Tensor:
+        """log p(x|z) [K, B] of what the decoder returned for K·B rows of z, sample-major."""
+        if not self.is_declared:
+            of_rows = [
+                p for p in self._given(x) if isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1
+            ]
+            if not of_rows or samples == 1:
+                return super().log_likelihood(x, parameters, samples, beside)
+            # What it holds of each example goes with a batch, not with samples of it.
+            parts = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
+            drawn = [p[0] if len(p) == 1 else p for p in zip(*(p.chunk(samples) for p in parts), strict=True)]
+            return torch.cat([super(Declared, self).log_likelihood(x, p, 1, beside) for p in drawn])
+        mask, size, _ = beside or _NOTHING
+        if mask is not None:
+            each = self._elements(observed(x, mask, self), parameters, samples, size)
+            return torch.where(mask, each, 0.0).reshape(samples, len(x), -1).sum(2)
+        given = self._given(x)
+        returned = self._sized(self._read(x, parameters, samples, given), samples, size)
+        spread = [p.reshape(samples, *x.shape) for p in returned]
+        return self._op(x, *self._arranged(spread, given))
+
+    def _elements(self, x: Tensor, parameters: Any, samples: int, size: Tensor | None) -> Tensor:
+        """log p of each element [K, B, *event]: the op, of rows of one element."""
+        given = self._given(x)
+        returned = self._sized(self._read(x, parameters, samples, given), samples, size)
+        one_each = [p.reshape(samples, -1, 1) for p in returned]
+        held = [p.expand(x.shape).reshape(-1, 1) if isinstance(p, Tensor) else p for p in given]
+        return self._op(x.reshape(-1, 1), *self._arranged(one_each, held)).reshape(samples, *x.shape)
+
+    @property
+    def _op(self) -> Callable[..., Tensor]:
+        return getattr(ops, f"{self.name}_log_prob")  # type: ignore[no-any-return]
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether log_prob is what was declared, and no subclass's own."""
+        return type(self).log_prob is Declared.log_prob
+
+    def _sized(self, returned: Sequence[Tensor], samples: int, size: Tensor | None) -> tuple[Tensor, ...]:
+        """With the examples' factors of the mean, whose logarithm the first is."""
+        if size is None:
+            return tuple(returned)
+        if not self.takes_size:
+            raise self.no_size()
+        first, *others = returned
+        log_size = repeat(size.log(), samples)
+        return first + log_size.reshape(-1, *[1] * (first.dim() - 1)), *others
+
+    def mean(self, parameters: Any) -> Tensor:
+        """The mean of x [N, *event], in the dtype of the first output."""
+        return type(self).mean_of(*self._complete(parameters)).to(_dtype_of(parameters))
+
+    def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
+        """A draw of x [N, *event], in the dtype of the first output; of counts in float32 (or float64), since
+        half precision holds few of them.
+        """
+        drawn = type(self).draw(*self._complete(parameters), generator=generator)
+        return drawn if self.takes_size else drawn.to(_dtype_of(parameters))
+
+    def _complete(self, parameters: Any) -> list[Tensor]:
+        """All outputs, those that the likelihood holds too, each [N, *event]."""
+        first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
+        if not isinstance(first, Tensor):
+            raise self._wrong_output(parameters)
+        given = self._given(first)
+        every = self._arranged(self._read(first, parameters, 1, given), given)
+        dtype = accumulator(first.dtype)
+        return [torch.as_tensor(p, dtype=dtype, device=first.device).expand(first.shape) for p in every]
+
+    def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
         """What the fused op takes, checked; None where it does not fit."""
-        if type(self).log_prob is not Declared.log_prob:  # a subclass's own
+        if not self.is_declared or (beside is not None and beside.mask is not None):
             return None
         given = self._given(x)
         returned = parameters if type(parameters) is tuple else (parameters,)
@@ -108,6 +261,8 @@ class Declared(Likelihood):
             if not given:
                 if self._bounded:
                     check_support(type(self), x)
+                if beside is not None:
+                    returned = self._sized(returned, samples, beside.size)
                 return self.name, x, returned
         else:
             returned = self._read(x, parameters, samples, given)
@@ -116,6 +271,8 @@ class Declared(Likelihood):
         rows = [_of_the_event(p, returned[0], x) for p in given]
         if any([row is None for row in rows]):
             return None
+        if beside is not None:
+            returned = self._sized(returned, samples, beside.size)
         if x.dim() != 2:
             x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
         check_support(type(self), x)
@@ -152,6 +309,11 @@ class Declared(Likelihood):
         expected = f"{names}, one tensor" if len(self.outputs) == 1 else f"({names})"
         kind = self.name.replace("_", " ")
         return TypeError(f"the decoder of a {kind} likelihood must return {expected}; got {describe(came)}")
+
+
+def _dtype_of(parameters: Any) -> torch.dtype:
+    first = parameters if isinstance(parameters, Tensor) else parameters[0]
+    return first.dtype
 
 
 def _of_the_event(parameter: float | Tensor, first: Tensor, x: Tensor) -> Tensor | None:

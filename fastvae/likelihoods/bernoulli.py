@@ -21,8 +21,8 @@ class Bernoulli(Declared):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.Bernoulli().log_prob(torch.ones(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
-        torch.Size([3, 4])
+        >>> fastvae.Bernoulli().log_prob(torch.ones(4, 7), torch.zeros(4, 7)).shape
+        torch.Size([4, 7])
         >>> x, logits = torch.ones(4, 8, 8), torch.zeros(50, 4, 8, 8)
         >>> fastvae.ops.bernoulli_log_prob(x, logits)[0, 0]  # 64 log ½
         tensor(-44.3614)
@@ -31,6 +31,7 @@ class Bernoulli(Declared):
     name = "bernoulli"
     outputs = ("logits",)
     low, high = 0.0, 1.0
+    takes_integers = True
     hint = (
         "for images scaled to [-1, 1] use (x + 1) / 2, for bytes x / 255, and for data that is not bounded "
         "likelihood='gaussian'"
@@ -51,5 +52,8 @@ class Bernoulli(Declared):
     def gradient(g: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         return g * logits, g * (x - torch.sigmoid(logits))
 
-    def mean(self, parameters: Tensor) -> Tensor:
-        return torch.sigmoid(parameters)
+    mean_of = staticmethod(torch.sigmoid)
+
+    @staticmethod
+    def draw(logits: Tensor, *, generator: torch.Generator | None) -> Tensor:
+        return torch.bernoulli(torch.sigmoid(logits), generator=generator)

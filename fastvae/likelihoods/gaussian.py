@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .scaled import Scaled
+from .scaled import Scaled, normal_like
 
 
 class Gaussian(Scaled):
@@ -37,8 +37,8 @@ class Gaussian(Scaled):
     Example:
         >>> import torch, fastvae
         >>> likelihood = fastvae.Gaussian(scale=0.1, learned=True)
-        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
-        torch.Size([3, 4])
+        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
+        torch.Size([4, 7])
         >>> [name for name, _ in likelihood.named_parameters()]
         ['log_scale']
         >>> x, mean = torch.zeros(4, 3, 8, 8), torch.zeros(50, 4, 3, 8, 8)
@@ -64,6 +64,10 @@ class Gaussian(Scaled):
         push = g * whitened
         grad_mean = push * inverse_s
         return -grad_mean, grad_mean, 0.5 * (push * whitened - g)
+
+    @staticmethod
+    def draw(mean: Tensor, logvar: Tensor, *, generator: torch.Generator | None) -> Tensor:
+        return mean + torch.exp(0.5 * logvar) * normal_like(mean, generator)
 
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
         return tuple([2 * log_scale for log_scale in super()._given(x)])  # the log variance

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .scaled import Scaled
+from .scaled import Scaled, exponential_like
 
 
 class Laplace(Scaled):
@@ -36,8 +36,8 @@ class Laplace(Scaled):
     Example:
         >>> import torch, fastvae
         >>> likelihood = fastvae.Laplace(scale=0.1)
-        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
-        torch.Size([3, 4])
+        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
+        torch.Size([4, 7])
         >>> fastvae.ops.laplace_log_prob(torch.ones(2, 3), torch.zeros(2, 3), 0.0)  # -3 log 2 - 3
         tensor([-5.0794, -5.0794])
     """
@@ -60,3 +60,8 @@ class Laplace(Scaled):
         sign = torch.where(delta.abs() >= 0, torch.sign(delta), delta)
         grad_location = g * sign * inverse_s
         return -grad_location, grad_location, g * (delta.abs() * inverse_s - 1)
+
+    @staticmethod
+    def draw(location: Tensor, log_scale: Tensor, *, generator: torch.Generator | None) -> Tensor:
+        first, second = exponential_like(location, generator), exponential_like(location, generator)
+        return location + torch.exp(log_scale) * (first - second)

@@ -1,12 +1,11 @@
 """The log-normal likelihood."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .scaled import Scaled
+from .scaled import Scaled, normal_like
 
 
 class LogNormal(Scaled):
@@ -38,15 +37,15 @@ class LogNormal(Scaled):
     Example:
         >>> import torch, fastvae
         >>> likelihood = fastvae.LogNormal(scale=0.1)
-        >>> likelihood.log_prob(torch.ones(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
-        torch.Size([3, 4])
+        >>> likelihood.log_prob(torch.ones(4, 7), torch.zeros(4, 7)).shape
+        torch.Size([4, 7])
         >>> fastvae.ops.log_normal_log_prob(torch.ones(2, 2), torch.zeros(2, 2), 0.0)  # -log 2π
         tensor([-1.8379, -1.8379])
     """
 
     name = "log_normal"
     outputs = ("location", "log_scale")
-    low = 0.0
+    low, inside = 0.0, 1.0
     hint = "pass the positive data themselves, not their logarithms"
     held = {"scale": "the standard deviation of log x"}
     oracle = staticmethod(
@@ -73,9 +72,10 @@ class LogNormal(Scaled):
         # What is left of a zero, the square, is -inf already: inf would make it NaN.
         return torch.where(x == 0, 0.0, -torch.log(x))
 
-    def mean(self, parameters: Any) -> Tensor:
-        location, scale = parameters, self.scale
-        if not isinstance(parameters, Tensor):
-            location, log_scale = parameters
-            scale = torch.exp(log_scale)
-        return torch.exp(location + 0.5 * scale**2)  # type: ignore[operator]
+    @staticmethod
+    def mean_of(location: Tensor, log_scale: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.exp(location + 0.5 * torch.exp(2 * log_scale))
+
+    @staticmethod
+    def draw(location: Tensor, log_scale: Tensor, *, generator: torch.Generator | None) -> Tensor:
+        return torch.exp(location + torch.exp(log_scale) * normal_like(location, generator))

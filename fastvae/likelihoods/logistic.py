@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import oracles
-from .scaled import Scaled
+from .scaled import Scaled, exponential_like
 
 
 class Logistic(Scaled):
@@ -34,8 +34,8 @@ class Logistic(Scaled):
     Example:
         >>> import torch, fastvae
         >>> likelihood = fastvae.Logistic(scale=0.1)
-        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
-        torch.Size([3, 4])
+        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
+        torch.Size([4, 7])
         >>> fastvae.ops.logistic_log_prob(torch.zeros(2, 3), torch.zeros(2, 3), 0.0)  # -6 log 2
         tensor([-4.1589, -4.1589])
     """
@@ -58,3 +58,8 @@ class Logistic(Scaled):
         slope = torch.tanh(0.5 * t)
         grad_location = g * slope * inverse_s
         return -grad_location, grad_location, g * (t * slope - 1)
+
+    @staticmethod
+    def draw(location: Tensor, log_scale: Tensor, *, generator: torch.Generator | None) -> Tensor:
+        first, second = exponential_like(location, generator), exponential_like(location, generator)
+        return location + torch.exp(log_scale) * torch.log(first / second)

@@ -18,7 +18,7 @@ class Overdispersed(Scaled):
     """Counts with an inverse dispersion, which the decoder returns or the likelihood holds."""
 
     low = 0.0
-    takes_integers = True
+    takes_integers = takes_size = True
     differentiable = False
     held = {"inverse_dispersion": "the inverse dispersion"}
     hint = "pass the raw counts, neither centred nor on a log scale"
@@ -122,8 +122,17 @@ class NegativeBinomial(Overdispersed):
     def oracle(log_mean: Tensor, log_inverse_dispersion: Tensor) -> Any:
         return _Exact(log_mean, log_inverse_dispersion)
 
-    def mean(self, parameters: Any) -> Tensor:
-        return torch.exp(super().mean(parameters))
+    @staticmethod
+    def mean_of(log_mean: Tensor, *others: Tensor) -> Tensor:
+        return torch.exp(log_mean)
+
+    @staticmethod
+    def draw(
+        log_mean: Tensor, log_inverse_dispersion: Tensor, *, generator: torch.Generator | None
+    ) -> Tensor:
+        theta = torch.exp(log_inverse_dispersion.clamp(max=_TOP))
+        gamma = torch._standard_gamma(theta, generator)
+        return torch.poisson(torch.exp(log_mean) * (gamma / theta), generator=generator)
 
 
 def slopes(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Poisson(Declared):
     name = "poisson"
     outputs = ("log_rate",)
     low = 0.0
-    takes_integers = True
+    takes_integers = takes_size = True
     differentiable = False
     hint = "pass the raw counts, neither centred nor on a log scale"
     hazards = {"log_rate": (20.0,)}
@@ -55,5 +55,8 @@ class Poisson(Declared):
         wide = x.double()
         return (torch.xlogy(wide, wide) - wide - torch.lgamma(wide + 1)).to(x.dtype)
 
-    def mean(self, parameters: Tensor) -> Tensor:
-        return torch.exp(parameters)
+    mean_of = staticmethod(torch.exp)
+
+    @staticmethod
+    def draw(log_rate: Tensor, *, generator: torch.Generator | None) -> Tensor:
+        return torch.poisson(torch.exp(log_rate), generator=generator)

@@ -129,8 +129,9 @@ class Scaled(Declared):
         """The class that a user finds in fastvae."""
         return DECLARED[self.name].__name__
 
-    def mean(self, parameters: Any) -> Tensor:
-        return parameters if isinstance(parameters, Tensor) else parameters[0]
+    @staticmethod
+    def mean_of(location: Tensor, *others: Tensor) -> Tensor:
+        return location
 
 
 def check_broadcasts(name: str, value: Tensor, x: Tensor) -> None:
@@ -142,3 +143,11 @@ def check_broadcasts(name: str, value: Tensor, x: Tensor) -> None:
             f"{name} has shape {shape_of(value)}, which does not broadcast to an x of shape {shape_of(x)}; "
             f"expected one number, or one for each element of the event, {list(x.shape[1:])}"
         )
+
+
+def normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
+
+
+def exponential_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    return tensor.new_empty(tensor.shape).exponential_(generator=generator)

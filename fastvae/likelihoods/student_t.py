@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..reference.common import half_step, half_step_slope, log1p_excess, log1p_square
 from . import oracles
-from .scaled import Held, Scaled
+from .scaled import Held, Scaled, normal_like
 
 
 class StudentT(Scaled):
@@ -49,8 +49,8 @@ class StudentT(Scaled):
     Example:
         >>> import torch, fastvae
         >>> likelihood = fastvae.StudentT(df=4.0, scale=0.1, learned=True)
-        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(3 * 4, 7), samples=3).shape
-        torch.Size([3, 4])
+        >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
+        torch.Size([4, 7])
         >>> x, location = torch.zeros(2, 3), torch.zeros(2, 3)
         >>> fastvae.ops.student_t_log_prob(x, location, 0.0, 0.0)  # of Cauchy's distribution: -3 log π
         tensor([-3.4342, -3.4342])
@@ -88,6 +88,14 @@ class StudentT(Scaled):
         excess = log1p_excess(share, log1p_square(r))
         grad_df = half_step_slope(log_df - math.log(2)) + 0.5 * (share - df * excess)
         return -grad_location, grad_location, g * ((df + 1) * share - 1), g * grad_df
+
+    @staticmethod
+    def draw(
+        location: Tensor, log_scale: Tensor, log_df: Tensor, *, generator: torch.Generator | None
+    ) -> Tensor:
+        half = 0.5 * torch.exp(log_df.clamp(max=80))
+        spread = torch.sqrt(half / torch._standard_gamma(half, generator))
+        return location + torch.exp(log_scale) * spread * normal_like(location, generator)
 
     def __init__(
         self, df: Held = None, scale: Held = None, *, learned: bool = False, learned_df: bool = False

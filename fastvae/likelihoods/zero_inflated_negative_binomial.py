@@ -75,8 +75,20 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
     def _arranged(self, returned: Sequence[Any], held: Sequence[Any]) -> tuple[Any, ...]:
         return (returned[0], *held, *returned[1:])
 
-    def mean(self, parameters: Any) -> Tensor:
-        return torch.exp(parameters[0]) * torch.sigmoid(-parameters[-1])
+    @staticmethod
+    def mean_of(log_mean: Tensor, _: Tensor, dropout_logit: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.exp(log_mean) * torch.sigmoid(-dropout_logit)
+
+    @staticmethod
+    def draw(
+        log_mean: Tensor,
+        log_inverse_dispersion: Tensor,
+        dropout_logit: Tensor,
+        *,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        counts = NegativeBinomial.draw(log_mean, log_inverse_dispersion, generator=generator)
+        return counts * torch.bernoulli(torch.sigmoid(-dropout_logit), generator=generator)
 
 
 class _Exact:

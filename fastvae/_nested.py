@@ -1,0 +1,132 @@
+"""Tensors, or dicts of them, that have one batch axis: data of several parts, and what comes with data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import on_same_device, shape_of
+
+
+def each(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The function of a tensor, of each tensor of a dict; None stays."""
+    if isinstance(value, Mapping):
+        return {name: each(function, part) for name, part in value.items()}
+    return None if value is None else function(value)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All that there are."""
+    if isinstance(value, Mapping):
+        return [t for part in value.values() for t in tensors(part)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def repeat(value: Any, samples: int) -> Any:
+    """[B, ...] as [K·B, ...], sample-major."""
+    if samples == 1:
+        return value
+    return each(lambda t: t.expand(samples, *t.shape).flatten(0, 1), value)
+
+
+def event_size(x: Any) -> int:
+    """Numbers of an example."""
+    return sum(t.shape[1:].numel() for t in tensors(x))
+
+
+class Beside(NamedTuple):
+    """What comes with x, each None or with x's batch axis: which elements of it were observed, a factor of
+    its mean, and what decoder and prior are given besides z.
+    """
+
+    mask: Any = None
+    size: Any = None
+    context: Any = None
+
+    @classmethod
+    def of(cls, mask: Any, size: Any, context: Any) -> Beside | None:
+        """None where there is none of them."""
+        return None if mask is None and size is None and context is None else cls(mask, size, context)
+
+    def at(self, rows: Tensor) -> Beside:
+        """Of these examples."""
+        return Beside(*(each(lambda t: t[rows], part) for part in self))
+
+    def part(self, name: str) -> Beside | None:
+        """Of one part of x."""
+        mask, size = (p.get(name) if isinstance(p, Mapping) else None for p in self[:2])
+        return Beside.of(mask, size, None)
+
+
+def check_batch(name: str, value: Any, batch: int, device: torch.device) -> None:
+    """Check that a tensor, or each of a dict, has this batch axis, on this device."""
+    if isinstance(value, Mapping):
+        if not value:
+            raise ValueError(f"{name} is an empty dict; expected tensors by name")
+        for key, part in value.items():
+            check_batch(f"{name}[{key!r}]", part, batch, device)
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor or a dict of tensors, got {type(value).__name__}")
+    if value.dim() == 0 or value.shape[0] != batch:
+        raise ValueError(
+            f"{name} has shape {shape_of(value)} but q has {batch} rows; the first axis of both must be the "
+            "batch"
+        )
+    if not on_same_device(value.device, device):
+        raise ValueError(f"{name} is on {value.device} but q is on {device}; move one of them")
+
+
+def as_mask(mask: Any, x: Any, name: str = "mask") -> Any:
+    """Which elements of x were observed: bool, like x, or like its event and then for all examples."""
+    if isinstance(x, Mapping):
+        if not isinstance(mask, Mapping) or (unknown := [n for n in mask if n not in x]):
+            came = f"parts {unknown}" if isinstance(mask, Mapping) else type(mask).__name__
+            raise TypeError(
+                f"{name} must be a dict with masks of parts of x ({', '.join(map(repr, x))}); those left out "
+                f"are observed; got {came}"
+            )
+        return {n: as_mask(m, x[n], f"{name}[{n!r}]") for n, m in mask.items() if m is not None}
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        hint = f"; fix it with {name}.bool()" if isinstance(mask, Tensor) else ""
+        raise TypeError(f"{name} must be a tensor of bool, True where x was observed; got {came}{hint}")
+    if mask.shape != x.shape and mask.shape != x.shape[1:]:
+        raise ValueError(
+            f"{name} has shape {shape_of(mask)}; expected that of x, {shape_of(x)}, or of one example, "
+            f"{list(x.shape[1:])}"
+        )
+    if not on_same_device(mask.device, x.device):
+        raise ValueError(f"{name} is on {mask.device} but x is on {x.device}; move one of them")
+    return mask.expand(x.shape)
+
+
+def as_size(size: Any, x: Any, name: str = "size") -> Any:
+    """Positive factors [B] of the means, by the names of x's parts where it has such."""
+    if isinstance(x, Mapping):
+        if not isinstance(size, Mapping) or (unknown := [n for n in size if n not in x]):
+            came = f"parts {unknown}" if isinstance(size, Mapping) else type(size).__name__
+            raise TypeError(
+                f"{name} must be a dict with sizes of parts of x ({', '.join(map(repr, x))}); got {came}"
+            )
+        return {n: as_size(s, x[n], f"{name}[{n!r}]") for n, s in size.items() if s is not None}
+    if not isinstance(size, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor [B], the factor of each example's mean; got {type(size).__name__}"
+        )
+    if size.dim() == 2 and size.shape[1] == 1:
+        size = size[:, 0]
+    if size.shape != x.shape[:1]:
+        raise ValueError(f"{name} has shape {shape_of(size)}; expected [B] = [{x.shape[0]}]")
+    if not on_same_device(size.device, x.device):
+        raise ValueError(f"{name} is on {size.device} but x is on {x.device}; move one of them")
+    if size.is_cpu and not torch.compiler.is_compiling() and not bool((size > 0).all()):
+        row = int((~(size > 0)).nonzero()[0, 0])
+        raise ValueError(
+            f"{name} must be positive, the factor of each example's mean; example {row} has "
+            f"{float(size[row]):g}. An example without counts has no library size: leave it out"
+        )
+    return size if size.is_floating_point() else size.float()

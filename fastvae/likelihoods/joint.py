@@ -1,0 +1,90 @@
+"""Data of several parts, each with its own likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._nested import Beside
+from .base import Likelihood, as_likelihood, describe
+
+
+class Joint(Likelihood):
+    r"""p(x|z) of an x of several parts, independent given z: x is a dict of tensors, the decoder returns a
+    dict of each part's parameters, by the same names.
+
+    .. math:: \log p(x|z_k) = \sum_{\text{parts } j} \log p_j(x_j|z_k)
+
+    ``mask`` and ``size`` are dicts by part, too, of those parts that have one.
+
+    Args:
+        parts: likelihoods by name: names or objects.
+
+    Raises:
+        TypeError, ValueError: without parts; for unknown likelihoods; and, by the objectives, for an x or a
+            decoder's output that has other parts.
+
+    References:
+        Wu & Goodman, Multimodal Generative Models for Scalable Weakly-Supervised Learning, 2018.
+
+    Example:
+        >>> import torch, fastvae
+        >>> joint = fastvae.Joint(pixels="bernoulli", genes=fastvae.NegativeBinomial(10.0))
+        >>> x = {"pixels": torch.ones(4, 8, 8), "genes": torch.ones(4, 20, dtype=torch.int32)}
+        >>> pixels, genes = torch.nn.Linear(3, 64), torch.nn.Linear(3, 20)
+        >>> def decoder(z):
+        ...     return {"pixels": pixels(z).reshape(-1, 8, 8), "genes": genes(z)}
+        >>> fastvae.iwae(x, torch.zeros(4, 2 * 3), decoder, k=5, likelihood=joint).shape
+        torch.Size([])
+    """
+
+    def __init__(self, **parts: str | Likelihood):
+        super().__init__()
+        if not parts:
+            raise ValueError(
+                'Joint needs parts by name, such as Joint(pixels="bernoulli", genes="poisson"); got none'
+            )
+        self.parts = nn.ModuleDict({name: as_likelihood(part) for name, part in parts.items()})
+
+    def check(self, x: Any, name: str = "x") -> None:
+        self._matched(x, name)
+        for key, part in self._each():
+            part.check(x[key], f"{name}[{key!r}]")
+
+    def log_likelihood(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Tensor:
+        self._matched(parameters, "the decoder's output")
+        total: Any = 0
+        for name, part in self._each():
+            own = None if beside is None else beside.part(name)
+            total = total + part.log_likelihood(x[name], parameters[name], samples, own)
+        return total  # type: ignore[no-any-return]
+
+    def log_prob(self, x: Any, parameters: Any) -> Tensor:
+        """log p(x|z) [N] of x and the decoder's output, N rows each."""
+        return self.log_likelihood(x, parameters, 1)[0]
+
+    def mean(self, parameters: Any) -> dict[str, Any]:
+        """The mean of each part."""
+        self._matched(parameters, "the decoder's output")
+        return {name: part.mean(parameters[name]) for name, part in self._each()}
+
+    def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """A draw of each part."""
+        self._matched(parameters, "the decoder's output")
+        return {name: part.sample(parameters[name], generator=generator) for name, part in self._each()}
+
+    def _each(self) -> list[tuple[str, Likelihood]]:
+        return list(self.parts.items())  # type: ignore[arg-type]
+
+    def _matched(self, value: Any, name: str) -> None:
+        expected = f"a dict with {', '.join(map(repr, self.parts))}, the parts of Joint"
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be {expected}; got {describe(value)}")
+        missing = [n for n in self.parts if n not in value]
+        more = [n for n in value if n not in self.parts]
+        if missing or more:
+            what = [f"{n!r} is missing" for n in missing] + [f"{n!r} is not one of them" for n in more]
+            raise ValueError(f"{name} must be {expected}; {', '.join(what)}")

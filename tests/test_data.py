@@ -1,0 +1,596 @@
+"""What may come with x, or be x: masks, sizes, contexts, weights of examples, several parts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+from fastvae.likelihoods.base import DECLARED
+
+from . import cases
+from .conftest import DEVICE
+from .models import generator, rand, randn
+
+B, D, X, K = 5, 3, 7, 4
+EVENT = (2, 3)
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, device=DEVICE)
+
+
+def a_q(seed=1, b=B):
+    return randn(b, D, seed=seed), 0.3 * randn(b, D, seed=seed + 1)
+
+
+class Outputs(nn.Module):
+    """A decoder of as many outputs as a likelihood takes, each [N, *event]."""
+
+    def __init__(self, likelihood, event, seed=3):
+        super().__init__()
+        self.number, self.event = len(DECLARED[likelihood].outputs), event
+        width = self.number * math.prod(event)
+        self.weight = nn.Parameter(0.3 * randn(D, width, seed=seed))
+
+    def forward(self, z):
+        outputs = (z @ self.weight).reshape(len(z), self.number, *self.event).unbind(1)
+        return outputs[0] if self.number == 1 else outputs
+
+
+def every(x, q, decoder, **options):
+    """What each objective returns, with the gradients that it has, by the same noise."""
+    parameters = [p for p in decoder.parameters()] if isinstance(decoder, nn.Module) else []
+    results = {}
+    for name, call in {
+        "elbo": lambda **o: fastvae.elbo(x, q, decoder, samples=3, **o),
+        "iwae": lambda **o: fastvae.iwae(x, q, decoder, k=K, **o),
+        "chunks": lambda **o: fastvae.iwae(x, q, decoder, k=K, k_chunk=3, estimator="dreg", **o),
+    }.items():
+        bound = call(generator=generator(5), reduction="none", **options)
+        grads = torch.autograd.grad(bound.sum(), parameters) if parameters else ()
+        results[name] = (bound.detach(), *grads)
+    got = fastvae.log_marginal(x, q, decoder, k=9, k_chunk=4, generator=generator(5), **options)
+    results["log_marginal"] = (got.log_px,)
+    options.pop("prior", None)
+    score = fastvae.reconstruction_log_prob(x, q, decoder, samples=9, generator=generator(5), **options)
+    results["reconstruction"] = (score,)
+    return results
+
+
+def assert_same(got, expected, rtol=2e-5, atol=2e-5):
+    for name in expected:
+        for one, other in zip(got[name], expected[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# Masks
+
+
+@pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
+def test_what_is_masked_does_not_count(likelihood, backend):
+    """As if the event were those elements alone; whatever lies there, and with gradients that are finite."""
+    x = cases.data(likelihood, B, *EVENT, seed=2)
+    decoder = Outputs(likelihood, EVENT)
+    mask = torch.tensor([[True, False, True], [False, True, True]], device=DEVICE)
+    observed = mask.flatten()
+
+    class Fewer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = decoder
+
+        def forward(self, z):
+            outputs = self.inner(z)
+            few = tuple(
+                o.flatten(1)[:, observed] for o in ((outputs,) if torch.is_tensor(outputs) else outputs)
+            )
+            return few[0] if len(few) == 1 else few
+
+    expected = every(x.flatten(1)[:, observed], a_q(), Fewer(), likelihood=likelihood)
+    for bad in (math.nan, math.inf, -7.0):
+        spoiled = torch.where(mask, x, torch.full((), bad, device=DEVICE))
+        assert_same(every(spoiled, a_q(), decoder, likelihood=likelihood, mask=mask), expected)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_masks_of_each_example(own):
+    likelihood = "bernoulli"
+    x, decoder = rand(B, X, seed=2).round(), Outputs("bernoulli", (X,))
+    mask = rand(B, X, seed=3) < 0.6
+    mask[0], mask[1] = True, False
+    if own:
+        likelihood = fastvae.likelihoods.from_distribution(lambda logits: td.Bernoulli(logits=logits))
+    whole = every(x, a_q(), decoder, likelihood="bernoulli")
+    got = every(x, a_q(), decoder, likelihood=likelihood, mask=mask)
+    assert_same(
+        {"log_marginal": (got["log_marginal"][0][:1],)}, {"log_marginal": (whole["log_marginal"][0][:1],)}
+    )
+    # Nothing was observed: log p of nothing is 0.
+    assert float(got["reconstruction"][0][1]) == 0
+    for row in range(2, B):
+        seen = mask[row]
+        q = tuple(v[row : row + 1] for v in a_q())
+        expected = fastvae.log_marginal(
+            x[row : row + 1, seen], q, lambda z, s=seen: decoder(z)[:, s], k=9, likelihood="bernoulli",
+            generator=generator(5), row_offset=row,
+        )  # fmt: skip
+        torch.testing.assert_close(got["log_marginal"][0][row], expected.log_px[0], rtol=1e-5, atol=1e-5)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("likelihood", [n for n in cases.LIKELIHOODS if DECLARED[n].takes_size])
+def test_sizes_are_factors_of_the_mean(likelihood, backend):
+    x = cases.data(likelihood, B, X, seed=2).round()
+    decoder, size = Outputs(likelihood, (X,)), torch.tensor([0.5, 1.0, 3.0, 10.0, 2.0], device=DEVICE)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = decoder
+
+        def forward(self, z):
+            outputs = self.inner(z)
+            first, *others = (outputs,) if torch.is_tensor(outputs) else outputs
+            first = first + size.log().repeat(len(z) // B)[:, None]
+            return (first, *others) if others else first
+
+    expected = every(x, a_q(), Scaled(), likelihood=likelihood)
+    assert_same(every(x, a_q(), decoder, likelihood=likelihood, size=size), expected)
+    assert_same(every(x.int(), a_q(), decoder, likelihood=likelihood, size=size[:, None].int() * 0 + 1),
+                every(x, a_q(), decoder, likelihood=likelihood))  # fmt: skip
+
+
+# Contexts
+
+
+def _conditional():
+    labels = torch.arange(B, device=DEVICE) % 3
+    table, weight = randn(3, D, seed=6), randn(D, X, seed=7)
+    return labels, table, lambda z, y: (z + table[y]) @ weight
+
+
+@pytest.mark.parametrize("kind", ["tensor", "dict"])
+def test_a_context_goes_with_its_example(kind):
+    labels, table, decoder = _conditional()
+    x, q = rand(B, X, seed=2).round(), a_q()
+    rows = lambda z: labels.repeat(len(z) // B)  # noqa: E731
+    expected = every(x, q, lambda z: decoder(z, rows(z)), likelihood="bernoulli")
+    if kind == "tensor":
+        got = every(x, q, decoder, likelihood="bernoulli", context=labels)
+    else:
+        context = {"label": labels, "unused": zeros(B, 2, 4)}
+        got = every(x, q, lambda z, c: decoder(z, c["label"]), likelihood="bernoulli", context=context)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("returned", ["pair", "tensor", "DiagonalNormal", "torch", "Laplace"])
+def test_a_conditional_prior(returned):
+    labels, table, decoder = _conditional()
+    x, q = rand(B, X, seed=2).round(), a_q()
+    mu, logvar = table[labels], 0.1 * table[labels]
+    prior = {
+        "pair": lambda y: (table[y], 0.1 * table[y]),
+        "tensor": lambda y: torch.cat([table[y], 0.1 * table[y]], 1),
+        "DiagonalNormal": lambda y: fastvae.DiagonalNormal(table[y], 0.1 * table[y]),
+        "torch": lambda y: td.Normal(table[y], torch.exp(0.05 * table[y])),
+        "Laplace": lambda y: td.Laplace(table[y], torch.exp(0.05 * table[y])),
+    }[returned]
+    fixed = (
+        td.Laplace(mu, torch.exp(0.5 * logvar))
+        if returned == "Laplace"
+        else fastvae.DiagonalNormal(mu, logvar)
+    )
+    expected = every(x, q, decoder, likelihood="bernoulli", context=labels, prior=fixed)
+    assert_same(every(x, q, decoder, likelihood="bernoulli", context=labels, prior=prior), expected)
+
+
+def test_a_conditional_vae():
+    """Encoder, decoder and prior see the context; its networks are its own; it samples by label."""
+
+    class Concatenated(nn.Linear):
+        def forward(self, x, y):
+            return super().forward(torch.cat([x, nn.functional.one_hot(y, 3).to(x.dtype)], 1))
+
+    prior = nn.Embedding.from_pretrained(0.2 * randn(3, 2 * D, seed=8), freeze=False)
+    vae = fastvae.VAE(
+        Concatenated(X + 3, 2 * D), Concatenated(D + 3, X), likelihood="bernoulli", prior=prior, latent_dim=D
+    ).to(DEVICE)
+    assert any(p is prior.weight for p in vae.parameters())
+    with torch.no_grad():
+        vae.encoder.weight *= 0.3
+    x, labels = rand(B, X, seed=2).round(), torch.arange(B, device=DEVICE) % 3
+    vae.elbo(x, context=labels).backward()
+    assert all(p.grad is not None and bool(p.grad.ne(0).any()) for p in vae.parameters())
+    got = vae.iwae(x, K, context=labels, generator=generator(1))
+    expected = fastvae.iwae(
+        x, vae.encoder(x, labels), lambda z: vae.decoder(z, labels.repeat(K)), k=K, likelihood="bernoulli",
+        prior=fastvae.DiagonalNormal(*prior(labels).chunk(2, 1)), generator=generator(1),
+    )  # fmt: skip
+    torch.testing.assert_close(got, expected)
+    assert vae.sample(B, context=labels).shape == (B, X)
+    assert vae.reconstruct(x, context=labels).shape == (B, X)
+    loader = [(x[:2], labels[:2]), (x[2:], labels[2:])]
+    unpack = lambda batch: {"x": batch[0], "context": batch[1]}  # noqa: E731
+    result = vae.evaluate(loader, k=200, unpack=unpack, progress=False, generator=generator(3))
+    again = vae.evaluate(
+        [(x, labels)], k=200, k_chunk=7, unpack=unpack, progress=False, generator=generator(3)
+    )
+    torch.testing.assert_close(result.log_px, again.log_px)
+
+
+def test_examples_that_are_done_leave_with_their_labels():
+    scale, weight = torch.tensor([0.0, 0.3, 1.0], device=DEVICE), randn(D, X, seed=7)
+    x, labels = rand(2 * B, X, seed=2).round(), torch.arange(2 * B, device=DEVICE) % 3
+
+    def run(**options):
+        return fastvae.evaluate(
+            lambda x, y: (zeros(len(x), D), zeros(len(x), D)),
+            lambda z, y: scale[y][:, None] * (z @ weight),
+            [(x[:6], labels[:6]), (x[6:], labels[6:])],
+            unpack=lambda batch: {"x": batch[0], "context": batch[1]}, likelihood="bernoulli",
+            generator=generator(3), progress=False, **options,
+        )  # fmt: skip
+
+    got, whole = run(tol=0.05, k=6400), run(k=6400)
+    easy = (labels == 0).cpu()
+    assert bool((got.k[easy] == 100).all()) and int(got.k[~easy].max()) > 100
+    torch.testing.assert_close(got.log_px[easy], torch.full_like(got.log_px[easy], -X * math.log(2)))
+    torch.testing.assert_close(got.log_px, whole.log_px, rtol=0, atol=0.5)
+
+
+# Weights of examples
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("objective", ["elbo", "iwae", "chunks"])
+def test_example_weights(objective, reduction):
+    x, decoder, weights = rand(B, X, seed=2).round(), Outputs("bernoulli", (X,)), rand(B, seed=4)
+
+    def bound(**options):
+        options = {"likelihood": "bernoulli", "generator": generator(5), **options}
+        if objective == "elbo":
+            return fastvae.elbo(x, a_q(), decoder, **options)
+        return fastvae.iwae(x, a_q(), decoder, k=K, k_chunk=3 if objective == "chunks" else None, **options)
+
+    each = weights * bound(reduction="none")
+    expected = each if reduction == "none" else getattr(each, reduction)()
+    got = bound(reduction=reduction, example_weights=weights)
+    torch.testing.assert_close(got, expected)
+    (grad,), (wanted,) = (torch.autograd.grad(v.sum(), decoder.parameters()) for v in (got, expected))
+    torch.testing.assert_close(grad, wanted)
+    with pytest.raises(ValueError, match="terms=True returns each example's own bound"):
+        bound(terms=True, example_weights=weights)
+
+
+# Several parts
+
+
+def _parts():
+    joint = fastvae.Joint(pixels="bernoulli", genes=fastvae.NegativeBinomial(2.0))
+    x = {"pixels": rand(B, *EVENT, seed=2).round(), "genes": cases.data("poisson", B, X, seed=3).int()}
+    pixels, genes = randn(D, 6, seed=4), 0.2 * randn(D, X, seed=5)
+    return joint, x, lambda z: {"pixels": (z @ pixels).reshape(-1, *EVENT), "genes": z @ genes}
+
+
+def test_a_joint_likelihood_is_the_sum_of_its_parts(backend):
+    joint, x, decoder = _parts()
+    z = randn(K * B, D, seed=8)
+    parameters = decoder(z)
+    logits, m = (parameters[n].reshape(K, B, -1) for n in ("pixels", "genes"))
+    expected = td.Bernoulli(logits=logits).log_prob(x["pixels"].flatten(1)).sum(2)
+    counts = td.NegativeBinomial(2.0, logits=m - math.log(2.0))
+    expected = expected + counts.log_prob(x["genes"].to(m.dtype)).sum(2)
+    torch.testing.assert_close(joint.log_likelihood(x, parameters, K), expected)
+    results = every(x, a_q(), decoder, likelihood=joint)
+    assert all(bool(v.isfinite().all()) for values in results.values() for v in values)
+    assert {n: tuple(v.shape) for n, v in joint.mean(parameters).items()} == {
+        "pixels": (K * B, *EVENT), "genes": (K * B, X),
+    }  # fmt: skip
+    assert set(joint.sample(parameters)) == {"pixels", "genes"}
+
+
+def test_masks_and_sizes_of_parts():
+    joint, x, decoder = _parts()
+    size = rand(B, seed=9) + 0.5
+    without = every(
+        x, a_q(), decoder, likelihood=joint, mask={"genes": zeros(B, X).bool()}, size={"genes": size}
+    )
+    alone = every(x["pixels"], a_q(), lambda z: decoder(z)["pixels"], likelihood="bernoulli")
+    assert_same(without, alone)
+    sized = every(x, a_q(), decoder, likelihood=joint, size={"genes": size})
+    genes = every(
+        x["genes"], a_q(), lambda z: decoder(z)["genes"], likelihood=fastvae.NegativeBinomial(2.0), size=size
+    )
+    got = sized["elbo"][0] - alone["elbo"][0]
+    kl = fastvae.elbo(
+        x["pixels"], a_q(), lambda z: decoder(z)["pixels"], likelihood="bernoulli", terms=True
+    ).kl
+    torch.testing.assert_close(got, genes["elbo"][0] + kl, rtol=1e-4, atol=1e-4)
+
+
+def test_data_sets_of_several_parts(tmp_path):
+    """Dicts of tensors or arrays, batches that are dicts; checkpoints; bits are of all parts."""
+    joint, x, decoder = _parts()
+    weight = randn(6 + X, 2 * D, seed=10)
+
+    def encoder(x):
+        assert all(t.is_floating_point() for t in x.values())
+        return 0.1 * torch.cat([t.flatten(1).log1p() for t in x.values()], 1) @ weight
+
+    def run(data, **options):
+        options = {"k": 50, "progress": False, "generator": generator(2), **options}
+        return fastvae.evaluate(encoder, decoder, data, likelihood=joint, **options)
+
+    whole = run(x)
+    arrays = {n: np.asarray(t.cpu()) for n, t in x.items()}
+    batches = [{n: t[:2] for n, t in x.items()}, {n: t[2:] for n, t in x.items()}]
+    file = tmp_path / "run.npz"
+    for data, options in (
+        (arrays, {}),
+        (batches, {}),
+        (x, {"batch_size": 2}),
+        (batches, {"checkpoint": file}),
+    ):
+        if DEVICE.type == "cpu" or data is not arrays:
+            torch.testing.assert_close(run(data, **options).log_px, whole.log_px)
+    torch.testing.assert_close(run(batches, checkpoint=file).log_px, whole.log_px)
+    other = [{**batches[0], "genes": batches[0]["genes"] + 1}, batches[1]]
+    with pytest.raises(ValueError, match="was made with other data: batch 0 differs"):
+        run(other, checkpoint=file)
+    assert whole.bits_per_dim == pytest.approx(whole.nll / math.log(2) / (6 + X))
+    vae = fastvae.VAE(encoder, decoder, likelihood=joint, latent_dim=D)
+    assert vae(x).shape == () and vae.sample(4)["genes"].shape == (4, X)
+    assert vae.reconstruct(x)["pixels"].shape == (B, *EVENT)
+
+
+# Likelihoods of one's own
+
+
+def test_one_from_torch_distributions():
+    """Any of its families, by arguments, names or one tensor; every objective as with fastvae's own."""
+    x, decoder = cases.data("laplace", B, X, seed=2), Outputs("laplace", (X,))
+    expected = every(x, a_q(), decoder, likelihood="laplace")
+    of_two = fastvae.likelihoods.from_distribution(lambda m, s: td.Laplace(m, s.exp()))
+    assert_same(every(x, a_q(), decoder, likelihood=of_two), expected)
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = decoder
+
+        def forward(self, z):
+            location, log_scale = self.inner(z)
+            return {"loc": location, "scale": log_scale.exp()}
+
+    by_name = fastvae.likelihoods.from_distribution(td.Laplace)
+    assert_same(every(x, a_q(), Named(), likelihood=by_name), expected)
+    independent = fastvae.likelihoods.from_distribution(
+        lambda m, s: td.Independent(td.Laplace(m, s.exp()), 1)
+    )
+    assert_same(every(x, a_q(), decoder, likelihood=independent), expected)
+    vae = fastvae.VAE(lambda x: a_q(), decoder, likelihood=of_two, latent_dim=D)
+    assert vae.sample(4).shape == (4, X) and vae.reconstruct(x).shape == (B, X)
+    drawn = [vae.sample(4, generator=generator(7)) for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
+def test_classes_in_plain_pytorch():
+    """An axis that the data do not have: logits [N, *event, C], x of integers."""
+    classes = 4
+    weight = randn(D, X * classes, seed=3)
+    decoder = lambda z: (z @ weight).reshape(-1, X, classes)  # noqa: E731
+    x = torch.randint(classes, (B, X), device=DEVICE)
+    own = fastvae.likelihoods.from_distribution(lambda logits: td.Categorical(logits=logits))
+    z = randn(K * B, D, seed=4)
+    got = own.log_likelihood(x, decoder(z), K)
+    log_p = decoder(z).log_softmax(-1).reshape(K, B, X, classes)
+    expected = log_p.gather(3, x.expand(K, B, X)[..., None])[..., 0].sum(2)
+    torch.testing.assert_close(got, expected)
+    assert fastvae.iwae(x, a_q(), decoder, k=K, likelihood=own).isfinite()
+
+
+def test_a_likelihood_with_parameters_of_its_own():
+    class Learned(fastvae.Likelihood):
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(X))
+
+        def log_prob(self, x, mean):
+            return td.Normal(mean, self.log_scale.exp()).log_prob(x)
+
+    likelihood = Learned().to(DEVICE)
+    x, decoder = randn(B, X, seed=2), nn.Linear(D, X).to(DEVICE)
+    fastvae.iwae(x, a_q(), decoder, k=K, k_chunk=3, likelihood=likelihood).backward()
+    bounds = [
+        fastvae.iwae(x, a_q(), decoder, k=K, likelihood=kind, generator=generator(3))
+        for kind in (likelihood, fastvae.Gaussian(torch.ones(X, device=DEVICE)))
+    ]
+    torch.testing.assert_close(*bounds)
+    assert likelihood.log_scale.grad.shape == (X,)
+
+
+# Draws of x
+
+
+@pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
+def test_draws_have_the_likelihoods_scores(likelihood):
+    """Of draws from p(x|z), the derivatives of log p by each output have mean 0; so has x less its mean."""
+    n = 40_000
+    kind = DECLARED[likelihood]()
+    outputs = [0.5 * randn(1, X, seed=11 + i, dtype=torch.float64) for i in range(len(kind.outputs))]
+    if likelihood == "student_t":
+        outputs[2] = outputs[2] + 1.8  # a variance
+    wide = [o.expand(n, X).clone().requires_grad_() for o in outputs]
+    given = wide[0] if len(wide) == 1 else tuple(wide)
+    torch.manual_seed(3)
+    x = kind.sample(given, generator=None).detach()
+    assert x.shape == (n, X) and x.dtype == torch.float64
+    scores = torch.autograd.grad(kind.log_prob(x, given).sum(), wide)
+    for score in (*scores, x - kind.mean(given).detach()):
+        error = score.std(0) / math.sqrt(n)
+        assert bool((score.mean(0).abs() < 6 * error).all())  # six standard errors
+    drawn = [kind.sample(given, generator=generator(4)) for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
+def test_draws_of_held_parameters():
+    location = randn(3000, X, seed=1)
+    drawn = fastvae.Laplace(scale=0.01).sample(location) - location
+    assert bool((drawn.abs().mean() - 0.01).abs() < 6e-4)
+    counts = fastvae.ZeroInflatedNegativeBinomial(5.0).sample((location, location + 30))
+    assert not bool(counts.any())  # all are dropped
+    half = fastvae.Poisson().sample(torch.full((9, 9), 8.0, dtype=torch.bfloat16, device=DEVICE))
+    assert half.dtype == torch.float32 and bool((half == half.round()).all())
+
+
+# β
+
+
+def test_a_warm_up():
+    beta = fastvae.schedules.linear(0.1, 0.9, steps=4, delay=2)
+    expected = [0.1, 0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 0.9]
+    assert [float(beta(step)) for step in range(8)] == pytest.approx(expected)
+    assert [float(beta(torch.tensor(step))) for step in range(8)] == pytest.approx(expected)
+    x, decoder = rand(B, X, seed=2).round(), Outputs("bernoulli", (X,))
+    for step in (0, 5):
+        bounds = [
+            fastvae.elbo(x, a_q(), decoder, likelihood="bernoulli", beta=b, generator=generator(5))
+            for b in (beta(step), expected[step])
+        ]
+        torch.testing.assert_close(*bounds)
+
+
+def test_a_warm_up_is_compiled_once():
+    torch._dynamo.reset()
+    x, q, decoder, seen = rand(B, X, seed=2).round(), a_q(), Outputs("bernoulli", (X,)), []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    step = torch.compile(
+        lambda beta: fastvae.elbo(x, q, decoder, likelihood="bernoulli", beta=beta), backend=backend
+    )
+    beta = fastvae.schedules.linear(0.0, 1.0, steps=10)
+    values = {float(step(beta(t)).detach()) for t in range(4)}
+    assert len(seen) == 1 and len(values) == 4
+
+
+# What is said of mistakes
+
+POISSON = {"likelihood": "poisson"}
+WRONG = {
+    "a mask of numbers": (
+        {"mask": torch.ones(B, X)}, TypeError, ["mask must be a tensor of bool", "float32", "mask.bool()"],
+    ),
+    "a mask of another shape": (
+        {"mask": torch.ones(B, X + 1).bool()}, ValueError, ["mask has shape [5, 8]", "[5, 7]", "[7]"],
+    ),
+    "a size of another likelihood": (
+        {"likelihood": "bernoulli", "size": torch.ones(B)},
+        TypeError,
+        ["size is a factor of the mean of counts", "Bernoulli", "NegativeBinomial", "context="],
+    ),
+    "a size of other rows": ({**POISSON, "size": torch.ones(B - 1)}, ValueError, ["size has shape [4]"]),
+    "a size of 0": (
+        {**POISSON, "size": torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0])},
+        ValueError,
+        ["size must be positive", "example 2 has 0", "leave it out"],
+    ),
+    "a number for a size": ({**POISSON, "size": 3.0}, TypeError, ["size must be a tensor [B]", "float"]),
+    "a context of other rows": (
+        {"context": torch.ones(B + 1)}, ValueError, ["context has shape [6] but q has 5 rows"],
+    ),
+    "a list for a context": ({"context": [1, 2]}, TypeError, ["context must be a tensor or a dict", "list"]),
+    "a prior without a context": (
+        {"prior": lambda c: c}, ValueError, ["prior is a function of the context", "pass context="],
+    ),
+    "a prior that returns anything": (
+        {"prior": lambda c: 3, "context": torch.ones(B, 1)}, TypeError, ["prior, a function", "got int"],
+    ),
+    "weights of another shape": (
+        {"example_weights": torch.ones(B, 1)}, ValueError, ["example_weights has shape [5, 1]", "[5]"],
+    ),
+    "a list for weights": ({"example_weights": [1.0] * B}, TypeError, ["example_weights must be a tensor"]),
+    "a Joint for one tensor": (
+        {"likelihood": fastvae.Joint(a="poisson")}, TypeError, ["x must be a dict with 'a'", "a tensor [5,"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use(case):
+    options, kind, words = WRONG[case]
+    options = {n: v.to(DEVICE) if torch.is_tensor(v) else v for n, v in options.items()}
+    x = zeros(B, X)
+    decoder = lambda z, *context: zeros(len(z), X)  # noqa: E731
+    objectives = [fastvae.elbo, fastvae.iwae]
+    if "example_weights" not in options:
+        objectives += [fastvae.log_weights, fastvae.log_marginal]
+    for objective in objectives:
+        more = {} if objective is fastvae.elbo else {"k": 2}
+        with pytest.raises(kind) as raised:
+            objective(x, a_q(), decoder, **{"likelihood": "poisson", **more, **options})
+        for word in words:
+            assert word in str(raised.value)
+
+
+def test_wrong_parts():
+    joint, x, decoder = _parts()
+    calls = {
+        "x must be a dict with 'pixels', 'genes', the parts of Joint; 'genes' is missing": (
+            {"pixels": x["pixels"]}, decoder, joint,
+        ),
+        "x must be a dict .*; 'more' is not one of them": ({**x, "more": x["genes"]}, decoder, joint),
+        "the decoder's output must be a dict .*; got a tensor": (x, lambda z: zeros(len(z), X), joint),
+        "the decoder's output must be a dict .*; 'genes' is missing, 'gene' is not one": (
+            x, lambda z: {"pixels": zeros(len(z), *EVENT), "gene": zeros(len(z), X)}, joint,
+        ),
+        r"x is a dict, but a Bernoulli likelihood takes one tensor; .* use fastvae.Joint\(pixels=": (
+            x, decoder, "bernoulli",
+        ),
+        r"x\['genes'\] has shape \[4, 7\] but q has 5 rows": ({**x, "genes": x["genes"][1:]}, decoder, joint),
+        r"x\['pixels'\] has dtype torch.int32": ({**x, "pixels": x["pixels"].int() * 255}, decoder,
+                                                  fastvae.Joint(pixels="gaussian", genes="poisson")),
+    }  # fmt: skip
+    for words, (data, f, likelihood) in calls.items():
+        with pytest.raises((TypeError, ValueError), match=words):
+            fastvae.iwae(data, a_q(), f, k=2, likelihood=likelihood)
+    with pytest.raises(ValueError, match="Joint needs parts by name"):
+        fastvae.Joint()
+    with pytest.raises(TypeError, match="constructor must be a function of the decoder's output"):
+        fastvae.likelihoods.from_distribution(td.Normal(0.0, 1.0))
+    own = fastvae.likelihoods.from_distribution(lambda logits: logits)
+    with pytest.raises(
+        TypeError, match=r"from_distribution returned a tensor \[10, 7\]; expected a torch.dist"
+    ):
+        fastvae.iwae(zeros(B, X), a_q(), lambda z: zeros(len(z), X), k=2, likelihood=own)
+    with pytest.raises(TypeError, match="unpack must return a dict with 'x'.*; got tuple"):
+        fastvae.evaluate(
+            lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, unpack=lambda b: (b, b),
+            progress=False,
+        )  # fmt: skip
+    with pytest.raises(TypeError, match="got unknown 'label'"):
+        fastvae.evaluate(
+            lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, progress=False,
+            unpack=lambda b: {"x": b, "label": b},
+        )  # fmt: skip
+
+
+def test_whole_pixels_are_read_as_they_are(backend):
+    """Of any integer type, as of floats; bytes up to 255 are refused."""
+    x, logits = rand(B, X, seed=2).round(), randn(B, X, seed=3)
+    expected = fastvae.ops.bernoulli_log_prob(x, logits)
+    for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64):
+        torch.testing.assert_close(fastvae.ops.bernoulli_log_prob(x.to(dtype), logits), expected)
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match=r"in \[0, 255\], but Bernoulli targets .* x / 255"):
+            fastvae.ops.bernoulli_log_prob((255 * x).to(torch.uint8), logits)
