@@ -182,6 +182,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             for declared in DECLARED.values():
                 if declared.takes_integers and not (likelihood.is_heavy(declared.name) and dtype == bf16):
                     yield from of_likelihood(likelihood, declared, dtype, size, size, [False], torch.uint8)
+    yield from grouped_launches((f32, bf16, f64))
     for dtype in (f32, bf16, f64):
         for k, n in ((5000, 128), (50, 65536)):
             log_w, column = tensor(k, n, dtype=dtype), tensor(n, dtype=f64 if dtype == f64 else f32)
@@ -211,6 +212,31 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                     ),
                 )
     yield from odd_launches()
+
+
+def grouped_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Classes of pixels and of tokens; mixtures of colours and of grey."""
+    from fastvae.kernels import grouped
+
+    for dtype in dtypes:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for n, c, channels, p in ((64, 256, 1, 784), (320, 5000, 1, 32), (64, 10, 3, 1024), (50, 10, 1, 784)):
+            x, logits = tensor(n, channels, p), tensor(n, c, p, dtype=dtype)
+            sums = tensor(n, dtype=wide), tensor(n, p, dtype=wide), tensor(n, p, dtype=wide)
+            if c > 10:
+                name, arguments = "categorical", (x, logits, -100.0)
+            else:
+                others = [tensor(n, c * channels, p, dtype=dtype)] * 2
+                coupling = others[0] if channels == 3 else None
+                name, arguments = "discretized_logistic_mixture", (x, logits, *others, coupling, 1 / 255)
+            need = [False, *[t is not None for t in arguments[1:-1]]]
+            label = f"{str(dtype)[6:]} [{n}, {c}, {channels}, {p}]"
+            forward, backward = getattr(grouped, name), getattr(grouped, f"{name}_backward")
+            yield f"{name} {label}", lambda f=forward, a=arguments: f(*a)
+            yield (
+                f"{name}_backward {label}",
+                lambda f=backward, a=arguments, s=sums, o=need: f(*s, *a, o),
+            )
 
 
 # Sizes that people use, and no power of two: latents of a pair (mu, logvar) that is cut out of one tensor,

@@ -12,6 +12,7 @@ namespace FASTVAE_ISA {
 #include "likelihood.hpp"
 #include "importance.hpp"
 #include "weigh.hpp"
+#include "grouped.hpp"
 // clang-format on
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
@@ -23,6 +24,7 @@ namespace FASTVAE_ISA {
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <new>
 #include <type_traits>
@@ -190,6 +192,8 @@ PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
 #define FASTVAE_DEF(name) m.def(#name, FASTVAE_PICK(name), release())
   FASTVAE_DEF(normal);
+  FASTVAE_DEF(grouped_log_prob);
+  FASTVAE_DEF(grouped_log_prob_backward);
   add_glances(m.ptr());
   m.attr("likelihoods") = likelihoods();
   static PyMethodDef ops[] = {

@@ -7,12 +7,15 @@ from .evaluate import Evaluation, evaluate
 from .graphs import graphed
 from .likelihoods import (
     Bernoulli,
+    Categorical,
+    DiscretizedLogisticMixture,
     Gaussian,
     Joint,
     Laplace,
     Likelihood,
     Logistic,
     LogNormal,
+    Multinomial,
     NegativeBinomial,
     Poisson,
     StudentT,
@@ -34,7 +37,9 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "Bernoulli",
+    "Categorical",
     "DiagonalNormal",
+    "DiscretizedLogisticMixture",
     "Distribution",
     "Evaluation",
     "Gaussian",
@@ -45,6 +50,7 @@ __all__ = [
     "LogNormal",
     "LogWeights",
     "Logistic",
+    "Multinomial",
     "NegativeBinomial",
     "Poisson",
     "StandardNormal",

@@ -60,6 +60,8 @@ LAUNCH = {
     "likelihood_backward": Launch(1024, 128, 256, 128),
     # Those that are long, and bound by arithmetic: two elements a thread, or they spill.
     "likelihood_heavy": Launch(512, 256, 256, 256),
+    # A mixture's component is long; rows and positions are many.
+    "mixture": Launch(256, 128, 128, 128),
     # As the likelihoods: one operand, and little arithmetic.
     "importance": Launch(2048, 128, 256, 128),
 }

@@ -155,7 +155,7 @@ def narrow(reports):
         )
         and "float64" not in r.launch
         # Bound by arithmetic, with two elements a thread.
-        and "negative_binomial" not in r.launch
+        and not any(s in r.launch for s in ("negative_binomial", "mixture"))
     ]
 
 

@@ -2,6 +2,8 @@
 
 from .base import Likelihood
 from .bernoulli import Bernoulli
+from .categorical import Categorical, Multinomial
+from .discretized_logistic_mixture import DiscretizedLogisticMixture
 from .gaussian import Gaussian
 from .joint import Joint
 from .laplace import Laplace
@@ -15,12 +17,15 @@ from .zero_inflated_negative_binomial import ZeroInflatedNegativeBinomial
 
 __all__ = [
     "Bernoulli",
+    "Categorical",
+    "DiscretizedLogisticMixture",
     "Gaussian",
     "Joint",
     "Laplace",
     "Likelihood",
     "LogNormal",
     "Logistic",
+    "Multinomial",
     "NegativeBinomial",
     "Poisson",
     "StudentT",

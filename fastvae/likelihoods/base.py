@@ -126,6 +126,8 @@ def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
 Fused = tuple[str, Tensor, tuple[Tensor, ...]]
 
 DECLARED: dict[str, type[Declared]] = {}
+# What a name may mean.
+NAMED: dict[str, type[Likelihood]] = {}
 # For a call that gives a name: making a module costs more than the kernels of a small batch.
 SHARED: dict[str, Declared] = {}
 
@@ -162,7 +164,7 @@ class Declared(Likelihood):
         cls._bounded = cls.low > -math.inf or cls.high < math.inf
         if "name" in cls.__dict__:
             ops.declare(cls)
-            DECLARED[cls.name] = cls
+            DECLARED[cls.name] = NAMED[cls.name] = cls
             SHARED[cls.name] = cls()
 
     def check(self, x: Any, name: str = "x") -> None:
@@ -363,12 +365,12 @@ def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
         return likelihood
     if shared and type(likelihood) is str and likelihood in SHARED:
         return SHARED[likelihood]
-    known = ", ".join(map(repr, DECLARED))
+    known = ", ".join(map(repr, sorted(NAMED)))
     if not isinstance(likelihood, str):
         raise TypeError(
             f"likelihood must be a name ({known}) or an object such as fastvae.Gaussian(scale=0.1); got "
             f"{likelihood!r}"
         )
-    if likelihood not in DECLARED:
+    if likelihood not in NAMED:
         raise ValueError(f"likelihood={likelihood!r} is unknown; known: {known}")
-    return DECLARED[likelihood]()
+    return NAMED[likelihood]()

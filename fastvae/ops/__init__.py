@@ -10,10 +10,17 @@ from torch import Tensor
 
 from . import likelihood as _likelihood
 from . import weigh as _weigh
+from .grouped import categorical_log_prob, discretized_logistic_mixture_log_prob
 from .importance import log_mean_exp
 from .latent import rsample_kl, rsample_log_ratio
 
-__all__ = ["log_mean_exp", "rsample_kl", "rsample_log_ratio"]
+__all__ = [
+    "categorical_log_prob",
+    "discretized_logistic_mixture_log_prob",
+    "log_mean_exp",
+    "rsample_kl",
+    "rsample_log_ratio",
+]
 
 
 def declare(likelihood: _likelihood.Declaration) -> None:

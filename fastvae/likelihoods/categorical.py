@@ -1,0 +1,185 @@
+"""Classes: the categorical likelihood, and the multinomial of their counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_data, check_same_device, check_tensor, shape_of
+from .._nested import Beside, repeat
+from ..ops.grouped import categorical_rows, check_classes
+from .base import NAMED, Likelihood, describe
+
+
+class Categorical(Likelihood):
+    r"""p(x|z) = independent classes, for decoders that return logits with a class axis, [N, C, \*event]:
+    pixels in 256 levels, tokens, genotypes.
+
+    .. math:: \log p(x|z_k) = \sum_i \Big[l_{k x_i i} - \log \sum_c e^{l_{kci}}\Big]
+
+    With :math:`g_k` what arrives: :math:`\bar l_{kci} = g_k ([x_i = c] - \mathrm{softmax}(l_{k \cdot i})_c)`.
+    x [B, \*event] are whole numbers from 0 to C − 1, of any dtype. The op by itself is
+    ``fastvae.ops.categorical_log_prob(x, logits)``.
+
+    Args:
+        ignore_index: the class that does not count, as in ``torch.nn.functional.cross_entropy``, such as
+            padding.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.randint(4, (2, 7))
+        >>> q, decoder = torch.zeros(2, 2 * 3), torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 4 * 7), torch.nn.Unflatten(1, (4, 7))
+        ... )
+        >>> fastvae.iwae(x, q, decoder, k=5, likelihood="categorical").shape
+        torch.Size([])
+        >>> fastvae.ops.categorical_log_prob(x, torch.zeros(2, 4, 7))  # -7 log 4
+        tensor([-9.7041, -9.7041])
+    """
+
+    takes_integers = True
+    differentiable = False
+
+    def __init__(self, ignore_index: int = -100):
+        super().__init__()
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, a class that x may hold; got {ignore_index!r}")
+        self.ignore_index = ignore_index
+
+    def log_likelihood(
+        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+    ) -> Tensor:
+        if type(self).log_prob is not Categorical.log_prob:  # a subclass's own
+            return super().log_likelihood(x, parameters, samples, beside)
+        if beside is not None and beside.size is not None:
+            raise self.no_size()
+        self._check(x, parameters, samples)
+        if beside is not None and beside.mask is not None:
+            x = torch.where(beside.mask, x, torch.full((), self.ignore_index, device=x.device))
+        return categorical_rows(x, parameters, self.ignore_index).reshape(samples, len(x))
+
+    def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
+        """log p of each element [N, *event]; 0 for the class that does not count."""
+        self._check(x, parameters, 1)
+        if not torch.compiler.is_compiling():
+            check_classes(x, parameters.shape[1], self.ignore_index)
+        counts = x != self.ignore_index
+        index = torch.where(counts, x, 0).long()[:, None]
+        return torch.where(counts, parameters.log_softmax(1).gather(1, index)[:, 0], 0.0)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The class's expected number [N, *event]: of levels, their mean; of names, nothing."""
+        numbers = torch.arange(parameters.shape[1], device=parameters.device, dtype=parameters.dtype)
+        return (parameters.softmax(1) * numbers.reshape(-1, *[1] * (parameters.dim() - 2))).sum(1)
+
+    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Classes [N, *event], int64."""
+        rows = parameters.float().softmax(1).movedim(1, -1)
+        drawn = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
+        return drawn.reshape(rows.shape[:-1])
+
+    def _check(self, x: Tensor, logits: Any, samples: int) -> None:
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                "the decoder of a categorical likelihood must return logits, one tensor [N, C, *event]; got "
+                f"{describe(logits)}"
+            )
+        check_tensor("the decoder's logits", logits)
+        check_same_device("the decoder's logits", logits, "x", x)
+        rows, event = samples * len(x), x.shape[1:]
+        if logits.dim() != x.dim() + 1 or (logits.shape[0], *logits.shape[2:]) != (rows, *event):
+            expected = ", ".join(map(str, (rows, "C", *event)))
+            last = logits.dim() == x.dim() + 1 and (logits.shape[0], *logits.shape[1:-1]) == (rows, *event)
+            hint = "; the classes are the axis after the batch's, not the last: use logits.movedim(-1, 1)"
+            raise ValueError(
+                f"the decoder's logits has shape {shape_of(logits)}; expected [N, C, *event] = [{expected}] "
+                f"for an x of {shape_of(x)}{hint if last else ''}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"ignore_index={self.ignore_index}"
+
+
+class Multinomial(Likelihood):
+    r"""p(x|z) = counts of classes over the whole event, for decoders that return logits [N, \*event]:
+    recommender systems (Mult-VAE), documents.
+
+    .. math:: \log p(x|z_k) = \log n! - \sum_i \log x_i! + \sum_i x_i \log \mathrm{softmax}(l_k)_i,
+              \quad n = \sum_i x_i
+
+    Counts may be of any dtype, or not whole. In plain PyTorch.
+
+    References:
+        Liang, Krishnan, Hoffman & Jebara, Variational Autoencoders for Collaborative Filtering, 2018.
+
+    Example:
+        >>> import torch, fastvae
+        >>> clicks, q = torch.tensor([[1, 0, 1], [0, 2, 0]]), torch.zeros(2, 2 * 5)
+        >>> fastvae.iwae(clicks, q, torch.nn.Linear(5, 3), k=7, likelihood="multinomial").shape
+        torch.Size([])
+        >>> fastvae.Multinomial().log_prob(clicks, torch.zeros(2, 3))  # log 2 − 2 log 3, −2 log 3
+        tensor([-1.5041, -2.1972])
+    """
+
+    takes_integers = True
+    differentiable = False
+
+    def check(self, x: Any, name: str = "x") -> None:
+        check_data(x, self, name)
+        if x.is_cpu and x.numel() and not torch.compiler.is_compiling() and bool((x < 0).any()):
+            raise ValueError(f"{name} holds {float(x.min()):g}, but counts must lie at or above 0")
+
+    def log_likelihood(
+        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+    ) -> Tensor:
+        if type(self).log_prob is not Multinomial.log_prob:  # a subclass's own
+            return super().log_likelihood(x, parameters, samples, beside)
+        mask, size, _ = beside or Beside()
+        if size is not None:
+            raise self.no_size()
+        logits = self._read(x, parameters, samples)
+        if mask is not None:
+            # What was not observed is no class that there is.
+            x = torch.where(mask, x, 0)
+            logits = torch.where(repeat(mask, samples), logits, -1e30)
+        counts = x.to(logits.dtype).flatten(1)
+        log_p = logits.flatten(1).log_softmax(1).reshape(samples, *counts.shape)
+        # A count of 0 takes nothing, of an impossible class either.
+        picked = torch.where(counts == 0, 0.0, counts * torch.where(counts == 0, 0.0, log_p)).sum(2)
+        wide = counts.double()
+        own = torch.lgamma(wide.sum(1) + 1) - torch.lgamma(wide + 1).sum(1)
+        return picked + own.to(picked.dtype)
+
+    def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
+        """log p of each row [N]: the classes' counts depend on each other."""
+        return self.log_likelihood(x, parameters, 1)[0]
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """Expected shares of the classes [N, *event], which sum to 1: times n they are counts."""
+        return parameters.flatten(1).softmax(1).reshape(parameters.shape)
+
+    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One draw of a class for each row, one-hot [N, *event]: n is not part of the model."""
+        rows = parameters.float().flatten(1).softmax(1)
+        drawn = torch.multinomial(rows, 1, generator=generator)
+        return torch.zeros_like(rows).scatter_(1, drawn, 1.0).reshape(parameters.shape)
+
+    def _read(self, x: Tensor, logits: Any, samples: int) -> Tensor:
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                "the decoder of a multinomial likelihood must return logits, one tensor; got "
+                f"{describe(logits)}"
+            )
+        check_tensor("the decoder's logits", logits)
+        check_same_device("the decoder's logits", logits, "x", x)
+        if logits.shape != (samples * len(x), *x.shape[1:]):
+            raise ValueError(
+                f"the decoder's logits has shape {shape_of(logits)}; expected K·B = {samples}·{len(x)} rows, "
+                f"each shaped like an x of shape {shape_of(x)}"
+            )
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+NAMED["categorical"], NAMED["multinomial"] = Categorical, Multinomial

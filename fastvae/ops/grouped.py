@@ -1,0 +1,265 @@
+r"""Likelihoods with a component axis: classes, and mixtures whose components are summed over.
+
+With logits :math:`a_{nc}` and components' log-likelihoods :math:`v_{nc} = \sum_e v(x_e, θ_{nce})` over the
+channels of a position,
+
+.. math:: \log p = \log \sum_c e^{s_{nc}} - \log \sum_c e^{a_{nc}}, \quad s_{nc} = a_{nc} + v_{nc}
+
+where a class is a component that emits its own number for certain. With :math:`g` what arrives,
+:math:`π_{nc} = e^{a_{nc}} / \sum e^{a}` and :math:`r_{nc} = e^{s_{nc}} / \sum e^{s}`:
+:math:`\bar a_{nc} = g\, (r_{nc} - π_{nc})` and :math:`\bar θ_{nce} = g\, r_{nc}\, ∂v/∂θ`. One pass over the
+parameters each way: components come one after the other, with running maxima and sums. The two log-sums of
+each position are kept for the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .._checks import check_data, check_same_device, check_tensor, checks_data, shape_of
+from .likelihood import result_dtype
+from .op import Op
+
+# Where a position has fewer neighbours a CPU's lanes would be empty.
+FEWEST_POSITIONS = 8
+
+
+class _Grouped(Op):
+    """log p [N], and both log-sums [N, P], of x [B, E, P], logits [N, C, P] and the components' parameters
+    [N, C E, P].
+    """
+
+    module = "grouped"
+    shown = 1
+
+    def __init__(self, name: str, parameters: tuple[str, ...], optional: tuple[str, ...] = ()):
+        self.likelihood = name
+        self.name = f"{name}_log_prob"
+        self.parameters = len(parameters) + len(optional)
+        inputs = ", ".join([f"Tensor {p}" for p in parameters] + [f"Tensor? {p}" for p in optional])
+        self.schema = f"(Tensor x, {inputs}, float setting) -> (Tensor, Tensor, Tensor)"
+        self.gradient = _GroupedBackward(name, self.parameters, inputs)
+        super().__init__()
+
+    def native(self, x, *rest):
+        *parameters, setting = rest
+        logits = parameters[0]
+        rows, _, positions = logits.shape
+        if not logits.numel() or not x.numel() or _left_to_torch(parameters):
+            return self.composed("reference")(x, *rest)
+        dtype = result_dtype(x, *(p for p in parameters if p is not None))
+        out = logits.new_empty(rows, dtype=dtype)
+        sums = [logits.new_empty((rows, positions), dtype=dtype) for _ in range(2)]
+        run = _backend.native("grouped_log_prob")
+        wide, threads = dtype == torch.float64, torch.get_num_threads()
+        if not run(x, *_four(parameters), setting, wide, out, *sums, threads):
+            refuse_classes(x, logits.shape[1], setting)
+        return out, *sums
+
+    def composed(self, backend):
+        return getattr(_backend.layer(backend, self.module), self.likelihood)
+
+    def fake(self, x, *rest):
+        logits = rest[0]
+        dtype = result_dtype(x, *(p for p in rest[: self.parameters] if p is not None))
+        sums = [logits.new_empty((logits.shape[0], logits.shape[2]), dtype=dtype) for _ in range(2)]
+        return logits.new_empty(logits.shape[0], dtype=dtype), *sums
+
+    def forward(self, run, ctx, *args):
+        out, normaliser, joint = run(*args)
+        *tensors, ctx.setting = args
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(normaliser, joint)
+        ctx.save_for_backward(normaliser, joint, *tensors)
+        return out, normaliser, joint
+
+    def backward(self, run, ctx, grad, *_):
+        _, *need = ctx.needs_input_grad[: 1 + self.parameters]
+        return *run(grad, *ctx.saved_tensors, ctx.setting, [False, *need]), None
+
+
+class _GroupedBackward(Op):
+    """Gradients of (x, *parameters), None where not needed."""
+
+    module = "grouped"
+
+    def __init__(self, name: str, parameters: int, inputs: str):
+        self.likelihood, self.parameters = name, parameters
+        self.name = f"{name}_log_prob_backward"
+        results = ", ".join(["Tensor"] * (1 + parameters))
+        self.schema = (
+            f"(Tensor grad, Tensor normaliser, Tensor joint, Tensor x, {inputs}, float setting, "
+            f"bool[{1 + parameters}] need) -> ({results})"
+        )
+        super().__init__()
+
+    def native(self, grad, normaliser, joint, x, *rest):
+        *parameters, setting, need = rest
+        if not parameters[0].numel() or not x.numel() or _left_to_torch(parameters):
+            return self.composed("reference")(grad, normaliser, joint, x, *rest)
+        grads = [
+            torch.empty_like(p, memory_format=torch.contiguous_format) if n else None
+            for p, n in zip(parameters, need[1:], strict=True)
+        ]
+        run = _backend.native("grouped_log_prob_backward")
+        wide, threads = grad.dtype == torch.float64, torch.get_num_threads()
+        run(grad, normaliser, joint, x, *_four(parameters), setting, wide, *_four(grads), threads)
+        return None, *grads
+
+    def composed(self, backend):
+        function = getattr(_backend.layer(backend, self.module), f"{self.likelihood}_backward")
+
+        def backward(*args):
+            return function(*args)[: 1 + self.parameters]
+
+        return backward
+
+    def fake(self, grad, normaliser, joint, *rest):
+        *tensors, _, need = rest
+        return tuple(t.new_empty(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
+
+
+def _four(tensors: Any) -> tuple[Any, ...]:
+    return *tensors, *[None] * (4 - len(tensors))
+
+
+def _left_to_torch(parameters: list[Tensor | None]) -> bool:
+    """Classes of few positions, whose lanes on a CPU would be empty."""
+    return len(parameters) == 1 and parameters[0].shape[2] < FEWEST_POSITIONS  # type: ignore[union-attr]
+
+
+_categorical = _Grouped("categorical", ("logits",))
+_mixture = _Grouped("discretized_logistic_mixture", ("logits", "location", "log_scale"), ("coefficients",))
+
+
+def refuse_classes(x: Tensor, classes: int, ignore_index: float) -> None:
+    """They are not whole numbers in [0, classes)."""
+    values = x.detach().double().flatten()
+    wrong = ~((values >= 0) & (values < classes) & (values == values.floor()))
+    wrong &= (values != ignore_index) & ~values.isnan()
+    raise ValueError(
+        f"x holds {values[wrong][0]:g}, but classes are whole numbers from 0 to {classes - 1}, as many as "
+        f"logits has along axis 1 (or ignore_index={ignore_index:g}, which does not count); pass class "
+        "indices, not one-hot vectors"
+    )
+
+
+def check_classes(x: Tensor, classes: int, ignore_index: float) -> None:
+    """Refuse what is no class, where the op does not and looking is asked for or free."""
+    if x.numel() and (x.is_cpu or checks_data()):
+        fits = (x >= 0) & (x < classes) | (x == ignore_index) | (x != x)
+        if x.is_floating_point():
+            fits &= (x == x.floor()) | (x != x)
+        if not bool(fits.all()):
+            refuse_classes(x, classes, ignore_index)
+
+
+def categorical_rows(x: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """log p [N] of x [B, *event] and logits [N, C, *event], checked."""
+    # The C++ looks in the pass that reads the data.
+    if not torch.compiler.is_compiling() and not (
+        x.is_cpu and _backend.on_cpu() == "native" and logits.shape[2:].numel() >= FEWEST_POSITIONS
+    ):
+        check_classes(x, logits.shape[1], ignore_index)
+    return _categorical(x.reshape(len(x), 1, x.shape[1:].numel()), _flat(logits, 2), float(ignore_index))[0]
+
+
+def mixture_rows(x: Tensor, parameters: Sequence[Tensor | None], half: float) -> Tensor:
+    """log p [N] of x [B, E, *positions], logits [N, C, *positions] and others [N, C, E, *positions]."""
+    logits, *others = parameters
+    assert logits is not None
+    parts = [None if p is None else _flat(p.flatten(1, 2), 2) for p in others]
+    return _mixture(_flat(x, 2), _flat(logits, 2), *parts, half)[0]
+
+
+def _flat(tensor: Tensor, first: int) -> Tensor:
+    return tensor.reshape(*tensor.shape[:first], tensor.shape[first:].numel())
+
+
+def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100) -> Tensor:
+    r"""log p(x|z) of classes, summed over the event; the formula: fastvae.Categorical.
+
+    Args:
+        x: classes [B, \*event], whole numbers of any dtype; broadcast over the leading axes of logits.
+        logits: [..., B, C, \*event].
+        ignore_index: the class that does not count.
+
+    Returns:
+        nats [..., B], in float32 (float64 if logits is).
+
+    Raises:
+        TypeError, ValueError: for shapes or dtypes that do not fit, several devices, or an x that is no class
+            (on a GPU if FASTVAE_CHECK is 1).
+    """
+    check_data(x, _Classes)
+    check_tensor("logits", logits)
+    check_same_device("logits", logits, "x", x)
+    lead = logits.dim() - x.dim() - 1
+    if x.dim() == 0 or lead < 0 or (logits.shape[lead], *logits.shape[lead + 2 :]) != x.shape:
+        raise ValueError(
+            f"logits has shape {shape_of(logits)} and x {shape_of(x)}; expected [..., B, C, *event] and [B, "
+            "*event]: the classes are the axis after the batch's"
+        )
+    rows = logits.reshape(logits.shape[: lead + 1].numel(), *logits.shape[lead + 1 :])
+    return categorical_rows(x, rows, ignore_index).reshape(logits.shape[: lead + 1])
+
+
+def discretized_logistic_mixture_log_prob(
+    x: Tensor,
+    logits: Tensor,
+    location: Tensor,
+    log_scale: Tensor,
+    coefficients: Tensor | None = None,
+    *,
+    levels: int = 256,
+) -> Tensor:
+    r"""log p(x|z) of values on a grid, summed over the event; the formula:
+    fastvae.DiscretizedLogisticMixture.
+
+    Args:
+        x: data [B, E, \*positions] on [−1, 1], of E channels; broadcast over the leading axes of logits.
+        logits: of the components, [..., B, M, \*positions].
+        location, log_scale: [..., B, M, E, \*positions].
+        coefficients: of the colours before, [..., B, M, 3, \*positions], where E is 3; None for none.
+        levels: how many values x may have.
+
+    Returns:
+        nats [..., B], in float32 (float64 if one of the arguments is).
+
+    Raises:
+        TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
+    """
+    check_data(x, _Classes)
+    lead = logits.dim() - x.dim()
+    named = {"logits": logits, "location": location, "log_scale": log_scale, "coefficients": coefficients}
+    for name, p in named.items():
+        if p is None:
+            continue
+        check_tensor(name, p)
+        check_same_device(name, p, "x", x)
+        own = (x.shape[1],) if name != "logits" else ()
+        expected = (*logits.shape[: lead + 2], *own, *x.shape[2:])
+        if x.dim() < 2 or lead < 0 or logits.shape[lead] != len(x) or p.shape != expected:
+            raise ValueError(
+                f"{name} has shape {shape_of(p)} for an x of {shape_of(x)}; expected x [B, E, *positions], "
+                "logits [..., B, M, *positions], the others [..., B, M, E, *positions]"
+            )
+    if coefficients is not None and x.shape[1] != 3:
+        raise ValueError(f"coefficients are of 3 colours, but x has {x.shape[1]} channels: {shape_of(x)}")
+    rows = [
+        None if p is None else p.reshape(p.shape[: lead + 1].numel(), *p.shape[lead + 1 :])
+        for p in named.values()
+    ]
+    return mixture_rows(x, rows, 1.0 / (levels - 1)).reshape(logits.shape[: lead + 1])
+
+
+class _Classes:
+    """What an x may be."""
+
+    takes_integers = True
+    differentiable = False

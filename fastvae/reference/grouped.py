@@ -1,0 +1,134 @@
+"""Likelihoods over a component axis, in plain PyTorch; :mod:`fastvae.ops.grouped` is the mathematics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .common import upcast
+
+
+def value(x: Tensor, location: Tensor, log_scale: Tensor, half: float) -> Tensor:
+    """log of the probability of the bin around x, in [-1, 1], of a logistic variable; the outer are open."""
+    inverse = torch.exp(-log_scale.clamp(-60, 60))
+    upper, lower = (x - location + half) * inverse, (x - location - half) * inverse
+    first, last = x < half - 1, x > 1 - half
+    inner = torch.log(-torch.expm1(-2 * half * inverse))
+    below, above = torch.nn.functional.logsigmoid(-lower), torch.nn.functional.logsigmoid(upper)
+    return torch.where(first, above, torch.where(last, below, above + below + inner))
+
+
+def gradient(x: Tensor, location: Tensor, log_scale: Tensor, half: float) -> tuple[Tensor, Tensor]:
+    """Its derivatives by location and by log scale."""
+    inverse = torch.exp(-log_scale.clamp(-60, 60))
+    upper, lower = (x - location + half) * inverse, (x - location - half) * inverse
+    width = (2 * half * inverse).clamp(max=80)
+    first, last = x < half - 1, x > 1 - half
+    below, above = (
+        torch.where(first, 0.0, torch.sigmoid(lower)),
+        torch.where(last, 0.0, torch.sigmoid(-upper)),
+    )
+    share = torch.where(first | last, 0.0, width / torch.expm1(width))
+    return (below - above) * inverse, lower * below - upper * above - share
+
+
+def coupled(x: Tensor, location: Tensor, coefficients: Tensor) -> Tensor:
+    """Locations [N, C, 3, P] of green by red, of blue by red and green."""
+    t, (red, green) = torch.tanh(coefficients), (x[:, :, 0], x[:, :, 1])
+    first, second, third = location.unbind(2)
+    return torch.stack([first, second + t[:, :, 0] * red, third + t[:, :, 1] * red + t[:, :, 2] * green], 2)
+
+
+def _components(
+    x: Tensor, logits: Tensor, location: Tensor, log_scale: Tensor, coefficients: Tensor | None
+) -> tuple[Tensor, ...]:
+    """x [N, 1, E, P]; parameters [N, C, E, P], locations coupled."""
+    x = x.repeat(logits.shape[0] // x.shape[0], 1, 1)[:, None]
+    location, log_scale = (p.unflatten(1, (logits.shape[1], -1)) for p in (location, log_scale))
+    if coefficients is not None:
+        coefficients = coefficients.unflatten(1, (logits.shape[1], -1))
+        location = coupled(x, location, coefficients)
+    return x, location, log_scale, coefficients  # type: ignore[return-value]
+
+
+def _classes(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, P], and whether it is one of the classes."""
+    x = x.repeat(logits.shape[0] // x.shape[0], 1, 1)[:, 0]
+    return x, (x >= 0) & (x < logits.shape[1]) & (x == x.round())
+
+
+def categorical(x: Tensor, logits: Tensor, setting: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log p [N], and what the gradient takes, [N, P] each, of x [B, 1, P] and logits [N, C, P]."""
+    x, wide = upcast(x, logits)
+    x, known = _classes(x, wide)
+    normaliser = torch.logsumexp(wide, 1)
+    index = torch.where(known, x, 0).long()[:, None]
+    joint = torch.where(known, wide.gather(1, index)[:, 0], x * 0 - torch.inf)
+    return torch.where(x == setting, 0.0, joint - normaliser).sum(1), normaliser, joint
+
+
+def categorical_backward(
+    grad: Tensor,
+    normaliser: Tensor,
+    joint: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    setting: float,
+    need: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, logits), None where not needed."""
+    del joint
+    x, wide = upcast(x, logits)
+    x, _ = _classes(x, wide)
+    number = torch.arange(logits.shape[1], device=logits.device)[:, None]
+    share = torch.exp(wide - normaliser[:, None])
+    grads = grad[:, None, None] * ((x[:, None] == number).to(wide.dtype) - share)
+    return None, torch.where(x[:, None] == setting, 0.0, grads).to(logits.dtype) if need[1] else None
+
+
+def discretized_logistic_mixture(
+    x: Tensor,
+    logits: Tensor,
+    location: Tensor,
+    log_scale: Tensor,
+    coefficients: Tensor | None,
+    setting: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p [N], and what the gradient takes, [N, P] each, of x [B, E, P] and logits [N, C, P]."""
+    given = [x, logits, location, log_scale] + ([] if coefficients is None else [coefficients])
+    x, logits, *rest = upcast(*given)
+    wide, location, log_scale, _ = _components(x, logits, *rest, *[None] * (3 - len(rest)))
+    normaliser = torch.logsumexp(logits, 1)
+    joint = torch.logsumexp(logits + value(wide, location, log_scale, setting).sum(2), 1)
+    return (joint - normaliser).sum(1), normaliser, joint
+
+
+def discretized_logistic_mixture_backward(
+    grad: Tensor,
+    normaliser: Tensor,
+    joint: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    location: Tensor,
+    log_scale: Tensor,
+    coefficients: Tensor | None,
+    setting: float,
+    need: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, logits, location, log_scale, coefficients), None where not needed."""
+    parameters = [logits, location, log_scale] + ([] if coefficients is None else [coefficients])
+    x, logits, *rest = upcast(x, *parameters)
+    wide, means, scales, coupling = _components(x, logits, *rest, *[None] * (3 - len(rest)))
+    s = logits + value(wide, means, scales, setting).sum(2)
+    r = grad[:, None, None] * torch.exp(s - joint[:, None])
+    by_location, by_log_scale = gradient(wide, means, scales, setting)
+    by_location, by_log_scale = r[:, :, None] * by_location, r[:, :, None] * by_log_scale
+    grads: list[Tensor] = [r - grad[:, None, None] * torch.exp(logits - normaliser[:, None])]
+    grads += [by_location.flatten(1, 2), by_log_scale.flatten(1, 2)]
+    if coupling is not None:
+        slope = 1 - torch.tanh(coupling) ** 2
+        red, green = wide[:, :, 0], wide[:, :, 1]
+        _, second, third = by_location.unbind(2)
+        grads.append((torch.stack([second * red, third * red, third * green], 2) * slope).flatten(1, 2))
+    found = [g.to(p.dtype) if n else None for g, p, n in zip(grads, parameters, need[1:], strict=False)]
+    return None, *found, *[None] * (4 - len(found))
