@@ -12,7 +12,7 @@ import torch
 
 import fastvae
 from fastvae import _backend
-from fastvae.cli import demo, main
+from fastvae.cli import demo, kinds, main
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -214,3 +214,29 @@ def test_import_is_light():
     heavy = {"matplotlib", "sklearn", "triton", "fastvae.__main__", "fastvae.cli"}
     code = f"import sys, fastvae; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("likelihood", kinds.NAMES)
+def test_any_likelihood(likelihood, tmp_path, capsys):
+    """The digits as its data: trained, measured, drawn; and evaluated again from the checkpoint."""
+    if likelihood == "bernoulli":
+        pytest.skip("the demo itself")
+    out = tmp_path / "out"
+    assert main(["demo", "--likelihood", likelihood, "--out", str(out), *TINY]) == 0
+    check_pictures(out, {"likelihood.png"})
+    text = capsys.readouterr().out
+    assert kinds.kind_of(likelihood).says in text and "is better than" in text and "nan" not in text
+    saved = torch.load(out / "iwae.pt", weights_only=True)
+    assert saved["architecture"]["likelihood"] == likelihood
+    model = demo.load(out / "iwae.pt")
+    noise = torch.Generator().manual_seed(demo.TEST_SEED)
+    result = model.evaluate(demo.digits(likelihood).test, k=7, generator=noise, progress=False)
+    assert f"{-result.nll:.2f} ±" in text
+    assert main(["evaluate", str(out / "iwae.pt"), "digits", "--k", "7"]) == 0
+
+
+def test_an_unknown_likelihood(tmp_path):
+    with pytest.raises(SystemExit, match="--likelihood poison is unknown; known: .*poisson"):
+        main(["demo", "--likelihood", "poison", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--likelihood poisson is shown on .* digits; leave --data out"):
+        main(["demo", "--likelihood", "poisson", "--data", str(tmp_path), "--out", str(tmp_path)])

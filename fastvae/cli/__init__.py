@@ -57,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         help="folder with MNIST or Fashion-MNIST as IDX files, .gz or not (default: scikit-learn's digits)",
     )
     demo.add_argument(
+        "--likelihood",
+        default="bernoulli",
+        metavar="NAME",
+        help="what the digits are taken as: binary pixels (bernoulli), counts of ink (poisson, "
+        "negative_binomial), classes (categorical), levels, numbers; an unknown name lists them all "
+        "(default: %(default)s)",
+    )
+    demo.add_argument(
         "--out",
         type=_path,
         default=Path("demo"),

@@ -22,6 +22,7 @@ import fastvae
 
 from .._terminal import ProgressStream, show
 from ..evaluate.checkpoint import check_destination
+from .kinds import Outputs, kind_of
 
 BATCH = 100
 LEARNING_RATE = 3e-3
@@ -30,13 +31,15 @@ DATA_SEED, TEST_SEED = 20, 21
 
 
 class Images(NamedTuple):
-    """Training images in [0, 1] and binary test images, each [N, pixels], and what they are."""
+    """Training images, of which each pass makes data anew, and test data, each [N, pixels]; what they are."""
 
     name: str
     train: Tensor
     test: Tensor
     shape: tuple[int, int]
     epochs: int
+    says: str = "binarised"
+    draw: Callable[[Tensor, torch.Generator], Tensor] = lambda x, g: torch.bernoulli(x, generator=g)
 
 
 class Run(NamedTuple):
@@ -55,34 +58,35 @@ class Run(NamedTuple):
 class Encoder(nn.Module):
     """x [B, pixels] -> (mu, logvar), each [B, latent]."""
 
-    def __init__(self, pixels: int, hidden: int, latent: int):
+    def __init__(self, pixels: int, hidden: int, latent: int, likelihood: str = "bernoulli"):
         super().__init__()
+        self.seen = kind_of(likelihood).seen
         self.body = nn.Sequential(nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
         self.mu = nn.Linear(hidden, latent)
         self.logvar = nn.Linear(hidden, latent)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.body(x)
+        h = self.body(self.seen(x))
         return self.mu(h), self.logvar(h)
 
 
 class Decoder(nn.Sequential):
-    """z [N, latent] -> logits [N, pixels]."""
+    """z [N, latent] -> logits [N, pixels], or what another likelihood takes."""
 
-    def __init__(self, pixels: int, hidden: int, latent: int):
-        super().__init__(
-            nn.Linear(latent, hidden),
-            nn.Tanh(),
-            nn.Linear(hidden, hidden),
-            nn.Tanh(),
-            nn.Linear(hidden, pixels),
+    def __init__(self, pixels: int, hidden: int, latent: int, likelihood: str = "bernoulli"):
+        last = (
+            nn.Linear(hidden, pixels) if likelihood == "bernoulli" else Outputs(hidden, kind_of(likelihood))
         )
+        super().__init__(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), last)
 
 
-def build(architecture: dict[str, int]) -> fastvae.VAE:
-    """The demo's model; architecture holds pixels, hidden and latent, as a checkpoint does."""
+def build(architecture: dict[str, Any]) -> fastvae.VAE:
+    """The demo's model; architecture holds pixels, hidden and latent, as a checkpoint does, and a likelihood
+    that is not Bernoulli's.
+    """
     encoder, decoder = Encoder(**architecture), Decoder(**architecture)
-    return fastvae.VAE(encoder, decoder, likelihood="bernoulli", latent_dim=architecture["latent"])
+    likelihood = kind_of(architecture.get("likelihood", "bernoulli")).likelihood()
+    return fastvae.VAE(encoder, decoder, likelihood=likelihood, latent_dim=architecture["latent"])
 
 
 def load(path: str | Path) -> fastvae.VAE:
@@ -116,18 +120,26 @@ def run(args: argparse.Namespace) -> None:
     except (RuntimeError, ValueError) as error:
         raise SystemExit(str(error)) from None
     try:
-        images = digits() if args.data is None else idx_folder(args.data)
+        kind_of(args.likelihood)
+        if args.data is not None and args.likelihood != "bernoulli":
+            raise ValueError(
+                f"--likelihood {args.likelihood} is shown on scikit-learn's digits; leave --data out"
+            )
+        images = digits(args.likelihood) if args.data is None else idx_folder(args.data)
         args.out.mkdir(parents=True, exist_ok=True)
         check_destination("--out", args.out / "elbo.pt")
     except (OSError, ValueError) as error:
         raise SystemExit(f"fastvae demo: {error}") from None
 
     pixels = images.train.shape[1]
+    architecture: dict[str, Any]
     architecture = {"pixels": pixels, "hidden": min(2 * pixels, 200), "latent": args.latent}
+    if args.likelihood != "bernoulli":
+        architecture["likelihood"] = args.likelihood
     epochs = args.epochs or images.epochs
     show(
         f"{images.name}: {len(images.train)} training and {len(images.test)} test images of "
-        f"{images.shape[0]}x{images.shape[1]} pixels, binarised\n"
+        f"{images.shape[0]}x{images.shape[1]} pixels, {images.says}\n"
         f"{args.latent} latent dimension{'s' * (args.latent > 1)}, {architecture['hidden']} hidden units, "
         f"{epochs} epoch{'s' * (epochs > 1)}, seed {args.seed}, on {args.device}"
     )
@@ -159,9 +171,13 @@ def run(args: argparse.Namespace) -> None:
             )
     finally:
         show("\n" + table(runs, args.eval_k) + "\n")
-    for path in paths + draw(runs, images, args.out, args.eval_k):
+    if args.likelihood != "bernoulli":
+        drawn = [draw_likelihood(runs[-1], images, args.out)]
+    else:
+        drawn = draw(runs, images, args.out, args.eval_k)
+    for path in paths + drawn:
         show(path)
-    if args.latent != 2:
+    if args.latent != 2 and args.likelihood == "bernoulli":
         show(f"no manifold.png: it shows a latent plane, which needs --latent 2, not {args.latent}")
 
 
@@ -184,7 +200,7 @@ def train(
     name: str,
     k: int | None,
     images: Images,
-    architecture: dict[str, int],
+    architecture: dict[str, Any],
     epochs: int,
     eval_k: int,
     seed: int,
@@ -197,7 +213,7 @@ def train(
     encoder, decoder = model.encoder, model.decoder
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator(device).manual_seed(seed)
-    options: dict[str, Any] = {"likelihood": "bernoulli", "generator": generator}
+    options: dict[str, Any] = {"likelihood": model.likelihood, "generator": generator}
 
     train_curve, test_curve = [], []
     steps = math.ceil(len(images.train) / BATCH)
@@ -206,7 +222,7 @@ def train(
             total = torch.zeros((), device=device)
             order = torch.randperm(len(images.train), generator=generator, device=device)
             for rows in order.split(BATCH):
-                x = torch.bernoulli(images.train[rows], generator=generator)
+                x = images.draw(images.train[rows], generator)
                 if k is None:
                     bound = fastvae.elbo(x, encoder(x), decoder, **options)
                 else:
@@ -280,14 +296,19 @@ def _standard_error(values: Tensor) -> float:
 # Data
 
 
-def digits() -> Images:
-    """scikit-learn's handwritten digits: 1797 images of 8x8 pixels, 0 to 16."""
+def digits(likelihood: str = "bernoulli") -> Images:
+    """scikit-learn's handwritten digits: 1797 images of 8x8 pixels, 0 to 16, as data of a likelihood."""
     from sklearn.datasets import load_digits
 
-    data = torch.tensor(load_digits().data / 16, dtype=torch.float32)
+    kind = kind_of(likelihood)
+    data = torch.tensor(load_digits().data, dtype=torch.float32)
     generator = torch.Generator().manual_seed(DATA_SEED)
     data = data[torch.randperm(len(data), generator=generator)]
-    return Images("digits", data[:1400], torch.bernoulli(data[1400:], generator=generator), (8, 8), 100)
+    if likelihood == "bernoulli":
+        data = data / 16
+        return Images("digits", data[:1400], torch.bernoulli(data[1400:], generator=generator), (8, 8), 100)
+    test = kind.data(data[1400:], generator)
+    return Images("digits", data[:1400], test, (8, 8), 40, f"as {kind.says}", kind.data)
 
 
 def idx_folder(folder: Path) -> Images:
@@ -390,6 +411,26 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
         paths.append(out / f"{name}.png")
         figure.savefig(paths[-1], dpi=110)
     return paths
+
+
+def draw_likelihood(result: Run, images: Images, out: Path) -> Path:
+    """Write a picture of test data, of draws of x, and of its means for the same z; return its path."""
+    from matplotlib.figure import Figure
+
+    device = images.test.device
+    panels = {"test data": images.test[:100]}
+    for title, mean in (("draws of x", False), ("means of x, of the same z", True)):
+        noise = torch.Generator(device).manual_seed(TEST_SEED)
+        panels[title] = result.model.sample(100, mean=mean, generator=noise).float()
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure.suptitle(f"{result.architecture['likelihood']}, trained with {result.name}: {images.says}")
+    for axes, (title, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        most = float(values.quantile(0.995)) if title.startswith("means") else float(images.test.amax())
+        _show(axes, _tiles((values / most).clamp(0, 1), 10, 10, images.shape), _gap(images))
+        axes.set_title(title, fontsize="medium")
+    path = out / "likelihood.png"
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def _show(axes: Any, tiles: np.ndarray, gap: int) -> None:

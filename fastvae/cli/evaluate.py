@@ -39,8 +39,10 @@ def run(args: argparse.Namespace) -> None:
     with _ranks(args.device, args.shard) as (device, first):
         try:
             _check_paths(args.out, plot, args.checkpoint)
-            model, pixels = load_model(args.model, args.trust)
-            x = load_data(args.data, isinstance(model.likelihood, Bernoulli))
+            model, architecture = load_model(args.model, args.trust)
+            likelihood = architecture.get("likelihood", "bernoulli")
+            x = load_data(args.data, isinstance(model.likelihood, Bernoulli), likelihood)
+            pixels = architecture.get("pixels")
             if pixels is not None and x[0].numel() == pixels:
                 x = x.flatten(1)
             start = time.perf_counter()
@@ -130,8 +132,8 @@ def _ranks(device: str, shard: str) -> Iterator[tuple[torch.device, bool]]:
         dist.destroy_process_group()
 
 
-def load_model(path: Path, trust: bool) -> tuple[VAE, int | None]:
-    """A model of the demo, with its number of pixels, or a VAE that was saved whole."""
+def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
+    """A model of the demo, with its architecture, or a VAE that was saved whole."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -153,11 +155,11 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, int | None]:
         raise ValueError(f"{path} cannot be read by torch.load: {_said(error)}") from None
     if isinstance(saved, dict) and {"architecture", "state_dict"} <= saved.keys():
         try:
-            return demo.of_checkpoint(saved), saved["architecture"]["pixels"]
-        except (RuntimeError, TypeError, KeyError) as error:
+            return demo.of_checkpoint(saved), saved["architecture"]
+        except (RuntimeError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no whole checkpoint of the demo: {_said(error)}") from None
     if isinstance(saved, VAE):
-        return saved, None
+        return saved, {}
     came = f"an object of {type(saved).__name__}"
     if isinstance(saved, dict):
         came = f"a dict with the keys {', '.join(map(repr, list(saved)[:4]))}"
@@ -167,11 +169,11 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, int | None]:
     )
 
 
-def load_data(name: str, binary: bool) -> Tensor:
+def load_data(name: str, binary: bool, likelihood: str = "bernoulli") -> Tensor:
     """Test data [N, ...]: scikit-learn's digits, a folder of IDX files, or an array in a file."""
     path = Path(name).expanduser()
     if name == "digits" and not path.exists():
-        return demo.digits().test
+        return demo.digits(likelihood).test
     if path.is_dir():
         if binary:
             return demo.idx_folder(path).test
