@@ -583,14 +583,3 @@ def test_wrong_parts():
             lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, progress=False,
             unpack=lambda b: {"x": b, "label": b},
         )  # fmt: skip
-
-
-def test_whole_pixels_are_read_as_they_are(backend):
-    """Of any integer type, as of floats; bytes up to 255 are refused."""
-    x, logits = rand(B, X, seed=2).round(), randn(B, X, seed=3)
-    expected = fastvae.ops.bernoulli_log_prob(x, logits)
-    for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64):
-        torch.testing.assert_close(fastvae.ops.bernoulli_log_prob(x.to(dtype), logits), expected)
-    if DEVICE.type == "cpu":
-        with pytest.raises(ValueError, match=r"in \[0, 255\], but Bernoulli targets .* x / 255"):
-            fastvae.ops.bernoulli_log_prob((255 * x).to(torch.uint8), logits)

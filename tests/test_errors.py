@@ -270,7 +270,7 @@ CASES = {
     "misspelt likelihood": (
         lambda: elbo(x(), q(), pair, likelihood="guassian"),
         ValueError,
-        ["likelihood='guassian'", "'bernoulli', 'gaussian', 'laplace'", "'poisson'"],
+        ["likelihood='guassian'", "'bernoulli', 'categorical', ", "'poisson'"],
     ),
     "likelihood a class": (
         lambda: elbo(x(), q(), pair, likelihood=fastvae.Gaussian),

@@ -31,7 +31,6 @@ class Bernoulli(Declared):
     name = "bernoulli"
     outputs = ("logits",)
     low, high = 0.0, 1.0
-    takes_integers = True
     hint = (
         "for images scaled to [-1, 1] use (x + 1) / 2, for bytes x / 255, and for data that is not bounded "
         "likelihood='gaussian'"
