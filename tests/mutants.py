@@ -38,6 +38,76 @@ class Mutant(NamedTuple):
 
 CPP = [
     Mutant(
+        "a running sum that is not scaled down",
+        "csrc/grouped.hpp",
+        "sum[i] = above ? sum[i] * e + C(1) : sum[i] + e;",
+        "sum[i] = above ? sum[i] + C(1) : sum[i] + e;",
+        ("grouped",),
+    ),
+    Mutant(
+        "the class that does not count, counted",
+        "csrc/grouped.hpp",
+        "return x[i] == ignored ? C(0) : joint[i] - normaliser[i];",
+        "return joint[i] - normaliser[i];",
+        ("grouped",),
+    ),
+    Mutant(
+        "a gradient for the class that does not count",
+        "csrc/grouped.hpp",
+        "out[i] = x[i] == ignored ? C(0) : value;",
+        "out[i] = value;",
+        ("grouped",),
+    ),
+    Mutant(
+        "classes that are not whole",
+        "csrc/grouped.hpp",
+        "x[i] < classes && __builtin_floor(x[i]) == x[i];",
+        "x[i] < classes;",
+        ("grouped",),
+    ),
+    Mutant(
+        "a class too many",
+        "csrc/grouped.hpp",
+        "x[i] >= C(0) && x[i] < classes &&",
+        "x[i] >= C(0) && x[i] <= classes &&",
+        ("grouped",),
+    ),
+    Mutant(
+        "the lowest bin closed",
+        "csrc/grouped.hpp",
+        "const bool first = x < half - C(1), last = x > C(1) - half;\n    const C below",
+        "const bool first = x < C(-9), last = x > C(1) - half;\n    const C below",
+        ("grouped",),
+    ),
+    Mutant(
+        "the gradient of an open bin",
+        "csrc/grouped.hpp",
+        "share = first || last ? C(0) : most / expm1_(most);",
+        "share = most / expm1_(most);",
+        ("grouped",),
+    ),
+    Mutant(
+        "blue moved by red alone",
+        "csrc/grouped.hpp",
+        "couple(n, at_x[1], at_coefficient[2], shifted[1], shifted[1]);",
+        "couple(n, at_x[0], at_coefficient[2], shifted[1], shifted[1]);",
+        ("grouped",),
+    ),
+    Mutant(
+        "the slope of a colour's coefficient",
+        "csrc/grouped.hpp",
+        "out[i] = grad[i] * x[i] * (C(1) - t) * (C(1) + t);",
+        "out[i] = grad[i] * x[i] * (C(1) - t);",
+        ("grouped",),
+    ),
+    Mutant(
+        "an example's data of another row",
+        "csrc/grouped.hpp",
+        "r.data(row % batch, first, n);\n      if (classes && row < batch)",
+        "r.data(row / (rows / batch), first, n);\n      if (classes && row < batch)",
+        ("grouped",),
+    ),
+    Mutant(
         "a row of log variances per sample taken for one",
         "csrc/calls.hpp",
         "if (p.n0 != 1 || p.n1 != 1) return false;",
@@ -1437,6 +1507,55 @@ CPP = [
 
 TRITON = [
     Mutant(
+        "a running sum that is not scaled down",
+        "kernels/grouped.py",
+        "tl.where(above, b_sum * b_e + 1.0, b_sum + b_e)",
+        "tl.where(above, b_sum + 1.0, b_sum + b_e)",
+        ("grouped",),
+    ),
+    Mutant(
+        "the class that does not count, counted",
+        "kernels/grouped.py",
+        "counts = m_p & (b_first != SETTING)",
+        "counts = m_p",
+        ("grouped",),
+    ),
+    Mutant(
+        "a gradient for the class that does not count",
+        "kernels/grouped.py",
+        "tl.where(b_first == SETTING, 0.0, b_grad)",
+        "b_grad",
+        ("grouped",),
+    ),
+    Mutant(
+        "the highest bin closed",
+        "kernels/grouped.py",
+        "first, last = x < half - 1.0, x > 1.0 - half\n    below = tl",
+        "first, last = x < half - 1.0, x > 9.0\n    below = tl",
+        ("grouped",),
+    ),
+    Mutant(
+        "a scale's gradient without the bin's width",
+        "kernels/grouped.py",
+        "lower * below - upper * above - share",
+        "lower * below - upper * above",
+        ("grouped",),
+    ),
+    Mutant(
+        "an example's data of another row",
+        "kernels/grouped.py",
+        "b = row % B\n    o_p = (tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]  # [1, BLOCK_P]\n    m_p = (row < N) & (o_p < P)\n    b_top",
+        "b = row // (N // B)\n    o_p = (tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]  # [1, BLOCK_P]\n    m_p = (row < N) & (o_p < P)\n    b_top",
+        ("grouped",),
+    ),
+    Mutant(
+        "blue's coefficient by red",
+        "kernels/grouped.py",
+        "p_grad_coefficients, p_coefficients, p_x, b_by_mean, b, row, C, P, c, 2, 1,",
+        "p_grad_coefficients, p_coefficients, p_x, b_by_mean, b, row, C, P, c, 2, 0,",
+        ("grouped",),
+    ),
+    Mutant(
         "alignment: rows' distance forgotten",
         "kernels/common.py",
         "math.gcd(16, t.data_ptr(), t.element_size() * t.stride(0))",
@@ -2303,6 +2422,125 @@ TRITON = [
 ]
 
 PYTHON = [
+    Mutant(
+        "a context repeated row by row",
+        "fastvae/_nested.py",
+        "t.expand(samples, *t.shape).flatten(0, 1)",
+        "t.repeat_interleave(samples, 0)",
+        ("data",),
+    ),
+    Mutant(
+        "data of the wrong examples in a stream",
+        "fastvae/_inputs.py",
+        "beside = None if self.beside is None else self.beside.at(rows)",
+        "beside = self.beside",
+        ("data",),
+    ),
+    Mutant(
+        "masked elements that count",
+        "fastvae/likelihoods/base.py",
+        "return torch.where(mask, each, 0.0).reshape(samples, len(x), -1).sum(2)",
+        "return each.reshape(samples, len(x), -1).sum(2)",
+        ("data",),
+    ),
+    Mutant(
+        "what is not observed read",
+        "fastvae/likelihoods/base.py",
+        "return torch.where(mask, x, torch.full((), likelihood.inside, dtype=x.dtype, device=x.device))",
+        "return x",
+        ("data",),
+    ),
+    Mutant(
+        "sizes that are not logarithms",
+        "fastvae/likelihoods/base.py",
+        "log_size = repeat(size.log(), samples)",
+        "log_size = repeat(size, samples)",
+        ("data",),
+    ),
+    Mutant(
+        "sizes left out where the op is fused",
+        "fastvae/likelihoods/base.py",
+        "            if not given:\n                if self._bounded:\n                    check_support(type(self), x)\n                if beside is not None:\n                    returned = self._sized(returned, samples, beside.size)\n",
+        "            if not given:\n                if self._bounded:\n                    check_support(type(self), x)\n",
+        ("data",),
+    ),
+    Mutant(
+        "weights of examples after the mean",
+        "fastvae/objectives.py",
+        "    weighted = weights * bound\n",
+        "    weighted = weights.mean() * bound\n",
+        ("data",),
+    ),
+    Mutant(
+        "one part of a Joint left out",
+        "fastvae/likelihoods/joint.py",
+        "total = total + part.log_likelihood(x[name], parameters[name], samples, own)",
+        "total = part.log_likelihood(x[name], parameters[name], samples, own)",
+        ("data",),
+    ),
+    Mutant(
+        "a part's mask left out",
+        "fastvae/likelihoods/joint.py",
+        "own = None if beside is None else beside.part(name)",
+        "own = None",
+        ("data",),
+    ),
+    Mutant(
+        "a prior that does not see the context",
+        "fastvae/_inputs.py",
+        "return cls(x, q, decoder, likelihood, as_prior(prior, context), beside)",
+        "return cls(x, q, decoder, likelihood, as_prior(None if callable(prior) and context is not None and not hasattr(prior, 'log_prob') else prior, context), beside)",
+        ("data",),
+    ),
+    Mutant(
+        "draws of a Laplace of half its scale",
+        "fastvae/likelihoods/laplace.py",
+        "return location + torch.exp(log_scale) * (first - second)",
+        "return location + 0.5 * torch.exp(log_scale) * (first - second)",
+        ("data",),
+    ),
+    Mutant(
+        "zeros that are never inflated",
+        "fastvae/likelihoods/zero_inflated_negative_binomial.py",
+        "return counts * torch.bernoulli(torch.sigmoid(-dropout_logit), generator=generator)",
+        "return counts",
+        ("data",),
+    ),
+    Mutant(
+        "a log_prob of other rows taken",
+        "fastvae/likelihoods/base.py",
+        "value.dim() > 0 and value.shape == shape[: value.dim()]",
+        "value.dim() > 0",
+        ("contracts",),
+    ),
+    Mutant(
+        "the encoder without the context",
+        "fastvae/evaluate/loop.py",
+        "context = () if beside.context is None else (beside.context,)",
+        "context = ()",
+        ("data",),
+    ),
+    Mutant(
+        "a warm-up without a delay",
+        "fastvae/schedules.py",
+        "share = min(1.0, max(0.0, (step - delay) / steps))",
+        "share = min(1.0, max(0.0, step / steps))",
+        ("data",),
+    ),
+    Mutant(
+        "a mask of a multinomial that leaves classes",
+        "fastvae/likelihoods/categorical.py",
+        "logits = torch.where(repeat(mask, samples), logits, -1e30)",
+        "pass",
+        ("grouped",),
+    ),
+    Mutant(
+        "colours' masks that count",
+        "fastvae/likelihoods/discretized_logistic_mixture.py",
+        "own = torch.where(mask, grouped.value(x, location, log_scale, self._half), 0.0).sum(2)",
+        "own = grouped.value(x, location, log_scale, self._half).sum(2)",
+        ("grouped",),
+    ),
     Mutant(
         "weigh: a gradient for the mean that nobody asked for",
         "fastvae/ops/weigh.py",
@@ -3567,7 +3805,9 @@ KINDS = {
 }
 
 # What the sanitisers run, too.
-TESTS = [f"tests/test_{name}.py" for name in ("importance", "likelihoods", "latent", "random", "torch")]
+TESTS = [
+    f"tests/test_{name}.py" for name in ("grouped", "importance", "likelihoods", "latent", "random", "torch")
+]
 
 
 def copy_to(folder: Path) -> None:

@@ -583,3 +583,43 @@ def test_wrong_parts():
             lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, progress=False,
             unpack=lambda b: {"x": b, "label": b},
         )  # fmt: skip
+
+
+COMPILED = {
+    "mask": {"mask": True},
+    "mask, in chunks": {"mask": True, "k_chunk": 2},
+    "context": {"context": True},
+    "conditional prior": {"context": True, "prior": lambda c: (c.expand(B, D), c.expand(B, D) * 0)},
+    "size": {"likelihood": "poisson", "size": True},
+    "example_weights": {"example_weights": True},
+    "own": {
+        "likelihood": fastvae.likelihoods.from_distribution(lambda m: td.Normal(m, 1.0, validate_args=False))
+    },
+}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_under_torch_compile(case):
+    """Without a break, and with the same numbers."""
+    torch._dynamo.reset()
+    options = {"likelihood": "bernoulli", **COMPILED[case]}
+    given = {
+        "mask": rand(B, X, seed=3) < 0.5,
+        "context": randn(B, 1, seed=4),
+        "size": rand(B, seed=5) + 0.5,
+        "example_weights": rand(B, seed=6),
+    }
+    options = {n: given.get(n, v) for n, v in options.items()}
+    x, q, decoder = rand(B, X, seed=2).round(), a_q(), Outputs("bernoulli", (X,))
+    f = (lambda z, c: decoder(z) + c) if "context" in options else decoder
+
+    def step():
+        return fastvae.iwae(x, q, f, k=K, **options)
+
+    torch.manual_seed(7)
+    expected = step()
+    torch.manual_seed(7)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(v, decoder.parameters())[0] for v in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
