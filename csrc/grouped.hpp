@@ -118,7 +118,8 @@ struct DiscretizedLogisticComponent {
   static FASTVAE_INLINE C value(C x, C location, C log_scale, C half) {
     const C inverse = inverse_scale(log_scale), delta = x - location;
     const C upper = (delta + half) * inverse, lower = (delta - half) * inverse;
-    const bool first = x<half - C(1), last = x> C(1) - half;
+    const bool first = x < half - C(1);
+    const bool last = x > C(1) - half;
     const C below = first ? C(0) : exp_negative(-abs_(lower)), above = last ? C(0) : exp_negative(-abs_(upper));
     const C inner = -expm1_(C(-2) * half * inverse), share = first || last ? C(1) : inner;
     const C linear = (lower > C(0) && !first ? lower : C(0)) - (upper < C(0) && !last ? upper : C(0));
@@ -128,7 +129,8 @@ struct DiscretizedLogisticComponent {
   static FASTVAE_INLINE ComponentSlopes<C> gradient(C x, C location, C log_scale, C half) {
     const C inverse = inverse_scale(log_scale), delta = x - location;
     const C upper = (delta + half) * inverse, lower = (delta - half) * inverse, width = C(2) * half * inverse;
-    const bool first = x<half - C(1), last = x> C(1) - half;
+    const bool first = x < half - C(1);
+    const bool last = x > C(1) - half;
     const C k_below = exp_negative(-abs_(lower)), k_above = exp_negative(-abs_(upper));
     // sigmoid(lower), sigmoid(-upper)
     const C large_below = C(1) / (C(1) + k_below), large_above = C(1) / (C(1) + k_above);

@@ -75,8 +75,8 @@ CPP = [
     Mutant(
         "the lowest bin closed",
         "csrc/grouped.hpp",
-        "const bool first = x < half - C(1), last = x > C(1) - half;\n    const C below",
-        "const bool first = x < C(-9), last = x > C(1) - half;\n    const C below",
+        "const bool first = x < half - C(1);",
+        "const bool first = x < C(-9);",
         ("grouped",),
     ),
     Mutant(
@@ -1544,8 +1544,8 @@ TRITON = [
     Mutant(
         "an example's data of another row",
         "kernels/grouped.py",
-        "b = row % B\n    o_p = (tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]  # [1, BLOCK_P]\n    m_p = (row < N) & (o_p < P)\n    b_top",
-        "b = row // (N // B)\n    o_p = (tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]  # [1, BLOCK_P]\n    m_p = (row < N) & (o_p < P)\n    b_top",
+        "b = row % B",
+        "b = row // (N // B)",
         ("grouped",),
     ),
     Mutant(
@@ -2460,8 +2460,8 @@ PYTHON = [
     Mutant(
         "sizes left out where the op is fused",
         "fastvae/likelihoods/base.py",
-        "            if not given:\n                if self._bounded:\n                    check_support(type(self), x)\n                if beside is not None:\n                    returned = self._sized(returned, samples, beside.size)\n",
-        "            if not given:\n                if self._bounded:\n                    check_support(type(self), x)\n",
+        "                    returned = self._sized(returned, samples, beside.size)",
+        "                    pass",
         ("data",),
     ),
     Mutant(
@@ -2489,7 +2489,7 @@ PYTHON = [
         "a prior that does not see the context",
         "fastvae/_inputs.py",
         "return cls(x, q, decoder, likelihood, as_prior(prior, context), beside)",
-        "return cls(x, q, decoder, likelihood, as_prior(None if callable(prior) and context is not None and not hasattr(prior, 'log_prob') else prior, context), beside)",
+        "return cls(x, q, decoder, likelihood, as_prior(None), beside)",
         ("data",),
     ),
     Mutant(
