@@ -2992,15 +2992,15 @@ PYTHON = [
     Mutant(
         "Bernoulli's mean is logits",
         "fastvae/likelihoods/bernoulli.py",
-        "torch.sigmoid(parameters)",
-        "parameters",
+        "mean_of = staticmethod(torch.sigmoid)",
+        "mean_of = staticmethod(torch.clone)",
         ("frontend::test_means_are_in_the_space_of_the_data",),
     ),
     Mutant(
         "Gaussian's mean is the log variance",
         "fastvae/likelihoods/scaled.py",
-        "else parameters[0]",
-        "else parameters[1]",
+        "        return location\n",
+        "        return others[0]\n",
         ("frontend::test_means_are_in_the_space_of_the_data",),
     ),
     Mutant(
@@ -3076,8 +3076,8 @@ PYTHON = [
     Mutant(
         "spans: data of all examples",
         "fastvae/_stream.py",
-        "x = inputs.x if rows is None else inputs.x[rows]",
-        "x = inputs.x if rows is None else inputs.x[: len(rows)]",
+        "data = inputs if rows is None else inputs.at(rows)",
+        "data = inputs if rows is None else inputs.at(torch.arange(len(rows)))",
         ("addresses::test_stopping_draws_the_same_noise_in_any_batch",),
     ),
     Mutant(
@@ -3300,8 +3300,8 @@ PYTHON = [
     Mutant(
         "evaluate: batches counted from the first row",
         "fastvae/evaluate/loop.py",
-        "= row + x.shape[0], row",
-        "= row + x.shape[0], 0",
+        "= row + examples, row,",
+        "= row + examples, 0,",
         ("evaluate::test_independent_of_batches_and_chunks",),
     ),
     Mutant(
@@ -3471,15 +3471,15 @@ PYTHON = [
     Mutant(
         "VAE: samples in the noise's dtype",
         "fastvae/vae.py",
-        "self.decoder(z.to(reference.dtype))",
-        "self.decoder(z)",
+        "self._decode(z.to(reference.dtype), context)",
+        "self._decode(z, context)",
         ("frontend::test_samples_are_of_the_models_dtype",),
     ),
     Mutant(
         "VAE: samples are logits",
         "fastvae/vae.py",
-        "return self.likelihood.mean(self.decoder(z",
-        "return (self.decoder(z",
+        "            return self.likelihood.mean(parameters)",
+        "            return parameters",
         ("frontend::test_means_are_in_the_space_of_the_data",),
     ),
     Mutant(
@@ -3492,8 +3492,8 @@ PYTHON = [
     Mutant(
         "VAE: reconstructs beside the mean",
         "fastvae/vae.py",
-        "self.likelihood.mean(self.decoder(mean))",
-        "self.likelihood.mean(self.decoder(mean + 0.1))",
+        "self.likelihood.mean(self._decode(mean, context))",
+        "self.likelihood.mean(self._decode(mean + 0.1, context))",
         ("frontend::test_means_are_in_the_space_of_the_data",),
     ),
     Mutant(
@@ -3590,7 +3590,7 @@ PYTHON = [
     Mutant(
         "elbo: its terms reduced",
         "fastvae/objectives.py",
-        'Weighing(coefficient, "mean", "none" if terms else reduction)',
+        'Weighing(coefficient, "mean", "none" if of_each else reduction)',
         'Weighing(coefficient, "mean", reduction)',
         ("weigh::test_terms_are_those_of_the_bound",),
     ),
@@ -3604,8 +3604,8 @@ PYTHON = [
     Mutant(
         "likelihoods: a subclass's log_prob not asked",
         "fastvae/likelihoods/base.py",
-        "if type(self).log_prob is not Declared.log_prob:  # a",
-        "if False:  # a",
+        "        return type(self).log_prob is Declared.log_prob",
+        "        return True",
         ("weigh::test_a_subclass_is_asked_for_its_own_log_prob",),
     ),
     Mutant(
@@ -3639,8 +3639,8 @@ PYTHON = [
     Mutant(
         "poisson: mean is the log rate",
         "fastvae/likelihoods/poisson.py",
-        "return torch.exp(parameters)",
-        "return parameters",
+        "mean_of = staticmethod(torch.exp)",
+        "mean_of = staticmethod(torch.clone)",
         ("likelihoods::test_means",),
     ),
     Mutant(
@@ -3759,7 +3759,7 @@ PYTHON = [
     Mutant(
         "log_normal: mean is the median",
         "fastvae/likelihoods/log_normal.py",
-        "location + 0.5 * scale**2",
+        "location + 0.5 * torch.exp(2 * log_scale)",
         "location",
         (
             "log_normal",
