@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from ._checks import check_same_device, shape_of
 from ._glance import are_batch, are_batch_in_python
-from ._nested import Beside, as_mask, as_size, check_batch, each, repeat, tensors
+from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, each, repeat, tensors
 from .distributions import (
     STANDARD,
     Distribution,
@@ -89,10 +89,15 @@ class Inputs(NamedTuple):
             return weigh(*fused, term, beta, how, terms)
         return weigh_samples(self._log_prob(z, parameters, samples), term, beta, how)
 
-    def log_likelihood(self, z: Tensor) -> Tensor:
-        """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major."""
+    def log_likelihood(self, z: Tensor, seen: Callable[[int, int], None] | None = None) -> Tensor:
+        """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major. ``seen`` is told
+        how many rows and numbers it returned.
+        """
         z_rows = z.flatten(0, 1)
-        return self._log_prob(z_rows, self.decode(z_rows, z.shape[0]), z.shape[0])
+        parameters = self.decode(z_rows, z.shape[0])
+        if seen is not None:
+            seen(len(z_rows), sum(t.numel() for t in all_tensors(parameters)))
+        return self._log_prob(z_rows, parameters, z.shape[0])
 
     def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:
         """log p(x|z) [K, B] of the decoder's output for z [K·B, D]."""

@@ -25,6 +25,15 @@ def tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
+def all_tensors(value: Any) -> list[Tensor]:
+    """Those of whatever a decoder returned."""
+    if isinstance(value, (tuple, list)):
+        return [t for part in value for t in all_tensors(part)]
+    if isinstance(value, Mapping):
+        return [t for part in value.values() for t in all_tensors(part)]
+    return [value] if isinstance(value, Tensor) else []
+
+
 def repeat(value: Any, samples: int) -> Any:
     """[B, ...] as [K·B, ...], sample-major."""
     if samples == 1:

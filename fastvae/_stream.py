@@ -15,6 +15,7 @@ from ._checks import check_count
 from ._inputs import Inputs
 from ._nested import event_size
 from .distributions import Distribution, draw_chunk, rsample
+from .likelihoods.base import Declared
 from .weights import Weights
 
 
@@ -34,16 +35,25 @@ class Chunks:
             check_count("k_chunk", k_chunk, "the samples drawn at a time")
         self.k_chunk = k_chunk
         self.most_rows: int | None = None
+        # Numbers that the decoder returns for a row, where x does not tell: classes, mixtures, several parts.
+        self._width: int | None = None
 
     def draws(self, inputs: Inputs, batch: int) -> int:
         """For each of ``batch`` examples like these."""
         size = self.k_chunk
         if size is None:
             numbers, rows = self._CPU if inputs.device.type == "cpu" else self._GPU
-            size = min(rows, numbers // max(1, event_size(inputs.x))) // max(1, batch)
+            width = event_size(inputs.x) if isinstance(inputs.likelihood, Declared) else self._width
+            if width is None:
+                return 1  # and then it is known
+            size = min(rows, numbers // max(1, width)) // max(1, batch)
         if self.most_rows is not None:
             size = min(size, self.most_rows // max(1, batch))
         return max(1, size)
+
+    def see(self, rows: int, numbers: int) -> None:
+        """So many numbers came for so many rows."""
+        self._width = numbers // max(1, rows)
 
     def halve(self, count: int, batch: int) -> None:
         """After memory ran out with ``count`` draws of each of ``batch`` examples, two draws or more."""
@@ -89,7 +99,7 @@ def stream(
                 part = rsample(q, count, seed, sample_offset=start, row_offset=offset)[:1]
             parts.append(part if wanted is None else tuple(v[:, wanted] for v in part))
         z, *log_ratio = parts[0] if len(parts) == 1 else map(torch.hstack, zip(*parts, strict=True))
-        log_likelihood = data.log_likelihood(z)
+        log_likelihood = data.log_likelihood(z, chunks.see)
         return log_likelihood + log_ratio[0] if ratio else log_likelihood
 
     while start < stop:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
 from fastvae import _stream
+from fastvae._inputs import Inputs
 from fastvae.evaluate.checkpoint import Store, digest
 from fastvae.evaluate.modules import modules_of, parameters_digest
 
@@ -924,9 +925,16 @@ def test_other_errors_are_not_swallowed():
 )
 def test_chunks_fit_the_caches(event, draws):
     """At most 4 million numbers of the decoder's output, and 8192 rows."""
-    assert _stream.Chunks(None).draws(torch.empty(100, *event, device="meta").to("meta"), 100) >= draws
-    assert _stream.Chunks(None).draws(torch.empty(100, *event), 100) == draws
-    assert _stream.Chunks(7).draws(torch.empty(100, *event), 100) == 7
+
+    def inputs(device):
+        zeros = torch.zeros(100, D, device=device)
+        q = fastvae.DiagonalNormal(zeros, zeros)
+        x = torch.empty(100, *event, device=device)
+        return Inputs(x, q, nn.Identity(), fastvae.Bernoulli(), fastvae.StandardNormal())
+
+    assert _stream.Chunks(None).draws(inputs("meta"), 100) >= draws
+    assert _stream.Chunks(None).draws(inputs("cpu"), 100) == draws
+    assert _stream.Chunks(7).draws(inputs("cpu"), 100) == 7
 
 
 # Checkpoints

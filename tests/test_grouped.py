@@ -403,3 +403,19 @@ def test_wrong_use(case):
         fastvae.iwae(x(), q, lambda z: decoder(len(z)), k=2, likelihood=likelihood)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_chunks_are_of_what_the_decoder_returns():
+    """Not of what x has: 64 classes are 64 times as much."""
+    x = torch.zeros(B, 500, dtype=torch.int64, device=DEVICE)
+    rows = []
+
+    def decoder(z):
+        rows.append(len(z))
+        return _zeros(1, 1, 1).expand(len(z), 64, 500)
+
+    q = _zeros(B, D), _zeros(B, D)
+    fastvae.log_marginal(x, q, decoder, k=200, likelihood="categorical")
+    assert sum(rows) == 200 * B and rows[0] == B
+    if DEVICE.type == "cpu":
+        assert max(rows) <= 2**22 // (64 * 500) and len(rows) < 10
