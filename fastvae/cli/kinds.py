@@ -16,7 +16,7 @@ import fastvae
 
 from ..likelihoods.base import Likelihood
 
-LEVELS, SIDE, COMPONENTS = 17, 8, 5
+LEVELS, SIDE, COMPONENTS = 17, 8, 3
 
 
 class Kind(NamedTuple):
