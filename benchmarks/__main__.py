@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from . import report  # noqa: E402
 from .measure import OURS, keep_memory, measure, measure_machine  # noqa: E402
 
-MODULES = ("latent", "likelihood", "importance", "weigh", "objectives")
+MODULES = ("latent", "likelihood", "grouped", "importance", "weigh", "objectives")
 # Other things to do, each with options of its own: the module whose ``main`` takes what follows the name.
 SUBCOMMANDS = {
     "frontend": "what an objective costs of its own, beside a decoder that costs nothing",
