@@ -23,6 +23,8 @@ LARGE = ((8192, 784), (50, 64, 784))
 TARGETS = {
     "gaussian": {"eager": 4.0, COMPILE: 1.2},
     "bernoulli": {"eager": 3.0, COMPILE: 1.2},
+    "continuous_bernoulli": {"eager": 3.0, COMPILE: 1.0},
+    "beta": {"eager": 3.0, COMPILE: 1.0},
     "poisson": {"eager": 2.0, COMPILE: 1.0},
     "laplace": {"eager": 3.0, COMPILE: 1.0},
     "student_t": {"eager": 3.0, COMPILE: 1.0},
@@ -44,6 +46,16 @@ def eager_bernoulli(x, logits):
     """The careful way: stable, and x is expanded, not copied."""
     loss = functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
     return -loss.sum(-1)
+
+
+def eager_continuous_bernoulli(x, logits):
+    return torch.distributions.ContinuousBernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
+
+
+def eager_beta(x, log_concentration1, log_concentration0):
+    a, b = torch.exp(log_concentration1), torch.exp(log_concentration0)
+    gammas = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
+    return (gammas + (a - 1) * torch.log(x) + (b - 1) * torch.log1p(-x)).sum(-1)
 
 
 def eager_gaussian(x, mean, logvar):
@@ -82,6 +94,20 @@ CASES = {
     "gaussian": (lambda place, shape: place.randn(*shape), eager_gaussian, 2, (EXP + 4, EXP + 5)),
     # Forward: an exponential, the linear term, a product, 1/16 of a logarithm. Backward: a quotient.
     "bernoulli": (_pixels, eager_bernoulli, 1, (EXP + 10, EXP + 6)),
+    # An exponential, a quotient, a logarithm, and a polynomial.
+    "continuous_bernoulli": (
+        lambda place, shape: torch.rand(*shape, device=place.device).to(place.dtype),
+        eager_continuous_bernoulli,
+        1,
+        (2 * EXP + 15, EXP + 15),
+    ),
+    # Of the data three logarithms; three gamma functions, four exponentials and three logarithms.
+    "beta": (
+        lambda place, shape: (0.01 + 0.98 * torch.rand(*shape, device=place.device)).to(place.dtype),
+        eager_beta,
+        2,
+        (13 * EXP + 60, 10 * EXP + 60),
+    ),
     # Of the data a logarithm and Stirling's series, once for all samples; then two exponentials.
     "poisson": (_counts, eager_poisson, 1, (4 * EXP + 30, EXP + 2)),
     "laplace": (lambda place, shape: place.randn(*shape), eager_laplace, 2, (EXP + 4, EXP + 7)),

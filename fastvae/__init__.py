@@ -7,7 +7,9 @@ from .evaluate import Evaluation, evaluate
 from .graphs import graphed
 from .likelihoods import (
     Bernoulli,
+    Beta,
     Categorical,
+    ContinuousBernoulli,
     DiscretizedLogisticMixture,
     Gaussian,
     Joint,
@@ -37,7 +39,9 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "Bernoulli",
+    "Beta",
     "Categorical",
+    "ContinuousBernoulli",
     "DiagonalNormal",
     "DiscretizedLogisticMixture",
     "Distribution",

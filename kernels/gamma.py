@@ -105,17 +105,19 @@ def stirling_error(b_x, b_log_x):
 def digamma_excess(b_x, b_log_x):
     """x (log x - digamma(x)) - 1/2 for x > 0 and log x."""
     if b_x.dtype == tl.float64:
-        b_z = b_x
-        b_shifted = tl.zeros_like(b_x)
-        for _ in tl.static_range(16):
-            b_low = b_z < 16.0
-            b_shifted += tl.where(b_low, b_x / b_z, 0.0)
-            b_z += tl.where(b_low, 1.0, 0.0)
+        # Below 16 of x + 16, and the fractions between as one: sixteen quotients take many registers.
+        b_low = b_x < 16
+        b_z = tl.where(b_low, b_x + 16.0, b_x)
+        b_product, b_sum = b_x, tl.zeros_like(b_x) + 1.0
+        for i in tl.static_range(1, 16):
+            b_sum = b_sum * (b_x + i) + b_product
+            b_product *= b_x + i
+        b_shifted = b_x * (b_sum / b_product)
         b_v = 1.0 / (b_z * b_z)
         b_rest = ((b_v * (1.0 / 12.0) - 691.0 / 32760.0) * b_v + 1.0 / 132.0) * b_v - 1.0 / 240.0
         b_rest = (((b_rest * b_v + 1.0 / 252.0) * b_v - 1.0 / 120.0) * b_v + 1.0 / 12.0) * b_v
         b_below = b_x * (b_log_x - (tl.log(b_z) - 0.5 / b_z - b_rest)) + b_shifted - 0.5
-        b_y = tl.where(b_x < 16, b_below, b_z * b_rest)
+        b_y = tl.where(b_low, b_below, b_z * b_rest)
     else:
         # Minimax polynomials: times x in 1 / x to 1.4e-7 for x >= 1, and digamma(1 + x) to 2e-7 below.
         b_v = 1.0 / tl.maximum(b_x, 1.0)

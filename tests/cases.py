@@ -37,7 +37,9 @@ def data(likelihood: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch
     declared, generator = DECLARED[likelihood], torch.Generator().manual_seed(seed)
     if declared.high < math.inf:
         values = torch.rand(shape, generator=generator, dtype=torch.float64)
-        values = (values * 1.4 - 0.2).clamp(0, 1) * (declared.high - declared.low) + declared.low
+        # Both ends as well; but a density that is infinite there has tests of its own.
+        values = 1e-4 + 0.98 * values**4 if likelihood == "beta" else (values * 1.4 - 0.2).clamp(0, 1)
+        values = values * (declared.high - declared.low) + declared.low
     elif declared.low == 0 and declared.takes_integers:
         values = counts(shape, generator)
     elif declared.low == 0:

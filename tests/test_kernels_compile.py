@@ -135,6 +135,8 @@ SUMS = {
     *("p_out", "p_grad", "p_bound", "p_maximum", "p_total"),
 }
 FEW_ROWS = "[50, 4, 32]"
+# Likelihoods made of gamma functions.
+HEAVY = ("negative_binomial", "beta_log_prob", "mixture")
 
 
 def narrow(reports):
@@ -155,7 +157,7 @@ def narrow(reports):
         )
         and "float64" not in r.launch
         # Bound by arithmetic, with two elements a thread.
-        and not any(s in r.launch for s in ("negative_binomial", "mixture"))
+        and not any(name in r.launch for name in HEAVY)
     ]
 
 
@@ -219,8 +221,8 @@ def test_arithmetic_is_not_the_limit(reports):
         # One sample leaves nobody to share what is made of a count, or of degrees of freedom: a logarithm and
         # Stirling's series.
         costly = r.launch.startswith(("poisson_log_prob ", "student_t_log_prob "))
-        # Negative binomials are gamma functions, and bound by arithmetic: so is plain PyTorch.
-        most = 75 if "negative_binomial" in r.launch else 15 if costly else 9.9
+        # Gamma functions are bound by arithmetic: so is plain PyTorch.
+        most = 75 if any(name in r.launch for name in HEAVY) else 15 if costly else 9.9
         assert r.instructions < most * r.bytes, r
 
 

@@ -2,7 +2,9 @@
 
 from .base import Likelihood
 from .bernoulli import Bernoulli
+from .beta import Beta
 from .categorical import Categorical, Multinomial
+from .continuous_bernoulli import ContinuousBernoulli
 from .discretized_logistic_mixture import DiscretizedLogisticMixture
 from .gaussian import Gaussian
 from .joint import Joint
@@ -17,7 +19,9 @@ from .zero_inflated_negative_binomial import ZeroInflatedNegativeBinomial
 
 __all__ = [
     "Bernoulli",
+    "Beta",
     "Categorical",
+    "ContinuousBernoulli",
     "DiscretizedLogisticMixture",
     "Gaussian",
     "Joint",

@@ -43,3 +43,77 @@ class StudentT(Distribution):
         gammas = torch.where(z < 16, gammas, expansion + 691 * u**11 / 180224)
         t = ((value - self.location) / self.log_scale.exp()) ** 2 / self.df
         return gammas - 0.5 * math.log(2 * math.pi) - self.log_scale - 0.5 * (self.df + 1) * torch.log1p(t)
+
+
+class ContinuousBernoulli(Distribution):
+    """By the power series of sinh, of positive terms, or in closed form where |l| is large."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__(logits.shape, validate_args=False)
+        self.logits = logits
+
+    def _sinhc(self) -> tuple[Tensor, Tensor]:
+        """sinh(y) / y, y = l/2, and its derivative; for |y| up to 4."""
+        y = (0.5 * self.logits).clamp(-4, 4)
+        terms = [y ** (2 * n) / math.gamma(2 * n + 2) for n in range(25)]
+        slopes = [2 * n * y ** (2 * n - 1) / math.gamma(2 * n + 2) for n in range(1, 25)]
+        return torch.stack(terms).sum(0), torch.stack(slopes).sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        series, slope = self._sinhc()
+        large = self.logits.abs().clamp(min=8)
+        far = 0.5 + self.logits.sign() * (1 / torch.expm1(large) - 1 / large + 0.5)
+        return torch.where(self.logits.abs() < 8, 0.5 + 0.5 * slope / series, far)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        large = self.logits.abs().clamp(min=8)
+        # Of l > 0 less of l, in one.
+        linear = torch.where(self.logits > 0, value - 1, value) * self.logits
+        far = linear - torch.log(-torch.expm1(-large) / large)
+        near = (value - 0.5) * self.logits - torch.log(self._sinhc()[0])
+        return torch.where(self.logits.abs() < 8, near, far)
+
+
+class Beta(Distribution):
+    """Loader's form: a φ(x n/a - 1) + b φ((1 - x) n/b - 1) with φ(t) = t - log(1 + t)."""
+
+    def __init__(self, log_concentration1: Tensor, log_concentration0: Tensor):
+        super().__init__(log_concentration1.shape, validate_args=False)
+        self.logs = log_concentration1, log_concentration0
+
+    @property
+    def mean(self) -> Tensor:
+        a, b = (c.exp() for c in self.logs)
+        return a / (a + b)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        (log_a, a), (log_b, b) = ((c, c.exp()) for c in self.logs)
+        n, log_n = a + b, torch.logaddexp(log_a, log_b)
+        # The derivative by x as everyone writes it, where the other form's terms cancel.
+        powers = [
+            torch.expm1(c).detach() * log
+            for c, log in zip(self.logs, (value.log(), torch.log1p(-value)), strict=True)
+        ]
+        by_value, value = powers[0] + powers[1], value.detach()
+        deviance = self._deviance(value, a, n, torch.log(value) + log_n - log_a)
+        deviance = deviance + self._deviance(1 - value, b, n, torch.log1p(-value) + log_n - log_b)
+        gammas = self._excess(n, log_n) - self._excess(a, log_a) - self._excess(b, log_b)
+        log_p = log_a + log_b - log_n + gammas - deviance - torch.log(value) - torch.log1p(-value)
+        return log_p + (by_value - by_value.detach())
+
+    @staticmethod
+    def _deviance(x: Tensor, a: Tensor, n: Tensor, log_ratio: Tensor) -> Tensor:
+        t = x * (n / a) - 1
+        small = t.clamp(-0.1, 0.1)
+        series = torch.stack([(-small) ** m / m for m in range(2, 18)]).sum(0)
+        return torch.where(t.abs() < 0.1, a * series, x * n - a - a * log_ratio)
+
+    @staticmethod
+    def _excess(z: Tensor, log_z: Tensor) -> Tensor:
+        """log z! - (z log z - z)."""
+        small, large = z.clamp(max=16), z.clamp(min=16)
+        exact = torch.lgamma(small + 1) - small * log_z.clamp(max=math.log(16)) + small
+        u = 1 / large
+        series = u / 12 - u**3 / 360 + u**5 / 1260 - u**7 / 1680 + u**9 / 1188
+        return torch.where(z < 16, exact, 0.5 * torch.log(2 * math.pi * large) + series)

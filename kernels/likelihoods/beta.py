@@ -1,0 +1,97 @@
+"""log Beta(x; exp(c1), exp(c0)). The mathematics stands in fastvae/likelihoods/beta.py."""
+
+import triton
+import triton.language as tl
+
+from ..common import LOG_2, exp, exp_of_negative, expm1_minus_near, expm1_parts, log1p, log_factorial_excess
+from ..gamma import digamma_excess, log1p_and_rest, log_in_parts, stirling_error
+
+HEAVY = True
+
+
+@triton.jit
+def data(x):
+    low = x < 0.5
+    y = tl.where(low, x, 1.0 - x)
+    of_rest, _ = log1p_and_rest(-y)
+    # In float32 denormal numbers need their exponent.
+    denormal = y < (0.0 if x.dtype == tl.float64 else 1.1754943508222875e-38)
+    high, small = log_in_parts(tl.where(denormal, y * 16777216.0, y))
+    high -= tl.where(denormal, 24 * LOG_2, 0.0)
+    near, _ = log1p_and_rest((2.0 * y - 1.0) / (1.0 - y))
+    # Both logarithms are infinite at an end, which adds nothing. The logit is in two parts.
+    end, middle = y == 0, y > 0.25
+    first = tl.where(end, float("-inf"), tl.where(middle, near, high))
+    second = tl.where(middle | end, 0.0, small - of_rest)
+    own = tl.where(end, 0.0, -(high + of_rest))
+    return own, (tl.where(low, first, -first), tl.where(low, second, -second))
+
+
+@triton.jit
+def held(c):
+    """A log concentration whose exponential is a number; NaN stays."""
+    return tl.where(c > 80.0, 80.0, tl.where(c < -80.0, -80.0, c))
+
+
+@triton.jit
+def shares(c1, c0):
+    """Logs of the lesser concentration and of the other, their ratio, log(1 + this), which is which."""
+    a, b = held(c1), held(c0)
+    other = a > b
+    p, q = tl.where(other, b, a), tl.where(other, a, b)
+    k = exp_of_negative(p - q)
+    return p, q, k, log1p(k), other
+
+
+@triton.jit
+def distances(x, first, second, p, q, k, fold, other):
+    """How far x and its rest are from the concentrations' shares: see the C++."""
+    logit, low = tl.where(other, -first, first), tl.where(other, -second, second)
+    s = (logit + (q - p)) + low
+    near = tl.abs(s) < 1.0
+    s = tl.where(near, s, 0.0)
+    less_line = expm1_minus_near(s)
+    log_1pt, rest = log1p_and_rest(k / (1.0 + k) * (less_line + s))
+    # Far from the mode by the logarithms themselves, log(1 + exp(+-logit)).
+    logit += low
+    of_rest, _ = log1p_and_rest(-tl.where(x < 0.5, x, 1.0 - x))
+    rise = (q - p) + fold - (tl.where(logit > 0, 0.0, -logit) - of_rest)
+    rise = tl.where(near, s - log_1pt, rise)
+    fall = tl.where(near, log_1pt, tl.where(logit > 0, logit, 0.0) - of_rest - fold)
+    return rise, fall, near, less_line, rest
+
+
+@triton.jit
+def value(x, log_odds, c1, c0):
+    p, q, k, fold, other = shares(c1, c0)
+    rise, fall, near, less_line, rest = distances(x, log_odds[0], log_odds[1], p, q, k, fold, other)
+    least, largest = exp(p), exp(q)
+    n = least + largest
+    distance = tl.where(near, least * less_line - n * rest, largest * fall - least * rise)
+    of_n = stirling_error(n, q + fold) - stirling_error(largest, q)
+    inside = ((p - 0.5 * fold) + (of_n - log_factorial_excess(least, p))) - distance
+    # At an end one concentration decides: beyond 1 there is no density.
+    decides, at_end = tl.where(x < 0.5, c1, c0), tl.where(x < 0.5, c0, c1)
+    at_end += tl.where(decides == 0, 0.0, decides * float("-inf"))
+    return tl.where((x == 0) | (x == 1), at_end, inside)
+
+
+@triton.jit
+def gradient(g, x, c1, c0):
+    p, q, k, fold, other = shares(c1, c0)
+    least, largest, v = exp(p), exp(q), 1.0 / (1.0 + k)
+    of_n = digamma_excess(least + largest, q + fold)
+    of_least = 0.5 * v + (digamma_excess(least, p) - k * v * of_n)
+    of_largest = 0.5 * k * v + (digamma_excess(largest, q) - v * of_n)
+    _, log_odds = data(x)
+    rise, fall, _, _, _ = distances(x, log_odds[0], log_odds[1], p, q, k, fold, other)
+    of_least += least * rise
+    of_largest -= largest * fall
+    # Without a weight there is none, also where log p is infinite.
+    none = g == 0
+    to_1 = tl.where(none, 0.0, g * tl.where(other, of_largest, of_least))
+    to_0 = tl.where(none, 0.0, g * tl.where(other, of_least, of_largest))
+    low, _ = expm1_parts(held(c1))
+    high, _ = expm1_parts(held(c0))
+    of_x = tl.where(low == 0, 0.0, low / x) - tl.where(high == 0, 0.0, high / (1.0 - x))
+    return tl.where(none, 0.0, g * of_x), to_1, to_0
