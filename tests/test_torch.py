@@ -129,11 +129,37 @@ def _weigh_arguments(op: str):
         yield grad, mean, weights, x, *parameters, term, factor, *how, need
 
 
+def _grouped_arguments(op: str):
+    """Classes of float and integer data, enough for the C++ and too few; mixtures of colours, and of grey."""
+    backward = op.endswith("_backward")
+
+    def of(x, parameters, setting):
+        n, _, p = parameters[0].shape
+        wide = parameters[0].dtype if parameters[0].dtype == torch.float64 else torch.float32
+        if not backward:
+            return (x, *(None if q is None else q.clone().requires_grad_() for q in parameters), setting)
+        sums = [randn(*shape, seed=3).to(wide) for shape in ((n,), (n, p), (n, p))]
+        needs = [False, True, *[q is not None and i != 1 for i, q in enumerate(parameters[1:])]]
+        return (*sums, x, *parameters, setting, needs)
+
+    if op.startswith("categorical"):
+        for p, dtype in ((9, torch.float32), (9, torch.bfloat16), (2, torch.float32), (9, torch.float64)):
+            x = torch.arange(B * p, device=DEVICE).reshape(B, 1, p) % 5
+            yield of(x if p > 2 else x.float(), (randn(K * B, 5, p, seed=1).to(dtype),), -100.0)
+        return
+    for channels, coupled in ((1, False), (3, True)):
+        x = rand(B, channels, 9, seed=1).round() * 2 - 1
+        others = [randn(K * B, 2 * channels, 9, seed=2 + i) for i in range(3)]
+        yield of(x, (randn(K * B, 2, 9, seed=1), *others[:2], others[2] if coupled else None), 1 / 3)
+
+
 def _arguments(op: str):
     """All argument lists that opcheck sees for ``torch.ops.fastvae.<op>``."""
     log_w = randn(K, B, seed=13)
     if op.startswith("rsample"):
         yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
+    elif op.startswith(("categorical", "discretized_logistic_mixture")):
+        yield from _grouped_arguments(op)
     elif op.startswith(tuple(LIKELIHOODS)):
         yield from _log_prob_arguments(op)
     elif op.startswith("weigh"):
