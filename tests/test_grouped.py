@@ -253,7 +253,15 @@ def test_masks(model, backend):
     z = randn(K * B, D, seed=5)
     nothing = known.log_likelihood(x, decoder(z), K, fastvae._nested.Beside(~everything))
     assert bool((nothing == 0).all())
-    if x.dim() > 1 and model != "multinomial":
+    if model == "multinomial":
+        # Of the classes that were observed alone, as if there were no others.
+        mask = everything.clone()
+        mask[:, :, 1] = False
+        got = known.log_likelihood(x, decoder(z), K, fastvae._nested.Beside(mask))
+        kept = torch.tensor([True, False, True, True], device=DEVICE)
+        expected = known.log_likelihood(x[..., kept], decoder(z)[..., kept], K)
+        torch.testing.assert_close(got, expected)
+    elif x.dim() > 1:
         # Rows of pixels: the first alone.
         mask = everything.clone()
         mask[..., 1:, :] = False
