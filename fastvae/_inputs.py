@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from ._checks import check_same_device, shape_of
 from ._glance import are_batch, are_batch_in_python
-from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, each, repeat, tensors
+from ._nested import Beside, all_tensors, as_mask, as_size, called, check_batch, each, repeat, tensors
 from .distributions import (
     STANDARD,
     Distribution,
@@ -76,7 +76,7 @@ class Inputs(NamedTuple):
         """The decoder's output for z [K·B, D]."""
         if self.beside is None or self.beside.context is None:
             return self.decoder(z)
-        return self.decoder(z, repeat(self.beside.context, samples))
+        return called("decoder", self.decoder, z, repeat(self.beside.context, samples))
 
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool

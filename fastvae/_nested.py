@@ -41,6 +41,18 @@ def repeat(value: Any, samples: int) -> Any:
     return each(lambda t: t.expand(samples, *t.shape).flatten(0, 1), value)
 
 
+def called(name: str, function: Callable[..., Any], first: Any, context: Any) -> Any:
+    """``function(first)``, or with a context ``function(first, context)``."""
+    if context is None:
+        return function(first)
+    try:
+        return function(first, context)
+    except TypeError as error:
+        if "positional argument" in str(error) and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"with context= fastvae calls the {name} with it as the second argument")
+        raise
+
+
 def event_size(x: Any) -> int:
     """Numbers of an example."""
     return sum(t.shape[1:].numel() for t in tensors(x))

@@ -14,7 +14,7 @@ from torch import distributions as td
 
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
-from ._nested import check_batch, each, tensors
+from ._nested import called, check_batch, each, tensors
 from .distributions import Distribution, as_posterior, as_prior, is_conditional
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
@@ -122,7 +122,7 @@ class VAE(nn.Module):
             # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
             dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
             x = each(lambda t: t.to(dtype) if t.dtype in INTEGERS else t, x)
-        q = as_posterior(self.encoder(x) if context is None else self.encoder(x, context))
+        q = as_posterior(called("encoder", self.encoder, x, context))
         if self.latent_dim is None:
             self.latent_dim = None if q.mean is None else q.mean.shape[1]
         return q
@@ -223,7 +223,7 @@ class VAE(nn.Module):
         return self.posterior(x, options.get("context"))
 
     def _decode(self, z: Tensor, context: Any) -> Any:
-        return self.decoder(z) if context is None else self.decoder(z, context)
+        return called("decoder", self.decoder, z, context)
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}

@@ -2684,8 +2684,8 @@ PYTHON = [
     Mutant(
         "data: the encoder without the context",
         "fastvae/evaluate/loop.py",
-        "context = () if beside.context is None else (beside.context,)",
-        "context = ()",
+        "context = beside.context",
+        "context = None",
         ("data",),
     ),
     Mutant(

@@ -543,6 +543,14 @@ def test_wrong_use(case):
             assert word in str(raised.value)
 
 
+def test_a_decoder_without_a_context():
+    with pytest.raises(TypeError) as raised:
+        fastvae.elbo(zeros(B, X), a_q(), nn.Linear(D, X), likelihood="poisson", context=zeros(B, 1))
+    if hasattr(raised.value, "add_note"):  # Python 3.11
+        note = "with context= fastvae calls the decoder with it as the second argument"
+        assert raised.value.__notes__ == [note]
+
+
 def test_wrong_parts():
     joint, x, decoder = _parts()
     calls = {

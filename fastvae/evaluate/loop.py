@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .. import _stream
 from .._checks import check_choice, check_count, check_number, shape_of
 from .._inputs import Inputs
-from .._nested import Beside, each, event_size, tensors
+from .._nested import Beside, called, each, event_size, tensors
 from .._stream import Chunks
 from .._terminal import ProgressStream
 from ..distributions import Distribution, as_posterior, as_prior, closed_kl, is_conditional
@@ -163,18 +163,18 @@ def evaluate(
 
             # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
             seen, x = each(lambda t: moved(t, True), x), each(lambda t: moved(t, False), x)
-            context: tuple[Any, ...] = ()
+            context = None
             if beside is not None:
                 beside = Beside(*(each(lambda t: moved(t, False), part) for part in beside))
-                context = () if beside.context is None else (beside.context,)
+                context = beside.context
             try:
-                q = as_posterior(encoder(seen, *context))
+                q = as_posterior(called("encoder", encoder, seen, context))
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
                     given = ", ".join(f"{shape_of(t)}, {t.dtype}" for t in tensors(seen))
                     error.add_note(
                         f"fastvae.evaluate gave the encoder batch {index}: {given}"
-                        f"{' and the context' if context else ''}"
+                        f"{'' if context is None else ' and the context'}"
                     )
                 raise
             inputs = Inputs.read(x, q, decoder, likelihood, prior, beside)
