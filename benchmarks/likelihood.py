@@ -25,6 +25,7 @@ TARGETS = {
     "bernoulli": {"eager": 3.0, COMPILE: 1.2},
     "continuous_bernoulli": {"eager": 3.0, COMPILE: 1.0},
     "beta": {"eager": 3.0, COMPILE: 1.0},
+    "discretized_logistic": {"eager": 3.0, COMPILE: 1.0},
     "poisson": {"eager": 2.0, COMPILE: 1.0},
     "laplace": {"eager": 3.0, COMPILE: 1.0},
     "student_t": {"eager": 3.0, COMPILE: 1.0},
@@ -56,6 +57,14 @@ def eager_beta(x, log_concentration1, log_concentration0):
     a, b = torch.exp(log_concentration1), torch.exp(log_concentration0)
     gammas = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
     return (gammas + (a - 1) * torch.log(x) + (b - 1) * torch.log1p(-x)).sum(-1)
+
+
+def eager_discretized_logistic(x, mean, log_scale, log_bin_width):
+    inverse_s, half = torch.exp(-log_scale), 0.5 * torch.exp(log_bin_width)
+    above, below = ((x + half - mean) * inverse_s, (x - half - mean) * inverse_s)
+    inside = torch.log((torch.sigmoid(above) - torch.sigmoid(below)).clamp(min=1e-12))
+    ends = torch.where(x >= 1, -functional.softplus(below), inside)
+    return torch.where(x <= 0, -functional.softplus(-above), ends).sum(-1)
 
 
 def eager_gaussian(x, mean, logvar):
@@ -107,6 +116,13 @@ CASES = {
         eager_beta,
         2,
         (13 * EXP + 60, 10 * EXP + 60),
+    ),
+    # Six exponentials, a logarithm and 1/16 of one; backward two more exponentials, and quotients.
+    "discretized_logistic": (
+        lambda place, shape: (torch.rand(*shape, device=place.device) * 255).round().div(255).to(place.dtype),
+        eager_discretized_logistic,
+        3,
+        (7 * EXP + 20, 8 * EXP + 40),
     ),
     # Of the data a logarithm and Stirling's series, once for all samples; then two exponentials.
     "poisson": (_counts, eager_poisson, 1, (4 * EXP + 30, EXP + 2)),

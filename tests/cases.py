@@ -63,6 +63,11 @@ def parameters(
     return [torch.randn(shape, generator=generator).to(device=DEVICE, dtype=dtype) for _ in range(number)]
 
 
+def returned(likelihood: str) -> int:
+    """How many of these a decoder returns."""
+    return len(DECLARED[likelihood].outputs) - len(DECLARED[likelihood].constants)
+
+
 def forms(likelihood: str, k: int, b: int, event: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Shapes of a parameter beside the first, [K, B, *event]; none for a likelihood that has but one."""
     ones = (1,) * len(event)

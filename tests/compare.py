@@ -77,6 +77,9 @@ class Rounded:
     def __lt__(self, other: Rounded | float) -> Tensor:
         return self.value < self._as(other).value
 
+    def __le__(self, other: float) -> Tensor:
+        return self.value <= other
+
     def __gt__(self, other: Rounded | float) -> Tensor:
         return self.value > self._as(other).value
 
@@ -172,7 +175,7 @@ class Rounded:
     def expm1(self) -> Rounded:
         """exp(v) - 1; away from 0 it may be that difference."""
         value = torch.expm1(self.value)
-        propagated = (value + 1) * torch.expm1(self.error)
+        propagated = torch.where(value == -1, 0.0, (value + 1) * torch.expm1(self.error))
         return Rounded(value, propagated + self._of_expm1(value) * self.u, self.u)
 
     def _of_expm1(self, value: Tensor) -> Tensor:

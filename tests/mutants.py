@@ -1601,6 +1601,48 @@ CPP = [
         "s.other ? least : largest",
         ("beta",),
     ),
+    Mutant(
+        "discretized_logistic: closed ends",
+        "csrc/likelihoods/discretized_logistic.hpp",
+        "end = e.x * (C(1) - e.x) <= C(0)",
+        "end = false",
+        ("discretized_logistic",),
+    ),
+    Mutant(
+        "discretized_logistic: an end inwards",
+        "csrc/likelihoods/discretized_logistic.hpp",
+        "(end ? e.x - C(0.5) : z) < C(0)",
+        "z < C(0)",
+        ("discretized_logistic",),
+    ),
+    Mutant(
+        "discretized_logistic: a narrow bin cancels",
+        "csrc/likelihoods/discretized_logistic.hpp",
+        "-expm1_(-width), exp_negative",
+        "C(1) - exp_negative(-width), exp_negative",
+        ("discretized_logistic",),
+    ),
+    Mutant(
+        "discretized_logistic: a mean in the bin cancels",
+        "csrc/likelihoods/discretized_logistic.hpp",
+        "beyond * -expm1_(C(-2) * s.r)",
+        "beyond * (C(1) - exp_negative(C(-2) * s.r))",
+        ("discretized_logistic",),
+    ),
+    Mutant(
+        "discretized_logistic: the far side",
+        "csrc/likelihoods/discretized_logistic.hpp",
+        "log1p_((s.far + s.k) / s.below)",
+        "log1p_(s.k / s.below)",
+        ("discretized_logistic",),
+    ),
+    Mutant(
+        "discretized_logistic: no end to the scale",
+        "csrc/likelihoods/discretized_logistic.hpp",
+        "log_s = clip(e.p1, C(-60), C(60))",
+        "log_s = e.p1",
+        ("discretized_logistic",),
+    ),
 ]
 
 TRITON = [
@@ -2586,6 +2628,27 @@ TRITON = [
         "b_shifted = b_x * (b_sum / b_product)",
         "b_shifted = b_x * (b_sum / b_product - 1.0e-9)",
         ("beta", "negative_binomial"),
+    ),
+    Mutant(
+        "discretized_logistic: closed ends",
+        "kernels/likelihoods/discretized_logistic.py",
+        "end = (x <= 0) | (x >= 1)",
+        "end = x < 0",
+        ("discretized_logistic",),
+    ),
+    Mutant(
+        "discretized_logistic: an end inwards",
+        "kernels/likelihoods/discretized_logistic.py",
+        "tl.where(end, x, z) < tl.where(end, 0.5, 0.0)",
+        "z < 0",
+        ("discretized_logistic",),
+    ),
+    Mutant(
+        "discretized_logistic: the far side",
+        "kernels/likelihoods/discretized_logistic.py",
+        "log1p(far) - log_below",
+        "-log_below",
+        ("discretized_logistic",),
     ),
 ]
 

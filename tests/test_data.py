@@ -34,7 +34,7 @@ class Outputs(nn.Module):
 
     def __init__(self, likelihood, event, seed=3):
         super().__init__()
-        self.number, self.event = len(DECLARED[likelihood].outputs), event
+        self.number, self.event = cases.returned(likelihood), event
         width = self.number * math.prod(event)
         self.weight = nn.Parameter(0.3 * randn(D, width, seed=seed))
 
@@ -425,7 +425,7 @@ def test_draws_have_the_likelihoods_scores(likelihood):
     """Of draws from p(x|z), the derivatives of log p by each output have mean 0; so has x less its mean."""
     n = 40_000
     kind = DECLARED[likelihood]()
-    outputs = [0.5 * randn(1, X, seed=11 + i, dtype=torch.float64) for i in range(len(kind.outputs))]
+    outputs = [0.5 * randn(1, X, seed=11 + i, dtype=torch.float64) for i in range(cases.returned(likelihood))]
     if likelihood == "student_t":
         outputs[2] = outputs[2] + 1.8  # a variance
     wide = [o.expand(n, X).clone().requires_grad_() for o in outputs]

@@ -5,6 +5,7 @@ from .bernoulli import Bernoulli
 from .beta import Beta
 from .categorical import Categorical, Multinomial
 from .continuous_bernoulli import ContinuousBernoulli
+from .discretized_logistic import DiscretizedLogistic
 from .discretized_logistic_mixture import DiscretizedLogisticMixture
 from .gaussian import Gaussian
 from .joint import Joint
@@ -22,6 +23,7 @@ __all__ = [
     "Beta",
     "Categorical",
     "ContinuousBernoulli",
+    "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
     "Gaussian",
     "Joint",

@@ -140,12 +140,14 @@ class Declared(Likelihood):
     ``csrc/likelihoods/<name>.hpp`` and ``kernels/likelihoods/<name>.py``; everything else is made of these.
 
     Attributes:
+        constants: the last outputs, which the likelihood itself has and no decoder returns.
         hazards: for the tests: how far each output is drawn from 0, beside the usual spreads.
         oracle: for the tests: an independent distribution of x, of the outputs.
     """
 
     name: ClassVar[str]
     outputs: ClassVar[tuple[str, ...]]
+    constants: ClassVar[tuple[str, ...]] = ()
     low: ClassVar[float] = -math.inf
     high: ClassVar[float] = math.inf
     hint: ClassVar[str] = ""

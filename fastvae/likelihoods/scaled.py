@@ -99,10 +99,11 @@ class Scaled(Declared):
         return value
 
     def _wrong_output(self, came: Any) -> TypeError:
-        every, first = ", ".join(self.outputs), self.outputs[0]
+        returned_all = self._returned(len(self.constants))
+        every, first = ", ".join(returned_all), self.outputs[0]
         if not self._holds:
             returned = 1 if isinstance(came, Tensor) else len(came) if isinstance(came, (tuple, list)) else 0
-            missing = list(self.held)[returned - 1 :] if 0 < returned < len(self.outputs) else []
+            missing = list(self.held)[returned - 1 :] if 0 < returned < len(returned_all) else []
             give = " and ".join(f"{name}, {self.held[name]}" for name in missing)
             hint = (
                 f"; for {'a ' + first if returned == 1 else 'these'} alone, give {give}: "
@@ -112,7 +113,7 @@ class Scaled(Declared):
                 f"the decoder of a {self.name.replace('_', ' ')} likelihood must return ({every}), got "
                 f"{describe(came)}{hint if missing else ''}"
             )
-        left = self._returned(len(self._holds))
+        left = self._returned(len(self._holds) + len(self.constants))
         must = f"the {first} alone, a tensor" if len(left) == 1 else f"({', '.join(left)})"
         arguments = ", ".join(f"{name}=..." for name in self._holds)
         return TypeError(
