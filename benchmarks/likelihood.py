@@ -26,6 +26,7 @@ TARGETS = {
     "continuous_bernoulli": {"eager": 3.0, COMPILE: 1.0},
     "beta": {"eager": 3.0, COMPILE: 1.0},
     "discretized_logistic": {"eager": 3.0, COMPILE: 1.0},
+    "softplus_gaussian": {"eager": 3.0, COMPILE: 1.0},
     "poisson": {"eager": 2.0, COMPILE: 1.0},
     "laplace": {"eager": 3.0, COMPILE: 1.0},
     "student_t": {"eager": 3.0, COMPILE: 1.0},
@@ -69,6 +70,11 @@ def eager_discretized_logistic(x, mean, log_scale, log_bin_width):
 
 def eager_gaussian(x, mean, logvar):
     return -0.5 * (LOG_2PI + logvar + (x - mean).square() * torch.exp(-logvar)).sum(-1)
+
+
+def eager_softplus_gaussian(x, mean, raw, log_floor):
+    variance = functional.softplus(raw) + torch.exp(log_floor)
+    return -0.5 * (LOG_2PI + torch.log(variance) + (x - mean).square() / variance).sum(-1)
 
 
 def eager_poisson(x, log_rate):
@@ -123,6 +129,13 @@ CASES = {
         eager_discretized_logistic,
         3,
         (7 * EXP + 20, 8 * EXP + 40),
+    ),
+    # Two exponentials, two logarithms, a quotient.
+    "softplus_gaussian": (
+        lambda place, shape: place.randn(*shape),
+        eager_softplus_gaussian,
+        3,
+        (4 * EXP + 10, 3 * EXP + 15),
     ),
     # Of the data a logarithm and Stirling's series, once for all samples; then two exponentials.
     "poisson": (_counts, eager_poisson, 1, (4 * EXP + 30, EXP + 2)),

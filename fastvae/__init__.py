@@ -21,6 +21,7 @@ from .likelihoods import (
     Multinomial,
     NegativeBinomial,
     Poisson,
+    SoftplusGaussian,
     StudentT,
     ZeroInflatedNegativeBinomial,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "Multinomial",
     "NegativeBinomial",
     "Poisson",
+    "SoftplusGaussian",
     "StandardNormal",
     "StudentT",
     "Terms",

@@ -1643,6 +1643,34 @@ CPP = [
         "log_s = e.p1",
         ("discretized_logistic",),
     ),
+    Mutant(
+        "softplus_gaussian: no end to a small raw",
+        "csrc/likelihoods/softplus_gaussian.hpp",
+        "raw = clip(e.p1, C(-80), C(1e38))",
+        "raw = clip(e.p1, C(-1e30), C(1e38))",
+        ("softplus_gaussian",),
+    ),
+    Mutant(
+        "softplus_gaussian: a softplus that overflows",
+        "csrc/likelihoods/softplus_gaussian.hpp",
+        "(above ? raw : C(0)) + log1p_(k)",
+        "log1p_(exp_(raw))",
+        ("softplus_gaussian",),
+    ),
+    Mutant(
+        "softplus_gaussian: without a floor",
+        "csrc/likelihoods/softplus_gaussian.hpp",
+        "+ log1p_(k)) + floor",
+        "+ log1p_(k))",
+        ("softplus_gaussian",),
+    ),
+    Mutant(
+        "softplus_gaussian: the softplus's slope",
+        "csrc/likelihoods/softplus_gaussian.hpp",
+        "(above ? C(1) : k) / (C(1) + k)",
+        "C(1) / (C(1) + k)",
+        ("softplus_gaussian",),
+    ),
 ]
 
 TRITON = [
@@ -2649,6 +2677,20 @@ TRITON = [
         "log1p(far) - log_below",
         "-log_below",
         ("discretized_logistic",),
+    ),
+    Mutant(
+        "softplus_gaussian: no end to a small raw",
+        "kernels/likelihoods/softplus_gaussian.py",
+        "tl.where(raw < -80.0, -80.0, raw)",
+        "raw",
+        ("softplus_gaussian",),
+    ),
+    Mutant(
+        "softplus_gaussian: the softplus's slope",
+        "kernels/likelihoods/softplus_gaussian.py",
+        "tl.where(raw > 0, 1.0, k) * reciprocal",
+        "reciprocal",
+        ("softplus_gaussian",),
     ),
 ]
 

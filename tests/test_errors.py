@@ -270,7 +270,7 @@ CASES = {
     "misspelt likelihood": (
         lambda: elbo(x(), q(), pair, likelihood="guassian"),
         ValueError,
-        ["likelihood='guassian'", "'bernoulli', 'categorical', ", "'poisson'"],
+        ["likelihood='guassian'", "'bernoulli', 'beta', 'categorical'", "'poisson'"],
     ),
     "likelihood a class": (
         lambda: elbo(x(), q(), pair, likelihood=fastvae.Gaussian),

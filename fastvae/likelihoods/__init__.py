@@ -15,6 +15,7 @@ from .logistic import Logistic
 from .negative_binomial import NegativeBinomial
 from .own import from_distribution
 from .poisson import Poisson
+from .softplus_gaussian import SoftplusGaussian
 from .student_t import StudentT
 from .zero_inflated_negative_binomial import ZeroInflatedNegativeBinomial
 
@@ -34,6 +35,7 @@ __all__ = [
     "Multinomial",
     "NegativeBinomial",
     "Poisson",
+    "SoftplusGaussian",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
     "from_distribution",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .scaled import Scaled, normal_like
+
+# What a scale may be called, and what it means then.
+NAMED_SCALES: dict[str, type[Gaussian]] = {}
 
 
 class Gaussian(Scaled):
@@ -27,7 +31,8 @@ class Gaussian(Scaled):
 
     Args:
         scale: standard deviation s > 0: a number, a tensor broadcastable to the event, or a tensor that a
-            network computed. Default: the decoder returns the log variance, too.
+            network computed. Default: the decoder returns the log variance, too. ``"softplus"``: it returns
+            (mean, raw), the variance is softplus(raw) + ``floor``, see :class:`fastvae.SoftplusGaussian`.
         learned: train the scale, beginning at this one. It is kept as the parameter ``log_scale``, so that no
             step of an optimiser can make it 0 or negative; ``scale`` reads it.
 
@@ -50,6 +55,15 @@ class Gaussian(Scaled):
     outputs = ("mean", "logvar")
     held = {"scale": "a standard deviation"}
     oracle = staticmethod(lambda mean, logvar: torch.distributions.Normal(mean, torch.exp(0.5 * logvar)))
+
+    def __new__(cls, scale: Any = None, **options: Any) -> Gaussian:
+        """Of a scale that has a name, the likelihood of this name."""
+        if isinstance(scale, str):
+            if scale not in NAMED_SCALES:
+                known = ", ".join(map(repr, NAMED_SCALES))
+                raise ValueError(f"scale={scale!r} is unknown; known: {known}, numbers and tensors")
+            cls = NAMED_SCALES[scale]
+        return super().__new__(cls)
 
     @staticmethod
     def value(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution
+from torch.distributions import Bernoulli, Distribution, Normal
 
 
 class Logistic(Distribution):
@@ -144,3 +144,11 @@ class DiscretizedLogistic(Distribution):
         central = torch.log(torch.sinh(h) / (torch.cosh(y) + torch.cosh(h)))
         inside = torch.where((z.abs() < 1) & (half < 20), central, inside)
         return torch.where(value <= 0, above, torch.where(value >= 1, below, inside))
+
+
+class SoftplusGaussian(Normal):
+    """torch's own, of softplus and a root."""
+
+    def __init__(self, mean: Tensor, raw: Tensor, log_floor: Tensor):
+        variance = torch.logaddexp(raw, torch.zeros_like(raw)) + log_floor.exp()
+        super().__init__(mean, variance.sqrt(), validate_args=False)

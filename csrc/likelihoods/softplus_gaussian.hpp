@@ -1,0 +1,29 @@
+// log N(x; mean, log(1 + exp(raw)) + exp(log_floor)). The mathematics stands in fastvae/likelihoods/softplus_gaussian.py.
+struct SoftplusGaussian : Declaration {
+  static constexpr int kParameters = 3;
+  static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
+
+  // The variance, a normal number, and its derivatives by raw and by log_floor.
+  template <class C>
+  struct Variance {
+    C variance, by_raw, floor;
+  };
+  template <class C>
+  static FASTVAE_INLINE Variance<C> variance(Element<C> e) {
+    const C raw = clip(e.p1, C(-80), C(1e38)), floor = exp_(e.p2 > C(80) ? C(80) : e.p2), k = exp_negative(-abs_(raw));
+    const bool above = raw > C(0);
+    return {((above ? raw : C(0)) + log1p_(k)) + floor, (above ? C(1) : k) / (C(1) + k), floor};
+  }
+  template <class C>
+  static FASTVAE_INLINE Value<C> value(Element<C> e) {
+    const C delta = e.x - e.p0, variance_ = variance(e).variance;
+    return {log_(variance_) + delta * (delta / variance_)};
+  }
+  template <class C>
+  static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
+    const Variance<C> s = variance(e);
+    const C delta = e.x - e.p0, inverse = C(1) / s.variance, mean = g * (delta * inverse);
+    const C by_variance = C(0.5) * (mean * delta - g);
+    return {-mean, mean, by_variance * (s.by_raw * inverse), by_variance * (s.floor * inverse)};
+  }
+};

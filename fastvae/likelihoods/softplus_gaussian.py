@@ -1,0 +1,105 @@
+"""The Gaussian likelihood whose decoder returns what a softplus makes a variance of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import oracles
+from .gaussian import NAMED_SCALES, Gaussian
+from .scaled import normal_like
+
+
+class SoftplusGaussian(Gaussian):
+    r"""p(x|z) = N(mean, softplus(raw) + floor), for decoders that return ``(mean, raw)``: what
+    ``fastvae.Gaussian(scale="softplus", floor=1e-4)`` is.
+
+    .. math:: \log p(x|z_k) = -½ \sum_i \big[\log 2π σ_{ki}^2 + (x_i - m_{ki})^2 / σ_{ki}^2\big],
+              \quad σ^2 = \log(1 + e^r) + \text{floor}
+
+    With :math:`g_k` what arrives, and :math:`d = x - m`:
+
+    .. math::
+        \bar m_{ki} = g_k d_{ki} / σ_{ki}^2, \quad
+        \bar r_{ki} = ½ g_k \big[d_{ki}^2 / σ_{ki}^2 - 1\big] \frac{σ(r_{ki})}{σ_{ki}^2}, \quad
+        \bar x_i = -\sum_k \bar m_{ki}
+
+    A raw below -80 counts as -80. The op by itself is
+    ``fastvae.ops.softplus_gaussian_log_prob(x, mean, raw, log_floor)``.
+
+    Args:
+        floor: of the variance, which keeps it from collapsing; 0 for none.
+
+    Raises:
+        TypeError, ValueError: if floor is no number, or negative.
+
+    Example:
+        >>> import torch, fastvae
+        >>> likelihood = fastvae.Gaussian(scale="softplus", floor=0.0)
+        >>> x, zeros = torch.zeros(2, 3), torch.zeros(2, 3)
+        >>> likelihood.log_prob(x, (zeros, zeros))[0]  # -½ log(2π log 2)
+        tensor([-0.7357, -0.7357, -0.7357])
+    """
+
+    name = "softplus_gaussian"
+    outputs = ("mean", "raw", "log_floor")  # type: ignore[assignment]
+    constants = ("log_floor",)
+    oracle = oracles.SoftplusGaussian  # type: ignore[assignment]
+
+    def __init__(self, scale: Any = "softplus", *, floor: float = 1e-4, learned: bool = False):
+        if scale != "softplus" or learned:
+            raise ValueError(
+                "the scale of a softplus Gaussian comes from the decoder; to hold or learn one use "
+                "fastvae.Gaussian(scale=0.1, learned=True)"
+            )
+        super().__init__()
+        if isinstance(floor, bool) or not isinstance(floor, (int, float)):
+            raise TypeError(f"floor must be a number, the least variance, got {type(floor).__name__}")
+        if not 0 <= floor < math.inf:
+            raise ValueError(f"floor is the least variance and must be finite and not negative, got {floor}")
+        self.floor = float(floor)
+
+    @staticmethod
+    def value(x: Tensor, mean: Tensor, raw: Tensor, log_floor: Tensor) -> Tensor:  # type: ignore[override]
+        variance, _, _ = _variance(raw, log_floor)
+        delta = x - mean
+        return -0.5 * (math.log(2 * math.pi) + torch.log(variance) + delta * (delta / variance))
+
+    @staticmethod
+    def gradient(  # type: ignore[override]
+        g: Tensor, x: Tensor, mean: Tensor, raw: Tensor, log_floor: Tensor
+    ) -> tuple[Tensor, ...]:
+        variance, by_raw, floor = _variance(raw, log_floor)
+        delta = x - mean
+        grad_mean = g * (delta / variance)
+        by_variance = 0.5 * (grad_mean * delta - g)
+        return -grad_mean, grad_mean, by_variance * (by_raw / variance), by_variance * (floor / variance)
+
+    @staticmethod
+    def draw(  # type: ignore[override]
+        mean: Tensor, raw: Tensor, log_floor: Tensor, *, generator: torch.Generator | None
+    ) -> Tensor:
+        return mean + _variance(raw, log_floor)[0].sqrt() * normal_like(mean, generator)
+
+    def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
+        return (math.log(self.floor) if self.floor else -math.inf,)
+
+    def _example(self, names: list[str], more: str = "") -> str:
+        return f"fastvae.Gaussian(scale=0.1{more})"
+
+    @property
+    def scale(self) -> None:
+        """None: the decoder returns it."""
+
+
+NAMED_SCALES["softplus"] = SoftplusGaussian
+
+
+def _variance(raw: Tensor, log_floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The variance, and its derivatives by raw and by log_floor."""
+    raw, floor = raw.clamp(-80, 1e38), torch.exp(log_floor.clamp(max=80))
+    softplus = raw.clamp(min=0) + torch.log1p(torch.exp(-raw.abs()))
+    return softplus + floor, torch.sigmoid(raw), floor

@@ -1,0 +1,39 @@
+"""log N(x; mean, log(1 + exp(raw)) + exp(log_floor)). The mathematics stands in
+fastvae/likelihoods/softplus_gaussian.py.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common import exp, exp_of_negative, log, log1p, reciprocal
+from .gaussian import LOG_2_PI
+
+FACTOR = -0.5
+
+
+@triton.jit
+def variances(raw, log_floor):
+    """The variance, a normal number, and its derivatives by raw and by log_floor."""
+    raw = tl.where(raw > 1e38, 1e38, tl.where(raw < -80.0, -80.0, raw))
+    floor = exp(tl.where(log_floor > 80.0, 80.0, log_floor))
+    k = exp_of_negative(-tl.abs(raw))
+    softplus = tl.where(raw < 0, 0.0, raw) + log1p(k)
+    return softplus + floor, tl.where(raw > 0, 1.0, k) * reciprocal(1.0 + k), floor
+
+
+@triton.jit
+def value(x, data, mean, raw, log_floor):
+    variance, _, _ = variances(raw, log_floor)
+    delta = x - mean
+    return (LOG_2_PI + log(variance)) + delta * (delta / variance)
+
+
+@triton.jit
+def gradient(g, x, mean, raw, log_floor):
+    variance, by_raw, floor = variances(raw, log_floor)
+    inverse = 1.0 / variance
+    by_raw, by_floor = by_raw * inverse, floor * inverse
+    # In this order, or registers spill.
+    white = (x - mean) * inverse
+    by_variance = 0.5 * (g * white * (x - mean)) - 0.5 * g
+    return -g * white, g * white, by_variance * by_raw, by_variance * by_floor
