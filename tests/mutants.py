@@ -4053,6 +4053,27 @@ PYTHON = [
         "if False:",
         ("student_t",),
     ),
+    Mutant(
+        "optimal_gaussian: a running mean in training",
+        "fastvae/likelihoods/optimal_gaussian.py",
+        "self._now = now",
+        "self._now = None",
+        ("optimal_gaussian",),
+    ),
+    Mutant(
+        "optimal_gaussian: what a mask hides is measured",
+        "fastvae/likelihoods/optimal_gaussian.py",
+        "if mask is not None:\n                square",
+        "if False:\n                square",
+        ("optimal_gaussian",),
+    ),
+    Mutant(
+        "optimal_gaussian: streams measure, too",
+        "fastvae/likelihoods/optimal_gaussian.py",
+        "self.training and torch.is_grad_enabled() and",
+        "self.training and",
+        ("optimal_gaussian",),
+    ),
 ]
 
 # Changes that no test can notice, and why.

@@ -98,8 +98,8 @@ def test_it_is_a_gaussian(backend, floor):
     [
         (
             lambda: fastvae.Gaussian(scale="softmax"),
-            ValueError,
-            "scale='softmax' is unknown; known: 'softplus'",
+            TypeError,
+            r"number or a tensor, or a name \(.*'softplus'.*got the str 'softmax'",
         ),
         (
             lambda: fastvae.Gaussian(scale="softplus", floor=-1.0),

@@ -13,6 +13,7 @@ from .laplace import Laplace
 from .log_normal import LogNormal
 from .logistic import Logistic
 from .negative_binomial import NegativeBinomial
+from .optimal_gaussian import OptimalGaussian
 from .own import from_distribution
 from .poisson import Poisson
 from .softplus_gaussian import SoftplusGaussian
@@ -34,6 +35,7 @@ __all__ = [
     "Logistic",
     "Multinomial",
     "NegativeBinomial",
+    "OptimalGaussian",
     "Poisson",
     "SoftplusGaussian",
     "StudentT",

@@ -33,6 +33,7 @@ class Gaussian(Scaled):
         scale: standard deviation s > 0: a number, a tensor broadcastable to the event, or a tensor that a
             network computed. Default: the decoder returns the log variance, too. ``"softplus"``: it returns
             (mean, raw), the variance is softplus(raw) + ``floor``, see :class:`fastvae.SoftplusGaussian`.
+            ``"optimal"``: the mean alone, and one σ² is measured, see :class:`fastvae.OptimalGaussian`.
         learned: train the scale, beginning at this one. It is kept as the parameter ``log_scale``, so that no
             step of an optimiser can make it 0 or negative; ``scale`` reads it.
 
@@ -61,7 +62,9 @@ class Gaussian(Scaled):
         if isinstance(scale, str):
             if scale not in NAMED_SCALES:
                 known = ", ".join(map(repr, NAMED_SCALES))
-                raise ValueError(f"scale={scale!r} is unknown; known: {known}, numbers and tensors")
+                raise TypeError(
+                    f"scale must be a number or a tensor, or a name ({known}), got the str {scale!r}"
+                )
             cls = NAMED_SCALES[scale]
         return super().__new__(cls)
 
