@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -93,7 +93,7 @@ class LogMarginal(NamedTuple):
 
 @overload
 def elbo(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -104,7 +104,7 @@ def elbo(
 ) -> Terms: ...
 @overload
 def elbo(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -115,7 +115,7 @@ def elbo(
 ) -> Tensor: ...
 @overload
 def elbo(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -125,7 +125,7 @@ def elbo(
     **options: Unpack[ElboOptions],
 ) -> Tensor | Terms: ...
 def elbo(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -282,7 +282,7 @@ def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bo
 
 @overload
 def iwae(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -294,7 +294,7 @@ def iwae(
 ) -> Terms: ...
 @overload
 def iwae(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -306,7 +306,7 @@ def iwae(
 ) -> Tensor: ...
 @overload
 def iwae(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -317,7 +317,7 @@ def iwae(
     **options: Unpack[IwaeOptions],
 ) -> Tensor | Terms: ...
 def iwae(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -415,7 +415,7 @@ class LogWeights(NamedTuple):
 
 
 def log_weights(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -523,7 +523,7 @@ def _chunked(
 
 @torch.no_grad()
 def log_marginal(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,
@@ -585,7 +585,7 @@ def log_marginal(
 
 @torch.no_grad()
 def reconstruction_log_prob(
-    x: Any,
+    x: Tensor | Mapping[str, Any],
     q: Any,
     decoder: Callable[..., Any],
     *,

@@ -49,7 +49,7 @@ reveal_type(vae.iwae(x, k=5, terms=either))  # Tensor | Terms
 reveal_type(vae.log_marginal(x))  # LogMarginal
 reveal_type(vae.evaluate(x))  # Evaluation
 reveal_type(vae.posterior(x))  # Distribution
-reveal_type(vae.sample(3))  # Tensor
+reveal_type(vae.sample(3))  # Any
 reveal_type(DiagonalNormal(x, x).mu)  # Tensor
 reveal_type(fastvae.ops.bernoulli_log_prob(x, x))  # Tensor
 print(-vae.elbo(x), vae.encoder.weight)
