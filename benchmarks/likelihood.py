@@ -61,11 +61,12 @@ def eager_beta(x, log_concentration1, log_concentration0):
 
 
 def eager_discretized_logistic(x, mean, log_scale, log_bin_width):
+    """The careful way: the usual difference of two sigmoids loses what is far from the mean."""
     inverse_s, half = torch.exp(-log_scale), 0.5 * torch.exp(log_bin_width)
-    above, below = ((x + half - mean) * inverse_s, (x - half - mean) * inverse_s)
-    inside = torch.log((torch.sigmoid(above) - torch.sigmoid(below)).clamp(min=1e-12))
-    ends = torch.where(x >= 1, -functional.softplus(below), inside)
-    return torch.where(x <= 0, -functional.softplus(-above), ends).sum(-1)
+    upper = functional.logsigmoid((x + half - mean) * inverse_s)
+    lower = functional.logsigmoid((mean - x + half) * inverse_s)
+    inside = upper + lower + torch.log(-torch.expm1(-2 * half * inverse_s))
+    return torch.where(x <= 0, upper, torch.where(x >= 1, lower, inside)).sum(-1)
 
 
 def eager_gaussian(x, mean, logvar):
