@@ -149,6 +149,21 @@ def test_mixture(backend, case):
         assert_near(one.reshape(other.shape), other, dtype, size, name)
 
 
+def test_coupled_colours(backend):
+    """To the digits of float64, value and every gradient; the ends of the grid among the data."""
+    k, b, m, p = 2, 3, 4, 9
+    x = (rand(b, 3, p, seed=1, dtype=torch.float64) * 8).floor().clamp(max=7) * (2 / 7) - 1
+    shapes = ((m, p), (m, 3, p), (m, 3, p), (m, 3, p))
+    leaves = [randn(k, b, *s, seed=2 + i, dtype=torch.float64).requires_grad_() for i, s in enumerate(shapes)]
+    got = ops.discretized_logistic_mixture_log_prob(x, *leaves, levels=8)
+    expected = naive_mixture(x, *leaves, levels=8)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    weight = randn(k, b, seed=7, dtype=torch.float64)
+    grads, wanted = (torch.autograd.grad((v * weight).sum(), leaves) for v in (got, expected))
+    for one, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("levels", [2, 4, 256])
 @pytest.mark.parametrize("log_scale", [-7.0, -2.0, 3.0])
 def test_probabilities_of_all_levels_sum_to_one(backend, levels, log_scale):
