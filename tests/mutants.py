@@ -1403,7 +1403,7 @@ CPP = [
         "csrc/likelihoods/negative_binomial.hpp",
         "abs_(signed_d) < C(1) ? near : far",
         "abs_(signed_d) < C(0) ? near : far",
-        ("negative_binomial",),
+        ("negative_binomial", "likelihoods"),
     ),
     Mutant(
         "negative binomial: of the two forms the one that cancels",
@@ -2550,7 +2550,7 @@ TRITON = [
         "kernels/likelihoods/negative_binomial.py",
         "tl.where(tl.abs(signed) < 1, least",
         "tl.where(tl.abs(signed) < 0, least",
-        ("negative_binomial",),
+        ("negative_binomial", "likelihoods"),
     ),
     Mutant(
         "negative binomial: the logarithm of a count rounded",

@@ -69,6 +69,17 @@ def test_any_dispersion_and_count(backend, hard, columns):
     assert bool(((got_t - by_t).abs() <= 1e-5 * by_t.abs() + 1e-6 * x / (x + theta)).all())
 
 
+@pytest.mark.parametrize("columns", [3, 700])
+def test_zeros_of_any_mean(backend, columns):
+    """−θ log(1 + μ/θ) also where the ratio is beyond what an exponential holds; alone and in long rows."""
+    t, theta = math.log(0.7), 0.7
+    for ratio in (-60.0, 0.0, 60.0, 100.0, 300.0):
+        mean = torch.full((1, columns), ratio + t, device=DEVICE)
+        got = ops.negative_binomial_log_prob(torch.zeros(1, columns, device=DEVICE), mean, t)
+        each = theta * (ratio + math.log1p(math.exp(-ratio)) if ratio > 0 else math.log1p(math.exp(ratio)))
+        assert float(got) == pytest.approx(-columns * each, rel=2e-5)
+
+
 def test_certain_zeros_and_impossible_counts(backend):
     x = torch.tensor([[0.0], [3.0], [0.0], [3.0]], device=DEVICE)
     mean = torch.tensor([[-math.inf], [-math.inf], [math.inf], [math.inf]], device=DEVICE)
