@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import on_same_device, shape_of
+from ._checks import may_look, on_same_device, shape_of
 
 
 def each(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -144,7 +144,7 @@ def as_size(size: Any, x: Any, name: str = "size") -> Any:
         raise ValueError(f"{name} has shape {shape_of(size)}; expected [B] = [{x.shape[0]}]")
     if not on_same_device(size.device, x.device):
         raise ValueError(f"{name} is on {size.device} but x is on {x.device}; move one of them")
-    if size.is_cpu and not torch.compiler.is_compiling() and not bool((size > 0).all()):
+    if may_look(size) and not bool((size > 0).all()):
         row = int((~(size > 0)).nonzero()[0, 0])
         raise ValueError(
             f"{name} must be positive, the factor of each example's mean; example {row} has "

@@ -527,7 +527,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_use(case):
+def test_wrong_use(case, monkeypatch):
+    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU data are looked at where that is asked for
     options, kind, words = WRONG[case]
     options = {n: v.to(DEVICE) if torch.is_tensor(v) else v for n, v in options.items()}
     x = zeros(B, X)

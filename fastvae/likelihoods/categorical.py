@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_data, check_same_device, check_tensor, shape_of
+from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
 from .._nested import Beside, repeat
 from ..ops.grouped import categorical_rows, check_classes
 from .base import NAMED, Likelihood, describe
@@ -63,8 +63,7 @@ class Categorical(Likelihood):
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """log p of each element [N, *event]; 0 for the class that does not count."""
         self._check(x, parameters, 1)
-        if not torch.compiler.is_compiling():
-            check_classes(x, parameters.shape[1], self.ignore_index)
+        check_classes(x, parameters.shape[1], self.ignore_index)
         counts = x != self.ignore_index
         index = torch.where(counts, x, 0).long()[:, None]
         return torch.where(counts, parameters.log_softmax(1).gather(1, index)[:, 0], 0.0)
@@ -128,7 +127,7 @@ class Multinomial(Likelihood):
 
     def check(self, x: Any, name: str = "x") -> None:
         check_data(x, self, name)
-        if x.is_cpu and x.numel() and not torch.compiler.is_compiling() and bool((x < 0).any()):
+        if may_look(x) and bool((x < 0).any()):
             raise ValueError(f"{name} holds {float(x.min()):g}, but counts must lie at or above 0")
 
     def log_likelihood(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_data, check_same_device, check_tensor, shape_of
+from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
 from .._nested import Beside
 from ..ops.grouped import mixture_rows
 from ..reference import grouped
@@ -69,7 +69,7 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def check(self, x: Any, name: str = "x") -> None:
         check_data(x, self, name)
-        if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
+        if may_look(x):
             level = self._levels_of(x)
             off = (level - level.round()).abs().amax()
             if bool(level.amin() < -0.01) or bool(level.amax() > self.levels - 0.99) or bool(off > 0.01):

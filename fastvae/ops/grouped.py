@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._checks import check_data, check_same_device, check_tensor, checks_data, shape_of
+from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
 from .likelihood import result_dtype
 from .op import Op
 
@@ -151,7 +151,7 @@ def refuse_classes(x: Tensor, classes: int, ignore_index: float) -> None:
 
 def check_classes(x: Tensor, classes: int, ignore_index: float) -> None:
     """Refuse what is no class, where the op does not and looking is asked for or free."""
-    if x.numel() and (x.is_cpu or checks_data()):
+    if may_look(x):
         fits = (x >= 0) & (x < classes) | (x == ignore_index) | (x != x)
         if x.is_floating_point():
             fits &= (x == x.floor()) | (x != x)
