@@ -441,3 +441,26 @@ def test_chunks_are_of_what_the_decoder_returns():
     assert sum(rows) == 200 * B and rows[0] == B
     if DEVICE.type == "cpu":
         assert max(rows) <= 2**22 // (64 * 500) and len(rows) < 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("model", _models())
+def test_objectives_of_other_dtypes(model, dtype, backend):
+    """What the decoder returned counts as it is: wider, it gives the same numbers."""
+    x, decoder, likelihood = _models()[model]
+    decoder = decoder.to(dtype)
+    q = randn(B, D, seed=2).to(dtype), (0.2 * randn(B, D, seed=3)).to(dtype)
+    outer = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def wide(z):
+        outputs = decoder(z)
+        return tuple(o.double() for o in outputs) if isinstance(outputs, tuple) else outputs.double()
+
+    for call in (
+        lambda f: fastvae.elbo(x, q, f, likelihood=likelihood, samples=2, generator=generator(4)),
+        lambda f: fastvae.iwae(x, q, f, likelihood=likelihood, k=K, k_chunk=3, generator=generator(4)),
+        lambda f: fastvae.log_marginal(x, q, f, likelihood=likelihood, k=K, generator=generator(4)).log_px,
+    ):
+        got = call(decoder)
+        assert got.dtype == outer
+        torch.testing.assert_close(got.double(), call(wide).double(), rtol=1e-5, atol=1e-3)
