@@ -64,6 +64,14 @@ struct Output {
   operator address() const { return data; }
 };
 
+// Those of a likelihood's outputs: weights and biases of what is a product with the last layer, others that are held; null for none.
+struct HeadTensors {
+  Tensor weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
+};
+struct HeadOutputs {
+  Output weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
+};
+
 // Which of the inputs need a gradient, as far as there are any.
 constexpr int kMostNeeds = kMostParameters + 2;
 struct Need {

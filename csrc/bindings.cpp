@@ -13,6 +13,7 @@ namespace FASTVAE_ISA {
 #include "importance.hpp"
 #include "weigh.hpp"
 #include "grouped.hpp"
+#include "head.hpp"
 // clang-format on
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
@@ -35,6 +36,7 @@ namespace FASTVAE_ISA {
 
 #include "parallel.hpp"
 #include "arguments.hpp"
+#include "products.hpp"
 
 // How long its vectors are is told along with the instruction set: the pragmas below do not define __AVX2__ and the like.
 #define FASTVAE_ISA base
@@ -194,6 +196,10 @@ PYBIND11_MODULE(_C, m) {
   FASTVAE_DEF(normal);
   FASTVAE_DEF(grouped_log_prob);
   FASTVAE_DEF(grouped_log_prob_backward);
+  FASTVAE_DEF(head_log_prob);
+  FASTVAE_DEF(head_log_prob_backward);
+  FASTVAE_DEF(head_weigh_rows);
+  m.def("find_blas", &find_blas);
   add_glances(m.ptr());
   m.attr("likelihoods") = likelihoods();
   static PyMethodDef ops[] = {

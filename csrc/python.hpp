@@ -285,4 +285,29 @@ struct type_caster<fastvae::Output> {
   }
 };
 
+// A tuple of three tuples of three: weights, biases, held.
+template <class T, class One>
+bool load_head(handle source, T& value, One one) {
+  decltype(&value.weight[0]) rows[] = {value.weight, value.bias, value.held};
+  if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 3) return false;
+  for (int i = 0; i < 3; ++i) {
+    PyObject* row = PyTuple_GET_ITEM(source.ptr(), i);
+    if (!PyTuple_Check(row) || PyTuple_GET_SIZE(row) != fastvae::kMostParameters) return false;
+    for (int j = 0; j < fastvae::kMostParameters; ++j) rows[i][j] = one(PyTuple_GET_ITEM(row, j));
+  }
+  return true;
+}
+template <>
+struct type_caster<fastvae::HeadTensors> {
+  PYBIND11_TYPE_CASTER(fastvae::HeadTensors, const_name("tuple"));
+  bool load(handle source, bool) { return load_head(source, value, fastvae::tensor_of); }
+};
+template <>
+struct type_caster<fastvae::HeadOutputs> {
+  PYBIND11_TYPE_CASTER(fastvae::HeadOutputs, const_name("tuple"));
+  bool load(handle source, bool) {
+    return load_head(source, value, [](PyObject* tensor) { return fastvae::Output{fastvae::address_of(tensor)}; });
+  }
+};
+
 }  // namespace pybind11::detail

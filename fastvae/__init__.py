@@ -5,6 +5,7 @@ from ._backend import use_backend
 from .distributions import DiagonalNormal, Distribution, StandardNormal, TorchDistribution, register_kl
 from .evaluate import Evaluation, evaluate
 from .graphs import graphed
+from .head import FusedHead, LinearOutput, fuse_head
 from .likelihoods import (
     Bernoulli,
     Beta,
@@ -50,10 +51,12 @@ __all__ = [
     "DiscretizedLogisticMixture",
     "Distribution",
     "Evaluation",
+    "FusedHead",
     "Gaussian",
     "Joint",
     "Laplace",
     "Likelihood",
+    "LinearOutput",
     "LogMarginal",
     "LogNormal",
     "LogWeights",
@@ -70,6 +73,7 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
     "elbo",
     "evaluate",
+    "fuse_head",
     "graphed",
     "iwae",
     "likelihoods",

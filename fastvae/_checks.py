@@ -27,7 +27,7 @@ def may_look(data: Tensor) -> bool:
     return not torch.compiler.is_compiling() and data.numel() > 0 and (data.is_cpu or checks_data())
 
 
-def shape_of(tensor: Tensor) -> str:
+def shape_of(tensor: Any) -> str:
     return "[" + ", ".join(str(n) for n in tensor.shape) + "]"
 
 

@@ -19,7 +19,9 @@ from .distributions import (
     as_prior,
     diagonal,
 )
+from .head import made
 from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
+from .ops.head import Layers, weigh_linear
 from .ops.weigh import Weighing, weigh
 
 
@@ -75,8 +77,10 @@ class Inputs(NamedTuple):
     def decode(self, z: Tensor, samples: int) -> Any:
         """The decoder's output for z [K·B, D]."""
         if self.beside is None or self.beside.context is None:
-            return self.decoder(z)
-        return called("decoder", self.decoder, z, repeat(self.beside.context, samples))
+            parameters = self.decoder(z)
+        else:
+            parameters = called("decoder", self.decoder, z, repeat(self.beside.context, samples))
+        return parameters if self.likelihood.takes_layers else made(parameters)
 
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
@@ -86,7 +90,9 @@ class Inputs(NamedTuple):
         takes_fused = beta is None or not beta.requires_grad
         fused = self.likelihood.fused(self.x, parameters, samples, self.beside) if takes_fused else None
         if fused is not None:
-            return weigh(*fused, term, beta, how, terms)
+            # By what the decoder returned, or straight from its last layer.
+            run: Any = weigh_linear if type(fused[2]) is Layers else weigh
+            return run(*fused, term, beta, how, terms)  # type: ignore[no-any-return]
         return weigh_samples(self._log_prob(z, parameters, samples), term, beta, how)
 
     def log_likelihood(self, z: Tensor, seen: Callable[[int, int], None] | None = None) -> Tensor:

@@ -19,8 +19,10 @@ from .distributions import Distribution, as_posterior, as_prior, is_conditional
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
+from .head import FusedHead, made
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
+from .ops.head import FEWEST_NUMBERS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,6 +43,9 @@ class VAE(nn.Module):
         prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``, or a module context -> prior.
         latent_dim: D; found from the encoder's first output if not given, and needed for :meth:`sample`
             before that. If given, torch.compile compiles only once.
+        fuse: let :meth:`elbo` and :meth:`iwae` leave the decoder's last linear layer to the objective, which
+            does not store its output, where that is no slower: :func:`fastvae.fuse_head`, on a CPU, for
+            outputs of a million numbers or more. Values and gradients are the same to rounding.
 
     Conditional models: where a method is given ``context=``, encoder and decoder are called with it as their
     second argument, and a prior that is a function with it alone.
@@ -76,8 +81,10 @@ class VAE(nn.Module):
         likelihood: str | Likelihood = "gaussian",
         prior: Any = None,
         latent_dim: int | None = None,
+        fuse: bool = True,
     ):
         super().__init__()
+        self.fuse = fuse
         for name, value in (("encoder", encoder), ("decoder", decoder)):
             if not callable(value):
                 raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
@@ -135,7 +142,8 @@ class VAE(nn.Module):
     def elbo(self, x: Any, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
     def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
         """:func:`fastvae.elbo` of x; options are its keyword arguments."""
-        return objectives.elbo(x, self._q(x, options), self.decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
+        decoder = self._fused(x, options.get("samples", 1))
+        return objectives.elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
     def iwae(
@@ -151,7 +159,8 @@ class VAE(nn.Module):
     ) -> Tensor | Terms: ...
     def iwae(self, x: Any, k: int = 50, **options: Any) -> Tensor | Terms:
         """:func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
-        return objectives.iwae(x, self._q(x, options), self.decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
+        decoder = self._fused(x, options.get("k_chunk") or k)
+        return objectives.iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def log_marginal(self, x: Any, k: int = 5000, **options: Any) -> LogMarginal:
@@ -222,8 +231,15 @@ class VAE(nn.Module):
     def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
         return self.posterior(x, options.get("context"))
 
+    def _fused(self, x: Any, samples: Any) -> Any:
+        """The decoder, its last layer left to the objective where that may pay."""
+        may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
+        if may_pay and samples * x.numel() >= FEWEST_NUMBERS and isinstance(self.decoder, nn.Module):
+            return FusedHead(self.decoder)
+        return self.decoder
+
     def _decode(self, z: Tensor, context: Any) -> Any:
-        return called("decoder", self.decoder, z, context)
+        return made(called("decoder", self.decoder, z, context))
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}

@@ -99,7 +99,7 @@ def _kind(name: str) -> Kind:
     declared = fastvae.likelihoods.base.DECLARED[name]
     outputs = len(declared.outputs)
     if name == "discretized_logistic":
-        likelihood: Callable[[], Likelihood] = lambda: declared(levels=LEVELS)  # noqa: E731
+        likelihood: Callable[[], Likelihood] = lambda: fastvae.DiscretizedLogistic(levels=LEVELS)  # noqa: E731
         return Kind(_shares, _as_it_is, (PIXELS,) * 2, likelihood, (0.0, -1.0), kinds[_MIXTURE].says)
     if name == "continuous_bernoulli":
         return Kind(_shares, _as_it_is, (PIXELS,), declared, (0.0,), "pixels as shares of ink, 0 to 1")

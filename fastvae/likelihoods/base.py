@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_data, check_result, check_same_device, check_tensor, shape_of
+from .._checks import check_data, check_result, check_same_device, check_tensor, on_same_device, shape_of
 from .._glance import are_outputs, are_outputs_in_python
 from .._nested import Beside, repeat, tensors
+from ..head import LinearOutput, is_lazy, made
+from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator
 
@@ -36,12 +39,14 @@ class Likelihood(nn.Module):
         takes_integers: x may be a tensor of integers; else these are refused.
         takes_size: the mean may have a factor for each example, ``size=``.
         inside: a value that an element of x may have: it stands where a ``mask`` says that none was observed.
+        takes_layers: a :class:`fastvae.LinearOutput` is taken as it is; else its numbers are computed.
     """
 
     takes_integers: ClassVar[bool] = False
     takes_size: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     inside: ClassVar[float] = 0.0
+    takes_layers: ClassVar[bool] = False
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
         """log p(x|z), a floating-point tensor [N, *event], of x [N, *event] and what the decoder returned for
@@ -122,8 +127,9 @@ def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
     return torch.where(mask, x, torch.full((), likelihood.inside, dtype=x.dtype, device=x.device))
 
 
-# What fastvae.ops.weigh takes: the likelihood's name, x [B, X], and parameters, the first [K·B, X].
-Fused = tuple[str, Tensor, tuple[Tensor, ...]]
+# What fastvae.ops.weigh takes: the likelihood's name, x [B, X], and parameters, the first [K·B, X]; or what
+# fastvae.ops.head takes.
+Fused = tuple[str, Tensor, tuple[Tensor, ...]] | tuple[str, Tensor, Layers]
 
 DECLARED: dict[str, type[Declared]] = {}
 # What a name may mean.
@@ -134,6 +140,12 @@ SHARED: dict[str, Declared] = {}
 
 class Declared(Likelihood):
     """A likelihood with fused ops, declared by a subclass that has a ``name``.
+
+    Args:
+        head: the decoder's last layer, an ``nn.Linear``: the decoder returns what comes into it, h [N, H],
+            and the output, of all that it would return one after the other, is never stored
+            (:func:`fastvae.fuse_head` does the same to a decoder that ends in its last layer). It is a module
+            of the likelihood then.
 
     What it declares stands at :class:`fastvae.ops.likelihood.Declaration`; ``mean_of`` and ``draw`` are the
     mean and a draw of x, of all outputs. Its twins are
@@ -160,6 +172,18 @@ class Declared(Likelihood):
     mean_of: ClassVar[Callable[..., Tensor]]
     draw: ClassVar[Callable[..., Tensor]]
     _bounded: ClassVar[bool]
+    takes_layers = True
+    head: nn.Linear | None = None
+
+    def __init__(self, *, head: nn.Linear | None = None):
+        super().__init__()
+        if head is not None:
+            if not isinstance(head, nn.Linear):
+                raise TypeError(
+                    "head must be an nn.Linear, the decoder's last layer, which the decoder then leaves out; "
+                    f"got {type(head).__name__}"
+                )
+            self.head = head
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -181,12 +205,18 @@ class Declared(Likelihood):
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """log p of each element [N, *event], of x [N, *event] and what the decoder returned for N rows."""
+        parameters = self._computed(parameters, x)
         return self._elements(x, parameters, 1, None)[0]
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
         """log p(x|z) [K, B] of what the decoder returned for K·B rows of z, sample-major."""
+        if self._is_lazy(parameters):
+            linear = self._linear(x, parameters, samples, beside)
+            if linear is not None:
+                return linear_rows(*linear)
+            parameters = self._computed(parameters, x)
         if not self.is_declared:
             of_rows = [
                 p for p in self._given(x) if isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1
@@ -246,6 +276,7 @@ class Declared(Likelihood):
 
     def _complete(self, parameters: Any) -> list[Tensor]:
         """All outputs, those that the likelihood holds too, each [N, *event]."""
+        parameters = self._computed(parameters)
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
         if not isinstance(first, Tensor):
             raise self._wrong_output(parameters)
@@ -256,6 +287,11 @@ class Declared(Likelihood):
 
     def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
         """What the fused op takes, checked; None where it does not fit."""
+        if self._is_lazy(parameters):
+            linear = self._linear(x, parameters, samples, beside)
+            if linear is not None:
+                return linear
+            parameters = self._computed(parameters, x)
         if not self.is_declared or (beside is not None and beside.mask is not None):
             return None
         given = self._given(x)
@@ -281,6 +317,66 @@ class Declared(Likelihood):
             x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
         check_support(type(self), x)
         return self.name, x, self._arranged(returned, rows)
+
+    def _is_lazy(self, parameters: Any) -> bool:
+        return self.head is not None or (type(parameters) is not Tensor and is_lazy(parameters))
+
+    def _computed(self, parameters: Any, x: Tensor | None = None) -> Any:
+        """What a decoder without a layer of its own, or one not multiplied out, would have returned."""
+        return made(self._of_head(parameters, x)) if self._is_lazy(parameters) else parameters
+
+    def _of_head(self, h: Any, x: Tensor | None) -> Any:
+        """The output of ``head``, for an x [B, *event]; without one each output is flat."""
+        if self.head is None:
+            return h
+        head = self.head
+        if not isinstance(h, Tensor) or h.dim() != 2 or h.shape[1] != head.in_features:
+            raise TypeError(
+                f"with head= the decoder must return what comes into it, h [N, {head.in_features}]; got "
+                f"{describe(h)}"
+            )
+        outputs = len(self._returned(len(self._given(h if x is None else x))))
+        size = head.out_features // outputs
+        if head.out_features % outputs or (x is not None and size != x.shape[1:].numel()):
+            event = "" if x is None else f" of {x.shape[1:].numel()} numbers, as x has,"
+            raise ValueError(
+                f"head has out_features={head.out_features}; expected {outputs} outputs{event} one after the "
+                f"other: {', '.join(self._returned(len(self.outputs) - outputs))}"
+            )
+        shape = (size,) if x is None else x.shape[1:]
+        parts = LinearOutput(h, head.weight, head.bias).split(size, 1)
+        parts = tuple([part.reshape(len(h), *shape) for part in parts])
+        return parts[0] if outputs == 1 else parts
+
+    def _linear(
+        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None
+    ) -> tuple[str, Tensor, Layers] | None:
+        """What the op takes that does not multiply out the last layer; None where that does not fit."""
+        unfit = not self.is_declared or x.requires_grad or not x.numel()
+        if unfit or (beside is not None and not (beside.mask is None and beside.size is None)):
+            return None
+        parts = self._of_head(parameters, x)
+        parts = tuple(parts) if isinstance(parts, (tuple, list)) else (parts,)
+        given = self._given(x)
+        if len(parts) + len(given) != len(self.outputs):
+            return None
+        # The first outputs must be the layer's.
+        in_order = zip(self._arranged(parts, given), (*parts, *given), strict=True)
+        if not all([arranged is p for arranged, p in in_order]):
+            return None
+        shape = (samples * x.shape[0], *x.shape[1:])
+        if not all([isinstance(p, LinearOutput) and p.h is parts[0].h and p.shape == shape for p in parts]):
+            return None
+        if not pays(samples * len(x), x.shape[1:].numel(), parts[0].h):
+            return None
+        rows = [_of_the_event(p, parts[0].h, x) for p in given]
+        if any([row is None for row in rows]) or not on_same_device(x.device, parts[0].device):
+            return None
+        check_support(type(self), x)
+        layers = layers_of(parts)
+        held = [None if row is None else row.reshape(-1) for row in rows]
+        flat = x if x.dim() == 2 else x.reshape(len(x), -1)
+        return self.name, flat, Layers(parts[0].h, *layers, *held, *[None] * (2 - len(held)))
 
     def _returned(self, held: int) -> tuple[str, ...]:
         """The outputs that the decoder returns, if so many are held by the likelihood."""
@@ -313,6 +409,17 @@ class Declared(Likelihood):
         expected = f"{names}, one tensor" if len(self.outputs) == 1 else f"({names})"
         kind = self.name.replace("_", " ")
         return TypeError(f"the decoder of a {kind} likelihood must return {expected}; got {describe(came)}")
+
+
+def layers_of(parts: tuple[LinearOutput, ...]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of all parts, one after the other."""
+    if all([after.follows(before) for before, after in pairwise(parts)]):
+        return parts[0].through(parts[-1]).layer()
+    layers = [part.layer() for part in parts]
+    weight = torch.cat([w for w, _ in layers])
+    if all([b is None for _, b in layers]):
+        return weight, None
+    return weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in layers])
 
 
 def _dtype_of(parameters: Any) -> torch.dtype:
@@ -354,7 +461,7 @@ def check_rows(name: str, value: Any, x: Tensor, samples: int) -> None:
 
 
 def describe(value: Any) -> str:
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, LinearOutput)):
         return f"a tensor {shape_of(value)}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"

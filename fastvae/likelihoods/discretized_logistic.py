@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._nested import Beside
 from . import oracles
@@ -81,8 +81,9 @@ class DiscretizedLogistic(Scaled):
         scale: Held = None,
         *,
         learned: bool = False,
+        head: nn.Linear | None = None,
     ):
-        super().__init__(scale, learned=learned)
+        super().__init__(scale, learned=learned, head=head)
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
             raise ValueError(
                 f"levels must be an int of at least 2, the number of values of x; got {levels!r}"
@@ -138,6 +139,10 @@ class DiscretizedLogistic(Scaled):
         if self._is_unit:
             return every
         return (every[0] - self._origin) / self._range, every[1] - math.log(self._range), every[2]
+
+    def _linear(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None) -> Any:
+        # Of other ends the outputs are moved and scaled first.
+        return super()._linear(x, parameters, samples, beside) if self._is_unit else None
 
     def _unit(self, x: Tensor) -> Tensor:
         """x between 0 and 1, exactly these at its ends."""

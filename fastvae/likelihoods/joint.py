@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._nested import Beside
+from ..head import made
 from .base import Likelihood, as_likelihood, describe
 
 
@@ -41,6 +42,8 @@ class Joint(Likelihood):
         torch.Size([])
     """
 
+    takes_layers = True
+
     def __init__(self, **parts: str | Likelihood):
         super().__init__()
         if not parts:
@@ -59,7 +62,8 @@ class Joint(Likelihood):
         total: Any = 0
         for name, part in self._each():
             own = None if beside is None else beside.part(name)
-            total = total + part.log_likelihood(x[name], parameters[name], samples, own)
+            returned = parameters[name] if part.takes_layers else made(parameters[name])
+            total = total + part.log_likelihood(x[name], returned, samples, own)
         return total  # type: ignore[no-any-return]
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:

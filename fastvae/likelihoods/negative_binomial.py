@@ -26,8 +26,10 @@ class Overdispersed(Scaled):
 
     log_inverse_dispersion: nn.Parameter
 
-    def __init__(self, inverse_dispersion: Held = None, *, learned: bool = False):
-        super().__init__(inverse_dispersion, learned=learned)
+    def __init__(
+        self, inverse_dispersion: Held = None, *, learned: bool = False, head: nn.Linear | None = None
+    ):
+        super().__init__(inverse_dispersion, learned=learned, head=head)
 
     @property
     def inverse_dispersion(self) -> Held:

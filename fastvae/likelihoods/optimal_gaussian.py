@@ -47,6 +47,9 @@ class OptimalGaussian(Gaussian):
 
     variance: Tensor
 
+    # Its variance is measured on what the decoder returned.
+    takes_layers = False
+
     def __init__(self, scale: Any = "optimal", *, momentum: float = 0.1, learned: bool = False):
         if scale != "optimal" or learned:
             raise ValueError(

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import oracles
 from .gaussian import NAMED_SCALES, Gaussian
@@ -49,13 +49,20 @@ class SoftplusGaussian(Gaussian):
     constants = ("log_floor",)
     oracle = oracles.SoftplusGaussian  # type: ignore[assignment]
 
-    def __init__(self, scale: Any = "softplus", *, floor: float = 1e-4, learned: bool = False):
+    def __init__(
+        self,
+        scale: Any = "softplus",
+        *,
+        floor: float = 1e-4,
+        learned: bool = False,
+        head: nn.Linear | None = None,
+    ):
         if scale != "softplus" or learned:
             raise ValueError(
                 "the scale of a softplus Gaussian comes from the decoder; to hold or learn one use "
                 "fastvae.Gaussian(scale=0.1, learned=True)"
             )
-        super().__init__()
+        super().__init__(head=head)
         if isinstance(floor, bool) or not isinstance(floor, (int, float)):
             raise TypeError(f"floor must be a number, the least variance, got {type(floor).__name__}")
         if not 0 <= floor < math.inf:

@@ -98,14 +98,20 @@ class StudentT(Scaled):
         return location + torch.exp(log_scale) * spread * normal_like(location, generator)
 
     def __init__(
-        self, df: Held = None, scale: Held = None, *, learned: bool = False, learned_df: bool = False
+        self,
+        df: Held = None,
+        scale: Held = None,
+        *,
+        learned: bool = False,
+        learned_df: bool = False,
+        head: nn.Linear | None = None,
     ):
         if scale is not None and df is None:
             raise ValueError(
                 "a scale needs df, the degrees of freedom, such as fastvae.StudentT(df=4.0, scale=0.1): a "
                 "decoder that returns log_df returns (location, log_scale, log_df)"
             )
-        super().__init__(scale, learned=learned)
+        super().__init__(scale, learned=learned, head=head)
         self._hold("df", df, learned_df)
         self.learned_df = learned_df
 

@@ -8,15 +8,18 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from . import head as _head
 from . import likelihood as _likelihood
 from . import weigh as _weigh
 from .grouped import categorical_log_prob, discretized_logistic_mixture_log_prob
+from .head import linear_log_prob
 from .importance import log_mean_exp
 from .latent import rsample_kl, rsample_log_ratio
 
 __all__ = [
     "categorical_log_prob",
     "discretized_logistic_mixture_log_prob",
+    "linear_log_prob",
     "log_mean_exp",
     "rsample_kl",
     "rsample_log_ratio",
@@ -29,6 +32,7 @@ def declare(likelihood: _likelihood.Declaration) -> None:
     globals()[name] = _likelihood.declare(likelihood)
     __all__.append(name)
     _weigh.declare(likelihood)
+    _head.declare(likelihood)
 
 
 def __getattr__(name: str) -> Callable[..., Tensor]:

@@ -1,0 +1,53 @@
+// Matrix products, by the BLAS that torch brought into this process; none is linked. Compiled once.
+#pragma once
+
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
+namespace fastvae {
+
+// In Fortran's convention: matrices lie column by column.
+template <class C>
+using Gemm = void (*)(const char* a_is, const char* b_is, const int* m, const int* n, const int* k, const C* alpha, const C* a,
+                      const int* lda, const C* b, const int* ldb, const C* beta, C* c, const int* ldc);
+
+struct Blas {
+  Gemm<float> sgemm = nullptr;
+  Gemm<double> dgemm = nullptr;
+};
+inline Blas& blas() {
+  static Blas functions;
+  return functions;
+}
+
+// Looks in torch's library and those that it was linked to; false where there is none.
+inline bool find_blas(const char* torch_library) {
+#ifdef __linux__
+  void* torch = dlopen(torch_library, RTLD_LAZY | RTLD_NOLOAD);
+  if (torch != nullptr) {
+    blas().sgemm = reinterpret_cast<Gemm<float>>(dlsym(torch, "sgemm_"));
+    blas().dgemm = reinterpret_cast<Gemm<double>>(dlsym(torch, "dgemm_"));
+  }
+#else
+  static_cast<void>(torch_library);
+#endif
+  return blas().sgemm != nullptr && blas().dgemm != nullptr;
+}
+
+inline void gemm(char a_is, char b_is, i64 m, i64 n, i64 k, const float* a, i64 lda, const float* b, i64 ldb, float beta, float* c,
+                 i64 ldc) {
+  const int sizes[] = {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k)};
+  const int strides[] = {static_cast<int>(lda), static_cast<int>(ldb), static_cast<int>(ldc)};
+  const float one = 1;
+  blas().sgemm(&a_is, &b_is, sizes, sizes + 1, sizes + 2, &one, a, strides, b, strides + 1, &beta, c, strides + 2);
+}
+inline void gemm(char a_is, char b_is, i64 m, i64 n, i64 k, const double* a, i64 lda, const double* b, i64 ldb, double beta, double* c,
+                 i64 ldc) {
+  const int sizes[] = {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k)};
+  const int strides[] = {static_cast<int>(lda), static_cast<int>(ldb), static_cast<int>(ldc)};
+  const double one = 1;
+  blas().dgemm(&a_is, &b_is, sizes, sizes + 1, sizes + 2, &one, a, strides, b, strides + 1, &beta, c, strides + 2);
+}
+
+}  // namespace fastvae

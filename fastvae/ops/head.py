@@ -1,0 +1,513 @@
+r"""The likelihood straight from the decoder's last linear layer, whose output is never stored.
+
+With :math:`h_n` what comes into the layer, for each of N = K·B rows, its weights :math:`W` and bias
+:math:`c`, parameters :math:`a_n = W h_n + c` and others that are held, :math:`\log p(x|z_n) = \sum_i v(x_i,
+a_{ni})` as in :mod:`fastvae.ops.likelihood`. With :math:`g_n` what arrives and :math:`u_{ni} = g_n ∂v/∂a`:
+
+.. math:: \bar h_n = W^T u_n, \quad \bar W = \sum_n u_n h_n^T, \quad \bar c = \sum_n u_n
+
+:math:`a` and :math:`u`, [N, X], are the largest tensors of a VAE with many samples. Blocks of their rows are
+made, used while they lie in a processor's cache, and dropped. The gradients need :math:`g`, the importance
+weights, which are known when all samples of a row have been seen. So a block holds all of these, where the
+bound of the batch is a sum or a mean: then value and gradients take one pass, at the price of the products
+alone. Where each row's bound is asked for, what will arrive there is not known, and the backward pass makes
+the blocks again.
+
+Sums over rows are kept in float32 (float64 for float64), whatever the dtype of h and W.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .._checks import check_data, check_same_device, check_tensor, shape_of
+from .likelihood import Declaration, check_support, refuse, result_dtype
+from .op import Op, cast, or_none
+from .weigh import _HOW, Weighing
+
+_DECLARED: dict[str, Declaration] = {}
+
+# Of the ops here: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
+# others, each a row [X] or a number.
+_TENSORS = 6
+_INPUTS = "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? held0, Tensor? held1"
+# Gradients are of all of them but x.
+_GRADIENTS = _TENSORS - 1
+
+# With fewer rows in a batch the cores would not all have some: then samples are divided among them.
+FEWEST_ROWS = 8
+
+
+# A smaller output is stored and read faster than the blocks are divided among the cores; then each weight's
+# gradient, which is added up block by block, takes some rows to pay (measured on a CPU: docs/NOTES.md).
+FEWEST_NUMBERS, NUMBERS_PER_INPUT, ROWS_PER_INPUT = 2**20, 2**13, 4
+
+
+def pays(rows: int, size: int, h: Tensor) -> bool:
+    """Whether not to store an output [rows, size] takes less time, or at least not more."""
+    if h.device.type != "cpu":
+        return True
+    inner = h.shape[1]
+    return rows * size >= max(FEWEST_NUMBERS, NUMBERS_PER_INPUT * inner) and rows >= ROWS_PER_INPUT * inner
+
+
+def declare(likelihood: Declaration) -> None:
+    """Make a likelihood known."""
+    _DECLARED[likelihood.name] = likelihood
+
+
+class _Layers:
+    """What the layers below take: weights, biases and held parameters, by output."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *held: Tensor | None):
+        self.held = tuple(p for p in held if p is not None)
+        self.products = weight.shape[0] // x.shape[1] if x.shape[1] else 1
+        self.weights = weight.chunk(self.products) if self.products > 1 else (weight,)
+        self.biases: tuple[Tensor | None, ...] = (None,) * self.products
+        if bias is not None:
+            self.biases = bias.chunk(self.products) if self.products > 1 else (bias,)
+
+    def padded(self, weights: Any, biases: Any, held: Any) -> tuple[tuple[Any, ...], ...]:
+        """As the C++ takes them: three outputs' each."""
+        most = 3
+        before = (None,) * self.products
+        rows = (tuple(weights), tuple(biases), (*before, *held))
+        return tuple((*row, *[None] * (most - len(row))) for row in rows)
+
+
+def _native_layers(
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *held: Tensor | None
+) -> tuple[Any, torch.dtype]:
+    """The layers as the C++ reads them, in the dtype of the computation."""
+    dtype = result_dtype(*(t for t in (x, h, weight, bias, *held) if t is not None))
+    weight, bias = cast(weight, dtype), cast(bias, dtype)
+    if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
+        weight = weight.contiguous()
+    layers = _Layers(x, weight, None if bias is None else bias.contiguous(), *held)
+    return layers, dtype
+
+
+def _fits(x: Tensor, h: Tensor, *_: Any) -> bool:
+    """Whether there is something to multiply, and something to multiply it with."""
+    return bool(x.numel() and h.numel()) and _has_blas()
+
+
+@functools.cache
+def _has_blas() -> bool:
+    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    return bool(_backend.native("find_blas")(path))
+
+
+class _Room:
+    """Room for the gradients: those of weights are parts of one."""
+
+    def __init__(self, layers: _Layers, like: tuple[Tensor | None, ...], need: Any, dtype: torch.dtype):
+        h, weight, bias, *held = self.all = [
+            t.new_empty(t.shape, dtype=dtype) if n and t is not None else None
+            for t, n in zip(like, need, strict=True)
+        ]
+        none = (None,) * layers.products
+        self.to_h = h
+        self.outputs = layers.padded(
+            none if weight is None else weight.chunk(layers.products),
+            none if bias is None else bias.chunk(layers.products),
+            held[: len(layers.held)],
+        )
+
+
+class _LinearLogProbBackward(Op):
+    """Gradients of (h, weight, bias, held), None where not needed."""
+
+    module = "head"
+    name = "linear_log_prob_backward"
+    results = ", ".join(["Tensor"] * _GRADIENTS)
+    schema = f"(Tensor grad, {_INPUTS}, str likelihood, bool[{_GRADIENTS}] need) -> ({results})"
+
+    def native(self, grad, *args):
+        *tensors, likelihood, need = args
+        if not _fits(*tensors):
+            return self.composed("reference")(grad, *args)
+        x, h, *rest = tensors
+        layers, dtype = _native_layers(x, h, *rest)
+        room = _Room(layers, (h, *rest), need, dtype)
+        given = layers.padded(layers.weights, layers.biases, layers.held)
+        _backend.native("head_log_prob_backward")(
+            _number(likelihood), cast(grad, dtype), x, h, given, dtype == torch.float64, room.to_h,
+            room.outputs, torch.get_num_threads(),
+        )  # fmt: skip
+        return tuple(g if g is None else cast(g, t.dtype) for g, t in zip(room.all, (h, *rest), strict=True))
+
+    def composed(self, backend):
+        function = _backend.layer(backend, "head").linear_log_prob_backward
+
+        def backward(grad, *args):
+            x, h, *rest, likelihood, need = args
+            layers = _Layers(x, *rest)
+            need_h, need_weight, need_bias, *need_held = need
+            each = (need_h, *[need_weight] * layers.products, *[need_bias] * layers.products)
+            wanted = (*each, *need_held[: len(layers.held)])
+            to_h, *grads = function(
+                _DECLARED[likelihood], grad, x, h, layers.weights, layers.biases, layers.held, wanted
+            )
+            n = layers.products
+            to_weight = torch.cat(grads[:n]) if need_weight else None
+            to_bias = torch.cat(grads[n : 2 * n]) if need_bias else None
+            held = [*grads[2 * n :], None, None][: _GRADIENTS - 3]
+            return to_h, to_weight, to_bias, *held
+
+        return backward
+
+    def fake(self, grad, x, *rest):
+        *tensors, _, need = rest
+        return tuple(
+            t.new_empty(t.shape) if n and t is not None else None for t, n in zip(tensors, need, strict=True)
+        )
+
+
+class _LinearLogProb(Op):
+    """log p(x|z) [K, B]."""
+
+    module = "head"
+    name = "linear_log_prob"
+    schema = f"({_INPUTS}, str likelihood) -> Tensor"
+    gradient = _LinearLogProbBackward()
+
+    def native(self, *args):
+        *tensors, likelihood = args
+        if not _fits(*tensors):
+            return self.composed("reference")(*args)
+        x, h, *rest = tensors
+        layers, dtype = _native_layers(x, h, *rest)
+        out = h.new_empty(h.shape[0] // len(x), len(x), dtype=dtype)
+        given = layers.padded(layers.weights, layers.biases, layers.held)
+        inside = _backend.native("head_log_prob")(
+            _number(likelihood), x, h, given, dtype == torch.float64, out, torch.get_num_threads()
+        )
+        if not inside:
+            refuse(_DECLARED[likelihood], x)
+        return out
+
+    def composed(self, backend):
+        function = _backend.layer(backend, "head").linear_log_prob
+
+        def log_prob(*args):
+            x, h, *rest, likelihood = args
+            layers = _Layers(x, *rest)
+            return function(_DECLARED[likelihood], x, h, layers.weights, layers.biases, layers.held)
+
+        return log_prob
+
+    def fake(self, x, h, *rest):
+        dtype = result_dtype(*(t for t in (x, h, *rest[:-1]) if t is not None))
+        return h.new_empty(h.shape[0] // x.shape[0], x.shape[0], dtype=dtype)
+
+    def forward(self, run, ctx, *args):
+        ctx.set_materialize_grads(False)
+        *tensors, ctx.likelihood = args
+        ctx.save_for_backward(*tensors)
+        return run(*args)
+
+    def backward(self, run, ctx, grad):
+        need = list(ctx.needs_input_grad[1:_TENSORS])
+        return None, *run(grad, *ctx.saved_tensors, ctx.likelihood, need), None
+
+
+class _WeighLinearBackward(Op):
+    """Gradients of (h, weight, bias, held, term), None where not needed."""
+
+    module = "head"
+    name = "weigh_linear_backward"
+    record = Weighing
+    results = ", ".join(["Tensor"] * (_GRADIENTS + 1))
+    schema = (
+        f"(Tensor? grad_bound, Tensor? grad_log_likelihood, Tensor? weights, {_INPUTS}, Tensor? term, "
+        f"Tensor? beta, {_HOW}, str likelihood, bool[{_GRADIENTS + 1}] need) -> ({results})"
+    )
+
+    def native(self, *args):
+        return self._by(_linear_log_prob.gradient.native, "reference", args)
+
+    def composed(self, backend):
+        rows = _linear_log_prob.gradient.composed(backend)
+        return lambda *args: self._by(rows, backend, args)
+
+    @staticmethod
+    def _by(rows, backend, args):
+        grad_bound, grad_mean, weights, x, h, *rest = args
+        *others, term, beta, how, likelihood, need = rest
+        batch = x.shape[0]
+        grad, grad_term = _backend.layer(backend, "weigh").weigh_backward(
+            grad_bound,
+            grad_mean,
+            weights,
+            beta,
+            how,
+            h.shape[0] // batch,
+            batch,
+            term.dim() if need[-1] else 0,
+        )
+        grads = rows(grad, x, h, *others, likelihood, need[:-1]) if any(need[:-1]) else [None] * _GRADIENTS
+        return *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
+
+    def fake(self, grad_bound, grad_log_likelihood, weights, x, *rest):
+        tensors, need = [*rest[:_GRADIENTS], rest[_GRADIENTS]], rest[-1]
+        return tuple(
+            t.new_empty(t.shape) if n and t is not None else None for t, n in zip(tensors, need, strict=True)
+        )
+
+
+class _WeighLinear(Op):
+    """The bound, the mean log-likelihood, the normalised weights, and gradients of (h, weight, bias, held)
+    for 1 arriving at the bound, where those are wanted and take no further pass.
+    """
+
+    module = "head"
+    name = "weigh_linear"
+    record = Weighing
+    shown = 2
+    results = ", ".join(["Tensor"] * (3 + _GRADIENTS))
+    schema = (
+        f"({_INPUTS}, Tensor? term, Tensor? beta, {_HOW}, str likelihood, bool terms, "
+        f"bool[{_GRADIENTS}] need) -> ({results})"
+    )
+    gradient = _WeighLinearBackward()
+
+    def __call__(self, *args):
+        wanted = torch.is_grad_enabled()
+        need = [wanted and t is not None and t.requires_grad for t in args[1:_TENSORS]]
+        return super().__call__(*args, need)
+
+    @staticmethod
+    def _at_once(x, h, how, terms, need):
+        return any(need) and how.reduction != "none" and not terms and h.is_cpu and x.shape[0] >= FEWEST_ROWS
+
+    def native(self, *args):
+        *tensors, term, beta, how, likelihood, terms, need = args
+        if not _fits(*tensors):
+            return self.composed("reference")(*args)
+        x, h, *rest = tensors
+        layers, dtype = _native_layers(x, h, *rest)
+        batch, term = len(x), cast(term, dtype)
+        bound = h.new_empty((batch,) if how.reduction == "none" else (), dtype=dtype)
+        mean = h.new_empty(batch, dtype=dtype) if terms else None
+        weights = None
+        if how.over == "log_mean_exp":
+            weights = h.new_empty(h.shape[0] // batch, batch, dtype=dtype)
+        once = self._at_once(x, h, how, terms, need)
+        room = _Room(layers, (h, *rest), need if once else [False] * _GRADIENTS, dtype)
+        given = layers.padded(layers.weights, layers.biases, layers.held)
+        inside = _backend.native("head_weigh_rows")(
+            _number(likelihood), x, h, given, term, beta, how.coefficient, how.over == "log_mean_exp",
+            how.reduction[0], dtype == torch.float64, bound, mean, weights, room.to_h, room.outputs,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if not inside:
+            refuse(_DECLARED[likelihood], x)
+        return bound, mean, weights, *room.all
+
+    def composed(self, backend):
+        rows = _linear_log_prob.composed(backend)
+        rows_backward = _linear_log_prob.gradient.composed(backend)
+        layer = _backend.layer(backend, "weigh")
+
+        def function(*args):
+            *tensors, term, beta, how, likelihood, terms, need = args
+            x, h = tensors[:2]
+            bound, mean, weights = layer.weigh(rows(*tensors, likelihood), term, beta, how, terms)
+            grads = [None] * _GRADIENTS
+            if self._at_once(x, h, how, terms, need):
+                samples = h.shape[0] // x.shape[0]
+                arrives, _ = layer.weigh_backward(
+                    torch.ones_like(bound), None, weights, beta, how, samples, x.shape[0], 0
+                )
+                grads = [cast(g, bound.dtype) for g in rows_backward(arrives, *tensors, likelihood, need)]
+            return bound, mean, weights, *grads
+
+        return function
+
+    def fake(self, x, h, *rest):
+        *others, term, _, how, _, terms, need = rest
+        batch, dtype = x.shape[0], result_dtype(*(t for t in (x, h, *others) if t is not None))
+        bound = h.new_empty((batch,) if how.reduction == "none" else (), dtype=dtype)
+        weights = None
+        if how.over == "log_mean_exp":
+            weights = h.new_empty(h.shape[0] // batch, batch, dtype=dtype)
+        once = self._at_once(x, h, how, terms, need)
+        grads = [
+            t.new_empty(t.shape, dtype=dtype) if once and n and t is not None else None
+            for t, n in zip((h, *others), need, strict=True)
+        ]
+        return bound, h.new_empty(batch, dtype=dtype) if terms else None, weights, *grads
+
+    def forward(self, run, ctx, *args):
+        results = run(*args)
+        bound, mean, weights, *kept = results
+        *tensors, ctx.how, ctx.likelihood, _, _ = args
+        ctx.set_materialize_grads(False)
+        differentiable = (bound, mean) if ctx.how.over == "mean" else (bound,)
+        ctx.mark_non_differentiable(
+            *(r for r in results if r is not None and not any(r is d for d in differentiable))
+        )
+        ctx.save_for_backward(or_none(weights), *tensors)
+        ctx.kept = kept if any(or_none(g) is not None for g in kept) else None
+        # In a graph they are outputs, which nothing may change.
+        ctx.own = run == self.native
+        return results
+
+    def backward(self, run, ctx, grad_bound, grad_mean, *_):
+        weights, *tensors = ctx.saved_tensors
+        *_, term, beta = tensors
+        needs = ctx.needs_input_grad
+        need = [*needs[1:_TENSORS], needs[_TENSORS]]
+        grad_mean = or_none(grad_mean) if grad_bound is not None else grad_mean
+        rest = (None,) * 5  # beta, how, likelihood, terms, need
+        if ctx.kept is None or grad_bound is None or grad_mean is not None or torch.is_grad_enabled():
+            grads = run(grad_bound, grad_mean, weights, *tensors, ctx.how, ctx.likelihood, need)
+            return None, *grads, *rest
+        # Handed over: a second backward pass makes them again.
+        kept, ctx.kept = ctx.kept, None
+        scale = Tensor.mul_ if ctx.own else torch.mul
+        grads = [
+            cast(scale(g, grad_bound), t.dtype) if n else None
+            for g, t, n in zip(kept, tensors[1:_TENSORS], need, strict=False)
+        ]
+        grad_term = None
+        if need[-1]:
+            x, h = tensors[:2]
+            finish = _backend.layer("reference", "weigh").weigh_backward
+            _, grad_term = finish(
+                grad_bound, None, weights, beta, ctx.how, h.shape[0] // x.shape[0], x.shape[0], term.dim()
+            )
+            grad_term = cast(grad_term, term.dtype)
+        return None, *grads, grad_term, *rest
+
+
+class Layers(NamedTuple):
+    """What takes the place of a decoder's output: h [K·B, H], weight [m·X, H] and bias [m·X] or None of the
+    first m outputs, and the others, each a row [X], one number [1], or None for none.
+    """
+
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    held0: Tensor | None
+    held1: Tensor | None
+
+
+_linear_log_prob = _LinearLogProb()
+_weigh_linear = _WeighLinear()
+
+
+@functools.cache
+def _number(likelihood: str) -> int:
+    known: list[str] = _backend.extension().likelihoods
+    return known.index(likelihood)
+
+
+def weigh_linear(
+    likelihood: str,
+    x: Tensor,
+    layers: Layers,
+    term: Tensor | None,
+    beta: Tensor | None,
+    how: Weighing,
+    terms: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The bound of a batch, as :func:`fastvae.ops.weigh.weigh` has it, of x [B, X] and :class:`Layers`."""
+    bound, mean = _weigh_linear(x, *layers, term, beta, how, likelihood, terms)
+    return bound, mean if terms else None
+
+
+def linear_rows(likelihood: str, x: Tensor, layers: Layers) -> Tensor:
+    """log p(x|z) [K, B] of the same."""
+    return _linear_log_prob(x, *layers, likelihood)
+
+
+def linear_log_prob(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *held: Tensor | float,
+    likelihood: str = "bernoulli",
+) -> Tensor:
+    r"""log p(x|z) of a decoder that ends in a linear layer, whose output is never stored.
+
+    .. math:: \log p(x|z_k) = \sum_i v(x_i, a_{ki}), \quad a_k = W h_k + c
+
+    Args:
+        x: data [B, \*event], of X numbers each; no gradient.
+        h: what comes into the layer, [..., B, H].
+        weight: [m·X, H], of the likelihood's first m outputs, one after the other: a gaussian's m is 2,
+            (mean, logvar), or 1 where its logvar is held.
+        bias: [m·X], or None.
+        held: the other outputs, each a number, or a tensor of one or of X numbers.
+        likelihood: a name, one of those with an op of their own, ``fastvae.ops.<name>_log_prob``.
+
+    Returns:
+        nats [..., B], in float32 (float64 if one of the tensors is). Sums are kept in this dtype, also those
+        over rows, in the gradients of a weight in half precision.
+
+    Raises:
+        TypeError, ValueError: for shapes or dtypes that do not fit, several devices, an unknown likelihood,
+            or data out of its range.
+
+    References:
+        Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024, for a softmax.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x, h, layer = torch.ones(4, 7), torch.randn(50, 4, 3), torch.nn.Linear(3, 7)
+        >>> log_p = fastvae.ops.linear_log_prob(x, h, layer.weight, layer.bias, likelihood="bernoulli")
+        >>> log_p.shape, torch.allclose(log_p, fastvae.ops.bernoulli_log_prob(x, layer(h)), atol=1e-5)
+        (torch.Size([50, 4]), True)
+    """
+    if likelihood not in _DECLARED:
+        known = ", ".join(map(repr, sorted(_DECLARED)))
+        raise ValueError(f"likelihood={likelihood!r} is unknown here; known: {known}")
+    declared = _DECLARED[likelihood]
+    check_data(x, declared)
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(
+            "x requires a gradient, which linear_log_prob does not have; pass x.detach(), or run the layer "
+            f"and use fastvae.ops.{likelihood}_log_prob"
+        )
+    named = {"h": h, "weight": weight, "bias": bias}
+    for name, t in named.items():
+        if t is not None:
+            check_tensor(name, t)
+            check_same_device(name, t, "x", x)
+    size = x.shape[1:].numel()
+    if x.dim() == 0 or h.dim() < 2 or h.shape[-2] != x.shape[0]:
+        raise ValueError(
+            f"h has shape {shape_of(h)} and x {shape_of(x)}; expected [..., B, H] and [B, *event], of the "
+            "same B"
+        )
+    outputs = len(declared.outputs)
+    products = outputs - len(held)
+    names = ", ".join(declared.outputs)
+    if weight.dim() != 2 or products < 1 or weight.shape != (products * size, h.shape[-1]):
+        raise ValueError(
+            f"weight has shape {shape_of(weight)}; expected [m·X, H] = [{products}·{size}, {h.shape[-1]}], "
+            f"of the {products} outputs of a {likelihood} likelihood ({names}) that are not held"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {shape_of(bias)}; expected [m·X] = [{weight.shape[0]}]")
+    check_support(declared, x)
+    rows = []
+    for name, value in zip(declared.outputs[products:], held, strict=True):
+        p = torch.as_tensor(
+            value, dtype=None if isinstance(value, Tensor) else torch.float32, device=x.device
+        )
+        if p.numel() not in (1, size):
+            raise ValueError(f"{name} has shape {shape_of(p)}; expected one number, or X = {size} of them")
+        check_same_device(name, p, "x", x)
+        rows.append(p.reshape(-1))
+    layers = Layers(h.reshape(-1, h.shape[-1]), weight, bias, *rows, *[None] * (2 - len(rows)))
+    return linear_rows(likelihood, x.reshape(len(x), size), layers).reshape(h.shape[:-1])

@@ -1,0 +1,69 @@
+"""log p(x|z) of rows from the decoder's last linear layer, and its gradients, in plain PyTorch: the layer's
+output is made, all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .common import upcast
+from .likelihood import log_prob, log_prob_backward
+
+
+def linear_log_prob(
+    likelihood: Any,
+    x: Tensor,
+    h: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    held: tuple[Tensor, ...],
+) -> Tensor:
+    """log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major.
+
+    The first outputs are products with weights [X, H] and biases [X] or None; the others are held, each a row
+    [X] or one number.
+    """
+    return log_prob(likelihood, x, *_outputs(x, h, weights, biases), *_spread(held))
+
+
+def linear_log_prob_backward(
+    likelihood: Any,
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    held: tuple[Tensor, ...],
+    need: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients for (h, *weights, *biases, *held), None where not needed, as ``need`` says in this order."""
+    outputs, given = _outputs(x, h, weights, biases), _spread(held)
+    every = [False, *[True] * (len(outputs) + len(given))]
+    grads: list[Any] = list(log_prob_backward(likelihood, grad, x, *outputs, *given, every)[1:])
+    rows = [g.flatten(0, 1) for g in grads[: len(weights)]]
+    wide: torch.dtype = rows[0].dtype
+    to_h = torch.stack([g @ w.to(wide) for g, w in zip(rows, weights, strict=True)]).sum(0)
+    results: list[Any] = [to_h, *(g.mT @ h.to(wide) for g in rows), *(g.sum(0) for g in rows)]
+    results += [g.reshape(p.shape) for g, p in zip(grads[len(weights) :], held, strict=True)]
+    like = (h, *weights, *biases, *held)
+    return tuple(r.to(t.dtype) if n else None for r, t, n in zip(results, like, need, strict=True))
+
+
+def _outputs(x: Tensor, h: Tensor, weights: Any, biases: Any) -> list[Tensor]:
+    """Each [K, B, X]."""
+    batch, columns = x.shape
+    wide_x, wide_h, *layers = upcast(x, h, *weights, *biases)
+    count = len(weights)
+    samples = h.shape[0] // batch if batch else 0
+    return [
+        linear(wide_h, w, b).reshape(samples, batch, columns)
+        for w, b in zip(layers[:count], layers[count:], strict=True)
+    ]
+
+
+def _spread(held: tuple[Tensor, ...]) -> list[Tensor]:
+    return [p.reshape(1, 1, -1) for p in held]
