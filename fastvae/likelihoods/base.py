@@ -88,6 +88,12 @@ class Likelihood(nn.Module):
         """What the fused op takes; None where there is none."""
         return None
 
+    def all_outputs(self, x: Tensor, parameters: Any) -> tuple[str, tuple[Any, ...]] | None:
+        """The name of the op, and all that it takes beside x, of what the decoder returned for z that is not
+        of these x; None where there is no op.
+        """
+        return None
+
     def no_size(self) -> TypeError:
         known = ", ".join(kind.__name__ for kind in DECLARED.values() if kind.takes_size)
         return TypeError(
@@ -317,6 +323,17 @@ class Declared(Likelihood):
             x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
         check_support(type(self), x)
         return self.name, x, self._arranged(returned, rows)
+
+    def all_outputs(self, x: Tensor, parameters: Any) -> tuple[str, tuple[Any, ...]] | None:
+        if not self.is_declared:
+            return None
+        given = self._given(x)
+        if any(isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1 for p in given):
+            return None
+        parameters = self._computed(parameters, x)
+        first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
+        of_z = first if isinstance(first, Tensor) else x
+        return self.name, self._arranged(self._read(of_z, parameters, 1, given), given)
 
     def _is_lazy(self, parameters: Any) -> bool:
         return self.head is not None or (type(parameters) is not Tensor and is_lazy(parameters))

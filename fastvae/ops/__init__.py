@@ -15,8 +15,10 @@ from .grouped import categorical_log_prob, discretized_logistic_mixture_log_prob
 from .head import linear_log_prob
 from .importance import log_mean_exp
 from .latent import rsample_kl, rsample_log_ratio
+from .pairs import all_pairs_log_prob
 
 __all__ = [
+    "all_pairs_log_prob",
     "categorical_log_prob",
     "discretized_logistic_mixture_log_prob",
     "linear_log_prob",

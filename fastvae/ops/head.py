@@ -31,7 +31,7 @@ from .likelihood import Declaration, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
 from .weigh import _HOW, Weighing
 
-_DECLARED: dict[str, Declaration] = {}
+DECLARED: dict[str, Declaration] = {}
 
 # Of the ops here: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
 # others, each a row [X] or a number.
@@ -59,7 +59,7 @@ def pays(rows: int, size: int, h: Tensor) -> bool:
 
 def declare(likelihood: Declaration) -> None:
     """Make a likelihood known."""
-    _DECLARED[likelihood.name] = likelihood
+    DECLARED[likelihood.name] = likelihood
 
 
 class _Layers:
@@ -153,7 +153,7 @@ class _LinearLogProbBackward(Op):
             each = (need_h, *[need_weight] * layers.products, *[need_bias] * layers.products)
             wanted = (*each, *need_held[: len(layers.held)])
             to_h, *grads = function(
-                _DECLARED[likelihood], grad, x, h, layers.weights, layers.biases, layers.held, wanted
+                DECLARED[likelihood], grad, x, h, layers.weights, layers.biases, layers.held, wanted
             )
             n = layers.products
             to_weight = torch.cat(grads[:n]) if need_weight else None
@@ -190,7 +190,7 @@ class _LinearLogProb(Op):
             _number(likelihood), x, h, given, dtype == torch.float64, out, torch.get_num_threads()
         )
         if not inside:
-            refuse(_DECLARED[likelihood], x)
+            refuse(DECLARED[likelihood], x)
         return out
 
     def composed(self, backend):
@@ -199,7 +199,7 @@ class _LinearLogProb(Op):
         def log_prob(*args):
             x, h, *rest, likelihood = args
             layers = _Layers(x, *rest)
-            return function(_DECLARED[likelihood], x, h, layers.weights, layers.biases, layers.held)
+            return function(DECLARED[likelihood], x, h, layers.weights, layers.biases, layers.held)
 
         return log_prob
 
@@ -308,7 +308,7 @@ class _WeighLinear(Op):
             torch.get_num_threads(),
         )  # fmt: skip
         if not inside:
-            refuse(_DECLARED[likelihood], x)
+            refuse(DECLARED[likelihood], x)
         return bound, mean, weights, *room.all
 
     def composed(self, backend):
@@ -468,10 +468,10 @@ def linear_log_prob(
         >>> log_p.shape, torch.allclose(log_p, fastvae.ops.bernoulli_log_prob(x, layer(h)), atol=1e-5)
         (torch.Size([50, 4]), True)
     """
-    if likelihood not in _DECLARED:
-        known = ", ".join(map(repr, sorted(_DECLARED)))
+    if likelihood not in DECLARED:
+        known = ", ".join(map(repr, sorted(DECLARED)))
         raise ValueError(f"likelihood={likelihood!r} is unknown here; known: {known}")
-    declared = _DECLARED[likelihood]
+    declared = DECLARED[likelihood]
     check_data(x, declared)
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(

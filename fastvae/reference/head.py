@@ -50,7 +50,9 @@ def linear_log_prob_backward(
     results: list[Any] = [to_h, *(g.mT @ h.to(wide) for g in rows), *(g.sum(0) for g in rows)]
     results += [g.reshape(p.shape) for g, p in zip(grads[len(weights) :], held, strict=True)]
     like = (h, *weights, *biases, *held)
-    return tuple(r.to(t.dtype) if n else None for r, t, n in zip(results, like, need, strict=True))
+    return tuple(
+        r.to(t.dtype) if n and t is not None else None for r, t, n in zip(results, like, need, strict=True)
+    )
 
 
 def _outputs(x: Tensor, h: Tensor, weights: Any, biases: Any) -> list[Tensor]:
