@@ -116,7 +116,8 @@ GROUPED = 3
 
 def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, list[Rounded | None]]:
     """log_prob [K, B] of a declared likelihood, and the gradients of x [B, *event] (None if it has none) and
-    of the parameters, which broadcast to the first, [K, B, *event]. The last argument arrives, [K, B].
+    of the parameters, given or computed, which broadcast to the first, [K, B, *event]. The last argument
+    arrives, [K, B].
 
     The values are those of an independent distribution in float64, the errors those of the definition.
     """
@@ -124,11 +125,13 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
     *parameters, grad = (t.detach() if isinstance(t, Tensor) else t for t in rest)
     x = x.detach()
     dtype = computation(x, *parameters)
-    shape, events = parameters[0].shape, tuple(range(2, parameters[0].dim()))
+    parameters = [_given(p, dtype) for p in parameters]
+    shape = parameters[0].value.shape
+    events = tuple(range(2, len(shape)))
     g = _given(grad, dtype)[(..., *[None] * len(events))]
 
     wide = x.double().expand(shape).clone().requires_grad_(declared.differentiable)
-    exact = [p.double().expand(shape).clone().requires_grad_() for p in parameters]
+    exact = [p.value.expand(shape).clone().requires_grad_() for p in parameters]
     values = declared.oracle(*exact).log_prob(wide)
     asked = [wide, *exact] if declared.differentiable else exact
     slopes = torch.autograd.grad(values.sum(), asked)
@@ -136,7 +139,11 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
     sizes = (1 + wide.detach().abs()) * sum(1 + p.detach().abs() for p in exact)
     of_oracle = 2.0**-46 * (values.detach().abs() + sizes)
 
-    terms = [Rounded.exact(t, dtype) for t in (wide, *exact)]
+    terms = [Rounded.exact(wide, dtype)]
+    terms += [
+        Rounded(*torch.broadcast_tensors(t.detach(), p.error), p.u)
+        for t, p in zip(exact, parameters, strict=True)
+    ]
     defined = declared.value(*terms)
     error = GROUPED * defined.error + of_oracle
     if declared.data is not None:
@@ -156,7 +163,7 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
         assert_close(gradient.value, value, of_oracle * (1 + g.value.abs()))
         found.append(Rounded(*torch.broadcast_tensors(value, bound), defined.u))
     to_x = [found.pop(0).sum(0)] if declared.differentiable else [None]
-    return out, to_x + [f.sum_to_size(p.shape) for f, p in zip(found, parameters, strict=True)]
+    return out, to_x + [f.sum_to_size(p.value.shape) for f, p in zip(found, parameters, strict=True)]
 
 
 def assert_close(defined: Tensor, expected: Tensor, error: Tensor) -> None:
@@ -203,10 +210,32 @@ def _flushed(number: Rounded, dtype: torch.dtype) -> Rounded:
     return Rounded(number.value, torch.where(small, number.error + 2 * tiny, number.error), number.u)
 
 
+def product(a: Rounded, b: Rounded) -> Rounded:
+    """a @ b, the sums over their common axis in any order."""
+    value, size = a.value @ b.value, a.value.abs() @ b.value.abs()
+    error = a.error @ (b.value.abs() + b.error) + a.value.abs() @ b.error
+    return Rounded(value, error + a.u * a.value.shape[-1] * size, a.u)
+
+
+def linear(h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Rounded:
+    """The output of a layer, [N, X]."""
+    made = product(Rounded.exact(h, dtype), Rounded.exact(weight.mT, dtype))
+    return made if bias is None else total([made, Rounded.exact(bias, dtype)])
+
+
+def linear_backward(grad: Rounded, h: Tensor, weight: Tensor) -> list[Rounded]:
+    """Gradients of h, weight and bias, of what arrives at the output [N, X]."""
+    dtype = grad.dtype
+    flipped = Rounded(grad.value.mT, grad.error.mT, grad.u)
+    ones = torch.ones(h.shape[0], 1, dtype=torch.float64, device=h.device)
+    to_bias = product(flipped, Rounded.exact(ones, dtype))[:, 0]
+    return [product(grad, Rounded.exact(weight, dtype)), product(flipped, Rounded.exact(h, dtype)), to_bias]
+
+
 def weigh(
     likelihood: str,
     x: Tensor,
-    parameters: Sequence[Tensor],
+    parameters: Sequence[Tensor | Rounded],
     term: Tensor | None,
     beta: Tensor | None,
     how: tuple[float, str, str],
@@ -216,13 +245,13 @@ def weigh(
     """The bound and the mean log-likelihood, and the gradients of x, the parameters and the term.
 
     Args:
-        parameters: the first [K, B, X], others broadcast to it.
+        parameters: the first [K, B, X], others broadcast to it; given or computed.
         how: coefficient, over, reduction.
         grad, grad_mean: what arrives at the bound, and at the mean log-likelihood [B].
     """
     coefficient, over, reduction = how
     dtype = computation(x, *parameters)
-    samples, batch = parameters[0].shape[:2]
+    samples, batch = _given(parameters[0], dtype).value.shape[:2]
 
     def exact(value):
         return Rounded.exact(torch.as_tensor(value, dtype=torch.float64, device=x.device), dtype)

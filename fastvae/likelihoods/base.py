@@ -179,17 +179,16 @@ class Declared(Likelihood):
     draw: ClassVar[Callable[..., Tensor]]
     _bounded: ClassVar[bool]
     takes_layers = True
-    head: nn.Linear | None = None
+    head: nn.Linear | None
 
     def __init__(self, *, head: nn.Linear | None = None):
         super().__init__()
-        if head is not None:
-            if not isinstance(head, nn.Linear):
-                raise TypeError(
-                    "head must be an nn.Linear, the decoder's last layer, which the decoder then leaves out; "
-                    f"got {type(head).__name__}"
-                )
-            self.head = head
+        if not (head is None or isinstance(head, nn.Linear)):
+            raise TypeError(
+                "head must be an nn.Linear, the decoder's last layer, which the decoder then leaves out; got "
+                f"{type(head).__name__}"
+            )
+        self.head = head
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)

@@ -326,7 +326,9 @@ class _WeighLinear(Op):
                 arrives, _ = layer.weigh_backward(
                     torch.ones_like(bound), None, weights, beta, how, samples, x.shape[0], 0
                 )
-                grads = [cast(g, bound.dtype) for g in rows_backward(arrives, *tensors, likelihood, need)]
+                # Rounded to half precision once, when they are scaled.
+                wide = [x, *(cast(t, bound.dtype) for t in tensors[1:])]
+                grads = rows_backward(arrives, *wide, likelihood, need)
             return bound, mean, weights, *grads
 
         return function
@@ -367,7 +369,8 @@ class _WeighLinear(Op):
         need = [*needs[1:_TENSORS], needs[_TENSORS]]
         grad_mean = or_none(grad_mean) if grad_bound is not None else grad_mean
         rest = (None,) * 5  # beta, how, likelihood, terms, need
-        if ctx.kept is None or grad_bound is None or grad_mean is not None or torch.is_grad_enabled():
+        kept = ctx.kept and all(or_none(g) is not None for g, n in zip(ctx.kept, need[:-1], strict=True) if n)
+        if not kept or grad_bound is None or grad_mean is not None or torch.is_grad_enabled():
             grads = run(grad_bound, grad_mean, weights, *tensors, ctx.how, ctx.likelihood, need)
             return None, *grads, *rest
         # Handed over: a second backward pass makes them again.

@@ -6,9 +6,9 @@ Where log p is a sum of products of what depends on x and what depends on z,
 .. math:: \log p(x|z) = \sum_j T_j(x) \cdot η_j(z) - A(z) + D(x)
 
 all pairs are a few matrix products and vectors: for a Bernoulli :math:`T = x, η = a`; for a Poisson
-:math:`T = x, η = m`; for a Gaussian :math:`T = (x, x^2), η = (m / s^2, -1 / 2 s^2)`, and with one row of variances x² is
-a vector, too. These terms cancel, all the more the better a decoder fits, so they are products in float64.
-Other likelihoods go through their op by tiles of the pairs. [K, B, X] is never stored.
+:math:`T = x, η = m`; for a Gaussian :math:`T = (x, x^2), η = (m / s^2, -1 / 2 s^2)`, and with one row of
+variances x² is a vector, too. These terms cancel, all the more the better a decoder fits, so they are
+products in float64. Other likelihoods go through their op by tiles of the pairs. [K, B, X] is never stored.
 """
 
 from __future__ import annotations
@@ -93,18 +93,11 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
     size = x.shape[1:].numel()
     flat, rows = [first.reshape(len(first), size)], x.reshape(len(x), size)
     for output, value in zip(declared.outputs[1:], outputs[1:], strict=True):
-        p = (
-            value
-            if isinstance(value, Tensor)
-            else torch.full((), value, dtype=torch.float32, device=x.device)
-        )
+        dtype = None if isinstance(value, Tensor) else torch.float32
+        p = torch.as_tensor(value, dtype=dtype, device=x.device)
         check_tensor(output, p)
-        whole = p.dim() == first.dim() and p.shape[0] == first.shape[0]
-        if (
-            p.shape != first.shape
-            and p.numel() != 1
-            and not (p.shape[-x.dim() + 1 :] == x.shape[1:] and not whole)
-        ):
+        is_row = p.shape == x.shape[1:] or p.shape == (1, *x.shape[1:])
+        if not (p.shape == first.shape or p.numel() == 1 or is_row):
             raise ValueError(
                 f"{output} has shape {shape_of(p)}; expected that of {declared.outputs[0]}, "
                 f"{shape_of(first)}, a row {list(x.shape[1:])}, or one number"

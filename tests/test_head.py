@@ -1,0 +1,898 @@
+"""A likelihood straight from the decoder's last layer: the ops against formulas, how one asks for them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fastvae
+from fastvae import ops
+from fastvae.ops import head
+from fastvae.ops.head import Layers, weigh_linear
+from fastvae.ops.weigh import Weighing
+
+from . import cases as registered
+from . import formulas, strategies
+from .compare import Rounded, assert_accurate
+from .conftest import CUDA, DEVICE
+from .models import rand, randn
+
+K, B, D, H, X = 5, 3, 2, 4, 12
+EVENT = (3, 4)
+SIZES = strategies.distinct_sizes(4, largest=40, elements=20_000)
+HELD = {"row": lambda x: (x,), "number": lambda x: (1,)}
+HOW = Weighing(1.0, "log_mean_exp", "mean")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """However small."""
+    for name in ("FEWEST_NUMBERS", "NUMBERS_PER_INPUT", "ROWS_PER_INPUT"):
+        monkeypatch.setattr(head, name, 0)
+    monkeypatch.setattr(fastvae.vae, "FEWEST_NUMBERS", 0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the ops were used."""
+    found = []
+
+    def spied(module, name):
+        function = getattr(module, name)
+
+        def spy(*args):
+            found.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(module, name, spy)
+
+    spied(fastvae._inputs, "weigh_linear")
+    spied(fastvae.likelihoods.base, "linear_rows")
+    return found
+
+
+# The ops
+
+
+@st.composite
+def layers(draw):
+    """x, h, weight, bias and what is held, of any likelihood."""
+    k, b, inner, size = draw(SIZES)
+    likelihood = draw(st.sampled_from(registered.LIKELIHOODS))
+    declared = registered.DECLARED[likelihood]
+    dtype = draw(strategies.dtypes)
+    outputs = len(declared.outputs)
+    least = len(declared.constants)
+    held = draw(st.integers(least, outputs - 1))
+    spread = draw(st.sampled_from([0.05, 1.0, 3.0]))
+
+    def tensor(*shape, **options):
+        return draw(strategies.tensors(shape, dtype, device=DEVICE, **options))
+
+    kinds = [dtype, torch.float32, *([torch.int32] if declared.takes_integers else [])]
+    x = registered.data(likelihood, b, size, seed=draw(strategies.seeds), dtype=draw(st.sampled_from(kinds)))
+    large = draw(st.sampled_from([1.0, 1.0, 20.0]))
+    case = {
+        "h": tensor(k * b, inner, spread=spread),
+        "weight": tensor((outputs - held) * size, inner, spread=0.5),
+        "bias": tensor((outputs - held) * size, spread=large) if draw(st.booleans()) else None,
+    }
+    for i in range(2):
+        shape = HELD[draw(st.sampled_from(sorted(HELD)))](size)
+        case[f"held{i}"] = tensor(*shape) if i < held else None
+    need = {n: t is not None and draw(st.booleans()) for n, t in case.items()}
+    return {
+        "likelihood": likelihood,
+        "x": strategies.laid_out(x, draw(strategies.layouts)),
+        "layers": case,
+        "need": need,
+        "samples": k,
+        "dtype": formulas.computation(x, *case.values()),
+        "seed": draw(strategies.seeds),
+    }
+
+
+def outputs_of(case):
+    """All parameters as the formulas take them, [K, B, X] or a row."""
+    x, given, dtype = case["x"], case["layers"], case["dtype"]
+    made = formulas.linear(given["h"], given["weight"], given["bias"], dtype)
+    k, (b, size) = case["samples"], x.shape
+    parts = zip(made.value.split(size, 1), made.error.split(size, 1), strict=True)
+    rows = [Rounded(v.reshape(k, b, size), e.reshape(k, b, size), made.u) for v, e in parts]
+    return rows + [p.reshape(1, 1, -1) for n, p in given.items() if n.startswith("held") and p is not None]
+
+
+def expected_gradients(case, grads):
+    """Of the layers, by name, of the gradients of the outputs."""
+    given = case["layers"]
+    products = given["weight"].shape[0] // case["x"].shape[1]
+    flat = [(g.value.flatten(0, 1), g.error.flatten(0, 1)) for g in grads[:products]]
+    arrives = Rounded(*(torch.cat(part, 1) for part in zip(*flat, strict=True)), grads[0].u)
+    found = dict(
+        zip(
+            ("h", "weight", "bias"),
+            formulas.linear_backward(arrives, given["h"], given["weight"]),
+            strict=True,
+        )
+    )
+    for i, g in enumerate(grads[products:]):
+        p = given[f"held{i}"]
+        found[f"held{i}"] = Rounded(g.value.reshape(p.shape), g.error.reshape(p.shape), g.u)
+    return found
+
+
+def leaves_of(case):
+    return {
+        n: None if t is None else t.detach().requires_grad_(case["need"][n])
+        for n, t in case["layers"].items()
+    }
+
+
+def compare(case, outputs, grads, expected, expected_grads):
+    for name, (actual, wanted) in expected.items():
+        assert_accurate(name, actual, None, wanted)
+    leaves = outputs
+    asked = [n for n, t in leaves.items() if t is not None and t.requires_grad]
+    for name, got in zip(asked, grads, strict=True):
+        assert got.dtype == leaves[name].dtype and got.shape == leaves[name].shape
+        assert_accurate(f"gradient of {name}", got, None, expected_grads[name])
+
+
+@given(case=layers())
+def test_log_prob(backend, case):
+    leaves = leaves_of(case)
+    x, k = case["x"], case["samples"]
+    grad = randn(k, len(x), seed=case["seed"]).to(case["dtype"])
+    out = head.linear_rows(case["likelihood"], x, Layers(*leaves.values()))
+    assert out.dtype == case["dtype"]
+    asked = [t for t in leaves.values() if t is not None and t.requires_grad]
+    found = torch.autograd.grad(out, asked, grad) if asked else ()
+    value, grads = formulas.rows(case["likelihood"], x, *outputs_of(case), grad)
+    compare(case, leaves, found, {"log_prob": (out, value)}, expected_gradients(case, grads[1:]))
+
+
+@given(case=layers(), data=st.data())
+def test_weigh(backend, case, data):
+    leaves = leaves_of(case)
+    x, k = case["x"], case["samples"]
+    over = data.draw(st.sampled_from(["mean", "log_mean_exp"]))
+    reduction = data.draw(st.sampled_from(["none", "sum", "mean"]))
+    terms = reduction == "none" and data.draw(st.booleans())
+    coefficient = data.draw(st.sampled_from([1.0, -0.3]))
+    axes = data.draw(st.sampled_from([None, (len(x),), (k, len(x))]))
+    term = None if axes is None else (5 * randn(*axes, seed=case["seed"])).to(case["dtype"]).requires_grad_()
+    beta = data.draw(st.sampled_from([None, (), (len(x),)]))
+    beta = None if beta is None else 2 * rand(*beta, seed=case["seed"] + 1)
+    grad = randn(*((len(x),) if reduction == "none" else ()), seed=case["seed"] + 2)
+    bound, mean = weigh_linear(
+        case["likelihood"],
+        x,
+        Layers(*leaves.values()),
+        term,
+        beta,
+        Weighing(coefficient, over, reduction),
+        terms,
+    )
+    asked = [t for t in (*leaves.values(), term) if t is not None and t.requires_grad]
+    found = list(torch.autograd.grad(bound, asked, grad.to(bound.dtype))) if asked else []
+    values, grads = formulas.weigh(
+        case["likelihood"], x, outputs_of(case), term, beta, (coefficient, over, reduction), grad, None
+    )
+    if term is not None:
+        assert_accurate("gradient of term", found.pop(), None, grads[-1])
+    expected = {"bound": (bound, values[0])} | ({"mean": (mean, values[1])} if terms else {})
+    compare(case, leaves, found, expected, expected_gradients(case, grads[1:-1]))
+
+
+def wide_case(samples, batch, size, inner, outputs=1, likelihood="bernoulli", dtype=torch.float64):
+    x = registered.data(likelihood, batch, size, seed=1).to(dtype)
+    h = randn(samples * batch, inner, seed=2).to(dtype)
+    weight = (randn(outputs * size, inner, seed=3) / math.sqrt(inner)).to(dtype)
+    return (
+        x,
+        h.requires_grad_(),
+        weight.requires_grad_(),
+        randn(outputs * size, seed=4).to(dtype).requires_grad_(),
+    )
+
+
+# Rows and samples in one block, in many; samples of a row in many; rows of a group of blocks.
+@pytest.mark.parametrize(
+    ("samples", "batch", "size", "inner"),
+    [(1, 1500, 130, 9), (7, 301, 33, 70), (700, 9, 150, 17), (1300, 3, 40, 5), (30, 65, 2100, 3)],
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_many_blocks(samples, batch, size, inner, reduction):
+    """Blocks are put together: float64 against the definition, to its digits."""
+    x, h, weight, bias = wide_case(samples, batch, size, inner, 2, "gaussian")
+    term = (3 * randn(samples, batch, seed=5)).double().requires_grad_()
+    how = Weighing(0.7, "log_mean_exp", reduction)
+    results = {}
+    for name in ("native", "reference"):
+        with fastvae.use_backend(name):
+            bound, _ = weigh_linear("gaussian", x, Layers(h, weight, bias, None, None), term, None, how)
+            arrives = torch.linspace(-2, 3, batch).double().to(DEVICE) if reduction == "none" else None
+            results[name] = [bound, *torch.autograd.grad(bound, (h, weight, bias, term), arrives)]
+            rows = head.linear_rows("gaussian", x, Layers(h, weight, bias, None, None))
+            results[name] += [rows, *torch.autograd.grad(rows, (h, weight, bias), term.detach())]
+    for got, expected in zip(results["native"], results["reference"], strict=True):
+        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(CUDA, reason="blocks of the C++")
+def test_what_is_too_large_to_be_kept_is_made_again():
+    """All samples of a row take 72 MB, which are not kept between the two passes over them."""
+    samples, batch, size = 9000, 8, 2000
+    x = registered.data("bernoulli", batch, size, seed=1)
+    h = randn(samples * batch, 2, seed=2).requires_grad_()
+    weight = randn(size, 2, seed=3).requires_grad_()
+    bound, _ = weigh_linear("bernoulli", x, Layers(h, weight, None, None, None), None, None, HOW)
+    grads = torch.autograd.grad(bound, (h, weight))
+    rows = head.linear_rows("bernoulli", x, Layers(h, weight, None, None, None))
+    other = torch.autograd.grad(ops.log_mean_exp(rows).mean(), (h, weight))
+    for got, expected in zip(grads, other, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_large_bias_is_added_once(backend):
+    """With an offset of 1000 in h·W, too, that it takes away again."""
+    x, h, weight, bias = wide_case(3, 70, 150, 90, dtype=torch.float32)
+    h = torch.cat([h.detach(), torch.full((len(h), 1), 1000.0, device=DEVICE)], 1)
+    weight = torch.cat([weight.detach(), torch.ones(150, 1, device=DEVICE)], 1)
+    bias = bias.detach() - 1000
+    got = head.linear_rows("bernoulli", x, Layers(h, weight, bias, None, None))
+    wide = ops.bernoulli_log_prob(
+        x.double(), (h.double() @ weight.double().mT + bias.double()).unflatten(0, (3, 70))
+    )
+    # Each logit is off by some roundings of 1000.
+    assert float((got - wide).abs().max()) < 150 * 8 * 2**-23 * 1000
+
+
+def test_sums_over_rows_in_float32():
+    """A weight in half precision: its gradient is rounded once, not at every block."""
+    x, h, weight, bias = (t.detach().bfloat16() for t in wide_case(40, 120, 160, 6))
+    for t in (h, weight, bias):
+        t.requires_grad_()
+    rows = head.linear_rows("bernoulli", x, Layers(h, weight, bias, None, None))
+    got = torch.autograd.grad(rows.sum(), (weight, bias))
+    wide = [t.detach().double().requires_grad_() for t in (weight, bias)]
+    logits = h.detach().double() @ wide[0].mT + wide[1]
+    expected = torch.autograd.grad(
+        ops.bernoulli_log_prob(x.double(), logits.unflatten(0, (40, 120))).sum(), wide
+    )
+    for g, e in zip(got, expected, strict=True):
+        assert bool(((g.double() - e).abs() <= 2**-8 * e.abs() + 2**-20 * 40 * 120).all())
+
+
+@pytest.mark.skipif(CUDA, reason="threads of a CPU")
+def test_the_same_bits_with_any_number_of_threads():
+    x, h, weight, bias = wide_case(40, 101, 130, 21, dtype=torch.float32)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            bound, _ = weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), None, None, HOW)
+            rows = head.linear_rows("bernoulli", x, Layers(h, weight, bias, None, None))
+            grads = torch.autograd.grad(rows, (h, weight, bias), torch.cos(rows.detach()))
+            found.append([bound, *torch.autograd.grad(bound, (h, weight, bias)), rows, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_second_backward_pass(backend):
+    """What the first handed over is made again, and what it gave stays as it is."""
+    x, h, weight, bias = wide_case(K, 9, X, H, dtype=torch.float32)
+    term = randn(K, 9, seed=7).requires_grad_()
+    bound, _ = weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), term, None, HOW)
+    leaves = (h, weight, bias, term)
+    first = torch.autograd.grad(bound, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(-2 * bound, leaves, retain_graph=True)
+    for a, b, c in zip(first, kept, second, strict=True):
+        assert torch.equal(a, b) and torch.allclose(-2 * a, c, rtol=1e-5, atol=1e-7)
+    (again,) = torch.autograd.grad(bound, h, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        again.sum().backward()
+
+
+def test_transforms_and_compilers(backend):
+    x, h, weight, bias = (t.detach() for t in wide_case(K, 9, X, H, dtype=torch.float32))
+
+    def function(weight, bias):
+        return weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), None, None, HOW)[0]
+
+    wanted = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    expected = torch.autograd.grad(function(*wanted), wanted)
+    for run in (torch.func.grad(function, (0, 1)), torch.compile(torch.func.grad(function, (0, 1)))):
+        for got, e in zip(run(weight, bias), expected, strict=True):
+            assert torch.allclose(got, e, rtol=1e-5, atol=1e-7)
+
+
+def test_registration():
+    x, h, weight, bias = wide_case(K, 9, X, H, dtype=torch.float32)
+    inputs = (x, h, weight, bias, None, None)
+    torch.library.opcheck(head._linear_log_prob._registered, (*inputs, "bernoulli"))
+    term = randn(K, 9, seed=7)
+    for reduction, need in (("mean", [True, False, True, False, False]), ("none", [True] * 3 + [False] * 2)):
+        how = (1.0, "log_mean_exp", reduction)
+        args = (*inputs, term, None, *how, "bernoulli", False, need)
+        torch.library.opcheck(head._weigh_linear._registered, args)
+
+
+@pytest.mark.parametrize(("samples", "batch", "inner"), [(0, 3, 4), (4, 3, 0)])
+def test_nothing_to_multiply(backend, samples, batch, inner):
+    x, h = torch.ones(batch, X, device=DEVICE), torch.zeros(samples * batch, inner, device=DEVICE)
+    weight, bias = torch.zeros(X, inner, device=DEVICE), torch.zeros(X, device=DEVICE)
+    rows = head.linear_rows("bernoulli", x, Layers(h, weight, bias, None, None))
+    assert rows.shape == (samples, batch)
+    assert torch.allclose(rows, torch.full_like(rows, X * math.log(0.5)))
+
+
+def test_nan_comes_out(backend):
+    x, h, weight, bias = (t.detach() for t in wide_case(K, 9, X, H, dtype=torch.float32))
+    h[4] = math.nan
+    rows = head.linear_rows("bernoulli", x, Layers(h, weight, bias, None, None))
+    assert bool(rows.flatten()[4].isnan()) and int(rows.isnan().sum()) == 1
+
+
+def test_data_out_of_range(backend, monkeypatch):
+    monkeypatch.setenv("FASTVAE_CHECK", "1")
+    x, h, weight, bias = (t.detach() for t in wide_case(K, 9, X, H, dtype=torch.float32))
+    x[3, 2] = -1
+    with pytest.raises(ValueError, match=r"\[-1, 1\], but Bernoulli targets must lie in \[0, 1\]"):
+        ops.linear_log_prob(x, h.unflatten(0, (K, 9)), weight, bias)
+    with pytest.raises(ValueError, match="Bernoulli targets must lie"):
+        fastvae.iwae(
+            x,
+            torch.zeros(9, 2 * H, device=DEVICE),
+            lambda z: fastvae.LinearOutput(z, weight),
+            k=2,
+            likelihood="bernoulli",
+        )
+
+
+def test_linear_log_prob_checks():
+    x, h = torch.ones(B, *EVENT), torch.zeros(K, B, H)
+    weight, bias = torch.zeros(X, H), torch.zeros(X)
+    assert ops.linear_log_prob(x, h, weight, bias).shape == (K, B)
+    assert ops.linear_log_prob(x, h, weight, None, 0.0, likelihood="gaussian").shape == (K, B)
+    two = ops.linear_log_prob(x, h, torch.zeros(2 * X, H), torch.zeros(2 * X), likelihood="gaussian")
+    assert torch.allclose(two, torch.full((K, B), X * (-0.5 * math.log(2 * math.pi) - 0.5)))
+    wrong = [
+        ((x, h, weight[:7], bias), {}, r"weight has shape \[7, 4\]; expected \[m·X, H\] = \[1·12, 4\]"),
+        ((x, h, weight, bias), {"likelihood": "gaussian"}, r"= \[2·12, 4\], of the 2 outputs of a gaussian"),
+        ((x, h, weight, bias[:5]), {}, r"bias has shape \[5\]; expected \[m·X\] = \[12\]"),
+        ((x, h[:, :2], weight, bias), {}, r"h has shape \[5, 2, 4\] and x \[3, 3, 4\]"),
+        ((x, h, weight, bias), {"likelihood": "bernouli"}, "unknown here; known: 'bernoulli', 'beta'"),
+        ((x, h, weight, bias, bias[:7]), {"likelihood": "gaussian"}, r"logvar has shape \[7\]; expected one"),
+        ((x.clone().requires_grad_(), h, weight, bias), {}, "x requires a gradient, which linear_log_prob"),
+    ]  # fmt: skip
+    for args, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            ops.linear_log_prob(*args, **options)
+
+
+# The output that is not computed
+
+
+def test_an_output_can_be_reshaped_and_cut():
+    h, layer = torch.randn(7, 3), nn.Linear(3, 24)
+    out, real = fastvae.LinearOutput(h, layer.weight, layer.bias), layer(h)
+    assert out.shape == (7, 24) and out.dim() == 2 and len(out) == 7 and out.size(1) == 24
+    ways = [
+        lambda t: t.view(-1, 2, 3, 4),
+        lambda t: t.reshape(7, 24),
+        lambda t: t.unflatten(1, (2, -1)),
+        lambda t: t.unflatten(-1, (4, 6)).flatten(1),
+        lambda t: torch.reshape(t, (7, 4, 6)),
+        lambda t: t.chunk(2, dim=1)[1],
+        lambda t: torch.chunk(t, 2, -1)[0].view(t.size(0), 3, 4),
+        lambda t: t.split([10, 14], 1)[1],
+        lambda t: t[:, 12:],
+        lambda t: t[..., :12].reshape(-1, 12),
+        lambda t: t.view(-1, 2, 3, 4)[:, 1:],
+        lambda t: t.view(-1, 2, 12).flatten(1, 2),
+    ]
+    for way in ways:
+        lazy = way(out)
+        assert isinstance(lazy, fastvae.LinearOutput), way
+        assert lazy.shape == way(real).shape and torch.allclose(lazy.tensor(), way(real), atol=1e-6)
+
+
+def test_whatever_else_is_done_is_done_with_the_tensor():
+    h, layer = torch.randn(7, 3), nn.Linear(3, 24)
+    out, real = fastvae.LinearOutput(h, layer.weight, layer.bias), layer(h)
+    ways = [
+        lambda t: t.view(-1),
+        lambda t: t.view(14, 12),
+        lambda t: t.flatten(),
+        lambda t: t.chunk(7, 0)[2],
+        lambda t: t.split(5, 0)[1],
+        lambda t: t[2:4],
+        lambda t: t[:, ::2],
+        lambda t: t[:, 3],
+        lambda t: torch.relu(t),
+        lambda t: torch.sigmoid(input=t),
+        lambda t: nn.functional.softplus(t),
+        lambda t: torch.cat([t, t], 1),
+        lambda t: nn.BatchNorm1d(24)(t),
+        lambda t: nn.functional.linear(t, torch.ones(2, 24)),
+        lambda t: 2 * t + 1 - t / 3,
+        lambda t: torch.ones(24) - t,
+        lambda t: -t,
+        lambda t: t @ torch.ones(24),
+        lambda t: t.exp().clamp(max=3),
+        lambda t: t.mT,
+        lambda t: t.detach().numpy().sum(),
+        lambda t: [*t][1],
+        lambda t: torch.where(t > 0, t, 0.1 * t),
+    ]
+    for way in ways:
+        a, b = torch.as_tensor(way(out)), torch.as_tensor(way(real))
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5), way
+    with pytest.raises(AttributeError):
+        out.no_such_thing  # noqa: B018
+    with pytest.raises(ValueError, match=r"h has shape \[7, 3\] and weight \[24, 4\]"):
+        fastvae.LinearOutput(h, torch.zeros(24, 4))
+
+
+# A decoder's last layer, left to the objective
+
+
+class Decoder(nn.Module):
+    """As people write them: a layer or two, in an order of their own."""
+
+    def __init__(self, ending):
+        super().__init__()
+        self.hidden, self.norm = nn.Linear(D, H), nn.LayerNorm(H)
+        self.out, self.more = nn.Linear(H, 2 * X if ending == "chunk" else X), nn.Linear(H, X, bias=False)
+        self.ending, self.calls = ending, 0
+
+    def forward(self, z):
+        self.calls += 1
+        h = torch.tanh(self.norm(self.hidden(z)))
+        if self.ending == "chunk":
+            mean, logvar = self.out(h).chunk(2, dim=1)
+            return mean.view(-1, *EVENT), logvar.view(-1, *EVENT)
+        if self.ending == "two":
+            return self.out(h).reshape(z.size(0), *EVENT), self.more(h).unflatten(1, EVENT)
+        return self.out(h).view(-1, *EVENT)
+
+
+def sequential(*end):
+    return nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Sequential(nn.Linear(H, X), *end))
+
+
+DECODERS = {
+    "chunk": (lambda: Decoder("chunk"), "gaussian"),
+    "two": (lambda: Decoder("two"), "gaussian"),
+    "one": (lambda: Decoder("one"), "bernoulli"),
+    "held": (lambda: Decoder("one"), lambda: fastvae.Gaussian(scale=0.5, learned=True)),
+    "row": (lambda: Decoder("one"), lambda: fastvae.Laplace(scale=torch.rand(*EVENT) + 0.1, learned=True)),
+    "student": (lambda: Decoder("chunk"), lambda: fastvae.StudentT(df=4.0, learned_df=True)),
+    "floor": (lambda: Decoder("chunk"), lambda: fastvae.Gaussian(scale="softplus")),
+    "sequential": (lambda: sequential(nn.Unflatten(1, EVENT)), "bernoulli"),
+}
+
+
+def step(objective, decoder, likelihood, **options):
+    """The bound, and gradients of all parameters, of the draws of one seed."""
+    torch.manual_seed(3)
+    x = rand(B, *EVENT, seed=1).round().cpu()
+    q = randn(B, D, seed=2).cpu().requires_grad_(), torch.zeros(B, D, requires_grad=True)
+    learned = [*decoder.parameters()]
+    if isinstance(likelihood, nn.Module):
+        learned += [p for p in likelihood.parameters() if not any(p is o for o in learned)]
+    result = objective(x, q, decoder, likelihood=likelihood, **options)
+    result = result if isinstance(result, tuple) else (result,)
+    if not result[0].requires_grad:
+        return [*result]
+    grads = torch.autograd.grad(result[0].sum(), [*q, *learned], allow_unused=True)
+    return [*result, *(g for g in grads if g is not None)]
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        finite = b.detach()[b.detach().isfinite()]
+        most = float(finite.abs().max()) if finite.numel() else 0.0
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + most), equal_nan=True)
+
+
+CALLS = {
+    "elbo": (fastvae.elbo, {"samples": K}),
+    "terms": (fastvae.elbo, {"terms": True, "samples": K}),
+    "iwae": (fastvae.iwae, {"k": K}),
+    "each": (fastvae.iwae, {"k": K, "reduction": "none"}),
+    "dreg": (fastvae.iwae, {"k": K, "estimator": "dreg"}),
+    "chunks": (fastvae.iwae, {"k": K, "k_chunk": 2}),
+    "beta": (fastvae.elbo, {"beta": torch.tensor([0.5, 1.0, 2.0])}),
+    "weighted": (fastvae.iwae, {"k": K, "example_weights": torch.tensor([0.5, 1.0, 2.0])}),
+    "log_marginal": (fastvae.log_marginal, {"k": K, "k_chunk": 2}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", DECODERS)
+def test_fuse_head(always, calls, call, name):
+    """Every objective, every end of a decoder: the numbers are those of the decoder itself."""
+    make, likelihood = DECODERS[name]
+    decoder, (objective, options) = make(), CALLS[call]
+    likelihood = likelihood if isinstance(likelihood, str) else likelihood()
+    expected = step(objective, decoder, likelihood, **options)
+    assert not calls
+    assert_same(step(objective, fastvae.fuse_head(decoder), likelihood, **options), expected)
+    assert calls
+
+
+def test_what_does_not_fit_is_computed(always, calls):
+    """Masks, sizes, other likelihoods, an output that something else is done with."""
+    decoder = Decoder("one")
+    fused = fastvae.fuse_head(decoder)
+
+    class Own(fastvae.Likelihood):
+        def log_prob(self, x, logits):
+            return -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+
+    class Positive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = decoder
+
+        def forward(self, z):
+            return nn.functional.softplus(self.inner(z))
+
+    mask = rand(B, *EVENT, seed=5).cpu() < 0.5
+    asked = [
+        (fastvae.iwae, decoder, fused, "bernoulli", {"k": K, "mask": mask}),
+        (fastvae.elbo, decoder, fused, "poisson", {"size": torch.tensor([1.0, 2.0, 0.5])}),
+        (fastvae.iwae, decoder, fused, Own(), {"k": K}),
+        (fastvae.iwae, Positive(), fastvae.fuse_head(Positive()), fastvae.Gaussian(0.3), {"k": K}),
+        (fastvae.elbo, decoder, fused, fastvae.Gaussian(scale="optimal"), {}),
+    ]
+    for objective, plain, lazy, likelihood, options in asked:
+        expected = step(objective, plain, copy.deepcopy(likelihood), **options)
+        assert_same(step(objective, lazy, copy.deepcopy(likelihood), **options), expected)
+    assert not calls
+
+
+def test_parts_of_a_joint(always, calls):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.pixels, self.classes = nn.Linear(D, H), nn.Linear(H, X), nn.Linear(H, 3)
+
+        def forward(self, z):
+            h = torch.tanh(self.hidden(z))
+            return {"pixels": self.pixels(h), "label": self.classes(h).unsqueeze(2)}
+
+    decoder, joint = Two(), fastvae.Joint(pixels="bernoulli", label="categorical")
+    x = {"pixels": torch.rand(B, X).round(), "label": torch.randint(0, 3, (B, 1))}
+    bounds = []
+    for d in (decoder, fastvae.fuse_head(decoder)):
+        torch.manual_seed(1)
+        bounds.append(fastvae.iwae(x, torch.zeros(B, 2 * D), d, k=K, likelihood=joint))
+    assert torch.allclose(*bounds, rtol=1e-5) and calls
+
+
+def test_a_fused_decoder_is_the_decoder():
+    decoder = Decoder("one")
+    fused = fastvae.fuse_head(decoder)
+    assert list(fused.state_dict()) == list(decoder.state_dict())
+    assert [n for n, _ in fused.named_parameters()] == [n for n, _ in decoder.named_parameters()]
+    assert all(a is b for a, b in zip(fused.parameters(), decoder.parameters(), strict=True))
+    fused.eval()
+    assert not decoder.training and not decoder.norm.training
+    z = torch.randn(6, D)
+    lazy = fused(z)
+    assert isinstance(lazy, fastvae.LinearOutput) and decoder.calls == 1
+    assert isinstance(decoder(z), torch.Tensor) and torch.allclose(lazy.tensor(), decoder(z))
+    assert "forward" not in decoder.out.__dict__
+    fused.load_state_dict({n: torch.zeros_like(t) for n, t in decoder.state_dict().items()})
+    assert float(decoder(z).abs().max()) == 0
+    fused.double()
+    assert decoder.out.weight.dtype == torch.float64
+    other = copy.deepcopy(fused)
+    nn.init.ones_(other.out.bias) if hasattr(other, "out") else None
+    assert float(decoder.out.bias.abs().max()) == 0
+    again = pickle.loads(pickle.dumps(fused))
+    assert torch.equal(again(z.double()).tensor(), fused(z.double()).tensor())
+    assert fastvae.fuse_head(fused) is fused
+
+
+def test_what_cannot_be_fused_says_why():
+    wrong = [
+        (
+            nn.Sequential(nn.Linear(D, X), nn.Sigmoid()),
+            "it ends in Sigmoid, which needs the output of the layer",
+        ),
+        (sequential(nn.Softplus()), "it ends in Softplus"),
+        (nn.Sequential(nn.ConvTranspose2d(D, 3, 4)), "it ends in ConvTranspose2d, whose input is as large"),
+        (nn.Tanh(), "it has no nn.Linear to end in"),
+        (lambda z: z, "decoder must be an nn.Module, whose layers are known; got function"),
+    ]
+    for decoder, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            fastvae.fuse_head(decoder)
+
+
+def test_an_error_leaves_the_decoder_as_it_was():
+    class Failing(Decoder):
+        def forward(self, z):
+            self.out(z)
+
+    decoder = Failing("one")
+    with pytest.raises(RuntimeError):
+        fastvae.fuse_head(decoder)(torch.randn(3, D))
+    assert "forward" not in decoder.out.__dict__
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "learned", "student"])
+def test_a_likelihood_with_a_head(always, calls, name):
+    layer = nn.Linear(H, X if name in ("bernoulli", "learned") else 2 * X)
+    make = {
+        "bernoulli": fastvae.Bernoulli,
+        "gaussian": fastvae.Gaussian,
+        "learned": lambda **o: fastvae.Gaussian(0.3, learned=True, **o),
+        "student": lambda **o: fastvae.StudentT(4.0, **o),
+    }[name]
+    before = nn.Sequential(nn.Linear(D, H), nn.Tanh())
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.layer = before, layer
+
+        def forward(self, z):
+            parts = [p.view(-1, *EVENT) for p in self.layer(self.before(z)).split(X, 1)]
+            return parts[0] if len(parts) == 1 else tuple(parts)
+
+    likelihood, plain = make(head=layer), make()
+    assert sum(p is layer.weight for p in likelihood.parameters()) == 1
+    for objective, options in CALLS.values():
+        expected = step(objective, Whole(), plain, **options)
+        found = step(objective, before, likelihood, **options)
+        # Parameters come in another order.
+        assert torch.allclose(found[0], expected[0], rtol=1e-4)
+        assert len(found) == len(expected)
+    assert calls
+    h = torch.randn(4, H)
+    parts = layer(h).split(X, 1)
+    parameters = parts[0] if len(parts) == 1 else parts
+    assert torch.allclose(likelihood.mean(h), plain.mean(parameters))
+    torch.manual_seed(1)
+    drawn = likelihood.sample(h)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, plain.sample(parameters))
+    x = torch.rand(4, X).round()
+    assert torch.allclose(likelihood.log_prob(x, h), plain.log_prob(x, parameters))
+
+
+def test_a_head_checks():
+    with pytest.raises(TypeError, match=r"head must be an nn.Linear, the decoder's last layer.*got Tensor"):
+        fastvae.Bernoulli(head=torch.zeros(3))
+    x, q = torch.ones(B, X), torch.zeros(B, 2 * D)
+    likelihood = fastvae.Bernoulli(head=nn.Linear(H, X))
+    with pytest.raises(
+        TypeError, match=r"the decoder must return what comes into it, h \[N, 4\]; got a tensor \[3, 2\]"
+    ):
+        fastvae.elbo(x, q, nn.Identity(), likelihood=likelihood)
+    with pytest.raises(ValueError, match=r"out_features=7; expected 1 outputs of 12 numbers, as x has"):
+        fastvae.elbo(x, q, nn.Linear(D, H), likelihood=fastvae.Bernoulli(head=nn.Linear(H, 7)))
+    with pytest.raises(
+        ValueError, match=r"out_features=12; expected 2 outputs of 12 numbers, .*: mean, logvar"
+    ):
+        fastvae.elbo(x, q, nn.Linear(D, H), likelihood=fastvae.Gaussian(head=nn.Linear(H, X)))
+
+
+def test_a_vae_fuses_by_itself(always, calls):
+    encoder, decoder = nn.Linear(X, 2 * D), sequential()
+    vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli")
+    forbidden = fastvae.VAE(encoder, decoder, likelihood="bernoulli", fuse=False)
+    x = torch.rand(B, X).round()
+    for options in (
+        {"objective": "elbo"},
+        {"objective": "iwae", "k": K},
+        {"objective": "iwae", "k": K, "k_chunk": 2},
+    ):
+        torch.manual_seed(1)
+        expected = forbidden(x, **options)
+        assert not calls
+        torch.manual_seed(1)
+        assert torch.allclose(vae(x, **options), expected, rtol=1e-5)
+        assert calls
+        calls.clear()
+    assert list(vae.state_dict()) == list(forbidden.state_dict())
+    assert isinstance(vae.sample(3), torch.Tensor) and vae.reconstruct(x).shape == x.shape
+    fused = fastvae.VAE(encoder, fastvae.fuse_head(decoder), likelihood="bernoulli")
+    assert list(fused.state_dict()) == list(vae.state_dict())
+    assert torch.allclose(fused.reconstruct(x), vae.reconstruct(x))
+    assert isinstance(fused.sample(3, mean=True), torch.Tensor)
+    results = []
+    for model in (fused, forbidden):
+        torch.manual_seed(1)
+        results.append(model.evaluate(x, k=K).log_px)
+    assert torch.allclose(*results, rtol=1e-5)
+    assert calls
+
+
+def test_it_fuses_where_that_pays():
+    large = torch.empty(1, 200)
+    assert head.pays(3200, 784, large) and not head.pays(512, 784, large)
+    assert not head.pays(3200, 784, torch.empty(1, 500)) and not head.pays(128, 20000, torch.empty(1, 128))
+
+
+COMPILED = {
+    "layer": lambda: nn.Linear(D, X),
+    "sequential": sequential,
+    "shaped": lambda: sequential(nn.Unflatten(1, EVENT)),
+    "module": lambda: Decoder("one"),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(always, name):
+    decoder = COMPILED[name]()
+    vae = fastvae.VAE(
+        nn.Sequential(nn.Flatten(), nn.Linear(X, 2 * D)), decoder, likelihood="bernoulli", latent_dim=D
+    )
+    x = rand(B, *EVENT, seed=1).cpu().round()
+    x = x.flatten(1) if name in ("layer", "sequential") else x
+    results = []
+    with torch._inductor.config.patch(fallback_random=True):
+        for module in (vae, torch.compile(vae, fullgraph=True)):
+            vae.zero_grad()
+            torch.manual_seed(1)
+            bound = module(x, objective="iwae", k=K)
+            bound.backward()
+            results.append([bound, *(p.grad.clone() for p in decoder.parameters() if p.grad is not None)])
+    assert_same(*results)
+
+
+@pytest.mark.skipif(CUDA, reason="a process's memory")
+def test_the_output_is_never_stored():
+    """It is 200 MB, as its gradient would be; a step takes a quarter of that for all."""
+    code = """
+import resource, torch, fastvae
+from fastvae.ops.head import Layers, weigh_linear
+from fastvae.ops.weigh import Weighing
+def step(k, b, size=784):
+    h, weight = torch.randn(k * b, 16, requires_grad=True), torch.randn(size, 16, requires_grad=True)
+    how = Weighing(1.0, "log_mean_exp", "mean")
+    layers = Layers(h, weight, None, None, None)
+    weigh_linear("bernoulli", torch.ones(b, size), layers, None, None, how)[0].backward()
+    rows = fastvae.ops.linear_log_prob(torch.ones(b, size), h.view(k, b, 16), weight)
+    rows.sum().backward()
+step(3, 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(1000, 64)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True
+    )
+    assert int(run.stdout) < 50 * 1024
+
+
+# All pairs
+
+
+@pytest.mark.parametrize("name", registered.LIKELIHOODS)
+def test_all_pairs(backend, name):
+    """[K, B] of every likelihood, and its gradients, as by the op on copies in float64."""
+    k, b = 6, 4
+    x = registered.data(name, b, *EVENT, seed=3)
+    parameters = registered.parameters(name, k, *EVENT, seed=4)
+    constants = len(registered.DECLARED[name].constants)
+    for i in range(len(parameters) - constants, len(parameters)):
+        parameters[i] = torch.tensor(-5.0, device=DEVICE)
+    wanted = [p.requires_grad_() for p in parameters if p.dim()]
+    got = ops.all_pairs_log_prob(x, tuple(parameters), likelihood=name)
+    grad = randn(k, b, seed=5)
+    found = torch.autograd.grad(got, wanted, grad)
+    wide = [p.detach().double().requires_grad_() for p in wanted]
+    spread = [p[:, None].expand(k, b, *EVENT) for p in wide] + [p.double() for p in parameters[len(wide) :]]
+    with fastvae.use_backend("reference"):
+        expected = getattr(ops, f"{name}_log_prob")(x.double() if x.is_floating_point() else x, *spread)
+        grads = torch.autograd.grad(expected, wide, grad.double())
+    assert got.shape == (k, b) and got.dtype == torch.float32
+    assert bool(((got - expected).abs() <= 1e-5 * (1 + expected.abs())).all())
+    for g, e in zip(found, grads, strict=True):
+        assert bool(((g - e).abs() <= 1e-4 * (1 + e.abs()) + 1e-5 * e.abs().max()).all())
+
+
+def test_all_pairs_by_tiles(monkeypatch):
+    """More latents than one tile holds, more examples than one tile holds."""
+    x, location = torch.randn(7, X), torch.randn(11, X, requires_grad=True)
+    whole = ops.all_pairs_log_prob(x, (location, torch.zeros(X)), likelihood="laplace")
+    (grad,) = torch.autograd.grad(whole.sin().sum(), location)
+    for tile in (1, 5 * X, 40 * X):
+        monkeypatch.setattr(fastvae.ops.pairs, "_TILE", tile)
+        parts = ops.all_pairs_log_prob(x, (location, torch.zeros(X)), likelihood="laplace")
+        (part_grad,) = torch.autograd.grad(parts.sin().sum(), location)
+        assert torch.allclose(parts, whole, rtol=1e-6) and torch.allclose(
+            part_grad, grad, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_all_pairs_of_a_decoder_that_fits_well():
+    """What cancels in the products: confident logits, small variances, large counts."""
+    x = torch.rand(5, 784).round()
+    logits = (2 * x - 1) * 40 + torch.randn(5, 784)
+    got = ops.all_pairs_log_prob(x, logits, likelihood="bernoulli")
+    assert bool((got.diagonal().abs() < 1e-10).all()) and bool((got.diagonal() <= 0).all())
+    mean, logvar = torch.rand(5, 784), torch.tensor(-13.8)
+    x = mean + 1e-3 * torch.randn(5, 784)
+    got = ops.all_pairs_log_prob(x, (mean, logvar), likelihood="gaussian")
+    wide = mean.double()[:, None].expand(5, 5, 784)
+    expected = ops.gaussian_log_prob(x.double(), wide, logvar.double())
+    assert torch.allclose(got.double(), expected, rtol=2e-7)
+    counts = torch.poisson(torch.full((5, 784), 1e4))
+    log_mean = counts.log()
+    got = ops.all_pairs_log_prob(counts, log_mean, likelihood="poisson")
+    expected = ops.poisson_log_prob(counts.double(), log_mean.double()[:, None].expand(5, 5, 784))
+    assert torch.allclose(got.double(), expected, rtol=2e-7)
+
+
+def test_all_pairs_of_objects():
+    x, z = torch.rand(4, X).round(), torch.randn(6, D)
+    layer = nn.Linear(D, X)
+
+    class Own(fastvae.Likelihood):
+        def log_prob(self, x, mean):
+            return -((x - mean) ** 2)
+
+    mean = layer(z)
+    squares = (mean[:, None] - x).square().sum(2)
+    assert torch.allclose(ops.all_pairs_log_prob(x, mean, likelihood=Own()), -squares, rtol=1e-5)
+    normal = ops.all_pairs_log_prob(x, mean, likelihood=fastvae.Gaussian(math.sqrt(0.5)))
+    assert torch.allclose(normal, -squares - 0.5 * X * math.log(math.pi), rtol=1e-5)
+    fused = fastvae.fuse_head(layer)(z)
+    assert torch.equal(ops.all_pairs_log_prob(x, fused, likelihood=fastvae.Gaussian(math.sqrt(0.5))), normal)
+    classes, logits = torch.randint(0, 3, (4, 9)), torch.randn(6, 3, 9)
+    got = ops.all_pairs_log_prob(classes, logits, likelihood=fastvae.Categorical())
+    picked = (
+        torch.log_softmax(logits, 1)[:, None]
+        .expand(6, 4, 3, 9)
+        .gather(2, classes[None, :, None].expand(6, 4, 1, 9))
+    )
+    assert torch.allclose(got, picked.sum((2, 3)), rtol=1e-5)
+
+
+def test_all_pairs_checks():
+    x, logits, gaussian = torch.ones(4, X), torch.zeros(6, X), {"likelihood": "gaussian"}
+    wrong = [
+        ((x, logits), gaussian, r"outputs of a gaussian likelihood, \(mean, logvar\); got 1"),
+        ((x, logits[:, :5]), {}, r"logits has shape \[6, 5\] and x \[4, 12\]; expected \[K, \*event\]"),
+        ((x, (logits, x[0, :7])), gaussian, r"logvar has shape \[7\]; expected that of mean"),
+        ((2 * x, logits), {}, "Bernoulli targets must lie in"),
+        ((x, logits), {"likelihood": "categorical"}, "give a likelihood object"),
+    ]  # fmt: skip
+    for args, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            ops.all_pairs_log_prob(*args, **options)
+    assert ops.all_pairs_log_prob(x[:0], logits).shape == (6, 0)
+
+
+def test_log_px_by_the_prior():
+    """In two dimensions draws from the prior are enough: the exact log p(x) of a linear-Gaussian model."""
+    from .models import LinearGaussian
+
+    model = LinearGaussian(latent=2, features=5, scale=1.0)
+    x = model.sample(6)
+    z = torch.randn(20_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    pairs = ops.all_pairs_log_prob(x, model.decoder(z), likelihood=model.likelihood)
+    estimate = pairs.logsumexp(0) - math.log(len(z))
+    assert float((estimate - model.log_px(x)).abs().max()) < 0.2
