@@ -20,9 +20,10 @@ import torch  # noqa: E402
 from . import report  # noqa: E402
 from .measure import OURS, keep_memory, measure, measure_machine  # noqa: E402
 
-MODULES = ("latent", "likelihood", "grouped", "importance", "weigh", "objectives")
+MODULES = ("latent", "likelihood", "grouped", "importance", "weigh", "objectives", "head")
 # Other things to do, each with options of its own: the module whose ``main`` takes what follows the name.
 SUBCOMMANDS = {
+    "head_memory": "memory and time over K, the decoder's last layer left to the likelihood",
     "frontend": "what an objective costs of its own, beside a decoder that costs nothing",
     "gpu": "run the tests on a card, and measure it",
     "kernels": "what the compiler makes of the kernels, without a GPU",

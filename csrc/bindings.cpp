@@ -13,6 +13,7 @@ namespace FASTVAE_ISA {
 #include "importance.hpp"
 #include "weigh.hpp"
 #include "grouped.hpp"
+#include "gemm.hpp"
 #include "head.hpp"
 // clang-format on
 }  // namespace FASTVAE_ISA

@@ -66,19 +66,31 @@ struct Blocks {
   }
 };
 
+// The layers of the outputs, ready for products.
+template <class C>
+struct Layers {
+  Layer<C> layer[kMostParameters];
+  Scratch<C> packed;
+
+  explicit Layers(const Head& a) : layer{of(a, 0), of(a, 1), of(a, 2)}, packed(a.linear * layer[0].packed_size()) {
+    for (int j = 0; j < a.linear; ++j) layer[j].pack(packed.data + j * layer[j].packed_size(), a.threads);
+  }
+  static Layer<C> of(const Head& a, int j) {
+    return {pointer<const C>(a.weight[j].data), pointer<const C>(a.bias[j].data), a.weight[j].s0, a.columns(), a.inner()};
+  }
+};
+
 // A thread's buffers for blocks of up to `most` rows, and the steps of a block.
 template <class C>
 struct HeadWorker {
   const Head& a;
+  const Layer<C>* const layers;
   const i64 columns, inner;
   Scratch<C> h, out, grad, back;
-  C held_grad[kMostParameters][1];
 
-  HeadWorker(const Head& head, i64 kept, i64 most, bool backward)
-      : a(head), columns(head.columns()), inner(head.inner()), h(kept * inner), out(kept * columns * head.linear),
+  HeadWorker(const Head& head, const Layer<C>* its, i64 kept, i64 most, bool backward)
+      : a(head), layers(its), columns(head.columns()), inner(head.inner()), h(kept * inner), out(kept * columns * head.linear),
         grad(backward ? most * columns * head.outputs : 1), back(backward ? most * inner : 1) {}
-
-  const C* weight(int j) const { return pointer<const C>(a.weight[j].data); }
 
   void gather(const Block& block, C* to) const {
     const Storage<C>& s = storage<C>(a.h.dtype);
@@ -93,11 +105,7 @@ struct HeadWorker {
   }
   // The outputs of a block, one after the other, each (samples, rows, X).
   void multiply(i64 n, const C* from, C* to) const {
-    for (int j = 0; j < a.linear; ++j, to += n * columns) {
-      const C* bias = pointer<const C>(a.bias[j].data);
-      for (i64 i = 0; i < n && bias; ++i) copy(to + i * columns, bias, static_cast<int>(columns));
-      gemm('T', 'N', columns, n, inner, weight(j), a.weight[j].s0, from, inner, bias ? C(1) : C(0), to, columns);
-    }
+    for (int j = 0; j < a.linear; ++j) layers[j].outputs(n, from, to + j * n * columns);
   }
   // The block as the engine takes it.
   Rows rows(const Block& block, const C* from) const {
@@ -132,10 +140,11 @@ FASTVAE_LOOP void add_elements(i64 n, const C* __restrict p, C* __restrict sums)
 template <class C>
 bool head_rows(const Head& a, C* out) {
   const Blocks blocks(a, rows_per_block<C>(a), false);
+  const Layers<C> layers(a);
   bool outside = false;
   parallel(a.threads, blocks.count(), a.h.n0 * a.columns(), [&](i64 begin, i64 end) {
     const i64 most = blocks.samples * blocks.rows;
-    const HeadWorker<C> work(a, most, most, false);
+    const HeadWorker<C> work(a, layers.layer, most, most, false);
     const Scratch<C> sums(most);
     for (i64 unit = begin; unit < end; ++unit) {
       const Block block = blocks[unit];
@@ -179,9 +188,9 @@ void head_block_backward(HeadWorker<C>& work, const Block& block, const C* h, co
       if (to.held[j]) add_elements(a.held[j].size(), its, sums.held[j]);
       continue;
     }
-    if (to.weight[j]) gemm('N', 'T', inner, columns, n, h, inner, its, columns, sums.first ? C(0) : C(1), sums.weight[j], inner);
+    if (to.weight[j]) work.layers[j].to_weight(n, h, its, !sums.first, sums.weight[j]);
     for (i64 i = 0; i < n && to.bias[j]; ++i) add_to(static_cast<int>(columns), its + i * columns, sums.bias[j]);
-    if (to.h) gemm('N', 'N', inner, n, columns, work.weight(j), a.weight[j].s0, its, columns, j > 0 ? C(1) : C(0), work.back.data, inner);
+    if (to.h) work.layers[j].to_inputs(n, its, j > 0, work.back.data);
   }
   sums.first = false;
   if (!to.h) return;
@@ -250,8 +259,9 @@ template <class C>
 void head_rows_backward(const Head& a, const Tensor& grad, const HeadGradients& to) {
   const Blocks blocks(a, rows_per_block<C>(a), false);
   const i64 most = blocks.samples * blocks.rows;
+  const Layers<C> layers(a);
   head_groups<C>(a, to, blocks.count(), [&](i64 begin, i64 end, HeadSums<C>& sums) {
-    HeadWorker<C> work(a, most, most, true);
+    HeadWorker<C> work(a, layers.layer, most, most, true);
     const Scratch<C> g(most);
     for (i64 unit = begin; unit < end; ++unit) {
       const Block block = blocks[unit];
@@ -284,9 +294,10 @@ bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingR
   const Blocks spans(a, step, true);
   const i64 width = a.columns() * a.linear, whole = spans.samples * spans.rows, most = whole < step ? whole : step;
   const bool keep = whole * width * static_cast<i64>(sizeof(C)) <= kKeptBytes;
+  const Layers<C> layers(a);
   bool outside = false;
   head_groups<C>(a, gradients, spans.count(), [&](i64 begin, i64 end, HeadSums<C>& sums) {
-    HeadWorker<C> work(a, keep ? whole : most, most, true);
+    HeadWorker<C> work(a, layers.layer, keep ? whole : most, most, true);
     const Scratch<C> log_p(2 * whole);
     C* const weights = log_p.data + whole;
     for (i64 unit = begin; unit < end; ++unit) {

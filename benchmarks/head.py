@@ -1,0 +1,130 @@
+"""The decoder's last layer left to the likelihood, beside storing its output; a step and an evaluation by it.
+
+"Least" is the time of the matrix products alone. What the fused head keeps in blocks of its own is not in
+"peak" (some MiB a thread): ``python -m benchmarks head_memory`` measures processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastvae
+from fastvae.ops.head import Layers, weigh_linear
+from fastvae.ops.weigh import Weighing, weigh
+
+from .measure import COMPILE, CPU, OURS, Work, assert_near, keep_memory
+from .objectives import PIXELS, _eager, _pythae, model_of
+
+HOW = Weighing(1.0, "log_mean_exp", "mean")
+STORED = "fastvae, output stored"
+# Samples, batch, what comes into the layer, outputs.
+SHAPES = (
+    (500, 100, 200, 784),
+    (50, 64, 200, 784),
+    (50, 64, 500, 784),
+    (10, 128, 512, 3072),
+    (1, 4096, 200, 784),
+)
+
+
+def works():
+    keep_memory()
+    for k, b, inner, size in SHAPES:
+        target = {"eager": 1.4, COMPILE: 1.1, STORED: 1.1} if (k, b) == (500, 100) else {}
+        yield head(k, b, inner, size, target)
+        torch._dynamo.reset()
+    yield step()
+    yield evaluation()
+
+
+def inputs(k: int, b: int, inner: int, size: int) -> tuple[Tensor, ...]:
+    """x, what comes into the layer, its weight and bias, and a log-ratio."""
+    torch.manual_seed(0)
+    x, h = torch.rand(b, size).round(), torch.randn(k * b, inner).relu().requires_grad_()
+    layer = nn.Linear(inner, size)
+    return x, h, layer.weight, layer.bias, torch.randn(k, b, requires_grad=True)
+
+
+def eager(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_ratio: Tensor) -> Tensor:
+    """The bound, as one writes it."""
+    logits = functional.linear(h, weight, bias).unflatten(0, log_ratio.shape)
+    loss = functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+    return (torch.logsumexp(log_ratio - loss.sum(-1), 0) - math.log(len(log_ratio))).mean()
+
+
+def fused(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_ratio: Tensor) -> Tensor:
+    return weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), log_ratio, None, HOW)[0]
+
+
+def stored(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_ratio: Tensor) -> Tensor:
+    return weigh("bernoulli", x, (functional.linear(h, weight, bias),), log_ratio, None, HOW)[0]
+
+
+def head(k: int, b: int, inner: int, size: int, target: dict[str, float]) -> Work:
+    """The bound from what comes into the layer, and all gradients."""
+    given = inputs(k, b, inner, size)
+    compiled = torch.compile(eager, dynamic=False)
+    functions = {OURS: fused, STORED: stored, "eager": eager, COMPILE: compiled}
+    run = {name: lambda f=f: torch.autograd.grad(f(*given), given[1:]) for name, f in functions.items()}
+
+    def check(name: str) -> None:
+        for got, want in zip(run[name](), run["eager"](), strict=True):
+            assert_near(got, want)
+
+    checks = {name: lambda name=name: check(name) for name in run}
+    case = f"{k}×{b}, {inner} to {size}"
+    moved = 4 * (4 * k * b * inner + 3 * inner * size)
+    operations = 3 * k * b * inner * size
+    return Work("head", case, "forward+backward", run, checks, moved, operations, target=target)
+
+
+def step() -> Work:
+    """Of a whole VAE, its head fused and forbidden to."""
+    model, x = model_of((200,), 50), torch.rand(64, PIXELS).round()
+    parts = model["encoder"], model["decoder"]
+    losses: dict[str, Callable[[], Tensor]] = {"eager": lambda: _eager(model, x, 50)}
+    for name in (OURS, STORED):
+        vae = fastvae.VAE(*parts, likelihood="bernoulli", fuse=name == OURS)
+        losses[name] = lambda vae=vae: -vae.iwae(x, k=50)
+    parameters = list(model.parameters())
+    run = {
+        name: lambda f=losses[name]: torch.autograd.grad(f(), parameters) for name in (OURS, STORED, "eager")
+    }
+    operations = 3 * (3200 * (200 * PIXELS + 50 * 200) + 64 * (PIXELS * 200 + 200 * 100))
+    return Work(
+        "IWAE step, head", "784-200-50, K=50, batch 64", "step", run, {}, 0, operations, target={STORED: 1.15}
+    )
+
+
+def evaluation() -> Work:
+    """log p(x) of 16 images by 5000 draws each."""
+    model, x = model_of((200,), 50).eval(), torch.rand(16, PIXELS).round()
+    encoder, decoder = model["encoder"], model["decoder"]
+
+    @torch.no_grad()
+    def ours(decoder: nn.Module) -> Tensor:
+        torch.manual_seed(1)
+        q = encoder(x).chunk(2, dim=1)
+        return fastvae.log_marginal(x, q, decoder, k=5000, likelihood="bernoulli").log_px
+
+    run = {OURS: lambda: ours(fastvae.fuse_head(decoder)), STORED: lambda: ours(decoder)}
+    checks = {STORED: lambda: assert_near(run[STORED](), run[OURS]())}
+    if (pythae := _pythae(model, (200,), 50)) is not None:
+        run["pythae"] = lambda: pythae(x, 5000)
+    operations = 16 * 5000 * (200 * PIXELS + 50 * 200)
+    target = {STORED: 1.2, "pythae": 8.0}
+    return Work(
+        "evaluation, head",
+        "784-200-50, K=5000, 16 images",
+        "evaluation",
+        run,
+        checks,
+        0,
+        operations,
+        target=target,
+    )
