@@ -17,7 +17,7 @@ import fastvae
 from fastvae.ops.head import Layers, weigh_linear
 from fastvae.ops.weigh import Weighing, weigh
 
-from .measure import COMPILE, CPU, OURS, Work, assert_near, keep_memory
+from .measure import COMPILE, OURS, Work, assert_near, keep_memory
 from .objectives import PIXELS, _eager, _pythae, model_of
 
 HOW = Weighing(1.0, "log_mean_exp", "mean")

@@ -45,7 +45,7 @@ class VAE(nn.Module):
             before that. If given, torch.compile compiles only once.
         fuse: let :meth:`elbo` and :meth:`iwae` leave the decoder's last linear layer to the objective, which
             does not store its output, where that is no slower: :func:`fastvae.fuse_head`, on a CPU, for
-            outputs of a million numbers or more. Values and gradients are the same to rounding.
+            outputs of some hundred thousand numbers or more. Values and gradients are the same to rounding.
 
     Conditional models: where a method is given ``context=``, encoder and decoder are called with it as their
     second argument, and a prior that is a function with it alone.

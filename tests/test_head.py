@@ -37,7 +37,7 @@ HOW = Weighing(1.0, "log_mean_exp", "mean")
 @pytest.fixture
 def always(monkeypatch):
     """However small."""
-    for name in ("FEWEST_NUMBERS", "NUMBERS_PER_INPUT", "ROWS_PER_INPUT"):
+    for name in ("FEWEST_NUMBERS", "FEWEST_BY_BLAS", "NUMBERS_PER_INPUT", "ROWS_PER_INPUT"):
         monkeypatch.setattr(head, name, 0)
     monkeypatch.setattr(fastvae.vae, "FEWEST_NUMBERS", 0)
 
@@ -729,10 +729,13 @@ def test_a_vae_fuses_by_itself(always, calls):
     assert calls
 
 
-def test_it_fuses_where_that_pays():
-    large = torch.empty(1, 200)
-    assert head.pays(3200, 784, large) and not head.pays(512, 784, large)
-    assert not head.pays(3200, 784, torch.empty(1, 500)) and not head.pays(128, 20000, torch.empty(1, 128))
+@pytest.mark.parametrize("tiles", [True, False])
+def test_it_fuses_where_that_pays(tiles, monkeypatch):
+    monkeypatch.setattr(head, "HAS_TILES", tiles)
+    h = torch.empty(1, 200)
+    assert head.pays(3200, 784, h) and not head.pays(128, 784, h) and not head.pays(200, 20_000, h)
+    assert head.pays(512, 784, h) == tiles == head.pays(3200, 784, torch.empty(1, 500))
+    assert not head.pays(512, 784, h.double())
 
 
 COMPILED = {

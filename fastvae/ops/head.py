@@ -18,6 +18,7 @@ Sums over rows are kept in float32 (float64 for float64), whatever the dtype of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any, NamedTuple
@@ -44,9 +45,16 @@ _GRADIENTS = _TENSORS - 1
 FEWEST_ROWS = 8
 
 
-# A smaller output is stored and read faster than the blocks are divided among the cores; then each weight's
-# gradient, which is added up block by block, takes some rows to pay (measured on a CPU: docs/NOTES.md).
-FEWEST_NUMBERS, NUMBERS_PER_INPUT, ROWS_PER_INPUT = 2**20, 2**13, 4
+# What is smaller takes longer to divide among the cores than to store, and each weight's gradient, which is
+# added up block by block, takes some rows to pay. By torch's BLAS, without tiles of our own, there is less to
+# win (measured: docs/NOTES.md).
+FEWEST_NUMBERS, ROWS_PER_INPUT = 2**18, 2
+FEWEST_BY_BLAS, NUMBERS_PER_INPUT = 2**20, 2**13
+
+# Whether the C++ multiplies by itself: with AVX-512. Known before a compiler asks.
+HAS_TILES = False
+with contextlib.suppress(RuntimeError):  # without the extension
+    HAS_TILES = _backend.extension().isa() == "avx512"
 
 
 def pays(rows: int, size: int, h: Tensor) -> bool:
@@ -54,7 +62,10 @@ def pays(rows: int, size: int, h: Tensor) -> bool:
     if h.device.type != "cpu":
         return True
     inner = h.shape[1]
-    return rows * size >= max(FEWEST_NUMBERS, NUMBERS_PER_INPUT * inner) and rows >= ROWS_PER_INPUT * inner
+    fewest, per_input = FEWEST_NUMBERS, ROWS_PER_INPUT
+    if h.dtype == torch.float64 or not HAS_TILES:
+        fewest, per_input = max(FEWEST_BY_BLAS, NUMBERS_PER_INPUT * inner), 2 * ROWS_PER_INPUT
+    return rows * size >= fewest and rows >= per_input * inner
 
 
 def declare(likelihood: Declaration) -> None:
