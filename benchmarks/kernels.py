@@ -183,6 +183,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 if declared.takes_integers and not (likelihood.is_heavy(declared.name) and dtype == bf16):
                     yield from of_likelihood(likelihood, declared, dtype, size, size, [False], torch.uint8)
     yield from grouped_launches((f32, bf16, f64))
+    yield from head_launches((f32, bf16))
     for dtype in (f32, bf16, f64):
         for k, n in ((5000, 128), (50, 65536)):
             log_w, column = tensor(k, n, dtype=dtype), tensor(n, dtype=f64 if dtype == f64 else f32)
@@ -237,6 +238,42 @@ def grouped_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Cal
                 f"{name}_backward {label}",
                 lambda f=backward, a=arguments, s=sums, o=need: f(*s, *a, o),
             )
+
+
+def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The last layer of a decoder: of one output, of two, of one beside what is held."""
+    from fastvae.kernels import head
+    from fastvae.likelihoods.base import DECLARED
+
+    for dtype in dtypes:
+        for k, b, inner, size in ((50, 64, 200, 784), (50, 1024, 512, 3072)):
+            for declared in DECLARED.values():
+                if declared.name not in ("bernoulli", "gaussian") and (size > 784 or dtype != torch.float32):
+                    continue
+                outputs = len(declared.outputs)
+                least = len(declared.constants)
+                for held in sorted({least, outputs - 1}) if declared.name == "gaussian" else [least]:
+                    count = outputs - held
+                    h, x = tensor(k * b, inner, dtype=dtype), tensor(b, size)
+                    weights = (tensor(size, inner, dtype=dtype),) * count
+                    given = (
+                        weights,
+                        (tensor(size, dtype=dtype),) * count,
+                        (tensor(size, dtype=dtype),) * held,
+                    )
+                    need = (True,) * (1 + 2 * count + held)
+                    grad = tensor(k, b)
+                    label = f"{declared.name} {str(dtype)[6:]} [{k * b}, {inner}, {count}·{size}]"
+                    yield (
+                        f"linear_log_prob {label}",
+                        lambda d=declared, x=x, h=h, g=given: head.linear_log_prob(d, x, h, *g),
+                    )
+                    yield (
+                        f"linear_log_prob_backward {label}",
+                        lambda d=declared, x=x, h=h, g=given, n=need, a=grad: head.linear_log_prob_backward(
+                            d, a, x, h, *g, n
+                        ),
+                    )
 
 
 # Sizes that people use, and no power of two: latents of a pair (mu, logvar) that is cut out of one tensor,

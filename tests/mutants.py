@@ -38,6 +38,97 @@ class Mutant(NamedTuple):
 
 CPP = [
     Mutant(
+        "head: a bias left out",
+        "csrc/gemm.hpp",
+        "first ? _mm512_maskz_loadu_ps(masks[v], first + 16 * v) : _mm512_setzero_ps()",
+        "_mm512_setzero_ps()",
+        ("head",),
+    ),
+    Mutant(
+        "head: a product of the last step alone",
+        "csrc/gemm.hpp",
+        "nullptr, add || p > 0, to, inner",
+        "nullptr, add, to, inner",
+        ("head",),
+    ),
+    Mutant(
+        "head: columns past the end",
+        "csrc/gemm.hpp",
+        "static_cast<__mmask16>((1u << (width - 16)) - 1)",
+        "static_cast<__mmask16>(0xffff)",
+        ("head",),
+    ),
+    Mutant(
+        "head: weights of the last block alone",
+        "csrc/head.hpp",
+        "  sums.first = false;\n",
+        "  sums.first = true;\n",
+        ("head",),
+    ),
+    Mutant(
+        "head: the last output's gradient alone",
+        "csrc/head.hpp",
+        "to_inputs(n, its, j > 0, work.back.data)",
+        "to_inputs(n, its, false, work.back.data)",
+        ("head",),
+    ),
+    Mutant(
+        "head: outputs that were dropped",
+        "csrc/head.hpp",
+        "        if (!keep) make(block);\n",
+        "",
+        ("head",),
+    ),
+    Mutant(
+        "head: all samples in one place",
+        "csrc/head.hpp",
+        "return keep ? k * span.rows : 0;",
+        "return i64{0};",
+        ("head",),
+    ),
+    Mutant(
+        "head: a mean's share of one sample",
+        "csrc/head.hpp",
+        "static_cast<C>(w.scale / static_cast<double>(samples))",
+        "static_cast<C>(w.scale)",
+        ("head",),
+    ),
+    Mutant(
+        "head: the first rows' beta",
+        "csrc/head.hpp",
+        "  if (w.beta.data) w.beta.data +=",
+        "  if (false) w.beta.data +=",
+        ("head",),
+    ),
+    Mutant(
+        "head: the first rows' term",
+        "csrc/head.hpp",
+        "  if (w.term.data) w.term.data +=",
+        "  if (false) w.term.data +=",
+        ("head",),
+    ),
+    Mutant(
+        "head: a group's biases left out",
+        "csrc/head.hpp",
+        "      add_doubles(columns, sums.bias[j], all.bias[j]);\n",
+        "",
+        ("head",),
+    ),
+    Mutant(
+        "head: samples of the first block",
+        "csrc/head.hpp",
+        "const i64 row = (block.k + k) * a.rows() + block.b + b;",
+        "const i64 row = k * a.rows() + block.b + b;",
+        ("head",),
+    ),
+    Mutant(
+        "head: x of the first rows",
+        "csrc/head.hpp",
+        "r.x.data += static_cast<address>(block.b * a.x.s0",
+        "r.x.data += static_cast<address>(0 * block.b * a.x.s0",
+        ("head",),
+    ),
+    Mutant(
         "grouped: a running sum that is not scaled down",
         "csrc/grouped.hpp",
         "sum[i] = above ? sum[i] * e + C(1) : sum[i] + e;",
@@ -2696,6 +2787,48 @@ TRITON = [
 
 PYTHON = [
     Mutant(
+        "head: gradients for 1 handed over",
+        "fastvae/ops/head.py",
+        "cast(scale(g, grad_bound), t.dtype) if n else None",
+        "cast(g, t.dtype) if n else None",
+        ("head",),
+    ),
+    Mutant(
+        "head: a gradient handed over twice",
+        "fastvae/ops/head.py",
+        "        kept, ctx.kept = ctx.kept, None\n",
+        "        kept = ctx.kept\n",
+        ("head",),
+    ),
+    Mutant(
+        "head: a cut at another place",
+        "fastvae/head.py",
+        "return self._part(self._start + start * rest,",
+        "return self._part(self._start + start,",
+        ("head",),
+    ),
+    Mutant(
+        "head: layers that stay exchanged",
+        "fastvae/head.py",
+        '            layer.__dict__.pop("forward", None)\n',
+        "            pass\n",
+        ("head",),
+    ),
+    Mutant(
+        "head: pairs in single precision",
+        "fastvae/ops/pairs.py",
+        "_PRODUCTS[name](rows.double(), *[p.double() for p in flat])",
+        "_PRODUCTS[name](rows.float(), *[p.float() for p in flat])",
+        ("head",),
+    ),
+    Mutant(
+        "head: pairs that are not checked",
+        "fastvae/ops/pairs.py",
+        "        _check_here(declared, x)\n",
+        "",
+        ("head",),
+    ),
+    Mutant(
         "data: a context repeated row by row",
         "fastvae/_nested.py",
         "t.expand(samples, *t.shape).flatten(0, 1)",
@@ -2747,8 +2880,8 @@ PYTHON = [
     Mutant(
         "data: one part of a Joint left out",
         "fastvae/likelihoods/joint.py",
-        "total = total + part.log_likelihood(x[name], parameters[name], samples, own)",
-        "total = part.log_likelihood(x[name], parameters[name], samples, own)",
+        "total = total + part.log_likelihood(x[name], returned, samples, own)",
+        "total = part.log_likelihood(x[name], returned, samples, own)",
         ("data",),
     ),
     Mutant(
@@ -3800,8 +3933,8 @@ PYTHON = [
     Mutant(
         "VAE: iwae's k is dropped",
         "fastvae/vae.py",
-        "self.decoder, k=k, **self._meaning(), **options)",
-        "self.decoder, **self._meaning(), **options)",
+        "options), decoder, k=k, **self._meaning(), **options)",
+        "options), decoder, **self._meaning(), **options)",
         ("frontend::test_a_vae_hands_on_its_prior_its_likelihood_and_every_option",),
     ),
     Mutant(

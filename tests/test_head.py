@@ -217,11 +217,11 @@ def test_many_blocks(samples, batch, size, inner, reduction):
     """Blocks are put together: float64 against the definition, to its digits."""
     x, h, weight, bias = wide_case(samples, batch, size, inner, 2, "gaussian")
     term = (3 * randn(samples, batch, seed=5)).double().requires_grad_()
-    how = Weighing(0.7, "log_mean_exp", reduction)
+    how, beta = Weighing(0.7, "log_mean_exp", reduction), rand(batch, seed=6).double()
     results = {}
     for name in ("native", "reference"):
         with fastvae.use_backend(name):
-            bound, _ = weigh_linear("gaussian", x, Layers(h, weight, bias, None, None), term, None, how)
+            bound, _ = weigh_linear("gaussian", x, Layers(h, weight, bias, None, None), term, beta, how)
             arrives = torch.linspace(-2, 3, batch).double().to(DEVICE) if reduction == "none" else None
             results[name] = [bound, *torch.autograd.grad(bound, (h, weight, bias, term), arrives)]
             rows = head.linear_rows("gaussian", x, Layers(h, weight, bias, None, None))
@@ -320,17 +320,6 @@ def test_transforms_and_compilers(backend):
     for run in (torch.func.grad(function, (0, 1)), torch.compile(torch.func.grad(function, (0, 1)))):
         for got, e in zip(run(weight, bias), expected, strict=True):
             assert torch.allclose(got, e, rtol=1e-5, atol=1e-7)
-
-
-def test_registration():
-    x, h, weight, bias = wide_case(K, 9, X, H, dtype=torch.float32)
-    inputs = (x, h, weight, bias, None, None)
-    torch.library.opcheck(head._linear_log_prob._registered, (*inputs, "bernoulli"))
-    term = randn(K, 9, seed=7)
-    for reduction, need in (("mean", [True, False, True, False, False]), ("none", [True] * 3 + [False] * 2)):
-        how = (1.0, "log_mean_exp", reduction)
-        args = (*inputs, term, None, *how, "bernoulli", False, need)
-        torch.library.opcheck(head._weigh_linear._registered, args)
 
 
 @pytest.mark.parametrize(("samples", "batch", "inner"), [(0, 3, 4), (4, 3, 0)])

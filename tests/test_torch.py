@@ -153,6 +153,31 @@ def _grouped_arguments(op: str):
         yield of(x, (randn(K * B, 2, 9, seed=1), *others[:2], others[2] if coupled else None), 1 / 3)
 
 
+def _head_arguments(op: str):
+    """One product and two, with and without a bias and what is held; bounds whose gradients take one pass."""
+    b, inner = 9, 4
+    x, grad = rand(b, X, seed=1).round(), randn(K, b, seed=2)
+    for likelihood, count, held in (("bernoulli", 1, 0), ("gaussian", 2, 0), ("gaussian", 1, 1)):
+        h, weight = randn(K * b, inner, seed=3), randn(count * X, inner, seed=4)
+        layers = [h, weight, randn(count * X, seed=5) if count == 1 else None, None, None]
+        layers[3] = randn(X, seed=6) if held else None
+        need = [t is not None for t in layers]
+        if op == "linear_log_prob":
+            yield x, *(t if t is None else t.clone().requires_grad_() for t in layers), likelihood
+        elif op == "linear_log_prob_backward":
+            yield grad, x, *layers, likelihood, need
+        else:
+            for over, reduction in (("mean", "none"), ("log_mean_exp", "none"), ("log_mean_exp", "mean")):
+                how, term = (-0.5, over, reduction), randn(K, b, seed=7)
+                if op == "weigh_linear":
+                    leaves = (t if t is None else t.clone().requires_grad_() for t in layers)
+                    yield x, *leaves, term.clone().requires_grad_(), None, *how, likelihood, False, need
+                    continue
+                weights = torch.softmax(grad, 0) if over == "log_mean_exp" else None
+                arrives = randn(b, seed=8) if reduction == "none" else randn(seed=8)
+                yield arrives, None, weights, x, *layers, term, None, *how, likelihood, [*need, True]
+
+
 def _arguments(op: str):
     """All argument lists that opcheck sees for ``torch.ops.fastvae.<op>``."""
     log_w = randn(K, B, seed=13)
@@ -160,6 +185,8 @@ def _arguments(op: str):
         yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
     elif op.startswith(("categorical", "discretized_logistic_mixture")):
         yield from _grouped_arguments(op)
+    elif op.startswith(("linear_log_prob", "weigh_linear")):
+        yield from _head_arguments(op)
     elif op.startswith(tuple(LIKELIHOODS)):
         yield from _log_prob_arguments(op)
     elif op.startswith("weigh"):
