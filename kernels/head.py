@@ -1,9 +1,10 @@
 """log p(x|z) of rows from the decoder's last linear layer, and its gradients; the output is never stored.
 
-A program makes tiles of h W' in registers and applies the likelihood there. The gradients make them again,
-once for those of h and once for those of W, whose sums over rows are split over programs and added in a fixed
-order. float64, which has no matrix units everywhere, goes block by block through torch's products and the
-likelihood's own kernel.
+Forward a program makes tiles of h W' in registers and applies the likelihood there. Backward blocks of rows
+go through torch's product, the likelihood's kernel and two more products, while they lie in the second-level
+cache: a program that keeps a tile of a gradient in registers would make the output again for every 64 of the
+layer's inputs (docs/NOTES.md). So do the likelihoods that are long, and float64, which has no matrix units
+everywhere, forward too.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, log1p, strides, triton_dtype
+from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, log1p, strides
 from .launching import Call, Result, fixed, planned
 from .likelihood import is_heavy, log_prob, log_prob_backward, twin
 
 MOST_PARAMETERS = 3
-# Rows and outputs of a tile; what comes into the layer at a time, of float32 and of half precision; that of a
-# gradient.
-BLOCK_N, BLOCK_X, BLOCK_H, BLOCK_HALF, BLOCK_OUT = 64, 64, 32, 64, 64
-# Rows that a program sums a gradient over at least.
-FEWEST_ROWS = 512
-# Numbers of a block's outputs in float64: enough to fill a card, little beside what it spares.
-BLOCK = 2**24
+# Rows and outputs of a tile, of float32 and of what is in half precision or more than one output; what comes
+# into the layer at a time, of float32 and of half precision. On four architectures none of these spills.
+BLOCK_N, BLOCK_X, BLOCK_FEW, BLOCK_H, BLOCK_HALF = 64, 64, 32, 16, 32
+# Two tiles in flight: three take the registers of the sums. And as many of these as there are, or the
+# assembler spills some bytes to have half as many (NVIDIA's; AMD's knows no such limit).
+OPTIONS = {"num_stages": 2} if torch.version.hip else {"num_stages": 2, "maxnreg": 255}
+# Numbers of a block's outputs, 16 MiB: with their gradients they fit into a card's second-level cache.
+BLOCK = 2**22
 
 
 @triton.jit
@@ -55,51 +57,6 @@ def one_output(
     else:
         b_a = tl.load(p_held).to(DTYPE)
     return b_a
-
-
-@triton.jit
-def gradients_of(
-    p_grad, p_x, p_h, p_w0, p_w1, p_w2, p_b0, p_b1, p_b2, p_p1, p_p2, o_n, o_x, N, B, X, H, stride_g_k,
-    stride_g_b, stride_x_b, stride_x_x, stride_h_n, stride_h_h, stride_0_x, stride_0_h, stride_1_x,
-    stride_1_h, stride_2_x, stride_2_h, stride_p1, stride_p2, VARIES_1: tl.constexpr, VARIES_2: tl.constexpr,
-    GRADIENT: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """What reaches each parameter in a tile, 0 beyond the rows and the outputs; and x's."""
-    m_n, m_x = o_n < N, o_x < X
-    mask = m_n[:, None] & m_x[None, :]
-    o_b = o_n % B
-    b_g = load(p_grad, (o_n // B) * stride_g_k + o_b * stride_g_b, m_n, DTYPE)[:, None]  # [BLOCK_N, 1]
-    b_x = load(p_x, o_b[:, None] * stride_x_b + o_x[None, :] * stride_x_x, mask, DTYPE)
-    b_0 = one_output(
-        p_h, p_w0, p_b0, None, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_0_x, stride_0_h, 0, 0,
-        DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
-    )  # fmt: skip
-    b_1 = b_0
-    b_2 = b_0
-    if (p_w1 is not None) or (p_p1 is not None):
-        b_1 = one_output(
-            p_h, p_w1, p_b1, p_p1, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_1_x, stride_1_h,
-            stride_p1, VARIES_1, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
-        )  # fmt: skip
-    if (p_w2 is not None) or (p_p2 is not None):
-        b_2 = one_output(
-            p_h, p_w2, p_b2, p_p2, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_2_x, stride_2_h,
-            stride_p2, VARIES_2, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
-        )  # fmt: skip
-    if (p_w1 is None) and (p_p1 is None):
-        b_grads = GRADIENT(b_g, b_x, b_0)
-        b_to_1 = b_0
-        b_to_2 = b_0
-    elif (p_w2 is None) and (p_p2 is None):
-        b_grads = GRADIENT(b_g, b_x, b_0, b_1)
-        b_to_1 = tl.where(mask, b_grads[2], 0.0)
-        b_to_2 = b_0
-    else:
-        b_grads = GRADIENT(b_g, b_x, b_0, b_1, b_2)
-        b_to_1 = tl.where(mask, b_grads[2], 0.0)
-        b_to_2 = tl.where(mask, b_grads[3], 0.0)
-    return tl.where(mask, b_grads[1], 0.0), b_to_1, b_to_2
 
 
 @triton.jit(do_not_specialize=["N", "B", "x_tiles"])
@@ -189,199 +146,23 @@ def linear_log_prob_kernel(
     tl.store(p_out + tl.program_id(1).to(tl.int64) * N + o_n, FACTOR * b_sum, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["N", "B"], do_not_specialize_on_alignment=["stride_g_k", "stride_g_b"])
-def grad_h_kernel(
-    p_grad,  # [K, B] gradient of the log-likelihood
-    p_x,  # [B, X], and so on as above
-    p_h,
-    p_w0,
-    p_w1,
-    p_w2,
-    p_b0,
-    p_b1,
-    p_b2,
-    p_p1,
-    p_p2,
-    p_out,  # [N, H] out, contiguous
-    N,
-    B,
-    X,
-    H,
-    stride_g_k,
-    stride_g_b,
-    stride_x_b,
-    stride_x_x,
-    stride_h_n,
-    stride_h_h,
-    stride_0_x,
-    stride_0_h,
-    stride_1_x,
-    stride_1_h,
-    stride_2_x,
-    stride_2_h,
-    stride_p1,
-    stride_p2,
-    VARIES_1: tl.constexpr,
-    VARIES_2: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    DOT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    """One program per block of rows and of inputs: over all outputs."""
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_out = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    m_out = o_out < H
-    b_to = tl.zeros([BLOCK_N, BLOCK_OUT], dtype=DTYPE)  # [BLOCK_N, BLOCK_OUT]
-    for i_x in range(0, X, BLOCK_X):
-        o_x = tl.arange(0, BLOCK_X).to(tl.int64) + i_x
-        m_w = (o_x < X)[:, None] & m_out[None, :]
-        b_0, b_1, b_2 = gradients_of(
-            p_grad, p_x, p_h, p_w0, p_w1, p_w2, p_b0, p_b1, p_b2, p_p1, p_p2, o_n, o_x, N, B, X, H,
-            stride_g_k, stride_g_b, stride_x_b, stride_x_x, stride_h_n, stride_h_h, stride_0_x, stride_0_h,
-            stride_1_x, stride_1_h, stride_2_x, stride_2_h, stride_p1, stride_p2, VARIES_1, VARIES_2,
-            GRADIENT, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
-        )  # fmt: skip
-        b_w = load(p_w0, o_x[:, None] * stride_0_x + o_out[None, :] * stride_0_h, m_w, DOT)
-        b_to = tl.dot(b_0.to(DOT), b_w, b_to, input_precision=PRECISION)
-        if p_w1 is not None:
-            b_w = load(p_w1, o_x[:, None] * stride_1_x + o_out[None, :] * stride_1_h, m_w, DOT)
-            b_to = tl.dot(b_1.to(DOT), b_w, b_to, input_precision=PRECISION)
-        if p_w2 is not None:
-            b_w = load(p_w2, o_x[:, None] * stride_2_x + o_out[None, :] * stride_2_h, m_w, DOT)
-            b_to = tl.dot(b_2.to(DOT), b_w, b_to, input_precision=PRECISION)
-    mask = (o_n < N)[:, None] & m_out[None, :]
-    tl.store(p_out + o_n[:, None] * H + o_out[None, :], b_to, mask=mask)
-
-
-@triton.jit
-def put_weight(p_out, b_to, o_part, o_x, o_out, X, H, mask):
-    if p_out is not None:
-        tl.store(p_out + (o_part * X + o_x[:, None]) * H + o_out[None, :], b_to, mask=mask)
-
-
-@triton.jit
-def put_sum(p_out, b_to, o_part, o_x, X, mask):
-    if p_out is not None:
-        tl.store(p_out + o_part * X + o_x, b_to, mask=mask)
-
-
-@triton.jit(
-    do_not_specialize=["N", "B", "per_program"], do_not_specialize_on_alignment=["stride_g_k", "stride_g_b"]
-)
-def grad_weight_kernel(
-    p_grad,
-    p_x,
-    p_h,
-    p_w0,
-    p_w1,
-    p_w2,
-    p_b0,
-    p_b1,
-    p_b2,
-    p_p1,
-    p_p2,
-    p_to_w0,  # [splits, X, H] out, contiguous: parts; or None where not needed
-    p_to_w1,
-    p_to_w2,
-    p_to_0,  # [splits, X] out: what reaches each parameter, summed over rows; or None
-    p_to_1,
-    p_to_2,
-    N,
-    B,
-    X,
-    H,
-    per_program,  # rows of one program, a multiple of BLOCK_N
-    stride_g_k,
-    stride_g_b,
-    stride_x_b,
-    stride_x_x,
-    stride_h_n,
-    stride_h_h,
-    stride_0_x,
-    stride_0_h,
-    stride_1_x,
-    stride_1_h,
-    stride_2_x,
-    stride_2_h,
-    stride_p1,
-    stride_p2,
-    VARIES_1: tl.constexpr,
-    VARIES_2: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    DOT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    """One program per block of outputs, of inputs, and split of the rows."""
-    o_x = tl.program_id(0).to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X)
-    o_out = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    m_out = o_out < H
-    start = tl.program_id(2).to(tl.int64) * per_program
-    stop = tl.minimum(start + per_program, N)
-    b_w0 = tl.zeros([BLOCK_X, BLOCK_OUT], dtype=DTYPE)  # [BLOCK_X, BLOCK_OUT]
-    b_w1 = tl.zeros([BLOCK_X, BLOCK_OUT], dtype=DTYPE)  # [BLOCK_X, BLOCK_OUT]
-    b_w2 = tl.zeros([BLOCK_X, BLOCK_OUT], dtype=DTYPE)  # [BLOCK_X, BLOCK_OUT]
-    s_0 = tl.zeros([BLOCK_X], dtype=DTYPE)  # [BLOCK_X]
-    s_1 = tl.zeros([BLOCK_X], dtype=DTYPE)  # [BLOCK_X]
-    s_2 = tl.zeros([BLOCK_X], dtype=DTYPE)  # [BLOCK_X]
-    for i_n in range(start, stop, BLOCK_N):
-        o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n
-        b_0, b_1, b_2 = gradients_of(
-            p_grad, p_x, p_h, p_w0, p_w1, p_w2, p_b0, p_b1, p_b2, p_p1, p_p2, o_n, o_x, N, B, X, H,
-            stride_g_k, stride_g_b, stride_x_b, stride_x_x, stride_h_n, stride_h_h, stride_0_x, stride_0_h,
-            stride_1_x, stride_1_h, stride_2_x, stride_2_h, stride_p1, stride_p2, VARIES_1, VARIES_2,
-            GRADIENT, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
-        )  # fmt: skip
-        o_left = o_n[:, None] * stride_h_n + o_out[None, :] * stride_h_h
-        b_h = load(p_h, o_left, (o_n < N)[:, None] & m_out[None, :], DOT)  # [BLOCK_N, BLOCK_OUT]
-        if p_to_w0 is not None:
-            b_w0 = tl.dot(tl.trans(b_0.to(DOT)), b_h, b_w0, input_precision=PRECISION)
-        if p_to_w1 is not None:
-            b_w1 = tl.dot(tl.trans(b_1.to(DOT)), b_h, b_w1, input_precision=PRECISION)
-        if p_to_w2 is not None:
-            b_w2 = tl.dot(tl.trans(b_2.to(DOT)), b_h, b_w2, input_precision=PRECISION)
-        s_0 += tl.sum(b_0, axis=0)
-        if p_to_1 is not None:
-            s_1 += tl.sum(b_1, axis=0)
-        if p_to_2 is not None:
-            s_2 += tl.sum(b_2, axis=0)
-    o_part = tl.program_id(2).to(tl.int64)
-    mask = (o_x < X)[:, None] & m_out[None, :]
-    put_weight(p_to_w0, b_w0, o_part, o_x, o_out, X, H, mask)
-    put_weight(p_to_w1, b_w1, o_part, o_x, o_out, X, H, mask)
-    put_weight(p_to_w2, b_w2, o_part, o_x, o_out, X, H, mask)
-    # Every block of inputs has them, the same.
-    once = (o_x < X) & (tl.program_id(1) == 0)
-    put_sum(p_to_0, s_0, o_part, o_x, X, once)
-    put_sum(p_to_1, s_1, o_part, o_x, X, once)
-    put_sum(p_to_2, s_2, o_part, o_x, X, once)
-
-
 def _constants(likelihood: Any, h: Tensor, weights: list[Any], held: list[Any]) -> tuple[dict[str, Any], int]:
     """What the kernels are told, and the warps of a program."""
     dtypes = {h.dtype, *(w.dtype for w in weights if w is not None)}
     (half, *more) = dtypes
     in_half = not more and half.itemsize == 2 and not INTERPRETED.value
-    dot = triton_dtype(half) if in_half else tl.float32
+    dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[half] if in_half else tl.float32
     exact = torch.get_float32_matmul_precision() == "highest" or bool(torch.version.hip)
-    many = is_heavy(likelihood.name) or sum(w is not None for w in weights) > 1 or likelihood.data is not None
+    few = in_half or sum(w is not None for w in weights) > 1 or likelihood.data is not None
     constants = {
         **{f"VARIES_{i}": p is not None and p.numel() > 1 for i, p in enumerate(held) if i},
         "DOT": dot,
         "DTYPE": tl.float32,
         "PRECISION": "ieee" if exact else "tf32",
         "BLOCK_N": BLOCK_N,
-        "BLOCK_X": BLOCK_X // 2 if many else BLOCK_X,
+        "BLOCK_X": BLOCK_FEW if few else BLOCK_X,
         "BLOCK_H": BLOCK_HALF if in_half else BLOCK_H,
+        **OPTIONS,
     }
     # Of 128 threads each would hold more than registers can.
     return constants, 8
@@ -417,41 +198,6 @@ def _rows(x, h, *rest) -> Call:
     )
 
 
-@planned
-def _to_h(grad, x, h, *rest) -> Call:
-    weights, held, likelihood = list(rest[:3]), [None, *rest[6:8]], rest[8]
-    constants, warps = _constants(likelihood, h, weights, held)
-    return Call(
-        grad_h_kernel,
-        (cdiv(h.shape[0], BLOCK_N), cdiv(h.shape[1], BLOCK_OUT)),
-        (Result(tuple(h.shape), torch.float32),),
-        (*_sizes(x, h), *strides(grad, 2), *_numbers(x, h, weights, held)),
-        constants | {"GRADIENT": twin(likelihood.name)[1]["GRADIENT"], "BLOCK_OUT": BLOCK_OUT},
-        warps,
-    )
-
-
-@planned
-def _to_weights(grad, x, h, *rest) -> Call:
-    weights, held, likelihood, need_weights, need_sums = list(rest[:3]), [None, *rest[6:8]], *rest[8:]
-    size, n, inner = x.shape[1], *h.shape
-    constants, warps = _constants(likelihood, h, weights, held)
-    tiles = cdiv(size, constants["BLOCK_X"]) * cdiv(inner, BLOCK_OUT)
-    splits = max(1, min(cdiv(PROGRAMS, tiles), cdiv(n, FEWEST_ROWS)))
-    per_program = cdiv(cdiv(n, splits), BLOCK_N) * BLOCK_N
-    splits = cdiv(n, per_program)
-    results = [Result((size, inner), torch.float32, splits) if need else None for need in need_weights]
-    results += [Result((size,), torch.float32, splits) if need else None for need in need_sums]
-    return Call(
-        grad_weight_kernel,
-        (cdiv(size, constants["BLOCK_X"]), cdiv(inner, BLOCK_OUT), splits),
-        tuple(results),
-        (*_sizes(x, h), per_program, *strides(grad, 2), *_numbers(x, h, weights, held)),
-        constants | {"GRADIENT": twin(likelihood.name)[1]["GRADIENT"], "BLOCK_OUT": BLOCK_OUT},
-        warps,
-    )
-
-
 def _padded(weights: Any, biases: Any, held: Any) -> tuple[Any, ...]:
     """By output: weights, biases, and what is held of the second and the third."""
     count = len(weights)
@@ -472,44 +218,9 @@ def linear_log_prob(
     """log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major; the first outputs are products with weights
     [X, H] and biases [X] or None, the others are held, each a row [X] or one number.
     """
-    if _goes_by_blocks(x, h, weights, biases, held):
+    if is_heavy(likelihood.name) or _goes_by_blocks(x, h, weights, biases, held):
         return _log_prob_by_blocks(likelihood, x, h, weights, biases, held)
     return _rows((x, h, *_padded(weights, biases, held)), (likelihood,))[0]
-
-
-def linear_log_prob_backward(
-    likelihood: Any,
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    held: tuple[Tensor, ...],
-    need: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients for (h, *weights, *biases, *held), None where not needed, as ``need`` says in this order.
-    Sums over rows are kept in float32, or float64.
-    """
-    if _goes_by_blocks(x, h, weights, biases, held):
-        return _backward_by_blocks(likelihood, grad, x, h, weights, biases, held, need)
-    count = len(weights)
-    need_h, need_weights, need_sums = need[0], need[1 : 1 + count], need[1 + count :]
-    tensors = (grad, x, h, *_padded(weights, biases, held))
-    results: list[Tensor | None] = [_to_h(tensors, (likelihood,))[0] if need_h else None]
-    if any(need[1:]):
-        none = (False,) * (MOST_PARAMETERS - count)
-        sums = (*need_sums, *(False,) * (MOST_PARAMETERS - len(need_sums)))
-        found = _to_weights(tensors, (likelihood, (*need_weights, *none), sums))
-        results += [*found[:count], *found[MOST_PARAMETERS : MOST_PARAMETERS + len(need_sums)]]
-    else:
-        results += [None] * (len(need) - 1)
-    like = (h, *weights, *biases, *held)
-    return tuple(
-        None
-        if r is None
-        else (r.sum().reshape(t.shape) if t.numel() == 1 < r.numel() else r.reshape(t.shape)).to(t.dtype)
-        for r, t in zip(results, like, strict=True)
-    )
 
 
 def _goes_by_blocks(x: Tensor, h: Tensor, *rest: Any) -> bool:
@@ -536,7 +247,7 @@ def _log_prob_by_blocks(
     return out
 
 
-def _backward_by_blocks(
+def linear_log_prob_backward(
     likelihood: Any,
     grad: Tensor,
     x: Tensor,
@@ -546,6 +257,9 @@ def _backward_by_blocks(
     held: tuple[Tensor, ...],
     need: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
+    """Gradients for (h, *weights, *biases, *held), None where not needed, as ``need`` says in this order.
+    Sums over rows are kept in float32, or float64.
+    """
     dtype, layers = _upcast(x, h, weights, biases, held)
     count = len(weights)
     need_h, need_weights, need_biases = need[0], need[1 : 1 + count], need[1 + count : 1 + 2 * count]

@@ -889,3 +889,36 @@ def test_log_px_by_the_prior():
     pairs = ops.all_pairs_log_prob(x, model.decoder(z), likelihood=model.likelihood)
     estimate = pairs.logsumexp(0) - math.log(len(z))
     assert float((estimate - model.log_px(x)).abs().max()) < 0.2
+
+
+@pytest.mark.skipif(CUDA, reason="compiled elsewhere, as by the tests of launches")
+def test_products_on_matrix_units():
+    """What half precision and TF32 compile to; IEEE's float32 has none."""
+    code = """
+import re, torch
+from benchmarks.kernels import compiled, recorded, tensor
+from fastvae.kernels import head
+from fastvae.likelihoods.base import DECLARED
+for dtype in (torch.bfloat16, torch.float32):
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        h, x = tensor(3200, 200, dtype=dtype), tensor(64, 784)
+        layer = (tensor(784, 200, dtype=dtype),), (tensor(784, dtype=dtype),), ()
+        ((kernel, arguments, options, _),) = recorded(
+            lambda: head.linear_log_prob(DECLARED["bernoulli"], x, h, *layer)
+        )
+        for target, kind in (("sm_80", "ptx"), ("sm_90", "ptx"), ("sm_100", "ptx"), ("gfx942", "amdgcn")):
+            text = compiled(kernel, arguments, options, target).asm[kind]
+            found = bool(re.search(r"\\bw?g?mma\\.|tcgen05\\.mma|v_mfma", text))
+            print(dtype, precision, target, found)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    found = {tuple(line.split()[:3]): line.endswith("True") for line in run.stdout.splitlines()}
+    for (dtype, precision, target), units in found.items():
+        if dtype == "torch.bfloat16" or (precision == "high" and target != "gfx942"):
+            assert units, (dtype, precision, target)
+        elif precision == "highest" and target != "gfx942":
+            assert not units, (dtype, precision, target)
+    assert len(found) == 16
