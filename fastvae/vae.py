@@ -43,9 +43,9 @@ class VAE(nn.Module):
         prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``, or a module context -> prior.
         latent_dim: D; found from the encoder's first output if not given, and needed for :meth:`sample`
             before that. If given, torch.compile compiles only once.
-        fuse: let :meth:`elbo` and :meth:`iwae` leave the decoder's last linear layer to the objective, which
-            does not store its output, where that is no slower: :func:`fastvae.fuse_head`, on a CPU, for
-            outputs of some hundred thousand numbers or more. Values and gradients are the same to rounding.
+        fuse: leave the decoder's last linear layer to the objective, or to an evaluation, which does not
+            store its output, where that is no slower: :func:`fastvae.fuse_head`, on a CPU, for outputs of
+            some hundred thousand numbers or more. Values and gradients are the same to rounding.
 
     Conditional models: where a method is given ``context=``, encoder and decoder are called with it as their
     second argument, and a prior that is a function with it alone.
@@ -167,13 +167,15 @@ class VAE(nn.Module):
         """:func:`fastvae.log_marginal` of x with k samples, in the mode (train or eval) that the module is
         in.
         """
-        return objectives.log_marginal(
-            x, self._q(x, options), self.decoder, k=k, **self._meaning(), **options
-        )
+        decoder = self._fused(x, k)
+        return objectives.log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
-        return evaluate(self.posterior, self.decoder, data, **self._meaning(), **options)
+        on_cpu = all([p.is_cpu for p in self.parameters()])
+        fuses = self.fuse and on_cpu and isinstance(self.decoder, nn.Module)
+        decoder = FusedHead(self.decoder) if fuses else self.decoder
+        return evaluate(self.posterior, decoder, data, **self._meaning(), **options)
 
     @torch.no_grad()
     def anomaly_score(self, x: Any, samples: int = 100, **options: Any) -> Tensor:
@@ -184,7 +186,8 @@ class VAE(nn.Module):
         latents that are rare under the prior.
         """
         options = {"likelihood": self.likelihood, "samples": samples, **options}
-        return -objectives.reconstruction_log_prob(x, self._q(x, options), self.decoder, **options)
+        decoder = self._fused(x, samples)
+        return -objectives.reconstruction_log_prob(x, self._q(x, options), decoder, **options)
 
     @torch.no_grad()
     def sample(

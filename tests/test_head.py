@@ -704,6 +704,15 @@ def test_a_vae_fuses_by_itself(always, calls):
         assert torch.allclose(vae(x, **options), expected, rtol=1e-5)
         assert calls
         calls.clear()
+    for method in ("log_marginal", "anomaly_score", "evaluate"):
+        results = []
+        for model in (vae, forbidden):
+            calls.clear()
+            torch.manual_seed(1)
+            result = getattr(model, method)(x)
+            results.append(getattr(result, "log_px", result))
+            assert bool(calls) == (model is vae)
+        assert torch.allclose(*results, rtol=1e-4)
     assert list(vae.state_dict()) == list(forbidden.state_dict())
     assert isinstance(vae.sample(3), torch.Tensor) and vae.reconstruct(x).shape == x.shape
     fused = fastvae.VAE(encoder, fastvae.fuse_head(decoder), likelihood="bernoulli")
