@@ -33,8 +33,8 @@ struct Block {
 // Bytes of a block's outputs: with their gradients they stay in a second-level cache (measured: anything from 256 to 1024 KiB does). A
 // product of fewer rows is slower, and weights that do not fit there are read again for each block. Small calls are divided, too.
 constexpr i64 kBlockBytes = 3 << 17, kFewestBlockRows = 64, kMostBlockRows = 512, kFewestBlocks = 16, kCachedWeights = 1 << 20;
-// Outputs of all samples of a row are kept up to so many bytes, from one pass to the other; beyond, they are made again.
-constexpr i64 kKeptBytes = i64{1} << 26;
+// Outputs of all samples of a row are kept by all threads up to so many bytes, from one pass to the other; beyond, they are made again.
+constexpr i64 kKeptBytes = i64{1} << 27;
 // Partial gradients of the weights, of so many rows at least, and so many bytes at most: a function of the shape, so that the bits are
 // the same for any number of threads, up to that of the partials; each thread more has one of its own.
 constexpr i64 kRowsPerPartial = 512, kMostPartials = 64, kPartialBytes = i64{1} << 22;
@@ -293,7 +293,7 @@ bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingR
   const i64 step = rows_per_block<C>(a), samples = a.samples(), all_rows = a.rows();
   const Blocks spans(a, step, true);
   const i64 width = a.columns() * a.linear, whole = spans.samples * spans.rows, most = whole < step ? whole : step;
-  const bool keep = whole * width * static_cast<i64>(sizeof(C)) <= kKeptBytes;
+  const bool keep = whole * width * static_cast<i64>(sizeof(C)) * a.threads <= kKeptBytes;
   const Layers<C> layers(a);
   bool outside = false;
   head_groups<C>(a, gradients, spans.count(), [&](i64 begin, i64 end, HeadSums<C>& sums) {

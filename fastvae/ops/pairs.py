@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import _backend
-from .._checks import check_data, check_same_device, check_tensor, shape_of
+from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
 from .head import DECLARED
 from .likelihood import check_support, result_dtype
 
@@ -41,7 +41,8 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
     Args:
         x: data [B, \*event].
         parameters: what the decoder returns for z [K, D]: a tensor [K, \*event], or a tuple of such; those
-            after the first may be a row [\*event] or a number, too.
+            after the first may be a row [\*event] or a number, too. On a GPU, where nobody looks at them,
+            they must be finite.
         likelihood: a name or an object, as in :func:`fastvae.elbo`.
 
     Returns:
@@ -107,7 +108,9 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
         check_same_device(output, p, "x", x)
     check_support(declared, x)
     dtype = result_dtype(x, *flat)
-    if name in _PRODUCTS:
+    # A logit of -inf costs nothing where x is 0, which 0 · inf in a product is not.
+    finite = not may_look(first) or all(bool(p.isfinite().all()) for p in flat)
+    if name in _PRODUCTS and finite:
         _check_here(declared, x)
         return _PRODUCTS[name](rows.double(), *[p.double() for p in flat]).to(dtype)
     from .. import ops
