@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvae.kernels import common, importance, latent, likelihood, weigh
+from fastvae.kernels import common, head, importance, latent, likelihood, weigh
 from fastvae.ops.latent import Draw
 from fastvae.ops.weigh import Weighing
 
@@ -257,6 +257,25 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
         moved += launch.loaded(f"p_p{i}") + {"full": first.nbytes, "column": 4 * x, "row": 4 * k * b}[layout]
     assert_least(launch, again)
     assert launch.bytes() == moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_layers_output_is_not_in_memory(enough, dtype):
+    """A tile of rows reads the layer, a tile of outputs what comes into it; log-likelihoods are written."""
+    k, b, inner, size = 9, 20, 40, 150
+    n = k * b
+    x, h = torch.rand(b, size), torch.randn(n, inner).to(dtype)
+    weight, bias = torch.randn(size, inner).to(dtype), torch.randn(size).to(dtype)
+    (launch,) = run(lambda: head.linear_log_prob(BERNOULLI, x, h, (weight,), (bias,), ()))
+    # Half precision is computed in float32 here.
+    rows, outputs = triton.cdiv(n, head.BLOCK_N), triton.cdiv(size, head.BLOCK_X)
+    assert set(launch.loads) == {"p_x", "p_h", "p_w0", "p_b0"} and set(launch.stores) == {"p_out"}
+    assert launch.loaded("p_h") == n * inner * outputs * dtype.itemsize
+    assert launch.loaded("p_w0") == size * inner * rows * dtype.itemsize
+    assert launch.loaded("p_b0") == size * rows * dtype.itemsize
+    assert launch.loaded("p_x") == n * size * 4
+    stored = sum(o.size for o in launch.stores["p_out"])
+    assert stored % n == 0 and stored <= n * outputs
 
 
 def test_long_rows_are_split():
