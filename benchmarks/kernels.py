@@ -562,6 +562,11 @@ def access_widths(ptx: str, pointers: list[str]) -> dict[str, int]:
             name = origin.get(m[3], m[3])
             width = int(m[1] or 1) * int(m[2]) // 8
             widths[name] = min(widths.get(name, width), width)
+        elif m := re.search(
+            r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[ (%rd\d+).*?\], (0x[0-9a-f]+)", line
+        ):
+            name = origin.get(m[1], m[1])
+            widths[name] = min(widths.get(name, 16), int(m[2], 16))
     return widths
 
 

@@ -208,6 +208,18 @@ class Threads:
                 cells = np.ascontiguousarray(cells.swapaxes(-1, -2))
             self.shared[rows[:, i, :, None] + np.arange(16)] = cells.view(np.uint8)
 
+    def do_cp(self, op, operands, active):
+        """Asynchronous copies are there at once; of the last number so many bytes are read, the rest is 0."""
+        if op[2] not in ("ca", "cg"):
+            return
+        size = int(operands[2], 0)
+        on = np.ones(self.count, bool) if active is None else active
+        read = self.value(operands[3], U32) if len(operands) > 3 else np.full(self.count, size)
+        some = on & (read > 0)
+        assert np.isin(read[on], (0, size)).all()
+        values = self._bytes("global", self.address(operands[1]), size, some)
+        self.shared[self.address(operands[0])[on, None] + np.arange(size)] = values[on]
+
     def do_bar(self, op, operands, active):
         """All threads are here already."""
 
@@ -328,6 +340,14 @@ class Threads:
             self.put(to, getattr(self, name)(dtype, *sources), active)
             return
         function = ELEMENTWISE.get(name)
+        if kind[0] in "us" and name in ("rem", "div"):
+            x, y = (self.value(s, dtype).astype(object) for s in sources)
+            # Towards 0.
+            pairs = zip(x, y, strict=True)
+            signed = [(abs(a) // abs(b), (a < 0) == (b < 0)) if b else (0, True) for a, b in pairs]
+            quotient = np.array([q if same else -q for q, same in signed], object)
+            self.put(to, (quotient if name == "div" else x - quotient * y).astype(dtype), active)
+            return
         assert function is not None, f"unknown instruction {'.'.join(op)}"
         values = [self.value(s, dtype) for s in sources]
         out = function(*values)

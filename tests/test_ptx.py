@@ -20,10 +20,11 @@ import math, sys
 import torch
 import fastvae
 from fastvae import ops
+from fastvae.ops.head import Layers, linear_rows
 from fastvae.ops.weigh import Weighing, weigh
 from fastvae.reference import random as reference
 from tests import cases, formulas
-from tests.compare import assert_accurate
+from tests.compare import Rounded, assert_accurate
 from tests.ptx import emulated
 
 (target,) = sys.argv[1:]
@@ -157,7 +158,29 @@ def noise():
     assert ulps <= 4
 
 
-for group in (noise, latent, likelihoods, importance):
+def last_layer():
+    k, b, inner, size = 5, 14, 23, 70
+    x = torch.rand(b, size).round()
+    for name, count in (("bernoulli", 1), ("gaussian", 2)):
+        inputs = leaves(1, k * b, inner) + leaves(1, count * size, inner, scale=0.3) + leaves(1, count * size)
+
+        def call(h, weight, bias):
+            return linear_rows(name, x, Layers(h, weight, bias, None, None))
+
+        def expected(grad):
+            h, weight, bias = (t.detach() for t in inputs)
+            made = formulas.linear(h, weight, bias, f32)
+            parts = zip(made.value.split(size, 1), made.error.split(size, 1))
+            rows = [Rounded(v.view(k, b, size), e.view(k, b, size), made.u) for v, e in parts]
+            value, (_, *grads) = formulas.rows(name, x, *rows, grad)
+            flat = [(g.value.flatten(0, 1), g.error.flatten(0, 1)) for g in grads]
+            arrives = Rounded(*(torch.cat(part, 1) for part in zip(*flat)), made.u)
+            return [value, *formulas.linear_backward(arrives, h, weight)]
+
+        compare(f"last layer, {name}", call, inputs, expected)
+
+
+for group in (noise, latent, likelihoods, importance, last_layer):
     group()
 print("fine")
 """
