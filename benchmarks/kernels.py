@@ -251,8 +251,12 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                 one_is_enough = size > 784 or dtype != torch.float32
                 if declared.name not in ("bernoulli", "gaussian") and one_is_enough:
                     continue
-                # Those go through torch's products.
-                if likelihood.is_heavy(declared.name):
+                # Those go through torch's products; and these are like a Gaussian.
+                if likelihood.is_heavy(declared.name) or declared.name in (
+                    "laplace",
+                    "logistic",
+                    "log_normal",
+                ):
                     continue
                 outputs = len(declared.outputs)
                 least = len(declared.constants)
