@@ -37,6 +37,7 @@ def works():
     for name, target in TARGETS.items():
         for shape in SIZES:
             yield from log_prob(name, shape, _target(shape, target))
+    yield from all_pairs(1000, 1000, 784)
 
 
 def _target(shape, large):
@@ -192,5 +193,35 @@ def _works(
         moved=(read + 4 * rows, 2 * read + 8 * rows + size * parameters * n),
         operations=(n * operations[0], n * sum(operations)),
         target=target,
+        place=place,
+    )
+
+
+# All pairs of examples and latents
+
+
+def tiles(x, logits):
+    """By the likelihood, some latents at a time."""
+    parts = [ops.bernoulli_log_prob(x, p[:, None].expand(len(p), *x.shape)) for p in logits.split(5)]
+    return torch.cat(parts)
+
+
+def product(x, logits):
+    """In the precision of the logits, whose digits cancel."""
+    return logits @ x.mT - functional.softplus(logits).sum(1, keepdim=True)
+
+
+def all_pairs(k: int, b: int, size: int, place: Place = CPU):
+    n = place.dtype.itemsize
+    yield from op_works(
+        "all_pairs_log_prob",
+        f"{k}×{b}×{size}",
+        lambda: (torch.rand(b, size, device=place.device).round(), place.randn(k, size, requires_grad=True)),
+        {OURS: ops.all_pairs_log_prob, "eager": product, "tiles": tiles},
+        lambda outputs, x, logits: product(x, logits),
+        sampling=False,
+        elements=k * size,
+        moved=(n * (b + k) * size + n * k * b, n * (2 * b + 3 * k) * size + 2 * n * k * b),
+        operations=(k * b * size + k * size * EXP, 2 * k * b * size + 2 * k * size * EXP),
         place=place,
     )

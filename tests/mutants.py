@@ -2816,14 +2816,14 @@ PYTHON = [
     ),
     Mutant(
         "head: pairs in single precision",
-        "fastvae/ops/pairs.py",
+        "fastvae/ops/likelihood.py",
         "_PRODUCTS[name](rows.double(), *[p.double() for p in flat])",
         "_PRODUCTS[name](rows.float(), *[p.float() for p in flat])",
         ("head",),
     ),
     Mutant(
         "head: pairs that are not checked",
-        "fastvae/ops/pairs.py",
+        "fastvae/ops/likelihood.py",
         "        _check_here(declared, x)\n",
         "",
         ("head",),

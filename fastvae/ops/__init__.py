@@ -8,14 +8,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from . import head as _head
 from . import likelihood as _likelihood
 from . import weigh as _weigh
 from .grouped import categorical_log_prob, discretized_logistic_mixture_log_prob
 from .head import linear_log_prob
 from .importance import log_mean_exp
 from .latent import rsample_kl, rsample_log_ratio
-from .pairs import all_pairs_log_prob
+from .likelihood import all_pairs_log_prob
 
 __all__ = [
     "all_pairs_log_prob",
@@ -34,7 +33,6 @@ def declare(likelihood: _likelihood.Declaration) -> None:
     globals()[name] = _likelihood.declare(likelihood)
     __all__.append(name)
     _weigh.declare(likelihood)
-    _head.declare(likelihood)
 
 
 def __getattr__(name: str) -> Callable[..., Tensor]:

@@ -28,11 +28,9 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_data, check_same_device, check_tensor, shape_of
-from .likelihood import Declaration, check_support, refuse, result_dtype
+from .likelihood import DECLARED, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
 from .weigh import _HOW, Weighing
-
-DECLARED: dict[str, Declaration] = {}
 
 # Of the ops here: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
 # others, each a row [X] or a number.
@@ -68,11 +66,6 @@ def pays(rows: int, size: int, h: Tensor) -> bool:
     if h.dtype == torch.float64 or not HAS_TILES:
         fewest, per_input = max(FEWEST_BY_BLAS, NUMBERS_PER_INPUT * inner), 2 * ROWS_PER_INPUT
     return rows * size >= fewest and rows >= per_input * inner
-
-
-def declare(likelihood: Declaration) -> None:
-    """Make a likelihood known."""
-    DECLARED[likelihood.name] = likelihood
 
 
 class _Layers:
