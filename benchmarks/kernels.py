@@ -264,15 +264,12 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                     count = outputs - held
                     h, x = tensor(k * b, inner, dtype=dtype), tensor(b, size)
                     weights = (tensor(size, inner, dtype=dtype),) * count
-                    given = (
-                        weights,
-                        (tensor(size, dtype=dtype),) * count,
-                        (tensor(size, dtype=dtype),) * held,
-                    )
+                    row = tensor(size, dtype=dtype)
+                    layers = SimpleNamespace(weights=weights, biases=(row,) * count, held=(row,) * held)
                     label = f"{declared.name} {str(dtype)[6:]} [{k * b}, {inner}, {count}·{size}]"
                     yield (
                         f"linear_log_prob {label}",
-                        lambda d=declared, x=x, h=h, g=given: head.linear_log_prob(d, x, h, *g),
+                        lambda d=declared, x=x, h=h, g=layers: head.linear_log_prob(d, x, h, g),
                     )
 
 

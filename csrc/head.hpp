@@ -214,11 +214,12 @@ void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
   groups = groups < units ? groups : units;
   // The first group's sums of weights are the result itself.
   const i64 columns = a.columns(), size = columns * a.inner();
-  std::vector<C> partial(static_cast<std::size_t>((groups - 1) * elements)), held(static_cast<std::size_t>(groups * columns * a.outputs));
+  const Scratch<C> partial((groups - 1) * elements);
+  std::vector<C> held(static_cast<std::size_t>(groups * columns * a.outputs));
   std::vector<double> bias(static_cast<std::size_t>(groups * columns * a.outputs));
   const auto sums_of = [&](i64 group) {
     HeadSums<C> sums(a);
-    C* at = partial.data() + (group - 1) * elements;
+    C* at = partial.data + (group - 1) * elements;
     for (int j = 0; j < a.outputs; ++j) {
       const auto small = static_cast<std::size_t>((group * a.outputs + j) * columns);
       sums.held[j] = &held[small], sums.bias[j] = &bias[small];
@@ -359,7 +360,7 @@ bool head_weigh(const Head& a, const Weighing& w, const WeighingResults& to, con
   return inside;
 }
 
-// @param layers weights and biases of the outputs that are products, then the held ones: each a tensor or null.
+// @param t weights and biases of the outputs that are products, then the held ones: each a tensor or null.
 inline Head head_of(int likelihood, const Tensor& x, const Tensor& h, const HeadTensors& t, int threads) {
   Head a{likelihood, 0, 0, x, h, {}, {}, {}, threads};
   for (int j = 0; j < kMostParameters; ++j) {

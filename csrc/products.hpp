@@ -35,19 +35,19 @@ inline bool find_blas(const char* torch_library) {
   return blas().sgemm != nullptr && blas().dgemm != nullptr;
 }
 
-inline void gemm(char a_is, char b_is, i64 m, i64 n, i64 k, const float* a, i64 lda, const float* b, i64 ldb, float beta, float* c,
-                 i64 ldc) {
+template <class C>
+void gemm(char a_is, char b_is, i64 m, i64 n, i64 k, const C* a, i64 lda, const C* b, i64 ldb, C beta, C* c, i64 ldc) {
   const int sizes[] = {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k)};
   const int strides[] = {static_cast<int>(lda), static_cast<int>(ldb), static_cast<int>(ldc)};
-  const float one = 1;
-  blas().sgemm(&a_is, &b_is, sizes, sizes + 1, sizes + 2, &one, a, strides, b, strides + 1, &beta, c, strides + 2);
-}
-inline void gemm(char a_is, char b_is, i64 m, i64 n, i64 k, const double* a, i64 lda, const double* b, i64 ldb, double beta, double* c,
-                 i64 ldc) {
-  const int sizes[] = {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k)};
-  const int strides[] = {static_cast<int>(lda), static_cast<int>(ldb), static_cast<int>(ldc)};
-  const double one = 1;
-  blas().dgemm(&a_is, &b_is, sizes, sizes + 1, sizes + 2, &one, a, strides, b, strides + 1, &beta, c, strides + 2);
+  const C one = 1;
+  const auto call = [&](auto function) {
+    function(&a_is, &b_is, sizes, sizes + 1, sizes + 2, &one, a, strides, b, strides + 1, &beta, c, strides + 2);
+  };
+  if constexpr (std::is_same<C, float>::value) {
+    call(blas().sgemm);
+  } else {
+    call(blas().dgemm);
+  }
 }
 
 }  // namespace fastvae

@@ -47,12 +47,36 @@ class LinearOutput:
             raise ValueError(
                 f"h has shape {list(h.shape)} and weight {list(weight.shape)}; expected [N, H] and [X, H]"
             )
+        # As the layer would have computed here, wherever it is computed.
+        kind = h.device.type
+        if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+            h, weight, bias = h.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        self._grad = torch.is_grad_enabled()
+        if not self._grad:
+            h, weight, bias = _detached(h), _detached(weight), None if bias is None else _detached(bias)
         self.h, self.weight, self.bias = h, weight, bias
+        self._tensor: Tensor | None = None
         self._start, self._event = 0, torch.Size(weight.shape[:1])
+        self._version = _version(self.h)
 
     def tensor(self) -> Tensor:
-        """The output itself."""
-        return linear(self.h, *self.layer()).reshape(self.shape)
+        """The output itself, computed once."""
+        if self._tensor is None:
+            self.check_unchanged()
+            with torch.autocast(self.device.type, enabled=False), torch.set_grad_enabled(self._grad):
+                self._tensor = linear(self.h, *self.layer()).reshape(self.shape)
+        return self._tensor
+
+    def check_unchanged(self) -> None:
+        """Refuse an h that was changed in place after the layer."""
+        if _version(self.h) != self._version:
+            raise RuntimeError(
+                "what came into the decoder's last layer was changed in place after the layer was called, so "
+                "its output cannot be computed later. Change it out of place (such as nn.ReLU() for "
+                "nn.ReLU(inplace=True)), or do not fuse: VAE(..., fuse=False), or the decoder without "
+                "fuse_head"
+            )
 
     def layer(self) -> tuple[Tensor, Tensor | None]:
         """Weight [X, H] and bias [X] of this part of the layer."""
@@ -79,9 +103,6 @@ class LinearOutput:
 
     @property
     def dtype(self) -> torch.dtype:
-        kind = self.h.device.type
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
         return self.h.dtype
 
     @property
@@ -177,6 +198,7 @@ class LinearOutput:
     def _part(self, start: int, event: Any) -> LinearOutput:
         part = object.__new__(LinearOutput)
         part.h, part.weight, part.bias = self.h, self.weight, self.bias
+        part._grad, part._version, part._tensor = self._grad, self._version, None
         part._start, part._event = start, torch.Size(event)
         return part
 
@@ -194,6 +216,17 @@ class LinearOutput:
         if own is not None and isinstance(args[0], cls):
             return own(*args, **kwargs)
         return function(*made(args), **made(kwargs))
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place, where that is counted."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version
 
 
 _OWN = {
@@ -240,7 +273,10 @@ def is_lazy(value: Any) -> bool:
 
 def _lazily(layer: nn.Linear, h: Any) -> Any:
     """A layer's forward."""
-    if type(h) is Tensor and h.dim() == 2 and h.shape[1] == layer.in_features:
+    if isinstance(h, LinearOutput):
+        h = h.tensor()
+    plain = type(h) is Tensor and h.dim() == 2 and h.shape[1] == layer.in_features
+    if plain and (h.dtype == layer.weight.dtype or torch.is_autocast_enabled(h.device.type)):
         return LinearOutput(h, layer.weight, layer.bias)
     return linear(h, layer.weight, layer.bias)
 
@@ -295,6 +331,8 @@ def _by_structure(decoder: nn.Module, args: tuple[Any, ...]) -> Any:
     """The decoder's output, lazy where its structure tells the last layer: a compiler follows no layer whose
     forward is exchanged.
     """
+    if _has_hooks(decoder):
+        return decoder(*args)
     if type(decoder) is nn.Linear:
         return _lazily(decoder, *args)
     if type(decoder) is nn.Sequential and len(args) == 1:
@@ -309,6 +347,16 @@ def _by_structure(decoder: nn.Module, args: tuple[Any, ...]) -> Any:
                 value = _reshaped(layer, value)
             return value
     return decoder(*args)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call does more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _end_of(layers: list[nn.Module]) -> int | None:

@@ -20,9 +20,8 @@ from torch.nn.functional import linear
 
 from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, log1p, strides
 from .launching import Call, Result, fixed, planned
-from .likelihood import is_heavy, log_prob, log_prob_backward, twin
+from .likelihood import MOST_PARAMETERS, is_heavy, log_prob, log_prob_backward, twin
 
-MOST_PARAMETERS = 3
 # Rows and outputs of a tile, of float32 and of what is in half precision or more than one output; what comes
 # into the layer at a time, of float32 and of half precision. On four architectures none of these spills.
 BLOCK_N, BLOCK_X, BLOCK_FEW, BLOCK_H, BLOCK_HALF = 64, 64, 32, 16, 32
@@ -198,129 +197,103 @@ def _rows(x, h, *rest) -> Call:
     )
 
 
-def _padded(weights: Any, biases: Any, held: Any) -> tuple[Any, ...]:
+def _padded(layers: Any) -> tuple[Any, ...]:
     """By output: weights, biases, and what is held of the second and the third."""
-    count = len(weights)
-    every = [*[None] * count, *held, *[None] * (MOST_PARAMETERS - count - len(held))]
+    count = len(layers.weights)
     none = (None,) * (MOST_PARAMETERS - count)
-    biases = [b if b is None else b.contiguous() for b in biases]
-    return *weights, *none, *biases, *none, *every[1:]
+    every = [*[None] * count, *layers.held, *none[len(layers.held) :]]
+    biases = [b if b is None else b.contiguous() for b in layers.biases]
+    return *layers.weights, *none, *biases, *none, *every[1:]
 
 
-def linear_log_prob(
-    likelihood: Any,
-    x: Tensor,
-    h: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    held: tuple[Tensor, ...],
-) -> Tensor:
-    """log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major; the first outputs are products with weights
-    [X, H] and biases [X] or None, the others are held, each a row [X] or one number.
+def _dtype(x: Tensor, h: Tensor, layers: Any) -> torch.dtype:
+    """Of the computation."""
+    given = (*layers.weights, *layers.biases, *layers.held)
+    return accumulator(x, h, *(t for t in given if t is not None))
+
+
+def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tensor:
+    """log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major.
+
+    ``layers`` has the weights [X, H] and biases [X] or None of the first outputs, which are products, and
+    what is held of the others, each a row [X] or one number.
     """
-    if is_heavy(likelihood.name) or _goes_by_blocks(x, h, weights, biases, held):
-        return _log_prob_by_blocks(likelihood, x, h, weights, biases, held)
-    return _rows((x, h, *_padded(weights, biases, held)), (likelihood,))[0]
-
-
-def _goes_by_blocks(x: Tensor, h: Tensor, *rest: Any) -> bool:
-    """float64; and nothing to multiply."""
-    every = [x, h, *(t for part in rest for t in part if t is not None)]
-    return accumulator(*every) == torch.float64 or not (x.numel() and h.numel())
-
-
-def _log_prob_by_blocks(
-    likelihood: Any,
-    x: Tensor,
-    h: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    held: tuple[Tensor, ...],
-) -> Tensor:
-    dtype, layers = _upcast(x, h, weights, biases, held)
-    rows = h.unflatten(0, (-1, x.shape[0])) if x.shape[0] else h.new_empty(0, 0, h.shape[1])
-    out = rows.new_empty(rows.shape[:2], dtype=dtype)
-    given = [p.reshape(1, 1, -1) for p in held]
-    for block in _blocks(rows, x.shape[1] * len(weights)):
-        outputs, _ = _outputs(rows[block], layers, dtype)
-        out[block] = log_prob(likelihood, x[block[1]], *outputs, *given)
+    is_empty = not (x.numel() and h.numel())
+    if not (is_heavy(likelihood.name) or is_empty or _dtype(x, h, layers) == torch.float64):
+        return _rows((x, h, *_padded(layers)), (likelihood,))[0]
+    walk = _Walk(x, h, layers)
+    out = walk.rows.new_empty(walk.rows.shape[:2], dtype=walk.dtype)
+    for block in walk.blocks():
+        outputs, _ = walk.outputs(block)
+        out[block] = log_prob(likelihood, x[block[1]], *outputs, *walk.held)
     return out
 
 
 def linear_log_prob_backward(
-    likelihood: Any,
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    held: tuple[Tensor, ...],
-    need: tuple[bool, ...],
+    likelihood: Any, grad: Tensor, x: Tensor, h: Tensor, layers: Any, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for (h, *weights, *biases, *held), None where not needed, as ``need`` says in this order.
     Sums over rows are kept in float32, or float64.
     """
-    dtype, layers = _upcast(x, h, weights, biases, held)
-    count = len(weights)
-    need_h, need_weights, need_biases = need[0], need[1 : 1 + count], need[1 + count : 1 + 2 * count]
-    need_held = need[1 + 2 * count :]
-    rows = h.unflatten(0, (-1, x.shape[0])) if x.shape[0] else h.new_empty(0, 0, h.shape[1])
-    to_h = torch.zeros_like(rows, dtype=dtype) if need_h else None
-    like = [*weights, *biases, *held]
+    walk, count = _Walk(x, h, layers), len(layers.weights)
+    like = (h, *layers.weights, *layers.biases, *layers.held)
     sums = [
-        torch.zeros_like(t, dtype=dtype) if n and t is not None else None
-        for t, n in zip(like, need[1:], strict=True)
+        torch.zeros_like(t, dtype=walk.dtype) if n and t is not None else None
+        for t, n in zip(like, need, strict=True)
     ]
-    given = [p.reshape(1, 1, -1).to(dtype) for p in held]
-    each = [need_h or w or b for w, b in zip(need_weights, need_biases, strict=True)]
-    for block in _blocks(rows, x.shape[1] * count):
-        outputs, wide = _outputs(rows[block], layers, dtype)
-        asked = [False, *each, *need_held]
-        _, *grads = log_prob_backward(
-            likelihood, grad[block].contiguous(), x[block[1]], *outputs, *given, asked
-        )
-        for j, g in enumerate(grads):
-            if j >= count:
-                if g is not None:
-                    sums[count + j] += g.reshape(held[j - count].shape)
-                continue
+    to_h = None if sums[0] is None else sums[0].view(walk.rows.shape)
+    to_weights, to_biases, to_held = (
+        sums[1 : 1 + count],
+        sums[1 + count : 1 + 2 * count],
+        sums[1 + 2 * count :],
+    )
+    asked = [w is not None or b is not None for w, b in zip(to_weights, to_biases, strict=True)]
+    asked = [False, *(to_h is not None or a for a in asked), *(t is not None for t in to_held)]
+    for block in walk.blocks():
+        outputs, wide = walk.outputs(block)
+        arrives = grad[block].contiguous()
+        _, *grads = log_prob_backward(likelihood, arrives, x[block[1]], *outputs, *walk.held, asked)
+        for j, g in enumerate(grads[:count]):
             if g is None:
                 continue
             flat = g.flatten(0, 1)
             if to_h is not None:
-                to_h[block] += (flat @ layers[j][0]).reshape(to_h[block].shape)
-            if need_weights[j]:
-                sums[j] = torch.addmm(sums[j], flat.mT, wide)
-            if sums[count + j] is not None:
-                sums[count + j] += flat.sum(0)
-    results = [None if to_h is None else to_h.reshape(h.shape), *sums]
-    return tuple(None if r is None else r.to(t.dtype) for r, t in zip(results, (h, *like), strict=True))
+                to_h[block] += (flat @ walk.layers[j][0]).view(to_h[block].shape)
+            if to_weights[j] is not None:
+                to_weights[j].addmm_(flat.mT, wide)
+            if to_biases[j] is not None:
+                to_biases[j] += flat.sum(0)
+        for total, g in zip(to_held, grads[count:], strict=True):
+            if total is not None:
+                total += g.reshape(total.shape)
+    return tuple(None if r is None else r.to(t.dtype) for r, t in zip(sums, like, strict=True))
 
 
-def _upcast(x: Tensor, h: Tensor, weights: Any, biases: Any, held: Any) -> tuple[torch.dtype, list[Any]]:
-    """The dtype of the computation, and the layers in it."""
-    every = [t for t in (x, h, *weights, *biases, *held) if t is not None]
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in every) else torch.float32
-    return dtype, [
-        (w.to(dtype), None if b is None else b.to(dtype)) for w, b in zip(weights, biases, strict=True)
-    ]
+class _Walk:
+    """Over the rows [K, B, H] of what comes into the layer, by blocks, in the dtype of the computation."""
 
+    def __init__(self, x: Tensor, h: Tensor, layers: Any):
+        self.dtype = _dtype(x, h, layers)
+        self.rows = h.unflatten(0, (-1, x.shape[0])) if x.shape[0] else h.new_empty(0, 0, h.shape[1])
+        self.layers = [
+            (w.to(self.dtype), None if b is None else b.to(self.dtype))
+            for w, b in zip(layers.weights, layers.biases, strict=True)
+        ]
+        self.held = [p.reshape(1, 1, -1).to(self.dtype) for p in layers.held]
+        self.width = x.shape[1] * len(self.layers)
 
-def _outputs(rows: Tensor, layers: list[Any], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Each output [K', B', X] of rows [K', B', H], and these, flat."""
-    wide = rows.flatten(0, 1).to(dtype)
-    return [linear(wide, w, b).unflatten(0, rows.shape[:2]) for w, b in layers], wide
+    def outputs(self, block: tuple[slice, slice]) -> tuple[list[Tensor], Tensor]:
+        """Each output [K', B', X] of a block, and its rows [K'·B', H]."""
+        rows = self.rows[block]
+        wide = rows.flatten(0, 1).to(self.dtype)
+        return [linear(wide, w, b).unflatten(0, rows.shape[:2]) for w, b in self.layers], wide
 
-
-def _blocks(rows: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
-    """Samples and rows of the batch, as many as make about BLOCK numbers."""
-    samples, batch = rows.shape[:2]
-    if not rows.shape[2] or not width:
-        yield slice(0, samples), slice(0, batch)
-        return
-    most = max(1, BLOCK // width)
-    some_rows = min(batch, most)
-    some_samples = max(1, most // max(1, some_rows))
-    for b in range(0, batch, max(1, some_rows)):
-        for k in range(0, samples, some_samples):
-            yield slice(k, k + some_samples), slice(b, b + some_rows)
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Samples and rows of the batch, as many as make about BLOCK numbers."""
+        samples, batch, _ = self.rows.shape
+        most = max(1, BLOCK // max(1, self.width))
+        some_rows = max(1, min(batch, most))
+        some_samples = max(1, most // some_rows)
+        for b in range(0, batch, some_rows):
+            for k in range(0, samples, some_samples):
+                yield slice(k, k + some_samples), slice(b, b + some_rows)

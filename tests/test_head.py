@@ -402,6 +402,44 @@ def test_an_output_can_be_reshaped_and_cut():
         assert lazy.shape == way(real).shape and torch.allclose(lazy.tensor(), way(real), atol=1e-6)
 
 
+def test_an_output_is_computed_once():
+    """Whoever asks first: without gradients too, where those that ask later want them."""
+    layer = nn.Linear(3, 4)
+    out = fastvae.LinearOutput(torch.randn(5, 3), layer.weight, layer.bias)
+    with torch.no_grad():
+        assert float(out.sum()) != 0
+    assert out.tensor() is out.tensor() and out.tensor().requires_grad
+    # Layers in a row, and two heads on what the first gives.
+    first, second, third = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(5, 4)
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([first, second, third])
+
+        def forward(self, z):
+            h = first(z)
+            return second(h), third(h)
+
+    a, b = fastvae.fuse_head(Rows())(torch.randn(6, 3))
+    assert a.h is b.h and isinstance(a.h, torch.Tensor)
+
+
+def test_one_output_computed_and_one_not(always):
+    """A mean as it is, and a logvar that the decoder bounds."""
+
+    class Bounded(Decoder):
+        def forward(self, z):
+            mean, logvar = super().forward(z)
+            return (mean, logvar.clamp(-5, 5)) if self.mean_first else (torch.sigmoid(mean), logvar)
+
+    for mean_first in (True, False):
+        decoder = Bounded("two")
+        decoder.mean_first = mean_first
+        expected = step(fastvae.iwae, decoder, "gaussian", k=K)
+        assert_same(step(fastvae.iwae, fastvae.fuse_head(decoder), "gaussian", k=K), expected)
+
+
 def test_whatever_else_is_done_is_done_with_the_tensor():
     h, layer = torch.randn(7, 3), nn.Linear(3, 24)
     out, real = fastvae.LinearOutput(h, layer.weight, layer.bias), layer(h)
@@ -616,6 +654,64 @@ def test_what_cannot_be_fused_says_why():
     for decoder, message in wrong:
         with pytest.raises(TypeError, match=message):
             fastvae.fuse_head(decoder)
+
+
+def test_the_layer_is_what_it_was_where_it_was_called(always):
+    """Under autocast, and without gradients, wherever the output is computed."""
+
+    class Inside(Decoder):
+        def forward(self, z):
+            h = torch.tanh(self.hidden(z))
+            with torch.autocast("cpu", torch.bfloat16):
+                half = self.out(h)
+            with torch.no_grad():
+                return half, self.more(h)
+
+    decoder, z = Inside("one"), torch.randn(6, D)
+    for lazy, real in zip(fastvae.fuse_head(decoder)(z), decoder(z), strict=True):
+        assert lazy.dtype == real.dtype and lazy.requires_grad == real.requires_grad
+        assert torch.equal(lazy.tensor(), real)
+    x, q = torch.rand(B, X).round(), torch.zeros(B, 2 * D)
+    results = []
+    for d in (decoder, fastvae.fuse_head(decoder)):
+        torch.manual_seed(1)
+        bound = fastvae.elbo(x, q, d, likelihood="gaussian")
+        bound.backward()
+        assert decoder.more.weight.grad is None
+        results.append([bound.detach(), decoder.out.weight.grad.clone()])
+        decoder.zero_grad()
+    assert_same(*results)
+
+
+def test_what_is_changed_in_place_is_refused(always):
+    class Branches(Decoder):
+        def forward(self, z):
+            h = torch.tanh(self.hidden(z))
+            mean = self.out(h)
+            return mean, self.more(torch.relu_(h))
+
+    decoder, x, q = Branches("one"), torch.rand(B, X), torch.zeros(B, 2 * D)
+    with pytest.raises(RuntimeError, match=r"changed in place after the layer was called.*fuse=False"):
+        fastvae.elbo(x, q, fastvae.fuse_head(decoder))
+
+
+def test_hooks_run_under_a_compiler(always):
+    """torch's older weight norm computes the weight in a hook before the layer."""
+    from torch.nn.utils import weight_norm
+
+    decoder = weight_norm(nn.Linear(D, X))
+    with torch.no_grad():
+        decoder.weight_g.mul_(2)
+    x, q = torch.rand(B, X).round(), (torch.zeros(B, D), torch.zeros(B, D))
+
+    def bound(decoder):
+        torch.manual_seed(1)
+        return fastvae.elbo(x, q, decoder, likelihood="bernoulli")
+
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = torch.compile(lambda: bound(fastvae.fuse_head(decoder)))()
+    assert torch.allclose(compiled, bound(decoder), rtol=1e-5)
+    assert torch.allclose(bound(fastvae.fuse_head(decoder)), bound(decoder), rtol=1e-5)
 
 
 def test_an_error_leaves_the_decoder_as_it_was():
@@ -913,6 +1009,7 @@ def test_products_on_matrix_units():
     """What half precision and TF32 compile to; IEEE's float32 has none."""
     code = """
 import re, torch
+from types import SimpleNamespace
 from benchmarks.kernels import compiled, recorded, tensor
 from fastvae.kernels import head
 from fastvae.likelihoods.base import DECLARED
@@ -920,9 +1017,10 @@ for dtype in (torch.bfloat16, torch.float32):
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         h, x = tensor(3200, 200, dtype=dtype), tensor(64, 784)
-        layer = (tensor(784, 200, dtype=dtype),), (tensor(784, dtype=dtype),), ()
+        weight, bias = tensor(784, 200, dtype=dtype), tensor(784, dtype=dtype)
+        layers = SimpleNamespace(weights=(weight,), biases=(bias,), held=())
         ((kernel, arguments, options, _),) = recorded(
-            lambda: head.linear_log_prob(DECLARED["bernoulli"], x, h, *layer)
+            lambda: head.linear_log_prob(DECLARED["bernoulli"], x, h, layers)
         )
         for target, kind in (("sm_80", "ptx"), ("sm_90", "ptx"), ("sm_100", "ptx"), ("gfx942", "amdgcn")):
             text = compiled(kernel, arguments, options, target).asm[kind]

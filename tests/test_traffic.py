@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,7 +267,8 @@ def test_the_last_layers_output_is_not_in_memory(enough, dtype):
     n = k * b
     x, h = torch.rand(b, size), torch.randn(n, inner).to(dtype)
     weight, bias = torch.randn(size, inner).to(dtype), torch.randn(size).to(dtype)
-    (launch,) = run(lambda: head.linear_log_prob(BERNOULLI, x, h, (weight,), (bias,), ()))
+    layers = SimpleNamespace(weights=(weight,), biases=(bias,), held=())
+    (launch,) = run(lambda: head.linear_log_prob(BERNOULLI, x, h, layers))
     # Half precision is computed in float32 here.
     rows, outputs = triton.cdiv(n, head.BLOCK_N), triton.cdiv(size, head.BLOCK_X)
     assert set(launch.loads) == {"p_x", "p_h", "p_w0", "p_b0"} and set(launch.stores) == {"p_out"}

@@ -292,13 +292,13 @@ class Declared(Likelihood):
 
     def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
         """What the fused op takes, checked; None where it does not fit."""
+        if not self.is_declared or (beside is not None and beside.mask is not None):
+            return None
         if self._is_lazy(parameters):
             linear = self._linear(x, parameters, samples, beside)
             if linear is not None:
                 return linear
             parameters = self._computed(parameters, x)
-        if not self.is_declared or (beside is not None and beside.mask is not None):
-            return None
         given = self._given(x)
         returned = parameters if type(parameters) is tuple else (parameters,)
         glance = are_outputs_in_python if torch.compiler.is_compiling() else are_outputs
@@ -381,13 +381,16 @@ class Declared(Likelihood):
         if not all([arranged is p for arranged, p in in_order]):
             return None
         shape = (samples * x.shape[0], *x.shape[1:])
-        if not all([isinstance(p, LinearOutput) and p.h is parts[0].h and p.shape == shape for p in parts]):
+        if not all([isinstance(p, LinearOutput) and p.shape == shape for p in parts]):
+            return None
+        if not all([p.h is parts[0].h for p in parts]):
             return None
         if not pays(samples * len(x), x.shape[1:].numel(), parts[0].h):
             return None
         rows = [_of_the_event(p, parts[0].h, x) for p in given]
         if any([row is None for row in rows]) or not on_same_device(x.device, parts[0].device):
             return None
+        parts[0].check_unchanged()
         check_support(type(self), x)
         layers = layers_of(parts)
         held = [None if row is None else row.reshape(-1) for row in rows]

@@ -69,7 +69,12 @@ def pays(rows: int, size: int, h: Tensor) -> bool:
 
 
 class _Layers:
-    """What the layers below take: weights, biases and held parameters, by output."""
+    """What the layers below take, by output.
+
+    Attributes:
+        weights, biases: [X, H] each, and [X] or None, of the first outputs, which are products.
+        held: the others, each a row [X] or one number.
+    """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *held: Tensor | None):
         self.held = tuple(p for p in held if p is not None)
@@ -158,9 +163,7 @@ class _LinearLogProbBackward(Op):
             need_h, need_weight, need_bias, *need_held = need
             each = (need_h, *[need_weight] * layers.products, *[need_bias] * layers.products)
             wanted = (*each, *need_held[: len(layers.held)])
-            to_h, *grads = function(
-                DECLARED[likelihood], grad, x, h, layers.weights, layers.biases, layers.held, wanted
-            )
+            to_h, *grads = function(DECLARED[likelihood], grad, x, h, layers, wanted)
             n = layers.products
             to_weight = torch.cat(grads[:n]) if need_weight else None
             to_bias = torch.cat(grads[n : 2 * n]) if need_bias else None
@@ -204,8 +207,7 @@ class _LinearLogProb(Op):
 
         def log_prob(*args):
             x, h, *rest, likelihood = args
-            layers = _Layers(x, *rest)
-            return function(DECLARED[likelihood], x, h, layers.weights, layers.biases, layers.held)
+            return function(DECLARED[likelihood], x, h, _Layers(x, *rest))
 
         return log_prob
 

@@ -14,34 +14,21 @@ from .common import upcast
 from .likelihood import log_prob, log_prob_backward
 
 
-def linear_log_prob(
-    likelihood: Any,
-    x: Tensor,
-    h: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    held: tuple[Tensor, ...],
-) -> Tensor:
+def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tensor:
     """log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major.
 
-    The first outputs are products with weights [X, H] and biases [X] or None; the others are held, each a row
-    [X] or one number.
+    ``layers`` has the weights [X, H] and biases [X] or None of the first outputs, which are products, and
+    what is held of the others, each a row [X] or one number.
     """
-    return log_prob(likelihood, x, *_outputs(x, h, weights, biases), *_spread(held))
+    return log_prob(likelihood, x, *_outputs(x, h, layers), *_spread(layers))
 
 
 def linear_log_prob_backward(
-    likelihood: Any,
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    held: tuple[Tensor, ...],
-    need: tuple[bool, ...],
+    likelihood: Any, grad: Tensor, x: Tensor, h: Tensor, layers: Any, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for (h, *weights, *biases, *held), None where not needed, as ``need`` says in this order."""
-    outputs, given = _outputs(x, h, weights, biases), _spread(held)
+    weights, biases, held = layers.weights, layers.biases, layers.held
+    outputs, given = _outputs(x, h, layers), _spread(layers)
     every = [False, *[True] * (len(outputs) + len(given))]
     grads: list[Any] = list(log_prob_backward(likelihood, grad, x, *outputs, *given, every)[1:])
     rows = [g.flatten(0, 1) for g in grads[: len(weights)]]
@@ -55,17 +42,17 @@ def linear_log_prob_backward(
     )
 
 
-def _outputs(x: Tensor, h: Tensor, weights: Any, biases: Any) -> list[Tensor]:
+def _outputs(x: Tensor, h: Tensor, layers: Any) -> list[Tensor]:
     """Each [K, B, X]."""
     batch, columns = x.shape
-    wide_x, wide_h, *layers = upcast(x, h, *weights, *biases)
-    count = len(weights)
+    _, wide_h, *wide = upcast(x, h, *layers.weights, *layers.biases)
+    count = len(layers.weights)
     samples = h.shape[0] // batch if batch else 0
     return [
         linear(wide_h, w, b).reshape(samples, batch, columns)
-        for w, b in zip(layers[:count], layers[count:], strict=True)
+        for w, b in zip(wide[:count], wide[count:], strict=True)
     ]
 
 
-def _spread(held: tuple[Tensor, ...]) -> list[Tensor]:
-    return [p.reshape(1, 1, -1) for p in held]
+def _spread(layers: Any) -> list[Tensor]:
+    return [p.reshape(1, 1, -1) for p in layers.held]
