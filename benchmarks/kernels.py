@@ -183,6 +183,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 if declared.takes_integers and not (likelihood.is_heavy(declared.name) and dtype == bf16):
                     yield from of_likelihood(likelihood, declared, dtype, size, size, [False], torch.uint8)
     yield from grouped_launches((f32, bf16, f64))
+    yield from mixture_launches((f32, f64))
     yield from head_launches((f32, bf16))
     for dtype in (f32, bf16, f64):
         for k, n in ((5000, 128), (50, 65536)):
@@ -237,6 +238,24 @@ def grouped_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Cal
             yield (
                 f"{name}_backward {label}",
                 lambda f=backward, a=arguments, s=sums, o=need: f(*s, *a, o),
+            )
+
+
+def mixture_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A training batch beside a VampPrior, many samples, and latents that are images."""
+    from fastvae.kernels import mixture
+
+    for dtype in dtypes:
+        for n, u, d in ((128, 500, 50), (6400, 500, 64), (5000, 10, 2), (64, 100, 4096)):
+            z, column = tensor(n, d, dtype=dtype), tensor(n, dtype=dtype)
+            components = tensor(u, d, dtype=dtype), tensor(u, d, dtype=dtype), tensor(u, dtype=dtype)
+            label = f"{str(dtype)[6:]} [{n}, {u}, {d}]"
+            yield f"mixture_log_prob {label}", lambda z=z, c=components: mixture.mixture_log_prob(z, *c)
+            yield (
+                f"mixture_log_prob_backward {label}",
+                lambda z=z, c=components, g=column: mixture.mixture_log_prob_backward(
+                    g, g, g, z, *c, [True] * 4
+                ),
             )
 
 

@@ -13,6 +13,7 @@ namespace FASTVAE_ISA {
 #include "importance.hpp"
 #include "weigh.hpp"
 #include "grouped.hpp"
+#include "mixture.hpp"
 #include "gemm.hpp"
 #include "head.hpp"
 // clang-format on
@@ -197,6 +198,8 @@ PYBIND11_MODULE(_C, m) {
   FASTVAE_DEF(normal);
   FASTVAE_DEF(grouped_log_prob);
   FASTVAE_DEF(grouped_log_prob_backward);
+  FASTVAE_DEF(mixture_log_prob);
+  FASTVAE_DEF(mixture_log_prob_backward);
   FASTVAE_DEF(head_log_prob);
   FASTVAE_DEF(head_log_prob_backward);
   FASTVAE_DEF(head_weigh_rows);

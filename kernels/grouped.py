@@ -314,7 +314,7 @@ def _launch(
 ) -> tuple[tuple[int, int], dict[str, int], int]:
     """The grid, a program's rows and positions, and its warps."""
     rows, _, positions = logits.shape
-    launching = LAUNCH["likelihood_backward" if classes else "mixture"]
+    launching = LAUNCH["likelihood_backward" if classes else "grouped"]
     block = min(power_of_two(positions), launching.tile)
     block_n = min(power_of_two(rows), launching.tile // block)
     grid = cdiv(rows, block_n), cdiv(positions, block)

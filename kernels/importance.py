@@ -182,9 +182,16 @@ def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     splits = max(cdiv(k, k_per_program), 1)
     if splits == 1:
         return _reduce((log_w, None), (k_per_program, k, False))
-    # The parts' sums count as weights beside exp of the parts' maxima.
     _, maxima, totals = _reduce((log_w, None), (k_per_program, k, True))
-    return _reduce((maxima, totals), (splits, k, False))
+    return merged(maxima, totals, k)
+
+
+def merged(
+    maxima: torch.Tensor, totals: torch.Tensor, count: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`log_mean_exp` gives of ``count`` samples in parts [parts, N], of which these are known."""
+    # The parts' sums count as weights beside exp of the parts' maxima.
+    return _reduce((maxima, totals), (len(maxima), count, False))
 
 
 @planned

@@ -182,8 +182,8 @@ def log_mean_exp(log_w: Tensor, grad: Tensor) -> tuple[Rounded, Rounded]:
     return bound, Rounded.exact(grad, dtype) * weight
 
 
-def _log_mean_exp(log_w: Rounded, dtype: torch.dtype) -> tuple[Rounded, Rounded]:
-    """The bound, and the normalised weights."""
+def _log_mean_exp(log_w: Rounded, dtype: torch.dtype, mean: bool = True) -> tuple[Rounded, Rounded]:
+    """The bound, or the logarithm of the sum, and the normalised weights."""
     k = log_w.value.shape[0]
     peak = log_w.value.amax(0)
     shift = Rounded.exact(torch.where(peak.isinf(), 0.0, peak), dtype)
@@ -192,8 +192,8 @@ def _log_mean_exp(log_w: Rounded, dtype: torch.dtype) -> tuple[Rounded, Rounded]
     # not often.
     scaled = e.rounded((EXP + 1) * min((k - 1) // 16, 8))
     sum_ = scaled.sum(0)
-    log_k = _constant(math.log(k), sum_)
-    bound = total([Rounded.exact(peak, dtype), sum_.log(), -log_k])
+    log_k = [-_constant(math.log(k), sum_)] if mean else []
+    bound = total([Rounded.exact(peak, dtype), sum_.log(), *log_k])
     # Without any weight it is zero.
     weight = _flushed(e / sum_, dtype).where(sum_.value != 0)
     # What the errors of the log weights come to: in the bound no more than the largest of them, and in a
@@ -201,6 +201,37 @@ def _log_mean_exp(log_w: Rounded, dtype: torch.dtype) -> tuple[Rounded, Rounded]
     largest = log_w.error.amax(0)
     change = torch.fmin(weight.value * torch.expm1(log_w.error + largest), torch.ones_like(weight.value))
     return bound.off(largest), weight.off(change)
+
+
+def mixture(
+    z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor, grad: Tensor
+) -> tuple[Rounded, list[Rounded]]:
+    """log p [N] of a mixture of normal distributions, and the gradients of z and of the components."""
+    dtype = computation(z, mu, logvar, log_weight)
+    z, mu, logvar, log_weight, grad = (Rounded.exact(t, dtype) for t in (z, mu, logvar, log_weight, grad))
+    inverse = (logvar * -0.5).exp()
+    white = (z[:, None] - mu) * inverse
+    spread = (logvar + _constant(math.log(2 * math.pi), logvar)).sum(1) * 0.5
+    n, u = white.value.shape[:2]
+    s = total([log_weight.expand(n, u), -spread.expand(n, u), -(_in_turn(white.square(), 2) * 0.5)])
+    value, weight = _log_mean_exp(Rounded(s.value.mT, s.error.mT, s.u), dtype, mean=False)
+    weight = Rounded(weight.value.mT, weight.error.mT, weight.u)
+    r = _flushed(grad[:, None] * weight, dtype)[:, :, None]
+    slope = r * white
+    shares = _in_turn(r, 0)
+    grads = [
+        -_in_turn(slope * inverse, 1),
+        _in_turn(slope, 0) * inverse,
+        total([_in_turn(slope * white, 0), -shares.expand(*mu.value.shape)]) * 0.5,
+        shares[:, 0],
+    ]
+    return value, grads
+
+
+def _in_turn(terms: Rounded, dim: int, most: int = 256) -> Rounded:
+    """The sum over one axis, of which up to ``most`` are added one after the other."""
+    size = terms.value.abs().sum(dim)
+    return total([terms], dim).off(min(terms.value.shape[dim], most) * terms.u * size)
 
 
 def _flushed(number: Rounded, dtype: torch.dtype) -> Rounded:

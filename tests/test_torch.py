@@ -193,6 +193,15 @@ def _arguments(op: str):
         yield from _log_prob_arguments(op)
     elif op.startswith("weigh"):
         yield from _weigh_arguments(op)
+    elif op.startswith("mixture_log_prob"):
+        components = randn(7, D, seed=21), randn(7, D, seed=22), randn(7, seed=23)
+        if op == "mixture_log_prob":
+            for dtype in (torch.float32, torch.float64):
+                yield [t.to(dtype).requires_grad_() for t in (randn(B, D, seed=20), *components)]
+        else:
+            column, total = randn(B, seed=24), rand(B, seed=25) + 1
+            for need in ([True] * 4, [True, False, False, False], [False, True, False, True]):
+                yield column, column, total, randn(B, D, seed=20), *components, need
     elif op == "log_mean_exp":
         yield (log_w.clone().requires_grad_(),)
         yield (log_w.double().T.contiguous().T.requires_grad_(),)
@@ -453,6 +462,10 @@ def _public_ops():
         "rsample_log_ratio stl": (latent(ops.rsample_log_ratio, estimator="stl"), inputs),
         **_public_likelihoods(),
         "log_mean_exp": (ops.log_mean_exp, (mean[:, :, 0],)),
+        "mixture_log_prob": (
+            ops.mixture_log_prob,
+            (randn(K, B, D, seed=31), randn(7, D, seed=32), randn(7, D, seed=33), randn(7, seed=34)),
+        ),
     }
 
 

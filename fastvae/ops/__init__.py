@@ -15,6 +15,7 @@ from .head import linear_log_prob
 from .importance import log_mean_exp
 from .latent import rsample_kl, rsample_log_ratio
 from .likelihood import all_pairs_log_prob
+from .mixture import mixture_log_prob
 
 __all__ = [
     "all_pairs_log_prob",
@@ -22,6 +23,7 @@ __all__ = [
     "discretized_logistic_mixture_log_prob",
     "linear_log_prob",
     "log_mean_exp",
+    "mixture_log_prob",
     "rsample_kl",
     "rsample_log_ratio",
 ]

@@ -17,7 +17,7 @@ def log_mean_exp(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     (log_w,) = upcast(log_w)
     maximum = log_w.amax(0)
-    total = torch.exp(log_w - _shift(maximum)).sum(0)
+    total = torch.exp(log_w - shift(maximum)).sum(0)
     return maximum + torch.log(total) - math.log(log_w.shape[0]), maximum, total
 
 
@@ -29,13 +29,13 @@ def log_mean_exp_backward(grad: Tensor, log_w: Tensor, maximum: Tensor, total: T
     dtype = log_w.dtype
     (log_w,) = upcast(log_w)
     tiny = torch.finfo(log_w.dtype).tiny
-    weight = torch.exp(log_w - _shift(maximum)) / total
+    weight = torch.exp(log_w - shift(maximum)) / total
     weight = torch.where((weight < tiny) | (total == 0), torch.zeros_like(weight), weight)
     result = grad * weight
     result = torch.where((result.abs() < tiny) | (weight == 0), torch.zeros_like(result), result)
     return result.to(dtype)
 
 
-def _shift(maximum: Tensor) -> Tensor:
+def shift(maximum: Tensor) -> Tensor:
     """What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN)."""
     return torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)

@@ -1,0 +1,411 @@
+"""Mixtures of diagonal normal distributions, in Triton. :mod:`fastvae.ops.mixture` is the mathematics.
+
+The scores [N, U] are a product's tiles, a dimension at a time. In the forward pass they become maxima and
+sums at once. In the backward pass what reaches them is written, for some rows at a time; then one kernel owns
+the rows and takes the components one by one, and another owns components and takes the rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    LAUNCH,
+    PROGRAMS,
+    accumulator,
+    cdiv,
+    exp,
+    load,
+    power_of_two,
+    quotient,
+    split_program,
+    store,
+    strides,
+    tile_width,
+    triton_dtype,
+)
+from .importance import finite_shift, merged, next_block
+from .launching import Call, Result, fixed, planned
+
+LOG_2_PI = tl.constexpr(math.log(2 * math.pi))
+# Components of a tile of scores, along lanes.
+TILE_U = 64
+# Dimensions of a program of the backward pass at most; the others are another program's.
+TILE_D = 128
+# Numbers of [N, U] that are kept at a time.
+MOST_SHARES = 1 << 24
+
+
+@triton.jit(do_not_specialize=["U"])
+def prepare_kernel(
+    p_mu,  # [U, D]
+    p_logvar,  # [U, D]
+    p_log_weight,  # [U]
+    p_mean,  # [D, U] out
+    p_inverse,  # [D, U] out, exp(-logvar / 2)
+    p_constant,  # [U] out, log weight - (sum_d logvar + log 2 pi) / 2
+    U,
+    D,
+    stride_mu_u,
+    stride_mu_d,
+    stride_logvar_u,
+    stride_logvar_d,
+    stride_log_weight,
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_U: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per block of components: what the other kernels read, components side by side."""
+    o_u = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
+    m_u = o_u < U
+    b_sum = tl.zeros([BLOCK_D, BLOCK_U], dtype=DTYPE)
+    for i_d in range(0, D, BLOCK_D):
+        o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[:, None]  # [BLOCK_D, 1]
+        mask = m_u & (o_d < D)
+        b_mu = load(p_mu, o_u * stride_mu_u + o_d * stride_mu_d, mask, DTYPE)
+        b_logvar = load(p_logvar, o_u * stride_logvar_u + o_d * stride_logvar_d, mask, DTYPE)
+        store(p_mean, o_d * U + o_u, b_mu, mask)
+        store(p_inverse, o_d * U + o_u, exp(-0.5 * b_logvar), mask)
+        b_sum += tl.where(mask, b_logvar + LOG_2_PI, 0.0)
+    b_weight = load(p_log_weight, o_u * stride_log_weight, m_u, DTYPE)
+    store(p_constant, o_u, b_weight - 0.5 * tl.sum(b_sum, axis=0, keep_dims=True), m_u)
+
+
+@triton.jit
+def scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, DTYPE: tl.constexpr):
+    """s [BLOCK_N, BLOCK_U]: a dimension at a time, of tensors in which rows and components are neighbours."""
+    m_n, m_u = o_n < N, o_u < U
+    b_sum = tl.zeros([o_n.shape[0], o_u.shape[1]], dtype=DTYPE)
+    p_z += o_n
+    p_mean += o_u
+    p_inverse += o_u
+    for _ in range(D):
+        b_z = tl.load(p_z, mask=m_n, other=0.0)  # [BLOCK_N, 1]
+        b_mean = tl.load(p_mean, mask=m_u, other=0.0)  # [1, BLOCK_U]
+        b_inverse = tl.load(p_inverse, mask=m_u, other=0.0)
+        b_white = (b_z - b_mean) * b_inverse
+        b_sum += b_white * b_white
+        p_z += N
+        p_mean += U
+        p_inverse += U
+    b_constant = load(p_constant, o_u, m_u, DTYPE)
+    return tl.where(m_u, b_constant - 0.5 * b_sum, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["N", "u_per_program"], do_not_specialize_on_alignment=["u_splits"])
+def mixture_kernel(
+    p_z,  # [D, N]
+    p_mean,  # [D, U]
+    p_inverse,  # [D, U]
+    p_constant,  # [U]
+    p_maximum,  # [u_splits, N] out, of each split's scores
+    p_total,  # [u_splits, N] out, sum_u exp(s - maximum)
+    N,
+    U,
+    D,
+    u_per_program,  # components of one program
+    u_splits,  # programs along the components
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
+    """One program per block of rows and split of the components."""
+    i_n, i_split = split_program(u_splits)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    b_max = tl.full([BLOCK_N, 1], float("-inf"), dtype=DTYPE)
+    b_sum = tl.zeros([BLOCK_N, BLOCK_U], dtype=DTYPE)
+    for i_u in range(i_split * u_per_program, tl.minimum((i_split + 1) * u_per_program, U), BLOCK_U):
+        o_u = (i_u + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
+        b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, DTYPE)
+        b_max, b_rescale, b_term = next_block(b_s, b_max)
+        b_sum = b_sum * b_rescale + b_term
+    o_out = i_split.to(tl.int64) * N + o_n
+    tl.store(p_maximum + o_out, b_max, mask=o_n < N)
+    tl.store(p_total + o_out, tl.sum(b_sum, axis=1, keep_dims=True), mask=o_n < N)
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["u_tiles"])
+def mixture_shares_kernel(
+    p_grad,  # [N]
+    p_maximum,  # [N]
+    p_total,  # [N]
+    p_z,  # [D, N]
+    p_mean,  # [D, U]
+    p_inverse,  # [D, U]
+    p_constant,  # [U]
+    p_out,  # [U, N] out
+    N,
+    U,
+    D,
+    u_tiles,  # blocks of components
+    stride_grad,
+    stride_maximum,
+    stride_total,
+    TINY: tl.constexpr,  # the smallest normal number of the computation
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
+    """What reaches the scores; one program per tile."""
+    i_n, i_u = split_program(u_tiles)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    o_u = (i_u * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
+    m_n = o_n < N
+    b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, DTYPE)
+    b_max = load(p_maximum, o_n * stride_maximum, m_n, DTYPE)
+    b_total = load(p_total, o_n * stride_total, m_n, DTYPE)
+    b_grad = load(p_grad, o_n * stride_grad, m_n, DTYPE)
+    b_scale = tl.where(b_total == 0, 0.0, quotient(b_grad, tl.where(b_total == 0, 1.0, b_total)))
+    b_r = b_scale * exp(b_s - finite_shift(b_max))
+    b_r = tl.where((b_scale == 0) | (tl.abs(b_r) < TINY), 0.0, b_r)
+    tl.store(p_out + o_u * N + o_n, b_r, mask=m_n & (o_u < U))
+
+
+@triton.jit(do_not_specialize=["N", "U", "u_per_program"], do_not_specialize_on_alignment=["u_splits"])
+def mixture_rows_kernel(
+    p_share,  # [U, N]
+    p_z,  # [N, D]
+    p_mu,  # [U, D]
+    p_logvar,  # [U, D]
+    p_out,  # [u_splits, N, D] out, - sum_u r w exp(-logvar / 2)
+    N,
+    U,
+    D,
+    u_per_program,  # components of one program
+    u_splits,  # programs along the components
+    stride_z_n,
+    stride_z_d,
+    stride_mu_u,
+    stride_mu_d,
+    stride_logvar_u,
+    stride_logvar_d,
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per block of rows, split of the components, and block of dimensions."""
+    i_n, i_split = split_program(u_splits)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    o_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
+    m_n, m_d = o_n < N, o_d < D
+    mask = m_n & m_d
+    b_z = load(p_z, o_n * stride_z_n + o_d * stride_z_d, mask, DTYPE)
+    b_sum = tl.zeros([BLOCK_N, BLOCK_D], dtype=DTYPE)
+    for i_u in range(i_split * u_per_program, tl.minimum((i_split + 1) * u_per_program, U)):
+        o_u = tl.zeros([1, 1], dtype=tl.int64) + i_u
+        b_r = tl.load(p_share + o_u * N + o_n, mask=m_n, other=0.0)  # [BLOCK_N, 1]
+        b_mu = load(p_mu, o_u * stride_mu_u + o_d * stride_mu_d, m_d, DTYPE)  # [1, BLOCK_D]
+        b_inverse = exp(-0.5 * load(p_logvar, o_u * stride_logvar_u + o_d * stride_logvar_d, m_d, DTYPE))
+        b_sum -= b_r * ((b_z - b_mu) * b_inverse) * b_inverse
+    tl.store(p_out + (i_split.to(tl.int64) * N + o_n) * D + o_d, b_sum, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "U", "n_per_program"], do_not_specialize_on_alignment=["n_splits"])
+def mixture_components_kernel(
+    p_share,  # [U, N]
+    p_z,  # [N, D]
+    p_mu,  # [U, D]
+    p_logvar,  # [U, D]
+    p_grad_mu,  # [n_splits, U, D] out, exp(-logvar / 2) sum_n r w
+    p_grad_logvar,  # [n_splits, U, D] out, (sum_n r w^2 - sum_n r) / 2
+    p_grad_log_weight,  # [n_splits, U] out, sum_n r
+    N,
+    U,
+    D,
+    n_per_program,  # rows of one program
+    n_splits,  # programs along the rows
+    stride_z_n,
+    stride_z_d,
+    stride_mu_u,
+    stride_mu_d,
+    stride_logvar_u,
+    stride_logvar_d,
+    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    BLOCK_U: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per block of components, split of the rows, and block of dimensions."""
+    i_u, i_split = split_program(n_splits)
+    o_u = (i_u * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[:, None]  # [BLOCK_U, 1]
+    o_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
+    m_u, m_d = o_u < U, o_d < D
+    mask = m_u & m_d
+    b_mu = load(p_mu, o_u * stride_mu_u + o_d * stride_mu_d, mask, DTYPE)
+    b_inverse = exp(-0.5 * load(p_logvar, o_u * stride_logvar_u + o_d * stride_logvar_d, mask, DTYPE))
+    b_first = tl.zeros([BLOCK_U, BLOCK_D], dtype=DTYPE)
+    b_second = tl.zeros([BLOCK_U, BLOCK_D], dtype=DTYPE)
+    b_share = tl.zeros([BLOCK_U, 1], dtype=DTYPE)
+    for i_n in range(i_split * n_per_program, tl.minimum((i_split + 1) * n_per_program, N)):
+        o_n = tl.zeros([1, 1], dtype=tl.int64) + i_n
+        b_r = tl.load(p_share + o_u * N + o_n, mask=m_u, other=0.0)  # [BLOCK_U, 1]
+        b_z = load(p_z, o_n * stride_z_n + o_d * stride_z_d, m_d, DTYPE)  # [1, BLOCK_D]
+        b_white = (b_z - b_mu) * b_inverse
+        b_part = b_r * b_white
+        b_first += b_part
+        b_second += b_part * b_white
+        b_share += b_r
+    o_out = (i_split.to(tl.int64) * U + o_u) * D + o_d
+    if p_grad_mu is not None:
+        tl.store(p_grad_mu + o_out, b_first * b_inverse, mask=mask)
+    if p_grad_logvar is not None:
+        tl.store(p_grad_logvar + o_out, 0.5 * (b_second - b_share), mask=mask)
+    if p_grad_log_weight is not None:
+        # Of every block of dimensions the same.
+        tl.store(
+            p_grad_log_weight + i_split.to(tl.int64) * U + o_u, b_share, mask=m_u & (tl.program_id(1) == 0)
+        )
+
+
+@planned
+def _prepare(mu, logvar, log_weight) -> Call:
+    u, d = mu.shape
+    dtype = accumulator(mu)
+    block_u = min(power_of_two(u), TILE_U)
+    block_d = min(power_of_two(d), LAUNCH["mixture"].tile // 2 // block_u)
+    return Call(
+        prepare_kernel,
+        (cdiv(u, block_u),),
+        (Result((d, u), dtype), Result((d, u), dtype), Result((u,), dtype)),
+        (u, d, *strides(mu, 2), *strides(logvar, 2), *strides(log_weight, 1)),
+        {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
+        LAUNCH["mixture"].warps(dtype),
+    )
+
+
+def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(BLOCK_N, BLOCK_U) of scores; in float64 half as many, or they spill."""
+    block_u = min(power_of_two(u), TILE_U)
+    return min(power_of_two(n), LAUNCH["mixture"].tile * 4 // dtype.itemsize // block_u), block_u
+
+
+def _splits(steps: int, others: int, least: int) -> tuple[int, int]:
+    """(steps of a program, programs) of a loop that others run beside; ``least`` steps at least."""
+    splits = max(1, min(PROGRAMS // others, steps // least))
+    each = cdiv(steps, splits)
+    return each, cdiv(steps, each)
+
+
+@planned
+def _scores(z, mean, inverse, constant) -> Call:
+    (d, n), u = z.shape, len(constant)
+    dtype = accumulator(z)
+    block_n, block_u = _tile(n, u, dtype)
+    each, splits = _splits(cdiv(u, block_u), cdiv(n, block_n), 1)
+    return Call(
+        mixture_kernel,
+        (splits * cdiv(n, block_n),),
+        (Result((splits, n), dtype), Result((splits, n), dtype)),
+        (n, fixed(u), fixed(d), each * block_u, splits),
+        {"DTYPE": triton_dtype(dtype), "BLOCK_N": block_n, "BLOCK_U": block_u},
+        LAUNCH["mixture"].warps(dtype),
+    )
+
+
+def mixture_log_prob(
+    z: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, log_weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log p [N] of z [N, D] and components [U, D], [U, D], [U]; max_u s, and sum_u exp(s - maximum)."""
+    if z.numel() == 0:
+        return _without_rows(z, log_weight)
+    maxima, totals = _scores((z.t().contiguous(), *_prepare((mu, logvar, log_weight))))
+    return merged(maxima, totals)
+
+
+def _without_rows(z, log_weight):
+    """There are no rows, or no dimensions."""
+    maximum = log_weight.max().expand(len(z)).contiguous()
+    value = torch.logsumexp(log_weight, 0)
+    return value.expand(len(z)).contiguous(), maximum, torch.exp(value - maximum)
+
+
+@planned
+def _shares(grad, maximum, total, z, mean, inverse, constant) -> Call:
+    (d, n), u = z.shape, len(constant)
+    dtype = accumulator(z)
+    block_n, block_u = _tile(n, u, dtype)
+    u_tiles = cdiv(u, block_u)
+    return Call(
+        mixture_shares_kernel,
+        (u_tiles * cdiv(n, block_n),),
+        (Result((u, n), dtype),),
+        (n, fixed(u), fixed(d), u_tiles, *strides(grad, 1), *strides(maximum, 1), *strides(total, 1)),
+        {
+            "TINY": torch.finfo(dtype).tiny,
+            "DTYPE": triton_dtype(dtype),
+            "BLOCK_N": block_n,
+            "BLOCK_U": block_u,
+        },
+        LAUNCH["mixture"].warps(dtype),
+    )
+
+
+@planned
+def _rows(share, z, mu, logvar) -> Call:
+    (n, d), u = z.shape, len(mu)
+    dtype = accumulator(z)
+    block_d = tile_width(d, TILE_D)
+    block_n = min(power_of_two(n), LAUNCH["mixture_backward"].tile // block_d)
+    each, splits = _splits(u, cdiv(n, block_n) * cdiv(d, block_d), 32)
+    return Call(
+        mixture_rows_kernel,
+        (splits * cdiv(n, block_n), cdiv(d, block_d)),
+        (Result((n, d), dtype, splits),),
+        (n, u, fixed(d), each, splits, *strides(z, 2), *strides(mu, 2), *strides(logvar, 2)),
+        {"DTYPE": triton_dtype(dtype), "BLOCK_N": block_n, "BLOCK_D": block_d},
+        LAUNCH["mixture_backward"].warps(dtype),
+    )
+
+
+@planned
+def _components(share, z, mu, logvar, need) -> Call:
+    (n, d), u = z.shape, len(mu)
+    dtype = accumulator(z)
+    block_d = tile_width(d, TILE_D)
+    block_u = min(power_of_two(u), LAUNCH["mixture_backward"].tile // block_d)
+    each, splits = _splits(n, cdiv(u, block_u) * cdiv(d, block_d), 32)
+    results = [Result(shape, dtype, splits) for shape in ((u, d), (u, d), (u,))]
+    return Call(
+        mixture_components_kernel,
+        (splits * cdiv(u, block_u), cdiv(d, block_d)),
+        tuple(r if wanted else None for r, wanted in zip(results, need, strict=True)),
+        (n, u, fixed(d), each, splits, *strides(z, 2), *strides(mu, 2), *strides(logvar, 2)),
+        {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
+        LAUNCH["mixture_backward"].warps(dtype),
+    )
+
+
+def mixture_log_prob_backward(
+    grad: torch.Tensor,
+    maximum: torch.Tensor,
+    total: torch.Tensor,
+    z: torch.Tensor,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    log_weight: torch.Tensor,
+    need: list[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of (z, mu, logvar, log_weight), None where not needed."""
+    tensors = z, mu, logvar, log_weight
+    if z.numel() == 0:
+        share = grad.sum() * torch.softmax(log_weight, 0)
+        grads = *(torch.zeros_like(t) for t in tensors[:3]), share
+        return tuple(g if n else None for g, n in zip(grads, need, strict=True))
+    prepared = _prepare((mu, logvar, log_weight))
+    most = max(1, MOST_SHARES // len(mu))
+    pieces = []
+    for g, m, s, rows in zip(*(t.split(most) for t in (grad, maximum, total, z)), strict=True):
+        (share,) = _shares((g, m, s, rows.t().contiguous(), *prepared))
+        by_z = _rows((share, rows, mu, logvar)) if need[0] else (None,)
+        by_parameters = (
+            _components((share, rows, mu, logvar), (tuple(need[1:]),)) if any(need[1:]) else (None,) * 3
+        )
+        pieces.append((*by_z, *by_parameters))
+    if len(pieces) == 1:
+        return pieces[0]
+    by_z, *by_parameters = zip(*pieces, strict=True)
+    sums = (None if p[0] is None else torch.stack(p).sum(0) for p in by_parameters)
+    return torch.cat(by_z) if need[0] else None, *sums
