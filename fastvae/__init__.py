@@ -2,7 +2,26 @@
 
 from . import likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
-from .distributions import DiagonalNormal, Distribution, StandardNormal, TorchDistribution, register_kl
+from .distributions import (
+    AggregatePosterior,
+    DiagonalNormal,
+    Distribution,
+    Exponential,
+    Flow,
+    FullNormal,
+    Gumbel,
+    Laplace,
+    Logistic,
+    LogNormal,
+    LowRankNormal,
+    Mixture,
+    NormalMixture,
+    StandardNormal,
+    StudentT,
+    TorchDistribution,
+    VampPrior,
+    register_kl,
+)
 from .evaluate import Evaluation, evaluate
 from .graphs import graphed
 from .head import FusedHead, LinearOutput, fuse_head
@@ -15,16 +34,12 @@ from .likelihoods import (
     DiscretizedLogisticMixture,
     Gaussian,
     Joint,
-    Laplace,
     Likelihood,
-    Logistic,
-    LogNormal,
     Multinomial,
     NegativeBinomial,
     OptimalGaussian,
     Poisson,
     SoftplusGaussian,
-    StudentT,
     ZeroInflatedNegativeBinomial,
 )
 from .objectives import (
@@ -42,6 +57,7 @@ from .vae import VAE
 __version__ = "0.1.0"
 __all__ = [
     "VAE",
+    "AggregatePosterior",
     "Bernoulli",
     "Beta",
     "Categorical",
@@ -51,8 +67,12 @@ __all__ = [
     "DiscretizedLogisticMixture",
     "Distribution",
     "Evaluation",
+    "Exponential",
+    "Flow",
+    "FullNormal",
     "FusedHead",
     "Gaussian",
+    "Gumbel",
     "Joint",
     "Laplace",
     "Likelihood",
@@ -61,8 +81,11 @@ __all__ = [
     "LogNormal",
     "LogWeights",
     "Logistic",
+    "LowRankNormal",
+    "Mixture",
     "Multinomial",
     "NegativeBinomial",
+    "NormalMixture",
     "OptimalGaussian",
     "Poisson",
     "SoftplusGaussian",
@@ -70,6 +93,7 @@ __all__ = [
     "StudentT",
     "Terms",
     "TorchDistribution",
+    "VampPrior",
     "ZeroInflatedNegativeBinomial",
     "elbo",
     "evaluate",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._checks import check_count
 from ._inputs import Inputs
 from ._nested import event_size
-from .distributions import Distribution, draw_chunk, rsample
+from .distributions import Distribution, draw_chunk, log_shares, rsample
 from .likelihoods.base import Declared
 from .weights import Weights
 
@@ -97,10 +97,13 @@ def stream(
                 part = draw_chunk(q, inputs.prior, count, seed, start, offset)[:2]
             else:
                 part = rsample(q, count, seed, sample_offset=start, row_offset=offset)[:1]
+                shares = log_shares(q, count, seed, start)
+                if shares is not None:
+                    part = part[0], shares.expand(count, q.batch)
             parts.append(part if wanted is None else tuple(v[:, wanted] for v in part))
-        z, *log_ratio = parts[0] if len(parts) == 1 else map(torch.hstack, zip(*parts, strict=True))
+        z, *term = parts[0] if len(parts) == 1 else map(torch.hstack, zip(*parts, strict=True))
         log_likelihood = data.log_likelihood(z, chunks.see)
-        return log_likelihood + log_ratio[0] if ratio else log_likelihood
+        return log_likelihood + term[0] if term else log_likelihood
 
     while start < stop:
         count = min(chunks.draws(inputs, batch), stop - start)

@@ -25,7 +25,7 @@ from ._checks import (
 from ._inputs import Inputs, weigh_samples
 from ._nested import Beside, tensors
 from ._stream import Chunks
-from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio
+from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
 from .distributions.draws import describe, say_monte_carlo
 from .likelihoods import Likelihood
 from .ops.latent import ESTIMATORS
@@ -232,7 +232,9 @@ def elbo(
         factor = (
             beta if isinstance(beta, Tensor) else beta * torch.ones((), dtype=torch.float64, device=q.device)
         )
-    drawn = draw_kl(q, prior, samples, seed, row_offset, has_free_bits) if kl == "analytic" else None
+    drawn, shares = None, None
+    if kl == "analytic":
+        drawn = draw_kl(q, prior, samples, seed, row_offset, has_free_bits)
     if drawn is not None:
         z, term = drawn
         if has_free_bits:
@@ -241,10 +243,18 @@ def elbo(
     else:
         if kl == "analytic":
             _without_closed_form(q, prior, has_free_bits)
-        z, term = draw_ratio(q, prior, samples, seed, row_offset)
+        if q.strata > 1:
+            z, term, shares = draw_strata(q, prior, samples, seed, row_offset)
+        else:
+            z, term = draw_ratio(q, prior, samples, seed, row_offset)
     of_each = terms or example_weights is not None
     how = Weighing(coefficient, "mean", "none" if of_each else reduction)
-    bound, log_likelihood = inputs.bound(z, term, samples, factor, how, terms)
+    if shares is None:
+        bound, log_likelihood = inputs.bound(z, term, samples, factor, how, terms)
+    else:
+        counted = (torch.where(shares == 0, 0.0, shares * t) for t in (inputs.log_likelihood(z), term))
+        log_likelihood, term = counted
+        bound, log_likelihood = weigh_samples(log_likelihood, term, factor, how)
     if example_weights is not None:
         return _weighted(bound, example_weights, reduction, terms)
     if not terms:

@@ -443,7 +443,7 @@ def test_draws_have_the_likelihoods_scores(likelihood):
 
 def test_draws_of_held_parameters():
     location = randn(3000, X, seed=1)
-    drawn = fastvae.Laplace(scale=0.01).sample(location) - location
+    drawn = fastvae.likelihoods.Laplace(scale=0.01).sample(location) - location
     assert bool((drawn.abs().mean() - 0.01).abs() < 6e-4)
     counts = fastvae.ZeroInflatedNegativeBinomial(5.0).sample((location, location + 30))
     assert not bool(counts.any())  # all are dropped

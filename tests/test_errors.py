@@ -342,7 +342,7 @@ CASES = {
             "decoder of a gaussian likelihood",
             "(mean, logvar)",
             "a tensor [5, 7]",
-            "fastvae.Gaussian(scale=0.1)",
+            "fastvae.likelihoods.Gaussian(scale=0.1)",
         ],
     ),
     "a pair for a gaussian likelihood with a scale": (
@@ -357,26 +357,30 @@ CASES = {
             "of a laplace likelihood",
             "(location, log_scale)",
             "a location alone",
-            "fastvae.Laplace(scale=0.1)",
+            "fastvae.likelihoods.Laplace(scale=0.1)",
         ],
     ),
     "a pair for a log-normal likelihood with a scale": (
-        lambda: elbo(x(), q(), pair, likelihood=fastvae.LogNormal(0.1)),
+        lambda: elbo(x(), q(), pair, likelihood=fastvae.likelihoods.LogNormal(0.1)),
         TypeError,
         ["LogNormal(scale=...)", "location alone", "a tuple of 2", "likelihood='log_normal'"],
     ),
     "a tensor for a student t likelihood": (
         lambda: elbo(x(), q(), logits, likelihood="student_t"),
         TypeError,
-        ["(location, log_scale, log_df)", "a tensor [5, 7]", "fastvae.StudentT(scale=0.1, df=4.0)"],
+        [
+            "(location, log_scale, log_df)",
+            "a tensor [5, 7]",
+            "fastvae.likelihoods.StudentT(scale=0.1, df=4.0)",
+        ],
     ),
     "a pair for a student t likelihood": (
         lambda: elbo(x(), q(), pair, likelihood="student_t"),
         TypeError,
-        ["a tuple of 2", "these alone", "df, the degrees of freedom", "fastvae.StudentT(df=4.0)"],
+        ["a tuple of 2", "these alone", "df, the degrees of freedom", "fastvae.likelihoods.StudentT(df=4.0)"],
     ),
     "a tensor for a student t likelihood with df": (
-        lambda: elbo(x(), q(), logits, likelihood=fastvae.StudentT(4)),
+        lambda: elbo(x(), q(), logits, likelihood=fastvae.likelihoods.StudentT(4)),
         TypeError,
         ["StudentT(df=...)", "(location, log_scale);", "a tensor [5, 7]", "without a df"],
     ),
@@ -448,7 +452,7 @@ CASES = {
     "scale a parameter": (
         lambda: fastvae.Gaussian(scale=torch.nn.Parameter(torch.tensor(0.1))),
         TypeError,
-        ["scale", "fastvae.Gaussian(scale=0.1, learned=True)", "log_scale"],
+        ["scale", "fastvae.likelihoods.Gaussian(scale=0.1, learned=True)", "log_scale"],
     ),
     "scale that requires gradients, learned": (
         lambda: fastvae.Gaussian(scale=torch.tensor(0.1, requires_grad=True), learned=True),
@@ -458,7 +462,7 @@ CASES = {
     "learned without a scale": (
         lambda: fastvae.Gaussian(learned=True),
         ValueError,
-        ["learned=True needs a scale", "fastvae.Gaussian(scale=0.1, learned=True)"],
+        ["learned=True needs a scale", "fastvae.likelihoods.Gaussian(scale=0.1, learned=True)"],
     ),
     "learned scale negative": (
         lambda: fastvae.Gaussian(scale=torch.tensor([0.1, -0.1]), learned=True),
@@ -466,18 +470,22 @@ CASES = {
         ["scale", "positive"],
     ),
     "df a parameter": (
-        lambda: fastvae.StudentT(torch.nn.Parameter(torch.tensor(4.0))),
+        lambda: fastvae.likelihoods.StudentT(torch.nn.Parameter(torch.tensor(4.0))),
         TypeError,
-        ["df must be a value", "fastvae.StudentT(df=4.0, learned_df=True)", "log_df"],
+        ["df must be a value", "fastvae.likelihoods.StudentT(df=4.0, learned_df=True)", "log_df"],
     ),
-    "df of zero": (lambda: fastvae.StudentT(0), ValueError, ["df is the degrees of freedom", "got 0"]),
-    "learned scale of a student t without one": (
-        lambda: fastvae.StudentT(4.0, learned=True),
+    "df of zero": (
+        lambda: fastvae.likelihoods.StudentT(0),
         ValueError,
-        ["learned=True needs a scale", "fastvae.StudentT(scale=0.1, df=4.0, learned=True)"],
+        ["df is the degrees of freedom", "got 0"],
+    ),
+    "learned scale of a student t without one": (
+        lambda: fastvae.likelihoods.StudentT(4.0, learned=True),
+        ValueError,
+        ["learned=True needs a scale", "fastvae.likelihoods.StudentT(scale=0.1, df=4.0, learned=True)"],
     ),
     "df of another shape": (
-        lambda: elbo(x(), q(), pair, likelihood=fastvae.StudentT(torch.ones(6, device=DEVICE))),
+        lambda: elbo(x(), q(), pair, likelihood=fastvae.likelihoods.StudentT(torch.ones(6, device=DEVICE))),
         ValueError,
         ["df has shape [6]", "[5, 7]", "[7]"],
     ),

@@ -509,8 +509,11 @@ DECODERS = {
     "two": (lambda: Decoder("two"), "gaussian"),
     "one": (lambda: Decoder("one"), "bernoulli"),
     "held": (lambda: Decoder("one"), lambda: fastvae.Gaussian(scale=0.5, learned=True)),
-    "row": (lambda: Decoder("one"), lambda: fastvae.Laplace(scale=torch.rand(*EVENT) + 0.1, learned=True)),
-    "student": (lambda: Decoder("chunk"), lambda: fastvae.StudentT(df=4.0, learned_df=True)),
+    "row": (
+        lambda: Decoder("one"),
+        lambda: fastvae.likelihoods.Laplace(scale=torch.rand(*EVENT) + 0.1, learned=True),
+    ),
+    "student": (lambda: Decoder("chunk"), lambda: fastvae.likelihoods.StudentT(df=4.0, learned_df=True)),
     "floor": (lambda: Decoder("chunk"), lambda: fastvae.Gaussian(scale="softplus")),
     "sequential": (lambda: sequential(nn.Unflatten(1, EVENT)), "bernoulli"),
 }
@@ -732,7 +735,7 @@ def test_a_likelihood_with_a_head(always, calls, name):
         "bernoulli": fastvae.Bernoulli,
         "gaussian": fastvae.Gaussian,
         "learned": lambda **o: fastvae.Gaussian(0.3, learned=True, **o),
-        "student": lambda **o: fastvae.StudentT(4.0, **o),
+        "student": lambda **o: fastvae.likelihoods.StudentT(4.0, **o),
     }[name]
     before = nn.Sequential(nn.Linear(D, H), nn.Tanh())
 

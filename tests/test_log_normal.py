@@ -51,4 +51,4 @@ def test_a_row_without_weight_has_no_gradient(backend):
 def test_the_mean_with_a_scale(scale):
     location = torch.randn(4, 3)
     expected = torch.distributions.LogNormal(location, torch.as_tensor(scale)).mean
-    torch.testing.assert_close(fastvae.LogNormal(scale).mean(location), expected)
+    torch.testing.assert_close(fastvae.likelihoods.LogNormal(scale).mean(location), expected)

@@ -116,7 +116,7 @@ def test_what_the_likelihood_holds(backend, form):
     """As the op with the same numbers, in the fused way and by log_prob; what is learned has a gradient."""
     options, returned = HELD[form]
     options = {n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
-    likelihood = fastvae.StudentT(**options).to(DEVICE)
+    likelihood = fastvae.likelihoods.StudentT(**options).to(DEVICE)
     x, outputs = randn(4, 7, seed=1), [0.5 * randn(3 * 4, 7, seed=2 + i) for i in range(3)]
     outputs = tuple(outputs[: len(returned)])
     full = [o.view(3, 4, 7) for o in outputs]
@@ -141,5 +141,5 @@ def test_what_the_likelihood_holds(backend, form):
 
 
 def test_a_scale_needs_degrees_of_freedom():
-    with pytest.raises(ValueError, match=r"a scale needs df.*fastvae.StudentT\(df=4.0, scale=0.1\)"):
-        fastvae.StudentT(scale=0.1)
+    with pytest.raises(ValueError, match=r"a scale needs df.*likelihoods.StudentT\(df=4.0, scale=0.1\)"):
+        fastvae.likelihoods.StudentT(scale=0.1)

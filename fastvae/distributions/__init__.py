@@ -2,17 +2,34 @@
 what is fused."""
 
 from .base import Distribution, closed_kl, register_kl
-from .draws import STANDARD, draw_chunk, draw_kl, draw_ratio, rsample
+from .covariance import FullNormal, LowRankNormal
+from .draws import STANDARD, draw_chunk, draw_kl, draw_ratio, draw_strata, log_shares, rsample
+from .flow import Flow
+from .location_scale import Exponential, Gumbel, Laplace, Logistic, LogNormal, StudentT
+from .mixture import AggregatePosterior, Mixture, NormalMixture, VampPrior
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior, as_prior, is_conditional
 from .wrapped import TorchDistribution
 
 __all__ = [
     "STANDARD",
+    "AggregatePosterior",
     "DiagonalNormal",
     "Distribution",
+    "Exponential",
+    "Flow",
+    "FullNormal",
+    "Gumbel",
+    "Laplace",
+    "LogNormal",
+    "Logistic",
+    "LowRankNormal",
+    "Mixture",
+    "NormalMixture",
     "StandardNormal",
+    "StudentT",
     "TorchDistribution",
+    "VampPrior",
     "as_posterior",
     "as_prior",
     "closed_kl",
@@ -20,7 +37,9 @@ __all__ = [
     "draw_chunk",
     "draw_kl",
     "draw_ratio",
+    "draw_strata",
     "is_conditional",
+    "log_shares",
     "register_kl",
     "rsample",
 ]

@@ -24,6 +24,7 @@ class Distribution(nn.Module):
         device: where z is drawn, of a posterior.
         mean: of a posterior: the mean of each row [B, D], or None where it is not known.
         per_row: of a prior: whether each row of the batch has parameters of its own.
+        strata: of a posterior: how many parts its draws come from in turn; 1 where each is drawn from q.
 
     Example:
         >>> import torch, fastvae
@@ -40,6 +41,12 @@ class Distribution(nn.Module):
     device: torch.device
     mean: Tensor | None = None
     per_row: ClassVar[bool] = False
+    strata: ClassVar[int] = 1
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is one distribution for each example, as a posterior is."""
+        return hasattr(self, "batch") and hasattr(self, "device")
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log of the density at z [K, B, D], summed over D: [K, B], in nats."""
@@ -74,9 +81,50 @@ class Distribution(nn.Module):
         """The posterior of these examples alone, or None where that is not known."""
         return None
 
+    def expand(self, batch: int, like: Tensor) -> Distribution:
+        """The same distribution for each of so many examples, as a posterior: a component of a
+        :class:`fastvae.Mixture` that also has others.
+
+        Args:
+            batch: B.
+            like: a tensor [..., D], on whose device and in whose dtype z will be.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no expand, which a component of a mixture needs that has no rows of "
+            "its own: give it a row of parameters for each example"
+        )
+
+    def prepared(self) -> Distribution:
+        """The same prior with what all draws of a call have in common computed, such as a VampPrior's
+        components; an objective asks once.
+        """
+        return self
+
+    def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
+        """log of what each draw counts, [K, B] or [K, 1], where there are ``strata``: 1 on average."""
+        raise NotImplementedError(f"{type(self).__name__} has strata, but no log_shares")
+
+    @property
+    def reaches_others(self) -> bool:
+        """Whether the density may reach parameters that are no attributes, as a family of the user's may."""
+        return not type(self).__module__.startswith("fastvae.distributions.")
+
     def as_torch(self) -> td.Distribution | None:
         """The same as an object of torch.distributions, whose table of KLs is asked; None for none."""
         return None
+
+
+def hold(module: nn.Module, **values: Tensor | None) -> None:
+    """Make tensors attributes: parameters and buffers of the module, but what a network computed, which is no
+    state of it and must stay in its graph.
+    """
+    for name, value in values.items():
+        if isinstance(value, nn.Parameter):
+            setattr(module, name, value)
+        elif value is None or value.requires_grad:
+            module.__dict__[name] = value
+        else:
+            module.register_buffer(name, value)
 
 
 # What is read as a tensor's holder when a distribution's parameters are held fixed.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributions as td
 
 from .. import ops
 from .._checks import check_result
@@ -88,13 +87,22 @@ def describe(distribution: Distribution) -> str:
 def draw_ratio(
     q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int, estimator: str = "iwae"
 ) -> tuple[Tensor, Tensor]:
-    """z [K·B, D] and log p(z) − log q(z|x) [K, B]."""
+    """z [K·B, D] and log p(z) − log q(z|x) [K, B], with the log of what each draw counts."""
     usual = type(q) is DiagonalNormal and p is STANDARD
     prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
         return flat_log_ratio((q.mu, q.logvar, q.logvar_range), prior, seed, samples, row_offset, estimator)
     z, log_ratio, _ = _composed(q, p, samples, seed, estimator, False, row_offset=row_offset)
-    return z.flatten(0, 1), log_ratio
+    shares = log_shares(q, samples, seed)
+    return z.flatten(0, 1), log_ratio if shares is None else log_ratio + shares
+
+
+def draw_strata(
+    q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z [K, B, D] and log p(z) − log q(z|x) [K, B] of a q with strata, and what each draw counts [K, B]."""
+    z, log_ratio, _ = _composed(q, p, samples, seed, "iwae", False, row_offset=row_offset)
+    return z, log_ratio, q.log_shares(samples, seed).exp().expand(log_ratio.shape)
 
 
 def draw_chunk(
@@ -114,7 +122,9 @@ def draw_chunk(
     place: dict[str, Any]
     place = {"sample_offset": sample_offset, "row_offset": row_offset}
     if prior is _NOT_FUSED:
-        return _composed(q, p, samples, seed, estimator, True, **place)
+        z, log_ratio, whole_of_all = _composed(q, p, samples, seed, estimator, True, **place)
+        shares = log_shares(q, samples, seed, sample_offset)
+        return z, log_ratio if shares is None else log_ratio + shares, whole_of_all
     z, log_ratio, *whole = ops.rsample_log_ratio(
         q.mu, q.logvar, samples=samples, prior=prior, estimator=estimator, logvar_range=q.logvar_range,  # type: ignore[arg-type]
         seed=seed, chunk=estimator == "dreg", **place,
@@ -132,12 +142,16 @@ def _composed(
     **place: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What :func:`draw_chunk` returns, of any q and p."""
+    if q.strata > 1 and estimator == "dreg":
+        raise ValueError(
+            f"estimator='dreg' needs draws from q itself; those of {describe(q)} come from its components in "
+            "turn. Use estimator='iwae' or 'stl'"
+        )
     z, log_q = rsample(q, samples, seed, **place)
-    if estimator == "iwae":
-        return z, _log_prob(p, z, "p(z)") - log_q, None
-    # Of q's own parameters nothing but z is left.
-    log_q = _log_prob(_held(q, z, estimator), z, "q(z|x)")
-    if estimator == "stl":
+    if estimator != "iwae":
+        # Of q's own parameters nothing but z is left.
+        log_q = _log_prob(_held(q, z, estimator), z, "q(z|x)")
+    if estimator != "dreg":
         return z, _log_prob(p, z, "p(z)") - log_q, None
     log_p = _log_prob(p, z.detach(), "p(z)")
     z, log_ratio, *whole = _DReG.apply(z, _log_prob(_held(p, z, estimator), z, "p(z)") - log_q, chunk)  # type: ignore[no-untyped-call]
@@ -145,13 +159,16 @@ def _composed(
     return z, log_ratio + (log_p - log_p.detach()), whole[0] if whole else None
 
 
+def log_shares(q: Distribution, samples: int, seed: Tensor, sample_offset: int = 0) -> Tensor | None:
+    """log of what each draw counts, [K, B] or [K, 1]; None where all count the same."""
+    return q.log_shares(samples, seed, sample_offset=sample_offset) if q.strata > 1 else None
+
+
 def _held(distribution: Distribution, z: Tensor, estimator: str) -> Distribution:
     """The distribution held fixed, and looked at: what a family of the user's reaches need not be its own."""
     fixed: Distribution = held(distribution)
-    kind = type(getattr(distribution, "distribution", distribution))
-    known = kind.__module__.startswith(("fastvae.distributions.", "torch.distributions."))
-    known = known and not issubclass(kind, td.TransformedDistribution)  # whose transforms may be anything
-    if not (known or torch.compiler.is_compiling()) and fixed.log_prob(z.detach()).requires_grad:
+    looked_at = distribution.reaches_others and not torch.compiler.is_compiling()
+    if looked_at and fixed.log_prob(z.detach()).requires_grad:
         raise RuntimeError(
             f"estimator={estimator!r} needs {describe(distribution)}.log_prob with its parameters held "
             "fixed, but it reaches some that are not its own tensors or modules: in a closure, a namedtuple, "

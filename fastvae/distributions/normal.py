@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributions as td
 
 from .. import ops, random
 from .._checks import check_logvar_range, check_same_device, check_same_shape, check_tensor, shape_of
 from ..ops.op import accumulator
-from .base import Distribution, is_still, register_kl
+from .base import Distribution, hold, is_still, register_kl
 
 
 class StandardNormal(Distribution):
@@ -37,6 +37,10 @@ class StandardNormal(Distribution):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         return random.normal(random.draw_seed(device or "cpu", generator), 1, n, dim)[0]
+
+    def expand(self, batch: int, like: Tensor) -> Distribution:
+        zeros = like.new_zeros(batch, like.shape[-1])
+        return diagonal(zeros, zeros) if is_still(self, StandardNormal) else super().expand(batch, like)
 
     def as_torch(self) -> td.Normal | None:
         return td.Normal(0.0, 1.0, validate_args=False) if is_still(self, StandardNormal) else None
@@ -78,14 +82,7 @@ class DiagonalNormal(Distribution):
         if logvar_range is not None:
             check_logvar_range(logvar_range)
         self.logvar_range = logvar_range
-        for name, value in (("mu", mu), ("logvar", logvar)):
-            if isinstance(value, nn.Parameter):
-                setattr(self, name, value)
-            elif value.requires_grad:
-                # Computed by a network: no state of ours, and it must stay in its graph.
-                self.__dict__[name] = value
-            else:
-                self.register_buffer(name, value)
+        hold(self, mu=mu, logvar=logvar)
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -98,6 +95,10 @@ class DiagonalNormal(Distribution):
     @property
     def mean(self) -> Tensor:  # type: ignore[override]
         return self.mu
+
+    @property
+    def has_rows(self) -> bool:
+        return self.mu.dim() == 2
 
     @property
     def per_row(self) -> bool:  # type: ignore[override]
@@ -142,6 +143,12 @@ class DiagonalNormal(Distribution):
         if type(self) is not DiagonalNormal:
             return None
         return diagonal(self.mu[start:stop], self.logvar[start:stop], self.logvar_range)
+
+    def expand(self, batch: int, like: Tensor) -> Distribution:
+        if type(self) is not DiagonalNormal:
+            return super().expand(batch, like)
+        shape = (batch, like.shape[-1])
+        return diagonal(self.mu.expand(shape), self.logvar.expand(shape), self.logvar_range)
 
     def as_torch(self) -> td.Normal | None:
         if not is_still(self, DiagonalNormal):

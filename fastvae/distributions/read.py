@@ -11,7 +11,9 @@ from torch import distributions as td
 from .._checks import check_tensor, shape_of
 from .._glance import are_rows
 from .base import Distribution
+from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD
+from .mixture import NormalMixture
 from .normal import DiagonalNormal, StandardNormal, check_posterior, diagonal
 from .wrapped import TorchDistribution
 
@@ -35,7 +37,7 @@ def as_posterior(q: Any) -> Distribution:
     if isinstance(q, td.Distribution):
         if type(normal := _univariate(q)) is td.Normal:
             return _pair(normal.loc, 2 * normal.scale.log())
-        return _posterior(TorchDistribution(q))
+        return _posterior(_of_torch(q))
     if (inner := _named(q, "latent_dist")) is not None:
         return as_posterior(inner)
     # The log variance first: a distribution without one may have no mean to ask for either.
@@ -60,6 +62,26 @@ def _univariate(d: td.Distribution) -> td.Distribution:
     return d.base_dist if isinstance(d, td.Independent) and d.reinterpreted_batch_ndims == 1 else d
 
 
+def _of_torch(d: td.Distribution) -> Distribution:
+    """As the family of fastvae's that it is, if there is one."""
+    if type(d) is td.MultivariateNormal and d.loc.dim() <= 2:
+        return FullNormal.of(d.loc, d.scale_tril)
+    if type(d) is td.LowRankMultivariateNormal and d.loc.dim() <= 2:
+        return LowRankNormal(d.loc, d.cov_diag.log(), d.cov_factor)
+    if type(d) is td.MixtureSameFamily and type(d.mixture_distribution) is td.Categorical:
+        logits, normal = d.mixture_distribution.logits, _univariate(d.component_distribution)
+        if type(normal) is td.Normal and normal.loc.dim() == 2 and logits.dim() == 1:
+            return NormalMixture(normal.loc, 2 * normal.scale.log(), logits)
+    return TorchDistribution(d)
+
+
+def as_component(value: Any) -> Distribution:
+    """A component of a mixture: what may be a posterior, or a prior."""
+    if isinstance(value, (Distribution, td.Distribution)):
+        return as_prior(value)
+    return as_posterior(value)
+
+
 def _posterior(q: Distribution) -> Distribution:
     """Checked, as far as its family is known."""
     if isinstance(q, DiagonalNormal):
@@ -75,10 +97,10 @@ def _posterior(q: Distribution) -> Distribution:
             raise TypeError(
                 f"q is a {_describe(d)}, which has no rsample (reparameterised draws); use a family that has"
             )
-    elif not (hasattr(q, "batch") and hasattr(q, "device")):
+    elif not q.has_rows:
         raise TypeError(
             f"q is {type(q).__name__}, which has no rows (batch and device), so it is not a posterior: pass "
-            "the distribution that the encoder returns for each example"
+            "the distribution that the encoder returns, with parameters [B, D], a row for each example"
         )
     return q
 
@@ -159,7 +181,7 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
     if isinstance(prior, td.Distribution):
         if type(normal := _univariate(prior)) is td.Normal:
             return DiagonalNormal(normal.loc, 2 * normal.scale.log())
-        return TorchDistribution(prior)
+        return _of_torch(prior)
     raise TypeError(
         f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), a fastvae.Distribution "
         "such as fastvae.DiagonalNormal(mu, logvar), a torch.distributions object, or a function of the "

@@ -69,6 +69,10 @@ class TorchDistribution(Distribution):
         return (len(d.batch_shape), len(d.event_shape)) in ((2, 0), (1, 1))
 
     @property
+    def has_rows(self) -> bool:
+        return self.is_posterior
+
+    @property
     def per_row(self) -> bool:  # type: ignore[override]
         return self.is_posterior and self.batch > 1
 
@@ -90,9 +94,9 @@ class TorchDistribution(Distribution):
     ) -> tuple[Tensor, Tensor]:
         shape = (samples, *self.distribution.batch_shape, *self.distribution.event_shape)
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
-        z = _at_address(self.distribution, shape, seed, place)
+        z = at_address(self.distribution, shape, seed, place)
         if z is None:
-            with _seeded(seed, self.device, sample_offset, row_offset):
+            with seeded(seed, self.device, sample_offset, row_offset):
                 z = self.distribution.rsample((samples,))
         return z, self.log_prob(z)
 
@@ -111,8 +115,19 @@ class TorchDistribution(Distribution):
                 f"the prior has the shape {list(shape)}; to draw z [{n}, {dim}] from it, it must be [{dim}] "
                 "or []"
             )
-        with _seeded(random.draw_seed(self.device, generator), self.device, 0, 0):
+        with seeded(random.draw_seed(self.device, generator), self.device, 0, 0):
             return d.sample((n,) if shape == (dim,) else (n, dim)).reshape(n, dim)
+
+    def expand(self, batch: int, like: Tensor) -> TorchDistribution:
+        d = self.distribution
+        return TorchDistribution(d.expand((batch,) if d.event_shape else (batch, like.shape[-1])))
+
+    @property
+    def reaches_others(self) -> bool:
+        # Transforms may be anything.
+        kind = type(self.distribution)
+        own = kind.__module__.startswith("torch.distributions.")
+        return not own or issubclass(kind, td.TransformedDistribution)
 
     def as_torch(self) -> td.Distribution:
         return self.distribution
@@ -130,17 +145,17 @@ def tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
             yield from tensors_of(part, depth)
 
 
-def _at_address(
+def at_address(
     d: td.Distribution, shape: tuple[int, ...], seed: Tensor, place: dict[str, Any]
 ) -> Tensor | None:
     """z of this shape, a function of addressed normal noise; None where that is not known."""
     if not type(d).rsample.__module__.startswith("torch.distributions."):  # a subclass draws as it likes
         return None
     if isinstance(d, td.Independent):
-        return _at_address(d.base_dist, shape, seed, place)
+        return at_address(d.base_dist, shape, seed, place)
     if isinstance(d, td.TransformedDistribution) and type(d).rsample is td.TransformedDistribution.rsample:
         base = d.base_dist
-        z = _at_address(base, (shape[0], *base.batch_shape, *base.event_shape), seed, place)
+        z = at_address(base, (shape[0], *base.batch_shape, *base.event_shape), seed, place)
         for transform in d.transforms if z is not None else ():
             z = transform(z)
         return z
@@ -160,7 +175,7 @@ def _at_address(
     return d.icdf(0.5 * torch.erfc(-eps / math.sqrt(2))).to(tensor.dtype)
 
 
-class _seeded:
+class seeded:
     """Torch draws from a state that these determine, and has its own again afterwards."""
 
     def __init__(self, seed: Tensor, device: torch.device, sample_offset: int, row_offset: int):

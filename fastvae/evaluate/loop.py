@@ -189,6 +189,8 @@ def evaluate(
         )
         modules = [m for f in (encoder, decoder, likelihood, prior) for m in modules_of(f)]
         with bar, evaluating(modules):
+            if isinstance(prior, Distribution):
+                prior = prior.prepared()
             try:
                 row, axes, running, compared = 0, None, _Running(), False
                 for index, batch in enumerate(batches):

@@ -35,7 +35,7 @@ class Laplace(Scaled):
 
     Example:
         >>> import torch, fastvae
-        >>> likelihood = fastvae.Laplace(scale=0.1)
+        >>> likelihood = fastvae.likelihoods.Laplace(scale=0.1)
         >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
         torch.Size([4, 7])
         >>> fastvae.ops.laplace_log_prob(torch.ones(2, 3), torch.zeros(2, 3), 0.0)  # -3 log 2 - 3

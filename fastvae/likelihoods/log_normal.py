@@ -36,7 +36,7 @@ class LogNormal(Scaled):
 
     Example:
         >>> import torch, fastvae
-        >>> likelihood = fastvae.LogNormal(scale=0.1)
+        >>> likelihood = fastvae.likelihoods.LogNormal(scale=0.1)
         >>> likelihood.log_prob(torch.ones(4, 7), torch.zeros(4, 7)).shape
         torch.Size([4, 7])
         >>> fastvae.ops.log_normal_log_prob(torch.ones(2, 2), torch.zeros(2, 2), 0.0)  # -log 2π

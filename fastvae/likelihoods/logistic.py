@@ -33,7 +33,7 @@ class Logistic(Scaled):
 
     Example:
         >>> import torch, fastvae
-        >>> likelihood = fastvae.Logistic(scale=0.1)
+        >>> likelihood = fastvae.likelihoods.Logistic(scale=0.1)
         >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
         torch.Size([4, 7])
         >>> fastvae.ops.logistic_log_prob(torch.zeros(2, 3), torch.zeros(2, 3), 0.0)  # -6 log 2

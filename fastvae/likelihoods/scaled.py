@@ -124,7 +124,7 @@ class Scaled(Declared):
 
     def _example(self, names: list[str], more: str = "") -> str:
         """How one says that these are held."""
-        return f"fastvae.{self._kind()}({', '.join(f'{n}={EXAMPLES[n]}' for n in names)}{more})"
+        return f"fastvae.likelihoods.{self._kind()}({', '.join(f'{n}={EXAMPLES[n]}' for n in names)}{more})"
 
     def _kind(self) -> str:
         """The class that a user finds in fastvae."""

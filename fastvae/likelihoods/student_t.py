@@ -48,7 +48,7 @@ class StudentT(Scaled):
 
     Example:
         >>> import torch, fastvae
-        >>> likelihood = fastvae.StudentT(df=4.0, scale=0.1, learned=True)
+        >>> likelihood = fastvae.likelihoods.StudentT(df=4.0, scale=0.1, learned=True)
         >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
         torch.Size([4, 7])
         >>> x, location = torch.zeros(2, 3), torch.zeros(2, 3)
@@ -108,8 +108,9 @@ class StudentT(Scaled):
     ):
         if scale is not None and df is None:
             raise ValueError(
-                "a scale needs df, the degrees of freedom, such as fastvae.StudentT(df=4.0, scale=0.1): a "
-                "decoder that returns log_df returns (location, log_scale, log_df)"
+                "a scale needs df, the degrees of freedom, such as "
+                "fastvae.likelihoods.StudentT(df=4.0, scale=0.1): a decoder that returns log_df returns "
+                "(location, log_scale, log_df)"
             )
         super().__init__(scale, learned=learned, head=head)
         self._hold("df", df, learned_df)

@@ -274,7 +274,8 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
     return log_prob
 
 
-_DOCUMENTATION = """log p(x|z) of a {name} likelihood, summed over the event; the formula: fastvae.{owner}.
+_DOCUMENTATION = """log p(x|z) of a {name} likelihood, summed over the event, by the formula of
+    :class:`fastvae.likelihoods.{owner}`.
 
     Args:
         x: data [B, *event]; broadcast over the leading axes of {first}.

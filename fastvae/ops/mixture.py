@@ -22,6 +22,8 @@ gradient. An r below the smallest normal number is zero.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, logits: Tensor | Non
     dtype = torch.float64 if wide else torch.float32
     count = len(mu)
     if logits is None:
-        log_weight = torch.full((count,), -1.0, dtype=torch.float64).log_softmax(0).to(z.device, dtype)
+        log_weight = z.new_full((count,), -math.log(count), dtype=dtype)
     else:
         log_weight = torch.log_softmax(cast(logits, dtype), 0)
     rows = z if z.dim() == 2 else z.reshape(z.shape[:-1].numel(), z.shape[-1])

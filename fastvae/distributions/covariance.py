@@ -1,0 +1,350 @@
+"""Normal distributions whose dimensions are correlated."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from .. import random
+from .._checks import check_same_device, check_tensor, shape_of
+from ..ops.op import accumulator
+from ..reference.common import expm1_minus
+from .base import Distribution, hold, is_still, register_kl
+from .normal import DiagonalNormal, StandardNormal
+
+LOG_2_PI = math.log(2 * math.pi)
+
+
+class _Correlated(Distribution):
+    """What the families of this file share: a mean, [B, D] or [D]."""
+
+    mu: Tensor
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self.mu.shape[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.mu.device
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return self.mu
+
+    @property
+    def has_rows(self) -> bool:
+        return self.mu.dim() == 2
+
+    @property
+    def per_row(self) -> bool:  # type: ignore[override]
+        return self.mu.dim() > 1 and self.mu.shape[0] > 1
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return accumulator(self.mu.dtype)
+
+    def _draw(self, eps: Tensor) -> Tensor:
+        """z [K, B, D] of as many normals as a draw takes, [K, B, …]."""
+        raise NotImplementedError
+
+    def _normals(self) -> int:
+        return self.mu.shape[-1]
+
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        if self.mu.dim() != 1 or self.mu.shape[0] != dim:
+            raise ValueError(
+                f"the prior's mu has shape {shape_of(self.mu)}; to draw z [{n}, {dim}] from it, it must be "
+                f"[{dim}]"
+            )
+        seed = random.draw_seed(self.device, generator)
+        return self._draw(random.normal(seed, n, 1, self._normals(), dtype=self._dtype))[:, 0]
+
+
+@functools.lru_cache(64)
+def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the entries of a vector [D(D+1)/2] lie in a matrix, row by row, and which are on the diagonal."""
+    rows, columns = torch.tril_indices(d, d, device=device)
+    return rows * d + columns, rows == columns
+
+
+class FullNormal(_Correlated):
+    r"""N(mu, L Lᵀ), of any covariance.
+
+    .. math:: \log p(z) = -½ \|L^{-1} (z - μ)\|^2 - \sum_d \log L_{dd} - \tfrac{D}{2} \log 2π
+
+    A posterior's density at its own draws needs no solution of a triangular system.
+
+    Args:
+        mu: the mean: [B, D] of a posterior, [D] of a prior.
+        tril: the lower triangle of L row by row, [..., D(D+1)/2], with the logarithms of its diagonal, so
+            that any numbers will do. :meth:`of` takes L itself.
+
+    Raises:
+        TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
+
+    References:
+        Kingma & Welling, An Introduction to Variational Autoencoders, 2019, section 2.5.1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(7, 3 + 6), torch.nn.Linear(3, 7)
+        >>> x = torch.rand(4, 7)
+        >>> mu, tril = encoder(x).split([3, 6], 1)
+        >>> (-fastvae.elbo(x, fastvae.FullNormal(mu, tril), decoder, likelihood="bernoulli")).backward()
+    """
+
+    tril: Tensor
+
+    def __init__(self, mu: Tensor, tril: Tensor):
+        super().__init__()
+        check_tensor("mu", mu)
+        check_tensor("tril", tril)
+        check_same_device("tril", tril, "mu", mu)
+        d = mu.shape[-1] if mu.dim() else 0
+        expected = (*mu.shape[:-1], d * (d + 1) // 2)
+        if mu.dim() not in (1, 2) or tril.shape != expected:
+            raise ValueError(
+                f"mu has shape {shape_of(mu)} and tril {shape_of(tril)}; expected mu [B, D] of a posterior "
+                f"or [D] of a prior, and tril [..., D(D+1)/2] = {list(expected)}, the lower triangle row by "
+                "row. For a matrix use fastvae.FullNormal.of(mu, scale_tril)"
+            )
+        hold(self, mu=mu, tril=tril)
+
+    @classmethod
+    def of(cls, mu: Tensor, scale_tril: Tensor) -> FullNormal:
+        """That of a Cholesky factor L [..., D, D], whose upper triangle is not read."""
+        check_tensor("mu", mu)
+        check_tensor("scale_tril", scale_tril)
+        if scale_tril.shape != (*mu.shape, mu.shape[-1]):
+            raise ValueError(
+                f"scale_tril has shape {shape_of(scale_tril)} beside a mu of {shape_of(mu)}; expected "
+                f"[..., D, D] = {[*mu.shape, mu.shape[-1]]}"
+            )
+        index, on_diagonal = _places(mu.shape[-1], mu.device)
+        entries = scale_tril.flatten(-2)[..., index]
+        return cls(mu, torch.where(on_diagonal, torch.log(torch.where(on_diagonal, entries, 1.0)), entries))
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """mu, L [..., D, D], and the logarithms of its diagonal [..., D]."""
+        dtype = accumulator(torch.promote_types(self.mu.dtype, self.tril.dtype))
+        mu, tril = self.mu.to(dtype), self.tril.to(dtype)
+        d = mu.shape[-1]
+        index, on_diagonal = _places(d, mu.device)
+        # Of what lies beside the diagonal exp may be infinite, and its gradient no number.
+        logs = torch.where(on_diagonal, tril, 0.0)
+        entries = torch.where(on_diagonal, torch.exp(logs), tril)
+        flat = tril.new_zeros((*mu.shape[:-1], d * d)).index_copy(-1, index, entries)
+        diagonal = torch.arange(d, device=mu.device)
+        return mu, flat.unflatten(-1, (d, d)), tril[..., diagonal * (diagonal + 3) // 2]
+
+    def _draw(self, eps: Tensor) -> Tensor:
+        mu, scale, _ = self._parts()
+        if mu.dim() == 1:
+            return mu + eps @ scale.mT
+        return mu + torch.bmm(eps.transpose(0, 1), scale.mT).transpose(0, 1)
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
+        mu, scale, logs = self._parts()
+        eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
+        z = mu + torch.bmm(eps.transpose(0, 1), scale.mT).transpose(0, 1)
+        # The noise by itself: nothing of the density goes through z, where the scale cancels.
+        log_q = -0.5 * (eps.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
+        return z.to(self.mu.dtype), log_q
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        mu, scale, logs = self._parts()
+        white = _solve(scale, z.to(mu.dtype) - mu)
+        return -0.5 * (white.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
+
+    def rows(self, start: int, stop: int) -> FullNormal | None:
+        if type(self) is not FullNormal:
+            return None
+        return FullNormal(self.mu[start:stop], self.tril[start:stop])
+
+    def expand(self, batch: int, like: Tensor) -> Distribution:
+        if type(self) is not FullNormal:
+            return super().expand(batch, like)
+        return FullNormal(self.mu.expand(batch, -1), self.tril.expand(batch, -1))
+
+    def as_torch(self) -> td.MultivariateNormal | None:
+        if not is_still(self, FullNormal):
+            return None
+        mu, scale, _ = self._parts()
+        return td.MultivariateNormal(mu, scale_tril=scale, validate_args=False)
+
+
+def _solve(scale: Tensor, delta: Tensor) -> Tensor:
+    """L⁻¹ delta [K, B, D] (or [..., D] for one L)."""
+    solved: Tensor
+    if scale.dim() == 2:
+        solved = torch.linalg.solve_triangular(scale, delta.reshape(-1, delta.shape[-1]).mT, upper=False)
+        return solved.mT.reshape(delta.shape)
+    solved = torch.linalg.solve_triangular(scale, delta.movedim(0, -1), upper=False)
+    return solved.movedim(-1, 0)
+
+
+class LowRankNormal(_Correlated):
+    r"""N(mu, diag exp(logvar) + F Fᵀ): a diagonal covariance and R directions.
+
+    With :math:`W = e^{-\mathrm{logvar}/2} F`, :math:`w = e^{-\mathrm{logvar}/2} (z - μ)` and the Cholesky
+    factor C of :math:`I + WᵀW`,
+
+    .. math:: \log p(z) = -½ \big(\|w\|^2 - \|C^{-1} Wᵀ w\|^2 + D \log 2π\big)
+              - ½ \sum_d \mathrm{logvar}_d - \sum_r \log C_{rr}
+
+    Args:
+        mu, logvar: [B, D] of a posterior, [D] of a prior.
+        factor: F, [B, D, R] of a posterior, [D, R] of a prior.
+
+    Raises:
+        TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
+
+    Example:
+        >>> import torch, fastvae
+        >>> q = fastvae.LowRankNormal(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 3, 2))
+        >>> q.log_prob(torch.zeros(5, 4, 3)).shape
+        torch.Size([5, 4])
+    """
+
+    logvar: Tensor
+    factor: Tensor
+
+    def __init__(self, mu: Tensor, logvar: Tensor, factor: Tensor):
+        super().__init__()
+        for name, value in (("mu", mu), ("logvar", logvar), ("factor", factor)):
+            check_tensor(name, value)
+            check_same_device(name, value, "mu", mu)
+        fits = mu.dim() in (1, 2) and logvar.shape == mu.shape and factor.shape[:-1] == mu.shape
+        if not fits:
+            raise ValueError(
+                f"mu has shape {shape_of(mu)}, logvar {shape_of(logvar)} and factor {shape_of(factor)}; "
+                "expected [B, D], [B, D] and [B, D, R] of a posterior, [D], [D] and [D, R] of a prior"
+            )
+        hold(self, mu=mu, logvar=logvar, factor=factor)
+
+    def _normals(self) -> int:
+        return self.mu.shape[-1] + self.factor.shape[-1]
+
+    def _wide(self) -> tuple[Tensor, Tensor, Tensor]:
+        dtypes = (self.mu.dtype, self.logvar.dtype, self.factor.dtype)
+        dtype = accumulator(functools.reduce(torch.promote_types, dtypes))
+        return self.mu.to(dtype), self.logvar.to(dtype), self.factor.to(dtype)
+
+    def _draw(self, eps: Tensor) -> Tensor:
+        mu, logvar, factor = self._wide()
+        own, common = eps.split([mu.shape[-1], factor.shape[-1]], -1)
+        z: Tensor = mu + torch.exp(0.5 * logvar) * own + _times(common, factor.mT)
+        return z
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
+        dtype = self._wide()[0].dtype
+        eps = random.normal(seed, samples, self.batch, self._normals(), dtype=dtype, **place)
+        z = self._draw(eps)
+        return z.to(self.mu.dtype), self.log_prob(z)
+
+    def _capacitance(self, logvar: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """W [..., D, R], and the Cholesky factor of I + WᵀW."""
+        white = factor * torch.exp(-0.5 * logvar)[..., None]
+        one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        root: Tensor = torch.linalg.cholesky(one + white.mT @ white)
+        return white, root
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        mu, logvar, factor = self._wide()
+        white, capacitance = self._capacitance(logvar, factor)
+        w = (z.to(mu.dtype) - mu) * torch.exp(-0.5 * logvar)
+        common = _solve(capacitance, _times(w, white))
+        logs = capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        square: Tensor = common.square().sum(-1) - (w.square() + logvar + LOG_2_PI).sum(-1)
+        return 0.5 * square - logs
+
+    def rows(self, start: int, stop: int) -> LowRankNormal | None:
+        if type(self) is not LowRankNormal:
+            return None
+        return LowRankNormal(*(t[start:stop] for t in (self.mu, self.logvar, self.factor)))
+
+    def expand(self, batch: int, like: Tensor) -> Distribution:
+        if type(self) is not LowRankNormal:
+            return super().expand(batch, like)
+        factor = self.factor.expand(batch, *self.factor.shape[-2:])
+        return LowRankNormal(self.mu.expand(batch, -1), self.logvar.expand(batch, -1), factor)
+
+    def as_torch(self) -> td.LowRankMultivariateNormal | None:
+        if not is_still(self, LowRankNormal):
+            return None
+        mu, logvar, factor = self._wide()
+        return td.LowRankMultivariateNormal(mu, factor, torch.exp(logvar), validate_args=False)
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows [K, B, N] times matrices [B, N, M] of the same B, or one [N, M]."""
+    if matrix.dim() == 2:
+        return rows @ matrix
+    return torch.bmm(rows.transpose(0, 1), matrix).transpose(0, 1)
+
+
+def _of_prior(p: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Its mean and log variance."""
+    if isinstance(p, DiagonalNormal):
+        return p._wide()
+    return torch.zeros_like(like), torch.zeros_like(like)
+
+
+@register_kl(FullNormal, StandardNormal)
+@register_kl(FullNormal, DiagonalNormal)
+def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
+    mu, scale, logs = q._parts()
+    prior_mu, prior_logvar = _of_prior(p, mu)
+    inverse = torch.exp(-0.5 * prior_logvar)
+    # L² - 1 - log L² of the diagonal, in which nothing cancels, and the squares beside it.
+    beside = torch.tril(scale, -1) * inverse[..., None]
+    move = (mu - prior_mu) * inverse
+    return 0.5 * (expm1_minus(2 * logs - prior_logvar) + beside.square().sum(-1) + move.square()).sum(-1)
+
+
+@register_kl(FullNormal, FullNormal)
+@register_kl(DiagonalNormal, FullNormal)
+def _kl_full(q: FullNormal | DiagonalNormal, p: FullNormal) -> Tensor:
+    if isinstance(q, FullNormal):
+        mu, scale, logs = q._parts()
+    else:
+        mu, logvar = q._wide()
+        logs, scale = 0.5 * logvar, torch.diag_embed(torch.exp(0.5 * logvar))
+    prior_mu, prior_scale, prior_logs = p._parts()
+    white = torch.linalg.solve_triangular(prior_scale, scale, upper=False)
+    move = torch.linalg.solve_triangular(prior_scale, (mu - prior_mu)[..., None], upper=False)[..., 0]
+    beside = torch.tril(white, -1).square().sum(-1)
+    kl: Tensor = 0.5 * (expm1_minus(2 * (logs - prior_logs)) + beside + move.square()).sum(-1)
+    return kl
+
+
+@register_kl(LowRankNormal, StandardNormal)
+@register_kl(LowRankNormal, DiagonalNormal)
+def _kl_low_rank(q: LowRankNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
+    mu, logvar, factor = q._wide()
+    prior_mu, prior_logvar = _of_prior(p, mu)
+    inverse = torch.exp(-0.5 * prior_logvar)
+    _, capacitance = q._capacitance(logvar, factor)
+    beside = (factor * inverse[..., None]).square().sum(-1)
+    move = (mu - prior_mu) * inverse
+    terms = expm1_minus(logvar - prior_logvar) + beside + move.square()
+    return 0.5 * terms.sum(-1) - capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)

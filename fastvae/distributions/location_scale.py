@@ -1,0 +1,375 @@
+"""Families of a location and a scale: z = loc + exp(log_scale) w, each dimension's w from one density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from .. import random
+from .._checks import check_same_device, check_same_shape, check_tensor
+from ..ops.op import accumulator
+from .base import Distribution, hold, is_still
+
+
+class LocationScale(Distribution):
+    r"""What the families below share.
+
+    .. math:: \log p(z) = \sum_d \big[\log f(w_d) - \mathrm{log\_scale}_d\big],
+              \quad w = (z - \mathrm{loc})\, e^{-\mathrm{log\_scale}}
+
+    Args:
+        loc, log_scale: location and log of the scale: each [B, D] of a posterior; of a prior broadcastable to
+            [B, D], ``nn.Parameter`` for a learned one.
+
+    Raises:
+        TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
+    """
+
+    loc: Tensor
+    log_scale: Tensor
+
+    def __init__(self, loc: Tensor, log_scale: Tensor):
+        super().__init__()
+        check_tensor("loc", loc)
+        check_tensor("log_scale", log_scale)
+        check_same_device("log_scale", log_scale, "loc", loc)
+        if loc.dim() > 1 or log_scale.dim() > 1:
+            check_same_shape("log_scale", log_scale, "loc", loc)
+        hold(self, loc=loc, log_scale=log_scale)
+
+    # What a family is.
+
+    def _log_density(self, w: Tensor) -> Tensor:
+        """log f(w), elementwise."""
+        raise NotImplementedError
+
+    def _white(self, normals: Tensor) -> Tensor:
+        """w, of the density f, of standard normals in float64: [..., D] of [..., D · normals]."""
+        raise NotImplementedError
+
+    _normals = 1  # for each w
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self.loc.shape[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.loc.device
+
+    @property
+    def has_rows(self) -> bool:
+        return self.loc.dim() == 2
+
+    @property
+    def per_row(self) -> bool:  # type: ignore[override]
+        return any(v.dim() > 1 and v.shape[0] > 1 for v in (self.loc, self.log_scale))
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        dtype = accumulator(torch.promote_types(self.loc.dtype, self.log_scale.dtype))
+        return self.loc.to(dtype), self.log_scale.to(dtype)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        loc, log_scale = self._wide()
+        w = (z.to(accumulator(z.dtype)) - loc) * torch.exp(-log_scale)
+        return (self._log_density(w) - log_scale).sum(-1)
+
+    def _noise(self, seed: Tensor, shape: tuple[int, int, int], place: dict[str, Any]) -> Tensor:
+        k, b, d = shape
+        # A quantile function takes what is left of a normal's 6.7 sigma in double precision.
+        normals = random.normal(seed, k, b, d * self._normals, dtype=torch.float64, **place)
+        return self._white(normals)
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        loc, log_scale = self._wide()
+        place = {"sample_offset": sample_offset, "row_offset": row_offset}
+        w = self._noise(seed, (samples, *loc.shape), place).to(loc.dtype)
+        # The noise by itself: nothing of the density goes through z.
+        z = loc + torch.exp(log_scale) * w
+        return z.to(self.loc.dtype), (self._log_density(w) - log_scale).sum(-1)
+
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        loc, log_scale = self._wide()
+        w = self._noise(random.draw_seed(loc.device, generator), (1, n, dim), {})[0].to(loc.dtype)
+        return loc + torch.exp(log_scale) * w
+
+    def rows(self, start: int, stop: int) -> LocationScale | None:
+        return self._of(lambda t: t[start:stop]) if self._is_family else None
+
+    def expand(self, batch: int, like: Tensor) -> Distribution:
+        if not self._is_family:
+            return super().expand(batch, like)
+        return self._of(lambda t: t.expand(batch, like.shape[-1]))
+
+    @property
+    def _is_family(self) -> bool:
+        """Whether its parameters are all that there is to know."""
+        return type(self).__module__ == __name__
+
+    def _of(self, change: Callable[[Tensor], Tensor]) -> LocationScale:
+        """The family with its parameters changed, row by row."""
+        return type(self)(change(self.loc), change(self.log_scale))
+
+    def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution | None:
+        """The same of torch's, which knows some KLs."""
+        return None
+
+    def as_torch(self) -> td.Distribution | None:
+        if not is_still(self, next(c for c in type(self).__mro__ if c.__module__ == __name__)):
+            return None
+        loc, log_scale = self._wide()
+        return self._torch(loc, torch.exp(log_scale))
+
+
+def _log_below(normals: Tensor) -> Tensor:
+    """log of the probability that a normal is below."""
+    below: Tensor = torch.special.log_ndtr(normals)
+    return below
+
+
+class Laplace(LocationScale):
+    r"""Laplace(loc, exp(log_scale)) of each dimension: log f(w) = −|w| − log 2.
+
+    Args:
+        loc, log_scale: [B, D] each of a posterior; of a prior broadcastable to [B, D].
+
+    Raises:
+        TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x, decoder = torch.ones(4, 7), torch.nn.Linear(3, 7)
+        >>> q = fastvae.Laplace(torch.zeros(4, 3), torch.zeros(4, 3))
+        >>> p = fastvae.Laplace(torch.zeros(3), torch.zeros(3))
+        >>> fastvae.elbo(x, q, decoder, likelihood="bernoulli", prior=p).shape
+        torch.Size([])
+    """
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return self.loc
+
+    def _log_density(self, w: Tensor) -> Tensor:
+        return -w.abs() - math.log(2)
+
+    def _white(self, normals: Tensor) -> Tensor:
+        return -normals.sign() * (_log_below(-normals.abs()) + math.log(2))
+
+    def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
+        return td.Laplace(loc, scale, validate_args=False)
+
+
+class Logistic(LocationScale):
+    r"""The logistic distribution of each dimension: log f(w) = −w − 2 log(1 + exp(−w)).
+
+    Args:
+        loc, log_scale: [B, D] each of a posterior; of a prior broadcastable to [B, D].
+
+    Raises:
+        TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
+
+    Example:
+        >>> import torch, fastvae
+        >>> fastvae.Logistic(torch.zeros(2), torch.zeros(2)).log_prob(torch.zeros(5, 4, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return self.loc
+
+    def _log_density(self, w: Tensor) -> Tensor:
+        return -w.abs() - 2 * torch.log1p(torch.exp(-w.abs()))
+
+    def _white(self, normals: Tensor) -> Tensor:
+        return _log_below(normals) - _log_below(-normals)
+
+
+class Gumbel(LocationScale):
+    r"""The Gumbel distribution of each dimension: log f(w) = −w − exp(−w).
+
+    Args:
+        loc, log_scale: [B, D] each of a posterior; of a prior broadcastable to [B, D].
+
+    Raises:
+        TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
+
+    Example:
+        >>> import torch, fastvae
+        >>> fastvae.Gumbel(torch.zeros(2), torch.zeros(2)).log_prob(torch.zeros(5, 4, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return self.loc + 0.57721566490153286 * torch.exp(self.log_scale)
+
+    def _log_density(self, w: Tensor) -> Tensor:
+        return -w - torch.exp(-w)
+
+    def _white(self, normals: Tensor) -> Tensor:
+        return -torch.log(-_log_below(normals))
+
+    def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
+        return td.Gumbel(loc, scale, validate_args=False)
+
+
+class Exponential(LocationScale):
+    r"""The exponential distribution of each dimension, of mean exp(log_scale): log f(w) = −w for w ≥ 0.
+
+    Args:
+        log_scale: [B, D] of a posterior; of a prior broadcastable to [B, D].
+
+    Raises:
+        TypeError, ValueError: if it is not a floating-point tensor.
+
+    Example:
+        >>> import torch, fastvae
+        >>> fastvae.Exponential(torch.zeros(2)).log_prob(torch.ones(5, 4, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, log_scale: Tensor):
+        check_tensor("log_scale", log_scale)
+        super().__init__(torch.zeros_like(log_scale, requires_grad=False), log_scale)
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return torch.exp(self.log_scale)
+
+    def _log_density(self, w: Tensor) -> Tensor:
+        return torch.where(w < 0, -math.inf, -w)
+
+    def _white(self, normals: Tensor) -> Tensor:
+        return -_log_below(normals)
+
+    def _of(self, change: Callable[[Tensor], Tensor]) -> Exponential:
+        return Exponential(change(self.log_scale))
+
+    def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
+        return td.Exponential(1 / scale, validate_args=False)
+
+
+class StudentT(LocationScale):
+    r"""Student's t distribution of each dimension: log f(w) = −(ν + 1)/2 log(1 + w²/ν) and its constant.
+
+    A draw is the first of two normals times the length that a bivariate t has instead of theirs,
+    :math:`w = ε_1 \sqrt{ν\,(e^{r^2/ν} - 1)/r^2}` with :math:`r^2 = ε_1^2 + ε_2^2`: a smooth function of ν.
+
+    Args:
+        loc, log_scale: [B, D] each of a posterior; of a prior broadcastable to [B, D].
+        df: ν, the degrees of freedom: a number, or a tensor that broadcasts to [B, D].
+
+    Raises:
+        TypeError, ValueError: if they are not floating-point tensors of one shape on one device, or df is not
+            above 0.
+
+    References:
+        Bailey, Polar generation of random variates with the t-distribution, 1994, theorem 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> fastvae.StudentT(torch.zeros(2), torch.zeros(2), 4.0).log_prob(torch.zeros(5, 4, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    _normals = 2
+    df: Tensor
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, df: float | Tensor):
+        super().__init__(loc, log_scale)
+        if not isinstance(df, Tensor):
+            if not isinstance(df, (int, float)) or not 0 < df < math.inf:
+                raise ValueError(f"df must be a number above 0, or a tensor of such; got {df!r}")
+            df = torch.tensor(float(df), dtype=torch.float64, device=loc.device)
+        hold(self, df=df)
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return self.loc
+
+    def _log_density(self, w: Tensor) -> Tensor:
+        df = self.df.to(torch.float64)
+        # Of large ones the gamma functions would cancel in single precision.
+        constant = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * torch.log(df * math.pi)
+        df = df.to(w.dtype)
+        return constant.to(w.dtype) - 0.5 * (df + 1) * torch.log1p(w.square() / df)
+
+    def _white(self, normals: Tensor) -> Tensor:
+        first, second = normals.chunk(2, -1)
+        square = first.square() + second.square()
+        df = self.df.to(torch.float64)
+        return first * torch.sqrt(torch.expm1(square / df) / (square / df))
+
+    def _of(self, change: Callable[[Tensor], Tensor]) -> StudentT:
+        of_rows = self.df.dim() > 1 and self.df.shape[0] > 1
+        return StudentT(change(self.loc), change(self.log_scale), change(self.df) if of_rows else self.df)
+
+    def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
+        return td.StudentT(self.df.to(loc.dtype), loc, scale, validate_args=False)
+
+
+class LogNormal(LocationScale):
+    r"""exp of N(loc, exp(log_scale)²), of each dimension: the density of log z, less log z.
+
+    Args:
+        loc, log_scale: mean and log standard deviation of log z: [B, D] each of a posterior; of a prior
+            broadcastable to [B, D].
+
+    Raises:
+        TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
+
+    Example:
+        >>> import torch, fastvae
+        >>> fastvae.LogNormal(torch.zeros(2), torch.zeros(2)).log_prob(torch.ones(5, 4, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return torch.exp(self.loc + 0.5 * torch.exp(2 * self.log_scale))
+
+    def _log_density(self, w: Tensor) -> Tensor:
+        return -0.5 * (w.square() + math.log(2 * math.pi))
+
+    def _white(self, normals: Tensor) -> Tensor:
+        return normals
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        z = z.to(accumulator(z.dtype))
+        outside = z <= 0
+        log_z = torch.log(torch.where(outside, 1.0, z))
+        return torch.where(outside.any(-1), -math.inf, super().log_prob(log_z) - log_z.sum(-1))
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        log_z, log_q = super().rsample(samples, seed, sample_offset=sample_offset, row_offset=row_offset)
+        return torch.exp(log_z), log_q - log_z.to(log_q.dtype).sum(-1)
+
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return torch.exp(super().sample(n, dim, device=device, generator=generator))
+
+    def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
+        return td.LogNormal(loc, scale, validate_args=False)

@@ -1,0 +1,475 @@
+"""Mixtures: of normal distributions that are learned, of posteriors of pseudo-inputs or of data, of any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, random
+from .._checks import check_count, check_tensor, shape_of
+from ..ops.mixture import check_components
+from ..ops.op import accumulator
+from .base import Distribution, hold
+from .normal import DiagonalNormal
+
+# Numbers of [N, U, D] that are made at a time where no op does without.
+MOST = 1 << 22
+
+
+class _Components(Distribution):
+    """p(z) = Σ_u π_u p_u(z), a prior of many components."""
+
+    logits: Tensor | None
+
+    def _parts(self) -> Sequence[Distribution]:
+        """Distributions with rows, which one after the other are the components."""
+        raise NotImplementedError
+
+    def _weights(self, like: Tensor, count: int) -> Tensor:
+        """log π [U]."""
+        if self.logits is None:
+            return like.new_full((count,), -math.log(count))
+        if len(self.logits) != count:
+            raise ValueError(
+                f"logits has shape {shape_of(self.logits)}, but there are {count} components; expected [U] = "
+                f"[{count}]"
+            )
+        return torch.log_softmax(self.logits.to(like.dtype), 0)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        parts = self._parts()
+        rows, found = z.reshape(-1, z.shape[-1]), []
+        for part in parts:
+            size = max(1, MOST // max(1, part.batch * z.shape[-1]))
+            pieces = (piece[:, None].expand(-1, part.batch, -1) for piece in rows.split(size))
+            found.append(torch.cat([part.log_prob(piece) for piece in pieces]))
+        scores = torch.cat(found, 1)
+        return torch.logsumexp(scores + self._weights(scores, scores.shape[1]), 1).reshape(z.shape[:-1])
+
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        parts = self._parts()
+        where, count = parts[0].device, sum(part.batch for part in parts)
+        weights = self._weights(torch.empty((), device=where), count).detach().exp()
+        chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
+        seed = random.draw_seed(where, generator)
+        z, first = None, 0
+        for part in parts:
+            for u in torch.unique(chosen[(chosen >= first) & (chosen < first + part.batch)]).tolist():
+                row = part.rows(u - first, u - first + 1)
+                if row is None:
+                    raise NotImplementedError(
+                        f"the components are of the family {type(part).__name__}, whose rows(start, stop) is "
+                        "not implemented; drawing from the mixture needs it"
+                    )
+                places = (chosen == u).nonzero()[:, 0]
+                draws = row.rsample(len(places), seed, row_offset=u)[0][:, 0]
+                z = draws.new_empty(n, draws.shape[1]) if z is None else z
+                z[places] = draws
+            first += part.batch
+        if z is None or z.shape[1] != dim:
+            d = "none" if z is None else z.shape[1]
+            raise ValueError(f"the prior has D = {d}, but z [{n}, {dim}] was asked for")
+        return z
+
+
+class NormalMixture(_Components):
+    r"""A mixture of diagonal normal distributions, as a prior that may be learned.
+
+    .. math:: p(z) = \sum_u π_u\, N(z; μ_u, \operatorname{diag} e^{\mathrm{logvar}_u})
+
+    Args:
+        mu, logvar: of the components, [U, D] each; ``nn.Parameter`` for learned ones.
+        logits: π = softmax(logits), [U]. Default: the same for all.
+
+    Raises:
+        TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
+
+    References:
+        Dilokthanakul et al., Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders,
+        2016.
+
+    Example:
+        >>> import torch, fastvae
+        >>> mu, logvar, logits = (torch.nn.Parameter(t) for t in (torch.randn(9, 3), torch.zeros(9, 3),
+        ...                                                       torch.zeros(9)))
+        >>> prior = fastvae.NormalMixture(mu, logvar, logits)
+        >>> vae = fastvae.VAE(torch.nn.Linear(7, 6), torch.nn.Linear(3, 7), likelihood="bernoulli",
+        ...                   prior=prior)
+        >>> (-vae.iwae(torch.rand(4, 7), k=5)).backward()
+        >>> mu.grad.shape
+        torch.Size([9, 3])
+    """
+
+    mu: Tensor
+    logvar: Tensor
+
+    def __init__(self, mu: Tensor, logvar: Tensor, logits: Tensor | None = None):
+        super().__init__()
+        check_components(mu, logvar, logits)
+        hold(self, mu=mu, logvar=logvar, logits=logits)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.mu.device
+
+    @property
+    def has_rows(self) -> bool:
+        return False
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return ops.mixture_log_prob(z, self.mu, self.logvar, self.logits)
+
+    def _parts(self) -> Sequence[Distribution]:
+        return [DiagonalNormal(self.mu, self.logvar)]
+
+
+class _Rows(_Components):
+    """The rows of posteriors of other families as components."""
+
+    def __init__(self, parts: list[Distribution], logits: Tensor | None):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        hold(self, logits=logits)
+
+    def _parts(self) -> Sequence[Distribution]:
+        return list(self.parts)  # type: ignore[arg-type]
+
+    @property
+    def reaches_others(self) -> bool:
+        return any(part.reaches_others for part in self._parts())
+
+
+class _Encoded(Distribution):
+    """A mixture of posteriors of inputs that lie with the prior."""
+
+    encoder: Any
+    logits: Tensor | None
+
+    def __init__(self, encoder: Callable[..., Any], logits: Tensor | None):
+        super().__init__()
+        if not callable(encoder):
+            raise TypeError(
+                "encoder must be a module or another callable, x -> q(z|x), got " + type(encoder).__name__
+            )
+        self.encoder = encoder
+        if logits is not None:
+            check_tensor("logits", logits, 1, "[U]")
+        hold(self, logits=logits)
+
+    def _inputs(self) -> Iterator[Any]:
+        """The inputs, batch by batch."""
+        raise NotImplementedError
+
+    def prepared(self) -> Distribution:
+        from .read import as_posterior
+
+        parts = [as_posterior(self.encoder(x)) for x in self._inputs()]
+        if not all(type(part) is DiagonalNormal for part in parts):
+            return _Rows(parts, self.logits)
+        pairs = [part._wide() for part in parts if isinstance(part, DiagonalNormal)]
+        means, logvars = zip(*pairs, strict=True)
+        mu, logvar = (t[0] if len(t) == 1 else torch.cat(t) for t in (means, logvars))
+        return NormalMixture(mu, logvar, self.logits)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.prepared().log_prob(z)
+
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return self.prepared().sample(n, dim, device=device, generator=generator)
+
+
+class VampPrior(_Encoded):
+    r"""The variational mixture of posteriors: q(z|u) of U pseudo-inputs that are learned.
+
+    .. math:: p(z) = \sum_u π_u\, q(z | u_u)
+
+    An objective encodes the pseudo-inputs once, however many draws and chunks it has; an evaluation once for
+    the whole data set.
+
+    Args:
+        encoder: that of the VAE, x -> what :func:`fastvae.elbo` takes for q.
+        pseudo_inputs: [U, \*event], ``nn.Parameter`` for learned ones; or a module (or another callable)
+            without arguments that returns them, such as one that keeps them within [0, 1].
+        logits: π = softmax(logits), [U]. Default: the same for all.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
+    References:
+        Tomczak & Welling, VAE with a VampPrior, 2018, eq. 9.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(7, 6), torch.nn.Linear(3, 7)
+        >>> prior = fastvae.VampPrior(encoder, torch.nn.Parameter(torch.rand(9, 7)))
+        >>> vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli", prior=prior, latent_dim=3)
+        >>> (-vae.elbo(torch.rand(4, 7), kl="mc")).backward()
+        >>> vae.sample(2).shape
+        torch.Size([2, 7])
+    """
+
+    pseudo_inputs: Any
+
+    def __init__(self, encoder: Callable[..., Any], pseudo_inputs: Any, logits: Tensor | None = None):
+        super().__init__(encoder, logits)
+        if isinstance(pseudo_inputs, Tensor):
+            check_tensor("pseudo_inputs", pseudo_inputs)
+            if pseudo_inputs.dim() < 2 or not len(pseudo_inputs):
+                raise ValueError(
+                    f"pseudo_inputs has shape {shape_of(pseudo_inputs)}; expected [U, *event], inputs of the "
+                    "encoder, at least one"
+                )
+            hold(self, pseudo_inputs=pseudo_inputs)
+        elif callable(pseudo_inputs):
+            self.pseudo_inputs = pseudo_inputs
+        else:
+            raise TypeError(
+                "pseudo_inputs must be a tensor [U, *event] or a callable that returns one, got "
+                f"{type(pseudo_inputs).__name__}"
+            )
+
+    def _inputs(self) -> Iterator[Any]:
+        yield self.pseudo_inputs if isinstance(self.pseudo_inputs, Tensor) else self.pseudo_inputs()
+
+
+class AggregatePosterior(_Encoded):
+    r"""The aggregate posterior of a data set, as a prior or to look at.
+
+    .. math:: q(z) = \frac{1}{N} \sum_n q(z | x_n)
+
+    The ELBO's optimum among all priors, which overfits: a diagnostic (:func:`fastvae.diagnose`). An objective
+    encodes the whole data set in every call, an evaluation once.
+
+    Args:
+        encoder: that of the VAE, x -> what :func:`fastvae.elbo` takes for q.
+        data: [N, \*event].
+        batch_size: examples that are encoded at a time.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
+    References:
+        Hoffman & Johnson, ELBO surgery, 2016; Makhzani et al., Adversarial Autoencoders, 2015.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder = torch.nn.Linear(7, 6)
+        >>> fastvae.AggregatePosterior(encoder, torch.rand(40, 7)).log_prob(torch.zeros(5, 4, 3)).shape
+        torch.Size([5, 4])
+    """
+
+    data: Tensor
+
+    def __init__(self, encoder: Callable[..., Any], data: Tensor, *, batch_size: int = 1000):
+        super().__init__(encoder, None)
+        check_tensor("data", data)
+        if data.dim() < 2 or not len(data):
+            raise ValueError(f"data has shape {shape_of(data)}; expected [N, *event], at least one example")
+        self.batch_size = check_count("batch_size", batch_size, "the examples that are encoded at a time")
+        # Not part of a checkpoint.
+        self.register_buffer("data", data, persistent=False)
+
+    def _inputs(self) -> Iterator[Any]:
+        yield from self.data.split(self.batch_size)
+
+
+class Mixture(Distribution):
+    r"""A mixture of a few distributions of any families, as a posterior or a prior.
+
+    .. math:: q(z|x) = \sum_c π_c(x)\, q_c(z|x)
+
+    As a posterior its draws are stratified: they come from the C components in turn, from a place that the
+    seed chooses, and a draw from component c counts C π_c, so that gradients reach the logits, too. A number
+    of samples that is a multiple of C has as many of each. Any number gives unbiased weights; the density is
+    the mixture's at each. Components that are the same for all examples, such as the prior, make it a
+    defensive proposal, whose weights are bounded.
+
+    ``estimator="dreg"`` is refused: its identity holds for draws from q itself. The ELBO that
+    :func:`fastvae.evaluate` reports gives the components the same weight: a bound as well, and a lower one.
+
+    Args:
+        components: C distributions, as :func:`fastvae.elbo` takes them for q or for the prior.
+        logits: π = softmax(logits): [B, C] of a posterior, or [C]. Default: the same for all.
+
+    Raises:
+        TypeError, ValueError: for components or logits that do not fit.
+
+    References:
+        Morningstar et al., Automatic Differentiation Variational Inference with Mixtures, 2021, eq. 6 and 8;
+        Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x, decoder = torch.ones(4, 7), torch.nn.Linear(3, 7)
+        >>> near, wide = (torch.zeros(4, 3), torch.zeros(4, 3)), fastvae.StandardNormal()
+        >>> q = fastvae.Mixture([near, wide], torch.tensor([2.0, 0.0]))
+        >>> fastvae.iwae(x, q, decoder, k=10, likelihood="bernoulli").shape
+        torch.Size([])
+    """
+
+    logits: Tensor | None
+
+    def __init__(self, components: Sequence[Any], logits: Tensor | None = None):
+        from .read import as_component
+
+        super().__init__()
+        if not isinstance(components, (list, tuple)) or not components:
+            raise TypeError(
+                "components must be a list of distributions, at least one; got "
+                f"{'an empty one' if components in ([], ()) else type(components).__name__}"
+            )
+        self.components = nn.ModuleList(as_component(c) for c in components)
+        count = len(components)
+        batches = {c.batch for c in self._components if c.has_rows} - {1}
+        if len(batches) > 1:
+            raise ValueError(f"the components are of {sorted(batches)} examples; expected the same B of all")
+        if logits is not None:
+            check_tensor("logits", logits)
+            shapes = [[count], *([b, count] for b in batches or {1})]
+            if list(logits.shape) not in shapes:
+                raise ValueError(
+                    f"logits has shape {shape_of(logits)} for {count} components; expected [C] or [B, C], "
+                    f"one of {shapes}"
+                )
+        hold(self, logits=logits)
+
+    @property
+    def _components(self) -> list[Distribution]:
+        return list(self.components)  # type: ignore[arg-type]
+
+    def _first(self) -> Distribution:
+        """That with the most rows."""
+        return max((c for c in self._components if c.has_rows), key=lambda c: c.batch)
+
+    @property
+    def strata(self) -> int:  # type: ignore[override]
+        return len(self.components)
+
+    @property
+    def has_rows(self) -> bool:
+        return any(c.has_rows for c in self._components)
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self._first().batch
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._first().device
+
+    @property
+    def per_row(self) -> bool:  # type: ignore[override]
+        by_row = self.logits is not None and self.logits.dim() == 2
+        return by_row or any(c.per_row for c in self._components)
+
+    @property
+    def reaches_others(self) -> bool:
+        return any(c.reaches_others for c in self._components)
+
+    @property
+    def mean(self) -> Tensor | None:  # type: ignore[override]
+        known = [c.mean for c in self._components]
+        means = [m for m in known if m is not None]
+        if len(means) < len(known):
+            return None
+        shares = self._log_weights(means[0]).exp().unbind(-1)
+        return torch.stack([s[..., None] * m for s, m in zip(shares, means, strict=True)]).sum(0)
+
+    def _log_weights(self, like: Tensor) -> Tensor:
+        """[C] or [B, C]."""
+        if self.logits is None:
+            return like.new_full((self.strata,), -math.log(self.strata))
+        return torch.log_softmax(self.logits.to(like.dtype), -1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        values = torch.stack([c.log_prob(z) for c in self._components], -1)
+        return torch.logsumexp(values + self._log_weights(values), -1)
+
+    def prepared(self) -> Distribution:
+        parts = [c.prepared() for c in self._components]
+        return self if all(a is b for a, b in zip(parts, self._components, strict=True)) else self._of(parts)
+
+    def _of(self, parts: list[Distribution], logits: Any = ...) -> Mixture:
+        return Mixture(parts, self.logits if logits is ... else logits)
+
+    def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Tensor:
+        """Samples counted from where the seed begins; the remainder by C is the component."""
+        numbers = torch.arange(sample_offset, sample_offset + samples, device=seed.device)
+        return numbers + torch.remainder(seed, self.strata)
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        count, batch = self.strata, self.batch
+        # Of each component those that may be wanted, whatever the seed.
+        first, last = sample_offset // count, (sample_offset + samples + count - 2) // count
+        parts, like = [], None
+        for c in sorted(range(count), key=lambda c: not self._components[c].has_rows):
+            component = self._components[c]
+            if not component.has_rows or component.batch < batch:
+                assert like is not None or component.has_rows  # those with rows come first
+                component = component.expand(batch, component.rsample(1, seed)[0] if like is None else like)
+            z, _ = component.rsample(
+                last - first + 1, _derived(seed, c), sample_offset=first, row_offset=row_offset
+            )
+            like = z
+            parts.append((c, z))
+        turns = self._turns(samples, seed, sample_offset)
+        places = torch.remainder(turns, count) * (last - first + 1) + turns // count - first
+        z = torch.cat([z for _, z in sorted(parts, key=lambda p: p[0])]).index_select(0, places)
+        return z, self.log_prob(z)
+
+    def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
+        dtype = torch.float32 if self.logits is None else accumulator(self.logits.dtype)
+        weights = self._log_weights(torch.empty((), dtype=dtype, device=seed.device)) + math.log(self.strata)
+        chosen = torch.remainder(self._turns(samples, seed, sample_offset), self.strata)
+        return weights.mT[chosen] if weights.dim() == 2 else weights[chosen][:, None]
+
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        draws = [c.sample(n, dim, device=device, generator=generator) for c in self._components]
+        weights = self._log_weights(draws[0]).detach().exp()
+        if weights.dim() != 1:
+            raise ValueError(
+                f"the prior's logits are of rows, {shape_of(weights)}; drawing from it needs [C]"
+            )
+        chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
+        return torch.stack(draws, 1)[torch.arange(n, device=chosen.device), chosen]
+
+    def rows(self, start: int, stop: int) -> Mixture | None:
+        if type(self) is not Mixture:
+            return None
+        parts = [c.rows(start, stop) if c.has_rows and c.batch > 1 else c for c in self._components]
+        known = [p for p in parts if p is not None]
+        by_row = self.logits is not None and self.logits.dim() == 2
+        logits = self.logits[start:stop] if by_row else self.logits  # type: ignore[index]
+        return Mixture(known, logits) if len(known) == len(parts) else None
+
+
+def _derived(seed: Tensor, number: int) -> Tensor:
+    """A seed of its own for each number (the multiplier of Knuth's MMIX)."""
+    return seed * 6364136223846793005 + 1442695040888963407 * (number + 1) % 2**63
