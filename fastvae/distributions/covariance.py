@@ -321,15 +321,27 @@ def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tens
     return 0.5 * (expm1_minus(2 * logs - prior_logvar) + beside.square().sum(-1) + move.square()).sum(-1)
 
 
+def _root(d: DiagonalNormal | FullNormal | LowRankNormal) -> tuple[Tensor, Tensor, Tensor]:
+    """mu, a lower triangular root of the covariance [..., D, D], and the logarithms of its diagonal."""
+    if isinstance(d, FullNormal):
+        return d._parts()
+    if isinstance(d, DiagonalNormal):
+        mu, logvar = d._wide()
+        return mu, torch.diag_embed(torch.exp(0.5 * logvar)), 0.5 * logvar
+    mu, logvar, factor = d._wide()
+    root = torch.linalg.cholesky(factor @ factor.mT + torch.diag_embed(torch.exp(logvar)))
+    return mu, root, root.diagonal(dim1=-2, dim2=-1).log()
+
+
 @register_kl(FullNormal, FullNormal)
 @register_kl(DiagonalNormal, FullNormal)
-def _kl_full(q: FullNormal | DiagonalNormal, p: FullNormal) -> Tensor:
-    if isinstance(q, FullNormal):
-        mu, scale, logs = q._parts()
-    else:
-        mu, logvar = q._wide()
-        logs, scale = 0.5 * logvar, torch.diag_embed(torch.exp(0.5 * logvar))
-    prior_mu, prior_scale, prior_logs = p._parts()
+@register_kl(LowRankNormal, FullNormal)
+@register_kl(FullNormal, LowRankNormal)
+@register_kl(DiagonalNormal, LowRankNormal)
+@register_kl(LowRankNormal, LowRankNormal)
+def _kl_roots(q: DiagonalNormal | FullNormal | LowRankNormal, p: FullNormal | LowRankNormal) -> Tensor:
+    mu, scale, logs = _root(q)
+    prior_mu, prior_scale, prior_logs = _root(p)
     white = torch.linalg.solve_triangular(prior_scale, scale, upper=False)
     move = torch.linalg.solve_triangular(prior_scale, (mu - prior_mu)[..., None], upper=False)[..., 0]
     beside = torch.tril(white, -1).square().sum(-1)

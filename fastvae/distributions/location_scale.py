@@ -255,7 +255,7 @@ class Exponential(LocationScale):
         return torch.where(w < 0, -math.inf, -w)
 
     def _white(self, normals: Tensor) -> Tensor:
-        return -_log_below(normals)
+        return -_log_below(-normals)
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> Exponential:
         return Exponential(change(self.log_scale))

@@ -356,8 +356,13 @@ class Mixture(Distribution):
         return list(self.components)  # type: ignore[arg-type]
 
     def _first(self) -> Distribution:
-        """That with the most rows."""
-        return max((c for c in self._components if c.has_rows), key=lambda c: c.batch)
+        """The first of those with the most rows."""
+        found: Distribution | None = None
+        for c in self._components:
+            if c.has_rows and (found is None or c.batch > found.batch):
+                found = c
+        assert found is not None
+        return found
 
     @property
     def strata(self) -> int:  # type: ignore[override]

@@ -487,6 +487,16 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def _hint(likelihood: Any) -> str:
+    """Where a family over z is given for the likelihood of its name."""
+    kind = likelihood if isinstance(likelihood, type) else type(likelihood)
+    if not kind.__module__.startswith("fastvae.distributions."):
+        return ""
+    named = [c.__name__ for c in map(type, SHARED.values()) if c.__name__ == kind.__name__]
+    also = f"; the likelihood of this name is fastvae.likelihoods.{named[0]}" if named else ""
+    return f", fastvae.{kind.__name__}: a distribution over z{also}"
+
+
 def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
     """A name or a likelihood object; of a name a module of its own, or ``shared`` with others."""
     if isinstance(likelihood, Likelihood):
@@ -497,7 +507,7 @@ def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
     if not isinstance(likelihood, str):
         raise TypeError(
             f"likelihood must be a name ({known}) or an object such as fastvae.Gaussian(scale=0.1); got "
-            f"{likelihood!r}"
+            f"{likelihood!r}{_hint(likelihood)}"
         )
     if likelihood not in NAMED:
         raise ValueError(f"likelihood={likelihood!r} is unknown; known: {known}")

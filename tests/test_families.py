@@ -1,0 +1,816 @@
+"""Families over z, each as q and as p: any with any, through every entry; densities, draws, closed forms."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import zuko
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+from fastvae.distributions import as_posterior, as_prior, closed_kl, draw_chunk, rsample
+from fastvae.distributions.base import held
+
+from .conftest import DEVICE
+from .models import LinearGaussian, generator, randn, seed_of
+
+K, B, D, X, U = 6, 5, 3, 7, 4
+SEED = torch.tensor(11, device=DEVICE)
+BERNOULLI = {"likelihood": "bernoulli"}
+ESTIMATORS = ("iwae", "stl", "dreg")
+
+
+class Parameters:
+    """Leaves of a family, kept in the order in which they are made."""
+
+    def __init__(self, dtype=torch.float64, rows=B):
+        self.dtype, self.rows, self.leaves = dtype, rows, []
+
+    def __call__(self, *shape, shift=0.0):
+        t = (0.4 * randn(*shape, seed=30 + len(self.leaves)) + shift).to(self.dtype).requires_grad_()
+        self.leaves.append(t)
+        return t
+
+
+def _flow(make):
+    """zuko's, of fixed weights, float64 or whatever the others are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return make()
+
+
+def _mixture(p, rows):
+    pairs = [(p(*rows, D), p(*rows, D)), fastvae.Laplace(p(*rows, D), p(*rows, D))]
+    return fastvae.Mixture(pairs if rows else [fastvae.DiagonalNormal(*pairs[0]), pairs[1]], p(*rows, 2))
+
+
+def _posterior_flow(p):
+    flow = _flow(lambda: zuko.flows.NSF(D, 2, transforms=1, hidden_features=[8], passes=2)).to(
+        DEVICE, p.dtype
+    )
+    return fastvae.Flow(flow, p(p.rows, 2))
+
+
+# Each of the parameters p, whose rows are [B] of a posterior and none of a prior.
+BOTH = {
+    "diagonal": lambda p, rows: fastvae.DiagonalNormal(p(*rows, D), p(*rows, D)),
+    "full": lambda p, rows: fastvae.FullNormal(p(*rows, D), p(*rows, D * (D + 1) // 2)),
+    "low rank": lambda p, rows: fastvae.LowRankNormal(p(*rows, D), p(*rows, D), p(*rows, D, 2)),
+    "laplace": lambda p, rows: fastvae.Laplace(p(*rows, D), p(*rows, D)),
+    "logistic": lambda p, rows: fastvae.Logistic(p(*rows, D), p(*rows, D)),
+    "student": lambda p, rows: fastvae.StudentT(p(*rows, D), p(*rows, D), p(*rows, D, shift=5.0)),
+    "gumbel": lambda p, rows: fastvae.Gumbel(p(*rows, D), p(*rows, D)),
+    "log-normal": lambda p, rows: fastvae.LogNormal(p(*rows, D), p(*rows, D)),
+    "exponential": lambda p, rows: fastvae.Exponential(p(*rows, D)),
+    "mixture": _mixture,
+    "torch": lambda p, rows: td.Laplace(p(*rows, D), p(*rows, D).exp()),
+}
+POSTERIORS = {
+    **{name: (lambda p, make=make: make(p, (p.rows,))) for name, make in BOTH.items()},
+    "flow": _posterior_flow,
+    "torch's full": lambda p: td.MultivariateNormal(
+        p(p.rows, D), scale_tril=torch.diag_embed(p(p.rows, D).exp()) + p(p.rows, D, D).tril(-1)
+    ),
+    "torch's low rank": lambda p: td.LowRankMultivariateNormal(
+        p(p.rows, D), p(p.rows, D, 2), p(p.rows, D).exp()
+    ),
+}
+
+
+def _vamp(p):
+    encoder = nn.Linear(X, 2 * D).to(DEVICE, p.dtype)
+    with torch.no_grad():
+        encoder.weight.copy_(0.3 * randn(2 * D, X, seed=9))
+        encoder.bias.zero_()
+    p.leaves += list(encoder.parameters())
+    return fastvae.VampPrior(encoder, p(U, X), p(U))
+
+
+PRIORS = {
+    "standard": lambda p: None,
+    **{name: (lambda p, make=make: make(p, ())) for name, make in BOTH.items()},
+    "rows": lambda p: fastvae.DiagonalNormal(p(p.rows, D), p(p.rows, D)),
+    "normal mixture": lambda p: fastvae.NormalMixture(p(U, D), p(U, D), p(U)),
+    "torch's mixture": lambda p: td.MixtureSameFamily(
+        td.Categorical(logits=p(U)), td.Independent(td.Normal(p(U, D), p(U, D).exp()), 1)
+    ),
+    "vamp": _vamp,
+    "vamp of full": lambda p: fastvae.VampPrior(
+        lambda u, mu=p(D, X): fastvae.FullNormal(u @ mu.T, (u @ mu.T).repeat(1, 2)), p(U, X)
+    ),
+    "aggregate": lambda p: fastvae.AggregatePosterior(
+        lambda u, w=p(2 * D, X): u @ w.T, randn(9, X, seed=8).to(p.dtype), batch_size=4
+    ),
+    "flow": lambda p: fastvae.Flow(
+        _flow(lambda: zuko.flows.MAF(D, transforms=1, hidden_features=[8])).to(DEVICE, p.dtype)
+    ),
+}
+# Where q has all of the line and p half of it, log p is −∞.
+POSITIVE = {"log-normal", "exponential"}
+PAIRS = [(q, p) for q in POSTERIORS for p in PRIORS if p not in POSITIVE or q in POSITIVE]
+
+
+def _decoder(dtype):
+    weight = randn(D, X, seed=6).to(dtype)
+    return lambda z: torch.tanh(z) @ weight
+
+
+def _data(dtype):
+    return (randn(B, X, seed=7) > 0).to(dtype)
+
+
+@pytest.mark.parametrize(("q", "p"), PAIRS, ids=lambda n: n)
+def test_any_posterior_with_any_prior(q, p):
+    """In every entry: weights are log p − log q at the draws, the bounds are theirs, chunks are the whole, and
+    gradients reach all parameters.
+    """
+    made_q, made_p = Parameters(), Parameters()
+    posterior, prior = POSTERIORS[q](made_q), PRIORS[p](made_p)
+    made_p.leaves = [t for t in made_p.leaves if t.requires_grad]
+    x, decoder = _data(torch.float64), _decoder(torch.float64)
+    options = {"prior": prior, **BERNOULLI}
+    read_q, read_p = as_posterior(posterior), as_prior(prior)
+    seed = seed_of(5)
+    z, _ = rsample(read_q, K, seed)
+    log_q, log_p = read_q.log_prob(z), read_p.log_prob(z)
+    parts = fastvae.log_weights(x, posterior, decoder, k=K, generator=generator(5), **options)
+    shares = read_q.log_shares(K, seed) if read_q.strata > 1 else torch.zeros(1, 1, dtype=z.dtype)
+    torch.testing.assert_close(parts.log_ratio, log_p - log_q + shares, rtol=1e-8, atol=1e-8)
+    log_likelihood = td.Bernoulli(logits=decoder(z)).log_prob(x).sum(-1)
+    torch.testing.assert_close(parts.log_likelihood, log_likelihood, rtol=1e-8, atol=1e-8)
+    log_w = parts.log_likelihood + parts.log_ratio
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # kl="mc" asks for what has no closed form
+        mc = fastvae.elbo(
+            x, posterior, decoder, samples=K, kl="mc", generator=generator(5), terms=True, **options
+        )
+    expected = (shares.exp() * (log_likelihood + log_p - log_q)).mean(0)
+    torch.testing.assert_close(mc.bound, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(mc.bound, mc.log_likelihood - mc.kl, rtol=1e-8, atol=1e-8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where no closed form is known
+        analytic = fastvae.elbo(x, posterior, decoder, samples=K, generator=generator(5), **options)
+    assert bool(analytic.isfinite())
+
+    leaves = [*made_q.leaves, *made_p.leaves]
+    for estimator in ESTIMATORS:
+        if estimator == "dreg" and read_q.strata > 1:
+            with pytest.raises(ValueError, match="dreg.*Mixture.*'iwae' or 'stl'"):
+                fastvae.iwae(x, posterior, decoder, k=K, estimator=estimator, **options)
+            continue
+        bounds = [
+            fastvae.iwae(x, posterior, decoder, k=K, k_chunk=chunk, estimator=estimator, reduction="none",
+                         generator=generator(5), **options)
+            for chunk in (None, 4)
+        ]  # fmt: skip
+        torch.testing.assert_close(bounds[0], torch.logsumexp(log_w, 0) - math.log(K), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(bounds[1], bounds[0], rtol=1e-9, atol=1e-9)
+        grads = [
+            torch.autograd.grad(b.sin().sum(), leaves, allow_unused=True, retain_graph=True) for b in bounds
+        ]
+        for one, other in zip(*grads, strict=True):
+            assert one is not None and bool(one.isfinite().all()) and bool(one.any())
+            torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-9)
+    marginal = fastvae.log_marginal(x, posterior, decoder, k=K, k_chunk=4, generator=generator(5), **options)
+    torch.testing.assert_close(marginal.log_px, torch.logsumexp(log_w, 0) - math.log(K), rtol=1e-8, atol=1e-8)
+
+
+class Encoder(nn.Module):
+    """x -> the posterior of a family whose parameters are linear in x."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.linear = name, nn.Linear(X, 40)
+        self.flow = _flow(lambda: zuko.flows.NSF(D, 2, transforms=1, hidden_features=[8], passes=2))
+
+    def forward(self, x):
+        numbers = 0.3 * self.linear(x)
+        taken = 0
+
+        def take(*shape, shift=0.0):
+            nonlocal taken
+            size = math.prod(shape[1:])
+            taken += size
+            return numbers[:, taken - size : taken].reshape(shape) + shift
+
+        take.rows, take.dtype = len(x), x.dtype
+        return (
+            fastvae.Flow(self.flow, take(len(x), 2)) if self.name == "flow" else POSTERIORS[self.name](take)
+        )
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
+@pytest.mark.parametrize("prior", ["standard", "vamp", "mixture"])
+def test_evaluated(name, prior, tmp_path):
+    """Any batch size and a checkpoint give the same; with a tolerance examples leave."""
+    encoder, decoder = Encoder(name).double(), nn.Linear(D, X).double()
+    p = PRIORS[prior](Parameters())
+    x = (randn(23, X, seed=7) > 0).double()
+    options = {"likelihood": "bernoulli", "prior": p, "progress": False}
+    whole = fastvae.evaluate(encoder, decoder, x, k=12, generator=generator(2), **options)
+    path = tmp_path / "run.npz"
+    parts = [
+        fastvae.evaluate(encoder, decoder, x, k=12, batch_size=5, k_chunk=5, checkpoint=path,
+                         generator=generator(2), **options)
+        for _ in range(2)
+    ]  # fmt: skip
+    for part in parts:
+        np.testing.assert_allclose(part.log_px, whole.log_px, rtol=1e-9)
+    early = fastvae.evaluate(encoder, decoder, x, k=400, tol=0.3, generator=generator(2), **options)
+    assert np.isfinite(early.log_px).all()
+
+
+def test_a_vae_of_each(backend):
+    for name in POSTERIORS:
+        vae = fastvae.VAE(Encoder(name), nn.Linear(D, X), likelihood="bernoulli", latent_dim=D).to(DEVICE)
+        x = _data(torch.float32)
+        (-vae.iwae(x, k=4)).backward()
+        assert all(g is None or bool(g.isfinite().all()) for g in (p.grad for p in vae.parameters()))
+        assert vae.anomaly_score(x, samples=7).shape == (B,)
+
+
+@pytest.mark.parametrize("name", [n for n in PRIORS if n not in ("rows", "standard")])
+def test_draws_of_priors(name):
+    """Of the shape, repeatable, and of the density: E[p(z)^-1 f(z)] = ∫f, for a normal f."""
+    p = as_prior(PRIORS[name](Parameters(torch.float32)))
+    with torch.no_grad():
+        z = p.sample(5000, D, device=DEVICE, generator=generator(4))
+        assert z.shape == (5000, D)
+        assert torch.equal(z, p.sample(5000, D, device=DEVICE, generator=generator(4)))
+        z = z.double()
+        if name in POSITIVE:
+            f = td.Gamma(torch.full((D,), 3.0, dtype=z.dtype), torch.full((D,), 2.5, dtype=z.dtype))
+        else:
+            f = td.Normal(z.median(0).values, 0.4 * (z.quantile(0.84, 0) - z.quantile(0.16, 0)))
+        ratio = torch.exp(f.log_prob(z).sum(-1) - p.log_prob(z.to(torch.float32)[:, None])[:, 0].double())
+    error = ratio.std() / math.sqrt(len(z))
+    assert abs(float(ratio.mean()) - 1) < 6 * float(error) and float(error) < 0.2
+
+
+# Densities and draws
+
+SCIPY = {
+    "laplace": lambda a, b: scipy.stats.laplace(a, np.exp(b)),
+    "logistic": lambda a, b: scipy.stats.logistic(a, np.exp(b)),
+    "gumbel": lambda a, b: scipy.stats.gumbel_r(a, np.exp(b)),
+    "log-normal": lambda a, b: scipy.stats.lognorm(np.exp(b), scale=np.exp(a)),
+    "student": lambda a, b: scipy.stats.t(4.5, a, np.exp(b)),
+    "exponential": lambda a, b: scipy.stats.expon(scale=np.exp(b)),
+}
+OURS = {
+    "laplace": fastvae.Laplace,
+    "logistic": fastvae.Logistic,
+    "gumbel": fastvae.Gumbel,
+    "log-normal": fastvae.LogNormal,
+    "student": lambda a, b: fastvae.StudentT(a, b, 4.5),
+    "exponential": lambda a, b: fastvae.Exponential(b),
+}
+
+
+@pytest.mark.parametrize("name", SCIPY)
+def test_densities_are_those_of_scipy(name):
+    """Also far out, where the tails are."""
+    a, b = randn(B, D, seed=1).double(), 0.5 * randn(B, D, seed=2).double()
+    z = 30 * randn(K, B, D, seed=3).double()
+    z = z.abs() if name in POSITIVE else z
+    expected = SCIPY[name](a.cpu().numpy(), b.cpu().numpy()).logpdf(z.cpu().numpy()).sum(-1)
+    found = OURS[name](a, b).log_prob(z)
+    np.testing.assert_allclose(found.cpu(), expected, rtol=1e-12)
+    # In single precision to its roundings, where exp(-w) of a Gumbel is no infinity.
+    near = (z / 15).float()
+    single, double = (OURS[name](*(t.to(dtype) for t in (a.float(), b.float()))).log_prob(near.to(dtype))
+                      for dtype in (torch.float32, torch.float64))  # fmt: skip
+    np.testing.assert_allclose(single.cpu(), double.cpu(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCIPY)
+def test_draws_follow_their_distribution_function(name):
+    """Kolmogorov and Smirnov's distance, in each dimension: above this bound once in 10^9."""
+    a, b = randn(1, D, seed=1), 0.5 * randn(1, D, seed=2)
+    z, log_q = OURS[name](a, b).rsample(20_000, SEED)
+    for d in range(D):
+        scipys = SCIPY[name](float(a[0, d]), float(b[0, d]))
+        statistic = scipy.stats.kstest(z[:, 0, d].cpu().numpy(), scipys.cdf).statistic
+        assert statistic < math.sqrt(-0.5 * math.log(1e-9 / 2) / 20_000)
+    torch.testing.assert_close(log_q, OURS[name](a, b).log_prob(z), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["laplace", "logistic", "gumbel", "exponential", "student"])
+def test_the_tails_are_right(name, monkeypatch):
+    """Noise 6.5 standard deviations out is as far out in the family: in single precision 1 − u is 0."""
+    eps = torch.tensor([-6.5, 6.5, 0.3], dtype=torch.float64, device=DEVICE)
+    if name == "student":
+        eps = torch.cat([eps, torch.zeros(3, dtype=torch.float64, device=DEVICE)])
+    monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, -1))
+    zeros = torch.zeros(1, 3, device=DEVICE)
+    z, _ = OURS[name](zeros, zeros).rsample(1, SEED)
+    scipys = SCIPY[name](0.0, 0.0)
+    if name == "student":  # Bailey's length of a bivariate t
+        expected = [e * math.sqrt(4.5 * math.expm1(e * e / 4.5)) / abs(e) for e in (-6.5, 6.5, 0.3)]
+    else:
+        tail = scipy.stats.norm.sf(6.5)
+        expected = [scipys.ppf(tail), scipys.isf(tail), scipys.ppf(scipy.stats.norm.cdf(0.3))]
+    np.testing.assert_allclose(z.flatten().cpu(), expected, rtol=1e-6)
+
+
+def test_student_draws_differentiate_by_degrees_of_freedom():
+    """The pathwise derivative of E[|z|] by ν is that of the mean's formula."""
+    df = torch.tensor(7.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    zeros = torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
+    z, _ = fastvae.StudentT(zeros, zeros, df).rsample(200_000, SEED)
+    slopes = torch.autograd.grad(z.abs().mean(), df, retain_graph=True)[0]
+
+    def mean(v):
+        half = torch.lgamma((v + 1) / 2) - torch.lgamma(v / 2)
+        return 2 * v.sqrt() * torch.exp(half) / (math.sqrt(math.pi) * (v - 1))
+
+    v = df.detach().clone().requires_grad_()
+    expected = torch.autograd.grad(mean(v), v)[0]
+    assert abs(float(z.abs().mean() - mean(df))) < 0.01
+    torch.testing.assert_close(slopes, expected, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
+def test_draws_are_addressed(name):
+    """Chunks and rows of a draw are its parts, whatever the family; and so are posteriors of some rows."""
+    q = as_posterior(POSTERIORS[name](Parameters()))
+    z, log_q = q.rsample(K, SEED)
+    part, part_q = q.rsample(3, SEED, sample_offset=2)
+    torch.testing.assert_close(part, z[2:5], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part_q, log_q[2:5], rtol=1e-10, atol=1e-10)
+    some = q.rows(1, 4)
+    if name == "torch":
+        assert some is None
+        return
+    part, part_q = some.rsample(K, SEED, row_offset=1)
+    torch.testing.assert_close(part, z[:, 1:4], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part_q, log_q[:, 1:4], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(log_q, q.log_prob(z), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name, dtype):
+    """z in the parameters' dtype, densities in float32."""
+    if name in ("torch", "torch's full", "torch's low rank", "flow"):
+        pytest.skip("computed by torch and zuko in the dtype that they are given")
+    q = POSTERIORS[name](Parameters(dtype))
+    z, log_q = rsample(as_posterior(q), K, SEED)
+    assert z.dtype == dtype and log_q.dtype == torch.float32 and bool(log_q.isfinite().all())
+
+
+# Covariances
+
+
+def test_a_triangle_row_by_row():
+    mu, tril = randn(B, D, seed=1).double(), randn(B, D * (D + 1) // 2, seed=2).double()
+    scale = torch.zeros(B, D, D, dtype=torch.float64, device=DEVICE)
+    at = 0
+    for i in range(D):
+        for j in range(i + 1):
+            scale[:, i, j] = tril[:, at].exp() if i == j else tril[:, at]
+            at += 1
+    q = fastvae.FullNormal(mu, tril)
+    z, log_q = q.rsample(K, SEED)
+    eps = fastvae.random.normal(SEED, K, B, D, dtype=torch.float64)
+    torch.testing.assert_close(z, mu + torch.einsum("bij,kbj->kbi", scale, eps), rtol=1e-12, atol=1e-12)
+    expected = td.MultivariateNormal(mu, scale_tril=scale)
+    torch.testing.assert_close(log_q, expected.log_prob(z), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(q.log_prob(z), expected.log_prob(z), rtol=1e-9, atol=1e-9)
+    again = fastvae.FullNormal.of(mu, scale)
+    torch.testing.assert_close(again.tril, tril, rtol=1e-12, atol=1e-12)
+
+
+def test_low_rank_is_torchs():
+    mu, logvar, factor = (randn(*s, seed=i).double() for i, s in enumerate([(B, D), (B, D), (B, D, 2)]))
+    q = fastvae.LowRankNormal(mu, logvar, factor)
+    z = randn(K, B, D, seed=5).double()
+    expected = td.LowRankMultivariateNormal(mu, factor, logvar.exp())
+    torch.testing.assert_close(q.log_prob(z), expected.log_prob(z), rtol=1e-9, atol=1e-9)
+    draws, _ = q.rsample(20_000, SEED)
+    centred, covariance = draws - mu, expected.covariance_matrix
+    found = torch.einsum("kbi,kbj->bij", centred, centred) / len(draws)
+    spread = covariance.diagonal(dim1=-2, dim2=-1)
+    error = (spread[:, :, None] * spread[:, None] + covariance.square()).sqrt() / math.sqrt(len(draws))
+    assert bool(((found - covariance).abs() < 6 * error).all())
+
+
+NORMALS = ("diagonal", "full", "low rank")
+
+
+@pytest.mark.parametrize("q", NORMALS)
+@pytest.mark.parametrize("p", ["standard", *NORMALS])
+def test_closed_forms_of_normals_are_torchs(q, p):
+    """KL(q ‖ p) in float64 by torch's formula of full covariances, and its gradients."""
+    made_q, made_p = Parameters(), Parameters()
+    posterior = POSTERIORS[q](made_q)
+    prior = as_prior(PRIORS[p](made_p))
+    kl = closed_kl(posterior, prior)
+    kl = kl.sum(-1) if kl.dim() == 2 else kl
+
+    def full(d):
+        if type(d) is fastvae.StandardNormal:
+            return td.MultivariateNormal(
+                torch.zeros(D, dtype=torch.float64), torch.eye(D, dtype=torch.float64)
+            )
+        t = d.as_torch()
+        covariance = torch.diag_embed(t.variance) if isinstance(t, td.Normal) else t.covariance_matrix
+        return td.MultivariateNormal(t.mean, covariance)
+
+    expected = td.kl_divergence(full(posterior), full(prior))
+    torch.testing.assert_close(kl, expected, rtol=1e-9, atol=1e-10)
+    leaves = made_q.leaves + made_p.leaves
+    grads, wanted = (torch.autograd.grad(v.sin().sum(), leaves, retain_graph=True) for v in (kl, expected))
+    for one, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_a_kl_near_zero_keeps_its_digits():
+    """Of a full covariance 1e-4 off the prior, in single precision: naively it is rounding."""
+    tril = 1e-4 * randn(B, D * (D + 1) // 2, seed=1)
+    mu = 1e-4 * randn(B, D, seed=2)
+    kl = closed_kl(fastvae.FullNormal(mu, tril), fastvae.StandardNormal())
+    exact = closed_kl(fastvae.FullNormal(mu.double(), tril.double()), fastvae.StandardNormal())
+    torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", ["full", "low rank"])
+def test_the_exact_posterior_weighs_every_draw_alike(family, backend):
+    """Of a linear-Gaussian model whose latents are rotated: any K gives log p(x), the ELBO too, and STL's
+    gradient is 0.
+    """
+    model = LinearGaussian(D, X)
+    x = model.sample(B)
+    rotation, _ = torch.linalg.qr(randn(D, D, seed=9, dtype=torch.float64))
+    mu, logvar = model.posterior(x)
+    mean = (mu @ rotation.T).requires_grad_()
+    covariance = rotation @ torch.diag_embed(logvar.exp()) @ rotation.T
+    if family == "full":
+        scale = torch.linalg.cholesky(covariance)
+        index = torch.tril_indices(D, D)
+        entries = torch.where(
+            index[0] == index[1], scale[:, index[0], index[1]].log(), scale[:, index[0], index[1]]
+        )
+        leaves = [mean, entries.detach().requires_grad_()]
+        q = fastvae.FullNormal(*leaves)
+    else:
+        # The least eigenvalue for all, and what the others have more.
+        least = logvar.exp().amin(1)
+        more = rotation * (logvar.exp() - least[:, None])[:, None].sqrt()
+        leaves = [mean, least.log()[:, None].expand(B, D).clone().requires_grad_(), more.requires_grad_()]
+        q = fastvae.LowRankNormal(*leaves)
+    options = {"likelihood": model.likelihood, "reduction": "none"}
+    value = fastvae.iwae(x, q, lambda z: model.decoder(z @ rotation), k=K, estimator="stl", **options)
+    torch.testing.assert_close(value, model.log_px(x), rtol=1e-9, atol=1e-9)
+    assert all(float(g.abs().max()) < 1e-8 for g in torch.autograd.grad(value.sum(), leaves))
+    parts = fastvae.log_weights(x, q, lambda z: model.decoder(z @ rotation), k=K, likelihood=model.likelihood)
+    log_w = parts.log_likelihood + parts.log_ratio
+    torch.testing.assert_close(log_w, log_w.mean(0).expand(K, B), rtol=1e-9, atol=1e-9)
+    mc = fastvae.elbo(x, q, lambda z: model.decoder(z @ rotation), kl="mc", **options)
+    torch.testing.assert_close(mc, model.log_px(x), rtol=1e-9, atol=1e-9)
+
+
+# Mixtures
+
+
+def test_a_mixture_is_stratified_and_unbiased():
+    """Any number of draws, over seeds: the mean of w is p(x), for the ELBO the mean of its terms."""
+    model = LinearGaussian(2, X)
+    x = model.sample(3)
+    mu, logvar = model.posterior(x)
+    logits = torch.tensor([[1.0, -0.5, 0.0]], dtype=torch.float64, device=DEVICE).expand(3, 3)
+    components = [(mu + 0.3, logvar + 0.2), (mu - 0.4, logvar + 0.4), fastvae.Laplace(mu, 0.5 * logvar)]
+    q = fastvae.Mixture(components, logits)
+    for k in (1, 2, 3, 5):
+        ratios = []
+        for s in range(400):
+            parts = fastvae.log_weights(
+                x, q, model.decoder, k=k, likelihood=model.likelihood, generator=generator(s)
+            )
+            log_w = parts.log_likelihood + parts.log_ratio
+            ratios.append(torch.exp(log_w - model.log_px(x)).mean(0))
+        ratios = torch.stack(ratios)
+        error = ratios.std(0) / math.sqrt(len(ratios))
+        assert bool(((ratios.mean(0) - 1).abs() < 6 * error).all()), k
+
+
+def test_each_stratum_has_its_share_of_draws():
+    far = [(torch.full((2, 1), 100.0 * c, device=DEVICE), torch.zeros(2, 1, device=DEVICE)) for c in range(3)]
+    q = fastvae.Mixture(far)
+    for seed in (torch.tensor(0), torch.tensor(-7), torch.tensor(4)):
+        z, _ = q.rsample(12, seed.to(DEVICE))
+        counts = torch.bincount((z[:, 0, 0] / 100).round().long(), minlength=3)
+        assert counts.tolist() == [4, 4, 4]
+
+
+def test_gradients_of_a_mixture_are_those_of_its_definition():
+    """Logits, means and variances, of the ELBO and of the IWAE, by torch.distributions at the same draws."""
+    made = Parameters()
+    mu, logvar = [made(B, D) for _ in range(2)], [made(B, D) for _ in range(2)]
+    logits = made(B, 2)
+    q = fastvae.Mixture(list(zip(mu, logvar, strict=True)), logits)
+    x, decoder = _data(torch.float64), _decoder(torch.float64)
+    seed = seed_of(5)
+    z, _ = q.rsample(K, seed)
+    normal = [td.Normal(m, (0.5 * v).exp()) for m, v in zip(mu, logvar, strict=True)]
+    log_weight = torch.log_softmax(logits, 1)
+    log_q = torch.logsumexp(torch.stack([n.log_prob(z).sum(-1) for n in normal], -1) + log_weight, -1)
+    log_w = (
+        td.Bernoulli(logits=decoder(z)).log_prob(x).sum(-1) + td.Normal(0.0, 1.0).log_prob(z).sum(-1) - log_q
+    )
+    turns = torch.remainder(torch.arange(K) + torch.remainder(seed.cpu(), 2), 2)
+    share = 2 * torch.exp(log_weight)[:, turns].T
+    found = {
+        "elbo": fastvae.elbo(
+            x, q, decoder, samples=K, kl="mc", generator=generator(5), reduction="sum", **BERNOULLI
+        ),
+        "iwae": fastvae.iwae(x, q, decoder, k=K, generator=generator(5), reduction="sum", **BERNOULLI),
+    }
+    expected = {
+        "elbo": (share * log_w).mean(0).sum(),
+        "iwae": (torch.logsumexp(log_w + share.log(), 0) - math.log(K)).sum(),
+    }
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9)
+        grads = torch.autograd.grad(value, made.leaves, retain_graph=True)
+        for one, other in zip(
+            grads, torch.autograd.grad(expected[name], made.leaves, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_a_defensive_mixture_bounds_the_weights():
+    """q far too narrow: with the prior as a component no weight is above p(x|z) / π."""
+    model = LinearGaussian(2, X)
+    x = model.sample(4)
+    mu, logvar = model.posterior(x, stretch=-3.0)
+    q = fastvae.Mixture([(mu, logvar), fastvae.StandardNormal()], torch.tensor([3.0, 0.0], device=DEVICE))
+    parts = fastvae.log_weights(x, q, model.decoder, k=5000, likelihood=model.likelihood)
+    shares = torch.log_softmax(torch.tensor([3.0, 0.0], dtype=torch.float64), 0)
+    # log p(z) − log q(z|x) ≤ −log π of the prior, and a draw of a component counts C π.
+    assert float(parts.log_ratio.max()) <= float(math.log(2) + shares.max() - shares[1]) + 1e-6
+    plain = fastvae.log_marginal(x, (mu, logvar), model.decoder, k=5000, likelihood=model.likelihood)
+    defended = fastvae.log_marginal(x, q, model.decoder, k=5000, likelihood=model.likelihood)
+    assert float(defended.khat.max()) < 0.7 < float(plain.khat.max())
+    assert bool(((defended.log_px - model.log_px(x)).abs() < 6 * defended.stderr).all())
+
+
+# VampPrior and aggregate posteriors
+
+
+def test_a_vamp_prior_is_the_mixture_of_its_posteriors(backend):
+    encoder = nn.Linear(X, 2 * D).to(DEVICE)
+    inputs = nn.Parameter(randn(U, X, seed=2))
+    z = randn(K, B, D, seed=3)
+    mu, logvar = encoder(inputs).chunk(2, 1)
+    expected = td.MixtureSameFamily(
+        td.Categorical(logits=torch.zeros(U, device=DEVICE)),
+        td.Independent(td.Normal(mu, (0.5 * logvar).exp()), 1),
+    ).log_prob(z)
+    prior = fastvae.VampPrior(encoder, inputs)
+    torch.testing.assert_close(prior.log_prob(z), expected, rtol=1e-5, atol=1e-5)
+    aggregate = fastvae.AggregatePosterior(encoder, inputs.detach(), batch_size=3)
+    torch.testing.assert_close(aggregate.log_prob(z), expected, rtol=1e-5, atol=1e-5)
+
+
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_pseudo_inputs_are_encoded_once_a_call():
+    """Whatever the number of chunks, and once for a data set."""
+    encoder, decoder = Counted(X, 2 * D).to(DEVICE), nn.Linear(D, X).to(DEVICE)
+    prior = fastvae.VampPrior(encoder, nn.Parameter(randn(U, X, seed=2)))
+    x = _data(torch.float32)
+    q = encoder(x).detach().chunk(2, 1)
+    for estimator in ESTIMATORS:
+        encoder.calls = 0
+        bound = fastvae.iwae(x, q, decoder, k=9, k_chunk=2, estimator=estimator, prior=prior, **BERNOULLI)
+        bound.backward()
+        assert encoder.calls == 1
+    encoder.calls = 0
+    fastvae.evaluate(lambda x: q, decoder, x, k=30, k_chunk=7, prior=prior, progress=False, **BERNOULLI)
+    assert encoder.calls == 1
+
+
+def test_a_vamp_prior_in_a_vae_is_trained_saved_and_drawn_from():
+    encoder, decoder = nn.Linear(X, 2 * D), nn.Linear(D, X)
+    prior = fastvae.VampPrior(encoder, nn.Parameter(randn(U, X, seed=2).cpu()), nn.Parameter(torch.zeros(U)))
+    vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli", prior=prior, latent_dim=D).to(DEVICE)
+    assert len(list(vae.parameters())) == 2 + 2 + 2
+    before = [p.detach().clone() for p in vae.parameters()]
+    optimizer = torch.optim.Adam(vae.parameters(), 0.01)
+    (-vae.elbo(_data(torch.float32), kl="mc")).backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, vae.parameters(), strict=True))
+    other = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), likelihood="bernoulli", latent_dim=D)
+    other.prior = fastvae.VampPrior(
+        other.encoder, nn.Parameter(torch.zeros(U, X)), nn.Parameter(torch.zeros(U))
+    )
+    other.to(DEVICE).load_state_dict(vae.state_dict())
+    assert torch.equal(other.prior.pseudo_inputs, vae.prior.pseudo_inputs)
+    assert vae.sample(4).shape == (4, X)
+
+
+@pytest.mark.parametrize("objective", [fastvae.elbo, fastvae.iwae])
+@pytest.mark.parametrize("name", ["full", "low rank", "laplace", "student", "log-normal", "mixture"])
+def test_compiled(objective, name):
+    """fullgraph, with equal values and gradients."""
+    encoder = Encoder(name).to(DEVICE)
+    prior = fastvae.NormalMixture(*(nn.Parameter(randn(U, D, seed=s)) for s in (1, 2)))
+    decoder = nn.Linear(D, X).to(DEVICE)
+    options = {"kl": "mc", "samples": 4} if objective is fastvae.elbo else {"k": 4}
+
+    def step(x):
+        return objective(x, encoder(x), decoder, prior=prior, **options, **BERNOULLI)
+
+    x = _data(torch.float32)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = torch.compile(step, fullgraph=True)
+        values = []
+        for run in (step, compiled):
+            torch.manual_seed(3)
+            value = run(x)
+            values.append([value, *torch.autograd.grad(value, list(prior.parameters()))])
+    for one, other in zip(*values, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+# Flows
+
+
+def test_a_flow_is_drawn_at_its_address():
+    flow = _flow(lambda: zuko.flows.NSF(D, 2, transforms=2, hidden_features=[8], passes=2)).to(DEVICE)
+    context = randn(B, 2, seed=4)
+    z, log_q = fastvae.Flow(flow, context).rsample(K, SEED)
+    eps = fastvae.random.normal(SEED, K, B, D)
+    made = flow(context)
+    torch.testing.assert_close(z, made.transform.inv(eps), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_q, made.log_prob(z), rtol=1e-3, atol=1e-3)
+
+
+def test_a_flow_is_trained():
+    """A posterior that is a flow, and a prior that is one: all parameters get gradients."""
+    flow = _flow(lambda: zuko.flows.MAF(D, 2, transforms=2, hidden_features=[8], passes=2)).to(DEVICE)
+    prior = fastvae.Flow(_flow(lambda: zuko.flows.NSF(D, transforms=2, hidden_features=[8]))).to(DEVICE)
+    encoder, decoder = nn.Linear(X, 2).to(DEVICE), nn.Linear(D, X).to(DEVICE)
+    x = _data(torch.float32)
+    for estimator in ESTIMATORS:
+        for module in (flow, prior, encoder):
+            module.zero_grad()
+        q = fastvae.Flow(flow, encoder(x))
+        (-fastvae.iwae(x, q, decoder, k=K, prior=prior, estimator=estimator, **BERNOULLI)).backward()
+        for module in (flow, prior, encoder):
+            assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in module.parameters())
+
+
+def test_stl_holds_a_flows_parameters():
+    """A flow that is the identity is the exact posterior of a model without data: STL's gradient vanishes."""
+    flow = _flow(lambda: zuko.flows.MAF(D, 2, transforms=1, hidden_features=[8], passes=2)).to(
+        DEVICE, torch.float64
+    )
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.zero_()
+    q = fastvae.Flow(flow, torch.zeros(B, 2, dtype=torch.float64, device=DEVICE))
+    decoder = lambda z: 0 * z.sum(1, keepdim=True).expand(-1, X)  # noqa: E731
+    bound = fastvae.iwae(_data(torch.float64), q, decoder, k=K, estimator="stl", **BERNOULLI)
+    grads = torch.autograd.grad(bound, list(flow.parameters()), allow_unused=True)
+    assert all(g is None or float(g.abs().max()) < 1e-12 for g in grads)
+
+
+def test_held_families_have_no_gradient():
+    for name, make in POSTERIORS.items():
+        q = as_posterior(make(Parameters()))
+        z = q.rsample(K, SEED)[0].detach()
+        assert not held(q).log_prob(z).requires_grad, name
+    for name, make in PRIORS.items():
+        p = as_prior(make(Parameters())).prepared()
+        z = randn(K, B, D, seed=1).double().abs()
+        assert not held(p).log_prob(z).requires_grad, name
+
+
+def test_chunks_of_dreg_with_every_prior():
+    """draw_chunk's third result is there for each."""
+    q = as_posterior(POSTERIORS["full"](Parameters()))
+    for make in PRIORS.values():
+        _, _, whole = draw_chunk(q, as_prior(make(Parameters())).prepared(), K, SEED, 0, 0, "dreg")
+        assert whole.shape == (B,)
+
+
+# What does not fit
+
+
+def zeros(*shape):
+    return torch.zeros(shape, device=DEVICE)
+
+
+MISTAKES = {
+    "tril of another size": (
+        lambda: fastvae.FullNormal(zeros(B, D), zeros(B, D)),
+        ValueError,
+        ["tril", "[5, 3]", "D(D+1)/2", "[5, 6]", "FullNormal.of"],
+    ),
+    "a matrix for a vector": (
+        lambda: fastvae.FullNormal(zeros(B, D), zeros(B, D, D)),
+        ValueError,
+        ["[5, 3, 3]", "FullNormal.of"],
+    ),
+    "a matrix that does not fit": (
+        lambda: fastvae.FullNormal.of(zeros(B, D), zeros(B, D, 2)),
+        ValueError,
+        ["scale_tril", "[5, 3, 2]", "[5, 3, 3]"],
+    ),
+    "a factor without rows": (
+        lambda: fastvae.LowRankNormal(zeros(B, D), zeros(B, D), zeros(D, 2)),
+        ValueError,
+        ["factor [3, 2]", "[B, D, R]"],
+    ),
+    "scales of another shape": (
+        lambda: fastvae.Laplace(zeros(B, D), zeros(B, 2)),
+        ValueError,
+        ["log_scale", "[5, 2]", "[5, 3]"],
+    ),
+    "integers": (lambda: fastvae.Gumbel(zeros(B, D).int(), zeros(B, D)), TypeError, ["loc", "int32"]),
+    "no degrees of freedom": (
+        lambda: fastvae.StudentT(zeros(B, D), zeros(B, D), 0),
+        ValueError,
+        ["df", "above 0", "0"],
+    ),
+    "no components": (lambda: fastvae.Mixture([]), TypeError, ["components", "at least one"]),
+    "components of other batches": (
+        lambda: fastvae.Mixture([(zeros(B, D), zeros(B, D)), (zeros(2, D), zeros(2, D))]),
+        ValueError,
+        ["[2, 5]", "same B"],
+    ),
+    "logits of another number": (
+        lambda: fastvae.Mixture([(zeros(B, D), zeros(B, D))] * 2, zeros(B, 3)),
+        ValueError,
+        ["[5, 3]", "2 components"],
+    ),
+    "a component that is none": (lambda: fastvae.Mixture([3]), TypeError, ["q must be", "int"]),
+    "an encoder that is none": (lambda: fastvae.VampPrior(3, zeros(U, X)), TypeError, ["encoder", "int"]),
+    "pseudo-inputs that are none": (
+        lambda: fastvae.VampPrior(nn.Identity(), [1]),
+        TypeError,
+        ["pseudo_inputs", "list"],
+    ),
+    "pseudo-inputs without rows": (
+        lambda: fastvae.VampPrior(nn.Identity(), zeros(X)),
+        ValueError,
+        ["pseudo_inputs", "[7]", "[U, *event]"],
+    ),
+    "weights of other components": (
+        lambda: fastvae.VampPrior(nn.Identity(), zeros(U, 2 * D), zeros(3)).log_prob(zeros(1, 1, D)),
+        ValueError,
+        ["logits", "[3]", "[4]"],
+    ),
+    "data without rows": (
+        lambda: fastvae.AggregatePosterior(nn.Identity(), zeros(0, X)),
+        ValueError,
+        ["data", "[0, 7]", "at least one"],
+    ),
+    "a prior as a posterior": (
+        lambda: as_posterior(fastvae.Laplace(zeros(D), zeros(D))),
+        TypeError,
+        ["Laplace", "[B, D]", "encoder"],
+    ),
+    "a learned mixture as a posterior": (
+        lambda: as_posterior(fastvae.NormalMixture(zeros(U, D), zeros(U, D))),
+        TypeError,
+        ["NormalMixture", "no rows"],
+    ),
+    "a flow that is none": (lambda: fastvae.Flow(3), TypeError, ["flow", "int"]),
+    "a flow that returns none": (
+        lambda: fastvae.Flow(nn.Identity(), zeros(B, 2)).log_prob(zeros(K, B, D)),
+        TypeError,
+        ["flow Identity returned Tensor", "log_prob and rsample"],
+    ),
+    "a family for a likelihood": (
+        lambda: fastvae.elbo(
+            zeros(B, X), (zeros(B, D), zeros(B, D)), nn.Identity(), likelihood=fastvae.Laplace
+        ),
+        TypeError,
+        ["fastvae.Laplace", "fastvae.likelihoods.Laplace"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name):
+    make, error, words = MISTAKES[name]
+    with pytest.raises(error) as raised:
+        make()
+    assert all(word in str(raised.value) for word in words), raised.value
