@@ -83,6 +83,16 @@ POSTERIORS = {
 }
 
 
+def _vamp_of_full(p):
+    mu = p(D, X)
+    return fastvae.VampPrior(lambda u: fastvae.FullNormal(u @ mu.T, (u @ mu.T).repeat(1, 2)), p(U, X))
+
+
+def _aggregate(p):
+    weight = p(2 * D, X)
+    return fastvae.AggregatePosterior(lambda u: u @ weight.T, randn(9, X, seed=8).to(p.dtype), batch_size=4)
+
+
 def _vamp(p):
     encoder = nn.Linear(X, 2 * D).to(DEVICE, p.dtype)
     with torch.no_grad():
@@ -101,12 +111,8 @@ PRIORS = {
         td.Categorical(logits=p(U)), td.Independent(td.Normal(p(U, D), p(U, D).exp()), 1)
     ),
     "vamp": _vamp,
-    "vamp of full": lambda p: fastvae.VampPrior(
-        lambda u, mu=p(D, X): fastvae.FullNormal(u @ mu.T, (u @ mu.T).repeat(1, 2)), p(U, X)
-    ),
-    "aggregate": lambda p: fastvae.AggregatePosterior(
-        lambda u, w=p(2 * D, X): u @ w.T, randn(9, X, seed=8).to(p.dtype), batch_size=4
-    ),
+    "vamp of full": _vamp_of_full,
+    "aggregate": _aggregate,
     "flow": lambda p: fastvae.Flow(
         _flow(lambda: zuko.flows.MAF(D, transforms=1, hidden_features=[8])).to(DEVICE, p.dtype)
     ),
@@ -127,7 +133,7 @@ def _data(dtype):
 
 @pytest.mark.parametrize(("q", "p"), PAIRS, ids=lambda n: n)
 def test_any_posterior_with_any_prior(q, p):
-    """In every entry: weights are log p − log q at the draws, the bounds are theirs, chunks are the whole, and
+    """In every entry: weights are log p − log q at the draws, bounds are theirs, chunks are the whole, and
     gradients reach all parameters.
     """
     made_q, made_p = Parameters(), Parameters()
