@@ -2,6 +2,7 @@
 
 from . import likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
+from .diagnostics import Diagnostics, diagnostics
 from .distributions import (
     AggregatePosterior,
     DiagonalNormal,
@@ -62,6 +63,7 @@ __all__ = [
     "Beta",
     "Categorical",
     "ContinuousBernoulli",
+    "Diagnostics",
     "DiagonalNormal",
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
@@ -95,6 +97,7 @@ __all__ = [
     "TorchDistribution",
     "VampPrior",
     "ZeroInflatedNegativeBinomial",
+    "diagnostics",
     "elbo",
     "evaluate",
     "fuse_head",

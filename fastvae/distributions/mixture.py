@@ -150,6 +150,15 @@ class _Rows(_Components):
         return any(part.reaches_others for part in self._parts())
 
 
+def mixture_of_rows(parts: list[Distribution], logits: Tensor | None) -> NormalMixture | _Rows:
+    """The mixture of the rows of posteriors, one after the other."""
+    pairs = [part._wide() for part in parts if type(part) is DiagonalNormal]
+    if len(pairs) < len(parts):
+        return _Rows(parts, logits)
+    mu, logvar = (t[0] if len(t) == 1 else torch.cat(t) for t in zip(*pairs, strict=True))
+    return NormalMixture(mu, logvar, logits)
+
+
 class _Encoded(Distribution):
     """A mixture of posteriors of inputs that lie with the prior."""
 
@@ -174,13 +183,7 @@ class _Encoded(Distribution):
     def prepared(self) -> Distribution:
         from .read import as_posterior
 
-        parts = [as_posterior(self.encoder(x)) for x in self._inputs()]
-        if not all(type(part) is DiagonalNormal for part in parts):
-            return _Rows(parts, self.logits)
-        pairs = [part._wide() for part in parts if isinstance(part, DiagonalNormal)]
-        means, logvars = zip(*pairs, strict=True)
-        mu, logvar = (t[0] if len(t) == 1 else torch.cat(t) for t in (means, logvars))
-        return NormalMixture(mu, logvar, self.logits)
+        return mixture_of_rows([as_posterior(self.encoder(x)) for x in self._inputs()], self.logits)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self.prepared().log_prob(z)
@@ -255,8 +258,8 @@ class AggregatePosterior(_Encoded):
 
     .. math:: q(z) = \frac{1}{N} \sum_n q(z | x_n)
 
-    The ELBO's optimum among all priors, which overfits: a diagnostic (:func:`fastvae.diagnose`). An objective
-    encodes the whole data set in every call, an evaluation once.
+    The ELBO's optimum among all priors, which overfits: a diagnostic (:func:`fastvae.diagnostics`). An
+    objective encodes the whole data set in every call, an evaluation once.
 
     Args:
         encoder: that of the VAE, x -> what :func:`fastvae.elbo` takes for q.

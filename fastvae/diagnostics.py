@@ -1,0 +1,222 @@
+"""What the latents of a VAE hold of the data, by its aggregate posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._checks import check_count
+from .distributions import DiagonalNormal, Distribution, FullNormal, LowRankNormal, as_prior, is_conditional
+from .distributions.mixture import mixture_of_rows
+from .evaluate.data import batches_of, data_of, place_of, unpacked
+from .evaluate.modules import evaluating
+from .random import draw_seed
+
+if TYPE_CHECKING:
+    from .vae import VAE
+
+__all__ = ["Diagnostics", "diagnostics"]
+
+# As evaluate has it: a unit is active whose mean varies more than this (Burda et al. 2016).
+ACTIVE = 0.01
+
+
+class Diagnostics(NamedTuple):
+    """The parts of E[KL(q(z|x) ‖ p(z))] over a data set, in nats, each with the standard error of its mean
+    over the draws: ``kl`` = ``mutual_information`` + ``marginal_kl``. A part that is not known is None.
+
+    Attributes:
+        kl: E[log q(z|x) − log p(z)].
+        mutual_information: I(x; z) under q, E[log q(z|x) − log q(z)]; at most log N.
+        marginal_kl: KL(q(z) ‖ p(z)), how far the aggregate posterior is from the prior.
+        total_correlation: KL(q(z) ‖ Π_d q(z_d)), how far dimensions are from independent.
+        dimension_kl: [D], KL(q(z_d) ‖ p(z_d)), of a prior whose dimensions are independent; ``marginal_kl``
+            is their sum and the total correlation.
+        active_units: dimensions whose posterior mean has a variance above 0.01 over the data.
+        log_n: log N, the most that the mutual information can be.
+        stderr: standard errors of those above, by name.
+    """
+
+    kl: float
+    mutual_information: float
+    marginal_kl: float
+    total_correlation: float | None
+    dimension_kl: Tensor | None
+    active_units: int | None
+    log_n: float
+    stderr: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = [f"latents over {round(math.exp(self.log_n))} examples, in nats"]
+        rows = [
+            ("KL to the prior", "kl"),
+            ("mutual information", "mutual_information"),
+            ("KL of the aggregate", "marginal_kl"),
+            ("total correlation", "total_correlation"),
+        ]
+        for title, name in rows:
+            value = getattr(self, name)
+            if value is not None:
+                most = f" (at most log N = {self.log_n:.2f})" if name == "mutual_information" else ""
+                lines.append(f"  {title:<20} {value:.3f} ± {self.stderr[name]:.3f}{most}")
+        if self.active_units is not None:
+            lines.append(f"  {'active units':<20} {self.active_units}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def diagnostics(
+    vae: VAE,
+    data: Any,
+    *,
+    examples: int = 2000,
+    batch_size: int = 100,
+    unpack: Callable[[Any], Mapping[str, Any]] | None = None,
+    generator: torch.Generator | None = None,
+) -> Diagnostics:
+    r"""What the latents hold of the data: KL to the prior, in its parts, by the aggregate posterior q(z).
+
+    .. math:: \frac{1}{N} \sum_n \mathrm{KL}(q(z|x_n) \,\|\, p(z))
+              = \underbrace{I_q(x; z)}_{\text{mutual information}} + \mathrm{KL}(q(z) \,\|\, p(z)), \quad
+              q(z) = \frac{1}{N} \sum_n q(z|x_n)
+
+    of which :math:`\mathrm{KL}(q(z) \| p(z)) = \mathrm{KL}(q(z) \| \prod_d q(z_d)) +
+    \sum_d \mathrm{KL}(q(z_d) \| p(z_d))` where the prior's dimensions are independent. Each is a mean over one
+    draw of z from the posterior of each of some examples; the aggregate posterior is that of all examples, and
+    is streamed: of N examples N means and variances are kept, and no [N, N].
+
+    Args:
+        vae: the model; it is put into eval mode and back.
+        data: as :func:`fastvae.evaluate` takes it.
+        examples: how many examples z is drawn for, evenly spaced in the data.
+        batch_size: for data that do not come in batches.
+        unpack: what is what in a batch, as in :func:`fastvae.evaluate`: a dict with ``x`` and perhaps
+            ``context``.
+        generator: source of the noise; default torch's own random state.
+
+    Returns:
+        :class:`Diagnostics`. The total correlation and the KL of each dimension are known for normal
+        posteriors.
+
+    Raises:
+        TypeError, ValueError: for data that do not fit, or without a batch.
+
+    References:
+        Hoffman & Johnson, ELBO surgery, 2016; Chen et al., Isolating Sources of Disentanglement in VAEs,
+        2018, eq. 2; Burda et al. 2016 for active units.
+
+    Example:
+        >>> import torch, fastvae
+        >>> vae = fastvae.VAE(torch.nn.Linear(7, 6), torch.nn.Linear(3, 7), likelihood="bernoulli")
+        >>> parts = fastvae.diagnostics(vae, torch.rand(50, 7))
+        >>> abs(parts.kl - parts.mutual_information - parts.marginal_kl) < 1e-4
+        True
+    """
+    check_count("examples", examples, "the examples that z is drawn for")
+    check_count("batch_size", batch_size, "the examples of a batch")
+    if is_conditional(vae.prior):
+        raise ValueError(
+            "diagnostics needs one prior for all examples, but the model's is a function of the context"
+        )
+    with evaluating([vae]):
+        posteriors = list(_posteriors(vae, data, batch_size, unpack))
+        if not posteriors:
+            raise ValueError("data has no batches: there is nothing to look at")
+        prior = as_prior(vae.prior).prepared()
+        aggregate = mixture_of_rows(posteriors, None)
+        count = sum(q.batch for q in posteriors)
+        seed = draw_seed(posteriors[0].device, generator)
+        taken = (
+            torch.arange(min(examples, count), device=posteriors[0].device) * count // min(examples, count)
+        )
+        drawn, own, first = [], [], 0
+        for q in posteriors:
+            rows = taken[(taken >= first) & (taken < first + q.batch)] - first
+            z, log_q = q.rsample(1, seed, row_offset=first)
+            drawn.append(z[0, rows])
+            own.append(log_q[0, rows])
+            first += q.batch
+        z, log_q = torch.cat(drawn), torch.cat(own).double()
+        log_aggregate = aggregate.log_prob(z).double()
+        log_p = prior.log_prob(z[None])[0].double()
+        found = {
+            "kl": log_q - log_p,
+            "mutual_information": log_q - log_aggregate,
+            "marginal_kl": log_aggregate - log_p,
+        }
+        dimension_kl = None
+        moments = [_marginals(q) for q in posteriors]
+        if all(m is not None for m in moments):
+            mu, logvar = (torch.cat(parts) for parts in zip(*moments, strict=True))
+            each = torch.stack(
+                [
+                    ops.mixture_log_prob(*(t[:, d : d + 1] for t in (z, mu, logvar)))
+                    for d in range(z.shape[1])
+                ],
+                1,
+            ).double()
+            found["total_correlation"] = log_aggregate - each.sum(1)
+            dimensions = _dimensions(prior, z)
+            dimension_kl = None if dimensions is None else (each - dimensions).mean(0)
+        means = [q.mean for q in posteriors]
+        known = [m for m in means if m is not None]
+        active = None
+        if len(known) == len(means):
+            active = int((torch.cat(known).double().var(0) > ACTIVE).sum())
+    n = len(z)
+    values = {name: float(v.mean()) for name, v in found.items()}
+    stderr = {name: float(v.std() / math.sqrt(n)) if n > 1 else math.nan for name, v in found.items()}
+    return Diagnostics(
+        values["kl"],
+        values["mutual_information"],
+        values["marginal_kl"],
+        values.get("total_correlation"),
+        dimension_kl,
+        active,
+        math.log(count),
+        stderr,
+    )
+
+
+def _posteriors(
+    vae: VAE, data: Any, batch_size: int, unpack: Callable[[Any], Mapping[str, Any]] | None
+) -> Any:
+    """q(z|x) of all batches."""
+    device, dtype = place_of(vae.encoder, vae.decoder)
+    axes = None
+    for batch in batches_of(data, batch_size, "none"):
+        given, beside = unpacked(batch, unpack)
+        x = data_of(given, axes, vae.likelihood)
+        if isinstance(x, Tensor):
+            axes = [x.dim()]
+            x = x.to(device or x.device, dtype if x.is_floating_point() else None)
+        if beside is not None and beside.context is not None:
+            yield vae.posterior(x, beside.context)
+        elif not isinstance(x, Tensor) or len(x):
+            yield vae.posterior(x)
+
+
+def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
+    """Mean and log variance of each dimension [B, D] of a normal distribution."""
+    if type(q) is DiagonalNormal:
+        return q._wide()
+    if type(q) is FullNormal:
+        mu, scale, _ = q._parts()
+        return mu, scale.square().sum(-1).log()
+    if type(q) is LowRankNormal:
+        mu, logvar, factor = q._wide()
+        return mu, (logvar.exp() + factor.square().sum(-1)).log()
+    return None
+
+
+def _dimensions(prior: Distribution, z: Tensor) -> Tensor | None:
+    """log p(z_d) [N, D] of a prior whose dimensions are independent."""
+    d = prior.as_torch()
+    if d is None or d.event_shape or len(d.batch_shape) > 1:
+        return None
+    return d.log_prob(z).double()

@@ -1,0 +1,148 @@
+"""The parts of a VAE's KL over a data set, against exact models and written-out sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+
+from .conftest import DEVICE
+from .models import generator, randn
+
+N, D, X = 60, 3, 7
+
+
+class Rows(nn.Module):
+    """The posterior of row n is the n-th, whose number is its first feature."""
+
+    def __init__(self, *parameters, family=lambda *p: p):
+        super().__init__()
+        self.parameters_of_rows, self.family = parameters, family
+
+    def forward(self, x):
+        rows = x[:, 0].long()
+        return self.family(*(p[rows] for p in self.parameters_of_rows))
+
+
+def model(*parameters, prior=None, **options):
+    encoder = Rows(*parameters, **options)
+    return fastvae.VAE(encoder, nn.Linear(D, X).to(DEVICE, torch.float64), prior=prior, latent_dim=D)
+
+
+def data(n=N):
+    return torch.arange(n, dtype=torch.float64, device=DEVICE)[:, None].expand(n, X)
+
+
+def parameters(seed=1):
+    return randn(N, D, seed=seed).double(), 0.5 * randn(N, D, seed=seed + 1).double() - 1
+
+
+def written_out(q, z, prior):
+    """log q(z|x), log q(z), log q(z_d) [N, D] and log p(z) of z [N, D] of row n."""
+    pairs = q.log_prob(z[:, None])  # [z, posteriors, D]
+    log_n = math.log(N)
+    each = torch.logsumexp(pairs, 1) - log_n
+    return pairs.diagonal().T.sum(1), torch.logsumexp(pairs.sum(2), 1) - log_n, each, prior.log_prob(z)
+
+
+def test_they_are_their_sums(backend):
+    mu, logvar = parameters()
+    found = fastvae.diagnostics(model(mu, logvar), data(), batch_size=17, generator=generator(3))
+    seed = fastvae.random.draw_seed(DEVICE, generator(3))
+    z = fastvae.DiagonalNormal(mu, logvar).rsample(1, seed)[0][0]
+    own, whole, each, log_p = written_out(td.Normal(mu, (0.5 * logvar).exp()), z, td.Normal(0.0, 1.0))
+    expected = {
+        "kl": own - log_p.sum(1),
+        "mutual_information": own - whole,
+        "marginal_kl": whole - log_p.sum(1),
+        "total_correlation": whole - each.sum(1),
+    }
+    for name, values in expected.items():
+        assert getattr(found, name) == pytest.approx(float(values.mean()), rel=1e-6)
+        assert found.stderr[name] == pytest.approx(float(values.std() / math.sqrt(N)), rel=1e-6)
+    torch.testing.assert_close(found.dimension_kl, (each - log_p).mean(0), rtol=1e-6, atol=1e-7)
+    assert found.marginal_kl == pytest.approx(found.total_correlation + float(found.dimension_kl.sum()))
+    assert found.log_n == pytest.approx(math.log(N)) and found.active_units == D
+    assert f"{found.mutual_information:.3f} ± " in str(found)
+
+
+def test_posteriors_that_do_not_overlap_say_all_there_is_to_know():
+    """Far apart, the mutual information is log N; all the same, it is 0."""
+    mu = 100 * torch.arange(N, dtype=torch.float64, device=DEVICE)[:, None].expand(N, D)
+    zeros = torch.zeros(N, D, dtype=torch.float64, device=DEVICE)
+    assert fastvae.diagnostics(model(mu, zeros), data()).mutual_information == pytest.approx(math.log(N))
+    same = fastvae.diagnostics(model(zeros, zeros), data())
+    assert same.mutual_information == pytest.approx(0, abs=1e-6) and same.active_units == 0
+    assert same.kl == pytest.approx(0, abs=1e-6) and same.total_correlation == pytest.approx(0, abs=1e-6)
+
+
+def test_the_aggregate_posterior_is_the_best_prior():
+    """The KL to it is the mutual information: nothing is left of the rest."""
+    mu, logvar = parameters()
+    vae = model(mu, logvar)
+    vae.prior = fastvae.AggregatePosterior(vae.encoder, data(), batch_size=13)
+    found = fastvae.diagnostics(vae, data())
+    assert found.marginal_kl == pytest.approx(0, abs=1e-6) and found.dimension_kl is None
+    assert found.kl == pytest.approx(found.mutual_information)
+
+
+def test_marginals_of_full_covariances():
+    """Each dimension's is that of the diagonal of the covariance; what is correlated counts as such."""
+    mu = torch.zeros(N, D, dtype=torch.float64, device=DEVICE)
+    tril = torch.zeros(N, D * (D + 1) // 2, dtype=torch.float64, device=DEVICE)
+    tril[:, 1] = 2.0  # z_2 is 2 z_1 and noise
+    found = fastvae.diagnostics(
+        model(mu, tril, family=fastvae.FullNormal), data(), examples=N, generator=generator(5)
+    )
+    assert found.mutual_information == pytest.approx(0, abs=1e-6)
+    # −½ log(1 − ρ²) with ρ² = 4/5
+    assert abs(found.total_correlation - 0.5 * math.log(5)) < 6 * found.stderr["total_correlation"]
+    factor = torch.zeros(N, D, 1, dtype=torch.float64, device=DEVICE)
+    factor[:, 1] = 2.0
+    low = fastvae.diagnostics(
+        model(mu, torch.zeros_like(mu), factor, family=fastvae.LowRankNormal), data(), generator=generator(5)
+    )
+    assert low.total_correlation == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_not_known_is_none_and_not_said():
+    mu, logvar = parameters()
+    vae = model(mu, logvar, family=fastvae.Laplace, prior=fastvae.Laplace(mu[0], logvar[0]))
+    found = fastvae.diagnostics(vae, data(), examples=7)
+    assert found.total_correlation is None and found.dimension_kl is None
+    assert "total correlation" not in str(found) and "mutual information" in str(found)
+
+
+def test_loaders_contexts_and_modes():
+    mu, logvar = parameters()
+    vae = model(mu, logvar).train()
+    loader = [data()[:20], data()[20:]]
+    found = fastvae.diagnostics(vae, loader, generator=generator(1))
+    assert found.kl == pytest.approx(fastvae.diagnostics(vae, data(), generator=generator(1)).kl)
+    assert vae.training
+    seen = []
+
+    class Conditional(Rows):
+        def forward(self, x, context):
+            seen.append(context.shape)
+            return super().forward(x)
+
+    vae.encoder = Conditional(mu, logvar)
+    labels = torch.ones(20, 2, dtype=torch.float64, device=DEVICE)
+    fastvae.diagnostics(vae, [(data()[:20], labels)], unpack=lambda b: {"x": b[0], "context": b[1]})
+    assert seen == [(20, 2)]
+
+
+def test_mistakes():
+    mu, logvar = parameters()
+    with pytest.raises(ValueError, match="no batches"):
+        fastvae.diagnostics(model(mu, logvar), [])
+    with pytest.raises(ValueError, match="examples must be at least 1"):
+        fastvae.diagnostics(model(mu, logvar), data(), examples=0)
+    with pytest.raises(ValueError, match="a function of the context"):
+        fastvae.diagnostics(model(mu, logvar, prior=lambda c: (c, c)), data())
