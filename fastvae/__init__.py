@@ -27,6 +27,7 @@ from .likelihoods import (
     StudentT,
     ZeroInflatedNegativeBinomial,
 )
+from .marginal import Marginal, marginalize
 from .objectives import (
     LogMarginal,
     LogWeights,
@@ -61,6 +62,7 @@ __all__ = [
     "LogNormal",
     "LogWeights",
     "Logistic",
+    "Marginal",
     "Multinomial",
     "NegativeBinomial",
     "OptimalGaussian",
@@ -79,6 +81,7 @@ __all__ = [
     "likelihoods",
     "log_marginal",
     "log_weights",
+    "marginalize",
     "ops",
     "random",
     "reconstruction_log_prob",
