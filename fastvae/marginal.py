@@ -98,14 +98,16 @@ def marginalize(
         F_y(x) + \log p(y) + α \log q(y|x)
 
     The best classifier is :math:`q(y|x) ∝ p(y)\, e^{F_y(x)}`. A class with q(y|x) = 0 counts as 0, whatever
-    its bound is.
+    its bound is. Without a classifier, noise in F raises the mean of the bound, since log Σ exp is convex. It
+    stays below log p(x) where :math:`e^{F_y}` has a mean of at most p(x|y): of :func:`fastvae.iwae`,
+    :func:`fastvae.log_marginal`, and :func:`fastvae.elbo` with ``kl="mc"``, but not with its analytic KL.
 
     Args:
         x: data [B, ...], or a dict of whatever ``bound`` needs of each example, such as a mask, or features
             that do not depend on y and so are computed once.
         bound: a function of rows of x and their classes, one-hot [N, C] in x's floating dtype, that returns
-            F [N]; in most cases ``lambda x, y: vae.elbo(x, context=y, reduction="none")``. It is called once,
-            with N = B·C rows: each example with all classes, then the next one.
+            F [N], such as ``lambda x, y: vae.elbo(x, context=y, kl="mc", reduction="none")``. It is called
+            once, with N = B·C rows: each example with all classes, then the next one.
         classes: C; may be left out where log_q or log_prior has it.
         log_q: logits or log-probabilities of q(y|x), a classifier's output [B, C]. Default: the best q(y|x).
         log_prior: logits or log-probabilities of p(y), [C], or [B, C] where it depends on the example.
@@ -147,7 +149,7 @@ def marginalize(
         >>> vae = fastvae.VAE(Encoder(11, 4), Decoder(2, 8), likelihood="bernoulli",
         ...                   prior=lambda y: prior(y).chunk(2, 1))
         >>> def bound(x, y):
-        ...     return vae.elbo(x, context=y, reduction="none")
+        ...     return vae.elbo(x, context=y, kl="mc", reduction="none")
         >>> x = torch.rand(16, 8)
         >>> (-fastvae.marginalize(x, bound, classes=3)).backward()
         >>> fastvae.marginalize(x, bound, classes=3, terms=True).log_responsibilities.argmax(1).shape

@@ -142,6 +142,32 @@ def test_log_marginal_of_each_class(backend):
     assert len(estimates) == 1 and float(score.abs().max()) < 5
 
 
+def test_noise_of_the_analytic_kl_lifts_it_above_log_px_without_a_classifier():
+    """As the documentation says: e^F must not be too large in the mean, of each class."""
+    model, replicates = LinearGaussian(D, X), 4000
+    x = model.sample(1).expand(replicates, X)
+
+    def mean_excess(stretch, **options):
+        def bound(x, y):
+            q = model.posterior(x, stretch=stretch)
+            return fastvae.elbo(x, q, model.decoder, likelihood=model.likelihood, reduction="none", **options)
+
+        log_q = options.pop("log_q", None)
+        excess = fastvae.marginalize(x, bound, classes=C, log_q=log_q, reduction="none") - model.log_px(x)
+        return float(excess.mean()), float(excess.std()) / math.sqrt(replicates)
+
+    # All classes are the same, so that log p(x) is that of each.
+    mean, stderr = mean_excess(0.0, generator=generator(11))
+    assert mean > 10 * stderr
+    # A wider q, or the weights would be p(x) itself.
+    mean, stderr = mean_excess(0.8, kl="mc", generator=generator(12))
+    assert mean < -5 * stderr
+    # By a classifier it is linear in F.
+    uniform = torch.zeros(replicates, C, dtype=torch.float64, device=DEVICE)
+    mean, stderr = mean_excess(0.0, log_q=uniform, generator=generator(13))
+    assert abs(mean) < 5 * stderr
+
+
 # Against the formulas, in float64, where the bounds are a table
 
 
@@ -598,7 +624,7 @@ def test_clusters_of_digits(digits):
     vae = gmvae(64, 10, 8, 64)
 
     def bound(x, y):
-        return vae.elbo(x, context=y, reduction="none")
+        return vae.elbo(x, context=y, kl="mc", reduction="none")
 
     def loss():
         return -fastvae.marginalize(x[torch.randint(1400, (64,)).to(DEVICE)], bound, classes=10)
