@@ -43,6 +43,7 @@ from .likelihoods import (
     SoftplusGaussian,
     ZeroInflatedNegativeBinomial,
 )
+from .marginal import Marginal, marginalize
 from .objectives import (
     LogMarginal,
     LogWeights,
@@ -84,6 +85,7 @@ __all__ = [
     "LogWeights",
     "Logistic",
     "LowRankNormal",
+    "Marginal",
     "Mixture",
     "Multinomial",
     "NegativeBinomial",
@@ -106,6 +108,7 @@ __all__ = [
     "likelihoods",
     "log_marginal",
     "log_weights",
+    "marginalize",
     "ops",
     "random",
     "reconstruction_log_prob",

@@ -26,6 +26,11 @@ encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
 q = encoder(x)
 either = bool(x.any())
 
+
+def bound(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return fastvae.elbo(x, encoder(x), decoder, context=y, reduction="none")
+
+
 reveal_type(fastvae.elbo(x, q, decoder))  # Tensor
 reveal_type(fastvae.elbo(x, q, decoder, likelihood="bernoulli", beta=0.5, kl="mc"))  # Tensor
 reveal_type(fastvae.elbo(x, q, decoder, terms=False))  # Tensor
@@ -37,6 +42,9 @@ reveal_type(fastvae.iwae(x, q, decoder, k=5, terms=either))  # Tensor | Terms
 reveal_type(fastvae.log_weights(x, q, decoder, k=5))  # LogWeights
 reveal_type(fastvae.log_marginal(x, q, decoder, k=5))  # LogMarginal
 reveal_type(fastvae.reconstruction_log_prob(x, q, decoder))  # Tensor
+reveal_type(fastvae.marginalize(x, bound, classes=3, alpha=0.5))  # Tensor
+reveal_type(fastvae.marginalize(x, bound, log_q=x, terms=True))  # Marginal
+reveal_type(fastvae.marginalize(x, bound, log_q=x, terms=either))  # Tensor | Marginal
 
 vae = VAE(encoder, decoder, likelihood=Gaussian(scale=0.1))
 reveal_type(vae.elbo(x))  # Tensor
@@ -59,6 +67,7 @@ fastvae.elbo(x, q, decoder, k=3)  # error
 fastvae.iwae(x, q, decoder, samples=3)  # error
 fastvae.iwae(x, q, decoder, k="5")  # error
 fastvae.log_weights(x, q, decoder)  # error
+fastvae.marginalize(x, bound, c=3)  # error
 vae.elbo(x, bta=0.5)  # error
 vae.iwae(x, beta=0.5)  # error
 -vae.elbo(x, terms=True)  # error
