@@ -5,6 +5,7 @@ from .base import Distribution, closed_kl, register_kl
 from .draws import STANDARD, draw_chunk, draw_kl, draw_ratio, rsample
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior, as_prior, is_conditional
+from .spatial import flat_prior
 from .wrapped import TorchDistribution
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "draw_chunk",
     "draw_kl",
     "draw_ratio",
+    "flat_prior",
     "is_conditional",
     "register_kl",
     "rsample",
