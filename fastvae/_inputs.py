@@ -11,13 +11,14 @@ from torch import Tensor
 from . import ops
 from ._checks import check_same_device, shape_of
 from ._glance import are_batch, are_batch_in_python
-from ._nested import Beside, all_tensors, as_mask, as_size, called, check_batch, each, repeat, tensors
+from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, decoded, each, repeat, tensors
 from .distributions import (
     STANDARD,
     Distribution,
     as_posterior,
     as_prior,
     diagonal,
+    flat_prior,
 )
 from .head import made
 from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
@@ -63,7 +64,10 @@ class Inputs(NamedTuple):
                 check_batch("context", context, q.batch, q.device)
             mask = None if mask is None else as_mask(mask, x)
             beside = Beside(mask, None if size is None else as_size(size, x), context)
-        return cls(x, q, decoder, likelihood, as_prior(prior, context).prepared(), beside)
+        prior = as_prior(prior, context).prepared()
+        if q.latent is not None:
+            prior = flat_prior(prior, q.latent, q.batch)
+        return cls(x, q, decoder, likelihood, prior, beside)
 
     @property
     def device(self) -> torch.device:
@@ -75,11 +79,16 @@ class Inputs(NamedTuple):
         return self._replace(x=each(lambda t: t[rows], self.x), beside=beside)
 
     def decode(self, z: Tensor, samples: int) -> Any:
-        """The decoder's output for z [K·B, D]."""
-        if self.beside is None or self.beside.context is None:
+        """The decoder's output for z [K·B, D], which it is given as [K·B, *latent]."""
+        latent = self.q.latent
+        context = None if self.beside is None else self.beside.context
+        if context is None and latent is None:
             parameters = self.decoder(z)
         else:
-            parameters = called("decoder", self.decoder, z, repeat(self.beside.context, samples))
+            context = None if context is None else repeat(context, samples)
+            parameters = decoded(self.decoder, z, context, latent)
+            if latent is not None:
+                self._check_rows(z, parameters, samples)
         return parameters if self.likelihood.takes_layers else made(parameters)
 
     def bound(
@@ -109,16 +118,22 @@ class Inputs(NamedTuple):
         """log p(x|z) [K, B] of the decoder's output for z [K·B, D]."""
         if not (isinstance(self.likelihood, Declared) and self.likelihood.is_declared):
             # One of the user's may broadcast what fastvae's own refuse.
-            rows = z.shape[0]
             for name, part in _named(parameters):
                 check_same_device(f"the decoder's output{name}", part, "x", tensors(self.x)[0])
-                if part.shape[:1] != (rows,):
-                    raise ValueError(
-                        f"the decoder returned {shape_of(part)}{name and f' as {name}'} for z [{rows}, "
-                        f"{z.shape[1]}]; expected K·B = {samples}·{rows // samples} rows, one for each row "
-                        "of z"
-                    )
+            self._check_rows(z, parameters, samples)
         return self.likelihood.log_likelihood(self.x, parameters, samples, self.beside)
+
+    def _check_rows(self, z: Tensor, parameters: Any, samples: int) -> None:
+        rows = z.shape[0]
+        for name, part in _named(parameters):
+            if part.shape[:1] != (rows,):
+                event = self.q.latent or (z.shape[1],)
+                hint = "" if self.q.latent is None else "; z.flatten(1) keeps them"
+                raise ValueError(
+                    f"the decoder returned {shape_of(part)}{name and f' as {name}'} for z "
+                    f"[{', '.join(map(str, (rows, *event)))}]; expected K·B = {samples}·{rows // samples} "
+                    f"rows, one for each row of z{hint}"
+                )
 
 
 def _named(parameters: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

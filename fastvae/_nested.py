@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -50,6 +51,27 @@ def called(name: str, function: Callable[..., Any], first: Any, context: Any) ->
     except TypeError as error:
         if "positional argument" in str(error) and hasattr(error, "add_note"):  # Python 3.11
             error.add_note(f"with context= fastvae calls the {name} with it as the second argument")
+        raise
+
+
+def decoded(decoder: Callable[..., Any], z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:
+    """What the decoder returns for z [N, D], which it is given in the shape of its latents."""
+    if latent is None:
+        return called("decoder", decoder, z, context)
+    if math.prod(latent) != z.shape[1]:
+        raise ValueError(
+            f"the latents have the shape {list(latent)}, {math.prod(latent)} numbers, but z has D = "
+            f"{z.shape[1]}; expected as many"
+        )
+    z = z.unflatten(1, latent)
+    try:
+        return called("decoder", decoder, z, context)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(
+                f"fastvae gave the decoder z [N, *latent] = {shape_of(z)}, in the shape of q's latents; a "
+                "decoder that begins with a linear layer needs z.flatten(1)"
+            )
         raise
 
 

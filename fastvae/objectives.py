@@ -153,15 +153,19 @@ def elbo(
         x: data [B, *event]; for a likelihood of several parts, :class:`fastvae.Joint`, a dict of such.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar side by side; a pair (mu, logvar), each [B,
             D], or an object or mapping that names them, as those of diffusers and pythae do; a
-            torch.distributions object [B, D] with rsample; or a :class:`fastvae.Distribution`.
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.Distribution`. Latents may
+            have axes of their own: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W], channels that
+            are mu and then logvar.
         decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
-            sample-major. With a ``context`` it is called as ``decoder(z, context)``.
+            sample-major. Latents with axes of their own it gets as [N, C, H, W]. With a ``context`` it is
+            called as ``decoder(z, context)``.
         likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
             another name, an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean), or one of
             your own, a :class:`fastvae.Likelihood`.
         prior: default N(0, I); else ``fastvae.DiagonalNormal(mu, logvar)``, another
             :class:`fastvae.Distribution`, a torch.distributions object, or a function of the context that
-            returns one of these, or a pair (mu, logvar), each [B, D].
+            returns one of these, or a pair (mu, logvar), each [B, D]. Of latents with axes of their own its
+            parameters broadcast to [B, C, H, W], or are flat, [D].
         samples: L, the draws of z per example.
         beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Under
             torch.compile a number that changes is compiled again; a tensor's values are not part of the code.

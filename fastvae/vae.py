@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
@@ -14,8 +15,8 @@ from torch import distributions as td
 
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
-from ._nested import called, check_batch, each, tensors
-from .distributions import Distribution, as_posterior, as_prior, is_conditional
+from ._nested import called, check_batch, decoded, each, tensors
+from .distributions import Distribution, as_posterior, as_prior, flat_prior, is_conditional
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
@@ -37,12 +38,13 @@ class VAE(nn.Module):
 
     Args:
         encoder: module x [B, \*event] -> q: a tensor [B, 2 D], mu and logvar side by side, a pair (mu,
-            logvar) or any other posterior that :func:`fastvae.elbo` takes.
-        decoder: module z [N, D] -> parameters of the likelihood.
+            logvar) or any other posterior that :func:`fastvae.elbo` takes, such as a convolutional encoder's
+            [B, 2 C, H, W].
+        decoder: module z [N, D] -> parameters of the likelihood; z is [N, C, H, W] where q's latents are.
         likelihood: ``"gaussian"``, ``"bernoulli"``, another name or an object.
         prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``, or a module context -> prior.
-        latent_dim: D; found from the encoder's first output if not given, and needed for :meth:`sample`
-            before that. If given, torch.compile compiles only once.
+        latent_dim: D, or (C, H, W); found from the encoder's first output if not given, and needed for
+            :meth:`sample` before that. If given, torch.compile compiles only once.
         fuse: leave the decoder's last linear layer to the objective, or to an evaluation, which does not
             store its output, where that is no slower: :func:`fastvae.fuse_head`, on a CPU, for outputs of
             some hundred thousand numbers or more. Values and gradients are the same to rounding.
@@ -72,6 +74,7 @@ class VAE(nn.Module):
     decoder: Any
     # A distribution, or a function of the context.
     prior: Any
+    latent_dim: int | tuple[int, ...] | None
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class VAE(nn.Module):
         *,
         likelihood: str | Likelihood = "gaussian",
         prior: Any = None,
-        latent_dim: int | None = None,
+        latent_dim: int | tuple[int, ...] | None = None,
         fuse: bool = True,
     ):
         super().__init__()
@@ -97,9 +100,7 @@ class VAE(nn.Module):
                 "with nn.Parameters, or a subclass of fastvae.Distribution with the parameters and a log_prob"
             )
         self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_prior(prior)
-        self.latent_dim = (
-            None if latent_dim is None else check_count("latent_dim", latent_dim, "the number of latents")
-        )
+        self.latent_dim = None if latent_dim is None else _as_latent_dim(latent_dim)
 
     def forward(self, x: Any, objective: str = "elbo", **options: Any) -> Tensor | Terms | LogMarginal:
         """:meth:`elbo`, :meth:`iwae` or :meth:`log_marginal` of x, by name, with its options.
@@ -131,7 +132,7 @@ class VAE(nn.Module):
             x = each(lambda t: t.to(dtype) if t.dtype in INTEGERS else t, x)
         q = as_posterior(called("encoder", self.encoder, x, context))
         if self.latent_dim is None:
-            self.latent_dim = None if q.mean is None else q.mean.shape[1]
+            self.latent_dim = q.latent or (None if q.mean is None else q.mean.shape[1])
         return q
 
     @overload
@@ -209,7 +210,8 @@ class VAE(nn.Module):
         check_count("n", n, "the number of draws")
         if self.latent_dim is None:
             raise ValueError(
-                "the latent dimension is not known yet: give VAE(..., latent_dim=D), or encode a batch first"
+                "the latent dimension is not known yet: give VAE(..., latent_dim=D), or a shape "
+                "(C, H, W), or encode a batch first"
             )
         reference = next(self.parameters(), torch.empty(()))
         prior = self.prior
@@ -217,8 +219,12 @@ class VAE(nn.Module):
             check_batch("context", context, n, reference.device)
         if is_conditional(prior):
             prior = as_prior(prior, context)
-        z = prior.sample(n, self.latent_dim, device=reference.device, generator=generator)
-        parameters = self._decode(z.to(reference.dtype), context)
+        latent = self.latent_dim if isinstance(self.latent_dim, tuple) else None
+        if latent is not None:
+            prior = flat_prior(prior, latent, n)
+        size = math.prod(latent) if latent is not None else self.latent_dim
+        z = prior.sample(n, size, device=reference.device, generator=generator)
+        parameters = self._decode(z.to(reference.dtype), context, latent)
         if mean:
             return self.likelihood.mean(parameters)
         return self.likelihood.sample(parameters, generator=generator)
@@ -226,10 +232,10 @@ class VAE(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x: Any, *, context: Any = None) -> Any:
         """The mean of p(x|z) at the mean of q(z|x), [B, *event]."""
-        mean = self.posterior(x, context).mean
-        if mean is None:
+        q = self.posterior(x, context)
+        if q.mean is None:
             raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
-        return self.likelihood.mean(self._decode(mean, context))
+        return self.likelihood.mean(self._decode(q.mean, context, q.latent))
 
     def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
         return self.posterior(x, options.get("context"))
@@ -241,14 +247,23 @@ class VAE(nn.Module):
             return FusedHead(self.decoder)
         return self.decoder
 
-    def _decode(self, z: Tensor, context: Any) -> Any:
-        return made(called("decoder", self.decoder, z, context))
+    def _decode(self, z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:
+        return made(decoded(self.decoder, z, context, latent))
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}
 
 
 _OBJECTIVES = ("elbo", "iwae", "log_marginal")
+
+
+def _as_latent_dim(value: Any) -> int | tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        return check_count("latent_dim", value, "the number of latents, or their shape, such as (C, H, W)")
+    sizes = tuple([check_count("each of latent_dim", n, "the size of an axis") for n in value])
+    if not sizes:
+        raise ValueError("latent_dim is (), a shape without axes; expected D, or a shape such as (C, H, W)")
+    return sizes if len(sizes) > 1 else sizes[0]
 
 
 class _Function(nn.Module):

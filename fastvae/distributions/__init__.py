@@ -9,6 +9,7 @@ from .location_scale import Exponential, Gumbel, Laplace, Logistic, LogNormal, S
 from .mixture import AggregatePosterior, Mixture, NormalMixture, VampPrior
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior, as_prior, is_conditional
+from .spatial import flat_prior
 from .wrapped import TorchDistribution
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "draw_kl",
     "draw_ratio",
     "draw_strata",
+    "flat_prior",
     "is_conditional",
     "log_shares",
     "register_kl",

@@ -23,6 +23,9 @@ class Distribution(nn.Module):
         batch: the number of examples B, of a posterior.
         device: where z is drawn, of a posterior.
         mean: of a posterior: the mean of each row [B, D], or None where it is not known.
+        latent: of a posterior: the shape of an example's latents where they have axes of their own, such as
+            (C, H, W): the decoder is given z as [N, C, H, W]. Everywhere else, in the methods of q and of the
+            prior, z is flat, D = C·H·W. Default: None, the decoder is given z [N, D].
         per_row: of a prior: whether each row of the batch has parameters of its own.
         strata: of a posterior: how many parts its draws come from in turn; 1 where each is drawn from q.
 
@@ -40,6 +43,7 @@ class Distribution(nn.Module):
     batch: int
     device: torch.device
     mean: Tensor | None = None
+    latent: tuple[int, ...] | None = None
     per_row: ClassVar[bool] = False
     strata: ClassVar[int] = 1
 
@@ -49,7 +53,11 @@ class Distribution(nn.Module):
         return hasattr(self, "batch") and hasattr(self, "device")
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log of the density at z [K, B, D], summed over D: [K, B], in nats."""
+        """log of the density at z [K, B, D], summed over D: [K, B], in nats.
+
+        z is flat, whatever the shape of its latents. A prior that needs the shape knows it, and views z by
+        ``z.unflatten(2, (C, H, W))``.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no log_prob")
 
     def rsample(

@@ -53,8 +53,9 @@ class DiagonalNormal(Distribution):
     .. math:: \log p(z) = -½ \sum_d \big[(z - μ)^2 e^{-\mathrm{logvar}} + \mathrm{logvar} + \log 2π\big]
 
     Args:
-        mu, logvar: mean and log variance: each [B, D] of a posterior; of a prior broadcastable to [B, D],
-            ``nn.Parameter`` for a learned one, what a network computed for a conditional one.
+        mu, logvar: mean and log variance: each [B, D] or [B, \*latent] of a posterior; of a prior
+            broadcastable to that, ``nn.Parameter`` for a learned one, what a network computed for a
+            conditional one.
         logvar_range: clamp logvar to (lo, hi), with zero gradient outside. Default: no clamp.
 
     Raises:
@@ -142,7 +143,21 @@ class DiagonalNormal(Distribution):
     def rows(self, start: int, stop: int) -> DiagonalNormal | None:
         if type(self) is not DiagonalNormal:
             return None
-        return diagonal(self.mu[start:stop], self.logvar[start:stop], self.logvar_range)
+        return self.of(self.mu[start:stop], self.logvar[start:stop], self.latent)
+
+    def of(self, mu: Tensor, logvar: Tensor, latent: tuple[int, ...] | None = None) -> DiagonalNormal:
+        """The same with other parameters, which have been checked."""
+        if type(self) is DiagonalNormal:
+            made = diagonal(mu, logvar, self.logvar_range)
+        else:
+            made = object.__new__(type(self))
+            for name in self.__dict__:
+                made.__dict__[name] = self.__dict__[name]
+            # Attributes come before a module's parameters and buffers, where the old ones stay.
+            made.__dict__["mu"], made.__dict__["logvar"] = mu, logvar
+        if latent is not None:
+            made.__dict__["latent"] = latent
+        return made
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
         if type(self) is not DiagonalNormal:
@@ -168,23 +183,23 @@ def diagonal(mu: Tensor, logvar: Tensor, logvar_range: tuple[float, float] | Non
 
 
 def check_posterior(q: DiagonalNormal) -> DiagonalNormal:
-    """That mu and logvar are [B, D] each.
+    """Of mu and logvar [B, D] each, or [B, *latent] each, which it then remembers.
 
     Raises:
-        TypeError, ValueError: where they are not.
+        TypeError, ValueError: where they are neither.
     """
     mu, logvar = q.mu, q.logvar
-    if isinstance(mu, Tensor) and mu.dim() > 2:
+    spatial = isinstance(mu, Tensor) and mu.dim() > 2
+    check_tensor("mu", mu, None if spatial else 2, "[B, D]")
+    check_tensor("logvar", logvar, None if spatial else 2, "[B, D]")
+    if spatial and logvar.shape != mu.shape:
         raise ValueError(
-            f"mu has shape {shape_of(mu)}; expected [B, D], that is 2 axes. Flatten latents that have axes "
-            "of their own, mu.flatten(1) and logvar.flatten(1), and begin the decoder with "
-            f"torch.nn.Unflatten(1, {tuple(mu.shape[1:])})"
+            f"logvar has shape {shape_of(logvar)} but mu has shape {shape_of(mu)}; they must be equal, "
+            "[B, *latent] each, or else flat, [B, D] each"
         )
-    check_tensor("mu", mu, 2, "[B, D]")
-    check_tensor("logvar", logvar, 2, "[B, D]")
     check_same_shape("logvar", logvar, "mu", mu)
     check_same_device("logvar", logvar, "mu", mu)
-    return q
+    return q.of(mu.flatten(1), logvar.flatten(1), tuple(mu.shape[1:])) if spatial else q
 
 
 @register_kl(DiagonalNormal, StandardNormal)

@@ -15,6 +15,7 @@ from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD
 from .mixture import NormalMixture
 from .normal import DiagonalNormal, StandardNormal, check_posterior, diagonal
+from .spatial import flat_posterior, univariate
 from .wrapped import TorchDistribution
 
 # What a mean and a log variance are called in an encoder's output: in plain code, diffusers, pythae.
@@ -25,6 +26,7 @@ _LOGVARS = ("logvar", "log_var", "log_covariance")
 def as_posterior(q: Any) -> Distribution:
     """Read what an encoder returned: a distribution of fastvae's, a tensor [B, 2 D], a pair (mu, logvar), a
     torch.distributions object with rsample, or an object or mapping that names its mean and log variance.
+    Latents may have axes of their own, [B, *latent], and are flattened.
     """
     if type(q) is tuple and len(q) == 2:
         return _pair(*q)
@@ -35,7 +37,8 @@ def as_posterior(q: Any) -> Distribution:
     if type(q) is list and len(q) == 2:
         return _pair(*q)
     if isinstance(q, td.Distribution):
-        if type(normal := _univariate(q)) is td.Normal:
+        # The batch must not be a part of the event.
+        if len(q.batch_shape) and type(normal := univariate(q)) is td.Normal:
             return _pair(normal.loc, 2 * normal.scale.log())
         return _posterior(_of_torch(q))
     if (inner := _named(q, "latent_dist")) is not None:
@@ -47,19 +50,14 @@ def as_posterior(q: Any) -> Distribution:
     raise TypeError(
         "q must be a pair (mu, logvar) of tensors [B, D]; a tensor [B, 2 D], mu and logvar side by side; a "
         "torch.distributions object of shape [B, D] with rsample; a fastvae.Distribution; or an object or "
-        f"mapping with a mean ({', '.join(_MEANS)}) and a log variance ({', '.join(_LOGVARS)}). Got "
-        f"{_describe(q)}"
+        f"mapping with a mean ({', '.join(_MEANS)}) and a log variance ({', '.join(_LOGVARS)}); latents may "
+        f"have axes of their own, [B, C, H, W] in place of [B, D]. Got {_describe(q)}"
     )
 
 
 def _pair(mu: Any, logvar: Any) -> DiagonalNormal:
     q = diagonal(mu, logvar)
     return q if are_rows(mu, logvar) else check_posterior(q)
-
-
-def _univariate(d: td.Distribution) -> td.Distribution:
-    """Without the statement that its last axis is an event."""
-    return d.base_dist if isinstance(d, td.Independent) and d.reinterpreted_batch_ndims == 1 else d
 
 
 def _of_torch(d: td.Distribution) -> Distribution:
@@ -69,7 +67,7 @@ def _of_torch(d: td.Distribution) -> Distribution:
     if type(d) is td.LowRankMultivariateNormal and d.loc.dim() <= 2:
         return LowRankNormal(d.loc, d.cov_diag.log(), d.cov_factor)
     if type(d) is td.MixtureSameFamily and type(d.mixture_distribution) is td.Categorical:
-        logits, normal = d.mixture_distribution.logits, _univariate(d.component_distribution)
+        logits, normal = d.mixture_distribution.logits, univariate(d.component_distribution)
         if type(normal) is td.Normal and normal.loc.dim() == 2 and logits.dim() == 1:
             return NormalMixture(normal.loc, 2 * normal.scale.log(), logits)
     return TorchDistribution(d)
@@ -88,16 +86,20 @@ def _posterior(q: Distribution) -> Distribution:
         return check_posterior(q)
     if isinstance(q, TorchDistribution):
         d = q.distribution
-        if not q.is_posterior:
+        shape = (*d.batch_shape, *d.event_shape)
+        spatial = type(q) is TorchDistribution and len(d.batch_shape) > 0 and len(shape) > 2
+        if not (q.is_posterior or spatial):
             raise ValueError(
                 f"q is {_describe(d)} with batch shape {list(d.batch_shape)} and event shape "
-                f"{list(d.event_shape)}; expected [B, D] in all, with D in the batch or in the event"
+                f"{list(d.event_shape)}; expected [B, D] in all (or [B, *latent]), with B in the batch and D "
+                "in the batch or in the event"
             )
         if not d.has_rsample:
             raise TypeError(
                 f"q is a {_describe(d)}, which has no rsample (reparameterised draws); use a family that has"
             )
-    elif not q.has_rows:
+        return flat_posterior(q) if spatial else q
+    if not q.has_rows:
         raise TypeError(
             f"q is {type(q).__name__}, which has no rows (batch and device), so it is not a posterior: pass "
             "the distribution that the encoder returns, with parameters [B, D], a row for each example"
@@ -107,16 +109,10 @@ def _posterior(q: Distribution) -> Distribution:
 
 def _halves(q: Tensor) -> tuple[Tensor, ...]:
     check_tensor("q", q)
-    if q.dim() != 2 or q.shape[1] % 2:
-        hint = ", so that its width is even"
-        if q.dim() > 2 and q.shape[1] % 2 == 0:
-            event = (q.shape[1] // 2, *q.shape[2:])
-            hint = (
-                ". For channels that are mu and then logvar, pass [t.flatten(1) for t in q.chunk(2, dim=1)] "
-                f"and begin the decoder with torch.nn.Unflatten(1, {event})"
-            )
+    if q.dim() < 2 or q.shape[1] % 2:
         raise ValueError(
-            f"q has shape {shape_of(q)}; a tensor must be [B, 2 D], mu and logvar side by side{hint}"
+            f"q has shape {shape_of(q)}; a tensor must be [B, 2 D], mu and logvar side by side, so that its "
+            "width is even, or [B, 2 C, ...], channels that are mu and then logvar, on axis 1"
         )
     return q.chunk(2, dim=1)
 
@@ -179,7 +175,8 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
             )
         return _NAMES[prior]()
     if isinstance(prior, td.Distribution):
-        if type(normal := _univariate(prior)) is td.Normal:
+        # Further axes of an event are latents' own, or else an error: flat_prior.
+        if len(prior.event_shape) <= 1 and type(normal := univariate(prior)) is td.Normal:
             return DiagonalNormal(normal.loc, 2 * normal.scale.log())
         return _of_torch(prior)
     raise TypeError(

@@ -18,7 +18,8 @@ from .base import Distribution
 class TorchDistribution(Distribution):
     r"""A ``torch.distributions`` object as a posterior, if it has ``rsample``, or as a prior.
 
-    A posterior's axes are [B, D], whether D is its event or not; a prior's may be [D] or [] as well. Where it
+    A posterior's axes are [B, D], whether D is its event or not, and those of one that is given to an
+    objective may be [B, \*latent]; a prior's may be [D] or [] as well. Where it
     is a function of normal noise (Normal, MultivariateNormal) or has a quantile function ``icdf`` (Laplace,
     Cauchy, Uniform, …), or transforms one of these (LogNormal, Gumbel, flows), a sample's noise is a function
     of its address, as in fastvae's own. Otherwise torch draws, from a state that the seed and the
@@ -159,13 +160,14 @@ def at_address(
         for transform in d.transforms if z is not None else ():
             z = transform(z)
         return z
-    if len(shape) != 3:
+    if len(shape) < 3:
         return None
     tensor = next(tensors_of(d), None)
     if tensor is None:
         return None
     # A quantile function takes what is left of a normal's 6.7 sigma in double precision.
-    eps = random.normal(seed.to(tensor.device), *shape, dtype=torch.float64, **place)
+    rows = (*shape[:2], math.prod(shape[2:]))
+    eps = random.normal(seed.to(tensor.device), *rows, dtype=torch.float64, **place).reshape(shape)
     if isinstance(d, td.Normal):
         return d.loc + d.scale * eps.to(tensor.dtype)
     if isinstance(d, td.MultivariateNormal):

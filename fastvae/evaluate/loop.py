@@ -73,7 +73,8 @@ def evaluate(
 
     Args:
         encoder: x [B, \*event] -> q, what :func:`fastvae.elbo` takes; with a context, (x, context) -> q.
-        decoder: z [N, D] -> parameters of the likelihood; with a context, (z, context) -> parameters.
+        decoder: z [N, D] -> parameters of the likelihood; with a context, (z, context) -> parameters. Latents
+            with axes of their own it gets as [N, C, H, W]; in the result they are flat, D = C·H·W.
         data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches, tensors or
             arrays, such as a DataLoader; of a batch that is a tuple or list, the first entry. For
             :class:`fastvae.Joint` a dict of tensors or arrays, or batches that are dicts.

@@ -1,0 +1,139 @@
+"""Latents with axes of their own, [*latent], such as a convolutional encoder's channels, rows and columns:
+what a user gives in this shape, as the distributions over z [D] that everything else is made for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from .._checks import shape_of
+from .base import Distribution
+from .normal import DiagonalNormal, diagonal
+from .wrapped import TorchDistribution
+
+# Families whose parameters have an element for each of z's, and are their constructor's arguments.
+_ELEMENTWISE = (
+    td.Beta,
+    td.Cauchy,
+    td.Exponential,
+    td.Gamma,
+    td.Gumbel,
+    td.HalfCauchy,
+    td.HalfNormal,
+    td.InverseGamma,
+    td.Kumaraswamy,
+    td.Laplace,
+    td.LogNormal,
+    td.Normal,
+    td.Pareto,
+    td.StudentT,
+    td.Uniform,
+    td.Weibull,
+)
+
+
+class _Flattened(td.TransformedDistribution):
+    """Any other family, its draws flattened."""
+
+    @property
+    def mean(self) -> Tensor:
+        (shape,) = self.transforms
+        return shape(self.base_dist.mean)  # type: ignore[no-any-return]
+
+
+def univariate(d: td.Distribution) -> td.Distribution:
+    """Without the statement that last axes of it are an event."""
+    while isinstance(d, td.Independent):
+        d = d.base_dist
+    return d
+
+
+def _flat(d: td.Distribution, latent: tuple[int, ...], lead: tuple[int, ...]) -> td.Distribution:
+    """Of shape [*lead, D], for one that broadcasts to [*lead, *latent]."""
+    size, inner = math.prod(latent), univariate(d)
+    if type(inner) in _ELEMENTWISE:
+        names: Any = type(inner).arg_constraints
+        parameters = {n: getattr(inner, n).expand(*lead, *latent).reshape(*lead, size) for n in names}
+        flat = type(inner)(**parameters, validate_args=False)
+        flat._validate_args = inner._validate_args
+        return flat
+    batch = (*lead, *latent[: len(latent) - len(d.event_shape)])
+    whole = d if d.batch_shape == batch else d.expand(batch)
+    shape = td.transforms.ReshapeTransform(torch.Size(latent), torch.Size((size,)))
+    return _Flattened(whole, [shape], validate_args=False)
+
+
+def flat_posterior(q: TorchDistribution) -> TorchDistribution:
+    """The posterior [B, D] of an object [B, *latent], which remembers the shape of its latents."""
+    d = q.distribution
+    batch, *latent = *d.batch_shape, *d.event_shape
+    flat = TorchDistribution(_flat(d, tuple(latent), (batch,)))
+    flat.latent = tuple(latent)
+    return flat
+
+
+def flat_prior(p: Distribution, latent: tuple[int, ...], batch: int) -> Distribution:
+    """The prior of z [B, D] whose latents have this shape: as it is where its parameters are [D] or [B, D],
+    flattened where they broadcast to [B, *latent].
+
+    Raises:
+        ValueError: where they do neither.
+    """
+    if p.latent is not None and p.latent != latent:
+        raise ValueError(
+            f"the prior has latents of the shape {list(p.latent)}, but q has {list(latent)}; they must be "
+            "equal"
+        )
+    if isinstance(p, DiagonalNormal):
+        parts = [("mean", p.mu), ("logvar", p.logvar)]
+        if all([_is_flat(v.shape, latent) for _, v in parts]):
+            return p
+        mu, logvar = (_flat_part(name, v, latent, batch) for name, v in parts)
+        return p.of(mu, logvar)
+    if type(p) is TorchDistribution:
+        d = p.distribution
+        shape = (*d.batch_shape, *d.event_shape)
+        if _is_flat(shape, latent):
+            return p
+        lead, event = _lead(shape, latent, batch), tuple(d.event_shape)
+        if lead is None or len(event) > len(latent) or (event and latent[-len(event) :] != event):
+            name = f"prior, a {type(d).__name__} with event shape {list(event)},"
+            raise _does_not_fit(name, list(shape), latent, batch)
+        flat = _flat(d, latent, lead)
+        if type(flat) is td.Normal:
+            return diagonal(flat.loc, 2 * flat.scale.log())
+        return TorchDistribution(flat)
+    return p
+
+
+def _is_flat(shape: Any, latent: tuple[int, ...]) -> bool:
+    return len(shape) == 0 or (len(shape) <= 2 and shape[-1] == math.prod(latent))
+
+
+def _lead(shape: Any, latent: tuple[int, ...], batch: int) -> tuple[int, ...] | None:
+    """Of a shape that broadcasts to [B, *latent] the batch's axis, if it has one; None if it does not."""
+    whole = (batch, *latent)
+    if len(shape) > len(whole) or not all([n in (1, m) for n, m in zip(shape[::-1], whole[::-1])]):  # noqa: B905
+        return None
+    return tuple(shape[: len(shape) - len(latent)]) if len(shape) == len(whole) else ()
+
+
+def _flat_part(name: str, value: Tensor, latent: tuple[int, ...], batch: int) -> Tensor:
+    if _is_flat(value.shape, latent):
+        return value
+    lead = _lead(value.shape, latent, batch)
+    if lead is None:
+        raise _does_not_fit(f"prior {name}", shape_of(value), latent, batch)
+    return value.expand(*lead, *latent).reshape(*lead, math.prod(latent))
+
+
+def _does_not_fit(name: str, came: Any, latent: tuple[int, ...], batch: int) -> ValueError:
+    return ValueError(
+        f"{name} has shape {came}, which does not broadcast to [B, *latent] = {[batch, *latent]}, the shape "
+        f"of q's latents; nor is it flat, [D] = [{math.prod(latent)}]"
+    )
