@@ -30,6 +30,7 @@ from .common import (
     expm1_parts,
     load,
     log_positive,
+    quotient,
     row_alignment,
     softplus,
     split_program,
@@ -88,10 +89,10 @@ def chain(b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
     if SCALE == "log_scale":
         b_chain = 2.0
     elif SCALE == "scale":
-        b_chain = 2.0 / b_raw
+        b_chain = quotient(tl.zeros_like(b_raw) + 2.0, b_raw)
     else:
         b_variance, b_slope = softplus(b_raw)
-        b_chain = b_slope / (b_variance + FLOOR)
+        b_chain = quotient(b_slope, b_variance + FLOOR)
         if FLOOR == 0.0:
             b_chain = tl.where(b_raw < TAIL, 1.0, b_chain)
     return b_chain
@@ -502,7 +503,7 @@ def rsample_backward_kernel(
             if SCALE == "logvar":
                 b_inverse_sigma = exp(-0.5 * b_logvar)
             else:
-                b_inverse_sigma = 1.0 / b_sigma
+                b_inverse_sigma = quotient(tl.zeros_like(b_sigma) + 1.0, b_sigma)
         k_start = i_split * k_per_program
         k_stop = tl.minimum(k_start + k_per_program, K)
         o_k = (k_start + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
