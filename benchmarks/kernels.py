@@ -113,22 +113,28 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """A label and a call for every kernel, in the configurations that matter: dtypes, flags, shapes."""
     from fastvae.kernels import importance, latent, likelihood, random, weigh
     from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.latent import Draw
+    from fastvae.ops.latent import Draw, Form
     from fastvae.ops.weigh import Weighing
 
-    infinity = float("inf")
+    def draw_in(form, k):
+        return Draw(k, 0, 0, form.logvar_min, form.logvar_max, scale=form.scale, floor=form.floor)
+
     seed = tensor(dtype=torch.int64)
-    free, clamped = (-infinity, infinity), (-10.0, 4.0)
+    free, clamped = Form(), Form(-10.0, 4.0)
+    softplus = Form(scale="softplus")
     f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
 
     yield "normal", lambda: random.normal(seed, 50, 128, 64)
     yield "normal, float64", lambda: random.normal(seed, 50, 128, 64, dtype=f64)
     yield "words", lambda: random.words(seed, 50, 128, 64)
     shapes = ((50, 1024, 64), (50, 4, 32), (50, 64, 2048), (1, 65536, 64), (1, 2, 196608), (1, 8192, 784))
-    for dtype, prior, limits, sizes in (
+    for dtype, prior, form, sizes in (
         (f32, False, free, shapes),
         (bf16, True, clamped, ((50, 1024, 64), (50, 64, 2048), (1, 65536, 64))),
         (f64, True, free, ((50, 128, 64),)),
+        (f32, False, softplus, ((50, 1024, 64), (1, 65536, 64))),
+        (bf16, True, softplus, ((50, 1024, 64),)),
+        (f64, True, softplus, ((50, 128, 64),)),
     ):
         for k, b, d in sizes:
             q = (tensor(b, d, dtype=dtype), tensor(b, d, dtype=dtype))
@@ -137,8 +143,10 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             grad_z, grad_ratio = tensor(k, b, d, dtype=dtype), tensor(k, b, dtype=wide)
             grad_kl = tensor(b, dtype=wide)
             need = [True, True, prior, prior]
-            arguments = (*q, *p, seed, Draw(k, 0, 0, *limits))
-            label = f"{str(dtype)[6:]} [{k}, {b}, {d}]"
+            arguments = (*q, *p, seed, draw_in(form, k))
+            label = f"{str(dtype)[6:]} [{k}, {b}, {d}]" + (
+                "" if form.scale == "logvar" else f", {form.scale}"
+            )
             yield f"rsample_kl {label}", lambda a=arguments: latent.rsample_kl(*a, False)
             yield f"rsample_log_ratio {label}", lambda a=arguments: latent.rsample_log_ratio(*a, "iwae")
             yield (
@@ -155,7 +163,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     q = (tensor(128, 64), tensor(128, 64))
     yield (
         "rsample_kl float32 [1, 128, 64], per dimension",
-        lambda: latent.rsample_kl(*q, None, None, seed, Draw(1, 0, 0, *free), True),
+        lambda: latent.rsample_kl(*q, None, None, seed, draw_in(free, 1), True),
     )
     # A likelihood's parameters beside the first: one per element, per pixel or per row; the gradients that
     # are asked for with it.

@@ -1,7 +1,9 @@
 // What Python hands to the kernels. Compiled once: no code of an instruction set is in it.
 #pragma once
 
+#include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "parallel.hpp"
 
@@ -79,11 +81,23 @@ struct Need {
   bool operator[](int i) const { return gradient[i]; }
 };
 
+// What stands in the place of a log variance: log sigma^2 itself, log sigma, sigma, or r of sigma^2 = softplus(r) + floor.
+enum Scale { kLogvar, kLogScale, kSigma, kSoftplus, kScales };
+constexpr const char* kScaleNames[] = {"logvar", "log_scale", "scale", "softplus"};
+inline Scale scale_of(const char* name) {
+  int number = 0;
+  while (number < kScales && std::strcmp(kScaleNames[number], name) != 0) ++number;
+  if (number == kScales) throw std::runtime_error(std::string("fastvae._C: no scale of a normal is called ") + name);
+  return static_cast<Scale>(number);
+}
+
 // How a draw of z is made.
 struct Draw {
   i64 samples, sample_offset, row_offset;
   double logvar_min, logvar_max;
   bool flat;  // z is (K B, D): the same memory
+  Scale scale;
+  double floor;
 };
 
 // Of a parameter: a number for every element; a row, the same for all samples and rows; one number for each row (k, b); one in all.

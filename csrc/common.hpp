@@ -264,6 +264,8 @@ inline void parallel(int threads, i64 units, i64 elements, F body) {
 
 FASTVAE_INLINE float abs_(float x) { return __builtin_fabsf(x); }
 FASTVAE_INLINE double abs_(double x) { return __builtin_fabs(x); }
+FASTVAE_INLINE float sqrt_(float x) { return __builtin_sqrtf(x); }
+FASTVAE_INLINE double sqrt_(double x) { return __builtin_sqrt(x); }
 
 // Elementary functions in float: Cephes' polynomials (S. Moshier), about 1 ulp; in double: the C library.
 
@@ -384,6 +386,18 @@ FASTVAE_INLINE float log1p_(float t) {
   return log_from(s.g, s.e) + (t - t);
 }
 FASTVAE_INLINE double log1p_(double t) { return __builtin_log1p(t); }
+
+// log(1 + exp(x)), and its derivative; to full relative accuracy where exp(x) is a normal number.
+template <class C>
+struct Softplus {
+  C value, slope;
+};
+template <class C>
+FASTVAE_INLINE Softplus<C> softplus(C x) {
+  const C k = exp_negative(-abs_(x));
+  const bool above = x > C(0);
+  return {(above ? x : C(0)) + log1p_(k), (above ? C(1) : k) / (C(1) + k)};
+}
 
 // log(x) for positive normal numbers, some number for others; NaN stays, and infinity becomes NaN.
 FASTVAE_INLINE float log_(float x) {
@@ -558,6 +572,11 @@ FASTVAE_INLINE float log_positive(float x) {
   return x == 0.0f ? -infinity(x) : bits == 0x7f800000u ? x : y;
 }
 FASTVAE_INLINE double log_positive(double x) { return __builtin_log(x); }
+// The same of any x: NaN of a negative one. By its bits, as x has been compared already.
+FASTVAE_INLINE float log_of_any(float x) {
+  return bit_cast<std::uint32_t>(x) > 0x80000000u ? bit_cast<float>(0x7fc00000u) : log_positive(x);
+}
+FASTVAE_INLINE double log_of_any(double x) { return __builtin_log(x); }
 
 // log(1 + r^2), also where r^2 is no number; NaN stays.
 template <class C>

@@ -187,7 +187,9 @@ class FromDispatcher {
   Draw draw() {
     const i64 samples = integer(), sample_offset = integer(), row_offset = integer();
     const double low = real(), high = real();
-    return {samples, sample_offset, row_offset, low, high, flag()};
+    const bool flat = flag();
+    const Scale scale = scale_of(text());
+    return {samples, sample_offset, row_offset, low, high, flat, scale, real()};
   }
   How how() {
     const double coefficient = real();

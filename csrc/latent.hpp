@@ -14,6 +14,8 @@ struct Latent {
   std::uint64_t seed;
   i64 samples, rows, columns, sample_offset, row_offset;
   compute_t<T> logvar_min, logvar_max;
+  Scale scale;  // what `logvar` is
+  compute_t<T> floor;
   int threads;
   bool with_prior() const { return prior_mu || prior_logvar; }
 };
@@ -22,6 +24,8 @@ struct Latent {
 template <class C>
 struct LatentArrays {
   const C *mu, *logvar, *clamped, *prior_mu, *prior_logvar, *inverse_s;
+  // Where no log variance was given: sigma / 2, and the derivative of the log variance by what was given.
+  const C *half_sigma, *chain;
 };
 
 template <class C>
@@ -37,10 +41,60 @@ FASTVAE_LOOP void inverse_scales(int n, const C* __restrict logvar, C* __restric
   for (int i = 0; i < n; ++i) out[i] = exp_<-1>(logvar[i]);
 }
 
-template <class T>
+// What a number in the place of a log variance comes to: log sigma^2, sigma / 2, and the derivative of the first by the number.
+template <class C>
+struct Spread {
+  C logvar, half_sigma, chain;
+};
+struct OfLogScale {
+  template <class C>
+  static FASTVAE_INLINE Spread<C> spread(C raw, C /*floor*/) {
+    return {C(2) * raw, C(0.5) * exp_(raw), C(2)};
+  }
+};
+struct OfSigma {
+  template <class C>
+  static FASTVAE_INLINE Spread<C> spread(C raw, C /*floor*/) {
+    return {C(2) * log_of_any(raw), C(0.5) * raw, C(2) / raw};
+  }
+};
+template <bool kFloor>
+struct OfSoftplus {
+  template <class C>
+  static FASTVAE_INLINE Spread<C> spread(C raw, C floor) {
+    const Softplus<C> s = softplus(raw);
+    if constexpr (kFloor) {
+      const C variance = s.value + floor;
+      return {log_positive(variance), C(0.5) * sqrt_(variance), s.slope / variance};
+    } else {
+      // Below -40 the softplus is exp(raw), and may be none of the numbers that a float can be.
+      const bool tail = s.slope < C(4.2e-18);
+      return {tail ? raw : log_positive(s.value), C(0.5) * (tail ? exp_<1>(raw) : sqrt_(s.value)), tail ? C(1) : s.slope / s.value};
+    }
+  }
+};
+template <class S, bool kChain, class C>
+FASTVAE_LOOP void spreads(int n, const C* __restrict raw, C floor, C* __restrict logvar, C* __restrict half_sigma, C* __restrict chain) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const Spread<C> s = S::spread(raw[i], floor);
+    logvar[i] = s.logvar, half_sigma[i] = s.half_sigma;
+    if constexpr (kChain) chain[i] = s.chain;
+  }
+}
+template <bool kChain, class C>
+inline void spreads(Scale scale, int n, const C* raw, C floor, C* logvar, C* half_sigma, C* chain) {
+  const auto loop = scale == kLogScale ? spreads<OfLogScale, kChain, C>
+                    : scale == kSigma  ? spreads<OfSigma, kChain, C>
+                    : floor > C(0)     ? spreads<OfSoftplus<true>, kChain, C>
+                                       : spreads<OfSoftplus<false>, kChain, C>;
+  loop(n, raw, floor, logvar, half_sigma, chain);
+}
+
+template <class T, bool kChain>
 struct LatentTile {
   using C = compute_t<T>;
-  C mu[kTile] = {}, logvar[kTile] = {}, clamped[kTile];
+  C mu[kTile] = {}, logvar[kTile] = {}, clamped[kTile], half_sigma[kTile], chain[kChain ? kTile : 1];
   C prior_mu[kTile] = {}, prior_logvar[kTile] = {}, inverse_s[kTile];
 
   LatentArrays<C> read(const Latent<T>& a, i64 row, i64 column, const Tile& t) {
@@ -49,7 +103,10 @@ struct LatentTile {
     q.mu = load(mu, a.mu.at(row, column), a.mu.s0, a.mu.s1, t);
     q.logvar = load(logvar, a.logvar.at(row, column), a.logvar.s0, a.logvar.s1, t);
     q.clamped = q.logvar;
-    if (a.logvar_min > -infinity(C{}) || a.logvar_max < infinity(C{})) {
+    if (a.scale != kLogvar) {
+      spreads<kChain>(a.scale, n, q.logvar, a.floor, clamped, half_sigma, chain);
+      q.logvar = q.clamped = clamped, q.half_sigma = half_sigma, q.chain = chain;
+    } else if (a.logvar_min > -infinity(C{}) || a.logvar_max < infinity(C{})) {
       clamp_all(n, q.logvar, a.logvar_min, a.logvar_max, clamped);
       q.clamped = clamped;
     }
@@ -130,8 +187,8 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
   const i64 chunks = (a.samples + kSamplesPerUnit - 1) / kSamplesPerUnit;
   parallel(a.threads, tiles * chunks, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
     Noise<C> noise(Key(a.seed), a.sample_offset, a.row_offset);
-    LatentTile<T> buffers;
-    C half_sigma[kTile], z_buffer[kTile], slope_buffer[kTile], terms[kBuffer];
+    LatentTile<T, false> buffers;
+    C half_sigma_buffer[kTile], z_buffer[kTile], slope_buffer[kTile], terms[kBuffer];
     double kl_sum[kMostRows], constant[kMostRows], ratio_sum[kSamplesPerUnit][kMostRows];
     const auto draw_tile = to.log_ratio ? (to.slope ? draw<true, true, kPrior, C> : draw<false, true, kPrior, C>)
                                         : (to.slope ? draw<true, false, kPrior, C> : draw<false, false, kPrior, C>);
@@ -146,7 +203,11 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
         const Tile t = tile_of(a.rows, b, height, a.columns, column);
         noise.shape(column, t);
         const LatentArrays<C> q = buffers.read(a, b, column, t);
-        half_sigmas(t.size(), q.clamped, half_sigma);
+        const C* half_sigma = q.half_sigma;
+        if (!half_sigma) {
+          half_sigmas(t.size(), q.clamped, half_sigma_buffer);
+          half_sigma = half_sigma_buffer;
+        }
         if (with_kl) {
           kl_terms<kPrior>(t.size(), q, terms);
           if (!to.per_dimension) add_row_sums(terms, t, kl_sum);
@@ -291,6 +352,18 @@ FASTVAE_LOOP void finish_prior(int n, const LatentArrays<C>& q, const LatentSums
   }
 }
 
+template <class C>
+FASTVAE_LOOP void multiply(int n, const C* __restrict by, C* __restrict to) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) to[i] *= by[i];
+}
+// 1 / sigma of sigma / 2.
+template <class C>
+FASTVAE_LOOP void half_inverses(int n, const C* __restrict half_sigma, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = C(0.5) / half_sigma[i];
+}
+
 // One number for each row, written to all elements of the row.
 template <class C, class F>
 inline void spread(C* out, const Tile& t, F value) {
@@ -302,7 +375,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
   using C = compute_t<T>;
   const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
   parallel(a.threads, tiles, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
-    LatentTile<T> buffers;
+    LatentTile<T, true> buffers;
     C grad_z_buffer[kTile] = {}, slope_buffer[kTile] = {}, side[kTile] = {}, ratio[kTile] = {}, weight[kTile] = {};
     C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile];
     // In two levels, blocks of kSamplesPerBlock and then the blocks: thousands must not cost digits.
@@ -314,7 +387,11 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
         const Tile t = tile_of(a.rows, b, height, a.columns, column);
         const int n = t.size();
         const LatentArrays<C> q = buffers.read(a, b, column, t);
-        if (g.path) inverse_scales(n, q.clamped, inverse_sigma);
+        if (g.path && q.half_sigma) {
+          half_inverses(n, q.half_sigma, inverse_sigma);
+        } else if (g.path) {
+          inverse_scales(n, q.clamped, inverse_sigma);
+        }
         fill(entropy, 0.0, t.rows);
         if (!g.z) fill(grad_z_buffer, C(0), n);
         total.template clear<kPrior>(n);
@@ -357,6 +434,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
         };
         put(g.mu, g.logvar, [&](C* to_mu, C* to_logvar) {
           (g.kl ? finish_q<true, kPrior, C> : finish_q<false, kPrior, C>)(n, q, total.h, total.h_slope, at_side, to_mu, to_logvar);
+          if (q.chain) multiply(n, q.chain, to_logvar);
         });
         if constexpr (kPrior) {
           put(g.prior_mu, g.prior_logvar, [&](C* to_mu, C* to_logvar) {
@@ -393,6 +471,8 @@ struct LatentArguments {
                         draw.row_offset,
                         static_cast<C>(draw.logvar_min),
                         static_cast<C>(draw.logvar_max),
+                        draw.scale,
+                        static_cast<C>(draw.floor),
                         threads};
       a.with_prior() ? f(Yes{}, a) : f(No{}, a);
     });

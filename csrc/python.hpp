@@ -182,9 +182,11 @@ class FromPython {
   Given given() { return up_to_three_axes(Given(next())); }
   Given any() { return Given(next()); }
   Output data() { return {address_of(next())}; }
-  Draw draw() {  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat)
-    PyObject* const* t = items_of(next(), 6);
-    return {integer(t[0]), integer(t[1]), integer(t[2]), real(t[3]), real(t[4]), t[5] == Py_True};
+  Draw draw() {  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat, scale, floor)
+    PyObject* const* t = items_of(next(), 8);
+    const char* scale = PyUnicode_AsUTF8(t[6]);
+    if (scale == nullptr) throw pybind11::error_already_set();
+    return {integer(t[0]), integer(t[1]), integer(t[2]), real(t[3]), real(t[4]), t[5] == Py_True, scale_of(scale), real(t[7])};
   }
   How how() {  // (coefficient, over, reduction)
     PyObject* const* t = items_of(next(), 3);

@@ -86,9 +86,9 @@ def diagnostics(
               q(z) = \frac{1}{N} \sum_n q(z|x_n)
 
     of which :math:`\mathrm{KL}(q(z) \| p(z)) = \mathrm{KL}(q(z) \| \prod_d q(z_d)) +
-    \sum_d \mathrm{KL}(q(z_d) \| p(z_d))` where the prior's dimensions are independent. Each is a mean over one
-    draw of z from the posterior of each of some examples; the aggregate posterior is that of all examples, and
-    is streamed: of N examples N means and variances are kept, and no [N, N].
+    \sum_d \mathrm{KL}(q(z_d) \| p(z_d))` where the prior's dimensions are independent. Each is a mean over
+    one draw of z from the posterior of each of some examples; the aggregate posterior is that of all of them,
+    and is streamed: of N examples N means and variances are kept, and no [N, N].
 
     Args:
         vae: the model; it is put into eval mode and back.

@@ -243,6 +243,14 @@ def reciprocal(b_x):
 
 
 @triton.jit
+def softplus(b_x):
+    """log(1 + exp(x)), and its derivative; to full relative accuracy where exp(x) is a normal number."""
+    b_k = exp_of_negative(-tl.abs(b_x))
+    b_y = tl.where(b_x < 0, 0.0, b_x) + log1p(b_k)
+    return b_y, tl.where(b_x > 0, 1.0, b_k) * reciprocal(1.0 + b_k)
+
+
+@triton.jit
 def quotient(b_x, b_y):
     """x / y correctly rounded, where the GPU's own float32 division is off by two ulps."""
     if b_x.dtype == tl.float64:

@@ -5,7 +5,8 @@ program keeps a block of rows and loops over its samples, so that what depends o
 computed once. Rows longer than a tile, and samples where there are few rows, are split over programs, each of
 which writes its part of the sums. The noise never leaves the registers.
 
-``draw`` is the record of how the draw is made: samples, sample_offset, row_offset, logvar_min, logvar_max.
+``draw`` is the record of how the draw is made: samples, sample_offset, row_offset, logvar_min, logvar_max,
+and what ``logvar`` is: scale, floor.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from .common import (
     exp,
     expm1_parts,
     load,
+    log_positive,
+    quotient,
     row_alignment,
+    softplus,
     split_program,
     store,
     strides,
@@ -41,6 +45,57 @@ from .random import noise_tile, normals
 # if it is short. At most: float32 sums of that length are as good as torch's blockwise ones.
 MIN_STEPS = 8
 MAX_STEPS = 32
+
+
+# Below it a softplus is exp(raw) to the last digit, and perhaps none of the numbers that a float can be.
+TAIL = tl.constexpr(-40.0)
+
+
+@triton.jit
+def log_variance(b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
+    """log sigma^2 of a number that is none itself."""
+    if SCALE == "log_scale":
+        b_logvar = 2.0 * b_raw
+    elif SCALE == "scale":
+        b_logvar = 2.0 * log_positive(b_raw)
+    else:
+        b_variance, _ = softplus(b_raw)
+        b_logvar = log_positive(b_variance + FLOOR)
+        if FLOOR == 0.0:
+            b_logvar = tl.where(b_raw < TAIL, b_raw, b_logvar)
+    return b_logvar
+
+
+@triton.jit
+def scale(b_logvar, b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
+    """sigma, of the log variance if that was given, else of what was."""
+    if SCALE == "logvar":
+        b_sigma = exp(0.5 * b_logvar)
+    elif SCALE == "log_scale":
+        b_sigma = exp(b_raw)
+    elif SCALE == "scale":
+        b_sigma = b_raw
+    else:
+        b_variance, _ = softplus(b_raw)
+        b_sigma = tl.sqrt(b_variance + FLOOR)
+        if FLOOR == 0.0:
+            b_sigma = tl.where(b_raw < TAIL, exp(0.5 * b_raw), b_sigma)
+    return b_sigma
+
+
+@triton.jit
+def chain(b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
+    """The derivative of :func:`log_variance`."""
+    if SCALE == "log_scale":
+        b_chain = 2.0
+    elif SCALE == "scale":
+        b_chain = quotient(tl.zeros_like(b_raw) + 2.0, b_raw)
+    else:
+        b_variance, b_slope = softplus(b_raw)
+        b_chain = quotient(b_slope, b_variance + FLOOR)
+        if FLOOR == 0.0:
+            b_chain = tl.where(b_raw < TAIL, 1.0, b_chain)
+    return b_chain
 
 
 @triton.jit
@@ -64,20 +119,27 @@ def load_inputs(
     LOGVAR_MIN: tl.constexpr,
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLOOR: tl.constexpr,
     ALIGN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """mu, logvar, whether the clamp leaves it alone, prior mean, prior logvar: [1, BLOCK_B, BLOCK_D]."""
+    """mu, logvar, what it was made of (whether the clamp leaves it alone, or the number given in its place),
+    prior mean, prior logvar: [1, BLOCK_B, BLOCK_D].
+    """
     mask = (o_b < B) & (o_d < D)
     b_mu = load(p_mu, o_b * stride_mu_b + o_d * stride_mu_d, mask, DTYPE)
     b_logvar = load(p_logvar, o_b * stride_logvar_b + o_d * stride_logvar_d, mask, DTYPE, ALIGN=ALIGN)
-    b_inside = mask
-    if CLAMP:
+    b_given = mask
+    if SCALE != "logvar":
+        b_given = b_logvar
+        b_logvar = log_variance(b_given, SCALE, FLOOR)
+    elif CLAMP:
         # Written so that NaN is inside and stays.
         b_low = b_logvar < LOGVAR_MIN
         b_high = b_logvar > LOGVAR_MAX
         b_logvar = tl.where(b_low, LOGVAR_MIN, tl.where(b_high, LOGVAR_MAX, b_logvar))
-        b_inside = (b_low | b_high) == 0
+        b_given = (b_low | b_high) == 0
     if p_prior_mu is not None:
         b_prior_mu = load(p_prior_mu, o_b * stride_prior_mu_b + o_d * stride_prior_mu_d, mask, DTYPE)
         b_prior_logvar = load(
@@ -86,7 +148,7 @@ def load_inputs(
     else:
         b_prior_mu = tl.zeros([1, 1, 1], dtype=DTYPE)
         b_prior_logvar = tl.zeros([1, 1, 1], dtype=DTYPE)
-    return b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar
+    return b_mu, b_logvar, b_given, b_prior_mu, b_prior_logvar
 
 
 @triton.jit
@@ -158,6 +220,8 @@ def rsample_kl_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
+    SCALE: tl.constexpr,  # what p_logvar is: "logvar", "log_scale", "scale", "softplus"
+    FLOOR: tl.constexpr,  # added to a softplus
     ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
     LOOP_D: tl.constexpr,  # a program takes more than one block of columns
     PER_DIMENSION: tl.constexpr,  # KL [B, D] instead of [B]
@@ -182,11 +246,11 @@ def rsample_kl_kernel(
     b_kl = tl.zeros([1, BLOCK_B, BLOCK_D], dtype=DTYPE)  # [1, BLOCK_B, BLOCK_D]
     for i_d in range(d_start, d_stop, BLOCK_D):
         o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
-        b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
+        b_mu, b_logvar, b_given, b_prior_mu, b_prior_logvar = load_inputs(
             p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
             stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
             stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
-            LOGVAR_MIN, LOGVAR_MAX, CLAMP, ALIGN, DTYPE,
+            LOGVAR_MIN, LOGVAR_MAX, CLAMP, SCALE, FLOOR, ALIGN, DTYPE,
         )  # fmt: skip
         if i_split == 0:
             _, b_excess = expm1_parts(b_logvar - b_prior_logvar)
@@ -197,7 +261,7 @@ def rsample_kl_kernel(
             else:
                 # The zeros loaded outside may have a KL too, if they were clamped.
                 b_kl += tl.where(o_d < D, b_term, 0.0)
-        b_sigma = exp(0.5 * b_logvar)
+        b_sigma = scale(b_logvar, b_given, SCALE, FLOOR)
         for i_k in range(k_start, k_stop, BLOCK_K):
             o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
             draw(
@@ -240,6 +304,8 @@ def rsample_log_ratio_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
+    SCALE: tl.constexpr,  # what p_logvar is: "logvar", "log_scale", "scale", "softplus"
+    FLOOR: tl.constexpr,  # added to a softplus
     ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
@@ -255,13 +321,13 @@ def rsample_log_ratio_kernel(
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
     o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
     seed = tl.load(p_seed)
-    b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
+    b_mu, b_logvar, b_given, b_prior_mu, b_prior_logvar = load_inputs(
         p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
         stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
         stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
-        LOGVAR_MIN, LOGVAR_MAX, CLAMP, ALIGN, DTYPE,
+        LOGVAR_MIN, LOGVAR_MAX, CLAMP, SCALE, FLOOR, ALIGN, DTYPE,
     )  # fmt: skip
-    b_sigma = exp(0.5 * b_logvar)
+    b_sigma = scale(b_logvar, b_given, SCALE, FLOOR)
     for i_k in range(k_start, k_stop, BLOCK_K):
         o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
         b_eps, b_z = draw(
@@ -382,6 +448,8 @@ def rsample_backward_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
+    SCALE: tl.constexpr,  # what p_logvar is: "logvar", "log_scale", "scale", "softplus"
+    FLOOR: tl.constexpr,  # added to a softplus
     ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
     PER_DIMENSION: tl.constexpr,  # the KL is [B, D] instead of [B]
     PATH: tl.constexpr,  # drop log q's own dependence on (mu, logvar)
@@ -411,13 +479,13 @@ def rsample_backward_kernel(
     i_split = tl.program_id(1)
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
     o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
-    b_mu, b_logvar, b_inside, b_prior_mu, b_prior_logvar = load_inputs(
+    b_mu, b_logvar, b_given, b_prior_mu, b_prior_logvar = load_inputs(
         p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
         stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
         stride_prior_mu_b, stride_prior_mu_d, stride_prior_logvar_b, stride_prior_logvar_d,
-        LOGVAR_MIN, LOGVAR_MAX, CLAMP, ALIGN, DTYPE,
+        LOGVAR_MIN, LOGVAR_MAX, CLAMP, SCALE, FLOOR, ALIGN, DTYPE,
     )  # fmt: skip
-    b_sigma = exp(0.5 * b_logvar)
+    b_sigma = scale(b_logvar, b_given, SCALE, FLOOR)
     b_half_sigma = 0.5 * b_sigma
     b_inverse_s = inverse_scale(b_prior_logvar, p_prior_logvar)
     b_delta = b_mu - b_prior_mu
@@ -432,7 +500,10 @@ def rsample_backward_kernel(
         if PATH and RATIO:
             b_shift, b_spread = b_delta * b_inverse_s, b_sigma * b_inverse_s
         if PATH and RATIO and Q:
-            b_inverse_sigma = exp(-0.5 * b_logvar)
+            if SCALE == "logvar":
+                b_inverse_sigma = exp(-0.5 * b_logvar)
+            else:
+                b_inverse_sigma = quotient(tl.zeros_like(b_sigma) + 1.0, b_sigma)
         k_start = i_split * k_per_program
         k_stop = tl.minimum(k_start + k_per_program, K)
         o_k = (k_start + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
@@ -525,8 +596,10 @@ def rsample_backward_kernel(
             b_out += 0.5 * tl.sum(s_entropy, axis=0, keep_dims=True)
         if p_grad_kl is not None:
             b_out += tl.where(i_split == 0, 0.5 * b_kl * b_ratio, 0.0)
-        if CLAMP:
-            b_out = tl.where(b_inside, b_out, 0.0)
+        if SCALE != "logvar":
+            b_out *= chain(b_given, SCALE, FLOOR)
+        elif CLAMP:
+            b_out = tl.where(b_given, b_out, 0.0)
         store_part(p_grad_logvar, b_out, i_split, o_b, o_d, B, D)
     if p_grad_prior_mu is not None:
         b_out = tl.sum(s_prior_mu, axis=0, keep_dims=True)
@@ -592,7 +665,7 @@ def latent_tiles(
 
 
 @planned
-def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, limits, per_dimension) -> Call:
+def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, form, per_dimension) -> Call:
     b, d = mu.shape
     dtype, launching = accumulator(mu), LAUNCH["latent"]
     tiles = latent_tiles(samples, b, d, launching.tile, loop_d=True)
@@ -603,7 +676,7 @@ def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, limits, per_dime
         (Result((samples, b, d), mu.dtype), kl),
         (samples, b, fixed(d), *tiles.numbers, tiles.d_tiles, *_inputs(mu, logvar, prior_mu, prior_logvar)),
         {"LOOP_D": tiles.d_tiles > 1, "PER_DIMENSION": per_dimension}
-        | _constants(dtype, limits, tiles, logvar),
+        | _constants(dtype, form, tiles, logvar),
         launching.warps(dtype),
     )
 
@@ -622,13 +695,13 @@ def rsample_kl(
     if b == 0 or d == 0:
         kl = mu.new_zeros((b, d) if per_dimension else b, dtype=accumulator(mu))
         return mu.new_empty((draw.samples, b, d)), kl
-    settings = draw.samples, (draw.logvar_min, draw.logvar_max), per_dimension
+    settings = draw.samples, _form(draw), per_dimension
     tensors = mu, logvar, prior_mu, prior_logvar, seed
     return _draw_kl(tensors, settings, (draw.sample_offset, draw.row_offset))
 
 
 @planned
-def _draw_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, limits) -> Call:
+def _draw_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, form) -> Call:
     b, d = mu.shape
     dtype, launching = accumulator(mu), LAUNCH["latent"]
     tiles = latent_tiles(samples, b, d, launching.tile)
@@ -637,7 +710,7 @@ def _draw_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, limits) -
         tiles.grid,
         (Result((samples, b, d), mu.dtype), Result((samples, b), dtype, tiles.d_splits)),
         (samples, b, fixed(d), *tiles.numbers, *_inputs(mu, logvar, prior_mu, prior_logvar)),
-        _constants(dtype, limits, tiles, logvar),
+        _constants(dtype, form, tiles, logvar),
         launching.warps(dtype),
     )
 
@@ -656,7 +729,7 @@ def rsample_log_ratio(
     samples = draw.samples
     if samples == 0 or b == 0 or d == 0:
         return mu.new_empty((samples, b, d)), mu.new_zeros((samples, b), dtype=accumulator(mu))
-    settings = samples, (draw.logvar_min, draw.logvar_max)
+    settings = samples, _form(draw)
     tensors = mu, logvar, prior_mu, prior_logvar, seed
     return _draw_log_ratio(tensors, settings, (draw.sample_offset, draw.row_offset))
 
@@ -666,14 +739,22 @@ def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[Any, ...]:
     return tuple(fixed(s) for t in (mu, logvar, prior_mu, prior_logvar) for s in strides(t, 2))
 
 
+def _form(draw: Any) -> tuple[float, float, str, float]:
+    """What logvar is."""
+    return draw.logvar_min, draw.logvar_max, draw.scale, draw.floor
+
+
 def _constants(
-    dtype: torch.dtype, limits: tuple[float, float], tiles: LatentTiles, logvar: torch.Tensor
+    dtype: torch.dtype, form: tuple[float, float, str, float], tiles: LatentTiles, logvar: torch.Tensor
 ) -> dict:
-    """The compile-time arguments of every kernel here; the clamp is one, as a range is a hyperparameter."""
+    """The compile-time arguments of every kernel here; the clamp and the floor are, as hyperparameters."""
+    low, high, scale, floor = form
     return {
-        "LOGVAR_MIN": limits[0],
-        "LOGVAR_MAX": limits[1],
-        "CLAMP": limits[0] > float("-inf") or limits[1] < float("inf"),
+        "LOGVAR_MIN": low,
+        "LOGVAR_MAX": high,
+        "CLAMP": low > float("-inf") or high < float("inf"),
+        "SCALE": scale,
+        "FLOOR": floor,
         "ALIGN": row_alignment(logvar),
         "DTYPE": triton_dtype(dtype),
         **tiles.blocks,
@@ -722,7 +803,7 @@ def rsample_log_ratio_backward(
 
 @planned
 def _gradients(
-    grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, samples, limits, path,
+    grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, samples, form, path,
     need,
 ) -> Call:  # fmt: skip
     """Both backward passes: what does not arrive is None, and costs nothing."""
@@ -756,7 +837,7 @@ def _gradients(
             ),
             *(*strides(grad_log_ratio, 2), *strides(weight, 2), *_inputs(*inputs)),
         ),
-        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(dtype, limits, tiles, logvar),
+        {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(dtype, form, tiles, logvar),
         # With a prior's sums besides, 8 numbers a thread of half precision leave registers for too few.
         launching.warps(dtype if need[2] or need[3] else mu.dtype),
     )
@@ -772,7 +853,7 @@ def _backward(
     tensors = mu, logvar, prior_mu, prior_logvar
     if mu.shape[0] == 0 or mu.shape[1] == 0:
         return tuple(torch.empty_like(t) if n else None for t, n in zip(tensors, need, strict=True))
-    settings = draw.samples, (draw.logvar_min, draw.logvar_max), path, need
+    settings = draw.samples, _form(draw), path, need
     return _gradients(
         (grad_z, grad_kl, grad_log_ratio, weight, *tensors, seed),
         settings,

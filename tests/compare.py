@@ -165,6 +165,12 @@ class Rounded:
         error = torch.where(value > torch.finfo(self.dtype).max, torch.inf, error)
         return self._made(value, error, EXP)
 
+    def sqrt(self) -> Rounded:
+        """A GPU's takes two ulps."""
+        value = self.value.sqrt()
+        least = (self.value - self.error).clamp(min=0).sqrt() + value
+        return self._made(value, torch.where(self.error == 0, 0.0, self.error / least), 4)
+
     def precision(self) -> Rounded:
         """exp(-v), by one exponential or as the square of exp(-v/2)."""
         return (self * -0.5).exp().square()

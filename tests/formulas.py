@@ -41,6 +41,8 @@ def rsample(
     grad_kl: Tensor | None = None,
     grad_ratio: Tensor | None = None,
     *,
+    scale: str = "logvar",
+    floor: float = 0.0,
     logvar_range: tuple[float, float] | None = None,
     per_dimension: bool = False,
     estimator: str = "iwae",
@@ -48,7 +50,7 @@ def rsample(
     """What rsample_kl and rsample_log_ratio give: z, kl and ratio, and the gradients of the four inputs.
 
     Args:
-        inputs: mu, logvar, and mean and log variance of the prior or None.
+        inputs: mu, logvar or what ``scale`` says, and mean and log variance of the prior or None.
         eps: the noise [K, B, D] in float64.
         grad_z, grad_kl, grad_ratio: what arrives at z [K, B, D], the KL [B] (or [B, D] with
             ``per_dimension``) and the ratio [K, B]; None where nothing does.
@@ -62,9 +64,9 @@ def rsample(
     b, d = inputs[0].shape
     mu, raw, m, s = (given(t, (b, d)).expand(b, d) for t in inputs)
     lo, hi = logvar_range or (-math.inf, math.inf)
-    logvar = Rounded.exact(raw.value.clamp(lo, hi), dtype)
+    logvar, sigma, inverse_sigma, chain = spread(raw, scale, floor, lo, hi)
+    inside = ((raw.value >= lo) & (raw.value <= hi)) | raw.value.isnan()
     eps = Rounded.exact(eps, dtype).noise()
-    sigma = (logvar * 0.5).exp()
     # N(0, I) has the precision 1, exactly.
     precision = s.precision() if inputs[3] is not None else Rounded.exact(torch.ones_like(s.value), dtype)
     move = sigma * eps
@@ -88,7 +90,7 @@ def rsample(
     pull = g * white
     h = [g_z, -pull]
     if estimator != "iwae":
-        h.append(g * (move * logvar.precision()))
+        h.append(g * (move * inverse_sigma.square()))
     h = total(h)
     if estimator == "dreg":
         row = given(grad_ratio)
@@ -97,16 +99,39 @@ def rsample(
     entropy = g if estimator == "iwae" else zero
     mu_grad = total([h.sum(0), g_kl * push])
     logvar_grad = total([(h * move * 0.5).sum(0), (entropy * 0.5).sum(0), g_kl * u.expm1() * 0.5])
-    inside = ((raw.value >= lo) & (raw.value <= hi)) | raw.value.isnan()
     m_grad = total([pull.sum(0), -(g_kl * push)])
     s_grad = total([(g * square).sum(0), -g.sum(0), -(g_kl * u.expm1()), -(g_kl * (delta * push))]) * 0.5
-    grads = [mu_grad, logvar_grad.where(inside), m_grad, s_grad]
+    grads = [mu_grad, logvar_grad.where(inside) if chain is None else logvar_grad * chain, m_grad, s_grad]
     # A row's gradient is the sum over the batch of gradients as they are stored.
     grads = [
         None if t is None else grad if t.shape == (b, d) else grad.stored(storage).sum_to_size(t.shape)
         for grad, t in zip(grads, inputs, strict=True)
     ]
     return {"z": z, "kl": kl, "ratio": ratio}, grads
+
+
+def spread(
+    raw: Rounded, scale: str, floor: float, lo: float, hi: float
+) -> tuple[Rounded, Rounded, Rounded, Rounded | float | None]:
+    """log σ², σ, 1/σ, and the derivative of the first by the number that is given, None of itself."""
+    one = Rounded(torch.ones_like(raw.value), torch.zeros_like(raw.value), raw.u)
+    if scale == "logvar":
+        logvar = raw.clamp(lo, hi)
+        return logvar, (logvar * 0.5).exp(), (logvar * -0.5).exp(), None
+    if scale == "log_scale":
+        # 1 / σ may be that of a σ that has been rounded.
+        return raw * 2.0, raw.exp(), one / raw.exp(), 2.0
+    if scale == "scale":
+        return raw.log() * 2.0, raw, one / raw, one / raw * 2.0
+    variance = raw.clamp(min=0) + (-raw.abs()).exp().log1p() + floor
+    logvar, sigma, chain = variance.log(), variance.sqrt(), raw.sigmoid() / variance
+    if floor == 0:
+        # There exp(raw) alone is left, in float64 too.
+        tail = raw.value < -80
+        logvar = Rounded._where(tail, raw, logvar)
+        sigma = Rounded._where(tail, (raw * 0.5).exp(), sigma)
+        chain = Rounded._where(tail, one, chain)
+    return logvar, sigma, one / sigma, chain
 
 
 # How many times the roundings of a likelihood's definition its kernels may have, which group them otherwise:

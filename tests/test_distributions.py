@@ -38,14 +38,30 @@ def wide(*shape, seed):
     return randn(*shape, seed=seed).double().requires_grad_()
 
 
-def pairs(kinds=(fastvae.DiagonalNormal, fastvae.DiagonalNormal), prior=True, logvar_range=None):
+# What a log variance's place may hold. The prior holds the same, without a range.
+FORMS = [
+    {},
+    {"logvar_range": (-0.5, 0.5)},
+    {"scale": "log_scale"},
+    {"scale": "scale"},
+    {"scale": "softplus"},
+    {"scale": "softplus", "floor": 0.01},
+]
+
+
+def pairs(kinds=(fastvae.DiagonalNormal, fastvae.DiagonalNormal), prior=True, **form):
     """q, p, and their parameters in float64."""
-    mu, logvar = wide(B, D, seed=1), wide(B, D, seed=2)
-    q = kinds[0](mu, logvar, logvar_range=logvar_range)
+    positive = form.get("scale") == "scale"
+    raw = lambda *shape, seed: (  # noqa: E731
+        wide(*shape, seed=seed).detach().exp().requires_grad_() if positive else wide(*shape, seed=seed)
+    )
+    mu, logvar = wide(B, D, seed=1), raw(B, D, seed=2)
+    q = kinds[0](mu, logvar, **form)
     if not prior:
         return q, fastvae.StandardNormal(), [mu, logvar]
-    m, s = wide(D, seed=3), wide(B, D, seed=4)
-    return q, kinds[1](m, s), [mu, logvar, m, s]
+    m, s = wide(D, seed=3), raw(B, D, seed=4)
+    of_prior = {name: value for name, value in form.items() if name != "logvar_range"}
+    return q, kinds[1](m, s, **of_prior), [mu, logvar, m, s]
 
 
 # What is composed is what is fused
@@ -53,13 +69,13 @@ def pairs(kinds=(fastvae.DiagonalNormal, fastvae.DiagonalNormal), prior=True, lo
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
 @pytest.mark.parametrize("prior", [False, True])
-@pytest.mark.parametrize("logvar_range", [None, (-0.5, 0.5)])
-def test_composed_ratios_are_the_fused_ones(estimator, prior, logvar_range):
+@pytest.mark.parametrize("form", FORMS)
+def test_composed_ratios_are_the_fused_ones(estimator, prior, form):
     """Value, and the gradients of q and p under a log-mean-exp, through the decoder and beside it."""
     weight = randn(K, B, D, seed=5).double()
     found = []
     for kinds in ((fastvae.DiagonalNormal,) * 2, (Own, fastvae.DiagonalNormal), (Own, Own)):
-        q, p, leaves = pairs(kinds, prior, logvar_range)
+        q, p, leaves = pairs(kinds, prior, **form)
         z, ratio = draw_ratio(q, p, K, SEED, 2, estimator)
         z = z.reshape(K, B, D)
         bound = fastvae.ops.log_mean_exp(ratio + (z * weight).sin().sum(2))
@@ -91,10 +107,11 @@ def test_composed_chunks_are_the_whole(estimator):
 
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("per_dimension", [False, True])
-def test_composed_kls_are_the_fused_ones(prior, per_dimension):
+@pytest.mark.parametrize("form", FORMS)
+def test_composed_kls_are_the_fused_ones(prior, per_dimension, form):
     found = []
     for kind in (fastvae.DiagonalNormal, Own):
-        q, p, leaves = pairs((kind, fastvae.DiagonalNormal), prior, (-0.5, 0.5))
+        q, p, leaves = pairs((kind, fastvae.DiagonalNormal), prior, **form)
         z, kl = draw_kl(q, p, K, SEED, 2, per_dimension)
         found.append([z, kl, *torch.autograd.grad(z.square().sum() + kl.sin().sum(), leaves)])
     for a, b in zip(*found, strict=True):

@@ -501,6 +501,36 @@ CASES = {
         ValueError,
         ["logvar_range", "lo < hi", "(3.0, -3.0)"],
     ),
+    "a scale that is none": (
+        lambda: fastvae.DiagonalNormal(*q(), scale="sigma"),
+        ValueError,
+        ["scale='sigma' is unknown", "'logvar', 'log_scale', 'scale', 'softplus'"],
+    ),
+    "a floor of a log variance": (
+        lambda: ops.rsample_kl(*q(), floor=1e-4),
+        ValueError,
+        ["floor=0.0001", "scale='softplus'", "scale='logvar'", "leave it out"],
+    ),
+    "a negative floor": (
+        lambda: ops.rsample_log_ratio(*q(), samples=2, scale="softplus", floor=-1e-4),
+        ValueError,
+        ["floor must be finite and at least 0", "-0.0001"],
+    ),
+    "a floor that is no number": (
+        lambda: fastvae.DiagonalNormal(*q(), scale="softplus", floor="1e-4"),
+        TypeError,
+        ["floor must be a number", "the least variance", "'1e-4'"],
+    ),
+    "a floor too small for float32": (
+        lambda: fastvae.DiagonalNormal(*q(), scale="softplus", floor=1e-40),
+        ValueError,
+        ["floor must be 0 or at least 1.18e-38", "1e-40"],
+    ),
+    "logvar_range of a softplus": (
+        lambda: fastvae.DiagonalNormal(*q(), scale="softplus", logvar_range=(-3, 3)),
+        ValueError,
+        ["logvar_range bounds a log variance", "scale='softplus'", "floor"],
+    ),
     "logvar_range a number": (
         lambda: ops.rsample_kl(*q(), logvar_range=3.0),
         TypeError,

@@ -152,6 +152,100 @@ def test_logvar_range_clamps_everything_that_the_posterior_says(objective):
     assert float((got - run((mu, logvar))).abs().min()) > 1e-6
 
 
+# What stands in the place of these log variances.
+RAW = {
+    "log_scale": (0.0, lambda v: v / 2),
+    "scale": (0.0, lambda v: torch.exp(v / 2)),
+    "softplus": (0.0, lambda v: torch.log(torch.expm1(v.exp()))),
+    "softplus with a floor": (0.05, lambda v: torch.log(torch.expm1(v.exp() - 0.05))),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_scale_is_what_its_log_variance_is(name, learned):
+    """As q, and as the prior beside it: bounds, and gradients of what was given, of every objective."""
+    x, mu, logvar, weight = _inputs()
+    assert float(logvar.exp().min()) > 0.06
+    floor, raw_of = RAW[name]
+    form = {"scale": name.split()[0], "floor": floor}
+    options = {"likelihood": fastvae.Gaussian(0.8)}
+    decoder = lambda z: z @ weight  # noqa: E731
+    objectives = {
+        "elbo": lambda q, **o: fastvae.elbo(x, q, decoder, samples=K, beta=0.7, **o),
+        "free bits": lambda q, **o: fastvae.elbo(x, q, decoder, free_bits=0.1, **o),
+        "elbo mc": lambda q, **o: fastvae.elbo(x, q, decoder, kl="mc", samples=2, **o),
+        **{
+            f"{estimator} {k_chunk}": lambda q, e=estimator, c=k_chunk, **o: fastvae.iwae(
+                x, q, decoder, k=K, estimator=e, k_chunk=c, **o
+            )
+            for estimator in ("iwae", "stl", "dreg")
+            for k_chunk in (None, 2)
+        },
+    }
+
+    def run(objective, raw):
+        m, v = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+        pm, pv = (torch.linspace(-0.3, 0.4, D, dtype=mu.dtype, device=DEVICE).requires_grad_() for _ in "ab")
+        if raw:
+            q, p = (fastvae.DiagonalNormal(a, raw_of(b), **form) for a, b in ((m, v), (pm, pv)))
+        else:
+            q, p = (m, v), fastvae.DiagonalNormal(pm, pv)
+        leaves = [m, v, pm, pv] if learned else [m, v]
+        bound = objective(q, generator=generator(11), **options, **({"prior": p} if learned else {}))
+        return [bound, *torch.autograd.grad(bound, leaves)]
+
+    for objective in objectives.values():
+        for a, b in zip(run(objective, True), run(objective, False), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
+    n = 23
+    model, x, mu, logvar = _two_that_go_on(n)
+    logvar = logvar.clamp(min=-2.5)
+    floor, raw_of = RAW[name]
+    form = {"scale": name.split()[0], "floor": floor}
+    options = {"likelihood": model.likelihood, "k": 800}
+
+    def run(q):
+        evaluation = fastvae.evaluate(
+            lambda _: q,
+            model.decoder,
+            x,
+            tol=0.2,
+            batch_size=n,
+            progress=False,
+            generator=generator(13),
+            **options,
+        )
+        return evaluation, fastvae.log_marginal(x, q, model.decoder, generator=generator(14), **options)
+
+    (got, marginal), (expected, expected_marginal) = (
+        run(fastvae.DiagonalNormal(mu, raw_of(logvar), **form)), run((mu, logvar))
+    )  # fmt: skip
+    assert torch.equal(got.k, expected.k)
+    for a, b in (
+        (got.log_px, expected.log_px),
+        (got.kl_per_dim, expected.kl_per_dim),
+        (marginal.log_px, expected_marginal.log_px),
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_prior_by_its_scale_in_half_precision_is_not_rounded_on_the_way():
+    """Its log variance is no number of the storage type."""
+    mu, logvar = (randn(B, D, seed=s).bfloat16() for s in (60, 61))
+    p = fastvae.DiagonalNormal(torch.zeros(D), torch.full((D,), 0.9).bfloat16(), scale="scale").to(DEVICE)
+    x, decoder = randn(B, D, seed=62).bfloat16(), lambda z: z  # noqa: E731
+    options = {"likelihood": fastvae.Gaussian(0.8), "prior": p, "reduction": "none"}
+    kl = fastvae.elbo(x, (mu, logvar), decoder, terms=True, **options).kl
+    m, v, s = mu.double(), logvar.double(), p.logvar.double()
+    exact = 0.5 * ((m / s) ** 2 + v.exp() / s**2 - 1 - v + 2 * s.log()).sum(1)
+    torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def _two_that_go_on(n):
     """A model of known posterior, and a q that is two deviations off for two of n examples."""
     model = LinearGaussian(D, X)

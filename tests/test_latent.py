@@ -24,6 +24,14 @@ def _eps(seed, k, b, d, k0=0, b0=0):
 
 
 # A program of Triton's interpreter takes 7 ms to draw a thousand normals.
+USUAL = {"scale": "logvar", "floor": 0.0}
+FORMS = [
+    USUAL,
+    {"scale": "log_scale", "floor": 0.0},
+    {"scale": "scale", "floor": 0.0},
+    {"scale": "softplus", "floor": 0.0},
+    {"scale": "softplus", "floor": 0.01},
+]
 SIZES = strategies.distinct_sizes(3, elements=6000)
 
 
@@ -36,19 +44,24 @@ def cases(draw, sizes=SIZES):
     estimator = draw(st.sampled_from(["iwae", "stl", "dreg"]))
     # DReG's weights are shares of what arrives, which has one sign, as a log-mean-exp sends it.
     ends = {"low": 0.0, "high": 1.0} if estimator == "dreg" else {}
+    form = draw(st.one_of(st.just(USUAL), st.sampled_from(FORMS)))
+    # A logarithm of sigma spreads the variances twice as wide, beyond what half precision holds of gradients.
+    wide = spread / 2 if form["scale"] == "log_scale" else spread
+    values = {"low": 0.05, "high": 3.0} if form["scale"] == "scale" else {"spread": wide}
     prior = draw(st.sampled_from(["standard", "row", "full"]))
     prior_shape = (d,) if prior == "row" else (b, d)
     return {
         "inputs": [
             make((b, d)),
-            make((b, d), spread),
+            draw(strategies.tensors((b, d), dtype, device=DEVICE, **values)),
             None if prior == "standard" else make(prior_shape),
             None if prior == "standard" else make(prior_shape),
         ],
         "samples": k,
         "seed": torch.tensor(draw(st.integers(-(2**63), 2**63 - 1)), device=DEVICE),
         "offsets": (draw(st.sampled_from([0, 3, 2**32 - k])), draw(st.sampled_from([0, 9, 2**31 + 5]))),
-        "logvar_range": draw(st.sampled_from([None, (-1.0, 1.5), (0.25, 1.5)])),
+        "form": form,
+        "logvar_range": draw(st.sampled_from([None, (-1.0, 1.5), (0.25, 1.5)])) if form is USUAL else None,
         "need": draw(st.lists(st.booleans(), min_size=4, max_size=4).filter(any)),
         "per_dimension": draw(st.booleans()),
         "estimator": estimator,
@@ -85,6 +98,7 @@ def _run(case, op, dtype):
         samples=case["samples"],
         prior=None if prior_mu is None else (prior_mu, prior_logvar),
         logvar_range=case["logvar_range"],
+        **case.get("form", USUAL),
         seed=case["seed"],
         sample_offset=case["offsets"][0],
         row_offset=case["offsets"][1],
@@ -129,6 +143,7 @@ def results(case, op):
         eps,
         grad_z if "z" in arrives else None,
         logvar_range=case["logvar_range"],
+        **case.get("form", USUAL),
         **other,
     )
     second = "kl" if op is ops.rsample_kl else "ratio"
@@ -226,6 +241,78 @@ def test_extreme_log_variances(backend, value):
     for result, reference in zip(results, expected, strict=True):
         # Terms of up to 20 cancel: an ulp of them is 2e-6.
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "values"),
+    [
+        # Down to where exp(raw) is no float32, and up to where it is none.
+        ({"scale": "softplus"}, (-150.0, -104.0, -88.0, -40.5, -39.5, -15.0, 0.0, -0.0, 20.0, 1e4)),
+        ({"scale": "softplus", "floor": 1e-4}, (-1e30, -150.0, -20.0, 0.0, 30.0, 1e4)),
+        ({"scale": "log_scale"}, (-40.0, 0.0, 1e-3, 20.0)),
+        ({"scale": "scale"}, (1e-18, 1e-5, 1.0, 1e9)),
+    ],
+)
+def test_extreme_scales(backend, form, values):
+    """Against float64, in which none is extreme: z relative to sigma, KL and log-ratio to their terms."""
+    k, d = 3, len(values)
+    raw = torch.tensor(values, device=DEVICE).expand(2, d).clone().requires_grad_()
+    mu, seed = torch.zeros(2, d, device=DEVICE, requires_grad=True), torch.tensor(4, device=DEVICE)
+    wide = raw.detach().double()
+    if form["scale"] == "softplus":
+        variance = torch.log1p(wide.exp()).where(wide < 30, wide) + form.get("floor", 0.0)
+        slope = torch.sigmoid(wide) / variance
+    else:
+        variance = (2 * wide).exp() if form["scale"] == "log_scale" else wide**2
+        slope = 2 * torch.ones_like(wide) if form["scale"] == "log_scale" else 2 / wide
+    eps = _eps(seed, k, 2, d)
+    z, kl = ops.rsample_kl(mu, raw, samples=k, per_dimension=True, seed=seed, **form)
+    torch.testing.assert_close(z.double(), variance.sqrt() * eps, rtol=3e-6, atol=1e-37)
+    excess = variance - 1 - variance.log()
+    torch.testing.assert_close(kl.double(), 0.5 * excess, rtol=2e-6, atol=1e-7)
+    (grad,) = torch.autograd.grad(kl.sum(), raw, retain_graph=True)
+    torch.testing.assert_close(grad.double(), 0.5 * (variance - 1) * slope, rtol=3e-6, atol=1e-37)
+    (grad,) = torch.autograd.grad(z.sum(), raw)
+    expected = (0.5 * variance.sqrt() * eps).sum(0) * slope
+    size = (0.5 * variance.sqrt() * eps).abs().sum(0) * slope
+    assert bool(((grad.double() - expected).abs() <= 4e-6 * size + 1e-37).all())
+    for i in range(d):
+        one = {"samples": k, "seed": seed, **form}
+        _, ratio = ops.rsample_log_ratio(mu[:, i : i + 1], raw[:, i : i + 1], **one)
+        noise = _eps(seed, k, 2, 1)[..., 0]
+        square, constant = variance[:, i] * noise**2, variance[:, i].log()
+        terms = noise**2 + square + constant.abs()
+        expected = 0.5 * (noise**2 - square + constant)
+        assert bool(((ratio.double() - expected).abs() <= 3e-6 * terms).all())
+
+
+def test_kl_of_a_scale_is_accurate_near_the_prior(backend):
+    """exp(u) - 1 - u of u = 1e-3: what sigma^2 or sigma says of it to the last digit is kept."""
+    variance = torch.tensor(1.001, dtype=torch.float64)
+    for form, raw in (
+        ({"scale": "scale"}, variance.sqrt()),
+        ({"scale": "log_scale"}, variance.log() / 2),
+        ({"scale": "softplus"}, torch.log(torch.expm1(variance))),
+    ):
+        given = raw.float()
+        sigma2 = torch.nn.functional.softplus(given.double()) if form["scale"] == "softplus" else None
+        sigma2 = given.double() ** 2 if form["scale"] == "scale" else sigma2
+        sigma2 = torch.exp(2 * given.double()) if form["scale"] == "log_scale" else sigma2
+        exact = 1.5 * (sigma2 - 1 - sigma2.log())
+        logvar = given.expand(2, 3).to(DEVICE)
+        _, kl = ops.rsample_kl(torch.zeros(2, 3, device=DEVICE), logvar, **form)
+        # An ulp of sigma^2 is 1.2e-7 in 1e-3.
+        rtol = 1e-6 if form["scale"] == "log_scale" else 5e-4
+        torch.testing.assert_close(kl.double().cpu(), exact.expand(2), rtol=rtol, atol=0)
+
+
+def test_a_scale_that_is_negative_gives_nan(backend):
+    sigma = torch.tensor([[0.5, -0.5], [0.5, 0.5]], device=DEVICE)
+    mu, seed = torch.zeros(2, 2, device=DEVICE), torch.tensor(4, device=DEVICE)
+    _, kl = ops.rsample_kl(mu, sigma, seed=seed, scale="scale")
+    _, ratio = ops.rsample_log_ratio(mu, sigma, samples=3, seed=seed, scale="scale")
+    assert kl.isnan().tolist() == [True, False]
+    assert ratio.isnan().tolist() == [[True, False]] * 3
 
 
 def test_nan_log_variance_survives_a_clamp(backend):

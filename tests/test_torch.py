@@ -43,6 +43,9 @@ def fallback_random():
 # The registration.
 
 
+LOGVAR = ("logvar", 0.0)
+
+
 def _latent_arguments(op: str):
     """Argument lists of an op of the latent module: with and without prior, clamp, offsets."""
     mu, logvar = randn(B, D, seed=1).requires_grad_(), randn(B, D, seed=2).requires_grad_()
@@ -52,11 +55,15 @@ def _latent_arguments(op: str):
         "rsample_kl": ((True,), (False,), (False,)),
         "rsample_log_ratio": (("iwae", False), ("stl", False), ("dreg", True)),
     }[op]
-    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, False, *options[0], True
-    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, True, *options[1], True
-    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, False, *options[2], False
+    yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, False, *LOGVAR, *options[0], True
+    yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, True, *LOGVAR, *options[1], True
+    yield mu, logvar.detach(), *row, seed_of(1), K, 0, 0, -INF, INF, False, *LOGVAR, *options[2], False
     if op == "rsample_kl":
-        yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, True, *options[0], True
+        yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, True, *LOGVAR, *options[0], True
+    for form in (("log_scale", 0.0), ("softplus", 0.0), ("softplus", 1e-2)):
+        yield mu, logvar, *prior, seed_of(1), K, 2, 9, -INF, INF, True, *form, *options[1], True
+    sigma = logvar.detach().exp().requires_grad_()
+    yield mu, sigma, None, None, seed_of(1), K, 2, 9, -INF, INF, True, "scale", 0.0, *options[0], True
 
 
 def _backward_arguments(op: str):
@@ -69,13 +76,15 @@ def _backward_arguments(op: str):
         "slope": randn(K, B, D, seed=16),
     }
     mu, logvar, *prior = (randn(B, D, seed=s) for s in (1, 2, 3, 4))
-    inputs = (mu, logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, False)
-    bare = (mu, logvar, None, None, seed_of(1), K, 0, 0, -INF, INF, False)
+    inputs = (mu, logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, False, *LOGVAR)
+    bare = (mu, logvar, None, None, seed_of(1), K, 0, 0, -INF, INF, False, *LOGVAR)
+    raw = (mu, logvar, *prior, seed_of(1), K, 2, 9, -INF, INF, False, "softplus", 1e-2)
     if op == "rsample_kl_backward":
         yield g["z"], g["kl"], g["slope"], *inputs, [True] * 4
         yield None, g["dims"], g["slope"], *bare, [True, False, False, False]
         yield g["z"], None, None, *inputs, [False, True, True, False]
-        bare = (mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, True)
+        yield g["z"], g["kl"], None, *raw, [True] * 4
+        bare = (mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, True, *LOGVAR)
         yield g["z"][0], g["kl"], g["slope"][0], *bare, [True, True, False, False]
     else:
         yield g["z"], g["ratio"], None, g["slope"], *inputs, False, [True] * 4
@@ -83,6 +92,7 @@ def _backward_arguments(op: str):
             *(g["z"], g["ratio"], torch.softmax(g["ratio"], 0), None),
             *(*bare, True, [True, True, False, False]),
         )
+        yield g["z"], g["ratio"], None, None, *raw, True, [True] * 4
         yield None, g["ratio"], None, g["slope"], *inputs, True, [False, False, True, True]
         yield g["z"], None, None, g["slope"], *inputs, False, [True, False, False, False]
 
@@ -344,6 +354,7 @@ def test_gradcheck_of_the_latent_ops(implementation, prior):
     mu, logvar = _double(B, D, seed=20), _double(B, D, seed=21)
     shape = {"row": (D,), "full": (B, D)}.get(prior)
     parts = () if shape is None else (_double(*shape, seed=22), _double(*shape, seed=23))
+    forms = ({"scale": "log_scale"}, {"scale": "softplus"}, {"scale": "softplus", "floor": 0.1})
     # Some log variances lie outside the clamp, none near its corners.
     assert bool((logvar.abs() > 1.2).any())
     assert float((logvar.detach().abs() - 1.2).abs().min()) > 1e-3
@@ -371,8 +382,11 @@ def test_gradcheck_of_the_latent_ops(implementation, prior):
             ),
             call(ops.rsample_log_ratio),
             call(ops.rsample_log_ratio, logvar_range=(-1.2, 1.2)),
+            *(call(op, **form) for op in (ops.rsample_kl, ops.rsample_log_ratio) for form in forms),
         ):
             assert gradcheck(function, (mu, logvar, *parts))
+        for op in (ops.rsample_kl, ops.rsample_log_ratio):
+            assert gradcheck(call(op, scale="scale"), (mu, logvar.detach().exp().requires_grad_(), *parts))
 
 
 @pytest.mark.parametrize("implementation", ["native", "reference"])

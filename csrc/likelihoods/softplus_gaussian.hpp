@@ -10,9 +10,9 @@ struct SoftplusGaussian : Declaration {
   };
   template <class C>
   static FASTVAE_INLINE Variance<C> variance(Element<C> e) {
-    const C raw = clip(e.p1, C(-80), C(1e38)), floor = exp_(e.p2 > C(80) ? C(80) : e.p2), k = exp_negative(-abs_(raw));
-    const bool above = raw > C(0);
-    return {((above ? raw : C(0)) + log1p_(k)) + floor, (above ? C(1) : k) / (C(1) + k), floor};
+    const C floor = exp_(e.p2 > C(80) ? C(80) : e.p2);
+    const Softplus<C> s = softplus(clip(e.p1, C(-80), C(1e38)));
+    return {s.value + floor, s.slope, floor};
   }
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {

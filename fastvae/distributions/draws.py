@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_result
-from ..ops.latent import flat_kl, flat_log_ratio
+from ..ops.latent import flat_kl, flat_log_ratio, options
 from .base import Distribution, closed_kl, held
 from .normal import DiagonalNormal, StandardNormal
 
@@ -25,9 +25,10 @@ def _fused_prior(q: Distribution, p: Distribution) -> Any:
         return _NOT_FUSED
     if p is STANDARD or type(p) is StandardNormal:
         return None
-    if type(p) is not DiagonalNormal:
+    # A log variance is not computed in half precision; the composition is wide.
+    if type(p) is not DiagonalNormal or (p.logvar.dtype.itemsize == 2 and not p.has_logvar):
         return _NOT_FUSED
-    return p.mu, p.logvar if p.logvar_range is None else p.logvar.clamp(*p.logvar_range)
+    return p.mu, p.log_variance()
 
 
 def draw_kl(
@@ -41,7 +42,7 @@ def draw_kl(
     usual = type(q) is DiagonalNormal and p is STANDARD
     prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
-        return flat_kl((q.mu, q.logvar, q.logvar_range), prior, seed, samples, row_offset, per_dimension)
+        return flat_kl((q.mu, q.logvar, q.form), prior, seed, samples, row_offset, per_dimension)
     kl = closed_kl(q, p)
     if kl is None:
         return None
@@ -91,7 +92,7 @@ def draw_ratio(
     usual = type(q) is DiagonalNormal and p is STANDARD
     prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
-        return flat_log_ratio((q.mu, q.logvar, q.logvar_range), prior, seed, samples, row_offset, estimator)
+        return flat_log_ratio((q.mu, q.logvar, q.form), prior, seed, samples, row_offset, estimator)
     z, log_ratio, _ = _composed(q, p, samples, seed, estimator, False, row_offset=row_offset)
     shares = log_shares(q, samples, seed)
     return z.flatten(0, 1), log_ratio if shares is None else log_ratio + shares
@@ -125,8 +126,9 @@ def draw_chunk(
         z, log_ratio, whole_of_all = _composed(q, p, samples, seed, estimator, True, **place)
         shares = log_shares(q, samples, seed, sample_offset)
         return z, log_ratio if shares is None else log_ratio + shares, whole_of_all
+    place |= options(q.form)  # type: ignore[arg-type]
     z, log_ratio, *whole = ops.rsample_log_ratio(
-        q.mu, q.logvar, samples=samples, prior=prior, estimator=estimator, logvar_range=q.logvar_range,  # type: ignore[arg-type]
+        q.mu, q.logvar, samples=samples, prior=prior, estimator=estimator,  # type: ignore[arg-type]
         seed=seed, chunk=estimator == "dreg", **place,
     )  # fmt: skip
     return z, log_ratio, whole[0] if whole else None

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch import distributions as td
 
 from .. import ops, random
-from .._checks import check_logvar_range, check_same_device, check_same_shape, check_tensor, shape_of
+from .._checks import check_same_device, check_same_shape, check_tensor, shape_of
+from ..ops.latent import Form, form_of, options
 from ..ops.op import accumulator
+from ..reference.latent import log_variance
 from .base import Distribution, hold, is_still, register_kl
 
 
@@ -47,19 +49,25 @@ class StandardNormal(Distribution):
 
 
 class DiagonalNormal(Distribution):
-    r"""N(mu, diag exp(logvar)): the posterior that a pair ``(mu, logvar)`` stands for, or a prior, fixed or
-    learned.
+    r"""N(mu, diag σ²), with σ² = exp(logvar) or what ``scale`` says: the posterior that a pair ``(mu,
+    logvar)`` stands for, or a prior, fixed or learned.
 
-    .. math:: \log p(z) = -½ \sum_d \big[(z - μ)^2 e^{-\mathrm{logvar}} + \mathrm{logvar} + \log 2π\big]
+    .. math:: \log p(z) = -½ \sum_d \big[(z - μ)^2 / σ^2 + \log 2πσ^2\big]
+
+    A posterior's σ is computed inside the kernels, whatever the scale, and kept in no tensor.
 
     Args:
-        mu, logvar: mean and log variance: each [B, D] or [B, \*latent] of a posterior; of a prior
-            broadcastable to that, ``nn.Parameter`` for a learned one, what a network computed for a
-            conditional one.
-        logvar_range: clamp logvar to (lo, hi), with zero gradient outside. Default: no clamp.
+        mu, logvar: mean, and log variance or what ``scale`` says: each [B, D] or [B, \*latent] of a
+            posterior; of a prior broadcastable to that, ``nn.Parameter`` for a learned one, what a network
+            computed for a conditional one.
+        scale: what ``logvar`` is: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which must be
+            positive (a negative one gives NaN); ``"softplus"``, r of σ² = log(1 + exp(r)) + floor.
+        floor: of a softplus: the least variance, such as 1e-4, which keeps it from collapsing; 0 for none.
+        logvar_range: clamp a log variance to (lo, hi), with zero gradient outside. Default: no clamp.
 
     Raises:
-        TypeError, ValueError: if they are not floating-point tensors on one device.
+        TypeError, ValueError: if they are not floating-point tensors on one device, the scale is unknown, or
+            a floor or a range is given that has no meaning with it.
 
     Example:
         >>> import torch, fastvae
@@ -69,20 +77,29 @@ class DiagonalNormal(Distribution):
         >>> mu, logvar = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
         >>> len(list(fastvae.DiagonalNormal(mu, logvar).parameters()))
         2
+        >>> q = fastvae.DiagonalNormal(torch.zeros(4, 2), torch.zeros(4, 2), scale="softplus", floor=1e-4)
+        >>> q.log_variance()[0]  # log(log 2 + 1e-4)
+        tensor([-0.3664, -0.3664])
     """
 
     mu: Tensor
     logvar: Tensor
-    logvar_range: tuple[float, float] | None
+    form: Form | None  # what logvar is, where it is not a log variance as it is
 
-    def __init__(self, mu: Tensor, logvar: Tensor, *, logvar_range: tuple[float, float] | None = None):
+    def __init__(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        *,
+        scale: str = "logvar",
+        floor: float = 0.0,
+        logvar_range: tuple[float, float] | None = None,
+    ):
         super().__init__()
         check_tensor("mu", mu)
         check_tensor("logvar", logvar)
         check_same_device("logvar", logvar, "mu", mu)
-        if logvar_range is not None:
-            check_logvar_range(logvar_range)
-        self.logvar_range = logvar_range
+        self.form = form_of(scale, floor, logvar_range)
         hold(self, mu=mu, logvar=logvar)
 
     @property
@@ -105,11 +122,26 @@ class DiagonalNormal(Distribution):
     def per_row(self) -> bool:  # type: ignore[override]
         return any(v.dim() > 1 and v.shape[0] > 1 for v in (self.mu, self.logvar))
 
+    def extra_repr(self) -> str:
+        if self.form is None:
+            return ""
+        default = Form()._asdict()
+        return ", ".join(f"{k}={v!r}" for k, v in self.form._asdict().items() if v != default[k])
+
+    @property
+    def has_logvar(self) -> bool:
+        """Whether ``logvar`` is a log variance."""
+        return self.form is None or self.form.scale == "logvar"
+
+    def log_variance(self) -> Tensor:
+        """log σ², of whatever ``logvar`` is."""
+        return self.logvar if self.form is None else log_variance(self.logvar, self.form)
+
     def _wide(self) -> tuple[Tensor, Tensor]:
-        """mu and the log variance, clamped, in the dtype of the computation."""
+        """mu and the log variance, in the dtype of the computation."""
         dtype = accumulator(torch.promote_types(self.mu.dtype, self.logvar.dtype))
         logvar = self.logvar.to(dtype)
-        return self.mu.to(dtype), logvar if self.logvar_range is None else logvar.clamp(*self.logvar_range)
+        return self.mu.to(dtype), logvar if self.form is None else log_variance(logvar, self.form)
 
     def log_prob(self, z: Tensor) -> Tensor:
         mu, logvar = self._wide()
@@ -120,9 +152,7 @@ class DiagonalNormal(Distribution):
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
-        z, _ = ops.rsample_kl(
-            self.mu, self.logvar, samples=samples, logvar_range=self.logvar_range, seed=seed, **place
-        )
+        z, _ = ops.rsample_kl(self.mu, self.logvar, samples=samples, seed=seed, **options(self.form), **place)
         # The noise by itself: nothing of the density goes through z, where sigma cancels.
         _, logvar = self._wide()
         eps = random.normal(seed, *z.shape, dtype=accumulator(z.dtype), **place)
@@ -148,7 +178,7 @@ class DiagonalNormal(Distribution):
     def of(self, mu: Tensor, logvar: Tensor, latent: tuple[int, ...] | None = None) -> DiagonalNormal:
         """The same with other parameters, which have been checked."""
         if type(self) is DiagonalNormal:
-            made = diagonal(mu, logvar, self.logvar_range)
+            made = diagonal(mu, logvar, self.form)
         else:
             made = object.__new__(type(self))
             for name in self.__dict__:
@@ -163,7 +193,7 @@ class DiagonalNormal(Distribution):
         if type(self) is not DiagonalNormal:
             return super().expand(batch, like)
         shape = (batch, like.shape[-1])
-        return diagonal(self.mu.expand(shape), self.logvar.expand(shape), self.logvar_range)
+        return diagonal(self.mu.expand(shape), self.logvar.expand(shape), self.form)
 
     def as_torch(self) -> td.Normal | None:
         if not is_still(self, DiagonalNormal):
@@ -172,13 +202,13 @@ class DiagonalNormal(Distribution):
         return td.Normal(mu, torch.exp(0.5 * logvar), validate_args=False)
 
 
-def diagonal(mu: Tensor, logvar: Tensor, logvar_range: tuple[float, float] | None = None) -> DiagonalNormal:
+def diagonal(mu: Tensor, logvar: Tensor, form: Form | None = None) -> DiagonalNormal:
     """The posterior of a pair that has been checked: making a module costs more than a small batch's
     kernels.
     """
     q = DiagonalNormal.__new__(DiagonalNormal)
     attributes = q.__dict__
-    attributes["mu"], attributes["logvar"], attributes["logvar_range"] = mu, logvar, logvar_range
+    attributes["mu"], attributes["logvar"], attributes["form"] = mu, logvar, form
     return q
 
 

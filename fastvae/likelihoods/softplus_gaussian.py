@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..reference.common import softplus
 from . import oracles
 from .gaussian import NAMED_SCALES, Gaussian
 from .scaled import normal_like
@@ -108,5 +109,5 @@ NAMED_SCALES["softplus"] = SoftplusGaussian
 def _variance(raw: Tensor, log_floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The variance, and its derivatives by raw and by log_floor."""
     raw, floor = raw.clamp(-80, 1e38), torch.exp(log_floor.clamp(max=80))
-    softplus = raw.clamp(min=0) + torch.log1p(torch.exp(-raw.abs()))
-    return softplus + floor, torch.sigmoid(raw), floor
+    variance, by_raw = softplus(raw)
+    return variance + floor, by_raw, floor

@@ -1,6 +1,6 @@
 r"""Reparameterised sampling of a diagonal Gaussian, fused with its KL or with its log-ratio to the prior.
 
-With :math:`q = N(μ, σ^2)`, :math:`σ = \exp(\mathrm{logvar}/2)`, prior :math:`p = N(m, s^2)` (default
+With :math:`q = N(μ, σ^2)`, :math:`\mathrm{logvar} = \log σ^2`, prior :math:`p = N(m, s^2)` (default
 N(0, I)), noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random`), and :math:`u = \log σ^2 -
 \log s^2`:
 
@@ -21,6 +21,13 @@ Gradients. With :math:`g^z` and :math:`g^r_k` what arrives at z and at the log-r
     \bar μ &= \sum_k h_k, \quad \overline{\mathrm{logvar}} = ½ σ \sum_k h_k ε_k + ½ \sum_k g^r_k \\
     \bar m &= \sum_k g^r_k (z_k - m) / s^2, \quad
     \overline{\log s^2} = ½ \sum_k g^r_k \big[(z_k - m)^2 / s^2 - 1\big]
+
+What is given in logvar's place may be another number r: of ``scale="log_scale"`` :math:`\log σ`, of
+``"scale"`` σ itself, of ``"softplus"`` the r of :math:`σ^2 = \log(1 + e^r) + \text{floor}`. The kernels take
+σ and :math:`\log σ^2` from it directly, so that neither is rounded on the way through the other, and what
+reaches logvar goes on to r by :math:`\overline{r} = \overline{\mathrm{logvar}} \cdot \partial \log σ^2 /
+\partial r`, which is 2, 2/σ, and :math:`\mathrm{sigmoid}(r) / σ^2`: a factor of an element [B, D], not of a
+sample.
 
 ``estimator="stl"`` (sticking the landing, Roeder et al. 2017) drops q's own dependence on (μ, logvar) inside
 log q: the last sum of the logvar gradient goes, and :math:`h_k` gains :math:`+ g^r_k ε_k / σ`.
@@ -46,6 +53,7 @@ from .._checks import (
     check_choice,
     check_count,
     check_logvar_range,
+    check_number,
     check_same_device,
     check_same_shape,
     check_seed,
@@ -53,10 +61,14 @@ from .._checks import (
     shape_of,
 )
 from .._glance import are_rows
+from ..reference.latent import spread
 from ..reference.random import normal
 from .op import Op, accumulator, empty_like, in_shape, or_none
 
 ESTIMATORS = ("iwae", "dreg", "stl")
+SCALES = ("logvar", "log_scale", "scale", "softplus")
+# The smallest normal number of float32: what a variance is never below then, in any dtype.
+_LEAST_FLOOR = 2.0**-126
 
 
 class Draw(NamedTuple):
@@ -68,11 +80,54 @@ class Draw(NamedTuple):
     logvar_min: float
     logvar_max: float
     flat: bool = False  # z is [K·B, D], as a decoder takes it
+    scale: str = "logvar"  # what ``logvar`` is
+    floor: float = 0.0
+
+
+class Form(NamedTuple):
+    """What stands in logvar's place, where it is not a log variance as it is."""
+
+    logvar_min: float = -math.inf
+    logvar_max: float = math.inf
+    scale: str = "logvar"
+    floor: float = 0.0
+
+
+_LOGVAR = Form()
+
+
+def form_of(scale: str, floor: float, logvar_range: tuple[float, float] | None) -> Form | None:
+    """These options, checked; None for a log variance as it is.
+
+    Raises:
+        TypeError, ValueError: if one is wrong, or has no meaning beside the others.
+    """
+    if logvar_range is None and scale == "logvar" and type(floor) is float and floor == 0:
+        return None
+    check_choice("scale", scale, SCALES)
+    floor = check_number("floor", floor, "the least variance")
+    if scale != "softplus" and floor != 0:
+        raise ValueError(
+            f"floor={floor} is added to the variance of scale='softplus', and has no meaning with "
+            f"scale={scale!r}; leave it out"
+        )
+    if 0 < floor < _LEAST_FLOOR:
+        raise ValueError(
+            f"floor must be 0 or at least {_LEAST_FLOOR:.3g}, the smallest normal number of float32; got "
+            f"{floor}"
+        )
+    if scale != "logvar" and logvar_range is not None:
+        raise ValueError(
+            f"logvar_range bounds a log variance, and has no meaning with scale={scale!r}; bound what the "
+            "network returns, or give scale='softplus' a floor"
+        )
+    return Form(*check_logvar_range(logvar_range), scale, floor)
 
 
 _INPUTS = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor seed, "
 _DRAW = (
-    "SymInt samples, SymInt sample_offset, SymInt row_offset, float logvar_min, float logvar_max, bool flat"
+    "SymInt samples, SymInt sample_offset, SymInt row_offset, float logvar_min, float logvar_max, bool flat, "
+    "str scale, float floor"
 )
 
 
@@ -82,6 +137,8 @@ def rsample_kl(
     *,
     samples: int | None = None,
     prior: tuple[Tensor, Tensor] | None = None,
+    scale: str = "logvar",
+    floor: float = 0.0,
     logvar_range: tuple[float, float] | None = None,
     per_dimension: bool = False,
     seed: Tensor | None = None,
@@ -89,15 +146,18 @@ def rsample_kl(
     sample_offset: int = 0,
     row_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    r"""Sample z = μ + exp(logvar/2)·ε and compute KL(q(z|x) ‖ p(z)) in one pass.
+    r"""Sample z = μ + σ·ε, σ = exp(logvar/2), and compute KL(q(z|x) ‖ p(z)) in one pass.
 
     .. math:: \mathrm{KL} = ½ \sum_d \big[(μ - m)^2 / s^2 + e^u - 1 - u\big],
               \quad u = \mathrm{logvar} - \log s^2
 
     Args:
-        mu, logvar: mean and log variance of q, each [B, D].
+        mu, logvar: mean of q, and its log variance or what ``scale`` says, each [B, D].
         samples: K draws per row; None (the default) draws one and leaves the axis out.
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
+        scale: what stands in logvar's place: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ,
+            which must be positive (a negative one gives NaN); ``"softplus"``, r of σ² = softplus(r) + floor.
+        floor: of a softplus: 0, or the least variance.
         logvar_range: clamp logvar to (lo, hi) first; its gradient is zero outside. Default: no clamp.
         per_dimension: return the KL of every dimension, [B, D], instead of their sum.
         seed: int64 tensor of no dimensions that fixes the noise; default: drawn from ``generator``.
@@ -126,9 +186,8 @@ def rsample_kl(
     if samples is not None:
         check_count("samples", samples, "the draws per row")
     draws, flat = (1, True) if samples is None else (samples, False)
-    arguments = _prepare(
-        mu, logvar, logvar_range, prior, seed, generator, draws, sample_offset, row_offset, flat
-    )
+    form = form_of(scale, floor, logvar_range)
+    arguments = _prepare(mu, logvar, form, prior, seed, generator, draws, sample_offset, row_offset, flat)
     return _rsample_kl(*arguments, bool(per_dimension))
 
 
@@ -139,6 +198,8 @@ def rsample_log_ratio(
     samples: int,
     prior: tuple[Tensor, Tensor] | None = None,
     estimator: str = "iwae",
+    scale: str = "logvar",
+    floor: float = 0.0,
     logvar_range: tuple[float, float] | None = None,
     seed: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -146,18 +207,18 @@ def rsample_log_ratio(
     row_offset: int = 0,
     chunk: bool = False,
 ) -> tuple[Tensor, ...]:
-    r"""Sample z = μ + exp(logvar/2)·ε and compute log p(z) − log q(z|x) of every sample in one pass.
+    r"""Sample z = μ + σ·ε, σ = exp(logvar/2), and compute log p(z) − log q(z|x) of every sample in one pass.
 
     .. math:: \log p(z) - \log q(z|x) = ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + \mathrm{logvar} - \log s^2\big]
 
     Args:
-        mu, logvar: mean and log variance of q, each [B, D].
+        mu, logvar: mean of q, and its log variance or what ``scale`` says, each [B, D].
         samples: K draws per row.
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
         estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the
             score of q; ``"dreg"``, doubly reparameterised. The last assumes that the ratio feeds one
             log-mean-exp over these samples, or else needs ``chunk``.
-        logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
+        scale, floor, logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
         chunk: for ``"dreg"``, when these are some of the samples of a log-mean-exp: return zeros [B] as well,
             to be added to it. Their gradient is the sum that a sample's weight is a share of, which the other
             chunks' samples belong to.
@@ -182,14 +243,13 @@ def rsample_log_ratio(
     """
     check_count("samples", samples, "the draws per row")
     check_choice("estimator", estimator, ESTIMATORS)
-    arguments = _prepare(
-        mu, logvar, logvar_range, prior, seed, generator, samples, sample_offset, row_offset, False
-    )
+    form = form_of(scale, floor, logvar_range)
+    arguments = _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, False)
     results = _rsample_log_ratio(*arguments, estimator, bool(chunk))
     return results if chunk else results[:2]
 
 
-# For a pair that has been checked, a seed, and a place in the noise: z is [K·B, D].
+# For a pair that has been checked and its form, a seed, and a place in the noise: z is [K·B, D].
 
 
 def flat_kl(
@@ -213,18 +273,17 @@ def flat_log_ratio(
     return _rsample_log_ratio(*arguments, estimator, False)[:2]
 
 
-def _prepare(mu, logvar, logvar_range, prior, seed, generator, samples, sample_offset, row_offset, flat):
+def _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, flat):
     """Check what the user gave and bring it into the form of the schema."""
-    if not (are_rows(mu, logvar) and prior is None and logvar_range is None):
-        mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
-        logvar_min, logvar_max = check_logvar_range(logvar_range)
-    else:
+    if are_rows(mu, logvar) and prior is None:
         prior_mu = prior_logvar = None
-        logvar_min, logvar_max = -math.inf, math.inf
+    else:
+        mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
+    logvar_min, logvar_max, scale, floor = _LOGVAR if form is None else form
     if sample_offset != 0 or row_offset != 0 or samples > 2**32:
         check_address(samples, mu.shape[0], sample_offset, row_offset)
     seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
-    draw = Draw(samples, sample_offset, row_offset, logvar_min, logvar_max, flat)
+    draw = Draw(samples, sample_offset, row_offset, logvar_min, logvar_max, flat, scale, floor)
     return mu, logvar, prior_mu, prior_logvar, seed, draw
 
 
@@ -268,6 +327,15 @@ def _prior_part(name: str, value: Tensor, mu: Tensor) -> Tensor:
         ) from None
 
 
+def options(form: Form | None) -> dict[str, Any]:
+    """As the ops take a form."""
+    if form is None:
+        return {}
+    low, high, scale, floor = form
+    bounded = scale == "logvar"
+    return {"scale": scale, "floor": floor, "logvar_range": (low, high) if bounded else None}
+
+
 # What the two ops share
 
 
@@ -284,7 +352,7 @@ def _fake_draw(mu, draw, keep):
 def _slope(mu, logvar, seed, draw):
     wide = accumulator(mu.dtype)
     eps = normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=wide)  # type: ignore[call-arg, misc]
-    slope = 0.5 * torch.exp(0.5 * logvar.to(wide).clamp(draw.logvar_min, draw.logvar_max)) * eps
+    slope = 0.5 * spread(logvar.to(wide), draw).sigma * eps
     return slope.reshape(_shape_of_z(mu, draw))
 
 

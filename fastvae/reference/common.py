@@ -21,6 +21,11 @@ def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
+def softplus(x: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 + exp(x)), and its derivative; to full relative accuracy where exp(x) is a normal number."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())), torch.sigmoid(x)
+
+
 def expm1_minus(u: Tensor) -> Tensor:
     """exp(u) - 1 - u without cancellation: by the series where |u| < 1/8 (next term < 1e-17)."""
     series = torch.zeros_like(u)

@@ -1,16 +1,19 @@
 """Reparameterised sampling with analytic KL or with log p(z) - log q(z|x), in plain PyTorch.
 
-``draw`` is the record of how the draw is made: samples, sample_offset, row_offset, logvar_min, logvar_max.
+``draw`` is the record of how the draw is made: samples, sample_offset, row_offset, logvar_min, logvar_max,
+and what ``logvar`` is: scale, floor.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from .common import expm1_minus, upcast
+from .common import expm1_minus, softplus, upcast
 from .random import normal
 
 
@@ -18,15 +21,67 @@ def _noise(seed, draw, mu):
     return normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=mu.dtype)  # type: ignore[call-arg, misc]
 
 
+# Below it a softplus is exp(raw) to the last digit, and perhaps none of the numbers that a float can be.
+TAIL = -40.0
+
+
+class Spread(NamedTuple):
+    """What a number in the place of a log variance comes to: log σ², σ, 1/σ, and the derivative of the first
+    by the number.
+    """
+
+    logvar: Tensor
+    sigma: Tensor
+    inverse_sigma: Tensor
+    chain: Tensor
+
+
+def spread(raw: Tensor, draw: Any) -> Spread:
+    """Of a raw number in the dtype of the computation; what it is, ``draw`` says."""
+    if draw.scale == "logvar":
+        logvar = raw.clamp(draw.logvar_min, draw.logvar_max)
+        # NaN is inside, so that it is not lost.
+        inside = ((raw >= draw.logvar_min) & (raw <= draw.logvar_max)) | raw.isnan()
+        return Spread(logvar, torch.exp(0.5 * logvar), torch.exp(-0.5 * logvar), inside.to(raw.dtype))
+    if draw.scale == "log_scale":
+        return Spread(2 * raw, torch.exp(raw), torch.exp(-raw), torch.full_like(raw, 2.0))
+    if draw.scale == "scale":
+        return Spread(2 * raw.log(), raw, 1 / raw, 2 / raw)
+    variance, slope = softplus(raw)
+    variance = variance + draw.floor
+    logvar, sigma, chain = variance.log(), variance.sqrt(), slope / variance
+    if draw.floor == 0:
+        tail = raw < TAIL
+        logvar = torch.where(tail, raw, logvar)
+        sigma = torch.where(tail, torch.exp(0.5 * raw), sigma)
+        chain = torch.where(tail, 1.0, chain)
+    return Spread(logvar, sigma, 1 / sigma, chain)
+
+
+def log_variance(raw: Tensor, draw: Any) -> Tensor:
+    """log σ² alone, of plain functions that autograd differentiates."""
+    if draw.scale == "logvar":
+        unbounded = draw.logvar_min == -math.inf and draw.logvar_max == math.inf
+        return raw if unbounded else raw.clamp(draw.logvar_min, draw.logvar_max)
+    if draw.scale == "log_scale":
+        return 2 * raw
+    if draw.scale == "scale":
+        return 2 * raw.log()
+    # A softplus whose slope at 0 is right, too.
+    if draw.floor > 0:
+        return (draw.floor - logsigmoid(-raw)).log()
+    # Where the tail serves, the other way is not walked: its slope there would be 0 / 0.
+    tail = raw < TAIL
+    return torch.where(tail, raw, (-logsigmoid(-torch.where(tail, 0.0, raw))).log())
+
+
 def _parts(mu, logvar, prior_mu, prior_logvar, draw):
-    """Upcast inputs, the clamp, and the prior's mean and logvar (zeros for N(0, I))."""
+    """Upcast inputs, what log variances are made of, and the prior's (zeros for N(0, I))."""
     mu, logvar, prior_mu, prior_logvar = upcast(mu, logvar, prior_mu, prior_logvar)
-    clamped = logvar.clamp(draw.logvar_min, draw.logvar_max)
     zero = torch.zeros((), dtype=mu.dtype, device=mu.device)
     return (
         mu,
-        logvar,
-        clamped,
+        spread(logvar, draw),
         zero if prior_mu is None else prior_mu,
         zero if prior_logvar is None else prior_logvar,
     )
@@ -43,11 +98,11 @@ def rsample_kl(
 ) -> tuple[Tensor, Tensor]:
     """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
     dtype = mu.dtype
-    mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
+    mu, q, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     eps = _noise(seed, draw, mu)
-    z = mu + torch.exp(0.5 * logvar) * eps
+    z = mu + q.sigma * eps
     whitened = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
-    kl = 0.5 * (whitened**2 + expm1_minus(logvar - prior_logvar))
+    kl = 0.5 * (whitened**2 + expm1_minus(q.logvar - prior_logvar))
     return z.to(dtype), kl if per_dimension else kl.sum(1)
 
 
@@ -65,24 +120,24 @@ def rsample_kl_backward(
     """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape
-    mu, raw, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
+    mu, q, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
     if grad_z is not None:
         eps = _noise(seed, draw, mu)
         grad_z = grad_z.to(mu.dtype)
         grads[0] += grad_z.sum(0)
-        grads[1] += (grad_z * eps).sum(0) * 0.5 * torch.exp(0.5 * logvar)
+        grads[1] += (grad_z * eps).sum(0) * 0.5 * q.sigma
     if grad_kl is not None:
         grad_kl = grad_kl if grad_kl.dim() == 2 else grad_kl[:, None]
         # 1 / s one factor at a time, here and below: 1 / s^2 overflows long before the product does.
         inverse_s = torch.exp(-0.5 * prior_logvar)
-        whitened, ratio = (mu - prior_mu) * inverse_s, torch.expm1(logvar - prior_logvar)
+        whitened, ratio = (mu - prior_mu) * inverse_s, torch.expm1(q.logvar - prior_logvar)
         push = grad_kl * whitened
         grads[0] += push * inverse_s
         grads[1] += grad_kl * 0.5 * ratio
         grads[2] -= push * inverse_s
         grads[3] -= 0.5 * (grad_kl * ratio + push * whitened)
-    return _finish(grads, raw, draw, dtypes, need)
+    return _finish(grads, q, dtypes, need)
 
 
 def rsample_log_ratio(
@@ -96,11 +151,11 @@ def rsample_log_ratio(
 ) -> tuple[Tensor, Tensor]:
     """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
     dtype = mu.dtype
-    mu, _, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
+    mu, q, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     eps = _noise(seed, draw, mu)
-    z = mu + torch.exp(0.5 * logvar) * eps
+    z = mu + q.sigma * eps
     whitened = (z - prior_mu) * torch.exp(-0.5 * prior_logvar)
-    return z.to(dtype), 0.5 * (eps**2 - whitened**2 + logvar - prior_logvar).sum(2)
+    return z.to(dtype), 0.5 * (eps**2 - whitened**2 + q.logvar - prior_logvar).sum(2)
 
 
 def rsample_log_ratio_backward(
@@ -123,25 +178,24 @@ def rsample_log_ratio_backward(
     """
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape
-    mu, raw, logvar, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
-    sigma = torch.exp(0.5 * logvar)
+    mu, q, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     eps = _noise(seed, draw, mu)
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
     # What reaches z, and that times sigma / 2, factor by factor: one may be beyond its range and the other
     # not.
     grad_sample = torch.zeros_like(eps) if grad_z is None else grad_z.to(mu.dtype)
-    half_sigma = 0.5 * sigma
+    half_sigma = 0.5 * q.sigma
     grad_scaled = grad_sample * half_sigma
     entropy = None
     if grad_log_ratio is not None:
         g = grad_log_ratio[:, :, None]
         inverse_s = torch.exp(-0.5 * prior_logvar)
-        whitened = (mu + sigma * eps - prior_mu) * inverse_s
+        whitened = (mu + q.sigma * eps - prior_mu) * inverse_s
         push = g * whitened
         grad_sample = grad_sample - push * inverse_s
         grad_scaled = grad_scaled - push * (half_sigma * inverse_s)
         if path:
-            grad_sample = grad_sample + g * eps * torch.exp(-0.5 * logvar)
+            grad_sample = grad_sample + g * eps * q.inverse_sigma
             grad_scaled = grad_scaled + 0.5 * g * eps
         else:
             entropy = g if weight is None else g * weight[:, :, None]
@@ -154,11 +208,9 @@ def rsample_log_ratio_backward(
     grads[1] += (grad_scaled * eps).sum(0)
     if entropy is not None:
         grads[1] += 0.5 * entropy.sum(0)
-    return _finish(grads, raw, draw, dtypes, need)
+    return _finish(grads, q, dtypes, need)
 
 
-def _finish(grads, raw_logvar, draw, dtypes, need):
-    inside = (raw_logvar >= draw.logvar_min) & (raw_logvar <= draw.logvar_max)
-    # NaN is inside, so that it is not lost.
-    grads[1] = torch.where(inside | raw_logvar.isnan(), grads[1], torch.zeros_like(grads[1]))
+def _finish(grads, q, dtypes, need):
+    grads[1] = torch.where(q.chain == 0, torch.zeros_like(grads[1]), grads[1] * q.chain)
     return tuple(g.to(d) if n else None for g, d, n in zip(grads, dtypes, need, strict=True))

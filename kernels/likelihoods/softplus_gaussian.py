@@ -5,7 +5,7 @@ fastvae/likelihoods/softplus_gaussian.py.
 import triton
 import triton.language as tl
 
-from ..common import exp, exp_of_negative, log, log1p, reciprocal
+from ..common import exp, log, softplus
 from .gaussian import LOG_2_PI
 
 FACTOR = -0.5
@@ -16,9 +16,8 @@ def variances(raw, log_floor):
     """The variance, a normal number, and its derivatives by raw and by log_floor."""
     raw = tl.where(raw > 1e38, 1e38, tl.where(raw < -80.0, -80.0, raw))
     floor = exp(tl.where(log_floor > 80.0, 80.0, log_floor))
-    k = exp_of_negative(-tl.abs(raw))
-    softplus = tl.where(raw < 0, 0.0, raw) + log1p(k)
-    return softplus + floor, tl.where(raw > 0, 1.0, k) * reciprocal(1.0 + k), floor
+    variance, by_raw = softplus(raw)
+    return variance + floor, by_raw, floor
 
 
 @triton.jit
