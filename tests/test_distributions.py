@@ -461,7 +461,11 @@ def test_held_is_a_copy_without_gradients():
             ValueError,
             r"batch shape \[3\] and event shape \[\]; expected",
         ),
-        (lambda: td.Laplace(torch.zeros(B, D, 1), 1.0), ValueError, r"expected \[B, D\] in all"),
+        (
+            lambda: td.Independent(td.Laplace(torch.zeros(B, D, 1), 1.0), 3),
+            ValueError,
+            r"expected \[B, D\] in all",
+        ),
         (lambda: fastvae.StandardNormal(), TypeError, "q is StandardNormal, which has no rows"),
         (
             lambda: fastvae.DiagonalNormal(torch.zeros(D), torch.zeros(D)),

@@ -149,15 +149,54 @@ CASES = {
         TypeError,
         ["q has dtype torch.int64", "float32"],
     ),
-    "q with axes of its own": (
-        lambda: elbo(x(), mu(B, 8, 2, 3), pair),
+    "q of an odd number of channels": (
+        lambda: elbo(x(), mu(B, 7, 2, 3), pair),
         ValueError,
-        ["q has shape [5, 8, 2, 3]", "q.chunk(2, dim=1)", "flatten(1)", "Unflatten(1, (4, 2, 3))"],
+        ["q has shape [5, 7, 2, 3]", "[B, 2 C, ...]", "mu and then logvar, on axis 1"],
     ),
-    "mu with axes of its own": (
-        lambda: elbo(x(), (mu(B, 4, 2, 3), logvar(B, 4, 2, 3)), pair),
+    "mu with axes of its own, logvar without": (
+        lambda: elbo(x(), (mu(B, 4, 2, 3), logvar(B, 24)), pair),
         ValueError,
-        ["mu has shape [5, 4, 2, 3]", "mu.flatten(1)", "Unflatten(1, (4, 2, 3))"],
+        ["logvar has shape [5, 24]", "mu has shape [5, 4, 2, 3]", "[B, *latent] each, or else flat"],
+    ),
+    "logvar with axes of its own, mu without": (
+        lambda: elbo(x(), (mu(B, 24), logvar(B, 4, 2, 3)), pair),
+        ValueError,
+        ["logvar has shape [5, 4, 2, 3]; expected [B, D]"],
+    ),
+    "a prior that does not broadcast to latents with axes of their own": (
+        lambda: elbo(x(), mu(B, 8, 2, 3), pair, prior=fastvae.DiagonalNormal(mu(3, 2), logvar(4, 1, 1))),
+        ValueError,
+        ["prior mean has shape [3, 2]", "[B, *latent] = [5, 4, 2, 3]", "[D] = [24]"],
+    ),
+    "a prior of another batch, latents with axes of their own": (
+        lambda: elbo(x(), mu(B, 8, 2, 3), pair, prior=fastvae.DiagonalNormal(mu(2, 3), logvar(4, 4, 2, 3))),
+        ValueError,
+        ["prior logvar has shape [4, 4, 2, 3]", "[B, *latent] = [5, 4, 2, 3]"],
+    ),
+    "a prior of torch's that does not broadcast to latents with axes of their own": (
+        lambda: elbo(x(), mu(B, 8, 2, 3), pair, prior=td.Laplace(mu(4, 2), 1.0)),
+        ValueError,
+        ["prior, a Laplace with event shape [],", "has shape [4, 2]", "[B, *latent] = [5, 4, 2, 3]"],
+    ),
+    "a prior whose event is not the last of the latents' axes": (
+        lambda: elbo(
+            x(), mu(B, 8, 2, 3), pair, prior=td.Independent(td.Laplace(mu(4, 1, 1), logvar(4, 1, 1).exp()), 1)
+        ),
+        ValueError,
+        ["prior, a Independent with event shape [1],", "[B, *latent] = [5, 4, 2, 3]"],
+    ),
+    "a prior of latents of another shape": (
+        lambda: elbo(
+            x(), mu(B, 8, 2, 3), pair, prior=lambda c: (mu(B, 4, 3, 2), logvar(B, 4, 3, 2)), context=x()
+        ),
+        ValueError,
+        ["prior has latents of the shape [4, 3, 2]", "q has [4, 2, 3]"],
+    ),
+    "a decoder that merges rows of latents with axes of their own": (
+        lambda: elbo(x(), mu(B, 8, 2, 3), lambda z: logits(z.reshape(-1, 3)), samples=2, **BERNOULLI),
+        ValueError,
+        ["decoder returned [80, 7]", "z [10, 4, 2, 3]", "K·B = 2·5 rows", "z.flatten(1)"],
     ),
     "q of three": (
         lambda: elbo(x(), (*q(), mu()), pair),

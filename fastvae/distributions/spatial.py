@@ -57,7 +57,7 @@ def _flat(d: td.Distribution, latent: tuple[int, ...], lead: tuple[int, ...]) ->
     """Of shape [*lead, D], for one that broadcasts to [*lead, *latent]."""
     size, inner = math.prod(latent), univariate(d)
     if type(inner) in _ELEMENTWISE:
-        names: Any = type(inner).arg_constraints
+        names: Any = inner.arg_constraints
         parameters = {n: getattr(inner, n).expand(*lead, *latent).reshape(*lead, size) for n in names}
         flat = type(inner)(**parameters, validate_args=False)
         flat._validate_args = inner._validate_args
