@@ -2,7 +2,16 @@
 
 from . import likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
-from .distributions import DiagonalNormal, Distribution, StandardNormal, TorchDistribution, register_kl
+from .distributions import (
+    DiagonalNormal,
+    Distribution,
+    HierarchicalPosterior,
+    Hierarchy,
+    Level,
+    StandardNormal,
+    TorchDistribution,
+    register_kl,
+)
 from .evaluate import Evaluation, evaluate
 from .graphs import graphed
 from .head import FusedHead, LinearOutput, fuse_head
@@ -53,8 +62,11 @@ __all__ = [
     "Evaluation",
     "FusedHead",
     "Gaussian",
+    "HierarchicalPosterior",
+    "Hierarchy",
     "Joint",
     "Laplace",
+    "Level",
     "Likelihood",
     "LinearOutput",
     "LogMarginal",

@@ -63,6 +63,7 @@ class Inputs(NamedTuple):
                 check_batch("context", context, q.batch, q.device)
             mask = None if mask is None else as_mask(mask, x)
             beside = Beside(mask, None if size is None else as_size(size, x), context)
+        prior = q.own_prior if prior is None else prior
         return cls(x, q, decoder, likelihood, as_prior(prior, context), beside)
 
     @property

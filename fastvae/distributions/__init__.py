@@ -3,6 +3,7 @@ what is fused."""
 
 from .base import Distribution, closed_kl, register_kl
 from .draws import STANDARD, draw_chunk, draw_kl, draw_ratio, rsample
+from .hierarchy import HierarchicalPosterior, Hierarchy, Level
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior, as_prior, is_conditional
 from .wrapped import TorchDistribution
@@ -11,6 +12,9 @@ __all__ = [
     "STANDARD",
     "DiagonalNormal",
     "Distribution",
+    "HierarchicalPosterior",
+    "Hierarchy",
+    "Level",
     "StandardNormal",
     "TorchDistribution",
     "as_posterior",

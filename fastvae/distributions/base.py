@@ -24,6 +24,8 @@ class Distribution(nn.Module):
         device: where z is drawn, of a posterior.
         mean: of a posterior: the mean of each row [B, D], or None where it is not known.
         per_row: of a prior: whether each row of the batch has parameters of its own.
+        own_prior: of a posterior that is made together with its prior: this prior, which ``prior=None`` then
+            stands for; None for N(0, I).
 
     Example:
         >>> import torch, fastvae
@@ -40,6 +42,7 @@ class Distribution(nn.Module):
     device: torch.device
     mean: Tensor | None = None
     per_row: ClassVar[bool] = False
+    own_prior: Distribution | None = None
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log of the density at z [K, B, D], summed over D: [K, B], in nats."""
@@ -58,6 +61,37 @@ class Distribution(nn.Module):
                 call.
         """
         raise NotImplementedError(f"{type(self).__name__} has no rsample, which a posterior needs")
+
+    def rsample_log_ratio(
+        self, p: Distribution, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor] | None:
+        """z [K, B, D] and log p(z) − log q(z|x) [K, B] in one pass, where q has a better way to this prior
+        than :meth:`rsample` and p's :meth:`log_prob`; or None.
+
+        Args:
+            p: the prior.
+            samples, seed, sample_offset, row_offset: as :meth:`rsample` takes them.
+        """
+        return None
+
+    def rsample_kl(
+        self,
+        p: Distribution,
+        samples: int,
+        seed: Tensor,
+        *,
+        row_offset: int = 0,
+        per_dimension: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """z [K, B, D] and KL(q ‖ p), [B], or [K, B] where it is analytic given a part of the draw, such as
+        the levels above; or None where q knows no such KL to this prior.
+
+        Args:
+            p: the prior.
+            samples, seed, row_offset: as :meth:`rsample` takes them.
+            per_dimension: the KL of each dimension [B, D], the mean over the samples, for free bits.
+        """
+        return None
 
     def sample(
         self,

@@ -34,7 +34,8 @@ def _fused_prior(q: Distribution, p: Distribution) -> Any:
 def draw_kl(
     q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int, per_dimension: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """z [K·B, D], as a decoder takes it, and KL(q ‖ p), [B] or [B, D]; None where no closed form is known.
+    """z [K·B, D], as a decoder takes it, and KL(q ‖ p), [B] or [B, D], or [K, B] of a q that knows it given a
+    part of the draw; None where no closed form is known.
 
     Raises:
         ValueError: if each dimension's is asked for, and only their sum is known.
@@ -43,6 +44,9 @@ def draw_kl(
     prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
         return flat_kl((q.mu, q.logvar, q.logvar_range), prior, seed, samples, row_offset, per_dimension)
+    drawn = q.rsample_kl(p, samples, seed, row_offset=row_offset, per_dimension=per_dimension)
+    if drawn is not None:
+        return drawn[0].flatten(0, 1), drawn[1]
     kl = closed_kl(q, p)
     if kl is None:
         return None
@@ -132,6 +136,8 @@ def _composed(
     **place: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What :func:`draw_chunk` returns, of any q and p."""
+    if estimator == "iwae" and (drawn := q.rsample_log_ratio(p, samples, seed, **place)) is not None:
+        return *drawn, None
     z, log_q = rsample(q, samples, seed, **place)
     if estimator == "iwae":
         return z, _log_prob(p, z, "p(z)") - log_q, None
@@ -151,7 +157,8 @@ def _held(distribution: Distribution, z: Tensor, estimator: str) -> Distribution
     kind = type(getattr(distribution, "distribution", distribution))
     known = kind.__module__.startswith(("fastvae.distributions.", "torch.distributions."))
     known = known and not issubclass(kind, td.TransformedDistribution)  # whose transforms may be anything
-    if not (known or torch.compiler.is_compiling()) and fixed.log_prob(z.detach()).requires_grad:
+    known = known and not distribution.__dict__.get("_modules")  # such as a hierarchy's, which are the user's
+    if not (known or torch.compiler.is_compiling()) and fixed.log_prob(z.detach()[:2]).requires_grad:
         raise RuntimeError(
             f"estimator={estimator!r} needs {describe(distribution)}.log_prob with its parameters held "
             "fixed, but it reaches some that are not its own tensors or modules: in a closure, a namedtuple, "
