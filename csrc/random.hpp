@@ -97,20 +97,17 @@ FASTVAE_INLINE void philox(U64& c0, U64& c1, U64& c2, U64& c3, Key key) {
   }
 }
 
-// Of latents in several layers, which a counter's last word tells apart: there is one layer so far.
-constexpr std::uint32_t kLevel = 0;
-
-// The words of `calls` counters (block + c0[i], row + c1[i], sample, kLevel); whole steps are done.
+// The words of `calls` counters (block + c0[i], row + c1[i], sample, level); whole steps are done.
 constexpr int kCalls = kTile / 4;
 FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t block, const std::uint32_t* c1, std::uint32_t row,
-                               std::uint32_t sample, Key key, std::uint32_t (*words)[kCalls]) {
-  const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample, level = zero + kLevel, lower = zero + 0xffffffffu;
+                               std::uint32_t sample, std::uint32_t level, Key key, std::uint32_t (*words)[kCalls]) {
+  const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample, levels = zero + level, lower = zero + 0xffffffffu;
   for (int i = 0; i < calls; i += kCallsPerStep) {
     U64 pattern0, pattern1;
     __builtin_memcpy(&pattern0, c0 + i, sizeof(U64));
     __builtin_memcpy(&pattern1, c1 + i, sizeof(U64));
-    U64 even[4] = {pattern0 + blocks, pattern1 + rows, samples, level};
-    U64 odd[4] = {(pattern0 >> 32) + blocks, (pattern1 >> 32) + rows, samples, level};
+    U64 even[4] = {pattern0 + blocks, pattern1 + rows, samples, levels};
+    U64 odd[4] = {(pattern0 >> 32) + blocks, (pattern1 >> 32) + rows, samples, levels};
     philox(even[0], even[1], even[2], even[3], key);
     philox(odd[0], odd[1], odd[2], odd[3], key);
     for (int j = 0; j < 4; ++j) {
@@ -174,7 +171,9 @@ FASTVAE_LOOP void interleave(int calls, const C (*planes)[kCalls], C* out) {
 template <class C>
 class Noise {
  public:
-  Noise(Key key, i64 sample_offset, i64 row_offset) : key_(key), sample_offset_(sample_offset), row_offset_(row_offset) {}
+  // @param level of latents in several levels, which the counter's last word tells apart
+  Noise(Key key, i64 sample_offset, i64 row_offset, std::uint32_t level = 0)
+      : key_(key), level_(level), sample_offset_(sample_offset), row_offset_(row_offset) {}
 
   // From here on tiles begin at `column`, a multiple of 4; their pitch is the least multiple of 4.
   void shape(i64 column, const Tile& tile) {
@@ -193,7 +192,7 @@ class Noise {
   // The normals of the tile that begins at (sample, row).
   const C* operator()(i64 sample, i64 row) {
     philox_calls(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_),
-                 static_cast<std::uint32_t>(sample + sample_offset_), key_, words_);
+                 static_cast<std::uint32_t>(sample + sample_offset_), level_, key_, words_);
     for (int j = 0; j < 4; j += 2) {
       radii(calls_, words_[j], radii_);
       turns(calls_, radii_, words_[j + 1], planes_[j], planes_[j + 1]);
@@ -204,6 +203,7 @@ class Noise {
 
  private:
   Key key_;
+  std::uint32_t level_;
   i64 sample_offset_, row_offset_;
   std::uint32_t block_ = 0;
   int blocks_ = 0, calls_ = 0;
@@ -231,13 +231,14 @@ inline Tile tile_of(i64 rows, i64 row, i64 height, i64 columns, i64 column) {
 // The noise itself.
 // @param out (samples, rows, columns): float, or double with `wide`
 // @param seed the address of an int64
-inline void normal(Output out, bool wide, Output seed, i64 samples, i64 rows, i64 columns, i64 sample_offset, i64 row_offset, int threads) {
+inline void normal(Output out, bool wide, Output seed, i64 samples, i64 rows, i64 columns, i64 sample_offset, i64 row_offset, i64 level,
+                   int threads) {
   auto run = [&](auto zero) {
     using C = decltype(zero);
     const Key key(*pointer<const std::uint64_t>(seed));
     const i64 height = rows_per_tile(rows, columns), tiles = (rows + height - 1) / height;
     parallel(threads, samples * tiles, samples * rows * columns, [&](i64 begin, i64 end) {
-      Noise<C> noise(key, sample_offset, row_offset);
+      Noise<C> noise(key, sample_offset, row_offset, static_cast<std::uint32_t>(level));
       for (i64 unit = begin; unit < end; ++unit) {
         const i64 k = unit / tiles, b = unit % tiles * height;
         for (i64 column = 0; column < columns; column += kTile) {

@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
                 check_batch("context", context, q.batch, q.device)
             mask = None if mask is None else as_mask(mask, x)
             beside = Beside(mask, None if size is None else as_size(size, x), context)
-        prior = as_prior(prior, context).prepared()
+        prior = as_prior(q.own_prior if prior is None else prior, context).prepared()
         if q.latent is not None:
             prior = flat_prior(prior, q.latent, q.batch)
         return cls(x, q, decoder, likelihood, prior, beside)

@@ -162,10 +162,11 @@ def elbo(
         likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
             another name, an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean), or one of
             your own, a :class:`fastvae.Likelihood`.
-        prior: default N(0, I); else ``fastvae.DiagonalNormal(mu, logvar)``, another
-            :class:`fastvae.Distribution`, a torch.distributions object, or a function of the context that
-            returns one of these, or a pair (mu, logvar), each [B, D]. Of latents with axes of their own its
-            parameters broadcast to [B, C, H, W], or are flat, [D].
+        prior: default N(0, I), or the :class:`fastvae.Hierarchy` that made q; else
+            ``fastvae.DiagonalNormal(mu, logvar)``, another :class:`fastvae.Distribution`, a
+            torch.distributions object, or a function of the context that returns one of these, or a pair (mu,
+            logvar), each [B, D]. Of latents with axes of their own its parameters broadcast to [B, C, H, W],
+            or are flat, [D].
         samples: L, the draws of z per example.
         beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Under
             torch.compile a number that changes is compiled again; a tensor's values are not part of the code.
@@ -263,7 +264,8 @@ def elbo(
         return _weighted(bound, example_weights, reduction, terms)
     if not terms:
         return bound
-    return Terms(bound, log_likelihood, -term.mean(0) if drawn is None else term)  # type: ignore[arg-type]
+    term = term if term.dim() == 1 else term.mean(0)
+    return Terms(bound, log_likelihood, -term if drawn is None else term)  # type: ignore[arg-type]
 
 
 def _weighted(bound: Tensor, weights: Any, reduction: str, terms: bool) -> Tensor:

@@ -1,16 +1,16 @@
 r"""Seeds, and noise as an address.
 
-fastvae never stores the noise of a sample: it is a pure function of (seed, sample, row, column), so the
-backward pass, another thread count, a chunk of the samples, a shard of the rows or another device all see the
-same numbers.
+fastvae never stores the noise of a sample: it is a pure function of (seed, sample, row, column, level), so
+the backward pass, another thread count, a chunk of the samples, a shard of the rows or another device all see
+the same numbers.
 
 The function is Philox4x32-10 [1]_ with the 64-bit seed as its key (low word first) and the counter
 
     (column // 4, row, sample, level)
 
-in which the level, for latents in several layers, is 0 so far. The four words :math:`w_0 … w_3` that it gives
-belong to the four columns of the block. Words :math:`w_0, w_1` make columns 0 and 1 by Box and Muller's
-transform, :math:`w_2, w_3` columns 2 and 3:
+in which the level is 0 but for the lower levels of a :class:`fastvae.Hierarchy`. The four words :math:`w_0 …
+w_3` that it gives belong to the four columns of the block. Words :math:`w_0, w_1` make columns 0 and 1 by Box
+and Muller's transform, :math:`w_2, w_3` columns 2 and 3:
 
 .. math:: u = (w_0 + ½) 2^{-32}, \quad v = (w_1 + ½) 2^{-32}, \quad
           ε_0 = \sqrt{-2 \ln u} \cos 2πv, \quad ε_1 = \sqrt{-2 \ln u} \sin 2πv
@@ -88,6 +88,7 @@ def normal(
     *,
     sample_offset: int = 0,
     row_offset: int = 0,
+    level: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -99,6 +100,7 @@ def normal(
         samples, rows, columns: the shape of the result.
         sample_offset, row_offset: address of its first sample and row: ``normal(s, K, B, D)[k0:, b0:]``
             equals ``normal(s, K - k0, B - b0, D, sample_offset=k0, row_offset=b0)``.
+        level: the last word of the address, which tells latents in several levels apart.
         dtype: float32 or float64.
         device: where to make it; default: the seed's device.
 
@@ -120,11 +122,20 @@ def normal(
     # A size that an exporter leaves open must not be compared with 2^32: it would be the size's limit.
     if sample_offset != 0 or row_offset != 0 or not torch.compiler.is_compiling():
         check_address(samples, rows, sample_offset, row_offset)
+    if type(level) is not int or not 0 <= level < 2**32:
+        _check_level(level)
     if columns < 0:
         raise ValueError(f"the number of columns must be at least 0, got {columns}")
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    return _normal(seed, samples, rows, columns, sample_offset, row_offset, dtype)
+    return _normal(seed, samples, rows, columns, sample_offset, row_offset, level, dtype)
+
+
+def _check_level(level: Any) -> None:
+    if isinstance(level, bool) or not isinstance(level, (int, torch.SymInt)):
+        raise TypeError(f"level must be an int, got {level!r} ({type(level).__name__})")
+    if not 0 <= level < 2**32:
+        raise ValueError(f"level must lie in 0 … 2^32 − 1, got {level}")
 
 
 class _Normal(Op):
@@ -132,7 +143,7 @@ class _Normal(Op):
     name = "normal"
     schema = (
         "(Tensor seed, SymInt samples, SymInt rows, SymInt columns, SymInt sample_offset, SymInt row_offset, "
-        "ScalarType dtype) -> Tensor"
+        "SymInt level, ScalarType dtype) -> Tensor"
     )
 
     def native(
@@ -143,11 +154,12 @@ class _Normal(Op):
         columns: int,
         sample_offset: int,
         row_offset: int,
+        level: int,
         dtype: torch.dtype,
     ) -> Tensor:
         out = seed.new_empty((samples, rows, columns), dtype=dtype)
         _backend.extension().normal(
-            out, dtype == torch.float64, seed, samples, rows, columns, sample_offset, row_offset,
+            out, dtype == torch.float64, seed, samples, rows, columns, sample_offset, row_offset, level,
             torch.get_num_threads(),
         )  # fmt: skip
         return out
@@ -169,6 +181,7 @@ class _Normal(Op):
         columns: int,
         sample_offset: int,
         row_offset: int,
+        level: int,
         dtype: torch.dtype,
     ) -> Tensor:
         return seed.new_empty((samples, rows, columns), dtype=dtype)

@@ -16,7 +16,7 @@ from torch import distributions as td
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
 from ._nested import called, check_batch, decoded, each, tensors
-from .distributions import Distribution, as_posterior, as_prior, flat_prior, is_conditional
+from .distributions import Distribution, Hierarchy, as_posterior, as_prior, flat_prior, is_conditional
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
@@ -42,7 +42,8 @@ class VAE(nn.Module):
             [B, 2 C, H, W].
         decoder: module z [N, D] -> parameters of the likelihood; z is [N, C, H, W] where q's latents are.
         likelihood: ``"gaussian"``, ``"bernoulli"``, another name or an object.
-        prior: default N(0, I), or an object such as ``fastvae.DiagonalNormal``, or a module context -> prior.
+        prior: default N(0, I), or the :class:`fastvae.Hierarchy` that the encoder holds; or an object such as
+            ``fastvae.DiagonalNormal``, or a module context -> prior.
         latent_dim: D, or (C, H, W); found from the encoder's first output if not given, and needed for
             :meth:`sample` before that. If given, torch.compile compiles only once.
         fuse: leave the decoder's last linear layer to the objective, or to an evaluation, which does not
@@ -99,7 +100,11 @@ class VAE(nn.Module):
                 "module does not register: they would not be trained. Use fastvae.DiagonalNormal(mu, logvar) "
                 "with nn.Parameters, or a subclass of fastvae.Distribution with the parameters and a log_prob"
             )
+        if prior is None:
+            prior = self._own_prior()
         self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_prior(prior)
+        if latent_dim is None and isinstance(self.prior, Hierarchy):
+            latent_dim = self.prior.dim
         self.latent_dim = None if latent_dim is None else _as_latent_dim(latent_dim)
 
     def forward(self, x: Any, objective: str = "elbo", **options: Any) -> Tensor | Terms | LogMarginal:
@@ -236,6 +241,17 @@ class VAE(nn.Module):
         if q.mean is None:
             raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
         return self.likelihood.mean(self._decode(q.mean, context, q.latent))
+
+    def _own_prior(self) -> Hierarchy | None:
+        """The hierarchy whose posterior the encoder returns, if it does."""
+        encoder = self.encoder.modules() if isinstance(self.encoder, nn.Module) else ()
+        found = [m for m in encoder if isinstance(m, Hierarchy)]
+        if len(found) > 1:
+            raise ValueError(
+                f"the encoder holds {len(found)} hierarchies; pass VAE(..., prior=) the one whose posterior "
+                "it returns"
+            )
+        return found[0] if found else None
 
     def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
         return self.posterior(x, options.get("context"))

@@ -31,8 +31,6 @@ from .launching import Call, Result, fixed, planned
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): multipliers, and the key's increments.
 PHILOX_0, PHILOX_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 WEYL_0, WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
-# Of latents in several layers, which a counter's last word tells apart: there is one layer so far.
-LEVEL = tl.constexpr(0)
 TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 TWO_PI_HIGH = tl.constexpr(6.2831854820251465)
 TWO_PI_LOW = tl.constexpr(-1.7484556025237907e-07)
@@ -42,17 +40,18 @@ FAST = tl.constexpr(not INTERPRETED.value and os.environ.get("FASTVAE_NOISE", "f
 
 
 @triton.jit
-def philox_words(seed, o_k, o_b, o_j):
+def philox_words(seed, o_k, o_b, o_j, level):
     """Four uint32 words per block of four columns.
 
     Args:
         seed: int64 scalar, the key.
         o_k, o_b: int64 sample [BLOCK_K, 1, 1] and row [1, BLOCK_B, 1], offsets included.
         o_j: block of columns [1, 1, BLOCK_D // 4].
+        level: of latents in several levels, which the counter's last word tells apart.
     """
     # Broadcast late: the first rounds then work on few elements.
     b_0, b_1, b_2 = o_j.to(tl.uint32), o_b.to(tl.uint32), o_k.to(tl.uint32)
-    b_3 = tl.full([1, 1, 1], LEVEL, dtype=tl.uint32)
+    b_3 = tl.full([1, 1, 1], level, dtype=tl.uint32)
     key_0 = seed.to(tl.uint32)
     key_1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
@@ -174,28 +173,32 @@ def normals(
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    level=0,
 ):
     """Standard normals of a tile that begins at column i_d, a multiple of 4.
 
     Args:
         seed: int64 scalar.
         o_k, o_b: int64 address of the samples [BLOCK_K, 1, 1] and rows [1, BLOCK_B, 1], offsets included.
+        level: the last word of the address.
     """
     o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
-    b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k, o_b, o_j)
+    b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k, o_b, o_j, level)
     b_0, b_1 = box_muller(b_w0, b_w1, DTYPE)
     b_2, b_3 = box_muller(b_w2, b_w3, DTYPE)
     return interleaved(b_0, b_1, b_2, b_3, BLOCK_K, BLOCK_B, BLOCK_D)  # [BLOCK_K, BLOCK_B, BLOCK_D]
 
 
 @triton.jit(
-    do_not_specialize=["sample_offset", "row_offset", "K", "B"], do_not_specialize_on_alignment=["k_tiles"]
+    do_not_specialize=["sample_offset", "row_offset", "level", "K", "B"],
+    do_not_specialize_on_alignment=["k_tiles"],
 )
 def noise_kernel(
     p_seed,  # [] int64
     p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
+    level,  # address of all of them
     K,  # samples
     B,  # rows
     D,  # columns; for words a multiple of 4
@@ -217,10 +220,12 @@ def noise_kernel(
     seed = tl.load(p_seed)
     if WORDS:
         o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
-        b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k + sample_offset, o_b + row_offset, o_j)
+        b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k + sample_offset, o_b + row_offset, o_j, level)
         b_out = interleaved(b_w0, b_w1, b_w2, b_w3, BLOCK_K, BLOCK_B, BLOCK_D).to(tl.int64)
     else:
-        b_out = normals(seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
+        b_out = normals(
+            seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D, level
+        )
     tl.store(p_out + (o_k * B + o_b) * D + o_d, b_out, mask=(o_k < K) & (o_b < B) & (o_d < D))
 
 
@@ -260,18 +265,24 @@ def _noise(seed, k, b, d, dtype) -> Call:
 
 
 def _draw(
-    seed: torch.Tensor, k: int, b: int, d: int, dtype: torch.dtype, offsets: tuple[int, int]
+    seed: torch.Tensor, k: int, b: int, d: int, dtype: torch.dtype, place: tuple[int, int, int]
 ) -> torch.Tensor:
     if k == 0 or b == 0 or d == 0:
         return torch.empty((k, b, d), dtype=dtype, device=seed.device)
-    return _noise((seed,), (k, b, d, dtype), offsets)[0]
+    return _noise((seed,), (k, b, d, dtype), place)[0]
 
 
 def words(
-    seed: torch.Tensor, samples: int, rows: int, columns: int, sample_offset: int = 0, row_offset: int = 0
+    seed: torch.Tensor,
+    samples: int,
+    rows: int,
+    columns: int,
+    sample_offset: int = 0,
+    row_offset: int = 0,
+    level: int = 0,
 ) -> torch.Tensor:
     """The random words behind the normals: int64 [samples, rows, columns rounded up to 4], below 2^32."""
-    return _draw(seed, samples, rows, 4 * -(-columns // 4), torch.int64, (sample_offset, row_offset))
+    return _draw(seed, samples, rows, 4 * -(-columns // 4), torch.int64, (sample_offset, row_offset, level))
 
 
 def normal(
@@ -281,7 +292,8 @@ def normal(
     columns: int,
     sample_offset: int = 0,
     row_offset: int = 0,
+    level: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Standard normals [samples, rows, columns]: words 2i and 2i+1 of a row make normals 2i and 2i+1."""
-    return _draw(seed, samples, rows, columns, dtype, (sample_offset, row_offset))
+    return _draw(seed, samples, rows, columns, dtype, (sample_offset, row_offset, level))

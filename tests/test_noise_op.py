@@ -16,14 +16,14 @@ def _seed(value=9):
 
 
 def test_opcheck_on_every_backend(backend):
-    arguments = _seed(), 2, 3, 5, 1, 4
+    arguments = _seed(), 2, 3, 5, 1, 4, 6
     for dtype in (torch.float32, torch.float64):
         torch.library.opcheck(torch.ops.fastvae.normal.default, (*arguments, dtype))
 
 
 def test_compiled(backend):
     def draw(seed, like):
-        return fastvae.random.normal(seed, 2, *like.shape, sample_offset=1, row_offset=3) * like
+        return fastvae.random.normal(seed, 2, *like.shape, sample_offset=1, row_offset=3, level=2) * like
 
     compiled = torch.compile(draw, backend="aot_eager", fullgraph=True, dynamic=True)
     for shape in ((3, 5), (4, 7), (6, 1)):

@@ -40,21 +40,22 @@ def test_known_answers_in_cpp(counter, key, words):
 
 
 def test_the_address_is_the_counter():
-    """Word w of column block j, row b, sample k under seed s is word w of Philox((j, b, k, 0), s)."""
+    """Word w of column block j, row b, sample k, level l: word w of Philox((j, b, k, l), seed)."""
     seed = 0x299F31D0A4093822
-    words = reference.words(torch.tensor(seed), 3, 4, 9, 2**31, 2**32 - 4)
-    for k, b, d in ((0, 0, 0), (2, 3, 8), (1, 2, 5), (2, 0, 3)):
-        expected = _backend.extension().philox(d // 4, 2**32 - 4 + b, 2**31 + k, 0, seed)[d % 4]
-        assert int(words[k, b, d]) == expected
+    for level in (0, 1, 2**32 - 1):
+        words = reference.words(torch.tensor(seed), 3, 4, 9, 2**31, 2**32 - 4, level)
+        for k, b, d in ((0, 0, 0), (2, 3, 8), (1, 2, 5), (2, 0, 3)):
+            expected = _backend.extension().philox(d // 4, 2**32 - 4 + b, 2**31 + k, level, seed)[d % 4]
+            assert int(words[k, b, d]) == expected
 
 
 @settings(max_examples=10)
 @given(sizes=strategies.distinct_sizes(3, 17), seed=st.integers(-(2**63), 2**63 - 1), data=st.data())
 def test_triton_words_equal_pytorch(sizes, seed, data):
     k0, b0 = data.draw(st.sampled_from([0, 5, 2**32 - 17])), data.draw(st.sampled_from([0, 2**31 - 3]))
-    seed = torch.tensor(seed, device=DEVICE)
-    triton_words = _backend.layer("triton", "random").words(seed, *sizes, k0, b0)
-    assert torch.equal(triton_words.long() & 0xFFFFFFFF, reference.words(seed, *sizes, k0, b0))
+    seed, level = torch.tensor(seed, device=DEVICE), data.draw(st.sampled_from([0, 1, 2**31, 2**32 - 1]))
+    triton_words = _backend.layer("triton", "random").words(seed, *sizes, k0, b0, level)
+    assert torch.equal(triton_words.long() & 0xFFFFFFFF, reference.words(seed, *sizes, k0, b0, level))
 
 
 @settings(max_examples=15)
@@ -62,7 +63,8 @@ def test_triton_words_equal_pytorch(sizes, seed, data):
 def test_normals_agree_to_ulps(backend, sizes, seed, data):
     """In float32 within 4 ulps of the definition in float64, small values and tails alike."""
     k0, b0 = data.draw(st.sampled_from([0, 5, 2**32 - 70])), data.draw(st.sampled_from([0, 2**31 - 3]))
-    address = {"sample_offset": k0, "row_offset": b0, "device": DEVICE}
+    level = data.draw(st.sampled_from([0, 1, 2**32 - 1]))
+    address = {"sample_offset": k0, "row_offset": b0, "level": level, "device": DEVICE}
     eps = fastvae.random.normal(seed, *sizes, **address)
     with fastvae.use_backend("reference"):
         exact = fastvae.random.normal(seed, *sizes, **address, dtype=torch.float64)
@@ -127,6 +129,25 @@ def test_chunks_shards_and_threads_give_the_same_bits(backend):
     assert torch.equal(whole[..., :5], fastvae.random.normal(3, 6, 7, 5, device=DEVICE))
 
 
+def test_levels_have_noise_of_their_own(backend):
+    """Level 0 is that of the ops which sample, and no level has a part of another's."""
+    levels = [fastvae.random.normal(3, 6, 7, 9, level=n, device=DEVICE) for n in range(3)]
+    zeros = torch.zeros(7, 9, device=DEVICE)
+    z, _ = fastvae.ops.rsample_kl(zeros, zeros, samples=6, seed=torch.tensor(3, device=DEVICE))
+    assert torch.equal(levels[0], z)
+    assert torch.equal(levels[0], fastvae.random.normal(3, 6, 7, 9, device=DEVICE))
+    part = fastvae.random.normal(3, 2, 3, 9, sample_offset=3, row_offset=4, level=2, device=DEVICE)
+    assert torch.equal(levels[2][3:5, 4:7], part)
+    assert len(torch.stack(levels).unique()) > 3 * 6 * 7 * 9 - 4
+
+
+def test_levels_are_independent():
+    """Correlations between levels, and between their squares, vanish as 1 / sqrt(n)."""
+    one, other = (fastvae.random.normal(7, 16, 256, 512, level=n, dtype=torch.float64) for n in (0, 1))
+    for f in (lambda e: e, lambda e: (e**2 - 1) / 2**0.5):
+        assert abs((f(one) * f(other)).mean()) < 5 / one.numel() ** 0.5
+
+
 def test_bits_do_not_depend_on_the_number_of_threads():
     threads = torch.get_num_threads()
     try:
@@ -166,3 +187,7 @@ def test_addresses_beyond_the_counter_are_refused():
         fastvae.random.normal(0, 2, 1, 1, sample_offset=2**32 - 1)
     with pytest.raises(ValueError, match="2\\^32 rows"):
         fastvae.random.normal(0, 1, 1, 1, row_offset=-1)
+    with pytest.raises(ValueError, match="level must lie in 0 … 2"):
+        fastvae.random.normal(0, 1, 1, 1, level=2**32)
+    with pytest.raises(TypeError, match="level must be an int"):
+        fastvae.random.normal(0, 1, 1, 1, level=True)

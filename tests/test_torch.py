@@ -219,7 +219,7 @@ def _arguments(op: str):
         maximum = log_w.amax(0)
         yield randn(B, seed=15), log_w, maximum, torch.exp(log_w - maximum).sum(0)
     elif op == "normal":
-        yield torch.tensor(9, device=log_w.device), K, B, D, 1, 4, torch.float32
+        yield torch.tensor(9, device=log_w.device), K, B, D, 1, 4, 2, torch.float32
 
 
 def _registered() -> list[str]:

@@ -5,6 +5,7 @@ from .base import Distribution, closed_kl, register_kl
 from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD, draw_chunk, draw_kl, draw_ratio, draw_strata, log_shares, rsample
 from .flow import Flow
+from .hierarchy import HierarchicalPosterior, Hierarchy, Level
 from .location_scale import Exponential, Gumbel, Laplace, Logistic, LogNormal, StudentT
 from .mixture import AggregatePosterior, Mixture, NormalMixture, VampPrior
 from .normal import DiagonalNormal, StandardNormal, diagonal
@@ -21,7 +22,10 @@ __all__ = [
     "Flow",
     "FullNormal",
     "Gumbel",
+    "HierarchicalPosterior",
+    "Hierarchy",
     "Laplace",
+    "Level",
     "LogNormal",
     "Logistic",
     "LowRankNormal",

@@ -28,6 +28,8 @@ class Distribution(nn.Module):
             prior, z is flat, D = C·H·W. Default: None, the decoder is given z [N, D].
         per_row: of a prior: whether each row of the batch has parameters of its own.
         strata: of a posterior: how many parts its draws come from in turn; 1 where each is drawn from q.
+        own_prior: of a posterior that is made together with its prior: this prior, which ``prior=None`` then
+            stands for; None for N(0, I).
 
     Example:
         >>> import torch, fastvae
@@ -46,6 +48,7 @@ class Distribution(nn.Module):
     latent: tuple[int, ...] | None = None
     per_row: ClassVar[bool] = False
     strata: ClassVar[int] = 1
+    own_prior: Distribution | None = None
 
     @property
     def has_rows(self) -> bool:
@@ -73,6 +76,37 @@ class Distribution(nn.Module):
                 call.
         """
         raise NotImplementedError(f"{type(self).__name__} has no rsample, which a posterior needs")
+
+    def rsample_log_ratio(
+        self, p: Distribution, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor] | None:
+        """z [K, B, D] and log p(z) − log q(z|x) [K, B] in one pass, where q has a better way to this prior
+        than :meth:`rsample` and p's :meth:`log_prob`; or None.
+
+        Args:
+            p: the prior.
+            samples, seed, sample_offset, row_offset: as :meth:`rsample` takes them.
+        """
+        return None
+
+    def rsample_kl(
+        self,
+        p: Distribution,
+        samples: int,
+        seed: Tensor,
+        *,
+        row_offset: int = 0,
+        per_dimension: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """z [K, B, D] and KL(q ‖ p), [B], or [K, B] where it is analytic given a part of the draw, such as
+        the levels above; or None where q knows no such KL to this prior.
+
+        Args:
+            p: the prior.
+            samples, seed, row_offset: as :meth:`rsample` takes them.
+            per_dimension: the KL of each dimension [B, D], the mean over the samples, for free bits.
+        """
+        return None
 
     def sample(
         self,

@@ -34,7 +34,8 @@ def _fused_prior(q: Distribution, p: Distribution) -> Any:
 def draw_kl(
     q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int, per_dimension: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """z [K·B, D], as a decoder takes it, and KL(q ‖ p), [B] or [B, D]; None where no closed form is known.
+    """z [K·B, D], as a decoder takes it, and KL(q ‖ p), [B] or [B, D], or [K, B] of a q that knows it given a
+    part of the draw; None where no closed form is known.
 
     Raises:
         ValueError: if each dimension's is asked for, and only their sum is known.
@@ -43,6 +44,9 @@ def draw_kl(
     prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
         return flat_kl((q.mu, q.logvar, q.form), prior, seed, samples, row_offset, per_dimension)
+    drawn = q.rsample_kl(p, samples, seed, row_offset=row_offset, per_dimension=per_dimension)
+    if drawn is not None:
+        return drawn[0].flatten(0, 1), drawn[1]
     kl = closed_kl(q, p)
     if kl is None:
         return None
@@ -149,6 +153,8 @@ def _composed(
             f"estimator='dreg' needs draws from q itself; those of {describe(q)} come from its components in "
             "turn. Use estimator='iwae' or 'stl'"
         )
+    if estimator == "iwae" and (drawn := q.rsample_log_ratio(p, samples, seed, **place)) is not None:
+        return *drawn, None
     z, log_q = rsample(q, samples, seed, **place)
     if estimator != "iwae":
         # Of q's own parameters nothing but z is left.
@@ -170,7 +176,7 @@ def _held(distribution: Distribution, z: Tensor, estimator: str) -> Distribution
     """The distribution held fixed, and looked at: what a family of the user's reaches need not be its own."""
     fixed: Distribution = held(distribution)
     looked_at = distribution.reaches_others and not torch.compiler.is_compiling()
-    if looked_at and fixed.log_prob(z.detach()).requires_grad:
+    if looked_at and fixed.log_prob(z.detach()[:2]).requires_grad:
         raise RuntimeError(
             f"estimator={estimator!r} needs {describe(distribution)}.log_prob with its parameters held "
             "fixed, but it reaches some that are not its own tensors or modules: in a closure, a namedtuple, "

@@ -20,7 +20,7 @@ from .._inputs import Inputs
 from .._nested import Beside, called, each, event_size, tensors
 from .._stream import Chunks
 from .._terminal import ProgressStream
-from ..distributions import Distribution, as_posterior, as_prior, closed_kl, is_conditional
+from ..distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ..likelihoods.base import Likelihood, as_likelihood
 from ..random import draw_seed
 from ..weights import Weights, tail_length
@@ -122,7 +122,8 @@ def evaluate(
         (torch.Size([16]), torch.Size([2]))
     """
     likelihood = as_likelihood(likelihood)
-    prior = prior if is_conditional(prior) else as_prior(prior)
+    # Without one it may be that of the posterior.
+    prior = prior if prior is None or is_conditional(prior) else as_prior(prior)
     if unpack is not None and not callable(unpack):
         raise TypeError(
             "unpack must be a function of a batch, such as lambda batch: {'x': batch[0], 'context': "
@@ -148,7 +149,9 @@ def evaluate(
         batches = batches_of(data, batch_size or (BATCH_ON_GPU if on_gpu else BATCH), shard)
         settings: dict[str, Any] = {"format": 1, "k": k, "tol": tol}
         if checkpoint is not None:
-            settings["parameters"] = parameters_digest(encoder, decoder, likelihood, prior)
+            settings["parameters"] = parameters_digest(
+                encoder, decoder, likelihood, STANDARD if prior is None else prior
+            )
         asked = None if generator is None else int(draw_seed(generator.device, generator))
         settings["seed"] = ranks.first(asked)
         store = Store(checkpoint, settings, ranks)

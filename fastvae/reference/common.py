@@ -28,11 +28,13 @@ def softplus(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def expm1_minus(u: Tensor) -> Tensor:
     """exp(u) - 1 - u without cancellation: by the series where |u| < 1/8 (next term < 1e-17)."""
+    # Where the series does not serve it must not overflow either: its gradient would be 0 · inf.
+    near = u.clamp(-0.125, 0.125)
     series = torch.zeros_like(u)
     for n in range(10, 1, -1):
-        series = 1 / math.factorial(n) + series * u
+        series = 1 / math.factorial(n) + series * near
     # Bounded above, so that an infinite variance has an infinite KL: inf - inf would be NaN.
-    return torch.where(u.abs() < 0.125, u * u * series, torch.expm1(u) - u.clamp(max=710))
+    return torch.where(u.abs() < 0.125, near * near * series, torch.expm1(u) - u.clamp(max=710))
 
 
 def log1p_rest(t: Tensor) -> Tensor:

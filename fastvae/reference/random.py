@@ -13,8 +13,6 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-# Of latents in several layers, which a counter's last word tells apart: there is one layer so far.
-LEVEL = 0
 
 
 def _mulhilo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +39,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def words(
-    seed: Tensor, samples: int, rows: int, columns: int, sample_offset: int = 0, row_offset: int = 0
+    seed: Tensor,
+    samples: int,
+    rows: int,
+    columns: int,
+    sample_offset: int = 0,
+    row_offset: int = 0,
+    level: int = 0,
 ) -> Tensor:
     """The random words behind the normals: int64 [samples, rows, columns rounded up to 4]."""
     device = seed.device
@@ -51,7 +55,7 @@ def words(
     sample = (torch.arange(samples, device=device) + sample_offset).view(samples, 1, 1)
     block, row, sample = torch.broadcast_tensors(block, row, sample)
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    result = philox((block, row, sample, torch.full_like(block, LEVEL)), key)
+    result = philox((block, row, sample, torch.full_like(block, level)), key)
     return torch.stack(result, dim=-1).reshape(samples, rows, 4 * blocks)
 
 
@@ -62,10 +66,11 @@ def normal(
     columns: int,
     sample_offset: int = 0,
     row_offset: int = 0,
+    level: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normals [samples, rows, columns]: words 2i and 2i+1 of a row make normals 2i and 2i+1."""
-    w = words(seed, samples, rows, columns, sample_offset, row_offset).double()
+    w = words(seed, samples, rows, columns, sample_offset, row_offset, level).double()
     # u in (0, 1), never 0 or 1: the largest radius is sqrt(2 ln 2^33) = 6.76.
     radius = torch.sqrt(-2 * torch.log((w[..., 0::2] + 0.5) * 2.0**-32))
     angle = (w[..., 1::2] + 0.5) * (2 * math.pi * 2.0**-32)

@@ -1,0 +1,559 @@
+"""Latents in several levels: their prior, and the posterior that descends with it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import ops, random
+from .._checks import check_choice, check_count, check_tensor, on_same_device, shape_of
+from .._nested import repeat
+from ..ops.latent import options as options_of
+from ..ops.op import accumulator
+from ..reference.common import expm1_minus
+from .base import Distribution
+from .draws import STANDARD, _fused_prior
+from .normal import DiagonalNormal, StandardNormal, diagonal
+from .read import as_posterior
+
+_MERGES = ("residual", "precision")
+_LOG_2_PI = math.log(2 * math.pi)
+
+
+class Level(nn.Module):
+    r"""One level of a :class:`Hierarchy`: what makes :math:`p(z_l | z_{<l})` and :math:`q(z_l | x, z_{<l})`.
+
+    Its modules see one batch axis, the N = K·B rows of all samples, and z in the shape ``dim``. What they are
+    given of the levels above is their *state*: these levels side by side along axis 1, or what ``top_down``
+    returns. The first level has none. Each module returns what an encoder may: a pair of mean and log
+    variance, each [N, \*dim]; one tensor with both side by side along axis 1; or a normal distribution.
+
+    Args:
+        dim: the latents of this level: a number, or a shape such as (channels, height, width).
+        posterior: a module (features, state) -> normal; of the first level (features) -> normal.
+        prior: a module (state) -> normal; or N(0, I), the default; or a
+            :class:`fastvae.DiagonalNormal` whose parameters broadcast to [D], fixed or learned. The first
+            level has no state, so its prior is one of the last two.
+        merge: how the posterior's output (d_mu, d_logvar) and the prior's (m, log s²) make q. None: by itself
+            it is q's mean and log variance. ``"residual"``: relative to the prior,
+            :math:`q = N(m + Δμ, s^2 e^{Δ\mathrm{logvar}})`, as in NVAE. ``"precision"``: it is a normal of x
+            alone, whose product with the prior q is, as in the ladder VAE,
+            :math:`σ^{-2} = \hat σ^{-2} + s^{-2},\ μ = σ^2 (\hat μ \hat σ^{-2} + m s^{-2})`; the posterior
+            is then called with the features alone, once for all samples.
+        top_down: a module (z of the level above, its state) -> state of this level; of the second level,
+            whose predecessor has none, (z) -> state. A deterministic path, such as NVAE's; for a Markov chain
+            ``lambda z, state=None: z``.
+
+    A callable that is no module must have no parameters of its own: an optimiser would not find them.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
+    References:
+        Vahdat & Kautz, NVAE, 2020, eq. 2; Sønderby, Raiko, Maaløe, Sønderby & Winther, Ladder Variational
+        Autoencoders, 2016, eq. 17 to 19.
+
+    Example:
+        >>> import torch, fastvae
+        >>> fastvae.Level(5, torch.nn.Linear(8, 10))
+        Level(
+          dim=5
+          (posterior): Linear(in_features=8, out_features=10, bias=True)
+        )
+    """
+
+    # Modules, or functions.
+    posterior: Any
+    prior: Any
+    top_down: Any
+
+    def __init__(
+        self,
+        dim: int | Sequence[int],
+        posterior: Callable[..., Any],
+        *,
+        prior: Callable[..., Any] | Distribution | None = None,
+        merge: str | None = None,
+        top_down: Callable[..., Any] | None = None,
+    ):
+        super().__init__()
+        event = tuple(dim) if isinstance(dim, (tuple, list, torch.Size)) else (dim,)
+        for n in event or (0,):
+            check_count("dim", n, "the latents of a level, or each axis of their shape")
+        self.event: tuple[int, ...] = event
+        self.dim = math.prod(event)
+        for name, function in (("posterior", posterior), ("prior", prior), ("top_down", top_down)):
+            if not (callable(function) or function is None and name != "posterior"):
+                raise TypeError(f"{name} must be a module or another callable; got {type(function).__name__}")
+            setattr(self, name, function)
+        if merge is not None:
+            check_choice("merge", merge, _MERGES)
+        self.merge = merge
+        if isinstance(prior, Distribution):
+            self._check_fixed(prior)
+
+    def extra_repr(self) -> str:
+        dim = self.event if len(self.event) > 1 else self.dim
+        return f"dim={dim}" + (f", merge={self.merge!r}" if self.merge else "")
+
+    def _check_fixed(self, prior: Distribution) -> None:
+        """A prior that is the same for all rows."""
+        if type(prior) is StandardNormal:
+            return
+        if type(prior) is not DiagonalNormal:
+            raise TypeError(
+                f"prior is a {type(prior).__name__}; the levels of a hierarchy are normal: N(0, I), a "
+                "fastvae.DiagonalNormal, or a module that returns mean and log variance"
+            )
+        for name, value in (("mu", prior.mu), ("logvar", prior.logvar)):
+            if value.shape not in ((), (1,), (self.dim,)):
+                raise ValueError(
+                    f"prior.{name} has shape {shape_of(value)}; expected [D] = [{self.dim}] or [], for every "
+                    "row alike"
+                )
+
+    @property
+    def _fixed(self) -> DiagonalNormal | None:
+        """The prior, where no module makes it; None for N(0, I)."""
+        return self.prior if isinstance(self.prior, DiagonalNormal) else None
+
+    @property
+    def _is_conditional(self) -> bool:
+        return self.prior is not None and not isinstance(self.prior, Distribution)
+
+    def _read(self, value: Any, rows: int, who: str) -> DiagonalNormal:
+        """What one of the modules returned, each [rows, D]."""
+        expected = f"mean and log variance, each [N, *dim] = {[rows, *self.event]}"
+        both = f"one tensor {[rows, 2 * self.event[0], *self.event[1:]]}"
+        form = None
+        if isinstance(value, Tensor):
+            check_tensor(f"what {who} returned", value)
+            if value.shape != (rows, 2 * self.event[0], *self.event[1:]):
+                raise ValueError(f"{who} returned a tensor {shape_of(value)}; expected {both}, or {expected}")
+            mu, logvar = value.chunk(2, 1)
+        elif type(value) in (tuple, list) and len(value) == 2:
+            mu, logvar = value
+        else:
+            try:
+                q = as_posterior(value)
+            except TypeError:
+                q = None
+            if type(q) is not DiagonalNormal:
+                raise TypeError(
+                    f"{who} returned {type(value).__name__}; expected a normal: {expected}, or {both}"
+                )
+            mu, logvar, form = q.mu, q.logvar, q.form
+        for name, part in (("mean", mu), ("log variance", logvar)):
+            check_tensor(f"the {name} that {who} returned", part)
+            if part.shape not in ((rows, *self.event), (rows, self.dim)):
+                raise ValueError(f"{who} returned a {name} {shape_of(part)}; expected {expected}")
+        return diagonal(mu.flatten(1), logvar.flatten(1), form)
+
+
+class _Step(NamedTuple):
+    """A level's p = N(mean, exp(logvar)) and q = N(mean + shift, exp(logvar + stretch)), each of a shape that
+    broadcasts to [K, B, D]. What compares them is made of the differences, so that nothing cancels.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    shift: Tensor
+    stretch: Tensor
+
+    def draw(self, eps: Tensor) -> Tensor:
+        return self.mean + self.shift + torch.exp(0.5 * (self.logvar + self.stretch)) * eps
+
+    # Each of [K, B, D] or broadcastable to it.
+
+    def log_q_of(self, z: Tensor) -> Tensor:
+        white = (z - self.mean - self.shift) * torch.exp(-0.5 * (self.logvar + self.stretch))
+        return self.log_q(white)
+
+    def log_q(self, eps: Tensor) -> Tensor:
+        return -0.5 * (eps.square() + self.logvar + self.stretch + _LOG_2_PI)
+
+    def log_ratio(self, eps: Tensor) -> Tensor:
+        """log p − log q, of the noise."""
+        # (z - m) / s.
+        white = self.shift * torch.exp(-0.5 * self.logvar) + torch.exp(0.5 * self.stretch) * eps
+        return 0.5 * ((eps - white) * (eps + white) + self.stretch)
+
+    def kl(self, eps: Tensor) -> Tensor:
+        """In closed form, whatever the noise."""
+        white = self.shift * torch.exp(-0.5 * self.logvar)
+        return 0.5 * (white.square() + expm1_minus(self.stretch))
+
+
+class Hierarchy(Distribution):
+    r"""Latents in several levels :math:`z_1 … z_L`, from the top down: the prior, and what makes the
+    posterior of a bottom-up encoder's features.
+
+    .. math:: p(z) = \prod_l p(z_l | z_{<l}), \quad q(z|x) = \prod_l q(z_l | x, z_{<l}), \quad
+              \mathrm{KL} = \sum_l E_q\big[ ½ \sum_d Δμ^2 / s^2 + e^{u} - 1 - u \big]
+
+    with Δμ the distance of the means of q and p and u that of their log variances. The module itself takes
+    the features to the posterior, and is the prior that goes with it: where q is one of a hierarchy, every
+    objective's ``prior=None`` stands for it. The decoder is given all levels side by side, z [N, D_1 + … +
+    D_L], which :meth:`split` takes apart.
+
+    The ELBO's KL is analytic within each level, given the levels drawn above it. With ``free_bits`` each
+    dimension's is averaged over batch and samples.
+
+    The networks run when an objective asks: once for its draws, or, for ``"stl"`` and ``"dreg"``, which hold
+    q's parameters fixed in its density, again for each density.
+
+    Args:
+        levels: of class :class:`Level`, from the top, whose latents are drawn first, to the bottom.
+
+    Raises:
+        TypeError, ValueError: for levels that do not fit together.
+
+    References:
+        Sønderby et al., Ladder Variational Autoencoders, 2016; Vahdat & Kautz, NVAE, 2020.
+
+    Example:
+        >>> import torch, fastvae
+        >>> class Encoder(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.bottom, self.top = torch.nn.Linear(8, 6), torch.nn.Linear(6, 4)
+        ...         self.hierarchy = fastvae.Hierarchy([
+        ...             fastvae.Level(2, torch.nn.Linear(4, 4)),
+        ...             fastvae.Level(
+        ...                 3, torch.nn.Linear(6, 6), prior=torch.nn.Linear(2, 6), merge="precision"
+        ...             ),
+        ...         ])
+        ...     def forward(self, x):
+        ...         h = self.bottom(x).relu()
+        ...         return self.hierarchy([self.top(h).relu(), h])
+        >>> x, encoder, decoder = torch.rand(16, 8), Encoder(), torch.nn.Linear(5, 8)
+        >>> (-fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")).backward()
+        >>> fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli").shape
+        torch.Size([])
+        >>> [tuple(z.shape) for z in encoder.hierarchy.split(encoder.hierarchy.sample(7, 5))]
+        [(7, 2), (7, 3)]
+    """
+
+    def __init__(self, levels: Sequence[Level]):
+        super().__init__()
+        if isinstance(levels, Level) or not all(isinstance(level, Level) for level in levels):
+            raise TypeError("levels must be a list of fastvae.Level, from the top to the bottom")
+        if not levels:
+            raise ValueError("levels is empty; expected one fastvae.Level at least")
+        first = levels[0]
+        if first._is_conditional:
+            raise ValueError(
+                "level 1 has a prior that is a function of the levels above, and there are none: leave prior "
+                "out for N(0, I), or give a fastvae.DiagonalNormal, whose parameters may be learned"
+            )
+        if first.top_down is not None:
+            raise ValueError("level 1 has a top_down, but no level above it; leave it out")
+        for i, level in enumerate(levels[1:], 2):
+            above = [upper.event for upper in levels[: i - 1]]
+            if level.top_down is None and len({event[1:] for event in above}) > 1:
+                raise ValueError(
+                    f"the levels above level {i} have the shapes {', '.join(map(str, above))}, which cannot "
+                    f"be put side by side along their first axis; give level {i} a top_down, a module that "
+                    "takes the level above, and its state, to the state of this level"
+                )
+        self.levels = nn.ModuleList(levels)
+        self.dims = tuple(level.dim for level in levels)
+
+    @property
+    def dim(self) -> int:
+        """The latents of all levels."""
+        return sum(self.dims)
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> HierarchicalPosterior:
+        """q(z|x) of what a bottom-up encoder made of x.
+
+        Args:
+            features: one tensor for all levels, or a list of one for each, from the top to the bottom; batch
+                first.
+        """
+        return HierarchicalPosterior(self, features)
+
+    @property
+    def reaches_others(self) -> bool:
+        return True  # the levels' modules are the user's
+
+    def split(self, z: Tensor) -> list[Tensor]:
+        r"""z [..., D_1 + … + D_L] by levels, each [..., \*dim]."""
+        self._check_latents(z)
+        parts = z.split(self.dims, -1)
+        return [part.unflatten(-1, self._level(i).event) for i, part in enumerate(parts)]
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        self._check_latents(z)
+        parts = z.reshape(-1, self.dim).split(self.dims, 1)
+        terms: list[Tensor] = []
+
+        def visit(index: int, level: Level, state: Any) -> Tensor:
+            z_l: Tensor = parts[index]
+            terms.append(self._p(index, state, len(z_l)).log_prob(z_l))
+            return z_l
+
+        self._descend(visit)
+        return _added(terms).reshape(z.shape[:-1])
+
+    def sample(
+        self,
+        n: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        if dim != self.dim:
+            raise ValueError(f"dim is {dim}, but the hierarchy has {self.dim} latents, {self._listed()}")
+        own = next(self.parameters(), torch.empty(()))
+        seed = random.draw_seed(device or own.device, generator)
+
+        def visit(index: int, level: Level, state: Any) -> Tensor:
+            p = self._p(index, state, n)
+            eps = random.normal(seed, 1, n, level.dim, level=index, dtype=accumulator(own.dtype))[0]
+            if isinstance(p, DiagonalNormal):
+                mu, logvar = p._wide()
+                eps = mu + torch.exp(0.5 * logvar) * eps
+            return eps.to(own.dtype)
+
+        return self._descend(visit)
+
+    def _descend(self, visit: Callable[[int, Level, Any], Tensor]) -> Tensor:
+        """z [N, D_1 + … + D_L] of ``visit(index, level, state)``, which makes that of each level [N, D]."""
+        parts: list[Tensor] = []
+        shaped: list[Tensor] = []
+        state = None
+        for index in range(len(self.levels)):
+            level = self._level(index)
+            if level.top_down is not None:
+                state = level.top_down(shaped[-1]) if index == 1 else level.top_down(shaped[-1], state)
+            elif index:
+                state = shaped[0] if index == 1 else torch.cat(shaped, 1)
+            parts.append(visit(index, level, state))
+            shaped.append(parts[-1].unflatten(1, level.event) if len(level.event) > 1 else parts[-1])
+        return torch.cat(parts, 1)
+
+    def _level(self, index: int) -> Level:
+        return self.levels[index]  # type: ignore[return-value]
+
+    def _p(self, index: int, state: Any, rows: int) -> Distribution:
+        """p of a level for these rows: its parameters are [N, D], or broadcast to that."""
+        level = self._level(index)
+        if level._is_conditional:
+            return level._read(level.prior(state), rows, f"the prior of level {index + 1}")
+        return level._fixed or STANDARD
+
+    def _check_latents(self, z: Tensor) -> None:
+        if z.shape[-1] != self.dim:
+            raise ValueError(
+                f"z has shape {shape_of(z)}; its last axis must be the {self.dim} latents of all levels, "
+                f"{self._listed()}"
+            )
+
+    def _listed(self) -> str:
+        return " + ".join(map(str, self.dims))
+
+
+class HierarchicalPosterior(Distribution):
+    """q(z|x) of a :class:`Hierarchy`, which makes it: ``q = hierarchy(features)``.
+
+    Args:
+        hierarchy: the levels.
+        features: as :meth:`Hierarchy.forward` takes them.
+
+    Attributes:
+        own_prior: the hierarchy.
+        mean: the chain of means [B, D]: of each level the mean given the means of the levels above.
+
+    Example:
+        >>> import torch, fastvae
+        >>> hierarchy = fastvae.Hierarchy([
+        ...     fastvae.Level(2, torch.nn.Linear(8, 4)),
+        ...     fastvae.Level(3, lambda h, z: (h[:, :3], 0 * h[:, 3:6]), prior=torch.nn.Linear(2, 6)),
+        ... ])
+        >>> q = hierarchy(torch.rand(16, 8))
+        >>> q.batch, q.mean.shape
+        (16, torch.Size([16, 5]))
+    """
+
+    def __init__(self, hierarchy: Hierarchy, features: Tensor | Sequence[Tensor]):
+        super().__init__()
+        levels = len(hierarchy.levels)
+        several = isinstance(features, (tuple, list))
+        each: list[Any] = list(features) if several else [features] * levels
+        if len(each) != levels:
+            raise ValueError(
+                f"features is a list of {len(each)}, but the hierarchy has {levels} levels; expected one "
+                "tensor for each, from the top to the bottom, or one tensor for all"
+            )
+        for i, h in enumerate(each):
+            name = f"features[{i}]" if several else "features"
+            if not isinstance(h, Tensor):
+                raise TypeError(f"{name} must be a tensor, batch first; got {type(h).__name__}")
+            if h.dim() < 1 or h.shape[0] != each[0].shape[0]:
+                raise ValueError(
+                    f"{name} has shape {shape_of(h)}, but features[0] has {shape_of(each[0])}; the first "
+                    "axis of all must be the batch"
+                )
+            if not on_same_device(h.device, each[0].device):
+                raise ValueError(f"{name} is on {h.device} but features[0] is on {each[0].device}; move it")
+        self.hierarchy = hierarchy
+        self.features = each
+        self.batch = each[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.features[0].device  # type: ignore[no-any-return]
+
+    @property
+    def own_prior(self) -> Distribution:  # type: ignore[override]
+        return self.hierarchy
+
+    @property
+    def reaches_others(self) -> bool:
+        return True  # the levels' modules are the user's
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        def visit(index: int, level: Level, state: Any) -> Tensor:
+            step, dtype = self._step(index, state, 1)
+            return (step.mean + step.shift).expand(1, self.batch, level.dim)[0].to(dtype)
+
+        return self.hierarchy._descend(visit)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        self.hierarchy._check_latents(z)
+        samples = z.shape[0]
+        terms: list[Tensor] = []
+        parts = z.split(self.hierarchy.dims, -1)
+
+        def visit(index: int, level: Level, state: Any) -> Tensor:
+            step, _ = self._step(index, state, samples)
+            z_l: Tensor = parts[index]
+            terms.append(step.log_q_of(z_l).sum(-1))
+            return z_l.flatten(0, 1)
+
+        self.hierarchy._descend(visit)
+        return _added(terms)
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        place = {"sample_offset": sample_offset, "row_offset": row_offset}
+        z, terms = self._draw(_Step.log_q, samples, seed, place)
+        return z, _added(terms)
+
+    def rsample_log_ratio(
+        self, p: Distribution, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor] | None:
+        if p is not self.hierarchy:
+            return None
+        place = {"sample_offset": sample_offset, "row_offset": row_offset}
+        z, terms = self._draw(_Step.log_ratio, samples, seed, place)
+        return z, _added(terms)
+
+    def rsample_kl(
+        self,
+        p: Distribution,
+        samples: int,
+        seed: Tensor,
+        *,
+        row_offset: int = 0,
+        per_dimension: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        if p is not self.hierarchy:
+            return None
+        z, terms = self._draw(_Step.kl, samples, seed, {"row_offset": row_offset}, summed=not per_dimension)
+        if per_dimension:
+            return z, torch.cat([t.mean(0) for t in terms], -1)
+        kl = _added(terms)
+        return z, kl if kl.shape[0] == samples else kl[0]
+
+    def rows(self, start: int, stop: int) -> HierarchicalPosterior | None:
+        if type(self) is not HierarchicalPosterior:
+            return None
+        return HierarchicalPosterior(self.hierarchy, [h[start:stop] for h in self.features])
+
+    def _draw(
+        self,
+        term: Callable[[_Step, Tensor], Tensor],
+        samples: int,
+        seed: Tensor,
+        place: dict[str, int],
+        summed: bool = True,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """z [K, B, D_1 + … + D_L], and the term of each level, [K, B] or [K, B, D]; 1 for K where the samples
+        share it.
+        """
+        terms = []
+
+        def visit(index: int, level: Level, state: Any) -> Tensor:
+            if index == 0 and level.merge is None:
+                z, value = self._fused(term, samples, seed, place, summed)
+            else:
+                step, dtype = self._step(index, state, samples)
+                eps = random.normal(
+                    seed, samples, self.batch, level.dim, level=index, dtype=accumulator(step.shift.dtype),
+                    **place,  # type: ignore[arg-type]
+                )  # fmt: skip
+                z, value = step.draw(eps).to(dtype), term(step, eps)
+                value = value.sum(-1) if summed else value
+            terms.append(value)
+            return z.flatten(0, 1)
+
+        z = self.hierarchy._descend(visit)
+        return z.unflatten(0, (samples, self.batch)), terms
+
+    def _fused(
+        self, term: Callable[..., Tensor], samples: int, seed: Tensor, place: dict[str, int], summed: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The first level, whose parameters are the same for all samples: an ordinary q and p."""
+        q = self._posterior(0, self.features[0], None)
+        if term is _Step.log_q:
+            return q.rsample(samples, seed, **place)
+        options: dict[str, Any] = {"samples": samples, "seed": seed, **options_of(q.form), **place}
+        options["prior"] = _fused_prior(q, self.hierarchy._p(0, None, self.batch))
+        if term is _Step.log_ratio:
+            z, log_ratio, *_ = ops.rsample_log_ratio(q.mu, q.logvar, **options)
+            return z, log_ratio
+        z, kl = ops.rsample_kl(q.mu, q.logvar, per_dimension=not summed, **options)
+        return z, kl[None]
+
+    def _posterior(self, index: int, features: Tensor, state: Any) -> DiagonalNormal:
+        """What a level's posterior returned."""
+        level = self.hierarchy._level(index)
+        given = (features,) if index == 0 or level.merge == "precision" else (features, state)
+        return level._read(level.posterior(*given), features.shape[0], f"the posterior of level {index + 1}")
+
+    def _step(self, index: int, state: Any, samples: int) -> tuple[_Step, torch.dtype]:
+        """q and p of a level beside this state of the levels above, and the dtype of z."""
+        level, h = self.hierarchy._level(index), self.features[index]
+        shared = index == 0 or level.merge == "precision"
+        made = self._posterior(index, h if shared else repeat(h, samples), state)
+        dtype = torch.promote_types(made.mu.dtype, made.logvar.dtype)
+        mu, logvar = (t.unflatten(0, (-1, self.batch)) if self.batch else t[None] for t in made._wide())
+        mean = scale = mu.new_zeros(())
+        p = self.hierarchy._p(index, state, samples * self.batch)
+        if isinstance(p, DiagonalNormal):
+            mean, scale = p._wide()
+            if level._is_conditional:
+                mean, scale = (t.reshape(samples, self.batch, level.dim) for t in (mean, scale))
+        if level.merge == "residual":
+            return _Step(mean, scale, mu, logvar), dtype
+        if level.merge is None:
+            return _Step(mean, scale, mu - mean, logvar - scale), dtype
+        # The share of the features' precision in that of q, and the log of the prior's share.
+        share = torch.sigmoid(scale - logvar)
+        return _Step(mean, scale, share * (mu - mean), functional.logsigmoid(logvar - scale)), dtype
+
+
+def _added(terms: list[Tensor]) -> Tensor:
+    """The sum, from the top: that of one level is the level's own."""
+    return functools.reduce(torch.add, terms)
