@@ -37,6 +37,7 @@ from .objectives import (
     log_weights,
     reconstruction_log_prob,
 )
+from .quantize import Quantized, VectorQuantizer
 from .vae import VAE
 
 __version__ = "0.1.0"
@@ -65,11 +66,13 @@ __all__ = [
     "NegativeBinomial",
     "OptimalGaussian",
     "Poisson",
+    "Quantized",
     "SoftplusGaussian",
     "StandardNormal",
     "StudentT",
     "Terms",
     "TorchDistribution",
+    "VectorQuantizer",
     "ZeroInflatedNegativeBinomial",
     "elbo",
     "evaluate",
