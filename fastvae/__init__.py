@@ -57,6 +57,7 @@ from .objectives import (
     log_weights,
     reconstruction_log_prob,
 )
+from .quantize import Quantized, VectorQuantizer
 from .vae import VAE
 
 __version__ = "0.1.0"
@@ -98,12 +99,14 @@ __all__ = [
     "NormalMixture",
     "OptimalGaussian",
     "Poisson",
+    "Quantized",
     "SoftplusGaussian",
     "StandardNormal",
     "StudentT",
     "Terms",
     "TorchDistribution",
     "VampPrior",
+    "VectorQuantizer",
     "ZeroInflatedNegativeBinomial",
     "diagnostics",
     "elbo",

@@ -218,6 +218,9 @@ def _arguments(op: str):
     elif op == "log_mean_exp_backward":
         maximum = log_w.amax(0)
         yield randn(B, seed=15), log_w, maximum, torch.exp(log_w - maximum).sum(0)
+    elif op == "nearest_code":
+        for dtype in (torch.float32, torch.float64):
+            yield randn(B, D, seed=26, dtype=dtype), randn(7, D, seed=27, dtype=dtype)
     elif op == "normal":
         yield torch.tensor(9, device=log_w.device), K, B, D, 1, 4, 2, torch.float32
 

@@ -59,6 +59,7 @@ reveal_type(vae.evaluate(x))  # Evaluation
 reveal_type(vae.posterior(x))  # Distribution
 reveal_type(vae.sample(3))  # Any
 reveal_type(DiagonalNormal(x, x).mu)  # Tensor
+reveal_type(fastvae.VectorQuantizer(4, 2).encode(x))  # Tensor
 reveal_type(fastvae.ops.bernoulli_log_prob(x, x))  # Tensor
 print(-vae.elbo(x), vae.encoder.weight)
 
