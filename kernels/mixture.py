@@ -14,16 +14,17 @@ import triton
 import triton.language as tl
 
 from .common import (
+    LANES,
     LAUNCH,
     PROGRAMS,
     accumulator,
     cdiv,
     exp,
     load,
+    log,
     power_of_two,
     quotient,
     split_program,
-    store,
     strides,
     tile_width,
     triton_dtype,
@@ -32,15 +33,17 @@ from .importance import finite_shift, merged, next_block
 from .launching import Call, Result, fixed, planned
 
 LOG_2_PI = tl.constexpr(math.log(2 * math.pi))
-# Components of a tile of scores, along lanes: four for each thread, which loads them at once. Where there are
-# fewer threads than numbers the compiler keeps the layout of these loads.
+# Components of a tile of scores, along lanes: four of each thread, which loads them at once.
 TILE_U = 256
+# Scores of a thread: of these rows it loads each number for itself.
+THREAD = 32
 # Dimensions of a score that are written out, so that addresses are made once for them.
 UNROLLED = tl.constexpr(4)
 # Rows and columns of a tile that is transposed, and dimensions of a program that does it, at most.
 TILE_PREPARED, MOST_PREPARED = 32, 256
-# Dimensions of a program of the backward pass at most; the others are another program's.
-TILE_D = 128
+# Dimensions of a program of the backward pass at most; the others are another program's. Fewer than its
+# threads, or the compiler loads a row one number a thread, and exchanges them.
+TILE_D = 64
 # Numbers of [N, U] that are kept at a time.
 MOST_SHARES = 1 << 24
 
@@ -121,6 +124,7 @@ def mixture_kernel(
     p_mean,  # [D, UP]
     p_inverse,  # [D, UP]
     p_constant,  # [U]
+    p_bound,  # [N] out, log p, or None where parts are made
     p_maximum,  # [u_splits, N] out, of each split's scores
     p_total,  # [u_splits, N] out, sum_u exp(s - maximum)
     N,
@@ -146,6 +150,8 @@ def mixture_kernel(
         b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE)
         b_max, b_rescale, b_term = next_block(b_s, b_max)
         b_sum = b_sum * b_rescale + tl.sum(b_term, axis=1, keep_dims=True)
+    if p_bound is not None:
+        tl.store(p_bound + o_n, b_max + log(b_sum), mask=o_n < N)
     o_out = i_split.to(tl.int64) * N + o_n
     tl.store(p_maximum + o_out, b_max, mask=o_n < N)
     tl.store(p_total + o_out, b_sum, mask=o_n < N)
@@ -287,6 +293,10 @@ def mixture_components_kernel(
         )
 
 
+def _strides(matrix: torch.Tensor) -> tuple[tl.constexpr, ...]:
+    return tuple(map(fixed, strides(matrix, 2)))
+
+
 def _block_u(u: int) -> int:
     return tile_width(u, TILE_U)
 
@@ -308,20 +318,20 @@ def _prepare(mu, logvar, log_weight, need_scale) -> Call:
         (laid_out, laid_out, Result((u, d), dtype) if need_scale else None, Result((u,), dtype, splits)),
         (
             *(fixed(u), fixed(d), fixed(padded), each, splits),
-            *(*strides(mu, 2), *strides(logvar, 2), *strides(log_weight, 1)),
+            *(*_strides(mu), *_strides(logvar), *strides(log_weight, 1)),
         ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
         LAUNCH["importance"].warps(dtype),
     )
 
 
-def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_U) of scores: fewer rows where programs would be few."""
-    launch, block_u = LAUNCH["mixture"], _block_u(u)
-    most = max(1, launch.tile * 4 // dtype.itemsize // block_u)
-    least = min(most, max(1, launch.single // block_u))
+def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64."""
+    block_u = _block_u(u)
+    warps = max(1, block_u // (4 * LANES))
+    most, least = (max(1, each * warps * LANES // block_u) for each in (THREAD * 4 // dtype.itemsize, 8))
     enough = power_of_two(max(1, n * cdiv(u, block_u) // PROGRAMS))
-    return min(power_of_two(n), most, max(least, enough)), block_u
+    return min(power_of_two(n), most, max(least, enough)), block_u, warps
 
 
 def _splits(steps: int, others: int, least: int) -> tuple[int, int]:
@@ -335,15 +345,16 @@ def _splits(steps: int, others: int, least: int) -> tuple[int, int]:
 def _scores(z, mean, inverse, constant) -> Call:
     (n, d), u = z.shape, len(constant)
     dtype = accumulator(z)
-    block_n, block_u = _tile(n, u, dtype)
-    each, splits = _splits(cdiv(u, block_u), cdiv(n, block_n), 1)
+    block_n, block_u, warps = _tile(n, u, dtype)
+    each, splits = _splits(cdiv(u, block_u), cdiv(n, block_n), 2)
+    shape = (splits, n) if splits > 1 else (n,)
     return Call(
         mixture_kernel,
         (splits * cdiv(n, block_n),),
-        (Result((splits, n), dtype), Result((splits, n), dtype)),
-        (n, fixed(u), fixed(d), fixed(mean.shape[1]), each * block_u, splits, *strides(z, 2)),
+        (None if splits > 1 else Result((n,), dtype), Result(shape, dtype), Result(shape, dtype)),
+        (n, fixed(u), fixed(d), fixed(mean.shape[1]), each * block_u, splits, *_strides(z)),
         {"DTYPE": triton_dtype(dtype), "BLOCK_N": block_n, "BLOCK_U": block_u},
-        LAUNCH["mixture"].warps(dtype),
+        warps,
     )
 
 
@@ -354,8 +365,8 @@ def mixture_log_prob(
     if z.numel() == 0:
         return _without_rows(z, log_weight)
     mean, inverse, _, constant = _prepare((mu, logvar, log_weight), (False,))
-    maxima, totals = _scores((z, mean, inverse, constant))
-    return merged(maxima, totals)
+    value, maximum, total = _scores((z, mean, inverse, constant))
+    return merged(maximum, total) if value is None else (value, maximum, total)
 
 
 def _without_rows(z, log_weight):
@@ -369,7 +380,7 @@ def _without_rows(z, log_weight):
 def _shares(grad, maximum, total, z, mean, inverse, constant) -> Call:
     (n, d), u = z.shape, len(constant)
     dtype = accumulator(z)
-    block_n, block_u = _tile(n, u, dtype)
+    block_n, block_u, warps = _tile(n, u, dtype)
     u_tiles = cdiv(u, block_u)
     return Call(
         mixture_shares_kernel,
@@ -377,7 +388,7 @@ def _shares(grad, maximum, total, z, mean, inverse, constant) -> Call:
         (Result((n, mean.shape[1]), dtype),),
         (
             *(n, fixed(u), fixed(d), fixed(mean.shape[1]), u_tiles),
-            *(*strides(grad, 1), *strides(maximum, 1), *strides(total, 1), *strides(z, 2)),
+            *(*strides(grad, 1), *strides(maximum, 1), *strides(total, 1), *_strides(z)),
         ),
         {
             "TINY": torch.finfo(dtype).tiny,
@@ -385,7 +396,7 @@ def _shares(grad, maximum, total, z, mean, inverse, constant) -> Call:
             "BLOCK_N": block_n,
             "BLOCK_U": block_u,
         },
-        LAUNCH["mixture"].warps(dtype),
+        warps,
     )
 
 
@@ -393,14 +404,23 @@ def _shares(grad, maximum, total, z, mean, inverse, constant) -> Call:
 def _rows(share, z, mu, scale) -> Call:
     (n, d), u = z.shape, len(mu)
     dtype = accumulator(z)
-    block_d = tile_width(d, TILE_D)
+    block_d = min(power_of_two(d), TILE_D)
     block_n = min(power_of_two(n), LAUNCH["mixture_backward"].tile // block_d)
     each, splits = _splits(u, cdiv(n, block_n) * cdiv(d, block_d), 32)
     return Call(
         mixture_rows_kernel,
         (splits * cdiv(n, block_n), cdiv(d, block_d)),
         (Result((n, d), dtype, splits),),
-        (n, u, fixed(d), fixed(share.shape[1]), each, splits, *strides(z, 2), *strides(mu, 2)),
+        (
+            n,
+            u,
+            fixed(d),
+            fixed(share.shape[1]),
+            each,
+            splits,
+            *_strides(z),
+            *_strides(mu),
+        ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_N": block_n, "BLOCK_D": block_d},
         LAUNCH["mixture_backward"].warps(dtype),
     )
@@ -410,7 +430,7 @@ def _rows(share, z, mu, scale) -> Call:
 def _components(share, z, mu, logvar, need) -> Call:
     (n, d), u = z.shape, len(mu)
     dtype = accumulator(z)
-    block_d = tile_width(d, TILE_D)
+    block_d = min(power_of_two(d), TILE_D)
     block_u = min(power_of_two(u), LAUNCH["mixture_backward"].tile // block_d)
     each, splits = _splits(n, cdiv(u, block_u) * cdiv(d, block_d), 32)
     results = [Result(shape, dtype, splits) for shape in ((u, d), (u, d), (u,))]
@@ -420,7 +440,7 @@ def _components(share, z, mu, logvar, need) -> Call:
         tuple(r if wanted else None for r, wanted in zip(results, need, strict=True)),
         (
             *(n, u, fixed(d), fixed(share.shape[1]), each, splits),
-            *(*strides(z, 2), *strides(mu, 2), *strides(logvar, 2)),
+            *(*_strides(z), *_strides(mu), *_strides(logvar)),
         ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
         LAUNCH["mixture_backward"].warps(dtype),
