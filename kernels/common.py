@@ -62,9 +62,7 @@ LAUNCH = {
     "likelihood_heavy": Launch(512, 256, 256, 256),
     # A mixture's component is long; rows and positions are many.
     "grouped": Launch(256, 128, 128, 128),
-    # Scores of rows and components, a product's tile: 16 sums a thread, of which each step adds one term.
-    "mixture": Launch(2048, 128, 256, 128),
-    # What reaches one side: two sums and what they are made of, 8 elements a thread.
+    # What reaches one side of a mixture's scores: two sums and what they are made of, 8 elements a thread.
     "mixture_backward": Launch(1024, 128, 256, 128),
     # As the likelihoods: one operand, and little arithmetic.
     "importance": Launch(2048, 128, 256, 128),

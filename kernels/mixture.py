@@ -14,16 +14,17 @@ import triton
 import triton.language as tl
 
 from .common import (
+    LANES,
     LAUNCH,
     PROGRAMS,
     accumulator,
     cdiv,
     exp,
     load,
+    log,
     power_of_two,
     quotient,
     split_program,
-    store,
     strides,
     tile_width,
     triton_dtype,
@@ -32,24 +33,35 @@ from .importance import finite_shift, merged, next_block
 from .launching import Call, Result, fixed, planned
 
 LOG_2_PI = tl.constexpr(math.log(2 * math.pi))
-# Components of a tile of scores, along lanes.
-TILE_U = 64
-# Dimensions of a program of the backward pass at most; the others are another program's.
-TILE_D = 128
+# Components of a tile of scores, along lanes: four of each thread, which loads them at once.
+TILE_U = 256
+# Scores of a thread: of these rows it loads each number for itself.
+THREAD = 32
+# Dimensions of a score that are written out, so that addresses are made once for them.
+UNROLLED = tl.constexpr(4)
+# Rows and columns of a tile that is transposed, and dimensions of a program that does it, at most.
+TILE_PREPARED, MOST_PREPARED = 32, 256
+# Dimensions of a program of the backward pass at most; the others are another program's. Fewer than its
+# threads, or the compiler loads a row one number a thread, and exchanges them.
+TILE_D = 64
 # Numbers of [N, U] that are kept at a time.
 MOST_SHARES = 1 << 24
 
 
-@triton.jit(do_not_specialize=["U"])
+@triton.jit(do_not_specialize_on_alignment=["d_splits"])
 def prepare_kernel(
     p_mu,  # [U, D]
     p_logvar,  # [U, D]
     p_log_weight,  # [U]
-    p_mean,  # [D, U] out
-    p_inverse,  # [D, U] out, exp(-logvar / 2)
-    p_constant,  # [U] out, log weight - (sum_d logvar + log 2 pi) / 2
+    p_mean,  # [D, UP] out, 0 beyond U
+    p_inverse,  # [D, UP] out, exp(-logvar / 2), 1 beyond U
+    p_scale,  # [U, D] out, the same as it was laid out, or None
+    p_constant,  # [d_splits, U] out, of all together: log weight - (sum_d logvar + log 2 pi) / 2
     U,
     D,
+    UP,
+    d_per_program,  # dimensions of one program
+    d_splits,  # programs along the dimensions
     stride_mu_u,
     stride_mu_d,
     stride_logvar_u,
@@ -59,56 +71,70 @@ def prepare_kernel(
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of components: what the other kernels read, components side by side."""
-    o_u = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
+    """One program per block of components and split of the dimensions: what the other kernels read."""
+    i_u, i_split = split_program(d_splits)
+    o_u = (i_u * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[:, None]  # [BLOCK_U, 1]
     m_u = o_u < U
-    b_sum = tl.zeros([BLOCK_D, BLOCK_U], dtype=DTYPE)
-    for i_d in range(0, D, BLOCK_D):
-        o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[:, None]  # [BLOCK_D, 1]
-        mask = m_u & (o_d < D)
+    b_sum = tl.zeros([BLOCK_U, BLOCK_D], dtype=DTYPE)
+    d_start = i_split * d_per_program
+    for i_d in range(d_start, tl.minimum(d_start + d_per_program, D), BLOCK_D):
+        o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
+        m_d = o_d < D
+        mask = m_u & m_d
         b_mu = load(p_mu, o_u * stride_mu_u + o_d * stride_mu_d, mask, DTYPE)
         b_logvar = load(p_logvar, o_u * stride_logvar_u + o_d * stride_logvar_d, mask, DTYPE)
-        store(p_mean, o_d * U + o_u, b_mu, mask)
-        store(p_inverse, o_d * U + o_u, exp(-0.5 * b_logvar), mask)
+        b_inverse = exp(-0.5 * b_logvar)
+        tl.store(p_mean + o_d * UP + o_u, b_mu, mask=m_d & (o_u < UP))
+        tl.store(p_inverse + o_d * UP + o_u, b_inverse, mask=m_d & (o_u < UP))
+        if p_scale is not None:
+            tl.store(p_scale + o_u * D + o_d, b_inverse, mask=mask)
         b_sum += tl.where(mask, b_logvar + LOG_2_PI, 0.0)
     b_weight = load(p_log_weight, o_u * stride_log_weight, m_u, DTYPE)
-    store(p_constant, o_u, b_weight - 0.5 * tl.sum(b_sum, axis=0, keep_dims=True), m_u)
+    b_constant = tl.where(i_split == 0, b_weight, 0.0) - 0.5 * tl.sum(b_sum, axis=1, keep_dims=True)
+    tl.store(p_constant + i_split.to(tl.int64) * U + o_u, b_constant, mask=m_u)
 
 
 @triton.jit
-def scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, DTYPE: tl.constexpr):
-    """s [BLOCK_N, BLOCK_U]: a dimension at a time, of tensors in which rows and components are neighbours."""
-    m_n, m_u = o_n < N, o_u < U
+def scores(
+    p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE: tl.constexpr
+):
+    """s [BLOCK_N, BLOCK_U], a dimension at a time; -inf beyond U.
+
+    Nothing is masked in the loop: components are padded to whole blocks, and the last row stands for those
+    beyond it.
+    """
     b_sum = tl.zeros([o_n.shape[0], o_u.shape[1]], dtype=DTYPE)
-    p_z += o_n
+    p_z += tl.minimum(o_n, N - 1) * stride_z_n
     p_mean += o_u
     p_inverse += o_u
-    for _ in range(D):
-        b_z = tl.load(p_z, mask=m_n, other=0.0)  # [BLOCK_N, 1]
-        b_mean = tl.load(p_mean, mask=m_u, other=0.0)  # [1, BLOCK_U]
-        b_inverse = tl.load(p_inverse, mask=m_u, other=0.0)
-        b_white = (b_z - b_mean) * b_inverse
+    for _ in tl.range(D, loop_unroll_factor=UNROLLED):
+        b_z = tl.load(p_z)  # [BLOCK_N, 1]
+        b_white = (b_z - tl.load(p_mean)) * tl.load(p_inverse)
         b_sum += b_white * b_white
-        p_z += N
-        p_mean += U
-        p_inverse += U
-    b_constant = load(p_constant, o_u, m_u, DTYPE)
-    return tl.where(m_u, b_constant - 0.5 * b_sum, float("-inf"))
+        p_z += stride_z_d
+        p_mean += UP
+        p_inverse += UP
+    m_u = o_u < U
+    return tl.where(m_u, load(p_constant, o_u, m_u, DTYPE) - 0.5 * b_sum, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["N", "u_per_program"], do_not_specialize_on_alignment=["u_splits"])
 def mixture_kernel(
-    p_z,  # [D, N]
-    p_mean,  # [D, U]
-    p_inverse,  # [D, U]
+    p_z,  # [N, D]
+    p_mean,  # [D, UP]
+    p_inverse,  # [D, UP]
     p_constant,  # [U]
+    p_bound,  # [N] out, log p, or None where parts are made
     p_maximum,  # [u_splits, N] out, of each split's scores
     p_total,  # [u_splits, N] out, sum_u exp(s - maximum)
     N,
     U,
     D,
+    UP,
     u_per_program,  # components of one program
     u_splits,  # programs along the components
+    stride_z_n,
+    stride_z_d,
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -117,15 +143,18 @@ def mixture_kernel(
     i_n, i_split = split_program(u_splits)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
     b_max = tl.full([BLOCK_N, 1], float("-inf"), dtype=DTYPE)
-    b_sum = tl.zeros([BLOCK_N, BLOCK_U], dtype=DTYPE)
-    for i_u in range(i_split * u_per_program, tl.minimum((i_split + 1) * u_per_program, U), BLOCK_U):
+    b_sum = tl.zeros([BLOCK_N, 1], dtype=DTYPE)
+    u_start = i_split * u_per_program
+    for i_u in range(u_start, tl.minimum(u_start + u_per_program, U), BLOCK_U):
         o_u = (i_u + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
-        b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, DTYPE)
+        b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE)
         b_max, b_rescale, b_term = next_block(b_s, b_max)
-        b_sum = b_sum * b_rescale + b_term
+        b_sum = b_sum * b_rescale + tl.sum(b_term, axis=1, keep_dims=True)
+    if p_bound is not None:
+        tl.store(p_bound + o_n, b_max + log(b_sum), mask=o_n < N)
     o_out = i_split.to(tl.int64) * N + o_n
     tl.store(p_maximum + o_out, b_max, mask=o_n < N)
-    tl.store(p_total + o_out, tl.sum(b_sum, axis=1, keep_dims=True), mask=o_n < N)
+    tl.store(p_total + o_out, b_sum, mask=o_n < N)
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["u_tiles"])
@@ -133,18 +162,21 @@ def mixture_shares_kernel(
     p_grad,  # [N]
     p_maximum,  # [N]
     p_total,  # [N]
-    p_z,  # [D, N]
-    p_mean,  # [D, U]
-    p_inverse,  # [D, U]
+    p_z,  # [N, D]
+    p_mean,  # [D, UP]
+    p_inverse,  # [D, UP]
     p_constant,  # [U]
-    p_out,  # [U, N] out
+    p_out,  # [N, UP] out, 0 beyond U
     N,
     U,
     D,
+    UP,
     u_tiles,  # blocks of components
     stride_grad,
     stride_maximum,
     stride_total,
+    stride_z_n,
+    stride_z_d,
     TINY: tl.constexpr,  # the smallest normal number of the computation
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
@@ -155,34 +187,33 @@ def mixture_shares_kernel(
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
     o_u = (i_u * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
     m_n = o_n < N
-    b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, DTYPE)
+    b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE)
     b_max = load(p_maximum, o_n * stride_maximum, m_n, DTYPE)
     b_total = load(p_total, o_n * stride_total, m_n, DTYPE)
     b_grad = load(p_grad, o_n * stride_grad, m_n, DTYPE)
     b_scale = tl.where(b_total == 0, 0.0, quotient(b_grad, tl.where(b_total == 0, 1.0, b_total)))
     b_r = b_scale * exp(b_s - finite_shift(b_max))
     b_r = tl.where((b_scale == 0) | (tl.abs(b_r) < TINY), 0.0, b_r)
-    tl.store(p_out + o_u * N + o_n, b_r, mask=m_n & (o_u < U))
+    tl.store(p_out + o_n * UP + o_u, b_r, mask=m_n)
 
 
 @triton.jit(do_not_specialize=["N", "U", "u_per_program"], do_not_specialize_on_alignment=["u_splits"])
 def mixture_rows_kernel(
-    p_share,  # [U, N]
+    p_share,  # [N, UP]
     p_z,  # [N, D]
     p_mu,  # [U, D]
-    p_logvar,  # [U, D]
+    p_scale,  # [U, D], exp(-logvar / 2)
     p_out,  # [u_splits, N, D] out, - sum_u r w exp(-logvar / 2)
     N,
     U,
     D,
+    UP,
     u_per_program,  # components of one program
     u_splits,  # programs along the components
     stride_z_n,
     stride_z_d,
     stride_mu_u,
     stride_mu_d,
-    stride_logvar_u,
-    stride_logvar_d,
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -195,18 +226,19 @@ def mixture_rows_kernel(
     mask = m_n & m_d
     b_z = load(p_z, o_n * stride_z_n + o_d * stride_z_d, mask, DTYPE)
     b_sum = tl.zeros([BLOCK_N, BLOCK_D], dtype=DTYPE)
-    for i_u in range(i_split * u_per_program, tl.minimum((i_split + 1) * u_per_program, U)):
+    u_start = i_split * u_per_program
+    for i_u in tl.range(u_start, tl.minimum(u_start + u_per_program, U), loop_unroll_factor=UNROLLED):
         o_u = tl.zeros([1, 1], dtype=tl.int64) + i_u
-        b_r = tl.load(p_share + o_u * N + o_n, mask=m_n, other=0.0)  # [BLOCK_N, 1]
+        b_r = tl.load(p_share + o_n * UP + o_u, mask=m_n, other=0.0)  # [BLOCK_N, 1]
         b_mu = load(p_mu, o_u * stride_mu_u + o_d * stride_mu_d, m_d, DTYPE)  # [1, BLOCK_D]
-        b_inverse = exp(-0.5 * load(p_logvar, o_u * stride_logvar_u + o_d * stride_logvar_d, m_d, DTYPE))
+        b_inverse = tl.load(p_scale + o_u * D + o_d, mask=m_d, other=0.0)
         b_sum -= b_r * ((b_z - b_mu) * b_inverse) * b_inverse
     tl.store(p_out + (i_split.to(tl.int64) * N + o_n) * D + o_d, b_sum, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "U", "n_per_program"], do_not_specialize_on_alignment=["n_splits"])
 def mixture_components_kernel(
-    p_share,  # [U, N]
+    p_share,  # [N, UP]
     p_z,  # [N, D]
     p_mu,  # [U, D]
     p_logvar,  # [U, D]
@@ -216,6 +248,7 @@ def mixture_components_kernel(
     N,
     U,
     D,
+    UP,
     n_per_program,  # rows of one program
     n_splits,  # programs along the rows
     stride_z_n,
@@ -239,9 +272,10 @@ def mixture_components_kernel(
     b_first = tl.zeros([BLOCK_U, BLOCK_D], dtype=DTYPE)
     b_second = tl.zeros([BLOCK_U, BLOCK_D], dtype=DTYPE)
     b_share = tl.zeros([BLOCK_U, 1], dtype=DTYPE)
-    for i_n in range(i_split * n_per_program, tl.minimum((i_split + 1) * n_per_program, N)):
+    n_start = i_split * n_per_program
+    for i_n in tl.range(n_start, tl.minimum(n_start + n_per_program, N), loop_unroll_factor=UNROLLED):
         o_n = tl.zeros([1, 1], dtype=tl.int64) + i_n
-        b_r = tl.load(p_share + o_u * N + o_n, mask=m_u, other=0.0)  # [BLOCK_U, 1]
+        b_r = tl.load(p_share + o_n * UP + o_u, mask=m_u, other=0.0)  # [BLOCK_U, 1]
         b_z = load(p_z, o_n * stride_z_n + o_d * stride_z_d, m_d, DTYPE)  # [1, BLOCK_D]
         b_white = (b_z - b_mu) * b_inverse
         b_part = b_r * b_white
@@ -260,26 +294,45 @@ def mixture_components_kernel(
         )
 
 
+def _strides(matrix: torch.Tensor) -> tuple[tl.constexpr, ...]:
+    return tuple(map(fixed, strides(matrix, 2)))
+
+
+def _block_u(u: int) -> int:
+    return tile_width(u, TILE_U)
+
+
 @planned
-def _prepare(mu, logvar, log_weight) -> Call:
+def _prepare(mu, logvar, log_weight, need_scale) -> Call:
+    """Means and inverse scales [D, UP], inverse scales [U, D] if they are asked for, constants [U]."""
     u, d = mu.shape
     dtype = accumulator(mu)
-    block_u = min(power_of_two(u), TILE_U)
-    block_d = min(power_of_two(d), LAUNCH["mixture"].tile // 2 // block_u)
+    block_u, block_d = min(power_of_two(u), TILE_PREPARED), min(power_of_two(d), TILE_PREPARED)
+    padded = cdiv(u, _block_u(u)) * _block_u(u)
+    splits = cdiv(d, MOST_PREPARED)
+    each = cdiv(cdiv(d, block_d), splits) * block_d
+    splits = cdiv(d, each)
+    laid_out = Result((d, padded), dtype)
     return Call(
         prepare_kernel,
-        (cdiv(u, block_u),),
-        (Result((d, u), dtype), Result((d, u), dtype), Result((u,), dtype)),
-        (u, d, *strides(mu, 2), *strides(logvar, 2), *strides(log_weight, 1)),
+        (splits * cdiv(padded, block_u),),
+        (laid_out, laid_out, Result((u, d), dtype) if need_scale else None, Result((u,), dtype, splits)),
+        (
+            *(fixed(u), fixed(d), fixed(padded), each, splits),
+            *(*_strides(mu), *_strides(logvar), *strides(log_weight, 1)),
+        ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
-        LAUNCH["mixture"].warps(dtype),
+        LAUNCH["importance"].warps(dtype),
     )
 
 
-def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_U) of scores; in float64 half as many, or they spill."""
-    block_u = min(power_of_two(u), TILE_U)
-    return min(power_of_two(n), LAUNCH["mixture"].tile * 4 // dtype.itemsize // block_u), block_u
+def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64."""
+    block_u = _block_u(u)
+    warps = max(1, block_u // (4 * LANES))
+    most, least = (max(1, each * warps * LANES // block_u) for each in (THREAD * 4 // dtype.itemsize, 8))
+    enough = power_of_two(max(1, n * cdiv(u, block_u) // PROGRAMS))
+    return min(power_of_two(n), most, max(least, enough)), block_u, warps
 
 
 def _splits(steps: int, others: int, least: int) -> tuple[int, int]:
@@ -291,17 +344,18 @@ def _splits(steps: int, others: int, least: int) -> tuple[int, int]:
 
 @planned
 def _scores(z, mean, inverse, constant) -> Call:
-    (d, n), u = z.shape, len(constant)
+    (n, d), u = z.shape, len(constant)
     dtype = accumulator(z)
-    block_n, block_u = _tile(n, u, dtype)
-    each, splits = _splits(cdiv(u, block_u), cdiv(n, block_n), 1)
+    block_n, block_u, warps = _tile(n, u, dtype)
+    each, splits = _splits(cdiv(u, block_u), cdiv(n, block_n), 2)
+    shape = (splits, n) if splits > 1 else (n,)
     return Call(
         mixture_kernel,
         (splits * cdiv(n, block_n),),
-        (Result((splits, n), dtype), Result((splits, n), dtype)),
-        (n, fixed(u), fixed(d), each * block_u, splits),
+        (None if splits > 1 else Result((n,), dtype), Result(shape, dtype), Result(shape, dtype)),
+        (n, fixed(u), fixed(d), fixed(mean.shape[1]), each * block_u, splits, *_strides(z)),
         {"DTYPE": triton_dtype(dtype), "BLOCK_N": block_n, "BLOCK_U": block_u},
-        LAUNCH["mixture"].warps(dtype),
+        warps,
     )
 
 
@@ -311,8 +365,9 @@ def mixture_log_prob(
     """log p [N] of z [N, D] and components [U, D], [U, D], [U]; max_u s, and sum_u exp(s - maximum)."""
     if z.numel() == 0:
         return _without_rows(z, log_weight)
-    maxima, totals = _scores((z.t().contiguous(), *_prepare((mu, logvar, log_weight))))
-    return merged(maxima, totals)
+    mean, inverse, _, constant = _prepare((mu, logvar, log_weight), (False,))
+    value, maximum, total = _scores((z, mean, inverse, constant))
+    return merged(maximum, total) if value is None else (value, maximum, total)
 
 
 def _without_rows(z, log_weight):
@@ -324,37 +379,49 @@ def _without_rows(z, log_weight):
 
 @planned
 def _shares(grad, maximum, total, z, mean, inverse, constant) -> Call:
-    (d, n), u = z.shape, len(constant)
+    (n, d), u = z.shape, len(constant)
     dtype = accumulator(z)
-    block_n, block_u = _tile(n, u, dtype)
+    block_n, block_u, warps = _tile(n, u, dtype)
     u_tiles = cdiv(u, block_u)
     return Call(
         mixture_shares_kernel,
         (u_tiles * cdiv(n, block_n),),
-        (Result((u, n), dtype),),
-        (n, fixed(u), fixed(d), u_tiles, *strides(grad, 1), *strides(maximum, 1), *strides(total, 1)),
+        (Result((n, mean.shape[1]), dtype),),
+        (
+            *(n, fixed(u), fixed(d), fixed(mean.shape[1]), u_tiles),
+            *(*strides(grad, 1), *strides(maximum, 1), *strides(total, 1), *_strides(z)),
+        ),
         {
             "TINY": torch.finfo(dtype).tiny,
             "DTYPE": triton_dtype(dtype),
             "BLOCK_N": block_n,
             "BLOCK_U": block_u,
         },
-        LAUNCH["mixture"].warps(dtype),
+        warps,
     )
 
 
 @planned
-def _rows(share, z, mu, logvar) -> Call:
+def _rows(share, z, mu, scale) -> Call:
     (n, d), u = z.shape, len(mu)
     dtype = accumulator(z)
-    block_d = tile_width(d, TILE_D)
+    block_d = min(power_of_two(d), TILE_D)
     block_n = min(power_of_two(n), LAUNCH["mixture_backward"].tile // block_d)
     each, splits = _splits(u, cdiv(n, block_n) * cdiv(d, block_d), 32)
     return Call(
         mixture_rows_kernel,
         (splits * cdiv(n, block_n), cdiv(d, block_d)),
         (Result((n, d), dtype, splits),),
-        (n, u, fixed(d), each, splits, *strides(z, 2), *strides(mu, 2), *strides(logvar, 2)),
+        (
+            n,
+            u,
+            fixed(d),
+            fixed(share.shape[1]),
+            each,
+            splits,
+            *_strides(z),
+            *_strides(mu),
+        ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_N": block_n, "BLOCK_D": block_d},
         LAUNCH["mixture_backward"].warps(dtype),
     )
@@ -364,7 +431,7 @@ def _rows(share, z, mu, logvar) -> Call:
 def _components(share, z, mu, logvar, need) -> Call:
     (n, d), u = z.shape, len(mu)
     dtype = accumulator(z)
-    block_d = tile_width(d, TILE_D)
+    block_d = min(power_of_two(d), TILE_D)
     block_u = min(power_of_two(u), LAUNCH["mixture_backward"].tile // block_d)
     each, splits = _splits(n, cdiv(u, block_u) * cdiv(d, block_d), 32)
     results = [Result(shape, dtype, splits) for shape in ((u, d), (u, d), (u,))]
@@ -372,7 +439,10 @@ def _components(share, z, mu, logvar, need) -> Call:
         mixture_components_kernel,
         (splits * cdiv(u, block_u), cdiv(d, block_d)),
         tuple(r if wanted else None for r, wanted in zip(results, need, strict=True)),
-        (n, u, fixed(d), each, splits, *strides(z, 2), *strides(mu, 2), *strides(logvar, 2)),
+        (
+            *(n, u, fixed(d), fixed(share.shape[1]), each, splits),
+            *(*_strides(z), *_strides(mu), *_strides(logvar)),
+        ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
         LAUNCH["mixture_backward"].warps(dtype),
     )
@@ -394,12 +464,12 @@ def mixture_log_prob_backward(
         share = grad.sum() * torch.softmax(log_weight, 0)
         grads = *(torch.zeros_like(t) for t in tensors[:3]), share
         return tuple(g if n else None for g, n in zip(grads, need, strict=True))
-    prepared = _prepare((mu, logvar, log_weight))
+    mean, inverse, scale, constant = _prepare((mu, logvar, log_weight), (need[0],))
     most = max(1, MOST_SHARES // len(mu))
     pieces = []
     for g, m, s, rows in zip(*(t.split(most) for t in (grad, maximum, total, z)), strict=True):
-        (share,) = _shares((g, m, s, rows.t().contiguous(), *prepared))
-        by_z = _rows((share, rows, mu, logvar)) if need[0] else (None,)
+        (share,) = _shares((g, m, s, rows, mean, inverse, constant))
+        by_z = _rows((share, rows, mu, scale)) if need[0] else (None,)
         by_parameters = (
             _components((share, rows, mu, logvar), (tuple(need[1:]),)) if any(need[1:]) else (None,) * 3
         )
