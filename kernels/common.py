@@ -66,6 +66,10 @@ LAUNCH = {
     "mixture": Launch(2048, 128, 256, 128),
     # What reaches one side: two sums and what they are made of, 8 elements a thread.
     "mixture_backward": Launch(1024, 128, 256, 128),
+    # Samples and columns of z, a product's tile: 16 sums a thread beside 8 normals.
+    "full": Launch(2048, 128, 128, 128),
+    # Samples of a step and columns: of the block of a triangle that they make each thread has 32 sums.
+    "full_backward": Launch(1024, 128, 128, 128),
     # As the likelihoods: one operand, and little arithmetic.
     "importance": Launch(2048, 128, 256, 128),
 }
