@@ -69,7 +69,7 @@ LAUNCH = {
     # Samples and columns of z, a product's tile: 16 sums a thread beside 8 normals.
     "full": Launch(2048, 128, 128, 128),
     # Samples of a step and columns: of the block of a triangle that they make each thread has 32 sums.
-    "full_backward": Launch(1024, 128, 128, 128),
+    "full_backward": Launch(1024, 256, 256, 256),
     # As the likelihoods: one operand, and little arithmetic.
     "importance": Launch(2048, 128, 256, 128),
 }

@@ -35,7 +35,9 @@ from .random import normals
 
 HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 # Columns of a block at most, and steps of a product; the least that a product takes.
-TILE_D, STEPS, LEAST = 64, 32, 16
+TILE_D, STEPS, LEAST = 64, 16, 16
+# As many registers as there are, or the assembler spills some bytes to have fewer (NVIDIA's).
+OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
 # Steps of a backward program's loop over samples at least, where the samples are split for want of programs.
 MIN_STEPS = 8
 
@@ -156,27 +158,29 @@ def rsample_tril_backward_kernel(
         k_start = i_split * k_per_program
         k_stop = tl.minimum(k_start + k_per_program, K)
         b_scale = tl.zeros([BLOCK_D, BLOCK_D], dtype=DTYPE)
-        s_mu = tl.zeros([BLOCK_K, BLOCK_D], dtype=DTYPE)
+        s_mu = tl.zeros([BLOCK_D, BLOCK_K], dtype=DTYPE)
         s_arrives = tl.zeros([BLOCK_K], dtype=DTYPE)
         seed = tl.load(p_seed)
         for i_k in range(k_start, k_stop, BLOCK_K):
             o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)  # [BLOCK_K]
             m_k = o_k < k_stop
             if p_grad_z is not None:
-                o_z = o_k[:, None] * stride_grad_z_k + o_b * stride_grad_z_b + o_i[None, :] * stride_grad_z_d
-                b_g = load(p_grad_z, o_z, m_k[:, None] & m_i[None, :], DTYPE)  # [BLOCK_K, BLOCK_D]
+                o_z = o_k[None, :] * stride_grad_z_k + o_b * stride_grad_z_b + o_i[:, None] * stride_grad_z_d
+                b_g = load(p_grad_z, o_z, m_k[None, :] & m_i[:, None], DTYPE)  # [BLOCK_D, BLOCK_K]
                 s_mu += b_g
                 if p_grad_tril is not None:
                     b_eps = block_of_noise(
                         seed, o_k, i_b, i_j * BLOCK_D, sample_offset, row_offset, DTYPE, BLOCK_K, BLOCK_D
                     )
-                    b_scale = tl.dot(tl.trans(b_g), b_eps, b_scale, input_precision="ieee", out_dtype=DTYPE)
+                    # An operand that is a reshaped tile Triton 3.7's compiler for sm_100 fails on.
+                    b_eps = tl.where(o_j[None, :] < D, b_eps, 0.0)
+                    b_scale = tl.dot(b_g, b_eps, b_scale, input_precision="ieee", out_dtype=DTYPE)
             if (p_grad_log_q is not None) and (p_grad_tril is not None):
                 o_q = o_k * stride_grad_log_q_k + o_b * stride_grad_log_q_b
                 s_arrives += load(p_grad_log_q, o_q, m_k, DTYPE)
         o_out = i_split.to(tl.int64) * B + o_b
         if p_grad_mu is not None:
-            store(p_grad_mu, o_out * D + o_i, tl.sum(s_mu, axis=0), m_i & (i_j == 0))
+            store(p_grad_mu, o_out * D + o_i, tl.sum(s_mu, axis=1), m_i & (i_j == 0))
         if p_grad_tril is not None:
             m_diagonal = o_i[:, None] == o_j[None, :]
             o_l = packed(o_i, o_i) * stride_tril_d
@@ -208,6 +212,7 @@ def _draw(mu, tril, seed, samples) -> Call:
             "BLOCK_K": block_k,
             "BLOCK_D": block_d,
             "STEPS": min(block_d, STEPS),
+            **OPTIONS,
         },
         launching.warps(dtype),
     )
@@ -248,7 +253,7 @@ def _gradients(grad_z, grad_log_q, tril, seed, samples, d, dtype, need) -> Call:
             *strides(grad_log_q, 2),
             *map(fixed, strides(tril, 2)),
         ),
-        {"DTYPE": triton_dtype(computed), "BLOCK_K": block_k, "BLOCK_D": block_d},
+        {"DTYPE": triton_dtype(computed), "BLOCK_K": block_k, "BLOCK_D": block_d, **OPTIONS},
         launching.warps(computed),
     )
 
