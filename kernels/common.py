@@ -66,10 +66,10 @@ LAUNCH = {
     "mixture": Launch(2048, 128, 256, 128),
     # What reaches one side: two sums and what they are made of, 8 elements a thread.
     "mixture_backward": Launch(1024, 128, 256, 128),
-    # Samples and columns of z, a product's tile: 16 sums a thread beside 8 normals.
+    # A product's tile, samples and columns of z: 16 sums a thread, and what they are sums of.
     "full": Launch(2048, 128, 128, 128),
-    # Samples of a step and columns: of the block of a triangle that they make each thread has 32 sums.
-    "full_backward": Launch(1024, 256, 256, 256),
+    # A step's samples and columns of noise: 8 normals a thread, and 16 sums of a block of the triangle.
+    "full_backward": Launch(1024, 128, 256, 128),
     # As the likelihoods: one operand, and little arithmetic.
     "importance": Launch(2048, 128, 256, 128),
 }

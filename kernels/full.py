@@ -36,6 +36,9 @@ from .random import normals
 HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 # Columns of a block at most, and steps of a product; the least that a product takes.
 TILE_D, STEPS, LEAST = 64, 16, 16
+# The first axis of a product at most: from 64 on Triton 3.7 takes sm_100's matrix units, whose TF32 has three
+# digits, whatever precision it is told.
+TILE_FIRST = 32
 # As many registers as there are, or the assembler spills some bytes to have fewer (NVIDIA's).
 OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
 # Steps of a backward program's loop over samples at least, where the samples are split for want of programs.
@@ -118,7 +121,7 @@ def rsample_tril_kernel(
 
 @triton.jit(
     do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"],
-    do_not_specialize_on_alignment=["k_splits", "blocks", "stride_grad_log_q_k", "stride_grad_log_q_b"],
+    do_not_specialize_on_alignment=["k_splits", "j_blocks", "stride_grad_log_q_k", "stride_grad_log_q_b"],
 )
 def rsample_tril_backward_kernel(
     p_grad_z,  # [K, B, D] gradient of z, or None
@@ -134,7 +137,7 @@ def rsample_tril_backward_kernel(
     D,  # columns
     k_per_program,  # samples of one program
     k_splits,  # programs along the samples
-    blocks,  # of columns
+    j_blocks,  # of columns of the triangle
     stride_grad_z_k,
     stride_grad_z_b,
     stride_grad_z_d,
@@ -144,21 +147,22 @@ def rsample_tril_backward_kernel(
     stride_tril_d,
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,  # rows of the triangle
+    BLOCK_J: tl.constexpr,  # its columns
 ):
     """One program per row, split of the samples, and block of the triangle."""
     i_b, i_split = split_program(k_splits)
-    i_i = tl.program_id(1) // blocks
-    i_j = tl.program_id(1) - i_i * blocks
-    if i_j <= i_i:
+    i_i = tl.program_id(1) // j_blocks
+    i_j = tl.program_id(1) - i_i * j_blocks
+    if i_j * BLOCK_J < (i_i + 1) * BLOCK_I:
         o_b = i_b.to(tl.int64)
-        o_i = (i_i * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # [BLOCK_D]
-        o_j = (i_j * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # [BLOCK_D]
+        o_i = (i_i * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)  # [BLOCK_I]
+        o_j = (i_j * BLOCK_J + tl.arange(0, BLOCK_J)).to(tl.int64)  # [BLOCK_J]
         m_i = o_i < D
         k_start = i_split * k_per_program
         k_stop = tl.minimum(k_start + k_per_program, K)
-        b_scale = tl.zeros([BLOCK_D, BLOCK_D], dtype=DTYPE)
-        s_mu = tl.zeros([BLOCK_D, BLOCK_K], dtype=DTYPE)
+        b_scale = tl.zeros([BLOCK_I, BLOCK_J], dtype=DTYPE)
+        s_mu = tl.zeros([BLOCK_I, BLOCK_K], dtype=DTYPE)
         s_arrives = tl.zeros([BLOCK_K], dtype=DTYPE)
         seed = tl.load(p_seed)
         for i_k in range(k_start, k_stop, BLOCK_K):
@@ -166,11 +170,11 @@ def rsample_tril_backward_kernel(
             m_k = o_k < k_stop
             if p_grad_z is not None:
                 o_z = o_k[None, :] * stride_grad_z_k + o_b * stride_grad_z_b + o_i[:, None] * stride_grad_z_d
-                b_g = load(p_grad_z, o_z, m_k[None, :] & m_i[:, None], DTYPE)  # [BLOCK_D, BLOCK_K]
+                b_g = load(p_grad_z, o_z, m_k[None, :] & m_i[:, None], DTYPE)  # [BLOCK_I, BLOCK_K]
                 s_mu += b_g
                 if p_grad_tril is not None:
                     b_eps = block_of_noise(
-                        seed, o_k, i_b, i_j * BLOCK_D, sample_offset, row_offset, DTYPE, BLOCK_K, BLOCK_D
+                        seed, o_k, i_b, i_j * BLOCK_J, sample_offset, row_offset, DTYPE, BLOCK_K, BLOCK_J
                     )
                     # An operand that is a reshaped tile Triton 3.7's compiler for sm_100 fails on.
                     b_eps = tl.where(o_j[None, :] < D, b_eps, 0.0)
@@ -190,9 +194,9 @@ def rsample_tril_backward_kernel(
             store(p_grad_tril, o_out * packed(D, 0) + packed(o_i[:, None], o_j[None, :]), b_scale, mask)
 
 
-def _width(d: int) -> int:
-    """Columns of a block."""
-    return max(LEAST, min(power_of_two(d), TILE_D))
+def _width(n: int, most: int = TILE_D) -> int:
+    """Of a block along one axis."""
+    return max(LEAST, min(power_of_two(n), most))
 
 
 @planned
@@ -200,7 +204,7 @@ def _draw(mu, tril, seed, samples) -> Call:
     b, d = mu.shape
     dtype, launching = accumulator(mu), LAUNCH["full"]
     block_d = _width(d)
-    block_k = max(LEAST, min(power_of_two(samples), launching.tile // block_d))
+    block_k = _width(samples, min(TILE_FIRST, launching.tile // block_d))
     k_tiles = cdiv(samples, block_k)
     return Call(
         rsample_tril_kernel,
@@ -232,28 +236,33 @@ def rsample_tril(
 def _gradients(grad_z, grad_log_q, tril, seed, samples, d, dtype, need) -> Call:
     b, packed_size = tril.shape
     computed, launching = accumulator(tril), LAUNCH["full_backward"]
-    block_d = _width(d)
-    block_k = max(LEAST, min(power_of_two(samples), launching.tile // block_d))
-    blocks, steps = cdiv(d, block_d), cdiv(samples, block_k)
-    # Of the means alone one block of the triangle has them.
-    grid_blocks = blocks * blocks
-    splits = max(1, min(PROGRAMS // (b * grid_blocks), steps // MIN_STEPS))
+    block_i, block_j = _width(d, TILE_FIRST), _width(d)
+    block_k = _width(samples, launching.tile // block_j)
+    j_blocks, steps = cdiv(d, block_j), cdiv(samples, block_k)
+    blocks = cdiv(d, block_i) * j_blocks
+    splits = max(1, min(PROGRAMS // (b * blocks), steps // MIN_STEPS))
     per_program = cdiv(steps, splits) * block_k
     splits = cdiv(samples, per_program)
     return Call(
         rsample_tril_backward_kernel,
-        (splits * b, grid_blocks),
+        (splits * b, blocks),
         tuple(
             Result((b, n), dtype, splits, computed) if wanted else None
             for n, wanted in zip((d, packed_size), need, strict=True)
         ),
         (
-            *(samples, b, fixed(d), per_program, splits, blocks, strides(grad_z, 3)[0]),
+            *(samples, b, fixed(d), per_program, splits, j_blocks, strides(grad_z, 3)[0]),
             *map(fixed, strides(grad_z, 3)[1:]),
             *strides(grad_log_q, 2),
             *map(fixed, strides(tril, 2)),
         ),
-        {"DTYPE": triton_dtype(computed), "BLOCK_K": block_k, "BLOCK_D": block_d, **OPTIONS},
+        {
+            "DTYPE": triton_dtype(computed),
+            "BLOCK_K": block_k,
+            "BLOCK_I": block_i,
+            "BLOCK_J": block_j,
+            **OPTIONS,
+        },
         launching.warps(computed),
     )
 
