@@ -41,8 +41,9 @@ TILE_D, STEPS, LEAST = 64, 16, 16
 TILE_FIRST = 32
 # As many registers as there are, or the assembler spills some bytes to have fewer (NVIDIA's).
 OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
-# Steps of a backward program's loop over samples at least, where the samples are split for want of programs.
-MIN_STEPS = 8
+# Steps of a backward program's loop over samples. At least, where the samples are split for want of programs;
+# at most, as a sum in turn loses digits.
+MIN_STEPS, MAX_STEPS = 8, 16
 
 
 @triton.jit
@@ -147,22 +148,22 @@ def rsample_tril_backward_kernel(
     stride_tril_d,
     DTYPE: tl.constexpr,  # of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
-    BLOCK_I: tl.constexpr,  # rows of the triangle
-    BLOCK_J: tl.constexpr,  # its columns
+    ROWS: tl.constexpr,  # of a block of the triangle
+    BLOCK_D: tl.constexpr,  # and its columns
 ):
     """One program per row, split of the samples, and block of the triangle."""
     i_b, i_split = split_program(k_splits)
     i_i = tl.program_id(1) // j_blocks
     i_j = tl.program_id(1) - i_i * j_blocks
-    if i_j * BLOCK_J < (i_i + 1) * BLOCK_I:
+    if i_j * BLOCK_D < (i_i + 1) * ROWS:
         o_b = i_b.to(tl.int64)
-        o_i = (i_i * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)  # [BLOCK_I]
-        o_j = (i_j * BLOCK_J + tl.arange(0, BLOCK_J)).to(tl.int64)  # [BLOCK_J]
+        o_i = (i_i * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # [ROWS]
+        o_j = (i_j * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # [BLOCK_D]
         m_i = o_i < D
         k_start = i_split * k_per_program
         k_stop = tl.minimum(k_start + k_per_program, K)
-        b_scale = tl.zeros([BLOCK_I, BLOCK_J], dtype=DTYPE)
-        s_mu = tl.zeros([BLOCK_I, BLOCK_K], dtype=DTYPE)
+        b_scale = tl.zeros([ROWS, BLOCK_D], dtype=DTYPE)
+        s_mu = tl.zeros([ROWS, BLOCK_K], dtype=DTYPE)
         s_arrives = tl.zeros([BLOCK_K], dtype=DTYPE)
         seed = tl.load(p_seed)
         for i_k in range(k_start, k_stop, BLOCK_K):
@@ -170,11 +171,11 @@ def rsample_tril_backward_kernel(
             m_k = o_k < k_stop
             if p_grad_z is not None:
                 o_z = o_k[None, :] * stride_grad_z_k + o_b * stride_grad_z_b + o_i[:, None] * stride_grad_z_d
-                b_g = load(p_grad_z, o_z, m_k[None, :] & m_i[:, None], DTYPE)  # [BLOCK_I, BLOCK_K]
+                b_g = load(p_grad_z, o_z, m_k[None, :] & m_i[:, None], DTYPE)  # [ROWS, BLOCK_K]
                 s_mu += b_g
                 if p_grad_tril is not None:
                     b_eps = block_of_noise(
-                        seed, o_k, i_b, i_j * BLOCK_J, sample_offset, row_offset, DTYPE, BLOCK_K, BLOCK_J
+                        seed, o_k, i_b, i_j * BLOCK_D, sample_offset, row_offset, DTYPE, BLOCK_K, BLOCK_D
                     )
                     # An operand that is a reshaped tile Triton 3.7's compiler for sm_100 fails on.
                     b_eps = tl.where(o_j[None, :] < D, b_eps, 0.0)
@@ -236,11 +237,12 @@ def rsample_tril(
 def _gradients(grad_z, grad_log_q, tril, seed, samples, d, dtype, need) -> Call:
     b, packed_size = tril.shape
     computed, launching = accumulator(tril), LAUNCH["full_backward"]
-    block_i, block_j = _width(d, TILE_FIRST), _width(d)
-    block_k = _width(samples, launching.tile // block_j)
-    j_blocks, steps = cdiv(d, block_j), cdiv(samples, block_k)
-    blocks = cdiv(d, block_i) * j_blocks
-    splits = max(1, min(PROGRAMS // (b * blocks), steps // MIN_STEPS))
+    rows, block_d = _width(d, TILE_FIRST), _width(d)
+    block_k = _width(samples, launching.tile // block_d)
+    # The first column of blocks has the means.
+    j_blocks, steps = cdiv(d, block_d) if need[1] else 1, cdiv(samples, block_k)
+    blocks = cdiv(d, rows) * j_blocks
+    splits = max(1, min(PROGRAMS // (b * blocks), steps // MIN_STEPS), cdiv(steps, MAX_STEPS))
     per_program = cdiv(steps, splits) * block_k
     splits = cdiv(samples, per_program)
     return Call(
@@ -259,8 +261,8 @@ def _gradients(grad_z, grad_log_q, tril, seed, samples, d, dtype, need) -> Call:
         {
             "DTYPE": triton_dtype(computed),
             "BLOCK_K": block_k,
-            "BLOCK_I": block_i,
-            "BLOCK_J": block_j,
+            "ROWS": rows,
+            "BLOCK_D": block_d,
             **OPTIONS,
         },
         launching.warps(computed),

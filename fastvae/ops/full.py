@@ -134,8 +134,9 @@ def _in_one_dtype(mu: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
 
 def _noise(mu, seed, draw):
     """ε as the forward pass keeps it, [B, K, D]."""
-    place = draw.samples, *mu.shape, draw.sample_offset, draw.row_offset
-    return normal(seed, *place, dtype=accumulator(mu.dtype)).transpose(0, 1).contiguous()
+    (b, d), dtype = mu.shape, accumulator(mu.dtype)
+    eps = normal(seed, draw.samples, b, d, draw.sample_offset, draw.row_offset, dtype=dtype)
+    return eps.transpose(0, 1).contiguous()
 
 
 class _RsampleTrilBackward(Op):

@@ -20,7 +20,8 @@ LOG_2_PI = math.log(2 * math.pi)
 
 def _noise(seed: Tensor, draw: Any, mu: Tensor) -> Tensor:
     """[B, K, D], as the products take it."""
-    eps = normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=mu.dtype)
+    b, d = mu.shape
+    eps = normal(seed, draw.samples, b, d, draw.sample_offset, draw.row_offset, dtype=mu.dtype)
     return eps.transpose(0, 1)
 
 
