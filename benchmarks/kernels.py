@@ -192,6 +192,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                     yield from of_likelihood(likelihood, declared, dtype, size, size, [False], torch.uint8)
     yield from grouped_launches((f32, bf16, f64))
     yield from mixture_launches((f32, f64))
+    yield from full_launches((f32, bf16, f64))
     yield from head_launches((f32, bf16))
     for dtype in (f32, bf16, f64):
         for k, n in ((5000, 128), (50, 65536)):
@@ -265,6 +266,28 @@ def mixture_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Cal
                     g, g, g, z, *c, [True] * 4
                 ),
             )
+
+
+def full_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Latents of full covariance: few and many, and few rows of many samples."""
+    from fastvae.kernels import full
+    from fastvae.ops.full import Draw
+
+    seed = tensor(dtype=torch.int64)
+    for dtype in dtypes:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for k, b, d in ((50, 128, 2), (50, 128, 50), (5000, 4, 64), (50, 128, 128), (1, 64, 300)):
+            mu, tril = tensor(b, d, dtype=dtype), tensor(b, d * (d + 1) // 2, dtype=dtype)
+            grads = tensor(k, b, d, dtype=dtype), tensor(k, b, dtype=wide)
+            label, draw = f"{str(dtype)[6:]} {[k, b, d]}", Draw(k, 0, 0)
+            yield f"rsample_tril {label}", lambda q=(mu, tril), d=draw: full.rsample_tril(*q, seed, d)
+            for need in ([True, True], [True, False]):
+                yield (
+                    f"rsample_tril_backward {label}, need={need}",
+                    lambda g=grads, q=(mu, tril), d=draw, n=need: full.rsample_tril_backward(
+                        *g, *q, seed, d, n
+                    ),
+                )
 
 
 def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:

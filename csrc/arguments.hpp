@@ -100,6 +100,12 @@ struct Draw {
   double floor;
 };
 
+// How a draw is made of what takes no clamp.
+struct Place {
+  i64 samples, sample_offset, row_offset;
+  bool flat;
+};
+
 // Of a parameter: a number for every element; a row, the same for all samples and rows; one number for each row (k, b); one in all.
 enum Kind { kFull = 0, kColumn = 1, kOne = 2, kNumber = 3 };
 inline bool is_shared(int kind) { return kind == kColumn || kind == kNumber; }

@@ -14,6 +14,7 @@ namespace FASTVAE_ISA {
 #include "weigh.hpp"
 #include "grouped.hpp"
 #include "mixture.hpp"
+#include "full.hpp"
 #include "gemm.hpp"
 #include "head.hpp"
 // clang-format on
@@ -150,6 +151,8 @@ std::map<std::string, Implement> kernels() {
       {"rsample_kl_backward", &Kernel<RsampleKlBackward, 0>::implement},
       {"rsample_log_ratio", &Kernel<RsampleLogRatio, 0>::implement},
       {"rsample_log_ratio_backward", &Kernel<RsampleLogRatioBackward, 0>::implement},
+      {"rsample_tril", &Kernel<RsampleTril, 0>::implement},
+      {"rsample_tril_backward", &Kernel<RsampleTrilBackward, 0>::implement},
       {"log_mean_exp", &Kernel<LogMeanExp, 0>::implement},
       {"log_mean_exp_backward", &Kernel<LogMeanExpBackward, 0>::implement},
   };
@@ -211,6 +214,8 @@ PYBIND11_MODULE(_C, m) {
       method<RsampleKlBackward>(),
       method<RsampleLogRatio>(),
       method<RsampleLogRatioBackward>(),
+      method<RsampleTril>(),
+      method<RsampleTrilBackward>(),
       method<LogProb>(),
       method<LogProbBackward>(),
       method<Weigh>(),

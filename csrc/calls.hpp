@@ -11,6 +11,13 @@ using MadeOf = typename Caller::Made;
 template <class Caller>
 using ResultsOf = typename Caller::Results;
 
+// z (K, B, D), or (K B, D).
+template <class Caller>
+MadeOf<Caller> make_z(const GivenOf<Caller>& mu, i64 samples, bool flat, int dtype) {
+  if (!flat) return make(mu, {samples, mu.n0, mu.n1}, dtype);
+  return samples == 1 ? make_like(mu, dtype) : make(mu, {samples * mu.n0, mu.n1}, dtype);
+}
+
 template <class Caller>
 struct LatentArguments {
   GivenOf<Caller> mu;
@@ -21,10 +28,7 @@ struct LatentArguments {
       : mu(from.given()), logvar(from.tensor()), prior_mu(from.tensor()), prior_logvar(from.tensor()), seed(from.data()),
         draw(from.draw()) {}
 
-  MadeOf<Caller> make_z(int dtype) const {
-    if (!draw.flat) return make(mu, {draw.samples, mu.n0, mu.n1}, dtype);
-    return draw.samples == 1 ? make_like(mu, dtype) : make(mu, {draw.samples * mu.n0, mu.n1}, dtype);
-  }
+  MadeOf<Caller> make_z(int dtype) const { return fastvae::make_z<Caller>(mu, draw.samples, draw.flat, dtype); }
 };
 
 // Gradients of q and p.
@@ -189,6 +193,47 @@ struct RsampleLogRatioBackward {
     from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_log_ratio, weight, slope, q.mu, q.logvar, q.prior_mu,
              q.prior_logvar, q.draw, from.threads(), path);
     return from.results(std::move(to.made));
+  }
+};
+
+// mu, tril, seed, place, keep_noise -> z, log q, the noise.
+struct RsampleTril {
+  static constexpr const char* kName = "rsample_tril";
+  static constexpr bool kEmptyForNone = true;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(rsample_tril);
+    const GivenOf<Caller> mu = from.given();
+    const Tensor tril = from.tensor();
+    const Output seed = from.data();
+    const Place place = from.place();
+    const int wide = mu.wide();
+    MadeOf<Caller> z = make_z<Caller>(mu, place.samples, place.flat, mu.dtype), log_q = make(mu, {place.samples, mu.n0}, wide), eps;
+    if (from.flag()) eps = make(mu, {mu.n0, place.samples, mu.n1}, wide);
+    from.run(kernel, z, log_q, eps, mu, tril, seed, place, from.threads());
+    return from.results({std::move(z), std::move(log_q), std::move(eps)});
+  }
+};
+
+// What arrives at z and at log q, the noise, the op's arguments, need -> gradients. Without the noise `otherwise` is called.
+struct RsampleTrilBackward {
+  static constexpr const char* kName = "rsample_tril_backward";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(rsample_tril_backward);
+    from.read_otherwise();
+    const Tensor grad_z = from.tensor(), grad_log_q = from.tensor(), eps = from.tensor();
+    const GivenOf<Caller> mu = from.given(), tril = from.given();
+    from.skip();  // the seed
+    const Place place = from.place();
+    const Need need = from.need();
+    if (need[1] && grad_z.data && !eps.data && mu.size()) return from.otherwise();
+    MadeOf<Caller> made[2];
+    if (need[0]) made[0] = make_like(mu, mu.dtype);
+    if (need[1]) made[1] = make_like(tril, tril.dtype);
+    from.run(kernel, made[0], made[1], grad_z, grad_log_q, eps, mu, tril, place, from.threads());
+    return from.results(std::move(made));
   }
 };
 

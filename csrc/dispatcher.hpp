@@ -191,6 +191,10 @@ class FromDispatcher {
     const Scale scale = scale_of(text());
     return {samples, sample_offset, row_offset, low, high, flat, scale, real()};
   }
+  Place place() {
+    const i64 samples = integer(), sample_offset = integer(), row_offset = integer();
+    return {samples, sample_offset, row_offset, flag()};
+  }
   How how() {
     const double coefficient = real();
     const bool log_mean_exp = std::strcmp(text(), "log_mean_exp") == 0;

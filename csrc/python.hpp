@@ -188,6 +188,10 @@ class FromPython {
     if (scale == nullptr) throw pybind11::error_already_set();
     return {integer(t[0]), integer(t[1]), integer(t[2]), real(t[3]), real(t[4]), t[5] == Py_True, scale_of(scale), real(t[7])};
   }
+  Place place() {  // (samples, sample_offset, row_offset, flat)
+    PyObject* const* t = items_of(next(), 4);
+    return {integer(t[0]), integer(t[1]), integer(t[2]), t[3] == Py_True};
+  }
   How how() {  // (coefficient, over, reduction)
     PyObject* const* t = items_of(next(), 3);
     const bool log_mean_exp = PyUnicode_CompareWithASCIIString(t[1], "log_mean_exp") == 0;

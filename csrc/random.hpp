@@ -97,8 +97,10 @@ FASTVAE_INLINE void philox(U64& c0, U64& c1, U64& c2, U64& c3, Key key) {
   }
 }
 
-// The words of `calls` counters (block + c0[i], row + c1[i], sample, level); whole steps are done.
+// The words of `calls` counters (block + c0[i], row + c1[i], sample, level); with kOfSamples (block + c0[i], row, sample + c1[i],
+// level); whole steps are done.
 constexpr int kCalls = kTile / 4;
+template <bool kOfSamples>
 FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t block, const std::uint32_t* c1, std::uint32_t row,
                                std::uint32_t sample, std::uint32_t level, Key key, std::uint32_t (*words)[kCalls]) {
   const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample, levels = zero + level, lower = zero + 0xffffffffu;
@@ -106,8 +108,9 @@ FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t
     U64 pattern0, pattern1;
     __builtin_memcpy(&pattern0, c0 + i, sizeof(U64));
     __builtin_memcpy(&pattern1, c1 + i, sizeof(U64));
-    U64 even[4] = {pattern0 + blocks, pattern1 + rows, samples, levels};
-    U64 odd[4] = {(pattern0 >> 32) + blocks, (pattern1 >> 32) + rows, samples, levels};
+    const U64 row_pattern = kOfSamples ? zero : pattern1, sample_pattern = kOfSamples ? pattern1 : zero;
+    U64 even[4] = {pattern0 + blocks, row_pattern + rows, sample_pattern + samples, levels};
+    U64 odd[4] = {(pattern0 >> 32) + blocks, (row_pattern >> 32) + rows, (sample_pattern >> 32) + samples, levels};
     philox(even[0], even[1], even[2], even[3], key);
     philox(odd[0], odd[1], odd[2], odd[3], key);
     for (int j = 0; j < 4; ++j) {
@@ -167,7 +170,7 @@ FASTVAE_LOOP void interleave(int calls, const C (*planes)[kCalls], C* out) {
 #endif
 }
 
-// The noise of one tile at a time: rows of the same columns and the same sample.
+// The noise of one tile at a time: rows of the same columns and the same sample, or samples of the same columns and the same row.
 template <class C>
 class Noise {
  public:
@@ -190,9 +193,14 @@ class Noise {
   }
 
   // The normals of the tile that begins at (sample, row).
-  const C* operator()(i64 sample, i64 row) {
-    philox_calls(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_),
-                 static_cast<std::uint32_t>(sample + sample_offset_), level_, key_, words_);
+  const C* operator()(i64 sample, i64 row) { return draw<false>(sample, row); }
+  const C* of_samples(i64 sample, i64 row) { return draw<true>(sample, row); }
+
+ private:
+  template <bool kOfSamples>
+  const C* draw(i64 sample, i64 row) {
+    philox_calls<kOfSamples>(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_),
+                             static_cast<std::uint32_t>(sample + sample_offset_), level_, key_, words_);
     for (int j = 0; j < 4; j += 2) {
       radii(calls_, words_[j], radii_);
       turns(calls_, radii_, words_[j + 1], planes_[j], planes_[j + 1]);
@@ -201,7 +209,6 @@ class Noise {
     return normals_;
   }
 
- private:
   Key key_;
   std::uint32_t level_;
   i64 sample_offset_, row_offset_;

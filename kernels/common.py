@@ -64,6 +64,10 @@ LAUNCH = {
     "grouped": Launch(256, 128, 128, 128),
     # What reaches one side of a mixture's scores: two sums and what they are made of, 8 elements a thread.
     "mixture_backward": Launch(1024, 128, 256, 128),
+    # A product's tile, samples and columns of z: 16 sums a thread, and what they are sums of.
+    "full": Launch(2048, 128, 128, 128),
+    # A step's samples and columns of noise: 8 normals a thread, and 16 sums of a block of the triangle.
+    "full_backward": Launch(1024, 128, 256, 128),
     # As the likelihoods: one operand, and little arithmetic.
     "importance": Launch(2048, 128, 256, 128),
 }

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import fastvae
 from fastvae import ops
 
-from . import cases, compare, strategies, test_importance, test_latent, test_mixture, test_weigh
+from . import cases, compare, strategies, test_full, test_importance, test_latent, test_mixture, test_weigh
 
 # Few samples and columns, many rows: results that are sums have many elements then. Or many of another axis:
 # sums of many terms.
@@ -50,6 +50,7 @@ def _rsample_log_ratio(case):
 OPS = {
     "rsample_kl": (test_latent.cases(_sizes(3)), _rsample_kl),
     "rsample_log_ratio": (test_latent.cases(_sizes(3)), _rsample_log_ratio),
+    "rsample_tril": (test_full.cases(), test_full.results),
     **{f"{name}_log_prob": (cases.log_prob(name, _sizes(3)), cases.results) for name in cases.LIKELIHOODS},
     "log_mean_exp": (test_importance.cases(_sizes(2)), test_importance.results),
     "mixture_log_prob": (test_mixture.cases(_sizes(3)), test_mixture.results),

@@ -253,6 +253,40 @@ def mixture(
     return value, grads
 
 
+def full(
+    mu: Tensor, tril: Tensor, eps: Tensor, grad_z: Tensor | None, grad_log_q: Tensor | None
+) -> tuple[Rounded, Rounded, list[Rounded]]:
+    """z and log q of draws with the packed triangle of L, and the gradients of mu and of the triangle.
+
+    Args:
+        eps: the noise [K, B, D] in float64.
+        grad_z, grad_log_q: what arrives at z [K, B, D] and at log q [K, B]; None where nothing does.
+    """
+    dtype = computation(mu, tril)
+    (k, b, d), device = eps.shape, eps.device
+    mu, tril, eps = Rounded.exact(mu, dtype), Rounded.exact(tril, dtype), Rounded.exact(eps, dtype).noise()
+    rows, columns = torch.tril_indices(d, d, device=device)
+    places = torch.zeros(d, d, dtype=torch.long, device=device)
+    places[rows, columns] = torch.arange(len(rows), device=device)
+    below = rows.new_ones(d, d).tril().bool()
+    on_diagonal = torch.eye(d, dtype=torch.bool, device=device)
+    packed = tril[:, places].where(below)  # [B, D, D]
+    logs = packed.where(on_diagonal)
+    scale = Rounded._where(on_diagonal, logs.exp(), packed)
+    move = _in_turn(scale * eps[:, :, None, :], 3)
+    constant = _constant(0.5 * math.log(2 * math.pi), mu)
+    of_scale = total([logs.sum(2), constant], 1).expand(k, b)
+    log_q = total([-(_in_turn(eps.square(), 2) * 0.5), -of_scale])
+
+    zero = Rounded.exact(torch.zeros(k, b, d, device=device), dtype)
+    g_z = zero if grad_z is None else Rounded.exact(grad_z, dtype)
+    g_q = zero[:, :, 0] if grad_log_q is None else Rounded.exact(grad_log_q, dtype)
+    by_scale = _in_turn(g_z[:, :, :, None] * eps[:, :, None, :], 0)  # [B, D, D]
+    arrives = _in_turn(g_q, 0)[:, None, None].expand(b, d, d).where(on_diagonal)
+    by_scale = total([Rounded._where(on_diagonal, by_scale * scale, by_scale), -arrives])
+    return mu + move, log_q, [_in_turn(g_z, 0), by_scale[:, rows, columns]]
+
+
 def _in_turn(terms: Rounded, dim: int, most: int = 256) -> Rounded:
     """The sum over one axis, of which up to ``most`` are added one after the other."""
     size = terms.value.abs().sum(dim)

@@ -43,6 +43,7 @@ mu, logvar = (torch.randn(6, 40, requires_grad=True) for _ in range(2))
 x, mean = torch.rand(6, 80), torch.randn(3, 6, 80, requires_grad=True)
 log_w = torch.randn(3000, 4, requires_grad=True)
 components = torch.randn(7, 80, requires_grad=True)
+tril = torch.randn(6, 820, requires_grad=True)
 seed = torch.tensor(3)
 ones = lambda *t: [torch.ones_like(u) for u in t]
 def grad(out, *inputs):
@@ -56,6 +57,7 @@ calls = {
     "rsample_log_ratio": lambda: grad(
         ops.rsample_log_ratio(mu, logvar, **three, estimator="stl"), mu, logvar
     ),
+    "rsample_tril": lambda: grad(ops.rsample_tril(mu, tril, **three), mu, tril),
     "gaussian": lambda: grad(ops.gaussian_log_prob(x, mean, 0.0), mean),
     "bernoulli": lambda: grad(ops.bernoulli_log_prob(x, mean), mean),
     "log_mean_exp": lambda: grad(ops.log_mean_exp(log_w), log_w),

@@ -97,6 +97,22 @@ def _backward_arguments(op: str):
         yield g["z"], None, None, g["slope"], *inputs, False, [True, False, False, False]
 
 
+def _tril_arguments(op: str):
+    """Argument lists of draws with a full covariance, flat or not, and of what goes back."""
+    inputs = [randn(B, D, seed=1), randn(B, D * (D + 1) // 2, seed=2)]
+    place = seed_of(1), K, 2, 9
+    if op == "rsample_tril":
+        for dtype, flat, keep in ((torch.float32, False, True), (torch.float64, True, True)):
+            yield *(t.to(dtype).requires_grad_() for t in inputs), *place, flat, keep
+        yield inputs[0].bfloat16().requires_grad_(), inputs[1].bfloat16(), *place, False, False
+        return
+    grad_z, grad_log_q, eps = randn(K, B, D, seed=7), randn(K, B, seed=8), randn(B, K, D, seed=9)
+    yield grad_z, grad_log_q, eps, *inputs, *place, False, [True, True]
+    yield grad_z.flatten(0, 1), None, None, *inputs, *place, True, [False, True]
+    yield grad_z, grad_log_q, None, *inputs, *place, False, [True, False]
+    yield None, grad_log_q, None, *inputs, *place, False, [True, True]
+
+
 def _log_prob_arguments(op: str):
     """Argument lists of a likelihood and of its backward pass: parameters that broadcast, dtypes."""
     declared = DECLARED[op.removesuffix("_backward").removesuffix("_log_prob")]
@@ -193,7 +209,9 @@ def _head_arguments(op: str):
 def _arguments(op: str):
     """All argument lists that opcheck sees for ``torch.ops.fastvae.<op>``."""
     log_w = randn(K, B, seed=13)
-    if op.startswith("rsample"):
+    if op.startswith("rsample_tril"):
+        yield from _tril_arguments(op)
+    elif op.startswith("rsample"):
         yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
     elif op.startswith(("categorical", "discretized_logistic_mixture")):
         yield from _grouped_arguments(op)
@@ -477,6 +495,10 @@ def _public_ops():
         "rsample_log_ratio iwae": (latent(ops.rsample_log_ratio), inputs),
         "rsample_log_ratio dreg": (latent(ops.rsample_log_ratio, estimator="dreg"), inputs),
         "rsample_log_ratio stl": (latent(ops.rsample_log_ratio, estimator="stl"), inputs),
+        "rsample_tril": (
+            lambda m, t: ops.rsample_tril(m, t, samples=K, seed=seed),
+            (mu, randn(B, D * (D + 1) // 2, seed=44)),
+        ),
         **_public_likelihoods(),
         "log_mean_exp": (ops.log_mean_exp, (mean[:, :, 0],)),
         "mixture_log_prob": (

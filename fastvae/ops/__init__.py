@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import likelihood as _likelihood
 from . import weigh as _weigh
+from .full import rsample_tril
 from .grouped import categorical_log_prob, discretized_logistic_mixture_log_prob
 from .head import linear_log_prob
 from .importance import log_mean_exp
@@ -26,6 +27,7 @@ __all__ = [
     "mixture_log_prob",
     "rsample_kl",
     "rsample_log_ratio",
+    "rsample_tril",
 ]
 
 

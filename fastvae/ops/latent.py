@@ -339,13 +339,13 @@ def options(form: Form | None) -> dict[str, Any]:
 # What the two ops share
 
 
-def _shape_of_z(mu, draw):
+def shape_of_z(mu, draw):
     rows, columns = mu.shape
     return (draw.samples * rows, columns) if draw.flat else (draw.samples, rows, columns)
 
 
 def _fake_draw(mu, draw, keep):
-    shape = _shape_of_z(mu, draw)
+    shape = shape_of_z(mu, draw)
     return mu.new_empty(shape), mu.new_empty(shape, dtype=accumulator(mu.dtype)) if keep else None
 
 
@@ -353,10 +353,10 @@ def _slope(mu, logvar, seed, draw):
     wide = accumulator(mu.dtype)
     eps = normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=wide)  # type: ignore[call-arg, misc]
     slope = 0.5 * spread(logvar.to(wide), draw).sigma * eps
-    return slope.reshape(_shape_of_z(mu, draw))
+    return slope.reshape(shape_of_z(mu, draw))
 
 
-def _stacked(grad_z, mu, draw):
+def stacked(grad_z, mu, draw):
     """[K, B, D] of whatever arrives at z."""
     if grad_z is None or not draw.flat:
         return grad_z
@@ -367,7 +367,7 @@ def _composed_draw(function, mu, logvar, prior_mu, prior_logvar, seed, draw, opt
     """From the reference and Triton, which give z its axis and make the noise again in the backward pass."""
     z, second = function(mu, logvar, prior_mu, prior_logvar, seed, draw, option)
     slope = _slope(mu, logvar, seed, draw) if keep else None
-    return in_shape(z, _shape_of_z(mu, draw)), second, slope
+    return in_shape(z, shape_of_z(mu, draw)), second, slope
 
 
 class _Draw(Op):
@@ -430,7 +430,7 @@ class _RsampleKLBackward(_Gradient):
 
         def backward(grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, seed, draw, need):
             return function(
-                _stacked(grad_z, mu, draw), grad_kl, mu, logvar, prior_mu, prior_logvar, seed, draw, need
+                stacked(grad_z, mu, draw), grad_kl, mu, logvar, prior_mu, prior_logvar, seed, draw, need
             )
 
         return backward
@@ -474,7 +474,7 @@ class _RsampleLogRatioBackward(_Gradient):
 
         def backward(grad_z, grad_log_ratio, weight, slope, mu, *rest):
             draw = next(r for r in rest if isinstance(r, Draw))
-            return function(_stacked(grad_z, mu, draw), grad_log_ratio, weight, mu, *rest)
+            return function(stacked(grad_z, mu, draw), grad_log_ratio, weight, mu, *rest)
 
         return backward
 

@@ -1,0 +1,216 @@
+r"""Reparameterised sampling of a Gaussian with a full covariance, and the density of what is drawn.
+
+With :math:`q = N(μ, L Lᵀ)`, the lower triangle L packed row by row with the logarithms of its diagonal, and
+noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random`):
+
+.. math::
+    z_{kbi} &= μ_{bi} + \sum_{j \le i} L_{bij} ε_{kbj} \\
+    \log q(z_k|x) &= -½ \sum_d ε_{kbd}^2 - \sum_d \log L_{bdd} - \tfrac{D}{2} \log 2π
+
+The density is that of the noise: no triangular system is solved, and nothing cancels.
+
+Gradients. With :math:`g^z` and :math:`g^q_k` what arrives at z and at the density, whose dependence on z and
+on (μ, L) is taken in all (the ``"iwae"`` estimator of :mod:`fastvae.ops.latent`):
+
+.. math::
+    \bar μ_i = \sum_k g^z_{ki}, \quad \bar L_{ij} = \sum_k g^z_{ki} ε_{kj} \ (i > j), \quad
+    \overline{\log L_{ii}} = L_{ii} \sum_k g^z_{ki} ε_{ki} - \sum_k g^q_k
+
+On a CPU the forward pass of training keeps ε as [B, K, D], where a row's samples are a matrix; on a GPU it is
+drawn again. No implementation in C++ or Triton makes the matrices [B, D, D].
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend, random
+from .._checks import (
+    check_address,
+    check_count,
+    check_same_device,
+    check_seed,
+    check_tensor,
+    shape_of,
+)
+from ..reference.random import normal
+from .latent import shape_of_z, stacked
+from .op import Op, accumulator, cast, empty_like, in_shape, or_none
+
+
+class Draw(NamedTuple):
+    """How a draw is made: what the op takes beside tensors, in every layer."""
+
+    samples: int
+    sample_offset: int
+    row_offset: int
+    flat: bool = False  # z is [K·B, D], as a decoder takes it
+
+
+_INPUTS = "Tensor mu, Tensor tril, Tensor seed, "
+_DRAW = "SymInt samples, SymInt sample_offset, SymInt row_offset, bool flat"
+
+
+def rsample_tril(
+    mu: Tensor,
+    tril: Tensor,
+    *,
+    samples: int,
+    seed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    row_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    r"""Sample z = μ + L·ε and compute log q(z|x) of every sample in one pass.
+
+    .. math:: \log q(z_k|x) = -½ \|ε_k\|^2 - \sum_d \log L_{dd} - \tfrac{D}{2} \log 2π
+
+    Args:
+        mu: mean of q, [B, D].
+        tril: the lower triangle of L row by row, [B, D(D+1)/2], with the logarithms of its diagonal, so that
+            any numbers will do.
+        samples: K draws per row.
+        seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
+
+    Returns:
+        z [K, B, D] in the inputs' dtype, and the log density in nats [K, B] in float32 (float64 for float64
+        inputs).
+
+    Raises:
+        TypeError, ValueError: if mu and tril are not floating-point tensors [B, D] and [B, D(D+1)/2] on one
+            device, or the like.
+
+    References:
+        Kingma & Welling, An Introduction to Variational Autoencoders, 2019, section 2.5.1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> mu, tril = torch.randn(4, 3), torch.randn(4, 6)
+        >>> z, log_q = fastvae.ops.rsample_tril(mu, tril, samples=5)
+        >>> z.shape, log_q.shape
+        (torch.Size([5, 4, 3]), torch.Size([5, 4]))
+    """
+    check_count("samples", samples, "the draws per row")
+    mu, tril = _check_tensors(mu, tril)
+    if sample_offset != 0 or row_offset != 0 or samples > 2**32:
+        check_address(samples, mu.shape[0], sample_offset, row_offset)
+    seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
+    return _rsample_tril(mu, tril, seed, Draw(samples, sample_offset, row_offset))
+
+
+def flat_tril(
+    mu: Tensor, tril: Tensor, seed: Tensor, samples: int, sample_offset: int = 0, row_offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    """z [K·B, D] and log q [K, B], of :func:`rsample_tril`; for a pair that has been checked, and a seed."""
+    if sample_offset != 0 or row_offset != 0 or samples > 2**32:
+        check_address(samples, mu.shape[0], sample_offset, row_offset)
+    mu, tril = _in_one_dtype(mu, tril)
+    return _rsample_tril(mu, tril, seed, Draw(samples, sample_offset, row_offset, True))
+
+
+def _check_tensors(mu: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
+    check_tensor("mu", mu, 2, "[B, D]")
+    check_tensor("tril", tril, 2, "[B, D(D+1)/2]")
+    check_same_device("tril", tril, "mu", mu)
+    b, d = mu.shape
+    if tril.shape[0] != b or tril.shape[1] != d * (d + 1) // 2:
+        raise ValueError(
+            f"tril has shape {shape_of(tril)} beside a mu of {shape_of(mu)}; expected [B, D(D+1)/2] = "
+            f"[{b}, {d * (d + 1) // 2}]: the lower triangle of L row by row, its diagonal as logarithms"
+        )
+    return _in_one_dtype(mu, tril)
+
+
+def _in_one_dtype(mu: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
+    if mu.dtype == tril.dtype:
+        return mu, tril
+    dtype = torch.promote_types(mu.dtype, tril.dtype)
+    return cast(mu, dtype), cast(tril, dtype)
+
+
+def _noise(mu, seed, draw):
+    """ε as the forward pass keeps it, [B, K, D]."""
+    (b, d), dtype = mu.shape, accumulator(mu.dtype)
+    eps = normal(seed, draw.samples, b, d, draw.sample_offset, draw.row_offset, dtype=dtype)
+    return eps.transpose(0, 1).contiguous()
+
+
+class _RsampleTrilBackward(Op):
+    """Gradients of (mu, tril), None where not needed."""
+
+    module = "full"
+    name = "rsample_tril_backward"
+    schema = (
+        f"(Tensor? grad_z, Tensor? grad_log_q, Tensor? eps, {_INPUTS}{_DRAW}, bool[2] need) "
+        "-> (Tensor, Tensor)"
+    )
+    record = Draw
+
+    def __init__(self):
+        self.native = functools.partial(_backend.native(self.name), self._without_noise)
+        super().__init__()
+
+    def _without_noise(self, grad_z, grad_log_q, _, mu, tril, seed, draw, need):
+        """The C++, where the forward pass did not keep the noise: a transform of torch.func may not say that
+        it will differentiate, and a caller of the dispatcher's op need not.
+        """
+        return self.native(grad_z, grad_log_q, _noise(mu, seed, draw), mu, tril, seed, draw, need)
+
+    def composed(self, backend):
+        function = super().composed(backend)
+
+        def backward(grad_z, grad_log_q, _, mu, tril, seed, draw, need):
+            return function(stacked(grad_z, mu, draw), grad_log_q, mu, tril, seed, draw, need)
+
+        return backward
+
+    def fake(self, grad_z, grad_log_q, eps, mu, tril, seed, draw, need):
+        return tuple(empty_like(t) if n else None for t, n in zip((mu, tril), need, strict=True))
+
+
+class _RsampleTril(Op):
+    """The noise is the last of the results, and is kept where tril's gradient is wanted."""
+
+    module = "full"
+    name = "rsample_tril"
+    schema = f"({_INPUTS}{_DRAW}, bool keep_noise) -> (Tensor, Tensor, Tensor)"
+    record = Draw
+    told = True
+    shown = 2
+    gradient = _RsampleTrilBackward()
+    native = staticmethod(_backend.native(name))
+
+    def composed(self, backend):
+        function = super().composed(backend)
+
+        def sample(mu, tril, seed, draw, keep):
+            z, log_q = function(mu, tril, seed, draw)
+            return in_shape(z, shape_of_z(mu, draw)), log_q, _noise(mu, seed, draw) if keep else None
+
+        return sample
+
+    def fake(self, mu, tril, seed, draw, keep):
+        (b, d), wide = mu.shape, accumulator(mu.dtype)
+        z, log_q = mu.new_empty(shape_of_z(mu, draw)), mu.new_empty((draw.samples, b), dtype=wide)
+        return z, log_q, mu.new_empty((b, draw.samples, d), dtype=wide) if keep else None
+
+    def forward(self, run, ctx, mu, tril, seed, draw, keep):
+        z, log_q, eps = run(mu, tril, seed, draw, keep and ctx.needs_input_grad[1])
+        ctx.set_materialize_grads(False)
+        if eps is not None:
+            ctx.mark_non_differentiable(eps)
+        ctx.save_for_backward(eps, mu, tril, seed)
+        ctx.draw = draw
+        return z, log_q, eps
+
+    def backward(self, run, ctx, grad_z, grad_log_q, _):
+        eps, *inputs = ctx.saved_tensors
+        grads = run(grad_z, grad_log_q, or_none(eps), *inputs, ctx.draw, list(ctx.needs_input_grad[:2]))
+        return *grads, None, None, None
+
+
+_rsample_tril = _RsampleTril()
