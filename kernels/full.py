@@ -36,8 +36,8 @@ from .random import normals
 HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 # Columns of a block at most, and steps of a product; the least that a product takes.
 TILE_D, STEPS, LEAST = 64, 16, 16
-# The first axis of a product at most: from 64 on Triton 3.7 takes sm_100's matrix units, whose TF32 has three
-# digits, whatever precision it is told.
+# The first axis of a product at most: of 64 rows Triton 3.7 makes one of TF32 on sm_100 backward, which keeps
+# three digits, though it is told "ieee".
 TILE_FIRST = 32
 # As many registers as there are, or the assembler spills some bytes to have fewer (NVIDIA's).
 OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
