@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
         likelihood = as_likelihood(likelihood, shared=True)
         likelihood.check(x)
         q = as_posterior(q)
-        check_batch("x", x, q.batch, q.device)
+        check_batch("x", x, q.batch, q.device, q.latent)
         if not callable(decoder):
             raise TypeError(
                 "decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got "

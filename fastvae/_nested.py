@@ -104,20 +104,23 @@ class Beside(NamedTuple):
         return Beside.of(mask, size, None)
 
 
-def check_batch(name: str, value: Any, batch: int, device: torch.device) -> None:
-    """Check that a tensor, or each of a dict, has this batch axis, on this device."""
+def check_batch(
+    name: str, value: Any, batch: int, device: torch.device, latent: tuple[int, ...] | None = None
+) -> None:
+    """Check that a tensor, or each of a dict, has this batch axis, on this device; ``latent`` is q's."""
     if isinstance(value, Mapping):
         if not value:
             raise ValueError(f"{name} is an empty dict; expected tensors by name")
         for key, part in value.items():
-            check_batch(f"{name}[{key!r}]", part, batch, device)
+            check_batch(f"{name}[{key!r}]", part, batch, device, latent)
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor or a dict of tensors, got {type(value).__name__}")
     if value.dim() == 0 or value.shape[0] != batch:
+        axes = "" if latent is None else f", read as [B, *latent] = {[batch, *latent]}"
         raise ValueError(
-            f"{name} has shape {shape_of(value)} but q has {batch} rows; the first axis of both must be the "
-            "batch"
+            f"{name} has shape {shape_of(value)} but q has {batch} rows{axes}; the first axis of both must "
+            "be the batch"
         )
     if not on_same_device(value.device, device):
         raise ValueError(f"{name} is on {value.device} but q is on {device}; move one of them")

@@ -2894,8 +2894,8 @@ PYTHON = [
     Mutant(
         "data: a prior that does not see the context",
         "fastvae/_inputs.py",
-        "return cls(x, q, decoder, likelihood, as_prior(prior, context), beside)",
-        "return cls(x, q, decoder, likelihood, as_prior(None), beside)",
+        "prior = as_prior(prior, context)",
+        "prior = as_prior(None)",
         ("data",),
     ),
     Mutant(
@@ -3195,15 +3195,15 @@ PYTHON = [
     Mutant(
         "logvar_range lost for some rows",
         "fastvae/distributions/normal.py",
-        "self.logvar[start:stop], self.logvar_range)",
-        "self.logvar[start:stop])",
+        "made = diagonal(mu, logvar, self.logvar_range)",
+        "made = diagonal(mu, logvar)",
         ("frontend::test_a_clamp_is_kept_by_examples_that_go_on_drawing",),
     ),
     Mutant(
         "rows of another place",
         "fastvae/distributions/normal.py",
-        "diagonal(self.mu[start:stop]",
-        "diagonal(self.mu[: stop - start]",
+        "self.of(self.mu[start:stop]",
+        "self.of(self.mu[: stop - start]",
         ("addresses::test_stopping_draws_the_same_noise_in_any_batch",),
     ),
     Mutant(
@@ -3954,8 +3954,8 @@ PYTHON = [
     Mutant(
         "VAE: samples in the noise's dtype",
         "fastvae/vae.py",
-        "self._decode(z.to(reference.dtype), context)",
-        "self._decode(z, context)",
+        "self._decode(z.to(reference.dtype), context, latent)",
+        "self._decode(z, context, latent)",
         ("frontend::test_samples_are_of_the_models_dtype",),
     ),
     Mutant(
@@ -3975,8 +3975,8 @@ PYTHON = [
     Mutant(
         "VAE: reconstructs beside the mean",
         "fastvae/vae.py",
-        "self.likelihood.mean(self._decode(mean, context))",
-        "self.likelihood.mean(self._decode(mean + 0.1, context))",
+        "self._decode(q.mean, context, q.latent)",
+        "self._decode(q.mean + 0.1, context, q.latent)",
         ("frontend::test_means_are_in_the_space_of_the_data",),
     ),
     Mutant(
@@ -4395,6 +4395,69 @@ PYTHON = [
         "indices.shape[1:].numel() * math.log",
         "math.log",
         ("quantize",),
+    ),
+    Mutant(
+        "spatial: the decoder is given flat latents",
+        "fastvae/_nested.py",
+        "z = z.unflatten(1, latent)",
+        "pass",
+        ("spatial",),
+    ),
+    Mutant(
+        "spatial: merged rows are not looked at",
+        "fastvae/_inputs.py",
+        "if latent is not None:\n                self._check_rows",
+        "if False:\n                self._check_rows",
+        ("errors",),
+    ),
+    Mutant(
+        "spatial: rows of a posterior forget the shape",
+        "fastvae/distributions/normal.py",
+        "self.logvar[start:stop], self.latent)",
+        "self.logvar[start:stop])",
+        ("spatial",),
+    ),
+    Mutant(
+        "spatial: a subclass loses what else it holds",
+        "fastvae/distributions/normal.py",
+        "made.__dict__[name] = self.__dict__[name]",
+        "made.__dict__.setdefault('logvar_range', None)",
+        ("spatial",),
+    ),
+    Mutant(
+        "spatial: a prior of one batch's shape is not told from another",
+        "fastvae/distributions/spatial.py",
+        "if p.latent is not None and p.latent != latent:",
+        "if False:",
+        ("errors",),
+    ),
+    Mutant(
+        "spatial: a flat prior is read in the latents' shape",
+        "fastvae/distributions/spatial.py",
+        "return len(shape) == 0 or (len(shape) <= 2 and shape[-1] == math.prod(latent))",
+        "return len(shape) == 0",
+        ("spatial",),
+    ),
+    Mutant(
+        "spatial: a prior of each row is one row's",
+        "fastvae/distributions/spatial.py",
+        "tuple(shape[: len(shape) - len(latent)]) if len(shape) == len(whole) else ()",
+        "()",
+        ("spatial",),
+    ),
+    Mutant(
+        "spatial: the batch counts as a part of the event",
+        "fastvae/distributions/read.py",
+        "if len(q.batch_shape) and type(normal",
+        "if type(normal",
+        ("errors",),
+    ),
+    Mutant(
+        "spatial: the mean is decoded flat",
+        "fastvae/vae.py",
+        "self._decode(q.mean, context, q.latent)",
+        "self._decode(q.mean, context, None)",
+        ("spatial",),
     ),
 ]
 

@@ -86,7 +86,7 @@ CASES = {
     "mu with three axes": (
         lambda: iwae(x(), (mu(1, B, D), logvar(1, B, D)), pair),
         ValueError,
-        ["mu has shape [1, 5, 3]", "[B, D]", "2 axes"],
+        ["x has shape [5, 7] but q has 1 rows", "[B, *latent] = [1, 5, 3]", "the batch"],
     ),
     "integer x": (
         lambda: elbo((x() > 0.5).long(), q(), logits, **BERNOULLI),
