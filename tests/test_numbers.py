@@ -150,14 +150,18 @@ def test_a_clamp_holds_when_the_backend_changes_between_the_passes(forward, back
 
 @pytest.mark.parametrize("op", ["rsample_kl", "rsample_log_ratio"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_what_the_dispatchers_op_did_not_keep_is_made_again(on_cpu, op, flat):
+@pytest.mark.parametrize(
+    "form", [(-0.5, 0.5, "logvar", 0.0), (-math.inf, math.inf, "log_scale", 0.0),
+             (-math.inf, math.inf, "softplus", 0.0), (-math.inf, math.inf, "softplus", 0.1)],
+)  # fmt: skip
+def test_what_the_dispatchers_op_did_not_keep_is_made_again(on_cpu, op, flat, form):
     """A graph's op may not know that it will be differentiated; the clamp holds all the same."""
     mu, logvar = (2 * randn(6, 5, seed=s) for s in (4, 5))
     options = [False] if op == "rsample_kl" else ["iwae", False]
     results = []
     for keep in (True, False):
         leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
-        address = SEED, 3, 0, 0, -0.5, 0.5, flat
+        address = SEED, 3, 0, 0, *form[:2], flat, *form[2:]
         z, second, *_ = getattr(torch.ops.fastvae, op)(*leaves, None, None, *address, *options, keep)
         assert z.shape == ((18, 5) if flat else (3, 6, 5))
         results.append(torch.autograd.grad((z.square().sum(), second.square().sum()), leaves))

@@ -435,7 +435,7 @@ def test_what_is_kept_has_no_gradient(backend):
     """Results of the dispatcher's ops that are for the backward pass alone."""
     mu, logvar = (randn(4, 3, seed=s).requires_grad_() for s in (1, 2))
     seed, logits = torch.tensor(3, device=DEVICE), randn(8, 5, seed=4).requires_grad_()
-    draw = (2, 0, 0, -math.inf, math.inf, True)
+    draw = (2, 0, 0, -math.inf, math.inf, True, "logvar", 0.0)
     kept = [
         torch.ops.fastvae.rsample_kl(mu, logvar, None, None, seed, *draw, False, True)[2],
         torch.ops.fastvae.rsample_log_ratio(mu, logvar, None, None, seed, *draw, "iwae", False, True)[3],

@@ -25,8 +25,10 @@ def _fused_prior(q: Distribution, p: Distribution) -> Any:
         return _NOT_FUSED
     if p is STANDARD or type(p) is StandardNormal:
         return None
+    if type(p) is not DiagonalNormal:
+        return _NOT_FUSED
     # A log variance is not computed in half precision; the composition is wide.
-    if type(p) is not DiagonalNormal or (p.logvar.dtype.itemsize == 2 and not p.has_logvar):
+    if p.logvar.dtype.itemsize == 2 and not p.has_logvar:
         return _NOT_FUSED
     return p.mu, p.log_variance()
 
