@@ -39,6 +39,9 @@ TILE_U = 256
 THREAD = 32
 # Dimensions of a score that are written out, so that addresses are made once for them.
 UNROLLED = tl.constexpr(4)
+# Rows of a step of the components' gradients: of one, the loads would be waited for; of four, registers would
+# last for fewer threads.
+ROWS_UNROLLED = tl.constexpr(2)
 # Rows and columns of a tile that is transposed, and dimensions of a program that does it, at most.
 TILE_PREPARED, MOST_PREPARED = 32, 256
 # Dimensions of a program of the backward pass at most; the others are another program's. Fewer than its
@@ -227,7 +230,7 @@ def mixture_rows_kernel(
     b_z = load(p_z, o_n * stride_z_n + o_d * stride_z_d, mask, DTYPE)
     b_sum = tl.zeros([BLOCK_N, BLOCK_D], dtype=DTYPE)
     u_start = i_split * u_per_program
-    for i_u in tl.range(u_start, tl.minimum(u_start + u_per_program, U), loop_unroll_factor=UNROLLED):
+    for i_u in range(u_start, tl.minimum(u_start + u_per_program, U)):
         o_u = tl.zeros([1, 1], dtype=tl.int64) + i_u
         b_r = tl.load(p_share + o_n * UP + o_u, mask=m_n, other=0.0)  # [BLOCK_N, 1]
         b_mu = load(p_mu, o_u * stride_mu_u + o_d * stride_mu_d, m_d, DTYPE)  # [1, BLOCK_D]
@@ -273,7 +276,7 @@ def mixture_components_kernel(
     b_second = tl.zeros([BLOCK_U, BLOCK_D], dtype=DTYPE)
     b_share = tl.zeros([BLOCK_U, 1], dtype=DTYPE)
     n_start = i_split * n_per_program
-    for i_n in tl.range(n_start, tl.minimum(n_start + n_per_program, N), loop_unroll_factor=UNROLLED):
+    for i_n in tl.range(n_start, tl.minimum(n_start + n_per_program, N), loop_unroll_factor=ROWS_UNROLLED):
         o_n = tl.zeros([1, 1], dtype=tl.int64) + i_n
         b_r = tl.load(p_share + o_n * UP + o_u, mask=m_u, other=0.0)  # [BLOCK_U, 1]
         b_z = load(p_z, o_n * stride_z_n + o_d * stride_z_d, m_d, DTYPE)  # [1, BLOCK_D]

@@ -139,6 +139,14 @@ PRODUCTS = ("linear_log_prob_kernel", "rsample_tril_kernel", "rsample_tril_backw
 FEW_ROWS = "[50, 4, 32]"
 # Likelihoods made of gamma functions, or of four exponentials.
 HEAVY = ("negative_binomial", "beta_log_prob", "discretized_logistic")
+# One number of a row, which all lanes that have the row read at once; from row to row it is as far as rows
+# are long.
+OF_A_ROW = {
+    *(("mixture_kernel", "p_z"), ("mixture_shares_kernel", "p_z")),
+    *(("mixture_rows_kernel", "p_share"), ("mixture_components_kernel", "p_share")),
+}
+# Of ten components in two dimensions there are fewer numbers than threads.
+FEW_COMPONENTS = "[5000, 10, 2]"
 
 
 def narrow(reports):
@@ -162,6 +170,14 @@ def narrow(reports):
         and not (r.kernel in PRODUCTS and r.widths.get(name) in (8, None))
         # Rows of a packed triangle begin anywhere.
         and name not in ("p_tril", "p_grad_tril")
+        and (r.kernel, name) not in OF_A_ROW
+        and not (FEW_COMPONENTS in r.launch and r.kernel in ("prepare_kernel", "mixture_components_kernel"))
+        # A wavefront of 64 has two of 128 components, or of a row of two dimensions, a thread.
+        and not (
+            r.target == "gfx942"
+            and r.kernel in ("mixture_kernel", "mixture_shares_kernel", "mixture_rows_kernel")
+            and r.widths.get(name) == 8
+        )
         # Bound by arithmetic, with two elements a thread.
         and not any(name in r.launch for name in HEAVY)
     ]
@@ -257,7 +273,7 @@ def test_one_program_for_every_batch():
     """A new B or K compiles nothing: launches differ in no more than what alignment asks for."""
     script = """
 from benchmarks import kernels
-from fastvae.kernels import full, importance, latent, likelihood, weigh
+from fastvae.kernels import full, importance, latent, likelihood, mixture, weigh
 from fastvae.likelihoods.base import DECLARED
 from fastvae.ops.full import Draw as Place
 from fastvae.ops.latent import Draw
@@ -272,6 +288,7 @@ for b in range(2, 130):
             a = t(b, d), t(b, d), None, None, seed, Draw(k, 0, 0, float("-inf"), float("inf"))
             need = [True, True, False, False]
             f = t(b, d), t(b, d * (d + 1) // 2), seed, Place(k, 0, 0)
+            components = t(500, d), t(500, d), t(500)
             for call in (
                 lambda: full.rsample_tril(*f),
                 lambda: full.rsample_tril_backward(t(k, b, d), t(k, b), *f, [True, True]),
@@ -289,6 +306,10 @@ for b in range(2, 130):
                             l, t(k, b), t(b, d), *g, [False] + [True] * len(g)
                         ),
                     )
+                ),
+                lambda: mixture.mixture_log_prob(t(k * b, d), *components),
+                lambda: mixture.mixture_log_prob_backward(
+                    *[t(k * b)] * 3, t(k * b, d), *components, [True] * 4
                 ),
                 lambda: importance.log_mean_exp(t(k, b)),
                 lambda: weigh.weigh(t(k, b), t(k, b), None, how, True),
