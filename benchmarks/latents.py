@@ -1,8 +1,8 @@
-"""``python -m benchmarks latents``: the demo with each posterior and each prior, the tables of docs/latents.md.
+"""``python -m benchmarks latents``: the demo with each posterior and each prior, for docs/latents.md.
 
 Every posterior with a standard normal prior, and every prior with a diagonal posterior: the demo's two models
-of scikit-learn's digits, each trained with the ELBO and with IWAE-50. Printed are log p(x) of the test images,
-the difference to the first row image by image, and the gap, log p(x) − ELBO. Results of each run are kept in a
+of scikit-learn's digits, trained with the ELBO and with IWAE-50. Printed are log p(x) of the test images, the
+difference to the first row image by image, and the gap, log p(x) − ELBO. Results of each run are kept in a
 folder, so that a table that was interrupted goes on, and seeds can be added.
 """
 
@@ -35,9 +35,7 @@ def result(folder: Path, images: demo.Images, objective: int | None, **settings:
         architecture = {"pixels": 64, "hidden": 128, "latent": settings["latent"]}
         architecture |= {name: settings[name] for name in ("posterior", "prior")}
         began = time.perf_counter()
-        run = demo.train(
-            name, objective, images, architecture, settings["epochs"], EVAL_K, settings["seed"]
-        )
+        run = demo.train(name, objective, images, architecture, settings["epochs"], EVAL_K, settings["seed"])
         train = torch.tensor(run.train_curve[-1])
         seconds = torch.tensor(time.perf_counter() - began)
         found = {"log_px": run.log_px, "elbo": run.elbo, "ess": run.ess, "train": train, "seconds": seconds}

@@ -156,13 +156,14 @@ def run(args: argparse.Namespace) -> None:
     architecture = {"pixels": pixels, "hidden": min(2 * pixels, 200), "latent": args.latent}
     asked = {option: getattr(args, option) for option in USUAL}
     architecture |= {option: name for option, name in asked.items() if name != USUAL[option]}
-    latents = [f"{name} {architecture[name]}, " for name in ("posterior", "prior") if name in architecture]
+    latents = [f", {name} {architecture[name]}" for name in ("posterior", "prior") if name in architecture]
     epochs = args.epochs or images.epochs
     show(
         f"{images.name}: {len(images.train)} training and {len(images.test)} test images of "
         f"{images.shape[0]}x{images.shape[1]} pixels, {images.says}\n"
-        f"{args.latent} latent dimension{'s' * (args.latent > 1)}, {''.join(latents)}{architecture['hidden']} hidden units, "
-        f"{epochs} epoch{'s' * (epochs > 1)}, seed {args.seed}, on {args.device}"
+        f"{args.latent} latent dimension{'s' * (args.latent > 1)}{''.join(latents)}, "
+        f"{architecture['hidden']} hidden units, {epochs} epoch{'s' * (epochs > 1)}, seed {args.seed}, "
+        f"on {args.device}"
     )
     images = images._replace(train=images.train.to(args.device), test=images.test.to(args.device))
     with threads(1 if pixels <= 64 else torch.get_num_threads()):

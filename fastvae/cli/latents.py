@@ -1,5 +1,5 @@
-"""Posteriors and priors by name, for ``demo --posterior`` and ``--prior``: what an encoder's last layers give,
-and what they are the parameters of.
+"""Posteriors and priors by name, for ``demo --posterior`` and ``--prior``: what an encoder's last layers
+return, and what that is the parameters of.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _mixture(mu: Tensor, logvar: Tensor, logits: Tensor) -> fastvae.Mixture:
 
 
 class _Flow(nn.Module):
-    """An affine autoregressive flow, in two passes either way, so that a draw costs no more than a density."""
+    """An affine flow, in two passes whatever D is, so that a draw costs little more than a density."""
 
     def __init__(self, latent: int):
         super().__init__()
@@ -143,69 +143,6 @@ def check(posterior: str, prior: str) -> None:
             raise ValueError(f"{option} {name} is unknown; known: {', '.join(table)}")
         if name == "flow":
             _zuko(option)
-
-
-def start(self, x: Tensor) -> None:
-        """At the first of these images, which are used again where they are too few."""
-        x = x[torch.arange(PSEUDO_INPUTS, device=x.device) % len(x)]
-        self.most.copy_(x.amax())
-        # Where the sigmoid saturates nothing would be learned.
-        self.raw.copy_(torch.logit(x / self.most, eps=0.05))
-
-
-def _vamp(encoder: nn.Module, pixels: int, latent: int) -> fastvae.VampPrior:
-    return fastvae.VampPrior(encoder, PseudoInputs(pixels), nn.Parameter(torch.zeros(PSEUDO_INPUTS)))
-
-
-def _flow(encoder: nn.Module, pixels: int, latent: int) -> fastvae.Flow:
-    flows = _zuko("--prior")
-    return fastvae.Flow(flows.NSF(latent, transforms=2, hidden_features=FLOW_HIDDEN))
-
-
-# Encoder, pixels, latent dimensions -> prior.
-PRIORS: dict[str, Callable[[nn.Module, int, int], fastvae.Distribution]] = {
-    STANDARD: lambda encoder, pixels, latent: fastvae.StandardNormal(),
-    "learned": _learned,
-    "mixture": _normals,
-    "vamp": _vamp,
-    "flow": _flow,
-}
-
-
-def _zuko(option: str) -> Any:
-    if find_spec("zuko") is None:
-        raise ValueError(f"{option} flow is one of zuko's, which cannot be imported; pip install zuko")
-    import zuko
-
-    return zuko.flows
-
-
-def _of(option: str, table: dict[str, Any], name: str) -> Any:
-    if name not in table:
-        raise ValueError(f"{option} {name} is unknown; known: {', '.join(table)}")
-    if name == "flow":
-        _zuko(option)
-    return table[name]
-
-
-def posterior_of(name: str, latent: int) -> Posterior:
-    """The posterior of this name.
-
-    Raises:
-        ValueError: for one that the demo does not know, or that needs zuko where it is missing.
-    """
-    made: Posterior = _of("--posterior", POSTERIORS, name)(latent)
-    return made
-
-
-def prior_of(name: str, encoder: nn.Module, pixels: int, latent: int) -> fastvae.Distribution:
-    """The prior of this name, beside this encoder.
-
-    Raises:
-        ValueError: for one that the demo does not know, or that needs zuko where it is missing.
-    """
-    made: fastvae.Distribution = _of("--prior", PRIORS, name)(encoder, pixels, latent)
-    return made
 
 
 def start(model: fastvae.VAE, x: Tensor) -> None:
