@@ -228,11 +228,25 @@ def train(
     seed: int,
 ) -> Run:
     """Train a model with the ELBO, or with IWAE if k is given, and measure it on the test images."""
-    device = images.train.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(architecture).to(device)
+        model = build(architecture).to(images.train.device)
     start(model, images.train)
+    return fit(name, k, images, model, architecture, epochs, eval_k, seed)
+
+
+def fit(
+    name: str,
+    k: int | None,
+    images: Images,
+    model: fastvae.VAE,
+    architecture: dict[str, Any],
+    epochs: int,
+    eval_k: int,
+    seed: int,
+) -> Run:
+    """Train this model, and measure it."""
+    device = images.train.device
     encoder, decoder = model.encoder, model.decoder
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator(device).manual_seed(seed)
