@@ -47,16 +47,34 @@ def _mixture(mu: Tensor, logvar: Tensor, logits: Tensor) -> fastvae.Mixture:
     return fastvae.Mixture([fastvae.DiagonalNormal(*part) for part in parts], logits)
 
 
-class _Flow(nn.Module):
-    """An affine flow, in two passes whatever D is, so that a draw costs little more than a density."""
+class _FlowOfNormal(nn.Module):
+    """mu, logvar and what else is known of x, side by side -> a flow from N(mu, diag exp(logvar)).
+
+    Without a mean and a scale that the encoder reaches directly, a flow takes long to notice x at all. It is
+    affine, in two passes whatever D is, so that a draw costs little more than a density.
+    """
 
     def __init__(self, latent: int):
         super().__init__()
-        flows = _zuko("--posterior")
-        self.flow = flows.MAF(latent, CONTEXT, transforms=3, hidden_features=FLOW_HIDDEN, passes=2)
+        self.widths = [latent, latent, CONTEXT]
+        self.flow = _zuko("--posterior").flows.MAF(
+            latent, CONTEXT, transforms=2, hidden_features=FLOW_HIDDEN, passes=2
+        )
 
-    def forward(self, context: Tensor) -> fastvae.Flow:
-        return fastvae.Flow(self.flow, context)
+    def forward(self, known: Tensor) -> Any:
+        zuko = _zuko("--posterior")
+        mu, logvar, context = known.split(self.widths, -1)
+        base = zuko.distributions.DiagNormal(mu, torch.exp(0.5 * logvar))
+        return zuko.distributions.NormalizingFlow(self.flow.transform(context), base)
+
+
+class _Flow(nn.Module):
+    def __init__(self, latent: int):
+        super().__init__()
+        self.flow = _FlowOfNormal(latent)
+
+    def forward(self, *outputs: Tensor) -> fastvae.Flow:
+        return fastvae.Flow(self.flow, torch.cat(outputs, 1))
 
 
 # Latent dimensions -> posterior.
@@ -67,7 +85,7 @@ POSTERIORS: dict[str, Callable[[int], Posterior]] = {
     "laplace": lambda d: Posterior({"loc": d, "log_scale": d}, fastvae.Laplace),
     "student_t": lambda d: Posterior({"loc": d, "log_scale": d, "log_df": d}, _student_t),
     "mixture": lambda d: Posterior({"mu": PARTS * d, "logvar": PARTS * d, "logits": PARTS}, _mixture),
-    "flow": lambda d: Posterior({"context": CONTEXT}, _Flow(d)),
+    "flow": lambda d: Posterior({"mu": d, "logvar": d, "context": CONTEXT}, _Flow(d)),
 }
 
 
@@ -109,8 +127,8 @@ def _vamp(encoder: nn.Module, pixels: int, latent: int) -> fastvae.VampPrior:
 
 
 def _flow(encoder: nn.Module, pixels: int, latent: int) -> fastvae.Flow:
-    flows = _zuko("--prior")
-    return fastvae.Flow(flows.NSF(latent, transforms=2, hidden_features=FLOW_HIDDEN))
+    zuko = _zuko("--prior")
+    return fastvae.Flow(zuko.flows.NSF(latent, transforms=2, hidden_features=FLOW_HIDDEN))
 
 
 # Encoder, pixels, latent dimensions -> prior.
@@ -128,7 +146,7 @@ def _zuko(option: str) -> Any:
         raise ValueError(f"{option} flow is one of zuko's, which cannot be imported; pip install zuko")
     import zuko
 
-    return zuko.flows
+    return zuko
 
 
 def check(posterior: str, prior: str) -> None:
