@@ -12,7 +12,7 @@ import torch
 
 import fastvae
 from fastvae import _backend
-from fastvae.cli import demo, kinds, main
+from fastvae.cli import demo, kinds, latents, main
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -168,10 +168,19 @@ def test_table_says_which_is_better():
     assert "no clear difference" in demo.table([low, run("IWAE-9", [-9.0, -14.0, -13.0])], 7)
 
 
-def test_posterior_mean_is_exact_where_the_posterior_is_known():
+@pytest.mark.parametrize(
+    "q",
+    [
+        lambda zeros: (zeros, zeros),
+        lambda zeros: fastvae.Laplace(zeros, zeros),
+        # Draws that count 1.5 and 0.5.
+        lambda zeros: fastvae.Mixture([(zeros, zeros), (zeros + 1, zeros)], torch.tensor([3.0, 1.0]).log()),
+    ],
+)
+def test_posterior_mean_is_exact_where_the_posterior_is_known(q):
     class Fixed(torch.nn.Module):
         def forward(self, x):
-            return torch.zeros(len(x), 1), torch.zeros(len(x), 1)
+            return q(torch.zeros(len(x), 1))
 
     class Sign(torch.nn.Module):
         """z > 0 makes pixel 0 likely, z < 0 makes it unlikely; pixel 1 is a coin."""
@@ -239,3 +248,118 @@ def test_an_unknown_likelihood(tmp_path):
         main(["demo", "--likelihood", "poison", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="--likelihood poisson is shown on .* digits; leave --data out"):
         main(["demo", "--likelihood", "poisson", "--data", str(tmp_path), "--out", str(tmp_path)])
+
+
+# Every posterior, and every prior, in other company than the default.
+PAIRS = [(q, p) for q, p in zip(latents.POSTERIORS, [*latents.PRIORS] * 2, strict=False)]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("posterior, prior", PAIRS[1:])
+def test_any_posterior_and_prior(posterior, prior, tmp_path, capsys):
+    """Trained, measured, drawn; and evaluated again from the checkpoint."""
+    if "flow" in (posterior, prior):
+        pytest.importorskip("zuko")
+    out = tmp_path / "out"
+    assert main(["demo", "--posterior", posterior, "--prior", prior, "--out", str(out), *TINY]) == 0
+    check_pictures(out, PICTURES)
+    text = capsys.readouterr().out
+    assert "is better than" in text and "nan" not in text
+    names = {"posterior": posterior} | ({} if prior == "standard" else {"prior": prior})
+    assert ", ".join(f"{option} {name}" for option, name in names.items()) + ", 128 hidden units" in text
+    saved = torch.load(out / "iwae.pt", weights_only=True)
+    assert saved["architecture"] == {"pixels": 64, "hidden": 128, "latent": 2, **names}
+    model = demo.load(out / "iwae.pt")
+    noise = torch.Generator().manual_seed(demo.TEST_SEED)
+    result = model.evaluate(demo.digits().test, k=7, generator=noise, progress=False)
+    assert f"{-result.nll:.2f} ±" in text
+    assert main(["evaluate", str(out / "iwae.pt"), "digits", "--k", "7"]) == 0
+
+
+@pytest.mark.parametrize("name", [n for n in latents.PRIORS if n != "standard"])
+def test_a_prior_is_trained(name):
+    """Its parameters move from where they begin, a VampPrior's from images, whatever their range."""
+    if name == "flow":
+        pytest.importorskip("zuko")
+    images = demo.digits("poisson")
+    architecture = {"pixels": 64, "hidden": 8, "latent": 3, "likelihood": "poisson", "prior": name}
+    torch.manual_seed(3)
+    before = demo.build(architecture)
+    latents.start(before, images.train)
+    if name == "vamp":
+        inputs = before.prior.pseudo_inputs()
+        assert inputs.amin() >= 0 and inputs.amax() <= 16
+        assert torch.allclose(inputs, images.train[: len(inputs)].clamp(0.05 * 16, 0.95 * 16), atol=1e-4)
+    with demo.threads(1):
+        run = demo.train("x", 2, images, architecture, 1, 5, seed=3)
+    own = {n: p for n, p in run.model.prior.named_parameters() if not n.startswith("encoder.")}
+    assert own
+    for n, p in own.items():
+        # 14 steps of Adam.
+        assert 0 < (p - before.prior.get_parameter(n)).abs().amax() < 20 * demo.LEARNING_RATE, n
+
+
+def test_latents_of_any_number():
+    """One dimension and three: finite, and all parameters have gradients."""
+    pytest.importorskip("zuko")
+    x = demo.digits().test[:5]
+    for name in latents.POSTERIORS:
+        for latent in (1, 3):
+            architecture = {"pixels": 64, "hidden": 8, "latent": latent, "posterior": name, "prior": "flow"}
+            model = demo.build(architecture)
+            bound = model.iwae(x, 4)
+            bound.backward()
+            assert bound.isfinite()
+            missing = [n for n, p in model.named_parameters() if p.grad is None]
+            assert not missing, (name, latent, missing)
+
+
+def test_the_kl_is_closed_where_it_is_known():
+    def kl(**names):
+        model = demo.build({"pixels": 64, "hidden": 8, "latent": 3, **names})
+        return latents.elbo_options(model, torch.zeros(2, 64), 10)
+
+    assert kl() == kl(posterior="full", prior="learned") == kl(posterior="laplace")
+    assert kl() == {"kl": "analytic", "samples": 10}
+    assert kl(posterior="student_t") == kl(prior="vamp") == {"kl": "mc", "samples": 10}
+    # As many of each component.
+    assert kl(posterior="mixture") == {"kl": "mc", "samples": 20}
+
+
+def test_unknown_latents(tmp_path, monkeypatch, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--posterior cauchy is unknown; known: diagonal, full, .*flow"):
+        main(["demo", "--posterior", "cauchy", *out])
+    with pytest.raises(SystemExit, match="--prior wide is unknown; known: standard, learned, .*vamp"):
+        main(["demo", "--prior", "wide", *out])
+    monkeypatch.setattr(latents, "find_spec", lambda name: None)
+    for option in ("--posterior", "--prior"):
+        with pytest.raises(SystemExit, match=f"{option} flow .*pip install zuko"):
+            main(["demo", option, "flow", *out])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*latents.POSTERIORS, *latents.PRIORS))
+
+
+def test_the_manifold_covers_the_prior():
+    """The grid of the picture, where the decoder is asked: quantiles of each dimension's marginal."""
+
+    class Seen(torch.nn.Module):
+        def forward(self, z):
+            self.z = z
+            return torch.zeros(len(z), 64)
+
+    class Axes:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    prior = fastvae.DiagonalNormal(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]).log() * 2)
+    model = fastvae.VAE(lambda x: x, Seen(), likelihood="bernoulli", prior=prior, latent_dim=2)
+    run = demo.Run("x", model, {}, [], [], *[torch.zeros(1)] * 3)
+    demo._manifold(Axes(), run, demo.digits())
+    grid = model.decoder.z
+    assert torch.allclose(grid.mean(0), prior.mu, atol=0.1)
+    expected = prior.mu + torch.tensor([0.5, 3.0]) * torch.tensor([-1.959964])
+    assert torch.allclose(grid.amin(0), expected, atol=0.15)

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import latents
+
     parser = argparse.ArgumentParser(
         prog="python -m fastvae", description="Fused kernels for the objectives of variational autoencoders."
     )
@@ -63,6 +65,18 @@ def _parser() -> argparse.ArgumentParser:
         help="what the digits are taken as: binary pixels (bernoulli), counts of ink (poisson, "
         "negative_binomial), classes (categorical), levels, numbers; an unknown name lists them all "
         "(default: %(default)s)",
+    )
+    demo.add_argument(
+        "--posterior",
+        default=latents.DIAGONAL,
+        metavar="NAME",
+        help=f"family of q(z|x): {', '.join(latents.POSTERIORS)} (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--prior",
+        default=latents.STANDARD,
+        metavar="NAME",
+        help=f"p(z), with any posterior: {', '.join(latents.PRIORS)} (default: %(default)s)",
     )
     demo.add_argument(
         "--out",

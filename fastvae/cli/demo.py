@@ -23,7 +23,9 @@ import fastvae
 from .._terminal import ProgressStream, show
 from ..evaluate.checkpoint import check_destination
 from .kinds import Outputs, kind_of
+from .latents import DIAGONAL, POSTERIORS, PRIORS, STANDARD, check, elbo_options, start
 
+USUAL = {"likelihood": "bernoulli", "posterior": DIAGONAL, "prior": STANDARD}
 BATCH = 100
 LEARNING_RATE = 3e-3
 # Fixed, so that runs with other seeds are measured on the same test images with the same noise.
@@ -56,18 +58,27 @@ class Run(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """x [B, pixels] -> (mu, logvar), each [B, latent]."""
+    """x [B, pixels] -> q(z|x); a pair (mu, logvar), each [B, latent], if not asked for another."""
 
-    def __init__(self, pixels: int, hidden: int, latent: int, likelihood: str = "bernoulli"):
+    def __init__(
+        self,
+        pixels: int,
+        hidden: int,
+        latent: int,
+        likelihood: str = "bernoulli",
+        posterior: str = DIAGONAL,
+    ):
         super().__init__()
         self.seen = kind_of(likelihood).seen
         self.body = nn.Sequential(nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
-        self.mu = nn.Linear(hidden, latent)
-        self.logvar = nn.Linear(hidden, latent)
+        widths, self.q = POSTERIORS[posterior](latent)
+        self.outputs = tuple(widths)
+        for name, width in widths.items():
+            self.add_module(name, nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Any:
         h = self.body(self.seen(x))
-        return self.mu(h), self.logvar(h)
+        return self.q(*(self.get_submodule(name)(h) for name in self.outputs))
 
 
 class Decoder(nn.Sequential):
@@ -81,12 +92,20 @@ class Decoder(nn.Sequential):
 
 
 def build(architecture: dict[str, Any]) -> fastvae.VAE:
-    """The demo's model; architecture holds pixels, hidden and latent, as a checkpoint does, and a likelihood
-    that is not Bernoulli's.
+    """The demo's model; architecture holds pixels, hidden and latent, as a checkpoint does, and names of a
+    likelihood, a posterior and a prior that are not the usual ones.
     """
-    encoder, decoder = Encoder(**architecture), Decoder(**architecture)
-    likelihood = kind_of(architecture.get("likelihood", "bernoulli")).likelihood()
-    return fastvae.VAE(encoder, decoder, likelihood=likelihood, latent_dim=architecture["latent"])
+    sizes = dict(architecture)
+    posterior, prior = sizes.pop("posterior", DIAGONAL), sizes.pop("prior", STANDARD)
+    check(posterior, prior)
+    encoder, decoder = Encoder(**sizes, posterior=posterior), Decoder(**sizes)
+    return fastvae.VAE(
+        encoder,
+        decoder,
+        likelihood=kind_of(sizes.get("likelihood", "bernoulli")).likelihood(),
+        prior=PRIORS[prior](encoder, sizes["pixels"], sizes["latent"]),
+        latent_dim=sizes["latent"],
+    )
 
 
 def load(path: str | Path) -> fastvae.VAE:
@@ -121,6 +140,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(str(error)) from None
     try:
         kind_of(args.likelihood)
+        check(args.posterior, args.prior)
         if args.data is not None and args.likelihood != "bernoulli":
             raise ValueError(
                 f"--likelihood {args.likelihood} is shown on scikit-learn's digits; leave --data out"
@@ -134,14 +154,16 @@ def run(args: argparse.Namespace) -> None:
     pixels = images.train.shape[1]
     architecture: dict[str, Any]
     architecture = {"pixels": pixels, "hidden": min(2 * pixels, 200), "latent": args.latent}
-    if args.likelihood != "bernoulli":
-        architecture["likelihood"] = args.likelihood
+    asked = {option: getattr(args, option) for option in USUAL}
+    architecture |= {option: name for option, name in asked.items() if name != USUAL[option]}
+    latents = [f", {name} {architecture[name]}" for name in ("posterior", "prior") if name in architecture]
     epochs = args.epochs or images.epochs
     show(
         f"{images.name}: {len(images.train)} training and {len(images.test)} test images of "
         f"{images.shape[0]}x{images.shape[1]} pixels, {images.says}\n"
-        f"{args.latent} latent dimension{'s' * (args.latent > 1)}, {architecture['hidden']} hidden units, "
-        f"{epochs} epoch{'s' * (epochs > 1)}, seed {args.seed}, on {args.device}"
+        f"{args.latent} latent dimension{'s' * (args.latent > 1)}{''.join(latents)}, "
+        f"{architecture['hidden']} hidden units, {epochs} epoch{'s' * (epochs > 1)}, seed {args.seed}, "
+        f"on {args.device}"
     )
     images = images._replace(train=images.train.to(args.device), test=images.test.to(args.device))
     with threads(1 if pixels <= 64 else torch.get_num_threads()):
@@ -206,14 +228,32 @@ def train(
     seed: int,
 ) -> Run:
     """Train a model with the ELBO, or with IWAE if k is given, and measure it on the test images."""
-    device = images.train.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(architecture).to(device)
+        model = build(architecture).to(images.train.device)
+    start(model, images.train)
+    return fit(name, k, images, model, architecture, epochs, eval_k, seed)
+
+
+def fit(
+    name: str,
+    k: int | None,
+    images: Images,
+    model: fastvae.VAE,
+    architecture: dict[str, Any],
+    epochs: int,
+    eval_k: int,
+    seed: int,
+) -> Run:
+    """Train this model, and measure it."""
+    device = images.train.device
     encoder, decoder = model.encoder, model.decoder
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator(device).manual_seed(seed)
-    options: dict[str, Any] = {"likelihood": model.likelihood, "generator": generator}
+    options: dict[str, Any]
+    options = {"likelihood": model.likelihood, "prior": model.prior, "generator": generator}
+    options |= elbo_options(model, images.train[:1]) if k is None else {"k": k}
+    objective = fastvae.elbo if k is None else fastvae.iwae
 
     train_curve, test_curve = [], []
     steps = math.ceil(len(images.train) / BATCH)
@@ -223,10 +263,7 @@ def train(
             order = torch.randperm(len(images.train), generator=generator, device=device)
             for rows in order.split(BATCH):
                 x = images.draw(images.train[rows], generator)
-                if k is None:
-                    bound = fastvae.elbo(x, encoder(x), decoder, **options)
-                else:
-                    bound = fastvae.iwae(x, encoder(x), decoder, k=k, **options)
+                bound = objective(x, encoder(x), decoder, **options)
                 optimizer.zero_grad()
                 (-bound).backward()
                 optimizer.step()
@@ -251,7 +288,9 @@ def bound_on_test(model: fastvae.VAE, test: Tensor, k: int | None, samples: int 
     options: dict[str, Any] = {"reduction": "none", "generator": noise}
     return torch.cat(
         [
-            model.elbo(x, samples=samples, **options) if k is None else model.iwae(x, k, **options)
+            model.elbo(x, **elbo_options(model, x, samples), **options)
+            if k is None
+            else model.iwae(x, k, **options)
             for x in test.split(BATCH)
         ]
     )
@@ -479,18 +518,32 @@ def posterior_mean(model: fastvae.VAE, x: Tensor, k: int = 1000) -> Tensor:
     After training with IWAE, q is a proposal that covers p(z|x): its own mean may lie where p(z|x) is small.
     """
     noise = torch.Generator(x.device).manual_seed(TEST_SEED)
-    z, log_ratio = fastvae.ops.rsample_log_ratio(*model.encoder(x), samples=k, generator=noise)
-    logits = model.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-    weights = torch.softmax(fastvae.ops.bernoulli_log_prob(x, logits) + log_ratio, dim=0)
-    return torch.einsum("kb,kbx->bx", weights, torch.sigmoid(logits))
+    decoded: list[Tensor] = []
+
+    def decoder(z: Tensor) -> Tensor:
+        decoded.append(model.decoder(z))
+        return decoded[-1]
+
+    parts = fastvae.log_weights(
+        x, model.encoder(x), decoder, k=k, likelihood=model.likelihood, prior=model.prior, generator=noise
+    )
+    weights = torch.softmax(parts.log_likelihood + parts.log_ratio, dim=0)
+    return torch.einsum("kb,kbx->bx", weights, torch.sigmoid(decoded[0]).unflatten(0, weights.shape))
 
 
 @torch.no_grad()
 def _manifold(axes: Any, result: Run, images: Images) -> None:
     side = 20
-    quantiles = torch.special.ndtri((torch.arange(side, device=images.test.device) + 0.5) / side)
+    device = images.test.device
+    shares = (torch.arange(side, device=device) + 0.5) / side
+    if type(result.model.prior) is fastvae.StandardNormal:
+        first = second = torch.special.ndtri(shares)
+    else:
+        noise = torch.Generator(device).manual_seed(TEST_SEED)
+        draws = result.model.prior.sample(10_000, 2, device=device, generator=noise)
+        first, second = torch.quantile(draws, shares, dim=0).unbind(1)
     # Rows from the top: z2 falls, as on an upright axis.
-    z2, z1 = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
+    z2, z1 = torch.meshgrid(second.flip(0), first, indexing="ij")
     z = torch.stack([z1, z2], -1).reshape(-1, 2)
     _show(axes, _tiles(torch.sigmoid(result.model.decoder(z)), side, side, images.shape), _gap(images))
     axes.set_xlabel("z₁: 2.5 % to 97.5 %")

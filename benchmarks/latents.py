@@ -1,0 +1,125 @@
+"""``python -m benchmarks latents``: the demo with each posterior and each prior, for docs/latents.md.
+
+Every posterior with a standard normal prior, and every prior with a diagonal posterior: the demo's two models
+of scikit-learn's digits, trained with the ELBO and with IWAE-50. Printed are log p(x) of the test images, its
+difference to the first row's image by image, and the gap, log p(x) − ELBO: of the model itself, then beside
+the first row's decoder, which stays as it is, of an encoder that is trained for it, and of each test image's
+own q, fitted without an encoder. Results of each run are kept in a folder, so that a table that was
+interrupted goes on, and seeds can be added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastvae
+from fastvae.cli import demo
+from fastvae.cli.latents import DIAGONAL, POSTERIORS, PRIORS, STANDARD, elbo_options
+
+EVAL_K, K = 5000, 50
+PAIRS = [(q, STANDARD) for q in POSTERIORS] + [(DIAGONAL, p) for p in PRIORS if p != STANDARD]
+COLUMNS = (
+    *("posterior", "prior", "ELBO: log p(x)", "to the first"),
+    *("gap", "gap, first's decoder", "gap, each image's own q"),
+    *("IWAE-50: log p(x)", "to the first"),
+)
+STEPS, RATE, SAMPLES = 300, 0.01, 10  # of fitting each image's own q
+
+
+def own_elbo(model: fastvae.VAE, x: Tensor) -> Tensor:
+    """The ELBO [N] where each x has parameters of q of its own, which begin at what the encoder says."""
+    encoder = model.encoder
+    with torch.no_grad():
+        h = encoder.body(x)
+        parameters = [nn.Parameter(encoder.get_submodule(name)(h)) for name in encoder.outputs]
+    optimizer = torch.optim.Adam(parameters, lr=RATE)
+    noise = torch.Generator().manual_seed(demo.TEST_SEED)
+    options = {"likelihood": model.likelihood, "prior": model.prior, "generator": noise}
+    options |= elbo_options(model, x[:1], SAMPLES)
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            optimizer.param_groups[0]["lr"] = RATE / 5
+        bound = fastvae.elbo(x, encoder.q(*parameters), model.decoder, reduction="sum", **options)
+        optimizer.zero_grad()
+        (-bound).backward()
+        optimizer.step()
+    with torch.no_grad():
+        options |= elbo_options(model, x[:1], 10 * SAMPLES)
+        q = encoder.q(*parameters)
+        value: Tensor = fastvae.elbo(x, q, model.decoder, reduction="none", **options)
+    return value
+
+
+def train(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
+    """Results of one run; of ``how`` "fixed" with the decoder of the first pair."""
+    posterior, prior = pair
+    architecture = {"pixels": 64, "hidden": 128, "latent": settings.latent}
+    architecture |= {"posterior": posterior, "prior": prior}
+    title = f"{posterior}, {prior}, {how}, {seed}"
+    if how != "fixed":
+        k = K if how == "iwae" else None
+        run = demo.train(title, k, images, architecture, settings.epochs, EVAL_K, seed)
+        return {"log_px": run.log_px, "elbo": run.elbo, "decoder": run.model.decoder.state_dict()}
+    first = result(images, PAIRS[0], settings, seed, "elbo")
+    torch.manual_seed(seed)
+    model = demo.build(architecture)
+    model.decoder.load_state_dict(first["decoder"])
+    model.decoder.requires_grad_(False)
+    run = demo.fit(title, None, images, model, architecture, settings.epochs, 1, seed)
+    return {"log_px": first["log_px"], "elbo": run.elbo, "own": own_elbo(model, images.test)}
+
+
+def result(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
+    """Bounds and log p(x) of each test image [N], made now or kept from before."""
+    path = settings.out / f"{'-'.join(pair)}-{settings.latent}-{settings.epochs}-{seed}-{how}.pt"
+    if not path.exists():
+        with demo.threads(1):
+            torch.save(train(images, pair, settings, seed, how), path)
+    found: dict[str, Any] = torch.load(path)
+    return found
+
+
+def said(values: Tensor, sign: str = "") -> str:
+    """The mean of [seeds, N], and its standard error over the images."""
+    of_each = values.double().mean(0)
+    error = (of_each.std() / math.sqrt(len(of_each))).item()
+    return f"{of_each.mean().item():{sign}.2f} ± {error:.2f}".replace("-", "−")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks latents", description=__doc__)
+    parser.add_argument("--latent", type=int, default=2, help="latent dimensions (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="means are over these (default: 0)")
+    parser.add_argument("--names", nargs="+", help="rows other than the first, by name; default: all")
+    parser.add_argument("--out", type=Path, default=Path("demo-latents"), help="where results are kept")
+    settings = parser.parse_args(arguments)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    images = demo.digits()
+    first: dict[str, Tensor] = {}
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    for pair in PAIRS:
+        if settings.names and pair != PAIRS[0] and not {*pair} & {*settings.names}:
+            continue
+        cells = [f"`{name}`" for name in pair]
+        for how in ("elbo", "fixed", "iwae"):
+            if how == "fixed" and pair[1] != STANDARD:
+                cells += ["", ""]
+                continue
+            runs = [result(images, pair, settings, seed, how) for seed in settings.seeds]
+            of = {name: torch.stack([run[name] for run in runs]) for name in runs[0] if name != "decoder"}
+            log_px = of.pop("log_px")
+            if how != "fixed":
+                cells.append(said(log_px))
+                cells.append(said(log_px - first[how], "+") if how in first else "")
+                first.setdefault(how, log_px)
+            if how != "iwae":
+                cells += [said(log_px - bound) for bound in of.values()]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return 0
