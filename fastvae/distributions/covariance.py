@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .. import random
+from .. import ops, random
 from .._checks import check_same_device, check_tensor, shape_of
 from ..ops.op import accumulator
 from ..reference.common import expm1_minus
@@ -74,10 +74,12 @@ class _Correlated(Distribution):
 
 
 @functools.lru_cache(64)
-def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the entries of a vector [D(D+1)/2] lie in a matrix, row by row, and which are on the diagonal."""
+def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a vector [D(D+1)/2] that holds a triangle row by row: the rows and columns of its entries, and where
+    the diagonal's are [D].
+    """
     rows, columns = torch.tril_indices(d, d, device=device)
-    return rows * d + columns, rows == columns
+    return rows, columns, (rows == columns).nonzero()[:, 0]
 
 
 class FullNormal(_Correlated):
@@ -133,39 +135,33 @@ class FullNormal(_Correlated):
                 f"scale_tril has shape {shape_of(scale_tril)} beside a mu of {shape_of(mu)}; expected "
                 f"[..., D, D] = {[*mu.shape, mu.shape[-1]]}"
             )
-        index, on_diagonal = _places(mu.shape[-1], mu.device)
-        entries = scale_tril.flatten(-2)[..., index]
-        return cls(mu, torch.where(on_diagonal, torch.log(torch.where(on_diagonal, entries, 1.0)), entries))
+        rows, columns, diagonal = _places(mu.shape[-1], mu.device)
+        entries = scale_tril[..., rows, columns]
+        return cls(mu, entries.index_copy(-1, diagonal, entries[..., diagonal].log()))
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        dtype = accumulator(torch.promote_types(self.mu.dtype, self.tril.dtype))
+        return self.mu.to(dtype), self.tril.to(dtype)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """mu, L [..., D, D], and the logarithms of its diagonal [..., D]."""
-        dtype = accumulator(torch.promote_types(self.mu.dtype, self.tril.dtype))
-        mu, tril = self.mu.to(dtype), self.tril.to(dtype)
-        d = mu.shape[-1]
-        index, on_diagonal = _places(d, mu.device)
-        # Of what lies beside the diagonal exp may be infinite, and its gradient no number.
-        logs = torch.where(on_diagonal, tril, 0.0)
-        entries = torch.where(on_diagonal, torch.exp(logs), tril)
-        flat = tril.new_zeros((*mu.shape[:-1], d * d)).index_copy(-1, index, entries)
-        diagonal = torch.arange(d, device=mu.device)
-        return mu, flat.unflatten(-1, (d, d)), tril[..., diagonal * (diagonal + 3) // 2]
+        mu, tril = self._wide()
+        rows, columns, diagonal = _places(mu.shape[-1], mu.device)
+        logs = tril[..., diagonal]
+        entries = tril.index_copy(-1, diagonal, torch.exp(logs))
+        scale = tril.new_zeros((*mu.shape, mu.shape[-1]))
+        scale = scale.flatten(-2).index_copy(-1, rows * mu.shape[-1] + columns, entries)
+        return mu, scale.unflatten(-1, (mu.shape[-1], mu.shape[-1])), logs
 
     def _draw(self, eps: Tensor) -> Tensor:
         mu, scale, _ = self._parts()
-        if mu.dim() == 1:
-            return mu + eps @ scale.mT
-        return mu + torch.bmm(eps.transpose(0, 1), scale.mT).transpose(0, 1)
+        return mu + eps @ scale.mT
 
     def rsample(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
-        mu, scale, logs = self._parts()
-        eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
-        z = mu + torch.bmm(eps.transpose(0, 1), scale.mT).transpose(0, 1)
-        # The noise by itself: nothing of the density goes through z, where the scale cancels.
-        log_q = -0.5 * (eps.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
-        return z.to(self.mu.dtype), log_q
+        return ops.rsample_tril(self.mu, self.tril, samples=samples, seed=seed, **place)
 
     def log_prob(self, z: Tensor) -> Tensor:
         mu, scale, logs = self._parts()
@@ -312,13 +308,16 @@ def _of_prior(p: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Tensor,
 @register_kl(FullNormal, StandardNormal)
 @register_kl(FullNormal, DiagonalNormal)
 def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
-    mu, scale, logs = q._parts()
+    mu, tril = q._wide()
     prior_mu, prior_logvar = _of_prior(p, mu)
-    inverse = torch.exp(-0.5 * prior_logvar)
-    # L² - 1 - log L² of the diagonal, in which nothing cancels, and the squares beside it.
-    beside = torch.tril(scale, -1) * inverse[..., None]
+    rows, _, diagonal = _places(mu.shape[-1], mu.device)
+    inverse = torch.exp(-0.5 * prior_logvar).expand_as(mu)
+    # L² − 1 − log L² of the diagonal, in which nothing cancels, and the squares beside it.
+    logs = tril[..., diagonal]
+    beside = tril.index_fill(-1, diagonal, 0.0) * inverse[..., rows]
     move = (mu - prior_mu) * inverse
-    return 0.5 * (expm1_minus(2 * logs - prior_logvar) + beside.square().sum(-1) + move.square()).sum(-1)
+    terms = expm1_minus(2 * logs - prior_logvar) + move.square()
+    return 0.5 * (terms.sum(-1) + beside.square().sum(-1))
 
 
 def _root(d: DiagonalNormal | FullNormal | LowRankNormal) -> tuple[Tensor, Tensor, Tensor]:
