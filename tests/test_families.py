@@ -26,6 +26,10 @@ BERNOULLI = {"likelihood": "bernoulli"}
 ESTIMATORS = ("iwae", "stl", "dreg")
 
 
+def zeros(*shape):
+    return torch.zeros(shape, device=DEVICE)
+
+
 class Parameters:
     """Leaves of a family, kept in the order in which they are made."""
 
@@ -442,9 +446,27 @@ def test_a_kl_near_zero_keeps_its_digits():
     """Of a full covariance 1e-4 off the prior, in single precision: naively it is rounding."""
     tril = 1e-4 * randn(B, D * (D + 1) // 2, seed=1)
     mu = 1e-4 * randn(B, D, seed=2)
-    kl = closed_kl(fastvae.FullNormal(mu, tril), fastvae.StandardNormal())
-    exact = closed_kl(fastvae.FullNormal(mu.double(), tril.double()), fastvae.StandardNormal())
+    kl = closed_kl(fastvae.FullNormal(mu, tril), fastvae.StandardNormal()).sum(1)
+    exact = closed_kl(fastvae.FullNormal(mu.double(), tril.double()), fastvae.StandardNormal()).sum(1)
     torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_free_bits_of_a_full_covariance():
+    """A dimension's KL is that given the dimensions before it: their sum is the whole."""
+    made = Parameters()
+    q, x, decoder = POSTERIORS["full"](made), _data(torch.float64), _decoder(torch.float64)
+    kl = closed_kl(q, fastvae.StandardNormal())
+    terms = fastvae.elbo(x, q, decoder, terms=True, free_bits=0.7, **BERNOULLI)
+    expected = kl.mean(0).clamp(min=0.7).sum()
+    torch.testing.assert_close(terms.kl, expected.expand(B))
+    # Of the last dimension, E over the others of the KL of a normal distribution to N(0, 1).
+    _, scale, _ = q._parts()
+    z, _ = q.rsample(200_000, SEED)
+    before = torch.linalg.solve_triangular(scale, (z - q.mu).movedim(0, -1), upper=False)[:, :-1]
+    mean = q.mu[:, -1:] + torch.einsum("bj,bjk->bk", scale[:, -1, :-1], before)
+    own = scale[:, -1, -1:]
+    given = 0.5 * (mean.square() + own.square() - 1) - own.log()
+    torch.testing.assert_close(kl[:, -1], given.mean(1), rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("family", ["full", "low rank"])
@@ -610,6 +632,18 @@ def test_pseudo_inputs_are_encoded_once_a_call():
     assert encoder.calls == 1
 
 
+def test_a_vamp_prior_is_named_in_what_is_said():
+    encoder, q = nn.Linear(X, 2 * D).to(DEVICE), (zeros(B, D), zeros(B, D))
+    prior = fastvae.VampPrior(encoder, zeros(U, X))
+    fastvae.distributions.draws._said.discard(("DiagonalNormal", "VampPrior"))
+    with pytest.warns(UserWarning, match="q = DiagonalNormal and p = VampPrior"):
+        fastvae.elbo(_data(torch.float32), q, _decoder(torch.float32), prior=prior, **BERNOULLI)
+    with pytest.raises(RuntimeError) as raised:
+        fastvae.VampPrior(encoder, zeros(U, 6)).log_prob(zeros(K, B, D))
+    if hasattr(raised.value, "__notes__"):
+        assert raised.value.__notes__ == ["fastvae.VampPrior gave the encoder inputs of its own, [4, 6]"]
+
+
 def test_a_vamp_prior_in_a_vae_is_trained_saved_and_drawn_from():
     encoder, decoder = nn.Linear(X, 2 * D), nn.Linear(D, X)
     prior = fastvae.VampPrior(encoder, nn.Parameter(randn(U, X, seed=2).cpu()), nn.Parameter(torch.zeros(U)))
@@ -719,10 +753,6 @@ def test_chunks_of_dreg_with_every_prior():
 # What does not fit
 
 
-def zeros(*shape):
-    return torch.zeros(shape, device=DEVICE)
-
-
 MISTAKES = {
     "tril of another size": (
         lambda: fastvae.FullNormal(zeros(B, D), zeros(B, D)),
@@ -797,6 +827,26 @@ MISTAKES = {
         lambda: as_posterior(fastvae.NormalMixture(zeros(U, D), zeros(U, D))),
         TypeError,
         ["NormalMixture", "no rows"],
+    ),
+    "a prior of another D": (
+        lambda: fastvae.iwae(
+            zeros(B, X),
+            fastvae.FullNormal(zeros(B, D), zeros(B, 6)),
+            nn.Identity(),
+            prior=fastvae.Laplace(zeros(2), zeros(2)),
+        ),
+        ValueError,
+        ["prior, Laplace", "[2]", "[5, 3]", "D = 3"],
+    ),
+    "a prior of another D in closed form": (
+        lambda: fastvae.elbo(
+            zeros(B, X),
+            fastvae.FullNormal(zeros(B, D), zeros(B, 6)),
+            nn.Identity(),
+            prior=fastvae.FullNormal(zeros(2), zeros(3)),
+        ),
+        ValueError,
+        ["prior, FullNormal", "[2]", "[5, 3]", "D = 3"],
     ),
     "a flow that is none": (lambda: fastvae.Flow(3), TypeError, ["flow", "int"]),
     "a flow that returns none": (

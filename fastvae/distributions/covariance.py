@@ -308,16 +308,14 @@ def _of_prior(p: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Tensor,
 @register_kl(FullNormal, StandardNormal)
 @register_kl(FullNormal, DiagonalNormal)
 def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
-    mu, tril = q._wide()
+    """Of each dimension given those before it [B, D], which by the chain rule add up."""
+    mu, scale, logs = q._parts()
     prior_mu, prior_logvar = _of_prior(p, mu)
-    rows, _, diagonal = _places(mu.shape[-1], mu.device)
-    inverse = torch.exp(-0.5 * prior_logvar).expand_as(mu)
+    inverse = torch.exp(-0.5 * prior_logvar)
     # L² − 1 − log L² of the diagonal, in which nothing cancels, and the squares beside it.
-    logs = tril[..., diagonal]
-    beside = tril.index_fill(-1, diagonal, 0.0) * inverse[..., rows]
+    beside = torch.tril(scale * inverse[..., None], -1).square().sum(-1)
     move = (mu - prior_mu) * inverse
-    terms = expm1_minus(2 * logs - prior_logvar) + move.square()
-    return 0.5 * (terms.sum(-1) + beside.square().sum(-1))
+    return 0.5 * (expm1_minus(2 * logs - prior_logvar) + beside + move.square())
 
 
 def _root(d: DiagonalNormal | FullNormal | LowRankNormal) -> tuple[Tensor, Tensor, Tensor]:

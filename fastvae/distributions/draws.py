@@ -46,6 +46,7 @@ def draw_kl(
     prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
         return flat_kl((q.mu, q.logvar, q.form), prior, seed, samples, row_offset, per_dimension)
+    _check_prior(q, p)
     drawn = q.rsample_kl(p, samples, seed, row_offset=row_offset, per_dimension=per_dimension)
     if drawn is not None:
         return drawn[0].flatten(0, 1), drawn[1]
@@ -88,7 +89,8 @@ def say_monte_carlo(q: Distribution, p: Distribution) -> None:
 
 def describe(distribution: Distribution) -> str:
     inner = getattr(distribution, "distribution", None)
-    return type(distribution).__name__ if inner is None else type(inner).__name__
+    own: str = getattr(distribution, "made_by", type(distribution).__name__)
+    return own if inner is None else type(inner).__name__
 
 
 def draw_ratio(
@@ -150,6 +152,7 @@ def _composed(
     **place: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What :func:`draw_chunk` returns, of any q and p."""
+    _check_prior(q, p)
     if q.strata > 1 and estimator == "dreg":
         raise ValueError(
             f"estimator='dreg' needs draws from q itself; those of {describe(q)} come from its components in "
@@ -219,6 +222,18 @@ class _DReG(torch.autograd.Function):
 
 
 # What a user may have written, checked
+
+
+def _check_prior(q: Distribution, p: Distribution) -> None:
+    """That the prior is of as many latents, as far as both say."""
+    own, other = (getattr(d, "mu", getattr(d, "loc", None)) for d in (q, p))
+    if own is None or other is None or own.dim() < 2 or other.dim() == 0:
+        return
+    if other.shape[-1] not in (1, own.shape[-1]):
+        raise ValueError(
+            f"the prior, {describe(p)}, has parameters {list(other.shape)}, but q's are {list(own.shape)}; "
+            f"both must have D = {own.shape[-1]} latents"
+        )
 
 
 def rsample(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:

@@ -183,7 +183,18 @@ class _Encoded(Distribution):
     def prepared(self) -> Distribution:
         from .read import as_posterior
 
-        return mixture_of_rows([as_posterior(self.encoder(x)) for x in self._inputs()], self.logits)
+        name, parts = type(self).__name__, []
+        for x in self._inputs():
+            try:
+                parts.append(as_posterior(self.encoder(x)))
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    given = shape_of(x) if isinstance(x, Tensor) else type(x).__name__
+                    error.add_note(f"fastvae.{name} gave the encoder inputs of its own, {given}")
+                raise
+        made = mixture_of_rows(parts, self.logits)
+        made.__dict__["made_by"] = name
+        return made
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self.prepared().log_prob(z)
