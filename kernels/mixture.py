@@ -153,6 +153,8 @@ def mixture_kernel(
         b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE)
         b_max, b_rescale, b_term = next_block(b_s, b_max)
         b_sum = b_sum * b_rescale + tl.sum(b_term, axis=1, keep_dims=True)
+    # Maxima drop NaN.
+    b_max = tl.where(b_sum == b_sum, b_max, b_sum)
     if p_bound is not None:
         tl.store(p_bound + o_n, b_max + log(b_sum), mask=o_n < N)
     o_out = i_split.to(tl.int64) * N + o_n
