@@ -76,5 +76,14 @@ def backend(request):
 
 
 @pytest.fixture
+def one_thread():
+    """Small models take many times as long with two threads where another process has the second core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def device():
     return DEVICE

@@ -20,6 +20,8 @@ from fastvae.distributions.base import held
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn, seed_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 K, B, D, X, U = 6, 5, 3, 7, 4
 SEED = torch.tensor(11, device=DEVICE)
 BERNOULLI = {"likelihood": "bernoulli"}

@@ -16,6 +16,8 @@ from fastvae import Hierarchy, Level
 from .conftest import DEVICE
 from .models import generator, randn, seed_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, K, X = 5, 4, 7
 D = D1, D2 = 2, 3
 MERGES = [None, "residual", "precision"]

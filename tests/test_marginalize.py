@@ -17,6 +17,8 @@ from .conftest import DEVICE
 from .models import LinearGaussian, generator, rand, randn
 from .test_mathematics import log_weight_rounding
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, C, D, X, K = 5, 4, 3, 7, 6
 
 

@@ -17,6 +17,8 @@ from fastvae.reference import codebook as tiles
 from .conftest import DEVICE
 from .models import randn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, D, U, SPATIAL = 5, 3, 7, (2, 4)
 
 

@@ -16,6 +16,8 @@ from fastvae.distributions.spatial import _ELEMENTWISE
 from .conftest import DEVICE
 from .models import generator, rand, randn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 K, B, X = 9, 5, 7
 LATENT = C, H, W = 4, 2, 3
 D = C * H * W

@@ -14,6 +14,8 @@ import fastvae
 from .conftest import DEVICE
 from .models import generator, randn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, D, X = 60, 3, 7
 
 
