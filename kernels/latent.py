@@ -29,6 +29,7 @@ from .common import (
     exp,
     expm1_parts,
     load,
+    log,
     log_positive,
     quotient,
     row_alignment,
@@ -60,9 +61,12 @@ def log_variance(b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
         b_logvar = 2.0 * log_positive(b_raw)
     else:
         b_variance, _ = softplus(b_raw)
-        b_logvar = log_positive(b_variance + FLOOR)
+        # A normal number, unless it is infinite.
+        b_logvar = log(b_variance + FLOOR)
+        b_right = b_raw < float("inf")
         if FLOOR == 0.0:
-            b_logvar = tl.where(b_raw < TAIL, b_raw, b_logvar)
+            b_right = b_right & (b_raw >= TAIL)
+        b_logvar = tl.where(b_right, b_logvar, b_raw)
     return b_logvar
 
 
