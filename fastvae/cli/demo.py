@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
     name: str
     model: fastvae.VAE
-    architecture: dict[str, int]
+    architecture: dict[str, Any]
     train_curve: list[float]
     test_curve: list[float]
     elbo: Tensor
@@ -418,8 +418,10 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
             axes.set_title(f"trained with {result.name}", fontsize="medium")
         return figure
 
+    standard = runs[0].architecture.get("prior", STANDARD) == STANDARD
+    draws, marginal = ("the same for both", "N(0, 1)") if standard else ("each model's own", "the prior")
     figures = {
-        "samples": pair(_samples, "Samples: mean of p(x|z) for z from the prior, the same for both", (9, 5)),
+        "samples": pair(_samples, f"Samples: mean of p(x|z) for z from the prior, {draws}", (9, 5)),
         "reconstructions": pair(
             _reconstructions,
             "Test images, and below each its reconstruction, the mean of p(x'|z) over p(z|x)",
@@ -428,7 +430,7 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     }
     if runs[0].architecture["latent"] == 2:
         figures["manifold"] = pair(
-            _manifold, "Latent plane: mean of p(x|z) at the quantiles of N(0, 1) along each axis", (11, 6)
+            _manifold, f"Latent plane: mean of p(x|z) at the quantiles of {marginal} along each axis", (11, 6)
         )
     figures["training"] = Figure(figsize=(9, 5), layout="constrained")
     _curves(figures["training"].subplots(), runs, eval_k)
@@ -436,7 +438,7 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     best = runs[-1]
     panels = [(_reconstructions, "test images and reconstructions"), (_samples, "samples from the prior")]
     if "manifold" in figures:
-        panels.append((_manifold, "latent plane, quantiles of N(0, 1)"))
+        panels.append((_manifold, f"latent plane, quantiles of {marginal}"))
     figures["overview"] = Figure(figsize=(10, 9.6), layout="constrained")
     first, *rest = figures["overview"].subplots(2, 2).flat
     _curves(first, runs, eval_k)
