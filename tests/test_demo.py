@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import pickle
 import struct
 import subprocess
 import sys
@@ -312,6 +313,13 @@ def test_latents_of_any_number():
             assert bound.isfinite()
             missing = [n for n, p in model.named_parameters() if p.grad is None]
             assert not missing, (name, latent, missing)
+            # As it is for a VAE that is saved whole.
+            again = pickle.loads(pickle.dumps(model))
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                expected = model.iwae(x, 4)
+                torch.manual_seed(3)
+                assert torch.equal(again.iwae(x, 4), expected)
 
 
 def test_the_kl_is_closed_where_it_is_known():

@@ -22,10 +22,10 @@ import fastvae
 
 from .._terminal import ProgressStream, show
 from ..evaluate.checkpoint import check_destination
+from . import latents
 from .kinds import Outputs, kind_of
-from .latents import DIAGONAL, POSTERIORS, PRIORS, STANDARD, check, elbo_options, start
 
-USUAL = {"likelihood": "bernoulli", "posterior": DIAGONAL, "prior": STANDARD}
+USUAL = {"likelihood": "bernoulli", "posterior": latents.DIAGONAL, "prior": latents.STANDARD}
 BATCH = 100
 LEARNING_RATE = 3e-3
 # Fixed, so that runs with other seeds are measured on the same test images with the same noise.
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
     name: str
     model: fastvae.VAE
-    architecture: dict[str, int]
+    architecture: dict[str, Any]
     train_curve: list[float]
     test_curve: list[float]
     elbo: Tensor
@@ -66,12 +66,12 @@ class Encoder(nn.Module):
         hidden: int,
         latent: int,
         likelihood: str = "bernoulli",
-        posterior: str = DIAGONAL,
+        posterior: str = latents.DIAGONAL,
     ):
         super().__init__()
         self.seen = kind_of(likelihood).seen
         self.body = nn.Sequential(nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
-        widths, self.q = POSTERIORS[posterior](latent)
+        widths, self.q = latents.POSTERIORS[posterior](latent)
         self.outputs = tuple(widths)
         for name, width in widths.items():
             self.add_module(name, nn.Linear(hidden, width))
@@ -96,14 +96,14 @@ def build(architecture: dict[str, Any]) -> fastvae.VAE:
     likelihood, a posterior and a prior that are not the usual ones.
     """
     sizes = dict(architecture)
-    posterior, prior = sizes.pop("posterior", DIAGONAL), sizes.pop("prior", STANDARD)
-    check(posterior, prior)
+    posterior, prior = sizes.pop("posterior", latents.DIAGONAL), sizes.pop("prior", latents.STANDARD)
+    latents.check(posterior, prior)
     encoder, decoder = Encoder(**sizes, posterior=posterior), Decoder(**sizes)
     return fastvae.VAE(
         encoder,
         decoder,
         likelihood=kind_of(sizes.get("likelihood", "bernoulli")).likelihood(),
-        prior=PRIORS[prior](encoder, sizes["pixels"], sizes["latent"]),
+        prior=latents.PRIORS[prior](encoder, sizes["pixels"], sizes["latent"]),
         latent_dim=sizes["latent"],
     )
 
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(str(error)) from None
     try:
         kind_of(args.likelihood)
-        check(args.posterior, args.prior)
+        latents.check(args.posterior, args.prior)
         if args.data is not None and args.likelihood != "bernoulli":
             raise ValueError(
                 f"--likelihood {args.likelihood} is shown on scikit-learn's digits; leave --data out"
@@ -156,12 +156,12 @@ def run(args: argparse.Namespace) -> None:
     architecture = {"pixels": pixels, "hidden": min(2 * pixels, 200), "latent": args.latent}
     asked = {option: getattr(args, option) for option in USUAL}
     architecture |= {option: name for option, name in asked.items() if name != USUAL[option]}
-    latents = [f", {name} {architecture[name]}" for name in ("posterior", "prior") if name in architecture]
+    named = [f", {name} {architecture[name]}" for name in ("posterior", "prior") if name in architecture]
     epochs = args.epochs or images.epochs
     show(
         f"{images.name}: {len(images.train)} training and {len(images.test)} test images of "
         f"{images.shape[0]}x{images.shape[1]} pixels, {images.says}\n"
-        f"{args.latent} latent dimension{'s' * (args.latent > 1)}{''.join(latents)}, "
+        f"{args.latent} latent dimension{'s' * (args.latent > 1)}{''.join(named)}, "
         f"{architecture['hidden']} hidden units, {epochs} epoch{'s' * (epochs > 1)}, seed {args.seed}, "
         f"on {args.device}"
     )
@@ -231,7 +231,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(architecture).to(images.train.device)
-    start(model, images.train)
+    latents.start(model, images.train)
     return fit(name, k, images, model, architecture, epochs, eval_k, seed)
 
 
@@ -252,7 +252,7 @@ def fit(
     generator = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any]
     options = {"likelihood": model.likelihood, "prior": model.prior, "generator": generator}
-    options |= elbo_options(model, images.train[:1]) if k is None else {"k": k}
+    options |= latents.elbo_options(model, images.train[:1]) if k is None else {"k": k}
     objective = fastvae.elbo if k is None else fastvae.iwae
 
     train_curve, test_curve = [], []
@@ -288,7 +288,7 @@ def bound_on_test(model: fastvae.VAE, test: Tensor, k: int | None, samples: int 
     options: dict[str, Any] = {"reduction": "none", "generator": noise}
     return torch.cat(
         [
-            model.elbo(x, **elbo_options(model, x, samples), **options)
+            model.elbo(x, **latents.elbo_options(model, x, samples), **options)
             if k is None
             else model.iwae(x, k, **options)
             for x in test.split(BATCH)
@@ -418,8 +418,10 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
             axes.set_title(f"trained with {result.name}", fontsize="medium")
         return figure
 
+    standard = runs[0].architecture.get("prior", latents.STANDARD) == latents.STANDARD
+    draws, marginal = ("the same for both", "N(0, 1)") if standard else ("each model's own", "the prior")
     figures = {
-        "samples": pair(_samples, "Samples: mean of p(x|z) for z from the prior, the same for both", (9, 5)),
+        "samples": pair(_samples, f"Samples: mean of p(x|z) for z from the prior, {draws}", (9, 5)),
         "reconstructions": pair(
             _reconstructions,
             "Test images, and below each its reconstruction, the mean of p(x'|z) over p(z|x)",
@@ -428,7 +430,7 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     }
     if runs[0].architecture["latent"] == 2:
         figures["manifold"] = pair(
-            _manifold, "Latent plane: mean of p(x|z) at the quantiles of N(0, 1) along each axis", (11, 6)
+            _manifold, f"Latent plane: mean of p(x|z) at the quantiles of {marginal} along each axis", (11, 6)
         )
     figures["training"] = Figure(figsize=(9, 5), layout="constrained")
     _curves(figures["training"].subplots(), runs, eval_k)
@@ -436,7 +438,7 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
     best = runs[-1]
     panels = [(_reconstructions, "test images and reconstructions"), (_samples, "samples from the prior")]
     if "manifold" in figures:
-        panels.append((_manifold, "latent plane, quantiles of N(0, 1)"))
+        panels.append((_manifold, f"latent plane, quantiles of {marginal}"))
     figures["overview"] = Figure(figsize=(10, 9.6), layout="constrained")
     first, *rest = figures["overview"].subplots(2, 2).flat
     _curves(first, runs, eval_k)

@@ -33,6 +33,10 @@ class Posterior(NamedTuple):
     q: Callable[..., Any]
 
 
+def _pair(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    return mu, logvar
+
+
 def _low_rank(mu: Tensor, logvar: Tensor, factor: Tensor) -> fastvae.LowRankNormal:
     return fastvae.LowRankNormal(mu, logvar, factor.unflatten(1, (-1, RANK)))
 
@@ -79,7 +83,7 @@ class _Flow(nn.Module):
 
 # Latent dimensions -> posterior.
 POSTERIORS: dict[str, Callable[[int], Posterior]] = {
-    DIAGONAL: lambda d: Posterior({"mu": d, "logvar": d}, lambda mu, logvar: (mu, logvar)),
+    DIAGONAL: lambda d: Posterior({"mu": d, "logvar": d}, _pair),
     "full": lambda d: Posterior({"mu": d, "tril": d * (d + 1) // 2}, fastvae.FullNormal),
     "low_rank": lambda d: Posterior({"mu": d, "logvar": d, "factor": d * RANK}, _low_rank),
     "laplace": lambda d: Posterior({"loc": d, "log_scale": d}, fastvae.Laplace),
