@@ -23,7 +23,7 @@ from fastvae.distributions import (
 from fastvae.distributions.base import held
 
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, randn
+from .models import LinearGaussian, generator, randn, seed_of
 
 K, B, D, X = 4, 5, 3, 7
 SEED = torch.tensor(11, device=DEVICE)
@@ -191,7 +191,7 @@ def test_torch_distributions_as_posteriors(name, estimator):
     log_w = log_px + td.Normal(0.0, 1.0).log_prob(free).sum(-1) - total(fixed, free)
     w = torch.softmax(log_w.detach(), 0) ** (2 if estimator == "dreg" else 1)
     (to_z,) = torch.autograd.grad((w * log_w).sum(), free)
-    drawn, _ = TorchDistribution(q).rsample(K, fastvae.random.draw_seed(DEVICE, generator(3)))
+    drawn, _ = fastvae.distributions.as_posterior(q).rsample(K, seed_of(3))
     assert torch.equal(drawn, z)
     torch.testing.assert_close(found, torch.autograd.grad(drawn, [a, b], to_z), rtol=1e-8, atol=1e-9)
 

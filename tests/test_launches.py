@@ -202,7 +202,7 @@ from fastvae.kernels import common, random
 def noise(p_seed, p_out):
     o = tl.arange(0, 4)
     o_j = o[None, None, :]
-    b_0, b_1, b_2, b_3 = random.philox_words(tl.load(p_seed), o_j.to(tl.int64), o_j.to(tl.int64), o_j)
+    b_0, b_1, b_2, b_3 = random.philox_words(tl.load(p_seed), o_j.to(tl.int64), o_j.to(tl.int64), o_j, 0)
     b_x, b_y = random.box_muller(b_0, b_1, tl.float32)
     b_u, b_v = random.box_muller(b_2, b_3, tl.float32)
     tl.store(p_out + o_j, b_x + b_y + b_u + b_v)

@@ -62,7 +62,7 @@ class DiagonalNormal(Distribution):
             computed for a conditional one.
         scale: what ``logvar`` is: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which must be
             positive (a negative one gives NaN); ``"softplus"``, r of σ² = log(1 + exp(r)) + floor.
-        floor: of a softplus: the least variance, such as 1e-4, which keeps it from collapsing; 0 for none.
+        floor: of a softplus: the least variance, such as 1e-4, which keeps it from collapsing. Default: none.
         logvar_range: clamp a log variance to (lo, hi), with zero gradient outside. Default: no clamp.
 
     Raises:
@@ -92,7 +92,7 @@ class DiagonalNormal(Distribution):
         logvar: Tensor,
         *,
         scale: str = "logvar",
-        floor: float = 0.0,
+        floor: float | None = None,
         logvar_range: tuple[float, float] | None = None,
     ):
         super().__init__()

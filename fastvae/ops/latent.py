@@ -93,19 +93,17 @@ class Form(NamedTuple):
     floor: float = 0.0
 
 
-_LOGVAR = Form()
-
-
-def form_of(scale: str, floor: float, logvar_range: tuple[float, float] | None) -> Form | None:
+def form_of(scale: str, floor: float | None, logvar_range: tuple[float, float] | None) -> Form | None:
     """These options, checked; None for a log variance as it is.
 
     Raises:
         TypeError, ValueError: if one is wrong, or has no meaning beside the others.
     """
-    if logvar_range is None and scale == "logvar" and type(floor) is float and floor == 0:
+    # A compiler takes a float that is looked at for a number of its own, and begins again.
+    if logvar_range is None and scale == "logvar" and floor is None:
         return None
     check_choice("scale", scale, SCALES)
-    floor = check_number("floor", floor, "the least variance")
+    floor = 0.0 if floor is None else check_number("floor", floor, "the least variance")
     if scale != "softplus" and floor != 0:
         raise ValueError(
             f"floor={floor} is added to the variance of scale='softplus', and has no meaning with "
@@ -138,7 +136,7 @@ def rsample_kl(
     samples: int | None = None,
     prior: tuple[Tensor, Tensor] | None = None,
     scale: str = "logvar",
-    floor: float = 0.0,
+    floor: float | None = None,
     logvar_range: tuple[float, float] | None = None,
     per_dimension: bool = False,
     seed: Tensor | None = None,
@@ -157,7 +155,7 @@ def rsample_kl(
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
         scale: what stands in logvar's place: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ,
             which must be positive (a negative one gives NaN); ``"softplus"``, r of σ² = softplus(r) + floor.
-        floor: of a softplus: 0, or the least variance.
+        floor: of a softplus: the least variance. Default: none, which is 0.
         logvar_range: clamp logvar to (lo, hi) first; its gradient is zero outside. Default: no clamp.
         per_dimension: return the KL of every dimension, [B, D], instead of their sum.
         seed: int64 tensor of no dimensions that fixes the noise; default: drawn from ``generator``.
@@ -199,7 +197,7 @@ def rsample_log_ratio(
     prior: tuple[Tensor, Tensor] | None = None,
     estimator: str = "iwae",
     scale: str = "logvar",
-    floor: float = 0.0,
+    floor: float | None = None,
     logvar_range: tuple[float, float] | None = None,
     seed: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -279,7 +277,8 @@ def _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, r
         prior_mu = prior_logvar = None
     else:
         mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
-    logvar_min, logvar_max, scale, floor = _LOGVAR if form is None else form
+    # Literals, which a compiler takes for constants.
+    logvar_min, logvar_max, scale, floor = (-math.inf, math.inf, "logvar", 0.0) if form is None else form
     if sample_offset != 0 or row_offset != 0 or samples > 2**32:
         check_address(samples, mu.shape[0], sample_offset, row_offset)
     seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
@@ -333,7 +332,7 @@ def options(form: Form | None) -> dict[str, Any]:
         return {}
     low, high, scale, floor = form
     bounded = scale == "logvar"
-    return {"scale": scale, "floor": floor, "logvar_range": (low, high) if bounded else None}
+    return {"scale": scale, "floor": floor or None, "logvar_range": (low, high) if bounded else None}
 
 
 # What the two ops share
