@@ -20,7 +20,18 @@ import torch  # noqa: E402
 from . import report  # noqa: E402
 from .measure import OURS, keep_memory, measure, measure_machine  # noqa: E402
 
-MODULES = ("latent", "full", "likelihood", "grouped", "mixture", "importance", "weigh", "objectives", "head")
+MODULES = (
+    "latent",
+    "full",
+    "likelihood",
+    "grouped",
+    "mixture",
+    "codebook",
+    "importance",
+    "weigh",
+    "objectives",
+    "head",
+)
 # Other things to do, each with options of its own: the module whose ``main`` takes what follows the name.
 SUBCOMMANDS = {
     "head_memory": "memory and time over K, the decoder's last layer left to the likelihood",

@@ -252,7 +252,10 @@ def test_an_unknown_likelihood(tmp_path):
 
 
 # Every posterior, and every prior, in other company than the default.
-PAIRS = [(q, p) for q, p in zip(latents.POSTERIORS, [*latents.PRIORS] * 2, strict=False)]
+PAIRS = [
+    (q, "standard" if q == "ladder" else p)
+    for q, p in zip(latents.POSTERIORS, [*latents.PRIORS] * 2, strict=False)
+]
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -275,6 +278,22 @@ def test_any_posterior_and_prior(posterior, prior, tmp_path, capsys):
     result = model.evaluate(demo.digits().test, k=7, generator=noise, progress=False)
     assert f"{-result.nll:.2f} ±" in text
     assert main(["evaluate", str(out / "iwae.pt"), "digits", "--k", "7"]) == 0
+
+
+def test_a_ladder_has_a_prior_of_its_own(tmp_path):
+    options = ["demo", "--out", str(tmp_path), "--posterior", "ladder"]
+    with pytest.raises(SystemExit, match="--posterior ladder brings its own prior; leave --prior vamp out"):
+        main([*options, "--prior", "vamp"])
+    with pytest.raises(SystemExit, match="two levels of latents; --latent must be 2 or more, not 1"):
+        main([*options, "--latent", "1"])
+
+
+def test_a_vamp_prior_warms_up():
+    """Its KL counts more and more over three tenths of the steps, and then in full."""
+    architecture = {"pixels": 64, "hidden": 8, "latent": 3}
+    beta = latents.beta_of(demo.build({**architecture, "prior": "vamp"}), 100)
+    assert [round(float(beta(step)), 3) for step in (0, 15, 30, 99)] == [0.0, 0.5, 1.0, 1.0]
+    assert latents.beta_of(demo.build(architecture), 100) is None
 
 
 @pytest.mark.parametrize("name", [n for n in latents.PRIORS if n != "standard"])
@@ -305,8 +324,10 @@ def test_latents_of_any_number():
     pytest.importorskip("zuko")
     x = demo.digits().test[:5]
     for name in latents.POSTERIORS:
-        for latent in (1, 3):
-            architecture = {"pixels": 64, "hidden": 8, "latent": latent, "posterior": name, "prior": "flow"}
+        ladder = name == "ladder"
+        for latent in (2, 3) if ladder else (1, 3):
+            architecture = {"pixels": 64, "hidden": 8, "latent": latent, "posterior": name}
+            architecture["prior"] = "standard" if ladder else "flow"
             model = demo.build(architecture)
             bound = model.iwae(x, 4)
             bound.backward()
@@ -336,7 +357,7 @@ def test_the_kl_is_closed_where_it_is_known():
 
 def test_unknown_latents(tmp_path, monkeypatch, capsys):
     out = ["--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="--posterior cauchy is unknown; known: diagonal, full, .*flow"):
+    with pytest.raises(SystemExit, match="--posterior cauchy is unknown; known: diagonal, softplus, full, .*flow"):
         main(["demo", "--posterior", "cauchy", *out])
     with pytest.raises(SystemExit, match="--prior wide is unknown; known: standard, learned, .*vamp"):
         main(["demo", "--prior", "wide", *out])

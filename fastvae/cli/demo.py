@@ -97,13 +97,13 @@ def build(architecture: dict[str, Any]) -> fastvae.VAE:
     """
     sizes = dict(architecture)
     posterior, prior = sizes.pop("posterior", latents.DIAGONAL), sizes.pop("prior", latents.STANDARD)
-    latents.check(posterior, prior)
+    latents.check(posterior, prior, sizes["latent"])
     encoder, decoder = Encoder(**sizes, posterior=posterior), Decoder(**sizes)
     return fastvae.VAE(
         encoder,
         decoder,
         likelihood=kind_of(sizes.get("likelihood", "bernoulli")).likelihood(),
-        prior=latents.PRIORS[prior](encoder, sizes["pixels"], sizes["latent"]),
+        prior=latents.prior_of(posterior, prior, encoder, sizes["pixels"], sizes["latent"]),
         latent_dim=sizes["latent"],
     )
 
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(str(error)) from None
     try:
         kind_of(args.likelihood)
-        latents.check(args.posterior, args.prior)
+        latents.check(args.posterior, args.prior, args.latent)
         if args.data is not None and args.likelihood != "bernoulli":
             raise ValueError(
                 f"--likelihood {args.likelihood} is shown on scikit-learn's digits; leave --data out"
@@ -257,12 +257,15 @@ def fit(
 
     train_curve, test_curve = [], []
     steps = math.ceil(len(images.train) / BATCH)
+    beta = latents.beta_of(model, epochs * steps) if k is None else None
     with tqdm(total=epochs * steps, desc=f"{name:8}", unit="step", file=ProgressStream()) as bar:
         for _ in range(epochs):
             total = torch.zeros((), device=device)
             order = torch.randperm(len(images.train), generator=generator, device=device)
             for rows in order.split(BATCH):
                 x = images.draw(images.train[rows], generator)
+                if beta is not None:
+                    options["beta"] = beta(bar.n)
                 bound = objective(x, encoder(x), decoder, **options)
                 optimizer.zero_grad()
                 (-bound).backward()

@@ -15,10 +15,12 @@ import fastvae
 
 from ..distributions import closed_kl
 
-DIAGONAL, STANDARD = "diagonal", "standard"
+DIAGONAL, STANDARD, LADDER = "diagonal", "standard", "ladder"
 PARTS, RANK, CONTEXT = 2, 2, 16  # of a posterior: components, directions, numbers that a flow is told of x
 COMPONENTS, PSEUDO_INPUTS = 30, 50  # of a prior
 FLOW_HIDDEN = (32, 32)
+WARM_UP = 0.3  # of all steps
+HIDDEN = 32  # of a ladder's top-down layer
 
 
 class Posterior(NamedTuple):
@@ -35,6 +37,10 @@ class Posterior(NamedTuple):
 
 def _pair(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     return mu, logvar
+
+
+def _softplus(mu: Tensor, raw: Tensor) -> fastvae.DiagonalNormal:
+    return fastvae.DiagonalNormal(mu, raw, scale="softplus", floor=1e-4)
 
 
 def _low_rank(mu: Tensor, logvar: Tensor, factor: Tensor) -> fastvae.LowRankNormal:
@@ -81,15 +87,41 @@ class _Flow(nn.Module):
         return fastvae.Flow(self.flow, torch.cat(outputs, 1))
 
 
+class _Ladder(nn.Module):
+    """Two levels, half of the latents each: of the lower one p(z_2|z_1) and what the encoder says are merged
+    by their precisions.
+    """
+
+    def __init__(self, upper: int, lower: int):
+        super().__init__()
+        down = nn.Sequential(nn.Linear(upper, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2 * lower))
+        self.hierarchy = fastvae.Hierarchy(
+            [
+                fastvae.Level(upper, nn.Identity()),
+                fastvae.Level(lower, nn.Identity(), prior=down, merge="precision"),
+            ]
+        )
+
+    def forward(self, upper: Tensor, lower: Tensor) -> fastvae.HierarchicalPosterior:
+        return self.hierarchy([upper, lower])  # type: ignore[no-any-return]
+
+
+def _ladder(d: int) -> Posterior:
+    upper, lower = d // 2, d - d // 2
+    return Posterior({"upper": 2 * upper, "lower": 2 * lower}, _Ladder(upper, lower))
+
+
 # Latent dimensions -> posterior.
 POSTERIORS: dict[str, Callable[[int], Posterior]] = {
     DIAGONAL: lambda d: Posterior({"mu": d, "logvar": d}, _pair),
+    "softplus": lambda d: Posterior({"mu": d, "raw": d}, _softplus),
     "full": lambda d: Posterior({"mu": d, "tril": d * (d + 1) // 2}, fastvae.FullNormal),
     "low_rank": lambda d: Posterior({"mu": d, "logvar": d, "factor": d * RANK}, _low_rank),
     "laplace": lambda d: Posterior({"loc": d, "log_scale": d}, fastvae.Laplace),
     "student_t": lambda d: Posterior({"loc": d, "log_scale": d, "log_df": d}, _student_t),
     "mixture": lambda d: Posterior({"mu": PARTS * d, "logvar": PARTS * d, "logits": PARTS}, _mixture),
     "flow": lambda d: Posterior({"mu": d, "logvar": d, "context": CONTEXT}, _Flow(d)),
+    LADDER: _ladder,
 }
 
 
@@ -153,7 +185,12 @@ def _zuko(option: str) -> Any:
     return zuko
 
 
-def check(posterior: str, prior: str) -> None:
+def prior_of(posterior: str, prior: str, encoder: nn.Module, pixels: int, latent: int) -> Any:
+    """The prior of this name; None for that which the posterior brings."""
+    return None if posterior == LADDER else PRIORS[prior](encoder, pixels, latent)
+
+
+def check(posterior: str, prior: str, latent: int) -> None:
     """Whether both are known, and what they need is there.
 
     Raises:
@@ -165,6 +202,12 @@ def check(posterior: str, prior: str) -> None:
             raise ValueError(f"{option} {name} is unknown; known: {', '.join(table)}")
         if name == "flow":
             _zuko(option)
+    if posterior == LADDER and prior != STANDARD:
+        raise ValueError(f"--posterior ladder brings its own prior; leave --prior {prior} out")
+    if posterior == LADDER and latent < 2:
+        raise ValueError(
+            f"--posterior ladder has two levels of latents; --latent must be 2 or more, not {latent}"
+        )
 
 
 def start(model: fastvae.VAE, x: Tensor) -> None:
@@ -173,11 +216,22 @@ def start(model: fastvae.VAE, x: Tensor) -> None:
         model.prior.pseudo_inputs.start(x)
 
 
+def beta_of(model: fastvae.VAE, steps: int) -> Callable[[int], Tensor] | None:
+    """The KL's weight in training with the ELBO, a function of the step; None for 1.
+
+    Prior and q of a VampPrior are made by one encoder, so that q = p costs nothing from the first step: without
+    a warm-up all of x may be forgotten (Tomczak & Welling 2018 have one, too).
+    """
+    if not isinstance(model.prior, fastvae.VampPrior):
+        return None
+    return fastvae.schedules.linear(0.0, 1.0, max(1, round(WARM_UP * steps)))
+
+
 @torch.no_grad()
 def elbo_options(model: fastvae.VAE, x: Tensor, samples: int = 1) -> dict[str, Any]:
     """How the ELBO is estimated: the KL in closed form where one is known, otherwise from the draws, and as
     many draws of each part of a posterior that has several.
     """
     q = model.posterior(x)
-    known = closed_kl(q, model.prior) is not None
+    known = q.own_prior is not None or closed_kl(q, model.prior) is not None
     return {"kl": "analytic" if known else "mc", "samples": samples * q.strata}
