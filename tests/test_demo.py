@@ -357,9 +357,7 @@ def test_the_kl_is_closed_where_it_is_known():
 
 def test_unknown_latents(tmp_path, monkeypatch, capsys):
     out = ["--out", str(tmp_path / "out")]
-    with pytest.raises(
-        SystemExit, match="--posterior cauchy is unknown; known: diagonal, softplus, .*flow"
-    ):
+    with pytest.raises(SystemExit, match="--posterior cauchy is unknown; known: diagonal, softplus, .*flow"):
         main(["demo", "--posterior", "cauchy", *out])
     with pytest.raises(SystemExit, match="--prior wide is unknown; known: standard, learned, .*vamp"):
         main(["demo", "--prior", "wide", *out])

@@ -219,8 +219,8 @@ def start(model: fastvae.VAE, x: Tensor) -> None:
 def beta_of(model: fastvae.VAE, steps: int) -> Callable[[int], Tensor] | None:
     """The KL's weight in training with the ELBO, a function of the step; None for 1.
 
-    Prior and q of a VampPrior are made by one encoder, so that q = p costs nothing from the first step: all of x
-    may be forgotten without a warm-up (Tomczak & Welling 2018 have one, too).
+    One encoder makes prior and q of a VampPrior, so that q = p costs nothing from the first step. Without a
+    warm-up all of x may be forgotten (Tomczak & Welling 2018 have one, too).
     """
     if not isinstance(model.prior, fastvae.VampPrior):
         return None
