@@ -156,6 +156,30 @@ class Distribution(nn.Module):
         return None
 
 
+class Located(Distribution):
+    """A family whose parameters have the axes of its location, [B, D] or, of a prior, [D]."""
+
+    @property
+    def location(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self.location.shape[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.location.device
+
+    @property
+    def has_rows(self) -> bool:
+        return self.location.dim() == 2
+
+    @property
+    def per_row(self) -> bool:  # type: ignore[override]
+        return self.location.dim() > 1 and self.location.shape[0] > 1
+
+
 def hold(module: nn.Module, **values: Tensor | None) -> None:
     """Make tensors attributes: parameters and buffers of the module, but what a network computed, which is no
     state of it and must stay in its graph.

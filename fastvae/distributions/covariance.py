@@ -14,36 +14,24 @@ from .. import ops, random
 from .._checks import check_same_device, check_tensor, shape_of
 from ..ops.op import accumulator
 from ..reference.common import expm1_minus
-from .base import Distribution, hold, is_still, register_kl
+from .base import Distribution, Located, hold, is_still, register_kl
 from .normal import DiagonalNormal, StandardNormal
 
 LOG_2_PI = math.log(2 * math.pi)
 
 
-class _Correlated(Distribution):
+class _Correlated(Located):
     """What the families of this file share: a mean, [B, D] or [D]."""
 
     mu: Tensor
 
     @property
-    def batch(self) -> int:  # type: ignore[override]
-        return self.mu.shape[0]
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.mu.device
+    def location(self) -> Tensor:
+        return self.mu
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]
         return self.mu
-
-    @property
-    def has_rows(self) -> bool:
-        return self.mu.dim() == 2
-
-    @property
-    def per_row(self) -> bool:  # type: ignore[override]
-        return self.mu.dim() > 1 and self.mu.shape[0] > 1
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -13,10 +13,10 @@ from torch import distributions as td
 from .. import random
 from .._checks import check_same_device, check_same_shape, check_tensor
 from ..ops.op import accumulator
-from .base import Distribution, hold, is_still
+from .base import Distribution, Located, hold, is_still
 
 
-class LocationScale(Distribution):
+class LocationScale(Located):
     r"""What the families below share.
 
     .. math:: \log p(z) = \sum_d \big[\log f(w_d) - \mathrm{log\_scale}_d\big],
@@ -55,20 +55,8 @@ class LocationScale(Distribution):
     _normals = 1  # for each w
 
     @property
-    def batch(self) -> int:  # type: ignore[override]
-        return self.loc.shape[0]
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.loc.device
-
-    @property
-    def has_rows(self) -> bool:
-        return self.loc.dim() == 2
-
-    @property
-    def per_row(self) -> bool:  # type: ignore[override]
-        return any(v.dim() > 1 and v.shape[0] > 1 for v in (self.loc, self.log_scale))
+    def location(self) -> Tensor:
+        return self.loc
 
     def _wide(self) -> tuple[Tensor, Tensor]:
         dtype = accumulator(torch.promote_types(self.loc.dtype, self.log_scale.dtype))
