@@ -248,6 +248,27 @@ def test_a_vae_of_each(backend):
         assert vae.anomaly_score(x, samples=7).shape == (B,)
 
 
+@pytest.mark.parametrize("kind", ["posterior", "prior"])
+def test_every_backend(backend, kind):
+    """Each family as q, and as p, in single precision: a bound and all gradients are the reference's."""
+    x, decoder = _data(torch.float32), _decoder(torch.float32)
+    for name in POSTERIORS if kind == "posterior" else PRIORS:
+        found = []
+        for implementation in (backend, "reference"):
+            made = Parameters(torch.float32)
+            with fastvae.use_backend(implementation):
+                q = POSTERIORS[name if kind == "posterior" else "log-normal"](made)
+                p = None if kind == "posterior" else PRIORS[name](made)
+                bound = fastvae.iwae(
+                    x, q, decoder, k=K, k_chunk=4, prior=p, generator=generator(5), **BERNOULLI
+                )
+                leaves = [t for t in made.leaves if t.requires_grad]
+                found.append([bound, *torch.autograd.grad(bound, leaves, allow_unused=True)])
+        for one, other in zip(*found, strict=True):
+            # Sums of some hundred numbers of magnitude 10 at most, each of a few roundings.
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("name", [n for n in PRIORS if n not in ("rows", "standard")])
 def test_draws_of_priors(name):
     """Of the shape, repeatable, and of the density: E[p(z)^-1 f(z)] = ∫f, for a normal f."""
