@@ -561,6 +561,12 @@ def test_each_stratum_has_its_share_of_draws():
         assert counts.tolist() == [4, 4, 4]
 
 
+def test_components_have_noise_of_their_own():
+    q = fastvae.Mixture([(zeros(2, 3), zeros(2, 3))] * 3)
+    z, _ = q.rsample(6, SEED)
+    assert len(z.flatten().unique()) == z.numel()
+
+
 def test_gradients_of_a_mixture_are_those_of_its_definition():
     """Logits, means and variances, of the ELBO and of the IWAE, by torch.distributions at the same draws."""
     made = Parameters()
@@ -651,7 +657,17 @@ def test_pseudo_inputs_are_encoded_once_a_call():
         bound.backward()
         assert encoder.calls == 1
     encoder.calls = 0
-    fastvae.evaluate(lambda x: q, decoder, x, k=30, k_chunk=7, prior=prior, progress=False, **BERNOULLI)
+    fastvae.evaluate(
+        lambda x: x[:, : 2 * D],
+        decoder,
+        x,
+        k=30,
+        k_chunk=7,
+        batch_size=2,
+        prior=prior,
+        progress=False,
+        **BERNOULLI,
+    )
     assert encoder.calls == 1
 
 
