@@ -10,8 +10,8 @@ import pytest
 import scipy.stats
 import torch
 import zuko
+from torch import distributed, nn
 from torch import distributions as td
-from torch import nn
 
 import fastvae
 from fastvae.distributions import as_posterior, as_prior, closed_kl, draw_chunk, rsample
@@ -237,6 +237,50 @@ def test_evaluated(name, prior, tmp_path):
         np.testing.assert_allclose(part.log_px, whole.log_px, rtol=1e-9)
     early = fastvae.evaluate(encoder, decoder, x, k=400, tol=0.3, generator=generator(2), **options)
     assert np.isfinite(early.log_px).all()
+
+
+RANKED = [("full", "vamp"), ("low rank", "mixture"), ("student", "normal mixture"), ("mixture", "flow"),
+          ("flow", "standard"), ("laplace", "aggregate")]  # fmt: skip
+
+
+def _evaluated(q: str, p: str, **options):
+    torch.manual_seed(4)
+    encoder, decoder = Encoder(q).double(), nn.Linear(D, X).double()
+    x = (randn(23, X, seed=7).cpu() > 0).double()
+    prior = PRIORS[p](Parameters())
+    options = {
+        "k": 12,
+        "batch_size": 5,
+        "prior": prior,
+        "likelihood": "bernoulli",
+        "progress": False,
+        **options,
+    }
+    return fastvae.evaluate(encoder, decoder, x, generator=torch.Generator().manual_seed(2), **options)
+
+
+def _evaluate_on_a_rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        for i, pair in enumerate(RANKED):
+            for shard in ("data", "samples"):
+                _evaluated(*pair, shard=shard).save(f"{folder}/{i}-{shard}-{rank}.npz")
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the ranks have one device")
+def test_ranks_share_an_evaluation_of_any_family(tmp_path):
+    """By examples or by draws, each rank has what one process has."""
+    torch.multiprocessing.spawn(_evaluate_on_a_rank, args=(2, str(tmp_path)), nprocs=2)
+    for i, pair in enumerate(RANKED):
+        expected = _evaluated(*pair).log_px
+        for shard in ("data", "samples"):
+            for rank in range(2):
+                found = fastvae.Evaluation.load(tmp_path / f"{i}-{shard}-{rank}.npz").log_px
+                np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=f"{pair}, {shard}, {rank}")
 
 
 def test_a_vae_of_each(backend):
