@@ -4760,7 +4760,8 @@ KINDS = {
 
 # What the sanitisers run, too.
 TESTS = [
-    f"tests/test_{name}.py" for name in ("grouped", "importance", "likelihoods", "latent", "random", "torch")
+    f"tests/test_{name}.py"
+    for name in ("full", "grouped", "importance", "likelihoods", "latent", "mixture", "random", "torch")
 ]
 
 
