@@ -248,8 +248,6 @@ def data(batch=B):
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae"])
 def test_values_and_gradients_are_those_written_out(backend, objective, merge, deterministic):
-    if backend == "triton" and merge is not None:
-        pytest.skip("its kernels serve a first level without a merge alone")
     model = Networks(merge, deterministic=deterministic)
     x = data()
     options = {"likelihood": LIKELIHOOD, "generator": generator(2), "reduction": "none"}
