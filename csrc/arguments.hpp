@@ -131,6 +131,11 @@ struct How {
   double coefficient;  // of the term, beside beta
   bool log_mean_exp;   // over samples; else their mean
   char reduction;      // of the batch: n(one), s(um), m(ean)
+  double alpha;        // a log-mean-exp is that of w^(1 - alpha), over 1 - alpha
+  i64 groups;          // of samples, whose log-mean-exps are averaged
+  double share;        // of the mean of the log weights, in what is otherwise that
+  // A log-mean-exp as it is.
+  bool plain() const { return alpha == 0 && groups == 1 && share == 0; }
 };
 
 // A call that goes on to the bound.
@@ -139,16 +144,17 @@ struct Weighing {
   Tensor term;         // (K, B), or (B) with no stride over samples: of compute type; null for none
   bool each_sample;    // the first
   Tensor beta;         // (B), of any storage type; null for 1
+  How how;
   double coefficient;  // the term counts this times beta
   bool log_mean_exp;   // over samples; else their mean
   double scale;        // of the sum over the batch; 0: no sum
 
   // Of x (B, X), a decoder's outputs, the first (K B, X), and a term (K, B) or (B).
-  Weighing(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added, const Tensor& weight, const How& how,
+  Weighing(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added, const Tensor& weight, const How& own,
            int threads)
-      : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)), each_sample(added.axes == 2), beta(weight),
-        coefficient(how.coefficient), log_mean_exp(how.log_mean_exp), scale(how.reduction == 'n'   ? 0
-                                                                            : how.reduction == 's' ? 1
+      : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)), each_sample(added.axes == 2), beta(weight), how(own),
+        coefficient(own.coefficient), log_mean_exp(own.log_mean_exp), scale(own.reduction == 'n'   ? 0
+                                                                            : own.reduction == 's' ? 1
                                                                                                    : 1.0 / static_cast<double>(x.n0)) {
     const Tensor& full = outputs[0];
     rows.samples = full.n0 / x.n0;

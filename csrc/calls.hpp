@@ -165,15 +165,16 @@ struct RsampleLogRatio {
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(rsample_log_ratio);
     const LatentArguments<Caller> q(from);
-    from.skip();  // the estimator, which is the gradient's
-    const bool chunk = from.flag(), keep_slope = from.flag();
+    from.skip(), from.skip(), from.skip();  // the estimator, its alpha and groups, which are the gradient's
+    const bool with_paths = from.flag(), keep_slope = from.flag();
     const int wide = q.mu.wide();
-    MadeOf<Caller> z = q.make_z(q.mu.dtype), log_ratio = make(q.mu, {q.draw.samples, q.mu.n0}, wide), whole, slope;
-    if (chunk) whole = make(q.mu, {q.mu.n0}, wide);
-    if (whole.data) std::memset(reinterpret_cast<void*>(whole.data), 0, static_cast<std::size_t>(q.mu.n0) * (wide == kFloat64 ? 8 : 4));
+    MadeOf<Caller> z = q.make_z(q.mu.dtype), log_ratio = make(q.mu, {q.draw.samples, q.mu.n0}, wide), paths, slope;
+    const auto bytes = static_cast<std::size_t>(q.draw.samples * q.mu.n0) * (wide == kFloat64 ? 8 : 4);
+    if (with_paths) paths = make(q.mu, {q.draw.samples, q.mu.n0}, wide);
+    if (paths.data) std::memset(reinterpret_cast<void*>(paths.data), 0, bytes);
     if (keep_slope) slope = q.make_z(wide);
     from.run(kernel, z, slope, log_ratio, q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, q.seed, from.threads());
-    return from.results({std::move(z), std::move(log_ratio), std::move(whole), std::move(slope)});
+    return from.results({std::move(z), std::move(log_ratio), std::move(paths), std::move(slope)});
   }
 };
 

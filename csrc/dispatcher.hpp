@@ -150,7 +150,7 @@ class FromDispatcher {
   using Given = HandleGiven;
   using Made = HandleMade;
   using Results = void;
-  static constexpr int kHow = 3;  // arguments that it is
+  static constexpr int kHow = 6;  // arguments that it is
   static constexpr std::uint64_t kMostArguments = 24;
 
   FromDispatcher(const Registered& op, Word* stack, std::uint64_t number, std::uint64_t results)
@@ -198,7 +198,10 @@ class FromDispatcher {
   How how() {
     const double coefficient = real();
     const bool log_mean_exp = std::strcmp(text(), "log_mean_exp") == 0;
-    return {coefficient, log_mean_exp, text()[0]};
+    const char reduction = text()[0];
+    const double alpha = real();
+    const i64 groups = integer();
+    return {coefficient, log_mean_exp, reduction, alpha, groups, real()};
   }
   Need need() {
     const TorchInterface& torch = torch_interface();

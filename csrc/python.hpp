@@ -192,10 +192,10 @@ class FromPython {
     PyObject* const* t = items_of(next(), 4);
     return {integer(t[0]), integer(t[1]), integer(t[2]), t[3] == Py_True};
   }
-  How how() {  // (coefficient, over, reduction)
-    PyObject* const* t = items_of(next(), 3);
+  How how() {  // (coefficient, over, reduction, alpha, groups, share)
+    PyObject* const* t = items_of(next(), 6);
     const bool log_mean_exp = PyUnicode_CompareWithASCIIString(t[1], "log_mean_exp") == 0;
-    return {real(t[0]), log_mean_exp, static_cast<char>(PyUnicode_READ_CHAR(t[2], 0))};
+    return {real(t[0]), log_mean_exp, static_cast<char>(PyUnicode_READ_CHAR(t[2], 0)), real(t[3]), integer(t[4]), real(t[5])};
   }
   Need need() {
     Need need;

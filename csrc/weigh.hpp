@@ -36,6 +36,36 @@ void mean_over_samples(i64 samples, i64 first, int n, const C* p, i64 s0, i64 s1
   for (int i = 0; i < n; ++i) out[i] /= static_cast<double>(samples);
 }
 
+// Of log weights (K, B) to the power 1 - alpha in groups of samples: the log-mean-exps over 1 - alpha, averaged, and a share of the mean of
+// the log weights; and the derivatives by these, the weights. In type W where the power makes differences small.
+template <class W, class C>
+void bounds_of_groups(const Weighing& w, const W* scaled, const C* log_w, C* bound, C* weights) {
+  const i64 samples = w.rows.samples, rows = w.rows.rows, groups = w.how.groups, size = samples / groups;
+  const double power = 1 - w.how.alpha, share = w.how.share;
+  const Scratch<W> room(3 * rows), weight(size * rows);
+  std::vector<double> sums(static_cast<std::size_t>(rows), 0.0), means(static_cast<std::size_t>(rows));
+  const W part = static_cast<W>((1 - share) / static_cast<double>(groups));
+  const C even = static_cast<C>(share / static_cast<double>(samples)), tiny = smallest_normal(C{});
+  for (i64 g = 0; g < groups; ++g) {
+    const View<const W> own{scaled + g * size * rows, rows, 1, 0}, parts{&part, 0, 0, 0};
+    W *value = room.data, *maximum = value + rows, *total = maximum + rows;
+    log_mean_exp_columns<W>(own, size, rows, value, maximum, total, w.rows.threads);
+    for (i64 b = 0; b < rows; ++b) sums[static_cast<std::size_t>(b)] += value[b] / power;
+    log_mean_exp_weights<W>(weight.data, parts, own, maximum, total, size, rows, w.rows.threads);
+    C* out = weights + g * size * rows;
+    for (i64 i = 0; i < size * rows; ++i) out[i] = (weight.data[i] < static_cast<W>(tiny) ? C(0) : static_cast<C>(weight.data[i])) + even;
+  }
+  for (i64 first = 0; share != 0 && first < rows; first += kColumnsPerUnit) {
+    const int n = static_cast<int>(rows - first < kColumnsPerUnit ? rows - first : kColumnsPerUnit);
+    mean_over_samples(samples, first, n, log_w, rows, 1, &means[static_cast<std::size_t>(first)]);
+  }
+  for (i64 b = 0; b < rows; ++b) {
+    const auto i = static_cast<std::size_t>(b);
+    const double mean = sums[i] / static_cast<double>(groups);
+    bound[b] = static_cast<C>(share == 0 ? mean : (1 - share) * mean + share * means[i]);
+  }
+}
+
 // The bound of each row, and the mean of its log-likelihoods where that is asked for. `log_w` holds the log-likelihoods (K, B),
 // and becomes the log weights where these are weighed.
 template <class C>
@@ -68,6 +98,12 @@ void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C*
     }
   });
   if (!w.log_mean_exp) return;
+  if (!w.how.plain()) {
+    if (w.how.alpha == 0) return bounds_of_groups<C, C>(w, log_w, log_w, bound, weights);
+    const Scratch<double> scaled(samples * rows);
+    for (i64 i = 0; i < samples * rows; ++i) scaled.data[i] = (1 - w.how.alpha) * static_cast<double>(log_w[i]);
+    return bounds_of_groups<double, C>(w, scaled.data, log_w, bound, weights);
+  }
   const Scratch<C> maximum(2 * rows);
   const View<const C> view{log_w, rows, 1, 0};
   log_mean_exp_columns<C>(view, samples, rows, bound, maximum.data, maximum.data + rows, w.rows.threads);

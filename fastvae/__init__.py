@@ -1,6 +1,6 @@
 """fastvae: the objectives of variational autoencoders on fused kernels. See README.md."""
 
-from . import likelihoods, ops, random, schedules, weights
+from . import bounds, likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
 from .diagnostics import Diagnostics, diagnostics
 from .distributions import (
@@ -51,6 +51,7 @@ from .objectives import (
     LogMarginal,
     LogWeights,
     Terms,
+    bound,
     elbo,
     iwae,
     log_marginal,
@@ -108,6 +109,8 @@ __all__ = [
     "VampPrior",
     "VectorQuantizer",
     "ZeroInflatedNegativeBinomial",
+    "bound",
+    "bounds",
     "diagnostics",
     "elbo",
     "evaluate",

@@ -128,13 +128,14 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
 
 
 def check_number(name: str, value: Any, meaning: str, least: float = 0.0) -> float:
-    if type(value) is float and least <= value < math.inf:
+    if type(value) is float and least <= value < math.inf and value != -math.inf:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {meaning}; got {value!r} ({type(value).__name__})")
     # Not math.isinf, which knows no number that a compiler leaves open.
-    if not least <= value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{name} must be finite and at least {least:g}, {meaning}; got {value!r}")
+    if not least <= value < math.inf or value == -math.inf:  # type: ignore[operator]
+        at_least = "" if least == -math.inf else f" and at least {least:g}"
+        raise ValueError(f"{name} must be finite{at_least}, {meaning}; got {value!r}")
     return float(value)
 
 

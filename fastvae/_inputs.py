@@ -12,6 +12,7 @@ from . import ops
 from ._checks import check_same_device, shape_of
 from ._glance import are_batch, are_batch_in_python
 from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, decoded, each, repeat, tensors
+from .bounds import CIWAE, IWAE, weighed
 from .distributions import (
     STANDARD,
     Distribution,
@@ -157,6 +158,10 @@ def weigh_samples(
     if how.over == "mean":
         bound = mean + factor * (term if term.dim() == 1 else term.mean(0))
     else:
-        bound = ops.log_mean_exp(log_likelihood + factor * term)
         mean = mean.detach()
+        if how.is_plain:
+            bound = ops.log_mean_exp(log_likelihood + factor * term)
+        else:
+            objective = CIWAE(how.share) if how.share else IWAE(how.groups, how.alpha)
+            bound = weighed(log_likelihood, factor * term, None, objective, None)
     return bound if how.reduction == "none" else getattr(bound, how.reduction)(), mean

@@ -25,6 +25,7 @@ from ._checks import (
 from ._inputs import Inputs, weigh_samples
 from ._nested import Beside, tensors
 from ._stream import Chunks
+from .bounds import IWAE, Bound, weighed
 from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
 from .distributions.draws import describe, say_monte_carlo
 from .likelihoods import Likelihood
@@ -53,15 +54,20 @@ if TYPE_CHECKING:
         free_bits: float | Tensor
         kl: str
 
-    class IwaeOptions(BoundOptions, total=False):
-        estimator: str
+    class SampledOptions(BoundOptions, total=False):
         k_chunk: int | None
+
+    class IwaeOptions(SampledOptions, total=False):
+        m: int
+        alpha: float | Tensor
+        estimator: str
 
 
 __all__ = [
     "LogMarginal",
     "LogWeights",
     "Terms",
+    "bound",
     "elbo",
     "iwae",
     "log_marginal",
@@ -340,6 +346,8 @@ def iwae(
     k: int = 50,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
+    m: int = 1,
+    alpha: float | Tensor = 0.0,
     estimator: str = "iwae",
     k_chunk: int | None = None,
     mask: Any = None,
@@ -356,19 +364,27 @@ def iwae(
     .. math:: \log \frac{1}{K} \sum_{k=1}^{K} w_k, \quad
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
+    and with ``m`` and ``alpha`` the mean over M groups of :math:`\frac{1}{1 - α} \log \frac{1}{K} \sum_k
+    w_k^{1 - α}`.
+
     Args:
         x, q, decoder, likelihood, prior, mask, size, context, example_weights, reduction, generator,
-            row_offset: as in :func:`elbo`; the decoder is called with N = k·B, once if there is no
+            row_offset: as in :func:`elbo`; the decoder is called with N = m·k·B, once if there is no
             ``k_chunk``.
         k: importance samples per example.
+        m: so many bounds of k samples each, averaged: MIWAE (Rainforth et al. 2018, eq. 10).
+        alpha: α of the VR-IWAE bound, a Rényi bound (Li & Turner 2016; Daudel et al. 2023, eq. 11): 0 is
+            IWAE, 1 the ELBO, and it falls in α. A number, or a tensor [], whose value is no part of
+            compiled code.
         estimator: the gradient that reaches q; the value is the same, and so is the decoder's gradient.
             ``"iwae"``: the bound's derivative, whose signal-to-noise falls with k (Rainforth et al. 2018).
-            ``"dreg"``: doubly reparameterised, unbiased for it; its signal-to-noise rises with k.
+            ``"dreg"``: doubly reparameterised, unbiased for it; its signal-to-noise rises with k. (For α ≠ 0
+                Daudel et al. 2023, eq. 14.)
             ``"stl"``: drops the score of q; unbiased for k=1, where it vanishes at the exact posterior,
                 biased for k>1.
         k_chunk: train on chunks of this many samples, in the memory of one chunk: their activations are
             dropped and computed again in the backward pass, with the same noise (the decoder's own too, such
-            as dropout), so that the gradient is that of all k samples. This costs one more forward pass. The
+            as dropout), so that the gradient is that of all samples. This costs one more forward pass. The
             decoder is called with N = k_chunk·B; statistics over the batch, as in BatchNorm, are a chunk's,
             and are updated twice. Default: all k at once.
         terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction: the
@@ -396,31 +412,177 @@ def iwae(
         check_count("k", k, "the importance samples per example")
     if estimator not in ESTIMATORS:
         check_choice("estimator", estimator, ESTIMATORS)
+    usual = type(m) is int and m == 1 and type(alpha) is float and alpha == 0
+    objective = _IWAE[estimator] if usual else IWAE(m, alpha, estimator)
+    options = k_chunk, example_weights, reduction, terms, generator, row_offset
+    return _bound(inputs, objective, None, k * objective.m, *options)
+
+
+_IWAE = {estimator: IWAE(estimator=estimator) for estimator in ESTIMATORS}
+
+
+@overload
+def bound(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    objective: Bound,
+    *,
+    terms: Literal[True],
+    k: int = ...,
+    encoder: Bound | None = ...,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[SampledOptions],
+) -> Terms: ...
+@overload
+def bound(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    objective: Bound,
+    *,
+    terms: Literal[False] = ...,
+    k: int = ...,
+    encoder: Bound | None = ...,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[SampledOptions],
+) -> Tensor: ...
+@overload
+def bound(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    objective: Bound,
+    *,
+    terms: bool,
+    k: int = ...,
+    encoder: Bound | None = ...,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[SampledOptions],
+) -> Tensor | Terms: ...
+def bound(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    objective: Bound,
+    *,
+    k: int = 50,
+    encoder: Bound | None = None,
+    likelihood: str | Likelihood = "gaussian",
+    prior: Any = None,
+    k_chunk: int | None = None,
+    mask: Any = None,
+    size: Any = None,
+    context: Any = None,
+    example_weights: Tensor | None = None,
+    reduction: str = "mean",
+    terms: bool = False,
+    generator: torch.Generator | None = None,
+    row_offset: int = 0,
+) -> Tensor | Terms:
+    r"""Any bound of :mod:`fastvae.bounds`, to be maximised, and perhaps another one for the encoder.
+
+    .. math:: F(\log w_1 … \log w_K), \quad
+              \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
+
+    Args:
+        x, q, decoder, likelihood, prior, mask, size, context, example_weights, reduction, generator,
+            row_offset: as in :func:`elbo`.
+        objective: the bound F, such as ``fastvae.bounds.CIWAE(0.5)``: its value is returned, and decoder,
+            likelihood and prior learn by it.
+        k: all samples per example; of :class:`fastvae.bounds.IWAE` with ``m`` groups, k/m in each.
+        encoder: the bound that q learns by, from the same samples. Default: the objective.
+            ``objective=IWAE(), encoder=IWAE(m=8)`` is PIWAE (Rainforth et al. 2018, eq. 12),
+            ``encoder=WakePhi()`` reweighted wake–sleep.
+        k_chunk, terms: as in :func:`iwae`.
+
+    Returns:
+        A number in nats, or [B], or Terms.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+
+    References:
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018; and those of each
+        bound.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
+        >>> x = torch.rand(16, 8)
+        >>> tvo = fastvae.bounds.TVO()
+        >>> (-fastvae.bound(x, encoder(x), decoder, tvo, k=20, likelihood="bernoulli")).backward()
+    """
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+    if type(k) is not int or k < 1:
+        check_count("k", k, "the importance samples per example")
+    for name, value in (("objective", objective), ("encoder", encoder)):
+        if value is None and name == "encoder":
+            continue
+        if not isinstance(value, Bound):
+            raise TypeError(
+                f"{name} must be a bound of fastvae.bounds, such as fastvae.bounds.IWAE(); got {value!r}"
+            )
+        value.check(k)
+    options = k_chunk, example_weights, reduction, terms, generator, row_offset
+    return _bound(inputs, objective, encoder, k, *options)
+
+
+def _bound(
+    inputs: Inputs,
+    objective: Bound,
+    encoder: Bound | None,
+    draws: int,
+    k_chunk: int | None,
+    example_weights: Tensor | None,
+    reduction: str,
+    terms: bool,
+    generator: torch.Generator | None,
+    row_offset: int,
+) -> Tensor | Terms:
     if reduction not in _REDUCTIONS:
         check_choice("reduction", reduction, _REDUCTIONS)
     if k_chunk is not None:
         check_count("k_chunk", k_chunk, "the samples trained on at a time")
     if type(row_offset) is not int or row_offset:
-        check_address(k, inputs.q.batch, 0, row_offset)
+        check_address(draws, inputs.q.batch, 0, row_offset)
     seed = draw_seed(inputs.q.device, generator)
     of_each = terms or example_weights is not None
-    how = Weighing(1.0, "log_mean_exp", "none" if of_each else reduction)
-    if k_chunk is None or k_chunk >= k:
-        z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
-        bound, log_likelihood = inputs.bound(z, log_ratio, k, None, how, terms)
+    how = objective.weighing("none" if of_each else reduction) if encoder is None else None
+    if inputs.q.strata > 1 and (how is None or not how.is_plain or how.over == "mean"):
+        raise ValueError(
+            f"q = {describe(inputs.q)} is drawn from in strata, which {objective!r} does not weigh; use "
+            "iwae() without m and alpha, or elbo()"
+        )
+    whole = k_chunk is None or k_chunk >= draws
+    told = None
+    if how is not None and whole:
+        dreg = (how.alpha if how.over == "log_mean_exp" else 1.0), how.groups
+        z, log_ratio = draw_ratio(inputs.q, inputs.prior, draws, seed, row_offset, objective.estimator, *dreg)
+        value, log_likelihood = inputs.bound(z, log_ratio, draws, None, how, terms)
     else:
-        log_likelihood, log_ratio, whole = _chunked(inputs, seed, k, k_chunk, estimator, row_offset)
-        if whole is not None:
-            how = how._replace(reduction="none")
-        bound, log_likelihood = weigh_samples(log_likelihood, log_ratio, None, how)
-        if whole is not None:
-            bound = bound + whole
-            bound = bound if of_each or reduction == "none" else getattr(bound, reduction)()
+        source = objective if encoder is None else encoder
+        tied = encoder is None and source.estimator in ("iwae", "stl")
+        route = source.estimator if tied else source.route
+        if whole:
+            z, log_ratio, told = draw_chunk(inputs.q, inputs.prior, draws, seed, 0, row_offset, route)
+            log_likelihood = inputs.log_likelihood(z)
+        else:
+            log_likelihood, log_ratio, told = _chunked(inputs, seed, draws, k_chunk, route, row_offset)  # type: ignore[arg-type]
+        if told is None and how is not None and how.is_plain:
+            value, log_likelihood = weigh_samples(log_likelihood, log_ratio, None, how)
+        else:
+            value = weighed(log_likelihood, log_ratio, told, objective, encoder)
+            log_likelihood = log_likelihood.detach().mean(0)
+            value = value if of_each or reduction == "none" else getattr(value, reduction)()
     if example_weights is not None:
-        return _weighted(bound, example_weights, reduction, terms)
+        return _weighted(value, example_weights, reduction, terms)
     if not terms:
-        return bound
-    return Terms(bound, log_likelihood, -log_ratio.detach().mean(0))  # type: ignore[arg-type]
+        return value
+    return Terms(value, log_likelihood.detach(), -log_ratio.detach().mean(0))  # type: ignore[union-attr]
 
 
 class LogWeights(NamedTuple):
@@ -507,10 +669,10 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _chunked(
-    inputs: Inputs, seed: Tensor, k: int, k_chunk: int, estimator: str, row_offset: int
+    inputs: Inputs, seed: Tensor, k: int, k_chunk: int, route: str, row_offset: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what a chunk
-    of DReG needs added to the bound, zeros [B].
+    """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what is told
+    to reach q, [K, B].
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -522,19 +684,18 @@ def _chunked(
     def draw(start: int, on_device: Tensor) -> tuple[Tensor, ...]:
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
             _trim(inputs.device)
-        z, log_ratio, whole = draw_chunk(
-            inputs.q, inputs.prior, min(k_chunk, k - start), seed, start, row_offset, estimator
+        z, *drawn = draw_chunk(
+            inputs.q, inputs.prior, min(k_chunk, k - start), seed, start, row_offset, route
         )
-        rest = () if whole is None else (whole,)
-        return inputs.log_likelihood(z), log_ratio, *rest
+        return inputs.log_likelihood(z), *(t for t in drawn if t is not None)
 
     if not torch.compiler.is_compiling():
         # The second pass may run in a thread of autograd's, and must be of the first one's kind.
         draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
     on_device = tensors(inputs.x)[0]
     parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
-    log_likelihood, log_ratio, *whole = zip(*parts, strict=True)
-    return torch.cat(log_likelihood), torch.cat(log_ratio), sum(whole[0]) if whole else None
+    log_likelihood, log_ratio, *told = (torch.cat(each) for each in zip(*parts, strict=True))
+    return log_likelihood, log_ratio, told[0] if told else None
 
 
 @torch.no_grad()

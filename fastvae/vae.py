@@ -16,6 +16,7 @@ from torch import distributions as td
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
 from ._nested import called, check_batch, decoded, each, tensors
+from .bounds import Bound
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, flat_prior, is_conditional
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
@@ -28,7 +29,7 @@ from .ops.head import FEWEST_NUMBERS
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .objectives import ElboOptions, IwaeOptions
+    from .objectives import ElboOptions, IwaeOptions, SampledOptions
 
 __all__ = ["VAE"]
 
@@ -107,8 +108,11 @@ class VAE(nn.Module):
             latent_dim = self.prior.dim
         self.latent_dim = None if latent_dim is None else _as_latent_dim(latent_dim)
 
-    def forward(self, x: Any, objective: str = "elbo", **options: Any) -> Tensor | Terms | LogMarginal:
-        """:meth:`elbo`, :meth:`iwae` or :meth:`log_marginal` of x, by name, with its options.
+    def forward(
+        self, x: Any, objective: str | Bound = "elbo", **options: Any
+    ) -> Tensor | Terms | LogMarginal:
+        """:meth:`elbo`, :meth:`iwae` or :meth:`log_marginal` of x, by name, or a :meth:`bound`, with its
+        options.
 
         Wrappers that act in a module's ``forward`` need this: ``DistributedDataParallel(vae)(x,
         objective="iwae", k=5)`` synchronises gradients, which ``ddp.module.iwae(x)`` does not.
@@ -116,8 +120,9 @@ class VAE(nn.Module):
 
         Args:
             x: data [B, *event].
-            objective: ``"elbo"``, ``"iwae"`` or ``"log_marginal"``; the last under ``torch.no_grad()`` where
-                the module is wrapped, since it has no gradients to wait for.
+            objective: ``"elbo"``, ``"iwae"`` or ``"log_marginal"``, the last under ``torch.no_grad()`` where
+                the module is wrapped, since it has no gradients to wait for; or a bound of
+                :mod:`fastvae.bounds`.
             options: the method's, such as ``k``, ``beta`` or ``reduction``. Processes whose random state is
                 the same need ``row_offset``, see :func:`fastvae.elbo`, or they draw the same noise for
                 different data.
@@ -125,6 +130,8 @@ class VAE(nn.Module):
         Raises:
             ValueError: for an unknown objective.
         """
+        if isinstance(objective, Bound):
+            return self.bound(x, objective, **options)  # type: ignore[no-any-return]
         check_choice("objective", objective, _OBJECTIVES)
         return getattr(self, objective)(x, **options)  # type: ignore[no-any-return]
 
@@ -167,6 +174,46 @@ class VAE(nn.Module):
         """:func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
         decoder = self._fused(x, options.get("k_chunk") or k)
         return objectives.iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
+
+    @overload
+    def bound(
+        self,
+        x: Any,
+        objective: Bound,
+        k: int = ...,
+        *,
+        encoder: Bound | None = ...,
+        terms: Literal[True],
+        **options: Unpack[SampledOptions],
+    ) -> Terms: ...
+    @overload
+    def bound(
+        self,
+        x: Any,
+        objective: Bound,
+        k: int = ...,
+        *,
+        encoder: Bound | None = ...,
+        terms: Literal[False] = ...,
+        **options: Unpack[SampledOptions],
+    ) -> Tensor: ...
+    @overload
+    def bound(
+        self,
+        x: Any,
+        objective: Bound,
+        k: int = ...,
+        *,
+        encoder: Bound | None = ...,
+        terms: bool,
+        **options: Unpack[SampledOptions],
+    ) -> Tensor | Terms: ...
+    def bound(self, x: Any, objective: Bound, k: int = 50, **options: Any) -> Tensor | Terms:
+        """:func:`fastvae.bound` of x with k samples; options are its keyword arguments."""
+        decoder = self._fused(x, options.get("k_chunk") or k)
+        return objectives.bound(  # type: ignore[no-any-return]
+            x, self._q(x, options), decoder, objective, k=k, **self._meaning(), **options
+        )
 
     @torch.no_grad()
     def log_marginal(self, x: Any, k: int = 5000, **options: Any) -> LogMarginal:

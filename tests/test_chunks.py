@@ -192,10 +192,10 @@ def test_a_posterior_of_ones_own_knows_nothing_of_chunks(estimator):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
-def test_a_chunk_of_dreg_needs_its_zeros_added():
+def test_paths_need_both_gradients():
     mu, logvar = (randn(B, D, seed=s).requires_grad_() for s in (14, 15))
-    z, ratio, whole = fastvae.ops.rsample_log_ratio(mu, logvar, samples=K, estimator="dreg", chunk=True)
-    assert whole.shape == (B,)
-    assert not whole.any()
-    with pytest.raises(RuntimeError, match="add those zeros"):
+    z, ratio, paths = fastvae.ops.rsample_log_ratio(mu, logvar, samples=K, paths=True)
+    assert paths.shape == (K, B)
+    assert not paths.any()
+    with pytest.raises(RuntimeError, match="one did not arrive"):
         fastvae.ops.log_mean_exp(ratio + z.sum(2)).sum().backward()

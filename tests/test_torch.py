@@ -19,6 +19,7 @@ from torch import distributed, nn
 import fastvae
 from fastvae import ops
 from fastvae.ops import head
+from fastvae.ops.weigh import Weighing
 
 from . import cases, models
 from .cases import DECLARED, LIKELIHOODS
@@ -53,7 +54,7 @@ def _latent_arguments(op: str):
     row = tuple(randn(D, seed=s).requires_grad_().expand(B, D) for s in (5, 6))
     options = {
         "rsample_kl": ((True,), (False,), (False,)),
-        "rsample_log_ratio": (("iwae", False), ("stl", False), ("dreg", True)),
+        "rsample_log_ratio": (("iwae", 0.0, 1, False), ("stl", 0.0, 1, True), ("dreg", 0.5, K, False)),
     }[op]
     yield mu, logvar, None, None, seed_of(1), 1, 0, 0, -INF, INF, False, *LOGVAR, *options[0], True
     yield mu.detach(), logvar, *prior, seed_of(1), K, 2, 9, -0.5, 0.5, True, *LOGVAR, *options[1], True
@@ -145,7 +146,7 @@ def _weigh_arguments(op: str):
         (seconds[2], ratio, None, "log_mean_exp", "sum", True),
     ):
         parameters = (rows, *(randn(*shape, seed=14 + j) for j in range(len(declared.outputs) - 1)))
-        how = -0.5, over, reduction
+        how = Weighing(-0.5, over, reduction, *((0.5, K, 0.25) if over == "log_mean_exp" else ()))
         if not op.endswith("_backward"):
             leaves = (t.clone().requires_grad_() for t in (*parameters, term))
             yield x.clone().requires_grad_(declared.differentiable), *leaves, factor, *how, terms
@@ -196,7 +197,7 @@ def _head_arguments(op: str):
             yield grad, x, *layers, likelihood, need
         else:
             for over, reduction in (("mean", "none"), ("log_mean_exp", "none"), ("log_mean_exp", "mean")):
-                how, term = (-0.5, over, reduction), randn(K, b, seed=7)
+                how, term = Weighing(-0.5, over, reduction), randn(K, b, seed=7)
                 if op == "weigh_linear":
                     leaves = (t if t is None else t.clone().requires_grad_() for t in layers)
                     yield x, *leaves, term.clone().requires_grad_(), None, *how, likelihood, False, need
@@ -298,7 +299,7 @@ def test_kernels_of_graphs_equal_the_ops(name):
 @pytest.mark.parametrize("x", [0.5, 1.5], ids=["in C++", "refused by Python"])
 def test_kernels_of_graphs_leak_nothing(x):
     x, logits, term = torch.full((B, X), x), torch.zeros(K * B, X), torch.zeros(K, B)
-    how = 1.0, "log_mean_exp", "none", True
+    how = *Weighing(1.0, "log_mean_exp", "none"), True
     results = ()
     try:
         results = torch.ops.fastvae.weigh_bernoulli.kernel(x, logits, term, None, *how)

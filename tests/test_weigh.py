@@ -438,7 +438,9 @@ def test_what_is_kept_has_no_gradient(backend):
     draw = (2, 0, 0, -math.inf, math.inf, True, "logvar", 0.0)
     kept = [
         torch.ops.fastvae.rsample_kl(mu, logvar, None, None, seed, *draw, False, True)[2],
-        torch.ops.fastvae.rsample_log_ratio(mu, logvar, None, None, seed, *draw, "iwae", False, True)[3],
+        torch.ops.fastvae.rsample_log_ratio(mu, logvar, None, None, seed, *draw, "iwae", 0.0, 1, False, True)[
+            3
+        ],
         torch.ops.fastvae.weigh_bernoulli(
             rand(4, 5, seed=5), logits, None, None, *Weighing(1.0, "log_mean_exp", "none"), False
         )[2],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_result
-from ..ops.latent import flat_kl, flat_log_ratio, options
+from ..ops.latent import ESTIMATORS, dreg_weight, flat_kl, flat_log_ratio, options, path_weight
 from .base import Distribution, closed_kl, held
 from .normal import DiagonalNormal, StandardNormal
 
@@ -93,15 +93,31 @@ def describe(distribution: Distribution) -> str:
     return own if inner is None else type(inner).__name__
 
 
+# What of a sample's gradient reaches q. The first three are those of a log weight; the others weigh a sample
+# otherwise than the decoder does: through z ("paths"), through z and the score of q ("tied"), or through the
+# score alone ("score").
+ROUTES = (*ESTIMATORS, "paths", "tied", "score")
+
+
 def draw_ratio(
-    q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int, estimator: str = "iwae"
+    q: Distribution,
+    p: Distribution,
+    samples: int,
+    seed: Tensor,
+    row_offset: int,
+    estimator: str = "iwae",
+    alpha: float = 0.0,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """z [K·B, D] and log p(z) − log q(z|x) [K, B], with the log of what each draw counts."""
+    """z [K·B, D] and log p(z) − log q(z|x) [K, B], with the log of what each draw counts. ``alpha`` and
+    ``groups`` are those of the power mean that DReG is for.
+    """
     usual = type(q) is DiagonalNormal and p is STANDARD
     prior = None if usual else _fused_prior(q, p)
     if prior is not _NOT_FUSED:
-        return flat_log_ratio((q.mu, q.logvar, q.form), prior, seed, samples, row_offset, estimator)
-    z, log_ratio, _ = _composed(q, p, samples, seed, estimator, False, row_offset=row_offset)
+        parameters = q.mu, q.logvar, q.form
+        return flat_log_ratio(parameters, prior, seed, samples, row_offset, estimator, alpha, groups)
+    z, log_ratio, _ = _composed(q, p, samples, seed, estimator, alpha, groups, row_offset=row_offset)
     shares = log_shares(q, samples, seed)
     return z.flatten(0, 1), log_ratio if shares is None else log_ratio + shares
 
@@ -110,7 +126,7 @@ def draw_strata(
     q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z [K, B, D] and log p(z) − log q(z|x) [K, B] of a q with strata, and what each draw counts [K, B]."""
-    z, log_ratio, _ = _composed(q, p, samples, seed, "iwae", False, row_offset=row_offset)
+    z, log_ratio, _ = _composed(q, p, samples, seed, "iwae", row_offset=row_offset)
     return z, log_ratio, q.log_shares(samples, seed).exp().expand(log_ratio.shape)
 
 
@@ -121,25 +137,27 @@ def draw_chunk(
     seed: Tensor,
     sample_offset: int,
     row_offset: int,
-    estimator: str = "iwae",
+    route: str = "iwae",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """z [K, B, D] and the log-ratio of some of the samples of a log-mean-exp; and for ``"dreg"`` zeros [B],
-    to be added to it. Their gradient is the sum that a sample's weight is a share of, which the other chunks'
-    samples belong to.
+    """z [K, B, D] and the log-ratio [K, B] of some of the samples; and what takes the gradient that is to
+    reach q by a ``route`` that needs to be told, [K, B]: zeros, or, by the score, log q(z|x).
+
+    ``"iwae"`` and ``"stl"`` need not be told; ``"dreg"`` does not know the other samples, and is ``"paths"``.
     """
     prior = _fused_prior(q, p)
     place: dict[str, Any]
     place = {"sample_offset": sample_offset, "row_offset": row_offset}
-    if prior is _NOT_FUSED:
-        z, log_ratio, whole_of_all = _composed(q, p, samples, seed, estimator, True, **place)
+    if prior is _NOT_FUSED or route in ("tied", "score"):
+        z, log_ratio, told = _composed(q, p, samples, seed, route, **place)
         shares = log_shares(q, samples, seed, sample_offset)
-        return z, log_ratio if shares is None else log_ratio + shares, whole_of_all
+        return z, log_ratio if shares is None else log_ratio + shares, told
     place |= options(q.form)  # type: ignore[arg-type]
-    z, log_ratio, *whole = ops.rsample_log_ratio(
-        q.mu, q.logvar, samples=samples, prior=prior, estimator=estimator,  # type: ignore[arg-type]
-        seed=seed, chunk=estimator == "dreg", **place,
+    by_paths = route == "paths"
+    z, log_ratio, *zeros = ops.rsample_log_ratio(
+        q.mu, q.logvar, samples=samples, prior=prior,  # type: ignore[arg-type]
+        estimator="stl" if by_paths else route, seed=seed, paths=by_paths, **place,
     )  # fmt: skip
-    return z, log_ratio, whole[0] if whole else None
+    return z, log_ratio, zeros[0] if zeros else None
 
 
 def _composed(
@@ -147,29 +165,37 @@ def _composed(
     p: Distribution,
     samples: int,
     seed: Tensor,
-    estimator: str,
-    chunk: bool,
+    route: str,
+    alpha: float = 0.0,
+    groups: int = 1,
     **place: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What :func:`draw_chunk` returns, of any q and p."""
     _check_prior(q, p)
-    if q.strata > 1 and estimator == "dreg":
+    if q.strata > 1 and route not in ("iwae", "stl"):
         raise ValueError(
-            f"estimator='dreg' needs draws from q itself; those of {describe(q)} come from its components in "
-            "turn. Use estimator='iwae' or 'stl'"
+            f"estimator='dreg' and a bound of the encoder's own need draws from q itself; those of "
+            f"{describe(q)} come from its components in turn. Use estimator='iwae' or 'stl'"
         )
-    if estimator == "iwae" and (drawn := q.rsample_log_ratio(p, samples, seed, **place)) is not None:
+    if route == "iwae" and (drawn := q.rsample_log_ratio(p, samples, seed, **place)) is not None:
         return *drawn, None
+    if route == "score":
+        with torch.no_grad():
+            z, _ = rsample(q, samples, seed, **place)
+        z = z.detach()
+        log_q = _log_prob(q, z, "q(z|x)")
+        return z, _log_prob(p, z, "p(z)") - log_q.detach(), log_q
     z, log_q = rsample(q, samples, seed, **place)
-    if estimator != "iwae":
+    if route not in ("iwae", "tied"):
         # Of q's own parameters nothing but z is left.
-        log_q = _log_prob(_held(q, z, estimator), z, "q(z|x)")
-    if estimator != "dreg":
+        log_q = _log_prob(_held(q, z, route), z, "q(z|x)")
+    if route in ("iwae", "stl"):
         return z, _log_prob(p, z, "p(z)") - log_q, None
     log_p = _log_prob(p, z.detach(), "p(z)")
-    z, log_ratio, *whole = _DReG.apply(z, _log_prob(_held(p, z, estimator), z, "p(z)") - log_q, chunk)  # type: ignore[no-untyped-call]
+    log_ratio = _log_prob(_held(p, z, route), z, "p(z)") - log_q
+    z, log_ratio, told = _Rerouted.apply(z, log_ratio, alpha, groups, route != "dreg")  # type: ignore[no-untyped-call]
     # The prior's gradient is that of the bound: its parameters are reached beside z.
-    return z, log_ratio + (log_p - log_p.detach()), whole[0] if whole else None
+    return z, log_ratio + (log_p - log_p.detach()), told
 
 
 def log_shares(q: Distribution, samples: int, seed: Tensor, sample_offset: int = 0) -> Tensor | None:
@@ -177,48 +203,48 @@ def log_shares(q: Distribution, samples: int, seed: Tensor, sample_offset: int =
     return q.log_shares(samples, seed, sample_offset=sample_offset) if q.strata > 1 else None
 
 
-def _held(distribution: Distribution, z: Tensor, estimator: str) -> Distribution:
+_ASKED = {"paths": "estimator='dreg'", "tied": "a bound of the encoder's own"}
+
+
+def _held(distribution: Distribution, z: Tensor, route: str) -> Distribution:
     """The distribution held fixed, and looked at: what a family of the user's reaches need not be its own."""
     fixed: Distribution = held(distribution)
     looked_at = distribution.reaches_others and not torch.compiler.is_compiling()
     if looked_at and fixed.log_prob(z.detach()[:2]).requires_grad:
         raise RuntimeError(
-            f"estimator={estimator!r} needs {describe(distribution)}.log_prob with its parameters held "
-            "fixed, but it reaches some that are not its own tensors or modules: in a closure, a namedtuple, "
-            "a compiled or scripted module. Keep them as attributes of the distribution, or use "
-            "estimator='iwae'"
+            f"{_ASKED.get(route, f'estimator={route!r}')} needs {describe(distribution)}.log_prob with its "
+            "parameters held fixed, but it reaches some that are not its own tensors or modules: in a "
+            "closure, a namedtuple, a compiled or scripted module. Keep them as attributes of the "
+            "distribution, or use estimator='iwae'"
         )
     return fixed
 
 
-class _DReG(torch.autograd.Function):
+class _Rerouted(torch.autograd.Function):
     """z and a log-ratio through which q is reached, as they are; what passes back is weighed once more.
 
-    A sample's normalised weight is its share of the gradient of the log-ratio in that of the whole: its sum,
-    or, of a chunk, what arrives at the third result, zeros [B].
+    A sample's factor is made of its share of the gradient of the log-ratio, as DReG has it, or, if it is
+    ``told``, is what arrives at the third result, zeros [K, B], for 1 arriving at the log-ratio.
     """
 
     @staticmethod
-    def forward(z: Tensor, log_ratio: Tensor, chunk: bool) -> tuple[Tensor, ...]:
-        results = z.view_as(z), log_ratio.view_as(log_ratio)
-        return (*results, log_ratio.new_zeros(log_ratio.shape[1])) if chunk else results
+    def forward(z: Tensor, log_ratio: Tensor, alpha: float, groups: int, told: bool) -> tuple[Any, ...]:
+        return z.view_as(z), log_ratio.view_as(log_ratio), torch.zeros_like(log_ratio) if told else None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         ctx.set_materialize_grads(False)
+        *_, ctx.alpha, ctx.groups, ctx.told = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Any, grad_ratio: Any, *grad_whole: Any) -> Any:
-        if grad_ratio is None or any(g is None for g in grad_whole):
-            raise RuntimeError(
-                "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not "
-                "arrive; use estimator='stl'"
-            )
-        total = grad_whole[0] if grad_whole else grad_ratio.sum(0)
-        weight = torch.where(total == 0, 0.0, grad_ratio / total)
+    def backward(ctx: Any, grad_z: Any, grad_ratio: Any, grad_told: Any) -> Any:
+        if ctx.told:
+            weight = path_weight(grad_ratio, grad_told)
+        else:
+            weight = dreg_weight(grad_ratio, ctx.alpha, ctx.groups)
         if grad_z is not None:
             grad_z = weight.unsqueeze(-1).to(grad_z.dtype) * grad_z
-        return grad_z, weight * grad_ratio, None
+        return grad_z, weight * grad_ratio, None, None, None
 
 
 # What a user may have written, checked

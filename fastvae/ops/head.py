@@ -30,7 +30,7 @@ from .. import _backend
 from .._checks import check_data, check_same_device, check_tensor, shape_of
 from .likelihood import DECLARED, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
-from .weigh import _HOW, Weighing
+from .weigh import _HOW, Weighing, finish
 
 # Of the ops here: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
 # others, each a row [X] or a number.
@@ -312,7 +312,7 @@ class _WeighLinear(Op):
         given = layers.padded(layers.weights, layers.biases, layers.held)
         inside = _backend.native("head_weigh_rows")(
             _number(likelihood), x, h, given, term, beta, how.coefficient, how.over == "log_mean_exp",
-            how.reduction[0], dtype == torch.float64, bound, mean, weights, room.to_h, room.outputs,
+            how.reduction[0], *how[3:], dtype == torch.float64, bound, mean, weights, room.to_h, room.outputs,
             torch.get_num_threads(),
         )  # fmt: skip
         if not inside:
@@ -327,7 +327,7 @@ class _WeighLinear(Op):
         def function(*args):
             *tensors, term, beta, how, likelihood, terms, need = args
             x, h = tensors[:2]
-            bound, mean, weights = layer.weigh(rows(*tensors, likelihood), term, beta, how, terms)
+            bound, mean, weights = finish(backend, how)(rows(*tensors, likelihood), term, beta, how, terms)
             grads = [None] * _GRADIENTS
             if self._at_once(x, h, how, terms, need):
                 samples = h.shape[0] // x.shape[0]

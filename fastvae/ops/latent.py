@@ -34,8 +34,10 @@ log q: the last sum of the logvar gradient goes, and :math:`h_k` gains :math:`+ 
 ``estimator="dreg"`` (Tucker et al. 2019) does that and multiplies what reaches μ and logvar by the normalised
 weights once more, giving :math:`\tilde w_k^2` in all. The weights need no hook: the gradient of a
 log-mean-exp arrives here as :math:`g^r_k = g \tilde w_k`, and the weights sum to one,
-so :math:`\tilde w_k = g^r_k / \sum_j g^r_j`. The prior's gradients are those of the bound under every
-estimator.
+so :math:`\tilde w_k = g^r_k / \sum_j g^r_j`, the sum over the group of samples that a log-mean-exp is of.
+Under a power mean of order 1 - α the factor is :math:`α + (1 - α) \tilde w_k` (Daudel et al. 2023). Any
+other share of a sample's gradient comes by ``paths``, zeros whose gradient is what is to reach q. The prior's
+gradients are those of the bound under every estimator.
 """
 
 from __future__ import annotations
@@ -203,7 +205,9 @@ def rsample_log_ratio(
     generator: torch.Generator | None = None,
     sample_offset: int = 0,
     row_offset: int = 0,
-    chunk: bool = False,
+    alpha: float = 0.0,
+    groups: int = 1,
+    paths: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""Sample z = μ + σ·ε, σ = exp(logvar/2), and compute log p(z) − log q(z|x) of every sample in one pass.
 
@@ -214,12 +218,13 @@ def rsample_log_ratio(
         samples: K draws per row.
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
         estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the
-            score of q; ``"dreg"``, doubly reparameterised. The last assumes that the ratio feeds one
-            log-mean-exp over these samples, or else needs ``chunk``.
+            score of q; ``"dreg"``, doubly reparameterised. The last assumes that the ratio feeds a
+            log-mean-exp over these samples, or what ``alpha`` and ``groups`` say.
         scale, floor, logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
-        chunk: for ``"dreg"``, when these are some of the samples of a log-mean-exp: return zeros [B] as well,
-            to be added to it. Their gradient is the sum that a sample's weight is a share of, which the other
-            chunks' samples belong to.
+        alpha, groups: for ``"dreg"``: the ratio feeds the mean over so many groups of
+            :math:`\frac{1}{1-α} \log \frac{1}{K} \sum_k w_k^{1-α}`, K samples of a group next to each other.
+        paths: return zeros [K, B] as well, in ``"dreg"``'s place: the gradient that arrives at them is what
+            reaches mu and logvar through z, without the score of q, instead of what arrives at the ratio.
 
     Returns:
         z [K, B, D] in the inputs' dtype, and the log-ratio in nats [K, B] in float32 (float64 for float64
@@ -243,8 +248,8 @@ def rsample_log_ratio(
     check_choice("estimator", estimator, ESTIMATORS)
     form = form_of(scale, floor, logvar_range)
     arguments = _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, False)
-    results = _rsample_log_ratio(*arguments, estimator, bool(chunk))
-    return results if chunk else results[:2]
+    results = _rsample_log_ratio(*arguments, estimator, alpha, groups, bool(paths))
+    return results if paths else results[:2]
 
 
 # For a pair that has been checked and its form, a seed, and a place in the noise: z is [K·B, D].
@@ -261,14 +266,21 @@ def flat_kl(
 
 
 def flat_log_ratio(
-    q: tuple[Any, Any, Any], prior: Any, seed: Tensor, samples: int, row_offset: int, estimator: str
+    q: tuple[Any, Any, Any],
+    prior: Any,
+    seed: Tensor,
+    samples: int,
+    row_offset: int,
+    estimator: str,
+    alpha: float = 0.0,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """z [K·B, D] and the log-ratio [K, B], of :func:`rsample_log_ratio`."""
     if prior is None and q[2] is None and row_offset == 0 and samples <= 2**32:
         draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
-        return _rsample_log_ratio(q[0], q[1], None, None, seed, draw, estimator, False)[:2]
+        return _rsample_log_ratio(q[0], q[1], None, None, seed, draw, estimator, alpha, groups, False)[:2]
     arguments = _prepare(*q, prior, seed, None, samples, 0, row_offset, True)
-    return _rsample_log_ratio(*arguments, estimator, False)[:2]
+    return _rsample_log_ratio(*arguments, estimator, alpha, groups, False)[:2]
 
 
 def _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, flat):
@@ -481,7 +493,8 @@ class _RsampleLogRatioBackward(_Gradient):
 class _RsampleLogRatio(_Draw):
     name = "rsample_log_ratio"
     schema = (
-        f"({_INPUTS}{_DRAW}, str estimator, bool chunk, bool keep_slope) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"({_INPUTS}{_DRAW}, str estimator, float alpha, SymInt groups, bool paths, bool keep_slope) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
     )
     shown = 3
     gradient = _RsampleLogRatioBackward()
@@ -491,45 +504,52 @@ class _RsampleLogRatio(_Draw):
         function = super().composed(backend)
 
         def draw(mu, *rest):
-            *rest, chunk, keep = rest  # type: ignore[assignment]
+            *rest, _, _, paths, keep = rest  # type: ignore[assignment]
             z, log_ratio, slope = _composed_draw(function, mu, *rest, keep)  # type: ignore[call-arg]
-            return z, log_ratio, _whole(mu, chunk), slope
+            return z, log_ratio, torch.zeros_like(log_ratio) if paths else None, slope
 
         return draw
 
-    def fake(self, mu, logvar, prior_mu, prior_logvar, seed, draw, estimator, chunk, keep):
+    def fake(self, mu, logvar, prior_mu, prior_logvar, seed, draw, estimator, alpha, groups, paths, keep):
         log_ratio = mu.new_empty((draw.samples, mu.shape[0]), dtype=accumulator(mu.dtype))
         z, slope = _fake_draw(mu, draw, keep)
-        return z, log_ratio, _whole(mu, chunk), slope
+        return z, log_ratio, torch.empty_like(log_ratio) if paths else None, slope
 
-    def backward(self, run, ctx, grad_z, grad_log_ratio, grad_whole, _):
+    def backward(self, run, ctx, grad_z, grad_log_ratio, grad_paths, _):
         slope, *inputs = ctx.saved_tensors
-        estimator, chunk, _ = ctx.options
-        weight = _dreg_weight(grad_log_ratio, grad_whole, chunk) if estimator == "dreg" else None
-        need, path = list(ctx.needs_input_grad[:4]), estimator != "iwae"
+        estimator, alpha, groups, paths, _ = ctx.options
+        weight = None
+        if paths:
+            weight = path_weight(grad_log_ratio, grad_paths)
+        elif estimator == "dreg":
+            weight = dreg_weight(grad_log_ratio, alpha, groups)
+        need, path = list(ctx.needs_input_grad[:4]), paths or estimator != "iwae"
         grads = run(grad_z, grad_log_ratio, weight, or_none(slope), *inputs, ctx.draw, path, need)
-        return *grads, None, None, None, None, None
+        return *grads, *[None] * 7
 
 
-def _whole(mu, chunk):
-    return mu.new_zeros(mu.shape[:1], dtype=accumulator(mu.dtype)) if chunk else None
+def path_weight(grad_log_ratio: Tensor | None, grad_paths: Tensor | None) -> Tensor:
+    """What arrives at the paths for 1 arriving at the log-ratio, and so at z."""
+    if grad_log_ratio is None or grad_paths is None:
+        raise RuntimeError(
+            "paths=True takes what reaches q from the gradient of its third result, and what reaches z from "
+            "that of the log-ratio, of which one did not arrive: let the objective depend on both"
+        )
+    return torch.where(grad_paths == 0, 0.0, grad_paths / grad_log_ratio)
 
 
-def _dreg_weight(grad_log_ratio, grad_whole, chunk):
-    """The normalised weights: each sample's share of what arrives."""
+def dreg_weight(grad_log_ratio: Tensor | None, alpha: float, groups: int) -> Tensor:
+    """The normalised weights of DReG: each sample's share of what arrives at its group."""
     if grad_log_ratio is None:
         raise RuntimeError(
             "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not "
             "arrive: pass log_ratio + log p(x|z) through fastvae.ops.log_mean_exp, or use "
             "estimator='stl'"
         )
-    if chunk and grad_whole is None:
-        raise RuntimeError(
-            "estimator='dreg' with chunk=True takes its weights as shares of the gradient of its third "
-            "result, which did not arrive: add those zeros [B] to the log-mean-exp over all chunks"
-        )
-    total = grad_whole if chunk else grad_log_ratio.sum(0)
-    return torch.where(total == 0, 0.0, grad_log_ratio / total)
+    each = grad_log_ratio.unflatten(0, (groups, -1)) if groups > 1 else grad_log_ratio
+    total = each.sum(-2, keepdim=True)
+    share = torch.where(total == 0, 0.0, each / total).reshape(grad_log_ratio.shape)
+    return share if alpha == 0 else alpha + (1 - alpha) * share
 
 
 _rsample_log_ratio = _RsampleLogRatio()

@@ -8,17 +8,25 @@ its factor :math:`c_b` (:math:`-β_b` for a KL, :math:`β_b` for a log-ratio), t
     \text{log-mean-exp:}\quad \mathcal{L}_b &= \log \frac{1}{K} \sum_k e^{\log w_{kb}}, \quad
     \log w_{kb} = L_{kb} + c_b t_{kb}
 
-and of the batch the sum or the mean of these. With :math:`g_b` what arrives at a row's bound, and the
-normalised weights :math:`\tilde w_{kb}` (or :math:`1/K`), what reaches a sample's log-likelihood is
-:math:`g_{kb} = g_b \tilde w_{kb}`, and its term :math:`c_b g_{kb}`. The forward pass keeps the weights, so
-that the backward pass goes straight over the likelihood's gradients. Weights and gradients below the smallest
-normal number are zero (:mod:`fastvae.ops.importance`).
+and of the batch the sum or the mean of these. A log-mean-exp may be that of a power, of groups of M·K
+samples, and have a share s of the mean in it:
+
+.. math::
+    \mathcal{L}_b = s\, \frac{1}{MK} \sum_k \log w_{kb} + (1 - s) \frac{1}{M} \sum_{m=1}^{M}
+    \frac{1}{1 - α} \log \frac{1}{K} \sum_{k \in m} w_{kb}^{1 - α}
+
+whose weights are :math:`s / MK + (1 - s) \tilde w_{kb} / M`, normalised in each group. With :math:`g_b` what
+arrives at a row's bound, and the weights :math:`\tilde w_{kb}` (or :math:`1/K`), what reaches a sample's
+log-likelihood is :math:`g_{kb} = g_b \tilde w_{kb}`, and its term :math:`c_b g_{kb}`. The forward pass keeps
+the weights, so that the backward pass goes straight over the likelihood's gradients. Weights and gradients
+below the smallest normal number are zero (:mod:`fastvae.ops.importance`).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -33,6 +41,22 @@ class Weighing(NamedTuple):
     coefficient: float  # of the term
     over: str  # the samples: "mean" or "log_mean_exp"
     reduction: str  # of the batch: "mean" or "sum", or "none" for [B]
+    # Of a log-mean-exp:
+    alpha: float = 0.0  # that of w^(1 - alpha), over 1 - alpha
+    groups: int = 1  # of samples next to each other, whose bounds are averaged
+    share: float = 0.0  # of the mean of the log weights in it
+
+    @property
+    def is_plain(self) -> bool:
+        """A mean or a log-mean-exp over all samples."""
+        return self.alpha == 0 and self.groups == 1 and self.share == 0
+
+
+def finish(backend: str, how: Weighing) -> Callable[..., Any]:
+    """From log-likelihoods to the bound: Triton knows the two reductions that are usual, and others take a
+    few small kernels of torch's, in float64.
+    """
+    return _backend.layer(backend if how.is_plain else "reference", "weigh").weigh
 
 
 def weigh(
@@ -76,7 +100,7 @@ def weigh(
     return bound, mean if terms else None
 
 
-_HOW = "float coefficient, str over, str reduction"
+_HOW = "float coefficient, str over, str reduction, float alpha, SymInt groups, float share"
 
 
 class _Weigh(Op):
@@ -102,12 +126,11 @@ class _Weigh(Op):
 
     def composed(self, backend):
         rows = _backend.layer(backend, "likelihood").log_prob
-        finish = _backend.layer(backend, "weigh").weigh
 
         def function(x, *rest):
             parameters, (term, beta, how, terms) = rest[: self.number], rest[self.number :]
             log_likelihood = rows(self.likelihood, x, *_with_samples(x, parameters))
-            return finish(log_likelihood, term, beta, how, terms)
+            return finish(backend, how)(log_likelihood, term, beta, how, terms)
 
         return function
 
@@ -161,13 +184,13 @@ class _WeighBackward(Op):
 
     def composed(self, backend):
         rows = _backend.layer(backend, "likelihood").log_prob_backward
-        finish = _backend.layer(backend, "weigh").weigh_backward
+        spread_out = _backend.layer(backend, "weigh").weigh_backward
 
         def function(grad_bound, grad_log_likelihood, weights, x, *rest):
             parameters, (term, beta, how, need) = rest[: self.number], rest[self.number :]
             spread = _with_samples(x, parameters)
             axes = term.dim() if need[-1] else 0
-            grad, grad_term = finish(
+            grad, grad_term = spread_out(
                 grad_bound, grad_log_likelihood, weights, beta, how, *spread[0].shape[:2], axes
             )
             grad_x, *grads = rows(self.likelihood, grad, x, *spread, list(need[:-1]))

@@ -1,6 +1,6 @@
 """The bound of a batch from the log-likelihoods of its rows, in plain PyTorch.
 
-``how`` is the record of how: coefficient, over, reduction.
+``how`` is the record of how: coefficient, over, reduction, alpha, groups, share.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .importance import log_mean_exp, log_mean_exp_backward
+from .importance import log_mean_exp, log_mean_exp_backward, shift
 
 
 def weigh(
@@ -32,8 +32,12 @@ def weigh(
         weights = None
     else:
         log_w = log_likelihood if term is None else log_likelihood + factor * term.to(mean.dtype)
-        bound, *sums = log_mean_exp(log_w)
-        weights = log_mean_exp_backward(torch.ones_like(bound), log_w, *sums)
+        if how.is_plain:
+            bound, *sums = log_mean_exp(log_w)
+            weights = log_mean_exp_backward(torch.ones_like(bound), log_w, *sums)
+        else:
+            wide, grads = power_mean(log_w.double(), how.alpha, how.groups, how.share)
+            bound, weights = wide.to(log_w.dtype), without_denormals(grads, log_w.dtype)
     return _reduce(bound, how.reduction), mean if terms else None, weights
 
 
@@ -53,10 +57,7 @@ def weigh_backward(
         grad_bound = grad_mean.new_zeros(())
     grad_bound = (grad_bound / batch if how.reduction == "mean" else grad_bound).expand(batch)
     if weights is not None:
-        grad = grad_bound * weights
-        # Denormals would slow the decoder's backward pass many times over.
-        tiny = torch.finfo(grad.dtype).tiny
-        grad = torch.where((grad.abs() < tiny) | (weights == 0), torch.zeros_like(grad), grad)
+        grad = torch.where(weights == 0, 0.0, without_denormals(grad_bound * weights, weights.dtype))
     else:
         grad = (grad_bound / samples).expand(samples, batch)
     grad_term = None
@@ -67,6 +68,42 @@ def weigh_backward(
     if grad_mean is not None:
         grad = grad + grad_mean / samples
     return grad, grad_term
+
+
+def power_mean(
+    log_w: Tensor, alpha: float | Tensor = 0.0, groups: int = 1, share: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The mean over groups of (1/(1 - alpha)) log (1/K) sum_k w^(1 - alpha), with a share of the mean of the
+    log weights, [B], of log_w [M K, B] in float64; and its derivatives by log_w.
+
+    A tensor alpha [] may be 1, where that is the mean; a number may not.
+    """
+    each = log_w.unflatten(0, (groups, -1))  # [M, K, B]
+    power, is_mean = 1 - alpha, None
+    if isinstance(power, Tensor):
+        is_mean = power == 0
+        power = torch.where(is_mean, 1.0, power.to(log_w))
+    scaled = power * each
+    maximum = scaled.amax(1, keepdim=True)
+    exps = torch.exp(scaled - shift(maximum))
+    total = exps.sum(1, keepdim=True)
+    bounds = (maximum + torch.log(total / each.shape[1])) / power  # [M, 1, B]
+    weights = torch.where(total == 0, 0.0, exps / total)
+    if is_mean is not None:
+        bounds = torch.where(is_mean, each.mean(1, keepdim=True), bounds)
+        weights = torch.where(is_mean, 1 / each.shape[1], weights)
+    bound, weights = bounds.mean((0, 1)), weights.flatten(0, 1) / groups
+    if share == 0:
+        return bound, weights
+    return share * log_w.mean(0) + (1 - share) * bound, share / log_w.shape[0] + (1 - share) * weights
+
+
+def without_denormals(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype; what is below its normal numbers is 0, since denormals would slow the decoder's
+    backward pass many times over. NaN is below nothing, and stays.
+    """
+    values = torch.where(values.abs() < torch.finfo(dtype).tiny, 0.0, values)
+    return values.to(dtype)
 
 
 def _factor(beta: Tensor | None, coefficient: float, like: Tensor) -> float | Tensor:

@@ -1,0 +1,635 @@
+"""Every bound of the literature: values, gradients of decoder and encoder, theory; against plain PyTorch in
+float64 that was written from the papers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import bounds
+from fastvae.bounds import CIWAE, IWAE, TVO, Jackknife, UStatistic, WakePhi
+from fastvae.ops.weigh import Weighing, weigh
+from fastvae.random import draw_seed, normal
+
+from . import models
+from .conftest import DEVICE
+from .models import generator, rand, randn
+
+B, D, X, K = 3, 2, 5, 12
+HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
+
+
+def tensor_alpha(value):
+    return torch.tensor(value, dtype=torch.float64, device=DEVICE)
+
+
+# Values as the papers write them, of the log weights [K] of one example.
+
+
+def lme(w):
+    return torch.logsumexp(w, 0) - math.log(len(w))
+
+
+def power(w, alpha):
+    return lme((1 - alpha) * w) / (1 - alpha) if alpha != 1 else w.mean()
+
+
+def of_groups(w, m, alpha=0.0):
+    return torch.stack([power(group, alpha) for group in w.chunk(m)]).mean()
+
+
+def u_statistic(w, m, ways):
+    table = [list(range(j * (len(w) // m), (j + 1) * (len(w) // m))) for j in range(m)]
+    n = len(table[0])
+    found = [lme(w[[table[j][(i + way * j) % n] for j in range(m)]]) for way in range(ways) for i in range(n)]
+    return torch.stack(found).mean()
+
+
+def jackknife(w):
+    k = len(w)
+    left_out = [lme(torch.cat([w[:i], w[i + 1 :]])) for i in range(k)]
+    return k * lme(w) - (k - 1) * torch.stack(left_out).mean()
+
+
+def tvo(w, betas):
+    ends = [*betas[1:], 1.0]
+    means = [(torch.softmax(b * w, 0) * w).sum() for b in betas]
+    return sum((e - b) * m for b, e, m in zip(betas, ends, means, strict=True))
+
+
+BETAS = (0.0, 0.1, 0.5)
+CASES = {
+    "iwae": (IWAE, {}, lme),
+    "miwae": (IWAE, {"m": 4}, lambda w: of_groups(w, 4)),
+    "vr": (IWAE, {"alpha": 0.3}, lambda w: power(w, 0.3)),
+    "vr of a tensor": (IWAE, {"alpha": tensor_alpha(0.3)}, lambda w: power(w, 0.3)),
+    "vr beyond 1": (IWAE, {"alpha": 1.5}, lambda w: power(w, 1.5)),
+    "vr below 0": (IWAE, {"alpha": -1.0}, lambda w: power(w, -1.0)),
+    "vr close to 1": (IWAE, {"alpha": 1 - 1e-6}, lambda w: w.mean() + 0.5e-6 * w.var(correction=0)),
+    "vr of groups": (IWAE, {"m": 3, "alpha": 0.6}, lambda w: of_groups(w, 3, 0.6)),
+    "elbo": (IWAE, {"alpha": 1.0}, lambda w: w.mean()),
+    "elbo of a tensor": (IWAE, {"alpha": tensor_alpha(1.0)}, lambda w: w.mean()),
+    "ciwae": (CIWAE, {"beta": 0.3}, lambda w: 0.3 * w.mean() + 0.7 * lme(w)),
+    "u": (UStatistic, {"m": 3, "permutations": 3}, lambda w: u_statistic(w, 3, 3)),
+    "jackknife": (Jackknife, {}, jackknife),
+    "tvo": (TVO, {"betas": BETAS}, lambda w: tvo(w, BETAS)),
+}
+
+
+def estimators_of(kind):
+    return [e for e in kind.estimators if e != "dreg" or kind.paths is not bounds.Bound.paths]
+
+
+NAMED = [(name, e) for name, (kind, _, _) in CASES.items() for e in estimators_of(kind)]
+
+
+class Model:
+    """A Gaussian model whose parts are written out; every tensor in it can be learned."""
+
+    def __init__(self, dtype=torch.float64, prior=True, shift=0.0):
+        self.x = rand(B, X, seed=1, dtype=dtype)
+        self.mu, self.logvar = (0.5 * randn(B, D, seed=s, dtype=dtype) for s in (2, 3))
+        self.weight = randn(X, D, seed=4, dtype=dtype)
+        self.prior = [0.3 * randn(D, seed=s, dtype=dtype) for s in (5, 6)]
+        self.learned = [
+            t.requires_grad_() for t in (self.mu, self.logvar, self.weight, *(self.prior if prior else ()))
+        ]
+        self.shift = shift
+
+    def bound(self, objective, k=K, seed=7, **options):
+        prior = fastvae.DiagonalNormal(*self.prior) if self.prior[0].requires_grad else None
+        q = options.pop("q", (self.mu, self.logvar))
+        return fastvae.bound(
+            self.x, q, lambda z: z @ self.weight.T, objective, k=k, likelihood=fastvae.Gaussian(0.8),
+            prior=prior, generator=generator(seed), **options,
+        )  # fmt: skip
+
+    def noise(self, k=K, seed=7):
+        return normal(draw_seed(DEVICE, generator(seed)), k, B, D, dtype=torch.float64)
+
+    def log_w(self, k=K, seed=7, *, z=None, fixed=False):
+        """Log weights [K, B], and log q(z|x) at a z that is held, of leaves, or with q's density held."""
+        z = self.mu + (0.5 * self.logvar).exp() * self.noise(k, seed) if z is None else z
+        mu, logvar = (t.detach() if fixed else t for t in (self.mu, self.logvar))
+
+        def log_normal(v, mean, logvar):
+            return (-0.5 * (v - mean).square() / logvar.exp() - 0.5 * logvar - HALF_LOG_2_PI).sum(-1)
+
+        m, s = self.prior if self.prior[0].requires_grad else (torch.zeros(D).to(z), torch.zeros(D).to(z))
+        noise = torch.full_like(self.x[0], 2 * math.log(0.8))
+        log_p = log_normal(self.x, z @ self.weight.T, noise) + log_normal(z, m, s)
+        return log_p - log_normal(z, mu, logvar), log_normal(z.detach(), self.mu, self.logvar)
+
+
+def derivatives(value, log_w):
+    """The derivatives and second derivatives [K, B] of each column's bound."""
+    first, second = [], []
+    for w in log_w.detach().T:
+        first.append(torch.func.grad(value)(w))
+        second.append(torch.func.hessian(value)(w).diagonal())
+    return torch.stack(first, 1), torch.stack(second, 1)
+
+
+def gradients(model, value, estimator, k=K, seed=7, path=None):
+    """Of the bounds' sum, by the definition of the estimator, each sample for itself."""
+    log_w, log_q = model.log_w(k, seed, fixed=True)
+    g, h = derivatives(value, log_w)
+    a, s = {
+        "iwae": (g, -g),
+        "stl": (g, torch.zeros_like(g)),
+        "dreg": (g - h, torch.zeros_like(g)),
+        "wake": (torch.zeros_like(g), g),
+    }[estimator]
+    own = [model.weight, *(p for p in model.prior if p.requires_grad)]
+    held = (model.mu + (0.5 * model.logvar).exp() * model.noise(k, seed)).detach()
+    to_model = torch.autograd.grad((g * model.log_w(k, seed, z=held)[0]).sum(), own)
+    to_q = torch.autograd.grad((a * log_w).sum() + (s * log_q).sum(), [model.mu, model.logvar])
+    return [*to_q, *to_model]
+
+
+@pytest.mark.parametrize("route", ["whole", "chunks"])
+@pytest.mark.parametrize(("name", "estimator"), NAMED)
+def test_value_and_gradients(backend, route, name, estimator):
+    """Of encoder, decoder and prior, by the definitions, in one piece and in chunks that divide nothing."""
+    dtype, tolerance = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-11)
+    kind, options, value = CASES[name]
+    model, exact = Model(dtype), Model()
+    found = model.bound(
+        kind(**options, estimator=estimator), reduction="none", k_chunk=None if route == "whole" else 5
+    )
+    expected = torch.stack([value(w) for w in exact.log_w()[0].T])
+    # The case that is close to 1 is expanded to first order.
+    loose = max(tolerance, 1e-9) if "close" in name else tolerance
+    torch.testing.assert_close(found.double(), expected, rtol=loose, atol=loose)
+    grads = torch.autograd.grad(found.sum(), model.learned)
+    by = covariance_gradients if estimator == "covariance" else gradients
+    wanted = by(exact, value, estimator)
+    for got, want in zip(grads, wanted, strict=True):
+        assert bool(want.any())
+        torch.testing.assert_close(got.double(), want, rtol=100 * loose, atol=100 * loose)
+
+
+def covariance_gradients(model, *_):
+    """TVO's, eq. 13: of each expectation, the expectation of the derivative, and a covariance with it."""
+    held = (model.mu + (0.5 * model.logvar).exp() * model.noise()).detach()
+    log_w, log_q = model.log_w(z=held)
+    log_p = log_w + log_q
+    total = 0.0
+    for beta, end in zip(BETAS, (*BETAS[1:], 1.0), strict=True):
+        weights = torch.softmax(beta * log_w, 0).detach()
+        tilted = (1 - beta) * log_q + beta * log_p
+        centred = log_w.detach() - (weights * log_w.detach()).sum(0)
+        total = total + (end - beta) * (weights * (log_w + centred * tilted)).sum()
+    return torch.autograd.grad(total, model.learned)
+
+
+PAIRS = {
+    "piwae": (IWAE(), IWAE(m=4)),
+    "piwae, dreg": (IWAE(), IWAE(m=4, estimator="dreg")),
+    "stl of another": (CIWAE(0.2), IWAE(m=2, estimator="stl")),
+    "wake": (IWAE(), WakePhi()),
+    "elbo for the encoder": (IWAE(), IWAE(alpha=1.0)),
+}
+
+
+@pytest.mark.parametrize("prior", [True, False])
+@pytest.mark.parametrize("route", ["whole", "chunks"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_another_bound_for_the_encoder(backend, name, route, prior):
+    """The value, the decoder and the prior are the first one's, the encoder is the second one's."""
+    dtype, tolerance = (torch.float32, 1e-4) if backend == "triton" else (torch.float64, 1e-11)
+    objective, encoder = PAIRS[name]
+    model, exact = Model(dtype, prior), Model(prior=prior)
+    chunk = None if route == "whole" else 5
+    found = model.bound(objective, encoder=encoder, reduction="none", k_chunk=chunk)
+    mine = {"m": getattr(objective, "m", 1), "share": getattr(objective, "beta", 0.0)}
+    first = lambda w: mine["share"] * w.mean() + (1 - mine["share"]) * of_groups(w, mine["m"])  # noqa: E731
+    if isinstance(encoder, WakePhi):
+        second, estimator = lme, "wake"
+    else:
+        second, estimator = lambda w: of_groups(w, encoder.m, encoder.alpha), encoder.estimator
+    torch.testing.assert_close(
+        found.double(), torch.stack([first(w) for w in exact.log_w()[0].T]), rtol=tolerance, atol=tolerance
+    )
+    grads = torch.autograd.grad(found.sum(), model.learned)
+    wanted = [*gradients(exact, second, estimator)[:2], *gradients(exact, first, "iwae")[2:]]
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_a_pair_is_what_its_one_bound_is():
+    for estimator in ("iwae", "stl", "dreg"):
+        model = Model()
+        one = IWAE(m=3, alpha=0.4, estimator=estimator)
+        alone, pair = model.bound(one), model.bound(one, encoder=IWAE(m=3, alpha=0.4, estimator=estimator))
+        assert torch.equal(alone, pair)
+        for a, b in zip(
+            torch.autograd.grad(alone, model.learned), torch.autograd.grad(pair, model.learned), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_group_without_weight_still_teaches_the_encoder():
+    """PIWAE: of all samples it has a share that no float is, in its own group it has all."""
+
+    class Line(fastvae.Likelihood):
+        def log_prob(self, x, parameters):
+            return parameters[:, 0]
+
+    class Two(fastvae.Distribution):
+        def __init__(self, mu):
+            super().__init__()
+            self.mu, self.batch, self.device = mu, 1, mu.device
+
+        def rsample(self, samples, seed, *, sample_offset=0, row_offset=0):
+            z = torch.arange(samples, dtype=self.mu.dtype, device=self.device)[:, None, None] + self.mu
+            return z, 0 * z.sum(2)
+
+        def log_prob(self, z):
+            return 0 * (z + self.mu).sum(2)
+
+    for dtype, gap in ((torch.float32, 200.0), (torch.float64, 2000.0)):
+        mu = torch.zeros(1, 1, dtype=dtype, device=DEVICE, requires_grad=True)
+        slope = torch.tensor(-gap, dtype=dtype, device=DEVICE, requires_grad=True)
+        bound = fastvae.bound(
+            torch.zeros(1, 1, dtype=dtype, device=DEVICE), Two(mu), lambda z, slope=slope: slope * z, IWAE(),
+            k=2, encoder=IWAE(m=2), likelihood=Line(), prior=Flat(),
+        )  # fmt: skip
+        to_mu, to_slope = torch.autograd.grad(bound, (mu, slope))
+        # Both samples' d log w / dz = slope counts a half; the decoder learns by the first, where z = 0.
+        torch.testing.assert_close(to_mu, slope.detach().expand(1, 1))
+        assert abs(float(to_slope)) < 1e-25
+
+
+class Flat(fastvae.Distribution):
+    def log_prob(self, z):
+        return torch.zeros_like(z[..., 0])
+
+
+@pytest.mark.parametrize("name", [n for n, (kind, _, _) in CASES.items() if kind is not TVO])
+def test_dreg_has_the_expectation_of_the_derivative(name):
+    """Over many draws both estimators of the encoder's gradient have one mean, and for the model's exact
+    posterior DReG's is zero, draw by draw.
+    """
+    kind, options, _ = CASES[name]
+    batch, n = 4000, 12
+    x = torch.full((batch, 1), 0.7, dtype=torch.float64)
+    found = {}
+    for estimator in ("iwae", "dreg"):
+        mu = torch.full((batch, 1), 0.4, dtype=torch.float64, requires_grad=True)
+        logvar = torch.full((batch, 1), -0.5, dtype=torch.float64, requires_grad=True)
+        value = fastvae.bound(
+            x, (mu, logvar), lambda z: z, kind(**options, estimator=estimator), k=n,
+            likelihood=fastvae.Gaussian(1.0), reduction="sum", generator=torch.Generator().manual_seed(3),
+        )  # fmt: skip
+        found[estimator] = torch.cat(torch.autograd.grad(value, (mu, logvar)), 1)
+    difference = found["iwae"] - found["dreg"]
+    error = difference.std(0) / math.sqrt(batch)
+    assert (difference.mean(0).abs() < 4.5 * error).all()
+    # The bound of a posterior that is not exact has a gradient to be found.
+    assert (found["dreg"].mean(0).abs() > 5 * found["dreg"].std(0) / math.sqrt(batch)).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_exact_posterior(name):
+    """Every weight is p(x): so is each bound, and without the score nothing reaches the encoder."""
+    kind, options, _ = CASES[name]
+    x = rand(B, 1, seed=1, dtype=torch.float64)
+    log_px = -0.25 * x[:, 0].square() - 0.5 * math.log(4 * math.pi)
+    for estimator in [e for e in estimators_of(kind) if e in ("stl", "dreg")]:
+        mu = (x / 2).requires_grad_()
+        logvar = torch.full_like(x, math.log(0.5)).requires_grad_()
+        value = fastvae.bound(
+            x, (mu, logvar), lambda z: z, kind(**options, estimator=estimator), k=K,
+            likelihood=fastvae.Gaussian(1.0), reduction="none",
+        )  # fmt: skip
+        torch.testing.assert_close(value, log_px, rtol=1e-12, atol=1e-9)
+        for grad in torch.autograd.grad(value.sum(), (mu, logvar)):
+            assert grad.abs().max() < 1e-9
+
+
+def test_orderings():
+    """On the same draws: falling in α, rising from the ELBO to IWAE through CIWAE and MIWAE; TVO between the
+    ELBO and log p(x) as it is refined.
+    """
+    model = Model()
+    with torch.no_grad():
+        alphas = [-1.0, 0.0, 0.3, 1.0 - 1e-9, 1.0, 2.0]
+        values = [model.bound(IWAE(alpha=a), reduction="none") for a in alphas]
+        assert all(bool((a > b - 1e-8).all()) for a, b in itertools.pairwise(values))
+        elbo, iwae = values[4], values[1]
+        for chain in (
+            [IWAE(m=12), IWAE(m=4), IWAE(m=2), IWAE()],
+            [CIWAE(1.0), CIWAE(0.6), CIWAE(0.2), CIWAE(0.0)],
+        ):
+            found = [model.bound(o, reduction="none") for o in chain]
+            torch.testing.assert_close(found[0], elbo)
+            torch.testing.assert_close(found[-1], iwae)
+            assert all(bool((a < b).all()) for a, b in itertools.pairwise(found))
+        grids = [(0.0,), (0.0, 0.5), (0.0, 0.25, 0.5, 0.75), tuple(i / 1000 for i in range(1000))]
+        found = [model.bound(TVO(betas), reduction="none") for betas in grids]
+        torch.testing.assert_close(found[0], elbo)
+        assert all(bool((a < b).all()) for a, b in itertools.pairwise(found))
+        # The integral over all temperatures is the log-mean-exp of these very weights.
+        torch.testing.assert_close(found[-1], iwae, rtol=1e-3, atol=1e-2)
+        assert bool((model.bound(Jackknife(), reduction="none") > iwae).all())
+
+
+def test_a_u_statistic_has_miwaes_mean_and_less_variance():
+    batch, k = 3000, 35
+    x = torch.full((batch, 1), 0.7, dtype=torch.float64)
+    q = torch.full((batch, 1), 0.4, dtype=torch.float64), torch.full((batch, 1), 3.0, dtype=torch.float64)
+    found = [
+        fastvae.bound(
+            x, q, lambda z: z, o, k=k, likelihood=fastvae.Gaussian(1.0), reduction="none",
+            generator=torch.Generator().manual_seed(5),
+        )
+        for o in (IWAE(m=7), UStatistic(5, permutations=1), UStatistic(5, permutations=7))
+    ]  # fmt: skip
+    difference = found[2] - found[0]
+    assert difference.mean().abs() < 4.5 * difference.std() / math.sqrt(batch)
+    assert found[2].var() < 0.7 * found[0].var()
+    # One way to divide is MIWAE, of other groups.
+    assert abs(found[1].var() / found[0].var() - 1) < 0.3
+
+
+def _posterior_gradient(logvar, mean, steps=4001, width=12.0):
+    """∇ of −KL(p(z|x) ‖ q) in one dimension by quadrature, x = 0.7 with unit variances."""
+    z = torch.linspace(-width, width, steps, dtype=torch.float64)
+    posterior = torch.distributions.Normal(0.35, math.sqrt(0.5)).log_prob(z).exp()
+    mean, logvar = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (mean, logvar))
+    log_q = -0.5 * (z - mean).square() / logvar.exp() - 0.5 * logvar
+    value = torch.trapezoid(posterior * log_q, z)
+    return torch.stack(torch.autograd.grad(value, (mean, logvar)))
+
+
+def test_wake_phi_follows_the_forward_kl():
+    """As K grows, by quadrature."""
+    k = 200_000
+    x = torch.full((1, 1), 0.7, dtype=torch.float64)
+    mu = torch.full((1, 1), 0.1, dtype=torch.float64, requires_grad=True)
+    logvar = torch.full((1, 1), 0.2, dtype=torch.float64, requires_grad=True)
+    value = fastvae.bound(
+        x, (mu, logvar), lambda z: z, IWAE(), encoder=WakePhi(), k=k, k_chunk=50_000,
+        likelihood=fastvae.Gaussian(1.0), generator=torch.Generator().manual_seed(6),
+    )  # fmt: skip
+    found = torch.cat(torch.autograd.grad(value, (mu, logvar)))[:, 0]
+    # The standard error of a self-normalised mean of numbers of order one.
+    torch.testing.assert_close(found, _posterior_gradient(0.2, 0.1), rtol=0, atol=5 * 2 / math.sqrt(k))
+
+
+def test_the_thermodynamic_gradient_is_that_of_its_integral():
+    """The covariance estimator at large K against the derivative of E_πβ[log w] in one dimension, where π_β
+    is normal; by finite differences of quadrature.
+    """
+    betas, k = (0.0, 0.4), 200_000
+
+    z = torch.linspace(-14, 14, 8001, dtype=torch.float64)
+
+    def integral(mean, logvar):
+        log_q = torch.distributions.Normal(mean, math.exp(0.5 * logvar)).log_prob(z)
+        log_p = torch.distributions.Normal(0.0, 1.0).log_prob(z) + torch.distributions.Normal(
+            z, 1.0
+        ).log_prob(torch.tensor(0.7, dtype=torch.float64))
+        total = 0.0
+        for beta, end in zip(betas, (*betas[1:], 1.0), strict=True):
+            tilted = torch.exp((1 - beta) * log_q + beta * log_p)
+            total += (end - beta) * torch.trapezoid(tilted * (log_p - log_q), z) / torch.trapezoid(tilted, z)
+        return float(total)
+
+    step = 1e-5
+    wanted = [
+        (integral(0.1 + step, 0.2) - integral(0.1 - step, 0.2)) / (2 * step),
+        (integral(0.1, 0.2 + step) - integral(0.1, 0.2 - step)) / (2 * step),
+    ]
+    mu = torch.full((1, 1), 0.1, dtype=torch.float64, requires_grad=True)
+    logvar = torch.full((1, 1), 0.2, dtype=torch.float64, requires_grad=True)
+    value = fastvae.bound(
+        torch.full((1, 1), 0.7, dtype=torch.float64), (mu, logvar), lambda z: z, TVO(betas), k=k,
+        k_chunk=50_000, likelihood=fastvae.Gaussian(1.0), generator=torch.Generator().manual_seed(8),
+    )  # fmt: skip
+    assert abs(float(value) - integral(0.1, 0.2)) < 5 * 3 / math.sqrt(k)
+    found = torch.cat(torch.autograd.grad(value, (mu, logvar)))[:, 0]
+    torch.testing.assert_close(
+        found, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=5 * 3 / math.sqrt(k)
+    )
+
+
+# The fused op.
+
+HOWS = [(0.0, 4, 0.0), (0.5, 1, 0.0), (-1.0, 3, 0.0), (0.999, 1, 0.0), (0.0, 1, 0.3), (1.5, 2, 0.25)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("how", HOWS)
+def test_the_fused_reduction(backend, how, reduction, dtype):
+    """More rows than are reduced at a time; the bound of a term that is rounded once in each dtype."""
+    if backend == "triton" and dtype == torch.float64:
+        dtype = torch.float32
+    k, b, size = 12, 70, 3
+    x, logits = rand(b, size, seed=1).to(dtype), randn(k * b, size, seed=2).to(dtype).requires_grad_()
+    ratio = (5 * randn(k, b, seed=3)).to(dtype).requires_grad_()
+    alpha, groups, share = how
+    bound, mean = weigh(
+        "bernoulli", x, (logits,), ratio, None, Weighing(0.7, "log_mean_exp", reduction, *how), True
+    )
+    upstream = randn(*bound.shape, seed=4).to(bound.dtype)
+    grads = torch.autograd.grad(bound, (logits, ratio), upstream)
+    wide = [t.detach().double().requires_grad_() for t in (logits, ratio)]
+    each = wide[0].unflatten(0, (k, b))
+    log_p = (x.double() * each - torch.nn.functional.softplus(each)).sum(-1)
+    log_w = log_p + 0.7 * wide[1]
+    exact = torch.stack([share * w.mean() + (1 - share) * of_groups(w, groups, alpha) for w in log_w.T])
+    exact = exact if reduction == "none" else exact.mean()
+    wanted = torch.autograd.grad(exact, wide, upstream.double())
+    # A log weight of about 20 is rounded a few times, and weights are exponentials of these; what is rounded
+    # in float64 counts 1 / (1 - α) times.
+    tolerance = 20 * 20 * max(torch.finfo(dtype).eps, 2e-16 / abs(1 - alpha))
+    torch.testing.assert_close(bound.double(), exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mean.double(), log_p.mean(0), rtol=tolerance, atol=tolerance)
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["miwae", "vr", "ciwae"])
+def test_by_a_fused_head(backend, name):
+    """From the last layer, in one pass with the gradients: as from its output."""
+    kind, options, _ = CASES[name]
+    torch.manual_seed(0)
+    decoder = torch.nn.Sequential(torch.nn.Linear(D, 4), torch.nn.Tanh(), torch.nn.Linear(4, X)).to(DEVICE)
+    x, mu, logvar = (
+        rand(B, X, seed=1),
+        randn(B, D, seed=2).requires_grad_(),
+        randn(B, D, seed=3).requires_grad_(),
+    )
+    results = []
+    for network in (decoder, fastvae.fuse_head(decoder)):
+        value = fastvae.bound(
+            x, (mu, logvar), network, kind(**options), k=K, likelihood="bernoulli", generator=generator(4)
+        )
+        results.append([value, *torch.autograd.grad(value, [mu, logvar, *decoder.parameters()])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_edges(backend):
+    """A sample of no weight, a row of none: as IWAE has them; a mean knows only minus infinity."""
+    x, logits = torch.ones(3, 1, device=DEVICE), torch.zeros(4 * 3, 1, device=DEVICE)
+    ratio = torch.zeros(4, 3, device=DEVICE)
+    ratio[0, 0] = ratio[:, 1] = -math.inf
+    ratio[1, 2] = math.nan
+    ratio.requires_grad_()
+    for alpha in (0.0, 0.5):
+        how = Weighing(1.0, "log_mean_exp", "none", alpha, 2)
+        bound, _ = weigh("bernoulli", x, (logits,), ratio, None, how)
+        assert bound[0].isfinite() and bound[1] == -math.inf and bound[2].isnan()
+        (grad,) = torch.autograd.grad(bound[:2].sum(), ratio)
+        torch.testing.assert_close(grad[:, 0], torch.tensor([0.0, 0.5, 0.25, 0.25], device=DEVICE))
+        assert not grad[:, 1].any()
+
+
+@pytest.mark.parametrize("family", ["full", "laplace", "torch", "own"])
+@pytest.mark.parametrize("name", ["vr of groups", "jackknife"])
+def test_any_family(backend, family, name):
+    """DReG of any q, and a pair, in chunks and whole."""
+    kind, options, _ = CASES[name]
+    x, mu, raw = rand(B, X, seed=1), randn(B, D, seed=2).requires_grad_(), 0.3 * randn(B, 3, seed=3)
+    raw.requires_grad_()
+    weight = randn(X, D, seed=4)
+
+    class Own(fastvae.DiagonalNormal):
+        pass
+
+    def q():
+        return {
+            "full": lambda: fastvae.FullNormal(mu, raw),
+            "laplace": lambda: fastvae.Laplace(mu, raw[:, :2]),
+            "torch": lambda: torch.distributions.Normal(mu, raw[:, :2].exp()),
+            "own": lambda: Own(mu, raw[:, :2]),
+        }[family]()
+
+    for pair in (None, IWAE(m=2)):
+        results = []
+        for chunk in (None, 5):
+            if family == "torch":  # whose noise is torch's own, and other for other chunks
+                chunk = None
+            torch.manual_seed(0)
+            value = fastvae.bound(
+                x, q(), lambda z: z @ weight.T, kind(**options, estimator="dreg"), encoder=pair, k=K,
+                k_chunk=chunk, likelihood=fastvae.Gaussian(0.9), generator=generator(5),
+            )  # fmt: skip
+            results.append([value, *torch.autograd.grad(value, (mu, raw))])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+        assert all(bool(g.any()) for g in results[0][1:])
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [IWAE(3, 0.5, "dreg"), IWAE(alpha=torch.tensor(0.5)), Jackknife("dreg"), TVO(), CIWAE(0.5)],
+    ids=repr,
+)
+def test_compiled(objective):
+    from torch._inductor import config
+
+    encoder, decoder = models.networks(X, D, "bernoulli")
+    x = rand(B, X, seed=10)
+    learned = [*encoder.parameters(), *decoder.parameters()]
+
+    def loss(x):
+        return -fastvae.bound(x, encoder(x), decoder, objective, k=6, likelihood="bernoulli")
+
+    torch._dynamo.reset()
+    results = []
+    with config.patch(fallback_random=True):
+        for function in (loss, torch.compile(loss, fullgraph=True)):
+            torch.manual_seed(11)
+            value = function(x)
+            results.append((value, *torch.autograd.grad(value, learned)))
+    torch._dynamo.reset()
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_iwae_takes_the_two_numbers():
+    """And a VAE, by name or by object, with terms and weights of examples."""
+    torch.manual_seed(0)
+    vae = fastvae.VAE(torch.nn.Linear(X, 2 * D), torch.nn.Linear(D, X), likelihood="bernoulli").to(DEVICE)
+    x = rand(B, X, seed=1)
+    wanted = vae.bound(x, IWAE(3, 0.5), 12, reduction="none", generator=generator(1))
+    assert torch.equal(vae.iwae(x, 4, m=3, alpha=0.5, reduction="none", generator=generator(1)), wanted)
+    assert torch.equal(vae(x, IWAE(3, 0.5), k=12, reduction="none", generator=generator(1)), wanted)
+    terms = vae(x, "iwae", k=4, m=3, alpha=0.5, terms=True, generator=generator(1))
+    torch.testing.assert_close(terms.bound, wanted)
+    plain = vae.elbo(x, samples=12, kl="mc", terms=True, generator=generator(1))
+    torch.testing.assert_close(terms.log_likelihood, plain.log_likelihood)
+    torch.testing.assert_close(terms.kl, plain.kl)
+    weights = rand(B, seed=2)
+    for objective in (IWAE(3, 0.5), Jackknife()):
+        each = vae.bound(x, objective, 12, reduction="none", generator=generator(1))
+        total = vae.bound(x, objective, 12, example_weights=weights, generator=generator(1))
+        torch.testing.assert_close(total, (weights * each).mean())
+
+
+def test_a_bound_of_ones_own():
+    class Second(bounds.Bound):
+        def value(self, log_w):
+            return log_w.topk(2, 0).values[1]
+
+    model = Model()
+    found = model.bound(Second(), reduction="none")
+    torch.testing.assert_close(found, model.log_w()[0].topk(2, 0).values[1], rtol=1e-12, atol=1e-12)
+    for estimator in ("iwae", "stl"):
+        grads = torch.autograd.grad(model.bound(Second(estimator), reduction="sum"), model.learned)
+        wanted = gradients(Model(), lambda w: w.topk(2).values[1], estimator)
+        for got, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match="estimator='dreg' is unknown; known: 'iwae', 'stl'"):
+        Second("dreg")
+
+    class Wrong(bounds.Bound):
+        def value(self, log_w):
+            return log_w.mean()
+
+    with pytest.raises(
+        ValueError, match=r"Wrong.value returned \[\] for log_w \[12, 3\]; expected the bound"
+    ):
+        model.bound(Wrong())
+
+
+def test_errors():
+    model = Model()
+    for call, error, message in (
+        (lambda: model.bound(IWAE(m=5)), ValueError, r"m=5 does not divide k=12 samples"),
+        (lambda: model.bound(UStatistic(5)), ValueError, r"m=5 does not divide k=12"),
+        (lambda: model.bound(UStatistic(4)), ValueError, r"permutations=10 is more than the k/m = 3 ways"),
+        (lambda: model.bound(Jackknife(), k=1), ValueError, r"needs k of at least 2"),
+        (lambda: model.bound(WakePhi()), ValueError, r"use encoder=WakePhi\(\)"),
+        (lambda: model.bound("iwae"), TypeError, r"objective must be a bound of fastvae.bounds"),
+        (lambda: model.bound(IWAE(), encoder="wake"), TypeError, r"encoder must be a bound"),
+        (lambda: model.bound(IWAE(), k=0), ValueError, r"k must be at least 1"),
+        (lambda: IWAE(m=0), ValueError, r"m must be at least 1"),
+        (lambda: IWAE(alpha=math.nan), ValueError, r"alpha must be finite, the order"),
+        (lambda: IWAE(alpha=-math.inf), ValueError, r"alpha must be finite, the order"),
+        (lambda: IWAE(alpha=torch.zeros(3)), ValueError, r"alpha is a tensor \[3\]"),
+        (lambda: IWAE(estimator="dregs"), ValueError, r"estimator='dregs' is unknown"),
+        (lambda: CIWAE(1.5), ValueError, r"beta must lie in \[0, 1\]"),
+        (lambda: TVO((0.1, 0.5)), ValueError, r"betas must rise from 0"),
+        (lambda: TVO((0.0, 1.0)), ValueError, r"betas must rise from 0 and end below 1"),
+        (lambda: TVO(estimator="dreg"), ValueError, r"known: 'covariance', 'iwae', 'stl'"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    q = fastvae.Mixture([fastvae.DiagonalNormal(model.mu, model.logvar), fastvae.StandardNormal()])
+    for objective in (IWAE(m=2), Jackknife(), IWAE(alpha=1.0)):
+        with pytest.raises(ValueError, match="drawn from in strata"):
+            model.bound(objective, q=q)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented|differentiate twice"):
+        grads = torch.autograd.grad(model.bound(Jackknife()), model.learned, create_graph=True)
+        grads[0].sum().backward()
