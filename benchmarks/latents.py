@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,14 @@ def train(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, 
 def result(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
     """Bounds and log p(x) of each test image [N], made now or kept from before."""
     path = settings.out / f"{'-'.join(pair)}-{settings.latent}-{settings.epochs}-{seed}-{how}.pt"
+    return kept(path, lambda: train(images, pair, settings, seed, how))
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is in this file; if there is none it is made now, by one thread, the same on any machine."""
     if not path.exists():
         with demo.threads(1):
-            torch.save(train(images, pair, settings, seed, how), path)
+            torch.save(make(), path)
     found: dict[str, Any] = torch.load(path)
     return found
 

@@ -226,13 +226,16 @@ def train(
     epochs: int,
     eval_k: int,
     seed: int,
+    bound: Callable[..., Tensor] | None = None,
 ) -> Run:
-    """Train a model with the ELBO, or with IWAE if k is given, and measure it on the test images."""
+    """Train a model with the ELBO, or with IWAE if k is given, or with another bound, and measure it on the
+    test images.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(architecture).to(images.train.device)
     latents.start(model, images.train)
-    return fit(name, k, images, model, architecture, epochs, eval_k, seed)
+    return fit(name, k, images, model, architecture, epochs, eval_k, seed, bound)
 
 
 def fit(
@@ -244,20 +247,24 @@ def fit(
     epochs: int,
     eval_k: int,
     seed: int,
+    bound: Callable[..., Tensor] | None = None,
 ) -> Run:
-    """Train this model, and measure it."""
+    """Train this model, and measure it. ``bound`` takes (x, q, decoder) and the model's options, in the place
+    of the ELBO or, with ``k``, of IWAE.
+    """
     device = images.train.device
     encoder, decoder = model.encoder, model.decoder
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any]
     options = {"likelihood": model.likelihood, "prior": model.prior, "generator": generator}
-    options |= latents.elbo_options(model, images.train[:1]) if k is None else {"k": k}
-    objective = fastvae.elbo if k is None else fastvae.iwae
+    if bound is None:
+        options |= latents.elbo_options(model, images.train[:1]) if k is None else {"k": k}
+    objective = bound or (fastvae.elbo if k is None else fastvae.iwae)
 
     train_curve, test_curve = [], []
     steps = math.ceil(len(images.train) / BATCH)
-    beta = latents.beta_of(model, epochs * steps) if k is None else None
+    beta = latents.beta_of(model, epochs * steps) if k is None and bound is None else None
     with tqdm(total=epochs * steps, desc=f"{name:8}", unit="step", file=ProgressStream()) as bar:
         for _ in range(epochs):
             total = torch.zeros((), device=device)
@@ -266,14 +273,14 @@ def fit(
                 x = images.draw(images.train[rows], generator)
                 if beta is not None:
                     options["beta"] = beta(bar.n)
-                bound = objective(x, encoder(x), decoder, **options)
+                value = objective(x, encoder(x), decoder, **options)
                 optimizer.zero_grad()
-                (-bound).backward()
+                (-value).backward()
                 optimizer.step()
-                total += bound.detach() * len(x)
+                total += value.detach() * len(x)
                 bar.update()
                 if bar.n % 50 == 0:
-                    bar.set_postfix(bound=f"{bound.item():.2f}")
+                    bar.set_postfix(bound=f"{value.item():.2f}")
             train_curve.append(total.item() / len(images.train))
             test_curve.append(bound_on_test(model, images.test, k).mean().item())
             bar.set_postfix(train=f"{train_curve[-1]:.2f}", test=f"{test_curve[-1]:.2f}")
