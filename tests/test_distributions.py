@@ -11,6 +11,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.bounds import IWAE, WakePhi, weighed
 from fastvae.distributions import (
     TorchDistribution,
     closed_kl,
@@ -86,17 +87,18 @@ def test_composed_ratios_are_the_fused_ones(estimator, prior, form):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
-def test_composed_chunks_are_the_whole(estimator):
+@pytest.mark.parametrize("route", ["iwae", "stl", "paths", "tied", "score"])
+def test_composed_chunks_are_the_whole(route):
     weight = randn(K, B, D, seed=5).double()
+    encoder = {"tied": IWAE(m=K), "score": WakePhi(), "paths": IWAE(estimator="dreg")}.get(route)
 
     def bound(kind, cuts):
         q, p, leaves = pairs((kind, fastvae.DiagonalNormal))
-        parts = [draw_chunk(q, p, e - s, SEED, s, 0, estimator) for s, e in cuts]
+        parts = [draw_chunk(q, p, e - s, SEED, s, 0, route) for s, e in cuts]
         z, ratio = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        value = fastvae.ops.log_mean_exp(ratio + (z * weight).sin().sum(2))
-        assert all((part[2] is None) == (estimator != "dreg") for part in parts)
-        value = value + sum(part[2] for part in parts if part[2] is not None)
+        assert all((part[2] is None) == (encoder is None) for part in parts)
+        told = None if encoder is None else torch.cat([part[2] for part in parts])
+        value = weighed((z * weight).sin().sum(2), ratio, told, IWAE(), encoder)
         return [value, *torch.autograd.grad(value.sum(), leaves)]
 
     expected = bound(fastvae.DiagonalNormal, [(0, K)])
