@@ -328,8 +328,14 @@ class Jackknife(Bound):
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         k = log_w.shape[0]
         log_sum, weights, rest = self._weights(log_w)
-        constant = (k - 1) * math.log(k - 1) - k * math.log(k)
-        bound = log_sum + constant - (k - 1) / k * rest.log().sum(0)
+        # Tensors: a compiler takes a logarithm of a size for a number of its own.
+        number, others = (log_sum.new_full((), n) for n in (k, k - 1))
+        bound = (
+            log_sum
+            + torch.xlogy(others, others)
+            - torch.xlogy(number, number)
+            - (k - 1) / k * rest.log().sum(0)
+        )
         inverse = 1 / rest
         return bound, weights * (k - (k - 1) / k * (inverse.sum(0) - inverse))
 

@@ -272,10 +272,8 @@ def _kernel_arguments(name: str):
         yield x, mean.bfloat16(), logvar.bfloat16(), term, *rest
         yield x, mean, logvar, term.double(), *rest
         yield x[:, :0], mean[:, :0], logvar[..., :0] if logvar.dim() else logvar, term, *rest
-    for *grads, x, mean, logvar, term, beta, c, over, reduction, need in (
-        _arguments(name) if name.endswith("_backward") else ()
-    ):
-        yield *grads, x, mean.bfloat16(), logvar.bfloat16(), term, beta, c, over, reduction, need
+    for grads, weights, own, x, mean, logvar, *rest in _arguments(name) if name.endswith("_backward") else ():
+        yield grads, weights, own, x, mean.bfloat16(), logvar.bfloat16(), *rest
 
 
 @pytest.mark.parametrize("name", sorted({n.partition(".")[0] for n in _registered()}))

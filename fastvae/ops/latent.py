@@ -205,8 +205,6 @@ def rsample_log_ratio(
     generator: torch.Generator | None = None,
     sample_offset: int = 0,
     row_offset: int = 0,
-    alpha: float = 0.0,
-    groups: int = 1,
     paths: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""Sample z = μ + σ·ε, σ = exp(logvar/2), and compute log p(z) − log q(z|x) of every sample in one pass.
@@ -218,11 +216,9 @@ def rsample_log_ratio(
         samples: K draws per row.
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
         estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the
-            score of q; ``"dreg"``, doubly reparameterised. The last assumes that the ratio feeds a
-            log-mean-exp over these samples, or what ``alpha`` and ``groups`` say.
+            score of q; ``"dreg"``, doubly reparameterised. The last assumes that the ratio feeds one
+            log-mean-exp over these samples, or else needs ``paths``.
         scale, floor, logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
-        alpha, groups: for ``"dreg"``: the ratio feeds the mean over so many groups of
-            :math:`\frac{1}{1-α} \log \frac{1}{K} \sum_k w_k^{1-α}`, K samples of a group next to each other.
         paths: return zeros [K, B] as well, in ``"dreg"``'s place: the gradient that arrives at them is what
             reaches mu and logvar through z, without the score of q, instead of what arrives at the ratio.
 
@@ -248,7 +244,7 @@ def rsample_log_ratio(
     check_choice("estimator", estimator, ESTIMATORS)
     form = form_of(scale, floor, logvar_range)
     arguments = _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, False)
-    results = _rsample_log_ratio(*arguments, estimator, alpha, groups, bool(paths))
+    results = _rsample_log_ratio(*arguments, estimator, 0.0, 1, bool(paths))
     return results if paths else results[:2]
 
 
