@@ -1,8 +1,7 @@
 """fastvae: the objectives of variational autoencoders on fused kernels. See README.md."""
 
-from . import likelihoods, ops, random, schedules, weights
+from . import diagnostics, likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
-from .diagnostics import Diagnostics, diagnostics
 from .distributions import (
     AggregatePosterior,
     DiagonalNormal,
@@ -58,6 +57,8 @@ from .objectives import (
     reconstruction_log_prob,
 )
 from .quantize import Quantized, VectorQuantizer
+from .sleep import sleep
+from .total_correlation import BetaTCTerms, beta_tc
 from .vae import VAE
 
 __version__ = "0.1.0"
@@ -66,9 +67,9 @@ __all__ = [
     "AggregatePosterior",
     "Bernoulli",
     "Beta",
+    "BetaTCTerms",
     "Categorical",
     "ContinuousBernoulli",
-    "Diagnostics",
     "DiagonalNormal",
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
@@ -108,6 +109,7 @@ __all__ = [
     "VampPrior",
     "VectorQuantizer",
     "ZeroInflatedNegativeBinomial",
+    "beta_tc",
     "diagnostics",
     "elbo",
     "evaluate",
@@ -123,6 +125,7 @@ __all__ = [
     "reconstruction_log_prob",
     "register_kl",
     "schedules",
+    "sleep",
     "use_backend",
     "weights",
 ]

@@ -2920,7 +2920,7 @@ PYTHON = [
     ),
     Mutant(
         "diagnostics: a total correlation of the mean dimension",
-        "fastvae/diagnostics.py",
+        "fastvae/diagnostics/aggregate.py",
         "each.sum(1)",
         "each.mean(1)",
         ("surgery",),
@@ -3068,9 +3068,9 @@ PYTHON = [
     Mutant(
         "data: a warm-up without a delay",
         "fastvae/schedules.py",
-        "share = min(1.0, max(0.0, (step - delay) / steps))",
-        "share = min(1.0, max(0.0, step / steps))",
-        ("data",),
+        "way((step - delay).clamp(0, steps))",
+        "way(step.clamp(0, steps))",
+        ("schedules",),
     ),
     Mutant(
         "data: a mask of a multinomial that leaves classes",
@@ -3236,8 +3236,8 @@ PYTHON = [
     Mutant(
         "elbo: free bits of each example",
         "fastvae/objectives.py",
-        "term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)",
-        "term = term.clamp(min=free_bits).sum(1)",
+        'if free_bits_per == "batch":',
+        "if False:",
         ("mathematics::test_free_bits_is_kingmas_batch_variant",),
     ),
     Mutant(

@@ -643,7 +643,7 @@ CASES = {
     "unknown objective": (
         lambda: fastvae.VAE(lambda data: q(), pair)(x(), objective="IWAE"),
         ValueError,
-        ["objective='IWAE'", "'elbo', 'iwae', 'log_marginal'"],
+        ["objective='IWAE'", "'elbo', 'iwae', 'beta_tc', 'sleep', 'log_marginal'"],
     ),
     "latent dimension unknown": (
         lambda: fastvae.VAE(lambda data: q(), pair).sample(2),
