@@ -122,7 +122,8 @@ class VAE(nn.Module):
         Args:
             x: data [B, *event]; for ``"sleep"`` how many examples are made.
             objective: ``"elbo"``, ``"iwae"``, ``"beta_tc"``, ``"sleep"`` or ``"log_marginal"``; the last
-                under ``torch.no_grad()`` where the module is wrapped, since it has no gradients to wait for.
+                under ``torch.no_grad()`` where the module is wrapped, since it has no gradients to wait for,
+                and ``"sleep"`` with ``find_unused_parameters=True``, since the decoder gets none.
             options: the method's, such as ``k``, ``beta`` or ``reduction``. Processes whose random state is
                 the same need ``row_offset``, see :func:`fastvae.elbo`, or they draw the same noise for
                 different data.

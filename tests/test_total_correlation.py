@@ -205,6 +205,21 @@ def test_it_compiles_and_differentiates_as_a_function():
     torch.testing.assert_close(at_seed(torch.func.grad(bound)), expected)
 
 
+def test_an_empty_batch():
+    q = torch.zeros(0, 2 * D, device=DEVICE, requires_grad=True)
+    terms = fastvae.beta_tc(
+        torch.zeros(0, X, device=DEVICE),
+        q,
+        lambda z: z @ z.new_ones(D, X),
+        terms=True,
+        likelihood="bernoulli",
+        samples=K,
+    )
+    assert all(t.shape == (0,) for t in terms)
+    terms.bound.sum().backward()
+    assert q.grad.shape == q.shape
+
+
 def _call(**options):
     x, mu, logvar, weight = inputs()
     options = {"likelihood": "bernoulli", "q": (mu, logvar), **options}

@@ -64,7 +64,7 @@ reveal_type(vae.iwae(x, k=5, terms=either))  # Tensor | Terms
 reveal_type(vae.beta_tc(x, alpha=0.5))  # Tensor
 reveal_type(vae.beta_tc(x, terms=True))  # BetaTCTerms
 reveal_type(vae.sleep(3))  # Tensor
-reveal_type(fastvae.diagnostics.latents(vae, x))  # Latents
+reveal_type(fastvae.diagnostics.latents(vae, x).kl)  # float
 reveal_type(vae.log_marginal(x))  # LogMarginal
 reveal_type(vae.evaluate(x))  # Evaluation
 reveal_type(vae.posterior(x))  # Distribution
