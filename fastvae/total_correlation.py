@@ -12,7 +12,7 @@ from torch import Tensor
 from ._checks import check_address, check_choice, check_count, check_weight
 from ._inputs import Inputs
 from ._nested import Beside
-from .distributions.draws import describe, rsample
+from .distributions.draws import describe, rsample_as_held
 from .distributions.mixture import log_aggregate
 from .likelihoods import Likelihood
 from .objectives import _REDUCTIONS, _weighted
@@ -166,7 +166,7 @@ def beta_tc(
             "beta_tc needs one prior for all examples, which the aggregate posterior is compared with; the "
             "one given has parameters for each example, or is a function of the context"
         )
-    z, log_q = rsample(q, samples, draw_seed(q.device, generator), row_offset=row_offset)
+    z, log_q = rsample_as_held(q, samples, draw_seed(q.device, generator), row_offset=row_offset)
     whole, each = log_aggregate([q], z)
     if each is None:
         raise ValueError(

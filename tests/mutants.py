@@ -3118,7 +3118,7 @@ PYTHON = [
         "gradients: elements without a gradient count",
         "fastvae/diagnostics/gradients.py",
         "some = (mean != 0) | (variance != 0)",
-        "some = torch.ones_like(mean)",
+        "some = torch.ones_like(mean, dtype=torch.bool)",
         ("gradients",),
     ),
     Mutant(
@@ -3141,6 +3141,13 @@ PYTHON = [
         "whole, each = log_aggregate([q], z)",
         "whole, each = log_aggregate([q], z.detach())",
         ("total_correlation",),
+    ),
+    Mutant(
+        "beta_tc: the density of a z that was not rounded",
+        "fastvae/distributions/draws.py",
+        '_log_prob(q, z, "q(z|x)") if z.dtype.itemsize == 2 else log_q',
+        "log_q",
+        ("total_correlation::test_equal_examples_have_no_information",),
     ),
     Mutant(
         "sleep: the decoder learns",

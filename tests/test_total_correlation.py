@@ -205,6 +205,20 @@ def test_it_compiles_and_differentiates_as_a_function():
     torch.testing.assert_close(at_seed(torch.func.grad(bound)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_equal_examples_have_no_information(dtype):
+    """q(z) is q(z|x), also where z is rounded by as much as its standard deviation; in the report, too."""
+    mu = torch.full((2, D), 3.0, dtype=dtype, device=DEVICE)
+    logvar = torch.full((2, D), -9.0, dtype=dtype, device=DEVICE)
+    x, weight = rand(2, X, seed=4), randn(D, X, seed=3).to(dtype)
+    terms = found(x, mu, logvar, weight, samples=50, terms=True)
+    # Roundings of float32, of densities of some tens.
+    torch.testing.assert_close(terms.mutual_information, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
+    torch.testing.assert_close(terms.total_correlation, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
+    vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE, dtype), latent_dim=D)
+    assert fastvae.diagnostics.latents(vae, x).mutual_information == pytest.approx(0, abs=2e-5)
+
+
 def test_an_empty_batch():
     q = torch.zeros(0, 2 * D, device=DEVICE, requires_grad=True)
     terms = fastvae.beta_tc(
