@@ -78,6 +78,7 @@ setup(
     packages=[
         "fastvae",
         "fastvae.cli",
+        "fastvae.diagnostics",
         "fastvae.distributions",
         "fastvae.evaluate",
         "fastvae.likelihoods",

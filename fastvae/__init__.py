@@ -1,8 +1,7 @@
 """fastvae: the objectives of variational autoencoders on fused kernels. See README.md."""
 
-from . import bounds, likelihoods, ops, random, schedules, weights
+from . import bounds, diagnostics, likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
-from .diagnostics import Diagnostics, diagnostics
 from .distributions import (
     AggregatePosterior,
     DiagonalNormal,
@@ -59,6 +58,8 @@ from .objectives import (
     reconstruction_log_prob,
 )
 from .quantize import Quantized, VectorQuantizer
+from .sleep import sleep
+from .total_correlation import BetaTCTerms, beta_tc
 from .vae import VAE
 
 __version__ = "0.1.0"
@@ -67,9 +68,9 @@ __all__ = [
     "AggregatePosterior",
     "Bernoulli",
     "Beta",
+    "BetaTCTerms",
     "Categorical",
     "ContinuousBernoulli",
-    "Diagnostics",
     "DiagonalNormal",
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
@@ -109,6 +110,7 @@ __all__ = [
     "VampPrior",
     "VectorQuantizer",
     "ZeroInflatedNegativeBinomial",
+    "beta_tc",
     "bound",
     "bounds",
     "diagnostics",
@@ -126,6 +128,7 @@ __all__ = [
     "reconstruction_log_prob",
     "register_kl",
     "schedules",
+    "sleep",
     "use_backend",
     "weights",
 ]

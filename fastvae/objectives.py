@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         samples: int
         beta: float | Tensor
         free_bits: float | Tensor
+        free_bits_per: str
         kl: str
 
     class SampledOptions(BoundOptions, total=False):
@@ -140,6 +141,7 @@ def elbo(
     samples: int = 1,
     beta: float | Tensor = 1.0,
     free_bits: float | Tensor = 0.0,
+    free_bits_per: str = "batch",
     kl: str = "analytic",
     mask: Any = None,
     size: Any = None,
@@ -176,9 +178,12 @@ def elbo(
         samples: L, the draws of z per example.
         beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Under
             torch.compile a number that changes is compiled again; a tensor's values are not part of the code.
-        free_bits: λ in nats: each dimension's KL, averaged over this batch, counts as at least λ (Kingma et
-            al. 2016, eq. 15), so its gradient is zero below. The KL term is then the same for every example.
-            A number, of which 0 is none, or a tensor [].
+        free_bits: λ in nats: each dimension's KL counts as at least λ, so its gradient is zero below. A
+            number, of which 0 is none, or a tensor [].
+        free_bits_per: what λ is the least of. ``"batch"``: of each dimension's KL averaged over this batch
+            (Kingma et al. 2016, eq. 15), :math:`\sum_d \max(λ, \frac1B \sum_b \mathrm{KL}_{bd})`, which is
+            then the KL of every example. ``"example"``: of each dimension's KL of each example,
+            :math:`\sum_d \max(λ, \mathrm{KL}_{bd})`, which does not depend on the rest of the batch.
         kl: ``"analytic"``, in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the draws.
             Where no closed form is known for q and the prior, it is ``"mc"``, with a warning.
         mask: which elements of x were observed, bool, [B, *event] or [*event]; the others do not count,
@@ -222,6 +227,8 @@ def elbo(
         beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
     if type(free_bits) is not float or not 0 <= free_bits < math.inf:
         free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
+    if free_bits_per not in _FREE_BITS_PER:
+        check_choice("free_bits_per", free_bits_per, _FREE_BITS_PER)
     if kl not in _KLS:
         check_choice("kl", kl, _KLS)
     if reduction not in _REDUCTIONS:
@@ -249,7 +256,10 @@ def elbo(
     if drawn is not None:
         z, term = drawn
         if has_free_bits:
-            term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)
+            if free_bits_per == "batch":
+                term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)
+            else:
+                term = term.clamp(min=free_bits).sum(1)
         coefficient = -coefficient
     else:
         if kl == "analytic":
@@ -813,4 +823,5 @@ def reconstruction_log_prob(
 
 
 _KLS = ("analytic", "mc")
+_FREE_BITS_PER = ("batch", "example")
 _REDUCTIONS = ("mean", "sum", "none")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ._checks import check_count, check_number
 
-__all__ = ["linear"]
+__all__ = ["cosine", "cyclical", "linear", "stages"]
+
+Schedule = Callable[[int | Tensor], Tensor]
+T = TypeVar("T")
 
 
 def linear(
     first: float, last: float, steps: int, *, delay: int = 0, device: torch.device | str | None = None
-) -> Callable[[int | Tensor], Tensor]:
+) -> Schedule:
     r"""A straight line from ``first`` to ``last``, which stays there: KL warm-up, as ``beta=``.
 
     .. math:: β(t) = \mathrm{first} + (\mathrm{last} - \mathrm{first})\,
@@ -50,6 +55,102 @@ def linear(
         >>> fastvae.elbo(x, q, decoder, likelihood="bernoulli", beta=beta(25)).shape
         torch.Size([])
     """
+    return _between(first, last, steps, delay, device, lambda t: t / steps)
+
+
+def cosine(
+    first: float, last: float, steps: int, *, delay: int = 0, device: torch.device | str | None = None
+) -> Schedule:
+    r"""Half a wave of a cosine from ``first`` to ``last``, which stays there: as :func:`linear`, without its
+    two corners.
+
+    .. math:: β(t) = \mathrm{first} + (\mathrm{last} - \mathrm{first})\, \frac{1 - \cos πu}{2}, \quad
+              u = \min(1, \max(0, (t - \mathrm{delay}) / \mathrm{steps}))
+
+    Args:
+        first, last, steps, delay, device: as in :func:`linear`.
+
+    Returns:
+        A function of the step, an int or an integer tensor [], that returns a float32 tensor [].
+
+    Raises:
+        TypeError, ValueError: for arguments that are no such numbers.
+
+    References:
+        Loshchilov & Hutter, SGDR, 2017, eq. 5, for learning rates.
+
+    Example:
+        >>> import fastvae
+        >>> beta = fastvae.schedules.cosine(0.0, 1.0, steps=100)
+        >>> [round(float(beta(step)), 3) for step in (0, 25, 50, 100)]
+        [0.0, 0.146, 0.5, 1.0]
+    """
+    return _between(first, last, steps, delay, device, lambda t: (math.pi / 2 * t / steps).sin().square())
+
+
+def cyclical(
+    first: float,
+    last: float,
+    steps: int,
+    *,
+    cycles: int = 4,
+    ramp: float = 0.5,
+    delay: int = 0,
+    device: torch.device | str | None = None,
+) -> Schedule:
+    r"""A warm-up that begins anew several times: in each cycle a straight line from ``first`` to ``last``,
+    which then stays there until the next, and at the end for good.
+
+    With :math:`t' = t - \mathrm{delay}`, M cycles of :math:`\mathrm{steps} / M` steps each, and R the ramp,
+
+    .. math:: β(t) = \mathrm{first} + (\mathrm{last} - \mathrm{first})\, \min(1, τ / R), \quad
+              τ = (M t' / \mathrm{steps}) \bmod 1
+
+    Args:
+        first, last: values at the beginning of a cycle and after its ramp.
+        steps: the length of all cycles together; it need not be a multiple of them.
+        cycles: M.
+        ramp: R, the share of a cycle that its line takes, in (0, 1].
+        delay, device: as in :func:`linear`.
+
+    Returns:
+        A function of the step, an int or an integer tensor [], that returns a float32 tensor [].
+
+    Raises:
+        TypeError, ValueError: for arguments that are no such numbers.
+
+    References:
+        Fu et al., Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing, 2019, eq. 6–7.
+
+    Example:
+        >>> import fastvae
+        >>> beta = fastvae.schedules.cyclical(0.0, 1.0, steps=80, cycles=2)
+        >>> [float(beta(step)) for step in (0, 10, 20, 39, 40, 50, 80)]
+        [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0]
+    """
+    check_count("cycles", cycles, "how often the line begins")
+    ramp = check_number("ramp", ramp, "the share of a cycle that its line takes")
+    if not 0 < ramp <= 1:
+        raise ValueError(f"ramp must lie in (0, 1], the share of a cycle that its line takes; got {ramp!r}")
+
+    def way(t: Tensor) -> Tensor:
+        # Of an integer t the remainder is exact.
+        return torch.where(t < steps, torch.remainder(t * cycles, steps) / (steps * ramp), 1.0)
+
+    return _between(first, last, steps, delay, device, way)
+
+
+def _between(
+    first: float,
+    last: float,
+    steps: int,
+    delay: int,
+    device: torch.device | str | None,
+    way: Callable[[Tensor], Tensor],
+) -> Schedule:
+    """The function of the step that goes from ``first`` to ``last`` as ``way``, of the steps since the delay
+    in 0 … steps, goes from 0 to 1.
+    """
     first = check_number("first", first, "where the line begins", -math.inf)
     last = check_number("last", last, "where the line ends", -math.inf)
     check_count("steps", steps, "the length of the line")
@@ -57,12 +158,57 @@ def linear(
         raise ValueError(f"delay must be an int of at least 0, the steps before the line; got {delay!r}")
 
     def at(step: int | Tensor) -> Tensor:
-        if isinstance(step, Tensor):
-            way = ((step - delay) / steps).clamp(0, 1).to(device or step.device, torch.float32)
-            return torch.lerp(torch.full_like(way, first), torch.full_like(way, last), way)
-        if isinstance(step, bool) or not isinstance(step, int):
+        if not isinstance(step, Tensor):
+            if isinstance(step, bool) or not isinstance(step, int):
+                raise TypeError(f"step must be an int or a tensor [], got {type(step).__name__}")
+            # Where the numbers are small ops are cheap, and what is copied to a card is the result.
+            step = torch.tensor(step)
+        share = way((step - delay).clamp(0, steps)).clamp(max=1).to(device or step.device, torch.float32)
+        return torch.lerp(torch.full_like(share, first), torch.full_like(share, last), share)
+
+    return at
+
+
+def stages(values: Sequence[tuple[int, T]]) -> Callable[[int | Tensor], T]:
+    """A constant for each stage of a training: K that grows, or an estimator's name.
+
+    What is returned is what was given, an int K as an int: the shape of z, and so part of compiled code,
+    which is compiled once for each value, and of a CUDA graph, of which each value needs one of its own.
+
+    Args:
+        values: pairs (step at which a stage begins, its value), in order, the first at 0.
+
+    Returns:
+        A function of the step, an int or an integer tensor [], that returns the stage's value. A tensor on a
+        card is waited for.
+
+    Raises:
+        TypeError, ValueError: for stages that are no such pairs, or out of order.
+
+    Example:
+        >>> import fastvae
+        >>> k = fastvae.schedules.stages([(0, 1), (1000, 5), (5000, 50)])
+        >>> [k(step) for step in (0, 999, 1000, 20_000)]
+        [1, 1, 5, 50]
+        >>> doubling = fastvae.schedules.stages([(1000 * i, 2**i) for i in range(7)])
+        >>> doubling(3500), doubling(100_000)
+        (8, 64)
+    """
+    if not isinstance(values, (list, tuple)) or not values:
+        raise TypeError(
+            "stages takes a list of pairs (first step, value), at least one; got "
+            f"{'an empty one' if isinstance(values, (list, tuple)) else type(values).__name__}"
+        )
+    for pair in values:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or type(pair[0]) is not int:
+            raise TypeError(f"stages takes pairs (first step, value), the step an int; got {pair!r}")
+    starts, constants = zip(*values, strict=True)
+    if starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        raise ValueError(f"stages must begin at step 0 and at rising steps after it; got {list(starts)}")
+
+    def at(step: int | Tensor) -> T:
+        if isinstance(step, bool) or not isinstance(step, (int, Tensor)):
             raise TypeError(f"step must be an int or a tensor [], got {type(step).__name__}")
-        share = min(1.0, max(0.0, (step - delay) / steps))
-        return torch.tensor(first + (last - first) * share, dtype=torch.float32, device=device)
+        return constants[max(0, bisect_right(starts, int(step)) - 1)]  # type: ignore[no-any-return]
 
     return at

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
@@ -15,9 +14,9 @@ from torch import distributions as td
 
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
-from ._nested import called, check_batch, decoded, each, tensors
+from ._nested import called, decoded, each, tensors
 from .bounds import Bound
-from .distributions import Distribution, Hierarchy, as_posterior, as_prior, flat_prior, is_conditional
+from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
@@ -25,11 +24,14 @@ from .head import FusedHead, made
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
 from .ops.head import FEWEST_NUMBERS
+from .sleep import simulate, sleep
+from .total_correlation import BetaTCTerms, beta_tc
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .objectives import ElboOptions, IwaeOptions, SampledOptions
+    from .total_correlation import BetaTCOptions
 
 __all__ = ["VAE"]
 
@@ -110,19 +112,20 @@ class VAE(nn.Module):
 
     def forward(
         self, x: Any, objective: str | Bound = "elbo", **options: Any
-    ) -> Tensor | Terms | LogMarginal:
-        """:meth:`elbo`, :meth:`iwae` or :meth:`log_marginal` of x, by name, or a :meth:`bound`, with its
-        options.
+    ) -> Tensor | Terms | BetaTCTerms | LogMarginal:
+        """:meth:`elbo`, :meth:`iwae`, :meth:`beta_tc` or :meth:`log_marginal` of x, or :meth:`sleep` of x
+        examples, by name, or a :meth:`bound`, with its options.
 
         Wrappers that act in a module's ``forward`` need this: ``DistributedDataParallel(vae)(x,
         objective="iwae", k=5)`` synchronises gradients, which ``ddp.module.iwae(x)`` does not.
         ``torch.compile(vae)``, ``torch.export`` and hooks need it as well.
 
         Args:
-            x: data [B, *event].
-            objective: ``"elbo"``, ``"iwae"`` or ``"log_marginal"``, the last under ``torch.no_grad()`` where
-                the module is wrapped, since it has no gradients to wait for; or a bound of
-                :mod:`fastvae.bounds`.
+            x: data [B, *event]; for ``"sleep"`` how many examples are made.
+            objective: ``"elbo"``, ``"iwae"``, ``"beta_tc"``, ``"sleep"`` or ``"log_marginal"``, the last
+                under ``torch.no_grad()`` where the module is wrapped, since it has no gradients to wait for,
+                and ``"sleep"`` with ``find_unused_parameters=True``, since the decoder gets none; or a bound
+                of :mod:`fastvae.bounds`.
             options: the method's, such as ``k``, ``beta`` or ``reduction``. Processes whose random state is
                 the same need ``row_offset``, see :func:`fastvae.elbo`, or they draw the same noise for
                 different data.
@@ -215,6 +218,17 @@ class VAE(nn.Module):
             x, self._q(x, options), decoder, objective, k=k, **self._meaning(), **options
         )
 
+    @overload
+    def beta_tc(self, x: Any, *, terms: Literal[True], **options: Unpack[BetaTCOptions]) -> BetaTCTerms: ...
+    @overload
+    def beta_tc(self, x: Any, *, terms: Literal[False] = ..., **options: Unpack[BetaTCOptions]) -> Tensor: ...
+    @overload
+    def beta_tc(self, x: Any, *, terms: bool, **options: Unpack[BetaTCOptions]) -> Tensor | BetaTCTerms: ...
+    def beta_tc(self, x: Any, **options: Any) -> Tensor | BetaTCTerms:
+        """:func:`fastvae.beta_tc` of x; options are its keyword arguments."""
+        decoder = self._fused(x, options.get("samples", 1))
+        return beta_tc(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
+
     @torch.no_grad()
     def log_marginal(self, x: Any, k: int = 5000, **options: Any) -> LogMarginal:
         """:func:`fastvae.log_marginal` of x with k samples, in the mode (train or eval) that the module is
@@ -259,27 +273,20 @@ class VAE(nn.Module):
             context: what decoder and prior are given besides z, of n rows.
             generator: source of the noise; default torch's own random state.
         """
-        check_count("n", n, "the number of draws")
-        if self.latent_dim is None:
-            raise ValueError(
-                "the latent dimension is not known yet: give VAE(..., latent_dim=D), or a shape "
-                "(C, H, W), or encode a batch first"
-            )
         reference = next(self.parameters(), torch.empty(()))
-        prior = self.prior
-        if context is not None:
-            check_batch("context", context, n, reference.device)
-        if is_conditional(prior):
-            prior = as_prior(prior, context)
-        latent = self.latent_dim if isinstance(self.latent_dim, tuple) else None
-        if latent is not None:
-            prior = flat_prior(prior, latent, n)
-        size = math.prod(latent) if latent is not None else self.latent_dim
-        z = prior.sample(n, size, device=reference.device, generator=generator)
-        parameters = self._decode(z.to(reference.dtype), context, latent)
+        _, parameters = simulate(
+            self.decoder, self.prior, n, self._known_latent_dim(), context, reference, generator
+        )
         if mean:
             return self.likelihood.mean(parameters)
         return self.likelihood.sample(parameters, generator=generator)
+
+    def sleep(self, n: int, **options: Any) -> Tensor:
+        """:func:`fastvae.sleep` of n examples that the model makes, whose gradient reaches the encoder;
+        options are its keyword arguments.
+        """
+        options = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
+        return sleep(self.posterior, self.decoder, n, **options)
 
     @torch.no_grad()
     def reconstruct(self, x: Any, *, context: Any = None) -> Any:
@@ -300,6 +307,14 @@ class VAE(nn.Module):
             )
         return found[0] if found else None
 
+    def _known_latent_dim(self) -> int | tuple[int, ...]:
+        if self.latent_dim is None:
+            raise ValueError(
+                "the latent dimension is not known yet: give VAE(..., latent_dim=D), or a shape "
+                "(C, H, W), or encode a batch first"
+            )
+        return self.latent_dim
+
     def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
         return self.posterior(x, options.get("context"))
 
@@ -317,7 +332,7 @@ class VAE(nn.Module):
         return {"likelihood": self.likelihood, "prior": self.prior}
 
 
-_OBJECTIVES = ("elbo", "iwae", "log_marginal")
+_OBJECTIVES = ("elbo", "iwae", "beta_tc", "sleep", "log_marginal")
 
 
 def _as_latent_dim(value: Any) -> int | tuple[int, ...]:

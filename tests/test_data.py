@@ -451,39 +451,6 @@ def test_draws_of_held_parameters():
     assert half.dtype == torch.float32 and bool((half == half.round()).all())
 
 
-# β
-
-
-def test_a_warm_up():
-    beta = fastvae.schedules.linear(0.1, 0.9, steps=4, delay=2)
-    expected = [0.1, 0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 0.9]
-    assert [float(beta(step)) for step in range(8)] == pytest.approx(expected)
-    assert [float(beta(torch.tensor(step))) for step in range(8)] == pytest.approx(expected)
-    x, decoder = rand(B, X, seed=2).round(), Outputs("bernoulli", (X,))
-    for step in (0, 5):
-        bounds = [
-            fastvae.elbo(x, a_q(), decoder, likelihood="bernoulli", beta=b, generator=generator(5))
-            for b in (beta(step), expected[step])
-        ]
-        torch.testing.assert_close(*bounds)
-
-
-def test_a_warm_up_is_compiled_once():
-    torch._dynamo.reset()
-    x, q, decoder, seen = rand(B, X, seed=2).round(), a_q(), Outputs("bernoulli", (X,)), []
-
-    def backend(graph, inputs):
-        seen.append(graph)
-        return graph
-
-    step = torch.compile(
-        lambda beta: fastvae.elbo(x, q, decoder, likelihood="bernoulli", beta=beta), backend=backend
-    )
-    beta = fastvae.schedules.linear(0.0, 1.0, steps=10)
-    values = {float(step(beta(t)).detach()) for t in range(4)}
-    assert len(seen) == 1 and len(values) == 4
-
-
 # What is said of mistakes
 
 POISSON = {"likelihood": "poisson"}

@@ -295,6 +295,11 @@ CASES = {
         ["beta must be a number", "'1' (str)"],
     ),
     "beta NaN": (lambda: elbo(x(), q(), pair, beta=math.nan), ValueError, ["beta must be finite", "got nan"]),
+    "free_bits per something": (
+        lambda: elbo(x(), q(), pair, free_bits=0.1, free_bits_per="row"),
+        ValueError,
+        ["free_bits_per='row' is unknown", "'batch', 'example'"],
+    ),
     "free_bits negative": (
         lambda: elbo(x(), q(), pair, free_bits=-0.1),
         ValueError,
@@ -643,7 +648,7 @@ CASES = {
     "unknown objective": (
         lambda: fastvae.VAE(lambda data: q(), pair)(x(), objective="IWAE"),
         ValueError,
-        ["objective='IWAE'", "'elbo', 'iwae', 'log_marginal'"],
+        ["objective='IWAE'", "'elbo', 'iwae', 'beta_tc', 'sleep', 'log_marginal'"],
     ),
     "latent dimension unknown": (
         lambda: fastvae.VAE(lambda data: q(), pair).sample(2),

@@ -174,7 +174,11 @@ def test_a_scale_is_what_its_log_variance_is(name, learned):
     objectives = {
         "elbo": lambda q, **o: fastvae.elbo(x, q, decoder, samples=K, beta=0.7, **o),
         "free bits": lambda q, **o: fastvae.elbo(x, q, decoder, free_bits=0.1, **o),
+        "free bits of each": lambda q, **o: fastvae.elbo(
+            x, q, decoder, free_bits=0.1, free_bits_per="example", **o
+        ),
         "elbo mc": lambda q, **o: fastvae.elbo(x, q, decoder, kl="mc", samples=2, **o),
+        "beta_tc": lambda q, **o: fastvae.beta_tc(x, q, decoder, samples=2, **o),
         **{
             f"{estimator} {k_chunk}": lambda q, e=estimator, c=k_chunk, **o: fastvae.iwae(
                 x, q, decoder, k=K, estimator=e, k_chunk=c, **o

@@ -550,9 +550,43 @@ def test_free_bits_is_kingmas_batch_variant():
         torch.testing.assert_close(got[:, ~below], full[:, ~below], rtol=1e-12, atol=1e-14)
 
 
-def test_free_bits_below_every_kl_change_nothing_in_the_mean():
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_free_bits_of_each_example(tensor):
+    """The KL term is each example's own sum over dimensions of max(floor, KL)."""
+    plain, mu, logvar = _elbo(terms=True)
+    kl = td.kl_divergence(td.Normal(mu, torch.exp(0.5 * logvar)), td.Normal(0.0, 1.0)).detach()
+    floor = float(kl.median()) + 1e-3
+    below = kl < floor
+    assert below.any() and not below.all()
+    # Some examples are on the other side of it than their dimension's mean: not the batch's variant.
+    assert bool((below != (kl.mean(0) < floor)).any())
+    free_bits = torch.tensor(floor, dtype=torch.float64, device=DEVICE) if tensor else floor
+    terms, mu, logvar = _elbo(terms=True, free_bits=free_bits, free_bits_per="example")
+    torch.testing.assert_close(terms.kl, torch.where(below, floor, kl).sum(1), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(terms.bound, terms.log_likelihood - terms.kl, rtol=1e-13, atol=1e-13)
+    assert torch.equal(terms.log_likelihood, plain.log_likelihood)
+    gradients = torch.autograd.grad(terms.kl.sum(), (mu, logvar))
+    expected = mu.detach(), 0.5 * torch.expm1(logvar.detach())
+    for got, full in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, torch.where(below, 0.0, full), rtol=1e-12, atol=1e-14)
+
+
+def test_free_bits_of_an_example_do_not_depend_on_the_others():
+    whole = _elbo(free_bits=0.4, free_bits_per="example", terms=True)[0]
+    x, weight = rand(B, X, seed=53, dtype=torch.float64), randn(D, X, seed=52, dtype=torch.float64)
+    mu, logvar = (randn(B, D, seed=s, dtype=torch.float64)[2:] for s in (50, 51))
+    part = fastvae.elbo(
+        x[2:], (mu, logvar), lambda z: z @ weight, likelihood="bernoulli", generator=generator(54),
+        free_bits=0.4, free_bits_per="example", terms=True, row_offset=2,
+    )  # fmt: skip
+    for got, expected in zip(part, whole, strict=True):
+        torch.testing.assert_close(got, expected[2:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("per", ["batch", "example"])
+def test_free_bits_below_every_kl_change_nothing_in_the_mean(per):
     plain, *_ = _elbo()
-    low, *_ = _elbo(free_bits=1e-6)
+    low, *_ = _elbo(free_bits=1e-6, free_bits_per=per)
     torch.testing.assert_close(low, plain, rtol=1e-13, atol=1e-13)
 
 

@@ -54,7 +54,7 @@ def written_out(q, z, prior):
 
 def test_they_are_their_sums(backend):
     mu, logvar = parameters()
-    found = fastvae.diagnostics(model(mu, logvar), data(), batch_size=17, generator=generator(3))
+    found = fastvae.diagnostics.latents(model(mu, logvar), data(), batch_size=17, generator=generator(3))
     seed = fastvae.random.draw_seed(DEVICE, generator(3))
     z = fastvae.DiagonalNormal(mu, logvar).rsample(1, seed)[0][0]
     own, whole, each, log_p = written_out(td.Normal(mu, (0.5 * logvar).exp()), z, td.Normal(0.0, 1.0))
@@ -77,8 +77,9 @@ def test_posteriors_that_do_not_overlap_say_all_there_is_to_know():
     """Far apart, the mutual information is log N; all the same, it is 0."""
     mu = 100 * torch.arange(N, dtype=torch.float64, device=DEVICE)[:, None].expand(N, D)
     zeros = torch.zeros(N, D, dtype=torch.float64, device=DEVICE)
-    assert fastvae.diagnostics(model(mu, zeros), data()).mutual_information == pytest.approx(math.log(N))
-    same = fastvae.diagnostics(model(zeros, zeros), data())
+    apart = fastvae.diagnostics.latents(model(mu, zeros), data())
+    assert apart.mutual_information == pytest.approx(math.log(N))
+    same = fastvae.diagnostics.latents(model(zeros, zeros), data())
     assert same.mutual_information == pytest.approx(0, abs=1e-6) and same.active_units == 0
     assert same.kl == pytest.approx(0, abs=1e-6) and same.total_correlation == pytest.approx(0, abs=1e-6)
 
@@ -88,7 +89,7 @@ def test_the_aggregate_posterior_is_the_best_prior():
     mu, logvar = parameters()
     vae = model(mu, logvar)
     vae.prior = fastvae.AggregatePosterior(vae.encoder, data(), batch_size=13)
-    found = fastvae.diagnostics(vae, data())
+    found = fastvae.diagnostics.latents(vae, data())
     assert found.marginal_kl == pytest.approx(0, abs=1e-6) and found.dimension_kl is None
     assert found.kl == pytest.approx(found.mutual_information)
 
@@ -98,7 +99,7 @@ def test_marginals_of_full_covariances():
     mu = torch.zeros(N, D, dtype=torch.float64, device=DEVICE)
     tril = torch.zeros(N, D * (D + 1) // 2, dtype=torch.float64, device=DEVICE)
     tril[:, 1] = 2.0  # z_2 is 2 z_1 and noise
-    found = fastvae.diagnostics(
+    found = fastvae.diagnostics.latents(
         model(mu, tril, family=fastvae.FullNormal), data(), examples=N, generator=generator(5)
     )
     assert found.mutual_information == pytest.approx(0, abs=1e-6)
@@ -106,7 +107,7 @@ def test_marginals_of_full_covariances():
     assert abs(found.total_correlation - 0.5 * math.log(5)) < 6 * found.stderr["total_correlation"]
     factor = torch.zeros(N, D, 1, dtype=torch.float64, device=DEVICE)
     factor[:, 1] = 2.0
-    low = fastvae.diagnostics(
+    low = fastvae.diagnostics.latents(
         model(mu, torch.zeros_like(mu), factor, family=fastvae.LowRankNormal), data(), generator=generator(5)
     )
     assert low.total_correlation == pytest.approx(0, abs=1e-6)
@@ -115,7 +116,7 @@ def test_marginals_of_full_covariances():
 def test_what_is_not_known_is_none_and_not_said():
     mu, logvar = parameters()
     vae = model(mu, logvar, family=fastvae.Laplace, prior=fastvae.Laplace(mu[0], logvar[0]))
-    found = fastvae.diagnostics(vae, data(), examples=7)
+    found = fastvae.diagnostics.latents(vae, data(), examples=7)
     assert found.total_correlation is None and found.dimension_kl is None
     assert "total correlation" not in str(found) and "mutual information" in str(found)
 
@@ -124,8 +125,8 @@ def test_loaders_contexts_and_modes():
     mu, logvar = parameters()
     vae = model(mu, logvar).train()
     loader = [data()[:20], data()[20:]]
-    found = fastvae.diagnostics(vae, loader, generator=generator(1))
-    assert found.kl == pytest.approx(fastvae.diagnostics(vae, data(), generator=generator(1)).kl)
+    found = fastvae.diagnostics.latents(vae, loader, generator=generator(1))
+    assert found.kl == pytest.approx(fastvae.diagnostics.latents(vae, data(), generator=generator(1)).kl)
     assert vae.training
     seen = []
 
@@ -136,15 +137,15 @@ def test_loaders_contexts_and_modes():
 
     vae.encoder = Conditional(mu, logvar)
     labels = torch.ones(20, 2, dtype=torch.float64, device=DEVICE)
-    fastvae.diagnostics(vae, [(data()[:20], labels)], unpack=lambda b: {"x": b[0], "context": b[1]})
+    fastvae.diagnostics.latents(vae, [(data()[:20], labels)], unpack=lambda b: {"x": b[0], "context": b[1]})
     assert seen == [(20, 2)]
 
 
 def test_mistakes():
     mu, logvar = parameters()
     with pytest.raises(ValueError, match="no batches"):
-        fastvae.diagnostics(model(mu, logvar), [])
+        fastvae.diagnostics.latents(model(mu, logvar), [])
     with pytest.raises(ValueError, match="examples must be at least 1"):
-        fastvae.diagnostics(model(mu, logvar), data(), examples=0)
+        fastvae.diagnostics.latents(model(mu, logvar), data(), examples=0)
     with pytest.raises(ValueError, match="a function of the context"):
-        fastvae.diagnostics(model(mu, logvar, prior=lambda c: (c, c)), data())
+        fastvae.diagnostics.latents(model(mu, logvar, prior=lambda c: (c, c)), data())

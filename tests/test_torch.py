@@ -431,7 +431,7 @@ def test_gradcheck_of_log_mean_exp(implementation):
             assert gradcheck(lambda w: ops.log_mean_exp(w, dim), (_double(K, B, D, seed=32),))  # noqa: B023
 
 
-@pytest.mark.parametrize("objective", ["elbo", "elbo mc", "elbo free bits", "iwae"])
+@pytest.mark.parametrize("objective", ["elbo", "elbo mc", "elbo free bits", "elbo free bits of each", "iwae"])
 def test_gradcheck_of_the_objectives(objective):
     """Through encoder outputs, decoder weights, the learned scale, the learned prior and x at once."""
     x, mu, logvar, weight = (
@@ -453,9 +453,12 @@ def test_gradcheck_of_the_objectives(objective):
         decoder = lambda z: torch.tanh(z @ weight)  # noqa: E731
         if objective == "iwae":
             return fastvae.iwae(x, (mu, logvar), decoder, k=K, **shared)
-        options = {"elbo": {}, "elbo mc": {"kl": "mc"}, "elbo free bits": {"free_bits": 1.0, "beta": 0.3}}[
-            objective
-        ]
+        options = {
+            "elbo": {},
+            "elbo mc": {"kl": "mc"},
+            "elbo free bits": {"free_bits": 1.0, "beta": 0.3},
+            "elbo free bits of each": {"free_bits": 1.0, "free_bits_per": "example"},
+        }[objective]
         return fastvae.elbo(x, (mu, logvar), decoder, samples=K, **options, **shared)
 
     assert gradcheck(function, (x, mu, logvar, weight, scale, prior_mu, prior_logvar))

@@ -39,6 +39,13 @@ reveal_type(fastvae.elbo(x, q, decoder, terms=either))  # Tensor | Terms
 reveal_type(fastvae.iwae(x, q, decoder, k=5, estimator="dreg", k_chunk=2))  # Tensor
 reveal_type(fastvae.iwae(x, q, decoder, k=5, terms=True))  # Terms
 reveal_type(fastvae.iwae(x, q, decoder, k=5, terms=either))  # Tensor | Terms
+reveal_type(fastvae.beta_tc(x, q, decoder, beta=4.0, reduction="none"))  # Tensor
+reveal_type(fastvae.beta_tc(x, q, decoder, dataset_size=100, terms=True))  # BetaTCTerms
+reveal_type(fastvae.beta_tc(x, q, decoder, terms=either))  # Tensor | BetaTCTerms
+reveal_type(fastvae.sleep(encoder, decoder, 9, latent_dim=2))  # Tensor
+reveal_type(fastvae.schedules.linear(0.0, 1.0, 100)(3))  # Tensor
+reveal_type(fastvae.schedules.stages([(0, 1), (10, 5)])(3))  # int
+reveal_type(fastvae.diagnostics.gradient_snr(x.sum, encoder).snr["weight"])  # float
 reveal_type(fastvae.log_weights(x, q, decoder, k=5))  # LogWeights
 reveal_type(fastvae.log_marginal(x, q, decoder, k=5))  # LogMarginal
 reveal_type(fastvae.reconstruction_log_prob(x, q, decoder))  # Tensor
@@ -54,6 +61,10 @@ reveal_type(vae.elbo(x, terms=either))  # Tensor | Terms
 reveal_type(vae.iwae(x, 5))  # Tensor
 reveal_type(vae.iwae(x, k=5, terms=True))  # Terms
 reveal_type(vae.iwae(x, k=5, terms=either))  # Tensor | Terms
+reveal_type(vae.beta_tc(x, alpha=0.5))  # Tensor
+reveal_type(vae.beta_tc(x, terms=True))  # BetaTCTerms
+reveal_type(vae.sleep(3))  # Tensor
+reveal_type(fastvae.diagnostics.latents(vae, x).kl)  # float
 reveal_type(vae.log_marginal(x))  # LogMarginal
 reveal_type(vae.evaluate(x))  # Evaluation
 reveal_type(vae.posterior(x))  # Distribution
@@ -67,6 +78,7 @@ fastvae.elbo(x, q, decoder, sample=3)  # error
 fastvae.elbo(x, q, decoder, k=3)  # error
 fastvae.iwae(x, q, decoder, samples=3)  # error
 fastvae.iwae(x, q, decoder, k="5")  # error
+fastvae.beta_tc(x, q, decoder, k=3)  # error
 fastvae.log_weights(x, q, decoder)  # error
 fastvae.marginalize(x, bound, c=3)  # error
 vae.elbo(x, bta=0.5)  # error

@@ -14,6 +14,7 @@ from .._checks import check_count, check_tensor, shape_of
 from ..ops.mixture import check_components
 from ..ops.op import accumulator
 from .base import Distribution, hold
+from .covariance import FullNormal, LowRankNormal
 from .normal import DiagonalNormal
 
 # Numbers of [N, U, D] that are made at a time where no op does without.
@@ -159,6 +160,38 @@ def mixture_of_rows(parts: list[Distribution], logits: Tensor | None) -> NormalM
     return NormalMixture(mu, logvar, logits)
 
 
+def log_aggregate(parts: list[Distribution], z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """log q(z) [...] of z [..., D], q the mixture of all rows of posteriors, each as likely as the others;
+    and of each dimension log q(z_d) [..., D], known of normal distributions, else None.
+
+    A dimension is a mixture of its own, D calls: all pairs at once, [N, U, D], take twice the time with D =
+    10 and 128 rows, 25 times with D = 50 and 512.
+    """
+    if not sum(q.batch for q in parts):
+        return z.sum(-1), z  # there are none
+    whole = mixture_of_rows(parts, None).log_prob(z)
+    moments = [_marginals(q) for q in parts]
+    known = [m for m in moments if m is not None]
+    if len(known) < len(moments):
+        return whole, None
+    mu, logvar = (torch.cat(m) if len(m) > 1 else m[0] for m in zip(*known, strict=True))
+    columns = zip(*(t.split(1, -1) for t in (z, mu, logvar)), strict=True)
+    return whole, torch.stack([ops.mixture_log_prob(*column) for column in columns], -1)
+
+
+def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
+    """Mean and log variance of each dimension [B, D] of a normal distribution."""
+    if type(q) is DiagonalNormal:
+        return q._wide()
+    if type(q) is FullNormal:
+        mu, scale, _ = q._parts()
+        return mu, scale.square().sum(-1).log()
+    if type(q) is LowRankNormal:
+        mu, logvar, factor = q._wide()
+        return mu, (logvar.exp() + factor.square().sum(-1)).log()
+    return None
+
+
 class _Encoded(Distribution):
     """A mixture of posteriors of inputs that lie with the prior."""
 
@@ -269,8 +302,8 @@ class AggregatePosterior(_Encoded):
 
     .. math:: q(z) = \frac{1}{N} \sum_n q(z | x_n)
 
-    The ELBO's optimum among all priors, which overfits: a diagnostic (:func:`fastvae.diagnostics`). An
-    objective encodes the whole data set in every call, an evaluation once.
+    The ELBO's optimum among all priors, which overfits: a diagnostic (:func:`fastvae.diagnostics.latents`).
+    An objective encodes the whole data set in every call, an evaluation once.
 
     Args:
         encoder: that of the VAE, x -> what :func:`fastvae.elbo` takes for q.

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from ._checks import check_count
-from .distributions import DiagonalNormal, Distribution, FullNormal, LowRankNormal, as_prior, is_conditional
-from .distributions.mixture import mixture_of_rows
-from .evaluate.data import batches_of, data_of, place_of, unpacked
-from .evaluate.modules import evaluating
-from .random import draw_seed
+from .._checks import check_count
+from ..distributions import Distribution, as_prior, is_conditional
+from ..distributions.draws import rsample_as_held
+from ..distributions.mixture import log_aggregate
+from ..evaluate.data import batches_of, data_of, place_of, unpacked
+from ..evaluate.modules import evaluating
+from ..random import draw_seed
 
 if TYPE_CHECKING:
-    from .vae import VAE
+    from ..vae import VAE
 
-__all__ = ["Diagnostics", "diagnostics"]
+__all__ = ["Latents", "latents"]
 
 # As evaluate has it: a unit is active whose mean varies more than this (Burda et al. 2016).
 ACTIVE = 0.01
 
 
-class Diagnostics(NamedTuple):
+class Latents(NamedTuple):
     """The parts of E[KL(q(z|x) ‖ p(z))] over a data set, in nats, each with the standard error of its mean
     over the draws: ``kl`` = ``mutual_information`` + ``marginal_kl``. A part that is not known is None.
 
@@ -70,7 +70,7 @@ class Diagnostics(NamedTuple):
 
 
 @torch.no_grad()
-def diagnostics(
+def latents(
     vae: VAE,
     data: Any,
     *,
@@ -78,7 +78,7 @@ def diagnostics(
     batch_size: int = 100,
     unpack: Callable[[Any], Mapping[str, Any]] | None = None,
     generator: torch.Generator | None = None,
-) -> Diagnostics:
+) -> Latents:
     r"""What the latents hold of the data: KL to the prior, in its parts, by the aggregate posterior q(z).
 
     .. math:: \frac{1}{N} \sum_n \mathrm{KL}(q(z|x_n) \,\|\, p(z))
@@ -100,7 +100,7 @@ def diagnostics(
         generator: source of the noise; default torch's own random state.
 
     Returns:
-        :class:`Diagnostics`. The total correlation and the KL of each dimension are known for normal
+        :class:`Latents`. The total correlation and the KL of each dimension are known for normal
         posteriors.
 
     Raises:
@@ -113,7 +113,7 @@ def diagnostics(
     Example:
         >>> import torch, fastvae
         >>> vae = fastvae.VAE(torch.nn.Linear(7, 6), torch.nn.Linear(3, 7), likelihood="bernoulli")
-        >>> parts = fastvae.diagnostics(vae, torch.rand(50, 7))
+        >>> parts = fastvae.diagnostics.latents(vae, torch.rand(50, 7))
         >>> abs(parts.kl - parts.mutual_information - parts.marginal_kl) < 1e-4
         True
     """
@@ -121,14 +121,13 @@ def diagnostics(
     check_count("batch_size", batch_size, "the examples of a batch")
     if is_conditional(vae.prior):
         raise ValueError(
-            "diagnostics needs one prior for all examples, but the model's is a function of the context"
+            "latents needs one prior for all examples, but the model's is a function of the context"
         )
     with evaluating([vae]):
         posteriors = list(_posteriors(vae, data, batch_size, unpack))
         if not posteriors:
             raise ValueError("data has no batches: there is nothing to look at")
         prior = as_prior(vae.prior).prepared()
-        aggregate = mixture_of_rows(posteriors, None)
         count = sum(q.batch for q in posteriors)
         seed = draw_seed(posteriors[0].device, generator)
         taken = (
@@ -137,30 +136,23 @@ def diagnostics(
         drawn, own, first = [], [], 0
         for q in posteriors:
             rows = taken[(taken >= first) & (taken < first + q.batch)] - first
-            z, log_q = q.rsample(1, seed, row_offset=first)
+            z, log_q = rsample_as_held(q, 1, seed, row_offset=first)
             drawn.append(z[0, rows])
             own.append(log_q[0, rows])
             first += q.batch
         z, log_q = torch.cat(drawn), torch.cat(own).double()
-        log_aggregate = aggregate.log_prob(z).double()
+        whole, each = log_aggregate(posteriors, z)
+        whole = whole.double()
         log_p = prior.log_prob(z[None])[0].double()
         found = {
             "kl": log_q - log_p,
-            "mutual_information": log_q - log_aggregate,
-            "marginal_kl": log_aggregate - log_p,
+            "mutual_information": log_q - whole,
+            "marginal_kl": whole - log_p,
         }
         dimension_kl = None
-        moments = [_marginals(q) for q in posteriors]
-        if all(m is not None for m in moments):
-            mu, logvar = (torch.cat(parts) for parts in zip(*moments, strict=True))
-            each = torch.stack(
-                [
-                    ops.mixture_log_prob(*(t[:, d : d + 1] for t in (z, mu, logvar)))
-                    for d in range(z.shape[1])
-                ],
-                1,
-            ).double()
-            found["total_correlation"] = log_aggregate - each.sum(1)
+        if each is not None:
+            each = each.double()
+            found["total_correlation"] = whole - each.sum(1)
             dimensions = _dimensions(prior, z)
             dimension_kl = None if dimensions is None else (each - dimensions).mean(0)
         means = [q.mean for q in posteriors]
@@ -171,7 +163,7 @@ def diagnostics(
     n = len(z)
     values = {name: float(v.mean()) for name, v in found.items()}
     stderr = {name: float(v.std() / math.sqrt(n)) if n > 1 else math.nan for name, v in found.items()}
-    return Diagnostics(
+    return Latents(
         values["kl"],
         values["mutual_information"],
         values["marginal_kl"],
@@ -199,19 +191,6 @@ def _posteriors(
             yield vae.posterior(x, beside.context)
         elif not isinstance(x, Tensor) or len(x):
             yield vae.posterior(x)
-
-
-def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
-    """Mean and log variance of each dimension [B, D] of a normal distribution."""
-    if type(q) is DiagonalNormal:
-        return q._wide()
-    if type(q) is FullNormal:
-        mu, scale, _ = q._parts()
-        return mu, scale.square().sum(-1).log()
-    if type(q) is LowRankNormal:
-        mu, logvar, factor = q._wide()
-        return mu, (logvar.exp() + factor.square().sum(-1)).log()
-    return None
 
 
 def _dimensions(prior: Distribution, z: Tensor) -> Tensor | None:

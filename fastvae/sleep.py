@@ -1,0 +1,122 @@
+"""The sleep phase of wake–sleep: the encoder learns from data that the model itself makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_choice, check_count
+from ._nested import called, check_batch, decoded
+from .distributions import as_posterior, as_prior, flat_prior
+from .distributions.draws import describe
+from .evaluate.data import place_of
+from .head import made
+from .likelihoods.base import Likelihood, as_likelihood
+from .objectives import _REDUCTIONS
+
+__all__ = ["sleep"]
+
+
+def sleep(
+    encoder: Callable[..., Any],
+    decoder: Callable[..., Any],
+    n: int,
+    *,
+    latent_dim: int | tuple[int, ...],
+    likelihood: str | Likelihood = "gaussian",
+    prior: Any = None,
+    context: Any = None,
+    reduction: str = "mean",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Log density of the latents of data that the model itself makes, to be maximised in the encoder: the
+    sleep phase of wake–sleep.
+
+    .. math:: E_{p(z)\, p(x|z)} \log q(z|x) = -E_{p(x)}\, \mathrm{KL}(p(z|x) \,\|\, q(z|x)) + \mathrm{const}
+
+    It is no bound of log p(x), and sees no data. Its gradient reaches the encoder only; the KL is the other
+    way round than the ELBO's, so that q covers the posterior of x that the model makes.
+
+    Args:
+        encoder: maps x [n, \*event] to q, as :func:`elbo` takes it; with a ``context`` it is called with it
+            as the second argument.
+        decoder: maps z [n, D] to the likelihood's parameters; called in the mode (train or eval) that it is
+        in.
+        n: how many examples are made.
+        latent_dim: D, or the shape of latents with axes of their own, (C, H, W).
+        likelihood: as in :func:`elbo`; it must have draws, as fastvae's own have.
+        prior: as in :func:`elbo`; it must have draws. Default: N(0, I).
+        context: what encoder, decoder and a prior that is a function are given: a tensor [n, ...] or a dict
+            of such.
+        reduction: ``"mean"`` or ``"sum"`` over the examples, or ``"none"`` for [n].
+        generator: source of the noise; default torch's own random state.
+
+    Returns:
+        A number in nats, or [n].
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+
+    References:
+        Hinton, Dayan, Frey & Neal, The wake-sleep algorithm for unsupervised neural networks, 1995;
+        Bornschein & Bengio, Reweighted Wake-Sleep, 2015, section 2.3.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
+        >>> (-fastvae.sleep(encoder, decoder, 16, latent_dim=2, likelihood="bernoulli")).backward()
+        >>> encoder.weight.grad.shape, decoder.weight.grad
+        (torch.Size([4, 8]), None)
+    """
+    for name, value in (("encoder", encoder), ("decoder", decoder)):
+        if not callable(value):
+            raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
+    check_choice("reduction", reduction, _REDUCTIONS)
+    likelihood = as_likelihood(likelihood)
+    device, dtype = place_of(encoder, decoder)
+    like = torch.empty((), device=device, dtype=dtype)
+    with torch.no_grad():
+        z, parameters = simulate(decoder, prior, n, latent_dim, context, like, generator)
+        x = likelihood.sample(parameters, generator=generator)
+    q = as_posterior(called("encoder", encoder, x, context))
+    if q.batch != n:
+        raise ValueError(f"the encoder returned a q of {q.batch} rows for x of n = {n} rows")
+    if q.mean is not None and q.mean.shape[-1] != z.shape[1]:
+        raise ValueError(
+            f"q, {describe(q)}, has D = {q.mean.shape[-1]} latents, but latent_dim={latent_dim!r} is "
+            f"{z.shape[1]}; expected as many"
+        )
+    log_q = q.log_prob(z[None])[0]
+    return log_q if reduction == "none" else getattr(log_q, reduction)()
+
+
+def simulate(
+    decoder: Callable[..., Any],
+    prior: Any,
+    n: int,
+    latent_dim: int | tuple[int, ...],
+    context: Any,
+    like: Tensor,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Any]:
+    """z [n, D] from the prior, on the device and in the dtype of ``like``, and what the decoder returns for
+    it.
+    """
+    check_count("n", n, "the number of draws")
+    if context is not None:
+        check_batch("context", context, n, like.device)
+    prior = as_prior(prior, context)
+    latent = latent_dim if isinstance(latent_dim, tuple) else None
+    if latent is not None:
+        prior = flat_prior(prior, latent, n)
+    size = (
+        check_count("latent_dim", latent_dim, "the number of latents")
+        if latent is None
+        else math.prod(latent)
+    )
+    z = prior.sample(n, size, device=like.device, generator=generator).to(like.dtype)
+    return z, made(decoded(decoder, z, context, latent))

@@ -1,0 +1,186 @@
+"""beta_tc: an ELBO whose KL is taken apart by the aggregate posterior, its total correlation weighed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from ._checks import check_address, check_choice, check_count, check_weight
+from ._inputs import Inputs
+from ._nested import Beside
+from .distributions.draws import describe, rsample_as_held
+from .distributions.mixture import log_aggregate
+from .likelihoods import Likelihood
+from .objectives import _REDUCTIONS, _weighted
+from .ops.weigh import Weighing
+from .random import draw_seed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .objectives import BoundOptions
+
+    class BetaTCOptions(BoundOptions, total=False):
+        beta: float | Tensor
+        alpha: float | Tensor
+        gamma: float | Tensor
+        dataset_size: int | None
+        samples: int
+
+
+__all__ = ["BetaTCTerms", "beta_tc"]
+
+
+class BetaTCTerms(NamedTuple):
+    """A bound and its parts, each [B], in nats: ``bound`` to be maximised, ``log_likelihood`` E_q log p(x|z),
+    ``mutual_information`` log q(z|x) − log q(z), ``total_correlation`` log q(z) − Σ_d log q(z_d), and
+    ``dimension_kl`` Σ_d log q(z_d) − log p(z), without their weights; means over the draws.
+    """
+
+    bound: Tensor
+    log_likelihood: Tensor
+    mutual_information: Tensor
+    total_correlation: Tensor
+    dimension_kl: Tensor
+
+
+@overload
+def beta_tc(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    *,
+    terms: Literal[True],
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[BetaTCOptions],
+) -> BetaTCTerms: ...
+@overload
+def beta_tc(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    *,
+    terms: Literal[False] = ...,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[BetaTCOptions],
+) -> Tensor: ...
+@overload
+def beta_tc(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    *,
+    terms: bool,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[BetaTCOptions],
+) -> Tensor | BetaTCTerms: ...
+def beta_tc(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    *,
+    beta: float | Tensor = 6.0,
+    alpha: float | Tensor = 1.0,
+    gamma: float | Tensor = 1.0,
+    dataset_size: int | None = None,
+    likelihood: str | Likelihood = "gaussian",
+    prior: Any = None,
+    samples: int = 1,
+    mask: Any = None,
+    size: Any = None,
+    context: Any = None,
+    example_weights: Tensor | None = None,
+    reduction: str = "mean",
+    terms: bool = False,
+    generator: torch.Generator | None = None,
+    row_offset: int = 0,
+) -> Tensor | BetaTCTerms:
+    r"""ELBO whose KL is taken apart, so that what makes dimensions of z depend on each other can be weighed
+    by itself (β-TCVAE); to be maximised.
+
+    .. math:: E_q \log p(x|z) - α\, I_q(x; z) - β\, \mathrm{KL}\Big(q(z) \Big\| \prod_d q(z_d)\Big)
+              - γ \sum_d \mathrm{KL}(q(z_d) \,\|\, p(z_d)),
+              \quad q(z) \approx \frac{1}{N B} \sum_{b=1}^{B} q(z|x_b)
+
+    of the draws :math:`z \sim q(z|x)`. The aggregate posterior and its dimensions are mixtures of this
+    batch's posteriors; gradients reach q through z and through the mixtures. With α = β = γ = 1 it is the
+    ELBO with ``kl="mc"``, whatever the batch.
+
+    Args:
+        x, q, decoder, likelihood, prior, mask, size, context, example_weights, reduction, generator,
+            row_offset: as in :func:`elbo`. q is a normal distribution, of diagonal or full covariance or low
+            rank; the prior is the same for all examples, and has independent dimensions if the last term is
+            to be what it is called. Processes that split a batch mix the posteriors of their own rows.
+        beta: weight of the total correlation.
+        alpha: weight of the mutual information of x and z.
+        gamma: weight of the dimensions' KL to the prior.
+        dataset_size: N of the paper's minibatch-weighted sampling. It only adds a constant to each part:
+            log N to the mutual information, (D − 1) log N to the total correlation, −D log N to the
+            dimensions' KL; no gradient depends on it. Default: 1, so that the parts are those of a data set
+            that is this batch: the mutual information is then at most log B, and the total correlation is not
+            lifted by a number that dwarfs it.
+        samples: draws of z per example.
+        terms: return the :class:`BetaTCTerms`, each [B] whatever the reduction.
+
+    Returns:
+        A number in nats, or [B], or BetaTCTerms.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+
+    References:
+        Chen, Li, Grosse & Duvenaud, Isolating Sources of Disentanglement in VAEs, 2018, eq. 2, 4 and 5.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
+        >>> x = torch.rand(16, 8)
+        >>> bound = fastvae.beta_tc(x, encoder(x), decoder, beta=6.0, likelihood="bernoulli")
+        >>> (-bound).backward()
+    """
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+    q, prior = inputs.q, inputs.prior
+    check_count("samples", samples, "the draws of z per example")
+    log_n = 0.0
+    if dataset_size is not None:
+        log_n = math.log(check_count("dataset_size", dataset_size, "the examples of the whole data set"))
+    weights = [
+        check_weight(name, value, f"the weight of {what}", q, per_row=True)
+        for name, value, what in (
+            ("alpha", alpha, "the mutual information"),
+            ("beta", beta, "the total correlation"),
+            ("gamma", gamma, "the dimensions' KL"),
+        )
+    ]
+    check_choice("reduction", reduction, _REDUCTIONS)
+    check_address(samples, q.batch, 0, row_offset)
+    if prior.per_row:
+        raise ValueError(
+            "beta_tc needs one prior for all examples, which the aggregate posterior is compared with; the "
+            "one given has parameters for each example, or is a function of the context"
+        )
+    z, log_q = rsample_as_held(q, samples, draw_seed(q.device, generator), row_offset=row_offset)
+    whole, each = log_aggregate([q], z)
+    if each is None:
+        raise ValueError(
+            "beta_tc needs the marginal distribution of each dimension, which is known of normal posteriors; "
+            f"q is {describe(q)}. Use fastvae.DiagonalNormal, FullNormal or LowRankNormal"
+        )
+    whole, dimensions = whole - log_n, each.sum(-1) - each.shape[-1] * log_n
+    parts = log_q - whole, whole - dimensions, dimensions - prior.log_prob(z)
+    term = -sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    of_each = terms or example_weights is not None
+    how = Weighing(1.0, "mean", "none" if of_each else reduction)
+    bound, log_likelihood = inputs.bound(z.flatten(0, 1), term, samples, None, how, terms)
+    if example_weights is not None:
+        return _weighted(bound, example_weights, reduction, terms)
+    if not terms:
+        return bound
+    return BetaTCTerms(bound, log_likelihood, *(part.mean(0) for part in parts))  # type: ignore[arg-type]

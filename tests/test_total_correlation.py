@@ -1,0 +1,269 @@
+"""beta_tc, against its sums in plain PyTorch, against the ELBO, and against the latents' report."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+
+from .conftest import DEVICE
+from .models import generator, rand, randn
+
+B, D, X, K = 6, 3, 7, 2
+WIDE = {"dtype": torch.float64}
+PARTS = ("mutual_information", "total_correlation", "dimension_kl")
+
+
+def inputs(dtype=torch.float64):
+    mu, logvar = (randn(B, D, seed=s, dtype=dtype).requires_grad_() for s in (1, 2))
+    weight = randn(D, X, seed=3, dtype=dtype).requires_grad_()
+    return rand(B, X, seed=4, dtype=dtype), mu, logvar, weight
+
+
+def found(x, mu, logvar, weight, **options):
+    options = {"likelihood": "bernoulli", "generator": generator(5), **options}
+    return fastvae.beta_tc(x, (mu, logvar), lambda z: z @ weight, **options)
+
+
+def written_out(x, mu, logvar, weight, n=1, samples=K):
+    """Chen et al. 2018, eq. 2 and 5, [B]: log-likelihood and the three parts."""
+    seed = fastvae.random.draw_seed(DEVICE, generator(5))
+    sigma = (0.5 * logvar).exp()
+    z = mu + sigma * fastvae.random.normal(seed, samples, B, D, dtype=torch.float64)
+    pairs = td.Normal(mu, sigma).log_prob(z[:, :, None])  # [K, z, posteriors, D]
+    log_q = td.Normal(mu, sigma).log_prob(z).sum(2)
+    joint = torch.logsumexp(pairs.sum(3), 2) - math.log(n * B)
+    each = (torch.logsumexp(pairs, 2) - math.log(n * B)).sum(2)
+    log_p = td.Normal(0.0, 1.0).log_prob(z).sum(2)
+    log_likelihood = td.Bernoulli(logits=z @ weight, validate_args=False).log_prob(x).sum(2)
+    return [t.mean(0) for t in (log_likelihood, log_q - joint, joint - each, each - log_p)]
+
+
+@pytest.mark.parametrize("n", [None, 1000])
+def test_it_is_its_sums(backend, n):
+    x, *leaves = inputs()
+    terms = found(x, *leaves, samples=K, alpha=0.5, beta=3.0, gamma=0.7, dataset_size=n, terms=True)
+    log_likelihood, *parts = written_out(x, *leaves, n=n or 1)
+    bound = log_likelihood - 0.5 * parts[0] - 3.0 * parts[1] - 0.7 * parts[2]
+    for got, expected in zip(terms, (bound, log_likelihood, *parts), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    for weights in (torch.ones(B, device=DEVICE, **WIDE), randn(B, seed=6, **WIDE)):
+        got, expected = (
+            torch.autograd.grad(b @ weights, leaves, retain_graph=True) for b in (terms.bound, bound)
+        )
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-10)
+
+
+def test_single_precision_keeps_its_digits(backend):
+    """Within roundings of float32 of log densities whose size is some tens."""
+    x, *leaves = inputs()
+    expected = written_out(x, *leaves)
+    terms = found(*(t.detach().float() for t in (x, *leaves)), samples=K, beta=3.0, terms=True)
+    assert terms.bound.dtype == torch.float32
+    for got, wide in zip(terms[1:], expected, strict=True):
+        torch.testing.assert_close(got.double(), wide.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [None, 500])
+@pytest.mark.parametrize("weight_of_all", [1.0, 0.3])
+def test_with_equal_weights_it_is_the_monte_carlo_elbo(weight_of_all, n):
+    x, *leaves = inputs()
+    w = weight_of_all
+    bound = found(x, *leaves, samples=K, alpha=w, beta=w, gamma=w, dataset_size=n)
+    mu, logvar, weight = leaves
+    elbo = fastvae.elbo(
+        x, (mu, logvar), lambda z: z @ weight, likelihood="bernoulli", samples=K, beta=w, kl="mc",
+        generator=generator(5),
+    )  # fmt: skip
+    torch.testing.assert_close(bound, elbo, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(b, leaves) for b in (bound, elbo))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_the_size_of_the_data_set_changes_no_gradient():
+    x, *leaves = inputs()
+    one, many = (found(x, *leaves, dataset_size=n, terms=True) for n in (None, 700))
+    moves = [1, D - 1, -D]
+    for name, move in zip(PARTS, moves, strict=True):
+        moved = getattr(many, name) - getattr(one, name)
+        torch.testing.assert_close(
+            moved, torch.full_like(moved, move * math.log(700)), rtol=1e-12, atol=1e-12
+        )
+    gradients = (torch.autograd.grad(t.bound.sum(), leaves) for t in (one, many))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_of_a_batch_that_is_the_data_set_they_are_the_report_of_its_latents():
+    x, mu, logvar, weight = (t.detach() for t in inputs())
+    terms = found(x, mu, logvar, weight, terms=True)
+    vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE), latent_dim=D)
+    report = fastvae.diagnostics.latents(vae, x, generator=generator(5))
+    assert float(terms.mutual_information.mean()) == pytest.approx(report.mutual_information)
+    assert float(terms.total_correlation.mean()) == pytest.approx(report.total_correlation)
+    assert float(terms.dimension_kl.mean()) == pytest.approx(float(report.dimension_kl.sum()))
+
+
+@pytest.mark.parametrize("family", ["full", "low rank"])
+def test_posteriors_with_covariances(family):
+    """Marginals are those of the covariance's diagonal; gradients reach what is beside it."""
+    x, mu, logvar, weight = inputs()
+    if family == "full":
+        beside = randn(B, D * (D + 1) // 2, seed=7, **WIDE).requires_grad_()
+        q = fastvae.FullNormal(mu, beside)
+        scale = q._parts()[1]
+        covariance = scale @ scale.mT
+    else:
+        beside = randn(B, D, 1, seed=7, **WIDE).requires_grad_()
+        q = fastvae.LowRankNormal(mu, logvar, beside)
+        covariance = beside @ beside.mT + torch.diag_embed(logvar.exp())
+    seed = fastvae.random.draw_seed(DEVICE, generator(5))
+    z, _ = q.rsample(1, seed)
+    terms = fastvae.beta_tc(
+        x, q, lambda z: z @ weight, likelihood="bernoulli", generator=generator(5), terms=True
+    )
+    own = td.MultivariateNormal(mu, covariance)
+    joint = torch.logsumexp(own.log_prob(z[0][:, None]), 1) - math.log(B)
+    normal = td.Normal(mu, covariance.diagonal(dim1=1, dim2=2).sqrt())
+    each = (torch.logsumexp(normal.log_prob(z[0][:, None]), 1) - math.log(B)).sum(1)
+    expected = own.log_prob(z[0]) - joint, joint - each, each - td.Normal(0.0, 1.0).log_prob(z[0]).sum(1)
+    for got, part in zip(terms[2:], expected, strict=True):
+        torch.testing.assert_close(got, part, rtol=1e-9, atol=1e-9)
+    gradients = (
+        torch.autograd.grad(t.sum(), (mu, beside), retain_graph=True) for t in (terms[3], expected[1])
+    )
+    for got, part in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, part, rtol=1e-8, atol=1e-8)
+
+
+def test_what_objectives_take():
+    """Reductions, weights of examples and of terms, masks, contexts, spatial latents, learned priors."""
+    x, mu, logvar, weight = inputs()
+    each = found(x, mu, logvar, weight, reduction="none")
+    torch.testing.assert_close(found(x, mu, logvar, weight), each.mean())
+    torch.testing.assert_close(found(x, mu, logvar, weight, reduction="sum"), each.sum())
+    factors = rand(B, seed=8, **WIDE)
+    torch.testing.assert_close(found(x, mu, logvar, weight, example_weights=factors), (factors * each).mean())
+    for beta in (torch.tensor(6.0, device=DEVICE), torch.full((B,), 6.0, device=DEVICE)):
+        torch.testing.assert_close(found(x, mu, logvar, weight, beta=beta, reduction="none"), each)
+    mask = rand(B, X, seed=9) < 0.5
+    masked = found(x, mu, logvar, weight, mask=mask, terms=True)
+    torch.testing.assert_close(masked.total_correlation, found(x, mu, logvar, weight, terms=True)[3])
+    assert bool((masked.log_likelihood > found(x, mu, logvar, weight, terms=True).log_likelihood).all())
+    context = randn(B, X, seed=10, **WIDE)
+    moved = fastvae.beta_tc(
+        x, (mu, logvar), lambda z, c: z @ weight + 0 * c, context=context, samples=K, likelihood="bernoulli",
+        generator=generator(5),
+    )  # fmt: skip
+    torch.testing.assert_close(moved, found(x, mu, logvar, weight, samples=K))
+    spatial = fastvae.beta_tc(
+        x, (mu.unflatten(1, (1, 1, D)), logvar.unflatten(1, (1, 1, D))), lambda z: z.flatten(1) @ weight,
+        likelihood="bernoulli", generator=generator(5),
+    )  # fmt: skip
+    torch.testing.assert_close(spatial, each.mean())
+    prior = fastvae.DiagonalNormal(*(nn.Parameter(torch.zeros(D, device=DEVICE, **WIDE)) for _ in range(2)))
+    bound = found(x, mu, logvar, weight, prior=prior)
+    torch.testing.assert_close(bound, each.mean())
+    assert bool((torch.autograd.grad(bound, prior.mu)[0] != 0).all())
+
+
+def test_a_vae_has_it():
+    x, mu, logvar, weight = (t.detach() for t in inputs())
+    decoder = nn.Linear(D, X, bias=False).to(DEVICE, torch.float64)
+    decoder.weight.data = weight.T
+    vae = fastvae.VAE(lambda x: (mu, logvar), decoder, likelihood="bernoulli")
+    for call in (vae.beta_tc, lambda x, **o: vae(x, objective="beta_tc", **o)):
+        torch.testing.assert_close(
+            call(x, beta=2.0, generator=generator(5)), found(x, mu, logvar, weight, beta=2.0)
+        )
+
+
+def test_it_compiles_and_differentiates_as_a_function():
+    torch._dynamo.reset()
+    x, mu, logvar, weight = (t.detach().float() for t in inputs())
+
+    def bound(mu, logvar):
+        return fastvae.beta_tc(x, (mu, logvar), lambda z: z @ weight, likelihood="bernoulli", samples=K)
+
+    def at_seed(function):
+        torch.manual_seed(3)
+        return function(mu, logvar)
+
+    compiled = torch.compile(bound, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(at_seed(compiled), at_seed(bound))
+    mu.requires_grad_()
+    expected = torch.autograd.grad(at_seed(bound), mu)[0]
+    torch.testing.assert_close(torch.autograd.grad(at_seed(compiled), mu)[0], expected)
+    mu = mu.detach()
+    torch.testing.assert_close(at_seed(torch.func.grad(bound)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_equal_examples_have_no_information(dtype):
+    """q(z) is q(z|x), also where z is rounded by as much as its standard deviation; in the report, too."""
+    mu = torch.full((2, D), 3.0, dtype=dtype, device=DEVICE)
+    logvar = torch.full((2, D), -9.0, dtype=dtype, device=DEVICE)
+    x, weight = rand(2, X, seed=4), randn(D, X, seed=3).to(dtype)
+    terms = found(x, mu, logvar, weight, samples=50, terms=True)
+    # Roundings of float32, of densities of some tens.
+    torch.testing.assert_close(terms.mutual_information, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
+    torch.testing.assert_close(terms.total_correlation, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
+    vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE, dtype), latent_dim=D)
+    assert fastvae.diagnostics.latents(vae, x).mutual_information == pytest.approx(0, abs=2e-5)
+
+
+def test_an_empty_batch():
+    q = torch.zeros(0, 2 * D, device=DEVICE, requires_grad=True)
+    terms = fastvae.beta_tc(
+        torch.zeros(0, X, device=DEVICE),
+        q,
+        lambda z: z @ z.new_ones(D, X),
+        terms=True,
+        likelihood="bernoulli",
+        samples=K,
+    )
+    assert all(t.shape == (0,) for t in terms)
+    terms.bound.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def _call(**options):
+    x, mu, logvar, weight = inputs()
+    options = {"likelihood": "bernoulli", "q": (mu, logvar), **options}
+    return lambda: fastvae.beta_tc(x, options.pop("q"), lambda z: z @ weight, **options)
+
+
+ROWS = torch.zeros(B, D, device=DEVICE, **WIDE)
+WRONG = {
+    "a q that is no normal": (_call(q=fastvae.Laplace(ROWS, ROWS)), ValueError, "marginal.*q is Laplace"),
+    "a prior of each example": (
+        _call(prior=fastvae.DiagonalNormal(ROWS, ROWS)),
+        ValueError,
+        "needs one prior for all examples",
+    ),
+    "a negative weight": (
+        _call(gamma=-1.0),
+        ValueError,
+        "gamma must be finite and at least 0.*dimensions' KL",
+    ),
+    "weights of other rows": (_call(beta=ROWS), ValueError, r"beta has shape \[6, 3\].*total correlation"),
+    "a data set without examples": (_call(dataset_size=0), ValueError, "dataset_size must be at least 1"),
+    "no samples": (_call(samples=0), ValueError, "samples must be at least 1"),
+    "another reduction": (_call(reduction="max"), ValueError, "reduction='max' is unknown"),
+    "terms with weights": (_call(terms=True, example_weights=ROWS[:, 0]), ValueError, "terms=True returns"),
+    "an address below 0": (_call(row_offset=-1), ValueError, "row_offset must lie in"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes(name):
+    call, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        call()
