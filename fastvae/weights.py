@@ -41,6 +41,7 @@ end is +∞. Coverage is measured in docs/estimators.md."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -285,11 +286,11 @@ class Weights(NamedTuple):
         used = weight > 0
         begin = torch.where(used, at - 7 * spread, math.inf).amin(0)
         end = torch.where(used, at + 7 * spread, -math.inf).amax(0)
-        for _ in range(40):
-            middle = (begin + end) / 2
-            enough = (weight * torch.special.ndtr((middle - at) / spread)).sum(0) >= probability
-            begin, end = torch.where(enough, begin, middle), torch.where(enough, middle, end)
-        found = _shift(self.maximum).double() + (begin + end) / 2
+
+        def excess(value: Tensor) -> Tensor:
+            return (weight * torch.special.ndtr((value - at) / spread)).sum(0) - probability
+
+        found = _shift(self.maximum).double() + _root(excess, begin, end)
         found = torch.where(open_share < _OPEN, found, math.inf)
         found = torch.where(fit.khat.isfinite(), found, -math.inf)
         return torch.where(fit.khat == math.inf, math.inf, found)
@@ -309,6 +310,23 @@ def _scaled(powers: Tensor, log_scale: Tensor) -> Tensor:
     order = torch.arange(1, powers.shape[0] + 1, device=powers.device)[:, None]
     # Where there are no weights their scale may be infinite.
     return torch.where(powers == 0, 0.0, powers * torch.exp(order * log_scale))
+
+
+def _root(f: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> Tensor:
+    """Where f, which rises from below 0 at begin to above 0 at end, is 0: by bisection, until f is almost
+    straight, then by the Illinois rule.
+    """
+    low, high = f(begin), f(end)
+    above = torch.zeros_like(begin, dtype=torch.bool)
+    for step in range(24):
+        middle = (begin + end) / 2 if step < 12 else end - high * (end - begin) / (high - low)
+        value = f(middle)
+        was, above = above, value >= 0
+        if step >= 12:  # an end that stays twice counts half
+            low, high = torch.where(above & was, low / 2, low), torch.where(~(above | was), high / 2, high)
+        begin, low = torch.where(above, begin, middle), torch.where(above, low, value)
+        end, high = torch.where(above, middle, end), torch.where(above, value, high)
+    return torch.where(high < -low, end, begin)
 
 
 def _standard_error(sums: Tensor, k: Tensor) -> Tensor:
