@@ -42,6 +42,7 @@ SUBCOMMANDS = {
     "single_cell": "scvi-tools' model of counts beside the same networks under fastvae",
     "latents": "the demo with every posterior and every prior, the tables of docs/latents.md",
     "bounds": "the demo's digits trained with every bound, the table of docs/bounds.md",
+    "estimators": "estimates of log p(x) beside the truth, the tables of docs/estimators.md",
     "picture": "the README's picture: the time of a call, and memory over K",
     "launches": "the Python path from a call to its launch, without a GPU",
 }

@@ -1,8 +1,8 @@
-r"""Importance weights, folded as they come: what log p(x), its error and its diagnostics need of K draws, in
-memory that does not grow with K but for the tail, :math:`3\sqrt K` numbers.
+r"""Importance weights, folded as they come: what log p(x), its errors and its diagnostics need of K draws, in
+memory that does not grow with K but for the tail, the :math:`3\sqrt K` largest log weights, at least 64.
 
-With the maximum M of the :math:`\log w_k`, :math:`S_1 = \sum_k e^{\log w_k - M}` and :math:`S_2 = \sum_k e^{2
-(\log w_k - M)}`:
+The tail is kept as it is. Of the rest, all of them below it, the sums of six powers are kept. With the
+maximum M, :math:`S_j = \sum_k e^{j (\log w_k - M)}` and :math:`\tilde w_k = w_k / \sum_l w_l`:
 
 .. math::
     \log \hat p = M + \log S_1 - \log K, \quad \mathrm{ESS} = S_1^2 / S_2, \quad
@@ -10,11 +10,38 @@ With the maximum M of the :math:`\log w_k`, :math:`S_1 = \sum_k e^{\log w_k - M}
 
 The standard error is the delta method's, :math:`\mathrm{sd}(w) / (\sqrt K\, \bar w)`. The draws of another
 chunk, or of another machine, are merged by the same rule: sums are added, never means.
-"""
+
+*Jackknife* (Nowozin, Debiasing Evidence Approximations, ICLR 2018, order 1), which removes the bias of order
+1/K. Without draw k the sum is :math:`1 - \tilde w_k` of itself, so
+
+.. math::
+    K L_K - (K - 1) \frac{1}{K} \sum_k L_{K \setminus k}
+      = \log \hat p - \frac{K - 1}{K} \sum_k \log(1 - \tilde w_k) - (K - 1) \log \frac{K}{K - 1}
+
+exact in the tail, and in the rest by the logarithm's series, :math:`-\sum_{j \le 6} \tilde w^j / j`. With T
+draws in the tail :math:`\tilde w \le 1 / (T + 1)` in the rest, so that what is left out is less than
+:math:`(T + 1)^{-6} / 7`, 2e-12 for the shortest tail, and far less where no more than a few draws weigh so
+much.
+
+*Pareto smoothing* (Vehtari et al., Pareto Smoothed Importance Sampling, JMLR 25, 2024): the tail's weights
+are replaced by the quantiles of the generalised Pareto distribution that fits them, none above the largest.
+
+*Interval*. The lower end is Hall's for a mean (On the Removal of Skewness by Transformation, 1992, his
+cubic), in logarithms, and never below :math:`\log \hat p + \log(α/2)`: by Markov's inequality :math:`\hat p
+> 2 p / α` has a probability of at most α/2. The upper end is Hall's too, or, where that is higher, the
+quantile of
+
+.. math:: \log \Big[ (1 - \tfrac nK) \bar w_{\text{body}} + \tfrac nK \big(u + \tfrac{σ}{1 - ξ}\big) \Big]
+
+over Zhang and Stephens' posterior of the Pareto distribution (ξ, σ) of the n weights above u, and the
+sampling error of the body and of n. The mean of the weights, p(x), is finite, so ξ < 1; where a quarter of
+the posterior or more lies above, as if it were not, the draws do not tell how much is missing, and the upper
+end is +∞. Coverage is measured in docs/estimators.md."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +49,40 @@ from torch import Tensor
 
 from ._checks import check_tensor, shape_of
 
-__all__ = ["Weights", "pareto_khat", "tail_length"]
+__all__ = ["LogMarginal", "Weights", "kept_draws", "pareto_khat", "tail_length"]
+
+# Sums of so many powers are kept of the weights below the tail, and the least length of the tail.
+_POWERS, _LEAST_TAIL = 6, 64
+# Coefficients of x^j, j = 1 .. 6, in log(1 - x) and in its square.
+_LOG = (-1.0, -1 / 2, -1 / 3, -1 / 4, -1 / 5, -1 / 6)
+_LOG_SQUARE = (0.0, 1.0, 1.0, 11 / 12, 5 / 6, 137 / 180)
+# The share of the posterior of the tail's shape above 1 from which on the upper end of an interval is open.
+_OPEN = 0.25
+# Nodes and weights of Gauss-Hermite quadrature for N(0, 1).
+_NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))
+
+
+class LogMarginal(NamedTuple):
+    """Importance-sampling estimates of log p(x), each [B], in nats, with their errors and diagnostics."""
+
+    log_px: Tensor
+    """The log of the weights' mean: a lower bound of log p(x) in expectation."""
+    stderr: Tensor
+    """Its standard error, by the delta method."""
+    ess: Tensor
+    """Effective sample size, of the k drawn."""
+    khat: Tensor
+    """Pareto k̂: above 0.7 neither estimates nor standard errors are to be trusted."""
+    jackknife: Tensor
+    """The jackknife estimate, without the bias of order 1/k: the one to average over examples."""
+    jackknife_stderr: Tensor
+    """Its standard error."""
+    psis: Tensor
+    """The Pareto-smoothed estimate: less spread where weights are heavy-tailed, biased low."""
+    low: Tensor
+    """Lower end of the 95 % interval for log p(x) over the draws."""
+    high: Tensor
+    """Upper end; +∞ where the draws do not bound it."""
 
 
 def tail_length(k: int) -> int:
@@ -30,12 +90,15 @@ def tail_length(k: int) -> int:
     return math.ceil(min(k / 5, 3 * math.sqrt(k)))
 
 
+def kept_draws(k: int) -> int:
+    """How many of k draws, the largest, :class:`Weights` must keep for all that it tells."""
+    return max(tail_length(k) + 1, min(k, _LEAST_TAIL))
+
+
 class Weights(NamedTuple):
     """The weights of some draws for each example of a batch; the last axis of every field is the batch."""
 
-    maximum: Tensor  # [B], of the log weights
-    first: Tensor  # [B] float64, sum of w relative to the maximum
-    second: Tensor  # [B] float64, sum of w^2 relative to the maximum
+    powers: Tensor  # [6, B] float64, of those below the tail: sums of w^j relative to the least of the tail
     log_sum: Tensor  # [B] float64, sum of the log weights
     count: Tensor  # type: ignore[assignment] # [B] int64
     tail: Tensor  # [T, B], the largest log weights, descending; -inf where there are fewer
@@ -43,25 +106,29 @@ class Weights(NamedTuple):
     @classmethod
     def of(cls, log_w: Tensor, tail: int) -> Weights:
         """Of log weights [K, B], keeping the ``tail`` largest."""
-        maximum, wide = log_w.amax(0), log_w.double()
-        w = torch.exp(wide - _shift(maximum))
-        count = torch.full(maximum.shape, log_w.shape[0], dtype=torch.int64, device=log_w.device)
-        return cls(maximum, w.sum(0), w.square().sum(0), wide.sum(0), count, _largest(log_w, tail))
+        wide = log_w.double()
+        count = torch.full(log_w.shape[1:], log_w.shape[0], dtype=torch.int64, device=log_w.device)
+        if log_w.shape[0] <= tail:
+            powers = wide.new_zeros(_POWERS, log_w.shape[1])
+            return cls(powers, wide.sum(0), count, _largest(log_w, tail))
+        # NaN counts as largest.
+        largest, place = log_w.topk(tail, dim=0)
+        below = torch.exp(wide - _shift(largest[-1]).double()).scatter_(0, place, 0.0)
+        return cls(_power_sums(below), wide.sum(0), count, largest)
 
     def merge(self, other: Weights) -> Weights:
         """The weights of both sets of draws."""
-        maximum = torch.maximum(self.maximum, other.maximum)
-        shift = _shift(maximum)
-        mine, its = (torch.exp(part.maximum.double() - shift) for part in (self, other))
-        # A set of nothing but -inf has sums of 0, and its scale may be 0 too.
-        return Weights(
-            maximum,
-            self.first * mine + other.first * its,
-            self.second * mine.square() + other.second * its.square(),
-            self.log_sum + other.log_sum,
-            self.count + other.count,
-            _largest(torch.cat([self.tail, other.tail]), self.tail.shape[0]),
+        length = self.tail.shape[0]
+        tail, below = (
+            torch.cat([self.tail, other.tail])
+            .sort(0, descending=True)
+            .values.split([length, other.tail.shape[0]])
         )
+        least = _shift(tail[-1]).double()
+        powers = _power_sums(torch.exp(below.double() - least))
+        for part in (self, other):
+            powers += _scaled(part.powers, _shift(part.tail[-1]).double() - least)
+        return Weights(powers, self.log_sum + other.log_sum, self.count + other.count, tail)
 
     def at(self, rows: Tensor) -> Weights:
         """Of some examples."""
@@ -71,10 +138,31 @@ class Weights(NamedTuple):
         """With those of some examples replaced."""
         return Weights(*(v.index_copy(-1, rows, p) for v, p in zip(self, part, strict=True)))
 
+    def _relative(self) -> tuple[Tensor, Tensor]:
+        """The tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
+        shift = _shift(self.maximum).double()
+        return torch.exp(self.tail.double() - shift), _scaled(
+            self.powers, _shift(self.tail[-1]).double() - shift
+        )
+
+    def _sums(self, powers: int) -> Tensor:
+        """Sums of the first powers of all weights [powers, B], relative to the maximum."""
+        tail, rest = self._relative()
+        return _power_sums(tail, powers) + rest[:powers]
+
+    @property
+    def maximum(self) -> Tensor:
+        """The largest log weight [B]."""
+        return self.tail[0]
+
     @property
     def log_px(self) -> Tensor:
         """log p(x) [B]."""
-        return _shift(self.maximum).double() + torch.log(self.first) - torch.log(self.count.double())
+        return self._log_mean(self._sums(1)[0])
+
+    def _log_mean(self, total: Tensor) -> Tensor:
+        """From a sum relative to the maximum."""
+        return _shift(self.maximum).double() + torch.log(total) - torch.log(self.count.double())
 
     @property
     def elbo(self) -> Tensor:
@@ -84,18 +172,175 @@ class Weights(NamedTuple):
     @property
     def stderr(self) -> Tensor:
         """The standard error of log_px [B]; NaN for one draw."""
-        k = self.count.double()
-        return ((self.second / self.first.square() - 1 / k).clamp(min=0) * (k / (k - 1))).sqrt()
+        return _standard_error(self._sums(2), self.count.double())
 
     @property
     def ess(self) -> Tensor:
         """Effective sample size [B]."""
-        return self.first.square() / self.second
+        sums = self._sums(2)
+        return sums[0].square() / sums[1]
 
     @property
     def khat(self) -> Tensor:
         """Pareto k̂ [B], as :func:`pareto_khat` has it."""
-        return _khat(self.tail, self.count)
+        return _fit(self.tail, self.count).khat
+
+    @property
+    def jackknife(self) -> tuple[Tensor, Tensor]:
+        """The jackknife estimate and its standard error, each [B]; NaN for one draw, and infinite where one
+        weight alone is not 0, without which nothing is left.
+        """
+        k = self.count.double()
+        tail, rest = self._relative()
+        total = tail.sum(0) + rest[0]
+        share = tail / total
+        # Without the largest, which may be all of the sum, relative to the next.
+        second = _shift(self.tail[1]).double()
+        others = torch.exp(self.tail[1:].double() - second).sum(0)
+        others = others + _scaled(self.powers[:1], _shift(self.tail[-1]).double() - second)[0]
+        without = second - _shift(self.maximum).double() + torch.log(others) - torch.log(total)
+        left_out = torch.cat([without[None], torch.log1p(-share[1:])])
+        # Of fewer draws than the tail has room for, and of equal infinities.
+        left_out = torch.where(self.tail == -math.inf, 0.0, left_out)
+        scaled = rest / total ** torch.arange(1, _POWERS + 1, device=total.device)[:, None]
+        first = left_out.sum(0) + torch.tensordot(scaled.new_tensor(_LOG), scaled, 1)
+        square = left_out.square().sum(0) + torch.tensordot(scaled.new_tensor(_LOG_SQUARE), scaled, 1)
+        estimate = self._log_mean(total) - (k - 1) * (first / k - torch.log1p(-1 / k))
+        error = ((square - first.square() / k).clamp(min=0) * (k - 1) / k).sqrt()
+        nothing = self.maximum == -math.inf
+        return torch.where(nothing & (k > 1), -math.inf, estimate), torch.where(nothing, math.nan, error)
+
+    @property
+    def psis(self) -> Tensor:
+        """The Pareto-smoothed estimate of log p(x) [B]; log_px where no tail can be fitted."""
+        return self._smoothed(_fit(self.tail, self.count))
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Ends of an interval for log p(x), each [B], made to hold it for a share ``level`` of the seeds."""
+        return self._interval(level, _fit(self.tail, self.count))
+
+    def summary(self) -> LogMarginal:
+        """All estimates, in float64."""
+        fit = _fit(self.tail, self.count)
+        values = self.log_px, self.stderr, self.ess, fit.khat, *self.jackknife
+        return LogMarginal(*values, self._smoothed(fit), *self._interval(0.95, fit))
+
+    def _smoothed(self, fit: _Fit) -> Tensor:
+        tail, rest = self._relative()
+        rank = torch.arange(self.tail.shape[0], dtype=torch.float64, device=tail.device)[:, None]
+        # Standard exponential quantiles; those of the Pareto distribution are σ (e^{k x} - 1) / k.
+        x = -torch.log1p(-((rank + 0.5) / fit.n).clamp(max=1 - 1e-16))
+        flat = fit.khat.abs() < 1e-8
+        grown = torch.where(flat, x, torch.expm1(fit.khat * x) / torch.where(flat, 1.0, fit.khat))
+        smooth = (torch.exp(fit.cutoff) + fit.scale * grown).clamp(max=1.0)
+        body = torch.where(fit.inside, 0.0, tail).sum(0) + rest[0]
+        total = body + torch.where(rank < fit.n, smooth, 0.0).sum(0)
+        return torch.where(fit.khat.isfinite(), self._log_mean(total), self.log_px)
+
+    def _interval(self, level: float, fit: _Fit) -> tuple[Tensor, Tensor]:
+        k, below = self.count.double(), (1 - level) / 2
+        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        sums, log_px = self._sums(3), self.log_px
+        error = _standard_error(sums, k)
+        # Skewness over √K, which cannot be more than that of one draw that is not 0.
+        mean, second, third = (s / k / (sums[0] / k) ** (j + 1) for j, s in enumerate(sums))
+        variance = (second - mean).clamp(min=0)
+        skewness = (third - 3 * second + 2) / variance**1.5 / k.sqrt()
+        skewness = skewness.nan_to_num(nan=0.0).clamp(min=-1, max=1)
+        low = 1 - error * _hall(z, skewness)
+        high = log_px + torch.log(1 - error * _hall(-z, skewness))
+        low = log_px + torch.log(low.clamp(min=below))
+        high = torch.maximum(high, self._pareto_end(1 - below, fit))
+        # One draw has no spread, but Markov's inequality.
+        low = torch.where(k == 1, log_px + math.log(below), low)
+        high = torch.where((k == 1) | (self.maximum == -math.inf), math.inf, high)
+        low = torch.where(self.maximum == -math.inf, -math.inf, low)
+        return low, torch.where(self.maximum.isnan(), math.nan, high)
+
+    def _pareto_end(self, probability: float, fit: _Fit) -> Tensor:
+        """The quantile of log p(x) over the posterior of the tail [B]; -inf where there is none, +inf where
+        it is open.
+        """
+        k, n = self.count.double(), fit.n.double()
+        tail, rest = self._relative()
+        kept = torch.where(fit.inside, 0.0, tail)
+        mean, second = ((kept**j).sum(0) + rest[j - 1] for j in (1, 2))
+        mean = mean / (k - n)
+        variance = (second / (k - n) - mean.square()).clamp(min=0)
+        share = n / k
+
+        # Given θ the excesses' logarithms are exponential: their mean, ξ, has a relative error of 1 / √n.
+        shape = torch.cat([fit.xi * torch.exp(x / n.sqrt()) for x, _ in _NODES])
+        weight = torch.cat([fit.weight * w for _, w in _NODES])
+        open_share = torch.where(shape < 1, 0.0, weight).sum(0) / weight.sum(0)
+        above = torch.exp(fit.cutoff) - shape / fit.theta.repeat(len(_NODES), 1) / (1 - shape)
+        weight = torch.where((shape < 1) & above.isfinite(), weight, 0.0)
+        above = torch.where(weight > 0, above, 1.0)
+        total = (1 - share) * mean + share * above
+        spread = ((1 - share) * variance + share * (1 - share) * (above - mean).square()).div(
+            k
+        ).sqrt() / total
+        at = torch.log(total)
+        weight = weight / weight.sum(0)
+
+        used = weight > 0
+        begin = torch.where(used, at - 7 * spread, math.inf).amin(0)
+        end = torch.where(used, at + 7 * spread, -math.inf).amax(0)
+
+        def excess(value: Tensor) -> Tensor:
+            return (weight * torch.special.ndtr((value - at) / spread)).sum(0) - probability
+
+        found = _shift(self.maximum).double() + _root(excess, begin, end)
+        found = torch.where(open_share < _OPEN, found, math.inf)
+        found = torch.where(fit.khat.isfinite(), found, -math.inf)
+        return torch.where(fit.khat == math.inf, math.inf, found)
+
+
+def _power_sums(values: Tensor, powers: int = _POWERS) -> Tensor:
+    """Sums of the first powers [powers, B] of values [K, B]."""
+    power, sums = values, [values.sum(0)]
+    for _ in range(1, powers):
+        power = power * values
+        sums.append(power.sum(0))
+    return torch.stack(sums)
+
+
+def _scaled(powers: Tensor, log_scale: Tensor) -> Tensor:
+    """Power sums [J, B] of weights that are multiplied by what log_scale [B] is the logarithm of."""
+    order = torch.arange(1, powers.shape[0] + 1, device=powers.device)[:, None]
+    # Where there are no weights their scale may be infinite.
+    return torch.where(powers == 0, 0.0, powers * torch.exp(order * log_scale))
+
+
+def _root(f: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> Tensor:
+    """Where f, which rises from below 0 at begin to above 0 at end, is 0: by bisection, until f is almost
+    straight, then by the Illinois rule.
+    """
+    low, high = f(begin), f(end)
+    above = torch.zeros_like(begin, dtype=torch.bool)
+    for step in range(24):
+        middle = (begin + end) / 2 if step < 12 else end - high * (end - begin) / (high - low)
+        value = f(middle)
+        was, above = above, value >= 0
+        if step >= 12:  # an end that stays twice counts half
+            low, high = torch.where(above & was, low / 2, low), torch.where(~(above | was), high / 2, high)
+        begin, low = torch.where(above, begin, middle), torch.where(above, low, value)
+        end, high = torch.where(above, middle, end), torch.where(above, value, high)
+    return torch.where(high < -low, end, begin)
+
+
+def _standard_error(sums: Tensor, k: Tensor) -> Tensor:
+    return ((sums[1] / sums[0].square() - 1 / k).clamp(min=0) * (k / (k - 1))).sqrt()
+
+
+def _hall(z: float, skewness: Tensor) -> Tensor:
+    """The quantile of the studentised mean where a normal variable has z, given the skewness over √K."""
+    a = torch.where(skewness.abs() < 1e-12, 1e-12, skewness)
+    x = a * (z - a / 6)
+    root = torch.where(
+        x > -0.5, torch.expm1(torch.log1p(x) / 3), (1 + x).sign() * (1 + x).abs() ** (1 / 3) - 1
+    )
+    return 3 * root / a
 
 
 def _shift(maximum: Tensor) -> Tensor:
@@ -149,7 +394,7 @@ def pareto_khat(log_w: Tensor) -> Tensor:
     if k == 0:
         raise ValueError(f"log_w has no draws: its shape is {shape_of(log_w)}; at least one is needed")
     count = torch.full((batch,), k, dtype=torch.int64, device=log_w.device)
-    return _khat(_largest(log_w, tail_length(k) + 1), count)
+    return _fit(_largest(log_w, tail_length(k) + 1), count).khat
 
 
 # Spread of the log weights in a tail that counts as flat: rounding, and no harm to any estimate.
@@ -158,8 +403,21 @@ _FLAT = 1e-3
 _FIT_SIZE = 2**21
 
 
-def _khat(tail: Tensor, count: Tensor) -> Tensor:
-    """From the largest log weights [T, B], descending, of ``count`` [B] draws; T > tail_length(count)."""
+class _Fit(NamedTuple):
+    """A generalised Pareto distribution fitted to the largest weights, relative to the maximum."""
+
+    khat: Tensor  # [B], infinite or NaN where there is no fit, as pareto_khat has it
+    scale: Tensor  # [B], σ
+    cutoff: Tensor  # [B], log of what its weights lie above
+    inside: Tensor  # [T, B], which are its weights
+    n: Tensor  # [B], how many they are
+    theta: Tensor  # [J, B], candidates for -ξ/σ
+    xi: Tensor  # [J, B], the shape given θ
+    weight: Tensor  # [J, B], posterior of the candidates
+
+
+def _fit(tail: Tensor, count: Tensor) -> _Fit:
+    """To the largest log weights [T, B], descending, of ``count`` [B] draws; T > tail_length(count)."""
     k = count.double()
     length = torch.minimum(k / 5, 3 * k.sqrt()).ceil().long()
     relative = tail.double() - _shift(tail[0])
@@ -186,9 +444,11 @@ def _khat(tail: Tensor, count: Tensor) -> Tensor:
     weight = torch.where(weight >= 10 * torch.finfo(torch.float64).eps, weight, 0.0)
     # A candidate that counts for nothing may be infinite.
     best = torch.where(weight > 0, theta * weight, 0.0).sum(0) / weight.sum(0)
-    fitted = (n * shape(best[None])[0] + 10 * 0.5) / (n + 10)
+    found = shape(best[None])[0]
+    khat = (n * found + 10 * 0.5) / (n + 10)
 
-    fitted = torch.where(n <= 4, math.inf, fitted)
-    fitted = torch.where(relative[0] - cutoff < _FLAT, -math.inf, fitted)
+    khat = torch.where(n <= 4, math.inf, khat)
+    khat = torch.where(relative[0] - cutoff < _FLAT, -math.inf, khat)
     unknown = (length <= 4) | tail[0].isnan() | (tail[0] == -math.inf)
-    return torch.where(unknown, math.nan, fitted)
+    khat = torch.where(unknown, math.nan, khat)
+    return _Fit(khat, -found / best, cutoff, inside, n, theta, xi, weight)

@@ -231,3 +231,34 @@ def test_the_readmes_picture(tmp_path, monkeypatch, capsys):
     assert "fastvae 2 (1 to 4)" in printed and re.search(
         r"eager PyTorch: K=50 \d+ MiB, K=200 \d+ MiB", printed
     )
+
+
+def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
+    """Every estimator is a row of both tables, and what is made of one is what is written."""
+    pytest.importorskip("sklearn")
+    from benchmarks import estimators
+
+    def off_by_two(model, k, seed):
+        value = model.log_px - 2
+        return estimators.Estimate(value, value - 1, value + 1, 3 * k)
+
+    monkeypatch.setitem(estimators.ESTIMATORS, "off by two", off_by_two)
+    monkeypatch.setattr(estimators, "EXACT", [(2, 0.7, 0), (3, 1, 1.5)])
+    path = tmp_path / "estimators.md"
+    assert estimators.main(["--quick", "--k", "30", "--names", "D = 2", "--out", str(path)]) == 0
+    text = path.read_text()
+    assert "| D = 2, σ of q × 0.7 |" in text and "D = 3" not in text
+    assert "trained with ELBO |" in text and "trained with IWAE-50 |" in text
+    rows = [line.split("|") for line in text.splitlines() if "off by two" in line]
+    assert len(rows) == 3
+    for row in rows:
+        assert row[4].strip() == "−2.0000 ± 0.0000" and row[6].strip() == "0.0" and row[9].strip() == "90"
+
+
+def test_the_exact_models_truth_is_exact():
+    """With the exact posterior every weight is p(x)."""
+    from benchmarks import estimators
+
+    model = estimators.linear_gaussian(3, 1, 0, 5)
+    found = estimators.marginal(model, 2, 0)
+    torch.testing.assert_close(found.log_px, model.log_px, rtol=1e-12, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import errno
 import functools
@@ -49,6 +50,7 @@ def _evaluate(model, q, x, **options):
 
 
 FIELDS = ("log_px", "log_px_stderr", "ess", "khat", "k", "elbo", "kl_per_dim")
+FIELDS += ("jackknife", "jackknife_stderr", "psis", "low", "high")
 NUMBERS = ("nll", "stderr", "mc_stderr", "bits_per_dim", "active_units", "dims")
 
 
@@ -654,6 +656,42 @@ def test_a_person_can_read_it(tmp_path):
         assert np.array_equal(saved["log_px"], result.log_px.numpy())
         assert float(saved["nll"]) == result.nll
         assert saved["curve"].shape == (3, 3)
+
+
+def _quoted(result):
+    """The line that says what to quote."""
+    lines = [line for line in str(result).splitlines() if line.startswith("  to quote")]
+    assert len(lines) <= 1
+    return "".join(lines)
+
+
+def test_it_says_which_estimate_to_quote():
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x, k=200)
+    assert result.nll_psis == -float(result.psis.mean())
+    trusted = dataclasses.replace(result, khat=torch.full_like(result.khat, 0.5))
+    assert trusted.nll_jackknife == -float(result.jackknife.mean())
+    low, high = trusted.nll_interval
+    assert low < trusted.nll_jackknife < high
+    assert high - trusted.nll_jackknife == pytest.approx(
+        float((result.jackknife - result.low).square().sum().sqrt()) / N
+    )
+    assert f"{trusted.nll_jackknife:.2f} ± {result.stderr:.2f} nats, the jackknife's" in _quoted(trusted)
+    # An example that is not trusted counts with its bound, and its interval is open.
+    khat, high = trusted.khat.clone(), result.high.clone()
+    khat[0], high[0] = 1.2, math.inf
+    mixed = dataclasses.replace(result, khat=khat, high=high)
+    expected = -float(torch.cat([result.log_px[:1], result.jackknife[1:]]).mean())
+    assert mixed.nll_jackknife == pytest.approx(expected, rel=1e-14)
+    assert mixed.nll_interval[0] == -math.inf and math.isfinite(mixed.nll_interval[1])
+    assert ("the jackknife's (not above" in _quoted(mixed)) == (1 / N <= 0.05)
+    doubtful = dataclasses.replace(result, khat=torch.full_like(result.khat, 0.8))
+    assert f"at most {result.nll:.2f}" in _quoted(doubtful)
+    assert "a bound only: k-hat is above 0.7 for 100 % of the examples" in _quoted(doubtful)
+    assert "too few draws" in _quoted(_evaluate(model, q, x, k=10))
+    nothing = dataclasses.replace(result, nll=math.nan)
+    assert not _quoted(nothing)
+    assert max(len(_quoted(r)) for r in (trusted, mixed, doubtful)) <= 110
 
 
 # Data in every form

@@ -1,17 +1,21 @@
-"""Folded weights: sums that merge, standard errors by simulation, and Pareto k̂ against ArviZ."""
+"""Folded weights: sums that merge, the jackknife by its definition, errors and intervals by simulation,
+Pareto smoothing by the paper, and Pareto k̂ against ArviZ.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import genpareto as GPD
 
 import fastvae
 from fastvae import weights as folding
-from fastvae.weights import Weights, pareto_khat, tail_length
+from fastvae.weights import Weights, kept_draws, pareto_khat, tail_length
 
 from .conftest import DEVICE
 from .models import randn
@@ -20,7 +24,7 @@ B = 5
 
 
 def _fields(weights: Weights) -> tuple[torch.Tensor, ...]:
-    return weights.log_px, weights.stderr, weights.ess, weights.elbo, weights.khat, weights.tail
+    return *weights.summary(), weights.elbo, weights.tail
 
 
 @given(
@@ -34,7 +38,7 @@ def test_any_split_gives_the_same(cuts, level, spread, order):
     k = 60
     log_w = level + spread * torch.randn(k, B, dtype=torch.float64, device=DEVICE)
     log_w[torch.rand(k, B, device=DEVICE) < 0.2] = -math.inf
-    tail = tail_length(k) + 1
+    tail = tail_length(k) + 1  # shorter than is kept, so that much lies below it
     parts = [Weights.of(part, tail) for part in log_w.tensor_split(sorted(set(cuts))) if len(part)]
     order.shuffle(parts)
     merged = parts[0]
@@ -63,10 +67,10 @@ def test_rows_can_be_taken_out_and_put_back():
 def test_state_does_not_grow_with_k_but_for_the_tail():
     sizes = {}
     for k in (100, 10_000):
-        weights = Weights.of(torch.randn(k, B, device=DEVICE), tail_length(k) + 1)
+        weights = Weights.of(torch.randn(k, B, device=DEVICE), kept_draws(k))
         sizes[k] = sum(v.numel() for v in weights)
-    assert sizes[100] == B * (5 + 20 + 1)
-    assert sizes[10_000] == B * (5 + 300 + 1)
+    assert sizes[100] == B * (8 + 64)
+    assert sizes[10_000] == B * (8 + 300 + 1)
 
 
 def test_infinite_and_nan_weights():
@@ -98,6 +102,188 @@ def test_one_draw_has_no_error():
     weights = Weights.of(torch.zeros(1, B, device=DEVICE), 2)
     assert weights.stderr.isnan().all()
     assert weights.ess.tolist() == [1] * B
+
+
+# Jackknife, Pareto smoothing, intervals
+
+
+def _folded(log_w, pieces=1):
+    """Weights of all, from pieces of different lengths."""
+    k = len(log_w)
+    cuts = [k * i * i // pieces**2 for i in range(1, pieces)]
+    first, *others = [Weights.of(part, kept_draws(k)) for part in log_w.tensor_split(cuts) if len(part)]
+    for part in others:
+        first = first.merge(part)
+    return first
+
+
+def _left_out(log_w):
+    """log p(x) of all draws [B], and without each of them [K, B], by their definition."""
+    k = len(log_w)
+    rest = torch.stack([torch.logsumexp(torch.cat([log_w[:i], log_w[i + 1 :]]), 0) for i in range(k)])
+    return torch.logsumexp(log_w, 0) - math.log(k), rest - math.log(k - 1)
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 7])
+@pytest.mark.parametrize("k", [2, 5, 63, 64, 65, 230, 700])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 30.0])
+def test_the_jackknife_is_its_definition(k, pieces, spread):
+    log_w = spread * randn(k, B, seed=k, dtype=torch.float64) - 20
+    estimate, error = _folded(log_w, pieces).jackknife
+    whole, rest = _left_out(log_w)
+    # The definition's own rounding, k times that of numbers of this size, and what the series leaves out.
+    rounding = 4 * k * torch.finfo(torch.float64).eps * float(rest.abs().max())
+    series = (kept_draws(k) + 1) ** -6 * (k > kept_draws(k))
+    torch.testing.assert_close(
+        estimate, k * whole - (k - 1) * rest.mean(0), rtol=0, atol=rounding + series / 7
+    )
+    variance = (k - 1) / k * (rest - rest.mean(0)).square().sum(0)
+    torch.testing.assert_close(error.square(), variance, rtol=1e-9, atol=1e-14 + 0.8 * series)
+
+
+def test_the_jackknife_leaves_out_no_more_than_it_says():
+    """At its worst: one draw more than the tail holds, of equal weight, and the others next to nothing."""
+    k, large = 400, kept_draws(400) + 1
+    log_w = torch.full((k, 1), -60.0, dtype=torch.float64, device=DEVICE)
+    log_w[:large] = 0.0
+    (estimate,), _ = _folded(log_w, 4).jackknife
+    share = 1 / (large + (k - large) * math.exp(-60))
+    left_out = large * math.log1p(-share) - (k - large) * math.exp(-60) * share
+    expected = math.log(large / k) - (k - 1) * (left_out / k - math.log1p(-1 / k))
+    assert abs(float(estimate) - expected) < large**-6 / 7 / 5 + 4e-15
+
+
+def test_one_draw_that_outweighs_all_others():
+    """Without the largest the next counts, though it is nothing beside it."""
+    log_w = (
+        torch.tensor([0.0, -900.0, -950.0], dtype=torch.float64, device=DEVICE)[:, None].expand(3, 2).clone()
+    )
+    log_w[1:, 1] = -math.inf
+    estimate, _ = _folded(log_w).jackknife
+    expected = -math.log(3) + 2 / 3 * 900 - 2 * math.log(3 / 2)
+    assert float(estimate[0]) == pytest.approx(expected, rel=1e-14)
+    assert float(estimate[1]) == math.inf  # as its definition has it
+
+
+@pytest.mark.parametrize("k", [2, 20, 21, 100, 3000])
+def test_equal_weights_leave_nothing_to_estimate(k):
+    """As with the exact posterior: all estimates are log p(x), and the interval has no width."""
+    got = _folded(torch.full((k, B), -700.125, dtype=torch.float64, device=DEVICE), 3).summary()
+    for value in (got.log_px, got.jackknife, got.psis, got.low, got.high):
+        torch.testing.assert_close(value, torch.full_like(value, -700.125), rtol=0, atol=1e-6 / math.sqrt(k))
+    for value in (got.log_px, got.jackknife, got.psis):
+        torch.testing.assert_close(value, torch.full_like(value, -700.125), rtol=0, atol=2e-12)
+
+
+def test_the_jackknife_removes_the_bias():
+    replicates, k, sigma = 20_000, 40, 0.7
+    weights = _folded(sigma * randn(k, replicates, seed=4, dtype=torch.float64))
+    error = float(weights.log_px.std()) / math.sqrt(replicates)
+    bias, corrected = (float(v.mean()) - sigma**2 / 2 for v in (weights.log_px, weights.jackknife[0]))
+    assert bias == pytest.approx(-math.expm1(sigma**2) / 2 / k, abs=5 * error)
+    assert abs(corrected) < 5 * error < abs(bias)
+
+
+def _psis(log_w):
+    """Vehtari et al.'s algorithm for one example, in loops: log of the mean of the smoothed weights."""
+    k = len(log_w)
+    order = np.sort(log_w - log_w.max())
+    length = math.ceil(min(k / 5, 3 * math.sqrt(k)))
+    cutoff = order[k - length - 1]
+    x = np.exp(order[k - length :]) - np.exp(cutoff)
+    # Zhang & Stephens 2009, eq. 6 to 8; their k is -ξ.
+    m = 30 + int(math.sqrt(length))
+    theta = 1 / x[-1] + (1 - np.sqrt(m / (np.arange(m) + 0.5))) / (3 * x[int(length / 4 + 0.5) - 1])
+    k_of = np.array([-np.log1p(-t * x).mean() for t in theta])
+    log_l = length * (np.log(theta / k_of) + k_of - 1)
+    weight = np.array([1 / np.exp(log_l - one).sum() for one in log_l])
+    best = float((theta * weight).sum() / weight.sum())
+    xi = float(np.log1p(-best * x).mean())
+    sigma = -xi / best
+    xi = (length * xi + 5) / (length + 10)
+    fitted = GPD.ppf((np.arange(length) + 0.5) / length, xi, loc=np.exp(cutoff), scale=sigma)
+    smooth = np.concatenate([np.exp(order[: k - length]), np.minimum(fitted, 1.0)])
+    return math.log(smooth.mean()) + log_w.max()
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("k", [21, 57, 300, 2000])
+def test_psis_is_that_of_the_paper(k, pieces):
+    log_w = torch.stack([s * randn(k, seed=k, dtype=torch.float64) - 500 for s in (0.1, 1.0, 2.0, 5.0)], 1)
+    weights = _folded(log_w, pieces)
+    expected = [_psis(column) for column in log_w.cpu().numpy().T]
+    torch.testing.assert_close(
+        weights.psis.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
+    )
+
+
+def test_psis_where_nothing_can_be_fitted():
+    for log_w in (
+        randn(20, B, seed=1),
+        torch.zeros(100, B, device=DEVICE),
+        torch.arange(100.0)[:, None] * -400,
+    ):
+        weights = _folded(log_w.double())
+        assert torch.equal(weights.psis, weights.log_px)
+
+
+def _linear_gaussian(k, replicates, scale, latents=2):
+    """Log weights of draws from a q with the exact posterior's mean and its standard deviation times scale;
+    log p(x) is 0.
+    """
+    square = sum(randn(k, replicates, seed=d + 1, dtype=torch.float64).square() for d in range(latents))
+    return (1 - scale**2) / 2 * square + latents * math.log(scale)
+
+
+@pytest.mark.parametrize(("k", "scale"), [(100, 1.3), (300, 0.9), (300, 0.7), (1000, 0.5)])
+def test_intervals_hold(k, scale):
+    """Pareto k is 1 - scale²; the delta method's interval fails where it is above 1/2."""
+    replicates = 1000
+    weights = _folded(_linear_gaussian(k, replicates, scale))
+    low, high = weights.interval()
+    holds = float(((low <= 0) & (high >= 0)).double().mean())
+    normal = float((weights.log_px.abs() <= 1.96 * weights.stderr).double().mean())
+    # 95 % less four standard errors of a share of 1000.
+    assert holds > 0.95 - 4 * math.sqrt(0.05 * 0.95 / replicates)
+    assert bool((low <= weights.log_px).all()) and bool((weights.log_px <= high).all())
+    if scale == 0.5:
+        assert normal < 0.75
+    if scale >= 0.9:
+        # Where weights are light it is about as narrow.
+        assert float((high - low).median()) < 1.25 * float((2 * 1.96 * weights.stderr).median())
+    narrower = weights.interval(0.8)
+    assert bool((narrower[0] >= low).all()) and bool((narrower[1] <= high).all())
+
+
+def test_an_interval_is_open_where_the_draws_cannot_tell():
+    low, high = _folded(_linear_gaussian(500, 50, 0.3, latents=20)).interval()
+    assert bool((high == math.inf).all()) and bool((low < 0).all())
+    # Of one draw Markov's inequality is all that is known.
+    low, high = _folded(torch.zeros(1, B, device=DEVICE)).interval(0.9)
+    torch.testing.assert_close(low, torch.full_like(low, math.log(0.05)))
+    assert bool((high == math.inf).all())
+
+
+def test_estimates_of_infinite_and_nan_weights():
+    log_w = randn(100, 4, seed=1, dtype=torch.float64)
+    log_w[:, 1] = -math.inf
+    log_w[3, 2] = math.nan
+    log_w[50:, 3] = -math.inf
+    for pieces in (1, 5):
+        got = _folded(log_w, pieces).summary()
+        for value in (got.log_px, got.jackknife, got.psis, got.low, got.high):
+            assert value.isnan().tolist() == [False, False, True, False]
+        assert [float(v[1]) for v in (got.log_px, got.jackknife, got.psis, got.low)] == [-math.inf] * 4
+        assert float(got.high[1]) == math.inf
+        # Weights of 0 are weights like others.
+        estimate, error = _left_out(log_w[:, 3:])
+        expected = 100 * estimate - 99 * error.mean(0)
+        torch.testing.assert_close(got.jackknife[3:], expected, rtol=0, atol=1e-11)
+
+
+def test_no_examples():
+    for value in _folded(torch.zeros(100, 0, device=DEVICE), 2).summary():
+        assert value.shape == (0,)
 
 
 # Pareto k̂
@@ -179,9 +365,7 @@ def test_khat_errors(log_w, error, words):
 
 
 def test_log_marginal_agrees_with_weights_of_all_draws():
-    """Streamed in chunks that do not divide k, and folded now and then, all four results are those of one
-    array.
-    """
+    """Streamed in chunks that do not divide k, and folded now and then, all are those of one array."""
     k, features, latent = 333, 7, 3
     decoder = torch.nn.Linear(latent, features, dtype=torch.float64, device=DEVICE)
     likelihood = fastvae.Gaussian(scale=0.5)
@@ -190,9 +374,9 @@ def test_log_marginal_agrees_with_weights_of_all_draws():
     seed = torch.Generator(DEVICE).manual_seed(5)
     z, ratio = fastvae.ops.rsample_log_ratio(*q, samples=k, generator=torch.Generator(DEVICE).manual_seed(5))
     whole = Weights.of(
-        likelihood.log_likelihood(x, decoder(z.flatten(0, 1)), k).detach() + ratio, tail_length(k) + 1
+        likelihood.log_likelihood(x, decoder(z.flatten(0, 1)), k).detach() + ratio, kept_draws(k)
     )
-    expected = (whole.log_px, whole.stderr, whole.ess, whole.khat)
+    expected = whole.summary()
     for k_chunk in (1, 7, 100, 1000, None):
         options = {"k": k, "k_chunk": k_chunk, "likelihood": likelihood, "generator": seed.manual_seed(5)}
         got = fastvae.log_marginal(x, q, decoder, **options)

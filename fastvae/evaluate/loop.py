@@ -23,7 +23,7 @@ from .._terminal import ProgressStream
 from ..distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ..likelihoods.base import Likelihood, as_likelihood
 from ..random import draw_seed
-from ..weights import Weights, tail_length
+from ..weights import Weights, kept_draws
 from .checkpoint import Store
 from .data import batches_of, data_of, length_of, place_of, unpacked
 from .modules import evaluating, modules_of, parameters_digest
@@ -147,7 +147,7 @@ def evaluate(
         place = device or getattr(data, "device", None)
         on_gpu = isinstance(place, torch.device) and place.type != "cpu"
         batches = batches_of(data, batch_size or (BATCH_ON_GPU if on_gpu else BATCH), shard)
-        settings: dict[str, Any] = {"format": 1, "k": k, "tol": tol}
+        settings: dict[str, Any] = {"format": 2, "k": k, "tol": tol}
         if checkpoint is not None:
             settings["parameters"] = parameters_digest(
                 encoder, decoder, likelihood, STANDARD if prior is None else prior
@@ -238,7 +238,7 @@ class _Plan:
         self.tol = tol
         self.leaving = tol is not None and k > FIRST_LOOK  # examples leave: rows are decoded without others
         self.proven = False  # that this does not change what the decoder makes of them
-        self.tail = tail_length(k) + 1
+        self.tail = kept_draws(k)
         self.chunks = chunks
         self.ranks = ranks
 
@@ -276,7 +276,7 @@ def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan
             rows = None if len(rows) == len(wanted) else rows
     assert total is not None
     curve += curve[-1:] * (len(plan.looks) - len(curve))
-    values = (total.log_px, total.stderr, total.ess, total.khat, total.count, total.elbo, torch.stack(curve))
+    values = (*total.summary(), total.count, total.elbo, torch.stack(curve))
     return Part(
         index,
         np.zeros(16, np.uint8),

@@ -21,6 +21,11 @@ class Part(NamedTuple):
     stderr: np.ndarray
     ess: np.ndarray
     khat: np.ndarray
+    jackknife: np.ndarray
+    jackknife_stderr: np.ndarray
+    psis: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
     k: np.ndarray
     elbo: np.ndarray
     curve: np.ndarray  # [R, n]: the bound after each number of draws at which it is looked at

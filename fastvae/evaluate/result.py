@@ -21,6 +21,8 @@ from .parts import Part
 ACTIVE = 0.01  # variance of the posterior mean, Burda et al. 2016
 UNTRUSTED = 0.7  # Pareto k̂, Vehtari et al. 2024
 LEAST_FOR_KHAT = 21  # draws, for a tail of five
+# The share of examples with k̂ above 0.7 from which on the NLL is said to be a bound only: docs/estimators.md.
+BOUND_ONLY = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,17 @@ class Evaluation:
     ess: Tensor
     """Effective sample size."""
     khat: Tensor
-    """Pareto k̂: above 0.7 the example's log_px and its standard error are not to be trusted."""
+    """Pareto k̂: above 0.7 the example's estimates and their standard errors are not to be trusted."""
+    jackknife: Tensor
+    """The jackknife estimate of log p(x), without log_px's bias of order 1/k (Nowozin 2018)."""
+    jackknife_stderr: Tensor
+    """Its standard error over the draws."""
+    psis: Tensor
+    """The Pareto-smoothed estimate of log p(x) (Vehtari et al. 2024): less spread, biased low."""
+    low: Tensor
+    """Lower end of a 95 % interval for log p(x) over the draws (:mod:`fastvae.weights`)."""
+    high: Tensor
+    """Its upper end; +∞ where the draws do not bound log p(x)."""
     k: Tensor
     """Draws made, int64."""
     elbo: Tensor
@@ -74,6 +86,31 @@ class Evaluation:
         """The share of the examples whose k̂ is above 0.7."""
         return float((self.khat > UNTRUSTED).double().mean())
 
+    @property
+    def nll_jackknife(self) -> float:
+        """The NLL by the jackknife, which removes most of nll's upward bias; an example whose k̂ is above
+        0.7, where the jackknife may be far off, counts with its log_px, a lower bound in expectation.
+        """
+        return -float(self._corrected.mean())
+
+    @property
+    def nll_psis(self) -> float:
+        """The NLL by the Pareto-smoothed estimates."""
+        return -float(self.psis.mean())
+
+    @property
+    def nll_interval(self) -> tuple[float, float]:
+        """95 % interval, over the draws, for the NLL of these examples: about nll_jackknife, the distances of
+        the examples' intervals added in squares. Its lower end is −∞ where one of them is open.
+        """
+        center, n = self._corrected, len(self.log_px)
+        up, down = (float(v.square().sum().sqrt()) / n for v in (self.high - center, center - self.low))
+        return -float(center.mean()) - up, -float(center.mean()) + down
+
+    @property
+    def _corrected(self) -> Tensor:
+        return torch.where(self.khat > UNTRUSTED, self.log_px, self.jackknife)
+
     def __str__(self) -> str:
         n, fewest, most = len(self.log_px), int(self.k.min()), int(self.k.max())
         draws = f"{most} draw{'s' * (most > 1)} each"
@@ -99,6 +136,7 @@ class Evaluation:
             if self.untrusted:
                 lines[-1] += ","
                 lines.append("                 whose log p(x) is not to be trusted, and likely too low")
+        lines[2:2] = self._to_quote()
         if self.active_units is not None:
             total = kl = ""
             if self.kl_per_dim is not None:
@@ -111,6 +149,25 @@ class Evaluation:
         return printable("\n".join(lines), sys.stdout)
 
     __repr__ = __str__
+
+    def _to_quote(self) -> list[str]:
+        """A line that says which estimate of the NLL to quote, and why; none where there is no estimate."""
+        if not math.isfinite(self.nll):
+            return []
+        error = f" ± {self.stderr:.2f}" * (len(self.log_px) > 1)
+        why = ""
+        if bool(self.khat.isnan().all()):
+            why = "too few draws to tell its bias"
+        elif self.untrusted > BOUND_ONLY:
+            why = f"k-hat is above {UNTRUSTED} for {100 * self.untrusted:.0f} % of the examples"
+        if why:
+            return [f"  to quote       at most {self.nll:.2f}{error} nats, a bound only: {why}"]
+        digits = min(6, max(2, -math.floor(math.log10(max(self.mc_stderr, 1e-9)))))
+        low, high = self.nll_interval
+        draws = f"95 % by the draws: {low:.{digits}f} to {high:.{digits}f}"
+        if math.isinf(low):
+            draws = f"not above {high:.{digits}f} by the draws, 97.5 %"
+        return [f"  to quote       {self.nll_jackknife:.2f}{error} nats, the jackknife's ({draws})"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field to an .npz file, for :meth:`load` and ``numpy.load``; what is None is left out.
@@ -200,6 +257,7 @@ def combine(parts: list[Part], looks: list[int]) -> Evaluation:
         log_px_stderr=stderr,
         ess=joined("ess"),
         khat=joined("khat"),
+        **{name: joined(name) for name in ("jackknife", "jackknife_stderr", "psis", "low", "high")},
         k=joined("k"),
         elbo=joined("elbo"),
         active_units=active,
