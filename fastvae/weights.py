@@ -9,7 +9,8 @@ With the maximum M of the :math:`\log w_k`, :math:`S_1 = \sum_k e^{\log w_k - M}
     \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
 The standard error is the delta method's, :math:`\mathrm{sd}(w) / (\sqrt K\, \bar w)`. The draws of another
-chunk, or of another machine, are merged by the same rule: sums are added, never means.
+chunk, or of another machine, are merged by the same rule: sums are added, never means. Quasi-Monte-Carlo
+draws are not independent; their error is the spread of their randomisations, :func:`between`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ._checks import check_tensor, shape_of
 
@@ -39,14 +41,18 @@ class Weights(NamedTuple):
     log_sum: Tensor  # [B] float64, sum of the log weights
     count: Tensor  # type: ignore[assignment] # [B] int64
     tail: Tensor  # [T, B], the largest log weights, descending; -inf where there are fewer
+    turns: Tensor  # [R, B] float64, the share of ``first`` of each randomisation; [0, B] of independent draws
 
     @classmethod
-    def of(cls, log_w: Tensor, tail: int) -> Weights:
-        """Of log weights [K, B], keeping the ``tail`` largest."""
+    def of(cls, log_w: Tensor, tail: int, start: int = 0, randomisations: int = 0) -> Weights:
+        """Of log weights [K, B], keeping the ``tail`` largest: draws from ``start`` on, of so many
+        randomisations that take turns.
+        """
         maximum, wide = log_w.amax(0), log_w.double()
         w = torch.exp(wide - _shift(maximum))
         count = torch.full(maximum.shape, log_w.shape[0], dtype=torch.int64, device=log_w.device)
-        return cls(maximum, w.sum(0), w.square().sum(0), wide.sum(0), count, _largest(log_w, tail))
+        turns = _by_turns(w, start, randomisations)
+        return cls(maximum, w.sum(0), w.square().sum(0), wide.sum(0), count, _largest(log_w, tail), turns)
 
     def merge(self, other: Weights) -> Weights:
         """The weights of both sets of draws."""
@@ -61,6 +67,7 @@ class Weights(NamedTuple):
             self.log_sum + other.log_sum,
             self.count + other.count,
             _largest(torch.cat([self.tail, other.tail]), self.tail.shape[0]),
+            self.turns * mine + other.turns * its,
         )
 
     def at(self, rows: Tensor) -> Weights:
@@ -83,7 +90,11 @@ class Weights(NamedTuple):
 
     @property
     def stderr(self) -> Tensor:
-        """The standard error of log_px [B]; NaN for one draw."""
+        """The standard error of log_px [B]; NaN for one draw. Of quasi-Monte-Carlo draws that of
+        :func:`between`.
+        """
+        if len(self.turns):
+            return between(self.turns, self.count)
         k = self.count.double()
         return ((self.second / self.first.square() - 1 / k).clamp(min=0) * (k / (k - 1))).sqrt()
 
@@ -96,6 +107,39 @@ class Weights(NamedTuple):
     def khat(self) -> Tensor:
         """Pareto k̂ [B], as :func:`pareto_khat` has it."""
         return _khat(self.tail, self.count)
+
+
+def between(turns: Tensor, count: Tensor) -> Tensor:
+    r"""Standard error of :math:`\log \hat p` by the spread of R independent randomisations, each unbiased,
+
+    .. math:: \mathrm{stderr} = \frac{1}{\bar p} \sqrt{\frac{1}{R (R - 1)} \sum_r (\hat p_r - \bar p)^2}
+
+    It has R − 1 degrees of freedom: an interval takes Student's quantiles.
+
+    Args:
+        turns: [R, B], the sums of each one's weights, on any scale.
+        count: [B], the draws of all, which came in turn from the first on.
+
+    Returns:
+        [B]; NaN where fewer than two randomisations have a draw.
+    """
+    r = torch.arange(turns.shape[0], device=turns.device)[:, None]
+    points = (count - r + turns.shape[0] - 1) // turns.shape[0]
+    drawn = points > 0
+    number = drawn.sum(0).double()
+    means = torch.where(drawn, turns / points, 0.0)
+    mean = means.sum(0) / number
+    square = torch.where(drawn, (means - mean).square(), 0.0).sum(0)
+    return (square / (number * (number - 1))).sqrt() / mean
+
+
+def _by_turns(w: Tensor, start: int, randomisations: int) -> Tensor:
+    """The sums [R, B] of weights [K, B] by the remainder of their numbers, which begin at ``start``."""
+    if not randomisations:
+        return w.new_empty(0, w.shape[1])
+    front = start % randomisations
+    padded = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
+    return padded.unflatten(0, (-1, randomisations)).sum(0)
 
 
 def _shift(maximum: Tensor) -> Tensor:

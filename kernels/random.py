@@ -65,6 +65,62 @@ def philox_words(seed, o_k, o_b, o_j, level):
     return b_0, b_1, b_2, b_3
 
 
+# Quasi-Monte-Carlo words: fastvae/random.py has the definition.
+LATTICE_BASE, LATTICE_COLUMNS = tl.constexpr(927149), tl.constexpr(128)
+
+
+@triton.jit
+def _product(b_x, b_y):
+    """The lower half of a product of two words."""
+    return (b_x.to(tl.uint64) * b_y).to(tl.uint32)
+
+
+@triton.jit
+def _reversed_bits(b_w):
+    b_w = ((b_w >> 1) & 0x55555555) | ((b_w & 0x55555555) << 1)
+    b_w = ((b_w >> 2) & 0x33333333) | ((b_w & 0x33333333) << 2)
+    b_w = ((b_w >> 4) & 0x0F0F0F0F) | ((b_w & 0x0F0F0F0F) << 4)
+    b_w = ((b_w >> 8) & 0x00FF00FF) | ((b_w & 0x00FF00FF) << 8)
+    return (b_w >> 16) | (b_w << 16)
+
+
+@triton.jit
+def _on_lattice(b_p, b_g, b_shift):
+    """A point of the lattice, its bits reversed, moved by a shift and folded."""
+    b_w = (b_p.to(tl.uint64) * b_g + b_shift).to(tl.uint32)
+    return (b_w << 1) ^ (b_w.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def lattice_words(p_seed, o_k, o_b, o_j, level, RANDOMISATIONS: tl.constexpr):
+    """Four words per block of four columns, of randomised lattices that take turns.
+
+    Args:
+        p_seed: [RANDOMISATIONS] int64.
+        o_k, o_b, o_j, level: as :func:`philox_words` has them.
+    """
+    b_seed = tl.load(p_seed + o_k % RANDOMISATIONS)  # [BLOCK_K, 1, 1]
+    b_p = _reversed_bits((o_k // RANDOMISATIONS).to(tl.uint32))
+    b_on = (o_j < LATTICE_COLUMNS // 4) & (level == 0)  # [1, 1, BLOCK_D // 4]
+    b_w0, b_w1, b_w2, b_w3 = philox_words(b_seed, tl.where(b_on, 0, o_k), o_b, o_j, level)
+    # The base to the power of the block's first column, by the bits of the block's number.
+    b_g = tl.full(o_j.shape, 1, dtype=tl.uint32)
+    b_factor = tl.full([1, 1, 1], LATTICE_BASE, dtype=tl.uint32)
+    for i in tl.static_range(2):
+        b_factor = _product(b_factor, b_factor)
+    for i in tl.static_range(5):
+        b_g = tl.where(((o_j >> i) & 1) != 0, _product(b_g, b_factor), b_g)
+        b_factor = _product(b_factor, b_factor)
+    b_w0 = tl.where(b_on, _on_lattice(b_p, b_g, b_w0), b_w0)
+    b_g = _product(b_g, LATTICE_BASE)
+    b_w1 = tl.where(b_on, _on_lattice(b_p, b_g, b_w1), b_w1)
+    b_g = _product(b_g, LATTICE_BASE)
+    b_w2 = tl.where(b_on, _on_lattice(b_p, b_g, b_w2), b_w2)
+    b_g = _product(b_g, LATTICE_BASE)
+    b_w3 = tl.where(b_on, _on_lattice(b_p, b_g, b_w3), b_w3)
+    return b_w0, b_w1, b_w2, b_w3
+
+
 @triton.jit
 def _distance(b_s):
     """The distance of u to the nearer of 0 and 1, of the word as an int32."""
@@ -184,6 +240,21 @@ def normals(
     """
     o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
     b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k, o_b, o_j, level)
+    return normals_of_words(b_w0, b_w1, b_w2, b_w3, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
+
+
+@triton.jit
+def normals_of_words(
+    b_w0,
+    b_w1,
+    b_w2,
+    b_w3,
+    DTYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Standard normals of a tile from its words."""
     b_0, b_1 = box_muller(b_w0, b_w1, DTYPE)
     b_2, b_3 = box_muller(b_w2, b_w3, DTYPE)
     return interleaved(b_0, b_1, b_2, b_3, BLOCK_K, BLOCK_B, BLOCK_D)  # [BLOCK_K, BLOCK_B, BLOCK_D]
@@ -194,7 +265,7 @@ def normals(
     do_not_specialize_on_alignment=["k_tiles"],
 )
 def noise_kernel(
-    p_seed,  # [] int64
+    p_seed,  # [] int64, or [RANDOMISATIONS]
     p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
@@ -204,6 +275,7 @@ def noise_kernel(
     D,  # columns; for words a multiple of 4
     k_tiles,  # blocks of samples
     WORDS: tl.constexpr,  # write the words and not the normals
+    RANDOMISATIONS: tl.constexpr,  # of a lattice; 0 for none
     DTYPE: tl.constexpr,  # of the normals
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -217,15 +289,19 @@ def noise_kernel(
     o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
     o_d = (i_d + tl.arange(0, BLOCK_D))[None, None, :]  # [1, 1, BLOCK_D]
-    seed = tl.load(p_seed)
+    o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
+    if RANDOMISATIONS:
+        b_w0, b_w1, b_w2, b_w3 = lattice_words(
+            p_seed, o_k + sample_offset, o_b + row_offset, o_j, level, RANDOMISATIONS
+        )
+    else:
+        b_w0, b_w1, b_w2, b_w3 = philox_words(
+            tl.load(p_seed), o_k + sample_offset, o_b + row_offset, o_j, level
+        )
     if WORDS:
-        o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
-        b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k + sample_offset, o_b + row_offset, o_j, level)
         b_out = interleaved(b_w0, b_w1, b_w2, b_w3, BLOCK_K, BLOCK_B, BLOCK_D).to(tl.int64)
     else:
-        b_out = normals(
-            seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D, level
-        )
+        b_out = normals_of_words(b_w0, b_w1, b_w2, b_w3, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
     tl.store(p_out + (o_k * B + o_b) * D + o_d, b_out, mask=(o_k < K) & (o_b < B) & (o_d < D))
 
 
@@ -255,6 +331,7 @@ def _noise(seed, k, b, d, dtype) -> Call:
         (k, b, fixed(d), k_tiles),
         {
             "WORDS": want_words,
+            "RANDOMISATIONS": seed.shape[0] if seed.dim() else 0,
             "DTYPE": triton_dtype(computed),
             "BLOCK_K": block_k,
             "BLOCK_B": block_b,

@@ -47,16 +47,44 @@ def words(
     row_offset: int = 0,
     level: int = 0,
 ) -> Tensor:
-    """The random words behind the normals: int64 [samples, rows, columns rounded up to 4]."""
+    """The words behind the normals: int64 [samples, rows, columns rounded up to 4]."""
     device = seed.device
     blocks = -(-columns // 4)
     block = torch.arange(blocks, device=device).view(1, 1, blocks)
     row = (torch.arange(rows, device=device) + row_offset).view(1, rows, 1)
     sample = (torch.arange(samples, device=device) + sample_offset).view(samples, 1, 1)
+    on_lattice = None
+    if seed.dim():
+        # One seed for each randomisation, which take turns.
+        point, turn = sample // seed.shape[0], sample % seed.shape[0]
+        seed = seed[turn]
+        on_lattice = (block < LATTICE_COLUMNS // 4) & (level == 0)
+        sample = torch.where(on_lattice, 0, sample)
     block, row, sample = torch.broadcast_tensors(block, row, sample)
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    result = philox((block, row, sample, torch.full_like(block, level)), key)
-    return torch.stack(result, dim=-1).reshape(samples, rows, 4 * blocks)
+    result = torch.stack(philox((block, row, sample, torch.full_like(block, level)), key), dim=-1)
+    if on_lattice is not None:
+        result = torch.where(on_lattice[..., None], _lattice(point, blocks, result), result)
+    return result.reshape(samples, rows, 4 * blocks)
+
+
+# A rank-1 lattice in base 2 of Korobov's form; fastvae/random.py says how its base was found.
+LATTICE_BASE = 927149
+LATTICE_COLUMNS = 128
+
+
+def _lattice(point: Tensor, blocks: int, shift: Tensor) -> Tensor:
+    """Words [K, B, blocks, 4] of the lattice's points [K, 1, 1], moved by the shift and folded."""
+    generator = [1]
+    while len(generator) < 4 * blocks:
+        generator.append(generator[-1] * LATTICE_BASE & _MASK)
+    g = torch.tensor(generator[: 4 * blocks], dtype=torch.int64, device=point.device).view(blocks, 4)
+    reversed_point = sum(((point >> i) & 1) << (31 - i) for i in range(32))
+    # The product's lower half; the whole does not fit a signed 64-bit integer.
+    low = reversed_point[..., None] * (g & 0xFFFF) + ((reversed_point[..., None] * (g >> 16) & 0xFFFF) << 16)
+    moved = (low + shift) & _MASK
+    # The tent: twice the distance to the nearer end of the unit interval, a bijection of words.
+    return torch.where(moved < 2**31, 2 * moved, 2 * (_MASK - moved) + 1)
 
 
 def normal(
