@@ -577,13 +577,12 @@ def log_marginal(
             k is the same in any chunk. Default: as many as give the decoder's output about 4 million numbers
             on a CPU (a size for its caches), 64 million elsewhere. Halved, with a warning, when memory runs
             out.
-        noise: ``"philox"``, independent draws, or ``"qmc"``: eight independently randomised quasi-Monte-Carlo
-            point sets of k/8 draws each (:mod:`fastvae.random`), whose spread gives the standard error, with
-            seven degrees of freedom: an interval of 95 % is ± 2.36 stderr. The variance is a small part of
-            that of independent draws for two latents, some of it for ten, and about all of it for fifty that
-            all matter (docs/NOTES.md). Any k will do; 4096, 8192 and other powers of 2 use the points best. ESS and k̂ say what they
-            always do, how well q fits: the estimate is better than they let expect, but k̂ above 0.7 is as
-            bad a sign.
+        noise: ``"philox"``, independent draws, or ``"qmc"``: eight independently randomised
+            quasi-Monte-Carlo point sets of k/8 draws each (:mod:`fastvae.random`), whose spread gives the
+            standard error, with seven degrees of freedom: an interval of 95 % is ± 2.36 stderr. By how much
+            the variance is smaller depends on how many latents matter: NOTESNUMBERS
+            Any k will do; 4096, 8192 and other powers of 2 use the points best. ESS and k̂ say what they
+            always do, how well q fits; k̂ above 0.7 is as bad a sign.
 
     Returns:
         :class:`LogMarginal` (log_px, stderr, ess, khat), each [B]. The standard error is the delta method's,

@@ -29,11 +29,11 @@ sample k is point ⌊k/R⌋ of randomisation k mod R. The points are those of a 
           + s\big) \bmod 2^{32}, \quad
           \mathrm{tent}(v) = \begin{cases} 2 v & v < 2^{31} \\ 2^{33} - 1 - 2 v & \text{else} \end{cases}
 
-with the 32 bits of the point's number reversed, and the shift s the word of Philox at (column // 4, row, 0, 0)
-under the randomisation's seed. Every point by itself is uniform, so that estimates stay unbiased; together the
-points fill the cube evenly, most so where there are 2^m of each randomisation. Columns from 128 on, and levels
-above 0, have Philox's words at (column // 4, row, k, level) under the same seed. The base was found by a
-search (docs/NOTES.md).
+with the 32 bits of the point's number reversed, and the shift s the word of Philox at (column // 4, row, 0,
+0) under the randomisation's seed. Every point by itself is uniform, so that estimates stay unbiased; together
+the points fill the cube evenly, most so where there are 2^m of each randomisation. Columns from 128 on, and
+levels above 0, have Philox's words at (column // 4, row, k, level) under the same seed. The base was found by
+a search (docs/NOTES.md).
 
 .. [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
 .. [2] Hickernell, Hong, L'Écuyer, Lemieux: Extensible lattice sequences for quasi-Monte Carlo quadrature.
@@ -213,8 +213,8 @@ class _Normal(Op):
     ) -> Tensor:
         out = seed.new_empty((samples, rows, columns), dtype=dtype)
         _backend.extension().normal(
-            out, dtype == torch.float64, seed, randomisations_of(seed), samples, rows, columns, sample_offset, row_offset, level,
-            torch.get_num_threads(),
+            out, dtype == torch.float64, seed, randomisations_of(seed), samples, rows, columns, sample_offset,
+            row_offset, level, torch.get_num_threads(),
         )  # fmt: skip
         return out
 

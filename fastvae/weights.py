@@ -138,8 +138,8 @@ def _by_turns(w: Tensor, start: int, randomisations: int) -> Tensor:
     if not randomisations:
         return w.new_empty(0, w.shape[1])
     front = start % randomisations
-    padded = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
-    return padded.unflatten(0, (-1, randomisations)).sum(0)
+    padded: Tensor = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
+    return padded.reshape(-1, randomisations, w.shape[1]).sum(0)
 
 
 def _shift(maximum: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def lattice_words(p_seed, o_k, o_b, o_j, level, RANDOMISATIONS: tl.constexpr):
     # The base to the power of the block's first column, by the bits of the block's number.
     b_g = tl.full(o_j.shape, 1, dtype=tl.uint32)
     b_factor = tl.full([1, 1, 1], LATTICE_BASE, dtype=tl.uint32)
-    for i in tl.static_range(2):
+    for _ in tl.static_range(2):
         b_factor = _product(b_factor, b_factor)
     for i in tl.static_range(5):
         b_g = tl.where(((o_j >> i) & 1) != 0, _product(b_g, b_factor), b_g)

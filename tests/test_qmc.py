@@ -85,14 +85,12 @@ def test_normals_agree_to_ulps(backend, columns):
 def test_a_part_is_that_part_of_the_whole(backend, sizes, data):
     k0, b0 = (data.draw(st.integers(0, n - 1)) for n in sizes[:2])
     whole = random.normal(seeds(3), *sizes)
-    part = random.normal(
-        seeds(3), sizes[0] - k0, sizes[1] - b0, sizes[2], sample_offset=k0, row_offset=b0
-    )
+    part = random.normal(seeds(3), sizes[0] - k0, sizes[1] - b0, sizes[2], sample_offset=k0, row_offset=b0)
     assert torch.equal(whole[k0:, b0:], part)
 
 
 def test_points_fill_every_column_evenly():
-    """Of 2^m points each of 2^m intervals of a column has one but for what the tent joins: two in each half."""
+    """Of 64 points, of which the tent lays two on each other, each of 32 intervals of a column has two."""
     words = reference.words(seeds(1), 64, 3, 128)
     for b in range(3):
         for d in range(128):
@@ -267,9 +265,7 @@ def families(b=4, d=3):
 
 @pytest.mark.parametrize("name", families())
 def test_families(name):
-    """A draw is from q, whatever the family: E_q[p/q] = 1 by 64 times 64 points, within five standard errors; and
-    it is what the draws of chunks are.
-    """
+    """Draws are from q, whatever the family: E_q[p/q] = 1; and by chunks they are the same."""
     q = fastvae.distributions.as_posterior(families()[name])
     seed = seeds(8)
     from fastvae.distributions import STANDARD, draw_chunk
@@ -358,11 +354,10 @@ def test_a_family_of_the_users():
 
 @pytest.mark.parametrize("merge", [None, "precision"])
 def test_the_levels_of_a_hierarchy(merge, monkeypatch):
-    """The top level's noise is the lattice's, the next one's Philox's; with Philox's words for all, the numbers of
-    independent draws.
-    """
+    """With Philox's words in place of the lattice's, which the top level has, the usual numbers."""
     torch.manual_seed(0)
-    networks = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in ((5, 4), (5 if merge else 7, 6), (2, 6))]
+    sizes = (5, 4), (5 if merge else 7, 6), (2, 6)
+    networks = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in sizes]
     if merge is None:
         networks[1] = _Beside(networks[1])
     hierarchy = fastvae.Hierarchy([

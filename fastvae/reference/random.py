@@ -79,9 +79,10 @@ def _lattice(point: Tensor, blocks: int, shift: Tensor) -> Tensor:
     while len(generator) < 4 * blocks:
         generator.append(generator[-1] * LATTICE_BASE & _MASK)
     g = torch.tensor(generator[: 4 * blocks], dtype=torch.int64, device=point.device).view(blocks, 4)
-    reversed_point = sum(((point >> i) & 1) << (31 - i) for i in range(32))
+    bits = torch.arange(32, device=point.device)
+    reversed_point = (((point[..., None] >> bits) & 1) << (31 - bits)).sum(-1, keepdim=True)
     # The product's lower half; the whole does not fit a signed 64-bit integer.
-    low = reversed_point[..., None] * (g & 0xFFFF) + ((reversed_point[..., None] * (g >> 16) & 0xFFFF) << 16)
+    low = reversed_point * (g & 0xFFFF) + ((reversed_point * (g >> 16) & 0xFFFF) << 16)
     moved = (low + shift) & _MASK
     # The tent: twice the distance to the nearer end of the unit interval, a bijection of words.
     return torch.where(moved < 2**31, 2 * moved, 2 * (_MASK - moved) + 1)
