@@ -170,30 +170,9 @@ FASTVAE_LOOP void interleave(int calls, const C (*planes)[kCalls], C* out) {
 #endif
 }
 
-// Quasi-Monte-Carlo words. fastvae/random.py has the definition.
-constexpr std::uint32_t kLatticeBase = 927149;
-constexpr i64 kLatticeColumns = 128;
-
-struct Generator {
-  std::uint32_t of[kLatticeColumns];
-  constexpr Generator() : of{} {
-    std::uint32_t g = 1;
-    for (i64 d = 0; d < kLatticeColumns; ++d, g *= kLatticeBase) of[d] = g;
-  }
-};
-constexpr Generator kGenerator;
-
-FASTVAE_INLINE std::uint32_t reversed_bits(std::uint32_t w) {
-  w = __builtin_bswap32(w);
-  w = (w >> 4 & 0x0f0f0f0fu) | (w & 0x0f0f0f0fu) << 4;
-  w = (w >> 2 & 0x33333333u) | (w & 0x33333333u) << 2;
-  return (w >> 1 & 0x55555555u) | (w & 0x55555555u) << 1;
-}
-// A point of the lattice, moved by a shift and folded.
-FASTVAE_INLINE std::uint32_t on_lattice(std::uint32_t reversed_point, i64 column, std::uint32_t shift) {
-  const std::uint32_t moved = reversed_point * kGenerator.of[column] + shift;
-  return moved << 1 ^ (moved >> 31 ? 0xffffffffu : 0u);
-}
+// Quasi-Monte-Carlo words, of a digital net. fastvae/random.py has the definition.
+constexpr i64 kNetColumns = 128;
+constexpr int kNetBits = 30;
 
 // The noise of one tile at a time: rows of the same columns and the same sample, or samples of the same columns and the same row.
 template <class C>
@@ -221,23 +200,28 @@ class Noise {
   const C* operator()(i64 sample, i64 row) { return draw<false>(sample, row); }
   const C* of_samples(i64 sample, i64 row) { return draw<true>(sample, row); }
 
-  // The same of randomised lattices, which take turns.
+  // The same of randomised nets, which take turns.
   // @param seeds (randomisations)
-  const C* of_lattice(i64 sample, i64 row, const std::uint64_t* seeds, i64 randomisations) {
+  // @param net (kNetBits, kNetColumns)
+  const C* of_net(i64 sample, i64 row, const std::uint64_t* seeds, i64 randomisations, const i64* net) {
     const i64 number = sample + sample_offset_;
     key_ = Key(seeds[number % randomisations]);
-    const i64 columns = level_ ? 0 : kLatticeColumns;
-    const i64 place = static_cast<i64>(block_) * 4;
-    if (place + blocks_ * 4 > columns) {
+    const i64 begin = static_cast<i64>(block_) * 4, end = begin + blocks_ * 4, columns = level_ ? 0 : kNetColumns;
+    if (end > columns) {
       random_words<false>(number, row);
-      if (place >= columns) return transform();
+      if (begin >= columns) return transform();
       __builtin_memcpy(beyond_, words_, sizeof(words_));
     }
     random_words<false>(0, row);
-    const std::uint32_t point = reversed_bits(static_cast<std::uint32_t>(number / randomisations));
+    const i64 point = number / randomisations;
+    std::uint32_t at[kNetColumns] = {};
+    for (int bit = 0; bit < kNetBits; ++bit) {
+      if (!(point >> bit & 1)) continue;
+      for (i64 d = begin; d < columns && d < end; ++d) at[d] ^= static_cast<std::uint32_t>(net[bit * kNetColumns + d]);
+    }
     for (int i = 0; i < calls_; ++i) {
-      const i64 column = place + static_cast<i64>(c0_[i]) * 4;
-      for (int j = 0; j < 4; ++j) words_[j][i] = column < columns ? on_lattice(point, column + j, words_[j][i]) : beyond_[j][i];
+      const i64 column = begin + static_cast<i64>(c0_[i]) * 4;
+      for (int j = 0; j < 4; ++j) words_[j][i] = column < columns ? words_[j][i] ^ at[column + j] : beyond_[j][i];
     }
     return transform();
   }
@@ -293,9 +277,10 @@ inline Tile tile_of(i64 rows, i64 row, i64 height, i64 columns, i64 column) {
 // The noise itself.
 // @param out (samples, rows, columns): float, or double with `wide`
 // @param seed the address of an int64
-// @param randomisations 0, or how many seeds there are: then quasi-Monte-Carlo noise
-inline void normal(Output out, bool wide, Output seed, i64 randomisations, i64 samples, i64 rows, i64 columns, i64 sample_offset, i64 row_offset, i64 level,
-                   int threads) {
+// @param net of quasi-Monte-Carlo noise (kNetBits, kNetColumns) int64
+// @param randomisations of it, as many as there are seeds; 0 for none
+inline void normal(Output out, bool wide, Output seed, Output net, i64 randomisations, i64 samples, i64 rows, i64 columns,
+                   i64 sample_offset, i64 row_offset, i64 level, int threads) {
   auto run = [&](auto zero) {
     using C = decltype(zero);
     const Key key(*pointer<const std::uint64_t>(seed));
@@ -307,7 +292,8 @@ inline void normal(Output out, bool wide, Output seed, i64 randomisations, i64 s
         for (i64 column = 0; column < columns; column += kTile) {
           const Tile tile = tile_of(rows, b, height, columns, column);
           noise.shape(column, tile);
-          const C* eps = randomisations ? noise.of_lattice(k, b, pointer<const std::uint64_t>(seed), randomisations) : noise(k, b);
+          const C* eps = randomisations ? noise.of_net(k, b, pointer<const std::uint64_t>(seed), randomisations, pointer<const i64>(net))
+                                        : noise(k, b);
           C* p = pointer<C>(out) + (k * rows + b) * columns + column;
           for (int r = 0; r < tile.rows; ++r) copy(p + r * columns, eps + r * tile.pitch, tile.n);
         }

@@ -22,26 +22,22 @@ equal to 1e-5; with ``FASTVAE_NOISE=accurate`` in the environment they are equal
 
 Quasi-Monte-Carlo noise, ``noise="qmc"``, has other words behind the same address and the same transform. Its
 seed is a tensor [R], one seed for each of R independent randomisations of one point set, which take turns:
-sample k is point ⌊k/R⌋ of randomisation k mod R. The points are those of a rank-1 lattice sequence in base 2
-[2]_, of Korobov's form, moved by a random shift [3]_ and folded by the tent [4]_:
+sample k is point ⌊k/R⌋ of randomisation k mod R. The points are those of Sobol's sequence with the direction
+numbers of Joe and Kuo [2]_, as torch has them, under a random digital shift [3]_:
 
-.. math:: w = \mathrm{tent}\big(\mathrm{reverse}(\lfloor k/R \rfloor)\, 927149^{\,\mathrm{column}}
-          + s\big) \bmod 2^{32}, \quad
-          \mathrm{tent}(v) = \begin{cases} 2 v & v < 2^{31} \\ 2^{33} - 1 - 2 v & \text{else} \end{cases}
+.. math:: w = s \oplus \bigoplus_{j:\, \text{bit } j \text{ of } \lfloor k/R \rfloor \text{ is set}}
+          4\, v_{j, \mathrm{column}}
 
-with the 32 bits of the point's number reversed, and the shift s the word of Philox at (column // 4, row, 0,
-0) under the randomisation's seed. Every point by itself is uniform, so that estimates stay unbiased; together
-the points fill the cube evenly, most so where there are 2^m of each randomisation. Columns from 128 on, and
-levels above 0, have Philox's words at (column // 4, row, k, level) under the same seed. The base was found by
-a search (docs/NOTES.md).
+where v are torch's numbers of 30 bits, and the shift s is the word of Philox at (column // 4, row, 0, 0)
+under the randomisation's seed. Every point by itself is uniform, so that estimates stay unbiased; together
+the points fill the cube evenly, most so where there are 2^m of each randomisation (after 2^30 they repeat).
+Columns from 128 on, and levels above 0, have Philox's words at (column // 4, row, k, level) under the same
+seed.
 
 .. [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
-.. [2] Hickernell, Hong, L'Écuyer, Lemieux: Extensible lattice sequences for quasi-Monte Carlo quadrature.
-   SIAM J. Sci. Comput. 22, 2000; Cools, Kuo, Nuyens: Constructing embedded lattice rules for multivariate
-   integration. SIAM J. Sci. Comput. 28, 2006.
-.. [3] Cranley, Patterson: Randomization of number theoretic methods for multiple integration. SIAM J. Numer.
-   Anal. 13, 1976.
-.. [4] Hickernell: Obtaining O(N^(-2+ε)) convergence for lattice quadrature rules. MCQMC 2000.
+.. [2] Joe, Kuo: Constructing Sobol sequences with better two-dimensional projections. SIAM J. Sci. Comput.
+   30, 2008.
+.. [3] L'Ecuyer, Lemieux: Recent advances in randomized quasi-Monte Carlo methods. 2002, section 2.4.
 """
 
 from __future__ import annotations
@@ -213,8 +209,9 @@ class _Normal(Op):
     ) -> Tensor:
         out = seed.new_empty((samples, rows, columns), dtype=dtype)
         _backend.extension().normal(
-            out, dtype == torch.float64, seed, randomisations_of(seed), samples, rows, columns, sample_offset,
-            row_offset, level, torch.get_num_threads(),
+            out, dtype == torch.float64, seed, reference.net(seed.device) if seed.dim() else None,
+            randomisations_of(seed), samples, rows, columns, sample_offset, row_offset, level,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 

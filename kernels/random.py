@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_hip
 
+from fastvae.reference import random as reference
+
 from .common import (
     INTERPRETED,
     LAUNCH,
@@ -65,60 +67,49 @@ def philox_words(seed, o_k, o_b, o_j, level):
     return b_0, b_1, b_2, b_3
 
 
-# Quasi-Monte-Carlo words: fastvae/random.py has the definition.
-LATTICE_BASE, LATTICE_COLUMNS = tl.constexpr(927149), tl.constexpr(128)
+# Quasi-Monte-Carlo words, of a digital net: fastvae/random.py has the definition.
+NET_COLUMNS = tl.constexpr(reference.NET_COLUMNS)
 
 
 @triton.jit
-def _product(b_x, b_y):
-    """The lower half of a product of two words."""
-    return (b_x.to(tl.uint64) * b_y).to(tl.uint32)
-
-
-@triton.jit
-def _reversed_bits(b_w):
-    b_w = ((b_w >> 1) & 0x55555555) | ((b_w & 0x55555555) << 1)
-    b_w = ((b_w >> 2) & 0x33333333) | ((b_w & 0x33333333) << 2)
-    b_w = ((b_w >> 4) & 0x0F0F0F0F) | ((b_w & 0x0F0F0F0F) << 4)
-    b_w = ((b_w >> 8) & 0x00FF00FF) | ((b_w & 0x00FF00FF) << 8)
-    return (b_w >> 16) | (b_w << 16)
-
-
-@triton.jit
-def _on_lattice(b_p, b_g, b_shift):
-    """A point of the lattice, its bits reversed, moved by a shift and folded."""
-    b_w = (b_p.to(tl.uint64) * b_g + b_shift).to(tl.uint32)
-    return (b_w << 1) ^ (b_w.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def lattice_words(p_seed, o_k, o_b, o_j, level, RANDOMISATIONS: tl.constexpr):
-    """Four words per block of four columns, of randomised lattices that take turns.
+def net_words(
+    p_seed,
+    p_net,
+    o_k,
+    o_b,
+    o_j,
+    level,
+    top,
+    RANDOMISATIONS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Four words per block of four columns, of randomised nets that take turns.
 
     Args:
         p_seed: [RANDOMISATIONS] int64.
+        p_net: [NET_BITS, NET_COLUMNS] int64.
         o_k, o_b, o_j, level: as :func:`philox_words` has them.
+        top: int64 scalar, above every o_k.
     """
+    b_in_net = (o_j < NET_COLUMNS // 4) & (level == 0)  # [1, 1, BLOCK_D // 4]
     b_seed = tl.load(p_seed + o_k % RANDOMISATIONS)  # [BLOCK_K, 1, 1]
-    b_p = _reversed_bits((o_k // RANDOMISATIONS).to(tl.uint32))
-    b_on = (o_j < LATTICE_COLUMNS // 4) & (level == 0)  # [1, 1, BLOCK_D // 4]
-    b_w0, b_w1, b_w2, b_w3 = philox_words(b_seed, tl.where(b_on, 0, o_k), o_b, o_j, level)
-    # The base to the power of the block's first column, by the bits of the block's number.
-    b_g = tl.full(o_j.shape, 1, dtype=tl.uint32)
-    b_factor = tl.full([1, 1, 1], LATTICE_BASE, dtype=tl.uint32)
-    for _ in tl.static_range(2):
-        b_factor = _product(b_factor, b_factor)
-    for i in tl.static_range(5):
-        b_g = tl.where(((o_j >> i) & 1) != 0, _product(b_g, b_factor), b_g)
-        b_factor = _product(b_factor, b_factor)
-    b_w0 = tl.where(b_on, _on_lattice(b_p, b_g, b_w0), b_w0)
-    b_g = _product(b_g, LATTICE_BASE)
-    b_w1 = tl.where(b_on, _on_lattice(b_p, b_g, b_w1), b_w1)
-    b_g = _product(b_g, LATTICE_BASE)
-    b_w2 = tl.where(b_on, _on_lattice(b_p, b_g, b_w2), b_w2)
-    b_g = _product(b_g, LATTICE_BASE)
-    b_w3 = tl.where(b_on, _on_lattice(b_p, b_g, b_w3), b_w3)
-    return b_w0, b_w1, b_w2, b_w3
+    b_w0, b_w1, b_w2, b_w3 = philox_words(b_seed, tl.where(b_in_net, 0, o_k), o_b, o_j, level)
+    b_p = o_k // RANDOMISATIONS
+    p_net += 4 * o_j
+    b_0 = tl.zeros([BLOCK_K, 1, BLOCK_D // 4], dtype=tl.uint32)
+    b_1, b_2, b_3 = b_0, b_0, b_0
+    top = tl.minimum(top // RANDOMISATIONS, 2**30 - 1)
+    while top > 0:
+        b_bit = (b_p & 1).to(tl.uint32)
+        b_0 ^= tl.load(p_net, mask=b_in_net, other=0).to(tl.uint32) * b_bit
+        b_1 ^= tl.load(p_net + 1, mask=b_in_net, other=0).to(tl.uint32) * b_bit
+        b_2 ^= tl.load(p_net + 2, mask=b_in_net, other=0).to(tl.uint32) * b_bit
+        b_3 ^= tl.load(p_net + 3, mask=b_in_net, other=0).to(tl.uint32) * b_bit
+        b_p >>= 1
+        p_net += NET_COLUMNS
+        top >>= 1
+    return b_w0 ^ b_0, b_w1 ^ b_1, b_w2 ^ b_2, b_w3 ^ b_3
 
 
 @triton.jit
@@ -266,6 +257,7 @@ def normals_of_words(
 )
 def noise_kernel(
     p_seed,  # [] int64, or [RANDOMISATIONS]
+    p_net,  # [NET_BITS, NET_COLUMNS] int64, where there are randomisations
     p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
@@ -275,7 +267,7 @@ def noise_kernel(
     D,  # columns; for words a multiple of 4
     k_tiles,  # blocks of samples
     WORDS: tl.constexpr,  # write the words and not the normals
-    RANDOMISATIONS: tl.constexpr,  # of a lattice; 0 for none
+    RANDOMISATIONS: tl.constexpr,  # of a quasi-Monte-Carlo net; 0 for none
     DTYPE: tl.constexpr,  # of the normals
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -291,8 +283,17 @@ def noise_kernel(
     o_d = (i_d + tl.arange(0, BLOCK_D))[None, None, :]  # [1, 1, BLOCK_D]
     o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
     if RANDOMISATIONS:
-        b_w0, b_w1, b_w2, b_w3 = lattice_words(
-            p_seed, o_k + sample_offset, o_b + row_offset, o_j, level, RANDOMISATIONS
+        b_w0, b_w1, b_w2, b_w3 = net_words(
+            p_seed,
+            p_net,
+            o_k + sample_offset,
+            o_b + row_offset,
+            o_j,
+            level,
+            sample_offset.to(tl.int64) + K,
+            RANDOMISATIONS,
+            BLOCK_K,
+            BLOCK_D,
         )
     else:
         b_w0, b_w1, b_w2, b_w3 = philox_words(
@@ -318,7 +319,7 @@ def noise_tile(k: int, b: int, d: int, tile: int) -> tuple[int, int, int]:
 
 
 @planned
-def _noise(seed, k, b, d, dtype) -> Call:
+def _noise(seed, net, k, b, d, dtype) -> Call:
     """Normals of this dtype, or for int64 words."""
     want_words = dtype == torch.int64
     computed = torch.float32 if want_words else dtype
@@ -346,7 +347,8 @@ def _draw(
 ) -> torch.Tensor:
     if k == 0 or b == 0 or d == 0:
         return torch.empty((k, b, d), dtype=dtype, device=seed.device)
-    return _noise((seed,), (k, b, d, dtype), place)[0]
+    net = reference.net(seed.device) if seed.dim() else None
+    return _noise((seed, net), (k, b, d, dtype), place)[0]
 
 
 def words(

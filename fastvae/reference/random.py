@@ -5,10 +5,13 @@ See :mod:`fastvae.random` for what the address means. Everything is computed in 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.quasirandom import SobolEngine
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -53,39 +56,38 @@ def words(
     block = torch.arange(blocks, device=device).view(1, 1, blocks)
     row = (torch.arange(rows, device=device) + row_offset).view(1, rows, 1)
     sample = (torch.arange(samples, device=device) + sample_offset).view(samples, 1, 1)
-    on_lattice = None
+    in_net = None
     if seed.dim():
         # One seed for each randomisation, which take turns.
         point, turn = sample // seed.shape[0], sample % seed.shape[0]
         seed = seed[turn]
-        on_lattice = (block < LATTICE_COLUMNS // 4) & (level == 0)
-        sample = torch.where(on_lattice, 0, sample)
+        in_net = (block < NET_COLUMNS // 4) & (level == 0)
+        sample = torch.where(in_net, 0, sample)
     block, row, sample = torch.broadcast_tensors(block, row, sample)
     key = (seed & _MASK, (seed >> 32) & _MASK)
     result = torch.stack(philox((block, row, sample, torch.full_like(block, level)), key), dim=-1)
-    if on_lattice is not None:
-        result = torch.where(on_lattice[..., None], _lattice(point, blocks, result), result)
+    if in_net is not None:
+        result = torch.where(in_net[..., None], _net_points(point, blocks) ^ result, result)
     return result.reshape(samples, rows, 4 * blocks)
 
 
-# A rank-1 lattice in base 2 of Korobov's form; fastvae/random.py says how its base was found.
-LATTICE_BASE = 927149
-LATTICE_COLUMNS = 128
+# Columns of a quasi-Monte-Carlo point, and bits of its number.
+NET_COLUMNS, NET_BITS = 128, 30
 
 
-def _lattice(point: Tensor, blocks: int, shift: Tensor) -> Tensor:
-    """Words [K, B, blocks, 4] of the lattice's points [K, 1, 1], moved by the shift and folded."""
-    generator = [1]
-    while len(generator) < 4 * blocks:
-        generator.append(generator[-1] * LATTICE_BASE & _MASK)
-    g = torch.tensor(generator[: 4 * blocks], dtype=torch.int64, device=point.device).view(blocks, 4)
-    bits = torch.arange(32, device=point.device)
-    reversed_point = (((point[..., None] >> bits) & 1) << (31 - bits)).sum(-1, keepdim=True)
-    # The product's lower half; the whole does not fit a signed 64-bit integer.
-    low = reversed_point * (g & 0xFFFF) + ((reversed_point * (g >> 16) & 0xFFFF) << 16)
-    moved = (low + shift) & _MASK
-    # The tent: twice the distance to the nearer end of the unit interval, a bijection of words.
-    return torch.where(moved < 2**31, 2 * moved, 2 * (_MASK - moved) + 1)
+@functools.cache
+def net(device: torch.device) -> Tensor:
+    """What each bit of a point's number adds to its words, modulo 2: int64 [NET_BITS, NET_COLUMNS]."""
+    return (SobolEngine(NET_COLUMNS).sobolstate.to(torch.int64) << 2).mT.contiguous().to(device)
+
+
+def _net_points(number: Tensor, blocks: int) -> Tensor:
+    """Words [K, 1, blocks, 4] of the points of these numbers [K, 1, 1]."""
+    generator = functional.pad(net(number.device), (0, max(0, 4 * blocks - NET_COLUMNS)))[:, : 4 * blocks]
+    points = number.new_zeros(())
+    for bit, column in enumerate(generator.unflatten(1, (blocks, 4))):
+        points = points ^ (column * ((number >> bit) & 1)[..., None])
+    return points
 
 
 def normal(
