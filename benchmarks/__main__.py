@@ -40,6 +40,7 @@ SUBCOMMANDS = {
     "kernels": "what the compiler makes of the kernels, without a GPU",
     "predict": "times of the kernels on a card that is not there, from their machine code",
     "single_cell": "scvi-tools' model of counts beside the same networks under fastvae",
+    "qmc": "errors of log p(x) by quasi-Monte-Carlo draws beside those of independent ones",
     "latents": "the demo with every posterior and every prior, the tables of docs/latents.md",
     "bounds": "the demo's digits trained with every bound, the table of docs/bounds.md",
     "estimators": "estimates of log p(x) beside the truth, the tables of docs/estimators.md",

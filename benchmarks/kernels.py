@@ -126,6 +126,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     yield "normal", lambda: random.normal(seed, 50, 128, 64)
     yield "normal, float64", lambda: random.normal(seed, 50, 128, 64, dtype=f64)
+    yield "normal, qmc", lambda: random.normal(tensor(8, dtype=torch.int64), 50, 128, 64)
     yield "words", lambda: random.words(seed, 50, 128, 64)
     shapes = ((50, 1024, 64), (50, 4, 32), (50, 64, 2048), (1, 65536, 64), (1, 2, 196608), (1, 8192, 784))
     for dtype, prior, form, sizes in (

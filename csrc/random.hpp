@@ -170,6 +170,10 @@ FASTVAE_LOOP void interleave(int calls, const C (*planes)[kCalls], C* out) {
 #endif
 }
 
+// Quasi-Monte-Carlo words, of a digital net. fastvae/random.py has the definition.
+constexpr i64 kNetColumns = 128;
+constexpr int kNetBits = 30;
+
 // The noise of one tile at a time: rows of the same columns and the same sample, or samples of the same columns and the same row.
 template <class C>
 class Noise {
@@ -196,11 +200,46 @@ class Noise {
   const C* operator()(i64 sample, i64 row) { return draw<false>(sample, row); }
   const C* of_samples(i64 sample, i64 row) { return draw<true>(sample, row); }
 
+  // The same of randomised nets, which take turns.
+  // @param seeds (randomisations)
+  // @param net (kNetBits, kNetColumns)
+  const C* of_net(i64 sample, i64 row, const std::uint64_t* seeds, i64 randomisations, const i64* net) {
+    const i64 number = sample + sample_offset_;
+    key_ = Key(seeds[number % randomisations]);
+    const i64 begin = static_cast<i64>(block_) * 4, end = begin + blocks_ * 4, columns = level_ ? 0 : kNetColumns;
+    if (end > columns) {
+      random_words<false>(number, row);
+      if (begin >= columns) return transform();
+      __builtin_memcpy(beyond_, words_, sizeof(words_));
+    }
+    random_words<false>(0, row);
+    const i64 point = number / randomisations;
+    std::uint32_t at[kNetColumns] = {};
+    for (int bit = 0; bit < kNetBits; ++bit) {
+      if (!(point >> bit & 1)) continue;
+      for (i64 d = begin; d < columns && d < end; ++d) at[d] ^= static_cast<std::uint32_t>(net[bit * kNetColumns + d]);
+    }
+    for (int i = 0; i < calls_; ++i) {
+      const i64 column = begin + static_cast<i64>(c0_[i]) * 4;
+      for (int j = 0; j < 4; ++j) words_[j][i] = column < columns ? words_[j][i] ^ at[column + j] : beyond_[j][i];
+    }
+    return transform();
+  }
+
  private:
   template <bool kOfSamples>
   const C* draw(i64 sample, i64 row) {
-    philox_calls<kOfSamples>(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_),
-                             static_cast<std::uint32_t>(sample + sample_offset_), level_, key_, words_);
+    random_words<kOfSamples>(sample + sample_offset_, row);
+    return transform();
+  }
+
+  template <bool kOfSamples>
+  void random_words(i64 sample, i64 row) {
+    philox_calls<kOfSamples>(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_), static_cast<std::uint32_t>(sample),
+                             level_, key_, words_);
+  }
+
+  const C* transform() {
     for (int j = 0; j < 4; j += 2) {
       radii(calls_, words_[j], radii_);
       turns(calls_, radii_, words_[j + 1], planes_[j], planes_[j + 1]);
@@ -214,7 +253,7 @@ class Noise {
   i64 sample_offset_, row_offset_;
   std::uint32_t block_ = 0;
   int blocks_ = 0, calls_ = 0;
-  std::uint32_t c0_[kCalls], c1_[kCalls], words_[4][kCalls];
+  std::uint32_t c0_[kCalls], c1_[kCalls], words_[4][kCalls], beyond_[4][kCalls];
   C radii_[kCalls], planes_[4][kCalls], normals_[kTile];
 };
 
@@ -238,8 +277,10 @@ inline Tile tile_of(i64 rows, i64 row, i64 height, i64 columns, i64 column) {
 // The noise itself.
 // @param out (samples, rows, columns): float, or double with `wide`
 // @param seed the address of an int64
-inline void normal(Output out, bool wide, Output seed, i64 samples, i64 rows, i64 columns, i64 sample_offset, i64 row_offset, i64 level,
-                   int threads) {
+// @param net of quasi-Monte-Carlo noise (kNetBits, kNetColumns) int64
+// @param randomisations of it, as many as there are seeds; 0 for none
+inline void normal(Output out, bool wide, Output seed, Output net, i64 randomisations, i64 samples, i64 rows, i64 columns,
+                   i64 sample_offset, i64 row_offset, i64 level, int threads) {
   auto run = [&](auto zero) {
     using C = decltype(zero);
     const Key key(*pointer<const std::uint64_t>(seed));
@@ -251,7 +292,8 @@ inline void normal(Output out, bool wide, Output seed, i64 samples, i64 rows, i6
         for (i64 column = 0; column < columns; column += kTile) {
           const Tile tile = tile_of(rows, b, height, columns, column);
           noise.shape(column, tile);
-          const C* eps = noise(k, b);
+          const C* eps = randomisations ? noise.of_net(k, b, pointer<const std::uint64_t>(seed), randomisations, pointer<const i64>(net))
+                                        : noise(k, b);
           C* p = pointer<C>(out) + (k * rows + b) * columns + column;
           for (int r = 0; r < tile.rows; ++r) copy(p + r * columns, eps + r * tile.pitch, tile.n);
         }

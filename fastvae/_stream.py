@@ -16,6 +16,7 @@ from ._inputs import Inputs
 from ._nested import event_size
 from .distributions import Distribution, draw_chunk, log_shares, rsample
 from .likelihoods.base import Declared
+from .random import randomisations_of
 from .weights import Weights
 
 
@@ -162,7 +163,7 @@ def weights(
     buffer, filled = None, 0
 
     def fold(log_w: Tensor) -> Weights:
-        part = Weights.of(log_w, tail)
+        part = Weights.of(log_w, tail, start - len(log_w), randomisations_of(seed))
         return part if total is None else total.merge(part)
 
     for log_w in stream(inputs, seed, start, stop, chunks, **options):

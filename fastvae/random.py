@@ -20,7 +20,24 @@ deviations. The words are equal bit for bit in C++, Triton and PyTorch; the norm
 place, but on a GPU, where those in float32 are made by the hardware's logarithm, sine and cosine and are
 equal to 1e-5; with ``FASTVAE_NOISE=accurate`` in the environment they are equal to a few units there, too.
 
+Quasi-Monte-Carlo noise, ``noise="qmc"``, has other words behind the same address and the same transform. Its
+seed is a tensor [R], one seed for each of R independent randomisations of one point set, which take turns:
+sample k is point ⌊k/R⌋ of randomisation k mod R. The points are those of Sobol's sequence with the direction
+numbers of Joe and Kuo [2]_, as torch has them, under a random digital shift [3]_:
+
+.. math:: w = s \oplus \bigoplus_{j:\, \text{bit } j \text{ of } \lfloor k/R \rfloor \text{ is set}}
+          4\, v_{j, \mathrm{column}}
+
+where v are torch's numbers of 30 bits, and the shift s is the word of Philox at (column // 4, row, 0, 0)
+under the randomisation's seed. Every point by itself is uniform, so that estimates stay unbiased; together
+the points fill the cube evenly, most so where there are 2^m of each randomisation (after 2^30 they repeat).
+Columns from 128 on, and levels above 0, have Philox's words at (column // 4, row, k, level) under the same
+seed.
+
 .. [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
+.. [2] Joe, Kuo: Constructing Sobol sequences with better two-dimensional projections. SIAM J. Sci. Comput.
+   30, 2008.
+.. [3] L'Ecuyer, Lemieux: Recent advances in randomized quasi-Monte Carlo methods. 2002, section 2.4.
 """
 
 from __future__ import annotations
@@ -32,7 +49,7 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._checks import check_address, check_seed
+from ._checks import check_address, check_choice, check_seed
 from .ops.op import Op
 from .reference import random as reference
 
@@ -80,6 +97,35 @@ def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | N
         ) from error
 
 
+NOISES = ("philox", "qmc")
+# Of the same points, independent of each other, whose spread is the error of an estimate: fewer make better
+# use of the points, more tell the error better (docs/NOTES.md).
+RANDOMISATIONS = 8
+# Between the seeds of randomisations: an odd number, the golden ratio's.
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+
+
+def seed_of(noise: str, seed: Tensor, randomisations: int = 1) -> Tensor:
+    """The seed of noise of this kind: itself, or of ``"qmc"`` a tensor [R] of seeds made of it.
+
+    Raises:
+        TypeError, ValueError: if the kind is unknown.
+    """
+    if noise == "philox":
+        return seed
+    check_choice("noise", noise, NOISES)
+    if randomisations == 1:
+        return seed.reshape(1)
+    return seed + _STEP * torch.arange(randomisations, device=seed.device)
+
+
+def randomisations_of(seed: Tensor) -> int:
+    """How many independent randomisations take turns in the noise of this seed; 0 where each draw is
+    independent.
+    """
+    return seed.shape[0] if seed.dim() else 0
+
+
 def normal(
     seed: Tensor | int,
     samples: int,
@@ -96,7 +142,8 @@ def normal(
     address alone.
 
     Args:
-        seed: int64 tensor of no dimensions, or an int.
+        seed: int64 tensor of no dimensions, or an int; or a tensor [R], as ``noise="qmc"`` passes it to a
+            distribution's ``rsample``: quasi-Monte-Carlo noise of R randomisations.
         samples, rows, columns: the shape of the result.
         sample_offset, row_offset: address of its first sample and row: ``normal(s, K, B, D)[k0:, b0:]``
             equals ``normal(s, K - k0, B - b0, D, sample_offset=k0, row_offset=b0)``.
@@ -105,7 +152,7 @@ def normal(
         device: where to make it; default: the seed's device.
 
     Raises:
-        TypeError, ValueError: for a seed that is not an int64 scalar, or an address beyond 2^32.
+        TypeError, ValueError: for a seed that is neither, or an address beyond 2^32.
 
     Example:
         >>> import torch, fastvae
@@ -118,7 +165,10 @@ def normal(
         seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
     elif isinstance(seed, Tensor) and device is not None:
         seed = seed.to(device)
-    check_seed(seed)
+    if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.dim() == 1 and seed.shape[0]:
+        seed = seed.contiguous()
+    else:
+        check_seed(seed)
     # A size that an exporter leaves open must not be compared with 2^32: it would be the size's limit.
     if sample_offset != 0 or row_offset != 0 or not torch.compiler.is_compiling():
         check_address(samples, rows, sample_offset, row_offset)
@@ -159,7 +209,8 @@ class _Normal(Op):
     ) -> Tensor:
         out = seed.new_empty((samples, rows, columns), dtype=dtype)
         _backend.extension().normal(
-            out, dtype == torch.float64, seed, samples, rows, columns, sample_offset, row_offset, level,
+            out, dtype == torch.float64, seed, reference.net(seed.device) if seed.dim() else None,
+            randomisations_of(seed), samples, rows, columns, sample_offset, row_offset, level,
             torch.get_num_threads(),
         )  # fmt: skip
         return out

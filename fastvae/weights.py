@@ -9,7 +9,9 @@ maximum M, :math:`S_j = \sum_k e^{j (\log w_k - M)}` and :math:`\tilde w_k = w_k
     \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
 The standard error is the delta method's, :math:`\mathrm{sd}(w) / (\sqrt K\, \bar w)`. The draws of another
-chunk, or of another machine, are merged by the same rule: sums are added, never means.
+chunk, or of another machine, are merged by the same rule: sums are added, never means. Quasi-Monte-Carlo
+draws are not independent: their errors, and the jackknife, go over their randomisations, which are
+(:func:`between`).
 
 *Jackknife* (Nowozin, Debiasing Evidence Approximations, ICLR 2018, order 1), which removes the bias of order
 1/K. Without draw k the sum is :math:`1 - \tilde w_k` of itself, so
@@ -36,16 +38,21 @@ quantile of
 over Zhang and Stephens' posterior of the Pareto distribution (ξ, σ) of the n weights above u, and the
 sampling error of the body and of n. The mean of the weights, p(x), is finite, so ξ < 1; where a quarter of
 the posterior or more lies above, as if it were not, the draws do not tell how much is missing, and the upper
-end is +∞. Coverage is measured in docs/estimators.md."""
+end is +∞. Of quasi-Monte-Carlo draws it is Student's for the mean of the randomisations; where k̂ is above 0,
+so that there are rare large weights, which few randomisations have, it takes in that of independent draws.
+Coverage is measured in docs/estimators.md.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ._checks import check_tensor, shape_of
 
@@ -58,6 +65,8 @@ _LOG = (-1.0, -1 / 2, -1 / 3, -1 / 4, -1 / 5, -1 / 6)
 _LOG_SQUARE = (0.0, 1.0, 1.0, 11 / 12, 5 / 6, 137 / 180)
 # The share of the posterior of the tail's shape above 1 from which on the upper end of an interval is open.
 _OPEN = 0.25
+# Pareto k̂ up to which the spread of a few randomisations tells the error of quasi-Monte-Carlo draws.
+_LIGHT = 0.0
 # Nodes and weights of Gauss-Hermite quadrature for N(0, 1).
 _NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))
 
@@ -102,19 +111,24 @@ class Weights(NamedTuple):
     log_sum: Tensor  # [B] float64, sum of the log weights
     count: Tensor  # type: ignore[assignment] # [B] int64
     tail: Tensor  # [T, B], the largest log weights, descending; -inf where there are fewer
+    # [R, B] float64, the sum of each randomisation relative to the maximum; [0, B] of independent draws
+    turns: Tensor
 
     @classmethod
-    def of(cls, log_w: Tensor, tail: int) -> Weights:
-        """Of log weights [K, B], keeping the ``tail`` largest."""
+    def of(cls, log_w: Tensor, tail: int, start: int = 0, randomisations: int = 0) -> Weights:
+        """Of log weights [K, B], keeping the ``tail`` largest: draws from ``start`` on, of so many
+        randomisations that take turns.
+        """
         wide = log_w.double()
         count = torch.full(log_w.shape[1:], log_w.shape[0], dtype=torch.int64, device=log_w.device)
+        turns = _by_turns(wide, start, randomisations)
         if log_w.shape[0] <= tail:
             powers = wide.new_zeros(_POWERS, log_w.shape[1])
-            return cls(powers, wide.sum(0), count, _largest(log_w, tail))
+            return cls(powers, wide.sum(0), count, _largest(log_w, tail), turns)
         # NaN counts as largest.
         largest, place = log_w.topk(tail, dim=0)
         below = torch.exp(wide - _shift(largest[-1]).double()).scatter_(0, place, 0.0)
-        return cls(_power_sums(below), wide.sum(0), count, largest)
+        return cls(_power_sums(below), wide.sum(0), count, largest, turns)
 
     def merge(self, other: Weights) -> Weights:
         """The weights of both sets of draws."""
@@ -128,7 +142,11 @@ class Weights(NamedTuple):
         powers = _power_sums(torch.exp(below.double() - least))
         for part in (self, other):
             powers += _scaled(part.powers, _shift(part.tail[-1]).double() - least)
-        return Weights(powers, self.log_sum + other.log_sum, self.count + other.count, tail)
+        # A set of nothing but -inf has sums of 0, and its scale may be 0 too.
+        scale = _shift(tail[0]).double()
+        turns = self.turns * torch.exp(self.maximum.double() - scale)
+        turns = turns + other.turns * torch.exp(other.maximum.double() - scale)
+        return Weights(powers, self.log_sum + other.log_sum, self.count + other.count, tail, turns)
 
     def at(self, rows: Tensor) -> Weights:
         """Of some examples."""
@@ -171,7 +189,11 @@ class Weights(NamedTuple):
 
     @property
     def stderr(self) -> Tensor:
-        """The standard error of log_px [B]; NaN for one draw."""
+        """The standard error of log_px [B]; NaN for one draw. Of quasi-Monte-Carlo draws that of
+        :func:`between`.
+        """
+        if len(self.turns):
+            return between(self.turns, self.count).stderr
         return _standard_error(self._sums(2), self.count.double())
 
     @property
@@ -188,8 +210,12 @@ class Weights(NamedTuple):
     @property
     def jackknife(self) -> tuple[Tensor, Tensor]:
         """The jackknife estimate and its standard error, each [B]; NaN for one draw, and infinite where one
-        weight alone is not 0, without which nothing is left.
+        weight alone is not 0, without which nothing is left. Of quasi-Monte-Carlo draws a randomisation at a
+        time is left out.
         """
+        if len(self.turns):
+            found = between(self.turns, self.count)
+            return self.log_px + found.correction, found.jackknife_stderr
         k = self.count.double()
         tail, rest = self._relative()
         total = tail.sum(0) + rest[0]
@@ -238,6 +264,24 @@ class Weights(NamedTuple):
         return torch.where(fit.khat.isfinite(), self._log_mean(total), self.log_px)
 
     def _interval(self, level: float, fit: _Fit) -> tuple[Tensor, Tensor]:
+        low, high = self._independent(level, fit)
+        if not len(self.turns):
+            return low, high
+        found = between(self.turns, self.count)
+        quantile = [_student(level, n - 1) for n in range(2, len(self.turns) + 1)]
+        number = (found.number - 2).clamp(min=0).long()
+        error = found.stderr * found.stderr.new_tensor([*quantile, math.nan])[number]
+        log_px = self.log_px
+        ends = (
+            log_px + torch.log((1 - error).clamp(min=(1 - level) / 2)),
+            log_px + torch.log1p(error),
+        )
+        light = fit.khat <= _LIGHT
+        low = torch.where(light, ends[0], torch.fmin(low, ends[0]))
+        return low, torch.where(light, ends[1], torch.fmax(high, ends[1]))
+
+    def _independent(self, level: float, fit: _Fit) -> tuple[Tensor, Tensor]:
+        """That of independent draws."""
         k, below = self.count.double(), (1 - level) / 2
         z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
         sums, log_px = self._sums(3), self.log_px
@@ -288,9 +332,10 @@ class Weights(NamedTuple):
         end = torch.where(used, at + 7 * spread, -math.inf).amax(0)
 
         def excess(value: Tensor) -> Tensor:
-            return (weight * torch.special.ndtr((value - at) / spread)).sum(0) - probability
+            below: Tensor = (weight * torch.special.ndtr((value - at) / spread)).sum(0)
+            return below - probability
 
-        found = _shift(self.maximum).double() + _root(excess, begin, end)
+        found: Tensor = _shift(self.maximum).double() + _root(excess, begin, end)
         found = torch.where(open_share < _OPEN, found, math.inf)
         found = torch.where(fit.khat.isfinite(), found, -math.inf)
         return torch.where(fit.khat == math.inf, math.inf, found)
@@ -341,6 +386,84 @@ def _hall(z: float, skewness: Tensor) -> Tensor:
         x > -0.5, torch.expm1(torch.log1p(x) / 3), (1 + x).sign() * (1 + x).abs() ** (1 / 3) - 1
     )
     return 3 * root / a
+
+
+class Between(NamedTuple):
+    """What the spread of randomisations says of an estimate, each [B]: its standard error, the jackknife less
+    the estimate, the jackknife's standard error, and how many have a draw.
+    """
+
+    stderr: Tensor
+    correction: Tensor
+    jackknife_stderr: Tensor
+    number: Tensor
+
+
+def between(turns: Tensor, count: Tensor) -> Between:
+    r"""Standard error of :math:`\log \hat p` by the spread of R independent randomisations, each unbiased,
+
+    .. math:: \mathrm{stderr} = \frac{1}{\bar p} \sqrt{\frac{1}{R (R - 1)} \sum_r (\hat p_r - \bar p)^2}
+
+    It has R − 1 degrees of freedom: an interval takes Student's quantiles. The jackknife leaves one
+    randomisation out at a time.
+
+    Args:
+        turns: [R, B], the sums of each one's weights, on any scale.
+        count: [B], the draws of all, which came in turn from the first on.
+
+    Returns:
+        :class:`Between`; NaN where fewer than two randomisations have a draw.
+    """
+    r = torch.arange(turns.shape[0], device=turns.device)[:, None]
+    points = (count - r + turns.shape[0] - 1) // turns.shape[0]
+    drawn = points > 0
+    number = drawn.sum(0).double()
+    means = torch.where(drawn, turns / points, 0.0)
+    mean = means.sum(0) / number
+    square = torch.where(drawn, (means - mean).square(), 0.0).sum(0)
+    stderr = (square / (number * (number - 1))).sqrt() / mean
+    # Of the mean without one of them, relative to that of all; 1 for those that are not there.
+    others = torch.where(drawn, (number - means / mean) / (number - 1), 1.0).log()
+    average = others.sum(0) / number
+    square = torch.where(drawn, (others - average).square(), 0.0).sum(0)
+    jackknife_stderr = (square * (number - 1) / number).sqrt()
+    return Between(stderr, -(number - 1) * average, jackknife_stderr, number)
+
+
+def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
+    """The sums [R, B] of weights relative to the largest, of log weights [K, B] in float64, by the remainder
+    of their numbers, which begin at ``start``.
+    """
+    if not randomisations:
+        return log_w.new_empty(0, log_w.shape[1])
+    w = torch.exp(log_w - _shift(log_w.amax(0)))
+    front = start % randomisations
+    padded: Tensor = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
+    return padded.reshape(-1, randomisations, w.shape[1]).sum(0)
+
+
+@functools.cache
+def _student(level: float, degrees: int) -> float:
+    """Student's t for an interval of this level, of an integer number of degrees of freedom: by bisection of
+    its distribution function, which is elementary (Abramowitz & Stegun, 26.7.3 and 26.7.4).
+    """
+
+    def within(t: float) -> float:
+        angle = math.atan(t / math.sqrt(degrees))
+        cos, term, total = math.cos(angle), 1.0, 0.0
+        odd = degrees % 2
+        for n in range(odd, degrees - 1, 2):
+            total += term
+            term *= cos**2 * (n + 1) / (n + 2)
+        if not odd:
+            return math.sin(angle) * total
+        return 2 / math.pi * (angle + math.sin(angle) * cos * total)
+
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < level else (low, middle)
+    return low
 
 
 def _shift(maximum: Tensor) -> Tensor:

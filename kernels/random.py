@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_hip
 
+from fastvae.reference import random as reference
+
 from .common import (
     INTERPRETED,
     LAUNCH,
@@ -63,6 +65,51 @@ def philox_words(seed, o_k, o_b, o_j, level):
         key_0 = add_bits(key_0, WEYL_0)
         key_1 = add_bits(key_1, WEYL_1)
     return b_0, b_1, b_2, b_3
+
+
+# Quasi-Monte-Carlo words, of a digital net: fastvae/random.py has the definition.
+NET_COLUMNS = tl.constexpr(reference.NET_COLUMNS)
+
+
+@triton.jit
+def net_words(
+    p_seed,
+    p_net,
+    o_k,
+    o_b,
+    o_j,
+    level,
+    top,
+    RANDOMISATIONS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Four words per block of four columns, of randomised nets that take turns.
+
+    Args:
+        p_seed: [RANDOMISATIONS] int64.
+        p_net: [NET_BITS, NET_COLUMNS] int64.
+        o_k, o_b, o_j, level: as :func:`philox_words` has them.
+        top: int64 scalar, above every o_k.
+    """
+    b_in_net = (o_j < NET_COLUMNS // 4) & (level == 0)  # [1, 1, BLOCK_D // 4]
+    b_seed = tl.load(p_seed + o_k % RANDOMISATIONS)  # [BLOCK_K, 1, 1]
+    b_w0, b_w1, b_w2, b_w3 = philox_words(b_seed, tl.where(b_in_net, 0, o_k), o_b, o_j, level)
+    b_p = o_k // RANDOMISATIONS
+    p_net += 4 * o_j
+    b_0 = tl.zeros([BLOCK_K, 1, BLOCK_D // 4], dtype=tl.uint32)
+    b_1, b_2, b_3 = b_0, b_0, b_0
+    top = tl.minimum(top // RANDOMISATIONS, 2**30 - 1)
+    while top > 0:
+        b_bit = (b_p & 1).to(tl.uint32)
+        b_0 ^= tl.load(p_net, mask=b_in_net, other=0).to(tl.uint32) * b_bit
+        b_1 ^= tl.load(p_net + 1, mask=b_in_net, other=0).to(tl.uint32) * b_bit
+        b_2 ^= tl.load(p_net + 2, mask=b_in_net, other=0).to(tl.uint32) * b_bit
+        b_3 ^= tl.load(p_net + 3, mask=b_in_net, other=0).to(tl.uint32) * b_bit
+        b_p >>= 1
+        p_net += NET_COLUMNS
+        top >>= 1
+    return b_w0 ^ b_0, b_w1 ^ b_1, b_w2 ^ b_2, b_w3 ^ b_3
 
 
 @triton.jit
@@ -184,6 +231,21 @@ def normals(
     """
     o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
     b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k, o_b, o_j, level)
+    return normals_of_words(b_w0, b_w1, b_w2, b_w3, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
+
+
+@triton.jit
+def normals_of_words(
+    b_w0,
+    b_w1,
+    b_w2,
+    b_w3,
+    DTYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Standard normals of a tile from its words."""
     b_0, b_1 = box_muller(b_w0, b_w1, DTYPE)
     b_2, b_3 = box_muller(b_w2, b_w3, DTYPE)
     return interleaved(b_0, b_1, b_2, b_3, BLOCK_K, BLOCK_B, BLOCK_D)  # [BLOCK_K, BLOCK_B, BLOCK_D]
@@ -194,7 +256,8 @@ def normals(
     do_not_specialize_on_alignment=["k_tiles"],
 )
 def noise_kernel(
-    p_seed,  # [] int64
+    p_seed,  # [] int64, or [RANDOMISATIONS]
+    p_net,  # [NET_BITS, NET_COLUMNS] int64, where there are randomisations
     p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
@@ -204,6 +267,7 @@ def noise_kernel(
     D,  # columns; for words a multiple of 4
     k_tiles,  # blocks of samples
     WORDS: tl.constexpr,  # write the words and not the normals
+    RANDOMISATIONS: tl.constexpr,  # of a quasi-Monte-Carlo net; 0 for none
     DTYPE: tl.constexpr,  # of the normals
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -217,15 +281,28 @@ def noise_kernel(
     o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
     o_d = (i_d + tl.arange(0, BLOCK_D))[None, None, :]  # [1, 1, BLOCK_D]
-    seed = tl.load(p_seed)
+    o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
+    if RANDOMISATIONS:
+        b_w0, b_w1, b_w2, b_w3 = net_words(
+            p_seed,
+            p_net,
+            o_k + sample_offset,
+            o_b + row_offset,
+            o_j,
+            level,
+            sample_offset.to(tl.int64) + K,
+            RANDOMISATIONS,
+            BLOCK_K,
+            BLOCK_D,
+        )
+    else:
+        b_w0, b_w1, b_w2, b_w3 = philox_words(
+            tl.load(p_seed), o_k + sample_offset, o_b + row_offset, o_j, level
+        )
     if WORDS:
-        o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
-        b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k + sample_offset, o_b + row_offset, o_j, level)
         b_out = interleaved(b_w0, b_w1, b_w2, b_w3, BLOCK_K, BLOCK_B, BLOCK_D).to(tl.int64)
     else:
-        b_out = normals(
-            seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D, level
-        )
+        b_out = normals_of_words(b_w0, b_w1, b_w2, b_w3, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
     tl.store(p_out + (o_k * B + o_b) * D + o_d, b_out, mask=(o_k < K) & (o_b < B) & (o_d < D))
 
 
@@ -242,7 +319,7 @@ def noise_tile(k: int, b: int, d: int, tile: int) -> tuple[int, int, int]:
 
 
 @planned
-def _noise(seed, k, b, d, dtype) -> Call:
+def _noise(seed, net, k, b, d, dtype) -> Call:
     """Normals of this dtype, or for int64 words."""
     want_words = dtype == torch.int64
     computed = torch.float32 if want_words else dtype
@@ -255,6 +332,7 @@ def _noise(seed, k, b, d, dtype) -> Call:
         (k, b, fixed(d), k_tiles),
         {
             "WORDS": want_words,
+            "RANDOMISATIONS": seed.shape[0] if seed.dim() else 0,
             "DTYPE": triton_dtype(computed),
             "BLOCK_K": block_k,
             "BLOCK_B": block_b,
@@ -269,7 +347,8 @@ def _draw(
 ) -> torch.Tensor:
     if k == 0 or b == 0 or d == 0:
         return torch.empty((k, b, d), dtype=dtype, device=seed.device)
-    return _noise((seed,), (k, b, d, dtype), place)[0]
+    net = reference.net(seed.device) if seed.dim() else None
+    return _noise((seed, net), (k, b, d, dtype), place)[0]
 
 
 def words(

@@ -1412,13 +1412,14 @@ def _ranks(world: int, folder, shard: str, **options) -> list[fastvae.Evaluation
 
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("shard", ["data", "samples"])
-def test_any_number_of_ranks(tmp_path, shard):
+@pytest.mark.parametrize("shard, noise", [("data", "philox"), ("samples", "philox"), ("samples", "qmc")])
+def test_any_number_of_ranks(tmp_path, shard, noise):
     """1, 2 and 3 processes give the same, on each rank."""
     model, x, q = _model_and_data()
-    expected = _evaluate(model, q, x, k=333, batch_size=4, generator=torch.Generator().manual_seed(6))
+    generator = torch.Generator().manual_seed(6)
+    expected = _evaluate(model, q, x, k=333, batch_size=4, noise=noise, generator=generator)
     for world in (1, 2, 3):
-        for result in _ranks(world, tmp_path, shard, seed=6, shuffled=world == 2):
+        for result in _ranks(world, tmp_path, shard, seed=6, noise=noise, shuffled=world == 2):
             _assert_same(result, expected)
 
 

@@ -174,7 +174,7 @@ def test_torch_manual_seed_rules():
     [
         (("0", 1, 1, 1), TypeError, "seed must be an int64 tensor"),
         ((torch.tensor(0.5), 1, 1, 1), TypeError, "seed must be an int64 tensor"),
-        ((torch.tensor([1]), 1, 1, 1), TypeError, "seed must be an int64 tensor"),
+        ((torch.tensor([[1]]), 1, 1, 1), TypeError, "seed must be an int64 tensor"),
     ],
 )
 def test_bad_seeds(arguments, kind, message):

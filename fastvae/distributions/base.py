@@ -70,8 +70,9 @@ class Distribution(nn.Module):
 
         Args:
             samples: K.
-            seed: int64 tensor of no dimensions. The noise of sample k and row b is a function of (seed,
-                sample_offset + k, row_offset + b), as that of :func:`fastvae.random.normal` is.
+            seed: int64 tensor of no dimensions, or of ``noise="qmc"`` [R], to be passed on. The noise of
+                sample k and row b is a function of (seed, sample_offset + k, row_offset + b), as that of
+                :func:`fastvae.random.normal` is.
             sample_offset, row_offset: place of the first sample and row; one that is 0 may be left out of the
                 call.
         """

@@ -149,6 +149,12 @@ class FullNormal(_Correlated):
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
+        if seed.dim():  # quasi-Monte-Carlo noise, which the op has not
+            mu, scale, logs = self._parts()
+            eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
+            log_q = -0.5 * (eps.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
+            z = mu + _times(eps, scale.mT)
+            return z.to(torch.promote_types(self.mu.dtype, self.tril.dtype)), log_q
         return ops.rsample_tril(self.mu, self.tril, samples=samples, seed=seed, **place)
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ STANDARD = StandardNormal()
 _NOT_FUSED = object()
 
 
-def _fused_prior(q: Distribution, p: Distribution) -> Any:
+def _fused_prior(q: Distribution, p: Distribution, seed: Tensor) -> Any:
     """What the fused op takes of p beside this q."""
-    if type(q) is not DiagonalNormal:
+    # The noise inside the ops is Philox's.
+    if type(q) is not DiagonalNormal or seed.dim():
         return _NOT_FUSED
     if p is STANDARD or type(p) is StandardNormal:
         return None
@@ -42,8 +43,8 @@ def draw_kl(
     Raises:
         ValueError: if each dimension's is asked for, and only their sum is known.
     """
-    usual = type(q) is DiagonalNormal and p is STANDARD
-    prior = None if usual else _fused_prior(q, p)
+    usual = type(q) is DiagonalNormal and p is STANDARD and not seed.dim()
+    prior = None if usual else _fused_prior(q, p, seed)
     if prior is not _NOT_FUSED:
         return flat_kl((q.mu, q.logvar, q.form), prior, seed, samples, row_offset, per_dimension)
     _check_prior(q, p)
@@ -112,8 +113,8 @@ def draw_ratio(
     """z [K·B, D] and log p(z) − log q(z|x) [K, B], with the log of what each draw counts. ``alpha`` and
     ``groups`` are those of the power mean that DReG is for.
     """
-    usual = type(q) is DiagonalNormal and p is STANDARD
-    prior = None if usual else _fused_prior(q, p)
+    usual = type(q) is DiagonalNormal and p is STANDARD and not seed.dim()
+    prior = None if usual else _fused_prior(q, p, seed)
     if prior is not _NOT_FUSED:
         parameters = q.mu, q.logvar, q.form
         return flat_log_ratio(parameters, prior, seed, samples, row_offset, estimator, alpha, groups)
@@ -144,7 +145,7 @@ def draw_chunk(
 
     ``"iwae"`` and ``"stl"`` need not be told; ``"dreg"`` does not know the other samples, and is ``"paths"``.
     """
-    prior = _fused_prior(q, p)
+    prior = _fused_prior(q, p, seed)
     place: dict[str, Any]
     place = {"sample_offset": sample_offset, "row_offset": row_offset}
     if prior is _NOT_FUSED or route in ("tied", "score"):

@@ -495,7 +495,7 @@ class HierarchicalPosterior(Distribution):
         terms = []
 
         def visit(index: int, level: Level, state: Any) -> Tensor:
-            if index == 0 and level.merge is None:
+            if index == 0 and level.merge is None and not seed.dim():
                 z, value = self._fused(term, samples, seed, place, summed)
             else:
                 step, dtype = self._step(index, state, samples)
@@ -519,7 +519,7 @@ class HierarchicalPosterior(Distribution):
         if term is _Step.log_q:
             return q.rsample(samples, seed, **place)
         options: dict[str, Any] = {"samples": samples, "seed": seed, **options_of(q.form), **place}
-        options["prior"] = _fused_prior(q, self.hierarchy._p(0, None, self.batch))
+        options["prior"] = _fused_prior(q, self.hierarchy._p(0, None, self.batch), seed)
         if term is _Step.log_ratio:
             z, log_ratio, *_ = ops.rsample_log_ratio(q.mu, q.logvar, **options)
             return z, log_ratio

@@ -462,17 +462,24 @@ class Mixture(Distribution):
     def _of(self, parts: list[Distribution], logits: Any = ...) -> Mixture:
         return Mixture(parts, self.logits if logits is ... else logits)
 
-    def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Tensor:
-        """Samples counted from where the seed begins; the remainder by C is the component."""
+    def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> tuple[Tensor, Tensor | int]:
+        """Samples counted from where the seed begins, in each randomisation by itself; the remainder by C is
+        the component. And which randomisation.
+        """
         numbers = torch.arange(sample_offset, sample_offset + samples, device=seed.device)
-        return numbers + torch.remainder(seed, self.strata)
+        if not seed.dim():
+            return numbers + torch.remainder(seed, self.strata), 0
+        turn = torch.remainder(numbers, seed.shape[0])
+        return numbers // seed.shape[0] + torch.remainder(seed, self.strata)[turn], turn
 
     def rsample(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         count, batch = self.strata, self.batch
-        # Of each component those that may be wanted, whatever the seed.
-        first, last = sample_offset // count, (sample_offset + samples + count - 2) // count
+        # Of each component those that may be wanted, whatever the seed, in each randomisation.
+        r = random.randomisations_of(seed) or 1
+        first = sample_offset // r // count
+        last = ((sample_offset + samples - 1) // r + count - 1) // count
         parts, like = [], None
         for c in sorted(range(count), key=lambda c: not self._components[c].has_rows):
             component = self._components[c]
@@ -480,19 +487,20 @@ class Mixture(Distribution):
                 assert like is not None or component.has_rows  # those with rows come first
                 component = component.expand(batch, component.rsample(1, seed)[0] if like is None else like)
             z, _ = component.rsample(
-                last - first + 1, _derived(seed, c), sample_offset=first, row_offset=row_offset
+                r * (last - first + 1), _derived(seed, c), sample_offset=r * first, row_offset=row_offset
             )
             like = z
             parts.append((c, z))
-        turns = self._turns(samples, seed, sample_offset)
+        turns, randomisation = self._turns(samples, seed, sample_offset)
         places = torch.remainder(turns, count) * (last - first + 1) + turns // count - first
+        places = r * places + randomisation
         z = torch.cat([z for _, z in sorted(parts, key=lambda p: p[0])]).index_select(0, places)
         return z, self.log_prob(z)
 
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         dtype = torch.float32 if self.logits is None else accumulator(self.logits.dtype)
         weights = self._log_weights(torch.empty((), dtype=dtype, device=seed.device)) + math.log(self.strata)
-        chosen = torch.remainder(self._turns(samples, seed, sample_offset), self.strata)
+        chosen = torch.remainder(self._turns(samples, seed, sample_offset)[0], self.strata)
         return weights.mT[chosen] if weights.dim() == 2 else weights[chosen][:, None]
 
     def sample(

@@ -152,10 +152,15 @@ class DiagonalNormal(Distribution):
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
-        z, _ = ops.rsample_kl(self.mu, self.logvar, samples=samples, seed=seed, **options(self.form), **place)
+        mu, logvar = self._wide()
         # The noise by itself: nothing of the density goes through z, where sigma cancels.
-        _, logvar = self._wide()
-        eps = random.normal(seed, *z.shape, dtype=accumulator(z.dtype), **place)
+        eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
+        if seed.dim():
+            dtype = torch.promote_types(self.mu.dtype, self.logvar.dtype)
+            z = (mu + torch.exp(0.5 * logvar) * eps).to(dtype)
+        else:
+            kwargs = options(self.form) | place
+            z, _ = ops.rsample_kl(self.mu, self.logvar, samples=samples, seed=seed, **kwargs)
         return z, -0.5 * (eps.square() + logvar + math.log(2 * math.pi)).sum(-1)
 
     def sample(

@@ -181,6 +181,12 @@ class seeded:
     """Torch draws from a state that these determine, and has its own again afterwards."""
 
     def __init__(self, seed: Tensor, device: torch.device, sample_offset: int, row_offset: int):
+        if seed.dim():
+            raise ValueError(
+                "noise='qmc' needs a q that is a function of fastvae's noise, but this one's is torch's own: "
+                "a torch.distributions object that is no function of normals and has no icdf, or a flow with "
+                "such a base. Use noise='philox', or a q whose rsample calls fastvae.random.normal"
+            )
         mixed = int(seed) + 0x9E3779B97F4A7C15 * (sample_offset + 1) + 0xC2B2AE3D27D4EB4F * (row_offset + 1)
         self._seed = mixed % 2**63
         # Not torch.manual_seed, which reseeds every device.

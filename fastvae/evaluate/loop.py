@@ -22,7 +22,7 @@ from .._stream import Chunks
 from .._terminal import ProgressStream
 from ..distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ..likelihoods.base import Likelihood, as_likelihood
-from ..random import draw_seed
+from ..random import NOISES, RANDOMISATIONS, draw_seed, seed_of
 from ..weights import Weights, kept_draws
 from .checkpoint import Store
 from .data import batches_of, data_of, length_of, place_of, unpacked
@@ -45,6 +45,7 @@ def evaluate(
     k: int | None = None,
     tol: float | None = None,
     k_chunk: int | None = None,
+    noise: str = "philox",
     batch_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
@@ -85,6 +86,7 @@ def evaluate(
             Examples that are done are no longer decoded, so a row of the decoder's output must not depend on
             the other rows; this is checked on the first batch.
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
+        noise: ``"philox"`` or ``"qmc"``, as there.
         batch_size: for data that do not come in batches; default 100, on a GPU 500. It changes no result.
         likelihood, prior: as in :func:`fastvae.elbo`.
         unpack: what is what in a batch: a function of it that returns a dict with ``x``, and those of
@@ -136,18 +138,21 @@ def evaluate(
         check_count("k", k, "the importance samples per example")
     if tol is not None and not (tol := check_number("tol", tol, "in nats")):
         raise ValueError("tol must be greater than 0, got 0: any finite number of draws has an error")
+    check_choice("noise", noise, NOISES)
     check_choice("shard", shard, ("data", "samples", "none"))
     if batch_size is not None:
         check_count("batch_size", batch_size, "the examples of a batch")
     k = k or (5000 if tol is None else 100_000)
     ranks = Ranks(shard)
-    plan = _Plan(k, tol, Chunks(k_chunk), ranks)
+    plan = _Plan(k, tol, Chunks(k_chunk), ranks, noise)
     with ranks.telling():
         device, dtype = place_of(encoder, decoder)
         place = device or getattr(data, "device", None)
         on_gpu = isinstance(place, torch.device) and place.type != "cpu"
         batches = batches_of(data, batch_size or (BATCH_ON_GPU if on_gpu else BATCH), shard)
         settings: dict[str, Any] = {"format": 2, "k": k, "tol": tol}
+        if noise != "philox":  # which checkpoints of older versions do not name
+            settings["noise"] = noise
         if checkpoint is not None:
             settings["parameters"] = parameters_digest(
                 encoder, decoder, likelihood, STANDARD if prior is None else prior
@@ -209,7 +214,7 @@ def evaluate(
                         part = evaluate_batch(index, x, beside, start, plan)
                         store.add(part)
                     elif part is not None and not compared:
-                        first = _Plan(1, None, plan.chunks, Ranks("none"))
+                        first = _Plan(1, None, plan.chunks, Ranks("none"), noise)
                         _check_first_draw(checkpoint, part, evaluate_batch(index, x, beside, start, first))
                         compared = True
                     bar.update()
@@ -230,7 +235,7 @@ class _Plan:
     examples that are done leave.
     """
 
-    def __init__(self, k: int, tol: float | None, chunks: Chunks, ranks: Ranks):
+    def __init__(self, k: int, tol: float | None, chunks: Chunks, ranks: Ranks, noise: str):
         looks = {10**i for i in range(10)}
         if tol is not None:
             looks = {n for n in looks if n < FIRST_LOOK} | {FIRST_LOOK * 2**i for i in range(26)}
@@ -241,11 +246,12 @@ class _Plan:
         self.tail = kept_draws(k)
         self.chunks = chunks
         self.ranks = ranks
+        self.noise = noise
 
 
 def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan) -> Part:
     device = inputs.q.device
-    key = torch.tensor(seed, dtype=torch.int64, device=device)
+    key = seed_of(plan.noise, torch.tensor(seed, dtype=torch.int64, device=device), RANDOMISATIONS)
     latent = _latent_statistics(inputs.q, inputs.prior)
     if plan.leaving and not plan.proven and inputs.q.batch > 1:
         _check_rows(inputs, key, row, plan)

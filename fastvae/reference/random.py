@@ -5,10 +5,13 @@ See :mod:`fastvae.random` for what the address means. Everything is computed in 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.quasirandom import SobolEngine
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -47,16 +50,44 @@ def words(
     row_offset: int = 0,
     level: int = 0,
 ) -> Tensor:
-    """The random words behind the normals: int64 [samples, rows, columns rounded up to 4]."""
+    """The words behind the normals: int64 [samples, rows, columns rounded up to 4]."""
     device = seed.device
     blocks = -(-columns // 4)
     block = torch.arange(blocks, device=device).view(1, 1, blocks)
     row = (torch.arange(rows, device=device) + row_offset).view(1, rows, 1)
     sample = (torch.arange(samples, device=device) + sample_offset).view(samples, 1, 1)
+    in_net = None
+    if seed.dim():
+        # One seed for each randomisation, which take turns.
+        point, turn = sample // seed.shape[0], sample % seed.shape[0]
+        seed = seed[turn]
+        in_net = (block < NET_COLUMNS // 4) & (level == 0)
+        sample = torch.where(in_net, 0, sample)
     block, row, sample = torch.broadcast_tensors(block, row, sample)
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    result = philox((block, row, sample, torch.full_like(block, level)), key)
-    return torch.stack(result, dim=-1).reshape(samples, rows, 4 * blocks)
+    result = torch.stack(philox((block, row, sample, torch.full_like(block, level)), key), dim=-1)
+    if in_net is not None:
+        result = torch.where(in_net[..., None], _net_points(point, blocks) ^ result, result)
+    return result.reshape(samples, rows, 4 * blocks)
+
+
+# Columns of a quasi-Monte-Carlo point, and bits of its number.
+NET_COLUMNS, NET_BITS = 128, 30
+
+
+@functools.cache
+def net(device: torch.device) -> Tensor:
+    """What each bit of a point's number adds to its words, modulo 2: int64 [NET_BITS, NET_COLUMNS]."""
+    return (SobolEngine(NET_COLUMNS).sobolstate.to(torch.int64) << 2).mT.contiguous().to(device)
+
+
+def _net_points(number: Tensor, blocks: int) -> Tensor:
+    """Words [K, 1, blocks, 4] of the points of these numbers [K, 1, 1]."""
+    generator = functional.pad(net(number.device), (0, max(0, 4 * blocks - NET_COLUMNS)))[:, : 4 * blocks]
+    points = number.new_zeros(())
+    for bit, column in enumerate(generator.unflatten(1, (blocks, 4))):
+        points = points ^ (column * ((number >> bit) & 1)[..., None])
+    return points
 
 
 def normal(

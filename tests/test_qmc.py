@@ -1,0 +1,468 @@
+"""Quasi-Monte-Carlo noise: its words, its address, and what estimates gain by it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import qmc
+
+import fastvae
+from fastvae import _backend, random
+from fastvae.reference import random as reference
+from fastvae.weights import Weights, between
+
+from . import strategies
+from .conftest import DEVICE
+
+MASK = 2**32 - 1
+
+
+def seeds(count, seed=7):
+    return random.seed_of("qmc", torch.tensor(seed, device=DEVICE), count)
+
+
+def word(seeds, sample, row, column, level):
+    """One word, by the definition, in Python's integers."""
+    key, point = int(seeds[sample % len(seeds)]) % 2**64, sample // len(seeds)
+    in_net = level == 0 and column < 128
+    shift = _backend.extension().philox(column // 4, row, 0 if in_net else sample, level, key)[column % 4]
+    return shift ^ joe_kuo(point % 2**30, column) if in_net else shift
+
+
+def joe_kuo(number, column):
+    """A word of Sobol's sequence; SciPy's is in the order of Gray's code: its i-th is our i ^ (i >> 1)."""
+    index, rest = 0, number
+    while rest:
+        index, rest = index ^ rest, rest >> 1
+    if index >= 2**13:
+        return sum_of_bits(number, column)
+    return int(SCIPY[index, column] * 2**32)
+
+
+SCIPY = qmc.Sobol(128, scramble=False, bits=32).random(2**13)
+
+
+def sum_of_bits(number, column):
+    """Of a number beyond SciPy's first points: its bits', which torch's table has."""
+    bits = (column_of(column)[j] for j in range(30) if number >> j & 1)
+    return functools.reduce(operator.xor, bits, 0)
+
+
+@functools.cache
+def column_of(column):
+    return (torch.quasirandom.SobolEngine(128).sobolstate[column] * 4).tolist()
+
+
+# Words
+
+
+@settings(max_examples=8)
+@given(
+    sizes=strategies.distinct_sizes(3, 17),
+    count=st.sampled_from([1, 3, 8]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    data=st.data(),
+)
+def test_words_are_the_definition(sizes, count, seed, data):
+    k0, b0 = data.draw(st.sampled_from([0, 5, 2**32 - 17])), data.draw(st.sampled_from([0, 2**31 - 3]))
+    level = data.draw(st.sampled_from([0, 0, 1, 2**32 - 1]))
+    seed = seeds(count, seed)
+    words = reference.words(seed, *sizes, k0, b0, level)
+    for _ in range(20):
+        k, b, d = (data.draw(st.integers(0, n - 1)) for n in sizes)
+        assert int(words[k, b, d]) == word(seed, k0 + k, b0 + b, d, level)
+    triton_words = _backend.layer("triton", "random").words(seed, *sizes, k0, b0, level)
+    assert torch.equal(triton_words.long() & MASK, words)
+
+
+def test_words_beyond_the_net():
+    seed = seeds(3)
+    words = reference.words(seed, 4, 2, 139)
+    for k, b, d in ((0, 0, 127), (3, 1, 127), (0, 0, 128), (3, 1, 131), (2, 1, 138)):
+        assert int(words[k, b, d]) == word(seed, k, b, d, 0)
+    assert torch.equal(_backend.layer("triton", "random").words(seed, 4, 2, 139).long() & MASK, words)
+
+
+@pytest.mark.parametrize("columns", [3, 50, 127, 128, 135, 600])
+def test_normals_agree_to_ulps(backend, columns):
+    """In the C++, tiles that begin below the net's last column, and end beyond it."""
+    address = {"sample_offset": 5, "row_offset": 2**31 - 3}
+    for count in (1, 8):
+        eps = random.normal(seeds(count), 4, 3, columns, **address)
+        with fastvae.use_backend("reference"):
+            exact = random.normal(seeds(count), 4, 3, columns, **address, dtype=torch.float64)
+        assert bool(((eps.double() - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs()).all())
+        wide = random.normal(seeds(count), 4, 3, columns, **address, dtype=torch.float64)
+        torch.testing.assert_close(wide, exact, rtol=1e-14, atol=1e-15)
+
+
+@given(sizes=strategies.distinct_sizes(3, 33), data=st.data())
+@settings(max_examples=8)
+def test_a_part_is_that_part_of_the_whole(backend, sizes, data):
+    k0, b0 = (data.draw(st.integers(0, n - 1)) for n in sizes[:2])
+    whole = random.normal(seeds(3), *sizes)
+    part = random.normal(seeds(3), sizes[0] - k0, sizes[1] - b0, sizes[2], sample_offset=k0, row_offset=b0)
+    assert torch.equal(whole[k0:, b0:], part)
+
+
+def test_points_fill_every_column_evenly():
+    """Each of 64 intervals of a column has one of the first 64 points and one of the next, by any shift."""
+    words = reference.words(seeds(1), 128, 3, 128)
+    for part in words.split(64):
+        assert bool((part.sort(0).values >> 26 == torch.arange(64)[:, None, None]).all())
+
+
+def test_rows_and_randomisations_are_independent():
+    """First points of 4000 rows, of each of two randomisations, are uniform and uncorrelated."""
+    words = reference.words(seeds(2, 4), 2, 4000, 2).double() / 2**32
+    columns = torch.cat([words[0, :, :2], words[1, :, :2]], 1) - 0.5  # [4000, 4]
+    moments = (columns.mT @ columns) / 4000
+    # A product of two has the variance 1/144, a square 1/180; five standard errors.
+    expected = torch.eye(4, dtype=torch.float64) / 12
+    assert float((moments - expected).abs().max()) < 5 / 12 / math.sqrt(4000)
+
+
+# Exact models
+
+
+def linear(d, batch=3, x_dim=5, seed=1, dtype=torch.float32):
+    """x, q, decoder, log p(x): a linear-Gaussian model, and a q that is off."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(x_dim, d, generator=g, dtype=torch.float64) / math.sqrt(d)
+    x = torch.randn(batch, x_dim, generator=g, dtype=torch.float64) @ (
+        torch.linalg.cholesky(w @ w.mT + torch.eye(x_dim, dtype=torch.float64)).mT
+    )
+    precision = torch.eye(d, dtype=torch.float64) + w.mT @ w
+    mu = torch.linalg.solve(precision, w.mT @ x.mT).mT
+    logvar = (-precision.diagonal().log()).expand(batch, d) + 0.2
+    log_px = torch.distributions.MultivariateNormal(
+        torch.zeros(x_dim, dtype=torch.float64), w @ w.mT + torch.eye(x_dim, dtype=torch.float64)
+    ).log_prob(x)
+    w = w.to(DEVICE, dtype)
+    q = (mu + 0.2 / math.sqrt(d)).to(DEVICE, dtype), logvar.to(DEVICE, dtype)
+    return x.to(DEVICE, dtype), q, lambda z: z @ w.mT, log_px.to(DEVICE)
+
+
+LIKELIHOOD = fastvae.Gaussian(scale=1.0)
+
+
+def repeated(d, times, dtype=torch.float32):
+    """One example so often: every row has noise of its own."""
+    x, (mu, logvar), decoder, log_px = linear(d, batch=1, dtype=dtype)
+    return x.expand(times, -1), (mu.expand(times, -1), logvar.expand(times, -1)), decoder, log_px
+
+
+def estimates(d, times, k, noise, **options):
+    x, q, decoder, log_px = repeated(d, times)
+    generator = torch.Generator(DEVICE).manual_seed(5)
+    result = fastvae.log_marginal(
+        x, q, decoder, k=k, likelihood=LIKELIHOOD, noise=noise, generator=generator, **options
+    )
+    return result, result.log_px.double() - log_px
+
+
+@pytest.mark.parametrize("d, k", [(2, 64), (2, 100), (8, 64)])
+def test_estimates_of_p_are_unbiased(d, k):
+    """The mean of p̂ / p over 4000 rows is 1, within five of its standard errors."""
+    _, error = estimates(d, 4000, k, "qmc")
+    ratio = error.exp()
+    assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(4000) + 1e-6
+
+
+@pytest.mark.parametrize("d, least", [(2, 30.0), (8, 1.3)])
+def test_variance_is_smaller(d, least):
+    """Mean squared errors of 200 rows with a fixed seed; measured ratios in docs/NOTES.md."""
+    plain = float(estimates(d, 200, 4096, "philox")[1].square().mean())
+    even = float(estimates(d, 200, 4096, "qmc")[1].square().mean())
+    assert plain > least * even, f"{plain / even:.1f}"
+
+
+@pytest.mark.parametrize("k", [1000, 1024])
+def test_the_standard_error_covers(k):
+    """95 % intervals of Student's t with seven degrees of freedom hold log p(x) in 95 % of 2000 rows."""
+    result, error = estimates(3, 2000, k, "qmc")
+    covered = float((error.abs() <= 2.3646 * result.stderr).double().mean())
+    # Five standard errors of the share, and the estimate's skewness beside that.
+    assert abs(covered - 0.95) < 5 * math.sqrt(0.95 * 0.05 / 2000) + 0.01, covered
+
+
+# The same numbers however they are made
+
+
+def test_chunks_and_rows_change_nothing(backend):
+    x, q, decoder, _ = linear(3, batch=5, dtype=torch.float64)
+
+    def run(rows, k_chunk, offset):
+        return fastvae.log_marginal(
+            x[rows], tuple(t[rows] for t in q), decoder, k=37, likelihood=LIKELIHOOD, noise="qmc",
+            k_chunk=k_chunk, row_offset=offset, generator=torch.Generator(DEVICE).manual_seed(5),
+        )  # fmt: skip
+
+    whole = run(slice(None), None, 0)
+    for part in (run(slice(None), 5, 0), run(slice(None), 11, 0)):
+        for a, b in zip(whole[:3], part[:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for a, b in zip(whole[:3], run(slice(2, 5), 8, 2)[:3], strict=True):
+        torch.testing.assert_close(a[2:5], b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_evaluate_is_the_same_however_it_is_cut(tmp_path, tol):
+    x, (mu, logvar), decoder, _ = linear(2, batch=7, dtype=torch.float64)
+
+    class Encoder(torch.nn.Module):
+        def forward(self, rows):
+            place = (rows[:, None] == x[None]).all(-1).double().argmax(1)
+            return mu[place], logvar[place]
+
+    def run(**options):
+        options = {"k": 400, "batch_size": 3} | options
+        return fastvae.evaluate(
+            Encoder(), decoder, x, likelihood=LIKELIHOOD, noise="qmc", tol=tol, progress=False,
+            generator=torch.Generator().manual_seed(1), **options,
+        )  # fmt: skip
+
+    first = run()
+    for other in (run(batch_size=7), run(k_chunk=7), run(checkpoint=tmp_path / "a.npz")):
+        torch.testing.assert_close(first.log_px, other.log_px, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(first.log_px_stderr, other.log_px_stderr, rtol=1e-6, atol=1e-12)
+        assert torch.equal(first.k, other.k)
+    again = run(checkpoint=tmp_path / "a.npz")
+    assert torch.equal(again.log_px, other.log_px)
+    with pytest.raises(ValueError, match="noise"):
+        fastvae.evaluate(
+            Encoder(), decoder, x, likelihood=LIKELIHOOD, k=400, tol=tol, batch_size=3, progress=False,
+            generator=torch.Generator().manual_seed(1), checkpoint=tmp_path / "a.npz",
+        )  # fmt: skip
+
+
+def test_shares_of_the_draws_merge():
+    """As ranks that share each example's draws have them: any cuts, in the order of draws."""
+    log_w = torch.randn(45, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = Weights.of(log_w, 5, 0, 8)
+    parts = [Weights.of(log_w[a:b], 5, a, 8) for a, b in ((0, 3), (3, 30), (30, 45))]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    torch.testing.assert_close(merged.turns, whole.turns)
+    torch.testing.assert_close(merged.stderr, whole.stderr)
+    w = log_w.exp()
+    means = torch.stack([w[r::8].mean(0) for r in range(8)])
+    torch.testing.assert_close(whole.stderr, means.std(0) / math.sqrt(8) / means.mean(0))
+    few = Weights.of(log_w[:3], 5, 0, 8).stderr
+    torch.testing.assert_close(few, w[:3].std(0) / math.sqrt(3) / w[:3].mean(0))
+    assert bool(Weights.of(log_w[:1], 5, 0, 8).stderr.isnan().all())
+    assert between(torch.ones(8, 2), torch.tensor([8, 80])).stderr.tolist() == [0.0, 0.0]
+
+
+# Families and gradients
+
+
+def families(b=4, d=3):
+    g = torch.Generator().manual_seed(3)
+
+    def some(*shape):
+        return (0.3 * torch.randn(*shape, generator=g, dtype=torch.float64)).to(DEVICE).requires_grad_()
+
+    mixture = fastvae.Mixture(
+        [fastvae.DiagonalNormal(some(b, d), some(b, d)), fastvae.FullNormal(some(b, d), some(b, 6))], some(2)
+    )
+    return {
+        "diagonal": fastvae.DiagonalNormal(some(b, d), some(b, d)),
+        "softplus": fastvae.DiagonalNormal(some(b, d), some(b, d), scale="softplus", floor=1e-3),
+        "full": fastvae.FullNormal(some(b, d), some(b, 6)),
+        "low_rank": fastvae.LowRankNormal(some(b, d), some(b, d), some(b, d, 2)),
+        "laplace": fastvae.Laplace(some(b, d), some(b, d)),
+        "student": fastvae.StudentT(some(b, d), some(b, d), 5.0),
+        "torch": torch.distributions.Normal(some(b, d), some(b, d).exp()),
+        "mixture": mixture,
+    }
+
+
+@pytest.mark.parametrize("name", families())
+def test_families(name):
+    """Draws are from q, whatever the family: E_q[p/q] = 1; and by chunks they are the same."""
+    q = fastvae.distributions.as_posterior(families()[name])
+    seed = seeds(8)
+    from fastvae.distributions import STANDARD, draw_chunk
+
+    with torch.no_grad():
+        z, ratio, _ = draw_chunk(q, STANDARD, 4096, seed, 0, 0)
+        chunks = [draw_chunk(q, STANDARD, n, seed, start, 0)[:2] for start, n in ((0, 13), (13, 100))]
+    torch.testing.assert_close(torch.cat([c[0] for c in chunks]), z[:113], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(torch.cat([c[1] for c in chunks]), ratio[:113], rtol=1e-10, atol=1e-10)
+    groups = ratio.exp().unflatten(0, (-1, 8)).mean(0)  # [8, B]
+    error = groups.std(0) / math.sqrt(8)
+    # Of Student's t with seven degrees of freedom 8 standard errors are exceeded once in 10^4.
+    assert bool(((groups.mean(0) - 1).abs() < 8 * error + 1e-6).all())
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
+@pytest.mark.parametrize("name", ["diagonal", "softplus", "full", "low_rank", "laplace", "student"])
+def test_gradients_by_chunks(name, estimator):
+    def run(k_chunk):
+        q = families()[name]
+        decoder = torch.nn.Linear(3, 5, dtype=torch.float64, device=DEVICE)
+        torch.nn.init.constant_(decoder.weight, 0.3)
+        torch.nn.init.constant_(decoder.bias, 0.1)
+        x = torch.linspace(0, 1, 20, dtype=torch.float64, device=DEVICE).view(4, 5)
+        bound = fastvae.iwae(
+            x, q, decoder, k=11, likelihood="bernoulli", noise="qmc", estimator=estimator, k_chunk=k_chunk,
+            generator=torch.Generator(DEVICE).manual_seed(2),
+        )  # fmt: skip
+        bound.backward()
+        tensors = [t for t in vars(q).values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        return [bound, *(t.grad for t in tensors), *(p.grad for p in decoder.parameters())]
+
+    for a, b in zip(run(None), run(4), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
+def test_the_composed_draw_has_the_fused_ops_gradients(estimator, monkeypatch):
+    """With Philox's words in place of the net's, the numbers of the fused ops."""
+    x, (mu, logvar), decoder, _ = linear(3, batch=4, dtype=torch.float64)
+
+    def run(noise):
+        q = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+        bound = fastvae.iwae(
+            x, q, decoder, k=6, likelihood=LIKELIHOOD, noise=noise, estimator=estimator,
+            generator=torch.Generator(DEVICE).manual_seed(2),
+        )  # fmt: skip
+        return bound, *torch.autograd.grad(bound, q)
+
+    fused = run("philox")
+    monkeypatch.setattr(random, "normal", _by_philox(random.normal))
+    for a, b in zip(run("qmc"), fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_log_weights_are_those_of_iwae():
+    x, q, decoder, _ = linear(3, batch=4, dtype=torch.float64)
+    options = {"k": 16, "likelihood": LIKELIHOOD, "noise": "qmc"}
+    parts = fastvae.log_weights(x, q, decoder, generator=torch.Generator(DEVICE).manual_seed(2), **options)
+    bound = fastvae.iwae(
+        x, q, decoder, generator=torch.Generator(DEVICE).manual_seed(2), reduction="none", **options
+    )
+    torch.testing.assert_close(fastvae.ops.log_mean_exp(parts.log_likelihood + parts.log_ratio), bound)
+
+
+def test_a_family_of_the_users():
+    class Shifted(fastvae.Distribution):
+        def __init__(self, mu):
+            super().__init__()
+            self.mu, self.batch, self.device = mu, mu.shape[0], mu.device
+
+        def rsample(self, samples, seed, **place):
+            eps = fastvae.random.normal(seed, samples, *self.mu.shape, dtype=self.mu.dtype, **place)
+            return self.mu + eps, -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1)
+
+        def log_prob(self, z):
+            return -0.5 * ((z - self.mu).square() + math.log(2 * math.pi)).sum(-1)
+
+    x, (mu, _), decoder, _ = linear(2, batch=4, dtype=torch.float64)
+    generators = [torch.Generator(DEVICE).manual_seed(2) for _ in range(2)]
+    options = {"k": 16, "likelihood": LIKELIHOOD, "noise": "qmc"}
+    own = fastvae.iwae(x, Shifted(mu), decoder, generator=generators[0], **options)
+    known = fastvae.iwae(x, (mu, torch.zeros_like(mu)), decoder, generator=generators[1], **options)
+    torch.testing.assert_close(own, known)
+
+
+@pytest.mark.parametrize("merge", [None, "precision"])
+def test_the_levels_of_a_hierarchy(merge, monkeypatch):
+    """With Philox's words in place of the net's, which the top level has, the usual numbers."""
+    torch.manual_seed(0)
+    sizes = (5, 4), (5 if merge else 7, 6), (2, 6)
+    networks = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in sizes]
+    if merge is None:
+        networks[1] = _Beside(networks[1])
+    hierarchy = fastvae.Hierarchy([
+        fastvae.Level(2, networks[0]), fastvae.Level(3, networks[1], prior=networks[2], merge=merge)
+    ])  # fmt: skip
+    hierarchy.to(DEVICE)
+    h = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
+    decoder = torch.nn.Linear(5, 6, dtype=torch.float64, device=DEVICE)
+    x = torch.ones(4, 6, dtype=torch.float64, device=DEVICE)
+
+    def run(noise):
+        return fastvae.iwae(
+            x, hierarchy([h, h]), decoder, k=6, likelihood="bernoulli", noise=noise, reduction="none",
+            generator=torch.Generator(DEVICE).manual_seed(2),
+        )  # fmt: skip
+
+    plain, even = run("philox"), run("qmc")
+    assert not torch.allclose(plain, even)
+    monkeypatch.setattr(random, "normal", _by_philox(random.normal))
+    torch.testing.assert_close(run("qmc"), plain, rtol=1e-10, atol=1e-12)
+
+
+class _Beside(torch.nn.Module):
+    """A posterior of features and the state above."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, h, state):
+        return self.linear(torch.cat([h, state], 1))
+
+
+def _by_philox(normal):
+    return lambda seed, *args, **options: normal(seed.reshape(()), *args, **options)
+
+
+def test_compiled():
+    x, q, decoder, _ = linear(3, batch=4)
+
+    def bound(x, mu, logvar, seed):
+        return fastvae.random.normal(seed, 5, *mu.shape) * torch.exp(0.5 * logvar) + mu
+
+    seed = seeds(2)
+    compiled = torch.compile(bound, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, *q, seed), bound(x, *q, seed))
+
+
+# Mistakes
+
+
+def test_errors():
+    x, q, decoder, _ = linear(2)
+    for function in (fastvae.iwae, fastvae.log_weights, fastvae.log_marginal):
+        with pytest.raises(ValueError, match="noise.*'philox'.*'qmc'"):
+            function(x, q, decoder, k=4, likelihood=LIKELIHOOD, noise="sobol")
+    with pytest.raises(ValueError, match="noise.*'philox'.*'qmc'"):
+        fastvae.evaluate(lambda x: q, decoder, x, likelihood=LIKELIHOOD, noise="sobol", progress=False)
+    gamma = torch.distributions.Gamma(torch.ones_like(q[0]), torch.ones_like(q[0]))
+    with pytest.raises(ValueError, match="noise='qmc' needs a q"):
+        fastvae.iwae(x, gamma, decoder, k=4, likelihood=LIKELIHOOD, noise="qmc")
+    with pytest.raises(TypeError, match="noise='qmc'"):
+        fastvae.ops.rsample_kl(*q, seed=seeds(2))
+    with pytest.raises(TypeError, match="seed"):
+        random.normal(torch.zeros(0, dtype=torch.int64), 1, 1, 1)
+
+
+def test_estimates_go_over_the_randomisations():
+    """The jackknife leaves a randomisation out; the interval is Student's where weights are light, and not
+    narrower than that of independent draws where they are not.
+    """
+    g = torch.Generator().manual_seed(5)
+    light = torch.rand(800, 3, dtype=torch.float64, generator=g).log1p()
+    heavy = 2.0 * torch.randn(800, 3, dtype=torch.float64, generator=g)
+    log_w = torch.cat([light, heavy], 1)
+    found = Weights.of(log_w, 100, 0, 8)
+    independent = Weights.of(log_w, 100)
+    groups = torch.stack([log_w[r::8].exp().mean(0) for r in range(8)])
+    left_out = torch.stack([groups[torch.arange(8) != r].mean(0).log() for r in range(8)])
+    estimate, error = found.jackknife
+    torch.testing.assert_close(estimate, 8 * groups.mean(0).log() - 7 * left_out.mean(0))
+    torch.testing.assert_close(error, (7 / 8 * (left_out - left_out.mean(0)).square().sum(0)).sqrt())
+    (low, high), (wide_low, wide_high) = found.interval(), independent.interval()
+    relative = 2.3646242515928 * groups.std(0) / math.sqrt(8) / groups.mean(0)
+    assert bool((found.khat[:3] < 0).all()) and bool((found.khat[3:] > 0).all())
+    torch.testing.assert_close(low[:3], found.log_px[:3] + torch.log(1 - relative[:3]))
+    torch.testing.assert_close(high[:3], found.log_px[:3] + torch.log(1 + relative[:3]))
+    assert bool((low[3:] <= wide_low[3:]).all()) and bool((high[3:] >= wide_high[3:]).all())
