@@ -2,6 +2,7 @@
 
 from . import likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
+from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .diagnostics import Diagnostics, diagnostics
 from .distributions import (
     AggregatePosterior,
@@ -64,6 +65,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "AggregatePosterior",
+    "AnnealedMarginal",
     "Bernoulli",
     "Beta",
     "Categorical",
@@ -93,6 +95,7 @@ __all__ = [
     "Logistic",
     "LowRankNormal",
     "Marginal",
+    "MarginalBounds",
     "Mixture",
     "Multinomial",
     "NegativeBinomial",
@@ -108,6 +111,8 @@ __all__ = [
     "VampPrior",
     "VectorQuantizer",
     "ZeroInflatedNegativeBinomial",
+    "ais",
+    "bdmc",
     "diagnostics",
     "elbo",
     "evaluate",
