@@ -27,9 +27,10 @@ from .distributions import (
     VampPrior,
     register_kl,
 )
-from .evaluate import Evaluation, evaluate
+from .evaluate import Audit, Evaluation, evaluate
 from .graphs import graphed
 from .head import FusedHead, LinearOutput, fuse_head
+from .lattice import LatticeMarginal, lattice_log_marginal
 from .likelihoods import (
     Bernoulli,
     Beta,
@@ -66,6 +67,7 @@ __all__ = [
     "VAE",
     "AggregatePosterior",
     "AnnealedMarginal",
+    "Audit",
     "Bernoulli",
     "Beta",
     "Categorical",
@@ -86,6 +88,7 @@ __all__ = [
     "Hierarchy",
     "Joint",
     "Laplace",
+    "LatticeMarginal",
     "Level",
     "Likelihood",
     "LinearOutput",
@@ -119,6 +122,7 @@ __all__ = [
     "fuse_head",
     "graphed",
     "iwae",
+    "lattice_log_marginal",
     "likelihoods",
     "log_marginal",
     "log_weights",

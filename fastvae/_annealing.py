@@ -62,9 +62,9 @@ class Settings(NamedTuple):
         """Chains of the run before, which step sizes are adapted in."""
         return -(-self.chains // 4)
 
-    def transitions(self, runs: int) -> int:
-        """Of so many runs, for a progress bar: each of them and the pilot's, all chains at once."""
-        return (runs + 1) * (self.steps - 1)
+    def work(self, runs: int) -> int:
+        """Transitions of all chains of so many runs, and of the pilot's, for a progress bar."""
+        return (runs * self.chains + self.pilots) * (self.steps - 1)
 
 
 class Point(NamedTuple):
@@ -108,7 +108,7 @@ class Annealing:
         seed: of all noise; of each chain, transition and row it has a place of its own.
         settings: how the chains are run.
         row_offset: place of the first example in the noise's address.
-        tick: called after each transition, for a progress bar.
+        tick: called after each transition with the number of chains, for a progress bar.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Annealing:
         seed: Tensor,
         settings: Settings,
         row_offset: int = 0,
-        tick: Callable[[], Any] | None = None,
+        tick: Callable[[int], Any] | None = None,
     ):
         self.inputs, self.seed, self.settings, self.row_offset = inputs, seed, settings, row_offset
         self.tick = tick
@@ -255,7 +255,7 @@ class Annealing:
         # What is not a number has left the support: such a path never returns.
         probability = torch.nan_to_num(gain.clamp(max=0).exp(), nan=0.0)
         if self.tick is not None:
-            self.tick()
+            self.tick(len(momentum))
         return new.where(others[..., 1] < probability, point), probability
 
 
