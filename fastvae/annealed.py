@@ -134,7 +134,7 @@ def ais(
     settings = _settings(steps, chains, leapfrog, start, chain_chunk)
     check_address(chains * steps, inputs.q.batch, 0, row_offset)
     seed = draw_seed(inputs.q.device, generator)
-    with evaluating(_modules(decoder, inputs.likelihood, inputs.prior, inputs.q)):
+    with evaluating(_modules(decoder, inputs.likelihood, prior, inputs.q.own_prior)):
         return AnnealedMarginal(*Annealing(inputs, seed, settings, row_offset).estimate())
 
 
@@ -232,6 +232,4 @@ def _settings(steps: Any, chains: Any, leapfrog: Any, start: Any, chain_chunk: A
 
 def _modules(*parts: Any) -> list[nn.Module]:
     """What must be in eval mode: a trajectory that dropout changes leads nowhere back."""
-    found = [m for part in parts if callable(part) or isinstance(part, nn.Module) for m in modules_of(part)]
-    # Posteriors that are made in haste are no whole modules.
-    return [m for m in found if "_modules" in vars(m)]
+    return [m for part in parts if callable(part) for m in modules_of(part)]

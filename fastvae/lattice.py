@@ -25,7 +25,7 @@ from .likelihoods.base import Likelihood, as_likelihood
 __all__ = ["LatticeMarginal", "lattice_log_marginal"]
 
 # Points in each dimension, by D.
-_POINTS = {1: 2048, 2: 256, 3: 64}
+_POINTS = {1: 3000, 2: 255, 3: 66}
 # Numbers of the decoder's output, and of log p(x|z), at a time.
 _NUMBERS = 2**22
 
@@ -59,10 +59,10 @@ def lattice_log_marginal(
     like :math:`e^{-2 π^2 (s / h)^2}` for a normal posterior of standard deviation s. They are decoded once
     for all examples (:func:`fastvae.ops.all_pairs_log_prob`), block by block.
 
-    The lattice tells its own error. It falls into :math:`2^D` lattices of twice the spacing, and ``error`` is
-    the largest distance of their estimates from the whole one's, that is the error of one of these, beside
-    which that of the whole lattice is small, wherever it is below 0.1 nats or so; a larger one says that the
-    posterior is too narrow for the lattice, and no more than that: use more points, or
+    The lattice tells its own error. It falls into :math:`3^D` lattices of three times the spacing, and
+    ``error`` is the largest distance of their estimates from the whole one's: the error of one of these,
+    beside which that of the whole lattice is small, wherever it is below 0.1 nats or so. A larger one says
+    that the posterior is too narrow for the lattice, and no more than that: use more points, or
     :func:`fastvae.evaluate`. Added to it is what the density has at the lattice's ends, as if it went on at
     that level for half of its width. Rounding, some 1e-6 of log p(x) in float32, is not in it.
 
@@ -70,8 +70,9 @@ def lattice_log_marginal(
         data: as in :func:`fastvae.evaluate`, without what ``unpack`` is for. All of it is held in memory.
         decoder: z [U, D] -> parameters of the likelihood, in eval mode.
         latent_dim: D, 1 to 3.
-        points: n, even; :math:`n^D` points in all. Default: 2048, 256 and 64 for D = 1, 2 and 3, which in two
-            dimensions, with a standard normal prior, is right to 1e-6 for posteriors no narrower than 0.08.
+        points: n, a multiple of 3; :math:`n^D` points in all. Default: 3000, 255 and 66 for D = 1, 2 and 3,
+            which for a standard normal prior is right to 1e-6 where the posterior's standard deviations are
+            no smaller than 0.005, 0.06 and 0.22.
         radius: how far the lattice of a normal prior reaches, in its standard deviations.
         box: the lattice's lower and upper ends, each [D] or a number, in place of ``radius``. A prior that is
             not a diagonal normal needs it.
@@ -81,7 +82,7 @@ def lattice_log_marginal(
         batch_size: examples at a time; it changes no result but by rounding.
 
     Returns:
-        :class:`LatticeMarginal` (log_px, error), each [N]. Memory is :math:`(2^D + 1) N` numbers, the data,
+        :class:`LatticeMarginal` (log_px, error), each [N]. Memory is :math:`(3^D + 1) N` numbers, the data,
         and a block of points.
 
     Raises:
@@ -107,9 +108,9 @@ def lattice_log_marginal(
             "fastvae.evaluate"
         )
     points = _POINTS[latent_dim] if points is None else check_count("points", points, "in each dimension")
-    if points % 2:
+    if points % 3:
         raise ValueError(
-            f"points must be even, got {points}: every other one makes the lattice that tells the error"
+            f"points must be a multiple of 3, got {points}: every third makes a lattice that tells the error"
         )
     check_count("batch_size", batch_size, "the examples at a time")
     prior = _shared(prior)
@@ -125,7 +126,7 @@ def lattice_log_marginal(
     size = max(1, _NUMBERS // max(event_size(xs[0]), *(len(x) for x in xs)))
     with evaluating([m for f in (decoder, likelihood, prior) for m in modules_of(f)]):
         prior = prior.prepared()
-        # log of the sums of p(x, z) over each of the lattices of twice the spacing, and over the ends.
+        # log of the sums of p(x, z) over each of the lattices of three times the spacing, and over the ends.
         sums, at_ends = [], _Sum(xs)
         for indices in _indices(points, latent_dim, size, xs[0].device):
             if indices is None:
@@ -141,7 +142,7 @@ def lattice_log_marginal(
                 at_ends.add(i, joint[is_end])
     parts = torch.stack([s.joined() for s in sums])
     whole = parts.logsumexp(0)
-    apart = (parts + latent_dim * math.log(2) - whole).abs().amax(0)
+    apart = (parts + latent_dim * math.log(3) - whole).abs().amax(0)
     beyond = torch.log1p((at_ends.joined() - whole).exp() * (points / 2))
     error = torch.where(whole == -math.inf, math.inf, apart + beyond)
     return LatticeMarginal((whole + spacing.log().sum()).cpu(), error.cpu())
@@ -162,18 +163,20 @@ class _Sum:
 
 
 def _indices(points: int, dim: int, size: int, device: torch.device) -> Iterator[Tensor | None]:
-    """Those of all points, [U, D], in blocks of this size; None before each of the 2^D lattices of every
-    other point that they fall into.
+    """Those of all points, [U, D], in blocks of this size; None before each of the 3^D lattices of every
+    third point that they fall into.
+
+    Not of every other point: two lattices agree by chance where a posterior lies midway between two points.
     """
-    half = points // 2
-    for first in itertools.product((0, 1), repeat=dim):
+    third = points // 3
+    for first in itertools.product(range(3), repeat=dim):
         yield None
-        for start in range(0, half**dim, size):
-            rest = torch.arange(start, min(start + size, half**dim), device=device)
+        for start in range(0, third**dim, size):
+            rest = torch.arange(start, min(start + size, third**dim), device=device)
             digits = []
-            for parity in first:
-                digits.append(2 * (rest % half) + parity)
-                rest = rest // half
+            for offset in first:
+                digits.append(3 * (rest % third) + offset)
+                rest = rest // third
             yield torch.stack(digits, 1)
 
 
