@@ -8,6 +8,7 @@ may be run either way.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -20,7 +21,7 @@ from torch import distributions as td
 from . import random
 from ._inputs import Inputs
 from ._nested import decoded
-from ._stream import Chunks
+from ._stream import Chunks, spared_memory_errors
 from .distributions import DiagonalNormal, Distribution, log_shares, rsample
 from .distributions.base import held
 from .head import made
@@ -132,17 +133,14 @@ class Annealing:
 
     def forward(self) -> Annealed:
         """From q0 to p(z|x): E[w] = p(x)."""
-        return self._run(_FORWARD, range(self.settings.steps - 1), self._drawn)
+        start = self._drawn(0, self.settings.chains)
+        return self._run(_FORWARD, range(self.settings.steps - 1), *start)
 
     def reverse(self, z: Tensor) -> Annealed:
         """From draws z [B, D] of p(z|x) to q0, all chains of an example from the same: E[1/w] = 1/p(x)."""
-        z = z.to(accumulator(self.dtype))
-
-        def start(first: int, count: int) -> tuple[Point, Tensor]:
-            point = self._at(z.expand(count, *z.shape))
-            return point, torch.zeros_like(point.base)
-
-        return self._run(_REVERSE, range(self.settings.steps - 1)[::-1], start)
+        point = self._at(z.to(accumulator(self.dtype)).expand(self.settings.chains, *z.shape))
+        order = range(self.settings.steps - 1)[::-1]
+        return self._run(_REVERSE, order, point, torch.zeros_like(point.base))
 
     def estimate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log p(x), its standard error, the effective number of chains, the acceptance probability, each
@@ -157,27 +155,20 @@ class Annealing:
         lower, upper = (Weights.of(w, 1) for w in (self.forward().log_w, -self.reverse(z).log_w))
         return lower.log_px, -upper.log_px, lower.stderr, upper.stderr
 
-    def _run(self, level: int, order: range, start: Callable[[int, int], tuple[Point, Tensor]]) -> Annealed:
-        """Chains through the transitions in this order."""
-        chains, log_w, taken, first = self.settings.chains, [], [], 0
+    def _run(self, level: int, order: range, point: Point, log_w: Tensor) -> Annealed:
+        """Chains from where they stand through the transitions in this order."""
         rises = [after - before for before, after in pairwise(self.betas)]
         if order.step < 0:
             rises.reverse()
-        while first < chains:
-            count = min(chains - first, self.settings.chunks.draws(self.inputs, self.inputs.q.batch))
-            point, log = start(first, count)
-            log = log + rises[0] * (point.joint - point.base)
-            for t, rise in zip(order, rises[1:], strict=True):
-                noise = self._noise(level, t * chains + first, count)
-                point, probability = self._move(point, self.betas[t + 1], self.step_sizes[t], noise)
-                taken.append(probability.sum(0))
-                log = log + rise * (point.joint - point.base)
-            log_w.append(log)
-            first += count
-        whole = torch.cat(log_w)
+        log_w = log_w + rises[0] * (point.joint - point.base)
+        accepted = torch.zeros_like(log_w[0])
+        for t, rise in zip(order, rises[1:], strict=True):
+            noise = self._noise(level, t, self.settings.chains)
+            point, probability = self._move(point, self.betas[t + 1], self.step_sizes[t], noise)
+            accepted += probability.mean(0)
+            log_w = log_w + rise * (point.joint - point.base)
         # Of one temperature alone nothing is accepted or refused.
-        accepted = sum(taken, torch.zeros_like(whole[0])) / (len(order) * chains or math.nan)
-        return Annealed(whole, accepted)
+        return Annealed(log_w, accepted / (len(order) or math.nan))
 
     def _pilot(self) -> list[Tensor]:
         """Step sizes [B] of each transition, in units of q0's scale."""
@@ -187,9 +178,8 @@ class Annealing:
         if self.settings.steps == 1:
             return sizes
         point, _ = self._drawn(self.settings.chains, count)
-        for t in range(1, self.settings.steps):
-            noise = self._noise(_PILOT, (t - 1) * count, count)
-            point, accepted = self._move(point, self.betas[t], size, noise)
+        for t in range(self.settings.steps - 1):
+            point, accepted = self._move(point, self.betas[t + 1], size, self._noise(_PILOT, t, count))
             size = size * torch.exp(_RATE * (accepted.mean(0) - ACCEPTANCE)).to(size.dtype)
             sizes.append(size)
         return sizes
@@ -213,14 +203,34 @@ class Annealing:
         width = 0.5 * (high - low)
         return torch.where((width > 0) & width.isfinite(), width, 1.0)
 
-    def _noise(self, level: int, first: int, count: int) -> Tensor:
-        """Of one transition: momenta, and two columns more for the step size and the acceptance."""
+    def _noise(self, level: int, transition: int, chains: int) -> Tensor:
+        """Of all chains: momenta, and two columns more for the step size and the acceptance."""
         return random.normal(
-            self.seed, count, self.inputs.q.batch, self.dim + 2, sample_offset=first,
+            self.seed, chains, self.inputs.q.batch, self.dim + 2, sample_offset=transition * chains,
             row_offset=self.row_offset, level=level, dtype=accumulator(self.dtype),
         )  # fmt: skip
 
     def _at(self, z: Tensor) -> Point:
+        """Where chains stand, so many of them evaluated at a time as memory has room for."""
+        chunks, batch = self.settings.chunks, self.inputs.q.batch
+        parts: list[Point] = []
+        first = 0
+        while first < len(z):
+            count = min(chunks.draws(self.inputs, batch), len(z) - first)
+            part = None
+            with spared_memory_errors() if count > 1 else contextlib.nullcontext():
+                part = self._some_at(z[first : first + count])
+            # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
+            if part is None:
+                if z.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                chunks.halve(count, batch)
+                continue
+            parts.append(part)
+            first += count
+        return parts[0] if len(parts) == 1 else Point(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _some_at(self, z: Tensor) -> Point:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             at = z.to(self.dtype)

@@ -103,8 +103,9 @@ def ais(
         leapfrog: of a transition. More steps pay better, but for strongly correlated latents.
         start: q0: ``"posterior"``, q, the better start even where q is off; or ``"prior"``, which does not
             look at q (but for the number of latents).
-        chain_chunk: chains at a time, which bounds memory and changes no result but by rounding. Default: as
-            many as give the decoder's output about 4 million numbers on a CPU, 64 million elsewhere.
+        chain_chunk: chains that the decoder evaluates at a time, which bounds memory and changes no result
+            but by rounding. Default: as many as give its output about 4 million numbers on a CPU, 64 million
+            elsewhere. Halved, with a warning, when memory runs out.
         generator: source of the noise; default torch's own random state. The noise is a function of its
             address, as everywhere: the same for any batch and chunk. What differs by rounding may, in
             float32, change a decision of some transition, and then that example's estimate within its error.
@@ -130,11 +131,11 @@ def ais(
         >>> result.log_px.shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     settings = _settings(steps, chains, leapfrog, start, chain_chunk)
-    check_address(chains * steps, inputs.q.batch, 0, row_offset)
-    seed = draw_seed(inputs.q.device, generator)
-    with evaluating(_modules(decoder, inputs.likelihood, prior, inputs.q.own_prior)):
+    with evaluating(_modules(decoder, likelihood, prior, getattr(q, "own_prior", None))):
+        inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+        check_address(chains * steps, inputs.q.batch, 0, row_offset)
+        seed = draw_seed(inputs.q.device, generator)
         return AnnealedMarginal(*Annealing(inputs, seed, settings, row_offset).estimate())
 
 
@@ -225,9 +226,7 @@ def _settings(steps: Any, chains: Any, leapfrog: Any, start: Any, chain_chunk: A
     check_count("chains", chains, "the chains of each example")
     check_count("leapfrog", leapfrog, "the leapfrog steps of a transition")
     check_choice("start", start, STARTS)
-    if chain_chunk is not None:
-        check_count("chain_chunk", chain_chunk, "the chains at a time")
-    return Settings(steps, chains, leapfrog, start, Chunks(chain_chunk))
+    return Settings(steps, chains, leapfrog, start, Chunks(chain_chunk, "chain_chunk"))
 
 
 def _modules(*parts: Any) -> list[nn.Module]:

@@ -16,6 +16,7 @@ from torch import distributions as td
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
 from ._nested import called, check_batch, decoded, each, tensors
+from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, flat_prior, is_conditional
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
@@ -176,6 +177,15 @@ class VAE(nn.Module):
         decoder = self._fused(x, k)
         return objectives.log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
 
+    @torch.no_grad()
+    def ais(self, x: Any, **options: Any) -> AnnealedMarginal:
+        """:func:`fastvae.ais` of x; options are its keyword arguments."""
+        return ais(x, self._q(x, options), self.decoder, **self._meaning(), **options)
+
+    def bdmc(self, **options: Any) -> MarginalBounds:
+        """:func:`fastvae.bdmc` of the model; options are its keyword arguments."""
+        return bdmc(self.posterior, self.decoder, self._known_latent_dim(), **self._meaning(), **options)
+
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
         on_cpu = all([p.is_cpu for p in self.parameters()])
@@ -213,21 +223,17 @@ class VAE(nn.Module):
             generator: source of the noise; default torch's own random state.
         """
         check_count("n", n, "the number of draws")
-        if self.latent_dim is None:
-            raise ValueError(
-                "the latent dimension is not known yet: give VAE(..., latent_dim=D), or a shape "
-                "(C, H, W), or encode a batch first"
-            )
+        latent_dim = self._known_latent_dim()
         reference = next(self.parameters(), torch.empty(()))
         prior = self.prior
         if context is not None:
             check_batch("context", context, n, reference.device)
         if is_conditional(prior):
             prior = as_prior(prior, context)
-        latent = self.latent_dim if isinstance(self.latent_dim, tuple) else None
+        latent = latent_dim if isinstance(latent_dim, tuple) else None
         if latent is not None:
             prior = flat_prior(prior, latent, n)
-        size = math.prod(latent) if latent is not None else self.latent_dim
+        size = math.prod(latent) if latent is not None else latent_dim
         z = prior.sample(n, size, device=reference.device, generator=generator)
         parameters = self._decode(z.to(reference.dtype), context, latent)
         if mean:
@@ -252,6 +258,14 @@ class VAE(nn.Module):
                 "it returns"
             )
         return found[0] if found else None
+
+    def _known_latent_dim(self) -> int | tuple[int, ...]:
+        if self.latent_dim is None:
+            raise ValueError(
+                "the latent dimension is not known yet: give VAE(..., latent_dim=D), or a shape "
+                "(C, H, W), or encode a batch first"
+            )
+        return self.latent_dim
 
     def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
         return self.posterior(x, options.get("context"))

@@ -238,9 +238,9 @@ def test_no_noise_is_used_twice(monkeypatch):
     """Of the pilot, forward and back, each chain and transition has an address of its own, in any chunks."""
     drawn, used = Annealing._noise, []
 
-    def noise(self, level, first, count):
-        used.extend((level, first + i) for i in range(count))
-        return drawn(self, level, first, count)
+    def noise(self, level, transition, chains):
+        used.extend((level, transition * chains + i) for i in range(chains))
+        return drawn(self, level, transition, chains)
 
     monkeypatch.setattr(Annealing, "_noise", noise)
     model = LinearGaussian(D, X)
@@ -347,6 +347,27 @@ def test_a_bounded_support_is_left_by_no_chain():
     assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
     with pytest.raises(ValueError, match="within the support"):  # the user's object is as it was
         q.log_prob(torch.full((B, D), -1.0).double())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:fastvae. memory ran out:RuntimeWarning")
+def test_when_memory_runs_out_fewer_chains_are_evaluated_at_a_time():
+    model = LinearGaussian(D, X)
+    x = model.sample(B)
+    q, asked = model.posterior(x, 0.5, 0.3), []
+
+    def decoder(z):
+        asked.append(len(z))
+        if len(z) > 2 * B:
+            raise torch.OutOfMemoryError
+        return model.decoder(z)
+
+    options = {"steps": 5, "chains": 8, "likelihood": model.likelihood}
+    expected = fastvae.ais(x, q, model.decoder, generator=generator(1), **options)
+    with pytest.warns(RuntimeWarning, match=r"going on with 2 \(chain_chunk=2 starts there\)"):
+        result = fastvae.ais(x, q, decoder, generator=generator(1), **options)
+    torch.testing.assert_close(result.log_px, expected.log_px, rtol=1e-10, atol=1e-10)
+    assert max(asked[-20:]) == 2 * B
 
 
 def test_modules_are_in_eval_mode_and_back():
@@ -585,12 +606,20 @@ def test_what_an_audit_cannot_do_is_said_before_the_work():
             _evaluate(model, model.posterior, model.sample(N), audit=wrong)
 
 
-def test_an_audit_of_a_vae_whose_last_layer_is_left_out():
+def test_a_vae_whose_last_layer_is_left_out():
     encoder, decoder = nn.Linear(X, 2 * D), nn.Sequential(nn.Linear(D, 9), nn.Tanh(), nn.Linear(9, X))
     vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli").to(DEVICE)
     x = (rand(N, X, seed=1) > 0.5).float()
+    with pytest.raises(ValueError, match="latent dimension is not known yet"):
+        vae.bdmc()
     result = vae.evaluate(x, k=2000, audit=4, generator=generator(1), progress=False)
     assert abs(result.audit.mean) < 0.1
+    bounds = vae.bdmc(n=6, steps=50, generator=generator(1))
+    assert bounds.gap < 0.3
+    assert bounds.upper.shape == (6,)
+    found = vae.ais(x, steps=50, generator=generator(1))
+    exact = fastvae.lattice_log_marginal(x, vae.decoder, D, likelihood="bernoulli")
+    assert bool(((found.log_px.cpu() - exact.log_px).abs() < 5 * found.stderr.cpu() + exact.error).all())
     assert all(p.grad is None for p in vae.parameters())
 
 
