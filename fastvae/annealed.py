@@ -100,7 +100,8 @@ def ais(
         steps: T. The decoder is called, and followed back, 1.25·C·((T − 1)·leapfrog + 1) times for each
             example.
         chains: C.
-        leapfrog: of a transition. More steps pay better, but for strongly correlated latents.
+        leapfrog: steps of a transition's trajectory. At the same cost more temperatures, with 1 or 2 of
+            these, were better on every model that was tried, correlated latents included (docs/NOTES.md).
         start: q0: ``"posterior"``, q, the better start even where q is off; or ``"prior"``, which does not
             look at q (but for the number of latents).
         chain_chunk: chains that the decoder evaluates at a time, which bounds memory and changes no result

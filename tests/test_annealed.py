@@ -12,8 +12,9 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
-from fastvae._annealing import STARTS, Annealing, Settings
+from fastvae._annealing import STARTS, Annealing, Settings, simulate
 from fastvae._inputs import Inputs
+from fastvae._nested import Beside
 from fastvae._stream import Chunks
 from fastvae.evaluate.audit import Sample
 
@@ -53,10 +54,12 @@ def _exact_draws(model, x, seed=6):
 
 @torch.no_grad()
 @pytest.mark.parametrize("start", STARTS)
-def test_weights_have_the_mean_that_they_must_have(start):
+def test_weights_have_the_mean_that_they_must_have(start, monkeypatch):
     """E[w] = p(x) forward and E[1/w] = 1/p(x) back, for a q that is off, from 4000 examples of one x each;
-    the bounds enclose the truth, and more temperatures bring them together.
+    the bounds enclose the truth, and more temperatures bring them together. These rise unevenly, so that it
+    matters which are passed when.
     """
+    monkeypatch.setattr("fastvae._annealing.temperatures", lambda n: [(t / n) ** 2 for t in range(n + 1)])
     model, n = LinearGaussian(2, X), 4000
     x = model.sample(1).expand(n, X)
     exact, q = model.log_px(x), model.posterior(x, 0.5, 0.4)
@@ -87,11 +90,16 @@ def test_from_the_exact_posterior_every_weight_is_exact():
 
 
 @torch.no_grad()
-def test_a_step_alone_is_importance_sampling():
-    """The same draws give the same log p(x) as log_marginal's."""
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_step_alone_is_importance_sampling(mixture):
+    """The same draws give the same log p(x) as log_marginal's; those of a mixture's strata count their
+    shares.
+    """
     model = LinearGaussian(D, X)
     x = model.sample(B)
     q, options = model.posterior(x, 0.3, 0.2), {"likelihood": model.likelihood}
+    if mixture:
+        q = fastvae.Mixture([q, model.posterior(x, 1.0, 0.5)], torch.tensor([1.0, -1.0]).double())
     result = fastvae.ais(x, q, model.decoder, steps=1, chains=40, generator=generator(1), **options)
     expected = fastvae.log_marginal(x, q, model.decoder, k=40, generator=generator(1), **options)
     for name in ("log_px", "stderr", "ess"):
@@ -454,6 +462,29 @@ def test_bounds_need_draws_of_the_model():
         fastvae.bdmc(encoder, decoder, 0, likelihood="bernoulli")
 
 
+@torch.no_grad()
+def test_what_is_made_comes_with_what_a_batch_comes_with():
+    """Sizes multiply the means, context reaches the decoder, and what was not observed stays, NaN or not."""
+    n = 4000
+    x = torch.full((n, X), math.nan, device=DEVICE)
+    mask = (torch.arange(X, device=DEVICE) < 5).expand(n, X)
+    size, context = torch.linspace(1, 3, n, device=DEVICE), torch.linspace(-1, 1, n, device=DEVICE)[:, None]
+    x = torch.where(mask, 0.0, x)
+
+    def decoder(z, context):
+        return 0.3 * z[:, :1] + context.expand(-1, X)
+
+    q = torch.zeros(n, 2 * D, device=DEVICE)
+    inputs = Inputs.read(x, q, decoder, "poisson", None, Beside(mask, size, context))
+    z, made = simulate(inputs, D, torch.float32, generator(1))
+    assert made.shape == x.shape
+    assert bool((made.isnan() == ~mask).all())
+    mean = size[:, None] * torch.exp(0.3 * z[:, :1] + context)
+    score = ((made[:, :5] - mean) / mean.sqrt()).flatten()
+    assert abs(float(score.mean())) < 5 / math.sqrt(5 * n)
+    assert float(score.square().mean()) == pytest.approx(1, abs=5 * math.sqrt(3 / (5 * n)))
+
+
 # The audit
 
 
@@ -537,6 +568,8 @@ def test_examples_are_evenly_spaced(n):
     assert len(chosen[0]) == min(n, count)
     steps = np.diff(chosen[0])
     assert n <= count or (steps.min() >= n // count / 2 and steps.max() <= 2.1 * n / count)
+    assert chosen[0][0] == 0
+    assert chosen[0][-1] >= n - 2.1 * n / count
 
 
 def test_an_audit_of_masks_sizes_and_context(tmp_path):
