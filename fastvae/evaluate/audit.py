@@ -86,7 +86,8 @@ class Audit:
         )
         if self.without_bounds:
             return f"{found}; no BDMC: {self.without_bounds}"
-        return f"{found}; BDMC gap {_nats(self.gap, self.gap_stderr)} on {_examples(len(self.lower))} made"
+        made = _examples(len(self.lower), "simulated ")
+        return f"{found}; BDMC gap {_nats(self.gap, self.gap_stderr)} on {made}"
 
     __repr__ = __str__
 
@@ -119,8 +120,8 @@ def _nats(value: float, error: float = math.nan) -> str:
     return f"{digits} nats" if math.isnan(error) else f"{digits} ± {error:.2f} nats"
 
 
-def _examples(n: int) -> str:
-    return f"{n} example{'s' * (n != 1)}"
+def _examples(n: int, kind: str = "") -> str:
+    return f"{n} {kind}example{'s' * (n != 1)}"
 
 
 class Sample:
