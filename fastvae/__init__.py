@@ -2,6 +2,7 @@
 
 from . import bounds, diagnostics, likelihoods, ops, random, schedules, weights
 from ._backend import use_backend
+from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .distributions import (
     AggregatePosterior,
     DiagonalNormal,
@@ -25,9 +26,10 @@ from .distributions import (
     VampPrior,
     register_kl,
 )
-from .evaluate import Evaluation, evaluate
+from .evaluate import Audit, Evaluation, evaluate
 from .graphs import graphed
 from .head import FusedHead, LinearOutput, fuse_head
+from .lattice import LatticeMarginal, lattice_log_marginal
 from .likelihoods import (
     Bernoulli,
     Beta,
@@ -66,6 +68,8 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "AggregatePosterior",
+    "AnnealedMarginal",
+    "Audit",
     "Bernoulli",
     "Beta",
     "BetaTCTerms",
@@ -86,6 +90,7 @@ __all__ = [
     "Hierarchy",
     "Joint",
     "Laplace",
+    "LatticeMarginal",
     "Level",
     "Likelihood",
     "LinearOutput",
@@ -95,6 +100,7 @@ __all__ = [
     "Logistic",
     "LowRankNormal",
     "Marginal",
+    "MarginalBounds",
     "Mixture",
     "Multinomial",
     "NegativeBinomial",
@@ -110,6 +116,8 @@ __all__ = [
     "VampPrior",
     "VectorQuantizer",
     "ZeroInflatedNegativeBinomial",
+    "ais",
+    "bdmc",
     "beta_tc",
     "bound",
     "bounds",
@@ -119,6 +127,7 @@ __all__ = [
     "fuse_head",
     "graphed",
     "iwae",
+    "lattice_log_marginal",
     "likelihoods",
     "log_marginal",
     "log_weights",

@@ -26,15 +26,16 @@ class Chunks:
     Args:
         k_chunk: draws per example; None chooses as many as give the decoder's output a size that stays in a
             CPU's caches and fills a GPU. Halved for good when memory runs out.
+        name: what the user calls it.
     """
 
     # Numbers of the decoder's output at a time, and rows of it; the CPU's are measured: docs/NOTES.md.
     _CPU, _GPU = (2**22, 2**13), (2**26, 2**18)
 
-    def __init__(self, k_chunk: int | None):
+    def __init__(self, k_chunk: int | None, name: str = "k_chunk"):
         if k_chunk is not None:
-            check_count("k_chunk", k_chunk, "the samples drawn at a time")
-        self.k_chunk = k_chunk
+            check_count(name, k_chunk, "the samples drawn at a time")
+        self.k_chunk, self.name = k_chunk, name
         self.most_rows: int | None = None
         # Numbers that the decoder returns for a row, where x does not tell: classes, mixtures, several parts.
         self._width: int | None = None
@@ -62,7 +63,7 @@ class Chunks:
         self.most_rows = half * batch
         warnings.warn(
             f"fastvae: memory ran out with {count} draws of {batch} examples at a time; going on with "
-            f"{half} (k_chunk={half} starts there)",
+            f"{half} ({self.name}={half} starts there)",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -109,7 +110,7 @@ def stream(
     while start < stop:
         count = min(chunks.draws(inputs, batch), stop - start)
         log_w = None
-        with _spared_memory_errors() if count > 1 else contextlib.nullcontext():
+        with spared_memory_errors() if count > 1 else contextlib.nullcontext():
             log_w = draw(count)
         # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
         if log_w is None:
@@ -139,7 +140,7 @@ def _spans(inputs: Inputs, row_offset: int, rows: Tensor) -> list[tuple[Distribu
 
 
 @contextlib.contextmanager
-def _spared_memory_errors() -> Iterator[None]:
+def spared_memory_errors() -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):

@@ -15,6 +15,7 @@ from torch import distributions as td
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
 from ._nested import called, decoded, each, tensors
+from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .bounds import Bound
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
 from .distributions.wrapped import tensors_of
@@ -236,6 +237,15 @@ class VAE(nn.Module):
         """
         decoder = self._fused(x, k)
         return objectives.log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
+
+    @torch.no_grad()
+    def ais(self, x: Any, **options: Any) -> AnnealedMarginal:
+        """:func:`fastvae.ais` of x; options are its keyword arguments."""
+        return ais(x, self._q(x, options), self.decoder, **self._meaning(), **options)
+
+    def bdmc(self, **options: Any) -> MarginalBounds:
+        """:func:`fastvae.bdmc` of the model; options are its keyword arguments."""
+        return bdmc(self.posterior, self.decoder, self._known_latent_dim(), **self._meaning(), **options)
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""

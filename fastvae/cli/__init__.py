@@ -159,6 +159,12 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=_path, metavar="RUN.npz", help="save results as they come, and resume from them"
     )
     evaluate.add_argument(
+        "--audit",
+        type=_whole,
+        metavar="N",
+        help="estimate N examples once more by annealed importance sampling: is log p(x) too low?",
+    )
+    evaluate.add_argument(
         "--batch-size",
         type=_whole,
         metavar="B",

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
                 k_chunk=args.k_chunk,
                 batch_size=args.batch_size,
                 checkpoint=args.checkpoint,
+                audit=args.audit,
                 shard=args.shard,
                 progress=first,
                 generator=torch.Generator().manual_seed(args.seed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from ..distributions import STANDARD, Distribution, as_posterior, as_prior, clos
 from ..likelihoods.base import Likelihood, as_likelihood
 from ..random import NOISES, RANDOMISATIONS, draw_seed, seed_of
 from ..weights import Weights, kept_draws
+from .audit import Sample, probe, run_audit
 from .checkpoint import Store
 from .data import batches_of, data_of, length_of, place_of, unpacked
 from .modules import evaluating, modules_of, parameters_digest
@@ -51,6 +53,7 @@ def evaluate(
     prior: Any = None,
     unpack: Callable[[Any], Mapping[str, Any]] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    audit: int | None = None,
     shard: str = "data",
     progress: bool = True,
     generator: torch.Generator | None = None,
@@ -95,6 +98,12 @@ def evaluate(
         checkpoint: a file, such as ``"run.npz"``, that gets the results as they come. If it exists, the work
             goes on where it stopped, with its seed. It is refused for other parameters, data or settings.
             When it cannot be written, a warning says so and the work goes on.
+        audit: so many examples, evenly spaced over the data, are estimated once more in the end, by
+            :func:`fastvae.ais` with its default settings, which says by how much the importance estimate may
+            be low; and as many that the model makes are bounded from both sides (:func:`fastvae.bdmc`), which
+            says the same of the annealing. The result has it as ``audit``, :class:`fastvae.Audit`. Such an
+            example takes 8000 evaluations of the decoder, each followed by a gradient of z, and one that is
+            made 14 400. A checkpoint holds none of it. Default: no audit.
         shard: under torch.distributed, what ranks share: ``"data"``, whole batches; ``"samples"``, each
             example's draws, for few examples and a large k; or ``"none"``, nothing: this process evaluates
             alone, and others need not call evaluate.
@@ -139,6 +148,8 @@ def evaluate(
     if tol is not None and not (tol := check_number("tol", tol, "in nats")):
         raise ValueError("tol must be greater than 0, got 0: any finite number of draws has an error")
     check_choice("noise", noise, NOISES)
+    if audit:
+        check_count("audit", audit, "the examples that are estimated once more")
     check_choice("shard", shard, ("data", "samples", "none"))
     if batch_size is not None:
         check_count("batch_size", batch_size, "the examples of a batch")
@@ -163,7 +174,7 @@ def evaluate(
         seed = ranks.first(int(draw_seed("cpu")) if store.seed is None else store.seed)
         store.begin(seed)
 
-        def evaluate_batch(index: int, x: Any, beside: Beside | None, row: int, plan: _Plan) -> Part:
+        def read(name: str, x: Any, beside: Beside | None) -> Inputs:
             def moved(t: Tensor, always: bool) -> Tensor:
                 t = t.to(device or t.device)
                 if t.is_floating_point():
@@ -182,11 +193,16 @@ def evaluate(
                 if hasattr(error, "add_note"):  # Python 3.11
                     given = ", ".join(f"{shape_of(t)}, {t.dtype}" for t in tensors(seen))
                     error.add_note(
-                        f"fastvae.evaluate gave the encoder batch {index}: {given}"
+                        f"fastvae.evaluate gave the encoder {name}: {given}"
                         f"{'' if context is None else ' and the context'}"
                     )
                 raise
-            inputs = Inputs.read(x, q, decoder, likelihood, prior, beside)
+            return Inputs.read(x, q, decoder, likelihood, prior, beside)
+
+        def evaluate_batch(index: int, x: Any, beside: Beside | None, row: int, plan: _Plan) -> Part:
+            inputs = read(f"batch {index}", x, beside)
+            if sample.count and row == 0:
+                probe(inputs)
             return _evaluate_batch(index, inputs, seed, row, plan)
 
         bar = tqdm(
@@ -196,6 +212,7 @@ def evaluate(
             disable=not progress or ranks.rank != 0,
             file=ProgressStream(),
         )
+        sample = Sample(audit or 0)
         modules = [m for f in (encoder, decoder, likelihood, prior) for m in modules_of(f)]
         with bar, evaluating(modules):
             if isinstance(prior, Distribution):
@@ -209,6 +226,7 @@ def evaluate(
                     row, start, axes = row + examples, row, [t.dim() for t in tensors(x)]
                     if examples == 0:
                         continue
+                    sample.see(x, beside, start)
                     part = store.see(index, [*tensors(x), *(t for p in beside or () for t in tensors(p))])
                     if part is None and ranks.takes(index):
                         part = evaluate_batch(index, x, beside, start, plan)
@@ -225,7 +243,13 @@ def evaluate(
         parts = store.finish()
     if not parts:
         raise ValueError("data has no batches: there is nothing to evaluate")
-    return combine(parts, plan.looks)
+    result = combine(parts, plan.looks)
+    if sample.count:
+        with ranks.telling(), evaluating(modules):
+            shown = progress and ranks.rank == 0
+            found = run_audit(sample, read, result.log_px, seed, ranks, shown)
+        result = dataclasses.replace(result, audit=found)
+    return result
 
 
 class _Plan:

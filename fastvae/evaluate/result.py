@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._terminal import printable
+from .audit import Audit
 from .checkpoint import write_arrays
 from .parts import Part
 
@@ -72,6 +73,9 @@ class Evaluation:
     draws."""
     dims: float
     """Numbers in an example, X; their mean where examples differ in size."""
+    audit: Audit | None = None
+    """A few examples estimated once more, by annealed importance sampling; None where that was not asked
+    for."""
 
     @property
     def ess_quantiles(self) -> tuple[float, float, float]:
@@ -143,6 +147,8 @@ class Evaluation:
                 total = f" of {len(self.kl_per_dim)}"
                 kl = f"; KL {float(self.kl_per_dim.sum()):.2f} nats"
             lines.append(f"  latents        {self.active_units}{total} active{kl}")
+        if self.audit is not None:
+            lines.append(f"  audit          {self.audit}".replace("\n", "\n" + 17 * " "))
         if nan := int(self.log_px.isnan().sum()):
             lines.append(f"  NaN            {nan} example{'s' * (nan > 1)}")
         # A summary must not end a script whose output has no sign for ±.
@@ -174,7 +180,9 @@ class Evaluation:
         An existing file is replaced when the new one is complete.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        audit = values.pop("audit")
         arrays = {name: np.asarray(v) for name, v in values.items() if v is not None}
+        arrays |= {} if audit is None else audit.arrays()
         write_arrays(Path(path).expanduser(), arrays)
 
     @classmethod
@@ -218,7 +226,9 @@ def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in fields(Evaluation):
         name, value = field.name, arrays.get(field.name)
-        if value is None and field.type.endswith("| None"):
+        if name == "audit":
+            values[name] = Audit.of(arrays)
+        elif value is None and field.type.endswith("| None"):
             values[name] = None
         elif value is None:
             raise ValueError(f"there is no {name}")
@@ -257,7 +267,11 @@ def combine(parts: list[Part], looks: list[int]) -> Evaluation:
         log_px_stderr=stderr,
         ess=joined("ess"),
         khat=joined("khat"),
-        **{name: joined(name) for name in ("jackknife", "jackknife_stderr", "psis", "low", "high")},
+        jackknife=joined("jackknife"),
+        jackknife_stderr=joined("jackknife_stderr"),
+        psis=joined("psis"),
+        low=joined("low"),
+        high=joined("high"),
         k=joined("k"),
         elbo=joined("elbo"),
         active_units=active,

@@ -406,7 +406,7 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
     size = x.shape[1:].numel()
     flat, rows = [first.reshape(len(first), size)], x.reshape(len(x), size)
     for output, value in zip(declared.outputs[1:], outputs[1:], strict=True):
-        dtype = None if isinstance(value, Tensor) else torch.float32
+        dtype = None if isinstance(value, Tensor) else accumulator(first.dtype)
         p = torch.as_tensor(value, dtype=dtype, device=x.device)
         check_tensor(output, p)
         is_row = p.shape == x.shape[1:] or p.shape == (1, *x.shape[1:])
@@ -485,8 +485,8 @@ def _poisson(x: Tensor, log_mean: Tensor) -> Tensor:
 
 
 def _gaussian(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    # Around a common centre less cancels.
-    centre = x.mean(0).detach()
+    # Around a common centre less cancels. An example that is not finite must not make the others so.
+    centre = torch.where(x.isfinite(), x, 0.0).mean(0).detach()
     x, mean = x - centre, mean - centre
     precision = torch.exp(-logvar).expand(len(logvar), x.shape[1])
     of_z = (mean.square() * precision + logvar + math.log(2 * math.pi)).sum(1, keepdim=True)

@@ -1,0 +1,363 @@
+r"""Chains that are annealed from a distribution with known draws to p(z|x), and back: what
+:func:`fastvae.ais`, :func:`fastvae.bdmc` and the audit of :func:`fastvae.evaluate` are made of.
+
+Between :math:`π_0 = q_0` and :math:`π_1 ∝ p(x, z)` lie :math:`\log π_β = (1 - β) \log q_0(z) + β \log p(x,
+z)`. A transition of Hamiltonian Monte Carlo leaves :math:`π_β` invariant and is reversible, so that a chain
+may be run either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributions as td
+
+from . import random
+from ._inputs import Inputs
+from ._nested import decoded
+from ._stream import Chunks, spared_memory_errors
+from .distributions import DiagonalNormal, Distribution, log_shares, rsample
+from .distributions.base import held
+from .head import made
+from .likelihoods.base import Declared, Likelihood
+from .likelihoods.joint import Joint
+from .ops.op import accumulator
+from .weights import Weights
+
+STARTS = ("posterior", "prior")
+ACCEPTANCE = 0.65  # that step sizes are adapted to: Neal 2011, section 5.4.4
+# Runs have noise of their own: last words of the address, far from a hierarchy's levels.
+_FORWARD, _PILOT, _REVERSE = (2**32 - n for n in (1, 2, 3))
+_RATE = 0.3  # of the adaptation, in logarithms of the step size
+_JITTER = 0.5  # of each transition's step size, lest a trajectory be a whole period of a normal's orbit
+_FOR_SCALE = 64  # draws of q0 that tell its scale, where no parameter does
+
+
+def temperatures(steps: int) -> list[float]:
+    """0 = β_0 < … < β_T = 1: a sigmoid, somewhat slower at both ends."""
+    # Steeper ones, 4 and 6 in place of 2, have a larger error on trained models (docs/NOTES.md).
+    ends = [1 / (1 + math.exp(-2 * (2 * t / steps - 1))) for t in range(steps + 1)]
+    inner = [(s - ends[0]) / (ends[-1] - ends[0]) for s in ends[1:-1]]
+    return [0.0, *inner, 1.0]
+
+
+class Settings(NamedTuple):
+    """How chains are run: temperatures, chains for each example, leapfrog steps of a transition, from where,
+    and how many chains at a time.
+    """
+
+    steps: int
+    chains: int
+    leapfrog: int
+    start: str
+    chunks: Chunks
+
+    @property
+    def pilots(self) -> int:
+        """Chains of the run before, which step sizes are adapted in."""
+        return -(-self.chains // 4)
+
+    def work(self, runs: int) -> int:
+        """Transitions of all chains of so many runs, and of the pilot's, for a progress bar."""
+        return (runs * self.chains + self.pilots) * (self.steps - 1)
+
+
+class Point(NamedTuple):
+    """Where chains stand: z [C, B, D], log q0(z) and log p(x, z) [C, B] in float64, and their gradients."""
+
+    z: Tensor
+    base: Tensor
+    joint: Tensor
+    slope_base: Tensor
+    slope_joint: Tensor
+
+    def density(self, beta: float) -> Tensor:
+        return (1 - beta) * self.base + beta * self.joint
+
+    def slope(self, beta: float) -> Tensor:
+        return (1 - beta) * self.slope_base + beta * self.slope_joint
+
+    def where(self, accepted: Tensor, other: Point) -> Point:
+        """This where a chain accepts, else the other."""
+        wide = accepted[..., None]
+        return Point(
+            *(torch.where(wide if a.dim() == 3 else accepted, a, b) for a, b in zip(self, other, strict=True))
+        )
+
+
+class Annealed(NamedTuple):
+    """Log weights [C, B] in float64, and the mean acceptance probability [B]."""
+
+    log_w: Tensor
+    acceptance: Tensor
+
+
+class Annealing:
+    """Chains of a batch, with the step sizes of a pilot run.
+
+    The pilot's noise is not that of the runs, and these do not change the step sizes, so that each of their
+    transitions leaves its distribution invariant.
+
+    Args:
+        inputs: the batch.
+        seed: of all noise; of each chain, transition and row it has a place of its own.
+        settings: how the chains are run.
+        row_offset: place of the first example in the noise's address.
+        tick: called after each transition with the number of chains, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        seed: Tensor,
+        settings: Settings,
+        row_offset: int = 0,
+        tick: Callable[[int], Any] | None = None,
+    ):
+        self.inputs, self.seed, self.settings, self.row_offset = inputs, seed, settings, row_offset
+        self.tick = tick
+        self.betas = temperatures(settings.steps)
+        self.prior = _without_validation(inputs.prior)
+        like = rsample(inputs.q, 1, seed, row_offset=row_offset)[0]
+        self.dtype, self.dim = like.dtype, like.shape[2]
+        self.drawn = inputs.q if settings.start == "posterior" else _expanded(inputs.prior, like)
+        self.base = _without_validation(self.drawn)
+        self.scale = self._scale()
+        self.step_sizes = self._pilot()
+
+    def forward(self) -> Annealed:
+        """From q0 to p(z|x): E[w] = p(x)."""
+        start = self._drawn(0, self.settings.chains)
+        return self._run(_FORWARD, range(self.settings.steps - 1), *start)
+
+    def reverse(self, z: Tensor) -> Annealed:
+        """From draws z [B, D] of p(z|x) to q0, all chains of an example from the same: E[1/w] = 1/p(x)."""
+        point = self._at(z.to(accumulator(self.dtype)).expand(self.settings.chains, *z.shape))
+        order = range(self.settings.steps - 1)[::-1]
+        return self._run(_REVERSE, order, point, torch.zeros_like(point.base))
+
+    def estimate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log p(x), its standard error, the effective number of chains, the acceptance probability, each
+        [B].
+        """
+        log_w, acceptance = self.forward()
+        w = Weights.of(log_w, 1)
+        return w.log_px, w.stderr, w.ess, acceptance
+
+    def bounds(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A lower and an upper bound of log p(x), and their standard errors, each [B], of draws of p(z|x)."""
+        lower, upper = (Weights.of(w, 1) for w in (self.forward().log_w, -self.reverse(z).log_w))
+        return lower.log_px, -upper.log_px, lower.stderr, upper.stderr
+
+    def _run(self, level: int, order: range, point: Point, log_w: Tensor) -> Annealed:
+        """Chains from where they stand through the transitions in this order."""
+        rises = [after - before for before, after in pairwise(self.betas)]
+        if order.step < 0:
+            rises.reverse()
+        log_w = log_w + rises[0] * (point.joint - point.base)
+        accepted = torch.zeros_like(log_w[0])
+        for t, rise in zip(order, rises[1:], strict=True):
+            noise = self._noise(level, t, self.settings.chains)
+            point, probability = self._move(point, self.betas[t + 1], self.step_sizes[t], noise)
+            accepted += probability.mean(0)
+            log_w = log_w + rise * (point.joint - point.base)
+        # Of one temperature alone nothing is accepted or refused.
+        return Annealed(log_w, accepted / (len(order) or math.nan))
+
+    def _pilot(self) -> list[Tensor]:
+        """Step sizes [B] of each transition, in units of q0's scale."""
+        count = self.settings.pilots
+        size = self.scale.new_full(self.scale.shape[:1], 0.5 * self.dim**-0.25)
+        sizes: list[Tensor] = []
+        if self.settings.steps == 1:
+            return sizes
+        point, _ = self._drawn(self.settings.chains, count)
+        for t in range(self.settings.steps - 1):
+            point, accepted = self._move(point, self.betas[t + 1], size, self._noise(_PILOT, t, count))
+            size = size * torch.exp(_RATE * (accepted.mean(0) - ACCEPTANCE)).to(size.dtype)
+            sizes.append(size)
+        return sizes
+
+    def _drawn(self, first: int, count: int) -> tuple[Point, Tensor]:
+        """Chains at their start, and the log of what each counts."""
+        z, _ = rsample(self.drawn, count, self.seed, sample_offset=first, row_offset=self.row_offset)
+        point = self._at(z.to(accumulator(z.dtype)))
+        shares = log_shares(self.drawn, count, self.seed, first)
+        log_w = torch.zeros_like(point.base)
+        return point, log_w if shares is None else log_w + shares
+
+    def _scale(self) -> Tensor:
+        """Of q0 in each dimension [B, D]: half the width of its middle two thirds, whatever the family."""
+        dtype = accumulator(self.dtype)
+        if isinstance(self.base, DiagonalNormal):
+            return torch.exp(0.5 * self.base._wide()[1]).to(dtype).expand(self.inputs.q.batch, self.dim)
+        first = self.settings.chains + self.settings.pilots
+        z, _ = rsample(self.drawn, _FOR_SCALE, self.seed, sample_offset=first, row_offset=self.row_offset)
+        low, high = torch.quantile(z.to(dtype), z.new_tensor([0.16, 0.84], dtype=dtype), dim=0)
+        width = 0.5 * (high - low)
+        return torch.where((width > 0) & width.isfinite(), width, 1.0)
+
+    def _noise(self, level: int, transition: int, chains: int) -> Tensor:
+        """Of all chains: momenta, and two columns more for the step size and the acceptance."""
+        return random.normal(
+            self.seed, chains, self.inputs.q.batch, self.dim + 2, sample_offset=transition * chains,
+            row_offset=self.row_offset, level=level, dtype=accumulator(self.dtype),
+        )  # fmt: skip
+
+    def _at(self, z: Tensor) -> Point:
+        """Where chains stand, so many of them evaluated at a time as memory has room for."""
+        chunks, batch = self.settings.chunks, self.inputs.q.batch
+        parts: list[Point] = []
+        first = 0
+        while first < len(z):
+            count = min(chunks.draws(self.inputs, batch), len(z) - first)
+            part = None
+            with spared_memory_errors() if count > 1 else contextlib.nullcontext():
+                part = self._some_at(z[first : first + count])
+            # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
+            if part is None:
+                if z.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                chunks.halve(count, batch)
+                continue
+            parts.append(part)
+            first += count
+        return parts[0] if len(parts) == 1 else Point(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _some_at(self, z: Tensor) -> Point:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            at = z.to(self.dtype)
+            base = self.base.log_prob(at)
+            joint = self.inputs.log_likelihood(at, self.settings.chunks.see)
+            if not joint.requires_grad:
+                raise ValueError(
+                    "log p(x|z) has no gradient for z: annealing follows it through the decoder, which must "
+                    "be differentiable, without torch.no_grad() or .detach() inside, nor under "
+                    "torch.inference_mode()"
+                )
+            if self.settings.start == "posterior":
+                joint = joint + self.prior.log_prob(at)
+            slope_joint, slope_base = _slope(joint, z), _slope(base, z)
+        base, joint = base.detach().double(), joint.detach().double()
+        if self.settings.start == "prior":
+            joint, slope_joint = joint + base, slope_joint + slope_base
+        return Point(z.detach(), base, joint, slope_base, slope_joint)
+
+    def _move(self, point: Point, beta: float, size: Tensor, noise: Tensor) -> tuple[Point, Tensor]:
+        """A transition that leaves π_β invariant, and its acceptance probability [C, B]."""
+        momentum, others = noise[..., : self.dim], _uniform(noise[..., self.dim :])
+        jitter = (1 - _JITTER + 2 * _JITTER * others[..., 0]).to(size.dtype)
+        step = (size * jitter)[..., None] * self.scale
+        kinetic = momentum.double().square().sum(-1)
+        new = point
+        for _ in range(self.settings.leapfrog):
+            momentum = momentum + 0.5 * step * new.slope(beta)
+            new = self._at(new.z + step * momentum)
+            momentum = momentum + 0.5 * step * new.slope(beta)
+        gain = new.density(beta) - point.density(beta) + 0.5 * (kinetic - momentum.double().square().sum(-1))
+        # What is not a number has left the support: such a path never returns.
+        probability = torch.nan_to_num(gain.clamp(max=0).exp(), nan=0.0)
+        if self.tick is not None:
+            self.tick(len(momentum))
+        return new.where(others[..., 1] < probability, point), probability
+
+
+def _slope(value: Tensor, z: Tensor) -> Tensor:
+    """The gradient for z alone: none is added to any parameter's."""
+    if not value.requires_grad:  # such as a uniform density
+        return torch.zeros_like(z)
+    (slope,) = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)
+    return slope
+
+
+def _uniform(normal: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(normal.double() * -math.sqrt(0.5))
+
+
+def _without_validation(distribution: Distribution) -> Distribution:
+    """One that says −∞ or NaN outside its support, where torch's own raise."""
+    if not any(isinstance(d, td.Distribution) for d in _parts(distribution)):
+        return distribution
+    fixed: Distribution = held(distribution)
+    for part in _parts(fixed):
+        if isinstance(part, td.Distribution):
+            part._validate_args = False
+    return fixed
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A distribution, and those that it is made of."""
+    if isinstance(value, (Distribution, td.Distribution, nn.ModuleList)):
+        yield value
+        for part in (*vars(value).values(), *vars(value).get("_modules", {}).values()):
+            yield from _parts(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _parts(part)
+
+
+def _expanded(prior: Distribution, like: Tensor) -> Distribution:
+    """The prior with a row for each example, to draw from."""
+    try:
+        return prior.expand(like.shape[1], like)
+    except NotImplementedError:
+        raise ValueError(
+            f"start='prior' needs draws of the prior for each example, which {type(prior).__name__} does not "
+            "have; use start='posterior'"
+        ) from None
+
+
+# Data of the model's own
+
+
+def simulate(inputs: Inputs, dim: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Any]:
+    """z [B, D] from the prior and x from p(x|z), so that z is an exact draw of p(z|x): with the context,
+    sizes and masks of a batch, and what was not observed of its x as it is.
+    """
+    batch, device, x = inputs.q.batch, inputs.device, inputs.x
+    mask, size, context = inputs.beside or (None, None, None)
+    z = draw_prior(inputs.prior, batch, dim, device, generator).to(dtype)
+    parameters = made(decoded(inputs.decoder, z, context, inputs.q.latent))
+    drawn = inputs.likelihood.sample(_sized(inputs.likelihood, parameters, x, size), generator=generator)
+    return z, _like(drawn, x, mask)
+
+
+def draw_prior(
+    prior: Distribution, batch: int, dim: int, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    if prior.per_row:
+        return prior.rsample(1, random.draw_seed(device, generator))[0][0]
+    return prior.sample(batch, dim, device=device, generator=generator)
+
+
+def _sized(likelihood: Likelihood, parameters: Any, x: Any, size: Any) -> Any:
+    """What the decoder returned, with the examples' factors of the mean."""
+    if isinstance(likelihood, Joint):
+        return {
+            name: _sized(part, parameters[name], x[name], None if size is None else size.get(name))
+            for name, part in likelihood._each()
+        }
+    if isinstance(likelihood, Declared):
+        parameters = likelihood._computed(parameters, x)
+    if size is None:
+        return parameters
+    if not isinstance(likelihood, Declared):
+        raise likelihood.no_size()
+    parts = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
+    found = likelihood._sized(parts, 1, size)
+    return found if len(found) > 1 else found[0]
+
+
+def _like(drawn: Any, x: Any, mask: Any) -> Any:
+    """In the dtype and the shape of x, and its own where a mask says that nothing was observed."""
+    if isinstance(drawn, dict):
+        return {n: _like(d, x[n], None if mask is None else mask.get(n)) for n, d in drawn.items()}
+    drawn = drawn.reshape(x.shape).to(x.dtype)
+    return drawn if mask is None else torch.where(mask, drawn, x)

@@ -1,0 +1,257 @@
+"""An audit of an evaluation: a few of its examples estimated once more, by annealed importance sampling, and
+that judged in its turn on data of the model's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .._annealing import Annealing, Settings, simulate
+from .._inputs import Inputs
+from .._nested import Beside, as_mask, as_size, each, tensors
+from .._stream import Chunks
+from .._terminal import ProgressStream
+from ..distributions import rsample
+from .ranks import Ranks
+
+# As the defaults of fastvae.ais.
+STEPS, CHAINS, LEAPFROG = 200, 16, 2
+_BLOCK = 100  # examples at a time, whatever the batches: results do not depend on these
+_PREFIX = "audit_"  # of its arrays in a file
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What :func:`evaluate` found with ``audit=``: float64 tensors [A] for the examples that were estimated
+    once more, by :func:`fastvae.ais`, and [S] for as many that the model made, as :func:`fastvae.bdmc` does.
+    """
+
+    examples: Tensor
+    """Their numbers in the data, int64."""
+    log_px: Tensor
+    """log p(x) of each by annealed importance sampling, in nats: a lower bound in expectation."""
+    log_px_stderr: Tensor
+    """Its standard error over the chains."""
+    acceptance: Tensor
+    """Mean acceptance probability of its transitions, near 0.65 if all is well."""
+    difference: Tensor
+    """``log_px`` less the evaluation's own: positive where that is low."""
+    lower: Tensor
+    """Of examples that the model made: a lower bound of log p(x), by the same annealing."""
+    upper: Tensor
+    """An upper bound of it, by annealing back from the latents that made the example."""
+    without_bounds: str
+    """Why ``lower`` and ``upper`` have no entries; empty if they have."""
+
+    @property
+    def mean(self) -> float:
+        """Mean difference: by how much the evaluation's log p(x) is low."""
+        return float(self.difference.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Its standard error over the choice of examples, chains and draws."""
+        return _standard_error(self.difference)
+
+    @property
+    def largest(self) -> tuple[float, int]:
+        """The largest difference, and the number of its example in the data."""
+        at = int(self.difference.argmax())
+        return float(self.difference[at]), int(self.examples[at])
+
+    @property
+    def gap(self) -> float:
+        """Mean of ``upper`` − ``lower``: in expectation at least the error of the annealing itself."""
+        return float((self.upper - self.lower).mean())
+
+    @property
+    def gap_stderr(self) -> float:
+        """Its standard error."""
+        return _standard_error(self.upper - self.lower)
+
+    def __str__(self) -> str:
+        most, example = self.largest
+        side = "lower" if self.mean < 0 else "higher"
+        found = (
+            f"AIS on {_examples(len(self.examples))}: log p(x) {side} by "
+            f"{_nats(abs(self.mean), self.stderr)} on average,\n{_nats(most)} at most (example {example})"
+        )
+        if self.without_bounds:
+            return f"{found}; no BDMC: {self.without_bounds}"
+        made = _examples(len(self.lower), "simulated ")
+        return f"{found}; BDMC gap {_nats(self.gap, self.gap_stderr)} on {made}"
+
+    __repr__ = __str__
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For a file, which others' arrays may be in."""
+        return {_PREFIX + f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Audit | None:
+        """The audit that these arrays hold, or None if they hold none.
+
+        Raises:
+            KeyError: if they hold a part of one.
+        """
+        if not any(name.startswith(_PREFIX) for name in arrays):
+            return None
+        found = {f.name: arrays[_PREFIX + f.name] for f in fields(cls)}
+        values: dict[str, Any]
+        values = {n: torch.from_numpy(v) if v.dtype.kind in "fi" else str(v) for n, v in found.items()}
+        return cls(**values)
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _nats(value: float, error: float = math.nan) -> str:
+    digits = f"{value:.2f}"
+    digits = "0.00" if digits == "-0.00" else digits
+    return f"{digits} nats" if math.isnan(error) else f"{digits} ± {error:.2f} nats"
+
+
+def _examples(n: int, kind: str = "") -> str:
+    return f"{n} {kind}example{'s' * (n != 1)}"
+
+
+class Sample:
+    """So many examples, evenly spaced over data that come in batches and may come only once: every 2^j-th is
+    kept, at most twice as many as are wanted, and of these as many.
+
+    Which they are depends on the number of examples alone.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._every = 1
+        self._kept: dict[int, tuple[Any, Beside | None]] = {}
+
+    def see(self, x: Any, beside: Beside | None, start: int) -> None:
+        """Take note of a batch whose first example has this number."""
+        if not self.count:
+            return
+        if beside is not None:
+            mask, size, context = beside
+            mask = None if mask is None else as_mask(mask, x)
+            beside = Beside(mask, None if size is None else as_size(size, x), context)
+        for row in range(-start % self._every, len(tensors(x)[0]), self._every):
+
+            def one(t: Tensor, row: int = row) -> Tensor:
+                return t[row : row + 1].clone()
+
+            rest = None if beside is None else Beside(*(each(one, part) for part in beside))
+            self._kept[start + row] = each(one, x), rest
+        while len(self._kept) > 2 * self.count:
+            self._every *= 2
+            self._kept = {n: kept for n, kept in self._kept.items() if n % self._every == 0}
+
+    @property
+    def examples(self) -> list[int]:
+        """Their numbers."""
+        kept = sorted(self._kept)
+        count = min(self.count, len(kept))
+        return [kept[i * len(kept) // count] for i in range(count)]
+
+    def batch(self, examples: list[int]) -> tuple[Any, Beside | None]:
+        """Some of them together."""
+        xs, besides = zip(*(self._kept[n] for n in examples), strict=True)
+        x = _joined(xs)
+        return x, None if besides[0] is None else Beside(*map(_joined, zip(*besides, strict=True)))
+
+
+def _joined(parts: Any) -> Any:
+    if isinstance(parts[0], Mapping):
+        return {name: _joined([p[name] for p in parts]) for name in parts[0]}
+    return None if parts[0] is None else torch.cat(parts)
+
+
+def probe(inputs: Inputs) -> None:
+    """What an audit will ask of the model, so that an error comes before the work whose end it would be."""
+    seed = torch.zeros((), dtype=torch.int64, device=inputs.device)
+    Annealing(inputs, seed, Settings(2, 1, 1, "posterior", Chunks(None))).forward()
+    _simulated(inputs, 0)
+
+
+def run_audit(
+    sample: Sample,
+    read: Callable[[str, Any, Beside | None], Inputs],
+    log_px: Tensor,
+    seed: int,
+    ranks: Ranks,
+    progress: bool,
+) -> Audit:
+    """Of the examples in a sample, whose importance estimates are among ``log_px`` [N].
+
+    Args:
+        read: a name for errors, x and what comes with it -> the inputs of a batch.
+        seed: the evaluation's; the audit's noise is another's.
+        ranks: who shares the work, by blocks of examples.
+        progress: show a progress bar.
+    """
+    examples = sample.examples
+    blocks = [examples[i : i + _BLOCK] for i in range(0, len(examples), _BLOCK)]
+    tasks = [(made, b) for b in range(len(blocks)) for made in (False, True)]
+    mine = [task for i, task in enumerate(tasks) if i % ranks.world == ranks.rank]
+    settings = Settings(STEPS, CHAINS, LEAPFROG, "posterior", Chunks(None))
+    found: dict[tuple[bool, int], Any] = {}
+    total = sum(settings.work(1 + made) for made, _ in mine)
+    with tqdm(total=total, desc="audit", unit="move", disable=not progress, file=ProgressStream()) as bar:
+        for made, b in mine:
+            place = f"block {b} of the audit"
+            x, beside = sample.batch(blocks[b])
+            inputs = read(place, x, beside)
+            if made:
+                drawn = _simulated(inputs, _derived(seed, 3 + b))
+                if isinstance(drawn, str):
+                    found[made, b] = drawn
+                    continue
+                z, x = drawn
+                inputs = read(f"{place}, simulated", x, beside)
+            key = torch.tensor(_derived(seed, 1 + made), dtype=torch.int64, device=inputs.device)
+            annealing = Annealing(inputs, key, settings, b * _BLOCK, bar.update)
+            results = annealing.bounds(z) if made else annealing.estimate()
+            found[made, b] = [r.cpu() for r in results]
+    everyone: dict[tuple[bool, int], Any] = {}
+    for part in ranks.gather(found, "audit"):
+        everyone |= part
+    estimates, bounds = ([everyone[made, b] for b in range(len(blocks))] for made in (False, True))
+    estimate, stderr, _, acceptance = map(torch.cat, zip(*estimates, strict=True))
+    reasons = [b for b in bounds if isinstance(b, str)]
+    none = estimate.new_empty(0)
+    lower, upper, *_ = (none, none) if reasons else map(torch.cat, zip(*bounds, strict=True))
+    places = torch.tensor(examples)
+    return Audit(
+        examples=places,
+        log_px=estimate,
+        log_px_stderr=stderr,
+        acceptance=acceptance,
+        difference=estimate - log_px[places],
+        lower=lower,
+        upper=upper,
+        without_bounds=reasons[0] if reasons else "",
+    )
+
+
+def _derived(seed: int, stream: int) -> int:
+    """A seed of noise that is not that of the draws."""
+    return (seed + stream * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+
+
+def _simulated(inputs: Inputs, seed: int) -> tuple[Tensor, Any] | str:
+    """z and x that the model makes, or why it makes none."""
+    like = rsample(inputs.q, 1, torch.zeros((), dtype=torch.int64, device=inputs.device))[0]
+    generator = torch.Generator(inputs.device).manual_seed(seed % 2**63)
+    try:
+        return simulate(inputs, like.shape[2], like.dtype, generator)
+    except NotImplementedError as error:
+        return str(error) or type(error).__name__

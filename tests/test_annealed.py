@@ -1,0 +1,680 @@
+"""Annealed importance sampling against models of known log p(x): bounds from both sides, and the audit."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+from torch import distributions as td
+
+import fastvae
+from fastvae._annealing import STARTS, Annealing, Settings, simulate
+from fastvae._inputs import Inputs
+from fastvae._nested import Beside
+from fastvae._stream import Chunks
+from fastvae.evaluate.audit import Sample
+
+from .conftest import DEVICE
+from .models import LinearGaussian, generator, networks, rand, randn, seed_of
+from .test_families import PAIRS, POSTERIORS, PRIORS, Parameters
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+B, D, X, C = 5, 3, 7, 4
+
+
+@pytest.fixture(autouse=True)
+def same_networks():
+    """What is compared with its own standard error must not be another in each run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        yield
+
+
+def _settings(steps=20, chains=C, leapfrog=2, start="posterior", chunk=None):
+    return Settings(steps, chains, leapfrog, start, Chunks(chunk))
+
+
+def _chains_of(model, x, q, **settings):
+    inputs = Inputs.read(x, q, model.decoder, model.likelihood, None)
+    return Annealing(inputs, seed_of(5), _settings(**settings))
+
+
+def _exact_draws(model, x, seed=6):
+    mu, logvar = model.posterior(x)
+    return mu + torch.exp(0.5 * logvar) * randn(*mu.shape, seed=seed, dtype=mu.dtype)
+
+
+# Truth
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", STARTS)
+def test_weights_have_the_mean_that_they_must_have(start, monkeypatch):
+    """E[w] = p(x) forward and E[1/w] = 1/p(x) back, for a q that is off, from 4000 examples of one x each;
+    the bounds enclose the truth, and more temperatures bring them together. These rise unevenly, so that it
+    matters which are passed when.
+    """
+    monkeypatch.setattr("fastvae._annealing.temperatures", lambda n: [(t / n) ** 2 for t in range(n + 1)])
+    model, n = LinearGaussian(2, X), 4000
+    x = model.sample(1).expand(n, X)
+    exact, q = model.log_px(x), model.posterior(x, 0.5, 0.4)
+    gaps = []
+    for steps in (3, 30):
+        a = _chains_of(model, x, q, steps=steps, chains=1, leapfrog=2, start=start)
+        forward, back = a.forward().log_w[0], a.reverse(_exact_draws(model, x)).log_w[0]
+        for log_w in (forward - exact, exact - back):
+            ratio = log_w.exp()
+            assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(n)
+        # By Jensen's inequality the logarithms are on their sides, by far more than their errors.
+        error = math.sqrt(float(forward.var() + back.var()) / n)
+        if steps == 3:
+            assert float((exact - forward).mean()) > 5 * error
+            assert float((back - exact).mean()) > 5 * error
+        gaps.append(float((back - forward).mean()))
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+@torch.no_grad()
+def test_from_the_exact_posterior_every_weight_is_exact():
+    model = LinearGaussian(D, X)
+    x = model.sample(B)
+    a = _chains_of(model, x, model.posterior(x))
+    exact = model.log_px(x)
+    for run in (a.forward(), a.reverse(_exact_draws(model, x))):
+        torch.testing.assert_close(run.log_w, exact.expand(C, B), rtol=1e-11, atol=1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_step_alone_is_importance_sampling(mixture):
+    """The same draws give the same log p(x) as log_marginal's; those of a mixture's strata count their
+    shares.
+    """
+    model = LinearGaussian(D, X)
+    x = model.sample(B)
+    q, options = model.posterior(x, 0.3, 0.2), {"likelihood": model.likelihood}
+    if mixture:
+        q = fastvae.Mixture([q, model.posterior(x, 1.0, 0.5)], torch.tensor([1.0, -1.0]).double())
+    result = fastvae.ais(x, q, model.decoder, steps=1, chains=40, generator=generator(1), **options)
+    expected = fastvae.log_marginal(x, q, model.decoder, k=40, generator=generator(1), **options)
+    for name in ("log_px", "stderr", "ess"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-10, atol=1e-10)
+    assert bool(result.acceptance.isnan().all())
+
+
+@torch.no_grad()
+def test_estimates_where_importance_sampling_is_wrong():
+    """q is half as wide as the posterior, and 3 of its widths off."""
+    model = LinearGaussian(D, X)
+    x = model.sample(20)
+    exact, q = model.log_px(x), model.posterior(x, 1.5, -1.4)
+    options = {"likelihood": model.likelihood, "generator": generator(2)}
+    plain = fastvae.log_marginal(x, q, model.decoder, k=1000, **options)
+    result = fastvae.ais(x, q, model.decoder, steps=200, chains=16, **options)
+    # Low by the sum of 20 biases, whose own spread is smaller by far.
+    assert float((exact - plain.log_px).mean()) > 0.3
+    assert abs(float((exact - result.log_px).mean())) < 0.1
+    score = (result.log_px - exact) / result.stderr
+    assert float((score.abs() < 4).double().mean()) >= 0.9
+    assert bool(((result.acceptance > 0.55) & (result.acceptance < 0.85)).all())
+    assert bool(((result.ess > 1) & (result.ess <= 16)).all())
+
+
+# Transitions
+
+
+@torch.no_grad()
+def test_a_trajectory_leads_back():
+    """With momenta turned around a trajectory returns, so that a transition is reversible, and it keeps
+    volume, whatever the noise.
+    """
+    model = LinearGaussian(2, X)
+    x = model.sample(1)
+    a = _chains_of(model, x, model.posterior(x, 0.5, 0.3), steps=2, chains=1, leapfrog=3)
+    size, beta = torch.full((1,), 0.7, dtype=torch.float64), 0.4
+
+    def trajectory(z, momentum):
+        """Where it ends, by a transition that is always accepted: columns of noise of probability 1 and 0."""
+        noise = torch.cat([momentum, torch.tensor([0.0, -8.0], dtype=torch.float64)])[None, None]
+        point, _ = a._move(a._at(z[None, None]), beta, size, noise)
+        return point.z[0, 0]
+
+    def ended(z, momentum):
+        """Position and momentum of the end: the momentum is that which leads back."""
+        step, end = size * a.scale[0], (z, momentum)
+        for _ in range(3):
+            z, momentum = end
+            momentum = momentum + 0.5 * step * a._at(z[None, None]).slope(beta)[0, 0]
+            z = z + step * momentum
+            end = z, momentum + 0.5 * step * a._at(z[None, None]).slope(beta)[0, 0]
+        return end
+
+    z, momentum = randn(2, seed=7, dtype=torch.float64), randn(2, seed=8, dtype=torch.float64)
+    there, with_momentum = ended(z, momentum)
+    torch.testing.assert_close(trajectory(z, momentum), there, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(trajectory(there, -with_momentum), z, rtol=1e-12, atol=1e-12)
+    h = 1e-5
+    columns = []
+    for i in range(4):
+        step = torch.zeros(4, dtype=torch.float64)
+        step[i] = h
+        ends = [torch.cat(ended(z + s * step[:2], momentum + s * step[2:])) for s in (1, -1)]
+        columns.append((ends[0] - ends[1]) / (2 * h))
+    assert float(torch.linalg.det(torch.stack(columns))) == pytest.approx(1, abs=1e-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beta", [0.3, 0.8])
+def test_a_transition_leaves_its_distribution_invariant(beta):
+    """From exact draws of π_β, a normal, the moments afterwards are the same; and the acceptance is between
+    all and nothing, so that the test asks something.
+    """
+    model, n = LinearGaussian(2, X), 20_000
+    x = model.sample(1)
+    q = model.posterior(x, 1.0, 0.7)
+    a = _chains_of(model, x, q, steps=2, chains=1, leapfrog=2)
+    mu, logvar = (v[0] for v in model.posterior(x))
+    precision = (1 - beta) * (-q[1][0]).exp() + beta * (-logvar).exp()
+    mean = ((1 - beta) * q[0][0] * (-q[1][0]).exp() + beta * mu * (-logvar).exp()) / precision
+    z = mean + precision.rsqrt() * randn(n, 1, 2, seed=9, dtype=torch.float64)
+    size = torch.full((1,), 1.3, dtype=torch.float64)
+    point, probability = a._move(a._at(z), beta, size, randn(n, 1, 4, seed=10, dtype=torch.float64))
+    moved = (point.z != z).all(-1).double().mean()
+    assert 0.2 < float(moved) < 0.97
+    assert abs(float(moved - probability.mean())) < 5 / math.sqrt(n)
+    white = ((point.z - mean) * precision.sqrt())[:, 0]
+    assert float(white.mean(0).abs().max()) < 5 / math.sqrt(n)
+    assert float((white.square().mean(0) - 1).abs().max()) < 5 * math.sqrt(2 / n)
+    assert abs(float((white[:, 0] * white[:, 1]).mean())) < 5 / math.sqrt(n)
+
+
+def test_gradients_are_those_of_the_densities_and_reach_no_parameter():
+    encoder, decoder = networks(X, D, dtype=torch.float64)
+    prior = fastvae.DiagonalNormal(nn.Parameter(randn(D, seed=1).double()), nn.Parameter(torch.zeros(D)))
+    prior = prior.to(DEVICE)
+    x = randn(B, X, seed=2, dtype=torch.float64)
+    inputs = Inputs.read(x, encoder(x), decoder, "gaussian", prior)
+    with torch.no_grad():
+        a = Annealing(inputs, seed_of(1), _settings(steps=3))
+        a.forward()
+        z = randn(C, B, D, seed=3, dtype=torch.float64)
+        point = a._at(z)
+        for name, slope in (("base", point.slope_base), ("joint", point.slope_joint)):
+            for d in range(D):
+                step = torch.zeros(D, dtype=torch.float64, device=DEVICE)
+                step[d] = 1e-6
+                ends = [getattr(a._at(z + s * step), name) for s in (1, -1)]
+                torch.testing.assert_close(slope[..., d], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+    parts = [*encoder.parameters(), *decoder.parameters(), *prior.parameters()]
+    assert all(p.grad is None and p.requires_grad for p in parts)
+
+
+# The address of noise
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", STARTS)
+def test_neither_chunks_nor_rows_nor_batches_change_a_result(start):
+    model = LinearGaussian(D, X)
+    x = model.sample(B)
+    q = model.posterior(x, 0.5, 0.3)
+    options = {"steps": 15, "chains": 6, "start": start, "likelihood": model.likelihood}
+
+    def estimate(rows=slice(None), **more):
+        its_q = tuple(v[rows] for v in q)
+        more = {"generator": generator(3), **options, **more}
+        return fastvae.ais(x[rows], its_q, model.decoder, **more)
+
+    whole = estimate()
+    for other in (estimate(chain_chunk=1), estimate(chain_chunk=4)):
+        for a, b in zip(whole, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    part = estimate(slice(2, 4), row_offset=2)
+    for a, b in zip(whole, part, strict=True):
+        torch.testing.assert_close(a[2:4], b, rtol=1e-10, atol=1e-10)
+    other = estimate(generator=generator(4))
+    assert bool((other.log_px != whole.log_px).all())
+
+
+@torch.no_grad()
+def test_no_noise_is_used_twice(monkeypatch):
+    """Of the pilot, forward and back, each chain and transition has an address of its own, in any chunks."""
+    drawn, used = Annealing._noise, []
+
+    def noise(self, level, transition, chains):
+        used.extend((level, transition * chains + i) for i in range(chains))
+        return drawn(self, level, transition, chains)
+
+    monkeypatch.setattr(Annealing, "_noise", noise)
+    model = LinearGaussian(D, X)
+    x = model.sample(B)
+    inputs = Inputs.read(x, model.posterior(x), model.decoder, model.likelihood, None)
+    chains = Annealing(inputs, seed_of(1), _settings(steps=6, chains=7, chunk=3))
+    chains.bounds(_exact_draws(model, x))
+    assert len(used) == len(set(used)) == 5 * (2 + 7 + 7)
+    assert min(level for level, _ in used) > 2**31  # no hierarchy's
+
+
+# Families, likelihoods, and what comes with x
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("q", "p"), [p for p in PAIRS if "standard" in p or p[0] in ("diagonal", "mixture")])
+def test_any_posterior_with_any_prior(q, p):
+    """Close to a great many plain draws, whatever the families; a mixture's strata count what they do."""
+    posterior, prior = POSTERIORS[q](Parameters()), PRIORS[p](Parameters())
+    x = (randn(B, X, seed=7) > 0).double()
+    weight = randn(D, X, seed=6).double()
+    options = {"prior": prior, "likelihood": "bernoulli", "generator": generator(1)}
+
+    def decoder(z):
+        return torch.tanh(z) @ weight
+
+    with torch.no_grad():
+        result = fastvae.ais(x, posterior, decoder, steps=20, chains=32, **options)
+        plain = fastvae.log_marginal(x, posterior, decoder, k=4000, **options)
+    spread = (result.stderr.square() + plain.stderr.square()).sqrt()
+    assert bool(((result.log_px - plain.log_px).abs() < 6 * spread + 0.02).all())
+
+
+@torch.no_grad()
+def test_what_comes_with_x():
+    """A mask leaves out, a size is a factor of the mean, and context reaches the decoder: as everywhere."""
+    x, q = torch.poisson(3 * rand(B, X, seed=1)), (randn(B, D, seed=2), randn(B, D, seed=3))
+    mask, size, context = rand(B, X, seed=4) > 0.3, 1 + rand(B, seed=5), randn(B, X, seed=6)
+    linear = nn.Linear(D, X).to(DEVICE)
+    options = {"likelihood": "poisson", "mask": mask, "size": size, "context": context}
+
+    def decoder(z, context):
+        return linear(z) + context
+
+    x = torch.where(mask, x, math.nan)
+    result = fastvae.ais(x, q, decoder, steps=1, chains=30, generator=generator(1), **options)
+    expected = fastvae.log_marginal(x, q, decoder, k=30, generator=generator(1), **options)
+    torch.testing.assert_close(result.log_px, expected.log_px.double(), rtol=1e-5, atol=1e-5)
+    many = fastvae.log_marginal(x, q, decoder, k=20_000, generator=generator(1), **options)
+    result = fastvae.ais(x, q, decoder, steps=30, chains=30, generator=generator(1), **options)
+    spread = (result.stderr.square() + many.stderr.square()).sqrt()
+    assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
+
+
+@torch.no_grad()
+def test_latents_with_axes_of_their_own_and_several_parts():
+    pixels, counts = nn.Linear(4, 6).to(DEVICE), nn.Linear(4, X).to(DEVICE)
+
+    def decoder(z):
+        assert z.shape[1:] == (1, 2, 2)
+        return {"pixels": pixels(z.flatten(1)), "counts": counts(z.flatten(1))}
+
+    joint = fastvae.Joint(pixels="bernoulli", counts="poisson")
+    x = {"pixels": (rand(B, 6, seed=1) > 0.5).float(), "counts": torch.poisson(3 * rand(B, X, seed=2)).int()}
+    q = torch.zeros(B, 1, 2, 2, device=DEVICE), torch.zeros(B, 1, 2, 2, device=DEVICE)
+    options = {"likelihood": joint, "generator": generator(1)}
+    many = fastvae.log_marginal(x, q, decoder, k=5000, **options)
+    for chunk in (None, 7):
+        result = fastvae.ais(x, q, decoder, steps=20, chains=30, chain_chunk=chunk, **options)
+        spread = (result.stderr.square() + many.stderr.square()).sqrt()
+        assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
+
+
+def test_a_hierarchy():
+    """Its levels' modules are called for each place of the chains."""
+    hierarchy = fastvae.Hierarchy(
+        [
+            fastvae.Level(2, nn.Linear(X, 4)),
+            fastvae.Level(1, lambda h, z: (h[:, :1], 0 * h[:, :1]), prior=nn.Linear(2, 2)),
+        ]
+    ).to(DEVICE)
+    decoder = nn.Linear(3, X).to(DEVICE)
+    x = (rand(B, X, seed=1) > 0.5).float()
+    options = {"likelihood": "bernoulli", "generator": generator(1)}
+    result = fastvae.ais(x, hierarchy(x), decoder, steps=20, chains=32, **options)
+    many = fastvae.log_marginal(x, hierarchy(x), decoder, k=5000, **options)
+    spread = (result.stderr.square() + many.stderr.square()).sqrt()
+    assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
+    assert all(p.grad is None for p in (*hierarchy.parameters(), *decoder.parameters()))
+    bounds = fastvae.bdmc(hierarchy, decoder, 3, n=6, steps=30, prior=hierarchy, **options)
+    assert bounds.lower.shape == bounds.upper.shape == (6,)
+
+
+@torch.no_grad()
+def test_a_bounded_support_is_left_by_no_chain():
+    """torch's own objects raise outside of their support, where a trajectory may lead: it is refused."""
+    q = td.Uniform(torch.zeros(B, D).double(), 1.0, validate_args=True)
+    prior = td.Independent(td.Uniform(torch.zeros(D).double(), 2.0, validate_args=True), 1)
+    decoder, x = nn.Linear(D, X).double(), (rand(B, X, seed=1) > 0.5).double()
+    options = {"likelihood": "bernoulli", "prior": prior, "generator": generator(1)}
+    result = fastvae.ais(x, q, decoder, steps=10, chains=200, **options)
+    many = fastvae.log_marginal(x, q, decoder, k=5000, **options)
+    spread = (result.stderr.square() + many.stderr.square()).sqrt()
+    assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
+    with pytest.raises(ValueError, match="within the support"):  # the user's object is as it was
+        q.log_prob(torch.full((B, D), -1.0).double())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:fastvae. memory ran out:RuntimeWarning")
+def test_when_memory_runs_out_fewer_chains_are_evaluated_at_a_time():
+    model = LinearGaussian(D, X)
+    x = model.sample(B)
+    q, asked = model.posterior(x, 0.5, 0.3), []
+
+    def decoder(z):
+        asked.append(len(z))
+        if len(z) > 2 * B:
+            raise torch.OutOfMemoryError
+        return model.decoder(z)
+
+    options = {"steps": 5, "chains": 8, "likelihood": model.likelihood}
+    expected = fastvae.ais(x, q, model.decoder, generator=generator(1), **options)
+    with pytest.warns(RuntimeWarning, match=r"going on with 2 \(chain_chunk=2 starts there\)"):
+        result = fastvae.ais(x, q, decoder, generator=generator(1), **options)
+    torch.testing.assert_close(result.log_px, expected.log_px, rtol=1e-10, atol=1e-10)
+    assert max(asked[-20:]) == 2 * B
+
+
+def test_modules_are_in_eval_mode_and_back():
+    decoder = nn.Sequential(nn.Linear(D, X), nn.Dropout(0.5)).to(DEVICE)
+    x, q = torch.ones(B, X, device=DEVICE), torch.zeros(B, 2 * D, device=DEVICE)
+    options = {"steps": 5, "likelihood": "bernoulli"}
+    first, again = (fastvae.ais(x, q, decoder, generator=generator(1), **options) for _ in range(2))
+    assert torch.equal(first.log_px, again.log_px)
+    assert decoder.training
+    assert decoder[1].training
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_stays_so():
+    decoder = nn.Linear(D, X).to(DEVICE)
+    x, q = rand(B, X, seed=1), torch.zeros(B, 2 * D, device=DEVICE)
+    x[2] = math.nan
+    log_px = fastvae.ais(x, q, decoder, steps=5, likelihood=fastvae.Gaussian(scale=1.0)).log_px
+    assert log_px.isnan().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"chains": 1.5}, "chains must be an int"),
+        ({"leapfrog": 0}, "leapfrog must be at least 1"),
+        ({"start": "encoder"}, "start='encoder' is unknown; known: 'posterior', 'prior'"),
+        ({"chain_chunk": 0}, "chain_chunk must be at least 1"),
+        ({"decoder": lambda z: torch.zeros(len(z), X)}, "log p\\(x\\|z\\) has no gradient for z"),
+        (
+            {"start": "prior", "prior": fastvae.NormalMixture(torch.zeros(2, D), torch.zeros(2, D))},
+            "start='prior' needs draws of the prior for each example",
+        ),
+    ],
+)
+def test_errors(options, message):
+    decoder = options.pop("decoder", nn.Linear(D, X))
+    options = {"likelihood": "bernoulli", **options}
+    with pytest.raises((TypeError, ValueError), match=message):
+        fastvae.ais(torch.ones(B, X), torch.zeros(B, 2 * D), decoder, **options)
+
+
+# Bounds from both sides
+
+
+def test_bounds_of_data_that_the_model_makes():
+    model = LinearGaussian(D, X)
+
+    def encoder(x):
+        return model.posterior(x, 0.5, 0.4)
+
+    def decoder(z):
+        return model.decoder(z.double())
+
+    options = {"n": 200, "likelihood": model.likelihood, "chains": 4}
+    few, many = (
+        fastvae.bdmc(encoder, decoder, D, steps=steps, generator=generator(1), **options)
+        for steps in (3, 100)
+    )
+    assert few.gap > many.gap > -4 * many.gap_stderr
+    assert few.gap > 5 * few.gap_stderr
+    assert many.gap < 0.3 * few.gap
+    exact = fastvae.bdmc(
+        model.posterior, decoder, D, steps=3, likelihood=model.likelihood, generator=generator(1)
+    )
+    torch.testing.assert_close(exact.lower, exact.upper, rtol=1e-9, atol=1e-9)
+    assert float(exact.lower.std()) > 0.1  # of several x
+    again = fastvae.bdmc(
+        model.posterior, decoder, D, steps=3, likelihood=model.likelihood, generator=generator(1)
+    )
+    assert torch.equal(again.lower, exact.lower)
+
+
+def test_bounds_need_draws_of_the_model():
+    class Odd(fastvae.Distribution):
+        def log_prob(self, z):
+            return -0.5 * z.square().sum(-1)
+
+    encoder, decoder = nn.Linear(X, 2 * D), nn.Linear(D, X)
+    with pytest.raises(NotImplementedError, match="Odd has no sample"):
+        fastvae.bdmc(encoder, decoder, D, n=3, steps=3, likelihood="bernoulli", prior=Odd())
+    with pytest.raises(ValueError, match="latent_dim must be at least 1"):
+        fastvae.bdmc(encoder, decoder, 0, likelihood="bernoulli")
+
+
+@torch.no_grad()
+def test_what_is_made_comes_with_what_a_batch_comes_with():
+    """Sizes multiply the means, context reaches the decoder, and what was not observed stays, NaN or not."""
+    n = 4000
+    x = torch.full((n, X), math.nan, device=DEVICE)
+    mask = (torch.arange(X, device=DEVICE) < 5).expand(n, X)
+    size, context = torch.linspace(1, 3, n, device=DEVICE), torch.linspace(-1, 1, n, device=DEVICE)[:, None]
+    x = torch.where(mask, 0.0, x)
+
+    def decoder(z, context):
+        return 0.3 * z[:, :1] + context.expand(-1, X)
+
+    q = torch.zeros(n, 2 * D, device=DEVICE)
+    inputs = Inputs.read(x, q, decoder, "poisson", None, Beside(mask, size, context))
+    z, made = simulate(inputs, D, torch.float32, generator(1))
+    assert made.shape == x.shape
+    assert bool((made.isnan() == ~mask).all())
+    mean = size[:, None] * torch.exp(0.3 * z[:, :1] + context)
+    score = ((made[:, :5] - mean) / mean.sqrt()).flatten()
+    assert abs(float(score.mean())) < 5 / math.sqrt(5 * n)
+    assert float(score.square().mean()) == pytest.approx(1, abs=5 * math.sqrt(3 / (5 * n)))
+
+
+# The audit
+
+
+N = 37
+
+
+def _narrow(model):
+    """A q that is far too narrow: its few draws do not know what they miss."""
+    return lambda x: model.posterior(x, 1.0, -3.0)
+
+
+def _evaluate(model, q, x, **options):
+    options = {
+        "k": 50,
+        "likelihood": model.likelihood,
+        "generator": generator(1),
+        "progress": False,
+        **options,
+    }
+    return fastvae.evaluate(q, model.decoder, x, **options)
+
+
+def test_an_audit_finds_that_importance_sampling_is_low():
+    model = LinearGaussian(D, X)
+    x = model.sample(N)
+    exact = model.log_px(x).cpu()
+    result = _evaluate(model, _narrow(model), x, audit=12)
+    audit = result.audit
+    assert audit.examples.tolist() == sorted(set(audit.examples.tolist()))
+    low = float((exact - result.log_px)[audit.examples].mean())
+    assert low > 1
+    assert abs(audit.mean - low) < 0.2
+    assert audit.mean > 5 * audit.stderr
+    assert audit.largest[0] == float(audit.difference.max())
+    assert audit.largest[1] == int(audit.examples[audit.difference.argmax()])
+    assert audit.gap < 0.3
+    assert f"log p(x) higher by {audit.mean:.2f} ± {audit.stderr:.2f} nats on average" in str(result)
+    assert f"{audit.largest[0]:.2f} nats at most (example {audit.largest[1]})" in str(result)
+    assert "on 12 simulated examples" in str(result)
+    # A good one has nothing to be found, and its own numbers do not change.
+    plain = _evaluate(model, lambda x: model.posterior(x, 0.1, 0.1), x)
+    result = _evaluate(model, lambda x: model.posterior(x, 0.1, 0.1), x, audit=12)
+    assert torch.equal(plain.log_px, result.log_px)
+    assert plain.audit is None
+    assert "audit" not in str(plain)
+    assert abs(result.audit.mean) < 0.05
+    assert "BDMC gap 0.0" in str(result)
+
+
+def test_an_audit_is_the_same_whatever_the_batches(monkeypatch):
+    module = importlib.import_module("fastvae.evaluate.audit")
+    monkeypatch.setattr(module, "STEPS", 30)
+    monkeypatch.setattr(module, "_BLOCK", 3)
+    model = LinearGaussian(D, X)
+    x = model.sample(N)
+
+    def loader():
+        yield from x.split(5)
+
+    whole = _evaluate(model, _narrow(model), x, audit=5).audit
+    for other in (
+        _evaluate(model, _narrow(model), x, audit=5, batch_size=7).audit,
+        _evaluate(model, _narrow(model), loader(), audit=5, k_chunk=3).audit,
+    ):
+        assert torch.equal(other.examples, whole.examples)
+        for name in ("log_px", "log_px_stderr", "acceptance", "lower", "upper"):
+            torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 37, 100])
+def test_examples_are_evenly_spaced(n):
+    count, x = 5, torch.arange(n)[:, None]
+    chosen = []
+    for size in (1, 3, n):
+        sample = Sample(count)
+        for start in range(0, n, size):
+            sample.see(x[start : start + size], None, start)
+        chosen.append(sample.examples)
+        assert sample.batch(sample.examples)[0][:, 0].tolist() == sample.examples
+    assert chosen[0] == chosen[1] == chosen[2]
+    assert len(chosen[0]) == min(n, count)
+    steps = np.diff(chosen[0])
+    assert n <= count or (steps.min() >= n // count / 2 and steps.max() <= 2.1 * n / count)
+    assert chosen[0][0] == 0
+    assert chosen[0][-1] >= n - max(1, 2.1 * n / count)
+
+
+def test_an_audit_of_masks_sizes_and_context(tmp_path):
+    """What comes with an example comes with it into the audit, a mask for all too; saved and loaded."""
+    x = torch.poisson(3 * rand(N, X, seed=1)).int()
+    size, context = 1 + rand(N, seed=5), randn(N, X, seed=6)
+    mask = torch.tensor([True] * (X - 2) + [False] * 2, device=DEVICE)
+    encoder, linear = nn.Linear(X, 2 * D).to(DEVICE), nn.Linear(D, X).to(DEVICE)
+    batches = [(x[i : i + 9], size[i : i + 9], context[i : i + 9]) for i in range(0, N, 9)]
+    result = fastvae.evaluate(
+        lambda x, context: encoder(0.1 * x),
+        lambda z, context: linear(z) + context,
+        batches,
+        k=500,
+        likelihood="poisson",
+        unpack=lambda b: {"x": b[0], "size": b[1], "context": b[2], "mask": mask},
+        audit=6,
+        generator=generator(1),
+        progress=False,
+    )
+    assert abs(result.audit.mean) < 0.3
+    assert abs(result.audit.gap) < 0.3
+    file = tmp_path / "result.npz"
+    result.save(file)
+    again = fastvae.Evaluation.load(file)
+    assert str(again) == str(result)
+    for name in ("examples", "log_px", "log_px_stderr", "acceptance", "difference", "lower", "upper"):
+        assert torch.equal(getattr(again.audit, name), getattr(result.audit, name))
+
+
+def test_an_audit_without_draws_of_the_model_says_so(tmp_path):
+    class Odd(fastvae.Distribution):
+        def log_prob(self, z):
+            return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
+
+    model = LinearGaussian(D, X)
+    result = _evaluate(model, model.posterior, model.sample(N), audit=3, prior=Odd())
+    assert len(result.audit.lower) == len(result.audit.upper) == 0
+    assert "no BDMC: Odd has no sample" in str(result)
+    file = tmp_path / "result.npz"
+    result.save(file)
+    assert str(fastvae.Evaluation.load(file)) == str(result)
+
+
+def test_what_an_audit_cannot_do_is_said_before_the_work():
+    model = LinearGaussian(D, X)
+    drawn = []
+
+    class Counting(fastvae.Gaussian):
+        def log_likelihood(self, x, parameters, samples, beside=None):
+            drawn.append(samples)
+            return super().log_likelihood(x, parameters, samples, beside)
+
+    with pytest.raises(ValueError, match="no gradient for z"):
+        fastvae.evaluate(
+            model.posterior,
+            lambda z: model.decoder(z.detach()),
+            model.sample(N),
+            k=1000,
+            likelihood=Counting(scale=model.scale),
+            audit=3,
+            progress=False,
+        )
+    assert sum(drawn) < 10
+    for wrong in (-1, 2.5, True):
+        with pytest.raises((TypeError, ValueError), match="audit must be"):
+            _evaluate(model, model.posterior, model.sample(N), audit=wrong)
+
+
+def test_a_vae_whose_last_layer_is_left_out():
+    encoder, decoder = nn.Linear(X, 2 * D), nn.Sequential(nn.Linear(D, 9), nn.Tanh(), nn.Linear(9, X))
+    vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli").to(DEVICE)
+    x = (rand(N, X, seed=1) > 0.5).float()
+    with pytest.raises(ValueError, match="latent dimension is not known yet"):
+        vae.bdmc()
+    result = vae.evaluate(x, k=2000, audit=4, generator=generator(1), progress=False)
+    assert abs(result.audit.mean) < 0.1
+    bounds = vae.bdmc(n=6, steps=50, generator=generator(1))
+    assert bounds.gap < 0.3
+    assert bounds.upper.shape == (6,)
+    found = vae.ais(x, steps=50, generator=generator(1))
+    exact = fastvae.lattice_log_marginal(x, vae.decoder, D, likelihood="bernoulli")
+    assert bool(((found.log_px.cpu() - exact.log_px).abs() < 5 * found.stderr.cpu() + exact.error).all())
+    assert all(p.grad is None for p in vae.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+def test_ranks_share_an_audit(tmp_path):
+    """Two ranks, each in a process of its own, find what one finds; beside a checkpoint."""
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    model = LinearGaussian(D, X)
+    alone = _evaluate(model, _narrow(model), model.sample(N).cpu(), audit=5, batch_size=10)
+    for rank in range(2):
+        found = fastvae.Evaluation.load(tmp_path / f"{rank}.npz")
+        torch.testing.assert_close(found.audit.log_px, alone.audit.log_px, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.audit.upper, alone.audit.upper, rtol=1e-9, atol=1e-9)
+
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = LinearGaussian(D, X)
+    result = _evaluate(
+        model, _narrow(model), model.sample(N).cpu(), audit=5, batch_size=10, checkpoint=f"{folder}/parts.npz"
+    )
+    result.save(f"{folder}/{rank}.npz")
+    distributed.destroy_process_group()
