@@ -1,6 +1,6 @@
 """fastvae: the objectives of variational autoencoders on fused kernels. See README.md."""
 
-from . import likelihoods, ops, random, schedules, weights
+from . import likelihoods, ops, proposals, random, schedules, weights
 from ._backend import use_backend
 from .diagnostics import Diagnostics, diagnostics
 from .distributions import (
@@ -119,6 +119,7 @@ __all__ = [
     "log_weights",
     "marginalize",
     "ops",
+    "proposals",
     "random",
     "reconstruction_log_prob",
     "register_kl",

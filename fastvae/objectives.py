@@ -30,6 +30,7 @@ from .distributions.draws import describe, say_monte_carlo
 from .likelihoods import Likelihood
 from .ops.latent import ESTIMATORS
 from .ops.weigh import Weighing
+from .proposals import Proposal, as_proposal
 from .random import draw_seed
 from .weights import tail_length
 
@@ -545,6 +546,7 @@ def log_marginal(
     *,
     k: int = 5000,
     k_chunk: int | None = None,
+    proposal: str | Proposal = "posterior",
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     mask: Any = None,
@@ -569,6 +571,9 @@ def log_marginal(
             k is the same in any chunk. Default: as many as give the decoder's output about 4 million numbers
             on a CPU (a size for its caches), 64 million elsewhere. Halved, with a warning, when memory runs
             out.
+        proposal: what z is drawn from, and weighed by: ``"posterior"``, q; ``"adapted"``, fitted to each example
+            as draws come, far better where k is some hundreds or more; ``"defensive"``, ``"inflated"`` or
+            ``"heavy"``; or an object of :mod:`fastvae.proposals`.
 
     Returns:
         :class:`LogMarginal` (log_px, stderr, ess, khat), each [B]. The standard error is the delta method's,
@@ -591,11 +596,14 @@ def log_marginal(
     """
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     check_count("k", k, "the importance samples per example")
-    chunks = Chunks(k_chunk)
+    chunks, proposal = Chunks(k_chunk), as_proposal(proposal)
     if type(row_offset) is not int or row_offset:
         check_address(k, inputs.q.batch, 0, row_offset)
     seed = draw_seed(inputs.q.device, generator)
-    w = _stream.weights(inputs, seed, 0, k, chunks, tail_length(k) + 1, row_offset=row_offset)
+    draws = proposal.draws(inputs, seed, row_offset, k, chunks, tail_length(k) + 1)
+    total = draws.weights(0, k)
+    assert total is not None
+    w = draws.estimate(total)
     return LogMarginal(*(v.to(w.maximum.dtype) for v in (w.log_px, w.stderr, w.ess, w.khat)))
 
 

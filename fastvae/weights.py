@@ -63,6 +63,15 @@ class Weights(NamedTuple):
             _largest(torch.cat([self.tail, other.tail]), self.tail.shape[0]),
         )
 
+    def scaled(self, log_factor: float | Tensor) -> Weights:
+        """All weights of an example multiplied by the same, given as its logarithm: a number, or [B]."""
+        if isinstance(log_factor, Tensor):
+            by = log_factor.to(self.maximum.dtype)
+            return self._replace(
+                maximum=self.maximum + by, log_sum=self.log_sum + log_factor * self.count, tail=self.tail + by
+            )
+        return self.scaled(torch.full_like(self.log_sum, log_factor)) if log_factor else self
+
     def at(self, rows: Tensor) -> Weights:
         """Of some examples."""
         return Weights(*(v[..., rows] for v in self))

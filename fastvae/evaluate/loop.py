@@ -22,6 +22,7 @@ from .._stream import Chunks
 from .._terminal import ProgressStream
 from ..distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ..likelihoods.base import Likelihood, as_likelihood
+from ..proposals import Posterior, Proposal, as_proposal
 from ..random import draw_seed
 from ..weights import Weights, tail_length
 from .checkpoint import Store
@@ -45,6 +46,7 @@ def evaluate(
     k: int | None = None,
     tol: float | None = None,
     k_chunk: int | None = None,
+    proposal: str | Proposal = "posterior",
     batch_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
@@ -85,6 +87,8 @@ def evaluate(
             Examples that are done are no longer decoded, so a row of the decoder's output must not depend on
             the other rows; this is checked on the first batch.
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
+        proposal: what z is drawn from, as in :func:`fastvae.log_marginal`. ``elbo`` is that of the draws that come
+            from q: with ``"adapted"`` the first 64, with the others none, and it is NaN.
         batch_size: for data that do not come in batches; default 100, on a GPU 500. It changes no result.
         likelihood, prior: as in :func:`fastvae.elbo`.
         unpack: what is what in a batch: a function of it that returns a dict with ``x``, and those of
@@ -140,14 +144,16 @@ def evaluate(
     if batch_size is not None:
         check_count("batch_size", batch_size, "the examples of a batch")
     k = k or (5000 if tol is None else 100_000)
-    ranks = Ranks(shard)
-    plan = _Plan(k, tol, Chunks(k_chunk), ranks)
+    ranks, proposal = Ranks(shard), as_proposal(proposal)
+    plan = _Plan(k, tol, Chunks(k_chunk), ranks, proposal)
     with ranks.telling():
         device, dtype = place_of(encoder, decoder)
         place = device or getattr(data, "device", None)
         on_gpu = isinstance(place, torch.device) and place.type != "cpu"
         batches = batches_of(data, batch_size or (BATCH_ON_GPU if on_gpu else BATCH), shard)
         settings: dict[str, Any] = {"format": 1, "k": k, "tol": tol}
+        if proposal != Posterior():
+            settings["proposal"] = repr(proposal)
         if checkpoint is not None:
             settings["parameters"] = parameters_digest(
                 encoder, decoder, likelihood, STANDARD if prior is None else prior
@@ -209,7 +215,7 @@ def evaluate(
                         part = evaluate_batch(index, x, beside, start, plan)
                         store.add(part)
                     elif part is not None and not compared:
-                        first = _Plan(1, None, plan.chunks, Ranks("none"))
+                        first = _Plan(1, None, plan.chunks, Ranks("none"), proposal)
                         _check_first_draw(checkpoint, part, evaluate_batch(index, x, beside, start, first))
                         compared = True
                     bar.update()
@@ -230,10 +236,11 @@ class _Plan:
     examples that are done leave.
     """
 
-    def __init__(self, k: int, tol: float | None, chunks: Chunks, ranks: Ranks):
+    def __init__(self, k: int, tol: float | None, chunks: Chunks, ranks: Ranks, proposal: Proposal):
         looks = {10**i for i in range(10)}
         if tol is not None:
             looks = {n for n in looks if n < FIRST_LOOK} | {FIRST_LOOK * 2**i for i in range(26)}
+        self.k = k
         self.looks = [*sorted(n for n in looks if n < k), k]
         self.tol = tol
         self.leaving = tol is not None and k > FIRST_LOOK  # examples leave: rows are decoded without others
@@ -241,6 +248,7 @@ class _Plan:
         self.tail = tail_length(k) + 1
         self.chunks = chunks
         self.ranks = ranks
+        self.proposal = proposal
 
 
 def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan) -> Part:
@@ -250,15 +258,13 @@ def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan
     if plan.leaving and not plan.proven and inputs.q.batch > 1:
         _check_rows(inputs, key, row, plan)
         plan.proven = True
+    ranks = plan.ranks if plan.ranks.by_samples else None
+    draws = plan.proposal.draws(inputs, key, row, plan.k, plan.chunks, plan.tail, ranks)
     total: Weights | None = None
     rows: Tensor | None = None
     curve = []
     for start, stop in pairwise([0, *plan.looks]):
-        share = plan.ranks.share(start, stop)
-        part = None
-        if share[0] < share[1]:
-            part = _stream.weights(inputs, key, *share, plan.chunks, plan.tail, row_offset=row, rows=rows)
-        part = plan.ranks.merge(part, device)
+        part = plan.ranks.merge(draws.weights(start, stop, rows), device)
         assert part is not None  # some rank has draws
         if total is None:
             total = part
@@ -266,17 +272,19 @@ def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan
             total = total.merge(part)
         else:
             total = total.put(rows, total.at(rows).merge(part))
-        curve.append(total.log_px)
+        seen = draws.estimate(total)
+        curve.append(seen.log_px)
         if plan.tol is not None and stop >= FIRST_LOOK:
             # NaN and inf stay what they are; while all weights are 0 their error is not known.
-            wanted = ~(total.stderr <= plan.tol) & ~total.log_px.isnan() & (total.log_px != math.inf)
+            wanted = ~(seen.stderr <= plan.tol) & ~seen.log_px.isnan() & (seen.log_px != math.inf)
             rows = wanted.nonzero()[:, 0]
             if not len(rows):
                 break
             rows = None if len(rows) == len(wanted) else rows
     assert total is not None
     curve += curve[-1:] * (len(plan.looks) - len(curve))
-    values = (total.log_px, total.stderr, total.ess, total.khat, total.count, total.elbo, torch.stack(curve))
+    elbo = draws.elbo(total)
+    values = (seen.log_px, seen.stderr, seen.ess, seen.khat, seen.count, elbo, torch.stack(curve))
     return Part(
         index,
         np.zeros(16, np.uint8),
