@@ -123,8 +123,8 @@ def stream(
 def spans_of(
     inputs: Inputs, row_offset: int, rows: Tensor | None
 ) -> list[tuple[Distribution, int, Tensor | None]]:
-    """Posteriors to draw some examples from, or all, each with the address of its first row, and which of its rows
-    are wanted.
+    """Posteriors to draw some examples from, or all, each with the address of its first row, and which of its
+    rows are wanted.
 
     A call for every run of neighbours costs some 20 µs; the whole batch costs draws that nobody needs, 8192 B
     / A of them for A of B examples, 20 µs for 250 rows or so.
@@ -167,8 +167,8 @@ def weights(
     kept: list[Tensor] | None = None,
     **options: Any,
 ) -> Weights:
-    """Draws ``start`` to ``stop`` folded into :class:`Weights`; options are those of :func:`stream`. A list ``kept``
-    gets the log weights of each chunk.
+    """Draws ``start`` to ``stop`` folded into :class:`Weights`; options are those of :func:`stream`. A list
+    ``kept`` gets the log weights of each chunk.
     """
     total: Weights | None = None
     # What is kept between chunks must not lie between their activations in the heap, which would grow with k.

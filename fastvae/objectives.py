@@ -571,9 +571,9 @@ def log_marginal(
             k is the same in any chunk. Default: as many as give the decoder's output about 4 million numbers
             on a CPU (a size for its caches), 64 million elsewhere. Halved, with a warning, when memory runs
             out.
-        proposal: what z is drawn from, and weighed by: ``"posterior"``, q; ``"adapted"``, fitted to each example
-            as draws come, far better where k is some hundreds or more; ``"defensive"``, ``"inflated"`` or
-            ``"heavy"``; or an object of :mod:`fastvae.proposals`.
+        proposal: what z is drawn from, and weighed by: ``"posterior"``, q; ``"adapted"``, fitted to each
+            example as draws come, far better where k is some hundreds or more; ``"defensive"``,
+            ``"inflated"`` or ``"heavy"``; or an object of :mod:`fastvae.proposals`.
 
     Returns:
         :class:`LogMarginal` (log_px, stderr, ess, khat), each [B]. The standard error is the delta method's,

@@ -1,10 +1,11 @@
-r"""What the draws of :func:`fastvae.log_marginal` and :func:`fastvae.evaluate` come from, ``proposal=``: q itself, or
-something better.
+r"""What the draws of :func:`fastvae.log_marginal` and :func:`fastvae.evaluate` come from, ``proposal=``: q
+itself, or something better.
 
-Any density r that is positive wherever p(x, z) is will do: with :math:`w = p(x, z) / r(z)`, the mean of K weights is
-an unbiased estimate of p(x), and its error is that of r as an approximation of p(z|x). ``"posterior"`` is q.
-``"inflated"`` and ``"heavy"`` are q made wider, ``"defensive"`` draws a share from the prior, which bounds the
-weights, and ``"adapted"`` fits a proposal to each example by what the draws so far have shown.
+Any density r that is positive wherever p(x, z) is will do: with :math:`w = p(x, z) / r(z)`, the mean of K
+weights is an unbiased estimate of p(x), and its error is that of r as an approximation of p(z|x).
+``"posterior"`` is q. ``"inflated"`` and ``"heavy"`` are q made wider, ``"defensive"`` draws a share from the
+prior, which bounds the weights, and ``"adapted"`` fits a proposal to each example by what the draws so far
+have shown.
 
 A name stands for an object with its defaults: ``proposal="defensive"`` for ``fastvae.proposals.Defensive()``.
 """
@@ -67,8 +68,8 @@ class Alone:
 
 
 class Proposal:
-    """What the draws come from: the base of the classes below, and of none of the user's own (a posterior of one's
-    own is given as q).
+    """What the draws come from: the base of the classes below, and of none of the user's own (a posterior of
+    one's own is given as q).
     """
 
     def of(self, q: Distribution, prior: Distribution) -> Distribution:
@@ -112,7 +113,8 @@ class Posterior(Proposal):
         >>> import torch, fastvae
         >>> x, q, decoder = torch.ones(4, 7), torch.zeros(4, 6), torch.nn.Linear(3, 7)
         >>> options = {"k": 50, "likelihood": "bernoulli"}
-        >>> fastvae.log_marginal(x, q, decoder, proposal=fastvae.proposals.Posterior(), **options).log_px.shape
+        >>> options["proposal"] = fastvae.proposals.Posterior()
+        >>> fastvae.log_marginal(x, q, decoder, **options).log_px.shape
         torch.Size([4])
     """
 
@@ -137,7 +139,8 @@ class Inflated(Proposal):
         >>> import torch, fastvae
         >>> x, q, decoder = torch.ones(4, 7), torch.zeros(4, 6), torch.nn.Linear(3, 7)
         >>> options = {"k": 50, "likelihood": "bernoulli"}
-        >>> fastvae.log_marginal(x, q, decoder, proposal=fastvae.proposals.Inflated(1.5), **options).log_px.shape
+        >>> options["proposal"] = fastvae.proposals.Inflated(1.5)
+        >>> fastvae.log_marginal(x, q, decoder, **options).log_px.shape
         torch.Size([4])
     """
 
@@ -162,8 +165,8 @@ class Inflated(Proposal):
 
 @dataclass(frozen=True)
 class Heavy(Proposal):
-    """Student's t in each dimension, with q's mean and scale: its tails are heavier than those of any p(z|x) that
-    is nearly normal, so the weights are bounded.
+    """Student's t in each dimension, with q's mean and scale: its tails are heavier than those of any p(z|x)
+    that is nearly normal, so the weights are bounded.
 
     q must be a pair (mu, logvar), a :class:`fastvae.DiagonalNormal`.
 
@@ -180,7 +183,8 @@ class Heavy(Proposal):
         >>> import torch, fastvae
         >>> x, q, decoder = torch.ones(4, 7), torch.zeros(4, 6), torch.nn.Linear(3, 7)
         >>> options = {"k": 50, "likelihood": "bernoulli"}
-        >>> fastvae.log_marginal(x, q, decoder, proposal="heavy", **options).log_px.shape
+        >>> options["proposal"] = "heavy"
+        >>> fastvae.log_marginal(x, q, decoder, **options).log_px.shape
         torch.Size([4])
     """
 
@@ -200,13 +204,13 @@ class Heavy(Proposal):
 class Defensive(Proposal):
     r"""q, and in some draws the prior: :math:`r = (1 - s)\, q(z|x) + s\, p(z)`.
 
-    The weights are bounded by :math:`\max_z p(x|z) / s`, and a mode of p(z|x) that q has missed is found where the
-    prior's draws find it, in a few dimensions. The draws are stratified: of any 1/s in a row one comes from the
-    prior; each weighs by the density of the mixture.
+    The weights are bounded by :math:`\max_z p(x|z) / s`, and a mode of p(z|x) that q has missed is found
+    where the prior's draws find it, in a few dimensions. The draws are stratified: of any 1/s in a row one
+    comes from the prior; each weighs by the density of the mixture.
 
-    The prior must be one that can be drawn from at an address: N(0, I), a normal or another of fastvae's families of
-    a location and a scale, or torch's with a quantile function; not a VampPrior, a
-    NormalMixture or a Hierarchy.
+    The prior must be one that can be drawn from at an address: N(0, I), a normal or another of fastvae's
+    families of a location and a scale, or torch's with a quantile function; not a VampPrior, a NormalMixture
+    or a Hierarchy.
 
     Args:
         share: s, between 0 and 1: the nearest fraction with a denominator of at most 100.
@@ -221,7 +225,8 @@ class Defensive(Proposal):
         >>> import torch, fastvae
         >>> x, q, decoder = torch.ones(4, 7), torch.zeros(4, 6), torch.nn.Linear(3, 7)
         >>> options = {"k": 50, "likelihood": "bernoulli"}
-        >>> fastvae.log_marginal(x, q, decoder, proposal=fastvae.proposals.Defensive(0.2), **options).log_px.shape
+        >>> options["proposal"] = fastvae.proposals.Defensive(0.2)
+        >>> fastvae.log_marginal(x, q, decoder, **options).log_px.shape
         torch.Size([4])
     """
 
@@ -238,67 +243,73 @@ class Defensive(Proposal):
         other = _with_rows(prior, q.batch, _example(q))
         if other is None:
             raise ValueError(
-                f"proposal='defensive' needs a prior that can be drawn from at an address, which {describe(prior)} "
-                "cannot be (it has no expand); use another proposal, such as 'adapted'"
+                "proposal='defensive' needs a prior that can be drawn from at an address, which "
+                f"{describe(prior)} cannot be (it has no expand); use another proposal, such as 'adapted'"
             )
         return _InTurn([q, other], [1 - self.share, self.share])
 
 
 @dataclass(frozen=True)
 class Adapted(Proposal):
-    r"""A proposal for each example, fitted to what its draws so far have shown, and fitted again as they come.
+    r"""A proposal for each example, fitted to what its draws so far have shown, and fitted again as they
+    come.
 
-    The first 64 draws come from q. Then, at draws 64, 96, 144, …, each 1.5 times the last, a multivariate Student t
-    with a full covariance is fitted to the weighted moments of all draws so far, and the next round comes from
+    The first 64 draws come from q. Then, at draws 64, 80, 100, 125, …, a quarter more each time, a
+    multivariate Student t with a full covariance is fitted to the weighted moments of all draws so far, and
+    the next round comes from
 
     .. math:: r_t = s_q\, q + s_p\, p + (1 - s_q - s_p)\, t_ν(μ_t, Σ_t)
 
-    in turn, until ¾ of the draws or ``most`` are made; the rest come from the last. In the estimate
+    in turn, until nine tenths of the draws or ``most`` are made; the rest come from the last. In the estimate
 
     .. math:: \hat p(x) = \sum_t c_t \sum_{k ∈ t} \frac{p(x, z_k)}{r_t(z_k)} \Big/ \sum_t c_t n_t,
               \quad c_t = t
 
-    all draws count. **Each draw is weighed by the density of its own round**, mixture and all, which depends on
-    earlier rounds alone: so :math:`\hat p(x)` is unbiased for any k, however good or bad the fits are (the log of it
-    is low by half its relative variance, as always). To weigh early draws by densities that were fitted to them, as
-    AMIS does, is consistent but not unbiased: by 0.1 nats and more at k = 500 and D = 8 (docs/NOTES.md). Later rounds
-    count more because they are better; ``stderr`` and ``ess`` take account of it.
+    all draws count. **Each draw is weighed by the density of its own round**, mixture and all, which depends
+    on earlier rounds alone: so :math:`\hat p(x)` is unbiased for any k, however good or bad the fits are (the
+    log of it is low by half its relative variance, as always). To weigh early draws by densities that were
+    fitted to them, as AMIS does, is consistent but not unbiased: by 0.1 nats and more at k = 500 and D = 8
+    (docs/NOTES.md). Later rounds count more because they are better; ``stderr`` and ``ess`` take account of
+    it.
 
-    Where the first weights are degenerate the fit tempers them, :math:`w^a` with the largest a ≤ 1 that leaves an
-    effective sample of 3 D + 5; the correlations are shrunk by :math:`4 (D - 1) / (4 (D - 1) + \mathrm{ESS})`. An
-    example whose weights are equal to within a hundredth of their variance has nothing to gain, and stays with q.
+    Where the first weights are degenerate the fit tempers them, :math:`w^a` with the largest a ≤ 1 that
+    leaves an effective sample of 3 D + 5; the correlations are shrunk by :math:`4 (D - 1) / (4 (D - 1) +
+    \mathrm{ESS})`. An example whose weights are equal to within a hundredth of their variance has nothing to
+    gain, and stays with q.
 
-    It needs q's ``log_prob``, and latents on all of R^D. Where the prior cannot be drawn from at an address (a
-    VampPrior, a Hierarchy, one of torch's without a quantile function) its share is q's. In memory are a number for
-    each draw that is fitted to, ``most`` for an example, and matrices [B, D, D] in float64. q's ELBO, as
-    :class:`fastvae.Evaluation` reports it, is that of the first 64 draws.
+    It needs q's ``log_prob``, and latents on all of R^D. Where the prior cannot be drawn from at an address
+    (a VampPrior, a Hierarchy, one of torch's without a quantile function) its share is q's. In memory are a
+    number for each draw that is fitted to, ``most`` for an example, and matrices [B, D, D] in float64. q's
+    ELBO, as :class:`fastvae.Evaluation` reports it, is that of the first 64 draws.
 
     Args:
         posterior: :math:`s_q`, q's share of the draws.
         prior: :math:`s_p`, the prior's; it finds modes that q has missed, in a few dimensions.
-        df: ν, an int.
-        scale: what the fitted standard deviations are multiplied by.
+        df: ν, an int; default D, and at least 8. In many dimensions heavier tails would cost more than they
+            save: the radii of a t vary by :math:`1 / \sqrt{2ν}`, those of a normal by :math:`1 / \sqrt{2 D}`.
+        scale: what the fitted standard deviations are multiplied by; default :math:`1 + 0.3 / \sqrt D`.
         most: draws that are fitted to at most.
 
     Raises:
         TypeError, ValueError: for arguments that are no such numbers, or shares that leave nothing.
 
     References:
-        Oh & Berger, Adaptive Importance Sampling in Monte Carlo Integration, 1992; Owen & Zhou, Safe and Effective
-        Importance Sampling, 2000, and The square root rule for adaptive importance sampling, 2020; Cornuet, Marin,
-        Mira & Robert, Adaptive Multiple Importance Sampling, 2012.
+        Oh & Berger, Adaptive Importance Sampling in Monte Carlo Integration, 1992; Owen & Zhou, Safe and
+        Effective Importance Sampling, 2000, and The square root rule for adaptive importance sampling, 2020;
+        Cornuet, Marin, Mira & Robert, Adaptive Multiple Importance Sampling, 2012.
 
     Example:
         >>> import torch, fastvae
         >>> x, q, decoder = torch.ones(4, 7), torch.zeros(4, 6), torch.nn.Linear(3, 7)
-        >>> fastvae.log_marginal(x, q, decoder, k=500, likelihood="bernoulli", proposal="adapted").log_px.shape
+        >>> options = {"k": 500, "likelihood": "bernoulli", "proposal": "adapted"}
+        >>> fastvae.log_marginal(x, q, decoder, **options).log_px.shape
         torch.Size([4])
     """
 
     posterior: float = 0.1
     prior: float = 0.05
-    df: int = 8
-    scale: float = 1.1
+    df: int | None = None
+    scale: float | None = None
     most: int = 4000
 
     def __post_init__(self) -> None:
@@ -309,8 +320,10 @@ class Adapted(Proposal):
                 f"posterior + prior must leave a share of the draws, 0.01 at least; got {self.posterior!r} + "
                 f"{self.prior!r}"
             )
-        check_count("df", self.df, "the degrees of freedom")
-        _check_positive("scale", self.scale, "what the fitted standard deviations are multiplied by")
+        if self.df is not None:
+            check_count("df", self.df, "the degrees of freedom")
+        if self.scale is not None:
+            _check_positive("scale", self.scale, "what the fitted standard deviations are multiplied by")
         check_count("most", self.most, "the draws that are fitted to at most")
 
     def of(self, q: Distribution, prior: Distribution) -> Distribution:
@@ -319,17 +332,17 @@ class Adapted(Proposal):
         for d in (q, prior):
             if isinstance(d, TorchDistribution) and not _is_everywhere(d):
                 raise ValueError(
-                    f"proposal='adapted' draws z from all of R^D, but {describe(d)} has a density on a part of it "
-                    "only; use another proposal"
+                    f"proposal='adapted' draws z from all of R^D, but {describe(d)} has a density on a "
+                    "part of it only; use another proposal"
                 )
         return q
 
     def rounds(self, k: int) -> list[int]:
         """Of k draws, those after which the proposal is fitted."""
         found, stop = [], _FIRST
-        while stop <= min(0.75 * k, self.most):
+        while stop <= min(0.9 * k, self.most):
             found.append(stop)
-            stop += stop // 2
+            stop += stop // 4
         return found
 
     def draws(
@@ -367,8 +380,8 @@ def as_proposal(proposal: Any) -> Proposal:
     known = ", ".join(map(repr, _NAMED))
     if not isinstance(proposal, str):
         raise TypeError(
-            f"proposal must be a name ({known}) or an object such as fastvae.proposals.Defensive(share=0.1); got "
-            f"{proposal!r}"
+            f"proposal must be a name ({known}) or an object such as "
+            f"fastvae.proposals.Defensive(share=0.1); got {proposal!r}"
         )
     if proposal not in _NAMED:
         raise ValueError(f"proposal={proposal!r} is unknown; known: {known}")
@@ -389,8 +402,8 @@ def _wrong_family(name: str, q: Distribution, expected: str) -> TypeError:
 def _check_density(name: str, q: Distribution) -> None:
     if type(q).log_prob is Distribution.log_prob:
         raise TypeError(
-            f"proposal={name!r} needs the density of q at any z, but {describe(q)} has no log_prob; write one, or "
-            "use proposal='posterior'"
+            f"proposal={name!r} needs the density of q at any z, but {describe(q)} has no log_prob; write "
+            "one, or use proposal='posterior'"
         )
 
 
@@ -450,8 +463,8 @@ class _Drawn(NamedTuple):
 class _AdaptedDraws(Draws):
     """Those of a proposal that is fitted between rounds.
 
-    Of draws that are fitted to the weights are kept, and they are drawn again, chunk by chunk as they were, where
-    their moments are needed.
+    Of draws that are fitted to the weights are kept, and they are drawn again, chunk by chunk as they were,
+    where their moments are needed.
     """
 
     def __init__(self, how: Adapted, rounds: list[int], inputs: Inputs, *rest: Any):
@@ -486,8 +499,9 @@ class _AdaptedDraws(Draws):
             start += len(log_w)
 
     def estimate(self, total: Weights) -> Weights:
-        """With a draw of round t counting c_t n / Σ c_t n_t, which is 1 on average, and with a second moment that
-        leaves this out: so the standard error and the effective sample size are those of the rounds together.
+        """With a draw of round t counting c_t n / Σ c_t n_t, which is 1 on average, and with a second moment
+        that leaves this out: so the standard error and the effective sample size are those of the rounds
+        together.
         """
         n = total.count.double()
         first, second = torch.zeros_like(n), torch.zeros_like(n)
@@ -509,7 +523,9 @@ class _AdaptedDraws(Draws):
         log_w, counts, begin = self._everyones(numbers)
         w, ess, stays = _tempered(log_w, counts, 3 * like.shape[1] + 5)
         mean, covariance = self._moments(w[begin:], numbers, like)
-        fitted = _FullT.of(mean, self._how.scale**2 * _shrunk(covariance, ess), self._how.df, like)
+        d = like.shape[1]
+        scale = self._how.scale or 1 + 0.3 / math.sqrt(d)
+        fitted = _FullT.of(mean, scale**2 * _shrunk(covariance, ess), self._how.df or max(8, d), like)
         if self._fitted is None or self._stays is None:  # rows leave later
             self._fitted, self._stays, self._elbo = fitted, stays, log_w.mean(0)
         else:
@@ -524,8 +540,8 @@ class _AdaptedDraws(Draws):
         self._inputs = self._inputs._replace(q=_like(q, r))
 
     def _everyones(self, numbers: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The log weights of everyone's draws for these examples [n, A], what each draw counts [n, 1], and where
-        this process's begin.
+        """The log weights of everyone's draws for these examples [n, A], what each draw counts [n, 1], and
+        where this process's begin.
         """
         mine = [(d.number, d.log_w[:, numbers].double().cpu()) for d in self._drawn]
         every = self._ranks.gather(mine, "fit")
@@ -535,7 +551,9 @@ class _AdaptedDraws(Draws):
         return log_w.to(numbers.device), counts.to(numbers.device), begin
 
     def _moments(self, w: Tensor, numbers: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [A, D] and covariance [A, D, D] of everyone's draws; the weights [n, A] begin with this process's."""
+        """Mean [A, D] and covariance [A, D, D] of everyone's draws; w begins with the weights of this
+        process's.
+        """
         about = like[numbers].double()
         first, second = torch.zeros_like(about), about.new_zeros(*about.shape, about.shape[1])
         start = 0
@@ -554,18 +572,17 @@ class _AdaptedDraws(Draws):
     def _again(self, drawn: _Drawn, numbers: Tensor) -> Tensor:
         """z of a chunk [draws, A, D] for these examples, a part of those that it was drawn for."""
         spans = _stream.spans_of(drawn.inputs, self._row_offset, drawn.rows)
-        place = {"sample_offset": drawn.start}
         parts = []
         for q, offset, wanted in spans:
-            z, _ = rsample(q, len(drawn.log_w), self._seed, row_offset=offset, **place)
+            z = _z(q, len(drawn.log_w), self._seed, drawn.start, offset)
             parts.append(z if wanted is None else z[:, wanted])
         z = parts[0] if len(parts) == 1 else torch.hstack(parts)
         return z[:, numbers if drawn.rows is None else torch.searchsorted(drawn.rows, numbers)]
 
 
 def _tempered(log_w: Tensor, counts: Tensor, least: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised weights [n, A] to fit to, tempered where fewer than ``least`` of them are effective; their effective
-    sample size [A]; and whether the weights, but for what each draw counts [n, 1], are equal.
+    """Normalised weights [n, A] to fit to, tempered where fewer than ``least`` of them are effective; their
+    effective sample size [A]; and whether the weights, but for what each draw counts [n, 1], are equal.
     """
     log_w = torch.where(log_w.isfinite(), log_w, -math.inf)
     top = log_w.amax(0)
@@ -600,7 +617,27 @@ def _shrunk(covariance: Tensor, ess: Tensor) -> Tensor:
 # Distributions to draw from
 
 
-class _FullT(Distribution):
+class _Drawable(Distribution):
+    """A distribution that is drawn from without its density, too."""
+
+    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        """z [K, B, D], what :meth:`rsample` draws."""
+        raise NotImplementedError
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        z = self.z(samples, seed, sample_offset, row_offset)
+        return z, self.log_prob(z)
+
+
+def _z(q: Distribution, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+    if isinstance(q, _Drawable):
+        return q.z(samples, seed, sample_offset, row_offset)
+    return rsample(q, samples, seed, sample_offset=sample_offset, row_offset=row_offset)[0]
+
+
+class _FullT(_Drawable):
     r"""A multivariate Student t, :math:`z = μ + L ε \sqrt{ν / χ^2_ν}`, whose parameters are float64.
 
     Args:
@@ -642,18 +679,13 @@ class _FullT(Distribution):
     def rows(self, start: int, stop: int) -> _FullT:
         return _FullT(self.mu[start:stop], self.scale[start:stop], self.df, self.dtype)
 
-    def rsample(
-        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
-        d = self.mu.shape[1]
-        normals = random.normal(
-            seed, samples, self.batch, d + self.df, dtype=accumulator(self.dtype), **place
-        ).double()
+    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        d, place = self.mu.shape[1], {"sample_offset": sample_offset, "row_offset": row_offset}
+        shape, dtype = (samples, self.batch, d + self.df), accumulator(self.dtype)
+        normals = random.normal(seed, *shape, dtype=dtype, **place).double()  # type: ignore[arg-type]
         chi_square = normals[..., d:].square().sum(-1, keepdim=True)
         z = self.mu + _times(normals[..., :d] * (self.df / chi_square).sqrt(), self.scale.mT)
-        z = z.to(self.dtype)
-        return z, self.log_prob(z)
+        return z.to(self.dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
         d, df = self.mu.shape[1], self.df
@@ -664,15 +696,16 @@ class _FullT(Distribution):
         return value.to(accumulator(z.dtype))
 
 
-class _InTurn(Distribution):
-    """A mixture whose parts are drawn from in turn, each as often as its share says, from a place that the seed
-    chooses: every draw counts the same, and is one of the mixture's over the places.
+class _InTurn(_Drawable):
+    """A mixture whose parts are drawn from in turn, each as often as its share says, from a place that the
+    seed chooses: every draw counts the same, and is one of the mixture's over the places.
 
     Args:
         parts: distributions with rows, the same B.
         shares: of the draws; their nearest hundredths.
         number: tells its noise from that of others with the same seed.
-        stays: [B], the examples that are drawn from the first part alone, with this part's own noise; None for none.
+        stays: [B], the examples that are drawn from the first part alone, with the noise that this has when
+            it is drawn from by itself; None for none.
     """
 
     def __init__(
@@ -709,9 +742,7 @@ class _InTurn(Distribution):
         stays = None if self._stays is None else self._stays[start:stop]
         return _InTurn(known, shares, number, stays) if len(known) == len(some) else None
 
-    def rsample(
-        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
         period = len(self._cycle)
         turns = torch.arange(sample_offset, sample_offset + samples) + int(seed) % period
         which, within = self._cycle[turns % period].unbind(1)
@@ -722,15 +753,14 @@ class _InTurn(Distribution):
                 # Those of a part are numbered one after the other.
                 first = int(turns[place[0]]) // period * count + int(within[place[0]])
                 own_seed = _derived(seed, period * self.number + c)
-                z, _ = rsample(part, len(place), own_seed, sample_offset=first, row_offset=row_offset)
-                drawn.append(z)
+                drawn.append(_z(part, len(place), own_seed, first, row_offset))
                 places.append(place)
-        z = torch.cat([d.to(drawn[0].dtype) for d in drawn])[torch.cat(places).argsort().to(drawn[0].device)]
+        order = torch.cat(places).argsort().to(drawn[0].device)
+        z = torch.cat([d.to(drawn[0].dtype) for d in drawn])[order]
         if self._stays is None:
-            return z, self._mixed(z)
-        own, log_own = rsample(self._own, samples, seed, sample_offset=sample_offset, row_offset=row_offset)
-        z = torch.where(self._stays[:, None], own, z.to(own.dtype))
-        return z, torch.where(self._stays, log_own, self._mixed(z).to(log_own.dtype))
+            return z
+        own = _z(self._own, samples, seed, sample_offset, row_offset)
+        return torch.where(self._stays[:, None], own, z.to(own.dtype))
 
     def log_prob(self, z: Tensor) -> Tensor:
         value = self._mixed(z)
@@ -756,7 +786,9 @@ def _example(q: Distribution, seed: Tensor | None = None, row_offset: int = 0) -
 
 
 def _with_rows(prior: Distribution, batch: int, like: Tensor) -> Distribution | None:
-    """The prior as a distribution with rows, whose draws are functions of their addresses; None where it has none."""
+    """The prior as a distribution with rows, whose draws are functions of their addresses; None where that is
+    not known.
+    """
     made = prior
     if not (prior.has_rows and prior.batch == batch):
         try:

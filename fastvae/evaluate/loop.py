@@ -87,8 +87,8 @@ def evaluate(
             Examples that are done are no longer decoded, so a row of the decoder's output must not depend on
             the other rows; this is checked on the first batch.
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
-        proposal: what z is drawn from, as in :func:`fastvae.log_marginal`. ``elbo`` is that of the draws that come
-            from q: with ``"adapted"`` the first 64, with the others none, and it is NaN.
+        proposal: what z is drawn from, as in :func:`fastvae.log_marginal`. ``elbo`` is that of the draws from
+            q: with ``"adapted"`` the first 64; with the others there are none, and it is NaN.
         batch_size: for data that do not come in batches; default 100, on a GPU 500. It changes no result.
         likelihood, prior: as in :func:`fastvae.elbo`.
         unpack: what is what in a batch: a function of it that returns a dict with ``x``, and those of
