@@ -89,7 +89,6 @@ def test_many_latents_and_few_draws():
             float((_marginal(model, x, q, 400, p).log_px.double() - model.log_px(x)).square().mean())
             for p in ("posterior", "adapted")
         ]
-        print(errors)
         assert errors[1] < 1.5 * errors[0]
 
 
@@ -111,11 +110,11 @@ def test_a_mode_that_q_has_missed():
             proposal=name,
             generator=generator(3),
         )
-        error[name] = float((found.log_px - exact).abs().max())
-    print(error)
-    assert error["posterior"] == pytest.approx(math.log(2), abs=0.1)
-    assert error["defensive"] < 0.4
-    assert error["adapted"] < 0.2
+        assert name == "posterior" or bool(((found.log_px - exact).abs() < 4 * found.stderr).all())
+        error[name] = float((found.log_px - exact).square().mean().sqrt())
+    assert error["posterior"] == pytest.approx(math.log(2), abs=0.05)
+    assert error["defensive"] < 0.2
+    assert error["adapted"] < 0.12
 
 
 @pytest.mark.parametrize("proposal", ["posterior", "adapted"])
@@ -197,16 +196,15 @@ def test_row_offset_and_log_marginal():
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("shard", ["data", "samples"])
-@pytest.mark.parametrize("proposal", ["adapted", "defensive"])
-def test_any_number_of_ranks(tmp_path, shard, proposal):
-    """1, 2 and 3 processes give the same, on each rank, with a tolerance too."""
+@pytest.mark.parametrize("tol", [None, 0.03])
+def test_ranks(tmp_path, shard, tol):
+    """Three processes give what one gives, on each rank."""
     model, x, q = test_evaluate._model_and_data()
-    for options in ({"proposal": proposal}, {"proposal": proposal, "tol": 0.03}):
-        noise = torch.Generator().manual_seed(6)
-        expected = test_evaluate._evaluate(model, q, x, k=333, batch_size=4, generator=noise, **options)
-        for world in (2, 3):
-            for result in test_evaluate._ranks(world, tmp_path, shard, seed=6, **options):
-                test_evaluate._assert_same(result, expected, 1e-9)
+    options = {"proposal": "adapted", "tol": tol}
+    noise = torch.Generator().manual_seed(6)
+    expected = test_evaluate._evaluate(model, q, x, k=333, batch_size=4, generator=noise, **options)
+    for result in test_evaluate._ranks(3, tmp_path, shard, seed=6, **options):
+        test_evaluate._assert_same(result, expected, 1e-9)
 
 
 def test_checkpoints_know_the_proposal(tmp_path):
