@@ -13,7 +13,7 @@ A name stands for an object with its defaults: ``proposal="defensive"`` for ``fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +26,15 @@ from . import _stream, random
 from ._checks import check_count, check_number
 from ._inputs import Inputs
 from ._stream import Chunks
-from .distributions import DiagonalNormal, Distribution, FullNormal, LowRankNormal, StudentT, rsample
+from .distributions import (
+    DiagonalNormal,
+    Distribution,
+    FullNormal,
+    LowRankNormal,
+    StudentT,
+    log_shares,
+    rsample,
+)
 from .distributions.base import is_still
 from .distributions.covariance import _places, _solve, _times
 from .distributions.draws import describe
@@ -742,25 +750,47 @@ class _InTurn(_Drawable):
         stays = None if self._stays is None else self._stays[start:stop]
         return _InTurn(known, shares, number, stays) if len(known) == len(some) else None
 
-    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+    @property
+    def strata(self) -> int:  # type: ignore[override]
+        return max(part.strata for part, _ in self._parts)
+
+    def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Iterator[tuple[Any, ...]]:
+        """Of each part whose turn comes: it, which of the samples are its own, and the seed and the number of
+        the first of these, which the others follow.
+        """
         period = len(self._cycle)
         turns = torch.arange(sample_offset, sample_offset + samples) + int(seed) % period
         which, within = self._cycle[turns % period].unbind(1)
-        drawn, places = [], []
         for c, (part, count) in enumerate(self._parts):
             place = (which == c).nonzero()[:, 0]
             if len(place):
-                # Those of a part are numbered one after the other.
                 first = int(turns[place[0]]) // period * count + int(within[place[0]])
-                own_seed = _derived(seed, period * self.number + c)
-                drawn.append(_z(part, len(place), own_seed, first, row_offset))
-                places.append(place)
+                yield part, place, _derived(seed, period * self.number + c), first
+
+    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        drawn, places = [], []
+        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
+            drawn.append(_z(part, len(place), own_seed, first, row_offset))
+            places.append(place)
         order = torch.cat(places).argsort().to(drawn[0].device)
         z = torch.cat([d.to(drawn[0].dtype) for d in drawn])[order]
         if self._stays is None:
             return z
         own = _z(self._own, samples, seed, sample_offset, row_offset)
         return torch.where(self._stays[:, None], own, z.to(own.dtype))
+
+    def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
+        """What a draw counts among those of a part that is a mixture itself."""
+        shares = torch.zeros(samples, self.batch, device=seed.device)
+        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
+            found = log_shares(part, len(place), own_seed, first)
+            if found is not None:
+                shares = shares.to(found.dtype)
+                shares[place.to(seed.device)] = found.expand(-1, self.batch)
+        own = log_shares(self._own, samples, seed, sample_offset)
+        if self._stays is None or own is None:
+            return shares if self._stays is None else torch.where(self._stays, 0.0, shares)
+        return torch.where(self._stays, own.to(shares.dtype), shares)
 
     def log_prob(self, z: Tensor) -> Tensor:
         value = self._mixed(z)

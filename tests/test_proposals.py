@@ -16,6 +16,7 @@ import fastvae
 from fastvae import proposals
 from fastvae.distributions import as_posterior
 from fastvae.proposals import Adapted, Defensive, Heavy, Inflated, Posterior, _FullT, _InTurn, _tempered
+from fastvae.weights import Weights
 
 from . import test_evaluate
 from .conftest import DEVICE
@@ -240,7 +241,9 @@ def _families(model, x):
         "full": full,
         "low rank": fastvae.LowRankNormal(mu, logvar, 0.3 * sd[..., None]),
         "laplace": fastvae.Laplace(mu, sd.log()),
-        "mixture": fastvae.Mixture([(mu, logvar), (mu + sd, logvar)]),
+        "mixture": fastvae.Mixture(
+            [(mu, logvar), (mu + sd, logvar)], torch.stack([x[:, 0].abs(), -x[:, 1].abs()], 1)
+        ),
         "torch's": td.Laplace(mu, sd),
         "torch's that draws by itself": td.StudentT(4.0, mu, sd),
     }
@@ -522,3 +525,14 @@ def test_names_are_objects_with_their_defaults():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert repr(Adapted(df=4)) == "Adapted(posterior=0.1, prior=0.05, df=4, scale=None, most=4000)"
+
+
+def test_scaled_weights():
+    """As if all log weights had been raised."""
+    log_w = randn(50, 4, seed=3, dtype=torch.float64)
+    log_w[:, 2] = -math.inf
+    by = torch.tensor([0.5, -3.0, 2.0, 0.0], dtype=torch.float64, device=DEVICE)
+    found, expected = Weights.of(log_w, 9).scaled(by), Weights.of(log_w + by, 9)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(Weights.of(log_w, 9).scaled(2.0).log_px, Weights.of(log_w + 2, 9).log_px)
