@@ -1,6 +1,6 @@
 """fastvae: the objectives of variational autoencoders on fused kernels. See README.md."""
 
-from . import bounds, diagnostics, likelihoods, ops, random, schedules, weights
+from . import bounds, diagnostics, likelihoods, ops, proposals, random, schedules, weights
 from ._backend import use_backend
 from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .distributions import (
@@ -133,6 +133,7 @@ __all__ = [
     "log_weights",
     "marginalize",
     "ops",
+    "proposals",
     "random",
     "reconstruction_log_prob",
     "register_kl",

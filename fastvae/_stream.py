@@ -88,7 +88,7 @@ def stream(
     """
     data = inputs if rows is None else inputs.at(rows)
     # Examples drawn for at once, and those of them that are wanted.
-    spans = [(inputs.q, row_offset, rows)] if rows is None else _spans(inputs, row_offset, rows)
+    spans = spans_of(inputs, row_offset, rows)
     batch = sum(q.batch for q, _, _ in spans)
 
     def draw(count: int) -> Tensor:
@@ -122,13 +122,17 @@ def stream(
         start += count
 
 
-def _spans(inputs: Inputs, row_offset: int, rows: Tensor) -> list[tuple[Distribution, int, Tensor | None]]:
-    """Posteriors to draw some examples from, each with the address of its first row, and which of its rows
-    are wanted.
+def spans_of(
+    inputs: Inputs, row_offset: int, rows: Tensor | None
+) -> list[tuple[Distribution, int, Tensor | None]]:
+    """Posteriors to draw some examples from, or all, each with the address of its first row, and which of its
+    rows are wanted.
 
     A call for every run of neighbours costs some 20 µs; the whole batch costs draws that nobody needs, 8192 B
     / A of them for A of B examples, 20 µs for 250 rows or so.
     """
+    if rows is None:
+        return [(inputs.q, row_offset, None)]
     numbers = rows.tolist()
     if not inputs.prior.per_row and len(numbers) ** 2 < 16 * inputs.q.batch:
         cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
@@ -156,9 +160,18 @@ _FOLDED = 2**20
 
 
 def weights(
-    inputs: Inputs, seed: Tensor, start: int, stop: int, chunks: Chunks, tail: int, **options: Any
+    inputs: Inputs,
+    seed: Tensor,
+    start: int,
+    stop: int,
+    chunks: Chunks,
+    tail: int,
+    kept: list[Tensor] | None = None,
+    **options: Any,
 ) -> Weights:
-    """Draws ``start`` to ``stop`` folded into :class:`Weights`; options are those of :func:`stream`."""
+    """Draws ``start`` to ``stop`` folded into :class:`Weights`; options are those of :func:`stream`. A list
+    ``kept`` gets the log weights of each chunk.
+    """
     total: Weights | None = None
     # What is kept between chunks must not lie between their activations in the heap, which would grow with k.
     buffer, filled = None, 0
@@ -170,6 +183,8 @@ def weights(
     for log_w in stream(inputs, seed, start, stop, chunks, **options):
         count, batch = log_w.shape
         start += count
+        if kept is not None:
+            kept.append(log_w)
         # To fold is some forty small ops: worth their while for many draws, and as many new as are kept.
         enough = max(tail, _FOLDED // max(1, batch))
         if filled == 0 and (count >= enough or start == stop):

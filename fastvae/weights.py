@@ -113,6 +113,7 @@ class Weights(NamedTuple):
     tail: Tensor  # [T, B], the largest log weights, descending; -inf where there are fewer
     # [R, B] float64, the sum of each randomisation relative to the maximum; [0, B] of independent draws
     turns: Tensor
+    uneven: Tensor  # [B] float64, what the relative second moment has from draws that count more than others
 
     @classmethod
     def of(cls, log_w: Tensor, tail: int, start: int = 0, randomisations: int = 0) -> Weights:
@@ -124,11 +125,11 @@ class Weights(NamedTuple):
         turns = _by_turns(wide, start, randomisations)
         if log_w.shape[0] <= tail:
             powers = wide.new_zeros(_POWERS, log_w.shape[1])
-            return cls(powers, wide.sum(0), count, _largest(log_w, tail), turns)
+            return cls(powers, wide.sum(0), count, _largest(log_w, tail), turns, turns.new_zeros(count.shape))
         # NaN counts as largest.
         largest, place = log_w.topk(tail, dim=0)
         below = torch.exp(wide - _shift(largest[-1]).double()).scatter_(0, place, 0.0)
-        return cls(_power_sums(below), wide.sum(0), count, largest, turns)
+        return cls(_power_sums(below), wide.sum(0), count, largest, turns, turns.new_zeros(count.shape))
 
     def merge(self, other: Weights) -> Weights:
         """The weights of both sets of draws."""
@@ -146,7 +147,15 @@ class Weights(NamedTuple):
         scale = _shift(tail[0]).double()
         turns = self.turns * torch.exp(self.maximum.double() - scale)
         turns = turns + other.turns * torch.exp(other.maximum.double() - scale)
-        return Weights(powers, self.log_sum + other.log_sum, self.count + other.count, tail, turns)
+        log_sum, count = self.log_sum + other.log_sum, self.count + other.count
+        return Weights(powers, log_sum, count, tail, turns, torch.zeros_like(log_sum))
+
+    def scaled(self, log_factor: float | Tensor) -> Weights:
+        """All weights of an example multiplied by the same, given as its logarithm: a number, or [B]."""
+        if isinstance(log_factor, Tensor):
+            by = log_factor.to(self.maximum.dtype)
+            return self._replace(log_sum=self.log_sum + log_factor * self.count, tail=self.tail + by)
+        return self.scaled(torch.full_like(self.log_sum, log_factor)) if log_factor else self
 
     def at(self, rows: Tensor) -> Weights:
         """Of some examples."""
@@ -194,13 +203,18 @@ class Weights(NamedTuple):
         """
         if len(self.turns):
             return between(self.turns, self.count).stderr
-        return _standard_error(self._sums(2), self.count.double())
+        return self._standard_error(self._sums(2))
+
+    def _standard_error(self, sums: Tensor) -> Tensor:
+        k = self.count.double()
+        variance = sums[1] / sums[0].square() - 1 / k - self.uneven
+        return (variance.clamp(min=0) * (k / (k - 1))).sqrt()
 
     @property
     def ess(self) -> Tensor:
         """Effective sample size [B]."""
         sums = self._sums(2)
-        return sums[0].square() / sums[1]
+        return 1 / (sums[1] / sums[0].square() - self.uneven)
 
     @property
     def khat(self) -> Tensor:
@@ -231,8 +245,8 @@ class Weights(NamedTuple):
         scaled = rest / total ** torch.arange(1, _POWERS + 1, device=total.device)[:, None]
         first = left_out.sum(0) + torch.tensordot(scaled.new_tensor(_LOG), scaled, 1)
         square = left_out.square().sum(0) + torch.tensordot(scaled.new_tensor(_LOG_SQUARE), scaled, 1)
-        estimate = self._log_mean(total) - (k - 1) * (first / k - torch.log1p(-1 / k))
-        error = ((square - first.square() / k).clamp(min=0) * (k - 1) / k).sqrt()
+        estimate = self._log_mean(total) - (k - 1) * (first / k - torch.log1p(-1 / k)) - self.uneven / 2
+        error = ((square - first.square() / k - self.uneven).clamp(min=0) * (k - 1) / k).sqrt()
         nothing = self.maximum == -math.inf
         return torch.where(nothing & (k > 1), -math.inf, estimate), torch.where(nothing, math.nan, error)
 
@@ -285,10 +299,10 @@ class Weights(NamedTuple):
         k, below = self.count.double(), (1 - level) / 2
         z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
         sums, log_px = self._sums(3), self.log_px
-        error = _standard_error(sums, k)
+        error = self._standard_error(sums)
         # Skewness over √K, which cannot be more than that of one draw that is not 0.
         mean, second, third = (s / k / (sums[0] / k) ** (j + 1) for j, s in enumerate(sums))
-        variance = (second - mean).clamp(min=0)
+        variance = (second - mean - k * self.uneven).clamp(min=0)
         skewness = (third - 3 * second + 2) / variance**1.5 / k.sqrt()
         skewness = skewness.nan_to_num(nan=0.0).clamp(min=-1, max=1)
         low = 1 - error * _hall(z, skewness)
@@ -372,10 +386,6 @@ def _root(f: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> Tensor:
         begin, low = torch.where(above, begin, middle), torch.where(above, low, value)
         end, high = torch.where(above, middle, end), torch.where(above, value, high)
     return torch.where(high < -low, end, begin)
-
-
-def _standard_error(sums: Tensor, k: Tensor) -> Tensor:
-    return ((sums[1] / sums[0].square() - 1 / k).clamp(min=0) * (k / (k - 1))).sqrt()
 
 
 def _hall(z: float, skewness: Tensor) -> Tensor:

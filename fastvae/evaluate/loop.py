@@ -23,6 +23,7 @@ from .._stream import Chunks
 from .._terminal import ProgressStream
 from ..distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ..likelihoods.base import Likelihood, as_likelihood
+from ..proposals import Posterior, Proposal, as_proposal
 from ..random import NOISES, RANDOMISATIONS, draw_seed, seed_of
 from ..weights import Weights, kept_draws
 from .audit import Sample, probe, run_audit
@@ -48,6 +49,7 @@ def evaluate(
     tol: float | None = None,
     k_chunk: int | None = None,
     noise: str = "philox",
+    proposal: str | Proposal = "posterior",
     batch_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
@@ -90,6 +92,8 @@ def evaluate(
             the other rows; this is checked on the first batch.
         k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
         noise: ``"philox"`` or ``"qmc"``, as there.
+        proposal: what z is drawn from, as in :func:`fastvae.log_marginal`. ``elbo`` is that of the draws from
+            q: with ``"adapted"`` the first 64; with the others there are none, and it is NaN.
         batch_size: for data that do not come in batches; default 100, on a GPU 500. It changes no result.
         likelihood, prior: as in :func:`fastvae.elbo`.
         unpack: what is what in a batch: a function of it that returns a dict with ``x``, and those of
@@ -154,8 +158,8 @@ def evaluate(
     if batch_size is not None:
         check_count("batch_size", batch_size, "the examples of a batch")
     k = k or (5000 if tol is None else 100_000)
-    ranks = Ranks(shard)
-    plan = _Plan(k, tol, Chunks(k_chunk), ranks, noise)
+    ranks, proposal = Ranks(shard), as_proposal(proposal, noise)
+    plan = _Plan(k, tol, Chunks(k_chunk), ranks, noise, proposal)
     with ranks.telling():
         device, dtype = place_of(encoder, decoder)
         place = device or getattr(data, "device", None)
@@ -164,6 +168,8 @@ def evaluate(
         settings: dict[str, Any] = {"format": 2, "k": k, "tol": tol}
         if noise != "philox":  # which checkpoints of older versions do not name
             settings["noise"] = noise
+        if proposal != Posterior():
+            settings["proposal"] = repr(proposal)
         if checkpoint is not None:
             settings["parameters"] = parameters_digest(
                 encoder, decoder, likelihood, STANDARD if prior is None else prior
@@ -232,7 +238,7 @@ def evaluate(
                         part = evaluate_batch(index, x, beside, start, plan)
                         store.add(part)
                     elif part is not None and not compared:
-                        first = _Plan(1, None, plan.chunks, Ranks("none"), noise)
+                        first = _Plan(1, None, plan.chunks, Ranks("none"), noise, proposal)
                         _check_first_draw(checkpoint, part, evaluate_batch(index, x, beside, start, first))
                         compared = True
                     bar.update()
@@ -259,10 +265,13 @@ class _Plan:
     examples that are done leave.
     """
 
-    def __init__(self, k: int, tol: float | None, chunks: Chunks, ranks: Ranks, noise: str):
+    def __init__(
+        self, k: int, tol: float | None, chunks: Chunks, ranks: Ranks, noise: str, proposal: Proposal
+    ):
         looks = {10**i for i in range(10)}
         if tol is not None:
             looks = {n for n in looks if n < FIRST_LOOK} | {FIRST_LOOK * 2**i for i in range(26)}
+        self.k = k
         self.looks = [*sorted(n for n in looks if n < k), k]
         self.tol = tol
         self.leaving = tol is not None and k > FIRST_LOOK  # examples leave: rows are decoded without others
@@ -271,6 +280,7 @@ class _Plan:
         self.chunks = chunks
         self.ranks = ranks
         self.noise = noise
+        self.proposal = proposal
 
 
 def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan) -> Part:
@@ -280,15 +290,13 @@ def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan
     if plan.leaving and not plan.proven and inputs.q.batch > 1:
         _check_rows(inputs, key, row, plan)
         plan.proven = True
+    ranks = plan.ranks if plan.ranks.by_samples else None
+    draws = plan.proposal.draws(inputs, key, row, plan.k, plan.chunks, plan.tail, ranks)
     total: Weights | None = None
     rows: Tensor | None = None
     curve = []
     for start, stop in pairwise([0, *plan.looks]):
-        share = plan.ranks.share(start, stop)
-        part = None
-        if share[0] < share[1]:
-            part = _stream.weights(inputs, key, *share, plan.chunks, plan.tail, row_offset=row, rows=rows)
-        part = plan.ranks.merge(part, device)
+        part = plan.ranks.merge(draws.weights(start, stop, rows), device)
         assert part is not None  # some rank has draws
         if total is None:
             total = part
@@ -296,17 +304,18 @@ def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan
             total = total.merge(part)
         else:
             total = total.put(rows, total.at(rows).merge(part))
-        curve.append(total.log_px)
+        seen = draws.estimate(total)
+        curve.append(seen.log_px)
         if plan.tol is not None and stop >= FIRST_LOOK:
             # NaN and inf stay what they are; while all weights are 0 their error is not known.
-            wanted = ~(total.stderr <= plan.tol) & ~total.log_px.isnan() & (total.log_px != math.inf)
+            wanted = ~(seen.stderr <= plan.tol) & ~seen.log_px.isnan() & (seen.log_px != math.inf)
             rows = wanted.nonzero()[:, 0]
             if not len(rows):
                 break
             rows = None if len(rows) == len(wanted) else rows
     assert total is not None
     curve += curve[-1:] * (len(plan.looks) - len(curve))
-    values = (*total.summary(), total.count, total.elbo, torch.stack(curve))
+    values = (*seen.summary(), seen.count, draws.elbo(total), torch.stack(curve))
     return Part(
         index,
         np.zeros(16, np.uint8),

@@ -62,7 +62,7 @@ class Evaluation:
     k: Tensor
     """Draws made, int64."""
     elbo: Tensor
-    """Mean of the log weights: the bound of k=1."""
+    """Mean of the log weights of draws from q: the bound of k=1. NaN where the proposal made none."""
     active_units: int | None
     """Latents whose posterior mean has a variance above 0.01 over the data (Burda et al.); None where q has
     no ``mu``, or NaN in it."""
@@ -121,6 +121,9 @@ class Evaluation:
         if fewest != most:
             draws = f"{fewest} to {most} draws, {float(self.k.double().mean()):.0f} on average"
         gap = float((self.log_px - self.elbo).mean())
+        elbo = f"{float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)"
+        if bool(self.elbo.isnan().all() and not self.log_px.isnan().all()):
+            elbo = "unknown; no draws came from q itself"
         low, median, high = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in self.ess_quantiles)
         error = f" ± {self.stderr:.2f}" * (n > 1)
         nll = f"{self.nll:.2f}{error} nats (± {self.mc_stderr:.2g} by the draws)"
@@ -129,7 +132,7 @@ class Evaluation:
             f"log p(x) of {n} example{'s' * (n > 1)}, {draws}",
             f"  NLL            {nll}",
             f"  bits           {self.bits_per_dim:.4f} per dimension, of {self.dims:g}",
-            f"  ELBO           {float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)",
+            f"  ELBO           {elbo}",
             f"  ESS            {ess}",
         ]
         if bool(self.khat.isnan().all()):

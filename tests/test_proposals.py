@@ -1,0 +1,538 @@
+"""Proposals: unbiased on exact models, the same for any chunks, batches and ranks, better where q is bad."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import distributed
+from torch import distributions as td
+
+import fastvae
+from fastvae import proposals
+from fastvae.distributions import as_posterior
+from fastvae.proposals import Adapted, Defensive, Heavy, Inflated, Posterior, _FullT, _InTurn, _tempered
+from fastvae.weights import Weights
+
+from . import test_evaluate
+from .conftest import DEVICE
+from .models import LinearGaussian, generator, randn, seed_of
+
+D, X = 3, 7
+ALL = [Posterior(), Inflated(1.3), Heavy(4.0), Defensive(0.2), Adapted()]
+NAMES = ["posterior", "inflated", "heavy", "defensive", "adapted"]
+QUIET = {"progress": False}
+
+
+def _marginal(model, x, q, k, proposal, seed=1, **options):
+    options = {"likelihood": model.likelihood, "generator": generator(seed), **options}
+    return fastvae.log_marginal(x, q, model.decoder, k=k, proposal=proposal, **options)
+
+
+def _ratio(model, x, q, k, proposal, **options):
+    """p̂(x) / p(x) of each example."""
+    found = _marginal(model, x, q, k, proposal, **options)
+    return torch.exp(found.log_px - model.log_px(x)), found
+
+
+# Truth
+
+
+@pytest.mark.parametrize("proposal", ALL, ids=NAMES)
+@pytest.mark.parametrize(
+    "latent, shift, stretch, k", [(2, 0.7, -0.4, 70), (3, 0.5, 0.5, 203), (8, 0.3, 0.3, 500)]
+)
+def test_unbiased(proposal, latent, shift, stretch, k):
+    """The mean of p̂(x) over examples whose weights have the same distribution is p(x), whatever is fitted.
+
+    To weigh all draws by densities that were fitted to them is low by more than ten of these standard errors
+    in the last case (it was tried).
+    """
+    model = LinearGaussian(latent, latent + 4)
+    n = 1000
+    x = model.sample(n)
+    ratio, found = _ratio(model, x, model.posterior(x, shift, stretch), k, proposal)
+    error = ratio.std() / math.sqrt(n)
+    assert float(error) < 0.03
+    assert abs(float(ratio.mean()) - 1) < 5 * float(error)
+    # And the error that is told is the one that there is, a mean of squares, where the weights have one.
+    assert stretch < 0 or float(found.stderr.square().mean().sqrt() / ratio.std()) == pytest.approx(
+        1, abs=0.15
+    )
+
+
+@pytest.mark.parametrize("latent, k, times", [(2, 500, 20), (2, 3000, 30), (10, 500, 5), (10, 3000, 30)])
+def test_adapted_is_better(latent, k, times):
+    """q is moved and too narrow, as the ELBO's are; at equal draws the squared error is so much smaller."""
+    model = LinearGaussian(latent, latent + 4, dtype=torch.float32)
+    x = model.sample(60)
+    q = model.posterior(x, 0.5, -1.0)
+    errors = {}
+    for proposal in ("posterior", "adapted"):
+        found = _marginal(model, x, q, k, proposal)
+        errors[proposal] = float((found.log_px.double() - model.log_px(x)).square().mean())
+        bad = float((found.khat > 0.7).double().mean())
+        assert bad > 0.2 if proposal == "posterior" else bad <= 0.05
+    assert errors["posterior"] > times * errors["adapted"]
+
+
+def test_many_latents_and_few_draws():
+    """D = 50 and 400 draws: there is little to learn from, and no harm is done."""
+    model = LinearGaussian(50, 60, dtype=torch.float32)
+    x = model.sample(40)
+    for shift, stretch in ((0.0, 0.5), (0.2, -0.5)):
+        q = model.posterior(x, shift, stretch)
+        errors = [
+            float((_marginal(model, x, q, 400, p).log_px.double() - model.log_px(x)).square().mean())
+            for p in ("posterior", "adapted")
+        ]
+        assert errors[1] < 1.5 * errors[0]
+
+
+def test_a_mode_that_q_has_missed():
+    """x = z² + noise has two, and q knows one: log 2 is missing, unless the prior's draws find the other."""
+    scale, x = 0.3, torch.full((20, 1), 2.0, dtype=torch.float64, device=DEVICE)
+    z = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
+    density = td.Normal(z.square(), scale).log_prob(torch.tensor(2.0)) + td.Normal(0.0, 1.0).log_prob(z)
+    exact = float(torch.logsumexp(density, 0) + math.log(16 / 100_000))
+    q = torch.full_like(x, math.sqrt(2)), torch.full_like(x, 2 * math.log(0.1))
+    error = {}
+    for name in ("posterior", "defensive", "adapted"):
+        found = fastvae.log_marginal(
+            x,
+            q,
+            torch.square,
+            k=1000,
+            likelihood=fastvae.Gaussian(scale),
+            proposal=name,
+            generator=generator(3),
+        )
+        assert name == "posterior" or bool(((found.log_px - exact).abs() < 4 * found.stderr).all())
+        error[name] = float((found.log_px - exact).square().mean().sqrt())
+    assert error["posterior"] == pytest.approx(math.log(2), abs=0.05)
+    assert error["defensive"] < 0.2
+    assert error["adapted"] < 0.12
+
+
+@pytest.mark.parametrize("proposal", ["posterior", "adapted"])
+@pytest.mark.parametrize("k", [50, 100, 1000])
+def test_an_exact_posterior_stays_exact(proposal, k):
+    model = LinearGaussian(D, X)
+    x = model.sample(9)
+    found = _marginal(model, x, model.posterior(x), k, proposal)
+    torch.testing.assert_close(found.log_px, model.log_px(x), rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(found.ess, torch.full_like(found.ess, k), rtol=1e-9, atol=0)
+    assert float(found.stderr.max()) < 1e-6
+    assert bool((found.khat < 0).all())
+
+
+def test_the_elbo_is_that_of_q():
+    """Of the first 64 draws where they are q's; unknown where none are, and the report says so."""
+    model = LinearGaussian(D, X)
+    x = model.sample(9)
+
+    def run(proposal, k=300):
+        return fastvae.evaluate(
+            lambda x: model.posterior(x, 0.3, 0.2), model.decoder, x, k=k, proposal=proposal,
+            likelihood=model.likelihood, generator=torch.Generator().manual_seed(1), **QUIET,
+        )  # fmt: skip
+
+    adapted, first = run("adapted"), run("posterior", 64)
+    torch.testing.assert_close(adapted.elbo, first.elbo, rtol=1e-12, atol=1e-12)
+    # Before anything is fitted the draws are q's.
+    assert adapted.curve[:2] == first.curve[:2]
+    torch.testing.assert_close(run("adapted", 64).log_px, first.log_px, rtol=0, atol=0)
+    for name in ("defensive", "inflated", "heavy"):
+        result = run(name)
+        assert bool(result.elbo.isnan().all())
+        assert "ELBO           unknown" in str(result)
+        assert result.active_units == first.active_units
+        torch.testing.assert_close(result.kl_per_dim, first.kl_per_dim)
+
+
+# The same whatever the way
+
+
+def _evaluation(proposal, **options):
+    model = LinearGaussian(D, X)
+    x = model.sample(23)
+
+    def q(x):  # from nearly exact to bad; the first few are exact
+        mu, logvar = model.posterior(x)
+        place = (x[:, :1] - x[:, :1].floor()).clamp(min=0.3) - 0.3
+        return mu + 2 * place * (0.5 * logvar).exp(), logvar - place
+
+    options = {"k": 700, "likelihood": model.likelihood, **QUIET, **options}
+    return fastvae.evaluate(
+        q, model.decoder, x, proposal=proposal, generator=torch.Generator().manual_seed(4), **options
+    )
+
+
+@pytest.mark.parametrize(
+    "proposal", [Defensive(0.07), "heavy", "adapted", Adapted(prior=0.0, most=200)], ids=str
+)
+@pytest.mark.parametrize("tol", [None, 0.06])
+def test_independent_of_batches_and_chunks(proposal, tol):
+    expected = _evaluation(proposal, tol=tol)
+    if tol is not None:
+        assert len(expected.k.unique()) > 1
+    for options in ({"batch_size": 23, "k_chunk": 700}, {"batch_size": 5, "k_chunk": 17}, {"batch_size": 1}):
+        test_evaluate._assert_same(_evaluation(proposal, tol=tol, **options), expected, 1e-8)
+
+
+def test_row_offset_and_log_marginal():
+    model = LinearGaussian(D, X)
+    x = model.sample(8)
+    q = model.posterior(x, 0.5, 0.2)
+    whole = _marginal(model, x, q, 400, "adapted")
+    part = _marginal(model, x[3:], tuple(t[3:] for t in q), 400, "adapted", row_offset=3, k_chunk=33)
+    for a, b in zip(part, whole, strict=True):
+        torch.testing.assert_close(a, b[3:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("shard", ["data", "samples"])
+@pytest.mark.parametrize("tol", [None, 0.03])
+def test_ranks(tmp_path, shard, tol):
+    """Three processes give what one gives, on each rank."""
+    model, x, q = test_evaluate._model_and_data()
+    options = {"proposal": "adapted", "tol": tol}
+    noise = torch.Generator().manual_seed(6)
+    expected = test_evaluate._evaluate(model, q, x, k=333, batch_size=4, generator=noise, **options)
+    for result in test_evaluate._ranks(3, tmp_path, shard, seed=6, **options):
+        test_evaluate._assert_same(result, expected, 1e-9)
+
+
+def test_checkpoints_know_the_proposal(tmp_path):
+    file = tmp_path / "run.npz"
+    expected = _evaluation("adapted", checkpoint=file, batch_size=4)
+    with np.load(file) as saved:
+        parts = dict(saved)
+    # It goes on from a part of it.
+    whole = ("index", "digest", "latent", "dims", "sizes")
+    n = int(parts["sizes"][:2].sum())
+    some = {name: v[:2] if name in whole else v[..., :n] for name, v in parts.items() if name != "settings"}
+    np.savez(file, settings=parts["settings"], **some)
+    test_evaluate._assert_same(_evaluation("adapted", checkpoint=file, batch_size=4), expected)
+    for other in ("posterior", Adapted(df=5), "heavy"):
+        with pytest.raises(ValueError, match="other proposal"):
+            _evaluation(other, checkpoint=file, batch_size=4)
+    _evaluation("posterior", checkpoint=tmp_path / "plain.npz", batch_size=4)
+    with pytest.raises(ValueError, match="other proposal: None then, 'Adapted"):
+        _evaluation("adapted", checkpoint=tmp_path / "plain.npz", batch_size=4)
+
+
+# Families
+
+
+def _families(model, x):
+    mu, logvar = model.posterior(x, 0.4, 0.3)
+    sd = (0.5 * logvar).exp()
+    below = torch.ones(D, D, dtype=sd.dtype, device=DEVICE).tril(-1)
+    full = fastvae.FullNormal.of(mu, torch.diag_embed(sd) + 0.1 * sd[:, :, None] * below)
+    return {
+        "pair": (mu, logvar),
+        "softplus": fastvae.DiagonalNormal(mu, (logvar.exp().expm1()).log(), scale="softplus"),
+        "full": full,
+        "low rank": fastvae.LowRankNormal(mu, logvar, 0.3 * sd[..., None]),
+        "laplace": fastvae.Laplace(mu, sd.log()),
+        "mixture": fastvae.Mixture(
+            [(mu, logvar), (mu + sd, logvar)], torch.stack([x[:, 0].abs(), -x[:, 1].abs()], 1)
+        ),
+        "torch's": td.Laplace(mu, sd),
+        "torch's that draws by itself": td.StudentT(4.0, mu, sd),
+    }
+
+
+@pytest.mark.parametrize("family", _families(LinearGaussian(D, X), LinearGaussian(D, X).sample(2)))
+@pytest.mark.parametrize("name", ["defensive", "adapted"])
+def test_families(family, name):
+    model = LinearGaussian(D, X)
+    x = model.sample(400)
+    ratio, found = _ratio(model, x, _families(model, x)[family], 300, name)
+    assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / 20
+    assert float(ratio.std()) < 0.2
+    assert bool(((found.log_px - model.log_px(x)).abs() < 6 * found.stderr + 0.02).all())
+
+
+@pytest.mark.parametrize("family", ["pair", "softplus", "full", "low rank"])
+def test_inflated_families(family):
+    """Twice the standard deviation, and nothing else."""
+    model = LinearGaussian(D, X)
+    q = as_posterior(_families(model, model.sample(5))[family])
+    wide = Inflated(2.0).of(q, fastvae.StandardNormal())
+    seed = seed_of(3)
+    z = q.rsample(4, seed)[0] - q.mean
+    torch.testing.assert_close(wide.rsample(4, seed)[0] - q.mean, 2 * z, rtol=1e-10, atol=1e-10)
+    expected = q.log_prob(z + q.mean) - D * math.log(2)
+    torch.testing.assert_close(wide.log_prob(2 * z + q.mean), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_hierarchy_and_a_prior_that_cannot_be_drawn_from():
+    """Its share is q's then; a defensive proposal says that it cannot be."""
+    torch.manual_seed(5)
+    linear = torch.nn.Linear(X, 4).to(DEVICE)
+    hierarchy = fastvae.Hierarchy(
+        [
+            fastvae.Level(2, torch.nn.Linear(4, 4)),
+            fastvae.Level(1, lambda h, z: (h[:, :1] + z[:, :1], h[:, 1:2]), prior=torch.nn.Linear(2, 2)),
+        ]
+    ).to(DEVICE)
+    decoder, x = torch.nn.Linear(3, X).to(DEVICE), torch.rand(6, X, device=DEVICE).round()
+    mixture = fastvae.NormalMixture(*(randn(5, 3, seed=s) for s in (1, 2)))
+    pair = torch.zeros(6, 3, device=DEVICE), torch.zeros(6, 3, device=DEVICE)
+    for q, prior in ((hierarchy(linear(x)), None), (pair, mixture)):
+        options = {"likelihood": "bernoulli", "prior": prior, "k": 1500, "generator": generator(1)}
+        plain = fastvae.log_marginal(x, q, decoder, **options)
+        adapted = fastvae.log_marginal(x, q, decoder, **options, proposal="adapted")
+        assert bool(((plain.log_px - adapted.log_px).abs() < 5 * (plain.stderr + adapted.stderr)).all())
+        assert float(adapted.stderr.mean()) < float(plain.stderr.mean())
+        with pytest.raises(ValueError, match="needs a prior that can be drawn from at an address, which"):
+            fastvae.log_marginal(x, q, decoder, **options, proposal="defensive")
+
+
+def test_supports_that_are_not_everything():
+    """Densities of 0 are weights of 0; torch's raise for such z, so that they are refused."""
+    x = randn(5, X, seed=2)
+    weight = torch.ones(D, X, device=DEVICE) / 3
+    prior, q = (fastvae.Exponential(t.to(DEVICE)) for t in (torch.zeros(D), torch.zeros(5, D) - 0.5))
+    options = {"likelihood": fastvae.Gaussian(1.0), "k": 3000, "prior": prior}
+
+    def run(q, proposal):
+        return fastvae.log_marginal(
+            x, q, lambda z: z @ weight, proposal=proposal, generator=generator(1), **options
+        )
+
+    plain, adapted = run(q, "posterior"), run(q, "adapted")
+    assert bool(((plain.log_px - adapted.log_px).abs() < 5 * (plain.stderr + adapted.stderr)).all())
+    with pytest.raises(
+        ValueError, match=r"draws z from all of R\^D, but Exponential has a density on a part"
+    ):
+        run(td.Exponential(torch.ones(5, D, device=DEVICE)), "adapted")
+
+
+def test_latents_with_axes_of_their_own():
+    x = randn(4, 12, seed=1)
+    mu, logvar = randn(4, 2, 3, 1, seed=2), randn(4, 2, 3, 1, seed=3)
+
+    def decoder(z):
+        assert z.shape[1:] == (2, 3, 1)
+        return z.flatten(1).repeat(1, 2)
+
+    def flat(z):
+        return z.repeat(1, 2)
+
+    options = {"likelihood": fastvae.Gaussian(1.0), "k": 200}
+    for name in NAMES:
+        shaped = fastvae.log_marginal(
+            x, (mu, logvar), decoder, proposal=name, generator=generator(1), **options
+        )
+        plain = fastvae.log_marginal(
+            x, (mu.flatten(1), logvar.flatten(1)), flat, proposal=name, generator=generator(1), **options
+        )
+        torch.testing.assert_close(shaped.log_px, plain.log_px)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype):
+    model = LinearGaussian(D, X, dtype=dtype)
+    x = model.sample(6)
+    for name in NAMES:
+        q = tuple(t.to(dtype) for t in LinearGaussian(D, X).posterior(x.double(), 0.3, 0.3))
+        found = _marginal(model, x, q, 400, name)
+        assert found.log_px.dtype == torch.float32
+        exact = model.log_px(x)
+        # Rounding of z and of the decoder's output to 8 bits, or the draws' error.
+        allowed = 0.5 if dtype == torch.bfloat16 else 0.01 + 6 * found.stderr
+        assert bool(((found.log_px - exact).abs() < allowed).all())
+
+
+# Extremes
+
+
+def test_nan_and_impossible_examples_harm_no_other():
+    model = LinearGaussian(D, X)
+    x = model.sample(6)
+    q = model.posterior(x, 0.5, 0.2)
+    bad = tuple(t.clone() for t in q)
+    bad[0][2], bad[1][4] = math.nan, math.inf
+    bad[1][5] = -200.0  # all draws are the same
+    for name in ("adapted", "defensive", "heavy"):
+        expected, found = (_marginal(model, x, this, 300, name) for this in (q, bad))
+        good = [0, 1, 3]
+        torch.testing.assert_close(found.log_px[good], expected.log_px[good])
+        assert bool(found.log_px[2].isnan())
+
+
+def test_first_weights_that_are_all_zero_or_nearly():
+    """The fit is tempered, or that of q's own draws."""
+
+    class Rare(fastvae.Likelihood):
+        def log_likelihood(self, x, parameters, samples, beside=None):
+            return torch.where(parameters.reshape(samples, x.shape[0], D)[..., 0] > x[:, 0], 0.0, -math.inf)
+
+    x = torch.tensor([[1.5], [2.5], [50.0], [-9.0]], device=DEVICE).expand(4, X)
+    q = torch.zeros(4, D, device=DEVICE), torch.zeros(4, D, device=DEVICE)
+    found = fastvae.log_marginal(
+        x, q, lambda z: z, k=20_000, likelihood=Rare(), proposal="adapted", generator=generator(1)
+    )
+    exact = torch.special.log_ndtr(-x[:, 0].double())
+    assert found.log_px[2] == -math.inf
+    others = [0, 1, 3]
+    assert bool(((found.log_px - exact).abs() < 5 * found.stderr + 1e-6)[others].all())
+    assert bool((found.stderr[:2] < 0.1).all())
+
+
+def test_a_tempered_sample():
+    falling = torch.linspace(0, -900, 100, dtype=torch.float64)
+    log_w = torch.stack([falling, torch.zeros_like(falling), torch.full_like(falling, -math.inf)], 1)
+    log_w[3, 1] = math.nan
+    w, ess, stays = _tempered(log_w, torch.ones(100, 1, dtype=torch.float64), 20)
+    torch.testing.assert_close(w.sum(0), torch.ones(3, dtype=torch.float64))
+    assert ess.tolist() == pytest.approx([20, 99, 100], rel=1e-2)
+    assert stays.tolist() == [False, False, True]
+    # Where enough count, they are the weights themselves.
+    log_w = randn(400, 2, seed=1, dtype=torch.float64)
+    w, _, stays = _tempered(log_w, torch.ones(400, 1, dtype=torch.float64, device=DEVICE), 20)
+    torch.testing.assert_close(w, torch.softmax(log_w, 0))
+    assert not bool(stays.any())
+
+
+# The distributions that are drawn from
+
+
+def test_full_t():
+    """Its density is SciPy's; its draws have its covariance."""
+    mu = randn(2, D, seed=1, dtype=torch.float64)
+    root = randn(2, D, D, seed=2, dtype=torch.float64).tril() + 2 * torch.eye(D, device=DEVICE)
+    covariance = root @ root.mT
+    t = _FullT.of(mu, covariance, 9, mu)
+    z, log_q = t.rsample(40_000, seed_of(1))
+    for b in range(2):
+        expected = stats.multivariate_t(mu[b].cpu(), covariance[b].cpu(), df=9).logpdf(z[:50, b].cpu())
+        np.testing.assert_allclose(log_q[:50, b].cpu(), expected, rtol=1e-10)
+        scale = float(covariance[b].abs().max())
+        # The variance of a t is 9/7 of its scale; the fourth moment is 3 · 7/5 of its square.
+        error = 5 * 4.2 * scale / math.sqrt(40_000)
+        assert float((torch.cov(z[:, b].T) - covariance[b] * 9 / 7).abs().max()) < error
+    # A matrix that is none is taken for another, whatever.
+    for broken in (torch.full_like(covariance, math.nan), torch.zeros_like(covariance), -covariance):
+        other = _FullT.of(mu, broken, 9, mu)
+        assert bool(other.rsample(5, seed_of(1))[0].isfinite().all())
+
+
+def test_in_turn():
+    """Shares are exact in any run of a cycle, noise belongs to the draw, and the density is the mixture's."""
+    near, far = (
+        fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
+        for m in (0.0, 100.0)
+    )
+    seed = seed_of(2)
+    mixture = _InTurn([near, far], [0.93, 0.07])
+    z, log_q = mixture.rsample(250, seed)
+    is_far = z[:, 0, 0] > 50
+    for start in range(150):
+        assert int(is_far[start : start + 100].sum()) == 7
+    part = mixture.rsample(31, seed, sample_offset=77, row_offset=1)[0][:, :3]
+    torch.testing.assert_close(part, z[77:108, 1:])
+    torch.testing.assert_close(mixture.rows(1, 3).rsample(250, seed, row_offset=1)[0], z[:, 1:3])
+    parts = torch.stack([near.log_prob(z) + math.log(0.93), far.log_prob(z) + math.log(0.07)])
+    torch.testing.assert_close(log_q, torch.logsumexp(parts, 0))
+    assert len(z[:, 0, 0].unique()) == 250
+    # Those that stay have the noise of the first part by itself.
+    stays = torch.tensor([False, True, False, True], device=DEVICE)
+    some, log_some = _InTurn([near, far], [0.93, 0.07], stays=stays).rsample(250, seed)
+    own, log_own = near.rsample(250, seed)
+    torch.testing.assert_close(some, torch.where(stays[:, None], own, z))
+    torch.testing.assert_close(log_some, torch.where(stays, log_own, log_q))
+
+
+def test_rounds():
+    assert Adapted().rounds(63) == Adapted().rounds(70) == Adapted(most=50).rounds(1000) == []
+    assert Adapted().rounds(500) == [64, 80, 100, 125, 156, 195, 243, 303, 378]
+    assert Adapted().rounds(100_000)[-1] <= 4000
+    assert Adapted(most=100).rounds(100_000) == [64, 80, 100]
+
+
+# Errors
+
+
+class _Bare(fastvae.Distribution):
+    """A posterior without a density elsewhere than at its draws."""
+
+    def __init__(self, mu):
+        super().__init__()
+        self.mu, self.batch, self.device = mu, len(mu), mu.device
+
+    def rsample(self, samples, seed, *, sample_offset=0, row_offset=0):
+        place = {"sample_offset": sample_offset, "row_offset": row_offset}
+        eps = fastvae.random.normal(seed, samples, *self.mu.shape, **place)
+        return self.mu + eps, td.Normal(0.0, 1.0).log_prob(eps).sum(-1)
+
+
+ZEROS = torch.zeros(4, D)
+FULL = fastvae.FullNormal(ZEROS, torch.zeros(4, D * (D + 1) // 2))
+
+
+@pytest.mark.parametrize(
+    "q, proposal, error, words",
+    [
+        (None, "adaptive", ValueError, r"proposal='adaptive' is unknown; known: 'posterior', .*'adapted'"),
+        (None, 3, TypeError, r"proposal must be a name .* or an object such as fastvae.proposals.Defensive"),
+        (None, Defensive, TypeError, "proposal must be a name"),
+        (FULL, "heavy", TypeError, "normal distribution with a diagonal covariance; got FullNormal"),
+        (fastvae.Laplace(ZEROS, ZEROS), "inflated", TypeError, "proposal='inflated' needs .* got Laplace"),
+        (_Bare(ZEROS), "adapted", TypeError, "needs the density of q at any z, but _Bare has no log_prob"),
+        (_Bare(ZEROS), "defensive", TypeError, "needs the density of q at any z, but _Bare has no log_prob"),
+    ],
+)
+def test_what_does_not_fit(q, proposal, error, words):
+    q = (ZEROS, ZEROS) if q is None else q
+    x, decoder = torch.ones(4, X), torch.nn.Linear(D, X)
+    with pytest.raises(error, match=words):
+        fastvae.log_marginal(x, q, decoder, k=100, likelihood="bernoulli", proposal=proposal)
+    with pytest.raises(error, match=words):
+        fastvae.evaluate(lambda x: q, decoder, x, k=100, likelihood="bernoulli", proposal=proposal, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Inflated(0.0), "scale must be greater than 0"),
+        (lambda: Heavy(-1), "df must be finite and at least 0"),
+        (lambda: Defensive(1.0), r"share must lie in 0.01 … 0.99"),
+        (lambda: Adapted(posterior=0.9, prior=0.1), r"posterior \+ prior must leave a share"),
+        (lambda: Adapted(df=0), "df must be at least 1"),
+        (lambda: Adapted(scale=0), "scale must be greater than 0"),
+        (lambda: Adapted(most=0), "most must be at least 1"),
+    ],
+)
+def test_options_that_do_not_fit(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+    with pytest.raises(TypeError, match="df must be an int"):
+        Adapted(df=2.5)
+
+
+def test_names_are_objects_with_their_defaults():
+    for name, kind in zip(NAMES, (Posterior, Inflated, Heavy, Defensive, Adapted), strict=True):
+        assert proposals.as_proposal(name, "philox") == kind()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert repr(Adapted(df=4)) == "Adapted(posterior=0.1, prior=0.05, df=4, scale=None, most=4000)"
+
+
+def test_scaled_weights():
+    """As if all log weights had been raised."""
+    log_w = randn(50, 4, seed=3, dtype=torch.float64)
+    log_w[:, 2] = -math.inf
+    by = torch.tensor([0.5, -3.0, 2.0, 0.0], dtype=torch.float64, device=DEVICE)
+    found, expected = Weights.of(log_w, 9).scaled(by), Weights.of(log_w + by, 9)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(Weights.of(log_w, 9).scaled(2.0).log_px, Weights.of(log_w + 2, 9).log_px)
