@@ -288,7 +288,8 @@ class Weights(NamedTuple):
         end = torch.where(used, at + 7 * spread, -math.inf).amax(0)
 
         def excess(value: Tensor) -> Tensor:
-            return (weight * torch.special.ndtr((value - at) / spread)).sum(0) - probability
+            below: Tensor = torch.special.ndtr((value - at) / spread)
+            return (weight * below).sum(0) - probability
 
         found = _shift(self.maximum).double() + _root(excess, begin, end)
         found = torch.where(open_share < _OPEN, found, math.inf)
