@@ -147,8 +147,8 @@ def roulette(
     """An unbiased estimate of log p(x), and the draws that it took, of ``draw(n)``, n log weights.
 
     SUMO (Luo et al. 2020, section 4): bounds of m, m + 1, … draws, P(K >= k) = 1/k up to 80 and 0.9 of the
-    one before from there. With ``levels`` those of m, 2m, 4m, … draws, means over disjoint blocks (Shi & Cornish
-    2021), P(level >= l) = 2^(-1.5 l).
+    one before from there. With ``levels`` those of m, 2m, 4m, … draws, means over disjoint blocks (Shi &
+    Cornish 2021), P(level >= l) = 2^(-1.5 l).
     """
     u = 1 - float(torch.rand((), generator=generator, dtype=torch.float64))
     if levels:
@@ -326,8 +326,8 @@ The demo's two models of scikit-learn's digits; {images} test images, K = {k}, {
 
 ## At a higher price
 
-{few} examples, one seed. `ais` with its defaults takes 8000 decoder evaluations, each with its gradient; it is
-there to audit the others. SUMO (Luo et al. 2020) and sums over doubling levels (Shi & Cornish 2021) estimate
+{few} examples, one seed. `ais` with its defaults takes 8000 decoder evaluations, each with its gradient; it
+is there to audit the others. SUMO (Luo et al. 2020) and sums over doubling levels (Shi & Cornish 2021) estimate
 log p(x) without bias, here at the mean cost of {k} draws: their errors are larger than those of the bias that
 they take away, so fastvae has neither (docs/NOTES.md says why).
 

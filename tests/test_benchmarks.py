@@ -244,6 +244,7 @@ def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(estimators.ESTIMATORS, "off by two", off_by_two)
     monkeypatch.setattr(estimators, "EXACT", [(2, 0.7, 0), (3, 1, 1.5)])
+    monkeypatch.setattr(estimators, "COMPARED", [(2, 0.7, 0), (3, 1, 1.5)])
     path = tmp_path / "estimators.md"
     assert estimators.main(["--quick", "--k", "30", "--names", "D = 2", "--out", str(path)]) == 0
     text = path.read_text()
