@@ -327,8 +327,8 @@ The demo's two models of scikit-learn's digits; {images} test images, K = {k}, {
 ## At a higher price
 
 {few} examples, one seed. `ais` with its defaults takes 8000 decoder evaluations, each with its gradient; it
-is there to audit the others. SUMO (Luo et al. 2020) and sums over doubling levels (Shi & Cornish 2021) estimate
-log p(x) without bias, here at the mean cost of {k} draws: their errors are larger than those of the bias that
+is there to audit the others. SUMO (Luo et al. 2020) and sums over doubling levels (Shi & Cornish 2021)
+estimate log p(x) without bias, here at the mean cost of {k} draws: their errors are larger than the bias that
 they take away, so fastvae has neither (docs/NOTES.md says why).
 
 {slow}
