@@ -3315,7 +3315,7 @@ PYTHON = [
         "fastvae/proposals.py",
         'if noise == "qmc" and isinstance',
         'if noise == "sobol" and isinstance',
-        ("proposals::test_what_does_not_fit_qmc",),
+        ("proposals::test_a_point_set_is_not_drawn_in_rounds",),
     ),
     Mutant(
         "proposals: a density on a part of the space",
@@ -3440,8 +3440,8 @@ PYTHON = [
     Mutant(
         "bounds: the score through z",
         "fastvae/distributions/draws.py",
-        "        z = z.detach()\n        log_q",
-        "        log_q",
+        "            z, _ = rsample(q, samples, seed, **place)\n        z = z.detach()\n",
+        "            pass\n        z, _ = rsample(q, samples, seed, **place)\n",
         ("bounds::test_another_bound_for_the_encoder",),
     ),
     Mutant(
