@@ -13,7 +13,7 @@ from torch import distributed
 from torch import distributions as td
 
 import fastvae
-from fastvae import proposals
+from fastvae import proposals, random
 from fastvae.distributions import as_posterior
 from fastvae.proposals import (
     Adapted,
@@ -544,6 +544,38 @@ def test_in_turn():
     own, log_own = near.rsample(250, seed)
     torch.testing.assert_close(some, torch.where(stays[:, None], own, z))
     torch.testing.assert_close(log_some, torch.where(stays, log_own, log_q))
+
+
+def test_in_turn_by_randomisations():
+    """Of quasi-Monte-Carlo noise each randomisation has turns of its own, in any chunks."""
+    near, far = (
+        fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
+        for m in (0.0, 100.0)
+    )
+    both = fastvae.Mixture([near, far], torch.tensor([0.4, -0.4], device=DEVICE))
+    seeds = random.seed_of("qmc", seed_of(2), 3)
+    for mixture in (_InTurn([near, far], [0.93, 0.07]), _InTurn([both, far], [0.9, 0.1])):
+        z, log_q = mixture.rsample(210, seeds)
+        shares = mixture.log_shares(210, seeds)
+        for r in range(3):
+            own = seeds[r : r + 1]
+            torch.testing.assert_close(z[r::3], mixture.z(70, own, 0, 0))
+            torch.testing.assert_close(shares[r::3], mixture.log_shares(70, own))
+        for start, stop in ((0, 1), (1, 3), (77, 108)):
+            place = {"sample_offset": start}
+            torch.testing.assert_close(mixture.rsample(stop - start, seeds, **place)[0], z[start:stop])
+            torch.testing.assert_close(mixture.log_shares(stop - start, seeds, **place), shares[start:stop])
+        torch.testing.assert_close(log_q, mixture.log_prob(z))
+
+
+@pytest.mark.parametrize("proposal", [Inflated(1.3), Heavy(4.0), Defensive(0.2)], ids=str)
+def test_unbiased_with_a_point_set(proposal):
+    model = LinearGaussian(2, X)
+    x = model.sample(1000)
+    ratio, _ = _ratio(model, x, model.posterior(x, 0.5, 0.3), 100, proposal, noise="qmc")
+    error = float(ratio.std()) / math.sqrt(1000)
+    assert error < 0.01
+    assert abs(float(ratio.mean()) - 1) < 5 * error
 
 
 def test_rounds():
