@@ -83,11 +83,14 @@ def test_words_are_the_definition(sizes, count, seed, data):
 
 
 def test_words_beyond_the_net():
+    """Of columns, and of late points: all bits of their numbers count."""
     seed = seeds(3)
-    words = reference.words(seed, 4, 2, 139)
-    for k, b, d in ((0, 0, 127), (3, 1, 127), (0, 0, 128), (3, 1, 131), (2, 1, 138)):
-        assert int(words[k, b, d]) == word(seed, k, b, d, 0)
-    assert torch.equal(_backend.layer("triton", "random").words(seed, 4, 2, 139).long() & MASK, words)
+    for start in (0, 5, 2**20, 2**32 - 17):
+        words = reference.words(seed, 4, 2, 139, start)
+        for k, b, d in ((0, 0, 127), (3, 1, 127), (0, 0, 128), (3, 1, 131), (2, 1, 138)):
+            assert int(words[k, b, d]) == word(seed, start + k, b, d, 0)
+        triton_words = _backend.layer("triton", "random").words(seed, 4, 2, 139, start)
+        assert torch.equal(triton_words.long() & MASK, words)
 
 
 @pytest.mark.parametrize("columns", [3, 50, 127, 128, 135, 600])
