@@ -3168,7 +3168,7 @@ PYTHON = [
         "fastvae/proposals.py",
         ".clamp(min=-700.0)",
         "",
-        ("proposals::test_first_weights_that_are_all_zero_or_nearly",),
+        ("proposals::test_a_tempered_sample",),
     ),
     Mutant(
         "proposals: correlations are not shrunk",
