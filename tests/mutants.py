@@ -3255,6 +3255,13 @@ PYTHON = [
         ("proposals::test_in_turn",),
     ),
     Mutant(
+        "proposals: turns of a point set by draws",
+        "fastvae/proposals.py",
+        "numbers[mine] // len(seeds)",
+        "numbers[mine]",
+        ("proposals::test_in_turn_by_randomisations",),
+    ),
+    Mutant(
         "proposals: parts share their noise",
         "fastvae/proposals.py",
         "period * self.number + c",
