@@ -761,16 +761,19 @@ class _InTurn(_Drawable):
 
     def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Iterator[tuple[Any, ...]]:
         """Of each part whose turn comes: it, which of the samples are its own, and the seed and the number of
-        the first of these, which the others follow.
+        the first of these, which the others follow; in each randomisation by itself.
         """
-        period = len(self._cycle)
-        turns = torch.arange(sample_offset, sample_offset + samples) + int(seed) % period
-        which, within = self._cycle[turns % period].unbind(1)
-        for c, (part, count) in enumerate(self._parts):
-            place = (which == c).nonzero()[:, 0]
-            if len(place):
-                first = int(turns[place[0]]) // period * count + int(within[place[0]])
-                yield part, place, _derived(seed, period * self.number + c), first
+        period, numbers = len(self._cycle), torch.arange(sample_offset, sample_offset + samples)
+        seeds = seed.split(1) if seed.dim() else (seed,)
+        for r, seed in enumerate(seeds):
+            mine = (numbers % len(seeds) == r).nonzero()[:, 0]
+            turns = numbers[mine] // len(seeds) + int(seed) % period
+            which, within = self._cycle[turns % period].unbind(1)
+            for c, (part, count) in enumerate(self._parts):
+                place = (which == c).nonzero()[:, 0]
+                if len(place):
+                    first = int(turns[place[0]]) // period * count + int(within[place[0]])
+                    yield part, mine[place], _derived(seed, period * self.number + c), first
 
     def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
         drawn, places = [], []

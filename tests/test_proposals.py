@@ -13,9 +13,19 @@ from torch import distributed
 from torch import distributions as td
 
 import fastvae
-from fastvae import proposals
+from fastvae import proposals, random
 from fastvae.distributions import as_posterior
-from fastvae.proposals import Adapted, Defensive, Heavy, Inflated, Posterior, _FullT, _InTurn, _tempered
+from fastvae.proposals import (
+    Adapted,
+    Defensive,
+    Heavy,
+    Inflated,
+    Posterior,
+    _FullT,
+    _InTurn,
+    _shrunk,
+    _tempered,
+)
 from fastvae.weights import Weights
 
 from . import test_evaluate
@@ -128,6 +138,53 @@ def test_an_exact_posterior_stays_exact(proposal, k):
     torch.testing.assert_close(found.ess, torch.full_like(found.ess, k), rtol=1e-9, atol=0)
     assert float(found.stderr.max()) < 1e-6
     assert bool((found.khat < 0).all())
+    # Draws of later rounds count more. The jackknife takes it back to the order of 1/k².
+    torch.testing.assert_close(found.jackknife, found.log_px, rtol=0, atol=2 / k**2)
+    assert float(found.jackknife_stderr.max()) < 2 / k
+
+
+def _fitted_draws(k=164, **options):
+    """z that come from the first fit alone, [100, B, D], as the decoder sees them."""
+    model, seen = LinearGaussian(D, X), []
+    x = model.sample(5)
+
+    def decoder(z):
+        seen.append(z.unflatten(0, (-1, 5)))
+        return model.decoder(z)
+
+    q = model.posterior(x, 0.7, 0.6)
+    how = Adapted(posterior=0.0, prior=0.0, most=64, **options)
+    fastvae.log_marginal(
+        x, q, decoder, k=k, likelihood=model.likelihood, proposal=how, generator=generator(1)
+    )
+    return torch.cat(seen)[-100:]
+
+
+def test_the_fits_scale():
+    """Deviations from the fitted mean are multiplied by it, and df is that of the t."""
+    one, three = (_fitted_draws(scale=s) for s in (1.0, 3.0))
+    mean = (3 * one - three) / 2
+    torch.testing.assert_close(mean, mean[:1].expand_as(mean), rtol=1e-9, atol=1e-9)
+    usual = 1 + 0.3 / math.sqrt(D)
+    torch.testing.assert_close(_fitted_draws(), mean + usual * (one - mean), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(_fitted_draws(df=8), _fitted_draws(), rtol=0, atol=0)
+    # Cauchy's: one of the 500 is far out. Of a nearly normal t none is.
+    far = [float(((_fitted_draws(df=df) - mean) / (one - mean).std(0)).abs().max()) for df in (1, 500)]
+    assert far[0] > 20 and far[1] < 8
+
+
+def test_memory_ends_with_the_fits(monkeypatch):
+    """Of no more than ``most`` draws a number is kept."""
+    kept, keep = [], proposals._AdaptedDraws._keep
+    monkeypatch.setattr(
+        proposals._AdaptedDraws,
+        "_keep",
+        lambda self, chunks, *rest: (kept.append(sum(map(len, chunks))), keep(self, chunks, *rest)),
+    )
+    model = LinearGaussian(D, X)
+    x = model.sample(4)
+    _marginal(model, x, model.posterior(x, 0.3, 0.3), 1000, Adapted(most=100))
+    assert sum(kept) == 100
 
 
 def test_the_elbo_is_that_of_q():
@@ -273,6 +330,20 @@ def test_inflated_families(family):
     torch.testing.assert_close(wide.log_prob(2 * z + q.mean), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_heavy_and_defensive_densities():
+    """By torch's distributions, at any z."""
+    mu, logvar = (randn(4, D, seed=s, dtype=torch.float64) for s in (1, 2))
+    z = 3 * randn(6, 4, D, seed=3, dtype=torch.float64)
+    q, prior = as_posterior((mu, logvar)), fastvae.StandardNormal()
+    sd = (0.5 * logvar).exp()
+    heavy = td.StudentT(4.0, mu, sd).log_prob(z).sum(-1)
+    torch.testing.assert_close(Heavy(4.0).of(q, prior).log_prob(z), heavy)
+    shares = (
+        td.Normal(mu, sd).log_prob(z).sum(-1).exp() * 0.8 + td.Normal(0.0, 1.0).log_prob(z).sum(-1).exp() / 5
+    )
+    torch.testing.assert_close(Defensive(0.2).of(q, prior).log_prob(z), shares.log())
+
+
 def test_a_hierarchy_and_a_prior_that_cannot_be_drawn_from():
     """Its share is q's then; a defensive proposal says that it cannot be."""
     torch.manual_seed(5)
@@ -390,17 +461,37 @@ def test_first_weights_that_are_all_zero_or_nearly():
 
 def test_a_tempered_sample():
     falling = torch.linspace(0, -900, 100, dtype=torch.float64)
-    log_w = torch.stack([falling, torch.zeros_like(falling), torch.full_like(falling, -math.inf)], 1)
+    few = torch.where(falling > -20, 0.0, -math.inf)  # 3 of them
+    log_w = torch.stack([falling, torch.zeros_like(falling), torch.full_like(falling, -math.inf), few], 1)
     log_w[3, 1] = math.nan
     w, ess, stays = _tempered(log_w, torch.ones(100, 1, dtype=torch.float64), 20)
-    torch.testing.assert_close(w.sum(0), torch.ones(3, dtype=torch.float64))
-    assert ess.tolist() == pytest.approx([20, 99, 100], rel=1e-2)
-    assert stays.tolist() == [False, False, True]
+    torch.testing.assert_close(w.sum(0), torch.ones(4, dtype=torch.float64))
+    assert ess.tolist() == pytest.approx([20, 99, 100, 20], rel=1e-2)
+    assert stays.tolist() == [False, False, True, False]
+    assert float(w[:3, 3].min()) > float(w[3:, 3].max()) > 0
     # Where enough count, they are the weights themselves.
     log_w = randn(400, 2, seed=1, dtype=torch.float64)
     w, _, stays = _tempered(log_w, torch.ones(400, 1, dtype=torch.float64, device=DEVICE), 20)
     torch.testing.assert_close(w, torch.softmax(log_w, 0))
     assert not bool(stays.any())
+    # By what a draw counts, which makes no weights unequal.
+    counts = 1.0 + torch.arange(400, dtype=torch.float64, device=DEVICE)[:, None] // 100
+    w, ess, stays = _tempered(torch.zeros_like(log_w), counts, 20)
+    torch.testing.assert_close(w, (counts / counts.sum()).expand(-1, 2))
+    torch.testing.assert_close(ess, torch.full_like(ess, 1000**2 / 3000))
+    assert bool(stays.all())
+
+
+def test_a_shrunk_covariance():
+    """Variances are unbiased for normalised weights; correlations are shrunk as the docstring has it."""
+    root = randn(2, D, D, seed=2, dtype=torch.float64)
+    covariance, ess = root @ root.mT, torch.tensor([30.0, 400.0], dtype=torch.float64, device=DEVICE)
+    found = _shrunk(covariance, ess)
+    for b, n in enumerate(ess.tolist()):
+        expected = covariance[b] * n / (n - 1) * n / (4 * (D - 1) + n)
+        variances = covariance[b].diagonal() * n / (n - 1)
+        expected = expected.diagonal_scatter(variances)
+        torch.testing.assert_close(found[b], expected, rtol=1e-12, atol=1e-12)
 
 
 # The distributions that are drawn from
@@ -444,12 +535,51 @@ def test_in_turn():
     parts = torch.stack([near.log_prob(z) + math.log(0.93), far.log_prob(z) + math.log(0.07)])
     torch.testing.assert_close(log_q, torch.logsumexp(parts, 0))
     assert len(z[:, 0, 0].unique()) == 250
+    # No draw of one part has the noise of one of the other's.
+    many = mixture.z(2000, seed, 0, 0).flatten(1)
+    is_far = many[:, 0] > 50
+    assert float(torch.cdist(many[is_far] - 100, many[~is_far]).min()) > 0.01
+    # Over the places that a seed may choose every draw is one of the mixture's.
+    first = [mixture.z(2, torch.tensor(s, device=DEVICE), 5, 0)[:, 0, 0] > 50 for s in range(100)]
+    assert torch.stack(first).sum(0).tolist() == [7, 7]
     # Those that stay have the noise of the first part by itself.
     stays = torch.tensor([False, True, False, True], device=DEVICE)
     some, log_some = _InTurn([near, far], [0.93, 0.07], stays=stays).rsample(250, seed)
     own, log_own = near.rsample(250, seed)
     torch.testing.assert_close(some, torch.where(stays[:, None], own, z))
     torch.testing.assert_close(log_some, torch.where(stays, log_own, log_q))
+
+
+def test_in_turn_by_randomisations():
+    """Of quasi-Monte-Carlo noise each randomisation has turns of its own, in any chunks."""
+    near, far = (
+        fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
+        for m in (0.0, 100.0)
+    )
+    both = fastvae.Mixture([near, far], torch.tensor([0.4, -0.4], device=DEVICE))
+    seeds = random.seed_of("qmc", seed_of(2), 3)
+    for mixture in (_InTurn([near, far], [0.93, 0.07]), _InTurn([both, far], [0.9, 0.1])):
+        z, log_q = mixture.rsample(210, seeds)
+        shares = mixture.log_shares(210, seeds)
+        for r in range(3):
+            own = seeds[r : r + 1]
+            torch.testing.assert_close(z[r::3], mixture.z(70, own, 0, 0))
+            torch.testing.assert_close(shares[r::3], mixture.log_shares(70, own))
+        for start, stop in ((0, 1), (1, 3), (77, 108)):
+            place = {"sample_offset": start}
+            torch.testing.assert_close(mixture.rsample(stop - start, seeds, **place)[0], z[start:stop])
+            torch.testing.assert_close(mixture.log_shares(stop - start, seeds, **place), shares[start:stop])
+        torch.testing.assert_close(log_q, mixture.log_prob(z))
+
+
+@pytest.mark.parametrize("proposal", [Inflated(1.3), Heavy(4.0), Defensive(0.2)], ids=str)
+def test_unbiased_with_a_point_set(proposal):
+    model = LinearGaussian(2, X)
+    x = model.sample(1000)
+    ratio, _ = _ratio(model, x, model.posterior(x, 0.5, 0.3), 100, proposal, noise="qmc")
+    error = float(ratio.std()) / math.sqrt(1000)
+    assert error < 0.01
+    assert abs(float(ratio.mean()) - 1) < 5 * error
 
 
 def test_rounds():
@@ -498,6 +628,13 @@ def test_what_does_not_fit(q, proposal, error, words):
         fastvae.log_marginal(x, q, decoder, k=100, likelihood="bernoulli", proposal=proposal)
     with pytest.raises(error, match=words):
         fastvae.evaluate(lambda x: q, decoder, x, k=100, likelihood="bernoulli", proposal=proposal, **QUIET)
+
+
+def test_a_point_set_is_not_drawn_in_rounds():
+    x, decoder, q = torch.ones(4, X), torch.nn.Linear(D, X), (ZEROS, ZEROS)
+    for name in ("adapted", Adapted()):
+        with pytest.raises(ValueError, match="no point set together; use noise='philox'"):
+            fastvae.log_marginal(x, q, decoder, k=100, likelihood="bernoulli", proposal=name, noise="qmc")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import qmc
 
 import fastvae
 from fastvae import _backend, random
 from fastvae.reference import random as reference
-from fastvae.weights import Weights, between
+from fastvae.weights import Weights, _student, between
 
 from . import strategies
 from .conftest import DEVICE
@@ -82,18 +83,21 @@ def test_words_are_the_definition(sizes, count, seed, data):
 
 
 def test_words_beyond_the_net():
+    """Of columns, and of late points: all bits of their numbers count."""
     seed = seeds(3)
-    words = reference.words(seed, 4, 2, 139)
-    for k, b, d in ((0, 0, 127), (3, 1, 127), (0, 0, 128), (3, 1, 131), (2, 1, 138)):
-        assert int(words[k, b, d]) == word(seed, k, b, d, 0)
-    assert torch.equal(_backend.layer("triton", "random").words(seed, 4, 2, 139).long() & MASK, words)
+    for start in (0, 5, 2**20, 2**32 - 17):
+        words = reference.words(seed, 4, 2, 139, start)
+        for k, b, d in ((0, 0, 127), (3, 1, 127), (0, 0, 128), (3, 1, 131), (2, 1, 138)):
+            assert int(words[k, b, d]) == word(seed, start + k, b, d, 0)
+        triton_words = _backend.layer("triton", "random").words(seed, 4, 2, 139, start)
+        assert torch.equal(triton_words.long() & MASK, words)
 
 
 @pytest.mark.parametrize("columns", [3, 50, 127, 128, 135, 600])
 def test_normals_agree_to_ulps(backend, columns):
     """In the C++, tiles that begin below the net's last column, and end beyond it."""
-    address = {"sample_offset": 5, "row_offset": 2**31 - 3}
-    for count in (1, 8):
+    for count, level in ((1, 0), (8, 0), (3, 2)):
+        address = {"sample_offset": 5, "row_offset": 2**31 - 3, "level": level}
         eps = random.normal(seeds(count), 4, 3, columns, **address)
         with fastvae.use_backend("reference"):
             exact = random.normal(seeds(count), 4, 3, columns, **address, dtype=torch.float64)
@@ -126,6 +130,12 @@ def test_rows_and_randomisations_are_independent():
     # A product of two has the variance 1/144, a square 1/180; five standard errors.
     expected = torch.eye(4, dtype=torch.float64) / 12
     assert float((moments - expected).abs().max()) < 5 / 12 / math.sqrt(4000)
+
+
+def test_neighbouring_seeds_share_no_randomisation():
+    """Else two runs would have seven of eight in common."""
+    each = [set(seeds(8, seed).tolist()) for seed in range(-20, 20)]
+    assert len(set().union(*each)) == 8 * 40
 
 
 # Exact models
@@ -451,7 +461,7 @@ def test_estimates_go_over_the_randomisations():
     """
     g = torch.Generator().manual_seed(5)
     light = torch.rand(800, 3, dtype=torch.float64, generator=g).log1p()
-    heavy = 2.0 * torch.randn(800, 3, dtype=torch.float64, generator=g)
+    heavy = torch.randn(800, 40, dtype=torch.float64, generator=g)
     log_w = torch.cat([light, heavy], 1)
     found = Weights.of(log_w, 100, 0, 8)
     independent = Weights.of(log_w, 100)
@@ -465,4 +475,19 @@ def test_estimates_go_over_the_randomisations():
     assert bool((found.khat[:3] < 0).all()) and bool((found.khat[3:] > 0).all())
     torch.testing.assert_close(low[:3], found.log_px[:3] + torch.log(1 - relative[:3]))
     torch.testing.assert_close(high[:3], found.log_px[:3] + torch.log(1 + relative[:3]))
-    assert bool((low[3:] <= wide_low[3:]).all()) and bool((high[3:] >= wide_high[3:]).all())
+    # Here now the one reaches farther, now the other.
+    relative = relative[3:]
+    narrow_low = found.log_px[3:] + torch.log((1 - relative).clamp(min=0.025))
+    narrow_high = found.log_px[3:] + torch.log1p(relative)
+    torch.testing.assert_close(low[3:], torch.minimum(wide_low[3:], narrow_low))
+    torch.testing.assert_close(high[3:], torch.maximum(wide_high[3:], narrow_high))
+    assert bool((narrow_low < wide_low[3:]).any()) and bool((narrow_low > wide_low[3:]).any())
+    assert bool((narrow_high < wide_high[3:]).any()) and bool((narrow_high > wide_high[3:]).any())
+
+
+def test_students_quantiles():
+    """SciPy's, of even and of odd degrees of freedom."""
+    for level in (0.5, 0.95, 0.999):
+        for degrees in range(1, 12):
+            expected = stats.t.ppf(0.5 + level / 2, degrees)
+            assert _student(level, degrees) == pytest.approx(expected, rel=1e-9)
