@@ -82,7 +82,8 @@ class Audit:
         side = "lower" if self.mean < 0 else "higher"
         found = (
             f"AIS on {_examples(len(self.examples))}: log p(x) {side} by "
-            f"{_nats(abs(self.mean), self.stderr)} on average,\n{_nats(most)} at most (example {example})"
+            f"{_nats(abs(self.mean), self.stderr)} on average,\n"
+            f"the largest difference {_nats(most)} (example {example})"
         )
         if self.without_bounds:
             return f"{found}; no BDMC: {self.without_bounds}"
