@@ -214,7 +214,8 @@ class Defensive(Proposal):
 
     The weights are bounded by :math:`\max_z p(x|z) / s`, and a mode of p(z|x) that q has missed is found
     where the prior's draws find it, in a few dimensions. The draws are stratified: of any 1/s in a row one
-    comes from the prior; each weighs by the density of the mixture.
+    comes from the prior, of each randomisation with ``noise="qmc"``; each weighs by the density of the
+    mixture.
 
     The prior must be one that can be drawn from at an address: N(0, I), a normal or another of fastvae's
     families of a location and a scale, or torch's with a quantile function; not a VampPrior, a NormalMixture
@@ -252,7 +253,8 @@ class Defensive(Proposal):
         if other is None:
             raise ValueError(
                 "proposal='defensive' needs a prior that can be drawn from at an address, which "
-                f"{describe(prior)} cannot be (it has no expand); use another proposal, such as 'adapted'"
+                f"{describe(prior)} cannot be: it has neither an expand nor a quantile function of torch's; "
+                "use another proposal, such as 'adapted', or 'inflated' with noise='qmc'"
             )
         return _InTurn([q, other], [1 - self.share, self.share])
 

@@ -70,7 +70,7 @@ def test_state_does_not_grow_with_k_but_for_the_tail():
         weights = Weights.of(torch.randn(k, B, device=DEVICE), kept_draws(k))
         sizes[k] = sum(v.numel() for v in weights)
     assert sizes[100] == B * (9 + 64)
-    assert sizes[10_000] == B * (8 + 300 + 1)
+    assert sizes[10_000] == B * (9 + 300 + 1)
 
 
 def test_infinite_and_nan_weights():

@@ -30,8 +30,9 @@ _PREFIX = "audit_"  # of its arrays in a file
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What :func:`evaluate` found with ``audit=``: float64 tensors [A] for the examples that were estimated
-    once more, by :func:`fastvae.ais`, and [S] for as many that the model made, as :func:`fastvae.bdmc` does.
+    """What :func:`fastvae.evaluate` found with ``audit=``: float64 tensors [A] for the examples that were
+    estimated once more, by :func:`fastvae.ais`, and [S] for as many that the model made, as
+    :func:`fastvae.bdmc` does.
     """
 
     examples: Tensor

@@ -28,8 +28,8 @@ BOUND_ONLY = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The result of :func:`evaluate`: numbers for the data set, and float64 tensors [N] for its examples, in
-    their order. ``print`` it for a summary, :meth:`save` it to a file.
+    """The result of :func:`fastvae.evaluate`: numbers for the data set, and float64 tensors [N] for its
+    examples, in their order. ``print`` it for a summary, :meth:`save` it to a file.
     """
 
     nll: float
