@@ -86,7 +86,10 @@ class Proposal:
         Raises:
             TypeError, ValueError: for a posterior or a prior that this proposal cannot be made of.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} is the base of proposals, and has none itself; use one of "
+            "fastvae.proposals, such as Defensive()"
+        )
 
     def draws(
         self,

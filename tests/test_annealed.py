@@ -407,6 +407,10 @@ def test_what_is_not_a_number_stays_so():
         ({"chain_chunk": 0}, "chain_chunk must be at least 1"),
         ({"decoder": lambda z: torch.zeros(len(z), X)}, "log p\\(x\\|z\\) has no gradient for z"),
         (
+            {"decoder": lambda z: torch.zeros(X, requires_grad=True) + z.detach().sum(1, keepdim=True)},
+            "log p\\(x\\|z\\) has no gradient for z",
+        ),
+        (
             {"start": "prior", "prior": fastvae.NormalMixture(torch.zeros(2, D), torch.zeros(2, D))},
             "start='prior' needs draws of the prior for each example",
         ),

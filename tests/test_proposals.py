@@ -527,6 +527,7 @@ FULL = fastvae.FullNormal(ZEROS, torch.zeros(4, D * (D + 1) // 2))
         (None, "adaptive", ValueError, r"proposal='adaptive' is unknown; known: 'posterior', .*'adapted'"),
         (None, 3, TypeError, r"proposal must be a name .* or an object such as fastvae.proposals.Defensive"),
         (None, Defensive, TypeError, "proposal must be a name"),
+        (None, proposals.Proposal(), NotImplementedError, "use one of fastvae.proposals, such as Defensive"),
         (FULL, "heavy", TypeError, "normal distribution with a diagonal covariance; got FullNormal"),
         (fastvae.Laplace(ZEROS, ZEROS), "inflated", TypeError, "proposal='inflated' needs .* got Laplace"),
         (_Bare(ZEROS), "adapted", TypeError, "needs the density of q at any z, but _Bare has no log_prob"),
