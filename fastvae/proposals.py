@@ -41,7 +41,7 @@ from .distributions.draws import describe
 from .distributions.mixture import _derived
 from .distributions.wrapped import TorchDistribution, at_address
 from .ops.op import accumulator
-from .weights import Weights
+from .weights import Weights, tail_length
 
 __all__ = ["Adapted", "Defensive", "Heavy", "Inflated", "Posterior", "Proposal", "as_proposal"]
 
@@ -273,7 +273,8 @@ class Adapted(Proposal):
 
     .. math:: r_t = s_q\, q + s_p\, p + (1 - s_q - s_p)\, t_ν(μ_t, Σ_t)
 
-    in turn, until nine tenths of the draws or ``most`` are made; the rest come from the last. In the estimate
+    in turn, until nine tenths of the draws or ``most`` are made, four fifths of few; the rest come from the
+    last. In the estimate
 
     .. math:: \hat p(x) = \sum_t c_t \sum_{k ∈ t} \frac{p(x, z_k)}{r_t(z_k)} \Big/ \sum_t c_t n_t,
               \quad c_t = t
@@ -353,7 +354,8 @@ class Adapted(Proposal):
     def rounds(self, k: int) -> list[int]:
         """Of k draws, those after which the proposal is fitted."""
         found, stop = [], _FIRST
-        while stop <= min(0.9 * k, self.most):
+        # The tail that k̂ is fitted to is the last round's, whose draws all count the same.
+        while stop <= min(0.9 * k, k - tail_length(k), self.most):
             found.append(stop)
             stop += stop // 4
         return found
