@@ -230,7 +230,9 @@ class Weights(NamedTuple):
         """
         if len(self.turns):
             found = between(self.turns, self.count)
-            return self.log_px + found.correction, found.jackknife_stderr
+            nothing = (self.maximum == -math.inf) & (found.number > 1)
+            estimate = torch.where(nothing, -math.inf, self.log_px + found.correction)
+            return estimate, found.jackknife_stderr
         k = self.count.double()
         tail, rest = self._relative()
         total = tail.sum(0) + rest[0]

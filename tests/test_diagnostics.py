@@ -200,6 +200,15 @@ def test_what_a_result_says_in_words():
     with pytest.warns(RuntimeWarning, match="log p.x. is NaN for 1 of 1"):
         nothing = fastvae.evaluate(model.posterior, model.decoder, x[:1], k=30, **options)
     assert "Pareto k-hat   unknown\n" in str(nothing)
+    x[0] = 1e30
+    with pytest.warns(RuntimeWarning, match="log p.x. is -inf for 1 of 1"):
+        zero = fastvae.evaluate(
+            lambda x: model.posterior(torch.zeros_like(x)), model.decoder, x[:1], k=30,
+            likelihood=fastvae.likelihoods.from_distribution(
+                lambda z: td.Uniform(z[:, :1].expand(-1, X) - 1, z[:, :1].expand(-1, X) + 1, False)
+            ), **QUIET,
+        )  # fmt: skip
+    assert "-inf           1 example, with weights that are all 0" in str(zero)
     # A share is the same number wherever it is said.
     many = fastvae.evaluate(lambda x: model.posterior(x, 2.0, -2.0), model.decoder, x[1:], k=100, **options)
     share = f"above 0.7 for {100 * many.untrusted:.1f} % of the examples"

@@ -227,7 +227,7 @@ def test_checkpoints_know_the_proposal(tmp_path):
         with pytest.raises(ValueError, match="other proposal"):
             _evaluation(other, checkpoint=file, batch_size=4)
     _evaluation("posterior", checkpoint=tmp_path / "plain.npz", batch_size=4)
-    with pytest.raises(ValueError, match="other proposal: None then, 'Adapted"):
+    with pytest.raises(ValueError, match=r"other proposal: 'Posterior\(\)' then, 'Adapted"):
         _evaluation("adapted", checkpoint=tmp_path / "plain.npz", batch_size=4)
 
 

@@ -158,6 +158,10 @@ class Evaluation:
             lines.append(f"  audit          {self.audit}".replace("\n", "\n" + 17 * " "))
         if nan := int(self.log_px.isnan().sum()):
             lines.append(f"  NaN            {nan} example{'s' * (nan > 1)}")
+        if impossible := int((self.log_px == -math.inf).sum()):
+            lines.append(
+                f"  -inf           {impossible} example{'s' * (impossible > 1)}, with weights that are all 0"
+            )
         # A summary must not end a script whose output has no sign for ±.
         return printable("\n".join(lines), sys.stdout)
 
