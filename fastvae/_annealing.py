@@ -236,15 +236,17 @@ class Annealing:
             at = z.to(self.dtype)
             base = self.base.log_prob(at)
             joint = self.inputs.log_likelihood(at, self.settings.chunks.see)
-            if not joint.requires_grad:
+            slope_joint = _slope(joint, z)
+            if slope_joint is None:
                 raise ValueError(
                     "log p(x|z) has no gradient for z: annealing follows it through the decoder, which must "
                     "be differentiable, without torch.no_grad() or .detach() inside, nor under "
                     "torch.inference_mode()"
                 )
+            slope_base = _slope_or_zero(base, z)
             if self.settings.start == "posterior":
-                joint = joint + self.prior.log_prob(at)
-            slope_joint, slope_base = _slope(joint, z), _slope(base, z)
+                prior = self.prior.log_prob(at)
+                joint, slope_joint = joint + prior, slope_joint + _slope_or_zero(prior, z)
         base, joint = base.detach().double(), joint.detach().double()
         if self.settings.start == "prior":
             joint, slope_joint = joint + base, slope_joint + slope_base
@@ -269,12 +271,17 @@ class Annealing:
         return new.where(others[..., 1] < probability, point), probability
 
 
-def _slope(value: Tensor, z: Tensor) -> Tensor:
-    """The gradient for z alone: none is added to any parameter's."""
-    if not value.requires_grad:  # such as a uniform density
-        return torch.zeros_like(z)
-    (slope,) = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)
-    return slope
+def _slope(value: Tensor, z: Tensor) -> Tensor | None:
+    """The gradient for z alone: none is added to any parameter's; None where there is none."""
+    if not value.requires_grad:
+        return None
+    return torch.autograd.grad(value.sum(), z, allow_unused=True)[0]
+
+
+def _slope_or_zero(value: Tensor, z: Tensor) -> Tensor:
+    """0 for such as a uniform density."""
+    slope = _slope(value, z)
+    return torch.zeros_like(z) if slope is None else slope
 
 
 def _uniform(normal: Tensor) -> Tensor:

@@ -182,9 +182,9 @@ def check_seed(seed: Any, device: torch.device | None = None) -> Tensor:
         came = f"{seed.dtype} {shape_of(seed)}" if isinstance(seed, Tensor) else repr(seed)
         if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.dim() == 1:
             raise TypeError(
-                f"the seed has the shape {shape_of(seed)}, which stands for noise='qmc'. That is "
-                "fastvae.random.normal's, and the fused ops do not know it: make z of "
-                "fastvae.random.normal(seed, ...), or use noise='philox'"
+                f"seed must be an int64 tensor of no dimensions, got {shape_of(seed)}. One with an axis "
+                "stands for noise='qmc', which fastvae.random.normal(seed, ...) takes and the fused ops do "
+                "not: make z of that, or use noise='philox'"
             )
         raise TypeError(
             "seed must be an int64 tensor of no dimensions, such as fastvae.random.draw_seed(device); got "

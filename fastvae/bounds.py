@@ -22,7 +22,7 @@ with any of these pairs, by the name of the ``estimator``:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -378,6 +378,10 @@ class TVO(Bound):
     estimators = ("covariance", "iwae", "stl")
 
     def __init__(self, betas: Sequence[float] | None = None, estimator: str = "covariance"):
+        if betas is not None and not isinstance(betas, Iterable):
+            raise TypeError(
+                f"betas must be a list of numbers, the left ends of intervals; got {type(betas).__name__}"
+            )
         if betas is None:
             betas = [0.0, *(0.01 * 80 ** (n / 8) for n in range(9))]
         self.betas = tuple(

@@ -561,9 +561,10 @@ def _bound(
     of_each = terms or example_weights is not None
     how = objective.weighing("none" if of_each else reduction) if encoder is None else None
     if inputs.q.strata > 1 and (how is None or not how.is_plain or how.over == "mean"):
+        beside = "" if encoder is None else " with an encoder's bound of its own"
         raise ValueError(
-            f"q = {describe(inputs.q)} is drawn from in strata, which {objective!r} does not weigh; use "
-            "iwae() without m and alpha, or elbo()"
+            f"q = {describe(inputs.q)} is drawn from in strata, which {objective!r}{beside} does not weigh; "
+            "use iwae() without m and alpha, or elbo()"
         )
     whole = k_chunk is None or k_chunk >= draws
     told = None

@@ -41,7 +41,7 @@ from .distributions.draws import describe
 from .distributions.mixture import _derived
 from .distributions.wrapped import TorchDistribution, at_address
 from .ops.op import accumulator
-from .weights import Weights
+from .weights import Weights, tail_length
 
 __all__ = ["Adapted", "Defensive", "Heavy", "Inflated", "Posterior", "Proposal", "as_proposal"]
 
@@ -86,7 +86,10 @@ class Proposal:
         Raises:
             TypeError, ValueError: for a posterior or a prior that this proposal cannot be made of.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} is the base of proposals, and has none itself; use one of "
+            "fastvae.proposals, such as Defensive()"
+        )
 
     def draws(
         self,
@@ -214,7 +217,8 @@ class Defensive(Proposal):
 
     The weights are bounded by :math:`\max_z p(x|z) / s`, and a mode of p(z|x) that q has missed is found
     where the prior's draws find it, in a few dimensions. The draws are stratified: of any 1/s in a row one
-    comes from the prior; each weighs by the density of the mixture.
+    comes from the prior, of each randomisation with ``noise="qmc"``; each weighs by the density of the
+    mixture.
 
     The prior must be one that can be drawn from at an address: N(0, I), a normal or another of fastvae's
     families of a location and a scale, or torch's with a quantile function; not a VampPrior, a NormalMixture
@@ -252,7 +256,8 @@ class Defensive(Proposal):
         if other is None:
             raise ValueError(
                 "proposal='defensive' needs a prior that can be drawn from at an address, which "
-                f"{describe(prior)} cannot be (it has no expand); use another proposal, such as 'adapted'"
+                f"{describe(prior)} cannot be: it has neither an expand nor a quantile function of torch's; "
+                "use another proposal, such as 'adapted', or 'inflated' with noise='qmc'"
             )
         return _InTurn([q, other], [1 - self.share, self.share])
 
@@ -268,7 +273,8 @@ class Adapted(Proposal):
 
     .. math:: r_t = s_q\, q + s_p\, p + (1 - s_q - s_p)\, t_ν(μ_t, Σ_t)
 
-    in turn, until nine tenths of the draws or ``most`` are made; the rest come from the last. In the estimate
+    in turn, until nine tenths of the draws or ``most`` are made, four fifths of few; the rest come from the
+    last. In the estimate
 
     .. math:: \hat p(x) = \sum_t c_t \sum_{k ∈ t} \frac{p(x, z_k)}{r_t(z_k)} \Big/ \sum_t c_t n_t,
               \quad c_t = t
@@ -348,7 +354,8 @@ class Adapted(Proposal):
     def rounds(self, k: int) -> list[int]:
         """Of k draws, those after which the proposal is fitted."""
         found, stop = [], _FIRST
-        while stop <= min(0.9 * k, self.most):
+        # The tail that k̂ is fitted to is the last round's, whose draws all count the same.
+        while stop <= min(0.9 * k, k - tail_length(k), self.most):
             found.append(stop)
             stop += stop // 4
         return found
@@ -408,7 +415,8 @@ def _check_positive(name: str, value: Any, meaning: str) -> None:
 
 def _wrong_family(name: str, q: Distribution, expected: str) -> TypeError:
     return TypeError(
-        f"proposal={name!r} needs a q that is {expected}; got {describe(q)}. Use proposal='adapted'"
+        f"proposal={name!r} needs a q that is {expected}; got {describe(q)}. Use proposal='adapted', or "
+        "'defensive', which goes with noise='qmc', too"
     )
 
 
@@ -760,25 +768,28 @@ class _InTurn(_Drawable):
         return max(part.strata for part, _ in self._parts)
 
     def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Iterator[tuple[Any, ...]]:
-        """Of each part whose turn comes: it, which of the samples are its own, and the seed and the number of
-        the first of these, which the others follow; in each randomisation by itself.
+        """Of each part whose turn comes, in each randomisation by itself: it, which of the samples are its
+        own, its seed, the number of the first draw that they need, how many they need from there on, and
+        which of these they are; None for all of them as they come.
         """
-        period, numbers = len(self._cycle), torch.arange(sample_offset, sample_offset + samples)
-        seeds = seed.split(1) if seed.dim() else (seed,)
-        for r, seed in enumerate(seeds):
-            mine = (numbers % len(seeds) == r).nonzero()[:, 0]
-            turns = numbers[mine] // len(seeds) + int(seed) % period
-            which, within = self._cycle[turns % period].unbind(1)
-            for c, (part, count) in enumerate(self._parts):
-                place = (which == c).nonzero()[:, 0]
-                if len(place):
-                    first = int(turns[place[0]]) // period * count + int(within[place[0]])
-                    yield part, mine[place], _derived(seed, period * self.number + c), first
+        period, r = len(self._cycle), random.randomisations_of(seed) or 1
+        numbers = torch.arange(sample_offset, sample_offset + samples)
+        randomisation = numbers % r
+        turns = numbers // r + (seed.cpu().reshape(-1) % period)[randomisation]
+        which, within = self._cycle[turns % period].unbind(1)
+        for c, (part, count) in enumerate(self._parts):
+            place = (which == c).nonzero()[:, 0]
+            if len(place):
+                own = r * (turns[place] // period * count + within[place]) + randomisation[place]
+                first, last = int(own.min()), int(own.max())
+                chosen = None if r == 1 else (own - first).to(seed.device)
+                yield part, place, _derived(seed, period * self.number + c), first, last - first + 1, chosen
 
     def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
         drawn, places = [], []
-        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
-            drawn.append(_z(part, len(place), own_seed, first, row_offset))
+        for part, place, own_seed, first, count, chosen in self._turns(samples, seed, sample_offset):
+            z = _z(part, count, own_seed, first, row_offset)
+            drawn.append(z if chosen is None else z[chosen])
             places.append(place)
         order = torch.cat(places).argsort().to(drawn[0].device)
         z = torch.cat([d.to(drawn[0].dtype) for d in drawn])[order]
@@ -790,10 +801,11 @@ class _InTurn(_Drawable):
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         """What a draw counts among those of a part that is a mixture itself."""
         shares = torch.zeros(samples, self.batch, device=seed.device)
-        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
-            found = log_shares(part, len(place), own_seed, first)
+        for part, place, own_seed, first, count, chosen in self._turns(samples, seed, sample_offset):
+            found = log_shares(part, count, own_seed, first)
             if found is not None:
                 shares = shares.to(found.dtype)
+                found = found if chosen is None else found[chosen]
                 shares[place.to(seed.device)] = found.expand(-1, self.batch)
         own = log_shares(self._own, samples, seed, sample_offset)
         if self._stays is None or own is None:

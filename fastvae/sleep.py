@@ -42,14 +42,14 @@ def sleep(
     way round than the ELBO's, so that q covers the posterior of x that the model makes.
 
     Args:
-        encoder: maps x [n, \*event] to q, as :func:`elbo` takes it; with a ``context`` it is called with it
-            as the second argument.
+        encoder: maps x [n, \*event] to q, as :func:`fastvae.elbo` takes it; with a ``context`` it is called
+            with it as the second argument.
         decoder: maps z [n, D] to the likelihood's parameters; called in the mode (train or eval) that it is
         in.
         n: how many examples are made.
         latent_dim: D, or the shape of latents with axes of their own, (C, H, W).
-        likelihood: as in :func:`elbo`; it must have draws, as fastvae's own have.
-        prior: as in :func:`elbo`; it must have draws. Default: N(0, I).
+        likelihood: as in :func:`fastvae.elbo`; it must have draws, as fastvae's own have.
+        prior: as in :func:`fastvae.elbo`; it must have draws. Default: N(0, I).
         context: what encoder, decoder and a prior that is a function are given: a tensor [n, ...] or a dict
             of such.
         reduction: ``"mean"`` or ``"sum"`` over the examples, or ``"none"`` for [n].

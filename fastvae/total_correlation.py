@@ -115,9 +115,10 @@ def beta_tc(
 
     Args:
         x, q, decoder, likelihood, prior, mask, size, context, example_weights, reduction, generator,
-            row_offset: as in :func:`elbo`. q is a normal distribution, of diagonal or full covariance or low
-            rank; the prior is the same for all examples, and has independent dimensions if the last term is
-            to be what it is called. Processes that split a batch mix the posteriors of their own rows.
+            row_offset: as in :func:`fastvae.elbo`. q is a normal distribution, of diagonal or full covariance
+            or low rank; the prior is the same for all examples, and has independent dimensions if the last
+            term is to be what it is called. Processes that split a batch mix the posteriors of their own
+            rows.
         beta: weight of the total correlation.
         alpha: weight of the mutual information of x and z.
         gamma: weight of the dimensions' KL to the prior.

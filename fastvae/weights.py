@@ -48,6 +48,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -229,7 +230,9 @@ class Weights(NamedTuple):
         """
         if len(self.turns):
             found = between(self.turns, self.count)
-            return self.log_px + found.correction, found.jackknife_stderr
+            nothing = (self.maximum == -math.inf) & (found.number > 1)
+            estimate = torch.where(nothing, -math.inf, self.log_px + found.correction)
+            return estimate, found.jackknife_stderr
         k = self.count.double()
         tail, rest = self._relative()
         total = tail.sum(0) + rest[0]
@@ -297,7 +300,7 @@ class Weights(NamedTuple):
     def _independent(self, level: float, fit: _Fit) -> tuple[Tensor, Tensor]:
         """That of independent draws."""
         k, below = self.count.double(), (1 - level) / 2
-        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        z = NormalDist().inv_cdf((1 + level) / 2)
         sums, log_px = self._sums(3), self.log_px
         error = self._standard_error(sums)
         # Skewness over √K, which cannot be more than that of one draw that is not 0.

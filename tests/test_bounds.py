@@ -621,6 +621,7 @@ def test_errors():
         (lambda: IWAE(estimator="dregs"), ValueError, r"estimator='dregs' is unknown"),
         (lambda: CIWAE(1.5), ValueError, r"beta must lie in \[0, 1\]"),
         (lambda: TVO((0.1, 0.5)), ValueError, r"betas must rise from 0"),
+        (lambda: TVO(0.5), TypeError, "betas must be a list of numbers, .* got float"),
         (lambda: TVO((0.0, 1.0)), ValueError, r"betas must rise from 0 and end below 1"),
         (lambda: TVO(estimator="dreg"), ValueError, r"known: 'covariance', 'iwae', 'stl'"),
     ):

@@ -222,7 +222,7 @@ def test_every_option_arrives(folder, monkeypatch):
 
     monkeypatch.setattr(fastvae.VAE, "evaluate", watching)
     options = {"k": "30", "tol": "0.5", "k-chunk": "7", "batch-size": "9", "shard": "samples"}
-    options |= {"checkpoint": str(folder / "run.npz")}
+    options |= {"checkpoint": str(folder / "run.npz"), "proposal": "defensive", "noise": "qmc"}
     main(
         [
             "evaluate",
@@ -295,6 +295,8 @@ def test_goes_on_from_its_checkpoint(folder, capsys):
         (["model.pt", "."], "no train images"),
         (["model.pt", "small.npy"], r"does not take data of shape \[23, 7, 8\]"),
         (["model.pt", "x.npy", "--tol", "0"], "tol must be greater than 0"),
+        (["model.pt", "x.npy", "--proposal", "best"], "proposal='best' is unknown; known: 'posterior', "),
+        (["model.pt", "x.npy", "--proposal", "adapted", "--noise", "qmc"], "use noise='philox', or another"),
         (["model.pt", "x.npy", "--out", "nowhere/out.npz"], "there is no folder nowhere"),
         (["model.pt", "x.npy", "--checkpoint", "nowhere/run.npz"], "there is no folder nowhere"),
         (["model.pt", "x.npy", "--plot", "nowhere/p.png"], "there is no folder nowhere"),

@@ -192,6 +192,28 @@ def test_what_a_result_says_in_words():
     few = fastvae.evaluate(model.posterior, model.decoder, x, k=20, likelihood=model.likelihood, **QUIET)
     assert "unknown; it takes 21 draws" in str(few)
     assert few.khat.isnan().all()
+    one = fastvae.evaluate(model.posterior, model.decoder, x, k=1, likelihood=model.likelihood, **QUIET)
+    assert "nan" not in str(one)
+    assert "(one draw does not tell its error)" in str(one)
+    x[0, 0] = math.nan
+    options = {"likelihood": model.likelihood, **QUIET}
+    with pytest.warns(RuntimeWarning, match="log p.x. is NaN for 1 of 1"):
+        nothing = fastvae.evaluate(model.posterior, model.decoder, x[:1], k=30, **options)
+    assert "Pareto k-hat   unknown\n" in str(nothing)
+    x[0] = 1e30
+    with pytest.warns(RuntimeWarning, match="log p.x. is -inf for 1 of 1"):
+        zero = fastvae.evaluate(
+            lambda x: model.posterior(torch.zeros_like(x)), model.decoder, x[:1], k=30,
+            likelihood=fastvae.likelihoods.from_distribution(
+                lambda z: td.Uniform(z[:, :1].expand(-1, X) - 1, z[:, :1].expand(-1, X) + 1, False)
+            ), **QUIET,
+        )  # fmt: skip
+    assert "-inf           1 example, with weights that are all 0" in str(zero)
+    # A share is the same number wherever it is said.
+    many = fastvae.evaluate(lambda x: model.posterior(x, 2.0, -2.0), model.decoder, x[1:], k=100, **options)
+    share = f"above 0.7 for {100 * many.untrusted:.1f} % of the examples"
+    assert many.untrusted > 0.1
+    assert str(many).count(share) == 2
 
 
 def test_what_is_not_known_is_left_out_of_the_file(tmp_path):

@@ -687,7 +687,7 @@ def test_it_says_which_estimate_to_quote():
     assert ("the jackknife's (not above" in _quoted(mixed)) == (1 / N <= 0.05)
     doubtful = dataclasses.replace(result, khat=torch.full_like(result.khat, 0.8))
     assert f"at most {result.nll:.2f}" in _quoted(doubtful)
-    assert "a bound only: k-hat is above 0.7 for 100 % of the examples" in _quoted(doubtful)
+    assert "a bound only: k-hat is above 0.7 for 100.0 % of the examples" in _quoted(doubtful)
     assert "too few draws" in _quoted(_evaluate(model, q, x, k=10))
     nothing = dataclasses.replace(result, nll=math.nan)
     assert not _quoted(nothing)

@@ -245,7 +245,7 @@ def test_evaluate_is_the_same_however_it_is_cut(tmp_path, tol):
         assert torch.equal(first.k, other.k)
     again = run(checkpoint=tmp_path / "a.npz")
     assert torch.equal(again.log_px, other.log_px)
-    with pytest.raises(ValueError, match="noise"):
+    with pytest.raises(ValueError, match="made with other noise: 'qmc' then, 'philox' now"):
         fastvae.evaluate(
             Encoder(), decoder, x, likelihood=LIKELIHOOD, k=400, tol=tol, batch_size=3, progress=False,
             generator=torch.Generator().manual_seed(1), checkpoint=tmp_path / "a.npz",
@@ -266,6 +266,10 @@ def test_shares_of_the_draws_merge():
     few = Weights.of(log_w[:3], 5, 0, 8).stderr
     torch.testing.assert_close(few, w[:3].std(0) / math.sqrt(3) / w[:3].mean(0))
     assert bool(Weights.of(log_w[:1], 5, 0, 8).stderr.isnan().all())
+    # As of independent draws, and NaN for one draw.
+    nothing = torch.full_like(log_w, -math.inf)
+    assert Weights.of(nothing, 5, 0, 8).jackknife[0].tolist() == 4 * [-math.inf]
+    assert bool(Weights.of(nothing[:1], 5, 0, 8).jackknife[0].isnan().all())
     assert between(torch.ones(8, 2), torch.tensor([8, 80])).stderr.tolist() == [0.0, 0.0]
 
 

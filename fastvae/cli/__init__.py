@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from ..random import NOISES
     from . import latents
 
     parser = argparse.ArgumentParser(
@@ -145,6 +146,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--tol", type=float, metavar="NATS", help="draw until each example's standard error is this small"
+    )
+    evaluate.add_argument(
+        "--proposal",
+        default="posterior",
+        metavar="NAME",
+        help="what z is drawn from: posterior, the model's q; adapted, fitted to each example; defensive, "
+        "inflated or heavy (default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--noise",
+        choices=NOISES,
+        default="philox",
+        help="independent draws (philox), or quasi-Monte-Carlo points (qmc) (default: %(default)s)",
     )
     evaluate.add_argument("--out", type=_path, metavar="FILE.npz", help="write results of every example")
     evaluate.add_argument(

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
                 k=args.k,
                 tol=args.tol,
                 k_chunk=args.k_chunk,
+                noise=args.noise,
+                proposal=args.proposal,
                 batch_size=args.batch_size,
                 checkpoint=args.checkpoint,
                 audit=args.audit,

@@ -30,8 +30,9 @@ _PREFIX = "audit_"  # of its arrays in a file
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What :func:`evaluate` found with ``audit=``: float64 tensors [A] for the examples that were estimated
-    once more, by :func:`fastvae.ais`, and [S] for as many that the model made, as :func:`fastvae.bdmc` does.
+    """What :func:`fastvae.evaluate` found with ``audit=``: float64 tensors [A] for the examples that were
+    estimated once more, by :func:`fastvae.ais`, and [S] for as many that the model made, as
+    :func:`fastvae.bdmc` does.
     """
 
     examples: Tensor
@@ -82,7 +83,8 @@ class Audit:
         side = "lower" if self.mean < 0 else "higher"
         found = (
             f"AIS on {_examples(len(self.examples))}: log p(x) {side} by "
-            f"{_nats(abs(self.mean), self.stderr)} on average,\n{_nats(most)} at most (example {example})"
+            f"{_nats(abs(self.mean), self.stderr)} on average,\n"
+            f"the largest difference {_nats(most)} (example {example})"
         )
         if self.without_bounds:
             return f"{found}; no BDMC: {self.without_bounds}"

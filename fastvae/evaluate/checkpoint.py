@@ -61,6 +61,10 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
+# Settings that are written only where they differ from these.
+_UNSAID = {"noise": "philox", "proposal": "Posterior()"}
+
+
 class Store:
     """The parts of an evaluation: those of a checkpoint, and what this rank adds.
 
@@ -252,7 +256,7 @@ class Store:
 
     def _compare(self, file: Path, made: dict[str, Any]) -> None:
         for name in sorted(self.settings.keys() | made.keys()):
-            was, now = made.get(name), self.settings.get(name)
+            was, now = (settings.get(name, _UNSAID.get(name)) for settings in (made, self.settings))
             if name == "seed" and now is None:
                 self.settings["seed"] = was
             elif was != now:

@@ -28,8 +28,8 @@ BOUND_ONLY = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The result of :func:`evaluate`: numbers for the data set, and float64 tensors [N] for its examples, in
-    their order. ``print`` it for a summary, :meth:`save` it to a file.
+    """The result of :func:`fastvae.evaluate`: numbers for the data set, and float64 tensors [N] for its
+    examples, in their order. ``print`` it for a summary, :meth:`save` it to a file.
     """
 
     nll: float
@@ -120,13 +120,16 @@ class Evaluation:
         draws = f"{most} draw{'s' * (most > 1)} each"
         if fewest != most:
             draws = f"{fewest} to {most} draws, {float(self.k.double().mean()):.0f} on average"
-        gap = float((self.log_px - self.elbo).mean())
+        gap = round(float((self.log_px - self.elbo).mean()), 2) + 0.0  # not -0.00
         elbo = f"{float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)"
         if bool(self.elbo.isnan().all() and not self.log_px.isnan().all()):
             elbo = "unknown; no draws came from q itself"
         low, median, high = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in self.ess_quantiles)
         error = f" ± {self.stderr:.2f}" * (n > 1)
-        nll = f"{self.nll:.2f}{error} nats (± {self.mc_stderr:.2g} by the draws)"
+        by_draws = f"± {self.mc_stderr:.2g} by the draws"
+        if most == 1:
+            by_draws = "one draw does not tell its error"
+        nll = f"{self.nll:.2f}{error} nats ({by_draws})"
         ess = f"median {median}; {low} to {high} for nine of ten examples" if n > 1 else median
         lines = [
             f"log p(x) of {n} example{'s' * (n > 1)}, {draws}",
@@ -136,7 +139,8 @@ class Evaluation:
             f"  ESS            {ess}",
         ]
         if bool(self.khat.isnan().all()):
-            lines.append(f"  Pareto k-hat   unknown; it takes {LEAST_FOR_KHAT} draws")
+            reason = f"; it takes {LEAST_FOR_KHAT} draws" * (most < LEAST_FOR_KHAT)
+            lines.append(f"  Pareto k-hat   unknown{reason}")
         else:
             share = f"above {UNTRUSTED} for {100 * self.untrusted:.1f} % of the examples"
             lines.append(f"  Pareto k-hat   median {float(self.khat.nanmedian()):.2f}; {share}")
@@ -154,6 +158,10 @@ class Evaluation:
             lines.append(f"  audit          {self.audit}".replace("\n", "\n" + 17 * " "))
         if nan := int(self.log_px.isnan().sum()):
             lines.append(f"  NaN            {nan} example{'s' * (nan > 1)}")
+        if impossible := int((self.log_px == -math.inf).sum()):
+            lines.append(
+                f"  -inf           {impossible} example{'s' * (impossible > 1)}, with weights that are all 0"
+            )
         # A summary must not end a script whose output has no sign for ±.
         return printable("\n".join(lines), sys.stdout)
 
@@ -168,7 +176,7 @@ class Evaluation:
         if bool(self.khat.isnan().all()):
             why = "too few draws to tell its bias"
         elif self.untrusted > BOUND_ONLY:
-            why = f"k-hat is above {UNTRUSTED} for {100 * self.untrusted:.0f} % of the examples"
+            why = f"k-hat is above {UNTRUSTED} for {100 * self.untrusted:.1f} % of the examples"
         if why:
             return [f"  to quote       at most {self.nll:.2f}{error} nats, a bound only: {why}"]
         digits = min(6, max(2, -math.floor(math.log10(max(self.mc_stderr, 1e-9)))))

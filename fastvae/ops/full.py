@@ -74,7 +74,7 @@ def rsample_tril(
         tril: the lower triangle of L row by row, [B, D(D+1)/2], with the logarithms of its diagonal, so that
             any numbers will do.
         samples: K draws per row.
-        seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
+        seed, generator, sample_offset, row_offset: as in :func:`fastvae.ops.rsample_kl`.
 
     Returns:
         z [K, B, D] in the inputs' dtype, and the log density in nats [K, B] in float32 (float64 for float64
