@@ -3103,15 +3103,15 @@ PYTHON = [
     Mutant(
         "proposals: a fit before the last draws",
         "fastvae/proposals.py",
-        "min(0.9 * k, self.most)",
+        "min(0.9 * k, k - tail_length(k), self.most)",
         "min(k, self.most)",
         ("proposals::test_rounds",),
     ),
     Mutant(
         "proposals: fits without an end",
         "fastvae/proposals.py",
-        "min(0.9 * k, self.most)",
-        "0.9 * k",
+        "min(0.9 * k, k - tail_length(k), self.most)",
+        "min(0.9 * k, k - tail_length(k))",
         ("proposals::test_rounds",),
     ),
     Mutant(
@@ -3250,15 +3250,15 @@ PYTHON = [
     Mutant(
         "proposals: turns begin with the first place",
         "fastvae/proposals.py",
-        " + int(seed) % period",
+        " + (seed.cpu().reshape(-1) % period)[randomisation]",
         "",
         ("proposals::test_in_turn",),
     ),
     Mutant(
         "proposals: turns of a point set by draws",
         "fastvae/proposals.py",
-        "numbers[mine] // len(seeds)",
-        "numbers[mine]",
+        "turns = numbers // r +",
+        "turns = numbers +",
         ("proposals::test_in_turn_by_randomisations",),
     ),
     Mutant(
@@ -3271,8 +3271,8 @@ PYTHON = [
     Mutant(
         "proposals: noise by the chunk's place",
         "fastvae/proposals.py",
-        " + int(within[place[0]])",
-        "",
+        "period * count + within[place]",
+        "period * count",
         ("proposals::test_in_turn",),
     ),
     Mutant(
