@@ -768,28 +768,25 @@ class _InTurn(_Drawable):
         return max(part.strata for part, _ in self._parts)
 
     def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Iterator[tuple[Any, ...]]:
-        """Of each part whose turn comes, in each randomisation by itself: it, which of the samples are its
-        own, its seed, the number of the first draw that they need, how many they need from there on, and
-        which of these they are; None for all of them as they come.
+        """Of each part whose turn comes: it, which of the samples are its own, and the seed and the number of
+        the first of these, which the others follow; in each randomisation by itself.
         """
-        period, r = len(self._cycle), random.randomisations_of(seed) or 1
-        numbers = torch.arange(sample_offset, sample_offset + samples)
-        randomisation = numbers % r
-        turns = numbers // r + (seed.cpu().reshape(-1) % period)[randomisation]
-        which, within = self._cycle[turns % period].unbind(1)
-        for c, (part, count) in enumerate(self._parts):
-            place = (which == c).nonzero()[:, 0]
-            if len(place):
-                own = r * (turns[place] // period * count + within[place]) + randomisation[place]
-                first, last = int(own.min()), int(own.max())
-                chosen = None if r == 1 else (own - first).to(seed.device)
-                yield part, place, _derived(seed, period * self.number + c), first, last - first + 1, chosen
+        period, numbers = len(self._cycle), torch.arange(sample_offset, sample_offset + samples)
+        seeds = seed.split(1) if seed.dim() else (seed,)
+        for r, seed in enumerate(seeds):
+            mine = (numbers % len(seeds) == r).nonzero()[:, 0]
+            turns = numbers[mine] // len(seeds) + int(seed) % period
+            which, within = self._cycle[turns % period].unbind(1)
+            for c, (part, count) in enumerate(self._parts):
+                place = (which == c).nonzero()[:, 0]
+                if len(place):
+                    first = int(turns[place[0]]) // period * count + int(within[place[0]])
+                    yield part, mine[place], _derived(seed, period * self.number + c), first
 
     def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
         drawn, places = [], []
-        for part, place, own_seed, first, count, chosen in self._turns(samples, seed, sample_offset):
-            z = _z(part, count, own_seed, first, row_offset)
-            drawn.append(z if chosen is None else z[chosen])
+        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
+            drawn.append(_z(part, len(place), own_seed, first, row_offset))
             places.append(place)
         order = torch.cat(places).argsort().to(drawn[0].device)
         z = torch.cat([d.to(drawn[0].dtype) for d in drawn])[order]
@@ -801,11 +798,10 @@ class _InTurn(_Drawable):
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         """What a draw counts among those of a part that is a mixture itself."""
         shares = torch.zeros(samples, self.batch, device=seed.device)
-        for part, place, own_seed, first, count, chosen in self._turns(samples, seed, sample_offset):
-            found = log_shares(part, count, own_seed, first)
+        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
+            found = log_shares(part, len(place), own_seed, first)
             if found is not None:
                 shares = shares.to(found.dtype)
-                found = found if chosen is None else found[chosen]
                 shares[place.to(seed.device)] = found.expand(-1, self.batch)
         own = log_shares(self._own, samples, seed, sample_offset)
         if self._stays is None or own is None:

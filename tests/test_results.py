@@ -65,7 +65,6 @@ CASES = {
     "kl per dimension": lambda: _latent("rsample_kl", 3, per_dimension=True),
     "ratio": lambda: _latent("rsample_log_ratio", 3),
     "ratio of one": lambda: _latent("rsample_log_ratio", 1, estimator="stl"),
-    "ratio of a chunk": lambda: _latent("rsample_log_ratio", 3, chunk=True),
     "log-mean-exp": lambda: _log_mean_exp(3, 5),
     "log-mean-exp of one row": lambda: _log_mean_exp(3),
     "log-mean-exp of three axes": lambda: _log_mean_exp(5, 3, 4, dim=1),
