@@ -3250,15 +3250,15 @@ PYTHON = [
     Mutant(
         "proposals: turns begin with the first place",
         "fastvae/proposals.py",
-        " + (seed.cpu().reshape(-1) % period)[randomisation]",
+        " + int(seed) % period",
         "",
         ("proposals::test_in_turn",),
     ),
     Mutant(
         "proposals: turns of a point set by draws",
         "fastvae/proposals.py",
-        "turns = numbers // r +",
-        "turns = numbers +",
+        "numbers[mine] // len(seeds)",
+        "numbers[mine]",
         ("proposals::test_in_turn_by_randomisations",),
     ),
     Mutant(
@@ -3271,8 +3271,8 @@ PYTHON = [
     Mutant(
         "proposals: noise by the chunk's place",
         "fastvae/proposals.py",
-        "period * count + within[place]",
-        "period * count",
+        " + int(within[place[0]])",
+        "",
         ("proposals::test_in_turn",),
     ),
     Mutant(
