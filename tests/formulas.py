@@ -339,7 +339,7 @@ def weigh(
         how: coefficient, over, reduction.
         grad, grad_mean: what arrives at the bound, and at the mean log-likelihood [B].
     """
-    coefficient, over, reduction = how
+    coefficient, over, reduction, *_ = how
     dtype = computation(x, *parameters)
     samples, batch = _given(parameters[0], dtype).value.shape[:2]
 

@@ -824,12 +824,12 @@ def test_held_families_have_no_gradient():
         assert not held(p).log_prob(z).requires_grad, name
 
 
-def test_chunks_of_dreg_with_every_prior():
-    """draw_chunk's third result is there for each."""
+def test_paths_with_every_prior():
+    """What takes the gradient that reaches q is there for each."""
     q = as_posterior(POSTERIORS["full"](Parameters()))
     for make in PRIORS.values():
-        _, _, whole = draw_chunk(q, as_prior(make(Parameters())).prepared(), K, SEED, 0, 0, "dreg")
-        assert whole.shape == (B,)
+        _, _, told = draw_chunk(q, as_prior(make(Parameters())).prepared(), K, SEED, 0, 0, "paths")
+        assert told.shape == (K, B) and not told.any()
 
 
 # What does not fit
