@@ -297,7 +297,9 @@ class Adapted(Proposal):
     ELBO, as :class:`fastvae.Evaluation` reports it, is that of the first 64 draws.
 
     Args:
-        posterior: :math:`s_q`, q's share of the draws.
+        posterior: :math:`s_q`, q's share of the draws; default 0.1, or D/(D + 50) where that is more, of
+            what the prior leaves: in many dimensions a fit needs more draws than there are, and a good q is
+            not to be lost (docs/NOTES.md).
         prior: :math:`s_p`, the prior's; it finds modes that q has missed, in a few dimensions.
         df: ν, an int; default D, and at least 8. In many dimensions heavier tails would cost more than they
             save: the radii of a t vary by :math:`1 / \sqrt{2ν}`, those of a normal by :math:`1 / \sqrt{2 D}`.
@@ -320,16 +322,17 @@ class Adapted(Proposal):
         torch.Size([4])
     """
 
-    posterior: float = 0.1
+    posterior: float | None = None
     prior: float = 0.05
     df: int | None = None
     scale: float | None = None
     most: int = 4000
 
     def __post_init__(self) -> None:
-        for name in ("posterior", "prior"):
-            check_number(name, getattr(self, name), "a share of the draws")
-        if self.posterior + self.prior > 0.99:
+        check_number("prior", self.prior, "a share of the draws")
+        if self.posterior is not None:
+            check_number("posterior", self.posterior, "a share of the draws")
+        if (self.posterior or 0.0) + self.prior > 0.99:
             raise ValueError(
                 f"posterior + prior must leave a share of the draws, 0.01 at least; got {self.posterior!r} + "
                 f"{self.prior!r}"
@@ -553,7 +556,10 @@ class _AdaptedDraws(Draws):
             self._fitted = self._fitted.put(numbers, fitted)
             self._stays = self._stays.index_copy(0, numbers, stays)
         self._number += 1
-        shares = [self._how.posterior, self._how.prior, 1 - self._how.posterior - self._how.prior]
+        share = self._how.posterior
+        if share is None:
+            share = (1 - self._how.prior) * max(0.1, d / (d + 50))
+        shares = [share, self._how.prior, 1 - share - self._how.prior]
         prior = _with_rows(self._inputs.prior, q.batch, like)
         if prior is None:
             prior, shares = q, [sum(shares[:2]), 0.0, shares[2]]

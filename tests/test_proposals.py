@@ -705,7 +705,7 @@ def test_names_are_objects_with_their_defaults():
         assert proposals.as_proposal(name, "philox") == kind()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert repr(Adapted(df=4)) == "Adapted(posterior=0.1, prior=0.05, df=4, scale=None, most=4000)"
+        assert repr(Adapted(df=4)) == "Adapted(posterior=None, prior=0.05, df=4, scale=None, most=4000)"
 
 
 def test_scaled_weights():
