@@ -141,9 +141,9 @@ struct How {
 // A call that goes on to the bound.
 struct Weighing {
   Rows rows;
-  Tensor term;         // (K, B), or (B) with no stride over samples: of compute type; null for none
-  bool each_sample;    // the first
-  Tensor beta;         // (B), of any storage type; null for 1
+  Tensor term;       // (K, B), or (B) with no stride over samples: of compute type; null for none
+  bool each_sample;  // the first
+  Tensor beta;       // (B), of any storage type; null for 1
   How how;
   double coefficient;  // the term counts this times beta
   bool log_mean_exp;   // over samples; else their mean

@@ -389,8 +389,8 @@ inline void head_log_prob_backward(int likelihood, Tensor grad, Tensor x, Tensor
 }
 // With gradients, which need a sum or a mean over the batch, or without.
 inline bool head_weigh_rows(int likelihood, Tensor x, Tensor h, HeadTensors tensors, Tensor term, Tensor beta, double coefficient,
-                            bool log_mean_exp, char reduction, double alpha, i64 groups, double share, bool wide, Output bound, Output log_likelihood, Output weights, Output to_h,
-                            HeadOutputs outputs, int threads) {
+                            bool log_mean_exp, char reduction, double alpha, i64 groups, double share, bool wide, Output bound,
+                            Output log_likelihood, Output weights, Output to_h, HeadOutputs outputs, int threads) {
   const Head a = head_of(likelihood, x, h, tensors, threads);
   Tensor full = x;
   full.axes = 2, full.n0 = h.n0;
