@@ -132,9 +132,9 @@ class IWAE(Bound):
 
     References:
         Burda, Grosse & Salakhutdinov 2016; Rainforth et al., Tighter Variational Bounds are Not Necessarily
-        Better, 2018, eq. 10 (MIWAE); Li & Turner, Rényi Divergence Variational Inference, 2016; Daudel,
+        Better, 2018 (MIWAE); Li & Turner, Rényi Divergence Variational Inference, 2016; Daudel,
         Benton, Shi & Doucet, Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders,
-        2023, eq. 11 and 14.
+        2023.
 
     Example:
         >>> import torch, fastvae
@@ -186,7 +186,7 @@ class CIWAE(Bound):
         TypeError, ValueError: for arguments that do not fit.
 
     References:
-        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, eq. 11.
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
 
     Example:
         >>> import torch, fastvae
@@ -238,7 +238,7 @@ class UStatistic(Bound):
 
     References:
         Burroni, Takatsu, Domke & Sheldon, U-Statistics for Importance-Weighted Variational Inference, 2023
-        (arXiv 2302.13918), section 4, whose ways are drawn at random.
+        (arXiv 2302.13918), whose ways are drawn at random.
 
     Example:
         >>> import torch, fastvae
@@ -299,7 +299,7 @@ class Jackknife(Bound):
 
     References:
         Nowozin, Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
-        Variational Inference, 2018, eq. 13 with m = 1.
+        Variational Inference, 2018, of order 1.
 
     Example:
         >>> import torch, fastvae
@@ -366,7 +366,7 @@ class TVO(Bound):
         TypeError, ValueError: for arguments that do not fit.
 
     References:
-        Masrani, Le & Wood, The Thermodynamic Variational Objective, 2019, eq. 10 and 13.
+        Masrani, Le & Wood, The Thermodynamic Variational Objective, 2019.
 
     Example:
         >>> import torch, fastvae
@@ -428,8 +428,8 @@ class WakePhi(Bound):
     :func:`fastvae.sleep`.
 
     References:
-        Bornschein & Bengio, Reweighted Wake-Sleep, 2015, eq. 9; Le et al., Revisiting Reweighted Wake-Sleep
-        for Models with Stochastic Control Flow, 2019, section 3.2.
+        Bornschein & Bengio, Reweighted Wake-Sleep, 2015; Le et al., Revisiting Reweighted Wake-Sleep
+        for Models with Stochastic Control Flow, 2019.
 
     Example:
         >>> import torch, fastvae

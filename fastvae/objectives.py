@@ -374,14 +374,14 @@ def iwae(
             row_offset: as in :func:`elbo`; the decoder is called with N = m·k·B, once if there is no
             ``k_chunk``.
         k: importance samples per example.
-        m: so many bounds of k samples each, averaged: MIWAE (Rainforth et al. 2018, eq. 10).
-        alpha: α of the VR-IWAE bound, a Rényi bound (Li & Turner 2016; Daudel et al. 2023, eq. 11): 0 is
+        m: so many bounds of k samples each, averaged: MIWAE (Rainforth et al. 2018).
+        alpha: α of the VR-IWAE bound, a Rényi bound (Li & Turner 2016; Daudel et al. 2023): 0 is
             IWAE, 1 the ELBO, and it falls in α. A number, or a tensor [], whose value is no part of
             compiled code.
         estimator: the gradient that reaches q; the value is the same, and so is the decoder's gradient.
             ``"iwae"``: the bound's derivative, whose signal-to-noise falls with k (Rainforth et al. 2018).
             ``"dreg"``: doubly reparameterised, unbiased for it; its signal-to-noise rises with k. (For α ≠ 0
-                Daudel et al. 2023, eq. 14.)
+                Daudel et al. 2023.)
             ``"stl"``: drops the score of q; unbiased for k=1, where it vanishes at the exact posterior,
                 biased for k>1.
         k_chunk: train on chunks of this many samples, in the memory of one chunk: their activations are
@@ -511,7 +511,7 @@ def bound(
             likelihood and prior learn by it.
         k: all samples per example; of :class:`fastvae.bounds.IWAE` with ``m`` groups, k/m in each.
         encoder: the bound that q learns by, from the same samples. Default: the objective.
-            ``objective=IWAE(), encoder=IWAE(m=8)`` is PIWAE (Rainforth et al. 2018, eq. 12),
+            ``objective=IWAE(), encoder=IWAE(m=8)`` is PIWAE (Rainforth et al. 2018),
             ``encoder=WakePhi()`` reweighted wake–sleep.
         k_chunk, noise, terms: as in :func:`iwae`.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_result
-from ..ops.latent import ESTIMATORS, dreg_weight, flat_kl, flat_log_ratio, options, path_weight
+from ..ops.latent import dreg_weight, flat_kl, flat_log_ratio, options, path_weight
 from .base import Distribution, closed_kl, held
 from .normal import DiagonalNormal, StandardNormal
 
@@ -94,12 +94,6 @@ def describe(distribution: Distribution) -> str:
     return own if inner is None else type(inner).__name__
 
 
-# What of a sample's gradient reaches q. The first three are those of a log weight; the others weigh a sample
-# otherwise than the decoder does: through z ("paths"), through z and the score of q ("tied"), or through the
-# score alone ("score").
-ROUTES = (*ESTIMATORS, "paths", "tied", "score")
-
-
 def draw_ratio(
     q: Distribution,
     p: Distribution,
@@ -171,7 +165,12 @@ def _composed(
     groups: int = 1,
     **place: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What :func:`draw_chunk` returns, of any q and p."""
+    """What :func:`draw_chunk` returns, of any q and p.
+
+    ``route`` is what of a sample's gradient reaches q: ``"iwae"``, ``"stl"`` and ``"dreg"`` are those of a
+    log weight; the others weigh a sample otherwise than the decoder does, through z (``"paths"``), through z
+    and the score of q (``"tied"``), or through the score alone (``"score"``).
+    """
     _check_prior(q, p)
     if q.strata > 1 and route not in ("iwae", "stl"):
         raise ValueError(
