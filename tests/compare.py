@@ -31,6 +31,11 @@ NOISE = 8
 MANY = 64
 
 
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """The product of bounds, where an exact zero times an unbounded error is still zero, not NaN."""
+    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
 class Rounded:
     """Exact values, and a bound on the error of what a computation in ``dtype`` makes of them.
 
@@ -137,7 +142,7 @@ class Rounded:
         if not isinstance(other, Rounded) and math.frexp(other)[0] in (0.5, -0.5):
             return Rounded(self.value * other, self.error * abs(other), self.u)
         other = self._as(other)
-        error = self.value.abs() * other.error + (other.value.abs() + other.error) * self.error
+        error = _times(self.value.abs(), other.error) + _times(other.value.abs() + other.error, self.error)
         return self._made(self.value * other.value, error, 1)
 
     __rmul__ = __mul__
@@ -149,7 +154,8 @@ class Rounded:
     def __truediv__(self, other: Rounded) -> Rounded:
         value = self.value / other.value
         least = (other.value.abs() - other.error).clamp(min=0)
-        return self._made(value, (self.error + value.abs() * other.error) / least, 2)
+        off = self.error + _times(value.abs(), other.error)
+        return self._made(value, torch.where(off == 0, 0.0, off / least), 2)
 
     def __rtruediv__(self, other: float) -> Rounded:
         return self._as(other) / self
@@ -195,14 +201,16 @@ class Rounded:
         near = self.value.abs() < 0.125
         value = torch.where(near, series, expm1 - self.value)
         # Of both terms the same error: its derivative is exp(v) - 1.
-        propagated = expm1.abs() * self.error + (expm1 + 1) * (torch.expm1(self.error) - self.error)
+        # Without the difference of two infinities.
+        beyond = torch.where(self.error.isinf(), torch.inf, torch.expm1(self.error) - self.error)
+        propagated = _times(expm1.abs(), self.error) + _times(expm1 + 1, beyond)
         own = torch.where(near, 6 * value, self._of_expm1(expm1) + value)
         return Rounded(value, propagated + own * self.u, self.u)
 
     def log1p_rest(self) -> Rounded:
         """v - log(1 + v): by a series near 0, elsewhere it may be that difference."""
         value = log1p_rest(self.value)
-        propagated = (self.value / (1 + self.value)).abs() * self.error + 0.5 * self.error.square()
+        propagated = _times((self.value / (1 + self.value)).abs(), self.error) + 0.5 * self.error.square()
         own = torch.where(self.value.abs() < 0.25, 6 * value, LOG * self.value.abs() + value)
         return Rounded(value, propagated + own * self.u, self.u)
 
@@ -211,7 +219,9 @@ class Rounded:
         value, x = stirling_error(self.value), self.value
         logarithms = torch.where(x < 16 if self.u < 1e-15 else x < 1, 1 + x + (1 + x) * x.log().abs(), 0.0)
         slope = 0.5 / x.clamp(min=1e-38) / (1 + x)
-        return Rounded(value, slope * self.error + self.u * (EXP * value.abs() + LOG * logarithms), self.u)
+        return Rounded(
+            value, _times(slope, self.error) + self.u * (EXP * value.abs() + LOG * logarithms), self.u
+        )
 
     def digamma_excess(self) -> Rounded:
         """Likewise."""
@@ -219,7 +229,7 @@ class Rounded:
         logarithms = torch.where(x < 16 if self.u < 1e-15 else x < 1, 1 + x * (1 + x.log().abs()), 0.0)
         slope = 1 / (1 + x)
         return Rounded(
-            value, slope * self.error + self.u * (2 * EXP * value.abs() + LOG * logarithms), self.u
+            value, _times(slope, self.error) + self.u * (2 * EXP * value.abs() + LOG * logarithms), self.u
         )
 
     def log1p(self) -> Rounded:
@@ -241,17 +251,19 @@ class Rounded:
         """A factor near 1 and its logarithm, in float64 sixteen factors; its slope is positive."""
         value, slope = half_step(self.value), half_step_slope(self.value)
         own = 10 + 2 * value.abs() if self.u > 1e-15 else 80 + 2 * value.abs()
-        return Rounded(value, slope * self.error + own * self.u, self.u)
+        return Rounded(value, _times(slope, self.error) + own * self.u, self.u)
 
     def half_step_slope(self) -> Rounded:
         """A sum of positive terms, by way of exp: its relative slope is at most 1."""
         value = half_step_slope(self.value)
-        return self._made(value, value * torch.expm1(self.error), EXP + 12)
+        return self._made(value, _times(value, torch.expm1(self.error)), EXP + 12)
 
     def sigmoid(self) -> Rounded:
         """Of the given side of exp(-|v|): an exponential, a sum and a quotient."""
         value = torch.sigmoid(self.value)
-        return self._made(value, value * (1 - value) * (self.error + EXP * self.u), 3)
+        propagated = value * (1 - value) * (self.error + EXP * self.u)
+        # An argument that may be anything leaves the whole range.
+        return self._made(value, torch.where(self.error.isinf(), 1.0, propagated), 3)
 
     def where(self, mask: Tensor) -> Rounded:
         """0 where the mask is false."""
