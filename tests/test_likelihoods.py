@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fastvae
 from fastvae import _backend, ops
 from fastvae._checks import INTEGERS
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.base import DECLARED, NAMED
 
 from . import cases
 from .cases import LIKELIHOODS
@@ -275,3 +275,43 @@ def test_a_negative_integer_is_no_count(backend, monkeypatch, likelihood, dtype)
     x[2, 3] = -1
     with pytest.raises(ValueError, match="-1"):
         _op(likelihood)(x, *cases.parameters(likelihood, 2, 4, 6))
+
+
+_AXES = {"categorical": [(3, 4, 5)], "discretized_logistic_mixture": [(3, 4, 5), (3, 4, 5), (3, 4, 5)]}
+
+
+def _outputs_of(name, number, draw):
+    """What a decoder returns for this likelihood, each tensor drawn by ``draw(shape)``."""
+    return [draw(shape) for shape in _AXES.get(name, [(3, 5)] * number)]
+
+
+@pytest.mark.parametrize("likelihood", sorted(NAMED))
+def test_means_have_finite_gradients(likelihood):
+    """At 300 random scales and at 0, wherever the mean does not overflow."""
+    kind = NAMED[likelihood]()
+    number = cases.returned(likelihood) if likelihood in DECLARED else 1
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(301):
+        scale = 10 ** (6 * torch.rand((), generator=generator) - 3) if trial else torch.zeros(())
+        draw = lambda shape, s=scale: s * torch.randn(shape, generator=generator)  # noqa: E731
+        outputs = [o.requires_grad_() for o in _outputs_of(likelihood, number, draw)]
+        mean = kind.mean(outputs[0] if len(outputs) == 1 else tuple(outputs))
+        assert not bool(mean.isnan().any())
+        grads = torch.autograd.grad(mean.sum(), outputs, allow_unused=True)
+        # Near float32's end the slope itself may be beyond it; every output then has the mean's shape.
+        finite = mean.abs() < 1e20
+        for g in grads:
+            if g is not None:
+                found = g.isfinite() if g.shape != finite.shape else g[finite].isfinite()
+                assert bool(found.all()), (trial, scale)
+
+
+def test_the_mean_of_a_continuous_bernoulli_rises_by_a_twelfth_at_0():
+    logits = torch.tensor([0.0, 1e-6, -1e-6, 0.999, 1.001, -30.0, 200.0], requires_grad=True)
+    (found,) = torch.autograd.grad(fastvae.ContinuousBernoulli().mean(logits).sum(), logits)
+    assert float(found[0]) == pytest.approx(1 / 12, rel=1e-6)
+    wide = logits.detach().double()
+    # The derivative is the variance, 1 / l^2 - 1 / (4 sinh^2(l / 2)), by a series near 0.
+    small = 1 / 12 - wide.square() / 240
+    exact = torch.where(wide.abs() < 1e-2, small, wide**-2 - 0.25 / torch.sinh(wide / 2).square())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-7)

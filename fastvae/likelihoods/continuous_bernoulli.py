@@ -63,8 +63,10 @@ class ContinuousBernoulli(Declared):
 
     @staticmethod
     def mean_of(logits: Tensor) -> Tensor:
+        # The slope is odd, so that no |l| stands in the way of a gradient at 0.
+        near = 0.5 + log_sinhc_slope(logits.clamp(-1, 1))
         rest = _rest(logits.abs())
-        return torch.where(logits > 0, 1 - rest, rest)
+        return torch.where(logits.abs() < 1, near, torch.where(logits > 0, 1 - rest, rest))
 
     @staticmethod
     def draw(logits: Tensor, *, generator: torch.Generator | None) -> Tensor:
@@ -78,6 +80,8 @@ class ContinuousBernoulli(Declared):
 
 def _rest(magnitude: Tensor) -> Tensor:
     """What the mean lacks of the end that it leans to: 1 / |l| - 1 / (exp|l| - 1), ½ at 0."""
-    odds = torch.exp(-magnitude)
     near = 0.5 - log_sinhc_slope(magnitude.clamp(max=1))
-    return torch.where(magnitude < 1, near, 1 / magnitude - odds / (1 - odds))
+    # Clamped: autograd differentiates the branch that is not taken, too.
+    beyond = magnitude.clamp(min=1)
+    odds = torch.exp(-beyond)
+    return torch.where(magnitude < 1, near, 1 / beyond - odds / (1 - odds))

@@ -116,7 +116,7 @@ class DiscretizedLogistic(Scaled):
     @staticmethod
     def mean_of(mean: Tensor, log_scale: Tensor, log_bin_width: Tensor) -> Tensor:  # type: ignore[override]
         # 1 less the distribution function at the edges between bins.
-        width, inverse_s = torch.exp(log_bin_width), torch.exp(-log_scale)
+        width, inverse_s = torch.exp(log_bin_width), torch.exp(-log_scale.clamp(-60, 60))
         below = torch.zeros_like(mean)
         for i in range(_edges(width)):
             below += torch.sigmoid(((i + 0.5) * width - mean) * inverse_s)

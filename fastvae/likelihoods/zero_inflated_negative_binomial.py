@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .negative_binomial import NegativeBinomial, Overdispersed, slopes
 
@@ -77,7 +78,8 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
 
     @staticmethod
     def mean_of(log_mean: Tensor, _: Tensor, dropout_logit: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.exp(log_mean) * torch.sigmoid(-dropout_logit)
+        # One exponential: a factor that overflows may meet one that vanishes.
+        return torch.exp(log_mean + logsigmoid(-dropout_logit))
 
     @staticmethod
     def draw(
