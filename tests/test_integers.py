@@ -93,7 +93,7 @@ def test_every_dtype_gives_what_int64_gives(backend, name, masked):
     likelihood = LIKELIHOODS[name]()
     part, x, encoder, decoder, layer, mask = _problem(name, likelihood, masked)
     q = encoder(x.float())
-    some = DTYPES if backend == "native" else (torch.uint8, torch.uint16, torch.bool)
+    some = DTYPES if backend == "native" else (torch.uint8,)
     for objective in ("iwae", "log_marginal") if backend == "native" else ("iwae",):
         expected = _gave(q, part(x), decoder, layer, likelihood, mask, objective)
         assert all(bool(t.isfinite().all()) for t in expected)
@@ -117,7 +117,7 @@ def test_the_largest_values_of_a_dtype(backend, name, masked):
     x[1, 2], x[2, 3], x[2, 4] = 255, 156, 127
     expected = _gave(q, x, decoder, layer, likelihood, mask, "iwae")
     every = torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64
-    for dtype in every if backend == "native" else every[:2]:
+    for dtype in every if backend == "native" else every[:1]:
         found = _gave(q, x.to(dtype), decoder, layer, likelihood, mask, "iwae")
         for f, e in zip(found, expected, strict=True):
             torch.testing.assert_close(f, e, rtol=1e-6, atol=1e-6, msg=lambda m, d=dtype: f"{d}: {m}")
