@@ -208,9 +208,9 @@ def _ends(
 ) -> tuple[Tensor, Tensor]:
     """The lattice's lower and upper ends [D]."""
     if box is None:
-        if type(prior) is StandardNormal:
+        if prior.family is StandardNormal:
             centre, scale = torch.zeros((), device=device), torch.ones((), device=device)
-        elif type(prior) is DiagonalNormal:
+        elif prior.family is DiagonalNormal:
             centre, logvar = prior._wide()
             scale = torch.exp(0.5 * logvar)
         else:

@@ -22,11 +22,11 @@ _NOT_FUSED = object()
 def _fused_prior(q: Distribution, p: Distribution, seed: Tensor) -> Any:
     """What the fused op takes of p beside this q."""
     # The noise inside the ops is Philox's.
-    if type(q) is not DiagonalNormal or seed.dim():
+    if q.family is not DiagonalNormal or seed.dim():
         return _NOT_FUSED
-    if p is STANDARD or type(p) is StandardNormal:
+    if p is STANDARD or p.family is StandardNormal:
         return None
-    if type(p) is not DiagonalNormal:
+    if p.family is not DiagonalNormal:
         return _NOT_FUSED
     # A log variance is not computed in half precision; the composition is wide.
     if p.logvar.dtype.itemsize == 2 and not p.has_logvar:
@@ -43,7 +43,7 @@ def draw_kl(
     Raises:
         ValueError: if each dimension's is asked for, and only their sum is known.
     """
-    usual = type(q) is DiagonalNormal and p is STANDARD and not seed.dim()
+    usual = q.family is DiagonalNormal and p is STANDARD and not seed.dim()
     prior = None if usual else _fused_prior(q, p, seed)
     if prior is not _NOT_FUSED:
         return flat_kl((q.mu, q.logvar, q.form), prior, seed, samples, row_offset, per_dimension)
@@ -107,7 +107,7 @@ def draw_ratio(
     """z [K·B, D] and log p(z) − log q(z|x) [K, B], with the log of what each draw counts. ``alpha`` and
     ``groups`` are those of the power mean that DReG is for.
     """
-    usual = type(q) is DiagonalNormal and p is STANDARD and not seed.dim()
+    usual = q.family is DiagonalNormal and p is STANDARD and not seed.dim()
     prior = None if usual else _fused_prior(q, p, seed)
     if prior is not _NOT_FUSED:
         parameters = q.mu, q.logvar, q.form
@@ -266,7 +266,7 @@ def rsample(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[
     """``q.rsample``, its results checked where they are not fastvae's own."""
     place = {name: value for name, value in place.items() if not (type(value) is int and value == 0)}
     results = q.rsample(samples, seed, **place)
-    if type(q) is DiagonalNormal:
+    if q.family is DiagonalNormal:
         return results
     if not (isinstance(results, (tuple, list)) and len(results) == 2):
         came = f"{len(results)} results" if isinstance(results, (tuple, list)) else type(results).__name__

@@ -136,6 +136,6 @@ class Flow(Distribution):
         return z
 
     def rows(self, start: int, stop: int) -> Flow | None:
-        if type(self) is not Flow or self.context is None:
+        if self.family is not Flow or self.context is None:
             return None
         return Flow(self.flow, self.context[start:stop])

@@ -89,7 +89,8 @@ class Level(nn.Module):
         self.event: tuple[int, ...] = event
         self.dim = math.prod(event)
         for name, function in (("posterior", posterior), ("prior", prior), ("top_down", top_down)):
-            if not (callable(function) or function is None and name != "posterior"):
+            fixed = name == "prior" and isinstance(function, Distribution)
+            if not (callable(function) or fixed or function is None and name != "posterior"):
                 raise TypeError(f"{name} must be a module or another callable; got {type(function).__name__}")
             setattr(self, name, function)
         if merge is not None:
@@ -104,9 +105,9 @@ class Level(nn.Module):
 
     def _check_fixed(self, prior: Distribution) -> None:
         """A prior that is the same for all rows."""
-        if type(prior) is StandardNormal:
+        if prior.family is StandardNormal:
             return
-        if type(prior) is not DiagonalNormal:
+        if prior.family is not DiagonalNormal:
             raise TypeError(
                 f"prior is a {type(prior).__name__}; the levels of a hierarchy are normal: N(0, I), a "
                 "fastvae.DiagonalNormal, or a module that returns mean and log variance"
@@ -144,7 +145,7 @@ class Level(nn.Module):
                 q = as_posterior(value)
             except TypeError:
                 q = None
-            if type(q) is not DiagonalNormal:
+            if q is None or q.family is not DiagonalNormal:
                 raise TypeError(
                     f"{who} returned {type(value).__name__}; expected a normal: {expected}, or {both}"
                 )
@@ -190,7 +191,7 @@ class _Step(NamedTuple):
         return 0.5 * (white.square() + expm1_minus(self.stretch))
 
 
-class Hierarchy(Distribution):
+class Hierarchy(Distribution, nn.Module):
     r"""Latents in several levels :math:`z_1 … z_L`, from the top down: the prior, and what makes the
     posterior of a bottom-up encoder's features.
 
@@ -477,7 +478,7 @@ class HierarchicalPosterior(Distribution):
         return z, kl if kl.shape[0] == samples else kl[0]
 
     def rows(self, start: int, stop: int) -> HierarchicalPosterior | None:
-        if type(self) is not HierarchicalPosterior:
+        if self.family is not HierarchicalPosterior:
             return None
         return HierarchicalPosterior(self.hierarchy, [h[start:stop] for h in self.features])
 

@@ -176,13 +176,13 @@ class DiagonalNormal(Distribution):
         return mu + torch.exp(0.5 * logvar) * eps
 
     def rows(self, start: int, stop: int) -> DiagonalNormal | None:
-        if type(self) is not DiagonalNormal:
+        if self.family is not DiagonalNormal:
             return None
         return self.of(self.mu[start:stop], self.logvar[start:stop], self.latent)
 
     def of(self, mu: Tensor, logvar: Tensor, latent: tuple[int, ...] | None = None) -> DiagonalNormal:
         """The same with other parameters, which have been checked."""
-        if type(self) is DiagonalNormal:
+        if self.family is DiagonalNormal:
             made = diagonal(mu, logvar, self.form)
         else:
             made = object.__new__(type(self))
@@ -195,7 +195,7 @@ class DiagonalNormal(Distribution):
         return made
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
-        if type(self) is not DiagonalNormal:
+        if self.family is not DiagonalNormal:
             return super().expand(batch, like)
         shape = (batch, like.shape[-1])
         return diagonal(self.mu.expand(shape), self.logvar.expand(shape), self.form)

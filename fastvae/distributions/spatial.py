@@ -95,7 +95,7 @@ def flat_prior(p: Distribution, latent: tuple[int, ...], batch: int) -> Distribu
             return p
         mu, logvar = (_flat_part(name, v, latent, batch) for name, v in parts)
         return p.of(mu, logvar)
-    if type(p) is TorchDistribution:
+    if p.family is TorchDistribution:
         d = p.distribution
         shape = (*d.batch_shape, *d.event_shape)
         if _is_flat(shape, latent):
