@@ -452,7 +452,7 @@ def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
     w = torch.exp(log_w - _shift(log_w.amax(0)))
     front = start % randomisations
     padded: Tensor = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
-    return padded.reshape(-1, randomisations, w.shape[1]).sum(0)
+    return padded.reshape(padded.shape[0] // randomisations, randomisations, w.shape[1]).sum(0)
 
 
 @functools.cache

@@ -218,7 +218,7 @@ def diagonal(mu: Tensor, logvar: Tensor, form: Form | None = None) -> DiagonalNo
 
 
 def check_posterior(q: DiagonalNormal) -> DiagonalNormal:
-    """Of mu and logvar [B, D] each, or [B, *latent] each, which it then remembers.
+    """Validate mu and logvar, [B, D] each or [B, *latent] each, flatten them and promote them to one dtype.
 
     Raises:
         TypeError, ValueError: where they are neither.
@@ -234,7 +234,13 @@ def check_posterior(q: DiagonalNormal) -> DiagonalNormal:
         )
     check_same_shape("logvar", logvar, "mu", mu)
     check_same_device("logvar", logvar, "mu", mu)
-    return q.of(mu.flatten(1), logvar.flatten(1), tuple(mu.shape[1:])) if spatial else q
+    latent = tuple(mu.shape[1:]) if spatial else q.latent
+    if spatial:
+        mu, logvar = mu.flatten(1), logvar.flatten(1)
+    if mu.dtype != logvar.dtype:
+        dtype = torch.promote_types(mu.dtype, logvar.dtype)
+        mu, logvar = mu.to(dtype), logvar.to(dtype)
+    return q if mu is q.mu and logvar is q.logvar else q.of(mu, logvar, latent)
 
 
 @register_kl(DiagonalNormal, StandardNormal)

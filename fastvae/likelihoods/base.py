@@ -82,7 +82,7 @@ class Likelihood(nn.Module):
         self._check_log_prob(value, x, samples * batch, mask)
         if mask is not None:
             value = torch.where(repeat(mask, samples), value, 0.0)
-        return value.reshape(samples, batch, -1).sum(2)
+        return summed(value, samples, batch)
 
     def fused(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
         """What the fused op takes; None where there is none."""
@@ -119,6 +119,11 @@ class Likelihood(nn.Module):
 
 
 _NOTHING = Beside()
+
+
+def summed(value: Tensor, samples: int, batch: int) -> Tensor:
+    """Sum log p of each element, K·B rows of them, over the event: [K, B], also of an empty batch."""
+    return value.reshape(samples, batch, value.numel() // max(1, samples * batch)).sum(2)
 
 
 def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
@@ -235,7 +240,7 @@ class Declared(Likelihood):
         mask, size, _ = beside or _NOTHING
         if mask is not None:
             each = self._elements(observed(x, mask, self), parameters, samples, size)
-            return torch.where(mask, each, 0.0).reshape(samples, len(x), -1).sum(2)
+            return summed(torch.where(mask, each, 0.0), samples, len(x))
         given = self._given(x)
         returned = self._sized(self._read(x, parameters, samples, given), samples, size)
         spread = [p.reshape(samples, *x.shape) for p in returned]

@@ -179,7 +179,7 @@ class DiscretizedLogisticMixture(Likelihood):
             for i, p in enumerate(parts)
         )
         assert logits is not None and location is not None and log_scale is not None
-        k = len(logits) // len(x)
+        k = len(logits) // max(1, len(x))
         x, mask = (v.flatten(2).repeat(k, 1, 1)[:, None] for v in (torch.where(mask, x, 0.0), mask))
         if coefficients is not None:
             location = grouped.coupled(x, location, coefficients)

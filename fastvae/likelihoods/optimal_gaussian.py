@@ -63,6 +63,9 @@ class OptimalGaussian(Gaussian):
         self.register_buffer("variance", torch.tensor(math.nan))
         self._now: Tensor | None = None
 
+    def extra_repr(self) -> str:
+        return f"momentum={self.momentum}"
+
     @property
     def scale(self) -> Tensor:
         """σ of the running mean; NaN before the first step."""
@@ -79,12 +82,18 @@ class OptimalGaussian(Gaussian):
         (mean,) = self._read(x, parameters, samples, (0.0,))
         with torch.no_grad():
             square = (mean.to(accumulator(mean.dtype)).reshape(samples, *x.shape) - x).square()
-            if mask is not None:
-                square = square[mask.expand(square.shape)]
-            now = square.mean().clamp(min=1e-30)
-            kept = self.variance.to(now.device)
-            kept = torch.where(kept.isnan(), now, torch.lerp(kept.to(now.dtype), now, self.momentum))
-            self.variance = kept.to(self.variance.dtype)
+            kept = self.variance.to(square.device, square.dtype)
+            if mask is None:
+                now = square.mean().clamp(min=1e-30)
+                known = torch.ones_like(kept, dtype=torch.bool)
+            else:
+                count = samples * mask.expand(x.shape).sum()
+                known = count > 0
+                now = (torch.where(mask, square, 0.0).sum() / count).clamp(min=1e-30)
+                # A batch without an observed element measures nothing, and has no use for a variance.
+                now = torch.where(known, now, torch.where(kept.isnan(), 1.0, kept))
+            new = torch.where(kept.isnan(), now, torch.lerp(kept, now, self.momentum))
+            self.variance = torch.where(known, new, kept).to(self.variance.dtype)
         self._now = now
         try:
             yield
@@ -97,6 +106,8 @@ class OptimalGaussian(Gaussian):
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
         if self._now is not None:
             return (self._now.log(),)
+        if not x.numel():
+            return (0.0,)
         if bool(self.variance.isnan()):
             raise RuntimeError(
                 "scale='optimal' has no variance yet, which it measures in training mode with gradients "

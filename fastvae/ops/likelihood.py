@@ -462,18 +462,17 @@ def _by_tiles(x: Any, parameters: Any, function: Callable[..., Tensor], spread: 
         return function(part, tile[0] if single else tile, samples)
 
     result = []
-    for k in range(0, count, at_once):
+    # Once around where there is nothing: dtype and graph are then those of any other result.
+    for k in range(0, max(1, count), at_once):
         tile = [p[k : k + at_once] for p in parts]
         row = []
-        for b in range(0, batch, rows):
+        for b in range(0, max(1, batch), rows):
             part = x[b : b + rows]
             row.append(
                 checkpoint(of_tile, part, *tile, use_reentrant=False) if wants else of_tile(part, *tile)
             )
         result.append(row[0] if len(row) == 1 else torch.cat(row, 1))
-    if not result or not batch:
-        return parts[0].new_zeros(count, batch)
-    return torch.cat(result)
+    return result[0] if len(result) == 1 else torch.cat(result)
 
 
 def _bernoulli(x: Tensor, logits: Tensor) -> Tensor:
@@ -486,7 +485,7 @@ def _poisson(x: Tensor, log_mean: Tensor) -> Tensor:
 
 def _gaussian(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     # Around a common centre less cancels. An example that is not finite must not make the others so.
-    centre = torch.where(x.isfinite(), x, 0.0).mean(0).detach()
+    centre = (torch.where(x.isfinite(), x, 0.0).sum(0) / max(1, len(x))).detach()
     x, mean = x - centre, mean - centre
     precision = torch.exp(-logvar).expand(len(logvar), x.shape[1])
     of_z = (mean.square() * precision + logvar + math.log(2 * math.pi)).sum(1, keepdim=True)

@@ -39,11 +39,16 @@ def coupled(x: Tensor, location: Tensor, coefficients: Tensor) -> Tensor:
     return torch.stack([first, second + t[:, :, 0] * red, third + t[:, :, 1] * red + t[:, :, 2] * green], 2)
 
 
+def _of_each_sample(x: Tensor, logits: Tensor) -> Tensor:
+    """x [B, ...] repeated for the samples of the decoder's output [K·B, ...]: [K·B, ...]."""
+    return x.repeat(logits.shape[0] // max(1, x.shape[0]), 1, 1)
+
+
 def _components(
     x: Tensor, logits: Tensor, location: Tensor, log_scale: Tensor, coefficients: Tensor | None
 ) -> tuple[Tensor, ...]:
     """x [N, 1, E, P]; parameters [N, C, E, P], locations coupled."""
-    x = x.repeat(logits.shape[0] // x.shape[0], 1, 1)[:, None]
+    x = _of_each_sample(x, logits)[:, None]
     location, log_scale = (p.unflatten(1, (logits.shape[1], -1)) for p in (location, log_scale))
     if coefficients is not None:
         coefficients = coefficients.unflatten(1, (logits.shape[1], -1))
@@ -53,7 +58,7 @@ def _components(
 
 def _classes(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, P], and whether it is one of the classes."""
-    x = x.repeat(logits.shape[0] // x.shape[0], 1, 1)[:, 0]
+    x = _of_each_sample(x, logits)[:, 0]
     return x, (x >= 0) & (x < logits.shape[1]) & (x == x.round())
 
 

@@ -1,0 +1,179 @@
+"""A pair (mu, logvar) of two dtypes gives the result of torch's promotion, and gradients in each dtype."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+
+from .conftest import DEVICE
+from .models import rand, randn
+
+B, D, X, K = 5, 3, 7, 4
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PAIRS = [pair for pair in itertools.product(FLOATING, repeat=2) if pair[0] != pair[1]]
+
+
+def _named(dtypes):
+    return "-".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+pairs = pytest.mark.parametrize("dtypes", PAIRS, ids=_named)
+some_pairs = pytest.mark.parametrize("dtypes", [PAIRS[1], PAIRS[3], PAIRS[8]], ids=_named)
+FORMS = {
+    "pair": lambda mu, logvar: (mu, logvar),
+    "list": lambda mu, logvar: [mu, logvar],
+    "DiagonalNormal": fastvae.DiagonalNormal,
+    "log_scale": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, scale="log_scale"),
+    "softplus": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, scale="softplus", floor=1e-3),
+    "clamped": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, logvar_range=(-1.0, 1.0)),
+    "spatial": lambda mu, logvar: (mu[:, :, None, None], logvar[:, :, None, None]),
+}
+PRIORS = {
+    "N(0, I)": lambda mu, logvar: None,
+    "row": lambda mu, logvar: fastvae.DiagonalNormal(mu[0].detach(), logvar[0].detach()),
+    "each": lambda mu, logvar: fastvae.DiagonalNormal(logvar.detach(), mu.detach()),
+}
+ENTRIES = {
+    "elbo": fastvae.elbo,
+    "elbo of K": lambda *args, **kw: fastvae.elbo(*args, samples=K, **kw),
+    "monte carlo": lambda *args, **kw: fastvae.elbo(*args, samples=K, kl="mc", **kw),
+    "free bits": lambda *args, **kw: fastvae.elbo(*args, free_bits=0.1, **kw),
+    "iwae": lambda *args, **kw: fastvae.iwae(*args, k=K, **kw),
+    "dreg": lambda *args, **kw: fastvae.iwae(*args, k=K, estimator="dreg", **kw),
+    "stl": lambda *args, **kw: fastvae.iwae(*args, k=K, estimator="stl", **kw),
+    "chunks": lambda *args, **kw: fastvae.iwae(*args, k=K, k_chunk=2, **kw),
+    "bound": lambda *args, **kw: fastvae.bound(*args, fastvae.bounds.IWAE(alpha=0.5), k=K, **kw),
+    "log_marginal": lambda *args, **kw: fastvae.log_marginal(*args, k=K, **kw).log_px.mean(),
+}
+
+
+def _parts(dtypes):
+    """mu and logvar [B, D] of two dtypes, x, and a decoder that takes z in any."""
+    mu, logvar = (randn(B, D, seed=s).to(dtype) for s, dtype in enumerate(dtypes))
+    weight = randn(D, X, seed=2)
+    return mu, 0.5 * logvar, rand(B, X, seed=3).round(), lambda z: z.flatten(1).to(weight.dtype) @ weight
+
+
+def _value_and_gradients(entry, form, prior, mu, logvar, x, decoder):
+    leaves = [t.detach().clone().requires_grad_() for t in (mu, logvar)]
+    torch.manual_seed(0)
+    value = entry(x, form(*leaves), decoder, likelihood="bernoulli", prior=prior(mu, logvar))
+    return value.detach(), torch.autograd.grad(value, leaves) if value.requires_grad else (None, None)
+
+
+def _check(entry, form, prior, dtypes):
+    mu, logvar, x, decoder = _parts(dtypes)
+    wide = torch.promote_types(*dtypes)
+    value, grads = _value_and_gradients(entry, form, prior, mu, logvar, x, decoder)
+    expected, promoted = _value_and_gradients(entry, form, prior, mu.to(wide), logvar.to(wide), x, decoder)
+    assert torch.equal(value, expected)
+    for grad, its, leaf in zip(grads, promoted, (mu, logvar), strict=True):
+        if grad is not None:
+            assert grad.dtype == leaf.dtype
+            torch.testing.assert_close(grad, its.to(leaf.dtype), rtol=0, atol=0)
+
+
+@some_pairs
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form, dtypes, backend):
+    _check(ENTRIES["iwae"], FORMS[form], PRIORS["N(0, I)"], dtypes)
+
+
+@pairs
+def test_dtypes(dtypes):
+    _check(ENTRIES["elbo"], FORMS["pair"], PRIORS["N(0, I)"], dtypes)
+
+
+@some_pairs
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entries(entry, prior, dtypes):
+    _check(ENTRIES[entry], FORMS["pair"], PRIORS[prior], dtypes)
+
+
+@pytest.mark.parametrize("entry", ["elbo", "iwae"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+def test_large(entry, dtypes):
+    """What once read beyond a tensor."""
+    mu, logvar = (randn(512, 512, seed=s).to(dtype) for s, dtype in enumerate(dtypes))
+    x = rand(512, X, seed=3).round()
+
+    def value(mu, logvar):
+        torch.manual_seed(0)
+        decoder = lambda z: z.float()[:, :X]  # noqa: E731
+        return ENTRIES[entry](x, (mu, logvar), decoder, likelihood="bernoulli")
+
+    assert torch.equal(value(mu, logvar), value(mu.float(), logvar.float()))
+
+
+@pairs
+def test_normal(dtypes):
+    """torch.distributions.Normal(loc, scale), whose scale is 1: its logarithm is exact in any dtype."""
+    mu, _, x, decoder = _parts(dtypes)
+    scale = torch.ones(B, D, dtype=dtypes[1], device=DEVICE)
+    wide = torch.promote_types(*dtypes)
+
+    def value(loc, scale):
+        torch.manual_seed(0)
+        q = td.Normal(loc, scale)
+        return fastvae.elbo(x, q, decoder, likelihood="bernoulli")
+
+    assert torch.equal(value(mu, scale), value(mu.to(wide), scale.to(wide)))
+
+
+@pytest.mark.parametrize("entry", ["elbo", "iwae"])
+def test_compiled(entry):
+    mu, logvar, x, decoder = _parts((torch.float32, torch.bfloat16))
+
+    def function(mu, logvar):
+        return ENTRIES[entry](x, (mu, logvar), decoder, likelihood="bernoulli")
+
+    torch.manual_seed(0)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(mu, logvar)
+    torch.manual_seed(0)
+    assert torch.equal(compiled, function(mu, logvar.float()))
+
+
+@pytest.mark.parametrize("entry", ["elbo", "iwae"])
+def test_autocast(entry):
+    """An encoder under autocast whose log variance is taken to float32."""
+
+    class Encoder(nn.Module):
+        def __init__(self, wide):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.wide = nn.Linear(X, 2 * D), wide
+
+        def forward(self, x):
+            mu, logvar = self.linear(x).chunk(2, 1)
+            return (mu.float() if self.wide else mu), logvar.float()
+
+    found = []
+    for wide in (False, True):
+        vae = fastvae.VAE(Encoder(wide), nn.Linear(D, X), likelihood="bernoulli").to(DEVICE)
+        torch.manual_seed(1)
+        for p in vae.decoder.parameters():
+            nn.init.normal_(p)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            bound = getattr(vae, entry)(rand(B, X, seed=3))
+        bound.backward()
+        found.append((bound.detach(), vae.encoder.linear.weight.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@some_pairs
+def test_ops(dtypes, backend):
+    mu, logvar, *_ = _parts(dtypes)
+    wide, seed = torch.promote_types(*dtypes), torch.tensor(3, device=DEVICE)
+    for op, options in ((fastvae.ops.rsample_kl, {}), (fastvae.ops.rsample_log_ratio, {"samples": K})):
+        found = op(mu, logvar, seed=seed, prior=(logvar[0], mu), **options)
+        expected = op(*(t.to(wide) for t in (mu, logvar)), seed=seed, prior=(logvar[0], mu), **options)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
