@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # What a plain distribution defines, and a module has of nn.Module.
 _OF_MODULES = ("__setattr__", "__repr__", "to", "parameters", "state_dict")
@@ -23,9 +25,9 @@ class Distribution:
     needs no subclass. A prior needs :meth:`log_prob`; a posterior needs ``batch``, ``device`` and
     :meth:`rsample`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too.
 
-    A distribution is a plain object, and an ``nn.Module`` only where it owns state, so that the parameters of a
-    learned prior are found, saved and moved: one constructed from an ``nn.Parameter``, a module, or the fixed
-    tensors [D] of a prior. A subclass that creates parameters of its own inherits from both: ``class
+    A distribution is a plain object, and an ``nn.Module`` only where it owns state, so that a learned prior's
+    parameters are found, saved and moved: where it is constructed from an ``nn.Parameter``, a module, or the
+    fixed tensors [D] of a prior. A subclass that creates parameters of its own inherits from both: ``class
     Mine(fastvae.Distribution, nn.Module)``.
 
     Attributes:
@@ -73,11 +75,11 @@ class Distribution:
                     setattr(cls, name, getattr(nn.Module, name))
         else:
             names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-            cls._as_module = type(cls.__name__, (cls, nn.Module), names, as_module=True)  # type: ignore[call-overload]
+            cls._as_module = type(cls.__name__, (cls, nn.Module), names, as_module=True)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         given = (*args, *kwargs.values())
-        return object.__new__(cls._as_module if _owns_state(given) else cls)
+        return object.__new__(cls._as_module if _owns_state(given) else cls)  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class of a module is found by its family.
@@ -117,7 +119,6 @@ class Distribution:
         Args:
             args, kwargs: as ``nn.Module.to`` takes them.
         """
-
 
         def convert(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
@@ -255,6 +256,13 @@ class Distribution:
 
 Distribution.family = Distribution._as_module = Distribution
 
+_Family = TypeVar("_Family", bound=Distribution)
+
+
+def is_family(distribution: Distribution, family: type[_Family]) -> TypeGuard[_Family]:
+    """True for this family itself, plain or a module, and False for its subclasses."""
+    return distribution.family is family
+
 
 class Located(Distribution):
     """A family whose parameters have the axes of its location, [B, D] or, of a prior, [D]."""
@@ -281,7 +289,7 @@ class Located(Distribution):
 
 
 def _owns_state(given: Any) -> bool:
-    """Whether a constructor's arguments are what a module owns: parameters, modules, a prior's tensors [D]."""
+    """True for arguments that a module owns: parameters, modules, a prior's tensors [D]."""
     for value in given:
         if isinstance(value, (nn.Parameter, nn.Module)):
             return True

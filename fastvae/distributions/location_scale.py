@@ -110,7 +110,9 @@ class LocationScale(Located):
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> LocationScale:
         """The family with its parameters changed, row by row."""
-        return self.family(change(self.loc), change(self.log_scale))
+        family: Any = self.family
+        made: LocationScale = family(change(self.loc), change(self.log_scale))
+        return made
 
     def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution | None:
         """The same of torch's, which knows some KLs."""

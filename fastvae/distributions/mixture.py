@@ -13,7 +13,7 @@ from .. import ops, random
 from .._checks import check_count, check_tensor, shape_of
 from ..ops.mixture import check_components
 from ..ops.op import accumulator
-from .base import Distribution, hold
+from .base import Distribution, hold, is_family
 from .covariance import FullNormal, LowRankNormal
 from .normal import DiagonalNormal
 
@@ -84,7 +84,7 @@ class _Components(Distribution):
         return z
 
 
-class NormalMixture(_Components, nn.Module):
+class NormalMixture(_Components, nn.Module):  # type: ignore[misc]
     r"""A mixture of diagonal normal distributions, as a prior that may be learned.
 
     .. math:: p(z) = \sum_u π_u\, N(z; μ_u, \operatorname{diag} e^{\mathrm{logvar}_u})
@@ -153,7 +153,7 @@ class _Rows(_Components):
 
 def mixture_of_rows(parts: list[Distribution], logits: Tensor | None) -> NormalMixture | _Rows:
     """The mixture of the rows of posteriors, one after the other."""
-    pairs = [part._wide() for part in parts if part.family is DiagonalNormal]
+    pairs = [part._wide() for part in parts if is_family(part, DiagonalNormal)]
     if len(pairs) < len(parts):
         return _Rows(parts, logits)
     mu, logvar = (t[0] if len(t) == 1 else torch.cat(t) for t in zip(*pairs, strict=True))
@@ -181,18 +181,18 @@ def log_aggregate(parts: list[Distribution], z: Tensor) -> tuple[Tensor, Tensor 
 
 def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
     """Mean and log variance of each dimension [B, D] of a normal distribution."""
-    if q.family is DiagonalNormal:
+    if is_family(q, DiagonalNormal):
         return q._wide()
-    if q.family is FullNormal:
+    if is_family(q, FullNormal):
         mu, scale, _ = q._parts()
         return mu, scale.square().sum(-1).log()
-    if q.family is LowRankNormal:
+    if is_family(q, LowRankNormal):
         mu, logvar, factor = q._wide()
         return mu, (logvar.exp() + factor.square().sum(-1)).log()
     return None
 
 
-class _Encoded(Distribution, nn.Module):
+class _Encoded(Distribution, nn.Module):  # type: ignore[misc]
     """A mixture of posteriors of inputs that lie with the prior."""
 
     encoder: Any
@@ -520,7 +520,7 @@ class Mixture(Distribution):
         return torch.stack(draws, 1)[torch.arange(n, device=chosen.device), chosen]
 
     def rows(self, start: int, stop: int) -> Mixture | None:
-        if self.family is not Mixture:
+        if not is_family(self, Mixture):
             return None
         parts = [c.rows(start, stop) if c.has_rows and c.batch > 1 else c for c in self.components]
         known = [p for p in parts if p is not None]

@@ -21,17 +21,17 @@ from ..likelihoods.base import Likelihood
 from .checkpoint import digest
 
 
-def modules_of(function: Callable[..., Any]) -> list[nn.Module]:
+def modules_of(function: Callable[..., Any] | Distribution) -> list[nn.Module]:
     """The modules that a callable is, or reaches: as the object of a method, an attribute, an argument's
     default, a variable of its closure or a global that its code names; within three steps.
     """
-    owner = getattr(function, "__self__", function)
+    owner = function.__self__ if inspect.ismethod(function) else function
     if torch.compiler.is_compiling() and isinstance(owner, nn.Module):
         return [owner]  # a compiler cannot follow the walk
     return reached(function, nn.Module)
 
 
-def reached(function: Callable[..., Any], kinds: type | tuple[type, ...]) -> list[Any]:
+def reached(function: Callable[..., Any] | Distribution, kinds: type | tuple[type, ...]) -> list[Any]:
     """What a callable is, or reaches in this way, of these kinds; no farther than to one of them."""
     found: dict[int, Any] = {}
     seen: dict[int, int] = {}
@@ -74,7 +74,7 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
-def parameters_digest(*callables: Callable[..., Any]) -> str:
+def parameters_digest(*callables: Callable[..., Any] | Distribution) -> str:
     """Of everything that the callables' modules keep, and of how they print."""
     tensors: list[Tensor] = []
     names: list[str] = []
