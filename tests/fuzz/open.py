@@ -24,7 +24,6 @@ def _large(case: Case) -> bool:
 
 OPEN: dict[str, Callable[[Case], bool]] = {
     "2: the last layer left out": lambda c: _large(c) or (c.entry == "evaluate" and c.via != "function"),
-    "3: compiled": lambda c: bool(c.compiled),
     "7: torch.distributions in half precision": _half_torch,
     "own likelihoods in half precision": lambda c: (
         likelihoods.ZOO[c.likelihood].native is not None
