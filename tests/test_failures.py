@@ -44,14 +44,14 @@ how = Weighing(1.0, "log_mean_exp", "sum", 0.5, 2, 0.25)
 x = torch.ones(B, X)
 mu, tril, z = leaf(B, D), leaf(B, D * (D + 1) // 2), leaf(K * B, D)
 parts, logits, weight = leaf(300, D), leaf(K * B, X), leaf(X, D)
-each = leaf(K * B, 5, 3, 64); pixels = torch.zeros(B, 3, 64)
+classes = leaf(K, B, 15, 64)
 CALLS = {
     "tril": lambda: ops.rsample_tril(mu, tril, samples=100, seed=seed)[0].sum(),
     "mixture": lambda: ops.mixture_log_prob(z, parts, parts).sum(),
     "weigh": lambda: weigh("bernoulli", x, (logits,), None, None, how)[0],
     "shared": lambda: ops.gaussian_log_prob(x, logits.view(K, B, X), weight[:, :1].T.expand(1, X)[0]).sum(),
     "linear": lambda: weigh_linear("bernoulli", x, Layers(z, weight, None, None, None), None, None, how)[0],
-    "classes": lambda: ops.categorical_log_prob(torch.ones(B, 64), each.flatten(1, 2).view(K, B, 15, 64)).sum(),
+    "classes": lambda: ops.categorical_log_prob(torch.ones(B, 64), classes).sum(),
 }
 for name, call in CALLS.items():
     def both():
