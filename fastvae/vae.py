@@ -111,6 +111,10 @@ class VAE(nn.Module):
             latent_dim = self.prior.dim
         self.latent_dim = None if latent_dim is None else _as_latent_dim(latent_dim)
 
+    def extra_repr(self) -> str:
+        known = [] if self.latent_dim is None else [f"latent_dim={self.latent_dim}"]
+        return ", ".join([*known, *["fuse=False"] * (not self.fuse)])
+
     def forward(
         self, x: Any, objective: str | Bound = "elbo", **options: Any
     ) -> Tensor | Terms | BetaTCTerms | LogMarginal:

@@ -63,7 +63,8 @@ class TorchLikelihood(Likelihood):
             return self.distribution(parameters).sample()
 
     def extra_repr(self) -> str:
-        return "" if isinstance(self.constructor, nn.Module) else repr(self.constructor)
+        own = [] if isinstance(self.constructor, nn.Module) else [repr(self.constructor)]
+        return ", ".join([*own, *[f"inside={self.inside}"] * (self.inside != 0)])
 
 
 def from_distribution(constructor: Callable[..., td.Distribution], *, inside: float = 0.0) -> TorchLikelihood:
