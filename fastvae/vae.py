@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType, FunctionType
+from types import FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -21,7 +21,7 @@ from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_c
 from .distributions.wrapped import tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
-from .head import FusedHead, made
+from .head import may_end_in_a_layer, run_to_last_layer
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
 from .ops.head import FEWEST_NUMBERS
@@ -50,9 +50,11 @@ class VAE(nn.Module):
             ``fastvae.DiagonalNormal``, or a module context -> prior.
         latent_dim: D, or (C, H, W); found from the encoder's first output if not given, and needed for
             :meth:`sample` before that. If given, torch.compile compiles only once.
-        fuse: leave the decoder's last linear layer to the objective, or to an evaluation, which does not
-            store its output, where that is no slower: :func:`fastvae.fuse_head`, on a CPU, for outputs of
-            some hundred thousand numbers or more. Values and gradients are the same to rounding.
+        fuse: leave the decoder's last layer to the objective, or to an evaluation, which does not store its
+            output, where nothing else could tell and it is no slower: the decoder is an ``nn.Linear`` or an
+            ``nn.Sequential`` that ends in one, without hooks, on a CPU, for outputs of some hundred thousand
+            numbers or more. Values and gradients are the same to rounding. For other decoders there is
+            :class:`fastvae.FusedHead`.
 
     Conditional models: where a method is given ``context=``, encoder and decoder are called with it as their
     second argument, and a prior that is a function with it alone.
@@ -254,8 +256,8 @@ class VAE(nn.Module):
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
         on_cpu = all([p.is_cpu for p in self.parameters()])
-        fuses = self.fuse and on_cpu and isinstance(self.decoder, nn.Module)
-        decoder = FusedHead(self.decoder) if fuses else self.decoder
+        fuses = self.fuse and on_cpu and may_end_in_a_layer(self.decoder)
+        decoder = MethodType(run_to_last_layer, self.decoder) if fuses else self.decoder
         return evaluate(self.posterior, decoder, data, **self._meaning(), **options)
 
     @torch.no_grad()
@@ -291,6 +293,7 @@ class VAE(nn.Module):
         _, parameters = simulate(
             self.decoder, self.prior, n, self._known_latent_dim(), context, reference, generator
         )
+        parameters = self.likelihood.multiplied_out(parameters)
         if mean:
             return self.likelihood.mean(parameters)
         return self.likelihood.sample(parameters, generator=generator)
@@ -335,12 +338,13 @@ class VAE(nn.Module):
     def _fused(self, x: Any, samples: Any) -> Any:
         """The decoder, its last layer left to the objective where that may pay."""
         may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
-        if may_pay and samples * x.numel() >= FEWEST_NUMBERS and isinstance(self.decoder, nn.Module):
-            return FusedHead(self.decoder)
+        if may_pay and samples * x.numel() >= FEWEST_NUMBERS and may_end_in_a_layer(self.decoder):
+            return MethodType(run_to_last_layer, self.decoder)
         return self.decoder
 
     def _decode(self, z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:
-        return made(decoded(self.decoder, z, context, latent))
+        returned = decoded(self.decoder, z, context, latent)
+        return self.likelihood.multiplied_out(returned)
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}
