@@ -351,8 +351,6 @@ def _sized(likelihood: Likelihood, parameters: Any, x: Any, size: Any) -> Any:
             name: _sized(part, parameters[name], x[name], None if size is None else size.get(name))
             for name, part in likelihood._each()
         }
-    if isinstance(likelihood, Declared):
-        parameters = likelihood._computed(parameters, x)
     if size is None:
         return parameters
     if not isinstance(likelihood, Declared):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -82,8 +82,8 @@ def _tensors(name: str, value: Any, seen: tuple[Any, ...] = ()) -> Iterator[tupl
     elif isinstance(value, (Distribution, td.Distribution)):
         for key, part in vars(value).items():
             yield from _tensors(f"{name}.{key}", part, seen)
-    elif inspect.ismethod(value) and value.__func__ is run_to_last_layer:
-        yield from _tensors(name, value.__self__, seen)
+    elif isinstance(value, functools.partial) and value.func is run_to_last_layer:
+        yield from _tensors(name, value.args[0], seen)
     elif isinstance(value, nn.Module):
         for key, part in value.named_parameters():
             yield f"{name}.{key}", part

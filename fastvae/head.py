@@ -1,4 +1,4 @@
-"""The decoder's last linear layers, left to the objective: where a decoder's structure proves it, or a user says so."""
+"""The decoder's last linear layers, left to the objective where its structure proves it or a user says so."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def check_unchanged(layer: LastLayer) -> None:
         name = "input" if t is layer.input else "weight or bias"
         if _version(t) > version:
             raise RuntimeError(
-                f"the {name} {shape_of(t)} of the decoder's last layer was changed in place after the layer was "
-                f"called, so its output cannot be computed any more; change it out of place, or {fix}"
+                f"the {name} {shape_of(t)} of the decoder's last layer was changed in place after the layer "
+                f"was called, so its output cannot be computed any more; change it out of place, or {fix}"
             )
         if not _is_allocated(t):
             raise RuntimeError(
-                f"the {name} {shape_of(t)} of the decoder's last layer was freed after the decoder was called, as "
-                f"sharding does; shard the module that holds the decoder and calls the objective, or {fix}"
+                f"the {name} {shape_of(t)} of the decoder's last layer was freed after the decoder was called, "
+                f"as sharding does; shard the module that holds the decoder and calls the objective, or {fix}"
             )
 
 
@@ -106,8 +106,8 @@ def multiply_out(layer: LastLayer, event: tuple[int, ...] | None) -> tuple[Tenso
         features = product.shape[1]
         if features % size if size else features:
             raise ValueError(
-                f"a last layer of FusedHead has {features} outputs; expected a multiple of {size}, the numbers "
-                f"of an event {list(event)}"
+                f"a last layer of FusedHead has {features} outputs; expected a multiple of {size}, the "
+                f"numbers of an event {list(event)}"
             )
         parts = (product,) if features == size else product.split(size, 1)
         outputs += [part if part.shape[1:] == event else part.reshape(len(part), *event) for part in parts]
@@ -244,24 +244,24 @@ class FusedHead(nn.Module):
         super().__init__()
         if not isinstance(body, nn.Module):
             raise TypeError(
-                f"body must be an nn.Module z [N, D] -> h [N, H], got {type(body).__name__}; torch.nn.Identity() "
-                "is one that returns z"
+                f"body must be an nn.Module z [N, D] -> h [N, H], got {type(body).__name__}; "
+                "torch.nn.Identity() is one that returns z"
             )
         if not layers:
             raise TypeError(
-                "FusedHead needs the last layers after the body, such as FusedHead(body, torch.nn.Linear(200, "
-                "784)); got none"
+                "FusedHead needs the last layers after the body, such as FusedHead(body, "
+                "torch.nn.Linear(200, 784)); got none"
             )
         for i, layer in enumerate(layers):
             if not isinstance(layer, nn.Linear) or not _has_its_forward(layer):
                 raise TypeError(
                     f"layer {i} must be an nn.Linear with nn.Linear's own forward, since it is not called; got "
-                    f"{type(layer).__name__}. Make it a part of the body, or use the decoder without FusedHead"
+                    f"{type(layer).__name__}. Make it a part of the body, or use a decoder without FusedHead"
                 )
             if layer.in_features != layers[0].in_features:
                 raise ValueError(
-                    f"layer {i} has in_features={layer.in_features} and layer 0 {layers[0].in_features}; expected "
-                    "layers of the same input"
+                    f"layer {i} has in_features={layer.in_features} and layer 0 {layers[0].in_features}; "
+                    "expected layers of the same input"
                 )
         self.body, self.layers = body, nn.ModuleList(layers)
         self.event = None if event is None else tuple(event) if isinstance(event, (tuple, list)) else (event,)
@@ -273,8 +273,8 @@ class FusedHead(nn.Module):
         for i, layer in enumerate(layers):
             if layer.out_features % size:
                 raise ValueError(
-                    f"layer {i} has out_features={layer.out_features}; expected a multiple of {size}, the numbers "
-                    f"of event={event!r}"
+                    f"layer {i} has out_features={layer.out_features}; expected a multiple of {size}, the "
+                    f"numbers of event={event!r}"
                 )
 
     def forward(self, *args: Any) -> LastLayer:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType, FunctionType, MethodType
+from types import FrameType, FunctionType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -257,7 +258,7 @@ class VAE(nn.Module):
         """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
         on_cpu = all([p.is_cpu for p in self.parameters()])
         fuses = self.fuse and on_cpu and may_end_in_a_layer(self.decoder)
-        decoder = MethodType(run_to_last_layer, self.decoder) if fuses else self.decoder
+        decoder = functools.partial(run_to_last_layer, self.decoder) if fuses else self.decoder
         return evaluate(self.posterior, decoder, data, **self._meaning(), **options)
 
     @torch.no_grad()
@@ -339,7 +340,7 @@ class VAE(nn.Module):
         """The decoder, its last layer left to the objective where that may pay."""
         may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
         if may_pay and samples * x.numel() >= FEWEST_NUMBERS and may_end_in_a_layer(self.decoder):
-            return MethodType(run_to_last_layer, self.decoder)
+            return functools.partial(run_to_last_layer, self.decoder)
         return self.decoder
 
     def _decode(self, z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:

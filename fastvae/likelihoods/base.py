@@ -82,8 +82,8 @@ class Likelihood(nn.Module):
         return summed(value, samples, batch)
 
     def read_output(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
-        """Return the decoder's output for K·B rows of z as :meth:`fused` and :meth:`log_likelihood` take it: a
-        last layer as the fused op does, where there is one, else multiplied out.
+        """Return the decoder's output for K·B rows of z as :meth:`fused` and :meth:`log_likelihood` take it,
+        a last layer as the fused op does, where there is one, else multiplied out.
         """
         return self.multiplied_out(parameters, x)
 
@@ -350,8 +350,7 @@ class Declared(Likelihood):
         given = self._given(x)
         count, size = len(self.outputs) - len(given), x.shape[1:].numel()
         # The first outputs must be the layers'.
-        parts = tuple([object() for _ in range(count)])
-        if any([a is not b for a, b in zip(self._arranged(parts, given), (*parts, *given), strict=True)]):
+        if self._arranged(self.outputs[:count], self.outputs[count:]) != self.outputs:
             return None
         features = [len(w) for w in layer.weights]
         if any([n % size for n in features]) or sum(features) != count * size:
