@@ -81,8 +81,8 @@ def check_unchanged(layer: LastLayer) -> None:
             )
         if not _is_allocated(t):
             raise RuntimeError(
-                f"the {name} {shape_of(t)} of the decoder's last layer was freed after the decoder was called, "
-                f"as sharding does; shard the module that holds the decoder and calls the objective, or {fix}"
+                f"the {name} {shape_of(t)} of the decoder's last layer was freed after the call, as sharding "
+                f"does; shard the module that holds the decoder and calls the objective, or {fix}"
             )
 
 
@@ -255,8 +255,8 @@ class FusedHead(nn.Module):
         for i, layer in enumerate(layers):
             if not isinstance(layer, nn.Linear) or not _has_its_forward(layer):
                 raise TypeError(
-                    f"layer {i} must be an nn.Linear with nn.Linear's own forward, since it is not called; got "
-                    f"{type(layer).__name__}. Make it a part of the body, or use a decoder without FusedHead"
+                    f"layer {i} must be an nn.Linear with nn.Linear's own forward, since it is not called; "
+                    f"got {type(layer).__name__}. Make it a part of the body, or use a decoder without FusedHead"
                 )
             if layer.in_features != layers[0].in_features:
                 raise ValueError(

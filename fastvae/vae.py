@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
@@ -50,7 +51,8 @@ class VAE(nn.Module):
         prior: default N(0, I), or the :class:`fastvae.Hierarchy` that the encoder holds; or an object such as
             ``fastvae.DiagonalNormal``, or a module context -> prior.
         latent_dim: D, or (C, H, W); found from the encoder's first output if not given, and needed for
-            :meth:`sample` before that. If given, torch.compile compiles only once.
+            :meth:`sample` before that. If given, the encoder's outputs are checked against it, and
+            torch.compile compiles only once.
         fuse: leave the decoder's last layer to the objective, or to an evaluation, which does not store its
             output, where nothing else could tell and it is no slower: the decoder is an ``nn.Linear`` or an
             ``nn.Sequential`` that ends in one, without hooks, on a CPU, for outputs of some hundred thousand
@@ -110,9 +112,11 @@ class VAE(nn.Module):
         if prior is None:
             prior = self._own_prior()
         self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_prior(prior)
+        given = latent_dim is not None
         if latent_dim is None and isinstance(self.prior, Hierarchy):
             latent_dim = self.prior.dim
         self.latent_dim = None if latent_dim is None else _as_latent_dim(latent_dim)
+        self._checks_latent_dim = given
 
     def extra_repr(self) -> str:
         known = [] if self.latent_dim is None else [f"latent_dim={self.latent_dim}"]
@@ -154,8 +158,12 @@ class VAE(nn.Module):
             dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
             x = each(lambda t: t.to(dtype) if t.dtype in INTEGERS else t, x)
         q = as_posterior(called("encoder", self.encoder, x, context))
-        if self.latent_dim is None:
-            self.latent_dim = q.latent or (None if q.mean is None else q.mean.shape[1])
+        if self.latent_dim is None or self._checks_latent_dim:
+            found = q.latent or (None if q.mean is None else q.mean.shape[1])
+            if self.latent_dim is None:
+                self.latent_dim = found
+            elif found is not None:
+                self._check_latent_dim(found)
         return q
 
     @overload
@@ -314,6 +322,20 @@ class VAE(nn.Module):
             raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
         return self.likelihood.mean(self._decode(q.mean, context, q.latent))
 
+    def _check_latent_dim(self, found: int | tuple[int, ...]) -> None:
+        """Refuse a q of other latents than ``latent_dim`` says."""
+        known: Any = self.latent_dim
+        if isinstance(found, tuple) and isinstance(known, tuple):
+            same = found == known
+        else:
+            same = math.prod(_axes(found)) == math.prod(_axes(known))
+        if not same:
+            raise ValueError(
+                f"the encoder returned a q of {found} latents, but the VAE has latent_dim={known}; let the "
+                f"encoder return that many (mu and logvar side by side are [B, {2 * math.prod(_axes(known))}]), "
+                f"or give latent_dim={found}"
+            )
+
     def _own_prior(self) -> Hierarchy | None:
         """The hierarchy whose posterior the encoder returns, if it does."""
         encoder = self.encoder.modules() if isinstance(self.encoder, nn.Module) else ()
@@ -361,6 +383,10 @@ def _as_latent_dim(value: Any) -> int | tuple[int, ...]:
     if not sizes:
         raise ValueError("latent_dim is (), a shape without axes; expected D, or a shape such as (C, H, W)")
     return sizes if len(sizes) > 1 else sizes[0]
+
+
+def _axes(latent_dim: int | tuple[int, ...]) -> tuple[int, ...]:
+    return latent_dim if isinstance(latent_dim, tuple) else (latent_dim,)
 
 
 class _Function(nn.Module):
