@@ -255,8 +255,8 @@ class FusedHead(nn.Module):
         for i, layer in enumerate(layers):
             if not isinstance(layer, nn.Linear) or not _has_its_forward(layer):
                 raise TypeError(
-                    f"layer {i} must be an nn.Linear with nn.Linear's own forward, since it is not called; "
-                    f"got {type(layer).__name__}. Make it a part of the body, or use a decoder without FusedHead"
+                    f"layer {i} must be an nn.Linear with nn.Linear's own forward, it is not called; got "
+                    f"{type(layer).__name__}. Make it a part of the body, or use no FusedHead"
                 )
             if layer.in_features != layers[0].in_features:
                 raise ValueError(

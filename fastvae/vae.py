@@ -332,8 +332,8 @@ class VAE(nn.Module):
         if not same:
             raise ValueError(
                 f"the encoder returned a q of {found} latents, but the VAE has latent_dim={known}; let the "
-                f"encoder return that many (mu and logvar side by side are [B, {2 * math.prod(_axes(known))}]), "
-                f"or give latent_dim={found}"
+                "encoder return that many (mu and logvar side by side are "
+                f"[B, {2 * math.prod(_axes(known))}]), or give latent_dim={found}"
             )
 
     def _own_prior(self) -> Hierarchy | None:

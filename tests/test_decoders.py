@@ -21,10 +21,11 @@ B, K, D, X = 13, 130, 3, 160  # K·B·X is above the threshold, 2^18
 # Where the structure proves that nothing can tell the last layer's product from a call of it.
 LEFT_OUT = {
     "linear", "linear without bias", "sequential", "sequential of one", "nested", "relu in place",
-    "batch norm", "dropout", "the body doubles the last layer", "a weight that is no parameter", "frozen last layer",
-    "frozen weight", "frozen body", "frozen", "weight tensor hook", "post-accumulate hook", "tied",
-    "a transposed weight", "saved on the CPU", "anomaly detection", "deepcopied", "pickled",
-    "saved and loaded", "compiled body", *(name for name in DECODERS if name.endswith(" on the body")),
+    "batch norm", "dropout", "the body doubles the last layer", "a weight that is no parameter",
+    "frozen last layer", "frozen weight", "frozen body", "frozen", "weight tensor hook",
+    "post-accumulate hook", "tied", "a transposed weight", "saved on the CPU", "anomaly detection",
+    "deepcopied", "pickled", "saved and loaded", "compiled body",
+    *(name for name in DECODERS if name.endswith(" on the body")),
 }  # fmt: skip
 
 
