@@ -20,7 +20,7 @@ from ._nested import called, decoded, each, tensors
 from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .bounds import Bound
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
-from .distributions.wrapped import tensors_of
+from .distributions.base import as_module, tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
 from .head import may_end_in_a_layer, run_to_last_layer
@@ -111,7 +111,7 @@ class VAE(nn.Module):
             )
         if prior is None:
             prior = self._own_prior()
-        self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_prior(prior)
+        self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_module(as_prior(prior))
         given = latent_dim is not None
         if latent_dim is None and isinstance(self.prior, Hierarchy):
             latent_dim = self.prior.dim

@@ -18,7 +18,6 @@ def _half_torch(case: Case) -> bool:
 
 
 OPEN: dict[str, Callable[[Case], bool]] = {
-    "3: compiled": lambda c: bool(c.compiled),
     "7: torch.distributions in half precision": _half_torch,
     "own likelihoods in half precision": lambda c: (
         likelihoods.ZOO[c.likelihood].native is not None
