@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from . import families, likelihoods
 from .case import HALVES, Case
 
@@ -23,11 +21,7 @@ OPEN: dict[str, Callable[[Case], bool]] = {
         likelihoods.ZOO[c.likelihood].native is not None
         and (c.net_dtype in HALVES or c.x_dtype in HALVES or c.decoder == "autocast")
     ),
-    "5: integers with a mask": lambda c: (
-        c.likelihood == "categorical" and c.mask != "" and c.x_dtype == torch.uint8
-    ),
     "9: float16": lambda c: c.net_dtype in HALVES and (bool(c.encoder) or c.estimator == "dreg"),
-    "13: empty batches": lambda c: c.batch == 0,
 }
 
 
