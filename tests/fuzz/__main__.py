@@ -62,7 +62,7 @@ def run(
         command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--child", "--seed", str(seed)]
         command += ["--index", str(index), "--count", str(start + count - index), "--only", only]
         command += ["--all"] * every
-        errors = tempfile.TemporaryFile("w+")
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read after the child)
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         process = subprocess.Popen(
             command,

@@ -443,7 +443,7 @@ def _reduced(case: Case, bound: Tensor, log_likelihood: Any = None, kl: Any = No
 
 def _aggregate(built: Built, q: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     """log q(z) and Σ log q(z_d) of this batch's mixture."""
-    n = math.log(built.case.batch)
+    n = math.log(max(built.case.batch, 1))
     if isinstance(q, torch.distributions.MultivariateNormal):
         variance = q.covariance_matrix.diagonal(dim1=-2, dim2=-1)
         marginal = torch.distributions.Normal(q.loc, variance.sqrt())
