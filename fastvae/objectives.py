@@ -25,6 +25,7 @@ from ._checks import (
 from ._inputs import Inputs, weigh_samples
 from ._nested import Beside, tensors
 from ._stream import Chunks
+from ._versions import Versions
 from .bounds import IWAE, Bound, weighed
 from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
 from .distributions.draws import describe, say_monte_carlo
@@ -701,21 +702,48 @@ def _chunked(
         )
 
     # checkpoint keeps the random state (dropout's) of those devices that it sees a tensor of.
-    def draw(start: int, on_device: Tensor) -> tuple[Tensor, ...]:
+    def draw(start: int, on_device: Tensor) -> list[Tensor]:
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
             _trim(inputs.device)
         z, *drawn = draw_chunk(
             inputs.q, inputs.prior, min(k_chunk, k - start), seed, start, row_offset, route
         )
-        return inputs.log_likelihood(z), *(t for t in drawn if t is not None)
+        return [inputs.log_likelihood(z), *(t for t in drawn if t is not None)]
 
     if not torch.compiler.is_compiling():
+        draw = _unchanged(draw, inputs)
         # The second pass may run in a thread of autograd's, and must be of the first one's kind.
         draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
     on_device = tensors(inputs.x)[0]
     parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
     log_likelihood, log_ratio, *told = (torch.cat(each) for each in zip(*parts, strict=True))
     return log_likelihood, log_ratio, told[0] if told else None
+
+
+def _unchanged(draw: Callable[..., list[Tensor]], inputs: Inputs) -> Callable[..., list[Tensor]]:
+    """``draw``, which refuses to run again on inputs that were changed in place."""
+    beside = inputs.beside or Beside()
+    versions = Versions(
+        {
+            "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
+            "likelihood": inputs.likelihood, "mask": beside.mask, "size": beside.size,
+            "context": beside.context,
+        }
+    )  # fmt: skip
+    drawn: set[int] = set()
+
+    def checked(start: int, on_device: Tensor) -> list[Tensor]:
+        if start in drawn:
+            versions.check()
+        drawn.add(start)
+        outputs: list[Tensor] = []
+        try:
+            outputs = draw(start, on_device)
+        finally:  # checkpoint leaves a second run as soon as it has what it needs
+            versions.note(*outputs)
+        return outputs
+
+    return checked
 
 
 @torch.no_grad()

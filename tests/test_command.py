@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,22 @@ def test_every_option_arrives(folder, monkeypatch):
     )
     for name, value in options.items():
         assert str(given[name.replace("-", "_")]) == value
+
+
+@pytest.mark.parametrize("name", ["model.pt", "whole.pt", "x.pt"])
+def test_a_damaged_archive_is_refused(folder, name):
+    """One byte of a tensor is another: torch.load does not look at the checksums."""
+    file = folder / name
+    with zipfile.ZipFile(file) as archive:
+        entry = max(archive.infolist(), key=lambda e: e.file_size)
+        with archive.open(entry) as opened:
+            content = opened.read()
+    data = bytearray(file.read_bytes())
+    data[bytes(data).index(content) + len(content) // 2] ^= 1
+    file.write_bytes(data)
+    model, x = (str(file), "digits") if name != "x.pt" else (str(folder / "model.pt"), str(file))
+    with pytest.raises(SystemExit, match=f"{name} is damaged: the checksum of its entry"):
+        main(["evaluate", model, x, "--k", "30", "--trust"])
 
 
 def test_a_whole_vae_is_loaded_on_trust(folder, capsys):

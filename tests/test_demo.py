@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -103,6 +104,10 @@ def test_read_idx(tmp_path):
         ("a", b"", "0 bytes"),
         ("a", idx_bytes(5, 0, magic=0x801), "0x00000801.*0x00000803"),
         ("a", idx_bytes(5, 0)[:-1], "195 bytes.*which make 196.*cut off"),
+        ("a", idx_bytes(5, 0) + b"x", "goes on after 196 bytes"),
+        ("a.gz", gzip.compress(idx_bytes(5, 0) + b"x"), "goes on after 196 bytes"),
+        ("a", struct.pack(">4I", 0x803, 2**32 - 1, 2**31, 6) + b"few", "19 bytes.*cut off"),
+        ("a.gz", gzip.compress(struct.pack(">4I", 0x803, 2**32 - 1, 2**31, 6) + b"few"), "19 bytes.*cut off"),
         ("a", struct.pack(">4I", 0x803, 0, 6, 6), "no pixels"),
         ("a.gz", idx_bytes(5, 0), "not a whole gzip"),
         ("a.gz", gzip.compress(idx_bytes(5, 0))[:-9], "not a whole gzip"),
@@ -112,6 +117,21 @@ def test_read_idx_refuses(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         demo.read_idx(tmp_path / name)
+
+
+def test_read_idx_expands_no_more_than_the_header_says(tmp_path):
+    """256 MiB of zeros make a gzip file of 250 KiB."""
+    with gzip.open(tmp_path / "a.gz", "wb") as file:
+        file.write(struct.pack(">4I", 0x803, 5, 6, 6))
+        for _ in range(256):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="goes on after 196 bytes"):
+            demo.read_idx(tmp_path / "a.gz")
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 def test_folder_errors(tmp_path):

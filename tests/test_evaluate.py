@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import fastvae
 from fastvae import _stream
 from fastvae._inputs import Inputs
-from fastvae.evaluate.checkpoint import Store, digest
+from fastvae.evaluate.checkpoint import Store, digest, write_arrays
 from fastvae.evaluate.modules import modules_of, parameters_digest
 
 from . import models
@@ -1215,7 +1215,7 @@ def test_what_is_no_result_is_not_loaded(tmp_path):
         "empty.npz": "",
         "array.npz.npy": "",
         "other.npz": "log_px",
-        "short.npz": r"khat has shape \[22\]",
+        "short.npz": r"khat has dtype float64 and shape \[22\]; expected float64 \[23\]",
         "less.npz": "there is no ess",
         "curve.npz": "",
     }.items():
@@ -1223,6 +1223,110 @@ def test_what_is_no_result_is_not_loaded(tmp_path):
             fastvae.Evaluation.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         fastvae.Evaluation.load(tmp_path / "nothing.npz")
+
+
+_SPOILED = {
+    "dtype": ("log_px", lambda v: v.astype(np.float32), "log_px has dtype float32"),
+    "integers": ("ess", lambda v: v.astype(np.int64), "ess has dtype int64"),
+    "draws": ("k", lambda v: v.astype(float), "k has dtype float64"),
+    "axes": ("log_px", lambda v: v[None], r"log_px has shape \[1, 23\]"),
+    "no number": ("nll", lambda v: np.array("1"), "nll has dtype <U1"),
+    "a row": ("nll", lambda v: v[None], r"nll has dtype float64 and shape \[1\]"),
+    "latents": ("kl_per_dim", lambda v: v[None], "kl_per_dim has dtype float64 and shape"),
+    "nll": ("nll", lambda v: v + 1, "nll must be minus the mean of log_px"),
+    "bits": ("bits_per_dim", lambda v: v * 2, "bits_per_dim must be"),
+    "error": ("mc_stderr", lambda v: v * 2, "mc_stderr must be"),
+    "ess": ("ess", lambda v: v + 1e4, "ess must be between 0 and k"),
+    "negative": ("jackknife_stderr", lambda v: -v - 1, "jackknife_stderr must not be negative"),
+    "k": ("k", lambda v: v * 0, "k must be at least 1"),
+    "interval": ("low", lambda v: v * 0 + np.inf, "low must not be above high"),
+    "dims": ("dims", lambda v: v * 0, "dims must be positive"),
+    "curve": ("curve", lambda v: v[::-1], "curve must rise"),
+    "active": ("active_units", lambda v: v + 99, "active_units must be among the latents"),
+    "objects": ("khat", lambda v: v.astype(object), "allow_pickle=False"),
+}
+
+
+@pytest.mark.parametrize("case", _SPOILED)
+def test_a_result_whose_parts_do_not_agree_is_not_loaded(tmp_path, case):
+    model, x, q = _model_and_data()
+    file = tmp_path / "result.npz"
+    _evaluate(model, q, x).save(file)
+    with np.load(file) as saved:
+        arrays = dict(saved)
+    name, spoil, words = _SPOILED[case]
+    np.savez(file, **{**arrays, name: spoil(arrays[name])})
+    with pytest.raises(ValueError, match=f"holds no result that Evaluation.save wrote.*{words}"):
+        fastvae.Evaluation.load(file)
+
+
+class _Spy:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_no_code_of_a_file_runs(tmp_path):
+    model, x, q = _model_and_data()
+    file, mark = tmp_path / "result.npz", tmp_path / "mark"
+    _evaluate(model, q, x).save(file)
+    with np.load(file) as saved:
+        arrays = dict(saved)
+    np.savez(file, **{**arrays, "khat": np.array([_Spy(mark)], dtype=object)})
+    with pytest.raises(ValueError, match="holds no result"):
+        fastvae.Evaluation.load(file)
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        _evaluate(model, q, x, checkpoint=file)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["loop", "long", "folder", "file as a folder"])
+def test_a_checkpoint_that_cannot_be_a_file_says_why(tmp_path, kind):
+    model, x, q = _model_and_data()
+    path, words = {
+        "loop": (tmp_path / "a", "symbolic links"),
+        "long": (tmp_path / ("n" * 300), "too long"),
+        "folder": (tmp_path, "is a folder"),
+        "file as a folder": (tmp_path / "file" / "a.npz", "no folder|[Nn]ot a directory"),
+    }[kind]
+    (tmp_path / "file").touch()
+    if kind == "loop":
+        path.symlink_to(tmp_path / "b")
+        (tmp_path / "b").symlink_to(path)
+    with pytest.raises(ValueError, match=f"^checkpoint .*({words})"):
+        _evaluate(model, q, x, checkpoint=path)
+    if kind != "folder":
+        with pytest.raises(OSError, match=f"{words}|No such file"):
+            fastvae.Evaluation.load(path)
+
+
+def test_a_name_as_long_as_the_file_system_takes(tmp_path):
+    model, x, q = _model_and_data()
+    path = tmp_path / ("ä" * 120 + ".npz")
+    first = _evaluate(model, q, x, checkpoint=path)
+    assert torch.equal(_evaluate(model, q, x, checkpoint=path).log_px, first.log_px)
+    first.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_nobody_foresees_the_name_of_a_draft(tmp_path, monkeypatch):
+    """A link in its place would be written through."""
+    model, x, q = _model_and_data()
+    result, names = _evaluate(model, q, x), []
+    monkeypatch.setattr(os, "replace", lambda old, new: names.append(Path(old).name))
+    for _ in range(2):
+        result.save(tmp_path / "result.npz")
+    assert len(set(names)) == 2 and all(str(os.getpid()) not in n.rpartition("-")[0] for n in names)
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
+    target = tmp_path / "target"
+    (tmp_path / names[0].replace(names[0].rpartition("-")[2], "0" * 16)).symlink_to(target)
+    with pytest.raises(FileExistsError):
+        result.save(tmp_path / "result.npz")
+    assert not target.exists()
 
 
 def test_a_result_replaces_another_when_it_is_whole(tmp_path, monkeypatch):
@@ -1251,12 +1355,21 @@ def test_a_summary_can_be_printed_anywhere(encoding, sign, monkeypatch):
     assert f"{result.nll:.2f} {sign} {result.stderr:.2f} nats" in stream.buffer.getvalue().decode(encoding)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
+    """Drafts that a rank had begun to write; nothing else, not even of another checkpoint."""
     model, x, q = _model_and_data()
-    for name in (".run.npz.123", ".run.rank3.npz.4", ".run.npz.bak", ".other.npz.5"):
-        (tmp_path / name).write_bytes(b"half")
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", lambda old, new: None)
+        killed.setattr(Path, "unlink", lambda *a, **k: None)
+        for name in ("run.npz", "run.rank3.npz", "other.npz"):
+            write_arrays(tmp_path / name, {"a": np.zeros(3)})
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / ".run.npz.bak").write_bytes(b"half")
     _evaluate(model, q, x, checkpoint=tmp_path / "run.npz")
-    assert {p.name for p in tmp_path.iterdir()} == {"run.npz", ".run.npz.bak", ".other.npz.5"}
+    left = {p.name for p in tmp_path.iterdir()} - {"run.npz", ".run.npz.bak"}
+    assert len(left) == 1
+    _evaluate(model, q, x, checkpoint=tmp_path / "other.npz")
+    assert {p.name for p in tmp_path.iterdir()} == {"run.npz", ".run.npz.bak", "other.npz"}
 
 
 def test_checkpoints_leave_other_files_alone(tmp_path):

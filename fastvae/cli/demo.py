@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -390,12 +390,18 @@ def find_idx(folder: Path, part: str) -> Path:
 def read_idx(path: Path) -> np.ndarray:
     """The images of an IDX file, uint8 [N, height, width]; a name that ends in .gz is decompressed."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            return _read_idx(path, file)  # type: ignore[arg-type]
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
-    if len(data) < 16:
-        raise ValueError(f"{path} has {len(data)} bytes; an IDX file of images has a header of 16")
-    magic, count, height, width = struct.unpack(">4I", data[:16])
+
+
+def _read_idx(path: Path, file: BinaryIO) -> np.ndarray:
+    """Read as many bytes as the header says, whatever a compressed file would expand to."""
+    header = file.read(16)
+    if len(header) < 16:
+        raise ValueError(f"{path} has {len(header)} bytes; an IDX file of images has a header of 16")
+    magic, count, height, width = struct.unpack(">4I", header)
     if magic != 0x803:
         raise ValueError(
             f"{path} starts with {magic:#010x}; an IDX file of images starts with 0x00000803 "
@@ -403,12 +409,17 @@ def read_idx(path: Path) -> np.ndarray:
         )
     if count == 0 or height == 0 or width == 0:
         raise ValueError(f"{path} holds no pixels: its header says {count} images of {height}x{width}")
-    if len(data) != 16 + count * height * width:
-        raise ValueError(
-            f"{path} has {len(data)} bytes; its header says {count} images of {height}x{width}, which make "
-            f"{16 + count * height * width}: is it cut off?"
-        )
-    return np.frombuffer(data, np.uint8, offset=16).reshape(count, height, width).copy()
+    says = f"its header says {count} images of {height}x{width}, which make {16 + count * height * width}"
+    data, left = bytearray(), count * height * width
+    # In pieces: a header that lies allocates nothing.
+    while piece := file.read(min(left, 2**20)) if left else b"":
+        data += piece
+        left -= len(piece)
+    if left:
+        raise ValueError(f"{path} has {16 + len(data)} bytes; {says}: is it cut off?")
+    if file.read(1):
+        raise ValueError(f"{path} goes on after {16 + len(data)} bytes, but {says}: is it another file?")
+    return np.frombuffer(data, np.uint8).reshape(count, height, width)
 
 
 # Pictures. matplotlib's Figure is used without pyplot, so no backend or style is changed for anyone else.

@@ -137,6 +137,7 @@ def _ranks(device: str, shard: str) -> Iterator[tuple[torch.device, bool]]:
 
 def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
     """A model of the demo, with its architecture, or a VAE that was saved whole."""
+    _check_archive(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -170,6 +171,14 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
         f"{path} holds {came}; expected a model of the demo, or a whole fastvae.VAE written by "
         f"torch.save(vae, path)"
     )
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a damaged .pt file: torch.load does not compare the checksums of its entries."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{path} is damaged: the checksum of its entry {damaged} does not match")
 
 
 def load_data(name: str, binary: bool, likelihood: str = "bernoulli") -> Tensor:
@@ -211,6 +220,7 @@ def _read(path: Path) -> Any:
                     f"it holds {', '.join(names) or 'nothing'}; call the data x, or save them alone"
                 )
             return arrays["x" if "x" in names else names[0]]
+    _check_archive(path)
     data = torch.load(path, map_location="cpu", weights_only=True)
     return data[0] if isinstance(data, (tuple, list)) and data else data
 

@@ -102,13 +102,22 @@ class Audit:
         """The audit that these arrays hold, or None if they hold none.
 
         Raises:
-            KeyError: if they hold a part of one.
+            KeyError, ValueError: if they hold a part of one, or arrays of other shapes.
         """
         if not any(name.startswith(_PREFIX) for name in arrays):
             return None
         found = {f.name: arrays[_PREFIX + f.name] for f in fields(cls)}
+        for name, value in found.items():
+            of = "lower" if name in ("lower", "upper") else "examples"
+            shape = () if name == "without_bounds" else (found[of].size,)
+            kind = {"examples": "i", "without_bounds": "U"}.get(name, "f")
+            if value.shape != shape or value.dtype.kind != kind:
+                raise ValueError(
+                    f"the audit's {name} has dtype {value.dtype} and shape {list(value.shape)}; expected "
+                    f"{list(shape)}"
+                )
         values: dict[str, Any]
-        values = {n: torch.from_numpy(v) if v.dtype.kind in "fi" else str(v) for n, v in found.items()}
+        values = {n: str(v) if n == "without_bounds" else torch.from_numpy(v) for n, v in found.items()}
         return cls(**values)
 
 

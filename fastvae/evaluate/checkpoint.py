@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import tempfile
 import time
 import warnings
@@ -27,6 +30,15 @@ def check_destination(name: str, path: Path) -> None:
     Raises:
         ValueError: where it cannot.
     """
+    try:
+        path = _resolved(path)
+        os.stat(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)
+    except FileNotFoundError:
+        raise ValueError(f"{name} {path}: there is no folder {path.parent}") from None
+    except OSError as error:  # a loop of links, a name that is too long, a folder that may not be entered
+        raise ValueError(f"{name} {_brief(path)}: {error.strerror}; use another name") from None
     if not path.parent.is_dir():
         raise ValueError(f"{name} {path}: there is no folder {path.parent}")
     if path.is_dir():
@@ -41,24 +53,44 @@ def check_destination(name: str, path: Path) -> None:
         ) from None
 
 
+def _brief(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-50:]}"
+
+
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """An .npz file, replaced as a whole: it is complete at any moment, and stays what it was if writing
     fails.
     """
-    path = path.resolve()
+    path = _resolved(path)
     if path.exists() and not path.is_file():  # a device such as /dev/null, or a pipe
         with open(path, "wb") as handle:
             np.savez(handle, **arrays)
         return
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    # A name that nobody foresees, and a new file: whoever may write to the folder could put a link there.
+    draft = path.with_name(f"{_draft_of(path)}{secrets.token_hex(8)}")
     try:
-        with open(draft, "wb") as handle:
+        with open(draft, "xb") as handle:
             np.savez(handle, **arrays)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _draft_of(path: Path) -> str:
+    """Prefix of the names of a file's drafts, of whichever rank; short, since the file's own may be long."""
+    name = re.sub(r"\.rank\d+(?=(\.[^.]*)?$)", "", path.name)
+    return f".fastvae-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}-"
+
+
+def _resolved(path: Path) -> Path:
+    """The file that a path leads to through its links."""
+    try:
+        return path.resolve()
+    except RuntimeError:  # Python before 3.13 has no error number for it
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
 
 
 # Settings that are written only where they differ from these.
@@ -234,8 +266,8 @@ class Store:
     def _drafts(self) -> list[Path]:
         """What a process that was killed while it wrote has left."""
         assert self.path is not None
-        name = rf"\.{re.escape(self.path.stem)}(\.rank\d+)?{re.escape(self.path.suffix)}\.\d+"
-        return [p for p in self.path.parent.iterdir() if re.fullmatch(name, p.name)]
+        path = _resolved(self.path)
+        return [p for p in path.parent.iterdir() if p.name.startswith(_draft_of(path))]
 
     def _load(self) -> list[Part]:
         parts: dict[int, Part] = {}

@@ -233,6 +233,8 @@ def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """Of an Evaluation that was saved."""
     if "settings" in arrays:
         raise ValueError("it is a checkpoint; evaluate(..., checkpoint=path) returns the result")
+    if arrays["log_px"].ndim != 1:
+        raise ValueError(f"log_px has shape {list(arrays['log_px'].shape)}; expected [N]")
     n = len(arrays["log_px"])
     values: dict[str, Any] = {}
     for field in fields(Evaluation):
@@ -244,14 +246,66 @@ def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         elif value is None:
             raise ValueError(f"there is no {name}")
         elif name == "curve":
+            _check_array(name, value, np.float64, (len(value), 3))
             values[name] = [(int(k), nll, error) for k, nll, error in value.tolist()]
         elif "Tensor" in field.type:
-            if value.shape != (n,) and name != "kl_per_dim":
-                raise ValueError(f"{name} has shape {list(value.shape)}; log_px has [{n}]")
+            shape = (len(value),) if name == "kl_per_dim" else (n,)
+            _check_array(name, value, np.int64 if name == "k" else np.float64, shape)
             values[name] = torch.from_numpy(value)
         else:
+            _check_array(name, value, np.int64 if name == "active_units" else np.float64, ())
             values[name] = value.item()
+    _check_values(values)
     return values
+
+
+def _check_array(name: str, value: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
+    if value.dtype != dtype or value.shape != shape:
+        raise ValueError(
+            f"{name} has dtype {value.dtype} and shape {list(value.shape)}; expected {np.dtype(dtype)} "
+            f"{list(shape)}"
+        )
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Raise ValueError where saved numbers are out of their range, or contradict each other."""
+    n, k, log_px = len(values["log_px"]), values["k"], values["log_px"]
+    curve, kl, active, audit = (values[name] for name in ("curve", "kl_per_dim", "active_units", "audit"))
+    draws = [row[0] for row in curve]
+    # NaN is what is not known.
+    rules = {
+        "log_px must have examples": n > 0,
+        "log_px must not be infinite upwards": not bool((log_px == math.inf).any()),
+        "k must be at least 1": bool((k >= 1).all()),
+        "log_px_stderr must not be negative": not bool((values["log_px_stderr"] < 0).any()),
+        "jackknife_stderr must not be negative": not bool((values["jackknife_stderr"] < 0).any()),
+        "ess must be between 0 and k": not bool(
+            ((values["ess"] < 0) | (values["ess"] > k * (1 + 1e-6))).any()
+        ),
+        "low must not be above high": not bool((values["low"] > values["high"]).any()),
+        "dims must be positive": values["dims"] > 0,
+        "curve must rise in draws, from 1": draws == sorted(set(draws)) and min(draws, default=1) >= 1,
+        "active_units must be among the latents": active is None
+        or active >= 0
+        and (kl is None or active <= len(kl)),
+        "nll must be minus the mean of log_px": _same(values["nll"], -float(log_px.mean())),
+        "bits_per_dim must be nll / (dims log 2)": _same(
+            values["bits_per_dim"] * values["dims"] * math.log(2), values["nll"]
+        ),
+        "mc_stderr must be that of log_px_stderr": _same(
+            values["mc_stderr"], float(values["log_px_stderr"].square().sum().sqrt()) / n
+        ),
+        "audit must be of these examples": audit is None
+        or not bool(((audit.examples < 0) | (audit.examples >= n)).any()),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(rule)
+
+
+def _same(value: float, expected: float) -> bool:
+    both_nan = math.isnan(value) and math.isnan(expected)
+    return both_nan or value == expected or math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-9)
 
 
 def combine(parts: list[Part], looks: list[int]) -> Evaluation:

@@ -1,0 +1,88 @@
+"""Whether tensors that a backward pass computes from again are still those of the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch import distributions as td
+
+from .distributions import Distribution
+
+
+class Versions:
+    """In-place versions of what a checkpointed computation reads, as autograd keeps them of saved tensors.
+
+    A computation may change its own parameters and put them back, so the versions are noted after each run of
+    it, and compared before the next.
+
+    Args:
+        inputs: what the computation reads, by a name for the error message: tensors, containers of them,
+            distributions, modules.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]):
+        self._tensors: dict[int, tuple[str, Tensor]] = {}
+        self._graph_ends = set()
+        for owner, value in inputs.items():
+            for name, tensor in _tensors(owner, value):
+                self._add(name, tensor)
+                if tensor.grad_fn is not None:
+                    self._graph_ends.add(tensor.grad_fn)
+        self._seen: dict[int, int] = {}
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        # An inference tensor counts no versions.
+        if not tensor.is_inference():
+            self._tensors.setdefault(id(tensor), (name, tensor))
+
+    def note(self, *outputs: Tensor) -> None:
+        """Note the versions after a run; ``outputs`` lead to the leaves of its graph."""
+        done: set[Any] = set(self._graph_ends)
+        todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
+        while todo:
+            node = todo.pop()
+            if node in done:
+                continue
+            done.add(node)
+            if (leaf := getattr(node, "variable", None)) is not None:
+                self._add("a tensor that the decoder reads", leaf)
+            todo += [parent for parent, _ in node.next_functions if parent is not None]
+        self._seen = {key: tensor._version for key, (_, tensor) in self._tensors.items()}
+
+    def check(self) -> None:
+        """Raise RuntimeError if a tensor was changed in place since the last run."""
+        for key, version in self._seen.items():
+            name, tensor = self._tensors[key]
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{name}, {list(tensor.shape)}, was changed in place between the forward and the "
+                    "backward pass. With k_chunk the backward pass computes from it again, and its gradients "
+                    "would be those of other values: call backward() before optimizer.step() and any other "
+                    "change, give a copy (such as x.clone()), or leave k_chunk out"
+                )
+
+
+def _tensors(name: str, value: Any, seen: tuple[Any, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a value consists of, without the buffers of modules, which a forward pass may update."""
+    if any(value is outer for outer in seen):  # a prior and its posterior may refer to each other
+        return
+    seen = (*seen, value)
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _tensors(f"{name}[{key!r}]", part, seen)
+    elif isinstance(value, (tuple, list)):
+        for i, part in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", part, seen)
+    elif isinstance(value, (Distribution, td.Distribution)):
+        for key, part in vars(value).items():
+            yield from _tensors(f"{name}.{key}", part, seen)
+    elif isinstance(value, nn.Module):
+        for key, part in value.named_parameters():
+            yield f"{name}.{key}", part
+        for key, part in value.named_children():
+            if isinstance(part, Distribution):
+                yield from _tensors(f"{name}.{key}", part, seen)  # its tensors in a graph are no parameters

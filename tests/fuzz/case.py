@@ -1,0 +1,167 @@
+"""A case: everything that a random call is made of, drawn from a seed and an index."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import torch
+
+from . import decoders, families, likelihoods, oracle
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *HALVES)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LAYOUTS = ("contiguous", "transposed", "offset", "strided", "expanded")
+TRAINING = ("elbo", "iwae", "bound", "beta_tc", "log_weights")
+SAMPLED = ("iwae", "bound", "log_weights")
+MEASURING = ("log_marginal", "reconstruction_log_prob", "evaluate")
+# Outputs of this many numbers reach the path that never stores the decoder's output.
+FUSED = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call. Every field is a plain value, so that the record prints as what it is."""
+
+    seed: int
+    index: int
+    entry: str
+    via: str
+    q: str
+    prior: str
+    likelihood: str
+    decoder: str
+    batch: int
+    k: int
+    latent: int
+    event: tuple[int, ...]
+    q_dtypes: tuple[torch.dtype, ...]
+    prior_dtype: torch.dtype
+    x_dtype: torch.dtype
+    net_dtype: torch.dtype
+    layouts: tuple[str, ...]
+    frozen: int
+    mask: str
+    size: bool
+    context: bool
+    k_chunk: int | None
+    reduction: str
+    terms: bool
+    noise: str
+    estimator: str
+    objective: str
+    encoder: str
+    kl: str
+    beta: str
+    free_bits: float
+    compiled: str
+    backend: str
+
+    def __str__(self) -> str:
+        shown = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return ", ".join(s.replace("torch.", "") for s in shown if not s.endswith(("=", "=False", "=None")))
+
+    @property
+    def numbers(self) -> random.Random:
+        """The source of the tensors' values."""
+        return random.Random(f"tensors {self.seed} {self.index}")
+
+
+def draw(seed: int, index: int) -> Case:
+    """The case of these two numbers."""
+    r = random.Random(f"{seed} {index}")
+    one = r.choice
+
+    def rarely(value, usual, share=0.15):
+        return value if r.random() < share else usual
+
+    entry = r.choices((*TRAINING, *MEASURING), (6, 6, 4, 2, 2, 1.5, 1, 0.7))[0]
+    via = r.choices(("function", "method", "forward"), (4, 2, 1))[0]
+    if via == "forward" and entry in ("log_weights", "reconstruction_log_prob", "evaluate"):
+        via = "method"
+    if entry == "log_weights" or (entry == "reconstruction_log_prob" and via == "method"):
+        via = "function"
+    q = one(families.NORMAL if entry == "beta_tc" else tuple(families.POSTERIORS))
+    family = families.POSTERIORS[q]
+    spatial = family.spatial
+    latent = one((4, 6)) if spatial else one((2, 3, 5) if family.least_latent == 2 else (1, 2, 3, 5))
+    prior = one(families.priors_of(q, entry))
+    likelihood = one(tuple(likelihoods.ZOO))
+    kind = likelihoods.ZOO[likelihood]
+    backend = r.choices(("native", "reference", "triton"), (8, 2, 1))[0]
+    large = backend == "native" and entry in ("elbo", "iwae", "bound") and r.random() < 0.04
+    batch = rarely(one((0, 1)), one((2, 3, 5, 6)), 0.12)
+    k = rarely(1, one((2, 3, 4, 6, 8)))
+    event = one(kind.events)
+    if large and len(event) == 1 and kind.may_be_large:
+        batch, k = 5, 4
+        event = (FUSED // (batch * k) + one((1, 7, 16)),)
+    base = r.choices(FLOATS, (5, 3, 2, 1))[0]
+    mixed = r.random() < 0.3
+
+    def dtype(of=FLOATS):
+        return one(of) if mixed and r.random() < 0.5 else base
+
+    q_dtypes = tuple(dtype() for _ in range(4))
+    wide = FLOATS[:2]
+    if family.one_dtype:
+        q_dtypes = (dtype(wide if family.wide else FLOATS),) * 4
+    if family.wide and q_dtypes[0] in HALVES:
+        q_dtypes = (torch.float32,) * 4
+    prior_dtype = dtype()
+    if families.PRIORS[prior].wide and prior_dtype in HALVES:
+        prior_dtype = torch.float32
+    x_dtype = dtype()
+    if likelihood.startswith("discretized") and x_dtype in HALVES:  # they do not have the grid's values
+        x_dtype = torch.float32
+    if entry == "evaluate" and x_dtype.is_floating_point:  # batches are moved to the encoder's dtype
+        x_dtype = q_dtypes[0] if not likelihood.startswith("discretized") else torch.float32
+    if kind.integers and r.random() < 0.4:
+        x_dtype = one(INTEGERS)
+    estimator = one(("iwae", "stl", "dreg"))
+    objective = encoder = ""
+    if entry == "bound":
+        objective = one(tuple(oracle.BOUNDS))
+        estimator = one(oracle.BOUNDS[objective].estimators)
+        encoder = rarely(one(tuple(oracle.ENCODERS)), "", 0.25)
+        k = oracle.BOUNDS[objective].draws
+    if not family.addressed and entry in MEASURING:  # what torch draws depends on chunks
+        entry = "iwae"
+    if family.strata:
+        estimator, encoder, objective = one(("iwae", "stl")), "", "iwae" if entry == "bound" else ""
+    kl = rarely("mc", "analytic", 0.25)
+    chunkable = family.addressed and entry in (
+        "iwae",
+        "bound",
+        "log_marginal",
+        "reconstruction_log_prob",
+        "evaluate",
+    )
+    context = entry == "evaluate" or prior == "of the context" or r.random() < 0.15
+    compiled = ""
+    if entry in TRAINING and backend != "triton" and not large and r.random() < 0.03:
+        compiled = one(("aot_eager", "aot_eager", "eager"))
+    decoder = rarely("sequential", one(tuple(decoders.POOL)), 0.3)
+    by_sample = bool(encoder) or estimator == "dreg" or entry in MEASURING
+    if not decoders.fits(decoder, compiled, by_sample, batch * min(k, 3)):
+        decoder = "module"
+    analytic = entry == "elbo" and kl == "analytic"
+    return Case(
+        seed, index, entry, via, q, prior, likelihood, decoder, batch, k, latent, event, q_dtypes,
+        prior_dtype, x_dtype, dtype(),
+        tuple(rarely(one(LAYOUTS), "contiguous", 0.4) for _ in range(6)),
+        rarely(r.randrange(1, 16), 0, 0.3),
+        rarely(one(("example", "event")), "", 0.25) if kind.masked else "",
+        kind.sized and r.random() < 0.3,
+        context,
+        rarely(one((1, 2, 3, 10)), None, 0.25) if chunkable else None,
+        one(("mean", "sum", "none")),
+        entry in ("elbo", "iwae", "bound") and r.random() < 0.2,
+        rarely("qmc", "philox") if family.addressed and entry in SAMPLED else "philox",
+        estimator if entry in SAMPLED else "iwae",
+        objective, encoder, kl,
+        rarely(one(("2", "0", "tensor", "rows")), "", 0.4) if entry == "elbo" else "",
+        rarely(0.3, 0.0) if analytic and families.per_dimension(q, prior) else 0.0,
+        compiled, backend,
+    )  # fmt: skip

@@ -1,0 +1,602 @@
+"""Run one case: what the library returns against what the oracle does."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastvae
+
+from . import decoders, families, likelihoods, oracle
+from .case import MEASURING, Case
+from .oracle import Arithmetic
+
+SAMPLES = 4  # of what rounding does
+TIMES = 8  # as much as the largest of them is allowed
+
+# What the documentation refuses, by what its error says; every other error is a failure.
+REFUSED: tuple[str, ...] = ("data has no batches",)
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """The same numbers in another layout."""
+    if t.dim() == 0 or t.numel() == 0:
+        return t
+    if layout == "transposed" and t.dim() > 1:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "offset":
+        wide = t.new_zeros(t.numel() + 3)
+        wide[1 : 1 + t.numel()] = t.flatten()
+        return wide[1 : 1 + t.numel()].reshape(t.shape)
+    if layout == "strided":
+        return torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
+    if layout == "expanded":
+        return t[:1].expand(t.shape)
+    return t
+
+
+class Built:
+    """Fresh tensors and modules of a case, the same in each call."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(case.numbers.randrange(2**31))
+        c, family, prior = case, families.POSTERIORS[case.q], families.PRIORS[case.prior]
+        learns = c.entry not in MEASURING
+        self.leaves: dict[str, Tensor] = {}
+        kind = likelihoods.ZOO[c.likelihood]
+        logits_of_rows = c.q != "mixture" or c.frozen % 2 == 0
+        for i, shape in enumerate(family.shapes(c.latent)):
+            rows = () if c.q == "mixture" and i == 4 and not logits_of_rows else (c.batch,)
+            t = self._leaf((*rows, *shape), c.q_dtypes[min(i, 3)], c.layouts[i % 3])
+            self.leaves[f"q{i}"] = t.requires_grad_(learns and not c.frozen >> i & 1)
+        fixed = c.via != "function" and (c.prior.startswith("td") or c.prior in ("tanh", "of the context"))
+        for i, shape in enumerate(prior.shapes(c.latent)):
+            t = self._leaf(shape, c.prior_dtype, c.layouts[3])
+            self.leaves[f"p{i}"] = t.requires_grad_(learns and not fixed and not c.frozen >> 3 & 1)
+        self.q_leaves = [t for n, t in self.leaves.items() if n[0] == "q"]
+        self.p_leaves = [t for n, t in self.leaves.items() if n[0] == "p"]
+        u = torch.rand(c.batch, *c.event, dtype=torch.float64, generator=self.generator)
+        x = kind.data(u)
+        layout = lambda t: laid_out(t.to(c.x_dtype), c.layouts[4])  # noqa: E731
+        self.x = {n: layout(t) for n, t in x.items()} if isinstance(x, dict) else layout(x)
+        self.likelihood = kind.give(c.event)
+        self.mask = self.size = self.context = None
+        if c.mask:
+            shape = c.event if c.mask == "event" and c.entry != "evaluate" else (c.batch, *c.event)
+            self.mask = laid_out(torch.rand(shape, generator=self.generator) < 0.7, c.layouts[5])
+        if c.size:
+            self.size = 0.5 + torch.rand(c.batch, generator=self.generator)
+        if c.context:
+            self.context = torch.arange(c.batch)[:, None].to(torch.float32)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.generator.initial_seed())
+            self.decoder = decoders.make(
+                c.decoder, c.latent, kind.outputs(c.event), kind.combine, c.net_dtype,
+                plain=not c.context and kind.combine is likelihoods.Kind._field_defaults["combine"],
+            )  # fmt: skip
+            with torch.no_grad():
+                for p in self.decoder.parameters():
+                    p.mul_(kind.scale)
+        modules = {"decoder": self.decoder}
+        if isinstance(self.likelihood, nn.Module):
+            modules["likelihood"] = self.likelihood
+        self.parameters = {
+            f"{m}.{n}": p
+            for m, module in modules.items()
+            for n, p in module.named_parameters()
+            if p.requires_grad
+        }
+        self.weights = (
+            torch.rand(2, c.k, max(c.batch, 1), dtype=torch.float64, generator=self.generator) + 0.5
+        )
+        if c.entry == "evaluate":
+            self.decoder.eval()
+
+    def _leaf(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+        t = 0.5 * torch.randn(shape, dtype=torch.float64, generator=self.generator)
+        return laid_out(t.to(dtype), layout).detach()
+
+    def q(self, rows: Tensor | None = None, leaves: list[Tensor] | None = None) -> Any:
+        family = families.POSTERIORS[self.case.q]
+        leaves = self.q_leaves if leaves is None else leaves
+        leaves = [t if rows is None or len(t) != self.case.batch else t[rows] for t in leaves]
+        return family.give(*family.before(*leaves))
+
+    def prior(self) -> Any:
+        if self.case.prior == "of the context":
+            mu, logvar = self.p_leaves
+            return lambda context: (
+                mu + 0.1 * torch.cos(context.double()).to(mu.dtype),
+                logvar + 0.0 * context.to(mu.dtype),
+            )
+        family = families.PRIORS[self.case.prior]
+        return family.give(*family.before(*self.p_leaves))
+
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        return {n: t for n, t in {**self.leaves, **self.parameters}.items() if t.requires_grad}
+
+
+class Encoder(nn.Module):
+    """Returns the q of a case, whatever x is; of an evaluation the rows that the context names."""
+
+    def __init__(self, built: Built):
+        super().__init__()
+        self.built = [built]
+        # Data are moved to the dtype of the encoder's parameters.
+        dtype = built.case.x_dtype if built.case.x_dtype.is_floating_point else torch.float32
+        self.own = nn.Parameter(torch.zeros((), dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Any, context: Any = None) -> Any:
+        built = self.built[0]
+        return built.q(context.flatten().long() if built.case.entry == "evaluate" else None)
+
+
+class Recorder(nn.Module):
+    """A decoder that keeps what it is given."""
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        self.decoder, self.kept = decoder, []
+
+    def forward(self, z: Tensor, *context: Tensor) -> Any:
+        self.kept.append(z.detach().clone().flatten(1))
+        return self.decoder(z, *context)
+
+
+def draws(built: Built) -> Tensor:
+    """z [K, B, D] of the case's call, as its decoder gets it."""
+    c = built.case
+    recorder = built.decoder = Recorder(built.decoder)
+    torch.manual_seed(c.index)
+    with torch.no_grad():
+        call(built)
+    z = torch.cat(recorder.kept)
+    sizes = [min(_batch_size(c), c.batch - i) for i in range(0, c.batch, _batch_size(c))] or [0]
+    parts = z.split([c.k * n for n in sizes])
+    return torch.cat([p.reshape(c.k, n, c.latent) for p, n in zip(parts, sizes, strict=True)], 1)
+
+
+def _batch_size(case: Case) -> int:
+    return max(1, case.batch - 1) if case.entry == "evaluate" else max(1, case.batch)
+
+
+def low_rank_noise(built: Built) -> Tensor:
+    """The normals behind z, [K, B, D + R]: each by parameters of 0 and 1."""
+    c = built.case
+    found = []
+
+    def decoder(z, context=None):
+        found.append(z.double().flatten(1))
+        return z.new_zeros(len(z), 1)
+
+    mu, logvar, factor = (torch.zeros(t.shape, dtype=torch.float64) for t in built.q_leaves)
+    scales = [(logvar, factor)]
+    for r in range(factor.shape[-1]):
+        one = factor.clone()
+        one[..., 0, r] = 1.0
+        scales.append((logvar - 80.0, one))
+    for scale in scales:
+        torch.manual_seed(c.index)
+        x, q = torch.zeros(c.batch, 1), fastvae.LowRankNormal(mu, *scale)
+        fastvae.log_weights(x, q, decoder, k=c.k, likelihood=fastvae.Gaussian(scale=1.0), noise=c.noise)
+    own, *shared = (z.reshape(c.k, c.batch, c.latent) for z in found)
+    return torch.cat([own, *(z[..., :1] for z in shared)], -1)
+
+
+def _weights(built: Built, value: Tensor, which: int = 0) -> Tensor:
+    """What arrives at a result: 1 at a number."""
+    w = built.weights[which].to(value.dtype)
+    return (
+        torch.ones_like(value)
+        if value.dim() == 0
+        else w[0, : len(value)]
+        if value.dim() == 1
+        else w[:, : value.shape[1]]
+    )
+
+
+def _beta(case: Case, dtype: torch.dtype) -> Any:
+    """β as it is given."""
+    rows = torch.linspace(0.0, 2.0, case.batch, dtype=dtype)
+    return {"": 1.0, "2": 2.0, "0": 0.0, "tensor": torch.tensor(0.7, dtype=dtype), "rows": rows}[case.beta]
+
+
+def options_of(built: Built) -> dict[str, Any]:
+    c = built.case
+    options: dict[str, Any] = {"mask": built.mask, "size": built.size, "context": built.context}
+    if c.entry in ("elbo", "beta_tc") or c.entry == "reconstruction_log_prob":
+        options["samples"] = c.k
+    else:
+        options["k"] = c.k
+    if c.entry in ("elbo", "iwae", "bound", "beta_tc"):
+        options["reduction"] = c.reduction
+    if c.entry in ("elbo", "iwae", "bound"):
+        options["terms"] = c.terms
+    if c.entry in ("iwae", "bound"):
+        options["k_chunk"] = c.k_chunk
+        options["noise"] = c.noise
+    if c.entry in MEASURING:
+        options["k_chunk"] = c.k_chunk
+    if c.entry == "elbo":
+        options |= {"kl": c.kl, "beta": _beta(c, torch.float32), "free_bits": c.free_bits}
+        options["free_bits_per"] = "example"
+    if c.entry == "beta_tc":
+        options |= {"beta": 3.0, "alpha": 0.5, "gamma": 1.5}
+    if c.entry == "log_weights":
+        options |= {"estimator": _log_weights_estimator(c), "noise": c.noise}
+    if c.entry == "iwae":
+        options["estimator"] = c.estimator
+    if c.encoder:
+        options["encoder"] = oracle.ENCODERS[c.encoder][0]()
+    return options
+
+
+def _log_weights_estimator(case: Case) -> str:
+    return "iwae" if case.estimator == "dreg" else case.estimator
+
+
+def call(built: Built) -> dict[str, Tensor]:
+    """The library's results, by name."""
+    c = built.case
+    options = options_of(built)
+    objective = oracle.BOUNDS[c.objective].make(c.estimator) if c.entry == "bound" else None
+    meaning = {"likelihood": built.likelihood, "prior": built.prior()}
+    if c.entry == "reconstruction_log_prob":
+        meaning.pop("prior")
+    if c.entry == "evaluate":
+        unused = options.pop("mask"), options.pop("size"), options.pop("context")
+        mask, size, context = unused
+        parts = {"x": built.x, "context": context, "mask": mask, "size": size}
+        data = Rows({n: t for n, t in parts.items() if t is not None}, c.batch)
+        options |= {"unpack": lambda batch: batch, "batch_size": _batch_size(c), "progress": False}
+        encoder = Encoder(built)
+        if c.via == "function":
+            found = fastvae.evaluate(encoder, built.decoder, data, **options, **meaning)
+        else:
+            vae = fastvae.VAE(encoder, built.decoder, **meaning)
+            found = vae.evaluate(data, **options)
+        return {"value": torch.as_tensor(found.log_px)}
+    if c.via == "function":
+        run = getattr(fastvae, c.entry)
+        more = [objective] if objective is not None else []
+        result = run(built.x, built.q(), built.decoder, *more, **options, **meaning)
+    else:
+        vae = fastvae.VAE(Encoder(built), built.decoder, latent_dim=_latent_dim(c), **meaning)
+        if c.via == "forward":
+            result = vae(built.x, objective=objective if objective is not None else c.entry, **options)
+        else:
+            more = [objective] if objective is not None else []
+            result = getattr(vae, c.entry)(built.x, *more, **options)
+    if c.entry == "log_marginal":
+        return {"value": result.log_px}
+    if c.entry == "log_weights":
+        return {"value": result.log_likelihood, "ratio": result.log_ratio}
+    if c.terms and c.entry in ("elbo", "iwae", "bound"):
+        return {"value": result.bound, "log_likelihood": result.log_likelihood, "kl": result.kl}
+    return {"value": result}
+
+
+def _latent_dim(case: Case) -> Any:
+    if families.POSTERIORS[case.q].spatial:
+        return (case.latent // 2, 1, 2)
+    return case.latent
+
+
+class Rows(torch.utils.data.Dataset):
+    """Examples as dicts."""
+
+    def __init__(self, parts: dict[str, Any], count: int):
+        self.parts, self.count = parts, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        take = lambda t: {n: v[i] for n, v in t.items()} if isinstance(t, dict) else t[i]  # noqa: E731
+        return {n: take(t) for n, t in self.parts.items()}
+
+
+def expected(built: Built, z: Tensor, noise: Tensor | None, r: Arithmetic) -> dict[str, Tensor]:
+    """The oracle's results and the gradients that they have, by name."""
+    c = built.case
+    family, prior, kind = families.POSTERIORS[c.q], families.PRIORS[c.prior], likelihoods.ZOO[c.likelihood]
+    learns = c.entry not in MEASURING
+    seed = _seed(c)
+    with torch.set_grad_enabled(learns):
+        inputs = [r(t.double(), t.dtype, exact=True) for t in family.before(*built.q_leaves)]
+        q = family.exact(*inputs)
+        wide = z.double()
+        given = [wide]
+        if c.q == "low rank":
+            given.append(noise)
+        if c.q == "mixture":
+            given.append(families.turns(c.k, seed, 2))
+        path = family.path(*inputs, *given)
+        path = wide + (path - path.detach())  # the same numbers
+        at = r(path, z.dtype)  # where densities are taken
+        stated = (
+            built.prior()(built.context) if c.prior == "of the context" else prior.before(*built.p_leaves)
+        )
+        inner = [r(t.double(), t.dtype, exact=True) for t in stated]
+        p = prior.exact(*inner)
+        log_q, log_p = (r(families.density(d, at), absolute=c.latent) for d in (q, p))
+        frozen_q = family.exact(*(t.detach() for t in inputs))
+        log_q_of_z = r(families.density(frozen_q, at), absolute=c.latent)
+        log_likelihood = _log_likelihood(built, r(path, z.dtype, exact=True), z, r, kind)
+        share = torch.zeros(c.k, 1, dtype=torch.float64)
+        if family.strata:
+            logits = torch.log_softmax(inputs[4], -1) + math.log(2)
+            chosen = families.turns(c.k, seed, 2)
+            share = logits.mT[chosen] if logits.dim() == 2 else logits[chosen][:, None]
+        log_ratio = log_p - log_q + share
+        log_w = log_likelihood + log_ratio
+        results = _results(built, q, p, at, log_likelihood, log_ratio, log_w, share, r)
+        if not learns:
+            return results
+        return results | _gradients(built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share)
+
+
+def _seed(case: Case) -> Tensor:
+    torch.manual_seed(case.index)
+    return torch.randint(-(2**63), 2**63 - 1, ())
+
+
+def _log_likelihood(built: Built, path: Tensor, z: Tensor, r: Arithmetic, kind: Any) -> Tensor:
+    """log p(x|z) [K, B], by the decoder itself on the same numbers."""
+    c = built.case
+    given = {}
+    if isinstance(built.likelihood, nn.Module):
+        given = {n: r(t.double(), t.dtype, exact=True) for n, t in built.likelihood.named_parameters()}
+    _seed(c)
+    size = c.k_chunk or c.k
+    x, mask = built.x, built.mask
+    found = []
+    for start in range(0, c.k, size):
+        rows = path[start : start + size]
+        native = rows.to(z.dtype).flatten(0, 1)
+        if families.POSTERIORS[c.q].spatial:
+            native = native.unflatten(1, _latent_dim(c))
+        context = [] if built.context is None else [built.context.repeat(len(rows), 1)]
+        parameters = built.decoder(native, *context)
+        if kind.native is not None:
+            log_p = kind.native(x.repeat(len(rows), *[1] * (x.dim() - 1)), parameters)
+            found.append(_summed(r(log_p.double(), log_p.dtype, exact=True), mask, len(rows), c))
+            continue
+        outputs = likelihoods.read(parameters)
+        outputs = [r(o.double(), o.dtype, exact=True) for o in outputs]
+        if built.size is not None:
+            outputs[0] = outputs[0] + built.size.double().log().repeat(len(rows)).reshape(
+                -1, *[1] * len(c.event)
+            )
+        data = {n: _repeated(t, rows) for n, t in x.items()} if isinstance(x, dict) else _repeated(x, rows)
+        log_p = r(kind.log_prob(data, outputs, given), absolute=1.0)
+        found.append(_summed(log_p, mask, len(rows), c))
+    return r(torch.cat(found))
+
+
+def _repeated(t: Tensor, rows: Tensor) -> Tensor:
+    return t.double().repeat(len(rows), *[1] * (t.dim() - 1))
+
+
+def _summed(log_p: Tensor, mask: Tensor | None, samples: int, case: Case) -> Tensor:
+    """Over what was observed of an event: [K, B]."""
+    if mask is not None:
+        seen = mask.expand(case.batch, *case.event).repeat(samples, *[1] * len(case.event))
+        log_p = torch.where(seen, log_p, 0.0)
+    return (log_p.flatten(1).sum(1) if log_p.dim() > 1 else log_p).reshape(samples, case.batch)
+
+
+def _results(built, q, p, z, log_likelihood, log_ratio, log_w, share, r) -> dict[str, Tensor]:
+    c = built.case
+    if c.entry in ("log_marginal", "evaluate"):
+        return {"value": oracle.lme(log_w)}
+    if c.entry == "reconstruction_log_prob":
+        return {"value": oracle.lme(log_likelihood + share)}
+    if c.entry == "log_weights":
+        return {"value": log_likelihood, "ratio": log_ratio}
+    if c.entry == "elbo":
+        beta = _beta(c, torch.float64) if c.beta != "tensor" else torch.tensor(0.7).double()
+        if c.beta == "rows":
+            beta = _beta(c, torch.float32).double()
+        kl = families.closed_kl(q, p) if c.kl == "analytic" else None
+        weight = share.exp()
+        log_p = (weight * log_likelihood).mean(0)
+        if kl is None:
+            kl = -(weight * (log_ratio - share)).mean(0)
+        else:
+            kl = r(kl, absolute=1.0)
+            if c.free_bits:
+                kl = kl.clamp(min=c.free_bits)
+            kl = kl.sum(-1) if kl.dim() == 2 else kl
+        return _reduced(c, log_p - beta * kl, log_p, kl)
+    if c.entry == "beta_tc":
+        whole, each = _aggregate(built, q, z)
+        own = families.density(q, z)
+        log_p = families.density(p, z)
+        term = 0.5 * (own - whole) + 3.0 * (whole - each) + 1.5 * (each - log_p)
+        return _reduced(c, (log_likelihood - r(term, absolute=1.0)).mean(0))
+    value = oracle.BOUNDS[c.objective].value if c.entry == "bound" else oracle.lme
+    return _reduced(c, value(log_w), log_likelihood.mean(0), -log_ratio.mean(0))
+
+
+def _reduced(case: Case, bound: Tensor, log_likelihood: Any = None, kl: Any = None) -> dict[str, Tensor]:
+    if case.terms:
+        return {"value": bound, "log_likelihood": log_likelihood, "kl": kl}
+    return {"value": bound if case.reduction == "none" else getattr(bound, case.reduction)()}
+
+
+def _aggregate(built: Built, q: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    """log q(z) and Σ log q(z_d) of this batch's mixture."""
+    n = math.log(built.case.batch)
+    if isinstance(q, torch.distributions.MultivariateNormal):
+        variance = q.covariance_matrix.diagonal(dim1=-2, dim2=-1)
+        marginal = torch.distributions.Normal(q.loc, variance.sqrt())
+        whole = q.log_prob(z.unsqueeze(2))
+    else:
+        marginal = q
+        whole = q.log_prob(z.unsqueeze(2)).sum(-1)
+    each = torch.logsumexp(marginal.log_prob(z.unsqueeze(2)), 2) - n
+    return torch.logsumexp(whole, 2) - n, each.sum(-1)
+
+
+def _gradients(built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share) -> dict[str, Tensor]:
+    """By autograd of the value; where an estimator says otherwise, by its coefficients of each sample."""
+    c = built.case
+    learned = built.learned
+    to_q = {n: t for n, t in learned.items() if n[0] == "q"}
+    others = {n: t for n, t in learned.items() if n[0] != "q"}
+    if c.entry == "log_weights":
+        ratio = results["ratio"]
+        loss = (_weights(built, log_likelihood) * log_likelihood + _weights(built, ratio, 1) * ratio).sum()
+        if _log_weights_estimator(c) == "stl":
+            stl = log_p - log_q_of_z + share
+            through = (
+                _weights(built, log_likelihood) * log_likelihood + _weights(built, ratio, 1) * stl
+            ).sum()
+            return _grad(loss, others) | _grad(through, to_q)
+        return _grad(loss, learned)
+    value = results["value"]
+    loss = (_weights(built, value) * value).sum()
+    estimator = c.encoder or (c.estimator if c.entry in ("iwae", "bound") else "iwae")
+    if estimator == "iwae":
+        return _grad(loss, learned)
+    scale = _weights(built, value) if value.dim() else torch.ones(c.batch, dtype=value.dtype)
+    if value.dim() == 0 and c.reduction == "mean":
+        scale = scale / c.batch
+    bound = oracle.BOUNDS[c.objective].value if c.entry == "bound" else oracle.lme
+    if c.encoder:
+        _, bound, estimator = oracle.ENCODERS[c.encoder]
+    a, s = oracle.shares(bound, log_w, estimator)
+    through = log_likelihood + log_p - log_q_of_z + share
+    surrogate = (scale * (a * through)).sum()
+    if bool(s.any()):
+        surrogate = surrogate + (scale * s * (log_q - log_q_of_z)).sum()  # q's density at a fixed z
+    return _grad(loss, others) | _grad(surrogate, to_q)
+
+
+def _grad(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not of:
+        return {}
+    if not loss.requires_grad:
+        return {f"grad {n}": torch.zeros_like(t).double() for n, t in of.items()}
+    for t in of.values():
+        t.grad = None
+    loss.backward(retain_graph=True)  # which reentrant checkpoints need
+    return {
+        f"grad {n}": torch.zeros_like(t).double() if t.grad is None else t.grad.double().clone()
+        for n, t in of.items()
+    }
+
+
+def results_of(built: Built) -> dict[str, Tensor]:
+    """The library's results and their gradients."""
+    c = built.case
+    torch.manual_seed(c.index)
+    run = call
+    if c.compiled:
+        torch._dynamo.reset()
+        run = torch.compile(call, backend=c.compiled)
+    found = run(built)
+    value = found["value"]
+    if c.entry in MEASURING:
+        return found
+    loss = (_weights(built, value) * value).sum()
+    if c.entry == "log_weights":
+        loss = loss + (_weights(built, found["ratio"], 1) * found["ratio"]).sum()
+    learned = built.learned
+    if not learned:
+        return found
+    if loss.requires_grad:
+        for t in learned.values():
+            t.grad = None
+        loss.backward()
+    return found | {
+        f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in learned.items()
+    }
+
+
+def compare(
+    case: Case, found: dict[str, Tensor], exact: dict[str, Tensor], shaken: list[dict[str, Tensor]]
+) -> list[str]:
+    """What is wrong, a line each."""
+    wrong = []
+    for name, e in exact.items():
+        f = found[name].detach()
+        if f.shape != e.shape:
+            wrong.append(f"{name}: shape {list(f.shape)}, expected {list(e.shape)}")
+            continue
+        if name[:4] != "grad" and f.dtype not in (torch.float32, torch.float64):
+            wrong.append(f"{name}: dtype {f.dtype}")
+        if not e.numel():
+            continue
+        e = e.detach()
+        moved = [(s[name].detach() - e).abs().amax() for s in shaken]
+        bound = TIMES * float(torch.stack(moved).amax().nan_to_num(nan=math.inf))
+        info = torch.finfo(f.dtype)
+        bound += 4 * info.eps * float(e.abs().amax()) + 64 * info.smallest_normal
+        off = (f.double() - e).abs()
+        off = torch.where((f.double() == e) | (f.isnan() & e.isnan()), 0.0, off)
+        if info.bits == 16:  # beyond its largest number
+            off = torch.where((e.abs() >= 0.9 * info.max) & ~f.isfinite(), 0.0, off)
+        if not bool((off <= bound).all()) and bool(e.isfinite().all()):
+            at = int(off.nan_to_num(nan=math.inf).argmax())
+            wrong.append(
+                f"{name}: got {f.flatten()[at]:.9g}, expected {e.flatten()[at]:.9g} ± {bound:.2g}, "
+                f"off by {off.flatten()[at]:.2g}"
+            )
+    return wrong
+
+
+def unit_of(case: Case) -> float:
+    """A rounding of what is computed in: of float64 if all is."""
+    all_wide = (
+        case.backend != "triton"
+        and case.prior != "td number"
+        and {*case.q_dtypes, case.net_dtype, case.prior_dtype} == {torch.float64}
+    )
+    wide = all_wide and (case.x_dtype == torch.float64 or not case.x_dtype.is_floating_point)
+    wide = (
+        wide
+        and case.decoder not in ("float", "autocast")
+        and not case.size
+        and not case.likelihood.endswith("learned")
+    )
+    # The formula itself rounds in float64, and kernels have polynomials of a few roundings.
+    return 16 * torch.finfo(torch.float64).eps if wide else torch.finfo(torch.float32).eps
+
+
+def outcome(case: Case) -> tuple[str, str]:
+    """``("ok", "")``, ``("refused", what the error says)`` or ``("failed", what is wrong)``."""
+    validated = torch.distributions.Distribution.set_default_validate_args
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(fastvae.use_backend(case.backend))
+        stack.callback(validated, True)
+        validated(case.batch > 0)  # torch's own checks fail for empty tensors
+        try:
+            found = results_of(Built(case))
+        except Exception as error:
+            text = f"{type(error).__name__}: {str(error)[:300]}".replace("\n", " ")
+            known = isinstance(error, (ValueError, TypeError)) and any(re.search(p, text) for p in REFUSED)
+            return ("refused" if known else "failed"), text
+        z = draws(Built(case))
+        noise = low_rank_noise(Built(case)) if case.q == "low rank" else None
+        validated(False)
+        exact = expected(Built(case), z, noise, Arithmetic())
+        shaken = [_shaken(case, z, noise, torch.Generator().manual_seed(i)) for i in range(SAMPLES)]
+    wrong = compare(case, found, exact, shaken)
+    return ("failed", "; ".join(wrong)) if wrong else ("ok", "")
+
+
+def _shaken(case: Case, z: Tensor, noise: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
+    oracle._signs = lambda t: (2 * torch.rand(t.shape, dtype=t.dtype, generator=generator) - 1) * 2
+    return expected(Built(case), z, noise, Arithmetic(unit_of(case)))

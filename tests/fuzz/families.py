@@ -1,0 +1,462 @@
+"""Distributions over z: what the library is given, and the same in torch.distributions, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+from torch.nn import functional as F
+
+import fastvae
+
+
+class Family(NamedTuple):
+    """A family, as a posterior with rows [B] or as a prior without.
+
+    Attributes:
+        shapes: of the leaves for D latents, without the batch axis.
+        give: what the library is given, of the leaves (after ``before``).
+        exact: the same distribution of them in float64.
+        path: z as a differentiable function of the leaves, given its value (and the noise behind it).
+        before: what a user computes of the leaves first, in their own dtype, such as a scale.
+    """
+
+    shapes: Callable[[int], Sequence[tuple[int, ...]]]
+    give: Callable[..., Any]
+    exact: Callable[..., Any]
+    path: Callable[..., Tensor]
+    before: Callable[..., Sequence[Tensor]] = lambda *t: t
+    support: str = "real"
+    strata: int = 0
+    spatial: bool = False
+    least_latent: int = 1
+    one_dtype: bool = False  # torch's own functions ask for one
+    wide: bool = False  # torch's own has no half precision
+    addressed: bool = True  # draws are functions of the library's own noise
+
+
+def held(value: Tensor) -> Tensor:
+    return value.detach()
+
+
+def located(loc: Tensor, scale: Tensor, z: Tensor) -> Tensor:
+    """loc + scale·w at the w that gives z."""
+    return loc + scale * held((z - loc) / scale)
+
+
+def triangular(mu: Tensor, tril: Tensor, z: Tensor) -> Tensor:
+    w = torch.linalg.solve_triangular(held(tril), held(z - mu).unsqueeze(-1), upper=False)
+    return mu + (tril @ w).squeeze(-1)
+
+
+class DirichletPath(torch.autograd.Function):
+    """z of a Dirichlet as a function of its concentration: torch's implicit derivative."""
+
+    @staticmethod
+    def forward(ctx, concentration, z):
+        ctx.save_for_backward(concentration, z)
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        concentration, z = ctx.saved_tensors
+        wide = concentration.expand(z.shape)
+        slope = torch._dirichlet_grad(z, wide.contiguous(), wide.sum(-1, True).expand(z.shape).contiguous())
+        return (slope * (grad - (z * grad).sum(-1, True))).sum_to_size(concentration.shape), None
+
+
+def beta_path(a: Tensor, b: Tensor, z: Tensor) -> Tensor:
+    pair = DirichletPath.apply(torch.stack([a, b], -1), torch.stack([z, 1 - z], -1))
+    return pair[..., 0]
+
+
+def gamma_path(a: Tensor, rate: Tensor, z: Tensor) -> Tensor:
+    wide, g = torch.broadcast_tensors(a, held(z * rate))
+    slope = torch._standard_gamma_grad(held(wide).contiguous(), g.contiguous())
+    return (g + slope * (a - held(a))) / rate
+
+
+def _normal(mu, logvar):
+    return td.Normal(mu, (0.5 * logvar).exp())
+
+
+def _normal_path(mu, logvar, z):
+    return located(mu, (0.5 * logvar).exp(), z)
+
+
+def _two(d: int):
+    return (d,), (d,)
+
+
+def _exps(*last: int):
+    """Positive parameters from leaves that may be any: those at these places."""
+    return lambda *t: tuple(v.exp() if i in last else v for i, v in enumerate(t))
+
+
+def _pair(give, **options) -> Family:
+    return Family(_two, give, _normal, _normal_path, **options)
+
+
+def _scaled(give, exact, inner=located, **options) -> Family:
+    """Of leaves loc and log_scale."""
+    return Family(
+        _two, give, lambda loc, s: exact(loc, s.exp()), lambda loc, s, z: inner(loc, s.exp(), z), **options
+    )
+
+
+def _log_path(loc, scale, z):
+    return located(loc, scale, z.log()).exp()
+
+
+def _logistic(loc, scale):
+    base = td.Uniform(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
+    return td.TransformedDistribution(
+        base, [td.SigmoidTransform().inv, td.AffineTransform(loc, scale)], validate_args=False
+    )
+
+
+def _of_tril(mu, entries):
+    d = mu.shape[-1]
+    rows, columns = torch.tril_indices(d, d)
+    tril = entries.new_zeros(*entries.shape[:-1], d, d)
+    tril[..., rows, columns] = entries
+    return torch.diag_embed(tril.diagonal(dim1=-2, dim2=-1).exp()) + tril.tril(-1)
+
+
+def _mvn(mu, tril):
+    return td.MultivariateNormal(mu, scale_tril=tril)
+
+
+def _low_rank(mu, logvar, factor):
+    covariance = torch.diag_embed(logvar.exp()) + factor @ factor.mT
+    return td.MultivariateNormal(mu, covariance)
+
+
+def _low_rank_path(mu, logvar, factor, z, noise):
+    own, shared = noise[..., : mu.shape[-1]], noise[..., mu.shape[-1] :]
+    return mu + (0.5 * logvar).exp() * own + (factor @ shared.unsqueeze(-1)).squeeze(-1)
+
+
+class MixtureOf:
+    """Components and log weights [..., C], of z's last axis."""
+
+    def __init__(self, parts, logits):
+        self.parts, self.logits = parts, torch.log_softmax(logits, -1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return torch.logsumexp(torch.stack([density(p, z) for p in self.parts], -1) + self.logits, -1)
+
+
+def _mixture(mu, logvar, loc, log_scale, logits):
+    return MixtureOf([_normal(mu, logvar), td.Laplace(loc, log_scale.exp())], logits)
+
+
+def _mixture_path(mu, logvar, loc, log_scale, logits, z, turns):
+    first, second = _normal_path(mu, logvar, z), located(loc, log_scale.exp(), z)
+    return torch.where((turns == 0)[:, None, None], first, second)
+
+
+def _tanh(mu, scale):
+    return td.TransformedDistribution(td.Normal(mu, scale), [td.TanhTransform()])
+
+
+def _tanh_given(mu, scale):
+    return td.TransformedDistribution(td.Normal(mu, scale), [td.TanhTransform(cache_size=1)])
+
+
+def _spatial(d: int):
+    return ((d // 2, 1, 2),) * 2
+
+
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    return [t.flatten(-3) for t in tensors]
+
+
+def density(d: Any, z: Tensor) -> Tensor:
+    """log density of z's last axis."""
+    value = d.log_prob(z)
+    return value if value.dim() < z.dim() else value.sum(-1)
+
+
+def softplus_normal(mu, raw):
+    return td.Normal(mu, (F.softplus(raw) + 1e-4).sqrt())
+
+
+POSITIVE = {"support": "positive"}
+POSTERIORS: dict[str, Family] = {
+    "pair": _pair(lambda mu, s: (mu, s)),
+    "list": _pair(lambda mu, s: [mu, s]),
+    "mapping": _pair(lambda mu, s: {"mu": mu, "logvar": s}),
+    "object": _pair(lambda mu, s: SimpleNamespace(mean=mu, log_var=s)),
+    "tensor": Family(
+        lambda d: ((2 * d,),),
+        lambda t: t,
+        lambda t: _normal(*t.chunk(2, -1)),
+        lambda t, z: _normal_path(*t.chunk(2, -1), z),
+    ),
+    "diagonal": _pair(fastvae.DiagonalNormal),
+    "clamped": Family(
+        _two,
+        lambda mu, s: fastvae.DiagonalNormal(mu, s, logvar_range=(-1.0, 0.5)),
+        lambda mu, s: _normal(mu, s.clamp(-1.0, 0.5)),
+        lambda mu, s, z: _normal_path(mu, s.clamp(-1.0, 0.5), z),
+    ),
+    "softplus": Family(
+        _two,
+        lambda mu, s: fastvae.DiagonalNormal(mu, s, scale="softplus", floor=1e-4),
+        softplus_normal,
+        lambda mu, s, z: located(mu, (F.softplus(s) + 1e-4).sqrt(), z),
+    ),
+    "log scale": _scaled(lambda mu, s: fastvae.DiagonalNormal(mu, s, scale="log_scale"), td.Normal),
+    "scale": Family(
+        _two, lambda mu, s: fastvae.DiagonalNormal(mu, s, scale="scale"), td.Normal, located, _exps(1)
+    ),
+    "full": Family(
+        lambda d: ((d,), (d * (d + 1) // 2,)),
+        fastvae.FullNormal,
+        lambda mu, t: _mvn(mu, _of_tril(mu, t)),
+        lambda mu, t, z: triangular(mu, _of_tril(mu, t), z),
+    ),
+    "low rank": Family(
+        lambda d: ((d,), (d,), (d, 2)), fastvae.LowRankNormal, _low_rank, _low_rank_path, least_latent=2
+    ),
+    "laplace": _scaled(fastvae.Laplace, td.Laplace),
+    "logistic": _scaled(fastvae.Logistic, _logistic),
+    "gumbel": _scaled(fastvae.Gumbel, td.Gumbel),
+    "student": _scaled(lambda m, s: fastvae.StudentT(m, s, 5.0), lambda m, s: td.StudentT(5.0, m, s)),
+    "log-normal": _scaled(fastvae.LogNormal, td.LogNormal, _log_path, **POSITIVE),
+    "exponential": Family(
+        lambda d: ((d,),),
+        fastvae.Exponential,
+        lambda s: td.Exponential((-s).exp()),
+        lambda s, z: s.exp() * held(z / s.exp()),
+        **POSITIVE,
+    ),
+    "mixture": Family(
+        lambda d: ((d,), (d,), (d,), (d,), (2,)),
+        lambda a, b, c, d, logits: fastvae.Mixture(
+            [fastvae.DiagonalNormal(a, b), fastvae.Laplace(c, d)], logits
+        ),
+        _mixture,
+        _mixture_path,
+        strata=2,
+    ),
+    "spatial pair": Family(
+        _spatial,
+        lambda mu, s: (mu, s),
+        lambda mu, s: _normal(*_flat(mu, s)),
+        lambda mu, s, z: _normal_path(*_flat(mu, s), z),
+        spatial=True,
+    ),
+    "spatial tensor": Family(
+        lambda d: ((2 * (d // 2), 1, 2),),
+        lambda t: t,
+        lambda t: _normal(*_flat(*t.chunk(2, -3))),
+        lambda t, z: _normal_path(*_flat(*t.chunk(2, -3)), z),
+        spatial=True,
+    ),
+    "spatial td.Normal": Family(
+        _spatial,
+        td.Normal,
+        lambda mu, s: td.Normal(*_flat(mu, s)),
+        lambda mu, s, z: located(*_flat(mu, s), z),
+        _exps(1),
+        spatial=True,
+    ),
+    "td.Normal": Family(_two, td.Normal, td.Normal, located, _exps(1)),
+    "td.Independent": Family(
+        _two, lambda m, s: td.Independent(td.Normal(m, s), 1), td.Normal, located, _exps(1)
+    ),
+    "td.Laplace": Family(_two, td.Laplace, td.Laplace, located, _exps(1), one_dtype=True),
+    "td.Gumbel": Family(_two, td.Gumbel, td.Gumbel, located, _exps(1), one_dtype=True),
+    "td.Cauchy": Family(_two, td.Cauchy, td.Cauchy, located, _exps(1), one_dtype=True),
+    "td.LogNormal": Family(_two, td.LogNormal, td.LogNormal, _log_path, _exps(1), one_dtype=True, **POSITIVE),
+    "td.Exponential": Family(
+        lambda d: ((d,),),
+        td.Exponential,
+        td.Exponential,
+        lambda rate, z: held(z * rate) / rate,
+        _exps(0),
+        one_dtype=True,
+        **POSITIVE,
+    ),
+    "td.HalfNormal": Family(
+        lambda d: ((d,),),
+        td.HalfNormal,
+        td.HalfNormal,
+        lambda s, z: s * held(z / s),
+        _exps(0),
+        one_dtype=True,
+        addressed=False,
+        **POSITIVE,
+    ),
+    "td.Gamma": Family(
+        _two,
+        td.Gamma,
+        td.Gamma,
+        gamma_path,
+        _exps(0, 1),
+        one_dtype=True,
+        wide=True,
+        addressed=False,
+        **POSITIVE,
+    ),
+    "td.Beta": Family(
+        _two,
+        td.Beta,
+        td.Beta,
+        beta_path,
+        _exps(0, 1),
+        one_dtype=True,
+        wide=True,
+        addressed=False,
+        support="unit",
+    ),
+    "td.Dirichlet": Family(
+        lambda d: ((d,),),
+        td.Dirichlet,
+        td.Dirichlet,
+        DirichletPath.apply,
+        _exps(0),
+        one_dtype=True,
+        wide=True,
+        addressed=False,
+        support="simplex",
+        least_latent=2,
+    ),
+    "td.MultivariateNormal": Family(
+        lambda d: ((d,), (d, d)),
+        lambda mu, tril: td.MultivariateNormal(mu, scale_tril=tril),
+        _mvn,
+        triangular,
+        lambda mu, t: (mu, t.tril(-1) + torch.diag_embed(t.diagonal(dim1=-2, dim2=-1).exp())),
+        one_dtype=True,
+    ),
+    "tanh": Family(
+        _two,
+        _tanh_given,
+        _tanh,
+        lambda m, s, z: located(m, s, z.atanh()).tanh(),
+        _exps(1),
+        one_dtype=True,
+        support="interval",
+    ),
+}
+NORMAL = ("pair", "tensor", "diagonal", "softplus", "full", "low rank", "td.Normal", "spatial pair")
+# Each latent has a density of its own, and q's and the prior's KL is a sum over them.
+UNIVARIATE = ("pair", "tensor", "diagonal", "softplus", "log scale", "scale", "list", "td.Normal")
+
+
+class NormalMixture:
+    """Of rows [U, D], by its definition: torch's own fails for empty tensors."""
+
+    def __init__(self, mu, scale, logits):
+        self.parts, self.logits = td.Normal(mu, scale), torch.log_softmax(logits, -1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return torch.logsumexp(self.parts.log_prob(z.unsqueeze(-2)).sum(-1) + self.logits, -1)
+
+
+def _standard(loc: float = 0.0, scale: float = 1.0) -> td.Normal:
+    return td.Normal(*torch.tensor([loc, scale], dtype=torch.float64))
+
+
+PRIORS: dict[str, Family] = {
+    "none": Family(lambda d: (), lambda: None, _standard, lambda: None),
+    "standard": Family(lambda d: (), lambda: "standard_normal", _standard, lambda: None),
+    "normal mixture": Family(
+        lambda d: ((4, d), (4, d), (4,)),
+        fastvae.NormalMixture,
+        lambda m, s, w: NormalMixture(m, (0.5 * s).exp(), w),
+        lambda: None,
+    ),
+    "td mixture": Family(
+        lambda d: ((4, d), (4, d), (4,)),
+        lambda m, s, w: td.MixtureSameFamily(td.Categorical(logits=w), td.Independent(td.Normal(m, s), 1)),
+        NormalMixture,
+        lambda: None,
+        _exps(1),
+        one_dtype=True,
+    ),
+    "td number": Family(lambda d: (), lambda: td.Normal(0.5, 2.0), lambda: _standard(0.5, 2.0), lambda: None),
+    "of the context": Family(
+        lambda d: ((d,), (d,)), lambda mu, s: None, lambda mu, s: td.Normal(mu, (0.5 * s).exp()), lambda: None
+    ),
+    **{
+        name: POSTERIORS[name]
+        for name in (
+            "diagonal",
+            "softplus",
+            "full",
+            "low rank",
+            "laplace",
+            "logistic",
+            "gumbel",
+            "student",
+            "log-normal",
+            "exponential",
+            "mixture",
+            "td.Normal",
+            "td.Laplace",
+            "td.Gamma",
+            "td.Beta",
+            "td.Dirichlet",
+            "td.MultivariateNormal",
+            "td.LogNormal",
+            "td.Exponential",
+            "tanh",
+        )
+    },
+}
+
+
+def priors_of(q: str, entry: str) -> list[str]:
+    """The priors whose support is q's (or contains it: a normal prior of positive latents was asked for)."""
+    support, spatial = POSTERIORS[q].support, POSTERIORS[q].spatial
+    if spatial:
+        return ["none", "standard", "diagonal"]
+    found = [name for name, p in PRIORS.items() if p.support == support]
+    if entry == "beta_tc":
+        return [n for n in found if n != "of the context"]
+    return found
+
+
+def per_dimension(q: str, prior: str) -> bool:
+    return q in UNIVARIATE and prior in (
+        "none",
+        "standard",
+        "diagonal",
+        "td.Normal",
+        "of the context",
+        "softplus",
+    )
+
+
+def turns(samples: int, seed: Tensor, count: int) -> Tensor:
+    """Which component each sample of a mixture is drawn from."""
+    return torch.remainder(torch.arange(samples) + int(seed) % count, count)
+
+
+def closed_kl(q: Any, p: Any) -> Tensor | None:
+    """KL [B], or [B, D]; None where torch.distributions knows none."""
+    q, p = (_joint(a) if isinstance(b, td.MultivariateNormal) else a for a, b in ((q, p), (p, q)))
+    if not (isinstance(q, td.Distribution) and isinstance(p, td.Distribution)):
+        return None
+    if isinstance(p, td.Normal) and p.loc.dim() == 0 and isinstance(q, td.MultivariateNormal):
+        p = td.Normal(p.loc.expand(q.loc.shape[-1:]), p.scale.expand(q.loc.shape[-1:]))
+        p = _joint(p)
+    try:
+        return td.kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
+def _joint(d: Any) -> Any:
+    """A normal of independent dimensions as a multivariate one."""
+    if type(d) is td.Normal and d.loc.dim():
+        return td.MultivariateNormal(d.loc, torch.diag_embed(d.scale.square()))
+    return d

@@ -1,0 +1,39 @@
+"""A few hundred cases of the differential fuzzer, the same in each run: ``python -m tests.fuzz`` has more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .fuzz import case as cases
+from .fuzz import check
+from .fuzz.__main__ import run
+
+COUNT = 110
+
+
+@pytest.mark.parametrize("seed", [101, 102])
+def test_random_calls_are_what_the_formulas_say(seed):
+    """Value, every gradient, shapes and dtypes; in a process of its own, whose death is a failure."""
+    report = run(seed, 0, COUNT)
+    assert not report.failures, "\n".join(f"--seed {seed} --index {i}: {text}" for i, text in report.failures)
+    assert report.counts["ok"] > COUNT // 3
+
+
+def test_a_wrong_result_is_found(monkeypatch):
+    """The comparison itself: a value, or a gradient, that is off by a few roundings more than it may be."""
+    usual = next(c for c in map(lambda i: cases.draw(7, i), range(3000)) if _is_plain(c))
+    assert check.outcome(usual) == ("ok", "")
+    right = check.results_of
+    for name in ("value", "grad q0"):
+        monkeypatch.setattr(
+            check, "results_of", lambda built, n=name: {**(r := right(built)), n: r[n] * (1 + 1e-4)}
+        )
+        kind, text = check.outcome(usual)
+        assert kind == "failed" and text.startswith(name)
+
+
+def _is_plain(case: cases.Case) -> bool:
+    wide = {*case.q_dtypes, case.x_dtype, case.net_dtype, case.prior_dtype} == {torch.float32}
+    plain = not (case.frozen or case.compiled or case.batch < 2)
+    return wide and plain and (case.entry, case.q, case.backend) == ("iwae", "pair", "native")
