@@ -116,7 +116,7 @@ def check_result(
 def as_int(name: str, value: Any, meaning: str) -> int:
     """An integer of Python's or NumPy's; a tensor, whose value may lie on a GPU, is refused."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]
     if not isinstance(value, (bool, Tensor)):
         try:
             return operator.index(value)
@@ -128,10 +128,10 @@ def as_int(name: str, value: Any, meaning: str) -> int:
 
 def check_count(name: str, value: Any, meaning: str, least: int = 1) -> int:
     """An integer of at least ``least``."""
-    value = as_int(name, value, meaning)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, {meaning}; got {value}")
-    return value
+    count = as_int(name, value, meaning)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, {meaning}; got {count}")
+    return count
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:

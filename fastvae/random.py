@@ -192,10 +192,10 @@ def normal(
 
 
 def _check_level(level: Any) -> int:
-    level = as_int("level", level, "the last word of the address")
-    if not 0 <= level < 2**32:
-        raise ValueError(f"level must lie in 0 … 2^32 − 1, got {level}")
-    return level
+    word = as_int("level", level, "the last word of the address")
+    if not 0 <= word < 2**32:
+        raise ValueError(f"level must lie in 0 … 2^32 − 1, got {word}")
+    return word
 
 
 class _Normal(Op):
