@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ def linear(
         >>> fastvae.elbo(x, q, decoder, likelihood="bernoulli", beta=beta(25)).shape
         torch.Size([])
     """
-    return _between(first, last, steps, delay, device, lambda t: t / steps)
+    at = _between(first, last, steps, delay, device, lambda t: t / steps)
+    return _Named(at, "linear", first, last, steps, delay=delay, device=device)
 
 
 def cosine(
@@ -85,7 +86,8 @@ def cosine(
         >>> [round(float(beta(step)), 3) for step in (0, 25, 50, 100)]
         [0.0, 0.146, 0.5, 1.0]
     """
-    return _between(first, last, steps, delay, device, lambda t: (math.pi / 2 * t / steps).sin().square())
+    at = _between(first, last, steps, delay, device, lambda t: (math.pi / 2 * t / steps).sin().square())
+    return _Named(at, "cosine", first, last, steps, delay=delay, device=device)
 
 
 def cyclical(
@@ -137,7 +139,23 @@ def cyclical(
         # Of an integer t the remainder is exact.
         return torch.where(t < steps, torch.remainder(t * cycles, steps) / (steps * ramp), 1.0)
 
-    return _between(first, last, steps, delay, device, way)
+    at = _between(first, last, steps, delay, device, way)
+    return _Named(at, "cyclical", first, last, steps, cycles=cycles, ramp=ramp, delay=delay, device=device)
+
+
+class _Named:
+    """A schedule that prints as the call that made it."""
+
+    def __init__(self, at: Callable[[Any], Any], name: str, *args: Any, **options: Any):
+        self._at = at
+        given = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in options.items() if v not in (None, 0)]
+        self._text = f"schedules.{name}({', '.join(given)})"
+
+    def __call__(self, step: int | Tensor) -> Any:
+        return self._at(step)
+
+    def __repr__(self) -> str:
+        return self._text
 
 
 def _between(
@@ -210,4 +228,4 @@ def stages(values: Sequence[tuple[int, T]]) -> Callable[[int | Tensor], T]:
             step = as_int("step", step, "or a tensor []")
         return constants[max(0, bisect_right(starts, int(step)) - 1)]  # type: ignore[no-any-return]
 
-    return at
+    return _Named(at, "stages", list(zip(starts, constants, strict=True)))

@@ -18,15 +18,22 @@ def run() -> None:
         _backend.chosen()
     except ValueError as error:
         raise SystemExit(f"fastvae info: {error}") from None
+    table = _ops()
+    ops_width, cpu_width = (max(len(row[i]) for row in [("", "CPU tensors"), *table]) for i in range(2))
     for heading, rows in (
         ("versions", _versions()),
         ("devices", _devices()),
         ("fastvae", _choice()),
-        (f"{'ops':<22}CPU tensors     GPU tensors", _ops()),
+        (f"{'ops':<{ops_width + 4}}{'CPU tensors':<{cpu_width + 2}}GPU tensors", None),
     ):
         show(heading)
+        if rows is None:
+            for op, cpu, gpu in table:
+                show(f"  {op:<{ops_width + 2}}{cpu:<{cpu_width + 2}}{gpu}")
+            continue
+        width = max(18, *(len(name) for name, _ in rows))
         for name, value in rows:
-            show(f"  {name:<20}{value}")
+            show(f"  {name:<{width + 2}}{value}")
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -71,15 +78,19 @@ def _choice() -> list[tuple[str, str]]:
     ]
 
 
-def _ops() -> list[tuple[str, str]]:
+def _ops() -> list[tuple[str, str, str]]:
+    """Each op, and what computes it on CPU and on GPU tensors."""
     built, triton = _extension()[0], _backend.has_triton()
-    on_gpu = "Triton" if triton else "fails: no triton (pip install 'fastvae[triton]')"
+    if torch.cuda.is_available():
+        on_gpu = "Triton" if triton else "fails: no triton (pip install 'fastvae[triton]')"
+    else:
+        on_gpu = "Triton, but there is no GPU" if triton else "nothing: no GPU, no Triton here"
     cpu, gpu = {
         "native": ("C++" if built else "PyTorch" if _backend.LEFT_OUT else "fails: no C++", on_gpu),
         "reference": ("PyTorch", "PyTorch"),
         "triton": (_interpreter(triton), on_gpu),
     }[_backend.chosen()]
-    return [(name, f"{cpu:<16}{gpu}") for name in ops.__all__]
+    return [(name, cpu, gpu) for name in ops.__all__]
 
 
 def _interpreter(triton: bool) -> str:

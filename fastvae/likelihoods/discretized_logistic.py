@@ -91,6 +91,12 @@ class DiscretizedLogistic(Scaled):
         self.levels, self._origin, self._range = levels, float(low), float(high) - float(low)
         self._is_unit = (low, high) == (0, 1)
 
+    def extra_repr(self) -> str:
+        high = self._origin + self._range
+        settings = {"levels": (self.levels, 256), "low": (self._origin, 0.0), "high": (high, 1.0)}
+        own = [f"{name}={value}" for name, (value, default) in settings.items() if value != default]
+        return ", ".join([*own, *filter(None, [super().extra_repr()])])
+
     @staticmethod
     def value(x: Tensor, mean: Tensor, log_scale: Tensor, log_bin_width: Tensor) -> Tensor:
         _, r, half, far, end, _ = _parts(x, mean, log_scale, log_bin_width)

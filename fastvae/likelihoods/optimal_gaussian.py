@@ -63,6 +63,9 @@ class OptimalGaussian(Gaussian):
         self.register_buffer("variance", torch.tensor(math.nan))
         self._now: Tensor | None = None
 
+    def extra_repr(self) -> str:
+        return f"momentum={self.momentum}"
+
     @property
     def scale(self) -> Tensor:
         """σ of the running mean; NaN before the first step."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from .._checks import shape_of
+from .._checks import as_int64, shape_of
 from .base import Likelihood, describe
 
 
@@ -39,6 +39,7 @@ class TorchLikelihood(Likelihood):
         return made
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
+        x = as_int64(x)
         made = self.distribution(parameters)
         try:
             return made.log_prob(x)
@@ -63,7 +64,8 @@ class TorchLikelihood(Likelihood):
             return self.distribution(parameters).sample()
 
     def extra_repr(self) -> str:
-        return "" if isinstance(self.constructor, nn.Module) else repr(self.constructor)
+        own = [] if isinstance(self.constructor, nn.Module) else [repr(self.constructor)]
+        return ", ".join([*own, *[f"inside={self.inside}"] * (self.inside != 0)])
 
 
 def from_distribution(constructor: Callable[..., td.Distribution], *, inside: float = 0.0) -> TorchLikelihood:

@@ -74,6 +74,14 @@ class Scaled(Declared):
         if value is not None:
             self._holds = (*self._holds, name)
 
+    def extra_repr(self) -> str:
+        shown = []
+        for name in self._holds:
+            learned = f"log_{name}" in self._parameters
+            flag = "learned" if name == next(iter(self.held)) else f"learned_{name}"
+            shown += [f"{name}={shown_value(self._read_held(name))}", *[f"{flag}=True"] * learned]
+        return ", ".join(shown)
+
     def _read_held(self, name: str) -> Held:
         learned: Tensor | None = self._parameters.get(f"log_{name}")
         return getattr(self, f"fixed_{name}") if learned is None else learned.exp()
@@ -144,6 +152,15 @@ def check_broadcasts(name: str, value: Tensor, x: Tensor) -> None:
             f"{name} has shape {shape_of(value)}, which does not broadcast to an x of shape {shape_of(x)}; "
             f"expected one number, or one for each element of the event, {list(x.shape[1:])}"
         )
+
+
+def shown_value(value: Any) -> str:
+    """A number as it is, of a tensor its number, or its shape where it has more."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.numel() != 1:
+        return f"<tensor {shape_of(value)}>"
+    return repr(float(f"{float(value.detach()):.6g}"))  # 0.1, where float32 has 0.10000000149
 
 
 def normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:

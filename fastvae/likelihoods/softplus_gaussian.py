@@ -70,6 +70,9 @@ class SoftplusGaussian(Gaussian):
             raise ValueError(f"floor is the least variance and must be finite and not negative, got {floor}")
         self.floor = float(floor)
 
+    def extra_repr(self) -> str:
+        return f"floor={self.floor}"
+
     @staticmethod
     def value(x: Tensor, mean: Tensor, raw: Tensor, log_floor: Tensor) -> Tensor:  # type: ignore[override]
         variance, _, _ = _variance(raw, log_floor)

@@ -1,0 +1,118 @@
+"""Objects print what was set: every argument other than its default, where possible as the call itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastvae
+from fastvae import bounds, proposals, schedules
+from fastvae.cli import main
+from fastvae.likelihoods import Gaussian, Joint, Laplace, from_distribution
+
+NAMES = {**vars(bounds), **vars(proposals), **vars(fastvae.likelihoods), "schedules": schedules}
+
+# Calls whose objects print as these; evaluated, they are the same again.
+CALLS = [
+    "Gaussian()",
+    "Gaussian(scale=0.1)",
+    "Gaussian(scale=0.1, learned=True)",
+    "SoftplusGaussian(floor=0.001)",
+    "OptimalGaussian(momentum=0.5)",
+    "Laplace(scale=0.25)",
+    "LogNormal(scale=0.25, learned=True)",
+    "StudentT(df=4.0)",
+    "StudentT(scale=0.5, df=4.0, learned_df=True)",
+    "NegativeBinomial(inverse_dispersion=2.0, learned=True)",
+    "ZeroInflatedNegativeBinomial(inverse_dispersion=2.0)",
+    "DiscretizedLogistic(levels=17, low=-1.0, scale=0.5)",
+    "DiscretizedLogistic(high=255.0)",
+    "DiscretizedLogisticMixture(levels=17, low=0, high=1)",
+    "Categorical(ignore_index=-1)",
+    "Beta()",
+    "IWAE(m=8, alpha=0.5, estimator='dreg')",
+    "CIWAE(beta=0.25, estimator='iwae')",
+    "Defensive(share=0.25)",
+    "schedules.linear(0.0, 1.0, 100)",
+    "schedules.cosine(0.5, 1.0, 100, delay=5)",
+    "schedules.cyclical(0.0, 1.0, 80, cycles=2, ramp=0.25)",
+    "schedules.stages([(0, 1), (1000, 'five')])",
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_it_prints_as_the_call_that_made_it(call):
+    made = eval(call, NAMES)  # noqa: S307
+    assert repr(made) == call
+    assert repr(eval(repr(made), NAMES)) == call  # noqa: S307
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Gaussian(scale="softplus", floor=0.001), "SoftplusGaussian(floor=0.001)"),
+        (lambda: Gaussian(scale=torch.ones(5), learned=True), "Gaussian(scale=<tensor [5]>, learned=True)"),
+        (lambda: Joint(pixels="bernoulli", size=Laplace(scale=0.5)), "(size): Laplace(scale=0.5)"),
+        (lambda: from_distribution(torch.distributions.Poisson, inside=1.0), "Poisson'>, inside=1.0"),
+        (
+            lambda: fastvae.VAE(
+                nn.Linear(5, 4), nn.Linear(2, 5), likelihood=Gaussian(scale=0.1), latent_dim=2, fuse=False
+            ),
+            "latent_dim=2, fuse=False",
+        ),
+    ],
+)
+def test_it_says_what_was_set(make, words):
+    assert words in repr(make())
+
+
+def test_a_learned_scale_prints_as_it_is_now():
+    likelihood = Gaussian(scale=0.1, learned=True)
+    with torch.no_grad():
+        likelihood.log_scale.add_(1)
+    assert repr(likelihood) == "Gaussian(scale=0.271828, learned=True)"
+
+
+def test_the_columns_of_info_do_not_run_together(capsys):
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("ops "))
+    at = [lines[begin].index(heading) for heading in ("CPU tensors", "GPU tensors")]
+    assert len(lines) - begin - 1 == len(fastvae.ops.__all__)
+    for name, line in zip(fastvae.ops.__all__, lines[begin + 1 :], strict=True):
+        assert line[: at[0]].strip() == name
+        assert all(line[i - 1] == " " and line[i] != " " for i in at)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("triton", [False, True])
+def test_info_says_what_a_gpu_would_run(monkeypatch, capsys, gpu, triton):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("fastvae._backend.has_triton", lambda: triton)
+    with fastvae.use_backend("native"):
+        main(["info"])
+    line = next(t for t in capsys.readouterr().out.splitlines() if t.startswith("  rsample_kl"))
+    expected = {
+        (True, True): "Triton",
+        (True, False): "fails: no triton",
+        (False, True): "Triton, but there is no GPU",
+        (False, False): "nothing: no GPU, no Triton here",
+    }
+    assert expected[gpu, triton] in line
+    assert line.endswith("Triton") == (gpu and triton)
+
+
+def test_the_console_script():
+    """Installed beside the interpreter, it is python -m fastvae."""
+    script = Path(sys.executable).with_name("fastvae")
+    assert script.exists(), "install again: pip install -e ."
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([script, "info"], capture_output=True, text=True, env=environment, timeout=300)
+    assert found.returncode == 0 and "rsample_kl" in found.stdout
