@@ -197,6 +197,24 @@ def test_all_pairs(backend, likelihood, k, b):
         assert g.shape == p.shape and bool((g == 0).all())
 
 
+OPS: dict[str, tuple[tuple[int, ...], ...]] = {
+    **{name: ((X,),) * cases.returned(name) for name in DECLARED},
+    "categorical": ((C, X),),
+    "discretized_logistic_mixture": ((C, X),) * 3,
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("k, b", [(2, 0), (0, 3)])
+def test_log_prob(backend, name, k, b):
+    """Gradients are tensors of zeros, as an optimiser expects them, on every backend."""
+    outputs = [torch.zeros(k, b, *shape, device=DEVICE, requires_grad=True) for shape in OPS[name]]
+    found = getattr(ops, f"{name}_log_prob")(torch.zeros(b, X, device=DEVICE), *outputs)
+    assert found.shape == (k, b)
+    for p, g in zip(outputs, torch.autograd.grad(found.sum(), outputs), strict=True):
+        assert g.shape == p.shape and g.dtype == p.dtype
+
+
 def test_a_wholly_masked_batch_leaves_the_measured_variance_alone():
     """Gaussian(scale='optimal') measures nothing then, before the first batch and after it."""
     likelihood, decoder, _, _ = _inputs("optimal")
