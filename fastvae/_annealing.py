@@ -213,13 +213,16 @@ class Annealing:
     def _at(self, z: Tensor) -> Point:
         """Where chains stand, so many of them evaluated at a time as memory has room for."""
         chunks, batch = self.settings.chunks, self.inputs.q.batch
+        some_at = self._some_at
+        if torch.compiler.is_compiling():  # several gradients of one graph, which a compiler cannot take
+            some_at = torch.compiler.disable(some_at)
         parts: list[Point] = []
         first = 0
         while first < len(z):
             count = min(chunks.draws(self.inputs, batch), len(z) - first)
             part = None
             with spared_memory_errors() if count > 1 else contextlib.nullcontext():
-                part = self._some_at(z[first : first + count])
+                part = some_at(z[first : first + count])
             # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
             if part is None:
                 if z.device.type == "cuda":

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+# torch has few operations for these: they are read as int64.
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *UNSIGNED, torch.bool)
 
 
 def checks_data() -> bool:
@@ -48,10 +50,12 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
 
 
 def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
-    """A floating-point tensor, or one of integers where the likelihood takes them."""
+    """Validate a floating-point tensor, or integers where the likelihood takes them, and return it as it is
+    read.
+    """
     if not (isinstance(x, Tensor) and x.dtype in FLOATING):
         if isinstance(x, Tensor) and x.dtype in INTEGERS and likelihood.takes_integers:
-            return x
+            return signed(x)
         x = check_tensor(name, x)
     if x.requires_grad and not likelihood.differentiable:
         raise ValueError(
@@ -59,6 +63,16 @@ def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
             "x.detach()"
         )
     return x
+
+
+def signed(x: Any) -> Any:
+    """Return uint16, uint32 and uint64 as int64, anything else unchanged."""
+    return x.long() if isinstance(x, Tensor) and x.dtype in UNSIGNED else x
+
+
+def as_int64(x: Any) -> Any:
+    """Return integers of any dtype as int64, anything else unchanged."""
+    return x.long() if isinstance(x, Tensor) and x.dtype in INTEGERS else x
 
 
 def on_same_device(device: torch.device, other: torch.device) -> bool:

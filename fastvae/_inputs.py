@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_same_device, shape_of
+from ._checks import check_same_device, shape_of, signed
 from ._glance import are_batch, are_batch_in_python
 from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, decoded, each, repeat, tensors
 from .bounds import CIWAE, IWAE, weighed
@@ -51,6 +51,7 @@ class Inputs(NamedTuple):
                 return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD, None))
         likelihood = as_likelihood(likelihood, shared=True)
         likelihood.check(x)
+        x = each(signed, x)
         q = as_posterior(q)
         check_batch("x", x, q.batch, q.device, q.latent)
         if not callable(decoder):

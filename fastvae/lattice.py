@@ -16,6 +16,7 @@ from . import ops
 from ._checks import check_count, check_number, shape_of
 from ._nested import event_size
 from .distributions import Distribution, as_prior, is_conditional
+from .distributions.base import is_family
 from .distributions.normal import DiagonalNormal, StandardNormal
 from .evaluate.data import batches_of, data_of, place_of
 from .evaluate.modules import evaluating, modules_of
@@ -208,9 +209,9 @@ def _ends(
 ) -> tuple[Tensor, Tensor]:
     """The lattice's lower and upper ends [D]."""
     if box is None:
-        if type(prior) is StandardNormal:
+        if is_family(prior, StandardNormal):
             centre, scale = torch.zeros((), device=device), torch.ones((), device=device)
-        elif type(prior) is DiagonalNormal:
+        elif is_family(prior, DiagonalNormal):
             centre, logvar = prior._wide()
             scale = torch.exp(0.5 * logvar)
         else:

@@ -18,7 +18,7 @@ from ._nested import called, decoded, each, tensors
 from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .bounds import Bound
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
-from .distributions.wrapped import tensors_of
+from .distributions.base import as_module, tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
 from .head import FusedHead, made
@@ -106,7 +106,7 @@ class VAE(nn.Module):
             )
         if prior is None:
             prior = self._own_prior()
-        self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_prior(prior)
+        self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_module(as_prior(prior))
         if latent_dim is None and isinstance(self.prior, Hierarchy):
             latent_dim = self.prior.dim
         self.latent_dim = None if latent_dim is None else _as_latent_dim(latent_dim)

@@ -4356,7 +4356,7 @@ PYTHON = [
     Mutant(
         "a subclass's draws are fused",
         "fastvae/distributions/draws.py",
-        "if type(q) is not DiagonalNormal or seed.dim():",
+        "if not is_family(q, DiagonalNormal) or seed.dim():",
         "if not isinstance(q, DiagonalNormal) or seed.dim():",
         (
             "distributions",
@@ -4366,7 +4366,7 @@ PYTHON = [
     Mutant(
         "a subclass of the prior is fused",
         "fastvae/distributions/draws.py",
-        "    if type(p) is not DiagonalNormal:\n        return _NOT_FUSED",
+        "    if not is_family(p, DiagonalNormal):\n        return _NOT_FUSED",
         "    if not isinstance(p, DiagonalNormal):\n        return _NOT_FUSED",
         (
             "distributions",

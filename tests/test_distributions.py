@@ -426,7 +426,7 @@ def test_a_registered_kl_is_used():
 def test_held_is_a_copy_without_gradients():
     inner = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
 
-    class Deep(fastvae.Distribution):
+    class Deep(fastvae.Distribution, nn.Module):
         def __init__(self):
             super().__init__()
             self.net, self.own = inner, nn.Parameter(torch.ones(D))

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class Distribution(nn.Module):
+# What a plain distribution defines, and a module has of nn.Module.
+_OF_MODULES = ("__setattr__", "__repr__", "to", "parameters", "state_dict")
+
+
+class Distribution:
     r"""A distribution over z: a posterior q(z|x), which has a row of parameters for each example, or a prior.
 
     Subclass it for a family that neither fastvae nor ``torch.distributions`` has; an object of the latter
     needs no subclass. A prior needs :meth:`log_prob`; a posterior needs ``batch``, ``device`` and
-    :meth:`rsample`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too. A module, so that a
-    learned prior's parameters are found.
+    :meth:`rsample`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too.
+
+    A distribution is a plain object, and an ``nn.Module`` only where it owns state, so that a learned prior's
+    parameters are found, saved and moved: where it is constructed from an ``nn.Parameter``, a module, or the
+    fixed tensors [D] of a prior. A subclass that creates parameters of its own inherits from both: ``class
+    Mine(fastvae.Distribution, nn.Module)``.
 
     Attributes:
+        family: the class of the distribution, the same for a plain object and for a module.
         batch: the number of examples B, of a posterior.
         device: where z is drawn, of a posterior.
         mean: of a posterior: the mean of each row [B, D], or None where it is not known.
@@ -42,6 +54,7 @@ class Distribution(nn.Module):
         torch.Size([])
     """
 
+    family: ClassVar[type[Distribution]]
     batch: int
     device: torch.device
     mean: Tensor | None = None
@@ -49,6 +62,90 @@ class Distribution(nn.Module):
     per_row: ClassVar[bool] = False
     strata: ClassVar[int] = 1
     own_prior: Distribution | None = None
+
+    _as_module: ClassVar[type[Distribution]]
+
+    def __init_subclass__(cls, as_module: bool = False, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.family = cls.__bases__[0] if as_module else cls
+        if issubclass(cls, nn.Module):
+            cls._as_module = cls
+            for name in _OF_MODULES:
+                if getattr(cls, name) is getattr(Distribution, name):
+                    setattr(cls, name, getattr(nn.Module, name))
+        else:
+            names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+            cls._as_module = type(cls.__name__, (cls, nn.Module), names, as_module=True)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        given = (*args, *kwargs.values())
+        return object.__new__(cls._as_module if _owns_state(given) else cls)  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class of a module is found by its family.
+        state = getattr(self, "__getstate__", lambda: self.__dict__)()  # object's since Python 3.11
+        return _new, (self.family, isinstance(self, nn.Module)), state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        for tensor in tensors_of(self):
+            if tensor.grad_fn is not None:  # which torch does not copy: the copy stays in the graph
+                memo[id(tensor)] = tensor.clone()
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return made
+
+    # What an nn.Module has of its own.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, (nn.Parameter, nn.Module)):
+            own = self.family.__name__
+            raise TypeError(
+                f"{own}.{name} is of class {type(value).__name__}, but {own} is not an nn.Module, so that no "
+                f"optimiser would find it. Inherit from both: class {own}(fastvae.Distribution, nn.Module)"
+            )
+        object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{name}={_brief(value)}"
+            for name, value in self.__dict__.items()
+            if value is not None and not name.startswith("_")
+        ]
+        return f"{self.family.__name__}({', '.join(parts)})"
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """A copy on another device or of another floating-point dtype; a module is changed in place.
+
+        Args:
+            args, kwargs: as ``nn.Module.to`` takes them.
+        """
+
+        def convert(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor.to(tensor.new_empty(0).to(*args, **kwargs).device)
+            converted = tensor.to(*args, **kwargs)
+            if not converted.is_floating_point():
+                raise TypeError(f"to takes floating-point dtypes, got {converted.dtype}")
+            return converted
+
+        return mapped(self, convert)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of a module: none."""
+        return iter(())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """That of a module: empty."""
+        return {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Of a module, whose tensors in a graph are moved with its state."""
+        super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+        done = {id(module): module for module in self.modules()}  # type: ignore[attr-defined]
+        for name, value in self.__dict__.items():
+            if not name.startswith("_"):
+                self.__dict__[name] = _mapped(value, fn, done)
+        return self
 
     @property
     def has_rows(self) -> bool:
@@ -61,7 +158,7 @@ class Distribution(nn.Module):
         z is flat, whatever the shape of its latents. A prior that needs the shape knows it, and views z by
         ``z.unflatten(2, (C, H, W))``.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no log_prob")
+        raise NotImplementedError(f"{self.family.__name__} has no log_prob")
 
     def rsample(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
@@ -76,7 +173,7 @@ class Distribution(nn.Module):
             sample_offset, row_offset: place of the first sample and row; one that is 0 may be left out of the
                 call.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no rsample, which a posterior needs")
+        raise NotImplementedError(f"{self.family.__name__} has no rsample, which a posterior needs")
 
     def rsample_log_ratio(
         self, p: Distribution, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
@@ -118,7 +215,7 @@ class Distribution(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n draws of a prior [n, dim], for :meth:`fastvae.VAE.sample`."""
-        raise NotImplementedError(f"{type(self).__name__} has no sample, which drawing from the prior needs")
+        raise NotImplementedError(f"{self.family.__name__} has no sample, which drawing from the prior needs")
 
     def rows(self, start: int, stop: int) -> Distribution | None:
         """The posterior of these examples alone, or None where that is not known."""
@@ -133,7 +230,7 @@ class Distribution(nn.Module):
             like: a tensor [..., D], on whose device and in whose dtype z will be.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} has no expand, which a component of a mixture needs that has no rows of "
+            f"{self.family.__name__} has no expand, which a component of a mixture needs that has no rows of "
             "its own: give it a row of parameters for each example"
         )
 
@@ -145,16 +242,26 @@ class Distribution(nn.Module):
 
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         """log of what each draw counts, [K, B] or [K, 1], where there are ``strata``: 1 on average."""
-        raise NotImplementedError(f"{type(self).__name__} has strata, but no log_shares")
+        raise NotImplementedError(f"{self.family.__name__} has strata, but no log_shares")
 
     @property
     def reaches_others(self) -> bool:
         """Whether the density may reach parameters that are no attributes, as a family of the user's may."""
-        return not type(self).__module__.startswith("fastvae.distributions.")
+        return not self.family.__module__.startswith("fastvae.distributions.")
 
     def as_torch(self) -> td.Distribution | None:
         """The same as an object of torch.distributions, whose table of KLs is asked; None for none."""
         return None
+
+
+Distribution.family = Distribution._as_module = Distribution
+
+_Family = TypeVar("_Family", bound=Distribution)
+
+
+def is_family(distribution: Distribution, family: type[_Family]) -> TypeGuard[_Family]:
+    """True for this family itself, plain or a module, and False for its subclasses."""
+    return distribution.family is family
 
 
 class Located(Distribution):
@@ -181,32 +288,92 @@ class Located(Distribution):
         return self.location.dim() > 1 and self.location.shape[0] > 1
 
 
-def hold(module: nn.Module, **values: Tensor | None) -> None:
-    """Make tensors attributes: parameters and buffers of the module, but what a network computed, which is no
-    state of it and must stay in its graph.
+def _owns_state(given: Any) -> bool:
+    """True for arguments that a module owns: parameters, modules, a prior's tensors [D]."""
+    for value in given:
+        if isinstance(value, (nn.Parameter, nn.Module)):
+            return True
+        if isinstance(value, (tuple, list)) and _owns_state(value):
+            return True
+    first = next((value for value in given if isinstance(value, Tensor)), None)
+    return first is not None and first.dim() < 2 and not first.requires_grad
+
+
+def _new(family: type[Distribution], is_module: bool) -> Distribution:
+    made: Distribution = object.__new__(family._as_module if is_module else family)
+    return made
+
+
+def as_module(distribution: Distribution) -> Distribution:
+    """The same as a module that owns its tensors, such as a VAE's prior; itself where it has none."""
+    values = distribution.__dict__
+    fixed = any(isinstance(v, Tensor) and not v.requires_grad for v in values.values())
+    if isinstance(distribution, nn.Module) or not fixed:
+        return distribution
+    made = _new(distribution.family, True)
+    nn.Module.__init__(made)  # type: ignore[arg-type]
+    hold(made, **{name: value for name, value in values.items() if isinstance(value, Tensor)})
+    made.__dict__.update({name: value for name, value in values.items() if not isinstance(value, Tensor)})
+    return made
+
+
+def hold(distribution: Distribution, **values: Tensor | None) -> None:
+    """Make tensors attributes: of a module its parameters and buffers, but what a network computed, which is
+    no state of it and must stay in its graph.
     """
     for name, value in values.items():
-        if isinstance(value, nn.Parameter):
-            setattr(module, name, value)
+        if not isinstance(distribution, nn.Module):
+            distribution.__dict__[name] = value
+        elif isinstance(value, nn.Parameter):
+            setattr(distribution, name, value)
         elif value is None or value.requires_grad:
-            module.__dict__[name] = value
+            distribution.__dict__[name] = value
         else:
-            module.register_buffer(name, value)
+            distribution.register_buffer(name, value)
 
 
 # What is read as a tensor's holder when a distribution's parameters are held fixed.
-_HOLDERS = (nn.Module, td.Distribution, td.Transform)
+_HOLDERS = (Distribution, nn.Module, td.Distribution, td.Transform)
+
+
+def tensors_of(value: Any, depth: int = 6) -> Iterator[Tensor]:
+    """The tensors of distributions, transforms and modules."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, _HOLDERS) and depth:
+        attributes = value.__dict__  # whose values torch 2.11 cannot trace
+        for name in attributes:
+            yield from tensors_of(attributes[name], depth - 1)
+    elif isinstance(value, dict):
+        for name in value:
+            yield from tensors_of(value[name], depth)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_of(part, depth)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_brief, value))}]"
+    return repr(value)
 
 
 def held(value: Any) -> Any:
     """A copy with the same values, through whose parameters no gradient passes."""
-    return _held(value, {})
+    return mapped(value, Tensor.detach)
 
 
-def _held(value: Any, seen: dict[int, Any]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy with ``function`` of each tensor."""
+    return _mapped(value, function, {})
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor], seen: dict[int, Any]) -> Any:
     copied: Any
     if isinstance(value, Tensor):
-        return value.detach()
+        return function(value)
     if id(value) in seen:
         return seen[id(value)]
     if isinstance(value, weakref.ref):  # a transform's, to its inverse, which is made anew
@@ -215,13 +382,13 @@ def _held(value: Any, seen: dict[int, Any]) -> Any:
         seen[id(value)] = copied = object.__new__(type(value))
         attributes = copied.__dict__
         for name in value.__dict__:
-            attributes[name] = _held(value.__dict__[name], seen)
+            attributes[name] = _mapped(value.__dict__[name], function, seen)
         return copied
     if type(value) in (tuple, list):
-        return type(value)([_held(v, seen) for v in value])
+        return type(value)([_mapped(v, function, seen) for v in value])
     if isinstance(value, dict) and hasattr(value, "copy"):
         copied = seen[id(value)] = value.copy()
-        copied.update({name: _held(v, seen) for name, v in value.items()})
+        copied.update({name: _mapped(v, function, seen) for name, v in value.items()})
         return copied
     return value
 
@@ -288,5 +455,5 @@ def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
 
 def is_still(distribution: Distribution, family: type) -> bool:
     """Whether a subclass leaves the density and the draws of this family as they are."""
-    kind = type(distribution)
+    kind = distribution.family
     return kind.log_prob is family.log_prob and kind.rsample is family.rsample  # type: ignore[attr-defined]

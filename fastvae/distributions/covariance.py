@@ -14,7 +14,7 @@ from .. import ops, random
 from .._checks import check_same_device, check_tensor, shape_of
 from ..ops.op import accumulator
 from ..reference.common import expm1_minus
-from .base import Distribution, Located, hold, is_still, register_kl
+from .base import Distribution, Located, hold, is_family, is_still, register_kl
 from .normal import DiagonalNormal, StandardNormal
 
 LOG_2_PI = math.log(2 * math.pi)
@@ -163,12 +163,12 @@ class FullNormal(_Correlated):
         return -0.5 * (white.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
 
     def rows(self, start: int, stop: int) -> FullNormal | None:
-        if type(self) is not FullNormal:
+        if not is_family(self, FullNormal):
             return None
         return FullNormal(self.mu[start:stop], self.tril[start:stop])
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
-        if type(self) is not FullNormal:
+        if not is_family(self, FullNormal):
             return super().expand(batch, like)
         return FullNormal(self.mu.expand(batch, -1), self.tril.expand(batch, -1))
 
@@ -268,12 +268,12 @@ class LowRankNormal(_Correlated):
         return 0.5 * square - logs
 
     def rows(self, start: int, stop: int) -> LowRankNormal | None:
-        if type(self) is not LowRankNormal:
+        if not is_family(self, LowRankNormal):
             return None
         return LowRankNormal(*(t[start:stop] for t in (self.mu, self.logvar, self.factor)))
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
-        if type(self) is not LowRankNormal:
+        if not is_family(self, LowRankNormal):
             return super().expand(batch, like)
         factor = self.factor.expand(batch, *self.factor.shape[-2:])
         return LowRankNormal(self.mu.expand(batch, -1), self.logvar.expand(batch, -1), factor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from .._checks import check_result
 from ..ops.latent import dreg_weight, flat_kl, flat_log_ratio, options, path_weight
-from .base import Distribution, closed_kl, held
+from .base import Distribution, closed_kl, held, is_family
 from .normal import DiagonalNormal, StandardNormal
 
 # It has no state; making a module costs more than the kernels of a small batch.
@@ -22,11 +22,11 @@ _NOT_FUSED = object()
 def _fused_prior(q: Distribution, p: Distribution, seed: Tensor) -> Any:
     """What the fused op takes of p beside this q."""
     # The noise inside the ops is Philox's.
-    if type(q) is not DiagonalNormal or seed.dim():
+    if not is_family(q, DiagonalNormal) or seed.dim():
         return _NOT_FUSED
-    if p is STANDARD or type(p) is StandardNormal:
+    if p is STANDARD or is_family(p, StandardNormal):
         return None
-    if type(p) is not DiagonalNormal:
+    if not is_family(p, DiagonalNormal):
         return _NOT_FUSED
     # A log variance is not computed in half precision; the composition is wide.
     if p.logvar.dtype.itemsize == 2 and not p.has_logvar:
@@ -43,10 +43,11 @@ def draw_kl(
     Raises:
         ValueError: if each dimension's is asked for, and only their sum is known.
     """
-    usual = type(q) is DiagonalNormal and p is STANDARD and not seed.dim()
+    usual = is_family(q, DiagonalNormal) and p is STANDARD and not seed.dim()
     prior = None if usual else _fused_prior(q, p, seed)
     if prior is not _NOT_FUSED:
-        return flat_kl((q.mu, q.logvar, q.form), prior, seed, samples, row_offset, per_dimension)
+        parameters = q.mu, q.logvar, q.form  # type: ignore[attr-defined]
+        return flat_kl(parameters, prior, seed, samples, row_offset, per_dimension)
     _check_prior(q, p)
     drawn = q.rsample_kl(p, samples, seed, row_offset=row_offset, per_dimension=per_dimension)
     if drawn is not None:
@@ -107,10 +108,10 @@ def draw_ratio(
     """z [K·B, D] and log p(z) − log q(z|x) [K, B], with the log of what each draw counts. ``alpha`` and
     ``groups`` are those of the power mean that DReG is for.
     """
-    usual = type(q) is DiagonalNormal and p is STANDARD and not seed.dim()
+    usual = is_family(q, DiagonalNormal) and p is STANDARD and not seed.dim()
     prior = None if usual else _fused_prior(q, p, seed)
     if prior is not _NOT_FUSED:
-        parameters = q.mu, q.logvar, q.form
+        parameters = q.mu, q.logvar, q.form  # type: ignore[attr-defined]
         return flat_log_ratio(parameters, prior, seed, samples, row_offset, estimator, alpha, groups)
     z, log_ratio, _ = _composed(q, p, samples, seed, estimator, alpha, groups, row_offset=row_offset)
     shares = log_shares(q, samples, seed)
@@ -146,10 +147,10 @@ def draw_chunk(
         z, log_ratio, told = _composed(q, p, samples, seed, route, **place)
         shares = log_shares(q, samples, seed, sample_offset)
         return z, log_ratio if shares is None else log_ratio + shares, told
-    place |= options(q.form)  # type: ignore[arg-type]
+    place |= options(q.form)  # type: ignore[attr-defined]
     by_paths = route == "paths"
     z, log_ratio, *zeros = ops.rsample_log_ratio(
-        q.mu, q.logvar, samples=samples, prior=prior,  # type: ignore[arg-type]
+        q.mu, q.logvar, samples=samples, prior=prior,  # type: ignore[attr-defined]
         estimator="stl" if by_paths else route, seed=seed, paths=by_paths, **place,
     )  # fmt: skip
     return z, log_ratio, zeros[0] if zeros else None
@@ -266,7 +267,7 @@ def rsample(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[
     """``q.rsample``, its results checked where they are not fastvae's own."""
     place = {name: value for name, value in place.items() if not (type(value) is int and value == 0)}
     results = q.rsample(samples, seed, **place)
-    if type(q) is DiagonalNormal:
+    if is_family(q, DiagonalNormal):
         return results
     if not (isinstance(results, (tuple, list)) and len(results) == 2):
         came = f"{len(results)} results" if isinstance(results, (tuple, list)) else type(results).__name__

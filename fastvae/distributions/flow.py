@@ -11,7 +11,7 @@ from torch import distributions as td
 
 from .. import random
 from .._checks import check_tensor
-from .base import Distribution, hold
+from .base import Distribution, hold, is_family
 from .wrapped import TorchDistribution, at_address, seeded
 
 
@@ -136,6 +136,6 @@ class Flow(Distribution):
         return z
 
     def rows(self, start: int, stop: int) -> Flow | None:
-        if type(self) is not Flow or self.context is None:
+        if not is_family(self, Flow) or self.context is None:
             return None
         return Flow(self.flow, self.context[start:stop])

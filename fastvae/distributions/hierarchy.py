@@ -17,7 +17,7 @@ from .._nested import repeat
 from ..ops.latent import options as options_of
 from ..ops.op import accumulator
 from ..reference.common import expm1_minus
-from .base import Distribution
+from .base import Distribution, is_family
 from .draws import STANDARD, _fused_prior
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior
@@ -89,7 +89,8 @@ class Level(nn.Module):
         self.event: tuple[int, ...] = event
         self.dim = math.prod(event)
         for name, function in (("posterior", posterior), ("prior", prior), ("top_down", top_down)):
-            if not (callable(function) or function is None and name != "posterior"):
+            fixed = name == "prior" and isinstance(function, Distribution)
+            if not (callable(function) or fixed or function is None and name != "posterior"):
                 raise TypeError(f"{name} must be a module or another callable; got {type(function).__name__}")
             setattr(self, name, function)
         if merge is not None:
@@ -104,9 +105,9 @@ class Level(nn.Module):
 
     def _check_fixed(self, prior: Distribution) -> None:
         """A prior that is the same for all rows."""
-        if type(prior) is StandardNormal:
+        if is_family(prior, StandardNormal):
             return
-        if type(prior) is not DiagonalNormal:
+        if not is_family(prior, DiagonalNormal):
             raise TypeError(
                 f"prior is a {type(prior).__name__}; the levels of a hierarchy are normal: N(0, I), a "
                 "fastvae.DiagonalNormal, or a module that returns mean and log variance"
@@ -144,7 +145,7 @@ class Level(nn.Module):
                 q = as_posterior(value)
             except TypeError:
                 q = None
-            if type(q) is not DiagonalNormal:
+            if q is None or not is_family(q, DiagonalNormal):
                 raise TypeError(
                     f"{who} returned {type(value).__name__}; expected a normal: {expected}, or {both}"
                 )
@@ -190,7 +191,7 @@ class _Step(NamedTuple):
         return 0.5 * (white.square() + expm1_minus(self.stretch))
 
 
-class Hierarchy(Distribution):
+class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
     r"""Latents in several levels :math:`z_1 … z_L`, from the top down: the prior, and what makes the
     posterior of a bottom-up encoder's features.
 
@@ -477,7 +478,7 @@ class HierarchicalPosterior(Distribution):
         return z, kl if kl.shape[0] == samples else kl[0]
 
     def rows(self, start: int, stop: int) -> HierarchicalPosterior | None:
-        if type(self) is not HierarchicalPosterior:
+        if not is_family(self, HierarchicalPosterior):
             return None
         return HierarchicalPosterior(self.hierarchy, [h[start:stop] for h in self.features])
 

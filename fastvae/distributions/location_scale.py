@@ -106,18 +106,20 @@ class LocationScale(Located):
     @property
     def _is_family(self) -> bool:
         """Whether its parameters are all that there is to know."""
-        return type(self).__module__ == __name__
+        return self.family.__module__ == __name__
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> LocationScale:
         """The family with its parameters changed, row by row."""
-        return type(self)(change(self.loc), change(self.log_scale))
+        family: Any = self.family
+        made: LocationScale = family(change(self.loc), change(self.log_scale))
+        return made
 
     def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution | None:
         """The same of torch's, which knows some KLs."""
         return None
 
     def as_torch(self) -> td.Distribution | None:
-        if not is_still(self, next(c for c in type(self).__mro__ if c.__module__ == __name__)):
+        if not is_still(self, next(c for c in self.family.__mro__ if c.__module__ == __name__)):
             return None
         loc, log_scale = self._wide()
         return self._torch(loc, torch.exp(log_scale))

@@ -13,7 +13,7 @@ from .. import ops, random
 from .._checks import check_count, check_tensor, shape_of
 from ..ops.mixture import check_components
 from ..ops.op import accumulator
-from .base import Distribution, hold
+from .base import Distribution, hold, is_family
 from .covariance import FullNormal, LowRankNormal
 from .normal import DiagonalNormal
 
@@ -84,7 +84,7 @@ class _Components(Distribution):
         return z
 
 
-class NormalMixture(_Components):
+class NormalMixture(_Components, nn.Module):  # type: ignore[misc]
     r"""A mixture of diagonal normal distributions, as a prior that may be learned.
 
     .. math:: p(z) = \sum_u π_u\, N(z; μ_u, \operatorname{diag} e^{\mathrm{logvar}_u})
@@ -140,11 +140,11 @@ class _Rows(_Components):
 
     def __init__(self, parts: list[Distribution], logits: Tensor | None):
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts = tuple(parts)
         hold(self, logits=logits)
 
     def _parts(self) -> Sequence[Distribution]:
-        return list(self.parts)  # type: ignore[arg-type]
+        return self.parts
 
     @property
     def reaches_others(self) -> bool:
@@ -153,7 +153,7 @@ class _Rows(_Components):
 
 def mixture_of_rows(parts: list[Distribution], logits: Tensor | None) -> NormalMixture | _Rows:
     """The mixture of the rows of posteriors, one after the other."""
-    pairs = [part._wide() for part in parts if type(part) is DiagonalNormal]
+    pairs = [part._wide() for part in parts if is_family(part, DiagonalNormal)]
     if len(pairs) < len(parts):
         return _Rows(parts, logits)
     mu, logvar = (t[0] if len(t) == 1 else torch.cat(t) for t in zip(*pairs, strict=True))
@@ -181,18 +181,18 @@ def log_aggregate(parts: list[Distribution], z: Tensor) -> tuple[Tensor, Tensor 
 
 def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
     """Mean and log variance of each dimension [B, D] of a normal distribution."""
-    if type(q) is DiagonalNormal:
+    if is_family(q, DiagonalNormal):
         return q._wide()
-    if type(q) is FullNormal:
+    if is_family(q, FullNormal):
         mu, scale, _ = q._parts()
         return mu, scale.square().sum(-1).log()
-    if type(q) is LowRankNormal:
+    if is_family(q, LowRankNormal):
         mu, logvar, factor = q._wide()
         return mu, (logvar.exp() + factor.square().sum(-1)).log()
     return None
 
 
-class _Encoded(Distribution):
+class _Encoded(Distribution, nn.Module):  # type: ignore[misc]
     """A mixture of posteriors of inputs that lie with the prior."""
 
     encoder: Any
@@ -216,7 +216,7 @@ class _Encoded(Distribution):
     def prepared(self) -> Distribution:
         from .read import as_posterior
 
-        name, parts = type(self).__name__, []
+        name, parts = self.family.__name__, []
         for x in self._inputs():
             try:
                 parts.append(as_posterior(self.encoder(x)))
@@ -383,9 +383,12 @@ class Mixture(Distribution):
                 "components must be a list of distributions, at least one; got "
                 f"{'an empty one' if components in ([], ()) else type(components).__name__}"
             )
-        self.components = nn.ModuleList(as_component(c) for c in components)
+        self.components: tuple[Distribution, ...] = tuple(as_component(c) for c in components)
+        for i, component in enumerate(self.components):
+            if isinstance(self, nn.Module) and isinstance(component, nn.Module):
+                self.add_module(f"component_{i}", component)
         count = len(components)
-        batches = {c.batch for c in self._components if c.has_rows} - {1}
+        batches = {c.batch for c in self.components if c.has_rows} - {1}
         if len(batches) > 1:
             raise ValueError(f"the components are of {sorted(batches)} examples; expected the same B of all")
         if logits is not None:
@@ -398,14 +401,10 @@ class Mixture(Distribution):
                 )
         hold(self, logits=logits)
 
-    @property
-    def _components(self) -> list[Distribution]:
-        return list(self.components)  # type: ignore[arg-type]
-
     def _first(self) -> Distribution:
         """The first of those with the most rows."""
         found: Distribution | None = None
-        for c in self._components:
+        for c in self.components:
             if c.has_rows and (found is None or c.batch > found.batch):
                 found = c
         assert found is not None
@@ -417,7 +416,7 @@ class Mixture(Distribution):
 
     @property
     def has_rows(self) -> bool:
-        return any(c.has_rows for c in self._components)
+        return any(c.has_rows for c in self.components)
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -430,15 +429,15 @@ class Mixture(Distribution):
     @property
     def per_row(self) -> bool:  # type: ignore[override]
         by_row = self.logits is not None and self.logits.dim() == 2
-        return by_row or any(c.per_row for c in self._components)
+        return by_row or any(c.per_row for c in self.components)
 
     @property
     def reaches_others(self) -> bool:
-        return any(c.reaches_others for c in self._components)
+        return any(c.reaches_others for c in self.components)
 
     @property
     def mean(self) -> Tensor | None:  # type: ignore[override]
-        known = [c.mean for c in self._components]
+        known = [c.mean for c in self.components]
         means = [m for m in known if m is not None]
         if len(means) < len(known):
             return None
@@ -452,12 +451,12 @@ class Mixture(Distribution):
         return torch.log_softmax(self.logits.to(like.dtype), -1)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        values = torch.stack([c.log_prob(z) for c in self._components], -1)
+        values = torch.stack([c.log_prob(z) for c in self.components], -1)
         return torch.logsumexp(values + self._log_weights(values), -1)
 
     def prepared(self) -> Distribution:
-        parts = [c.prepared() for c in self._components]
-        return self if all(a is b for a, b in zip(parts, self._components, strict=True)) else self._of(parts)
+        parts = [c.prepared() for c in self.components]
+        return self if all(a is b for a, b in zip(parts, self.components, strict=True)) else self._of(parts)
 
     def _of(self, parts: list[Distribution], logits: Any = ...) -> Mixture:
         return Mixture(parts, self.logits if logits is ... else logits)
@@ -481,8 +480,8 @@ class Mixture(Distribution):
         first = sample_offset // r // count
         last = ((sample_offset + samples - 1) // r + count - 1) // count
         parts, like = [], None
-        for c in sorted(range(count), key=lambda c: not self._components[c].has_rows):
-            component = self._components[c]
+        for c in sorted(range(count), key=lambda c: not self.components[c].has_rows):
+            component = self.components[c]
             if not component.has_rows or component.batch < batch:
                 assert like is not None or component.has_rows  # those with rows come first
                 component = component.expand(batch, component.rsample(1, seed)[0] if like is None else like)
@@ -511,7 +510,7 @@ class Mixture(Distribution):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        draws = [c.sample(n, dim, device=device, generator=generator) for c in self._components]
+        draws = [c.sample(n, dim, device=device, generator=generator) for c in self.components]
         weights = self._log_weights(draws[0]).detach().exp()
         if weights.dim() != 1:
             raise ValueError(
@@ -521,9 +520,9 @@ class Mixture(Distribution):
         return torch.stack(draws, 1)[torch.arange(n, device=chosen.device), chosen]
 
     def rows(self, start: int, stop: int) -> Mixture | None:
-        if type(self) is not Mixture:
+        if not is_family(self, Mixture):
             return None
-        parts = [c.rows(start, stop) if c.has_rows and c.batch > 1 else c for c in self._components]
+        parts = [c.rows(start, stop) if c.has_rows and c.batch > 1 else c for c in self.components]
         known = [p for p in parts if p is not None]
         by_row = self.logits is not None and self.logits.dim() == 2
         logits = self.logits[start:stop] if by_row else self.logits  # type: ignore[index]

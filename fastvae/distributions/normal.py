@@ -14,7 +14,7 @@ from .._checks import check_same_device, check_same_shape, check_tensor, shape_o
 from ..ops.latent import Form, form_of, options
 from ..ops.op import accumulator
 from ..reference.latent import log_variance
-from .base import Distribution, hold, is_still, register_kl
+from .base import Distribution, hold, is_family, is_still, register_kl
 
 
 class StandardNormal(Distribution):
@@ -176,13 +176,13 @@ class DiagonalNormal(Distribution):
         return mu + torch.exp(0.5 * logvar) * eps
 
     def rows(self, start: int, stop: int) -> DiagonalNormal | None:
-        if type(self) is not DiagonalNormal:
+        if not is_family(self, DiagonalNormal):
             return None
         return self.of(self.mu[start:stop], self.logvar[start:stop], self.latent)
 
     def of(self, mu: Tensor, logvar: Tensor, latent: tuple[int, ...] | None = None) -> DiagonalNormal:
         """The same with other parameters, which have been checked."""
-        if type(self) is DiagonalNormal:
+        if is_family(self, DiagonalNormal):
             made = diagonal(mu, logvar, self.form)
         else:
             made = object.__new__(type(self))
@@ -195,7 +195,7 @@ class DiagonalNormal(Distribution):
         return made
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
-        if type(self) is not DiagonalNormal:
+        if not is_family(self, DiagonalNormal):
             return super().expand(batch, like)
         shape = (batch, like.shape[-1])
         return diagonal(self.mu.expand(shape), self.logvar.expand(shape), self.form)
@@ -211,7 +211,7 @@ def diagonal(mu: Tensor, logvar: Tensor, form: Form | None = None) -> DiagonalNo
     """The posterior of a pair that has been checked: making a module costs more than a small batch's
     kernels.
     """
-    q = DiagonalNormal.__new__(DiagonalNormal)
+    q = object.__new__(DiagonalNormal)
     attributes = q.__dict__
     attributes["mu"], attributes["logvar"], attributes["form"] = mu, logvar, form
     return q

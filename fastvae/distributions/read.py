@@ -10,7 +10,7 @@ from torch import distributions as td
 
 from .._checks import check_tensor, shape_of
 from .._glance import are_rows
-from .base import Distribution
+from .base import Distribution, is_family
 from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD
 from .mixture import NormalMixture
@@ -87,7 +87,7 @@ def _posterior(q: Distribution) -> Distribution:
     if isinstance(q, TorchDistribution):
         d = q.distribution
         shape = (*d.batch_shape, *d.event_shape)
-        spatial = type(q) is TorchDistribution and len(d.batch_shape) > 0 and len(shape) > 2
+        spatial = is_family(q, TorchDistribution) and len(d.batch_shape) > 0 and len(shape) > 2
         if not (q.is_posterior or spatial):
             raise ValueError(
                 f"q is {_describe(d)} with batch shape {list(d.batch_shape)} and event shape "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .._checks import shape_of
-from .base import Distribution
+from .base import Distribution, is_family
 from .normal import DiagonalNormal, diagonal
 from .wrapped import TorchDistribution
 
@@ -95,7 +95,7 @@ def flat_prior(p: Distribution, latent: tuple[int, ...], batch: int) -> Distribu
             return p
         mu, logvar = (_flat_part(name, v, latent, batch) for name, v in parts)
         return p.of(mu, logvar)
-    if type(p) is TorchDistribution:
+    if is_family(p, TorchDistribution):
         d = p.distribution
         shape = (*d.batch_shape, *d.event_shape)
         if _is_flat(shape, latent):

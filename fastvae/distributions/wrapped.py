@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import distributions as td
 
 from .. import random
 from .._checks import check_same_device
-from .base import Distribution
+from .base import Distribution, tensors_of
 
 
 class TorchDistribution(Distribution):
@@ -132,18 +131,6 @@ class TorchDistribution(Distribution):
 
     def as_torch(self) -> td.Distribution:
         return self.distribution
-
-
-def tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (td.Distribution, td.Transform)) and depth:
-        attributes = value.__dict__  # whose values torch 2.11 cannot trace
-        for name in attributes:
-            yield from tensors_of(attributes[name], depth - 1)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_of(part, depth)
 
 
 def at_address(

@@ -31,17 +31,17 @@ def check_destination(name: str, path: Path) -> None:
         ValueError: where it cannot.
     """
     try:
-        path = _resolved(path)
-        os.stat(path.parent)
+        resolved = _resolved(path)
+        os.stat(resolved.parent)
         with contextlib.suppress(FileNotFoundError):
-            os.stat(path)
-    except FileNotFoundError:
-        raise ValueError(f"{name} {path}: there is no folder {path.parent}") from None
+            os.stat(resolved)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{name} {_brief(path)}: there is no folder {_brief(path.parent)}") from None
     except OSError as error:  # a loop of links, a name that is too long, a folder that may not be entered
         raise ValueError(f"{name} {_brief(path)}: {error.strerror}; use another name") from None
-    if not path.parent.is_dir():
+    if not resolved.parent.is_dir():
         raise ValueError(f"{name} {path}: there is no folder {path.parent}")
-    if path.is_dir():
+    if resolved.is_dir():
         raise ValueError(f"{name} {path} is a folder; expected the name of a file")
     try:
         # Permissions alone do not tell: a file system may be read-only, or full.

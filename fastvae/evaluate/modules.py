@@ -12,21 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributions as td
 from torch.nn.parameter import is_lazy
 
 from ..distributions import Distribution
+from ..distributions.base import tensors_of
 from ..likelihoods.base import Likelihood
 from .checkpoint import digest
 
 
-def modules_of(function: Callable[..., Any]) -> list[nn.Module]:
+def modules_of(function: Callable[..., Any] | Distribution) -> list[nn.Module]:
     """The modules that a callable is, or reaches: as the object of a method, an attribute, an argument's
     default, a variable of its closure or a global that its code names; within three steps.
     """
+    owner = function.__self__ if inspect.ismethod(function) else function
+    if torch.compiler.is_compiling() and isinstance(owner, nn.Module):
+        return [owner]  # a compiler cannot follow the walk
     return reached(function, nn.Module)
 
 
-def reached(function: Callable[..., Any], kinds: type | tuple[type, ...]) -> list[Any]:
+def reached(function: Callable[..., Any] | Distribution, kinds: type | tuple[type, ...]) -> list[Any]:
     """What a callable is, or reaches in this way, of these kinds; no farther than to one of them."""
     found: dict[int, Any] = {}
     seen: dict[int, int] = {}
@@ -69,19 +74,32 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
-def parameters_digest(*callables: Callable[..., Any]) -> str:
+def parameters_digest(*callables: Callable[..., Any] | Distribution) -> str:
     """Of everything that the callables' modules keep, and of how they print."""
-    tensors, names = [], []
+    tensors: list[Tensor] = []
+    names: list[str] = []
+
+    def add(part: Any) -> None:
+        """What is not in a state_dict: a fixed scale, a tensor that a network computed."""
+        plain = {k: v for k, v in sorted(vars(part).items()) if k != "training"}
+        names.extend(f"{k}={v}" for k, v in plain.items() if isinstance(v, (int, float, str)))
+        for value in plain.values():
+            if isinstance(value, Tensor):
+                tensors.append(value)
+            elif isinstance(value, (td.Distribution, Distribution)) and not isinstance(value, nn.Module):
+                tensors.extend(tensors_of(value))
+
     for function in callables:
+        for distribution in reached(function, Distribution):
+            if not isinstance(distribution, nn.Module):
+                names.append(distribution.family.__name__)
+                add(distribution)
         for module in modules_of(function):
             module = getattr(module, "_orig_mod", module)  # compiled or not
             names.append(repr(module))
             for part in module.modules():
                 if isinstance(part, (Likelihood, Distribution)):
-                    # Such as a fixed scale, or a tensor that a network computed.
-                    plain = {k: v for k, v in sorted(vars(part).items()) if k != "training"}
-                    names += [f"{k}={v}" for k, v in plain.items() if isinstance(v, (int, float, str))]
-                    tensors += [v for v in plain.values() if isinstance(v, Tensor)]
+                    add(part)
             for name, value in (*module.named_parameters(), *module.named_buffers()):
                 if not is_lazy(value):
                     names.append(name.replace("_orig_mod.", ""))

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_data, check_result, check_same_device, check_tensor, on_same_device, shape_of
+from .._checks import (
+    as_int64,
+    check_data,
+    check_result,
+    check_same_device,
+    check_tensor,
+    on_same_device,
+    shape_of,
+)
 from .._glance import are_outputs, are_outputs_in_python
-from .._nested import Beside, repeat, tensors
+from .._nested import Beside, each, repeat, tensors
 from ..head import LinearOutput, is_lazy, made
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
@@ -78,6 +86,7 @@ class Likelihood(nn.Module):
         if size is not None:
             raise self.no_size()
         batch = tensors(x)[0].shape[0]
+        x = each(as_int64, x)  # arithmetic of PyTorch's wraps around in the small ones
         value = self.log_prob(repeat(observed(x, mask, self), samples), parameters)
         self._check_log_prob(value, x, samples * batch, mask)
         if mask is not None:
@@ -135,7 +144,10 @@ def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
             f"mask is given with an x of several parts, whose elements {type(likelihood).__name__} does not "
             "tell apart; use fastvae.Joint, which takes a mask of each"
         )
-    return torch.where(mask, x, torch.full((), likelihood.inside, dtype=x.dtype, device=x.device))
+    inside = float(likelihood.inside)
+    if not (x.is_floating_point() or inside.is_integer()):
+        x = x.to(torch.get_default_dtype())
+    return torch.where(mask, x, torch.full((), inside, dtype=x.dtype, device=x.device))
 
 
 # What fastvae.ops.weigh takes: the likelihood's name, x [B, X], and parameters, the first [K·B, X]; or what

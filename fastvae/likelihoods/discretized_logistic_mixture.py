@@ -68,7 +68,7 @@ class DiscretizedLogisticMixture(Likelihood):
         self.levels, self.low, self.high = levels, float(low), float(high)
 
     def check(self, x: Any, name: str = "x") -> None:
-        check_data(x, self, name)
+        x = check_data(x, self, name)
         if may_look(x):
             level = self._levels_of(x)
             off = (level - level.round()).abs().amax()

@@ -257,7 +257,7 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
         if named or len(args) != 1 + len(likelihood.outputs):
             args = signature.bind(*args, **named).args
         x, full, *rest = args
-        check_data(x, likelihood)
+        x = check_data(x, likelihood)
         _check_event(x, first, full)
         check_support(likelihood, x)
         return op(x, full, *(_spread(n, p, first, full, x) for n, p in zip(others, rest, strict=True)))
@@ -395,7 +395,7 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
 
 def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
     declared = DECLARED[name]
-    check_data(x, declared)
+    x = check_data(x, declared)
     first = outputs[0]
     check_tensor(declared.outputs[0], first)
     if x.dim() == 0 or first.shape[1:] != x.shape[1:] or first.dim() != x.dim():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from . import families, likelihoods
 from .case import FUSED, HALVES, Case
 
@@ -26,17 +24,12 @@ def _large(case: Case) -> bool:
 
 OPEN: dict[str, Callable[[Case], bool]] = {
     "2: the last layer left out": lambda c: _large(c) or (c.entry == "evaluate" and c.via != "function"),
-    "3: compiled": lambda c: bool(c.compiled),
     "7: torch.distributions in half precision": _half_torch,
     "own likelihoods in half precision": lambda c: (
         likelihoods.ZOO[c.likelihood].native is not None
         and (c.net_dtype in HALVES or c.x_dtype in HALVES or c.decoder == "autocast")
     ),
-    "5: integers with a mask": lambda c: (
-        c.likelihood == "categorical" and c.mask != "" and c.x_dtype == torch.uint8
-    ),
     "9: float16": lambda c: c.net_dtype in HALVES and (bool(c.encoder) or c.estimator == "dreg"),
-    "13: empty batches": lambda c: c.batch == 0,
 }
 
 

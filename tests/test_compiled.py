@@ -1,0 +1,262 @@
+"""torch.compile of every entry, in one graph and with graph breaks; posteriors as plain objects."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+
+import fastvae
+
+from .models import randn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+B, D, X, K = 5, 3, 7, 6
+BERNOULLI = {"likelihood": "bernoulli"}
+
+
+class Decoder(nn.Module):
+    """Logits, and before them a statement that a compiler cannot trace."""
+
+    def __init__(self, statement="none"):
+        super().__init__()
+        self.statement, self.layer = statement, nn.Linear(D, X)
+
+    @torch.compiler.disable
+    def skipped(self, z):
+        return z
+
+    def forward(self, z):
+        if self.statement == "print":
+            print("z", tuple(z.shape))
+        elif self.statement == "item" and z.detach().square().sum().item() < 0:
+            z = -z
+        elif self.statement == "disable":
+            z = self.skipped(z)
+        return self.layer(z)
+
+
+def _vae(statement="none"):
+    torch.manual_seed(0)
+    return fastvae.VAE(nn.Linear(X, 2 * D), Decoder(statement), latent_dim=D, **BERNOULLI)
+
+
+def _x():
+    return torch.rand(B, X, generator=torch.Generator().manual_seed(1)).round()
+
+
+def _compare(function, *, fullgraph=False, backend="eager", leaves=()):
+    """Equal values, and equal gradients of the leaves, as in eager mode."""
+    torch._dynamo.reset()
+    results = []
+    with torch._inductor.config.patch(fallback_random=True):
+        for run in (function, torch.compile(function, fullgraph=fullgraph, backend=backend)):
+            torch.manual_seed(3)
+            value = run()
+            results.append([value.detach()])
+            if leaves and value.requires_grad:
+                results[-1] += torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+# Each returns a tensor. Those that run a loop of their own, or find modules, break the graph themselves.
+ENTRIES = {
+    "elbo": lambda v, x: v(x),
+    "iwae": lambda v, x: v(x, objective="iwae", k=K),
+    "dreg": lambda v, x: v.iwae(x, k=K, estimator="dreg"),
+    "k_chunk": lambda v, x: v.iwae(x, k=K, k_chunk=4),
+    "bound": lambda v, x: v(x, objective=fastvae.bounds.CIWAE(0.5), k=K),
+    "beta_tc": lambda v, x: v(x, objective="beta_tc", dataset_size=100),
+    "sleep": lambda v, x: v(B, objective="sleep"),
+    "log_marginal": lambda v, x: v(x, objective="log_marginal", k=K).log_px,
+    "log_weights": lambda v, x: fastvae.log_weights(x, v.encoder(x), v.decoder, k=K, **BERNOULLI).log_ratio,
+    "ais": lambda v, x: fastvae.ais(x, v.encoder(x), v.decoder, steps=2, chains=2, **BERNOULLI).log_px,
+    "anomaly_score": lambda v, x: v.anomaly_score(x, samples=K),
+    "reconstruct": lambda v, x: v.reconstruct(x),
+    "posterior": lambda v, x: v.posterior(x).log_prob(torch.zeros(2, B, D)),
+    "generator": lambda v, x: v.iwae(x, k=K, generator=torch.Generator().manual_seed(5)),
+}
+
+
+# One objective stands for those that share its code.
+SLOW = {"log_marginal", "beta_tc", "ais"}
+BROKEN = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ENTRIES if name != "dreg"
+]
+
+
+@pytest.mark.parametrize("entry", BROKEN)
+def test_every_entry_runs_over_a_graph_break(entry):
+    vae, x = _vae("disable"), _x()
+    _compare(lambda: ENTRIES[entry](vae, x), leaves=list(vae.parameters()))
+
+
+@pytest.mark.parametrize("statement", ["print", "item"])
+def test_statements_that_break_the_graph(statement):
+    vae, x = _vae(statement), _x()
+    _compare(lambda: vae.iwae(x, k=K), leaves=list(vae.parameters()))
+
+
+# The others are compiled whole elsewhere, in the tests of their own.
+WHOLE = ["dreg", "sleep", "log_weights", "anomaly_score", "reconstruct", "posterior"]
+
+
+@pytest.mark.parametrize("entry", WHOLE)
+def test_every_entry_is_one_graph(entry):
+    vae, x = _vae(), _x()
+    _compare(lambda: ENTRIES[entry](vae, x), fullgraph=True, leaves=list(vae.parameters()))
+
+
+@pytest.mark.parametrize("statement", ["none", "disable"])
+def test_inductor(statement):
+    vae, x = _vae(statement), _x()
+    fullgraph = statement == "none"
+    _compare(lambda: vae.iwae(x, k=K), fullgraph=fullgraph, backend="inductor", leaves=list(vae.parameters()))
+
+
+# What an encoder may return, of h [B, 2 D].
+POSTERIORS = {
+    "tensor": lambda h: h,
+    "pair": lambda h: h.chunk(2, 1),
+    "td.Normal": lambda h: td.Normal(h[:, :D], h[:, D:].exp(), validate_args=False),
+    "td.Laplace": lambda h: td.Laplace(h[:, :D], h[:, D:].exp(), validate_args=False),
+    "td.MultivariateNormal": lambda h: td.MultivariateNormal(
+        h[:, :D], scale_tril=torch.diag_embed(h[:, D:].exp()), validate_args=False
+    ),
+    "DiagonalNormal": lambda h: fastvae.DiagonalNormal(h[:, :D], h[:, D:], scale="softplus"),
+    "FullNormal": lambda h: fastvae.FullNormal(h[:, :D], torch.cat([h, h], 1)[:, : D * (D + 1) // 2]),
+    "LowRankNormal": lambda h: fastvae.LowRankNormal(h[:, :D], h[:, D:], h[:, :D, None]),
+    "StudentT": lambda h: fastvae.StudentT(h[:, :D], h[:, D:], 4.0),
+    "Mixture": lambda h: fastvae.Mixture([h.chunk(2, 1), fastvae.Laplace(h[:, :D], h[:, D:])]),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in POSTERIORS if n not in ("tensor", "LowRankNormal", "StudentT")])
+def test_every_posterior_crosses_a_graph_break(name):
+    """In the encoder, between its networks and the objective, and in the decoder."""
+    encoder, decoder, x = nn.Linear(X, 2 * D), Decoder("disable"), _x()
+
+    def run():
+        q = POSTERIORS[name](encoder(x))
+        torch._dynamo.graph_break()
+        return fastvae.iwae(x, q, decoder, k=K, **BERNOULLI)
+
+    _compare(run, leaves=[*encoder.parameters(), *decoder.parameters()])
+
+
+# Posteriors and priors as objects
+
+
+def _made(name):
+    return (
+        fastvae.VAE(
+            nn.Linear(X, 2 * D),
+            nn.Linear(D, X),
+            **BERNOULLI,
+        ).posterior(_x())
+        if name == "read"
+        else POSTERIORS[name](randn(B, 2 * D, seed=4).cpu().requires_grad_() * 0.3)
+    )
+
+
+OBJECTS = ["read", *(name for name in POSTERIORS if name[0].isupper())]
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_a_posterior_is_a_plain_object(name):
+    q = _made(name)
+    z = torch.full((2, B, D), 0.3)
+    expected = q.log_prob(z)
+    assert isinstance(q, fastvae.Distribution) and not isinstance(q, nn.Module)
+    assert type(q).__name__ in repr(q) and "log_prob" in dir(q)
+    assert list(q.parameters()) == [] and q.state_dict() == {}
+    for copied in (pickle.loads(pickle.dumps(q)), copy.copy(q), copy.deepcopy(q), q.to("cpu")):
+        assert type(copied) is type(q) and copied.batch == B
+        torch.testing.assert_close(copied.log_prob(z), expected)
+    assert copy.deepcopy(q).log_prob(z).requires_grad
+    wide = q.to(torch.float64)
+    assert wide.log_prob(z.double()).dtype == torch.float64 and q.log_prob(z).dtype == torch.float32
+    torch.testing.assert_close(wide.log_prob(z.double()).float(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="floating-point"):
+        q.to(torch.int64)
+    owner = nn.Linear(1, 1)
+    owner.last = q  # such as an encoder that remembers what it returned
+    assert len(list(owner.modules())) == 1 and len(owner.state_dict()) == 2
+
+
+LEARNED = {
+    "DiagonalNormal": lambda p: fastvae.DiagonalNormal(p(D), p(D)),
+    "FullNormal": lambda p: fastvae.FullNormal(p(D), p(D * (D + 1) // 2)),
+    "LowRankNormal": lambda p: fastvae.LowRankNormal(p(D), p(D), p(D, 2)),
+    "Laplace": lambda p: fastvae.Laplace(p(D), p(D)),
+    "Exponential": lambda p: fastvae.Exponential(p(D)),
+    "StudentT": lambda p: fastvae.StudentT(p(D), p(D), 4.0),
+    "NormalMixture": lambda p: fastvae.NormalMixture(p(2, D), p(2, D)),
+    "Mixture": lambda p: fastvae.Mixture([fastvae.DiagonalNormal(p(D), p(D)), fastvae.Laplace(p(D), p(D))]),
+}
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_prior_owns_its_tensors(name, learned):
+    """As an attribute of any module: found, saved, loaded, moved and pickled."""
+    made = []
+
+    def tensor(*shape):
+        made.append(0.3 * randn(*shape, seed=len(made)).cpu())
+        return nn.Parameter(made[-1]) if learned else made[-1]
+
+    owner = nn.Module()
+    owner.prior = LEARNED[name](tensor)
+    assert isinstance(owner.prior, fastvae.Distribution)
+    assert isinstance(owner.prior, getattr(fastvae, name)) and owner.prior.family is getattr(fastvae, name)
+    assert len(list(owner.parameters())) == (len(made) if learned else 0)
+    state = owner.state_dict()
+    assert len(state) >= len(made)
+    z = torch.full((2, B, D), 0.3)
+    expected = owner.prior.log_prob(z)
+    for copied in (pickle.loads(pickle.dumps(owner)), copy.deepcopy(owner)):
+        assert type(copied.prior) is type(owner.prior)
+        assert torch.equal(copied.prior.log_prob(z), expected)
+        assert len(list(copied.parameters())) == len(list(owner.parameters()))
+        with torch.no_grad():
+            for t in copied.state_dict().values():
+                t.zero_()
+        copied.load_state_dict(state)
+        assert torch.equal(copied.prior.log_prob(z), expected)
+    assert owner.to(torch.float64).prior.log_prob(z.double()).dtype == torch.float64
+
+
+def test_a_fixed_prior_of_any_shape_moves_with_its_vae():
+    for shape in ((1, D), (1, 3, 1)):
+        prior = fastvae.DiagonalNormal(torch.zeros(shape), torch.zeros(shape))
+        vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), prior=prior)
+        assert {"prior.mu", "prior.logvar"} <= vae.state_dict().keys()
+        assert vae.to(torch.float64).prior.mu.dtype == torch.float64
+
+
+def test_a_parameter_that_no_optimiser_would_find_is_refused():
+    class Plain(fastvae.Distribution):
+        def __init__(self):
+            self.scale = nn.Parameter(torch.ones(D))
+
+    class Owning(fastvae.Distribution, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(D))
+
+        def log_prob(self, z):
+            return -(z / self.scale).square().sum(-1)
+
+    with pytest.raises(TypeError, match=r"class Plain\(fastvae.Distribution, nn.Module\)"):
+        Plain()
+    vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), prior=Owning(), **BERNOULLI)
+    assert "prior.scale" in vae.state_dict() and "scale" in repr(list(Owning().state_dict()))
+    vae.iwae(_x(), k=K).backward()
+    assert vae.prior.scale.grad is not None
