@@ -552,7 +552,7 @@ def test_what_is_made_of_several_parts_and_outputs():
     context = torch.linspace(-1, 1, n, device=DEVICE)[:, None]
 
     def prior(context):
-        return fastvae.DiagonalNormal(5 * context.expand(-1, D), torch.zeros(n, D, device=DEVICE))
+        return fastvae.FullNormal.of(5 * context.expand(-1, D), torch.eye(D, device=DEVICE).expand(n, D, D))
 
     beside = Beside({"counts": mask}, {"counts": size, "other": size}, context)
     inputs = Inputs.read(x, torch.zeros(n, 2 * D, device=DEVICE), decoder, likelihood, prior, beside)

@@ -197,22 +197,27 @@ def test_all_pairs(backend, likelihood, k, b):
         assert g.shape == p.shape and bool((g == 0).all())
 
 
-OPS: dict[str, tuple[tuple[int, ...], ...]] = {
-    **{name: ((X,),) * cases.returned(name) for name in DECLARED},
+COMPONENTS = {
     "categorical": ((C, X),),
-    "discretized_logistic_mixture": ((C, X),) * 3,
+    "discretized_logistic_mixture": ((C, X), (C, 3, X), (C, 3, X)),
+    "coupled": ((C, X), (C, 3, X), (C, 3, X), (C, 3, X)),
 }
 
 
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("k, b", [(2, 0), (0, 3)])
-def test_log_prob(backend, name, k, b):
-    """Gradients are tensors of zeros, as an optimiser expects them, on every backend."""
-    outputs = [torch.zeros(k, b, *shape, device=DEVICE, requires_grad=True) for shape in OPS[name]]
-    found = getattr(ops, f"{name}_log_prob")(torch.zeros(b, X, device=DEVICE), *outputs)
-    assert found.shape == (k, b)
+@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("k, b, x", [(2, 0, X), (0, 3, X), (2, 3, 0)])
+def test_likelihoods_with_components(backend, name, k, b, x):
+    """Gradients are tensors, as an optimiser expects them, on every backend: of zeros."""
+    data = torch.zeros(b, *([3] if name != "categorical" else []), x, device=DEVICE)
+    shapes = [(k, b, *shape[:-1], x) for shape in COMPONENTS[name]]
+    outputs = [torch.zeros(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    if name == "categorical":
+        found = ops.categorical_log_prob(data, *outputs)
+    else:
+        found = ops.discretized_logistic_mixture_log_prob(data, *outputs)
+    assert found.shape == (k, b) and not bool(found.any())
     for p, g in zip(outputs, torch.autograd.grad(found.sum(), outputs), strict=True):
-        assert g.shape == p.shape and g.dtype == p.dtype
+        assert g.shape == p.shape and g.dtype == p.dtype and not bool(g.any())
 
 
 def test_a_wholly_masked_batch_leaves_the_measured_variance_alone():

@@ -722,7 +722,8 @@ def test_rows_of_a_mixture():
     """Components of a row for each example, of one row for all and of none; logits of both kinds."""
     p = Parameters()
     for logits in (None, p(3), p(B, 3)):
-        q = fastvae.Mixture([(p(B, D), p(B, D)), (p(1, D), p(1, D)), fastvae.StandardNormal()], logits)
+        student = fastvae.StudentT(p(B, D), p(B, D), 4.0)
+        q = fastvae.Mixture([student, (p(1, D), p(1, D)), fastvae.StandardNormal()], logits)
         some, z = q.rows(1, 4), q.rsample(K, SEED)[0]
         torch.testing.assert_close(some.log_prob(z[:, 1:4]), q.log_prob(z)[:, 1:4])
         torch.testing.assert_close(some.rsample(K, SEED, row_offset=1)[0], z[:, 1:4])
