@@ -16,7 +16,6 @@ from ._stream import Chunks
 from .distributions import as_posterior, as_prior
 from .distributions.spatial import flat_prior
 from .evaluate.modules import evaluating, modules_of
-from .head import made
 from .likelihoods.base import Likelihood, as_likelihood
 from .random import draw_seed
 
@@ -216,7 +215,9 @@ def bdmc(
         own = own if latent is None else flat_prior(own, latent, n)
         made_by = torch.Generator(like.device).manual_seed(int(seed) % 2**63)
         z = draw_prior(own, n, dim, like.device, made_by).to(like.dtype)
-        x = likelihood.sample(made(decoded(decoder, z, context, latent)), generator=made_by)
+        x = likelihood.sample(
+            likelihood.multiplied_out(decoded(decoder, z, context, latent)), generator=made_by
+        )
         q = as_posterior(called("encoder", encoder, x, context))
         inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(None, None, context))
         return MarginalBounds(*Annealing(inputs, seed, settings).bounds(z))

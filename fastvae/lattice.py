@@ -20,7 +20,6 @@ from .distributions.base import is_family
 from .distributions.normal import DiagonalNormal, StandardNormal
 from .evaluate.data import batches_of, data_of, place_of
 from .evaluate.modules import evaluating, modules_of
-from .head import made
 from .likelihoods.base import Likelihood, as_likelihood
 
 __all__ = ["LatticeMarginal", "lattice_log_marginal"]
@@ -135,7 +134,7 @@ def lattice_log_marginal(
                 continue
             z = low + (indices + 0.5) * spacing
             log_prior = prior.log_prob(z[None])[0].double()
-            parameters = made(decoder(z.to(dtype)))
+            parameters = likelihood.multiplied_out(decoder(z.to(dtype)), xs[0])
             is_end = ((indices == 0) | (indices == points - 1)).any(1)
             for i, x in enumerate(xs):
                 joint = ops.all_pairs_log_prob(x, parameters, likelihood=likelihood) + log_prior[:, None]

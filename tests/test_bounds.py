@@ -469,7 +469,7 @@ def test_by_a_fused_head(backend, name):
         randn(B, D, seed=3).requires_grad_(),
     )
     results = []
-    for network in (decoder, fastvae.fuse_head(decoder)):
+    for network in (decoder, fastvae.FusedHead(decoder[:2], decoder[2])):
         value = fastvae.bound(
             x, (mu, logvar), network, kind(**options), k=K, likelihood="bernoulli", generator=generator(4)
         )

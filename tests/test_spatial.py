@@ -497,7 +497,7 @@ def test_a_decoder_whose_last_layer_is_left_out():
         torch.manual_seed(0)
         decoder = nn.Sequential(nn.Flatten(), nn.Linear(D, 20), nn.ReLU(), nn.Linear(20, features)).to(DEVICE)
     x, q = rand(b, features, seed=1).round(), randn(b, 2 * C, H, W, seed=2).requires_grad_()
-    layers = fastvae.fuse_head(decoder)
+    layers = fastvae.FusedHead(decoder[:3], decoder[3])
     results = []
     for d, given in ((decoder, q), (layers, q), (layers, q.chunk(2, 1)[0:2])):
         bound = fastvae.iwae(x, given, d, k=k, generator=generator(1), **BERNOULLI)
