@@ -577,6 +577,17 @@ def test_latents_of_one_axis_more():
     assert fastvae.elbo(x, q, decoder, samples=2, **BERNOULLI).isfinite() and came == [(2 * B, C, 5)]
 
 
+def test_a_latent_dim_of_one_axis_is_its_number():
+    """latent_dim=(D,) is latent_dim=D."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(X, 6).to(DEVICE), nn.Linear(3, X).to(DEVICE)
+    one, other = (fastvae.VAE(encoder, decoder, latent_dim=dim, **BERNOULLI) for dim in ((3,), 3))
+    x = rand(B, X, seed=6)
+    assert one.latent_dim == other.latent_dim == 3
+    assert torch.equal(one.sample(4, generator=generator(1)), other.sample(4, generator=generator(1)))
+    assert torch.equal(one.iwae(x, 5, generator=generator(1)), other.iwae(x, 5, generator=generator(1)))
+
+
 def test_an_empty_batch(backend):
     q = torch.zeros(0, 2 * C, H, W, device=DEVICE)
     x = torch.zeros(0, X, device=DEVICE)
