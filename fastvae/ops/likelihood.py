@@ -407,6 +407,7 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
                 f"{len(outputs)} of them"
             )
     elif hasattr(likelihood, "log_likelihood"):
+        parameters = likelihood.multiplied_out(parameters, x)
         found = likelihood.all_outputs(x, parameters)
         if found is None:
             return _by_tiles(x, parameters, lambda part, rows, k: likelihood.log_likelihood(part, rows, k))

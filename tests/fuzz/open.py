@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import families, likelihoods
-from .case import FUSED, HALVES, Case
+from .case import HALVES, Case
 
 
 def _half_torch(case: Case) -> bool:
@@ -15,15 +15,7 @@ def _half_torch(case: Case) -> bool:
     return (of_torch[0] and q_half) or ((of_torch[1] or own_prior) and case.prior_dtype in HALVES)
 
 
-def _large(case: Case) -> bool:
-    numbers = case.batch * case.k
-    for n in case.event:
-        numbers *= n
-    return numbers >= FUSED
-
-
 OPEN: dict[str, Callable[[Case], bool]] = {
-    "2: the last layer left out": lambda c: _large(c) or (c.entry == "evaluate" and c.via != "function"),
     "7: torch.distributions in half precision": _half_torch,
     "own likelihoods in half precision": lambda c: (
         likelihoods.ZOO[c.likelihood].native is not None
