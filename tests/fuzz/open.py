@@ -6,15 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from . import families, likelihoods
+from . import likelihoods
 from .case import FUSED, HALVES, Case
-
-
-def _half_torch(case: Case) -> bool:
-    of_torch = [n.startswith(("td.", "td mix", "spatial td", "tanh")) for n in (case.q, case.prior)]
-    own_prior = families.POSTERIORS[case.q].spatial and case.prior == "diagonal"
-    q_half = any(t in HALVES for t in case.q_dtypes)
-    return (of_torch[0] and q_half) or ((of_torch[1] or own_prior) and case.prior_dtype in HALVES)
 
 
 def _large(case: Case) -> bool:
@@ -26,7 +19,6 @@ def _large(case: Case) -> bool:
 
 OPEN: dict[str, Callable[[Case], bool]] = {
     "2: the last layer left out": lambda c: _large(c) or (c.entry == "evaluate" and c.via != "function"),
-    "7: torch.distributions in half precision": _half_torch,
     "own likelihoods in half precision": lambda c: (
         likelihoods.ZOO[c.likelihood].native is not None
         and (c.net_dtype in HALVES or c.x_dtype in HALVES or c.decoder == "autocast")
