@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_same_device, shape_of
+from ._checks import check_same_device, shape_of, signed
 from ._glance import are_batch, are_batch_in_python
 from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, decoded, each, repeat, tensors
 from .bounds import CIWAE, IWAE, weighed
@@ -21,7 +21,6 @@ from .distributions import (
     diagonal,
     flat_prior,
 )
-from .head import made
 from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
 from .ops.head import Layers, weigh_linear
 from .ops.weigh import Weighing, weigh
@@ -51,6 +50,7 @@ class Inputs(NamedTuple):
                 return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD, None))
         likelihood = as_likelihood(likelihood, shared=True)
         likelihood.check(x)
+        x = each(signed, x)
         q = as_posterior(q)
         check_batch("x", x, q.batch, q.device, q.latent)
         if not callable(decoder):
@@ -92,7 +92,9 @@ class Inputs(NamedTuple):
             parameters = decoded(self.decoder, z, context, latent)
             if latent is not None:
                 self._check_rows(z, parameters, samples)
-        return parameters if self.likelihood.takes_layers else made(parameters)
+        if type(parameters) is Tensor:
+            return parameters
+        return self.likelihood.read_output(self.x, parameters, samples, self.beside)
 
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
@@ -114,7 +116,8 @@ class Inputs(NamedTuple):
         z_rows = z.flatten(0, 1)
         parameters = self.decode(z_rows, z.shape[0])
         if seen is not None:
-            seen(len(z_rows), sum(t.numel() for t in all_tensors(parameters)))
+            of_rows = [t for t in all_tensors(parameters) if t.dim() and len(t) == len(z_rows)]
+            seen(len(z_rows), sum(t.numel() for t in of_rows))
         return self._log_prob(z_rows, parameters, z.shape[0])
 
     def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
+from .._checks import as_int, check_data, check_same_device, check_tensor, may_look, shape_of, signed
 from .._nested import Beside, repeat
 from ..ops.grouped import categorical_rows, check_classes
 from .base import NAMED, Likelihood, describe
@@ -44,9 +44,7 @@ class Categorical(Likelihood):
 
     def __init__(self, ignore_index: int = -100):
         super().__init__()
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, a class that x may hold; got {ignore_index!r}")
-        self.ignore_index = ignore_index
+        self.ignore_index = as_int("ignore_index", ignore_index, "a class that x may hold")
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
@@ -55,13 +53,17 @@ class Categorical(Likelihood):
             return super().log_likelihood(x, parameters, samples, beside)
         if beside is not None and beside.size is not None:
             raise self.no_size()
+        x = signed(x)
         self._check(x, parameters, samples)
         if beside is not None and beside.mask is not None:
-            x = torch.where(beside.mask, x, torch.full((), self.ignore_index, device=x.device))
+            # In a dtype that has the class that does not count.
+            wide = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.long()
+            x = torch.where(beside.mask, wide, self.ignore_index)
         return categorical_rows(x, parameters, self.ignore_index).reshape(samples, len(x))
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """log p of each element [N, *event]; 0 for the class that does not count."""
+        x = x if x.is_floating_point() else x.long()
         self._check(x, parameters, 1)
         check_classes(x, parameters.shape[1], self.ignore_index)
         counts = x != self.ignore_index
@@ -126,7 +128,7 @@ class Multinomial(Likelihood):
     differentiable = False
 
     def check(self, x: Any, name: str = "x") -> None:
-        check_data(x, self, name)
+        x = check_data(x, self, name)
         if may_look(x) and bool((x < 0).any()):
             raise ValueError(f"{name} holds {float(x.min()):g}, but counts must lie at or above 0")
 

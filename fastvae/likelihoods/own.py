@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from .._checks import shape_of
+from .._checks import as_int64, shape_of
 from .base import Likelihood, describe
 
 
@@ -39,6 +39,7 @@ class TorchLikelihood(Likelihood):
         return made
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
+        x = as_int64(x)
         made = self.distribution(parameters)
         try:
             return made.log_prob(x)

@@ -152,6 +152,7 @@ def refuse_classes(x: Tensor, classes: int, ignore_index: float) -> None:
 def check_classes(x: Tensor, classes: int, ignore_index: float) -> None:
     """Refuse what is no class, where the op does not and looking is asked for or free."""
     if may_look(x):
+        x = x if x.is_floating_point() else x.long()  # a uint8 has neither 256 nor -100
         fits = (x >= 0) & (x < classes) | (x == ignore_index) | (x != x)
         if x.is_floating_point():
             fits &= (x == x.floor()) | (x != x)
@@ -196,7 +197,7 @@ def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100) ->
         TypeError, ValueError: for shapes or dtypes that do not fit, several devices, or an x that is no class
             (on a GPU if FASTVAE_CHECK is 1).
     """
-    check_data(x, _Classes)
+    x = check_data(x, _Classes)
     check_tensor("logits", logits)
     check_same_device("logits", logits, "x", x)
     lead = logits.dim() - x.dim() - 1
@@ -234,7 +235,7 @@ def discretized_logistic_mixture_log_prob(
     Raises:
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
     """
-    check_data(x, _Classes)
+    x = check_data(x, _Classes)
     lead = logits.dim() - x.dim()
     named = {"logits": logits, "location": location, "log_scale": log_scale, "coefficients": coefficients}
     for name, p in named.items():

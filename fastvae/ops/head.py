@@ -483,7 +483,7 @@ def linear_log_prob(
         known = ", ".join(map(repr, sorted(DECLARED)))
         raise ValueError(f"likelihood={likelihood!r} is unknown here; known: {known}")
     declared = DECLARED[likelihood]
-    check_data(x, declared)
+    x = check_data(x, declared)
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(
             "x requires a gradient, which linear_log_prob does not have; pass x.detach(), or run the layer "

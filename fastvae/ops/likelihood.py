@@ -257,7 +257,7 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
         if named or len(args) != 1 + len(likelihood.outputs):
             args = signature.bind(*args, **named).args
         x, full, *rest = args
-        check_data(x, likelihood)
+        x = check_data(x, likelihood)
         _check_event(x, first, full)
         check_support(likelihood, x)
         return op(x, full, *(_spread(n, p, first, full, x) for n, p in zip(others, rest, strict=True)))
@@ -381,6 +381,7 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
                 f"{len(outputs)} of them"
             )
     elif hasattr(likelihood, "log_likelihood"):
+        parameters = likelihood.multiplied_out(parameters, x)
         found = likelihood.all_outputs(x, parameters)
         if found is None:
             return _by_tiles(x, parameters, lambda part, rows, k: likelihood.log_likelihood(part, rows, k))
@@ -395,7 +396,7 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
 
 def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
     declared = DECLARED[name]
-    check_data(x, declared)
+    x = check_data(x, declared)
     first = outputs[0]
     check_tensor(declared.outputs[0], first)
     if x.dim() == 0 or first.shape[1:] != x.shape[1:] or first.dim() != x.dim():
