@@ -7,7 +7,6 @@ from collections.abc import Callable
 from . import likelihoods
 from .case import HALVES, Case
 
-
 OPEN: dict[str, Callable[[Case], bool]] = {
     "own likelihoods in half precision": lambda c: (
         likelihoods.ZOO[c.likelihood].native is not None
