@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
+from .contract import Contract
 from .likelihood import result_dtype
 from .op import Op
 
@@ -146,11 +147,12 @@ def _left_to_torch(x: Tensor, parameters: list[Tensor | None]) -> bool:
     return few or x.shape[1] > 3
 
 
-def _check_inputs(contract: Any, x: Tensor, parameters: Sequence[Tensor | None]) -> None:
+def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor | None]) -> None:
     logits, *others = parameters
     assert logits is not None
     contract.expect("logits", logits, None, (-1, -1, -1))
     rows, components, positions = logits.shape
+    contract.expect_count("the number of components", components)
     if x.is_complex() or x.dim() != 3 or x.shape[2] != positions or (not others and x.shape[1] != 1):
         contract.refuse("x", x, f"[B, {'E' if others else 1}, {positions}]")
     if rows % x.shape[0] if x.shape[0] else rows:

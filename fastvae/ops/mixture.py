@@ -23,13 +23,13 @@ gradient. An r below the smallest normal number is zero.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _backend
 from .._checks import check_same_device, check_same_shape, check_tensor, shape_of
+from .contract import Contract
 from .op import Op, cast
 
 _run, _run_backward = (_backend.native(f"mixture_log_prob{suffix}") for suffix in ("", "_backward"))
@@ -100,7 +100,7 @@ def check_components(mu: Tensor, logvar: Tensor, logits: Tensor | None) -> None:
             )
 
 
-def _check_inputs(contract: Any, z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor) -> None:
+def _check_inputs(contract: Contract, z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor) -> None:
     contract.expect("z", z, torch.float64 if z.dtype == torch.float64 else torch.float32, (-1, -1))
     contract.expect("mu", mu, z.dtype, (-1, z.shape[1]))
     contract.expect_count("the number of components", mu.shape[0])
