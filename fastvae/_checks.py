@@ -55,7 +55,8 @@ def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
     """
     if not (isinstance(x, Tensor) and x.dtype in FLOATING):
         if isinstance(x, Tensor) and x.dtype in INTEGERS and likelihood.takes_integers:
-            return signed(x)
+            read: Tensor = signed(x)
+            return read
         x = check_tensor(name, x)
     if x.requires_grad and not likelihood.differentiable:
         raise ValueError(

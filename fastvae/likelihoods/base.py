@@ -89,6 +89,7 @@ class Likelihood(nn.Module):
         x = each(as_int64, x)  # arithmetic of PyTorch's wraps around in the small ones
         value = self.log_prob(repeat(observed(x, mask, self), samples), parameters)
         self._check_log_prob(value, x, samples * batch, mask)
+        value = value.to(accumulator(value.dtype))
         if mask is not None:
             value = torch.where(repeat(mask, samples), value, 0.0)
         return summed(value, samples, batch)

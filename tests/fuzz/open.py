@@ -25,11 +25,6 @@ def _large(case: Case) -> bool:
 OPEN: dict[str, Callable[[Case], bool]] = {
     "2: the last layer left out": lambda c: _large(c) or (c.entry == "evaluate" and c.via != "function"),
     "7: torch.distributions in half precision": _half_torch,
-    "own likelihoods in half precision": lambda c: (
-        likelihoods.ZOO[c.likelihood].native is not None
-        and (c.net_dtype in HALVES or c.x_dtype in HALVES or c.decoder == "autocast")
-    ),
-    "9: float16": lambda c: c.net_dtype in HALVES and (bool(c.encoder) or c.estimator == "dreg"),
 }
 
 
