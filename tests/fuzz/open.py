@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import families, likelihoods
+from . import families
 from .case import FUSED, HALVES, Case
 
 
