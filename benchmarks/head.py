@@ -112,7 +112,7 @@ def evaluation() -> Work:
         q = encoder(x).chunk(2, dim=1)
         return fastvae.log_marginal(x, q, decoder, k=5000, likelihood="bernoulli").log_px
 
-    run = {OURS: lambda: ours(fastvae.fuse_head(decoder)), STORED: lambda: ours(decoder)}
+    run = {OURS: lambda: ours(fastvae.FusedHead(decoder[:-1], decoder[-1])), STORED: lambda: ours(decoder)}
     checks = {STORED: lambda: assert_near(run[STORED](), run[OURS]())}
     if (pythae := _pythae(model, (200,), 50)) is not None:
         run["pythae"] = lambda: pythae(x, 5000)

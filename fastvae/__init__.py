@@ -28,7 +28,7 @@ from .distributions import (
 )
 from .evaluate import Audit, Evaluation, evaluate
 from .graphs import graphed
-from .head import FusedHead, LinearOutput, fuse_head
+from .head import FusedHead
 from .lattice import LatticeMarginal, lattice_log_marginal
 from .likelihoods import (
     Bernoulli,
@@ -93,7 +93,6 @@ __all__ = [
     "LatticeMarginal",
     "Level",
     "Likelihood",
-    "LinearOutput",
     "LogMarginal",
     "LogNormal",
     "LogWeights",
@@ -124,7 +123,6 @@ __all__ = [
     "diagnostics",
     "elbo",
     "evaluate",
-    "fuse_head",
     "graphed",
     "iwae",
     "lattice_log_marginal",

@@ -24,7 +24,6 @@ from ._nested import decoded
 from ._stream import Chunks, spared_memory_errors
 from .distributions import DiagonalNormal, Distribution, log_shares, rsample
 from .distributions.base import held
-from .head import made
 from .likelihoods.base import Declared, Likelihood
 from .likelihoods.joint import Joint
 from .ops.op import accumulator
@@ -334,7 +333,8 @@ def simulate(inputs: Inputs, dim: int, dtype: torch.dtype, generator: torch.Gene
     batch, device, x = inputs.q.batch, inputs.device, inputs.x
     mask, size, context = inputs.beside or (None, None, None)
     z = draw_prior(inputs.prior, batch, dim, device, generator).to(dtype)
-    parameters = made(decoded(inputs.decoder, z, context, inputs.q.latent))
+    returned = decoded(inputs.decoder, z, context, inputs.q.latent)
+    parameters = inputs.likelihood.multiplied_out(returned, x)
     drawn = inputs.likelihood.sample(_sized(inputs.likelihood, parameters, x, size), generator=generator)
     return z, _like(drawn, x, mask)
 
@@ -354,8 +354,6 @@ def _sized(likelihood: Likelihood, parameters: Any, x: Any, size: Any) -> Any:
             name: _sized(part, parameters[name], x[name], None if size is None else size.get(name))
             for name, part in likelihood._each()
         }
-    if isinstance(likelihood, Declared):
-        parameters = likelihood._computed(parameters, x)
     if size is None:
         return parameters
     if not isinstance(likelihood, Declared):

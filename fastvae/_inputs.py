@@ -21,7 +21,6 @@ from .distributions import (
     diagonal,
     flat_prior,
 )
-from .head import made
 from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
 from .ops.head import Layers, weigh_linear
 from .ops.weigh import Weighing, weigh
@@ -69,7 +68,7 @@ class Inputs(NamedTuple):
             beside = Beside(mask, None if size is None else as_size(size, x), context)
         prior = as_prior(q.own_prior if prior is None else prior, context).prepared()
         if q.latent is not None:
-            prior = flat_prior(prior, q.latent, q.batch)
+            prior = flat_prior(prior, q.latent, q.batch, q)
         return cls(x, q, decoder, likelihood, prior, beside)
 
     @property
@@ -84,6 +83,8 @@ class Inputs(NamedTuple):
     def decode(self, z: Tensor, samples: int) -> Any:
         """The decoder's output for z [K·B, D], which it is given as [K·B, *latent]."""
         latent = self.q.latent
+        if self.q.z_dtype is not None:
+            z = z.to(self.q.z_dtype)
         context = None if self.beside is None else self.beside.context
         if context is None and latent is None:
             parameters = self.decoder(z)
@@ -92,7 +93,9 @@ class Inputs(NamedTuple):
             parameters = decoded(self.decoder, z, context, latent)
             if latent is not None:
                 self._check_rows(z, parameters, samples)
-        return parameters if self.likelihood.takes_layers else made(parameters)
+        if type(parameters) is Tensor:
+            return parameters
+        return self.likelihood.read_output(self.x, parameters, samples, self.beside)
 
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
@@ -114,7 +117,7 @@ class Inputs(NamedTuple):
         z_rows = z.flatten(0, 1)
         parameters = self.decode(z_rows, z.shape[0])
         if seen is not None:
-            seen(z_rows, all_tensors(parameters))
+            seen(z_rows, [t for t in all_tensors(parameters) if t.dim() and len(t) == len(z_rows)])
         return self._log_prob(z_rows, parameters, z.shape[0])
 
     def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:

@@ -1,356 +1,168 @@
-"""A decoder's last linear layer, not multiplied out: what it returns then, and the ways to ask for it."""
+"""The decoder's last linear layers, left to the objective where its structure proves it or a user says so."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn import functional
 
-__all__ = ["FusedHead", "LinearOutput", "fuse_head"]
+from . import _glance
+from ._checks import FLOATING, shape_of
+
+__all__ = ["FusedHead", "LastLayer"]
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
-class LinearOutput:
-    r"""The output of a linear layer, [N, \*event], that is not computed unless something asks for its
-    numbers.
+class LastLayer(NamedTuple):
+    r"""Linear layers of one input that are not multiplied out: a plain record, which objectives and
+    likelihoods read in place of a decoder's output.
 
     .. math:: a_n = W h_n + c
 
-    The objectives take it in place of a decoder's output, and then never store it. It can be reshaped and
-    cut along axis 1, as decoders do at their end; whatever else is done with it is done with the ordinary
-    tensor, which is computed then (:meth:`tensor`).
-
-    Args:
-        h: what comes into the layer, [N, H].
-        weight: [X, H].
-        bias: [X], or None.
-
-    Raises:
-        ValueError: if h and weight do not fit.
-
-    Example:
-        >>> import torch, fastvae
-        >>> layer = torch.nn.Linear(3, 2 * 7)
-        >>> def decoder(z):
-        ...     return fastvae.LinearOutput(z, layer.weight, layer.bias).chunk(2, dim=1)  # mean, logvar
-        >>> fastvae.elbo(torch.ones(4, 7), torch.zeros(4, 2 * 3), decoder).shape
-        torch.Size([])
+    Attributes:
+        input: h, [N, H].
+        weights: each layer's W, [X, H].
+        biases: each layer's c, [X], or None.
+        event: the shape of an output's row; a layer has as many outputs as it has numbers for, one after the
+            other. None: that of an example of x, or one flat output a layer where x is not known.
+        versions: how often each tensor had been changed in place.
     """
 
-    def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None = None):
-        if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"h has shape {list(h.shape)} and weight {list(weight.shape)}; expected [N, H] and [X, H]"
-            )
-        # As the layer would have computed here, wherever it is computed.
-        kind = h.device.type
-        if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
-            h, weight, bias = h.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        self._grad = torch.is_grad_enabled()
-        if not self._grad:
-            h, weight, bias = _detached(h), _detached(weight), None if bias is None else _detached(bias)
-        self.h, self.weight, self.bias = h, weight, bias
-        self._tensor: Tensor | None = None
-        self._start, self._event = 0, torch.Size(weight.shape[:1])
-        self._version = _version(self.h)
-
-    def tensor(self) -> Tensor:
-        """The output itself, computed once."""
-        if self._tensor is None:
-            self.check_unchanged()
-            with torch.autocast(self.device.type, enabled=False), torch.set_grad_enabled(self._grad):
-                self._tensor = linear(self.h, *self.layer()).reshape(self.shape)
-        return self._tensor
-
-    def check_unchanged(self) -> None:
-        """Refuse an h that was changed in place after the layer."""
-        if _version(self.h) != self._version:
-            raise RuntimeError(
-                "what came into the decoder's last layer was changed in place after the layer was called, so "
-                "its output cannot be computed later. Change it out of place (such as nn.ReLU() for "
-                "nn.ReLU(inplace=True)), or do not fuse: VAE(..., fuse=False), or the decoder without "
-                "fuse_head"
-            )
-
-    def layer(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [X, H] and bias [X] of this part of the layer."""
-        stop = self._start + self._event.numel()
-        if stop - self._start == self.weight.shape[0]:
-            return self.weight, self.bias
-        part = slice(self._start, stop)
-        return self.weight[part], None if self.bias is None else self.bias[part]
-
-    def through(self, last: LinearOutput) -> LinearOutput:
-        """This part and those that follow, to the last one, flat."""
-        return self._part(self._start, (last._start + last._event.numel() - self._start,))
-
-    def follows(self, other: LinearOutput) -> bool:
-        """Whether it is the part of the same layer that comes next."""
-        same = self.h is other.h and self.weight is other.weight and self.bias is other.bias
-        return same and self._start == other._start + other._event.numel()
-
-    # What is known without the numbers.
+    input: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    event: tuple[int, ...] | None
+    versions: tuple[int, ...]
 
     @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.h.shape[0], *self._event))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.h.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.h.device
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.h.requires_grad or self.weight.requires_grad
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def __len__(self) -> int:
-        return self.h.shape[0]
-
-    def __repr__(self) -> str:
-        return f"LinearOutput(shape={list(self.shape)}, of h {list(self.h.shape)})"
-
-    # What decoders do at their end.
-
-    def reshape(self, *shape: Any) -> Any:
-        """Of another event shape; if N changes, the ordinary tensor."""
-        sizes = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-        total = self.shape.numel()
-        if sizes.count(-1) == 1:
-            known = -math.prod(sizes)
-            sizes[sizes.index(-1)] = total // known if known else -1
-        rows = self.h.shape[0]
-        if not sizes or sizes[0] != rows or math.prod(sizes) != total:
-            return self.tensor().reshape(*shape)
-        return self._part(self._start, sizes[1:])
-
-    def view(self, *shape: Any) -> Any:
-        return self.tensor().view(*shape) if isinstance(shape[0], torch.dtype) else self.reshape(*shape)
-
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
-        first, last = start_dim % self.ndim, end_dim % self.ndim
-        if first == 0 and last > 0:
-            return self.tensor().flatten(start_dim, end_dim)
-        sizes = list(self.shape)
-        return self.reshape(*sizes[:first], math.prod(sizes[first : last + 1]), *sizes[last + 1 :])
-
-    def unflatten(self, dim: int, sizes: Any) -> Any:
-        axis = dim % self.ndim
-        if axis == 0:
-            return self.tensor().unflatten(dim, sizes)
-        sizes = list(sizes)
-        if -1 in sizes:
-            sizes[sizes.index(-1)] = self.shape[axis] // max(1, -math.prod(sizes))
-        return self.reshape(*self.shape[:axis], *sizes, *self.shape[axis + 1 :])
-
-    def chunk(self, chunks: int, dim: int = 0) -> Any:
-        return self.split(-(-self.shape[dim] // chunks), dim)
-
-    def split(self, split_size: Any, dim: int = 0) -> Any:
-        if dim % self.ndim != 1:
-            return self.tensor().split(split_size, dim)
-        length = self.shape[1]
-        if isinstance(split_size, int):
-            split_size = [min(split_size, length - i) for i in range(0, length, max(1, split_size))]
-        if sum(split_size) != length:
-            return self.tensor().split(split_size, dim)
-        parts, at = [], 0
-        for size in split_size:
-            parts.append(self._cut(at, at + size))
-            at += size
-        return tuple(parts)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, tuple) and len(index) == 2:
-            rows, columns = index
-            whole = rows is Ellipsis and self.ndim == 2 or rows == slice(None)
-            if whole and isinstance(columns, slice) and columns.step in (None, 1):
-                start, stop, _ = columns.indices(self.shape[1])
-                return self._cut(start, max(start, stop))
-        return self.tensor()[index]
-
-    def _cut(self, start: int, stop: int) -> LinearOutput:
-        rest = self._event[1:].numel()
-        return self._part(self._start + start * rest, (stop - start, *self._event[1:]))
-
-    def _part(self, start: int, event: Any) -> LinearOutput:
-        part = object.__new__(LinearOutput)
-        part.h, part.weight, part.bias = self.h, self.weight, self.bias
-        part._grad, part._version, part._tensor = self._grad, self._version, None
-        part._start, part._event = start, torch.Size(event)
-        return part
-
-    # Everything else is done with the tensor.
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        own = getattr(cls, _OWN.get(function, ""), None)
-        if own is not None and isinstance(args[0], cls):
-            return own(*args, **kwargs)
-        return function(*made(args), **made(kwargs))
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.input, *self.weights, *[b for b in self.biases if b is not None])
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
+def _record(
+    h: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], event: tuple[int, ...] | None
+) -> LastLayer:
+    layer = LastLayer(h, weights, biases, event, ())
+    return layer._replace(versions=tuple([_version(t) for t in layer.tensors]))
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was changed in place, where that is counted."""
-    if torch.compiler.is_compiling() or tensor.is_inference():
-        return 0
-    return tensor._version
+    """Return how often a tensor was changed in place, 0 where nothing counts."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-_OWN = {
-    getattr(where, name): name
-    for where in (torch, Tensor)
-    for name in ("reshape", "flatten", "unflatten", "chunk", "split")
-}
+def _is_allocated(tensor: Tensor) -> bool:
+    """Whether the storage still has the tensor's numbers: sharding frees it."""
+    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or not tensor.numel():
+        return True
+    if _glance._is_wrapped(tensor):  # by torch.func, whose tensors have no storage
+        return True
+    reach = tensor.storage_offset() + 1
+    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        reach += (n - 1) * stride
+    return tensor.untyped_storage().nbytes() >= reach * tensor.itemsize
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    def apply(self: LinearOutput, *others: Any) -> Any:
-        return getattr(self.tensor(), name)(*made(others))
+def check_unchanged(layer: LastLayer) -> None:
+    """Refuse a record whose tensors are no longer those of the call.
 
-    apply.__name__ = name
-    return apply
-
-
-_OPERATORS = (
-    "add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg abs lt le gt ge iter bool float"
-)
-for _name in _OPERATORS.split():  # noqa: SIM905
-    setattr(LinearOutput, f"__{_name}__", _operator(f"__{_name}__"))
-
-
-def made(value: Any) -> Any:
-    """With tensors in place of outputs that are not computed yet."""
-    if isinstance(value, LinearOutput):
-        return value.tensor()
-    if type(value) in (tuple, list):
-        return type(value)(map(made, value))
-    if isinstance(value, Mapping):
-        return {name: made(part) for name, part in value.items()}
-    return value
-
-
-def is_lazy(value: Any) -> bool:
-    """Whether a decoder returned an output that is not computed yet."""
-    if isinstance(value, (tuple, list)):
-        return any([is_lazy(part) for part in value])
-    if isinstance(value, Mapping):
-        return any([is_lazy(part) for part in value.values()])
-    return isinstance(value, LinearOutput)
-
-
-def _lazily(layer: nn.Linear, h: Any) -> Any:
-    """A layer's forward."""
-    if isinstance(h, LinearOutput):
-        h = h.tensor()
-    plain = type(h) is Tensor and h.dim() == 2 and h.shape[1] == layer.in_features
-    if plain and (h.dtype == layer.weight.dtype or torch.is_autocast_enabled(h.device.type)):
-        return LinearOutput(h, layer.weight, layer.bias)
-    return linear(h, layer.weight, layer.bias)
-
-
-@contextlib.contextmanager
-def _lazy_layers(decoder: nn.Module) -> Iterator[None]:
-    """Linear layers return what is not computed yet; those whose output goes on into the network compute it
-    there. A thread that finds them ordinary gets the same numbers.
+    Raises:
+        RuntimeError: if one was changed in place, or its storage was freed.
     """
-    layers = [m for m in decoder.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
-    for layer in layers:
-        layer.__dict__["forward"] = functools.partial(_lazily, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+    fix = "let the decoder call the layer itself instead of fastvae.FusedHead"
+    for t, version in zip(layer.tensors, layer.versions, strict=True):
+        name = "input" if t is layer.input else "weight or bias"
+        if _version(t) > version:
+            raise RuntimeError(
+                f"the {name} {shape_of(t)} of the decoder's last layer was changed in place after the layer "
+                f"was called, so its output cannot be computed any more; change it out of place, or {fix}"
+            )
+        if not _is_allocated(t):
+            raise RuntimeError(
+                f"the {name} {shape_of(t)} of the decoder's last layer was freed after the call, as sharding "
+                f"does; shard the module that holds the decoder and calls the objective, or {fix}"
+            )
 
 
-class FusedHead(nn.Module):
-    """A decoder whose last linear layers are not multiplied out; see :func:`fuse_head`.
+def multiply_out(layer: LastLayer, event: tuple[int, ...] | None) -> tuple[Tensor, ...]:
+    r"""Return the outputs, [N, \*event] each, one flat output a layer without an event.
 
-    It is the decoder in all but its output: parameters, buffers, submodules and the keys of ``state_dict``
-    are the same.
+    Raises:
+        ValueError: if a layer's features are not a multiple of the event's numbers.
     """
-
-    def __init__(self, decoder: nn.Module):
-        super().__init__()
-        # Unregistered, or each parameter would have two names.
-        self.__dict__["decoder"] = decoder
-        for name in ("_parameters", "_buffers", "_modules"):
-            self.__dict__[name] = decoder.__dict__[name]
-        self.training = decoder.training
-
-    def forward(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return _by_structure(self.__dict__["decoder"], args)
-        decoder = self.__dict__["decoder"]
-        with _lazy_layers(decoder):
-            return decoder(*args)
-
-    def train(self, mode: bool = True) -> FusedHead:
-        self.__dict__["decoder"].train(mode)
-        self.training = mode
-        return self
-
-    def extra_repr(self) -> str:
-        return f"of {type(self.__dict__['decoder']).__name__}"
+    check_unchanged(layer)
+    outputs: list[Tensor] = []
+    with torch.autocast(layer.input.device.type, enabled=False):  # the record has the dtypes of the call
+        products = [
+            functional.linear(layer.input, w, b) for w, b in zip(layer.weights, layer.biases, strict=True)
+        ]
+    for product in products:
+        if event is None:
+            outputs.append(product)
+            continue
+        size = torch.Size(event).numel()
+        features = product.shape[1]
+        if features % size if size else features:
+            raise ValueError(
+                f"a last layer of FusedHead has {features} outputs; expected a multiple of {size}, the "
+                f"numbers of an event {list(event)}"
+            )
+        parts = (product,) if features == size else product.split(size, 1)
+        outputs += [part if part.shape[1:] == event else part.reshape(len(part), *event) for part in parts]
+    return tuple(outputs)
 
 
-def _by_structure(decoder: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The decoder's output, lazy where its structure tells the last layer: a compiler follows no layer whose
-    forward is exchanged.
+# Where the structure proves it
+
+
+def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
+    """Call a decoder, and leave its last layer out where nothing can tell the difference.
+
+    The decoder is exactly an ``nn.Linear``, or an ``nn.Sequential`` that ends in one. Its other modules are
+    called as always; what a call of the containers and of the last layer does besides its matrix product (a
+    hook, a replaced method, a mode, a sharded weight) makes that a call, too.
     """
-    if _has_hooks(decoder):
+    if len(args) != 1 or not _is_forward_alone(decoder):
         return decoder(*args)
-    if type(decoder) is nn.Linear:
-        return _lazily(decoder, *args)
-    if type(decoder) is nn.Sequential and len(args) == 1:
-        layers = list(decoder)
-        end = _end_of(layers)
-        if end is not None:
-            (value,) = args
-            for layer in layers[:end]:
-                value = layer(value)
-            value = _by_structure(layers[end], (value,))
-            for layer in layers[end + 1 :]:
-                value = _reshaped(layer, value)
-            return value
-    return decoder(*args)
+    (value,) = args
+    if type(decoder) is nn.Sequential:
+        last = len(decoder) - 1
+        for i, module in enumerate(decoder):
+            if i == last:
+                return run_to_last_layer(module, value)
+            value = module(value)
+        return value
+    layer: Any = decoder
+    if not _is_product_alone(value, layer.weight, layer.bias):
+        return layer(value)
+    return _record(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]))
+
+
+def may_end_in_a_layer(decoder: Any) -> bool:
+    """Whether :func:`run_to_last_layer` may do more than call it."""
+    return type(decoder) in (nn.Linear, nn.Sequential)
+
+
+_CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
+
+
+def _is_forward_alone(module: nn.Module) -> bool:
+    """Whether a call of this ``nn.Linear`` or ``nn.Sequential`` runs torch's own forward and nothing else."""
+    kind = type(module)
+    if kind is not nn.Linear and kind is not nn.Sequential:
+        return False
+    if _has_hooks(module) or module._compiled_call_impl is not None:
+        return False
+    if torch.nn.modules.module._has_any_global_hook() or any([name in module.__dict__ for name in _CALLED]):
+        return False
+    return bool(_is_torchs(kind))
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call does more than its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -359,87 +171,168 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _end_of(layers: list[nn.Module]) -> int | None:
-    """Where the last layer is that does more than give its output a shape, if it can be left to the end."""
-    for i in range(len(layers) - 1, -1, -1):
-        if type(layers[i]) not in _SHAPES:
-            return i if type(layers[i]) in (nn.Linear, nn.Sequential) else None
-    return None
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_torchs(kind: type[nn.Module]) -> bool:
+    """Whether the functions that a call of the class runs are those that torch's modules define."""
+    forward = vars(sys.modules[kind.__module__])
+    others = vars(torch.nn.modules.module)
+    return functional.linear is torch._C._nn.linear and all(
+        [
+            getattr(getattr(kind, name), "__globals__", None) is (forward if name == "forward" else others)
+            for name in _CALLED
+        ]
+    )
 
 
-_SHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
+def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
+    """Whether ``functional.linear`` of these is nothing but a matrix product of plain tensors that fit."""
+    tensors = (h, weight) if bias is None else (h, weight, bias)
+    if not all([type(t) in _PLAIN for t in tensors]):
+        return False
+    if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1]:
+        return False
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return False
+    for t in tensors:
+        if t.dtype != h.dtype or t.dtype not in FLOATING or t.layout != torch.strided or t.device != h.device:
+            return False
+    if torch.is_autocast_enabled(h.device.type) or torch._C._len_torch_function_stack():
+        return False
+    return torch.compiler.is_compiling() or (
+        bool(_glance.plain(tensors) & _glance.PLACES) and all([_is_allocated(t) for t in tensors])
+    )
 
 
-def _reshaped(layer: nn.Module, value: Any) -> Any:
-    if not isinstance(value, LinearOutput):
-        return layer(value)
-    if isinstance(layer, nn.Flatten):
-        return value.flatten(layer.start_dim, layer.end_dim)
-    return value.unflatten(layer.dim, layer.unflattened_size) if isinstance(layer, nn.Unflatten) else value
+# Where a user says so
 
 
-def fuse_head(decoder: nn.Module) -> FusedHead:
-    r"""The same decoder, whose last linear layer is left to the objective, which never stores its output.
+class FusedHead(nn.Module):
+    r"""A decoder that ends in linear layers, whose outputs the objective computes block by block and never
+    stores.
 
-    For K·B samples of a large event this output is the largest tensor of a training step. Value and gradients
-    are those of the decoder itself, to rounding. Anything may come before the last layer; after it views,
-    and cutting it in parts along axis 1 (mean and logvar of one layer); or there are several last layers, of
-    the same input. Where something else comes after it, or the likelihood has no such op, the output is
-    computed as always. Under torch.compile the last layer must be seen: decoder is an ``nn.Linear`` or an
-    ``nn.Sequential`` that ends in one (and ``nn.Unflatten``, ``nn.Flatten``), else it is computed as always.
+    Its output is not a tensor but a record of the layers and their input, which every objective, evaluation
+    and likelihood takes in place of the parameters: values and gradients are those of the layers' outputs, to
+    rounding. For K·B samples of a large event these outputs are the largest tensors of a training step. Where
+    the likelihood has no such op, with a mask or a ``size=``, they are computed as always.
 
     Args:
-        decoder: a module z [N, D] -> parameters. It is used, not copied: what trains one trains the other.
-
-    Returns:
-        A module with the decoder's parameters under the decoder's names.
+        body: a module z [N, D] -> h [N, H], which is called.
+        layers: one or more ``nn.Linear`` of H inputs, which are not called. The likelihood's parameters are
+            their outputs, in this order; one layer may have several parameters one after the other, as
+            ``layer(h).chunk(2, dim=1)`` has.
+        event: the shape of each parameter's row, such as (1, 28, 28). Default: that of an example of x, and
+            flat where there is no x, as for samples of the model.
 
     Raises:
-        TypeError: if decoder is no module, has no linear layer, or is an ``nn.Sequential`` that ends in
-            something else.
+        TypeError, ValueError: for a body that is no module or returns no h, for layers that are no
+            ``nn.Linear`` or do not fit; in a call, for a layer with hooks, which would not run.
 
     References:
         Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024.
 
     Example:
         >>> import torch, fastvae
-        >>> decoder = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
-        >>> x, q = torch.rand(32, 8).round(), torch.zeros(32, 2 * 2)
-        >>> bound = fastvae.iwae(x, q, fastvae.fuse_head(decoder), k=50, likelihood="bernoulli")
+        >>> body = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU())
+        >>> decoder = fastvae.FusedHead(body, torch.nn.Linear(16, 8), torch.nn.Linear(16, 8))  # mean, logvar
+        >>> x, q = torch.rand(32, 8), torch.zeros(32, 2 * 2)
+        >>> bound = fastvae.iwae(x, q, decoder, k=50, likelihood="gaussian")
         >>> (-bound).backward()
-        >>> decoder[2].weight.grad.shape
+        >>> decoder.layers[0].weight.grad.shape
         torch.Size([8, 16])
     """
-    if isinstance(decoder, FusedHead):
-        return decoder
-    if not isinstance(decoder, nn.Module):
-        raise TypeError(
-            f"decoder must be an nn.Module, whose layers are known; got {type(decoder).__name__}. A function "
-            "can return fastvae.LinearOutput(h, layer.weight, layer.bias) in place of layer(h)"
-        )
-    reason = _why_not(decoder)
-    if reason:
-        raise TypeError(f"fuse_head cannot fuse this {type(decoder).__name__}: {reason}")
-    return FusedHead(decoder)
+
+    event: tuple[int, ...] | None
+
+    def __init__(self, body: nn.Module, *layers: nn.Linear, event: int | tuple[int, ...] | None = None):
+        super().__init__()
+        if not isinstance(body, nn.Module):
+            raise TypeError(
+                f"body must be an nn.Module z [N, D] -> h [N, H], got {type(body).__name__}; "
+                "torch.nn.Identity() is one that returns z"
+            )
+        if not layers:
+            raise TypeError(
+                "FusedHead needs the last layers after the body, such as FusedHead(body, "
+                "torch.nn.Linear(200, 784)); got none"
+            )
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, nn.Linear) or not _has_its_forward(layer):
+                raise TypeError(
+                    f"layer {i} must be an nn.Linear with nn.Linear's own forward, it is not called; got "
+                    f"{type(layer).__name__}. Make it a part of the body, or use no FusedHead"
+                )
+            if layer.in_features != layers[0].in_features:
+                raise ValueError(
+                    f"layer {i} has in_features={layer.in_features} and layer 0 {layers[0].in_features}; "
+                    "expected layers of the same input"
+                )
+        self.body, self.layers = body, nn.ModuleList(layers)
+        self.event = None if event is None else tuple(event) if isinstance(event, (tuple, list)) else (event,)
+        if self.event is None:
+            return
+        if not all([type(n) is int and n > 0 for n in self.event]):
+            raise ValueError(f"event must be a size or a tuple of sizes, such as (1, 28, 28); got {event!r}")
+        size = torch.Size(self.event).numel()
+        for i, layer in enumerate(layers):
+            if layer.out_features % size:
+                raise ValueError(
+                    f"layer {i} has out_features={layer.out_features}; expected a multiple of {size}, the "
+                    f"numbers of event={event!r}"
+                )
+
+    def forward(self, *args: Any) -> LastLayer:
+        """Return the layers and their input, the body's output for z."""
+        h = self.body(*args)
+        layers: list[Any] = list(self.layers)
+        for i, layer in enumerate(layers):
+            self._check(i, layer, h)
+        keep = _attached if torch.is_grad_enabled() else torch.Tensor.detach
+        kind = h.device.type
+        if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
+            # As the layers would have computed here.
+            dtype = torch.get_autocast_dtype(kind)
+            weights = tuple([keep(layer.weight).to(dtype) for layer in layers])
+            biases = tuple([None if layer.bias is None else keep(layer.bias).to(dtype) for layer in layers])
+            return _record(keep(h).to(dtype), weights, biases, self.event)
+        for t in (t for layer in layers for t in (layer.weight, layer.bias) if t is not None):
+            if t.dtype != h.dtype:
+                raise TypeError(f"h has dtype {h.dtype} and a last layer {t.dtype}; cast one of them")
+        weights = tuple([keep(layer.weight) for layer in layers])
+        biases = tuple([None if layer.bias is None else keep(layer.bias) for layer in layers])
+        return _record(keep(h), weights, biases, self.event)
+
+    def extra_repr(self) -> str:
+        return "" if self.event is None else f"event={self.event}"
+
+    @staticmethod
+    def _check(i: int, layer: Any, h: Any) -> None:
+        """Refuse a layer that does more than its product, and an input that does not fit."""
+        hooks = _has_hooks(layer) or torch.nn.modules.module._has_any_global_hook()
+        if hooks or not _has_its_forward(layer):
+            what = "hooks" if hooks else f"a forward of its own ({type(layer).__name__})"
+            raise TypeError(
+                f"layer {i} of FusedHead has {what}, but it is not called; use "
+                "torch.nn.utils.parametrizations for weight_norm and spectral_norm and "
+                "torch.nn.utils.prune.remove after pruning, or the decoder without FusedHead"
+            )
+        if not isinstance(h, Tensor) or h.dim() != 2 or h.shape[1] != layer.in_features:
+            came = shape_of(h) if isinstance(h, Tensor) else type(h).__name__
+            raise ValueError(
+                f"the body of FusedHead returned {came}; expected h [N, {layer.in_features}], the input of "
+                f"layer {i}; torch.nn.Flatten() at its end makes a picture such"
+            )
+        if layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]:
+            raise ValueError(
+                f"layer {i} of FusedHead has a bias {shape_of(layer.bias)}; expected [X] = "
+                f"{list(layer.weight.shape[:1])}"
+            )
 
 
-def _why_not(decoder: nn.Module) -> str | None:
-    """One sentence, if its structure tells."""
-    if type(decoder) is nn.Sequential:
-        rest = [layer for layer in decoder if type(layer) not in _SHAPES]
-        last = rest[-1] if rest else decoder
-        if isinstance(last, nn.modules.conv._ConvNd):
-            return (
-                f"it ends in {type(last).__name__}, whose input is as large as its output, so that nothing "
-                "would be saved"
-            )
-        if type(last).__module__.startswith("torch.nn") and type(last) not in (nn.Linear, nn.Sequential):
-            return (
-                f"it ends in {type(last).__name__}, which needs the output of the layer before; let the "
-                "decoder return that layer's output (likelihoods take logits and logarithms)"
-            )
-        if type(last) is nn.Sequential and last is not decoder:
-            return _why_not(last)
-    if not any(type(m) is nn.Linear for m in decoder.modules()):
-        return "it has no nn.Linear to end in"
-    return None
+def _attached(tensor: Tensor) -> Tensor:
+    """Return a view: what ``tensor.data = ...`` swaps later is then not seen."""
+    return tensor.view_as(tensor)
+
+
+def _has_its_forward(layer: nn.Module) -> bool:
+    own = [name for name in _CALLED if name in layer.__dict__]
+    return not own and type(layer).forward is nn.Linear.forward and layer._compiled_call_impl is None

@@ -20,7 +20,6 @@ from .distributions.base import is_family
 from .distributions.normal import DiagonalNormal, StandardNormal
 from .evaluate.data import batches_of, data_of, place_of
 from .evaluate.modules import evaluating, modules_of
-from .head import made
 from .likelihoods.base import Likelihood, as_likelihood
 
 __all__ = ["LatticeMarginal", "lattice_log_marginal"]
@@ -102,7 +101,7 @@ def lattice_log_marginal(
     likelihood = as_likelihood(likelihood)
     if not callable(decoder):
         raise TypeError(f"decoder must be a module or another callable, got {type(decoder).__name__}")
-    check_count("latent_dim", latent_dim, "the number of latents")
+    latent_dim = check_count("latent_dim", latent_dim, "the number of latents")
     if latent_dim > 3:
         raise ValueError(
             f"latent_dim must be at most 3, got {latent_dim}: the points of a lattice are n^D; use "
@@ -113,7 +112,7 @@ def lattice_log_marginal(
         raise ValueError(
             f"points must be a multiple of 3, got {points}: every third makes a lattice that tells the error"
         )
-    check_count("batch_size", batch_size, "the examples at a time")
+    batch_size = check_count("batch_size", batch_size, "the examples at a time")
     prior = _shared(prior)
     device, dtype = place_of(decoder, decoder)
     xs = [x.to(device or x.device) for x in _examples(data, batch_size, likelihood, dtype)]
@@ -135,7 +134,7 @@ def lattice_log_marginal(
                 continue
             z = low + (indices + 0.5) * spacing
             log_prior = prior.log_prob(z[None])[0].double()
-            parameters = made(decoder(z.to(dtype)))
+            parameters = likelihood.multiplied_out(decoder(z.to(dtype)), xs[0])
             is_end = ((indices == 0) | (indices == points - 1)).any(1)
             for i, x in enumerate(xs):
                 joint = ops.all_pairs_log_prob(x, parameters, likelihood=likelihood) + log_prior[:, None]

@@ -14,7 +14,6 @@ from ._nested import called, check_batch, decoded
 from .distributions import as_posterior, as_prior, flat_prior
 from .distributions.draws import describe
 from .evaluate.data import place_of
-from .head import made
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import _REDUCTIONS
 
@@ -81,7 +80,7 @@ def sleep(
     like = torch.empty((), device=device, dtype=dtype)
     with torch.no_grad():
         z, parameters = simulate(decoder, prior, n, latent_dim, context, like, generator)
-        x = likelihood.sample(parameters, generator=generator)
+        x = likelihood.sample(likelihood.multiplied_out(parameters), generator=generator)
     q = as_posterior(called("encoder", encoder, x, context))
     if q.batch != n:
         raise ValueError(f"the encoder returned a q of {q.batch} rows for x of n = {n} rows")
@@ -106,7 +105,7 @@ def simulate(
     """z [n, D] from the prior, on the device and in the dtype of ``like``, and what the decoder returns for
     it.
     """
-    check_count("n", n, "the number of draws")
+    n = check_count("n", n, "the number of draws")
     if context is not None:
         check_batch("context", context, n, like.device)
     prior = as_prior(prior, context)
@@ -119,4 +118,4 @@ def simulate(
         else math.prod(latent)
     )
     z = prior.sample(n, size, device=like.device, generator=generator).to(like.dtype)
-    return z, made(decoded(decoder, z, context, latent))
+    return z, decoded(decoder, z, context, latent)

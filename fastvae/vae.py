@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
@@ -21,7 +23,7 @@ from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_c
 from .distributions.base import as_module, tensors_of
 from .evaluate import Evaluation, evaluate
 from .evaluate.modules import modules_of, reached
-from .head import FusedHead, made
+from .head import may_end_in_a_layer, run_to_last_layer
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives import LogMarginal, Terms
 from .ops.head import FEWEST_NUMBERS
@@ -49,10 +51,13 @@ class VAE(nn.Module):
         prior: default N(0, I), or the :class:`fastvae.Hierarchy` that the encoder holds; or an object such as
             ``fastvae.DiagonalNormal``, or a module context -> prior.
         latent_dim: D, or (C, H, W); found from the encoder's first output if not given, and needed for
-            :meth:`sample` before that. If given, torch.compile compiles only once.
-        fuse: leave the decoder's last linear layer to the objective, or to an evaluation, which does not
-            store its output, where that is no slower: :func:`fastvae.fuse_head`, on a CPU, for outputs of
-            some hundred thousand numbers or more. Values and gradients are the same to rounding.
+            :meth:`sample` before that. If given, the encoder's outputs are checked against it, and
+            torch.compile compiles only once.
+        fuse: leave the decoder's last layer to the objective, or to an evaluation, which does not store its
+            output, where nothing else could tell and it is no slower: the decoder is an ``nn.Linear`` or an
+            ``nn.Sequential`` that ends in one, without hooks, on a CPU, for outputs of some hundred thousand
+            numbers or more. Values and gradients are the same to rounding. For other decoders there is
+            :class:`fastvae.FusedHead`.
 
     Conditional models: where a method is given ``context=``, encoder and decoder are called with it as their
     second argument, and a prior that is a function with it alone.
@@ -107,9 +112,11 @@ class VAE(nn.Module):
         if prior is None:
             prior = self._own_prior()
         self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_module(as_prior(prior))
+        given = latent_dim is not None
         if latent_dim is None and isinstance(self.prior, Hierarchy):
             latent_dim = self.prior.dim
         self.latent_dim = None if latent_dim is None else _as_latent_dim(latent_dim)
+        self._checks_latent_dim = given
 
     def extra_repr(self) -> str:
         known = [] if self.latent_dim is None else [f"latent_dim={self.latent_dim}"]
@@ -151,8 +158,12 @@ class VAE(nn.Module):
             dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
             x = each(lambda t: t.to(dtype) if t.dtype in INTEGERS else t, x)
         q = as_posterior(called("encoder", self.encoder, x, context))
-        if self.latent_dim is None:
-            self.latent_dim = q.latent or (None if q.mean is None else q.mean.shape[1])
+        if self.latent_dim is None or self._checks_latent_dim:
+            found = q.latent or (None if q.mean is None else q.mean.shape[1])
+            if self.latent_dim is None:
+                self.latent_dim = found
+            elif found is not None:
+                self._check_latent_dim(found)
         return q
 
     @overload
@@ -254,8 +265,8 @@ class VAE(nn.Module):
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
         on_cpu = all([p.is_cpu for p in self.parameters()])
-        fuses = self.fuse and on_cpu and isinstance(self.decoder, nn.Module)
-        decoder = FusedHead(self.decoder) if fuses else self.decoder
+        fuses = self.fuse and on_cpu and may_end_in_a_layer(self.decoder)
+        decoder = functools.partial(run_to_last_layer, self.decoder) if fuses else self.decoder
         return evaluate(self.posterior, decoder, data, **self._meaning(), **options)
 
     @torch.no_grad()
@@ -291,6 +302,7 @@ class VAE(nn.Module):
         _, parameters = simulate(
             self.decoder, self.prior, n, self._known_latent_dim(), context, reference, generator
         )
+        parameters = self.likelihood.multiplied_out(parameters)
         if mean:
             return self.likelihood.mean(parameters)
         return self.likelihood.sample(parameters, generator=generator)
@@ -309,6 +321,20 @@ class VAE(nn.Module):
         if q.mean is None:
             raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
         return self.likelihood.mean(self._decode(q.mean, context, q.latent))
+
+    def _check_latent_dim(self, found: int | tuple[int, ...]) -> None:
+        """Refuse a q of other latents than ``latent_dim`` says."""
+        known: Any = self.latent_dim
+        if isinstance(found, tuple) and isinstance(known, tuple):
+            same = found == known
+        else:
+            same = math.prod(_axes(found)) == math.prod(_axes(known))
+        if not same:
+            raise ValueError(
+                f"the encoder returned a q of {found} latents, but the VAE has latent_dim={known}; let the "
+                "encoder return that many (mu and logvar side by side are "
+                f"[B, {2 * math.prod(_axes(known))}]), or give latent_dim={found}"
+            )
 
     def _own_prior(self) -> Hierarchy | None:
         """The hierarchy whose posterior the encoder returns, if it does."""
@@ -335,12 +361,13 @@ class VAE(nn.Module):
     def _fused(self, x: Any, samples: Any) -> Any:
         """The decoder, its last layer left to the objective where that may pay."""
         may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
-        if may_pay and samples * x.numel() >= FEWEST_NUMBERS and isinstance(self.decoder, nn.Module):
-            return FusedHead(self.decoder)
+        if may_pay and samples * x.numel() >= FEWEST_NUMBERS and may_end_in_a_layer(self.decoder):
+            return functools.partial(run_to_last_layer, self.decoder)
         return self.decoder
 
     def _decode(self, z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:
-        return made(decoded(self.decoder, z, context, latent))
+        returned = decoded(self.decoder, z, context, latent)
+        return self.likelihood.multiplied_out(returned)
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}
@@ -356,6 +383,10 @@ def _as_latent_dim(value: Any) -> int | tuple[int, ...]:
     if not sizes:
         raise ValueError("latent_dim is (), a shape without axes; expected D, or a shape such as (C, H, W)")
     return sizes if len(sizes) > 1 else sizes[0]
+
+
+def _axes(latent_dim: int | tuple[int, ...]) -> tuple[int, ...]:
+    return latent_dim if isinstance(latent_dim, tuple) else (latent_dim,)
 
 
 class _Function(nn.Module):

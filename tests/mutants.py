@@ -3649,20 +3649,6 @@ PYTHON = [
         ("head",),
     ),
     Mutant(
-        "head: a cut at another place",
-        "fastvae/head.py",
-        "return self._part(self._start + start * rest,",
-        "return self._part(self._start + start,",
-        ("head",),
-    ),
-    Mutant(
-        "head: layers that stay exchanged",
-        "fastvae/head.py",
-        '            layer.__dict__.pop("forward", None)\n',
-        "            pass\n",
-        ("head",),
-    ),
-    Mutant(
         "head: pairs in single precision",
         "fastvae/ops/likelihood.py",
         "_PRODUCTS[name](rows.double(), *[p.double() for p in flat])",
@@ -3728,8 +3714,8 @@ PYTHON = [
     Mutant(
         "data: one part of a Joint left out",
         "fastvae/likelihoods/joint.py",
-        "total = total + part.log_likelihood(x[name], returned, samples, own)",
-        "total = part.log_likelihood(x[name], returned, samples, own)",
+        "total = total + part.log_likelihood(x[name], parameters[name], samples, own)",
+        "total = part.log_likelihood(x[name], parameters[name], samples, own)",
         ("data",),
     ),
     Mutant(

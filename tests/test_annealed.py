@@ -447,11 +447,46 @@ def test_bounds_of_data_that_the_model_makes():
         model.posterior, decoder, D, steps=3, likelihood=model.likelihood, generator=generator(1)
     )
     torch.testing.assert_close(exact.lower, exact.upper, rtol=1e-9, atol=1e-9)
+    assert few.gap == pytest.approx(float((few.upper - few.lower).mean()), rel=1e-12)
     assert float(exact.lower.std()) > 0.1  # of several x
     again = fastvae.bdmc(
         model.posterior, decoder, D, steps=3, likelihood=model.likelihood, generator=generator(1)
     )
     assert torch.equal(again.lower, exact.lower)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_bounds_with_a_prior_over_latents_with_axes(conditional):
+    """One prior for all, or of a context's rows: with the exact posterior the bounds are log p(x)."""
+    model, n, shape, made = LinearGaussian(D, X), 7, (D, 1, 1), []
+    shift = randn(n, D, seed=3, dtype=torch.float64) if conditional else randn(D, seed=3, dtype=torch.float64)
+
+    def prior(context):
+        mu = context.view(-1, *shape)
+        return fastvae.DiagonalNormal(mu, torch.zeros_like(mu))
+
+    def encoder(x, context=shift):
+        made.append(x)
+        mu, logvar = model.posterior(x - context @ model.weight.T)
+        return (mu + context).view(-1, *shape), logvar.view(-1, *shape)
+
+    def decoder(z, context=None):
+        assert z.shape[1:] == shape
+        return model.decoder(z.flatten(1).double())
+
+    if conditional:
+        options = {"prior": prior, "context": shift}
+    else:
+        options = {"prior": fastvae.DiagonalNormal(shift.view(shape), torch.zeros(shape).to(shift))}
+    found = fastvae.bdmc(
+        encoder, decoder, shape, n=n, steps=3, likelihood=model.likelihood, generator=generator(1), **options
+    )
+    exact = model.log_px(made[0] - shift @ model.weight.T)
+    torch.testing.assert_close(found.lower, exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.upper, found.lower, rtol=1e-9, atol=1e-9)
+    if conditional:
+        with pytest.raises(ValueError, match="context"):
+            fastvae.bdmc(encoder, decoder, shape, n=n + 1, likelihood=model.likelihood, **options)
 
 
 def test_bounds_need_draws_of_the_model():
@@ -487,6 +522,53 @@ def test_what_is_made_comes_with_what_a_batch_comes_with():
     score = ((made[:, :5] - mean) / mean.sqrt()).flatten()
     assert abs(float(score.mean())) < 5 / math.sqrt(5 * n)
     assert float(score.square().mean()) == pytest.approx(1, abs=5 * math.sqrt(3 / (5 * n)))
+
+
+@torch.no_grad()
+def test_what_is_made_of_several_parts_and_outputs():
+    """A mean and a dispersion, a mapping of parts: each with its sizes, masks, dtype and shape; z of a prior
+    that has a row for each example.
+    """
+    n = 4000
+    size = torch.linspace(1, 3, n, device=DEVICE)
+    mask = (torch.arange(X, device=DEVICE) < 5).expand(n, X)
+    x = {
+        "counts": torch.full((n, X), -7, device=DEVICE),
+        "other": torch.zeros(n, 3, dtype=torch.int32, device=DEVICE),
+        "bits": torch.zeros(n, 2, 2, device=DEVICE),
+    }
+    likelihood = fastvae.Joint(
+        counts="negative_binomial", other=fastvae.NegativeBinomial(2.0), bits="bernoulli"
+    )
+
+    def decoder(z, context):
+        log_mean = 0.3 * z[:, :1] + context
+        return {
+            "counts": (log_mean.expand(-1, X), torch.full((len(z), X), math.log(4.0), device=DEVICE)),
+            "other": log_mean.expand(-1, 3),
+            "bits": (z[:, :1] + 1).expand(-1, 4).unflatten(1, (2, 2)),
+        }
+
+    context = torch.linspace(-1, 1, n, device=DEVICE)[:, None]
+
+    def prior(context):
+        return fastvae.FullNormal.of(5 * context.expand(-1, D), torch.eye(D, device=DEVICE).expand(n, D, D))
+
+    beside = Beside({"counts": mask}, {"counts": size, "other": size}, context)
+    inputs = Inputs.read(x, torch.zeros(n, 2 * D, device=DEVICE), decoder, likelihood, prior, beside)
+    z, made = simulate(inputs, D, torch.float32, generator(1))
+    assert abs(float((z - 5 * context).mean())) < 5 / math.sqrt(n * D)
+    assert float((z - 5 * context).var()) == pytest.approx(1, abs=5 * math.sqrt(2 / (n * D)))
+    assert all(made[name].dtype == part.dtype and made[name].shape == part.shape for name, part in x.items())
+    assert bool((made["counts"] == -7)[~mask].all()) and not bool((made["counts"] == -7)[mask].any())
+    mean = size[:, None] * torch.exp(0.3 * z[:, :1] + context)
+    for drawn, theta in ((made["counts"][:, :5], 4.0), (made["other"], 2.0)):
+        score = (drawn - mean) / (mean + mean.square() / theta).sqrt()
+        each = score.square().mean(1)
+        assert abs(float(score.mean())) < 5 / math.sqrt(score.numel())
+        assert abs(float(each.mean()) - 1) < 5 * float(each.std()) / math.sqrt(n)
+    score = (made["bits"] - torch.sigmoid(z[:, :1, None] + 1)).flatten(1).mean(1)
+    assert abs(float(score.mean())) < 5 * float(score.std()) / math.sqrt(n)
 
 
 # The audit
@@ -556,6 +638,23 @@ def test_an_audit_is_the_same_whatever_the_batches(monkeypatch):
         assert torch.equal(other.examples, whole.examples)
         for name in ("log_px", "log_px_stderr", "acceptance", "lower", "upper"):
             torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+
+
+def test_an_audit_of_a_loader_that_reuses_its_buffer(monkeypatch):
+    """What was seen of a batch is kept as it was."""
+    monkeypatch.setattr(importlib.import_module("fastvae.evaluate.audit"), "STEPS", 10)
+    model = LinearGaussian(D, X)
+    x, buffer = model.sample(N), torch.empty(5, X, dtype=torch.float64, device=DEVICE)
+
+    def loader():
+        for part in x.split(5):
+            buffer[: len(part)] = part
+            yield buffer[: len(part)]
+
+    expected = _evaluate(model, _narrow(model), iter(x.split(5)), audit=5).audit
+    found = _evaluate(model, _narrow(model), loader(), audit=5).audit
+    torch.testing.assert_close(found.log_px, expected.log_px)
+    torch.testing.assert_close(found.difference, expected.difference)
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 37, 100])

@@ -469,13 +469,52 @@ def test_by_a_fused_head(backend, name):
         randn(B, D, seed=3).requires_grad_(),
     )
     results = []
-    for network in (decoder, fastvae.fuse_head(decoder)):
+    for network in (decoder, fastvae.FusedHead(decoder[:2], decoder[2])):
         value = fastvae.bound(
             x, (mu, logvar), network, kind(**options), k=K, likelihood="bernoulli", generator=generator(4)
         )
         results.append([value, *torch.autograd.grad(value, [mu, logvar, *decoder.parameters()])])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+class Own(fastvae.Likelihood):
+    """The density of Gaussian(scale=0.8), of which nothing is fused."""
+
+    def log_prob(self, x, mean):
+        return torch.distributions.Normal(mean, 0.8).log_prob(x)
+
+
+@pytest.mark.parametrize(
+    "objective", [IWAE(), IWAE(m=4), IWAE(alpha=0.3), IWAE(3, 0.6), CIWAE(0.3)], ids=repr
+)
+def test_a_likelihood_of_ones_own(objective):
+    """Gives the bounds and gradients of the same likelihood built in."""
+    results = []
+    for likelihood in (Own(), fastvae.Gaussian(0.8)):
+        model = Model(prior=False)
+        value = fastvae.bound(
+            model.x, (model.mu, model.logvar), lambda z, w=model.weight: z @ w.T, objective, k=K,
+            likelihood=likelihood, generator=generator(7),
+        )  # fmt: skip
+        results.append([value, *torch.autograd.grad(value, model.learned)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_likelihood_of_ones_own_keeps_the_dtype():
+    """A float64 β for each example does not widen a float32 bound, fused or not."""
+    model = Model(torch.float32, prior=False)
+    beta = torch.linspace(0.5, 2, B, dtype=torch.float64, device=DEVICE)
+    bounds_of = [
+        fastvae.elbo(
+            model.x, (model.mu, model.logvar), lambda z: z @ model.weight.T, beta=beta, reduction="none",
+            likelihood=likelihood, generator=generator(7),
+        )
+        for likelihood in (Own(), fastvae.Gaussian(0.8))
+    ]  # fmt: skip
+    assert [b.dtype for b in bounds_of] == [torch.float32] * 2
+    torch.testing.assert_close(*bounds_of)
 
 
 def test_edges(backend):

@@ -106,6 +106,22 @@ def test_parameters_of_another_dtype_are_other_weights(tmp_path):
         _run(tmp_path / "run.npz", *parts(torch.bfloat16), x)
 
 
+def test_parameters_that_are_columns_of_a_table(tmp_path):
+    """Strided vectors are read as what they hold: the run goes on, and another table is another model."""
+    encoder, decoder = models.networks(X, D)
+    x, table = randn(N, X, seed=7), 0.3 * randn(D, 2, seed=8)
+
+    def prior():
+        return fastvae.DiagonalNormal(table[:, 0], table[:, 1])
+
+    file = tmp_path / "run.npz"
+    first, again = (_run(file, encoder, decoder, x, prior=prior()) for _ in range(2))
+    assert torch.equal(first.log_px, again.log_px)
+    table[1, 1] += 1e-3
+    with pytest.raises(ValueError, match="was made with other parameters"):
+        _run(file, encoder, decoder, x, prior=prior())
+
+
 def _edited(file, target, **changes):
     """A copy of a checkpoint with other settings."""
     with np.load(file) as saved:

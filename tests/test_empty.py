@@ -197,6 +197,29 @@ def test_all_pairs(backend, likelihood, k, b):
         assert g.shape == p.shape and bool((g == 0).all())
 
 
+COMPONENTS = {
+    "categorical": ((C, X),),
+    "discretized_logistic_mixture": ((C, X), (C, 3, X), (C, 3, X)),
+    "coupled": ((C, X), (C, 3, X), (C, 3, X), (C, 3, X)),
+}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("k, b, x", [(2, 0, X), (0, 3, X), (2, 3, 0)])
+def test_likelihoods_with_components(backend, name, k, b, x):
+    """Gradients are tensors, as an optimiser expects them, on every backend: of zeros."""
+    data = torch.zeros(b, *([3] if name != "categorical" else []), x, device=DEVICE)
+    shapes = [(k, b, *shape[:-1], x) for shape in COMPONENTS[name]]
+    outputs = [torch.zeros(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    if name == "categorical":
+        found = ops.categorical_log_prob(data, *outputs)
+    else:
+        found = ops.discretized_logistic_mixture_log_prob(data, *outputs)
+    assert found.shape == (k, b) and not bool(found.any())
+    for p, g in zip(outputs, torch.autograd.grad(found.sum(), outputs), strict=True):
+        assert g.shape == p.shape and g.dtype == p.dtype and not bool(g.any())
+
+
 def test_a_wholly_masked_batch_leaves_the_measured_variance_alone():
     """Gaussian(scale='optimal') measures nothing then, before the first batch and after it."""
     likelihood, decoder, _, _ = _inputs("optimal")

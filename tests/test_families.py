@@ -194,6 +194,27 @@ def test_any_posterior_with_any_prior(q, p):
     torch.testing.assert_close(marginal.log_px, torch.logsumexp(log_w, 0) - math.log(K), rtol=1e-8, atol=1e-8)
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_estimators_have_one_value_in_half_precision(dtype):
+    for name in POSTERIORS:
+        # No DReG; networks in half precision; torch's has no Cholesky factor of it.
+        if name in ("mixture", "flow", "torch's low rank"):
+            continue
+        found = []
+        for estimator in ESTIMATORS:
+            x, q = _data(torch.float32), POSTERIORS[name](Parameters(dtype))
+            prior = fastvae.LogNormal(zeros(D), zeros(D)) if name in POSITIVE else None
+            options = {"k": K, "estimator": estimator, "generator": generator(5), **BERNOULLI}
+            found.append(fastvae.iwae(x, q, lambda z: zeros(len(z), X), prior=prior, **options))
+        for other in found[1:]:
+            torch.testing.assert_close(
+                other, found[0], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
 class Encoder(nn.Module):
     """x -> the posterior of a family whose parameters are linear in x."""
 
@@ -662,6 +683,73 @@ def test_a_defensive_mixture_bounds_the_weights():
     assert bool(((defended.log_px - model.log_px(x)).abs() < 6 * defended.stderr).all())
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_reconstruct_decodes_the_mean_of_a_mixture(per_row):
+    p = Parameters()
+    q = fastvae.Mixture(
+        [(p(B, D), p(B, D)), fastvae.Gumbel(p(B, D), p(B, D))], p(*([B] if per_row else []), 2)
+    )
+    z, _ = q.rsample(20_000, SEED)
+    weighted = q.log_shares(20_000, SEED).exp()[..., None] * z
+    error = weighted.std(0) / math.sqrt(len(z))
+    assert bool(((weighted.mean(0) - q.mean).abs() < 6 * error).all())
+    vae = fastvae.VAE(nn.Linear(X, 6).double(), nn.Linear(D, X).double(), latent_dim=D, **BERNOULLI).to(
+        DEVICE
+    )
+    vae.posterior = lambda x, context=None: q
+    expected = torch.sigmoid(vae.decoder(q.mean))
+    torch.testing.assert_close(vae.reconstruct(_data(torch.float64)), expected)
+
+
+WITHOUT_ROWS = {
+    **{name: make for name, make in BOTH.items() if name != "mixture"},
+    "student of fixed df": lambda p, rows: fastvae.StudentT(p(*rows, D), p(*rows, D), 4.0),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ROWS)
+def test_a_component_that_is_the_same_for_all_examples(name):
+    """Drawn for each example, it has the density of its own: the mixture's weights are those written out."""
+    p = Parameters()
+    mu, logvar, logits = p(B, D), p(B, D), p(2)
+    shared = WITHOUT_ROWS[name](p, ())
+    q = fastvae.Mixture([(mu, logvar), shared], logits)
+    seed = seed_of(5)
+    z, log_q = q.rsample(K, seed)
+    each = [fastvae.DiagonalNormal(mu, logvar).log_prob(z), as_prior(shared).log_prob(z)]
+    expected = torch.logsumexp(torch.stack(each, -1) + torch.log_softmax(logits, 0), -1)
+    torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
+    turns = torch.remainder(torch.arange(K) + torch.remainder(seed.cpu(), 2), 2)
+    assert bool(as_prior(shared).log_prob(z[turns == 1]).isfinite().all())
+    parts = fastvae.log_weights(
+        _data(torch.float64), q, _decoder(torch.float64), k=K, generator=generator(5), **BERNOULLI
+    )
+    log_p = td.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    shares = math.log(2) + torch.log_softmax(logits, 0)[turns][:, None]
+    torch.testing.assert_close(parts.log_ratio, log_p - expected + shares, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["full", "low rank", "laplace", "diagonal"])
+def test_a_subclass_is_not_expanded_as_its_parent(family):
+    """Its density may be another: a component of one's own says that it needs an expand."""
+    made = BOTH[family](Parameters(), ())
+    made.__class__ = type("Own", (type(made),), {})
+    q = fastvae.Mixture([(zeros(B, D).double(), zeros(B, D).double()), made])
+    with pytest.raises(NotImplementedError, match="Own has no expand"):
+        q.rsample(K, SEED)
+
+
+def test_rows_of_a_mixture():
+    """Components of a row for each example, of one row for all and of none; logits of both kinds."""
+    p = Parameters()
+    for logits in (None, p(3), p(B, 3)):
+        student = fastvae.StudentT(p(B, D), p(B, D), 4.0)
+        q = fastvae.Mixture([student, (p(1, D), p(1, D)), fastvae.StandardNormal()], logits)
+        some, z = q.rows(1, 4), q.rsample(K, SEED)[0]
+        torch.testing.assert_close(some.log_prob(z[:, 1:4]), q.log_prob(z)[:, 1:4])
+        torch.testing.assert_close(some.rsample(K, SEED, row_offset=1)[0], z[:, 1:4])
+
+
 # VampPrior and aggregate posteriors
 
 
@@ -678,6 +766,49 @@ def test_a_vamp_prior_is_the_mixture_of_its_posteriors(backend):
     torch.testing.assert_close(prior.log_prob(z), expected, rtol=1e-5, atol=1e-5)
     aggregate = fastvae.AggregatePosterior(encoder, inputs.detach(), batch_size=3)
     torch.testing.assert_close(aggregate.log_prob(z), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pseudo_inputs_of_a_module():
+    """A prior of what it returns, which trains its parameters."""
+    torch.manual_seed(0)
+    encoder, z = nn.Linear(X, 2 * D).to(DEVICE), randn(K, B, D, seed=3)
+
+    class Inputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.raw = nn.Parameter(randn(U, X, seed=2))
+
+        def forward(self):
+            return torch.sigmoid(self.raw)
+
+    inputs = Inputs()
+    prior = fastvae.VampPrior(encoder, inputs)
+    expected = fastvae.VampPrior(encoder, torch.sigmoid(inputs.raw)).log_prob(z)
+    torch.testing.assert_close(prior.log_prob(z), expected)
+    (grad,) = torch.autograd.grad(prior.log_prob(z).sum(), inputs.raw)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), inputs.raw)[0])
+    assert any(parameter is inputs.raw for parameter in prior.parameters())
+
+
+@pytest.mark.parametrize(
+    "logits", [None, torch.tensor([0.5, -1.0], dtype=torch.float64)], ids=["even", "uneven"]
+)
+def test_a_prior_that_is_a_mixture_of_a_vamp_prior(logits):
+    """With a floor under it: the density is that of the two, in a chunked bound, too."""
+    made = Parameters()
+    vamp, x, decoder = _vamp(made), _data(torch.float64), _decoder(torch.float64)
+    q, shares = (made(B, D), made(B, D)), torch.zeros(2).double() if logits is None else logits
+    prior = fastvae.Mixture([vamp, fastvae.StandardNormal()], logits)
+    z = fastvae.DiagonalNormal(*q).rsample(K, seed_of(5))[0]
+    parts = torch.stack([vamp.log_prob(z), td.Normal(0.0, 1.0).log_prob(z).sum(-1)], -1)
+    log_p = torch.logsumexp(parts + torch.log_softmax(shares, 0), -1)
+    found = fastvae.iwae(
+        x, q, decoder, k=K, k_chunk=4, prior=prior, reduction="none", generator=generator(5), **BERNOULLI
+    )
+    log_w = (
+        td.Bernoulli(logits=decoder(z)).log_prob(x).sum(-1) + log_p - fastvae.DiagonalNormal(*q).log_prob(z)
+    )
+    torch.testing.assert_close(found, torch.logsumexp(log_w, 0) - math.log(K), rtol=1e-9, atol=1e-9)
 
 
 class Counted(nn.Linear):

@@ -311,6 +311,17 @@ def test_multinomial_is_that_of_torch():
         torch.testing.assert_close(got[:, b], oracle.log_prob(x[b].float()), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_draws_and_means_of_half_precision_logits(dtype):
+    """Computed in float32, as from the same logits in it; a multinomial's mean are the classes' shares."""
+    logits = 3 * randn(500, 7, seed=1).to(dtype)
+    for likelihood in (fastvae.Multinomial(), fastvae.Categorical()):
+        drawn = [likelihood.sample(t, generator=generator(2)) for t in (logits, logits.float())]
+        assert drawn[0].dtype == drawn[1].dtype and torch.equal(*drawn)
+    mean = fastvae.Multinomial().mean(logits)
+    torch.testing.assert_close(mean.float(), logits.float().softmax(1), rtol=1e-2, atol=1e-3)
+
+
 def test_draws_are_of_their_distributions():
     n = 20_000
     logits = randn(1, C, 6, seed=1)

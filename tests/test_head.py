@@ -8,15 +8,18 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import fastvae
 from fastvae import ops
+from fastvae.head import LastLayer
 from fastvae.ops import head
 from fastvae.ops.head import Layers, weigh_linear
 from fastvae.ops.weigh import Weighing
@@ -344,11 +347,12 @@ def test_data_out_of_range(backend, monkeypatch):
     x[3, 2] = -1
     with pytest.raises(ValueError, match=r"\[-1, 1\], but Bernoulli targets must lie in \[0, 1\]"):
         ops.linear_log_prob(x, h.unflatten(0, (K, 9)), weight, bias)
+    layer = nn.Linear(H, X, device=DEVICE)
     with pytest.raises(ValueError, match="Bernoulli targets must lie"):
         fastvae.iwae(
             x,
             torch.zeros(9, 2 * H, device=DEVICE),
-            lambda z: fastvae.LinearOutput(z, weight),
+            fastvae.FusedHead(nn.Identity(), layer),
             k=2,
             likelihood="bernoulli",
         )
@@ -375,129 +379,38 @@ def test_linear_log_prob_checks():
             ops.linear_log_prob(*args, **options)
 
 
-# The output that is not computed
+# A decoder's last layers, left to the objective
 
 
-def test_an_output_can_be_reshaped_and_cut():
-    h, layer = torch.randn(7, 3), nn.Linear(3, 24)
-    out, real = fastvae.LinearOutput(h, layer.weight, layer.bias), layer(h)
-    assert out.shape == (7, 24) and out.dim() == 2 and len(out) == 7 and out.size(1) == 24
-    ways = [
-        lambda t: t.view(-1, 2, 3, 4),
-        lambda t: t.reshape(7, 24),
-        lambda t: t.unflatten(1, (2, -1)),
-        lambda t: t.unflatten(-1, (4, 6)).flatten(1),
-        lambda t: torch.reshape(t, (7, 4, 6)),
-        lambda t: t.chunk(2, dim=1)[1],
-        lambda t: torch.chunk(t, 2, -1)[0].view(t.size(0), 3, 4),
-        lambda t: t.split([10, 14], 1)[1],
-        lambda t: t[:, 12:],
-        lambda t: t[..., :12].reshape(-1, 12),
-        lambda t: t.view(-1, 2, 3, 4)[:, 1:],
-        lambda t: t.view(-1, 2, 12).flatten(1, 2),
-    ]
-    for way in ways:
-        lazy = way(out)
-        assert isinstance(lazy, fastvae.LinearOutput), way
-        assert lazy.shape == way(real).shape and torch.allclose(lazy.tensor(), way(real), atol=1e-6)
+class Body(nn.Module):
+    """With a module that counts its calls, and a norm."""
 
-
-def test_an_output_is_computed_once():
-    """Whoever asks first: without gradients too, where those that ask later want them."""
-    layer = nn.Linear(3, 4)
-    out = fastvae.LinearOutput(torch.randn(5, 3), layer.weight, layer.bias)
-    with torch.no_grad():
-        assert float(out.sum()) != 0
-    assert out.tensor() is out.tensor() and out.tensor().requires_grad
-    # Layers in a row, and two heads on what the first gives.
-    first, second, third = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(5, 4)
-
-    class Rows(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([first, second, third])
-
-        def forward(self, z):
-            h = first(z)
-            return second(h), third(h)
-
-    a, b = fastvae.fuse_head(Rows())(torch.randn(6, 3))
-    assert a.h is b.h and isinstance(a.h, torch.Tensor)
-
-
-def test_one_output_computed_and_one_not(always):
-    """A mean as it is, and a logvar that the decoder bounds."""
-
-    class Bounded(Decoder):
-        def forward(self, z):
-            mean, logvar = super().forward(z)
-            return (mean, logvar.clamp(-5, 5)) if self.mean_first else (torch.sigmoid(mean), logvar)
-
-    for mean_first in (True, False):
-        decoder = Bounded("two")
-        decoder.mean_first = mean_first
-        expected = step(fastvae.iwae, decoder, "gaussian", k=K)
-        assert_same(step(fastvae.iwae, fastvae.fuse_head(decoder), "gaussian", k=K), expected)
-
-
-def test_whatever_else_is_done_is_done_with_the_tensor():
-    h, layer = torch.randn(7, 3), nn.Linear(3, 24)
-    out, real = fastvae.LinearOutput(h, layer.weight, layer.bias), layer(h)
-    ways = [
-        lambda t: t.view(-1),
-        lambda t: t.view(14, 12),
-        lambda t: t.flatten(),
-        lambda t: t.chunk(7, 0)[2],
-        lambda t: t.split(5, 0)[1],
-        lambda t: t[2:4],
-        lambda t: t[:, ::2],
-        lambda t: t[:, 3],
-        lambda t: torch.relu(t),
-        lambda t: torch.sigmoid(input=t),
-        lambda t: nn.functional.softplus(t),
-        lambda t: torch.cat([t, t], 1),
-        lambda t: nn.BatchNorm1d(24)(t),
-        lambda t: nn.functional.linear(t, torch.ones(2, 24)),
-        lambda t: 2 * t + 1 - t / 3,
-        lambda t: torch.ones(24) - t,
-        lambda t: -t,
-        lambda t: t @ torch.ones(24),
-        lambda t: t.exp().clamp(max=3),
-        lambda t: t.mT,
-        lambda t: t.detach().numpy().sum(),
-        lambda t: [*t][1],
-        lambda t: torch.where(t > 0, t, 0.1 * t),
-    ]
-    for way in ways:
-        a, b = torch.as_tensor(way(out)), torch.as_tensor(way(real))
-        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5), way
-    with pytest.raises(AttributeError):
-        out.no_such_thing  # noqa: B018
-    with pytest.raises(ValueError, match=r"h has shape \[7, 3\] and weight \[24, 4\]"):
-        fastvae.LinearOutput(h, torch.zeros(24, 4))
-
-
-# A decoder's last layer, left to the objective
-
-
-class Decoder(nn.Module):
-    """As people write them: a layer or two, in an order of their own."""
-
-    def __init__(self, ending):
+    def __init__(self):
         super().__init__()
-        self.hidden, self.norm = nn.Linear(D, H), nn.LayerNorm(H)
-        self.out, self.more = nn.Linear(H, 2 * X if ending == "chunk" else X), nn.Linear(H, X, bias=False)
-        self.ending, self.calls = ending, 0
+        self.hidden, self.norm, self.calls = nn.Linear(D, H), nn.LayerNorm(H), 0
 
     def forward(self, z):
         self.calls += 1
-        h = torch.tanh(self.norm(self.hidden(z)))
-        if self.ending == "chunk":
-            mean, logvar = self.out(h).chunk(2, dim=1)
-            return mean.view(-1, *EVENT), logvar.view(-1, *EVENT)
-        if self.ending == "two":
-            return self.out(h).reshape(z.size(0), *EVENT), self.more(h).unflatten(1, EVENT)
-        return self.out(h).view(-1, *EVENT)
+        return torch.tanh(self.norm(self.hidden(z)))
+
+
+class Whole(nn.Module):
+    """What a FusedHead stands for, in plain PyTorch: its layers called and cut."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused, self.event = fused, fused.event or EVENT
+
+    def forward(self, z):
+        h = self.fused.body(z)
+        parts = [p for layer in self.fused.layers for p in layer(h).split(math.prod(self.event), 1)]
+        parts = [p.reshape(-1, *self.event) for p in parts]
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def fused_head(*features, event=None, bias=True):
+    layers = [nn.Linear(H, n, bias=bias or i == 0) for i, n in enumerate(features)]
+    return fastvae.FusedHead(Body(), *layers, event=event)
 
 
 def sequential(*end):
@@ -505,17 +418,20 @@ def sequential(*end):
 
 
 DECODERS = {
-    "chunk": (lambda: Decoder("chunk"), "gaussian"),
-    "two": (lambda: Decoder("two"), "gaussian"),
-    "one": (lambda: Decoder("one"), "bernoulli"),
-    "held": (lambda: Decoder("one"), lambda: fastvae.Gaussian(scale=0.5, learned=True)),
+    "one layer in two": (lambda: fused_head(2 * X), "gaussian"),
+    "two": (lambda: fused_head(X, X, bias=False), "gaussian"),
+    "one": (lambda: fused_head(X, event=EVENT), "bernoulli"),
+    "held": (lambda: fused_head(X), lambda: fastvae.Gaussian(scale=0.5, learned=True)),
     "row": (
-        lambda: Decoder("one"),
+        lambda: fused_head(X, bias=False),
         lambda: fastvae.likelihoods.Laplace(scale=torch.rand(*EVENT) + 0.1, learned=True),
     ),
-    "student": (lambda: Decoder("chunk"), lambda: fastvae.likelihoods.StudentT(df=4.0, learned_df=True)),
-    "floor": (lambda: Decoder("chunk"), lambda: fastvae.Gaussian(scale="softplus")),
-    "sequential": (lambda: sequential(nn.Unflatten(1, EVENT)), "bernoulli"),
+    "student": (
+        lambda: fused_head(2 * X, event=EVENT),
+        lambda: fastvae.likelihoods.StudentT(df=4.0, learned_df=True),
+    ),
+    "floor": (lambda: fused_head(X, X), lambda: fastvae.Gaussian(scale="softplus")),
+    "three in two": (lambda: fused_head(2 * X, X), lambda: fastvae.ZeroInflatedNegativeBinomial()),
 }
 
 
@@ -556,233 +472,322 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", DECODERS)
-def test_fuse_head(always, calls, call, name):
-    """Every objective, every end of a decoder: the numbers are those of the decoder itself."""
+def test_fused_head(always, calls, call, name):
+    """Every objective, layers cut in every way: the numbers are those of the layers' outputs."""
     make, likelihood = DECODERS[name]
     decoder, (objective, options) = make(), CALLS[call]
     likelihood = likelihood if isinstance(likelihood, str) else likelihood()
-    expected = step(objective, decoder, likelihood, **options)
+    expected = step(objective, Whole(decoder), likelihood, **options)
     assert not calls
-    assert_same(step(objective, fastvae.fuse_head(decoder), likelihood, **options), expected)
+    assert_same(step(objective, decoder, likelihood, **options), expected)
     assert calls
 
 
 def test_what_does_not_fit_is_computed(always, calls):
-    """Masks, sizes, other likelihoods, an output that something else is done with."""
-    decoder = Decoder("one")
-    fused = fastvae.fuse_head(decoder)
+    """Masks, sizes, other likelihoods, what a likelihood or its data makes of the output first."""
+    one, two, classes = fused_head(X), fused_head(2 * X), fused_head(3 * X, event=(3, *EVENT))
 
     class Own(fastvae.Likelihood):
         def log_prob(self, x, logits):
             return -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
 
-    class Positive(nn.Module):
+    class Pair(nn.Module):
+        """A last layer left out, and a tensor beside it."""
+
         def __init__(self):
             super().__init__()
-            self.inner = decoder
+            self.one, self.more = fused_head(X), nn.Linear(D, X)
 
         def forward(self, z):
-            return nn.functional.softplus(self.inner(z))
+            return self.one(z), self.more(z).reshape(-1, *EVENT).clamp(-1, 1)
 
+    pair = Pair()
     mask = rand(B, *EVENT, seed=5).cpu() < 0.5
+    td = torch.distributions
     asked = [
-        (fastvae.iwae, decoder, fused, "bernoulli", {"k": K, "mask": mask}),
-        (fastvae.elbo, decoder, fused, "poisson", {"size": torch.tensor([1.0, 2.0, 0.5])}),
-        (fastvae.iwae, decoder, fused, Own(), {"k": K}),
-        (fastvae.iwae, Positive(), fastvae.fuse_head(Positive()), fastvae.Gaussian(0.3), {"k": K}),
-        (fastvae.elbo, decoder, fused, fastvae.Gaussian(scale="optimal"), {}),
+        (fastvae.iwae, one, "bernoulli", {"k": K, "mask": mask}),
+        (fastvae.elbo, one, "poisson", {"size": torch.tensor([1.0, 2.0, 0.5])}),
+        (fastvae.iwae, fused_head(X, event=EVENT), Own(), {"k": K}),
+        (
+            fastvae.iwae,
+            fused_head(X, X, event=EVENT),
+            fastvae.likelihoods.from_distribution(_normal),
+            {"k": K},
+        ),
+        (fastvae.elbo, one, fastvae.Gaussian(scale="optimal"), {}),
+        (fastvae.elbo, two, fastvae.DiscretizedLogistic(low=-1.0), {"mask": mask}),
+        (fastvae.elbo, classes, "categorical", {}),
+        (fastvae.elbo, two, "zero_inflated_negative_binomial", {}),
     ]
-    for objective, plain, lazy, likelihood, options in asked:
-        expected = step(objective, plain, copy.deepcopy(likelihood), **options)
-        assert_same(step(objective, lazy, copy.deepcopy(likelihood), **options), expected)
-    assert not calls
+    for objective, decoder, likelihood, options in asked[:-1]:
+        expected = step(objective, Whole(decoder), copy.deepcopy(likelihood), **options)
+        assert_same(step(objective, decoder, copy.deepcopy(likelihood), **options), expected)
+    held = fastvae.ZeroInflatedNegativeBinomial(10.0)
+    assert_same(step(fastvae.elbo, two, held), step(fastvae.elbo, Whole(two), held))
+
+    def separate(z):
+        mean, logvar = pair(z)
+        return Whole(pair.one)(z), logvar
+
+    separate.parameters = pair.parameters
+    expected = step(fastvae.iwae, separate, "gaussian", k=K)
+    assert_same(step(fastvae.iwae, pair, "gaussian", k=K), expected)
+    assert isinstance(td.Normal, type) and not calls
+
+
+def _normal(mean, raw):
+    return torch.distributions.Normal(mean, raw.exp())
 
 
 def test_parts_of_a_joint(always, calls):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.hidden, self.pixels, self.classes = nn.Linear(D, H), nn.Linear(H, X), nn.Linear(H, 3)
+            self.hidden, self.classes = nn.Linear(D, H), nn.Linear(H, 3)
+            self.pixels = fastvae.FusedHead(nn.Identity(), nn.Linear(H, X))
+            self.fused = True
 
         def forward(self, z):
             h = torch.tanh(self.hidden(z))
-            return {"pixels": self.pixels(h), "label": self.classes(h).unsqueeze(2)}
+            pixels = self.pixels(h) if self.fused else self.pixels.layers[0](h)
+            return {"pixels": pixels, "label": self.classes(h).unsqueeze(2)}
 
     decoder, joint = Two(), fastvae.Joint(pixels="bernoulli", label="categorical")
     x = {"pixels": torch.rand(B, X).round(), "label": torch.randint(0, 3, (B, 1))}
-    bounds = []
-    for d in (decoder, fastvae.fuse_head(decoder)):
-        torch.manual_seed(1)
-        bounds.append(fastvae.iwae(x, torch.zeros(B, 2 * D), d, k=K, likelihood=joint))
-    assert torch.allclose(*bounds, rtol=1e-5) and calls
-
-
-def test_a_fused_decoder_is_the_decoder():
-    decoder = Decoder("one")
-    fused = fastvae.fuse_head(decoder)
-    assert list(fused.state_dict()) == list(decoder.state_dict())
-    assert [n for n, _ in fused.named_parameters()] == [n for n, _ in decoder.named_parameters()]
-    assert all(a is b for a, b in zip(fused.parameters(), decoder.parameters(), strict=True))
-    fused.eval()
-    assert not decoder.training and not decoder.norm.training
-    z = torch.randn(6, D)
-    lazy = fused(z)
-    assert isinstance(lazy, fastvae.LinearOutput) and decoder.calls == 1
-    assert isinstance(decoder(z), torch.Tensor) and torch.allclose(lazy.tensor(), decoder(z))
-    assert "forward" not in decoder.out.__dict__
-    fused.load_state_dict({n: torch.zeros_like(t) for n, t in decoder.state_dict().items()})
-    assert float(decoder(z).abs().max()) == 0
-    fused.double()
-    assert decoder.out.weight.dtype == torch.float64
-    other = copy.deepcopy(fused)
-    nn.init.ones_(other.out.bias) if hasattr(other, "out") else None
-    assert float(decoder.out.bias.abs().max()) == 0
-    again = pickle.loads(pickle.dumps(fused))
-    assert torch.equal(again(z.double()).tensor(), fused(z.double()).tensor())
-    assert fastvae.fuse_head(fused) is fused
-
-
-def test_what_cannot_be_fused_says_why():
-    wrong = [
-        (
-            nn.Sequential(nn.Linear(D, X), nn.Sigmoid()),
-            "it ends in Sigmoid, which needs the output of the layer",
-        ),
-        (sequential(nn.Softplus()), "it ends in Softplus"),
-        (nn.Sequential(nn.ConvTranspose2d(D, 3, 4)), "it ends in ConvTranspose2d, whose input is as large"),
-        (nn.Tanh(), "it has no nn.Linear to end in"),
-        (lambda z: z, "decoder must be an nn.Module, whose layers are known; got function"),
-    ]
-    for decoder, message in wrong:
-        with pytest.raises(TypeError, match=message):
-            fastvae.fuse_head(decoder)
-
-
-def test_the_layer_is_what_it_was_where_it_was_called(always):
-    """Under autocast, and without gradients, wherever the output is computed."""
-
-    class Inside(Decoder):
-        def forward(self, z):
-            h = torch.tanh(self.hidden(z))
-            with torch.autocast("cpu", torch.bfloat16):
-                half = self.out(h)
-            with torch.no_grad():
-                return half, self.more(h)
-
-    decoder, z = Inside("one"), torch.randn(6, D)
-    for lazy, real in zip(fastvae.fuse_head(decoder)(z), decoder(z), strict=True):
-        assert lazy.dtype == real.dtype and lazy.requires_grad == real.requires_grad
-        assert torch.equal(lazy.tensor(), real)
-    x, q = torch.rand(B, X).round(), torch.zeros(B, 2 * D)
+    vae = fastvae.VAE(lambda x: torch.zeros(len(x["label"]), 2 * D), decoder, likelihood=joint, latent_dim=D)
     results = []
-    for d in (decoder, fastvae.fuse_head(decoder)):
+    for fused in (True, False):
+        decoder.fused = fused
         torch.manual_seed(1)
-        bound = fastvae.elbo(x, q, d, likelihood="gaussian")
+        bound = fastvae.iwae(x, torch.zeros(B, 2 * D), decoder, k=K, likelihood=joint)
         bound.backward()
-        assert decoder.more.weight.grad is None
-        results.append([bound.detach(), decoder.out.weight.grad.clone()])
+        assert bool(calls) == fused
+        calls.clear()
+        torch.manual_seed(1)
+        drawn = [vae.sample(3)["pixels"], vae.sample(3, mean=True)["pixels"], vae.reconstruct(x)["pixels"]]
+        results.append([bound, *(p.grad.clone() for p in decoder.parameters()), *drawn])
         decoder.zero_grad()
     assert_same(*results)
 
 
-def test_what_is_changed_in_place_is_refused(always):
-    class Branches(Decoder):
-        def forward(self, z):
-            h = torch.tanh(self.hidden(z))
-            mean = self.out(h)
-            return mean, self.more(torch.relu_(h))
-
-    decoder, x, q = Branches("one"), torch.rand(B, X), torch.zeros(B, 2 * D)
-    with pytest.raises(RuntimeError, match=r"changed in place after the layer was called.*fuse=False"):
-        fastvae.elbo(x, q, fastvae.fuse_head(decoder))
-
-
-def test_hooks_run_under_a_compiler(always):
-    """torch's older weight norm computes the weight in a hook before the layer."""
-    from torch.nn.utils import weight_norm
-
-    decoder = weight_norm(nn.Linear(D, X))
-    with torch.no_grad():
-        decoder.weight_g.mul_(2)
-    x, q = torch.rand(B, X).round(), (torch.zeros(B, D), torch.zeros(B, D))
-
-    def bound(decoder):
-        torch.manual_seed(1)
-        return fastvae.elbo(x, q, decoder, likelihood="bernoulli")
-
-    with torch._inductor.config.patch(fallback_random=True):
-        compiled = torch.compile(lambda: bound(fastvae.fuse_head(decoder)))()
-    assert torch.allclose(compiled, bound(decoder), rtol=1e-5)
-    assert torch.allclose(bound(fastvae.fuse_head(decoder)), bound(decoder), rtol=1e-5)
+def test_it_is_a_module_like_any_other():
+    fused = fused_head(X, X)
+    assert list(fused.state_dict())[-4:] == [f"layers.{i}.{n}" for i in (0, 1) for n in ("weight", "bias")]
+    assert all(name.startswith(("body.", "layers.")) for name in fused.state_dict())
+    fused.eval()
+    assert not fused.body.norm.training
+    z = torch.randn(6, D)
+    record = fused(z)
+    assert type(record) is LastLayer and fused.body.calls == 1
+    assert torch.equal(record.input, fused.body(z)) and len(record.weights) == len(record.biases) == 2
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(other(z).weights[1], fused.layers[1].weight)
+        nn.init.ones_(other.layers[1].bias)
+        assert float(fused.layers[1].bias.detach().abs().max()) < 1
+    fused.load_state_dict({n: torch.zeros_like(t) for n, t in fused.state_dict().items()})
+    assert float(fused(z).weights[0].abs().max()) == 0
+    assert fused.double()(z.double()).input.dtype == torch.float64
 
 
-def test_an_error_leaves_the_decoder_as_it_was():
-    class Failing(Decoder):
-        def forward(self, z):
-            self.out(z)
+def test_torch_func_and_inference_mode(always, calls):
+    fused, x, q = fused_head(X), torch.rand(B, *EVENT).round(), torch.zeros(B, 2 * D)
+    parameters = dict(fused.named_parameters())
 
-    decoder = Failing("one")
-    with pytest.raises(RuntimeError):
-        fastvae.fuse_head(decoder)(torch.randn(3, D))
-    assert "forward" not in decoder.out.__dict__
+    def bound(decoder, seed=1):
+        torch.manual_seed(seed)
+        return fastvae.iwae(x, q, decoder, k=K, likelihood="bernoulli")
+
+    expected = torch.autograd.grad(bound(fused), [*parameters.values()])
+    found = torch.func.grad(lambda p: bound(lambda z: torch.func.functional_call(fused, p, (z,))))(parameters)
+    assert_same(list(found.values()), expected)
+    with torch.inference_mode():
+        assert_same([bound(fused)], [bound(Whole(fused))])
+    assert len(calls) == 3
 
 
-@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "learned", "student"])
-def test_a_likelihood_with_a_head(always, calls, name):
-    layer = nn.Linear(H, X if name in ("bernoulli", "learned") else 2 * X)
-    make = {
-        "bernoulli": fastvae.Bernoulli,
-        "gaussian": fastvae.Gaussian,
-        "learned": lambda **o: fastvae.Gaussian(0.3, learned=True, **o),
-        "student": lambda **o: fastvae.likelihoods.StudentT(4.0, **o),
-    }[name]
-    before = nn.Sequential(nn.Linear(D, H), nn.Tanh())
+@pytest.mark.parametrize("event", [None, EVENT])
+def test_likelihoods_take_the_record(event):
+    """By themselves: log p, means and samples; without x and event flat."""
+    for name, features in (("bernoulli", (X,)), ("gaussian", (X, X)), ("gaussian", (2 * X,))):
+        if len(features) == 1 and name == "gaussian" and event is None:
+            continue
+        fused, likelihood = fused_head(*features, event=event), fastvae.likelihoods.base.as_likelihood(name)
+        z, x = torch.randn(5, D), torch.rand(5, *EVENT).round()
+        record, parameters = fused(z), Whole(fused)(z)
+        assert torch.allclose(likelihood.log_prob(x, record), likelihood.log_prob(x, parameters), atol=1e-6)
+        mean = likelihood.mean(record)
+        assert mean.shape == (5, *(event or (X,)))
+        assert torch.allclose(mean.flatten(), likelihood.mean(parameters).flatten(), atol=1e-6)
+        drawn = [
+            likelihood.sample(p, generator=torch.Generator().manual_seed(1)) for p in (record, parameters)
+        ]
+        assert torch.allclose(*[d.flatten() for d in drawn], atol=1e-5)
 
-    class Whole(nn.Module):
+
+def test_what_is_no_fused_head_says_why():
+    layer, z = nn.Linear(H, X), torch.zeros(5, D)
+    wrong = [
+        ((lambda z: z, layer), {}, TypeError, "body must be an nn.Module z .* got function"),
+        ((Body(),), {}, TypeError, "needs the last layers after the body"),
+        ((Body(), nn.Sequential(layer)), {}, TypeError, "layer 0 must be an nn.Linear .* got Sequential"),
+        ((Body(), Scaled(H, X)), {}, TypeError, "layer 0 must be an nn.Linear .* got Scaled"),
+        ((Body(), layer, nn.Linear(D, X)), {}, ValueError, "layer 1 has in_features=2 and layer 0 4"),
+        (
+            (Body(), layer),
+            {"event": (3, 5)},
+            ValueError,
+            "layer 0 has out_features=12; expected a multiple of 15",
+        ),
+        ((Body(), layer), {"event": (3, -4)}, ValueError, r"event must be a size.*got \(3, -4\)"),
+    ]
+    for args, options, error, message in wrong:
+        with pytest.raises(error, match=message):
+            fastvae.FusedHead(*args, **options)
+    with pytest.raises(ValueError, match=r"the body of FusedHead returned \[5, 2\]; expected h \[N, 4\]"):
+        fastvae.FusedHead(nn.Identity(), layer)(z)
+    with pytest.raises(TypeError, match=r"h has dtype torch.float64 and a last layer torch.float32"):
+        fastvae.FusedHead(Body().double(), layer)(z.double())
+    x, q = torch.ones(5, 7), torch.zeros(5, 2 * D)
+    with pytest.raises(
+        ValueError, match=r"has 12 outputs; expected a multiple of 7, the numbers of an event"
+    ):
+        fastvae.elbo(x, q, fastvae.FusedHead(Body(), layer), likelihood="bernoulli")
+    with pytest.raises(TypeError, match=r"must return \(mean, logvar\).* got a tensor \[5, 12\]"):
+        fastvae.elbo(torch.ones(5, X), q, fastvae.FusedHead(Body(), layer))
+
+
+class Scaled(nn.Linear):
+    def forward(self, h):
+        return 0.5 * super().forward(h)
+
+
+HOOKED = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "full backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    "forward replaced": lambda layer: setattr(layer, "forward", lambda h: h),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", HOOKED)
+def test_what_would_not_run_is_refused(name):
+    fused = fused_head(X)
+    HOOKED[name](fused.layers[0])
+    with pytest.raises(TypeError, match=r"layer 0 of FusedHead has .* but it is not called; use"):
+        fastvae.elbo(torch.ones(B, X), torch.zeros(B, 2 * D), fused, likelihood="bernoulli")
+
+
+def test_parametrised_layers(always, calls):
+    """These compute a weight where it is read."""
+    fused = fused_head(X)
+    parametrizations.weight_norm(fused.layers[0])
+    parametrizations.spectral_norm(fused.layers[0], "weight")
+    fused.eval()
+    assert_same(
+        step(fastvae.iwae, fused, "bernoulli", k=K), step(fastvae.iwae, Whole(fused), "bernoulli", k=K)
+    )
+    assert calls
+
+
+def test_the_layer_is_what_it_was_where_it_was_called(always):
+    """Under autocast, without gradients, with a weight that is swapped later."""
+
+    class Inside(nn.Module):
         def __init__(self):
             super().__init__()
-            self.before, self.layer = before, layer
+            self.fused, self.whole = fused_head(X), False
 
         def forward(self, z):
-            parts = [p.view(-1, *EVENT) for p in self.layer(self.before(z)).split(X, 1)]
-            return parts[0] if len(parts) == 1 else tuple(parts)
+            decoder = Whole(self.fused) if self.whole else self.fused
+            layer = self.fused.layers[0]
+            kept = layer.weight.data
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast"):
+                layer.weight.data = 2 * kept
+                with torch.set_grad_enabled(self.how != "no_grad"):
+                    out = decoder(z)
+                layer.weight.data = kept
+            return out
 
-    likelihood, plain = make(head=layer), make()
-    assert sum(p is layer.weight for p in likelihood.parameters()) == 1
-    for objective, options in CALLS.values():
-        expected = step(objective, Whole(), plain, **options)
-        found = step(objective, before, likelihood, **options)
-        # Parameters come in another order.
-        assert torch.allclose(found[0], expected[0], rtol=1e-4)
-        assert len(found) == len(expected)
-    assert calls
-    h = torch.randn(4, H)
-    parts = layer(h).split(X, 1)
-    parameters = parts[0] if len(parts) == 1 else parts
-    assert torch.allclose(likelihood.mean(h), plain.mean(parameters))
-    torch.manual_seed(1)
-    drawn = likelihood.sample(h)
-    torch.manual_seed(1)
-    assert torch.equal(drawn, plain.sample(parameters))
-    x = torch.rand(4, X).round()
-    assert torch.allclose(likelihood.log_prob(x, h), plain.log_prob(x, parameters))
+    decoder, x, q = Inside(), torch.rand(B, *EVENT).round(), torch.zeros(B, 2 * D)
+    for decoder.how in ("swapped", "autocast", "no_grad"):
+        results = []
+        for decoder.whole in (True, False):
+            torch.manual_seed(1)
+            mu = q.clone().requires_grad_()
+            bound = fastvae.elbo(x, mu, decoder, likelihood="bernoulli")
+            grads = torch.autograd.grad(bound, [mu, *decoder.parameters()], allow_unused=True)
+            results.append([bound, *(torch.zeros(()) if g is None else g for g in grads)])
+            results[-1].append(torch.tensor([float(g is None) for g in grads]))
+        assert_same(*results)
 
 
-def test_a_head_checks():
-    with pytest.raises(TypeError, match=r"head must be an nn.Linear, the decoder's last layer.*got Tensor"):
-        fastvae.Bernoulli(head=torch.zeros(3))
-    x, q = torch.ones(B, X), torch.zeros(B, 2 * D)
-    likelihood = fastvae.Bernoulli(head=nn.Linear(H, X))
+@pytest.mark.parametrize("what", ["input", "weight", "bias"])
+def test_what_is_changed_in_place_is_refused(always, what):
+    """Between the decoder and the objective; between the forward and the backward pass, as by autograd."""
+    fused = fused_head(X)
+    layer = fused.layers[0]
+
+    class Changing(nn.Module):
+        def forward(self, z):
+            record = fused(z)
+            with torch.no_grad():
+                {"input": record.input, "weight": layer.weight, "bias": layer.bias}[what].mul_(0.5)
+            return record
+
+    x, q = torch.rand(B, X), torch.zeros(B, 2 * D)
     with pytest.raises(
-        TypeError, match=r"the decoder must return what comes into it, h \[N, 4\]; got a tensor \[3, 2\]"
+        RuntimeError, match=r"of the decoder's last layer was changed in place after the layer"
     ):
-        fastvae.elbo(x, q, nn.Identity(), likelihood=likelihood)
-    with pytest.raises(ValueError, match=r"out_features=7; expected 1 outputs of 12 numbers, as x has"):
-        fastvae.elbo(x, q, nn.Linear(D, H), likelihood=fastvae.Bernoulli(head=nn.Linear(H, 7)))
-    with pytest.raises(
-        ValueError, match=r"out_features=12; expected 2 outputs of 12 numbers, .*: mean, logvar"
-    ):
-        fastvae.elbo(x, q, nn.Linear(D, H), likelihood=fastvae.Gaussian(head=nn.Linear(H, X)))
+        fastvae.elbo(x, q, Changing(), likelihood="bernoulli")
+    if what == "bias":
+        return  # no gradient depends on it
+    kept = []
+    fused.body.register_forward_hook(lambda _, __, h: kept.append(h))
+    for structure in (fused, nn.Sequential(fused.body, layer)):
+        vae = fastvae.VAE(nn.Linear(X, 2 * D), structure, likelihood="bernoulli")
+        for options in ({}, {"reduction": "none"}):
+            bound = vae.iwae(x, k=K, **options).sum()
+            with torch.no_grad():
+                (layer.weight if what == "weight" else kept[-1]).mul_(0.5)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                bound.backward()
+
+
+def test_storage_that_was_freed_is_refused(always):
+    fused = fused_head(X)
+
+    class Sharded(nn.Module):
+        def forward(self, z):
+            record = fused(z)
+            fused.layers[0].weight.untyped_storage().resize_(0)
+            return record
+
+    with pytest.raises(RuntimeError, match="last layer was freed after the call"):
+        fastvae.elbo(torch.rand(B, X), torch.zeros(B, 2 * D), Sharded(), likelihood="bernoulli")
+
+
+@pytest.mark.parametrize("make", [lambda: sequential(), lambda: nn.Linear(D, X)])
+def test_hooks_run_under_a_compiler(always, make):
+    """torch's older weight norm computes the weight in a hook before the layer."""
+    decoder = make()
+    layer = decoder if isinstance(decoder, nn.Linear) else decoder[2][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(layer)
+    with torch.no_grad():
+        layer.weight_g.mul_(2)
+    x = torch.rand(B, X).round()
+    bounds = []
+    with torch._inductor.config.patch(fallback_random=True):
+        for fuse, compiled in ((False, False), (True, False), (True, True)):
+            torch.manual_seed(0)
+            vae = fastvae.VAE(nn.Linear(X, 2 * D), decoder, likelihood="bernoulli", latent_dim=D, fuse=fuse)
+            torch.manual_seed(1)
+            bounds.append((torch.compile(vae, backend="aot_eager") if compiled else vae)(x))
+    assert_same(bounds[1:], [bounds[0]] * 2)
 
 
 def test_a_vae_fuses_by_itself(always, calls):
@@ -813,8 +818,8 @@ def test_a_vae_fuses_by_itself(always, calls):
         assert torch.allclose(*results, rtol=1e-4)
     assert list(vae.state_dict()) == list(forbidden.state_dict())
     assert isinstance(vae.sample(3), torch.Tensor) and vae.reconstruct(x).shape == x.shape
-    fused = fastvae.VAE(encoder, fastvae.fuse_head(decoder), likelihood="bernoulli")
-    assert list(fused.state_dict()) == list(vae.state_dict())
+    body, (last,) = decoder[:2], decoder[2]
+    fused = fastvae.VAE(encoder, fastvae.FusedHead(body, last), likelihood="bernoulli")
     assert torch.allclose(fused.reconstruct(x), vae.reconstruct(x))
     assert isinstance(fused.sample(3, mean=True), torch.Tensor)
     results = []
@@ -840,7 +845,7 @@ COMPILED = {
     "layer": lambda: nn.Linear(D, X),
     "sequential": sequential,
     "shaped": lambda: sequential(nn.Unflatten(1, EVENT)),
-    "module": lambda: Decoder("one"),
+    "fused head": lambda: fused_head(X, event=EVENT),
 }
 
 
@@ -853,14 +858,21 @@ def test_compiled(always, name):
     x = rand(B, *EVENT, seed=1).cpu().round()
     x = x.flatten(1) if name in ("layer", "sequential") else x
     results = []
+    traced = []
+
+    def backend(graph, inputs):
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._inductor.compile_fx.compile_fx(graph, inputs)
+
     with torch._inductor.config.patch(fallback_random=True):
-        for module in (vae, torch.compile(vae, fullgraph=True)):
+        for module in (vae, torch.compile(vae, fullgraph=True, backend=backend)):
             vae.zero_grad()
             torch.manual_seed(1)
             bound = module(x, objective="iwae", k=K)
             bound.backward()
             results.append([bound, *(p.grad.clone() for p in decoder.parameters() if p.grad is not None)])
     assert_same(*results)
+    assert any("weigh_linear" in target for target in traced) == (name != "shaped")
 
 
 @pytest.mark.skipif(CUDA, reason="a process's memory")
@@ -967,8 +979,9 @@ def test_all_pairs_of_objects():
     assert torch.allclose(ops.all_pairs_log_prob(x, mean, likelihood=Own()), -squares, rtol=1e-5)
     normal = ops.all_pairs_log_prob(x, mean, likelihood=fastvae.Gaussian(math.sqrt(0.5)))
     assert torch.allclose(normal, -squares - 0.5 * X * math.log(math.pi), rtol=1e-5)
-    fused = fastvae.fuse_head(layer)(z)
+    fused = fastvae.FusedHead(nn.Identity(), layer)(z)
     assert torch.equal(ops.all_pairs_log_prob(x, fused, likelihood=fastvae.Gaussian(math.sqrt(0.5))), normal)
+    assert torch.equal(ops.all_pairs_log_prob(x, fused), ops.all_pairs_log_prob(x, mean))
     classes, logits = torch.randint(0, 3, (4, 9)), torch.randn(6, 3, 9)
     got = ops.all_pairs_log_prob(classes, logits, likelihood=fastvae.Categorical())
     picked = (

@@ -643,6 +643,8 @@ def test_half_precision():
     z, log_q = q.rsample(K, seed_of(1))
     assert z.dtype == torch.bfloat16 and log_q.dtype == torch.float32
     assert fastvae.elbo(data().bfloat16(), q, model.decoder, likelihood=LIKELIHOOD).isfinite()
+    vae = fastvae.VAE(model, model.decoder, likelihood=LIKELIHOOD)
+    assert vae.reconstruct(data().bfloat16()).dtype == torch.bfloat16
 
 
 def test_parameters_in_a_closure_cannot_be_held():

@@ -154,9 +154,12 @@ def test_a_clamp_holds_when_the_backend_changes_between_the_passes(forward, back
     "form", [(-0.5, 0.5, "logvar", 0.0), (-math.inf, math.inf, "log_scale", 0.0),
              (-math.inf, math.inf, "softplus", 0.0), (-math.inf, math.inf, "softplus", 0.1)],
 )  # fmt: skip
-def test_what_the_dispatchers_op_did_not_keep_is_made_again(on_cpu, op, flat, form):
-    """A graph's op may not know that it will be differentiated; the clamp holds all the same."""
-    mu, logvar = (2 * randn(6, 5, seed=s) for s in (4, 5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_dispatchers_op_did_not_keep_is_made_again(on_cpu, op, flat, form, dtype):
+    """A graph's op may not know that it will be differentiated; the clamp holds all the same, and half
+    precision is computed in float32.
+    """
+    mu, logvar = ((2 * randn(6, 5, seed=s)).to(dtype) for s in (4, 5))
     options = [False] if op == "rsample_kl" else ["iwae", 0.0, 1, False]
     results = []
     for keep in (True, False):

@@ -574,6 +574,12 @@ def test_in_turn_by_randomisations():
             torch.testing.assert_close(mixture.rsample(stop - start, seeds, **place)[0], z[start:stop])
             torch.testing.assert_close(mixture.log_shares(stop - start, seeds, **place), shares[start:stop])
         torch.testing.assert_close(log_q, mixture.log_prob(z))
+    # Draws of examples that stay count as those of the first part by itself.
+    stays = torch.tensor([False, True, False, True], device=DEVICE)
+    shares, own = (m.log_shares(30, seed_of(2)) for m in (_InTurn([both, far], [0.9, 0.1]), both))
+    found = _InTurn([both, far], [0.9, 0.1], stays=stays).log_shares(30, seed_of(2))
+    assert bool(own.any()) and not torch.equal(own.expand_as(shares), shares)
+    torch.testing.assert_close(found, torch.where(stays, own, shares))
 
 
 @pytest.mark.parametrize("proposal", [Inflated(1.3), Heavy(4.0), Defensive(0.2)], ids=str)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastvae
 from fastvae.distributions import TorchDistribution, flat_prior
-from fastvae.distributions.spatial import _ELEMENTWISE
+from fastvae.distributions.spatial import ELEMENTWISE
 
 from .conftest import DEVICE
 from .models import generator, rand, randn
@@ -326,7 +326,7 @@ def test_log_weights_are_those_of_torch(name, as_q):
     torch.testing.assert_close(whole.log_px, parts.log_px, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", _ELEMENTWISE, ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", ELEMENTWISE, ids=lambda family: family.__name__)
 def test_a_flattened_family_is_itself(family):
     """Its parameters are its constructor's arguments, by name."""
     names = ("high", "low") if family is td.Uniform else sorted(family.arg_constraints)
@@ -497,7 +497,7 @@ def test_a_decoder_whose_last_layer_is_left_out():
         torch.manual_seed(0)
         decoder = nn.Sequential(nn.Flatten(), nn.Linear(D, 20), nn.ReLU(), nn.Linear(20, features)).to(DEVICE)
     x, q = rand(b, features, seed=1).round(), randn(b, 2 * C, H, W, seed=2).requires_grad_()
-    layers = fastvae.fuse_head(decoder)
+    layers = fastvae.FusedHead(decoder[:3], decoder[3])
     results = []
     for d, given in ((decoder, q), (layers, q), (layers, q.chunk(2, 1)[0:2])):
         bound = fastvae.iwae(x, given, d, k=k, generator=generator(1), **BERNOULLI)
@@ -575,6 +575,17 @@ def test_latents_of_one_axis_more():
         return z.flatten(1)[:, :X]
 
     assert fastvae.elbo(x, q, decoder, samples=2, **BERNOULLI).isfinite() and came == [(2 * B, C, 5)]
+
+
+def test_a_latent_dim_of_one_axis_is_its_number():
+    """latent_dim=(D,) is latent_dim=D."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(X, 6).to(DEVICE), nn.Linear(3, X).to(DEVICE)
+    one, other = (fastvae.VAE(encoder, decoder, latent_dim=dim, **BERNOULLI) for dim in ((3,), 3))
+    x = rand(B, X, seed=6)
+    assert one.latent_dim == other.latent_dim == 3
+    assert torch.equal(one.sample(4, generator=generator(1)), other.sample(4, generator=generator(1)))
+    assert torch.equal(one.iwae(x, 5, generator=generator(1)), other.iwae(x, 5, generator=generator(1)))
 
 
 def test_an_empty_batch(backend):

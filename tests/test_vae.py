@@ -399,3 +399,21 @@ def test_learned_scale_stays_positive(scale):
         assert bool(loss.isfinite())
         assert bool((likelihood.scale > 0).all())
     assert float(likelihood.scale.detach().max()) < 0.05
+
+
+def test_latent_dim_is_checked_where_it_is_given():
+    decoder, x = nn.Linear(2, 7), torch.rand(4, 7)
+    vae = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, latent_dim=3, likelihood=fastvae.Gaussian(0.3))
+    for call in (vae, vae.posterior, vae.log_marginal, vae.evaluate):
+        with pytest.raises(ValueError, match=r"a q of 2 latents, but the VAE has latent_dim=3; .*\[B, 6\]"):
+            call(x)
+    picture = fastvae.VAE(lambda x: torch.zeros(len(x), 4, 3, 2), decoder, latent_dim=(2, 2, 3))
+    with pytest.raises(ValueError, match=r"a q of \(2, 3, 2\) latents, .* latent_dim=\(2, 2, 3\)"):
+        picture.posterior(x)
+    flat = fastvae.VAE(lambda x: torch.zeros(len(x), 4, 3, 2), decoder, latent_dim=12)
+    assert flat.posterior(x).mean.shape == (4, 12)
+    # What was found in a first batch is no one's wish.
+    free = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, likelihood=fastvae.Gaussian(0.3))
+    free.posterior(x)
+    free.encoder = nn.Linear(7, 2 * 3)
+    assert free.posterior(x).mean.shape == (4, 3)

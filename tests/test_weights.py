@@ -104,6 +104,14 @@ def test_one_draw_has_no_error():
     assert weights.ess.tolist() == [1] * B
 
 
+def test_the_jackknife_of_one_draw_is_not_known():
+    """Whatever its weight; of two draws that are impossible the estimate is −∞."""
+    log_w = torch.tensor([[0.5, -math.inf]], device=DEVICE)
+    assert bool(torch.stack(Weights.of(log_w, 2).jackknife).isnan().all())
+    estimate, error = Weights.of(log_w.expand(2, 2), 2).jackknife
+    assert estimate.tolist() == [pytest.approx(0.5), -math.inf] and error[0] == 0 and error[1].isnan()
+
+
 # Jackknife, Pareto smoothing, intervals
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from .._checks import (
 )
 from .._glance import are_outputs, are_outputs_in_python
 from .._nested import Beside, each, repeat, tensors
-from ..head import LinearOutput, is_lazy, made
+from ..head import LastLayer, check_unchanged, multiply_out
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator
@@ -47,14 +46,12 @@ class Likelihood(nn.Module):
         takes_integers: x may be a tensor of integers; else these are refused.
         takes_size: the mean may have a factor for each example, ``size=``.
         inside: a value that an element of x may have: it stands where a ``mask`` says that none was observed.
-        takes_layers: a :class:`fastvae.LinearOutput` is taken as it is; else its numbers are computed.
     """
 
     takes_integers: ClassVar[bool] = False
     takes_size: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     inside: ClassVar[float] = 0.0
-    takes_layers: ClassVar[bool] = False
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
         """log p(x|z), a floating-point tensor [N, *event], of x [N, *event] and what the decoder returned for
@@ -93,6 +90,27 @@ class Likelihood(nn.Module):
         if mask is not None:
             value = torch.where(repeat(mask, samples), value, 0.0)
         return summed(value, samples, batch)
+
+    def read_output(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
+        """Return the decoder's output for K·B rows of z as :meth:`fused` and :meth:`log_likelihood` take it,
+        a last layer as the fused op does, where there is one, else multiplied out.
+        """
+        return self.multiplied_out(parameters, x)
+
+    def multiplied_out(self, parameters: Any, x: Any = None) -> Any:
+        """Return the decoder's output with tensors in place of last layers that were left out."""
+        if type(parameters) is LastLayer:
+            outputs = multiply_out(parameters, self._event(parameters, x))
+            return outputs[0] if len(outputs) == 1 else outputs
+        if type(parameters) in (tuple, list) and any([type(p) is LastLayer for p in parameters]):
+            return type(parameters)([self.multiplied_out(p, x) for p in parameters])
+        if type(parameters) is dict and any([type(p) is LastLayer for p in parameters.values()]):
+            return {name: self.multiplied_out(p, x) for name, p in parameters.items()}
+        return parameters
+
+    def _event(self, layer: LastLayer, x: Any) -> tuple[int, ...] | None:
+        """The shape of an output's row; None for the layer's own."""
+        return layer.event
 
     def fused(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
         """What the fused op takes; None where there is none."""
@@ -165,12 +183,6 @@ SHARED: dict[str, Declared] = {}
 class Declared(Likelihood):
     """A likelihood with fused ops, declared by a subclass that has a ``name``.
 
-    Args:
-        head: the decoder's last layer, an ``nn.Linear``: the decoder returns what comes into it, h [N, H],
-            and the output, of all that it would return one after the other, is never stored
-            (:func:`fastvae.fuse_head` does the same to a decoder that ends in its last layer). It is a module
-            of the likelihood then.
-
     What it declares stands at :class:`fastvae.ops.likelihood.Declaration`; ``mean_of`` and ``draw`` are the
     mean and a draw of x, of all outputs. Its twins are
     ``csrc/likelihoods/<name>.hpp`` and ``kernels/likelihoods/<name>.py``; everything else is made of these.
@@ -196,17 +208,6 @@ class Declared(Likelihood):
     mean_of: ClassVar[Callable[..., Tensor]]
     draw: ClassVar[Callable[..., Tensor]]
     _bounded: ClassVar[bool]
-    takes_layers = True
-    head: nn.Linear | None
-
-    def __init__(self, *, head: nn.Linear | None = None):
-        super().__init__()
-        if not (head is None or isinstance(head, nn.Linear)):
-            raise TypeError(
-                "head must be an nn.Linear, the decoder's last layer, which the decoder then leaves out; got "
-                f"{type(head).__name__}"
-            )
-        self.head = head
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -228,18 +229,14 @@ class Declared(Likelihood):
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """log p of each element [N, *event], of x [N, *event] and what the decoder returned for N rows."""
-        parameters = self._computed(parameters, x)
-        return self._elements(x, parameters, 1, None)[0]
+        return self._elements(x, self.multiplied_out(parameters, x), 1, None)[0]
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
         """log p(x|z) [K, B] of what the decoder returned for K·B rows of z, sample-major."""
-        if self._is_lazy(parameters):
-            linear = self._linear(x, parameters, samples, beside)
-            if linear is not None:
-                return linear_rows(*linear)
-            parameters = self._computed(parameters, x)
+        if type(parameters) is Layers:
+            return linear_rows(self.name, _flat(x), parameters)
         if not self.is_declared:
             of_rows = [
                 p for p in self._given(x) if isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1
@@ -299,7 +296,7 @@ class Declared(Likelihood):
 
     def _complete(self, parameters: Any) -> list[Tensor]:
         """All outputs, those that the likelihood holds too, each [N, *event]."""
-        parameters = self._computed(parameters)
+        parameters = self.multiplied_out(parameters)
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
         if not isinstance(first, Tensor):
             raise self._wrong_output(parameters)
@@ -312,11 +309,8 @@ class Declared(Likelihood):
         """What the fused op takes, checked; None where it does not fit."""
         if not self.is_declared or (beside is not None and beside.mask is not None):
             return None
-        if self._is_lazy(parameters):
-            linear = self._linear(x, parameters, samples, beside)
-            if linear is not None:
-                return linear
-            parameters = self._computed(parameters, x)
+        if type(parameters) is Layers:
+            return self.name, _flat(x), parameters
         given = self._given(x)
         returned = parameters if type(parameters) is tuple else (parameters,)
         glance = are_outputs_in_python if torch.compiler.is_compiling() else are_outputs
@@ -347,73 +341,52 @@ class Declared(Likelihood):
         given = self._given(x)
         if any(isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1 for p in given):
             return None
-        parameters = self._computed(parameters, x)
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
         of_z = first if isinstance(first, Tensor) else x
         return self.name, self._arranged(self._read(of_z, parameters, 1, given), given)
 
-    def _is_lazy(self, parameters: Any) -> bool:
-        return self.head is not None or (type(parameters) is not Tensor and is_lazy(parameters))
+    def read_output(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
+        if type(parameters) is LastLayer:
+            layers = self._layers(x, parameters, samples, beside)
+            if layers is not None:
+                return layers
+        return self.multiplied_out(parameters, x)
 
-    def _computed(self, parameters: Any, x: Tensor | None = None) -> Any:
-        """What a decoder without a layer of its own, or one not multiplied out, would have returned."""
-        return made(self._of_head(parameters, x)) if self._is_lazy(parameters) else parameters
+    def _event(self, layer: LastLayer, x: Any) -> tuple[int, ...] | None:
+        return tuple(x.shape[1:]) if layer.event is None and isinstance(x, Tensor) else layer.event
 
-    def _of_head(self, h: Any, x: Tensor | None) -> Any:
-        """The output of ``head``, for an x [B, *event]; without one each output is flat."""
-        if self.head is None:
-            return h
-        head = self.head
-        if not isinstance(h, Tensor) or h.dim() != 2 or h.shape[1] != head.in_features:
-            raise TypeError(
-                f"with head= the decoder must return what comes into it, h [N, {head.in_features}]; got "
-                f"{describe(h)}"
-            )
-        outputs = len(self._returned(len(self._given(h if x is None else x))))
-        size = head.out_features // outputs
-        if head.out_features % outputs or (x is not None and size != x.shape[1:].numel()):
-            event = "" if x is None else f" of {x.shape[1:].numel()} numbers, as x has,"
-            raise ValueError(
-                f"head has out_features={head.out_features}; expected {outputs} outputs{event} one after the "
-                f"other: {', '.join(self._returned(len(self.outputs) - outputs))}"
-            )
-        shape = (size,) if x is None else x.shape[1:]
-        parts = LinearOutput(h, head.weight, head.bias).split(size, 1)
-        parts = tuple([part.reshape(len(h), *shape) for part in parts])
-        return parts[0] if outputs == 1 else parts
-
-    def _linear(
-        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None
-    ) -> tuple[str, Tensor, Layers] | None:
-        """What the op takes that does not multiply out the last layer; None where that does not fit."""
+    def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> Layers | None:
+        """A last layer as the fused op takes it; None where that does not fit or pay."""
         unfit = not self.is_declared or x.requires_grad or not x.numel()
         if unfit or (beside is not None and not (beside.mask is None and beside.size is None)):
             return None
-        parts = self._of_head(parameters, x)
-        parts = tuple(parts) if isinstance(parts, (tuple, list)) else (parts,)
         given = self._given(x)
-        if len(parts) + len(given) != len(self.outputs):
+        count, size = len(self.outputs) - len(given), x.shape[1:].numel()
+        # The first outputs must be the layers'.
+        if self._arranged(self.outputs[:count], self.outputs[count:]) != self.outputs:
             return None
-        # The first outputs must be the layer's.
-        in_order = zip(self._arranged(parts, given), (*parts, *given), strict=True)
-        if not all([arranged is p for arranged, p in in_order]):
+        features = [len(w) for w in layer.weights]
+        if any([n % size for n in features]) or sum(features) != count * size:
             return None
-        shape = (samples * x.shape[0], *x.shape[1:])
-        if not all([isinstance(p, LinearOutput) and p.shape == shape for p in parts]):
+        h = layer.input
+        fits = self._event(layer, x) == tuple(x.shape[1:]) and len(h) == samples * len(x)
+        if not fits or not on_same_device(x.device, h.device) or not pays(len(h), size, h):
             return None
-        if not all([p.h is parts[0].h for p in parts]):
+        if any([type(t) not in (Tensor, nn.Parameter) or t.dtype != h.dtype for t in layer.tensors]):
             return None
-        if not pays(samples * len(x), x.shape[1:].numel(), parts[0].h):
+        rows = [_of_the_event(p, h, x) for p in given]
+        if any([row is None for row in rows]):
             return None
-        rows = [_of_the_event(p, parts[0].h, x) for p in given]
-        if any([row is None for row in rows]) or not on_same_device(x.device, parts[0].device):
-            return None
-        parts[0].check_unchanged()
+        check_unchanged(layer)
         check_support(type(self), x)
-        layers = layers_of(parts)
+        weight, bias = layer.weights[0], layer.biases[0]
+        if len(features) > 1:
+            weight = torch.cat(layer.weights)
+            if any([b is not None for b in layer.biases]):
+                pairs = zip(layer.weights, layer.biases, strict=True)
+                bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
         held = [None if row is None else row.reshape(-1) for row in rows]
-        flat = x if x.dim() == 2 else x.reshape(len(x), -1)
-        return self.name, flat, Layers(parts[0].h, *layers, *held, *[None] * (2 - len(held)))
+        return Layers(h, weight, bias, *held, *[None] * (2 - len(held)))
 
     def _returned(self, held: int) -> tuple[str, ...]:
         """The outputs that the decoder returns, if so many are held by the likelihood."""
@@ -448,15 +421,8 @@ class Declared(Likelihood):
         return TypeError(f"the decoder of a {kind} likelihood must return {expected}; got {describe(came)}")
 
 
-def layers_of(parts: tuple[LinearOutput, ...]) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of all parts, one after the other."""
-    if all([after.follows(before) for before, after in pairwise(parts)]):
-        return parts[0].through(parts[-1]).layer()
-    layers = [part.layer() for part in parts]
-    weight = torch.cat([w for w, _ in layers])
-    if all([b is None for _, b in layers]):
-        return weight, None
-    return weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in layers])
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(len(x), -1)
 
 
 def _dtype_of(parameters: Any) -> torch.dtype:
@@ -498,8 +464,10 @@ def check_rows(name: str, value: Any, x: Tensor, samples: int) -> None:
 
 
 def describe(value: Any) -> str:
-    if isinstance(value, (Tensor, LinearOutput)):
+    if isinstance(value, Tensor):
         return f"a tensor {shape_of(value)}"
+    if type(value) is LastLayer:
+        return "the output of a FusedHead"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return type(value).__name__

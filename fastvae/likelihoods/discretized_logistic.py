@@ -6,9 +6,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._checks import check_count
 from .._nested import Beside
+from ..head import LastLayer
+from ..ops.head import Layers
 from . import oracles
 from .base import Fused
 from .scaled import Held, Scaled, exponential_like
@@ -81,13 +84,9 @@ class DiscretizedLogistic(Scaled):
         scale: Held = None,
         *,
         learned: bool = False,
-        head: nn.Linear | None = None,
     ):
-        super().__init__(scale, learned=learned, head=head)
-        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-            raise ValueError(
-                f"levels must be an int of at least 2, the number of values of x; got {levels!r}"
-            )
+        super().__init__(scale, learned=learned)
+        levels = check_count("levels", levels, "the number of values of x", least=2)
         if not (low < high and math.isfinite(high - low)):
             raise ValueError(f"low must be below high, the ends of the data; got {low} and {high}")
         self.levels, self._origin, self._range = levels, float(low), float(high) - float(low)
@@ -146,9 +145,9 @@ class DiscretizedLogistic(Scaled):
             return every
         return (every[0] - self._origin) / self._range, every[1] - math.log(self._range), every[2]
 
-    def _linear(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None) -> Any:
+    def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> Layers | None:
         # Of other ends the outputs are moved and scaled first.
-        return super()._linear(x, parameters, samples, beside) if self._is_unit else None
+        return super()._layers(x, layer, samples, beside) if self._is_unit else None
 
     def _unit(self, x: Tensor) -> Tensor:
         """x between 0 and 1, exactly these at its ends."""

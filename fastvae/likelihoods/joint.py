@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .._nested import Beside
-from ..head import made
 from .base import Likelihood, as_likelihood, describe
 
 
@@ -42,8 +41,6 @@ class Joint(Likelihood):
         torch.Size([])
     """
 
-    takes_layers = True
-
     def __init__(self, **parts: str | Likelihood):
         super().__init__()
         if not parts:
@@ -57,18 +54,30 @@ class Joint(Likelihood):
         for key, part in self._each():
             part.check(x[key], f"{name}[{key!r}]")
 
+    def read_output(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
+        self._matched(parameters, "the decoder's output")
+        returned = {}
+        for name, part in self._each():
+            own = None if beside is None else beside.part(name)
+            returned[name] = part.read_output(x[name], parameters[name], samples, own)
+        return returned
+
+    def multiplied_out(self, parameters: Any, x: Any = None) -> Any:
+        self._matched(parameters, "the decoder's output")
+        parts = {} if x is None else x
+        return {n: part.multiplied_out(parameters[n], parts.get(n)) for n, part in self._each()}
+
     def log_likelihood(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Tensor:
         self._matched(parameters, "the decoder's output")
         total: Any = 0
         for name, part in self._each():
             own = None if beside is None else beside.part(name)
-            returned = parameters[name] if part.takes_layers else made(parameters[name])
-            total = total + part.log_likelihood(x[name], returned, samples, own)
+            total = total + part.log_likelihood(x[name], parameters[name], samples, own)
         return total  # type: ignore[no-any-return]
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
         """log p(x|z) [N] of x and the decoder's output, N rows each."""
-        return self.log_likelihood(x, parameters, 1)[0]
+        return self.log_likelihood(x, self.read_output(x, parameters, 1), 1)[0]
 
     def mean(self, parameters: Any) -> dict[str, Any]:
         """The mean of each part."""

@@ -26,10 +26,8 @@ class Overdispersed(Scaled):
 
     log_inverse_dispersion: nn.Parameter
 
-    def __init__(
-        self, inverse_dispersion: Held = None, *, learned: bool = False, head: nn.Linear | None = None
-    ):
-        super().__init__(inverse_dispersion, learned=learned, head=head)
+    def __init__(self, inverse_dispersion: Held = None, *, learned: bool = False):
+        super().__init__(inverse_dispersion, learned=learned)
 
     @property
     def inverse_dispersion(self) -> Held:

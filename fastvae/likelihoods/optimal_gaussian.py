@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._nested import Beside
+from ..head import LastLayer
 from ..ops.op import accumulator
 from .base import Fused, describe
 from .gaussian import NAMED_SCALES, Gaussian
@@ -46,9 +47,6 @@ class OptimalGaussian(Gaussian):
     """
 
     variance: Tensor
-
-    # Its variance is measured on what the decoder returned.
-    takes_layers = False
 
     def __init__(self, scale: Any = "optimal", *, momentum: float = 0.1, learned: bool = False):
         if scale != "optimal" or learned:
@@ -99,6 +97,9 @@ class OptimalGaussian(Gaussian):
             yield
         finally:
             self._now = None
+
+    def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> None:
+        return None  # the variance is measured of the mean
 
     def _returned(self, held: int) -> tuple[str, ...]:
         return ("mean",)

@@ -33,8 +33,8 @@ class Scaled(Declared):
     log_scale: nn.Parameter
     fixed_scale: Held
 
-    def __init__(self, scale: Held = None, *, learned: bool = False, head: nn.Linear | None = None):
-        super().__init__(head=head)
+    def __init__(self, scale: Held = None, *, learned: bool = False):
+        super().__init__()
         self._holds: tuple[str, ...] = ()
         self._hold(next(iter(self.held)), scale, learned)
         self.learned = learned

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..reference.common import softplus
 from . import oracles
@@ -56,14 +56,13 @@ class SoftplusGaussian(Gaussian):
         *,
         floor: float = 1e-4,
         learned: bool = False,
-        head: nn.Linear | None = None,
     ):
         if scale != "softplus" or learned:
             raise ValueError(
                 "the scale of a softplus Gaussian comes from the decoder; to hold or learn one use "
                 "fastvae.Gaussian(scale=0.1, learned=True)"
             )
-        super().__init__(head=head)
+        super().__init__()
         if isinstance(floor, bool) or not isinstance(floor, (int, float)):
             raise TypeError(f"floor must be a number, the least variance, got {type(floor).__name__}")
         if not 0 <= floor < math.inf:

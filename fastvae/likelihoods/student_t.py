@@ -104,7 +104,6 @@ class StudentT(Scaled):
         *,
         learned: bool = False,
         learned_df: bool = False,
-        head: nn.Linear | None = None,
     ):
         if scale is not None and df is None:
             raise ValueError(
@@ -112,7 +111,7 @@ class StudentT(Scaled):
                 "fastvae.likelihoods.StudentT(df=4.0, scale=0.1): a decoder that returns log_df returns "
                 "(location, log_scale, log_df)"
             )
-        super().__init__(scale, learned=learned, head=head)
+        super().__init__(scale, learned=learned)
         self._hold("df", df, learned_df)
         self.learned_df = learned_df
 
