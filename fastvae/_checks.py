@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import os
 from typing import Any
 
@@ -55,7 +56,8 @@ def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
     """
     if not (isinstance(x, Tensor) and x.dtype in FLOATING):
         if isinstance(x, Tensor) and x.dtype in INTEGERS and likelihood.takes_integers:
-            return signed(x)
+            integers: Tensor = signed(x)
+            return integers
         x = check_tensor(name, x)
     if x.requires_grad and not likelihood.differentiable:
         raise ValueError(
@@ -126,13 +128,25 @@ def check_result(
     raise ValueError(f"{method} returned a tensor on {value.device}; {expected}, on {device}")
 
 
-def check_count(name: str, value: Any, meaning: str) -> int:
-    """An integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, {meaning}; got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, {meaning}; got {value}")
-    return value  # type: ignore[return-value]
+def as_int(name: str, value: Any, meaning: str) -> int:
+    """An integer of Python's or NumPy's; a tensor, whose value may lie on a GPU, is refused."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, (bool, Tensor)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    fix = f"; pass {name}=int({name})" if isinstance(value, Tensor) else ""
+    raise TypeError(f"{name} must be an int, {meaning}; got {value!r} ({type(value).__name__}){fix}")
+
+
+def check_count(name: str, value: Any, meaning: str, least: int = 1) -> int:
+    """An integer of at least ``least``."""
+    count = as_int(name, value, meaning)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, {meaning}; got {count}")
+    return count
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
@@ -212,11 +226,13 @@ def check_seed(seed: Any, device: torch.device | None = None) -> Tensor:
     return seed
 
 
-def check_address(samples: int, rows: int, sample_offset: int, row_offset: int) -> None:
-    """Samples and rows are 32-bit words of the noise address."""
+def check_address(samples: int, rows: int, sample_offset: Any, row_offset: Any) -> tuple[int, int]:
+    """Validate the two offsets, and return them as ints: samples and rows are 32-bit words of the noise's
+    address.
+    """
+    sample_offset = as_int("sample_offset", sample_offset, "where the samples start in the noise's address")
+    row_offset = as_int("row_offset", row_offset, "where the rows start in the noise's address")
     for what, count, offset in (("sample", samples, sample_offset), ("row", rows, row_offset)):
-        if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
-            raise TypeError(f"{what}_offset must be an int, got {offset!r} ({type(offset).__name__})")
         if count < 0:
             raise ValueError(f"the number of {what}s must be at least 0, got {count}")
         if offset < 0 or offset + count > 2**32:
@@ -224,3 +240,4 @@ def check_address(samples: int, rows: int, sample_offset: int, row_offset: int) 
                 f"{what}_offset must lie in 0 … 2^32 − {count}, got {offset}: the noise address has "
                 f"2^32 {what}s, and {count} {what}s are asked for"
             )
+    return sample_offset, row_offset

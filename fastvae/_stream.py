@@ -34,7 +34,7 @@ class Chunks:
 
     def __init__(self, k_chunk: int | None, name: str = "k_chunk"):
         if k_chunk is not None:
-            check_count(name, k_chunk, "the samples drawn at a time")
+            k_chunk = check_count(name, k_chunk, "the samples drawn at a time")
         self.k_chunk, self.name = k_chunk, name
         self.most_rows: int | None = None
         # Numbers that the decoder returns for a row, where x does not tell: classes, mixtures, several parts.

@@ -134,7 +134,7 @@ def ais(
     settings = _settings(steps, chains, leapfrog, start, chain_chunk)
     with evaluating(_modules(decoder, likelihood, prior, getattr(q, "own_prior", None))):
         inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
-        check_address(chains * steps, inputs.q.batch, 0, row_offset)
+        _, row_offset = check_address(settings.chains * settings.steps, inputs.q.batch, 0, row_offset)
         seed = draw_seed(inputs.q.device, generator)
         return AnnealedMarginal(*Annealing(inputs, seed, settings, row_offset).estimate())
 
@@ -199,8 +199,8 @@ def bdmc(
     """
     settings = _settings(steps, chains, leapfrog, start, chain_chunk)
     likelihood = as_likelihood(likelihood)
-    check_count("n", n, "the examples that are made")
-    check_address(chains * steps, n, 0, 0)
+    n = check_count("n", n, "the examples that are made")
+    check_address(settings.chains * settings.steps, n, 0, 0)
     latent = tuple(latent_dim) if isinstance(latent_dim, (tuple, list)) else None
     dim = 1
     for axis in (latent_dim,) if latent is None else latent:
@@ -224,9 +224,9 @@ def bdmc(
 
 
 def _settings(steps: Any, chains: Any, leapfrog: Any, start: Any, chain_chunk: Any) -> Settings:
-    check_count("steps", steps, "the temperatures between q0 and p(z|x)")
-    check_count("chains", chains, "the chains of each example")
-    check_count("leapfrog", leapfrog, "the leapfrog steps of a transition")
+    steps = check_count("steps", steps, "the temperatures between q0 and p(z|x)")
+    chains = check_count("chains", chains, "the chains of each example")
+    leapfrog = check_count("leapfrog", leapfrog, "the leapfrog steps of a transition")
     check_choice("start", start, STARTS)
     return Settings(steps, chains, leapfrog, start, Chunks(chain_chunk, "chain_chunk"))
 

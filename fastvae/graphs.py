@@ -55,7 +55,7 @@ def graphed(
     """
     if not callable(step):
         raise TypeError(f"step must be a function of tensors, got {type(step).__name__}")
-    check_count("warmup", warmup, "calls before the capture")
+    warmup = check_count("warmup", warmup, "calls before the capture")
     for generator in generators:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generators must be torch.Generators, got {type(generator).__name__}")

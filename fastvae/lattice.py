@@ -101,7 +101,7 @@ def lattice_log_marginal(
     likelihood = as_likelihood(likelihood)
     if not callable(decoder):
         raise TypeError(f"decoder must be a module or another callable, got {type(decoder).__name__}")
-    check_count("latent_dim", latent_dim, "the number of latents")
+    latent_dim = check_count("latent_dim", latent_dim, "the number of latents")
     if latent_dim > 3:
         raise ValueError(
             f"latent_dim must be at most 3, got {latent_dim}: the points of a lattice are n^D; use "
@@ -112,7 +112,7 @@ def lattice_log_marginal(
         raise ValueError(
             f"points must be a multiple of 3, got {points}: every third makes a lattice that tells the error"
         )
-    check_count("batch_size", batch_size, "the examples at a time")
+    batch_size = check_count("batch_size", batch_size, "the examples at a time")
     prior = _shared(prior)
     device, dtype = place_of(decoder, decoder)
     xs = [x.to(device or x.device) for x in _examples(data, batch_size, likelihood, dtype)]

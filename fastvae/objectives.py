@@ -214,7 +214,7 @@ def elbo(
     q, prior = inputs.q, inputs.prior
     # What is right at a glance is not asked again.
     if type(samples) is not int or samples < 1:
-        check_count("samples", samples, "the draws of z per example")
+        samples = check_count("samples", samples, "the draws of z per example")
     if type(beta) is not float or not 0 <= beta < math.inf:
         beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
     if type(free_bits) is not float or not 0 <= free_bits < math.inf:
@@ -232,7 +232,7 @@ def elbo(
             "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
         )
     if type(row_offset) is not int or row_offset:
-        check_address(samples, q.batch, 0, row_offset)
+        _, row_offset = check_address(samples, q.batch, 0, row_offset)
     seed = draw_seed(inputs.q.device, generator)
     coefficient, factor = 1.0, None
     if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
@@ -416,7 +416,7 @@ def iwae(
     """
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     if type(k) is not int or k < 1:
-        check_count("k", k, "the importance samples per example")
+        k = check_count("k", k, "the importance samples per example")
     if estimator not in ESTIMATORS:
         check_choice("estimator", estimator, ESTIMATORS)
     usual = type(m) is int and m == 1 and type(alpha) is float and alpha == 0 and type(reduction) is str
@@ -424,7 +424,7 @@ def iwae(
     if how is not None and noise == "philox" and example_weights is None:
         # What is right at a glance goes straight through the two ops.
         if type(row_offset) is not int or row_offset:
-            check_address(k, inputs.q.batch, 0, row_offset)
+            _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
         seed = draw_seed(inputs.q.device, generator)
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
         return inputs.bound(z, log_ratio, k, None, how, False)[0]
@@ -535,7 +535,7 @@ def bound(
     """
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     if type(k) is not int or k < 1:
-        check_count("k", k, "the importance samples per example")
+        k = check_count("k", k, "the importance samples per example")
     for name, value in (("objective", objective), ("encoder", encoder)):
         if value is None and name == "encoder":
             continue
@@ -564,9 +564,9 @@ def _bound(
     if reduction not in _REDUCTIONS:
         check_choice("reduction", reduction, _REDUCTIONS)
     if k_chunk is not None:
-        check_count("k_chunk", k_chunk, "the samples trained on at a time")
+        k_chunk = check_count("k_chunk", k_chunk, "the samples trained on at a time")
     if type(row_offset) is not int or row_offset:
-        check_address(draws, inputs.q.batch, 0, row_offset)
+        _, row_offset = check_address(draws, inputs.q.batch, 0, row_offset)
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
     of_each = terms or example_weights is not None
     how = objective.weighing("none" if of_each else reduction) if encoder is None else None
@@ -660,10 +660,10 @@ def log_weights(
         torch.Size([16])
     """
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
-    check_count("k", k, "the importance samples per example")
+    k = check_count("k", k, "the importance samples per example")
     check_choice("estimator", estimator, ESTIMATORS)
     if type(row_offset) is not int or row_offset:
-        check_address(k, inputs.q.batch, 0, row_offset)
+        _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
     z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
     return LogWeights(inputs.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)
@@ -815,10 +815,10 @@ def log_marginal(
         torch.Size([16])
     """
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
-    check_count("k", k, "the importance samples per example")
+    k = check_count("k", k, "the importance samples per example")
     chunks, proposal = Chunks(k_chunk), as_proposal(proposal, noise)
     if type(row_offset) is not int or row_offset:
-        check_address(k, inputs.q.batch, 0, row_offset)
+        _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
     seed = seed_of(noise, draw_seed(inputs.q.device, generator), RANDOMISATIONS)
     draws = proposal.draws(inputs, seed, row_offset, k, chunks, kept_draws(k))
     total = draws.weights(0, k)
@@ -870,10 +870,10 @@ def reconstruction_log_prob(
         torch.Size([16])
     """
     inputs = Inputs.read(x, q, decoder, likelihood, None, Beside.of(mask, size, context))
-    check_count("samples", samples, "the draws per example")
+    samples = check_count("samples", samples, "the draws per example")
     chunks = Chunks(k_chunk)
     if type(row_offset) is not int or row_offset:
-        check_address(samples, inputs.q.batch, 0, row_offset)
+        _, row_offset = check_address(samples, inputs.q.batch, 0, row_offset)
     seed = draw_seed(inputs.q.device, generator)
     w = _stream.weights(inputs, seed, 0, samples, chunks, 1, ratio=False, row_offset=row_offset)
     return w.log_px.to(w.maximum.dtype)

@@ -338,10 +338,11 @@ class Adapted(Proposal):
                 f"{self.prior!r}"
             )
         if self.df is not None:
-            check_count("df", self.df, "the degrees of freedom")
+            object.__setattr__(self, "df", check_count("df", self.df, "the degrees of freedom"))
         if self.scale is not None:
             _check_positive("scale", self.scale, "what the fitted standard deviations are multiplied by")
-        check_count("most", self.most, "the draws that are fitted to at most")
+        most = check_count("most", self.most, "the draws that are fitted to at most")
+        object.__setattr__(self, "most", most)
 
     def of(self, q: Distribution, prior: Distribution) -> Distribution:
         """That of the first round."""

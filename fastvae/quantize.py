@@ -234,7 +234,7 @@ class VectorQuantizer(nn.Module):
             spatial: the shape of one, such as (8, 8).
             generator: source of the noise; default torch's own random state.
         """
-        check_count("n", n, "the number of draws")
+        n = check_count("n", n, "the number of draws")
         return torch.randint(self.codes, (n, *spatial), device=self.codebook.device, generator=generator)
 
     def log_prob(self, indices: Tensor, logits: Tensor | None = None) -> Tensor:

@@ -42,6 +42,7 @@ seed.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._checks import check_address, check_choice, check_seed
+from ._checks import as_int, check_address, check_choice, check_seed
 from .ops.op import Op
 from .reference import random as reference
 
@@ -161,19 +162,28 @@ def normal(
         >>> torch.equal(whole[1:, 1:], part)
         True
     """
-    if isinstance(seed, int):
-        seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    if isinstance(seed, numbers.Integral):
+        seed = torch.tensor((int(seed) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
     elif isinstance(seed, Tensor) and device is not None:
         seed = seed.to(device)
     if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.dim() == 1 and seed.shape[0]:
         seed = seed.contiguous()
     else:
         check_seed(seed)
+    samples = as_int("samples", samples, "a size of the noise")
+    rows = as_int("rows", rows, "a size of the noise")
+    columns = as_int("columns", columns, "a size of the noise")
     # A size that an exporter leaves open must not be compared with 2^32: it would be the size's limit.
-    if sample_offset != 0 or row_offset != 0 or not torch.compiler.is_compiling():
-        check_address(samples, rows, sample_offset, row_offset)
+    if (
+        type(sample_offset) is not int
+        or type(row_offset) is not int
+        or sample_offset != 0
+        or row_offset != 0
+        or not torch.compiler.is_compiling()
+    ):
+        sample_offset, row_offset = check_address(samples, rows, sample_offset, row_offset)
     if type(level) is not int or not 0 <= level < 2**32:
-        _check_level(level)
+        level = _check_level(level)
     if columns < 0:
         raise ValueError(f"the number of columns must be at least 0, got {columns}")
     if dtype not in (torch.float32, torch.float64):
@@ -181,11 +191,11 @@ def normal(
     return _normal(seed, samples, rows, columns, sample_offset, row_offset, level, dtype)
 
 
-def _check_level(level: Any) -> None:
-    if isinstance(level, bool) or not isinstance(level, (int, torch.SymInt)):
-        raise TypeError(f"level must be an int, got {level!r} ({type(level).__name__})")
-    if not 0 <= level < 2**32:
-        raise ValueError(f"level must lie in 0 … 2^32 − 1, got {level}")
+def _check_level(level: Any) -> int:
+    word = as_int("level", level, "the last word of the address")
+    if not 0 <= word < 2**32:
+        raise ValueError(f"level must lie in 0 … 2^32 − 1, got {word}")
+    return word
 
 
 class _Normal(Op):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_number
+from ._checks import as_int, check_count, check_number
 
 __all__ = ["cosine", "cyclical", "linear", "stages"]
 
@@ -130,7 +130,7 @@ def cyclical(
         >>> [float(beta(step)) for step in (0, 10, 20, 39, 40, 50, 80)]
         [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0]
     """
-    check_count("cycles", cycles, "how often the line begins")
+    cycles = check_count("cycles", cycles, "how often the line begins")
     ramp = check_number("ramp", ramp, "the share of a cycle that its line takes")
     if not 0 < ramp <= 1:
         raise ValueError(f"ramp must lie in (0, 1], the share of a cycle that its line takes; got {ramp!r}")
@@ -171,14 +171,12 @@ def _between(
     """
     first = check_number("first", first, "where the line begins", -math.inf)
     last = check_number("last", last, "where the line ends", -math.inf)
-    check_count("steps", steps, "the length of the line")
-    if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
-        raise ValueError(f"delay must be an int of at least 0, the steps before the line; got {delay!r}")
+    steps = check_count("steps", steps, "the length of the line")
+    delay = check_count("delay", delay, "the steps before the line", least=0)
 
     def at(step: int | Tensor) -> Tensor:
         if not isinstance(step, Tensor):
-            if isinstance(step, bool) or not isinstance(step, int):
-                raise TypeError(f"step must be an int or a tensor [], got {type(step).__name__}")
+            step = as_int("step", step, "or a tensor []")
             # Where the numbers are small ops are cheap, and what is copied to a card is the result.
             step = torch.tensor(step)
         share = way((step - delay).clamp(0, steps)).clamp(max=1).to(device or step.device, torch.float32)
@@ -218,15 +216,16 @@ def stages(values: Sequence[tuple[int, T]]) -> Callable[[int | Tensor], T]:
             f"{'an empty one' if isinstance(values, (list, tuple)) else type(values).__name__}"
         )
     for pair in values:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or type(pair[0]) is not int:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise TypeError(f"stages takes pairs (first step, value), the step an int; got {pair!r}")
-    starts, constants = zip(*values, strict=True)
+    starts = [as_int("a stage's first step", start, "in pairs (first step, value)") for start, _ in values]
+    constants = [value for _, value in values]
     if starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
-        raise ValueError(f"stages must begin at step 0 and at rising steps after it; got {list(starts)}")
+        raise ValueError(f"stages must begin at step 0 and at rising steps after it; got {starts}")
 
     def at(step: int | Tensor) -> T:
-        if isinstance(step, bool) or not isinstance(step, (int, Tensor)):
-            raise TypeError(f"step must be an int or a tensor [], got {type(step).__name__}")
+        if not isinstance(step, Tensor):
+            step = as_int("step", step, "or a tensor []")
         return constants[max(0, bisect_right(starts, int(step)) - 1)]  # type: ignore[no-any-return]
 
     return _Named(at, "stages", list(zip(starts, constants, strict=True)))

@@ -105,7 +105,7 @@ def simulate(
     """z [n, D] from the prior, on the device and in the dtype of ``like``, and what the decoder returns for
     it.
     """
-    check_count("n", n, "the number of draws")
+    n = check_count("n", n, "the number of draws")
     if context is not None:
         check_batch("context", context, n, like.device)
     prior = as_prior(prior, context)

@@ -148,7 +148,7 @@ def beta_tc(
     """
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     q, prior = inputs.q, inputs.prior
-    check_count("samples", samples, "the draws of z per example")
+    samples = check_count("samples", samples, "the draws of z per example")
     log_n = 0.0
     if dataset_size is not None:
         log_n = math.log(check_count("dataset_size", dataset_size, "the examples of the whole data set"))
@@ -161,7 +161,7 @@ def beta_tc(
         )
     ]
     check_choice("reduction", reduction, _REDUCTIONS)
-    check_address(samples, q.batch, 0, row_offset)
+    _, row_offset = check_address(samples, q.batch, 0, row_offset)
     if prior.per_row:
         raise ValueError(
             "beta_tc needs one prior for all examples, which the aggregate posterior is compared with; the "

@@ -107,7 +107,11 @@ WRONG = {
     "a ramp above 1": (lambda: schedules.cyclical(0.0, 1.0, 10, ramp=1.5), ValueError, "ramp must lie in"),
     "no cycle": (lambda: schedules.cyclical(0.0, 1.0, 10, cycles=0), ValueError, "cycles must be at least 1"),
     "no steps": (lambda: schedules.cosine(0.0, 1.0, 0), ValueError, "steps must be at least 1"),
-    "a negative delay": (lambda: schedules.linear(0.0, 1.0, 3, delay=-1), ValueError, "delay must be an int"),
+    "a negative delay": (
+        lambda: schedules.linear(0.0, 1.0, 3, delay=-1),
+        ValueError,
+        "delay must be at least 0",
+    ),
     "a step that is a fraction": (
         lambda: schedules.linear(0.0, 1.0, 3)(0.5),
         TypeError,

@@ -117,8 +117,8 @@ def latents(
         >>> abs(parts.kl - parts.mutual_information - parts.marginal_kl) < 1e-4
         True
     """
-    check_count("examples", examples, "the examples that z is drawn for")
-    check_count("batch_size", batch_size, "the examples of a batch")
+    examples = check_count("examples", examples, "the examples that z is drawn for")
+    batch_size = check_count("batch_size", batch_size, "the examples of a batch")
     if is_conditional(vae.prior):
         raise ValueError(
             "latents needs one prior for all examples, but the model's is a function of the context"

@@ -203,8 +203,8 @@ def gradient_snr(
             "bound must be a function without arguments that returns a bound [], such as lambda: "
             f"vae.elbo(x); got {type(bound).__name__}"
         )
-    if check_count("evaluations", evaluations, "the gradients that are compared") < 2:
-        raise ValueError(f"evaluations must be at least 2, a variance takes two gradients; got {evaluations}")
+    meaning = "the gradients that are compared, of which a variance takes two"
+    evaluations = check_count("evaluations", evaluations, meaning, least=2)
     monitor = GradientMonitor(parameters)
     tensors = list(monitor.parameters.values())
     for _ in range(evaluations):

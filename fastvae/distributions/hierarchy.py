@@ -84,8 +84,8 @@ class Level(nn.Module):
     ):
         super().__init__()
         event = tuple(dim) if isinstance(dim, (tuple, list, torch.Size)) else (dim,)
-        for n in event or (0,):
-            check_count("dim", n, "the latents of a level, or each axis of their shape")
+        meaning = "the latents of a level, or each axis of their shape"
+        event = tuple([check_count("dim", n, meaning) for n in event or (0,)])
         self.event: tuple[int, ...] = event
         self.dim = math.prod(event)
         for name, function in (("posterior", posterior), ("prior", prior), ("top_down", top_down)):

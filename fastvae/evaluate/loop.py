@@ -148,15 +148,15 @@ def evaluate(
         if not callable(value):
             raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
     if k is not None:
-        check_count("k", k, "the importance samples per example")
+        k = check_count("k", k, "the importance samples per example")
     if tol is not None and not (tol := check_number("tol", tol, "in nats")):
         raise ValueError("tol must be greater than 0, got 0: any finite number of draws has an error")
     check_choice("noise", noise, NOISES)
     if audit:
-        check_count("audit", audit, "the examples that are estimated once more")
+        audit = check_count("audit", audit, "the examples that are estimated once more")
     check_choice("shard", shard, ("data", "samples", "none"))
     if batch_size is not None:
-        check_count("batch_size", batch_size, "the examples of a batch")
+        batch_size = check_count("batch_size", batch_size, "the examples of a batch")
     k = k or (5000 if tol is None else 100_000)
     ranks, proposal = Ranks(shard), as_proposal(proposal, noise)
     plan = _Plan(k, tol, Chunks(k_chunk), ranks, noise, proposal)

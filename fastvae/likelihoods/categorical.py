@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of, signed
+from .._checks import as_int, check_data, check_same_device, check_tensor, may_look, shape_of, signed
 from .._nested import Beside, repeat
 from ..ops.grouped import categorical_rows, check_classes
 from .base import NAMED, Likelihood, describe
@@ -44,9 +44,7 @@ class Categorical(Likelihood):
 
     def __init__(self, ignore_index: int = -100):
         super().__init__()
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, a class that x may hold; got {ignore_index!r}")
-        self.ignore_index = ignore_index
+        self.ignore_index = as_int("ignore_index", ignore_index, "a class that x may hold")
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None

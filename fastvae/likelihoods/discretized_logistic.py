@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_count
 from .._nested import Beside
 from ..head import LastLayer
 from ..ops.head import Layers
@@ -85,10 +86,7 @@ class DiscretizedLogistic(Scaled):
         learned: bool = False,
     ):
         super().__init__(scale, learned=learned)
-        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-            raise ValueError(
-                f"levels must be an int of at least 2, the number of values of x; got {levels!r}"
-            )
+        levels = check_count("levels", levels, "the number of values of x", least=2)
         if not (low < high and math.isfinite(high - low)):
             raise ValueError(f"low must be below high, the ends of the data; got {low} and {high}")
         self.levels, self._origin, self._range = levels, float(low), float(high) - float(low)

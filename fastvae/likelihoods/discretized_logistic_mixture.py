@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
+from .._checks import check_count, check_data, check_same_device, check_tensor, may_look, shape_of
 from .._nested import Beside
 from ..ops.grouped import mixture_rows
 from ..reference import grouped
@@ -61,8 +61,7 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def __init__(self, levels: int = 256, *, low: float = 0.0, high: float = 1.0):
         super().__init__()
-        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"levels must be an int of at least 2, the values of a pixel; got {levels!r}")
+        levels = check_count("levels", levels, "the values of a pixel", least=2)
         if not low < high:
             raise ValueError(f"low must be below high, the ends of the data; got {low} and {high}")
         self.levels, self.low, self.high = levels, float(low), float(high)

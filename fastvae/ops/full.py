@@ -94,10 +94,14 @@ def rsample_tril(
         >>> z.shape, log_q.shape
         (torch.Size([5, 4, 3]), torch.Size([5, 4]))
     """
-    check_count("samples", samples, "the draws per row")
+    samples = check_count("samples", samples, "the draws per row")
     mu, tril = _check_tensors(mu, tril)
-    if sample_offset != 0 or row_offset != 0 or samples > 2**32:
-        check_address(samples, mu.shape[0], sample_offset, row_offset)
+    if not (
+        type(sample_offset) is type(row_offset) is int
+        and sample_offset == row_offset == 0
+        and samples <= 2**32
+    ):
+        sample_offset, row_offset = check_address(samples, mu.shape[0], sample_offset, row_offset)
     seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
     return _rsample_tril(mu, tril, seed, Draw(samples, sample_offset, row_offset))
 
@@ -106,8 +110,12 @@ def flat_tril(
     mu: Tensor, tril: Tensor, seed: Tensor, samples: int, sample_offset: int = 0, row_offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """z [K·B, D] and log q [K, B], of :func:`rsample_tril`; for a pair that has been checked, and a seed."""
-    if sample_offset != 0 or row_offset != 0 or samples > 2**32:
-        check_address(samples, mu.shape[0], sample_offset, row_offset)
+    if not (
+        type(sample_offset) is type(row_offset) is int
+        and sample_offset == row_offset == 0
+        and samples <= 2**32
+    ):
+        sample_offset, row_offset = check_address(samples, mu.shape[0], sample_offset, row_offset)
     mu, tril = _in_one_dtype(mu, tril)
     return _rsample_tril(mu, tril, seed, Draw(samples, sample_offset, row_offset, True))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _backend
-from .._checks import check_tensor, shape_of
+from .._checks import as_int, check_tensor, shape_of
 from .op import Op, accumulator
 
 
@@ -45,8 +45,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     check_tensor("log_w", log_w)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, the axis of the samples; got {dim!r} ({type(dim).__name__})")
+    dim = as_int("dim", dim, "the axis of the samples")
     if not -log_w.dim() <= dim < log_w.dim():
         raise ValueError(f"dim={dim} is not an axis of log_w, whose shape is {shape_of(log_w)}")
     moved = log_w if dim == 0 else log_w.movedim(dim, 0)

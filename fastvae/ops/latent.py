@@ -184,7 +184,7 @@ def rsample_kl(
         (torch.Size([5, 4, 3]), torch.Size([4]))
     """
     if samples is not None:
-        check_count("samples", samples, "the draws per row")
+        samples = check_count("samples", samples, "the draws per row")
     draws, flat = (1, True) if samples is None else (samples, False)
     form = form_of(scale, floor, logvar_range)
     arguments = _prepare(mu, logvar, form, prior, seed, generator, draws, sample_offset, row_offset, flat)
@@ -240,7 +240,7 @@ def rsample_log_ratio(
         >>> z.shape, log_ratio.shape
         (torch.Size([5, 4, 3]), torch.Size([5, 4]))
     """
-    check_count("samples", samples, "the draws per row")
+    samples = check_count("samples", samples, "the draws per row")
     check_choice("estimator", estimator, ESTIMATORS)
     form = form_of(scale, floor, logvar_range)
     arguments = _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, False)
@@ -287,8 +287,12 @@ def _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, r
         mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
     # Literals, which a compiler takes for constants.
     logvar_min, logvar_max, scale, floor = (-math.inf, math.inf, "logvar", 0.0) if form is None else form
-    if sample_offset != 0 or row_offset != 0 or samples > 2**32:
-        check_address(samples, mu.shape[0], sample_offset, row_offset)
+    if not (
+        type(sample_offset) is type(row_offset) is int
+        and sample_offset == row_offset == 0
+        and samples <= 2**32
+    ):
+        sample_offset, row_offset = check_address(samples, mu.shape[0], sample_offset, row_offset)
     seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
     draw = Draw(samples, sample_offset, row_offset, logvar_min, logvar_max, flat, scale, floor)
     return mu, logvar, prior_mu, prior_logvar, seed, draw

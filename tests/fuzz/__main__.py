@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import collections
+import math
 import os
 import re
 import secrets
 import select
 import subprocess
 import sys
+import tempfile
 import time
 
 TIMEOUT = 120.0  # seconds a case may take
 
 
-def child(seed: int, start: int, count: int, only: str) -> None:
+def child(seed: int, start: int, count: int, only: str, every: bool) -> None:
     """Run cases, a line before and a line after each."""
     import torch
 
@@ -30,7 +32,7 @@ def child(seed: int, start: int, count: int, only: str) -> None:
         case = cases.draw(seed, index)
         if only and only not in str(case):
             continue
-        if is_open(case) and count > 1:
+        if is_open(case) and not every:
             print(f"open\t{index}", file=out)
             continue
         print(f"start\t{index}", file=out)
@@ -52,18 +54,20 @@ class Report:
 
 
 def run(
-    seed: int, start: int, count: int, only: str = "", deadline: float = float("inf"), verbose: bool = False
+    seed: int, start: int, count: int, only: str = "", deadline: float = math.inf, every: bool = False
 ) -> Report:
     """Run cases in children that may die; every death is a failure of the case that ran."""
     report, index = Report(), start
     while index < start + count and time.monotonic() < deadline:
         command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--child", "--seed", str(seed)]
         command += ["--index", str(index), "--count", str(start + count - index), "--only", only]
+        command += ["--all"] * every
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read after the child)
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not verbose else None,
+            stderr=errors,
             env=environment,
             text=True,
         )
@@ -79,7 +83,8 @@ def run(
                     what = "took longer than 120 s" if line is None else f"killed the process ({code})"
                     _failed(report, seed, running, what)
                 elif not ended:
-                    error = process.stderr.read()[-2000:] if process.stderr else ""
+                    errors.seek(0)
+                    error = errors.read()[-2000:]
                     raise RuntimeError(f"the child ended ({code}) outside of a case: {error}")
                 index = (running if running is not None else index) + 1
                 break
@@ -115,20 +120,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--index", type=int, default=None, help="run this case alone")
     parser.add_argument("--only", default="", help="cases whose record has this text, such as 'q=low rank'")
+    parser.add_argument("--all", action="store_true", help="the kinds that are known to fail, too")
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if args.child:
-        child(seed, args.index, args.count, args.only)
+        child(seed, args.index, args.count, args.only, args.all)
         return 0
     if args.index is not None:
         from . import case as cases
 
         print(cases.draw(seed, args.index))
-        report = run(seed, args.index, args.count, args.only, verbose=True)
+        report = run(seed, args.index, args.count, args.only, every=args.all or args.count == 1)
     else:
-        report = run(seed, 0, 10**9, args.only, time.monotonic() + 60 * args.minutes)
+        report = run(seed, 0, 10**9, args.only, time.monotonic() + 60 * args.minutes, args.all)
     print(f"seed {seed}: {dict(report.counts)}")
     for text, count in report.refused.most_common():
         print(f"refused {count}: {text}")

@@ -87,21 +87,24 @@ def draw(seed: int, index: int) -> Case:
     spatial = family.spatial
     latent = one((4, 6)) if spatial else one((2, 3, 5) if family.least_latent == 2 else (1, 2, 3, 5))
     prior = one(families.priors_of(q, entry))
-    likelihood = one(tuple(likelihoods.ZOO))
+    misused = not spatial and entry != "evaluate" and r.random() < 0.12
+    likelihood = one(likelihoods.PLAIN if misused else tuple(likelihoods.ZOO))
     kind = likelihoods.ZOO[likelihood]
     backend = r.choices(("native", "reference", "triton"), (8, 2, 1))[0]
-    large = backend == "native" and entry in ("elbo", "iwae", "bound") and r.random() < 0.04
+    large = backend == "native" and entry != "beta_tc" and r.random() < (0.2 if misused else 0.04)
     batch = rarely(one((0, 1)), one((2, 3, 5, 6)), 0.12)
     k = rarely(1, one((2, 3, 4, 6, 8)))
-    event = one(kind.events)
+    event = one([e for e in kind.events if len(e) == 1 or not misused])
     if large and len(event) == 1 and kind.may_be_large:
         batch, k = 5, 4
         event = (FUSED // (batch * k) + one((1, 7, 16)),)
-    base = r.choices(FLOATS, (5, 3, 2, 1))[0]
-    mixed = r.random() < 0.3
+    base = torch.float32 if large or misused else r.choices(FLOATS, (5, 3, 2, 1))[0]
+    mixed = r.random() < 0.3 and not misused
 
     def dtype(of=FLOATS):
         return one(of) if mixed and r.random() < 0.5 else base
+
+    net_dtype = dtype()
 
     q_dtypes = tuple(dtype() for _ in range(4))
     wide = FLOATS[:2]
@@ -138,18 +141,23 @@ def draw(seed: int, index: int) -> Case:
         "reconstruction_log_prob",
         "evaluate",
     )
-    context = entry == "evaluate" or prior == "of the context" or r.random() < 0.15
+    context = entry == "evaluate" or prior == "of the context" or (not misused and r.random() < 0.15)
     compiled = ""
-    if entry in TRAINING and backend != "triton" and not large and r.random() < 0.03:
+    if not misused and entry in TRAINING and backend != "triton" and not large and r.random() < 0.03:
         compiled = one(("aot_eager", "aot_eager", "eager"))
     decoder = rarely("sequential", one(tuple(decoders.POOL)), 0.3)
-    by_sample = bool(encoder) or estimator == "dreg" or entry in MEASURING
+    if misused and not context:
+        decoder = one(decoders.MISUSED)
+        composed = q not in families.UNIVARIATE or prior != "none" or kind.native is not None
+        if "autocast" in decoder and composed:  # what is composed then has products in bfloat16
+            decoder = "pool: linear"
+    by_sample = bool(encoder) or estimator == "dreg"
     if not decoders.fits(decoder, compiled, by_sample, batch * min(k, 3)):
         decoder = "module"
     analytic = entry == "elbo" and kl == "analytic"
     return Case(
         seed, index, entry, via, q, prior, likelihood, decoder, batch, k, latent, event, q_dtypes,
-        prior_dtype, x_dtype, dtype(),
+        prior_dtype, x_dtype, net_dtype,
         tuple(rarely(one(LAYOUTS), "contiguous", 0.4) for _ in range(6)),
         rarely(r.randrange(1, 16), 0, 0.3),
         rarely(one(("example", "event")), "", 0.25) if kind.masked else "",

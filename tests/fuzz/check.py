@@ -81,6 +81,7 @@ class Built:
                 c.decoder, c.latent, kind.outputs(c.event), kind.combine, c.net_dtype,
                 plain=not c.context and kind.combine is likelihoods.Kind._field_defaults["combine"],
             )  # fmt: skip
+            self.plain = self.decoder
             with torch.no_grad():
                 for p in self.decoder.parameters():
                     p.mul_(kind.scale)
@@ -119,6 +120,9 @@ class Built:
         family = families.PRIORS[self.case.prior]
         return family.give(*family.before(*self.p_leaves))
 
+    def around(self) -> Any:
+        return decoders.around(self.case.decoder, self.plain)
+
     @property
     def learned(self) -> dict[str, Tensor]:
         return {n: t for n, t in {**self.leaves, **self.parameters}.items() if t.requires_grad}
@@ -151,17 +155,18 @@ class Recorder(nn.Module):
         return self.decoder(z, *context)
 
 
-def draws(built: Built) -> Tensor:
-    """z [K, B, D] of the case's call, as its decoder gets it."""
+def draws(built: Built) -> tuple[Tensor, list[int]]:
+    """z [K, B, D] of the case's call, as its decoder gets it, and how many samples it gets at a time."""
     c = built.case
     recorder = built.decoder = Recorder(built.decoder)
     torch.manual_seed(c.index)
-    with torch.no_grad():
+    with torch.no_grad(), built.around():
         call(built)
     z = torch.cat(recorder.kept)
     sizes = [min(_batch_size(c), c.batch - i) for i in range(0, c.batch, _batch_size(c))] or [0]
     parts = z.split([c.k * n for n in sizes])
-    return torch.cat([p.reshape(c.k, n, c.latent) for p, n in zip(parts, sizes, strict=True)], 1)
+    samples = [len(z) // c.batch for z in recorder.kept] if c.batch and c.entry != "evaluate" else [c.k]
+    return torch.cat([p.reshape(c.k, n, c.latent) for p, n in zip(parts, sizes, strict=True)], 1), samples
 
 
 def _batch_size(case: Case) -> int:
@@ -304,9 +309,11 @@ class Rows(torch.utils.data.Dataset):
         return {n: take(t) for n, t in self.parts.items()}
 
 
-def expected(built: Built, z: Tensor, noise: Tensor | None, r: Arithmetic) -> dict[str, Tensor]:
+def expected(
+    built: Built, drawn: tuple[Tensor, list[int]], noise: Tensor | None, r: Arithmetic
+) -> dict[str, Tensor]:
     """The oracle's results and the gradients that they have, by name."""
-    c = built.case
+    c, (z, samples) = built.case, drawn
     family, prior, kind = families.POSTERIORS[c.q], families.PRIORS[c.prior], likelihoods.ZOO[c.likelihood]
     learns = c.entry not in MEASURING
     seed = _seed(c)
@@ -330,7 +337,7 @@ def expected(built: Built, z: Tensor, noise: Tensor | None, r: Arithmetic) -> di
         log_q, log_p = (r(families.density(d, at), absolute=c.latent) for d in (q, p))
         frozen_q = family.exact(*(t.detach() for t in inputs))
         log_q_of_z = r(families.density(frozen_q, at), absolute=c.latent)
-        log_likelihood = _log_likelihood(built, r(path, z.dtype, exact=True), z, r, kind)
+        log_likelihood = _log_likelihood(built, r(path, z.dtype, exact=True), z.dtype, samples, r, kind)
         share = torch.zeros(c.k, 1, dtype=torch.float64)
         if family.strata:
             logits = torch.log_softmax(inputs[4], -1) + math.log(2)
@@ -349,29 +356,30 @@ def _seed(case: Case) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, ())
 
 
-def _log_likelihood(built: Built, path: Tensor, z: Tensor, r: Arithmetic, kind: Any) -> Tensor:
+def _log_likelihood(
+    built: Built, path: Tensor, dtype: torch.dtype, samples: list[int], r: Arithmetic, kind: Any
+) -> Tensor:
     """log p(x|z) [K, B], by the decoder itself on the same numbers."""
     c = built.case
     given = {}
     if isinstance(built.likelihood, nn.Module):
         given = {n: r(t.double(), t.dtype, exact=True) for n, t in built.likelihood.named_parameters()}
     _seed(c)
-    size = c.k_chunk or c.k
     x, mask = built.x, built.mask
     found = []
-    for start in range(0, c.k, size):
-        rows = path[start : start + size]
-        native = rows.to(z.dtype).flatten(0, 1)
+    for rows in path.split(samples):
+        native = rows.to(dtype).flatten(0, 1)
         if families.POSTERIORS[c.q].spatial:
             native = native.unflatten(1, _latent_dim(c))
         context = [] if built.context is None else [built.context.repeat(len(rows), 1)]
-        parameters = built.decoder(native, *context)
+        with built.around():
+            parameters = built.decoder(native, *context)
         if kind.native is not None:
             log_p = kind.native(x.repeat(len(rows), *[1] * (x.dim() - 1)), parameters)
             found.append(_summed(r(log_p.double(), log_p.dtype, exact=True), mask, len(rows), c))
             continue
         outputs = likelihoods.read(parameters)
-        outputs = [r(o.double(), o.dtype, exact=True) for o in outputs]
+        outputs = [r(o.double(), o.dtype, exact=True, absolute=1.0) for o in outputs]
         if built.size is not None:
             outputs[0] = outputs[0] + built.size.double().log().repeat(len(rows)).reshape(
                 -1, *[1] * len(c.event)
@@ -435,7 +443,7 @@ def _reduced(case: Case, bound: Tensor, log_likelihood: Any = None, kl: Any = No
 
 def _aggregate(built: Built, q: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     """log q(z) and Σ log q(z_d) of this batch's mixture."""
-    n = math.log(built.case.batch)
+    n = math.log(max(built.case.batch, 1))
     if isinstance(q, torch.distributions.MultivariateNormal):
         variance = q.covariance_matrix.diagonal(dim1=-2, dim2=-1)
         marginal = torch.distributions.Normal(q.loc, variance.sqrt())
@@ -504,7 +512,12 @@ def results_of(built: Built) -> dict[str, Tensor]:
     if c.compiled:
         torch._dynamo.reset()
         run = torch.compile(call, backend=c.compiled)
-    found = run(built)
+    with built.around():
+        return _with_gradients(built, run(built))
+
+
+def _with_gradients(built: Built, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    c = built.case
     value = found["value"]
     if c.entry in MEASURING:
         return found
@@ -588,15 +601,15 @@ def outcome(case: Case) -> tuple[str, str]:
             text = f"{type(error).__name__}: {str(error)[:300]}".replace("\n", " ")
             known = isinstance(error, (ValueError, TypeError)) and any(re.search(p, text) for p in REFUSED)
             return ("refused" if known else "failed"), text
-        z = draws(Built(case))
+        drawn = draws(Built(case))
         noise = low_rank_noise(Built(case)) if case.q == "low rank" else None
         validated(False)
-        exact = expected(Built(case), z, noise, Arithmetic())
-        shaken = [_shaken(case, z, noise, torch.Generator().manual_seed(i)) for i in range(SAMPLES)]
+        exact = expected(Built(case), drawn, noise, Arithmetic())
+        shaken = [_shaken(case, drawn, noise, torch.Generator().manual_seed(i)) for i in range(SAMPLES)]
     wrong = compare(case, found, exact, shaken)
     return ("failed", "; ".join(wrong)) if wrong else ("ok", "")
 
 
-def _shaken(case: Case, z: Tensor, noise: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
+def _shaken(case: Case, drawn: Any, noise: Any, generator: torch.Generator) -> dict[str, Tensor]:
     oracle._signs = lambda t: (2 * torch.rand(t.shape, dtype=t.dtype, generator=generator) - 1) * 2
-    return expected(Built(case), z, noise, Arithmetic(unit_of(case)))
+    return expected(Built(case), drawn, noise, Arithmetic(unit_of(case)))

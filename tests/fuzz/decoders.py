@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ..decoders import DECODERS
 
 HIDDEN = 5
 
@@ -95,6 +98,10 @@ AFTER: dict[str, Callable[[Tensor], Tensor]] = {
 INSIDE = ("dropout", "checkpoint", "reentrant", "weights change", "module hook", "backward hook",
           "batch norm", "tied", "frozen", "no grad", "autocast", "weight norm")  # fmt: skip
 POOL = ("module", "sequential", "linear", *AFTER, *INSIDE)
+# Those of tests/decoders.py, for one output of features in float32; but what raises has a test there.
+RAISE = ("too few features", "too many features", "wrong inputs", "an axis too many", "a float64 last layer",
+         "input changed after the layer")  # fmt: skip
+MISUSED = tuple(f"pool: {name}" for name in DECODERS if name not in RAISE)
 BREAKS = ("print", "item", "disabled")
 
 
@@ -167,10 +174,19 @@ class Decoder(nn.Module):
         )
 
 
+def around(name: str, decoder: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The modes and patches that a decoder is called under."""
+    if name not in MISUSED:
+        return contextlib.nullcontext()
+    return DECODERS[name.removeprefix("pool: ")].around(decoder)
+
+
 def make(
     name: str, latent: int, shapes: list[tuple[int, ...]], combine: Any, dtype: torch.dtype, plain: bool
 ) -> nn.Module:
     """The decoder of this name; a plain ``nn.Sequential`` where one can return the shapes."""
+    if name in MISUSED:
+        return DECODERS[name.removeprefix("pool: ")].make(latent, math.prod(shapes[0]))
     if plain and name in ("sequential", "linear") and len(shapes) == 1:
         shape = shapes[0]
         layers = [Cast(dtype)]

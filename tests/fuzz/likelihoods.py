@@ -270,6 +270,14 @@ _probabilities("poisson", fastvae.Poisson, rate=True)
 _probabilities("categorical", fastvae.Categorical, probs=True)
 
 
+# A decoder returns one tensor of features.
+PLAIN = tuple(
+    name
+    for name, kind in ZOO.items()
+    if kind.outputs((7,)) == [(7,)] and kind.combine is Kind._field_defaults["combine"]
+)
+
+
 def read(parameters: Any) -> list[Tensor]:
     """A decoder's output as a list of tensors."""
     if isinstance(parameters, Mapping):
