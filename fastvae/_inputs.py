@@ -69,7 +69,7 @@ class Inputs(NamedTuple):
             beside = Beside(mask, None if size is None else as_size(size, x), context)
         prior = as_prior(q.own_prior if prior is None else prior, context).prepared()
         if q.latent is not None:
-            prior = flat_prior(prior, q.latent, q.batch)
+            prior = flat_prior(prior, q.latent, q.batch, q)
         return cls(x, q, decoder, likelihood, prior, beside)
 
     @property
@@ -84,6 +84,8 @@ class Inputs(NamedTuple):
     def decode(self, z: Tensor, samples: int) -> Any:
         """The decoder's output for z [K·B, D], which it is given as [K·B, *latent]."""
         latent = self.q.latent
+        if self.q.z_dtype is not None:
+            z = z.to(self.q.z_dtype)
         context = None if self.beside is None else self.beside.context
         if context is None and latent is None:
             parameters = self.decoder(z)

@@ -590,6 +590,22 @@ def test_it_is_a_module_like_any_other():
     assert fused.double()(z.double()).input.dtype == torch.float64
 
 
+def test_torch_func_and_inference_mode(always, calls):
+    fused, x, q = fused_head(X), torch.rand(B, *EVENT).round(), torch.zeros(B, 2 * D)
+    parameters = dict(fused.named_parameters())
+
+    def bound(decoder, seed=1):
+        torch.manual_seed(seed)
+        return fastvae.iwae(x, q, decoder, k=K, likelihood="bernoulli")
+
+    expected = torch.autograd.grad(bound(fused), [*parameters.values()])
+    found = torch.func.grad(lambda p: bound(lambda z: torch.func.functional_call(fused, p, (z,))))(parameters)
+    assert_same(list(found.values()), expected)
+    with torch.inference_mode():
+        assert_same([bound(fused)], [bound(Whole(fused))])
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("event", [None, EVENT])
 def test_likelihoods_take_the_record(event):
     """By themselves: log p, means and samples; without x and event flat."""
@@ -966,6 +982,7 @@ def test_all_pairs_of_objects():
     assert torch.allclose(normal, -squares - 0.5 * X * math.log(math.pi), rtol=1e-5)
     fused = fastvae.FusedHead(nn.Identity(), layer)(z)
     assert torch.equal(ops.all_pairs_log_prob(x, fused, likelihood=fastvae.Gaussian(math.sqrt(0.5))), normal)
+    assert torch.equal(ops.all_pairs_log_prob(x, fused), ops.all_pairs_log_prob(x, mean))
     classes, logits = torch.randint(0, 3, (4, 9)), torch.randn(6, 3, 9)
     got = ops.all_pairs_log_prob(classes, logits, likelihood=fastvae.Categorical())
     picked = (

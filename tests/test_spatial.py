@@ -11,7 +11,7 @@ from torch import nn
 
 import fastvae
 from fastvae.distributions import TorchDistribution, flat_prior
-from fastvae.distributions.spatial import _ELEMENTWISE
+from fastvae.distributions.spatial import ELEMENTWISE
 
 from .conftest import DEVICE
 from .models import generator, rand, randn
@@ -326,7 +326,7 @@ def test_log_weights_are_those_of_torch(name, as_q):
     torch.testing.assert_close(whole.log_px, parts.log_px, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", _ELEMENTWISE, ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", ELEMENTWISE, ids=lambda family: family.__name__)
 def test_a_flattened_family_is_itself(family):
     """Its parameters are its constructor's arguments, by name."""
     names = ("high", "low") if family is td.Uniform else sorted(family.arg_constraints)

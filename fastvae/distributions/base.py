@@ -38,6 +38,8 @@ class Distribution:
         latent: of a posterior: the shape of an example's latents where they have axes of their own, such as
             (C, H, W): the decoder is given z as [N, C, H, W]. Everywhere else, in the methods of q and of the
             prior, z is flat, D = C·H·W. Default: None, the decoder is given z [N, D].
+        z_dtype: of a posterior: the dtype of the decoder's z where it is narrower than that of the draws, as
+            for torch's in half precision. Default: None, that of the draws.
         per_row: of a prior: whether each row of the batch has parameters of its own.
         strata: of a posterior: how many parts its draws come from in turn; 1 where each is drawn from q.
         own_prior: of a posterior that is made together with its prior: this prior, which ``prior=None`` then
@@ -59,6 +61,7 @@ class Distribution:
     device: torch.device
     mean: Tensor | None = None
     latent: tuple[int, ...] | None = None
+    z_dtype: torch.dtype | None = None
     per_row: ClassVar[bool] = False
     strata: ClassVar[int] = 1
     own_prior: Distribution | None = None
@@ -87,7 +90,7 @@ class Distribution:
         return _new, (self.family, isinstance(self, nn.Module)), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        for tensor in tensors_of(self):
+        for tensor in tensors_of(self, cached=True):
             if tensor.grad_fn is not None:  # which torch does not copy: the copy stays in the graph
                 memo[id(tensor)] = tensor.clone()
         made = memo[id(self)] = object.__new__(type(self))
@@ -336,20 +339,25 @@ def hold(distribution: Distribution, **values: Tensor | None) -> None:
 _HOLDERS = (Distribution, nn.Module, td.Distribution, td.Transform)
 
 
-def tensors_of(value: Any, depth: int = 6) -> Iterator[Tensor]:
-    """The tensors of distributions, transforms and modules."""
+# Where a transform keeps its last argument and result, which it recognises by identity.
+_CACHE = "_cached_x_y"
+
+
+def tensors_of(value: Any, depth: int = 6, cached: bool = False) -> Iterator[Tensor]:
+    """The tensors of distributions, transforms and modules; those in the caches of transforms if asked."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, _HOLDERS) and depth:
         attributes = value.__dict__  # whose values torch 2.11 cannot trace
         for name in attributes:
-            yield from tensors_of(attributes[name], depth - 1)
+            if name != _CACHE or cached:
+                yield from tensors_of(attributes[name], depth - 1, cached)
     elif isinstance(value, dict):
         for name in value:
-            yield from tensors_of(value[name], depth)
+            yield from tensors_of(value[name], depth, cached)
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from tensors_of(part, depth)
+            yield from tensors_of(part, depth, cached)
 
 
 def _brief(value: Any) -> str:
@@ -362,15 +370,34 @@ def _brief(value: Any) -> str:
 
 def held(value: Any) -> Any:
     """A copy with the same values, through whose parameters no gradient passes."""
-    return mapped(value, Tensor.detach)
+    return mapped(value, lambda t: t.detach() if t.requires_grad else t)
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy with ``function`` of each tensor."""
+    """A copy with ``function`` of each tensor. A transform whose tensors all stay is not copied: its inverse
+    must still recognise what it returned.
+    """
     return _mapped(value, function, {})
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor], seen: dict[int, Any]) -> Any:
+def fixed_at(distribution: Distribution, z: Tensor) -> tuple[Distribution, Tensor]:
+    """The distribution with its parameters, and z detached, which its transforms recognise as they do z."""
+    if not any(t is z for t in tensors_of(distribution, cached=True)):
+        return distribution, z.detach()
+    detached: dict[int, Tensor] = {}
+
+    def detach(tensor: Tensor) -> Tensor:
+        return detached.setdefault(id(tensor), tensor.detach()) if tensor.requires_grad else tensor
+
+    return _mapped(distribution, lambda t: t, {}, detach), detach(z)
+
+
+def _mapped(
+    value: Any,
+    function: Callable[[Tensor], Tensor],
+    seen: dict[int, Any],
+    in_cache: Callable[[Tensor], Tensor] | None = None,
+) -> Any:
     copied: Any
     if isinstance(value, Tensor):
         return function(value)
@@ -378,17 +405,25 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor], seen: dict[int, An
         return seen[id(value)]
     if isinstance(value, weakref.ref):  # a transform's, to its inverse, which is made anew
         return None
+    cache: Any = (None, None)
+    if isinstance(value, td.Transform):
+        if in_cache is None and all(function(t) is t for t in tensors_of(value)):
+            return value
+        # A preimage under parameters that are learned is a function of them.
+        if in_cache is not None and not any(t.requires_grad for t in tensors_of(value)):
+            cache = tuple(t if t is None else in_cache(t) for t in value.__dict__.get(_CACHE, ()))
     if isinstance(value, _HOLDERS):
         seen[id(value)] = copied = object.__new__(type(value))
         attributes = copied.__dict__
         for name in value.__dict__:
-            attributes[name] = _mapped(value.__dict__[name], function, seen)
+            part = cache if name == _CACHE else _mapped(value.__dict__[name], function, seen, in_cache)
+            attributes[name] = part
         return copied
     if type(value) in (tuple, list):
-        return type(value)([_mapped(v, function, seen) for v in value])
+        return type(value)([_mapped(v, function, seen, in_cache) for v in value])
     if isinstance(value, dict) and hasattr(value, "copy"):
         copied = seen[id(value)] = value.copy()
-        copied.update({name: _mapped(v, function, seen) for name, v in value.items()})
+        copied.update({name: _mapped(v, function, seen, in_cache) for name, v in value.items()})
         return copied
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..reference.common import expm1_minus
 from .base import Distribution, Located, hold, is_family, is_still, register_kl
 from .normal import DiagonalNormal, StandardNormal
 
+_Same = TypeVar("_Same", bound=Distribution)
 LOG_2_PI = math.log(2 * math.pi)
 
 
@@ -43,6 +44,12 @@ class _Correlated(Located):
 
     def _normals(self) -> int:
         return self.mu.shape[-1]
+
+    def _like(self, made: _Same) -> _Same:
+        """The same as ``made``, whose z has the dtype of this one's."""
+        if self.z_dtype is not None:
+            made.z_dtype = self.z_dtype
+        return made
 
     def sample(
         self,
@@ -165,7 +172,7 @@ class FullNormal(_Correlated):
     def rows(self, start: int, stop: int) -> FullNormal | None:
         if not is_family(self, FullNormal):
             return None
-        return FullNormal(self.mu[start:stop], self.tril[start:stop])
+        return self._like(FullNormal(self.mu[start:stop], self.tril[start:stop]))
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
         if not is_family(self, FullNormal):
@@ -270,7 +277,7 @@ class LowRankNormal(_Correlated):
     def rows(self, start: int, stop: int) -> LowRankNormal | None:
         if not is_family(self, LowRankNormal):
             return None
-        return LowRankNormal(*(t[start:stop] for t in (self.mu, self.logvar, self.factor)))
+        return self._like(LowRankNormal(*(t[start:stop] for t in (self.mu, self.logvar, self.factor))))
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
         if not is_family(self, LowRankNormal):

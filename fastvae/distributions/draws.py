@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from .._checks import check_result
 from ..ops.latent import dreg_weight, flat_kl, flat_log_ratio, options, path_weight
-from .base import Distribution, closed_kl, held, is_family
+from .base import Distribution, closed_kl, fixed_at, held, is_family
 from .normal import DiagonalNormal, StandardNormal
 
 # It has no state; making a module costs more than the kernels of a small batch.
@@ -183,16 +183,18 @@ def _composed(
     if route == "score":
         with torch.no_grad():
             z, _ = rsample(q, samples, seed, **place)
-        z = z.detach()
-        log_q = _log_prob(q, z, "q(z|x)")
-        return z, _log_prob(p, z, "p(z)") - log_q.detach(), log_q
+        z = z.detach() if z.requires_grad else z  # itself, which transforms recognise
+        log_q = _log_prob(*fixed_at(q, z), "q(z|x)")
+        return z, _log_prob(*fixed_at(p, z), "p(z)") - log_q.detach(), log_q
     z, log_q = rsample(q, samples, seed, **place)
     if route not in ("iwae", "tied"):
         # Of q's own parameters nothing but z is left.
-        log_q = _log_prob(_held(q, z, route), z, "q(z|x)")
+        through_z = _log_prob(_held(q, z, route), z, "q(z|x)")
+        # Half precision rounds z by as much as a narrow posterior's σ: the value is that of the noise.
+        log_q = _Valued.apply(log_q, through_z) if z.dtype.itemsize == 2 else through_z  # type: ignore[no-untyped-call]
     if route in ("iwae", "stl"):
         return z, _log_prob(p, z, "p(z)") - log_q, None
-    log_p = _log_prob(p, z.detach(), "p(z)")
+    log_p = _log_prob(*fixed_at(p, z), "p(z)")
     log_ratio = _log_prob(_held(p, z, route), z, "p(z)") - log_q
     z, log_ratio, told = _Rerouted.apply(z, log_ratio, alpha, groups, route != "dreg")  # type: ignore[no-untyped-call]
     # The prior's gradient is that of the bound: its parameters are reached beside z.
@@ -211,7 +213,8 @@ def _held(distribution: Distribution, z: Tensor, route: str) -> Distribution:
     """The distribution held fixed, and looked at: what a family of the user's reaches need not be its own."""
     fixed: Distribution = held(distribution)
     looked_at = distribution.reaches_others and not torch.compiler.is_compiling()
-    if looked_at and fixed.log_prob(z.detach()[:2]).requires_grad:
+    of_fixed, value = fixed_at(fixed, z) if looked_at else (fixed, z)
+    if looked_at and of_fixed.log_prob(value[:2]).requires_grad:
         raise RuntimeError(
             f"{_ASKED.get(route, f'estimator={route!r}')} needs {describe(distribution)}.log_prob with its "
             "parameters held fixed, but it reaches some that are not its own tensors or modules: in a "
@@ -246,6 +249,22 @@ class _Rerouted(torch.autograd.Function):
         if grad_z is not None:
             grad_z = weight.unsqueeze(-1).to(grad_z.dtype) * grad_z
         return grad_z, weight * grad_ratio, None, None, None
+
+
+class _Valued(torch.autograd.Function):
+    """The first argument's value with the second's gradient."""
+
+    @staticmethod
+    def forward(value: Tensor, through: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return None, grad
 
 
 # What a user may have written, checked

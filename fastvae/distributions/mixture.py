@@ -427,6 +427,11 @@ class Mixture(Distribution):
         return self._first().device
 
     @property
+    def z_dtype(self) -> torch.dtype | None:  # type: ignore[override]
+        found = {c.z_dtype for c in self.components}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def per_row(self) -> bool:  # type: ignore[override]
         by_row = self.logits is not None and self.logits.dim() == 2
         return by_row or any(c.per_row for c in self.components)

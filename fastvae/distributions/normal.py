@@ -16,6 +16,9 @@ from ..ops.op import accumulator
 from ..reference.latent import log_variance
 from .base import Distribution, hold, is_family, is_still, register_kl
 
+# A standard deviation in the place of a log variance, as torch's have it.
+SCALE = form_of("scale", None, None)
+
 
 class StandardNormal(Distribution):
     """p(z) = N(0, I), the default prior.

@@ -10,13 +10,14 @@ from torch import distributions as td
 
 from .._checks import check_tensor, shape_of
 from .._glance import are_rows
+from ..ops.latent import Form
 from .base import Distribution, is_family
 from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD
 from .mixture import NormalMixture
-from .normal import DiagonalNormal, StandardNormal, check_posterior, diagonal
+from .normal import SCALE, DiagonalNormal, StandardNormal, check_posterior, diagonal
 from .spatial import flat_posterior, univariate
-from .wrapped import TorchDistribution
+from .wrapped import TorchDistribution, in_single
 
 # What a mean and a log variance are called in an encoder's output: in plain code, diffusers, pythae.
 _MEANS = ("mu", "mean", "loc", "embedding")
@@ -33,13 +34,14 @@ def as_posterior(q: Any) -> Distribution:
     if isinstance(q, Distribution):
         return _posterior(q)
     if isinstance(q, Tensor):
-        return _pair(*_halves(q))
+        mu, logvar = _halves(q)
+        return _pair(mu, logvar)
     if type(q) is list and len(q) == 2:
         return _pair(*q)
     if isinstance(q, td.Distribution):
         # The batch must not be a part of the event.
         if len(q.batch_shape) and type(normal := univariate(q)) is td.Normal:
-            return _pair(normal.loc, 2 * normal.scale.log())
+            return _pair(normal.loc, normal.scale, SCALE)
         return _posterior(_of_torch(q))
     if (inner := _named(q, "latent_dist")) is not None:
         return as_posterior(inner)
@@ -55,13 +57,21 @@ def as_posterior(q: Any) -> Distribution:
     )
 
 
-def _pair(mu: Any, logvar: Any) -> DiagonalNormal:
-    q = diagonal(mu, logvar)
+def _pair(mu: Any, logvar: Any, form: Form | None = None) -> DiagonalNormal:
+    q = diagonal(mu, logvar, form)
     return q if are_rows(mu, logvar) else check_posterior(q)
 
 
 def _of_torch(d: td.Distribution) -> Distribution:
-    """As the family of fastvae's that it is, if there is one."""
+    """As the family of fastvae's that it is, if there is one; computed in single precision at least."""
+    d, z_dtype = in_single(d)
+    read = _family_of(d)
+    if z_dtype is not None:
+        read.z_dtype = z_dtype
+    return read
+
+
+def _family_of(d: td.Distribution) -> Distribution:
     if type(d) is td.MultivariateNormal and d.loc.dim() <= 2:
         return FullNormal.of(d.loc, d.scale_tril)
     if type(d) is td.LowRankMultivariateNormal and d.loc.dim() <= 2:
@@ -85,6 +95,7 @@ def _posterior(q: Distribution) -> Distribution:
     if isinstance(q, DiagonalNormal):
         return check_posterior(q)
     if isinstance(q, TorchDistribution):
+        q = q.prepared()
         d = q.distribution
         shape = (*d.batch_shape, *d.event_shape)
         spatial = is_family(q, TorchDistribution) and len(d.batch_shape) > 0 and len(shape) > 2
@@ -177,6 +188,8 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
     if isinstance(prior, td.Distribution):
         # Further axes of an event are latents' own, or else an error: flat_prior.
         if len(prior.event_shape) <= 1 and type(normal := univariate(prior)) is td.Normal:
+            if normal.scale.dtype.itemsize == 2:
+                return DiagonalNormal(normal.loc, normal.scale, scale="scale")
             return DiagonalNormal(normal.loc, 2 * normal.scale.log())
         return _of_torch(prior)
     raise TypeError(

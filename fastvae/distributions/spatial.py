@@ -13,28 +13,8 @@ from torch import distributions as td
 
 from .._checks import shape_of
 from .base import Distribution, is_family
-from .normal import DiagonalNormal, diagonal
-from .wrapped import TorchDistribution
-
-# Families whose parameters have an element for each of z's, and are their constructor's arguments.
-_ELEMENTWISE = (
-    td.Beta,
-    td.Cauchy,
-    td.Exponential,
-    td.Gamma,
-    td.Gumbel,
-    td.HalfCauchy,
-    td.HalfNormal,
-    td.InverseGamma,
-    td.Kumaraswamy,
-    td.Laplace,
-    td.LogNormal,
-    td.Normal,
-    td.Pareto,
-    td.StudentT,
-    td.Uniform,
-    td.Weibull,
-)
+from .normal import SCALE, DiagonalNormal, diagonal
+from .wrapped import ELEMENTWISE, TorchDistribution
 
 
 class _Flattened(td.TransformedDistribution):
@@ -53,10 +33,14 @@ def univariate(d: td.Distribution) -> td.Distribution:
     return d
 
 
-def _flat(d: td.Distribution, latent: tuple[int, ...], lead: tuple[int, ...]) -> td.Distribution:
-    """Of shape [*lead, D], for one that broadcasts to [*lead, *latent]."""
+def _flat(
+    d: td.Distribution, latent: tuple[int, ...], lead: tuple[int, ...], q: Distribution | None = None
+) -> td.Distribution:
+    """Of shape [*lead, D], for one that broadcasts to [*lead, *latent]. A prior shares q's transform, so that
+    its own transforms recognise q's draws.
+    """
     size, inner = math.prod(latent), univariate(d)
-    if type(inner) in _ELEMENTWISE:
+    if type(inner) in ELEMENTWISE:
         names: Any = inner.arg_constraints
         parameters = {n: getattr(inner, n).expand(*lead, *latent).reshape(*lead, size) for n in names}
         flat = type(inner)(**parameters, validate_args=False)
@@ -64,7 +48,11 @@ def _flat(d: td.Distribution, latent: tuple[int, ...], lead: tuple[int, ...]) ->
         return flat
     batch = (*lead, *latent[: len(latent) - len(d.event_shape)])
     whole = d if d.batch_shape == batch else d.expand(batch)
-    shape = td.transforms.ReshapeTransform(torch.Size(latent), torch.Size((size,)))
+    of_q = q.distribution if isinstance(q, TorchDistribution) else None
+    if isinstance(of_q, _Flattened) and q is not None and q.latent == latent:
+        (shape,) = of_q.transforms
+    else:
+        shape = td.transforms.ReshapeTransform(torch.Size(latent), torch.Size((size,)), cache_size=1)
     return _Flattened(whole, [shape], validate_args=False)
 
 
@@ -73,11 +61,13 @@ def flat_posterior(q: TorchDistribution) -> TorchDistribution:
     d = q.distribution
     batch, *latent = *d.batch_shape, *d.event_shape
     flat = TorchDistribution(_flat(d, tuple(latent), (batch,)))
-    flat.latent = tuple(latent)
+    flat.latent, flat.z_dtype = tuple(latent), q.z_dtype
     return flat
 
 
-def flat_prior(p: Distribution, latent: tuple[int, ...], batch: int) -> Distribution:
+def flat_prior(
+    p: Distribution, latent: tuple[int, ...], batch: int, q: Distribution | None = None
+) -> Distribution:
     """The prior of z [B, D] whose latents have this shape: as it is where its parameters are [D] or [B, D],
     flattened where they broadcast to [B, *latent].
 
@@ -104,8 +94,10 @@ def flat_prior(p: Distribution, latent: tuple[int, ...], batch: int) -> Distribu
         if lead is None or len(event) > len(latent) or (event and latent[-len(event) :] != event):
             name = f"prior, a {type(d).__name__} with event shape {list(event)},"
             raise _does_not_fit(name, list(shape), latent, batch)
-        flat = _flat(d, latent, lead)
+        flat = _flat(d, latent, lead, q)
         if type(flat) is td.Normal:
+            if p.z_dtype is not None:
+                return diagonal(flat.loc.to(p.z_dtype), flat.scale.to(p.z_dtype), SCALE)
             return diagonal(flat.loc, 2 * flat.scale.log())
         return TorchDistribution(flat)
     return p

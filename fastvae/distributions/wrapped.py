@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,7 +12,27 @@ from torch import distributions as td
 
 from .. import random
 from .._checks import check_same_device
-from .base import Distribution, tensors_of
+from .base import Distribution, mapped, tensors_of
+
+# Families whose parameters have an element for each of z's, and are their constructor's arguments.
+ELEMENTWISE = (
+    td.Beta,
+    td.Cauchy,
+    td.Exponential,
+    td.Gamma,
+    td.Gumbel,
+    td.HalfCauchy,
+    td.HalfNormal,
+    td.InverseGamma,
+    td.Kumaraswamy,
+    td.Laplace,
+    td.LogNormal,
+    td.Normal,
+    td.Pareto,
+    td.StudentT,
+    td.Uniform,
+    td.Weibull,
+)
 
 
 class TorchDistribution(Distribution):
@@ -131,6 +152,38 @@ class TorchDistribution(Distribution):
 
     def as_torch(self) -> td.Distribution:
         return self.distribution
+
+    def prepared(self) -> TorchDistribution:
+        wide, z_dtype = in_single(self.distribution)
+        if z_dtype is None:
+            return self
+        made = TorchDistribution(wide)
+        made.latent, made.z_dtype = self.latent, z_dtype
+        return made
+
+
+def in_single(d: td.Distribution) -> tuple[td.Distribution, torch.dtype | None]:
+    """The same distribution computed in float32 if its parameters are in half precision, and their dtype;
+    otherwise itself, and None.
+    """
+    dtypes = {t.dtype for t in tensors_of(d) if t.is_floating_point()}
+    if all(dtype.itemsize > 2 for dtype in dtypes):
+        return d, None
+    return _single(d), functools.reduce(torch.promote_types, dtypes)
+
+
+def _single(d: Any) -> Any:
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 2 else tensor
+
+    if type(d) is td.Independent:
+        return td.Independent(_single(d.base_dist), d.reinterpreted_batch_ndims, validate_args=False)
+    if type(d) in ELEMENTWISE:  # some of which keep constants of their dtype
+        names: Any = d.arg_constraints
+        single = type(d)(**{name: convert(getattr(d, name)) for name in names}, validate_args=False)
+        single._validate_args = d._validate_args
+        return single
+    return mapped(d, convert)
 
 
 def at_address(
