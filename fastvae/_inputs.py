@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_same_device, shape_of, signed
+from ._checks import check_same_device, is_dense, shape_of, signed
 from ._glance import are_batch, are_batch_in_python
 from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, decoded, each, repeat, tensors
 from .bounds import CIWAE, IWAE, weighed
@@ -46,7 +46,9 @@ class Inputs(NamedTuple):
         if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
             glance = are_batch_in_python if torch.compiler.is_compiling() else are_batch
-            fits = known is not None and callable(decoder) and glance(x, *q)
+            # The C++ asks no layout.
+            dense = all([type(t) is not Tensor or is_dense(t) for t in (x, *q)])
+            fits = known is not None and callable(decoder) and dense and glance(x, *q)
             if fits and (known.differentiable or not x.requires_grad):
                 return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD, None))
         likelihood = as_likelihood(likelihood, shared=True)
@@ -117,7 +119,9 @@ class Inputs(NamedTuple):
         z_rows = z.flatten(0, 1)
         parameters = self.decode(z_rows, z.shape[0])
         if seen is not None:
-            seen(z_rows, [t for t in all_tensors(parameters) if t.dim() and len(t) == len(z_rows)])
+            # Not len, which fixes the batch of an exported program.
+            rows = z_rows.shape[0]
+            seen(z_rows, [t for t in all_tensors(parameters) if t.dim() and t.shape[0] == rows])
         return self._log_prob(z_rows, parameters, z.shape[0])
 
     def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:

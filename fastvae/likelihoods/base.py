@@ -16,6 +16,7 @@ from .._checks import (
     check_result,
     check_same_device,
     check_tensor,
+    is_dense,
     on_same_device,
     shape_of,
 )
@@ -314,7 +315,8 @@ class Declared(Likelihood):
         given = self._given(x)
         returned = parameters if type(parameters) is tuple else (parameters,)
         glance = are_outputs_in_python if torch.compiler.is_compiling() else are_outputs
-        if len(returned) + len(given) == len(self.outputs) and glance(x, samples, returned):
+        dense = all([not isinstance(p, Tensor) or is_dense(p) for p in returned])
+        if dense and len(returned) + len(given) == len(self.outputs) and glance(x, samples, returned):
             if not given:
                 if self._bounded:
                     check_support(type(self), x)
