@@ -35,6 +35,7 @@ from .distributions import (
 from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
 from .ops.head import Layers, weigh_linear
 from .ops.weigh import Weighing, weigh
+from .reference.weigh import times
 
 
 class Inputs(NamedTuple):
@@ -122,17 +123,16 @@ class Inputs(NamedTuple):
             return run(*fused, term, beta, how, terms)  # type: ignore[no-any-return]
         return weigh_samples(self._log_prob(z, parameters, samples), term, beta, how)
 
-    def log_likelihood(self, z: Tensor, seen: Callable[[int, int], None] | None = None) -> Tensor:
-        """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major. ``seen`` is told
-        how many rows and numbers it returned.
+    def log_likelihood(self, z: Tensor, seen: Callable[[Tensor, list[Tensor]], None] | None = None) -> Tensor:
+        """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major. ``seen`` is
+        called with its rows of z and the tensors it returned.
         """
         z_rows = z.flatten(0, 1)
         parameters = self.decode(z_rows, z.shape[0])
         if seen is not None:
             # Not len, which fixes the batch of an exported program.
             rows = z_rows.shape[0]
-            of_rows = [t for t in all_tensors(parameters) if t.dim() and t.shape[0] == rows]
-            seen(rows, sum(t.numel() for t in of_rows))
+            seen(z_rows, [t for t in all_tensors(parameters) if t.dim() and t.shape[0] == rows])
         return self._log_prob(z_rows, parameters, z.shape[0])
 
     def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:
@@ -176,12 +176,12 @@ def weigh_samples(
     mean = log_likelihood.mean(0)
     factor = how.coefficient if beta is None else how.coefficient * beta.to(term.dtype)
     if how.over == "mean":
-        bound = mean + factor * (term if term.dim() == 1 else term.mean(0))
+        bound = mean + times(factor, term if term.dim() == 1 else term.mean(0))
     else:
         mean = mean.detach()
         if how.is_plain:
-            bound = ops.log_mean_exp(log_likelihood + factor * term)
+            bound = ops.log_mean_exp(log_likelihood + times(factor, term))
         else:
             objective = CIWAE(how.share) if how.share else IWAE(how.groups, how.alpha)
-            bound = weighed(log_likelihood, factor * term, None, objective, None)
+            bound = weighed(log_likelihood, times(factor, term), None, objective, None)
     return bound if how.reduction == "none" else getattr(bound, how.reduction)(), mean

@@ -56,9 +56,9 @@ class Chunks:
             size = min(size, self.most_rows // max(1, batch))
         return min(max(1, size), most)
 
-    def see(self, rows: int, numbers: int) -> None:
-        """So many numbers came for so many rows."""
-        self._width = numbers // max(1, rows)
+    def see(self, z: Tensor, outputs: list[Tensor]) -> None:
+        """Note how many numbers the decoder returned for each row of z."""
+        self._width = sum(t.numel() for t in outputs) // max(1, z.shape[0])
 
     def halve(self, count: int, batch: int) -> None:
         """After memory ran out with ``count`` draws of each of ``batch`` examples, two draws or more."""

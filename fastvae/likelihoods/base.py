@@ -99,6 +99,7 @@ class Likelihood(nn.Module):
 
         value = explained(self.log_prob, given, note)
         self._check_log_prob(value, x, samples * batch, mask)
+        value = value.to(accumulator(value.dtype))
         if mask is not None:
             value = torch.where(repeat(mask, samples), value, 0.0)
         return summed(value, samples, batch)
