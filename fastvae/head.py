@@ -59,6 +59,8 @@ def _is_allocated(tensor: Tensor) -> bool:
     """Whether the storage still has the tensor's numbers: sharding frees it."""
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or not tensor.numel():
         return True
+    if _glance._is_wrapped(tensor):  # by torch.func, whose tensors have no storage
+        return True
     reach = tensor.storage_offset() + 1
     for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
         reach += (n - 1) * stride
@@ -157,7 +159,7 @@ def _is_forward_alone(module: nn.Module) -> bool:
         return False
     if torch.nn.modules.module._has_any_global_hook() or any([name in module.__dict__ for name in _CALLED]):
         return False
-    return torch.compiler.is_compiling() or _is_torchs(kind)
+    return bool(_is_torchs(kind))
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -169,6 +171,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_torchs(kind: type[nn.Module]) -> bool:
     """Whether the functions that a call of the class runs are those that torch's modules define."""
     forward = vars(sys.modules[kind.__module__])

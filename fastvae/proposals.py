@@ -543,7 +543,7 @@ class _AdaptedDraws(Draws):
     def _fit(self, rows: Tensor | None) -> None:
         """Make the next round's proposal of these examples."""
         q = self._q
-        like = _example(q, self._seed, self._row_offset)
+        like = _example(q, self._row_offset)
         numbers = torch.arange(q.batch, device=like.device) if rows is None else rows
         log_w, counts, begin = self._everyones(numbers)
         w, ess, stays = _tempered(log_w, counts, 3 * like.shape[1] + 5)
@@ -831,9 +831,9 @@ def _like(q: Distribution, r: Distribution) -> Distribution:
     return r
 
 
-def _example(q: Distribution, seed: Tensor | None = None, row_offset: int = 0) -> Tensor:
-    """A draw of each example, [B, D]; 0 where it is not finite."""
-    seed = torch.zeros((), dtype=torch.int64, device=q.device) if seed is None else seed
+def _example(q: Distribution, row_offset: int = 0) -> Tensor:
+    """A draw of each example, [B, D], whatever the seed; 0 where it is not finite."""
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
     z = rsample(q, 1, seed, row_offset=row_offset)[0][0]
     return torch.where(z.isfinite(), z, 0.0)
 

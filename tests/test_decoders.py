@@ -92,6 +92,22 @@ def test_a_decoder_is_called_as_it_is(fused, name, run):
             torch.testing.assert_close(grads[parameter], grad, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["sequential", "forward hook on the container", "Linear.forward patched"])
+def test_a_compiled_decoder_is_called_as_it_is(fused, name):
+    results = []
+    for fuse in (True, False):
+        torch._dynamo.reset()
+        fused.clear()
+        results.append(
+            outcome(name, fuse, lambda vae, x: torch.compile(vae, backend="eager")(x, "iwae", k=K))
+        )
+        assert bool(fused) == (fuse and name in LEFT_OUT)
+    (value, grads, events, error), (expected, expected_grads, expected_events, _) = results
+    assert error is None and events == expected_events
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-4)
+
+
 def test_another_call_of_the_decoder_meanwhile():
     """From the body and from another thread: a tensor, as always."""
     found = []

@@ -721,13 +721,16 @@ WITHOUT_ROWS = {
 
 @pytest.mark.parametrize("name", WITHOUT_ROWS)
 def test_a_component_that_is_the_same_for_all_examples(name):
-    """Drawn for each example, it has the density of its own: the mixture's weights are those written out."""
-    p = Parameters()
+    """Drawn for each example, as one with equal rows is; the mixture's weights are those written out."""
+    p, own = Parameters(), Parameters()
     mu, logvar, logits = p(B, D), p(B, D), p(2)
-    shared = WITHOUT_ROWS[name](p, ())
+    shared = WITHOUT_ROWS[name](own, ())
     q = fastvae.Mixture([(mu, logvar), shared], logits)
     seed = seed_of(5)
     z, log_q = q.rsample(K, seed)
+    leaves = iter(own.leaves)
+    rows = WITHOUT_ROWS[name](lambda *shape, **_: next(leaves).expand(shape), (B,))
+    torch.testing.assert_close(z, fastvae.Mixture([(mu, logvar), rows], logits).rsample(K, seed)[0])
     each = [fastvae.DiagonalNormal(mu, logvar).log_prob(z), as_prior(shared).log_prob(z)]
     expected = torch.logsumexp(torch.stack(each, -1) + torch.log_softmax(logits, 0), -1)
     torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 from torch.nn.utils import parametrizations, prune
 
 import fastvae
@@ -590,6 +591,22 @@ def test_it_is_a_module_like_any_other():
     assert fused.double()(z.double()).input.dtype == torch.float64
 
 
+def test_torch_func_and_inference_mode(always, calls):
+    fused, x, q = fused_head(X), torch.rand(B, *EVENT).round(), torch.zeros(B, 2 * D)
+    parameters = dict(fused.named_parameters())
+
+    def bound(decoder, seed=1):
+        torch.manual_seed(seed)
+        return fastvae.iwae(x, q, decoder, k=K, likelihood="bernoulli")
+
+    expected = torch.autograd.grad(bound(fused), [*parameters.values()])
+    found = torch.func.grad(lambda p: bound(lambda z: torch.func.functional_call(fused, p, (z,))))(parameters)
+    assert_same(list(found.values()), expected)
+    with torch.inference_mode():
+        assert_same([bound(fused)], [bound(Whole(fused))])
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("event", [None, EVENT])
 def test_likelihoods_take_the_record(event):
     """By themselves: log p, means and samples; without x and event flat."""
@@ -847,7 +864,7 @@ def test_compiled(always, name):
 
     def backend(graph, inputs):
         traced.extend(str(node.target) for node in graph.graph.nodes)
-        return torch._inductor.compile_fx.compile_fx(graph, inputs)
+        return compile_fx(graph, inputs)
 
     with torch._inductor.config.patch(fallback_random=True):
         for module in (vae, torch.compile(vae, fullgraph=True, backend=backend)):
@@ -966,6 +983,7 @@ def test_all_pairs_of_objects():
     assert torch.allclose(normal, -squares - 0.5 * X * math.log(math.pi), rtol=1e-5)
     fused = fastvae.FusedHead(nn.Identity(), layer)(z)
     assert torch.equal(ops.all_pairs_log_prob(x, fused, likelihood=fastvae.Gaussian(math.sqrt(0.5))), normal)
+    assert torch.equal(ops.all_pairs_log_prob(x, fused), ops.all_pairs_log_prob(x, mean))
     classes, logits = torch.randint(0, 3, (4, 9)), torch.randn(6, 3, 9)
     got = ops.all_pairs_log_prob(classes, logits, likelihood=fastvae.Categorical())
     picked = (

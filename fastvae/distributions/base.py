@@ -112,12 +112,20 @@ class Distribution:
         object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        parts = [
-            f"{name}={_brief(value)}"
-            for name, value in self.__dict__.items()
-            if value is not None and not name.startswith("_")
-        ]
-        return f"{self.family.__name__}({', '.join(parts)})"
+        return f"{self.family.__name__}({self.extra_repr()})"
+
+    def extra_repr(self) -> str:
+        """What was set, as ``repr`` shows it; of a module its children come after it."""
+        shown = {name: value for name, value in self._set().items() if value is not None}
+        return ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
+
+    def _set(self) -> dict[str, Any]:
+        """Attributes by name, without the children of a module."""
+        values = dict(self.__dict__)
+        if isinstance(self, nn.Module):
+            del values["training"]
+            values |= {**self._parameters, **self._buffers}
+        return {name: value for name, value in values.items() if not name.startswith("_")}
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """A copy on another device or of another floating-point dtype; a module is changed in place.
@@ -372,10 +380,15 @@ def tensors_of(value: Any, depth: int = 6, cached: bool = False) -> Iterator[Ten
 
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        learned = "learned " if isinstance(value, nn.Parameter) else ""
+        if value.dim() == 0 and value.device.type == "cpu" and type(value) in (Tensor, nn.Parameter):
+            return f"{learned}{value.item()}"
+        return f"{learned}{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_brief, value))}]"
-    return repr(value)
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return getattr(value, "__qualname__", None) or repr(value)
 
 
 def held(value: Any) -> Any:

@@ -249,6 +249,9 @@ class Exponential(LocationScale):
     def _white(self, normals: Tensor) -> Tensor:
         return -_log_below(-normals)
 
+    def _set(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._set().items() if name != "loc"}
+
     def _of(self, change: Callable[[Tensor], Tensor]) -> Exponential:
         return Exponential(change(self.log_scale))
 

@@ -125,11 +125,13 @@ class DiagonalNormal(Distribution):
     def per_row(self) -> bool:  # type: ignore[override]
         return any(v.dim() > 1 and v.shape[0] > 1 for v in (self.mu, self.logvar))
 
-    def extra_repr(self) -> str:
-        if self.form is None:
-            return ""
-        default = Form()._asdict()
-        return ", ".join(f"{k}={v!r}" for k, v in self.form._asdict().items() if v != default[k])
+    def _set(self) -> dict[str, Any]:
+        values = super()._set()
+        del values["form"]
+        shown = options(self.form)
+        if shown.get("scale") == "logvar":  # the default
+            del shown["scale"]
+        return values | shown
 
     @property
     def has_logvar(self) -> bool:

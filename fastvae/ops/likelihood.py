@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import _backend
 from .._checks import check_data, check_same_device, check_tensor, checks_data, may_look, shape_of
+from ..head import LastLayer, multiply_out
 from .op import Op, accumulator, cast, in_shape
 
 
@@ -373,6 +374,8 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
         torch.Size([4])
     """
     if isinstance(likelihood, str) and likelihood in DECLARED:
+        if type(parameters) is LastLayer:
+            parameters = multiply_out(parameters, parameters.event or tuple(x.shape[1:]))
         name, outputs = likelihood, parameters if isinstance(parameters, (tuple, list)) else (parameters,)
         expected = DECLARED[name].outputs
         if len(outputs) != len(expected):
