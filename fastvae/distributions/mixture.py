@@ -428,7 +428,7 @@ class Mixture(Distribution):
         return self._first().device
 
     @property
-    def support(self) -> Any:  # type: ignore[override]
+    def support(self) -> Any:
         return next((c.support for c in self.components if not is_real(c.support)), td.constraints.real)
 
     @property

@@ -87,7 +87,7 @@ class TorchDistribution(Distribution):
         return mean if mean.dim() == 2 and self.is_posterior else None
 
     @property
-    def support(self) -> Any:  # type: ignore[override]
+    def support(self) -> Any:
         d: Any = self.distribution
         while type(d).__name__ == "_Flattened":
             d = d.base_dist
