@@ -301,7 +301,8 @@ FASTVAE_LOOP void accumulate_ratio(int n, const LatentArrays<C>& q, const C* inv
                                    LatentSums<C>& __restrict sums) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const C white = over_s<kPrior>(q, distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i), i);
+    // A sample without a gradient stays without one, however far away it lies.
+    const C white = ratio[i] == C(0) ? C(0) : over_s<kPrior>(q, distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i), i);
     const C part = ratio[i] * white, pull = over_s<kPrior>(q, part, i);
     // h times the slope, factor by factor: where h is beyond its range this need not be.
     C h = grad_z[i] - pull, h_slope = grad_z[i] * slope[i] - part * over_s<kPrior>(q, slope[i], i);
@@ -352,6 +353,20 @@ FASTVAE_LOOP void finish_prior(int n, const LatentArrays<C>& q, const LatentSums
   }
 }
 
+// Elements whose KL has no gradient, which may be infinite: those without the KL take the place of those with it.
+template <class C>
+FASTVAE_LOOP bool any_zero(int n, const C* __restrict from) {
+  int zeros = 0;
+#pragma omp simd reduction(+ : zeros)
+  for (int i = 0; i < n; ++i) zeros += from[i] == C(0);
+  return zeros != 0;
+}
+template <class C>
+FASTVAE_LOOP void where_zero(int n, const C* __restrict side, const C* __restrict without, C* __restrict to) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) to[i] = side[i] == C(0) ? without[i] : to[i];
+}
+
 template <class C>
 FASTVAE_LOOP void multiply(int n, const C* __restrict by, C* __restrict to) {
 #pragma omp simd
@@ -377,7 +392,7 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
   parallel(a.threads, tiles, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
     LatentTile<T, true> buffers;
     C grad_z_buffer[kTile] = {}, slope_buffer[kTile] = {}, side[kTile] = {}, ratio[kTile] = {}, weight[kTile] = {};
-    C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile];
+    C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile], no_side[kTile] = {}, first_without[kTile], second_without[kTile];
     // In two levels, blocks of kSamplesPerBlock and then the blocks: thousands must not cost digits.
     LatentSums<C> total, block;
     double entropy[kMostRows];
@@ -423,6 +438,11 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
         } else {
           spread(side, t, [&](int r) { return static_cast<C>(entropy[r]); });
         }
+        const bool without_kl = g.kl && any_zero(n, at_side);
+        const auto replace = [&](C* first, C* second) {
+          where_zero(n, at_side, first_without, first);
+          where_zero(n, at_side, second_without, second);
+        };
         const i64 offset = b * a.columns + column;
         auto put = [&](T* first, T* second, auto compute) {
           if (!first && !second) return;
@@ -434,11 +454,19 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
         };
         put(g.mu, g.logvar, [&](C* to_mu, C* to_logvar) {
           (g.kl ? finish_q<true, kPrior, C> : finish_q<false, kPrior, C>)(n, q, total.h, total.h_slope, at_side, to_mu, to_logvar);
+          if (without_kl) {
+            finish_q<false, kPrior, C>(n, q, total.h, total.h_slope, no_side, first_without, second_without);
+            replace(to_mu, to_logvar);
+          }
           if (q.chain) multiply(n, q.chain, to_logvar);
         });
         if constexpr (kPrior) {
           put(g.prior_mu, g.prior_logvar, [&](C* to_mu, C* to_logvar) {
             (g.kl ? finish_prior<true, C> : finish_prior<false, C>)(n, q, total, at_side, to_mu, to_logvar);
+            if (without_kl) {
+              finish_prior<false, C>(n, q, total, no_side, first_without, second_without);
+              replace(to_mu, to_logvar);
+            }
           });
         }
       }

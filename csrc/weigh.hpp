@@ -10,6 +10,12 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
+// Factor times term, where 0 times infinity is 0.
+template <class C>
+FASTVAE_INLINE C times(C factor, C term) {
+  return factor == C(0) ? C(0) : factor * term;
+}
+
 // The factor of the term, for each row of the batch.
 template <class C>
 struct Factor {
@@ -86,13 +92,13 @@ void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C*
       if (!w.log_mean_exp) {
         fill(added, 0.0, n);
         if (term) mean_over_samples(w.each_sample ? samples : 1, first, n, term, w.term.s0, w.term.s1, added);
-        for (int i = 0; i < n; ++i) bound[first + i] = static_cast<C>(likelihood[i] + factor(first + i) * added[i]);
+        for (int i = 0; i < n; ++i) bound[first + i] = static_cast<C>(likelihood[i] + times(factor(first + i), added[i]));
       } else if (term) {
         for (int i = 0; i < n; ++i) added[i] = factor(first + i);
         for (i64 k = 0; k < samples; ++k) {
           C* row = log_w + k * rows + first;
           const C* t = term + k * w.term.s0 + first * w.term.s1;
-          for (int i = 0; i < n; ++i) row[i] += static_cast<C>(added[i]) * t[i * w.term.s1];
+          for (int i = 0; i < n; ++i) row[i] += times(static_cast<C>(added[i]), t[i * w.term.s1]);
         }
       }
     }

@@ -218,7 +218,7 @@ class Annealing:
         parts: list[Point] = []
         first = 0
         while first < len(z):
-            count = min(chunks.draws(self.inputs, batch), len(z) - first)
+            count = chunks.draws(self.inputs, batch, len(z) - first)
             part = None
             with spared_memory_errors() if count > 1 else contextlib.nullcontext():
                 part = some_at(z[first : first + count])

@@ -34,10 +34,33 @@ def shape_of(tensor: Any) -> str:
     return "[" + ", ".join(str(n) for n in tensor.shape) + "]"
 
 
+def is_dense(value: Tensor) -> bool:
+    """Whether a tensor is neither sparse, MKL-DNN's nor nested."""
+    return value.layout is torch.strided and not value.is_nested
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Refuse a sparse, MKL-DNN or nested tensor."""
+    if is_dense(value):
+        return
+    own = "it" if " " in name else name
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor ({value.layout}); expected a dense one: pad it with "
+            f"torch.nested.to_padded_tensor({own}, 0.0), and leave the padding out with mask="
+        )
+    raise TypeError(f"{name} has layout {value.layout}; expected a dense tensor: pass {own}.to_dense()")
+
+
 def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "") -> Tensor:
     """A floating-point tensor, with ``dims`` axes if given; ``axes`` describes them, such as "[B, D]"."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor{' ' + axes if axes else ''}, got {type(value).__name__}")
+    check_dense(name, value)
+    if value.is_quantized:
+        raise TypeError(
+            f"{name} is quantised, of dtype {value.dtype}; pass {'it' if ' ' in name else name}.dequantize()"
+        )
     if value.dtype not in FLOATING:
         hints = {True: "", False: f" (convert it with {name}.float())"}
         bytes_hint = f" (bytes become numbers in [0, 1] by {name}.float() / 255)"
@@ -56,9 +79,11 @@ def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
     """
     if not (isinstance(x, Tensor) and x.dtype in FLOATING):
         if isinstance(x, Tensor) and x.dtype in INTEGERS and likelihood.takes_integers:
+            check_dense(name, x)
             integers: Tensor = signed(x)
             return integers
         x = check_tensor(name, x)
+    check_dense(name, x)
     if x.requires_grad and not likelihood.differentiable:
         raise ValueError(
             f"x requires a gradient, but a {type(likelihood).__name__} likelihood has none for x; pass "

@@ -14,7 +14,7 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
-from ._checks import FLOATING
+from ._checks import FLOATING, is_dense
 
 ON_CPU, ON_GPU, WANTED = 1, 2, 4
 PLACES = ON_CPU | ON_GPU
@@ -51,6 +51,8 @@ def are_rows(mu: Any, logvar: Any) -> bool:
     return (
         isinstance(mu, Tensor)
         and isinstance(logvar, Tensor)
+        and is_dense(mu)
+        and is_dense(logvar)
         and mu.dim() == 2
         and mu.shape == logvar.shape
         and mu.dtype == logvar.dtype
@@ -63,6 +65,7 @@ def are_batch_in_python(x: Any, mu: Any, logvar: Any) -> bool:
     """Whether x [B, *event] and a pair [B, D] are right at a glance; if not, they may still be right."""
     return (
         isinstance(x, Tensor)
+        and is_dense(x)
         and are_rows(mu, logvar)
         and x.dim() > 0
         and x.shape[0] == mu.shape[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_same_device, shape_of, signed
+from ._checks import check_same_device, is_dense, shape_of, signed
 from ._glance import are_batch, are_batch_in_python
 from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, decoded, each, repeat, tensors
 from .bounds import CIWAE, IWAE, weighed
@@ -25,6 +25,7 @@ from .distributions import (
 from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
 from .ops.head import Layers, weigh_linear
 from .ops.weigh import Weighing, weigh
+from .reference.weigh import times
 
 REAL = torch.distributions.constraints.real
 
@@ -57,7 +58,9 @@ class Inputs(NamedTuple):
         if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
             glance = are_batch_in_python if torch.compiler.is_compiling() else are_batch
-            fits = known is not None and callable(decoder) and glance(x, *q)
+            # The C++ asks no layout.
+            dense = all([type(t) is not Tensor or is_dense(t) for t in (x, *q)])
+            fits = known is not None and callable(decoder) and dense and glance(x, *q)
             if fits and (known.differentiable or not x.requires_grad):
                 return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD, None))
         likelihood = as_likelihood(likelihood, shared=True)
@@ -123,15 +126,16 @@ class Inputs(NamedTuple):
             return run(*fused, term, beta, how, terms)  # type: ignore[no-any-return]
         return weigh_samples(self._log_prob(z, parameters, samples), term, beta, how)
 
-    def log_likelihood(self, z: Tensor, seen: Callable[[int, int], None] | None = None) -> Tensor:
-        """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major. ``seen`` is told
-        how many rows and numbers it returned.
+    def log_likelihood(self, z: Tensor, seen: Callable[[Tensor, list[Tensor]], None] | None = None) -> Tensor:
+        """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major. ``seen`` is
+        called with its rows of z and the tensors it returned.
         """
         z_rows = z.flatten(0, 1)
         parameters = self.decode(z_rows, z.shape[0])
         if seen is not None:
-            of_rows = [t for t in all_tensors(parameters) if t.dim() and len(t) == len(z_rows)]
-            seen(len(z_rows), sum(t.numel() for t in of_rows))
+            # Not len, which fixes the batch of an exported program.
+            rows = z_rows.shape[0]
+            seen(z_rows, [t for t in all_tensors(parameters) if t.dim() and t.shape[0] == rows])
         return self._log_prob(z_rows, parameters, z.shape[0])
 
     def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:
@@ -175,12 +179,12 @@ def weigh_samples(
     mean = log_likelihood.mean(0)
     factor = how.coefficient if beta is None else how.coefficient * beta.to(term.dtype)
     if how.over == "mean":
-        bound = mean + factor * (term if term.dim() == 1 else term.mean(0))
+        bound = mean + times(factor, term if term.dim() == 1 else term.mean(0))
     else:
         mean = mean.detach()
         if how.is_plain:
-            bound = ops.log_mean_exp(log_likelihood + factor * term)
+            bound = ops.log_mean_exp(log_likelihood + times(factor, term))
         else:
             objective = CIWAE(how.share) if how.share else IWAE(how.groups, how.alpha)
-            bound = weighed(log_likelihood, factor * term, None, objective, None)
+            bound = weighed(log_likelihood, times(factor, term), None, objective, None)
     return bound if how.reduction == "none" else getattr(bound, how.reduction)(), mean

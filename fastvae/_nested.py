@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import may_look, on_same_device, shape_of
+from ._checks import check_dense, may_look, on_same_device, shape_of
 
 
 def each(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -116,6 +116,7 @@ def check_batch(
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor or a dict of tensors, got {type(value).__name__}")
+    check_dense(name, value)
     if value.dim() == 0 or value.shape[0] != batch:
         axes = "" if latent is None else f", read as [B, *latent] = {[batch, *latent]}"
         raise ValueError(
@@ -136,6 +137,8 @@ def as_mask(mask: Any, x: Any, name: str = "mask") -> Any:
                 f"are observed; got {came}"
             )
         return {n: as_mask(m, x[n], f"{name}[{n!r}]") for n, m in mask.items() if m is not None}
+    if isinstance(mask, Tensor):
+        check_dense(name, mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         hint = f"; fix it with {name}.bool()" if isinstance(mask, Tensor) else ""
@@ -163,6 +166,7 @@ def as_size(size: Any, x: Any, name: str = "size") -> Any:
         raise TypeError(
             f"{name} must be a tensor [B], the factor of each example's mean; got {type(size).__name__}"
         )
+    check_dense(name, size)
     if size.dim() == 2 and size.shape[1] == 1:
         size = size[:, 0]
     if size.shape != x.shape[:1]:

@@ -25,7 +25,8 @@ class Chunks:
 
     Args:
         k_chunk: draws per example; None chooses as many as give the decoder's output a size that stays in a
-            CPU's caches and fills a GPU. Halved for good when memory runs out.
+            CPU's caches and fills a GPU, or all in an exported program, whose batch may vary. Halved for good
+            when memory runs out.
         name: what the user calls it.
     """
 
@@ -40,9 +41,11 @@ class Chunks:
         # Numbers that the decoder returns for a row, where x does not tell: classes, mixtures, several parts.
         self._width: int | None = None
 
-    def draws(self, inputs: Inputs, batch: int) -> int:
-        """For each of ``batch`` examples like these."""
+    def draws(self, inputs: Inputs, batch: int, most: int) -> int:
+        """For each of ``batch`` examples like these, at most ``most``."""
         size = self.k_chunk
+        if torch.compiler.is_exporting():
+            return most if size is None else min(size, most)
         if size is None:
             numbers, rows = self._CPU if inputs.device.type == "cpu" else self._GPU
             width = event_size(inputs.x) if isinstance(inputs.likelihood, Declared) else self._width
@@ -51,11 +54,11 @@ class Chunks:
             size = min(rows, numbers // max(1, width)) // max(1, batch)
         if self.most_rows is not None:
             size = min(size, self.most_rows // max(1, batch))
-        return max(1, size)
+        return min(max(1, size), most)
 
-    def see(self, rows: int, numbers: int) -> None:
-        """So many numbers came for so many rows."""
-        self._width = numbers // max(1, rows)
+    def see(self, z: Tensor, outputs: list[Tensor]) -> None:
+        """Note how many numbers the decoder returned for each row of z."""
+        self._width = sum(t.numel() for t in outputs) // max(1, z.shape[0])
 
     def halve(self, count: int, batch: int) -> None:
         """After memory ran out with ``count`` draws of each of ``batch`` examples, two draws or more."""
@@ -108,7 +111,7 @@ def stream(
         return log_likelihood + term[0] if term else log_likelihood
 
     while start < stop:
-        count = min(chunks.draws(inputs, batch), stop - start)
+        count = chunks.draws(inputs, batch, stop - start)
         log_w = None
         with spared_memory_errors() if count > 1 else contextlib.nullcontext():
             log_w = draw(count)
@@ -186,15 +189,15 @@ def weights(
         if kept is not None:
             kept.append(log_w)
         # To fold is some forty small ops: worth their while for many draws, and as many new as are kept.
-        enough = max(tail, _FOLDED // max(1, batch))
-        if filled == 0 and (count >= enough or start == stop):
+        enough = stop if torch.compiler.is_exporting() else max(tail, _FOLDED // max(1, batch))
+        if filled == 0 and (start == stop or count >= enough):
             total = fold(log_w)
             continue
         if buffer is None:
             buffer = log_w.new_empty(min(enough + count, count + stop - start), batch)
         buffer[filled : filled + count] = log_w
         filled += count
-        if filled >= enough or start == stop:
+        if start == stop or filled >= enough:
             total, filled = fold(buffer[:filled]), 0
     assert total is not None
     return total

@@ -454,6 +454,9 @@ class WakePhi(Bound):
 # Where the decoder's share of a sample is less than this, the encoder's is sent on with this much of it: no
 # sum of shares, which are 1 together, notices either.
 _LEAST = {torch.float32: 2.0**-100, torch.float64: 2.0**-800}
+# Gradients of a decoder in float16 have no such range: there the decoder's share is at least this part of the
+# encoder's. Shares are 1 together, so that this adds half a unit of float16's last digit at most.
+_LEAST_OF_FLOAT16 = 2.0**-11
 
 
 class _Weighed(torch.autograd.Function):
@@ -463,7 +466,12 @@ class _Weighed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        log_likelihood: Tensor, log_ratio: Tensor, told: Tensor | None, objective: Bound, encoder: Bound
+        log_likelihood: Tensor,
+        log_ratio: Tensor,
+        told: Tensor | None,
+        objective: Bound,
+        encoder: Bound,
+        float16: bool,
     ) -> tuple[Any, ...]:
         log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
         dtype, wide = log_w.dtype, log_w.double()
@@ -473,7 +481,10 @@ class _Weighed(torch.autograd.Function):
             return bound.to(dtype), grads, None
         to_q = without_denormals(encoder.told(wide), dtype)
         if encoder.route != "score":
-            least = torch.copysign(torch.full_like(grads, _LEAST[dtype]), grads)
+            floor = torch.full_like(grads, _LEAST[dtype])
+            if float16:
+                floor = torch.maximum(floor, _LEAST_OF_FLOAT16 * to_q.abs())
+            least = torch.copysign(floor, grads)
             grads = torch.where((grads.abs() < least.abs()) & (to_q != 0), least, grads)
         return bound.to(dtype), grads, to_q
 
@@ -489,20 +500,28 @@ class _Weighed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Any, *_: Any) -> Any:
         if grad is None:
-            return (None,) * 5
+            return (None,) * 6
         grads, to_q = ctx.saved_tensors
         each = [grads, grads, to_q]
         sent = [None if d is None else (grad * t).to(d) for t, d in zip(each, ctx.dtypes, strict=True)]
-        return *sent, None, None
+        return *sent, None, None, None
 
 
 def weighed(
-    log_likelihood: Tensor, log_ratio: Tensor, told: Tensor | None, objective: Bound, encoder: Bound | None
+    log_likelihood: Tensor,
+    log_ratio: Tensor,
+    told: Tensor | None,
+    objective: Bound,
+    encoder: Bound | None,
+    float16: bool = False,
 ) -> Tensor:
     """The bound [B] of log p(x|z) and log p(z) − log q(z|x), each [K, B]; ``told`` takes the gradient that is
-    to reach q, by the encoder's bound or the objective itself.
+    to reach q, by the encoder's bound or the objective itself. ``float16`` says that gradients by z pass
+    through numbers of that dtype.
     """
-    bound, *_ = _Weighed.apply(log_likelihood, log_ratio, told, objective, encoder or objective)  # type: ignore[no-untyped-call]
+    bound, *_ = _Weighed.apply(  # type: ignore[no-untyped-call]
+        log_likelihood, log_ratio, told, objective, encoder or objective, float16
+    )
     return bound  # type: ignore[no-any-return]
 
 

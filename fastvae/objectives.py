@@ -17,10 +17,8 @@ from ._checks import (
     check_address,
     check_choice,
     check_count,
-    check_same_device,
-    check_tensor,
     check_weight,
-    shape_of,
+    may_look,
 )
 from ._inputs import Inputs, weigh_samples
 from ._nested import Beside, tensors
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
         mask: Any
         size: Any
         context: Any
-        example_weights: Tensor | None
         reduction: str
         generator: torch.Generator | None
         row_offset: int
@@ -138,7 +135,6 @@ def elbo(
     mask: Any = None,
     size: Any = None,
     context: Any = None,
-    example_weights: Tensor | None = None,
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
@@ -184,9 +180,10 @@ def elbo(
         size: factors of the mean of counts [B], such as library sizes.
         context: what decoder, and a prior that is a function, are given beside z: a tensor [B, ...] or a dict
             of such, repeated for each sample: labels, batches, positions.
-        example_weights: a factor of each example's bound, [B], before the reduction; ``"mean"`` still divides
-            by B.
-        reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for [B]. Events are always summed.
+        reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for [B], which you weight and sum
+            yourself. Events are always summed. A weight of 0 does not silence a bound that is NaN or
+            infinite; ``torch.where(weights > 0, bound, 0) * weights`` does, and if x is not finite there,
+            replace it by ``torch.where`` before the encoder as well, or gradients become NaN.
         terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction; kl
             without β.
         generator: source of the noise; default torch's own random state.
@@ -260,38 +257,26 @@ def elbo(
             z, term, shares = draw_strata(q, prior, samples, seed, row_offset)
         else:
             z, term = draw_ratio(q, prior, samples, seed, row_offset)
-    of_each = terms or example_weights is not None
-    how = Weighing(coefficient, "mean", "none" if of_each else reduction)
+    if coefficient == 0:
+        term = _unweighted(term)
+    how = Weighing(coefficient, "mean", "none" if terms else reduction)
     if shares is None:
         bound, log_likelihood = inputs.bound(z, term, samples, factor, how, terms)
     else:
         counted = (torch.where(shares == 0, 0.0, shares * t) for t in (inputs.log_likelihood(z), term))
         log_likelihood, term = counted
         bound, log_likelihood = weigh_samples(log_likelihood, term, factor, how)
-    if example_weights is not None:
-        return _weighted(bound, example_weights, reduction, terms)
     if not terms:
         return bound
     term = term if term.dim() == 1 else term.mean(0)
     return Terms(bound, log_likelihood, -term if drawn is None else term)  # type: ignore[arg-type]
 
 
-def _weighted(bound: Tensor, weights: Any, reduction: str, terms: bool) -> Tensor:
-    """The reduction of bounds [B], each by its factor."""
-    if terms:
-        raise ValueError(
-            "terms=True returns each example's own bound, which example_weights do not change; leave one of "
-            "them out, and weight the bounds [B] yourself"
-        )
-    check_tensor("example_weights", weights)
-    if weights.shape != bound.shape:
-        raise ValueError(
-            f"example_weights has shape {shape_of(weights)}; expected [B] = {list(bound.shape)}, a factor of "
-            "each example's bound"
-        )
-    check_same_device("example_weights", weights, "q", bound)
-    weighted = weights * bound
-    return weighted if reduction == "none" else getattr(weighted, reduction)()  # type: ignore[no-any-return]
+def _unweighted(term: Tensor) -> Tensor:
+    """A KL that does not count: where it is not finite, autograd would make NaN of its zero gradient."""
+    if may_look(term) and not torch._C._are_functorch_transforms_active() and not bool(term.isfinite().all()):
+        return term.detach()
+    return term
 
 
 def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bool) -> None:
@@ -356,7 +341,6 @@ def iwae(
     mask: Any = None,
     size: Any = None,
     context: Any = None,
-    example_weights: Tensor | None = None,
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
@@ -371,8 +355,8 @@ def iwae(
     w_k^{1 - α}`.
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, example_weights, reduction, generator,
-            row_offset: as in :func:`elbo`; the decoder is called with N = m·k·B, once if there is no
+        x, q, decoder, likelihood, prior, mask, size, context, reduction, generator, row_offset:
+            as in :func:`elbo`; the decoder is called with N = m·k·B, once if there is no
             ``k_chunk``.
         k: importance samples per example.
         m: so many bounds of k samples each, averaged: MIWAE (Rainforth et al. 2018).
@@ -383,6 +367,9 @@ def iwae(
             ``"iwae"``: the bound's derivative, whose signal-to-noise falls with k (Rainforth et al. 2018).
             ``"dreg"``: doubly reparameterised, unbiased for it; its signal-to-noise rises with k. (For α ≠ 0
                 Daudel et al. 2023.)
+                It weighs the gradient at each sample of z by itself, and so needs a decoder whose rows do not
+                depend on each other: a BatchNorm in training mode is refused where it is found, and must not
+                hide in a function.
             ``"stl"``: drops the score of q; unbiased for k=1, where it vanishes at the exact posterior,
                 biased for k>1.
         k_chunk: train on chunks of this many samples, in the memory of one chunk: their activations are
@@ -421,15 +408,17 @@ def iwae(
         check_choice("estimator", estimator, ESTIMATORS)
     usual = type(m) is int and m == 1 and type(alpha) is float and alpha == 0 and type(reduction) is str
     how = _LOG_MEAN_EXP.get(reduction) if usual and k_chunk is None and not terms else None
-    if how is not None and noise == "philox" and example_weights is None:
+    if how is not None and noise == "philox":
         # What is right at a glance goes straight through the two ops.
         if type(row_offset) is not int or row_offset:
             _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
+        if estimator == "dreg":
+            _check_rows_apart(inputs.decoder, k, "estimator='dreg'")
         seed = draw_seed(inputs.q.device, generator)
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
         return inputs.bound(z, log_ratio, k, None, how, False)[0]
     objective = _IWAE[estimator] if usual else IWAE(m, alpha, estimator)
-    options = k_chunk, noise, example_weights, reduction, terms, generator, row_offset
+    options = k_chunk, noise, reduction, terms, generator, row_offset
     return _bound(inputs, objective, None, k * objective.m, *options)
 
 
@@ -494,7 +483,6 @@ def bound(
     mask: Any = None,
     size: Any = None,
     context: Any = None,
-    example_weights: Tensor | None = None,
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
@@ -506,14 +494,16 @@ def bound(
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, example_weights, reduction, generator,
-            row_offset: as in :func:`elbo`.
+        x, q, decoder, likelihood, prior, mask, size, context, reduction, generator, row_offset:
+            as in :func:`elbo`.
         objective: the bound F, such as ``fastvae.bounds.CIWAE(0.5)``: its value is returned, and decoder,
             likelihood and prior learn by it.
         k: all samples per example; of :class:`fastvae.bounds.IWAE` with ``m`` groups, k/m in each.
         encoder: the bound that q learns by, from the same samples. Default: the objective.
             ``objective=IWAE(), encoder=IWAE(m=8)`` is PIWAE (Rainforth et al. 2018),
-            ``encoder=WakePhi()`` reweighted wake–sleep.
+            ``encoder=WakePhi()`` reweighted wake–sleep. As for ``"dreg"`` of :func:`iwae` the decoder's rows
+            must not depend on each other. In float16 the decoder's share of a sample is at least 2⁻¹¹ of the
+            encoder's, which float16 could not tell apart; scale the loss, as float16 needs in any case.
         k_chunk, noise, terms: as in :func:`iwae`.
 
     Returns:
@@ -544,7 +534,7 @@ def bound(
                 f"{name} must be a bound of fastvae.bounds, such as fastvae.bounds.IWAE(); got {value!r}"
             )
         value.check(k)
-    options = k_chunk, noise, example_weights, reduction, terms, generator, row_offset
+    options = k_chunk, noise, reduction, terms, generator, row_offset
     return _bound(inputs, objective, encoder, k, *options)
 
 
@@ -555,7 +545,6 @@ def _bound(
     draws: int,
     k_chunk: int | None,
     noise: str,
-    example_weights: Tensor | None,
     reduction: str,
     terms: bool,
     generator: torch.Generator | None,
@@ -568,8 +557,7 @@ def _bound(
     if type(row_offset) is not int or row_offset:
         _, row_offset = check_address(draws, inputs.q.batch, 0, row_offset)
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
-    of_each = terms or example_weights is not None
-    how = objective.weighing("none" if of_each else reduction) if encoder is None else None
+    how = objective.weighing("none" if terms else reduction) if encoder is None else None
     if inputs.q.strata > 1 and (how is None or not how.is_plain or how.over == "mean"):
         beside = "" if encoder is None else " with an encoder's bound of its own"
         raise ValueError(
@@ -578,6 +566,10 @@ def _bound(
         )
     whole = k_chunk is None or k_chunk >= draws
     told = None
+    if (encoder is not None and encoder.route != "score") or objective.estimator == "dreg":
+        _check_rows_apart(
+            inputs.decoder, draws, "encoder=" if encoder else f"estimator={objective.estimator!r}"
+        )
     if how is not None and whole:
         dreg = (how.alpha if how.over == "log_mean_exp" else 1.0), how.groups
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, draws, seed, row_offset, objective.estimator, *dreg)
@@ -586,22 +578,53 @@ def _bound(
         source = objective if encoder is None else encoder
         tied = encoder is None and source.estimator in ("iwae", "stl")
         route = source.estimator if tied else source.route
+        narrow = _Float16(inputs.decoder, inputs.device)
         if whole:
             z, log_ratio, told = draw_chunk(inputs.q, inputs.prior, draws, seed, 0, row_offset, route)
-            log_likelihood = inputs.log_likelihood(z)
+            log_likelihood = inputs.log_likelihood(z, narrow.see)
         else:
-            log_likelihood, log_ratio, told = _chunked(inputs, seed, draws, k_chunk, route, row_offset)  # type: ignore[arg-type]
+            assert k_chunk is not None
+            drawn = _chunked(inputs, seed, draws, k_chunk, route, row_offset, narrow.see)
+            log_likelihood, log_ratio, told = drawn
         if told is None and how is not None and how.is_plain:
             value, log_likelihood = weigh_samples(log_likelihood, log_ratio, None, how)
         else:
-            value = weighed(log_likelihood, log_ratio, told, objective, encoder)
+            value = weighed(log_likelihood, log_ratio, told, objective, encoder, narrow.found)
             log_likelihood = log_likelihood.detach().mean(0)
-            value = value if of_each or reduction == "none" else getattr(value, reduction)()
-    if example_weights is not None:
-        return _weighted(value, example_weights, reduction, terms)
+            value = value if terms or reduction == "none" else getattr(value, reduction)()
     if not terms:
         return value
     return Terms(value, log_likelihood.detach(), -log_ratio.detach().mean(0))  # type: ignore[union-attr]
+
+
+def _check_rows_apart(decoder: Any, draws: int, what: str) -> None:
+    """Refuse a decoder that mixes rows where each sample's gradient by z is weighed by itself."""
+    if draws == 1 or not isinstance(decoder, torch.nn.Module):
+        return
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise ValueError(
+                f"{what} weighs the gradient that reaches each sample of z by itself, but the decoder's "
+                f"{name or 'module'}, a {type(module).__name__}, takes statistics over all samples: the "
+                "gradient of q would be wrong. Use estimator='iwae' or 'stl', decoder.eval(), or a "
+                "normalization of each row, such as GroupNorm"
+            )
+
+
+class _Float16:
+    """Whether gradients by z pass through float16: by the decoder's parameters, autocast, z or the output."""
+
+    def __init__(self, decoder: Any, device: torch.device):
+        owner = getattr(decoder, "__self__", decoder)
+        parameters = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
+        kind = device.type
+        cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        self.found = cast or any(p.dtype == torch.float16 for p in parameters)
+
+    def see(self, z: Tensor, outputs: list[Tensor]) -> None:
+        self.found = self.found or any(t.dtype == torch.float16 for t in (z, *outputs))
 
 
 class LogWeights(NamedTuple):
@@ -664,6 +687,8 @@ def log_weights(
     check_choice("estimator", estimator, ESTIMATORS)
     if type(row_offset) is not int or row_offset:
         _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
+    if estimator == "dreg":
+        _check_rows_apart(inputs.decoder, k, "estimator='dreg'")
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
     z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
     return LogWeights(inputs.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)
@@ -690,7 +715,13 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _chunked(
-    inputs: Inputs, seed: Tensor, k: int, k_chunk: int, route: str, row_offset: int
+    inputs: Inputs,
+    seed: Tensor,
+    k: int,
+    k_chunk: int,
+    route: str,
+    row_offset: int,
+    seen: Callable[[Tensor, list[Tensor]], None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what is told
     to reach q, [K, B].
@@ -708,7 +739,7 @@ def _chunked(
         z, *drawn = draw_chunk(
             inputs.q, inputs.prior, min(k_chunk, k - start), seed, start, row_offset, route
         )
-        return [inputs.log_likelihood(z), *(t for t in drawn if t is not None)]
+        return [inputs.log_likelihood(z, seen), *(t for t in drawn if t is not None)]
 
     if not torch.compiler.is_compiling():
         draw = _unchanged(draw, inputs)

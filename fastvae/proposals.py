@@ -685,10 +685,16 @@ class _FullT(_Drawable):
         least = (torch.finfo(like.dtype).eps * mean.abs()).square() + torch.finfo(like.dtype).tiny
         sd = torch.maximum(covariance.diagonal(dim1=-2, dim2=-1), least).sqrt()
         correlation = covariance / (sd[:, :, None] * sd[:, None])
-        root, info = torch.linalg.cholesky_ex(correlation + 1e-12 * torch.eye(sd.shape[1]).to(correlation))
+        root, info = torch.linalg.cholesky_ex(
+            correlation + 1e-12 * torch.eye(sd.shape[1], dtype=sd.dtype, device=sd.device)
+        )
         # What is NaN is so in q, too: any normal will do beside it.
         good = (info == 0) & root.isfinite().all(-1).all(-1) & mean.isfinite().all(-1)
-        scale = torch.where(good[:, None, None], sd[..., None] * root, torch.eye(sd.shape[1]).to(root))
+        scale = torch.where(
+            good[:, None, None],
+            sd[..., None] * root,
+            torch.eye(sd.shape[1], dtype=sd.dtype, device=sd.device),
+        )
         return cls(torch.where(good[:, None], mean, 0.0), scale, df, like.dtype)
 
     @property
@@ -753,7 +759,7 @@ class _InTurn(_Drawable):
         self._stays = stays if stays is not None and bool(stays.any()) else None
         # Evenly spread: of each place of a cycle the part, and which of this part's draws in a cycle it is.
         places = sorted(((i + 0.5) / n, c, i) for c, (_, n) in enumerate(self._parts) for i in range(n))
-        self._cycle = torch.tensor([place[1:] for place in places])  # [period, 2]
+        self._cycle = torch.tensor([place[1:] for place in places], device="cpu")  # [period, 2]
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -778,7 +784,7 @@ class _InTurn(_Drawable):
         """Of each part whose turn comes: it, which of the samples are its own, and the seed and the number of
         the first of these, which the others follow; in each randomisation by itself.
         """
-        period, numbers = len(self._cycle), torch.arange(sample_offset, sample_offset + samples)
+        period, numbers = len(self._cycle), torch.arange(sample_offset, sample_offset + samples, device="cpu")
         seeds = seed.split(1) if seed.dim() else (seed,)
         for r, seed in enumerate(seeds):
             mine = (numbers % len(seeds) == r).nonzero()[:, 0]

@@ -15,9 +15,10 @@ from ._nested import Beside
 from .distributions.draws import describe, rsample_as_held
 from .distributions.mixture import log_aggregate
 from .likelihoods import Likelihood
-from .objectives import _REDUCTIONS, _weighted
+from .objectives import _REDUCTIONS
 from .ops.weigh import Weighing
 from .random import draw_seed
+from .reference.weigh import times
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,7 +97,6 @@ def beta_tc(
     mask: Any = None,
     size: Any = None,
     context: Any = None,
-    example_weights: Tensor | None = None,
     reduction: str = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
@@ -114,8 +114,8 @@ def beta_tc(
     ELBO with ``kl="mc"``, whatever the batch.
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, example_weights, reduction, generator,
-            row_offset: as in :func:`fastvae.elbo`. q is a normal distribution, of diagonal or full covariance
+        x, q, decoder, likelihood, prior, mask, size, context, reduction, generator, row_offset:
+            as in :func:`fastvae.elbo`. q is a normal distribution, of diagonal or full covariance
             or low rank; the prior is the same for all examples, and has independent dimensions if the last
             term is to be what it is called. Processes that split a batch mix the posteriors of their own
             rows.
@@ -176,12 +176,10 @@ def beta_tc(
         )
     whole, dimensions = whole - log_n, each.sum(-1) - each.shape[-1] * log_n
     parts = log_q - whole, whole - dimensions, dimensions - prior.log_prob(z)
-    term = -sum(weight * part for weight, part in zip(weights, parts, strict=True))
-    of_each = terms or example_weights is not None
-    how = Weighing(1.0, "mean", "none" if of_each else reduction)
+    weighted = [times(weight, part) for weight, part in zip(weights, parts, strict=True)]
+    term = -(weighted[0] + weighted[1] + weighted[2])
+    how = Weighing(1.0, "mean", "none" if terms else reduction)
     bound, log_likelihood = inputs.bound(z.flatten(0, 1), term, samples, None, how, terms)
-    if example_weights is not None:
-        return _weighted(bound, example_weights, reduction, terms)
     if not terms:
         return bound
     return BetaTCTerms(bound, log_likelihood, *(part.mean(0) for part in parts))  # type: ignore[arg-type]

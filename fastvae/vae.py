@@ -360,7 +360,9 @@ class VAE(nn.Module):
 
     def _fused(self, x: Any, samples: Any) -> Any:
         """The decoder, its last layer left to the objective where that may pay."""
+        # An exported program serves batches of any size.
         may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
+        may_pay = may_pay and not torch.compiler.is_exporting()
         if may_pay and samples * x.numel() >= FEWEST_NUMBERS and may_end_in_a_layer(self.decoder):
             return functools.partial(run_to_last_layer, self.decoder)
         return self.decoder

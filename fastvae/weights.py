@@ -571,7 +571,9 @@ def _fit(tail: Tensor, count: Tensor) -> _Fit:
     theta = 1 / excess[0] + (1 - (m / (j - 0.5)).sqrt()) / (3 * excess.gather(0, quartile[None])[0])  # [J, B]
 
     def shape(theta: Tensor) -> Tensor:
-        size = max(1, _FIT_SIZE // max(1, excess.numel()))
+        # All at once in an exported program, whose batch may vary.
+        exporting = torch.compiler.is_exporting()
+        size = theta.shape[0] if exporting else max(1, _FIT_SIZE // max(1, excess.numel()))
         return torch.cat([torch.log1p(-t[:, None] * excess).sum(1) for t in theta.split(size)]) / n
 
     xi = shape(theta)

@@ -536,13 +536,14 @@ def rsample_backward_kernel(
                 )
             if RATIO:
                 # The distance from the prior's mean over s, its product with g, and that times sigma / (2 s).
+                # A sample without a gradient stays without one, however far away it lies.
                 # With PATH there is one number more to keep, and registers for fewer of these.
                 if PATH:
-                    b_white = b_shift + b_spread * b_eps
+                    b_white = tl.where(b_g == 0, 0.0, b_shift + b_spread * b_eps)
                     b_part = b_g * b_white
                     b_pull_scaled = (0.5 * b_part) * b_spread
                 else:
-                    b_white = (b_delta + b_sigma * b_eps) * b_inverse_s
+                    b_white = tl.where(b_g == 0, 0.0, (b_delta + b_sigma * b_eps) * b_inverse_s)
                     b_part = b_g * b_white
                     b_pull_scaled = b_part * (b_half_sigma * b_inverse_s)
                 b_pull = b_part * b_inverse_s
@@ -584,9 +585,11 @@ def rsample_backward_kernel(
         else:
             b_kl = load(p_grad_kl, o_b * stride_grad_kl_b, o_b < B, DTYPE)  # [1, BLOCK_B, 1]
         b_ratio, _ = expm1_parts(b_logvar - b_prior_logvar)
-    b_white = b_delta * b_inverse_s
+        b_ratio = tl.where(b_kl == 0, 0.0, b_ratio)
+    # A KL without a gradient stays without one, also where it is infinite.
+    b_white = tl.where(b_kl == 0, 0.0, b_delta * b_inverse_s)
     b_part = b_kl * b_white
-    b_push = b_part * b_inverse_s
+    b_push = tl.where(b_kl == 0, 0.0, b_part * b_inverse_s)
     if p_grad_mu is not None:
         b_out = tl.sum(s_mu, axis=0, keep_dims=True)
         if p_grad_kl is not None:

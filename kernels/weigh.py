@@ -41,7 +41,8 @@ def log_weights(
     if p_term is not None:
         b_added = SIGN * load(p_term, o_k * stride_k + o_b * stride_b, mask, DTYPE)
         if p_factor is not None:
-            b_added *= load(p_factor, o_b, m_b, DTYPE)
+            b_factor = load(p_factor, o_b, m_b, DTYPE)
+            b_added = tl.where(b_factor == 0, 0.0, b_factor * b_added)
     return b_likelihood, b_added
 
 

@@ -455,10 +455,15 @@ def test_bounds_of_data_that_the_model_makes():
     assert torch.equal(again.lower, exact.lower)
 
 
-@pytest.mark.parametrize("conditional", [False, True])
-def test_bounds_with_a_prior_over_latents_with_axes(conditional):
-    """One prior for all, or of a context's rows: with the exact posterior the bounds are log p(x)."""
-    model, n, shape, made = LinearGaussian(D, X), 7, (D, 1, 1), []
+@pytest.mark.parametrize(
+    ("shape", "conditional"), [((D,), False), ((D,), True), ((D, 1, 1), False), ((D, 1, 1), True)]
+)
+def test_bounds_with_a_prior(shape, conditional):
+    """One prior for all, or of a context's rows, over latents of any shape: with the exact posterior the
+    bounds are log p(x).
+    """
+    model, n, made = LinearGaussian(D, X), 7, []
+    latent_dim = shape if len(shape) > 1 else D
     shift = randn(n, D, seed=3, dtype=torch.float64) if conditional else randn(D, seed=3, dtype=torch.float64)
 
     def prior(context):
@@ -479,14 +484,21 @@ def test_bounds_with_a_prior_over_latents_with_axes(conditional):
     else:
         options = {"prior": fastvae.DiagonalNormal(shift.view(shape), torch.zeros(shape).to(shift))}
     found = fastvae.bdmc(
-        encoder, decoder, shape, n=n, steps=3, likelihood=model.likelihood, generator=generator(1), **options
+        encoder,
+        decoder,
+        latent_dim,
+        n=n,
+        steps=3,
+        likelihood=model.likelihood,
+        generator=generator(1),
+        **options,
     )
     exact = model.log_px(made[0] - shift @ model.weight.T)
     torch.testing.assert_close(found.lower, exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.upper, found.lower, rtol=1e-9, atol=1e-9)
     if conditional:
         with pytest.raises(ValueError, match="context"):
-            fastvae.bdmc(encoder, decoder, shape, n=n + 1, likelihood=model.likelihood, **options)
+            fastvae.bdmc(encoder, decoder, latent_dim, n=n + 1, likelihood=model.likelihood, **options)
 
 
 def test_bounds_need_draws_of_the_model():

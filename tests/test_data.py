@@ -249,25 +249,29 @@ def test_examples_that_are_done_leave_with_their_labels():
 # Weights of examples
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("objective", ["elbo", "iwae", "chunks"])
-def test_example_weights(objective, reduction):
+def test_examples_without_weight_may_hold_anything(objective):
+    """As documented: replaced before the encoder, and their bounds left out."""
     x, decoder, weights = rand(B, X, seed=2).round(), Outputs("bernoulli", (X,)), rand(B, seed=4)
+    encoder = nn.Linear(X, 2 * D).to(DEVICE)
+    weights[1] = 0
 
-    def bound(**options):
-        options = {"likelihood": "bernoulli", "generator": generator(5), **options}
+    def gradients(x):
+        x = torch.where(weights[:, None] > 0, x, 0)
+        options = {"likelihood": "bernoulli", "reduction": "none", "generator": generator(5)}
         if objective == "elbo":
-            return fastvae.elbo(x, a_q(), decoder, **options)
-        return fastvae.iwae(x, a_q(), decoder, k=K, k_chunk=3 if objective == "chunks" else None, **options)
+            bound = fastvae.elbo(x, encoder(x), decoder, **options)
+        else:
+            options["k_chunk"] = 3 if objective == "chunks" else None
+            bound = fastvae.iwae(x, encoder(x), decoder, k=K, **options)
+        total = (weights * bound).sum()
+        return total, *torch.autograd.grad(total, [*encoder.parameters(), *decoder.parameters()])
 
-    each = weights * bound(reduction="none")
-    expected = each if reduction == "none" else getattr(each, reduction)()
-    got = bound(reduction=reduction, example_weights=weights)
-    torch.testing.assert_close(got, expected)
-    (grad,), (wanted,) = (torch.autograd.grad(v.sum(), decoder.parameters()) for v in (got, expected))
-    torch.testing.assert_close(grad, wanted)
-    with pytest.raises(ValueError, match="terms=True returns each example's own bound"):
-        bound(terms=True, example_weights=weights)
+    spoilt = x.clone()
+    spoilt[1] = math.nan
+    expected, got = gradients(x), gradients(spoilt)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # Several parts
@@ -483,10 +487,6 @@ WRONG = {
     "a prior that returns anything": (
         {"prior": lambda c: 3, "context": torch.ones(B, 1)}, TypeError, ["prior, a function", "got int"],
     ),
-    "weights of another shape": (
-        {"example_weights": torch.ones(B, 1)}, ValueError, ["example_weights has shape [5, 1]", "[5]"],
-    ),
-    "a list for weights": ({"example_weights": [1.0] * B}, TypeError, ["example_weights must be a tensor"]),
     "a Joint for one tensor": (
         {"likelihood": fastvae.Joint(a="poisson")}, TypeError, ["x must be a dict with 'a'", "a tensor [5,"],
     ),
@@ -500,10 +500,7 @@ def test_wrong_use(case, monkeypatch):
     options = {n: v.to(DEVICE) if torch.is_tensor(v) else v for n, v in options.items()}
     x = zeros(B, X)
     decoder = lambda z, *context: zeros(len(z), X)  # noqa: E731
-    objectives = [fastvae.elbo, fastvae.iwae]
-    if "example_weights" not in options:
-        objectives += [fastvae.log_weights, fastvae.log_marginal]
-    for objective in objectives:
+    for objective in (fastvae.elbo, fastvae.iwae, fastvae.log_weights, fastvae.log_marginal):
         more = {} if objective is fastvae.elbo else {"k": 2}
         with pytest.raises(kind) as raised:
             objective(x, a_q(), decoder, **{"likelihood": "poisson", **more, **options})
@@ -567,7 +564,6 @@ COMPILED = {
     "context": {"context": True},
     "conditional prior": {"context": True, "prior": lambda c: (c.expand(B, D), c.expand(B, D) * 0)},
     "size": {"likelihood": "poisson", "size": True},
-    "example_weights": {"example_weights": True},
     "own": {
         "likelihood": fastvae.likelihoods.from_distribution(lambda m: td.Normal(m, 1.0, validate_args=False))
     },
@@ -583,7 +579,6 @@ def test_under_torch_compile(case):
         "mask": rand(B, X, seed=3) < 0.5,
         "context": randn(B, 1, seed=4),
         "size": rand(B, seed=5) + 0.5,
-        "example_weights": rand(B, seed=6),
     }
     options = {n: given.get(n, v) for n, v in options.items()}
     x, q, decoder = rand(B, X, seed=2).round(), a_q(), Outputs("bernoulli", (X,))

@@ -467,7 +467,6 @@ CALLS = {
     "dreg": (fastvae.iwae, {"k": K, "estimator": "dreg"}),
     "chunks": (fastvae.iwae, {"k": K, "k_chunk": 2}),
     "beta": (fastvae.elbo, {"beta": torch.tensor([0.5, 1.0, 2.0])}),
-    "weighted": (fastvae.iwae, {"k": K, "example_weights": torch.tensor([0.5, 1.0, 2.0])}),
     "log_marginal": (fastvae.log_marginal, {"k": K, "k_chunk": 2}),
 }
 

@@ -149,8 +149,6 @@ def test_what_objectives_take():
     each = found(x, mu, logvar, weight, reduction="none")
     torch.testing.assert_close(found(x, mu, logvar, weight), each.mean())
     torch.testing.assert_close(found(x, mu, logvar, weight, reduction="sum"), each.sum())
-    factors = rand(B, seed=8, **WIDE)
-    torch.testing.assert_close(found(x, mu, logvar, weight, example_weights=factors), (factors * each).mean())
     for beta in (torch.tensor(6.0, device=DEVICE), torch.full((B,), 6.0, device=DEVICE)):
         torch.testing.assert_close(found(x, mu, logvar, weight, beta=beta, reduction="none"), each)
     mask = rand(B, X, seed=9) < 0.5
@@ -257,7 +255,6 @@ WRONG = {
     "a data set without examples": (_call(dataset_size=0), ValueError, "dataset_size must be at least 1"),
     "no samples": (_call(samples=0), ValueError, "samples must be at least 1"),
     "another reduction": (_call(reduction="max"), ValueError, "reduction='max' is unknown"),
-    "terms with weights": (_call(terms=True, example_weights=ROWS[:, 0]), ValueError, "terms=True returns"),
     "an address below 0": (_call(row_offset=-1), ValueError, "row_offset must lie in"),
 }
 

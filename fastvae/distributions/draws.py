@@ -251,7 +251,7 @@ class _Rerouted(torch.autograd.Function):
         else:
             weight = dreg_weight(grad_ratio, ctx.alpha, ctx.groups)
         if grad_z is not None:
-            grad_z = weight.unsqueeze(-1).to(grad_z.dtype) * grad_z
+            grad_z = (weight.unsqueeze(-1) * grad_z).to(grad_z.dtype)  # a weight may be beyond float16
         return grad_z, weight * grad_ratio, None, None, None
 
 

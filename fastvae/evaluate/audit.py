@@ -240,7 +240,7 @@ def run_audit(
     reasons = [b for b in bounds if isinstance(b, str)]
     none = estimate.new_empty(0)
     lower, upper, *_ = (none, none) if reasons else map(torch.cat, zip(*bounds, strict=True))
-    places = torch.tensor(examples)
+    places = torch.tensor(examples, device="cpu")
     return Audit(
         examples=places,
         log_px=estimate,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from .._checks import FLOATING, shape_of
+from .._checks import FLOATING, check_dense, shape_of
 from .._nested import Beside, tensors
 from ..likelihoods.base import Declared, Likelihood
 from .modules import modules_of
@@ -20,12 +20,8 @@ from .modules import modules_of
 def batches_of(data: Any, batch_size: int, shard: str) -> Iterable[Any]:
     if isinstance(data, Mapping):
         return _batches_of_parts(data, batch_size)
-    if hasattr(data, "__array__") and not isinstance(data, Tensor):
-        data = np.asarray(data)
-    if isinstance(data, (Tensor, np.ndarray)):
-        if data.ndim == 0:
-            raise ValueError(f"data is a {type(data).__name__} of no dimensions; expected [N, *event]")
-        return [data[i : i + batch_size] for i in range(0, len(data), batch_size)]
+    if is_array(data):
+        return Slices(sliceable("data", data), batch_size)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return DataLoader(data, batch_size)
     sampler = data.sampler if isinstance(data, DataLoader) else None
@@ -42,16 +38,56 @@ def batches_of(data: Any, batch_size: int, shard: str) -> Iterable[Any]:
     return data
 
 
-def _batches_of_parts(data: Mapping[str, Any], batch_size: int) -> list[dict[str, Any]]:
+class Slices(Sequence[Any]):
+    """Batches of a tensor or array, or of a dict of such, each read when its turn comes."""
+
+    def __init__(self, data: Any, batch_size: int):
+        self._data, self._size = data, batch_size
+        self._rows = len(next(iter(data.values())) if isinstance(data, dict) else data)
+
+    def __len__(self) -> int:
+        return -(-self._rows // self._size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = slice(index * self._size, min((index + 1) * self._size, self._rows))
+        if isinstance(self._data, dict):
+            return {name: part[rows] for name, part in self._data.items()}
+        return self._data[rows]
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is a tensor, or an array of NumPy's or of a library like it: h5py, zarr, dask, pandas."""
+    return isinstance(value, Tensor) or (hasattr(value, "__array__") and not isinstance(value, Dataset))
+
+
+def sliceable(name: str, array: Any) -> Any:
+    """Return a tensor or array [N, ...] as one whose slices are rows, without reading it."""
+    if isinstance(array, Tensor):
+        check_dense(name, array)
+    elif not (hasattr(array, "shape") and hasattr(array, "__getitem__")) or hasattr(array, "iloc"):
+        array = np.asarray(array)  # pandas slices by label
+    if len(array.shape) == 0:
+        raise ValueError(f"{name} is a {type(array).__name__} of no dimensions; expected [N, *event]")
+    return array
+
+
+def _batches_of_parts(data: Mapping[str, Any], batch_size: int) -> Iterable[Any]:
     """Of a dict of tensors or arrays, all with one batch axis."""
-    sizes = {name: len(part) for name, part in data.items() if np.ndim(part)}
+    data = {n: sliceable(f"data[{n!r}]", t) if is_array(t) and has_axes(t) else t for n, t in data.items()}
+    sizes = {name: len(part) for name, part in data.items() if has_axes(part)}
     if len(sizes) < len(data) or len(set(sizes.values())) != 1:
         came = ", ".join(f"{name!r} of {sizes.get(name, 'no')} rows" for name in data) or "an empty one"
         raise ValueError(
             f"data is a dict, whose parts must be tensors or arrays with one batch axis; got {came}"
         )
-    rows = range(0, next(iter(sizes.values())), batch_size)
-    return [{name: part[i : i + batch_size] for name, part in data.items()} for i in rows]
+    return Slices(data, batch_size)
+
+
+def has_axes(value: Any) -> bool:
+    """Whether it is an array with an axis."""
+    return len(value.shape) > 0 if hasattr(value, "shape") else np.ndim(value) > 0
 
 
 def length_of(batches: Iterable[Any]) -> int | None:
@@ -82,6 +118,8 @@ def each_array(value: Any) -> Any:
     """A NumPy array, or each of a dict, as a tensor."""
     if isinstance(value, Mapping):
         return {name: each_array(part) for name, part in value.items()}
+    if is_array(value) and not isinstance(value, Tensor):
+        value = np.asarray(value)
     if isinstance(value, np.ndarray):
         with contextlib.suppress(TypeError):  # of strings or objects
             return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))

@@ -104,7 +104,7 @@ def parameters_digest(*callables: Callable[..., Any] | Distribution) -> str:
                 if not is_lazy(value):
                     names.append(name.replace("_orig_mod.", ""))
                     tensors.append(value)
-    tensors.append(torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8))
+    tensors.append(torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8, device="cpu"))
     return digest(tensors).tobytes().hex()
 
 

@@ -16,6 +16,7 @@ from .._checks import (
     check_result,
     check_same_device,
     check_tensor,
+    is_dense,
     on_same_device,
     shape_of,
 )
@@ -86,6 +87,7 @@ class Likelihood(nn.Module):
         x = each(as_int64, x)  # arithmetic of PyTorch's wraps around in the small ones
         value = self.log_prob(repeat(observed(x, mask, self), samples), parameters)
         self._check_log_prob(value, x, samples * batch, mask)
+        value = value.to(accumulator(value.dtype))
         if mask is not None:
             value = torch.where(repeat(mask, samples), value, 0.0)
         return summed(value, samples, batch)
@@ -313,7 +315,8 @@ class Declared(Likelihood):
         given = self._given(x)
         returned = parameters if type(parameters) is tuple else (parameters,)
         glance = are_outputs_in_python if torch.compiler.is_compiling() else are_outputs
-        if len(returned) + len(given) == len(self.outputs) and glance(x, samples, returned):
+        dense = all([not isinstance(p, Tensor) or is_dense(p) for p in returned])
+        if dense and len(returned) + len(given) == len(self.outputs) and glance(x, samples, returned):
             if not given:
                 if self._bounded:
                     check_support(type(self), x)

@@ -130,8 +130,11 @@ def rsample_kl_backward(
     if grad_kl is not None:
         grad_kl = grad_kl if grad_kl.dim() == 2 else grad_kl[:, None]
         # 1 / s one factor at a time, here and below: 1 / s^2 overflows long before the product does.
-        inverse_s = torch.exp(-0.5 * prior_logvar)
-        whitened, ratio = (mu - prior_mu) * inverse_s, torch.expm1(q.logvar - prior_logvar)
+        # A KL without a gradient stays without one, also where it is infinite.
+        none = grad_kl == 0
+        inverse_s = torch.where(none, 0.0, torch.exp(-0.5 * prior_logvar))
+        whitened = torch.where(none, 0.0, (mu - prior_mu) * inverse_s)
+        ratio = torch.where(none, 0.0, torch.expm1(q.logvar - prior_logvar))
         push = grad_kl * whitened
         grads[0] += push * inverse_s
         grads[1] += grad_kl * 0.5 * ratio
@@ -190,7 +193,8 @@ def rsample_log_ratio_backward(
     if grad_log_ratio is not None:
         g = grad_log_ratio[:, :, None]
         inverse_s = torch.exp(-0.5 * prior_logvar)
-        whitened = (mu + q.sigma * eps - prior_mu) * inverse_s
+        # A sample without a gradient stays without one, however far away it lies.
+        whitened = torch.where(g == 0, 0.0, (mu + q.sigma * eps - prior_mu) * inverse_s)
         push = g * whitened
         grad_sample = grad_sample - push * inverse_s
         grad_scaled = grad_scaled - push * (half_sigma * inverse_s)

@@ -28,10 +28,10 @@ def weigh(
     if how.over == "mean":
         bound = mean
         if term is not None:
-            bound = bound + factor * (term if term.dim() == 1 else term.mean(0)).to(mean.dtype)
+            bound = bound + times(factor, (term if term.dim() == 1 else term.mean(0)).to(mean.dtype))
         weights = None
     else:
-        log_w = log_likelihood if term is None else log_likelihood + factor * term.to(mean.dtype)
+        log_w = log_likelihood if term is None else log_likelihood + times(factor, term.to(mean.dtype))
         if how.is_plain:
             bound, *sums = log_mean_exp(log_w)
             weights = log_mean_exp_backward(torch.ones_like(bound), log_w, *sums)
@@ -108,6 +108,13 @@ def without_denormals(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _factor(beta: Tensor | None, coefficient: float, like: Tensor) -> float | Tensor:
     return coefficient if beta is None else coefficient * beta.to(like.dtype)
+
+
+def times(factor: float | Tensor, term: Tensor) -> Tensor:
+    """Factor times term, where 0 times infinity is 0."""
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 0, 0.0, factor * term)
+    return torch.zeros_like(term) if factor == 0 else factor * term
 
 
 def _reduce(bound: Tensor, reduction: str) -> Tensor:
