@@ -429,7 +429,8 @@ class Mixture(Distribution):
 
     @property
     def support(self) -> Any:
-        return next((c.support for c in self.components if not is_real(c.support)), td.constraints.real)
+        supports = [c.support for c in self.components]
+        return td.constraints.real if any(is_real(s) for s in supports) else supports[0]
 
     @property
     def z_dtype(self) -> torch.dtype | None:  # type: ignore[override]
