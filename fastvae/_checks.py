@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._teach import did_you_mean
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # torch has few operations for these: they are read as int64.
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
@@ -176,7 +178,9 @@ def check_count(name: str, value: Any, meaning: str, least: int = 1) -> int:
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")
+        raise ValueError(
+            f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}{did_you_mean(value, known)}"
+        )
     return value
 
 

@@ -12,7 +12,18 @@ from . import ops
 from ._checks import check_same_device, is_dense, shape_of, signed
 from ._glance import are_batch, are_batch_in_python
 from ._misread import is_new, look
-from ._nested import Beside, all_tensors, as_mask, as_size, check_batch, decoded, each, repeat, tensors
+from ._nested import (
+    Beside,
+    all_tensors,
+    as_mask,
+    as_size,
+    called,
+    check_batch,
+    decoded,
+    each,
+    repeat,
+    tensors,
+)
 from .bounds import CIWAE, IWAE, weighed
 from .distributions import (
     STANDARD,
@@ -90,7 +101,7 @@ class Inputs(NamedTuple):
             z = z.to(self.q.z_dtype)
         context = None if self.beside is None else self.beside.context
         if context is None and latent is None:
-            parameters = self.decoder(z)
+            parameters = called("decoder", self.decoder, z, None)
         else:
             context = None if context is None else repeat(context, samples)
             parameters = decoded(self.decoder, z, context, latent)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_dense, may_look, on_same_device, shape_of
+from ._teach import described, explained
 
 
 def each(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -44,14 +45,26 @@ def repeat(value: Any, samples: int) -> Any:
 
 def called(name: str, function: Callable[..., Any], first: Any, context: Any) -> Any:
     """``function(first)``, or with a context ``function(first, context)``."""
-    if context is None:
-        return function(first)
-    try:
-        return function(first, context)
-    except TypeError as error:
-        if "positional argument" in str(error) and hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"with context= fastvae calls the {name} with it as the second argument")
-        raise
+
+    def note() -> str:
+        if name != "decoder":
+            what = f"x {described(first)}"
+        elif first.dim() != 2:
+            what = f"z [N, *latent] = {described(first)}"
+        else:
+            width = first.shape[1]
+            what = (
+                f"z [N, D] = {described(first)}, D = {width} being q's: that of mu, or half of a tensor "
+                f"[B, 2 D] = [B, {2 * width}], mu and logvar side by side"
+            )
+        if context is not None:
+            what += (
+                f" and context {described(context)}; with context= fastvae calls the {name} with it as the "
+                "second argument"
+            )
+        return f"fastvae called the {name} with {what}"
+
+    return explained(function, (first,) if context is None else (first, context), note)
 
 
 def decoded(decoder: Callable[..., Any], z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:

@@ -13,6 +13,7 @@ from ._checks import check_address, check_choice, check_count
 from ._inputs import Inputs
 from ._nested import Beside, called, check_batch, decoded
 from ._stream import Chunks
+from ._teach import teaches
 from .distributions import as_posterior, as_prior
 from .distributions.spatial import flat_prior
 from .evaluate.modules import evaluating, modules_of
@@ -57,6 +58,7 @@ class MarginalBounds(NamedTuple):
         return float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
 
 
+@teaches
 @torch.no_grad()
 def ais(
     x: Tensor | Mapping[str, Any],
@@ -139,6 +141,7 @@ def ais(
         return AnnealedMarginal(*Annealing(inputs, seed, settings, row_offset).estimate())
 
 
+@teaches
 @torch.no_grad()
 def bdmc(
     encoder: Callable[..., Any],

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from . import ops
 from ._checks import check_count, check_number, shape_of
 from ._nested import event_size
+from ._teach import teaches
 from .distributions import Distribution, as_prior, is_conditional
 from .distributions.base import is_family
 from .distributions.normal import DiagonalNormal, StandardNormal
@@ -37,6 +38,7 @@ class LatticeMarginal(NamedTuple):
     error: Tensor
 
 
+@teaches
 @torch.no_grad()
 def lattice_log_marginal(
     data: Tensor | np.ndarray | Dataset[Any] | Iterable[Any],

@@ -23,6 +23,7 @@ from ._checks import (
     shape_of,
 )
 from ._nested import each, tensors
+from ._teach import teaches
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -73,6 +74,7 @@ def marginalize(
     terms: bool,
     **options: Unpack[MarginalOptions],
 ) -> Tensor | Marginal: ...
+@teaches
 def marginalize(
     x: Any,
     bound: Callable[[Any, Tensor], Tensor],

@@ -23,6 +23,7 @@ from ._checks import (
 from ._inputs import Inputs, weigh_samples
 from ._nested import Beside, tensors
 from ._stream import Chunks
+from ._teach import teaches
 from ._versions import Versions
 from .bounds import IWAE, Bound, weighed
 from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
@@ -120,6 +121,7 @@ def elbo(
     prior: Any = ...,
     **options: Unpack[ElboOptions],
 ) -> Tensor | Terms: ...
+@teaches
 def elbo(
     x: Tensor | Mapping[str, Any],
     q: Any,
@@ -325,6 +327,7 @@ def iwae(
     k: int = ...,
     **options: Unpack[IwaeOptions],
 ) -> Tensor | Terms: ...
+@teaches
 def iwae(
     x: Tensor | Mapping[str, Any],
     q: Any,
@@ -468,6 +471,7 @@ def bound(
     prior: Any = ...,
     **options: Unpack[SampledOptions],
 ) -> Tensor | Terms: ...
+@teaches
 def bound(
     x: Tensor | Mapping[str, Any],
     q: Any,
@@ -634,6 +638,7 @@ class LogWeights(NamedTuple):
     log_ratio: Tensor
 
 
+@teaches
 def log_weights(
     x: Tensor | Mapping[str, Any],
     q: Any,
@@ -777,6 +782,7 @@ def _unchanged(draw: Callable[..., list[Tensor]], inputs: Inputs) -> Callable[..
     return checked
 
 
+@teaches
 @torch.no_grad()
 def log_marginal(
     x: Tensor | Mapping[str, Any],
@@ -858,6 +864,7 @@ def log_marginal(
     return LogMarginal(*(v.to(w.maximum.dtype) for v in w.summary()))
 
 
+@teaches
 @torch.no_grad()
 def reconstruction_log_prob(
     x: Tensor | Mapping[str, Any],

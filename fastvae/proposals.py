@@ -26,6 +26,7 @@ from . import _stream, random
 from ._checks import check_count, check_number
 from ._inputs import Inputs
 from ._stream import Chunks
+from ._teach import did_you_mean
 from .distributions import (
     DiagonalNormal,
     Distribution,
@@ -408,7 +409,7 @@ def as_proposal(proposal: Any, noise: str) -> Proposal:
             f"fastvae.proposals.Defensive(share=0.1); got {proposal!r}"
         )
     if proposal not in _NAMED:
-        raise ValueError(f"proposal={proposal!r} is unknown; known: {known}")
+        raise ValueError(f"proposal={proposal!r} is unknown; known: {known}{did_you_mean(proposal, _NAMED)}")
     return as_proposal(_NAMED[proposal](), noise)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._checks import check_choice, check_count
 from ._nested import called, check_batch, decoded
+from ._teach import teaches
 from .distributions import as_posterior, as_prior, flat_prior
 from .distributions.draws import describe
 from .evaluate.data import place_of
@@ -20,6 +21,7 @@ from .objectives import _REDUCTIONS
 __all__ = ["sleep"]
 
 
+@teaches
 def sleep(
     encoder: Callable[..., Any],
     decoder: Callable[..., Any],

@@ -12,6 +12,7 @@ from torch import Tensor
 from ._checks import check_address, check_choice, check_count, check_weight
 from ._inputs import Inputs
 from ._nested import Beside
+from ._teach import teaches
 from .distributions.draws import describe, rsample_as_held
 from .distributions.mixture import log_aggregate
 from .likelihoods import Likelihood
@@ -82,6 +83,7 @@ def beta_tc(
     prior: Any = ...,
     **options: Unpack[BetaTCOptions],
 ) -> Tensor | BetaTCTerms: ...
+@teaches
 def beta_tc(
     x: Tensor | Mapping[str, Any],
     q: Any,

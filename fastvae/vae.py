@@ -18,6 +18,7 @@ from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
 from ._misread import look_at_structure
 from ._nested import called, decoded, each, tensors
+from ._teach import teaches
 from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .bounds import Bound
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
@@ -87,6 +88,7 @@ class VAE(nn.Module):
     prior: Any
     latent_dim: int | tuple[int, ...] | None
 
+    @teaches
     def __init__(
         self,
         encoder: Callable[..., Any],
@@ -283,6 +285,7 @@ class VAE(nn.Module):
         decoder = self._fused(x, samples)
         return -objectives.reconstruction_log_prob(x, self._q(x, options), decoder, **options)
 
+    @teaches
     @torch.no_grad()
     def sample(
         self,
@@ -316,6 +319,7 @@ class VAE(nn.Module):
         options = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
         return sleep(self.posterior, self.decoder, n, **options)
 
+    @teaches
     @torch.no_grad()
     def reconstruct(self, x: Any, *, context: Any = None) -> Any:
         """The mean of p(x|z) at the mean of q(z|x), [B, *event]."""

@@ -513,7 +513,7 @@ def test_a_decoder_without_a_context():
         fastvae.elbo(zeros(B, X), a_q(), nn.Linear(D, X), likelihood="poisson", context=zeros(B, 1))
     if hasattr(raised.value, "add_note"):  # Python 3.11
         note = "with context= fastvae calls the decoder with it as the second argument"
-        assert raised.value.__notes__ == [note]
+        assert any(note in added for added in raised.value.__notes__)
 
 
 def test_wrong_parts():

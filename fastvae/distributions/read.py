@@ -10,6 +10,7 @@ from torch import distributions as td
 
 from .._checks import check_tensor, shape_of
 from .._glance import are_rows
+from .._teach import described, did_you_mean, explained
 from ..ops.latent import Form
 from .base import Distribution, is_family
 from .covariance import FullNormal, LowRankNormal
@@ -165,7 +166,8 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
                 "prior is a function of the context, p(z|context), but no context was given; pass context=, "
                 "a tensor or a dict of tensors with the batch axis"
             )
-        made = prior(context)
+        note = "fastvae called prior, a function of the context, with the context"
+        made = explained(prior, (context,), lambda: f"{note} {described(context)}")
         if isinstance(made, (Distribution, td.Distribution)):
             return as_prior(made)
         try:
@@ -183,6 +185,7 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
         if prior not in _NAMES:
             raise ValueError(
                 f"prior={prior!r} is unknown; known: {', '.join(map(repr, _NAMES))}, or a distribution"
+                f"{did_you_mean(prior, _NAMES)}"
             )
         return _NAMES[prior]()
     if isinstance(prior, td.Distribution):

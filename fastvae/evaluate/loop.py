@@ -20,6 +20,7 @@ from .._checks import check_choice, check_count, check_number, shape_of
 from .._inputs import Inputs
 from .._nested import Beside, called, each, event_size, tensors
 from .._stream import Chunks
+from .._teach import teaches
 from .._terminal import ProgressStream
 from ..distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ..likelihoods.base import Likelihood, as_likelihood
@@ -39,6 +40,7 @@ FIRST_LOOK = 100  # draws before the first question whether they are enough
 BATCH, BATCH_ON_GPU = 100, 500
 
 
+@teaches
 @torch.no_grad()
 def evaluate(
     encoder: Callable[..., Any],

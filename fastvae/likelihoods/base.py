@@ -22,6 +22,7 @@ from .._checks import (
 )
 from .._glance import are_outputs, are_outputs_in_python
 from .._nested import Beside, each, repeat, tensors
+from .._teach import described, did_you_mean, explained, teaches_by
 from ..head import LastLayer, check_unchanged, multiply_out
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
@@ -75,6 +76,11 @@ class Likelihood(nn.Module):
         """A draw of x given the decoder's output."""
         raise NotImplementedError(f"{type(self).__name__} has no sample(parameters, generator=...)")
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("fastvae."):
+            teaches_by(cls)
+
     # What fastvae asks.
 
     def check(self, x: Any, name: str = "x") -> None:
@@ -92,7 +98,13 @@ class Likelihood(nn.Module):
             raise self.no_size()
         batch = tensors(x)[0].shape[0]
         x = each(as_int64, x)  # arithmetic of PyTorch's wraps around in the small ones
-        value = self.log_prob(repeat(observed(x, mask, self), samples), parameters)
+        given = repeat(observed(x, mask, self), samples), parameters
+
+        def note() -> str:
+            what = f"with x {described(given[0])} and parameters {described(parameters)}"
+            return f"fastvae called {type(self).__name__}.log_prob(x, parameters) {what}"
+
+        value = explained(self.log_prob, given, note)
         self._check_log_prob(value, x, samples * batch, mask)
         value = value.to(accumulator(value.dtype))
         if mask is not None:
@@ -515,5 +527,7 @@ def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
             f"{likelihood!r}{_hint(likelihood)}"
         )
     if likelihood not in NAMED:
-        raise ValueError(f"likelihood={likelihood!r} is unknown; known: {known}")
+        raise ValueError(
+            f"likelihood={likelihood!r} is unknown; known: {known}{did_you_mean(likelihood, NAMED)}"
+        )
     return NAMED[likelihood]()

@@ -256,7 +256,11 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
 
     def log_prob(*args: Any, **named: Any) -> Tensor:
         if named or len(args) != 1 + len(likelihood.outputs):
-            args = signature.bind(*args, **named).args
+            try:
+                args = signature.bind(*args, **named).args
+            except TypeError as error:
+                takes = ", ".join(signature.parameters)
+                raise TypeError(f"{op.name}() {error}; it takes ({takes})") from None
         x, full, *rest = args
         x = check_data(x, likelihood)
         _check_event(x, first, full)

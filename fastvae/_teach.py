@@ -1,0 +1,156 @@
+"""Errors that teach: what an argument or a name of another library is called here, and what fastvae called a
+user's function with.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# What means the same: arguments here, and in other libraries.
+_ARGUMENTS = (
+    ("k", "samples", "n", "num_samples", "n_samples", "num_particles", "n_particles",
+     "mc_samples", "draws", "l"),
+    ("k_chunk", "chunk", "chunks", "chunk_size", "micro_batch"),
+    ("beta", "kl_weight", "kld_weight", "kl_coef", "kl_beta"),
+    ("free_bits", "free_nats", "min_kl", "lambda"),
+    ("m", "groups", "num_groups"),
+    ("mask", "observed", "missing", "weights", "observation_mask"),
+    ("context", "cond", "condition", "conditioning", "labels", "y", "c"),
+    ("size", "size_factor", "library", "library_size", "exposure"),
+    ("scale", "sigma", "std", "stddev", "sd", "noise_scale", "variance"),
+    ("generator", "seed", "rng", "random_state", "random_seed", "key"),
+    ("likelihood", "loss", "recon_loss", "reconstruction_loss", "distribution", "output_dist"),
+    ("prior", "p", "p_z", "pz"),
+    ("q", "posterior", "guide"),
+    ("x", "data", "input", "inputs", "batch"),
+    ("latent_dim", "z_dim", "latent_size", "n_latent", "num_latents", "dim_z"),
+    ("reduction", "reduce", "size_average"),
+    ("estimator", "gradient", "gradient_estimator"),
+    ("batch_size", "bs", "batchsize"),
+    ("scale", "temperature"),
+)  # fmt: skip
+# What no argument of that name does.
+_INSTEAD = {
+    "seed": "generator=torch.Generator().manual_seed(0) seeds one call, torch.manual_seed(0) all",
+    "sigma": "a likelihood holds its own, such as likelihood=fastvae.Gaussian(scale=0.1)",
+    "scale": "a likelihood holds its own, such as likelihood=fastvae.Gaussian(scale=0.1)",
+    "beta": "fastvae.elbo and fastvae.beta_tc weight the KL",
+}
+# Names of other libraries, and ours.
+_VALUES = {
+    "bce": "bernoulli", "binary_cross_entropy": "bernoulli", "bce_with_logits": "bernoulli",
+    "binary": "bernoulli", "sigmoid": "bernoulli",
+    "mse": "gaussian", "normal": "gaussian", "l2": "gaussian",
+    "l1": "laplace", "mae": "laplace",
+    "nb": "negative_binomial", "zinb": "zero_inflated_negative_binomial",
+    "ce": "categorical", "cross_entropy": "categorical", "softmax": "categorical",
+    "t": "student_t", "cb": "continuous_bernoulli",
+    "gauss": "standard_normal", "standard": "standard_normal",
+    "vae": "elbo", "iwelbo": "iwae", "btcvae": "beta_tc", "tc": "beta_tc", "nll": "log_marginal",
+    "batchmean": "mean", "avg": "mean", "monte_carlo": "mc", "exact": "analytic", "closed_form": "analytic",
+    "sobol": "qmc", "prior": "posterior", "ais": "adapted",
+}  # fmt: skip
+
+
+def did_you_mean(came: Any, known: Iterable[str]) -> str:
+    """Return "; did you mean 'bernoulli'?" where a name is near one that is known, or another library's."""
+    if not isinstance(came, str):
+        return ""
+    known = tuple(known)
+    word = came.strip().lower().replace("-", "_").replace(" ", "_")
+    ours = next((k for k in known if word in (k, k.replace("_", ""))), None) or _VALUES.get(word)
+    if ours not in known and word in ("normal", "gaussian", "gauss"):
+        ours = "standard_normal"
+    if ours not in known:
+        ours = next(iter(difflib.get_close_matches(word, known, 1)), None)
+    return f"; did you mean {ours!r}?" if ours else ""
+
+
+def teaches(function: F) -> F:
+    """Answer an unknown keyword with the argument that was meant, and the arguments that there are."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a graph does not break within a try
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            own = call.__qualname__.removesuffix(".__init__")
+            message = _explained(function, own, kwargs, error)
+            if message is None:
+                raise
+        raise TypeError(message)
+
+    return cast(F, call)
+
+
+def teaches_by(cls: type) -> None:
+    """Let the constructor of a class answer so, by the name of the class, wherever it is inherited from."""
+    init = teaches(inspect.unwrap(cls.__init__))  # type: ignore[misc]
+    init.__qualname__ = f"{cls.__name__}.__init__"
+    cls.__init__ = init  # type: ignore[misc]
+
+
+def _explained(function: Callable[..., Any], own: str, given: dict[str, Any], error: TypeError) -> str | None:
+    """Return a better message where the arguments do not fit the function's; None for another error."""
+    function, text = inspect.unwrap(function), str(error)
+    if not text.startswith(f"{function.__qualname__}() "):
+        return None
+    if any(frame.f_code is function.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return None  # it came from within
+    if "unexpected keyword" in text:
+        return _unknown(function, own, given)
+    return own + text.removeprefix(function.__qualname__)
+
+
+def _unknown(function: Callable[..., Any], name: str, given: dict[str, Any]) -> str:
+    parameters = inspect.signature(function).parameters
+    known = [n for n, p in parameters.items() if n != "self" and p.kind != p.VAR_KEYWORD]
+    free = [n for n in known if n not in given]
+    word = next((n for n in given if n not in known), "")
+    same = [n for group in _ARGUMENTS if word.lower() in group for n in group if n in free]
+    meant = next(iter(same or difflib.get_close_matches(word, free, 1)), None)
+    parts = [f"{name}() got an unexpected keyword argument {word!r}"]
+    if meant is not None:
+        parts.append(f"did you mean {meant}=?")
+    if word in _INSTEAD and meant != "scale":
+        parts.append(_INSTEAD[word])
+    return "; ".join([*parts, f"it takes {', '.join(known) or 'none'}"])
+
+
+def explained(function: Callable[..., Any], given: tuple[Any, ...], note: Callable[[], str]) -> Any:
+    """Return a user's ``function(*given)``; an error of it gets a note of what it was called with."""
+    if torch.compiler.is_compiling():  # a graph does not break within a try
+        return function(*given)
+    try:
+        return function(*given)
+    except Exception as error:
+        noted(error, note())
+        raise
+
+
+def described(value: Any) -> str:
+    """Return the shape and dtype of a tensor, or of each in a dict or sequence."""
+    if isinstance(value, torch.Tensor):
+        return f"[{', '.join(map(str, value.shape))}] {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{n!r}: {described(v)}' for n, v in value.items())}}}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(described, value))})"
+    return type(value).__name__
+
+
+def noted(error: BaseException, note: str) -> None:
+    """Add a note to an error of a user's function (Python 3.11), once."""
+    if hasattr(error, "add_note") and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
