@@ -165,7 +165,9 @@ def walk(backend, likelihoods):
     """Prints each call before it is made: what is last is what crashed. Returns complaints."""
     with fastvae.use_backend("native" if backend == "native" else "reference"):
         calls = recorded(likelihoods)
-    missing = [n for n in REGISTERED if n not in calls and not _of_another_likelihood(n, likelihoods)]
+    # Torch's own functions compute the draws of op.module "gamma", and validate their arguments.
+    ours = [n for n, op in REGISTERED.items() if op.module != "gamma"]
+    missing = [n for n in ours if n not in calls and not _of_another_likelihood(n, likelihoods)]
     assert not missing, f"no arguments were recorded for {missing}"
     complaints, accepted, refused = [], 0, 0
     for name, args in calls.items():
