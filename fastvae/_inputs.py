@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops
 from ._checks import check_same_device, is_dense, shape_of, signed
 from ._glance import are_batch, are_batch_in_python
+from ._misread import is_new, look
 from ._nested import (
     Beside,
     all_tensors,
@@ -120,9 +121,13 @@ class Inputs(NamedTuple):
             parameters = decoded(self.decoder, z, context, latent)
             if latent is not None:
                 self._check_rows(z, parameters, samples)
-        if type(parameters) is Tensor:
-            return parameters
-        return self.likelihood.read_output(self.x, parameters, samples, self.beside)
+        if type(parameters) is not Tensor:
+            parameters = self.likelihood.read_output(self.x, parameters, samples, self.beside)
+        likelihood = self.likelihood
+        looks = (likelihood.reads or likelihood.counts) and not torch.compiler.is_compiling()
+        if looks and z.shape[0] and is_new(self.decoder):
+            look(self.decoder, likelihood, self.x, parameters)
+        return parameters
 
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
