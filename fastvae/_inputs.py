@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops
 from ._checks import check_same_device, is_dense, shape_of, signed
 from ._glance import are_batch, are_batch_in_python
+from ._misread import is_new, look
 from ._nested import (
     Beside,
     all_tensors,
@@ -29,6 +30,7 @@ from .distributions import (
     Distribution,
     as_posterior,
     as_prior,
+    check_support,
     diagonal,
     flat_prior,
 )
@@ -36,6 +38,8 @@ from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
 from .ops.head import Layers, weigh_linear
 from .ops.weigh import Weighing, weigh
 from .reference.weigh import times
+
+REAL = torch.distributions.constraints.real
 
 
 class Inputs(NamedTuple):
@@ -50,9 +54,18 @@ class Inputs(NamedTuple):
 
     @classmethod
     def read(
-        cls, x: Any, q: Any, decoder: Any, likelihood: Any, prior: Any, beside: Beside | None = None
+        cls,
+        x: Any,
+        q: Any,
+        decoder: Any,
+        likelihood: Any,
+        prior: Any,
+        beside: Beside | None = None,
+        compared: bool = True,
     ) -> Inputs:
-        """Read and check what the user gave."""
+        """Read and check what the user gave; ``compared``: whether the densities of q and the prior are
+        compared.
+        """
         # What is right at a glance is not asked one by one.
         if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
@@ -82,6 +95,8 @@ class Inputs(NamedTuple):
         prior = as_prior(q.own_prior if prior is None else prior, context).prepared()
         if q.latent is not None:
             prior = flat_prior(prior, q.latent, q.batch, q)
+        if compared and q.support is not REAL:
+            check_support(q, prior)
         return cls(x, q, decoder, likelihood, prior, beside)
 
     @property
@@ -106,9 +121,13 @@ class Inputs(NamedTuple):
             parameters = decoded(self.decoder, z, context, latent)
             if latent is not None:
                 self._check_rows(z, parameters, samples)
-        if type(parameters) is Tensor:
-            return parameters
-        return self.likelihood.read_output(self.x, parameters, samples, self.beside)
+        if type(parameters) is not Tensor:
+            parameters = self.likelihood.read_output(self.x, parameters, samples, self.beside)
+        likelihood = self.likelihood
+        looks = (likelihood.reads or likelihood.counts) and not torch.compiler.is_compiling()
+        if looks and z.shape[0] and is_new(self.decoder):
+            look(self.decoder, likelihood, self.x, parameters)
+        return parameters
 
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool

@@ -907,7 +907,8 @@ def reconstruction_log_prob(
         >>> fastvae.reconstruction_log_prob(x, q, decoder, samples=30, likelihood="bernoulli").shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, None, Beside.of(mask, size, context))
+    beside = Beside.of(mask, size, context)
+    inputs = Inputs.read(x, q, decoder, likelihood, None, beside, compared=False)
     samples = check_count("samples", samples, "the draws per example")
     chunks = Chunks(k_chunk)
     if type(row_offset) is not int or row_offset:

@@ -16,6 +16,7 @@ from torch import distributions as td
 
 from . import objectives
 from ._checks import INTEGERS, check_choice, check_count, shape_of
+from ._misread import look_at_structure
 from ._nested import called, decoded, each, tensors
 from ._teach import teaches
 from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
@@ -105,6 +106,7 @@ class VAE(nn.Module):
                 raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
             setattr(self, name, _as_module(name, value, self))
         self.likelihood = as_likelihood(likelihood)
+        look_at_structure(self.decoder, self.likelihood)
         if isinstance(prior, td.Distribution) and any(t.requires_grad for t in tensors_of(prior)):
             raise TypeError(
                 f"prior is a torch.distributions.{type(prior).__name__} with learned parameters, which a "

@@ -150,6 +150,28 @@ def test_every_posterior_crosses_a_graph_break(name):
     _compare(run, leaves=[*encoder.parameters(), *decoder.parameters()])
 
 
+DRAWN_BY_TORCH = {
+    "Gamma": lambda t: td.Gamma(t.exp(), 1 + t.exp(), validate_args=False),
+    "Beta": lambda t: td.Beta(t.exp(), 1 + t.exp(), validate_args=False),
+    "Dirichlet": lambda t: td.Dirichlet(t.exp(), validate_args=False),
+    "RelaxedOneHotCategorical": lambda t: td.RelaxedOneHotCategorical(
+        torch.tensor(0.7), logits=t, validate_args=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN_BY_TORCH)
+def test_draws_of_torch_are_one_graph(name):
+    encoder, decoder, x = nn.Linear(X, D), Decoder(), _x()
+    prior = DRAWN_BY_TORCH[name](torch.zeros(D))
+
+    def run():
+        q = DRAWN_BY_TORCH[name](encoder(x))
+        return fastvae.iwae(x, q, decoder, k=K, prior=prior, **BERNOULLI)
+
+    _compare(run, fullgraph=True, backend="aot_eager", leaves=[*encoder.parameters(), *decoder.parameters()])
+
+
 # Posteriors and priors as objects
 
 

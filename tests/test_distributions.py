@@ -22,6 +22,7 @@ from fastvae.distributions import (
     rsample,
 )
 from fastvae.distributions.base import held
+from fastvae.reference.gamma import seeded
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn, seed_of
@@ -314,7 +315,10 @@ def test_torch_distributions_as_posteriors(name, estimator):
     weight, x = randn(D, X, seed=6).double(), (randn(B, X, seed=7) > 0).double()
     a, b = _parameters()
     q = family(a, b)
-    parts = fastvae.log_weights(x, q, decoder, k=K, estimator=estimator, generator=generator(3), **BERNOULLI)
+    options = {"estimator": estimator, "generator": generator(3), **BERNOULLI}
+    if name in ("LogNormal", "Gamma"):  # for which N(0, I) has to be asked for
+        options["prior"] = td.Normal(a.new_zeros(()), 1.0)
+    parts = fastvae.log_weights(x, q, decoder, k=K, **options)
     z = seen[0].reshape(K, B, D)
     expected = td.Normal(0.0, 1.0).log_prob(z).sum(-1) - total(q, z)
     torch.testing.assert_close(parts.log_ratio, expected, rtol=1e-9, atol=1e-9)
@@ -487,6 +491,107 @@ def test_compiled(objective):
         results.append([value, *torch.autograd.grad(value, leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# Gamma and Dirichlet draws are torch's, by ops of fastvae's
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        td.Gamma,
+        td.Beta,
+        lambda a, b: td.Dirichlet(a + b),
+        lambda a, b: td.Chi2(a),
+        lambda a, b: td.InverseGamma(a, b),
+        lambda a, b: td.Independent(td.Gamma(a, b), 1),
+    ],
+)
+def test_draws_by_ops_are_torchs_own(make):
+    """In value and in gradient, and torch's state is as it was."""
+    leaves = [wide(B, D, seed=s).detach().exp().requires_grad_() for s in (1, 2)]
+    results, state = [], torch.get_rng_state()
+    z, _ = TorchDistribution(make(*leaves)).rsample(K, SEED, sample_offset=2, row_offset=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    with seeded(SEED, DEVICE, 2, 1):
+        own = make(*leaves).rsample((K,))
+    for draws_ in (z, own):
+        results.append([draws_, *torch.autograd.grad(draws_.sin().sum(), leaves, allow_unused=True)])
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+# What q is over
+
+
+ON_LESS = {  # with a prior of the same support
+    "RelaxedOneHotCategorical": lambda t, rows: td.RelaxedOneHotCategorical(torch.tensor(0.7), logits=t),
+    "Dirichlet": lambda t, rows: td.Dirichlet(t.exp()),
+    "Gamma": lambda t, rows: td.Independent(td.Gamma(t.exp(), 1.0), 1),
+    "Beta": lambda t, rows: td.Beta(t.exp(), t.exp()),
+    "Uniform": lambda t, rows: td.Uniform(0 * t, 0 * t + (0.5 if rows else 1.0)),
+    "tanh": lambda t, rows: td.TransformedDistribution(td.Normal(t, 1.0), [td.TanhTransform(cache_size=1)]),
+    "LogNormal": lambda t, rows: fastvae.LogNormal(t, 0 * t),
+    "Exponential": lambda t, rows: fastvae.Exponential(t),
+    "Mixture": lambda t, rows: fastvae.Mixture([fastvae.Exponential(t), td.LogNormal(t, 1.0)]),
+    "axes of their own": lambda t, rows: td.Dirichlet(t.exp()[..., None, :].expand(*t.shape[:-1], 2, D)),
+}
+
+
+@pytest.mark.parametrize("name", ON_LESS)
+def test_a_posterior_on_less_than_the_whole_space_needs_a_prior(name):
+    make, x = ON_LESS[name], torch.ones(B, X, device=DEVICE)
+    size = 2 * D if name == "axes of their own" else D
+    decoder = lambda z: z.flatten(1) @ torch.ones(size, X, device=DEVICE)  # noqa: E731
+    q, p = make(0.3 * randn(B, D, seed=1), True), make(randn(D, seed=2), False)
+    for objective in (fastvae.elbo, fastvae.iwae, fastvae.log_marginal):
+        with pytest.raises(ValueError, match=r"support is .* not all of R\^D.*N\(0, I\).*pass prior="):
+            objective(x, q, decoder, **BERNOULLI)
+    vae = fastvae.VAE(lambda x: q, decoder, **BERNOULLI)
+    with pytest.raises(ValueError, match="pass prior="):
+        vae(x, objective="iwae", k=K)
+    assert fastvae.iwae(x, q, decoder, k=K, prior=p, **BERNOULLI).isfinite()
+    assert fastvae.elbo(x, q, decoder, kl="mc", prior=p, **BERNOULLI).isfinite()
+    assert fastvae.reconstruction_log_prob(x, q, decoder, samples=K, **BERNOULLI).isfinite().all()
+    if name in ("RelaxedOneHotCategorical", "Dirichlet"):
+        with pytest.raises(ValueError, match="Dirichlet|Relaxed.*the simplex.*DiagonalNormal.*pass prior="):
+            fastvae.iwae(x, q, decoder, k=K, prior=td.Normal(torch.zeros(D, device=DEVICE), 1.0), **BERNOULLI)
+
+
+# Events of a group of latents, [B, 3, 5]
+
+
+def _mvn(mean, scale):
+    return td.MultivariateNormal(mean, scale_tril=torch.diag_embed(scale.exp()))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: td.Independent(d, 1)], ids=["plain", "Independent"])
+@pytest.mark.parametrize("name", ["mvn", "mvn, one", "mvn, rows", "dirichlet"])
+def test_grouped_latents_have_their_closed_kl(name, wrap, unsaid):
+    x, decoder = torch.ones(B, X, device=DEVICE), lambda z: z.new_zeros(len(z), X)
+    a, b, c, d = (
+        0.4 * randn(*shape, seed=i) for i, shape in enumerate(((B, 3, 5), (B, 3, 5), (3, 5), (3, 5)))
+    )
+    q = td.Dirichlet(a.exp()) if name == "dirichlet" else _mvn(a, b)
+    p = {
+        "mvn": lambda: wrap(_mvn(c, d)),
+        "mvn, one": lambda: _mvn(c[0], d[0]),
+        "mvn, rows": lambda: wrap(_mvn(c.expand(B, 3, 5), d.expand(B, 3, 5))),
+        "dirichlet": lambda: wrap(td.Dirichlet(c.exp())),
+    }[name]()
+    plain = p.base_dist if isinstance(p, td.Independent) else p
+    found = fastvae.elbo(x, wrap(q), decoder, prior=p, terms=True, **BERNOULLI)
+    torch.testing.assert_close(found.kl, td.kl_divergence(q, plain).sum(1), rtol=1e-5, atol=1e-5)
+    seen = []
+    parts = fastvae.log_weights(
+        x, wrap(q), lambda z: seen.append(z) or decoder(z), k=K, prior=p, generator=generator(5), **BERNOULLI
+    )
+    z = seen[0].unflatten(0, (K, B))
+    expected = (plain.log_prob(z) - q.log_prob(z)).sum(-1)
+    torch.testing.assert_close(parts.log_ratio, expected, rtol=1e-4, atol=1e-4)
 
 
 # The KL

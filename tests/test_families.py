@@ -125,7 +125,17 @@ PRIORS = {
 }
 # Where q has all of the line and p half of it, log p is −∞.
 POSITIVE = {"log-normal", "exponential"}
-PAIRS = [(q, p) for q in POSTERIORS for p in PRIORS if p not in POSITIVE or q in POSITIVE]
+PAIRS = [
+    (q, p)
+    for q in POSTERIORS
+    for p in PRIORS
+    if (p != "standard" if q in POSITIVE else p not in POSITIVE)  # N(0, I) has another support
+]
+
+
+def _prior_of(q):
+    """The default, or a prior of q's support."""
+    return fastvae.LogNormal(zeros(D), zeros(D)) if q in POSITIVE else None
 
 
 def _decoder(dtype):
@@ -206,7 +216,7 @@ def test_estimators_have_one_value_in_half_precision(dtype):
         found = []
         for estimator in ESTIMATORS:
             x, q = _data(torch.float32), POSTERIORS[name](Parameters(dtype))
-            prior = fastvae.LogNormal(zeros(D), zeros(D)) if name in POSITIVE else None
+            prior = _prior_of(name)
             options = {"k": K, "estimator": estimator, "generator": generator(5), **BERNOULLI}
             found.append(fastvae.iwae(x, q, lambda z: zeros(len(z), X), prior=prior, **options))
         for other in found[1:]:
@@ -244,7 +254,7 @@ class Encoder(nn.Module):
 def test_evaluated(name, prior, tmp_path):
     """Any batch size and a checkpoint give the same; with a tolerance examples leave."""
     encoder, decoder = Encoder(name).double(), nn.Linear(D, X).double()
-    p = PRIORS[prior](Parameters())
+    p = _prior_of(name) if prior == "standard" else PRIORS[prior](Parameters())
     x = (randn(23, X, seed=7) > 0).double()
     options = {"likelihood": "bernoulli", "prior": p, "progress": False}
     whole = fastvae.evaluate(encoder, decoder, x, k=12, generator=generator(2), **options)
@@ -306,7 +316,8 @@ def test_ranks_share_an_evaluation_of_any_family(tmp_path):
 
 def test_a_vae_of_each(backend):
     for name in POSTERIORS:
-        vae = fastvae.VAE(Encoder(name), nn.Linear(D, X), likelihood="bernoulli", latent_dim=D).to(DEVICE)
+        options = {"prior": _prior_of(name), "latent_dim": D, **BERNOULLI}
+        vae = fastvae.VAE(Encoder(name), nn.Linear(D, X), **options).to(DEVICE)
         x = _data(torch.float32)
         (-vae.iwae(x, k=4)).backward()
         assert all(g is None or bool(g.isfinite().all()) for g in (p.grad for p in vae.parameters()))
@@ -322,8 +333,9 @@ def test_every_backend(backend, kind):
         for implementation in (backend, "reference"):
             made = Parameters(torch.float32)
             with fastvae.use_backend(implementation):
-                q = POSTERIORS[name if kind == "posterior" else "log-normal"](made)
-                p = None if kind == "posterior" else PRIORS[name](made)
+                of_prior = "diagonal" if name == "standard" else "log-normal"
+                q = POSTERIORS[name if kind == "posterior" else of_prior](made)
+                p = _prior_of(name) if kind == "posterior" else PRIORS[name](made)
                 bound = fastvae.iwae(
                     x, q, decoder, k=K, k_chunk=4, prior=p, generator=generator(5), **BERNOULLI
                 )

@@ -240,6 +240,11 @@ def _arguments(op: str):
     elif op == "nearest_code":
         for dtype in (torch.float32, torch.float64):
             yield randn(B, D, seed=26, dtype=dtype), randn(7, D, seed=27, dtype=dtype)
+    elif op in ("standard_gamma", "dirichlet"):
+        yield rand(K, B, D, seed=28).requires_grad_(), torch.tensor(9, device=log_w.device), 1, 4
+    elif op in ("standard_gamma_backward", "dirichlet_backward"):
+        z = rand(B, D, seed=29)
+        yield rand(B, D, seed=28), z / z.sum(-1, True), randn(B, D, seed=30)
     elif op == "normal":
         yield torch.tensor(9, device=log_w.device), K, B, D, 1, 4, 2, torch.float32
 

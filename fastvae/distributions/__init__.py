@@ -3,7 +3,7 @@ what is fused."""
 
 from .base import Distribution, closed_kl, register_kl
 from .covariance import FullNormal, LowRankNormal
-from .draws import STANDARD, draw_chunk, draw_kl, draw_ratio, draw_strata, log_shares, rsample
+from .draws import STANDARD, check_support, draw_chunk, draw_kl, draw_ratio, draw_strata, log_shares, rsample
 from .flow import Flow
 from .hierarchy import HierarchicalPosterior, Hierarchy, Level
 from .location_scale import Exponential, Gumbel, Laplace, Logistic, LogNormal, StudentT
@@ -37,6 +37,7 @@ __all__ = [
     "VampPrior",
     "as_posterior",
     "as_prior",
+    "check_support",
     "closed_kl",
     "diagonal",
     "draw_chunk",

@@ -40,6 +40,8 @@ class Distribution:
             prior, z is flat, D = C·H·W. Default: None, the decoder is given z [N, D].
         z_dtype: of a posterior: the dtype of the decoder's z where it is narrower than that of the draws, as
             for torch's in half precision. Default: None, that of the draws.
+        support: where z lies, a constraint of torch.distributions. A posterior over less than R^D needs a
+            prior of the same support: N(0, I) is refused. Default: ``constraints.real``.
         per_row: of a prior: whether each row of the batch has parameters of its own.
         strata: of a posterior: how many parts its draws come from in turn; 1 where each is drawn from q.
         own_prior: of a posterior that is made together with its prior: this prior, which ``prior=None`` then
@@ -62,6 +64,7 @@ class Distribution:
     mean: Tensor | None = None
     latent: tuple[int, ...] | None = None
     z_dtype: torch.dtype | None = None
+    support: Any = td.constraints.real
     per_row: ClassVar[bool] = False
     strata: ClassVar[int] = 1
     own_prior: Distribution | None = None
@@ -273,6 +276,13 @@ _Family = TypeVar("_Family", bound=Distribution)
 def is_family(distribution: Distribution, family: type[_Family]) -> TypeGuard[_Family]:
     """True for this family itself, plain or a module, and False for its subclasses."""
     return distribution.family is family
+
+
+def is_real(support: Any) -> bool:
+    """True for all of R^D."""
+    while isinstance(support, td.constraints.independent):
+        support = support.base_constraint
+    return support is td.constraints.real
 
 
 class Located(Distribution):

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from .. import ops
 from .._checks import check_result
 from ..ops.latent import dreg_weight, flat_kl, flat_log_ratio, options, path_weight
-from .base import Distribution, closed_kl, fixed_at, held, is_family
+from .base import Distribution, Located, closed_kl, fixed_at, held, is_family, is_real
 from .normal import DiagonalNormal, StandardNormal
+from .wrapped import TorchDistribution
 
 # It has no state; making a module costs more than the kernels of a small batch.
 STANDARD = StandardNormal()
@@ -90,7 +92,9 @@ def say_monte_carlo(q: Distribution, p: Distribution) -> None:
 
 
 def describe(distribution: Distribution) -> str:
-    inner = getattr(distribution, "distribution", None)
+    inner: Any = getattr(distribution, "distribution", None)
+    while type(inner).__name__ == "_Flattened":
+        inner = inner.base_dist
     own: str = getattr(distribution, "made_by", type(distribution).__name__)
     return own if inner is None else type(inner).__name__
 
@@ -268,6 +272,38 @@ class _Valued(torch.autograd.Function):
 
 
 # What a user may have written, checked
+
+_GAMMA = "torch.distributions.Gamma(torch.ones(D), torch.ones(D))"
+_SUPPORTS = (
+    (td.constraints.simplex, "the simplex", "torch.distributions.Dirichlet(torch.ones(D))"),
+    (td.constraints.unit_interval, "(0, 1)", "torch.distributions.Beta(torch.ones(D), torch.ones(D))"),
+    (td.constraints.positive, "z > 0", _GAMMA),
+    (td.constraints.nonnegative, "z ≥ 0", _GAMMA),
+)
+
+
+def check_support(q: Distribution, p: Distribution) -> None:
+    """Refuse N(0, I) as the prior of a posterior over less than R^D, and any density over R^D as that of one
+    on a simplex.
+
+    Raises:
+        ValueError: for such a pair.
+    """
+    support = q.support
+    if is_real(support):
+        return
+    while isinstance(support, td.constraints.independent):
+        support = support.base_constraint
+    known = isinstance(p, (DiagonalNormal, Located, TorchDistribution)) and not p.reaches_others
+    on_simplex = support is td.constraints.simplex
+    if is_family(p, StandardNormal) or (on_simplex and known and is_real(p.support)):
+        kind = type(support).__name__.lstrip("_")
+        where, such = next(((name, text) for c, name, text in _SUPPORTS if c is support), (kind, ""))
+        prior = "N(0, I), the default," if is_family(p, StandardNormal) else describe(p)
+        raise ValueError(
+            f"q is {describe(q)}, whose support is {where} and not all of R^D, but the prior, {prior} is "
+            f"over R^D; pass prior=, a distribution of q's support{such and ', such as ' + such}"
+        )
 
 
 def _check_prior(q: Distribution, p: Distribution) -> None:

@@ -11,8 +11,9 @@ from torch import distributions as td
 
 from .. import random
 from .._checks import check_tensor
+from ..reference.gamma import seeded
 from .base import Distribution, hold, is_family
-from .wrapped import TorchDistribution, at_address, seeded
+from .wrapped import TorchDistribution, at_address
 
 
 class Flow(Distribution):

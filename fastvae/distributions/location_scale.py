@@ -233,6 +233,8 @@ class Exponential(LocationScale):
         torch.Size([5, 4])
     """
 
+    support = td.constraints.nonnegative
+
     def __init__(self, log_scale: Tensor):
         check_tensor("log_scale", log_scale)
         super().__init__(torch.zeros_like(log_scale, requires_grad=False), log_scale)
@@ -331,6 +333,8 @@ class LogNormal(LocationScale):
         >>> fastvae.LogNormal(torch.zeros(2), torch.zeros(2)).log_prob(torch.ones(5, 4, 2)).shape
         torch.Size([5, 4])
     """
+
+    support = td.constraints.positive
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributions as td
 
 from .. import ops, random
 from .._checks import check_count, check_tensor, shape_of
 from ..ops.mixture import check_components
 from ..ops.op import accumulator
-from .base import Distribution, hold, is_family
+from .base import Distribution, hold, is_family, is_real
 from .covariance import FullNormal, LowRankNormal
 from .normal import DiagonalNormal
 
@@ -425,6 +426,11 @@ class Mixture(Distribution):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return self._first().device
+
+    @property
+    def support(self) -> Any:
+        supports = [c.support for c in self.components]
+        return td.constraints.real if any(is_real(s) for s in supports) else supports[0]
 
     @property
     def z_dtype(self) -> torch.dtype | None:  # type: ignore[override]

@@ -13,6 +13,7 @@ from torch import distributions as td
 
 from .._checks import shape_of
 from .base import Distribution, is_family
+from .covariance import FullNormal, LowRankNormal
 from .normal import SCALE, DiagonalNormal, diagonal
 from .wrapped import ELEMENTWISE, TorchDistribution
 
@@ -46,8 +47,8 @@ def _flat(
         flat = type(inner)(**parameters, validate_args=False)
         flat._validate_args = inner._validate_args
         return flat
-    batch = (*lead, *latent[: len(latent) - len(d.event_shape)])
-    whole = d if d.batch_shape == batch else d.expand(batch)
+    batch = (*lead, *latent[: len(latent) - len(inner.event_shape)])
+    whole = inner if inner.batch_shape == batch else inner.expand(batch)
     of_q = q.distribution if isinstance(q, TorchDistribution) else None
     if isinstance(of_q, _Flattened) and q is not None and q.latent == latent:
         (shape,) = of_q.transforms
@@ -85,8 +86,9 @@ def flat_prior(
             return p
         mu, logvar = (_flat_part(name, v, latent, batch) for name, v in parts)
         return p.of(mu, logvar)
-    if is_family(p, TorchDistribution):
-        d = p.distribution
+    correlated = is_family(p, FullNormal) or is_family(p, LowRankNormal)
+    if is_family(p, TorchDistribution) or correlated:
+        d: td.Distribution = p.as_torch()  # type: ignore[assignment]
         shape = (*d.batch_shape, *d.event_shape)
         if _is_flat(shape, latent):
             return p

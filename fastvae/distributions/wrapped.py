@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributions as td
+from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from .. import random
 from .._checks import check_same_device
+from ..ops.gamma import dirichlet, standard_gamma
+from ..reference.gamma import check_philox, seeded
 from .base import Distribution, mapped, tensors_of
 
 # Families whose parameters have an element for each of z's, and are their constructor's arguments.
@@ -84,6 +87,16 @@ class TorchDistribution(Distribution):
         return mean if mean.dim() == 2 and self.is_posterior else None
 
     @property
+    def support(self) -> Any:
+        d: Any = self.distribution
+        while type(d).__name__ == "_Flattened":
+            d = d.base_dist
+        try:
+            return d.support
+        except NotImplementedError:  # of a user's own
+            return td.constraints.real
+
+    @property
     def is_posterior(self) -> bool:
         """Whether its axes are [B, D]."""
         d = self.distribution
@@ -116,6 +129,8 @@ class TorchDistribution(Distribution):
         shape = (samples, *self.distribution.batch_shape, *self.distribution.event_shape)
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
         z = at_address(self.distribution, shape, seed, place)
+        if z is None:
+            z = _by_ops(self.distribution, shape, seed, (sample_offset, row_offset))
         if z is None:
             with seeded(seed, self.device, sample_offset, row_offset):
                 z = self.distribution.rsample((samples,))
@@ -210,6 +225,10 @@ def at_address(
     eps = random.normal(seed.to(tensor.device), *rows, dtype=torch.float64, **place).reshape(shape)
     if isinstance(d, td.Normal):
         return d.loc + d.scale * eps.to(tensor.dtype)
+    if type(d) is ExpRelaxedCategorical:
+        gumbels = -torch.log(-torch.special.log_ndtr(eps)).to(tensor.dtype)
+        scores = (d.logits + gumbels) / d.temperature
+        return scores - scores.logsumexp(-1, keepdim=True)
     if isinstance(d, td.MultivariateNormal):
         return d.loc + (d.scale_tril @ eps.to(tensor.dtype).unsqueeze(-1)).squeeze(-1)
     if type(d).icdf is td.Distribution.icdf or not d.has_rsample:
@@ -217,28 +236,26 @@ def at_address(
     return d.icdf(0.5 * torch.erfc(-eps / math.sqrt(2))).to(tensor.dtype)
 
 
-class seeded:
-    """Torch draws from a state that these determine, and has its own again afterwards."""
-
-    def __init__(self, seed: Tensor, device: torch.device, sample_offset: int, row_offset: int):
-        if seed.dim():
-            raise ValueError(
-                "noise='qmc' needs a q that is a function of fastvae's noise, but this one's is torch's own: "
-                "a torch.distributions object that is no function of normals and has no icdf, or a flow with "
-                "such a base. Use noise='philox', or a q whose rsample calls fastvae.random.normal"
-            )
-        mixed = int(seed) + 0x9E3779B97F4A7C15 * (sample_offset + 1) + 0xC2B2AE3D27D4EB4F * (row_offset + 1)
-        self._seed = mixed % 2**63
-        # Not torch.manual_seed, which reseeds every device.
-        self._generator = torch.default_generator
-        if device.type != "cpu":
-            self._generator = torch.get_device_module(device).default_generators[device.index]
-        devices = [] if device.type == "cpu" else [device]
-        self._fork = torch.random.fork_rng(devices, device_type=device.type)
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        self._generator.manual_seed(self._seed)
-
-    def __exit__(self, *error: Any) -> Any:
-        return self._fork.__exit__(*error)
+def _by_ops(d: Any, shape: tuple[int, ...], seed: Tensor, place: tuple[int, int]) -> Tensor | None:
+    """z of this shape from torch's own generator, by ops that a compiler can keep in its graph; None where
+    there is none.
+    """
+    if type(d) is td.Independent:
+        return _by_ops(d.base_dist, shape, seed, place)
+    if isinstance(d, td.TransformedDistribution) and type(d).rsample is td.TransformedDistribution.rsample:
+        base = d.base_dist
+        z = _by_ops(base, (shape[0], *base.batch_shape, *base.event_shape), seed, place)
+        for transform in d.transforms if z is not None else ():
+            z = transform(z)
+        return z
+    if type(d) not in (td.Gamma, td.Chi2, td.Beta, td.Dirichlet):
+        return None
+    check_philox(seed)
+    if isinstance(d, td.Gamma):
+        z = standard_gamma(d.concentration.expand(shape), seed, *place) / d.rate
+        z.detach().clamp_(min=torch.finfo(z.dtype).tiny)  # as torch does, whose densities take logarithms
+        return z
+    if isinstance(d, td.Beta):
+        pair = torch.stack([d.concentration1, d.concentration0], -1)
+        return dirichlet(pair.expand(*shape, 2), seed, *place)[..., 0]
+    return dirichlet(d.concentration.expand(shape), seed, *place)

@@ -48,12 +48,19 @@ class Likelihood(nn.Module):
         takes_integers: x may be a tensor of integers; else these are refused.
         takes_size: the mean may have a factor for each example, ``size=``.
         inside: a value that an element of x may have: it stands where a ``mask`` says that none was observed.
+        reads: for warnings, what the decoder's first output is where other codes return something else:
+            ``"logits"``, ``"class logits"`` along axis 1, ``"event logits"`` or ``"log rates"``.
+        option: the argument that makes it read probabilities or rates.
+        counts: x are counts, whole numbers.
     """
 
     takes_integers: ClassVar[bool] = False
     takes_size: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     inside: ClassVar[float] = 0.0
+    reads: ClassVar[str] = ""
+    option: ClassVar[str] = ""
+    counts: ClassVar[bool] = False
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
         """log p(x|z), a floating-point tensor [N, *event], of x [N, *event] and what the decoder returned for
@@ -201,6 +208,7 @@ class Declared(Likelihood):
     ``csrc/likelihoods/<name>.hpp`` and ``kernels/likelihoods/<name>.py``; everything else is made of these.
 
     Attributes:
+        converts: the decoder's output is not what was declared, but probabilities or rates.
         constants: the last outputs, which the likelihood itself has and no decoder returns.
         hazards: for the tests: how far each output is drawn from 0, beside the usual spreads.
         oracle: for the tests: an independent distribution of x, of the outputs.
@@ -221,6 +229,7 @@ class Declared(Likelihood):
     mean_of: ClassVar[Callable[..., Tensor]]
     draw: ClassVar[Callable[..., Tensor]]
     _bounded: ClassVar[bool]
+    converts: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -242,7 +251,8 @@ class Declared(Likelihood):
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """log p of each element [N, *event], of x [N, *event] and what the decoder returned for N rows."""
-        return self._elements(x, self.multiplied_out(parameters, x), 1, None)[0]
+        parameters = self._natural(self.multiplied_out(parameters, x))
+        return self._elements(x, parameters, 1, None)[0]
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
@@ -261,6 +271,7 @@ class Declared(Likelihood):
             drawn = [p[0] if len(p) == 1 else p for p in zip(*(p.chunk(samples) for p in parts), strict=True)]
             return torch.cat([super(Declared, self).log_likelihood(x, p, 1, beside) for p in drawn])
         mask, size, _ = beside or _NOTHING
+        parameters = self._natural(parameters)
         if mask is not None:
             each = self._elements(observed(x, mask, self), parameters, samples, size)
             return summed(torch.where(mask, each, 0.0), samples, len(x))
@@ -309,7 +320,7 @@ class Declared(Likelihood):
 
     def _complete(self, parameters: Any) -> list[Tensor]:
         """All outputs, those that the likelihood holds too, each [N, *event]."""
-        parameters = self.multiplied_out(parameters)
+        parameters = self._natural(self.multiplied_out(parameters))
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
         if not isinstance(first, Tensor):
             raise self._wrong_output(parameters)
@@ -325,6 +336,7 @@ class Declared(Likelihood):
         if type(parameters) is Layers:
             return self.name, _flat(x), parameters
         given = self._given(x)
+        parameters = self._natural(parameters)
         returned = parameters if type(parameters) is tuple else (parameters,)
         glance = are_outputs_in_python if torch.compiler.is_compiling() else are_outputs
         dense = all([not isinstance(p, Tensor) or is_dense(p) for p in returned])
@@ -355,9 +367,14 @@ class Declared(Likelihood):
         given = self._given(x)
         if any(isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1 for p in given):
             return None
+        parameters = self._natural(parameters)
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
         of_z = first if isinstance(first, Tensor) else x
         return self.name, self._arranged(self._read(of_z, parameters, 1, given), given)
+
+    def _natural(self, parameters: Any) -> Any:
+        """The outputs declared, of what the decoder returned."""
+        return parameters
 
     def read_output(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
         if type(parameters) is LastLayer:
@@ -371,7 +388,7 @@ class Declared(Likelihood):
 
     def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> Layers | None:
         """A last layer as the fused op takes it; None where that does not fit or pay."""
-        unfit = not self.is_declared or x.requires_grad or not x.numel()
+        unfit = self.converts or not self.is_declared or x.requires_grad or not x.numel()
         if unfit or (beside is not None and not (beside.mask is None and beside.size is None)):
             return None
         given = self._given(x)

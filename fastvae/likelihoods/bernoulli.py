@@ -1,9 +1,14 @@
 """The Bernoulli likelihood."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .base import Declared
+from .natural import check_flag, logits_of
 
 
 class Bernoulli(Declared):
@@ -19,6 +24,13 @@ class Bernoulli(Declared):
 
     The op by itself is ``fastvae.ops.bernoulli_log_prob(x, logits)``.
 
+    Args:
+        probs: the decoder returns probabilities, as one that ends in a sigmoid does. They become logits
+            :math:`\log p - \log(1 - p)`, each logarithm at least −100, with the slope
+            :math:`1 / \max(p (1 - p), 10^{-12})`: the limits of
+            ``torch.nn.functional.binary_cross_entropy``. In float16 the gradient saturates at that dtype's
+            range. Logits keep more digits near 0 and 1.
+
     Example:
         >>> import torch, fastvae
         >>> fastvae.Bernoulli().log_prob(torch.ones(4, 7), torch.zeros(4, 7)).shape
@@ -31,12 +43,25 @@ class Bernoulli(Declared):
     name = "bernoulli"
     outputs = ("logits",)
     low, high = 0.0, 1.0
+    reads, option = "logits", "probs"
     hint = (
         "for images scaled to [-1, 1] use (x + 1) / 2, for bytes x / 255, and for data that is not bounded "
         "likelihood='gaussian'"
     )
     hazards = {"logits": (100.0,)}
     oracle = staticmethod(lambda logits: torch.distributions.Bernoulli(logits=logits, validate_args=False))
+
+    def __init__(self, *, probs: bool = False):
+        super().__init__()
+        self.probs = check_flag("probs", probs)
+        if probs:
+            self.converts, self.reads = True, ""  # type: ignore[misc]
+
+    def _natural(self, parameters: Any) -> Any:
+        return logits_of(parameters, "Bernoulli(probs=True)") if self.probs else parameters
+
+    def extra_repr(self) -> str:
+        return "probs=True" if self.probs else ""
 
     @staticmethod
     def value(x: Tensor, logits: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from .._checks import as_int, check_data, check_same_device, check_tensor, may_l
 from .._nested import Beside, repeat
 from ..ops.grouped import categorical_rows, check_classes
 from .base import NAMED, Likelihood, describe
+from .natural import check_flag, log_of
+
+_SHARES = "probabilities", "logits"
 
 
 class Categorical(Likelihood):
@@ -26,6 +29,10 @@ class Categorical(Likelihood):
     Args:
         ignore_index: the class that does not count, as in ``torch.nn.functional.cross_entropy``, such as
             padding.
+        probs: the decoder returns probabilities, as one that ends in a softmax does, or numbers in
+            proportion to them. Their logarithms are at least −100, with the slope
+            :math:`1 / \max(p, 10^{-30})`, so that nothing is infinite at 0; in float16 the
+            gradient saturates at that dtype's range.
 
     Example:
         >>> import torch, fastvae
@@ -41,9 +48,13 @@ class Categorical(Likelihood):
 
     takes_integers = True
     differentiable = False
+    reads, option = "class logits", "probs"
 
-    def __init__(self, ignore_index: int = -100):
+    def __init__(self, ignore_index: int = -100, *, probs: bool = False):
         super().__init__()
+        self.probs = check_flag("probs", probs)
+        if probs:
+            self.reads = ""  # type: ignore[misc]
         self.ignore_index = as_int("ignore_index", ignore_index, "a class that x may hold")
 
     def log_likelihood(
@@ -53,7 +64,7 @@ class Categorical(Likelihood):
             return super().log_likelihood(x, parameters, samples, beside)
         if beside is not None and beside.size is not None:
             raise self.no_size()
-        x = signed(x)
+        x, parameters = signed(x), self._logits(parameters)
         self._check(x, parameters, samples)
         if beside is not None and beside.mask is not None:
             # In a dtype that has the class that does not count.
@@ -64,6 +75,7 @@ class Categorical(Likelihood):
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """log p of each element [N, *event]; 0 for the class that does not count."""
         x = x if x.is_floating_point() else x.long()
+        parameters = self._logits(parameters)
         self._check(x, parameters, 1)
         check_classes(x, parameters.shape[1], self.ignore_index)
         counts = x != self.ignore_index
@@ -73,11 +85,12 @@ class Categorical(Likelihood):
     def mean(self, parameters: Tensor) -> Tensor:
         """The class's expected number [N, *event]: of levels, their mean; of names, nothing."""
         numbers = torch.arange(parameters.shape[1], device=parameters.device, dtype=parameters.dtype)
-        return (parameters.softmax(1) * numbers.reshape(-1, *[1] * (parameters.dim() - 2))).sum(1)
+        shares: Tensor = self._logits(parameters).softmax(1).to(parameters.dtype)
+        return (shares * numbers.reshape(-1, *[1] * (parameters.dim() - 2))).sum(1)
 
     def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Classes [N, *event], int64."""
-        rows = parameters.float().softmax(1).movedim(1, -1)
+        rows = self._logits(parameters).float().softmax(1).movedim(1, -1)
         drawn = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
         return drawn.reshape(rows.shape[:-1])
 
@@ -99,8 +112,11 @@ class Categorical(Likelihood):
                 f"for an x of {shape_of(x)}{hint if last else ''}"
             )
 
+    def _logits(self, parameters: Any) -> Any:
+        return log_of(parameters, "Categorical(probs=True)", *_SHARES) if self.probs else parameters
+
     def extra_repr(self) -> str:
-        return f"ignore_index={self.ignore_index}"
+        return f"ignore_index={self.ignore_index}" + ", probs=True" * self.probs
 
 
 class Multinomial(Likelihood):
@@ -110,7 +126,10 @@ class Multinomial(Likelihood):
     .. math:: \log p(x|z_k) = \log n! - \sum_i \log x_i! + \sum_i x_i \log \mathrm{softmax}(l_k)_i,
               \quad n = \sum_i x_i
 
-    Counts may be of any dtype, or not whole. In plain PyTorch.
+    Counts may be of any dtype. In plain PyTorch.
+
+    Args:
+        probs: the decoder returns probabilities, as for :class:`Categorical`.
 
     References:
         Liang, Krishnan, Hoffman & Jebara, Variational Autoencoders for Collaborative Filtering, 2018.
@@ -126,6 +145,19 @@ class Multinomial(Likelihood):
 
     takes_integers = True
     differentiable = False
+    reads, option, counts = "event logits", "probs", True
+
+    def __init__(self, *, probs: bool = False):
+        super().__init__()
+        self.probs = check_flag("probs", probs)
+        if probs:
+            self.reads = ""  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        return "probs=True" if self.probs else ""
+
+    def _logits(self, parameters: Any) -> Any:
+        return log_of(parameters, "Multinomial(probs=True)", *_SHARES) if self.probs else parameters
 
     def check(self, x: Any, name: str = "x") -> None:
         x = check_data(x, self, name)
@@ -140,7 +172,7 @@ class Multinomial(Likelihood):
         mask, size, _ = beside or Beside()
         if size is not None:
             raise self.no_size()
-        logits = self._read(x, parameters, samples)
+        logits = self._read(x, self._logits(parameters), samples)
         if mask is not None:
             # What was not observed is no class that there is.
             x = torch.where(mask, x, 0)
@@ -159,11 +191,12 @@ class Multinomial(Likelihood):
 
     def mean(self, parameters: Tensor) -> Tensor:
         """Expected shares of the classes [N, *event], which sum to 1: times n they are counts."""
-        return parameters.flatten(1).softmax(1).reshape(parameters.shape)
+        shares: Tensor = self._logits(parameters).flatten(1).softmax(1)
+        return shares.reshape(parameters.shape).to(parameters.dtype)
 
     def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """One draw of a class for each row, one-hot [N, *event]: n is not part of the model."""
-        rows = parameters.float().flatten(1).softmax(1)
+        rows = self._logits(parameters).float().flatten(1).softmax(1)
         drawn = torch.multinomial(rows, 1, generator=generator)
         return torch.zeros_like(rows).scatter_(1, drawn, 1.0).reshape(parameters.shape)
 

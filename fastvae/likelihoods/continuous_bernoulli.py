@@ -1,11 +1,16 @@
 """The continuous Bernoulli likelihood."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..reference.common import log_sinhc, log_sinhc_slope
 from . import oracles
 from .base import Declared
+from .natural import check_flag, logits_of
 
 
 class ContinuousBernoulli(Declared):
@@ -24,6 +29,13 @@ class ContinuousBernoulli(Declared):
 
     ``mean`` is μ, not σ(l). The op by itself is ``fastvae.ops.continuous_bernoulli_log_prob(x, logits)``.
 
+    Args:
+        probs: the decoder returns probabilities, as one that ends in a sigmoid does. They become logits
+            :math:`\log p - \log(1 - p)`, each logarithm at least −100, with the slope
+            :math:`1 / \max(p (1 - p), 10^{-12})`: the limits of
+            ``torch.nn.functional.binary_cross_entropy``. In float16 the gradient saturates at that dtype's
+            range. Logits keep more digits near 0 and 1.
+
     References:
         Loaiza-Ganem & Cunningham, The continuous Bernoulli: fixing a pervasive error in variational
         autoencoders, 2019.
@@ -40,9 +52,22 @@ class ContinuousBernoulli(Declared):
     name = "continuous_bernoulli"
     outputs = ("logits",)
     low, high = 0.0, 1.0
+    reads, option = "logits", "probs"
     hint = "for images scaled to [-1, 1] use (x + 1) / 2, and for bytes x / 255"
     hazards = {"logits": (100.0,)}
     oracle = oracles.ContinuousBernoulli
+
+    def __init__(self, *, probs: bool = False):
+        super().__init__()
+        self.probs = check_flag("probs", probs)
+        if probs:
+            self.converts, self.reads = True, ""  # type: ignore[misc]
+
+    def _natural(self, parameters: Any) -> Any:
+        return logits_of(parameters, "ContinuousBernoulli(probs=True)") if self.probs else parameters
+
+    def extra_repr(self) -> str:
+        return "probs=True" if self.probs else ""
 
     @staticmethod
     def value(x: Tensor, logits: Tensor) -> Tensor:

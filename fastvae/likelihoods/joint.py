@@ -41,6 +41,8 @@ class Joint(Likelihood):
         torch.Size([])
     """
 
+    reads = "parts"
+
     def __init__(self, **parts: str | Likelihood):
         super().__init__()
         if not parts:

@@ -19,6 +19,7 @@ class Overdispersed(Scaled):
 
     low = 0.0
     takes_integers = takes_size = True
+    reads, counts = "log rates", True
     differentiable = False
     held = {"inverse_dispersion": "the inverse dispersion"}
     hint = "pass the raw counts, neither centred nor on a log scale"
@@ -58,7 +59,7 @@ class NegativeBinomial(Overdispersed):
     :math:`g_k` what arrives, :math:`\bar m = g (x - μ) θ / (θ + μ)`; for :math:`r = (x - μ) / (θ + μ)`,
     :math:`\bar t = g\, θ\, [\log(1 + r) - r + ψ(n) - \log n - ψ(θ) + \log θ]`.
 
-    Counts may be integers of any dtype, or not whole; they have no gradient. From θ = e⁸⁵ on they are
+    Counts may be integers of any dtype, and have no gradient. From θ = e⁸⁵ on they are
     Poisson's. The op by itself is
     ``fastvae.ops.negative_binomial_log_prob(x, log_mean, log_inverse_dispersion)``, whose last argument may
     be one row (one number a gene) or one number.

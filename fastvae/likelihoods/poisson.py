@@ -1,10 +1,15 @@
 """The Poisson likelihood."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..reference.common import expm1_minus
 from .base import Declared
+from .natural import check_flag, log_of
 
 
 class Poisson(Declared):
@@ -16,10 +21,16 @@ class Poisson(Declared):
 
     In the second form what cancels for large counts is left out, and its last terms, of the data alone, are
     computed once for all samples. With :math:`g_k` what arrives:
-    :math:`\bar r_{ki} = g_k (x_i - e^{r_{ki}})`. Counts may be integers of any dtype, or not whole; they have
-    no gradient.
+    :math:`\bar r_{ki} = g_k (x_i - e^{r_{ki}})`. Counts may be integers of any dtype; numbers that
+    are not whole are warned of. They have no gradient.
 
     The op by itself is ``fastvae.ops.poisson_log_prob(x, log_rate)``.
+
+    Args:
+        rate: the decoder returns rates, as one that ends in a softplus or an exponential does. Their
+            logarithms are at least −100, so that a rate of 0 makes a count impossible but not infinitely
+            so, with the slope :math:`1 / \max(\text{rate}, 10^{-30})`; in float16 the gradient saturates at
+            that dtype's range.
 
     Example:
         >>> import torch, fastvae
@@ -35,9 +46,22 @@ class Poisson(Declared):
     low = 0.0
     takes_integers = takes_size = True
     differentiable = False
+    reads, option, counts = "log rates", "rate", True
     hint = "pass the raw counts, neither centred nor on a log scale"
     hazards = {"log_rate": (20.0,)}
     oracle = staticmethod(lambda log_rate: torch.distributions.Poisson(log_rate.exp(), validate_args=False))
+
+    def __init__(self, *, rate: bool = False):
+        super().__init__()
+        self.rate = check_flag("rate", rate)
+        if rate:
+            self.converts, self.reads = True, ""  # type: ignore[misc]
+
+    def _natural(self, parameters: Any) -> Any:
+        return log_of(parameters, "Poisson(rate=True)", "rates", "log rates") if self.rate else parameters
+
+    def extra_repr(self) -> str:
+        return "rate=True" if self.rate else ""
 
     @staticmethod
     def value(x: Tensor, log_rate: Tensor) -> Tensor:

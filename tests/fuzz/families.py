@@ -381,6 +381,7 @@ PRIORS: dict[str, Family] = {
         lambda: None,
         _exps(1),
         one_dtype=True,
+        wide=True,  # Categorical normalises its logits in their dtype
     ),
     "td number": Family(lambda d: (), lambda: td.Normal(0.5, 2.0), lambda: _standard(0.5, 2.0), lambda: None),
     "of the context": Family(

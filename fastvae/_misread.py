@@ -1,0 +1,141 @@
+"""Warnings, once for each decoder, of outputs and data that are probably not what the likelihood reads."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import may_look
+
+# Of an event of fewer numbers chance alone may put all outputs between 0 and 1.
+_FEWEST = 5
+
+_PROBABILITIES = (nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
+# By what the likelihood reads. A log-softmax changes no softmax of classes.
+_ACTIVATIONS: dict[str, tuple[type[nn.Module], ...]] = {
+    "logits": (*_PROBABILITIES, nn.LogSoftmax),
+    "class logits": _PROBABILITIES,
+    "event logits": _PROBABILITIES,
+    "log rates": (nn.Softplus, nn.ReLU, nn.Sigmoid, nn.Softmax),
+}
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_seen: dict[int, Callable[[], Any]] = {}
+_MOST = 1000
+
+
+def is_new(decoder: Any) -> bool:
+    """Whether a decoder comes for the first time; a function made anew in each call is one decoder."""
+    kind = type(decoder)
+    if kind is FunctionType:
+        decoder = decoder.__code__
+    elif kind is MethodType:
+        decoder = decoder.__self__
+    known = _seen.get(id(decoder))
+    if known is not None and known() is decoder:
+        return False
+    if len(_seen) >= _MOST:
+        for key in [key for key, value in _seen.items() if value() is None]:
+            del _seen[key]
+    try:
+        _seen[id(decoder)] = weakref.ref(decoder)
+    except TypeError:
+        return False
+    return True
+
+
+def look_at_structure(decoder: Any, likelihood: Any) -> bool:
+    """Warn of a last module that makes no logits; returns whether it did."""
+    kinds, fix = _expected(likelihood)
+    last = last_of_sequential(decoder)
+    if last is None or not isinstance(last, kinds):
+        return False
+    if decoder in _told:
+        return True
+    _told.add(decoder)
+    _warn(f"the decoder ends in {type(last).__name__}()", likelihood, fix)
+    return True
+
+
+def look(decoder: Any, likelihood: Any, x: Any, outputs: Any) -> None:
+    """Warn of a decoder, seen for the first time, or of data that the likelihood probably misreads."""
+    if isinstance(outputs, Mapping) and isinstance(x, Mapping) and hasattr(likelihood, "parts"):
+        for name, part in likelihood.parts.items():
+            look(None, part, x[name], outputs[name])
+        return
+    # Not under a transform or of a subclass, which may have no numbers.
+    if type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+        return
+    if not look_at_structure(decoder, likelihood):
+        _look_at_outputs(likelihood, outputs)
+    if likelihood.counts and x.is_floating_point() and may_look(x):
+        values = x.detach()
+        parts = values.isfinite() & (values != values.floor())
+        if bool(parts.any()):
+            warnings.warn(
+                f"fastvae: x holds {float(values[parts][0]):g}, which is not a whole number, but a "
+                f"{type(likelihood).__name__} likelihood is one of counts, and log p(x|z) then no "
+                "log-probability. Pass the raw counts, neither normalised nor on a log scale "
+                "(said once for each decoder)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _look_at_outputs(likelihood: Any, outputs: Any) -> None:
+    if likelihood.reads not in ("logits", "class logits", "event logits"):
+        return
+    if type(outputs) is not Tensor or not outputs.is_floating_point() or not may_look(outputs):
+        return
+    if outputs.dim() < 2 or outputs.shape[1:].numel() < _FEWEST:
+        return
+    values = outputs.detach()
+    least, most = (float(v) for v in values.aminmax())
+    # A last layer that is 0 at first gives one number everywhere.
+    if not (least >= 0 and most <= 1 and least < most):
+        return
+    if likelihood.reads != "logits":
+        axes = 1 if likelihood.reads == "class logits" else tuple(range(1, values.dim()))
+        if not bool(((values.float().sum(axes) - 1).abs() < 0.02).all()):
+            return
+    _warn(
+        f"all outputs of the decoder lie in [{least:.3g}, {most:.3g}]", likelihood, _expected(likelihood)[1]
+    )
+
+
+def _expected(likelihood: Any) -> tuple[tuple[type[nn.Module], ...], str]:
+    """Modules that no decoder of this likelihood ends in, and what to do about one."""
+    reads, option = likelihood.reads, likelihood.option
+    given = "rates" if reads == "log rates" else "probabilities"
+    kind = type(likelihood).__name__
+    by_option = f", or pass likelihood=fastvae.likelihoods.{kind}({option}=True) if it returns {given}"
+    fix = f"reads {'log rates' if reads == 'log rates' else 'logits'}. Leave the last activation out"
+    return _ACTIVATIONS.get(reads, ()), fix + (by_option if option else "")
+
+
+def _warn(what: str, likelihood: Any, fix: str) -> None:
+    warnings.warn(
+        f"fastvae: {what}, but a {type(likelihood).__name__} likelihood {fix} (said once for each decoder)",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def last_of_sequential(module: Any) -> nn.Module | None:
+    """The last module of a Sequential, nested ones too, or of a module whose last child is one."""
+    inside = False
+    while isinstance(module, nn.Module):
+        children = [
+            m for m in module.children() if not isinstance(m, (nn.Flatten, nn.Unflatten, nn.Identity))
+        ]
+        if not children:
+            return module if inside else None
+        inside = isinstance(module, nn.Sequential)
+        module = children[-1]
+    return None

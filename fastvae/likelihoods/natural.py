@@ -1,0 +1,86 @@
+"""Logits and log rates of decoders that return probabilities and rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import may_look
+from ..ops.op import accumulator
+
+# The logarithms' least value, and the Bernoulli's least denominator: those of F.binary_cross_entropy.
+LEAST_LOG, LEAST_VARIANCE = -100.0, 1e-12
+# Of a probability or a rate, below which the slope of its logarithm is that of this number.
+LEAST = 1e-30
+
+
+class _Logarithm(torch.autograd.Function):
+    """log p, or with ``both`` log p − log(1 − p), in float32 at least."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor, both: bool) -> Tensor:
+        p = p.to(accumulator(p.dtype))
+        log = p.log().clamp(min=LEAST_LOG)
+        return log - torch.log1p(-p).clamp(min=LEAST_LOG) if both else log
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        p, ctx.both = inputs
+        ctx.save_for_backward(p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (p,) = ctx.saved_tensors
+        wide = p.to(grad.dtype)
+        slope = (wide * (1 - wide)).clamp(min=LEAST_VARIANCE) if ctx.both else wide.clamp(min=LEAST)
+        grad = grad / slope
+        if p.dtype == torch.float16:
+            # Beyond its range the next factor, the slope of a sigmoid perhaps, would make NaN of 0 · ∞.
+            limit = torch.finfo(p.dtype).max
+            grad = grad.clamp(-limit, limit)
+        return grad.to(p.dtype), None
+
+
+def logits_of(probs: Any, owner: str) -> Any:
+    """Return the logits of probabilities, each of its own."""
+    if not _is_numbers(probs):
+        return probs
+    _check(probs, 1.0, owner, "probabilities in [0, 1]", "logits")
+    return _Logarithm.apply(probs, True)  # type: ignore[no-untyped-call]
+
+
+def log_of(values: Any, owner: str, what: str, instead: str) -> Any:
+    """Return the logarithms of rates, or of probabilities up to a common factor."""
+    if not _is_numbers(values):
+        return values
+    _check(values, float("inf"), owner, f"{what} at or above 0", instead)
+    return _Logarithm.apply(values, False)  # type: ignore[no-untyped-call]
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether it may be converted; what may not is refused where outputs are read."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _check(values: Tensor, high: float, owner: str, expected: str, instead: str) -> None:
+    known = type(values) is Tensor and not torch._C._are_functorch_transforms_active()
+    if not known or not may_look(values):
+        return
+    least, most = (float(v) for v in values.detach().aminmax())
+    # Written so that NaN passes: NaN in gives NaN out.
+    if least < 0 or most > high:
+        raise ValueError(
+            f"the decoder returned values in [{least:g}, {most:g}], but {owner} reads {expected}; for a "
+            f"decoder that returns {instead} leave the option out"
+        )
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Validate True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r} ({type(value).__name__})")
+    return value
