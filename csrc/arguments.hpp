@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -13,16 +14,34 @@ constexpr int kMostParameters = 3;
 
 // The integers are for data alone; bool is read as uint8.
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8, kInt8, kInt16, kInt32, kInt64, kBool, kDtypes };
+constexpr const char* kDtypeNames[] = {
+    "float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64", "bool", "of a dtype that no kernel reads"};
+
+// Why a kernel must not read a tensor.
+enum Flaw { kSound, kNoTensor, kNotOnCpu, kNotStrided, kUnknownDtype, kFreed };
+constexpr const char* kFlaws[] = {"",
+                                  "is not a tensor",
+                                  "is not on the CPU",
+                                  "is not a dense strided tensor",
+                                  "has a dtype that no kernel reads",
+                                  "reaches beyond its storage, which was freed or made smaller"};
 
 // A tensor of up to three axes in any storage type: address of the first element (null for no tensor), the type's number, strides in
-// elements, and how long the axes are.
+// elements, and how long the axes are; of more axes only their number.
 struct Tensor {
   address data = 0;
   int dtype = 0;
   i64 s0 = 0, s1 = 0, s2 = 0;
   int axes = 0;
   i64 n0 = 1, n1 = 1, n2 = 1;
+  bool given = false;  // false for None
+  Flaw flaw = kSound;
 
+  Tensor with(Flaw its) const {
+    Tensor t = *this;
+    t.flaw = its;
+    return t;
+  }
   // A stack of n matrices, whose rows may come one after the other in a matrix.
   Tensor stacked(i64 n) const {
     if (axes != 2) return *this;
@@ -53,12 +72,60 @@ struct Tensor {
   int wide() const { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 };
 
-// Those of a tensor that has more are not read.
-template <class T>
-T up_to_three_axes(T tensor) {
-  if (tensor.axes > 3) throw std::runtime_error("fastvae._C: a tensor must have up to three axes");
-  return tensor;
-}
+// Validates the arguments of an op. Raises ValueError, before a kernel reads anything.
+constexpr int kFloating = -1, kAnyDtype = -2;  // in place of a dtype
+struct Contract {
+  const char *op, *likelihood = nullptr;
+
+  static bool fits(const Tensor& t, int dtype, std::initializer_list<i64> sizes, bool contiguous = false) {
+    const bool right = dtype == kAnyDtype || (dtype == kFloating ? t.dtype <= kFloat16 : t.dtype == dtype);
+    if (!t.given || t.flaw != kSound || !right || t.axes != static_cast<int>(sizes.size())) return false;
+    const i64 n[] = {t.n0, t.n1, t.n2};
+    int i = 0;
+    for (const i64 size : sizes) {
+      if (size >= 0 && size != n[i]) return false;  // -1: any
+      ++i;
+    }
+    return !contiguous || t.size() == 0 || t.is_contiguous();
+  }
+  void expect(const char* name, const Tensor& t, int dtype, std::initializer_list<i64> sizes, bool contiguous = false) const {
+    if (!fits(t, dtype, sizes, contiguous)) refuse(name, t, described(dtype, sizes) + (contiguous ? ", contiguous" : ""));
+  }
+  // Of one shape, or of another.
+  void expect_either(const char* name, const Tensor& t, int dtype, std::initializer_list<i64> sizes,
+                     std::initializer_list<i64> others) const {
+    if (!fits(t, dtype, sizes) && !fits(t, dtype, others)) refuse(name, t, described(dtype, sizes) + " or " + shape(others));
+  }
+  void expect_count(const char* name, i64 value) const {
+    if (value < 1) throw std::invalid_argument(subject(name) + " is " + std::to_string(value) + "; expected at least 1");
+  }
+  [[noreturn]] void refuse(const char* name, const Tensor& t, const std::string& expected) const {
+    std::string found = !t.given ? "is None" : std::string("is ") + kDtypeNames[t.dtype] + " " + shape(t);
+    if (t.given && t.flaw != kSound) found = std::string(kFlaws[t.flaw]) + (t.flaw == kNoTensor ? "" : " (" + shape(t) + ")");
+    throw std::invalid_argument(subject(name) + " " + found + "; expected " + expected +
+                                ". The functions of fastvae.ops promote, broadcast and validate what they are given: call the op by them");
+  }
+  static std::string shape(std::initializer_list<i64> sizes) {
+    std::string text = "[";
+    for (const i64 size : sizes) text += (text.size() > 1 ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
+    return text + "]";
+  }
+
+ private:
+  std::string subject(const char* name) const {
+    return std::string("fastvae::") + op + (likelihood ? std::string(" of ") + likelihood : std::string()) + ": " + name;
+  }
+  static std::string described(int dtype, std::initializer_list<i64> sizes) {
+    const char* kind = dtype == kFloating ? "floating-point" : dtype == kAnyDtype ? "a tensor" : kDtypeNames[dtype];
+    return std::string(kind) + " " + shape(sizes);
+  }
+  static std::string shape(const Tensor& t) {
+    if (t.axes == 0) return "[]";
+    if (t.axes == 1) return shape({t.n0});
+    if (t.axes == 2) return shape({t.n0, t.n1});
+    return t.axes == 3 ? shape({t.n0, t.n1, t.n2}) : "of " + std::to_string(t.axes) + " axes";
+  }
+};
 
 // What a kernel fills: contiguous, null where it is not wanted.
 struct Output {

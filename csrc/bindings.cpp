@@ -25,9 +25,12 @@ namespace FASTVAE_ISA {
 
 #include <pybind11/pybind11.h>
 
+#include <math.h>  // lgamma_r
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <new>
@@ -137,6 +140,7 @@ F pick(F base, [[maybe_unused]] F avx2, [[maybe_unused]] F avx512) {
 }  // namespace
 
 #include "calls.hpp"
+#include "checked.hpp"
 
 namespace {
 
@@ -170,11 +174,9 @@ std::map<std::string, Implement> kernels() {
 }
 
 // Registers the kernel of fastvae::<op>.<overload> for CPU tensors; false where this torch or this op knows no such thing.
-bool implement(const std::string& torch_library, const std::string& op, const std::string& overload, const std::string& types,
-               py::object in_python, py::object backend) {
+bool implement(const std::string& op, const std::string& overload, const std::string& types, py::object in_python, py::object backend) {
   static Handle library = [&] {
     Handle made = nullptr;
-    torch_interface().find(torch_library.c_str());
     if (torch_interface().complete) torch_interface().library("fastvae", "CPU", "fastvae", 0, &made);
     return made;
   }();
@@ -196,8 +198,10 @@ PYBIND11_MODULE(_C, m) {
   });
 
   using namespace fastvae;
+  const std::string torch = py::module_::import("torch").attr("__file__").cast<std::string>();
+  torch_interface().find((torch.substr(0, torch.find_last_of('/')) + "/lib/libtorch_cpu.so").c_str());
   using release = py::call_guard<py::gil_scoped_release>;
-#define FASTVAE_DEF(name) m.def(#name, FASTVAE_PICK(name), release())
+#define FASTVAE_DEF(name) m.def(#name, &checked_##name, release())
   FASTVAE_DEF(normal);
   FASTVAE_DEF(grouped_log_prob);
   FASTVAE_DEF(grouped_log_prob_backward);
@@ -206,6 +210,12 @@ PYBIND11_MODULE(_C, m) {
   FASTVAE_DEF(head_log_prob);
   FASTVAE_DEF(head_log_prob_backward);
   FASTVAE_DEF(head_weigh_rows);
+  // What is read of a tensor, in either way; for tests.
+  m.def("read", [](py::handle tensor, bool by_methods) {
+    const Tensor t = by_methods ? tensor_by_methods(tensor.ptr()) : tensor_of(tensor.ptr());
+    return py::make_tuple(t.data, t.dtype, t.axes, t.n0, t.n1, t.n2, t.s0, t.s1, t.s2, std::string(kFlaws[t.flaw]));
+  });
+  m.def("reads_by_handle", [] { return find_handle() >= 0; });
   m.def("find_blas", &find_blas);
   add_glances(m.ptr());
   m.attr("likelihoods") = likelihoods();

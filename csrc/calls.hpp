@@ -21,12 +21,23 @@ MadeOf<Caller> make_z(const GivenOf<Caller>& mu, i64 samples, bool flat, int dty
 template <class Caller>
 struct LatentArguments {
   GivenOf<Caller> mu;
-  Tensor logvar, prior_mu, prior_logvar;
-  Output seed;
+  Tensor logvar, prior_mu, prior_logvar, seed_tensor;
   Draw draw;
-  explicit LatentArguments(Caller& from)
-      : mu(from.given()), logvar(from.tensor()), prior_mu(from.tensor()), prior_logvar(from.tensor()), seed(from.data()),
-        draw(from.draw()) {}
+  Output seed;
+  LatentArguments(Caller& from, const Contract& contract)
+      : mu(from.given()), logvar(from.tensor()), prior_mu(from.tensor()), prior_logvar(from.tensor()), seed_tensor(from.tensor()),
+        draw(from.draw()), seed{seed_tensor.data} {
+    contract.expect("mu", mu, kFloating, {-1, -1});
+    contract.expect("logvar", logvar, mu.dtype, {mu.n0, mu.n1});
+    if (prior_mu.given) contract.expect("prior_mu", prior_mu, mu.dtype, {mu.n0, mu.n1});
+    if (prior_logvar.given) contract.expect("prior_logvar", prior_logvar, mu.dtype, {mu.n0, mu.n1});
+    contract.expect("seed", seed_tensor, kInt64, {});
+    contract.expect_count("samples", draw.samples);
+  }
+  // What arrives at z or was kept of it, of this dtype.
+  void expect_like_z(const Contract& contract, const char* name, const Tensor& t, int dtype) const {
+    if (t.given) contract.expect_either(name, t, dtype, {draw.samples * mu.n0, mu.n1}, {draw.samples, mu.n0, mu.n1});
+  }
 
   MadeOf<Caller> make_z(int dtype) const { return fastvae::make_z<Caller>(mu, draw.samples, draw.flat, dtype); }
 };
@@ -52,7 +63,7 @@ struct WeighArguments {
   int wide, term_dtype;
   bool fits = true;  // there is something to sum over, and no dtype in the way
 
-  WeighArguments(int its, Caller& from, int behind) : likelihood(its) {
+  WeighArguments(int its, Caller& from, int behind, const Contract& contract) : likelihood(its) {
     const int outputs = from.left() - 3 - Caller::kHow - behind;
     if (outputs < 1 || outputs > kMostParameters) throw std::runtime_error("fastvae._C: weigh takes one to three parameters");
     x = from.given();
@@ -61,15 +72,31 @@ struct WeighArguments {
       parameter[count] = from.given();
       wide = parameter[count].dtype == kFloat64 ? kFloat64 : wide;
     }
+    contract.expect("x", x, kAnyDtype, {-1, -1});
+    contract.expect("the first parameter", parameter[0], kFloating, {-1, x.n1});
+    const i64 all = parameter[0].n0;
+    if (x.n0 > 0 ? all % x.n0 != 0 : all != 0)
+      contract.refuse("the first parameter", parameter[0], "a multiple of x's " + std::to_string(x.n0) + " rows");
+    for (int j = 1; j < count; ++j) {
+      const Tensor& p = parameter[j];
+      const auto fit = [&](std::initializer_list<i64> sizes) { return Contract::fits(p, kFloating, sizes); };
+      if (!fit({all, x.n1}) && !fit({all, 1}) && !fit({1, x.n1}) && !fit({x.n1}) && !fit({1, 1}) && !fit({1}) && !fit({}))
+        contract.refuse("a further parameter", p,
+                        "the first one's shape " + Contract::shape({all, x.n1}) + ", a row, a column or a number");
+    }
     fits = parameter[0].size() > 0;
     term = from.given();
+    if (term.given) contract.expect_either("term", term, kFloating, {x.n0 > 0 ? all / x.n0 : -1, x.n0}, {x.n0});
     term_dtype = term.dtype;
     if (term.data && term.dtype != wide) {
       fits = fits && from.converts();
       if (fits) term = from.in_dtype(term, wide);
     }
     beta = from.tensor();
+    if (beta.given) contract.expect_either("beta", beta, kFloating, {}, {x.n0});
     how = from.how();
+    contract.expect_count("groups", how.groups);
+    if (x.n0 > 0 && all / x.n0 % how.groups != 0) contract.refuse("the first parameter", parameter[0], "whole groups of samples");
   }
   Weighing weighing(int threads) const {
     const Tensor outputs[kMostParameters] = {parameter[0], parameter[1], parameter[2]};
@@ -86,10 +113,15 @@ struct LikelihoodArguments {
   bool fits;
   Rows rows{};
 
-  LikelihoodArguments(int likelihood, Caller& from, int behind) : x(from.any()) {
+  LikelihoodArguments(int likelihood, Caller& from, int behind, const Contract& contract) : x(from.given()) {
     const int outputs = from.left() - behind;
     if (outputs < 1 || outputs > kMostParameters) throw std::runtime_error("fastvae._C: log_prob takes one to three parameters");
-    for (int j = 0; j < outputs; ++j) parameter[j] = from.any();
+    if (!x.given || x.flaw != kSound) contract.refuse("x", x, "a tensor on the CPU");
+    for (int j = 0; j < outputs; ++j) {
+      parameter[j] = from.given();
+      if (!parameter[j].given || parameter[j].flaw != kSound || parameter[j].dtype > kFloat16)
+        contract.refuse("a parameter", parameter[j], "a floating-point tensor on the CPU");
+    }
     const GivenOf<Caller>& first = parameter[0];
     const Tensor full = first.along(3);
     fits = x.axes == 2 && (first.axes == 2 || first.axes == 3) && full.n1 == x.n0 && full.n2 == x.n1 && full.size() > 0;
@@ -130,7 +162,7 @@ struct RsampleKl {
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(rsample_kl);
-    const LatentArguments<Caller> q(from);
+    const LatentArguments<Caller> q(from, {kName});
     const bool per_dimension = from.flag(), keep_slope = from.flag();
     const int wide = q.mu.wide();
     MadeOf<Caller> z = q.make_z(q.mu.dtype), kl = per_dimension ? make_like(q.mu, wide) : make(q.mu, {q.mu.n0}, wide), slope;
@@ -149,7 +181,11 @@ struct RsampleKlBackward {
     static const auto kernel = FASTVAE_PICK(rsample_kl_backward);
     from.read_otherwise();
     const Tensor grad_z = from.tensor(), grad_kl = from.tensor(), slope = from.tensor();
-    const LatentArguments<Caller> q(from);
+    const Contract contract{kName};
+    const LatentArguments<Caller> q(from, contract);
+    const int wide = q.mu.wide();
+    q.expect_like_z(contract, "grad_z", grad_z, q.mu.dtype), q.expect_like_z(contract, "slope", slope, wide);
+    if (grad_kl.given) contract.expect_either("grad_kl", grad_kl, wide, {q.mu.n0}, {q.mu.n0, q.mu.n1});
     if (!slope.data && q.mu.size()) return from.otherwise();
     LatentGradients<Caller> to(q.mu, from.need());
     from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_kl, slope, q.mu, q.logvar, q.prior_mu, q.prior_logvar,
@@ -164,7 +200,7 @@ struct RsampleLogRatio {
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(rsample_log_ratio);
-    const LatentArguments<Caller> q(from);
+    const LatentArguments<Caller> q(from, {kName});
     from.skip(), from.skip(), from.skip();  // the estimator, its alpha and groups, which are the gradient's
     const bool with_paths = from.flag(), keep_slope = from.flag();
     const int wide = q.mu.wide();
@@ -187,7 +223,12 @@ struct RsampleLogRatioBackward {
     static const auto kernel = FASTVAE_PICK(rsample_log_ratio_backward);
     from.read_otherwise();
     const Tensor grad_z = from.tensor(), grad_log_ratio = from.tensor(), weight = from.tensor(), slope = from.tensor();
-    const LatentArguments<Caller> q(from);
+    const Contract contract{kName};
+    const LatentArguments<Caller> q(from, contract);
+    const int wide = q.mu.wide();
+    q.expect_like_z(contract, "grad_z", grad_z, q.mu.dtype), q.expect_like_z(contract, "slope", slope, wide);
+    if (grad_log_ratio.given) contract.expect("grad_log_ratio", grad_log_ratio, wide, {q.draw.samples, q.mu.n0});
+    if (weight.given) contract.expect("weight", weight, wide, {q.draw.samples, q.mu.n0});
     if (!slope.data && q.mu.size()) return from.otherwise();
     const bool path = from.flag();
     LatentGradients<Caller> to(q.mu, from.need());
@@ -205,9 +246,14 @@ struct RsampleTril {
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(rsample_tril);
     const GivenOf<Caller> mu = from.given();
-    const Tensor tril = from.tensor();
-    const Output seed = from.data();
+    const Tensor tril = from.tensor(), seed_tensor = from.tensor();
+    const Output seed{seed_tensor.data};
     const Place place = from.place();
+    const Contract contract{kName};
+    contract.expect("mu", mu, kFloating, {-1, -1});
+    contract.expect("tril", tril, mu.dtype, {mu.n0, mu.n1 * (mu.n1 + 1) / 2});
+    contract.expect("seed", seed_tensor, kInt64, {});
+    contract.expect_count("samples", place.samples);
     const int wide = mu.wide();
     MadeOf<Caller> z = make_z<Caller>(mu, place.samples, place.flat, mu.dtype), log_q = make(mu, {place.samples, mu.n0}, wide), eps;
     if (from.flag()) eps = make(mu, {mu.n0, place.samples, mu.n1}, wide);
@@ -226,9 +272,17 @@ struct RsampleTrilBackward {
     from.read_otherwise();
     const Tensor grad_z = from.tensor(), grad_log_q = from.tensor(), eps = from.tensor();
     const GivenOf<Caller> mu = from.given(), tril = from.given();
-    from.skip();  // the seed
+    const Tensor seed = from.tensor();
     const Place place = from.place();
     const Need need = from.need();
+    const Contract contract{kName};
+    contract.expect("mu", mu, kFloating, {-1, -1});
+    contract.expect("tril", tril, mu.dtype, {mu.n0, mu.n1 * (mu.n1 + 1) / 2});
+    contract.expect("seed", seed, kInt64, {});
+    contract.expect_count("samples", place.samples);
+    if (grad_z.given) contract.expect_either("grad_z", grad_z, mu.dtype, {place.samples * mu.n0, mu.n1}, {place.samples, mu.n0, mu.n1});
+    if (grad_log_q.given) contract.expect("grad_log_q", grad_log_q, mu.wide(), {place.samples, mu.n0});
+    if (eps.given) contract.expect("eps", eps, mu.wide(), {mu.n0, place.samples, mu.n1}, true);
     if (need[1] && grad_z.data && !eps.data && mu.size()) return from.otherwise();
     MadeOf<Caller> made[2];
     if (need[0]) made[0] = make_like(mu, mu.dtype);
@@ -247,7 +301,7 @@ struct LogProb {
     static const auto kernel = FASTVAE_PICK(log_prob);
     const int likelihood = from.likelihood();
     from.read_otherwise();
-    const LikelihoodArguments<Caller> a(likelihood, from, 0);
+    const LikelihoodArguments<Caller> a(likelihood, from, 0, {kName, kLikelihoods[likelihood]});
     if (!a.fits) return from.otherwise();
     MadeOf<Caller> out = a.per_row();
     if (!from.run(kernel, a.rows, a.wide == kFloat64, out)) return from.otherwise();
@@ -264,9 +318,16 @@ struct LogProbBackward {
     static const auto kernel = FASTVAE_PICK(log_prob_backward);
     const int likelihood = from.likelihood();
     from.read_otherwise();
-    const Tensor grad = from.any();
-    const LikelihoodArguments<Caller> a(likelihood, from, 1);
+    const Tensor grad = from.tensor();
+    const Contract contract{kName, kLikelihoods[likelihood]};
+    const LikelihoodArguments<Caller> a(likelihood, from, 1, contract);
+    if (!grad.given || grad.flaw != kSound) contract.refuse("grad", grad, "a tensor on the CPU");
     if (!a.fits || grad.axes != a.parameter[0].axes - 1) return from.otherwise();
+    if (grad.axes == 1) {
+      contract.expect("grad", grad, a.wide, {a.rows.rows});
+    } else {
+      contract.expect("grad", grad, a.wide, {a.rows.samples, a.rows.rows});
+    }
     const Need need = from.need();
     MadeOf<Caller> to[kMostParameters + 1];
     if (need[0]) to[0] = make_like(a.x, a.x.dtype);
@@ -291,7 +352,7 @@ struct Weigh {
     static const auto kernel = FASTVAE_PICK(weigh);
     const int likelihood = from.likelihood();
     from.read_otherwise();
-    const WeighArguments<Caller> a(likelihood, from, 1);
+    const WeighArguments<Caller> a(likelihood, from, 1, {kName, kLikelihoods[likelihood]});
     if (!a.fits) return from.otherwise();
     const Weighing w = a.weighing(from.threads());
     MadeOf<Caller> bound = w.scale == 0 ? make(a.x, {a.x.n0}, a.wide) : make(a.x, {}, a.wide), log_likelihood, weights;
@@ -312,11 +373,17 @@ struct WeighBackward {
     static const auto kernel = FASTVAE_PICK(weigh_backward);
     const int likelihood = from.likelihood();
     from.read_otherwise();
-    const Tensor bound = from.tensor(), log_likelihood = from.tensor();
-    const Output weights = from.data();
-    const WeighArguments<Caller> a(likelihood, from, 1);
+    const Tensor bound = from.tensor(), log_likelihood = from.tensor(), weights_tensor = from.tensor();
+    const Output weights{weights_tensor.data};
+    const Contract contract{kName, kLikelihoods[likelihood]};
+    const WeighArguments<Caller> a(likelihood, from, 1, contract);
     if (!a.fits) return from.otherwise();
     const Weighing w = a.weighing(from.threads());
+    if (bound.given) {
+      w.scale == 0 ? contract.expect("grad_bound", bound, a.wide, {a.x.n0}) : contract.expect("grad_bound", bound, a.wide, {});
+    }
+    if (log_likelihood.given) contract.expect("grad_log_likelihood", log_likelihood, a.wide, {a.x.n0});
+    if (w.log_mean_exp || weights_tensor.given) contract.expect("weights", weights_tensor, a.wide, {w.rows.samples, a.x.n0}, true);
     const Need need = from.need();
     // Those of parameters that broadcast are sums, and must not be rounded before.
     const auto dtype = [&](int j) { return w.rows.kind[j] == kFull ? a.parameter[j].dtype : a.wide; };
@@ -346,6 +413,9 @@ struct LogMeanExp {
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(log_mean_exp);
     const GivenOf<Caller> log_w = from.given();
+    const Contract contract{kName};
+    contract.expect("log_w", log_w, kFloating, {-1, -1});
+    contract.expect_count("the number of samples", log_w.n0);
     const auto column = [&] { return make(log_w, {log_w.n1}, log_w.wide()); };
     MadeOf<Caller> bound = column(), maximum = column(), total = column();
     from.run(kernel, bound, maximum, total, log_w, from.threads());
@@ -361,9 +431,14 @@ struct LogMeanExpBackward {
     static const auto kernel = FASTVAE_PICK(log_mean_exp_backward);
     const Tensor grad = from.tensor();
     const GivenOf<Caller> log_w = from.given();
-    const Output maximum = from.data(), total = from.data();
+    const Tensor maximum = from.tensor(), total = from.tensor();
+    const Contract contract{kName};
+    contract.expect("log_w", log_w, kFloating, {-1, -1});
+    contract.expect("grad", grad, log_w.wide(), {log_w.n1});
+    contract.expect("maximum", maximum, log_w.wide(), {log_w.n1}, true);
+    contract.expect("total", total, log_w.wide(), {log_w.n1}, true);
     MadeOf<Caller> to = make_like(log_w, log_w.dtype);
-    from.run(kernel, to, grad, log_w, maximum, total, from.threads());
+    from.run(kernel, to, grad, log_w, Output{maximum.data}, Output{total.data}, from.threads());
     return from.results({std::move(to)});
   }
 };

@@ -469,7 +469,10 @@ FASTVAE_INLINE float log_factorial_below(float x, float log_x) {
       (1.5536288e-1f * y - 2.4524876e-1f);
   return y * ((y - 1.0f) * (r * y + 5.7721565e-1f) + 1.0f - log_x);
 }
-inline double log_factorial_below(double x, double log_x) { return __builtin_lgamma(1 + x) - x * (log_x - 1); }
+inline double log_factorial_below(double x, double log_x) {
+  int sign;  // lgamma would write a global one
+  return ::lgamma_r(1 + x, &sign) - x * (log_x - 1);
+}
 
 // From where on the series is right.
 FASTVAE_INLINE float series_begins(float) { return 1.0f; }

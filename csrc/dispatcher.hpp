@@ -1,107 +1,24 @@
 // Torch's dispatcher as a caller of the ops in calls.hpp: a compiled graph calls them without Python. Kernels are registered through
-// torch's C interface, whose functions are looked up in the library that is loaded: nothing is linked, and no header of torch is needed.
+// torch's C interface (torch.hpp).
 // Arguments and results are 64-bit words, as torch/csrc/stable/stableivalue_conversions.h has it: numbers as they are; handles of tensors,
 // strings and lists, which are the kernel's to delete; of an optional one the address of a word, or null.
 #pragma once
 
 #include <pybind11/pybind11.h>
-#ifdef __linux__
-#include <dlfcn.h>
-#endif
-
 #include <cstring>
 #include <initializer_list>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "arguments.hpp"
+#include "torch.hpp"
 
 namespace fastvae {
 
-using Word = std::uint64_t;
-using Handle = void*;
-using Boxed = void (*)(Word*, std::uint64_t, std::uint64_t);
-
-// As torch 2.11 has it, which later versions keep to for those who say so.
-constexpr Word kInterface = (Word{2} << 56) | (Word{11} << 48);
-
-struct TorchInterface {
-  int (*library)(const char*, const char*, const char*, std::uint32_t, Handle*) = nullptr;
-  int (*implement)(Handle, const char*, Boxed, Word) = nullptr;
-  int (*data)(Handle, void**) = nullptr;
-  int (*axes)(Handle, i64*) = nullptr;
-  int (*sizes)(Handle, i64**) = nullptr;
-  int (*strides)(Handle, i64**) = nullptr;
-  int (*dtype)(Handle, std::int32_t*) = nullptr;
-  int (*empty)(i64, const i64*, const i64*, std::int32_t, std::int32_t, std::int32_t, Handle*) = nullptr;
-  int (*undefined)(Handle*) = nullptr;
-  int (*delete_tensor)(Handle) = nullptr;
-  int (*threads)(std::uint32_t*) = nullptr;
-  int (*text)(Handle, const char**) = nullptr;
-  int (*delete_text)(Handle) = nullptr;
-  int (*length)(Handle, std::size_t*) = nullptr;
-  int (*item)(Handle, std::size_t, Word*) = nullptr;
-  int (*delete_list)(Handle) = nullptr;
-  std::int32_t cpu = 0, dtypes[kDtypes] = {};
-  bool complete = false;
-
-  void find(const char* path) {
-#ifdef __linux__
-    void* torch = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
-    complete = torch != nullptr;
-    const auto look = [&](auto& function, const char* name) {
-      function = torch ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(torch, name)) : nullptr;
-      complete = complete && function != nullptr;
-    };
-    look(library, "aoti_torch_library_init_impl"), look(implement, "torch_library_impl");
-    look(data, "aoti_torch_get_data_ptr"), look(axes, "aoti_torch_get_dim");
-    look(sizes, "aoti_torch_get_sizes"), look(strides, "aoti_torch_get_strides"), look(dtype, "aoti_torch_get_dtype");
-    look(empty, "aoti_torch_empty_strided"), look(undefined, "aoti_torch_new_uninitialized_tensor");
-    look(delete_tensor, "aoti_torch_delete_tensor_object"), look(threads, "torch_get_num_threads");
-    look(text, "torch_string_c_str"), look(delete_text, "torch_delete_string");
-    look(length, "torch_list_size"), look(item, "torch_list_get_item"), look(delete_list, "torch_delete_list");
-    const auto number = [&](std::int32_t& value, const std::string& name) {
-      std::int32_t (*function)() = nullptr;
-      look(function, name.c_str());
-      if (function) value = function();
-    };
-    number(cpu, "aoti_torch_device_type_cpu");
-    // In the order of enum Dtype.
-    const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64", "bool"};
-    for (int i = 0; i < kDtypes; ++i) number(dtypes[i], std::string("aoti_torch_dtype_") + names[i]);
-#else
-    static_cast<void>(path);
-#endif
-  }
-};
-inline TorchInterface& torch_interface() {
-  static TorchInterface functions;
-  return functions;
-}
-
-inline void succeed(int error) {
-  if (error != 0) throw std::runtime_error("fastvae: a function of torch's C interface failed");
-}
-
 struct HandleGiven : Tensor {
-  Handle handle = nullptr;
   HandleGiven() = default;
-  explicit HandleGiven(Handle its) : handle(its) {
-    if (handle == nullptr) return;
-    const TorchInterface& torch = torch_interface();
-    void* address = nullptr;
-    i64 count = 0, *sizes = nullptr, *strides = nullptr;
-    std::int32_t type = 0;
-    succeed(torch.data(handle, &address)), succeed(torch.axes(handle, &count)), succeed(torch.dtype(handle, &type));
-    succeed(torch.sizes(handle, &sizes)), succeed(torch.strides(handle, &strides));
-    data = reinterpret_cast<fastvae::address>(address), axes = static_cast<int>(count);
-    while (dtype < kDtypes && torch.dtypes[dtype] != type) ++dtype;
-    if (dtype == kDtypes) throw std::runtime_error("fastvae._C: a tensor of a dtype that has no number here");
-    if (dtype == kBool) dtype = kUInt8;
-    i64 *const n[] = {&n0, &n1, &n2}, *const s[] = {&s0, &s1, &s2};
-    for (int i = 0; i < axes && axes <= 3; ++i) *n[i] = sizes[i], *s[i] = strides[i];
-  }
+  explicit HandleGiven(Handle its) : Tensor(tensor_of(its)) {}
 };
 
 struct HandleMade : Output {
@@ -180,10 +97,8 @@ class FromDispatcher {
   void read_otherwise() const {}
   void skip() { ++at_; }
   bool flag() { return (next() & 0xff) != 0; }
-  Given any() { return Given(handle_at(at_++)); }
-  Given given() { return up_to_three_axes(any()); }
+  Given given() { return Given(handle_at(at_++)); }
   Tensor tensor() { return given(); }
-  Output data() { return {any().data}; }
   Draw draw() {
     const i64 samples = integer(), sample_offset = integer(), row_offset = integer();
     const double low = real(), high = real();
@@ -326,6 +241,7 @@ class FromDispatcher {
     const pybind11::error_already_set error;
     const std::string text = pybind11::str(error.value());
     if (error.matches(PyExc_ValueError)) throw std::invalid_argument(text);
+    if (error.matches(PyExc_MemoryError)) throw std::bad_alloc();
     throw std::runtime_error(std::string(pybind11::str(error.type().attr("__name__"))) + ": " + text);
   }
 

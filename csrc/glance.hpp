@@ -147,6 +147,7 @@ inline PyObject* described(PyObject*, PyObject* const* arguments, Py_ssize_t n) 
         PyTuple_SET_ITEM(addresses.ptr(), i, Py_NewRef(Py_None));
         continue;
       }
+      if (tensor_of(t).flaw == kFreed) throw std::invalid_argument("fastvae: a tensor " + std::string(kFlaws[kFreed]));
       pybind11::object address = owned(PyObject_CallMethodNoArgs(t, names.data_ptr));
       // A program is for addresses divisible by 16, or not: chunk(2) of 100 columns is off by 8.
       note(PyLong_AsUnsignedLongLong(address.ptr()) & 15);

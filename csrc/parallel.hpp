@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #ifdef __linux__
 #include <dlfcn.h>
 #endif
@@ -42,13 +44,15 @@ inline const OpenMP& openmp() {
   return runtime;
 }
 
-// Runs work(context, begin, end) on contiguous parts of [0, units). A part's bounds depend on the number of threads, so
-// what a unit computes must not depend on its neighbours.
+// Runs work(context, begin, end) on contiguous parts of [0, units), and rethrows an exception of one. A part's bounds depend on the number
+// of threads, so what a unit computes must not depend on its neighbours.
 inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(void*, i64, i64), void* context) {
   struct Team {
     i64 parts, units;
     void (*work)(void*, i64, i64);
     void* context;
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // the first: none may leave a parallel region
   };
   Team team{std::min<i64>({static_cast<i64>(threads), units, elements / kElementsPerThread}), units, work, context};
   // One thread opens no parallel region: it would hang in a process forked after OpenMP ran.
@@ -58,12 +62,17 @@ inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(v
   }
   // The team may be smaller than asked for.
   auto run = [](void* p) {
-    const Team& t = *static_cast<const Team*>(p);
-    for (i64 part = openmp().thread(); part < t.parts; part += openmp().threads()) {
-      t.work(t.context, t.units * part / t.parts, t.units * (part + 1) / t.parts);
+    Team& t = *static_cast<Team*>(p);
+    for (i64 part = openmp().thread(); part < t.parts && !t.failed; part += openmp().threads()) {
+      try {
+        t.work(t.context, t.units * part / t.parts, t.units * (part + 1) / t.parts);
+      } catch (...) {
+        if (!t.failed.exchange(true)) t.error = std::current_exception();
+      }
     }
   };
   openmp().parallel(run, &team, static_cast<unsigned>(team.parts), 0);
+  if (team.error) std::rethrow_exception(team.error);
 }
 
 }  // namespace fastvae

@@ -11,13 +11,13 @@
 #include <string>
 #include <utility>
 
-#include "arguments.hpp"
+#include "torch.hpp"
 
 namespace fastvae {
 
 // Names, types and functions of torch, looked up once.
 struct Torch {
-  PyObject *data_ptr, *dtype, *shape, *stride, *to, *new_empty, *with_dtype, *empty_like, *get_num_threads, *dtypes[kDtypes];
+  PyObject *base, *data_ptr, *dtype, *shape, *stride, *to, *new_empty, *with_dtype, *empty_like, *get_num_threads, *dtypes[kDtypes];
   Torch() {
     data_ptr = PyUnicode_InternFromString("data_ptr");
     dtype = PyUnicode_InternFromString("dtype");
@@ -27,6 +27,7 @@ struct Torch {
     new_empty = PyUnicode_InternFromString("new_empty");
     with_dtype = pybind11::make_tuple("dtype").release().ptr();
     const pybind11::module_ torch = pybind11::module_::import("torch");
+    base = pybind11::object(torch.attr("_C").attr("TensorBase")).release().ptr();
     empty_like = pybind11::object(torch.attr("empty_like")).release().ptr();
     get_num_threads = pybind11::object(torch.attr("get_num_threads")).release().ptr();
     // In the order of enum Dtype.
@@ -50,9 +51,32 @@ inline i64 integer(PyObject* number) {
   return value;
 }
 
-inline address address_of(PyObject* tensor) {
-  if (tensor == Py_None) return 0;
-  return static_cast<address>(integer(owned(PyObject_CallMethodNoArgs(tensor, torch_names().data_ptr)).ptr()));
+// Where in Python's object of a tensor its handle lies, as torch's C interface takes it; -1 where that is not known. Found by comparison
+// with a handle that torch made of the same tensor: reading by it costs a tenth of asking the object's methods.
+inline Py_ssize_t find_handle() {
+  namespace py = pybind11;
+  if (!torch_interface().complete) return -1;
+  Py_ssize_t found = -1;
+  try {
+    const py::module_ torch = py::module_::import("torch"), aoti = torch.attr("_C").attr("_aoti");
+    const auto size = py::handle(torch.attr("Tensor")).attr("__basicsize__").cast<Py_ssize_t>();
+    for (int i = 0; i < 2; ++i) {
+      const py::object tensor = torch.attr("empty")(i + 1), capsule = aoti.attr("unsafe_alloc_void_ptr_from_tensor")(tensor);
+      const auto* handle = static_cast<void**>(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
+      const auto* object = reinterpret_cast<const char*>(tensor.ptr());
+      Py_ssize_t at = sizeof(PyObject);
+      while (at + static_cast<Py_ssize_t>(sizeof(void*)) <= size && std::memcmp(object + at, handle, sizeof(void*)) != 0)
+        at += sizeof(void*);
+      py::list handles;
+      handles.append(capsule);
+      aoti.attr("alloc_tensors_by_stealing_from_void_ptrs")(handles);
+      if (at + static_cast<Py_ssize_t>(sizeof(void*)) > size || (i > 0 && at != found)) return -1;
+      found = at;
+    }
+  } catch (const py::error_already_set&) {
+    return -1;
+  }
+  return found;
 }
 
 // The items of a tuple, as far as there are any, and how many there are: of more than three none is read.
@@ -63,18 +87,39 @@ inline int read_numbers(PyObject* tuple, i64& n0, i64& n1, i64& n2) {
   return static_cast<int>(size);
 }
 
+// The same as tensor_of(Handle), by the object's methods.
+inline Tensor tensor_by_methods(PyObject* tensor) {
+  const pybind11::handle object(tensor);
+  const Torch& names = torch_names();
+  Tensor t;
+  t.given = true;
+  const pybind11::object dtype = owned(PyObject_GetAttr(tensor, names.dtype));
+  while (t.dtype < kDtypes && names.dtypes[t.dtype] != dtype.ptr()) ++t.dtype;
+  t.axes = read_numbers(owned(PyObject_GetAttr(tensor, names.shape)).ptr(), t.n0, t.n1, t.n2);
+  if (pybind11::str(object.attr("layout")).cast<std::string>() != "torch.strided") return t.with(kNotStrided);
+  if (t.dtype == kDtypes) return t.with(kUnknownDtype);
+  const pybind11::tuple sizes(object.attr("shape")), strides(object.attr("stride")());
+  i64 last = object.attr("storage_offset")().cast<i64>(), count = 1;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    count *= sizes[i].cast<i64>(), last += (sizes[i].cast<i64>() - 1) * strides[i].cast<i64>();
+  }
+  read_numbers(strides.ptr(), t.s0, t.s1, t.s2);
+  if (count > 0 && (last + 1) * kItemSizes[t.dtype] > object.attr("untyped_storage")().attr("nbytes")().cast<i64>()) return t.with(kFreed);
+  if (!object.attr("is_cpu").cast<bool>()) return t.with(kNotOnCpu);
+  if (t.dtype == kBool) t.dtype = kUInt8;
+  t.data = count > 0 ? static_cast<address>(integer(owned(PyObject_CallMethodNoArgs(tensor, names.data_ptr)).ptr())) : 0;
+  return t;
+}
+
 inline Tensor tensor_of(PyObject* tensor) {
   Tensor t;
   if (tensor == Py_None) return t;
-  const Torch& names = torch_names();
-  t.data = address_of(tensor);
-  const pybind11::object dtype = owned(PyObject_GetAttr(tensor, names.dtype));
-  while (t.dtype < kDtypes && names.dtypes[t.dtype] != dtype.ptr()) ++t.dtype;
-  if (t.dtype == kDtypes) throw pybind11::type_error("fastvae._C: a tensor of a dtype that has no number here");
-  if (t.dtype == kBool) t.dtype = kUInt8;
-  t.axes = read_numbers(owned(PyObject_GetAttr(tensor, names.shape)).ptr(), t.n0, t.n1, t.n2);
-  read_numbers(owned(PyObject_CallMethodNoArgs(tensor, names.stride)).ptr(), t.s0, t.s1, t.s2);
-  return t;
+  static const Py_ssize_t at = find_handle();
+  if (!PyObject_TypeCheck(tensor, reinterpret_cast<PyTypeObject*>(torch_names().base))) {
+    t.given = true;
+    return t.with(kNoTensor);
+  }
+  return at < 0 ? tensor_by_methods(tensor) : tensor_of(static_cast<Handle>(reinterpret_cast<char*>(tensor) + at));
 }
 
 // The likelihoods' names, by number.
@@ -111,7 +156,7 @@ struct Made : Output {
   pybind11::object object = pybind11::none();
   int dtype = 0;
   Made() = default;
-  Made(pybind11::object tensor, int its) : Output{address_of(tensor.ptr())}, object(std::move(tensor)), dtype(its) {}
+  Made(pybind11::object tensor, int its) : Output{tensor_of(tensor.ptr()).data}, object(std::move(tensor)), dtype(its) {}
 
   void convert(int wanted) {
     if (!data || wanted == dtype) return;
@@ -178,10 +223,8 @@ class FromPython {
 
   void skip() { next(); }
   bool flag() { return next() == Py_True; }
-  Tensor tensor() { return up_to_three_axes(tensor_of(next())); }
-  Given given() { return up_to_three_axes(Given(next())); }
-  Given any() { return Given(next()); }
-  Output data() { return {address_of(next())}; }
+  Tensor tensor() { return tensor_of(next()); }
+  Given given() { return Given(next()); }
   Draw draw() {  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat, scale, floor)
     PyObject* const* t = items_of(next(), 8);
     const char* scale = PyUnicode_AsUTF8(t[6]);
@@ -249,6 +292,8 @@ PyObject* guarded(F function) {
     PyErr_SetString(PyExc_TypeError, error.what());
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
@@ -282,37 +327,19 @@ struct type_caster<fastvae::Tensor> {
   }
 };
 
-template <>
-struct type_caster<fastvae::Output> {
-  PYBIND11_TYPE_CASTER(fastvae::Output, const_name("Tensor | None"));
-  bool load(handle source, bool) {
-    value.data = fastvae::address_of(source.ptr());
-    return true;
-  }
-};
-
 // A tuple of three tuples of three: weights, biases, held.
-template <class T, class One>
-bool load_head(handle source, T& value, One one) {
-  decltype(&value.weight[0]) rows[] = {value.weight, value.bias, value.held};
-  if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 3) return false;
-  for (int i = 0; i < 3; ++i) {
-    PyObject* row = PyTuple_GET_ITEM(source.ptr(), i);
-    if (!PyTuple_Check(row) || PyTuple_GET_SIZE(row) != fastvae::kMostParameters) return false;
-    for (int j = 0; j < fastvae::kMostParameters; ++j) rows[i][j] = one(PyTuple_GET_ITEM(row, j));
-  }
-  return true;
-}
 template <>
 struct type_caster<fastvae::HeadTensors> {
   PYBIND11_TYPE_CASTER(fastvae::HeadTensors, const_name("tuple"));
-  bool load(handle source, bool) { return load_head(source, value, fastvae::tensor_of); }
-};
-template <>
-struct type_caster<fastvae::HeadOutputs> {
-  PYBIND11_TYPE_CASTER(fastvae::HeadOutputs, const_name("tuple"));
   bool load(handle source, bool) {
-    return load_head(source, value, [](PyObject* tensor) { return fastvae::Output{fastvae::address_of(tensor)}; });
+    fastvae::Tensor* rows[] = {value.weight, value.bias, value.held};
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 3) return false;
+    for (int i = 0; i < 3; ++i) {
+      PyObject* row = PyTuple_GET_ITEM(source.ptr(), i);
+      if (!PyTuple_Check(row) || PyTuple_GET_SIZE(row) != fastvae::kMostParameters) return false;
+      for (int j = 0; j < fastvae::kMostParameters; ++j) rows[i][j] = fastvae::tensor_of(PyTuple_GET_ITEM(row, j));
+    }
+    return true;
   }
 };
 

@@ -225,6 +225,14 @@ class _Normal(Op):
         )  # fmt: skip
         return out
 
+    def check(self, seed: Tensor, samples: int, rows: int, columns: int, *place: Any) -> None:
+        self.contract.expect("seed", seed, torch.int64, (), (-1,))
+        if seed.dim():
+            self.contract.expect_count("the number of seeds", seed.shape[0])
+        for name, value in (("samples", samples), ("rows", rows), ("columns", columns)):
+            if value < 0:
+                raise ValueError(f"fastvae::normal: {name} is {value}; expected at least 0")
+
     def composed(self, backend: str) -> Callable[..., Tensor]:
         function = super().composed(backend)
 

@@ -421,4 +421,5 @@ def discretized_logistic_mixture_backward(
             for p, n in zip(parameters, needed, strict=True)
         ]
         return None, *grads
-    return None, *_backward((grad, normaliser, joint, x, *parameters), (setting, tuple(needed)))
+    sums = normaliser.contiguous(), joint.contiguous()
+    return None, *_backward((grad, *sums, x, *parameters), (setting, tuple(needed)))

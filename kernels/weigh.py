@@ -265,7 +265,8 @@ def weigh_backward(
         return grad, None if term_axes == 0 else torch.zeros_like(grad) if term_axes == 2 else grad.sum(0)
     sign, factor = _factor(beta, how.coefficient, grad_bound, batch)
     settings = samples, batch, sign, of_mean, term_axes
-    grad, grad_term, grad_kl = _spread((grad_bound, grad_mean, weights, factor), settings)
+    kept = weights if weights is None else weights.contiguous()
+    grad, grad_term, grad_kl = _spread((grad_bound, grad_mean, kept, factor), settings)
     if term_axes == 1 and weights is not None:
         grad_kl = sign * grad.sum(0) if factor is None else sign * factor * grad.sum(0)
     return grad, grad_kl if grad_term is None else grad_term

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import ctypes
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +16,7 @@ import torch
 import fastvae
 from fastvae import _backend, ops
 
+from . import cases
 from .conftest import CUDA, DEVICE
 
 # Two whose bits differ.
@@ -133,3 +137,49 @@ def test_chunks_are_made_again_on_the_backend_of_the_forward_pass():
     with fastvae.use_backend("triton"):
         expected, value = differentiate(bound()), bound()
     assert all(map(torch.equal, _in_thread(lambda: differentiate(value)), expected))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signgam is a variable of glibc")
+@pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial", "beta"])
+def test_signgam_is_left_alone(likelihood):
+    """The global that C's lgamma writes, which another thread may be reading."""
+    signgam = ctypes.c_int.in_dll(ctypes.CDLL("libm.so.6"), "signgam")
+    x = cases.data(likelihood, 4, 5, seed=1, dtype=torch.float64).cpu()
+    parameters = [
+        p.cpu().requires_grad_() for p in cases.parameters(likelihood, 3, 4, 5, seed=2, dtype=torch.float64)
+    ]
+    signgam.value = 7
+    with fastvae.use_backend("native"):
+        getattr(ops, f"{likelihood}_log_prob")(x, *parameters).sum().backward()
+    assert signgam.value == 7
+
+
+SMALL_STACK = """
+import sys, threading, torch
+from fastvae import ops
+def leaf(*shape): return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+K, B, D, X = 3, 40, 8, 700
+def run():
+    mu, logvar, seed = leaf(B, D), leaf(B, D), torch.tensor(3)
+    prior = leaf(B, D), leaf(B, D)
+    sum(r.sum() for r in ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed, prior=prior)).backward()
+    each = leaf(K, B, 5, 3, X)
+    pixels = torch.zeros(B, 3, X, dtype=torch.float64)
+    ops.discretized_logistic_mixture_log_prob(pixels, leaf(K, B, 5, X), each, each, each).sum().backward()
+    x = torch.ones(B, X, dtype=torch.float64)
+    ops.negative_binomial_log_prob(x, leaf(K, B, X), leaf(X)).sum().backward()
+    ops.negative_binomial_log_prob(x, leaf(K, B, X), leaf(K, B, X)).sum().backward()
+    done.append(True)
+done = []
+threading.stack_size(512 * 1024)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+sys.exit(not done)
+"""
+
+
+def test_a_small_stack():
+    """512 KiB, as macOS and some servers give their threads, is enough for the largest frames, in float64."""
+    done = subprocess.run([sys.executable, "-c", SMALL_STACK], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])

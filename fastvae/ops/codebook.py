@@ -37,6 +37,11 @@ class _NearestCode(Op):
     def composed(self, backend):
         return reference.nearest_code
 
+    def check(self, z, codebook):
+        self.contract.expect("z", z, torch.float64 if z.dtype == torch.float64 else torch.float32, (-1, -1))
+        self.contract.expect("codebook", codebook, z.dtype, (-1, z.shape[1]))
+        self.contract.expect_count("the number of codes", codebook.shape[0])
+
     def fake(self, z, codebook):
         return z.new_empty(z.shape[0], dtype=torch.int64)
 

@@ -147,6 +147,14 @@ def _noise(mu, seed, draw):
     return eps.transpose(0, 1).contiguous()
 
 
+def _check_inputs(contract, mu, tril, seed, draw):
+    contract.expect("mu", mu, None, (-1, -1))
+    rows, dims = mu.shape
+    contract.expect("tril", tril, mu.dtype, (rows, dims * (dims + 1) // 2))
+    contract.expect("seed", seed, torch.int64, ())
+    contract.expect_count("samples", draw.samples)
+
+
 class _RsampleTrilBackward(Op):
     """Gradients of (mu, tril), None where not needed."""
 
@@ -176,6 +184,13 @@ class _RsampleTrilBackward(Op):
 
         return backward
 
+    def check(self, grad_z, grad_log_q, eps, mu, tril, seed, draw, need):
+        _check_inputs(self.contract, mu, tril, seed, draw)
+        wide, k, (b, d) = accumulator(mu.dtype), draw.samples, mu.shape
+        self.contract.expect("grad_z", grad_z, mu.dtype, (k * b, d), (k, b, d))
+        self.contract.expect("grad_log_q", grad_log_q, wide, (k, b))
+        self.contract.expect("eps", eps, wide, (b, k, d))
+
     def fake(self, grad_z, grad_log_q, eps, mu, tril, seed, draw, need):
         return tuple(empty_like(t) if n else None for t, n in zip((mu, tril), need, strict=True))
 
@@ -200,6 +215,9 @@ class _RsampleTril(Op):
             return in_shape(z, shape_of_z(mu, draw)), log_q, _noise(mu, seed, draw) if keep else None
 
         return sample
+
+    def check(self, mu, tril, seed, draw, keep):
+        _check_inputs(self.contract, mu, tril, seed, draw)
 
     def fake(self, mu, tril, seed, draw, keep):
         (b, d), wide = mu.shape, accumulator(mu.dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
+from .contract import Contract
 from .likelihood import result_dtype
 from .op import Op
 
@@ -50,7 +51,7 @@ class _Grouped(Op):
         *parameters, setting = rest
         logits = parameters[0]
         rows, _, positions = logits.shape
-        if not logits.numel() or not x.numel() or _left_to_torch(parameters):
+        if not logits.numel() or not x.numel() or _left_to_torch(x, parameters):
             return self.composed("reference")(x, *rest)
         dtype = result_dtype(x, *(p for p in parameters if p is not None))
         out = logits.new_empty(rows, dtype=dtype)
@@ -63,6 +64,9 @@ class _Grouped(Op):
 
     def composed(self, backend):
         return getattr(_backend.layer(backend, self.module), self.likelihood)
+
+    def check(self, x, *rest):
+        _check_inputs(self.contract, x, rest[:-1])
 
     def fake(self, x, *rest):
         logits = rest[0]
@@ -100,7 +104,7 @@ class _GroupedBackward(Op):
 
     def native(self, grad, normaliser, joint, x, *rest):
         *parameters, setting, need = rest
-        if not parameters[0].numel() or not x.numel() or _left_to_torch(parameters):
+        if not parameters[0].numel() or not x.numel() or _left_to_torch(x, parameters):
             return self.composed("reference")(grad, normaliser, joint, x, *rest)
         grads = [
             torch.empty_like(p, memory_format=torch.contiguous_format) if n else None
@@ -119,6 +123,15 @@ class _GroupedBackward(Op):
 
         return backward
 
+    def check(self, grad, normaliser, joint, x, *rest):
+        parameters = rest[:-2]
+        _check_inputs(self.contract, x, parameters)
+        dtype = result_dtype(x, *(p for p in parameters if p is not None))
+        rows, _, positions = parameters[0].shape
+        self.contract.expect("grad", grad, dtype, (rows,))
+        self.contract.expect("normaliser", normaliser, dtype, (rows, positions))
+        self.contract.expect("joint", joint, dtype, (rows, positions))
+
     def fake(self, grad, normaliser, joint, *rest):
         *tensors, _, need = rest
         return tuple(t.new_empty(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
@@ -128,9 +141,26 @@ def _four(tensors: Any) -> tuple[Any, ...]:
     return *tensors, *[None] * (4 - len(tensors))
 
 
-def _left_to_torch(parameters: list[Tensor | None]) -> bool:
-    """Classes of few positions, whose lanes on a CPU would be empty."""
-    return len(parameters) == 1 and parameters[0].shape[2] < FEWEST_POSITIONS  # type: ignore[union-attr]
+def _left_to_torch(x: Tensor, parameters: list[Tensor | None]) -> bool:
+    """Classes of few positions, whose lanes on a CPU would be empty, or too many channels for the C++."""
+    few = len(parameters) == 1 and parameters[0].shape[2] < FEWEST_POSITIONS  # type: ignore[union-attr]
+    return few or x.shape[1] > 3
+
+
+def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor | None]) -> None:
+    logits, *others = parameters
+    assert logits is not None
+    contract.expect("logits", logits, None, (-1, -1, -1))
+    rows, components, positions = logits.shape
+    contract.expect_count("the number of components", components)
+    if x.is_complex() or x.dim() != 3 or x.shape[2] != positions or (not others and x.shape[1] != 1):
+        contract.refuse("x", x, f"[B, {'E' if others else 1}, {positions}]")
+    if rows % x.shape[0] if x.shape[0] else rows:
+        contract.refuse("logits", logits, f"a multiple of x's {x.shape[0]} rows")
+    for name, p in zip(contract.names[-len(others) :] if others else (), others, strict=True):
+        contract.expect(name, p, None, (rows, components * x.shape[1], positions))
+        if name == "coefficients" and p is not None and x.shape[1] != 3:
+            contract.refuse(name, p, "None, where x has not three channels")
 
 
 _categorical = _Grouped("categorical", ("logits",))

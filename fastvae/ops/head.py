@@ -30,7 +30,7 @@ from .. import _backend
 from .._checks import check_data, check_same_device, check_tensor, shape_of
 from .likelihood import DECLARED, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
-from .weigh import _HOW, Weighing, finish
+from .weigh import _HOW, Weighing, check_bound, check_grads, finish
 
 # Of the ops here: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
 # others, each a row [X] or a number.
@@ -132,6 +132,24 @@ class _Room:
         )
 
 
+def _check_inputs(contract, x, h, weight, bias, *held):
+    """Validate what all ops here take, and return K."""
+    if x.is_complex() or x.dim() != 2:
+        contract.refuse("x", x, "[B, X]")
+    batch, size = x.shape
+    contract.expect("h", h, None, (-1, -1))
+    contract.expect("weight", weight, None, (-1, h.shape[1]))
+    if h.shape[0] % batch if batch else h.shape[0]:
+        contract.refuse("h", h, f"a multiple of x's {batch} rows")
+    most = 3 - sum(p is not None for p in held)
+    if weight.shape[0] % size or not size <= weight.shape[0] <= most * size if size else weight.shape[0]:
+        contract.refuse("weight", weight, f"[m·{size}, {h.shape[1]}] of m outputs, 1 to {most}")
+    contract.expect("bias", bias, None, (weight.shape[0],))
+    for i, p in enumerate(held):
+        contract.expect(f"held{i}", p, None, (size,), (1,), ())
+    return h.shape[0] // batch if batch else 0
+
+
 class _LinearLogProbBackward(Op):
     """Gradients of (h, weight, bias, held), None where not needed."""
 
@@ -172,6 +190,12 @@ class _LinearLogProbBackward(Op):
 
         return backward
 
+    def check(self, grad, *args):
+        *tensors, _, _ = args
+        samples = _check_inputs(self.contract, *tensors)
+        dtype = result_dtype(*(t for t in tensors if t is not None))
+        self.contract.expect("grad", grad, dtype, (samples, tensors[0].shape[0]))
+
     def fake(self, grad, x, *rest):
         *tensors, _, need = rest
         return tuple(
@@ -210,6 +234,9 @@ class _LinearLogProb(Op):
             return function(DECLARED[likelihood], x, h, _Layers(x, *rest))
 
         return log_prob
+
+    def check(self, *args):
+        _check_inputs(self.contract, *args[:-1])
 
     def fake(self, x, h, *rest):
         dtype = result_dtype(*(t for t in (x, h, *rest[:-1]) if t is not None))
@@ -262,6 +289,17 @@ class _WeighLinearBackward(Op):
         )
         grads = rows(grad, x, h, *others, likelihood, need[:-1]) if any(need[:-1]) else [None] * _GRADIENTS
         return *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
+
+    def check(self, *args):
+        grads, tensors, (term, beta, how) = (
+            args[:3],
+            args[3 : 3 + _TENSORS],
+            args[3 + _TENSORS : 6 + _TENSORS],
+        )
+        samples = _check_inputs(self.contract, *tensors)
+        check_bound(self.contract, len(tensors[0]), len(tensors[1]), term, beta, how)
+        dtype = result_dtype(*(t for t in tensors if t is not None))
+        check_grads(self.contract, len(tensors[0]), samples, how, dtype, grads)
 
     def fake(self, grad_bound, grad_log_likelihood, weights, x, *rest):
         tensors, need = [*rest[:_GRADIENTS], rest[_GRADIENTS]], rest[-1]
@@ -340,6 +378,11 @@ class _WeighLinear(Op):
             return bound, mean, weights, *grads
 
         return function
+
+    def check(self, *args):
+        tensors, (term, beta, how) = args[:_TENSORS], args[_TENSORS : _TENSORS + 3]
+        _check_inputs(self.contract, *tensors)
+        check_bound(self.contract, len(tensors[0]), len(tensors[1]), term, beta, how)
 
     def fake(self, x, h, *rest):
         *others, term, _, how, _, terms, need = rest

@@ -65,6 +65,11 @@ class _LogMeanExpBackward(Op):
     schema = "(Tensor grad, Tensor log_w, Tensor maximum, Tensor total) -> Tensor"
     native = staticmethod(_backend.native(name))
 
+    def check(self, grad, log_w, maximum, total):
+        self.contract.expect("log_w", log_w, None, (-1, -1))
+        for name, t in (("grad", grad), ("maximum", maximum), ("total", total)):
+            self.contract.expect(name, t, accumulator(log_w.dtype), (log_w.shape[1],))
+
     def fake(self, grad, log_w, maximum, total):
         return log_w.new_empty(log_w.shape)
 
@@ -78,6 +83,10 @@ class _LogMeanExp(Op):
     shown = 1
     gradient = _LogMeanExpBackward()
     native = staticmethod(_backend.native(name))
+
+    def check(self, log_w):
+        self.contract.expect("log_w", log_w, None, (-1, -1))
+        self.contract.expect_count("the number of samples", log_w.shape[0])
 
     def fake(self, log_w):
         return tuple(log_w.new_empty(log_w.shape[1:], dtype=accumulator(log_w.dtype)) for _ in range(3))

@@ -381,12 +381,23 @@ def _composed_draw(function, mu, logvar, prior_mu, prior_logvar, seed, draw, opt
     return in_shape(z, shape_of_z(mu, draw)), second, slope
 
 
+def _check_inputs(contract, mu, logvar, prior_mu, prior_logvar, seed, draw):
+    contract.expect("mu", mu, None, (-1, -1))
+    for name, t in (("logvar", logvar), ("prior_mu", prior_mu), ("prior_logvar", prior_logvar)):
+        contract.expect(name, t, mu.dtype, tuple(mu.shape))
+    contract.expect("seed", seed, torch.int64, ())
+    contract.expect_count("samples", draw.samples)
+
+
 class _Draw(Op):
     """The noise's slope is the last of the results, and is kept."""
 
     module = "latent"
     record = Draw
     told = True
+
+    def check(self, *args):
+        _check_inputs(self.contract, *args[:6])
 
     def forward(self, run, ctx, mu, logvar, prior_mu, prior_logvar, seed, draw, *options):
         results = run(mu, logvar, prior_mu, prior_logvar, seed, draw, *options)
@@ -421,6 +432,23 @@ class _Gradient(Op):
         n = self.arrives
         mu, logvar, _, _, seed, draw = args[n + 1 : n + 7]
         return self.native(*args[:n], _slope(mu, logvar, seed, draw), *args[n + 1 :])
+
+    def check(self, grad_z, *args):
+        *grads, slope = args[: self.arrives]
+        inputs = args[self.arrives : self.arrives + 6]
+        mu, draw = inputs[0], inputs[-1]
+        _check_inputs(self.contract, *inputs)
+        wide, (rows, columns) = accumulator(mu.dtype), mu.shape
+        shapes = (draw.samples * rows, columns), (draw.samples, rows, columns)
+        self.contract.expect("grad_z", grad_z, mu.dtype, *shapes)
+        self.contract.expect("slope", slope, wide, *shapes)
+        for name, t in zip(self.contract.names[1:], grads, strict=False):
+            self.contract.expect(name, t, wide, *self.shapes_of_grads(mu, draw))
+
+    @staticmethod
+    def shapes_of_grads(mu, draw):
+        """Those of the second gradient, and of what stands beside it."""
+        return (mu.shape[0],), tuple(mu.shape)
 
     def fake(self, *args):
         # The inputs end with the record, and what may stand beside it.
@@ -479,6 +507,10 @@ class _RsampleLogRatioBackward(_Gradient):
         f"bool path, bool[4] need) {_GRADS}"
     )
     arrives = 3
+
+    @staticmethod
+    def shapes_of_grads(mu, draw):
+        return ((draw.samples, mu.shape[0]),)
 
     def composed(self, backend):
         function = super().composed(backend)

@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import _backend
-from .._checks import check_data, check_same_device, check_tensor, checks_data, may_look, shape_of
+from .._checks import FLOATING, check_data, check_same_device, check_tensor, checks_data, may_look, shape_of
 from ..head import LastLayer, multiply_out
+from .contract import Contract
 from .op import Op, accumulator, cast, in_shape
 
 
@@ -84,6 +85,20 @@ def _readable(parameter: Tensor, full: Tensor) -> Tensor:
 # The ops
 
 
+def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor]) -> None:
+    """x [B, *event], the first parameter [..., B, *event], and others that broadcast to it axis by axis."""
+    full = parameters[0]
+    lead = full.dim() - x.dim()
+    if x.is_complex():
+        contract.refuse("x", x, "real numbers")
+    for name, p in zip(contract.names[-len(parameters) :], parameters, strict=True):
+        ones = all([n in (1, m) for n, m in zip(p.shape, full.shape, strict=False)])
+        if p.dtype not in FLOATING or p.dim() != full.dim() or not ones:
+            contract.refuse(name, p, f"floating-point {shape_of(full)}, or 1 in place of a size")
+    if x.dim() == 0 or lead < 0 or full.shape[lead:] != x.shape:
+        contract.refuse(contract.names[-len(parameters)], full, f"[..., {', '.join(map(str, x.shape))}]")
+
+
 def _flat(x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """x [B, *event] as [B, X], parameters [..., B, *event] as [K, B, X]."""
     lead = parameters[0].dim() - x.dim()
@@ -110,6 +125,7 @@ class LogProb(Op):
 
     def _native(self, x, *parameters):
         """What does not fit the C++ as it is, and what it refused."""
+        self.check(x, *parameters)
         rows, flat = _flat(x, parameters)
         shape, full = self._shape(x, parameters), flat[0]
         if not full.numel():
@@ -129,6 +145,9 @@ class LogProb(Op):
             return in_shape(function(self.likelihood, rows, *flat), self._shape(x, parameters))
 
         return log_prob
+
+    def check(self, x, *parameters):
+        _check_inputs(self.contract, x, parameters)
 
     def fake(self, x, *parameters):
         return x.new_empty(self._shape(x, parameters), dtype=result_dtype(x, *parameters))
@@ -165,6 +184,7 @@ class _LogProbBackward(Op):
 
     def _native(self, grad, x, *rest):
         """What does not fit the C++ as it is."""
+        self.check(grad, x, *rest)
         *parameters, need = rest
         rows, flat = _flat(x, parameters)
         full = flat[0]
@@ -197,6 +217,12 @@ class _LogProbBackward(Op):
             return _reshaped(grads, (x, *parameters))
 
         return backward
+
+    def check(self, grad, x, *rest):
+        *parameters, _ = rest
+        _check_inputs(self.contract, x, parameters)
+        shape = tuple(LogProb._shape(x, parameters))
+        self.contract.expect("grad", grad, result_dtype(x, *parameters), shape)
 
     def fake(self, grad, *rest):
         *tensors, need = rest

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_same_device, check_same_shape, check_tensor, shape_of
+from .contract import Contract
 from .op import Op, cast
 
 _run, _run_backward = (_backend.native(f"mixture_log_prob{suffix}") for suffix in ("", "_backward"))
@@ -99,6 +100,14 @@ def check_components(mu: Tensor, logvar: Tensor, logits: Tensor | None) -> None:
             )
 
 
+def _check_inputs(contract: Contract, z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor) -> None:
+    contract.expect("z", z, torch.float64 if z.dtype == torch.float64 else torch.float32, (-1, -1))
+    contract.expect("mu", mu, z.dtype, (-1, z.shape[1]))
+    contract.expect_count("the number of components", mu.shape[0])
+    contract.expect("logvar", logvar, z.dtype, tuple(mu.shape))
+    contract.expect("log_weight", log_weight, z.dtype, (mu.shape[0],))
+
+
 class _MixtureLogProbBackward(Op):
     """Gradients of (z, mu, logvar, log_weight), None where not needed."""
 
@@ -120,6 +129,11 @@ class _MixtureLogProbBackward(Op):
         _run_backward(grad, maximum, total, *tensors, *grads, torch.get_num_threads())
         return tuple(grads)
 
+    def check(self, grad, maximum, total, z, mu, logvar, log_weight, need):
+        _check_inputs(self.contract, z, mu, logvar, log_weight)
+        for name, t in (("grad", grad), ("maximum", maximum), ("total", total)):
+            self.contract.expect(name, t, z.dtype, (z.shape[0],))
+
     def fake(self, grad, maximum, total, z, mu, logvar, log_weight, need):
         tensors = z, mu, logvar, log_weight
         return tuple(t.new_empty(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
@@ -140,6 +154,9 @@ class _MixtureLogProb(Op):
         results = [z.new_empty(len(z)) for _ in range(3)]
         _run(z, mu, logvar, log_weight, *results, torch.get_num_threads())
         return tuple(results)
+
+    def check(self, z, mu, logvar, log_weight):
+        _check_inputs(self.contract, z, mu, logvar, log_weight)
 
     def fake(self, z, mu, logvar, log_weight):
         return tuple(z.new_empty(len(z)) for _ in range(3))

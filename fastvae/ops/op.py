@@ -8,7 +8,7 @@ The Autograd kernel is Python and uses private names of torch, ``_SingleLevelFun
 from __future__ import annotations
 
 import functools
-import os
+import re
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -21,8 +21,11 @@ from torch.autograd.function import _SingleLevelFunction
 from .. import _backend
 from .._backend import _choice, _default
 from .._glance import ON_CPU, ON_GPU, PLACES, WANTED, plain
+from .contract import Contract
 
 _library = torch.library.Library("fastvae", "DEF")
+# All ops, by name.
+REGISTERED: dict[str, Op] = {}
 # The overload that is below autograd, and which a compiled graph therefore holds.
 _KERNEL = "kernel"
 
@@ -64,6 +67,9 @@ class Op:
     native: Callable
     """The op in C++, for CPU tensors."""
 
+    def check(self, *args: Any) -> None:
+        """Validate the tensors of a call through the dispatcher by ``self.contract``; raises ValueError."""
+
     def fake(self, *args: Any) -> Any:
         """Results of the right shapes and dtypes, of fake arguments."""
         raise NotImplementedError
@@ -85,9 +91,12 @@ class Op:
     # What is made of it.
 
     def __init__(self) -> None:
-        self._tensors = self.schema.partition("->")[0].count("Tensor")
+        names = re.findall(r"Tensor\?? (\w+)", self.schema.partition("->")[0])
+        self._tensors = len(names)
+        self.contract = Contract(self.name, tuple(names))
         self._fields = len(self.record._fields) if self.record else 0
         self._by_backend = functools.cache(self._implementation)
+        REGISTERED[self.name] = self
         self._registered = self._register("")
         self._kernel = self._register(_KERNEL)
         _library.impl(self.name, self._autograd, "Autograd")
@@ -126,12 +135,12 @@ class Op:
         name = f"{self.name}.{overload}" if overload else self.name
         _library.define(name + self.schema)
         registered = getattr(getattr(torch.ops.fastvae, self.name), overload or "default")
-        on_cpu = self._dispatched(self._on_cpu)
+        on_cpu = self._dispatched(self._checked(self._on_cpu))
         if not (overload and _implemented_in_cpp(self.name, registered, on_cpu)):
             _library.impl(name, on_cpu, "CPU")
-        _library.impl(name, self._dispatched(self._on_gpu), "CUDA")
-        _library.impl(name, self._dispatched(self._elsewhere), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastvae::{name}", self._dispatched(self.fake), lib=_library)
+        _library.impl(name, self._dispatched(self._checked(self._on_gpu)), "CUDA")
+        _library.impl(name, self._dispatched(self._checked(self._elsewhere)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastvae::{name}", self._dispatched(self._on_fake), lib=_library)
         return registered
 
     def _implementation(self, backend: str) -> Callable:
@@ -146,6 +155,20 @@ class Op:
 
     def _elsewhere(self, *args):
         return self._by_backend("reference")(*args)
+
+    def _on_fake(self, *args):
+        self.contract.check_devices(args[: self._tensors])
+        return self.fake(*args)
+
+    def _checked(self, function: Callable) -> Callable:
+        def checked(*args):
+            tensors = args[: self._tensors]
+            self.contract.check_devices(tensors)
+            self.contract.check_storage(tensors)
+            self.check(*args)
+            return function(*args)
+
+        return checked
 
     def _packed(self, function: Callable) -> Callable:
         """The function for the dispatcher, which gives the record's fields one by one."""
@@ -273,8 +296,7 @@ def _implemented_in_cpp(name: str, registered: Any, in_python: Callable) -> bool
         return [None if r is None else handle(r) for r in results]
 
     letters = "".join(_LETTERS[t] for t in types)
-    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
-    return bool(implement(library, name, _KERNEL, letters, with_handles, _backend.on_cpu))
+    return bool(implement(name, _KERNEL, letters, with_handles, _backend.on_cpu))
 
 
 def or_none(tensor: Tensor | None) -> Tensor | None:

@@ -28,9 +28,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _backend
+from .contract import Contract
 from .likelihood import Declaration, refuse, result_dtype
 from .op import Op, or_none
 
@@ -103,6 +105,48 @@ def weigh(
 _HOW = "float coefficient, str over, str reduction, float alpha, SymInt groups, float share"
 
 
+def check_bound(
+    contract: Contract, batch: int, rows: int, term: Tensor | None, beta: Tensor | None, how: Weighing
+) -> int:
+    """Validate what makes a bound of K·B rows, and return K."""
+    samples = rows // batch if batch else 0
+    contract.expect("term", term, None, (samples if batch else -1, batch), (batch,))
+    contract.expect("beta", beta, None, (), (batch,))
+    contract.expect_count("groups", how.groups)
+    if samples % how.groups:
+        raise ValueError(
+            f"fastvae::{contract.op}: groups is {how.groups}; expected a divisor of the {samples} samples"
+        )
+    return samples
+
+
+def check_grads(
+    contract: Contract, batch: int, samples: int, how: Weighing, dtype: torch.dtype, grads: tuple[Any, ...]
+) -> None:
+    """Validate the gradients that arrive, and the weights that were kept."""
+    bound, log_likelihood, weights = grads
+    contract.expect("grad_bound", bound, dtype, (batch,) if how.reduction == "none" else ())
+    contract.expect("grad_log_likelihood", log_likelihood, dtype, (batch,))
+    contract.expect("weights", weights, dtype, (samples, batch))
+    if weights is None and how.over == "log_mean_exp":
+        raise ValueError(f"fastvae::{contract.op}: weights is None; expected those of the forward pass")
+
+
+def _check_inputs(contract: Contract, number: int, x: Tensor, rest: Any) -> int:
+    parameters, (term, beta, how) = rest[:number], rest[number : number + 3]
+    if x.is_complex() or x.dim() != 2:
+        contract.refuse("x", x, "[B, X]")
+    names = contract.names[-2 - number : -2]
+    rows, columns = parameters[0].shape[:1].numel(), x.shape[1]
+    contract.expect(names[0], parameters[0], None, (-1, columns))
+    if rows % x.shape[0] if x.shape[0] else rows:
+        contract.refuse(names[0], parameters[0], f"a multiple of x's {x.shape[0]} rows")
+    shapes = (rows, columns), (rows, 1), (1, columns), (columns,), (1, 1), (1,), ()
+    for name, p in zip(names[1:], parameters[1:], strict=True):
+        contract.expect(name, p, None, *shapes)
+    return check_bound(contract, x.shape[0], rows, term, beta, how)
+
+
 class _Weigh(Op):
     module = "weigh"
     record = Weighing
@@ -133,6 +177,9 @@ class _Weigh(Op):
             return finish(backend, how)(log_likelihood, term, beta, how, terms)
 
         return function
+
+    def check(self, x, *rest):
+        _check_inputs(self.contract, self.number, x, rest)
 
     def fake(self, x, *rest):
         parameters, (_, _, how, terms) = rest[: self.number], rest[self.number :]
@@ -198,6 +245,12 @@ class _WeighBackward(Op):
             return grad_x, *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
 
         return function
+
+    def check(self, *args):
+        x, *rest = args[3:]
+        samples = _check_inputs(self.contract, self.number, x, rest)
+        dtype, how = result_dtype(x, *rest[: self.number]), rest[self.number + 2]
+        check_grads(self.contract, x.shape[0], samples, how, dtype, args[:3])
 
     def fake(self, grad_bound, grad_log_likelihood, weights, *rest):
         return tuple(

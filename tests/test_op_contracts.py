@@ -1,0 +1,234 @@
+"""Every op, through torch's dispatcher or straight in C++, with each tensor wrong in each way.
+
+The outcome is an error or the right number, never a crash.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import fastvae
+from fastvae import ops
+from fastvae.likelihoods.base import DECLARED
+from fastvae.ops.head import weigh_linear
+from fastvae.ops.op import REGISTERED
+from fastvae.ops.weigh import Weighing, weigh
+
+from . import cases
+from .conftest import CUDA
+
+K, B, D, X, H, U, E, P = 3, 4, 5, 6, 7, 8, 3, 9
+DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.bool,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16,
+)  # fmt: skip
+# Validated by the same lines of Python whatever computes them.
+FEW_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.int32)
+
+
+class _Recording(TorchDispatchMode):
+    """Keeps the arguments of the first call of each op."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastvae":
+            self.calls.setdefault(func._opname, args)
+        return func(*args, **(kwargs or {}))
+
+
+def _leaf(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def recorded(likelihoods):
+    """Valid arguments of every op, as the dispatcher takes them."""
+    with _Recording() as mode:
+        total = 0
+        mu, logvar, p_mu, p_logvar = (_leaf(B, D, seed=s) for s in range(4))
+        seed = torch.tensor(5)
+        options = {"samples": K, "prior": (p_mu, p_logvar), "seed": seed}
+        for results in (
+            ops.rsample_kl(mu, logvar, **options),
+            ops.rsample_log_ratio(mu, logvar, estimator="dreg", **options),
+            ops.rsample_tril(mu, _leaf(B, D * (D + 1) // 2, seed=4), samples=K, seed=seed),
+        ):
+            total = total + sum(r.square().sum() for r in results)
+        total = total + ops.log_mean_exp(_leaf(K, B)).square().sum()
+        total = total + ops.mixture_log_prob(_leaf(B, D), _leaf(U, D), _leaf(U, D), _leaf(U)).sum()
+        total = total + ops.categorical_log_prob(torch.ones(B, P), _leaf(K, B, U, P)).sum()
+        each = _leaf(K, B, U, E, P)
+        logits, x = _leaf(K, B, U, P), torch.zeros(B, E, P)
+        parts = (each, each, each)
+        total = total + ops.discretized_logistic_mixture_log_prob(x, logits, *parts).sum()
+        how = Weighing(1.0, "log_mean_exp", "none")
+        for name in likelihoods:
+            x = cases.data(name, B, X, seed=1).cpu().clamp(max=100)  # as int8 holds it
+            parameters = [p.cpu().requires_grad_() for p in cases.parameters(name, K, B, X, seed=2)]
+            total = total + getattr(ops, f"{name}_log_prob")(x, *parameters).sum()
+            flat = tuple(p.detach().flatten(0, 1).requires_grad_() for p in parameters)
+            total = total + weigh(name, x, flat, _leaf(K, B), torch.ones(B), how)[0].sum()
+        x = cases.data("bernoulli", B, X, seed=1).cpu()
+        layer = (_leaf(K * B, H), _leaf(X, H), _leaf(X), None, None)
+        torch.ops.fastvae.linear_log_prob(x, *layer, "bernoulli").sum().backward()
+        total = total + weigh_linear("bernoulli", x, _layers(layer), _leaf(K, B), torch.ones(B), how)[0].sum()
+        total.backward()
+        fastvae.random.normal(seed, K, B, D)
+        fastvae.ops.codebook.nearest_code(_leaf(B, D).detach(), _leaf(U, D).detach())
+    return mode.calls
+
+
+def _layers(layer):
+    from fastvae.ops.head import Layers
+
+    return Layers(*layer)
+
+
+def wrong(t, dtypes=DTYPES):
+    """Each way in which a tensor may be wrong, or only look so; by what it is called."""
+    for dtype in dtypes:
+        if dtype != t.dtype:
+            yield str(dtype), t.to(dtype)
+    for axis, n in enumerate(t.shape):
+        yield f"one fewer along {axis}", t.narrow(axis, 0, n - 1).clone()
+        yield f"one more along {axis}", torch.cat([t, t.narrow(axis, 0, 1)], axis)
+        yield f"without axis {axis}", t.select(axis, 0).clone()
+        yield f"empty along {axis}", t.narrow(axis, 0, 0).clone()
+    yield "an axis before", t[None].clone()
+    yield "an axis behind", t[..., None].clone()
+    yield "four axes before", t[None, None, None, None].clone()
+    yield "two of each before", torch.stack([t, t])
+    yield "strided", torch.stack([t, t], -1)[..., 0]
+    yield "on meta", t.to("meta")
+    if t.dim() == 0:
+        yield "empty", t.new_empty(0)
+    else:
+        yield "of stride 0", t[:1].expand(t.shape)
+    if t.dim() == 2:
+        yield "transposed", t.mT.contiguous().mT
+        yield "sparse", t.to_sparse()
+    freed = t.clone()
+    freed.untyped_storage().resize_(0)
+    yield "freed", freed
+    smaller = t.clone()
+    smaller.untyped_storage().resize_(max(0, t.untyped_storage().nbytes() - t.itemsize))
+    yield "of a storage too small", smaller
+
+
+def _in_float64(t):
+    return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+
+def _expected(op, args):
+    """By the definition in float64, or None where it raises."""
+    try:
+        with torch.no_grad():
+            return op._packed(op.composed("reference"))(*tree_map(_in_float64, args))
+    except Exception:
+        return None
+
+
+def _complaint(op, args, found):
+    """What is wrong with these results, or None."""
+    found = found if isinstance(found, tuple) else (found,)
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if any(f is not None and f.is_meta for f in found):
+        return None if len(tensors) == 1 else "ran on meta"
+    expected = _expected(op, args)
+    if expected is None:
+        return "the definition refuses it"
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
+    for f, e in zip(found, expected, strict=False):
+        if f is None or e is None or f.shape == (0,) != e.shape:
+            continue
+        if f.shape != e.shape and f.numel() != e.numel():
+            return f"shape {list(f.shape)} for {list(e.shape)}"
+        f, e = f.double().flatten(), e.double().flatten()
+        scale = e[e.isfinite()].abs().max().clamp(min=1) if e.isfinite().any() else 1.0
+        if not torch.allclose(f, e, rtol=0, atol=float(scale) * (0.05 if half else 1e-4), equal_nan=True):
+            return f"{f[:4].tolist()} for {e[:4].tolist()}"
+    return None
+
+
+def walk(backend, likelihoods):
+    """Prints each call before it is made: what is last is what crashed. Returns complaints."""
+    with fastvae.use_backend("native" if backend == "native" else "reference"):
+        calls = recorded(likelihoods)
+    missing = [n for n in REGISTERED if n not in calls and not _of_another_likelihood(n, likelihoods)]
+    assert not missing, f"no arguments were recorded for {missing}"
+    complaints, accepted, refused = [], 0, 0
+    for name, args in calls.items():
+        op = REGISTERED[name]
+        overloads = ("default", "kernel") if backend == "native" else ("kernel",)
+        ways = {o: getattr(getattr(torch.ops.fastvae, name), o) for o in overloads}
+        # The fast path; what it does in plain PyTorch is not validated there.
+        if backend == "native" and _is_cpp(op.native):
+            ways["C++"] = op._packed(op.native)
+        for i, t in enumerate(args[: op._tensors]):
+            if t is None:
+                continue
+            # The forward pass kept what it drew of the parameters as they were.
+            kept = any(n in ("slope", "eps") for n in op.contract.names)
+            for kind, mutated in wrong(t, DTYPES if backend == "native" else FEW_DTYPES):
+                if kept and kind == "of stride 0":
+                    continue
+                given = (*args[:i], mutated, *args[i + 1 :])
+                for way, call in ways.items():
+                    case = f"{name}.{way}: {op.contract.names[i]} {kind}"
+                    print(case, flush=True)
+                    try:
+                        with torch.no_grad(), fastvae.use_backend(backend):
+                            found = call(*given)
+                    except (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError) as error:
+                        refused += 1
+                        if "internal" in str(error).lower() or "unreachable" in str(error).lower():
+                            complaints.append(f"{case}: {error}")
+                        continue
+                    accepted += 1
+                    # A tensor whose data are not there may be one that is not read.
+                    unreadable = kind in ("on meta", "freed", "of a storage too small")
+                    if (complaint := _complaint(op, args if unreadable else given, found)) is not None:
+                        complaints.append(f"{case}: {complaint}")
+    print(f"{accepted} calls were right, {refused} were refused")
+    return complaints
+
+
+def _is_cpp(function):
+    return inspect.isbuiltin(function.func if isinstance(function, functools.partial) else function)
+
+
+def _of_another_likelihood(op, likelihoods):
+    return any(n in op for n in DECLARED if n not in likelihoods)
+
+
+if __name__ == "__main__":
+    found = walk(sys.argv[1], sys.argv[2:])
+    print("\n".join(found))
+    sys.exit(bool(found))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "native",
+        "reference",
+        pytest.param("triton", marks=pytest.mark.skipif(CUDA, reason="runs the interpreter")),
+    ],
+)
+def test_wrong_tensors(way):
+    names = sorted(DECLARED) if way == "native" else ["gaussian"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_op_contracts", way, *names], capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.returncode, done.stdout[-3000:], done.stderr[-2000:])
