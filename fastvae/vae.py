@@ -88,6 +88,11 @@ class VAE(nn.Module):
     prior: Any
     latent_dim: int | tuple[int, ...] | None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "prior":  # a module or not, whatever it was before
+            self.__dict__.get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
+
     @teaches
     def __init__(
         self,

@@ -263,6 +263,18 @@ def test_a_fixed_prior_of_any_shape_moves_with_its_vae():
         assert vae.to(torch.float64).prior.mu.dtype == torch.float64
 
 
+def test_the_prior_of_a_vae_may_be_replaced_by_any_other():
+    """A module by a plain object, and back."""
+    vae = _vae()
+    for prior in (
+        fastvae.DiagonalNormal(nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))),
+        fastvae.StandardNormal(),
+        fastvae.Laplace(torch.zeros(D), torch.zeros(D)),
+    ):
+        vae.prior = prior
+        assert vae.prior is prior and vae.iwae(_x(), k=K).isfinite()
+
+
 def test_a_parameter_that_no_optimiser_would_find_is_refused():
     class Plain(fastvae.Distribution):
         def __init__(self):

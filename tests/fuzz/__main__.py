@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 
-TIMEOUT = 120.0  # seconds a case may take
+TIMEOUT = 600.0  # seconds a case may take, on a busy machine too
 
 
 def child(seed: int, start: int, count: int, only: str, every: bool) -> None:
@@ -69,18 +69,20 @@ def run(
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
-            text=True,
+            bufsize=0,  # select does not see what Python has read ahead
         )
         assert process.stdout is not None
         running, ended = None, False
         while True:
             ready, _, _ = select.select([process.stdout], [], [], TIMEOUT)
-            line = process.stdout.readline().rstrip("\n") if ready else None
+            line = process.stdout.readline().decode().rstrip("\n") if ready else None
             if not line:
                 process.kill()
                 code = process.wait()
                 if running is not None and not ended:
-                    what = "took longer than 120 s" if line is None else f"killed the process ({code})"
+                    what = (
+                        f"took longer than {TIMEOUT:g} s" if line is None else f"killed the process ({code})"
+                    )
                     _failed(report, seed, running, what)
                 elif not ended:
                     errors.seek(0)
