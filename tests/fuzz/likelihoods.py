@@ -255,7 +255,10 @@ def _probabilities(name: str, cls: Any, **options: Any) -> None:
             x * o[0].log().clamp(min=-100) + (1 - x) * torch.log1p(-o[0]).clamp(min=-100)
         ),
         "poisson": lambda x, o, given: torch.xlogy(x, o[0]) - o[0] - torch.lgamma(x + 1),
-        "categorical": lambda x, o, given: o[0].log().gather(1, x[:, None].long())[:, 0],
+        # Normalized, as torch.distributions does: in half precision a softmax does not sum to 1.
+        "categorical": lambda x, o, given: (
+            (o[0] / o[0].sum(1, keepdim=True)).log().gather(1, x[:, None].long())[:, 0]
+        ),
     }
     plain = ZOO[name]
     squash = {"bernoulli": torch.sigmoid, "poisson": torch.exp, "categorical": lambda t: t.softmax(1)}[name]
