@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
-from .contract import Contract
+from ._contract import Contract
 from .likelihood import result_dtype
 from .op import Op
 

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import _backend
 from .._checks import FLOATING, check_data, check_same_device, check_tensor, checks_data, may_look, shape_of
 from ..head import LastLayer, multiply_out
-from .contract import Contract
+from ._contract import Contract
 from .op import Op, accumulator, cast, in_shape
 
 

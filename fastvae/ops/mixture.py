@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import _backend
 from .._checks import check_same_device, check_same_shape, check_tensor, shape_of
-from .contract import Contract
+from ._contract import Contract
 from .op import Op, cast
 
 _run, _run_backward = (_backend.native(f"mixture_log_prob{suffix}") for suffix in ("", "_backward"))

@@ -21,7 +21,7 @@ from torch.autograd.function import _SingleLevelFunction
 from .. import _backend
 from .._backend import _choice, _default
 from .._glance import ON_CPU, ON_GPU, PLACES, WANTED, plain
-from .contract import Contract
+from ._contract import Contract
 
 _library = torch.library.Library("fastvae", "DEF")
 # All ops, by name.

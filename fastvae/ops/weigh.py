@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .contract import Contract
+from ._contract import Contract
 from .likelihood import Declaration, refuse, result_dtype
 from .op import Op, or_none
 
