@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import may_look
+from ._checks import is_dense, may_look
 
 # Of an event of fewer numbers chance alone may put all outputs between 0 and 1.
 _FEWEST = 5
@@ -70,7 +70,7 @@ def look(decoder: Any, likelihood: Any, x: Any, outputs: Any) -> None:
             look(None, part, x[name], outputs[name])
         return
     # Not under a transform or of a subclass, which may have no numbers.
-    if type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+    if type(x) is not Tensor or not is_dense(x) or torch._C._are_functorch_transforms_active():
         return
     if not look_at_structure(decoder, likelihood):
         _look_at_outputs(likelihood, outputs)
@@ -91,7 +91,9 @@ def look(decoder: Any, likelihood: Any, x: Any, outputs: Any) -> None:
 def _look_at_outputs(likelihood: Any, outputs: Any) -> None:
     if likelihood.reads not in ("logits", "class logits", "event logits"):
         return
-    if type(outputs) is not Tensor or not outputs.is_floating_point() or not may_look(outputs):
+    if type(outputs) is not Tensor or not outputs.is_floating_point():
+        return
+    if not is_dense(outputs) or not may_look(outputs):
         return
     if outputs.dim() < 2 or outputs.shape[1:].numel() < _FEWEST:
         return

@@ -588,7 +588,9 @@ def _bound(
             log_likelihood = inputs.log_likelihood(z, narrow.see)
         else:
             assert k_chunk is not None
-            drawn = _chunked(inputs, seed, draws, k_chunk, route, row_offset, narrow.see)
+            # A compiled checkpoint changes nothing outside of it: parameters and autocast decide alone.
+            see = None if torch.compiler.is_compiling() else narrow.see
+            drawn = _chunked(inputs, seed, draws, k_chunk, route, row_offset, see)
             log_likelihood, log_ratio, told = drawn
         if told is None and how is not None and how.is_plain:
             value, log_likelihood = weigh_samples(log_likelihood, log_ratio, None, how)
@@ -726,7 +728,7 @@ def _chunked(
     k_chunk: int,
     route: str,
     row_offset: int,
-    seen: Callable[[Tensor, list[Tensor]], None],
+    seen: Callable[[Tensor, list[Tensor]], None] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what is told
     to reach q, [K, B].
