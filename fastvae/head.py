@@ -171,7 +171,6 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_torchs(kind: type[nn.Module]) -> bool:
     """Whether the functions that a call of the class runs are those that torch's modules define."""
     forward = vars(sys.modules[kind.__module__])
@@ -182,6 +181,10 @@ def _is_torchs(kind: type[nn.Module]) -> bool:
             for name in _CALLED
         ]
     )
+
+
+# torch.compiler.assume_constant_result, which sets this, imports the whole compiler.
+_is_torchs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
