@@ -381,9 +381,8 @@ def _log_likelihood(
         outputs = likelihoods.read(parameters)
         outputs = [r(o.double(), o.dtype, exact=True, absolute=1.0) for o in outputs]
         if built.size is not None:
-            outputs[0] = outputs[0] + built.size.double().log().repeat(len(rows)).reshape(
-                -1, *[1] * len(c.event)
-            )
+            size = built.size.double().repeat(len(rows)).reshape(-1, *[1] * len(c.event))
+            outputs[0] = outputs[0] * size if "rate" in c.likelihood else outputs[0] + size.log()
         data = {n: _repeated(t, rows) for n, t in x.items()} if isinstance(x, dict) else _repeated(x, rows)
         log_p = r(kind.log_prob(data, outputs, given), absolute=1.0)
         found.append(_summed(log_p, mask, len(rows), c))
