@@ -452,7 +452,7 @@ def test_errors():
         fastvae.evaluate(lambda x: q, decoder, x, likelihood=LIKELIHOOD, noise="sobol", progress=False)
     gamma = torch.distributions.Gamma(torch.ones_like(q[0]), torch.ones_like(q[0]))
     with pytest.raises(ValueError, match="noise='qmc' needs a q"):
-        fastvae.iwae(x, gamma, decoder, k=4, likelihood=LIKELIHOOD, noise="qmc")
+        fastvae.iwae(x, gamma, decoder, k=4, likelihood=LIKELIHOOD, noise="qmc", prior=gamma)
     with pytest.raises(TypeError, match="noise='qmc'"):
         fastvae.ops.rsample_kl(*q, seed=seeds(2))
     with pytest.raises(TypeError, match="seed"):
