@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numpy as np
 import pytest
 import torch
@@ -113,15 +114,17 @@ def test_stored_arrays_are_read_batch_by_batch(tmp_path):
         found = vae.evaluate(data, k=10, batch_size=4, progress=False, generator=generator, **kwargs)
         return torch.as_tensor(found.log_px)
 
+    # torch's product of the encoder rounds by the alignment of its input.
+    same = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=0)
     expected = log_px(torch.from_numpy(values))
     stored = Stored(values)
-    assert torch.equal(log_px(stored), expected)
+    same(log_px(stored), expected)
     assert stored.read == [4, 4, 3]
     x, context = Stored(values), Stored(values[:, :1])
-    assert torch.equal(log_px([Stored(values[:4]), (Stored(values[4:]), 0)]), expected)
+    same(log_px([Stored(values[:4]), (Stored(values[4:]), 0)]), expected)
     vae = fastvae.VAE(lambda x, c, f=vae.encoder: f(x), lambda z, c, f=vae.decoder: f(z), **options)
     found = log_px([{"x": x, "c": context}], unpack=lambda batch: {"x": batch["x"], "context": batch["c"]})
-    torch.testing.assert_close(found, expected)
+    same(found, expected)
     joint = fastvae.VAE(lambda x: torch.zeros(len(x["a"]), 4), lambda z: {"a": z @ torch.ones(2, 6)},
                         likelihood=fastvae.Joint(a="bernoulli"))  # fmt: skip
     stored = Stored(values)
@@ -136,7 +139,7 @@ def test_hdf5_is_read_batch_by_batch(tmp_path):
         data = file.create_dataset("x", data=values.numpy())
         stored = _model().evaluate(data, k=5, batch_size=3, progress=False, generator=torch.Generator())
     expected = _model().evaluate(values, k=5, batch_size=3, progress=False, generator=torch.Generator())
-    np.testing.assert_array_equal(stored.log_px, expected.log_px)
+    np.testing.assert_allclose(stored.log_px, expected.log_px, rtol=1e-6)
 
 
 def test_no_tensor_is_made_on_the_default_device():
