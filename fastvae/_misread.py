@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import is_dense, may_look
+from .head import called_by
 
 # Of an event of fewer numbers chance alone may put all outputs between 0 and 1.
 _FEWEST = 5
@@ -32,11 +33,9 @@ _MOST = 1000
 
 def is_new(decoder: Any) -> bool:
     """Whether a decoder comes for the first time; a function made anew in each call is one decoder."""
-    kind = type(decoder)
-    if kind is FunctionType:
+    decoder = called_by(decoder)
+    if type(decoder) is FunctionType:
         decoder = decoder.__code__
-    elif kind is MethodType:
-        decoder = decoder.__self__
     known = _seen.get(id(decoder))
     if known is not None and known() is decoder:
         return False
@@ -53,6 +52,7 @@ def is_new(decoder: Any) -> bool:
 def look_at_structure(decoder: Any, likelihood: Any) -> bool:
     """Warn of a last module that makes no logits; returns whether it did."""
     kinds, fix = _expected(likelihood)
+    decoder = called_by(decoder)
     last = last_of_sequential(decoder)
     if last is None or not isinstance(last, kinds):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from .distributions import Distribution
-from .head import run_to_last_layer
+from .head import called_by
 
 
 class Versions:
@@ -82,8 +81,8 @@ def _tensors(name: str, value: Any, seen: tuple[Any, ...] = ()) -> Iterator[tupl
     elif isinstance(value, (Distribution, td.Distribution)):
         for key, part in vars(value).items():
             yield from _tensors(f"{name}.{key}", part, seen)
-    elif isinstance(value, functools.partial) and value.func is run_to_last_layer:
-        yield from _tensors(name, value.args[0], seen)
+    elif called_by(value) is not value:
+        yield from _tensors(name, called_by(value), seen)
     elif isinstance(value, nn.Module):
         for key, part in value.named_parameters():
             yield f"{name}.{key}", part

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -145,6 +147,13 @@ def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
 def may_end_in_a_layer(decoder: Any) -> bool:
     """Whether :func:`run_to_last_layer` may do more than call it."""
     return type(decoder) in (nn.Linear, nn.Sequential)
+
+
+def called_by(function: Any) -> Any:
+    """Return what a decoder calls: that of a partial of :func:`run_to_last_layer`, or a method's owner."""
+    if type(function) is functools.partial and function.func is run_to_last_layer:
+        return function.args[0]
+    return function.__self__ if type(function) is MethodType else function
 
 
 _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")

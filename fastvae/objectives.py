@@ -28,6 +28,7 @@ from ._versions import Versions
 from .bounds import IWAE, Bound, weighed
 from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
 from .distributions.draws import describe, say_monte_carlo
+from .head import called_by
 from .likelihoods import Likelihood
 from .ops.latent import ESTIMATORS
 from .ops.weigh import Weighing
@@ -605,6 +606,7 @@ def _bound(
 
 def _check_rows_apart(decoder: Any, draws: int, what: str) -> None:
     """Refuse a decoder that mixes rows where each sample's gradient by z is weighed by itself."""
+    decoder = called_by(decoder)
     if draws == 1 or not isinstance(decoder, torch.nn.Module):
         return
     for name, module in decoder.named_modules():
@@ -623,7 +625,7 @@ class _Float16:
     """Whether gradients by z pass through float16: by the decoder's parameters, autocast, z or the output."""
 
     def __init__(self, decoder: Any, device: torch.device):
-        owner = getattr(decoder, "__self__", decoder)
+        owner = called_by(decoder)
         parameters = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
         kind = device.type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16

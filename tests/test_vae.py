@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.ops.head import FEWEST_NUMBERS
 
 from . import models
 from .conftest import DEVICE
@@ -417,3 +418,20 @@ def test_latent_dim_is_checked_where_it_is_given():
     free.posterior(x)
     free.encoder = nn.Linear(7, 2 * 3)
     assert free.posterior(x).mean.shape == (4, 3)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"estimator": "dreg"}, {"encoder": fastvae.bounds.IWAE()}], ids=["dreg", "encoder"]
+)
+def test_a_decoder_that_mixes_rows_is_refused_at_any_size(fuse, options):
+    """At a size whose last layer is left to the objective, too."""
+    decoder = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 800))
+    vae = fastvae.VAE(nn.Linear(800, 6), decoder, likelihood="bernoulli", fuse=fuse)
+    k = FEWEST_NUMBERS // (5 * 800) + 1
+    x = torch.ones(5, 800)
+    objective = fastvae.bounds.IWAE(estimator=options.get("estimator", "iwae"))
+    with pytest.raises(ValueError, match="1, a BatchNorm1d, takes statistics over all samples"):
+        vae.bound(x, objective, k=k, encoder=options.get("encoder"))
+    decoder.eval()
+    assert bool(vae.bound(x, objective, k=k, encoder=options.get("encoder")).isfinite())
