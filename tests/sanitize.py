@@ -1,11 +1,13 @@
-"""The C++ tests on an extension built with the address and undefined-behaviour sanitisers, in a scratch copy.
+"""Runs the C++ tests, or the fuzzer, on an extension with GCC's address and undefined-behaviour sanitisers.
 
-``python -m tests.sanitize [base avx2 avx512]`` runs them for each instruction set named (default: all that
-this processor has) and fails on the first report. It is no part of the test suite: it takes some minutes.
+``python -m tests.sanitize [--fuzz MINUTES] [base avx2 avx512]`` builds a copy of the project, runs it for
+each instruction set named (default: all that this processor has) and fails on the first report. ``--fuzz``
+runs random calls of the objectives instead of the tests. The suite does not include it: it takes minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -22,13 +24,25 @@ def _library(name: str) -> str:
     return os.path.realpath(path)
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     from fastvae._backend import extension
 
     known = ["base", "avx2", "avx512"]
-    if unknown := [n for n in names if n not in known]:
-        print(f"unknown instruction set {unknown[0]!r}; known: {', '.join(known)}")
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=__doc__)
+    parser.add_argument("isa", nargs="*", help=f"of {', '.join(known)}")
+    parser.add_argument("--fuzz", type=float, metavar="MINUTES", help="run the fuzzer for that long")
+    parser.add_argument("--seed", type=int, help="of the fuzzer")
+    args = parser.parse_args()
+    if unknown := [n for n in args.isa if n not in known]:
+        parser.error(f"unknown instruction set {unknown[0]!r}; known: {', '.join(known)}")
+    command = [
+        *("-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", "-o", "addopts=", "-k"),
+        "(native or cpp or threads or kernels_of_graphs) and not slow",
+        *TESTS,
+    ]
+    if args.fuzz is not None:
+        command = ["-m", "tests.fuzz", "--minutes", str(args.fuzz), "--only", "backend=native"]
+        command += ["--seed", str(args.seed)] if args.seed is not None else []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "copy"
         copy_to(folder)
@@ -36,11 +50,11 @@ def main(names: list[str]) -> int:
         if built.returncode:
             print(built.stderr[-2000:])
             return built.returncode
-        for isa in names or known[: known.index(extension().isa()) + 1]:
+        for isa in args.isa or known[: known.index(extension().isa()) + 1]:
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(folder),
-                # Python is not instrumented: the runtime comes first, and what Python keeps is no leak.
+                # Python is not instrumented: the runtime comes first, and what Python keeps is not a leak.
                 "LD_PRELOAD": " ".join(map(_library, ("libasan.so", "libubsan.so"))),
                 "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
                 "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
@@ -49,15 +63,11 @@ def main(names: list[str]) -> int:
                 "OMP_NUM_THREADS": "2",
             }
             print(f"{isa}:", flush=True)
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", "-o", "addopts=",
-                 "-k", "(native or cpp or threads or kernels_of_graphs) and not slow", *TESTS],
-                cwd=folder, env=environment,
-            )  # fmt: skip
+            done = subprocess.run([sys.executable, *command], cwd=folder, env=environment)
             if done.returncode:
                 return done.returncode
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

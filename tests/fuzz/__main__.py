@@ -17,13 +17,12 @@ import time
 TIMEOUT = 600.0  # seconds a case may take, on a busy machine too
 
 
-def child(seed: int, start: int, count: int, only: str, every: bool) -> None:
+def child(seed: int, start: int, count: int, only: str) -> None:
     """Run cases, a line before and a line after each."""
     import torch
 
     from . import case as cases
     from . import check
-    from .open import is_open
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled with NaN
@@ -31,9 +30,6 @@ def child(seed: int, start: int, count: int, only: str, every: bool) -> None:
     for index in range(start, start + count):
         case = cases.draw(seed, index)
         if only and only not in str(case):
-            continue
-        if is_open(case) and not every:
-            print(f"open\t{index}", file=out)
             continue
         print(f"start\t{index}", file=out)
         try:
@@ -53,15 +49,12 @@ class Report:
         self.failures: list[tuple[int, str]] = []
 
 
-def run(
-    seed: int, start: int, count: int, only: str = "", deadline: float = math.inf, every: bool = False
-) -> Report:
+def run(seed: int, start: int, count: int, only: str = "", deadline: float = math.inf) -> Report:
     """Run cases in children that may die; every death is a failure of the case that ran."""
     report, index = Report(), start
     while index < start + count and time.monotonic() < deadline:
         command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--child", "--seed", str(seed)]
         command += ["--index", str(index), "--count", str(start + count - index), "--only", only]
-        command += ["--all"] * every
         errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read after the child)
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         process = subprocess.Popen(
@@ -79,14 +72,15 @@ def run(
             if not line:
                 process.kill()
                 code = process.wait()
+                errors.seek(0)
+                error = errors.read()[-4000:]
                 if running is not None and not ended:
                     what = (
                         f"took longer than {TIMEOUT:g} s" if line is None else f"killed the process ({code})"
                     )
                     _failed(report, seed, running, what)
+                    print(error, flush=True)
                 elif not ended:
-                    errors.seek(0)
-                    error = errors.read()[-2000:]
                     raise RuntimeError(f"the child ended ({code}) outside of a case: {error}")
                 index = (running if running is not None else index) + 1
                 break
@@ -122,21 +116,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--index", type=int, default=None, help="run this case alone")
     parser.add_argument("--only", default="", help="cases whose record has this text, such as 'q=low rank'")
-    parser.add_argument("--all", action="store_true", help="the kinds that are known to fail, too")
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if args.child:
-        child(seed, args.index, args.count, args.only, args.all)
+        child(seed, args.index, args.count, args.only)
         return 0
     if args.index is not None:
         from . import case as cases
 
         print(cases.draw(seed, args.index))
-        report = run(seed, args.index, args.count, args.only, every=args.all or args.count == 1)
+        report = run(seed, args.index, args.count, args.only)
     else:
-        report = run(seed, 0, 10**9, args.only, time.monotonic() + 60 * args.minutes, args.all)
+        report = run(seed, 0, 10**9, args.only, time.monotonic() + 60 * args.minutes)
     print(f"seed {seed}: {dict(report.counts)}")
     for text, count in report.refused.most_common():
         print(f"refused {count}: {text}")

@@ -375,6 +375,7 @@ def _log_likelihood(
         with built.around():
             parameters = built.decoder(native, *context)
         if kind.native is not None:
+            parameters = kind.combine([r(o, o.dtype, exact=True) for o in likelihoods.read(parameters)])
             log_p = kind.native(x.repeat(len(rows), *[1] * (x.dim() - 1)), parameters)
             found.append(_summed(r(log_p.double(), log_p.dtype, exact=True), mask, len(rows), c))
             continue
@@ -446,12 +447,10 @@ def _aggregate(built: Built, q: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(q, torch.distributions.MultivariateNormal):
         variance = q.covariance_matrix.diagonal(dim1=-2, dim2=-1)
         marginal = torch.distributions.Normal(q.loc, variance.sqrt())
-        whole = q.log_prob(z.unsqueeze(2))
     else:
         marginal = q
-        whole = q.log_prob(z.unsqueeze(2)).sum(-1)
     each = torch.logsumexp(marginal.log_prob(z.unsqueeze(2)), 2) - n
-    return torch.logsumexp(whole, 2) - n, each.sum(-1)
+    return torch.logsumexp(families.density(q, z.unsqueeze(2)), 2) - n, each.sum(-1)
 
 
 def _gradients(built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share) -> dict[str, Tensor]:
@@ -470,12 +469,13 @@ def _gradients(built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, 
             ).sum()
             return _grad(loss, others) | _grad(through, to_q)
         return _grad(loss, learned)
-    value = results["value"]
+    value = _loss_scale(c) * results["value"]
     loss = (_weights(built, value) * value).sum()
     estimator = c.encoder or (c.estimator if c.entry in ("iwae", "bound") else "iwae")
     if estimator == "iwae":
         return _grad(loss, learned)
     scale = _weights(built, value) if value.dim() else torch.ones(c.batch, dtype=value.dtype)
+    scale = _loss_scale(c) * scale
     if value.dim() == 0 and c.reduction == "mean":
         scale = scale / c.batch
     bound = oracle.BOUNDS[c.objective].value if c.entry == "bound" else oracle.lme
@@ -487,6 +487,12 @@ def _gradients(built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, 
     if bool(s.any()):
         surrogate = surrogate + (scale * s * (log_q - log_q_of_z)).sum()  # q's density at a fixed z
     return _grad(loss, others) | _grad(surrogate, to_q)
+
+
+def _loss_scale(case: Case) -> float:
+    """A factor of the loss that keeps a float16 decoder's gradients of small shares from underflow."""
+    by_sample = case.encoder or (case.estimator == "dreg" and case.entry in ("iwae", "bound"))
+    return 64.0 if by_sample and case.net_dtype == torch.float16 else 1.0
 
 
 def _grad(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -517,9 +523,9 @@ def results_of(built: Built) -> dict[str, Tensor]:
 
 def _with_gradients(built: Built, found: dict[str, Tensor]) -> dict[str, Tensor]:
     c = built.case
-    value = found["value"]
     if c.entry in MEASURING:
         return found
+    value = _loss_scale(c) * found["value"]
     loss = (_weights(built, value) * value).sum()
     if c.entry == "log_weights":
         loss = loss + (_weights(built, found["ratio"], 1) * found["ratio"]).sum()
@@ -556,8 +562,7 @@ def compare(
         bound += 4 * info.eps * float(e.abs().amax()) + 64 * info.smallest_normal
         off = (f.double() - e).abs()
         off = torch.where((f.double() == e) | (f.isnan() & e.isnan()), 0.0, off)
-        if info.bits == 16:  # beyond its largest number
-            off = torch.where((e.abs() >= 0.9 * info.max) & ~f.isfinite(), 0.0, off)
+        off = torch.where((e.abs() >= 0.9 * info.max) & ~f.isfinite(), 0.0, off)  # beyond the largest number
         if not bool((off <= bound).all()) and bool(e.isfinite().all()):
             at = int(off.nan_to_num(nan=math.inf).argmax())
             wrong.append(

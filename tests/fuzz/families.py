@@ -178,6 +178,8 @@ def _flat(*tensors: Tensor) -> list[Tensor]:
 
 def density(d: Any, z: Tensor) -> Tensor:
     """log density of z's last axis."""
+    if not z.numel():  # torch's multivariate normal fails
+        return z.sum(-1)
     value = d.log_prob(z)
     return value if value.dim() < z.dim() else value.sum(-1)
 
