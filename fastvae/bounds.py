@@ -288,8 +288,8 @@ class Jackknife(Bound):
     .. math:: K L_K - \frac{K - 1}{K} \sum_{k=1}^{K} L_{K \setminus k}, \quad
               L_S = \log \frac{1}{|S|} \sum_{j \in S} w_j
 
-    Not a lower bound any more, but an estimate of log p(x) with bias O(K⁻²). Where one sample has all the
-    weight it is +∞, and its gradient is not defined.
+    Not a lower bound any more, but an estimate of log p(x) with bias O(K⁻²). Where all weights but one are 0
+    it is +∞, and its gradient is not defined.
 
     Args:
         estimator: ``"iwae"``, ``"dreg"`` or ``"stl"``.
@@ -314,36 +314,36 @@ class Jackknife(Bound):
             raise ValueError(f"the jackknife leaves one sample out, and needs k of at least 2; got k={k}")
 
     @staticmethod
-    def _weights(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log Σ w [B]; the normalised weights, and 1 less them, [K, B], the largest's as the sum of the
-        others.
+    def _weights(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalised weights [K, B]; their inverses of 1 less each, 0 for the largest; the weights among all
+        but the largest; and log(1 less each), which for the largest is taken from the others: it may be as
+        small as exp(-1000).
         """
         maximum, first = log_w.max(0, keepdim=True)
-        exps = torch.exp(log_w - shift(maximum))
-        others = exps.scatter(0, first, 0.0).sum(0, keepdim=True)
-        total = others + exps.gather(0, first)
-        rest = ((total - exps) / total).scatter(0, first, others / total)
-        return (maximum + total.log())[0], exps / total, rest
+        others = log_w.scatter(0, first, -math.inf)
+        second = others.amax(0, keepdim=True)
+        exps, rests = torch.exp(log_w - shift(maximum)), torch.exp(others - shift(second))
+        total, rest = exps.sum(0, keepdim=True), rests.sum(0, keepdim=True)
+        share = (total - exps) / total
+        log_rest = share.log().scatter(0, first, second - maximum + (rest / total).log())
+        return exps / total, (1 / share).scatter(0, first, 0.0), rests / rest, log_rest
 
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         k = log_w.shape[0]
-        log_sum, weights, rest = self._weights(log_w)
+        weights, inverse, others, log_rest = self._weights(log_w)
         # Tensors: a compiler takes a logarithm of a size for a number of its own.
-        number, others = (log_sum.new_full((), n) for n in (k, k - 1))
-        bound = (
-            log_sum
-            + torch.xlogy(others, others)
-            - torch.xlogy(number, number)
-            - (k - 1) / k * rest.log().sum(0)
-        )
-        inverse = 1 / rest
-        return bound, weights * (k - (k - 1) / k * (inverse.sum(0) - inverse))
+        number, fewer = (log_w.new_full((), n) for n in (k, k - 1))
+        constant = torch.xlogy(fewer, fewer) - torch.xlogy(number, number)
+        bound = torch.logsumexp(log_w, 0) + constant - (k - 1) / k * log_rest.sum(0)
+        return bound, k * weights - (k - 1) / k * (weights * (inverse.sum(0) - inverse) + others)
 
     def paths(self, log_w: Tensor) -> Tensor:
         k = log_w.shape[0]
-        _, weights, rest = self._weights(log_w)
-        inverse = 1 / rest.square()
-        return weights.square() * (k - (k - 1) / k * (inverse.sum(0) - inverse))
+        weights, inverse, others, _ = self._weights(log_w)
+        inverse = inverse.square()
+        return k * weights.square() - (k - 1) / k * (
+            weights.square() * (inverse.sum(0) - inverse) + others.square()
+        )
 
 
 class TVO(Bound):

@@ -32,6 +32,8 @@ FORMS = {
     "log_scale": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, scale="log_scale"),
     "softplus": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, scale="softplus", floor=1e-3),
     "clamped": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, logvar_range=(-1.0, 1.0)),
+    "Laplace": fastvae.Laplace,
+    "StudentT": lambda loc, log_scale: fastvae.StudentT(loc, log_scale, 5.0),
     "spatial": lambda mu, logvar: (mu[:, :, None, None], logvar[:, :, None, None]),
 }
 PRIORS = {

@@ -81,7 +81,9 @@ class LocationScale(Located):
         w = self._noise(seed, (samples, *loc.shape), place).to(loc.dtype)
         # The noise by itself: nothing of the density goes through z.
         z = loc + torch.exp(log_scale) * w
-        return z.to(self.loc.dtype), (self._log_density(w) - log_scale).sum(-1)
+        return z.to(torch.promote_types(self.loc.dtype, self.log_scale.dtype)), (
+            self._log_density(w) - log_scale
+        ).sum(-1)
 
     def sample(
         self,

@@ -152,14 +152,18 @@ def draw(seed: int, index: int) -> Case:
         if "autocast" in decoder and composed:  # what is composed then has products in bfloat16
             decoder = "pool: linear"
     by_sample = bool(encoder) or estimator == "dreg"
-    if not decoders.fits(decoder, compiled, by_sample, batch * min(k, 3)):
+    frozen = rarely(r.randrange(1, 16), 0, 0.3)
+    scored = encoder == "wake" or estimator == "covariance"
+    if not decoders.fits(decoder, compiled, by_sample, batch * min(k, 3), not frozen and not scored):
         decoder = "module"
+    if "the body doubles" in decoder:  # by each call, and chunks call it again in the backward pass
+        chunkable = False
     analytic = entry == "elbo" and kl == "analytic"
     return Case(
         seed, index, entry, via, q, prior, likelihood, decoder, batch, k, latent, event, q_dtypes,
         prior_dtype, x_dtype, net_dtype,
         tuple(rarely(one(LAYOUTS), "contiguous", 0.4) for _ in range(6)),
-        rarely(r.randrange(1, 16), 0, 0.3),
+        frozen,
         rarely(one(("example", "event")), "", 0.25) if kind.masked else "",
         kind.sized and r.random() < 0.3,
         context,

@@ -160,6 +160,12 @@ def _mixture_path(mu, logvar, loc, log_scale, logits, z, turns):
     return torch.where((turns == 0)[:, None, None], first, second)
 
 
+def component_dtypes(leaves: Sequence[Tensor]) -> list[torch.dtype]:
+    """The dtypes of the components' draws."""
+    mu, logvar, loc, log_scale, _ = (t.dtype for t in leaves)
+    return [torch.promote_types(mu, logvar), torch.promote_types(loc, log_scale)]
+
+
 def _tanh(mu, scale):
     return td.TransformedDistribution(td.Normal(mu, scale), [td.TanhTransform()])
 
