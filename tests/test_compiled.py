@@ -157,6 +157,9 @@ DRAWN_BY_TORCH = {
     "RelaxedOneHotCategorical": lambda t: td.RelaxedOneHotCategorical(
         torch.tensor(0.7), logits=t, validate_args=False
     ),
+    "RelaxedBernoulli": lambda t: td.RelaxedBernoulli(torch.tensor(0.7), logits=t, validate_args=False),
+    "StudentT": lambda t: td.StudentT(3 + t.exp(), t, t.exp(), validate_args=False),
+    "FisherSnedecor": lambda t: td.FisherSnedecor(4 + t.exp(), 5 + t.exp(), validate_args=False),
 }
 
 

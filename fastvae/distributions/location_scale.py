@@ -307,10 +307,7 @@ class StudentT(LocationScale):
         return constant.to(w.dtype) - 0.5 * (df + 1) * torch.log1p(w.square() / df)
 
     def _white(self, normals: Tensor) -> Tensor:
-        first, second = normals.chunk(2, -1)
-        square = first.square() + second.square()
-        df = self.df.to(torch.float64)
-        return first * torch.sqrt(torch.expm1(square / df) / (square / df))
+        return student_t_noise(*normals.chunk(2, -1), self.df)
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> StudentT:
         of_rows = self.df.dim() > 1 and self.df.shape[0] > 1
@@ -318,6 +315,13 @@ class StudentT(LocationScale):
 
     def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
         return td.StudentT(self.df.to(loc.dtype), loc, scale, validate_args=False)
+
+
+def student_t_noise(first: Tensor, second: Tensor, df: Tensor) -> Tensor:
+    """A draw of Student's t from two normals in float64: Bailey, 1994."""
+    square = first.square() + second.square()
+    ratio = square / df.to(torch.float64)
+    return first * torch.sqrt(torch.expm1(ratio) / ratio)
 
 
 class LogNormal(LocationScale):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributions as td
+from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from .. import random
@@ -16,6 +17,7 @@ from .._checks import check_same_device
 from ..ops.gamma import dirichlet, standard_gamma
 from ..reference.gamma import check_philox, seeded
 from .base import Distribution, mapped, tensors_of
+from .location_scale import student_t_noise
 
 # Families whose parameters have an element for each of z's, and are their constructor's arguments.
 ELEMENTWISE = (
@@ -221,10 +223,19 @@ def at_address(
     if tensor is None:
         return None
     # A quantile function takes what is left of a normal's 6.7 sigma in double precision.
-    rows = (*shape[:2], math.prod(shape[2:]))
-    eps = random.normal(seed.to(tensor.device), *rows, dtype=torch.float64, **place).reshape(shape)
+    rows = (*shape[:2], (2 if isinstance(d, td.StudentT) else 1) * math.prod(shape[2:]))
+    eps = random.normal(seed.to(tensor.device), *rows, dtype=torch.float64, **place)
+    if isinstance(d, td.StudentT):
+        first, second = eps.chunk(2, -1)
+        return d.loc + d.scale * student_t_noise(first.reshape(shape), second.reshape(shape), d.df).to(
+            tensor.dtype
+        )
+    eps = eps.reshape(shape)
     if isinstance(d, td.Normal):
         return d.loc + d.scale * eps.to(tensor.dtype)
+    if type(d) is LogitRelaxedBernoulli:
+        logistic = torch.special.log_ndtr(eps) - torch.special.log_ndtr(-eps)
+        return (d.logits + logistic.to(tensor.dtype)) / d.temperature
     if type(d) is ExpRelaxedCategorical:
         gumbels = -torch.log(-torch.special.log_ndtr(eps)).to(tensor.dtype)
         scores = (d.logits + gumbels) / d.temperature
@@ -248,12 +259,19 @@ def _by_ops(d: Any, shape: tuple[int, ...], seed: Tensor, place: tuple[int, int]
         for transform in d.transforms if z is not None else ():
             z = transform(z)
         return z
-    if type(d) not in (td.Gamma, td.Chi2, td.Beta, td.Dirichlet):
+    if type(d) not in (td.Gamma, td.Chi2, td.FisherSnedecor, td.Beta, td.Dirichlet):
         return None
     check_philox(seed)
     if isinstance(d, td.Gamma):
         z = standard_gamma(d.concentration.expand(shape), seed, *place) / d.rate
         z.detach().clamp_(min=torch.finfo(z.dtype).tiny)  # as torch does, whose densities take logarithms
+        return z
+    if isinstance(d, td.FisherSnedecor):
+        df = torch.stack([d.df1, d.df2], -1)
+        above, below = (standard_gamma((0.5 * df).expand(*shape, 2), seed, *place) / df).unbind(-1)
+        tiny = torch.finfo(above.dtype).tiny
+        z = above / below.clamp(min=tiny)
+        z.detach().clamp_(min=tiny)
         return z
     if isinstance(d, td.Beta):
         pair = torch.stack([d.concentration1, d.concentration0], -1)
