@@ -507,8 +507,9 @@ def bound(
         encoder: the bound that q learns by, from the same samples. Default: the objective.
             ``objective=IWAE(), encoder=IWAE(m=8)`` is PIWAE (Rainforth et al. 2018),
             ``encoder=WakePhi()`` reweighted wake–sleep. As for ``"dreg"`` of :func:`iwae` the decoder's rows
-            must not depend on each other. In float16 the decoder's share of a sample is at least 2⁻¹¹ of the
-            encoder's, which float16 could not tell apart; scale the loss, as float16 needs in any case.
+            must not depend on each other. In float16 the shares of decoder and prior in a sample are at least
+            2⁻¹¹ of the encoder's, which float16 could not tell apart; scale the loss, as float16 needs in any
+            case.
         k_chunk, noise, terms: as in :func:`iwae`.
 
     Returns:

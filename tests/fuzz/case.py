@@ -154,7 +154,7 @@ def draw(seed: int, index: int) -> Case:
     by_sample = bool(encoder) or estimator == "dreg"
     frozen = rarely(r.randrange(1, 16), 0, 0.3)
     scored = encoder == "wake" or estimator == "covariance"
-    if not decoders.fits(decoder, compiled, by_sample, batch * min(k, 3), not frozen and not scored):
+    if not decoders.fits(decoder, compiled, by_sample, batch, not frozen and not scored):
         decoder = "module"
     if "the body doubles" in decoder:  # by each call, and chunks call it again in the backward pass
         chunkable = False

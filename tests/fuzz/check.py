@@ -350,7 +350,10 @@ def expected(
         results = _results(built, q, p, at, log_likelihood, log_ratio, log_w, share, r)
         if not learns:
             return results
-        return results | _gradients(built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share)
+        float16 = bool(r.unit) and torch.float16 in (c.net_dtype, z.dtype)
+        return results | _gradients(
+            built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share, float16
+        )
 
 
 def _digits(dtype: torch.dtype) -> float:
@@ -461,8 +464,12 @@ def _aggregate(built: Built, q: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.logsumexp(families.density(q, z.unsqueeze(2)), 2) - n, each.sum(-1)
 
 
-def _gradients(built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share) -> dict[str, Tensor]:
-    """By autograd of the value; where an estimator says otherwise, by its coefficients of each sample."""
+def _gradients(
+    built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share, float16
+) -> dict[str, Tensor]:
+    """By autograd of the value; where an estimator says otherwise, by its coefficients of each sample. With
+    ``float16``, decoder and prior learn by at least 2^-11 of what the encoder does, as the library says.
+    """
     c = built.case
     learned = built.learned
     to_q = {n: t for n, t in learned.items() if n[0] == "q"}
@@ -486,10 +493,14 @@ def _gradients(built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, 
     scale = _loss_scale(c) * scale
     if value.dim() == 0 and c.reduction == "mean":
         scale = scale / c.batch
-    bound = oracle.BOUNDS[c.objective].value if c.entry == "bound" else oracle.lme
+    objective = bound = oracle.BOUNDS[c.objective].value if c.entry == "bound" else oracle.lme
     if c.encoder:
         _, bound, estimator = oracle.ENCODERS[c.encoder]
     a, s = oracle.shares(bound, log_w, estimator)
+    if float16:
+        g, _ = oracle.shares(objective, log_w, "iwae")
+        least = torch.copysign(2.0**-11 * a.abs(), g)
+        loss = (scale * torch.where(g.abs() < least.abs(), least, g) * log_w).sum()
     through = log_likelihood + log_p - log_q_of_z + share
     surrogate = (scale * (a * through)).sum()
     if bool(s.any()):
@@ -594,7 +605,7 @@ def unit_of(case: Case) -> float:
         and not case.size
         and not case.likelihood.endswith("learned")
     )
-    # The formula itself rounds in float64 as often as the library, whose polynomials have a few roundings more.
+    # The formula rounds in float64 as often as the library, whose polynomials have a few roundings more.
     return 32 * torch.finfo(torch.float64).eps if wide else torch.finfo(torch.float32).eps
 
 

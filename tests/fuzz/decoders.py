@@ -105,13 +105,13 @@ MISUSED = tuple(f"pool: {name}" for name in DECODERS if name not in RAISE)
 BREAKS = ("print", "item", "disabled")
 
 
-def fits(name: str, compiled: str, by_sample: bool, rows: int, learned: bool) -> bool:
+def fits(name: str, compiled: str, by_sample: bool, batch: int, learned: bool) -> bool:
     """Whether PyTorch itself compiles it, has enough rows, and an estimator that weighs the gradient of each
     sample has one: a batch norm mixes them. Reentrant checkpoints need a z that requires a gradient.
     """
-    if (name == "reentrant" and not learned) or (name == "pool: a list of rows" and not rows):
+    if (name == "reentrant" and not learned) or (name == "pool: a list of rows" and not batch):
         return False
-    if name == "batch norm" and (by_sample or rows < 2):
+    if name == "batch norm" and (by_sample or batch < 2):
         return False
     uncompiled = ("reentrant", "backward hook", "vmap", "weight norm", "tensor hook", "weights change")
     return not (compiled and name in uncompiled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -92,9 +93,14 @@ def _two(d: int):
     return (d,), (d,)
 
 
-def _exps(*last: int):
+def _exps(*places: int):
     """Positive parameters from leaves that may be any: those at these places."""
-    return lambda *t: tuple(v.exp() if i in last else v for i, v in enumerate(t))
+    return functools.partial(_exponentials, tuple(i in places for i in range(4)))
+
+
+# Not integers, which a compiler takes for dynamic sizes where two families differ in them.
+def _exponentials(positive: tuple[bool, ...], *leaves: Tensor) -> tuple[Tensor, ...]:
+    return tuple(v.exp() if p else v for v, p in zip(leaves, positive, strict=False))
 
 
 def _pair(give, **options) -> Family:
@@ -112,11 +118,15 @@ def _log_path(loc, scale, z):
     return located(loc, scale, z.log()).exp()
 
 
-def _logistic(loc, scale):
-    base = td.Uniform(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
-    return td.TransformedDistribution(
-        base, [td.SigmoidTransform().inv, td.AffineTransform(loc, scale)], validate_args=False
-    )
+class LogisticOf:
+    """By its definition: torch's composition of transforms cancels far from the centre."""
+
+    def __init__(self, loc, scale):
+        self.loc, self.scale = loc, scale
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        w = (z - self.loc) / self.scale
+        return -w.abs() - 2 * torch.log1p(torch.exp(-w.abs())) - self.scale.log()
 
 
 def _of_tril(mu, entries):
@@ -233,7 +243,7 @@ POSTERIORS: dict[str, Family] = {
         lambda d: ((d,), (d,), (d, 2)), fastvae.LowRankNormal, _low_rank, _low_rank_path, least_latent=2
     ),
     "laplace": _scaled(fastvae.Laplace, td.Laplace),
-    "logistic": _scaled(fastvae.Logistic, _logistic),
+    "logistic": _scaled(fastvae.Logistic, LogisticOf),
     "gumbel": _scaled(fastvae.Gumbel, td.Gumbel),
     "student": _scaled(lambda m, s: fastvae.StudentT(m, s, 5.0), lambda m, s: td.StudentT(5.0, m, s)),
     "log-normal": _scaled(fastvae.LogNormal, td.LogNormal, _log_path, **POSITIVE),
