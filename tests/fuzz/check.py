@@ -375,6 +375,7 @@ def _log_likelihood(
         given = {n: r(t.double(), t.dtype, exact=True) for n, t in built.likelihood.named_parameters()}
     _seed(c)
     x, mask = built.x, built.mask
+    narrow = lambda o: min(o.dtype, c.net_dtype, key=_digits)  # noqa: E731 (a decoder may cast its output)
     found = []
     for rows in path.split(samples):
         native = rows.to(dtype).flatten(0, 1)
@@ -384,14 +385,15 @@ def _log_likelihood(
         with built.around():
             parameters = built.decoder(native, *context)
         if kind.native is not None:
-            parameters = kind.combine([r(o, o.dtype, exact=True) for o in likelihoods.read(parameters)])
+            parameters = [r(o, narrow(o), exact=True) for o in likelihoods.read(parameters)]
+            parameters = kind.combine(parameters)
             log_p = kind.native(x.repeat(len(rows), *[1] * (x.dim() - 1)), parameters)
             found.append(_summed(r(log_p.double(), log_p.dtype, exact=True), mask, len(rows), c))
             continue
         outputs = likelihoods.read(parameters)
         # An evaluation's batches are others, and so are the roundings of its matrix products.
         same = c.entry != "evaluate"
-        outputs = [r(o.double(), o.dtype, exact=same, absolute=1.0) for o in outputs]
+        outputs = [r(o.double(), narrow(o), exact=same, absolute=1.0) for o in outputs]
         if built.size is not None:
             size = built.size.double().repeat(len(rows)).reshape(-1, *[1] * len(c.event))
             outputs[0] = outputs[0] * size if "rate" in c.likelihood else outputs[0] + size.log()
