@@ -14,8 +14,17 @@ constexpr int kMostParameters = 3;
 
 // The integers are for data alone; bool is read as uint8.
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8, kInt8, kInt16, kInt32, kInt64, kBool, kDtypes };
-constexpr const char* kDtypeNames[] = {
-    "float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64", "bool", "of a dtype that no kernel reads"};
+constexpr const char* kDtypeNames[] = {"float32",
+                                       "float64",
+                                       "bfloat16",
+                                       "float16",
+                                       "uint8",
+                                       "int8",
+                                       "int16",
+                                       "int32",
+                                       "int64",
+                                       "bool",
+                                       "of a dtype that no kernel reads"};
 
 // Why a kernel must not read a tensor.
 enum Flaw { kSound, kNoTensor, kNotOnCpu, kNotStrided, kUnknownDtype, kFreed };
@@ -26,8 +35,8 @@ constexpr const char* kFlaws[] = {"",
                                   "has a dtype that no kernel reads",
                                   "reaches beyond its storage, which was freed or made smaller"};
 
-// A tensor of up to three axes in any storage type: address of the first element (null for no tensor), the type's number, strides in
-// elements, and how long the axes are; of more axes only their number.
+// A tensor of up to three axes in any storage type: address of the first element (null for no tensor), the
+// type's number, strides in elements, and how long the axes are; of more axes only their number.
 struct Tensor {
   address data = 0;
   int dtype = 0;
@@ -46,16 +55,25 @@ struct Tensor {
   Tensor stacked(i64 n) const {
     if (axes != 2) return *this;
     Tensor t = *this;
-    t.axes = 3, t.n0 = n, t.n1 = n0 / n, t.n2 = n1;
-    t.s0 = t.n1 * s0, t.s1 = s0, t.s2 = s1;
+    t.axes = 3;
+    t.n0 = n;
+    t.n1 = n0 / n;
+    t.n2 = n1;
+    t.s0 = t.n1 * s0;
+    t.s1 = s0;
+    t.s2 = s1;
     return t;
   }
   // With this many axes: those that it lacks come first, and what it holds is the same along them.
   Tensor along(int number) const {
     Tensor t = *this;
     for (; t.axes < number; ++t.axes) {
-      t.s2 = t.s1, t.s1 = t.s0, t.s0 = 0;
-      t.n2 = t.n1, t.n1 = t.n0, t.n0 = 1;
+      t.s2 = t.s1;
+      t.s1 = t.s0;
+      t.s0 = 0;
+      t.n2 = t.n1;
+      t.n1 = t.n0;
+      t.n0 = 1;
     }
     return t;
   }
@@ -88,35 +106,45 @@ struct Contract {
     }
     return !contiguous || t.size() == 0 || t.is_contiguous();
   }
-  void expect(const char* name, const Tensor& t, int dtype, std::initializer_list<i64> sizes, bool contiguous = false) const {
-    if (!fits(t, dtype, sizes, contiguous)) refuse(name, t, described(dtype, sizes) + (contiguous ? ", contiguous" : ""));
+  void expect(const char* name, const Tensor& t, int dtype, std::initializer_list<i64> sizes,
+              bool contiguous = false) const {
+    if (!fits(t, dtype, sizes, contiguous))
+      refuse(name, t, described(dtype, sizes) + (contiguous ? ", contiguous" : ""));
   }
   // Of one shape, or of another.
   void expect_either(const char* name, const Tensor& t, int dtype, std::initializer_list<i64> sizes,
                      std::initializer_list<i64> others) const {
-    if (!fits(t, dtype, sizes) && !fits(t, dtype, others)) refuse(name, t, described(dtype, sizes) + " or " + shape(others));
+    if (!fits(t, dtype, sizes) && !fits(t, dtype, others))
+      refuse(name, t, described(dtype, sizes) + " or " + shape(others));
   }
   void expect_count(const char* name, i64 value) const {
-    if (value < 1) throw std::invalid_argument(subject(name) + " is " + std::to_string(value) + "; expected at least 1");
+    if (value < 1)
+      throw std::invalid_argument(subject(name) + " is " + std::to_string(value) + "; expected at least 1");
   }
   [[noreturn]] void refuse(const char* name, const Tensor& t, const std::string& expected) const {
     std::string found = !t.given ? "is None" : std::string("is ") + kDtypeNames[t.dtype] + " " + shape(t);
-    if (t.given && t.flaw != kSound) found = std::string(kFlaws[t.flaw]) + (t.flaw == kNoTensor ? "" : " (" + shape(t) + ")");
+    if (t.given && t.flaw != kSound)
+      found = std::string(kFlaws[t.flaw]) + (t.flaw == kNoTensor ? "" : " (" + shape(t) + ")");
     throw std::invalid_argument(subject(name) + " " + found + "; expected " + expected +
-                                ". The functions of fastvae.ops promote, broadcast and validate what they are given: call the op by them");
+                                ". The functions of fastvae.ops promote, broadcast and validate what they "
+                                "are given: call the op by them");
   }
   static std::string shape(std::initializer_list<i64> sizes) {
     std::string text = "[";
-    for (const i64 size : sizes) text += (text.size() > 1 ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
+    for (const i64 size : sizes)
+      text += (text.size() > 1 ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
     return text + "]";
   }
 
  private:
   std::string subject(const char* name) const {
-    return std::string("fastvae::") + op + (likelihood ? std::string(" of ") + likelihood : std::string()) + ": " + name;
+    return std::string("fastvae::") + op + (likelihood ? std::string(" of ") + likelihood : std::string()) +
+           ": " + name;
   }
   static std::string described(int dtype, std::initializer_list<i64> sizes) {
-    const char* kind = dtype == kFloating ? "floating-point" : dtype == kAnyDtype ? "a tensor" : kDtypeNames[dtype];
+    const char* kind = dtype == kFloating   ? "floating-point"
+                       : dtype == kAnyDtype ? "a tensor"
+                                            : kDtypeNames[dtype];
     return std::string(kind) + " " + shape(sizes);
   }
   static std::string shape(const Tensor& t) {
@@ -133,7 +161,8 @@ struct Output {
   operator address() const { return data; }
 };
 
-// Those of a likelihood's outputs: weights and biases of what is a product with the last layer, others that are held; null for none.
+// Those of a likelihood's outputs: weights and biases of what is a product with the last layer, others that
+// are held; null for none.
 struct HeadTensors {
   Tensor weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
 };
@@ -148,13 +177,15 @@ struct Need {
   bool operator[](int i) const { return gradient[i]; }
 };
 
-// What stands in the place of a log variance: log sigma^2 itself, log sigma, sigma, or r of sigma^2 = softplus(r) + floor.
+// What stands in the place of a log variance: log sigma^2 itself, log sigma, sigma, or r of sigma^2 =
+// softplus(r) + floor.
 enum Scale { kLogvar, kLogScale, kSigma, kSoftplus, kScales };
 constexpr const char* kScaleNames[] = {"logvar", "log_scale", "scale", "softplus"};
 inline Scale scale_of(const char* name) {
   int number = 0;
   while (number < kScales && std::strcmp(kScaleNames[number], name) != 0) ++number;
-  if (number == kScales) throw std::runtime_error(std::string("fastvae._C: no scale of a normal is called ") + name);
+  if (number == kScales)
+    throw std::runtime_error(std::string("fastvae._C: no scale of a normal is called ") + name);
   return static_cast<Scale>(number);
 }
 
@@ -173,7 +204,8 @@ struct Place {
   bool flat;
 };
 
-// Of a parameter: a number for every element; a row, the same for all samples and rows; one number for each row (k, b); one in all.
+// Of a parameter: a number for every element; a row, the same for all samples and rows; one number for each
+// row (k, b); one in all.
 enum Kind { kFull = 0, kColumn = 1, kOne = 2, kNumber = 3 };
 inline bool is_shared(int kind) { return kind == kColumn || kind == kNumber; }
 
@@ -186,8 +218,8 @@ struct Rows {
   int threads;
 };
 
-// What is asked for: gradients of x (B, X) and of parameters, contiguous, null where not wanted. Those of parameters that broadcast
-// are of compute type: (X), one number, or (K, B).
+// What is asked for: gradients of x (B, X) and of parameters, contiguous, null where not wanted. Those of
+// parameters that broadcast are of compute type: (X), one number, or (K, B).
 struct RowGradients {
   Tensor grad;  // (K, B) of compute type: arrives
   address x, p[kMostParameters];
@@ -217,12 +249,13 @@ struct Weighing {
   double scale;        // of the sum over the batch; 0: no sum
 
   // Of x (B, X), a decoder's outputs, the first (K B, X), and a term (K, B) or (B).
-  Weighing(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added, const Tensor& weight, const How& own,
-           int threads)
-      : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)), each_sample(added.axes == 2), beta(weight), how(own),
-        coefficient(own.coefficient), log_mean_exp(own.log_mean_exp), scale(own.reduction == 'n'   ? 0
-                                                                            : own.reduction == 's' ? 1
-                                                                                                   : 1.0 / static_cast<double>(x.n0)) {
+  Weighing(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added,
+           const Tensor& weight, const How& own, int threads)
+      : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)),
+        each_sample(added.axes == 2), beta(weight), how(own), coefficient(own.coefficient),
+        log_mean_exp(own.log_mean_exp), scale(own.reduction == 'n'   ? 0
+                                              : own.reduction == 's' ? 1
+                                                                     : 1.0 / static_cast<double>(x.n0)) {
     const Tensor& full = outputs[0];
     rows.samples = full.n0 / x.n0;
     for (int j = 0; j < count; ++j) {
@@ -230,11 +263,14 @@ struct Weighing {
       Tensor& to = rows.p[j] = p;
       if (p.axes == 2 && p.n0 == full.n0 && (p.n1 == full.n1 || p.n1 == 1)) {
         rows.kind[j] = p.n1 == full.n1 ? kFull : kOne;
-        to.s0 = p.s0 * x.n0, to.s1 = p.s0, to.s2 = p.n1 == full.n1 ? p.s1 : 0;
+        to.s0 = p.s0 * x.n0;
+        to.s1 = p.s0;
+        to.s2 = p.n1 == full.n1 ? p.s1 : 0;
       } else {
         const bool number = p.size() == 1;
         rows.kind[j] = number ? kNumber : kColumn;
-        to.s0 = to.s1 = 0, to.s2 = number ? 0 : p.axes == 1 ? p.s0 : p.s1;
+        to.s0 = to.s1 = 0;
+        to.s2 = number ? 0 : p.axes == 1 ? p.s0 : p.s1;
       }
     }
   }

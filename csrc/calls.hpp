@@ -1,6 +1,13 @@
-// The ops: what is read of the arguments, what is made for the results, and which kernel is called. Written once for both callers,
-// Python (python.hpp) and torch's dispatcher (dispatcher.hpp); included by bindings.cpp, which knows the instruction set.
+// The ops: what is read of the arguments, what is made for the results, and which kernel is called. Written
+// once for both callers, Python (python.hpp) and torch's dispatcher (dispatcher.hpp).
 #pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "arguments.hpp"
+#include "targets.hpp"
+#include "torch.hpp"
 
 namespace fastvae {
 
@@ -25,8 +32,8 @@ struct LatentArguments {
   Draw draw;
   Output seed;
   LatentArguments(Caller& from, const Contract& contract)
-      : mu(from.given()), logvar(from.tensor()), prior_mu(from.tensor()), prior_logvar(from.tensor()), seed_tensor(from.tensor()),
-        draw(from.draw()), seed{seed_tensor.data} {
+      : mu(from.given()), logvar(from.tensor()), prior_mu(from.tensor()), prior_logvar(from.tensor()),
+        seed_tensor(from.tensor()), draw(from.draw()), seed{seed_tensor.data} {
     contract.expect("mu", mu, kFloating, {-1, -1});
     contract.expect("logvar", logvar, mu.dtype, {mu.n0, mu.n1});
     if (prior_mu.given) contract.expect("prior_mu", prior_mu, mu.dtype, {mu.n0, mu.n1});
@@ -36,10 +43,13 @@ struct LatentArguments {
   }
   // What arrives at z or was kept of it, of this dtype.
   void expect_like_z(const Contract& contract, const char* name, const Tensor& t, int dtype) const {
-    if (t.given) contract.expect_either(name, t, dtype, {draw.samples * mu.n0, mu.n1}, {draw.samples, mu.n0, mu.n1});
+    if (t.given)
+      contract.expect_either(name, t, dtype, {draw.samples * mu.n0, mu.n1}, {draw.samples, mu.n0, mu.n1});
   }
 
-  MadeOf<Caller> make_z(int dtype) const { return fastvae::make_z<Caller>(mu, draw.samples, draw.flat, dtype); }
+  MadeOf<Caller> make_z(int dtype) const {
+    return fastvae::make_z<Caller>(mu, draw.samples, draw.flat, dtype);
+  }
 };
 
 // Gradients of q and p.
@@ -65,7 +75,8 @@ struct WeighArguments {
 
   WeighArguments(int its, Caller& from, int behind, const Contract& contract) : likelihood(its) {
     const int outputs = from.left() - 3 - Caller::kHow - behind;
-    if (outputs < 1 || outputs > kMostParameters) throw std::runtime_error("fastvae._C: weigh takes one to three parameters");
+    if (outputs < 1 || outputs > kMostParameters)
+      throw std::runtime_error("fastvae._C: weigh takes one to three parameters");
     x = from.given();
     wide = x.wide();
     for (; count < outputs; ++count) {
@@ -76,17 +87,21 @@ struct WeighArguments {
     contract.expect("the first parameter", parameter[0], kFloating, {-1, x.n1});
     const i64 all = parameter[0].n0;
     if (x.n0 > 0 ? all % x.n0 != 0 : all != 0)
-      contract.refuse("the first parameter", parameter[0], "a multiple of x's " + std::to_string(x.n0) + " rows");
+      contract.refuse("the first parameter", parameter[0],
+                      "a multiple of x's " + std::to_string(x.n0) + " rows");
     for (int j = 1; j < count; ++j) {
       const Tensor& p = parameter[j];
       const auto fit = [&](std::initializer_list<i64> sizes) { return Contract::fits(p, kFloating, sizes); };
-      if (!fit({all, x.n1}) && !fit({all, 1}) && !fit({1, x.n1}) && !fit({x.n1}) && !fit({1, 1}) && !fit({1}) && !fit({}))
-        contract.refuse("a further parameter", p,
-                        "the first one's shape " + Contract::shape({all, x.n1}) + ", a row, a column or a number");
+      if (!fit({all, x.n1}) && !fit({all, 1}) && !fit({1, x.n1}) && !fit({x.n1}) && !fit({1, 1}) &&
+          !fit({1}) && !fit({}))
+        contract.refuse(
+            "a further parameter", p,
+            "the first one's shape " + Contract::shape({all, x.n1}) + ", a row, a column or a number");
     }
     fits = parameter[0].size() > 0;
     term = from.given();
-    if (term.given) contract.expect_either("term", term, kFloating, {x.n0 > 0 ? all / x.n0 : -1, x.n0}, {x.n0});
+    if (term.given)
+      contract.expect_either("term", term, kFloating, {x.n0 > 0 ? all / x.n0 : -1, x.n0}, {x.n0});
     term_dtype = term.dtype;
     if (term.data && term.dtype != wide) {
       fits = fits && from.converts();
@@ -96,7 +111,8 @@ struct WeighArguments {
     if (beta.given) contract.expect_either("beta", beta, kFloating, {}, {x.n0});
     how = from.how();
     contract.expect_count("groups", how.groups);
-    if (x.n0 > 0 && all / x.n0 % how.groups != 0) contract.refuse("the first parameter", parameter[0], "whole groups of samples");
+    if (x.n0 > 0 && all / x.n0 % how.groups != 0)
+      contract.refuse("the first parameter", parameter[0], "whole groups of samples");
   }
   Weighing weighing(int threads) const {
     const Tensor outputs[kMostParameters] = {parameter[0], parameter[1], parameter[2]};
@@ -104,8 +120,8 @@ struct WeighArguments {
   }
 };
 
-// x (B, X) and parameters: the first (B, X) or (K, B, X), the others like it or broadcast over samples and rows, over columns, or over
-// all; `fits` says whether they are.
+// x (B, X) and parameters: the first (B, X) or (K, B, X), the others like it or broadcast over samples and
+// rows, over columns, or over all; `fits` says whether they are.
 template <class Caller>
 struct LikelihoodArguments {
   GivenOf<Caller> x, parameter[kMostParameters];
@@ -115,7 +131,8 @@ struct LikelihoodArguments {
 
   LikelihoodArguments(int likelihood, Caller& from, int behind, const Contract& contract) : x(from.given()) {
     const int outputs = from.left() - behind;
-    if (outputs < 1 || outputs > kMostParameters) throw std::runtime_error("fastvae._C: log_prob takes one to three parameters");
+    if (outputs < 1 || outputs > kMostParameters)
+      throw std::runtime_error("fastvae._C: log_prob takes one to three parameters");
     if (!x.given || x.flaw != kSound) contract.refuse("x", x, "a tensor on the CPU");
     for (int j = 0; j < outputs; ++j) {
       parameter[j] = from.given();
@@ -124,16 +141,23 @@ struct LikelihoodArguments {
     }
     const GivenOf<Caller>& first = parameter[0];
     const Tensor full = first.along(3);
-    fits = x.axes == 2 && (first.axes == 2 || first.axes == 3) && full.n1 == x.n0 && full.n2 == x.n1 && full.size() > 0;
-    rows.likelihood = likelihood, rows.threads = from.threads(), rows.x = x;
-    rows.samples = full.n0, rows.rows = x.n0, rows.columns = x.n1;
+    fits = x.axes == 2 && (first.axes == 2 || first.axes == 3) && full.n1 == x.n0 && full.n2 == x.n1 &&
+           full.size() > 0;
+    rows.likelihood = likelihood;
+    rows.threads = from.threads();
+    rows.x = x;
+    rows.samples = full.n0;
+    rows.rows = x.n0;
+    rows.columns = x.n1;
     wide = x.wide();
     for (; count < outputs; ++count) {
       if (parameter[count].dtype == kFloat64) wide = kFloat64;
       fits = fits && parameter[count].axes <= 3 && lay_out(parameter[count].along(3));
     }
   }
-  MadeOf<Caller> per_row() const { return parameter[0].axes == 2 ? make(x, {rows.rows}, wide) : make(x, {rows.samples, rows.rows}, wide); }
+  MadeOf<Caller> per_row() const {
+    return parameter[0].axes == 2 ? make(x, {rows.rows}, wide) : make(x, {rows.samples, rows.rows}, wide);
+  }
   // Gradients of parameters that broadcast are sums, and must not be rounded before.
   int gradient_dtype(int j) const { return rows.kind[j] == kFull ? parameter[j].dtype : wide; }
 
@@ -165,14 +189,17 @@ struct RsampleKl {
     const LatentArguments<Caller> q(from, {kName});
     const bool per_dimension = from.flag(), keep_slope = from.flag();
     const int wide = q.mu.wide();
-    MadeOf<Caller> z = q.make_z(q.mu.dtype), kl = per_dimension ? make_like(q.mu, wide) : make(q.mu, {q.mu.n0}, wide), slope;
+    MadeOf<Caller> z = q.make_z(q.mu.dtype),
+                   kl = per_dimension ? make_like(q.mu, wide) : make(q.mu, {q.mu.n0}, wide), slope;
     if (keep_slope) slope = q.make_z(wide);
-    from.run(kernel, z, slope, kl, q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, q.seed, from.threads(), per_dimension);
+    from.run(kernel, z, slope, kl, q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, q.seed, from.threads(),
+             per_dimension);
     return from.results({std::move(z), std::move(kl), std::move(slope)});
   }
 };
 
-// What arrives at z and at the KL, the slope, the op's arguments, need -> gradients. Without the slope `otherwise` is called.
+// What arrives at z and at the KL, the slope, the op's arguments, need -> gradients. Without the slope
+// `otherwise` is called.
 struct RsampleKlBackward {
   static constexpr const char* kName = "rsample_kl_backward";
   static constexpr bool kEmptyForNone = false;
@@ -184,12 +211,13 @@ struct RsampleKlBackward {
     const Contract contract{kName};
     const LatentArguments<Caller> q(from, contract);
     const int wide = q.mu.wide();
-    q.expect_like_z(contract, "grad_z", grad_z, q.mu.dtype), q.expect_like_z(contract, "slope", slope, wide);
+    q.expect_like_z(contract, "grad_z", grad_z, q.mu.dtype);
+    q.expect_like_z(contract, "slope", slope, wide);
     if (grad_kl.given) contract.expect_either("grad_kl", grad_kl, wide, {q.mu.n0}, {q.mu.n0, q.mu.n1});
     if (!slope.data && q.mu.size()) return from.otherwise();
     LatentGradients<Caller> to(q.mu, from.need());
-    from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_kl, slope, q.mu, q.logvar, q.prior_mu, q.prior_logvar,
-             q.draw, from.threads());
+    from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_kl, slope, q.mu, q.logvar,
+             q.prior_mu, q.prior_logvar, q.draw, from.threads());
     return from.results(std::move(to.made));
   }
 };
@@ -201,15 +229,19 @@ struct RsampleLogRatio {
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(rsample_log_ratio);
     const LatentArguments<Caller> q(from, {kName});
-    from.skip(), from.skip(), from.skip();  // the estimator, its alpha and groups, which are the gradient's
+    from.skip();
+    from.skip();
+    from.skip();  // the estimator, its alpha and groups, which are the gradient's
     const bool with_paths = from.flag(), keep_slope = from.flag();
     const int wide = q.mu.wide();
-    MadeOf<Caller> z = q.make_z(q.mu.dtype), log_ratio = make(q.mu, {q.draw.samples, q.mu.n0}, wide), paths, slope;
+    MadeOf<Caller> z = q.make_z(q.mu.dtype), log_ratio = make(q.mu, {q.draw.samples, q.mu.n0}, wide), paths,
+                   slope;
     const auto bytes = static_cast<std::size_t>(q.draw.samples * q.mu.n0) * (wide == kFloat64 ? 8 : 4);
     if (with_paths) paths = make(q.mu, {q.draw.samples, q.mu.n0}, wide);
     if (paths.data) std::memset(reinterpret_cast<void*>(paths.data), 0, bytes);
     if (keep_slope) slope = q.make_z(wide);
-    from.run(kernel, z, slope, log_ratio, q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, q.seed, from.threads());
+    from.run(kernel, z, slope, log_ratio, q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, q.seed,
+             from.threads());
     return from.results({std::move(z), std::move(log_ratio), std::move(paths), std::move(slope)});
   }
 };
@@ -222,18 +254,21 @@ struct RsampleLogRatioBackward {
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(rsample_log_ratio_backward);
     from.read_otherwise();
-    const Tensor grad_z = from.tensor(), grad_log_ratio = from.tensor(), weight = from.tensor(), slope = from.tensor();
+    const Tensor grad_z = from.tensor(), grad_log_ratio = from.tensor(), weight = from.tensor(),
+                 slope = from.tensor();
     const Contract contract{kName};
     const LatentArguments<Caller> q(from, contract);
     const int wide = q.mu.wide();
-    q.expect_like_z(contract, "grad_z", grad_z, q.mu.dtype), q.expect_like_z(contract, "slope", slope, wide);
-    if (grad_log_ratio.given) contract.expect("grad_log_ratio", grad_log_ratio, wide, {q.draw.samples, q.mu.n0});
+    q.expect_like_z(contract, "grad_z", grad_z, q.mu.dtype);
+    q.expect_like_z(contract, "slope", slope, wide);
+    if (grad_log_ratio.given)
+      contract.expect("grad_log_ratio", grad_log_ratio, wide, {q.draw.samples, q.mu.n0});
     if (weight.given) contract.expect("weight", weight, wide, {q.draw.samples, q.mu.n0});
     if (!slope.data && q.mu.size()) return from.otherwise();
     const bool path = from.flag();
     LatentGradients<Caller> to(q.mu, from.need());
-    from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_log_ratio, weight, slope, q.mu, q.logvar, q.prior_mu,
-             q.prior_logvar, q.draw, from.threads(), path);
+    from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_log_ratio, weight, slope,
+             q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, from.threads(), path);
     return from.results(std::move(to.made));
   }
 };
@@ -255,14 +290,16 @@ struct RsampleTril {
     contract.expect("seed", seed_tensor, kInt64, {});
     contract.expect_count("samples", place.samples);
     const int wide = mu.wide();
-    MadeOf<Caller> z = make_z<Caller>(mu, place.samples, place.flat, mu.dtype), log_q = make(mu, {place.samples, mu.n0}, wide), eps;
+    MadeOf<Caller> z = make_z<Caller>(mu, place.samples, place.flat, mu.dtype),
+                   log_q = make(mu, {place.samples, mu.n0}, wide), eps;
     if (from.flag()) eps = make(mu, {mu.n0, place.samples, mu.n1}, wide);
     from.run(kernel, z, log_q, eps, mu, tril, seed, place, from.threads());
     return from.results({std::move(z), std::move(log_q), std::move(eps)});
   }
 };
 
-// What arrives at z and at log q, the noise, the op's arguments, need -> gradients. Without the noise `otherwise` is called.
+// What arrives at z and at log q, the noise, the op's arguments, need -> gradients. Without the noise
+// `otherwise` is called.
 struct RsampleTrilBackward {
   static constexpr const char* kName = "rsample_tril_backward";
   static constexpr bool kEmptyForNone = false;
@@ -280,7 +317,9 @@ struct RsampleTrilBackward {
     contract.expect("tril", tril, mu.dtype, {mu.n0, mu.n1 * (mu.n1 + 1) / 2});
     contract.expect("seed", seed, kInt64, {});
     contract.expect_count("samples", place.samples);
-    if (grad_z.given) contract.expect_either("grad_z", grad_z, mu.dtype, {place.samples * mu.n0, mu.n1}, {place.samples, mu.n0, mu.n1});
+    if (grad_z.given)
+      contract.expect_either("grad_z", grad_z, mu.dtype, {place.samples * mu.n0, mu.n1},
+                             {place.samples, mu.n0, mu.n1});
     if (grad_log_q.given) contract.expect("grad_log_q", grad_log_q, mu.wide(), {place.samples, mu.n0});
     if (eps.given) contract.expect("eps", eps, mu.wide(), {mu.n0, place.samples, mu.n1}, true);
     if (need[1] && grad_z.data && !eps.data && mu.size()) return from.otherwise();
@@ -292,7 +331,8 @@ struct RsampleTrilBackward {
   }
 };
 
-// x, parameters -> log-likelihoods. What does not fit, or has an x that lies where it cannot, is left to `otherwise`.
+// x, parameters -> log-likelihoods. What does not fit, or has an x that lies where it cannot, is left to
+// `otherwise`.
 struct LogProb {
   static constexpr const char* kName = "log_prob";
   static constexpr bool kEmptyForNone = false;
@@ -342,8 +382,8 @@ struct LogProbBackward {
   }
 };
 
-// x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. Where there is nothing to sum over, or x lies where
-// it cannot, `otherwise` is called with them.
+// x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. Where there is nothing to sum
+// over, or x lies where it cannot, `otherwise` is called with them.
 struct Weigh {
   static constexpr const char* kName = "weigh";
   static constexpr bool kEmptyForNone = true;
@@ -355,16 +395,18 @@ struct Weigh {
     const WeighArguments<Caller> a(likelihood, from, 1, {kName, kLikelihoods[likelihood]});
     if (!a.fits) return from.otherwise();
     const Weighing w = a.weighing(from.threads());
-    MadeOf<Caller> bound = w.scale == 0 ? make(a.x, {a.x.n0}, a.wide) : make(a.x, {}, a.wide), log_likelihood, weights;
+    MadeOf<Caller> bound = w.scale == 0 ? make(a.x, {a.x.n0}, a.wide) : make(a.x, {}, a.wide), log_likelihood,
+                   weights;
     if (from.flag()) log_likelihood = make(a.x, {a.x.n0}, a.wide);
     if (w.log_mean_exp) weights = make(a.x, {w.rows.samples, w.rows.rows}, a.wide);
-    if (!from.run(kernel, w, w.wide(), WeighingResults{bound, log_likelihood, weights})) return from.otherwise();
+    if (!from.run(kernel, w, w.wide(), WeighingResults{bound, log_likelihood, weights}))
+      return from.otherwise();
     return from.results({std::move(bound), std::move(log_likelihood), std::move(weights)});
   }
 };
 
-// What arrives at the bound and at the mean log-likelihood, weights, x, parameters, term, beta, how, need -> gradients of x,
-// parameters, term.
+// What arrives at the bound and at the mean log-likelihood, weights, x, parameters, term, beta, how, need ->
+// gradients of x, parameters, term.
 struct WeighBackward {
   static constexpr const char* kName = "weigh_backward";
   static constexpr bool kEmptyForNone = false;
@@ -380,10 +422,12 @@ struct WeighBackward {
     if (!a.fits) return from.otherwise();
     const Weighing w = a.weighing(from.threads());
     if (bound.given) {
-      w.scale == 0 ? contract.expect("grad_bound", bound, a.wide, {a.x.n0}) : contract.expect("grad_bound", bound, a.wide, {});
+      w.scale == 0 ? contract.expect("grad_bound", bound, a.wide, {a.x.n0})
+                   : contract.expect("grad_bound", bound, a.wide, {});
     }
     if (log_likelihood.given) contract.expect("grad_log_likelihood", log_likelihood, a.wide, {a.x.n0});
-    if (w.log_mean_exp || weights_tensor.given) contract.expect("weights", weights_tensor, a.wide, {w.rows.samples, a.x.n0}, true);
+    if (w.log_mean_exp || weights_tensor.given)
+      contract.expect("weights", weights_tensor, a.wide, {w.rows.samples, a.x.n0}, true);
     const Need need = from.need();
     // Those of parameters that broadcast are sums, and must not be rounded before.
     const auto dtype = [&](int j) { return w.rows.kind[j] == kFull ? a.parameter[j].dtype : a.wide; };

@@ -1,11 +1,38 @@
-// Storage types, loads and stores, and elementary functions. Included once per instruction set, inside its namespace.
-// Loops marked `omp simd` run over a tile of a row; everything they call is branch-free, so that they vectorise.
+// Storage types, loads and stores, and elementary functions. Included once per instruction set, inside its
+// namespace. Loops marked `omp simd` run over a tile of a row; everything they call is branch-free, so that
+// they vectorise.
 
-// A loop over a tile, compiled by itself: among others GCC forgets that its pointers do not overlap and leaves it scalar.
+#if defined(FASTVAE_COMMON_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_COMMON_HPP
+#undef FASTVAE_COMMON_HPP
+#else
+#define FASTVAE_COMMON_HPP
+#endif
+
+#include <math.h>  // lgamma_r
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <type_traits>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#include "target.hpp"
+#include "parallel.hpp"
+#include "arguments.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
+// A loop over a tile, compiled by itself: among others GCC forgets that its pointers do not overlap and
+// leaves it scalar.
 #define FASTVAE_LOOP __attribute__((noinline))
 
-// For what such loops call element by element: one call that is not inlined, and the loop is scalar. Left to itself GCC stops
-// inlining when a file has grown by some share.
+// For what such loops call element by element: one call that is not inlined, and the loop is scalar. Left to
+// itself GCC stops inlining when a file has grown by some share.
 #define FASTVAE_INLINE inline __attribute__((always_inline))
 #define FASTVAE_INLINED __attribute__((always_inline))  // of a lambda
 
@@ -47,7 +74,8 @@ FASTVAE_INLINE std::enable_if_t<std::is_integral<T>::value, T> upcast(T v) {
 FASTVAE_INLINE float upcast(float v) { return v; }
 FASTVAE_INLINE float upcast(bf16 v) { return bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16); }
 FASTVAE_INLINE float upcast(f16 v) {
-  // Shift the exponent into place; infinities and NaN get the rest of it, subnormals are renormalised by a subtraction.
+  // Shift the exponent into place; infinities and NaN get the rest of it, subnormals are renormalised by a
+  // subtraction.
   const std::uint32_t magnitude = (v.bits & 0x7fffu) << 13;
   const std::uint32_t exponent = magnitude & (0x7c00u << 13);
   const std::uint32_t normal = magnitude + (112u << 23);
@@ -66,8 +94,10 @@ FASTVAE_INLINE void assign(bf16& to, float v) {
 }
 FASTVAE_INLINE void assign(f16& to, float v) {
   const std::uint32_t all = bit_cast<std::uint32_t>(v), sign = all & 0x80000000u, bits = all ^ sign;
-  const std::uint32_t magic = ((127u - 15u) + (23u - 10u) + 1u) << 23;  // adding it rounds at the subnormals' last place
-  const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(bits) + bit_cast<float>(magic)) - magic;
+  const std::uint32_t magic = ((127u - 15u) + (23u - 10u) + 1u)
+                              << 23;  // adding it rounds at the subnormals' last place
+  const std::uint32_t subnormal =
+      bit_cast<std::uint32_t>(bit_cast<float>(bits) + bit_cast<float>(magic)) - magic;
   const std::uint32_t normal = (bits + ((15u - 127u) << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
   std::uint32_t half = bits < (113u << 23) ? subnormal : normal;
   half = bits >= (143u << 23) ? (bits > 0x7f800000u ? 0x7e00u : 0x7c00u) : half;
@@ -105,7 +135,8 @@ inline void fill(C* p, C value, int n) {
   for (int i = 0; i < n; ++i) p[i] = value;
 }
 
-// One vector of the instruction set, anywhere in memory. The attributes of an alias template clang would forget.
+// One vector of the instruction set, anywhere in memory. The attributes of an alias template clang would
+// forget.
 constexpr int kVectorBytes = FASTVAE_VECTOR_BYTES;
 template <class C>
 struct VectorOf {
@@ -166,8 +197,8 @@ inline void commit(T* __restrict p, const compute_t<T>* __restrict buffer, int n
   }
 }
 
-// A tile: `rows` rows of n columns each, `pitch` elements apart in buffers. Loops run over all of it at once, the few elements
-// between rows included: whatever these hold, nobody reads the results.
+// A tile: `rows` rows of n columns each, `pitch` elements apart in buffers. Loops run over all of it at once,
+// the few elements between rows included: whatever these hold, nobody reads the results.
 struct Tile {
   int rows, n, pitch;
   int size() const { return (rows - 1) * pitch + n; }
@@ -234,7 +265,8 @@ FASTVAE_LOOP void add_row_sums(const C* p, const Tile& t, double* sums) {
       Vector<C> part = zero;
       for (int i = first; i < last; i += lanes) part += *reinterpret_cast<const Vector<C>*>(row + i);
       // Selected, not multiplied: what stands behind the row may be NaN.
-      if (last == whole && whole < t.n) part += mask > zero ? *reinterpret_cast<const Vector<C>*>(row + whole) : zero;
+      if (last == whole && whole < t.n)
+        part += mask > zero ? *reinterpret_cast<const Vector<C>*>(row + whole) : zero;
       C sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int l = 0; l < lanes; ++l) sum += part[l];
@@ -256,10 +288,13 @@ inline void for_dtype(int code, F f) {
   }
 }
 
-// Runs body(begin, end) over parts of [0, units) on several threads where the number of elements pays for them.
+// Runs body(begin, end) over parts of [0, units) on several threads where the number of elements pays for
+// them.
 template <class F>
 inline void parallel(int threads, i64 units, i64 elements, F body) {
-  parallel_ranges(threads, units, elements, [](void* f, i64 begin, i64 end) { (*static_cast<F*>(f))(begin, end); }, &body);
+  parallel_ranges(
+      threads, units, elements, [](void* f, i64 begin, i64 end) { (*static_cast<F*>(f))(begin, end); },
+      &body);
 }
 
 FASTVAE_INLINE float abs_(float x) { return __builtin_fabsf(x); }
@@ -274,20 +309,25 @@ struct Reduced {
   std::uint32_t integer;  // n in its low bits
   float n, p, r2q;
   // 2^(n + shift), for what a normal number can hold. NaN gives some number: p is NaN then.
-  FASTVAE_INLINE float power(int shift) const { return bit_cast<float>((integer + static_cast<std::uint32_t>(127 + shift)) << 23); }
+  FASTVAE_INLINE float power(int shift) const {
+    return bit_cast<float>((integer + static_cast<std::uint32_t>(127 + shift)) << 23);
+  }
 };
-// kHalves / 2 times x is taken for x: that power of two is folded into the constants, and not one rounding differs.
+// kHalves / 2 times x is taken for x: that power of two is folded into the constants, and not one rounding
+// differs.
 template <int kHalves = 2>
 FASTVAE_INLINE Reduced reduce(float x) {
   constexpr float f = kHalves / 2.0f, f2 = f * f, f3 = f2 * f, f4 = f3 * f;
-  const float rounded = x * (1.44269504088896341f * f) + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer
+  const float rounded =
+      x * (1.44269504088896341f * f) + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer
   const float n = rounded - 12582912.0f;
   const float t = (x - n * (0.693359375f / f)) + n * (2.12194440e-4f / f);  // what is left is f t
   // In pairs, which shortens the chain of operations that wait for each other; likewise below.
   const float t2 = t * t;
-  const float q =
-      ((1.9875691500e-4f * f4 * f3 * t + 1.3981999507e-3f * f4 * f2) * t2 + (8.3334519073e-3f * f4 * f * t + 4.1665795894e-2f * f4)) * t2 +
-      (1.6666665459e-1f * f3 * t + 5.0000001201e-1f * f2);
+  const float q = ((1.9875691500e-4f * f4 * f3 * t + 1.3981999507e-3f * f4 * f2) * t2 +
+                   (8.3334519073e-3f * f4 * f * t + 4.1665795894e-2f * f4)) *
+                      t2 +
+                  (1.6666665459e-1f * f3 * t + 5.0000001201e-1f * f2);
   const float r2q = t2 * q;
   return {bit_cast<std::uint32_t>(rounded), n, f * t + r2q, r2q};
 }
@@ -298,14 +338,15 @@ FASTVAE_INLINE C clip(C x, C lo, C hi) {
   return x > hi ? hi : x;
 }
 
-// exp(kHalves / 2 * x). In two steps, so that neither subnormal results nor the largest ones lose anything on the way: 2^(n -+ 64),
-// then 2^+-64. The sign of x chooses by its bit: two comparisons of x would tempt the compiler to branch, and the loop around to
-// stay scalar.
+// exp(kHalves / 2 * x). In two steps, so that neither subnormal results nor the largest ones lose anything on
+// the way: 2^(n -+ 64), then 2^+-64. The sign of x chooses by its bit: two comparisons of x would tempt the
+// compiler to branch, and the loop around to stay scalar.
 template <int kHalves = 2>
 FASTVAE_INLINE float exp_(float x) {
   constexpr float f = kHalves / 2.0f, low = -104.0f / f, high = 89.0f / f;
   const Reduced e = reduce<kHalves>(kHalves > 0 ? clip(x, low, high) : clip(x, high, low));
-  const std::int32_t side = (bit_cast<std::int32_t>(x) >> 31) & 128, shift = kHalves > 0 ? side - 64 : 64 - side;
+  const std::int32_t side = (bit_cast<std::int32_t>(x) >> 31) & 128,
+                     shift = kHalves > 0 ? side - 64 : 64 - side;
   const float s = e.power(shift);
   return (s * e.p + s) * bit_cast<float>((127 - shift) << 23);
 }
@@ -322,7 +363,8 @@ FASTVAE_INLINE float exp_negative(float x) {
 }
 FASTVAE_INLINE double exp_negative(double x) { return __builtin_exp(x); }
 
-// The scaled half of exp(x) - 1: 2 * (s p + (s - 1/2)) with s = 2^(n-1) is exact in form at n = 0 and finite up to the end.
+// The scaled half of exp(x) - 1: 2 * (s p + (s - 1/2)) with s = 2^(n-1) is exact in form at n = 0 and finite
+// up to the end.
 FASTVAE_INLINE float expm1_from(const Reduced& e) {
   const float s = e.power(-1);
   return 2.0f * (s * e.p + (s - 0.5f));
@@ -341,24 +383,29 @@ FASTVAE_INLINE double expm1_minus(double x) {
   // The series where expm1(x) - x would lose more than 3 bits: the next term is below 1e-17 of the sum.
   const double small =
       x * x *
-      (0.5 +
-       x * (1.0 / 6 +
-            x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880 + x / 3628800))))))));
+      (0.5 + x * (1.0 / 6 +
+                  x * (1.0 / 24 +
+                       x * (1.0 / 120 +
+                            x * (1.0 / 720 +
+                                 x * (1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880 + x / 3628800))))))));
   return __builtin_fabs(x) < 0.125 ? small : __builtin_expm1(x) - (x > 710.0 ? 710.0 : x);
 }
 
 // log(1 + g) - g for sqrt(1/2) <= 1 + g < sqrt(2).
 FASTVAE_INLINE float log_tail(float g) {
   const float z = g * g;
-  const float p =
-      (((7.0376836292e-2f * z + (-1.1514610310e-1f * g + 1.1676998740e-1f)) * z + (-1.2420140846e-1f * g + 1.4249322787e-1f)) * z +
-       (-1.6668057665e-1f * g + 2.0000714765e-1f)) *
-          z +
-      (-2.4999993993e-1f * g + 3.3333331174e-1f);
+  const float p = (((7.0376836292e-2f * z + (-1.1514610310e-1f * g + 1.1676998740e-1f)) * z +
+                    (-1.2420140846e-1f * g + 1.4249322787e-1f)) *
+                       z +
+                   (-1.6668057665e-1f * g + 2.0000714765e-1f)) *
+                      z +
+                  (-2.4999993993e-1f * g + 3.3333331174e-1f);
   return z * (g * p - 0.5f);
 }
 // log(2^e (1 + g)).
-FASTVAE_INLINE float log_from(float g, float e) { return (g + (log_tail(g) - 2.12194440e-4f * e)) + 0.693359375f * e; }
+FASTVAE_INLINE float log_from(float g, float e) {
+  return (g + (log_tail(g) - 2.12194440e-4f * e)) + 0.693359375f * e;
+}
 
 // A number as 2^e (1 + g), g as above.
 struct Split {
@@ -366,7 +413,8 @@ struct Split {
 };
 FASTVAE_INLINE Split split(float x) {
   const std::uint32_t shifted = bit_cast<std::uint32_t>(x) - 0x3f3504f3u;
-  return {bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f, static_cast<float>(static_cast<std::int32_t>(shifted) >> 23)};
+  return {bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f,
+          static_cast<float>(static_cast<std::int32_t>(shifted) >> 23)};
 }
 // Of 1 + t, with what its rounding loses.
 FASTVAE_INLINE Split split_1p(float t) {
@@ -435,7 +483,10 @@ FASTVAE_INLINE LogAndRest<double> log1p_and_rest(double t) {
   const double series =
       1.0 / 3 +
       v * (1.0 / 5 +
-           v * (1.0 / 7 + v * (1.0 / 9 + v * (1.0 / 11 + v * (1.0 / 13 + v * (1.0 / 15 + v * (1.0 / 17 + v * (1.0 / 19 + v / 21))))))));
+           v * (1.0 / 7 +
+                v * (1.0 / 9 +
+                     v * (1.0 / 11 +
+                          v * (1.0 / 13 + v * (1.0 / 15 + v * (1.0 / 17 + v * (1.0 / 19 + v / 21))))))));
   return {log, __builtin_fabs(t) < 0.3 ? r * (t - 2 * v * series) : t - log};
 }
 
@@ -446,27 +497,33 @@ FASTVAE_INLINE float rest_of_log(float t, float u) {
   const float tail = log_tail(near ? t : s.g);
   return near ? -tail : t - ((s.g + (tail - 2.12194440e-4f * s.e)) + 0.693359375f * s.e);
 }
-FASTVAE_INLINE double rest_of_log(double t, double u) { return __builtin_fabs(t) < 0.25 ? log1p_and_rest(t).rest : t - __builtin_log(u); }
+FASTVAE_INLINE double rest_of_log(double t, double u) {
+  return __builtin_fabs(t) < 0.25 ? log1p_and_rest(t).rest : t - __builtin_log(u);
+}
 
-// What the gamma function is made of, of x >= 0 and log x: by polynomials in 1 / x for x >= 1, and in x below.
+// What the gamma function is made of, of x >= 0 and log x: by polynomials in 1 / x for x >= 1, and in x
+// below.
 
 // Stirling's error, log x! - (x + 1/2) log x + x - log(2 pi) / 2, times x, of 1 / x.
 FASTVAE_INLINE float stirling_series(float u) {
   const float u2 = u * u;
-  const float series =
-      ((1.4221894e-4f * u - 6.4566986e-4f) * u2 + (1.0635331e-3f * u - 6.0909733e-5f)) * u2 + (-2.7706881e-3f * u - 3.4973453e-7f);
+  const float series = ((1.4221894e-4f * u - 6.4566986e-4f) * u2 + (1.0635331e-3f * u - 6.0909733e-5f)) * u2 +
+                       (-2.7706881e-3f * u - 3.4973453e-7f);
   return series * u + 0.0833333367f;
 }
 inline double stirling_series(double u) {
   const double v = u * u;
-  return 1.0 / 12 + v * (-1.0 / 360 + v * (1.0 / 1260 + v * (-1.0 / 1680 + v * (1.0 / 1188 + v * (-691.0 / 360360 + v / 156)))));
+  return 1.0 / 12 +
+         v * (-1.0 / 360 +
+              v * (1.0 / 1260 + v * (-1.0 / 1680 + v * (1.0 / 1188 + v * (-691.0 / 360360 + v / 156)))));
 }
 // log x! - (x log x - x) for x < 1; log x! / (x (x - 1)) is the polynomial.
 FASTVAE_INLINE float log_factorial_below(float x, float log_x) {
   const float y = x < 1.0f ? x : 1.0f, y2 = y * y;
-  const float r =
-      (((2.3883113e-3f * y - 1.3525379e-2f) * y2 + (3.5975764e-2f * y - 6.2913768e-2f)) * y2 + (8.7903543e-2f * y - 1.1437390e-1f)) * y2 +
-      (1.5536288e-1f * y - 2.4524876e-1f);
+  const float r = (((2.3883113e-3f * y - 1.3525379e-2f) * y2 + (3.5975764e-2f * y - 6.2913768e-2f)) * y2 +
+                   (8.7903543e-2f * y - 1.1437390e-1f)) *
+                      y2 +
+                  (1.5536288e-1f * y - 2.4524876e-1f);
   return y * ((y - 1.0f) * (r * y + 5.7721565e-1f) + 1.0f - log_x);
 }
 inline double log_factorial_below(double x, double log_x) {
@@ -479,7 +536,8 @@ FASTVAE_INLINE float series_begins(float) { return 1.0f; }
 FASTVAE_INLINE double series_begins(double) { return 16.0; }
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
 
-// log x! - (x log x - x), any number for log x at 0; and without its first terms, 1/2 log(2 pi x): Stirling's error.
+// log x! - (x log x - x), any number for log x at 0; and without its first terms, 1/2 log(2 pi x): Stirling's
+// error.
 template <class C>
 FASTVAE_INLINE C log_factorial_excess(C x, C log_x) {
   const C begins = series_begins(x), u = C(1) / (x < begins ? begins : x);
@@ -489,17 +547,21 @@ FASTVAE_INLINE C log_factorial_excess(C x, C log_x) {
 template <class C>
 FASTVAE_INLINE C stirling_error(C x, C log_x) {
   const C begins = series_begins(x), u = C(1) / (x < begins ? begins : x);
-  return x < begins ? log_factorial_below(x, log_x) - C(kHalfLog2Pi) - C(0.5) * log_x : u * stirling_series(u);
+  return x < begins ? log_factorial_below(x, log_x) - C(kHalfLog2Pi) - C(0.5) * log_x
+                    : u * stirling_series(u);
 }
 
 // x (log x - digamma(x)) - 1/2 for x > 0 and log x.
 FASTVAE_INLINE float digamma_excess(float x, float log_x) {
   const float u = 1.0f / (x < 1.0f ? 1.0f : x), u2 = u * u;
   const float series =
-      ((-2.5877416e-4f * u + 1.782787e-3f) * u2 + (-4.7971519e-3f * u + 5.8417973e-3f)) * u2 + (-3.919531e-4f * u - 8.2927618e-3f);
+      ((-2.5877416e-4f * u + 1.782787e-3f) * u2 + (-4.7971519e-3f * u + 5.8417973e-3f)) * u2 +
+      (-3.919531e-4f * u - 8.2927618e-3f);
   const float y = x < 1.0f ? x : 1.0f, y2 = y * y;
   const float digamma =
-      ((((-3.6161063e-2f * y + 1.9612116e-1f) * y2 + (-4.9107448e-1f * y + 7.8699407e-1f)) * y2 + (-9.7081327e-1f * y + 1.0711097f)) * y2 +
+      ((((-3.6161063e-2f * y + 1.9612116e-1f) * y2 + (-4.9107448e-1f * y + 7.8699407e-1f)) * y2 +
+        (-9.7081327e-1f * y + 1.0711097f)) *
+           y2 +
        (-1.2010771f * y + 1.6449006f)) *
           y -
       5.7721548e-1f;  // of 1 + y
@@ -514,7 +576,9 @@ inline double digamma_excess(double x, double log_x) {
   }
   const double v = 1 / (z * z);
   const double rest =
-      v * (1.0 / 12 + v * (-1.0 / 120 + v * (1.0 / 252 + v * (-1.0 / 240 + v * (1.0 / 132 + v * (-691.0 / 32760 + v / 12))))));
+      v *
+      (1.0 / 12 + v * (-1.0 / 120 +
+                       v * (1.0 / 252 + v * (-1.0 / 240 + v * (1.0 / 132 + v * (-691.0 / 32760 + v / 12))))));
   // Where nothing was shifted the logarithms are the same.
   return z == x ? z * rest : x * (log_x - (__builtin_log(z) - 0.5 / z - rest)) + shifted - 0.5;
 }
@@ -532,8 +596,8 @@ FASTVAE_LOOP void multiply_pairs(int n, C* __restrict e, const C* __restrict oth
   for (int i = 0; i < n; ++i) e[i] += other[i] * (C(1) + e[i]);
 }
 
-// The sum of log(1 + e[i]) for e in [0, 1], through products: with 1 + e = (1 + a)(1 + b), e = a + b (1 + a) keeps the
-// relative accuracy that 1 + e would not, and one logarithm serves 16 elements. Overwrites e.
+// The sum of log(1 + e[i]) for e in [0, 1], through products: with 1 + e = (1 + a)(1 + b), e = a + b (1 + a)
+// keeps the relative accuracy that 1 + e would not, and one logarithm serves 16 elements. Overwrites e.
 template <class C>
 FASTVAE_LOOP double sum_log1p(C* e, int n) {
   for (int halvings = 0; halvings < 4 && n > 1; ++halvings) {
@@ -595,9 +659,10 @@ FASTVAE_INLINE C log1p_square(C r) {
 FASTVAE_INLINE float log1p_excess(float t, float y, float log_1pt) {
   const float y2 = y * y;
   // (-log(1 - y) - y) / y^2 on [0, 0.35] to 2e-8.
-  const float p =
-      (((0.479645165f * y - 0.143728857f) * y2 + (0.232812975f * y + 0.150784079f)) * y2 + (0.201484848f * y + 0.249932863f)) * y2 +
-      (0.333334478f * y + 0.499999997f);
+  const float p = (((0.479645165f * y - 0.143728857f) * y2 + (0.232812975f * y + 0.150784079f)) * y2 +
+                   (0.201484848f * y + 0.249932863f)) *
+                      y2 +
+                  (0.333334478f * y + 0.499999997f);
   return t < 0.5f ? p * y2 : log_1pt - y;
 }
 FASTVAE_INLINE double log1p_excess(double t, double y, double log_1pt) {
@@ -608,22 +673,25 @@ FASTVAE_INLINE double log1p_excess(double t, double y, double log_1pt) {
   return t < 1 ? y * s + 2 * v * s * series : log_1pt - y;
 }
 
-// log Gamma(z + 1/2) - log Gamma(z) - log(z) / 2 for z >= 0 and log z, -1 / (8 z) where z is large; and z times its derivative.
+// log Gamma(z + 1/2) - log Gamma(z) - log(z) / 2 for z >= 0 and log z, -1 / (8 z) where z is large; and z
+// times its derivative.
 template <class C>
 struct HalfStep {
   C value, slope;
 };
-// From that of z + 1, u = 1 / (z + 1), on which both are polynomials of u. Each step of 1 adds the logarithm of one factor near 1; what
-// it adds to the slope is positive, so that nothing cancels.
+// From that of z + 1, u = 1 / (z + 1), on which both are polynomials of u. Each step of 1 adds the logarithm
+// of one factor near 1; what it adds to the slope is positive, so that nothing cancels.
 FASTVAE_INLINE HalfStep<float> half_step(float z, float log_z) {
   const float u = 1.0f / (z + 1.0f), c = 1.0f / (z + 0.5f), u2 = u * u;
   const float p =
-      ((-2.53897306e-4f * u + 1.18338026e-3f) * u2 + (-1.96744781e-3f * u + 3.84325176e-5f)) * u2 + (5.22010261e-3f * u - 2.97615975e-6f);
-  const float q =
-      ((2.0119627e-3f * u - 7.74921151e-3f) * u2 + (1.05155874e-2f * u - 4.86777251e-4f)) * u2 + (-1.55831696e-2f * u - 1.33040101e-6f);
+      ((-2.53897306e-4f * u + 1.18338026e-3f) * u2 + (-1.96744781e-3f * u + 3.84325176e-5f)) * u2 +
+      (5.22010261e-3f * u - 2.97615975e-6f);
+  const float q = ((2.0119627e-3f * u - 7.74921151e-3f) * u2 + (1.05155874e-2f * u - 4.86777251e-4f)) * u2 +
+                  (-1.55831696e-2f * u - 1.33040101e-6f);
   const bool small = z < 1.0f;
   const float factor = ((z + 1.0f) * c) * (small ? c : z * c);
-  return {u * (p * u - 0.124999829f) + 0.5f * (log_(factor) + (small ? log_z : 0.0f)), u * (0.25f * c + (z * u) * (q * u + 0.125000015f))};
+  return {u * (p * u - 0.124999829f) + 0.5f * (log_(factor) + (small ? log_z : 0.0f)),
+          u * (0.25f * c + (z * u) * (q * u + 0.125000015f))};
 }
 inline HalfStep<double> half_step(double z, double log_z) {
   const bool small = z < 1;
@@ -636,8 +704,39 @@ inline HalfStep<double> half_step(double z, double log_z) {
   const double u = 1 / (z + 16), v = u * u;
   const double p =
       -1.0 / 8 +
-      v * (1.0 / 192 + v * (-1.0 / 640 + v * (17.0 / 14336 + v * (-31.0 / 18432 + v * (691.0 / 180224 - v * (5461.0 / 425984))))));
+      v * (1.0 / 192 +
+           v * (-1.0 / 640 +
+                v * (17.0 / 14336 + v * (-31.0 / 18432 + v * (691.0 / 180224 - v * (5461.0 / 425984))))));
   const double q =
-      1.0 / 8 + v * (-1.0 / 64 + v * (1.0 / 128 + v * (-17.0 / 2048 + v * (31.0 / 2048 + v * (-691.0 / 16384 + v * (5461.0 / 32768))))));
+      1.0 / 8 + v * (-1.0 / 64 +
+                     v * (1.0 / 128 + v * (-17.0 / 2048 +
+                                           v * (31.0 / 2048 + v * (-691.0 / 16384 + v * (5461.0 / 32768))))));
   return {u * p + 0.5 * (__builtin_log(factor) + (small ? log_z : 0.0)), slope + z * u * u * q};
 }
+
+// Numbers for the length of a call, as they come.
+template <class C>
+struct Scratch {
+  C* const data;
+  explicit Scratch(i64 size)
+      : data(static_cast<C*>(::operator new(static_cast<std::size_t>(size) * sizeof(C)))) {}
+  ~Scratch() { ::operator delete(data); }
+  Scratch(const Scratch&) = delete;
+};
+
+// sums += p, in double: sums over many samples.
+template <class C>
+FASTVAE_LOOP void add_to(int n, const C* __restrict p, double* __restrict sums) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) sums[i] += p[i];
+}
+
+FASTVAE_LOOP void add_doubles(i64 n, const double* __restrict p, double* __restrict sums) {
+#pragma omp simd
+  for (i64 i = 0; i < n; ++i) sums[i] += p[i];
+}
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,7 +1,7 @@
-// Torch's dispatcher as a caller of the ops in calls.hpp: a compiled graph calls them without Python. Kernels are registered through
-// torch's C interface (torch.hpp).
-// Arguments and results are 64-bit words, as torch/csrc/stable/stableivalue_conversions.h has it: numbers as they are; handles of tensors,
-// strings and lists, which are the kernel's to delete; of an optional one the address of a word, or null.
+// Torch's dispatcher as a caller of the ops in calls.hpp: a compiled graph calls them without Python. Kernels
+// are registered through torch's C interface (torch.hpp). Arguments and results are 64-bit words, as
+// torch/csrc/stable/stableivalue_conversions.h has it: numbers as they are; handles of tensors, strings and
+// lists, which are the kernel's to delete; of an optional one the address of a word, or null.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -56,9 +56,11 @@ inline HandleMade make_like(const HandleGiven& given, int dtype) {
 struct Registered {
   int likelihood = 0;
   bool empty_for_none = false;
-  std::string types;              // of the arguments: t(ensor), T(ensor or None), i(nteger), f(loat), b(ool), s(tring), l(ist of bools)
-  PyObject* in_python = nullptr;  // called with the arguments, tensors as capsules of handles, where the C++ does not serve
-  PyObject* backend = nullptr;    // called for the name of the backend in force
+  std::string types;  // of the arguments: t(ensor), T(ensor or None), i(nteger), f(loat), b(ool), s(tring),
+                      // l(ist of bools)
+  PyObject* in_python =
+      nullptr;  // called with the arguments, tensors as capsules of handles, where the C++ does not serve
+  PyObject* backend = nullptr;  // called for the name of the backend in force
 };
 
 // The arguments of one call, read one after the other.
@@ -159,7 +161,8 @@ class FromDispatcher {
         succeed(torch_interface().undefined(&made[i].handle));
       }
     }
-    for (int i = 0; i < number; ++i) stack_[i] = reinterpret_cast<Word>(std::exchange(made[i].handle, nullptr));
+    for (int i = 0; i < number; ++i)
+      stack_[i] = reinterpret_cast<Word>(std::exchange(made[i].handle, nullptr));
   }
 
   // Whether the C++ is the backend in force.
@@ -172,10 +175,14 @@ class FromDispatcher {
     const pybind11::gil_scoped_acquire gil;
     pybind11::object arguments[kMostArguments];
     PyObject* pointers[kMostArguments];
-    for (int i = 0; i < number_; ++i) arguments[i] = object_at(i), pointers[i] = arguments[i].ptr();
+    for (int i = 0; i < number_; ++i) {
+      arguments[i] = object_at(i);
+      pointers[i] = arguments[i].ptr();
+    }
     const pybind11::object made = called(op_.in_python, pointers, static_cast<std::size_t>(number_));
     const pybind11::list handles(made);
-    if (static_cast<int>(handles.size()) != wanted_) throw std::runtime_error("fastvae: an op returned another number of results");
+    if (static_cast<int>(handles.size()) != wanted_)
+      throw std::runtime_error("fastvae: an op returned another number of results");
     for (int i = 0; i < wanted_; ++i) {
       const pybind11::object handle = handles[static_cast<std::size_t>(i)];
       Handle result = nullptr;
@@ -262,7 +269,8 @@ struct Kernel {
     FromDispatcher from(state(), stack, arguments, results);
     from.serves() ? Op::call(from) : from.otherwise();
   }
-  static bool implement(Handle library, const char* name, const char* types, pybind11::object in_python, pybind11::object backend) {
+  static bool implement(Handle library, const char* name, const char* types, pybind11::object in_python,
+                        pybind11::object backend) {
     state() = {kLikelihood, Op::kEmptyForNone, types, in_python.release().ptr(), backend.release().ptr()};
     return torch_interface().implement(library, name, &boxed, kInterface) == 0;
   }

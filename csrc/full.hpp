@@ -1,14 +1,31 @@
-// Reparameterised sampling with a full covariance, and the density of what is drawn. The mathematics stands in fastvae/ops/full.py. A row's
-// samples are a product with a triangular matrix: lanes are the columns of the result, and steps end where the triangle does.
+// Reparameterised sampling with a full covariance, and the density of what is drawn. The mathematics stands
+// in fastvae/ops/full.py. A row's samples are a product with a triangular matrix: lanes are the columns of
+// the result, and steps end where the triangle does.
+
+#if defined(FASTVAE_FULL_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_FULL_HPP
+#undef FASTVAE_FULL_HPP
+#else
+#define FASTVAE_FULL_HPP
+#endif
+
+#include "common.hpp"
+#include "random.hpp"
+#include "tiles.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
 
 // Samples of a unit of work, and of a block of a sum over samples; numbers of their noise, in that bounds.
 constexpr i64 kMostDraws = 64, kFewestDraws = 16, kNumbersDrawn = 16384;
 // Rows of L whose gradients a unit makes; and products that are added one after the other.
 constexpr i64 kScaleRows = 64, kStepsAdded = 128;
 
-// c (kRows x kVectors vectors) = sum_p a(i, p) b(p, v), or that added to c. A row of `a` is a_row further, a step a_step.
+// c (kRows x kVectors vectors) = sum_p a(i, p) b(p, v), or that added to c. A row of `a` is a_row further, a
+// step a_step.
 template <class C, int kRows, int kVectors>
-FASTVAE_INLINE void triangle_tile(i64 steps, const C* a, i64 a_row, i64 a_step, const C* b, i64 b_step, bool add, C* c, i64 c_row) {
+FASTVAE_INLINE void triangle_tile(i64 steps, const C* a, i64 a_row, i64 a_step, const C* b, i64 b_step,
+                                  bool add, C* c, i64 c_row) {
   constexpr int lanes = kLanes<C>;
   Vector<C> sum[kRows][kVectors] = {};
   for (i64 p = 0; p < steps; ++p, a += a_step, b += b_step) {
@@ -41,33 +58,38 @@ FASTVAE_INLINE void by_tiles(i64 rows, F f) {
   for (; i < rows; ++i) f(std::integral_constant<int, 1>(), i);
 }
 
-// One panel of what L eps comes to: c (draws x a panel), of eps (draws x steps) and columns of L side by side.
+// One panel of what L eps comes to: c (draws x a panel), of eps (draws x steps) and columns of L side by
+// side.
 template <class C>
-FASTVAE_LOOP void times_panel(i64 draws, i64 steps, const C* eps, i64 eps_row, const C* panel, C* c, i64 c_row) {
+FASTVAE_LOOP void times_panel(i64 draws, i64 steps, const C* eps, i64 eps_row, const C* panel, C* c,
+                              i64 c_row) {
   constexpr i64 width = kTileVectors * kLanes<C>;
   for (i64 p = 0; p < steps || p == 0; p += kStepsAdded) {
     const i64 n = steps - p < kStepsAdded ? steps - p : kStepsAdded;
     by_tiles(draws, [=](auto rows, i64 k) FASTVAE_INLINED {
-      triangle_tile<C, decltype(rows)::value, kTileVectors>(n, eps + k * eps_row + p, eps_row, 1, panel + p * width, width, p > 0,
-                                                            c + k * c_row, c_row);
+      triangle_tile<C, decltype(rows)::value, kTileVectors>(
+          n, eps + k * eps_row + p, eps_row, 1, panel + p * width, width, p > 0, c + k * c_row, c_row);
     });
   }
 }
 
-// Products of each two columns i >= j of a triangle, summed over draws: c(i, j), added to or not. Row i is the triangle's row first + i.
+// Products of each two columns i >= j of a triangle, summed over draws: c(i, j), added to or not. Row i is
+// the triangle's row first + i.
 template <class C>
-FASTVAE_LOOP void products_below(i64 draws, i64 rows, i64 first, const C* grad, i64 grad_row, const C* eps, i64 eps_row, bool add, C* c,
-                                 i64 c_row) {
+FASTVAE_LOOP void products_below(i64 draws, i64 rows, i64 first, const C* grad, i64 grad_row, const C* eps,
+                                 i64 eps_row, bool add, C* c, i64 c_row) {
   constexpr i64 lanes = kLanes<C>;
   by_tiles(rows, [=](auto number, i64 i) FASTVAE_INLINED {
     constexpr int kRows = decltype(number)::value;
     const i64 columns = first + i + kRows;
     i64 j = 0;
     for (; j + (kTileVectors - 1) * lanes < columns; j += kTileVectors * lanes) {
-      triangle_tile<C, kRows, kTileVectors>(draws, grad + i, 1, grad_row, eps + j, eps_row, add, c + i * c_row + j, c_row);
+      triangle_tile<C, kRows, kTileVectors>(draws, grad + i, 1, grad_row, eps + j, eps_row, add,
+                                            c + i * c_row + j, c_row);
     }
     if (kTileVectors > 1 && j < columns) {
-      triangle_tile<C, kRows, 1>(draws, grad + i, 1, grad_row, eps + j, eps_row, add, c + i * c_row + j, c_row);
+      triangle_tile<C, kRows, 1>(draws, grad + i, 1, grad_row, eps + j, eps_row, add, c + i * c_row + j,
+                                 c_row);
     }
   });
 }
@@ -78,7 +100,8 @@ FASTVAE_LOOP void squares(int n, const C* __restrict x, C* __restrict out) {
   for (int i = 0; i < n; ++i) out[i] = x[i] * x[i];
 }
 template <class T>
-FASTVAE_LOOP void add_mean(int n, const compute_t<T>* __restrict move, const compute_t<T>* __restrict mean, T* __restrict out) {
+FASTVAE_LOOP void add_mean(int n, const compute_t<T>* __restrict move, const compute_t<T>* __restrict mean,
+                           T* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) assign(out[i], mean[i] + move[i]);
 }
@@ -95,7 +118,8 @@ struct Triangle {
   C operator()(i64 i, i64 j) const { return upcast(data[(triangle(i) + j) * stride]); }
   C diagonal(i64 i) const { return exp_((*this)(i, i)); }
 
-  // Rows [first, first + width) as columns, those side by side; zeros above the diagonal and behind the last row.
+  // Rows [first, first + width) as columns, those side by side; zeros above the diagonal and behind the last
+  // row.
   void panel(i64 first, i64 width, i64 rows, C* to) const {
     const i64 last = first + width < rows ? first + width : rows;
     for (i64 j = first; j < last; ++j) {
@@ -113,8 +137,8 @@ struct Triangle {
 };
 
 template <class T>
-void full_draws(Output z, Output log_q, Output kept, const Tensor& mu, const Tensor& tril, std::uint64_t seed, const Place& place,
-                int threads) {
+void full_draws(Output z, Output log_q, Output kept, const Tensor& mu, const Tensor& tril, std::uint64_t seed,
+                const Place& place, int threads) {
   using C = compute_t<T>;
   constexpr i64 width = kTileVectors * kLanes<C>;
   const i64 rows = mu.n0, dims = mu.n1, samples = place.samples, columns = (dims + width - 1) / width * width;
@@ -123,11 +147,13 @@ void full_draws(Output z, Output log_q, Output kept, const Tensor& mu, const Ten
   const i64 chunks = (samples + most - 1) / most;
   parallel(threads, rows * chunks, samples * rows * dims * (1 + dims / 64), [&](i64 begin, i64 end) {
     Noise<C> noise(Key(seed), place.sample_offset, place.row_offset);
-    const Scratch<C> panel(dims * width), moves(most * columns), mean_buffer(dims), own(kept ? 0 : most * dims);
+    const Scratch<C> panel(dims * width), moves(most * columns), mean_buffer(dims),
+        own(kept ? 0 : most * dims);
     C terms[kBuffer];
     double sums[kMostDraws];
     for (i64 unit = begin; unit < end; ++unit) {
-      const i64 b = unit / chunks, first = unit % chunks * most, draws = samples - first < most ? samples - first : most;
+      const i64 b = unit / chunks, first = unit % chunks * most,
+                draws = samples - first < most ? samples - first : most;
       C* eps = kept ? pointer<C>(kept) + (b * samples + first) * dims : own.data;
       fill(sums, 0.0, static_cast<int>(draws));
       const i64 height = rows_per_tile(draws, dims);
@@ -144,9 +170,11 @@ void full_draws(Output z, Output log_q, Output kept, const Tensor& mu, const Ten
       const Triangle<T> scale{pointer<const T>(tril.data) + b * tril.s0, tril.s1};
       for (i64 i = 0; i < dims; i += width) {
         scale.panel(i, width, dims, panel.data);
-        times_panel(draws, i + width < dims ? i + width : dims, eps, dims, panel.data, moves.data + i, columns);
+        times_panel(draws, i + width < dims ? i + width : dims, eps, dims, panel.data, moves.data + i,
+                    columns);
       }
-      const C* mean = load(mean_buffer.data, pointer<const T>(mu.data) + b * mu.s0, mu.s1, static_cast<int>(dims));
+      const C* mean =
+          load(mean_buffer.data, pointer<const T>(mu.data) + b * mu.s0, mu.s1, static_cast<int>(dims));
       double logs = 0;
       for (i64 i = 0; i < dims; ++i) logs += static_cast<double>(scale(i, i)) + kHalfLog2Pi;
       for (i64 k = 0; k < draws; ++k) {
@@ -159,15 +187,18 @@ void full_draws(Output z, Output log_q, Output kept, const Tensor& mu, const Ten
 }
 
 template <class T>
-void full_gradients(Output to_mu, Output to_tril, const Tensor& grad_z, const Tensor& grad_log_q, const Tensor& kept, const Tensor& mu,
-                    const Tensor& tril, const Place& place, int threads) {
+void full_gradients(Output to_mu, Output to_tril, const Tensor& grad_z, const Tensor& grad_log_q,
+                    const Tensor& kept, const Tensor& mu, const Tensor& tril, const Place& place,
+                    int threads) {
   using C = compute_t<T>;
   constexpr i64 lanes = kLanes<C>;
-  const i64 rows = mu.n0, dims = mu.n1, samples = grad_z.data ? place.samples : 0, blocks = (dims + kScaleRows - 1) / kScaleRows;
+  const i64 rows = mu.n0, dims = mu.n1, samples = grad_z.data ? place.samples : 0,
+            blocks = (dims + kScaleRows - 1) / kScaleRows;
   const bool with_scale = to_tril && samples > 0;
   const i64 columns = (dims + lanes - 1) / lanes * lanes;
   parallel(threads, rows * blocks, samples * rows * dims * (1 + dims / 64), [&](i64 begin, i64 end) {
-    const Scratch<C> sums(kScaleRows * columns), grads(kMostDraws * kScaleRows), noise(with_scale ? kMostDraws * columns : 0);
+    const Scratch<C> sums(kScaleRows * columns), grads(kMostDraws * kScaleRows),
+        noise(with_scale ? kMostDraws * columns : 0);
     double total[kScaleRows];
     // Behind a row something may be multiplied, which nobody reads.
     if (with_scale) fill(noise.data, C(0), static_cast<int>(kMostDraws * columns));
@@ -178,15 +209,19 @@ void full_gradients(Output to_mu, Output to_tril, const Tensor& grad_z, const Te
       for (i64 k = 0; k < samples; k += kMostDraws) {
         const i64 draws = samples - k < kMostDraws ? samples - k : kMostDraws;
         for (i64 r = 0; r < draws; ++r) {
-          const T* from = pointer<const T>(grad_z.data) + (k + r) * grad_z.s0 + b * grad_z.s1 + first * grad_z.s2;
+          const T* from =
+              pointer<const T>(grad_z.data) + (k + r) * grad_z.s0 + b * grad_z.s1 + first * grad_z.s2;
           C* row = grads.data + r * kScaleRows;
           const C* loaded = load(row, from, grad_z.s2, static_cast<int>(height));
           if (loaded != row) copy(row, loaded, static_cast<int>(height));
           add_to(static_cast<int>(height), row, total);
           if (with_scale)
-            copy(noise.data + r * columns, pointer<const C>(kept.data) + (b * samples + k + r) * dims, static_cast<int>(last));
+            copy(noise.data + r * columns, pointer<const C>(kept.data) + (b * samples + k + r) * dims,
+                 static_cast<int>(last));
         }
-        if (with_scale) products_below(draws, height, first, grads.data, kScaleRows, noise.data, columns, k > 0, sums.data, columns);
+        if (with_scale)
+          products_below(draws, height, first, grads.data, kScaleRows, noise.data, columns, k > 0, sums.data,
+                         columns);
       }
       if (to_mu) {
         T* to = pointer<T>(to_mu) + b * dims + first;
@@ -211,18 +246,26 @@ void full_gradients(Output to_mu, Output to_tril, const Tensor& grad_z, const Te
 
 // @param z (K, B, D), @param log_q (K, B), @param eps (B, K, D) or null: written
 // @param mu (B, D), @param tril (B, D (D + 1) / 2) of the same dtype
-inline void rsample_tril(Output z, Output log_q, Output eps, const Tensor& mu, const Tensor& tril, Output seed, const Place& place,
-                         int threads) {
-  for_dtype(mu.dtype,
-            [&](auto t) { full_draws<decltype(t)>(z, log_q, eps, mu, tril, *pointer<const std::uint64_t>(seed), place, threads); });
+inline void rsample_tril(Output z, Output log_q, Output eps, const Tensor& mu, const Tensor& tril,
+                         Output seed, const Place& place, int threads) {
+  for_dtype(mu.dtype, [&](auto t) {
+    full_draws<decltype(t)>(z, log_q, eps, mu, tril, *pointer<const std::uint64_t>(seed), place, threads);
+  });
 }
 
 // @param to_mu (B, D), @param to_tril (B, D (D + 1) / 2): written, null where not wanted
 // @param grad_z (K, B, D) or (K B, D), @param grad_log_q (K, B): null where nothing arrives
 // @param eps from the forward pass; it may be null where grad_z or to_tril is
-inline void rsample_tril_backward(Output to_mu, Output to_tril, const Tensor& grad_z, const Tensor& grad_log_q, const Tensor& eps,
-                                  const Tensor& mu, const Tensor& tril, const Place& place, int threads) {
+inline void rsample_tril_backward(Output to_mu, Output to_tril, const Tensor& grad_z,
+                                  const Tensor& grad_log_q, const Tensor& eps, const Tensor& mu,
+                                  const Tensor& tril, const Place& place, int threads) {
   for_dtype(mu.dtype, [&](auto t) {
-    full_gradients<decltype(t)>(to_mu, to_tril, grad_z.stacked(place.samples), grad_log_q, eps, mu, tril, place, threads);
+    full_gradients<decltype(t)>(to_mu, to_tril, grad_z.stacked(place.samples), grad_log_q, eps, mu, tril,
+                                place, threads);
   });
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,22 +1,38 @@
-// The three products of a linear layer: outputs = h W' + bias, and from the gradients of the outputs those of h and of W. By the BLAS
-// that torch brought; in float with AVX-512 by tiles of our own, since there it leaves half of the vectors' width unused on AMD's
-// processors (measured: 107 and 250 of 255 GFLOP/s a core; docs/NOTES.md).
+// The three products of a linear layer: outputs = h W' + bias, and from the gradients of the outputs those of
+// h and of W. By the BLAS that torch brought; in float with AVX-512 by tiles of our own, since there it
+// leaves half of the vectors' width unused on AMD's processors (measured: 107 and 250 of 255 GFLOP/s a core;
+// docs/NOTES.md).
+
+#if defined(FASTVAE_GEMM_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_GEMM_HPP
+#undef FASTVAE_GEMM_HPP
+#else
+#define FASTVAE_GEMM_HPP
+#endif
+
+#include "common.hpp"
+#include "products.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
 
 #if FASTVAE_VECTOR_BYTES == 64
 
 constexpr i64 kPanel = 32, kDepth = 512;
 
-// c (kRows x up to 16 kVectors) = first + sum_p a(i, p) b(p, j), or that added to c. With kByRows numbers of a row of `a` follow each
-// other, and rows are a_stride apart; else numbers of a step do, and steps are. A tile of 14 x 32 stays in registers.
+// c (kRows x up to 16 kVectors) = first + sum_p a(i, p) b(p, j), or that added to c. With kByRows numbers of
+// a row of `a` follow each other, and rows are a_stride apart; else numbers of a step do, and steps are. A
+// tile of 14 x 32 stays in registers.
 template <int kRows, int kVectors, bool kByRows>
-FASTVAE_INLINE void product_tile(i64 depth, const float* a, i64 a_stride, const float* b, i64 b_step, __mmask16 last, const float* first,
-                                 bool add, float* c, i64 c_row) {
+FASTVAE_INLINE void product_tile(i64 depth, const float* a, i64 a_stride, const float* b, i64 b_step,
+                                 __mmask16 last, const float* first, bool add, float* c, i64 c_row) {
   const __mmask16 masks[2] = {kVectors == 1 ? last : static_cast<__mmask16>(0xffff), last};
   __m512 sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = first ? _mm512_maskz_loadu_ps(masks[v], first + 16 * v) : _mm512_setzero_ps();
+    for (int v = 0; v < kVectors; ++v)
+      sum[i][v] = first ? _mm512_maskz_loadu_ps(masks[v], first + 16 * v) : _mm512_setzero_ps();
   }
   // Three rows share a pointer: the others are one and two strides away.
   constexpr int kPointers = (kRows + 2) / 3;
@@ -49,24 +65,28 @@ FASTVAE_INLINE void product_tile(i64 depth, const float* a, i64 a_stride, const 
 
 // The same for any number of rows.
 template <int kVectors, bool kByRows>
-__attribute__((noinline)) void product_strip(i64 rows, i64 depth, const float* a, i64 a_stride, const float* b, i64 b_step, __mmask16 last,
-                                             const float* first, bool add, float* c, i64 c_row) {
+__attribute__((noinline)) void product_strip(i64 rows, i64 depth, const float* a, i64 a_stride,
+                                             const float* b, i64 b_step, __mmask16 last, const float* first,
+                                             bool add, float* c, i64 c_row) {
   i64 i = 0;
   const auto tiles = [&](auto height) FASTVAE_INLINED {
     constexpr int kRows = decltype(height)::value;
     for (; i + kRows <= rows; i += kRows) {
       const float* from = kByRows ? a + i * a_stride : a + i;
-      product_tile<kRows, kVectors, kByRows>(depth, from, a_stride, b, b_step, last, first, add, c + i * c_row, c_row);
+      product_tile<kRows, kVectors, kByRows>(depth, from, a_stride, b, b_step, last, first, add,
+                                             c + i * c_row, c_row);
     }
   };
-  tiles(std::integral_constant<int, 14>()), tiles(std::integral_constant<int, 8>());
-  tiles(std::integral_constant<int, 4>()), tiles(std::integral_constant<int, 1>());
+  tiles(std::integral_constant<int, 14>());
+  tiles(std::integral_constant<int, 8>());
+  tiles(std::integral_constant<int, 4>());
+  tiles(std::integral_constant<int, 1>());
 }
 
 // And of columns: strip by strip, which are b_panel apart where b is packed, else side by side.
 template <bool kByRows>
-void product(i64 rows, i64 columns, i64 depth, const float* a, i64 a_stride, const float* b, i64 b_step, i64 b_panel, const float* first,
-             bool add, float* c, i64 c_row) {
+void product(i64 rows, i64 columns, i64 depth, const float* a, i64 a_stride, const float* b, i64 b_step,
+             i64 b_panel, const float* first, bool add, float* c, i64 c_row) {
   for (i64 j = 0; j < columns; j += kPanel) {
     const i64 left = columns - j;
     const float *panel = b + (b_panel ? j / kPanel * b_panel : j), *start = first ? first + j : nullptr;
@@ -115,7 +135,8 @@ struct Layer {
   void outputs(i64 n, const C* h, C* out) const {
 #if FASTVAE_VECTOR_BYTES == 64
     if constexpr (std::is_same<C, float>::value)
-      return product<true>(n, columns, inner, h, inner, packed, kPanel, kPanel * inner, bias, false, out, columns);
+      return product<true>(n, columns, inner, h, inner, packed, kPanel, kPanel * inner, bias, false, out,
+                           columns);
 #endif
     for (i64 i = 0; i < n && bias; ++i) copy(out + i * columns, bias, static_cast<int>(columns));
     gemm('T', 'N', columns, n, inner, weight, stride, h, inner, bias ? C(1) : C(0), out, columns);
@@ -126,7 +147,8 @@ struct Layer {
     if constexpr (std::is_same<C, float>::value) {
       for (i64 p = 0; p < columns; p += kDepth) {
         const i64 depth = columns - p < kDepth ? columns - p : kDepth;
-        product<true>(n, inner, depth, grad + p, columns, weight + p * stride, stride, 0, nullptr, add || p > 0, to, inner);
+        product<true>(n, inner, depth, grad + p, columns, weight + p * stride, stride, 0, nullptr,
+                      add || p > 0, to, inner);
       }
       return;
     }
@@ -149,3 +171,8 @@ struct Layer {
     gemm('N', 'T', inner, columns, n, h, inner, grad, columns, add ? C(1) : C(0), to, inner);
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

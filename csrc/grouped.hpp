@@ -1,6 +1,23 @@
-// Likelihoods of positions that are mixtures over a component axis, log p = log sum_c exp(s_c) - log sum_c exp(a_c): of logits a_c,
-// with s_c = a_c + the components' log-likelihoods. Where a component is a class, which emits its own number for certain, s_c is a_c for
-// that class. Lanes are positions; components come one after the other, with running maxima and sums.
+// Likelihoods of positions that are mixtures over a component axis, log p = log sum_c exp(s_c) - log sum_c
+// exp(a_c): of logits a_c, with s_c = a_c + the components' log-likelihoods. Where a component is a class,
+// which emits its own number for certain, s_c is a_c for that class. Lanes are positions; components come one
+// after the other, with running maxima and sums.
+
+#if defined(FASTVAE_GROUPED_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_GROUPED_HPP
+#undef FASTVAE_GROUPED_HPP
+#else
+#define FASTVAE_GROUPED_HPP
+#endif
+
+#include <vector>
+
+#include "common.hpp"
+#include "storage.hpp"
+#include "tiles.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
 
 // The derivatives of a component's log-likelihood of an element.
 template <class C>
@@ -12,7 +29,10 @@ struct ComponentSlopes {
 template <class C>
 struct RunningSums {
   C top[kBuffer], sum[kBuffer];
-  void clear(int n) { fill(top, std::numeric_limits<C>::lowest(), n), fill(sum, C(0), n); }
+  void clear(int n) {
+    fill(top, std::numeric_limits<C>::lowest(), n);
+    fill(sum, C(0), n);
+  }
 };
 
 template <class C>
@@ -34,17 +54,19 @@ FASTVAE_LOOP void log_of_sums(int n, const C* __restrict top, const C* __restric
 
 // The logit of the class that x is.
 template <class C>
-FASTVAE_LOOP void pick_class(int n, C number, const C* __restrict x, const C* __restrict a, C* __restrict picked) {
+FASTVAE_LOOP void pick_class(int n, C number, const C* __restrict x, const C* __restrict a,
+                             C* __restrict picked) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) picked[i] = x[i] == number ? a[i] : picked[i];
 }
 template <class C>
 FASTVAE_LOOP double sum_of_differences(int n, C ignored, const C* x, const C* joint, const C* normaliser) {
-  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return x[i] == ignored ? C(0) : joint[i] - normaliser[i]; });
+  return sum_over<C>(
+      n, [=](int i) FASTVAE_INLINED { return x[i] == ignored ? C(0) : joint[i] - normaliser[i]; });
 }
 template <class C>
-FASTVAE_LOOP void class_gradients(int n, C g, C number, C ignored, const C* __restrict x, const C* __restrict a,
-                                  const C* __restrict normaliser, C* __restrict out) {
+FASTVAE_LOOP void class_gradients(int n, C g, C number, C ignored, const C* __restrict x,
+                                  const C* __restrict a, const C* __restrict normaliser, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C share = exp_(a[i] - normaliser[i]);
@@ -65,15 +87,16 @@ FASTVAE_LOOP bool are_classes(int n, const C* x, C classes, C ignored) {
 }
 
 template <class L, class C>
-FASTVAE_LOOP void add_component(int n, C setting, const C* __restrict x, const C* __restrict location, const C* __restrict log_scale,
-                                C* __restrict s) {
+FASTVAE_LOOP void add_component(int n, C setting, const C* __restrict x, const C* __restrict location,
+                                const C* __restrict log_scale, C* __restrict s) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) s[i] += L::value(x[i], location[i], log_scale[i], setting);
 }
 // r = g exp(s - joint), what reaches a component; and what reaches its logit.
 template <class C>
-FASTVAE_LOOP void component_shares(int n, C g, const C* __restrict a, const C* __restrict s, const C* __restrict normaliser,
-                                   const C* __restrict joint, C* __restrict r, C* __restrict out) {
+FASTVAE_LOOP void component_shares(int n, C g, const C* __restrict a, const C* __restrict s,
+                                   const C* __restrict normaliser, const C* __restrict joint, C* __restrict r,
+                                   C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     r[i] = g * exp_(s[i] - joint[i]);
@@ -81,8 +104,9 @@ FASTVAE_LOOP void component_shares(int n, C g, const C* __restrict a, const C* _
   }
 }
 template <class L, class C>
-FASTVAE_LOOP void component_gradients(int n, C setting, const C* __restrict r, const C* __restrict x, const C* __restrict location,
-                                      const C* __restrict log_scale, C* __restrict out_location, C* __restrict out_log_scale) {
+FASTVAE_LOOP void component_gradients(int n, C setting, const C* __restrict r, const C* __restrict x,
+                                      const C* __restrict location, const C* __restrict log_scale,
+                                      C* __restrict out_location, C* __restrict out_log_scale) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const ComponentSlopes<C> slopes = L::gradient(x[i], location[i], log_scale[i], setting);
@@ -92,12 +116,14 @@ FASTVAE_LOOP void component_gradients(int n, C setting, const C* __restrict r, c
 }
 // Colours: location + tanh(coefficient) x of a channel before.
 template <class C>
-FASTVAE_LOOP void couple(int n, const C* __restrict x, const C* __restrict coefficient, const C* __restrict from, C* __restrict to) {
+FASTVAE_LOOP void couple(int n, const C* __restrict x, const C* __restrict coefficient,
+                         const C* __restrict from, C* __restrict to) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) to[i] = from[i] + tanh_half(C(2) * coefficient[i]) * x[i];
 }
 template <class C>
-FASTVAE_LOOP void uncouple(int n, const C* __restrict x, const C* __restrict coefficient, const C* __restrict grad, C* __restrict out) {
+FASTVAE_LOOP void uncouple(int n, const C* __restrict x, const C* __restrict coefficient,
+                           const C* __restrict grad, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C t = tanh_half(C(2) * coefficient[i]);
@@ -105,22 +131,24 @@ FASTVAE_LOOP void uncouple(int n, const C* __restrict x, const C* __restrict coe
   }
 }
 
-// A logistic variable rounded to values half * 2 apart in [-1, 1], the outer bins open. The mathematics stands in
-// fastvae/likelihoods/discretized_logistic_mixture.py.
+// A logistic variable rounded to values half * 2 apart in [-1, 1], the outer bins open. The mathematics
+// stands in fastvae/likelihoods/discretized_logistic_mixture.py.
 struct DiscretizedLogisticComponent {
   // Of scales beyond e^60 either way that is taken: the ends of the bin stay finite.
   template <class C>
   static FASTVAE_INLINE C inverse_scale(C log_scale) {
     return exp_(-clip(log_scale, C(-60), C(60)));
   }
-  // log of sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper)), the first and the last without what lies outside.
+  // log of sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper)), the first and the last without what lies
+  // outside.
   template <class C>
   static FASTVAE_INLINE C value(C x, C location, C log_scale, C half) {
     const C inverse = inverse_scale(log_scale), delta = x - location;
     const C upper = (delta + half) * inverse, lower = (delta - half) * inverse;
     const bool first = x < half - C(1);
     const bool last = x > C(1) - half;
-    const C below = first ? C(0) : exp_negative(-abs_(lower)), above = last ? C(0) : exp_negative(-abs_(upper));
+    const C below = first ? C(0) : exp_negative(-abs_(lower)),
+            above = last ? C(0) : exp_negative(-abs_(upper));
     const C inner = -expm1_(C(-2) * half * inverse), share = first || last ? C(1) : inner;
     const C linear = (lower > C(0) && !first ? lower : C(0)) - (upper < C(0) && !last ? upper : C(0));
     return log_positive(share / ((C(1) + below) * (C(1) + above))) - linear;
@@ -141,8 +169,8 @@ struct DiscretizedLogisticComponent {
   }
 };
 
-// A call: data (B, E, P), logits (N, C, P), the components' parameters (N, C E, P) or none, for classes; N a multiple of B. `setting` is
-// the class that does not count, or half a bin's width.
+// A call: data (B, E, P), logits (N, C, P), the components' parameters (N, C E, P) or none, for classes; N a
+// multiple of B. `setting` is the class that does not count, or half a bin's width.
 struct Grouped {
   Tensor x, logits, location, log_scale, coefficients;
   double setting;
@@ -154,14 +182,17 @@ template <class C>
 struct GroupReader {
   const Grouped& a;
   const C setting;
-  C x[3][kBuffer], logit[kBuffer], location[3][kBuffer], log_scale[3][kBuffer], coefficient[3][kBuffer], shifted[2][kBuffer], s[kBuffer];
-  const C *at_x[3] = {}, *at_logit = nullptr, *at_location[3] = {}, *at_log_scale[3] = {}, *at_coefficient[3] = {};
+  C x[3][kBuffer], logit[kBuffer], location[3][kBuffer], log_scale[3][kBuffer], coefficient[3][kBuffer],
+      shifted[2][kBuffer], s[kBuffer];
+  const C *at_x[3] = {}, *at_logit = nullptr, *at_location[3] = {}, *at_log_scale[3] = {},
+          *at_coefficient[3] = {};
   const C* means[3] = {};
 
   explicit GroupReader(const Grouped& call) : a(call), setting(static_cast<C>(call.setting)) {}
   static const C* read(C* buffer, const Tensor& t, i64 row, i64 group, i64 position, int n) {
     const Storage<C>& from = storage<C>(t.dtype);
-    const address begin = t.data + static_cast<address>((row * t.s0 + group * t.s1 + position * t.s2) * from.size);
+    const address begin =
+        t.data + static_cast<address>((row * t.s0 + group * t.s1 + position * t.s2) * from.size);
     if (from.in_place && t.s2 == 1) return pointer<const C>(begin);
     return from.load(buffer, begin, t.s2, n);
   }
@@ -175,21 +206,26 @@ struct GroupReader {
       at_location[e] = read(location[e], a.location, row, c * a.channels() + e, position, n);
       at_log_scale[e] = read(log_scale[e], a.log_scale, row, c * a.channels() + e, position, n);
       means[e] = at_location[e];
-      if (a.coupled()) at_coefficient[e] = read(coefficient[e], a.coefficients, row, c * a.channels() + e, position, n);
+      if (a.coupled())
+        at_coefficient[e] = read(coefficient[e], a.coefficients, row, c * a.channels() + e, position, n);
     }
     if (!a.coupled()) return;
     // Green by red; blue by red and green.
     couple(n, at_x[0], at_coefficient[0], at_location[1], shifted[0]);
     couple(n, at_x[0], at_coefficient[1], at_location[2], shifted[1]);
     couple(n, at_x[1], at_coefficient[2], shifted[1], shifted[1]);
-    means[1] = shifted[0], means[2] = shifted[1];
+    means[1] = shifted[0];
+    means[2] = shifted[1];
   }
   template <class L>
   void log_likelihood(int n) {
     copy_all(n, at_logit, s);
-    for (i64 e = 0; e < a.channels(); ++e) add_component<L>(n, setting, at_x[e], means[e], at_log_scale[e], s);
+    for (i64 e = 0; e < a.channels(); ++e)
+      add_component<L>(n, setting, at_x[e], means[e], at_log_scale[e], s);
   }
-  static void copy_all(int n, const C* from, C* to) { __builtin_memcpy(to, from, static_cast<std::size_t>(n) * sizeof(C)); }
+  static void copy_all(int n, const C* from, C* to) {
+    __builtin_memcpy(to, from, static_cast<std::size_t>(n) * sizeof(C));
+  }
 };
 
 // Positions of a tile: what is kept of them, and a component's parameters, stay in the first cache.
@@ -212,7 +248,8 @@ bool grouped_rows(const Grouped& a, C* out, C* normaliser, C* joint, int threads
       C *to_normaliser = normaliser + row * positions + first, *to_joint = joint + row * positions + first;
       r.data(row % batch, first, n);
       if (classes && row < batch) wrong |= !are_classes(n, r.at_x[0], static_cast<C>(groups), r.setting);
-      all.clear(n), own.clear(n);
+      all.clear(n);
+      own.clear(n);
       if (classes) fill(to_joint, -infinity(C(0)), n);
       for (i64 c = 0; c < groups; ++c) {
         r.component(row, c, first, n);
@@ -245,9 +282,10 @@ struct GroupedGradients {
 };
 
 template <class C>
-void grouped_rows_backward(const Grouped& a, const Tensor& grad, const C* normaliser, const C* joint, const GroupedGradients& to,
-                           int threads) {
-  const i64 rows = a.logits.n0, groups = a.logits.n1, positions = a.logits.n2, batch = a.x.n0, channels = a.channels();
+void grouped_rows_backward(const Grouped& a, const Tensor& grad, const C* normaliser, const C* joint,
+                           const GroupedGradients& to, int threads) {
+  const i64 rows = a.logits.n0, groups = a.logits.n1, positions = a.logits.n2, batch = a.x.n0,
+            channels = a.channels();
   const i64 tiles = (positions + kGroupTile - 1) / kGroupTile;
   const bool classes = !a.location.data;
   const auto put = [&](address out, const Tensor& like, i64 index, i64 first, const C* from, int n) {
@@ -256,12 +294,14 @@ void grouped_rows_backward(const Grouped& a, const Tensor& grad, const C* normal
   };
   parallel(threads, rows * tiles, a.logits.size() + a.location.size(), [&](i64 begin, i64 end) {
     GroupReader<C> r(a);
-    C out[kBuffer], share[kBuffer], out_location[3][kBuffer], out_log_scale[3][kBuffer], out_coefficient[kBuffer];
+    C out[kBuffer], share[kBuffer], out_location[3][kBuffer], out_log_scale[3][kBuffer],
+        out_coefficient[kBuffer];
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 row = unit / tiles, first = unit % tiles * kGroupTile;
       const int n = static_cast<int>(positions - first < kGroupTile ? positions - first : kGroupTile);
       const C g = *(pointer<const C>(grad.data) + row * grad.s0);
-      const C *at_normaliser = normaliser + row * positions + first, *at_joint = joint + row * positions + first;
+      const C *at_normaliser = normaliser + row * positions + first,
+              *at_joint = joint + row * positions + first;
       r.data(row % batch, first, n);
       for (i64 c = 0; c < groups; ++c) {
         const i64 index = row * groups + c;
@@ -276,14 +316,16 @@ void grouped_rows_backward(const Grouped& a, const Tensor& grad, const C* normal
         if (to.logits) put(to.logits, a.logits, index, first, out, n);
         if (!to.location && !to.log_scale && !to.coefficients) continue;
         for (i64 e = 0; e < channels; ++e) {
-          component_gradients<DiscretizedLogisticComponent>(n, r.setting, share, r.at_x[e], r.means[e], r.at_log_scale[e], out_location[e],
+          component_gradients<DiscretizedLogisticComponent>(n, r.setting, share, r.at_x[e], r.means[e],
+                                                            r.at_log_scale[e], out_location[e],
                                                             out_log_scale[e]);
           if (to.location) put(to.location, a.location, index * channels + e, first, out_location[e], n);
           if (to.log_scale) put(to.log_scale, a.log_scale, index * channels + e, first, out_log_scale[e], n);
         }
         if (!to.coefficients) continue;
         for (int i = 0; i < 3; ++i) {
-          uncouple(n, r.at_x[i == 2 ? 1 : 0], r.at_coefficient[i], out_location[i == 0 ? 1 : 2], out_coefficient);
+          uncouple(n, r.at_x[i == 2 ? 1 : 0], r.at_coefficient[i], out_location[i == 0 ? 1 : 2],
+                   out_coefficient);
           put(to.coefficients, a.coefficients, index * channels + i, first, out_coefficient, n);
         }
       }
@@ -291,24 +333,35 @@ void grouped_rows_backward(const Grouped& a, const Tensor& grad, const C* normal
   });
 }
 
-// @param out (N), normaliser (N, P), joint (N, P): of compute type, that is double if `wide`, contiguous, written. Returns whether x holds
-// classes, where it must.
-inline bool grouped_log_prob(Tensor x, Tensor logits, Tensor location, Tensor log_scale, Tensor coefficients, double setting, bool wide,
-                             Output out, Output normaliser, Output joint, int threads) {
+// @param out (N), normaliser (N, P), joint (N, P): of compute type, that is double if `wide`, contiguous,
+// written. Returns whether x holds classes, where it must.
+inline bool grouped_log_prob(Tensor x, Tensor logits, Tensor location, Tensor log_scale, Tensor coefficients,
+                             double setting, bool wide, Output out, Output normaliser, Output joint,
+                             int threads) {
   const Grouped a{x, logits, location, log_scale, coefficients, setting};
-  return wide ? grouped_rows(a, pointer<double>(out), pointer<double>(normaliser), pointer<double>(joint), threads)
-              : grouped_rows(a, pointer<float>(out), pointer<float>(normaliser), pointer<float>(joint), threads);
+  return wide ? grouped_rows(a, pointer<double>(out), pointer<double>(normaliser), pointer<double>(joint),
+                             threads)
+              : grouped_rows(a, pointer<float>(out), pointer<float>(normaliser), pointer<float>(joint),
+                             threads);
 }
 
 // @param grad (N) of compute type; what is written is contiguous, in the storage types of the parameters.
-inline void grouped_log_prob_backward(Tensor grad, Tensor normaliser, Tensor joint, Tensor x, Tensor logits, Tensor location,
-                                      Tensor log_scale, Tensor coefficients, double setting, bool wide, Output to_logits,
-                                      Output to_location, Output to_log_scale, Output to_coefficients, int threads) {
+inline void grouped_log_prob_backward(Tensor grad, Tensor normaliser, Tensor joint, Tensor x, Tensor logits,
+                                      Tensor location, Tensor log_scale, Tensor coefficients, double setting,
+                                      bool wide, Output to_logits, Output to_location, Output to_log_scale,
+                                      Output to_coefficients, int threads) {
   const Grouped a{x, logits, location, log_scale, coefficients, setting};
   const GroupedGradients to{to_logits, to_location, to_log_scale, to_coefficients};
   if (wide) {
-    grouped_rows_backward(a, grad, pointer<const double>(normaliser.data), pointer<const double>(joint.data), to, threads);
+    grouped_rows_backward(a, grad, pointer<const double>(normaliser.data), pointer<const double>(joint.data),
+                          to, threads);
   } else {
-    grouped_rows_backward(a, grad, pointer<const float>(normaliser.data), pointer<const float>(joint.data), to, threads);
+    grouped_rows_backward(a, grad, pointer<const float>(normaliser.data), pointer<const float>(joint.data),
+                          to, threads);
   }
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

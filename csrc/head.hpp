@@ -1,8 +1,25 @@
-// A likelihood straight from the decoder's last linear layer, whose output is never stored: blocks of rows go through a product, the
-// engine's loops and back through two products while they lie in a core's own cache. The mathematics stands in fastvae/ops/head.py.
+// A likelihood straight from the decoder's last linear layer, whose output is never stored: blocks of rows go
+// through a product, the engine's loops and back through two products while they lie in a core's own cache.
+// The mathematics stands in fastvae/ops/head.py.
 
-// x (B, X), h (K B, H), sample-major. The first `linear` outputs are products: weight (X, H) and bias (X) of compute type, the bias null
-// for none; the others are held: a row (X) or a number.
+#if defined(FASTVAE_HEAD_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_HEAD_HPP
+#undef FASTVAE_HEAD_HPP
+#else
+#define FASTVAE_HEAD_HPP
+#endif
+
+#include "common.hpp"
+#include "gemm.hpp"
+#include "likelihood.hpp"
+#include "storage.hpp"
+#include "weigh.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
+// x (B, X), h (K B, H), sample-major. The first `linear` outputs are products: weight (X, H) and bias (X) of
+// compute type, the bias null for none; the others are held: a row (X) or a number.
 struct Head {
   int likelihood, linear, outputs;
   Tensor x, h, weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
@@ -30,13 +47,17 @@ struct Block {
   i64 size() const { return samples * rows; }
 };
 
-// Bytes of a block's outputs: with their gradients they stay in a second-level cache (measured: anything from 256 to 1024 KiB does). A
-// product of fewer rows is slower, and weights that do not fit there are read again for each block. Small calls are divided, too.
-constexpr i64 kBlockBytes = 3 << 17, kFewestBlockRows = 64, kMostBlockRows = 512, kFewestBlocks = 16, kCachedWeights = 1 << 20;
-// Outputs of all samples of a row are kept by all threads up to so many bytes, from one pass to the other; beyond, they are made again.
+// Bytes of a block's outputs: with their gradients they stay in a second-level cache (measured: anything from
+// 256 to 1024 KiB does). A product of fewer rows is slower, and weights that do not fit there are read again
+// for each block. Small calls are divided, too.
+constexpr i64 kBlockBytes = 3 << 17, kFewestBlockRows = 64, kMostBlockRows = 512, kFewestBlocks = 16,
+              kCachedWeights = 1 << 20;
+// Outputs of all samples of a row are kept by all threads up to so many bytes, from one pass to the other;
+// beyond, they are made again.
 constexpr i64 kKeptBytes = i64{1} << 27;
-// Partial gradients of the weights, of so many rows at least, and so many bytes at most: a function of the shape, so that the bits are
-// the same for any number of threads, up to that of the partials; each thread more has one of its own.
+// Partial gradients of the weights, of so many rows at least, and so many bytes at most: a function of the
+// shape, so that the bits are the same for any number of threads, up to that of the partials; each thread
+// more has one of its own.
 constexpr i64 kRowsPerPartial = 512, kMostPartials = 64, kPartialBytes = i64{1} << 22;
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -45,13 +66,15 @@ inline i64 between(i64 low, i64 value, i64 high) { return value < low ? low : va
 template <class C>
 i64 rows_per_block(const Head& a) {
   const i64 row = a.columns() * a.linear * static_cast<i64>(sizeof(C));
-  const i64 fewest = row * a.inner() <= kCachedWeights ? kFewestBlockRows : between(kFewestBlockRows, a.inner() / 2, kMostBlockRows / 2);
+  const i64 fewest = row * a.inner() <= kCachedWeights
+                         ? kFewestBlockRows
+                         : between(kFewestBlockRows, a.inner() / 2, kMostBlockRows / 2);
   const i64 fit = kBlockBytes / row, share = ceil_div(a.h.n0, kFewestBlocks);
   return between(fewest, fit < share ? fit : share, kMostBlockRows);
 }
 
-// All samples and rows in blocks of about `most` rows, or of `samples` samples if that many are told: samples of a row stay together,
-// which share what is made of x.
+// All samples and rows in blocks of about `most` rows, or of `samples` samples if that many are told: samples
+// of a row stay together, which share what is made of x.
 struct Blocks {
   i64 all_samples, all_rows, samples, rows, across;
   Blocks(const Head& a, i64 most, bool whole) : all_samples(a.samples()), all_rows(a.rows()) {
@@ -62,7 +85,8 @@ struct Blocks {
   i64 count() const { return across * ceil_div(all_rows, rows); }
   Block operator[](i64 i) const {
     const i64 k = i % across * samples, b = i / across * rows;
-    return {k, all_samples - k < samples ? all_samples - k : samples, b, all_rows - b < rows ? all_rows - b : rows};
+    return {k, all_samples - k < samples ? all_samples - k : samples, b,
+            all_rows - b < rows ? all_rows - b : rows};
   }
 };
 
@@ -72,11 +96,13 @@ struct Layers {
   Layer<C> layer[kMostParameters];
   Scratch<C> packed;
 
-  explicit Layers(const Head& a) : layer{of(a, 0), of(a, 1), of(a, 2)}, packed(a.linear * layer[0].packed_size()) {
+  explicit Layers(const Head& a)
+      : layer{of(a, 0), of(a, 1), of(a, 2)}, packed(a.linear * layer[0].packed_size()) {
     for (int j = 0; j < a.linear; ++j) layer[j].pack(packed.data + j * layer[j].packed_size(), a.threads);
   }
   static Layer<C> of(const Head& a, int j) {
-    return {pointer<const C>(a.weight[j].data), pointer<const C>(a.bias[j].data), a.weight[j].s0, a.columns(), a.inner()};
+    return {pointer<const C>(a.weight[j].data), pointer<const C>(a.bias[j].data), a.weight[j].s0, a.columns(),
+            a.inner()};
   }
 };
 
@@ -89,8 +115,9 @@ struct HeadWorker {
   Scratch<C> h, out, grad, back;
 
   HeadWorker(const Head& head, const Layer<C>* its, i64 kept, i64 most, bool backward)
-      : a(head), layers(its), columns(head.columns()), inner(head.inner()), h(kept * inner), out(kept * columns * head.linear),
-        grad(backward ? most * columns * head.outputs : 1), back(backward ? most * inner : 1) {}
+      : a(head), layers(its), columns(head.columns()), inner(head.inner()), h(kept * inner),
+        out(kept * columns * head.linear), grad(backward ? most * columns * head.outputs : 1),
+        back(backward ? most * inner : 1) {}
 
   void gather(const Block& block, C* to) const {
     const Storage<C>& s = storage<C>(a.h.dtype);
@@ -110,20 +137,29 @@ struct HeadWorker {
   // The block as the engine takes it.
   Rows rows(const Block& block, const C* from) const {
     Rows r{};
-    r.likelihood = a.likelihood, r.samples = block.samples, r.rows = block.rows, r.columns = columns, r.threads = 1;
-    r.x = a.x, r.x.n0 = block.rows;
+    r.likelihood = a.likelihood;
+    r.samples = block.samples;
+    r.rows = block.rows;
+    r.columns = columns;
+    r.threads = 1;
+    r.x = a.x;
+    r.x.n0 = block.rows;
     r.x.data += static_cast<address>(block.b * a.x.s0 * storage<C>(a.x.dtype).size);
     for (int j = 0; j < a.outputs; ++j) {
       if (j < a.linear) {
         Tensor& p = r.p[j];
-        p.data = reinterpret_cast<address>(from + j * block.size() * columns),
+        p.data = reinterpret_cast<address>(from + j * block.size() * columns);
         p.dtype = std::is_same<C, double>::value ? kFloat64 : kFloat32;
-        p.s0 = block.rows * columns, p.s1 = columns, p.s2 = 1;
+        p.s0 = block.rows * columns;
+        p.s1 = columns;
+        p.s2 = 1;
         r.kind[j] = kFull;
       } else {
         const bool number = a.held[j].size() == 1;
-        r.p[j] = a.held[j], r.kind[j] = number ? kNumber : kColumn;
-        r.p[j].s0 = r.p[j].s1 = 0, r.p[j].s2 = number ? 0 : a.held[j].s0;
+        r.p[j] = a.held[j];
+        r.kind[j] = number ? kNumber : kColumn;
+        r.p[j].s0 = r.p[j].s1 = 0;
+        r.p[j].s2 = number ? 0 : a.held[j].s0;
       }
     }
     return r;
@@ -150,9 +186,11 @@ bool head_rows(const Head& a, C* out) {
       const Block block = blocks[unit];
       work.gather(block, work.h.data);
       work.multiply(block.size(), work.h.data, work.out.data);
-      if (!reduce_rows(work.rows(block, work.out.data), sums.data)) __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
+      if (!reduce_rows(work.rows(block, work.out.data), sums.data))
+        __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
       for (i64 k = 0; k < block.samples; ++k)
-        copy(out + (block.k + k) * a.rows() + block.b, sums.data + k * block.rows, static_cast<int>(block.rows));
+        copy(out + (block.k + k) * a.rows() + block.b, sums.data + k * block.rows,
+             static_cast<int>(block.rows));
     }
   });
   return !outside;
@@ -170,8 +208,8 @@ struct HeadSums {
 
 // The gradients of a block, whose outputs and whose rows of h are there; g (samples, rows) arrives.
 template <class C>
-void head_block_backward(HeadWorker<C>& work, const Block& block, const C* h, const C* out, const C* g, i64 g_stride,
-                         const HeadGradients& to, HeadSums<C>& sums) {
+void head_block_backward(HeadWorker<C>& work, const Block& block, const C* h, const C* out, const C* g,
+                         i64 g_stride, const HeadGradients& to, HeadSums<C>& sums) {
   const Head& a = work.a;
   const i64 n = block.size(), columns = work.columns, inner = work.inner;
   RowGradients gradients{};
@@ -189,7 +227,8 @@ void head_block_backward(HeadWorker<C>& work, const Block& block, const C* h, co
       continue;
     }
     if (to.weight[j]) work.layers[j].to_weight(n, h, its, !sums.first, sums.weight[j]);
-    for (i64 i = 0; i < n && to.bias[j]; ++i) add_to(static_cast<int>(columns), its + i * columns, sums.bias[j]);
+    for (i64 i = 0; i < n && to.bias[j]; ++i)
+      add_to(static_cast<int>(columns), its + i * columns, sums.bias[j]);
     if (to.h) work.layers[j].to_inputs(n, its, j > 0, work.back.data);
   }
   sums.first = false;
@@ -222,7 +261,8 @@ void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
     C* at = partial.data + (group - 1) * elements;
     for (int j = 0; j < a.outputs; ++j) {
       const auto small = static_cast<std::size_t>((group * a.outputs + j) * columns);
-      sums.held[j] = &held[small], sums.bias[j] = &bias[small];
+      sums.held[j] = &held[small];
+      sums.bias[j] = &bias[small];
       if (j >= a.linear || !to.weight[j]) continue;
       sums.weight[j] = group == 0 ? pointer<C>(to.weight[j]) : at;
       at += size;
@@ -250,12 +290,14 @@ void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
     parallel(a.threads, ceil_div(size, kPart), groups * size, [&](i64 begin, i64 end) {
       const i64 stop = end * kPart < size ? end * kPart : size;
       for (i64 group = 1; group < groups; ++group)
-        add_elements(stop - begin * kPart, sums_of(group).weight[j] + begin * kPart, all.weight[j] + begin * kPart);
+        add_elements(stop - begin * kPart, sums_of(group).weight[j] + begin * kPart,
+                     all.weight[j] + begin * kPart);
     });
   }
 }
 
-// What arrives at each sample's log-likelihood, grad (K, B) of compute type with strides, is known: the outputs are made again.
+// What arrives at each sample's log-likelihood, grad (K, B) of compute type with strides, is known: the
+// outputs are made again.
 template <class C>
 void head_rows_backward(const Head& a, const Tensor& grad, const HeadGradients& to) {
   const Blocks blocks(a, rows_per_block<C>(a), false);
@@ -281,19 +323,23 @@ void head_rows_backward(const Head& a, const Tensor& grad, const HeadGradients& 
 template <class C>
 Weighing weighing_of(const Weighing& all, const Block& block) {
   Weighing w = all;
-  w.rows.samples = block.samples, w.rows.rows = block.rows, w.rows.threads = 1;
+  w.rows.samples = block.samples;
+  w.rows.rows = block.rows;
+  w.rows.threads = 1;
   if (w.term.data) w.term.data += static_cast<address>(block.b * w.term.s1 * static_cast<i64>(sizeof(C)));
   if (w.beta.data) w.beta.data += static_cast<address>(block.b * w.beta.s0 * storage<C>(w.beta.dtype).size);
   return w;
 }
 
-// The bound, and in the same pass the gradients for 1 arriving at its sum or mean: all samples of a row are there together, so that
-// their weights are known while their outputs still lie in the cache.
+// The bound, and in the same pass the gradients for 1 arriving at its sum or mean: all samples of a row are
+// there together, so that their weights are known while their outputs still lie in the cache.
 template <class C>
-bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingResults& to, const HeadGradients& gradients) {
+bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingResults& to,
+                     const HeadGradients& gradients) {
   const i64 step = rows_per_block<C>(a), samples = a.samples(), all_rows = a.rows();
   const Blocks spans(a, step, true);
-  const i64 width = a.columns() * a.linear, whole = spans.samples * spans.rows, most = whole < step ? whole : step;
+  const i64 width = a.columns() * a.linear, whole = spans.samples * spans.rows,
+            most = whole < step ? whole : step;
   const bool keep = whole * width * static_cast<i64>(sizeof(C)) * a.threads <= kKeptBytes;
   const Layers<C> layers(a);
   bool outside = false;
@@ -304,11 +350,14 @@ bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingR
     for (i64 unit = begin; unit < end; ++unit) {
       const Block span = spans[unit];
       const i64 at_once = span.rows > 1 ? span.samples : most;
-      const auto part = [&](i64 k) { return Block{k, span.samples - k < at_once ? span.samples - k : at_once, span.b, span.rows}; };
+      const auto part = [&](i64 k) {
+        return Block{k, span.samples - k < at_once ? span.samples - k : at_once, span.b, span.rows};
+      };
       const auto place = [&](i64 k) { return keep ? k * span.rows : 0; };
       const auto make = [&](const Block& block) {
         work.gather(block, work.h.data + place(block.k) * work.inner);
-        work.multiply(block.size(), work.h.data + place(block.k) * work.inner, work.out.data + place(block.k) * width);
+        work.multiply(block.size(), work.h.data + place(block.k) * work.inner,
+                      work.out.data + place(block.k) * width);
       };
       for (i64 k = 0; k < span.samples; k += at_once) {
         const Block block = part(k);
@@ -318,7 +367,8 @@ bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingR
         }
       }
       const Weighing own = weighing_of<C>(w, span);
-      bounds_of_rows(own, log_p.data, bound + span.b, to.log_likelihood ? pointer<C>(to.log_likelihood) + span.b : nullptr, weights);
+      bounds_of_rows(own, log_p.data, bound + span.b,
+                     to.log_likelihood ? pointer<C>(to.log_likelihood) + span.b : nullptr, weights);
       const C scale = static_cast<C>(w.scale), even = static_cast<C>(w.scale / static_cast<double>(samples));
       for (i64 k = 0; k < span.samples; ++k) {
         for (i64 b = 0; b < span.rows; ++b) {
@@ -332,8 +382,9 @@ bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingR
       for (i64 k = 0; k < span.samples; k += at_once) {
         const Block block = part(k);
         if (!keep) make(block);
-        head_block_backward(work, block, work.h.data + place(k) * work.inner, work.out.data + place(k) * width, log_p.data + k * span.rows,
-                            span.rows, gradients, sums);
+        head_block_backward(work, block, work.h.data + place(k) * work.inner,
+                            work.out.data + place(k) * width, log_p.data + k * span.rows, span.rows,
+                            gradients, sums);
       }
     }
   });
@@ -364,7 +415,9 @@ bool head_weigh(const Head& a, const Weighing& w, const WeighingResults& to, con
 inline Head head_of(int likelihood, const Tensor& x, const Tensor& h, const HeadTensors& t, int threads) {
   Head a{likelihood, 0, 0, x, h, {}, {}, {}, threads};
   for (int j = 0; j < kMostParameters; ++j) {
-    a.weight[j] = t.weight[j], a.bias[j] = t.bias[j], a.held[j] = t.held[j];
+    a.weight[j] = t.weight[j];
+    a.bias[j] = t.bias[j];
+    a.held[j] = t.held[j];
     a.linear += t.weight[j].data != 0;
     a.outputs += t.weight[j].data != 0 || t.held[j].data != 0;
   }
@@ -372,30 +425,44 @@ inline Head head_of(int likelihood, const Tensor& x, const Tensor& h, const Head
 }
 inline HeadGradients head_gradients_of(const Output& h, const HeadOutputs& t) {
   HeadGradients to{h, {}, {}, {}};
-  for (int j = 0; j < kMostParameters; ++j) to.weight[j] = t.weight[j], to.bias[j] = t.bias[j], to.held[j] = t.held[j];
+  for (int j = 0; j < kMostParameters; ++j) {
+    to.weight[j] = t.weight[j];
+    to.bias[j] = t.bias[j];
+    to.held[j] = t.held[j];
+  }
   return to;
 }
 
-// What is read and written is of compute type, that is double if `wide`, but for x and h. Returns whether x lies where it must.
-inline bool head_log_prob(int likelihood, Tensor x, Tensor h, HeadTensors tensors, bool wide, Output out, int threads) {
+// What is read and written is of compute type, that is double if `wide`, but for x and h. Returns whether x
+// lies where it must.
+inline bool head_log_prob(int likelihood, Tensor x, Tensor h, HeadTensors tensors, bool wide, Output out,
+                          int threads) {
   const Head a = head_of(likelihood, x, h, tensors, threads);
   return wide ? head_rows(a, pointer<double>(out)) : head_rows(a, pointer<float>(out));
 }
-inline void head_log_prob_backward(int likelihood, Tensor grad, Tensor x, Tensor h, HeadTensors tensors, bool wide, Output to_h,
-                                   HeadOutputs outputs, int threads) {
+inline void head_log_prob_backward(int likelihood, Tensor grad, Tensor x, Tensor h, HeadTensors tensors,
+                                   bool wide, Output to_h, HeadOutputs outputs, int threads) {
   const Head a = head_of(likelihood, x, h, tensors, threads);
   const HeadGradients to = head_gradients_of(to_h, outputs);
   wide ? head_rows_backward<double>(a, grad, to) : head_rows_backward<float>(a, grad, to);
 }
 // With gradients, which need a sum or a mean over the batch, or without.
-inline bool head_weigh_rows(int likelihood, Tensor x, Tensor h, HeadTensors tensors, Tensor term, Tensor beta, double coefficient,
-                            bool log_mean_exp, char reduction, double alpha, i64 groups, double share, bool wide, Output bound,
-                            Output log_likelihood, Output weights, Output to_h, HeadOutputs outputs, int threads) {
+inline bool head_weigh_rows(int likelihood, Tensor x, Tensor h, HeadTensors tensors, Tensor term, Tensor beta,
+                            double coefficient, bool log_mean_exp, char reduction, double alpha, i64 groups,
+                            double share, bool wide, Output bound, Output log_likelihood, Output weights,
+                            Output to_h, HeadOutputs outputs, int threads) {
   const Head a = head_of(likelihood, x, h, tensors, threads);
   Tensor full = x;
-  full.axes = 2, full.n0 = h.n0;
-  const Weighing w(likelihood, x, 1, &full, term, beta, {coefficient, log_mean_exp, reduction, alpha, groups, share}, threads);
+  full.axes = 2;
+  full.n0 = h.n0;
+  const Weighing w(likelihood, x, 1, &full, term, beta,
+                   {coefficient, log_mean_exp, reduction, alpha, groups, share}, threads);
   const WeighingResults to{bound, log_likelihood, weights};
   const HeadGradients gradients = head_gradients_of(to_h, outputs);
   return wide ? head_weigh<double>(a, w, to, gradients) : head_weigh<float>(a, w, to, gradients);
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

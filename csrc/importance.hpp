@@ -1,5 +1,18 @@
 // log-mean-exp over samples, and its gradient. The mathematics stands in fastvae/ops/importance.py.
 
+#if defined(FASTVAE_IMPORTANCE_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_IMPORTANCE_HPP
+#undef FASTVAE_IMPORTANCE_HPP
+#else
+#define FASTVAE_IMPORTANCE_HPP
+#endif
+
+#include "common.hpp"
+#include "tiles.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 // Columns handled at a time; kSamplesPerBlock samples come between two looks at the maximum.
 constexpr int kColumnsPerUnit = 64;
 
@@ -16,15 +29,16 @@ FASTVAE_LOOP void raise_maximum(C* __restrict maximum, const C* __restrict row, 
 }
 
 template <class C>
-FASTVAE_LOOP void add_exponentials(C* __restrict sum, const C* __restrict row, const C* __restrict shift, int n) {
+FASTVAE_LOOP void add_exponentials(C* __restrict sum, const C* __restrict row, const C* __restrict shift,
+                                   int n) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) sum[i] += exp_(row[i] - shift[i]);
 }
 
 // out = g w, or 0 where either is too small to be a normal number.
 template <class C>
-FASTVAE_LOOP void times_weights(C* __restrict out, const C* __restrict g, const C* __restrict row, const C* __restrict shift,
-                                const C* __restrict inverse, int n) {
+FASTVAE_LOOP void times_weights(C* __restrict out, const C* __restrict g, const C* __restrict row,
+                                const C* __restrict shift, const C* __restrict inverse, int n) {
   const C tiny = smallest_normal(C{});
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
@@ -35,14 +49,14 @@ FASTVAE_LOOP void times_weights(C* __restrict out, const C* __restrict g, const 
 }
 
 template <class T>
-void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute_t<T>* bound, compute_t<T>* maximum, compute_t<T>* total,
-                          int threads) {
+void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute_t<T>* bound,
+                          compute_t<T>* maximum, compute_t<T>* total, int threads) {
   using C = compute_t<T>;
   const i64 units = (columns + kColumnsPerUnit - 1) / kColumnsPerUnit;
   const double log_samples = __builtin_log(static_cast<double>(samples));
   parallel(threads, units, samples * columns, [&](i64 begin, i64 end) {
-    C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], next[kColumnsPerUnit], shift[kColumnsPerUnit],
-        scale[kColumnsPerUnit], part[kColumnsPerUnit];
+    C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], next[kColumnsPerUnit],
+        shift[kColumnsPerUnit], scale[kColumnsPerUnit], part[kColumnsPerUnit];
     double sum[kColumnsPerUnit];  // of the blocks' sums: thousands of samples must not cost digits
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 column = unit * kColumnsPerUnit;
@@ -60,7 +74,8 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
           shift[i] = shift_of(next[i]);
-          // While nothing but -inf has come the sum is 0 (or NaN), after +inf it is inf: both keep their scale.
+          // While nothing but -inf has come the sum is 0 (or NaN), after +inf it is inf: both keep their
+          // scale.
           scale[i] = exp_negative(abs_(peak[i]) == infinity(C{}) ? C(0) : peak[i] - next[i]);
           part[i] = C(0);
           peak[i] = next[i];
@@ -79,8 +94,9 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
 }
 
 template <class T>
-void log_mean_exp_weights(T* out, View<const compute_t<T>> grad, View<const T> log_w, const compute_t<T>* maximum,
-                          const compute_t<T>* total, i64 samples, i64 columns, int threads) {
+void log_mean_exp_weights(T* out, View<const compute_t<T>> grad, View<const T> log_w,
+                          const compute_t<T>* maximum, const compute_t<T>* total, i64 samples, i64 columns,
+                          int threads) {
   using C = compute_t<T>;
   parallel(threads, samples, samples * columns, [&](i64 begin, i64 end) {
     C row_buffer[kTile], grad_buffer[kTile], out_buffer[kTile], shift[kTile], inverse[kTile];
@@ -109,16 +125,23 @@ inline void log_mean_exp(Output bound, Output maximum, Output total, const Tenso
   for_dtype(log_w.dtype, [&](auto t) {
     using T = decltype(t);
     using C = compute_t<T>;
-    log_mean_exp_columns<T>(view<const T>(log_w), log_w.n0, log_w.n1, pointer<C>(bound), pointer<C>(maximum), pointer<C>(total), threads);
+    log_mean_exp_columns<T>(view<const T>(log_w), log_w.n0, log_w.n1, pointer<C>(bound), pointer<C>(maximum),
+                            pointer<C>(total), threads);
   });
 }
 
 // @param out (K, N): written; @param grad (N), @param log_w (K, N), @param maximum, total (N): contiguous
-inline void log_mean_exp_backward(Output out, const Tensor& grad, const Tensor& log_w, Output maximum, Output total, int threads) {
+inline void log_mean_exp_backward(Output out, const Tensor& grad, const Tensor& log_w, Output maximum,
+                                  Output total, int threads) {
   for_dtype(log_w.dtype, [&](auto t) {
     using T = decltype(t);
     using C = compute_t<T>;
-    log_mean_exp_weights<T>(pointer<T>(out), view<const C>(grad), view<const T>(log_w), pointer<const C>(maximum), pointer<const C>(total),
-                            log_w.n0, log_w.n1, threads);
+    log_mean_exp_weights<T>(pointer<T>(out), view<const C>(grad), view<const T>(log_w),
+                            pointer<const C>(maximum), pointer<const C>(total), log_w.n0, log_w.n1, threads);
   });
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

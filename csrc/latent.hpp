@@ -1,11 +1,24 @@
 // Reparameterised sampling with the KL or with log p(z) - log q(z|x), forward and backward.
-// The mathematics stands in fastvae/ops/latent.py; names and arguments are those of fastvae/reference/latent.py.
+// The mathematics stands in fastvae/ops/latent.py; names and arguments are those of
+// fastvae/reference/latent.py.
 
-// Samples of a tile that a unit of work handles: long enough to share what a tile needs, short enough to spread K over threads
-// when there are few rows.
+#if defined(FASTVAE_LATENT_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LATENT_HPP
+#undef FASTVAE_LATENT_HPP
+#else
+#define FASTVAE_LATENT_HPP
+#endif
+
+#include "common.hpp"
+#include "random.hpp"
+#include "tiles.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
+// Samples of a tile that a unit of work handles: long enough to share what a tile needs, short enough to
+// spread K over threads when there are few rows.
 constexpr i64 kSamplesPerUnit = 16;
-// Samples summed before their sum is added to those before.
-constexpr i64 kSamplesPerBlock = 16;
 
 template <class T>
 struct Latent {
@@ -34,14 +47,16 @@ FASTVAE_LOOP void clamp_all(int n, const C* __restrict x, C lo, C hi, C* __restr
   for (int i = 0; i < n; ++i) out[i] = clip(x[i], lo, hi);
 }
 
-// 1 / s of log variances. It is multiplied one factor at a time: 1 / s^2 overflows long before what it is a factor of does.
+// 1 / s of log variances. It is multiplied one factor at a time: 1 / s^2 overflows long before what it is a
+// factor of does.
 template <class C>
 FASTVAE_LOOP void inverse_scales(int n, const C* __restrict logvar, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) out[i] = exp_<-1>(logvar[i]);
 }
 
-// What a number in the place of a log variance comes to: log sigma^2, sigma / 2, and the derivative of the first by the number.
+// What a number in the place of a log variance comes to: log sigma^2, sigma / 2, and the derivative of the
+// first by the number.
 template <class C>
 struct Spread {
   C logvar, half_sigma, chain;
@@ -69,16 +84,19 @@ struct OfSoftplus {
     } else {
       // Below -40 the softplus is exp(raw), and may be none of the numbers that a float can be.
       const bool tail = s.slope < C(4.2e-18);
-      return {tail ? raw : log_positive(s.value), C(0.5) * (tail ? exp_<1>(raw) : sqrt_(s.value)), tail ? C(1) : s.slope / s.value};
+      return {tail ? raw : log_positive(s.value), C(0.5) * (tail ? exp_<1>(raw) : sqrt_(s.value)),
+              tail ? C(1) : s.slope / s.value};
     }
   }
 };
 template <class S, bool kChain, class C>
-FASTVAE_LOOP void spreads(int n, const C* __restrict raw, C floor, C* __restrict logvar, C* __restrict half_sigma, C* __restrict chain) {
+FASTVAE_LOOP void spreads(int n, const C* __restrict raw, C floor, C* __restrict logvar,
+                          C* __restrict half_sigma, C* __restrict chain) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const Spread<C> s = S::spread(raw[i], floor);
-    logvar[i] = s.logvar, half_sigma[i] = s.half_sigma;
+    logvar[i] = s.logvar;
+    half_sigma[i] = s.half_sigma;
     if constexpr (kChain) chain[i] = s.chain;
   }
 }
@@ -105,15 +123,19 @@ struct LatentTile {
     q.clamped = q.logvar;
     if (a.scale != kLogvar) {
       spreads<kChain>(a.scale, n, q.logvar, a.floor, clamped, half_sigma, chain);
-      q.logvar = q.clamped = clamped, q.half_sigma = half_sigma, q.chain = chain;
+      q.logvar = q.clamped = clamped;
+      q.half_sigma = half_sigma;
+      q.chain = chain;
     } else if (a.logvar_min > -infinity(C{}) || a.logvar_max < infinity(C{})) {
       clamp_all(n, q.logvar, a.logvar_min, a.logvar_max, clamped);
       q.clamped = clamped;
     }
     if (!a.with_prior()) return q;
-    q.prior_mu = a.prior_mu ? load(prior_mu, a.prior_mu.at(row, column), a.prior_mu.s0, a.prior_mu.s1, t) : prior_mu;
-    q.prior_logvar =
-        a.prior_logvar ? load(prior_logvar, a.prior_logvar.at(row, column), a.prior_logvar.s0, a.prior_logvar.s1, t) : prior_logvar;
+    q.prior_mu =
+        a.prior_mu ? load(prior_mu, a.prior_mu.at(row, column), a.prior_mu.s0, a.prior_mu.s1, t) : prior_mu;
+    q.prior_logvar = a.prior_logvar ? load(prior_logvar, a.prior_logvar.at(row, column), a.prior_logvar.s0,
+                                           a.prior_logvar.s1, t)
+                                    : prior_logvar;
     inverse_scales(n, q.prior_logvar, inverse_s);
     q.inverse_s = inverse_s;
     return q;
@@ -150,10 +172,11 @@ FASTVAE_LOOP void kl_terms(int n, const LatentArrays<C>& q, C* __restrict out) {
   }
 }
 
-// z, the derivative of z by logvar if that is kept, and what of twice the log-ratio depends on the noise if that is wanted.
+// z, the derivative of z by logvar if that is kept, and what of twice the log-ratio depends on the noise if
+// that is wanted.
 template <bool kKeep, bool kRatio, bool kPrior, class C>
-FASTVAE_LOOP void draw(int n, const LatentArrays<C>& q, const C* __restrict half_sigma, const C* __restrict eps, C* __restrict z,
-                       C* __restrict slope, C* __restrict terms) {
+FASTVAE_LOOP void draw(int n, const LatentArrays<C>& q, const C* __restrict half_sigma,
+                       const C* __restrict eps, C* __restrict z, C* __restrict slope, C* __restrict terms) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C half = half_sigma[i] * eps[i], v = q.mu[i] + C(2) * half;
@@ -171,8 +194,8 @@ FASTVAE_LOOP double sum_log_variances(int n, const C* __restrict logvar, const C
   return sum_over<C>(n, [=](int i) { return kPrior ? logvar[i] - prior_logvar[i] : logvar[i]; });
 }
 
-// What a forward pass writes: z [K, B, D]; if kept, the derivative of z by logvar [K, B, D]; and kl [B] (or [B, D] with
-// per_dimension), or log_ratio [K, B].
+// What a forward pass writes: z [K, B, D]; if kept, the derivative of z by logvar [K, B, D]; and kl [B] (or
+// [B, D] with per_dimension), or log_ratio [K, B].
 template <class T>
 struct LatentResults {
   T* z;
@@ -190,8 +213,9 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
     LatentTile<T, false> buffers;
     C half_sigma_buffer[kTile], z_buffer[kTile], slope_buffer[kTile], terms[kBuffer];
     double kl_sum[kMostRows], constant[kMostRows], ratio_sum[kSamplesPerUnit][kMostRows];
-    const auto draw_tile = to.log_ratio ? (to.slope ? draw<true, true, kPrior, C> : draw<false, true, kPrior, C>)
-                                        : (to.slope ? draw<true, false, kPrior, C> : draw<false, false, kPrior, C>);
+    const auto draw_tile = to.log_ratio
+                               ? (to.slope ? draw<true, true, kPrior, C> : draw<false, true, kPrior, C>)
+                               : (to.slope ? draw<true, false, kPrior, C> : draw<false, false, kPrior, C>);
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 b = unit / chunks * height, k0 = unit % chunks * kSamplesPerUnit;
       const i64 k1 = k0 + kSamplesPerUnit < a.samples ? k0 + kSamplesPerUnit : a.samples;
@@ -248,7 +272,8 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
   });
 }
 
-// What arrives: at z (K, B, D), at kl (B, D) with strides, or at log_ratio (K, B); the weights of DReG (K, B).
+// What arrives: at z (K, B, D), at kl (B, D) with strides, or at log_ratio (K, B); the weights of DReG (K,
+// B).
 template <class T>
 struct LatentGrads {
   View<const T> z;
@@ -286,7 +311,8 @@ struct LatentSums {
 
 // Adds one sample's part, without the log-ratio.
 template <class C>
-FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restrict grad_z, C* __restrict h_sum, C* __restrict h_slope_sum) {
+FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restrict grad_z,
+                             C* __restrict h_sum, C* __restrict h_slope_sum) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     h_sum[i] += grad_z[i];
@@ -296,13 +322,15 @@ FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restri
 
 // The same with the log-ratio; ratio and weight are spread over the elements of their row.
 template <bool kPath, bool kPrior, class C>
-FASTVAE_LOOP void accumulate_ratio(int n, const LatentArrays<C>& q, const C* inverse_sigma, const C* __restrict slope,
-                                   const C* __restrict grad_z, const C* __restrict ratio, const C* __restrict weight,
+FASTVAE_LOOP void accumulate_ratio(int n, const LatentArrays<C>& q, const C* inverse_sigma,
+                                   const C* __restrict slope, const C* __restrict grad_z,
+                                   const C* __restrict ratio, const C* __restrict weight,
                                    LatentSums<C>& __restrict sums) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     // A sample without a gradient stays without one, however far away it lies.
-    const C white = ratio[i] == C(0) ? C(0) : over_s<kPrior>(q, distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i), i);
+    const C white =
+        ratio[i] == C(0) ? C(0) : over_s<kPrior>(q, distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i), i);
     const C part = ratio[i] * white, pull = over_s<kPrior>(q, part, i);
     // h times the slope, factor by factor: where h is beyond its range this need not be.
     C h = grad_z[i] - pull, h_slope = grad_z[i] * slope[i] - part * over_s<kPrior>(q, slope[i], i);
@@ -320,10 +348,12 @@ FASTVAE_LOOP void accumulate_ratio(int n, const LatentArrays<C>& q, const C* inv
   }
 }
 
-// The gradients of mu and logvar from the sums; `side` is what arrives at kl, or else the sum of what arrives at the log-ratio.
+// The gradients of mu and logvar from the sums; `side` is what arrives at kl, or else the sum of what arrives
+// at the log-ratio.
 template <bool kKl, bool kPrior, class C>
-FASTVAE_LOOP void finish_q(int n, const LatentArrays<C>& q, const C* __restrict h_sum, const C* __restrict h_slope_sum,
-                           const C* __restrict side, C* __restrict out_mu, C* __restrict out_logvar) {
+FASTVAE_LOOP void finish_q(int n, const LatentArrays<C>& q, const C* __restrict h_sum,
+                           const C* __restrict h_slope_sum, const C* __restrict side, C* __restrict out_mu,
+                           C* __restrict out_logvar) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C mu = h_sum[i], entropy = side[i];
@@ -338,8 +368,8 @@ FASTVAE_LOOP void finish_q(int n, const LatentArrays<C>& q, const C* __restrict 
   }
 }
 template <bool kKl, class C>
-FASTVAE_LOOP void finish_prior(int n, const LatentArrays<C>& q, const LatentSums<C>& sums, const C* __restrict side, C* __restrict out_mu,
-                               C* __restrict out_logvar) {
+FASTVAE_LOOP void finish_prior(int n, const LatentArrays<C>& q, const LatentSums<C>& sums,
+                               const C* __restrict side, C* __restrict out_mu, C* __restrict out_logvar) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C mu = sums.prior[i], logvar = sums.prior_logvar[i];
@@ -353,7 +383,8 @@ FASTVAE_LOOP void finish_prior(int n, const LatentArrays<C>& q, const LatentSums
   }
 }
 
-// Elements whose KL has no gradient, which may be infinite: those without the KL take the place of those with it.
+// Elements whose KL has no gradient, which may be infinite: those without the KL take the place of those with
+// it.
 template <class C>
 FASTVAE_LOOP bool any_zero(int n, const C* __restrict from) {
   int zeros = 0;
@@ -391,8 +422,10 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
   const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
   parallel(a.threads, tiles, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
     LatentTile<T, true> buffers;
-    C grad_z_buffer[kTile] = {}, slope_buffer[kTile] = {}, side[kTile] = {}, ratio[kTile] = {}, weight[kTile] = {};
-    C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile], no_side[kTile] = {}, first_without[kTile], second_without[kTile];
+    C grad_z_buffer[kTile] = {}, slope_buffer[kTile] = {}, side[kTile] = {}, ratio[kTile] = {},
+      weight[kTile] = {};
+    C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile], no_side[kTile] = {}, first_without[kTile],
+                                                              second_without[kTile];
     // In two levels, blocks of kSamplesPerBlock and then the blocks: thousands must not cost digits.
     LatentSums<C> total, block;
     double entropy[kMostRows];
@@ -416,7 +449,8 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
         for (i64 k = 0; k < sampled; ++k) {
           if (&sums == &block && k % kSamplesPerBlock == 0) block.template clear<kPrior>(n);
           const C* slope = load(slope_buffer, g.slope.at(k, b, column), g.slope.s1, g.slope.s2, t);
-          const C* grad_z = g.z ? load(grad_z_buffer, g.z.at(k, b, column), g.z.s1, g.z.s2, t) : grad_z_buffer;
+          const C* grad_z =
+              g.z ? load(grad_z_buffer, g.z.at(k, b, column), g.z.s1, g.z.s2, t) : grad_z_buffer;
           if (!g.log_ratio) {
             accumulate(n, slope, grad_z, sums.h, sums.h_slope);
           } else {
@@ -426,8 +460,9 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
             } else {
               for (int r = 0; r < t.rows; ++r) entropy[r] += *g.log_ratio.at(k, b + r);
             }
-            (g.path ? accumulate_ratio<true, kPrior, C> : accumulate_ratio<false, kPrior, C>)(n, q, inverse_sigma, slope, grad_z, ratio,
-                                                                                              weight, sums);
+            (g.path ? accumulate_ratio<true, kPrior, C>
+                    : accumulate_ratio<false, kPrior, C>)(n, q, inverse_sigma, slope, grad_z, ratio, weight,
+                                                          sums);
           }
           const bool last = (k + 1) % kSamplesPerBlock == 0 || k + 1 == a.samples;
           if (&sums == &block && last) total.template add<kPrior>(n, block);
@@ -453,7 +488,8 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
           if (second) commit(second + offset, to_second, a.columns, t);
         };
         put(g.mu, g.logvar, [&](C* to_mu, C* to_logvar) {
-          (g.kl ? finish_q<true, kPrior, C> : finish_q<false, kPrior, C>)(n, q, total.h, total.h_slope, at_side, to_mu, to_logvar);
+          (g.kl ? finish_q<true, kPrior, C> : finish_q<false, kPrior, C>)(n, q, total.h, total.h_slope,
+                                                                          at_side, to_mu, to_logvar);
           if (without_kl) {
             finish_q<false, kPrior, C>(n, q, total.h, total.h_slope, no_side, first_without, second_without);
             replace(to_mu, to_logvar);
@@ -508,31 +544,37 @@ struct LatentArguments {
 };
 
 // @param z (K, B, D), @param slope the same or null, @param kl (B), or (B, D) with per_dimension: written
-inline void rsample_kl(Output z, Output slope, Output kl, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
-                       const Tensor& prior_logvar, const Draw& draw, Output seed, int threads, bool per_dimension) {
+inline void rsample_kl(Output z, Output slope, Output kl, const Tensor& mu, const Tensor& logvar,
+                       const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw, Output seed,
+                       int threads, bool per_dimension) {
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads, seed}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_forward<decltype(prior)::value>(q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension});
+    latent_forward<decltype(prior)::value>(
+        q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension});
   });
 }
 
 // @param z (K, B, D), @param slope the same or null, @param log_ratio (K, B): written
-inline void rsample_log_ratio(Output z, Output slope, Output log_ratio, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
-                              const Tensor& prior_logvar, const Draw& draw, Output seed, int threads) {
+inline void rsample_log_ratio(Output z, Output slope, Output log_ratio, const Tensor& mu,
+                              const Tensor& logvar, const Tensor& prior_mu, const Tensor& prior_logvar,
+                              const Draw& draw, Output seed, int threads) {
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads, seed}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_forward<decltype(prior)::value>(q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false});
+    latent_forward<decltype(prior)::value>(
+        q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false});
   });
 }
 
 // @param out_mu, out_logvar, out_prior_mu, out_prior_logvar (B, D): written
 // @param grad_z (K, B, D), @param grad_kl (B), or (B, D): null where nothing arrives
 // @param grad_z, slope (K, B, D) or (K B, D): the latter from the forward pass
-inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar, const Tensor& grad_z,
-                                const Tensor& grad_kl, const Tensor& slope, const Tensor& mu, const Tensor& logvar, const Tensor& prior_mu,
-                                const Tensor& prior_logvar, const Draw& draw, int threads) {
+inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_prior_mu,
+                                Output out_prior_logvar, const Tensor& grad_z, const Tensor& grad_kl,
+                                const Tensor& slope, const Tensor& mu, const Tensor& logvar,
+                                const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw,
+                                int threads) {
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
@@ -550,9 +592,11 @@ inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_pri
 }
 
 // @param grad_log_ratio (K, B), @param weight (K, B): null where nothing arrives, and without DReG
-inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output out_prior_mu, Output out_prior_logvar, const Tensor& grad_z,
-                                       const Tensor& grad_log_ratio, const Tensor& weight, const Tensor& slope, const Tensor& mu,
-                                       const Tensor& logvar, const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw,
+inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output out_prior_mu,
+                                       Output out_prior_logvar, const Tensor& grad_z,
+                                       const Tensor& grad_log_ratio, const Tensor& weight,
+                                       const Tensor& slope, const Tensor& mu, const Tensor& logvar,
+                                       const Tensor& prior_mu, const Tensor& prior_logvar, const Draw& draw,
                                        int threads, bool path) {
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
@@ -569,3 +613,8 @@ inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output 
                                                               pointer<T>(out_prior_logvar)});
   });
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

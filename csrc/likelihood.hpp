@@ -1,30 +1,29 @@
-// The engine of the likelihoods: log p(x|z) of rows (k, b) of parameters, summed over the event, and its gradients.
+// The engine of the likelihoods: log p(x|z) of rows (k, b) of parameters, summed over the event, and its
+// gradients.
 //
-// A likelihood is a declaration of scalar functions, in a file of csrc/likelihoods. From it come a few loops over a tile, in
-// float and in double; walks over rows, conversions from and to storage types, broadcasting and sums are written once, here, and
-// reach the loops by a table.
+// A likelihood is a declaration of scalar functions, in a file of csrc/likelihoods. From it come a few loops
+// over a tile, in float and in double; walks over rows, conversions from and to storage types, broadcasting
+// and sums are written once, here, and reach the loops by a table.
 
-constexpr int kMostPrepared = 4, kMostData = 2;
+#if defined(FASTVAE_LIKELIHOOD_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOOD_HPP
+#undef FASTVAE_LIKELIHOOD_HPP
+#else
+#define FASTVAE_LIKELIHOOD_HPP
+#endif
 
-// What a likelihood declares, and what it leaves out.
-struct Declaration {
-  static constexpr int kParameters = 1;
-  // The parameter of which something is computed by itself, once a tile where it broadcasts, and how many numbers that is.
-  static constexpr int kHooked = -1, kPrepared = 0;
-  // data() tells what x adds by itself, and so many numbers of it that value() takes, and perhaps gradient(): once, not for each
-  // sample.
-  static constexpr int kData = 0;
-  static constexpr bool kGradientTakesData = false;
-  // zero() is value() for x = 0, for which data() adds 0, and zero_gradient() is gradient(), which cost less: where most of x is 0 the
-  // others are taken apart.
-  static constexpr bool kSparse = false, kSparseGradient = false;
-  // value() leaves a factor 1 + odds, odds in [0, 1], whose logarithm is to be added: elements share logarithms.
-  static constexpr bool kSharedLog = false;
-  // log p = kFactor * sum(kConstant + value).
-  static constexpr double kFactor = 1, kConstant = 0;
-  // x lies between these, or is NaN.
-  static constexpr double kLow = -__builtin_inf(), kHigh = __builtin_inf();
-};
+#include <vector>
+
+#include "common.hpp"
+#include "declaration.hpp"
+#include "storage.hpp"
+#include "tiles.hpp"
+
+// Written by list_likelihoods.py: includes csrc/likelihoods and lists F(name, Struct).
+#include "likelihoods.inc"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
 
 // A tile's data, parameters, and what was prepared of them and of one of these.
 template <class C>
@@ -53,24 +52,6 @@ struct Loops {
   void (*zero_gradients[2])(int n, C g, const TileArrays<C>& a, C* const* out);
 };
 
-// One element of a tile, and what the scalar functions make of it. No arrays: with one GCC leaves a loop scalar.
-template <class C>
-struct Element {
-  C x, d0, d1, p0, p1, p2, q0, q1, q2, q3;
-};
-template <class C>
-struct Prepared {
-  C own, q0, q1, q2, q3;  // what the hooked parameter adds by itself, and what is used of it
-};
-template <class C>
-struct Value {
-  C value, odds;
-};
-template <class C>
-struct Slopes {
-  C x, p0, p1, p2;
-};
-
 // Element i, its hooked parameter prepared here or before; and what that adds by itself, if here.
 template <class L, bool kReady, class C>
 FASTVAE_INLINE Element<C> element(const TileArrays<C>& a, int i, C& own) {
@@ -87,7 +68,11 @@ FASTVAE_INLINE Element<C> element(const TileArrays<C>& a, int i, C& own) {
       if constexpr (L::kPrepared > 3) e.q3 = a.q[3][i];
     } else {
       const Prepared<C> p = L::prepare(L::kHooked == 0 ? e.p0 : L::kHooked == 1 ? e.p1 : e.p2);
-      own = p.own, e.q0 = p.q0, e.q1 = p.q1, e.q2 = p.q2, e.q3 = p.q3;
+      own = p.own;
+      e.q0 = p.q0;
+      e.q1 = p.q1;
+      e.q2 = p.q2;
+      e.q3 = p.q3;
     }
   }
   return e;
@@ -126,13 +111,15 @@ FASTVAE_LOOP void terms_of(int n, const TileArrays<C>& a, C* __restrict out) {
 
 // g is one number, or with kMany one for each element.
 template <class L, bool kReady, bool kX, bool kMany, class C>
-FASTVAE_LOOP void gradients_of(int n, const C* g, const TileArrays<C>& a, C* __restrict out_x, C* const* out) {
+FASTVAE_LOOP void gradients_of(int n, const C* g, const TileArrays<C>& a, C* __restrict out_x,
+                               C* const* out) {
   const C one = *g;
   C* __restrict out0 = out[0], * __restrict out1 = out[1], * __restrict out2 = out[2];
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C own = 0;
-    const Slopes<C> s = L::gradient(kMany ? g[i] : one, with_data<L, L::kGradientTakesData>(a, i, element<L, kReady>(a, i, own)));
+    const Slopes<C> s = L::gradient(kMany ? g[i] : one,
+                                    with_data<L, L::kGradientTakesData>(a, i, element<L, kReady>(a, i, own)));
     out0[i] = s.p0;
     if constexpr (L::kParameters > 1) out1[i] = s.p1;
     if constexpr (L::kParameters > 2) out2[i] = s.p2;
@@ -213,30 +200,27 @@ template <class L, bool kReady, bool kX, bool kMany, class C>
 constexpr auto gradients_loop = gradients_of<L, kReady && L::kHooked >= 0, kX, kMany, C>;
 
 template <class L, class C>
-const Loops<C> loops_of = {L::kParameters,
-                           L::kHooked,
-                           L::kPrepared,
-                           L::kSharedLog,
-                           L::kLow > -__builtin_inf() || L::kHigh < __builtin_inf(),
-                           L::kGradientTakesData,
-                           L::kFactor,
-                           L::kConstant,
-                           static_cast<C>(L::kLow),
-                           static_cast<C>(L::kHigh),
-                           {sum_loop<L, false, C>, sum_loop<L, true, C>},
-                           {terms_loop<L, false, C>, terms_loop<L, true, C>},
-                           {{{gradients_loop<L, false, false, false, C>, gradients_loop<L, false, false, true, C>},
-                             {gradients_loop<L, false, true, false, C>, gradients_loop<L, false, true, true, C>}},
-                            {{gradients_loop<L, true, false, false, C>, gradients_loop<L, true, false, true, C>},
-                             {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
-                           prepare_all<L, C>,
-                           data_loop<L, C>(),
-                           {zeros_loop<L, false, C>(), zeros_loop<L, true, C>()},
-                           {zero_gradients_loop<L, false, C>(), zero_gradients_loop<L, true, C>()}};
-
-// Made by list_likelihoods.py of what lies in csrc/likelihoods: includes the files, and defines FASTVAE_LIKELIHOODS(F), F(name, Struct)
-// for each in the order of their numbers.
-#include "likelihoods.inc"
+const Loops<C> loops_of = {
+    L::kParameters,
+    L::kHooked,
+    L::kPrepared,
+    L::kSharedLog,
+    L::kLow > -__builtin_inf() || L::kHigh < __builtin_inf(),
+    L::kGradientTakesData,
+    L::kFactor,
+    L::kConstant,
+    static_cast<C>(L::kLow),
+    static_cast<C>(L::kHigh),
+    {sum_loop<L, false, C>, sum_loop<L, true, C>},
+    {terms_loop<L, false, C>, terms_loop<L, true, C>},
+    {{{gradients_loop<L, false, false, false, C>, gradients_loop<L, false, false, true, C>},
+      {gradients_loop<L, false, true, false, C>, gradients_loop<L, false, true, true, C>}},
+     {{gradients_loop<L, true, false, false, C>, gradients_loop<L, true, false, true, C>},
+      {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
+    prepare_all<L, C>,
+    data_loop<L, C>(),
+    {zeros_loop<L, false, C>(), zeros_loop<L, true, C>()},
+    {zero_gradients_loop<L, false, C>(), zero_gradients_loop<L, true, C>()}};
 
 template <class C>
 const Loops<C>& loops(int likelihood) {
@@ -244,59 +228,6 @@ const Loops<C>& loops(int likelihood) {
   static const Loops<C>* const all[] = {FASTVAE_LIKELIHOODS(FASTVAE_LOOPS)};
 #undef FASTVAE_LOOPS
   return *all[likelihood];
-}
-
-// How a storage type's numbers are read and written.
-template <class C>
-struct Storage {
-  i64 size;  // of an element, in bytes
-  const C* (*load)(C* buffer, address from, i64 stride, int n);
-  void (*store)(address to, const C* from, int n);  // null for integers, which have no gradients
-  bool in_place;                                    // the compute type itself
-};
-
-template <class T, class C>
-const C* load_as(C* __restrict buffer, address from, i64 stride, int n) {
-  const T* p = pointer<const T>(from);
-  if constexpr (std::is_same<T, C>::value) {
-    return load(buffer, p, stride, n);
-  } else {
-    if (stride == 1) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) buffer[i] = static_cast<C>(upcast(p[i]));
-    } else if (stride == 0) {
-      fill(buffer, static_cast<C>(upcast(*p)), n);
-    } else {
-      for (int i = 0; i < n; ++i) buffer[i] = static_cast<C>(upcast(p[i * stride]));
-    }
-    return buffer;
-  }
-}
-template <class T, class C>
-void store_as(address to, const C* __restrict from, int n) {
-  T* p = pointer<T>(to);
-#pragma omp simd
-  for (int i = 0; i < n; ++i) assign(p[i], static_cast<compute_t<T>>(from[i]));
-}
-
-template <class T, class C>
-constexpr Storage<C> integers = {sizeof(T), load_as<T, C>, nullptr, false};
-
-// In the order of enum Dtype.
-template <class C>
-const Storage<C>& storage(int dtype) {
-  static const Storage<C> all[] = {
-      {4, load_as<float, C>, store_as<float, C>, std::is_same<C, float>::value},
-      {8, load_as<double, C>, store_as<double, C>, std::is_same<C, double>::value},
-      {2, load_as<bf16, C>, store_as<bf16, C>, false},
-      {2, load_as<f16, C>, store_as<f16, C>, false},
-      integers<std::uint8_t, C>,  // and bool
-      integers<std::int8_t, C>,
-      integers<std::int16_t, C>,
-      integers<std::int32_t, C>,
-      integers<i64, C>,
-  };
-  return all[dtype];
 }
 
 constexpr i64 kRowsPerUnit = 16;
@@ -329,14 +260,22 @@ struct Reader {
   // Where x is not 0, and the tile's arrays there; negative where that is not known, or most of the tile.
   int others = -1, place[kTile];
   TileArrays<C> packed{};
-  C packed_x[kBuffer], packed_d[kMostData][kBuffer], packed_p[kMostParameters][kBuffer], packed_q[kMostPrepared][kBuffer],
-      packed_out[kMostParameters][kBuffer];
+  C packed_x[kBuffer], packed_d[kMostData][kBuffer], packed_p[kMostParameters][kBuffer],
+      packed_q[kMostPrepared][kBuffer], packed_out[kMostParameters][kBuffer];
 
   Reader(const Rows& rows, bool values)
-      : a(rows), f(loops<C>(rows.likelihood)), x_storage(storage<C>(rows.x.dtype)), ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull),
-        with_data(f.data && (values || f.gradient_takes_data)), sparse(values ? f.zeros[0] != nullptr : f.zero_gradients[0] != nullptr) {
-    for (int j = 0; j < kMostData; ++j) tile.d[j] = d[j], packed.d[j] = packed_d[j];
-    for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j], packed.q[j] = packed_q[j];
+      : a(rows), f(loops<C>(rows.likelihood)), x_storage(storage<C>(rows.x.dtype)),
+        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull),
+        with_data(f.data && (values || f.gradient_takes_data)),
+        sparse(values ? f.zeros[0] != nullptr : f.zero_gradients[0] != nullptr) {
+    for (int j = 0; j < kMostData; ++j) {
+      tile.d[j] = d[j];
+      packed.d[j] = packed_d[j];
+    }
+    for (int j = 0; j < f.prepared; ++j) {
+      tile.q[j] = q[j];
+      packed.q[j] = packed_q[j];
+    }
     for (int j = 0; j < f.parameters; ++j) packed.p[j] = packed_p[j];
     packed.x = packed_x;
   }
@@ -372,7 +311,8 @@ struct Reader {
       C* const rows[kMostData] = {others < 0 ? d[0] : packed_d[0], others < 0 ? d[1] : packed_d[1]};
       // A 0 adds nothing.
       if (with_data) own_data = others < 0 ? f.data(n, tile.x, rows) : f.data(others, packed_x, rows);
-      b_read = b, column_read = column;
+      b_read = b;
+      column_read = column;
     }
     for (int j = 0; j < f.parameters; ++j) {
       if (is_shared(a.kind[j])) continue;
@@ -393,7 +333,8 @@ struct Reader {
     }
   }
   void find_others(int n) {
-    // Bytes first, eight of which are looked at together: most are 0. (Without branches, by a table of 256, it took longer.)
+    // Bytes first, eight of which are looked at together: most are 0. (Without branches, by a table of 256,
+    // it took longer.)
     alignas(8) std::uint8_t differs[kTile + 8];
     mark(n, tile.x, differs);
     for (int i = n; i < n + 8; ++i) differs[i] = 0;
@@ -454,7 +395,8 @@ struct ShortRows {
   C x[kBuffer], d[kMostData][kBuffer], p[kMostParameters][kBuffer], q[kMostPrepared][kBuffer], out[kBuffer];
 
   ShortRows(const Rows& rows, int height, bool values)
-      : a(rows), f(loops<C>(rows.likelihood)), n(static_cast<int>(rows.columns)), ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull),
+      : a(rows), f(loops<C>(rows.likelihood)), n(static_cast<int>(rows.columns)),
+        ready(f.hooked >= 0 && rows.kind[f.hooked] != kFull),
         with_data(f.data && (values || f.gradient_takes_data)) {
     for (int j = 0; j < kMostData; ++j) tile.d[j] = d[j];
     for (int j = 0; j < f.prepared; ++j) tile.q[j] = q[j];
@@ -484,7 +426,8 @@ struct ShortRows {
   const C* load(C* buffer, const Tensor& t, i64 offset, i64 s0, i64 s1, const Tile& shape) const {
     const Storage<C>& s = storage<C>(t.dtype);
     const address from = t.data + static_cast<address>(offset * s.size);
-    if (s1 == 1 && shape.dense(s0)) return s.in_place ? pointer<const C>(from) : s.load(buffer, from, 1, shape.size());
+    if (s1 == 1 && shape.dense(s0))
+      return s.in_place ? pointer<const C>(from) : s.load(buffer, from, 1, shape.size());
     for (int r = 0; r < shape.rows; ++r) {
       const C* row = s.load(buffer + r * n, from + static_cast<address>(r * s0 * s.size), s1, n);
       if (row != buffer + r * n) copy(buffer + r * n, row, n);
@@ -509,7 +452,10 @@ struct ShortRows {
       for (int r = 0; r < t.rows; ++r) {
         C* row = p[j] + r * n;
         storage<C>(from.dtype)
-            .load(row, from.data + static_cast<address>((k * from.s0 + (b + r) * from.s1) * storage<C>(from.dtype).size), 0, 1);
+            .load(row,
+                  from.data +
+                      static_cast<address>((k * from.s0 + (b + r) * from.s1) * storage<C>(from.dtype).size),
+                  0, 1);
         if (j == f.hooked) {
           prepare(r, 1);
           own[r] *= n;
@@ -526,7 +472,8 @@ struct ShortRows {
     const Tile t = read(k, b, height);
     f.terms[ready](t.size(), tile, out);
     add_row_sums(out, t, to);
-    for (int r = 0; r < t.rows; ++r) to[r] = f.factor * (to[r] + f.constant * n + (ready ? own[r] : 0.0)) + own_data[r];
+    for (int r = 0; r < t.rows; ++r)
+      to[r] = f.factor * (to[r] + f.constant * n + (ready ? own[r] : 0.0)) + own_data[r];
     return t.rows;
   }
 };
@@ -543,7 +490,8 @@ FASTVAE_LOOP bool within(int n, const C* x, C lowest, C highest) {
   return low == lowest && high == highest;
 }
 
-// Rows of up to this many columns are handled many at a time; longer ones gain more by sharing logarithms (measured: even near 200).
+// Rows of up to this many columns are handled many at a time; longer ones gain more by sharing logarithms
+// (measured: even near 200).
 constexpr i64 kShortRow = kTile / 2, kShortRowWithLog = 192;
 
 // out[k, b] = log p(x_b | parameters of (k, b)). Returns whether x lies where it must.
@@ -579,7 +527,8 @@ bool reduce_rows(const Rows& a, C* out) {
       C odds[kBuffer];
       bool o = false;
       for (i64 unit = begin; unit < end; ++unit) {
-        const i64 first = unit * kRowsPerUnit, last = first + kRowsPerUnit < total ? first + kRowsPerUnit : total;
+        const i64 first = unit * kRowsPerUnit,
+                  last = first + kRowsPerUnit < total ? first + kRowsPerUnit : total;
         double sums[kRowsPerUnit] = {};
         for (i64 column = 0; column < a.columns; column += kTile) {
           const int n = tile_width(a.columns, column);
@@ -601,21 +550,10 @@ bool reduce_rows(const Rows& a, C* out) {
   return !outside;
 }
 
-// sums += p, in double: sums over many samples.
-template <class C>
-FASTVAE_LOOP void add_to(int n, const C* __restrict p, double* __restrict sums) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) sums[i] += p[i];
-}
-
-FASTVAE_LOOP void add_doubles(i64 n, const double* __restrict p, double* __restrict sums) {
-#pragma omp simd
-  for (i64 i = 0; i < n; ++i) sums[i] += p[i];
-}
-
-// How many partial sums over rows are kept for a gradient that is summed over all rows: a function of the batch alone, so that
-// the order of summation, and with it every bit, is the same for any number of threads. To add two costs as much as a row's gradient:
-// each is of four rows at least, or of a row with as many samples.
+// How many partial sums over rows are kept for a gradient that is summed over all rows: a function of the
+// batch alone, so that the order of summation, and with it every bit, is the same for any number of threads.
+// To add two costs as much as a row's gradient: each is of four rows at least, or of a row with as many
+// samples.
 inline i64 column_partials(i64 samples, i64 rows) {
   const i64 most = samples < 4 ? (rows + 3) / 4 : rows;
   return most < 64 ? most : 64;
@@ -631,7 +569,8 @@ struct GradientSink {
   double sum_x[kTile];
   C* place[kMostParameters] = {};
 
-  GradientSink(const Rows& rows, const RowGradients& gradients) : a(rows), f(loops<C>(rows.likelihood)), to(gradients) {}
+  GradientSink(const Rows& rows, const RowGradients& gradients)
+      : a(rows), f(loops<C>(rows.likelihood)), to(gradients) {}
 
   C grad(i64 k, i64 b) const { return *(pointer<const C>(to.grad.data) + k * to.grad.s0 + b * to.grad.s1); }
 
@@ -643,7 +582,8 @@ struct GradientSink {
     }
     return place;
   }
-  // What places() gave is filled: t.rows rows from (k, b) on, columns from `column` on. `partial` sums over rows.
+  // What places() gave is filled: t.rows rows from (k, b) on, columns from `column` on. `partial` sums over
+  // rows.
   void put(i64 k, i64 b, i64 column, const Tile& t, std::vector<double>* partial, i64 group) {
     const i64 first = (k * a.rows + b) * a.columns + column;
     for (int j = 0; j < f.parameters; ++j) {
@@ -684,7 +624,8 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
     if (to.p[j] && is_shared(a.kind[j])) partial[j].resize(static_cast<std::size_t>(groups * a.columns));
   }
   if (a.columns <= kShortRow) {
-    const i64 height = rows_per_tile(across ? a.rows / groups : a.rows, a.columns), tiles = (a.rows + height - 1) / height;
+    const i64 height = rows_per_tile(across ? a.rows / groups : a.rows, a.columns),
+              tiles = (a.rows + height - 1) / height;
     const auto run = f.gradients[ready][with_x][1];
     auto one = [&](ShortRows<C>& r, GradientSink<C>& sink, C* g, i64 k, i64 b, i64 most, i64 group) {
       const Tile t = r.read(k, b, most);
@@ -728,7 +669,8 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
           const int n = tile_width(a.columns, column);
           r.begin_tile(column, n);
           if (!across) {
-            const i64 first = unit * kRowsPerUnit, last = first + kRowsPerUnit < total ? first + kRowsPerUnit : total;
+            const i64 first = unit * kRowsPerUnit,
+                      last = first + kRowsPerUnit < total ? first + kRowsPerUnit : total;
             for (i64 i = first; i < last; ++i) one(i / a.rows, i % a.rows, column, n, 0);
             continue;
           }
@@ -756,7 +698,8 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
   }
 }
 
-// @param out (K, B) of compute type, that is double if `wide`: contiguous, written. Returns whether x lies where it must.
+// @param out (K, B) of compute type, that is double if `wide`: contiguous, written. Returns whether x lies
+// where it must.
 inline bool log_prob(const Rows& a, bool wide, Output out) {
   return wide ? reduce_rows(a, pointer<double>(out)) : reduce_rows(a, pointer<float>(out));
 }
@@ -764,3 +707,8 @@ inline bool log_prob(const Rows& a, bool wide, Output out) {
 inline void log_prob_backward(const Rows& a, bool wide, const RowGradients& to) {
   wide ? reduce_rows_backward<double>(a, to) : reduce_rows_backward<float>(a, to);
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,16 +1,31 @@
-// Mixtures of U diagonal normal distributions: log sum_u exp(s_nu) with s_nu = c_u - 1/2 sum_d w^2, w = (z_nd - mu_ud) / sigma_ud. The
-// differences are taken as they stand: products of z^2, z and the parameters would lose (mu / sigma)^2 roundings. Lanes are components;
-// rows come in units, whose scores for a block of components are all that is kept of [N, U].
+// Mixtures of U diagonal normal distributions: log sum_u exp(s_nu) with s_nu = c_u - 1/2 sum_d w^2, w = (z_nd
+// - mu_ud) / sigma_ud. The differences are taken as they stand: products of z^2, z and the parameters would
+// lose (mu / sigma)^2 roundings. Lanes are components; rows come in units, whose scores for a block of
+// components are all that is kept of [N, U].
+
+#if defined(FASTVAE_MIXTURE_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_MIXTURE_HPP
+#undef FASTVAE_MIXTURE_HPP
+#else
+#define FASTVAE_MIXTURE_HPP
+#endif
+
+#include "common.hpp"
+#include "tiles.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
 
 constexpr i64 kUnitRows = 16;
-// Rows whose gradients are added in the type of the computation, before double takes over; and parts of a sum over rows.
+// Rows whose gradients are added in the type of the computation, before double takes over; and parts of a sum
+// over rows.
 constexpr i64 kRowsAdded = 128, kFewestRowsAdded = 32;
 constexpr i64 kParts = 16, kMostParts = 64, kBytesOfParts = i64{1} << 24;
 // Squares that are added one after the other.
 constexpr i64 kSquares = 128;
 
-// What the kernels read of the components, block by block: for each dimension means and inverse scales side by side, then constants.
-// Behind the last component they are those of one that is never chosen.
+// What the kernels read of the components, block by block: for each dimension means and inverse scales side
+// by side, then constants. Behind the last component they are those of one that is never chosen.
 template <class C>
 struct Components {
   static constexpr i64 kMost = 1024 / static_cast<i64>(sizeof(C)), kPad = 64 / static_cast<i64>(sizeof(C));
@@ -19,8 +34,9 @@ struct Components {
 
   // Without the padding the dimensions of a block would meet in a few sets of the cache.
   Components(i64 u, i64 d)
-      : count(u), dims(d), blocks((u + kMost - 1) / kMost), width(((u + blocks - 1) / blocks + kLanes<C> - 1) / kLanes<C> * kLanes<C>),
-        pitch(2 * width + kPad), numbers(blocks * block_size()) {}
+      : count(u), dims(d), blocks((u + kMost - 1) / kMost),
+        width(((u + blocks - 1) / blocks + kLanes<C> - 1) / kLanes<C> * kLanes<C>), pitch(2 * width + kPad),
+        numbers(blocks * block_size()) {}
   i64 block_size() const { return dims * pitch + width; }
   C* means(i64 block) const { return numbers.data + block * block_size(); }
   C* constants(i64 block) const { return means(block) + dims * pitch; }
@@ -34,7 +50,8 @@ struct Components {
         for (i64 i = 0; i < width; ++i) {
           const bool none = i >= n;
           const i64 u = first(block) + i;
-          const C *mean = pointer<const C>(mu.data) + u * mu.s0, *spread = pointer<const C>(logvar.data) + u * logvar.s0;
+          const C *mean = pointer<const C>(mu.data) + u * mu.s0,
+                  *spread = pointer<const C>(logvar.data) + u * logvar.s0;
           C* to = means(block) + i;
           double sum = 0;
           for (i64 d = 0; d < dims; ++d, to += pitch) {
@@ -43,7 +60,9 @@ struct Components {
             to[width] = exp_<-1>(lambda);
             sum += lambda + 2 * kHalfLog2Pi;
           }
-          const double weight = none ? -infinity(0.0) : static_cast<double>(pointer<const C>(log_weight.data)[u * log_weight.s0]);
+          const double weight =
+              none ? -infinity(0.0)
+                   : static_cast<double>(pointer<const C>(log_weight.data)[u * log_weight.s0]);
           constants(block)[i] = static_cast<C>(weight - 0.5 * sum);
         }
       }
@@ -53,7 +72,8 @@ struct Components {
 
 // s of kRows rows and kVectors vectors of components: z lies with rows side by side.
 template <class C, int kRows, int kVectors>
-FASTVAE_INLINE void score_tile(i64 dims, i64 pitch, i64 width, const C* means, const C* constants, const C* z, C* s) {
+FASTVAE_INLINE void score_tile(i64 dims, i64 pitch, i64 width, const C* means, const C* constants, const C* z,
+                               C* s) {
   constexpr int lanes = kLanes<C>;
   for (i64 begin = 0; begin < dims; begin += kSquares) {
     const i64 end = dims - begin < kSquares ? dims : begin + kSquares;
@@ -87,18 +107,18 @@ FASTVAE_INLINE void score_tile(i64 dims, i64 pitch, i64 width, const C* means, c
   }
 }
 
-constexpr int kTileRows = 8, kTileVectors = kVectorBytes == 64 ? 2 : 1;
-
 // s (kUnitRows, width) of a unit of rows and a block of components.
 template <class C>
-FASTVAE_LOOP void score(i64 dims, i64 pitch, i64 width, const C* means, const C* constants, const C* z, C* s) {
+FASTVAE_LOOP void score(i64 dims, i64 pitch, i64 width, const C* means, const C* constants, const C* z,
+                        C* s) {
   constexpr int lanes = kLanes<C>;
   i64 j = 0;
   const auto columns = [&](auto number) FASTVAE_INLINED {
     constexpr int kVectors = decltype(number)::value;
     for (; j + kVectors * lanes <= width; j += kVectors * lanes) {
       for (i64 i = 0; i < kUnitRows; i += kTileRows) {
-        score_tile<C, kTileRows, kVectors>(dims, pitch, width, means + j, constants + j, z + i, s + i * width + j);
+        score_tile<C, kTileRows, kVectors>(dims, pitch, width, means + j, constants + j, z + i,
+                                           s + i * width + j);
       }
     }
   };
@@ -125,13 +145,16 @@ FASTVAE_LOOP void shares(i64 n, C scale, C shift, C* __restrict s, C* __restrict
   for (i64 i = 0; i < n; ++i) {
     const C r = scale * exp_(s[i] - shift);
     const C kept = abs_(r) < tiny ? C(0) : r;
-    s[i] = kept, sum[i] += kept;
+    s[i] = kept;
+    sum[i] += kept;
   }
 }
 
-// What a block of components sends back to kRows rows: by_z, added to; and what reaches the components, added to.
+// What a block of components sends back to kRows rows: by_z, added to; and what reaches the components, added
+// to.
 template <class C, int kRows, bool kInputs, bool kParameters>
-FASTVAE_INLINE void slope_tile(i64 width, const C* means, const C* r, const C* z, double* by_z, C* by_mean, C* by_logvar) {
+FASTVAE_INLINE void slope_tile(i64 width, const C* means, const C* r, const C* z, double* by_z, C* by_mean,
+                               C* by_logvar) {
   constexpr int lanes = kLanes<C>;
   Vector<C> sum[kRows] = {};
   C x[kRows];
@@ -141,14 +164,24 @@ FASTVAE_INLINE void slope_tile(i64 width, const C* means, const C* r, const C* z
     const Vector<C> mean = *reinterpret_cast<const Vector<C>*>(means + j);
     const Vector<C> inverse = *reinterpret_cast<const Vector<C>*>(means + width + j);
     Vector<C> first = {}, second = {};
-    if (kParameters) first = *reinterpret_cast<Vector<C>*>(by_mean + j), second = *reinterpret_cast<Vector<C>*>(by_logvar + j);
+    if (kParameters) {
+      first = *reinterpret_cast<Vector<C>*>(by_mean + j);
+      second = *reinterpret_cast<Vector<C>*>(by_logvar + j);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vector<C> w = (x[i] - mean) * inverse, rw = *reinterpret_cast<const Vector<C>*>(r + i * width + j) * w;
+      const Vector<C> w = (x[i] - mean) * inverse,
+                      rw = *reinterpret_cast<const Vector<C>*>(r + i * width + j) * w;
       if (kInputs) sum[i] -= rw * inverse;
-      if (kParameters) first += rw, second += rw * w;
+      if (kParameters) {
+        first += rw;
+        second += rw * w;
+      }
     }
-    if (kParameters) *reinterpret_cast<Vector<C>*>(by_mean + j) = first, *reinterpret_cast<Vector<C>*>(by_logvar + j) = second;
+    if (kParameters) {
+      *reinterpret_cast<Vector<C>*>(by_mean + j) = first;
+      *reinterpret_cast<Vector<C>*>(by_logvar + j) = second;
+    }
   }
   if (!kInputs) return;
 #pragma GCC unroll 8
@@ -160,12 +193,14 @@ FASTVAE_INLINE void slope_tile(i64 width, const C* means, const C* r, const C* z
   }
 }
 template <class C, bool kInputs, bool kParameters>
-FASTVAE_LOOP void slopes(i64 dims, i64 pitch, i64 width, const C* means, const C* r, const C* z, double* by_z, C* by_parameters) {
+FASTVAE_LOOP void slopes(i64 dims, i64 pitch, i64 width, const C* means, const C* r, const C* z, double* by_z,
+                         C* by_parameters) {
   constexpr int rows = kVectorBytes == 64 ? 8 : 4;
   for (i64 d = 0; d < dims; ++d) {
     for (i64 i = 0; i < kUnitRows; i += rows) {
-      slope_tile<C, rows, kInputs, kParameters>(width, means + d * pitch, r + i * width, z + d * kUnitRows + i, by_z + d * kUnitRows + i,
-                                                by_parameters + d * 2 * width, by_parameters + d * 2 * width + width);
+      slope_tile<C, rows, kInputs, kParameters>(
+          width, means + d * pitch, r + i * width, z + d * kUnitRows + i, by_z + d * kUnitRows + i,
+          by_parameters + d * 2 * width, by_parameters + d * 2 * width + width);
     }
   }
 }
@@ -198,7 +233,10 @@ void mixture_rows(const NormalMixture& a, C* out, C* maximum, C* total, int thre
       const i64 first = unit * kUnitRows, n = rows - first < kUnitRows ? rows - first : kUnitRows;
       C most[kUnitRows];
       double sum[kUnitRows];
-      for (i64 i = 0; i < kUnitRows; ++i) most[i] = -infinity(C(0)), sum[i] = 0;
+      for (i64 i = 0; i < kUnitRows; ++i) {
+        most[i] = -infinity(C(0));
+        sum[i] = 0;
+      }
       transpose_rows(a.z, first, z.data);
       for (i64 block = 0; block < c.blocks; ++block) {
         score(dims, c.pitch, c.width, c.means(block), c.constants(block), z.data, s.data);
@@ -243,8 +281,8 @@ struct RowParts {
 };
 
 template <class C, bool kInputs, bool kParameters>
-void mixture_slopes(const NormalMixture& a, const Components<C>& c, const Tensor& grad, const Tensor& maximum, const Tensor& total,
-                    const MixtureGradients<C>& to, int threads) {
+void mixture_slopes(const NormalMixture& a, const Components<C>& c, const Tensor& grad, const Tensor& maximum,
+                    const Tensor& total, const MixtureGradients<C>& to, int threads) {
   const i64 rows = a.rows(), dims = a.dims();
   // Of a block: for each dimension the two sums of its components; then the sums of r.
   const i64 sums = 2 * dims * c.width + c.width;
@@ -260,7 +298,8 @@ void mixture_slopes(const NormalMixture& a, const Components<C>& c, const Tensor
       for (i64 chunk = from; chunk < cut.chunks * (part + 1) / parts; ++chunk) {
         const i64 first = chunk * cut.added, n = rows - first < cut.added ? rows - first : cut.added;
         const i64 used = (n + kUnitRows - 1) / kUnitRows;
-        for (i64 unit = 0; unit < used; ++unit) transpose_rows(a.z, first + unit * kUnitRows, z.data + unit * dims * kUnitRows);
+        for (i64 unit = 0; unit < used; ++unit)
+          transpose_rows(a.z, first + unit * kUnitRows, z.data + unit * dims * kUnitRows);
         for (i64 i = 0; i < units * dims * kUnitRows; ++i) by_z.data[i] = 0;
         for (i64 block = 0; block < c.blocks; ++block) {
           for (i64 i = 0; i < sums; ++i) added.data[i] = 0;
@@ -271,7 +310,8 @@ void mixture_slopes(const NormalMixture& a, const Components<C>& c, const Tensor
               const i64 row = first + unit * kUnitRows + i;
               C *r = s.data + i * c.width, scale = 0, shift = 0;
               if (row < rows) {
-                const C most = pointer<const C>(maximum.data)[row * maximum.s0], sum = pointer<const C>(total.data)[row * total.s0];
+                const C most = pointer<const C>(maximum.data)[row * maximum.s0],
+                        sum = pointer<const C>(total.data)[row * total.s0];
                 shift = is_infinite(most) ? C(0) : most;
                 scale = sum == C(0) ? C(0) : pointer<const C>(grad.data)[row * grad.s0] / sum;
               }
@@ -286,7 +326,8 @@ void mixture_slopes(const NormalMixture& a, const Components<C>& c, const Tensor
           }
           if (!kParameters) continue;
           double* sum = partial.data + (part * c.blocks + block) * sums;
-          for (i64 i = 0; i < sums; ++i) sum[i] = (chunk == from ? 0.0 : sum[i]) + static_cast<double>(added.data[i]);
+          for (i64 i = 0; i < sums; ++i)
+            sum[i] = (chunk == from ? 0.0 : sum[i]) + static_cast<double>(added.data[i]);
         }
         if (!kInputs) continue;
         for (i64 i = 0; i < n; ++i) {
@@ -309,25 +350,32 @@ void mixture_slopes(const NormalMixture& a, const Components<C>& c, const Tensor
     };
     i64 known = -1;
     for (i64 unit = begin; unit < end; ++unit) {
-      const i64 block = unit / (dims + 1), d = unit % (dims + 1), n = c.in_block(block), first = c.first(block);
-      if (known != block) add(block, 2 * dims * c.width, c.width, shares_of.data), known = block;
+      const i64 block = unit / (dims + 1), d = unit % (dims + 1), n = c.in_block(block),
+                first = c.first(block);
+      if (known != block) {
+        add(block, 2 * dims * c.width, c.width, shares_of.data);
+        known = block;
+      }
       if (d == dims) {
-        for (i64 i = 0; i < n && to.log_weight; ++i) to.log_weight[first + i] = static_cast<C>(shares_of.data[i]);
+        for (i64 i = 0; i < n && to.log_weight; ++i)
+          to.log_weight[first + i] = static_cast<C>(shares_of.data[i]);
         continue;
       }
       add(block, 2 * d * c.width, 2 * c.width, both.data);
       const C* inverse = c.means(block) + d * c.pitch + c.width;
-      for (i64 i = 0; i < n && to.mu; ++i) to.mu[(first + i) * dims + d] = static_cast<C>(both.data[i] * inverse[i]);
+      for (i64 i = 0; i < n && to.mu; ++i)
+        to.mu[(first + i) * dims + d] = static_cast<C>(both.data[i] * inverse[i]);
       for (i64 i = 0; i < n && to.logvar; ++i) {
-        to.logvar[(first + i) * dims + d] = static_cast<C>(0.5 * (both.data[c.width + i] - shares_of.data[i]));
+        to.logvar[(first + i) * dims + d] =
+            static_cast<C>(0.5 * (both.data[c.width + i] - shares_of.data[i]));
       }
     }
   });
 }
 
 template <class C>
-void mixture_rows_backward(const NormalMixture& a, const Tensor& grad, const Tensor& maximum, const Tensor& total,
-                           const MixtureGradients<C>& to, int threads) {
+void mixture_rows_backward(const NormalMixture& a, const Tensor& grad, const Tensor& maximum,
+                           const Tensor& total, const MixtureGradients<C>& to, int threads) {
   const Components<C> c(a.mu.n0, a.dims());
   c.pack(a.mu, a.logvar, a.log_weight, threads);
   if (!to.parameters()) {
@@ -340,7 +388,8 @@ void mixture_rows_backward(const NormalMixture& a, const Tensor& grad, const Ten
 }
 
 // @param out (N), maximum (N), total (N): of the dtype of all, contiguous, written.
-inline void mixture_log_prob(Tensor z, Tensor mu, Tensor logvar, Tensor log_weight, Output out, Output maximum, Output total, int threads) {
+inline void mixture_log_prob(Tensor z, Tensor mu, Tensor logvar, Tensor log_weight, Output out,
+                             Output maximum, Output total, int threads) {
   const NormalMixture a{z, mu, logvar, log_weight};
   if (z.dtype == kFloat64) {
     mixture_rows(a, pointer<double>(out), pointer<double>(maximum), pointer<double>(total), threads);
@@ -348,13 +397,20 @@ inline void mixture_log_prob(Tensor z, Tensor mu, Tensor logvar, Tensor log_weig
     mixture_rows(a, pointer<float>(out), pointer<float>(maximum), pointer<float>(total), threads);
   }
 }
-inline void mixture_log_prob_backward(Tensor grad, Tensor maximum, Tensor total, Tensor z, Tensor mu, Tensor logvar, Tensor log_weight,
-                                      Output to_z, Output to_mu, Output to_logvar, Output to_log_weight, int threads) {
+inline void mixture_log_prob_backward(Tensor grad, Tensor maximum, Tensor total, Tensor z, Tensor mu,
+                                      Tensor logvar, Tensor log_weight, Output to_z, Output to_mu,
+                                      Output to_logvar, Output to_log_weight, int threads) {
   const NormalMixture a{z, mu, logvar, log_weight};
   const auto run = [&](auto zero) {
     using C = decltype(zero);
-    const MixtureGradients<C> to{pointer<C>(to_z), pointer<C>(to_mu), pointer<C>(to_logvar), pointer<C>(to_log_weight)};
+    const MixtureGradients<C> to{pointer<C>(to_z), pointer<C>(to_mu), pointer<C>(to_logvar),
+                                 pointer<C>(to_log_weight)};
     mixture_rows_backward<C>(a, grad, maximum, total, to, threads);
   };
   z.dtype == kFloat64 ? run(double()) : run(float());
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -17,8 +17,9 @@ using address = std::uintptr_t;
 // Below this many elements a thread costs more than it saves (measured: docs/NOTES.md).
 constexpr i64 kElementsPerThread = 20000;
 
-// The OpenMP runtime that torch brought into this process, whichever compiler built this file. None is linked: it could be a second one,
-// and two fight over the cores. GNU's, LLVM's and Intel's runtimes all have these functions on Linux; elsewhere one thread computes.
+// The OpenMP runtime that torch brought into this process, whichever compiler built this file. None is
+// linked: it could be a second one, and two fight over the cores. GNU's, LLVM's and Intel's runtimes all have
+// these functions on Linux; elsewhere one thread computes.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread)() = nullptr;
@@ -26,7 +27,8 @@ struct OpenMP {
 
   OpenMP() {
 #ifdef __linux__
-    // Torch loads its runtime for everybody; where one did not, GNU's is opened by name, the one already loaded if there is one.
+    // Torch loads its runtime for everybody; where one did not, GNU's is opened by name, the one already
+    // loaded if there is one.
     for (const char* library : {static_cast<const char*>(nullptr), "libgomp.so.1"}) {
       void* handle = dlopen(library, RTLD_LAZY);
       if (handle == nullptr) continue;
@@ -44,9 +46,10 @@ inline const OpenMP& openmp() {
   return runtime;
 }
 
-// Runs work(context, begin, end) on contiguous parts of [0, units), and rethrows an exception of one. A part's bounds depend on the number
-// of threads, so what a unit computes must not depend on its neighbours.
-inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(void*, i64, i64), void* context) {
+// Runs work(context, begin, end) on contiguous parts of [0, units), and rethrows an exception of one. A
+// part's bounds depend on the number of threads, so what a unit computes must not depend on its neighbours.
+inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(void*, i64, i64),
+                            void* context) {
   struct Team {
     i64 parts, units;
     void (*work)(void*, i64, i64);
@@ -54,7 +57,8 @@ inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(v
     std::atomic<bool> failed{false};
     std::exception_ptr error;  // the first: none may leave a parallel region
   };
-  Team team{std::min<i64>({static_cast<i64>(threads), units, elements / kElementsPerThread}), units, work, context};
+  Team team{std::min<i64>({static_cast<i64>(threads), units, elements / kElementsPerThread}), units, work,
+            context};
   // One thread opens no parallel region: it would hang in a process forked after OpenMP ran.
   if (team.parts <= 1 || openmp().parallel == nullptr) {
     if (units > 0) work(context, 0, units);

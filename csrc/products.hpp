@@ -5,12 +5,15 @@
 #include <dlfcn.h>
 #endif
 
+#include "parallel.hpp"
+
 namespace fastvae {
 
 // In Fortran's convention: matrices lie column by column.
 template <class C>
-using Gemm = void (*)(const char* a_is, const char* b_is, const int* m, const int* n, const int* k, const C* alpha, const C* a,
-                      const int* lda, const C* b, const int* ldb, const C* beta, C* c, const int* ldc);
+using Gemm = void (*)(const char* a_is, const char* b_is, const int* m, const int* n, const int* k,
+                      const C* alpha, const C* a, const int* lda, const C* b, const int* ldb, const C* beta,
+                      C* c, const int* ldc);
 
 struct Blas {
   Gemm<float> sgemm = nullptr;
@@ -36,12 +39,14 @@ inline bool find_blas(const char* torch_library) {
 }
 
 template <class C>
-void gemm(char a_is, char b_is, i64 m, i64 n, i64 k, const C* a, i64 lda, const C* b, i64 ldb, C beta, C* c, i64 ldc) {
+void gemm(char a_is, char b_is, i64 m, i64 n, i64 k, const C* a, i64 lda, const C* b, i64 ldb, C beta, C* c,
+          i64 ldc) {
   const int sizes[] = {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k)};
   const int strides[] = {static_cast<int>(lda), static_cast<int>(ldb), static_cast<int>(ldc)};
   const C one = 1;
   const auto call = [&](auto function) {
-    function(&a_is, &b_is, sizes, sizes + 1, sizes + 2, &one, a, strides, b, strides + 1, &beta, c, strides + 2);
+    function(&a_is, &b_is, sizes, sizes + 1, sizes + 2, &one, a, strides, b, strides + 1, &beta, c,
+             strides + 2);
   };
   if constexpr (std::is_same<C, float>::value) {
     call(blas().sgemm);

@@ -1,5 +1,6 @@
-// Python as a caller of the ops in calls.hpp: how its arguments are read and results are made. A tensor is read by its own methods and
-// made by torch's functions, so that no libtorch is linked and one build serves every version.
+// Python as a caller of the ops in calls.hpp: how its arguments are read and results are made. A tensor is
+// read by its own methods and made by torch's functions, so that no libtorch is linked and one build serves
+// every version.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,13 +12,15 @@
 #include <string>
 #include <utility>
 
+#include "targets.hpp"
 #include "torch.hpp"
 
 namespace fastvae {
 
 // Names, types and functions of torch, looked up once.
 struct Torch {
-  PyObject *base, *data_ptr, *dtype, *shape, *stride, *to, *new_empty, *with_dtype, *empty_like, *get_num_threads, *dtypes[kDtypes];
+  PyObject *base, *data_ptr, *dtype, *shape, *stride, *to, *new_empty, *with_dtype, *empty_like,
+      *get_num_threads, *dtypes[kDtypes];
   Torch() {
     data_ptr = PyUnicode_InternFromString("data_ptr");
     dtype = PyUnicode_InternFromString("dtype");
@@ -31,7 +34,8 @@ struct Torch {
     empty_like = pybind11::object(torch.attr("empty_like")).release().ptr();
     get_num_threads = pybind11::object(torch.attr("get_num_threads")).release().ptr();
     // In the order of enum Dtype.
-    const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64", "bool"};
+    const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8",
+                           "int8",    "int16",   "int32",    "int64",   "bool"};
     for (int i = 0; i < kDtypes; ++i) dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
   }
 };
@@ -51,8 +55,9 @@ inline i64 integer(PyObject* number) {
   return value;
 }
 
-// Where in Python's object of a tensor its handle lies, as torch's C interface takes it; -1 where that is not known. Found by comparison
-// with a handle that torch made of the same tensor: reading by it costs a tenth of asking the object's methods.
+// Where in Python's object of a tensor its handle lies, as torch's C interface takes it; -1 where that is not
+// known. Found by comparison with a handle that torch made of the same tensor: reading by it costs a tenth of
+// asking the object's methods.
 inline Py_ssize_t find_handle() {
   namespace py = pybind11;
   if (!torch_interface().complete) return -1;
@@ -61,11 +66,14 @@ inline Py_ssize_t find_handle() {
     const py::module_ torch = py::module_::import("torch"), aoti = torch.attr("_C").attr("_aoti");
     const auto size = py::handle(torch.attr("Tensor")).attr("__basicsize__").cast<Py_ssize_t>();
     for (int i = 0; i < 2; ++i) {
-      const py::object tensor = torch.attr("empty")(i + 1), capsule = aoti.attr("unsafe_alloc_void_ptr_from_tensor")(tensor);
-      const auto* handle = static_cast<void**>(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
+      const py::object tensor = torch.attr("empty")(i + 1),
+                       capsule = aoti.attr("unsafe_alloc_void_ptr_from_tensor")(tensor);
+      const auto* handle =
+          static_cast<void**>(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
       const auto* object = reinterpret_cast<const char*>(tensor.ptr());
       Py_ssize_t at = sizeof(PyObject);
-      while (at + static_cast<Py_ssize_t>(sizeof(void*)) <= size && std::memcmp(object + at, handle, sizeof(void*)) != 0)
+      while (at + static_cast<Py_ssize_t>(sizeof(void*)) <= size &&
+             std::memcmp(object + at, handle, sizeof(void*)) != 0)
         at += sizeof(void*);
       py::list handles;
       handles.append(capsule);
@@ -101,13 +109,18 @@ inline Tensor tensor_by_methods(PyObject* tensor) {
   const pybind11::tuple sizes(object.attr("shape")), strides(object.attr("stride")());
   i64 last = object.attr("storage_offset")().cast<i64>(), count = 1;
   for (std::size_t i = 0; i < sizes.size(); ++i) {
-    count *= sizes[i].cast<i64>(), last += (sizes[i].cast<i64>() - 1) * strides[i].cast<i64>();
+    count *= sizes[i].cast<i64>();
+    last += (sizes[i].cast<i64>() - 1) * strides[i].cast<i64>();
   }
   read_numbers(strides.ptr(), t.s0, t.s1, t.s2);
-  if (count > 0 && (last + 1) * kItemSizes[t.dtype] > object.attr("untyped_storage")().attr("nbytes")().cast<i64>()) return t.with(kFreed);
+  if (count > 0 &&
+      (last + 1) * kItemSizes[t.dtype] > object.attr("untyped_storage")().attr("nbytes")().cast<i64>())
+    return t.with(kFreed);
   if (!object.attr("is_cpu").cast<bool>()) return t.with(kNotOnCpu);
   if (t.dtype == kBool) t.dtype = kUInt8;
-  t.data = count > 0 ? static_cast<address>(integer(owned(PyObject_CallMethodNoArgs(tensor, names.data_ptr)).ptr())) : 0;
+  t.data = count > 0
+               ? static_cast<address>(integer(owned(PyObject_CallMethodNoArgs(tensor, names.data_ptr)).ptr()))
+               : 0;
   return t;
 }
 
@@ -119,29 +132,14 @@ inline Tensor tensor_of(PyObject* tensor) {
     t.given = true;
     return t.with(kNoTensor);
   }
-  return at < 0 ? tensor_by_methods(tensor) : tensor_of(static_cast<Handle>(reinterpret_cast<char*>(tensor) + at));
+  return at < 0 ? tensor_by_methods(tensor)
+                : tensor_of(static_cast<Handle>(reinterpret_cast<char*>(tensor) + at));
 }
-
-// The likelihoods' names, by number.
-#define FASTVAE_NAME(name, L) #name,
-constexpr const char* kLikelihoods[] = {FASTVAE_LIKELIHOODS(FASTVAE_NAME)};
-#undef FASTVAE_NAME
 
 inline pybind11::list likelihoods() {
   pybind11::list names;
   for (const char* name : kLikelihoods) names.append(name);
   return names;
-}
-
-inline int number_of(const char* likelihood) {
-  int number = 0;
-  for (const char* name : kLikelihoods) {
-    if (std::strcmp(name, likelihood) == 0) return number;
-    ++number;
-  }
-  throw std::runtime_error(std::string("fastvae: the C++ extension fastvae._C has no likelihood '") + likelihood +
-                           "': it was built without csrc/likelihoods/" + likelihood +
-                           ".hpp. Build it again with `pip install -e .` in fastvae's folder.");
 }
 
 // A tensor, and the object that it was read from.
@@ -156,7 +154,8 @@ struct Made : Output {
   pybind11::object object = pybind11::none();
   int dtype = 0;
   Made() = default;
-  Made(pybind11::object tensor, int its) : Output{tensor_of(tensor.ptr()).data}, object(std::move(tensor)), dtype(its) {}
+  Made(pybind11::object tensor, int its)
+      : Output{tensor_of(tensor.ptr()).data}, object(std::move(tensor)), dtype(its) {}
 
   void convert(int wanted) {
     if (!data || wanted == dtype) return;
@@ -172,10 +171,19 @@ inline Made make(const Given& given, std::initializer_list<i64> sizes, int dtype
   PyObject* arguments[5] = {given.object};
   std::size_t n = 1;
   pybind11::object items[4];
-  for (i64 size : sizes) items[n - 1] = owned(PyLong_FromLongLong(size)), arguments[n] = items[n - 1].ptr(), ++n;
-  if (n == 1) items[0] = pybind11::tuple(), arguments[n++] = items[0].ptr();
+  for (i64 size : sizes) {
+    items[n - 1] = owned(PyLong_FromLongLong(size));
+    arguments[n] = items[n - 1].ptr();
+    ++n;
+  }
+  if (n == 1) {
+    items[0] = pybind11::tuple();
+    arguments[n++] = items[0].ptr();
+  }
   arguments[n] = names.dtypes[dtype];
-  return Made(owned(PyObject_VectorcallMethod(names.new_empty, arguments, n, dtype == given.dtype ? nullptr : names.with_dtype)), dtype);
+  return Made(owned(PyObject_VectorcallMethod(names.new_empty, arguments, n,
+                                              dtype == given.dtype ? nullptr : names.with_dtype)),
+              dtype);
 }
 
 // An uninitialised contiguous tensor of the given one's shape.
@@ -185,10 +193,13 @@ inline Made make_like(const Given& given, int dtype) {
   }
   if (given.axes == 0) return make(given, {}, dtype);
   if (given.axes == 1) return make(given, {given.n0}, dtype);
-  return given.axes == 2 ? make(given, {given.n0, given.n1}, dtype) : make(given, {given.n0, given.n1, given.n2}, dtype);
+  return given.axes == 2 ? make(given, {given.n0, given.n1}, dtype)
+                         : make(given, {given.n0, given.n1, given.n2}, dtype);
 }
 
-inline int number_of_threads() { return static_cast<int>(integer(owned(PyObject_CallNoArgs(torch_names().get_num_threads)).ptr())); }
+inline int number_of_threads() {
+  return static_cast<int>(integer(owned(PyObject_CallNoArgs(torch_names().get_num_threads)).ptr()));
+}
 
 inline double real(PyObject* number) {
   const double value = PyFloat_AsDouble(number);
@@ -197,7 +208,8 @@ inline double real(PyObject* number) {
 }
 
 inline PyObject* const* items_of(PyObject* tuple, Py_ssize_t number) {
-  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != number) throw pybind11::type_error("fastvae._C: expected a record of the op");
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != number)
+    throw pybind11::type_error("fastvae._C: expected a record of the op");
   return &PyTuple_GET_ITEM(tuple, 0);
 }
 
@@ -218,8 +230,13 @@ class FromPython {
     return number_of(name);
   }
   // The function that is called with what follows where the C++ does not serve.
-  void read_otherwise() { otherwise_ = next(), given_ = at_; }
-  Results otherwise() const { return PyObject_Vectorcall(otherwise_, given_, static_cast<std::size_t>(end_ - given_), nullptr); }
+  void read_otherwise() {
+    otherwise_ = next();
+    given_ = at_;
+  }
+  Results otherwise() const {
+    return PyObject_Vectorcall(otherwise_, given_, static_cast<std::size_t>(end_ - given_), nullptr);
+  }
 
   void skip() { next(); }
   bool flag() { return next() == Py_True; }
@@ -229,7 +246,8 @@ class FromPython {
     PyObject* const* t = items_of(next(), 8);
     const char* scale = PyUnicode_AsUTF8(t[6]);
     if (scale == nullptr) throw pybind11::error_already_set();
-    return {integer(t[0]), integer(t[1]), integer(t[2]), real(t[3]), real(t[4]), t[5] == Py_True, scale_of(scale), real(t[7])};
+    return {integer(t[0]), integer(t[1]),   integer(t[2]),   real(t[3]),
+            real(t[4]),    t[5] == Py_True, scale_of(scale), real(t[7])};
   }
   Place place() {  // (samples, sample_offset, row_offset, flat)
     PyObject* const* t = items_of(next(), 4);
@@ -238,14 +256,17 @@ class FromPython {
   How how() {  // (coefficient, over, reduction, alpha, groups, share)
     PyObject* const* t = items_of(next(), 6);
     const bool log_mean_exp = PyUnicode_CompareWithASCIIString(t[1], "log_mean_exp") == 0;
-    return {real(t[0]), log_mean_exp, static_cast<char>(PyUnicode_READ_CHAR(t[2], 0)), real(t[3]), integer(t[4]), real(t[5])};
+    return {real(t[0]), log_mean_exp,  static_cast<char>(PyUnicode_READ_CHAR(t[2], 0)),
+            real(t[3]), integer(t[4]), real(t[5])};
   }
   Need need() {
     Need need;
-    const pybind11::object items = owned(PySequence_Fast(next(), "fastvae._C: needs of gradients must be a sequence"));
+    const pybind11::object items =
+        owned(PySequence_Fast(next(), "fastvae._C: needs of gradients must be a sequence"));
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
     if (count > kMostNeeds) throw pybind11::type_error("fastvae._C: more needs of gradients than inputs");
-    for (Py_ssize_t i = 0; i < count; ++i) need.gradient[i] = PySequence_Fast_GET_ITEM(items.ptr(), i) == Py_True;
+    for (Py_ssize_t i = 0; i < count; ++i)
+      need.gradient[i] = PySequence_Fast_GET_ITEM(items.ptr(), i) == Py_True;
     return need;
   }
 
@@ -299,8 +320,10 @@ PyObject* guarded(F function) {
   }
   return nullptr;
 }
-inline PyMethodDef fast_method(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+inline PyMethodDef fast_method(const char* name,
+                               PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+          nullptr};
 }
 
 // An op of calls.hpp as a function of Python.
@@ -337,7 +360,8 @@ struct type_caster<fastvae::HeadTensors> {
     for (int i = 0; i < 3; ++i) {
       PyObject* row = PyTuple_GET_ITEM(source.ptr(), i);
       if (!PyTuple_Check(row) || PyTuple_GET_SIZE(row) != fastvae::kMostParameters) return false;
-      for (int j = 0; j < fastvae::kMostParameters; ++j) rows[i][j] = fastvae::tensor_of(PyTuple_GET_ITEM(row, j));
+      for (int j = 0; j < fastvae::kMostParameters; ++j)
+        rows[i][j] = fastvae::tensor_of(PyTuple_GET_ITEM(row, j));
     }
     return true;
   }

@@ -1,9 +1,22 @@
 // Philox4x32-10 and Box-Muller: noise as a function of its address. fastvae/random.py has the definition.
 // Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
 
+#if defined(FASTVAE_RANDOM_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_RANDOM_HPP
+#undef FASTVAE_RANDOM_HPP
+#else
+#define FASTVAE_RANDOM_HPP
+#endif
+
+#include "tiles.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct Key {
   std::uint32_t low, high;
-  explicit Key(std::uint64_t seed) : low(static_cast<std::uint32_t>(seed)), high(static_cast<std::uint32_t>(seed >> 32)) {}
+  explicit Key(std::uint64_t seed)
+      : low(static_cast<std::uint32_t>(seed)), high(static_cast<std::uint32_t>(seed >> 32)) {}
 };
 
 struct Words {
@@ -16,8 +29,8 @@ FASTVAE_INLINE Words philox(Words c, Key key) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = static_cast<std::uint64_t>(c.w0) * 0xD2511F53u;
     const std::uint64_t p1 = static_cast<std::uint64_t>(c.w2) * 0xCD9E8D57u;
-    c = {static_cast<std::uint32_t>(p1 >> 32) ^ c.w1 ^ k0, static_cast<std::uint32_t>(p1), static_cast<std::uint32_t>(p0 >> 32) ^ c.w3 ^ k1,
-         static_cast<std::uint32_t>(p0)};
+    c = {static_cast<std::uint32_t>(p1 >> 32) ^ c.w1 ^ k0, static_cast<std::uint32_t>(p1),
+         static_cast<std::uint32_t>(p0 >> 32) ^ c.w3 ^ k1, static_cast<std::uint32_t>(p0)};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -38,15 +51,19 @@ FASTVAE_INLINE float radius_of(std::uint32_t w, float) {
   const float g = upper && exponent == 0 ? -f : m - 1.0f;
   return __builtin_sqrtf(-2.0f * log_from(g, static_cast<float>(exponent)));
 }
-FASTVAE_INLINE double radius_of(std::uint32_t w, double) { return __builtin_sqrt(-2.0 * __builtin_log((w + 0.5) * 0x1p-32)); }
+FASTVAE_INLINE double radius_of(std::uint32_t w, double) {
+  return __builtin_sqrt(-2.0 * __builtin_log((w + 0.5) * 0x1p-32));
+}
 
 template <class C>
 struct Pair {
   C first, second;
 };
 FASTVAE_INLINE Pair<float> turn(float radius, std::uint32_t w) {
-  // The angle 2 pi (w + 1/2) / 2^32 less its quarter turns, within +-pi/4: the lower 30 bits with their sign, exactly.
-  const float a = static_cast<float>(static_cast<std::int32_t>(w << 2)) * 3.6572951981678990e-10f + 7.3145903963357980e-10f;
+  // The angle 2 pi (w + 1/2) / 2^32 less its quarter turns, within +-pi/4: the lower 30 bits with their sign,
+  // exactly.
+  const float a = static_cast<float>(static_cast<std::int32_t>(w << 2)) * 3.6572951981678990e-10f +
+                  7.3145903963357980e-10f;
   const float z = a * a;
   float s = -1.9515295891e-4f;
   s = s * z + 8.3321608736e-3f;
@@ -68,8 +85,8 @@ FASTVAE_INLINE Pair<double> turn(double radius, std::uint32_t w) {
   return {radius * __builtin_cos(angle), radius * __builtin_sin(angle)};
 }
 
-// Philox on vectors of 64-bit lanes. A lane's lower half is a word of a counter; what a product leaves in the upper half does no
-// harm, since a multiplication takes lower halves only.
+// Philox on vectors of 64-bit lanes. A lane's lower half is a word of a counter; what a product leaves in the
+// upper half does no harm, since a multiplication takes lower halves only.
 typedef std::uint64_t U64 __attribute__((vector_size(kVectorBytes)));
 #if FASTVAE_VECTOR_BYTES == 64
 FASTVAE_INLINE U64 multiply_lower(U64 a, U64 b) { return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
@@ -97,20 +114,23 @@ FASTVAE_INLINE void philox(U64& c0, U64& c1, U64& c2, U64& c3, Key key) {
   }
 }
 
-// The words of `calls` counters (block + c0[i], row + c1[i], sample, level); with kOfSamples (block + c0[i], row, sample + c1[i],
-// level); whole steps are done.
+// The words of `calls` counters (block + c0[i], row + c1[i], sample, level); with kOfSamples (block + c0[i],
+// row, sample + c1[i], level); whole steps are done.
 constexpr int kCalls = kTile / 4;
 template <bool kOfSamples>
-FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t block, const std::uint32_t* c1, std::uint32_t row,
-                               std::uint32_t sample, std::uint32_t level, Key key, std::uint32_t (*words)[kCalls]) {
-  const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample, levels = zero + level, lower = zero + 0xffffffffu;
+FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t block,
+                               const std::uint32_t* c1, std::uint32_t row, std::uint32_t sample,
+                               std::uint32_t level, Key key, std::uint32_t (*words)[kCalls]) {
+  const U64 zero = {}, blocks = zero + block, rows = zero + row, samples = zero + sample,
+            levels = zero + level, lower = zero + 0xffffffffu;
   for (int i = 0; i < calls; i += kCallsPerStep) {
     U64 pattern0, pattern1;
     __builtin_memcpy(&pattern0, c0 + i, sizeof(U64));
     __builtin_memcpy(&pattern1, c1 + i, sizeof(U64));
     const U64 row_pattern = kOfSamples ? zero : pattern1, sample_pattern = kOfSamples ? pattern1 : zero;
     U64 even[4] = {pattern0 + blocks, row_pattern + rows, sample_pattern + samples, levels};
-    U64 odd[4] = {(pattern0 >> 32) + blocks, (row_pattern >> 32) + rows, (sample_pattern >> 32) + samples, levels};
+    U64 odd[4] = {(pattern0 >> 32) + blocks, (row_pattern >> 32) + rows, (sample_pattern >> 32) + samples,
+                  levels};
     philox(even[0], even[1], even[2], even[3], key);
     philox(odd[0], odd[1], odd[2], odd[3], key);
     for (int j = 0; j < 4; ++j) {
@@ -120,15 +140,16 @@ FASTVAE_LOOP void philox_calls(int calls, const std::uint32_t* c0, std::uint32_t
   }
 }
 
-// Normals from the words, in two loops: a processor looks only so far ahead, and short bodies show it several elements at once.
+// Normals from the words, in two loops: a processor looks only so far ahead, and short bodies show it several
+// elements at once.
 template <class C>
 FASTVAE_LOOP void radii(int calls, const std::uint32_t* __restrict words, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < calls; ++i) out[i] = radius_of(words[i], C{});
 }
 template <class C>
-FASTVAE_LOOP void turns(int calls, const C* __restrict radii, const std::uint32_t* __restrict words, C* __restrict first,
-                        C* __restrict second) {
+FASTVAE_LOOP void turns(int calls, const C* __restrict radii, const std::uint32_t* __restrict words,
+                        C* __restrict first, C* __restrict second) {
 #pragma omp simd
   for (int i = 0; i < calls; ++i) {
     const Pair<C> pair = turn(radii[i], words[i]);
@@ -174,7 +195,8 @@ FASTVAE_LOOP void interleave(int calls, const C (*planes)[kCalls], C* out) {
 constexpr i64 kNetColumns = 128;
 constexpr int kNetBits = 30;
 
-// The noise of one tile at a time: rows of the same columns and the same sample, or samples of the same columns and the same row.
+// The noise of one tile at a time: rows of the same columns and the same sample, or samples of the same
+// columns and the same row.
 template <class C>
 class Noise {
  public:
@@ -192,7 +214,10 @@ class Noise {
     for (int i = 0, j = 0, r = 0; i < kCalls; ++i) {
       c0_[i] = static_cast<std::uint32_t>(j);
       c1_[i] = static_cast<std::uint32_t>(r);
-      if (++j == blocks) j = 0, ++r;
+      if (++j == blocks) {
+        j = 0;
+        ++r;
+      }
     }
   }
 
@@ -206,7 +231,8 @@ class Noise {
   const C* of_net(i64 sample, i64 row, const std::uint64_t* seeds, i64 randomisations, const i64* net) {
     const i64 number = sample + sample_offset_;
     key_ = Key(seeds[number % randomisations]);
-    const i64 begin = static_cast<i64>(block_) * 4, end = begin + blocks_ * 4, columns = level_ ? 0 : kNetColumns;
+    const i64 begin = static_cast<i64>(block_) * 4, end = begin + blocks_ * 4,
+              columns = level_ ? 0 : kNetColumns;
     if (end > columns) {
       random_words<false>(number, row);
       if (begin >= columns) return transform();
@@ -217,11 +243,13 @@ class Noise {
     std::uint32_t at[kNetColumns] = {};
     for (int bit = 0; bit < kNetBits; ++bit) {
       if (!(point >> bit & 1)) continue;
-      for (i64 d = begin; d < columns && d < end; ++d) at[d] ^= static_cast<std::uint32_t>(net[bit * kNetColumns + d]);
+      for (i64 d = begin; d < columns && d < end; ++d)
+        at[d] ^= static_cast<std::uint32_t>(net[bit * kNetColumns + d]);
     }
     for (int i = 0; i < calls_; ++i) {
       const i64 column = begin + static_cast<i64>(c0_[i]) * 4;
-      for (int j = 0; j < 4; ++j) words_[j][i] = column < columns ? words_[j][i] ^ at[column + j] : beyond_[j][i];
+      for (int j = 0; j < 4; ++j)
+        words_[j][i] = column < columns ? words_[j][i] ^ at[column + j] : beyond_[j][i];
     }
     return transform();
   }
@@ -235,8 +263,8 @@ class Noise {
 
   template <bool kOfSamples>
   void random_words(i64 sample, i64 row) {
-    philox_calls<kOfSamples>(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_), static_cast<std::uint32_t>(sample),
-                             level_, key_, words_);
+    philox_calls<kOfSamples>(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_),
+                             static_cast<std::uint32_t>(sample), level_, key_, words_);
   }
 
   const C* transform() {
@@ -257,30 +285,13 @@ class Noise {
   C radii_[kCalls], planes_[4][kCalls], normals_[kTile];
 };
 
-inline int tile_width(i64 columns, i64 column) { return static_cast<int>(columns - column < kTile ? columns - column : kTile); }
-
-// How many rows are handled as one tile: a function of the shape alone, so that results do not depend on threads. Nearly a full
-// tile, and all tiles of nearly one height.
-constexpr int kMostRows = 64;
-inline i64 rows_per_tile(i64 rows, i64 columns) {
-  const i64 pitch = columns > 0 ? (columns + 3) / 4 * 4 : 4;
-  if (2 * pitch > kTile) return 1;
-  const i64 fit = kTile / pitch < kMostRows ? kTile / pitch : kMostRows;
-  const i64 tiles = (rows + fit - 1) / fit;
-  return tiles ? (rows + tiles - 1) / tiles : 1;
-}
-inline Tile tile_of(i64 rows, i64 row, i64 height, i64 columns, i64 column) {
-  const int n = tile_width(columns, column);
-  return {static_cast<int>(rows - row < height ? rows - row : height), n, (n + 3) / 4 * 4};
-}
-
 // The noise itself.
 // @param out (samples, rows, columns): float, or double with `wide`
 // @param seed the address of an int64
 // @param net of quasi-Monte-Carlo noise (kNetBits, kNetColumns) int64
 // @param randomisations of it, as many as there are seeds; 0 for none
-inline void normal(Output out, bool wide, Output seed, Output net, i64 randomisations, i64 samples, i64 rows, i64 columns,
-                   i64 sample_offset, i64 row_offset, i64 level, int threads) {
+inline void normal(Output out, bool wide, Output seed, Output net, i64 randomisations, i64 samples, i64 rows,
+                   i64 columns, i64 sample_offset, i64 row_offset, i64 level, int threads) {
   auto run = [&](auto zero) {
     using C = decltype(zero);
     const Key key(*pointer<const std::uint64_t>(seed));
@@ -292,7 +303,8 @@ inline void normal(Output out, bool wide, Output seed, Output net, i64 randomisa
         for (i64 column = 0; column < columns; column += kTile) {
           const Tile tile = tile_of(rows, b, height, columns, column);
           noise.shape(column, tile);
-          const C* eps = randomisations ? noise.of_net(k, b, pointer<const std::uint64_t>(seed), randomisations, pointer<const i64>(net))
+          const C* eps = randomisations ? noise.of_net(k, b, pointer<const std::uint64_t>(seed),
+                                                       randomisations, pointer<const i64>(net))
                                         : noise(k, b);
           C* p = pointer<C>(out) + (k * rows + b) * columns + column;
           for (int r = 0; r < tile.rows; ++r) copy(p + r * columns, eps + r * tile.pitch, tile.n);
@@ -304,6 +316,12 @@ inline void normal(Output out, bool wide, Output seed, Output net, i64 randomisa
 }
 
 // The random words of one counter, for the known-answer test.
-FASTVAE_INLINE Words philox_words(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
+FASTVAE_INLINE Words philox_words(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
+                                  std::uint64_t seed) {
   return philox({c0, c1, c2, c3}, Key(seed));
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,4 +1,5 @@
-// Torch's C interface, whose functions are looked up in the library that is loaded: nothing is linked, and no header of torch is needed.
+// Torch's C interface, whose functions are looked up in the library that is loaded: nothing is linked, and no
+// header of torch is needed.
 #pragma once
 
 #ifdef __linux__
@@ -53,23 +54,36 @@ struct TorchInterface {
       function = torch ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(torch, name)) : nullptr;
       complete = complete && function != nullptr;
     };
-    look(library, "aoti_torch_library_init_impl"), look(implement, "torch_library_impl");
-    look(data, "aoti_torch_get_data_ptr"), look(axes, "aoti_torch_get_dim");
-    look(sizes, "aoti_torch_get_sizes"), look(strides, "aoti_torch_get_strides"), look(dtype, "aoti_torch_get_dtype");
-    look(device, "aoti_torch_get_device_type"), look(layout, "aoti_torch_get_layout");
-    look(bytes, "aoti_torch_get_storage_size"), look(offset, "aoti_torch_get_storage_offset");
-    look(empty, "aoti_torch_empty_strided"), look(undefined, "aoti_torch_new_uninitialized_tensor");
-    look(delete_tensor, "aoti_torch_delete_tensor_object"), look(threads, "torch_get_num_threads");
-    look(text, "torch_string_c_str"), look(delete_text, "torch_delete_string");
-    look(length, "torch_list_size"), look(item, "torch_list_get_item"), look(delete_list, "torch_delete_list");
+    look(library, "aoti_torch_library_init_impl");
+    look(implement, "torch_library_impl");
+    look(data, "aoti_torch_get_data_ptr");
+    look(axes, "aoti_torch_get_dim");
+    look(sizes, "aoti_torch_get_sizes");
+    look(strides, "aoti_torch_get_strides");
+    look(dtype, "aoti_torch_get_dtype");
+    look(device, "aoti_torch_get_device_type");
+    look(layout, "aoti_torch_get_layout");
+    look(bytes, "aoti_torch_get_storage_size");
+    look(offset, "aoti_torch_get_storage_offset");
+    look(empty, "aoti_torch_empty_strided");
+    look(undefined, "aoti_torch_new_uninitialized_tensor");
+    look(delete_tensor, "aoti_torch_delete_tensor_object");
+    look(threads, "torch_get_num_threads");
+    look(text, "torch_string_c_str");
+    look(delete_text, "torch_delete_string");
+    look(length, "torch_list_size");
+    look(item, "torch_list_get_item");
+    look(delete_list, "torch_delete_list");
     const auto number = [&](std::int32_t& value, const std::string& name) {
       std::int32_t (*function)() = nullptr;
       look(function, name.c_str());
       if (function) value = function();
     };
-    number(cpu, "aoti_torch_device_type_cpu"), number(strided, "aoti_torch_layout_strided");
+    number(cpu, "aoti_torch_device_type_cpu");
+    number(strided, "aoti_torch_layout_strided");
     // In the order of enum Dtype.
-    const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64", "bool"};
+    const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8",
+                           "int8",    "int16",   "int32",    "int64",   "bool"};
     for (int i = 0; i < kDtypes; ++i) number(dtypes[i], std::string("aoti_torch_dtype_") + names[i]);
 #else
     static_cast<void>(path);
@@ -95,18 +109,24 @@ inline Tensor tensor_of(Handle handle) {
   t.given = true;
   std::int32_t device = 0, layout = 0, type = 0;
   i64 axes = 0, bytes = 0, offset = 0, *sizes = nullptr, *strides = nullptr;
-  succeed(torch.device(handle, &device)), succeed(torch.layout(handle, &layout));
-  succeed(torch.dtype(handle, &type)), succeed(torch.axes(handle, &axes)), succeed(torch.sizes(handle, &sizes));
+  succeed(torch.device(handle, &device));
+  succeed(torch.layout(handle, &layout));
+  succeed(torch.dtype(handle, &type));
+  succeed(torch.axes(handle, &axes));
+  succeed(torch.sizes(handle, &sizes));
   t.axes = static_cast<int>(axes);
   while (t.dtype < kDtypes && torch.dtypes[t.dtype] != type) ++t.dtype;
   i64 *const n[] = {&t.n0, &t.n1, &t.n2}, *const s[] = {&t.s0, &t.s1, &t.s2};
   for (i64 i = 0; i < axes && axes <= 3; ++i) *n[i] = sizes[i];
   if (layout != torch.strided) return t.with(kNotStrided);
   if (t.dtype == kDtypes) return t.with(kUnknownDtype);
-  succeed(torch.strides(handle, &strides)), succeed(torch.bytes(handle, &bytes)), succeed(torch.offset(handle, &offset));
+  succeed(torch.strides(handle, &strides));
+  succeed(torch.bytes(handle, &bytes));
+  succeed(torch.offset(handle, &offset));
   i64 last = offset, count = 1;
   for (i64 i = 0; i < axes; ++i) {
-    count *= sizes[i], last += (sizes[i] - 1) * strides[i];
+    count *= sizes[i];
+    last += (sizes[i] - 1) * strides[i];
     if (axes <= 3) *s[i] = strides[i];
   }
   // As sharding leaves a parameter that is elsewhere.

@@ -1,14 +1,20 @@
-// The bound of a batch: log p(x|z) of every row, the term of q and p added, reduced over samples and over the batch; and back.
-// The mathematics stands in fastvae/ops/weigh.py.
+// The bound of a batch: log p(x|z) of every row, the term of q and p added, reduced over samples and over the
+// batch; and back. The mathematics stands in fastvae/ops/weigh.py.
 
-// Numbers for the length of a call, as they come.
-template <class C>
-struct Scratch {
-  C* const data;
-  explicit Scratch(i64 size) : data(static_cast<C*>(::operator new(static_cast<std::size_t>(size) * sizeof(C)))) {}
-  ~Scratch() { ::operator delete(data); }
-  Scratch(const Scratch&) = delete;
-};
+#if defined(FASTVAE_WEIGH_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_WEIGH_HPP
+#undef FASTVAE_WEIGH_HPP
+#else
+#define FASTVAE_WEIGH_HPP
+#endif
+
+#include "common.hpp"
+#include "importance.hpp"
+#include "likelihood.hpp"
+#include "tiles.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
 
 // Factor times term, where 0 times infinity is 0.
 template <class C>
@@ -23,11 +29,13 @@ struct Factor {
   const Storage<C>* storage;
   Tensor beta;
 
-  explicit Factor(const Weighing& w) : coefficient(w.coefficient), storage(&fastvae::FASTVAE_ISA::storage<C>(w.beta.dtype)), beta(w.beta) {}
+  explicit Factor(const Weighing& w)
+      : coefficient(w.coefficient), storage(&fastvae::FASTVAE_ISA::storage<C>(w.beta.dtype)), beta(w.beta) {}
   double operator()(i64 b) const {
     if (!beta.data) return coefficient;
     C number[1];
-    return coefficient * storage->load(number, beta.data + static_cast<address>(b * beta.s0 * storage->size), 0, 1)[0];
+    return coefficient *
+           storage->load(number, beta.data + static_cast<address>(b * beta.s0 * storage->size), 0, 1)[0];
   }
 };
 
@@ -42,8 +50,9 @@ void mean_over_samples(i64 samples, i64 first, int n, const C* p, i64 s0, i64 s1
   for (int i = 0; i < n; ++i) out[i] /= static_cast<double>(samples);
 }
 
-// Of log weights (K, B) to the power 1 - alpha in groups of samples: the log-mean-exps over 1 - alpha, averaged, and a share of the mean of
-// the log weights; and the derivatives by these, the weights. In type W where the power makes differences small.
+// Of log weights (K, B) to the power 1 - alpha in groups of samples: the log-mean-exps over 1 - alpha,
+// averaged, and a share of the mean of the log weights; and the derivatives by these, the weights. In type W
+// where the power makes differences small.
 template <class W, class C>
 void bounds_of_groups(const Weighing& w, const W* scaled, const C* log_w, C* bound, C* weights) {
   const i64 samples = w.rows.samples, rows = w.rows.rows, groups = w.how.groups, size = samples / groups;
@@ -59,7 +68,8 @@ void bounds_of_groups(const Weighing& w, const W* scaled, const C* log_w, C* bou
     for (i64 b = 0; b < rows; ++b) sums[static_cast<std::size_t>(b)] += value[b] / power;
     log_mean_exp_weights<W>(weight.data, parts, own, maximum, total, size, rows, w.rows.threads);
     C* out = weights + g * size * rows;
-    for (i64 i = 0; i < size * rows; ++i) out[i] = (weight.data[i] < static_cast<W>(tiny) ? C(0) : static_cast<C>(weight.data[i])) + even;
+    for (i64 i = 0; i < size * rows; ++i)
+      out[i] = (weight.data[i] < static_cast<W>(tiny) ? C(0) : static_cast<C>(weight.data[i])) + even;
   }
   for (i64 first = 0; share != 0 && first < rows; first += kColumnsPerUnit) {
     const int n = static_cast<int>(rows - first < kColumnsPerUnit ? rows - first : kColumnsPerUnit);
@@ -72,8 +82,8 @@ void bounds_of_groups(const Weighing& w, const W* scaled, const C* log_w, C* bou
   }
 }
 
-// The bound of each row, and the mean of its log-likelihoods where that is asked for. `log_w` holds the log-likelihoods (K, B),
-// and becomes the log weights where these are weighed.
+// The bound of each row, and the mean of its log-likelihoods where that is asked for. `log_w` holds the
+// log-likelihoods (K, B), and becomes the log weights where these are weighed.
 template <class C>
 void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C* weights) {
   const i64 samples = w.rows.samples, rows = w.rows.rows;
@@ -87,12 +97,14 @@ void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C*
       const int n = static_cast<int>(rows - first < kColumnsPerUnit ? rows - first : kColumnsPerUnit);
       if (log_likelihood || !w.log_mean_exp) {
         mean_over_samples(samples, first, n, log_w, rows, 1, likelihood);
-        for (int i = 0; i < n && log_likelihood; ++i) log_likelihood[first + i] = static_cast<C>(likelihood[i]);
+        for (int i = 0; i < n && log_likelihood; ++i)
+          log_likelihood[first + i] = static_cast<C>(likelihood[i]);
       }
       if (!w.log_mean_exp) {
         fill(added, 0.0, n);
         if (term) mean_over_samples(w.each_sample ? samples : 1, first, n, term, w.term.s0, w.term.s1, added);
-        for (int i = 0; i < n; ++i) bound[first + i] = static_cast<C>(likelihood[i] + times(factor(first + i), added[i]));
+        for (int i = 0; i < n; ++i)
+          bound[first + i] = static_cast<C>(likelihood[i] + times(factor(first + i), added[i]));
       } else if (term) {
         for (int i = 0; i < n; ++i) added[i] = factor(first + i);
         for (i64 k = 0; k < samples; ++k) {
@@ -107,7 +119,8 @@ void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C*
   if (!w.how.plain()) {
     if (w.how.alpha == 0) return bounds_of_groups<C, C>(w, log_w, log_w, bound, weights);
     const Scratch<double> scaled(samples * rows);
-    for (i64 i = 0; i < samples * rows; ++i) scaled.data[i] = (1 - w.how.alpha) * static_cast<double>(log_w[i]);
+    for (i64 i = 0; i < samples * rows; ++i)
+      scaled.data[i] = (1 - w.how.alpha) * static_cast<double>(log_w[i]);
     return bounds_of_groups<double, C>(w, scaled.data, log_w, bound, weights);
   }
   const Scratch<C> maximum(2 * rows);
@@ -115,7 +128,8 @@ void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C*
   log_mean_exp_columns<C>(view, samples, rows, bound, maximum.data, maximum.data + rows, w.rows.threads);
   const C one = 1;
   const View<const C> ones{&one, 0, 0, 0};
-  log_mean_exp_weights<C>(weights, ones, view, maximum.data, maximum.data + rows, samples, rows, w.rows.threads);
+  log_mean_exp_weights<C>(weights, ones, view, maximum.data, maximum.data + rows, samples, rows,
+                          w.rows.threads);
 }
 
 template <class C>
@@ -124,7 +138,8 @@ bool weigh_rows(const Weighing& w, const WeighingResults& to) {
   const Scratch<C> log_w(w.rows.samples * rows);
   const bool in_range = reduce_rows(w.rows, log_w.data);
   if (w.scale == 0) {
-    bounds_of_rows(w, log_w.data, pointer<C>(to.bound), pointer<C>(to.log_likelihood), pointer<C>(to.weights));
+    bounds_of_rows(w, log_w.data, pointer<C>(to.bound), pointer<C>(to.log_likelihood),
+                   pointer<C>(to.weights));
     return in_range;
   }
   const Scratch<C> bound(rows);
@@ -136,7 +151,8 @@ bool weigh_rows(const Weighing& w, const WeighingResults& to) {
 }
 
 template <class C>
-void weigh_rows_backward(const Weighing& w, const WeighingGradients& from, const RowGradients& to, address out_term) {
+void weigh_rows_backward(const Weighing& w, const WeighingGradients& from, const RowGradients& to,
+                         address out_term) {
   const i64 samples = w.rows.samples, rows = w.rows.rows;
   const C tiny = smallest_normal(C{});
   const Factor<C> factor(w);
@@ -145,8 +161,11 @@ void weigh_rows_backward(const Weighing& w, const WeighingGradients& from, const
   const Scratch<C> grad(samples * rows);
   const double scale = w.scale == 0 ? 1 : w.scale, share = 1.0 / static_cast<double>(samples);
   for (i64 b = 0; b < rows; ++b) {
-    const C arrives = from.bound.data ? static_cast<C>(scale * pointer<const C>(from.bound.data)[b * from.bound.s0]) : C(0);
-    const double extra = from.log_likelihood.data ? pointer<const C>(from.log_likelihood.data)[b * from.log_likelihood.s0] : 0.0;
+    const C arrives =
+        from.bound.data ? static_cast<C>(scale * pointer<const C>(from.bound.data)[b * from.bound.s0]) : C(0);
+    const double extra = from.log_likelihood.data
+                             ? pointer<const C>(from.log_likelihood.data)[b * from.log_likelihood.s0]
+                             : 0.0;
     const C even = static_cast<C>(share * (arrives + extra));
     const double c = factor(b);
     double sum = 0;
@@ -160,9 +179,11 @@ void weigh_rows_backward(const Weighing& w, const WeighingGradients& from, const
         sum += g;
       }
       grad.data[i] = g;
-      if (term && w.each_sample) term[i] = static_cast<C>(c * (w.log_mean_exp ? static_cast<double>(g) : share * arrives));
+      if (term && w.each_sample)
+        term[i] = static_cast<C>(c * (w.log_mean_exp ? static_cast<double>(g) : share * arrives));
     }
-    if (term && !w.each_sample) term[b] = static_cast<C>(c * (w.log_mean_exp ? sum : static_cast<double>(arrives)));
+    if (term && !w.each_sample)
+      term[b] = static_cast<C>(c * (w.log_mean_exp ? sum : static_cast<double>(arrives)));
   }
   bool wanted = to.x != 0;
   for (address p : to.p) wanted |= p != 0;
@@ -175,6 +196,13 @@ void weigh_rows_backward(const Weighing& w, const WeighingGradients& from, const
 inline bool weigh(const Weighing& w, bool wide, const WeighingResults& to) {
   return wide ? weigh_rows<double>(w, to) : weigh_rows<float>(w, to);
 }
-inline void weigh_backward(const Weighing& w, bool wide, const WeighingGradients& from, const RowGradients& to, address out_term) {
-  wide ? weigh_rows_backward<double>(w, from, to, out_term) : weigh_rows_backward<float>(w, from, to, out_term);
+inline void weigh_backward(const Weighing& w, bool wide, const WeighingGradients& from,
+                           const RowGradients& to, address out_term) {
+  wide ? weigh_rows_backward<double>(w, from, to, out_term)
+       : weigh_rows_backward<float>(w, from, to, out_term);
 }
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

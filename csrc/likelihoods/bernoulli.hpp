@@ -1,4 +1,17 @@
 // x l - log(1 + exp(l)) of logits l. The mathematics stands in fastvae/likelihoods/bernoulli.py.
+
+#if defined(FASTVAE_LIKELIHOODS_BERNOULLI_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_BERNOULLI_HPP
+#undef FASTVAE_LIKELIHOODS_BERNOULLI_HPP
+#else
+#define FASTVAE_LIKELIHOODS_BERNOULLI_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct Bernoulli : Declaration {
   static constexpr int kParameters = 1;
   static constexpr bool kSharedLog = true;
@@ -20,3 +33,8 @@ struct Bernoulli : Declaration {
     return {g * l, g * (e.x - sigmoid)};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,10 +1,24 @@
 // log Beta(x; exp(c1), exp(c0)). The mathematics stands in fastvae/likelihoods/beta.py.
+
+#if defined(FASTVAE_LIKELIHOODS_BETA_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_BETA_HPP
+#undef FASTVAE_LIKELIHOODS_BETA_HPP
+#else
+#define FASTVAE_LIKELIHOODS_BETA_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct Beta : Declaration {
   static constexpr int kParameters = 2, kData = 2;
   static constexpr bool kGradientTakesData = true;
   static constexpr double kLow = 0, kHigh = 1;
 
-  // The logit of x in two parts, of which log p sees n times the error. Both logarithms are infinite at an end, which adds nothing.
+  // The logit of x in two parts, of which log p sees n times the error. Both logarithms are infinite at an
+  // end, which adds nothing.
   template <class C>
   static FASTVAE_INLINE Prepared<C> data(C x) {
     const bool low = x < C(0.5);
@@ -15,12 +29,16 @@ struct Beta : Declaration {
     const C high = log_y.high - (denormal ? C(16.635532333438687) : C(0));
     const C near = log1p_((y + y - C(1)) / (C(1) - y));
     const bool middle = y > C(0.25);
-    const C first = end ? -infinity(x) : middle ? near : high, second = middle || end ? C(0) : log_y.low - of_rest;
+    const C first = end      ? -infinity(x)
+                    : middle ? near
+                             : high,
+            second = middle || end ? C(0) : log_y.low - of_rest;
     return {end ? C(0) : -(high + of_rest), low ? first : -first, low ? second : -second};
   }
 
-  // The lesser concentration (log p, exp(p)), the other, their shares of the sum n, and how far x and its rest are from these: rise is
-  // the logarithm of x's share over the lesser's, fall of the rest's over the other's, negative.
+  // The lesser concentration (log p, exp(p)), the other, their shares of the sum n, and how far x and its
+  // rest are from these: rise is the logarithm of x's share over the lesser's, fall of the rest's over the
+  // other's, negative.
   template <class C>
   struct Parts {
     C p, q, least, largest, fold, w, v, rise, fall, distance;
@@ -36,7 +54,8 @@ struct Beta : Declaration {
     const bool other = a > b;
     const C p = other ? b : a, q = other ? a : b, gap = q - p, k = exp_negative(-gap), fold = log1p_(k);
     const C v = C(1) / (C(1) + k), w = k * v, least = exp_(p), largest = exp_(q);
-    const C logit = other ? -e.d0 : e.d0, low = other ? -e.d1 : e.d1, s = (logit + gap) + low, held = clip(s, C(-1), C(1));
+    const C logit = other ? -e.d0 : e.d0, low = other ? -e.d1 : e.d1, s = (logit + gap) + low,
+            held = clip(s, C(-1), C(1));
     const C less_line = expm1_minus(held);
     const LogAndRest<C> near = log1p_and_rest(w * (less_line + held));
     // Far from the mode by the logarithms themselves, log(1 + exp(+-logit)).
@@ -44,7 +63,8 @@ struct Beta : Declaration {
     const C above = (l > C(0) ? l : C(0)) - of_rest, below = (l > C(0) ? C(0) : -l) - of_rest;
     const bool is_near = abs_(s) < C(1);
     const C rise = is_near ? held - near.log : (gap + fold) - below, fall = is_near ? near.log : above - fold;
-    const C distance = is_near ? least * less_line - (least + largest) * near.rest : largest * fall - least * rise;
+    const C distance =
+        is_near ? least * less_line - (least + largest) * near.rest : largest * fall - least * rise;
     return {p, q, least, largest, fold, w, v, rise, fall, distance, other};
   }
   template <class C>
@@ -68,6 +88,12 @@ struct Beta : Declaration {
     const C low = expm1_(held(e.p0)), high = expm1_(held(e.p1));
     const C of_x = (low == C(0) ? C(0) : low / e.x) - (high == C(0) ? C(0) : high / (C(1) - e.x));
     const bool none = g == C(0);
-    return {none ? C(0) : g * of_x, none ? C(0) : g * (s.other ? largest : least), none ? C(0) : g * (s.other ? least : largest)};
+    return {none ? C(0) : g * of_x, none ? C(0) : g * (s.other ? largest : least),
+            none ? C(0) : g * (s.other ? least : largest)};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

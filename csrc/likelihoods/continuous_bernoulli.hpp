@@ -1,4 +1,18 @@
-// x l - log((exp(l) - 1) / l) of logits l. The mathematics stands in fastvae/likelihoods/continuous_bernoulli.py.
+// x l - log((exp(l) - 1) / l) of logits l. The mathematics stands in
+// fastvae/likelihoods/continuous_bernoulli.py.
+
+#if defined(FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP
+#undef FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP
+#else
+#define FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct ContinuousBernoulli : Declaration {
   static constexpr int kParameters = 1;
   static constexpr double kLow = 0, kHigh = 1;
@@ -21,7 +35,8 @@ struct ContinuousBernoulli : Declaration {
     return {g * l, g * (l > C(0) ? (e.x - C(1)) + rest : e.x - rest)};
   }
 
-  // log(sinh(a / 2) / (a / 2)) and its slope for 0 <= a <= 1: minimax polynomials to 1e-9; in double the series.
+  // log(sinh(a / 2) / (a / 2)) and its slope for 0 <= a <= 1: minimax polynomials to 1e-9; in double the
+  // series.
   template <class C>
   struct Sinhc {
     C value, slope;
@@ -37,19 +52,28 @@ struct ContinuousBernoulli : Declaration {
     const double p =
         1.0 / 24 +
         v * (-1.0 / 2880 +
-             v * (1.0 / 181440 + v * (-1.0 / 9676800 + v * (1.0 / 479001600 +
-                                                            v * (-4.4034917822395776e-11 +
-                                                                 v * (9.5589546647747706e-13 +
-                                                                      v * (-2.1185501852016143e-14 +
-                                                                           v * (4.7700343047570991e-16 - v * 1.0874343492790309e-17))))))));
+             v * (1.0 / 181440 +
+                  v * (-1.0 / 9676800 +
+                       v * (1.0 / 479001600 +
+                            v * (-4.4034917822395776e-11 +
+                                 v * (9.5589546647747706e-13 +
+                                      v * (-2.1185501852016143e-14 +
+                                           v * (4.7700343047570991e-16 - v * 1.0874343492790309e-17))))))));
     const double q =
         1.0 / 12 +
         v * (-1.0 / 720 +
-             v * (1.0 / 30240 + v * (-1.0 / 1209600 +
-                                     v * (1.0 / 47900160 + v * (-5.2841901386874932e-10 +
-                                                                v * (1.3382536530684679e-11 +
-                                                                     v * (-3.3896802963225829e-13 +
-                                                                          v * (8.5860620562778446e-15 - v * 2.1748686985580619e-16))))))));
+             v * (1.0 / 30240 +
+                  v * (-1.0 / 1209600 +
+                       v * (1.0 / 47900160 +
+                            v * (-5.2841901386874932e-10 +
+                                 v * (1.3382536530684679e-11 +
+                                      v * (-3.3896802963225829e-13 +
+                                           v * (8.5860620562778446e-15 - v * 2.1748686985580619e-16))))))));
     return {v * p, a * q};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

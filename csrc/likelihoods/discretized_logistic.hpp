@@ -1,5 +1,18 @@
 // The logarithm of a logistic variable's probability to fall in the bin of x. The mathematics stands in
 // fastvae/likelihoods/discretized_logistic.py.
+
+#if defined(FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP
+#undef FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP
+#else
+#define FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct DiscretizedLogistic : Declaration {
   static constexpr int kParameters = 3;
   static constexpr bool kSharedLog = true;
@@ -18,7 +31,9 @@ struct DiscretizedLogistic : Declaration {
     // 0 or 1, by one test.
     const bool end = e.x * (C(1) - e.x) <= C(0), turned = (end ? e.x - C(0.5) : z) < C(0);
     const C r = turned ? -z : z;
-    return {inverse_s, r, half, -expm1_(-width), exp_negative(-width), end ? C(0) : exp_negative(-(r + half)), end, turned};
+    return {
+        inverse_s, r,     half, -expm1_(-width), exp_negative(-width), end ? C(0) : exp_negative(-(r + half)),
+        end,       turned};
   }
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
@@ -29,7 +44,8 @@ struct DiscretizedLogistic : Declaration {
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
     const Parts<C> s = parts(e);
-    const C v = s.r - s.half, t = exp_negative(-abs_(v)), sigmoid = (v >= C(0) ? C(1) : t) / (C(1) + t), beyond = C(1) / (C(1) + s.far);
+    const C v = s.r - s.half, t = exp_negative(-abs_(v)), sigmoid = (v >= C(0) ? C(1) : t) / (C(1) + t),
+            beyond = C(1) / (C(1) + s.far);
     // By r and by the logarithm of the width. Of an interior bin its two sides pull; equally where r is 0.
     const C by_r = s.end ? sigmoid : sigmoid * beyond * -expm1_(C(-2) * s.r);
     const C inside = s.end ? C(0) : (s.half * (s.far * beyond) + C(2) * s.half * (s.k / s.below));
@@ -37,3 +53,8 @@ struct DiscretizedLogistic : Declaration {
     return {C(0), s.turned ? -push : push, g * (s.r * by_r - by_width), g * by_width};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

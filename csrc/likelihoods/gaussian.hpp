@@ -1,4 +1,17 @@
 // log N(x; mean, exp(logvar)). The mathematics stands in fastvae/likelihoods/gaussian.py.
+
+#if defined(FASTVAE_LIKELIHOODS_GAUSSIAN_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_GAUSSIAN_HPP
+#undef FASTVAE_LIKELIHOODS_GAUSSIAN_HPP
+#else
+#define FASTVAE_LIKELIHOODS_GAUSSIAN_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct Gaussian : Declaration {
   static constexpr int kParameters = 2, kHooked = 1, kPrepared = 1;
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
@@ -19,3 +32,8 @@ struct Gaussian : Declaration {
     return {-mean, mean, C(0.5) * (part * white - g)};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,4 +1,17 @@
 // log Laplace(x; location, exp(log_scale)). The mathematics stands in fastvae/likelihoods/laplace.py.
+
+#if defined(FASTVAE_LIKELIHOODS_LAPLACE_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_LAPLACE_HPP
+#undef FASTVAE_LIKELIHOODS_LAPLACE_HPP
+#else
+#define FASTVAE_LIKELIHOODS_LAPLACE_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct Laplace : Declaration {
   static constexpr int kParameters = 2, kHooked = 1, kPrepared = 1;
   static constexpr double kFactor = -1, kConstant = 0.69314718055994530941723212145818;  // log 2
@@ -17,3 +30,8 @@ struct Laplace : Declaration {
     return {-location, location, g * (abs_(delta) * e.q0 - C(1))};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,5 +1,18 @@
 // log of the density of x, whose logarithm is N(location, exp(log_scale)^2). The mathematics stands in
 // fastvae/likelihoods/log_normal.py.
+
+#if defined(FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP
+#undef FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP
+#else
+#define FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct LogNormal : Declaration {
   static constexpr int kParameters = 2, kHooked = 1, kPrepared = 1, kData = 1;
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
@@ -28,3 +41,8 @@ struct LogNormal : Declaration {
     return {none ? C(0) : -(g + location) / e.x, none ? C(0) : location, none ? C(0) : push * t - g};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

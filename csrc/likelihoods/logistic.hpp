@@ -1,4 +1,17 @@
 // log Logistic(x; location, exp(log_scale)). The mathematics stands in fastvae/likelihoods/logistic.py.
+
+#if defined(FASTVAE_LIKELIHOODS_LOGISTIC_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_LOGISTIC_HPP
+#undef FASTVAE_LIKELIHOODS_LOGISTIC_HPP
+#else
+#define FASTVAE_LIKELIHOODS_LOGISTIC_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct Logistic : Declaration {
   static constexpr int kParameters = 2, kHooked = 1, kPrepared = 1;
   static constexpr bool kSharedLog = true;
@@ -20,3 +33,8 @@ struct Logistic : Declaration {
     return {-location, location, g * (t * slope - C(1))};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,10 +1,25 @@
-// Counts of mean exp(m) and variance exp(m) + exp(2 m - t). The mathematics stands in fastvae/likelihoods/negative_binomial.py.
+// Counts of mean exp(m) and variance exp(m) + exp(2 m - t). The mathematics stands in
+// fastvae/likelihoods/negative_binomial.py.
+
+#if defined(FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP
+#undef FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP
+#else
+#define FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct NegativeBinomial : Declaration {
   static constexpr int kParameters = 2, kHooked = 1, kPrepared = 4, kData = 2;
   static constexpr bool kGradientTakesData = true, kSparse = true, kSparseGradient = true;
   static constexpr double kLow = 0;
 
-  // theta, what Stirling leaves of its gamma function and of its digamma, and t, at most near the end of a float32's range.
+  // theta, what Stirling leaves of its gamma function and of its digamma, and t, at most near the end of a
+  // float32's range.
   template <class C>
   static FASTVAE_INLINE Prepared<C> prepare(C t) {
     const C top = t > C(85) ? C(85) : t, theta = exp_(top);
@@ -15,7 +30,8 @@ struct NegativeBinomial : Declaration {
   static FASTVAE_INLINE Prepared<C> data(C x) {
     const bool zero = x == C(0);
     const TwoParts<C> log_x = log_in_parts(x);
-    return {zero ? C(0) : -log_factorial_excess(x, log_x.high), zero ? C(-1e30) : log_x.high, zero ? C(0) : log_x.low};
+    return {zero ? C(0) : -log_factorial_excess(x, log_x.high), zero ? C(-1e30) : log_x.high,
+            zero ? C(0) : log_x.low};
   }
 
   // exp(v) - 1, exp(v) - 1 - v where |v| < 1, and exp(v) and v within what a normal number holds.
@@ -55,12 +71,14 @@ struct NegativeBinomial : Declaration {
     const C d = (e.p0 - e.d0) - e.d1, ratio = e.p0 - e.q3;
     const bool zero = e.x == C(0), other = w > v, small = is_small(ratio);
     // n times log(1 + w (exp(d) - 1)) - w d, never below 0; of the two forms, that with the smaller factor.
-    const C a = other ? v : w, least = other ? theta : e.x, signed_d = other ? -d : d, exponent = zero ? (small ? e.p0 : ratio) : signed_d;
+    const C a = other ? v : w, least = other ? theta : e.x, signed_d = other ? -d : d,
+            exponent = zero ? (small ? e.p0 : ratio) : signed_d;
     const Exponential<C> exponential_ = exponential(exponent);
     const LogAndRest<C> log = log1p_and_rest(zero ? exponential_.whole : a * exponential_.less_one);
     const C beyond = exponent - exponential_.v, above = beyond > C(0) ? beyond : C(0);
     const C outside = beyond > C(0) ? (n - least) * beyond : -least * beyond;
-    const C far = (n * log.log - least * exponential_.v) + outside, near = least * exponential_.less_line - n * log.rest;
+    const C far = (n * log.log - least * exponential_.v) + outside,
+            near = least * exponential_.less_line - n * log.rest;
     const C distance = abs_(signed_d) < C(1) ? near : far;
     // At its own mean the count has what is left of four gamma functions.
     const C spread = log1p_(e.x / theta);
@@ -77,7 +95,8 @@ struct NegativeBinomial : Declaration {
   template <class C>
   static FASTVAE_INLINE Slopes<C> slopes(Element<C> e) {
     const C theta = e.q0, n = e.x + theta, inverse = C(1) / n;
-    const C d = (e.p0 - e.d0) - e.d1, ratio = e.p0 - e.q3, size = abs_(ratio), most = size < C(87) ? size : C(87);
+    const C d = (e.p0 - e.d0) - e.d1, ratio = e.p0 - e.q3, size = abs_(ratio),
+            most = size < C(87) ? size : C(87);
     const bool zero = e.x == C(0), near = abs_(d)<C(1), above = ratio> C(0);
     // The shares of theta and of the mean in their sum.
     const C k = exp_negative(-most), large = C(1) / (C(1) + k), small = k * large;
@@ -110,3 +129,8 @@ struct NegativeBinomial : Declaration {
     return times(g, zero_slopes(e));
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,4 +1,17 @@
 // x r - exp(r) - log x! of log rates r. The mathematics stands in fastvae/likelihoods/poisson.py.
+
+#if defined(FASTVAE_LIKELIHOODS_POISSON_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_POISSON_HPP
+#undef FASTVAE_LIKELIHOODS_POISSON_HPP
+#else
+#define FASTVAE_LIKELIHOODS_POISSON_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct Poisson : Declaration {
   static constexpr bool kData = 1;
   static constexpr bool kSparse = true;
@@ -10,7 +23,8 @@ struct Poisson : Declaration {
     const C log_x = log_(x);
     return {-log_factorial_excess(x, log_x), log_x};
   }
-  // With d = r - log x the rest is x (1 + d) - exp(r), which is -x (exp(d) - 1 - d): where d is small the latter cancels less.
+  // With d = r - log x the rest is x (1 + d) - exp(r), which is -x (exp(d) - 1 - d): where d is small the
+  // latter cancels less.
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
     const C r = e.p0, d = r - e.d0;
@@ -28,3 +42,8 @@ struct Poisson : Declaration {
     return {C(0), g == C(0) ? C(0) : g * (e.x - exp_(e.p0))};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

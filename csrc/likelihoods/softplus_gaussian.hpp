@@ -1,4 +1,18 @@
-// log N(x; mean, log(1 + exp(raw)) + exp(log_floor)). The mathematics stands in fastvae/likelihoods/softplus_gaussian.py.
+// log N(x; mean, log(1 + exp(raw)) + exp(log_floor)). The mathematics stands in
+// fastvae/likelihoods/softplus_gaussian.py.
+
+#if defined(FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP
+#undef FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP
+#else
+#define FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct SoftplusGaussian : Declaration {
   static constexpr int kParameters = 3;
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
@@ -27,3 +41,8 @@ struct SoftplusGaussian : Declaration {
     return {-mean, mean, by_variance * (s.by_raw * inverse), by_variance * (s.floor * inverse)};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

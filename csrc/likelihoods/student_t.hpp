@@ -1,9 +1,24 @@
-// log of Student's t of x; location, exp(log_scale), exp(log_df). The mathematics stands in fastvae/likelihoods/student_t.py.
+// log of Student's t of x; location, exp(log_scale), exp(log_df). The mathematics stands in
+// fastvae/likelihoods/student_t.py.
+
+#if defined(FASTVAE_LIKELIHOODS_STUDENT_T_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_STUDENT_T_HPP
+#undef FASTVAE_LIKELIHOODS_STUDENT_T_HPP
+#else
+#define FASTVAE_LIKELIHOODS_STUDENT_T_HPP
+#endif
+
+#include "../declaration.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct StudentT : Declaration {
   static constexpr int kParameters = 3, kHooked = 2, kPrepared = 3;
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
 
-  // 1 / sqrt(df), df, and the derivative of what the gamma functions add by log df. From e^80 on it is the normal distribution.
+  // 1 / sqrt(df), df, and the derivative of what the gamma functions add by log df. From e^80 on it is the
+  // normal distribution.
   template <class C>
   static FASTVAE_INLINE Prepared<C> prepare(C given) {
     const C log_df = given > C(80) ? C(80) : given, df = exp_(log_df);
@@ -17,7 +32,8 @@ struct StudentT : Declaration {
   }
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
-    const C inverse_s = exp_<-2>(e.p1), r = (e.x - e.p0) * inverse_s * e.q0, t = r * r, log_1pt = log1p_square(r);
+    const C inverse_s = exp_<-2>(e.p1), r = (e.x - e.p0) * inverse_s * e.q0, t = r * r,
+            log_1pt = log1p_square(r);
     // t / (1 + t), of an infinite t as well; r / (1 + t).
     const C rest = C(1) / (C(1) + t), share = t < C(0.5) ? t * rest : C(1) - rest;
     const C pull = clip(r, C(-0x1p120), C(0x1p120)) * rest;
@@ -26,3 +42,8 @@ struct StudentT : Declaration {
     return {-location, location, g * ((e.q1 + C(1)) * share - C(1)), g * log_df};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,5 +1,18 @@
-// Zeros with the probability sigmoid(l) of a dropout logit l, else a negative binomial count. The mathematics stands in
-// fastvae/likelihoods/zero_inflated_negative_binomial.py.
+// Zeros with the probability sigmoid(l) of a dropout logit l, else a negative binomial count. The mathematics
+// stands in fastvae/likelihoods/zero_inflated_negative_binomial.py.
+
+#if defined(FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP
+#undef FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP
+#else
+#define FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP
+#endif
+
+#include "negative_binomial.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
 struct ZeroInflatedNegativeBinomial : NegativeBinomial {
   static constexpr int kParameters = 3;
 
@@ -15,7 +28,8 @@ struct ZeroInflatedNegativeBinomial : NegativeBinomial {
     return {above ? large : small, above ? small : large, k, (above ? v : C(0)) + log1p_(k)};
   }
 
-  // Of log p of a counted 0. Near certainty it is 1 + no (p - 1), else the sum of both ways to a 0, where l is below 0.
+  // Of log p of a counted 0. Near certainty it is 1 + no (p - 1), else the sum of both ways to a 0, where l
+  // is below 0.
   template <class C>
   static FASTVAE_INLINE C either(C counted, C l, Shares<C> dead) {
     const C change = dead.no * expm1_(counted), apart = abs_(l - counted), larger = l > counted ? l : counted;
@@ -53,3 +67,8 @@ struct ZeroInflatedNegativeBinomial : NegativeBinomial {
     return {C(0), zero ? z.p0 : p0, zero ? z.p1 : p1, zero ? z.p2 : p2};
   }
 };
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

@@ -1,0 +1,19 @@
+// All kernels for one instruction set, FASTVAE_ISA, with vectors of FASTVAE_VECTOR_BYTES. No include guard:
+// targets.hpp includes this file once for each.
+#include "full.hpp"
+#include "grouped.hpp"
+#include "head.hpp"
+#include "importance.hpp"
+#include "latent.hpp"
+#include "likelihood.hpp"
+#include "mixture.hpp"
+#include "random.hpp"
+#include "weigh.hpp"
+
+#undef FASTVAE_ISA
+#undef FASTVAE_VECTOR_BYTES
+#ifdef FASTVAE_TOGGLE
+#undef FASTVAE_TOGGLE
+#else
+#define FASTVAE_TOGGLE
+#endif

@@ -1,0 +1,74 @@
+// Tensors of any dtype, read and written as numbers of the compute type.
+
+#if defined(FASTVAE_STORAGE_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_STORAGE_HPP
+#undef FASTVAE_STORAGE_HPP
+#else
+#define FASTVAE_STORAGE_HPP
+#endif
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
+// How a storage type's numbers are read and written.
+template <class C>
+struct Storage {
+  i64 size;  // of an element, in bytes
+  const C* (*load)(C* buffer, address from, i64 stride, int n);
+  void (*store)(address to, const C* from, int n);  // null for integers, which have no gradients
+  bool in_place;                                    // the compute type itself
+};
+
+template <class T, class C>
+const C* load_as(C* __restrict buffer, address from, i64 stride, int n) {
+  const T* p = pointer<const T>(from);
+  if constexpr (std::is_same<T, C>::value) {
+    return load(buffer, p, stride, n);
+  } else {
+    if (stride == 1) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) buffer[i] = static_cast<C>(upcast(p[i]));
+    } else if (stride == 0) {
+      fill(buffer, static_cast<C>(upcast(*p)), n);
+    } else {
+      for (int i = 0; i < n; ++i) buffer[i] = static_cast<C>(upcast(p[i * stride]));
+    }
+    return buffer;
+  }
+}
+template <class T, class C>
+void store_as(address to, const C* __restrict from, int n) {
+  T* p = pointer<T>(to);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) assign(p[i], static_cast<compute_t<T>>(from[i]));
+}
+
+template <class T, class C>
+constexpr Storage<C> integers = {sizeof(T), load_as<T, C>, nullptr, false};
+
+// In the order of enum Dtype.
+template <class C>
+const Storage<C>& storage(int dtype) {
+  static const Storage<C> all[] = {
+      {4, load_as<float, C>, store_as<float, C>, std::is_same<C, float>::value},
+      {8, load_as<double, C>, store_as<double, C>, std::is_same<C, double>::value},
+      {2, load_as<bf16, C>, store_as<bf16, C>, false},
+      {2, load_as<f16, C>, store_as<f16, C>, false},
+      integers<std::uint8_t, C>,  // and bool
+      integers<std::int8_t, C>,
+      integers<std::int16_t, C>,
+      integers<std::int32_t, C>,
+      integers<i64, C>,
+  };
+  return all[dtype];
+}
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif

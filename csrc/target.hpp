@@ -1,0 +1,17 @@
+// The instruction set that kernels are compiled for. Their headers are included once for each, in a namespace
+// named by it, and their include guards therefore compare two macros: FASTVAE_TOGGLE changes from one
+// inclusion of kernels.hpp to the next. A header that is opened alone is of the base instruction set.
+#ifndef FASTVAE_ISA
+#define FASTVAE_ISA base
+#endif
+
+// The length of a vector: the target pragmas do not define __AVX2__ and the like.
+#ifndef FASTVAE_VECTOR_BYTES
+#if defined(__AVX512F__)
+#define FASTVAE_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTVAE_VECTOR_BYTES 32
+#else
+#define FASTVAE_VECTOR_BYTES 16
+#endif
+#endif
