@@ -5,7 +5,7 @@ weights is an unbiased estimate of p(x), and its error depends on how well r app
 ``"posterior"`` is q. ``"inflated"`` and ``"heavy"`` widen q, ``"defensive"`` takes a share of the draws from
 the prior, which bounds the weights, and ``"adapted"`` fits a proposal to each example during sampling.
 
-A name selects an object with default arguments: ``proposal="defensive"`` is ``fastvae.proposals.Defensive()``.
+A name selects an object with its defaults: ``proposal="defensive"`` is ``fastvae.proposals.Defensive()``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Alone:
 
 
 class Proposal:
-    """Base class of the proposals below; not meant for subclassing by users, who pass their posterior as q."""
+    """Base class of the proposals below; not for subclassing by users, who pass their posterior as q."""
 
     def of(self, q: Distribution, prior: Distribution) -> Distribution:
         """Return the distribution to draw from, for this posterior and prior.
@@ -685,7 +685,7 @@ class _FullT(_Drawable):
 
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor, df: int, like: Tensor) -> _FullT:
-        """Build it from a mean and scale matrix, with z in the dtype of ``like``, which floors the variances."""
+        """Build it from a mean and scale matrix; z has the dtype of ``like``, which floors the variances."""
         least = (torch.finfo(like.dtype).eps * mean.abs()).square() + torch.finfo(like.dtype).tiny
         sd = torch.maximum(covariance.diagonal(dim1=-2, dim2=-1), least).sqrt()
         correlation = covariance / (sd[:, :, None] * sd[:, None])
