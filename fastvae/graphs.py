@@ -101,7 +101,7 @@ class _Graphed:
         )
 
     def _on_the_side(self, inputs: tuple[Tensor, ...]) -> Any:
-        """Run the step eagerly on the capture stream, since autograd remembers the stream of each gradient."""
+        """Run the step eagerly on the capture stream, as autograd remembers the stream of each gradient."""
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         current = torch.cuda.current_stream()

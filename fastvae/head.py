@@ -149,7 +149,7 @@ def may_end_in_a_layer(decoder: Any) -> bool:
 
 
 def called_by(function: Any) -> Any:
-    """Return the module behind a decoder: that of a :func:`run_to_last_layer` partial, or a method's owner."""
+    """Return the module of a :func:`run_to_last_layer` partial, a method's owner, or the function itself."""
     if type(function) is functools.partial and function.func is run_to_last_layer:
         return function.args[0]
     return function.__self__ if type(function) is MethodType else function
@@ -159,7 +159,7 @@ _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
 
 
 def _is_forward_alone(module: nn.Module) -> bool:
-    """Return True for an ``nn.Linear`` or ``nn.Sequential`` whose call runs torch's forward and nothing else."""
+    """Return True for an ``nn.Linear`` or ``nn.Sequential`` whose call runs only torch's own forward."""
     kind = type(module)
     if kind is not nn.Linear and kind is not nn.Sequential:
         return False
