@@ -61,7 +61,7 @@ class Settings(NamedTuple):
         return -(-self.chains // 4)
 
     def work(self, runs: int) -> int:
-        """Return the number of transitions of all chains of ``runs`` runs and the pilot, for a progress bar."""
+        """Return the number of transitions of ``runs`` runs and the pilot, for a progress bar."""
         return (runs * self.chains + self.pilots) * (self.steps - 1)
 
 
@@ -140,7 +140,7 @@ class Annealing:
         return self._run(_REVERSE, order, point, torch.zeros_like(point.base))
 
     def estimate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Estimate log p(x), its standard error, the effective number of chains and the acceptance, each [B]."""
+        """Estimate log p(x), its standard error, the effective number of chains and acceptance, each [B]."""
         log_w, acceptance = self.forward()
         w = Weights.of(log_w, 1)
         return w.log_px, w.stderr, w.ess, acceptance
@@ -251,7 +251,7 @@ class Annealing:
         return Point(z.detach(), base, joint, slope_base, slope_joint)
 
     def _move(self, point: Point, beta: float, size: Tensor, noise: Tensor) -> tuple[Point, Tensor]:
-        """Apply a transition that leaves π_β invariant; return the point and the acceptance probability [C, B]."""
+        """Apply a transition that leaves π_β invariant; return point and acceptance probability [C, B]."""
         momentum, others = noise[..., : self.dim], _uniform(noise[..., self.dim :])
         jitter = (1 - _JITTER + 2 * _JITTER * others[..., 0]).to(size.dtype)
         step = (size * jitter)[..., None] * self.scale

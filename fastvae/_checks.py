@@ -25,7 +25,7 @@ def checks_data() -> bool:
 
 
 def may_look(data: Tensor) -> bool:
-    """Return True if the values may be read: on a CPU or with ``FASTVAE_CHECK=1``, not empty nor compiling."""
+    """Return True if reading the values is possible, and free of synchronisation or requested."""
     # The compiler first, since its tensors have no values.
     return not torch.compiler.is_compiling() and data.numel() > 0 and (data.is_cpu or checks_data())
 

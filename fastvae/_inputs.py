@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
         beside: Beside | None = None,
         compared: bool = True,
     ) -> Inputs:
-        """Validate the user's arguments; with ``compared``, also that q and the prior have the same support."""
+        """Validate the user's arguments; with ``compared``, also the supports of q and the prior."""
         # Fast path: a pair (mu, logvar), a named likelihood and the standard prior.
         if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None

@@ -61,7 +61,7 @@ class Chunks:
         self._width = sum(t.numel() for t in outputs) // max(1, z.shape[0])
 
     def halve(self, count: int, batch: int) -> None:
-        """Halve the chunk size after memory ran out with ``count`` ≥ 2 draws of each of ``batch`` examples."""
+        """Halve the chunk size after memory ran out with ``count`` ≥ 2 draws of ``batch`` examples each."""
         half = count // 2
         self.most_rows = half * batch
         warnings.warn(
