@@ -334,7 +334,7 @@ class Jackknife(Bound):
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         k = log_w.shape[0]
         weights, inverse, others, log_rest = self._weights(log_w)
-        # As tensors, since torch.compile cannot trace the logarithm of a symbolic size.
+        # As tensors: torch.compile would treat the logarithm of a size as a separate symbolic number.
         number, fewer = (log_w.new_full((), n) for n in (k, k - 1))
         constant = torch.xlogy(fewer, fewer) - torch.xlogy(number, number)
         bound = torch.logsumexp(log_w, 0) + constant - (k - 1) / k * log_rest.sum(0)

@@ -22,8 +22,9 @@ def graphed(
     does every call on a CPU.
 
     A captured graph is fixed: Python does not run again. A learning rate or β that changes must be a
-    tensor, changed in place; ``optimizer.step`` must be inside the step, with an optimizer created with
-    ``capturable=True``; the step must not read a number from the device (``.item()``, ``print``).
+    tensor, changed in place; a number of samples that changes needs a graph for each value.
+    ``optimizer.step`` must be inside the step, with an optimizer created with ``capturable=True``; the step
+    must not read a number from the device (``.item()``, ``print``).
 
     Args:
         step: function of tensors that trains: zero_grad, the bound, backward, the optimizer's step. Returns

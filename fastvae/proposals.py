@@ -355,7 +355,7 @@ class Adapted(Proposal):
     def rounds(self, k: int) -> list[int]:
         """Return the draw counts, out of k, at which the proposal is fitted."""
         found, stop = [], _FIRST
-        # The last round covers the tail that k̂ is fitted to, whose draws must have equal coefficients.
+        # The last round, of equal coefficients, must be at least as long as the tail that k̂ is fitted to.
         while stop <= min(0.9 * k, k - tail_length(k), self.most):
             found.append(stop)
             stop += stop // 4
@@ -613,8 +613,8 @@ class _AdaptedDraws(Draws):
 def _tempered(log_w: Tensor, counts: Tensor, least: int) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise the weights [n, A], tempered where their effective sample size is below ``least``.
 
-    Returns the weights multiplied by the coefficients ``counts`` [n, 1], their effective sample size [A], and
-    True [A] where the weights are almost equal.
+    Returns the normalised weights, including the coefficients ``counts`` [n, 1], their effective sample size
+    [A], and True [A] where the weights without coefficients are almost equal.
     """
     log_w = torch.where(log_w.isfinite(), log_w, -math.inf)
     top = log_w.amax(0)

@@ -461,7 +461,7 @@ class _Function(nn.Module):
 
 
 def _as_module(name: str, function: Callable[..., Any], vae: VAE) -> Callable[..., Any]:
-    """Wrap a callable in a module that registers the modules it reaches; return it as it is without any."""
+    """Wrap a callable in a module that registers the modules it reaches; unchanged if it reaches none."""
     if isinstance(function, nn.Module):
         return function
     found = reached(function, (nn.Module, Tensor))

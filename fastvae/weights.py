@@ -119,7 +119,8 @@ class Weights(NamedTuple):
     def of(cls, log_w: Tensor, tail: int, start: int = 0, randomisations: int = 0) -> Weights:
         """Compute the statistics of log weights [K, B], storing the ``tail`` largest.
 
-        ``start`` is the index of the first draw. Draw k belongs to randomisation k mod ``randomisations``.
+        ``start`` is the index of the first draw. Draw k belongs to randomisation k mod ``randomisations``,
+        which is 0 for independent draws.
         """
         wide = log_w.double()
         count = torch.full(log_w.shape[1:], log_w.shape[0], dtype=torch.int64, device=log_w.device)
