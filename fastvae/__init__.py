@@ -1,4 +1,4 @@
-"""fastvae: the objectives of variational autoencoders on fused kernels. See README.md."""
+"""Objectives of variational autoencoders on fused kernels; see README.md."""
 
 from . import bounds, diagnostics, likelihoods, ops, proposals, random, schedules, weights
 from ._backend import use_backend

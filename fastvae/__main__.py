@@ -1,4 +1,4 @@
-"""python -m fastvae."""
+"""Entry point of ``python -m fastvae``."""
 
 import sys
 

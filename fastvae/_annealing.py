@@ -1,9 +1,9 @@
-r"""Chains that are annealed from a distribution with known draws to p(z|x), and back: what
-:func:`fastvae.ais`, :func:`fastvae.bdmc` and the audit of :func:`fastvae.evaluate` are made of.
+r"""Annealed Markov chains from a distribution with known draws to p(z|x), and in reverse.
 
-Between :math:`π_0 = q_0` and :math:`π_1 ∝ p(x, z)` lie :math:`\log π_β = (1 - β) \log q_0(z) + β \log p(x,
-z)`. A transition of Hamiltonian Monte Carlo leaves :math:`π_β` invariant and is reversible, so that a chain
-may be run either way.
+:func:`fastvae.ais`, :func:`fastvae.bdmc` and the audit of :func:`fastvae.evaluate` use them. Between
+:math:`π_0 = q_0` and :math:`π_1 ∝ p(x, z)` lie :math:`\log π_β = (1 - β) \log q_0(z) + β \log p(x, z)`. A
+transition of Hamiltonian Monte Carlo leaves :math:`π_β` invariant and is reversible, so a chain may run in
+either direction.
 """
 
 from __future__ import annotations
@@ -30,26 +30,24 @@ from .ops.op import accumulator
 from .weights import Weights
 
 STARTS = ("posterior", "prior")
-ACCEPTANCE = 0.65  # that step sizes are adapted to: Neal 2011, section 5.4.4
-# Runs have noise of their own: last words of the address, far from a hierarchy's levels.
+ACCEPTANCE = 0.65  # target of the step size adaptation: Neal 2011, section 5.4.4
+# Separate noise for each kind of run: last words of the address, far from the levels of a hierarchy.
 _FORWARD, _PILOT, _REVERSE = (2**32 - n for n in (1, 2, 3))
-_RATE = 0.3  # of the adaptation, in logarithms of the step size
-_JITTER = 0.5  # of each transition's step size, lest a trajectory be a whole period of a normal's orbit
-_FOR_SCALE = 64  # draws of q0 that tell its scale, where no parameter does
+_RATE = 0.3  # adaptation rate of the log step size
+_JITTER = 0.5  # relative jitter of step sizes, so that no trajectory is a full period of a normal's orbit
+_FOR_SCALE = 64  # draws of q0 to estimate its scale, if it is not a parameter
 
 
 def temperatures(steps: int) -> list[float]:
-    """0 = β_0 < … < β_T = 1: a sigmoid, somewhat slower at both ends."""
-    # Steeper ones, 4 and 6 in place of 2, have a larger error on trained models (docs/NOTES.md).
+    """Return temperatures 0 = β_0 < … < β_T = 1 on a sigmoid, denser at both ends."""
+    # Steeper sigmoids, 4 and 6 in place of 2, have a larger error on trained models (docs/NOTES.md).
     ends = [1 / (1 + math.exp(-2 * (2 * t / steps - 1))) for t in range(steps + 1)]
     inner = [(s - ends[0]) / (ends[-1] - ends[0]) for s in ends[1:-1]]
     return [0.0, *inner, 1.0]
 
 
 class Settings(NamedTuple):
-    """How chains are run: temperatures, chains for each example, leapfrog steps of a transition, from where,
-    and how many chains at a time.
-    """
+    """Settings of the chains: steps, chains per example, leapfrog steps per transition, start and chunks."""
 
     steps: int
     chains: int
@@ -59,16 +57,16 @@ class Settings(NamedTuple):
 
     @property
     def pilots(self) -> int:
-        """Chains of the run before, which step sizes are adapted in."""
+        """Number of chains of the pilot run, which adapts the step sizes."""
         return -(-self.chains // 4)
 
     def work(self, runs: int) -> int:
-        """Transitions of all chains of so many runs, and of the pilot's, for a progress bar."""
+        """Return the number of transitions of ``runs`` runs and the pilot, for a progress bar."""
         return (runs * self.chains + self.pilots) * (self.steps - 1)
 
 
 class Point(NamedTuple):
-    """Where chains stand: z [C, B, D], log q0(z) and log p(x, z) [C, B] in float64, and their gradients."""
+    """State of the chains: z [C, B, D], log q0(z) and log p(x, z) [C, B] in float64, and their gradients."""
 
     z: Tensor
     base: Tensor
@@ -83,7 +81,7 @@ class Point(NamedTuple):
         return (1 - beta) * self.slope_base + beta * self.slope_joint
 
     def where(self, accepted: Tensor, other: Point) -> Point:
-        """This where a chain accepts, else the other."""
+        """Select this point where a chain accepts, else the other."""
         wide = accepted[..., None]
         return Point(
             *(torch.where(wide if a.dim() == 3 else accepted, a, b) for a, b in zip(self, other, strict=True))
@@ -91,24 +89,24 @@ class Point(NamedTuple):
 
 
 class Annealed(NamedTuple):
-    """Log weights [C, B] in float64, and the mean acceptance probability [B]."""
+    """Log weights [C, B] in float64 and mean acceptance probability [B] of a run."""
 
     log_w: Tensor
     acceptance: Tensor
 
 
 class Annealing:
-    """Chains of a batch, with the step sizes of a pilot run.
+    """Annealed chains of a batch, with step sizes tuned by a pilot run.
 
-    The pilot's noise is not that of the runs, and these do not change the step sizes, so that each of their
-    transitions leaves its distribution invariant.
+    The pilot's noise is independent of the runs', and the runs do not change the step sizes, so that each
+    transition leaves its distribution invariant.
 
     Args:
-        inputs: the batch.
-        seed: of all noise; of each chain, transition and row it has a place of its own.
-        settings: how the chains are run.
-        row_offset: place of the first example in the noise's address.
-        tick: called after each transition with the number of chains, for a progress bar.
+        inputs: the batch and its distributions.
+        seed: seed of all noise, which is addressed by run, chain, transition and row.
+        settings: settings of the chains.
+        row_offset: index of the first example in the noise's address. Default 0.
+        tick: called after each transition with the number of chains, for a progress bar. Default: None.
     """
 
     def __init__(
@@ -131,31 +129,29 @@ class Annealing:
         self.step_sizes = self._pilot()
 
     def forward(self) -> Annealed:
-        """From q0 to p(z|x): E[w] = p(x)."""
+        """Run the chains from q0 to p(z|x): E[w] = p(x)."""
         start = self._drawn(0, self.settings.chains)
         return self._run(_FORWARD, range(self.settings.steps - 1), *start)
 
     def reverse(self, z: Tensor) -> Annealed:
-        """From draws z [B, D] of p(z|x) to q0, all chains of an example from the same: E[1/w] = 1/p(x)."""
+        """Run all chains from one draw z [B, D] of p(z|x) per example to q0: E[1/w] = 1/p(x)."""
         point = self._at(z.to(accumulator(self.dtype)).expand(self.settings.chains, *z.shape))
         order = range(self.settings.steps - 1)[::-1]
         return self._run(_REVERSE, order, point, torch.zeros_like(point.base))
 
     def estimate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log p(x), its standard error, the effective number of chains, the acceptance probability, each
-        [B].
-        """
+        """Estimate log p(x), its standard error, the effective number of chains and acceptance, each [B]."""
         log_w, acceptance = self.forward()
         w = Weights.of(log_w, 1)
         return w.log_px, w.stderr, w.ess, acceptance
 
     def bounds(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A lower and an upper bound of log p(x), and their standard errors, each [B], of draws of p(z|x)."""
+        """Bound log p(x) from below and above, with standard errors, each [B], given draws z of p(z|x)."""
         lower, upper = (Weights.of(w, 1) for w in (self.forward().log_w, -self.reverse(z).log_w))
         return lower.log_px, -upper.log_px, lower.stderr, upper.stderr
 
     def _run(self, level: int, order: range, point: Point, log_w: Tensor) -> Annealed:
-        """Chains from where they stand through the transitions in this order."""
+        """Run the chains from ``point`` through the transitions in this order."""
         rises = [after - before for before, after in pairwise(self.betas)]
         if order.step < 0:
             rises.reverse()
@@ -166,11 +162,11 @@ class Annealing:
             point, probability = self._move(point, self.betas[t + 1], self.step_sizes[t], noise)
             accepted += probability.mean(0)
             log_w = log_w + rise * (point.joint - point.base)
-        # Of one temperature alone nothing is accepted or refused.
+        # Without transitions there is no acceptance probability: NaN.
         return Annealed(log_w, accepted / (len(order) or math.nan))
 
     def _pilot(self) -> list[Tensor]:
-        """Step sizes [B] of each transition, in units of q0's scale."""
+        """Tune the step sizes [B] of each transition, in units of q0's scale, by a pilot run."""
         count = self.settings.pilots
         size = self.scale.new_full(self.scale.shape[:1], 0.5 * self.dim**-0.25)
         sizes: list[Tensor] = []
@@ -184,7 +180,7 @@ class Annealing:
         return sizes
 
     def _drawn(self, first: int, count: int) -> tuple[Point, Tensor]:
-        """Chains at their start, and the log of what each counts."""
+        """Draw the initial points of chains from q0, and their log weights, nonzero for a stratified q0."""
         z, _ = rsample(self.drawn, count, self.seed, sample_offset=first, row_offset=self.row_offset)
         point = self._at(z.to(accumulator(z.dtype)))
         shares = log_shares(self.drawn, count, self.seed, first)
@@ -192,7 +188,7 @@ class Annealing:
         return point, log_w if shares is None else log_w + shares
 
     def _scale(self) -> Tensor:
-        """Of q0 in each dimension [B, D]: half the width of its middle two thirds, whatever the family."""
+        """Return q0's scale per dimension [B, D]: half the width of its central 68 %, for any family."""
         dtype = accumulator(self.dtype)
         if isinstance(self.base, DiagonalNormal):
             return torch.exp(0.5 * self.base._wide()[1]).to(dtype).expand(self.inputs.q.batch, self.dim)
@@ -203,17 +199,17 @@ class Annealing:
         return torch.where((width > 0) & width.isfinite(), width, 1.0)
 
     def _noise(self, level: int, transition: int, chains: int) -> Tensor:
-        """Of all chains: momenta, and two columns more for the step size and the acceptance."""
+        """Draw momenta for all chains, and two more columns for the step size and the acceptance."""
         return random.normal(
             self.seed, chains, self.inputs.q.batch, self.dim + 2, sample_offset=transition * chains,
             row_offset=self.row_offset, level=level, dtype=accumulator(self.dtype),
         )  # fmt: skip
 
     def _at(self, z: Tensor) -> Point:
-        """Where chains stand, so many of them evaluated at a time as memory has room for."""
+        """Evaluate densities and gradients at z, in chunks of chains that fit into memory."""
         chunks, batch = self.settings.chunks, self.inputs.q.batch
         some_at = self._some_at
-        if torch.compiler.is_compiling():  # several gradients of one graph, which a compiler cannot take
+        if torch.compiler.is_compiling():  # torch.compile does not support several gradients of one graph
             some_at = torch.compiler.disable(some_at)
         parts: list[Point] = []
         first = 0
@@ -222,7 +218,7 @@ class Annealing:
             part = None
             with spared_memory_errors() if count > 1 else contextlib.nullcontext():
                 part = some_at(z[first : first + count])
-            # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
+            # Outside the exception handler, whose traceback would keep the failed chunk's tensors alive.
             if part is None:
                 if z.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -255,7 +251,7 @@ class Annealing:
         return Point(z.detach(), base, joint, slope_base, slope_joint)
 
     def _move(self, point: Point, beta: float, size: Tensor, noise: Tensor) -> tuple[Point, Tensor]:
-        """A transition that leaves π_β invariant, and its acceptance probability [C, B]."""
+        """Apply a transition that leaves π_β invariant; return point and acceptance probability [C, B]."""
         momentum, others = noise[..., : self.dim], _uniform(noise[..., self.dim :])
         jitter = (1 - _JITTER + 2 * _JITTER * others[..., 0]).to(size.dtype)
         step = (size * jitter)[..., None] * self.scale
@@ -266,7 +262,7 @@ class Annealing:
             new = self._at(new.z + step * momentum)
             momentum = momentum + 0.5 * step * new.slope(beta)
         gain = new.density(beta) - point.density(beta) + 0.5 * (kinetic - momentum.double().square().sum(-1))
-        # What is not a number has left the support: such a path never returns.
+        # NaN means that the trajectory has left the support: reject it.
         probability = torch.nan_to_num(gain.clamp(max=0).exp(), nan=0.0)
         if self.tick is not None:
             self.tick(len(momentum))
@@ -274,14 +270,14 @@ class Annealing:
 
 
 def _slope(value: Tensor, z: Tensor) -> Tensor | None:
-    """The gradient for z alone: none is added to any parameter's; None where there is none."""
+    """Return the gradient by z, or None if there is none, without accumulating parameter gradients."""
     if not value.requires_grad:
         return None
     return torch.autograd.grad(value.sum(), z, allow_unused=True)[0]
 
 
 def _slope_or_zero(value: Tensor, z: Tensor) -> Tensor:
-    """0 for such as a uniform density."""
+    """Return the gradient by z, 0 if there is none, as for a uniform density."""
     slope = _slope(value, z)
     return torch.zeros_like(z) if slope is None else slope
 
@@ -291,7 +287,7 @@ def _uniform(normal: Tensor) -> Tensor:
 
 
 def _without_validation(distribution: Distribution) -> Distribution:
-    """One that says −∞ or NaN outside its support, where torch's own raise."""
+    """Return a copy whose torch distributions return −∞ or NaN outside their support, and do not raise."""
     if not any(isinstance(d, td.Distribution) for d in _parts(distribution)):
         return distribution
     fixed: Distribution = held(distribution)
@@ -302,7 +298,7 @@ def _without_validation(distribution: Distribution) -> Distribution:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """A distribution, and those that it is made of."""
+    """Yield a distribution and all distributions inside it."""
     if isinstance(value, (Distribution, td.Distribution, nn.ModuleList)):
         yield value
         for part in (*vars(value).values(), *vars(value).get("_modules", {}).values()):
@@ -313,7 +309,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _expanded(prior: Distribution, like: Tensor) -> Distribution:
-    """The prior with a row for each example, to draw from."""
+    """Expand the prior to one row per example, to draw from."""
     try:
         return prior.expand(like.shape[1], like)
     except NotImplementedError:
@@ -323,12 +319,13 @@ def _expanded(prior: Distribution, like: Tensor) -> Distribution:
         ) from None
 
 
-# Data of the model's own
+# Simulated data
 
 
 def simulate(inputs: Inputs, dim: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Any]:
-    """z [B, D] from the prior and x from p(x|z), so that z is an exact draw of p(z|x): with the context,
-    sizes and masks of a batch, and what was not observed of its x as it is.
+    """Draw z [B, D] from the prior and x from p(x|z), so that z is an exact draw from p(z|x).
+
+    Context, sizes and masks are those of the batch, and unobserved elements of its x are left unchanged.
     """
     batch, device, x = inputs.q.batch, inputs.device, inputs.x
     mask, size, context = inputs.beside or (None, None, None)
@@ -348,7 +345,7 @@ def draw_prior(
 
 
 def _sized(likelihood: Likelihood, parameters: Any, x: Any, size: Any) -> Any:
-    """What the decoder returned, with the examples' factors of the mean."""
+    """Apply the size factors of the examples to the decoder's output."""
     if isinstance(likelihood, Joint):
         return {
             name: _sized(part, parameters[name], x[name], None if size is None else size.get(name))
@@ -364,7 +361,7 @@ def _sized(likelihood: Likelihood, parameters: Any, x: Any, size: Any) -> Any:
 
 
 def _like(drawn: Any, x: Any, mask: Any) -> Any:
-    """In the dtype and the shape of x, and its own where a mask says that nothing was observed."""
+    """Convert a draw to the dtype and shape of x, and take x's own values where nothing was observed."""
     if isinstance(drawn, dict):
         return {n: _like(d, x[n], None if mask is None else mask.get(n)) for n, d in drawn.items()}
     drawn = drawn.reshape(x.shape).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Which implementation of the ops runs: the choice, and what is available here."""
+"""Selection of the ops' implementation (backend), and its availability."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ BACKENDS = ("native", "reference", "triton")
 def _left_out() -> bool:
     if importlib.util.find_spec("fastvae._C") is not None:
         return False
-    # Such a wheel is pure Python. In the folder of an editable install fastvae.egg-info comes first, and has
-    # no such file.
+    # A wheel built without the extension is pure Python. In the folder of an editable install
+    # fastvae.egg-info is found first, and has no WHEEL file.
     wheels = (d.read_text("WHEEL") for d in metadata.distributions(name="fastvae"))
     return "Root-Is-Purelib: true" in next(filter(None, wheels), "")
 
 
-# Whether fastvae was installed with FASTVAE_NO_EXTENSION=1, that is without its C++, on purpose.
+# True if fastvae was installed with FASTVAE_NO_EXTENSION=1, deliberately without its C++ extension.
 LEFT_OUT = _left_out()
 
-# Of this thread or task; others have their own. A backward pass may run in a thread of autograd's: it is told
-# what its forward pass ran on.
+# Local to a thread or task. A backward pass may run in an autograd thread, so ops pass it the backend of the
+# forward pass.
 _choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastvae_backend", default=None)
 
 
@@ -45,7 +45,7 @@ def _check(name: str, source: str) -> str:
 
 
 def chosen() -> str:
-    """The backend in force: the innermost :func:`use_backend`, else ``FASTVAE_BACKEND``, else "native"."""
+    """Return the backend of the innermost :func:`use_backend`, else ``FASTVAE_BACKEND``, else "native"."""
     return _choice.get() or _default()
 
 
@@ -58,14 +58,13 @@ def _default() -> str:
 def use_backend(name: str) -> Iterator[None]:
     r"""Choose the implementation of every op within a ``with`` block, in this thread or task.
 
-    The backward pass of an op runs on the backend of its forward pass, wherever autograd calls it.
-    Compiled code reads the choice again in each pass. The process has one default: ``FASTVAE_BACKEND``.
+    The backward pass of an op runs on the backend of its forward pass, whichever thread autograd uses.
+    Compiled code reads the choice again in each pass. ``FASTVAE_BACKEND`` sets the default of the process.
 
     Args:
         name: ``"native"`` (the default: C++ for CPU tensors, Triton for GPU tensors, plain PyTorch
-            elsewhere), ``"reference"`` (plain PyTorch everywhere), or ``"triton"`` (Triton everywhere: on CPU
-            tensors this needs Triton's interpreter, that is ``TRITON_INTERPRET=1`` set before triton is
-            imported).
+            elsewhere), ``"reference"`` (plain PyTorch everywhere), or ``"triton"`` (Triton everywhere: CPU
+            tensors need Triton's interpreter, enabled by ``TRITON_INTERPRET=1`` before triton is imported).
 
     Raises:
         ValueError: for any other name.
@@ -83,13 +82,13 @@ def use_backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not by a token, which only the task that made it can hand back: an asynchronous generator may be
-        # closed by another.
+        # Not by a token, which only the task that created it can reset: an asynchronous generator may be
+        # closed by another task.
         _choice.set(previous)
 
 
 def run_on(name: str, function: Callable[..., _T], *args: Any) -> _T:
-    """Call on this backend, whatever is in force here."""
+    """Call a function with this backend, overriding the current choice."""
     if chosen() == name:
         return function(*args)
     with use_backend(name):
@@ -97,12 +96,12 @@ def run_on(name: str, function: Callable[..., _T], *args: Any) -> _T:
 
 
 def has_triton() -> bool:
-    """Whether triton can be imported (it is not imported to find out)."""
+    """Return True if triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def layer(backend: str, op_module: str) -> ModuleType:
-    """The module that implements ``op_module`` in the reference or in Triton, imported when first needed."""
+    """Import the module that implements ``op_module`` in the reference or in Triton."""
     if backend == "reference":
         return importlib.import_module(f"fastvae.reference.{op_module}")
     if not has_triton():
@@ -116,19 +115,19 @@ def layer(backend: str, op_module: str) -> ModuleType:
 
 
 def on_cpu() -> str:
-    """The backend for CPU tensors: that chosen, where "native" is "reference" if the C++ was left out."""
+    """Return the backend for CPU tensors; "native" becomes "reference" without the C++ extension."""
     name = _choice.get() or _default()
     return "reference" if LEFT_OUT and name == "native" else name
 
 
 def on_gpu(device: torch.device) -> str:
-    """The backend for tensors of a GPU: "triton", or "reference" if that is chosen or Triton knows it not."""
+    """Return the backend for GPU tensors; "native" becomes "triton", or "reference" on an unsupported GPU."""
     name = chosen()
     return _native_on_gpu(device.index) if name == "native" else name
 
 
 def on_device(device: torch.device, function: Callable[..., _T], args: tuple[Any, ...]) -> _T:
-    """Call with this GPU as the current device: Triton launches there, whatever the tensors say."""
+    """Call with this GPU as the current device, where Triton launches regardless of the tensors' device."""
     if device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(device):
@@ -137,7 +136,7 @@ def on_device(device: torch.device, function: Callable[..., _T], args: tuple[Any
 
 @functools.cache
 def _native_on_gpu(index: int) -> str:
-    # Triton's own limit; AMD's cards have other numbers, and those it does not know it refuses by name.
+    # Triton's minimum. AMD GPUs are numbered differently, and Triton itself rejects unsupported ones.
     if torch.version.hip or torch.cuda.get_device_capability(index) >= (8, 0):
         return "triton"
     major, minor = torch.cuda.get_device_capability(index)
@@ -153,7 +152,7 @@ def _native_on_gpu(index: int) -> str:
 
 @functools.cache
 def extension() -> ModuleType:
-    """The C++ extension; torch, imported before it, shares its OpenMP runtime with it."""
+    """Import the C++ extension, after torch, whose OpenMP runtime it shares."""
     if LEFT_OUT:
         raise RuntimeError(
             "fastvae: the C++ extension was left out on purpose, by FASTVAE_NO_EXTENSION=1; to have it, "
@@ -170,7 +169,7 @@ def extension() -> ModuleType:
 
 
 def native(name: str) -> Callable[..., Any]:
-    """A function of the C++; where that cannot be had, one that says why when it is called."""
+    """Return a function of the C++ extension, or one that raises an explanation when called."""
     try:
         function: Callable[..., Any] = getattr(extension(), name)
         return function

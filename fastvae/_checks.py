@@ -1,4 +1,4 @@
-"""What is asked of arguments. Messages name the argument, what came, what was expected, how to fix it."""
+"""Validation of arguments; messages name the argument, its value, the expected value and a fix."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from torch import Tensor
 from ._teach import did_you_mean
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# torch has few operations for these: they are read as int64.
+# Converted to int64, since torch has few operations for these.
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *UNSIGNED, torch.bool)
 
 
 def checks_data() -> bool:
-    """Whether ``FASTVAE_CHECK=1`` asks for checks of the data that cost a synchronisation on a GPU."""
+    """Return True if ``FASTVAE_CHECK=1`` enables checks of the data that synchronise a GPU."""
     return os.environ.get("FASTVAE_CHECK", "0") not in ("", "0")
 
 
 def may_look(data: Tensor) -> bool:
-    """Whether data's values may be asked for: they are there, and it costs no synchronisation, or that is
-    asked for.
-    """
-    # A compiler comes first: it knows no values.
+    """Return True if reading the values is possible, and free of synchronisation or requested."""
+    # The compiler first, since its tensors have no values.
     return not torch.compiler.is_compiling() and data.numel() > 0 and (data.is_cpu or checks_data())
 
 
@@ -37,12 +35,12 @@ def shape_of(tensor: Any) -> str:
 
 
 def is_dense(value: Tensor) -> bool:
-    """Whether a tensor is neither sparse, MKL-DNN's nor nested."""
+    """Return True unless a tensor is sparse, MKL-DNN or nested."""
     return value.layout is torch.strided and not value.is_nested
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Refuse a sparse, MKL-DNN or nested tensor."""
+    """Reject a sparse, MKL-DNN or nested tensor."""
     if is_dense(value):
         return
     own = "it" if " " in name else name
@@ -55,7 +53,7 @@ def check_dense(name: str, value: Tensor) -> None:
 
 
 def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "") -> Tensor:
-    """A floating-point tensor, with ``dims`` axes if given; ``axes`` describes them, such as "[B, D]"."""
+    """Validate a floating-point tensor with ``dims`` axes, if given, which ``axes`` describes as "[B, D]"."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor{' ' + axes if axes else ''}, got {type(value).__name__}")
     check_dense(name, value)
@@ -76,9 +74,7 @@ def check_tensor(name: str, value: Any, dims: int | None = None, axes: str = "")
 
 
 def check_data(x: object, likelihood: Any, name: str = "x") -> Tensor:
-    """Validate a floating-point tensor, or integers where the likelihood takes them, and return it as it is
-    read.
-    """
+    """Validate a floating-point tensor, or integers if the likelihood takes them; unsigned become int64."""
     if not (isinstance(x, Tensor) and x.dtype in FLOATING):
         if isinstance(x, Tensor) and x.dtype in INTEGERS and likelihood.takes_integers:
             check_dense(name, x)
@@ -105,7 +101,7 @@ def as_int64(x: Any) -> Any:
 
 
 def on_same_device(device: torch.device, other: torch.device) -> bool:
-    """Whether they are equal; without an index one is the current of its type, which the other may be."""
+    """Return True if the devices are equal; one without an index matches any of its type."""
     return device == other or (device.type == other.type and None in (device.index, other.index))
 
 
@@ -135,7 +131,7 @@ def check_result(
     device: torch.device,
     fix: str,
 ) -> None:
-    """What a method that a user may have written returned: a floating-point tensor of this shape, here."""
+    """Validate the result of a possibly user-written method: floating-point, of this shape and device."""
     is_tensor = isinstance(value, Tensor)
     if (
         is_tensor
@@ -156,7 +152,7 @@ def check_result(
 
 
 def as_int(name: str, value: Any, meaning: str) -> int:
-    """An integer of Python's or NumPy's; a tensor, whose value may lie on a GPU, is refused."""
+    """Validate a Python or NumPy integer; a tensor, whose value may be on a GPU, is rejected."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
     if not isinstance(value, (bool, Tensor)):
@@ -169,7 +165,7 @@ def as_int(name: str, value: Any, meaning: str) -> int:
 
 
 def check_count(name: str, value: Any, meaning: str, least: int = 1) -> int:
-    """An integer of at least ``least``."""
+    """Validate an integer of at least ``least``."""
     count = as_int(name, value, meaning)
     if count < least:
         raise ValueError(f"{name} must be at least {least}, {meaning}; got {count}")
@@ -189,7 +185,7 @@ def check_number(name: str, value: Any, meaning: str, least: float = 0.0) -> flo
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {meaning}; got {value!r} ({type(value).__name__})")
-    # Not math.isinf, which knows no number that a compiler leaves open.
+    # math.isinf does not support the compiler's symbolic numbers.
     if not least <= value < math.inf or value == -math.inf:  # type: ignore[operator]
         at_least = "" if least == -math.inf else f" and at least {least:g}"
         raise ValueError(f"{name} must be finite{at_least}, {meaning}; got {value!r}")
@@ -197,7 +193,7 @@ def check_number(name: str, value: Any, meaning: str, least: float = 0.0) -> flo
 
 
 def check_weight(name: str, value: Any, meaning: str, q: Any, *, per_row: bool) -> float | Tensor:
-    """A finite number of at least 0, or a floating-point tensor of such, [] or, with ``per_row``, [B]."""
+    """Validate a finite number of at least 0, or a floating-point tensor, [] or, with ``per_row``, [B]."""
     if not isinstance(value, Tensor):
         return check_number(name, value, meaning)
     check_tensor(name, value)
@@ -205,12 +201,12 @@ def check_weight(name: str, value: Any, meaning: str, q: Any, *, per_row: bool) 
     if value.dim() and not (per_row and value.shape == (q.batch,)):
         expected = f"[] or [B] = [{q.batch}]" if per_row else "[]"
         raise ValueError(f"{name} has shape {shape_of(value)}; a tensor must be {expected}, {meaning}")
-    # torch takes a CPU's number as it takes Python's, on any device.
+    # torch accepts a CPU scalar tensor on any device.
     if not on_same_device(value.device, device) and (value.dim() or value.device.type != "cpu"):
         raise ValueError(
             f"{name} is on {value.device} but q is on {device}; move it with {name}.to({str(device)!r})"
         )
-    # On a GPU the question would be a synchronisation.
+    # On a GPU reading the values would synchronise.
     known = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     if known and (value.is_cpu or checks_data()):
         wrong = ~((value >= 0) & (value < math.inf)).detach()
@@ -222,7 +218,7 @@ def check_weight(name: str, value: Any, meaning: str, q: Any, *, per_row: bool) 
 
 
 def check_logvar_range(value: Any) -> tuple[float, float]:
-    """A pair (lo, hi) with lo < hi, or None for no clamp."""
+    """Validate a pair (lo, hi) with lo < hi; None becomes (-inf, inf), no clamp."""
     if value is None:
         return -math.inf, math.inf
     try:
@@ -256,9 +252,7 @@ def check_seed(seed: Any, device: torch.device | None = None) -> Tensor:
 
 
 def check_address(samples: int, rows: int, sample_offset: Any, row_offset: Any) -> tuple[int, int]:
-    """Validate the two offsets, and return them as ints: samples and rows are 32-bit words of the noise's
-    address.
-    """
+    """Validate the offsets of samples and rows, 32-bit words of the noise's address; return them as ints."""
     sample_offset = as_int("sample_offset", sample_offset, "where the samples start in the noise's address")
     row_offset = as_int("row_offset", row_offset, "where the rows start in the noise's address")
     for what, count, offset in (("sample", samples, sample_offset), ("row", rows, row_offset)):

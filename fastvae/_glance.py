@@ -1,7 +1,7 @@
-"""What is asked of every call before its kernel: in C++ where the extension is there (csrc/glance.hpp).
+"""Fast-path checks before each kernel call, in C++ where the extension is available (csrc/glance.hpp).
 
-Where models are small, asking in Python costs more than the kernels. A compiler cannot look into the C++:
-under ``torch.compiler.is_compiling()`` use those ``_in_python``.
+For small models these checks in Python cost more than the kernels. A compiler cannot trace the C++: under
+``torch.compiler.is_compiling()`` use the ``_in_python`` versions.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ _is_wrapped = _C._functorch.is_functorch_wrapped_tensor
 
 
 def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
-    """Where these tensors lie, ``ON_CPU`` or ``ON_GPU``, if nothing but eager mode stands between them and a
-    kernel, else 0; and ``WANTED`` if one of them requires a gradient.
+    """Return ``ON_CPU`` or ``ON_GPU``, plus ``WANTED`` if a tensor requires a gradient; 0 off the fast path.
+
+    The fast path requires plain tensors in eager mode: no transform, dispatch mode, tracing, forward-mode AD,
+    tensor subclass or mixed devices.
     """
     if (
         _C._are_functorch_transforms_active()
@@ -37,17 +39,17 @@ def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
     for t in tensors:
         if t is None:
             continue
-        # What torch.func.vjp saved is still wrapped when its function is called, outside of the transform.
-        # A view that is negative lazily is for the dispatcher to resolve.
+        # Tensors saved by torch.func.vjp are still wrapped when its function is called outside the transform.
+        # Only the dispatcher resolves lazily negated views.
         if type(t) not in _PLAIN or _is_wrapped(t) or t.is_neg() or not (t.is_cpu or t.is_cuda):
             return 0
         found |= (ON_CPU if t.is_cpu else ON_GPU) | (WANTED if t.requires_grad else 0)
-    # The seed of a GPU's tensors is on the GPU, too; what is not must not be overlooked.
+    # The seed of GPU tensors must be on the GPU, too, so mixed devices go to full validation.
     return 0 if found & ON_CPU and found & ON_GPU else found
 
 
 def are_rows(mu: Any, logvar: Any) -> bool:
-    """Whether a pair (mu, logvar) is right at a glance: [B, D] each."""
+    """Return True if (mu, logvar) are common: dense tensors [B, D] of one floating dtype and device."""
     return (
         isinstance(mu, Tensor)
         and isinstance(logvar, Tensor)
@@ -62,7 +64,7 @@ def are_rows(mu: Any, logvar: Any) -> bool:
 
 
 def are_batch_in_python(x: Any, mu: Any, logvar: Any) -> bool:
-    """Whether x [B, *event] and a pair [B, D] are right at a glance; if not, they may still be right."""
+    """Return True if x [B, *event] and a pair [B, D] are common; False means that they need validation."""
     return (
         isinstance(x, Tensor)
         and is_dense(x)
@@ -75,7 +77,7 @@ def are_batch_in_python(x: Any, mu: Any, logvar: Any) -> bool:
 
 
 def are_outputs_in_python(x: Tensor, samples: int, parameters: tuple[Any, ...]) -> bool:
-    """Whether x is [B, X], not empty, and what the decoder returned are tensors [K·B, X] beside it."""
+    """Return True if x is [B, X], not empty, and the decoder's outputs are [K·B, X] on its device."""
     if x.dim() != 2 or not x.numel():
         return False
     shape = (samples * x.shape[0], x.shape[1])
@@ -86,5 +88,5 @@ def are_outputs_in_python(x: Tensor, samples: int, parameters: tuple[Any, ...]) 
 
 
 plain, are_batch, are_outputs = plain_in_python, are_batch_in_python, are_outputs_in_python
-with contextlib.suppress(ImportError):  # left out on purpose, or else the first op says what is wrong
+with contextlib.suppress(ImportError):  # left out deliberately, or else the first op raises an explanation
     from ._C import are_batch, are_outputs, plain  # type: ignore[no-redef] # noqa: F401, F811

@@ -1,4 +1,4 @@
-"""What every objective takes, read and checked once, and the way from its draws to the bound."""
+"""Inputs of the objectives, validated once, and their evaluation from draws to the bound."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REAL = torch.distributions.constraints.real
 
 
 class Inputs(NamedTuple):
-    """A batch and the three distributions that an objective is made of."""
+    """Batch x, posterior q, decoder, likelihood and prior of an objective."""
 
     x: Any
     q: Distribution
@@ -63,14 +63,12 @@ class Inputs(NamedTuple):
         beside: Beside | None = None,
         compared: bool = True,
     ) -> Inputs:
-        """Read and check what the user gave; ``compared``: whether the densities of q and the prior are
-        compared.
-        """
-        # What is right at a glance is not asked one by one.
+        """Validate the user's arguments; with ``compared``, also the supports of q and the prior."""
+        # Fast path: a pair (mu, logvar), a named likelihood and the standard prior.
         if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
             glance = are_batch_in_python if torch.compiler.is_compiling() else are_batch
-            # The C++ asks no layout.
+            # The C++ does not check the layout.
             dense = all([type(t) is not Tensor or is_dense(t) for t in (x, *q)])
             fits = known is not None and callable(decoder) and dense and glance(x, *q)
             if fits and (known.differentiable or not x.requires_grad):
@@ -104,12 +102,12 @@ class Inputs(NamedTuple):
         return self.q.device
 
     def at(self, rows: Tensor) -> Inputs:
-        """With the data of these examples; q and the prior stay those of all."""
+        """Select the data of the examples with indices ``rows``; q and the prior keep all rows."""
         beside = None if self.beside is None else self.beside.at(rows)
         return self._replace(x=each(lambda t: t[rows], self.x), beside=beside)
 
     def decode(self, z: Tensor, samples: int) -> Any:
-        """The decoder's output for z [K·B, D], which it is given as [K·B, *latent]."""
+        """Call the decoder on z [K·B, D], reshaped to [K·B, *latent]."""
         latent = self.q.latent
         if self.q.z_dtype is not None:
             z = z.to(self.q.z_dtype)
@@ -132,32 +130,33 @@ class Inputs(NamedTuple):
     def bound(
         self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """What :func:`fastvae.ops.weigh.weigh` returns, of z [K·B, D] and a term of q and p."""
+        """Compute :func:`fastvae.ops.weigh.weigh` for z [K·B, D] and a term of q and the prior."""
         parameters = self.decode(z, samples)
         takes_fused = beta is None or not beta.requires_grad
         fused = self.likelihood.fused(self.x, parameters, samples, self.beside) if takes_fused else None
         if fused is not None:
-            # By what the decoder returned, or straight from its last layer.
+            # From the decoder's output, or from the input of its last layer.
             run: Any = weigh_linear if type(fused[2]) is Layers else weigh
             return run(*fused, term, beta, how, terms)  # type: ignore[no-any-return]
         return weigh_samples(self._log_prob(z, parameters, samples), term, beta, how)
 
     def log_likelihood(self, z: Tensor, seen: Callable[[Tensor, list[Tensor]], None] | None = None) -> Tensor:
-        """log p(x|z) [K, B] of z [K, B, D]: the decoder sees one batch axis, sample-major. ``seen`` is
-        called with its rows of z and the tensors it returned.
+        """Compute log p(x|z) [K, B] for z [K, B, D]; the decoder sees one batch axis, sample-major.
+
+        ``seen`` is called with the rows of z and the tensors that the decoder returned.
         """
         z_rows = z.flatten(0, 1)
         parameters = self.decode(z_rows, z.shape[0])
         if seen is not None:
-            # Not len, which fixes the batch of an exported program.
+            # len would specialise the batch size of an exported program.
             rows = z_rows.shape[0]
             seen(z_rows, [t for t in all_tensors(parameters) if t.dim() and t.shape[0] == rows])
         return self._log_prob(z_rows, parameters, z.shape[0])
 
     def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:
-        """log p(x|z) [K, B] of the decoder's output for z [K·B, D]."""
+        """Compute log p(x|z) [K, B] from the decoder's output for z [K·B, D]."""
         if not (isinstance(self.likelihood, Declared) and self.likelihood.is_declared):
-            # One of the user's may broadcast what fastvae's own refuse.
+            # A user's likelihood may broadcast shapes that fastvae's own reject.
             for name, part in _named(parameters):
                 check_same_device(f"the decoder's output{name}", part, "x", tensors(self.x)[0])
             self._check_rows(z, parameters, samples)
@@ -177,7 +176,7 @@ class Inputs(NamedTuple):
 
 
 def _named(parameters: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The first tensors that a decoder returned, by name where it returns a dict."""
+    """Yield the first tensor of a decoder's output, or of each entry if it is a dict, with its name."""
     if isinstance(parameters, Tensor):
         if parameters.dim():
             yield name, parameters
@@ -191,7 +190,7 @@ def _named(parameters: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def weigh_samples(
     log_likelihood: Tensor, term: Tensor, beta: Tensor | None, how: Weighing
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`fastvae.ops.weigh.weigh` returns, of log-likelihoods [K, B] that no fused op makes."""
+    """Compute :func:`fastvae.ops.weigh.weigh` from log-likelihoods [K, B], without a fused op."""
     mean = log_likelihood.mean(0)
     factor = how.coefficient if beta is None else how.coefficient * beta.to(term.dtype)
     if how.over == "mean":

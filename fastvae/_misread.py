@@ -1,4 +1,4 @@
-"""Warnings, once for each decoder, of outputs and data that are probably not what the likelihood reads."""
+"""Warnings, once per decoder, about outputs and data that the likelihood probably misreads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ._checks import is_dense, may_look
 from .head import called_by
 
-# Of an event of fewer numbers chance alone may put all outputs between 0 and 1.
+# For events of fewer numbers, all outputs may lie between 0 and 1 by chance.
 _FEWEST = 5
 
 _PROBABILITIES = (nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
-# By what the likelihood reads. A log-softmax changes no softmax of classes.
+# Suspicious last activations, by the likelihood's input. Class logits may end in LogSoftmax, since softmax
+# is invariant to it.
 _ACTIVATIONS: dict[str, tuple[type[nn.Module], ...]] = {
     "logits": (*_PROBABILITIES, nn.LogSoftmax),
     "class logits": _PROBABILITIES,
@@ -32,7 +33,7 @@ _MOST = 1000
 
 
 def is_new(decoder: Any) -> bool:
-    """Whether a decoder comes for the first time; a function made anew in each call is one decoder."""
+    """Return True for a decoder not seen before; functions are identified by their code."""
     decoder = called_by(decoder)
     if type(decoder) is FunctionType:
         decoder = decoder.__code__
@@ -50,7 +51,7 @@ def is_new(decoder: Any) -> bool:
 
 
 def look_at_structure(decoder: Any, likelihood: Any) -> bool:
-    """Warn of a last module that makes no logits; returns whether it did."""
+    """Warn about a last activation that does not return the likelihood's input; return True if found."""
     kinds, fix = _expected(likelihood)
     decoder = called_by(decoder)
     last = last_of_sequential(decoder)
@@ -64,12 +65,12 @@ def look_at_structure(decoder: Any, likelihood: Any) -> bool:
 
 
 def look(decoder: Any, likelihood: Any, x: Any, outputs: Any) -> None:
-    """Warn of a decoder, seen for the first time, or of data that the likelihood probably misreads."""
+    """Warn about a new decoder, or data, that the likelihood probably misreads."""
     if isinstance(outputs, Mapping) and isinstance(x, Mapping) and hasattr(likelihood, "parts"):
         for name, part in likelihood.parts.items():
             look(None, part, x[name], outputs[name])
         return
-    # Not under a transform or of a subclass, which may have no numbers.
+    # Tensors under a transform, and subclasses, may have no values.
     if type(x) is not Tensor or not is_dense(x) or torch._C._are_functorch_transforms_active():
         return
     if not look_at_structure(decoder, likelihood):
@@ -99,7 +100,7 @@ def _look_at_outputs(likelihood: Any, outputs: Any) -> None:
         return
     values = outputs.detach()
     least, most = (float(v) for v in values.aminmax())
-    # A last layer that is 0 at first gives one number everywhere.
+    # A zero-initialised last layer gives a constant output.
     if not (least >= 0 and most <= 1 and least < most):
         return
     if likelihood.reads != "logits":
@@ -112,7 +113,7 @@ def _look_at_outputs(likelihood: Any, outputs: Any) -> None:
 
 
 def _expected(likelihood: Any) -> tuple[tuple[type[nn.Module], ...], str]:
-    """Modules that no decoder of this likelihood ends in, and what to do about one."""
+    """Return the activations in which no decoder of this likelihood should end, and a fix."""
     reads, option = likelihood.reads, likelihood.option
     given = "rates" if reads == "log rates" else "probabilities"
     kind = type(likelihood).__name__
@@ -130,7 +131,7 @@ def _warn(what: str, likelihood: Any, fix: str) -> None:
 
 
 def last_of_sequential(module: Any) -> nn.Module | None:
-    """The last module of a Sequential, nested ones too, or of a module whose last child is one."""
+    """Return the last module of a (nested) Sequential, or of a module whose last child is one, else None."""
     inside = False
     while isinstance(module, nn.Module):
         children = [

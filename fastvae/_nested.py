@@ -1,4 +1,4 @@
-"""Tensors, or dicts of them, that have one batch axis: data of several parts, and what comes with data."""
+"""Tensors, or dicts of tensors, with one batch axis: data of several parts, masks, sizes and contexts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ._teach import described, explained
 
 
 def each(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The function of a tensor, of each tensor of a dict; None stays."""
+    """Apply a function to a tensor, or to each tensor of a nested dict; None stays None."""
     if isinstance(value, Mapping):
         return {name: each(function, part) for name, part in value.items()}
     return None if value is None else function(value)
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """All that there are."""
+    """Return all tensors of a tensor or nested dict."""
     if isinstance(value, Mapping):
         return [t for part in value.values() for t in tensors(part)]
     return [value] if isinstance(value, Tensor) else []
 
 
 def all_tensors(value: Any) -> list[Tensor]:
-    """Those of whatever a decoder returned."""
+    """Return all tensors of a decoder's output (nested tuples, lists and dicts)."""
     if isinstance(value, (tuple, list)):
         return [t for part in value for t in all_tensors(part)]
     if isinstance(value, Mapping):
@@ -37,14 +37,14 @@ def all_tensors(value: Any) -> list[Tensor]:
 
 
 def repeat(value: Any, samples: int) -> Any:
-    """[B, ...] as [K·B, ...], sample-major."""
+    """Repeat [B, ...] to [K·B, ...], sample-major."""
     if samples == 1:
         return value
     return each(lambda t: t.expand(samples, *t.shape).flatten(0, 1), value)
 
 
 def called(name: str, function: Callable[..., Any], first: Any, context: Any) -> Any:
-    """``function(first)``, or with a context ``function(first, context)``."""
+    """Call ``function(first)``, or ``function(first, context)``, with a note on errors."""
 
     def note() -> str:
         if name != "decoder":
@@ -68,7 +68,7 @@ def called(name: str, function: Callable[..., Any], first: Any, context: Any) ->
 
 
 def decoded(decoder: Callable[..., Any], z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:
-    """What the decoder returns for z [N, D], which it is given in the shape of its latents."""
+    """Call the decoder on z [N, D], reshaped to the shape of its latents."""
     if latent is None:
         return called("decoder", decoder, z, context)
     if math.prod(latent) != z.shape[1]:
@@ -89,13 +89,14 @@ def decoded(decoder: Callable[..., Any], z: Tensor, context: Any, latent: tuple[
 
 
 def event_size(x: Any) -> int:
-    """Numbers of an example."""
+    """Return the number of elements in an example."""
     return sum(t.shape[1:].numel() for t in tensors(x))
 
 
 class Beside(NamedTuple):
-    """What comes with x, each None or with x's batch axis: which elements of it were observed, a factor of
-    its mean, and what decoder and prior are given besides z.
+    """Conditioning inputs of a batch: mask of observed elements, size factors and context.
+
+    Each is None or has x's batch axis.
     """
 
     mask: Any = None
@@ -104,15 +105,15 @@ class Beside(NamedTuple):
 
     @classmethod
     def of(cls, mask: Any, size: Any, context: Any) -> Beside | None:
-        """None where there is none of them."""
+        """Return the three inputs as a record, or None if all are None."""
         return None if mask is None and size is None and context is None else cls(mask, size, context)
 
     def at(self, rows: Tensor) -> Beside:
-        """Of these examples."""
+        """Select the examples with indices ``rows``."""
         return Beside(*(each(lambda t: t[rows], part) for part in self))
 
     def part(self, name: str) -> Beside | None:
-        """Of one part of x."""
+        """Return the mask and size of one part of x, or None without both."""
         mask, size = (p.get(name) if isinstance(p, Mapping) else None for p in self[:2])
         return Beside.of(mask, size, None)
 
@@ -120,7 +121,7 @@ class Beside(NamedTuple):
 def check_batch(
     name: str, value: Any, batch: int, device: torch.device, latent: tuple[int, ...] | None = None
 ) -> None:
-    """Check that a tensor, or each of a dict, has this batch axis, on this device; ``latent`` is q's."""
+    """Validate that a tensor, or each of a dict, has this batch size and device; ``latent`` is q's shape."""
     if isinstance(value, Mapping):
         if not value:
             raise ValueError(f"{name} is an empty dict; expected tensors by name")
@@ -141,7 +142,7 @@ def check_batch(
 
 
 def as_mask(mask: Any, x: Any, name: str = "mask") -> Any:
-    """Which elements of x were observed: bool, like x, or like its event and then for all examples."""
+    """Validate a bool mask of observed elements, of the shape of x or of its event; expand it to x."""
     if isinstance(x, Mapping):
         if not isinstance(mask, Mapping) or (unknown := [n for n in mask if n not in x]):
             came = f"parts {unknown}" if isinstance(mask, Mapping) else type(mask).__name__
@@ -167,7 +168,7 @@ def as_mask(mask: Any, x: Any, name: str = "mask") -> Any:
 
 
 def as_size(size: Any, x: Any, name: str = "size") -> Any:
-    """Positive factors [B] of the means, by the names of x's parts where it has such."""
+    """Validate positive size factors [B], in a dict by part if x is a dict."""
     if isinstance(x, Mapping):
         if not isinstance(size, Mapping) or (unknown := [n for n in size if n not in x]):
             came = f"parts {unknown}" if isinstance(size, Mapping) else type(size).__name__

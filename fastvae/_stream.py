@@ -1,4 +1,4 @@
-"""Draws of a batch chunk by chunk, in bounded memory, and what is folded of their log weights."""
+"""Chunked draws of a batch in bounded memory, and streaming statistics of their log weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .weights import Weights
 
 
 class Chunks:
-    """How many draws are made at a time.
+    """Chunk size of draws.
 
     Args:
-        k_chunk: draws per example; None chooses as many as give the decoder's output a size that stays in a
-            CPU's caches and fills a GPU, or all in an exported program, whose batch may vary. Halved for good
-            when memory runs out.
-        name: what the user calls it.
+        k_chunk: draws per example and chunk. None chooses a decoder output that fits a CPU's caches and fills
+            a GPU, or all draws in an exported program, whose batch may vary. Halved permanently when memory
+            runs out.
+        name: name of the user's argument, for messages. Default ``"k_chunk"``.
     """
 
-    # Numbers of the decoder's output at a time, and rows of it; the CPU's are measured: docs/NOTES.md.
+    # Largest chunk of the decoder's output, in numbers and in rows; the CPU's are measured: docs/NOTES.md.
     _CPU, _GPU = (2**22, 2**13), (2**26, 2**18)
 
     def __init__(self, k_chunk: int | None, name: str = "k_chunk"):
@@ -38,11 +38,11 @@ class Chunks:
             k_chunk = check_count(name, k_chunk, "the samples drawn at a time")
         self.k_chunk, self.name = k_chunk, name
         self.most_rows: int | None = None
-        # Numbers that the decoder returns for a row, where x does not tell: classes, mixtures, several parts.
+        # Decoder outputs per row, if they differ from x's size: classes, mixtures, several parts.
         self._width: int | None = None
 
     def draws(self, inputs: Inputs, batch: int, most: int) -> int:
-        """For each of ``batch`` examples like these, at most ``most``."""
+        """Return the number of draws per example of a chunk of ``batch`` examples, at most ``most``."""
         size = self.k_chunk
         if torch.compiler.is_exporting():
             return most if size is None else min(size, most)
@@ -50,18 +50,18 @@ class Chunks:
             numbers, rows = self._CPU if inputs.device.type == "cpu" else self._GPU
             width = event_size(inputs.x) if isinstance(inputs.likelihood, Declared) else self._width
             if width is None:
-                return 1  # and then it is known
+                return 1  # measures the width
             size = min(rows, numbers // max(1, width)) // max(1, batch)
         if self.most_rows is not None:
             size = min(size, self.most_rows // max(1, batch))
         return min(max(1, size), most)
 
     def see(self, z: Tensor, outputs: list[Tensor]) -> None:
-        """Note how many numbers the decoder returned for each row of z."""
+        """Record the number of decoder outputs per row of z."""
         self._width = sum(t.numel() for t in outputs) // max(1, z.shape[0])
 
     def halve(self, count: int, batch: int) -> None:
-        """After memory ran out with ``count`` draws of each of ``batch`` examples, two draws or more."""
+        """Halve the chunk size after memory ran out with ``count`` ≥ 2 draws of ``batch`` examples each."""
         half = count // 2
         self.most_rows = half * batch
         warnings.warn(
@@ -83,14 +83,13 @@ def stream(
     rows: Tensor | None = None,
     ratio: bool = True,
 ) -> Iterator[Tensor]:
-    """Log weights of draws ``start`` to ``stop``, [draws, B], chunk by chunk; without ``ratio``
-    log-likelihoods.
+    """Yield log weights of draws ``start`` to ``stop``, [draws, B], chunk by chunk.
 
-    ``rows`` are the examples whose draws are wanted, if not all; the noise is that of their place in the
-    batch.
+    Without ``ratio`` they are log-likelihoods. ``rows`` are the indices of the examples to draw for, default
+    all; their noise does not depend on ``rows``.
     """
     data = inputs if rows is None else inputs.at(rows)
-    # Examples drawn for at once, and those of them that are wanted.
+    # Posteriors to draw from, and the rows of each that are wanted.
     spans = spans_of(inputs, row_offset, rows)
     batch = sum(q.batch for q, _, _ in spans)
 
@@ -115,7 +114,7 @@ def stream(
         log_w = None
         with spared_memory_errors() if count > 1 else contextlib.nullcontext():
             log_w = draw(count)
-        # Not in a handler of the error, whose traceback would keep the tensors alive that did not fit.
+        # Outside the exception handler, whose traceback would keep the failed chunk's tensors alive.
         if log_w is None:
             if inputs.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -128,11 +127,10 @@ def stream(
 def spans_of(
     inputs: Inputs, row_offset: int, rows: Tensor | None
 ) -> list[tuple[Distribution, int, Tensor | None]]:
-    """Posteriors to draw some examples from, or all, each with the address of its first row, and which of its
-    rows are wanted.
+    """Return posteriors that cover the examples ``rows``, with row offset and wanted rows (None for all).
 
-    A call for every run of neighbours costs some 20 µs; the whole batch costs draws that nobody needs, 8192 B
-    / A of them for A of B examples, 20 µs for 250 rows or so.
+    One call per run of consecutive rows costs some 20 µs; drawing the whole batch wastes draws, 8192 B / A of
+    them for A of B examples, about 20 µs for 250 rows.
     """
     if rows is None:
         return [(inputs.q, row_offset, None)]
@@ -153,12 +151,12 @@ def spared_memory_errors() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError):
         pass
     except RuntimeError as error:
-        # What the CPU's allocator says.
+        # Messages of the CPU allocator.
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise
 
 
-# Log weights that are folded at once, if so many come: a few megabytes.
+# Log weights to fold at once, if available: a few megabytes.
 _FOLDED = 2**20
 
 
@@ -172,11 +170,12 @@ def weights(
     kept: list[Tensor] | None = None,
     **options: Any,
 ) -> Weights:
-    """Draws ``start`` to ``stop`` folded into :class:`Weights`; options are those of :func:`stream`. A list
-    ``kept`` gets the log weights of each chunk.
+    """Fold draws ``start`` to ``stop`` into :class:`Weights`; options are those of :func:`stream`.
+
+    The log weights of each chunk are appended to the list ``kept``, if given.
     """
     total: Weights | None = None
-    # What is kept between chunks must not lie between their activations in the heap, which would grow with k.
+    # One buffer: small tensors between the chunks' activations would fragment the heap, which grows with k.
     buffer, filled = None, 0
 
     def fold(log_w: Tensor) -> Weights:
@@ -188,7 +187,7 @@ def weights(
         start += count
         if kept is not None:
             kept.append(log_w)
-        # To fold is some forty small ops: worth their while for many draws, and as many new as are kept.
+        # Folding takes some forty small ops: worthwhile for many draws, at least as many as the tail.
         enough = stop if torch.compiler.is_exporting() else max(tail, _FOLDED // max(1, batch))
         if filled == 0 and (start == stop or count >= enough):
             total = fold(log_w)

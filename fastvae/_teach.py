@@ -1,6 +1,4 @@
-"""Errors that teach: what an argument or a name of another library is called here, and what fastvae called a
-user's function with.
-"""
+"""Error messages that suggest fastvae's name for an argument, and note the inputs of a user's function."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What means the same: arguments here, and in other libraries.
+# Groups of synonymous arguments, of fastvae and other libraries.
 _ARGUMENTS = (
     ("k", "samples", "n", "num_samples", "n_samples", "num_particles", "n_particles",
      "mc_samples", "draws", "l"),
@@ -38,14 +36,14 @@ _ARGUMENTS = (
     ("batch_size", "bs", "batchsize"),
     ("scale", "temperature"),
 )  # fmt: skip
-# What no argument of that name does.
+# Alternatives to common arguments that fastvae does not have.
 _INSTEAD = {
     "seed": "generator=torch.Generator().manual_seed(0) seeds one call, torch.manual_seed(0) all",
     "sigma": "a likelihood holds its own, such as likelihood=fastvae.Gaussian(scale=0.1)",
     "scale": "a likelihood holds its own, such as likelihood=fastvae.Gaussian(scale=0.1)",
     "beta": "fastvae.elbo and fastvae.beta_tc weight the KL",
 }
-# Names of other libraries, and ours.
+# Names of other libraries, and fastvae's equivalents.
 _VALUES = {
     "bce": "bernoulli", "binary_cross_entropy": "bernoulli", "bce_with_logits": "bernoulli",
     "binary": "bernoulli", "sigmoid": "bernoulli",
@@ -62,7 +60,7 @@ _VALUES = {
 
 
 def did_you_mean(came: Any, known: Iterable[str]) -> str:
-    """Return "; did you mean 'bernoulli'?" where a name is near one that is known, or another library's."""
+    """Return "; did you mean 'bernoulli'?" for a name close to a known one, or another library's synonym."""
     if not isinstance(came, str):
         return ""
     known = tuple(known)
@@ -76,11 +74,11 @@ def did_you_mean(came: Any, known: Iterable[str]) -> str:
 
 
 def teaches(function: F) -> F:
-    """Answer an unknown keyword with the argument that was meant, and the arguments that there are."""
+    """Wrap a function so that an unknown keyword raises with the closest argument and the full list."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a graph does not break within a try
+        if torch.compiler.is_compiling():  # the compiler does not support graph breaks within a try
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
@@ -95,19 +93,19 @@ def teaches(function: F) -> F:
 
 
 def teaches_by(cls: type) -> None:
-    """Let the constructor of a class answer so, by the name of the class, wherever it is inherited from."""
+    """Apply :func:`teaches` to the (possibly inherited) constructor of a class, under the class's name."""
     init = teaches(inspect.unwrap(cls.__init__))  # type: ignore[misc]
     init.__qualname__ = f"{cls.__name__}.__init__"
     cls.__init__ = init  # type: ignore[misc]
 
 
 def _explained(function: Callable[..., Any], own: str, given: dict[str, Any], error: TypeError) -> str | None:
-    """Return a better message where the arguments do not fit the function's; None for another error."""
+    """Return a better message if the arguments do not match the signature; None for another error."""
     function, text = inspect.unwrap(function), str(error)
     if not text.startswith(f"{function.__qualname__}() "):
         return None
     if any(frame.f_code is function.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
-        return None  # it came from within
+        return None  # raised inside the function
     if "unexpected keyword" in text:
         return _unknown(function, own, given)
     return own + text.removeprefix(function.__qualname__)
@@ -129,8 +127,8 @@ def _unknown(function: Callable[..., Any], name: str, given: dict[str, Any]) -> 
 
 
 def explained(function: Callable[..., Any], given: tuple[Any, ...], note: Callable[[], str]) -> Any:
-    """Return a user's ``function(*given)``; an error of it gets a note of what it was called with."""
-    if torch.compiler.is_compiling():  # a graph does not break within a try
+    """Call a user's ``function(*given)``; an error gets a note that describes its inputs."""
+    if torch.compiler.is_compiling():  # the compiler does not support graph breaks within a try
         return function(*given)
     try:
         return function(*given)
@@ -151,6 +149,6 @@ def described(value: Any) -> str:
 
 
 def noted(error: BaseException, note: str) -> None:
-    """Add a note to an error of a user's function (Python 3.11), once."""
+    """Add a note to a user function's error, once (Python 3.11 or newer)."""
     if hasattr(error, "add_note") and note not in getattr(error, "__notes__", ()):
         error.add_note(note)

@@ -1,4 +1,4 @@
-"""What a person sees: in characters that the terminal has; the work goes on when nobody looks any more."""
+"""Terminal output that survives missing characters and closed streams."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import sys
 from typing import Any, TextIO
 
-# What a terminal without them shows for the characters that fastvae prints.
+# ASCII substitutes for the special characters that fastvae prints.
 _PLAIN = {"±": "+-", "−": "-", "…": "..."}
 
 
 def printable(text: str, stream: TextIO | None) -> str:
-    """The text in characters that the stream can encode."""
+    """Replace the characters that the stream cannot encode."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
@@ -24,7 +24,7 @@ def printable(text: str, stream: TextIO | None) -> str:
 
 
 def show(text: Any) -> None:
-    """Print. When the reader has left, as ``head`` does, the rest goes nowhere and the work goes on.
+    """Print; if the reader has closed the pipe, as ``head`` does, discard all further output.
 
     Raises:
         SystemExit: if standard output cannot be written for another reason, such as a full disk.
@@ -32,7 +32,7 @@ def show(text: Any) -> None:
     try:
         print(printable(str(text), sys.stdout), flush=True)
     except OSError as error:
-        # Python flushes what is left in the buffer when it ends, and would fail once more.
+        # Otherwise Python's flush at exit would fail again.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -41,7 +41,7 @@ def show(text: Any) -> None:
 
 
 class ProgressStream:
-    """Standard error for a progress bar, whose failure to write is no reason to end the work."""
+    """Standard error for a progress bar, where write errors are ignored."""
 
     def __init__(self) -> None:
         self._stream = sys.stderr

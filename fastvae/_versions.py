@@ -1,4 +1,4 @@
-"""Whether tensors that a backward pass computes from again are still those of the forward pass."""
+"""Detection of in-place changes to tensors that a backward pass recomputes from."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .head import called_by
 
 
 class Versions:
-    """In-place versions of what a checkpointed computation reads, as autograd keeps them of saved tensors.
+    """In-place versions of the inputs of a checkpointed computation, as autograd tracks for saved tensors.
 
-    A computation may change its own parameters and put them back, so the versions are noted after each run of
-    it, and compared before the next.
+    A computation may change its parameters and restore them, so versions are recorded after each run
+    and compared before the next.
 
     Args:
-        inputs: what the computation reads, by a name for the error message: tensors, containers of them,
-            distributions, modules.
+        inputs: inputs of the computation (tensors, containers, distributions, modules), by a name for
+            the error message.
     """
 
     def __init__(self, inputs: Mapping[str, Any]):
@@ -34,12 +34,12 @@ class Versions:
         self._seen: dict[int, int] = {}
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        # An inference tensor counts no versions.
+        # Inference tensors do not track versions.
         if not tensor.is_inference():
             self._tensors.setdefault(id(tensor), (name, tensor))
 
     def note(self, *outputs: Tensor) -> None:
-        """Note the versions after a run; ``outputs`` lead to the leaves of its graph."""
+        """Record the versions after a run, including the leaves of the graph of ``outputs``."""
         done: set[Any] = set(self._graph_ends)
         todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
         while todo:
@@ -66,7 +66,7 @@ class Versions:
 
 
 def _tensors(name: str, value: Any, seen: tuple[Any, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that a value consists of, without the buffers of modules, which a forward pass may update."""
+    """Yield the named tensors of a value, without buffers of modules, which a forward pass may update."""
     if any(value is outer for outer in seen):  # a prior and its posterior may refer to each other
         return
     seen = (*seen, value)
@@ -88,4 +88,4 @@ def _tensors(name: str, value: Any, seen: tuple[Any, ...] = ()) -> Iterator[tupl
             yield f"{name}.{key}", part
         for key, part in value.named_children():
             if isinstance(part, Distribution):
-                yield from _tensors(f"{name}.{key}", part, seen)  # its tensors in a graph are no parameters
+                yield from _tensors(f"{name}.{key}", part, seen)  # it may have tensors other than parameters

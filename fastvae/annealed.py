@@ -1,4 +1,4 @@
-"""log p(x) by annealed importance sampling, and how far off it can be: bounds from both sides."""
+"""Estimates of log p(x) by annealed importance sampling, and two-sided bounds on simulated data."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ __all__ = ["AnnealedMarginal", "MarginalBounds", "ais", "bdmc"]
 
 
 class AnnealedMarginal(NamedTuple):
-    """An estimate of log p(x) by annealed importance sampling, each [B] in float64: in nats, a lower bound in
-    expectation; its standard error over the chains; the effective number of these; and the mean acceptance
-    probability of the transitions, NaN where there are none.
+    """Estimate of log p(x) by annealed importance sampling, each field [B] in float64.
+
+    ``log_px`` is in nats, a lower bound in expectation; ``stderr`` its standard error over the chains;
+    ``ess`` the effective number of chains; ``acceptance`` the mean acceptance probability of the transitions,
+    NaN without transitions.
     """
 
     log_px: Tensor
@@ -36,8 +38,9 @@ class AnnealedMarginal(NamedTuple):
 
 
 class MarginalBounds(NamedTuple):
-    """Stochastic bounds on log p(x) of data x that the model made, each [n] in float64, in nats: in
-    expectation ``lower`` lies below log p(x) and ``upper`` above it; and their standard errors over the
+    """Stochastic bounds on log p(x) of data x simulated by the model, each [n] in float64, in nats.
+
+    In expectation ``lower`` lies below log p(x) and ``upper`` above it. The standard errors are over the
     chains.
     """
 
@@ -48,12 +51,12 @@ class MarginalBounds(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Mean of upper − lower: no more than this is, in expectation, the error of either."""
+        """Mean of upper − lower, in expectation at least the error of either bound."""
         return float((self.upper - self.lower).mean())
 
     @property
     def gap_stderr(self) -> float:
-        """Its standard error over the examples."""
+        """Standard error of the gap over the examples."""
         difference = self.upper - self.lower
         return float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
 
@@ -78,48 +81,57 @@ def ais(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> AnnealedMarginal:
-    r"""Estimate log p(x) per example by annealed importance sampling with Hamiltonian Monte Carlo: dear, and
-    right where importance sampling from q is low because q is not where p(z|x) is.
+    r"""Estimate log p(x) per example by annealed importance sampling with Hamiltonian Monte Carlo.
 
-    Each chain starts at :math:`z_0 \sim q_0` and goes through transitions that leave :math:`π_t ∝
+    It is expensive, but accurate where importance sampling underestimates because q misses the posterior.
+
+    Each chain starts at :math:`z_0 \sim q_0` and applies transitions that leave :math:`π_t ∝
     q_0(z)^{1 - β_t}\, p(x, z)^{β_t}` invariant, :math:`0 = β_0 < … < β_T = 1`:
 
     .. math:: \log w = \sum_{t=1}^{T} (β_t - β_{t-1}) \log \frac{p(x, z_{t-1})}{q_0(z_{t-1})}, \quad
               E[w] = p(x), \quad \log \hat p(x) = \log \frac{1}{C} \sum_{c=1}^{C} w_c
 
-    so that it is a lower bound in expectation, and, unlike that of :func:`fastvae.log_marginal`, comes closer
-    with more steps as well as with more chains. With ``steps=1`` it is importance sampling.
+    It is a lower bound in expectation which, unlike that of :func:`fastvae.log_marginal`, tightens with more
+    steps as well as with more chains. With ``steps=1`` it is importance sampling.
 
-    A transition is one trajectory of ``leapfrog`` steps, whose momenta are scaled by q0's width in each
-    dimension. Its step size is found by a pilot run of a quarter of the chains, for each transition and
-    example, for an acceptance near 0.65, and then fixed, so that it does not depend on what the chains do.
+    A transition is one trajectory of ``leapfrog`` steps, with momenta scaled by q0's width in each dimension.
+    A pilot run of a quarter of the chains tunes the step size of each transition and example for an
+    acceptance near 0.65. The step size is then fixed, so that it does not depend on the chains.
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, row_offset: as in :func:`fastvae.elbo`. q needs
-            ``log_prob``, as all families of fastvae's have. The decoder is followed by gradients of z, and by
-            none of its parameters; it is called in eval mode.
-        steps: T. The decoder is called, and followed back, 1.25·C·((T − 1)·leapfrog + 1) times for each
-            example.
-        chains: C.
-        leapfrog: steps of a transition's trajectory. At the same cost more temperatures, with 1 or 2 of
-            these, were better on every model that was tried, correlated latents included (docs/NOTES.md).
-        start: q0: ``"posterior"``, q, the better start even where q is off; or ``"prior"``, which does not
-            look at q (but for the number of latents).
-        chain_chunk: chains that the decoder evaluates at a time, which bounds memory and changes no result
-            but by rounding. Default: as many as give its output about 4 million numbers on a CPU, 64 million
-            elsewhere. Halved, with a warning, when memory runs out.
-        generator: source of the noise; default torch's own random state. The noise is a function of its
-            address, as everywhere: the same for any batch and chunk. What differs by rounding may, in
-            float32, change a decision of some transition, and then that example's estimate within its error.
+        x: data [B, *event], as in :func:`fastvae.elbo`.
+        q: the encoder's output, as in :func:`fastvae.elbo`; it needs ``log_prob``, as all of fastvae's
+            families have.
+        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`fastvae.elbo`. It is called in
+            eval mode, and differentiated by z, not by its parameters.
+        steps: T. The decoder is evaluated and differentiated 1.25·C·((T − 1)·leapfrog + 1) times per
+            example. Default 200.
+        chains: C, chains per example. Default 16.
+        leapfrog: leapfrog steps per transition. At the same cost, more temperatures with 1 or 2 leapfrog
+            steps were better on every model tried, including correlated latents (docs/NOTES.md). Default 2.
+        start: q0: ``"posterior"`` (default), q, the better start even where q is inaccurate; or ``"prior"``,
+            which ignores q (except for the number of latents).
+        chain_chunk: chains per decoder call, which bounds memory and changes results only by rounding.
+            Default: chunks whose decoder output has about 4 million numbers on a CPU, 64 million elsewhere.
+            Halved, with a warning, when memory runs out.
+        likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
+        prior: as in :func:`fastvae.elbo`. Default: N(0, I), or the hierarchy that produced q.
+        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`fastvae.elbo`.
+        size: size factors [B], as in :func:`fastvae.elbo`.
+        context: conditioning input of the decoder and prior, [B, ...], as in :func:`fastvae.elbo`.
+        generator: source of the noise. Default: torch's global random state. The noise is a function of its
+            address: the same for any batch and chunk. In float32 rounding differences may flip the acceptance
+            of a transition, and change that example's estimate within its error.
+        row_offset: index of x's first row in the noise's address, as in :func:`fastvae.elbo`. Default 0.
 
     Returns:
         :class:`AnnealedMarginal` (log_px, stderr, ess, acceptance), each [B]. The standard error is the delta
         method's, NaN for a single chain. If the chains' weights differ much (ess far below C), use more
-        steps. :func:`fastvae.bdmc` measures how far below log p(x) this is on data of the model's own.
+        steps. :func:`fastvae.bdmc` measures how far below log p(x) the estimate is, on simulated data.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not; for a decoder
-            without a gradient.
+        TypeError, ValueError: for an invalid argument, which the message names; for a decoder that is not
+            differentiable.
 
     References:
         Neal, Annealed Importance Sampling, 2001; Neal, MCMC Using Hamiltonian Dynamics, 2011; Wu, Burda,
@@ -159,34 +171,39 @@ def bdmc(
     context: Any = None,
     generator: torch.Generator | None = None,
 ) -> MarginalBounds:
-    r"""Bound log p(x) from both sides on data that the model itself makes, by bidirectional Monte Carlo: what
-    :func:`fastvae.ais` with the same settings may be off by.
+    r"""Bound log p(x) from both sides on data simulated by the model, by bidirectional Monte Carlo.
 
-    With :math:`z^* \sim p(z)` and :math:`x \sim p(x|z^*)`, :math:`z^*` is an exact draw of p(z|x), from which
-    chains go back to q0: then :math:`E[1/w] = 1/p(x)`, and
+    The gap bounds the error of :func:`fastvae.ais` with the same settings. With :math:`z^* \sim p(z)` and
+    :math:`x \sim p(x|z^*)`, :math:`z^*` is an exact draw from p(z|x), from which reverse chains run to q0.
+    Then :math:`E[1/w] = 1/p(x)`, and
 
     .. math:: E \log \frac{1}{C} \sum_c w_c \;\le\; \log p(x) \;\le\; -E \log \frac{1}{C} \sum_c 1/w'_c
 
-    for chains that go forward (w) and back (w'). The gap is at least the error of either, in expectation. It
-    says what sampling costs on such x, and nothing of data that are unlike them.
+    for forward (w) and reverse (w') chains. In expectation, the gap is at least the error of either bound. It
+    measures the error on simulated x only, and says nothing about data unlike them.
 
     Args:
         encoder: x [n, \*event] -> q, as in :func:`fastvae.evaluate`; with a context, (x, context) -> q.
         decoder: z [n, D] -> parameters of the likelihood, which needs ``sample``.
-        latent_dim: D, or the shape of latents that have axes of their own, (C, H, W).
-        n: how many x are made.
-        steps, chains, leapfrog, start, chain_chunk: as in :func:`fastvae.ais`. The decoder is called, and
-            followed back, about 2.25·C·T·leapfrog times for each x.
-        likelihood, prior, context: as in :func:`fastvae.elbo`; the prior needs ``sample``, the context has n
-            rows.
-        generator: source of the noise, on the CPU or the modules' device; default torch's own random state.
+        latent_dim: D, or the shape (C, H, W) of shaped latents.
+        n: number of examples to simulate. Default 100.
+        steps: T, as in :func:`fastvae.ais`. The decoder is evaluated and differentiated about
+            2.25·C·T·leapfrog times per x. Default 200.
+        chains: C, chains per example and direction. Default 16.
+        leapfrog: leapfrog steps per transition, as in :func:`fastvae.ais`. Default 2.
+        start: q0, ``"posterior"`` (default) or ``"prior"``, as in :func:`fastvae.ais`.
+        chain_chunk: chains per decoder call, as in :func:`fastvae.ais`.
+        likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
+        prior: as in :func:`fastvae.elbo`; it needs ``sample``. Default: N(0, I).
+        context: conditioning input of encoder, decoder and prior, with n rows, as in :func:`fastvae.elbo`.
+        generator: source of the noise, on the modules' device. Default: torch's global random state.
 
     Returns:
         :class:`MarginalBounds` (lower, upper, lower_stderr, upper_stderr), each [n], with ``gap`` and
         ``gap_stderr``.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
         NotImplementedError: if prior or likelihood has no ``sample``.
 
     References:
@@ -235,5 +252,5 @@ def _settings(steps: Any, chains: Any, leapfrog: Any, start: Any, chain_chunk: A
 
 
 def _modules(*parts: Any) -> list[nn.Module]:
-    """What must be in eval mode: a trajectory that dropout changes leads nowhere back."""
+    """Collect the modules to put into eval mode, since dropout would make trajectories irreversible."""
     return [m for part in parts if callable(part) for m in modules_of(part)]

@@ -1,22 +1,22 @@
-r"""Bounds of log p(x) over log weights [K, B], for :func:`fastvae.bound`: each is a reduction over the
-samples, and says how much of a sample's gradient reaches the decoder and how much of it the encoder.
+r"""Bounds of log p(x) over log weights [K, B], for :func:`fastvae.bound`.
 
-With the log weights :math:`\ell_k = \log w_k` of one example a bound is a function :math:`F(\ell_1 …
-\ell_K)`, whose derivatives :math:`g_k = \partial F / \partial \ell_k` are what the decoder, the likelihood
-and the prior learn by: :math:`\sum_k g_k \nabla_θ \log p(x, z_k)`. What reaches the encoder is an estimate of
+Each bound is a reduction over the samples, and defines the weight of each sample's gradient for the decoder
+and for the encoder. With the log weights :math:`\ell_k = \log w_k` of one example, a bound is a function
+:math:`F(\ell_1 … \ell_K)`. Its derivatives :math:`g_k = \partial F / \partial \ell_k` train the decoder, the
+likelihood and the prior: :math:`\sum_k g_k \nabla_θ \log p(x, z_k)`. The encoder gets an estimate of
 
 .. math:: \nabla_φ \mathbb{E}[F] = \mathbb{E}\Big[ \sum_k a_k \frac{\partial \ell_k}{\partial z_k}
           \frac{\partial z_k}{\partial φ} + s_k \nabla_φ \log q(z_k|x) \Big]
 
-with any of these pairs, by the name of the ``estimator``:
+with one of these pairs, named by ``estimator``:
 
 - ``"iwae"``: :math:`a_k = g_k, s_k = -g_k`, the derivative of F through z and through q's density;
-- ``"stl"``: :math:`a_k = g_k, s_k = 0`, without the score, which is unbiased where F is a mean, and biased
-  elsewhere (Roeder et al. 2017);
+- ``"stl"``: :math:`a_k = g_k, s_k = 0`, without the score; unbiased where F is a mean, biased elsewhere
+  (Roeder et al. 2017);
 - ``"dreg"``: :math:`a_k = g_k - \partial^2 F / \partial \ell_k^2, s_k = 0`, doubly reparameterised: the
-  score is taken through z as well, exactly, by :math:`\mathbb{E}_q[f(z) \nabla_φ \log q(z)] =
-  \mathbb{E}_q[f'(z)\, \partial z / \partial φ]` for :math:`f = g_k` as a function of its own :math:`z_k`
-  (Tucker et al. 2019, whose :math:`\tilde w_k^2` this is for IWAE; Daudel et al. 2023 for the power mean).
+  score is also taken through z, exactly, by :math:`\mathbb{E}_q[f(z) \nabla_φ \log q(z)] =
+  \mathbb{E}_q[f'(z)\, \partial z / \partial φ]` for :math:`f = g_k` as a function of :math:`z_k`
+  (Tucker et al. 2019, with :math:`a_k = \tilde w_k^2` for IWAE; Daudel et al. 2023 for the power mean).
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ __all__ = ["CIWAE", "IWAE", "TVO", "Bound", "Jackknife", "UStatistic", "WakePhi"
 
 
 class Bound:
-    r"""A bound of log p(x): a reduction of log weights [K, B] to [B].
+    r"""Bound of log p(x): a reduction of log weights [K, B] to [B].
 
-    Subclass it for one of your own: :meth:`value` is enough, and its derivative is taken by autograd. For the
-    encoder it serves with ``estimator="iwae"`` and ``"stl"``; ``"dreg"`` needs :meth:`paths` too.
+    To define your own bound, subclass it and implement :meth:`value`, which is differentiated by autograd.
+    The estimators ``"iwae"`` and ``"stl"`` then work; ``"dreg"`` also needs :meth:`paths`.
 
     Args:
-        estimator: the gradient that reaches q: ``"iwae"``, ``"stl"`` or ``"dreg"``; see
+        estimator: gradient that reaches q: ``"iwae"`` (default), ``"stl"`` or ``"dreg"``; see
             :mod:`fastvae.bounds`.
 
     Raises:
-        ValueError: for an unknown estimator, or one that this bound does not have.
+        ValueError: for an unknown estimator, or one that this bound does not support.
 
     Example:
         >>> import torch, fastvae
@@ -72,14 +72,14 @@ class Bound:
         return f"{type(self).__name__}({options})"
 
     def check(self, k: int) -> None:
-        """That it can be of so many samples; raises ValueError."""
+        """Validate that the bound is defined for k samples; raise ValueError otherwise."""
 
     def value(self, log_w: Tensor) -> Tensor:
-        """The bound [B] of log weights [K, B], float64."""
+        """Compute the bound [B] from log weights [K, B], float64."""
         raise NotImplementedError(f"{type(self).__name__} has no value(log_w), the bound [B] of log_w [K, B]")
 
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
-        """The bound [B], and its derivatives g [K, B] by the log weights; all float64."""
+        """Compute the bound [B] and its derivatives g [K, B] by the log weights; all float64."""
 
         def total(log_w: Tensor) -> tuple[Tensor, Tensor]:
             value = self.value(log_w)
@@ -95,40 +95,41 @@ class Bound:
         return value.detach(), grad
 
     def paths(self, log_w: Tensor) -> Tensor:
-        """DReG's a [K, B]: the derivatives less the second derivatives, each by its own log weight."""
+        """Compute DReG's a_k [K, B], ∂F/∂ℓ_k − ∂²F/∂ℓ_k²."""
         raise NotImplementedError(f"{type(self).__name__} has no paths(log_w), which 'dreg' needs")
 
-    # What objectives ask.
+    # Interface to the objectives.
 
     def weighing(self, reduction: str) -> Weighing | None:
-        """As the fused ops have it, where they do."""
+        """Return the equivalent reduction of the fused ops, or None."""
         return None
 
     @property
     def route(self) -> str:
-        """How what is told reaches q: a route of :mod:`fastvae.distributions.draws`."""
+        """Route by which the encoder's gradient reaches q, see :mod:`fastvae.distributions.draws`."""
         return {"iwae": "tied", "stl": "paths", "dreg": "paths"}.get(self.estimator, "score")
 
     def told(self, log_w: Tensor) -> Tensor:
-        """What is sent along its route, [K, B]: the a, or the s of one that takes the score alone."""
+        """Compute the encoder's weights [K, B], sent along :attr:`route`: a_k, or s_k for the score route."""
         return self.paths(log_w) if self.estimator == "dreg" else self.reduce(log_w)[1]
 
 
 class IWAE(Bound):
-    r"""The importance-weighted bound, of M groups of the samples, and of order 1 - α.
+    r"""Importance-weighted bound, of M groups of samples and order 1 - α.
 
     .. math:: \frac{1}{M} \sum_{m=1}^{M} \frac{1}{1 - α} \log \frac{1}{K} \sum_{k=1}^{K} w_{mk}^{1 - α}
 
-    M = 1, α = 0 is IWAE; M > 1 is MIWAE; α ≠ 0 is the VR-IWAE bound, a Rényi bound that is differentiated
-    through its samples; α = 1 is the ELBO by Monte Carlo. It falls in α and rises in K.
+    M = 1, α = 0 is IWAE; M > 1 is MIWAE; α ≠ 0 is the VR-IWAE bound, a Rényi bound differentiated
+    through its samples; α = 1 is the Monte Carlo ELBO. The bound falls in α and rises in K.
 
     Args:
-        m: groups of samples next to each other; it must divide their number.
-        alpha: α, a number or a tensor [], whose value is no part of compiled code.
-        estimator: ``"iwae"``, ``"dreg"`` (:math:`a = α \tilde w + (1 - α) \tilde w^2`) or ``"stl"``.
+        m: M, the number of groups of consecutive samples; it must divide the number of samples. Default 1.
+        alpha: α, a number or a tensor [], whose value compiled code does not specialise on. Default 0.
+        estimator: ``"iwae"`` (default), ``"dreg"`` (:math:`a = α \tilde w + (1 - α) \tilde w^2`) or
+            ``"stl"``.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for an invalid argument.
 
     References:
         Burda, Grosse & Salakhutdinov 2016; Rainforth et al., Tighter Variational Bounds are Not Necessarily
@@ -174,16 +175,16 @@ class IWAE(Bound):
 
 
 class CIWAE(Bound):
-    r"""A convex combination of the ELBO and the importance-weighted bound, of the same samples.
+    r"""Convex combination of the ELBO and the importance-weighted bound of the same samples.
 
     .. math:: β\, \frac{1}{K} \sum_k \log w_k + (1 - β) \log \frac{1}{K} \sum_k w_k
 
     Args:
-        beta: β, the ELBO's share, in [0, 1].
-        estimator: ``"iwae"``, ``"dreg"`` (:math:`a = β / K + (1 - β) \tilde w^2`) or ``"stl"``.
+        beta: β, the weight of the ELBO, in [0, 1]. Default 0.5.
+        estimator: ``"iwae"`` (default), ``"dreg"`` (:math:`a = β / K + (1 - β) \tilde w^2`) or ``"stl"``.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for an invalid argument.
 
     References:
         Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
@@ -203,7 +204,7 @@ class CIWAE(Bound):
         super().__init__(estimator)
 
     def weighing(self, reduction: str) -> Weighing | None:
-        # DReG's weights are not read off these.
+        # DReG's weights cannot be recovered from the gradient of this reduction.
         if self.estimator == "dreg":
             return None
         if self.beta == 1:
@@ -218,27 +219,28 @@ class CIWAE(Bound):
 
 
 class UStatistic(Bound):
-    r"""The mean of IWAE bounds of m samples over many ways to choose these among the K: the same bound as
-    MIWAE of K/m groups, and the same expected gradient, with less variance.
+    r"""Mean of IWAE bounds of m samples, over many subsets of the K samples.
+
+    The bound and its expected gradient are those of MIWAE with K/m groups, with less variance.
 
     .. math:: \frac{1}{R\, K/m} \sum_{r=1}^{R} \sum_{S \in \text{blocks}_r}
               \log \frac{1}{m} \sum_{k \in S} w_k
 
-    The K samples are divided into K/m blocks in R ways: with the samples as an m × K/m table, block i of way
-    r has the samples :math:`(j, (i + r j) \bmod K/m), j = 0 … m - 1`, so that blocks of two ways share at
-    most one sample where K/m is prime.
+    The K samples are partitioned into K/m blocks in R ways: with the samples as an m × K/m table, block i of
+    partition r has the samples :math:`(j, (i + r j) \bmod K/m), j = 0 … m - 1`, so that blocks of two
+    partitions share at most one sample if K/m is prime.
 
     Args:
-        m: samples of a bound; it must divide their number K.
-        permutations: R, the ways to divide them, at most K/m; R = 1 is MIWAE.
-        estimator: ``"iwae"``, ``"dreg"`` or ``"stl"``.
+        m: samples per block; it must divide K.
+        permutations: R, the number of partitions, at most K/m; R = 1 is MIWAE. Default 10.
+        estimator: ``"iwae"`` (default), ``"dreg"`` or ``"stl"``.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for an invalid argument.
 
     References:
         Burroni, Takatsu, Domke & Sheldon, U-Statistics for Importance-Weighted Variational Inference, 2023
-        (arXiv 2302.13918), whose ways are drawn at random.
+        (arXiv 2302.13918), with random partitions.
 
     Example:
         >>> import torch, fastvae
@@ -262,7 +264,7 @@ class UStatistic(Bound):
             )
 
     def _blocks(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
-        """Which samples, of all blocks of all ways one after the other; and their log weights."""
+        """Return the sample indices of all blocks of all partitions, concatenated, and their log weights."""
         device, blocks = log_w.device, log_w.shape[0] // self.m
         way = torch.arange(self.permutations, device=device)[:, None, None]
         block = torch.arange(blocks, device=device)[:, None]
@@ -283,16 +285,16 @@ class UStatistic(Bound):
 
 
 class Jackknife(Bound):
-    r"""The importance-weighted bound without its bias of order 1/K: the jackknife, as an objective.
+    r"""Jackknife of the importance-weighted bound, which removes its bias of order 1/K.
 
     .. math:: K L_K - \frac{K - 1}{K} \sum_{k=1}^{K} L_{K \setminus k}, \quad
               L_S = \log \frac{1}{|S|} \sum_{j \in S} w_j
 
-    Not a lower bound any more, but an estimate of log p(x) with bias O(K⁻²). Where all weights but one are 0
-    it is +∞, and its gradient is not defined.
+    It is not a lower bound but an estimate of log p(x) with bias O(K⁻²). If all weights but one are 0
+    it is +∞, and its gradient is undefined.
 
     Args:
-        estimator: ``"iwae"``, ``"dreg"`` or ``"stl"``.
+        estimator: ``"iwae"`` (default), ``"dreg"`` or ``"stl"``.
 
     Raises:
         ValueError: for an unknown estimator.
@@ -315,9 +317,10 @@ class Jackknife(Bound):
 
     @staticmethod
     def _weights(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised weights [K, B]; their inverses of 1 less each, 0 for the largest; the weights among all
-        but the largest; and log(1 less each), which for the largest is taken from the others: it may be as
-        small as exp(-1000).
+        """Compute normalised weights w̃ [K, B], 1 / (1 − w̃), weights without the largest, and log(1 − w̃).
+
+        1 / (1 − w̃) is set to 0 for the largest weight. log(1 − w̃) of the largest weight is computed from
+        the other weights, since 1 − w̃ may be as small as exp(-1000). All are [K, B].
         """
         maximum, first = log_w.max(0, keepdim=True)
         others = log_w.scatter(0, first, -math.inf)
@@ -331,7 +334,7 @@ class Jackknife(Bound):
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         k = log_w.shape[0]
         weights, inverse, others, log_rest = self._weights(log_w)
-        # Tensors: a compiler takes a logarithm of a size for a number of its own.
+        # As tensors: torch.compile would treat the logarithm of a size as a separate symbolic number.
         number, fewer = (log_w.new_full((), n) for n in (k, k - 1))
         constant = torch.xlogy(fewer, fewer) - torch.xlogy(number, number)
         bound = torch.logsumexp(log_w, 0) + constant - (k - 1) / k * log_rest.sum(0)
@@ -347,23 +350,23 @@ class Jackknife(Bound):
 
 
 class TVO(Bound):
-    r"""The thermodynamic variational objective: a left Riemann sum of the thermodynamic integral.
+    r"""Thermodynamic variational objective: a left Riemann sum of the thermodynamic integral.
 
     .. math:: \sum_{n} (β_{n+1} - β_n)\, \mathbb{E}_{π_{β_n}}[\log w], \quad
               π_β \propto q(z|x)^{1 - β} p(x, z)^{β}
 
-    with expectations by self-normalised importance weights :math:`\tilde w_k^{(β)} \propto w_k^β` over the K
-    samples. A lower bound of log p(x), as K → ∞; β = 0 alone is the ELBO.
+    The expectations use self-normalised importance weights :math:`\tilde w_k^{(β)} \propto w_k^β` over the K
+    samples. It is a lower bound of log p(x) as K → ∞; β = 0 alone is the ELBO.
 
     Args:
-        betas: the left ends of the intervals, rising from 0, below 1. Default: 0 and nine values from 0.01 to
+        betas: left ends of the intervals, rising from 0, below 1. Default: 0 and nine values from 0.01 to
             0.8, evenly spaced in log β.
-        estimator: ``"covariance"``, the paper's: :math:`\nabla_φ` by the score, :math:`s_k = \sum_n Δ_n
-            \tilde w_k [(1 - β)(\log w_k - \mathbb{E}_{π_β}[\log w]) - 1]`, which needs no
+        estimator: ``"covariance"`` (default), the paper's: :math:`\nabla_φ` by the score, :math:`s_k = \sum_n
+            Δ_n \tilde w_k [(1 - β)(\log w_k - \mathbb{E}_{π_β}[\log w]) - 1]`, which needs no
             reparameterisation; ``"iwae"``, the derivative of the sum through the samples, or ``"stl"``.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for an invalid argument.
 
     References:
         Masrani, Le & Wood, The Thermodynamic Variational Objective, 2019.
@@ -395,7 +398,7 @@ class TVO(Bound):
         super().__init__(estimator)
 
     def _intervals(self, log_w: Tensor) -> Any:
-        """Of each interval: its length, β, the weights, and log w less its mean, and the mean [B]."""
+        """Yield each interval's length, β, weights [K, B], centred log w [K, B] and its mean [B]."""
         log_w = log_w.clamp(min=torch.finfo(log_w.dtype).min)  # 0 · -inf
         for beta, end in zip(self.betas, (*self.betas[1:], 1.0), strict=True):
             weights = torch.softmax(beta * log_w, 0)
@@ -419,12 +422,12 @@ class TVO(Bound):
 
 
 class WakePhi(Bound):
-    r"""The encoder's half of reweighted wake–sleep: q is pulled towards the posterior that the weights show.
+    r"""Wake-φ objective of reweighted wake–sleep, which fits q to the importance-weighted posterior.
 
     .. math:: \nabla_φ: \sum_k \tilde w_k \nabla_φ \log q(z_k|x)
 
-    which follows :math:`-\nabla_φ \mathrm{KL}(p(z|x) \| q(z|x))` as K → ∞. For ``encoder=`` of
-    :func:`fastvae.bound`; with :class:`IWAE` for the decoder's half, wake-θ. The sleep phase is
+    This converges to :math:`-\nabla_φ \mathrm{KL}(p(z|x) \| q(z|x))` as K → ∞. Use it as ``encoder=`` of
+    :func:`fastvae.bound`, with :class:`IWAE` for the decoder (wake-θ). The sleep phase is
     :func:`fastvae.sleep`.
 
     References:
@@ -451,18 +454,16 @@ class WakePhi(Bound):
         return power_mean(log_w)[1]
 
 
-# Where the decoder's share of a sample is less than this, the encoder's is sent on with this much of it: no
-# sum of shares, which are 1 together, notices either.
+# Least weight of a sample for the decoder. Samples with a smaller weight get this one, so that the encoder's
+# weight, which is relative to it, stays finite. The weights sum to 1, so the change is below rounding.
 _LEAST = {torch.float32: 2.0**-100, torch.float64: 2.0**-800}
-# Gradients of a decoder in float16 have no such range: there the decoder's share is at least this part of the
-# encoder's. Shares are 1 together, so that this adds half a unit of float16's last digit at most.
+# Float16 gradients lack that range: there the decoder's weight is at least this fraction of the encoder's.
+# The weights sum to 1, so this adds at most half a unit in the last place of float16.
 _LEAST_OF_FLOAT16 = 2.0**-11
 
 
 class _Weighed(torch.autograd.Function):
-    """The bound [B], and for the backward pass the derivatives [K, B] by log weights, and what is told [K, B]
-    to what reaches q.
-    """
+    """Bound [B] with its backward weights [K, B]: derivatives by log weights, and the encoder's weights."""
 
     @staticmethod
     def forward(
@@ -515,9 +516,10 @@ def weighed(
     encoder: Bound | None,
     float16: bool = False,
 ) -> Tensor:
-    """The bound [B] of log p(x|z) and log p(z) − log q(z|x), each [K, B]; ``told`` takes the gradient that is
-    to reach q, by the encoder's bound or the objective itself. ``float16`` says that gradients by z pass
-    through numbers of that dtype.
+    """Compute the bound [B] from log p(x|z) and log p(z) − log q(z|x), each [K, B].
+
+    ``told`` receives the gradient for q, of the encoder's bound or else of the objective. ``float16`` is True
+    if gradients by z pass through that dtype.
     """
     bound, *_ = _Weighed.apply(  # type: ignore[no-untyped-call]
         log_likelihood, log_ratio, told, objective, encoder or objective, float16
@@ -526,7 +528,7 @@ def weighed(
 
 
 def check_alpha(alpha: Any) -> float | Tensor:
-    """The order of a bound: a finite number, or a tensor [] without a gradient."""
+    """Validate the order of a bound: a finite number, or a tensor [] without a gradient."""
     if isinstance(alpha, Tensor):
         if alpha.dim() or not alpha.is_floating_point() or alpha.requires_grad:
             raise ValueError(

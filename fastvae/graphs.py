@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: all of its kernels by one launch."""
+"""Training steps as CUDA graphs, with all kernels in one launch."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ def graphed(
 ) -> Callable[..., Any]:
     """Run a training step as a CUDA graph, which launches all of its kernels at once.
 
-    The first calls run as they are; the next one is captured, and from then on a call copies its inputs to
-    where the graph reads them, replays it, and returns copies of its results. Each call is one step of
-    training, with noise of its own. Inputs of other shapes than those captured, such as a smaller last batch,
-    run as they are. So does every call on a CPU.
+    The first calls run eagerly and the next one is captured. From then on a call copies its inputs to the
+    graph's input buffers, replays it, and returns copies of its results. Each call is one training step, with
+    new noise. Inputs of other shapes than those captured, such as a smaller last batch, run eagerly, and so
+    does every call on a CPU.
 
-    What the graph has captured stays as it was: Python does not run again. A learning rate, β or number of
-    samples that changes must be a tensor, changed in place; ``optimizer.step`` must be inside, of an
-    optimizer made with ``capturable=True``; nothing in the step may read a number from the device
-    (``.item()``, ``print``).
+    A captured graph is fixed: Python does not run again. A learning rate or β that changes must be a
+    tensor, changed in place; a number of samples that changes needs a graph for each value.
+    ``optimizer.step`` must be inside the step, with an optimizer created with ``capturable=True``; the step
+    must not read a number from the device (``.item()``, ``print``).
 
     Args:
-        step: a function of tensors that trains: zero_grad, the bound, backward, the optimizer's step. Returns
+        step: function of tensors that trains: zero_grad, the bound, backward, the optimizer's step. Returns
             a tensor, a tuple of tensors, or None.
-        generators: those of the device that the step draws from, beside torch's own.
-        warmup: calls before the capture; kernels are compiled and chosen in them.
+        generators: generators of the device that the step draws from, in addition to torch's global one.
+            Default: none.
+        warmup: calls before the capture, in which kernels are compiled and tuned. Default 3.
 
     Returns:
-        A function of the same tensors that returns the same.
+        A function with the same arguments and results.
 
     Raises:
         TypeError: if the result is called with an argument that is not a tensor.
@@ -101,7 +102,7 @@ class _Graphed:
         )
 
     def _on_the_side(self, inputs: tuple[Tensor, ...]) -> Any:
-        """As it is, on the stream of the capture: autograd remembers where a parameter's gradient arrives."""
+        """Run the step eagerly on the capture stream, as autograd remembers the stream of each gradient."""
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         current = torch.cuda.current_stream()

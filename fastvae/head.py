@@ -1,4 +1,4 @@
-"""The decoder's last linear layers, left to the objective where its structure proves it or a user says so."""
+"""Fusion of the decoder's last linear layers into the objective, automatic or requested by the user."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class LastLayer(NamedTuple):
-    r"""Linear layers of one input that are not multiplied out: a plain record, which objectives and
-    likelihoods read in place of a decoder's output.
+    r"""Deferred linear layers of one input, which objectives and likelihoods read as a decoder's output.
 
     .. math:: a_n = W h_n + c
 
     Attributes:
         input: h, [N, H].
-        weights: each layer's W, [X, H].
-        biases: each layer's c, [X], or None.
-        event: the shape of an output's row; a layer has as many outputs as it has numbers for, one after the
-            other. None: that of an example of x, or one flat output a layer where x is not known.
-        versions: how often each tensor had been changed in place.
+        weights: W of each layer, [X, H].
+        biases: c of each layer, [X], or None.
+        event: shape of an output's row; a layer with n times as many features has n outputs, concatenated.
+            None: the shape of an example of x, or one flat output per layer if x is not known.
+        versions: in-place version of each tensor at the time of the call.
     """
 
     input: Tensor
@@ -53,12 +52,12 @@ def _record(
 
 
 def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place, 0 where nothing counts."""
+    """Return a tensor's in-place version, or 0 where versions are not tracked."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _is_allocated(tensor: Tensor) -> bool:
-    """Whether the storage still has the tensor's numbers: sharding frees it."""
+    """Return True unless the tensor's storage has been freed, as sharding does."""
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or not tensor.numel():
         return True
     if _glance._is_wrapped(tensor):  # by torch.func, whose tensors have no storage
@@ -70,7 +69,7 @@ def _is_allocated(tensor: Tensor) -> bool:
 
 
 def check_unchanged(layer: LastLayer) -> None:
-    """Refuse a record whose tensors are no longer those of the call.
+    """Validate that the record's tensors have not changed since the call.
 
     Raises:
         RuntimeError: if one was changed in place, or its storage was freed.
@@ -91,7 +90,7 @@ def check_unchanged(layer: LastLayer) -> None:
 
 
 def multiply_out(layer: LastLayer, event: tuple[int, ...] | None) -> tuple[Tensor, ...]:
-    r"""Return the outputs, [N, \*event] each, one flat output a layer without an event.
+    r"""Compute the outputs, each [N, \*event], or one flat output per layer without an event.
 
     Raises:
         ValueError: if a layer's features are not a multiple of the event's numbers.
@@ -118,15 +117,15 @@ def multiply_out(layer: LastLayer, event: tuple[int, ...] | None) -> tuple[Tenso
     return tuple(outputs)
 
 
-# Where the structure proves it
+# Automatic fusion, where the structure proves it safe
 
 
 def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
-    """Call a decoder, and leave its last layer out where nothing can tell the difference.
+    """Call a decoder, and defer its last layer where this is unobservable.
 
-    The decoder is exactly an ``nn.Linear``, or an ``nn.Sequential`` that ends in one. Its other modules are
-    called as always; what a call of the containers and of the last layer does besides its matrix product (a
-    hook, a replaced method, a mode, a sharded weight) makes that a call, too.
+    The decoder must be exactly an ``nn.Linear``, or an ``nn.Sequential`` that ends in one. Other modules are
+    called as usual. The last layer is also called if a call of it or of the containers has side effects (a
+    hook, a replaced method, a mode, a sharded weight).
     """
     if len(args) != 1 or not _is_forward_alone(decoder):
         return decoder(*args)
@@ -145,12 +144,12 @@ def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
 
 
 def may_end_in_a_layer(decoder: Any) -> bool:
-    """Whether :func:`run_to_last_layer` may do more than call it."""
+    """Return True if :func:`run_to_last_layer` may defer the decoder's last layer."""
     return type(decoder) in (nn.Linear, nn.Sequential)
 
 
 def called_by(function: Any) -> Any:
-    """Return what a decoder calls: that of a partial of :func:`run_to_last_layer`, or a method's owner."""
+    """Return the module of a :func:`run_to_last_layer` partial, a method's owner, or the function itself."""
     if type(function) is functools.partial and function.func is run_to_last_layer:
         return function.args[0]
     return function.__self__ if type(function) is MethodType else function
@@ -160,7 +159,7 @@ _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
 
 
 def _is_forward_alone(module: nn.Module) -> bool:
-    """Whether a call of this ``nn.Linear`` or ``nn.Sequential`` runs torch's own forward and nothing else."""
+    """Return True for an ``nn.Linear`` or ``nn.Sequential`` whose call runs only torch's own forward."""
     kind = type(module)
     if kind is not nn.Linear and kind is not nn.Sequential:
         return False
@@ -181,7 +180,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_torchs(kind: type[nn.Module]) -> bool:
-    """Whether the functions that a call of the class runs are those that torch's modules define."""
+    """Return True if none of the functions that a call of the class runs has been replaced."""
     forward = vars(sys.modules[kind.__module__])
     others = vars(torch.nn.modules.module)
     return functional.linear is torch._C._nn.linear and all(
@@ -192,12 +191,12 @@ def _is_torchs(kind: type[nn.Module]) -> bool:
     )
 
 
-# torch.compiler.assume_constant_result, which sets this, imports the whole compiler.
+# Set here because torch.compiler.assume_constant_result would import the whole compiler.
 _is_torchs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
-    """Whether ``functional.linear`` of these is nothing but a matrix product of plain tensors that fit."""
+    """Return True if ``functional.linear`` of these is a plain matrix product of compatible tensors."""
     tensors = (h, weight) if bias is None else (h, weight, bias)
     if not all([type(t) in _PLAIN for t in tensors]):
         return False
@@ -215,29 +214,28 @@ def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
     )
 
 
-# Where a user says so
+# Fusion on the user's request
 
 
 class FusedHead(nn.Module):
-    r"""A decoder that ends in linear layers, whose outputs the objective computes block by block and never
-    stores.
+    r"""Decoder whose last linear layers are fused into the objective, so that their outputs are never stored.
 
-    Its output is not a tensor but a record of the layers and their input, which every objective, evaluation
-    and likelihood takes in place of the parameters: values and gradients are those of the layers' outputs, to
-    rounding. For K·B samples of a large event these outputs are the largest tensors of a training step. Where
-    the likelihood has no such op, with a mask or a ``size=``, they are computed as always.
+    It returns not a tensor but a record of the layers and their input, which every objective, evaluation
+    and likelihood accepts in place of the parameters: values and gradients equal those of the layers'
+    outputs, to rounding. For K·B samples of a large event these outputs are the largest tensors of a training
+    step. Where the likelihood has no fused op, and with a mask or ``size=``, they are computed as usual.
 
     Args:
-        body: a module z [N, D] -> h [N, H], which is called.
-        layers: one or more ``nn.Linear`` of H inputs, which are not called. The likelihood's parameters are
-            their outputs, in this order; one layer may have several parameters one after the other, as
-            ``layer(h).chunk(2, dim=1)`` has.
-        event: the shape of each parameter's row, such as (1, 28, 28). Default: that of an example of x, and
-            flat where there is no x, as for samples of the model.
+        body: module z [N, D] -> h [N, H], which is called.
+        layers: one or more ``nn.Linear`` with H inputs, which are not called. Their outputs, in order, are
+            the likelihood's parameters; one layer may have several parameters, concatenated, as in
+            ``layer(h).chunk(2, dim=1)``.
+        event: shape of each parameter's row, such as (1, 28, 28). Default: that of an example of x, and
+            flat without x, as for samples of the model.
 
     Raises:
-        TypeError, ValueError: for a body that is no module or returns no h, for layers that are no
-            ``nn.Linear`` or do not fit; in a call, for a layer with hooks, which would not run.
+        TypeError, ValueError: for a body that is not a module or does not return h, for layers that are not
+            ``nn.Linear`` or are incompatible; in a call, for a layer with hooks, which would not run.
 
     References:
         Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024.
@@ -301,7 +299,7 @@ class FusedHead(nn.Module):
         keep = _attached if torch.is_grad_enabled() else torch.Tensor.detach
         kind = h.device.type
         if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
-            # As the layers would have computed here.
+            # Cast as autocast would for the layers.
             dtype = torch.get_autocast_dtype(kind)
             weights = tuple([keep(layer.weight).to(dtype) for layer in layers])
             biases = tuple([None if layer.bias is None else keep(layer.bias).to(dtype) for layer in layers])
@@ -318,7 +316,7 @@ class FusedHead(nn.Module):
 
     @staticmethod
     def _check(i: int, layer: Any, h: Any) -> None:
-        """Refuse a layer that does more than its product, and an input that does not fit."""
+        """Reject a layer whose call is more than its product, and an incompatible input."""
         hooks = _has_hooks(layer) or torch.nn.modules.module._has_any_global_hook()
         if hooks or not _has_its_forward(layer):
             what = "hooks" if hooks else f"a forward of its own ({type(layer).__name__})"
@@ -341,7 +339,7 @@ class FusedHead(nn.Module):
 
 
 def _attached(tensor: Tensor) -> Tensor:
-    """Return a view: what ``tensor.data = ...`` swaps later is then not seen."""
+    """Return a view, which a later ``tensor.data = ...`` does not affect."""
     return tensor.view_as(tensor)
 
 

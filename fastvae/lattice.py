@@ -1,4 +1,4 @@
-"""log p(x) without an encoder: the integral over few latents by a lattice of points, shared by all x."""
+"""Exact log p(x) without an encoder, by a lattice over few latents, shared by all x."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .likelihoods.base import Likelihood, as_likelihood
 
 __all__ = ["LatticeMarginal", "lattice_log_marginal"]
 
-# Points in each dimension, by D.
+# Default points per dimension, by D.
 _POINTS = {1: 3000, 2: 255, 3: 66}
-# Numbers of the decoder's output, and of log p(x|z), at a time.
+# Largest block of the decoder's output and of log p(x|z), in numbers.
 _NUMBERS = 2**22
 
 
 class LatticeMarginal(NamedTuple):
-    """log p(x) of each example by a lattice, [N] in float64, in nats, and how much of it is in doubt."""
+    """Log p(x) of each example by a lattice and its estimated error, each [N] in float64, in nats."""
 
     log_px: Tensor
     error: Tensor
@@ -52,43 +52,43 @@ def lattice_log_marginal(
     prior: Any = None,
     batch_size: int = 1000,
 ) -> LatticeMarginal:
-    r"""log p(x) of every example of a data set, with no encoder and no sampling, for one to three latents.
+    r"""Compute log p(x) of every example of a data set without encoder or sampling, for one to three latents.
 
     .. math:: \log p(x) \approx \log \sum_u ω_u\, p(x | z_u), \quad ω_u = h_1 \cdots h_D\, p(z_u)
 
-    The points :math:`z_u` are a product lattice of n in each dimension, :math:`h_d` apart: the midpoint rule,
-    whose error falls faster than any power of h where the integrand is smooth and has died away at the ends,
-    like :math:`e^{-2 π^2 (s / h)^2}` for a normal posterior of standard deviation s. They are decoded once
-    for all examples (:func:`fastvae.ops.all_pairs_log_prob`), block by block.
+    The points :math:`z_u` are a product lattice of n points per dimension with spacing :math:`h_d`: the
+    midpoint rule, whose error falls faster than any power of h for a smooth integrand that vanishes at the
+    ends, like :math:`e^{-2 π^2 (s / h)^2}` for a normal posterior of standard deviation s. They are decoded
+    once for all examples (:func:`fastvae.ops.all_pairs_log_prob`), block by block.
 
-    The lattice tells its own error. It falls into :math:`3^D` lattices of three times the spacing, and
-    ``error`` is the largest distance of their estimates from the whole one's: the error of one of these,
-    beside which that of the whole lattice is small, wherever it is below 0.1 nats or so. A larger one says
-    that the posterior is too narrow for the lattice, and no more than that: use more points, or
-    :func:`fastvae.evaluate`. Added to it is what the density has at the lattice's ends, as if it went on at
-    that level for half of its width. Rounding, some 1e-6 of log p(x) in float32, is not in it.
+    The lattice estimates its error. It splits into :math:`3^D` lattices of three times the spacing, and
+    ``error`` is the largest distance of their estimates from that of the whole lattice. This is the error of
+    a coarse lattice, which far exceeds that of the whole lattice if it is below about 0.1 nats. A larger
+    error only says that the posterior is too narrow for the lattice: use more points, or
+    :func:`fastvae.evaluate`. ``error`` also includes the mass outside the lattice, estimated from the density
+    at its ends, extended over half of its width. It excludes rounding, about 1e-6 of log p(x) in float32.
 
     Args:
-        data: as in :func:`fastvae.evaluate`, without what ``unpack`` is for. All of it is held in memory.
-        decoder: z [U, D] -> parameters of the likelihood, in eval mode.
+        data: data set, as in :func:`fastvae.evaluate`, but without ``unpack``. All of it is kept in memory.
+        decoder: z [U, D] -> parameters of the likelihood, called in eval mode.
         latent_dim: D, 1 to 3.
         points: n, a multiple of 3; :math:`n^D` points in all. Default: 3000, 255 and 66 for D = 1, 2 and 3,
-            which for a standard normal prior is right to 1e-6 where the posterior's standard deviations are
-            no smaller than 0.005, 0.06 and 0.22.
-        radius: how far the lattice of a normal prior reaches, in its standard deviations.
-        box: the lattice's lower and upper ends, each [D] or a number, in place of ``radius``. A prior that is
-            not a diagonal normal needs it.
-        likelihood: as in :func:`fastvae.elbo`. With Bernoulli, Poisson and Gaussian ones, where pairs are
-            matrix products, it is far faster.
-        prior: as in :func:`fastvae.elbo`, the same for all examples.
-        batch_size: examples at a time; it changes no result but by rounding.
+            which for a standard normal prior is accurate to 1e-6 if the posterior's standard deviations are
+            at least 0.005, 0.06 and 0.22.
+        radius: half width of the lattice for a normal prior, in its standard deviations. Default 8.
+        box: lower and upper ends of the lattice, each [D] or a number, in place of ``radius``. Required for
+            a prior that is not a diagonal normal.
+        likelihood: as in :func:`fastvae.elbo`. Bernoulli, Poisson and Gaussian likelihoods, whose pairs are
+            matrix products, are far faster. Default ``"gaussian"``.
+        prior: as in :func:`fastvae.elbo`, the same for all examples. Default: N(0, I).
+        batch_size: examples per batch; it changes results only by rounding. Default 1000.
 
     Returns:
         :class:`LatticeMarginal` (log_px, error), each [N]. Memory is :math:`(3^D + 1) N` numbers, the data,
         and a block of points.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
         Trefethen & Weideman, The Exponentially Convergent Trapezoidal Rule, SIAM Review 56, 2014.
@@ -128,7 +128,7 @@ def lattice_log_marginal(
     size = max(1, _NUMBERS // max(event_size(xs[0]), *(len(x) for x in xs)))
     with evaluating([m for f in (decoder, likelihood, prior) for m in modules_of(f)]):
         prior = prior.prepared()
-        # log of the sums of p(x, z) over each of the lattices of three times the spacing, and over the ends.
+        # Log sums of p(x, z) over each coarse lattice, and over the ends.
         sums, at_ends = [], _Sum(xs)
         for indices in _indices(points, latent_dim, size, xs[0].device):
             if indices is None:
@@ -151,7 +151,7 @@ def lattice_log_marginal(
 
 
 class _Sum:
-    """log Σ_u of what comes [U, B] for each of the batches, in float64."""
+    """Running log-sum-exp over points u of values [U, B], for each batch, in float64."""
 
     def __init__(self, xs: list[Tensor]):
         self._logs = [torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device) for x in xs]
@@ -165,10 +165,10 @@ class _Sum:
 
 
 def _indices(points: int, dim: int, size: int, device: torch.device) -> Iterator[Tensor | None]:
-    """Those of all points, [U, D], in blocks of this size; None before each of the 3^D lattices of every
-    third point that they fall into.
+    """Yield the indices of all points, [U, D], in blocks, with None before each of the 3^D coarse lattices.
 
-    Not of every other point: two lattices agree by chance where a posterior lies midway between two points.
+    The coarse lattices take every third point, not every second: two lattices would agree by chance if a
+    posterior lies midway between two points.
     """
     third = points // 3
     for first in itertools.product(range(3), repeat=dim):
@@ -196,7 +196,7 @@ def _examples(
 
 
 def _shared(prior: Any) -> Distribution:
-    """A prior that is the same for all examples."""
+    """Validate that the prior is the same for all examples, and return it."""
     found = None if is_conditional(prior) else as_prior(prior)
     if found is None or found.per_row:
         raise ValueError(
@@ -208,7 +208,7 @@ def _shared(prior: Any) -> Distribution:
 def _ends(
     prior: Distribution, box: Any, radius: float, dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The lattice's lower and upper ends [D]."""
+    """Return the lattice's lower and upper ends, each [D]."""
     if box is None:
         if is_family(prior, StandardNormal):
             centre, scale = torch.zeros((), device=device), torch.ones((), device=device)

@@ -1,4 +1,4 @@
-"""A discrete latent summed out exactly: clusters, and labels that some examples have."""
+"""Exact sum over a discrete latent: clusters, and semi-supervised labels."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ __all__ = ["Marginal", "marginalize"]
 
 
 class Marginal(NamedTuple):
-    """A bound [B] to be maximised, in nats, and ``log_responsibilities`` [B, C], what x says of y: log q(y|x)
-    where it was given, else the exact log p(y|x) of the bounds. Labels do not change them.
+    """Bound [B] to be maximised, in nats, and the log responsibilities of the classes [B, C].
+
+    ``log_responsibilities`` is log q(y|x) if a classifier was given, else the exact log p(y|x) of the bounds.
+    Labels do not change it.
     """
 
     bound: Tensor
@@ -88,49 +90,50 @@ def marginalize(
     reduction: str = "mean",
     terms: bool = False,
 ) -> Tensor | Marginal:
-    r"""Bound on log p(x) of a model with a discrete latent y, summed exactly over its C classes: Gaussian
-    mixture VAEs, and semi-supervised ones.
+    r"""Return a bound on log p(x) of a model with a discrete latent y, summed exactly over its C classes.
 
-    With :math:`F_y(x)`, a bound on :math:`\log p(x|y)` or the number itself, an example counts, by a
-    classifier q(y|x), by the best one there is, which needs no network, or by its label,
+    This covers Gaussian mixture VAEs and semi-supervised VAEs. With :math:`F_y(x)`, a bound on
+    :math:`\log p(x|y)` or its exact value, the bound of an example is, for a classifier q(y|x), for the
+    optimal classifier, which needs no network, and for a label y, respectively,
 
     .. math::
         \sum_y q(y|x) \big[F_y(x) + \log p(y) - \log q(y|x)\big] \;\le\;
         \log \sum_y p(y)\, e^{F_y(x)}, \qquad
         F_y(x) + \log p(y) + α \log q(y|x)
 
-    The best classifier is :math:`q(y|x) ∝ p(y)\, e^{F_y(x)}`. A class with q(y|x) = 0 counts as 0, whatever
-    its bound is. Without a classifier, noise in F raises the mean of the bound, since log Σ exp is convex. It
-    stays below log p(x) where :math:`e^{F_y}` has a mean of at most p(x|y): of :func:`fastvae.iwae`,
+    The optimal classifier is :math:`q(y|x) ∝ p(y)\, e^{F_y(x)}`. A class with q(y|x) = 0 contributes 0 for
+    any bound. Without a classifier, noise in F raises the mean of the bound, since log Σ exp is convex. It
+    stays below log p(x) if :math:`e^{F_y}` has a mean of at most p(x|y), as for :func:`fastvae.iwae`,
     :func:`fastvae.log_marginal`, and :func:`fastvae.elbo` with ``kl="mc"``, but not with its analytic KL.
 
     Args:
-        x: data [B, ...], or a dict of whatever ``bound`` needs of each example, such as a mask, or features
-            that do not depend on y and so are computed once.
-        bound: a function of rows of x and their classes, one-hot [N, C] in x's floating dtype, that returns
+        x: data [B, ...], or a dict of all inputs of ``bound`` per example, such as a mask, or features
+            that do not depend on y and are computed once.
+        bound: function of rows of x and their classes, one-hot [N, C] in x's floating dtype, that returns
             F [N], such as ``lambda x, y: vae.elbo(x, context=y, kl="mc", reduction="none")``. It is called
             once, with N = B·C rows: each example with all classes, then the next one.
-        classes: C; may be left out where log_q or log_prior has it.
-        log_q: logits or log-probabilities of q(y|x), a classifier's output [B, C]. Default: the best q(y|x).
-        log_prior: logits or log-probabilities of p(y), [C], or [B, C] where it depends on the example.
-            Default: all the same.
-        labels: the class of each example, int64 [B]; −1 where it is unknown. All classes are evaluated
-            nevertheless: for a batch of labelled examples alone, ``bound`` itself costs 1/C.
-        alpha: α, the weight of log q(y|x) in examples that have a label: without it nothing trains the
-            classifier on them. A number or a tensor [].
-        class_chunk: classes per call of ``bound``; default all. Fewer take less memory where there are no
-            gradients. With 1, each call gets x as it is, so that ``bound`` may use other tensors of B rows.
-            Each call draws noise of its own.
-        reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for [B].
-        terms: return :class:`Marginal` (bound [B], log_responsibilities [B, C]), whatever the reduction.
+        classes: C. Default: the size of log_q or log_prior.
+        log_q: logits or log-probabilities of q(y|x), a classifier's output [B, C]. Default: the optimal
+            q(y|x).
+        log_prior: logits or log-probabilities of p(y), [C], or [B, C] if it depends on the example.
+            Default: uniform.
+        labels: class of each example, int64 [B]; −1 where it is unknown. All classes are evaluated in any
+            case: for a batch of labelled examples only, calling ``bound`` directly costs 1/C.
+        alpha: α, weight of log q(y|x) in labelled examples, a number or a tensor []; with 0 the classifier
+            gets no gradient from them. Default 0.
+        class_chunk: classes per call of ``bound``. Default: all. Fewer take less memory without gradients.
+            With 1, each call gets x unchanged, so that ``bound`` may use other tensors of B rows. Each call
+            draws new noise.
+        reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B].
+        terms: return :class:`Marginal` (bound [B], log_responsibilities [B, C]), for any reduction.
 
     Returns:
         A number in nats, or [B], or Marginal. Processes that split a batch give ``bound`` a ``row_offset``
         counted in its rows: C times that of x.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not; labels out of
-            range give NaN where looking at them would cost a synchronisation.
+        TypeError, ValueError: for an invalid argument, which the message names. Labels out of range give NaN
+            where reading them would synchronise with the device.
 
     References:
         Kingma, Mohamed, Rezende & Welling, Semi-supervised Learning with Deep Generative Models, 2014, eqs. 6
@@ -193,7 +196,7 @@ def marginalize(
     bounds = _of_each_class(bound, x, like, batch, classes, chunk)
     given = [t.dtype for t in (bounds, log_q, log_prior) if t is not None]
     dtype = functools.reduce(torch.promote_types, given, torch.float32)
-    # log p(x, y) + log C: of a uniform prior the bounds as they are.
+    # log p(x, y) + log C, so that a uniform prior needs no addition.
     joint = bounds.to(dtype)
     if log_prior is not None:
         joint = joint + (torch.log_softmax(log_prior.to(dtype), -1) + math.log(classes))
@@ -212,8 +215,9 @@ def marginalize(
 
 
 def _summed(joint: Tensor, log_q: Tensor | None, labels: Tensor | None) -> Tensor:
-    """The bounds [B] of log p(x, y) + log C and log q(y|x), each [B, C]. A label is a classifier that is
-    certain.
+    """Sum over classes, given log p(x, y) + log C and log q(y|x), each [B, C]; returns the bounds [B].
+
+    A label is treated as a classifier with probability 1.
     """
     classes = joint.shape[1]
     excluded = None
@@ -232,7 +236,7 @@ def _summed(joint: Tensor, log_q: Tensor | None, labels: Tensor | None) -> Tenso
 def _of_each_class(
     bound: Callable[[Any, Tensor], Tensor], x: Any, like: Tensor, batch: int, classes: int, chunk: int
 ) -> Tensor:
-    """F [B, C]."""
+    """Compute F [B, C], in chunks of classes."""
     dtype = next((t.dtype for t in tensors(x) if t.dtype in FLOATING), torch.get_default_dtype())
     one_hot = torch.eye(classes, dtype=dtype, device=like.device)
     parts = []
@@ -244,7 +248,7 @@ def _of_each_class(
 
 
 def _repeated(x: Any, times: int) -> Any:
-    """Each row so many times, one after the other: its place in the noise is then the same in any shard."""
+    """Repeat each row consecutively, so that its position in the noise is the same in any shard."""
     return x if times == 1 else each(lambda t: t.repeat_interleave(times, 0), x)
 
 
@@ -264,7 +268,7 @@ def _check_bounds(part: Any, batch: int, classes: int, like: Tensor) -> None:
 
 
 def _batch_of(x: Any) -> tuple[Tensor, int]:
-    """A tensor of x, and B."""
+    """Return one tensor of x, and B."""
     parts = tensors(x)
     if not parts:
         raise TypeError(f"x must be a tensor [B, ...] or a dict of such, got {type(x).__name__}")
@@ -279,7 +283,7 @@ def _batch_of(x: Any) -> tuple[Tensor, int]:
 
 
 def _classes(classes: Any, log_q: Any, log_prior: Any, like: Tensor, batch: int) -> int:
-    """C, from what has it; checks that all agree."""
+    """Return C, and validate that all arguments agree on it."""
     found: dict[str, int] = {}
     if classes is not None:
         found["classes"] = check_count("classes", classes, "the classes of y")

@@ -1,4 +1,4 @@
-"""elbo, iwae and log_marginal: compositions of the fused ops, which hold the arithmetic."""
+"""Objectives elbo, iwae and log_marginal, composed of the fused ops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .weights import LogMarginal, kept_draws
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
 
-    # What the overloads take alike.
+    # Options shared by the overloads.
 
     class BoundOptions(TypedDict, total=False):
         mask: Any
@@ -80,8 +80,9 @@ __all__ = [
 
 
 class Terms(NamedTuple):
-    """A bound and its parts, each [B], in nats: ``bound`` to be maximised, ``log_likelihood`` E_q log p(x|z),
-    and ``kl``.
+    """Bound to be maximised and its two parts, each [B], in nats.
+
+    ``log_likelihood`` is E_q log p(x|z); ``kl`` is unweighted.
     """
 
     bound: Tensor
@@ -143,62 +144,65 @@ def elbo(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> Tensor | Terms:
-    r"""Evidence lower bound, to be maximised.
+    r"""Return the ELBO, to be maximised.
+
+    Evidence lower bound with L draws per example:
 
     .. math:: \frac{1}{L} \sum_{l=1}^{L} \log p(x|z_l) - β\, \mathrm{KL}(q(z|x) \,\|\, p(z)),
               \quad z_l \sim q(z|x)
 
     Args:
-        x: data [B, *event]; for a likelihood of several parts, :class:`fastvae.Joint`, a dict of such.
-        q: the encoder's output: a tensor [B, 2 D], mu and logvar side by side; a pair (mu, logvar), each [B,
-            D], or an object or mapping that names them, as those of diffusers and pythae do; a
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each
+            [B, D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.Distribution`. Latents may
-            have axes of their own: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W], channels that
-            are mu and then logvar.
+            be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels are mu,
+            then logvar.
         decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
-            sample-major. Latents with axes of their own it gets as [N, C, H, W]. With a ``context`` it is
-            called as ``decoder(z, context)``.
+            sample-major. Shaped latents are passed as [N, C, H, W]. With a ``context`` it is called as
+            ``decoder(z, context)``.
         likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
-            another name, an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean), or one of
-            your own, a :class:`fastvae.Likelihood`.
-        prior: default N(0, I), or the :class:`fastvae.Hierarchy` that made q; else
-            ``fastvae.DiagonalNormal(mu, logvar)``, another :class:`fastvae.Distribution`, a
-            torch.distributions object, or a function of the context that returns one of these, or a pair (mu,
-            logvar), each [B, D]. Of latents with axes of their own its parameters broadcast to [B, C, H, W],
-            or are flat, [D].
-        samples: L, the draws of z per example.
-        beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Under
-            torch.compile a number that changes is compiled again; a tensor's values are not part of the code.
-        free_bits: λ in nats: each dimension's KL counts as at least λ, so its gradient is zero below. A
-            number, of which 0 is none, or a tensor [].
-        free_bits_per: what λ is the least of. ``"batch"``: of each dimension's KL averaged over this batch
-            (Kingma et al. 2016, eq. 15), :math:`\sum_d \max(λ, \frac1B \sum_b \mathrm{KL}_{bd})`, which is
-            then the KL of every example. ``"example"``: of each dimension's KL of each example,
-            :math:`\sum_d \max(λ, \mathrm{KL}_{bd})`, which does not depend on the rest of the batch.
-        kl: ``"analytic"``, in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the draws.
-            Where no closed form is known for q and the prior, it is ``"mc"``, with a warning.
-        mask: which elements of x were observed, bool, [B, *event] or [*event]; the others do not count,
-            whatever x holds there, NaN included. Give the encoder an x without them, such as
-            ``torch.where(mask, x, 0)``: this is MIWAE's bound (Mattei & Frellsen 2019).
-        size: factors of the mean of counts [B], such as library sizes.
-        context: what decoder, and a prior that is a function, are given beside z: a tensor [B, ...] or a dict
-            of such, repeated for each sample: labels, batches, positions.
-        reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for [B], which you weight and sum
+            another name, an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean), or a
+            user-defined :class:`fastvae.Likelihood`.
+        prior: ``fastvae.DiagonalNormal(mu, logvar)``, another :class:`fastvae.Distribution`, a
+            torch.distributions object, a pair (mu, logvar), each [B, D], or a function of the context that
+            returns one of these. For shaped latents its parameters broadcast to [B, C, H, W], or are flat,
+            [D]. Default: N(0, I), or the :class:`fastvae.Hierarchy` that produced q.
+        samples: L, draws of z per example. Default 1.
+        beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Default 1.
+            Under torch.compile a new number recompiles; a new value of a tensor does not.
+        free_bits: λ in nats, a number or a tensor []: each dimension's KL counts as at least λ, so its
+            gradient is zero below λ. Default 0: none.
+        free_bits_per: quantity bounded below by λ. ``"batch"`` (default): each dimension's KL averaged over
+            this batch (Kingma et al. 2016, eq. 15),
+            :math:`\sum_d \max(λ, \frac1B \sum_b \mathrm{KL}_{bd})`, which is then the KL of every example.
+            ``"example"``: each dimension's KL per example, :math:`\sum_d \max(λ, \mathrm{KL}_{bd})`, which
+            does not depend on the rest of the batch.
+        kl: ``"analytic"`` (default), in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the
+            draws. Without a closed form for q and the prior, ``"analytic"`` falls back to ``"mc"`` with a
+            warning.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019).
+        size: size factors [B] that multiply the mean of counts, such as library sizes.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample.
+        reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B], to weight and sum
             yourself. Events are always summed. A weight of 0 does not silence a bound that is NaN or
-            infinite; ``torch.where(weights > 0, bound, 0) * weights`` does, and if x is not finite there,
-            replace it by ``torch.where`` before the encoder as well, or gradients become NaN.
-        terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction; kl
-            without β.
-        generator: source of the noise; default torch's own random state.
-        row_offset: index of x's first row in the noise's address. Processes with one seed that split a batch
-            each pass the index of their first row, such as ``rank * len(x)``, and so get the noise that one
-            process gives the whole batch; without it they all draw the same noise.
+            infinite; ``torch.where(weights > 0, bound, 0) * weights`` does. If x is not finite there,
+            replace it with ``torch.where`` before the encoder as well, or gradients become NaN.
+        terms: return :class:`Terms` (bound, log_likelihood, kl), each [B] for any reduction; kl is not
+            multiplied by β.
+        generator: source of the noise. Default: torch's global random state.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
 
     Returns:
         A number in nats, or [B], or Terms.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
         Kingma & Welling, Auto-Encoding Variational Bayes, 2014, eq. 3 and 7.
@@ -212,7 +216,7 @@ def elbo(
     """
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
     q, prior = inputs.q, inputs.prior
-    # What is right at a glance is not asked again.
+    # Fast path: skip validation of common argument types.
     if type(samples) is not int or samples < 1:
         samples = check_count("samples", samples, "the draws of z per example")
     if type(beta) is not float or not 0 <= beta < math.inf:
@@ -225,7 +229,7 @@ def elbo(
         check_choice("kl", kl, _KLS)
     if reduction not in _REDUCTIONS:
         check_choice("reduction", reduction, _REDUCTIONS)
-    # A tensor's value is not asked for, which would be a synchronisation.
+    # Reading a tensor's value would synchronise with the device.
     has_free_bits = free_bits > 0 if type(free_bits) is float else True
     if has_free_bits and kl == "mc":
         raise ValueError(
@@ -238,7 +242,7 @@ def elbo(
     if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
         coefficient = beta
     else:
-        # An op's number is part of the code, a tensor's values are not.
+        # Compiled code specialises on an op's number, but not on a tensor's value.
         factor = (
             beta if isinstance(beta, Tensor) else beta * torch.ones((), dtype=torch.float64, device=q.device)
         )
@@ -276,7 +280,7 @@ def elbo(
 
 
 def _unweighted(term: Tensor) -> Tensor:
-    """A KL that does not count: where it is not finite, autograd would make NaN of its zero gradient."""
+    """Detach a KL of weight zero if it is not finite, since autograd turns 0 · inf into NaN."""
     if may_look(term) and not torch._C._are_functorch_transforms_active() and not bool(term.isfinite().all()):
         return term.detach()
     return term
@@ -350,50 +354,61 @@ def iwae(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> Tensor | Terms:
-    r"""Importance-weighted bound, to be maximised; k=1 is the ELBO, and it rises to log p(x) with k.
+    r"""Return the importance-weighted bound (IWAE), to be maximised.
+
+    It is the ELBO for k=1 and rises to log p(x) with k:
 
     .. math:: \log \frac{1}{K} \sum_{k=1}^{K} w_k, \quad
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
-    and with ``m`` and ``alpha`` the mean over M groups of :math:`\frac{1}{1 - α} \log \frac{1}{K} \sum_k
+    With ``m`` and ``alpha`` it is the mean over M groups of :math:`\frac{1}{1 - α} \log \frac{1}{K} \sum_k
     w_k^{1 - α}`.
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, reduction, generator, row_offset:
-            as in :func:`elbo`; the decoder is called with N = m·k·B, once if there is no
+        x: data [B, *event], as in :func:`elbo`.
+        q: the encoder's output, as in :func:`elbo`.
+        decoder: maps z [N, D] to the likelihood's parameters; called with N = m·k·B, once without
             ``k_chunk``.
-        k: importance samples per example.
-        m: so many bounds of k samples each, averaged: MIWAE (Rainforth et al. 2018).
-        alpha: α of the VR-IWAE bound, a Rényi bound (Li & Turner 2016; Daudel et al. 2023): 0 is
-            IWAE, 1 the ELBO, and it falls in α. A number, or a tensor [], whose value is no part of
-            compiled code.
-        estimator: the gradient that reaches q; the value is the same, and so is the decoder's gradient.
-            ``"iwae"``: the bound's derivative, whose signal-to-noise falls with k (Rainforth et al. 2018).
-            ``"dreg"``: doubly reparameterised, unbiased for it; its signal-to-noise rises with k. (For α ≠ 0
-                Daudel et al. 2023.)
-                It weighs the gradient at each sample of z by itself, and so needs a decoder whose rows do not
-                depend on each other: a BatchNorm in training mode is refused where it is found, and must not
-                hide in a function.
+        k: importance samples per example. Default 50.
+        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
+        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
+        m: number of independent k-sample bounds to average (MIWAE, Rainforth et al. 2018). Default 1.
+        alpha: α of the VR-IWAE bound, a Rényi bound (Li & Turner 2016; Daudel et al. 2023): 0 (default) is
+            IWAE, 1 the ELBO, and the bound falls in α. A number, or a tensor [], whose value compiled code
+            does not specialise on.
+        estimator: gradient that reaches q. The value and the decoder's gradient do not depend on it.
+            ``"iwae"`` (default): the bound's derivative, whose signal-to-noise ratio falls with k (Rainforth
+                et al. 2018).
+            ``"dreg"``: doubly reparameterised, unbiased for the same derivative; its signal-to-noise ratio
+                rises with k (for α ≠ 0 Daudel et al. 2023). It weights the gradient at each sample of z
+                separately, and so needs a decoder that treats rows independently: a BatchNorm in training
+                mode is refused where it is found, and must not hide in a function.
             ``"stl"``: drops the score of q; unbiased for k=1, where it vanishes at the exact posterior,
                 biased for k>1.
-        k_chunk: train on chunks of this many samples, in the memory of one chunk: their activations are
-            dropped and computed again in the backward pass, with the same noise (the decoder's own too, such
-            as dropout), so that the gradient is that of all samples. This costs one more forward pass. The
-            decoder is called with N = k_chunk·B; statistics over the batch, as in BatchNorm, are a chunk's,
-            and are updated twice. Default: all k at once.
-        noise: ``"philox"``, independent draws, or ``"qmc"``, one randomised quasi-Monte-Carlo point set for
-            each example (:mod:`fastvae.random`): an unbiased estimate of p(x), of less variance where few
-            latents matter, hence a tighter bound; best with k a power of 2. The draws are then made by
-            composed operations, not by the fused op.
-        terms: return the :class:`Terms` (bound, log_likelihood, kl), each [B] whatever the reduction: the
-            bound to train on, and the means of log p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws,
-            detached, to look at.
+        k_chunk: samples per chunk, to train in the memory of one chunk. Activations are dropped and
+            recomputed in the backward pass with the same noise (including the decoder's, such as dropout), so
+            that the gradient is that of all samples, at the cost of one more forward pass. The decoder is
+            called with N = k_chunk·B; batch statistics, as in BatchNorm, are computed per chunk and updated
+            twice. Default: all k at once.
+        noise: ``"philox"`` (default), independent draws, or ``"qmc"``, one randomised quasi-Monte-Carlo point
+            set for each example (:mod:`fastvae.random`): an unbiased estimate of p(x) with less variance
+            where few latents matter, hence a tighter bound; best with k a power of 2. These draws use
+            composed operations, not the fused op.
+        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
+        size: size factors [B], as in :func:`elbo`.
+        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
+        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`elbo`.
+        terms: return :class:`Terms` (bound, log_likelihood, kl), each [B] for any reduction: the bound to
+            train on, and the means of log p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws, detached,
+            for logging.
+        generator: source of the noise. Default: torch's global random state.
+        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
 
     Returns:
         A number in nats, or [B], or Terms.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
         Burda, Grosse & Salakhutdinov 2016; Roeder, Wu & Duvenaud 2017; Tucker, Lawson, Gu & Maddison 2019.
@@ -413,7 +428,7 @@ def iwae(
     usual = type(m) is int and m == 1 and type(alpha) is float and alpha == 0 and type(reduction) is str
     how = _LOG_MEAN_EXP.get(reduction) if usual and k_chunk is None and not terms else None
     if how is not None and noise == "philox":
-        # What is right at a glance goes straight through the two ops.
+        # Fast path: call the two ops directly.
         if type(row_offset) is not int or row_offset:
             _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
         if estimator == "dreg":
@@ -493,34 +508,46 @@ def bound(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> Tensor | Terms:
-    r"""Any bound of :mod:`fastvae.bounds`, to be maximised, and perhaps another one for the encoder.
+    r"""Return any bound of :mod:`fastvae.bounds`, to be maximised, optionally with another for the encoder.
 
     .. math:: F(\log w_1 … \log w_K), \quad
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, reduction, generator, row_offset:
-            as in :func:`elbo`.
-        objective: the bound F, such as ``fastvae.bounds.CIWAE(0.5)``: its value is returned, and decoder,
-            likelihood and prior learn by it.
-        k: all samples per example; of :class:`fastvae.bounds.IWAE` with ``m`` groups, k/m in each.
-        encoder: the bound that q learns by, from the same samples. Default: the objective.
+        x: data [B, *event], as in :func:`elbo`.
+        q: the encoder's output, as in :func:`elbo`.
+        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
+        objective: the bound F, such as ``fastvae.bounds.CIWAE(0.5)``: its value is returned, and its gradient
+            trains decoder, likelihood and prior.
+        k: total samples per example; :class:`fastvae.bounds.IWAE` with ``m`` groups has k/m in each.
+            Default 50.
+        encoder: bound that trains q, on the same samples. Default: the objective.
             ``objective=IWAE(), encoder=IWAE(m=8)`` is PIWAE (Rainforth et al. 2018),
-            ``encoder=WakePhi()`` reweighted wake–sleep. As for ``"dreg"`` of :func:`iwae` the decoder's rows
-            must not depend on each other. In float16 the shares of decoder and prior in a sample are at least
-            2⁻¹¹ of the encoder's, which float16 could not tell apart; scale the loss, as float16 needs in any
-            case.
-        k_chunk, noise, terms: as in :func:`iwae`.
+            ``encoder=WakePhi()`` reweighted wake–sleep. As for ``"dreg"`` of :func:`iwae`, the decoder must
+            treat rows independently. Where gradients by z are float16, the weight of decoder and prior in a
+            sample is raised to at least 2⁻¹¹ of the encoder's, a difference that float16 cannot resolve;
+            scale the loss, as float16 requires in any case.
+        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
+        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
+        k_chunk: samples per chunk, as in :func:`iwae`. Default: all k at once.
+        noise: ``"philox"`` (default) or ``"qmc"``, as in :func:`iwae`.
+        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
+        size: size factors [B], as in :func:`elbo`.
+        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
+        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`elbo`.
+        terms: return :class:`Terms`, each [B], as in :func:`iwae`.
+        generator: source of the noise. Default: torch's global random state.
+        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
 
     Returns:
         A number in nats, or [B], or Terms.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
-        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018; and those of each
-        bound.
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, and the references of
+        each bound.
 
     Example:
         >>> import torch, fastvae
@@ -590,7 +617,7 @@ def _bound(
             log_likelihood = inputs.log_likelihood(z, narrow.see)
         else:
             assert k_chunk is not None
-            # A compiled checkpoint changes nothing outside of it: parameters and autocast decide alone.
+            # A compiled checkpoint cannot mutate outer state, so only parameters and autocast are examined.
             see = None if torch.compiler.is_compiling() else narrow.see
             drawn = _chunked(inputs, seed, draws, k_chunk, route, row_offset, see)
             log_likelihood, log_ratio, told = drawn
@@ -606,7 +633,7 @@ def _bound(
 
 
 def _check_rows_apart(decoder: Any, draws: int, what: str) -> None:
-    """Refuse a decoder that mixes rows where each sample's gradient by z is weighed by itself."""
+    """Reject a decoder that mixes rows, where each sample's gradient by z is weighted separately."""
     decoder = called_by(decoder)
     if draws == 1 or not isinstance(decoder, torch.nn.Module):
         return
@@ -623,7 +650,7 @@ def _check_rows_apart(decoder: Any, draws: int, what: str) -> None:
 
 
 class _Float16:
-    """Whether gradients by z pass through float16: by the decoder's parameters, autocast, z or the output."""
+    """Detector of float16 gradients by z, through decoder parameters, autocast, z or decoder output."""
 
     def __init__(self, decoder: Any, device: torch.device):
         owner = called_by(decoder)
@@ -637,7 +664,7 @@ class _Float16:
 
 
 class LogWeights(NamedTuple):
-    """What every objective reduces, each [K, B], in nats: log p(x|z_k), and log p(z_k) − log q(z_k|x)."""
+    """Parts of the log weights, each [K, B], in nats: log p(x|z_k), and log p(z_k) − log q(z_k|x)."""
 
     log_likelihood: Tensor
     log_ratio: Tensor
@@ -660,25 +687,33 @@ def log_weights(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> LogWeights:
-    r"""Log importance weights of k draws, in the two parts that every objective reduces, for an objective of
-    your own.
+    r"""Return log importance weights of k draws, in two parts, to build your own objective from.
 
     .. math:: \log w_k = \log p(x|z_k) + \big[\log p(z_k) - \log q(z_k|x)\big], \quad z_k \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, generator, row_offset: as in :func:`elbo`.
+        x: data [B, *event], as in :func:`elbo`.
+        q: the encoder's output, as in :func:`elbo`.
+        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
         k: draws per example.
-        estimator: which gradient reaches q through the log-ratio, as in :func:`iwae`. ``"dreg"`` takes its
-            weights from the gradient that arrives at the log-ratio: it is right under one log-mean-exp over
-            these k draws.
-        noise: as in :func:`iwae`: the k draws are then one randomised point set, of which a part may be one
-            too, such as the first 2^m.
+        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
+        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
+        estimator: gradient that reaches q through the log-ratio, as in :func:`iwae`. ``"dreg"`` takes its
+            weights from the upstream gradient of the log-ratio: it is correct under one log-mean-exp over
+            these k draws. Default ``"iwae"``.
+        noise: ``"philox"`` (default) or ``"qmc"``, as in :func:`iwae`. With ``"qmc"`` the k draws are one
+            randomised point set; subsets may be point sets too, such as the first 2^m draws.
+        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
+        size: size factors [B], as in :func:`elbo`.
+        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
+        generator: source of the noise. Default: torch's global random state.
+        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
 
     Returns:
         :class:`LogWeights` (log_likelihood, log_ratio), each [K, B].
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016, eq. 8.
@@ -704,9 +739,9 @@ def log_weights(
     return LogWeights(inputs.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)
 
 
-# What a chunk leaves in the graph, small pieces, lies between its activations: when these are freed they are
-# holes in the heap, too small for the next chunk's, and the heap grows with k. So the holes' pages are given
-# back now and then, in both passes.
+# Small tensors that a chunk leaves in the graph lie between its activations. Freed activations leave holes in
+# the heap that are too small for the next chunk's, so the heap grows with k. Trimming every few chunks, in
+# both passes, returns the pages of these holes to the system.
 _CHUNKS_PER_TRIM = 8
 
 
@@ -717,7 +752,7 @@ def _trim(device: torch.device) -> None:
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's; None elsewhere."""
+    """Return glibc's malloc_trim, or None on other systems."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):
@@ -733,8 +768,9 @@ def _chunked(
     row_offset: int,
     seen: Callable[[Tensor, list[Tensor]], None] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log p(x|z) and log p(z) − log q(z|x), each [K, B], by chunks that keep no activations; and what is told
-    to reach q, [K, B].
+    """Compute log p(x|z) and log p(z) − log q(z|x), each [K, B], in chunks that recompute activations.
+
+    The third result, [K, B] or None, receives the gradient for q in its backward pass.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -742,7 +778,7 @@ def _chunked(
             "or differentiate with backward() or torch.autograd.grad"
         )
 
-    # checkpoint keeps the random state (dropout's) of those devices that it sees a tensor of.
+    # checkpoint keeps the random state (used by dropout) only of devices on which it is passed a tensor.
     def draw(start: int, on_device: Tensor) -> list[Tensor]:
         if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
             _trim(inputs.device)
@@ -753,7 +789,7 @@ def _chunked(
 
     if not torch.compiler.is_compiling():
         draw = _unchanged(draw, inputs)
-        # The second pass may run in a thread of autograd's, and must be of the first one's kind.
+        # Recomputation may run in an autograd thread, and must use the backend of the first pass.
         draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
     on_device = tensors(inputs.x)[0]
     parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
@@ -762,7 +798,7 @@ def _chunked(
 
 
 def _unchanged(draw: Callable[..., list[Tensor]], inputs: Inputs) -> Callable[..., list[Tensor]]:
-    """``draw``, which refuses to run again on inputs that were changed in place."""
+    """Wrap ``draw`` so that it refuses to run again on inputs that were changed in place."""
     beside = inputs.beside or Beside()
     versions = Versions(
         {
@@ -780,7 +816,7 @@ def _unchanged(draw: Callable[..., list[Tensor]], inputs: Inputs) -> Callable[..
         outputs: list[Tensor] = []
         try:
             outputs = draw(start, on_device)
-        finally:  # checkpoint leaves a second run as soon as it has what it needs
+        finally:  # checkpoint aborts a recomputation by an exception once it has the tensors it needs
             versions.note(*outputs)
         return outputs
 
@@ -806,44 +842,51 @@ def log_marginal(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> LogMarginal:
-    r"""Estimate log p(x) per example by importance sampling, streaming over chunks of the k draws; no
-    gradients.
+    r"""Estimate log p(x) per example by importance sampling, streaming over chunks of the k draws.
 
-    With the running maximum M, :math:`S_1 = \sum_k e^{\log w_k - M}` and
+    No gradients are computed. With the running maximum M, :math:`S_1 = \sum_k e^{\log w_k - M}` and
     :math:`S_2 = \sum_k e^{2(\log w_k - M)}`:
 
     .. math:: \log \hat p = M + \log S_1 - \log K, \quad \mathrm{ESS} = S_1^2 / S_2, \quad
               \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, generator, row_offset: as in :func:`elbo`.
-        k: draws per example.
-        k_chunk: draws at a time, which bounds memory and changes no result but by rounding: the noise of draw
-            k is the same in any chunk. Default: as many as give the decoder's output about 4 million numbers
-            on a CPU (a size for its caches), 64 million elsewhere. Halved, with a warning, when memory runs
-            out.
-        noise: ``"philox"``, independent draws, or ``"qmc"``: eight independently randomised
-            quasi-Monte-Carlo point sets of k/8 draws each (:mod:`fastvae.random`), whose spread gives the
-            standard error, and whose jackknife is that of ``jackknife``. The variance is smaller by 20 to 300
-            times for two latents and light weights, by 2 to 3 for eight, and by 1.5 for fifty, from k=4096
-            on; below 1024 draws it may be larger (docs/NOTES.md). Any k will do; 4096, 8192 and other powers
-            of 2 use the points best. ESS and k̂ say what they always do, how well q fits. Where k̂ is above 0
-            the standard error is too small: the points take away the variance of most draws, and that of the
-            rare large weights, which eight point sets seldom have, remains. The interval from low to high
-            is then not narrower than that of independent draws.
-        proposal: what z is drawn from, and weighed by: ``"posterior"``, q; ``"adapted"``, fitted to each
-            example as draws come, far better where k is some hundreds or more; ``"defensive"``,
-            ``"inflated"`` or ``"heavy"``; or an object of :mod:`fastvae.proposals`.
+        x: data [B, *event], as in :func:`elbo`.
+        q: the encoder's output, as in :func:`elbo`.
+        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
+        k: draws per example. Default 5000.
+        k_chunk: draws per chunk, which bounds memory and changes results only by rounding: the noise of draw
+            k is the same in any chunk. Default: chunks whose decoder output has about 4 million numbers on a
+            CPU (sized for its caches), 64 million elsewhere. Halved, with a warning, when memory runs out.
+        noise: ``"philox"`` (default), independent draws, or ``"qmc"``: eight independently randomised
+            quasi-Monte-Carlo point sets of k/8 draws each (:mod:`fastvae.random`). Their spread gives the
+            standard error, and ``jackknife`` leaves out a point set at a time. The variance is smaller by 20
+            to 300 times for two latents and light weights, by 2 to 3 for eight, and by 1.5 for fifty, from
+            k=4096 on; below 1024 draws it may be larger (docs/NOTES.md). Any k works; 4096, 8192 and other
+            powers of 2 use the points best. ESS and k̂ still say how well q fits. Where k̂ is above 0
+            the standard error is too small: the points remove the variance of most draws, but not that of the
+            rare large weights, which eight point sets seldom contain. The interval from low to high is then
+            at least as wide as that of independent draws.
+        proposal: distribution from which z is drawn, with weights relative to it: ``"posterior"`` (default),
+            q; ``"adapted"``, fitted to each example during sampling, far better for k of some hundreds or
+            more; ``"defensive"``, ``"inflated"`` or ``"heavy"``; or an object of :mod:`fastvae.proposals`.
+        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
+        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
+        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
+        size: size factors [B], as in :func:`elbo`.
+        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
+        generator: source of the noise. Default: torch's global random state.
+        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
 
     Returns:
         :class:`LogMarginal` (log_px, stderr, ess, khat, jackknife, jackknife_stderr, psis, low, high), each
         [B]. The standard errors are NaN for k=1. Trust them and the estimates only while Pareto k̂
         (:func:`fastvae.weights.pareto_khat`) is below 0.7; above that, the variance of the weights is
-        effectively infinite. The interval from low to high holds log p(x) for 95 % of the seeds, also where
-        weights are heavy-tailed, given a few hundred draws (docs/estimators.md).
+        effectively infinite. The interval from low to high contains log p(x) for 95 % of the seeds, also for
+        heavy-tailed weights, given a few hundred draws (docs/estimators.md).
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016, section 5; Nowozin, Debiasing
@@ -885,21 +928,30 @@ def reconstruction_log_prob(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> Tensor:
-    r"""Log of the mean likelihood of x over draws from its posterior, An and Cho's reconstruction
-    probability; low is anomalous. No gradients.
+    r"""Return the log of the mean likelihood of x over draws from its posterior; low values are anomalous.
+
+    This is An and Cho's reconstruction probability. No gradients are computed.
 
     .. math:: \log \frac{1}{L} \sum_{l=1}^{L} p(x|z_l), \quad z_l \sim q(z|x)
 
     Args:
-        x, q, decoder, likelihood, mask, size, context, generator, row_offset: as in :func:`elbo`.
-        samples: L, the draws per example.
-        k_chunk: draws at a time, as in :func:`log_marginal`.
+        x: data [B, *event], as in :func:`elbo`.
+        q: the encoder's output, as in :func:`elbo`.
+        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
+        samples: L, draws per example. Default 100.
+        k_chunk: draws per chunk, as in :func:`log_marginal`.
+        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
+        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
+        size: size factors [B], as in :func:`elbo`.
+        context: conditioning input of the decoder, [B, ...], as in :func:`elbo`.
+        generator: source of the noise. Default: torch's global random state.
+        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
 
     Returns:
         [B], in nats.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
         An & Cho, Variational Autoencoder based Anomaly Detection using Reconstruction Probability, 2015.

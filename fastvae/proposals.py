@@ -1,13 +1,11 @@
-r"""What the draws of :func:`fastvae.log_marginal` and :func:`fastvae.evaluate` come from, ``proposal=``: q
-itself, or something better.
+r"""Proposal distributions for :func:`fastvae.log_marginal` and :func:`fastvae.evaluate`, ``proposal=``.
 
-Any density r that is positive wherever p(x, z) is will do: with :math:`w = p(x, z) / r(z)`, the mean of K
-weights is an unbiased estimate of p(x), and its error is that of r as an approximation of p(z|x).
-``"posterior"`` is q. ``"inflated"`` and ``"heavy"`` are q made wider, ``"defensive"`` draws a share from the
-prior, which bounds the weights, and ``"adapted"`` fits a proposal to each example by what the draws so far
-have shown.
+Any density r that is positive wherever p(x, z) is can be used: with :math:`w = p(x, z) / r(z)`, the mean of K
+weights is an unbiased estimate of p(x), and its error depends on how well r approximates p(z|x).
+``"posterior"`` is q. ``"inflated"`` and ``"heavy"`` widen q, ``"defensive"`` takes a share of the draws from
+the prior, which bounds the weights, and ``"adapted"`` fits a proposal to each example during sampling.
 
-A name stands for an object with its defaults: ``proposal="defensive"`` for ``fastvae.proposals.Defensive()``.
+A name selects an object with its defaults: ``proposal="defensive"`` is ``fastvae.proposals.Defensive()``.
 """
 
 from __future__ import annotations
@@ -46,9 +44,9 @@ from .weights import Weights, tail_length
 
 __all__ = ["Adapted", "Defensive", "Heavy", "Inflated", "Posterior", "Proposal", "as_proposal"]
 
-# Draws that come from q before the first fit.
+# Draws from q before the first fit.
 _FIRST = 64
-# Excess of the second moment of the weights, relative, below which an example stays with q.
+# Relative variance of the weights below which an example keeps q as its proposal.
 _EQUAL = 0.01
 
 
@@ -58,14 +56,14 @@ class Sharing(Protocol):
     rank: int
 
     def share(self, start: int, stop: int) -> tuple[int, int]:
-        """This process's of these draws."""
+        """Return the range of these draws assigned to this process."""
 
     def gather(self, mine: Any, what: str) -> list[Any]:
-        """Everyone's, in the order of ranks."""
+        """Gather the objects of all processes, in the order of ranks."""
 
 
 class Alone:
-    """One process that makes all draws."""
+    """Single process that makes all draws."""
 
     rank = 0
 
@@ -77,15 +75,13 @@ class Alone:
 
 
 class Proposal:
-    """What the draws come from: the base of the classes below, and of none of the user's own (a posterior of
-    one's own is given as q).
-    """
+    """Base class of the proposals below; not for subclassing by users, who pass their posterior as q."""
 
     def of(self, q: Distribution, prior: Distribution) -> Distribution:
-        """The distribution that is drawn from, for this posterior and prior.
+        """Return the distribution to draw from, for this posterior and prior.
 
         Raises:
-            TypeError, ValueError: for a posterior or a prior that this proposal cannot be made of.
+            TypeError, ValueError: for a posterior or a prior that this proposal does not support.
         """
         raise NotImplementedError(
             f"{type(self).__name__} is the base of proposals, and has none itself; use one of "
@@ -102,15 +98,16 @@ class Proposal:
         tail: int,
         ranks: Sharing | None = None,
     ) -> Draws:
-        """The draws for a batch, of which there will be k at most.
+        """Return the draws for a batch, at most k per example.
 
         Args:
-            inputs: the batch.
-            seed, row_offset: the noise's address.
-            k: the most draws.
-            chunks: how many are made at a time.
-            tail: how many of the largest weights are kept.
-            ranks: the processes that share each example's draws; None for this one alone.
+            inputs: the batch and its distributions.
+            seed: seed of the noise, int64 [], or [R] for R randomisations.
+            row_offset: index of the first row in the noise's address.
+            k: maximum number of draws per example.
+            chunks: number of draws per chunk.
+            tail: number of largest weights to store.
+            ranks: processes that share each example's draws. Default: None, this process alone.
         """
         r = self.of(inputs.q, inputs.prior)
         made = inputs._replace(q=_like(inputs.q, r))
@@ -119,7 +116,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Posterior(Proposal):
-    """Draws from q(z|x): the default.
+    """Posterior q(z|x) as the proposal, the default.
 
     Example:
         >>> import torch, fastvae
@@ -136,16 +133,16 @@ class Posterior(Proposal):
 
 @dataclass(frozen=True)
 class Inflated(Proposal):
-    """q with its standard deviations multiplied: for a q that is too narrow, as one trained with the ELBO is.
+    """Posterior q with inflated standard deviations, for a q that is too narrow, as after ELBO training.
 
     q must be a normal distribution: a pair (mu, logvar), :class:`fastvae.FullNormal` or
     :class:`fastvae.LowRankNormal`.
 
     Args:
-        scale: what the standard deviations are multiplied by.
+        scale: factor of the standard deviations. Default 1.2.
 
     Raises:
-        TypeError, ValueError: if scale is no number above 0.
+        TypeError, ValueError: if scale is not a number above 0.
 
     Example:
         >>> import torch, fastvae
@@ -177,16 +174,17 @@ class Inflated(Proposal):
 
 @dataclass(frozen=True)
 class Heavy(Proposal):
-    """Student's t in each dimension, with q's mean and scale: its tails are heavier than those of any p(z|x)
-    that is nearly normal, so the weights are bounded.
+    """Student's t in each dimension, with q's mean and scale.
 
-    q must be a pair (mu, logvar), a :class:`fastvae.DiagonalNormal`.
+    Its tails are heavier than those of any nearly normal p(z|x), so the weights are bounded.
+
+    q must be a pair (mu, logvar) or a :class:`fastvae.DiagonalNormal`.
 
     Args:
-        df: degrees of freedom.
+        df: degrees of freedom. Default 5.
 
     Raises:
-        TypeError, ValueError: if df is no number above 0.
+        TypeError, ValueError: if df is not a number above 0.
 
     References:
         Geweke, Bayesian Inference in Econometric Models Using Monte Carlo Integration, 1989.
@@ -214,22 +212,21 @@ class Heavy(Proposal):
 
 @dataclass(frozen=True)
 class Defensive(Proposal):
-    r"""q, and in some draws the prior: :math:`r = (1 - s)\, q(z|x) + s\, p(z)`.
+    r"""Mixture of q and the prior: :math:`r = (1 - s)\, q(z|x) + s\, p(z)`.
 
-    The weights are bounded by :math:`\max_z p(x|z) / s`, and a mode of p(z|x) that q has missed is found
-    where the prior's draws find it, in a few dimensions. The draws are stratified: of any 1/s in a row one
-    comes from the prior, of each randomisation with ``noise="qmc"``; each weighs by the density of the
-    mixture.
+    The weights are bounded by :math:`\max_z p(x|z) / s`. In few dimensions the prior's draws may find a mode
+    of p(z|x) that q misses. The draws are stratified: one of every 1/s consecutive draws comes from the
+    prior, within each randomisation for ``noise="qmc"``. All weights are relative to the mixture's density.
 
-    The prior must be one that can be drawn from at an address: N(0, I), a normal or another of fastvae's
-    families of a location and a scale, or torch's with a quantile function; not a VampPrior, a NormalMixture
-    or a Hierarchy.
+    The prior must support draws at an address: N(0, I), a normal or another location-scale family of
+    fastvae's, or a torch distribution with a quantile function; not a VampPrior, a NormalMixture or a
+    Hierarchy.
 
     Args:
-        share: s, between 0 and 1: the nearest fraction with a denominator of at most 100.
+        share: s, the prior's share of the draws, between 0.01 and 0.99, rounded to hundredths. Default 0.1.
 
     Raises:
-        TypeError, ValueError: if share is no number between 0.01 and 0.99.
+        TypeError, ValueError: if share is not a number between 0.01 and 0.99.
 
     References:
         Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995.
@@ -265,50 +262,49 @@ class Defensive(Proposal):
 
 @dataclass(frozen=True)
 class Adapted(Proposal):
-    r"""A proposal for each example, fitted to what its draws so far have shown, and fitted again as they
-    come.
+    r"""Adaptive proposal for each example, refitted to its weighted draws in rounds.
 
     The first 64 draws come from q. Then, at draws 64, 80, 100, 125, …, a quarter more each time, a
     multivariate Student t with a full covariance is fitted to the weighted moments of all draws so far, and
-    the next round comes from
+    the next round is drawn, stratified, from
 
     .. math:: r_t = s_q\, q + s_p\, p + (1 - s_q - s_p)\, t_ν(μ_t, Σ_t)
 
-    in turn, until nine tenths of the draws or ``most`` are made, four fifths of few; the rest come from the
-    last. In the estimate
+    until nine tenths of the draws (four fifths for small k) or ``most`` are reached; the rest come from the
+    last fit. All draws enter the estimate
 
     .. math:: \hat p(x) = \sum_t c_t \sum_{k ∈ t} \frac{p(x, z_k)}{r_t(z_k)} \Big/ \sum_t c_t n_t,
               \quad c_t = t
 
-    all draws count. **Each draw is weighed by the density of its own round**, mixture and all, which depends
-    on earlier rounds alone: so :math:`\hat p(x)` is unbiased for any k, however good or bad the fits are (the
-    log of it is low by half its relative variance, as always). To weigh early draws by densities that were
-    fitted to them, as AMIS does, is consistent but not unbiased: by 0.1 nats and more at k = 500 and D = 8
-    (docs/NOTES.md). Later rounds count more because they are better; ``stderr`` and ``ess`` take account of
-    it.
+    **Each draw is weighted by the mixture density of its round**, which depends only on earlier rounds, so
+    :math:`\hat p(x)` is unbiased for any k, however good or bad the fits are (its log is low by half its
+    relative variance, as always). Weighting early draws by densities that were fitted to them, as AMIS does,
+    is consistent but biased: by 0.1 nats and more at k = 500 and D = 8 (docs/NOTES.md). Later rounds have
+    larger coefficients because their fits are better; ``stderr`` and ``ess`` account for this.
 
-    Where the first weights are degenerate the fit tempers them, :math:`w^a` with the largest a ≤ 1 that
-    leaves an effective sample of 3 D + 5; the correlations are shrunk by :math:`4 (D - 1) / (4 (D - 1) +
-    \mathrm{ESS})`. An example whose weights are equal to within a hundredth of their variance has nothing to
-    gain, and stays with q.
+    If the first weights are degenerate the fit tempers them, :math:`w^a` with the largest a ≤ 1 that leaves
+    an effective sample size of 3 D + 5. Correlations are shrunk by :math:`4 (D - 1) / (4 (D - 1) +
+    \mathrm{ESS})`. An example whose weights have a relative variance below 0.01 has nothing to gain, and
+    keeps q.
 
-    It needs q's ``log_prob``, and latents on all of R^D. Where the prior cannot be drawn from at an address
-    (a VampPrior, a Hierarchy, one of torch's without a quantile function) its share is q's. In memory are a
-    number for each draw that is fitted to, ``most`` for an example, and matrices [B, D, D] in float64. q's
-    ELBO, as :class:`fastvae.Evaluation` reports it, is that of the first 64 draws.
+    It needs q's ``log_prob``, and latents on all of R^D. If the prior does not support draws at an address
+    (a VampPrior, a Hierarchy, a torch distribution without a quantile function) its share goes to q. Memory:
+    one number per draw that is fitted to, at most ``most`` per example, and matrices [B, D, D] in float64.
+    The ELBO of q, as reported by :class:`fastvae.Evaluation`, is that of the first 64 draws.
 
     Args:
-        posterior: :math:`s_q`, q's share of the draws; default 0.1, or D/(D + 50) where that is more, of
-            what the prior leaves: in many dimensions a fit needs more draws than there are, and a good q is
-            not to be lost (docs/NOTES.md).
-        prior: :math:`s_p`, the prior's; it finds modes that q has missed, in a few dimensions.
-        df: ν, an int; default D, and at least 8. In many dimensions heavier tails would cost more than they
+        posterior: :math:`s_q`, q's share of the draws. Default: max(0.1, D/(D + 50)) of the share not drawn
+            from the prior: in many dimensions a good fit needs more draws than are available, and a good q
+            must not be lost (docs/NOTES.md).
+        prior: :math:`s_p`, the prior's share, which finds modes that q misses, in few dimensions.
+            Default 0.05.
+        df: ν, an int. Default: max(8, D). In many dimensions heavier tails would cost more than they
             save: the radii of a t vary by :math:`1 / \sqrt{2ν}`, those of a normal by :math:`1 / \sqrt{2 D}`.
-        scale: what the fitted standard deviations are multiplied by; default :math:`1 + 0.3 / \sqrt D`.
-        most: draws that are fitted to at most.
+        scale: factor of the fitted standard deviations. Default: :math:`1 + 0.3 / \sqrt D`.
+        most: maximum number of draws to fit to. Default 4000.
 
     Raises:
-        TypeError, ValueError: for arguments that are no such numbers, or shares that leave nothing.
+        TypeError, ValueError: for invalid numbers, or for shares that leave less than 0.01 for the fit.
 
     References:
         Oh & Berger, Adaptive Importance Sampling in Monte Carlo Integration, 1992; Owen & Zhou, Safe and
@@ -346,7 +342,7 @@ class Adapted(Proposal):
         object.__setattr__(self, "most", most)
 
     def of(self, q: Distribution, prior: Distribution) -> Distribution:
-        """That of the first round."""
+        """Return q, the proposal of the first round, after validating q and the prior."""
         _check_density("adapted", q)
         for d in (q, prior):
             if isinstance(d, TorchDistribution) and not _is_everywhere(d):
@@ -357,9 +353,9 @@ class Adapted(Proposal):
         return q
 
     def rounds(self, k: int) -> list[int]:
-        """Of k draws, those after which the proposal is fitted."""
+        """Return the draw counts, out of k, at which the proposal is fitted."""
         found, stop = [], _FIRST
-        # The tail that k̂ is fitted to is the last round's, whose draws all count the same.
+        # The last round, of equal coefficients, must be at least as long as the tail that k̂ is fitted to.
         while stop <= min(0.9 * k, k - tail_length(k), self.most):
             found.append(stop)
             stop += stop // 4
@@ -390,10 +386,10 @@ _NAMED = {
 
 
 def as_proposal(proposal: Any, noise: str) -> Proposal:
-    """A name, or an object of this module, that is drawn from with noise of this kind.
+    """Return the proposal for a name or an object of this module, and validate it for this kind of noise.
 
     Raises:
-        TypeError, ValueError: for anything else.
+        TypeError, ValueError: for anything else, or a proposal that does not support the noise.
     """
     if isinstance(proposal, Proposal):
         if noise == "qmc" and isinstance(proposal, Adapted):
@@ -437,7 +433,7 @@ def _check_density(name: str, q: Distribution) -> None:
 
 
 class Draws:
-    """The draws of a batch from one proposal: their weights as they come."""
+    """Weights of the draws of a batch from one proposal."""
 
     def __init__(
         self,
@@ -453,7 +449,10 @@ class Draws:
         self._chunks, self._tail, self._ranks, self._are_of_q = chunks, tail, ranks, are_of_q
 
     def weights(self, start: int, stop: int, rows: Tensor | None = None) -> Weights | None:
-        """This process's part of draws ``start`` to ``stop``, of these examples if not all; None for none."""
+        """Compute the weights of this process's part of draws ``start`` to ``stop``; None if it is empty.
+
+        ``rows`` are the indices of the examples to draw for. Default: all.
+        """
         return self._folded(start, stop, rows)
 
     def _folded(
@@ -468,39 +467,38 @@ class Draws:
         )
 
     def estimate(self, total: Weights) -> Weights:
-        """What all draws so far come to."""
+        """Return the weights of all draws so far, adjusted for the estimate."""
         return total
 
     def elbo(self, total: Weights) -> Tensor:
-        """The mean log weight under q [B]; NaN where no draws are q's."""
+        """Return the mean log weight under q [B]; NaN if the draws are not from q."""
         return total.elbo if self._are_of_q else torch.full_like(total.elbo, math.nan)
 
 
 class _Drawn(NamedTuple):
-    """A chunk of draws that is fitted to."""
+    """Chunk of draws that the proposal is fitted to."""
 
     inputs: Inputs
     start: int
-    rows: Tensor | None  # the examples, if not all
-    number: int  # of the round
-    log_w: Tensor  # [draws, B], -inf for the others
+    rows: Tensor | None  # indices of the examples, None for all
+    number: int  # index of the round, from 1
+    log_w: Tensor  # [draws, B], -inf for examples not in rows
 
 
 class _AdaptedDraws(Draws):
-    """Those of a proposal that is fitted between rounds.
+    """Draws of a proposal that is fitted between rounds.
 
-    Of draws that are fitted to the weights are kept, and they are drawn again, chunk by chunk as they were,
-    where their moments are needed.
+    Only the log weights of past draws are kept; z is redrawn chunk by chunk when moments are needed.
     """
 
     def __init__(self, how: Adapted, rounds: list[int], inputs: Inputs, *rest: Any):
         super().__init__(inputs, *rest)
         self._how, self._rounds, self._q = how, rounds, inputs.q
-        self._number = 1  # of the round
+        self._number = 1  # index of the round
         self._drawn: list[_Drawn] = []
         self._fitted: _FullT | None = None
-        self._stays: Tensor | None = None  # [B], the examples that stay with q
-        self._elbo: Tensor | None = None  # [B], the mean log weight of the first round
+        self._stays: Tensor | None = None  # [B], True for examples that keep q
+        self._elbo: Tensor | None = None  # [B], mean log weight of the first round
 
     def weights(self, start: int, stop: int, rows: Tensor | None = None) -> Weights | None:
         total: Weights | None = None
@@ -525,9 +523,10 @@ class _AdaptedDraws(Draws):
             start += len(log_w)
 
     def estimate(self, total: Weights) -> Weights:
-        """With a draw of round t counting c_t n / Σ c_t n_t, which is 1 on average, and with a second moment
-        that leaves this out: so the standard error and the effective sample size are those of the rounds
-        together.
+        """Rescale the draws of round t by c_t n / Σ c_t n_t, which is 1 on average.
+
+        ``uneven`` corrects the second moment for these coefficients, so that the standard error and the
+        effective sample size are those of the combined rounds.
         """
         n = total.count.double()
         first, second = torch.zeros_like(n), torch.zeros_like(n)
@@ -542,7 +541,7 @@ class _AdaptedDraws(Draws):
         return total.elbo if self._elbo is None else self._elbo
 
     def _fit(self, rows: Tensor | None) -> None:
-        """Make the next round's proposal of these examples."""
+        """Fit the next round's proposal for these examples."""
         q = self._q
         like = _example(q, self._row_offset)
         numbers = torch.arange(q.batch, device=like.device) if rows is None else rows
@@ -552,7 +551,7 @@ class _AdaptedDraws(Draws):
         d = like.shape[1]
         scale = self._how.scale or 1 + 0.3 / math.sqrt(d)
         fitted = _FullT.of(mean, scale**2 * _shrunk(covariance, ess), self._how.df or max(8, d), like)
-        if self._fitted is None or self._stays is None:  # rows leave later
+        if self._fitted is None or self._stays is None:  # the first round has all rows
             self._fitted, self._stays, self._elbo = fitted, stays, log_w.mean(0)
         else:
             self._fitted = self._fitted.put(numbers, fitted)
@@ -569,8 +568,9 @@ class _AdaptedDraws(Draws):
         self._inputs = self._inputs._replace(q=_like(q, r))
 
     def _everyones(self, numbers: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The log weights of everyone's draws for these examples [n, A], what each draw counts [n, 1], and
-        where this process's begin.
+        """Gather log weights [n, A] and coefficients [n, 1] of all processes' draws for A examples.
+
+        The third result is the index of this process's first draw.
         """
         mine = [(d.number, d.log_w[:, numbers].double().cpu()) for d in self._drawn]
         every = self._ranks.gather(mine, "fit")
@@ -580,8 +580,9 @@ class _AdaptedDraws(Draws):
         return log_w.to(numbers.device), counts.to(numbers.device), begin
 
     def _moments(self, w: Tensor, numbers: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [A, D] and covariance [A, D, D] of everyone's draws; w begins with the weights of this
-        process's.
+        """Compute the mean [A, D] and covariance [A, D, D] of all processes' draws.
+
+        The first rows of ``w`` are the weights of this process's draws.
         """
         about = like[numbers].double()
         first, second = torch.zeros_like(about), about.new_zeros(*about.shape, about.shape[1])
@@ -599,7 +600,7 @@ class _AdaptedDraws(Draws):
         return about + first, second - first[:, :, None] * first[:, None]
 
     def _again(self, drawn: _Drawn, numbers: Tensor) -> Tensor:
-        """z of a chunk [draws, A, D] for these examples, a part of those that it was drawn for."""
+        """Redraw z of a chunk [draws, A, D] for a subset of the examples that it was drawn for."""
         spans = _stream.spans_of(drawn.inputs, self._row_offset, drawn.rows)
         parts = []
         for q, offset, wanted in spans:
@@ -610,12 +611,14 @@ class _AdaptedDraws(Draws):
 
 
 def _tempered(log_w: Tensor, counts: Tensor, least: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised weights [n, A] to fit to, tempered where fewer than ``least`` of them are effective; their
-    effective sample size [A]; and whether the weights, but for what each draw counts [n, 1], are equal.
+    """Normalise the weights [n, A], tempered where their effective sample size is below ``least``.
+
+    Returns the normalised weights, including the coefficients ``counts`` [n, 1], their effective sample size
+    [A], and True [A] where the weights without coefficients are almost equal.
     """
     log_w = torch.where(log_w.isfinite(), log_w, -math.inf)
     top = log_w.amax(0)
-    # A weight of 0 is one that counts for nothing where a few do, and for something where hardly any does.
+    # Clamped so that strong tempering also includes weights of 0.
     log_w = torch.where(top == -math.inf, 0.0, (log_w - top).clamp(min=-700.0))
     stays = len(log_w) / _effective(torch.softmax(log_w, 0)) - 1 < _EQUAL
     log_w = log_w + counts.log()
@@ -635,7 +638,7 @@ def _effective(w: Tensor) -> Tensor:
 
 
 def _shrunk(covariance: Tensor, ess: Tensor) -> Tensor:
-    """Unbiased, as far as the effective sample size tells, and with its correlations shrunk [A, D, D]."""
+    """Correct the covariance [A, D, D] for bias by the effective sample size, and shrink its correlations."""
     weight = 4.0 * (covariance.shape[-1] - 1)
     kept = (ess / (weight + ess))[:, None, None]
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
@@ -647,10 +650,10 @@ def _shrunk(covariance: Tensor, ess: Tensor) -> Tensor:
 
 
 class _Drawable(Distribution):
-    """A distribution that is drawn from without its density, too."""
+    """Distribution that can be sampled without evaluating its density."""
 
     def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
-        """z [K, B, D], what :meth:`rsample` draws."""
+        """Draw z [K, B, D], the same as :meth:`rsample`."""
         raise NotImplementedError
 
     def rsample(
@@ -667,13 +670,13 @@ def _z(q: Distribution, samples: int, seed: Tensor, sample_offset: int, row_offs
 
 
 class _FullT(_Drawable):
-    r"""A multivariate Student t, :math:`z = μ + L ε \sqrt{ν / χ^2_ν}`, whose parameters are float64.
+    r"""Multivariate Student t, :math:`z = μ + L ε \sqrt{ν / χ^2_ν}`, with float64 parameters.
 
     Args:
-        mu: [B, D].
+        mu: μ [B, D].
         scale: L, lower triangular [B, D, D].
         df: ν.
-        dtype: of z.
+        dtype: dtype of z.
     """
 
     def __init__(self, mu: Tensor, scale: Tensor, df: int, dtype: torch.dtype):
@@ -682,14 +685,14 @@ class _FullT(_Drawable):
 
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor, df: int, like: Tensor) -> _FullT:
-        """Of this mean and scale matrix; z in the dtype of ``like``, which tells variances from 0."""
+        """Build it from a mean and scale matrix; z has the dtype of ``like``, which floors the variances."""
         least = (torch.finfo(like.dtype).eps * mean.abs()).square() + torch.finfo(like.dtype).tiny
         sd = torch.maximum(covariance.diagonal(dim1=-2, dim2=-1), least).sqrt()
         correlation = covariance / (sd[:, :, None] * sd[:, None])
         root, info = torch.linalg.cholesky_ex(
             correlation + 1e-12 * torch.eye(sd.shape[1], dtype=sd.dtype, device=sd.device)
         )
-        # What is NaN is so in q, too: any normal will do beside it.
+        # NaN moments stem from a NaN q, so any finite fit will do.
         good = (info == 0) & root.isfinite().all(-1).all(-1) & mean.isfinite().all(-1)
         scale = torch.where(
             good[:, None, None],
@@ -707,7 +710,7 @@ class _FullT(_Drawable):
         return self.mu.device
 
     def put(self, rows: Tensor, other: _FullT) -> _FullT:
-        """With the parameters of some examples replaced."""
+        """Replace the parameters of the examples with indices ``rows``."""
         mu, scale = self.mu.index_copy(0, rows, other.mu), self.scale.index_copy(0, rows, other.scale)
         return _FullT(mu, scale, self.df, self.dtype)
 
@@ -732,15 +735,16 @@ class _FullT(_Drawable):
 
 
 class _InTurn(_Drawable):
-    """A mixture whose parts are drawn from in turn, each as often as its share says, from a place that the
-    seed chooses: every draw counts the same, and is one of the mixture's over the places.
+    """Stratified mixture: components are drawn in a fixed cycle, from an offset that depends on the seed.
+
+    All draws have equal weight, and each is distributed as the mixture, over random offsets.
 
     Args:
-        parts: distributions with rows, the same B.
-        shares: of the draws; their nearest hundredths.
-        number: tells its noise from that of others with the same seed.
-        stays: [B], the examples that are drawn from the first part alone, with the noise that this has when
-            it is drawn from by itself; None for none.
+        parts: component distributions with rows, all with the same B.
+        shares: each component's share of the draws, rounded to hundredths.
+        number: index that separates its noise from that of other mixtures with the same seed. Default 1.
+        stays: bool [B], the examples drawn from the first component alone, with the noise that this
+            component has on its own. Default: None, no examples.
     """
 
     def __init__(
@@ -758,7 +762,7 @@ class _InTurn(_Drawable):
         self._own, self.number = parts[0], number
         self._parts = [(part, n // divisor) for part, n in zip(parts, counts, strict=True) if n]
         self._stays = stays if stays is not None and bool(stays.any()) else None
-        # Evenly spread: of each place of a cycle the part, and which of this part's draws in a cycle it is.
+        # Spread evenly: for each position in a cycle, the component and its draw's index within the cycle.
         places = sorted(((i + 0.5) / n, c, i) for c, (_, n) in enumerate(self._parts) for i in range(n))
         self._cycle = torch.tensor([place[1:] for place in places], device="cpu")  # [period, 2]
 
@@ -782,8 +786,9 @@ class _InTurn(_Drawable):
         return max(part.strata for part, _ in self._parts)
 
     def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Iterator[tuple[Any, ...]]:
-        """Of each part whose turn comes: it, which of the samples are its own, and the seed and the number of
-        the first of these, which the others follow; in each randomisation by itself.
+        """Yield each component with the indices of its samples, its seed and the index of its first draw.
+
+        Its further draws have consecutive indices. Randomisations are treated separately.
         """
         period, numbers = len(self._cycle), torch.arange(sample_offset, sample_offset + samples, device="cpu")
         seeds = seed.split(1) if seed.dim() else (seed,)
@@ -810,7 +815,7 @@ class _InTurn(_Drawable):
         return torch.where(self._stays[:, None], own, z.to(own.dtype))
 
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
-        """What a draw counts among those of a part that is a mixture itself."""
+        """Return the log weight of each draw within a component that is itself a stratified mixture."""
         shares = torch.zeros(samples, self.batch, device=seed.device)
         for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
             found = log_shares(part, len(place), own_seed, first)
@@ -832,23 +837,21 @@ class _InTurn(_Drawable):
 
 
 def _like(q: Distribution, r: Distribution) -> Distribution:
-    """A proposal with latents of q's shape."""
+    """Give the proposal r the latent shape of q."""
     if r is not q and q.latent is not None:
         r.__dict__["latent"] = q.latent
     return r
 
 
 def _example(q: Distribution, row_offset: int = 0) -> Tensor:
-    """A draw of each example, [B, D], whatever the seed; 0 where it is not finite."""
+    """Draw one z per example, [B, D], with a fixed seed; 0 where it is not finite."""
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     z = rsample(q, 1, seed, row_offset=row_offset)[0][0]
     return torch.where(z.isfinite(), z, 0.0)
 
 
 def _with_rows(prior: Distribution, batch: int, like: Tensor) -> Distribution | None:
-    """The prior as a distribution with rows, whose draws are functions of their addresses; None where that is
-    not known.
-    """
+    """Expand the prior to a distribution with rows that supports draws at an address; None if it cannot."""
     made = prior
     if not (prior.has_rows and prior.batch == batch):
         try:
@@ -862,7 +865,7 @@ def _with_rows(prior: Distribution, batch: int, like: Tensor) -> Distribution | 
 
 
 def _is_everywhere(d: TorchDistribution) -> bool:
-    """Whether its density is positive on all of R^D, as far as it says."""
+    """Return True if the declared support is all of R^D, or unknown."""
     try:
         support = d.distribution.support
     except NotImplementedError:

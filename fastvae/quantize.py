@@ -1,4 +1,4 @@
-"""The discrete latents of a VQ-VAE: a codebook, and what it takes to train it."""
+"""Discrete latents of a VQ-VAE: a codebook and its training."""
 
 from __future__ import annotations
 
@@ -27,72 +27,74 @@ __all__ = ["Quantized", "VectorQuantizer"]
 
 
 class Quantized(NamedTuple):
-    """What :class:`VectorQuantizer` makes of an encoder's output."""
+    """Output of :class:`VectorQuantizer`."""
 
     z_q: Tensor
-    """The codes, of the shape and dtype of z_e, whose gradient goes on to z_e."""
+    """Codes, with the shape and dtype of z_e; their gradient is passed on to z_e."""
     loss: Tensor
-    """What is added to the reconstruction's loss, [B]."""
+    """Loss to add to the reconstruction loss, [B]."""
     indices: Tensor
-    """Which codes, [B, \\*spatial] int64."""
+    """Indices of the codes, [B, \\*spatial] int64."""
 
 
 class VectorQuantizer(nn.Module):
-    r"""The codebook of a VQ-VAE: every position of an encoder's output becomes the nearest of its codes.
+    r"""Codebook of a VQ-VAE, which replaces each position of an encoder's output by its nearest code.
 
-    With codes :math:`e_u`, an encoder's output :math:`z_p` at P positions and sg, which stops a gradient:
+    With codes :math:`e_u`, an encoder's output :math:`z_p` at P positions and stop-gradient sg:
 
     .. math::
         k_p &= \arg\min_u \|z_p - e_u\|^2, \quad z_q = z + \mathrm{sg}(e_k - z) \\
         \mathrm{loss} &= \frac1P \sum_p \Big[ β\, \|z_p - \mathrm{sg}(e_{k_p})\|^2
             + \|\mathrm{sg}(z_p) - e_{k_p}\|^2 \Big]
 
-    β is ``commitment``; the second term, the codebook's loss, is there if ``decay`` is None. A model is
-    trained on :math:`-\log p(x|z_q) + \mathrm{loss}`, each [B]: the squares are summed over D and averaged
-    over the positions, as in the paper. The values of z_q are the codes themselves, and the gradient of z_q
-    is passed on to z_e as it is.
+    β is ``commitment``; the second term, the codebook loss, is present only if ``decay`` is None. Train a
+    model on :math:`-\log p(x|z_q) + \mathrm{loss}`, each [B]: the squares are summed over D and averaged
+    over positions, as in the paper. The values of z_q are the codes, and the gradient of z_q is passed on to
+    z_e unchanged.
 
-    With ``decay`` = γ the codes are moving averages instead, of what was assigned to them. A batch that has
-    n_u positions with code u does
+    With ``decay`` = γ the codes are instead moving averages of the vectors assigned to them. A batch with
+    n_u positions assigned to code u updates
 
     .. math::
         N_u ← γ N_u + (1 - γ)\, n_u, \quad
         e_u ← e_u + \frac{1 - γ}{N_u} \sum_{p: k_p = u} (z_p - e_u)
 
-    which is the paper's :math:`e_u = m_u / N_u` with :math:`m_u ← γ m_u + (1 - γ) \sum z_p`, written so that
-    nothing cancels. N_u begins at 0: the first positions of a code count, and where it started from does not.
-    A code without positions stays where it is. Nothing is divided by a count of 0, so there is no need of
-    Laplace smoothing, which would draw unused codes to the origin.
+    This is the paper's :math:`e_u = m_u / N_u` with :math:`m_u ← γ m_u + (1 - γ) \sum z_p`, written without
+    cancellation. N_u starts at 0, so the initial code has no weight once positions are assigned to it. A code
+    without positions does not move. No division by a count of 0 occurs, so Laplace smoothing, which would
+    pull unused codes towards the origin, is not needed.
 
-    The codes move in a forward pass in training mode with gradients enabled; not after ``.eval()``, and not
-    under ``torch.no_grad()``. Values and loss of the pass are those of the codes before it.
+    The codes are updated by a forward pass in training mode with gradients enabled; not after ``.eval()`` nor
+    under ``torch.no_grad()``. Values and loss of the pass use the codes before the update.
 
-    Under ``torch.distributed`` with a process group, counts and sums are those of all ranks. Each rank must
-    make the same number of training passes, as with ``DistributedDataParallel``, and start from equal codes,
-    which then stay equal.
+    Under ``torch.distributed`` with a process group, counts and sums are reduced over all ranks. Each rank
+    must run the same number of training passes, as with ``DistributedDataParallel``, and start from equal
+    codes, which then stay equal.
 
     Distances are computed in float32 (float64 if z_e or the codebook is), under autocast too, from the codes
-    less their mean m. The code found is a nearest one up to the roundings of
+    minus their mean m. The result is a nearest code up to the rounding errors of
     :math:`½\|e - m\|^2 + \|z - m\| \|e - m\|`, which on a GPU are TF32's if
-    ``torch.set_float32_matmul_precision`` allows that. Nothing of the size [positions, codes] is kept.
+    ``torch.set_float32_matmul_precision`` allows that. No [positions, codes] tensor is stored.
 
     Args:
-        codes: U, how many.
+        codes: U, the number of codes.
         dim: D, the length of a code.
-        commitment: β.
-        decay: γ, between 0 and 1; None for a codebook that is a parameter, learned by its gradient.
-        restart: before a training pass, replace a code that no position got in so many passes one after the
-            other by a position of the batch, drawn at random (by torch's random state; with several ranks,
-            from the first rank's batch). In the first pass these are all codes. None, the default, does
-            without: codes start as draws from a uniform distribution of variance 1 / D.
-        device, dtype: of the codebook. Moving averages need float32 or float64; z_e may have another dtype.
+        commitment: β. Default 0.25.
+        decay: γ, between 0 and 1, default 0.99; None for a codebook that is a parameter, trained by gradient.
+        restart: number of consecutive training passes after which an unused code is replaced, before the next
+            pass, by a random position of the batch (drawn from torch's random state; with several ranks, from
+            the first rank's batch). Before the first pass all codes are replaced. Default None: codes are
+            never replaced, and start as draws from a uniform distribution of variance 1 / D.
+        device: device of the codebook. Default: torch's default device.
+        dtype: dtype of the codebook. Moving averages need float32 or float64; z_e may have another dtype.
+            Default: torch's default dtype.
 
     Attributes:
         codebook: [U, D], a buffer, or a parameter if decay is None.
-        cluster_size: N_u, [U], a buffer; None if decay is.
+        cluster_size: N_u, [U], a buffer; None if decay is None.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for an invalid argument.
 
     References:
         van den Oord, Vinyals & Kavukcuoglu, Neural Discrete Representation Learning, 2017, eq. 1 to 3 and
@@ -122,7 +124,7 @@ class VectorQuantizer(nn.Module):
 
     codebook: Tensor
     cluster_size: Tensor | None
-    # How many training passes ago a code had a position.
+    # Training passes since each code was last used, [U].
     unused: Tensor | None
 
     def __init__(
@@ -168,7 +170,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the codes anew, and forget what they were used for."""
+        """Draw new codes, and reset the usage statistics."""
         limit = math.sqrt(3 / self.dim)
         self.codebook.uniform_(-limit, limit)
         if self.cluster_size is not None:
@@ -181,14 +183,14 @@ class VectorQuantizer(nn.Module):
         return f"{self.codes}, {self.dim}, commitment={self.commitment}, decay={self.decay}{restart}"
 
     def forward(self, z_e: Tensor) -> Quantized:
-        r"""Quantize an encoder's output, and in training move the codes.
+        r"""Quantize an encoder's output, and in training update the codes.
 
         Args:
-            z_e: [B, D, \*spatial], or [B, D] for one position.
+            z_e: the encoder's output [B, D, \*spatial], or [B, D] for one position.
 
         Returns:
             z_q like z_e, loss [B] in float32 (float64 if z_e or the codebook is) and indices [B, \*spatial].
-            The loss of no positions is 0. A NaN in z_e is one in z_q and in the loss.
+            The loss without positions is 0. NaN in z_e propagates to z_q and to the loss.
 
         Raises:
             TypeError, ValueError: for a z_e of another shape, dtype or device, and for moving averages in
@@ -200,7 +202,7 @@ class VectorQuantizer(nn.Module):
         if learning:
             self._prepare(rows.detach())
         index = self._nearest(rows)
-        # [N, D], a copy: what comes into the graph does not change with the codes.
+        # [N, D], a copy, so that updating the codes does not change tensors saved for backward.
         code = embedding(index, self.codebook.to(rows.dtype))
         away = rows - code.detach()
         each = self.commitment * away.square().sum(1)
@@ -210,16 +212,16 @@ class VectorQuantizer(nn.Module):
         loss = each.reshape(batch, positions).sum(1) / max(positions, 1)
         if learning:
             self._learn(index, away.detach())
-        # The difference is 0, and NaN where z_e is not finite; e - z + z would be rounded.
+        # The difference is 0, or NaN where z_e is not finite; e - z + z would introduce rounding.
         z_q = self._channels_first(code.detach(), batch, spatial).to(z_e.dtype) + (z_e - z_e.detach())
         return Quantized(z_q, loss, index.reshape(batch, *spatial))
 
     def encode(self, z_e: Tensor) -> Tensor:
-        r"""Indices [B, \*spatial] of the codes nearest to z_e [B, D, \*spatial]; nothing is learned."""
+        r"""Return indices [B, \*spatial] of the codes nearest to z_e [B, D, \*spatial], without training."""
         return self._nearest(self._rows(z_e)).reshape(z_e.shape[0], *z_e.shape[2:])
 
     def decode(self, indices: Tensor) -> Tensor:
-        r"""The codes [B, D, \*spatial] of indices [B, \*spatial], in the codebook's dtype."""
+        r"""Return the codes [B, D, \*spatial] of indices [B, \*spatial], in the codebook's dtype."""
         self._check_indices(indices)
         code = embedding(indices.reshape(-1).long(), self.codebook)
         return self._channels_first(code, indices.shape[0], indices.shape[1:])
@@ -227,28 +229,28 @@ class VectorQuantizer(nn.Module):
     def sample(
         self, n: int, spatial: Sequence[int] = (), *, generator: torch.Generator | None = None
     ) -> Tensor:
-        r"""Indices [n, \*spatial] from the uniform prior; ``decode`` makes codes of them.
+        r"""Draw indices [n, \*spatial] from the uniform prior; ``decode`` maps them to codes.
 
         Args:
-            n: how many.
-            spatial: the shape of one, such as (8, 8).
-            generator: source of the noise; default torch's own random state.
+            n: number of draws.
+            spatial: spatial shape of each draw, such as (8, 8). Default ().
+            generator: source of the noise. Default: torch's global random state.
         """
         n = check_count("n", n, "the number of draws")
         return torch.randint(self.codes, (n, *spatial), device=self.codebook.device, generator=generator)
 
     def log_prob(self, indices: Tensor, logits: Tensor | None = None) -> Tensor:
-        r"""log of the prior's probability of the indices, summed over positions, [B] in nats.
+        r"""Return the prior's log probability of the indices, summed over positions, [B] in nats.
 
         .. math:: \log p(k) = -P \log U, \quad \text{or } \sum_p \log \mathrm{softmax}(a_p)_{k_p}
 
-        Encoders that are certain have no entropy, so :math:`\log p(x|z_q) + \log p(k) \le \log p(x)` is the
+        A deterministic encoder has no entropy, so :math:`\log p(x|z_q) + \log p(k) \le \log p(x)` is the
         bound of a VQ-VAE.
 
         Args:
-            indices: [B, \*spatial].
-            logits: a, of another prior than the uniform one: [U] for all positions, or [B, U, \*spatial],
-                such as an autoregressive network makes of the indices.
+            indices: integer tensor [B, \*spatial].
+            logits: a, logits of the prior: [U] for all positions, or [B, U, \*spatial], such as an
+                autoregressive network's output for the indices. Default: the uniform prior.
         """
         self._check_indices(indices)
         if logits is None:
@@ -270,19 +272,19 @@ class VectorQuantizer(nn.Module):
         return categorical_log_prob(indices, logits)
 
     def bits(self, indices: Tensor, logits: Tensor | None = None) -> Tensor:
-        """What the indices cost in bits, [B]: minus :meth:`log_prob`, over log 2."""
+        """Return the code length of the indices in bits, [B]: minus :meth:`log_prob`, over log 2."""
         return self.log_prob(indices, logits) / -math.log(2)
 
     def perplexity(self, indices: Tensor) -> Tensor:
-        r"""How many codes the indices use, as if all were used alike: from 1 to U.
+        r"""Return the effective number of codes that the indices use, from 1 to U.
 
         .. math:: \exp\Big(-\sum_u p_u \log p_u\Big), \quad p_u = n_u / n
 
         Args:
-            indices: of any shape; of this process alone. That of none is NaN.
+            indices: integer tensor of any shape with at least one axis, of this process alone.
 
         Returns:
-            [] in float32.
+            [] in float32; NaN without indices.
         """
         self._check_indices(indices)
         count = self._counts(indices.reshape(-1).long()).float()
@@ -290,7 +292,7 @@ class VectorQuantizer(nn.Module):
         return entropy.exp()
 
     def _rows(self, z_e: Any) -> Tensor:
-        """z_e as [N, D], in the dtype of the distances."""
+        """Reshape z_e to [N, D], in the dtype of the distances."""
         codebook = self.codebook
         check_tensor("z_e", z_e)
         if z_e.dim() < 2 or z_e.shape[1] != self.dim:
@@ -308,7 +310,7 @@ class VectorQuantizer(nn.Module):
         return rows.to(dtype)
 
     def _channels_first(self, code: Tensor, batch: int, spatial: Sequence[int]) -> Tensor:
-        """Codes [N, D] as [B, D, *spatial]."""
+        """Reshape codes [N, D] to [B, D, *spatial]."""
         return code.reshape(batch, *spatial, self.dim).movedim(-1, 1)
 
     def _nearest(self, rows: Tensor) -> Tensor:
@@ -316,12 +318,12 @@ class VectorQuantizer(nn.Module):
         return nearest_code(rows.detach(), codebook.to(rows.dtype))
 
     def _counts(self, index: Tensor) -> Tensor:
-        """How often each code is in index [N], [U] int64."""
+        """Count each code in index [N]; returns [U] int64."""
         return index.new_zeros(self.codes, dtype=torch.int64).index_add_(0, index, torch.ones_like(index))
 
     @torch.no_grad()
     def _prepare(self, rows: Tensor) -> None:
-        """Before a training pass: replace the codes that were unused for long."""
+        """Replace codes that were unused for ``restart`` training passes; called before each pass."""
         codebook = self.codebook
         if self.decay is not None and codebook.dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -343,13 +345,13 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, index: Tensor, away: Tensor) -> None:
-        """After a training pass: the moving averages of index [N] and z - e [N, D], and what is unused."""
+        """Update moving averages and usage after a training pass, given index [N] and z - e [N, D]."""
         if self.decay is None and self.unused is None:
             return
         found = self._counts(index).to(away.dtype)[:, None]
         if self.decay is not None:
-            # The sum of the rows of each code is embedding's gradient: in a fixed order on a GPU as well, and
-            # on a CPU 4 to 100 times as fast as index_add.
+            # Sum the rows of each code by embedding's gradient, which is deterministic on a GPU too, and on a
+            # CPU 4 to 100 times as fast as index_add.
             sums = torch.ops.aten.embedding_dense_backward(away, index, self.codes, -1, False)
             found = torch.cat([found, sums], 1)
         if _several_ranks():

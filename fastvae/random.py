@@ -1,4 +1,4 @@
-r"""Seeds, and noise as an address.
+r"""Seeds, and noise as a function of an address.
 
 fastvae never stores the noise of a sample: it is a pure function of (seed, sample, row, column, level), so
 the backward pass, another thread count, a chunk of the samples, a shard of the rows or another device all see
@@ -8,31 +8,30 @@ The function is Philox4x32-10 [1]_ with the 64-bit seed as its key (low word fir
 
     (column // 4, row, sample, level)
 
-in which the level is 0 but for the lower levels of a :class:`fastvae.Hierarchy`. The four words :math:`w_0 …
-w_3` that it gives belong to the four columns of the block. Words :math:`w_0, w_1` make columns 0 and 1 by Box
-and Muller's transform, :math:`w_2, w_3` columns 2 and 3:
+The level is 0 except for the lower levels of a :class:`fastvae.Hierarchy`. The four output words :math:`w_0 …
+w_3` belong to the four columns of the block. The Box-Muller transform maps :math:`w_0, w_1` to columns 0 and
+1, and :math:`w_2, w_3` to columns 2 and 3:
 
 .. math:: u = (w_0 + ½) 2^{-32}, \quad v = (w_1 + ½) 2^{-32}, \quad
           ε_0 = \sqrt{-2 \ln u} \cos 2πv, \quad ε_1 = \sqrt{-2 \ln u} \sin 2πv
 
 so both halves of each pair are used and the tail reaches :math:`\sqrt{2 \ln 2^{33}} = 6.76` standard
-deviations. The words are equal bit for bit in C++, Triton and PyTorch; the normals to a few units in the last
-place, but on a GPU, where those in float32 are made by the hardware's logarithm, sine and cosine and are
-equal to 1e-5; with ``FASTVAE_NOISE=accurate`` in the environment they are equal to a few units there, too.
+deviations. The words are equal bit for bit in C++, Triton and PyTorch. The normals agree to a few units in
+the last place, except in float32 on a GPU, where the hardware's logarithm, sine and cosine give agreement to
+1e-5; with ``FASTVAE_NOISE=accurate`` in the environment they agree to a few units there, too.
 
-Quasi-Monte-Carlo noise, ``noise="qmc"``, has other words behind the same address and the same transform. Its
-seed is a tensor [R], one seed for each of R independent randomisations of one point set, which take turns:
-sample k is point ⌊k/R⌋ of randomisation k mod R. The points are those of Sobol's sequence with the direction
-numbers of Joe and Kuo [2]_, as torch has them, under a random digital shift [3]_:
+Quasi-Monte-Carlo noise, ``noise="qmc"``, uses different words for the same address and transform. Its
+seed is a tensor [R], one seed for each of R independent randomisations of one point set, used in turn:
+sample k is point ⌊k/R⌋ of randomisation k mod R. The points are Sobol's sequence with the direction
+numbers of Joe and Kuo [2]_, as in torch, under a random digital shift [3]_:
 
 .. math:: w = s \oplus \bigoplus_{j:\, \text{bit } j \text{ of } \lfloor k/R \rfloor \text{ is set}}
           4\, v_{j, \mathrm{column}}
 
-where v are torch's numbers of 30 bits, and the shift s is the word of Philox at (column // 4, row, 0, 0)
-under the randomisation's seed. Every point by itself is uniform, so that estimates stay unbiased; together
-the points fill the cube evenly, most so where there are 2^m of each randomisation (after 2^30 they repeat).
-Columns from 128 on, and levels above 0, have Philox's words at (column // 4, row, k, level) under the same
-seed.
+where v are torch's 30-bit direction numbers, and the shift s is the Philox word at (column // 4, row, 0, 0)
+under the randomisation's seed. Each point is marginally uniform, so estimates stay unbiased; jointly the
+points fill the cube evenly, best with 2^m points per randomisation (they repeat after 2^30). Columns from 128
+on, and levels above 0, use the Philox words at (column // 4, row, k, level) under the same seed.
 
 .. [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
 .. [2] Joe, Kuo: Constructing Sobol sequences with better two-dimensional projections. SIAM J. Sci. Comput.
@@ -58,17 +57,17 @@ __all__ = ["draw_seed", "normal"]
 
 
 def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
-    """Draw a seed, an int64 tensor of no dimensions, from torch's random state; no synchronisation, none on a
-    GPU either.
+    """Draw a seed, an int64 tensor [], from torch's random state, without synchronising a GPU.
 
     Args:
-        device: where the seed must lie: the device of the tensors that it makes noise for.
-        generator: the generator to draw from, on that device. Default: torch's own, so ``torch.manual_seed``
-            rules.
+        device: device of the seed, which must be that of the tensors it generates noise for. Default: CPU.
+        generator: generator to draw from, on that device. Default: torch's global one, which
+            ``torch.manual_seed`` controls.
 
     Raises:
+        TypeError: if the generator is not a torch.Generator.
         ValueError: if the generator is on another device.
-        RuntimeError: if a CUDA graph is being captured, which the generator is not registered with.
+        RuntimeError: if a CUDA graph is being captured with which the generator is not registered.
 
     Example:
         >>> import torch, fastvae
@@ -99,18 +98,18 @@ def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | N
 
 
 NOISES = ("philox", "qmc")
-# Of the same points, independent of each other, whose spread is the error of an estimate: fewer make better
-# use of the points, more tell the error better (docs/NOTES.md).
+# Independent randomisations of one point set, whose spread estimates the error: fewer use the points better,
+# more estimate the error better (docs/NOTES.md).
 RANDOMISATIONS = 8
-# Between the seeds of randomisations: an odd number, the golden ratio's.
+# Increment between the seeds of randomisations: odd, from the golden ratio.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 
 
 def seed_of(noise: str, seed: Tensor, randomisations: int = 1) -> Tensor:
-    """The seed of noise of this kind: itself, or of ``"qmc"`` a tensor [R] of seeds made of it.
+    """Return the seed itself for ``"philox"``, or a tensor [R] of derived seeds for ``"qmc"``.
 
     Raises:
-        TypeError, ValueError: if the kind is unknown.
+        TypeError, ValueError: for an unknown kind of noise.
     """
     if noise == "philox":
         return seed
@@ -121,9 +120,7 @@ def seed_of(noise: str, seed: Tensor, randomisations: int = 1) -> Tensor:
 
 
 def randomisations_of(seed: Tensor) -> int:
-    """How many independent randomisations take turns in the noise of this seed; 0 where each draw is
-    independent.
-    """
+    """Return the number of randomisations in the noise of this seed; 0 for independent draws."""
     return seed.shape[0] if seed.dim() else 0
 
 
@@ -139,21 +136,23 @@ def normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The noise that the sampling ops use: standard normals [samples, rows, columns], a function of the
-    address alone.
+    """Return standard normals [samples, rows, columns], a pure function of the address, as the ops use them.
 
     Args:
-        seed: int64 tensor of no dimensions, or an int; or a tensor [R], as ``noise="qmc"`` passes it to a
-            distribution's ``rsample``: quasi-Monte-Carlo noise of R randomisations.
-        samples, rows, columns: the shape of the result.
-        sample_offset, row_offset: address of its first sample and row: ``normal(s, K, B, D)[k0:, b0:]``
-            equals ``normal(s, K - k0, B - b0, D, sample_offset=k0, row_offset=b0)``.
-        level: the last word of the address, which tells latents in several levels apart.
-        dtype: float32 or float64.
-        device: where to make it; default: the seed's device.
+        seed: int64 tensor [], or an int; or a tensor [R], as ``noise="qmc"`` passes to a distribution's
+            ``rsample``, for quasi-Monte-Carlo noise of R randomisations.
+        samples: number of samples.
+        rows: number of rows.
+        columns: number of columns.
+        sample_offset: index of the first sample: ``normal(s, K, B, D)[k0:, b0:]`` equals
+            ``normal(s, K - k0, B - b0, D, sample_offset=k0, row_offset=b0)``. Default 0.
+        row_offset: index of the first row. Default 0.
+        level: last word of the address, which separates the levels of hierarchical latents. Default 0.
+        dtype: float32 (default) or float64.
+        device: device of the result. Default: the seed's device.
 
     Raises:
-        TypeError, ValueError: for a seed that is neither, or an address beyond 2^32.
+        TypeError, ValueError: for an invalid seed, or an address beyond 2^32.
 
     Example:
         >>> import torch, fastvae
@@ -173,7 +172,7 @@ def normal(
     samples = as_int("samples", samples, "a size of the noise")
     rows = as_int("rows", rows, "a size of the noise")
     columns = as_int("columns", columns, "a size of the noise")
-    # A size that an exporter leaves open must not be compared with 2^32: it would be the size's limit.
+    # Comparing a dynamic size with 2^32 would make torch.export bound it.
     if (
         type(sample_offset) is not int
         or type(row_offset) is not int
@@ -237,7 +236,7 @@ class _Normal(Op):
         function = super().composed(backend)
 
         def draw(*args: Any) -> Tensor:
-            # Triton makes no float64.
+            # The Triton kernel has no float64 version.
             return (function if args[-1] == torch.float32 else reference.normal)(*args)
 
         return draw

@@ -1,4 +1,4 @@
-"""Schedules of a training, such as β's warm-up: functions of the step."""
+"""Training schedules, such as β's warm-up: functions of the step."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ T = TypeVar("T")
 def linear(
     first: float, last: float, steps: int, *, delay: int = 0, device: torch.device | str | None = None
 ) -> Schedule:
-    r"""A straight line from ``first`` to ``last``, which stays there: KL warm-up, as ``beta=``.
+    r"""Return a linear schedule from ``first`` to ``last``, constant afterwards: KL warm-up, as ``beta=``.
 
     .. math:: β(t) = \mathrm{first} + (\mathrm{last} - \mathrm{first})\,
               \min(1, \max(0, (t - \mathrm{delay}) / \mathrm{steps}))
 
-    It returns a tensor, whose value is no part of compiled code: a training step that takes it as an argument
-    is compiled once.
+    The schedule returns a tensor, whose value compiled code does not specialise on: a training step that
+    takes it as an argument is compiled once.
 
     Args:
-        first, last: values at the ends.
-        steps: the length of the line, in steps.
-        delay: steps before it begins.
-        device: of the tensor; default the CPU's, which every device takes as a number. A step that is
-            replayed as a CUDA graph needs the card's, and a step that is a tensor there.
+        first: initial value.
+        last: final value.
+        steps: length of the ramp, in steps.
+        delay: steps before the ramp begins. Default 0.
+        device: device of the returned tensor. Default: the step's device if it is a tensor, else the CPU,
+            whose scalar tensors every device accepts. A training step replayed as a CUDA graph needs the
+            GPU, and a step that is a tensor there.
 
     Returns:
         A function of the step, an int or an integer tensor [], that returns a float32 tensor [].
 
     Raises:
-        TypeError, ValueError: for arguments that are no such numbers.
+        TypeError, ValueError: for invalid numbers.
 
     References:
         Bowman et al., Generating Sentences from a Continuous Space, 2016; Sønderby et al., Ladder Variational
@@ -62,20 +64,25 @@ def linear(
 def cosine(
     first: float, last: float, steps: int, *, delay: int = 0, device: torch.device | str | None = None
 ) -> Schedule:
-    r"""Half a wave of a cosine from ``first`` to ``last``, which stays there: as :func:`linear`, without its
-    two corners.
+    r"""Return a half-cosine schedule from ``first`` to ``last``, constant afterwards.
+
+    It is :func:`linear` without its two corners.
 
     .. math:: β(t) = \mathrm{first} + (\mathrm{last} - \mathrm{first})\, \frac{1 - \cos πu}{2}, \quad
               u = \min(1, \max(0, (t - \mathrm{delay}) / \mathrm{steps}))
 
     Args:
-        first, last, steps, delay, device: as in :func:`linear`.
+        first: initial value.
+        last: final value.
+        steps: length of the ramp, in steps.
+        delay: steps before the ramp begins. Default 0.
+        device: device of the returned tensor, as in :func:`linear`.
 
     Returns:
         A function of the step, an int or an integer tensor [], that returns a float32 tensor [].
 
     Raises:
-        TypeError, ValueError: for arguments that are no such numbers.
+        TypeError, ValueError: for invalid numbers.
 
     References:
         Loshchilov & Hutter, SGDR, 2017, eq. 5, for learning rates.
@@ -100,8 +107,9 @@ def cyclical(
     delay: int = 0,
     device: torch.device | str | None = None,
 ) -> Schedule:
-    r"""A warm-up that begins anew several times: in each cycle a straight line from ``first`` to ``last``,
-    which then stays there until the next, and at the end for good.
+    r"""Return a cyclical warm-up: in each cycle a linear ramp from ``first`` to ``last``, then constant.
+
+    After the last cycle it stays at ``last``.
 
     With :math:`t' = t - \mathrm{delay}`, M cycles of :math:`\mathrm{steps} / M` steps each, and R the ramp,
 
@@ -109,17 +117,19 @@ def cyclical(
               τ = (M t' / \mathrm{steps}) \bmod 1
 
     Args:
-        first, last: values at the beginning of a cycle and after its ramp.
-        steps: the length of all cycles together; it need not be a multiple of them.
-        cycles: M.
-        ramp: R, the share of a cycle that its line takes, in (0, 1].
-        delay, device: as in :func:`linear`.
+        first: value at the beginning of a cycle.
+        last: value after the ramp of a cycle.
+        steps: total length of all cycles; it need not be a multiple of ``cycles``.
+        cycles: M, the number of cycles. Default 4.
+        ramp: R, the ramp's fraction of a cycle, in (0, 1]. Default 0.5.
+        delay: steps before the first cycle. Default 0.
+        device: device of the returned tensor, as in :func:`linear`.
 
     Returns:
         A function of the step, an int or an integer tensor [], that returns a float32 tensor [].
 
     Raises:
-        TypeError, ValueError: for arguments that are no such numbers.
+        TypeError, ValueError: for invalid numbers.
 
     References:
         Fu et al., Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing, 2019, eq. 6–7.
@@ -136,7 +146,7 @@ def cyclical(
         raise ValueError(f"ramp must lie in (0, 1], the share of a cycle that its line takes; got {ramp!r}")
 
     def way(t: Tensor) -> Tensor:
-        # Of an integer t the remainder is exact.
+        # The remainder of an integer t is exact.
         return torch.where(t < steps, torch.remainder(t * cycles, steps) / (steps * ramp), 1.0)
 
     at = _between(first, last, steps, delay, device, way)
@@ -144,7 +154,7 @@ def cyclical(
 
 
 class _Named:
-    """A schedule that prints as the call that made it."""
+    """Schedule whose repr is the call that created it."""
 
     def __init__(self, at: Callable[[Any], Any], name: str, *args: Any, **options: Any):
         self._at = at
@@ -166,8 +176,9 @@ def _between(
     device: torch.device | str | None,
     way: Callable[[Tensor], Tensor],
 ) -> Schedule:
-    """The function of the step that goes from ``first`` to ``last`` as ``way``, of the steps since the delay
-    in 0 … steps, goes from 0 to 1.
+    """Return the schedule that interpolates from ``first`` to ``last`` by ``way``.
+
+    ``way`` maps the steps since the delay, clamped to 0 … steps, to 0 … 1.
     """
     first = check_number("first", first, "where the line begins", -math.inf)
     last = check_number("last", last, "where the line ends", -math.inf)
@@ -177,7 +188,7 @@ def _between(
     def at(step: int | Tensor) -> Tensor:
         if not isinstance(step, Tensor):
             step = as_int("step", step, "or a tensor []")
-            # Where the numbers are small ops are cheap, and what is copied to a card is the result.
+            # Computed on the CPU, where scalar ops are cheap; only the result is copied to a GPU.
             step = torch.tensor(step)
         share = way((step - delay).clamp(0, steps)).clamp(max=1).to(device or step.device, torch.float32)
         return torch.lerp(torch.full_like(share, first), torch.full_like(share, last), share)
@@ -186,20 +197,20 @@ def _between(
 
 
 def stages(values: Sequence[tuple[int, T]]) -> Callable[[int | Tensor], T]:
-    """A constant for each stage of a training: K that grows, or an estimator's name.
+    """Return a piecewise constant schedule, such as a growing K, or the name of an estimator.
 
-    What is returned is what was given, an int K as an int: the shape of z, and so part of compiled code,
-    which is compiled once for each value, and of a CUDA graph, of which each value needs one of its own.
+    Values are returned as given, an int K as an int. K determines the shape of z, so compiled code is
+    compiled once per value, and each value needs a separate CUDA graph.
 
     Args:
-        values: pairs (step at which a stage begins, its value), in order, the first at 0.
+        values: pairs (first step of a stage, value), in order, the first at step 0.
 
     Returns:
-        A function of the step, an int or an integer tensor [], that returns the stage's value. A tensor on a
-        card is waited for.
+        A function of the step, an int or an integer tensor [], that returns the stage's value. Reading a
+        tensor on a GPU synchronises.
 
     Raises:
-        TypeError, ValueError: for stages that are no such pairs, or out of order.
+        TypeError, ValueError: for stages that are not such pairs, or out of order.
 
     Example:
         >>> import fastvae

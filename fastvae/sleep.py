@@ -1,4 +1,4 @@
-"""The sleep phase of wake–sleep: the encoder learns from data that the model itself makes."""
+"""Sleep phase of wake–sleep: training the encoder on data simulated by the model."""
 
 from __future__ import annotations
 
@@ -34,33 +34,32 @@ def sleep(
     reduction: str = "mean",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Log density of the latents of data that the model itself makes, to be maximised in the encoder: the
-    sleep phase of wake–sleep.
+    r"""Return log q(z|x) of data simulated by the model, to be maximised: the sleep phase of wake–sleep.
 
     .. math:: E_{p(z)\, p(x|z)} \log q(z|x) = -E_{p(x)}\, \mathrm{KL}(p(z|x) \,\|\, q(z|x)) + \mathrm{const}
 
-    It is no bound of log p(x), and sees no data. Its gradient reaches the encoder only; the KL is the other
-    way round than the ELBO's, so that q covers the posterior of x that the model makes.
+    It is not a bound of log p(x), and uses no data. Its gradient reaches only the encoder. The KL has the
+    opposite direction to the ELBO's, so q covers the posterior of simulated x.
 
     Args:
-        encoder: maps x [n, \*event] to q, as :func:`fastvae.elbo` takes it; with a ``context`` it is called
-            with it as the second argument.
-        decoder: maps z [n, D] to the likelihood's parameters; called in the mode (train or eval) that it is
-        in.
-        n: how many examples are made.
-        latent_dim: D, or the shape of latents with axes of their own, (C, H, W).
-        likelihood: as in :func:`fastvae.elbo`; it must have draws, as fastvae's own have.
-        prior: as in :func:`fastvae.elbo`; it must have draws. Default: N(0, I).
-        context: what encoder, decoder and a prior that is a function are given: a tensor [n, ...] or a dict
-            of such.
-        reduction: ``"mean"`` or ``"sum"`` over the examples, or ``"none"`` for [n].
-        generator: source of the noise; default torch's own random state.
+        encoder: maps x [n, \*event] to q, as in :func:`fastvae.elbo`; called with ``context``, if given, as
+            its second argument.
+        decoder: maps z [n, D] to the likelihood's parameters; called in its current mode (train or eval).
+        n: number of examples to simulate.
+        latent_dim: D, or the shape (C, H, W) of shaped latents.
+        likelihood: as in :func:`fastvae.elbo`; it must implement ``sample``, as fastvae's do. Default
+            ``"gaussian"``.
+        prior: as in :func:`fastvae.elbo`; it must implement ``sample``. Default: N(0, I).
+        context: conditioning input of encoder, decoder and a prior that is a function: a tensor [n, ...] or a
+            dict of such tensors.
+        reduction: ``"mean"`` (default) or ``"sum"`` over the examples, or ``"none"`` for [n].
+        generator: source of the noise. Default: torch's global random state.
 
     Returns:
         A number in nats, or [n].
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
         Hinton, Dayan, Frey & Neal, The wake-sleep algorithm for unsupervised neural networks, 1995;
@@ -104,9 +103,7 @@ def simulate(
     like: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Any]:
-    """z [n, D] from the prior, on the device and in the dtype of ``like``, and what the decoder returns for
-    it.
-    """
+    """Draw z [n, D] from the prior, like ``like`` in device and dtype; return z and the decoder's output."""
     n = check_count("n", n, "the number of draws")
     if context is not None:
         check_batch("context", context, n, like.device)

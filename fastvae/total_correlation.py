@@ -1,4 +1,4 @@
-"""beta_tc: an ELBO whose KL is taken apart by the aggregate posterior, its total correlation weighed."""
+"""Objective beta_tc: an ELBO whose KL is decomposed, with a weight for the total correlation."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ __all__ = ["BetaTCTerms", "beta_tc"]
 
 
 class BetaTCTerms(NamedTuple):
-    """A bound and its parts, each [B], in nats: ``bound`` to be maximised, ``log_likelihood`` E_q log p(x|z),
+    """Bound to be maximised and its parts, each [B], in nats.
+
+    The parts are means over the draws, without weights: ``log_likelihood`` log p(x|z),
     ``mutual_information`` log q(z|x) − log q(z), ``total_correlation`` log q(z) − Σ_d log q(z_d), and
-    ``dimension_kl`` Σ_d log q(z_d) − log p(z), without their weights; means over the draws.
+    ``dimension_kl`` Σ_d log q(z_d) − log p(z).
     """
 
     bound: Tensor
@@ -104,39 +106,46 @@ def beta_tc(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> Tensor | BetaTCTerms:
-    r"""ELBO whose KL is taken apart, so that what makes dimensions of z depend on each other can be weighed
-    by itself (β-TCVAE); to be maximised.
+    r"""Return the β-TCVAE objective, an ELBO with a separate weight for the total correlation of z.
 
     .. math:: E_q \log p(x|z) - α\, I_q(x; z) - β\, \mathrm{KL}\Big(q(z) \Big\| \prod_d q(z_d)\Big)
               - γ \sum_d \mathrm{KL}(q(z_d) \,\|\, p(z_d)),
               \quad q(z) \approx \frac{1}{N B} \sum_{b=1}^{B} q(z|x_b)
 
-    of the draws :math:`z \sim q(z|x)`. The aggregate posterior and its dimensions are mixtures of this
-    batch's posteriors; gradients reach q through z and through the mixtures. With α = β = γ = 1 it is the
-    ELBO with ``kl="mc"``, whatever the batch.
+    It is to be maximised, and estimated from draws :math:`z \sim q(z|x)`. The aggregate posterior and its
+    marginals are mixtures of this batch's posteriors; gradients reach q through z and through the mixtures.
+    With α = β = γ = 1 it is the ELBO with ``kl="mc"``, for any batch.
 
     Args:
-        x, q, decoder, likelihood, prior, mask, size, context, reduction, generator, row_offset:
-            as in :func:`fastvae.elbo`. q is a normal distribution, of diagonal or full covariance
-            or low rank; the prior is the same for all examples, and has independent dimensions if the last
-            term is to be what it is called. Processes that split a batch mix the posteriors of their own
-            rows.
-        beta: weight of the total correlation.
-        alpha: weight of the mutual information of x and z.
-        gamma: weight of the dimensions' KL to the prior.
+        x: data [B, *event], as in :func:`fastvae.elbo`.
+        q: the encoder's output, as in :func:`fastvae.elbo`: a normal distribution with a diagonal, full or
+            low-rank covariance. Processes that split a batch mix the posteriors of their rows only.
+        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`fastvae.elbo`.
+        beta: weight of the total correlation, a number or a tensor, [] or [B]. Default 6.
+        alpha: weight of the mutual information of x and z, like beta. Default 1.
+        gamma: weight of the dimensions' KL to the prior, like beta. Default 1.
         dataset_size: N of the paper's minibatch-weighted sampling. It only adds a constant to each part:
             log N to the mutual information, (D − 1) log N to the total correlation, −D log N to the
-            dimensions' KL; no gradient depends on it. Default: 1, so that the parts are those of a data set
-            that is this batch: the mutual information is then at most log B, and the total correlation is not
-            lifted by a number that dwarfs it.
-        samples: draws of z per example.
-        terms: return the :class:`BetaTCTerms`, each [B] whatever the reduction.
+            dimensions' KL; no gradient depends on it. Default: 1, which treats this batch as the data set:
+            the mutual information is then at most log B, and the total correlation is not dominated by a
+            constant.
+        likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
+        prior: as in :func:`fastvae.elbo`, the same for all examples; the last term is the dimensions' KL
+            only if the prior's dimensions are independent. Default: N(0, I).
+        samples: draws of z per example. Default 1.
+        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`fastvae.elbo`.
+        size: size factors [B], as in :func:`fastvae.elbo`.
+        context: conditioning input of the decoder, [B, ...], as in :func:`fastvae.elbo`.
+        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`fastvae.elbo`.
+        terms: return :class:`BetaTCTerms`, each [B] for any reduction.
+        generator: source of the noise. Default: torch's global random state.
+        row_offset: index of x's first row in the noise's address, as in :func:`fastvae.elbo`. Default 0.
 
     Returns:
         A number in nats, or [B], or BetaTCTerms.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming the one that does not.
+        TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
         Chen, Li, Grosse & Duvenaud, Isolating Sources of Disentanglement in VAEs, 2018, eq. 2, 4 and 5.

@@ -1,4 +1,4 @@
-"""VAE: an encoder, a decoder and what their outputs mean, bundled in one module."""
+"""Module VAE: an encoder, a decoder, a likelihood and a prior."""
 
 from __future__ import annotations
 
@@ -42,35 +42,35 @@ __all__ = ["VAE"]
 
 
 class VAE(nn.Module):
-    r"""A variational autoencoder: encoder, decoder, likelihood and prior in one module.
+    r"""Variational autoencoder: encoder, decoder, likelihood and prior in one module.
 
     Args:
-        encoder: module x [B, \*event] -> q: a tensor [B, 2 D], mu and logvar side by side, a pair (mu,
+        encoder: module x [B, \*event] -> q: a tensor [B, 2 D], mu and logvar concatenated, a pair (mu,
             logvar) or any other posterior that :func:`fastvae.elbo` takes, such as a convolutional encoder's
             [B, 2 C, H, W].
-        decoder: module z [N, D] -> parameters of the likelihood; z is [N, C, H, W] where q's latents are.
-        likelihood: ``"gaussian"``, ``"bernoulli"``, another name or an object.
-        prior: default N(0, I), or the :class:`fastvae.Hierarchy` that the encoder holds; or an object such as
-            ``fastvae.DiagonalNormal``, or a module context -> prior.
-        latent_dim: D, or (C, H, W); found from the encoder's first output if not given, and needed for
-            :meth:`sample` before that. If given, the encoder's outputs are checked against it, and
+        decoder: module z [N, D] -> parameters of the likelihood; z is [N, C, H, W] for latents of that shape.
+        likelihood: ``"gaussian"`` (default), ``"bernoulli"``, another name or an object.
+        prior: an object such as ``fastvae.DiagonalNormal``, or a module context -> prior. Default: the
+            :class:`fastvae.Hierarchy` inside the encoder, if it has one, else N(0, I).
+        latent_dim: D, or (C, H, W). Default: read from the encoder's first output, and unknown to
+            :meth:`sample` before that. If given, the encoder's outputs are validated against it, and
             torch.compile compiles only once.
-        fuse: leave the decoder's last layer to the objective, or to an evaluation, which does not store its
-            output, where nothing else could tell and it is no slower: the decoder is an ``nn.Linear`` or an
+        fuse: fuse the decoder's last layer into the objective or evaluation, so that its output is never
+            stored, where this is unobservable and not slower: the decoder is an ``nn.Linear`` or an
             ``nn.Sequential`` that ends in one, without hooks, on a CPU, for outputs of some hundred thousand
-            numbers or more. Values and gradients are the same to rounding. For other decoders there is
-            :class:`fastvae.FusedHead`.
+            numbers or more. Values and gradients agree to rounding. For other decoders use
+            :class:`fastvae.FusedHead`. Default True.
 
-    Conditional models: where a method is given ``context=``, encoder and decoder are called with it as their
-    second argument, and a prior that is a function with it alone.
+    Conditional models: with ``context=``, encoder and decoder are called with the context as their second
+    argument, and a prior that is a function with the context alone.
 
-    Encoder and decoder may be functions or methods, too. The modules that such a callable reaches when the
-    VAE is built are then modules of the VAE, so that optimisers, ``state_dict``, ``.to()`` and ``.eval()``
-    find them.
+    Encoder and decoder may also be functions or methods. The modules that such a callable reaches when the
+    VAE is built are registered as modules of the VAE, so that optimisers, ``state_dict``, ``.to()`` and
+    ``.eval()`` find them.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit; for a callable that reaches a parameter outside
-            of modules, or the module that is going to hold the VAE.
+        TypeError, ValueError: for an invalid argument; for a callable that reaches a parameter outside
+            any module, or the module that will contain the VAE.
 
     Example:
         >>> import torch, fastvae
@@ -81,7 +81,7 @@ class VAE(nn.Module):
         (torch.Size([3, 8]), torch.Size([16, 8]), torch.Size([16]))
     """
 
-    # Modules, or functions that reach none.
+    # Modules, or functions that reach no module.
     encoder: Any
     decoder: Any
     # A distribution, or a function of the context.
@@ -89,7 +89,7 @@ class VAE(nn.Module):
     latent_dim: int | tuple[int, ...] | None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "prior":  # a module or not, whatever it was before
+        if name == "prior":  # may change from a module to another object
             self.__dict__.get("_modules", {}).pop(name, None)
         super().__setattr__(name, value)
 
@@ -134,22 +134,21 @@ class VAE(nn.Module):
     def forward(
         self, x: Any, objective: str | Bound = "elbo", **options: Any
     ) -> Tensor | Terms | BetaTCTerms | LogMarginal:
-        """:meth:`elbo`, :meth:`iwae`, :meth:`beta_tc` or :meth:`log_marginal` of x, or :meth:`sleep` of x
-        examples, by name, or a :meth:`bound`, with its options.
+        """Call the method named by ``objective``, or :meth:`bound` for a bound object.
 
-        Wrappers that act in a module's ``forward`` need this: ``DistributedDataParallel(vae)(x,
+        Wrappers that act on a module's ``forward`` need this: ``DistributedDataParallel(vae)(x,
         objective="iwae", k=5)`` synchronises gradients, which ``ddp.module.iwae(x)`` does not.
         ``torch.compile(vae)``, ``torch.export`` and hooks need it as well.
 
         Args:
-            x: data [B, *event]; for ``"sleep"`` how many examples are made.
-            objective: ``"elbo"``, ``"iwae"``, ``"beta_tc"``, ``"sleep"`` or ``"log_marginal"``, the last
-                under ``torch.no_grad()`` where the module is wrapped, since it has no gradients to wait for,
-                and ``"sleep"`` with ``find_unused_parameters=True``, since the decoder gets none; or a bound
-                of :mod:`fastvae.bounds`.
-            options: the method's, such as ``k``, ``beta`` or ``reduction``. Processes whose random state is
-                the same need ``row_offset``, see :func:`fastvae.elbo`, or they draw the same noise for
-                different data.
+            x: data [B, *event]; for ``"sleep"`` the number of examples to simulate.
+            objective: ``"elbo"`` (default), ``"iwae"``, ``"beta_tc"``, ``"sleep"``, ``"log_marginal"``, or a
+                bound of :mod:`fastvae.bounds`. With DistributedDataParallel call ``"log_marginal"`` under
+                ``torch.no_grad()``, since it computes no gradients, and set ``find_unused_parameters=True``
+                for ``"sleep"``, since the decoder gets no gradient.
+            options: keyword arguments of the method, such as ``k``, ``beta`` or ``reduction``. Processes with
+                the same random state need ``row_offset``, see :func:`fastvae.elbo`, or they draw the same
+                noise for different data.
 
         Raises:
             ValueError: for an unknown objective.
@@ -160,10 +159,10 @@ class VAE(nn.Module):
         return getattr(self, objective)(x, **options)  # type: ignore[no-any-return]
 
     def posterior(self, x: Any, context: Any = None) -> Distribution:
-        """q(z|x), the posterior object of the encoder's output."""
+        """Return q(z|x), the encoder's output as a posterior object."""
         if any(t.dtype in INTEGERS for t in tensors(x)):
             self.likelihood.check(x)
-            # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
+            # The likelihood gets integer counts, the encoder gets them in the dtype of the parameters.
             dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
             x = each(lambda t: t.to(dtype) if t.dtype in INTEGERS else t, x)
         q = as_posterior(called("encoder", self.encoder, x, context))
@@ -182,7 +181,7 @@ class VAE(nn.Module):
     @overload
     def elbo(self, x: Any, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
     def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
-        """:func:`fastvae.elbo` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.elbo` of x; options are its keyword arguments."""
         decoder = self._fused(x, options.get("samples", 1))
         return objectives.elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
@@ -199,7 +198,7 @@ class VAE(nn.Module):
         self, x: Any, k: int = ..., *, terms: bool, **options: Unpack[IwaeOptions]
     ) -> Tensor | Terms: ...
     def iwae(self, x: Any, k: int = 50, **options: Any) -> Tensor | Terms:
-        """:func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
+        """Return :func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
         decoder = self._fused(x, options.get("k_chunk") or k)
         return objectives.iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
@@ -237,7 +236,7 @@ class VAE(nn.Module):
         **options: Unpack[SampledOptions],
     ) -> Tensor | Terms: ...
     def bound(self, x: Any, objective: Bound, k: int = 50, **options: Any) -> Tensor | Terms:
-        """:func:`fastvae.bound` of x with k samples; options are its keyword arguments."""
+        """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments."""
         decoder = self._fused(x, options.get("k_chunk") or k)
         return objectives.bound(  # type: ignore[no-any-return]
             x, self._q(x, options), decoder, objective, k=k, **self._meaning(), **options
@@ -250,29 +249,30 @@ class VAE(nn.Module):
     @overload
     def beta_tc(self, x: Any, *, terms: bool, **options: Unpack[BetaTCOptions]) -> Tensor | BetaTCTerms: ...
     def beta_tc(self, x: Any, **options: Any) -> Tensor | BetaTCTerms:
-        """:func:`fastvae.beta_tc` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.beta_tc` of x; options are its keyword arguments."""
         decoder = self._fused(x, options.get("samples", 1))
         return beta_tc(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def log_marginal(self, x: Any, k: int = 5000, **options: Any) -> LogMarginal:
-        """:func:`fastvae.log_marginal` of x with k samples, in the mode (train or eval) that the module is
-        in.
+        """Return :func:`fastvae.log_marginal` of x with k samples; options are its keyword arguments.
+
+        The module stays in its current mode (train or eval).
         """
         decoder = self._fused(x, k)
         return objectives.log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
 
     @torch.no_grad()
     def ais(self, x: Any, **options: Any) -> AnnealedMarginal:
-        """:func:`fastvae.ais` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.ais` of x; options are its keyword arguments."""
         return ais(x, self._q(x, options), self.decoder, **self._meaning(), **options)
 
     def bdmc(self, **options: Any) -> MarginalBounds:
-        """:func:`fastvae.bdmc` of the model; options are its keyword arguments."""
+        """Return :func:`fastvae.bdmc` of the model; options are its keyword arguments."""
         return bdmc(self.posterior, self.decoder, self._known_latent_dim(), **self._meaning(), **options)
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
-        """:func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
+        """Return :func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
         on_cpu = all([p.is_cpu for p in self.parameters()])
         fuses = self.fuse and on_cpu and may_end_in_a_layer(self.decoder)
         decoder = functools.partial(run_to_last_layer, self.decoder) if fuses else self.decoder
@@ -280,10 +280,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def anomaly_score(self, x: Any, samples: int = 100, **options: Any) -> Tensor:
-        """How unlike the training data x is, [B], in nats; high is anomalous.
+        """Return an anomaly score of x, [B], in nats; high is anomalous.
 
         It is minus :func:`fastvae.reconstruction_log_prob`, An and Cho's reconstruction probability; options
-        are its keyword arguments. Minus :meth:`log_marginal` is the other usual score: it also charges for
+        are its keyword arguments. Minus :meth:`log_marginal` is the other usual score, which also penalises
         latents that are rare under the prior.
         """
         options = {"likelihood": self.likelihood, "samples": samples, **options}
@@ -300,13 +300,13 @@ class VAE(nn.Module):
         context: Any = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """n draws of x: of z from the prior, and of p(x|z), [n, *event].
+        """Draw n examples [n, *event]: z from the prior, then x from p(x|z).
 
         Args:
-            n: how many.
-            mean: return the means of p(x|z) instead, as for pictures.
-            context: what decoder and prior are given besides z, of n rows.
-            generator: source of the noise; default torch's own random state.
+            n: number of examples.
+            mean: return the means of p(x|z) instead, as is usual for images. Default False.
+            context: conditioning input of decoder and prior, with n rows.
+            generator: source of the noise. Default: torch's global random state.
         """
         reference = next(self.parameters(), torch.empty(()))
         _, parameters = simulate(
@@ -318,8 +318,9 @@ class VAE(nn.Module):
         return self.likelihood.sample(parameters, generator=generator)
 
     def sleep(self, n: int, **options: Any) -> Tensor:
-        """:func:`fastvae.sleep` of n examples that the model makes, whose gradient reaches the encoder;
-        options are its keyword arguments.
+        """Return :func:`fastvae.sleep` on n examples simulated by the model, to train the encoder.
+
+        Options are its keyword arguments.
         """
         options = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
         return sleep(self.posterior, self.decoder, n, **options)
@@ -327,14 +328,14 @@ class VAE(nn.Module):
     @teaches
     @torch.no_grad()
     def reconstruct(self, x: Any, *, context: Any = None) -> Any:
-        """The mean of p(x|z) at the mean of q(z|x), [B, *event]."""
+        """Return the mean of p(x|z) at the mean of q(z|x), [B, *event]."""
         q = self.posterior(x, context)
         if q.mean is None:
             raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
         return self.likelihood.mean(self._decode(q.mean, context, q.latent))
 
     def _check_latent_dim(self, found: int | tuple[int, ...]) -> None:
-        """Refuse a q of other latents than ``latent_dim`` says."""
+        """Raise ValueError if q's latent dimension differs from ``latent_dim``."""
         known: Any = self.latent_dim
         if isinstance(found, tuple) and isinstance(known, tuple):
             same = found == known
@@ -348,7 +349,7 @@ class VAE(nn.Module):
             )
 
     def _own_prior(self) -> Hierarchy | None:
-        """The hierarchy whose posterior the encoder returns, if it does."""
+        """Return the hierarchy inside the encoder, or None."""
         encoder = self.encoder.modules() if isinstance(self.encoder, nn.Module) else ()
         found = [m for m in encoder if isinstance(m, Hierarchy)]
         if len(found) > 1:
@@ -370,8 +371,8 @@ class VAE(nn.Module):
         return self.posterior(x, options.get("context"))
 
     def _fused(self, x: Any, samples: Any) -> Any:
-        """The decoder, its last layer left to the objective where that may pay."""
-        # An exported program serves batches of any size.
+        """Return the decoder, without its last layer where fusing that into the objective may be faster."""
+        # An exported program must serve any batch size, so the choice cannot depend on it.
         may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
         may_pay = may_pay and not torch.compiler.is_exporting()
         if may_pay and samples * x.numel() >= FEWEST_NUMBERS and may_end_in_a_layer(self.decoder):
@@ -403,7 +404,7 @@ def _axes(latent_dim: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Function(nn.Module):
-    """A callable that is no module, and the modules that it reaches, as its children."""
+    """Module that wraps a function and registers the modules that it reaches as children."""
 
     def __init__(self, function: Callable[..., Any], modules: list[nn.Module]):
         super().__init__()
@@ -421,7 +422,7 @@ class _Function(nn.Module):
         return self.function(*args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The copy of a function is the function itself, with the modules of the original.
+        # Copying a function returns the function itself, which still refers to the original's modules.
         kinds = (nn.Module, FunctionType)
         functions = [f for f in reached(self.function, kinds) if isinstance(f, FunctionType)]
         own = {id(m) for m in self.children()}
@@ -435,7 +436,7 @@ class _Function(nn.Module):
             )
         return super().__reduce_ex__(protocol)
 
-    # What walks down all modules, and would not end if one of these held the VAE.
+    # These traverse all modules, and would not terminate if one of the children contained the VAE.
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         self._refuse_cycle()
@@ -460,7 +461,7 @@ class _Function(nn.Module):
 
 
 def _as_module(name: str, function: Callable[..., Any], vae: VAE) -> Callable[..., Any]:
-    """A callable's modules, held by a module, so that they are found; the callable if it reaches none."""
+    """Wrap a callable in a module that registers the modules it reaches; unchanged if it reaches none."""
     if isinstance(function, nn.Module):
         return function
     found = reached(function, (nn.Module, Tensor))
@@ -484,7 +485,7 @@ def _as_module(name: str, function: Callable[..., Any], vae: VAE) -> Callable[..
 
 
 def _in_construction(module: nn.Module) -> bool:
-    """Whether this is called within the module's ``__init__``."""
+    """Return True if a frame on the stack is the module's ``__init__``."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -506,10 +507,10 @@ def _cycle(function: str, name: str, module: nn.Module) -> str:
 
 
 def _variables(function: Callable[..., Any]) -> dict[int, str]:
-    """Names of the objects that a function's own code refers to."""
+    """Return the names of the objects that the function's code refers to, by id."""
     try:
         nonlocals, variables, *_ = inspect.getclosurevars(function)
-    except (TypeError, ValueError):  # no function, or a variable that is not set yet
+    except (TypeError, ValueError):  # not a function, or a variable that is not set yet
         return {}
     return {id(value): name for name, value in {**variables, **nonlocals}.items()}
 

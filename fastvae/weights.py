@@ -1,46 +1,45 @@
-r"""Importance weights, folded as they come: what log p(x), its errors and its diagnostics need of K draws, in
-memory that does not grow with K but for the tail, the :math:`3\sqrt K` largest log weights, at least 64.
+r"""Streaming statistics of importance weights, for log p(x), its errors and its diagnostics.
 
-The tail is kept as it is. Of the rest, all of them below it, the sums of six powers are kept. With the
-maximum M, :math:`S_j = \sum_k e^{j (\log w_k - M)}` and :math:`\tilde w_k = w_k / \sum_l w_l`:
+Memory does not grow with K except for the tail, the :math:`3\sqrt K` largest log weights, at least 64. The
+tail is stored exactly; the weights below it are stored as the sums of six powers. With the maximum M,
+:math:`S_j = \sum_k e^{j (\log w_k - M)}` and :math:`\tilde w_k = w_k / \sum_l w_l`:
 
 .. math::
     \log \hat p = M + \log S_1 - \log K, \quad \mathrm{ESS} = S_1^2 / S_2, \quad
     \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
-The standard error is the delta method's, :math:`\mathrm{sd}(w) / (\sqrt K\, \bar w)`. The draws of another
-chunk, or of another machine, are merged by the same rule: sums are added, never means. Quasi-Monte-Carlo
-draws are not independent: their errors, and the jackknife, go over their randomisations, which are
-(:func:`between`).
+The standard error is the delta method's, :math:`\mathrm{sd}(w) / (\sqrt K\, \bar w)`. Draws of other
+chunks or machines are merged by adding sums, never means. Quasi-Monte-Carlo draws are not independent: their
+errors and the jackknife use the randomisations, which are independent (:func:`between`).
 
-*Jackknife* (Nowozin, Debiasing Evidence Approximations, ICLR 2018, order 1), which removes the bias of order
-1/K. Without draw k the sum is :math:`1 - \tilde w_k` of itself, so
+*Jackknife* (Nowozin, Debiasing Evidence Approximations, ICLR 2018, order 1): it removes the bias of order
+1/K. Leaving out draw k multiplies the sum by :math:`1 - \tilde w_k`, so
 
 .. math::
     K L_K - (K - 1) \frac{1}{K} \sum_k L_{K \setminus k}
       = \log \hat p - \frac{K - 1}{K} \sum_k \log(1 - \tilde w_k) - (K - 1) \log \frac{K}{K - 1}
 
-exact in the tail, and in the rest by the logarithm's series, :math:`-\sum_{j \le 6} \tilde w^j / j`. With T
-draws in the tail :math:`\tilde w \le 1 / (T + 1)` in the rest, so that what is left out is less than
-:math:`(T + 1)^{-6} / 7`, 2e-12 for the shortest tail, and far less where no more than a few draws weigh so
-much.
+exactly in the tail, and in the rest by the logarithm's series, :math:`-\sum_{j \le 6} \tilde w^j / j`. With T
+draws in the tail :math:`\tilde w \le 1 / (T + 1)` in the rest, so that the truncation error is less than
+:math:`(T + 1)^{-6} / 7`, 2e-12 for the shortest tail, and far less if only a few draws have such large
+weights.
 
 *Pareto smoothing* (Vehtari et al., Pareto Smoothed Importance Sampling, JMLR 25, 2024): the tail's weights
-are replaced by the quantiles of the generalised Pareto distribution that fits them, none above the largest.
+are replaced by quantiles of the generalised Pareto distribution fitted to them, capped at the largest weight.
 
-*Interval*. The lower end is Hall's for a mean (On the Removal of Skewness by Transformation, 1992, his
-cubic), in logarithms, and never below :math:`\log \hat p + \log(α/2)`: by Markov's inequality :math:`\hat p
-> 2 p / α` has a probability of at most α/2. The upper end is Hall's too, or, where that is higher, the
+*Interval*: the lower end is Hall's for a mean (On the Removal of Skewness by Transformation, 1992, the
+cubic transformation), in logarithms, and never below :math:`\log \hat p + \log(α/2)`: by Markov's inequality
+:math:`\hat p > 2 p / α` has a probability of at most α/2. The upper end is the larger of Hall's and the
 quantile of
 
 .. math:: \log \Big[ (1 - \tfrac nK) \bar w_{\text{body}} + \tfrac nK \big(u + \tfrac{σ}{1 - ξ}\big) \Big]
 
-over Zhang and Stephens' posterior of the Pareto distribution (ξ, σ) of the n weights above u, and the
-sampling error of the body and of n. The mean of the weights, p(x), is finite, so ξ < 1; where a quarter of
-the posterior or more lies above, as if it were not, the draws do not tell how much is missing, and the upper
-end is +∞. Of quasi-Monte-Carlo draws it is Student's for the mean of the randomisations; where k̂ is above 0,
-so that there are rare large weights, which few randomisations have, it takes in that of independent draws.
-Coverage is measured in docs/estimators.md.
+over Zhang and Stephens' posterior of the Pareto distribution (ξ, σ) of the n weights above u, and over the
+sampling error of the body and of n. The mean of the weights, p(x), is finite, so ξ < 1. If a quarter or more
+of the posterior has ξ ≥ 1, the draws do not determine the missing mass, and the upper end is +∞. For
+quasi-Monte-Carlo draws the interval is Student's for the mean of the randomisations. If k̂ is above 0, which
+implies rare large weights that few randomisations contain, the interval is widened to include that of
+independent draws. Coverage is measured in docs/estimators.md.
 """
 
 from __future__ import annotations
@@ -59,14 +58,14 @@ from ._checks import check_tensor, shape_of
 
 __all__ = ["LogMarginal", "Weights", "kept_draws", "pareto_khat", "tail_length"]
 
-# Sums of so many powers are kept of the weights below the tail, and the least length of the tail.
+# Number of power sums of the weights below the tail, and minimum length of the tail.
 _POWERS, _LEAST_TAIL = 6, 64
 # Coefficients of x^j, j = 1 .. 6, in log(1 - x) and in its square.
 _LOG = (-1.0, -1 / 2, -1 / 3, -1 / 4, -1 / 5, -1 / 6)
 _LOG_SQUARE = (0.0, 1.0, 1.0, 11 / 12, 5 / 6, 137 / 180)
-# The share of the posterior of the tail's shape above 1 from which on the upper end of an interval is open.
+# Posterior probability of a tail shape ξ ≥ 1 from which the upper end of the interval is +∞.
 _OPEN = 0.25
-# Pareto k̂ up to which the spread of a few randomisations tells the error of quasi-Monte-Carlo draws.
+# Largest Pareto k̂ for which the spread of a few randomisations is trusted as the error of their mean.
 _LIGHT = 0.0
 # Nodes and weights of Gauss-Hermite quadrature for N(0, 1).
 _NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))
@@ -76,50 +75,52 @@ class LogMarginal(NamedTuple):
     """Importance-sampling estimates of log p(x), each [B], in nats, with their errors and diagnostics."""
 
     log_px: Tensor
-    """The log of the weights' mean: a lower bound of log p(x) in expectation."""
+    """Log of the mean weight: a lower bound of log p(x) in expectation."""
     stderr: Tensor
-    """Its standard error, by the delta method."""
+    """Standard error of log_px, by the delta method."""
     ess: Tensor
-    """Effective sample size, of the k drawn."""
+    """Effective sample size, out of k draws."""
     khat: Tensor
-    """Pareto k̂: above 0.7 neither estimates nor standard errors are to be trusted."""
+    """Pareto k̂: above 0.7 neither estimates nor standard errors are reliable."""
     jackknife: Tensor
-    """The jackknife estimate, without the bias of order 1/k: the one to average over examples."""
+    """Jackknife estimate, without the bias of order 1/k: the one to average over examples."""
     jackknife_stderr: Tensor
-    """Its standard error."""
+    """Standard error of the jackknife estimate."""
     psis: Tensor
-    """The Pareto-smoothed estimate: less spread where weights are heavy-tailed, biased low."""
+    """Pareto-smoothed estimate: lower variance for heavy-tailed weights, biased low."""
     low: Tensor
     """Lower end of the 95 % interval for log p(x) over the draws."""
     high: Tensor
-    """Upper end; +∞ where the draws do not bound it."""
+    """Upper end of the interval; +∞ where the draws do not bound it."""
 
 
 def tail_length(k: int) -> int:
-    """How many of k draws, the largest, k̂ is fitted to: the least of k/5 and 3 √k, rounded up."""
+    """Return the number of largest weights, of k draws, that k̂ is fitted to: min(k/5, 3 √k), rounded up."""
     return math.ceil(min(k / 5, 3 * math.sqrt(k)))
 
 
 def kept_draws(k: int) -> int:
-    """How many of k draws, the largest, :class:`Weights` must keep for all that it tells."""
+    """Return the number of largest weights, of k draws, that :class:`Weights` must store."""
     return max(tail_length(k) + 1, min(k, _LEAST_TAIL))
 
 
 class Weights(NamedTuple):
-    """The weights of some draws for each example of a batch; the last axis of every field is the batch."""
+    """Statistics of the weights of a set of draws, per example; the last axis of every field is the batch."""
 
-    powers: Tensor  # [6, B] float64, of those below the tail: sums of w^j relative to the least of the tail
+    powers: Tensor  # [6, B] float64, sums of w^j of the weights below the tail, relative to the tail's least
     log_sum: Tensor  # [B] float64, sum of the log weights
     count: Tensor  # type: ignore[assignment] # [B] int64
-    tail: Tensor  # [T, B], the largest log weights, descending; -inf where there are fewer
-    # [R, B] float64, the sum of each randomisation relative to the maximum; [0, B] of independent draws
+    tail: Tensor  # [T, B], the largest log weights, descending; padded with -inf
+    # [R, B] float64, sum of each randomisation's weights relative to the maximum; [0, B] if independent
     turns: Tensor
-    uneven: Tensor  # [B] float64, what the relative second moment has from draws that count more than others
+    uneven: Tensor  # [B] float64, part of the relative second moment due to unequal coefficients of draws
 
     @classmethod
     def of(cls, log_w: Tensor, tail: int, start: int = 0, randomisations: int = 0) -> Weights:
-        """Of log weights [K, B], keeping the ``tail`` largest: draws from ``start`` on, of so many
-        randomisations that take turns.
+        """Compute the statistics of log weights [K, B], storing the ``tail`` largest.
+
+        ``start`` is the index of the first draw. Draw k belongs to randomisation k mod ``randomisations``,
+        which is 0 for independent draws.
         """
         wide = log_w.double()
         count = torch.full(log_w.shape[1:], log_w.shape[0], dtype=torch.int64, device=log_w.device)
@@ -127,13 +128,13 @@ class Weights(NamedTuple):
         if log_w.shape[0] <= tail:
             powers = wide.new_zeros(_POWERS, log_w.shape[1])
             return cls(powers, wide.sum(0), count, _largest(log_w, tail), turns, turns.new_zeros(count.shape))
-        # NaN counts as largest.
+        # topk treats NaN as the largest value.
         largest, place = log_w.topk(tail, dim=0)
         below = torch.exp(wide - _shift(largest[-1]).double()).scatter_(0, place, 0.0)
         return cls(_power_sums(below), wide.sum(0), count, largest, turns, turns.new_zeros(count.shape))
 
     def merge(self, other: Weights) -> Weights:
-        """The weights of both sets of draws."""
+        """Combine the statistics of two sets of draws."""
         length = self.tail.shape[0]
         tail, below = (
             torch.cat([self.tail, other.tail])
@@ -144,7 +145,7 @@ class Weights(NamedTuple):
         powers = _power_sums(torch.exp(below.double() - least))
         for part in (self, other):
             powers += _scaled(part.powers, _shift(part.tail[-1]).double() - least)
-        # A set of nothing but -inf has sums of 0, and its scale may be 0 too.
+        # If all log weights are -inf the sums are 0, and so may be the scale.
         scale = _shift(tail[0]).double()
         turns = self.turns * torch.exp(self.maximum.double() - scale)
         turns = turns + other.turns * torch.exp(other.maximum.double() - scale)
@@ -152,55 +153,56 @@ class Weights(NamedTuple):
         return Weights(powers, log_sum, count, tail, turns, torch.zeros_like(log_sum))
 
     def scaled(self, log_factor: float | Tensor) -> Weights:
-        """All weights of an example multiplied by the same, given as its logarithm: a number, or [B]."""
+        """Multiply all weights of an example by exp(log_factor), a number or [B]."""
         if isinstance(log_factor, Tensor):
             by = log_factor.to(self.maximum.dtype)
             return self._replace(log_sum=self.log_sum + log_factor * self.count, tail=self.tail + by)
         return self.scaled(torch.full_like(self.log_sum, log_factor)) if log_factor else self
 
     def at(self, rows: Tensor) -> Weights:
-        """Of some examples."""
+        """Return the statistics of the examples with indices ``rows``."""
         return Weights(*(v[..., rows] for v in self))
 
     def put(self, rows: Tensor, part: Weights) -> Weights:
-        """With those of some examples replaced."""
+        """Replace the statistics of the examples with indices ``rows``."""
         return Weights(*(v.index_copy(-1, rows, p) for v, p in zip(self, part, strict=True)))
 
     def _relative(self) -> tuple[Tensor, Tensor]:
-        """The tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
+        """Return the tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
         shift = _shift(self.maximum).double()
         return torch.exp(self.tail.double() - shift), _scaled(
             self.powers, _shift(self.tail[-1]).double() - shift
         )
 
     def _sums(self, powers: int) -> Tensor:
-        """Sums of the first powers of all weights [powers, B], relative to the maximum."""
+        """Sum the first powers of all weights [powers, B], relative to the maximum."""
         tail, rest = self._relative()
         return _power_sums(tail, powers) + rest[:powers]
 
     @property
     def maximum(self) -> Tensor:
-        """The largest log weight [B]."""
+        """Largest log weight [B]."""
         return self.tail[0]
 
     @property
     def log_px(self) -> Tensor:
-        """log p(x) [B]."""
+        """Estimate of log p(x) [B], the log of the mean weight."""
         return self._log_mean(self._sums(1)[0])
 
     def _log_mean(self, total: Tensor) -> Tensor:
-        """From a sum relative to the maximum."""
+        """Return the log of the mean weight [B], given the sum of weights relative to the maximum."""
         return _shift(self.maximum).double() + torch.log(total) - torch.log(self.count.double())
 
     @property
     def elbo(self) -> Tensor:
-        """The mean of the log weights [B], the bound that k=1 has."""
+        """Mean of the log weights [B], the bound for k=1."""
         return self.log_sum / self.count
 
     @property
     def stderr(self) -> Tensor:
-        """The standard error of log_px [B]; NaN for one draw. Of quasi-Monte-Carlo draws that of
-        :func:`between`.
+        """Standard error of log_px [B]; NaN for one draw.
+
+        For quasi-Monte-Carlo draws it is computed by :func:`between`.
         """
         if len(self.turns):
             return between(self.turns, self.count).stderr
@@ -219,14 +221,15 @@ class Weights(NamedTuple):
 
     @property
     def khat(self) -> Tensor:
-        """Pareto k̂ [B], as :func:`pareto_khat` has it."""
+        """Pareto k̂ [B], see :func:`pareto_khat`."""
         return _fit(self.tail, self.count).khat
 
     @property
     def jackknife(self) -> tuple[Tensor, Tensor]:
-        """The jackknife estimate and its standard error, each [B]; NaN for one draw, and infinite where one
-        weight alone is not 0, without which nothing is left. Of quasi-Monte-Carlo draws a randomisation at a
-        time is left out.
+        """Jackknife estimate and its standard error, each [B].
+
+        They are NaN for one draw, and infinite if only one weight is nonzero, since leaving it out leaves
+        log 0. For quasi-Monte-Carlo draws one randomisation at a time is left out.
         """
         if len(self.turns):
             found = between(self.turns, self.count)
@@ -237,13 +240,13 @@ class Weights(NamedTuple):
         tail, rest = self._relative()
         total = tail.sum(0) + rest[0]
         share = tail / total
-        # Without the largest, which may be all of the sum, relative to the next.
+        # The sum without the largest weight, which may dominate, is computed relative to the second largest.
         second = _shift(self.tail[1]).double()
         others = torch.exp(self.tail[1:].double() - second).sum(0)
         others = others + _scaled(self.powers[:1], _shift(self.tail[-1]).double() - second)[0]
         without = second - _shift(self.maximum).double() + torch.log(others) - torch.log(total)
         left_out = torch.cat([without[None], torch.log1p(-share[1:])])
-        # Of fewer draws than the tail has room for, and of equal infinities.
+        # Padding of the tail, and -inf minus -inf.
         left_out = torch.where(self.tail == -math.inf, 0.0, left_out)
         scaled = rest / total ** torch.arange(1, _POWERS + 1, device=total.device)[:, None]
         first = left_out.sum(0) + torch.tensordot(scaled.new_tensor(_LOG), scaled, 1)
@@ -255,15 +258,15 @@ class Weights(NamedTuple):
 
     @property
     def psis(self) -> Tensor:
-        """The Pareto-smoothed estimate of log p(x) [B]; log_px where no tail can be fitted."""
+        """Pareto-smoothed estimate of log p(x) [B]; log_px where no tail can be fitted."""
         return self._smoothed(_fit(self.tail, self.count))
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Ends of an interval for log p(x), each [B], made to hold it for a share ``level`` of the seeds."""
+        """Return the ends of an interval for log p(x), each [B], with coverage ``level`` over seeds."""
         return self._interval(level, _fit(self.tail, self.count))
 
     def summary(self) -> LogMarginal:
-        """All estimates, in float64."""
+        """Compute all estimates, in float64."""
         fit = _fit(self.tail, self.count)
         values = self.log_px, self.stderr, self.ess, fit.khat, *self.jackknife
         return LogMarginal(*values, self._smoothed(fit), *self._interval(0.95, fit))
@@ -298,12 +301,12 @@ class Weights(NamedTuple):
         return low, torch.where(light, ends[1], torch.fmax(high, ends[1]))
 
     def _independent(self, level: float, fit: _Fit) -> tuple[Tensor, Tensor]:
-        """That of independent draws."""
+        """Return the interval for independent draws."""
         k, below = self.count.double(), (1 - level) / 2
         z = NormalDist().inv_cdf((1 + level) / 2)
         sums, log_px = self._sums(3), self.log_px
         error = self._standard_error(sums)
-        # Skewness over √K, which cannot be more than that of one draw that is not 0.
+        # Skewness over √K is at most 1, its value if a single weight is nonzero.
         mean, second, third = (s / k / (sums[0] / k) ** (j + 1) for j, s in enumerate(sums))
         variance = (second - mean - k * self.uneven).clamp(min=0)
         skewness = (third - 3 * second + 2) / variance**1.5 / k.sqrt()
@@ -312,15 +315,16 @@ class Weights(NamedTuple):
         high = log_px + torch.log(1 - error * _hall(-z, skewness))
         low = log_px + torch.log(low.clamp(min=below))
         high = torch.maximum(high, self._pareto_end(1 - below, fit))
-        # One draw has no spread, but Markov's inequality.
+        # A single draw has no spread, but Markov's inequality still applies.
         low = torch.where(k == 1, log_px + math.log(below), low)
         high = torch.where((k == 1) | (self.maximum == -math.inf), math.inf, high)
         low = torch.where(self.maximum == -math.inf, -math.inf, low)
         return low, torch.where(self.maximum.isnan(), math.nan, high)
 
     def _pareto_end(self, probability: float, fit: _Fit) -> Tensor:
-        """The quantile of log p(x) over the posterior of the tail [B]; -inf where there is none, +inf where
-        it is open.
+        """Return the quantile of log p(x) over the tail's posterior [B].
+
+        It is -inf without a fit, and +inf where the posterior does not bound it.
         """
         k, n = self.count.double(), fit.n.double()
         tail, rest = self._relative()
@@ -330,7 +334,7 @@ class Weights(NamedTuple):
         variance = (second / (k - n) - mean.square()).clamp(min=0)
         share = n / k
 
-        # Given θ the excesses' logarithms are exponential: their mean, ξ, has a relative error of 1 / √n.
+        # Given θ, log(1 - θ x) is exponential: its mean, ξ, has a relative error of 1 / √n.
         shape = torch.cat([fit.xi * torch.exp(x / n.sqrt()) for x, _ in _NODES])
         weight = torch.cat([fit.weight * w for _, w in _NODES])
         open_share = torch.where(shape < 1, 0.0, weight).sum(0) / weight.sum(0)
@@ -359,7 +363,7 @@ class Weights(NamedTuple):
 
 
 def _power_sums(values: Tensor, powers: int = _POWERS) -> Tensor:
-    """Sums of the first powers [powers, B] of values [K, B]."""
+    """Sum the first powers of values [K, B]; returns [powers, B]."""
     power, sums = values, [values.sum(0)]
     for _ in range(1, powers):
         power = power * values
@@ -368,15 +372,16 @@ def _power_sums(values: Tensor, powers: int = _POWERS) -> Tensor:
 
 
 def _scaled(powers: Tensor, log_scale: Tensor) -> Tensor:
-    """Power sums [J, B] of weights that are multiplied by what log_scale [B] is the logarithm of."""
+    """Rescale power sums [J, B] to weights multiplied by exp(log_scale), [B]."""
     order = torch.arange(1, powers.shape[0] + 1, device=powers.device)[:, None]
-    # Where there are no weights their scale may be infinite.
+    # An empty sum may come with an infinite scale.
     return torch.where(powers == 0, 0.0, powers * torch.exp(order * log_scale))
 
 
 def _root(f: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> Tensor:
-    """Where f, which rises from below 0 at begin to above 0 at end, is 0: by bisection, until f is almost
-    straight, then by the Illinois rule.
+    """Find the root of f, which rises from below 0 at ``begin`` to above 0 at ``end``.
+
+    Bisection until f is almost linear, then the Illinois rule.
     """
     low, high = f(begin), f(end)
     above = torch.zeros_like(begin, dtype=torch.bool)
@@ -384,7 +389,7 @@ def _root(f: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> Tensor:
         middle = (begin + end) / 2 if step < 12 else end - high * (end - begin) / (high - low)
         value = f(middle)
         was, above = above, value >= 0
-        if step >= 12:  # an end that stays twice counts half
+        if step >= 12:  # Illinois rule: halve the value at an end that is retained twice
             low, high = torch.where(above & was, low / 2, low), torch.where(~(above | was), high / 2, high)
         begin, low = torch.where(above, begin, middle), torch.where(above, low, value)
         end, high = torch.where(above, middle, end), torch.where(above, value, high)
@@ -392,7 +397,7 @@ def _root(f: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> Tensor:
 
 
 def _hall(z: float, skewness: Tensor) -> Tensor:
-    """The quantile of the studentised mean where a normal variable has z, given the skewness over √K."""
+    """Map a normal quantile z to that of the studentised mean, given the skewness over √K."""
     a = torch.where(skewness.abs() < 1e-12, 1e-12, skewness)
     x = a * (z - a / 6)
     root = torch.where(
@@ -402,8 +407,10 @@ def _hall(z: float, skewness: Tensor) -> Tensor:
 
 
 class Between(NamedTuple):
-    """What the spread of randomisations says of an estimate, each [B]: its standard error, the jackknife less
-    the estimate, the jackknife's standard error, and how many have a draw.
+    """Statistics of an estimate from the spread of its randomisations, each [B].
+
+    ``stderr`` is the standard error, ``correction`` the jackknife minus the estimate, ``jackknife_stderr``
+    the jackknife's standard error, and ``number`` the count of randomisations with at least one draw.
     """
 
     stderr: Tensor
@@ -413,16 +420,16 @@ class Between(NamedTuple):
 
 
 def between(turns: Tensor, count: Tensor) -> Between:
-    r"""Standard error of :math:`\log \hat p` by the spread of R independent randomisations, each unbiased,
+    r"""Compute the standard error of :math:`\log \hat p` from R independent, unbiased randomisations.
 
     .. math:: \mathrm{stderr} = \frac{1}{\bar p} \sqrt{\frac{1}{R (R - 1)} \sum_r (\hat p_r - \bar p)^2}
 
-    It has R − 1 degrees of freedom: an interval takes Student's quantiles. The jackknife leaves one
-    randomisation out at a time.
+    It has R − 1 degrees of freedom, so intervals use Student's quantiles. The jackknife leaves out one
+    randomisation at a time.
 
     Args:
-        turns: [R, B], the sums of each one's weights, on any scale.
-        count: [B], the draws of all, which came in turn from the first on.
+        turns: sum of each randomisation's weights [R, B], on any scale.
+        count: total number of draws [B], assigned to the randomisations in turn, starting with the first.
 
     Returns:
         :class:`Between`; NaN where fewer than two randomisations have a draw.
@@ -435,7 +442,7 @@ def between(turns: Tensor, count: Tensor) -> Between:
     mean = means.sum(0) / number
     square = torch.where(drawn, (means - mean).square(), 0.0).sum(0)
     stderr = (square / (number * (number - 1))).sqrt() / mean
-    # Of the mean without one of them, relative to that of all; 1 for those that are not there.
+    # Mean without one randomisation, relative to the mean of all; 1 for randomisations without draws.
     others = torch.where(drawn, (number - means / mean) / (number - 1), 1.0).log()
     average = others.sum(0) / number
     square = torch.where(drawn, (others - average).square(), 0.0).sum(0)
@@ -444,8 +451,9 @@ def between(turns: Tensor, count: Tensor) -> Between:
 
 
 def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
-    """The sums [R, B] of weights relative to the largest, of log weights [K, B] in float64, by the remainder
-    of their numbers, which begin at ``start``.
+    """Sum weights relative to the largest per randomisation [R, B], given log weights [K, B] in float64.
+
+    Row k is draw ``start`` + k, and belongs to randomisation (``start`` + k) mod R.
     """
     if not randomisations:
         return log_w.new_empty(0, log_w.shape[1])
@@ -457,8 +465,9 @@ def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
 
 @functools.cache
 def _student(level: float, degrees: int) -> float:
-    """Student's t for an interval of this level, of an integer number of degrees of freedom: by bisection of
-    its distribution function, which is elementary (Abramowitz & Stegun, 26.7.3 and 26.7.4).
+    """Return Student's t for a two-sided interval, for an integer number of degrees of freedom.
+
+    Bisection of the distribution function, which is elementary (Abramowitz & Stegun, 26.7.3 and 26.7.4).
     """
 
     def within(t: float) -> float:
@@ -480,12 +489,12 @@ def _student(level: float, degrees: int) -> float:
 
 
 def _shift(maximum: Tensor) -> Tensor:
-    """What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN)."""
+    """Return the maximum to subtract before exp, or 0 where it is infinite, to avoid inf - inf."""
     return torch.nan_to_num(maximum, nan=math.nan, posinf=0.0, neginf=0.0)
 
 
 def _largest(log_w: Tensor, count: int) -> Tensor:
-    """The ``count`` largest of each column, descending, -inf where there are fewer; NaN counts as largest."""
+    """Return the ``count`` largest of each column, descending, padded with -inf; NaN counts as largest."""
     found = log_w.topk(min(count, log_w.shape[0]), dim=0).values
     if found.shape[0] == count:
         return found
@@ -494,25 +503,24 @@ def _largest(log_w: Tensor, count: int) -> Tensor:
 
 
 def pareto_khat(log_w: Tensor) -> Tensor:
-    r"""Pareto k̂ of importance weights: the shape of the generalised Pareto distribution that fits their
-    upper tail; above 0.7 an estimate made with them is not to be trusted.
+    r"""Compute Pareto k̂ of importance weights; estimates with k̂ above 0.7 are unreliable.
 
-    The M = min(K/5, 3√K) largest ratios, less the next largest one, are fitted by Zhang and Stephens' method:
+    It is the shape of the generalised Pareto distribution fitted to the upper tail of the weights. The
+    M = min(K/5, 3√K) largest ratios, minus the next largest one, are fitted by Zhang and Stephens' method:
     with M excesses :math:`x_i` and :math:`ξ(θ) = \frac{1}{M} \sum_i \log(1 - θ x_i)`, the posterior mean of θ
     under their prior and the profile likelihood :math:`M (\log(-θ/ξ) - ξ - 1)` gives :math:`\hat k = ξ(\hat
-    θ)`, drawn towards ½ as if by ten more draws.
+    θ)`, shrunk towards ½ with the weight of ten draws.
 
     Args:
         log_w: log weights [K, B].
 
     Returns:
-        [B] in float64. −∞ where the tail is flat, its weights within a thousandth of each other, as with the
-        exact posterior, whose weights are all equal but for rounding. +∞ where fewer than five draws lie
-        above the rest of the tail. NaN where K is below 21, which leaves fewer than five draws to fit, and
-        for NaN weights.
+        [B] in float64. −∞ for a flat tail, whose log weights lie within 0.001 of each other, as for the exact
+        posterior, whose weights are equal up to rounding. +∞ where fewer than five draws exceed the cutoff.
+        NaN for K below 21, which leaves fewer than five draws to fit, and for NaN weights.
 
     Raises:
-        TypeError, ValueError: if log_w is no floating-point tensor [K, B].
+        TypeError, ValueError: if log_w is not a floating-point tensor [K, B].
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry, Pareto Smoothed Importance Sampling, JMLR 25, 2024;
@@ -533,31 +541,31 @@ def pareto_khat(log_w: Tensor) -> Tensor:
     return _fit(_largest(log_w, tail_length(k) + 1), count).khat
 
 
-# Spread of the log weights in a tail that counts as flat: rounding, and no harm to any estimate.
+# Largest spread of log weights in a flat tail, due to rounding and harmless to every estimate.
 _FLAT = 1e-3
-# Numbers that the fit holds at a time: candidates times tail times examples.
+# Largest intermediate of the fit, in numbers: candidates × tail × examples.
 _FIT_SIZE = 2**21
 
 
 class _Fit(NamedTuple):
-    """A generalised Pareto distribution fitted to the largest weights, relative to the maximum."""
+    """Generalised Pareto distribution fitted to the largest weights, relative to the maximum."""
 
-    khat: Tensor  # [B], infinite or NaN where there is no fit, as pareto_khat has it
+    khat: Tensor  # [B], infinite or NaN without a fit, see pareto_khat
     scale: Tensor  # [B], σ
-    cutoff: Tensor  # [B], log of what its weights lie above
-    inside: Tensor  # [T, B], which are its weights
-    n: Tensor  # [B], how many they are
+    cutoff: Tensor  # [B], log of the threshold of the tail
+    inside: Tensor  # [T, B], True for weights above the cutoff
+    n: Tensor  # [B], number of weights above the cutoff
     theta: Tensor  # [J, B], candidates for -ξ/σ
     xi: Tensor  # [J, B], the shape given θ
     weight: Tensor  # [J, B], posterior of the candidates
 
 
 def _fit(tail: Tensor, count: Tensor) -> _Fit:
-    """To the largest log weights [T, B], descending, of ``count`` [B] draws; T > tail_length(count)."""
+    """Fit the largest log weights [T, B], descending, of ``count`` [B] draws; T > tail_length(count)."""
     k = count.double()
     length = torch.minimum(k / 5, 3 * k.sqrt()).ceil().long()
     relative = tail.double() - _shift(tail[0])
-    # The first that is not of the tail; ratios below the range of numbers are no part of it either.
+    # The largest weight below the tail; ratios that underflow are excluded from the tail.
     cutoff = relative.gather(0, length[None])[0].clamp(min=math.log(torch.finfo(torch.float64).tiny))
     cutoff = torch.where(tail[0].isnan(), math.nan, cutoff)
     inside = relative > cutoff
@@ -571,7 +579,7 @@ def _fit(tail: Tensor, count: Tensor) -> _Fit:
     theta = 1 / excess[0] + (1 - (m / (j - 0.5)).sqrt()) / (3 * excess.gather(0, quartile[None])[0])  # [J, B]
 
     def shape(theta: Tensor) -> Tensor:
-        # All at once in an exported program, whose batch may vary.
+        # An exported program, whose batch may vary, cannot split by size.
         exporting = torch.compiler.is_exporting()
         size = theta.shape[0] if exporting else max(1, _FIT_SIZE // max(1, excess.numel()))
         return torch.cat([torch.log1p(-t[:, None] * excess).sum(1) for t in theta.split(size)]) / n
@@ -580,7 +588,7 @@ def _fit(tail: Tensor, count: Tensor) -> _Fit:
     profile = n * (torch.log(-theta / xi) - xi - 1)
     weight = torch.softmax(torch.where(j <= m, profile, -math.inf), 0)
     weight = torch.where(weight >= 10 * torch.finfo(torch.float64).eps, weight, 0.0)
-    # A candidate that counts for nothing may be infinite.
+    # A candidate of zero weight may be infinite.
     best = torch.where(weight > 0, theta * weight, 0.0).sum(0) / weight.sum(0)
     found = shape(best[None])[0]
     khat = (n * found + 10 * 0.5) / (n + 10)

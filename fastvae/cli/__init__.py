@@ -1,4 +1,4 @@
-"""The command line, python -m fastvae: a module for each command."""
+"""Command line ``python -m fastvae``, with one module per command."""
 
 from __future__ import annotations
 

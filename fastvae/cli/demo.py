@@ -1,4 +1,4 @@
-"""python -m fastvae demo: one VAE trained with the ELBO, one with IWAE, measured on the same test images."""
+"""Command ``demo``: train a VAE with the ELBO and one with IWAE, and compare them on the same test images."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .kinds import Outputs, kind_of
 USUAL = {"likelihood": "bernoulli", "posterior": latents.DIAGONAL, "prior": latents.STANDARD}
 BATCH = 100
 LEARNING_RATE = 3e-3
-# Fixed, so that runs with other seeds are measured on the same test images with the same noise.
+# Fixed, so that runs with other seeds are evaluated on the same test images with the same noise.
 DATA_SEED, TEST_SEED = 20, 21
 
 
 class Images(NamedTuple):
-    """Training images, of which each pass makes data anew, and test data, each [N, pixels]; what they are."""
+    """Training images, from which each epoch draws new data, and test data, each [N, pixels]."""
 
     name: str
     train: Tensor
@@ -45,7 +45,7 @@ class Images(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A trained model, its bounds per epoch in nats per image, and its results per test image, each [N]."""
+    """Trained model, its bounds per epoch in nats per image, and its results per test image, each [N]."""
 
     name: str
     model: fastvae.VAE
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """x [B, pixels] -> q(z|x); a pair (mu, logvar), each [B, latent], if not asked for another."""
+    """Encoder x [B, pixels] -> q(z|x), by default a pair (mu, logvar), each [B, latent]."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """z [N, latent] -> logits [N, pixels], or what another likelihood takes."""
+    """Decoder z [N, latent] -> logits [N, pixels], or the parameters of another likelihood."""
 
     def __init__(self, pixels: int, hidden: int, latent: int, likelihood: str = "bernoulli"):
         last = (
@@ -92,8 +92,9 @@ class Decoder(nn.Sequential):
 
 
 def build(architecture: dict[str, Any]) -> fastvae.VAE:
-    """The demo's model; architecture holds pixels, hidden and latent, as a checkpoint does, and names of a
-    likelihood, a posterior and a prior that are not the usual ones.
+    """Build the demo's model from an architecture, as stored in a checkpoint.
+
+    It has the sizes pixels, hidden and latent, and the names of a non-default likelihood, posterior or prior.
     """
     sizes = dict(architecture)
     posterior, prior = sizes.pop("posterior", latents.DIAGONAL), sizes.pop("prior", latents.STANDARD)
@@ -109,19 +110,19 @@ def build(architecture: dict[str, Any]) -> fastvae.VAE:
 
 
 def load(path: str | Path) -> fastvae.VAE:
-    """The model of a checkpoint file that the demo wrote."""
+    """Load the model from a checkpoint file that the demo wrote."""
     return of_checkpoint(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def of_checkpoint(checkpoint: dict[str, Any]) -> fastvae.VAE:
-    """The model of a checkpoint."""
+    """Build the model of a checkpoint, with its parameters."""
     model = build(checkpoint["architecture"])
     model.load_state_dict(checkpoint["state_dict"])
     return model
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, measure, print and draw, as the command line asks."""
+    """Train, evaluate, print and plot, according to the command line."""
     missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
         raise SystemExit(
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
             "is False; leave --device out to run on the CPU"
         )
     try:
-        # Fails here, not in the first step, where the implementation in force cannot run.
+        # Fail early, not in the first step, if the selected backend cannot run.
         fastvae.random.normal(0, 1, 1, 1, device=args.device)
     except (RuntimeError, ValueError) as error:
         raise SystemExit(str(error)) from None
@@ -205,10 +206,10 @@ def run(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with this many threads within a ``with`` block.
+    """Compute with ``count`` threads within a ``with`` block.
 
-    Matrices as small as those of the digits gain little from a second thread, and wait long for it where
-    another process has its core.
+    Small matrices, such as those of the digits, gain little from a second thread, and wait long for it if
+    another process occupies its core.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -228,9 +229,7 @@ def train(
     seed: int,
     bound: Callable[..., Tensor] | None = None,
 ) -> Run:
-    """Train a model with the ELBO, or with IWAE if k is given, or with another bound, and measure it on the
-    test images.
-    """
+    """Build and train a model with the ELBO, IWAE (if k is given) or ``bound``, and evaluate it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(architecture).to(images.train.device)
@@ -249,8 +248,9 @@ def fit(
     seed: int,
     bound: Callable[..., Tensor] | None = None,
 ) -> Run:
-    """Train this model, and measure it. ``bound`` takes (x, q, decoder) and the model's options, in the place
-    of the ELBO or, with ``k``, of IWAE.
+    """Train this model, and evaluate it on the test images.
+
+    ``bound`` takes (x, q, decoder) and the model's options, and replaces the ELBO or, with ``k``, IWAE.
     """
     device = images.train.device
     encoder, decoder = model.encoder, model.decoder
@@ -293,7 +293,7 @@ def fit(
 
 @torch.no_grad()
 def bound_on_test(model: fastvae.VAE, test: Tensor, k: int | None, samples: int = 1) -> Tensor:
-    """The ELBO, or the IWAE bound if k is given, of each test image [N]; every call has the same noise."""
+    """Compute the ELBO, or the IWAE bound if k is given, of each test image [N], with fixed noise."""
     noise = torch.Generator(test.device).manual_seed(TEST_SEED)
     options: dict[str, Any] = {"reduction": "none", "generator": noise}
     return torch.cat(
@@ -307,7 +307,7 @@ def bound_on_test(model: fastvae.VAE, test: Tensor, k: int | None, samples: int 
 
 
 def table(runs: list[Run], eval_k: int) -> str:
-    """The test results of the two models, and in words which is better."""
+    """Format the test results of the two models, with a sentence on which is better."""
     log_px = f"log p(x), K={eval_k}"
     lines = [
         f"nats per test image, mean over {len(runs[0].log_px)} images ± its standard error",
@@ -346,7 +346,7 @@ def _standard_error(values: Tensor) -> float:
 
 
 def digits(likelihood: str = "bernoulli") -> Images:
-    """scikit-learn's handwritten digits: 1797 images of 8x8 pixels, 0 to 16, as data of a likelihood."""
+    """Load scikit-learn's handwritten digits, 1797 images of 8x8 pixels, 0 to 16, as data of a likelihood."""
     from sklearn.datasets import load_digits
 
     kind = kind_of(likelihood)
@@ -357,13 +357,13 @@ def digits(likelihood: str = "bernoulli") -> Images:
         data = data / 16
         return Images("digits", data[:1400], torch.bernoulli(data[1400:], generator=generator), (8, 8), 100)
     test = kind.data(data[1400:], generator)
-    # A decoder of classes or components has many outputs, and takes longer.
+    # Decoders of classes or components have many outputs, and are slower.
     epochs = 20 if likelihood in ("categorical", "discretized_logistic_mixture") else 40
     return Images("digits", data[:1400], test, (8, 8), epochs, f"as {kind.says}", kind.data)
 
 
 def idx_folder(folder: Path) -> Images:
-    """MNIST, Fashion-MNIST or whatever else lies in the folder under their file names."""
+    """Load MNIST, Fashion-MNIST or another data set with their file names from a folder."""
     train, test = (read_idx(find_idx(folder, part)) for part in ("train", "t10k"))
     if train.shape[1:] != test.shape[1:]:
         sizes = ["x".join(map(str, part.shape[1:])) for part in (train, test)]
@@ -377,7 +377,7 @@ def idx_folder(folder: Path) -> Images:
 
 
 def find_idx(folder: Path, part: str) -> Path:
-    """The images file of a part, "train" or "t10k", under any of its usual names."""
+    """Find the images file of a part, "train" or "t10k", under any of its usual names."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--data {folder}: there is no such folder (looked at {folder.resolve()})")
     names = [f"{part}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz")]
@@ -388,7 +388,7 @@ def find_idx(folder: Path, part: str) -> Path:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The images of an IDX file, uint8 [N, height, width]; a name that ends in .gz is decompressed."""
+    """Read the images of an IDX file, uint8 [N, height, width]; decompress if the name ends in .gz."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             return _read_idx(path, file)  # type: ignore[arg-type]
@@ -397,7 +397,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _read_idx(path: Path, file: BinaryIO) -> np.ndarray:
-    """Read as many bytes as the header says, whatever a compressed file would expand to."""
+    """Read only the number of bytes in the header, even if a compressed file would expand to more."""
     header = file.read(16)
     if len(header) < 16:
         raise ValueError(f"{path} has {len(header)} bytes; an IDX file of images has a header of 16")
@@ -411,7 +411,7 @@ def _read_idx(path: Path, file: BinaryIO) -> np.ndarray:
         raise ValueError(f"{path} holds no pixels: its header says {count} images of {height}x{width}")
     says = f"its header says {count} images of {height}x{width}, which make {16 + count * height * width}"
     data, left = bytearray(), count * height * width
-    # In pieces: a header that lies allocates nothing.
+    # In pieces, so that a wrong header does not cause a large allocation.
     while piece := file.read(min(left, 2**20)) if left else b"":
         data += piece
         left -= len(piece)
@@ -422,13 +422,13 @@ def _read_idx(path: Path, file: BinaryIO) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(count, height, width)
 
 
-# Pictures. matplotlib's Figure is used without pyplot, so no backend or style is changed for anyone else.
+# Figures, by matplotlib's Figure without pyplot, so that the user's backend and style do not change.
 
 COLORS = ("tab:blue", "tab:orange")
 
 
 def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
-    """Write the pictures and return their paths."""
+    """Write the figures and return their paths."""
     from matplotlib.figure import Figure
 
     def pair(panel: Callable[..., None], title: str, size: tuple[float, float]) -> Figure:
@@ -478,7 +478,7 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
 
 
 def draw_likelihood(result: Run, images: Images, out: Path) -> Path:
-    """Write a picture of test data, of draws of x, and of its means for the same z; return its path."""
+    """Write a figure of test data, draws of x, and means of x for the same z; return its path."""
     from matplotlib.figure import Figure
 
     device = images.test.device
@@ -498,7 +498,7 @@ def draw_likelihood(result: Run, images: Images, out: Path) -> Path:
 
 
 def _show(axes: Any, tiles: np.ndarray, gap: int) -> None:
-    """Tiles [rows, columns, height, width] in [0, 1] as one image, with lines of gap pixels between them."""
+    """Show tiles [rows, columns, height, width] in [0, 1] as one image, separated by ``gap`` pixels."""
     framed = np.pad(tiles, ((0, 0), (0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
     rows, columns, height, width = framed.shape
     picture = framed.transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
@@ -536,9 +536,9 @@ def _reconstructions(axes: Any, result: Run, images: Images) -> None:
 
 @torch.no_grad()
 def posterior_mean(model: fastvae.VAE, x: Tensor, k: int = 1000) -> Tensor:
-    """The mean of p(x'|z) over the posterior p(z|x), by k importance samples from q(z|x).
+    """Estimate the mean of p(x'|z) over the posterior p(z|x), by k importance samples from q(z|x).
 
-    After training with IWAE, q is a proposal that covers p(z|x): its own mean may lie where p(z|x) is small.
+    After training with IWAE, q is a proposal that covers p(z|x): q's mean may lie where p(z|x) is small.
     """
     noise = torch.Generator(x.device).manual_seed(TEST_SEED)
     decoded: list[Tensor] = []
@@ -565,7 +565,7 @@ def _manifold(axes: Any, result: Run, images: Images) -> None:
         noise = torch.Generator(device).manual_seed(TEST_SEED)
         draws = result.model.prior.sample(10_000, 2, device=device, generator=noise)
         first, second = torch.quantile(draws, shares, dim=0).unbind(1)
-    # Rows from the top: z2 falls, as on an upright axis.
+    # Rows are drawn from the top, so z2 decreases.
     z2, z1 = torch.meshgrid(second.flip(0), first, indexing="ij")
     z = torch.stack([z1, z2], -1).reshape(-1, 2)
     _show(axes, _tiles(torch.sigmoid(result.model.decoder(z)), side, side, images.shape), _gap(images))
@@ -574,7 +574,7 @@ def _manifold(axes: Any, result: Run, images: Images) -> None:
 
 
 def _curves(axes: Any, runs: list[Run], eval_k: int) -> None:
-    """Bounds per epoch, and the test log-likelihood that they are bounds of."""
+    """Plot the bounds per epoch and the test log-likelihood."""
     final = [r.log_px.mean().item() for r in runs]
     for result, log_px, color in zip(runs, final, COLORS, strict=True):
         epochs = range(1, len(result.train_curve) + 1)
@@ -598,7 +598,7 @@ def _curves(axes: Any, runs: list[Run], eval_k: int) -> None:
             # Legible where a curve passes behind it.
             bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
         )
-    # The first tenth of the curves may run off below, so that the rest is legible.
+    # The first tenth of the curves may leave the plot below, so that the rest is legible.
     later = [v for r in runs for c in (r.train_curve, r.test_curve) for v in c[len(c) // 10 :]]
     low, high = min(later), max(*later, *final)
     margin = 0.08 * (high - low) or 1

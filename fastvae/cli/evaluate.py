@@ -1,4 +1,4 @@
-"""python -m fastvae evaluate: log p(x) of saved data under a saved model, with a picture."""
+"""Command ``evaluate``: log p(x) of saved data under a saved model, with a figure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from . import demo
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, evaluate, write, print and draw, as the command line asks."""
+    """Load, evaluate, save, print and plot, according to the command line."""
     plot = args.plot and (args.plot if isinstance(args.plot, Path) else _beside(args.out))
     if plot and find_spec("matplotlib") is None:
         raise SystemExit("fastvae evaluate: --plot needs matplotlib: pip install 'fastvae[demo]'")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             ) from None
         if not first:
             return
-        # What is saved is not lost, whatever becomes of the rest.
+        # Save first, so that results survive a failure of printing or plotting.
         took = time.perf_counter() - start
         saved, problem = _save(result, args.out) if args.out else (None, None)
         show(result)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _save(result: Evaluation, out: Path) -> tuple[Path | None, str | None]:
-    """Where the results are, and what went wrong: if ``out`` has become impossible, another folder may do."""
+    """Save the results to ``out``, or else to a temporary folder; return the path and the problem, if any."""
     try:
         result.save(out)
         return out, None
@@ -103,7 +103,7 @@ def _save(result: Evaluation, out: Path) -> tuple[Path | None, str | None]:
 
 
 def _check_paths(out: Path | None, plot: Path | None, checkpoint: Path | None) -> None:
-    """Now, not when the work is done."""
+    """Validate output paths before the work starts."""
     for name, path in (("--out", out), ("--plot", plot), ("--checkpoint", checkpoint)):
         if path:
             check_destination(name, path)
@@ -121,7 +121,7 @@ def _beside(out: Path | None) -> Path:
 
 @contextlib.contextmanager
 def _ranks(device: str, shard: str) -> Iterator[tuple[torch.device, bool]]:
-    """This process's device, and whether it is the one that prints; under torchrun the ranks are joined."""
+    """Yield this process's device and True if it prints; under torchrun initialise the process group."""
     if shard == "none" or "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield torch.device(device), True
         return
@@ -136,12 +136,12 @@ def _ranks(device: str, shard: str) -> Iterator[tuple[torch.device, bool]]:
 
 
 def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
-    """A model of the demo, with its architecture, or a VAE that was saved whole."""
+    """Load a model of the demo, with its architecture, or a pickled VAE."""
     _check_archive(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        # Either a whole archive of torch.save, or an old file in which torch.load met a class.
+        # A complete archive of torch.save, or an old file in which torch.load found a class.
         if trust or not (zipfile.is_zipfile(path) or "GLOBAL" in str(error)):
             raise ValueError(f"{path} is damaged, or is no file that torch.save wrote") from None
         raise ValueError(
@@ -155,7 +155,7 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
         ) from None
     except OSError:
         raise
-    except Exception as error:  # torch.load raises what the bytes lead it to
+    except Exception as error:  # torch.load may raise anything on arbitrary bytes
         raise ValueError(f"{path} cannot be read by torch.load: {_said(error)}") from None
     if isinstance(saved, dict) and {"architecture", "state_dict"} <= saved.keys():
         try:
@@ -174,7 +174,7 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse a damaged .pt file: torch.load does not compare the checksums of its entries."""
+    """Reject a damaged .pt file, since torch.load does not verify the checksums of its entries."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
@@ -182,7 +182,7 @@ def _check_archive(path: Path) -> None:
 
 
 def load_data(name: str, binary: bool, likelihood: str = "bernoulli") -> Tensor:
-    """Test data [N, ...]: scikit-learn's digits, a folder of IDX files, or an array in a file."""
+    """Load test data [N, ...]: scikit-learn's digits, a folder of IDX files, or an array in a file."""
     path = Path(name).expanduser()
     if name == "digits" and not path.exists():
         return demo.digits(likelihood).test
@@ -199,7 +199,7 @@ def load_data(name: str, binary: bool, likelihood: str = "bernoulli") -> Tensor:
         data = _read(path)
     except OSError:
         raise
-    except Exception as error:  # numpy and torch raise what the bytes lead them to
+    except Exception as error:  # numpy and torch may raise anything on arbitrary bytes
         raise ValueError(f"{path} cannot be read: {_said(error)}") from None
     if not isinstance(data, (np.ndarray, Tensor)):
         raise ValueError(f"{path} holds an object of {type(data).__name__}; expected an array")
@@ -231,7 +231,7 @@ def _said(error: Exception) -> str:
 
 
 def draw(result: Evaluation, path: Path, title: str) -> None:
-    """NLL against the number of draws, and histograms of log p(x) and of k̂."""
+    """Plot the NLL against the number of draws, and histograms of log p(x) and k̂."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -240,7 +240,7 @@ def draw(result: Evaluation, path: Path, title: str) -> None:
 
     k, nll, error = map(np.array, zip(*result.curve, strict=True))
     curve.set(xscale="log", xlabel="draws K", ylabel="nats per example", title="Minus the bound of K draws")
-    finite = np.isfinite(nll)  # a bound of few draws may be infinite, all are NaN with one example
+    finite = np.isfinite(nll)  # a bound of few draws may be infinite; a NaN example makes all NaN
     k, nll, error = k[finite], nll[finite], error[finite]
     if len(k):
         curve.plot(k, nll, marker="o", ms=4)

@@ -1,4 +1,4 @@
-"""python -m fastvae info: what is installed and which implementation runs."""
+"""Command ``info``: installed versions, devices and the backend of each op."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _extension() -> tuple[bool, str]:
-    """Whether the C++ extension can be imported, and its instruction set or the reason why not."""
+    """Return True if the C++ extension can be imported, and its instruction set or the error."""
     try:
         extension = _backend.extension()
     except RuntimeError as error:
@@ -79,7 +79,7 @@ def _choice() -> list[tuple[str, str]]:
 
 
 def _ops() -> list[tuple[str, str, str]]:
-    """Each op, and what computes it on CPU and on GPU tensors."""
+    """List each op with its implementation for CPU and GPU tensors."""
     built, triton = _extension()[0], _backend.has_triton()
     if torch.cuda.is_available():
         on_gpu = "Triton" if triton else "fails: no triton (pip install 'fastvae[triton]')"

@@ -1,7 +1,7 @@
-"""The digits as data of any likelihood, for ``demo --likelihood``: what x is, and what a decoder returns.
+"""Digits as data of any likelihood, for ``demo --likelihood``, and the matching decoder outputs.
 
-A pixel of scikit-learn's digits counts the ink in a block of 4×4 dots, 0 to 16: it is a count, a class, a
-level of 17, a share, and with the noise of its rounding a number.
+A pixel of scikit-learn's digits counts the ink in a block of 4×4 dots, 0 to 16. It can be read as a count, a
+class, one of 17 levels, a fraction, and with dequantisation noise a real number.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ LEVELS, SIDE, COMPONENTS = 17, 8, 3
 
 
 class Kind(NamedTuple):
-    """How the digits are given to a likelihood.
+    """Representation of the digits for a likelihood.
 
     Attributes:
-        data: counts 0 to 16 and a generator -> x.
-        seen: what the encoder sees of x, about [0, 1].
-        shapes: of the decoder's outputs.
-        likelihood: makes it.
-        start: what is added to each output at first.
-        says: what x is.
+        data: function of counts 0 to 16 and a generator that returns x.
+        seen: function of x that returns the encoder's input, about [0, 1].
+        shapes: shapes of the decoder's outputs.
+        likelihood: constructor of the likelihood.
+        start: initial bias of each output.
+        says: description of x.
     """
 
     data: Callable[[Tensor, torch.Generator], Tensor]
@@ -44,7 +44,7 @@ _MIXED = (COMPONENTS, SIDE * SIDE)
 
 
 def _noisy(v: Tensor, generator: torch.Generator) -> Tensor:
-    """What was rounded to a level: uniform within it, in (0, 1)."""
+    """Dequantise levels with uniform noise, to (0, 1)."""
     u = torch.rand(v.shape, generator=generator, device=v.device)
     return ((v + u) / LEVELS).clamp(1e-4, 1 - 1e-4)
 
@@ -70,7 +70,7 @@ def _from_counts(x: Tensor) -> Tensor:
 
 
 def _kind(name: str) -> Kind:
-    """Of a likelihood's name."""
+    """Return the representation of the digits for a likelihood's name."""
     continuous = (_noisy, _as_it_is)
     counts = (_counts, _from_counts)
     share = "pixels as numbers in (0, 1), with the noise of their rounding"
@@ -113,10 +113,10 @@ _MIXTURE = "discretized_logistic_mixture"
 
 
 def kind_of(name: str) -> Kind:
-    """How the digits are given to this likelihood.
+    """Return the representation of the digits for a likelihood, by name.
 
     Raises:
-        ValueError: for one that the demo does not know.
+        ValueError: for a likelihood that the demo does not support.
     """
     if name not in fastvae.likelihoods.base.NAMED or name not in NAMES:
         raise ValueError(f"--likelihood {name} is unknown; known: {', '.join(NAMES)}")
@@ -127,7 +127,7 @@ NAMES = tuple(n for n in sorted(fastvae.likelihoods.base.NAMED) if n != "softplu
 
 
 class Outputs(nn.Module):
-    """A hidden layer -> a decoder's outputs, each [N, *shape]."""
+    """Last layers of a decoder: hidden layer [N, hidden] -> outputs, each [N, *shape]."""
 
     def __init__(self, hidden: int, kind: Kind):
         super().__init__()
@@ -138,7 +138,7 @@ class Outputs(nn.Module):
             for layer, start in zip(layers, kind.start, strict=True):
                 layer.bias.add_(start)
             if kind.shapes[0] == _MIXED:
-                # Components apart from each other at first.
+                # Separate the components initially.
                 layers[1].bias.add_(torch.linspace(-1, 1, COMPONENTS).repeat_interleave(SIDE * SIDE))
 
     def forward(self, h: Tensor) -> Any:

@@ -1,6 +1,4 @@
-"""Posteriors and priors by name, for ``demo --posterior`` and ``--prior``: what an encoder's last layers
-return, and what that is the parameters of.
-"""
+"""Posteriors and priors by name, for ``demo --posterior`` and ``--prior``, with the encoder's last layers."""
 
 from __future__ import annotations
 
@@ -16,19 +14,20 @@ import fastvae
 from ..distributions import closed_kl
 
 DIAGONAL, STANDARD, LADDER = "diagonal", "standard", "ladder"
-PARTS, RANK, CONTEXT = 2, 2, 16  # of a posterior: components, directions, numbers that a flow is told of x
-COMPONENTS, PSEUDO_INPUTS = 30, 50  # of a prior
+PARTS, RANK, CONTEXT = 2, 2, 16  # posteriors: components, rank, width of a flow's context
+COMPONENTS, PSEUDO_INPUTS = 30, 50  # priors
 FLOW_HIDDEN = (32, 32)
-WARM_UP = 0.3  # of all steps
-HIDDEN = 32  # of a ladder's top-down layer
+WARM_UP = 0.3  # fraction of all steps
+HIDDEN = 32  # width of a ladder's top-down layer
 
 
 class Posterior(NamedTuple):
-    """What an encoder returns.
+    """Posterior family of an encoder.
 
     Attributes:
-        widths: of its last layers, by name.
-        q: their outputs, [B, width] each -> q(z|x); a module where it has parameters of its own.
+        widths: widths of the encoder's last layers, by name.
+        q: function of the layers' outputs, [B, width] each, that returns q(z|x); a module if it has
+            parameters.
     """
 
     widths: dict[str, int]
@@ -48,7 +47,7 @@ def _low_rank(mu: Tensor, logvar: Tensor, factor: Tensor) -> fastvae.LowRankNorm
 
 
 def _student_t(loc: Tensor, log_scale: Tensor, log_df: Tensor) -> fastvae.StudentT:
-    """Above 1 degree of freedom, about 11 at first."""
+    """Return Student's t with more than 1 degree of freedom, about 11 initially."""
     return fastvae.StudentT(loc, log_scale, 1 + 10 * torch.exp(log_df))
 
 
@@ -58,10 +57,10 @@ def _mixture(mu: Tensor, logvar: Tensor, logits: Tensor) -> fastvae.Mixture:
 
 
 class _FlowOfNormal(nn.Module):
-    """mu, logvar and what else is known of x, side by side -> a flow from N(mu, diag exp(logvar)).
+    """Flow from N(mu, diag exp(logvar)), given mu, logvar and a context, concatenated.
 
-    Without a mean and a scale that the encoder reaches directly, a flow takes long to notice x at all. It is
-    affine, in two passes whatever D is, so that a draw costs little more than a density.
+    Without a mean and scale predicted directly by the encoder, a flow is slow to learn any dependence on x.
+    The flow is affine, with two passes for any D, so that a draw costs little more than a density.
     """
 
     def __init__(self, latent: int):
@@ -88,8 +87,9 @@ class _Flow(nn.Module):
 
 
 class _Ladder(nn.Module):
-    """Two levels, half of the latents each: of the lower one p(z_2|z_1) and what the encoder says are merged
-    by their precisions.
+    """Hierarchy of two levels, each with half of the latents.
+
+    The lower level merges p(z_2|z_1) and the encoder's output, weighted by precision.
     """
 
     def __init__(self, upper: int, lower: int):
@@ -111,7 +111,7 @@ def _ladder(d: int) -> Posterior:
     return Posterior({"upper": 2 * upper, "lower": 2 * lower}, _Ladder(upper, lower))
 
 
-# Latent dimensions -> posterior.
+# Functions of the latent dimension that return the posterior.
 POSTERIORS: dict[str, Callable[[int], Posterior]] = {
     DIAGONAL: lambda d: Posterior({"mu": d, "logvar": d}, _pair),
     "softplus": lambda d: Posterior({"mu": d, "raw": d}, _softplus),
@@ -130,14 +130,14 @@ def _learned(encoder: nn.Module, pixels: int, latent: int) -> fastvae.DiagonalNo
 
 
 def _normals(encoder: nn.Module, pixels: int, latent: int) -> fastvae.NormalMixture:
-    """Together about N(0, I) at first: means of variance 3/4, components of 1/4."""
+    """Return a mixture that is initially about N(0, I): means of variance 3/4, components of variance 1/4."""
     mu = 0.75**0.5 * torch.randn(COMPONENTS, latent)
     logvar = torch.full((COMPONENTS, latent), 0.25).log()
     return fastvae.NormalMixture(*(nn.Parameter(t) for t in (mu, logvar, torch.zeros(COMPONENTS))))
 
 
 class PseudoInputs(nn.Module):
-    """Learned inputs of the encoder [U, pixels] between 0 and the most that the data has."""
+    """Learned inputs of the encoder [U, pixels], between 0 and the data's maximum."""
 
     most: Tensor
 
@@ -151,10 +151,10 @@ class PseudoInputs(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
-        """At the first of these images, which are used again where they are too few."""
+        """Initialise at the first of these images, repeated if there are too few."""
         x = x[torch.arange(PSEUDO_INPUTS, device=x.device) % len(x)]
         self.most.copy_(x.amax())
-        # Where the sigmoid saturates nothing would be learned.
+        # A saturated sigmoid would have no gradient.
         self.raw.copy_(torch.logit(x / self.most, eps=0.05))
 
 
@@ -167,7 +167,7 @@ def _flow(encoder: nn.Module, pixels: int, latent: int) -> fastvae.Flow:
     return fastvae.Flow(zuko.flows.NSF(latent, transforms=2, hidden_features=FLOW_HIDDEN))
 
 
-# Encoder, pixels, latent dimensions -> prior.
+# Functions of encoder, pixels and latent dimension that return the prior.
 PRIORS: dict[str, Callable[[nn.Module, int, int], fastvae.Distribution]] = {
     STANDARD: lambda encoder, pixels, latent: fastvae.StandardNormal(),
     "learned": _learned,
@@ -186,15 +186,15 @@ def _zuko(option: str) -> Any:
 
 
 def prior_of(posterior: str, prior: str, encoder: nn.Module, pixels: int, latent: int) -> Any:
-    """The prior of this name; None for that which the posterior brings."""
+    """Return the prior by name, or None if the posterior has a prior."""
     return None if posterior == LADDER else PRIORS[prior](encoder, pixels, latent)
 
 
 def check(posterior: str, prior: str, latent: int) -> None:
-    """Whether both are known, and what they need is there.
+    """Validate that posterior and prior are known and their requirements are met.
 
     Raises:
-        ValueError: where not.
+        ValueError: if not.
     """
     table: dict[str, Any]
     for option, name, table in (("--posterior", posterior, POSTERIORS), ("--prior", prior, PRIORS)):
@@ -211,16 +211,16 @@ def check(posterior: str, prior: str, latent: int) -> None:
 
 
 def start(model: fastvae.VAE, x: Tensor) -> None:
-    """Let what begins with training data begin with these."""
+    """Initialise the pseudo-inputs of a VampPrior, if the model has one, with training data."""
     if isinstance(model.prior, fastvae.VampPrior):
         model.prior.pseudo_inputs.start(x)
 
 
 def beta_of(model: fastvae.VAE, steps: int) -> Callable[[int], Tensor] | None:
-    """The KL's weight in training with the ELBO, a function of the step; None for 1.
+    """Return the schedule of the KL's weight for ELBO training, a function of the step; None for 1.
 
-    One encoder makes prior and q of a VampPrior, so that q = p costs nothing from the first step. Without a
-    warm-up all of x may be forgotten (Tomczak & Welling 2018 have one, too).
+    The encoder of a VampPrior also defines the prior, so q = p costs nothing from the first step. Without a
+    warm-up q may ignore x (Tomczak & Welling 2018 use one, too).
     """
     if not isinstance(model.prior, fastvae.VampPrior):
         return None
@@ -229,9 +229,7 @@ def beta_of(model: fastvae.VAE, steps: int) -> Callable[[int], Tensor] | None:
 
 @torch.no_grad()
 def elbo_options(model: fastvae.VAE, x: Tensor, samples: int = 1) -> dict[str, Any]:
-    """How the ELBO is estimated: the KL in closed form where one is known, otherwise from the draws, and as
-    many draws of each part of a posterior that has several.
-    """
+    """Return options of the ELBO: the KL in closed form if known, and ``samples`` draws per stratum of q."""
     q = model.posterior(x)
     known = q.own_prior is not None or closed_kl(q, model.prior) is not None
     return {"kl": "analytic" if known else "mc", "samples": samples * q.strata}

@@ -1,4 +1,4 @@
-"""What a model and its training are like: what the latents hold, how noisy gradients are."""
+"""Diagnostics of a model and its training: information in the latents, noise of gradients."""
 
 from .aggregate import Latents, latents
 from .gradients import GradientMonitor, GradientSNR, gradient_snr

@@ -1,4 +1,4 @@
-"""What the latents of a VAE hold of the data, by its aggregate posterior."""
+"""Information about the data in a VAE's latents, by the aggregate posterior."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Latents", "latents"]
 
-# As evaluate has it: a unit is active whose mean varies more than this (Burda et al. 2016).
+# A unit is active if the variance of its posterior mean exceeds this, as in evaluate (Burda et al. 2016).
 ACTIVE = 0.01
 
 
 class Latents(NamedTuple):
-    """The parts of E[KL(q(z|x) ‖ p(z))] over a data set, in nats, each with the standard error of its mean
-    over the draws: ``kl`` = ``mutual_information`` + ``marginal_kl``. A part that is not known is None.
+    """Parts of E[KL(q(z|x) ‖ p(z))] over a data set, in nats, with standard errors over the draws.
+
+    ``kl`` = ``mutual_information`` + ``marginal_kl``. Unknown parts are None.
 
     Attributes:
         kl: E[log q(z|x) − log p(z)].
         mutual_information: I(x; z) under q, E[log q(z|x) − log q(z)]; at most log N.
-        marginal_kl: KL(q(z) ‖ p(z)), how far the aggregate posterior is from the prior.
-        total_correlation: KL(q(z) ‖ Π_d q(z_d)), how far dimensions are from independent.
-        dimension_kl: [D], KL(q(z_d) ‖ p(z_d)), of a prior whose dimensions are independent; ``marginal_kl``
-            is their sum and the total correlation.
-        active_units: dimensions whose posterior mean has a variance above 0.01 over the data.
-        log_n: log N, the most that the mutual information can be.
-        stderr: standard errors of those above, by name.
+        marginal_kl: KL(q(z) ‖ p(z)), the divergence of the aggregate posterior from the prior.
+        total_correlation: KL(q(z) ‖ Π_d q(z_d)), the dependence between dimensions.
+        dimension_kl: KL(q(z_d) ‖ p(z_d)) [D], for a prior with independent dimensions; ``marginal_kl`` is
+            the sum of these and the total correlation.
+        active_units: number of dimensions whose posterior mean has a variance above 0.01 over the data.
+        log_n: log N, the upper bound of the mutual information.
+        stderr: standard errors of ``kl`` and its parts, by name.
     """
 
     kl: float
@@ -79,32 +80,32 @@ def latents(
     unpack: Callable[[Any], Mapping[str, Any]] | None = None,
     generator: torch.Generator | None = None,
 ) -> Latents:
-    r"""What the latents hold of the data: KL to the prior, in its parts, by the aggregate posterior q(z).
+    r"""Decompose the KL to the prior over a data set by the aggregate posterior q(z).
 
     .. math:: \frac{1}{N} \sum_n \mathrm{KL}(q(z|x_n) \,\|\, p(z))
               = \underbrace{I_q(x; z)}_{\text{mutual information}} + \mathrm{KL}(q(z) \,\|\, p(z)), \quad
               q(z) = \frac{1}{N} \sum_n q(z|x_n)
 
-    of which :math:`\mathrm{KL}(q(z) \| p(z)) = \mathrm{KL}(q(z) \| \prod_d q(z_d)) +
-    \sum_d \mathrm{KL}(q(z_d) \| p(z_d))` where the prior's dimensions are independent. Each is a mean over
-    one draw of z from the posterior of each of some examples; the aggregate posterior is that of all of them,
-    and is streamed: of N examples N means and variances are kept, and no [N, N].
+    If the prior's dimensions are independent, :math:`\mathrm{KL}(q(z) \| p(z)) = \mathrm{KL}(q(z) \|
+    \prod_d q(z_d)) + \sum_d \mathrm{KL}(q(z_d) \| p(z_d))`. Each part is a mean over one draw of z from the
+    posteriors of some examples. The aggregate posterior is that of all N examples, and is streamed: it needs
+    N means and variances, and no [N, N] tensor.
 
     Args:
-        vae: the model; it is put into eval mode and back.
-        data: as :func:`fastvae.evaluate` takes it.
-        examples: how many examples z is drawn for, evenly spaced in the data.
-        batch_size: for data that do not come in batches.
-        unpack: what is what in a batch, as in :func:`fastvae.evaluate`: a dict with ``x`` and perhaps
-            ``context``.
-        generator: source of the noise; default torch's own random state.
+        vae: the model; it is in eval mode during the call.
+        data: data set, as in :func:`fastvae.evaluate`.
+        examples: number of examples to draw z for, evenly spaced in the data. Default 2000.
+        batch_size: examples per batch, for data not in batches. Default 100.
+        unpack: function of a batch that returns a dict with ``x`` and, optionally, ``context``, as in
+            :func:`fastvae.evaluate`. Default: the batch is x.
+        generator: source of the noise. Default: torch's global random state.
 
     Returns:
         :class:`Latents`. The total correlation and the KL of each dimension are known for normal
         posteriors.
 
     Raises:
-        TypeError, ValueError: for data that do not fit, or without a batch.
+        TypeError, ValueError: for invalid data, or data without a batch.
 
     References:
         Hoffman & Johnson, ELBO surgery, 2016; Chen et al., Isolating Sources of Disentanglement in VAEs,
@@ -178,7 +179,7 @@ def latents(
 def _posteriors(
     vae: VAE, data: Any, batch_size: int, unpack: Callable[[Any], Mapping[str, Any]] | None
 ) -> Any:
-    """q(z|x) of all batches."""
+    """Yield q(z|x) of all batches."""
     device, dtype = place_of(vae.encoder, vae.decoder)
     axes = None
     for batch in batches_of(data, batch_size, "none"):
@@ -194,7 +195,7 @@ def _posteriors(
 
 
 def _dimensions(prior: Distribution, z: Tensor) -> Tensor | None:
-    """log p(z_d) [N, D] of a prior whose dimensions are independent."""
+    """Compute log p(z_d) [N, D] of a prior with independent dimensions; None for any other prior."""
     d = prior.as_torch()
     if d is None or d.event_shape or len(d.batch_shape) > 1:
         return None

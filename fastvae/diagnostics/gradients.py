@@ -1,4 +1,4 @@
-"""How noisy an objective's gradient is: its signal-to-noise ratio, streamed over evaluations."""
+"""Signal-to-noise ratio of an objective's gradient, streamed over evaluations."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ __all__ = ["GradientMonitor", "GradientSNR", "gradient_snr"]
 
 
 class GradientSNR(NamedTuple):
-    """Signal-to-noise ratios of a gradient: of each parameter by its name, and of each group, such as
-    ``"encoder"``, by what its parameters' names begin with.
+    """Signal-to-noise ratios of a gradient, per parameter and per group, by name.
+
+    A group, such as ``"encoder"``, contains the parameters with the same name up to the first dot.
 
     Attributes:
-        snr: |mean| / std of each element, averaged over the elements. Those whose gradient was 0 each time do
-            not count; NaN where there are no others.
-        squared: ‖mean‖² / Σ variances, of all elements pooled. The mean's own noise is taken off, so that it
-            is 0 on average, and as often below 0, where there is no signal.
-        floor: what ``snr`` would be of pure noise, √(2 / (π n)) for n evaluations: below twice that, it says
-            nothing.
-        evaluations: how many gradients these are of; of a running mean, as many as count in full.
+        snr: |mean| / std of each element, averaged over the elements. Elements whose gradient is always 0 are
+            excluded; NaN if there are no others.
+        squared: ‖mean‖² / Σ variances, pooled over all elements. It is corrected for the noise of the mean,
+            so that without signal it is 0 on average, and may be negative.
+        floor: value of ``snr`` for pure noise, √(2 / (π n)) for n evaluations: below twice this value
+            ``snr`` is not meaningful.
+        evaluations: number of gradients; for a running mean, the effective number.
     """
 
     snr: dict[str, float]
@@ -45,22 +46,22 @@ class GradientSNR(NamedTuple):
 
 
 class GradientMonitor:
-    r"""Running signal-to-noise ratios of the gradients of a training, from step to step.
+    r"""Running signal-to-noise ratios of gradients during training.
 
-    It keeps a mean and a mean square deviation of each parameter's gradient, two copies of it.
+    It stores a mean and a mean squared deviation of each parameter's gradient, two copies of its size.
 
-    **What it sees is confounded**: over the steps of a training the parameters and the batches change, too.
-    What moves of the mean gradient counts as noise, and so does what differs between batches: the ratio is
-    that of the steps, not the estimator's own at one place, which is :func:`gradient_snr`'s. See trends and
-    compare runs by it; compare estimators by the other.
+    **The ratios are confounded**: during training the parameters and the batches change, too. Drift of the
+    mean gradient counts as noise, and so do differences between batches: the ratio is that of the training
+    steps, not of the estimator at fixed parameters, which :func:`gradient_snr` measures. Use it to see trends
+    and compare runs; use :func:`gradient_snr` to compare estimators.
 
     Args:
-        parameters: as :func:`gradient_snr` takes them.
-        window: steps that a step counts for, beyond which it is forgotten: its weight is 1 / window or, in
-            the first steps, 1 / step. Default: all steps count the same.
+        parameters: parameters by name, as in :func:`gradient_snr`.
+        window: time constant in steps of an exponential average: a new step has weight 1 / window or, in
+            the first steps, 1 / step. Default: None, equal weights for all steps.
 
     Raises:
-        TypeError, ValueError: for parameters that are none.
+        TypeError, ValueError: for invalid parameters.
 
     References:
         Welford, Note on a method for calculating corrected sums of squares and products, 1962; Rainforth et
@@ -91,20 +92,19 @@ class GradientMonitor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Discard all gradients seen so far."""
         self._mean = [torch.zeros_like(p, dtype=accumulator(p.dtype)) for p in self.parameters.values()]
         self._square = [torch.zeros_like(m) for m in self._mean]
         self.count = 0
-        # The sum of the squares of the weights of what was seen, whose sum is 1.
+        # Sum of the squared weights of the gradients; the weights sum to 1.
         self._squares = 1.0
 
     @torch.no_grad()
     def update(self, gradients: Iterable[Tensor | None] | None = None) -> None:
-        """See one gradient; no synchronisation.
+        """Add one gradient, without synchronising a GPU.
 
         Args:
-            gradients: one for each parameter, in their order; None stands for 0. Default: each parameter's
-                ``.grad``.
+            gradients: one per parameter, in order; None stands for 0. Default: each parameter's ``.grad``.
         """
         if gradients is None:
             gradients = [p.grad for p in self.parameters.values()]
@@ -118,11 +118,11 @@ class GradientMonitor:
                 dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
                 move = dense.to(mean.dtype) - mean
             mean.add_(move, alpha=share)
-            # E(g − mean)², which a new g at a distance of `move` from the old mean moves like this.
+            # E(g − mean)², after a new g at distance `move` from the old mean (Welford).
             square.add_(move.square_(), alpha=share).mul_(1 - share)
 
     def result(self) -> GradientSNR:
-        """The ratios so far.
+        """Return the current ratios.
 
         Raises:
             ValueError: before the second gradient.
@@ -131,7 +131,7 @@ class GradientMonitor:
             raise ValueError(
                 f"a variance takes two gradients or more, and a window of as many; got {self.count}"
             )
-        # Numbers of a parameter: Σ|mean|/std, how many have a gradient, Σ mean², Σ variances.
+        # Per parameter: Σ|mean|/std, number of elements with a gradient, Σ mean², Σ variances.
         sums: dict[str, Tensor] = {}
         for name, mean, square in zip(self.parameters, self._mean, self._square, strict=True):
             variance = square / (1 - self._squares)
@@ -158,33 +158,34 @@ def gradient_snr(
     *,
     evaluations: int = 100,
 ) -> GradientSNR:
-    r"""Signal-to-noise ratio of a bound's gradient, over evaluations with fresh noise at the same parameters.
+    r"""Measure the signal-to-noise ratio of a bound's gradient over evaluations with fresh noise.
 
     .. math:: \mathrm{SNR}(θ_i) = \frac{|E[g_i]|}{\sqrt{\mathrm{Var}[g_i]}}, \quad
               \text{squared, pooled: } \frac{\sum_i E[g_i]^2}{\sum_i \mathrm{Var}[g_i]}, \quad
               g = \nabla_θ\, \mathrm{bound}
 
-    Of the encoder that of :func:`fastvae.iwae` falls like :math:`1/\sqrt K`, with ``estimator="dreg"`` it
-    rises like :math:`\sqrt K`; the decoder's rises like :math:`\sqrt K`, all where K is large.
+    The parameters stay fixed. For large K, the encoder's ratio with :func:`fastvae.iwae` falls like
+    :math:`1/\sqrt K`, and with ``estimator="dreg"`` it rises like :math:`\sqrt K`; the decoder's rises like
+    :math:`\sqrt K`.
 
-    The gradients are streamed: beside the gradient itself, two copies of it are kept. No ``.grad`` is read or
-    changed. What else an evaluation changes, it changes: torch's random state, and the statistics of a
-    BatchNorm in train mode.
+    The gradients are streamed: in addition to the gradient, two copies of it are stored. ``.grad`` is neither
+    read nor changed. Other side effects of an evaluation persist: torch's random state, and the statistics of
+    a BatchNorm in train mode.
 
     Args:
-        bound: returns a bound [], of one batch and with fresh noise in each call, such as ``lambda:
-            vae.iwae(x, k=50)``. One that takes another batch in each call says how noisy the gradient of a
-            step is, batches included.
-        parameters: what the gradient is of, by name: a module; a dict of modules, tensors, or dicts of these;
-            or pairs (name, tensor), such as ``model.named_parameters()``. A group is what has the same name
-            up to the first dot.
-        evaluations: n, how many gradients.
+        bound: function without arguments that returns a bound [] of one batch, with fresh noise in each call,
+            such as ``lambda: vae.iwae(x, k=50)``. With a new batch in each call, the ratio includes the noise
+            of batches, as in a training step.
+        parameters: parameters to differentiate by, with names: a module; a dict of modules, tensors, or dicts
+            of these; or pairs (name, tensor), such as ``model.named_parameters()``. Parameters with the same
+            name up to the first dot form a group.
+        evaluations: n, the number of gradients, at least 2. Default 100.
 
     Returns:
         :class:`GradientSNR`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, or a bound that is no number.
+        TypeError, ValueError: for invalid arguments, or a bound that is not a tensor [].
 
     References:
         Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, section 3 and theorem
@@ -220,7 +221,7 @@ def gradient_snr(
 
 
 def _named(parameters: Any) -> dict[str, Tensor]:
-    """Tensors that require gradients, by name; each tensor once."""
+    """Collect the tensors that require gradients, by name, each tensor once."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
 

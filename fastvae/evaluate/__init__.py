@@ -1,4 +1,4 @@
-"""log p(x) of whole data sets: streamed over draws, sharded over ranks, resumable, with its error."""
+"""Estimates of log p(x) for data sets: streamed over draws, sharded over ranks, resumable, with errors."""
 
 from .audit import Audit
 from .loop import evaluate

@@ -1,6 +1,4 @@
-"""An audit of an evaluation: a few of its examples estimated once more, by annealed importance sampling, and
-that judged in its turn on data of the model's own.
-"""
+"""Audit of an evaluation by annealed importance sampling, which is in turn validated on simulated data."""
 
 from __future__ import annotations
 
@@ -22,60 +20,61 @@ from .._terminal import ProgressStream
 from ..distributions import rsample
 from .ranks import Ranks
 
-# As the defaults of fastvae.ais.
+# The defaults of fastvae.ais.
 STEPS, CHAINS, LEAPFROG = 200, 16, 2
-_BLOCK = 100  # examples at a time, whatever the batches: results do not depend on these
-_PREFIX = "audit_"  # of its arrays in a file
+_BLOCK = 100  # examples per block, independent of the batches, so that results are, too
+_PREFIX = "audit_"  # prefix of the audit's arrays in a file
 
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What :func:`fastvae.evaluate` found with ``audit=``: float64 tensors [A] for the examples that were
-    estimated once more, by :func:`fastvae.ais`, and [S] for as many that the model made, as
-    :func:`fastvae.bdmc` does.
+    """Audit of :func:`fastvae.evaluate`, from ``audit=``.
+
+    Tensors are float64: [A] for the examples estimated once more by :func:`fastvae.ais`, and [S] for as many
+    simulated examples, as in :func:`fastvae.bdmc`.
     """
 
     examples: Tensor
-    """Their numbers in the data, int64."""
+    """Indices of the examples in the data, int64."""
     log_px: Tensor
-    """log p(x) of each by annealed importance sampling, in nats: a lower bound in expectation."""
+    """Estimate of log p(x) by annealed importance sampling, in nats: a lower bound in expectation."""
     log_px_stderr: Tensor
-    """Its standard error over the chains."""
+    """Standard error of log_px over the chains."""
     acceptance: Tensor
-    """Mean acceptance probability of its transitions, near 0.65 if all is well."""
+    """Mean acceptance probability of the transitions, near 0.65 for well-tuned chains."""
     difference: Tensor
-    """``log_px`` less the evaluation's own: positive where that is low."""
+    """``log_px`` minus the evaluation's estimate: positive where that is low."""
     lower: Tensor
-    """Of examples that the model made: a lower bound of log p(x), by the same annealing."""
+    """Lower bound of log p(x) of simulated examples, by the same annealing."""
     upper: Tensor
-    """An upper bound of it, by annealing back from the latents that made the example."""
+    """Upper bound of the same, by reverse annealing from the latents that generated the example."""
     without_bounds: str
-    """Why ``lower`` and ``upper`` have no entries; empty if they have."""
+    """Reason why ``lower`` and ``upper`` are empty; an empty string if they are not."""
 
     @property
     def mean(self) -> float:
-        """Mean difference: by how much the evaluation's log p(x) is low."""
+        """Mean difference, by which the evaluation's log p(x) is low."""
         return float(self.difference.mean())
 
     @property
     def stderr(self) -> float:
-        """Its standard error over the choice of examples, chains and draws."""
+        """Standard error of the mean over the choice of examples, chains and draws."""
         return _standard_error(self.difference)
 
     @property
     def largest(self) -> tuple[float, int]:
-        """The largest difference, and the number of its example in the data."""
+        """Largest difference, and the index of its example in the data."""
         at = int(self.difference.argmax())
         return float(self.difference[at]), int(self.examples[at])
 
     @property
     def gap(self) -> float:
-        """Mean of ``upper`` − ``lower``: in expectation at least the error of the annealing itself."""
+        """Mean of ``upper`` − ``lower``, in expectation at least the error of the annealing."""
         return float((self.upper - self.lower).mean())
 
     @property
     def gap_stderr(self) -> float:
-        """Its standard error."""
+        """Standard error of the gap."""
         return _standard_error(self.upper - self.lower)
 
     def __str__(self) -> str:
@@ -94,15 +93,15 @@ class Audit:
     __repr__ = __str__
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For a file, which others' arrays may be in."""
+        """Return the fields as arrays with prefixed names, to save with other arrays."""
         return {_PREFIX + f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Audit | None:
-        """The audit that these arrays hold, or None if they hold none.
+        """Read an audit from arrays, or return None if they contain no audit.
 
         Raises:
-            KeyError, ValueError: if they hold a part of one, or arrays of other shapes.
+            KeyError, ValueError: for an incomplete audit, or arrays of other shapes.
         """
         if not any(name.startswith(_PREFIX) for name in arrays):
             return None
@@ -136,10 +135,10 @@ def _examples(n: int, kind: str = "") -> str:
 
 
 class Sample:
-    """So many examples, evenly spaced over data that come in batches and may come only once: every 2^j-th is
-    kept, at most twice as many as are wanted, and of these as many.
+    """Sample of ``count`` examples, evenly spaced over data that may be iterated only once.
 
-    Which they are depends on the number of examples alone.
+    Every 2^j-th example is stored, at most twice ``count``, and ``count`` of these are selected. The
+    selection depends only on the number of examples.
     """
 
     def __init__(self, count: int):
@@ -148,7 +147,7 @@ class Sample:
         self._kept: dict[int, tuple[Any, Beside | None]] = {}
 
     def see(self, x: Any, beside: Beside | None, start: int) -> None:
-        """Take note of a batch whose first example has this number."""
+        """Sample from a batch whose first example has index ``start``."""
         if not self.count:
             return
         if beside is not None:
@@ -168,13 +167,13 @@ class Sample:
 
     @property
     def examples(self) -> list[int]:
-        """Their numbers."""
+        """Indices of the selected examples in the data."""
         kept = sorted(self._kept)
         count = min(self.count, len(kept))
         return [kept[i * len(kept) // count] for i in range(count)]
 
     def batch(self, examples: list[int]) -> tuple[Any, Beside | None]:
-        """Some of them together."""
+        """Concatenate stored examples to one batch."""
         xs, besides = zip(*(self._kept[n] for n in examples), strict=True)
         x = _joined(xs)
         return x, None if besides[0] is None else Beside(*map(_joined, zip(*besides, strict=True)))
@@ -187,7 +186,7 @@ def _joined(parts: Any) -> Any:
 
 
 def probe(inputs: Inputs) -> None:
-    """What an audit will ask of the model, so that an error comes before the work whose end it would be."""
+    """Run the audit's operations once on the model, so that errors are raised before the evaluation."""
     seed = torch.zeros((), dtype=torch.int64, device=inputs.device)
     Annealing(inputs, seed, Settings(2, 1, 1, "posterior", Chunks(None))).forward()
     _simulated(inputs, 0)
@@ -201,12 +200,14 @@ def run_audit(
     ranks: Ranks,
     progress: bool,
 ) -> Audit:
-    """Of the examples in a sample, whose importance estimates are among ``log_px`` [N].
+    """Audit the examples of a sample.
 
     Args:
-        read: a name for errors, x and what comes with it -> the inputs of a batch.
-        seed: the evaluation's; the audit's noise is another's.
-        ranks: who shares the work, by blocks of examples.
+        sample: the examples.
+        read: function of a name for errors, x and its conditioning inputs that returns a batch's inputs.
+        log_px: importance estimates of all examples [N].
+        seed: the evaluation's seed, from which the audit's seeds are derived.
+        ranks: processes that share the work, by blocks of examples.
         progress: show a progress bar.
     """
     examples = sample.examples
@@ -254,12 +255,12 @@ def run_audit(
 
 
 def _derived(seed: int, stream: int) -> int:
-    """A seed of noise that is not that of the draws."""
+    """Derive a seed for noise that is independent of the draws."""
     return (seed + stream * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
 
 
 def _simulated(inputs: Inputs, seed: int) -> tuple[Tensor, Any] | str:
-    """z and x that the model makes, or why it makes none."""
+    """Simulate z and x from the model, or return the reason why this is not possible."""
     like = rsample(inputs.q, 1, torch.zeros((), dtype=torch.int64, device=inputs.device))[0]
     generator = torch.Generator(inputs.device).manual_seed(seed % 2**63)
     try:

@@ -1,4 +1,4 @@
-"""Parts in a file, as they come: what an interrupted evaluation goes on from."""
+"""Checkpoints of an evaluation, from which an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .ranks import Ranks
 
 
 def check_destination(name: str, path: Path) -> None:
-    """That a file can be written there, before the work whose results it is to hold.
+    """Validate that a file can be written at ``path``, before the work whose results it will contain.
 
     Raises:
-        ValueError: where it cannot.
+        ValueError: if it cannot.
     """
     try:
         resolved = _resolved(path)
@@ -44,7 +44,7 @@ def check_destination(name: str, path: Path) -> None:
     if resolved.is_dir():
         raise ValueError(f"{name} {path} is a folder; expected the name of a file")
     try:
-        # Permissions alone do not tell: a file system may be read-only, or full.
+        # Permissions are not sufficient: the file system may be read-only, or full.
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -59,15 +59,13 @@ def _brief(path: Path) -> str:
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """An .npz file, replaced as a whole: it is complete at any moment, and stays what it was if writing
-    fails.
-    """
+    """Write an .npz file atomically: it is complete at any moment, and unchanged if writing fails."""
     path = _resolved(path)
     if path.exists() and not path.is_file():  # a device such as /dev/null, or a pipe
         with open(path, "wb") as handle:
             np.savez(handle, **arrays)
         return
-    # A name that nobody foresees, and a new file: whoever may write to the folder could put a link there.
+    # An unpredictable name and a new file: others with access to the folder could place a link there.
     draft = path.with_name(f"{_draft_of(path)}{secrets.token_hex(8)}")
     try:
         with open(draft, "xb") as handle:
@@ -80,36 +78,36 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def _draft_of(path: Path) -> str:
-    """Prefix of the names of a file's drafts, of whichever rank; short, since the file's own may be long."""
+    """Return the name prefix of a file's drafts, equal for all ranks; a short hash, as names may be long."""
     name = re.sub(r"\.rank\d+(?=(\.[^.]*)?$)", "", path.name)
     return f".fastvae-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}-"
 
 
 def _resolved(path: Path) -> Path:
-    """The file that a path leads to through its links."""
+    """Resolve the links of a path."""
     try:
         return path.resolve()
-    except RuntimeError:  # Python before 3.13 has no error number for it
+    except RuntimeError:  # a loop of links, before Python 3.13
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
 
 
-# Settings that are written only where they differ from these.
+# Defaults of settings that are written only if they differ.
 _UNSAID = {"noise": "philox", "proposal": "Posterior()"}
 
 
 class Store:
-    """The parts of an evaluation: those of a checkpoint, and what this rank adds.
+    """Parts of an evaluation, from a checkpoint and from this rank.
 
-    Rank 0 writes the checkpoint itself, others beside it; in the end all is in the one file. Where it cannot
-    be written, as on a full disk, the results stay in memory, with a warning.
+    Rank 0 writes the checkpoint, other ranks write files next to it, and the end merges all into the
+    checkpoint. If it cannot be written, as on a full disk, the results stay in memory, with a warning.
 
     Args:
-        path: the checkpoint, or None for none.
-        settings: what must be the same for results to belong together; a seed that is None may be any.
-        ranks: who shares the work.
+        path: the checkpoint, or None.
+        settings: settings that must agree for results to be combined; a seed of None matches any.
+        ranks: processes that share the work.
 
     Raises:
-        ValueError: for a file of something else, on every rank.
+        ValueError: for a file of another evaluation, on every rank.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any], ranks: Ranks):
@@ -145,22 +143,22 @@ class Store:
 
     @property
     def seed(self) -> int | None:
-        """The seed that the checkpoint was made with, or the one that was asked for."""
+        """Seed of the checkpoint, or else the requested one."""
         seed: int | None = self.settings["seed"]
         return seed
 
     def begin(self, seed: int) -> None:
-        """Before the first batch: what is done lies in rank 0's file, whoever made it."""
+        """Collect all ranks' earlier results in rank 0's file, before the first batch."""
         self.settings["seed"] = seed
         if self.ranks.rank == 0:
             self.mine = list(self.done.values())
         self._collect(self.mine)
 
     def see(self, index: int, tensors: list[Tensor]) -> Part | None:
-        """Take note of a batch; its results if they are there.
+        """Register a batch, and return its results from the checkpoint, or None.
 
         Raises:
-            ValueError: if it is not the batch that they are of, or not that of the other ranks.
+            ValueError: if the batch differs from the checkpoint's, or from that of the other ranks.
         """
         if self.path is None and self.ranks.world == 1:
             return None
@@ -185,15 +183,15 @@ class Store:
         return part
 
     def add(self, part: Part) -> None:
-        """Keep the results of a batch that was seen."""
+        """Add the results of a registered batch."""
         mark = self._seen.get(part.index)
         self.mine.append(part if mark is None else part._replace(digest=np.frombuffer(mark, np.uint8)))
-        # Saving is to take no more than a twentieth of the time.
+        # Saving takes at most a twentieth of the time.
         if time.monotonic() - self._saved >= 20 * self._cost:
             self.save()
 
     def finish(self) -> list[Part]:
-        """Everyone's parts, in the order of the batches."""
+        """Gather the parts of all ranks, in the order of the batches."""
         self._same_everywhere()
         everyone = [self.mine] if self.ranks.by_samples else self.ranks.gather(self.mine, "parts")
         found = self.done | {p.index: p for parts in everyone for p in parts}
@@ -209,7 +207,7 @@ class Store:
         return [found[i] for i in sorted(found)]
 
     def save(self) -> None:
-        """Write this rank's parts."""
+        """Write this rank's parts to its file."""
         if self.path is None or not self.mine or not self._writes:
             return
         start = time.monotonic()
@@ -222,7 +220,7 @@ class Store:
         return self.ranks.rank == 0 or not self.ranks.by_samples
 
     def _write(self, file: Path, parts: list[Part]) -> bool:
-        """Whether it could be done."""
+        """Write parts to a file; return False, with a warning, if that fails."""
         try:
             write_arrays(file, {"settings": json.dumps(self.settings), **pack(parts)})
         except OSError as error:
@@ -264,7 +262,7 @@ class Store:
         return [p for p in (self.path, *others) if p.exists()]
 
     def _drafts(self) -> list[Path]:
-        """What a process that was killed while it wrote has left."""
+        """Return the drafts left by processes that were killed while writing."""
         assert self.path is not None
         path = _resolved(self.path)
         return [p for p in path.parent.iterdir() if p.name.startswith(_draft_of(path))]
@@ -277,7 +275,7 @@ class Store:
                     arrays = dict(data)
                 made = dict(json.loads(str(arrays.pop("settings"))))
                 found = unpack(arrays)
-            except Exception as error:  # whatever a file of something else brings about
+            except Exception as error:  # reading an arbitrary file may raise anything
                 raise ValueError(
                     f"checkpoint {file} is no checkpoint of fastvae.evaluate ({type(error).__name__}: "
                     f"{error}); give another name, or delete it"
@@ -300,7 +298,7 @@ class Store:
 
 
 def digest(tensors: Iterable[Tensor]) -> np.ndarray:
-    """[16] bytes that differ for other tensors."""
+    """Hash the dtypes, shapes and values of tensors to [16] bytes."""
     found = hashlib.blake2b(digest_size=16)
     for t in tensors:
         t = t.detach().cpu().contiguous()

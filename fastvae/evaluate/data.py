@@ -1,4 +1,4 @@
-"""Data as users give them, as batches; and the encoder's device and dtype."""
+"""Conversion of the user's data to batches, and the encoder's device and dtype."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def batches_of(data: Any, batch_size: int, shard: str) -> Iterable[Any]:
 
 
 class Slices(Sequence[Any]):
-    """Batches of a tensor or array, or of a dict of such, each read when its turn comes."""
+    """Batches of a tensor or array, or of a dict of these, read lazily."""
 
     def __init__(self, data: Any, batch_size: int):
         self._data, self._size = data, batch_size
@@ -58,12 +58,12 @@ class Slices(Sequence[Any]):
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is a tensor, or an array of NumPy's or of a library like it: h5py, zarr, dask, pandas."""
+    """Return True for a tensor, or an array of NumPy or a similar library: h5py, zarr, dask, pandas."""
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and not isinstance(value, Dataset))
 
 
 def sliceable(name: str, array: Any) -> Any:
-    """Return a tensor or array [N, ...] as one whose slices are rows, without reading it."""
+    """Return a tensor or array [N, ...] that can be sliced by rows, without reading it if possible."""
     if isinstance(array, Tensor):
         check_dense(name, array)
     elif not (hasattr(array, "shape") and hasattr(array, "__getitem__")) or hasattr(array, "iloc"):
@@ -74,7 +74,7 @@ def sliceable(name: str, array: Any) -> Any:
 
 
 def _batches_of_parts(data: Mapping[str, Any], batch_size: int) -> Iterable[Any]:
-    """Of a dict of tensors or arrays, all with one batch axis."""
+    """Return batches of a dict of tensors or arrays, all with the same batch size."""
     data = {n: sliceable(f"data[{n!r}]", t) if is_array(t) and has_axes(t) else t for n, t in data.items()}
     sizes = {name: len(part) for name, part in data.items() if has_axes(part)}
     if len(sizes) < len(data) or len(set(sizes.values())) != 1:
@@ -86,7 +86,7 @@ def _batches_of_parts(data: Mapping[str, Any], batch_size: int) -> Iterable[Any]
 
 
 def has_axes(value: Any) -> bool:
-    """Whether it is an array with an axis."""
+    """Return True for an array with at least one axis."""
     return len(value.shape) > 0 if hasattr(value, "shape") else np.ndim(value) > 0
 
 
@@ -98,7 +98,7 @@ def length_of(batches: Iterable[Any]) -> int | None:
 
 
 def unpacked(batch: Any, unpack: Callable[[Any], Mapping[str, Any]] | None) -> tuple[Any, Beside | None]:
-    """A batch's x, and what comes with it."""
+    """Split a batch into x and its conditioning inputs (mask, size, context)."""
     if unpack is None:
         return batch, None
     parts = unpack(batch)
@@ -115,19 +115,19 @@ def unpacked(batch: Any, unpack: Callable[[Any], Mapping[str, Any]] | None) -> t
 
 
 def each_array(value: Any) -> Any:
-    """A NumPy array, or each of a dict, as a tensor."""
+    """Convert a NumPy array, or each of a dict, to a tensor."""
     if isinstance(value, Mapping):
         return {name: each_array(part) for name, part in value.items()}
     if is_array(value) and not isinstance(value, Tensor):
         value = np.asarray(value)
     if isinstance(value, np.ndarray):
-        with contextlib.suppress(TypeError):  # of strings or objects
+        with contextlib.suppress(TypeError):  # arrays of strings or objects
             return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
     return value
 
 
 def data_of(batch: Any, axes: list[int] | None, likelihood: Likelihood) -> Any:
-    """x [B, *event] of a batch, or a dict of such; ``axes`` is how many those before it had."""
+    """Return x [B, *event] of a batch, or a dict of these; ``axes`` are the previous batches' axis counts."""
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     x = each_array(x)
     if isinstance(x, Mapping) and not isinstance(likelihood, Declared):
@@ -158,7 +158,7 @@ def data_of(batch: Any, axes: list[int] | None, likelihood: Likelihood) -> Any:
 def place_of(
     encoder: Callable[..., Any], decoder: Callable[..., Any]
 ) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and floating dtype of the encoder's modules, else the decoder's; None where they have none."""
+    """Return device and floating dtype of the encoder's modules, else the decoder's, else None."""
     devices, dtypes = {}, []
     for name, function in (("encoder", encoder), ("decoder", decoder)):
         modules = modules_of(function)

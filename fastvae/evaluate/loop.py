@@ -1,4 +1,4 @@
-"""The loop over batches, and what is done with one: draws, the question whether they are enough, checks."""
+"""Evaluation loop over batches: draws, stopping criterion, checks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from .parts import Part
 from .ranks import Ranks
 from .result import Evaluation, combine
 
-FIRST_LOOK = 100  # draws before the first question whether they are enough
-# Examples of a batch. A GPU waits for the host unless they are many: docs/NOTES.md.
+FIRST_LOOK = 100  # draws before the stopping criterion is first evaluated
+# Default batch sizes. A GPU waits for the host if batches are small: docs/NOTES.md.
 BATCH, BATCH_ON_GPU = 100, 500
 
 
@@ -62,66 +62,69 @@ def evaluate(
     progress: bool = True,
     generator: torch.Generator | None = None,
 ) -> Evaluation:
-    r"""Estimate log p(x) of every example of a data set by importance sampling, with its error and
-    diagnostics.
+    r"""Estimate log p(x) of every example of a data set by importance sampling, with errors and diagnostics.
 
     .. math:: \mathrm{NLL} = -\frac{1}{N} \sum_{n=1}^{N} \log \hat p(x_n), \quad
               \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^{K} w_k
 
     Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). Encoder and decoder,
-    and the modules that they refer to, are put into eval mode and back; batches are moved to the encoder's
-    device, and to its floating dtype (integers for the encoder alone: the likelihood has them as they are).
-    Means are over examples, whatever the batches. No gradients.
+    and the modules that they refer to, are put into eval mode during the evaluation. Batches are moved to the
+    encoder's device and floating dtype (integers only for the encoder: the likelihood gets them unchanged).
+    Means are over examples, for any batches. No gradients are computed.
 
     Under ``torch.distributed`` (``torchrun``, gloo or nccl) the ranks share the work, and each returns the
-    whole result; each must be given the whole data, in the same order. When a rank fails, the others raise an
-    error that says so when they next exchange results. The noise is addressed by the example's place in the
-    data and by the draw, so the result is the same for any number of ranks, any batch size and any
-    ``k_chunk``, to rounding.
+    whole result; each must be given the whole data, in the same order. If a rank fails, the others raise an
+    error at the next exchange of results. The noise is addressed by the example's index in the data and by
+    the draw, so the result is the same for any number of ranks, any batch size and any ``k_chunk``, to
+    rounding.
 
     Args:
-        encoder: x [B, \*event] -> q, what :func:`fastvae.elbo` takes; with a context, (x, context) -> q.
-        decoder: z [N, D] -> parameters of the likelihood; with a context, (z, context) -> parameters. Latents
-            with axes of their own it gets as [N, C, H, W]; in the result they are flat, D = C·H·W.
+        encoder: x [B, \*event] -> q, as in :func:`fastvae.elbo`; with a context, (x, context) -> q.
+        decoder: z [N, D] -> parameters of the likelihood; with a context, (z, context) -> parameters. Shaped
+            latents are passed as [N, C, H, W]; in the result they are flat, D = C·H·W.
         data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches, tensors or
-            arrays, such as a DataLoader; of a batch that is a tuple or list, the first entry. For
+            arrays, such as a DataLoader; if a batch is a tuple or list, its first entry. For
             :class:`fastvae.Joint` a dict of tensors or arrays, or batches that are dicts.
-        k: draws per example; default 5000. With ``tol`` it is the most, by default 100 000.
-        tol: draw 100, 200, 400, … until an example's standard error is at most tol nats. Easy examples then
-            cost little. An example may stop before its largest weights have come, which makes log p(x) low:
-            by up to half of tol where weights are heavy-tailed, hardly where they are not (docs/NOTES.md).
-            Examples that are done are no longer decoded, so a row of the decoder's output must not depend on
-            the other rows; this is checked on the first batch.
-        k_chunk: draws at a time, as in :func:`fastvae.log_marginal`.
-        noise: ``"philox"`` or ``"qmc"``, as there.
-        proposal: what z is drawn from, as in :func:`fastvae.log_marginal`. ``elbo`` is that of the draws from
-            q: with ``"adapted"`` the first 64; with the others there are none, and it is NaN.
-        batch_size: for data that do not come in batches; default 100, on a GPU 500. It changes no result.
-        likelihood, prior: as in :func:`fastvae.elbo`.
-        unpack: what is what in a batch: a function of it that returns a dict with ``x``, and those of
-            ``mask``, ``size`` and ``context`` that there are (:func:`fastvae.elbo`), such as
-            ``lambda batch: {"x": batch[0], "context": batch[1]}``. Default: all of it is x.
-        checkpoint: a file, such as ``"run.npz"``, that gets the results as they come. If it exists, the work
-            goes on where it stopped, with its seed. It is refused for other parameters, data or settings.
-            When it cannot be written, a warning says so and the work goes on.
-        audit: so many examples, evenly spaced over the data, are estimated once more in the end, by
-            :func:`fastvae.ais` with its default settings, which says by how much the importance estimate may
-            be low; and as many that the model makes are bounded from both sides (:func:`fastvae.bdmc`), which
-            says the same of the annealing. The result has it as ``audit``, :class:`fastvae.Audit`. Such an
-            example takes 8000 evaluations of the decoder, each followed by a gradient of z, and one that is
-            made 14 400. A checkpoint holds none of it. Default: no audit.
-        shard: under torch.distributed, what ranks share: ``"data"``, whole batches; ``"samples"``, each
-            example's draws, for few examples and a large k; or ``"none"``, nothing: this process evaluates
+        k: draws per example, default 5000. With ``tol`` the maximum, default 100 000.
+        tol: draw 100, 200, 400, … until an example's standard error is at most tol nats, so that easy
+            examples cost little. An example may stop before its largest weights are drawn, which biases log
+            p(x) down: by up to half of tol for heavy-tailed weights, hardly for others (docs/NOTES.md).
+            Finished examples are no longer decoded, so a row of the decoder's output must not depend on
+            other rows; this is validated on the first batch. Default: None, k draws for each example.
+        k_chunk: draws per chunk, as in :func:`fastvae.log_marginal`.
+        noise: ``"philox"`` (default) or ``"qmc"``, as in :func:`fastvae.log_marginal`.
+        proposal: distribution from which z is drawn, as in :func:`fastvae.log_marginal`. ``elbo`` uses the
+            draws from q: with ``"adapted"`` the first 64; with the other proposals except ``"posterior"`` it
+            is NaN.
+        batch_size: examples per batch, for data not in batches. It does not change results. Default: 100, on
+            a GPU 500.
+        likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
+        prior: as in :func:`fastvae.elbo`. Default: N(0, I), or the hierarchy that produced q.
+        unpack: function of a batch that returns a dict with ``x`` and, optionally, ``mask``, ``size`` and
+            ``context`` (:func:`fastvae.elbo`), such as
+            ``lambda batch: {"x": batch[0], "context": batch[1]}``. Default: the batch is x.
+        checkpoint: file, such as ``"run.npz"``, to which results are written during the evaluation. If it
+            exists, the evaluation resumes from it, with its seed. It is rejected for other parameters, data
+            or settings. If it cannot be written, a warning is issued and the evaluation continues. Default:
+            None.
+        audit: number of examples, evenly spaced over the data, to estimate once more at the end by
+            :func:`fastvae.ais` with its default settings, which shows by how much the importance estimate may
+            be low. As many simulated examples are bounded from both sides (:func:`fastvae.bdmc`), which
+            measures the error of the annealing. The result is ``audit``, :class:`fastvae.Audit`. Each example
+            takes 8000 evaluations of the decoder with a gradient by z, a simulated one 14 400. It is not part
+            of a checkpoint. Default: no audit.
+        shard: division of the work under torch.distributed: ``"data"`` (default), by batches; ``"samples"``,
+            by each example's draws, for few examples and a large k; or ``"none"``: this process evaluates
             alone, and others need not call evaluate.
-        progress: show a progress bar with the NLL so far.
-        generator: source of the noise; default torch's own random state.
+        progress: show a progress bar with the current NLL. Default True.
+        generator: source of the noise. Default: torch's global random state.
 
     Returns:
         :class:`Evaluation`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, data without a batch, a checkpoint of something
-            else, and with ``tol`` for a decoder whose rows depend on each other.
+        TypeError, ValueError: for invalid arguments, data without a batch, a checkpoint of another
+            evaluation, and with ``tol`` for a decoder whose rows depend on each other.
         RuntimeError: if another rank failed.
 
     References:
@@ -139,7 +142,7 @@ def evaluate(
         (torch.Size([16]), torch.Size([2]))
     """
     likelihood = as_likelihood(likelihood)
-    # Without one it may be that of the posterior.
+    # None may stand for the posterior's own prior.
     prior = prior if prior is None or is_conditional(prior) else as_prior(prior)
     if unpack is not None and not callable(unpack):
         raise TypeError(
@@ -168,7 +171,7 @@ def evaluate(
         on_gpu = isinstance(place, torch.device) and place.type != "cpu"
         batches = batches_of(data, batch_size or (BATCH_ON_GPU if on_gpu else BATCH), shard)
         settings: dict[str, Any] = {"format": 2, "k": k, "tol": tol}
-        if noise != "philox":  # which checkpoints of older versions do not name
+        if noise != "philox":  # the default, which checkpoints of older versions do not contain
             settings["noise"] = noise
         if proposal != Posterior():
             settings["proposal"] = repr(proposal)
@@ -189,7 +192,7 @@ def evaluate(
                     return t.to(dtype or t.dtype)
                 return t.to(dtype or torch.get_default_dtype()) if always else t
 
-            # Counts go to the likelihood as they are, and to the encoder as numbers of its own type.
+            # The likelihood gets integer counts, the encoder gets them in its floating dtype.
             seen, x = each(lambda t: moved(t, True), x), each(lambda t: moved(t, False), x)
             context = None
             if beside is not None:
@@ -261,10 +264,10 @@ def evaluate(
 
 
 class _Plan:
-    """How many draws, when to look, and by whom.
+    """Number of draws, when to check convergence, and division of the work.
 
-    ``looks`` are the numbers of draws after which the bound is noted; with ``tol``, from FIRST_LOOK on,
-    examples that are done leave.
+    ``looks`` are the counts of draws after which the bound is recorded; with ``tol``, from FIRST_LOOK on,
+    finished examples are dropped.
     """
 
     def __init__(
@@ -276,8 +279,8 @@ class _Plan:
         self.k = k
         self.looks = [*sorted(n for n in looks if n < k), k]
         self.tol = tol
-        self.leaving = tol is not None and k > FIRST_LOOK  # examples leave: rows are decoded without others
-        self.proven = False  # that this does not change what the decoder makes of them
+        self.leaving = tol is not None and k > FIRST_LOOK  # finished examples are no longer decoded
+        self.proven = False  # True once it is validated that this does not change the remaining rows
         self.tail = kept_draws(k)
         self.chunks = chunks
         self.ranks = ranks
@@ -309,7 +312,7 @@ def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan
         seen = draws.estimate(total)
         curve.append(seen.log_px)
         if plan.tol is not None and stop >= FIRST_LOOK:
-            # NaN and inf stay what they are; while all weights are 0 their error is not known.
+            # More draws cannot change NaN and inf; while all weights are 0 the error is unknown.
             wanted = ~(seen.stderr <= plan.tol) & ~seen.log_px.isnan() & (seen.log_px != math.inf)
             rows = wanted.nonzero()[:, 0]
             if not len(rows):
@@ -328,13 +331,13 @@ def _evaluate_batch(index: int, inputs: Inputs, seed: int, row: int, plan: _Plan
 
 
 def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
-    """That a row's log weight does not depend on which other rows are decoded with it.
+    """Validate that a row's log weight does not depend on the other rows decoded with it.
 
-    The upper half of the batch is decoded alone, upside down, so that a decoder that keeps something for each
-    row of the batch meets other rows than its own, and not a multiple of them.
+    The second half of the batch is decoded alone, in reverse order, so that a decoder that stores data for
+    each row of the batch gets wrong rows, and not a multiple of the batch.
 
     Raises:
-        ValueError: where it does.
+        ValueError: if it does.
     """
     assert plan.tol is not None
     batch, device = inputs.q.batch, inputs.q.device
@@ -364,7 +367,7 @@ def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
             raise refuse(f"With {len(rows)} of {batch} rows of the first batch it raised {said}") from error
     whole_rows = whole[rows.cpu()]
     off = _distance(alone, whole_rows)
-    # What the number of draws changes is rounding, or noise of the decoder's own, which cannot be judged.
+    # Differences due to the number of draws are rounding, or the decoder's own noise, and set the tolerance.
     noise = _distance(again, whole).max()
     mean = tensors(inputs.x)[0] if inputs.q.mean is None else inputs.q.mean
     half = mean.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
@@ -379,14 +382,15 @@ def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """|a − b|, 0 for equal infinities and for NaN in both, else infinite for them."""
+    """Compute |a − b|, with 0 for equal infinities and for NaN in both, else infinity for these."""
     same = (a == b) | (a.isnan() & b.isnan())
     return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf))
 
 
 def _latent_statistics(q: Distribution, prior: Distribution) -> np.ndarray:
-    """[3, D]: mean of the posterior means, the sum of their squared deviations, the sum of the KL; [2, D]
-    where q has no analytic KL to this prior; [2, 0] where q has no means [B, D].
+    """Return [3, D]: mean of the posterior means, sum of their squared deviations, sum of the KL.
+
+    It is [2, D] if q has no analytic KL to this prior, and [2, 0] if q has no means [B, D].
     """
     if q.mean is None or q.mean.dim() != 2:
         return np.zeros((2, 0))
@@ -400,7 +404,7 @@ def _latent_statistics(q: Distribution, prior: Distribution) -> np.ndarray:
 
 
 class _Running:
-    """The NLL of the parts so far, by sums about the first value."""
+    """Running NLL of the parts, by sums relative to the first value."""
 
     def __init__(self) -> None:
         self.n, self.shift, self.first, self.second = 0, 0.0, 0.0, 0.0
@@ -417,7 +421,7 @@ class _Running:
 
 
 def _check_first_draw(checkpoint: Any, part: Part, again: Part) -> None:
-    """The first draw once more: it also sees weights and code that no module holds."""
+    """Compare the first draw with the checkpoint's, which also detects changed weights and code."""
     if not np.allclose(part.curve[0], again.curve[0], rtol=1e-5, atol=1e-3, equal_nan=True):
         raise ValueError(
             f"checkpoint {checkpoint} was made with another encoder or decoder: the same draw now has "

@@ -1,4 +1,4 @@
-"""The modules that a callable is made of: found, digested, and put into eval mode."""
+"""Modules that a callable refers to: search, hash, and eval mode."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from .checkpoint import digest
 
 
 def modules_of(function: Callable[..., Any] | Distribution) -> list[nn.Module]:
-    """The modules that a callable is, or reaches: as the object of a method, an attribute, an argument's
-    default, a variable of its closure or a global that its code names; within three steps.
+    """Return the modules that a callable is or refers to, within three steps.
+
+    References are a method's object, attributes, default arguments, closure variables and globals named in
+    its code.
     """
     owner = function.__self__ if inspect.ismethod(function) else function
     if torch.compiler.is_compiling() and isinstance(owner, nn.Module):
-        return [owner]  # a compiler cannot follow the walk
+        return [owner]  # the compiler cannot trace the search
     return reached(function, nn.Module)
 
 
 def reached(function: Callable[..., Any] | Distribution, kinds: type | tuple[type, ...]) -> list[Any]:
-    """What a callable is, or reaches in this way, of these kinds; no farther than to one of them."""
+    """Return the objects of these kinds that a callable is or refers to; found objects are not searched."""
     found: dict[int, Any] = {}
     seen: dict[int, int] = {}
 
@@ -60,7 +62,7 @@ def _reached(value: Any) -> Iterator[Any]:
     elif isinstance(value, FunctionType):
         yield from (value.__defaults__, value.__kwdefaults__)
         for cell in value.__closure__ or ():
-            with contextlib.suppress(ValueError):  # of a variable that is not set yet
+            with contextlib.suppress(ValueError):  # a variable that is not set yet
                 yield cell.cell_contents
         yield from (value.__globals__[n] for n in _names(value.__code__) if n in value.__globals__)
         yield getattr(value, "__wrapped__", None)
@@ -70,17 +72,17 @@ def _reached(value: Any) -> Iterator[Any]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """What a function's code, and that of the functions in it, may call globals or attributes."""
+    """Return the names of globals and attributes in a function's code and in its inner functions."""
     return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 def parameters_digest(*callables: Callable[..., Any] | Distribution) -> str:
-    """Of everything that the callables' modules keep, and of how they print."""
+    """Hash the state and the representation of all modules that the callables refer to."""
     tensors: list[Tensor] = []
     names: list[str] = []
 
     def add(part: Any) -> None:
-        """What is not in a state_dict: a fixed scale, a tensor that a network computed."""
+        """Add state outside a state_dict, such as a fixed scale or a computed tensor."""
         plain = {k: v for k, v in sorted(vars(part).items()) if k != "training"}
         names.extend(f"{k}={v}" for k, v in plain.items() if isinstance(v, (int, float, str)))
         for value in plain.values():
@@ -108,16 +110,14 @@ def parameters_digest(*callables: Callable[..., Any] | Distribution) -> str:
     return digest(tensors).tobytes().hex()
 
 
-# Modules that are evaluated now: by how many, and the mode that each had before the first.
+# Modules under evaluation: number of evaluations, and mode before the first.
 _evaluated: dict[nn.Module, tuple[int, bool]] = {}
 _evaluated_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Every module in eval mode, and each back in its own when the last evaluation of it ends, in whatever
-    thread.
-    """
+    """Put all modules into eval mode; restore each when its last evaluation ends, in any thread."""
     # A frozen ScriptModule has no mode.
     parts = {m for module in modules for m in module.modules() if hasattr(m, "training")}
     with _evaluated_lock:

@@ -1,4 +1,4 @@
-"""Results of single batches: what an evaluation is put together from, saved, and exchanged between ranks."""
+"""Results of single batches, as saved, exchanged between ranks, and combined into an evaluation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 class Part(NamedTuple):
-    """One batch's results; the last axis of the second group of fields is its examples."""
+    """Results of one batch; the last axis of the second group of fields is its examples."""
 
-    index: int  # type: ignore[assignment] # of the batch
-    digest: np.ndarray  # [16] bytes, of the data
+    index: int  # type: ignore[assignment] # index of the batch
+    digest: np.ndarray  # [16] bytes, hash of the data
     latent: (
         np.ndarray
     )  # [3, D]: posterior means' mean and sum of squared deviations, the KL's sum; [2, D] without KL
-    dims: int  # numbers in one example
+    dims: int  # elements in one example
 
     log_px: np.ndarray
     stderr: np.ndarray
@@ -28,11 +28,11 @@ class Part(NamedTuple):
     high: np.ndarray
     k: np.ndarray
     elbo: np.ndarray
-    curve: np.ndarray  # [R, n]: the bound after each number of draws at which it is looked at
+    curve: np.ndarray  # [R, n]: the bound after each recorded number of draws
 
 
 _PER_BATCH = ("index", "digest", "latent", "dims")
-# Kind and axes of each array of packed parts.
+# dtype kind and number of axes of each array of packed parts.
 _PACKED = dict.fromkeys(Part._fields, ("f", 1)) | {
     "index": ("i", 1),
     "digest": ("u", 2),
@@ -45,7 +45,7 @@ _PACKED = dict.fromkeys(Part._fields, ("f", 1)) | {
 
 
 def pack(parts: list[Part]) -> dict[str, np.ndarray]:
-    """As arrays that np.savez takes; parts must not be empty."""
+    """Pack parts, at least one, into arrays for np.savez."""
     fields = {name: [getattr(p, name) for p in parts] for name in Part._fields}
     arrays = {name: np.stack([np.asarray(v) for v in fields.pop(name)]) for name in _PER_BATCH}
     arrays["sizes"] = np.array([len(p.log_px) for p in parts])
@@ -53,10 +53,10 @@ def pack(parts: list[Part]) -> dict[str, np.ndarray]:
 
 
 def unpack(arrays: dict[str, np.ndarray]) -> list[Part]:
-    """The parts again.
+    """Unpack the arrays of :func:`pack` to parts.
 
     Raises:
-        KeyError, ValueError: for arrays that no parts were packed to.
+        KeyError, ValueError: for arrays that :func:`pack` did not return.
     """
     for name, (kind, axes) in _PACKED.items():
         if arrays[name].dtype.kind != kind or arrays[name].ndim != axes:

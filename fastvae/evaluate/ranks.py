@@ -1,4 +1,4 @@
-"""The processes that share the work, and what they tell each other."""
+"""Processes that share the work, and their communication."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _E = TypeVar("_E", bound=Exception)
 
 
 class RankFailed(RuntimeError):
-    """What the other ranks raise when one has failed."""
+    """Error raised by the other ranks when one has failed."""
 
 
 class Ranks:
-    """The processes that share the work; one, if torch.distributed was not started.
+    """Processes that share the work; a single one without torch.distributed.
 
-    What they exchange are results, or the error of a rank that failed, which all others then raise.
+    They exchange results, or the error of a rank that failed, which all others then raise.
 
     Args:
-        shard: what they share: "data", "samples", or "none": this process works by itself, whatever was
-            started.
+        shard: division of the work: "data", "samples", or "none": this process works alone, even under
+            torch.distributed.
     """
 
     def __init__(self, shard: str):
@@ -36,11 +36,11 @@ class Ranks:
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
         self.by_samples = shard == "samples" and self.world > 1
-        self._awaited = self.world > 1  # whether the others will listen once more
+        self._awaited = self.world > 1  # True if the others expect another exchange
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
-        """An error that leaves the block reaches the other ranks in their next exchange."""
+        """Send an error that leaves the block to the other ranks in their next exchange."""
         try:
             yield
         except BaseException as error:
@@ -50,7 +50,7 @@ class Ranks:
 
     def _tell(self, error: BaseException) -> None:
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        # The others may be long in coming; and what goes wrong here must not hide the error.
+        # The others may take long to arrive, and a failure here must not hide the original error.
         with contextlib.suppress(Exception):
             warnings.warn(
                 f"fastvae.evaluate: rank {self.rank} failed ({said}); it waits to tell the other ranks",
@@ -61,24 +61,24 @@ class Ranks:
             self._exchange(said, "", None)
 
     def unanimous(self, error: _E) -> _E:
-        """An error that every rank raises at this point, so that none need be told."""
+        """Return an error that every rank raises at this point, so that it need not be sent."""
         self._awaited = False
         return error
 
     def _exchange(self, problem: str | None, what: str, value: Any) -> list[tuple[str | None, str, Any]]:
         found: list[Any] = [None] * self.world
         with _interrupts_after():
-            self._awaited = False  # if this fails
+            self._awaited = False  # in case this fails
             dist.all_gather_object(found, (problem, what, value))
             self._awaited = all(p is None for p, _, _ in found)
         return found
 
     def gather(self, mine: Any, what: str) -> list[Any]:
-        """Everyone's, in the order of ranks; ``what`` names the place in the work.
+        """Gather the objects of all ranks, in order; ``what`` names the current step.
 
         Raises:
-            RankFailed: if one of them failed.
-            ValueError: if one of them is at another place, since it has fewer batches.
+            RankFailed: if a rank failed.
+            ValueError: if a rank is at another step, because it has fewer batches.
         """
         if self.world == 1:
             return [mine]
@@ -91,7 +91,7 @@ class Ranks:
         return [value for _, _, value in found]
 
     def data_differ(self) -> ValueError:
-        """Every rank raises it."""
+        """Return the error for data that differ, which every rank raises."""
         return self.unanimous(
             ValueError(
                 "data differ between the ranks: each must iterate over the same batches, which evaluate "
@@ -101,25 +101,25 @@ class Ranks:
         )
 
     def first(self, value: Any) -> Any:
-        """Rank 0's."""
+        """Return the value of rank 0."""
         return self.gather(value, "first")[0]
 
     def wait(self) -> None:
         self.gather(None, "wait")
 
     def takes(self, index: int) -> bool:
-        """Whether this rank evaluates this batch."""
+        """Return True if this rank evaluates this batch."""
         return self.by_samples or index % self.world == self.rank
 
     def share(self, start: int, stop: int) -> tuple[int, int]:
-        """This rank's of these draws."""
+        """Return the range of these draws assigned to this rank."""
         if not self.by_samples:
             return start, stop
         cuts = [start + (stop - start) * r // self.world for r in (self.rank, self.rank + 1)]
         return cuts[0], cuts[1]
 
     def merge(self, part: Weights | None, device: torch.device) -> Weights | None:
-        """Everyone's draws together, in the order of ranks; None for none."""
+        """Merge the draws of all ranks, in order; None without draws."""
         if not self.by_samples:
             return part
         merged: Weights | None = None
@@ -132,7 +132,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def _interrupts_after() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: in the middle of an exchange it would leave the others there."""
+    """Defer Ctrl-C to the end of the block, since in an exchange it would leave the other ranks waiting."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

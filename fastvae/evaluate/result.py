@@ -1,4 +1,4 @@
-"""What an evaluation comes to: its numbers, put together from those of the batches."""
+"""Result of an evaluation, combined from the results of its batches."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from .parts import Part
 ACTIVE = 0.01  # variance of the posterior mean, Burda et al. 2016
 UNTRUSTED = 0.7  # Pareto k̂, Vehtari et al. 2024
 LEAST_FOR_KHAT = 21  # draws, for a tail of five
-# The share of examples with k̂ above 0.7 from which on the NLL is said to be a bound only: docs/estimators.md.
+# Fraction of examples with k̂ above 0.7 beyond which the NLL is only called a bound: docs/estimators.md.
 BOUND_ONLY = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The result of :func:`fastvae.evaluate`: numbers for the data set, and float64 tensors [N] for its
-    examples, in their order. ``print`` it for a summary, :meth:`save` it to a file.
+    """Result of :func:`fastvae.evaluate`.
+
+    It has numbers for the data set, and float64 tensors [N] for its examples, in order. ``print`` it for a
+    summary, :meth:`save` it to a file.
     """
 
     nll: float
@@ -37,49 +39,47 @@ class Evaluation:
     stderr: float
     """Standard error of nll over the choice of examples."""
     mc_stderr: float
-    """Standard error of nll over the draws of z: what another seed would change."""
+    """Standard error of nll over the draws of z, that is over seeds."""
     bits_per_dim: float
-    """nll / (X log 2) for X numbers in an example. For data that were dequantised from 2^b levels to [0, 1],
-    add b."""
+    """nll / (X log 2) for X elements in an example. For data dequantised from 2^b levels to [0, 1], add b."""
     log_px: Tensor
-    """log p(x) of each example, in nats."""
+    """Estimate of log p(x) of each example, in nats."""
     log_px_stderr: Tensor
-    """Its standard error over the draws."""
+    """Standard error of log_px over the draws."""
     ess: Tensor
     """Effective sample size."""
     khat: Tensor
-    """Pareto k̂: above 0.7 the example's estimates and their standard errors are not to be trusted."""
+    """Pareto k̂: above 0.7 the example's estimates and their standard errors are unreliable."""
     jackknife: Tensor
-    """The jackknife estimate of log p(x), without log_px's bias of order 1/k (Nowozin 2018)."""
+    """Jackknife estimate of log p(x), without log_px's bias of order 1/k (Nowozin 2018)."""
     jackknife_stderr: Tensor
-    """Its standard error over the draws."""
+    """Standard error of the jackknife estimate over the draws."""
     psis: Tensor
-    """The Pareto-smoothed estimate of log p(x) (Vehtari et al. 2024): less spread, biased low."""
+    """Pareto-smoothed estimate of log p(x) (Vehtari et al. 2024): lower variance, biased low."""
     low: Tensor
     """Lower end of a 95 % interval for log p(x) over the draws (:mod:`fastvae.weights`)."""
     high: Tensor
-    """Its upper end; +∞ where the draws do not bound log p(x)."""
+    """Upper end of the interval; +∞ where the draws do not bound log p(x)."""
     k: Tensor
-    """Draws made, int64."""
+    """Number of draws, int64."""
     elbo: Tensor
-    """Mean of the log weights of draws from q: the bound of k=1. NaN where the proposal made none."""
+    """Mean of the log weights of draws from q: the bound for k=1. NaN without draws from q."""
     active_units: int | None
-    """Latents whose posterior mean has a variance above 0.01 over the data (Burda et al.); None where q has
-    no ``mu``, or NaN in it."""
+    """Latents whose posterior mean has a variance above 0.01 over the data (Burda et al.); None if q has
+    no mean, or NaN in it."""
     kl_per_dim: Tensor | None
-    """KL(q ‖ p) of each latent, averaged over the data [D]; None where q has no analytic KL."""
+    """KL(q ‖ p) of each latent, averaged over the data [D]; None if q has no analytic KL."""
     curve: list[tuple[int, float, float]]
-    """(draws, nll by so many draws of each example at most, its standard error over examples), rising
+    """Triples (draws, nll with at most this many draws per example, standard error over examples), rising in
     draws."""
     dims: float
-    """Numbers in an example, X; their mean where examples differ in size."""
+    """Number of elements in an example, X; the mean if examples differ in size."""
     audit: Audit | None = None
-    """A few examples estimated once more, by annealed importance sampling; None where that was not asked
-    for."""
+    """Audit of some examples by annealed importance sampling; None if not requested."""
 
     @property
     def ess_quantiles(self) -> tuple[float, float, float]:
-        """5 %, 50 % and 95 % of the effective sample sizes."""
+        """Quantiles of the effective sample sizes, at 5 %, 50 % and 95 %."""
         values = self.ess[self.ess.isfinite()]
         if not len(values):
             return math.nan, math.nan, math.nan
@@ -87,25 +87,29 @@ class Evaluation:
 
     @property
     def untrusted(self) -> float:
-        """The share of the examples whose k̂ is above 0.7."""
+        """Fraction of the examples with k̂ above 0.7."""
         return float((self.khat > UNTRUSTED).double().mean())
 
     @property
     def nll_jackknife(self) -> float:
-        """The NLL by the jackknife, which removes most of nll's upward bias; an example whose k̂ is above
-        0.7, where the jackknife may be far off, counts with its log_px, a lower bound in expectation.
+        """NLL by the jackknife, which removes most of nll's upward bias.
+
+        Examples with k̂ above 0.7, where the jackknife may be far off, enter with log_px, a lower bound in
+        expectation.
         """
         return -float(self._corrected.mean())
 
     @property
     def nll_psis(self) -> float:
-        """The NLL by the Pareto-smoothed estimates."""
+        """NLL by the Pareto-smoothed estimates."""
         return -float(self.psis.mean())
 
     @property
     def nll_interval(self) -> tuple[float, float]:
-        """95 % interval, over the draws, for the NLL of these examples: about nll_jackknife, the distances of
-        the examples' intervals added in squares. Its lower end is −∞ where one of them is open.
+        """Ends of a 95 % interval over the draws for the NLL of these examples, around nll_jackknife.
+
+        The half widths of the examples' intervals are added in quadrature. The lower end is −∞ if one of them
+        is unbounded above.
         """
         center, n = self._corrected, len(self.log_px)
         up, down = (float(v.square().sum().sqrt()) / n for v in (self.high - center, center - self.low))
@@ -162,13 +166,13 @@ class Evaluation:
             lines.append(
                 f"  -inf           {impossible} example{'s' * (impossible > 1)}, with weights that are all 0"
             )
-        # A summary must not end a script whose output has no sign for ±.
+        # Printing a summary must not fail if the output cannot encode ±.
         return printable("\n".join(lines), sys.stdout)
 
     __repr__ = __str__
 
     def _to_quote(self) -> list[str]:
-        """A line that says which estimate of the NLL to quote, and why; none where there is no estimate."""
+        """Return a line that says which NLL estimate to quote, and why; empty if the NLL is not finite."""
         if not math.isfinite(self.nll):
             return []
         error = f" ± {self.stderr:.2f}" * (len(self.log_px) > 1)
@@ -187,7 +191,8 @@ class Evaluation:
         return [f"  to quote       {self.nll_jackknife:.2f}{error} nats, the jackknife's ({draws})"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write every field to an .npz file, for :meth:`load` and ``numpy.load``; what is None is left out.
+        """Write every field except None to an .npz file, for :meth:`load` and ``numpy.load``.
+
         An existing file is replaced when the new one is complete.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -198,11 +203,11 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
-        """The result that :meth:`save` wrote.
+        """Load a result that :meth:`save` wrote.
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it holds something else.
+            ValueError: if it does not contain such a result.
 
         Example:
             >>> import tempfile, torch, fastvae
@@ -221,7 +226,7 @@ class Evaluation:
                 values = _fields_of(dict(file))
         except OSError:
             raise
-        except Exception as error:  # whatever a file of something else brings about
+        except Exception as error:  # reading an arbitrary file may raise anything
             raise ValueError(
                 f"{os.fspath(path)} holds no result that Evaluation.save wrote ({type(error).__name__}: "
                 f"{error})"
@@ -230,7 +235,7 @@ class Evaluation:
 
 
 def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Of an Evaluation that was saved."""
+    """Validate the arrays of a saved Evaluation, and convert them to its fields."""
     if "settings" in arrays:
         raise ValueError("it is a checkpoint; evaluate(..., checkpoint=path) returns the result")
     if arrays["log_px"].ndim != 1:
@@ -268,11 +273,11 @@ def _check_array(name: str, value: np.ndarray, dtype: type, shape: tuple[int, ..
 
 
 def _check_values(values: dict[str, Any]) -> None:
-    """Raise ValueError where saved numbers are out of their range, or contradict each other."""
+    """Raise ValueError if saved numbers are out of range or inconsistent."""
     n, k, log_px = len(values["log_px"]), values["k"], values["log_px"]
     curve, kl, active, audit = (values[name] for name in ("curve", "kl_per_dim", "active_units", "audit"))
     draws = [row[0] for row in curve]
-    # NaN is what is not known.
+    # NaN means unknown.
     rules = {
         "log_px must have examples": n > 0,
         "log_px must not be infinite upwards": not bool((log_px == math.inf).any()),
@@ -362,7 +367,7 @@ def _standard_error(values: Tensor) -> float:
 
 
 def _latents(parts: list[Part]) -> tuple[int | None, Tensor | None]:
-    """Active units and KL per dimension, by adding sums, and squared deviations about the common mean."""
+    """Combine the batches' statistics to active units and KL per dimension."""
     if not parts[0].latent.shape[1]:
         return None, None
     sizes = np.array([len(p.log_px) for p in parts], dtype=np.float64)[:, None]
