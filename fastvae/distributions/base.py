@@ -278,7 +278,7 @@ class Distribution:
         return self
 
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
-        """Return the log of each draw's weight, [K, B] or [K, 1], for a q with ``strata``; the mean weight is 1.
+        """Return the log of each draw's weight, [K, B] or [K, 1], for a q with ``strata``; mean weight 1.
 
         Args:
             samples: as in :meth:`rsample`.

@@ -70,7 +70,7 @@ class _Correlated(Located):
 
 @functools.lru_cache(64)
 def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows and columns of the entries of a packed lower triangle, and the indices of its diagonal [D]."""
+    """Return the rows and columns of a packed lower triangle's entries, and the diagonal's indices [D]."""
     rows, columns = torch.tril_indices(d, d, device=device)
     return rows, columns, (rows == columns).nonzero()[:, 0]
 

@@ -325,7 +325,9 @@ def student_t_noise(first: Tensor, second: Tensor, df: Tensor) -> Tensor:
 
 
 class LogNormal(LocationScale):
-    """Log-normal distribution in each dimension: exp of N(loc, exp(log_scale)²).
+    """Log-normal distribution, exp of N(loc, exp(log_scale)²), in each dimension.
+
+    Its log density is the normal log density of log z, minus log z.
 
     Args:
         loc, log_scale: mean and log standard deviation of log z: [B, D] each for a posterior; broadcastable
