@@ -196,7 +196,7 @@ class _Step(NamedTuple):
 
 
 class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
-    r"""Hierarchical prior over latents in levels :math:`z_1 … z_L`, top-down, which also builds the posterior.
+    r"""Hierarchical prior over latents :math:`z_1 … z_L`, top-down; it also builds the posterior.
 
     .. math:: p(z) = \prod_l p(z_l | z_{<l}), \quad q(z|x) = \prod_l q(z_l | x, z_{<l}), \quad
               \mathrm{KL} = \sum_l E_q\big[ ½ \sum_d Δμ^2 / s^2 + e^{u} - 1 - u \big]
