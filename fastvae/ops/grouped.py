@@ -26,7 +26,7 @@ from ._contract import Contract
 from .likelihood import result_dtype
 from .op import Op
 
-# With fewer positions the SIMD lanes of a CPU would be partly empty.
+# For fewer positions the SIMD lanes of a CPU would be partly empty.
 FEWEST_POSITIONS = 8
 
 

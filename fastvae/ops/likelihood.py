@@ -127,7 +127,7 @@ class LogProb(Op):
         super().__init__()
 
     def _native(self, x, *parameters):
-        """Handle calls that do not fit the C++ directly, by reshaping the arguments."""
+        """Handle calls that the C++ declines: reshape the arguments, and raise if x is out of range."""
         self.check(x, *parameters)
         rows, flat = _flat(x, parameters)
         shape, full = self._shape(x, parameters), flat[0]
@@ -186,7 +186,7 @@ class _LogProbBackward(Op):
         super().__init__()
 
     def _native(self, grad, x, *rest):
-        """Handle calls that do not fit the C++ directly, by reshaping the arguments."""
+        """Handle calls that the C++ declines, by reshaping the arguments."""
         self.check(grad, x, *rest)
         *parameters, need = rest
         rows, flat = _flat(x, parameters)
@@ -484,7 +484,9 @@ def _check_here(declared: Any, x: Tensor) -> None:
 
 
 def _by_tiles(x: Any, parameters: Any, function: Callable[..., Tensor], spread: bool = True) -> Tensor:
-    """Return [K, B] of ``function(x, parameters of K' latents, K')`` tile by tile, recomputing tiles for gradients.
+    """Return [K, B] of ``function(x, parameters of K' latents, K')`` tile by tile.
+
+    For gradients the inside of each tile is recomputed, not stored.
 
     With ``spread`` the parameters have a row for each pair.
     """
