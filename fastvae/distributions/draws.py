@@ -144,9 +144,8 @@ def draw_chunk(
     """Return z [K, B, D], the log-ratio and a carrier of q's gradient (or None), [K, B], for some samples.
 
     The carrier, zeros, receives the gradient that is to reach q by a route that weights samples differently
-    from the decoder; for ``"score"`` it is log q(z|x). It is None for ``"iwae"`` and ``"stl"``. ``"dreg"``
-    would need
-    all samples, not a chunk: use ``"paths"``.
+    from the decoder; for ``"score"`` it is log q(z|x). It is None for ``"iwae"`` and ``"stl"``.
+    ``"dreg"`` would need all samples, not a chunk: use ``"paths"``.
     """
     prior = _fused_prior(q, p, seed)
     place: dict[str, Any]

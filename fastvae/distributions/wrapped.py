@@ -47,9 +47,8 @@ class TorchDistribution(Distribution):
     A prior's axes may also be [D] or []. If it is a function of normal noise (Normal, MultivariateNormal),
     has a quantile function ``icdf`` (Laplace, Cauchy, Uniform, …), or transforms one of these (LogNormal,
     Gumbel, flows), a sample's noise is a function of its address, as in fastvae's own families. Otherwise
-    torch's
-    generator draws, from a state that the seed and the indices of the first sample and row determine: the
-    same call gives the same samples, but different chunks give different samples.
+    torch's generator draws, from a state that the seed and the indices of the first sample and row determine:
+    the same call gives the same samples, but different chunks give different samples.
 
     Args:
         distribution: the torch.distributions object.

@@ -61,7 +61,7 @@ class Categorical(Likelihood):
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        if type(self).log_prob is not Categorical.log_prob:  # a subclass's own
+        if type(self).log_prob is not Categorical.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
         if beside is not None and beside.size is not None:
             raise self.no_size()
@@ -174,7 +174,7 @@ class Multinomial(Likelihood):
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        if type(self).log_prob is not Multinomial.log_prob:  # a subclass's own
+        if type(self).log_prob is not Multinomial.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
         mask, size, _ = beside or Beside()
         if size is not None:

@@ -84,7 +84,7 @@ class DiscretizedLogisticMixture(Likelihood):
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        if type(self).log_prob is not DiscretizedLogisticMixture.log_prob:  # a subclass's own
+        if type(self).log_prob is not DiscretizedLogisticMixture.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
         mask, size, _ = beside or Beside()
         if size is not None:

@@ -176,8 +176,7 @@ class _RsampleTrilBackward(Op):
     def _without_noise(self, grad_z, grad_log_q, _, mu, tril, seed, draw, need):
         """Call the C++ with regenerated noise if the forward pass did not keep it.
 
-        A torch.func transform does not announce that it will differentiate, nor need a direct caller of the
-        op.
+        A torch.func transform may not announce that it will differentiate, and a direct call need not.
         """
         return self.native(grad_z, grad_log_q, _noise(mu, seed, draw), mu, tril, seed, draw, need)
 

@@ -60,7 +60,7 @@ def pays(rows: int, size: int, h: Tensor) -> bool:
     if h.device.type != "cpu":
         return True
     if h.dtype.itemsize == 2:
-        return False  # torch's products are faster in half precision, the blocks' are float32's
+        return False  # torch's products in half precision are faster than the blocks' in float32
     inner = h.shape[1]
     fewest, per_input = FEWEST_NUMBERS, ROWS_PER_INPUT
     if h.dtype == torch.float64 or not HAS_TILES:

@@ -435,8 +435,7 @@ class _Gradient(Op):
     def _without_slope(self, *args):
         """Call the C++ with a recomputed slope if the forward pass did not keep it.
 
-        A torch.func transform does not announce that it will differentiate, nor need a direct caller of the
-        op.
+        A torch.func transform may not announce that it will differentiate, and a direct call need not.
         """
         n = self.arrives
         mu, logvar, _, _, seed, draw = args[n + 1 : n + 7]

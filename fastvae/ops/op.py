@@ -205,7 +205,7 @@ class Op:
             return self._kernel(*self._unpacked(args))
 
     def _autograd(self, *fields):
-        """Run the dispatcher's kernel for tensors that may require gradients."""
+        """Run the op as the dispatcher's Autograd kernel, with a node if a gradient is needed."""
         if forward_ad._current_level >= 0 and _any_tangent(fields):
             raise RuntimeError(
                 f"fastvae::{self.name}: forward-mode differentiation is not implemented; use reverse mode "
