@@ -1,5 +1,7 @@
-"""Distributions over z, as q(z|x) and as p(z): one file per family. :mod:`~fastvae.distributions.draws` finds
-what is fused."""
+"""Distributions over z, for q(z|x) and for p(z): one file per family.
+
+:mod:`~fastvae.distributions.draws` selects the fused op for a pair of families.
+"""
 
 from .base import Distribution, closed_kl, register_kl
 from .covariance import FullNormal, LowRankNormal

@@ -1,4 +1,4 @@
-"""What a distribution over z is, in both of its roles: q(z|x), and the prior p(z)."""
+"""Base class of distributions over z, for both roles: posterior q(z|x) and prior p(z)."""
 
 from __future__ import annotations
 
@@ -14,38 +14,37 @@ from torch import distributions as td
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What a plain distribution defines, and a module has of nn.Module.
+# Methods that a module takes from nn.Module, not from Distribution.
 _OF_MODULES = ("__setattr__", "__repr__", "to", "parameters", "state_dict")
 
 
 class Distribution:
-    r"""A distribution over z: a posterior q(z|x), which has a row of parameters for each example, or a prior.
+    """Distribution over z: a posterior q(z|x), with a row of parameters for each example, or a prior p(z).
 
-    Subclass it for a family that neither fastvae nor ``torch.distributions`` has; an object of the latter
-    needs no subclass. A prior needs :meth:`log_prob`; a posterior needs ``batch``, ``device`` and
+    Subclass it for a family that is in neither fastvae nor ``torch.distributions``; torch's objects are
+    accepted as they are. A prior needs :meth:`log_prob`; a posterior needs ``batch``, ``device`` and
     :meth:`rsample`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too.
 
-    A distribution is a plain object, and an ``nn.Module`` only where it owns state, so that a learned prior's
-    parameters are found, saved and moved: where it is constructed from an ``nn.Parameter``, a module, or the
-    fixed tensors [D] of a prior. A subclass that creates parameters of its own inherits from both: ``class
-    Mine(fastvae.Distribution, nn.Module)``.
+    A distribution is an ``nn.Module`` only if it owns state, so that a learned prior's parameters are
+    registered, saved and moved: if it is constructed from an ``nn.Parameter``, a module, or the fixed tensors
+    [D] of a prior. Otherwise it is a plain object. A subclass that creates parameters itself inherits from
+    both: ``class Mine(fastvae.Distribution, nn.Module)``.
 
     Attributes:
         family: the class of the distribution, the same for a plain object and for a module.
-        batch: the number of examples B, of a posterior.
-        device: where z is drawn, of a posterior.
-        mean: of a posterior: the mean of each row [B, D], or None where it is not known.
-        latent: of a posterior: the shape of an example's latents where they have axes of their own, such as
-            (C, H, W): the decoder is given z as [N, C, H, W]. Everywhere else, in the methods of q and of the
-            prior, z is flat, D = C·H·W. Default: None, the decoder is given z [N, D].
-        z_dtype: of a posterior: the dtype of the decoder's z where it is narrower than that of the draws, as
-            for torch's in half precision. Default: None, that of the draws.
-        support: where z lies, a constraint of torch.distributions. A posterior over less than R^D needs a
-            prior of the same support: N(0, I) is refused. Default: ``constraints.real``.
-        per_row: of a prior: whether each row of the batch has parameters of its own.
-        strata: of a posterior: how many parts its draws come from in turn; 1 where each is drawn from q.
-        own_prior: of a posterior that is made together with its prior: this prior, which ``prior=None`` then
-            stands for; None for N(0, I).
+        batch: posterior: the number of examples B.
+        device: posterior: the device on which z is drawn.
+        mean: posterior: the mean of each row [B, D], or None if it is unknown.
+        latent: posterior: the shape of an example's latents if they have several axes, such as (C, H, W): the
+            decoder gets z as [N, C, H, W]. The methods of q and of the prior use flat z, D = C·H·W. Default:
+            None, the decoder gets z [N, D].
+        z_dtype: posterior: the dtype of the decoder's z if it is narrower than the draws, as for torch's
+            distributions in half precision. Default: None, the dtype of the draws.
+        support: the support of z, a constraint of torch.distributions. A posterior over a subset of R^D needs
+            a prior with the same support: N(0, I) is rejected. Default: ``constraints.real``.
+        per_row: prior: whether parameters differ between the rows of the batch.
+        strata: posterior: the number of strata that successive draws cycle through; 1 if each draw is from q.
+        own_prior: posterior: the prior that belongs to it, used for ``prior=None``; None for N(0, I).
 
     Example:
         >>> import torch, fastvae
@@ -88,19 +87,19 @@ class Distribution:
         return object.__new__(cls._as_module if _owns_state(given) else cls)  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class of a module is found by its family.
+        # A module's class is generated and cannot be pickled by name; its family can.
         state = getattr(self, "__getstate__", lambda: self.__dict__)()  # object's since Python 3.11
         return _new, (self.family, isinstance(self, nn.Module)), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for tensor in tensors_of(self, cached=True):
-            if tensor.grad_fn is not None:  # which torch does not copy: the copy stays in the graph
+            if tensor.grad_fn is not None:  # torch refuses to deepcopy it; the clone stays in the graph
                 memo[id(tensor)] = tensor.clone()
         made = memo[id(self)] = object.__new__(type(self))
         made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return made
 
-    # What an nn.Module has of its own.
+    # Counterparts of nn.Module's methods, for plain objects.
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, (nn.Parameter, nn.Module)):
@@ -115,12 +114,12 @@ class Distribution:
         return f"{self.family.__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        """What was set, as ``repr`` shows it; of a module its children come after it."""
+        """Return the attributes as ``repr`` shows them; a module's children follow."""
         shown = {name: value for name, value in self._set().items() if value is not None}
         return ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
 
     def _set(self) -> dict[str, Any]:
-        """Attributes by name, without the children of a module."""
+        """Return public attributes by name, without a module's children."""
         values = dict(self.__dict__)
         if isinstance(self, nn.Module):
             del values["training"]
@@ -128,10 +127,11 @@ class Distribution:
         return {name: value for name, value in values.items() if not name.startswith("_")}
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """A copy on another device or of another floating-point dtype; a module is changed in place.
+        """Return a copy on another device or in another floating-point dtype; a module is changed in place.
 
         Args:
-            args, kwargs: as ``nn.Module.to`` takes them.
+            *args: as for ``nn.Module.to``.
+            **kwargs: as for ``nn.Module.to``.
         """
 
         def convert(tensor: Tensor) -> Tensor:
@@ -145,15 +145,15 @@ class Distribution:
         return mapped(self, convert)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Those of a module: none."""
+        """Return no parameters: a plain object has none."""
         return iter(())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """That of a module: empty."""
+        """Return an empty dict: a plain object has no state."""
         return {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Of a module, whose tensors in a graph are moved with its state."""
+        """Apply ``fn`` to a module's state, and to its tensors that are part of an autograd graph."""
         super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
         done = {id(module): module for module in self.modules()}  # type: ignore[attr-defined]
         for name, value in self.__dict__.items():
@@ -163,41 +163,47 @@ class Distribution:
 
     @property
     def has_rows(self) -> bool:
-        """Whether it is one distribution for each example, as a posterior is."""
+        """True if it has one distribution per example, as a posterior has."""
         return hasattr(self, "batch") and hasattr(self, "device")
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log of the density at z [K, B, D], summed over D: [K, B], in nats.
+        """Return the log density at z, summed over D: [K, B], in nats.
 
-        z is flat, whatever the shape of its latents. A prior that needs the shape knows it, and views z by
-        ``z.unflatten(2, (C, H, W))``.
+        A prior that needs the shape of the latents restores it with ``z.unflatten(2, (C, H, W))``.
+
+        Args:
+            z: [K, B, D], flat whatever the shape of the latents.
         """
         raise NotImplementedError(f"{self.family.__name__} has no log_prob")
 
     def rsample(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """z [K, B, D], a differentiable function of the parameters, and its log density [K, B].
+        """Draw z [K, B, D], differentiable in the parameters, and return it with its log density [K, B].
 
         Args:
-            samples: K.
-            seed: int64 tensor of no dimensions, or of ``noise="qmc"`` [R], to be passed on. The noise of
-                sample k and row b is a function of (seed, sample_offset + k, row_offset + b), as that of
-                :func:`fastvae.random.normal` is.
-            sample_offset, row_offset: place of the first sample and row; one that is 0 may be left out of the
-                call.
+            samples: number of draws per row, K.
+            seed: int64 tensor with no dimensions, or [R] for ``noise="qmc"``; pass it on unchanged. The noise
+                of sample k and row b is a function of (seed, sample_offset + k, row_offset + b), as in
+                :func:`fastvae.random.normal`.
+            sample_offset: index of the first sample. Default: 0, and callers may omit it.
+            row_offset: index of the first row. Default: 0, and callers may omit it.
         """
         raise NotImplementedError(f"{self.family.__name__} has no rsample, which a posterior needs")
 
     def rsample_log_ratio(
         self, p: Distribution, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor] | None:
-        """z [K, B, D] and log p(z) − log q(z|x) [K, B] in one pass, where q has a better way to this prior
-        than :meth:`rsample` and p's :meth:`log_prob`; or None.
+        """Draw z [K, B, D] and return it with log p(z) − log q(z|x) [K, B], computed in one pass, or None.
+
+        None means that q has no better method for this prior than :meth:`rsample` and p's :meth:`log_prob`.
 
         Args:
             p: the prior.
-            samples, seed, sample_offset, row_offset: as :meth:`rsample` takes them.
+            samples: as in :meth:`rsample`.
+            seed: as in :meth:`rsample`.
+            sample_offset: as in :meth:`rsample`.
+            row_offset: as in :meth:`rsample`.
         """
         return None
 
@@ -210,13 +216,16 @@ class Distribution:
         row_offset: int = 0,
         per_dimension: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
-        """z [K, B, D] and KL(q ‖ p), [B], or [K, B] where it is analytic given a part of the draw, such as
-        the levels above; or None where q knows no such KL to this prior.
+        """Draw z [K, B, D] and return it with KL(q ‖ p), or None if q knows no such KL to this prior.
+
+        The KL is [B], or [K, B] if it is analytic given a part of the draw, such as the levels above.
 
         Args:
             p: the prior.
-            samples, seed, row_offset: as :meth:`rsample` takes them.
-            per_dimension: the KL of each dimension [B, D], the mean over the samples, for free bits.
+            samples: as in :meth:`rsample`.
+            seed: as in :meth:`rsample`.
+            row_offset: as in :meth:`rsample`.
+            per_dimension: return the KL of each dimension [B, D], averaged over the samples, for free bits.
         """
         return None
 
@@ -228,20 +237,33 @@ class Distribution:
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n draws of a prior [n, dim], for :meth:`fastvae.VAE.sample`."""
+        """Draw n values of a prior [n, dim], for :meth:`fastvae.VAE.sample`.
+
+        Args:
+            n: number of draws.
+            dim: number of latents D.
+            device: device of the result, for a prior without tensors.
+            generator: source of the seed. Default: torch's own generator.
+        """
         raise NotImplementedError(f"{self.family.__name__} has no sample, which drawing from the prior needs")
 
     def rows(self, start: int, stop: int) -> Distribution | None:
-        """The posterior of these examples alone, or None where that is not known."""
+        """Return the posterior of the examples start to stop, or None if the family does not support it.
+
+        Args:
+            start: index of the first example.
+            stop: index after the last example.
+        """
         return None
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
-        """The same distribution for each of so many examples, as a posterior: a component of a
-        :class:`fastvae.Mixture` that also has others.
+        """Return this distribution as a posterior that is the same for every example.
+
+        :class:`fastvae.Mixture` calls it on a component without rows if another component has rows.
 
         Args:
-            batch: B.
-            like: a tensor [..., D], on whose device and in whose dtype z will be.
+            batch: number of examples B.
+            like: a tensor [..., D] with the device and dtype of z.
         """
         raise NotImplementedError(
             f"{self.family.__name__} has no expand, which a component of a mixture needs that has no rows of "
@@ -249,22 +271,29 @@ class Distribution:
         )
 
     def prepared(self) -> Distribution:
-        """The same prior with what all draws of a call have in common computed, such as a VampPrior's
-        components; an objective asks once.
+        """Return the prior with everything precomputed that all draws of a call share.
+
+        An example is a VampPrior's components. An objective calls it once.
         """
         return self
 
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
-        """log of what each draw counts, [K, B] or [K, 1], where there are ``strata``: 1 on average."""
+        """Return the log of each draw's weight, [K, B] or [K, 1], for a q with ``strata``; mean weight 1.
+
+        Args:
+            samples: as in :meth:`rsample`.
+            seed: as in :meth:`rsample`.
+            sample_offset: as in :meth:`rsample`.
+        """
         raise NotImplementedError(f"{self.family.__name__} has strata, but no log_shares")
 
     @property
     def reaches_others(self) -> bool:
-        """Whether the density may reach parameters that are no attributes, as a family of the user's may."""
+        """True if the density may use parameters that are not attributes, as in a user's family."""
         return not self.family.__module__.startswith("fastvae.distributions.")
 
     def as_torch(self) -> td.Distribution | None:
-        """The same as an object of torch.distributions, whose table of KLs is asked; None for none."""
+        """Return the equivalent torch.distributions object, for torch's KL registry, or None."""
         return None
 
 
@@ -274,19 +303,19 @@ _Family = TypeVar("_Family", bound=Distribution)
 
 
 def is_family(distribution: Distribution, family: type[_Family]) -> TypeGuard[_Family]:
-    """True for this family itself, plain or a module, and False for its subclasses."""
+    """Return True for this family itself, plain or a module, and False for its subclasses."""
     return distribution.family is family
 
 
 def is_real(support: Any) -> bool:
-    """True for all of R^D."""
+    """Return True if the support is all of R^D."""
     while isinstance(support, td.constraints.independent):
         support = support.base_constraint
     return support is td.constraints.real
 
 
 class Located(Distribution):
-    """A family whose parameters have the axes of its location, [B, D] or, of a prior, [D]."""
+    """Family whose parameters have the axes of its location, [B, D], or [D] for a prior."""
 
     @property
     def location(self) -> Tensor:
@@ -310,7 +339,7 @@ class Located(Distribution):
 
 
 def _owns_state(given: Any) -> bool:
-    """True for arguments that a module owns: parameters, modules, a prior's tensors [D]."""
+    """Return True if the arguments make a module: parameters, modules, or a prior's tensors [D]."""
     for value in given:
         if isinstance(value, (nn.Parameter, nn.Module)):
             return True
@@ -326,7 +355,7 @@ def _new(family: type[Distribution], is_module: bool) -> Distribution:
 
 
 def as_module(distribution: Distribution) -> Distribution:
-    """The same as a module that owns its tensors, such as a VAE's prior; itself where it has none."""
+    """Return the distribution as a module that owns its fixed tensors; itself if it has none."""
     values = distribution.__dict__
     fixed = any(isinstance(v, Tensor) and not v.requires_grad for v in values.values())
     if isinstance(distribution, nn.Module) or not fixed:
@@ -339,8 +368,9 @@ def as_module(distribution: Distribution) -> Distribution:
 
 
 def hold(distribution: Distribution, **values: Tensor | None) -> None:
-    """Make tensors attributes: of a module its parameters and buffers, but what a network computed, which is
-    no state of it and must stay in its graph.
+    """Set tensors as attributes, a module's as parameters and buffers.
+
+    A network's output is not state and must stay in its autograd graph: it becomes a plain attribute.
     """
     for name, value in values.items():
         if not isinstance(distribution, nn.Module):
@@ -353,16 +383,16 @@ def hold(distribution: Distribution, **values: Tensor | None) -> None:
             distribution.register_buffer(name, value)
 
 
-# What is read as a tensor's holder when a distribution's parameters are held fixed.
+# Types that are searched for tensors when a distribution's parameters are frozen.
 _HOLDERS = (Distribution, nn.Module, td.Distribution, td.Transform)
 
 
-# Where a transform keeps its last argument and result, which it recognises by identity.
+# Attribute in which a transform caches its last input and output, matched by identity.
 _CACHE = "_cached_x_y"
 
 
 def tensors_of(value: Any, depth: int = 6, cached: bool = False) -> Iterator[Tensor]:
-    """The tensors of distributions, transforms and modules; those in the caches of transforms if asked."""
+    """Yield the tensors of distributions, transforms and modules; optionally those in transforms' caches."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, _HOLDERS) and depth:
@@ -392,19 +422,21 @@ def _brief(value: Any) -> str:
 
 
 def held(value: Any) -> Any:
-    """A copy with the same values, through whose parameters no gradient passes."""
+    """Return a frozen copy: the same values, with every parameter detached."""
     return mapped(value, lambda t: t.detach() if t.requires_grad else t)
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy with ``function`` of each tensor. A transform whose tensors all stay is not copied: its inverse
-    must still recognise what it returned.
+    """Return a copy with ``function`` applied to each tensor.
+
+    A transform whose tensors are all unchanged is not copied: its inverse must still recognise its cached
+    output.
     """
     return _mapped(value, function, {})
 
 
 def fixed_at(distribution: Distribution, z: Tensor) -> tuple[Distribution, Tensor]:
-    """The distribution with its parameters, and z detached, which its transforms recognise as they do z."""
+    """Return the distribution and a detached z that its transforms' caches still recognise."""
     if not any(t is z for t in tensors_of(distribution, cached=True)):
         return distribution, z.detach()
     detached: dict[int, Tensor] = {}
@@ -426,13 +458,13 @@ def _mapped(
         return function(value)
     if id(value) in seen:
         return seen[id(value)]
-    if isinstance(value, weakref.ref):  # a transform's, to its inverse, which is made anew
+    if isinstance(value, weakref.ref):  # a transform's reference to its inverse, which is recreated
         return None
     cache: Any = (None, None)
     if isinstance(value, td.Transform):
         if in_cache is None and all(function(t) is t for t in tensors_of(value)):
             return value
-        # A preimage under parameters that are learned is a function of them.
+        # A cached preimage under learned parameters depends on them and must not be detached.
         if in_cache is not None and not any(t.requires_grad for t in tensors_of(value)):
             cache = tuple(t if t is None else in_cache(t) for t in value.__dict__.get(_CACHE, ()))
     if isinstance(value, _HOLDERS):
@@ -460,11 +492,12 @@ _closed: dict[tuple[type, type], _Closed] = {}
 def register_kl(q: type[Distribution], p: type[Distribution]) -> Callable[[_Closed], _Closed]:
     r"""Register a closed form of KL(q ‖ p) for two families, as ``torch.distributions.register_kl`` does.
 
-    The function takes the two distributions and returns the KL of each dimension [B, D], or their sum [B].
-    It serves subclasses too, if they leave ``log_prob`` and ``rsample`` as they are.
+    The function takes the two distributions and returns the KL of each dimension [B, D], or its sum [B]. It
+    is also used for subclasses that override neither ``log_prob`` nor ``rsample``.
 
     Args:
-        q, p: the families.
+        q: family of the posterior.
+        p: family of the prior.
 
     Example:
         >>> import torch, fastvae
@@ -490,7 +523,7 @@ def register_kl(q: type[Distribution], p: type[Distribution]) -> Callable[[_Clos
 
 
 def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
-    """KL(q ‖ p), [B, D] or [B], where a closed form is known."""
+    """Return KL(q ‖ p), [B, D] or [B], or None if there is no closed form."""
     for a in type(q).__mro__:
         for b in type(p).__mro__:
             function = _closed.get((a, b))
@@ -512,6 +545,6 @@ def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
 
 
 def is_still(distribution: Distribution, family: type) -> bool:
-    """Whether a subclass leaves the density and the draws of this family as they are."""
+    """Return True if a subclass overrides neither the density nor the draws of this family."""
     kind = distribution.family
     return kind.log_prob is family.log_prob and kind.rsample is family.rsample  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Normal distributions whose dimensions are correlated."""
+"""Normal distributions with correlated dimensions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG_2_PI = math.log(2 * math.pi)
 
 
 class _Correlated(Located):
-    """What the families of this file share: a mean, [B, D] or [D]."""
+    """Base class of this file's families, with a mean [B, D] or [D]."""
 
     mu: Tensor
 
@@ -39,14 +39,14 @@ class _Correlated(Located):
         return accumulator(self.mu.dtype)
 
     def _draw(self, eps: Tensor) -> Tensor:
-        """z [K, B, D] of as many normals as a draw takes, [K, B, …]."""
+        """Transform standard normals [K, B, …] to z [K, B, D]."""
         raise NotImplementedError
 
     def _normals(self) -> int:
         return self.mu.shape[-1]
 
     def _like(self, made: _Same) -> _Same:
-        """The same as ``made``, whose z has the dtype of this one's."""
+        """Copy this distribution's ``z_dtype`` to ``made``."""
         if self.z_dtype is not None:
             made.z_dtype = self.z_dtype
         return made
@@ -70,24 +70,22 @@ class _Correlated(Located):
 
 @functools.lru_cache(64)
 def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a vector [D(D+1)/2] that holds a triangle row by row: the rows and columns of its entries, and where
-    the diagonal's are [D].
-    """
+    """Return the rows and columns of a packed lower triangle's entries, and the diagonal's indices [D]."""
     rows, columns = torch.tril_indices(d, d, device=device)
     return rows, columns, (rows == columns).nonzero()[:, 0]
 
 
 class FullNormal(_Correlated):
-    r"""N(mu, L Lᵀ), of any covariance.
+    r"""Normal distribution N(mu, L Lᵀ) with a full covariance.
 
     .. math:: \log p(z) = -½ \|L^{-1} (z - μ)\|^2 - \sum_d \log L_{dd} - \tfrac{D}{2} \log 2π
 
-    A posterior's density at its own draws needs no solution of a triangular system.
+    A posterior's density at its own draws needs no triangular solve.
 
     Args:
-        mu: the mean: [B, D] of a posterior, [D] of a prior.
-        tril: the lower triangle of L row by row, [..., D(D+1)/2], with the logarithms of its diagonal, so
-            that any numbers will do. :meth:`of` takes L itself.
+        mu: the mean: [B, D] for a posterior, [D] for a prior.
+        tril: the lower triangle of L, row by row, [..., D(D+1)/2], with logarithms on its diagonal, so that
+            any numbers are valid. :meth:`of` takes L itself.
 
     Raises:
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
@@ -122,7 +120,12 @@ class FullNormal(_Correlated):
 
     @classmethod
     def of(cls, mu: Tensor, scale_tril: Tensor) -> FullNormal:
-        """That of a Cholesky factor L [..., D, D], whose upper triangle is not read."""
+        """Construct the distribution from a Cholesky factor.
+
+        Args:
+            mu: the mean [..., D].
+            scale_tril: L [..., D, D], whose upper triangle is ignored.
+        """
         check_tensor("mu", mu)
         check_tensor("scale_tril", scale_tril)
         if scale_tril.shape != (*mu.shape, mu.shape[-1]):
@@ -139,7 +142,7 @@ class FullNormal(_Correlated):
         return self.mu.to(dtype), self.tril.to(dtype)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """mu, L [..., D, D], and the logarithms of its diagonal [..., D]."""
+        """Return mu, L [..., D, D], and the logarithms of its diagonal [..., D]."""
         mu, tril = self._wide()
         rows, columns, diagonal = _places(mu.shape[-1], mu.device)
         logs = tril[..., diagonal]
@@ -156,7 +159,7 @@ class FullNormal(_Correlated):
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
-        if seed.dim():  # quasi-Monte-Carlo noise, which the op has not
+        if seed.dim():  # quasi-Monte-Carlo noise, which the op does not support
             mu, scale, logs = self._parts()
             eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
             log_q = -0.5 * (eps.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
@@ -187,7 +190,7 @@ class FullNormal(_Correlated):
 
 
 def _solve(scale: Tensor, delta: Tensor) -> Tensor:
-    """L⁻¹ delta [K, B, D] (or [..., D] for one L)."""
+    """Return L⁻¹ delta [K, B, D], or [..., D] for a single L."""
     solved: Tensor
     if scale.dim() == 2:
         solved = torch.linalg.solve_triangular(scale, delta.reshape(-1, delta.shape[-1]).mT, upper=False)
@@ -197,7 +200,7 @@ def _solve(scale: Tensor, delta: Tensor) -> Tensor:
 
 
 class LowRankNormal(_Correlated):
-    r"""N(mu, diag exp(logvar) + F Fᵀ): a diagonal covariance and R directions.
+    r"""Normal distribution N(mu, diag exp(logvar) + F Fᵀ): a diagonal plus rank-R covariance.
 
     With :math:`W = e^{-\mathrm{logvar}/2} F`, :math:`w = e^{-\mathrm{logvar}/2} (z - μ)` and the Cholesky
     factor C of :math:`I + WᵀW`,
@@ -206,8 +209,8 @@ class LowRankNormal(_Correlated):
               - ½ \sum_d \mathrm{logvar}_d - \sum_r \log C_{rr}
 
     Args:
-        mu, logvar: [B, D] of a posterior, [D] of a prior.
-        factor: F, [B, D, R] of a posterior, [D, R] of a prior.
+        mu, logvar: mean and log variance of the diagonal part: [B, D] for a posterior, [D] for a prior.
+        factor: F, [B, D, R] for a posterior, [D, R] for a prior.
 
     Raises:
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
@@ -259,7 +262,7 @@ class LowRankNormal(_Correlated):
         return z.to(self.mu.dtype), self.log_prob(z)
 
     def _capacitance(self, logvar: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """W [..., D, R], and the Cholesky factor of I + WᵀW."""
+        """Return W [..., D, R] and the Cholesky factor of I + WᵀW."""
         white = factor * torch.exp(-0.5 * logvar)[..., None]
         one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         root: Tensor = torch.linalg.cholesky(one + white.mT @ white)
@@ -293,14 +296,14 @@ class LowRankNormal(_Correlated):
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows [K, B, N] times matrices [B, N, M] of the same B, or one [N, M]."""
+    """Multiply rows [K, B, N] by matrices [B, N, M], or by one matrix [N, M]."""
     if matrix.dim() == 2:
         return rows @ matrix
     return torch.bmm(rows.transpose(0, 1), matrix).transpose(0, 1)
 
 
 def _of_prior(p: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Its mean and log variance."""
+    """Return the prior's mean and log variance."""
     if isinstance(p, DiagonalNormal):
         return p._wide()
     return torch.zeros_like(like), torch.zeros_like(like)
@@ -309,18 +312,18 @@ def _of_prior(p: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Tensor,
 @register_kl(FullNormal, StandardNormal)
 @register_kl(FullNormal, DiagonalNormal)
 def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
-    """Of each dimension given those before it [B, D], which by the chain rule add up."""
+    """Return the KL of each dimension given those before it [B, D]; by the chain rule they sum to KL."""
     mu, scale, logs = q._parts()
     prior_mu, prior_logvar = _of_prior(p, mu)
     inverse = torch.exp(-0.5 * prior_logvar)
-    # L² − 1 − log L² of the diagonal, in which nothing cancels, and the squares beside it.
+    # Diagonal terms L² − 1 − log L², without cancellation, and squares of the off-diagonal entries.
     beside = torch.tril(scale * inverse[..., None], -1).square().sum(-1)
     move = (mu - prior_mu) * inverse
     return 0.5 * (expm1_minus(2 * logs - prior_logvar) + beside + move.square())
 
 
 def _root(d: DiagonalNormal | FullNormal | LowRankNormal) -> tuple[Tensor, Tensor, Tensor]:
-    """mu, a lower triangular root of the covariance [..., D, D], and the logarithms of its diagonal."""
+    """Return mu, a lower triangular root of the covariance [..., D, D], and the log of its diagonal."""
     if isinstance(d, FullNormal):
         return d._parts()
     if isinstance(d, DiagonalNormal):

@@ -1,4 +1,4 @@
-"""Draws from q with what the bound needs of q and p: the fused op of the pair, or else compositions."""
+"""Draws from q with the KL or the log-ratio to p, by a fused op for the pair or by composition."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .base import Distribution, Located, closed_kl, fixed_at, held, is_family, i
 from .normal import DiagonalNormal, StandardNormal
 from .wrapped import TorchDistribution
 
-# It has no state; making a module costs more than the kernels of a small batch.
+# Stateless and shared: creating a module costs more than the kernels of a small batch.
 STANDARD = StandardNormal()
 _NOT_FUSED = object()
 
 
 def _fused_prior(q: Distribution, p: Distribution, seed: Tensor) -> Any:
-    """What the fused op takes of p beside this q."""
-    # The noise inside the ops is Philox's.
+    """Return the fused op's prior argument for this q and p, or _NOT_FUSED."""
+    # The ops generate Philox noise only.
     if not is_family(q, DiagonalNormal) or seed.dim():
         return _NOT_FUSED
     if p is STANDARD or is_family(p, StandardNormal):
         return None
     if not is_family(p, DiagonalNormal):
         return _NOT_FUSED
-    # A log variance is not computed in half precision; the composition is wide.
+    # Half precision would round the converted log variance; the composition computes in float32.
     if p.logvar.dtype.itemsize == 2 and not p.has_logvar:
         return _NOT_FUSED
     return p.mu, p.log_variance()
@@ -39,11 +39,12 @@ def _fused_prior(q: Distribution, p: Distribution, seed: Tensor) -> Any:
 def draw_kl(
     q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int, per_dimension: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """z [K·B, D], as a decoder takes it, and KL(q ‖ p), [B] or [B, D], or [K, B] of a q that knows it given a
-    part of the draw; None where no closed form is known.
+    """Draw z [K·B, D] for a decoder and return it with KL(q ‖ p), or None without a closed form.
+
+    The KL is [B] or [B, D], or [K, B] if q knows it only given a part of the draw.
 
     Raises:
-        ValueError: if each dimension's is asked for, and only their sum is known.
+        ValueError: if the KL of each dimension is requested, and only the sum is known.
     """
     usual = is_family(q, DiagonalNormal) and p is STANDARD and not seed.dim()
     prior = None if usual else _fused_prior(q, p, seed)
@@ -78,7 +79,7 @@ _said: set[tuple[str, str]] = set()
 
 
 def say_monte_carlo(q: Distribution, p: Distribution) -> None:
-    """Once for each pair of families."""
+    """Warn that the KL is estimated from draws, once for each pair of families."""
     names = describe(q), describe(p)
     if names not in _said:
         _said.add(names)
@@ -109,8 +110,9 @@ def draw_ratio(
     alpha: float = 0.0,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """z [K·B, D] and log p(z) − log q(z|x) [K, B], with the log of what each draw counts. ``alpha`` and
-    ``groups`` are those of the power mean that DReG is for.
+    """Draw z [K·B, D] and return it with log p(z) − log q(z|x) [K, B], including the log weights of strata.
+
+    ``alpha`` and ``groups`` describe the power mean that DReG differentiates.
     """
     usual = is_family(q, DiagonalNormal) and p is STANDARD and not seed.dim()
     prior = None if usual else _fused_prior(q, p, seed)
@@ -125,7 +127,7 @@ def draw_ratio(
 def draw_strata(
     q: Distribution, p: Distribution, samples: int, seed: Tensor, row_offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z [K, B, D] and log p(z) − log q(z|x) [K, B] of a q with strata, and what each draw counts [K, B]."""
+    """Return z [K, B, D], log p(z) − log q(z|x) [K, B] and the draws' weights [K, B], for a q with strata."""
     z, log_ratio, _ = _composed(q, p, samples, seed, "iwae", row_offset=row_offset)
     return z, log_ratio, q.log_shares(samples, seed).exp().expand(log_ratio.shape)
 
@@ -139,10 +141,11 @@ def draw_chunk(
     row_offset: int,
     route: str = "iwae",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """z [K, B, D] and the log-ratio [K, B] of some of the samples; and what takes the gradient that is to
-    reach q by a ``route`` that needs to be told, [K, B]: zeros, or, by the score, log q(z|x).
+    """Return z [K, B, D], the log-ratio and a carrier of q's gradient (or None), [K, B], for some samples.
 
-    ``"iwae"`` and ``"stl"`` need not be told; ``"dreg"`` does not know the other samples, and is ``"paths"``.
+    The carrier, zeros, receives the gradient that is to reach q by a route that weights samples differently
+    from the decoder; for ``"score"`` it is log q(z|x). It is None for ``"iwae"`` and ``"stl"``.
+    ``"dreg"`` would need all samples, not a chunk: use ``"paths"``.
     """
     prior = _fused_prior(q, p, seed)
     place: dict[str, Any]
@@ -170,11 +173,11 @@ def _composed(
     groups: int = 1,
     **place: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What :func:`draw_chunk` returns, of any q and p.
+    """Return the results of :func:`draw_chunk`, for any q and p.
 
-    ``route`` is what of a sample's gradient reaches q: ``"iwae"``, ``"stl"`` and ``"dreg"`` are those of a
-    log weight; the others weigh a sample otherwise than the decoder does, through z (``"paths"``), through z
-    and the score of q (``"tied"``), or through the score alone (``"score"``).
+    ``route`` selects the gradient of a sample that reaches q: ``"iwae"``, ``"stl"`` and ``"dreg"`` use that
+    of a log weight. The others weight a sample differently from the decoder: through z (``"paths"``), through
+    z and the score of q (``"tied"``), or through the score alone (``"score"``).
     """
     _check_prior(q, p)
     if q.strata > 1 and route not in ("iwae", "stl"):
@@ -187,26 +190,26 @@ def _composed(
     if route == "score":
         with torch.no_grad():
             z, _ = rsample(q, samples, seed, **place)
-        z = z.detach() if z.requires_grad else z  # itself, which transforms recognise
+        z = z.detach() if z.requires_grad else z  # if possible z itself, which transforms recognise
         log_q = _log_prob(*fixed_at(q, z), "q(z|x)")
         return z, _log_prob(*fixed_at(p, z), "p(z)") - log_q.detach(), log_q
     z, log_q = rsample(q, samples, seed, **place)
     if route not in ("iwae", "tied"):
-        # Of q's own parameters nothing but z is left.
+        # q's parameters are frozen in its density, and reached through z alone.
         through_z = _log_prob(_held(q, z, route), z, "q(z|x)")
-        # Half precision rounds z by as much as a narrow posterior's σ: the value is that of the noise.
+        # Half precision rounds z by as much as a narrow posterior's σ: take the value from the noise.
         log_q = _Valued.apply(log_q, through_z) if z.dtype.itemsize == 2 else through_z  # type: ignore[no-untyped-call]
     if route in ("iwae", "stl"):
         return z, _log_prob(p, z, "p(z)") - log_q, None
     log_p = _log_prob(*fixed_at(p, z), "p(z)")
     log_ratio = _log_prob(_held(p, z, route), z, "p(z)") - log_q
     z, log_ratio, told = _Rerouted.apply(z, log_ratio, alpha, groups, route != "dreg")  # type: ignore[no-untyped-call]
-    # The prior's gradient is that of the bound: its parameters are reached beside z.
+    # The prior's parameters get the bound's gradient, at a detached z.
     return z, log_ratio + (log_p - log_p.detach()), told
 
 
 def log_shares(q: Distribution, samples: int, seed: Tensor, sample_offset: int = 0) -> Tensor | None:
-    """log of what each draw counts, [K, B] or [K, 1]; None where all count the same."""
+    """Return the log weights of strata, [K, B] or [K, 1], or None if all draws have equal weight."""
     return q.log_shares(samples, seed, sample_offset=sample_offset) if q.strata > 1 else None
 
 
@@ -214,7 +217,7 @@ _ASKED = {"paths": "estimator='dreg'", "tied": "a bound of the encoder's own"}
 
 
 def _held(distribution: Distribution, z: Tensor, route: str) -> Distribution:
-    """The distribution held fixed, and looked at: what a family of the user's reaches need not be its own."""
+    """Return a frozen copy, or raise if a user's log_prob still reaches parameters elsewhere."""
     fixed: Distribution = held(distribution)
     looked_at = distribution.reaches_others and not torch.compiler.is_compiling()
     of_fixed, value = fixed_at(fixed, z) if looked_at else (fixed, z)
@@ -229,10 +232,10 @@ def _held(distribution: Distribution, z: Tensor, route: str) -> Distribution:
 
 
 class _Rerouted(torch.autograd.Function):
-    """z and a log-ratio through which q is reached, as they are; what passes back is weighed once more.
+    """Identity on z and the log-ratio whose backward pass multiplies their gradients by a factor per sample.
 
-    A sample's factor is made of its share of the gradient of the log-ratio, as DReG has it, or, if it is
-    ``told``, is what arrives at the third result, zeros [K, B], for 1 arriving at the log-ratio.
+    The factor is DReG's, computed from the log-ratio's upstream gradient; or, with ``told``, the upstream
+    gradient of the third result, zeros [K, B], divided by that of the log-ratio.
     """
 
     @staticmethod
@@ -251,12 +254,12 @@ class _Rerouted(torch.autograd.Function):
         else:
             weight = dreg_weight(grad_ratio, ctx.alpha, ctx.groups)
         if grad_z is not None:
-            grad_z = (weight.unsqueeze(-1) * grad_z).to(grad_z.dtype)  # a weight may be beyond float16
+            grad_z = (weight.unsqueeze(-1) * grad_z).to(grad_z.dtype)  # the weight may exceed float16's range
         return grad_z, weight * grad_ratio, None, None, None
 
 
 class _Valued(torch.autograd.Function):
-    """The first argument's value with the second's gradient."""
+    """Function with the first argument's value and the second's gradient."""
 
     @staticmethod
     def forward(value: Tensor, through: Tensor) -> Tensor:
@@ -271,7 +274,7 @@ class _Valued(torch.autograd.Function):
         return None, grad
 
 
-# What a user may have written, checked
+# Validation of users' distributions
 
 _GAMMA = "torch.distributions.Gamma(torch.ones(D), torch.ones(D))"
 _SUPPORTS = (
@@ -283,8 +286,9 @@ _SUPPORTS = (
 
 
 def check_support(q: Distribution, p: Distribution) -> None:
-    """Refuse N(0, I) as the prior of a posterior over less than R^D, and any density over R^D as that of one
-    on a simplex.
+    """Validate that the supports of posterior and prior match.
+
+    A posterior over a subset of R^D rejects N(0, I), and one on a simplex any known density over R^D.
 
     Raises:
         ValueError: for such a pair.
@@ -307,7 +311,7 @@ def check_support(q: Distribution, p: Distribution) -> None:
 
 
 def _check_prior(q: Distribution, p: Distribution) -> None:
-    """That the prior is of as many latents, as far as both say."""
+    """Validate that q and p have the same number of latents, if both are known."""
     own, other = (getattr(d, "mu", getattr(d, "loc", None)) for d in (q, p))
     if own is None or other is None or own.dim() < 2 or other.dim() == 0:
         return
@@ -319,7 +323,7 @@ def _check_prior(q: Distribution, p: Distribution) -> None:
 
 
 def rsample(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
-    """``q.rsample``, its results checked where they are not fastvae's own."""
+    """Call ``q.rsample`` and validate its results, except for fastvae's DiagonalNormal."""
     place = {name: value for name, value in place.items() if not (type(value) is int and value == 0)}
     results = q.rsample(samples, seed, **place)
     if is_family(q, DiagonalNormal):
@@ -336,8 +340,9 @@ def rsample(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[
 
 
 def rsample_as_held(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
-    """z [K, B, D] and log q(z|x) [K, B] at z as it is, to compare with other densities at z: half precision
-    rounds it by as much as a narrow posterior's σ.
+    """Return z [K, B, D] and log q(z|x) [K, B] at the stored z, for comparison with other densities at z.
+
+    Half precision rounds z by as much as a narrow posterior's σ, so the density of the noise would differ.
     """
     z, log_q = rsample(q, samples, seed, **place)
     return z, _log_prob(q, z, "q(z|x)") if z.dtype.itemsize == 2 else log_q

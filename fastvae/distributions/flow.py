@@ -1,4 +1,4 @@
-"""Normalizing flows of other libraries."""
+"""Normalizing flows from other libraries."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .wrapped import TorchDistribution, at_address
 
 
 class Flow(Distribution):
-    r"""A normalizing flow as a posterior or a prior, such as one of zuko's.
+    r"""Normalizing flow as a posterior or a prior, such as zuko's.
 
     .. math:: \log p(z) = \log p_0(f(z)) + \log |\det ∂f/∂z|
 
-    ``flow(context)`` must return an object with ``log_prob`` and ``rsample``; it is called anew for every
-    density and draw, so that its parameters are trained. Where it has a ``transform`` to a ``base`` of normal
-    noise, as zuko's have, a sample's noise is a function of its address, and z and its density come of one
-    pass; otherwise torch draws, from a state that the seed determines.
+    ``flow(context)`` must return an object with ``log_prob`` and ``rsample``. It is called for every density
+    and draw, so that gradients reach its parameters. If the object has a ``transform`` to a ``base`` of
+    normal noise, as zuko's has, a sample's noise is a function of its address, and one pass gives z and its
+    density; otherwise torch's generator draws, from a state that the seed determines.
 
-    For a posterior choose a flow whose inverse is fast: zuko's ``NSF`` and ``MAF`` take D passes for a draw,
+    For a posterior choose a flow whose inverse is fast: zuko's ``NSF`` and ``MAF`` take D passes per draw,
     unless ``passes=2``.
 
     Args:
-        flow: a module, context -> distribution; of a prior without a context () -> distribution.
-        context: [B, …] of a posterior, or of a conditional prior.
+        flow: a module, context -> distribution; for a prior without a context, () -> distribution.
+        context: [B, …], for a posterior or a conditional prior.
 
     Raises:
-        TypeError: for a flow that cannot be called.
+        TypeError: if flow is not callable.
 
     References:
         Rezende & Mohamed, Variational Inference with Normalizing Flows, 2015, eq. 5; Kingma et al. 2016.

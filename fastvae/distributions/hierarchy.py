@@ -1,4 +1,4 @@
-"""Latents in several levels: their prior, and the posterior that descends with it."""
+"""Hierarchical latents: the prior over several levels, and its top-down posterior."""
 
 from __future__ import annotations
 
@@ -27,33 +27,36 @@ _LOG_2_PI = math.log(2 * math.pi)
 
 
 class Level(nn.Module):
-    r"""One level of a :class:`Hierarchy`: what makes :math:`p(z_l | z_{<l})` and :math:`q(z_l | x, z_{<l})`.
+    r"""Level of a :class:`Hierarchy`.
 
-    Its modules see one batch axis, the N = K·B rows of all samples, and z in the shape ``dim``. What they are
-    given of the levels above is their *state*: these levels side by side along axis 1, or what ``top_down``
-    returns. The first level has none. Each module returns what an encoder may: a pair of mean and log
-    variance, each [N, \*dim]; one tensor with both side by side along axis 1; or a normal distribution.
+    It consists of the networks for :math:`p(z_l | z_{<l})` and :math:`q(z_l | x, z_{<l})`.
+
+    Its modules see one batch axis, the N = K·B rows of all samples, and z in the shape ``dim``. The levels
+    above reach them as the *state*: these levels concatenated along axis 1, or the output of ``top_down``.
+    The first level has no state. Each module returns a normal in a form accepted from an encoder: a pair of
+    mean and log variance, each [N, \*dim]; one tensor with both concatenated along axis 1; or a normal
+    distribution.
 
     Args:
         dim: the latents of this level: a number, or a shape such as (channels, height, width).
-        posterior: a module (features, state) -> normal; of the first level (features) -> normal.
-        prior: a module (state) -> normal; or N(0, I), the default; or a
+        posterior: a module (features, state) -> normal; for the first level (features) -> normal.
+        prior: a module (state) -> normal; or None, the default, for N(0, I); or a
             :class:`fastvae.DiagonalNormal` whose parameters broadcast to [D], fixed or learned. The first
             level has no state, so its prior is one of the last two.
-        merge: how the posterior's output (d_mu, d_logvar) and the prior's (m, log s²) make q. None: by itself
-            it is q's mean and log variance. ``"residual"``: relative to the prior,
-            :math:`q = N(m + Δμ, s^2 e^{Δ\mathrm{logvar}})`, as in NVAE. ``"precision"``: it is a normal of x
-            alone, whose product with the prior q is, as in the ladder VAE,
+        merge: the combination of the posterior's output and the prior's (m, log s²) to q. None: the output is
+            q's mean and log variance. ``"residual"``: the output (Δμ, Δlogvar) is relative to the prior,
+            :math:`q = N(m + Δμ, s^2 e^{Δ\mathrm{logvar}})`, as in NVAE. ``"precision"``: the output is a
+            normal that depends on x alone, and q is its product with the prior, as in the ladder VAE,
             :math:`σ^{-2} = \hat σ^{-2} + s^{-2},\ μ = σ^2 (\hat μ \hat σ^{-2} + m s^{-2})`; the posterior
             is then called with the features alone, once for all samples.
-        top_down: a module (z of the level above, its state) -> state of this level; of the second level,
-            whose predecessor has none, (z) -> state. A deterministic path, such as NVAE's; for a Markov chain
-            ``lambda z, state=None: z``.
+        top_down: a module (z of the level above, state of the level above) -> state of this level; for the
+            second level, whose predecessor has no state, (z) -> state. It is a deterministic path, such as
+            NVAE's; for a Markov chain use ``lambda z, state=None: z``.
 
-    A callable that is no module must have no parameters of its own: an optimiser would not find them.
+    A callable that is not a module must have no parameters: an optimiser would not find them.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for invalid arguments.
 
     References:
         Vahdat & Kautz, NVAE, 2020, eq. 2; Sønderby, Raiko, Maaløe, Sønderby & Winther, Ladder Variational
@@ -68,7 +71,7 @@ class Level(nn.Module):
         )
     """
 
-    # Modules, or functions.
+    # Modules or functions.
     posterior: Any
     prior: Any
     top_down: Any
@@ -104,7 +107,7 @@ class Level(nn.Module):
         return f"dim={dim}" + (f", merge={self.merge!r}" if self.merge else "")
 
     def _check_fixed(self, prior: Distribution) -> None:
-        """A prior that is the same for all rows."""
+        """Validate a prior that is the same for all rows."""
         if is_family(prior, StandardNormal):
             return
         if not is_family(prior, DiagonalNormal):
@@ -121,7 +124,7 @@ class Level(nn.Module):
 
     @property
     def _fixed(self) -> DiagonalNormal | None:
-        """The prior, where no module makes it; None for N(0, I)."""
+        """Fixed or learned prior without a module; None for N(0, I)."""
         return self.prior if isinstance(self.prior, DiagonalNormal) else None
 
     @property
@@ -129,7 +132,7 @@ class Level(nn.Module):
         return self.prior is not None and not isinstance(self.prior, Distribution)
 
     def _read(self, value: Any, rows: int, who: str) -> DiagonalNormal:
-        """What one of the modules returned, each [rows, D]."""
+        """Validate a module's output, each part [rows, D], and return it as a normal."""
         expected = f"mean and log variance, each [N, *dim] = {[rows, *self.event]}"
         both = f"one tensor {[rows, 2 * self.event[0], *self.event[1:]]}"
         form = None
@@ -158,8 +161,9 @@ class Level(nn.Module):
 
 
 class _Step(NamedTuple):
-    """A level's p = N(mean, exp(logvar)) and q = N(mean + shift, exp(logvar + stretch)), each of a shape that
-    broadcasts to [K, B, D]. What compares them is made of the differences, so that nothing cancels.
+    """Distributions p = N(mean, exp(logvar)) and q = N(mean + shift, exp(logvar + stretch)) of a level.
+
+    Each field broadcasts to [K, B, D]. Comparisons of q and p use the differences, so that nothing cancels.
     """
 
     mean: Tensor
@@ -170,7 +174,7 @@ class _Step(NamedTuple):
     def draw(self, eps: Tensor) -> Tensor:
         return self.mean + self.shift + torch.exp(0.5 * (self.logvar + self.stretch)) * eps
 
-    # Each of [K, B, D] or broadcastable to it.
+    # Each returns a tensor broadcastable to [K, B, D].
 
     def log_q_of(self, z: Tensor) -> Tensor:
         white = (z - self.mean - self.shift) * torch.exp(-0.5 * (self.logvar + self.stretch))
@@ -180,37 +184,36 @@ class _Step(NamedTuple):
         return -0.5 * (eps.square() + self.logvar + self.stretch + _LOG_2_PI)
 
     def log_ratio(self, eps: Tensor) -> Tensor:
-        """log p − log q, of the noise."""
+        """Return log p − log q as a function of the noise."""
         # (z - m) / s.
         white = self.shift * torch.exp(-0.5 * self.logvar) + torch.exp(0.5 * self.stretch) * eps
         return 0.5 * ((eps - white) * (eps + white) + self.stretch)
 
     def kl(self, eps: Tensor) -> Tensor:
-        """In closed form, whatever the noise."""
+        """Return the KL in closed form, independent of the noise."""
         white = self.shift * torch.exp(-0.5 * self.logvar)
         return 0.5 * (white.square() + expm1_minus(self.stretch))
 
 
 class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
-    r"""Latents in several levels :math:`z_1 … z_L`, from the top down: the prior, and what makes the
-    posterior of a bottom-up encoder's features.
+    r"""Hierarchical prior over latents :math:`z_1 … z_L`, top-down; it also builds the posterior.
 
     .. math:: p(z) = \prod_l p(z_l | z_{<l}), \quad q(z|x) = \prod_l q(z_l | x, z_{<l}), \quad
               \mathrm{KL} = \sum_l E_q\big[ ½ \sum_d Δμ^2 / s^2 + e^{u} - 1 - u \big]
 
-    with Δμ the distance of the means of q and p and u that of their log variances. The module itself takes
-    the features to the posterior, and is the prior that goes with it: where q is one of a hierarchy, every
-    objective's ``prior=None`` stands for it. The decoder is given all levels side by side, z [N, D_1 + … +
-    D_L], which :meth:`split` takes apart.
+    with Δμ the difference of the means of q and p, and u that of their log variances. Calling the module with
+    a bottom-up encoder's features returns the posterior. The module is also that posterior's prior: for a q
+    from a hierarchy, every objective's ``prior=None`` means this hierarchy. The decoder gets all levels
+    concatenated, z [N, D_1 + … + D_L]; :meth:`split` separates them.
 
-    The ELBO's KL is analytic within each level, given the levels drawn above it. With ``free_bits`` each
-    dimension's is averaged over batch and samples.
+    The ELBO's KL is analytic within each level, given the levels drawn above it. With ``free_bits`` the KL of
+    each dimension is averaged over batch and samples.
 
-    The networks run when an objective asks: once for its draws, or, for ``"stl"`` and ``"dreg"``, which hold
-    q's parameters fixed in its density, again for each density.
+    The networks run when an objective draws: once for its draws, and for ``"stl"`` and ``"dreg"``, which
+    freeze q's parameters in its density, once more for each density.
 
     Args:
-        levels: of class :class:`Level`, from the top, whose latents are drawn first, to the bottom.
+        levels: a list of :class:`Level` from the top, whose latents are drawn first, to the bottom.
 
     Raises:
         TypeError, ValueError: for levels that do not fit together.
@@ -268,15 +271,15 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
 
     @property
     def dim(self) -> int:
-        """The latents of all levels."""
+        """Number of latents of all levels."""
         return sum(self.dims)
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> HierarchicalPosterior:
-        """q(z|x) of what a bottom-up encoder made of x.
+        """Return q(z|x) given a bottom-up encoder's features of x.
 
         Args:
-            features: one tensor for all levels, or a list of one for each, from the top to the bottom; batch
-                first.
+            features: one tensor for all levels, or a list with one for each level, from the top to the
+                bottom; batch first.
         """
         return HierarchicalPosterior(self, features)
 
@@ -285,7 +288,11 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         return True  # the levels' modules are the user's
 
     def split(self, z: Tensor) -> list[Tensor]:
-        r"""z [..., D_1 + … + D_L] by levels, each [..., \*dim]."""
+        r"""Split z into its levels, each [..., \*dim].
+
+        Args:
+            z: [..., D_1 + … + D_L].
+        """
         self._check_latents(z)
         parts = z.split(self.dims, -1)
         return [part.unflatten(-1, self._level(i).event) for i, part in enumerate(parts)]
@@ -327,7 +334,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         return self._descend(visit)
 
     def _descend(self, visit: Callable[[int, Level, Any], Tensor]) -> Tensor:
-        """z [N, D_1 + … + D_L] of ``visit(index, level, state)``, which makes that of each level [N, D]."""
+        """Concatenate each level's latents [N, D], returned by ``visit(index, level, state)``, top-down."""
         parts: list[Tensor] = []
         shaped: list[Tensor] = []
         state = None
@@ -345,7 +352,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         return self.levels[index]  # type: ignore[return-value]
 
     def _p(self, index: int, state: Any, rows: int) -> Distribution:
-        """p of a level for these rows: its parameters are [N, D], or broadcast to that."""
+        """Return a level's prior for these rows, with parameters broadcastable to [N, D]."""
         level = self._level(index)
         if level._is_conditional:
             return level._read(level.prior(state), rows, f"the prior of level {index + 1}")
@@ -363,15 +370,15 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
 
 
 class HierarchicalPosterior(Distribution):
-    """q(z|x) of a :class:`Hierarchy`, which makes it: ``q = hierarchy(features)``.
+    """Posterior q(z|x) of a :class:`Hierarchy`, returned by ``hierarchy(features)``.
 
     Args:
-        hierarchy: the levels.
-        features: as :meth:`Hierarchy.forward` takes them.
+        hierarchy: the hierarchy of levels.
+        features: as for :meth:`Hierarchy.forward`.
 
     Attributes:
         own_prior: the hierarchy.
-        mean: the chain of means [B, D]: of each level the mean given the means of the levels above.
+        mean: chained means [B, D]: each level's mean given the means of the levels above.
 
     Example:
         >>> import torch, fastvae
@@ -490,8 +497,9 @@ class HierarchicalPosterior(Distribution):
         place: dict[str, int],
         summed: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
-        """z [K, B, D_1 + … + D_L], and the term of each level, [K, B] or [K, B, D]; 1 for K where the samples
-        share it.
+        """Return z [K, B, D_1 + … + D_L] and each level's term, [K, B], or [K, B, D] without ``summed``.
+
+        K is 1 in a term that all samples share.
         """
         terms = []
 
@@ -515,7 +523,7 @@ class HierarchicalPosterior(Distribution):
     def _fused(
         self, term: Callable[..., Tensor], samples: int, seed: Tensor, place: dict[str, int], summed: bool
     ) -> tuple[Tensor, Tensor]:
-        """The first level, whose parameters are the same for all samples: an ordinary q and p."""
+        """Draw the first level, whose q and p are shared by all samples, with the fused ops."""
         q = self._posterior(0, self.features[0], None)
         if term is _Step.log_q:
             return q.rsample(samples, seed, **place)
@@ -528,13 +536,13 @@ class HierarchicalPosterior(Distribution):
         return z, kl[None]
 
     def _posterior(self, index: int, features: Tensor, state: Any) -> DiagonalNormal:
-        """What a level's posterior returned."""
+        """Return the output of a level's posterior network."""
         level = self.hierarchy._level(index)
         given = (features,) if index == 0 or level.merge == "precision" else (features, state)
         return level._read(level.posterior(*given), features.shape[0], f"the posterior of level {index + 1}")
 
     def _step(self, index: int, state: Any, samples: int) -> tuple[_Step, torch.dtype]:
-        """q and p of a level beside this state of the levels above, and the dtype of z."""
+        """Return a level's q and p given the state of the levels above, and z's dtype."""
         level, h = self.hierarchy._level(index), self.features[index]
         shared = index == 0 or level.merge == "precision"
         made = self._posterior(index, h if shared else repeat(h, samples), state)
@@ -550,11 +558,11 @@ class HierarchicalPosterior(Distribution):
             return _Step(mean, scale, mu, logvar), dtype
         if level.merge is None:
             return _Step(mean, scale, mu - mean, logvar - scale), dtype
-        # The share of the features' precision in that of q, and the log of the prior's share.
+        # The features' share of q's precision, and the log of the prior's share.
         share = torch.sigmoid(scale - logvar)
         return _Step(mean, scale, share * (mu - mean), functional.logsigmoid(logvar - scale)), dtype
 
 
 def _added(terms: list[Tensor]) -> Tensor:
-    """The sum, from the top: that of one level is the level's own."""
+    """Return the sum of the levels' terms, from the top; a single term is returned itself."""
     return functools.reduce(torch.add, terms)

@@ -1,4 +1,4 @@
-"""Families of a location and a scale: z = loc + exp(log_scale) w, each dimension's w from one density."""
+"""Location-scale families: z = loc + exp(log_scale) w, with w of one standard density per dimension."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .base import Distribution, Located, hold, is_still
 
 
 class LocationScale(Located):
-    r"""What the families below share.
+    r"""Base class of location-scale families.
 
     .. math:: \log p(z) = \sum_d \big[\log f(w_d) - \mathrm{log\_scale}_d\big],
               \quad w = (z - \mathrm{loc})\, e^{-\mathrm{log\_scale}}
 
     Args:
-        loc, log_scale: location and log of the scale: each [B, D] of a posterior; of a prior broadcastable to
-            [B, D], ``nn.Parameter`` for a learned one.
+        loc, log_scale: location and log scale: [B, D] each for a posterior; for a prior broadcastable to
+            [B, D], an ``nn.Parameter`` if learned.
 
     Raises:
         TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
@@ -42,17 +42,17 @@ class LocationScale(Located):
             check_same_shape("log_scale", log_scale, "loc", loc)
         hold(self, loc=loc, log_scale=log_scale)
 
-    # What a family is.
+    # A family defines these.
 
     def _log_density(self, w: Tensor) -> Tensor:
-        """log f(w), elementwise."""
+        """Return log f(w), elementwise."""
         raise NotImplementedError
 
     def _white(self, normals: Tensor) -> Tensor:
-        """w, of the density f, of standard normals in float64: [..., D] of [..., D · normals]."""
+        """Transform standard normals in float64 to w with density f: [..., D · normals] to [..., D]."""
         raise NotImplementedError
 
-    _normals = 1  # for each w
+    _normals = 1  # per w
 
     @property
     def location(self) -> Tensor:
@@ -69,7 +69,7 @@ class LocationScale(Located):
 
     def _noise(self, seed: Tensor, shape: tuple[int, int, int], place: dict[str, Any]) -> Tensor:
         k, b, d = shape
-        # A quantile function takes what is left of a normal's 6.7 sigma in double precision.
+        # A quantile function needs double precision for normals out to 6.7 sigma.
         normals = random.normal(seed, k, b, d * self._normals, dtype=torch.float64, **place)
         return self._white(normals)
 
@@ -79,7 +79,7 @@ class LocationScale(Located):
         loc, log_scale = self._wide()
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
         w = self._noise(seed, (samples, *loc.shape), place).to(loc.dtype)
-        # The noise by itself: nothing of the density goes through z.
+        # The density uses the noise, not z.
         z = loc + torch.exp(log_scale) * w
         return z.to(torch.promote_types(self.loc.dtype, self.log_scale.dtype)), (
             self._log_density(w) - log_scale
@@ -107,17 +107,17 @@ class LocationScale(Located):
 
     @property
     def _is_family(self) -> bool:
-        """Whether its parameters are all that there is to know."""
+        """True for fastvae's own classes (subclasses may override the density)."""
         return self.family.__module__ == __name__
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> LocationScale:
-        """The family with its parameters changed, row by row."""
+        """Return the family with ``change`` applied to its parameters."""
         family: Any = self.family
         made: LocationScale = family(change(self.loc), change(self.log_scale))
         return made
 
     def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution | None:
-        """The same of torch's, which knows some KLs."""
+        """Return torch's equivalent distribution, for its KL registry, or None."""
         return None
 
     def as_torch(self) -> td.Distribution | None:
@@ -128,16 +128,16 @@ class LocationScale(Located):
 
 
 def _log_below(normals: Tensor) -> Tensor:
-    """log of the probability that a normal is below."""
+    """Return the log of the standard normal distribution function."""
     below: Tensor = torch.special.log_ndtr(normals)
     return below
 
 
 class Laplace(LocationScale):
-    r"""Laplace(loc, exp(log_scale)) of each dimension: log f(w) = −|w| − log 2.
+    """Laplace distribution with scale exp(log_scale) in each dimension: log f(w) = −|w| − log 2.
 
     Args:
-        loc, log_scale: [B, D] each of a posterior; of a prior broadcastable to [B, D].
+        loc, log_scale: location and log scale: [B, D] each for a posterior; broadcastable to it for a prior.
 
     Raises:
         TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
@@ -166,10 +166,10 @@ class Laplace(LocationScale):
 
 
 class Logistic(LocationScale):
-    r"""The logistic distribution of each dimension: log f(w) = −w − 2 log(1 + exp(−w)).
+    """Logistic distribution in each dimension: log f(w) = −w − 2 log(1 + exp(−w)).
 
     Args:
-        loc, log_scale: [B, D] each of a posterior; of a prior broadcastable to [B, D].
+        loc, log_scale: location and log scale: [B, D] each for a posterior; broadcastable to it for a prior.
 
     Raises:
         TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
@@ -192,10 +192,10 @@ class Logistic(LocationScale):
 
 
 class Gumbel(LocationScale):
-    r"""The Gumbel distribution of each dimension: log f(w) = −w − exp(−w).
+    """Gumbel distribution in each dimension: log f(w) = −w − exp(−w).
 
     Args:
-        loc, log_scale: [B, D] each of a posterior; of a prior broadcastable to [B, D].
+        loc, log_scale: location and log scale: [B, D] each for a posterior; broadcastable to it for a prior.
 
     Raises:
         TypeError, ValueError: if they are not floating-point tensors of one shape on one device.
@@ -221,10 +221,10 @@ class Gumbel(LocationScale):
 
 
 class Exponential(LocationScale):
-    r"""The exponential distribution of each dimension, of mean exp(log_scale): log f(w) = −w for w ≥ 0.
+    """Exponential distribution with mean exp(log_scale) in each dimension: log f(w) = −w for w ≥ 0.
 
     Args:
-        log_scale: [B, D] of a posterior; of a prior broadcastable to [B, D].
+        log_scale: log of the mean: [B, D] for a posterior; broadcastable to it for a prior.
 
     Raises:
         TypeError, ValueError: if it is not a floating-point tensor.
@@ -262,14 +262,14 @@ class Exponential(LocationScale):
 
 
 class StudentT(LocationScale):
-    r"""Student's t distribution of each dimension: log f(w) = −(ν + 1)/2 log(1 + w²/ν) and its constant.
+    r"""Student's t distribution in each dimension: log f(w) = −(ν + 1)/2 log(1 + w²/ν) + constant.
 
-    A draw is the first of two normals times the length that a bivariate t has instead of theirs,
+    A draw rescales the first of two normals by the ratio of a bivariate t's radius to theirs,
     :math:`w = ε_1 \sqrt{ν\,(e^{r^2/ν} - 1)/r^2}` with :math:`r^2 = ε_1^2 + ε_2^2`: a smooth function of ν.
 
     Args:
-        loc, log_scale: [B, D] each of a posterior; of a prior broadcastable to [B, D].
-        df: ν, the degrees of freedom: a number, or a tensor that broadcasts to [B, D].
+        loc, log_scale: location and log scale: [B, D] each for a posterior; broadcastable to it for a prior.
+        df: degrees of freedom ν: a number, or a tensor broadcastable to [B, D].
 
     Raises:
         TypeError, ValueError: if they are not floating-point tensors of one shape on one device, or df is not
@@ -301,7 +301,7 @@ class StudentT(LocationScale):
 
     def _log_density(self, w: Tensor) -> Tensor:
         df = self.df.to(torch.float64)
-        # Of large ones the gamma functions would cancel in single precision.
+        # For large df the gamma functions would cancel in single precision.
         constant = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * torch.log(df * math.pi)
         df = df.to(w.dtype)
         return constant.to(w.dtype) - 0.5 * (df + 1) * torch.log1p(w.square() / df)
@@ -318,18 +318,20 @@ class StudentT(LocationScale):
 
 
 def student_t_noise(first: Tensor, second: Tensor, df: Tensor) -> Tensor:
-    """A draw of Student's t from two normals in float64: Bailey, 1994."""
+    """Transform two float64 normals to a draw of Student's t (Bailey, 1994)."""
     square = first.square() + second.square()
     ratio = square / df.to(torch.float64)
     return first * torch.sqrt(torch.expm1(ratio) / ratio)
 
 
 class LogNormal(LocationScale):
-    r"""exp of N(loc, exp(log_scale)²), of each dimension: the density of log z, less log z.
+    """Log-normal distribution, exp of N(loc, exp(log_scale)²), in each dimension.
+
+    Its log density is the normal log density of log z, minus log z.
 
     Args:
-        loc, log_scale: mean and log standard deviation of log z: [B, D] each of a posterior; of a prior
-            broadcastable to [B, D].
+        loc, log_scale: mean and log standard deviation of log z: [B, D] each for a posterior; broadcastable
+            to it for a prior.
 
     Raises:
         TypeError, ValueError: if they are not floating-point tensors of one shape on one device.

@@ -1,4 +1,4 @@
-"""Mixtures: of normal distributions that are learned, of posteriors of pseudo-inputs or of data, of any."""
+"""Mixtures: of normal distributions, of posteriors of pseudo-inputs or data, and of any distributions."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .base import Distribution, hold, is_family, is_real
 from .covariance import FullNormal, LowRankNormal
 from .normal import DiagonalNormal
 
-# Numbers of [N, U, D] that are made at a time where no op does without.
+# Elements of [N, U, D] computed at a time without a fused op.
 MOST = 1 << 22
 
 
 class _Components(Distribution):
-    """p(z) = Σ_u π_u p_u(z), a prior of many components."""
+    """Prior with many components, p(z) = Σ_u π_u p_u(z)."""
 
     logits: Tensor | None
 
     def _parts(self) -> Sequence[Distribution]:
-        """Distributions with rows, which one after the other are the components."""
+        """Return distributions with rows, whose concatenation is the components."""
         raise NotImplementedError
 
     def _weights(self, like: Tensor, count: int) -> Tensor:
-        """log π [U]."""
+        """Return log π [U]."""
         if self.logits is None:
             return like.new_full((count,), -math.log(count))
         if len(self.logits) != count:
@@ -86,13 +86,13 @@ class _Components(Distribution):
 
 
 class NormalMixture(_Components, nn.Module):  # type: ignore[misc]
-    r"""A mixture of diagonal normal distributions, as a prior that may be learned.
+    r"""Mixture of diagonal normal distributions, as a prior, fixed or learned.
 
     .. math:: p(z) = \sum_u π_u\, N(z; μ_u, \operatorname{diag} e^{\mathrm{logvar}_u})
 
     Args:
-        mu, logvar: of the components, [U, D] each; ``nn.Parameter`` for learned ones.
-        logits: π = softmax(logits), [U]. Default: the same for all.
+        mu, logvar: means and log variances of the components, [U, D] each; ``nn.Parameter`` if learned.
+        logits: π = softmax(logits), [U]. Default: equal weights.
 
     Raises:
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
@@ -137,7 +137,7 @@ class NormalMixture(_Components, nn.Module):  # type: ignore[misc]
 
 
 class _Rows(_Components):
-    """The rows of posteriors of other families as components."""
+    """Mixture of the rows of posteriors of other families."""
 
     def __init__(self, parts: list[Distribution], logits: Tensor | None):
         super().__init__()
@@ -153,7 +153,7 @@ class _Rows(_Components):
 
 
 def mixture_of_rows(parts: list[Distribution], logits: Tensor | None) -> NormalMixture | _Rows:
-    """The mixture of the rows of posteriors, one after the other."""
+    """Return the mixture of the concatenated rows of posteriors."""
     pairs = [part._wide() for part in parts if is_family(part, DiagonalNormal)]
     if len(pairs) < len(parts):
         return _Rows(parts, logits)
@@ -162,14 +162,14 @@ def mixture_of_rows(parts: list[Distribution], logits: Tensor | None) -> NormalM
 
 
 def log_aggregate(parts: list[Distribution], z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """log q(z) [...] of z [..., D], q the mixture of all rows of posteriors, each as likely as the others;
-    and of each dimension log q(z_d) [..., D], known of normal distributions, else None.
+    """Return log q(z) [...] of z [..., D], and the marginals log q(z_d) [..., D].
 
-    A dimension is a mixture of its own, D calls: all pairs at once, [N, U, D], take twice the time with D =
-    10 and 128 rows, 25 times with D = 50 and 512.
+    q is the equally weighted mixture of all rows of posteriors. The marginals are known for normal
+    distributions, and are None otherwise. Each dimension is a separate mixture, D calls: evaluating all
+    pairs at once, [N, U, D], takes twice the time with D = 10 and 128 rows, 25 times with D = 50 and 512.
     """
     if not sum(q.batch for q in parts):
-        return z.sum(-1), z  # there are none
+        return z.sum(-1), z  # no rows: z is empty
     whole = mixture_of_rows(parts, None).log_prob(z)
     moments = [_marginals(q) for q in parts]
     known = [m for m in moments if m is not None]
@@ -181,7 +181,7 @@ def log_aggregate(parts: list[Distribution], z: Tensor) -> tuple[Tensor, Tensor 
 
 
 def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
-    """Mean and log variance of each dimension [B, D] of a normal distribution."""
+    """Return mean and log variance of each dimension [B, D], or None if q is not normal."""
     if is_family(q, DiagonalNormal):
         return q._wide()
     if is_family(q, FullNormal):
@@ -194,7 +194,7 @@ def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
 
 
 class _Encoded(Distribution, nn.Module):  # type: ignore[misc]
-    """A mixture of posteriors of inputs that lie with the prior."""
+    """Mixture of the posteriors of inputs that the prior stores."""
 
     encoder: Any
     logits: Tensor | None
@@ -211,7 +211,7 @@ class _Encoded(Distribution, nn.Module):  # type: ignore[misc]
         hold(self, logits=logits)
 
     def _inputs(self) -> Iterator[Any]:
-        """The inputs, batch by batch."""
+        """Yield the inputs batch by batch."""
         raise NotImplementedError
 
     def prepared(self) -> Distribution:
@@ -245,21 +245,21 @@ class _Encoded(Distribution, nn.Module):  # type: ignore[misc]
 
 
 class VampPrior(_Encoded):
-    r"""The variational mixture of posteriors: q(z|u) of U pseudo-inputs that are learned.
+    r"""Variational mixture of posteriors (VampPrior): a mixture of q(z|u) over U learned pseudo-inputs.
 
     .. math:: p(z) = \sum_u π_u\, q(z | u_u)
 
-    An objective encodes the pseudo-inputs once, however many draws and chunks it has; an evaluation once for
-    the whole data set.
+    An objective encodes the pseudo-inputs once, whatever its number of draws and chunks; an evaluation
+    encodes them once for the whole data set.
 
     Args:
-        encoder: that of the VAE, x -> what :func:`fastvae.elbo` takes for q.
-        pseudo_inputs: [U, \*event], ``nn.Parameter`` for learned ones; or a module (or another callable)
-            without arguments that returns them, such as one that keeps them within [0, 1].
-        logits: π = softmax(logits), [U]. Default: the same for all.
+        encoder: the VAE's encoder, x -> q in a form that :func:`fastvae.elbo` accepts.
+        pseudo_inputs: [U, \*event], ``nn.Parameter`` if learned; or a module (or another callable) without
+            arguments that returns them, such as one that keeps them within [0, 1].
+        logits: π = softmax(logits), [U]. Default: equal weights.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for invalid arguments.
 
     References:
         Tomczak & Welling, VAE with a VampPrior, 2018, eq. 9.
@@ -299,20 +299,21 @@ class VampPrior(_Encoded):
 
 
 class AggregatePosterior(_Encoded):
-    r"""The aggregate posterior of a data set, as a prior or to look at.
+    r"""Aggregate posterior of a data set, as a prior or for inspection.
 
     .. math:: q(z) = \frac{1}{N} \sum_n q(z | x_n)
 
-    The ELBO's optimum among all priors, which overfits: a diagnostic (:func:`fastvae.diagnostics.latents`).
-    An objective encodes the whole data set in every call, an evaluation once.
+    Among all priors it maximises the ELBO, and it overfits: use it as a diagnostic
+    (:func:`fastvae.diagnostics.latents`). An objective encodes the whole data set in every call, an
+    evaluation once.
 
     Args:
-        encoder: that of the VAE, x -> what :func:`fastvae.elbo` takes for q.
+        encoder: the VAE's encoder, x -> q in a form that :func:`fastvae.elbo` accepts.
         data: [N, \*event].
-        batch_size: examples that are encoded at a time.
+        batch_size: number of examples encoded at a time.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError, ValueError: for invalid arguments.
 
     References:
         Hoffman & Johnson, ELBO surgery, 2016; Makhzani et al., Adversarial Autoencoders, 2015.
@@ -332,7 +333,7 @@ class AggregatePosterior(_Encoded):
         if data.dim() < 2 or not len(data):
             raise ValueError(f"data has shape {shape_of(data)}; expected [N, *event], at least one example")
         self.batch_size = check_count("batch_size", batch_size, "the examples that are encoded at a time")
-        # Not part of a checkpoint.
+        # Excluded from checkpoints.
         self.register_buffer("data", data, persistent=False)
 
     def _inputs(self) -> Iterator[Any]:
@@ -340,25 +341,25 @@ class AggregatePosterior(_Encoded):
 
 
 class Mixture(Distribution):
-    r"""A mixture of a few distributions of any families, as a posterior or a prior.
+    r"""Mixture of a few distributions of any families, as a posterior or a prior.
 
     .. math:: q(z|x) = \sum_c π_c(x)\, q_c(z|x)
 
-    As a posterior its draws are stratified: they come from the C components in turn, from a place that the
-    seed chooses, and a draw from component c counts C π_c, so that gradients reach the logits, too. A number
-    of samples that is a multiple of C has as many of each. Any number gives unbiased weights; the density is
-    the mixture's at each. Components that are the same for all examples, such as the prior, make it a
-    defensive proposal, whose weights are bounded.
+    A posterior's draws are stratified: they cycle through the C components, starting at one that the seed
+    chooses. A draw from component c has weight C π_c, so that gradients reach the logits, too, and is
+    evaluated under the mixture's density. The weights are unbiased for any number of samples; a multiple of C
+    draws equally often from each component. Components that are the same for all examples, such as the prior,
+    make it a defensive proposal, whose weights are bounded.
 
-    ``estimator="dreg"`` is refused: its identity holds for draws from q itself. The ELBO that
-    :func:`fastvae.evaluate` reports gives the components the same weight: a bound as well, and a lower one.
+    ``estimator="dreg"`` raises: its identity holds for draws from q itself. The ELBO that
+    :func:`fastvae.evaluate` reports weights the components equally: it is a lower bound, too.
 
     Args:
-        components: C distributions, as :func:`fastvae.elbo` takes them for q or for the prior.
-        logits: π = softmax(logits): [B, C] of a posterior, or [C]. Default: the same for all.
+        components: C distributions, in any form that :func:`fastvae.elbo` accepts for q or for the prior.
+        logits: π = softmax(logits): [B, C] for a posterior, or [C]. Default: equal weights.
 
     Raises:
-        TypeError, ValueError: for components or logits that do not fit.
+        TypeError, ValueError: for invalid components or logits.
 
     References:
         Morningstar et al., Automatic Differentiation Variational Inference with Mixtures, 2021, eq. 6 and 8;
@@ -403,7 +404,7 @@ class Mixture(Distribution):
         hold(self, logits=logits)
 
     def _first(self) -> Distribution:
-        """The first of those with the most rows."""
+        """Return the first component among those with the most rows."""
         found: Distribution | None = None
         for c in self.components:
             if c.has_rows and (found is None or c.batch > found.batch):
@@ -456,7 +457,7 @@ class Mixture(Distribution):
         return torch.stack([s[..., None] * m for s, m in zip(shares, means, strict=True)]).sum(0)
 
     def _log_weights(self, like: Tensor) -> Tensor:
-        """[C] or [B, C]."""
+        """Return log π, [C] or [B, C]."""
         if self.logits is None:
             return like.new_full((self.strata,), -math.log(self.strata))
         return torch.log_softmax(self.logits.to(like.dtype), -1)
@@ -473,8 +474,9 @@ class Mixture(Distribution):
         return Mixture(parts, self.logits if logits is ... else logits)
 
     def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> tuple[Tensor, Tensor | int]:
-        """Samples counted from where the seed begins, in each randomisation by itself; the remainder by C is
-        the component. And which randomisation.
+        """Return each sample's turn, whose remainder by C is its component, and its randomisation's index.
+
+        Turns start where the seed says, and are counted separately in each randomisation.
         """
         numbers = torch.arange(sample_offset, sample_offset + samples, device=seed.device)
         if not seed.dim():
@@ -486,7 +488,7 @@ class Mixture(Distribution):
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         count, batch = self.strata, self.batch
-        # Of each component those that may be wanted, whatever the seed, in each randomisation.
+        # Draw from each component the range that any seed could select, in each randomisation.
         r = random.randomisations_of(seed) or 1
         first = sample_offset // r // count
         last = ((sample_offset + samples - 1) // r + count - 1) // count
@@ -494,7 +496,7 @@ class Mixture(Distribution):
         for c in sorted(range(count), key=lambda c: not self.components[c].has_rows):
             component = self.components[c]
             if not component.has_rows or component.batch < batch:
-                assert like is not None or component.has_rows  # those with rows come first
+                assert like is not None or component.has_rows  # components with rows come first
                 component = component.expand(batch, component.rsample(1, seed)[0] if like is None else like)
             z, _ = component.rsample(
                 r * (last - first + 1), _derived(seed, c), sample_offset=r * first, row_offset=row_offset
@@ -541,5 +543,5 @@ class Mixture(Distribution):
 
 
 def _derived(seed: Tensor, number: int) -> Tensor:
-    """A seed of its own for each number (the multiplier of Knuth's MMIX)."""
+    """Return a distinct seed for each number (multiplier of Knuth's MMIX)."""
     return seed * 6364136223846793005 + 1442695040888963407 * (number + 1) % 2**63

@@ -16,12 +16,12 @@ from ..ops.op import accumulator
 from ..reference.latent import log_variance
 from .base import Distribution, hold, is_family, is_still, register_kl
 
-# A standard deviation in the place of a log variance, as torch's have it.
+# A standard deviation in place of a log variance, as in torch's Normal.
 SCALE = form_of("scale", None, None)
 
 
 class StandardNormal(Distribution):
-    """p(z) = N(0, I), the default prior.
+    """Standard normal p(z) = N(0, I), the default prior.
 
     Example:
         >>> import fastvae
@@ -52,25 +52,26 @@ class StandardNormal(Distribution):
 
 
 class DiagonalNormal(Distribution):
-    r"""N(mu, diag σ²), with σ² = exp(logvar) or what ``scale`` says: the posterior that a pair ``(mu,
-    logvar)`` stands for, or a prior, fixed or learned.
+    r"""Diagonal normal N(mu, diag σ²), with σ² = exp(logvar), or as set by ``scale``.
+
+    It is the posterior that a pair ``(mu, logvar)`` stands for, or a prior, fixed or learned.
 
     .. math:: \log p(z) = -½ \sum_d \big[(z - μ)^2 / σ^2 + \log 2πσ^2\big]
 
-    A posterior's σ is computed inside the kernels, whatever the scale, and kept in no tensor.
+    A posterior's σ is computed inside the kernels for every scale, and never stored as a tensor.
 
     Args:
-        mu, logvar: mean, and log variance or what ``scale`` says: each [B, D] or [B, \*latent] of a
-            posterior; of a prior broadcastable to that, ``nn.Parameter`` for a learned one, what a network
-            computed for a conditional one.
-        scale: what ``logvar`` is: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which must be
-            positive (a negative one gives NaN); ``"softplus"``, r of σ² = log(1 + exp(r)) + floor.
-        floor: of a softplus: the least variance, such as 1e-4, which keeps it from collapsing. Default: none.
+        mu, logvar: mean, and log variance or as set by ``scale``: [B, D] or [B, \*latent] each for a
+            posterior; for a prior broadcastable to that, an ``nn.Parameter`` if learned, a network's output
+            if conditional.
+        scale: the meaning of ``logvar``: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which
+            must be positive (a negative σ gives NaN); ``"softplus"``, r in σ² = log(1 + exp(r)) + floor.
+        floor: lower bound of a softplus variance, such as 1e-4, which prevents collapse. Default: none.
         logvar_range: clamp a log variance to (lo, hi), with zero gradient outside. Default: no clamp.
 
     Raises:
-        TypeError, ValueError: if they are not floating-point tensors on one device, the scale is unknown, or
-            a floor or a range is given that has no meaning with it.
+        TypeError, ValueError: if mu and logvar are not floating-point tensors on one device, the scale is
+            unknown, or floor or logvar_range does not apply to it.
 
     Example:
         >>> import torch, fastvae
@@ -87,7 +88,7 @@ class DiagonalNormal(Distribution):
 
     mu: Tensor
     logvar: Tensor
-    form: Form | None  # what logvar is, where it is not a log variance as it is
+    form: Form | None  # the meaning of logvar; None: an unclamped log variance
 
     def __init__(
         self,
@@ -135,15 +136,15 @@ class DiagonalNormal(Distribution):
 
     @property
     def has_logvar(self) -> bool:
-        """Whether ``logvar`` is a log variance."""
+        """True if ``logvar`` is a log variance."""
         return self.form is None or self.form.scale == "logvar"
 
     def log_variance(self) -> Tensor:
-        """log σ², of whatever ``logvar`` is."""
+        """Return log σ², whatever the meaning of ``logvar``."""
         return self.logvar if self.form is None else log_variance(self.logvar, self.form)
 
     def _wide(self) -> tuple[Tensor, Tensor]:
-        """mu and the log variance, in the dtype of the computation."""
+        """Return mu and the log variance in the accumulation dtype."""
         dtype = accumulator(torch.promote_types(self.mu.dtype, self.logvar.dtype))
         logvar = self.logvar.to(dtype)
         return self.mu.to(dtype), logvar if self.form is None else log_variance(logvar, self.form)
@@ -158,7 +159,7 @@ class DiagonalNormal(Distribution):
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
         mu, logvar = self._wide()
-        # The noise by itself: nothing of the density goes through z, where sigma cancels.
+        # The density uses the noise, not z: sigma would cancel in (z - mu) / sigma.
         eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
         if seed.dim():
             dtype = torch.promote_types(self.mu.dtype, self.logvar.dtype)
@@ -186,14 +187,14 @@ class DiagonalNormal(Distribution):
         return self.of(self.mu[start:stop], self.logvar[start:stop], self.latent)
 
     def of(self, mu: Tensor, logvar: Tensor, latent: tuple[int, ...] | None = None) -> DiagonalNormal:
-        """The same with other parameters, which have been checked."""
+        """Return the same distribution with other parameters, which are not validated."""
         if is_family(self, DiagonalNormal):
             made = diagonal(mu, logvar, self.form)
         else:
             made = object.__new__(type(self))
             for name in self.__dict__:
                 made.__dict__[name] = self.__dict__[name]
-            # Attributes come before a module's parameters and buffers, where the old ones stay.
+            # Attributes shadow a module's parameters and buffers, where the old values remain.
             made.__dict__["mu"], made.__dict__["logvar"] = mu, logvar
         if latent is not None:
             made.__dict__["latent"] = latent
@@ -213,9 +214,7 @@ class DiagonalNormal(Distribution):
 
 
 def diagonal(mu: Tensor, logvar: Tensor, form: Form | None = None) -> DiagonalNormal:
-    """The posterior of a pair that has been checked: making a module costs more than a small batch's
-    kernels.
-    """
+    """Return the posterior of a validated pair; a module's constructor costs more than small kernels."""
     q = object.__new__(DiagonalNormal)
     attributes = q.__dict__
     attributes["mu"], attributes["logvar"], attributes["form"] = mu, logvar, form
@@ -223,10 +222,10 @@ def diagonal(mu: Tensor, logvar: Tensor, form: Form | None = None) -> DiagonalNo
 
 
 def check_posterior(q: DiagonalNormal) -> DiagonalNormal:
-    """Validate mu and logvar, [B, D] each or [B, *latent] each, flatten them and promote them to one dtype.
+    """Validate mu and logvar, [B, D] or [B, *latent] each, flatten them and promote them to one dtype.
 
     Raises:
-        TypeError, ValueError: where they are neither.
+        TypeError, ValueError: for any other shape or dtype.
     """
     mu, logvar = q.mu, q.logvar
     spatial = isinstance(mu, Tensor) and mu.dim() > 2
@@ -251,7 +250,7 @@ def check_posterior(q: DiagonalNormal) -> DiagonalNormal:
 @register_kl(DiagonalNormal, StandardNormal)
 @register_kl(DiagonalNormal, DiagonalNormal)
 def _kl(q: DiagonalNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
-    """Of each dimension, where the fused op does not serve."""
+    """Return the KL of each dimension, where the fused op does not apply."""
     mu, logvar = q._wide()
     prior_mu, prior_logvar = p._wide() if isinstance(p, DiagonalNormal) else (0.0, torch.zeros_like(logvar))
     u = logvar - prior_logvar

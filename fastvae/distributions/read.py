@@ -1,4 +1,4 @@
-"""What a user may give for q(z|x) and p(z), read as distributions."""
+"""Conversion of the accepted forms of q(z|x) and p(z) to distributions."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from .normal import SCALE, DiagonalNormal, StandardNormal, check_posterior, diag
 from .spatial import flat_posterior, univariate
 from .wrapped import TorchDistribution, in_single
 
-# What a mean and a log variance are called in an encoder's output: in plain code, diffusers, pythae.
+# Names of a mean and a log variance in an encoder's output: in plain code, diffusers, pythae.
 _MEANS = ("mu", "mean", "loc", "embedding")
 _LOGVARS = ("logvar", "log_var", "log_covariance")
 
 
 def as_posterior(q: Any) -> Distribution:
-    """Read what an encoder returned: a distribution of fastvae's, a tensor [B, 2 D], a pair (mu, logvar), a
-    torch.distributions object with rsample, or an object or mapping that names its mean and log variance.
-    Latents may have axes of their own, [B, *latent], and are flattened.
+    """Convert an encoder's output to a distribution.
+
+    Accepted are a fastvae distribution, a tensor [B, 2 D], a pair (mu, logvar), a torch.distributions object
+    with rsample, or an object or mapping that names its mean and log variance. Latents with several axes,
+    [B, *latent], are flattened.
     """
     if type(q) is tuple and len(q) == 2:
         return _pair(*q)
@@ -40,13 +42,13 @@ def as_posterior(q: Any) -> Distribution:
     if type(q) is list and len(q) == 2:
         return _pair(*q)
     if isinstance(q, td.Distribution):
-        # The batch must not be a part of the event.
+        # The batch must not be part of the event.
         if len(q.batch_shape) and type(normal := univariate(q)) is td.Normal:
             return _pair(normal.loc, normal.scale, SCALE)
         return _posterior(_of_torch(q))
     if (inner := _named(q, "latent_dist")) is not None:
         return as_posterior(inner)
-    # The log variance first: a distribution without one may have no mean to ask for either.
+    # The log variance first: a distribution without one may raise when its mean is read.
     logvar = _first_named(q, _LOGVARS)
     if isinstance(logvar, Tensor) and isinstance(mu := _first_named(q, _MEANS), Tensor):
         return _pair(mu, logvar)
@@ -64,7 +66,7 @@ def _pair(mu: Any, logvar: Any, form: Form | None = None) -> DiagonalNormal:
 
 
 def _of_torch(d: td.Distribution) -> Distribution:
-    """As the family of fastvae's that it is, if there is one; computed in single precision at least."""
+    """Convert to fastvae's family if there is one; half precision is computed in float32."""
     d, z_dtype = in_single(d)
     read = _family_of(d)
     if z_dtype is not None:
@@ -85,14 +87,14 @@ def _family_of(d: td.Distribution) -> Distribution:
 
 
 def as_component(value: Any) -> Distribution:
-    """A component of a mixture: what may be a posterior, or a prior."""
+    """Convert a component of a mixture, which may be a posterior or a prior."""
     if isinstance(value, (Distribution, td.Distribution)):
         return as_prior(value)
     return as_posterior(value)
 
 
 def _posterior(q: Distribution) -> Distribution:
-    """Checked, as far as its family is known."""
+    """Validate a posterior, as far as its family is known."""
     if isinstance(q, DiagonalNormal):
         return check_posterior(q)
     if isinstance(q, TorchDistribution):
@@ -152,13 +154,15 @@ _NAMES = {"standard_normal": StandardNormal}
 
 
 def is_conditional(prior: Any) -> bool:
-    """Whether it is a function of the context."""
+    """Return True if the prior is a function of the context."""
     return callable(prior) and not isinstance(prior, (Distribution, td.Distribution))
 
 
 def as_prior(prior: Any, context: Any = None) -> Distribution:
-    """None or "standard_normal", a distribution of fastvae's, a torch.distributions object, or a function of
-    the context that returns one of these or what an encoder may return.
+    """Convert the accepted forms of a prior to a distribution.
+
+    Accepted are None or "standard_normal", a fastvae distribution, a torch.distributions object, or a
+    function of the context that returns one of these or an encoder's output.
     """
     if is_conditional(prior):
         if context is None:
@@ -189,7 +193,7 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
             )
         return _NAMES[prior]()
     if isinstance(prior, td.Distribution):
-        # Further axes of an event are latents' own, or else an error: flat_prior.
+        # flat_prior handles events with more axes: spatial latents, or an error.
         if len(prior.event_shape) <= 1 and type(normal := univariate(prior)) is td.Normal:
             if normal.scale.dtype.itemsize == 2:
                 return DiagonalNormal(normal.loc, normal.scale, scale="scale")

@@ -1,5 +1,6 @@
-"""Latents with axes of their own, [*latent], such as a convolutional encoder's channels, rows and columns:
-what a user gives in this shape, as the distributions over z [D] that everything else is made for.
+"""Latents with several axes [*latent], such as a convolutional encoder's channels, rows and columns.
+
+Distributions in this shape are converted to distributions over flat z [D], which the rest of fastvae uses.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .wrapped import ELEMENTWISE, TorchDistribution
 
 
 class _Flattened(td.TransformedDistribution):
-    """Any other family, its draws flattened."""
+    """Distribution of any other family, with flattened draws."""
 
     @property
     def mean(self) -> Tensor:
@@ -28,7 +29,7 @@ class _Flattened(td.TransformedDistribution):
 
 
 def univariate(d: td.Distribution) -> td.Distribution:
-    """Without the statement that last axes of it are an event."""
+    """Strip ``Independent`` wrappers."""
     while isinstance(d, td.Independent):
         d = d.base_dist
     return d
@@ -37,8 +38,9 @@ def univariate(d: td.Distribution) -> td.Distribution:
 def _flat(
     d: td.Distribution, latent: tuple[int, ...], lead: tuple[int, ...], q: Distribution | None = None
 ) -> td.Distribution:
-    """Of shape [*lead, D], for one that broadcasts to [*lead, *latent]. A prior shares q's transform, so that
-    its own transforms recognise q's draws.
+    """Return a distribution of shape [*lead, D] for one that broadcasts to [*lead, *latent].
+
+    A prior shares q's reshape transform, so that its own transforms recognise q's draws in their caches.
     """
     size, inner = math.prod(latent), univariate(d)
     if type(inner) in ELEMENTWISE:
@@ -58,7 +60,7 @@ def _flat(
 
 
 def flat_posterior(q: TorchDistribution) -> TorchDistribution:
-    """The posterior [B, D] of an object [B, *latent], which remembers the shape of its latents."""
+    """Flatten a posterior [B, *latent] to [B, D]; its ``latent`` records the shape."""
     d = q.distribution
     batch, *latent = *d.batch_shape, *d.event_shape
     flat = TorchDistribution(_flat(d, tuple(latent), (batch,)))
@@ -69,11 +71,13 @@ def flat_posterior(q: TorchDistribution) -> TorchDistribution:
 def flat_prior(
     p: Distribution, latent: tuple[int, ...], batch: int, q: Distribution | None = None
 ) -> Distribution:
-    """The prior of z [B, D] whose latents have this shape: as it is where its parameters are [D] or [B, D],
-    flattened where they broadcast to [B, *latent].
+    """Return the prior for flat z [B, D] whose latents have this shape.
+
+    It is returned unchanged if its parameters are [D] or [B, D], and flattened if they broadcast to [B,
+    *latent].
 
     Raises:
-        ValueError: where they do neither.
+        ValueError: if they fit neither shape.
     """
     if p.latent is not None and p.latent != latent:
         raise ValueError(
@@ -110,7 +114,7 @@ def _is_flat(shape: Any, latent: tuple[int, ...]) -> bool:
 
 
 def _lead(shape: Any, latent: tuple[int, ...], batch: int) -> tuple[int, ...] | None:
-    """Of a shape that broadcasts to [B, *latent] the batch's axis, if it has one; None if it does not."""
+    """Return a shape's batch axis, () if it has none, or None if it does not broadcast to [B, *latent]."""
     whole = (batch, *latent)
     if len(shape) > len(whole) or not all([n in (1, m) for n, m in zip(shape[::-1], whole[::-1])]):  # noqa: B905
         return None

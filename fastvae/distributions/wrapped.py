@@ -1,4 +1,4 @@
-"""torch.distributions objects as distributions over z."""
+"""Wrapper of torch.distributions objects as distributions over z."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..reference.gamma import check_philox, seeded
 from .base import Distribution, mapped, tensors_of
 from .location_scale import student_t_noise
 
-# Families whose parameters have an element for each of z's, and are their constructor's arguments.
+# Families with elementwise parameters, which are also their constructor's arguments.
 ELEMENTWISE = (
     td.Beta,
     td.Cauchy,
@@ -41,18 +41,17 @@ ELEMENTWISE = (
 
 
 class TorchDistribution(Distribution):
-    r"""A ``torch.distributions`` object as a posterior, if it has ``rsample``, or as a prior.
+    r"""Distribution from a ``torch.distributions`` object: a posterior, if it has ``rsample``, or a prior.
 
-    A posterior's axes are [B, D], whether D is its event or not, and those of one that is given to an
-    objective may be [B, \*latent]; a prior's may be [D] or [] as well. Where it
-    is a function of normal noise (Normal, MultivariateNormal) or has a quantile function ``icdf`` (Laplace,
-    Cauchy, Uniform, …), or transforms one of these (LogNormal, Gumbel, flows), a sample's noise is a function
-    of its address, as in fastvae's own. Otherwise torch draws, from a state that the seed and the
-    place of the first sample and row determine: the same call gives the same samples, other chunks give
-    others.
+    A posterior's axes are [B, D], with D in the batch or the event; an objective also accepts [B, \*latent].
+    A prior's axes may also be [D] or []. If it is a function of normal noise (Normal, MultivariateNormal),
+    has a quantile function ``icdf`` (Laplace, Cauchy, Uniform, …), or transforms one of these (LogNormal,
+    Gumbel, flows), a sample's noise is a function of its address, as in fastvae's own families. Otherwise
+    torch's generator draws, from a state that the seed and the indices of the first sample and row determine:
+    the same call gives the same samples, but different chunks give different samples.
 
     Args:
-        distribution: the object.
+        distribution: the torch.distributions object.
 
     Example:
         >>> import torch, fastvae
@@ -69,7 +68,7 @@ class TorchDistribution(Distribution):
 
     @property
     def _summed(self) -> bool:
-        """Whether log_prob is of all dimensions together."""
+        """True if log_prob sums over the dimensions."""
         return len(self.distribution.event_shape) > 0
 
     @property
@@ -84,7 +83,7 @@ class TorchDistribution(Distribution):
     def mean(self) -> Tensor | None:  # type: ignore[override]
         try:
             mean = self.distribution.mean
-        except NotImplementedError:  # of most transforms
+        except NotImplementedError:  # raised by most transformed distributions
             return None
         return mean if mean.dim() == 2 and self.is_posterior else None
 
@@ -95,12 +94,12 @@ class TorchDistribution(Distribution):
             d = d.base_dist
         try:
             return d.support
-        except NotImplementedError:  # of a user's own
+        except NotImplementedError:  # raised by a user's own class
             return td.constraints.real
 
     @property
     def is_posterior(self) -> bool:
-        """Whether its axes are [B, D]."""
+        """True if the axes are [B, D]."""
         d = self.distribution
         return (len(d.batch_shape), len(d.event_shape)) in ((2, 0), (1, 1))
 
@@ -162,7 +161,7 @@ class TorchDistribution(Distribution):
 
     @property
     def reaches_others(self) -> bool:
-        # Transforms may be anything.
+        # A transform may be any callable.
         kind = type(self.distribution)
         own = kind.__module__.startswith("torch.distributions.")
         return not own or issubclass(kind, td.TransformedDistribution)
@@ -180,8 +179,9 @@ class TorchDistribution(Distribution):
 
 
 def in_single(d: td.Distribution) -> tuple[td.Distribution, torch.dtype | None]:
-    """The same distribution computed in float32 if its parameters are in half precision, and their dtype;
-    otherwise itself, and None.
+    """Return the distribution in float32 and its dtype if its parameters are in half precision.
+
+    Otherwise return the distribution itself and None.
     """
     dtypes = {t.dtype for t in tensors_of(d) if t.is_floating_point()}
     if all(dtype.itemsize > 2 for dtype in dtypes):
@@ -195,7 +195,7 @@ def _single(d: Any) -> Any:
 
     if type(d) is td.Independent:
         return td.Independent(_single(d.base_dist), d.reinterpreted_batch_ndims, validate_args=False)
-    if type(d) in ELEMENTWISE:  # some of which keep constants of their dtype
+    if type(d) in ELEMENTWISE:  # some also store constants in their dtype
         names: Any = d.arg_constraints
         single = type(d)(**{name: convert(getattr(d, name)) for name in names}, validate_args=False)
         single._validate_args = d._validate_args
@@ -206,8 +206,8 @@ def _single(d: Any) -> Any:
 def at_address(
     d: td.Distribution, shape: tuple[int, ...], seed: Tensor, place: dict[str, Any]
 ) -> Tensor | None:
-    """z of this shape, a function of addressed normal noise; None where that is not known."""
-    if not type(d).rsample.__module__.startswith("torch.distributions."):  # a subclass draws as it likes
+    """Return z of this shape as a function of addressed normal noise, or None if that is not possible."""
+    if not type(d).rsample.__module__.startswith("torch.distributions."):  # a subclass may override it
         return None
     if isinstance(d, td.Independent):
         return at_address(d.base_dist, shape, seed, place)
@@ -222,7 +222,7 @@ def at_address(
     tensor = next(tensors_of(d), None)
     if tensor is None:
         return None
-    # A quantile function takes what is left of a normal's 6.7 sigma in double precision.
+    # A quantile function needs double precision for normals out to 6.7 sigma.
     rows = (*shape[:2], (2 if isinstance(d, td.StudentT) else 1) * math.prod(shape[2:]))
     eps = random.normal(seed.to(tensor.device), *rows, dtype=torch.float64, **place)
     if isinstance(d, td.StudentT):
@@ -248,8 +248,9 @@ def at_address(
 
 
 def _by_ops(d: Any, shape: tuple[int, ...], seed: Tensor, place: tuple[int, int]) -> Tensor | None:
-    """z of this shape from torch's own generator, by ops that a compiler can keep in its graph; None where
-    there is none.
+    """Draw z of this shape with torch's generator, by ops that a compiler keeps in its graph.
+
+    Return None for families without such an op.
     """
     if type(d) is td.Independent:
         return _by_ops(d.base_dist, shape, seed, place)
@@ -264,7 +265,7 @@ def _by_ops(d: Any, shape: tuple[int, ...], seed: Tensor, place: tuple[int, int]
     check_philox(seed)
     if isinstance(d, td.Gamma):
         z = standard_gamma(d.concentration.expand(shape), seed, *place) / d.rate
-        z.detach().clamp_(min=torch.finfo(z.dtype).tiny)  # as torch does, whose densities take logarithms
+        z.detach().clamp_(min=torch.finfo(z.dtype).tiny)  # as torch does: the density takes the logarithm
         return z
     if isinstance(d, td.FisherSnedecor):
         df = torch.stack([d.df1, d.df2], -1)

@@ -1,4 +1,4 @@
-"""Likelihoods p(x|z), a file each."""
+"""Likelihoods p(x|z), one file each."""
 
 from .base import Likelihood
 from .bernoulli import Bernoulli

@@ -1,4 +1,4 @@
-"""What a likelihood p(x|z) is: what the decoder's output means."""
+"""The likelihoods p(x|z): base classes, and how they read a decoder's output."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ from ..ops.op import accumulator
 
 
 class Likelihood(nn.Module):
-    """What the objectives ask of p(x|z), for one of your own; a module, so that its parameters are found.
+    """Base class of likelihoods p(x|z).
 
-    A subclass needs :meth:`log_prob`, in plain PyTorch; for a ``torch.distributions`` constructor
-    :func:`fastvae.likelihoods.from_distribution` makes one. Every objective takes it, in chunks too.
+    Subclass it for your own; it is a module, so its parameters are registered with the model's.
+
+    A subclass needs :meth:`log_prob`, in plain PyTorch; :func:`fastvae.likelihoods.from_distribution` builds
+    one from a ``torch.distributions`` constructor. Every objective accepts it, also when it runs in chunks.
 
     Example:
         >>> import torch, fastvae
@@ -45,12 +47,13 @@ class Likelihood(nn.Module):
         torch.Size([])
 
     Attributes:
-        takes_integers: x may be a tensor of integers; else these are refused.
-        takes_size: the mean may have a factor for each example, ``size=``.
-        inside: a value that an element of x may have: it stands where a ``mask`` says that none was observed.
-        reads: for warnings, what the decoder's first output is where other codes return something else:
+        takes_integers: x may be an integer tensor; otherwise integers raise.
+        takes_size: the mean accepts a factor for each example, ``size=``.
+        differentiable: x may have a gradient.
+        inside: a valid value of an element of x; it replaces the elements that a ``mask`` leaves out.
+        reads: the meaning of the decoder's first output, for warnings about decoders that return another:
             ``"logits"``, ``"class logits"`` along axis 1, ``"event logits"`` or ``"log rates"``.
-        option: the argument that makes it read probabilities or rates.
+        option: the constructor argument with which the decoder returns probabilities or rates instead.
         counts: x are counts, whole numbers.
     """
 
@@ -63,17 +66,22 @@ class Likelihood(nn.Module):
     counts: ClassVar[bool] = False
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
-        """log p(x|z), a floating-point tensor [N, *event], of x [N, *event] and what the decoder returned for
-        N rows of z. It may be summed over the event, or last axes of it; another shape is refused.
+        """Return log p(x|z), a floating-point tensor [N, *event].
+
+        It may be summed over the event or over its last axes; any other shape raises.
+
+        Args:
+            x: data [N, *event].
+            parameters: the decoder's output for N rows of z.
         """
         raise NotImplementedError(f"{type(self).__name__} has no log_prob(x, parameters)")
 
     def mean(self, parameters: Any) -> Any:
-        """The mean of x given the decoder's output, for reconstructions and pictures."""
+        """Return the mean of x given the decoder's output, for reconstructions and pictures."""
         raise NotImplementedError(f"{type(self).__name__} has no mean(parameters)")
 
     def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Any:
-        """A draw of x given the decoder's output."""
+        """Draw x given the decoder's output."""
         raise NotImplementedError(f"{type(self).__name__} has no sample(parameters, generator=...)")
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -81,10 +89,10 @@ class Likelihood(nn.Module):
         if cls.__module__.startswith("fastvae."):
             teaches_by(cls)
 
-    # What fastvae asks.
+    # The interface that the objectives call.
 
     def check(self, x: Any, name: str = "x") -> None:
-        """Refuse data of another kind."""
+        """Validate the kind of the data."""
         if not isinstance(x, Mapping):
             check_data(x, self, name)
             return
@@ -92,12 +100,12 @@ class Likelihood(nn.Module):
             check_data(part, self, f"{name}[{key!r}]")
 
     def log_likelihood(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Tensor:
-        """log p(x|z) [K, B] of x, a batch, and what the decoder returned for K·B rows of z, sample-major."""
+        """Return log p(x|z) [K, B] of a batch x and the decoder's output for K·B rows of z, sample-major."""
         mask, size, _ = beside or _NOTHING
         if size is not None:
             raise self.no_size()
         batch = tensors(x)[0].shape[0]
-        x = each(as_int64, x)  # arithmetic of PyTorch's wraps around in the small ones
+        x = each(as_int64, x)  # PyTorch's arithmetic overflows in small integer dtypes
         given = repeat(observed(x, mask, self), samples), parameters
 
         def note() -> str:
@@ -112,13 +120,14 @@ class Likelihood(nn.Module):
         return summed(value, samples, batch)
 
     def read_output(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
-        """Return the decoder's output for K·B rows of z as :meth:`fused` and :meth:`log_likelihood` take it,
-        a last layer as the fused op does, where there is one, else multiplied out.
+        """Return the decoder's output for K·B rows of z as :meth:`fused` and :meth:`log_likelihood` take it.
+
+        A last layer stays unmultiplied if a fused op takes it, and is multiplied out otherwise.
         """
         return self.multiplied_out(parameters, x)
 
     def multiplied_out(self, parameters: Any, x: Any = None) -> Any:
-        """Return the decoder's output with tensors in place of last layers that were left out."""
+        """Return the decoder's output with each unmultiplied last layer multiplied out."""
         if type(parameters) is LastLayer:
             outputs = multiply_out(parameters, self._event(parameters, x))
             return outputs[0] if len(outputs) == 1 else outputs
@@ -129,16 +138,17 @@ class Likelihood(nn.Module):
         return parameters
 
     def _event(self, layer: LastLayer, x: Any) -> tuple[int, ...] | None:
-        """The shape of an output's row; None for the layer's own."""
+        """Return the event shape of the layer's output; None: the shape of the layer itself."""
         return layer.event
 
     def fused(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
-        """What the fused op takes; None where there is none."""
+        """Return the arguments of the fused op, or None if there is no such op."""
         return None
 
     def all_outputs(self, x: Tensor, parameters: Any) -> tuple[str, tuple[Any, ...]] | None:
-        """The name of the op, and all that it takes beside x, of what the decoder returned for z that is not
-        of these x; None where there is no op.
+        """Return the op's name and all its arguments but x, or None if there is no op.
+
+        The decoder's output belongs to latents that are independent of x (all pairs are evaluated).
         """
         return None
 
@@ -150,7 +160,10 @@ class Likelihood(nn.Module):
         )
 
     def _check_log_prob(self, value: Any, x: Any, rows: int, mask: Any) -> None:
-        """That it is of each row, summed over last axes of the event or not; with a mask of each element."""
+        """Validate that log_prob returned an entry per row, perhaps summed over last axes of the event.
+
+        With a mask there must be one entry per element.
+        """
         shape = (rows, *(() if isinstance(x, Mapping) else x.shape[1:]))
         fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape[: value.dim()]
         axes = "[N, *event]"
@@ -170,12 +183,12 @@ _NOTHING = Beside()
 
 
 def summed(value: Tensor, samples: int, batch: int) -> Tensor:
-    """Sum log p of each element, K·B rows of them, over the event: [K, B], also of an empty batch."""
+    """Sum elementwise log p of K·B rows over the event: [K, B], also for an empty batch."""
     return value.reshape(samples, batch, value.numel() // max(1, samples * batch)).sum(2)
 
 
 def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
-    """x with a value that its elements may have where none was observed."""
+    """Return x with its unobserved elements replaced by the likelihood's ``inside``."""
     if mask is None:
         return x
     if isinstance(x, Mapping):
@@ -189,29 +202,29 @@ def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
     return torch.where(mask, x, torch.full((), inside, dtype=x.dtype, device=x.device))
 
 
-# What fastvae.ops.weigh takes: the likelihood's name, x [B, X], and parameters, the first [K·B, X]; or what
-# fastvae.ops.head takes.
+# Arguments of fastvae.ops.weigh: the likelihood's name, x [B, X], and parameters, the first [K·B, X]; or
+# those of fastvae.ops.head.
 Fused = tuple[str, Tensor, tuple[Tensor, ...]] | tuple[str, Tensor, Layers]
 
 DECLARED: dict[str, type[Declared]] = {}
-# What a name may mean.
+# Likelihoods by the name that ``likelihood=`` accepts.
 NAMED: dict[str, type[Likelihood]] = {}
-# For a call that gives a name: making a module costs more than the kernels of a small batch.
+# Shared instances for calls by name: creating a module costs more than the kernels of a small batch.
 SHARED: dict[str, Declared] = {}
 
 
 class Declared(Likelihood):
-    """A likelihood with fused ops, declared by a subclass that has a ``name``.
+    """Likelihood with fused ops, declared by a subclass that has a ``name``.
 
-    What it declares stands at :class:`fastvae.ops.likelihood.Declaration`; ``mean_of`` and ``draw`` are the
-    mean and a draw of x, of all outputs. Its twins are
-    ``csrc/likelihoods/<name>.hpp`` and ``kernels/likelihoods/<name>.py``; everything else is made of these.
+    :class:`fastvae.ops.likelihood.Declaration` lists the fields to declare; ``mean_of`` and ``draw`` compute
+    the mean and a draw of x from all outputs. The C++ and Triton implementations are
+    ``csrc/likelihoods/<name>.hpp`` and ``kernels/likelihoods/<name>.py``; the rest is derived from these.
 
     Attributes:
-        converts: the decoder's output is not what was declared, but probabilities or rates.
-        constants: the last outputs, which the likelihood itself has and no decoder returns.
-        hazards: for the tests: how far each output is drawn from 0, beside the usual spreads.
-        oracle: for the tests: an independent distribution of x, of the outputs.
+        converts: the decoder returns probabilities or rates instead of the declared outputs.
+        constants: the last outputs, which are constants of the likelihood and never come from a decoder.
+        hazards: for the tests: extreme magnitudes of each output, in addition to the usual ones.
+        oracle: for the tests: an independent distribution of x, constructed from the outputs.
     """
 
     name: ClassVar[str]
@@ -240,7 +253,7 @@ class Declared(Likelihood):
             SHARED[cls.name] = cls()
 
     def check(self, x: Any, name: str = "x") -> None:
-        """Refuse data of another kind."""
+        """Validate that x is one tensor of the declared kind."""
         if isinstance(x, Mapping):
             parts = ", ".join(f'{part}="{self.name}"' for part in list(x)[:3])
             raise TypeError(
@@ -250,14 +263,19 @@ class Declared(Likelihood):
         check_data(x, self, name)
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
-        """log p of each element [N, *event], of x [N, *event] and what the decoder returned for N rows."""
+        """Return log p [N, *event] of each element of x, given the decoder's output for N rows.
+
+        Args:
+            x: data [N, *event].
+            parameters: the decoder's output for N rows of z.
+        """
         parameters = self._natural(self.multiplied_out(parameters, x))
         return self._elements(x, parameters, 1, None)[0]
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        """log p(x|z) [K, B] of what the decoder returned for K·B rows of z, sample-major."""
+        """Return log p(x|z) [K, B] for the decoder's output for K·B rows of z, sample-major."""
         if type(parameters) is Layers:
             return linear_rows(self.name, _flat(x), parameters)
         if not self.is_declared:
@@ -266,7 +284,7 @@ class Declared(Likelihood):
             ]
             if not of_rows or samples == 1:
                 return super().log_likelihood(x, parameters, samples, beside)
-            # What it holds of each example goes with a batch, not with samples of it.
+            # The likelihood's own parameters [B, ...] fit one batch, not K·B rows: evaluate sample by sample.
             parts = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
             drawn = [p[0] if len(p) == 1 else p for p in zip(*(p.chunk(samples) for p in parts), strict=True)]
             return torch.cat([super(Declared, self).log_likelihood(x, p, 1, beside) for p in drawn])
@@ -281,7 +299,7 @@ class Declared(Likelihood):
         return self._op(x, *self._arranged(spread, given))
 
     def _elements(self, x: Tensor, parameters: Any, samples: int, size: Tensor | None) -> Tensor:
-        """log p of each element [K, B, *event]: the op, of rows of one element."""
+        """Return log p of each element [K, B, *event] by calling the op on rows of one element."""
         given = self._given(x)
         returned = self._sized(self._read(x, parameters, samples, given), samples, size)
         one_each = [p.reshape(samples, -1, 1) for p in returned]
@@ -294,11 +312,11 @@ class Declared(Likelihood):
 
     @property
     def is_declared(self) -> bool:
-        """Whether log_prob is what was declared, and no subclass's own."""
+        """True unless a subclass overrides log_prob."""
         return type(self).log_prob is Declared.log_prob
 
     def _sized(self, returned: Sequence[Tensor], samples: int, size: Tensor | None) -> tuple[Tensor, ...]:
-        """With the examples' factors of the mean, whose logarithm the first is."""
+        """Multiply the mean by each example's ``size``: add log size to the first output, a log mean."""
         if size is None:
             return tuple(returned)
         if not self.takes_size:
@@ -308,18 +326,19 @@ class Declared(Likelihood):
         return first + log_size.reshape(-1, *[1] * (first.dim() - 1)), *others
 
     def mean(self, parameters: Any) -> Tensor:
-        """The mean of x [N, *event], in the dtype of the first output."""
+        """Return the mean of x [N, *event], in the dtype of the first output."""
         return type(self).mean_of(*self._complete(parameters)).to(_dtype_of(parameters))
 
     def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
-        """A draw of x [N, *event], in the dtype of the first output; of counts in float32 (or float64), since
-        half precision holds few of them.
+        """Draw x [N, *event], in the dtype of the first output.
+
+        Counts are float32 (float64 for float64 outputs), since half precision represents few integers.
         """
         drawn = type(self).draw(*self._complete(parameters), generator=generator)
         return drawn if self.takes_size else drawn.to(_dtype_of(parameters))
 
     def _complete(self, parameters: Any) -> list[Tensor]:
-        """All outputs, those that the likelihood holds too, each [N, *event]."""
+        """Return all outputs, including the likelihood's own, each expanded to [N, *event]."""
         parameters = self._natural(self.multiplied_out(parameters))
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
         if not isinstance(first, Tensor):
@@ -330,7 +349,7 @@ class Declared(Likelihood):
         return [torch.as_tensor(p, dtype=dtype, device=first.device).expand(first.shape) for p in every]
 
     def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
-        """What the fused op takes, checked; None where it does not fit."""
+        """Return the validated arguments of the fused op, or None if they do not fit it."""
         if not self.is_declared or (beside is not None and beside.mask is not None):
             return None
         if type(parameters) is Layers:
@@ -373,7 +392,7 @@ class Declared(Likelihood):
         return self.name, self._arranged(self._read(of_z, parameters, 1, given), given)
 
     def _natural(self, parameters: Any) -> Any:
-        """The outputs declared, of what the decoder returned."""
+        """Convert the decoder's output to the declared outputs."""
         return parameters
 
     def read_output(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
@@ -387,13 +406,13 @@ class Declared(Likelihood):
         return tuple(x.shape[1:]) if layer.event is None and isinstance(x, Tensor) else layer.event
 
     def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> Layers | None:
-        """A last layer as the fused op takes it; None where that does not fit or pay."""
+        """Return a last layer in the fused op's form, or None if it does not fit or would not pay."""
         unfit = self.converts or not self.is_declared or x.requires_grad or not x.numel()
         if unfit or (beside is not None and not (beside.mask is None and beside.size is None)):
             return None
         given = self._given(x)
         count, size = len(self.outputs) - len(given), x.shape[1:].numel()
-        # The first outputs must be the layers'.
+        # The fused op takes products for the first outputs only.
         if self._arranged(self.outputs[:count], self.outputs[count:]) != self.outputs:
             return None
         features = [len(w) for w in layer.weights]
@@ -420,15 +439,15 @@ class Declared(Likelihood):
         return Layers(h, weight, bias, *held, *[None] * (2 - len(held)))
 
     def _returned(self, held: int) -> tuple[str, ...]:
-        """The outputs that the decoder returns, if so many are held by the likelihood."""
+        """Return the names of the decoder's outputs if the likelihood itself has ``held`` outputs."""
         return self.outputs[: len(self.outputs) - held]
 
     def _arranged(self, returned: Sequence[Any], held: Sequence[Any]) -> tuple[Any, ...]:
-        """All in the order of the outputs."""
+        """Return all outputs in the declared order."""
         return (*returned, *held)
 
     def _read(self, x: Tensor, parameters: Any, samples: int, given: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """What the decoder returned, each [K·B, *event], checked."""
+        """Validate the decoder's outputs, each [K·B, *event], and return them as a tuple."""
         names = self._returned(len(given))
         if len(names) == 1:
             if not isinstance(parameters, Tensor):
@@ -442,7 +461,7 @@ class Declared(Likelihood):
         return tuple(parameters)
 
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
-        """The outputs that the decoder does not return, broadcastable to the event."""
+        """Return the outputs that the likelihood itself has, each broadcastable to the event."""
         return ()
 
     def _wrong_output(self, came: Any) -> TypeError:
@@ -462,9 +481,9 @@ def _dtype_of(parameters: Any) -> torch.dtype:
 
 
 def _of_the_event(parameter: float | Tensor, first: Tensor, x: Tensor) -> Tensor | None:
-    """A parameter as one number or one row [X]; None where the rows of the batch have their own."""
+    """Return a parameter as one number or one row [X], or None if it differs by example."""
     if not isinstance(parameter, Tensor):
-        # Not in half precision, which the decoder may compute in.
+        # The decoder may compute in half precision, which would round the parameter.
         return torch.full((), parameter, dtype=accumulator(first.dtype), device=first.device)
     if parameter.numel() == 1:
         return parameter.reshape(())
@@ -476,7 +495,7 @@ def _of_the_event(parameter: float | Tensor, first: Tensor, x: Tensor) -> Tensor
 
 
 def check_rows(name: str, value: Any, x: Tensor, samples: int) -> None:
-    """Check a decoder's output [K·B, *event] against x [B, *event]."""
+    """Validate the shape of a decoder's output [K·B, *event] against x [B, *event]."""
     check_tensor(f"the decoder's {name}", value)
     expected = (samples * x.shape[0], *x.shape[1:])
     if value.shape != expected:
@@ -505,7 +524,7 @@ def describe(value: Any) -> str:
 
 
 def _hint(likelihood: Any) -> str:
-    """Where a family over z is given for the likelihood of its name."""
+    """Explain the mistake if a distribution over z was passed in place of a likelihood."""
     kind = likelihood if isinstance(likelihood, type) else type(likelihood)
     if not kind.__module__.startswith("fastvae.distributions."):
         return ""
@@ -515,7 +534,12 @@ def _hint(likelihood: Any) -> str:
 
 
 def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
-    """A name or a likelihood object; of a name a module of its own, or ``shared`` with others."""
+    """Return the likelihood for a name, or the given likelihood object itself.
+
+    Args:
+        likelihood: a name or a :class:`Likelihood`.
+        shared: return the shared instance of a name instead of a new module.
+    """
     if isinstance(likelihood, Likelihood):
         return likelihood
     if shared and type(likelihood) is str and likelihood in SHARED:

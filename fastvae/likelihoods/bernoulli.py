@@ -12,24 +12,26 @@ from .natural import check_flag, logits_of
 
 
 class Bernoulli(Declared):
-    r"""p(x|z) = independent Bernoulli pixels, for decoders that return logits; x may be soft, in [0, 1].
+    r"""Bernoulli likelihood p(x|z) of independent pixels, for decoders that return logits.
+
+    x may be soft, in [0, 1].
 
     .. math:: \log p(x|z_k) = \sum_i \big[x_i l_{ki} - \mathrm{softplus}(l_{ki})\big]
               = -\sum_i \big[t_{ki} |l_{ki}| + \log(1 + e^{-|l_{ki}|})\big],
               \quad t = x \text{ if } l ≤ 0 \text{ else } 1 - x
 
-    The second form neither cancels nor overflows, and :math:`0 \cdot ∞ = 0`: a pixel that is certain and
-    right costs nothing. With :math:`g_k` what arrives: :math:`\bar l_{ki} = g_k (x_i - σ(l_{ki}))` and
-    :math:`\bar x_i = \sum_k g_k l_{ki}`.
+    The second form neither cancels nor overflows, and :math:`0 \cdot ∞ = 0`: a pixel predicted correctly with
+    certainty contributes 0. With the upstream gradient :math:`g_k`:
+    :math:`\bar l_{ki} = g_k (x_i - σ(l_{ki}))` and :math:`\bar x_i = \sum_k g_k l_{ki}`.
 
-    The op by itself is ``fastvae.ops.bernoulli_log_prob(x, logits)``.
+    The op is ``fastvae.ops.bernoulli_log_prob(x, logits)``.
 
     Args:
-        probs: the decoder returns probabilities, as one that ends in a sigmoid does. They become logits
+        probs: the decoder returns probabilities (it ends in a sigmoid). They are converted to logits
             :math:`\log p - \log(1 - p)`, each logarithm at least −100, with the slope
             :math:`1 / \max(p (1 - p), 10^{-12})`: the limits of
             ``torch.nn.functional.binary_cross_entropy``. In float16 the gradient saturates at that dtype's
-            range. Logits keep more digits near 0 and 1.
+            range. Logits are more precise near 0 and 1.
 
     Example:
         >>> import torch, fastvae
@@ -65,8 +67,8 @@ class Bernoulli(Declared):
 
     @staticmethod
     def value(x: Tensor, logits: Tensor) -> Tensor:
-        # For l > 0 the same is -(1 - x) l - log(1 + exp(-l)): no cancellation, and certain pixels (0 * inf)
-        # are 0, not NaN.
+        # For l > 0 this is -(1 - x) l - log(1 + exp(-l)): no cancellation, and certain pixels (0 * inf) are
+        # 0, not NaN.
         miss = torch.where(logits > 0, 1 - x, x)
         magnitude = logits.abs()
         linear = torch.where(miss == 0, 0.0, miss * magnitude)

@@ -9,32 +9,36 @@ from ..reference.common import digamma_excess, expm1_minus, log1p_rest, stirling
 from . import oracles
 from .base import Declared
 
-# A log concentration whose exponential and its inverse float32 holds.
+# Largest log concentration a: float32 represents both exp(a) and exp(-a).
 _MOST = 80.0
 
 
 class Beta(Declared):
-    r"""p(x|z) = Beta(a, b) on (0, 1), for decoders that return ``(log_concentration1, log_concentration0)``:
-    log a and log b, named as ``torch.distributions.Beta`` has its concentrations.
+    r"""Beta likelihood p(x|z) = Beta(a, b) on (0, 1).
+
+    The decoder returns ``(log_concentration1, log_concentration0)``: log a and log b, named like the
+    concentrations of ``torch.distributions.Beta``.
 
     .. math:: \log p(x|z_k) = \sum_i (a - 1) \log x + (b - 1) \log(1 - x) - \log B(a, b)
 
-    These terms cancel where a and b are large. What is computed, with :math:`n = a + b`, a the lesser (for b
-    it is the mirror image), :math:`s = \mathrm{logit}(x) - \log(a/b)` and Stirling's error :math:`δ`, is
+    These terms cancel where a and b are large. The kernels compute, with :math:`n = a + b`, a the smaller
+    (the other case is the mirror image), :math:`s = \mathrm{logit}(x) - \log(a/b)` and Stirling's error
+    :math:`δ`,
 
     .. math::
         -n \Big[\log\big(1 + \tfrac an (e^s - 1)\big) - \tfrac an s\Big] + \log a - ½ \log(1 + a/b)
         + δ(n) - δ(b) - \big[δ(a) + ½ \log 2πa\big] - \log x - \log(1 - x)
 
-    whose first part vanishes at the mean; the last two are of the data alone. With :math:`g_k` what arrives:
+    whose first part vanishes at the mean; the last two terms depend on the data alone. With the upstream
+    gradient :math:`g`:
 
     .. math::
         \overline{\log a} = g a [ψ(n) - ψ(a) + \log x], \quad
         \overline{\log b} = g b [ψ(n) - ψ(b) + \log(1 - x)], \quad
         \bar x = \sum_k g \Big[\frac{a - 1}x - \frac{b - 1}{1 - x}\Big]
 
-    At x = 0 and x = 1 it is the limit: infinite, but for a concentration of 1. Concentrations
-    beyond e⁸⁰ or below e⁻⁸⁰ count as these. The op by itself is
+    At x = 0 and x = 1 log p is its limit: infinite, except for a concentration of 1. Concentrations are
+    clamped to [e⁻⁸⁰, e⁸⁰]. The op is
     ``fastvae.ops.beta_log_prob(x, log_concentration1, log_concentration0)``.
 
     References:
@@ -63,7 +67,7 @@ class Beta(Declared):
         )
         gammas = stirling_error(least + largest) - stirling_error(largest) - stirling_error(least)
         inside = 0.5 * p - 0.5 * fold - 0.5 * math.log(2 * math.pi) + gammas - distance
-        # At an end one concentration decides: beyond 1 there is no density.
+        # At an end one concentration decides: if it is above 1, the density is 0.
         decides = torch.where(x < 0.5, log_concentration1, log_concentration0)
         at_end = torch.where(x < 0.5, log_concentration0, log_concentration1)
         at_end = torch.where(
@@ -83,7 +87,7 @@ class Beta(Declared):
         of_largest = 0.5 * w + (digamma_excess(largest) - v * of_n) - largest * fall
         low, high = (torch.expm1(c.clamp(max=_MOST)) for c in (log_concentration1, log_concentration0))
         of_x = torch.where(low == 0, 0.0, low / x) - torch.where(high == 0, 0.0, high / (1 - x))
-        # Without a weight there is none, also where log p is infinite.
+        # Zero upstream gradient gives zero gradient, even if log p is infinite.
         return (
             torch.where(g == 0, 0.0, g * of_x),
             torch.where(g == 0, 0.0, g * torch.where(other, of_largest, of_least)),
@@ -107,14 +111,14 @@ class Beta(Declared):
 
 
 def _log_gamma(log_concentration: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The logarithm of a gamma variable, of one more and a power of a uniform: none is 0."""
+    """Draw log Gamma(a, 1) as log Gamma(a + 1, 1) + log(u) / a, which cannot underflow."""
     a = torch.exp(log_concentration.clamp(max=_MOST))
     exponential = torch.empty_like(a).exponential_(generator=generator)
     return torch.log(torch._standard_gamma(a + 1, generator)) - exponential / a
 
 
 def _parts(x: Tensor, log_concentration1: Tensor, log_concentration0: Tensor) -> tuple[Tensor, ...]:
-    """The lesser concentration, the other, their shares of the sum, and how far x and 1 - x are off."""
+    """Return both concentrations, sorted, their shares of the sum, and the deviations of x and 1 - x."""
     a, b = log_concentration1.clamp(-_MOST, _MOST), log_concentration0.clamp(-_MOST, _MOST)
     other = a > b
     p, q = torch.where(other, b, a), torch.where(other, a, b)
@@ -130,7 +134,7 @@ def _parts(x: Tensor, log_concentration1: Tensor, log_concentration0: Tensor) ->
     held, near = s.clamp(-1, 1), s.abs() < 1
     t = w * torch.expm1(held)
     log_1pt = torch.log1p(t)
-    # Far from the mode by the logarithms themselves, log(1 + exp(±logit)).
+    # Far from the mode use the logarithms themselves, log(1 + exp(±logit)).
     rise = torch.where(near, held - log_1pt, fold - (p - q) - ((-logit).clamp(min=0) - of_rest))
     fall = torch.where(near, log_1pt, logit.clamp(min=0) - of_rest - fold)
     close = least * expm1_minus(held) - (least + largest) * log1p_rest(t)

@@ -1,4 +1,4 @@
-"""Classes: the categorical likelihood, and the multinomial of their counts."""
+"""Categorical and multinomial likelihoods."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ _SHARES = "probabilities", "logits"
 
 
 class Categorical(Likelihood):
-    r"""p(x|z) = independent classes, for decoders that return logits with a class axis, [N, C, \*event]:
-    pixels in 256 levels, tokens, genotypes.
+    r"""Categorical likelihood p(x|z) of independent classes: pixels in 256 levels, tokens, genotypes.
+
+    The decoder returns logits with a class axis, [N, C, \*event].
 
     .. math:: \log p(x|z_k) = \sum_i \Big[l_{k x_i i} - \log \sum_c e^{l_{kci}}\Big]
 
-    With :math:`g_k` what arrives: :math:`\bar l_{kci} = g_k ([x_i = c] - \mathrm{softmax}(l_{k \cdot i})_c)`.
-    x [B, \*event] are whole numbers from 0 to C − 1, of any dtype. The op by itself is
+    With the upstream gradient :math:`g_k`:
+    :math:`\bar l_{kci} = g_k ([x_i = c] - \mathrm{softmax}(l_{k \cdot i})_c)`.
+    x [B, \*event] holds whole numbers from 0 to C − 1, of any dtype. The op is
     ``fastvae.ops.categorical_log_prob(x, logits)``.
 
     Args:
-        ignore_index: the class that does not count, as in ``torch.nn.functional.cross_entropy``, such as
-            padding.
-        probs: the decoder returns probabilities, as one that ends in a softmax does, or numbers in
-            proportion to them. Their logarithms are at least −100, with the slope
-            :math:`1 / \max(p, 10^{-30})`, so that nothing is infinite at 0; in float16 the
-            gradient saturates at that dtype's range.
+        ignore_index: the class whose elements are skipped, such as padding; as in
+            ``torch.nn.functional.cross_entropy``.
+        probs: the decoder returns probabilities (it ends in a softmax), or numbers proportional to them.
+            Their logarithms are at least −100, with the slope :math:`1 / \max(p, 10^{-30})`, so that nothing
+            is infinite at 0; in float16 the gradient saturates at that dtype's range.
 
     Example:
         >>> import torch, fastvae
@@ -60,20 +61,25 @@ class Categorical(Likelihood):
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        if type(self).log_prob is not Categorical.log_prob:  # a subclass's own
+        if type(self).log_prob is not Categorical.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
         if beside is not None and beside.size is not None:
             raise self.no_size()
         x, parameters = signed(x), self._logits(parameters)
         self._check(x, parameters, samples)
         if beside is not None and beside.mask is not None:
-            # In a dtype that has the class that does not count.
+            # In a dtype that represents ignore_index.
             wide = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.long()
             x = torch.where(beside.mask, wide, self.ignore_index)
         return categorical_rows(x, parameters, self.ignore_index).reshape(samples, len(x))
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
-        """log p of each element [N, *event]; 0 for the class that does not count."""
+        """Return log p [N, *event] of each element; 0 for ``ignore_index``.
+
+        Args:
+            x: classes [N, *event].
+            parameters: the decoder's output [N, C, *event].
+        """
         x = x if x.is_floating_point() else x.long()
         parameters = self._logits(parameters)
         self._check(x, parameters, 1)
@@ -83,13 +89,13 @@ class Categorical(Likelihood):
         return torch.where(counts, parameters.log_softmax(1).gather(1, index)[:, 0], 0.0)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """The class's expected number [N, *event]: of levels, their mean; of names, nothing."""
+        """Return the expected class index [N, *event]: meaningful for levels, not for unordered classes."""
         numbers = torch.arange(parameters.shape[1], device=parameters.device, dtype=parameters.dtype)
         shares: Tensor = self._logits(parameters).softmax(1).to(parameters.dtype)
         return (shares * numbers.reshape(-1, *[1] * (parameters.dim() - 2))).sum(1)
 
     def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Classes [N, *event], int64."""
+        """Draw classes [N, *event], int64."""
         rows = self._logits(parameters).float().softmax(1).movedim(1, -1)
         drawn = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
         return drawn.reshape(rows.shape[:-1])
@@ -120,16 +126,17 @@ class Categorical(Likelihood):
 
 
 class Multinomial(Likelihood):
-    r"""p(x|z) = counts of classes over the whole event, for decoders that return logits [N, \*event]:
-    recommender systems (Mult-VAE), documents.
+    r"""Multinomial likelihood p(x|z) of class counts over the whole event.
+
+    The decoder returns logits [N, \*event]. It suits recommender systems (Mult-VAE) and documents.
 
     .. math:: \log p(x|z_k) = \log n! - \sum_i \log x_i! + \sum_i x_i \log \mathrm{softmax}(l_k)_i,
               \quad n = \sum_i x_i
 
-    Counts may be of any dtype. In plain PyTorch.
+    Counts may be of any dtype. It is implemented in plain PyTorch.
 
     Args:
-        probs: the decoder returns probabilities, as for :class:`Categorical`.
+        probs: the decoder returns probabilities, as in :class:`Categorical`.
 
     References:
         Liang, Krishnan, Hoffman & Jebara, Variational Autoencoders for Collaborative Filtering, 2018.
@@ -167,35 +174,40 @@ class Multinomial(Likelihood):
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        if type(self).log_prob is not Multinomial.log_prob:  # a subclass's own
+        if type(self).log_prob is not Multinomial.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
         mask, size, _ = beside or Beside()
         if size is not None:
             raise self.no_size()
         logits = self._read(x, self._logits(parameters), samples)
         if mask is not None:
-            # What was not observed is no class that there is.
+            # Unobserved classes are removed: count 0, probability 0.
             x = torch.where(mask, x, 0)
             logits = torch.where(repeat(mask, samples), logits, -1e30)
         counts = x.to(logits.dtype).flatten(1)
         log_p = logits.flatten(1).log_softmax(1).reshape(samples, *counts.shape)
-        # A count of 0 takes nothing, of an impossible class either.
+        # A count of 0 contributes 0, even if its class is impossible (0 · inf).
         picked = torch.where(counts == 0, 0.0, counts * torch.where(counts == 0, 0.0, log_p)).sum(2)
         wide = counts.double()
         own = torch.lgamma(wide.sum(1) + 1) - torch.lgamma(wide + 1).sum(1)
         return picked + own.to(picked.dtype)
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
-        """log p of each row [N]: the classes' counts depend on each other."""
+        """Return log p [N] of each row; the counts of the classes are dependent.
+
+        Args:
+            x: counts [N, *event].
+            parameters: the decoder's output [N, *event].
+        """
         return self.log_likelihood(x, parameters, 1)[0]
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """Expected shares of the classes [N, *event], which sum to 1: times n they are counts."""
+        """Return the expected shares of the classes [N, *event], which sum to 1; times n they are counts."""
         shares: Tensor = self._logits(parameters).flatten(1).softmax(1)
         return shares.reshape(parameters.shape).to(parameters.dtype)
 
     def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """One draw of a class for each row, one-hot [N, *event]: n is not part of the model."""
+        """Draw one class per row, one-hot [N, *event]: the model does not include n."""
         rows = self._logits(parameters).float().flatten(1).softmax(1)
         drawn = torch.multinomial(rows, 1, generator=generator)
         return torch.zeros_like(rows).scatter_(1, drawn, 1.0).reshape(parameters.shape)

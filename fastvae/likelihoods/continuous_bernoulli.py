@@ -14,27 +14,29 @@ from .natural import check_flag, logits_of
 
 
 class ContinuousBernoulli(Declared):
-    r"""p(x|z) = C(l) exp(x l), a density on [0, 1], for decoders that return logits: soft pixels as an image
-    has them, for which a Bernoulli has no normalised density.
+    r"""Continuous Bernoulli likelihood p(x|z) = C(l) exp(x l), a density on [0, 1].
+
+    The decoder returns logits. It suits soft pixels of images, for which a Bernoulli is not a normalised
+    density.
 
     .. math:: \log p(x|z_k) = \sum_i \big[x_i l_{ki} - \log \frac{e^{l_{ki}} - 1}{l_{ki}}\big]
               = \sum_i \big[(x_i - ½) l_{ki} - \log \frac{\sinh ½ l_{ki}}{½ l_{ki}}\big]
 
-    The second form, even but for its first term, is a series for :math:`|l| < 1`; beyond, :math:`-\log(1 -
-    e^{-|l|}) + \log|l|` and what a Bernoulli has of :math:`|l|`. So nothing cancels around λ = ½. With
-    :math:`g_k` what arrives:
+    The second form's last term is even in l. It is a series for :math:`|l| < 1`; beyond, log p is computed as
+    :math:`-\log(1 - e^{-|l|}) + \log|l|` plus a Bernoulli's term linear in :math:`|l|`. So nothing cancels
+    around λ = ½. With the upstream gradient :math:`g_k`:
 
     .. math:: \bar l_{ki} = g_k \big[x_i - μ(l_{ki})\big], \quad \bar x_i = \sum_k g_k l_{ki}, \quad
               μ(l) = \frac1{1 - e^{-l}} - \frac1l
 
-    ``mean`` is μ, not σ(l). The op by itself is ``fastvae.ops.continuous_bernoulli_log_prob(x, logits)``.
+    ``mean`` is μ, not σ(l). The op is ``fastvae.ops.continuous_bernoulli_log_prob(x, logits)``.
 
     Args:
-        probs: the decoder returns probabilities, as one that ends in a sigmoid does. They become logits
+        probs: the decoder returns probabilities (it ends in a sigmoid). They are converted to logits
             :math:`\log p - \log(1 - p)`, each logarithm at least −100, with the slope
             :math:`1 / \max(p (1 - p), 10^{-12})`: the limits of
             ``torch.nn.functional.binary_cross_entropy``. In float16 the gradient saturates at that dtype's
-            range. Logits keep more digits near 0 and 1.
+            range. Logits are more precise near 0 and 1.
 
     References:
         Loaiza-Ganem & Cunningham, The continuous Bernoulli: fixing a pervasive error in variational
@@ -71,12 +73,12 @@ class ContinuousBernoulli(Declared):
 
     @staticmethod
     def value(x: Tensor, logits: Tensor) -> Tensor:
-        # As a Bernoulli's, of the side that the logit is on; and 0 * inf is 0.
+        # As in Bernoulli: fold to the side of the logit's sign; 0 * inf is 0.
         miss = torch.where(logits > 0, 1 - x, x)
         magnitude = logits.abs()
         linear = torch.where(miss == 0, 0.0, miss * magnitude)
         near = (0.5 - miss) * magnitude - log_sinhc(magnitude.clamp(max=1))
-        # Bounded, so that of an infinite logit no inf - inf is left.
+        # Clamped, so that an infinite logit does not produce inf - inf.
         most = torch.where(miss == 0, magnitude, magnitude.clamp(max=1e38))
         far = torch.log(most) - torch.log1p(-torch.exp(-magnitude)) - linear
         return torch.where(magnitude < 1, near, far)
@@ -88,7 +90,7 @@ class ContinuousBernoulli(Declared):
 
     @staticmethod
     def mean_of(logits: Tensor) -> Tensor:
-        # The slope is odd, so that no |l| stands in the way of a gradient at 0.
+        # The slope is odd, so it needs no |l|, which has no gradient at 0.
         near = 0.5 + log_sinhc_slope(logits.clamp(-1, 1))
         rest = _rest(logits.abs())
         return torch.where(logits.abs() < 1, near, torch.where(logits > 0, 1 - rest, rest))
@@ -97,16 +99,16 @@ class ContinuousBernoulli(Declared):
     def draw(logits: Tensor, *, generator: torch.Generator | None) -> Tensor:
         magnitude = logits.abs()
         u = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device, generator=generator)
-        # By the inverse of the distribution function; uniform where the logit is 0.
+        # Invert the distribution function; uniform where the logit is 0.
         low = -torch.log1p(u * torch.expm1(-magnitude)) / magnitude
         low = torch.where(magnitude == 0, u, low).clamp(0, 1)
         return torch.where(logits > 0, 1 - low, low)
 
 
 def _rest(magnitude: Tensor) -> Tensor:
-    """What the mean lacks of the end that it leans to: 1 / |l| - 1 / (exp|l| - 1), ½ at 0."""
+    """Return the mean's distance from the nearer end: 1 / |l| - 1 / (exp|l| - 1), ½ at 0."""
     near = 0.5 - log_sinhc_slope(magnitude.clamp(max=1))
-    # Clamped: autograd differentiates the branch that is not taken, too.
+    # Clamped, since autograd also differentiates the branch not taken.
     beyond = magnitude.clamp(min=1)
     odds = torch.exp(-beyond)
     return torch.where(magnitude < 1, near, 1 / beyond - odds / (1 - odds))

@@ -18,36 +18,39 @@ from .scaled import Held, Scaled, exponential_like
 
 
 class DiscretizedLogistic(Scaled):
-    r"""p(x|z) = the probability of the bin of x, of a logistic variable rounded to a grid of values: pixels
-    of 8 bits, for decoders that return ``(mean, log_scale)``, or ``mean`` alone when ``scale`` is given.
+    r"""Discretised logistic likelihood p(x|z): a logistic variable rounded to a grid, such as 8-bit pixels.
+
+    p(x|z) is the probability of the bin of x. The decoder returns ``(mean, log_scale)``, or ``mean`` alone
+    when ``scale`` is given.
 
     .. math:: \log p(x|z_k) = \sum_i \log\Big[σ\Big(\frac{x + ½ w - m}s\Big) - σ\Big(\frac{x - ½ w -
               m}s\Big)\Big], \quad w = \frac{\text{high} - \text{low}}{\text{levels} - 1}
 
-    the first σ 1 at high, the second 0 at low: the end bins are open. With r = \|x − m\| / s and h = w / 2s a
-    bin's probability is :math:`σ(r + h) σ(h - r) (1 - e^{-2h})`, whose logarithms are all negative: nothing
-    cancels, however narrow the bin or far the mean; an end's is :math:`σ(h - r)`, r outwards. With
-    :math:`g_k` what arrives, :math:`v = r - h` and :math:`S = σ(v) σ(r + h) (1 - e^{-2r})`:
+    where the first σ is 1 at high and the second 0 at low: the end bins are open. With r = \|x − m\| / s and
+    h = w / 2s a bin's probability is :math:`σ(r + h) σ(h - r) (1 - e^{-2h})`, whose logarithms are all
+    negative: nothing cancels, however narrow the bin or distant the mean. An end bin's probability is
+    :math:`σ(h - r)`, with r signed, positive outwards. With the upstream gradient :math:`g_k`, :math:`v = r -
+    h` and :math:`S = σ(v) σ(r + h) (1 - e^{-2r})`:
 
     .. math::
         \bar m_{ki} = ± g_k S / s, \quad
         \overline{\log s}_{ki} = g_k [r S - \bar w], \quad
         \bar w = h [σ(v) + σ(-r - h)] + \frac{2h}{e^{2h} - 1}
 
-    with the sign of x − m. Scales beyond e⁶⁰ or below e⁻⁶⁰ count as these. The op by itself,
-    ``fastvae.ops.discretized_logistic_log_prob(x, mean, log_scale, log_bin_width)``, has low = 0 and high =
-    1, where an element is in an end bin if it is 0 or 1.
+    with the sign of x − m. Scales are clamped to [e⁻⁶⁰, e⁶⁰]. The op,
+    ``fastvae.ops.discretized_logistic_log_prob(x, mean, log_scale, log_bin_width)``, assumes low = 0 and
+    high = 1; elements equal to 0 or 1 are in the end bins.
 
     Args:
-        levels: how many values x may have.
-        low, high: the least and the largest. mean and scale are in the units of x.
+        levels: number of values of x.
+        low, high: the least and the greatest value. mean and scale are in the units of x.
         scale: s > 0, the standard deviation times √3/π: a number, a tensor broadcastable to the event, or a
             tensor that a network computed. Default: the decoder returns its logarithm, too.
-        learned: train the scale, beginning at this one, as the parameter ``log_scale``.
+        learned: train the scale, starting from this value, as the parameter ``log_scale``.
 
     Raises:
         TypeError, ValueError: if scale is not positive, or is an ``nn.Parameter``.
-        ValueError: for fewer than two levels, or ends in the wrong order.
+        ValueError: for fewer than two levels, or if low is not below high.
 
     References:
         Kingma et al., Improved variational inference with inverse autoregressive flow, 2016; Salimans et al.,
@@ -120,7 +123,7 @@ class DiscretizedLogistic(Scaled):
 
     @staticmethod
     def mean_of(mean: Tensor, log_scale: Tensor, log_bin_width: Tensor) -> Tensor:  # type: ignore[override]
-        # 1 less the distribution function at the edges between bins.
+        # 1 minus the distribution function, averaged over the edges between bins.
         width, inverse_s = torch.exp(log_bin_width), torch.exp(-log_scale.clamp(-60, 60))
         below = torch.zeros_like(mean)
         for i in range(_edges(width)):
@@ -146,11 +149,11 @@ class DiscretizedLogistic(Scaled):
         return (every[0] - self._origin) / self._range, every[1] - math.log(self._range), every[2]
 
     def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> Layers | None:
-        # Of other ends the outputs are moved and scaled first.
+        # For any other range the outputs are shifted and scaled first, so they must be computed.
         return super()._layers(x, layer, samples, beside) if self._is_unit else None
 
     def _unit(self, x: Tensor) -> Tensor:
-        """x between 0 and 1, exactly these at its ends."""
+        """Map x to [0, 1], exactly 0 and 1 at the ends."""
         if self._is_unit:
             return x
         level = ((x - self._origin) * ((self.levels - 1) / self._range)).round()
@@ -162,31 +165,34 @@ class DiscretizedLogistic(Scaled):
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        """log p(x|z) [K, B] of what the decoder returned for K·B rows of z, sample-major."""
+        """Return log p(x|z) [K, B] for the decoder's output for K·B rows of z, sample-major."""
         if beside is None or beside.mask is None:
             x = self._unit(x)
         return super().log_likelihood(x, parameters, samples, beside)
 
     def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
-        """What the fused op takes, checked; None where it does not fit."""
+        """Return the validated arguments of the fused op, or None if they do not fit it."""
         return super().fused(self._unit(x), parameters, samples, beside)
 
     def mean(self, parameters: Any) -> Tensor:
-        """The mean of x [N, *event], of its values on the grid."""
+        """Return the mean of x [N, *event] over the grid's values."""
         return self._origin + self._range * super().mean(parameters)
 
     def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
-        """A draw of x [N, *event], on the grid."""
+        """Draw x [N, *event] on the grid."""
         return self._origin + self._range * super().sample(parameters, generator=generator)
 
 
 def _edges(width: Tensor) -> int:
-    """Between so many bins of one width."""
+    """Return the number of edges between bins, for one common bin width."""
     return max(int((1 / width.flatten()[0]).round()), 1) if width.numel() else 0
 
 
 def _parts(x: Tensor, mean: Tensor, log_scale: Tensor, log_bin_width: Tensor) -> tuple[Tensor, ...]:
-    """In scales, how far the mean is, outwards at an end, and half the bin's width; exp(-(their sum))."""
+    """Return 1/s, the distance r to the mean, half the bin width h, exp(-(r + h)), end-bin and sign flags.
+
+    r and h are in scales; r is measured outwards in an end bin, and exp(-(r + h)) is 0 there.
+    """
     log_s = log_scale.clamp(-60, 60)
     inverse_s = torch.exp(-log_s)
     z = (x - mean) * inverse_s

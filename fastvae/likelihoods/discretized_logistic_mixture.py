@@ -1,4 +1,4 @@
-"""Mixtures of discretised logistic distributions: pixels as PixelCNN++ and NVAE have them."""
+"""Mixtures of discretised logistic distributions, as in PixelCNN++ and NVAE."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ _OUTPUTS = ("logits", "location", "log_scale", "coefficients")
 
 
 class DiscretizedLogisticMixture(Likelihood):
-    r"""p(x|z) = pixels of E channels on a grid of values, a mixture of M logistic distributions rounded to
-    it, for decoders that return ``(logits, location, log_scale)``, [N, M, \*positions] and twice [N, M, E,
-    \*positions], or with ``coefficients`` [N, M, 3, \*positions] as a fourth for colours.
+    r"""Discretised mixture of M logistic distributions p(x|z), for pixels of E channels.
+
+    The decoder returns ``(logits, location, log_scale)``, [N, M, \*positions] and twice [N, M, E,
+    \*positions], or with ``coefficients`` [N, M, 3, \*positions] as a fourth output for colours.
 
     .. math:: \log p(x|z) = \sum_p \log \sum_m π_m \prod_e
               \big[σ((x_e + h - μ_{me}) / s_{me}) - σ((x_e - h - μ_{me}) / s_{me})\big],
               \quad π = \mathrm{softmax}(\text{logits}), \quad h = \frac{1}{\text{levels} - 1}
 
-    for x in [−1, 1], the first σ 1 at its upper end and the second 0 at its lower. A bin's probability is
+    for x in [−1, 1]; the first σ is 1 at the upper end, the second 0 at the lower. A bin's probability is
     computed as :math:`σ(a) σ(-b) (1 - e^{b - a})`, which does not cancel. With coefficients c the locations
     of green and blue are :math:`μ_G + \tanh(c_0) x_R` and :math:`μ_B + \tanh(c_1) x_R + \tanh(c_2) x_G`.
-    Gradients: :mod:`fastvae.ops.grouped`. Scales beyond :math:`e^{\pm 60}` count as these.
+    Gradients: :mod:`fastvae.ops.grouped`. Scales are clamped to :math:`[e^{-60}, e^{60}]`.
 
-    x is [B, E, \*positions], or for one channel [B, \*positions], with location and log_scale like logits.
-    Locations and scales are those of [−1, 1], whatever the data's ends. The op by itself is
+    x is [B, E, \*positions], or for one channel [B, \*positions], with location and log_scale shaped like
+    logits. Locations and scales refer to [−1, 1], whatever ``low`` and ``high`` are. The op is
     ``fastvae.ops.discretized_logistic_mixture_log_prob(x, logits, location, log_scale, coefficients)``.
 
     Args:
-        levels: how many values a pixel may have.
-        low, high: the ends of the data: floating-point x is on the grid between them; integers are levels
+        levels: number of values of a pixel.
+        low, high: the range of floating-point x, which lies on the grid between them; integer x holds levels
             from 0 on.
 
     Raises:
-        TypeError, ValueError: for fewer than two levels, or ends in the wrong order.
+        TypeError, ValueError: for fewer than two levels, or if low is not below high.
 
     References:
         Salimans, Karpathy, Chen & Kingma, PixelCNN++, 2017, section 2.1; Vahdat & Kautz, NVAE, 2020.
@@ -83,7 +84,7 @@ class DiscretizedLogisticMixture(Likelihood):
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        if type(self).log_prob is not DiscretizedLogisticMixture.log_prob:  # a subclass's own
+        if type(self).log_prob is not DiscretizedLogisticMixture.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
         mask, size, _ = beside or Beside()
         if size is not None:
@@ -94,19 +95,21 @@ class DiscretizedLogisticMixture(Likelihood):
         return mixture_rows(x, parts, self._half).reshape(samples, len(x))
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
-        """log p of each row [N]."""
+        """Return log p [N] of each row."""
         return self.log_likelihood(x, parameters, 1)[0]
 
     def mean(self, parameters: Any) -> Tensor:
-        """The mixtures' locations by their weights, clipped to the data's ends: [N, E, \\*positions], or [N,
-        \\*positions]. Colours take the means of those before.
+        r"""Return the weighted mean of the components' locations, clipped to [low, high].
+
+        The result is [N, E, \*positions], or [N, \*positions]. Green and blue are conditioned on the means of
+        the channels before them.
         """
         return self._along(
             parameters, lambda logits, part: (logits.softmax(1).unsqueeze(2) * part).sum(1), None
         )
 
     def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
-        """A draw, on the data's grid, in floating point."""
+        """Draw x in floating point, on the grid between low and high."""
 
         def choose(logits: Tensor, part: Tensor) -> Tensor:
             rows = logits.softmax(1).movedim(1, -1)
@@ -127,14 +130,14 @@ class DiscretizedLogisticMixture(Likelihood):
         return 1.0 / (self.levels - 1)
 
     def _levels_of(self, x: Tensor) -> Tensor:
-        """Which level each is."""
+        """Return the level of each pixel, unrounded."""
         if not x.is_floating_point():
             return x.float()
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide - self.low) * ((self.levels - 1) / (self.high - self.low))
 
     def _read(self, x: Tensor, parameters: Any, samples: int) -> tuple[Tensor, list[Tensor | None]]:
-        """x [B, E, *positions] on [−1, 1]; logits, and the others [N, M, E, *positions]; checked."""
+        """Return x on [−1, 1] and the validated outputs [N, M, E, *positions], None for those missing."""
         if not (isinstance(parameters, (tuple, list)) and len(parameters) in (3, 4)):
             raise TypeError(
                 "the decoder of a discretized logistic mixture must return (logits, location, log_scale) or "
@@ -172,7 +175,7 @@ class DiscretizedLogisticMixture(Likelihood):
         return scaled.unsqueeze(1) if one else scaled, [*parts, *[None] * (4 - len(parts))]
 
     def _masked(self, x: Tensor, parts: list[Tensor | None], mask: Tensor) -> Tensor:
-        """log p [N] of what was observed, in plain PyTorch."""
+        """Return log p [N] of the observed channels, in plain PyTorch."""
         logits, location, log_scale, coefficients = (
             None if p is None else p.flatten(3 if i else 2).to(torch.promote_types(p.dtype, torch.float32))
             for i, p in enumerate(parts)
@@ -188,7 +191,7 @@ class DiscretizedLogisticMixture(Likelihood):
         return torch.where(seen, log_p, 0.0).sum(1)
 
     def _along(self, parameters: Any, choose: Any, noise: Any) -> Tensor:
-        """Channel by channel: what is chosen of the components, with noise or not."""
+        """Generate x channel by channel; ``choose`` reduces components, ``noise`` is None for the mean."""
         logits, location, log_scale, *coefficients = [p.to(torch.promote_types(p.dtype, torch.float32))
                                                       for p in parameters]  # fmt: skip
         one = location.dim() == logits.dim()

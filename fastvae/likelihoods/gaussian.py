@@ -10,32 +10,34 @@ from torch import Tensor
 
 from .scaled import Scaled, normal_like
 
-# What a scale may be called, and what it means then.
+# Subclasses by the name that ``scale=`` accepts.
 NAMED_SCALES: dict[str, type[Gaussian]] = {}
 
 
 class Gaussian(Scaled):
-    r"""p(x|z) = N(mean, s²), for decoders that return ``(mean, logvar)``, or ``mean`` alone when ``scale`` is
-    given.
+    r"""Gaussian likelihood p(x|z) = N(mean, s²).
+
+    The decoder returns ``(mean, logvar)``, or ``mean`` alone when ``scale`` is given.
 
     .. math::
         \log p(x|z_k) = -½ \sum_i \big[\log 2π + \log s_{ki}^2 + (x_i - m_{ki})^2 / s_{ki}^2\big]
 
-    With :math:`g_k` what arrives, and :math:`r = (x - m) / s^2`:
+    With the upstream gradient :math:`g_k` and :math:`r = (x - m) / s^2`:
 
     .. math::
         \bar m_{ki} = g_k r_{ki}, \quad \overline{\log s^2}_{ki} = ½ g_k \big[(x_i - m_{ki}) r_{ki} - 1\big],
         \quad \bar x_i = -\sum_k \bar m_{ki}
 
-    The op by itself is ``fastvae.ops.gaussian_log_prob(x, mean, logvar)``.
+    The op is ``fastvae.ops.gaussian_log_prob(x, mean, logvar)``.
 
     Args:
         scale: standard deviation s > 0: a number, a tensor broadcastable to the event, or a tensor that a
-            network computed. Default: the decoder returns the log variance, too. ``"softplus"``: it returns
-            (mean, raw), the variance is softplus(raw) + ``floor``, see :class:`fastvae.SoftplusGaussian`.
-            ``"optimal"``: the mean alone, and one σ² is measured, see :class:`fastvae.OptimalGaussian`.
-        learned: train the scale, beginning at this one. It is kept as the parameter ``log_scale``, so that no
-            step of an optimiser can make it 0 or negative; ``scale`` reads it.
+            network computed. Default: the decoder returns the log variance, too. ``"softplus"``: the decoder
+            returns (mean, raw), and the variance is softplus(raw) + ``floor``, see
+            :class:`fastvae.SoftplusGaussian`. ``"optimal"``: the decoder returns the mean alone, and one σ²
+            is estimated, see :class:`fastvae.OptimalGaussian`.
+        learned: train the scale, starting from this value. The parameter is ``log_scale``, so an optimiser
+            step cannot make the scale 0 or negative; the property ``scale`` returns its exponential.
 
     Raises:
         TypeError, ValueError: if scale is not positive, or is an ``nn.Parameter``.
@@ -58,7 +60,7 @@ class Gaussian(Scaled):
     oracle = staticmethod(lambda mean, logvar: torch.distributions.Normal(mean, torch.exp(0.5 * logvar)))
 
     def __new__(cls, scale: Any = None, **options: Any) -> Gaussian:
-        """Of a scale that has a name, the likelihood of this name."""
+        """Create the subclass registered for a named scale, such as ``"softplus"``."""
         if isinstance(scale, str):
             if scale not in NAMED_SCALES:
                 known = ", ".join(map(repr, NAMED_SCALES))
@@ -70,7 +72,7 @@ class Gaussian(Scaled):
 
     @staticmethod
     def value(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-        # exp(-logvar) itself overflows long before what it is a factor of does, here and below.
+        # exp(-logvar) overflows long before its product with (x - mean)² does, here and below.
         whitened = (x - mean) * torch.exp(-0.5 * logvar)
         return -0.5 * (math.log(2 * math.pi) + logvar + whitened**2)
 

@@ -1,4 +1,4 @@
-"""Data of several parts, each with its own likelihood."""
+"""Likelihood of data in several parts, each with its own likelihood."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from .base import Likelihood, as_likelihood, describe
 
 
 class Joint(Likelihood):
-    r"""p(x|z) of an x of several parts, independent given z: x is a dict of tensors, the decoder returns a
-    dict of each part's parameters, by the same names.
+    r"""Joint likelihood p(x|z) of several parts, independent given z.
+
+    x is a dict of tensors, and the decoder returns a dict of each part's parameters, by the same names.
 
     .. math:: \log p(x|z_k) = \sum_{\text{parts } j} \log p_j(x_j|z_k)
 
-    ``mask`` and ``size`` are dicts by part, too, of those parts that have one.
+    ``mask`` and ``size`` are dicts by part, too; parts without one may be left out.
 
     Args:
-        parts: likelihoods by name: names or objects.
+        parts: the likelihood of each part, by keyword: a name or an object.
 
     Raises:
-        TypeError, ValueError: without parts; for unknown likelihoods; and, by the objectives, for an x or a
-            decoder's output that has other parts.
+        TypeError, ValueError: without parts; for an unknown likelihood; when called, for an x or a decoder's
+            output with other parts.
 
     References:
         Wu & Goodman, Multimodal Generative Models for Scalable Weakly-Supervised Learning, 2018.
@@ -78,16 +79,21 @@ class Joint(Likelihood):
         return total  # type: ignore[no-any-return]
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
-        """log p(x|z) [N] of x and the decoder's output, N rows each."""
+        """Return log p(x|z) [N] of N rows.
+
+        Args:
+            x: dict of data, [N, *event] each.
+            parameters: dict of the decoder's outputs, N rows each.
+        """
         return self.log_likelihood(x, self.read_output(x, parameters, 1), 1)[0]
 
     def mean(self, parameters: Any) -> dict[str, Any]:
-        """The mean of each part."""
+        """Return the mean of each part."""
         self._matched(parameters, "the decoder's output")
         return {name: part.mean(parameters[name]) for name, part in self._each()}
 
     def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """A draw of each part."""
+        """Draw each part."""
         self._matched(parameters, "the decoder's output")
         return {name: part.sample(parameters[name], generator=generator) for name, part in self._each()}
 

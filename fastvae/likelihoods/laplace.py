@@ -9,26 +9,27 @@ from .scaled import Scaled, exponential_like
 
 
 class Laplace(Scaled):
-    r"""p(x|z) = Laplace(location, s), for decoders that return ``(location, log_scale)``, or ``location``
-    alone when ``scale`` is given: absolute errors instead of squares.
+    r"""Laplace likelihood p(x|z) = Laplace(location, s): absolute errors instead of squared ones.
+
+    The decoder returns ``(location, log_scale)``, or ``location`` alone when ``scale`` is given.
 
     .. math:: \log p(x|z_k) = -\sum_i \big[\log 2 + \log s_{ki} + |x_i - m_{ki}| / s_{ki}\big]
 
-    With :math:`g_k` what arrives:
+    With the upstream gradient :math:`g_k`:
 
     .. math::
         \bar m_{ki} = g_k \operatorname{sign}(x_i - m_{ki}) / s_{ki}, \quad
         \overline{\log s}_{ki} = g_k \big[|x_i - m_{ki}| / s_{ki} - 1\big], \quad
         \bar x_i = -\sum_k \bar m_{ki}
 
-    where x is the location the sign is 0.
+    The sign is 0 where x equals the location.
 
-    The op by itself is ``fastvae.ops.laplace_log_prob(x, location, log_scale)``.
+    The op is ``fastvae.ops.laplace_log_prob(x, location, log_scale)``.
 
     Args:
         scale: s > 0, the mean distance of x from the location: a number, a tensor broadcastable to the event,
             or a tensor that a network computed. Default: the decoder returns its logarithm, too.
-        learned: train the scale, beginning at this one, as the parameter ``log_scale``.
+        learned: train the scale, starting from this value, as the parameter ``log_scale``.
 
     Raises:
         TypeError, ValueError: if scale is not positive, or is an ``nn.Parameter``.
@@ -56,7 +57,7 @@ class Laplace(Scaled):
     def gradient(g: Tensor, x: Tensor, location: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inverse_s = torch.exp(-log_scale)
         delta = x - location
-        # That of NaN is 0 to torch.
+        # torch.sign(NaN) is 0; keep the NaN.
         sign = torch.where(delta.abs() >= 0, torch.sign(delta), delta)
         grad_location = g * sign * inverse_s
         return -grad_location, grad_location, g * (delta.abs() * inverse_s - 1)

@@ -9,27 +9,29 @@ from .scaled import Scaled, normal_like
 
 
 class LogNormal(Scaled):
-    r"""log x given z is N(location, s²): for positive data, and decoders that return ``(location,
-    log_scale)``, or ``location`` alone when ``scale`` is given.
+    r"""Log-normal likelihood of positive data: log x given z is N(location, s²).
+
+    The decoder returns ``(location, log_scale)``, or ``location`` alone when ``scale`` is given.
 
     .. math::
         \log p(x|z_k) = -½ \sum_i \big[\log 2π + 2 \log s_{ki} + t_{ki}^2\big] - \sum_i \log x_i,
         \quad t = (\log x - m) / s
 
-    The last sum, of the data alone, is computed once for all samples. With :math:`g_k` what arrives:
+    The last sum depends on the data alone and is computed once for all samples. With the upstream gradient
+    :math:`g_k`:
 
     .. math::
         \bar m_{ki} = g_k t_{ki} / s_{ki}, \quad \overline{\log s}_{ki} = g_k \big[t_{ki}^2 - 1\big], \quad
         \bar x_i = -\sum_k \big[g_k + \bar m_{ki}\big] / x_i
 
-    A zero has no density: log p is -∞, without a gradient where g is 0.
+    At x = 0 log p is -∞; its gradient is 0 where g is 0.
 
-    The op by itself is ``fastvae.ops.log_normal_log_prob(x, location, log_scale)``.
+    The op is ``fastvae.ops.log_normal_log_prob(x, location, log_scale)``.
 
     Args:
         scale: standard deviation s > 0 of log x: a number, a tensor broadcastable to the event, or a tensor
             that a network computed. Default: the decoder returns its logarithm, too.
-        learned: train the scale, beginning at this one, as the parameter ``log_scale``.
+        learned: train the scale, starting from this value, as the parameter ``log_scale``.
 
     Raises:
         TypeError, ValueError: if scale is not positive, or is an ``nn.Parameter``.
@@ -61,7 +63,7 @@ class LogNormal(Scaled):
     def gradient(g: Tensor, x: Tensor, location: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inverse_s = torch.exp(-log_scale)
         t = (torch.log(x) - location) * inverse_s
-        # A sample without weight has no gradient, also where x is 0.
+        # Zero upstream gradient gives zero gradient, even where x is 0.
         push = torch.where(g == 0, 0.0, g * t)
         grad_location = push * inverse_s
         grad_x = torch.where(g == 0, 0.0, -(g + grad_location) / x)
@@ -69,7 +71,7 @@ class LogNormal(Scaled):
 
     @staticmethod
     def data(x: Tensor) -> Tensor:
-        # What is left of a zero, the square, is -inf already: inf would make it NaN.
+        # At x = 0 the squared term is -inf already; adding inf would give NaN.
         return torch.where(x == 0, 0.0, -torch.log(x))
 
     @staticmethod

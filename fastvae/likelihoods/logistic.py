@@ -8,25 +8,26 @@ from .scaled import Scaled, exponential_like
 
 
 class Logistic(Scaled):
-    r"""p(x|z) = Logistic(location, s), for decoders that return ``(location, log_scale)``, or ``location``
-    alone when ``scale`` is given: the shape of a Gaussian, with the tails of a Laplace.
+    r"""Logistic likelihood p(x|z) = Logistic(location, s): Gaussian in shape, with Laplace tails.
+
+    The decoder returns ``(location, log_scale)``, or ``location`` alone when ``scale`` is given.
 
     .. math:: \log p(x|z_k) = -\sum_i \big[\log s_{ki} + |t_{ki}| + 2 \log(1 + e^{-|t_{ki}|})\big],
               \quad t = (x - m) / s
 
-    With :math:`g_k` what arrives:
+    With the upstream gradient :math:`g_k`:
 
     .. math::
         \bar m_{ki} = g_k \tanh(½ t_{ki}) / s_{ki}, \quad
         \overline{\log s}_{ki} = g_k \big[t_{ki} \tanh(½ t_{ki}) - 1\big], \quad
         \bar x_i = -\sum_k \bar m_{ki}
 
-    The op by itself is ``fastvae.ops.logistic_log_prob(x, location, log_scale)``.
+    The op is ``fastvae.ops.logistic_log_prob(x, location, log_scale)``.
 
     Args:
         scale: s > 0, the standard deviation times √3/π: a number, a tensor broadcastable to the event, or a
             tensor that a network computed. Default: the decoder returns its logarithm, too.
-        learned: train the scale, beginning at this one, as the parameter ``log_scale``.
+        learned: train the scale, starting from this value, as the parameter ``log_scale``.
 
     Raises:
         TypeError, ValueError: if scale is not positive, or is an ``nn.Parameter``.
@@ -47,7 +48,7 @@ class Logistic(Scaled):
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-        # Of the magnitude: it neither cancels nor overflows.
+        # Written in the magnitude, which neither cancels nor overflows.
         distance = (x - location).abs() * torch.exp(-log_scale)
         return -(log_scale + distance + 2 * torch.log1p(torch.exp(-distance)))
 

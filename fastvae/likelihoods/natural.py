@@ -1,4 +1,4 @@
-"""Logits and log rates of decoders that return probabilities and rates."""
+"""Conversion of decoders' probabilities and rates to logits and log rates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from .._checks import may_look
 from ..ops.op import accumulator
 
-# The logarithms' least value, and the Bernoulli's least denominator: those of F.binary_cross_entropy.
+# Smallest logarithm, and smallest variance p (1 - p) in a slope, as in F.binary_cross_entropy.
 LEAST_LOG, LEAST_VARIANCE = -100.0, 1e-12
-# Of a probability or a rate, below which the slope of its logarithm is that of this number.
+# Probabilities and rates are clamped to at least this in the slope of their logarithm.
 LEAST = 1e-30
 
 
 class _Logarithm(torch.autograd.Function):
-    """log p, or with ``both`` log p − log(1 − p), in float32 at least."""
+    """Function log p, or with ``both`` log p − log(1 − p), in at least float32."""
 
     generate_vmap_rule = True
 
@@ -39,14 +39,14 @@ class _Logarithm(torch.autograd.Function):
         slope = (wide * (1 - wide)).clamp(min=LEAST_VARIANCE) if ctx.both else wide.clamp(min=LEAST)
         grad = grad / slope
         if p.dtype == torch.float16:
-            # Beyond its range the next factor, the slope of a sigmoid perhaps, would make NaN of 0 · ∞.
+            # An infinite gradient times a zero slope, such as a saturated sigmoid's, would be NaN.
             limit = torch.finfo(p.dtype).max
             grad = grad.clamp(-limit, limit)
         return grad.to(p.dtype), None
 
 
 def logits_of(probs: Any, owner: str) -> Any:
-    """Return the logits of probabilities, each of its own."""
+    """Return the logits of independent probabilities."""
     if not _is_numbers(probs):
         return probs
     _check(probs, 1.0, owner, "probabilities in [0, 1]", "logits")
@@ -62,7 +62,7 @@ def log_of(values: Any, owner: str, what: str, instead: str) -> Any:
 
 
 def _is_numbers(value: Any) -> bool:
-    """Whether it may be converted; what may not is refused where outputs are read."""
+    """Return True for a floating-point tensor; anything else raises where outputs are read."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
@@ -80,7 +80,7 @@ def _check(values: Tensor, high: float, owner: str, expected: str, instead: str)
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Validate True or False."""
+    """Validate that a flag is True or False, and return it."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {value!r} ({type(value).__name__})")
     return value

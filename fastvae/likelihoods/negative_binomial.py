@@ -1,4 +1,4 @@
-"""The negative binomial likelihood, and what those with more zeros share with it."""
+"""The negative binomial likelihood, and its base class shared with the zero-inflated one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..reference.common import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from .scaled import Held, Scaled
 
-# A log inverse dispersion near the end of a float32's range, and what its exponential holds.
+# Clamps: the log inverse dispersion, and other exponents, near the end of float32's range.
 _TOP, _MOST = 85.0, 87.0
 
 
 class Overdispersed(Scaled):
-    """Counts with an inverse dispersion, which the decoder returns or the likelihood holds."""
+    """Base class of count likelihoods with an inverse dispersion, from the decoder or the constructor."""
 
     low = 0.0
     takes_integers = takes_size = True
@@ -32,7 +32,7 @@ class Overdispersed(Scaled):
 
     @property
     def inverse_dispersion(self) -> Held:
-        """θ, learned or not; None where the decoder returns it."""
+        """Inverse dispersion θ, learned or fixed; None if the decoder returns it."""
         return self._read_held("inverse_dispersion")
 
     @staticmethod
@@ -42,32 +42,33 @@ class Overdispersed(Scaled):
 
 
 class NegativeBinomial(Overdispersed):
-    r"""p(x|z) = independent negative binomial counts, for decoders that return ``(log_mean,
-    log_inverse_dispersion)``, or ``log_mean`` alone when ``inverse_dispersion`` is given; the variance is
-    :math:`μ + μ^2 / θ`, and Poisson's for large θ.
+    r"""Negative binomial likelihood p(x|z) of independent counts.
+
+    The decoder returns ``(log_mean, log_inverse_dispersion)``, or ``log_mean`` alone when
+    ``inverse_dispersion`` is given. The variance is :math:`μ + μ^2 / θ`; for large θ the distribution is
+    Poisson.
 
     .. math:: \log p(x|z_k) = \sum_i \log Γ(x + θ) - \log Γ(θ) - \log x!
               + θ \log\frac{θ}{θ + μ} + x \log\frac{μ}{θ + μ}, \quad μ = e^m, θ = e^t
 
-    These terms cancel for large θ or x. What is computed is :math:`-θ \log(1 + μ/θ)` for a count of 0, and
-    for others, with :math:`n = x + θ, w = x / n, d = m - \log x` and Stirling's error :math:`δ`,
+    These terms cancel for large θ or x. The kernels compute :math:`-θ \log(1 + μ/θ)` for a count of 0, and
+    for other counts, with :math:`n = x + θ, w = x / n, d = m - \log x` and Stirling's error :math:`δ`,
 
     .. math:: -n \big[\log(1 + w (e^d - 1)) - w d\big] + δ(n) - δ(θ) - ½ \log(1 + x/θ)
               - \big[δ(x) + ½ \log 2πx\big]
 
-    whose first part vanishes at :math:`μ = x`; the last is of the data alone, and computed once. With
-    :math:`g_k` what arrives, :math:`\bar m = g (x - μ) θ / (θ + μ)`; for :math:`r = (x - μ) / (θ + μ)`,
-    :math:`\bar t = g\, θ\, [\log(1 + r) - r + ψ(n) - \log n - ψ(θ) + \log θ]`.
+    whose first part vanishes at :math:`μ = x`; the last depends on the data alone and is computed once. With
+    the upstream gradient :math:`g`, :math:`\bar m = g (x - μ) θ / (θ + μ)`; for :math:`r = (x - μ) / (θ +
+    μ)`, :math:`\bar t = g\, θ\, [\log(1 + r) - r + ψ(n) - \log n - ψ(θ) + \log θ]`.
 
-    Counts may be integers of any dtype, and have no gradient. From θ = e⁸⁵ on they are
-    Poisson's. The op by itself is
-    ``fastvae.ops.negative_binomial_log_prob(x, log_mean, log_inverse_dispersion)``, whose last argument may
-    be one row (one number a gene) or one number.
+    Counts may be integers of any dtype and have no gradient. From θ = e⁸⁵ on the distribution is Poisson.
+    The op is ``fastvae.ops.negative_binomial_log_prob(x, log_mean, log_inverse_dispersion)``, whose last
+    argument may be one row (one number per gene) or one number.
 
     Args:
-        inverse_dispersion: θ > 0: a number, a tensor broadcastable to the event (one number a gene), or a
+        inverse_dispersion: θ > 0: a number, a tensor broadcastable to the event (one number per gene), or a
             tensor that a network computed. Default: the decoder returns its logarithm, too.
-        learned: train it, beginning at this one, as the parameter ``log_inverse_dispersion``.
+        learned: train θ, starting from this value, as the parameter ``log_inverse_dispersion``.
 
     Raises:
         TypeError, ValueError: if inverse_dispersion is not positive, or is an ``nn.Parameter``.
@@ -97,7 +98,7 @@ class NegativeBinomial(Overdispersed):
         n = x + theta
         w, v = x / n, theta / n
         d, ratio = log_mean - torch.log(x), log_mean - t
-        # Of two forms that with the smaller factor, which cancels less.
+        # Use, of two equivalent forms, the one with the smaller factor, which cancels less.
         a, least = torch.where(w > v, v, w), torch.where(w > v, theta, x)
         s = torch.where(w > v, -d, d)
         held = s.clamp(-_MOST, _MOST)
@@ -107,7 +108,7 @@ class NegativeBinomial(Overdispersed):
         distance = torch.where(s.abs() < 1, least * expm1_minus(held) - n * log1p_rest(y), far)
         own = stirling_error(n) - stirling_error(theta) - 0.5 * torch.log1p(x / theta)
         low = ratio.clamp(max=_MOST)
-        # Of a mean that is nothing beside theta log(1 + mean / theta) is the ratio.
+        # For mean << theta, theta log(1 + mean / theta) is the mean.
         of_zero = theta * (torch.log1p(torch.exp(low)) + (ratio - low))
         of_zero = torch.where(ratio < -40, torch.exp(log_mean), of_zero)
         return torch.where(x == 0, -of_zero, own - distance)
@@ -137,7 +138,7 @@ class NegativeBinomial(Overdispersed):
 
 
 def slopes(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log p of a count of 0, and the derivatives by log mean and by log inverse dispersion."""
+    """Return log p of a count of 0, and the derivatives by log mean and log inverse dispersion."""
     t = log_inverse_dispersion.clamp(max=_TOP)
     theta = torch.exp(t)
     n, d = x + theta, log_mean - torch.log(x)
@@ -153,8 +154,9 @@ def slopes(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> tuple
 
 
 class _Exact:
-    """The textbook's formula in float64, where only logarithms of ratios of gamma functions are taken apart:
-    16 factors by themselves, the rest by Stirling's series.
+    """Textbook formula in float64, for the tests.
+
+    Ratios of gamma functions are computed without cancellation: 16 explicit factors, then Stirling's series.
     """
 
     def __init__(self, log_mean: Tensor, t: Tensor):

@@ -1,4 +1,4 @@
-"""The Gaussian likelihood with the variance that fits best."""
+"""The Gaussian likelihood with the maximum-likelihood variance."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from .gaussian import NAMED_SCALES, Gaussian
 
 
 class OptimalGaussian(Gaussian):
-    r"""p(x|z) = N(mean, σ²) with the one σ² that makes the data likeliest, for decoders that return ``mean``:
-    what ``fastvae.Gaussian(scale="optimal")`` is.
+    r"""Gaussian likelihood p(x|z) = N(mean, σ²) with the maximum-likelihood σ², shared by all elements.
+
+    The decoder returns ``mean``. ``fastvae.Gaussian(scale="optimal")`` creates it.
 
     .. math:: σ^2 = \frac1{|i, k|} \sum_{i,k} (x_i - m_{ki})^2
 
-    over everything that is decoded together. There the derivative by σ² is 0, so none is taken. It is
-    measured in training mode with gradients enabled, from the elements that a mask leaves. Otherwise, in
-    ``eval()`` and wherever draws are streamed, σ² is a running mean of those in training, the buffer
+    over all elements decoded in one call. The derivative by σ² vanishes there, so σ² takes no gradient. It is
+    estimated in training mode with gradients enabled, from the elements that the mask observes. Otherwise, in
+    ``eval()`` and wherever draws are streamed, σ² is the running mean of the training estimates, the buffer
     ``variance``.
 
     Args:
-        momentum: the weight of the newest σ² in the running mean, as in BatchNorm; the first one sets it.
+        scale: always ``"optimal"``, the name by which :class:`fastvae.Gaussian` creates it.
+        momentum: the weight of the newest σ² in the running mean, in (0, 1], as in BatchNorm; the first
+            estimate initialises the mean.
+        learned: always False, as σ² is estimated.
 
     Raises:
-        RuntimeError: where the running mean is asked for before any training step.
+        RuntimeError: if the running mean is needed before any training step.
 
     References:
         Rybkin, Daniilidis & Levine, Simple and effective VAE training with calibrated decoders, 2021.
@@ -66,14 +70,14 @@ class OptimalGaussian(Gaussian):
 
     @property
     def scale(self) -> Tensor:
-        """σ of the running mean; NaN before the first step."""
+        """Square root of the running mean of σ²; NaN before the first step."""
         return self.variance.sqrt()
 
     @contextmanager
     def _measured(
         self, x: Tensor, parameters: Any, samples: int, mask: Tensor | None = None
     ) -> Iterator[None]:
-        """With σ² of these, in training."""
+        """Estimate σ² from this batch and use it within the context, in training only."""
         if self._now is not None or not (self.training and torch.is_grad_enabled() and x.numel()):
             yield
             return
@@ -88,7 +92,7 @@ class OptimalGaussian(Gaussian):
                 count = samples * mask.expand(x.shape).sum()
                 known = count > 0
                 now = (torch.where(mask, square, 0.0).sum() / count).clamp(min=1e-30)
-                # A batch without an observed element measures nothing, and has no use for a variance.
+                # A fully masked batch has no estimate and needs no variance; any finite value serves.
                 now = torch.where(known, now, torch.where(kept.isnan(), 1.0, kept))
             new = torch.where(kept.isnan(), now, torch.lerp(kept, now, self.momentum))
             self.variance = torch.where(known, new, kept).to(self.variance.dtype)
@@ -99,7 +103,7 @@ class OptimalGaussian(Gaussian):
             self._now = None
 
     def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> None:
-        return None  # the variance is measured of the mean
+        return None  # the variance is estimated from the mean, so it must be computed
 
     def _returned(self, held: int) -> tuple[str, ...]:
         return ("mean",)
@@ -124,12 +128,12 @@ class OptimalGaussian(Gaussian):
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
     ) -> Tensor:
-        """log p(x|z) [K, B] of what the decoder returned for K·B rows of z, sample-major."""
+        """Return log p(x|z) [K, B] for the decoder's output for K·B rows of z, sample-major."""
         with self._measured(x, parameters, samples, None if beside is None else beside.mask):
             return super().log_likelihood(x, parameters, samples, beside)
 
     def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
-        """What the fused op takes, checked; None where it does not fit."""
+        """Return the validated arguments of the fused op, or None if they do not fit it."""
         if beside is not None and beside.mask is not None:
             return None
         with self._measured(x, parameters, samples):

@@ -1,4 +1,4 @@
-"""Distributions for the tests, where ``torch.distributions`` has none that keeps its digits in float64."""
+"""Distributions for the tests, for which torch.distributions is missing or inaccurate in float64."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch.distributions import Bernoulli, Distribution, Normal
 
 
 class Logistic(Distribution):
-    """Its density is σ(z) σ(-z) / s, of either outcome of a Bernoulli with logits z = (x - location) / s."""
+    """Logistic density σ(z) σ(-z) / s, from a Bernoulli's two outcomes at logits z = (x - location) / s."""
 
     def __init__(self, location: Tensor, log_scale: Tensor):
         super().__init__(location.shape, validate_args=False)
@@ -25,7 +25,7 @@ class Logistic(Distribution):
 
 
 class StudentT(Distribution):
-    """By differences of log Γ where these have digits left, else by the expansion of the ratio."""
+    """Student's t density by differences of log Γ up to ν/2 = 16, then by the ratio's expansion."""
 
     def __init__(self, location: Tensor, log_scale: Tensor, log_df: Tensor):
         super().__init__(location.shape, validate_args=False)
@@ -46,14 +46,14 @@ class StudentT(Distribution):
 
 
 class ContinuousBernoulli(Distribution):
-    """By the power series of sinh, of positive terms, or in closed form where |l| is large."""
+    """Continuous Bernoulli by the series of sinh, of positive terms; in closed form for large |l|."""
 
     def __init__(self, logits: Tensor):
         super().__init__(logits.shape, validate_args=False)
         self.logits = logits
 
     def _sinhc(self) -> tuple[Tensor, Tensor]:
-        """sinh(y) / y, y = l/2, and its derivative; for |y| up to 4."""
+        """Return sinh(y) / y, y = l/2, and its derivative, for |y| up to 4."""
         y = (0.5 * self.logits).clamp(-4, 4)
         terms = [y ** (2 * n) / math.gamma(2 * n + 2) for n in range(25)]
         slopes = [2 * n * y ** (2 * n - 1) / math.gamma(2 * n + 2) for n in range(1, 25)]
@@ -68,7 +68,7 @@ class ContinuousBernoulli(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         large = self.logits.abs().clamp(min=8)
-        # Of l > 0 less of l, in one.
+        # x l, minus l where l > 0, in one factor.
         linear = torch.where(self.logits > 0, value - 1, value) * self.logits
         far = linear - torch.log(-torch.expm1(-large) / large)
         near = (value - 0.5) * self.logits - torch.log(self._sinhc()[0])
@@ -76,7 +76,7 @@ class ContinuousBernoulli(Distribution):
 
 
 class Beta(Distribution):
-    """Loader's form: a φ(x n/a - 1) + b φ((1 - x) n/b - 1) with φ(t) = t - log(1 + t)."""
+    """Beta density in Loader's form: a φ(x n/a - 1) + b φ((1 - x) n/b - 1) with φ(t) = t - log(1 + t)."""
 
     def __init__(self, log_concentration1: Tensor, log_concentration0: Tensor):
         super().__init__(log_concentration1.shape, validate_args=False)
@@ -90,7 +90,7 @@ class Beta(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         (log_a, a), (log_b, b) = ((c, c.exp()) for c in self.logs)
         n, log_n = a + b, torch.logaddexp(log_a, log_b)
-        # The derivative by x as everyone writes it, where the other form's terms cancel.
+        # Textbook derivative by x: terms of Loader's form would cancel in it.
         powers = [
             torch.expm1(c).detach() * log
             for c, log in zip(self.logs, (value.log(), torch.log1p(-value)), strict=True)
@@ -111,7 +111,7 @@ class Beta(Distribution):
 
     @staticmethod
     def _excess(z: Tensor, log_z: Tensor) -> Tensor:
-        """log z! - (z log z - z)."""
+        """Return log z! - (z log z - z)."""
         small, large = z.clamp(max=16), z.clamp(min=16)
         exact = torch.lgamma(small + 1) - small * log_z.clamp(max=math.log(16)) + small
         u = 1 / large
@@ -120,7 +120,7 @@ class Beta(Distribution):
 
 
 class DiscretizedLogistic(Distribution):
-    """σ(b) - σ(a) = σ(b) σ(-a) (1 - exp(a - b)) of the bin's sides, of x in [0, 1]."""
+    """Discretised logistic on [0, 1]: σ(b) - σ(a) = σ(b) σ(-a) (1 - exp(a - b)) of the bin's edges a, b."""
 
     def __init__(self, mean: Tensor, log_scale: Tensor, log_bin_width: Tensor):
         super().__init__(mean.shape, validate_args=False)
@@ -139,7 +139,7 @@ class DiscretizedLogistic(Distribution):
         half = 0.5 * torch.exp(self.log_bin_width - log_s)
         above, below = (torch.nn.functional.logsigmoid(v) for v in (z + half, half - z))
         inside = above + below + torch.log(-torch.expm1(-2 * half))
-        # sinh(h) / (cosh(z) + cosh(h)) around the mean, where both sides pull with almost the same force.
+        # sinh(h) / (cosh(z) + cosh(h)) near the mean, where the gradients of both edges almost cancel.
         h, y = half.clamp(max=20), z.clamp(-1, 1)
         central = torch.log(torch.sinh(h) / (torch.cosh(y) + torch.cosh(h)))
         inside = torch.where((z.abs() < 1) & (half < 20), central, inside)
@@ -147,7 +147,7 @@ class DiscretizedLogistic(Distribution):
 
 
 class SoftplusGaussian(Normal):
-    """torch's own, of softplus and a root."""
+    """Torch's Normal with variance softplus(raw) + floor."""
 
     def __init__(self, mean: Tensor, raw: Tensor, log_floor: Tensor):
         variance = torch.logaddexp(raw, torch.zeros_like(raw)) + log_floor.exp()

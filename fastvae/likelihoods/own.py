@@ -1,4 +1,4 @@
-"""Likelihoods made of torch.distributions."""
+"""Likelihoods built from torch.distributions."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .base import Likelihood, describe
 
 
 class TorchLikelihood(Likelihood):
-    """What :func:`from_distribution` returns."""
+    """Likelihood returned by :func:`from_distribution`."""
 
     takes_integers = True
 
     def __init__(self, constructor: Callable[..., td.Distribution], inside: float):
         super().__init__()
-        self.constructor = constructor  # a module's parameters are this one's
+        self.constructor = constructor  # a module is registered, with its parameters
         self.inside = inside  # type: ignore[misc]
 
     def distribution(self, parameters: Any) -> td.Distribution:
-        """p(x|z) of the decoder's output for N rows."""
+        """Return p(x|z) for the decoder's output for N rows."""
         if isinstance(parameters, Mapping):
             made = self.constructor(**parameters)
         elif isinstance(parameters, (tuple, list)):
@@ -56,7 +56,10 @@ class TorchLikelihood(Likelihood):
         return self.distribution(parameters).mean
 
     def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
-        """A draw by torch, from its own random state: its distributions take no generator."""
+        """Draw x with torch's own random state, seeded by ``generator`` if given.
+
+        torch.distributions accept no generator.
+        """
         if generator is None:
             return self.distribution(parameters).sample()
         with torch.random.fork_rng([] if generator.device.type == "cpu" else [generator.device]):
@@ -69,18 +72,18 @@ class TorchLikelihood(Likelihood):
 
 
 def from_distribution(constructor: Callable[..., td.Distribution], *, inside: float = 0.0) -> TorchLikelihood:
-    r"""A likelihood from a ``torch.distributions`` constructor, for every objective, in plain PyTorch.
+    r"""Build a likelihood from a ``torch.distributions`` constructor, for every objective, in plain PyTorch.
 
     .. math:: \log p(x|z_k) = \sum_i \log p_{θ_k}(x_i), \quad θ_k \text{ the decoder's output}
 
     Args:
-        constructor: decoder's output → a distribution whose batch and event shapes together are [N, \*event].
-            A tuple is given as arguments, a dict by name. A module, whose parameters are then the
-            likelihood's, or another callable.
-        inside: a value that x may have; it stands where a ``mask`` says that none was observed.
+        constructor: maps the decoder's output to a distribution whose batch and event shapes together are
+            [N, \*event]. A tuple is passed as positional arguments, a dict as keyword arguments. Any
+            callable; the parameters of a module become the likelihood's.
+        inside: a valid value of x, which replaces the elements that a ``mask`` leaves out.
 
     Raises:
-        TypeError: if the constructor returns anything else.
+        TypeError: if constructor is not callable; when called, if it returns no distribution.
 
     Example:
         >>> import torch, fastvae

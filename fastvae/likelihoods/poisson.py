@@ -13,24 +13,23 @@ from .natural import check_flag, log_of
 
 
 class Poisson(Declared):
-    r"""p(x|z) = independent Poisson counts, for decoders that return log rates.
+    r"""Poisson likelihood p(x|z) of independent counts, for decoders that return log rates.
 
     .. math:: \log p(x|z_k) = \sum_i \big[x_i r_{ki} - e^{r_{ki}} - \log x_i!\big]
               = \sum_i \big[-x_i (e^{d_{ki}} - 1 - d_{ki}) + x_i \log x_i - x_i - \log x_i!\big],
               \quad d = r - \log x
 
-    In the second form what cancels for large counts is left out, and its last terms, of the data alone, are
-    computed once for all samples. With :math:`g_k` what arrives:
-    :math:`\bar r_{ki} = g_k (x_i - e^{r_{ki}})`. Counts may be integers of any dtype; numbers that
-    are not whole are warned of. They have no gradient.
+    The second form omits the terms that cancel for large counts; its last terms depend on the data alone and
+    are computed once for all samples. With the upstream gradient :math:`g_k`:
+    :math:`\bar r_{ki} = g_k (x_i - e^{r_{ki}})`. Counts may be integers of any dtype and have no gradient;
+    non-integer values cause a warning.
 
-    The op by itself is ``fastvae.ops.poisson_log_prob(x, log_rate)``.
+    The op is ``fastvae.ops.poisson_log_prob(x, log_rate)``.
 
     Args:
-        rate: the decoder returns rates, as one that ends in a softplus or an exponential does. Their
-            logarithms are at least −100, so that a rate of 0 makes a count impossible but not infinitely
-            so, with the slope :math:`1 / \max(\text{rate}, 10^{-30})`; in float16 the gradient saturates at
-            that dtype's range.
+        rate: the decoder returns rates (it ends in a softplus or an exponential). Their logarithms are at
+            least −100, so a rate of 0 gives a positive count a finite log probability, with the slope
+            :math:`1 / \max(\text{rate}, 10^{-30})`; in float16 the gradient saturates at that dtype's range.
 
     Example:
         >>> import torch, fastvae
@@ -71,7 +70,7 @@ class Poisson(Declared):
 
     @staticmethod
     def gradient(g: Tensor, x: Tensor, log_rate: Tensor) -> tuple[None, Tensor]:
-        # A sample without weight has no gradient, also where its rate overflows.
+        # A sample with zero upstream gradient gets zero gradient, even if its rate overflows.
         return None, torch.where(g == 0, 0.0, g * (x - torch.exp(log_rate)))
 
     @staticmethod

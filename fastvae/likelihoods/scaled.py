@@ -1,4 +1,4 @@
-"""What likelihoods with a scale share: the decoder returns it, or the likelihood holds it."""
+"""Base class of likelihoods whose positive parameters come from the decoder or the constructor."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from .base import DECLARED, Declared, describe
 
 Held = float | Tensor | None
 
-# Values for messages.
+# Example values for error messages.
 EXAMPLES = {"scale": 0.1, "df": 4.0, "inverse_dispersion": 10.0}
 
 
 class Scaled(Declared):
-    """A likelihood with positive parameters after the first, each of which the decoder returns as a
-    logarithm, or the likelihood holds: a fixed number or tensor, or a learned one.
+    """Likelihood whose outputs after the first are positive, such as a scale.
 
-    A held ``scale`` is the buffer ``fixed_scale``, or the parameter ``log_scale`` if it is learned.
+    The decoder returns each as a logarithm, or the constructor takes it: a fixed number or tensor, or the
+    initial value of a learned parameter. A fixed ``scale`` is the buffer ``fixed_scale``, a learned one the
+    parameter ``log_scale``.
 
     Attributes:
-        held: what may be held, by name, and what it is.
+        held: parameters that the constructor takes, by name, each with a description.
     """
 
     held: ClassVar[dict[str, str]] = {"scale": "a scale"}
 
-    # Which of the two there is, ``learned`` says.
+    # Only one of the two is set, depending on ``learned``.
     log_scale: nn.Parameter
     fixed_scale: Held
 
@@ -40,7 +41,7 @@ class Scaled(Declared):
         self.learned = learned
 
     def _hold(self, name: str, value: Held, learned: bool) -> None:
-        """Keep a parameter, unless it is None: the decoder then returns it."""
+        """Register a parameter as learned or fixed; None leaves it to the decoder."""
         names = list(self.held)
         flag = "learned" if name == names[0] else f"learned_{name}"
         by_hand = self._example(names[names.index(name) :], f", {flag}=True")
@@ -69,7 +70,7 @@ class Scaled(Declared):
         elif isinstance(value, Tensor) and not value.requires_grad:
             self.register_buffer(f"fixed_{name}", value)
         else:
-            # A number, or computed by a network: no state of ours, and it must stay in its graph.
+            # A number, or a network's output, which must stay in its autograd graph: not a buffer.
             self.__dict__[f"fixed_{name}"] = value
         if value is not None:
             self._holds = (*self._holds, name)
@@ -88,7 +89,7 @@ class Scaled(Declared):
 
     @property
     def scale(self) -> Held:
-        """The scale, learned or not; None where the decoder returns it."""
+        """Scale, learned or fixed; None if the decoder returns it."""
         return self._read_held("scale")
 
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
@@ -131,11 +132,11 @@ class Scaled(Declared):
         )
 
     def _example(self, names: list[str], more: str = "") -> str:
-        """How one says that these are held."""
+        """Return the constructor call that sets these parameters, for error messages."""
         return f"fastvae.likelihoods.{self._kind()}({', '.join(f'{n}={EXAMPLES[n]}' for n in names)}{more})"
 
     def _kind(self) -> str:
-        """The class that a user finds in fastvae."""
+        """Return the name of the public class."""
         return DECLARED[self.name].__name__
 
     @staticmethod
@@ -144,7 +145,7 @@ class Scaled(Declared):
 
 
 def check_broadcasts(name: str, value: Tensor, x: Tensor) -> None:
-    """Check one number, or one for each element of the event, against x [B, *event]."""
+    """Validate that one number, or one per element of the event, broadcasts to x [B, *event]."""
     check_same_device(f"the {name}", value, "x", x)
     missing = x.dim() - value.dim()
     if missing < 0 or any(n not in (1, m) for n, m in zip(value.shape, x.shape[missing:], strict=True)):
@@ -155,12 +156,12 @@ def check_broadcasts(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def shown_value(value: Any) -> str:
-    """A number as it is, of a tensor its number, or its shape where it has more."""
+    """Format a number or a one-element tensor by value, and a larger tensor by shape."""
     if not isinstance(value, Tensor):
         return repr(value)
     if value.numel() != 1:
         return f"<tensor {shape_of(value)}>"
-    return repr(float(f"{float(value.detach()):.6g}"))  # 0.1, where float32 has 0.10000000149
+    return repr(float(f"{float(value.detach()):.6g}"))  # 0.1, not float32's 0.10000000149
 
 
 def normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Gaussian likelihood whose decoder returns what a softplus makes a variance of."""
+"""The Gaussian likelihood with a softplus variance."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from .scaled import normal_like
 
 
 class SoftplusGaussian(Gaussian):
-    r"""p(x|z) = N(mean, softplus(raw) + floor), for decoders that return ``(mean, raw)``: what
-    ``fastvae.Gaussian(scale="softplus", floor=1e-4)`` is.
+    r"""Gaussian likelihood p(x|z) = N(mean, softplus(raw) + floor).
+
+    The decoder returns ``(mean, raw)``. ``fastvae.Gaussian(scale="softplus", floor=1e-4)`` creates it.
 
     .. math:: \log p(x|z_k) = -½ \sum_i \big[\log 2π σ_{ki}^2 + (x_i - m_{ki})^2 / σ_{ki}^2\big],
               \quad σ^2 = \log(1 + e^r) + \text{floor}
 
-    With :math:`g_k` what arrives, and :math:`d = x - m`:
+    With the upstream gradient :math:`g_k`, and :math:`d = x - m`:
 
     .. math::
         \bar m_{ki} = g_k d_{ki} / σ_{ki}^2, \quad
         \bar r_{ki} = ½ g_k \big[d_{ki}^2 / σ_{ki}^2 - 1\big] \frac{σ(r_{ki})}{σ_{ki}^2}, \quad
         \bar x_i = -\sum_k \bar m_{ki}
 
-    A raw below -80 counts as -80. The op by itself is
+    raw is clamped below at -80. The op is
     ``fastvae.ops.softplus_gaussian_log_prob(x, mean, raw, log_floor)``.
 
     Args:
-        floor: of the variance, which keeps it from collapsing; 0 for none.
+        scale: always ``"softplus"``, the name by which :class:`fastvae.Gaussian` creates it.
+        floor: lower bound of the variance, which prevents collapse; 0 for none.
+        learned: always False, as the decoder returns the scale.
 
     Raises:
-        TypeError, ValueError: if floor is no number, or negative.
+        TypeError, ValueError: if floor is not a number, or negative.
 
     Example:
         >>> import torch, fastvae
@@ -102,14 +105,14 @@ class SoftplusGaussian(Gaussian):
 
     @property
     def scale(self) -> None:
-        """None: the decoder returns it."""
+        """Always None: the decoder returns the scale."""
 
 
 NAMED_SCALES["softplus"] = SoftplusGaussian
 
 
 def _variance(raw: Tensor, log_floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The variance, and its derivatives by raw and by log_floor."""
+    """Return the variance, its derivative by raw, and the floor, its derivative by log_floor."""
     raw, floor = raw.clamp(-80, 1e38), torch.exp(log_floor.clamp(max=80))
     variance, by_raw = softplus(raw)
     return variance + floor, by_raw, floor

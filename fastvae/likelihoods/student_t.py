@@ -1,4 +1,4 @@
-"""Student's t as a likelihood."""
+"""Student's t likelihood."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from .scaled import Held, Scaled, normal_like
 
 
 class StudentT(Scaled):
-    r"""p(x|z) = Student's t with ν degrees of freedom, for decoders that return ``(location, log_scale,
-    log_df)``, ``(location, log_scale)`` when ``df`` is given, or ``location`` alone when ``scale`` is, too.
+    r"""Student's t likelihood p(x|z) with ν degrees of freedom.
+
+    The decoder returns ``(location, log_scale, log_df)``, ``(location, log_scale)`` when ``df`` is given, or
+    ``location`` alone when ``scale`` is given, too.
 
     .. math::
         \log p(x|z_k) = \sum_i \Big[\log Γ(\tfrac{ν_{ki} + 1}2) - \log Γ(\tfrac{ν_{ki}}2) - ½ \log(π ν_{ki})
         - \log s_{ki} - \frac{ν_{ki} + 1}2 \log(1 + r_{ki}^2)\Big], \quad r = \frac{x - m}{s \sqrt ν}
 
-    The ratio of gamma functions is taken relative to √(ν/2), to which it tends, so that the normal
-    distribution comes out for large ν, where differences of log Γ have lost all digits. With :math:`g_k` what
-    arrives, and :math:`y = r^2 / (1 + r^2)`:
+    The ratio of gamma functions is computed relative to its limit √(ν/2), so that large ν gives the normal
+    distribution, where differences of log Γ would lose all digits. With the upstream gradient :math:`g_k` and
+    :math:`y = r^2 / (1 + r^2)`:
 
     .. math::
         \bar m_{ki} = g_k \frac{ν_{ki} + 1}{s_{ki} \sqrt{ν_{ki}}} \frac{r_{ki}}{1 + r_{ki}^2}, \quad
@@ -31,20 +33,20 @@ class StudentT(Scaled):
         \overline{\log ν}_{ki} = ½ g_k \Big[ν_{ki} \big(ψ(\tfrac{ν_{ki} + 1}2) - ψ(\tfrac{ν_{ki}}2)\big) - 1
         + y_{ki} - ν_{ki} \big(\log(1 + r_{ki}^2) - y_{ki}\big)\Big]
 
-    From ν = e⁸⁰ on it is the normal distribution. The op by itself is
+    ν is clamped at e⁸⁰, where the distribution is normal. The op is
     ``fastvae.ops.student_t_log_prob(x, location, log_scale, log_df)``.
 
     Args:
         df: ν > 0, the degrees of freedom: a number, a tensor broadcastable to the event, or a tensor that a
-            network computed; 4 or so is robust to outliers, 1 is Cauchy's distribution. Default: the decoder
-            returns its logarithm, too, and a scale cannot be given.
+            network computed; about 4 is robust to outliers, 1 is the Cauchy distribution. Default: the
+            decoder returns its logarithm, too, and a scale cannot be given.
         scale: s > 0, in the same forms. Default: the decoder returns its logarithm, too.
-        learned: train the scale, beginning at this one, as the parameter ``log_scale``.
-        learned_df: train df, beginning at this one, as the parameter ``log_df``.
+        learned: train the scale, starting from this value, as the parameter ``log_scale``.
+        learned_df: train df, starting from this value, as the parameter ``log_df``.
 
     Raises:
         TypeError, ValueError: if df or scale is not positive, or is an ``nn.Parameter``.
-        ValueError: for a scale without df.
+        ValueError: if scale is given without df.
 
     Example:
         >>> import torch, fastvae
@@ -80,7 +82,7 @@ class StudentT(Scaled):
         inverse_s = torch.exp(-log_scale)
         r = (x - location) * inverse_s * inverse_root
         t = r**2
-        # t / (1 + t), of an infinite t as well; r / (1 + t).
+        # t / (1 + t), also for infinite t, and r / (1 + t).
         rest = 1 / (1 + t)
         share = torch.where(t < 1, t * rest, 1 - rest)
         pull = r.clamp(-1e36, 1e36) * rest
@@ -117,5 +119,5 @@ class StudentT(Scaled):
 
     @property
     def df(self) -> Held:
-        """The degrees of freedom, learned or not; None where the decoder returns them."""
+        """Degrees of freedom, learned or fixed; None if the decoder returns them."""
         return self._read_held("df")

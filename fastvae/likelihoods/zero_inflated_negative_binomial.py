@@ -13,19 +13,21 @@ from .negative_binomial import NegativeBinomial, Overdispersed, slopes
 
 
 class ZeroInflatedNegativeBinomial(Overdispersed):
-    r"""p(x|z) = independent negative binomial counts, each replaced by 0 with probability σ(l), for decoders
-    that return ``(log_mean, log_inverse_dispersion, dropout_logit)``, or ``(log_mean, dropout_logit)`` when
-    ``inverse_dispersion`` is given, as in :class:`fastvae.NegativeBinomial`.
+    r"""Zero-inflated negative binomial likelihood p(x|z) of independent counts.
+
+    Each negative binomial count is replaced by 0 with probability σ(l). The decoder returns ``(log_mean,
+    log_inverse_dispersion, dropout_logit)``, or ``(log_mean, dropout_logit)`` when ``inverse_dispersion`` is
+    given, as in :class:`fastvae.NegativeBinomial`.
 
     .. math:: p(x|z_k) = \prod_i \big[σ(l) [x_i = 0] + σ(-l)\, \mathrm{NB}(x_i; e^m, e^t)\big]
 
-    For a count of 0, with :math:`a = σ(-l) (\mathrm{NB}(0) - 1)`, that is :math:`\log(1 + a)` where a is
-    above -½, and else the log-sum-exp of l and log NB(0), less log(1 + exp(l)). With :math:`g_k` what arrives
-    and :math:`ω = σ(\log \mathrm{NB}(0) - l)` for a count of 0, else 1, log mean and log inverse dispersion
-    get ω times what :class:`fastvae.NegativeBinomial` gives them, and the logit
-    :math:`g\, (1 - ω) σ(-l) (1 - \mathrm{NB}(0))` or :math:`-g\, σ(l)`.
+    For a count of 0, with :math:`a = σ(-l) (\mathrm{NB}(0) - 1)`, log p is computed as :math:`\log(1 + a)` if
+    a > -½, and otherwise as the log-sum-exp of l and log NB(0), minus log(1 + exp(l)). With the upstream
+    gradient :math:`g` and :math:`ω = σ(\log \mathrm{NB}(0) - l)` for a count of 0, else 1, the gradients of
+    log mean and log inverse dispersion are ω times those of :class:`fastvae.NegativeBinomial`, and that of
+    the logit is :math:`g\, (1 - ω) σ(-l) (1 - \mathrm{NB}(0))` for a count of 0, else :math:`-g\, σ(l)`.
 
-    The op by itself is ``fastvae.ops.zero_inflated_negative_binomial_log_prob(x, log_mean,
+    The op is ``fastvae.ops.zero_inflated_negative_binomial_log_prob(x, log_mean,
     log_inverse_dispersion, dropout_logit)``.
 
     References:
@@ -78,7 +80,7 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
 
     @staticmethod
     def mean_of(log_mean: Tensor, _: Tensor, dropout_logit: Tensor) -> Tensor:  # type: ignore[override]
-        # One exponential: a factor that overflows may meet one that vanishes.
+        # A single exponential: the product of two could be inf · 0.
         return torch.exp(log_mean + logsigmoid(-dropout_logit))
 
     @staticmethod
@@ -94,7 +96,7 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
 
 
 class _Exact:
-    """Log probabilities of both ways to a count, summed."""
+    """Exact log probabilities: counts of 0 sum over dropout and a sampled 0."""
 
     def __init__(self, counts: Any, logit: Tensor):
         self.counts, self.logit = counts, logit
@@ -104,7 +106,7 @@ class _Exact:
         counted = self.counts.log_prob(x)
         log_alive = torch.nn.functional.logsigmoid(-self.logit)
         log_dead = torch.nn.functional.logsigmoid(self.logit)
-        # Where dropping leaves next to no doubt the sum would round it away.
+        # If dropout is nearly certain, log-add-exp would round log p to 0.
         likely = self.logit > 1
         sure = torch.log1p(torch.sigmoid(-torch.where(likely, self.logit, 1.0)) * torch.expm1(counted))
         both = torch.logaddexp(log_dead, log_alive + counted)

@@ -1,6 +1,6 @@
-"""The fused ops, for code that has already run its decoder. Each file's docstring is its mathematics.
+"""Fused ops, for code that has already run its decoder; each file's docstring gives the mathematics.
 
-Each likelihood has its own, ``<likelihood>_log_prob(x, *parameters)``, such as
+Each likelihood has its own op, ``<likelihood>_log_prob(x, *parameters)``, such as
 ``bernoulli_log_prob(x, logits)`` and ``gaussian_log_prob(x, mean, logvar)``.
 """
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def declare(likelihood: _likelihood.Declaration) -> None:
-    """Register the ops of a likelihood, and make its ``<likelihood>_log_prob`` known here."""
+    """Register the ops of a likelihood, and export its ``<likelihood>_log_prob`` here."""
     name = f"{likelihood.name}_log_prob"
     globals()[name] = _likelihood.declare(likelihood)
     __all__.append(name)
@@ -40,5 +40,5 @@ def declare(likelihood: _likelihood.Declaration) -> None:
 
 
 def __getattr__(name: str) -> Callable[..., Tensor]:
-    # Of what is declared a type checker knows this much.
+    # Gives type checkers a type for the dynamically declared ops.
     raise AttributeError(f"fastvae.ops has no {name!r}; it has {', '.join(__all__)}")

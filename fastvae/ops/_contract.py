@@ -1,8 +1,8 @@
-"""Validation of the tensors of an op that is called through torch's dispatcher.
+"""Validation of tensors in a direct call through torch's dispatcher.
 
-The functions of :mod:`fastvae.ops` promote, broadcast and validate what users give, and the C++ validates
-again what it reads (``Contract`` in csrc/arguments.hpp). What calls ``torch.ops.fastvae.*`` by hand, as an
-exported program does, meets these checks on every backend.
+The functions of :mod:`fastvae.ops` promote, broadcast and validate users' arguments, and the C++ validates
+its inputs again (``Contract`` in csrc/arguments.hpp). Direct calls of ``torch.ops.fastvae.*``, as in an
+exported program, meet these checks on every backend.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HINT = "The functions of fastvae.ops promote, broadcast and validate their argu
 
 
 def reaches_beyond(tensor: Tensor) -> bool:
-    """Whether the tensor's storage was freed or made smaller, as sharding does with parameters."""
+    """Return True if the tensor's storage was freed or shrunk, as sharding does with parameters."""
     if not tensor.numel() or tensor.is_meta:
         return False
     last = tensor.storage_offset() + sum(
@@ -29,13 +29,13 @@ def reaches_beyond(tensor: Tensor) -> bool:
 
 
 class Contract:
-    """What an op expects of its tensors; what differs is a ValueError."""
+    """Expected tensors of an op; any deviation raises ValueError."""
 
     def __init__(self, op: str, names: tuple[str, ...]):
         self.op, self.names = op, names
 
     def check_devices(self, tensors: tuple[Tensor | None, ...]) -> None:
-        """All on one device, but for numbers on the CPU."""
+        """Validate that all tensors are on one device, except for scalars on the CPU."""
         given = [(n, t) for n, t in zip(self.names, tensors, strict=True) if t is not None]
         device = next((t.device for _, t in given if t.dim() or not t.is_cpu), None)
         for name, t in given:
@@ -46,7 +46,7 @@ class Contract:
                 )
 
     def check_storage(self, tensors: tuple[Tensor | None, ...]) -> None:
-        """Dense, and where its storage still is."""
+        """Validate that the tensors are dense and their storage is still allocated."""
         for name, t in zip(self.names, tensors, strict=True):
             if t is None:
                 continue
@@ -63,9 +63,7 @@ class Contract:
                 )
 
     def expect(self, name: str, tensor: Tensor | None, dtype: torch.dtype | None, *shapes: Shape) -> None:
-        """Check a tensor against a dtype (None: any floating-point one) and one of these shapes; None
-        passes.
-        """
+        """Validate a tensor's dtype (None: any floating-point) and shape (one of several); None passes."""
         if tensor is None:
             return
         right = tensor.dtype in FLOATING if dtype is None else tensor.dtype == dtype

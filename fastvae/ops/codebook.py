@@ -1,16 +1,16 @@
-r"""The code that is nearest to each row, what a VQ-VAE quantizes by.
+r"""The nearest code of each row, for the quantisation of a VQ-VAE.
 
-With the codes' mean c, and the first of those that are equally near,
+With the codes' mean c, and the first code in a tie,
 
 .. math:: k_n = \arg\min_u \tfrac12 \|e_u - c\|^2 - (z_n - c) \cdot (e_u - c)
     = \arg\min_u \|z_n - e_u\|^2
 
-A product of matrices and a minimum, of as many rows at a time as fit the cache: nothing of the size [N, U] is
-kept. The centre takes what all codes have in common out of the terms that cancel. What is left is off by
-roundings of :math:`\tfrac12 \|e_u - c\|^2 + \|z_n - c\| \|e_u - c\|`, whatever the norms are.
+It is a matrix product and a minimum, over as many rows at a time as fit the cache: no tensor of size [N, U]
+is stored. Subtracting the centre removes the codes' common part from the terms that cancel. The remaining
+error is rounding of :math:`\tfrac12 \|e_u - c\|^2 + \|z_n - c\| \|e_u - c\|`, whatever the norms are.
 
-It has no kernels of its own: on a CPU the product alone is two thirds of the time. An op it is all the same,
-because a compiler would write the loop out.
+It has no custom kernels: on a CPU the product alone is two thirds of the time. It is an op nevertheless,
+because a compiler would unroll the loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .op import Op
 
 
 class _NearestCode(Op):
-    """Indices [N] int64 of z [N, D] in codes [U, D], of one dtype, float32 or float64; it has no gradient."""
+    """Op for the indices [N] int64 of the codes [U, D] nearest to z [N, D]; it has no gradient."""
 
     module = "codebook"
     name = "nearest_code"

@@ -1,4 +1,4 @@
-r"""Reparameterised sampling of a Gaussian with a full covariance, and the density of what is drawn.
+r"""Reparameterised sampling of a Gaussian with a full covariance, and the density of the draws.
 
 With :math:`q = N(μ, L Lᵀ)`, the lower triangle L packed row by row with the logarithms of its diagonal, and
 noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random`):
@@ -7,17 +7,17 @@ noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random`):
     z_{kbi} &= μ_{bi} + \sum_{j \le i} L_{bij} ε_{kbj} \\
     \log q(z_k|x) &= -½ \sum_d ε_{kbd}^2 - \sum_d \log L_{bdd} - \tfrac{D}{2} \log 2π
 
-The density is that of the noise: no triangular system is solved, and nothing cancels.
+The density is computed from the noise: no triangular system is solved, and nothing cancels.
 
-Gradients. With :math:`g^z` and :math:`g^q_k` what arrives at z and at the density, whose dependence on z and
-on (μ, L) is taken in all (the ``"iwae"`` estimator of :mod:`fastvae.ops.latent`):
+Gradients. With the upstream gradients :math:`g^z` of z and :math:`g^q_k` of the density, differentiated both
+through z and through (μ, L) (the ``"iwae"`` estimator of :mod:`fastvae.ops.latent`):
 
 .. math::
     \bar μ_i = \sum_k g^z_{ki}, \quad \bar L_{ij} = \sum_k g^z_{ki} ε_{kj} \ (i > j), \quad
     \overline{\log L_{ii}} = L_{ii} \sum_k g^z_{ki} ε_{ki} - \sum_k g^q_k
 
-On a CPU the forward pass of training keeps ε as [B, K, D], where a row's samples are a matrix; on a GPU it is
-drawn again. No implementation in C++ or Triton makes the matrices [B, D, D].
+On a CPU the forward pass of training keeps ε as [B, K, D], where a row's samples are a matrix; on a GPU the
+backward pass regenerates it. The C++ and Triton kernels never store the matrices [B, D, D].
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from .op import Op, accumulator, cast, empty_like, in_shape, or_none
 
 
 class Draw(NamedTuple):
-    """How a draw is made: what the op takes beside tensors, in every layer."""
+    """Parameters of a draw: the op's non-tensor arguments, in every layer."""
 
     samples: int
     sample_offset: int
     row_offset: int
-    flat: bool = False  # z is [K·B, D], as a decoder takes it
+    flat: bool = False  # z is [K·B, D], for a decoder
 
 
 _INPUTS = "Tensor mu, Tensor tril, Tensor seed, "
@@ -71,10 +71,13 @@ def rsample_tril(
 
     Args:
         mu: mean of q, [B, D].
-        tril: the lower triangle of L row by row, [B, D(D+1)/2], with the logarithms of its diagonal, so that
-            any numbers will do.
-        samples: K draws per row.
-        seed, generator, sample_offset, row_offset: as in :func:`fastvae.ops.rsample_kl`.
+        tril: the lower triangle of L, row by row, [B, D(D+1)/2], with logarithms on its diagonal, so that any
+            numbers are valid.
+        samples: number of draws per row, K.
+        seed: as in :func:`fastvae.ops.rsample_kl`.
+        generator: as in :func:`fastvae.ops.rsample_kl`.
+        sample_offset: as in :func:`fastvae.ops.rsample_kl`.
+        row_offset: as in :func:`fastvae.ops.rsample_kl`.
 
     Returns:
         z [K, B, D] in the inputs' dtype, and the log density in nats [K, B] in float32 (float64 for float64
@@ -82,7 +85,7 @@ def rsample_tril(
 
     Raises:
         TypeError, ValueError: if mu and tril are not floating-point tensors [B, D] and [B, D(D+1)/2] on one
-            device, or the like.
+            device, or another argument is invalid.
 
     References:
         Kingma & Welling, An Introduction to Variational Autoencoders, 2019, section 2.5.1.
@@ -109,7 +112,7 @@ def rsample_tril(
 def flat_tril(
     mu: Tensor, tril: Tensor, seed: Tensor, samples: int, sample_offset: int = 0, row_offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """z [K·B, D] and log q [K, B], of :func:`rsample_tril`; for a pair that has been checked, and a seed."""
+    """Return z [K·B, D] and log q [K, B] of :func:`rsample_tril`, for a validated pair and a seed."""
     if not (
         type(sample_offset) is type(row_offset) is int
         and sample_offset == row_offset == 0
@@ -141,7 +144,7 @@ def _in_one_dtype(mu: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _noise(mu, seed, draw):
-    """ε as the forward pass keeps it, [B, K, D]."""
+    """Return ε as the forward pass keeps it, [B, K, D]."""
     (b, d), dtype = mu.shape, accumulator(mu.dtype)
     eps = normal(seed, draw.samples, b, d, draw.sample_offset, draw.row_offset, dtype=dtype)
     return eps.transpose(0, 1).contiguous()
@@ -156,7 +159,7 @@ def _check_inputs(contract, mu, tril, seed, draw):
 
 
 class _RsampleTrilBackward(Op):
-    """Gradients of (mu, tril), None where not needed."""
+    """Op for the gradients of (mu, tril), None where not needed."""
 
     module = "full"
     name = "rsample_tril_backward"
@@ -171,8 +174,9 @@ class _RsampleTrilBackward(Op):
         super().__init__()
 
     def _without_noise(self, grad_z, grad_log_q, _, mu, tril, seed, draw, need):
-        """The C++, where the forward pass did not keep the noise: a transform of torch.func may not say that
-        it will differentiate, and a caller of the dispatcher's op need not.
+        """Call the C++ with regenerated noise if the forward pass did not keep it.
+
+        A torch.func transform may not announce that it will differentiate, and a direct call need not.
         """
         return self.native(grad_z, grad_log_q, _noise(mu, seed, draw), mu, tril, seed, draw, need)
 
@@ -196,7 +200,7 @@ class _RsampleTrilBackward(Op):
 
 
 class _RsampleTril(Op):
-    """The noise is the last of the results, and is kept where tril's gradient is wanted."""
+    """Op for z and log q; its last result is the noise, kept if tril requires a gradient."""
 
     module = "full"
     name = "rsample_tril"

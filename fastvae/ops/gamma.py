@@ -1,11 +1,11 @@
-r"""Gamma and Dirichlet draws of torch's own samplers, as functions of a seed.
+r"""Gamma and Dirichlet draws by torch's samplers, as functions of a seed.
 
 For concentrations :math:`α`, with :math:`g_d \sim \mathrm{Gamma}(α_d, 1)` and F its distribution function,
 
 .. math:: \frac{\partial g}{\partial α} = -\frac{\partial F(g; α) / \partial α}{\partial F(g; α) / \partial g}
 
-and likewise for a Dirichlet. Torch's generator is seeded for the call and has its own state again afterwards.
-A compiler cannot trace that; it keeps the op in its graph.
+and likewise for a Dirichlet. Torch's generator is seeded for the call, and its state restored afterwards. A
+compiler cannot trace that, so it keeps the op in its graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .op import Op
 
 
 class _Draw(Op):
-    """Draws z of the shape of ``concentration``, float32 or float64; ``seed`` is an int64 tensor."""
+    """Op that draws z in the shape of ``concentration``, float32 or float64; ``seed`` is an int64 tensor."""
 
     module = "gamma"
     schema = "(Tensor concentration, Tensor seed, SymInt sample_offset, SymInt row_offset) -> Tensor"

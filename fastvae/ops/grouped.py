@@ -1,15 +1,15 @@
-r"""Likelihoods with a component axis: classes, and mixtures whose components are summed over.
+r"""Likelihoods with a component axis: classes, and mixtures marginalised over their components.
 
 With logits :math:`a_{nc}` and components' log-likelihoods :math:`v_{nc} = \sum_e v(x_e, θ_{nce})` over the
 channels of a position,
 
 .. math:: \log p = \log \sum_c e^{s_{nc}} - \log \sum_c e^{a_{nc}}, \quad s_{nc} = a_{nc} + v_{nc}
 
-where a class is a component that emits its own number for certain. With :math:`g` what arrives,
+where a class is a component that emits its number with certainty. With the upstream gradient :math:`g`,
 :math:`π_{nc} = e^{a_{nc}} / \sum e^{a}` and :math:`r_{nc} = e^{s_{nc}} / \sum e^{s}`:
-:math:`\bar a_{nc} = g\, (r_{nc} - π_{nc})` and :math:`\bar θ_{nce} = g\, r_{nc}\, ∂v/∂θ`. One pass over the
-parameters each way: components come one after the other, with running maxima and sums. The two log-sums of
-each position are kept for the gradient.
+:math:`\bar a_{nc} = g\, (r_{nc} - π_{nc})` and :math:`\bar θ_{nce} = g\, r_{nc}\, ∂v/∂θ`. Each
+direction is one pass over the parameters, component by component, with running maxima and sums. The two
+log-sums of each position are kept for the gradient.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from ._contract import Contract
 from .likelihood import result_dtype
 from .op import Op
 
-# Where a position has fewer neighbours a CPU's lanes would be empty.
+# For fewer positions the SIMD lanes of a CPU would be partly empty.
 FEWEST_POSITIONS = 8
 
 
 class _Grouped(Op):
-    """log p [N], and both log-sums [N, P], of x [B, E, P], logits [N, C, P] and the components' parameters
-    [N, C E, P].
+    """Op for log p [N], and both log-sums [N, P].
+
+    It takes x [B, E, P], logits [N, C, P] and the components' parameters [N, C E, P].
     """
 
     module = "grouped"
@@ -88,7 +89,7 @@ class _Grouped(Op):
 
 
 class _GroupedBackward(Op):
-    """Gradients of (x, *parameters), None where not needed."""
+    """Op for the gradients of (x, *parameters), None where not needed."""
 
     module = "grouped"
 
@@ -142,7 +143,7 @@ def _four(tensors: Any) -> tuple[Any, ...]:
 
 
 def _left_to_torch(x: Tensor, parameters: list[Tensor | None]) -> bool:
-    """Classes of few positions, whose lanes on a CPU would be empty, or too many channels for the C++."""
+    """Return True for classes with few positions, or more channels than the C++ supports."""
     few = len(parameters) == 1 and parameters[0].shape[2] < FEWEST_POSITIONS  # type: ignore[union-attr]
     return few or x.shape[1] > 3
 
@@ -168,7 +169,7 @@ _mixture = _Grouped("discretized_logistic_mixture", ("logits", "location", "log_
 
 
 def refuse_classes(x: Tensor, classes: int, ignore_index: float) -> None:
-    """They are not whole numbers in [0, classes)."""
+    """Raise ValueError for x that does not hold whole numbers in [0, classes)."""
     values = x.detach().double().flatten()
     wrong = ~((values >= 0) & (values < classes) & (values == values.floor()))
     wrong &= (values != ignore_index) & ~values.isnan()
@@ -180,9 +181,9 @@ def refuse_classes(x: Tensor, classes: int, ignore_index: float) -> None:
 
 
 def check_classes(x: Tensor, classes: int, ignore_index: float) -> None:
-    """Refuse what is no class, where the op does not and looking is asked for or free."""
+    """Validate classes where the op does not, if data checks are enabled or free."""
     if may_look(x):
-        x = x if x.is_floating_point() else x.long()  # a uint8 has neither 256 nor -100
+        x = x if x.is_floating_point() else x.long()  # uint8 represents neither 256 nor -100
         fits = (x >= 0) & (x < classes) | (x == ignore_index) | (x != x)
         if x.is_floating_point():
             fits &= (x == x.floor()) | (x != x)
@@ -191,8 +192,8 @@ def check_classes(x: Tensor, classes: int, ignore_index: float) -> None:
 
 
 def categorical_rows(x: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    """log p [N] of x [B, *event] and logits [N, C, *event], checked."""
-    # The C++ looks in the pass that reads the data.
+    """Return log p [N] of x [B, *event] and validated logits [N, C, *event]."""
+    # The C++ checks in the pass that reads the data.
     if not torch.compiler.is_compiling() and not (
         x.is_cpu and _backend.on_cpu() == "native" and logits.shape[2:].numel() >= FEWEST_POSITIONS
     ):
@@ -201,7 +202,7 @@ def categorical_rows(x: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
 
 
 def mixture_rows(x: Tensor, parameters: Sequence[Tensor | None], half: float) -> Tensor:
-    """log p [N] of x [B, E, *positions], logits [N, C, *positions] and others [N, C, E, *positions]."""
+    """Return log p [N] of x [B, E, *positions], logits [N, C, *positions], others [N, C, E, *positions]."""
     logits, *others = parameters
     assert logits is not None
     parts = [None if p is None else _flat(p.flatten(1, 2), 2) for p in others]
@@ -213,18 +214,18 @@ def _flat(tensor: Tensor, first: int) -> Tensor:
 
 
 def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100) -> Tensor:
-    r"""log p(x|z) of classes, summed over the event; the formula: fastvae.Categorical.
+    r"""Return log p(x|z) of classes, summed over the event, by the formula of :class:`fastvae.Categorical`.
 
     Args:
         x: classes [B, \*event], whole numbers of any dtype; broadcast over the leading axes of logits.
-        logits: [..., B, C, \*event].
-        ignore_index: the class that does not count.
+        logits: class logits [..., B, C, \*event].
+        ignore_index: the class whose elements are skipped.
 
     Returns:
         nats [..., B], in float32 (float64 if logits is).
 
     Raises:
-        TypeError, ValueError: for shapes or dtypes that do not fit, several devices, or an x that is no class
+        TypeError, ValueError: for shapes or dtypes that do not fit, several devices, or an invalid class in x
             (on a GPU if FASTVAE_CHECK is 1).
     """
     x = check_data(x, _Classes)
@@ -249,15 +250,17 @@ def discretized_logistic_mixture_log_prob(
     *,
     levels: int = 256,
 ) -> Tensor:
-    r"""log p(x|z) of values on a grid, summed over the event; the formula:
-    fastvae.DiscretizedLogisticMixture.
+    r"""Return log p(x|z) of values on a grid, summed over the event.
+
+    The formula is that of :class:`fastvae.DiscretizedLogisticMixture`.
 
     Args:
         x: data [B, E, \*positions] on [−1, 1], of E channels; broadcast over the leading axes of logits.
-        logits: of the components, [..., B, M, \*positions].
-        location, log_scale: [..., B, M, E, \*positions].
-        coefficients: of the colours before, [..., B, M, 3, \*positions], where E is 3; None for none.
-        levels: how many values x may have.
+        logits: logits of the components [..., B, M, \*positions].
+        location: locations [..., B, M, E, \*positions].
+        log_scale: log scales [..., B, M, E, \*positions].
+        coefficients: coefficients of the preceding colours, [..., B, M, 3, \*positions], if E is 3, or None.
+        levels: number of values of x.
 
     Returns:
         nats [..., B], in float32 (float64 if one of the arguments is).
@@ -290,7 +293,7 @@ def discretized_logistic_mixture_log_prob(
 
 
 class _Classes:
-    """What an x may be."""
+    """Properties of x, for check_data."""
 
     takes_integers = True
     differentiable = False

@@ -1,17 +1,17 @@
-r"""The likelihood straight from the decoder's last linear layer, whose output is never stored.
+r"""The likelihood fused with the decoder's last linear layer, whose output is never stored.
 
-With :math:`h_n` what comes into the layer, for each of N = K·B rows, its weights :math:`W` and bias
-:math:`c`, parameters :math:`a_n = W h_n + c` and others that are held, :math:`\log p(x|z_n) = \sum_i v(x_i,
-a_{ni})` as in :mod:`fastvae.ops.likelihood`. With :math:`g_n` what arrives and :math:`u_{ni} = g_n ∂v/∂a`:
+With the layer's input :math:`h_n` for each of N = K·B rows, its weights :math:`W` and bias :math:`c`, and
+parameters :math:`a_n = W h_n + c` besides constant ones, :math:`\log p(x|z_n) = \sum_i v(x_i, a_{ni})` as in
+:mod:`fastvae.ops.likelihood`. With the upstream gradient :math:`g_n` and :math:`u_{ni} = g_n ∂v/∂a`:
 
 .. math:: \bar h_n = W^T u_n, \quad \bar W = \sum_n u_n h_n^T, \quad \bar c = \sum_n u_n
 
 :math:`a` and :math:`u`, [N, X], are the largest tensors of a VAE with many samples. Blocks of their rows are
-made, used while they lie in a processor's cache, and dropped. The gradients need :math:`g`, the importance
-weights, which are known when all samples of a row have been seen. So a block holds all of these, where the
-bound of the batch is a sum or a mean: then value and gradients take one pass, at the price of the products
-alone. Where each row's bound is asked for, what will arrive there is not known, and the backward pass makes
-the blocks again.
+computed, used while they are in the processor's cache, and discarded. The gradients need :math:`g`, the
+importance weights, which depend on all samples of a row. So, if the bound of the batch is a sum or a mean, a
+block contains all samples of its rows: value and gradients then take one pass, at the cost of the products
+alone. If the bound is per row, its upstream gradient is unknown in the forward pass, and the backward pass
+recomputes the blocks.
 
 Sums over rows are kept in float32 (float64 for float64), whatever the dtype of h and W.
 """
@@ -32,35 +32,35 @@ from .likelihood import DECLARED, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
 from .weigh import _HOW, Weighing, check_bound, check_grads, finish
 
-# Of the ops here: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
-# others, each a row [X] or a number.
+# Tensors of each op: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
+# other outputs, each a row [X] or a number.
 _TENSORS = 6
 _INPUTS = "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? held0, Tensor? held1"
-# Gradients are of all of them but x.
+# All of them but x have gradients.
 _GRADIENTS = _TENSORS - 1
 
-# With fewer rows in a batch the cores would not all have some: then samples are divided among them.
+# A batch with fewer rows does not occupy all cores by rows; its samples are divided among them instead.
 FEWEST_ROWS = 8
 
 
-# What is smaller takes longer to divide among the cores than to store, and each weight's gradient, which is
-# added up block by block, takes some rows to pay. By torch's BLAS, without tiles of our own, there is less to
-# win (measured: docs/NOTES.md).
+# Below these sizes dividing the work costs more than storing the output, and each weight's gradient, which is
+# accumulated block by block, pays only with enough rows. With torch's BLAS instead of the C++ tiles the gain
+# is smaller (measured: docs/NOTES.md).
 FEWEST_NUMBERS, ROWS_PER_INPUT = 2**18, 2
 FEWEST_BY_BLAS, NUMBERS_PER_INPUT = 2**20, 2**13
 
-# Whether the C++ multiplies by itself: with AVX-512. Known before a compiler asks.
+# True if the C++ has its own matrix product (AVX-512). Evaluated at import, before any compiler traces it.
 HAS_TILES = False
 with contextlib.suppress(RuntimeError):  # without the extension
     HAS_TILES = _backend.extension().isa() == "avx512"
 
 
 def pays(rows: int, size: int, h: Tensor) -> bool:
-    """Whether not to store an output [rows, size] takes less time, or at least not more."""
+    """Return True if not storing an output [rows, size] is at least as fast as storing it."""
     if h.device.type != "cpu":
         return True
     if h.dtype.itemsize == 2:
-        return False  # torch's products are faster in half precision, the blocks' are float32's
+        return False  # torch's products in half precision are faster than the blocks' in float32
     inner = h.shape[1]
     fewest, per_input = FEWEST_NUMBERS, ROWS_PER_INPUT
     if h.dtype == torch.float64 or not HAS_TILES:
@@ -69,11 +69,11 @@ def pays(rows: int, size: int, h: Tensor) -> bool:
 
 
 class _Layers:
-    """What the layers below take, by output.
+    """Weights and other parameters by output.
 
     Attributes:
         weights, biases: [X, H] each, and [X] or None, of the first outputs, which are products.
-        held: the others, each a row [X] or one number.
+        held: the other outputs, each a row [X] or one number.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *held: Tensor | None):
@@ -85,7 +85,7 @@ class _Layers:
             self.biases = bias.chunk(self.products) if self.products > 1 else (bias,)
 
     def padded(self, weights: Any, biases: Any, held: Any) -> tuple[tuple[Any, ...], ...]:
-        """As the C++ takes them: three outputs' each."""
+        """Return the tuples padded to three outputs each, as the C++ takes them."""
         most = 3
         before = (None,) * self.products
         rows = (tuple(weights), tuple(biases), (*before, *held))
@@ -95,7 +95,7 @@ class _Layers:
 def _native_layers(
     x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *held: Tensor | None
 ) -> tuple[Any, torch.dtype]:
-    """The layers as the C++ reads them, in the dtype of the computation."""
+    """Return the layers as the C++ reads them, in the dtype of the computation."""
     dtype = result_dtype(*(t for t in (x, h, weight, bias, *held) if t is not None))
     weight, bias = cast(weight, dtype), cast(bias, dtype)
     if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
@@ -105,7 +105,7 @@ def _native_layers(
 
 
 def _fits(x: Tensor, h: Tensor, *_: Any) -> bool:
-    """Whether there is something to multiply, and something to multiply it with."""
+    """Return True if the product is not empty and a BLAS was found."""
     return bool(x.numel() and h.numel()) and _has_blas()
 
 
@@ -116,7 +116,7 @@ def _has_blas() -> bool:
 
 
 class _Room:
-    """Room for the gradients: those of weights are parts of one."""
+    """Buffers for the gradients; the outputs' weight gradients are views of one buffer."""
 
     def __init__(self, layers: _Layers, like: tuple[Tensor | None, ...], need: Any, dtype: torch.dtype):
         h, weight, bias, *held = self.all = [
@@ -133,7 +133,7 @@ class _Room:
 
 
 def _check_inputs(contract, x, h, weight, bias, *held):
-    """Validate what all ops here take, and return K."""
+    """Validate the inputs shared by all ops here, and return K."""
     if x.is_complex() or x.dim() != 2:
         contract.refuse("x", x, "[B, X]")
     batch, size = x.shape
@@ -151,7 +151,7 @@ def _check_inputs(contract, x, h, weight, bias, *held):
 
 
 class _LinearLogProbBackward(Op):
-    """Gradients of (h, weight, bias, held), None where not needed."""
+    """Op for the gradients of (h, weight, bias, held), None where not needed."""
 
     module = "head"
     name = "linear_log_prob_backward"
@@ -204,7 +204,7 @@ class _LinearLogProbBackward(Op):
 
 
 class _LinearLogProb(Op):
-    """log p(x|z) [K, B]."""
+    """Op for log p(x|z) [K, B]."""
 
     module = "head"
     name = "linear_log_prob"
@@ -254,7 +254,7 @@ class _LinearLogProb(Op):
 
 
 class _WeighLinearBackward(Op):
-    """Gradients of (h, weight, bias, held, term), None where not needed."""
+    """Op for the gradients of (h, weight, bias, held, term), None where not needed."""
 
     module = "head"
     name = "weigh_linear_backward"
@@ -309,8 +309,10 @@ class _WeighLinearBackward(Op):
 
 
 class _WeighLinear(Op):
-    """The bound, the mean log-likelihood, the normalised weights, and gradients of (h, weight, bias, held)
-    for 1 arriving at the bound, where those are wanted and take no further pass.
+    """Op for the bound, the mean log-likelihood and the normalised weights.
+
+    It also returns the gradients of (h, weight, bias, held) for an upstream gradient of 1, if they are needed
+    and take no further pass.
     """
 
     module = "head"
@@ -372,7 +374,7 @@ class _WeighLinear(Op):
                 arrives, _ = layer.weigh_backward(
                     torch.ones_like(bound), None, weights, beta, how, samples, x.shape[0], 0
                 )
-                # Rounded to half precision once, when they are scaled.
+                # Keep full precision here: the gradients are rounded to half once, after scaling.
                 wide = [x, *(cast(t, bound.dtype) for t in tensors[1:])]
                 grads = rows_backward(arrives, *wide, likelihood, need)
             return bound, mean, weights, *grads
@@ -409,7 +411,7 @@ class _WeighLinear(Op):
         )
         ctx.save_for_backward(or_none(weights), *tensors)
         ctx.kept = kept if any(or_none(g) is not None for g in kept) else None
-        # In a graph they are outputs, which nothing may change.
+        # In a graph the gradients are outputs, which must not be modified in place.
         ctx.own = run == self.native
         return results
 
@@ -424,7 +426,7 @@ class _WeighLinear(Op):
         if not kept or grad_bound is None or grad_mean is not None or torch.is_grad_enabled():
             grads = run(grad_bound, grad_mean, weights, *tensors, ctx.how, ctx.likelihood, need)
             return None, *grads, *rest
-        # Handed over: a second backward pass makes them again.
+        # Released: a second backward pass recomputes them.
         kept, ctx.kept = ctx.kept, None
         scale = Tensor.mul_ if ctx.own else torch.mul
         grads = [
@@ -443,8 +445,10 @@ class _WeighLinear(Op):
 
 
 class Layers(NamedTuple):
-    """What takes the place of a decoder's output: h [K·B, H], weight [m·X, H] and bias [m·X] or None of the
-    first m outputs, and the others, each a row [X], one number [1], or None for none.
+    """Unmultiplied last layer in place of a decoder's output.
+
+    h is [K·B, H], weight [m·X, H] and bias [m·X] or None belong to the first m outputs; each further output
+    is a row [X], one number [1], or None if there are fewer.
     """
 
     h: Tensor
@@ -473,13 +477,13 @@ def weigh_linear(
     how: Weighing,
     terms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The bound of a batch, as :func:`fastvae.ops.weigh.weigh` has it, of x [B, X] and :class:`Layers`."""
+    """Return the bound of a batch, as :func:`fastvae.ops.weigh.weigh`, for x [B, X] and :class:`Layers`."""
     bound, mean = _weigh_linear(x, *layers, term, beta, how, likelihood, terms)
     return bound, mean if terms else None
 
 
 def linear_rows(likelihood: str, x: Tensor, layers: Layers) -> Tensor:
-    """log p(x|z) [K, B] of the same."""
+    """Return log p(x|z) [K, B] for x [B, X] and :class:`Layers`."""
     return _linear_log_prob(x, *layers, likelihood)
 
 
@@ -491,22 +495,22 @@ def linear_log_prob(
     *held: Tensor | float,
     likelihood: str = "bernoulli",
 ) -> Tensor:
-    r"""log p(x|z) of a decoder that ends in a linear layer, whose output is never stored.
+    r"""Return log p(x|z) for a decoder that ends in a linear layer, whose output is never stored.
 
     .. math:: \log p(x|z_k) = \sum_i v(x_i, a_{ki}), \quad a_k = W h_k + c
 
     Args:
-        x: data [B, \*event], of X numbers each; no gradient.
-        h: what comes into the layer, [..., B, H].
-        weight: [m·X, H], of the likelihood's first m outputs, one after the other: a gaussian's m is 2,
-            (mean, logvar), or 1 where its logvar is held.
+        x: data [B, \*event] with X numbers per example; it has no gradient.
+        h: the layer's input, [..., B, H].
+        weight: [m·X, H], for the concatenation of the likelihood's first m outputs: for a Gaussian m is 2,
+            (mean, logvar), or 1 if its logvar is given in ``held``.
         bias: [m·X], or None.
-        held: the other outputs, each a number, or a tensor of one or of X numbers.
-        likelihood: a name, one of those with an op of their own, ``fastvae.ops.<name>_log_prob``.
+        *held: the other outputs, each a number, or a tensor with one or X numbers.
+        likelihood: the name of a likelihood that has an op ``fastvae.ops.<name>_log_prob``.
 
     Returns:
-        nats [..., B], in float32 (float64 if one of the tensors is). Sums are kept in this dtype, also those
-        over rows, in the gradients of a weight in half precision.
+        nats [..., B], in float32 (float64 if one of the tensors is). Sums are accumulated in this dtype,
+        including those over rows in the gradients of a half-precision weight.
 
     Raises:
         TypeError, ValueError: for shapes or dtypes that do not fit, several devices, an unknown likelihood,

@@ -4,10 +4,10 @@ r"""log-mean-exp over importance samples, whose gradient is the normalised weigh
     M = \max_k \log w_k, \quad S = \sum_k e^{\log w_k - M}, \quad
     \log \tfrac{1}{K} \sum_k w_k = M + \log S - \log K, \quad \tilde w_k = e^{\log w_k - M} / S
 
-The backward pass takes the weights from (M, S), not from the bound: at :math:`\log w ≈ -1000` the bound's own
-rounding would shift them all by :math:`10^{-4}`. A column of −∞ gives −∞ with zero gradient; NaN gives NaN.
-Weights and gradients below the smallest normal number are zero: denormals would slow the decoder's backward
-pass many times over.
+The backward pass computes the weights from (M, S), not from the bound: at :math:`\log w ≈ -1000` the bound's
+rounding error would shift them all by :math:`10^{-4}`. A column of −∞ gives −∞ with zero gradient; NaN gives
+NaN. Weights and gradients below the smallest normal number are zero: denormals would slow the decoder's
+backward pass many times over.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .op import Op, accumulator
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
-    r"""The logarithm of the mean of exp(log_w) over one axis; its gradient is the normalised weights.
+    r"""Return the log of the mean of exp(log_w) over one axis; its gradient is the normalised weights.
 
     .. math:: \log \frac{1}{K} \sum_{k=1}^{K} \exp(\log w_k)
 
@@ -29,10 +29,10 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
         dim: the axis of the samples.
 
     Returns:
-        log_w's shape without ``dim``, in float32 (float64 for float64 input).
+        A tensor of log_w's shape without ``dim``, in float32 (float64 for float64 input).
 
     Raises:
-        ValueError: if there is no sample to take the mean of, or no such axis.
+        ValueError: if the axis does not exist, or is empty.
 
     References:
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016, eqs. 8 and 13.
@@ -75,7 +75,7 @@ class _LogMeanExpBackward(Op):
 
 
 class _LogMeanExp(Op):
-    """The bound [N] of log_w [K, N], the maximum, and the sum of what is left: what the gradient takes."""
+    """Op for the bound [N] of log_w [K, N]; the maximum and scaled sum are returned for the gradient."""
 
     module = "importance"
     name = "log_mean_exp"

@@ -10,11 +10,11 @@ N(0, I)), noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random
     \log p(z_k) - \log q(z_k|x) &= ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + u\big]
 
 :math:`e^u - 1 - u` is computed without cancellation near u = 0. On a GPU ε is regenerated in the backward
-pass, never stored. On a CPU, where drawing a normal costs several times what moving a float does
+pass, never stored. On a CPU, where drawing a normal costs several times as much as moving a float
 (docs/NOTES.md), the forward pass of training keeps :math:`\partial z / \partial \mathrm{logvar} = ½σε`, the
 ``slope``.
 
-Gradients. With :math:`g^z` and :math:`g^r_k` what arrives at z and at the log-ratio:
+Gradients. With the upstream gradients :math:`g^z` of z and :math:`g^r_k` of the log-ratio:
 
 .. math::
     h_k &= g^z_k - g^r_k (z_k - m) / s^2 \\
@@ -22,22 +22,21 @@ Gradients. With :math:`g^z` and :math:`g^r_k` what arrives at z and at the log-r
     \bar m &= \sum_k g^r_k (z_k - m) / s^2, \quad
     \overline{\log s^2} = ½ \sum_k g^r_k \big[(z_k - m)^2 / s^2 - 1\big]
 
-What is given in logvar's place may be another number r: of ``scale="log_scale"`` :math:`\log σ`, of
-``"scale"`` σ itself, of ``"softplus"`` the r of :math:`σ^2 = \log(1 + e^r) + \text{floor}`. The kernels take
-σ and :math:`\log σ^2` from it directly, so that neither is rounded on the way through the other, and what
-reaches logvar goes on to r by :math:`\overline{r} = \overline{\mathrm{logvar}} \cdot \partial \log σ^2 /
-\partial r`, which is 2, 2/σ, and :math:`\mathrm{sigmoid}(r) / σ^2`: a factor of an element [B, D], not of a
-sample.
+The argument logvar may hold another number r: with ``scale="log_scale"`` :math:`\log σ`, with ``"scale"`` σ
+itself, with ``"softplus"`` the r in :math:`σ^2 = \log(1 + e^r) + \text{floor}`. The kernels compute both σ
+and :math:`\log σ^2` from r directly, so that neither suffers the other's rounding. The gradient of r is
+:math:`\overline{r} = \overline{\mathrm{logvar}} \cdot \partial \log σ^2 / \partial r`; the factor is 2, 2/σ,
+or :math:`\mathrm{sigmoid}(r) / σ^2`, one per element [B, D], not per sample.
 
 ``estimator="stl"`` (sticking the landing, Roeder et al. 2017) drops q's own dependence on (μ, logvar) inside
-log q: the last sum of the logvar gradient goes, and :math:`h_k` gains :math:`+ g^r_k ε_k / σ`.
-``estimator="dreg"`` (Tucker et al. 2019) does that and multiplies what reaches μ and logvar by the normalised
-weights once more, giving :math:`\tilde w_k^2` in all. The weights need no hook: the gradient of a
-log-mean-exp arrives here as :math:`g^r_k = g \tilde w_k`, and the weights sum to one,
-so :math:`\tilde w_k = g^r_k / \sum_j g^r_j`, the sum over the group of samples that a log-mean-exp is of.
-Under a power mean of order 1 - α the factor is :math:`α + (1 - α) \tilde w_k` (Daudel et al. 2023). Any
-other share of a sample's gradient comes by ``paths``, zeros whose gradient is what is to reach q. The prior's
-gradients are those of the bound under every estimator.
+log q: the last sum of the logvar gradient is dropped, and :math:`h_k` gains :math:`+ g^r_k ε_k / σ`.
+``estimator="dreg"`` (Tucker et al. 2019) also multiplies the gradients of μ and logvar by the normalised
+weights once more, giving :math:`\tilde w_k^2` in total. The weights need no hook: the upstream gradient of a
+log-mean-exp is :math:`g^r_k = g \tilde w_k`, and the weights sum to one, so :math:`\tilde w_k = g^r_k /
+\sum_j g^r_j`, with the sum over the log-mean-exp's group of samples. Under a power mean of order 1 - α the
+factor is :math:`α + (1 - α) \tilde w_k` (Daudel et al. 2023). Any other factor comes through ``paths``: zeros
+whose upstream gradient replaces the log-ratio's for q. The prior's gradients are those of the bound under
+every estimator.
 """
 
 from __future__ import annotations
@@ -69,25 +68,25 @@ from .op import Op, accumulator, empty_like, in_shape, or_none
 
 ESTIMATORS = ("iwae", "dreg", "stl")
 SCALES = ("logvar", "log_scale", "scale", "softplus")
-# The smallest normal number of float32: what a variance is never below then, in any dtype.
+# The smallest normal number of float32: with such a floor the variance is normal in any dtype.
 _LEAST_FLOOR = 2.0**-126
 
 
 class Draw(NamedTuple):
-    """How a draw is made: what both ops take beside tensors, in every layer."""
+    """Parameters of a draw: the non-tensor arguments of both ops, in every layer."""
 
     samples: int
     sample_offset: int
     row_offset: int
     logvar_min: float
     logvar_max: float
-    flat: bool = False  # z is [K·B, D], as a decoder takes it
-    scale: str = "logvar"  # what ``logvar`` is
+    flat: bool = False  # z is [K·B, D], for a decoder
+    scale: str = "logvar"  # meaning of ``logvar``
     floor: float = 0.0
 
 
 class Form(NamedTuple):
-    """What stands in logvar's place, where it is not a log variance as it is."""
+    """Meaning of the logvar argument, if it is not an unclamped log variance."""
 
     logvar_min: float = -math.inf
     logvar_max: float = math.inf
@@ -96,12 +95,12 @@ class Form(NamedTuple):
 
 
 def form_of(scale: str, floor: float | None, logvar_range: tuple[float, float] | None) -> Form | None:
-    """These options, checked; None for a log variance as it is.
+    """Validate these options, and return them as a Form; None for an unclamped log variance.
 
     Raises:
-        TypeError, ValueError: if one is wrong, or has no meaning beside the others.
+        TypeError, ValueError: if an option is invalid, or does not apply to the others.
     """
-    # A compiler takes a float that is looked at for a number of its own, and begins again.
+    # Return early: a compiler would specialise on floats that are tested, and recompile.
     if logvar_range is None and scale == "logvar" and floor is None:
         return None
     check_choice("scale", scale, SCALES)
@@ -152,26 +151,27 @@ def rsample_kl(
               \quad u = \mathrm{logvar} - \log s^2
 
     Args:
-        mu, logvar: mean of q, and its log variance or what ``scale`` says, each [B, D].
-        samples: K draws per row; None (the default) draws one and leaves the axis out.
+        mu: mean of q, [B, D].
+        logvar: log variance of q, or as set by ``scale``, [B, D].
+        samples: number of draws per row, K; None (the default) draws one and omits the axis.
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
-        scale: what stands in logvar's place: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ,
-            which must be positive (a negative one gives NaN); ``"softplus"``, r of σ² = softplus(r) + floor.
-        floor: of a softplus: the least variance. Default: none, which is 0.
+        scale: the meaning of logvar: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which must
+            be positive (a negative σ gives NaN); ``"softplus"``, r in σ² = softplus(r) + floor.
+        floor: lower bound of a softplus variance. Default: none, which is 0.
         logvar_range: clamp logvar to (lo, hi) first; its gradient is zero outside. Default: no clamp.
         per_dimension: return the KL of every dimension, [B, D], instead of their sum.
-        seed: int64 tensor of no dimensions that fixes the noise; default: drawn from ``generator``.
-        generator: where a seed is drawn from; default torch's own, so ``torch.manual_seed`` rules.
-        sample_offset, row_offset: address of the first sample and row, for a chunk or a shard of a larger
-            draw.
+        seed: int64 tensor with no dimensions that fixes the noise; default: drawn from ``generator``.
+        generator: source of the seed; default torch's own, so that ``torch.manual_seed`` applies.
+        sample_offset: index of the first sample, for a chunk of a larger draw. Default: 0.
+        row_offset: index of the first row, for a shard of a larger batch. Default: 0.
 
     Returns:
         z [K, B, D] (or [B, D] without ``samples``) in the inputs' dtype, and the KL in nats, [B] or [B, D],
         in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: if mu and logvar are not floating-point tensors [B, D] on one device, or the
-            like.
+        TypeError, ValueError: if mu and logvar are not floating-point tensors [B, D] on one device, or
+            another argument is invalid.
 
     References:
         Kingma & Welling, Auto-Encoding Variational Bayes, 2014, appendix B.
@@ -212,22 +212,29 @@ def rsample_log_ratio(
     .. math:: \log p(z) - \log q(z|x) = ½ \sum_d \big[ε^2 - (z - m)^2 / s^2 + \mathrm{logvar} - \log s^2\big]
 
     Args:
-        mu, logvar: mean of q, and its log variance or what ``scale`` says, each [B, D].
-        samples: K draws per row.
+        mu: mean of q, [B, D].
+        logvar: log variance of q, or as set by ``scale``, [B, D].
+        samples: number of draws per row, K.
         prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
-        estimator: which gradient reaches mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the
-            score of q; ``"dreg"``, doubly reparameterised. The last assumes that the ratio feeds one
-            log-mean-exp over these samples, or else needs ``paths``.
-        scale, floor, logvar_range, seed, generator, sample_offset, row_offset: as in :func:`rsample_kl`.
-        paths: return zeros [K, B] as well, in ``"dreg"``'s place: the gradient that arrives at them is what
-            reaches mu and logvar through z, without the score of q, instead of what arrives at the ratio.
+        estimator: the gradient of mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the score of
+            q; ``"dreg"``, doubly reparameterised, which assumes that the ratio feeds one log-mean-exp over
+            these samples; otherwise use ``paths``.
+        scale: as in :func:`rsample_kl`.
+        floor: as in :func:`rsample_kl`.
+        logvar_range: as in :func:`rsample_kl`.
+        seed: as in :func:`rsample_kl`.
+        generator: as in :func:`rsample_kl`.
+        sample_offset: as in :func:`rsample_kl`.
+        row_offset: as in :func:`rsample_kl`.
+        paths: return zeros [K, B], too, an alternative to ``"dreg"``: their upstream gradient, instead of the
+            ratio's, reaches mu and logvar, through z and without the score of q.
 
     Returns:
         z [K, B, D] in the inputs' dtype, and the log-ratio in nats [K, B] in float32 (float64 for float64
         inputs).
 
     Raises:
-        TypeError, ValueError: as :func:`rsample_kl`, and for an unknown estimator.
+        TypeError, ValueError: as in :func:`rsample_kl`, and for an unknown estimator.
 
     References:
         Burda, Grosse & Salakhutdinov 2016; Roeder, Wu & Duvenaud 2017, eq. 8; Tucker, Lawson, Gu & Maddison
@@ -248,13 +255,13 @@ def rsample_log_ratio(
     return results if paths else results[:2]
 
 
-# For a pair that has been checked and its form, a seed, and a place in the noise: z is [K·B, D].
+# Variants for a validated (mu, logvar, form), a seed and offsets, which return z [K·B, D].
 
 
 def flat_kl(
     q: tuple[Any, Any, Any], prior: Any, seed: Tensor, samples: int, row_offset: int, per_dimension: bool
 ) -> tuple[Tensor, Tensor]:
-    """z [K·B, D] and the KL, of :func:`rsample_kl`."""
+    """Return z [K·B, D] and the KL of :func:`rsample_kl`."""
     if prior is None and q[2] is None and row_offset == 0 and samples <= 2**32:
         draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
         return _rsample_kl(q[0], q[1], None, None, seed, draw, per_dimension)
@@ -271,7 +278,7 @@ def flat_log_ratio(
     alpha: float = 0.0,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """z [K·B, D] and the log-ratio [K, B], of :func:`rsample_log_ratio`."""
+    """Return z [K·B, D] and the log-ratio [K, B] of :func:`rsample_log_ratio`."""
     if prior is None and q[2] is None and row_offset == 0 and samples <= 2**32:
         draw = Draw(samples, 0, 0, -math.inf, math.inf, True)
         return _rsample_log_ratio(q[0], q[1], None, None, seed, draw, estimator, alpha, groups, False)[:2]
@@ -280,12 +287,12 @@ def flat_log_ratio(
 
 
 def _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, flat):
-    """Check what the user gave and bring it into the form of the schema."""
+    """Validate the arguments and convert them to those of the schema."""
     if are_rows(mu, logvar) and prior is None:
         prior_mu = prior_logvar = None
     else:
         mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
-    # Literals, which a compiler takes for constants.
+    # Literals, which a compiler treats as constants.
     logvar_min, logvar_max, scale, floor = (-math.inf, math.inf, "logvar", 0.0) if form is None else form
     if not (
         type(sample_offset) is type(row_offset) is int
@@ -339,7 +346,7 @@ def _prior_part(name: str, value: Tensor, mu: Tensor) -> Tensor:
 
 
 def options(form: Form | None) -> dict[str, Any]:
-    """As the ops take a form."""
+    """Return a form as keyword arguments of the ops."""
     if form is None:
         return {}
     low, high, scale, floor = form
@@ -347,7 +354,7 @@ def options(form: Form | None) -> dict[str, Any]:
     return {"scale": scale, "floor": floor or None, "logvar_range": (low, high) if bounded else None}
 
 
-# What the two ops share
+# Helpers shared by the two ops
 
 
 def shape_of_z(mu, draw):
@@ -368,14 +375,14 @@ def _slope(mu, logvar, seed, draw):
 
 
 def stacked(grad_z, mu, draw):
-    """[K, B, D] of whatever arrives at z."""
+    """Reshape z's upstream gradient to [K, B, D]."""
     if grad_z is None or not draw.flat:
         return grad_z
     return grad_z.reshape(draw.samples, *mu.shape)
 
 
 def _composed_draw(function, mu, logvar, prior_mu, prior_logvar, seed, draw, option, keep):
-    """From the reference and Triton, which give z its axis and make the noise again in the backward pass."""
+    """Call the reference or Triton, whose z is [K, B, D] and which regenerate noise in the backward pass."""
     z, second = function(mu, logvar, prior_mu, prior_logvar, seed, draw, option)
     slope = _slope(mu, logvar, seed, draw) if keep else None
     return in_shape(z, shape_of_z(mu, draw)), second, slope
@@ -390,7 +397,7 @@ def _check_inputs(contract, mu, logvar, prior_mu, prior_logvar, seed, draw):
 
 
 class _Draw(Op):
-    """The noise's slope is the last of the results, and is kept."""
+    """Op whose last result is the slope of the noise, kept for the backward pass."""
 
     module = "latent"
     record = Draw
@@ -411,10 +418,10 @@ class _Draw(Op):
 
 
 class _Gradient(Op):
-    """Gradients of (mu, logvar, prior_mu, prior_logvar), None where not needed.
+    """Op for the gradients of (mu, logvar, prior_mu, prior_logvar), None where not needed.
 
     Attributes:
-        arrives: how many of the arguments, the first ones, arrive from what follows.
+        arrives: the number of leading arguments that are upstream gradients or their factors.
     """
 
     module = "latent"
@@ -426,8 +433,9 @@ class _Gradient(Op):
         super().__init__()
 
     def _without_slope(self, *args):
-        """The C++, where the forward pass did not keep the slope: a transform of torch.func may not say that
-        it will differentiate, and a caller of the dispatcher's op need not.
+        """Call the C++ with a recomputed slope if the forward pass did not keep it.
+
+        A torch.func transform may not announce that it will differentiate, and a direct call need not.
         """
         n = self.arrives
         mu, logvar, _, _, seed, draw = args[n + 1 : n + 7]
@@ -447,11 +455,11 @@ class _Gradient(Op):
 
     @staticmethod
     def shapes_of_grads(mu, draw):
-        """Those of the second gradient, and of what stands beside it."""
+        """Return the allowed shapes of the second upstream gradient and its factor."""
         return (mu.shape[0],), tuple(mu.shape)
 
     def fake(self, *args):
-        # The inputs end with the record, and what may stand beside it.
+        # The record ends the inputs; further options may follow it.
         mu = next(args[i - 5] for i in range(5, len(args)) if isinstance(args[i], Draw))
         return tuple(empty_like(mu) if n else None for n in args[-1])
 
@@ -561,7 +569,7 @@ class _RsampleLogRatio(_Draw):
 
 
 def path_weight(grad_log_ratio: Tensor | None, grad_paths: Tensor | None) -> Tensor:
-    """What arrives at the paths for 1 arriving at the log-ratio, and so at z."""
+    """Return the ratio of the upstream gradients of the paths and the log-ratio, z's gradient factor."""
     if grad_log_ratio is None or grad_paths is None:
         raise RuntimeError(
             "paths=True takes what reaches q from the gradient of its third result, and what reaches z from "
@@ -571,7 +579,7 @@ def path_weight(grad_log_ratio: Tensor | None, grad_paths: Tensor | None) -> Ten
 
 
 def dreg_weight(grad_log_ratio: Tensor | None, alpha: float, groups: int) -> Tensor:
-    """The normalised weights of DReG: each sample's share of what arrives at its group."""
+    """Return DReG's normalised weights: each sample's share of its group's upstream gradient."""
     if grad_log_ratio is None:
         raise RuntimeError(
             "estimator='dreg' takes its weights from the gradient of the log-ratio, which did not "

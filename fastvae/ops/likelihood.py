@@ -1,21 +1,23 @@
-r"""log p(x|z) of rows: the op of any likelihood that is declared, and the form in which the C++ is called.
+r"""The log_prob op of declared likelihoods, its interface to the C++, and log p of all pairs.
 
 .. math:: \log p(x|z_k) = \sum_i v(x_i, p_{ki}) + \sum_i d(x_i)
 
-with a value :math:`v` of each element and its parameters, and what the data add by themselves, :math:`d`.
-With :math:`g_k` what arrives, each parameter gets :math:`g_k\, ∂v/∂p`, summed in a fixed order over whatever
-it was broadcast over, and x the sum over its samples. A parameter has one entry per element, or broadcasts
-over samples and rows (a row per pixel), or over pixels as well (one number, fixed or learned).
+with a value :math:`v` of each element and its parameters, and a term :math:`d` of the data alone. With the
+upstream gradient :math:`g_k`, the gradient of each parameter is :math:`g_k\, ∂v/∂p`, summed in a fixed order
+over its broadcast axes, and that of x is summed over the samples. A parameter has one entry per element, or
+broadcasts over samples and rows (one number per pixel), or over pixels as well (one number, fixed or
+learned).
 
-For latents that all examples share, draws from the prior or points of a lattice, log p of all pairs: where it
-is a sum of products of what depends on x and what depends on z,
+For latents that all examples share, such as draws from the prior or points of a lattice, log p of all pairs
+is needed. If it is a sum of products of functions of x and functions of z,
 
 .. math:: \log p(x|z) = \sum_j T_j(x) \cdot η_j(z) - A(z) + D(x)
 
-all pairs are a few matrix products and vectors: for a Bernoulli :math:`T = x, η = a`; for a Poisson
+all pairs take a few matrix products and vectors: for a Bernoulli :math:`T = x, η = a`; for a Poisson
 :math:`T = x, η = m`; for a Gaussian :math:`T = (x, x^2), η = (m / s^2, -1 / 2 s^2)`, and with one row of
-variances x² is a vector, too. These terms cancel, all the more the better a decoder fits, so they are
-products in float64. Other likelihoods go through their op by tiles of the pairs. [K, B, X] is never stored.
+variances the term in x² is a vector, too. These terms cancel, the more the better the decoder fits, so the
+products are computed in float64. Other likelihoods evaluate their op on tiles of the pairs. A tensor [K, B,
+X] is never stored.
 """
 
 from __future__ import annotations
@@ -38,18 +40,18 @@ from .op import Op, accumulator, cast, in_shape
 
 
 class Declaration(Protocol):
-    """What is told of a likelihood, once; everything else is made of it.
+    """Declaration of a likelihood, from which its ops are derived.
 
     Attributes:
-        name: in snake case, that of its files in ``kernels/likelihoods`` and ``csrc/likelihoods``, too.
-        outputs: names of its parameters; the decoder returns the first at least.
-        low, high: where x lies.
-        takes_integers: x may be integers, which are read as they are.
+        name: in snake case; also the name of its files in ``kernels/likelihoods`` and ``csrc/likelihoods``.
+        outputs: names of its parameters; the decoder returns at least the first.
+        low, high: range of x.
+        takes_integers: x may be integers, which are read without conversion.
         differentiable: x may have a gradient.
-        hint: for data that lie elsewhere: how they get there.
-        value, gradient, data: the definition in plain PyTorch: log p of an element; what reaches x (None if
-            it is not differentiable) and each parameter when g arrives; what x adds by itself, or None for
-            nothing.
+        hint: advice for data out of range.
+        value, gradient, data: the definition in plain PyTorch: log p of an element; the gradients of x (None
+            if not differentiable) and of each parameter for the upstream gradient g; the term of x alone, or
+            None.
     """
 
     name: str
@@ -65,7 +67,7 @@ class Declaration(Protocol):
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that is computed and summed in; integers have no say in it."""
+    """Return the dtype of the computation and its sums: float64 if any tensor is, else float32."""
     for t in tensors:
         if t.dtype == torch.float64:
             return torch.float64
@@ -73,8 +75,9 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _readable(parameter: Tensor, full: Tensor) -> Tensor:
-    """A parameter [K, B, X], or one that broadcasts as the C++ reads it: over samples and rows, over columns,
-    or over all. Others are expanded.
+    """Return a parameter as the C++ reads it: [K, B, X], or broadcast over samples and rows, columns, or all.
+
+    Other broadcasts are expanded.
     """
     samples_and_rows, columns = parameter.shape[:2], parameter.shape[2]
     if samples_and_rows in (full.shape[:2], (1, 1)) and columns in (full.shape[2], 1):
@@ -86,7 +89,7 @@ def _readable(parameter: Tensor, full: Tensor) -> Tensor:
 
 
 def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor]) -> None:
-    """x [B, *event], the first parameter [..., B, *event], and others that broadcast to it axis by axis."""
+    """Validate x [B, *event], the first parameter [..., B, *event], and others that broadcast to it."""
     full = parameters[0]
     lead = full.dim() - x.dim()
     if x.is_complex():
@@ -100,18 +103,18 @@ def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor]) -
 
 
 def _flat(x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """x [B, *event] as [B, X], parameters [..., B, *event] as [K, B, X]."""
+    """Reshape x [B, *event] to [B, X] and parameters [..., B, *event] to [K, B, X]."""
     lead = parameters[0].dim() - x.dim()
     flat = []
     for p in parameters:
-        # Written out, since -1 is ambiguous for an empty batch.
+        # Explicit sizes, since -1 is ambiguous for an empty batch.
         shape = (p.shape[:lead].numel(), p.shape[lead], p.shape[lead + 1 :].numel())
         flat.append(p if p.shape == shape else p.reshape(shape))
     return x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel()), flat
 
 
 class LogProb(Op):
-    """log p(x|z) [..., B] of x [B, *event] and parameters [..., B, *event]."""
+    """Op for log p(x|z) [..., B] of x [B, *event] and parameters [..., B, *event]."""
 
     module = "likelihood"
 
@@ -124,7 +127,7 @@ class LogProb(Op):
         super().__init__()
 
     def _native(self, x, *parameters):
-        """What does not fit the C++ as it is, and what it refused."""
+        """Handle calls that the C++ declines: reshape the arguments, and raise if x is out of range."""
         self.check(x, *parameters)
         rows, flat = _flat(x, parameters)
         shape, full = self._shape(x, parameters), flat[0]
@@ -167,7 +170,7 @@ class LogProb(Op):
 
 
 class _LogProbBackward(Op):
-    """Gradients of (x, *parameters), None where not needed."""
+    """Op for the gradients of (x, *parameters), None where not needed."""
 
     module = "likelihood"
 
@@ -183,7 +186,7 @@ class _LogProbBackward(Op):
         super().__init__()
 
     def _native(self, grad, x, *rest):
-        """What does not fit the C++ as it is."""
+        """Handle calls that the C++ declines, by reshaping the arguments."""
         self.check(grad, x, *rest)
         *parameters, need = rest
         rows, flat = _flat(x, parameters)
@@ -195,7 +198,7 @@ class _LogProbBackward(Op):
         dtype, given = result_dtype(x, *flat), []
         for p, n in zip(flat, need[1:], strict=True):
             expanded = _readable(p, full)
-            # The gradients of those that share a number are summed, and must not be rounded before.
+            # The gradients of an expanded parameter are summed, and must not be rounded before.
             given.append(expanded if expanded is p or not n else expanded.to(dtype))
         run = _backend.native("log_prob_backward")
         grad_x, *grads = run(
@@ -233,15 +236,18 @@ def _reshaped(grads, tensors):
     return tuple(None if g is None else g.reshape(t.shape) for g, t in zip(grads, tensors, strict=True))
 
 
-# What a user calls
+# Public functions
 
 
 def check_support(likelihood: Declaration, x: Tensor) -> None:
-    """Refuse data outside [low, high], where the op itself does not and looking is asked for or free."""
-    # A compiler comes first: a float that it sees is a variable to it.
+    """Validate that x lies in [low, high], unless the op itself does.
+
+    On a GPU it runs only if FASTVAE_CHECK asks for it, since it would synchronise.
+    """
+    # Test for a compiler first: it would treat floats that it sees as variables.
     if torch.compiler.is_compiling() or (likelihood.low == -math.inf and likelihood.high == math.inf):
         return
-    # C++ looks in the pass that reads the data.
+    # The C++ checks in the pass that reads the data.
     if (_backend.on_cpu() == "native" if x.is_cpu else not checks_data()) or not x.numel():
         return
     values = x.detach()
@@ -251,7 +257,7 @@ def check_support(likelihood: Declaration, x: Tensor) -> None:
 
 
 def refuse(likelihood: Declaration, x: Tensor) -> None:
-    """They lie outside of [low, high]."""
+    """Raise ValueError for x outside of [low, high]."""
     low, high = float(x.amin()), float(x.amax())
     bounds = f"in [{likelihood.low:g}, {likelihood.high:g}]"
     if likelihood.high == math.inf:
@@ -263,13 +269,13 @@ def refuse(likelihood: Declaration, x: Tensor) -> None:
     )
 
 
-# By name.
+# Likelihoods and their public functions, by name.
 DECLARED: dict[str, Declaration] = {}
 _PUBLIC: dict[str, Callable[..., Tensor]] = {}
 
 
 def declare(likelihood: Declaration) -> Callable[..., Tensor]:
-    """Register the op of a likelihood; returns the function that checks its arguments and calls it."""
+    """Register the op of a likelihood, and return the function that validates its arguments and calls it."""
     op = LogProb(likelihood)
     DECLARED[likelihood.name] = likelihood
     first, *others = likelihood.outputs
@@ -325,7 +331,7 @@ _OF_OTHERS = """
 
 
 def _check_event(x: Tensor, name: str, parameter: Any) -> None:
-    """Check x [B, *event] against a parameter [..., B, *event]."""
+    """Validate that a parameter [..., B, *event] fits x [B, *event]."""
     check_tensor(name, parameter)
     check_same_device(name, parameter, "x", x)
     lead = parameter.dim() - x.dim()
@@ -337,8 +343,10 @@ def _check_event(x: Tensor, name: str, parameter: Any) -> None:
 
 
 def _spread(name: str, parameter: Any, first: str, full: Tensor, x: Tensor) -> Tensor:
-    """A parameter with the first one's axes, expanded where it is broadcast in part: over all of the samples,
-    the rows, or the event, it stays one number.
+    """Return a parameter with the first parameter's axes.
+
+    Broadcast axes keep size 1 if all samples, all rows or the whole event share the number; others are
+    expanded.
     """
     if not isinstance(parameter, Tensor):
         if isinstance(parameter, bool) or not isinstance(parameter, (int, float)):
@@ -369,23 +377,23 @@ def _spread(name: str, parameter: Any, first: str, full: Tensor, x: Tensor) -> T
 # All pairs
 
 
-# Numbers of a tile, K' B X.
+# Elements of a tile, K' B X.
 _TILE = 2**22
 
 
 def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoulli") -> Tensor:
-    r"""log p(x_i | z_k) of every example with every one of K latents, in the memory of neither's product.
+    r"""Return log p(x_i | z_k) of every example with each of K latents, without storing [K, B, X].
 
     .. math:: \log p(x_i|z_k) = \sum_j T_j(x_i) \cdot η_j(z_k) - A(z_k) + D(x_i)
 
-    For Bernoulli, Poisson and Gaussian likelihoods this is what is computed, by matrix products in float64;
-    for others the likelihood itself, by tiles.
+    Bernoulli, Poisson and Gaussian likelihoods are computed in this form, by matrix products in float64, if
+    the parameters are finite; other likelihoods are evaluated tile by tile.
 
     Args:
         x: data [B, \*event].
-        parameters: what the decoder returns for z [K, D]: a tensor [K, \*event], or a tuple of such; those
-            after the first may be a row [\*event] or a number, too. On a GPU, where nobody looks at them,
-            they must be finite.
+        parameters: the decoder's output for z [K, D]: a tensor [K, \*event], or a tuple of them; those after
+            the first may also be a row [\*event] or a number. On a GPU, where they are not checked, they must
+            be finite.
         likelihood: a name or an object, as in :func:`fastvae.elbo`.
 
     Returns:
@@ -454,7 +462,7 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
         check_same_device(output, p, "x", x)
     check_support(declared, x)
     dtype = result_dtype(x, *flat)
-    # A logit of -inf costs nothing where x is 0, which 0 · inf in a product is not.
+    # A logit of -inf contributes 0 where x is 0, but 0 · inf in a matrix product is NaN.
     finite = not may_look(first) or all(bool(p.isfinite().all()) for p in flat)
     if name in _PRODUCTS and finite:
         _check_here(declared, x)
@@ -469,15 +477,18 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
 
 
 def _check_here(declared: Any, x: Tensor) -> None:
-    """What the C++ would have seen in its pass over x."""
+    """Validate the range of x, as the C++ would have done in its pass over x."""
     if x.is_cpu and not torch.compiler.is_compiling():
         with _backend.use_backend("reference"):
             check_support(declared, x)
 
 
 def _by_tiles(x: Any, parameters: Any, function: Callable[..., Tensor], spread: bool = True) -> Tensor:
-    """[K, B] of function(x, parameters of K' latents, K'), tile by tile, whose insides are not kept for a
-    gradient; ``spread``: a row for each pair.
+    """Return [K, B] of ``function(x, parameters of K' latents, K')`` tile by tile.
+
+    For gradients the inside of each tile is recomputed, not stored.
+
+    With ``spread`` the parameters have a row for each pair.
     """
     single = isinstance(parameters, Tensor)
     parts = [parameters] if single else list(parameters)
@@ -496,7 +507,7 @@ def _by_tiles(x: Any, parameters: Any, function: Callable[..., Tensor], spread: 
         return function(part, tile[0] if single else tile, samples)
 
     result = []
-    # Once around where there is nothing: dtype and graph are then those of any other result.
+    # Run once even if empty: the result then has the usual dtype and graph.
     for k in range(0, max(1, count), at_once):
         tile = [p[k : k + at_once] for p in parts]
         row = []
@@ -518,7 +529,7 @@ def _poisson(x: Tensor, log_mean: Tensor) -> Tensor:
 
 
 def _gaussian(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    # Around a common centre less cancels. An example that is not finite must not make the others so.
+    # Centring reduces cancellation. The centre skips non-finite examples, which must not affect others.
     centre = (torch.where(x.isfinite(), x, 0.0).sum(0) / max(1, len(x))).detach()
     x, mean = x - centre, mean - centre
     precision = torch.exp(-logvar).expand(len(logvar), x.shape[1])

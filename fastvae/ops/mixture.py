@@ -1,4 +1,4 @@
-r"""The density of a mixture of diagonal normal distributions, a learned prior and VampPrior's.
+r"""The density of a mixture of diagonal normal distributions, for learned priors and VampPrior.
 
 With means :math:`μ_{ud}`, log variances :math:`λ_{ud}` and log weights :math:`a_u` of U components, and
 :math:`w_{nud} = (z_{nd} - μ_{ud})\, e^{-λ_{ud}/2}`,
@@ -7,17 +7,17 @@ With means :math:`μ_{ud}`, log variances :math:`λ_{ud}` and log weights :math:
     s_{nu} = a_u - ½ \sum_d \big[w_{nud}^2 + λ_{ud} + \log 2π\big], \quad
     M_n = \max_u s_{nu}, \quad S_n = \sum_u e^{s_{nu} - M_n}, \quad \log p(z_n) = M_n + \log S_n
 
-The differences are taken as they stand. A product of matrices, from :math:`w^2 = z^2/σ^2 - 2 z μ/σ^2 +
+The differences z − μ are computed directly. A matrix product, from :math:`w^2 = z^2/σ^2 - 2 z μ/σ^2 +
 μ^2/σ^2`, loses :math:`(μ/σ)^2` roundings: at σ = 1e-4 all of float32's digits.
 
-With g what arrives and :math:`r_{nu} = g_n\, e^{s_{nu} - M_n} / S_n`, the scores computed anew:
+With the upstream gradient g and :math:`r_{nu} = g_n\, e^{s_{nu} - M_n} / S_n`, recomputing the scores:
 
 .. math::
     \bar z_{nd} = -\sum_u r\, w\, e^{-λ/2}, \quad \bar μ_{ud} = e^{-λ/2} \sum_n r\, w, \quad
     \barλ_{ud} = ½ \Big(\sum_n r\, w^2 - \sum_n r\Big), \quad \bar a_u = \sum_n r
 
-Nothing of the size [N, U, D] or [N, U] is kept. A z to which no component gives any probability has −∞ and no
-gradient. An r below the smallest normal number is zero.
+No tensor of size [N, U, D] or [N, U] is stored. A z with zero density under every component has −∞ and zero
+gradient. An r below the smallest normal number is flushed to zero.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ _INPUTS = "Tensor z, Tensor mu, Tensor logvar, Tensor log_weight"
 
 
 def mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, logits: Tensor | None = None) -> Tensor:
-    r"""log of the density of a mixture of diagonal normal distributions, summed over D.
+    r"""Return the log density of a mixture of diagonal normal distributions, summed over D.
 
     .. math:: \log p(z) = \log \sum_u π_u \prod_d N(z_d; μ_{ud}, e^{\mathrm{logvar}_{ud}}),
         \quad π = \mathrm{softmax}(\mathrm{logits})
 
     Args:
-        z: [..., D].
-        mu, logvar: means and log variances of the components, [U, D] each.
-        logits: of the components' weights, [U]; −∞ leaves one out. Default: all the same.
+        z: points [..., D].
+        mu: means of the components, [U, D].
+        logvar: log variances of the components, [U, D].
+        logits: logits of the components' weights, [U]; −∞ removes a component. Default: equal weights.
 
     Returns:
         nats [...], in float32 (float64 if one of the arguments is).
@@ -54,7 +55,7 @@ def mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, logits: Tensor | Non
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
 
     References:
-        Tomczak & Welling, VAE with a VampPrior, 2018, eq. 9, for what it is used.
+        Tomczak & Welling, VAE with a VampPrior, 2018, eq. 9, for the use.
 
     Example:
         >>> import torch, fastvae
@@ -83,7 +84,7 @@ def mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, logits: Tensor | Non
 
 
 def check_components(mu: Tensor, logvar: Tensor, logits: Tensor | None) -> None:
-    """That they are [U, D], [U, D] and [U], U at least 1, on one device."""
+    """Validate components [U, D], [U, D] and logits [U], with U at least 1, on one device."""
     check_tensor("mu", mu, 2, "[U, D]")
     check_tensor("logvar", logvar, 2, "[U, D]")
     check_same_shape("logvar", logvar, "mu", mu)
@@ -140,7 +141,7 @@ class _MixtureLogProbBackward(Op):
 
 
 class _MixtureLogProb(Op):
-    """log p [N] of z [N, D] and components [U, D], [U, D], [U]; the maximum, and the sum of what is left."""
+    """Op for log p [N] of z [N, D] given components [U, D], [U, D], [U]; keeps maximum and scaled sum."""
 
     module = "mixture"
     name = "mixture_log_prob"

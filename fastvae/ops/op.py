@@ -1,8 +1,8 @@
-"""How an op meets torch: one dispatcher entry per op, with kernels per device, a fake, and autograd.
+"""Registration of an op with torch: a dispatcher entry with kernels per device, a fake, and autograd.
 
 The Autograd kernel is Python and uses private names of torch, ``_SingleLevelFunction`` and
-``_AutoDispatchBelowAutograd`` among them; this is the only file that does. Compared with
-``torch.library.register_autograd`` it costs half the time per call and works under ``torch.func.grad``.
+``_AutoDispatchBelowAutograd`` among them. Compared with ``torch.library.register_autograd`` it costs half the
+time per call and works under ``torch.func.grad``.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ from ._contract import Contract
 _library = torch.library.Library("fastvae", "DEF")
 # All ops, by name.
 REGISTERED: dict[str, Op] = {}
-# The overload that is below autograd, and which a compiled graph therefore holds.
+# The overload below autograd, which appears in compiled graphs.
 _KERNEL = "kernel"
 
 
 class Op:
-    """One op, registered with torch when it is made, and called like a function.
+    """Op registered with torch on construction, and called like a function.
 
     In plain eager mode a call goes to the C++ or to Triton without the dispatcher, which would cost several
-    times what a small kernel does (docs/NOTES.md). Anything else, a compiler, a transform, a tensor subclass,
-    a mode, another device or the reference, gets the registered op.
+    times as much as a small kernel (docs/NOTES.md). Everything else (a compiler, a transform, a tensor
+    subclass, a mode, another device or the reference) uses the registered op.
 
-    Tensors are the leading arguments. Then comes the ``record``, if there is one: a NamedTuple, which the
-    dispatcher knows by its fields, one by one.
+    Tensors are the leading arguments. The ``record``, if any, follows: a NamedTuple, which the dispatcher
+    gets field by field.
 
-    A result that nobody asked for may be None; the dispatcher, whose graphs know no such thing, has a tensor
-    [0] in its place (:func:`or_none`).
+    Unrequested results are None. The dispatcher cannot represent None and gets an empty tensor [0]
+    (:func:`or_none`).
 
     Attributes:
         module: the op's file name in every layer, such as ``"latent"``.
         name: the op, and the function that computes it in ``fastvae.reference.<module>`` and
             ``fastvae.kernels.<module>``.
-        schema: arguments and results, as torch writes them.
+        schema: arguments and results, in torch's syntax.
         record: the type of the record.
-        shown: how many of the results a caller gets; the others are for the gradient.
-        told: the last argument, which a caller leaves out, says whether the C++ will be asked for gradients.
-        gradient: the op that computes this one's gradients; without it, differentiating raises.
+        shown: the number of results that a caller gets; the others are for the gradient.
+        told: the op has a last argument, which callers omit: whether to keep a tensor for the C++'s backward
+            pass.
+        gradient: the op that computes this op's gradients; without it, differentiation raises.
     """
 
     module: str
@@ -62,7 +63,7 @@ class Op:
     told: bool = False
     gradient: Op | None = None
 
-    # What an op says of itself.
+    # A subclass defines these.
 
     native: Callable
     """The op in C++, for CPU tensors."""
@@ -71,24 +72,22 @@ class Op:
         """Validate the tensors of a call through the dispatcher by ``self.contract``; raises ValueError."""
 
     def fake(self, *args: Any) -> Any:
-        """Results of the right shapes and dtypes, of fake arguments."""
+        """Return results of the right shapes and dtypes for fake arguments."""
         raise NotImplementedError
 
     def composed(self, backend: str) -> Callable:
-        """The op by the reference or by Triton."""
+        """Return the op's implementation in the reference or in Triton."""
         return getattr(_backend.layer(backend, self.module), self.name)
 
     def forward(self, run: Callable, ctx: Any, *args: Any) -> Any:
-        """What ``run`` computes of these arguments; ``ctx`` keeps what the gradient takes."""
+        """Call ``run`` on the arguments, and save the gradient's inputs in ``ctx``."""
         return run(*args)
 
     def backward(self, run: Callable, ctx: Any, *grads: Any) -> tuple:
-        """Gradients of all arguments, None for those that are no tensors, by ``run``: ``gradient``'s
-        function.
-        """
+        """Return gradients of all arguments, None for non-tensors; ``run`` is ``gradient``'s function."""
         raise NotImplementedError
 
-    # What is made of it.
+    # Derived from the above.
 
     def __init__(self) -> None:
         names = re.findall(r"Tensor\?? (\w+)", self.schema.partition("->")[0])
@@ -102,8 +101,8 @@ class Op:
         _library.impl(self.name, self._autograd, "Autograd")
         _library.impl(f"{self.name}.{_KERNEL}", torch.library.fallthrough_kernel, "Autograd")
         self._dispatched_node = self._node(self._below_autograd)
-        # The short ways, by where the tensors lie and the backend: a function, the node that calls it, and
-        # whether it is the C++. Everything else is the dispatcher's.
+        # Fast paths by device and backend: a function, the autograd node that calls it, and whether it is the
+        # C++. Everything else goes through the dispatcher.
         on_cpu = self._on_cpu, self._node(self._on_cpu, ON_CPU), False
         on_gpu = self._on_gpu, self._node(self._on_gpu, ON_GPU), False
         self._ways: dict[tuple[int, str], tuple[Callable, type[Any], bool]] = {
@@ -131,7 +130,7 @@ class Op:
         return results if self.shown is None else results[: self.shown]
 
     def _register(self, overload: str) -> Any:
-        """An overload of the op with all that is below autograd."""
+        """Register an overload of the op, with all kernels below autograd."""
         name = f"{self.name}.{overload}" if overload else self.name
         _library.define(name + self.schema)
         registered = getattr(getattr(torch.ops.fastvae, self.name), overload or "default")
@@ -171,7 +170,7 @@ class Op:
         return checked
 
     def _packed(self, function: Callable) -> Callable:
-        """The function for the dispatcher, which gives the record's fields one by one."""
+        """Adapt a function to the dispatcher, which passes the record field by field."""
         if self.record is None:
             return function
         begin, end, record = self._tensors, self._tensors + self._fields, self.record
@@ -182,7 +181,7 @@ class Op:
         return of_fields
 
     def _dispatched(self, function: Callable) -> Callable:
-        """The function for the dispatcher, without a result that is None."""
+        """Adapt a function to the dispatcher, replacing results that are None by empty tensors."""
         function = self._packed(function)
         if self.gradient is None or self.shown is None:
             return function
@@ -206,7 +205,7 @@ class Op:
             return self._kernel(*self._unpacked(args))
 
     def _autograd(self, *fields):
-        """The dispatcher's kernel for tensors that may want gradients."""
+        """Run the op as the dispatcher's Autograd kernel, with a node if a gradient is needed."""
         if forward_ad._current_level >= 0 and _any_tangent(fields):
             raise RuntimeError(
                 f"fastvae::{self.name}: forward-mode differentiation is not implemented; use reverse mode "
@@ -219,8 +218,9 @@ class Op:
             return self._kernel(*fields)
 
     def _node(self, function: Callable, place: int = 0) -> type[Any]:
-        """The autograd node of the op as this function computes it, for the backend in force; if the tensors
-        are known to lie at one place, the gradient too goes by without the dispatcher.
+        """Return the op's autograd node that computes it with ``function``, for the backend in force.
+
+        With a ``place``, all tensors are on that device, and the gradient bypasses the dispatcher, too.
         """
 
         def forward(ctx, *args):
@@ -232,7 +232,7 @@ class Op:
         run = self.gradient._on_cpu if place == ON_CPU else self.gradient._on_gpu
 
         def backward(ctx, *grads):
-            # Anything may have come between the passes.
+            # Backend, grad mode or tensors may have changed since the forward pass.
             if ctx.backend != _backend.chosen() or _C.is_grad_enabled() or plain(grads) != place:
                 return self._differentiate(ctx, *grads)
             return self.backward(run, ctx, *grads)
@@ -240,11 +240,11 @@ class Op:
         return self._node_of(forward, backward)
 
     def _native_node(self) -> type:
-        """The same in C++, without the dispatcher in either pass."""
+        """Return the autograd node of the C++ op, without the dispatcher in either pass."""
         run = self.gradient.native if self.gradient else None
 
         def backward(ctx, *grads):
-            # Anything may have come between the passes.
+            # Backend, grad mode or tensors may have changed since the forward pass.
             if run is None or _C.is_grad_enabled() or plain(grads) != ON_CPU:
                 ctx.backend = "native"
                 return self._differentiate(ctx, *grads)
@@ -257,7 +257,7 @@ class Op:
         return type(self.name, (_SingleLevelFunction,), methods)
 
     def _differentiate(self, ctx, *grads):
-        if all([g is None for g in grads]):  # what follows may send no gradient at all
+        if all([g is None for g in grads]):  # no upstream gradient reached the op
             return (None,) * len(ctx.needs_input_grad)
         if self.gradient is None:
             raise RuntimeError(
@@ -268,7 +268,7 @@ class Op:
         return self.backward(functools.partial(_backend.run_on, ctx.backend, self.gradient), ctx, *grads)
 
 
-# As the C++ reads the arguments of an op that the dispatcher calls.
+# Letters by which the C++ identifies the argument types of an op that the dispatcher calls.
 _LETTERS = {
     "Tensor": "t", "Optional[Tensor]": "T", "int": "i", "SymInt": "i", "float": "f", "bool": "b", "str": "s",
     "List[bool]": "l",
@@ -276,17 +276,19 @@ _LETTERS = {
 
 
 def _implemented_in_cpp(name: str, registered: Any, in_python: Callable) -> bool:
-    """Register the C++ for CPU tensors, so that a compiled graph calls it without Python: with Python around
-    it an op costs 20 µs more. What the C++ leaves to others, and another backend, is ``in_python``'s.
+    """Register the C++ for CPU tensors, and return whether that succeeded.
+
+    A compiled graph then calls it without Python, which costs 20 µs more per op. Calls that the C++ does not
+    handle, and other backends, go to ``in_python``.
     """
     types = [str(a.type) for a in registered._schema.arguments]
     try:
         implement = _backend.extension().implement
-    except (RuntimeError, AttributeError):  # left out, or missing by accident: the first call says so
+    except (RuntimeError, AttributeError):  # left out, or missing by accident, which the first call reports
         return False
     if not all(t in _LETTERS for t in types):
         return False
-    steal = _C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # that for one tensor leaks it (torch 2.13)
+    steal = _C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # the single-tensor variant leaks (torch 2.13)
     handle = _C._aoti.unsafe_alloc_void_ptr_from_tensor
 
     def with_handles(*args):
@@ -300,12 +302,12 @@ def _implemented_in_cpp(name: str, registered: Any, in_python: Callable) -> bool
 
 
 def or_none(tensor: Tensor | None) -> Tensor | None:
-    """What the forward pass kept; None for a tensor [0], which stands for nothing in a graph."""
+    """Return a tensor kept by the forward pass, or None for its placeholder in a graph, a tensor [0]."""
     return None if tensor is None or (tensor.dim() == 1 and tensor.shape[0] == 0) else tensor
 
 
 def wants_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether autograd will ask for the gradient of one of them."""
+    """Return True if autograd will request the gradient of one of the tensors."""
     if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling():
@@ -314,10 +316,10 @@ def wants_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _cpp_differentiates(tensors: tuple[Any, ...]) -> bool:
-    """Whether autograd will ask the C++ for gradients of these."""
+    """Return True if autograd will request gradients of these tensors from the C++."""
     if not (tensors[0].is_cpu and wants_gradients(tensors)):
         return False
-    # A compiled graph serves every backend.
+    # A compiled graph is shared by every backend.
     return torch.compiler.is_compiling() or _backend.on_cpu() == "native"
 
 
@@ -326,28 +328,28 @@ def _any_tangent(args) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-# What the ops share
+# Helpers shared by the ops
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept and returned in."""
+    """Return the dtype in which sums are accumulated and returned."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor of this one's shape and device; half the price of torch.empty."""
+    """Return an uninitialised contiguous tensor of the same shape and device, in half torch.empty's time."""
     if tensor.is_contiguous() and (dtype is None or dtype == tensor.dtype):
         return torch.empty_like(tensor)
     return tensor.new_empty(tensor.shape, dtype=dtype)
 
 
 def new_empty(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on this one's device; a dtype that is said costs as much as the memory."""
+    """Return an uninitialised tensor on the same device; passing ``dtype=`` costs as much as allocating."""
     return tensor.new_empty(shape) if tensor.dtype == dtype else tensor.new_empty(shape, dtype=dtype)
 
 
 def in_shape(result: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A kernel's result in the caller's shape, and no view: the caller could not modify one in place."""
+    """Return a kernel's result in the caller's shape, not as a view, which could not be modified in place."""
     return result if result.shape == shape else result.contiguous().resize_(shape)
 
 
@@ -356,5 +358,5 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
 @overload
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """tensor.to(dtype), at no price where there is nothing to do."""
+    """Cast to ``dtype``; return the tensor itself if it already has it."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

@@ -1,4 +1,4 @@
-r"""From the decoder's output to the bound: likelihood, term, and both reductions in one pass each way.
+r"""The bound from the decoder's output: likelihood, term, and both reductions in one pass each way.
 
 With :math:`L_{kb} = \log p(x_b|z_{kb})`, the event summed, a term :math:`t` of q and p, [K, B] or [B], and
 its factor :math:`c_b` (:math:`-β_b` for a KL, :math:`β_b` for a log-ratio), the bound of a row is
@@ -8,18 +8,18 @@ its factor :math:`c_b` (:math:`-β_b` for a KL, :math:`β_b` for a log-ratio), t
     \text{log-mean-exp:}\quad \mathcal{L}_b &= \log \frac{1}{K} \sum_k e^{\log w_{kb}}, \quad
     \log w_{kb} = L_{kb} + c_b t_{kb}
 
-and of the batch the sum or the mean of these. A log-mean-exp may be that of a power, of groups of M·K
-samples, and have a share s of the mean in it:
+and the bound of the batch is the sum or the mean of these. A log-mean-exp may generalise to a power mean,
+over M groups of K samples, mixed with a share s of the mean:
 
 .. math::
     \mathcal{L}_b = s\, \frac{1}{MK} \sum_k \log w_{kb} + (1 - s) \frac{1}{M} \sum_{m=1}^{M}
     \frac{1}{1 - α} \log \frac{1}{K} \sum_{k \in m} w_{kb}^{1 - α}
 
-whose weights are :math:`s / MK + (1 - s) \tilde w_{kb} / M`, normalised in each group. With :math:`g_b` what
-arrives at a row's bound, and the weights :math:`\tilde w_{kb}` (or :math:`1/K`), what reaches a sample's
-log-likelihood is :math:`g_{kb} = g_b \tilde w_{kb}`, and its term :math:`c_b g_{kb}`. The forward pass keeps
-the weights, so that the backward pass goes straight over the likelihood's gradients. Weights and gradients
-below the smallest normal number are zero (:mod:`fastvae.ops.importance`).
+whose weights are :math:`s / MK + (1 - s) \tilde w_{kb} / M`, normalised in each group. With a row's upstream
+gradient :math:`g_b` and the weights :math:`\tilde w_{kb}` (or :math:`1/K`), the gradient of a sample's
+log-likelihood is :math:`g_{kb} = g_b \tilde w_{kb}`, and that of its term :math:`c_b g_{kb}`. The forward
+pass keeps the weights, so that the backward pass is a single pass over the likelihood's gradients. Weights
+and gradients below the smallest normal number are zero (:mod:`fastvae.ops.importance`).
 """
 
 from __future__ import annotations
@@ -38,25 +38,26 @@ from .op import Op, or_none
 
 
 class Weighing(NamedTuple):
-    """How the samples become a bound: what the op takes beside tensors, in every layer."""
+    """Reduction of samples to a bound: the op's non-tensor arguments, in every layer."""
 
-    coefficient: float  # of the term
-    over: str  # the samples: "mean" or "log_mean_exp"
-    reduction: str  # of the batch: "mean" or "sum", or "none" for [B]
-    # Of a log-mean-exp:
-    alpha: float = 0.0  # that of w^(1 - alpha), over 1 - alpha
-    groups: int = 1  # of samples next to each other, whose bounds are averaged
-    share: float = 0.0  # of the mean of the log weights in it
+    coefficient: float  # factor of the term
+    over: str  # reduction over the samples: "mean" or "log_mean_exp"
+    reduction: str  # reduction over the batch: "mean" or "sum", or "none" for [B]
+    # For a log-mean-exp only:
+    alpha: float = 0.0  # (1 / (1 - alpha)) log mean w^(1 - alpha)
+    groups: int = 1  # number of groups of consecutive samples, whose bounds are averaged
+    share: float = 0.0  # share of the mean of the log weights in the bound
 
     @property
     def is_plain(self) -> bool:
-        """A mean or a log-mean-exp over all samples."""
+        """True for a mean or a log-mean-exp over all samples."""
         return self.alpha == 0 and self.groups == 1 and self.share == 0
 
 
 def finish(backend: str, how: Weighing) -> Callable[..., Any]:
-    """From log-likelihoods to the bound: Triton knows the two reductions that are usual, and others take a
-    few small kernels of torch's, in float64.
+    """Return the function that reduces log-likelihoods to the bound.
+
+    Triton has the two plain reductions; others take a few small torch kernels in float64.
     """
     return _backend.layer(backend if how.is_plain else "reference", "weigh").weigh
 
@@ -70,24 +71,24 @@ def weigh(
     how: Weighing,
     terms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""The bound of a batch from its decoder's output.
+    r"""Return the bound of a batch from its decoder's output.
 
     .. math:: \frac{1}{K} \sum_k \big[\log p(x|z_k) + c\, t_k\big] \quad \text{or} \quad
               \log \frac{1}{K} \sum_k e^{\log p(x|z_k) + c\, t_k}
 
     Args:
-        likelihood: its name.
+        likelihood: name of a declared likelihood.
         x: data [B, X].
-        parameters: the decoder's output: the first [K·B, X], sample-major; others like it, [K·B, 1], one row
+        parameters: the decoder's output: the first [K·B, X], sample-major; others alike, [K·B, 1], one row
             [X], or one number.
-        term: what is added to each sample's log-likelihood, [K, B], or to all of a row's, [B].
-        beta: the term's factor, beside how.coefficient: [] or [B], without a gradient; None for 1.
-        how: the :class:`Weighing`.
-        terms: return the mean of the log-likelihoods, too. For a log-mean-exp it takes no gradient.
+        term: the term added to each sample's log-likelihood, [K, B], or shared by a row's samples, [B].
+        beta: factor of the term, in addition to how.coefficient: [] or [B], without a gradient; None for 1.
+        how: the reduction, a :class:`Weighing`.
+        terms: also return the mean of the log-likelihoods. For a log-mean-exp it has no gradient.
 
     Returns:
-        The bound in nats, and log p(x|z)'s mean over the samples, [B], or None without ``terms``: in float32
-        (float64 if one of the tensors is).
+        The bound in nats, and the mean of log p(x|z) over the samples, [B], or None without ``terms``: in
+        float32 (float64 if one of the tensors is).
 
     Example:
         >>> import torch
@@ -108,7 +109,7 @@ _HOW = "float coefficient, str over, str reduction, float alpha, SymInt groups, 
 def check_bound(
     contract: Contract, batch: int, rows: int, term: Tensor | None, beta: Tensor | None, how: Weighing
 ) -> int:
-    """Validate what makes a bound of K·B rows, and return K."""
+    """Validate the inputs of a bound of K·B rows, and return K."""
     samples = rows // batch if batch else 0
     contract.expect("term", term, None, (samples if batch else -1, batch), (batch,))
     contract.expect("beta", beta, None, (), (batch,))
@@ -123,7 +124,7 @@ def check_bound(
 def check_grads(
     contract: Contract, batch: int, samples: int, how: Weighing, dtype: torch.dtype, grads: tuple[Any, ...]
 ) -> None:
-    """Validate the gradients that arrive, and the weights that were kept."""
+    """Validate the upstream gradients and the saved weights."""
     bound, log_likelihood, weights = grads
     contract.expect("grad_bound", bound, dtype, (batch,) if how.reduction == "none" else ())
     contract.expect("grad_log_likelihood", log_likelihood, dtype, (batch,))
@@ -163,7 +164,7 @@ class _Weigh(Op):
         super().__init__()
 
     def _not_native(self, *args):
-        """What the C++ leaves to Python: nothing to sum over, or an x that lies where it cannot."""
+        """Handle calls that the C++ does not: an empty sum, or x out of range, which raises."""
         if args[1].numel():
             refuse(self.likelihood, args[0])
         return self.composed("reference")(*args)
@@ -204,14 +205,14 @@ class _Weigh(Op):
         weights, *inputs = ctx.saved_tensors
         need_x, *need = ctx.needs_input_grad[: self.number + 2]
         need = [need_x and self.likelihood.differentiable, *need]
-        # In a graph also a mean that was not asked for, [0], gets a gradient.
+        # In a graph, an unrequested mean, a tensor [0], gets a gradient, too.
         if grad_bound is not None:
             grad_mean = or_none(grad_mean)
         return *run(grad_bound, grad_mean, or_none(weights), *inputs, ctx.how, need), None, None, None
 
 
 class _WeighBackward(Op):
-    """Gradients of (x, *parameters, term), None where not needed."""
+    """Op for the gradients of (x, *parameters, term), None where not needed."""
 
     module = "weigh"
     record = Weighing
@@ -260,7 +261,7 @@ class _WeighBackward(Op):
 
 
 def _with_samples(x: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-    """Parameters [K·B, X] as [K, B, X]; a row or a number gets the axes that it lacks."""
+    """Reshape parameters [K·B, X] to [K, B, X], and rows or numbers to [1, 1, ...]."""
     batch, first = x.shape[0], parameters[0]
     samples = first.shape[0] // batch if batch else 0
     spread = []

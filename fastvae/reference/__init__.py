@@ -1,1 +1,1 @@
-"""The ops in plain PyTorch: the definition, the oracle of the tests, and the fallback on other devices."""
+"""Ops in plain PyTorch: the definition, the tests' reference, and the fallback on other devices."""

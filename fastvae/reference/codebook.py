@@ -1,18 +1,18 @@
-"""The nearest code of each row, in PyTorch; :mod:`fastvae.ops.codebook` is the mathematics."""
+"""Nearest code of each row, in PyTorch; :mod:`fastvae.ops.codebook` gives the mathematics."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Numbers of [N, U] that are made at a time: what a core's second-level cache, or a GPU's, holds.
+# Elements of [N, U] computed at a time: the size of a core's second-level cache, or a GPU's.
 NUMBERS_ON_CPU, NUMBERS_ELSEWHERE = 1 << 19, 1 << 23
-# With fewer rows a product of matrices is slow.
+# A matrix product of fewer rows is slow.
 FEWEST_ROWS = 16
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
-    """Indices [N] int64 of z [N, D] in codes [U, D], both of one dtype, float32 or float64."""
+    """Return the indices [N] int64 of the codes [U, D] nearest to z [N, D], in float32 or float64."""
     rows, codes = len(z), len(codebook)
     centre = codebook.mean(0)
     codebook = codebook - centre
@@ -24,7 +24,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     for first in range(0, rows, max(size, 1)):
         part = slice(first, first + size)
         some = z[part] - centre
-        # Told where to write, autocast leaves the product alone.
+        # Given out=, autocast does not change the product's dtype.
         score = torch.addmm(half, some, codebook.T, alpha=-1, out=scores[: len(some)])
         torch.argmin(score, 1, out=index[part])
     return index

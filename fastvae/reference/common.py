@@ -1,4 +1,4 @@
-"""What the definitions share."""
+"""Numerical functions shared by the reference implementations."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ def upcast(*tensors: Tensor) -> tuple[Tensor, ...]: ...
 @overload
 def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]: ...
 def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All in the dtype of the computation: float64 if any of them is, else float32; integers have no say."""
+    """Cast to the computation's dtype: float64 if any tensor is float64, else float32."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     dtype = torch.float64 if wide else torch.float32
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
 def softplus(x: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 + exp(x)), and its derivative; to full relative accuracy where exp(x) is a normal number."""
+    """Return log(1 + exp(x)) and its derivative, to full relative accuracy where exp(x) is normal."""
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())), torch.sigmoid(x)
 
 
 def expm1_minus(u: Tensor) -> Tensor:
-    """exp(u) - 1 - u without cancellation: by the series where |u| < 1/8 (next term < 1e-17)."""
-    # Where the series does not serve it must not overflow either: its gradient would be 0 · inf.
+    """Return exp(u) - 1 - u without cancellation: by its series where |u| < 1/8 (next term < 1e-17)."""
+    # Clamped: where the series is not used, its overflow would still give a gradient 0 · inf.
     near = u.clamp(-0.125, 0.125)
     series = torch.zeros_like(u)
     for n in range(10, 1, -1):
         series = 1 / math.factorial(n) + series * near
-    # Bounded above, so that an infinite variance has an infinite KL: inf - inf would be NaN.
+    # Clamped, so that an infinite variance has an infinite KL, not inf - inf = NaN.
     return torch.where(u.abs() < 0.125, near * near * series, torch.expm1(u) - u.clamp(max=710))
 
 
 def log1p_rest(t: Tensor) -> Tensor:
-    """t - log(1 + t) for t > -1 without cancellation: where |t| < 0.3 by the series of log(1 + t) = 2
-    artanh(r), r = t / (2 + t) (next term < 1e-18).
+    """Return t - log(1 + t) for t > -1 without cancellation.
+
+    Where |t| < 0.3 it uses the series of log(1 + t) = 2 artanh(r), r = t / (2 + t) (next term < 1e-18).
     """
     if has_torch_function_unary(t):
         return handle_torch_function(log1p_rest, (t,), t)
@@ -51,7 +52,7 @@ def log1p_rest(t: Tensor) -> Tensor:
 
 
 def stirling_error(x: Tensor) -> Tensor:
-    """log x! - (x + 1/2) log x + x - log(2 pi) / 2 for x > 0."""
+    """Return log x! - (x + 1/2) log x + x - log(2 pi) / 2 for x > 0."""
     if has_torch_function_unary(x):
         return handle_torch_function(stirling_error, (x,), x)
     wide = x.double()
@@ -64,7 +65,7 @@ def stirling_error(x: Tensor) -> Tensor:
 
 
 def digamma_excess(x: Tensor) -> Tensor:
-    """x (log x - digamma(x)) - 1/2 for x > 0."""
+    """Return x (log x - digamma(x)) - 1/2 for x > 0."""
     if has_torch_function_unary(x):
         return handle_torch_function(digamma_excess, (x,), x)
     wide = x.double()
@@ -75,7 +76,7 @@ def digamma_excess(x: Tensor) -> Tensor:
 
 
 def log1p_square(r: Tensor) -> Tensor:
-    """log(1 + r²), also where r² is no number."""
+    """Return log(1 + r²), also where r² overflows."""
     magnitude = r.abs()
     large = magnitude > 2.0**60
     near = torch.log1p(torch.where(large, 0.0, magnitude) ** 2)
@@ -83,7 +84,10 @@ def log1p_square(r: Tensor) -> Tensor:
 
 
 def log1p_excess(share: Tensor, log_1pt: Tensor) -> Tensor:
-    """log(1 + t) - t / (1 + t) of that logarithm and that share, t >= 0: t²/2 near 0, and nothing cancels."""
+    """Return log(1 + t) - t / (1 + t) for t >= 0 without cancellation: t²/2 near 0.
+
+    ``share`` is t / (1 + t), ``log_1pt`` is log(1 + t).
+    """
     # 2 atanh(s) - t / (1 + t), with s = t / (2 + t), is a series of positive terms.
     s = share / (2 - share)
     series = torch.zeros_like(share)
@@ -93,9 +97,9 @@ def log1p_excess(share: Tensor, log_1pt: Tensor) -> Tensor:
 
 
 def half_step(log_z: Tensor) -> Tensor:
-    """log Γ(z + ½) - log Γ(z) - ½ log z: -1/(8 z) for large z, where differences of log Γ have lost theirs.
+    """Return log Γ(z + ½) - log Γ(z) - ½ log z: -1/(8 z) for large z, where differences of log Γ cancel.
 
-    In float64, by Stirling's series at z + 16 and a factor near 1 for each step on the way.
+    It is computed in float64, by Stirling's series at z + 16 and a factor near 1 for each step down to z.
     """
     if has_torch_function_unary(log_z):
         return handle_torch_function(half_step, (log_z,), log_z)
@@ -103,7 +107,7 @@ def half_step(log_z: Tensor) -> Tensor:
     z = wide.exp()
     factor = torch.ones_like(z)
     for y in (z + i for i in range(16)):
-        # The first one's z, which may be as good as 0, is taken apart.
+        # The factor z of the first step may be almost 0; its log is added separately.
         factor = factor * (y + 1) / (y + 0.5) * torch.where((y == z) & (z < 1), 1.0, y) / (y + 0.5)
     steps = 0.5 * (torch.log(factor) + torch.where(z < 1, wide, 0.0))
     return (_series(z + 16, (-1 / 8, 1 / 192, -1 / 640, 17 / 14336, -31 / 18432, 691 / 180224)) + steps).to(
@@ -112,7 +116,7 @@ def half_step(log_z: Tensor) -> Tensor:
 
 
 def half_step_slope(log_z: Tensor) -> Tensor:
-    """The derivative of :func:`half_step`: z (ψ(z + ½) - ψ(z)) - ½, a sum of positive terms."""
+    """Return the derivative of :func:`half_step`: z (ψ(z + ½) - ψ(z)) - ½, a sum of positive terms."""
     if has_torch_function_unary(log_z):
         return handle_torch_function(half_step_slope, (log_z,), log_z)
     z = log_z.double().exp()
@@ -124,7 +128,7 @@ def half_step_slope(log_z: Tensor) -> Tensor:
 
 
 def _series(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """The sum of these times 1/z, 1/z³, …."""
+    """Return the series Σ_n c_n z^-(2n + 1): coefficients times 1/z, 1/z³, …."""
     u = 1 / z
     total = torch.zeros_like(z)
     for c in reversed(coefficients):
@@ -133,16 +137,16 @@ def _series(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def log_sinhc(a: Tensor) -> Tensor:
-    """log(sinh(a/2) / (a/2)) for |a| <= 1, a²/24 - a⁴/2880 + …, by its series (next term < 1e-18)."""
+    """Return log(sinh(a/2) / (a/2)) for |a| <= 1, a²/24 - a⁴/2880 + …, by its series (next term < 1e-18)."""
     return _even(a, _SINHC) * (a * a)
 
 
 def log_sinhc_slope(a: Tensor) -> Tensor:
-    """The derivative of :func:`log_sinhc`: ½ coth(a/2) - 1/a."""
+    """Return the derivative of :func:`log_sinhc`: ½ coth(a/2) - 1/a."""
     return _even(a, tuple(2 * n * c for n, c in enumerate(_SINHC, 1))) * a
 
 
-# B(2 n) / (2 n (2 n)!), of Bernoulli's numbers.
+# B(2 n) / (2 n (2 n)!), with Bernoulli numbers B.
 _SINHC = (
     *(1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800, 1 / 479001600, -691 / 15692092416000),
     *(1 / 1046139494400, -3617 / 170729965486080000, 43867 / 91963695909076992000),
@@ -151,7 +155,7 @@ _SINHC = (
 
 
 def _even(a: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """The sum of these times 1, a², a⁴, …."""
+    """Return the series of coefficients times 1, a², a⁴, …."""
     v = a * a
     total = torch.zeros_like(a)
     for c in reversed(coefficients):

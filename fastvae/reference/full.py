@@ -1,6 +1,6 @@
 """Reparameterised sampling of a Gaussian with a full covariance, in plain PyTorch.
 
-:mod:`fastvae.ops.full` is the mathematics. ``draw`` is the record of how the draw is made: samples,
+:mod:`fastvae.ops.full` gives the mathematics. ``draw`` is the record of a draw's parameters: samples,
 sample_offset, row_offset.
 """
 
@@ -19,21 +19,21 @@ LOG_2_PI = math.log(2 * math.pi)
 
 
 def _noise(seed: Tensor, draw: Any, mu: Tensor) -> Tensor:
-    """[B, K, D], as the products take it."""
+    """Return the noise [B, K, D], the layout for batched products."""
     b, d = mu.shape
     eps = normal(seed, draw.samples, b, d, draw.sample_offset, draw.row_offset, dtype=mu.dtype)
     return eps.transpose(0, 1)
 
 
 def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the packed numbers lie in a matrix [D * D], and which of them are its diagonal."""
+    """Return the positions of the packed entries in a matrix [D * D], and the indices of its diagonal."""
     rows, columns = torch.tril_indices(d, d, device=device)
     diagonal = torch.arange(d, device=device)
     return rows * d + columns, diagonal * (diagonal + 3) // 2
 
 
 def _matrices(tril: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """L [B, D, D], and the logarithms of its diagonal [B, D]."""
+    """Return L [B, D, D] and the logarithms of its diagonal [B, D]."""
     index, diagonal = _places(d, tril.device)
     logs = tril[:, diagonal]
     entries = tril.index_copy(1, diagonal, torch.exp(logs))
@@ -42,7 +42,7 @@ def _matrices(tril: Tensor, d: int) -> tuple[Tensor, Tensor]:
 
 
 def rsample_tril(mu: Tensor, tril: Tensor, seed: Tensor, draw: Any) -> tuple[Tensor, Tensor]:
-    """z [K, B, D] and log q(z) [K, B]."""
+    """Return z [K, B, D] and log q(z) [K, B]."""
     dtype = mu.dtype
     mu, tril = upcast(mu, tril)
     eps = _noise(seed, draw, mu)
@@ -61,7 +61,7 @@ def rsample_tril_backward(
     draw: Any,
     need: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for (mu, tril), None where not needed."""
+    """Return gradients for (mu, tril), None where not needed."""
     dtype, d = mu.dtype, mu.shape[1]
     mu, tril = upcast(mu, tril)
     index, diagonal = _places(d, tril.device)

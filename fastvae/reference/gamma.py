@@ -1,4 +1,4 @@
-"""Draws by torch's own samplers from a state that a seed determines."""
+"""Draws by torch's samplers from a state that a seed determines."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor
 
 
 def standard_gamma(concentration: Tensor, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
-    """Gamma(concentration, 1) of each element."""
+    """Draw Gamma(concentration, 1) for each element."""
     with seeded(seed, concentration.device, sample_offset, row_offset):
         return torch._standard_gamma(concentration.contiguous())
 
 
 def standard_gamma_backward(concentration: Tensor, z: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the concentration, by implicit differentiation of the distribution function."""
+    """Return the concentration's gradient, by implicit differentiation of the distribution function."""
     return grad * torch._standard_gamma_grad(concentration.contiguous(), z)
 
 
 def dirichlet(concentration: Tensor, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
-    """Dirichlet(concentration) of each row of the last axis."""
+    """Draw Dirichlet(concentration) for each row of the last axis."""
     with seeded(seed, concentration.device, sample_offset, row_offset):
         return torch._sample_dirichlet(concentration.contiguous())
 
 
 def dirichlet_backward(concentration: Tensor, z: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the concentration, by implicit differentiation."""
+    """Return the concentration's gradient, by implicit differentiation."""
     concentration = concentration.contiguous()
     total = concentration.sum(-1, True).expand_as(concentration).contiguous()
     slope = torch._dirichlet_grad(z, concentration, total)
@@ -34,7 +34,7 @@ def dirichlet_backward(concentration: Tensor, z: Tensor, grad: Tensor) -> Tensor
 
 
 def check_philox(seed: Tensor) -> None:
-    """Refuse the seeds of quasi-Monte-Carlo noise, which torch's samplers do not have."""
+    """Reject seeds of quasi-Monte-Carlo noise, which torch's samplers do not support."""
     if seed.dim():
         raise ValueError(
             "noise='qmc' needs a q that is a function of fastvae's noise, but this one's is torch's own: "
@@ -44,13 +44,13 @@ def check_philox(seed: Tensor) -> None:
 
 
 class seeded:
-    """Torch draws from a state that these determine, and has its own again afterwards."""
+    """Context manager that seeds torch's generator from these arguments, and restores its state on exit."""
 
     def __init__(self, seed: Tensor, device: torch.device, sample_offset: int, row_offset: int):
         check_philox(seed)
         mixed = int(seed) + 0x9E3779B97F4A7C15 * (sample_offset + 1) + 0xC2B2AE3D27D4EB4F * (row_offset + 1)
         self._seed = mixed % 2**63
-        # Not torch.manual_seed, which reseeds every device.
+        # torch.manual_seed would reseed every device.
         self._generator = torch.default_generator
         if device.type != "cpu":
             self._generator = torch.get_device_module(device).default_generators[device.index]

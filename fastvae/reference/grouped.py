@@ -1,4 +1,4 @@
-"""Likelihoods over a component axis, in plain PyTorch; :mod:`fastvae.ops.grouped` is the mathematics."""
+"""Likelihoods over a component axis, in plain PyTorch; :mod:`fastvae.ops.grouped` gives the mathematics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .common import upcast
 
 
 def value(x: Tensor, location: Tensor, log_scale: Tensor, half: float) -> Tensor:
-    """log of the probability of the bin around x, in [-1, 1], of a logistic variable; the outer are open."""
+    """Return the log probability of a logistic variable's bin around x in [-1, 1]; the end bins are open."""
     inverse = torch.exp(-log_scale.clamp(-60, 60))
     upper, lower = (x - location + half) * inverse, (x - location - half) * inverse
     first, last = x < half - 1, x > 1 - half
@@ -19,7 +19,7 @@ def value(x: Tensor, location: Tensor, log_scale: Tensor, half: float) -> Tensor
 
 
 def gradient(x: Tensor, location: Tensor, log_scale: Tensor, half: float) -> tuple[Tensor, Tensor]:
-    """Its derivatives by location and by log scale."""
+    """Return the derivatives of :func:`value` by location and by log scale."""
     inverse = torch.exp(-log_scale.clamp(-60, 60))
     upper, lower = (x - location + half) * inverse, (x - location - half) * inverse
     width = (2 * half * inverse).clamp(max=80)
@@ -33,21 +33,21 @@ def gradient(x: Tensor, location: Tensor, log_scale: Tensor, half: float) -> tup
 
 
 def coupled(x: Tensor, location: Tensor, coefficients: Tensor) -> Tensor:
-    """Locations [N, C, 3, P] of green by red, of blue by red and green."""
+    """Return locations [N, C, 3, P], green's shifted by red, blue's by red and green."""
     t, (red, green) = torch.tanh(coefficients), (x[:, :, 0], x[:, :, 1])
     first, second, third = location.unbind(2)
     return torch.stack([first, second + t[:, :, 0] * red, third + t[:, :, 1] * red + t[:, :, 2] * green], 2)
 
 
 def _of_each_sample(x: Tensor, logits: Tensor) -> Tensor:
-    """x [B, ...] repeated for the samples of the decoder's output [K·B, ...]: [K·B, ...]."""
+    """Repeat x [B, ...] for the samples of the decoder's output: [K·B, ...]."""
     return x.repeat(logits.shape[0] // max(1, x.shape[0]), 1, 1)
 
 
 def _components(
     x: Tensor, logits: Tensor, location: Tensor, log_scale: Tensor, coefficients: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """x [N, 1, E, P]; parameters [N, C, E, P], locations coupled."""
+    """Return x [N, 1, E, P] and parameters [N, C, E, P], with coupled locations."""
     x = _of_each_sample(x, logits)[:, None]
     location, log_scale = (p.unflatten(1, (logits.shape[1], -1)) for p in (location, log_scale))
     if coefficients is not None:
@@ -57,13 +57,13 @@ def _components(
 
 
 def _classes(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, P], and whether it is one of the classes."""
+    """Return x [N, P], and whether each element is one of the classes."""
     x = _of_each_sample(x, logits)[:, 0]
     return x, (x >= 0) & (x < logits.shape[1]) & (x == x.round())
 
 
 def categorical(x: Tensor, logits: Tensor, setting: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log p [N], and what the gradient takes, [N, P] each, of x [B, 1, P] and logits [N, C, P]."""
+    """Return log p [N] and two tensors [N, P] for the gradient, given x [B, 1, P] and logits [N, C, P]."""
     x, wide = upcast(x, logits)
     x, known = _classes(x, wide)
     normaliser = torch.logsumexp(wide, 1)
@@ -81,7 +81,7 @@ def categorical_backward(
     setting: float,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (x, logits), None where not needed."""
+    """Return gradients of (x, logits), None where not needed."""
     del joint
     x, wide = upcast(x, logits)
     x, _ = _classes(x, wide)
@@ -99,7 +99,7 @@ def discretized_logistic_mixture(
     coefficients: Tensor | None,
     setting: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p [N], and what the gradient takes, [N, P] each, of x [B, E, P] and logits [N, C, P]."""
+    """Return log p [N] and two tensors [N, P] for the gradient, given x [B, E, P] and logits [N, C, P]."""
     given = [x, logits, location, log_scale] + ([] if coefficients is None else [coefficients])
     x, logits, *rest = upcast(*given)
     wide, location, log_scale, _ = _components(x, logits, *rest, *[None] * (3 - len(rest)))
@@ -120,7 +120,7 @@ def discretized_logistic_mixture_backward(
     setting: float,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (x, logits, location, log_scale, coefficients), None where not needed."""
+    """Return gradients of (x, logits, location, log_scale, coefficients), None where not needed."""
     parameters = [logits, location, log_scale] + ([] if coefficients is None else [coefficients])
     x, logits, *rest = upcast(x, *parameters)
     wide, means, scales, coupling = _components(x, logits, *rest, *[None] * (3 - len(rest)))

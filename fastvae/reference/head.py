@@ -1,5 +1,6 @@
-"""log p(x|z) of rows from the decoder's last linear layer, and its gradients, in plain PyTorch: the layer's
-output is made, all of it.
+"""Log-likelihood p(x|z) of rows from the decoder's last linear layer, and its gradients, in plain PyTorch.
+
+The layer's whole output is materialised.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from .likelihood import log_prob, log_prob_backward
 
 
 def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tensor:
-    """log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major.
+    """Return log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major.
 
     ``layers`` has the weights [X, H] and biases [X] or None of the first outputs, which are products, and
-    what is held of the others, each a row [X] or one number.
+    the values of the other outputs, each a row [X] or one number.
     """
     return log_prob(likelihood, x, *_outputs(x, h, layers), *_spread(layers))
 
@@ -26,7 +27,7 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
 def linear_log_prob_backward(
     likelihood: Any, grad: Tensor, x: Tensor, h: Tensor, layers: Any, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (h, *weights, *biases, *held), None where not needed, as ``need`` says in this order."""
+    """Return gradients for (h, *weights, *biases, *held) in the order of ``need``, None where not needed."""
     weights, biases, held = layers.weights, layers.biases, layers.held
     outputs, given = _outputs(x, h, layers), _spread(layers)
     every = [False, *[True] * (len(outputs) + len(given))]
@@ -43,7 +44,7 @@ def linear_log_prob_backward(
 
 
 def _outputs(x: Tensor, h: Tensor, layers: Any) -> list[Tensor]:
-    """Each [K, B, X]."""
+    """Return the layer's outputs, [K, B, X] each."""
     batch, columns = x.shape
     _, wide_h, *wide = upcast(x, h, *layers.weights, *layers.biases)
     count = len(layers.weights)

@@ -1,4 +1,4 @@
-"""log-mean-exp over importance samples, in plain PyTorch."""
+"""Log-mean-exp over importance samples, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .common import upcast
 
 
 def log_mean_exp(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log (1/K) sum_k exp(log_w[k]) of [K, N], the maximum, and sum_k exp(log_w[k] - maximum): each [N].
+    """Return log (1/K) sum_k exp(log_w[k]), the maximum, and sum_k exp(log_w[k] - maximum), [N] each.
 
-    A column of -inf has bound -inf and total 0.
+    log_w is [K, N]. A column of -inf has bound -inf and total 0.
     """
     (log_w,) = upcast(log_w)
     maximum = log_w.amax(0)
@@ -22,7 +22,7 @@ def log_mean_exp(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def log_mean_exp_backward(grad: Tensor, log_w: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """grad times the normalised weights softmax_k(log_w): [K, N].
+    """Return grad times the normalised weights softmax_k(log_w): [K, N].
 
     A column of -inf has zero gradient; weights and gradients below the smallest normal number are zero.
     """
@@ -37,5 +37,5 @@ def log_mean_exp_backward(grad: Tensor, log_w: Tensor, maximum: Tensor, total: T
 
 
 def shift(maximum: Tensor) -> Tensor:
-    """What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN)."""
+    """Return the shift before exp: the maximum, or 0 where it is infinite, as inf - inf would be NaN."""
     return torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)

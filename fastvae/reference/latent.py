@@ -1,7 +1,7 @@
 """Reparameterised sampling with analytic KL or with log p(z) - log q(z|x), in plain PyTorch.
 
-``draw`` is the record of how the draw is made: samples, sample_offset, row_offset, logvar_min, logvar_max,
-and what ``logvar`` is: scale, floor.
+``draw`` is the record of a draw's parameters: samples, sample_offset, row_offset, logvar_min, logvar_max, and
+the meaning of ``logvar``: scale, floor.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ def _noise(seed, draw, mu):
     return normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=mu.dtype)  # type: ignore[call-arg, misc]
 
 
-# Below it a softplus is exp(raw) to the last digit, and perhaps none of the numbers that a float can be.
+# Below it softplus(raw) equals exp(raw) to the last digit, and may underflow.
 TAIL = -40.0
 
 
 class Spread(NamedTuple):
-    """What a number in the place of a log variance comes to: log σ², σ, 1/σ, and the derivative of the first
-    by the number.
-    """
+    """Quantities derived from a raw logvar argument: log σ², σ, 1/σ, and d log σ² / d raw."""
 
     logvar: Tensor
     sigma: Tensor
@@ -37,10 +35,10 @@ class Spread(NamedTuple):
 
 
 def spread(raw: Tensor, draw: Any) -> Spread:
-    """Of a raw number in the dtype of the computation; what it is, ``draw`` says."""
+    """Compute the spread of a raw number in the computation's dtype; ``draw.scale`` is its meaning."""
     if draw.scale == "logvar":
         logvar = raw.clamp(draw.logvar_min, draw.logvar_max)
-        # NaN is inside, so that it is not lost.
+        # NaN counts as inside, so that it propagates.
         inside = ((raw >= draw.logvar_min) & (raw <= draw.logvar_max)) | raw.isnan()
         return Spread(logvar, torch.exp(0.5 * logvar), torch.exp(-0.5 * logvar), inside.to(raw.dtype))
     if draw.scale == "log_scale":
@@ -59,7 +57,7 @@ def spread(raw: Tensor, draw: Any) -> Spread:
 
 
 def log_variance(raw: Tensor, draw: Any) -> Tensor:
-    """log σ² alone, of plain functions that autograd differentiates."""
+    """Return log σ² alone, by plain functions that autograd differentiates."""
     if draw.scale == "logvar":
         unbounded = draw.logvar_min == -math.inf and draw.logvar_max == math.inf
         return raw if unbounded else raw.clamp(draw.logvar_min, draw.logvar_max)
@@ -67,16 +65,16 @@ def log_variance(raw: Tensor, draw: Any) -> Tensor:
         return 2 * raw
     if draw.scale == "scale":
         return 2 * raw.log()
-    # A softplus whose slope at 0 is right, too.
+    # Softplus as -logsigmoid(-raw), which has the right slope at 0, too.
     if draw.floor > 0:
         return (draw.floor - logsigmoid(-raw)).log()
-    # Where the tail serves, the other way is not walked: its slope there would be 0 / 0.
+    # In the tail the other branch gets a dummy input: its slope there would be 0 / 0.
     tail = raw < TAIL
     return torch.where(tail, raw, (-logsigmoid(-torch.where(tail, 0.0, raw))).log())
 
 
 def _parts(mu, logvar, prior_mu, prior_logvar, draw):
-    """Upcast inputs, what log variances are made of, and the prior's (zeros for N(0, I))."""
+    """Return the upcast mu, q's spread, and the prior's mean and log variance (zeros for N(0, I))."""
     mu, logvar, prior_mu, prior_logvar = upcast(mu, logvar, prior_mu, prior_logvar)
     zero = torch.zeros((), dtype=mu.dtype, device=mu.device)
     return (
@@ -96,7 +94,7 @@ def rsample_kl(
     draw: Any,
     per_dimension: bool,
 ) -> tuple[Tensor, Tensor]:
-    """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
+    """Return z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
     dtype = mu.dtype
     mu, q, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     eps = _noise(seed, draw, mu)
@@ -117,7 +115,7 @@ def rsample_kl_backward(
     draw: Any,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
+    """Return gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape
     mu, q, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
@@ -129,8 +127,8 @@ def rsample_kl_backward(
         grads[1] += (grad_z * eps).sum(0) * 0.5 * q.sigma
     if grad_kl is not None:
         grad_kl = grad_kl if grad_kl.dim() == 2 else grad_kl[:, None]
-        # 1 / s one factor at a time, here and below: 1 / s^2 overflows long before the product does.
-        # A KL without a gradient stays without one, also where it is infinite.
+        # One factor 1 / s at a time, here and below: 1 / s^2 overflows long before the product does.
+        # Zero upstream gradient gives zero gradient, even where the KL is infinite.
         none = grad_kl == 0
         inverse_s = torch.where(none, 0.0, torch.exp(-0.5 * prior_logvar))
         whitened = torch.where(none, 0.0, (mu - prior_mu) * inverse_s)
@@ -152,7 +150,7 @@ def rsample_log_ratio(
     draw: Any,
     estimator: str,
 ) -> tuple[Tensor, Tensor]:
-    """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
+    """Return z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator affects the backward pass only."""
     dtype = mu.dtype
     mu, q, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     eps = _noise(seed, draw, mu)
@@ -174,18 +172,18 @@ def rsample_log_ratio_backward(
     path: bool,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed.
+    """Return gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed.
 
     With ``path``, log q's own dependence on (mu, logvar) is dropped (sticking the landing). ``weight`` [K, B]
-    multiplies what reaches mu and logvar, and nothing else (DReG).
+    multiplies the gradients of mu and logvar, and no others (DReG).
     """
     dtypes = [None if t is None else t.dtype for t in (mu, logvar, prior_mu, prior_logvar)]
     shape = mu.shape
     mu, q, prior_mu, prior_logvar = _parts(mu, logvar, prior_mu, prior_logvar, draw)
     eps = _noise(seed, draw, mu)
     grads = [torch.zeros(shape, dtype=mu.dtype, device=mu.device) for _ in range(4)]
-    # What reaches z, and that times sigma / 2, factor by factor: one may be beyond its range and the other
-    # not.
+    # The gradient of z, and its product with sigma / 2, each accumulated by factors: either may overflow
+    # where the other does not.
     grad_sample = torch.zeros_like(eps) if grad_z is None else grad_z.to(mu.dtype)
     half_sigma = 0.5 * q.sigma
     grad_scaled = grad_sample * half_sigma
@@ -193,7 +191,7 @@ def rsample_log_ratio_backward(
     if grad_log_ratio is not None:
         g = grad_log_ratio[:, :, None]
         inverse_s = torch.exp(-0.5 * prior_logvar)
-        # A sample without a gradient stays without one, however far away it lies.
+        # Zero upstream gradient gives zero gradient, however distant the sample.
         whitened = torch.where(g == 0, 0.0, (mu + q.sigma * eps - prior_mu) * inverse_s)
         push = g * whitened
         grad_sample = grad_sample - push * inverse_s

@@ -1,4 +1,4 @@
-"""log p(x|z) of rows and its gradients, by the functions that a likelihood declares, in plain PyTorch."""
+"""Log-likelihood p(x|z) of rows and its gradients, from a likelihood's declaration, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .common import upcast
 
 
 def log_prob(likelihood: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-    """log p(x|z) summed over the last axis: [K, B].
+    """Return log p(x|z) summed over the last axis: [K, B].
 
-    x is [B, X]; parameters are broadcastable to [K, B, X], which the first is.
+    x is [B, X]; the first parameter is [K, B, X], and the others broadcast to it.
     """
     x, *wide = upcast(x, *parameters)
     value: Tensor = likelihood.value(x, *wide).sum(2)
@@ -20,7 +20,7 @@ def log_prob(likelihood: Any, x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def log_prob_backward(likelihood: Any, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    """Gradients for (x, *parameters), None where not needed; the last argument says which are."""
+    """Return gradients for (x, *parameters), None where not needed, as the last argument says."""
     *given, need = rest
     wide, *parameters = upcast(x, *given)
     to_x, *grads = likelihood.gradient(grad[:, :, None], wide, *parameters)

@@ -1,4 +1,4 @@
-"""Mixtures of diagonal normal distributions, in PyTorch; :mod:`fastvae.ops.mixture` is the mathematics."""
+"""Mixtures of diagonal normal distributions, in PyTorch; :mod:`fastvae.ops.mixture` gives the mathematics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .importance import shift
 
-# Numbers of [N, U, D] that are made at a time.
+# Elements of [N, U, D] computed at a time.
 MOST = 1 << 22
 
 
 def _scores(z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """s [N, U], white differences [N, U, D] and inverse scales [U, D]."""
+    """Return s [N, U], whitened differences [N, U, D] and inverse scales [U, D]."""
     inverse = torch.exp(-0.5 * logvar)
     white = (z[:, None] - mu) * inverse
     constant = log_weight - 0.5 * (logvar + math.log(2 * math.pi)).sum(1)
@@ -28,7 +28,10 @@ def _rows(mu: Tensor) -> int:
 def mixture_log_prob(
     z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p [N] of z [N, D] and components [U, D], [U, D], [U]; max_u s, and sum_u exp(s - maximum)."""
+    """Return log p [N], the maximum max_u s, and sum_u exp(s - maximum).
+
+    The inputs are z [N, D] and components [U, D], [U, D], [U].
+    """
     if z.shape[0] == 0:
         return tuple(z.new_empty(0) for _ in range(3))  # type: ignore[return-value]
     maxima, totals = [], []
@@ -50,7 +53,7 @@ def mixture_log_prob_backward(
     log_weight: Tensor,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (z, mu, logvar, log_weight), None where not needed."""
+    """Return gradients of (z, mu, logvar, log_weight), None where not needed."""
     tiny = torch.finfo(z.dtype).tiny
     by_z = []
     by_mu, by_logvar, by_weight = torch.zeros_like(mu), torch.zeros_like(logvar), torch.zeros_like(log_weight)

@@ -1,6 +1,6 @@
 """Philox4x32-10 and the Box-Muller transform in plain PyTorch: the definition of fastvae's noise.
 
-See :mod:`fastvae.random` for what the address means. Everything is computed in float64 and then rounded.
+See :mod:`fastvae.random` for the meaning of the address. The computation is in float64, then rounded.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _mulhilo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32x32-bit product; int64 tensors holding unsigned 32-bit words."""
-    # In halves of 16 bits: the full product would not fit a signed 64-bit integer.
+    """Return the high and low 32 bits of a 32x32-bit product; int64 tensors hold unsigned 32-bit words."""
+    # Computed in 16-bit halves: the full product does not fit a signed 64-bit integer.
     low = multiplier * (word & 0xFFFF)
     high = multiplier * (word >> 16) + (low >> 16)
     return high >> 16, ((high << 16) | (low & 0xFFFF)) & _MASK
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of Salmon et al. (2011): four words from four counter words and two key words.
+    """Compute Philox4x32-10 of Salmon et al. (2011): four words from four counter words and two key words.
 
     All are int64 tensors that hold unsigned 32-bit words and broadcast together.
     """
@@ -50,7 +50,7 @@ def words(
     row_offset: int = 0,
     level: int = 0,
 ) -> Tensor:
-    """The words behind the normals: int64 [samples, rows, columns rounded up to 4]."""
+    """Return the words behind the normals: int64 [samples, rows, columns rounded up to 4]."""
     device = seed.device
     blocks = -(-columns // 4)
     block = torch.arange(blocks, device=device).view(1, 1, blocks)
@@ -58,7 +58,7 @@ def words(
     sample = (torch.arange(samples, device=device) + sample_offset).view(samples, 1, 1)
     in_net = None
     if seed.dim():
-        # One seed for each randomisation, which take turns.
+        # One seed per randomisation; samples cycle through them.
         point, turn = sample // seed.shape[0], sample % seed.shape[0]
         seed = seed[turn]
         in_net = (block < NET_COLUMNS // 4) & (level == 0)
@@ -71,18 +71,18 @@ def words(
     return result.reshape(samples, rows, 4 * blocks)
 
 
-# Columns of a quasi-Monte-Carlo point, and bits of its number.
+# Columns of a quasi-Monte-Carlo point, and bits of its index.
 NET_COLUMNS, NET_BITS = 128, 30
 
 
 @functools.cache
 def net(device: torch.device) -> Tensor:
-    """What each bit of a point's number adds to its words, modulo 2: int64 [NET_BITS, NET_COLUMNS]."""
+    """Return each index bit's contribution to a point's words, modulo 2: int64 [NET_BITS, NET_COLUMNS]."""
     return (SobolEngine(NET_COLUMNS).sobolstate.to(torch.int64) << 2).mT.contiguous().to(device)
 
 
 def _net_points(number: Tensor, blocks: int) -> Tensor:
-    """Words [K, 1, blocks, 4] of the points of these numbers [K, 1, 1]."""
+    """Return the words [K, 1, blocks, 4] of the points with these indices [K, 1, 1]."""
     generator = functional.pad(net(number.device), (0, max(0, 4 * blocks - NET_COLUMNS)))[:, : 4 * blocks]
     points = number.new_zeros(())
     for bit, column in enumerate(generator.unflatten(1, (blocks, 4))):
@@ -100,9 +100,9 @@ def normal(
     level: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normals [samples, rows, columns]: words 2i and 2i+1 of a row make normals 2i and 2i+1."""
+    """Return standard normals [samples, rows, columns]; words 2i and 2i+1 of a row give normals 2i, 2i+1."""
     w = words(seed, samples, rows, columns, sample_offset, row_offset, level).double()
-    # u in (0, 1), never 0 or 1: the largest radius is sqrt(2 ln 2^33) = 6.76.
+    # u lies in (0, 1), excluding 0 and 1: the largest radius is sqrt(2 ln 2^33) = 6.76.
     radius = torch.sqrt(-2 * torch.log((w[..., 0::2] + 0.5) * 2.0**-32))
     angle = (w[..., 1::2] + 0.5) * (2 * math.pi * 2.0**-32)
     eps = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)

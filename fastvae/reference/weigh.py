@@ -1,6 +1,6 @@
 """The bound of a batch from the log-likelihoods of its rows, in plain PyTorch.
 
-``how`` is the record of how: coefficient, over, reduction, alpha, groups, share.
+``how`` is the record of the reduction: coefficient, over, reduction, alpha, groups, share.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ def weigh(
     how: Any,
     terms: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The bound ([B], or its sum or mean), the mean log-likelihood [B] (None without ``terms``), and the
-    normalised weights [K, B] (None for a mean), of log_likelihood [K, B] and a term [K, B], [B] or None.
+    """Return the bound, the mean log-likelihood, and the normalised weights.
+
+    The bound is [B], or its sum or mean; the mean log-likelihood is [B], None without ``terms``; the weights
+    are [K, B], None for a mean. The inputs are log_likelihood [K, B] and a term [K, B], [B] or None.
     """
     mean = log_likelihood.mean(0)
     factor = _factor(beta, how.coefficient, log_likelihood)
@@ -51,7 +53,7 @@ def weigh_backward(
     batch: int,
     term_axes: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the log-likelihoods [K, B], and of a term of so many axes, [K, B] or [B]; None for 0."""
+    """Return gradients of the log-likelihoods [K, B] and of a term with ``term_axes`` axes, None for 0."""
     if grad_bound is None:
         assert grad_mean is not None
         grad_bound = grad_mean.new_zeros(())
@@ -62,7 +64,7 @@ def weigh_backward(
         grad = (grad_bound / samples).expand(samples, batch)
     grad_term = None
     if term_axes:
-        # Of the samples' mean a term [B] gets all that arrives: the sum of K shares would round K times.
+        # A term [B] under a mean gets the whole upstream gradient: summing K shares would round K times.
         once = grad_bound if weights is None else grad.sum(0)
         grad_term = _factor(beta, how.coefficient, grad) * (grad if term_axes == 2 else once)
     if grad_mean is not None:
@@ -73,10 +75,10 @@ def weigh_backward(
 def power_mean(
     log_w: Tensor, alpha: float | Tensor = 0.0, groups: int = 1, share: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The mean over groups of (1/(1 - alpha)) log (1/K) sum_k w^(1 - alpha), with a share of the mean of the
-    log weights, [B], of log_w [M K, B] in float64; and its derivatives by log_w.
+    """Return the power-mean bound [B] of log_w [M K, B] in float64, and its derivatives by log_w.
 
-    A tensor alpha [] may be 1, where that is the mean; a number may not.
+    The bound is the mean over groups of (1/(1 - alpha)) log (1/K) sum_k w^(1 - alpha), mixed with a share of
+    the mean of the log weights. A tensor alpha [] may be 1, where the bound is that mean; a number may not.
     """
     each = log_w.unflatten(0, (groups, -1))  # [M, K, B]
     power, is_mean = 1 - alpha, None
@@ -99,8 +101,9 @@ def power_mean(
 
 
 def without_denormals(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype; what is below its normal numbers is 0, since denormals would slow the decoder's
-    backward pass many times over. NaN is below nothing, and stays.
+    """Cast to another dtype, and flush values below its normal numbers to 0; NaN is kept.
+
+    Denormals would slow the decoder's backward pass many times over.
     """
     values = torch.where(values.abs() < torch.finfo(dtype).tiny, 0.0, values)
     return values.to(dtype)
@@ -111,7 +114,7 @@ def _factor(beta: Tensor | None, coefficient: float, like: Tensor) -> float | Te
 
 
 def times(factor: float | Tensor, term: Tensor) -> Tensor:
-    """Factor times term, where 0 times infinity is 0."""
+    """Return factor times term, where 0 times infinity is 0."""
     if isinstance(factor, Tensor):
         return torch.where(factor == 0, 0.0, factor * term)
     return torch.zeros_like(term) if factor == 0 else factor * term
