@@ -6,7 +6,11 @@ import os
 import secrets
 import zlib
 
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers of two threads each wait for each other on two cores. Tests of threads set their number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 if CUDA:
