@@ -307,7 +307,8 @@ class StudentT(LocationScale):
         return constant.to(w.dtype) - 0.5 * (df + 1) * torch.log1p(w.square() / df)
 
     def _white(self, normals: Tensor) -> Tensor:
-        return student_t_noise(*normals.chunk(2, -1), self.df)
+        first, second = normals.chunk(2, -1)
+        return student_t_noise(first, second, self.df)
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> StudentT:
         of_rows = self.df.dim() > 1 and self.df.shape[0] > 1

@@ -235,7 +235,8 @@ def at_address(
         return d.loc + d.scale * eps.to(tensor.dtype)
     if type(d) is LogitRelaxedBernoulli:
         logistic = torch.special.log_ndtr(eps) - torch.special.log_ndtr(-eps)
-        return (d.logits + logistic.to(tensor.dtype)) / d.temperature
+        relaxed: Tensor = (d.logits + logistic.to(tensor.dtype)) / d.temperature
+        return relaxed
     if type(d) is ExpRelaxedCategorical:
         gumbels = -torch.log(-torch.special.log_ndtr(eps)).to(tensor.dtype)
         scores = (d.logits + gumbels) / d.temperature
