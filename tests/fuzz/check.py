@@ -375,7 +375,8 @@ def _log_likelihood(
         given = {n: r(t.double(), t.dtype, exact=True) for n, t in built.likelihood.named_parameters()}
     _seed(c)
     x, mask = built.x, built.mask
-    narrow = lambda o: min(o.dtype, c.net_dtype, key=_digits)  # noqa: E731 (a decoder may cast its output)
+    inner = decoders.dtype(c.decoder, c.net_dtype)  # a decoder may cast its output
+    narrow = lambda o: min(o.dtype, inner, key=_digits)  # noqa: E731
     found = []
     for rows in path.split(samples):
         native = rows.to(dtype).flatten(0, 1)

@@ -117,6 +117,11 @@ def fits(name: str, compiled: str, by_sample: bool, batch: int, learned: bool) -
     return not (compiled and name in uncompiled)
 
 
+def dtype(name: str, of_parameters: torch.dtype) -> torch.dtype:
+    """Return the narrowest dtype that the decoder computes in."""
+    return torch.float16 if "float16" in name else torch.bfloat16 if "autocast" in name else of_parameters
+
+
 class Decoder(nn.Module):
     """z [N, *latent] -> parameters [N, ...] of the shapes given."""
 
