@@ -26,14 +26,14 @@ from .latents import kept
 EVAL_K, K = 5000, 64
 # Objective and encoder's bound, by the names of the papers: (M, K) of MIWAE and PIWAE.
 METHODS: dict[str, dict[str, Any]] = {
-    "VAE": {"objective": IWAE(m=64)},
+    "VAE": {"objective": IWAE(groups=64)},
     "IWAE": {"objective": IWAE()},
     "IWAE, DReG": {"objective": IWAE(estimator="dreg")},
     "IWAE, STL": {"objective": IWAE(estimator="stl")},
-    "MIWAE(4, 16)": {"objective": IWAE(m=4)},
-    "MIWAE(8, 8)": {"objective": IWAE(m=8)},
-    "PIWAE(4, 16)": {"objective": IWAE(), "encoder": IWAE(m=4)},
-    "PIWAE(8, 8)": {"objective": IWAE(), "encoder": IWAE(m=8)},
+    "MIWAE(4, 16)": {"objective": IWAE(groups=4)},
+    "MIWAE(8, 8)": {"objective": IWAE(groups=8)},
+    "PIWAE(4, 16)": {"objective": IWAE(), "q_objective": IWAE(groups=4)},
+    "PIWAE(8, 8)": {"objective": IWAE(), "q_objective": IWAE(groups=8)},
     "CIWAE(0.05)": {"objective": CIWAE(0.05)},
     "CIWAE(0.5)": {"objective": CIWAE(0.5)},
     "VR-IWAE(0.5)": {"objective": IWAE(alpha=0.5)},
@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "U-statistic of 8": {"objective": UStatistic(8, permutations=8)},
     "jackknife, DReG": {"objective": Jackknife("dreg")},
     "TVO": {"objective": TVO()},
-    "wake–wake": {"objective": IWAE(), "encoder": WakePhi()},
+    "wake–wake": {"objective": IWAE(), "q_objective": WakePhi()},
 }
 
 

@@ -328,11 +328,13 @@ def simulate(inputs: Inputs, dim: int, dtype: torch.dtype, generator: torch.Gene
     Context, sizes and masks are those of the batch, and unobserved elements of its x are left unchanged.
     """
     batch, device, x = inputs.q.batch, inputs.device, inputs.x
-    mask, size, context = inputs.beside or (None, None, None)
+    mask, size_factor, context = inputs.beside or (None, None, None)
     z = draw_prior(inputs.prior, batch, dim, device, generator).to(dtype)
     returned = decoded(inputs.decoder, z, context, inputs.q.latent)
     parameters = inputs.likelihood.multiplied_out(returned, x)
-    drawn = inputs.likelihood.sample(_sized(inputs.likelihood, parameters, x, size), generator=generator)
+    drawn = inputs.likelihood.sample(
+        _sized(inputs.likelihood, parameters, x, size_factor), generator=generator
+    )
     return z, _like(drawn, x, mask)
 
 
@@ -344,19 +346,21 @@ def draw_prior(
     return prior.sample(batch, dim, device=device, generator=generator)
 
 
-def _sized(likelihood: Likelihood, parameters: Any, x: Any, size: Any) -> Any:
+def _sized(likelihood: Likelihood, parameters: Any, x: Any, size_factor: Any) -> Any:
     """Apply the size factors of the examples to the decoder's output."""
     if isinstance(likelihood, Joint):
         return {
-            name: _sized(part, parameters[name], x[name], None if size is None else size.get(name))
+            name: _sized(
+                part, parameters[name], x[name], None if size_factor is None else size_factor.get(name)
+            )
             for name, part in likelihood._each()
         }
-    if size is None:
+    if size_factor is None:
         return parameters
     if not isinstance(likelihood, Declared):
         raise likelihood.no_size()
     parts = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
-    found = likelihood._sized(parts, 1, size)
+    found = likelihood._sized(parts, 1, size_factor)
     return found if len(found) > 1 else found[0]
 
 

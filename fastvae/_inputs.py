@@ -16,7 +16,7 @@ from ._nested import (
     Beside,
     all_tensors,
     as_mask,
-    as_size,
+    as_size_factor,
     called,
     check_batch,
     decoded,
@@ -85,11 +85,11 @@ class Inputs(NamedTuple):
             )
         context = None
         if beside is not None:
-            mask, size, context = beside
+            mask, size_factor, context = beside
             if context is not None:
                 check_batch("context", context, q.batch, q.device)
             mask = None if mask is None else as_mask(mask, x)
-            beside = Beside(mask, None if size is None else as_size(size, x), context)
+            beside = Beside(mask, None if size_factor is None else as_size_factor(size_factor, x), context)
         prior = as_prior(q.own_prior if prior is None else prior, context).prepared()
         if q.latent is not None:
             prior = flat_prior(prior, q.latent, q.batch, q)

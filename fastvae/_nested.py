@@ -100,22 +100,23 @@ class Beside(NamedTuple):
     """
 
     mask: Any = None
-    size: Any = None
+    size_factor: Any = None
     context: Any = None
 
     @classmethod
-    def of(cls, mask: Any, size: Any, context: Any) -> Beside | None:
+    def of(cls, mask: Any, size_factor: Any, context: Any) -> Beside | None:
         """Return the three inputs as a record, or None if all are None."""
-        return None if mask is None and size is None and context is None else cls(mask, size, context)
+        given = mask is not None or size_factor is not None or context is not None
+        return cls(mask, size_factor, context) if given else None
 
     def at(self, rows: Tensor) -> Beside:
         """Select the examples with indices ``rows``."""
         return Beside(*(each(lambda t: t[rows], part) for part in self))
 
     def part(self, name: str) -> Beside | None:
-        """Return the mask and size of one part of x, or None without both."""
-        mask, size = (p.get(name) if isinstance(p, Mapping) else None for p in self[:2])
-        return Beside.of(mask, size, None)
+        """Return the mask and size factors of one part of x, or None without both."""
+        mask, size_factor = (p.get(name) if isinstance(p, Mapping) else None for p in self[:2])
+        return Beside.of(mask, size_factor, None)
 
 
 def check_batch(
@@ -167,30 +168,31 @@ def as_mask(mask: Any, x: Any, name: str = "mask") -> Any:
     return mask.expand(x.shape)
 
 
-def as_size(size: Any, x: Any, name: str = "size") -> Any:
+def as_size_factor(size_factor: Any, x: Any, name: str = "size_factor") -> Any:
     """Validate positive size factors [B], in a dict by part if x is a dict."""
     if isinstance(x, Mapping):
-        if not isinstance(size, Mapping) or (unknown := [n for n in size if n not in x]):
-            came = f"parts {unknown}" if isinstance(size, Mapping) else type(size).__name__
+        if not isinstance(size_factor, Mapping) or (unknown := [n for n in size_factor if n not in x]):
+            came = f"parts {unknown}" if isinstance(size_factor, Mapping) else type(size_factor).__name__
             raise TypeError(
                 f"{name} must be a dict with sizes of parts of x ({', '.join(map(repr, x))}); got {came}"
             )
-        return {n: as_size(s, x[n], f"{name}[{n!r}]") for n, s in size.items() if s is not None}
-    if not isinstance(size, Tensor):
+        return {n: as_size_factor(s, x[n], f"{name}[{n!r}]") for n, s in size_factor.items() if s is not None}
+    if not isinstance(size_factor, Tensor):
         raise TypeError(
-            f"{name} must be a tensor [B], the factor of each example's mean; got {type(size).__name__}"
+            f"{name} must be a tensor [B], the factor of each example's mean; got "
+            f"{type(size_factor).__name__}"
         )
-    check_dense(name, size)
-    if size.dim() == 2 and size.shape[1] == 1:
-        size = size[:, 0]
-    if size.shape != x.shape[:1]:
-        raise ValueError(f"{name} has shape {shape_of(size)}; expected [B] = [{x.shape[0]}]")
-    if not on_same_device(size.device, x.device):
-        raise ValueError(f"{name} is on {size.device} but x is on {x.device}; move one of them")
-    if may_look(size) and not bool((size > 0).all()):
-        row = int((~(size > 0)).nonzero()[0, 0])
+    check_dense(name, size_factor)
+    if size_factor.dim() == 2 and size_factor.shape[1] == 1:
+        size_factor = size_factor[:, 0]
+    if size_factor.shape != x.shape[:1]:
+        raise ValueError(f"{name} has shape {shape_of(size_factor)}; expected [B] = [{x.shape[0]}]")
+    if not on_same_device(size_factor.device, x.device):
+        raise ValueError(f"{name} is on {size_factor.device} but x is on {x.device}; move one of them")
+    if may_look(size_factor) and not bool((size_factor > 0).all()):
+        row = int((~(size_factor > 0)).nonzero()[0, 0])
         raise ValueError(
             f"{name} must be positive, the factor of each example's mean; example {row} has "
-            f"{float(size[row]):g}. An example without counts has no library size: leave it out"
+            f"{float(size_factor[row]):g}. An example without counts has no library size: leave it out"
         )
-    return size if size.is_floating_point() else size.float()
+    return size_factor if size_factor.is_floating_point() else size_factor.float()

@@ -20,10 +20,10 @@ _ARGUMENTS = (
     ("k_chunk", "chunk", "chunks", "chunk_size", "micro_batch"),
     ("beta", "kl_weight", "kld_weight", "kl_coef", "kl_beta"),
     ("free_bits", "free_nats", "min_kl", "lambda"),
-    ("m", "groups", "num_groups"),
+    ("groups", "m", "num_groups"),
     ("mask", "observed", "missing", "weights", "observation_mask"),
     ("context", "cond", "condition", "conditioning", "labels", "y", "c"),
-    ("size", "size_factor", "library", "library_size", "exposure"),
+    ("size_factor", "size", "library", "library_size", "exposure"),
     ("scale", "sigma", "std", "stddev", "sd", "noise_scale", "variance"),
     ("generator", "seed", "rng", "random_state", "random_seed", "key"),
     ("likelihood", "loss", "recon_loss", "reconstruction_loss", "distribution", "output_dist"),
@@ -34,6 +34,7 @@ _ARGUMENTS = (
     ("reduction", "reduce", "size_average"),
     ("estimator", "gradient", "gradient_estimator"),
     ("batch_size", "bs", "batchsize"),
+    ("prepare_batch", "unpack", "collate", "collate_fn", "batch_fn"),
     ("scale", "temperature"),
 )  # fmt: skip
 # Alternatives to common arguments that fastvae does not have.
@@ -42,6 +43,10 @@ _INSTEAD = {
     "sigma": "a likelihood holds its own, such as likelihood=fastvae.Gaussian(scale=0.1)",
     "scale": "a likelihood holds its own, such as likelihood=fastvae.Gaussian(scale=0.1)",
     "beta": "fastvae.elbo and fastvae.beta_tc weight the KL",
+    "m": "fastvae.bound(x, q, decoder, fastvae.bounds.IWAE(groups=8), k=64) has groups",
+    "groups": "fastvae.bound(x, q, decoder, fastvae.bounds.IWAE(groups=8), k=64) has groups",
+    "alpha": "fastvae.bound(x, q, decoder, fastvae.bounds.IWAE(alpha=0.5), k=50) has powers of the weights",
+    "encoder": "fastvae.bound has q_objective=, the bound that trains q",
 }
 # Names of other libraries, and fastvae's equivalents.
 _VALUES = {

@@ -76,7 +76,7 @@ def ais(
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     mask: Any = None,
-    size: Any = None,
+    size_factor: Any = None,
     context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -117,7 +117,7 @@ def ais(
         likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
         prior: as in :func:`fastvae.elbo`. Default: N(0, I), or the hierarchy that produced q.
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`fastvae.elbo`.
-        size: size factors [B], as in :func:`fastvae.elbo`.
+        size_factor: size factors [B], as in :func:`fastvae.elbo`.
         context: conditioning input of the decoder and prior, [B, ...], as in :func:`fastvae.elbo`.
         generator: source of the noise. Default: torch's global random state. The noise is a function of its
             address: the same for any batch and chunk. In float32 rounding differences may flip the acceptance
@@ -147,7 +147,7 @@ def ais(
     """
     settings = _settings(steps, chains, leapfrog, start, chain_chunk)
     with evaluating(_modules(decoder, likelihood, prior, getattr(q, "own_prior", None))):
-        inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+        inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
         _, row_offset = check_address(settings.chains * settings.steps, inputs.q.batch, 0, row_offset)
         seed = draw_seed(inputs.q.device, generator)
         return AnnealedMarginal(*Annealing(inputs, seed, settings, row_offset).estimate())

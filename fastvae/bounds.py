@@ -123,7 +123,7 @@ class IWAE(Bound):
     through its samples; α = 1 is the Monte Carlo ELBO. The bound falls in α and rises in K.
 
     Args:
-        m: M, the number of groups of consecutive samples; it must divide the number of samples. Default 1.
+        groups: M, the number of groups of consecutive samples; must divide k. Default 1.
         alpha: α, a number or a tensor [], whose value compiled code does not specialise on. Default 0.
         estimator: ``"iwae"`` (default), ``"dreg"`` (:math:`a = α \tilde w + (1 - α) \tilde w^2`) or
             ``"stl"``.
@@ -140,18 +140,18 @@ class IWAE(Bound):
     Example:
         >>> import torch, fastvae
         >>> x, q, decoder = torch.rand(4, 7), torch.zeros(4, 6), torch.nn.Linear(3, 7)
-        >>> piwae = dict(objective=fastvae.bounds.IWAE(), encoder=fastvae.bounds.IWAE(m=8))
+        >>> piwae = dict(objective=fastvae.bounds.IWAE(), q_objective=fastvae.bounds.IWAE(groups=8))
         >>> fastvae.bound(x, q, decoder, **piwae, k=64, likelihood="bernoulli").shape
         torch.Size([])
     """
 
-    def __init__(self, m: int = 1, alpha: float | Tensor = 0.0, estimator: str = "iwae"):
-        self.m = check_count("m", m, "the groups of samples")
+    def __init__(self, groups: int = 1, alpha: float | Tensor = 0.0, estimator: str = "iwae"):
+        self.groups = check_count("groups", groups, "the groups of samples")
         self.alpha = check_alpha(alpha)
         super().__init__(estimator)
 
     def check(self, k: int) -> None:
-        _check_divides("m", self.m, k)
+        _check_divides("groups", self.groups, k)
 
     @property
     def is_mean(self) -> bool:
@@ -162,16 +162,16 @@ class IWAE(Bound):
             return None
         if self.is_mean:
             return Weighing(1.0, "mean", reduction)
-        return Weighing(1.0, "log_mean_exp", reduction, self.alpha, self.m)
+        return Weighing(1.0, "log_mean_exp", reduction, self.alpha, self.groups)
 
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         if self.is_mean:
             return log_w.mean(0), torch.full_like(log_w, 1 / log_w.shape[0])
-        return power_mean(log_w, self.alpha, self.m)
+        return power_mean(log_w, self.alpha, self.groups)
 
     def paths(self, log_w: Tensor) -> Tensor:
         weights = self.reduce(log_w)[1]
-        return self.alpha * weights + (1 - self.alpha) * self.m * weights.square()
+        return self.alpha * weights + (1 - self.alpha) * self.groups * weights.square()
 
 
 class CIWAE(Bound):
@@ -426,7 +426,7 @@ class WakePhi(Bound):
 
     .. math:: \nabla_φ: \sum_k \tilde w_k \nabla_φ \log q(z_k|x)
 
-    This converges to :math:`-\nabla_φ \mathrm{KL}(p(z|x) \| q(z|x))` as K → ∞. Use it as ``encoder=`` of
+    This converges to :math:`-\nabla_φ \mathrm{KL}(p(z|x) \| q(z|x))` as K → ∞. Use it as ``q_objective=`` of
     :func:`fastvae.bound`, with :class:`IWAE` for the decoder (wake-θ). The sleep phase is
     :func:`fastvae.sleep`.
 
@@ -437,7 +437,7 @@ class WakePhi(Bound):
     Example:
         >>> import torch, fastvae
         >>> x, q, decoder = torch.rand(4, 7), torch.zeros(4, 6), torch.nn.Linear(3, 7)
-        >>> wake = dict(objective=fastvae.bounds.IWAE(), encoder=fastvae.bounds.WakePhi())
+        >>> wake = dict(objective=fastvae.bounds.IWAE(), q_objective=fastvae.bounds.WakePhi())
         >>> fastvae.bound(x, q, decoder, **wake, k=64, likelihood="bernoulli").shape
         torch.Size([])
     """
@@ -448,7 +448,7 @@ class WakePhi(Bound):
         super().__init__("score")
 
     def value(self, log_w: Tensor) -> Tensor:
-        raise ValueError("WakePhi is no bound, but an encoder's objective; use encoder=WakePhi()")
+        raise ValueError("WakePhi trains q alone and has no value; use q_objective=WakePhi()")
 
     def told(self, log_w: Tensor) -> Tensor:
         return power_mean(log_w)[1]

@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
     class BoundOptions(TypedDict, total=False):
         mask: Any
-        size: Any
+        size_factor: Any
         context: Any
         reduction: str
         generator: torch.Generator | None
         row_offset: int
 
     class ElboOptions(BoundOptions, total=False):
-        samples: int
+        k: int
         beta: float | Tensor
         free_bits: float | Tensor
         free_bits_per: str
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
         noise: str
 
     class IwaeOptions(SampledOptions, total=False):
-        m: int
-        alpha: float | Tensor
         estimator: str
 
 
@@ -131,13 +129,13 @@ def elbo(
     *,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    samples: int = 1,
+    k: int = 1,
     beta: float | Tensor = 1.0,
     free_bits: float | Tensor = 0.0,
     free_bits_per: str = "batch",
     kl: str = "analytic",
     mask: Any = None,
-    size: Any = None,
+    size_factor: Any = None,
     context: Any = None,
     reduction: str = "mean",
     terms: bool = False,
@@ -148,8 +146,8 @@ def elbo(
 
     Evidence lower bound with L draws per example:
 
-    .. math:: \frac{1}{L} \sum_{l=1}^{L} \log p(x|z_l) - β\, \mathrm{KL}(q(z|x) \,\|\, p(z)),
-              \quad z_l \sim q(z|x)
+    .. math:: \frac{1}{K} \sum_{k=1}^{K} \log p(x|z_k) - β\, \mathrm{KL}(q(z|x) \,\|\, p(z)),
+              \quad z_k \sim q(z|x)
 
     Args:
         x: data [B, *event]; a dict of such tensors for :class:`fastvae.Joint`.
@@ -168,7 +166,7 @@ def elbo(
             torch.distributions object, a pair (mu, logvar), each [B, D], or a function of the context that
             returns one of these. For shaped latents its parameters broadcast to [B, C, H, W], or are flat,
             [D]. Default: N(0, I), or the :class:`fastvae.Hierarchy` that produced q.
-        samples: L, draws of z per example. Default 1.
+        k: draws of z per example. Default 1.
         beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Default 1.
             Under torch.compile a new number recompiles; a new value of a tensor does not.
         free_bits: λ in nats, a number or a tensor []: each dimension's KL counts as at least λ, so its
@@ -184,7 +182,7 @@ def elbo(
         mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
             where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
             MIWAE's bound (Mattei & Frellsen 2019).
-        size: size factors [B] that multiply the mean of counts, such as library sizes.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes.
         context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
             dict of such tensors (labels, batches, positions), repeated for each sample.
         reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B], to weight and sum
@@ -214,11 +212,11 @@ def elbo(
         >>> bound = fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")
         >>> (-bound).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
     q, prior = inputs.q, inputs.prior
     # Fast path: skip validation of common argument types.
-    if type(samples) is not int or samples < 1:
-        samples = check_count("samples", samples, "the draws of z per example")
+    if type(k) is not int or k < 1:
+        k = check_count("k", k, "the draws of z per example")
     if type(beta) is not float or not 0 <= beta < math.inf:
         beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
     if type(free_bits) is not float or not 0 <= free_bits < math.inf:
@@ -236,7 +234,7 @@ def elbo(
             "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
         )
     if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(samples, q.batch, 0, row_offset)
+        _, row_offset = check_address(k, q.batch, 0, row_offset)
     seed = draw_seed(inputs.q.device, generator)
     coefficient, factor = 1.0, None
     if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
@@ -248,7 +246,7 @@ def elbo(
         )
     drawn, shares = None, None
     if kl == "analytic":
-        drawn = draw_kl(q, prior, samples, seed, row_offset, has_free_bits)
+        drawn = draw_kl(q, prior, k, seed, row_offset, has_free_bits)
     if drawn is not None:
         z, term = drawn
         if has_free_bits:
@@ -261,14 +259,14 @@ def elbo(
         if kl == "analytic":
             _without_closed_form(q, prior, has_free_bits)
         if q.strata > 1:
-            z, term, shares = draw_strata(q, prior, samples, seed, row_offset)
+            z, term, shares = draw_strata(q, prior, k, seed, row_offset)
         else:
-            z, term = draw_ratio(q, prior, samples, seed, row_offset)
+            z, term = draw_ratio(q, prior, k, seed, row_offset)
     if coefficient == 0:
         term = _unweighted(term)
     how = Weighing(coefficient, "mean", "none" if terms else reduction)
     if shares is None:
-        bound, log_likelihood = inputs.bound(z, term, samples, factor, how, terms)
+        bound, log_likelihood = inputs.bound(z, term, k, factor, how, terms)
     else:
         counted = (torch.where(shares == 0, 0.0, shares * t) for t in (inputs.log_likelihood(z), term))
         log_likelihood, term = counted
@@ -341,13 +339,11 @@ def iwae(
     k: int = 50,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    m: int = 1,
-    alpha: float | Tensor = 0.0,
     estimator: str = "iwae",
     k_chunk: int | None = None,
     noise: str = "philox",
     mask: Any = None,
-    size: Any = None,
+    size_factor: Any = None,
     context: Any = None,
     reduction: str = "mean",
     terms: bool = False,
@@ -361,26 +357,21 @@ def iwae(
     .. math:: \log \frac{1}{K} \sum_{k=1}^{K} w_k, \quad
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
-    With ``m`` and ``alpha`` it is the mean over M groups of :math:`\frac{1}{1 - α} \log \frac{1}{K} \sum_k
-    w_k^{1 - α}`.
+    Groups of samples (MIWAE) and other powers of the weights (VR-IWAE) are :class:`fastvae.bounds.IWAE` of
+    :func:`bound`.
 
     Args:
         x: data [B, *event], as in :func:`elbo`.
         q: the encoder's output, as in :func:`elbo`.
-        decoder: maps z [N, D] to the likelihood's parameters; called with N = m·k·B, once without
-            ``k_chunk``.
+        decoder: maps z [N, D] to the likelihood's parameters; called with N = k·B, once without ``k_chunk``.
         k: importance samples per example. Default 50.
         likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
         prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
-        m: number of independent k-sample bounds to average (MIWAE, Rainforth et al. 2018). Default 1.
-        alpha: α of the VR-IWAE bound, a Rényi bound (Li & Turner 2016; Daudel et al. 2023): 0 (default) is
-            IWAE, 1 the ELBO, and the bound falls in α. A number, or a tensor [], whose value compiled code
-            does not specialise on.
         estimator: gradient that reaches q. The value and the decoder's gradient do not depend on it.
             ``"iwae"`` (default): the bound's derivative, whose signal-to-noise ratio falls with k (Rainforth
                 et al. 2018).
             ``"dreg"``: doubly reparameterised, unbiased for the same derivative; its signal-to-noise ratio
-                rises with k (for α ≠ 0 Daudel et al. 2023). It weights the gradient at each sample of z
+                rises with k. It weights the gradient at each sample of z
                 separately, and so needs a decoder that treats rows independently: a BatchNorm in training
                 mode is refused where it is found, and must not hide in a function.
             ``"stl"``: drops the score of q; unbiased for k=1, where it vanishes at the exact posterior,
@@ -395,7 +386,7 @@ def iwae(
             where few latents matter, hence a tighter bound; best with k a power of 2. These draws use
             composed operations, not the fused op.
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size: size factors [B], as in :func:`elbo`.
+        size_factor: size factors [B], as in :func:`elbo`.
         context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`elbo`.
         terms: return :class:`Terms` (bound, log_likelihood, kl), each [B] for any reduction: the bound to
@@ -420,13 +411,12 @@ def iwae(
         >>> bound = fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli", estimator="dreg")
         >>> (-bound).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
     if type(k) is not int or k < 1:
         k = check_count("k", k, "the importance samples per example")
     if estimator not in ESTIMATORS:
         check_choice("estimator", estimator, ESTIMATORS)
-    usual = type(m) is int and m == 1 and type(alpha) is float and alpha == 0 and type(reduction) is str
-    how = _LOG_MEAN_EXP.get(reduction) if usual and k_chunk is None and not terms else None
+    how = _LOG_MEAN_EXP.get(reduction) if type(reduction) is str and k_chunk is None and not terms else None
     if how is not None and noise == "philox":
         # Fast path: call the two ops directly.
         if type(row_offset) is not int or row_offset:
@@ -436,9 +426,8 @@ def iwae(
         seed = draw_seed(inputs.q.device, generator)
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
         return inputs.bound(z, log_ratio, k, None, how, False)[0]
-    objective = _IWAE[estimator] if usual else IWAE(m, alpha, estimator)
     options = k_chunk, noise, reduction, terms, generator, row_offset
-    return _bound(inputs, objective, None, k * objective.m, *options)
+    return _bound(inputs, _IWAE[estimator], None, k, *options)
 
 
 _IWAE = {estimator: IWAE(estimator=estimator) for estimator in ESTIMATORS}
@@ -454,7 +443,7 @@ def bound(
     *,
     terms: Literal[True],
     k: int = ...,
-    encoder: Bound | None = ...,
+    q_objective: Bound | None = ...,
     likelihood: str | Likelihood = ...,
     prior: Any = ...,
     **options: Unpack[SampledOptions],
@@ -468,7 +457,7 @@ def bound(
     *,
     terms: Literal[False] = ...,
     k: int = ...,
-    encoder: Bound | None = ...,
+    q_objective: Bound | None = ...,
     likelihood: str | Likelihood = ...,
     prior: Any = ...,
     **options: Unpack[SampledOptions],
@@ -482,7 +471,7 @@ def bound(
     *,
     terms: bool,
     k: int = ...,
-    encoder: Bound | None = ...,
+    q_objective: Bound | None = ...,
     likelihood: str | Likelihood = ...,
     prior: Any = ...,
     **options: Unpack[SampledOptions],
@@ -495,13 +484,13 @@ def bound(
     objective: Bound,
     *,
     k: int = 50,
-    encoder: Bound | None = None,
+    q_objective: Bound | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     k_chunk: int | None = None,
     noise: str = "philox",
     mask: Any = None,
-    size: Any = None,
+    size_factor: Any = None,
     context: Any = None,
     reduction: str = "mean",
     terms: bool = False,
@@ -519,12 +508,12 @@ def bound(
         decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
         objective: the bound F, such as ``fastvae.bounds.CIWAE(0.5)``: its value is returned, and its gradient
             trains decoder, likelihood and prior.
-        k: total samples per example; :class:`fastvae.bounds.IWAE` with ``m`` groups has k/m in each.
+        k: total samples per example; :class:`fastvae.bounds.IWAE` with M groups has k/M in each.
             Default 50.
-        encoder: bound that trains q, on the same samples. Default: the objective.
-            ``objective=IWAE(), encoder=IWAE(m=8)`` is PIWAE (Rainforth et al. 2018),
-            ``encoder=WakePhi()`` reweighted wake–sleep. As for ``"dreg"`` of :func:`iwae`, the decoder must
-            treat rows independently. Where gradients by z are float16, the weight of decoder and prior in a
+        q_objective: bound that trains q, on the same samples. Default: the objective.
+            ``objective=IWAE(), q_objective=IWAE(groups=8)`` is PIWAE (Rainforth et al. 2018),
+            ``q_objective=WakePhi()`` reweighted wake–sleep. As for ``"dreg"`` of :func:`iwae`, the decoder
+            must treat rows independently. Where gradients by z are float16, the weight of decoder and prior in a
             sample is raised to at least 2⁻¹¹ of the encoder's, a difference that float16 cannot resolve;
             scale the loss, as float16 requires in any case.
         likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
@@ -532,7 +521,7 @@ def bound(
         k_chunk: samples per chunk, as in :func:`iwae`. Default: all k at once.
         noise: ``"philox"`` (default) or ``"qmc"``, as in :func:`iwae`.
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size: size factors [B], as in :func:`elbo`.
+        size_factor: size factors [B], as in :func:`elbo`.
         context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`elbo`.
         terms: return :class:`Terms`, each [B], as in :func:`iwae`.
@@ -556,11 +545,11 @@ def bound(
         >>> tvo = fastvae.bounds.TVO()
         >>> (-fastvae.bound(x, encoder(x), decoder, tvo, k=20, likelihood="bernoulli")).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
     if type(k) is not int or k < 1:
         k = check_count("k", k, "the importance samples per example")
-    for name, value in (("objective", objective), ("encoder", encoder)):
-        if value is None and name == "encoder":
+    for name, value in (("objective", objective), ("q_objective", q_objective)):
+        if value is None and name == "q_objective":
             continue
         if not isinstance(value, Bound):
             raise TypeError(
@@ -568,13 +557,13 @@ def bound(
             )
         value.check(k)
     options = k_chunk, noise, reduction, terms, generator, row_offset
-    return _bound(inputs, objective, encoder, k, *options)
+    return _bound(inputs, objective, q_objective, k, *options)
 
 
 def _bound(
     inputs: Inputs,
     objective: Bound,
-    encoder: Bound | None,
+    q_objective: Bound | None,
     draws: int,
     k_chunk: int | None,
     noise: str,
@@ -590,26 +579,26 @@ def _bound(
     if type(row_offset) is not int or row_offset:
         _, row_offset = check_address(draws, inputs.q.batch, 0, row_offset)
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
-    how = objective.weighing("none" if terms else reduction) if encoder is None else None
+    how = objective.weighing("none" if terms else reduction) if q_objective is None else None
     if inputs.q.strata > 1 and (how is None or not how.is_plain or how.over == "mean"):
-        beside = "" if encoder is None else " with an encoder's bound of its own"
+        beside = "" if q_objective is None else " with q_objective="
         raise ValueError(
             f"q = {describe(inputs.q)} is drawn from in strata, which {objective!r}{beside} does not weigh; "
-            "use iwae() without m and alpha, or elbo()"
+            "use iwae() or elbo()"
         )
     whole = k_chunk is None or k_chunk >= draws
     told = None
-    if (encoder is not None and encoder.route != "score") or objective.estimator == "dreg":
+    if (q_objective is not None and q_objective.route != "score") or objective.estimator == "dreg":
         _check_rows_apart(
-            inputs.decoder, draws, "encoder=" if encoder else f"estimator={objective.estimator!r}"
+            inputs.decoder, draws, "q_objective=" if q_objective else f"estimator={objective.estimator!r}"
         )
     if how is not None and whole:
         dreg = (how.alpha if how.over == "log_mean_exp" else 1.0), how.groups
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, draws, seed, row_offset, objective.estimator, *dreg)
         value, log_likelihood = inputs.bound(z, log_ratio, draws, None, how, terms)
     else:
-        source = objective if encoder is None else encoder
-        tied = encoder is None and source.estimator in ("iwae", "stl")
+        source = objective if q_objective is None else q_objective
+        tied = q_objective is None and source.estimator in ("iwae", "stl")
         route = source.estimator if tied else source.route
         narrow = _Float16(inputs.decoder, inputs.device)
         if whole:
@@ -624,7 +613,7 @@ def _bound(
         if told is None and how is not None and how.is_plain:
             value, log_likelihood = weigh_samples(log_likelihood, log_ratio, None, how)
         else:
-            value = weighed(log_likelihood, log_ratio, told, objective, encoder, narrow.found)
+            value = weighed(log_likelihood, log_ratio, told, objective, q_objective, narrow.found)
             log_likelihood = log_likelihood.detach().mean(0)
             value = value if terms or reduction == "none" else getattr(value, reduction)()
     if not terms:
@@ -682,7 +671,7 @@ def log_weights(
     estimator: str = "iwae",
     noise: str = "philox",
     mask: Any = None,
-    size: Any = None,
+    size_factor: Any = None,
     context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -704,7 +693,7 @@ def log_weights(
         noise: ``"philox"`` (default) or ``"qmc"``, as in :func:`iwae`. With ``"qmc"`` the k draws are one
             randomised point set; subsets may be point sets too, such as the first 2^m draws.
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size: size factors [B], as in :func:`elbo`.
+        size_factor: size factors [B], as in :func:`elbo`.
         context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
         generator: source of the noise. Default: torch's global random state.
         row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
@@ -727,7 +716,7 @@ def log_weights(
         >>> tempered.shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
     k = check_count("k", k, "the importance samples per example")
     check_choice("estimator", estimator, ESTIMATORS)
     if type(row_offset) is not int or row_offset:
@@ -803,7 +792,7 @@ def _unchanged(draw: Callable[..., list[Tensor]], inputs: Inputs) -> Callable[..
     versions = Versions(
         {
             "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
-            "likelihood": inputs.likelihood, "mask": beside.mask, "size": beside.size,
+            "likelihood": inputs.likelihood, "mask": beside.mask, "size_factor": beside.size_factor,
             "context": beside.context,
         }
     )  # fmt: skip
@@ -837,7 +826,7 @@ def log_marginal(
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     mask: Any = None,
-    size: Any = None,
+    size_factor: Any = None,
     context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -873,7 +862,7 @@ def log_marginal(
         likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
         prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size: size factors [B], as in :func:`elbo`.
+        size_factor: size factors [B], as in :func:`elbo`.
         context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
         generator: source of the noise. Default: torch's global random state.
         row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
@@ -899,7 +888,7 @@ def log_marginal(
         >>> fastvae.log_marginal(torch.rand(16, 8), q, decoder, k=100, likelihood="bernoulli").log_px.shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
     k = check_count("k", k, "the importance samples per example")
     chunks, proposal = Chunks(k_chunk), as_proposal(proposal, noise)
     if type(row_offset) is not int or row_offset:
@@ -919,11 +908,11 @@ def reconstruction_log_prob(
     q: Any,
     decoder: Callable[..., Any],
     *,
-    samples: int = 100,
+    k: int = 100,
     k_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     mask: Any = None,
-    size: Any = None,
+    size_factor: Any = None,
     context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -932,17 +921,17 @@ def reconstruction_log_prob(
 
     This is An and Cho's reconstruction probability. No gradients are computed.
 
-    .. math:: \log \frac{1}{L} \sum_{l=1}^{L} p(x|z_l), \quad z_l \sim q(z|x)
+    .. math:: \log \frac{1}{K} \sum_{k=1}^{K} p(x|z_k), \quad z_k \sim q(z|x)
 
     Args:
         x: data [B, *event], as in :func:`elbo`.
         q: the encoder's output, as in :func:`elbo`.
         decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
-        samples: L, draws per example. Default 100.
+        k: draws per example. Default 100.
         k_chunk: draws per chunk, as in :func:`log_marginal`.
         likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size: size factors [B], as in :func:`elbo`.
+        size_factor: size factors [B], as in :func:`elbo`.
         context: conditioning input of the decoder, [B, ...], as in :func:`elbo`.
         generator: source of the noise. Default: torch's global random state.
         row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
@@ -961,17 +950,17 @@ def reconstruction_log_prob(
         >>> decoder = torch.nn.Linear(2, 8)
         >>> q = torch.zeros(16, 2), torch.zeros(16, 2)
         >>> x = torch.rand(16, 8)
-        >>> fastvae.reconstruction_log_prob(x, q, decoder, samples=30, likelihood="bernoulli").shape
+        >>> fastvae.reconstruction_log_prob(x, q, decoder, k=30, likelihood="bernoulli").shape
         torch.Size([16])
     """
-    beside = Beside.of(mask, size, context)
+    beside = Beside.of(mask, size_factor, context)
     inputs = Inputs.read(x, q, decoder, likelihood, None, beside, compared=False)
-    samples = check_count("samples", samples, "the draws per example")
+    k = check_count("k", k, "the draws per example")
     chunks = Chunks(k_chunk)
     if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(samples, inputs.q.batch, 0, row_offset)
+        _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
     seed = draw_seed(inputs.q.device, generator)
-    w = _stream.weights(inputs, seed, 0, samples, chunks, 1, ratio=False, row_offset=row_offset)
+    w = _stream.weights(inputs, seed, 0, k, chunks, 1, ratio=False, row_offset=row_offset)
     return w.log_px.to(w.maximum.dtype)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         alpha: float | Tensor
         gamma: float | Tensor
         dataset_size: int | None
-        samples: int
+        k: int
 
 
 __all__ = ["BetaTCTerms", "beta_tc"]
@@ -97,9 +97,9 @@ def beta_tc(
     dataset_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    samples: int = 1,
+    k: int = 1,
     mask: Any = None,
-    size: Any = None,
+    size_factor: Any = None,
     context: Any = None,
     reduction: str = "mean",
     terms: bool = False,
@@ -132,9 +132,9 @@ def beta_tc(
         likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
         prior: as in :func:`fastvae.elbo`, the same for all examples; the last term is the dimensions' KL
             only if the prior's dimensions are independent. Default: N(0, I).
-        samples: draws of z per example. Default 1.
+        k: draws of z per example. Default 1.
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`fastvae.elbo`.
-        size: size factors [B], as in :func:`fastvae.elbo`.
+        size_factor: size factors [B], as in :func:`fastvae.elbo`.
         context: conditioning input of the decoder, [B, ...], as in :func:`fastvae.elbo`.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`fastvae.elbo`.
         terms: return :class:`BetaTCTerms`, each [B] for any reduction.
@@ -157,9 +157,9 @@ def beta_tc(
         >>> bound = fastvae.beta_tc(x, encoder(x), decoder, beta=6.0, likelihood="bernoulli")
         >>> (-bound).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
     q, prior = inputs.q, inputs.prior
-    samples = check_count("samples", samples, "the draws of z per example")
+    k = check_count("k", k, "the draws of z per example")
     log_n = 0.0
     if dataset_size is not None:
         log_n = math.log(check_count("dataset_size", dataset_size, "the examples of the whole data set"))
@@ -172,13 +172,13 @@ def beta_tc(
         )
     ]
     check_choice("reduction", reduction, _REDUCTIONS)
-    _, row_offset = check_address(samples, q.batch, 0, row_offset)
+    _, row_offset = check_address(k, q.batch, 0, row_offset)
     if prior.per_row:
         raise ValueError(
             "beta_tc needs one prior for all examples, which the aggregate posterior is compared with; the "
             "one given has parameters for each example, or is a function of the context"
         )
-    z, log_q = rsample_as_held(q, samples, draw_seed(q.device, generator), row_offset=row_offset)
+    z, log_q = rsample_as_held(q, k, draw_seed(q.device, generator), row_offset=row_offset)
     whole, each = log_aggregate([q], z)
     if each is None:
         raise ValueError(
@@ -190,7 +190,7 @@ def beta_tc(
     weighted = [times(weight, part) for weight, part in zip(weights, parts, strict=True)]
     term = -(weighted[0] + weighted[1] + weighted[2])
     how = Weighing(1.0, "mean", "none" if terms else reduction)
-    bound, log_likelihood = inputs.bound(z.flatten(0, 1), term, samples, None, how, terms)
+    bound, log_likelihood = inputs.bound(z.flatten(0, 1), term, k, None, how, terms)
     if not terms:
         return bound
     return BetaTCTerms(bound, log_likelihood, *(part.mean(0) for part in parts))  # type: ignore[arg-type]

@@ -182,7 +182,7 @@ class VAE(nn.Module):
     def elbo(self, x: Any, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
     def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.elbo` of x; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("samples", 1))
+        decoder = self._fused(x, options.get("k", 1))
         return objectives.elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
@@ -209,7 +209,7 @@ class VAE(nn.Module):
         objective: Bound,
         k: int = ...,
         *,
-        encoder: Bound | None = ...,
+        q_objective: Bound | None = ...,
         terms: Literal[True],
         **options: Unpack[SampledOptions],
     ) -> Terms: ...
@@ -220,7 +220,7 @@ class VAE(nn.Module):
         objective: Bound,
         k: int = ...,
         *,
-        encoder: Bound | None = ...,
+        q_objective: Bound | None = ...,
         terms: Literal[False] = ...,
         **options: Unpack[SampledOptions],
     ) -> Tensor: ...
@@ -231,7 +231,7 @@ class VAE(nn.Module):
         objective: Bound,
         k: int = ...,
         *,
-        encoder: Bound | None = ...,
+        q_objective: Bound | None = ...,
         terms: bool,
         **options: Unpack[SampledOptions],
     ) -> Tensor | Terms: ...
@@ -250,7 +250,7 @@ class VAE(nn.Module):
     def beta_tc(self, x: Any, *, terms: bool, **options: Unpack[BetaTCOptions]) -> Tensor | BetaTCTerms: ...
     def beta_tc(self, x: Any, **options: Any) -> Tensor | BetaTCTerms:
         """Return :func:`fastvae.beta_tc` of x; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("samples", 1))
+        decoder = self._fused(x, options.get("k", 1))
         return beta_tc(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -279,15 +279,15 @@ class VAE(nn.Module):
         return evaluate(self.posterior, decoder, data, **self._meaning(), **options)
 
     @torch.no_grad()
-    def anomaly_score(self, x: Any, samples: int = 100, **options: Any) -> Tensor:
+    def anomaly_score(self, x: Any, k: int = 100, **options: Any) -> Tensor:
         """Return an anomaly score of x, [B], in nats; high is anomalous.
 
         It is minus :func:`fastvae.reconstruction_log_prob`, An and Cho's reconstruction probability; options
         are its keyword arguments. Minus :meth:`log_marginal` is the other usual score, which also penalises
         latents that are rare under the prior.
         """
-        options = {"likelihood": self.likelihood, "samples": samples, **options}
-        decoder = self._fused(x, samples)
+        options = {"likelihood": self.likelihood, "k": k, **options}
+        decoder = self._fused(x, k)
         return -objectives.reconstruction_log_prob(x, self._q(x, options), decoder, **options)
 
     @teaches

@@ -131,7 +131,7 @@ def test_an_objectives_rows_see_different_noise():
     x = torch.zeros(b, 1, device=DEVICE)
     fastvae.iwae(x, q, decoder, k=k, likelihood=fastvae.Gaussian(1.0))
     fastvae.log_marginal(x, q, decoder, k=k, k_chunk=2, likelihood=fastvae.Gaussian(1.0))
-    fastvae.elbo(x, q, decoder, samples=k, likelihood=fastvae.Gaussian(1.0))
+    fastvae.elbo(x, q, decoder, k=k, likelihood=fastvae.Gaussian(1.0))
     z = torch.cat(seen).flatten()
     # Of 594 normals in float32 two are equal with a chance below 0.02, three pairs with one below 1e-6.
     assert len(z) == 3 * k * b * D and len(z.unique()) >= len(z) - 3
@@ -159,11 +159,11 @@ def test_an_objectives_rows_begin_where_they_are_told(objective):
     def run(rows, **options):
         options = {"likelihood": fastvae.Gaussian(0.7), "generator": generator(6), **options}
         call = {
-            "elbo": lambda *a: fastvae.elbo(*a, samples=3, reduction="none", **options),
-            "elbo mc": lambda *a: fastvae.elbo(*a, samples=3, kl="mc", reduction="none", **options),
+            "elbo": lambda *a: fastvae.elbo(*a, k=3, reduction="none", **options),
+            "elbo mc": lambda *a: fastvae.elbo(*a, k=3, kl="mc", reduction="none", **options),
             "iwae": lambda *a: fastvae.iwae(*a, k=3, reduction="none", **options),
             "log_marginal": lambda *a: fastvae.log_marginal(*a, k=30, **options).log_px,
-            "reconstruction_log_prob": lambda *a: fastvae.reconstruction_log_prob(*a, samples=3, **options),
+            "reconstruction_log_prob": lambda *a: fastvae.reconstruction_log_prob(*a, k=3, **options),
         }[objective]
         return call(x[rows], (mu[rows], logvar[rows]), lambda z: z @ weight)
 

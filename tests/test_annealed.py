@@ -288,7 +288,7 @@ def test_what_comes_with_x():
     x, q = torch.poisson(3 * rand(B, X, seed=1)), (randn(B, D, seed=2), randn(B, D, seed=3))
     mask, size, context = rand(B, X, seed=4) > 0.3, 1 + rand(B, seed=5), randn(B, X, seed=6)
     linear = nn.Linear(D, X).to(DEVICE)
-    options = {"likelihood": "poisson", "mask": mask, "size": size, "context": context}
+    options = {"likelihood": "poisson", "mask": mask, "size_factor": size, "context": context}
 
     def decoder(z, context):
         return linear(z) + context
@@ -700,7 +700,7 @@ def test_an_audit_of_masks_sizes_and_context(tmp_path):
         batches,
         k=500,
         likelihood="poisson",
-        unpack=lambda b: {"x": b[0], "size": b[1], "context": b[2], "mask": mask},
+        prepare_batch=lambda b: {"x": b[0], "size_factor": b[1], "context": b[2], "mask": mask},
         audit=6,
         generator=generator(1),
         progress=False,

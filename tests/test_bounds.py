@@ -189,9 +189,9 @@ def covariance_gradients(model, *_):
 
 
 PAIRS = {
-    "piwae": (IWAE(), IWAE(m=4)),
-    "piwae, dreg": (IWAE(), IWAE(m=4, estimator="dreg")),
-    "stl of another": (CIWAE(0.2), IWAE(m=2, estimator="stl")),
+    "piwae": (IWAE(), IWAE(groups=4)),
+    "piwae, dreg": (IWAE(), IWAE(groups=4, estimator="dreg")),
+    "stl of another": (CIWAE(0.2), IWAE(groups=2, estimator="stl")),
     "wake": (IWAE(), WakePhi()),
     "elbo for the encoder": (IWAE(), IWAE(alpha=1.0)),
 }
@@ -206,13 +206,13 @@ def test_another_bound_for_the_encoder(backend, name, route, prior):
     objective, encoder = PAIRS[name]
     model, exact = Model(dtype, prior), Model(prior=prior)
     chunk = None if route == "whole" else 5
-    found = model.bound(objective, encoder=encoder, reduction="none", k_chunk=chunk)
-    mine = {"m": getattr(objective, "m", 1), "share": getattr(objective, "beta", 0.0)}
+    found = model.bound(objective, q_objective=encoder, reduction="none", k_chunk=chunk)
+    mine = {"m": getattr(objective, "groups", 1), "share": getattr(objective, "beta", 0.0)}
     first = lambda w: mine["share"] * w.mean() + (1 - mine["share"]) * of_groups(w, mine["m"])  # noqa: E731
     if isinstance(encoder, WakePhi):
         second, estimator = lme, "wake"
     else:
-        second, estimator = lambda w: of_groups(w, encoder.m, encoder.alpha), encoder.estimator
+        second, estimator = lambda w: of_groups(w, encoder.groups, encoder.alpha), encoder.estimator
     torch.testing.assert_close(
         found.double(), torch.stack([first(w) for w in exact.log_w()[0].T]), rtol=tolerance, atol=tolerance
     )
@@ -225,8 +225,9 @@ def test_another_bound_for_the_encoder(backend, name, route, prior):
 def test_a_pair_is_what_its_one_bound_is():
     for estimator in ("iwae", "stl", "dreg"):
         model = Model()
-        one = IWAE(m=3, alpha=0.4, estimator=estimator)
-        alone, pair = model.bound(one), model.bound(one, encoder=IWAE(m=3, alpha=0.4, estimator=estimator))
+        one = IWAE(groups=3, alpha=0.4, estimator=estimator)
+        other = IWAE(groups=3, alpha=0.4, estimator=estimator)
+        alone, pair = model.bound(one), model.bound(one, q_objective=other)
         torch.testing.assert_close(alone, pair, rtol=1e-14, atol=1e-14)  # two paths: a few roundings
         for a, b in zip(
             torch.autograd.grad(alone, model.learned), torch.autograd.grad(pair, model.learned), strict=True
@@ -258,7 +259,7 @@ def test_a_group_without_weight_still_teaches_the_encoder():
         slope = torch.tensor(-gap, dtype=dtype, device=DEVICE, requires_grad=True)
         bound = fastvae.bound(
             torch.zeros(1, 1, dtype=dtype, device=DEVICE), Two(mu), lambda z, slope=slope: slope * z, IWAE(),
-            k=2, encoder=IWAE(m=2), likelihood=Line(), prior=Flat(),
+            k=2, q_objective=IWAE(groups=2), likelihood=Line(), prior=Flat(),
         )  # fmt: skip
         to_mu, to_slope = torch.autograd.grad(bound, (mu, slope))
         # Both samples' d log w / dz = slope counts a half; the decoder learns by the first, where z = 0.
@@ -324,7 +325,7 @@ def test_orderings():
         assert all(bool((a > b - 1e-8).all()) for a, b in itertools.pairwise(values))
         elbo, iwae = values[4], values[1]
         for chain in (
-            [IWAE(m=12), IWAE(m=4), IWAE(m=2), IWAE()],
+            [IWAE(groups=12), IWAE(groups=4), IWAE(groups=2), IWAE()],
             [CIWAE(1.0), CIWAE(0.6), CIWAE(0.2), CIWAE(0.0)],
         ):
             found = [model.bound(o, reduction="none") for o in chain]
@@ -349,7 +350,7 @@ def test_a_u_statistic_has_miwaes_mean_and_less_variance():
             x, q, lambda z: z, o, k=k, likelihood=fastvae.Gaussian(1.0), reduction="none",
             generator=torch.Generator().manual_seed(5),
         )
-        for o in (IWAE(m=7), UStatistic(5, permutations=1), UStatistic(5, permutations=7))
+        for o in (IWAE(groups=7), UStatistic(5, permutations=1), UStatistic(5, permutations=7))
     ]  # fmt: skip
     difference = found[2] - found[0]
     assert difference.mean().abs() < 4.5 * difference.std() / math.sqrt(batch)
@@ -375,7 +376,7 @@ def test_wake_phi_follows_the_forward_kl():
     mu = torch.full((1, 1), 0.1, dtype=torch.float64, requires_grad=True)
     logvar = torch.full((1, 1), 0.2, dtype=torch.float64, requires_grad=True)
     value = fastvae.bound(
-        x, (mu, logvar), lambda z: z, IWAE(), encoder=WakePhi(), k=k, k_chunk=50_000,
+        x, (mu, logvar), lambda z: z, IWAE(), q_objective=WakePhi(), k=k, k_chunk=50_000,
         likelihood=fastvae.Gaussian(1.0), generator=torch.Generator().manual_seed(6),
     )  # fmt: skip
     found = torch.cat(torch.autograd.grad(value, (mu, logvar)))[:, 0]
@@ -486,7 +487,7 @@ class Own(fastvae.Likelihood):
 
 
 @pytest.mark.parametrize(
-    "objective", [IWAE(), IWAE(m=4), IWAE(alpha=0.3), IWAE(3, 0.6), CIWAE(0.3)], ids=repr
+    "objective", [IWAE(), IWAE(groups=4), IWAE(alpha=0.3), IWAE(3, 0.6), CIWAE(0.3)], ids=repr
 )
 def test_a_likelihood_of_ones_own(objective):
     """Gives the bounds and gradients of the same likelihood built in."""
@@ -571,14 +572,14 @@ def test_any_family(backend, family, name):
             "own": lambda: Own(mu, raw[:, :2]),
         }[family]()
 
-    for pair in (None, IWAE(m=2)):
+    for pair in (None, IWAE(groups=2)):
         results = []
         for chunk in (None, 5):
             if family == "torch":  # whose noise is torch's own, and other for other chunks
                 chunk = None
             torch.manual_seed(0)
             value = fastvae.bound(
-                x, q(), lambda z: z @ weight.T, kind(**options, estimator="dreg"), encoder=pair, k=K,
+                x, q(), lambda z: z @ weight.T, kind(**options, estimator="dreg"), q_objective=pair, k=K,
                 k_chunk=chunk, likelihood=fastvae.Gaussian(0.9), generator=generator(5),
             )  # fmt: skip
             results.append([value, *torch.autograd.grad(value, (mu, raw))])
@@ -614,17 +615,16 @@ def test_compiled(objective):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_iwae_takes_the_two_numbers():
-    """And a VAE, by name or by object, with terms."""
+def test_a_vae_takes_a_bound():
+    """As a method and as the objective of a call, with terms."""
     torch.manual_seed(0)
     vae = fastvae.VAE(torch.nn.Linear(X, 2 * D), torch.nn.Linear(D, X), likelihood="bernoulli").to(DEVICE)
     x = rand(B, X, seed=1)
     wanted = vae.bound(x, IWAE(3, 0.5), 12, reduction="none", generator=generator(1))
-    assert torch.equal(vae.iwae(x, 4, m=3, alpha=0.5, reduction="none", generator=generator(1)), wanted)
     assert torch.equal(vae(x, IWAE(3, 0.5), k=12, reduction="none", generator=generator(1)), wanted)
-    terms = vae(x, "iwae", k=4, m=3, alpha=0.5, terms=True, generator=generator(1))
+    terms = vae(x, IWAE(3, 0.5), k=12, terms=True, generator=generator(1))
     torch.testing.assert_close(terms.bound, wanted)
-    plain = vae.elbo(x, samples=12, kl="mc", terms=True, generator=generator(1))
+    plain = vae.elbo(x, k=12, kl="mc", terms=True, generator=generator(1))
     torch.testing.assert_close(terms.log_likelihood, plain.log_likelihood)
     torch.testing.assert_close(terms.kl, plain.kl)
 
@@ -658,15 +658,15 @@ def test_a_bound_of_ones_own():
 def test_errors():
     model = Model()
     for call, error, message in (
-        (lambda: model.bound(IWAE(m=5)), ValueError, r"m=5 does not divide k=12 samples"),
-        (lambda: model.bound(UStatistic(5)), ValueError, r"m=5 does not divide k=12"),
+        (lambda: model.bound(IWAE(groups=5)), ValueError, r"groups=5 does not divide k=12 samples"),
+        (lambda: model.bound(UStatistic(5)), ValueError, r"groups=5 does not divide k=12"),
         (lambda: model.bound(UStatistic(4)), ValueError, r"permutations=10 is more than the k/m = 3 ways"),
         (lambda: model.bound(Jackknife(), k=1), ValueError, r"needs k of at least 2"),
-        (lambda: model.bound(WakePhi()), ValueError, r"use encoder=WakePhi\(\)"),
+        (lambda: model.bound(WakePhi()), ValueError, r"use q_objective=WakePhi\(\)"),
         (lambda: model.bound("iwae"), TypeError, r"objective must be a bound of fastvae.bounds"),
-        (lambda: model.bound(IWAE(), encoder="wake"), TypeError, r"encoder must be a bound"),
+        (lambda: model.bound(IWAE(), q_objective="wake"), TypeError, r"q_objective must be a bound"),
         (lambda: model.bound(IWAE(), k=0), ValueError, r"k must be at least 1"),
-        (lambda: IWAE(m=0), ValueError, r"m must be at least 1"),
+        (lambda: IWAE(groups=0), ValueError, r"m must be at least 1"),
         (lambda: IWAE(alpha=math.nan), ValueError, r"alpha must be finite, the order"),
         (lambda: IWAE(alpha=-math.inf), ValueError, r"alpha must be finite, the order"),
         (lambda: IWAE(alpha=torch.zeros(3)), ValueError, r"alpha is a tensor \[3\]"),
@@ -680,7 +680,7 @@ def test_errors():
         with pytest.raises(error, match=message):
             call()
     q = fastvae.Mixture([fastvae.DiagonalNormal(model.mu, model.logvar), fastvae.StandardNormal()])
-    for objective in (IWAE(m=2), Jackknife(), IWAE(alpha=1.0)):
+    for objective in (IWAE(groups=2), Jackknife(), IWAE(alpha=1.0)):
         with pytest.raises(ValueError, match="drawn from in strata"):
             model.bound(objective, q=q)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented|differentiate twice"):

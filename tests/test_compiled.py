@@ -77,7 +77,7 @@ ENTRIES = {
     "log_marginal": lambda v, x: v(x, objective="log_marginal", k=K).log_px,
     "log_weights": lambda v, x: fastvae.log_weights(x, v.encoder(x), v.decoder, k=K, **BERNOULLI).log_ratio,
     "ais": lambda v, x: fastvae.ais(x, v.encoder(x), v.decoder, steps=2, chains=2, **BERNOULLI).log_px,
-    "anomaly_score": lambda v, x: v.anomaly_score(x, samples=K),
+    "anomaly_score": lambda v, x: v.anomaly_score(x, k=K),
     "reconstruct": lambda v, x: v.reconstruct(x),
     "posterior": lambda v, x: v.posterior(x).log_prob(torch.zeros(2, B, D)),
     "generator": lambda v, x: v.iwae(x, k=K, generator=torch.Generator().manual_seed(5)),

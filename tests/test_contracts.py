@@ -152,13 +152,13 @@ def _kl(q, p):
 def _calls(with_kl: bool = True):
     """Everything that draws from q and asks for a likelihood; samples, and a function of x, q, decoder."""
     if with_kl:
-        yield K, lambda x, q, f, **o: fastvae.elbo(x, q, f, samples=K, **o)
-    yield K, lambda x, q, f, **o: fastvae.elbo(x, q, f, samples=K, kl="mc", **o)
+        yield K, lambda x, q, f, **o: fastvae.elbo(x, q, f, k=K, **o)
+    yield K, lambda x, q, f, **o: fastvae.elbo(x, q, f, k=K, kl="mc", **o)
     yield K, lambda x, q, f, **o: fastvae.iwae(x, q, f, k=K, **o)
     yield 2, lambda x, q, f, **o: fastvae.iwae(x, q, f, k=K, k_chunk=2, **o)
     yield 2, lambda x, q, f, **o: fastvae.iwae(x, q, f, k=K, k_chunk=2, estimator="dreg", **o)
     yield 3, lambda x, q, f, **o: fastvae.log_marginal(x, q, f, k=9, k_chunk=3, **o)
-    yield 3, lambda x, q, f, **o: fastvae.reconstruction_log_prob(x, q, f, samples=9, k_chunk=3, **o)
+    yield 3, lambda x, q, f, **o: fastvae.reconstruction_log_prob(x, q, f, k=9, k_chunk=3, **o)
     yield 1, lambda x, q, f, **o: fastvae.evaluate(lambda x: q, f, x, k=9, progress=False, **o)
 
 
@@ -279,7 +279,7 @@ def test_wrong_shape_of_draws(kl):
     ):
         with pytest.raises(ValueError) as raised:
             fastvae.elbo(
-                x, Around(*q, "rsample", 0, end), decoder, samples=K, likelihood=fastvae.Gaussian(1.0), kl=kl
+                x, Around(*q, "rsample", 0, end), decoder, k=K, likelihood=fastvae.Gaussian(1.0), kl=kl
             )
         assert f"Around.rsample returned {shape}; expected z [K, B, D] = [4, 5, 3]" in str(raised.value)
 

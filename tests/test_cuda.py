@@ -25,7 +25,7 @@ def _bounds():
     bernoulli, gaussian = {"likelihood": "bernoulli"}, {"likelihood": fastvae.Gaussian(scale=0.3)}
     bounds = {
         "elbo": lambda *a: fastvae.elbo(*a, **bernoulli, beta=0.5, free_bits=0.1),
-        "elbo, monte carlo": lambda *a: fastvae.elbo(*a, **gaussian, samples=2, kl="mc"),
+        "elbo, monte carlo": lambda *a: fastvae.elbo(*a, **gaussian, k=2, kl="mc"),
         "iwae by chunks": lambda *a: fastvae.iwae(*a, **bernoulli, k=K, k_chunk=2),
     }
     for estimator in ("iwae", "dreg", "stl"):

@@ -48,7 +48,7 @@ def every(x, q, decoder, **options):
     parameters = [p for p in decoder.parameters()] if isinstance(decoder, nn.Module) else []
     results = {}
     for name, call in {
-        "elbo": lambda **o: fastvae.elbo(x, q, decoder, samples=3, **o),
+        "elbo": lambda **o: fastvae.elbo(x, q, decoder, k=3, **o),
         "iwae": lambda **o: fastvae.iwae(x, q, decoder, k=K, **o),
         "chunks": lambda **o: fastvae.iwae(x, q, decoder, k=K, k_chunk=3, estimator="dreg", **o),
     }.items():
@@ -58,7 +58,7 @@ def every(x, q, decoder, **options):
     got = fastvae.log_marginal(x, q, decoder, k=9, k_chunk=4, generator=generator(5), **options)
     results["log_marginal"] = (got.log_px,)
     options.pop("prior", None)
-    score = fastvae.reconstruction_log_prob(x, q, decoder, samples=9, generator=generator(5), **options)
+    score = fastvae.reconstruction_log_prob(x, q, decoder, k=9, generator=generator(5), **options)
     results["reconstruction"] = (score,)
     return results
 
@@ -143,8 +143,8 @@ def test_sizes_are_factors_of_the_mean(likelihood, backend):
             return (first, *others) if others else first
 
     expected = every(x, a_q(), Scaled(), likelihood=likelihood)
-    assert_same(every(x, a_q(), decoder, likelihood=likelihood, size=size), expected)
-    assert_same(every(x.int(), a_q(), decoder, likelihood=likelihood, size=size[:, None].int() * 0 + 1),
+    assert_same(every(x, a_q(), decoder, likelihood=likelihood, size_factor=size), expected)
+    assert_same(every(x.int(), a_q(), decoder, likelihood=likelihood, size_factor=size[:, None].int() * 0 + 1),
                 every(x, a_q(), decoder, likelihood=likelihood))  # fmt: skip
 
 
@@ -218,10 +218,10 @@ def test_a_conditional_vae():
     assert vae.sample(B, context=labels).shape == (B, X)
     assert vae.reconstruct(x, context=labels).shape == (B, X)
     loader = [(x[:2], labels[:2]), (x[2:], labels[2:])]
-    unpack = lambda batch: {"x": batch[0], "context": batch[1]}  # noqa: E731
-    result = vae.evaluate(loader, k=200, unpack=unpack, progress=False, generator=generator(3))
+    prepare_batch = lambda batch: {"x": batch[0], "context": batch[1]}  # noqa: E731
+    result = vae.evaluate(loader, k=200, prepare_batch=prepare_batch, progress=False, generator=generator(3))
     again = vae.evaluate(
-        [(x, labels)], k=200, k_chunk=7, unpack=unpack, progress=False, generator=generator(3)
+        [(x, labels)], k=200, k_chunk=7, prepare_batch=prepare_batch, progress=False, generator=generator(3)
     )
     torch.testing.assert_close(result.log_px, again.log_px)
 
@@ -235,7 +235,7 @@ def test_examples_that_are_done_leave_with_their_labels():
             lambda x, y: (zeros(len(x), D), zeros(len(x), D)),
             lambda z, y: scale[y][:, None] * (z @ weight),
             [(x[:6], labels[:6]), (x[6:], labels[6:])],
-            unpack=lambda batch: {"x": batch[0], "context": batch[1]}, likelihood="bernoulli",
+            prepare_batch=lambda batch: {"x": batch[0], "context": batch[1]}, likelihood="bernoulli",
             generator=generator(3), progress=False, **options,
         )  # fmt: skip
 
@@ -305,13 +305,17 @@ def test_masks_and_sizes_of_parts():
     joint, x, decoder = _parts()
     size = rand(B, seed=9) + 0.5
     without = every(
-        x, a_q(), decoder, likelihood=joint, mask={"genes": zeros(B, X).bool()}, size={"genes": size}
+        x, a_q(), decoder, likelihood=joint, mask={"genes": zeros(B, X).bool()}, size_factor={"genes": size}
     )
     alone = every(x["pixels"], a_q(), lambda z: decoder(z)["pixels"], likelihood="bernoulli")
     assert_same(without, alone)
-    sized = every(x, a_q(), decoder, likelihood=joint, size={"genes": size})
+    sized = every(x, a_q(), decoder, likelihood=joint, size_factor={"genes": size})
     genes = every(
-        x["genes"], a_q(), lambda z: decoder(z)["genes"], likelihood=fastvae.NegativeBinomial(2.0), size=size
+        x["genes"],
+        a_q(),
+        lambda z: decoder(z)["genes"],
+        likelihood=fastvae.NegativeBinomial(2.0),
+        size_factor=size,
     )
     got = sized["elbo"][0] - alone["elbo"][0]
     kl = fastvae.elbo(
@@ -466,17 +470,17 @@ WRONG = {
         {"mask": torch.ones(B, X + 1).bool()}, ValueError, ["mask has shape [5, 8]", "[5, 7]", "[7]"],
     ),
     "a size of another likelihood": (
-        {"likelihood": "bernoulli", "size": torch.ones(B)},
+        {"likelihood": "bernoulli", "size_factor": torch.ones(B)},
         TypeError,
-        ["size is a factor of the mean of counts", "Bernoulli", "NegativeBinomial", "context="],
+        ["size_factor is a factor of the mean of counts", "Bernoulli", "NegativeBinomial", "context="],
     ),
-    "a size of other rows": ({**POISSON, "size": torch.ones(B - 1)}, ValueError, ["size has shape [4]"]),
+    "a size of other rows": ({**POISSON, "size_factor": torch.ones(B - 1)}, ValueError, ["size_factor has shape [4]"]),
     "a size of 0": (
-        {**POISSON, "size": torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0])},
+        {**POISSON, "size_factor": torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0])},
         ValueError,
-        ["size must be positive", "example 2 has 0", "leave it out"],
+        ["size_factor must be positive", "example 2 has 0", "leave it out"],
     ),
-    "a number for a size": ({**POISSON, "size": 3.0}, TypeError, ["size must be a tensor [B]", "float"]),
+    "a number for a size": ({**POISSON, "size_factor": 3.0}, TypeError, ["size_factor must be a tensor [B]", "float"]),
     "a context of other rows": (
         {"context": torch.ones(B + 1)}, ValueError, ["context has shape [6] but q has 5 rows"],
     ),
@@ -546,15 +550,15 @@ def test_wrong_parts():
         TypeError, match=r"from_distribution returned a tensor \[10, 7\]; expected a torch.dist"
     ):
         fastvae.iwae(zeros(B, X), a_q(), lambda z: zeros(len(z), X), k=2, likelihood=own)
-    with pytest.raises(TypeError, match="unpack must return a dict with 'x'.*; got tuple"):
+    with pytest.raises(TypeError, match="prepare_batch must return a dict with 'x'.*; got tuple"):
         fastvae.evaluate(
-            lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, unpack=lambda b: (b, b),
+            lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, prepare_batch=lambda b: (b, b),
             progress=False,
         )  # fmt: skip
     with pytest.raises(TypeError, match="got unknown 'label'"):
         fastvae.evaluate(
             lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, progress=False,
-            unpack=lambda b: {"x": b, "label": b},
+            prepare_batch=lambda b: {"x": b, "label": b},
         )  # fmt: skip
 
 
@@ -563,7 +567,7 @@ COMPILED = {
     "mask, in chunks": {"mask": True, "k_chunk": 2},
     "context": {"context": True},
     "conditional prior": {"context": True, "prior": lambda c: (c.expand(B, D), c.expand(B, D) * 0)},
-    "size": {"likelihood": "poisson", "size": True},
+    "size_factor": {"likelihood": "poisson", "size_factor": True},
     "own": {
         "likelihood": fastvae.likelihoods.from_distribution(lambda m: td.Normal(m, 1.0, validate_args=False))
     },
@@ -578,7 +582,7 @@ def test_under_torch_compile(case):
     given = {
         "mask": rand(B, X, seed=3) < 0.5,
         "context": randn(B, 1, seed=4),
-        "size": rand(B, seed=5) + 0.5,
+        "size_factor": rand(B, seed=5) + 0.5,
     }
     options = {n: given.get(n, v) for n, v in options.items()}
     x, q, decoder = rand(B, X, seed=2).round(), a_q(), Outputs("bernoulli", (X,))

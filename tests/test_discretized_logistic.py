@@ -99,7 +99,7 @@ def test_other_ends_are_another_unit(backend):
         width, x = high - low, low + (high - low) * (pixels / 255)
         given = low + width * mean, log_scale + math.log(width)
         torch.testing.assert_close(likelihood.log_likelihood(x, given, 3), expected, rtol=1e-5, atol=1e-3)
-        terms = fastvae.elbo(x, q, lambda z, g=given: g, samples=3, likelihood=likelihood, terms=True)
+        terms = fastvae.elbo(x, q, lambda z, g=given: g, k=3, likelihood=likelihood, terms=True)
         torch.testing.assert_close(terms.log_likelihood, expected.mean(0), rtol=1e-5, atol=1e-3)
         in_units = fastvae.DiscretizedLogistic().mean((mean, log_scale))
         torch.testing.assert_close(

@@ -91,7 +91,7 @@ def test_composed_ratios_are_the_fused_ones(estimator, prior, form):
 @pytest.mark.parametrize("route", ["iwae", "stl", "paths", "tied", "score"])
 def test_composed_chunks_are_the_whole(route):
     weight = randn(K, B, D, seed=5).double()
-    encoder = {"tied": IWAE(m=K), "score": WakePhi(), "paths": IWAE(estimator="dreg")}.get(route)
+    encoder = {"tied": IWAE(groups=K), "score": WakePhi(), "paths": IWAE(estimator="dreg")}.get(route)
 
     def bound(kind, cuts):
         q, p, leaves = pairs((kind, fastvae.DiagonalNormal))
@@ -122,7 +122,7 @@ def _transforms(kind, cache_size=1):
     }[kind]
 
 
-@pytest.mark.parametrize("route", ["iwae", "stl", "dreg", "chunks", WakePhi(), IWAE(m=2)], ids=str)
+@pytest.mark.parametrize("route", ["iwae", "stl", "dreg", "chunks", WakePhi(), IWAE(groups=2)], ids=str)
 @pytest.mark.parametrize("kind", ["tanh", "inverse", "chain", "composed", "spatial"])
 def test_estimators_have_one_value_under_transforms_that_q_and_p_share(kind, route):
     """The value and gradients of the same model without the transforms, whose Jacobians cancel."""
@@ -132,7 +132,7 @@ def test_estimators_have_one_value_under_transforms_that_q_and_p_share(kind, rou
         options |= {"k_chunk": 4, "estimator": "dreg"} if route == "chunks" else {"estimator": route}
         objective = fastvae.iwae
     else:
-        options["encoder"] = route
+        options["q_objective"] = route
         objective = lambda *args, **kwargs: fastvae.bound(*args, IWAE(), **kwargs)  # noqa: E731
     x, weight = (randn(B, X, seed=4) > 0).float(), randn(math.prod(shape[1:]), X, seed=5)
     results = []
@@ -461,10 +461,10 @@ def test_every_entry_takes_them(backend):
     q = td.Laplace(randn(B, D, seed=1), torch.ones(B, D, device=DEVICE))
     p = td.Laplace(torch.zeros(D, device=DEVICE), 2.0)
     options = {"prior": p, **BERNOULLI}
-    assert fastvae.elbo(x, q, decoder, samples=2, **options).isfinite()
+    assert fastvae.elbo(x, q, decoder, k=2, **options).isfinite()
     assert fastvae.iwae(x, q, decoder, k=K, k_chunk=3, estimator="dreg", **options).isfinite()
     assert fastvae.log_marginal(x, q, decoder, k=9, k_chunk=4, **options).log_px.isfinite().all()
-    assert fastvae.reconstruction_log_prob(x, q, decoder, samples=9, **BERNOULLI).isfinite().all()
+    assert fastvae.reconstruction_log_prob(x, q, decoder, k=9, **BERNOULLI).isfinite().all()
     result = fastvae.evaluate(lambda x: q, decoder, x, k=9, progress=False, **options)
     assert result.log_px.isfinite().all() and result.kl_per_dim.shape == (D,)
     vae = fastvae.VAE(lambda x: q, decoder, prior=p, **BERNOULLI)
@@ -559,7 +559,7 @@ def test_a_posterior_on_less_than_the_whole_space_needs_a_prior(name):
         vae(x, objective="iwae", k=K)
     assert fastvae.iwae(x, q, decoder, k=K, prior=p, **BERNOULLI).isfinite()
     assert fastvae.elbo(x, q, decoder, kl="mc", prior=p, **BERNOULLI).isfinite()
-    assert fastvae.reconstruction_log_prob(x, q, decoder, samples=K, **BERNOULLI).isfinite().all()
+    assert fastvae.reconstruction_log_prob(x, q, decoder, k=K, **BERNOULLI).isfinite().all()
     if name in ("RelaxedOneHotCategorical", "Dirichlet"):
         with pytest.raises(ValueError, match="Dirichlet|Relaxed.*the simplex.*DiagonalNormal.*pass prior="):
             fastvae.iwae(x, q, decoder, k=K, prior=td.Normal(torch.zeros(D, device=DEVICE), 1.0), **BERNOULLI)
@@ -626,7 +626,7 @@ def test_without_a_closed_form_it_is_monte_carlo_and_said_once(unsaid):
     x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
     q, p = (randn(B, D, seed=1), randn(B, D, seed=2)), td.StudentT(5.0)
     call = lambda **options: fastvae.elbo(  # noqa: E731
-        x, q, decoder, prior=p, samples=K, terms=True, generator=generator(2), **options, **BERNOULLI
+        x, q, decoder, prior=p, k=K, terms=True, generator=generator(2), **options, **BERNOULLI
     )
     with pytest.warns(UserWarning, match=r"q = DiagonalNormal and p = StudentT; it is estimated.*kl=\"mc\""):
         found = call()

@@ -97,12 +97,12 @@ def _check(bound: Tensor, reduction: str, asked: list[Tensor]) -> None:
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "elbo": lambda *a, **o: fastvae.elbo(*a, samples=2, **o),
+    "elbo": lambda *a, **o: fastvae.elbo(*a, k=2, **o),
     "free bits": lambda *a, **o: fastvae.elbo(*a, free_bits=0.1, free_bits_per="example", **o),
     "iwae": lambda *a, **o: fastvae.iwae(*a, k=4, **o),
     "dreg": lambda *a, **o: fastvae.iwae(*a, k=4, estimator="dreg", **o),
     "chunks": lambda *a, **o: fastvae.iwae(*a, k=4, k_chunk=3, **o),
-    "groups": lambda *a, **o: fastvae.bound(*a, bounds.IWAE(m=2, alpha=0.5), k=4, **o),
+    "groups": lambda *a, **o: fastvae.bound(*a, bounds.IWAE(groups=2, alpha=0.5), k=4, **o),
     "ciwae": lambda *a, **o: fastvae.bound(*a, bounds.CIWAE(0.5), k=4, **o),
     "jackknife": lambda *a, **o: fastvae.bound(*a, bounds.Jackknife(), k=4, **o),
     "tvo": lambda *a, **o: fastvae.bound(*a, bounds.TVO(), k=4, **o),
@@ -135,7 +135,7 @@ def test_estimates(backend, name, masked):
     for more in ({}, {"noise": "qmc"}, {"proposal": "adapted"}, {"proposal": "defensive"}):
         result = fastvae.log_marginal(x, _pair(), decoder, k=200, **more, **options)
         assert all(v.shape == (0,) for v in result)
-    assert fastvae.reconstruction_log_prob(x, _pair(), decoder, samples=3, **options).shape == (0,)
+    assert fastvae.reconstruction_log_prob(x, _pair(), decoder, k=3, **options).shape == (0,)
     parts = fastvae.log_weights(x, _pair(), decoder, k=4, **options)
     assert all(v.shape == (4, 0) for v in parts)
     assert fastvae.ais(x, _pair(), decoder, steps=2, chains=2, **options).log_px.shape == (0,)

@@ -194,7 +194,7 @@ CASES = {
         ["prior has latents of the shape [4, 3, 2]", "q has [4, 2, 3]"],
     ),
     "a decoder that merges rows of latents with axes of their own": (
-        lambda: elbo(x(), mu(B, 8, 2, 3), lambda z: logits(z.reshape(-1, 3)), samples=2, **BERNOULLI),
+        lambda: elbo(x(), mu(B, 8, 2, 3), lambda z: logits(z.reshape(-1, 3)), k=2, **BERNOULLI),
         ValueError,
         ["decoder returned [80, 7]", "z [10, 4, 2, 3]", "K·B = 2·5 rows", "z.flatten(1)"],
     ),
@@ -285,7 +285,7 @@ CASES = {
         ["k_chunk must be at least 1", "got 0"],
     ),
     "samples of zero": (
-        lambda: elbo(x(), q(), pair, samples=0),
+        lambda: elbo(x(), q(), pair, k=0),
         ValueError,
         ["samples must be at least 1", "got 0"],
     ),
@@ -743,7 +743,7 @@ def test_empty_batch_through_the_objectives(backend, likelihood):
     options = {"likelihood": likelihood, "reduction": "none"}
     for bound in (
         elbo(data, leaves, decoder, **options),
-        elbo(data, leaves, decoder, kl="mc", samples=K, **options),
+        elbo(data, leaves, decoder, kl="mc", k=K, **options),
         iwae(data, leaves, decoder, k=K, estimator="dreg", **options),
     ):
         assert bound.shape == (0,)
@@ -782,7 +782,7 @@ def test_nan_stays_in_its_row(backend, where, likelihood):
         _only(row, bound, *torch.autograd.grad(bound.sum(), (mu, logvar)))
     # Enough draws for k̂ to be a number elsewhere.
     _only(row, *log_marginal(*arguments, k=30, k_chunk=7, likelihood=likelihood))
-    _only(row, fastvae.reconstruction_log_prob(*arguments, samples=K, likelihood=likelihood))
+    _only(row, fastvae.reconstruction_log_prob(*arguments, k=K, likelihood=likelihood))
 
 
 def test_nan_in_one_sample_reaches_its_example(backend):

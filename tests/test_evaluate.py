@@ -1675,7 +1675,7 @@ def test_reconstruction_log_prob(backend):
     expected = (torch.logsumexp(log_likelihood, 0) - math.log(samples)).detach()
     for k_chunk in (None, 2):
         got = fastvae.reconstruction_log_prob(
-            x, q, decoder, samples=samples, k_chunk=k_chunk, likelihood="bernoulli", generator=generator(8)
+            x, q, decoder, k=samples, k_chunk=k_chunk, likelihood="bernoulli", generator=generator(8)
         )
         assert not got.requires_grad
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -1686,10 +1686,10 @@ def test_anomaly_score():
     model, x, q = _model_and_data(dtype=torch.float32)
     vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood)
     odd = x + 3
-    assert float(vae.anomaly_score(odd, samples=30).min()) > float(vae.anomaly_score(x, samples=30).max())
+    assert float(vae.anomaly_score(odd, k=30).min()) > float(vae.anomaly_score(x, k=30).max())
     got = vae.anomaly_score(x, 30, generator=generator(9))
     expected = -fastvae.reconstruction_log_prob(
-        x, q(x), model.decoder, samples=30, likelihood=model.likelihood, generator=generator(9)
+        x, q(x), model.decoder, k=30, likelihood=model.likelihood, generator=generator(9)
     )
     assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="samples must be at least 1"):

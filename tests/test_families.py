@@ -170,15 +170,13 @@ def test_any_posterior_with_any_prior(q, p):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # kl="mc" asks for what has no closed form
-        mc = fastvae.elbo(
-            x, posterior, decoder, samples=K, kl="mc", generator=generator(5), terms=True, **options
-        )
+        mc = fastvae.elbo(x, posterior, decoder, k=K, kl="mc", generator=generator(5), terms=True, **options)
     expected = (shares.exp() * (log_likelihood + log_p - log_q)).mean(0)
     torch.testing.assert_close(mc.bound, expected, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(mc.bound, mc.log_likelihood - mc.kl, rtol=1e-8, atol=1e-8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where no closed form is known
-        analytic = fastvae.elbo(x, posterior, decoder, samples=K, generator=generator(5), **options)
+        analytic = fastvae.elbo(x, posterior, decoder, k=K, generator=generator(5), **options)
     assert bool(analytic.isfinite())
 
     leaves = [*made_q.leaves, *made_p.leaves]
@@ -321,7 +319,7 @@ def test_a_vae_of_each(backend):
         x = _data(torch.float32)
         (-vae.iwae(x, k=4)).backward()
         assert all(g is None or bool(g.isfinite().all()) for g in (p.grad for p in vae.parameters()))
-        assert vae.anomaly_score(x, samples=7).shape == (B,)
+        assert vae.anomaly_score(x, k=7).shape == (B,)
 
 
 @pytest.mark.parametrize("kind", ["posterior", "prior"])
@@ -662,7 +660,7 @@ def test_gradients_of_a_mixture_are_those_of_its_definition():
     share = 2 * torch.exp(log_weight)[:, turns].T
     found = {
         "elbo": fastvae.elbo(
-            x, q, decoder, samples=K, kl="mc", generator=generator(5), reduction="sum", **BERNOULLI
+            x, q, decoder, k=K, kl="mc", generator=generator(5), reduction="sum", **BERNOULLI
         ),
         "iwae": fastvae.iwae(x, q, decoder, k=K, generator=generator(5), reduction="sum", **BERNOULLI),
     }

@@ -48,7 +48,7 @@ class Gradients:
         function = inside if where == "autocast inside" else decoder
         with torch.autocast(DEVICE.type, dtype, enabled=where == "autocast"):
             bound = fastvae.bound(
-                self.x, (mu, logvar), function, IWAE(), encoder=encoder, k=K, k_chunk=chunk,
+                self.x, (mu, logvar), function, IWAE(), q_objective=encoder, k=K, k_chunk=chunk,
                 likelihood="bernoulli", generator=generator(7), reduction="sum",
             )  # fmt: skip
         got = torch.autograd.grad(bound, [mu, logvar, *self.decoder.parameters()])
@@ -124,7 +124,7 @@ def test_every_estimator_takes_ones_own_likelihood_in_half_precision(name, dtype
         mu = randn(B, D, seed=2).requires_grad_()
         value = fastvae.bound(
             x, (mu, torch.zeros_like(mu)), lambda z, kind=kind: decoder(z).to(kind), objective,
-            encoder=encoder, k=K, likelihood=OWN[name], generator=generator(1),
+            q_objective=encoder, k=K, likelihood=OWN[name], generator=generator(1),
         )  # fmt: skip
         results.append((value, *torch.autograd.grad(value, mu)))
     (expected, grad), (got, found) = results
@@ -138,9 +138,9 @@ def test_every_estimator_takes_ones_own_likelihood_in_half_precision(name, dtype
     [
         lambda x, q, d: fastvae.iwae(x, q, d, k=K, estimator="dreg"),
         lambda x, q, d: fastvae.iwae(x, q, d, k=K, estimator="dreg", k_chunk=3),
-        lambda x, q, d: fastvae.iwae(x, q, d, k=4, m=2, estimator="dreg"),
+        lambda x, q, d: fastvae.bound(x, q, d, IWAE(2, estimator="dreg"), k=8),
         lambda x, q, d: fastvae.log_weights(x, q, d, k=K, estimator="dreg"),
-        lambda x, q, d: fastvae.bound(x, q, d, IWAE(), encoder=IWAE(4), k=K),
+        lambda x, q, d: fastvae.bound(x, q, d, IWAE(), q_objective=IWAE(4), k=K),
     ],
 )
 def test_a_batch_norm_is_refused_where_samples_are_weighed_by_themselves(call):

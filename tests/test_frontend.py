@@ -63,7 +63,7 @@ def test_terms_of_iwae_are_means_over_the_draws(k_chunk):
 def test_terms_of_the_monte_carlo_elbo_are_means_over_the_draws():
     x, mu, logvar, weight = _inputs()
     terms = fastvae.elbo(
-        x, (mu, logvar), lambda z: z @ weight, samples=K, kl="mc", likelihood=fastvae.Gaussian(0.8),
+        x, (mu, logvar), lambda z: z @ weight, k=K, kl="mc", likelihood=fastvae.Gaussian(0.8),
         terms=True, generator=generator(6),
     )  # fmt: skip
     z = _samples(mu, logvar, K, 6)
@@ -114,9 +114,7 @@ def test_a_torch_normal_is_read_by_its_standard_deviation(objective, wrapped):
         got = fastvae.iwae(x, given[0], lambda z: z @ weight, k=K, generator=generator(10), **options)
     else:
         kl = "mc" if objective == "elbo mc" else "analytic"
-        got = fastvae.elbo(
-            x, given[0], lambda z: z @ weight, samples=K, kl=kl, generator=generator(10), **options
-        )
+        got = fastvae.elbo(x, given[0], lambda z: z @ weight, k=K, kl=kl, generator=generator(10), **options)
     z = _samples(mu, logvar, K, 10)
     log_likelihood = td.Normal(z @ weight, 0.8).log_prob(x).sum(2)
     log_ratio = (p.log_prob(z) - q.log_prob(z)).sum(2)
@@ -172,13 +170,13 @@ def test_a_scale_is_what_its_log_variance_is(name, learned):
     options = {"likelihood": fastvae.Gaussian(0.8)}
     decoder = lambda z: z @ weight  # noqa: E731
     objectives = {
-        "elbo": lambda q, **o: fastvae.elbo(x, q, decoder, samples=K, beta=0.7, **o),
+        "elbo": lambda q, **o: fastvae.elbo(x, q, decoder, k=K, beta=0.7, **o),
         "free bits": lambda q, **o: fastvae.elbo(x, q, decoder, free_bits=0.1, **o),
         "free bits of each": lambda q, **o: fastvae.elbo(
             x, q, decoder, free_bits=0.1, free_bits_per="example", **o
         ),
-        "elbo mc": lambda q, **o: fastvae.elbo(x, q, decoder, kl="mc", samples=2, **o),
-        "beta_tc": lambda q, **o: fastvae.beta_tc(x, q, decoder, samples=2, **o),
+        "elbo mc": lambda q, **o: fastvae.elbo(x, q, decoder, kl="mc", k=2, **o),
+        "beta_tc": lambda q, **o: fastvae.beta_tc(x, q, decoder, k=2, **o),
         **{
             f"{estimator} {k_chunk}": lambda q, e=estimator, c=k_chunk, **o: fastvae.iwae(
                 x, q, decoder, k=K, estimator=e, k_chunk=c, **o
@@ -421,8 +419,8 @@ def test_a_vae_hands_on_its_prior_its_likelihood_and_every_option():
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
     same(
-        vae.elbo(x, samples=3, beta=0.5, generator=generator(26)),
-        fastvae.elbo(x, q, vae.decoder, samples=3, beta=0.5, generator=generator(26), **meaning),
+        vae.elbo(x, k=3, beta=0.5, generator=generator(26)),
+        fastvae.elbo(x, q, vae.decoder, k=3, beta=0.5, generator=generator(26), **meaning),
     )
     same(
         vae.iwae(x, 6, reduction="none", generator=generator(26)),

@@ -68,26 +68,25 @@ def _hierarchy(dim):
 
 # What is called with an integer n; the integer.
 CASES = {
-    "elbo samples": (lambda n: fastvae.elbo(X, Q, decoder, samples=n, likelihood="bernoulli"), 3),
+    "elbo k": (lambda n: fastvae.elbo(X, Q, decoder, k=n, likelihood="bernoulli"), 3),
     "elbo row_offset": (lambda n: fastvae.elbo(X, Q, decoder, row_offset=n, likelihood="bernoulli"), 5),
     "iwae k": (lambda n: fastvae.iwae(X, Q, decoder, k=n, likelihood="bernoulli"), 5),
-    "iwae m": (lambda n: fastvae.iwae(X, Q, decoder, k=3, m=n, likelihood="bernoulli"), 2),
     "iwae k_chunk": (lambda n: fastvae.iwae(X, Q, decoder, k=5, k_chunk=n, likelihood="bernoulli"), 2),
     "iwae row_offset": (lambda n: fastvae.iwae(X, Q, decoder, row_offset=n, likelihood="bernoulli"), 5),
     "bound k": (lambda n: _bound(bounds.CIWAE(0.5), k=n), 5),
-    "bound m": (lambda n: _bound(bounds.IWAE(m=n), k=6), 2),
+    "bound groups": (lambda n: _bound(bounds.IWAE(groups=n), k=6), 2),
     "bound permutations": (lambda n: _bound(bounds.UStatistic(2, permutations=n), k=6), 2),
     "log_weights k": (lambda n: fastvae.log_weights(X, Q, decoder, k=n, likelihood="bernoulli")[1], 5),
     "log_marginal k": (lambda n: _marginal(k=n), 30),
     "log_marginal k_chunk": (lambda n: _marginal(k_chunk=n), 7),
     "log_marginal row_offset": (lambda n: _marginal(row_offset=n), 7),
     "adapted": (lambda n: _marginal(k=100, proposal=proposals.Adapted(df=n, most=n)), 70),
-    "reconstruction samples": (
-        lambda n: fastvae.reconstruction_log_prob(X, Q, decoder, samples=n, likelihood="bernoulli"),
+    "reconstruction k": (
+        lambda n: fastvae.reconstruction_log_prob(X, Q, decoder, k=n, likelihood="bernoulli"),
         5,
     ),
     "beta_tc": (
-        lambda n: fastvae.beta_tc(X, Q, decoder, samples=n, dataset_size=n, likelihood="bernoulli"),
+        lambda n: fastvae.beta_tc(X, Q, decoder, k=n, dataset_size=n, likelihood="bernoulli"),
         9,
     ),
     "sleep": (
@@ -116,7 +115,7 @@ CASES = {
     "vae latent_dim": (lambda n: _vae(latent_dim=n).sample(2), 3),
     "vae sample": (lambda n: _vae(latent_dim=3).sample(n), 3),
     "vae sleep": (lambda n: _vae(latent_dim=3).sleep(n), 5),
-    "vae elbo": (lambda n: _vae().elbo(X, samples=n), 3),
+    "vae elbo": (lambda n: _vae().elbo(X, k=n), 3),
     "vae iwae": (lambda n: _vae().iwae(X, n), 3),
     "vae anomaly_score": (lambda n: _vae().anomaly_score(X, n), 3),
     "level dim": (_hierarchy, 3),

@@ -124,7 +124,9 @@ def test_stored_arrays_are_read_batch_by_batch(tmp_path):
     x, context = Stored(values), Stored(values[:, :1])
     same(log_px([Stored(values[:4]), (Stored(values[4:]), 0)]), expected)
     vae = fastvae.VAE(lambda x, c, f=vae.encoder: f(x), lambda z, c, f=vae.decoder: f(z), **options)
-    found = log_px([{"x": x, "c": context}], unpack=lambda batch: {"x": batch["x"], "context": batch["c"]})
+    found = log_px(
+        [{"x": x, "c": context}], prepare_batch=lambda batch: {"x": batch["x"], "context": batch["c"]}
+    )
     same(found, expected)
     joint = fastvae.VAE(lambda x: torch.zeros(len(x["a"]), 4), lambda z: {"a": z @ torch.ones(2, 6)},
                         likelihood=fastvae.Joint(a="bernoulli"))  # fmt: skip
@@ -185,8 +187,8 @@ class Exported(nn.Module):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda vae, x: vae.anomaly_score(x, samples=10),
-        lambda vae, x: vae.anomaly_score(x, samples=10, k_chunk=4),
+        lambda vae, x: vae.anomaly_score(x, k=10),
+        lambda vae, x: vae.anomaly_score(x, k=10, k_chunk=4),
         lambda vae, x: vae.log_marginal(x, k=30),
         lambda vae, x: vae.elbo(x, reduction="none"),
         lambda vae, x: vae.iwae(x, k=5, reduction="none"),

@@ -239,7 +239,7 @@ def test_every_objective(model, backend):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     parts = run(fastvae.log_weights, k=K)
     torch.testing.assert_close((parts[0] + parts[1]).logsumexp(0).mean() - math.log(K), whole)
-    terms = run(fastvae.elbo, samples=K, terms=True)
+    terms = run(fastvae.elbo, k=K, terms=True)
     torch.testing.assert_close(terms.log_likelihood, parts[0].mean(0), rtol=1e-5, atol=1e-4)
     got = run(fastvae.log_marginal, k=9, k_chunk=4)
     assert bool(got.log_px.isfinite().all())
@@ -468,7 +468,7 @@ def test_objectives_of_other_dtypes(model, dtype, backend):
         return tuple(o.double() for o in outputs) if isinstance(outputs, tuple) else outputs.double()
 
     for call in (
-        lambda f: fastvae.elbo(x, q, f, likelihood=likelihood, samples=2, generator=generator(4)),
+        lambda f: fastvae.elbo(x, q, f, likelihood=likelihood, k=2, generator=generator(4)),
         lambda f: fastvae.iwae(x, q, f, likelihood=likelihood, k=K, k_chunk=3, generator=generator(4)),
         lambda f: fastvae.log_marginal(x, q, f, likelihood=likelihood, k=K, generator=generator(4)).log_px,
     ):

@@ -507,7 +507,7 @@ def test_what_does_not_fit_is_computed(always, calls):
     td = torch.distributions
     asked = [
         (fastvae.iwae, one, "bernoulli", {"k": K, "mask": mask}),
-        (fastvae.elbo, one, "poisson", {"size": torch.tensor([1.0, 2.0, 0.5])}),
+        (fastvae.elbo, one, "poisson", {"size_factor": torch.tensor([1.0, 2.0, 0.5])}),
         (fastvae.iwae, fused_head(X, event=EVENT), Own(), {"k": K}),
         (
             fastvae.iwae,

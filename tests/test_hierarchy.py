@@ -120,7 +120,7 @@ def test_an_exact_posterior_weighs_every_draw_alike(backend, merge):
     close(log_w, exact.expand(K, B))
     close(fastvae.iwae(x, q, model.decoder, k=K, reduction="none", **options), exact)
     # One draw's log-ratio; the KL in closed form has the noise of one level's mean.
-    close(fastvae.elbo(x, q, model.decoder, kl="mc", samples=K, reduction="none", **options), exact)
+    close(fastvae.elbo(x, q, model.decoder, kl="mc", k=K, reduction="none", **options), exact)
     result = fastvae.log_marginal(x, q, model.decoder, k=50, k_chunk=7, **options)
     close(result.log_px, exact)
     assert float(result.stderr.max()) < 1e-6
@@ -135,7 +135,7 @@ def test_the_analytic_kl_is_the_mean_of_the_log_ratio(merge):
     q = hierarchy(model.features(x))
     n = 20000
     terms = fastvae.elbo(
-        x, q, model.decoder, samples=n, terms=True, likelihood=model.likelihood, generator=generator(1)
+        x, q, model.decoder, k=n, terms=True, likelihood=model.likelihood, generator=generator(1)
     )
     _, ratio = q.rsample_log_ratio(hierarchy, n, seed_of(1))
     error = ratio.std(0) / math.sqrt(n)
@@ -256,7 +256,7 @@ def test_values_and_gradients_are_those_written_out(backend, objective, merge, d
         found = fastvae.iwae(x, q, model.decoder, k=K, **options)
     else:
         kl = "mc" if objective == "elbo mc" else "analytic"
-        found = fastvae.elbo(x, q, model.decoder, samples=K, beta=0.7, kl=kl, **options)
+        found = fastvae.elbo(x, q, model.decoder, k=K, beta=0.7, kl=kl, **options)
     log_likelihood, kl, log_p, log_q = model.written_out(x, K, seed_of(2), merge)
     expected = {
         "elbo": lambda: (log_likelihood - 0.7 * kl).mean(0),
@@ -349,9 +349,9 @@ def test_shards_are_the_whole(objective):
         options = {"likelihood": LIKELIHOOD, "generator": generator(8), **options}
         q = model(x[rows])
         return {
-            "elbo": lambda: fastvae.elbo(x[rows], q, model.decoder, samples=3, reduction="none", **options),
+            "elbo": lambda: fastvae.elbo(x[rows], q, model.decoder, k=3, reduction="none", **options),
             "elbo mc": lambda: fastvae.elbo(
-                x[rows], q, model.decoder, samples=3, kl="mc", reduction="none", **options
+                x[rows], q, model.decoder, k=3, kl="mc", reduction="none", **options
             ),
             "iwae": lambda: fastvae.iwae(x[rows], q, model.decoder, k=3, reduction="none", **options),
             "log_marginal": lambda: fastvae.log_marginal(x[rows], q, model.decoder, k=30, **options).log_px,
@@ -424,9 +424,9 @@ def test_one_level_is_an_ordinary_posterior(backend, dtype, learned):
     def run(q, prior):
         o = {"likelihood": LIKELIHOOD, "prior": prior, "reduction": "none"}
         values = [
-            fastvae.elbo(x, q, decoder, samples=K, generator=generator(1), **o),
-            fastvae.elbo(x, q, decoder, samples=K, free_bits=0.3, generator=generator(1), **o),
-            fastvae.elbo(x, q, decoder, samples=K, kl="mc", generator=generator(1), **o),
+            fastvae.elbo(x, q, decoder, k=K, generator=generator(1), **o),
+            fastvae.elbo(x, q, decoder, k=K, free_bits=0.3, generator=generator(1), **o),
+            fastvae.elbo(x, q, decoder, k=K, kl="mc", generator=generator(1), **o),
             fastvae.iwae(x, q, decoder, k=K, generator=generator(1), **o),
             fastvae.iwae(x, q, decoder, k=K, k_chunk=3, generator=generator(1), **o),
         ]
@@ -586,17 +586,15 @@ def test_in_a_vae():
     vae = fastvae.VAE(model, model.decoder, likelihood=LIKELIHOOD).to(DEVICE)
     x = data()
     assert vae.prior is model.hierarchy and vae.latent_dim == 9
-    found = vae.elbo(x, samples=K, generator=generator(1))
-    expected = fastvae.elbo(
-        x, model(x), model.decoder, samples=K, likelihood=LIKELIHOOD, generator=generator(1)
-    )
+    found = vae.elbo(x, k=K, generator=generator(1))
+    expected = fastvae.elbo(x, model(x), model.decoder, k=K, likelihood=LIKELIHOOD, generator=generator(1))
     assert torch.equal(found, expected)
     assert vae.sample(6).shape == (6, X) and vae.reconstruct(x).shape == (B, X)
     assert vae.log_marginal(x, k=9).log_px.shape == (B,)
     assert vae.evaluate(x, k=9, progress=False).log_px.shape == (B,)
-    assert vae.anomaly_score(x, samples=9).shape == (B,)
+    assert vae.anomaly_score(x, k=9).shape == (B,)
     copied = copy.deepcopy(vae)
-    assert torch.equal(copied.elbo(x, samples=K, generator=generator(1)), expected)
+    assert torch.equal(copied.elbo(x, k=K, generator=generator(1)), expected)
     with pytest.raises(ValueError, match="2 hierarchies"):
         fastvae.VAE(nn.ModuleList([model.hierarchy, copied.prior]), model.decoder)
 

@@ -245,7 +245,7 @@ def test_objectives(backend, likelihood, objective):
     def value(**more):
         torch.manual_seed(1)
         if objective == "elbo":
-            return fastvae.elbo(x, q, decoder, samples=k, reduction="none", **options)
+            return fastvae.elbo(x, q, decoder, k=k, reduction="none", **options)
         if objective == "iwae":
             return fastvae.iwae(x, q, decoder, k=k, reduction="none", **options, **more)
         return fastvae.log_marginal(x, q, decoder, k=k, **options, **more).log_px

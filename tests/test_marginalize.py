@@ -560,7 +560,7 @@ def test_evaluate_of_each_class(mixture):
             encoder,
             decoder,
             torch.utils.data.TensorDataset(x, y),
-            unpack=lambda batch: {"x": batch[0], "context": batch[1]},
+            prepare_batch=lambda batch: {"x": batch[0], "context": batch[1]},
             k=4000,
             likelihood="bernoulli",
             prior=lambda y: (y @ prior.mu, y @ prior.logvar),

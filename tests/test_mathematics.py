@@ -48,7 +48,7 @@ def test_exact_posterior_makes_every_bound_exact(backend, dtype, k):
     # Otherwise the check would have no teeth: weights that differ show at 1e-2 and more.
     assert tolerance < 1e-3
     iwae = fastvae.iwae(x, q, model.decoder, k=k, reduction="none", **options)
-    mc = fastvae.elbo(x, q, model.decoder, samples=k, kl="mc", reduction="none", **options)
+    mc = fastvae.elbo(x, q, model.decoder, k=k, kl="mc", reduction="none", **options)
     estimate = fastvae.log_marginal(x, q, model.decoder, k=k, k_chunk=3, **options)
     for got in (iwae, mc, estimate.log_px):
         assert got.shape == (B,)
@@ -71,7 +71,7 @@ def test_analytic_elbo_at_the_exact_posterior_is_log_px():
         (mu, logvar),
         model.decoder,
         likelihood=model.likelihood,
-        samples=50,
+        k=50,
         terms=True,
         generator=generator(0),
     )
@@ -516,7 +516,7 @@ def test_beta_scales_only_the_kl():
 def test_samples_are_averaged():
     """The log-likelihood of L draws is the mean of the single ones; the analytic KL does not depend on L."""
     samples = 4
-    terms, mu, logvar = _elbo(terms=True, samples=samples)
+    terms, mu, logvar = _elbo(terms=True, k=samples)
     single, *_ = _elbo(terms=True)
     assert torch.equal(terms.kl, single.kl)
     eps = fastvae.random.normal(seed_of(54), samples, B, D, dtype=torch.float64)
@@ -603,7 +603,7 @@ def test_objectives_agree_across_backends(objective):
                 bound = fastvae.iwae(x, encoder(x), decoder, k=k, estimator="dreg", generator=generator(61))
             else:
                 kind = "mc" if objective == "elbo mc" else "analytic"
-                bound = fastvae.elbo(x, encoder(x), decoder, samples=k, kl=kind, generator=generator(61))
+                bound = fastvae.elbo(x, encoder(x), decoder, k=k, kl=kind, generator=generator(61))
             bound.backward()
         outcomes[backend] = [bound.detach(), *(p.grad for n in (encoder, decoder) for p in n.parameters())]
     for backend in ("native", "triton"):

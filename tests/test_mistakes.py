@@ -454,7 +454,7 @@ def test_nothing_is_read_back(likelihood):
     # Nor can it be: on the meta device there is nothing to read.
     encoder, decoder, x = encoder.to("meta"), decoder.to("meta"), x.to("meta")
     for bound in (
-        fastvae.elbo(x, encoder(x), decoder, likelihood=likelihood, samples=K, kl="mc"),
+        fastvae.elbo(x, encoder(x), decoder, likelihood=likelihood, k=K, kl="mc"),
         fastvae.iwae(x, encoder(x), decoder, k=K, likelihood=likelihood, estimator="dreg"),
     ):
         bound.backward()
@@ -471,7 +471,7 @@ def test_encoder_runs_once():
     x = randn(B, X, seed=34)
     for call in (
         lambda: vae.log_marginal(x, k=10, k_chunk=3),
-        lambda: vae.elbo(x, samples=K),
+        lambda: vae.elbo(x, k=K),
         lambda: vae.iwae(x, k=K),
     ):
         encoder.calls = 0
@@ -490,6 +490,6 @@ def test_decoder_runs_once_with_one_batch_axis():
 
     x, mu, logvar = randn(B, X, seed=35), randn(B, D, seed=36), randn(B, D, seed=37)
     fastvae.iwae(x, (mu, logvar), watching, k=K)
-    fastvae.elbo(x, (mu, logvar), watching, samples=K)
+    fastvae.elbo(x, (mu, logvar), watching, k=K)
     fastvae.elbo(x, (mu, logvar), watching)
     assert shapes == [(K * B, D), (K * B, D), (B, D)]

@@ -56,7 +56,7 @@ CASES = {
 def _objectives(x, q, decoder, likelihood, mask):
     options = {"likelihood": likelihood, "mask": mask}
     for name, call in {
-        "elbo": lambda **o: fastvae.elbo(x, q, decoder, samples=2, **o),
+        "elbo": lambda **o: fastvae.elbo(x, q, decoder, k=2, **o),
         "iwae": lambda **o: fastvae.iwae(x, q, decoder, k=K, **o),
         "chunks": lambda **o: fastvae.iwae(x, q, decoder, k=K, k_chunk=3, estimator="dreg", **o),
         "beta_tc": lambda **o: fastvae.beta_tc(x, q, decoder, **o),
@@ -65,7 +65,7 @@ def _objectives(x, q, decoder, likelihood, mask):
         yield name, (value, *torch.autograd.grad(value.sum(), [*decoder.parameters(), *q]))
     found = fastvae.log_marginal(x, q, decoder, k=9, k_chunk=4, generator=generator(5), **options)
     yield "log_marginal", (found.log_px,)
-    score = fastvae.reconstruction_log_prob(x, q, decoder, samples=9, generator=generator(5), **options)
+    score = fastvae.reconstruction_log_prob(x, q, decoder, k=9, generator=generator(5), **options)
     yield "reconstruction", (score,)
 
 
@@ -187,7 +187,9 @@ def test_a_float_rate_takes_a_size():
     q = torch.zeros(1, 2 * D, device=DEVICE)
     size = torch.tensor([3.0], device=DEVICE)
     got, expected = (
-        fastvae.elbo(x, q, lambda z, o=o: o, likelihood=likelihood, size=size, terms=True).log_likelihood
+        fastvae.elbo(
+            x, q, lambda z, o=o: o, likelihood=likelihood, size_factor=size, terms=True
+        ).log_likelihood
         for likelihood, o in ((Poisson(rate=True), rate), (Poisson(), rate.log()))
     )
     torch.testing.assert_close(got, expected)

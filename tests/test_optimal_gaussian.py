@@ -27,14 +27,14 @@ def test_training_takes_the_variance_of_its_batch(backend):
     """The bound is that with this scale held, and so is its gradient; the largest of any scale's."""
     x, mean, q = inputs()
     optimal = likelihood()
-    terms = fastvae.elbo(x, q, lambda z: mean, samples=K, likelihood=optimal, terms=True)
+    terms = fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=optimal, terms=True)
     variance = (x - mean.detach().view(K, B, X)).square().mean()
     torch.testing.assert_close(optimal.variance, variance)
     torch.testing.assert_close(optimal.scale, variance.sqrt())
     bounds = []
     for factor in (1.0, 0.95, 1.05):
         held = fastvae.Gaussian(scale=factor * variance.sqrt())
-        bounds.append(fastvae.elbo(x, q, lambda z: mean, samples=K, likelihood=held, terms=True).bound)
+        bounds.append(fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=held, terms=True).bound)
     torch.testing.assert_close(terms.bound, bounds[0])
     assert all(float(bounds[0].sum()) > float(b.sum()) for b in bounds[1:])
     (found,), (expected,) = (
@@ -73,7 +73,7 @@ def test_one_variance_serves_all_draws(backend):
     x, _, q = inputs()
     decoder = torch.nn.Linear(1, X).to(DEVICE)
     optimal = likelihood()
-    fastvae.elbo(x, q, decoder, samples=K, likelihood=optimal)
+    fastvae.elbo(x, q, decoder, k=K, likelihood=optimal)
     before = optimal.variance.clone()
     held = fastvae.Gaussian(scale=before.sqrt())
     for chunk in (1, 4, None):
@@ -103,7 +103,7 @@ def test_a_mask_leaves_elements_out(backend):
     mask = torch.rand(B, X, device=DEVICE) < 0.6
     mask[0, 0] = True
     optimal = likelihood()
-    fastvae.elbo(x, q, lambda z: mean, samples=K, likelihood=optimal, mask=mask)
+    fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=optimal, mask=mask)
     square = (x - mean.detach().view(K, B, X)).square()
     torch.testing.assert_close(optimal.variance, square[mask.expand(K, B, X)].mean())
 

@@ -43,8 +43,8 @@ PRIORS = {
 }
 ENTRIES = {
     "elbo": fastvae.elbo,
-    "elbo of K": lambda *args, **kw: fastvae.elbo(*args, samples=K, **kw),
-    "monte carlo": lambda *args, **kw: fastvae.elbo(*args, samples=K, kl="mc", **kw),
+    "elbo of K": lambda *args, **kw: fastvae.elbo(*args, k=K, **kw),
+    "monte carlo": lambda *args, **kw: fastvae.elbo(*args, k=K, kl="mc", **kw),
     "free bits": lambda *args, **kw: fastvae.elbo(*args, free_bits=0.1, **kw),
     "iwae": lambda *args, **kw: fastvae.iwae(*args, k=K, **kw),
     "dreg": lambda *args, **kw: fastvae.iwae(*args, k=K, estimator="dreg", **kw),

@@ -36,7 +36,7 @@ CALLS = [
     "DiscretizedLogisticMixture(levels=17, low=0, high=1)",
     "Categorical(ignore_index=-1)",
     "Beta()",
-    "IWAE(m=8, alpha=0.5, estimator='dreg')",
+    "IWAE(groups=8, alpha=0.5, estimator='dreg')",
     "CIWAE(beta=0.25, estimator='iwae')",
     "Defensive(share=0.25)",
     "schedules.linear(0.0, 1.0, 100)",

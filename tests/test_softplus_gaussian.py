@@ -87,7 +87,7 @@ def test_it_is_a_gaussian(backend, floor):
     expected = fastvae.Gaussian().log_likelihood(x, (mean, variance.log()), 3)
     torch.testing.assert_close(likelihood.log_likelihood(x, (mean, raw), 3), expected)
     q = torch.zeros(4, 2, device=DEVICE)
-    terms = fastvae.elbo(x, q, lambda z: (mean, raw), samples=3, likelihood=likelihood, terms=True)
+    terms = fastvae.elbo(x, q, lambda z: (mean, raw), k=3, likelihood=likelihood, terms=True)
     torch.testing.assert_close(terms.log_likelihood, expected.mean(0))
     assert torch.equal(likelihood.mean((mean, raw)), mean)
     assert fastvae.Gaussian(scale="softplus").floor == 1e-4

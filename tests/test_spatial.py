@@ -102,13 +102,13 @@ def objective(name, **options):
 
 
 OBJECTIVES = {
-    "elbo": objective("elbo", samples=3, reduction="none"),
+    "elbo": objective("elbo", k=3, reduction="none"),
     "elbo, terms": objective("elbo", beta=0.5, terms=True, row_offset=2),
     "elbo, free bits": objective("elbo", free_bits=0.2),
     "elbo, free bits of each example": objective("elbo", free_bits=0.2, free_bits_per="example"),
-    "beta_tc": objective("beta_tc", samples=2, reduction="none"),
+    "beta_tc": objective("beta_tc", k=2, reduction="none"),
     "beta_tc, terms": objective("beta_tc", beta=3.0, terms=True, row_offset=2),
-    "elbo, mc": objective("elbo", kl="mc", samples=2, reduction="sum"),
+    "elbo, mc": objective("elbo", kl="mc", k=2, reduction="sum"),
     "iwae": objective("iwae", k=K, reduction="none"),
     "dreg": objective("iwae", k=K, estimator="dreg"),
     "stl": objective("iwae", k=K, estimator="stl"),
@@ -129,7 +129,7 @@ def test_every_objective_is_that_of_flat_latents(name, backend):
         equal(both(OBJECTIVES[name], pair, fastvae.DiagonalNormal))
         equal(both(OBJECTIVES[name], pair))
     else:
-        equal(both(objective(name, samples=K, k_chunk=2), pair))
+        equal(both(objective(name, k=K, k_chunk=2), pair))
 
 
 def side_by_side(mu, logvar):
@@ -164,7 +164,7 @@ def test_every_form_of_q(name):
     run = objective("iwae", k=K, k_chunk=4, estimator="dreg")
     prior = [fastvae.DiagonalNormal] if name in ("LogNormal", "Gamma") else []
     equal(both(run, QS[name], *prior))
-    equal(both(objective("elbo", kl="mc", samples=2), QS[name], *prior))
+    equal(both(objective("elbo", kl="mc", k=2), QS[name], *prior))
     equal(both(objective("log_marginal", k=23), QS[name], fastvae.DiagonalNormal))
 
 
@@ -187,7 +187,7 @@ def test_every_form_of_prior(name):
     # Of a flat Laplace whose axis is an event no closed KL is found.
     kl = "mc" if name == "Independent Laplace" else "analytic"
     for run in (
-        objective("elbo", samples=3, reduction="none", kl=kl),
+        objective("elbo", k=3, reduction="none", kl=kl),
         objective("iwae", k=K, k_chunk=4, estimator="dreg"),
         objective("log_marginal", k=23),
     ):
@@ -399,7 +399,7 @@ def test_a_convolutional_vae(fuse):
     assert torch.equal(vae.reconstruct(x), vae.decoder(q.mean.view(B, *LATENT)).sigmoid())
     assert torch.equal(vae.sample(3, generator=generator(2)), flat.sample(3, generator=generator(2)))
     assert vae.sample(3, mean=True).shape == (3, 1, 5, 7)
-    for method, options in (("log_marginal", {"k": 30}), ("anomaly_score", {"samples": 20})):
+    for method, options in (("log_marginal", {"k": 30}), ("anomaly_score", {"k": 20})):
         a, b = (getattr(model, method)(x, generator=generator(3), **options) for model in (vae, flat))
         assert torch.equal(torch.stack(tuple(a)), torch.stack(tuple(b)))
     # The posterior object goes where the encoder's output goes, whole or in part.
@@ -543,7 +543,7 @@ def test_compiled(name, prior):
             p = td.Normal(m, s.exp(), validate_args=False)
         options = {"prior": p, **BERNOULLI}
         if name == "elbo":
-            return fastvae.elbo(x, q.chunk(2, 1), decoder, samples=2, **options)
+            return fastvae.elbo(x, q.chunk(2, 1), decoder, k=2, **options)
         return fastvae.iwae(x, q, decoder, k=K, estimator="dreg", **options)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -575,7 +575,7 @@ def test_latents_of_one_axis_more():
         came.append(tuple(z.shape))
         return z.flatten(1)[:, :X]
 
-    assert fastvae.elbo(x, q, decoder, samples=2, **BERNOULLI).isfinite() and came == [(2 * B, C, 5)]
+    assert fastvae.elbo(x, q, decoder, k=2, **BERNOULLI).isfinite() and came == [(2 * B, C, 5)]
 
 
 def test_a_latent_dim_of_one_axis_is_its_number():

@@ -126,7 +126,7 @@ def test_what_the_likelihood_holds(backend, form):
     given = outputs if len(outputs) > 1 else outputs[0]
     torch.testing.assert_close(likelihood.log_likelihood(x, given, 3), expected)
     q = torch.zeros(4, 2, device=DEVICE)
-    terms = fastvae.elbo(x, q, lambda z: given, samples=3, likelihood=likelihood, terms=True)
+    terms = fastvae.elbo(x, q, lambda z: given, k=3, likelihood=likelihood, terms=True)
     torch.testing.assert_close(terms.log_likelihood, expected.mean(0))
     names = [n for n, _ in likelihood.named_parameters()]
     assert names == [f"log_{n}" for n, f in (("scale", "learned"), ("df", "learned_df")) if options.get(f)]

@@ -137,7 +137,9 @@ def test_loaders_contexts_and_modes():
 
     vae.encoder = Conditional(mu, logvar)
     labels = torch.ones(20, 2, dtype=torch.float64, device=DEVICE)
-    fastvae.diagnostics.latents(vae, [(data()[:20], labels)], unpack=lambda b: {"x": b[0], "context": b[1]})
+    fastvae.diagnostics.latents(
+        vae, [(data()[:20], labels)], prepare_batch=lambda b: {"x": b[0], "context": b[1]}
+    )
     assert seen == [(20, 2)]
 
 

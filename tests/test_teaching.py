@@ -15,8 +15,8 @@ x, q, decoder = torch.ones(4, 6), torch.zeros(4, 4), nn.Linear(2, 6)
 vae = fastvae.VAE(nn.Linear(6, 4), decoder, likelihood="bernoulli")
 
 KEYWORDS = {
-    "k of elbo": (lambda: fastvae.elbo(x, q, decoder, k=5), ["elbo()", "'k'", "samples="]),
-    "num_samples": (lambda: fastvae.elbo(x, q, decoder, num_samples=5), ["elbo()", "samples="]),
+    "samples of elbo": (lambda: fastvae.elbo(x, q, decoder, samples=5), ["elbo()", "'samples'", "mean k="]),
+    "num_samples": (lambda: fastvae.elbo(x, q, decoder, num_samples=5), ["elbo()", "mean k="]),
     "n_samples": (lambda: fastvae.iwae(x, q, decoder, n_samples=5), ["iwae()", "mean k="]),
     "samples": (lambda: fastvae.log_weights(x, q, decoder, samples=5, k=2), ["log_weights()", "'samples'"]),
     "seed": (lambda: fastvae.log_marginal(x, q, decoder, seed=5), ["generator=", "manual_seed"]),
@@ -25,10 +25,10 @@ KEYWORDS = {
     "a typo": (lambda: fastvae.elbo(x, q, decoder, liklihood="bernoulli"), ["likelihood="]),
     "bound": (lambda: fastvae.bound(x, q, decoder, fastvae.bounds.IWAE(), samples=5), ["bound()", "k="]),
     "beta_tc": (lambda: fastvae.beta_tc(x, q, decoder, kl_weight=5), ["beta_tc()", "beta="]),
-    "score": (lambda: fastvae.reconstruction_log_prob(x, q, decoder, k=5), ["samples="]),
+    "score": (lambda: fastvae.reconstruction_log_prob(x, q, decoder, samples=5), ["mean k="]),
     "evaluate": (lambda: vae.evaluate(x, num_samples=5), ["evaluate()", "mean k="]),
     "VAE": (lambda: fastvae.VAE(decoder, decoder, z_dim=2), ["VAE()", "latent_dim="]),
-    "the module": (lambda: vae(x, k=5), ["elbo()", "'k'", "samples="]),
+    "the module": (lambda: vae(x, samples=5), ["elbo()", "'samples'", "mean k="]),
     "a method": (lambda: vae.iwae(x, num_samples=5), ["iwae()", "num_samples"]),
     "sample": (lambda: vae.sample(n_samples=5), ["sample()", "mean n="]),
     "ais": (lambda: vae.ais(x, seed=5), ["ais()", "generator="]),

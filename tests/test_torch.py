@@ -464,7 +464,7 @@ def test_gradcheck_of_the_objectives(objective):
             "elbo free bits": {"free_bits": 1.0, "beta": 0.3},
             "elbo free bits of each": {"free_bits": 1.0, "free_bits_per": "example"},
         }[objective]
-        return fastvae.elbo(x, (mu, logvar), decoder, samples=K, **options, **shared)
+        return fastvae.elbo(x, (mu, logvar), decoder, k=K, **options, **shared)
 
     assert gradcheck(function, (x, mu, logvar, weight, scale, prior_mu, prior_logvar))
 
@@ -730,7 +730,7 @@ def test_compiled_objectives_equal_eager(fallback_random, likelihood):
     def losses(x):
         q = encoder.linear(x).chunk(2, dim=1)
         return (
-            fastvae.elbo(x, q, decoder, likelihood=likelihood, samples=2),
+            fastvae.elbo(x, q, decoder, likelihood=likelihood, k=2),
             fastvae.elbo(x, q, decoder, likelihood=likelihood, kl="mc"),
             fastvae.elbo(x, q, decoder, likelihood=likelihood, kl="mc"),
             fastvae.iwae(x, q, decoder, k=K, likelihood=likelihood, estimator="dreg"),

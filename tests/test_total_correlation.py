@@ -30,7 +30,7 @@ def found(x, mu, logvar, weight, **options):
     return fastvae.beta_tc(x, (mu, logvar), lambda z: z @ weight, **options)
 
 
-def written_out(x, mu, logvar, weight, n=1, samples=K):
+def written_out(x, mu, logvar, weight, n=1, k=K):
     """Chen et al. 2018, eq. 2 and 5, [B]: log-likelihood and the three parts."""
     seed = fastvae.random.draw_seed(DEVICE, generator(5))
     sigma = (0.5 * logvar).exp()
@@ -47,7 +47,7 @@ def written_out(x, mu, logvar, weight, n=1, samples=K):
 @pytest.mark.parametrize("n", [None, 1000])
 def test_it_is_its_sums(backend, n):
     x, *leaves = inputs()
-    terms = found(x, *leaves, samples=K, alpha=0.5, beta=3.0, gamma=0.7, dataset_size=n, terms=True)
+    terms = found(x, *leaves, k=K, alpha=0.5, beta=3.0, gamma=0.7, dataset_size=n, terms=True)
     log_likelihood, *parts = written_out(x, *leaves, n=n or 1)
     bound = log_likelihood - 0.5 * parts[0] - 3.0 * parts[1] - 0.7 * parts[2]
     for got, expected in zip(terms, (bound, log_likelihood, *parts), strict=True):
@@ -64,7 +64,7 @@ def test_single_precision_keeps_its_digits(backend):
     """Within roundings of float32 of log densities whose size is some tens."""
     x, *leaves = inputs()
     expected = written_out(x, *leaves)
-    terms = found(*(t.detach().float() for t in (x, *leaves)), samples=K, beta=3.0, terms=True)
+    terms = found(*(t.detach().float() for t in (x, *leaves)), k=K, beta=3.0, terms=True)
     assert terms.bound.dtype == torch.float32
     for got, wide in zip(terms[1:], expected, strict=True):
         torch.testing.assert_close(got.double(), wide.detach(), rtol=1e-5, atol=1e-5)
@@ -75,10 +75,10 @@ def test_single_precision_keeps_its_digits(backend):
 def test_with_equal_weights_it_is_the_monte_carlo_elbo(weight_of_all, n):
     x, *leaves = inputs()
     w = weight_of_all
-    bound = found(x, *leaves, samples=K, alpha=w, beta=w, gamma=w, dataset_size=n)
+    bound = found(x, *leaves, k=K, alpha=w, beta=w, gamma=w, dataset_size=n)
     mu, logvar, weight = leaves
     elbo = fastvae.elbo(
-        x, (mu, logvar), lambda z: z @ weight, likelihood="bernoulli", samples=K, beta=w, kl="mc",
+        x, (mu, logvar), lambda z: z @ weight, likelihood="bernoulli", k=K, beta=w, kl="mc",
         generator=generator(5),
     )  # fmt: skip
     torch.testing.assert_close(bound, elbo, rtol=1e-12, atol=1e-12)
@@ -157,10 +157,10 @@ def test_what_objectives_take():
     assert bool((masked.log_likelihood > found(x, mu, logvar, weight, terms=True).log_likelihood).all())
     context = randn(B, X, seed=10, **WIDE)
     moved = fastvae.beta_tc(
-        x, (mu, logvar), lambda z, c: z @ weight + 0 * c, context=context, samples=K, likelihood="bernoulli",
+        x, (mu, logvar), lambda z, c: z @ weight + 0 * c, context=context, k=K, likelihood="bernoulli",
         generator=generator(5),
     )  # fmt: skip
-    torch.testing.assert_close(moved, found(x, mu, logvar, weight, samples=K))
+    torch.testing.assert_close(moved, found(x, mu, logvar, weight, k=K))
     spatial = fastvae.beta_tc(
         x, (mu.unflatten(1, (1, 1, D)), logvar.unflatten(1, (1, 1, D))), lambda z: z.flatten(1) @ weight,
         likelihood="bernoulli", generator=generator(5),
@@ -188,7 +188,7 @@ def test_it_compiles_and_differentiates_as_a_function():
     x, mu, logvar, weight = (t.detach().float() for t in inputs())
 
     def bound(mu, logvar):
-        return fastvae.beta_tc(x, (mu, logvar), lambda z: z @ weight, likelihood="bernoulli", samples=K)
+        return fastvae.beta_tc(x, (mu, logvar), lambda z: z @ weight, likelihood="bernoulli", k=K)
 
     def at_seed(function):
         torch.manual_seed(3)
@@ -209,7 +209,7 @@ def test_equal_examples_have_no_information(dtype):
     mu = torch.full((2, D), 3.0, dtype=dtype, device=DEVICE)
     logvar = torch.full((2, D), -9.0, dtype=dtype, device=DEVICE)
     x, weight = rand(2, X, seed=4), randn(D, X, seed=3).to(dtype)
-    terms = found(x, mu, logvar, weight, samples=50, terms=True)
+    terms = found(x, mu, logvar, weight, k=50, terms=True)
     # Roundings of float32, of densities of some tens.
     torch.testing.assert_close(terms.mutual_information, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
     torch.testing.assert_close(terms.total_correlation, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
@@ -225,7 +225,7 @@ def test_an_empty_batch():
         lambda z: z @ z.new_ones(D, X),
         terms=True,
         likelihood="bernoulli",
-        samples=K,
+        k=K,
     )
     assert all(t.shape == (0,) for t in terms)
     terms.bound.sum().backward()
@@ -253,7 +253,7 @@ WRONG = {
     ),
     "weights of other rows": (_call(beta=ROWS), ValueError, r"beta has shape \[6, 3\].*total correlation"),
     "a data set without examples": (_call(dataset_size=0), ValueError, "dataset_size must be at least 1"),
-    "no samples": (_call(samples=0), ValueError, "samples must be at least 1"),
+    "no samples": (_call(k=0), ValueError, "k must be at least 1"),
     "another reduction": (_call(reduction="max"), ValueError, "reduction='max' is unknown"),
     "an address below 0": (_call(row_offset=-1), ValueError, "row_offset must lie in"),
 }

@@ -310,7 +310,7 @@ def test_forward_calls_an_objective_by_name():
     encoder, decoder = models.networks(X, D, "bernoulli")
     vae, x = fastvae.VAE(encoder, decoder, **BERNOULLI), rand(B, X, seed=1)
     for objective, options in (
-        ("elbo", {"samples": 2, "beta": 0.3, "reduction": "none"}),
+        ("elbo", {"k": 2, "beta": 0.3, "reduction": "none"}),
         ("iwae", {"k": K, "estimator": "dreg"}),
         ("iwae", {"k": K, "terms": True}),
         ("log_marginal", {"k": 30}),
@@ -339,13 +339,13 @@ def test_parts_of_a_batch_get_the_noise_of_the_whole(backend, offset):
     x[B:] = x[:B]
     vae = fastvae.VAE(encoder, decoder)
     calls = [
-        (vae.elbo, {"samples": K}),
-        (vae.elbo, {"samples": K, "kl": "mc"}),
+        (vae.elbo, {"k": K}),
+        (vae.elbo, {"k": K, "kl": "mc"}),
         (vae.iwae, {"k": K}),
         (vae.iwae, {"k": K, "k_chunk": 3, "estimator": "dreg"}),
     ]
     calls += [(lambda *a, **o: vae.log_marginal(*a, **o).log_px, {"k": 9, "k_chunk": 4})]
-    calls += [(vae.anomaly_score, {"samples": 9})]
+    calls += [(vae.anomaly_score, {"k": 9})]
     for call, options in calls:
         train = {"reduction": "none"} if call in (vae.elbo, vae.iwae) else {}
         whole, *parts = (
@@ -432,6 +432,6 @@ def test_a_decoder_that_mixes_rows_is_refused_at_any_size(fuse, options):
     x = torch.ones(5, 800)
     objective = fastvae.bounds.IWAE(estimator=options.get("estimator", "iwae"))
     with pytest.raises(ValueError, match="1, a BatchNorm1d, takes statistics over all samples"):
-        vae.bound(x, objective, k=k, encoder=options.get("encoder"))
+        vae.bound(x, objective, k=k, q_objective=options.get("encoder"))
     decoder.eval()
-    assert bool(vae.bound(x, objective, k=k, encoder=options.get("encoder")).isfinite())
+    assert bool(vae.bound(x, objective, k=k, q_objective=options.get("encoder")).isfinite())

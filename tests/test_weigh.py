@@ -320,7 +320,7 @@ def test_every_form_of_a_likelihood(backend, form, objective):
             samples, kl = (1, "analytic") if objective == "elbo" else (3, "analytic")
             kl = "mc" if objective == "elbo, mc" else kl
             bound = fastvae.elbo(
-                leaves[0], leaves[1:3], decoder, samples=samples, kl=kl, beta=0.7, reduction="sum", **options
+                leaves[0], leaves[1:3], decoder, k=samples, kl=kl, beta=0.7, reduction="sum", **options
             )
         results.append((bound, *torch.autograd.grad(bound, leaves)))
     for got, expected in zip(*results, strict=True):
@@ -377,7 +377,7 @@ def test_terms_are_those_of_the_bound(backend, reduction):
     for kl, samples in (("analytic", 1), ("analytic", 2), ("mc", 2)):
         leaves = [mu.clone().requires_grad_(), logvar.clone().requires_grad_(), weight]
         terms = fastvae.elbo(
-            x, leaves[:2], lambda z: z @ weight, likelihood="bernoulli", beta=0.3, kl=kl, samples=samples,
+            x, leaves[:2], lambda z: z @ weight, likelihood="bernoulli", beta=0.3, kl=kl, k=samples,
             terms=True, reduction=reduction,
         )  # fmt: skip
         assert terms.bound.shape == terms.log_likelihood.shape == terms.kl.shape == (4,)

@@ -63,7 +63,7 @@ def test_it_counts_0(backend, kind, beta, kl):
         mu, logvar, *prior = tensors
         bound = fastvae.elbo(
             x[counted], (mu[counted], logvar[counted]), decoder, prior=fastvae.DiagonalNormal(*prior), kl=kl,
-            samples=L, likelihood="bernoulli", generator=generator(5), reduction="none", **options,
+            k=L, likelihood="bernoulli", generator=generator(5), reduction="none", **options,
         )  # fmt: skip
         return bound, *torch.autograd.grad(bound.sum(), [*tensors, weight])
 
@@ -73,7 +73,7 @@ def test_it_counts_0(backend, kind, beta, kl):
     for name, grad in zip(("mu", "logvar", "prior mu", "prior logvar", "decoder"), grads, strict=True):
         assert bool(grad.isfinite().all()), (name, grad)
     terms = fastvae.elbo(
-        x, tensors[:2], decoder, prior=fastvae.DiagonalNormal(*tensors[2:]), kl=kl, samples=L, beta=given,
+        x, tensors[:2], decoder, prior=fastvae.DiagonalNormal(*tensors[2:]), kl=kl, k=L, beta=given,
         likelihood="bernoulli", generator=generator(5), terms=True,
     )  # fmt: skip
     likelihood = terms.log_likelihood

@@ -77,7 +77,7 @@ def latents(
     *,
     examples: int = 2000,
     batch_size: int = 100,
-    unpack: Callable[[Any], Mapping[str, Any]] | None = None,
+    prepare_batch: Callable[[Any], Mapping[str, Any]] | None = None,
     generator: torch.Generator | None = None,
 ) -> Latents:
     r"""Decompose the KL to the prior over a data set by the aggregate posterior q(z).
@@ -96,7 +96,7 @@ def latents(
         data: data set, as in :func:`fastvae.evaluate`.
         examples: number of examples to draw z for, evenly spaced in the data. Default 2000.
         batch_size: examples per batch, for data not in batches. Default 100.
-        unpack: function of a batch that returns a dict with ``x`` and, optionally, ``context``, as in
+        prepare_batch: function of a batch that returns a dict with ``x`` and, optionally, ``context``, as in
             :func:`fastvae.evaluate`. Default: the batch is x.
         generator: source of the noise. Default: torch's global random state.
 
@@ -125,7 +125,7 @@ def latents(
             "latents needs one prior for all examples, but the model's is a function of the context"
         )
     with evaluating([vae]):
-        posteriors = list(_posteriors(vae, data, batch_size, unpack))
+        posteriors = list(_posteriors(vae, data, batch_size, prepare_batch))
         if not posteriors:
             raise ValueError("data has no batches: there is nothing to look at")
         prior = as_prior(vae.prior).prepared()
@@ -177,13 +177,13 @@ def latents(
 
 
 def _posteriors(
-    vae: VAE, data: Any, batch_size: int, unpack: Callable[[Any], Mapping[str, Any]] | None
+    vae: VAE, data: Any, batch_size: int, prepare_batch: Callable[[Any], Mapping[str, Any]] | None
 ) -> Any:
     """Yield q(z|x) of all batches."""
     device, dtype = place_of(vae.encoder, vae.decoder)
     axes = None
     for batch in batches_of(data, batch_size, "none"):
-        given, beside = unpacked(batch, unpack)
+        given, beside = unpacked(batch, prepare_batch)
         x = data_of(given, axes, vae.likelihood)
         if isinstance(x, Tensor):
             axes = [x.dim()]

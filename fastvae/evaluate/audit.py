@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .._annealing import Annealing, Settings, simulate
 from .._inputs import Inputs
-from .._nested import Beside, as_mask, as_size, each, tensors
+from .._nested import Beside, as_mask, as_size_factor, each, tensors
 from .._stream import Chunks
 from .._terminal import ProgressStream
 from ..distributions import rsample
@@ -151,9 +151,9 @@ class Sample:
         if not self.count:
             return
         if beside is not None:
-            mask, size, context = beside
+            mask, size_factor, context = beside
             mask = None if mask is None else as_mask(mask, x)
-            beside = Beside(mask, None if size is None else as_size(size, x), context)
+            beside = Beside(mask, None if size_factor is None else as_size_factor(size_factor, x), context)
         for row in range(-start % self._every, len(tensors(x)[0]), self._every):
 
             def one(t: Tensor, row: int = row) -> Tensor:

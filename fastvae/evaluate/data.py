@@ -97,19 +97,21 @@ def length_of(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def unpacked(batch: Any, unpack: Callable[[Any], Mapping[str, Any]] | None) -> tuple[Any, Beside | None]:
-    """Split a batch into x and its conditioning inputs (mask, size, context)."""
-    if unpack is None:
+def unpacked(
+    batch: Any, prepare_batch: Callable[[Any], Mapping[str, Any]] | None
+) -> tuple[Any, Beside | None]:
+    """Split a batch into x and its conditioning inputs (mask, size_factor, context)."""
+    if prepare_batch is None:
         return batch, None
-    parts = unpack(batch)
+    parts = prepare_batch(batch)
     known = ("x", *Beside._fields)
     if not isinstance(parts, Mapping) or "x" not in parts or (extra := [n for n in parts if n not in known]):
         came = type(parts).__name__
         if isinstance(parts, Mapping):
             came = f"unknown {extra[0]!r}" if "x" in parts else f"{', '.join(map(repr, parts))} without 'x'"
         raise TypeError(
-            f"unpack must return a dict with 'x' and those of {', '.join(map(repr, known[1:]))} that there "
-            f"are; got {came}"
+            "prepare_batch must return a dict with 'x' and, where there are any, "
+            f"{', '.join(map(repr, known[1:]))}; got {came}"
         )
     return parts["x"], Beside.of(*(each_array(parts.get(name)) for name in known[1:]))
 

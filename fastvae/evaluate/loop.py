@@ -55,7 +55,7 @@ def evaluate(
     batch_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    unpack: Callable[[Any], Mapping[str, Any]] | None = None,
+    prepare_batch: Callable[[Any], Mapping[str, Any]] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     audit: int | None = None,
     shard: str = "data",
@@ -100,8 +100,8 @@ def evaluate(
             a GPU 500.
         likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
         prior: as in :func:`fastvae.elbo`. Default: N(0, I), or the hierarchy that produced q.
-        unpack: function of a batch that returns a dict with ``x`` and, optionally, ``mask``, ``size`` and
-            ``context`` (:func:`fastvae.elbo`), such as
+        prepare_batch: function of a batch that returns a dict with ``x`` and, optionally, ``mask``,
+            ``size_factor`` and ``context`` (:func:`fastvae.elbo`), such as
             ``lambda batch: {"x": batch[0], "context": batch[1]}``. Default: the batch is x.
         checkpoint: file, such as ``"run.npz"``, to which results are written during the evaluation. If it
             exists, the evaluation resumes from it, with its seed. It is rejected for other parameters, data
@@ -144,10 +144,10 @@ def evaluate(
     likelihood = as_likelihood(likelihood)
     # None may stand for the posterior's own prior.
     prior = prior if prior is None or is_conditional(prior) else as_prior(prior)
-    if unpack is not None and not callable(unpack):
+    if prepare_batch is not None and not callable(prepare_batch):
         raise TypeError(
-            "unpack must be a function of a batch, such as lambda batch: {'x': batch[0], 'context': "
-            f"batch[1]}}; got {type(unpack).__name__}"
+            "prepare_batch must be a function of a batch, such as lambda batch: {'x': batch[0], 'context': "
+            f"batch[1]}}; got {type(prepare_batch).__name__}"
         )
     for name, value in (("encoder", encoder), ("decoder", decoder)):
         if not callable(value):
@@ -231,7 +231,7 @@ def evaluate(
             try:
                 row, axes, running, compared = 0, None, _Running(), False
                 for index, batch in enumerate(batches):
-                    batch, beside = unpacked(batch, unpack)
+                    batch, beside = unpacked(batch, prepare_batch)
                     x = data_of(batch, axes, likelihood)
                     examples = tensors(x)[0].shape[0]
                     row, start, axes = row + examples, row, [t.dim() for t in tensors(x)]
@@ -351,7 +351,7 @@ def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
         return ValueError(
             f"tol={plan.tol:g} needs a model in which a row of the decoder's output depends on that row of z "
             f"alone, since examples that are done are no longer decoded. {reason}. A decoder that uses "
-            "batch data other than z, such as labels, must be given them as context (see unpack=); or "
+            "batch data other than z, such as labels, must be given them as context (see prepare_batch=); or "
             "leave tol out and give k, or use batch_size=1"
         )
 

@@ -48,7 +48,7 @@ class Likelihood(nn.Module):
 
     Attributes:
         takes_integers: x may be an integer tensor; otherwise integers raise.
-        takes_size: the mean accepts a factor for each example, ``size=``.
+        takes_size: the mean accepts a factor for each example, ``size_factor=``.
         differentiable: x may have a gradient.
         inside: a valid value of an element of x; it replaces the elements that a ``mask`` leaves out.
         reads: the meaning of the decoder's first output, for warnings about decoders that return another:
@@ -101,8 +101,8 @@ class Likelihood(nn.Module):
 
     def log_likelihood(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Tensor:
         """Return log p(x|z) [K, B] of a batch x and the decoder's output for K·B rows of z, sample-major."""
-        mask, size, _ = beside or _NOTHING
-        if size is not None:
+        mask, size_factor, _ = beside or _NOTHING
+        if size_factor is not None:
             raise self.no_size()
         batch = tensors(x)[0].shape[0]
         x = each(as_int64, x)  # PyTorch's arithmetic overflows in small integer dtypes
@@ -155,7 +155,7 @@ class Likelihood(nn.Module):
     def no_size(self) -> TypeError:
         known = ", ".join(kind.__name__ for kind in DECLARED.values() if kind.takes_size)
         return TypeError(
-            f"size is a factor of the mean of counts, which a {type(self).__name__} likelihood does not "
+            f"size_factor is a factor of the mean of counts, which a {type(self).__name__} likelihood does not "
             f"have; those that do: {known}. For others give it as context= and use it in the decoder"
         )
 
@@ -288,20 +288,20 @@ class Declared(Likelihood):
             parts = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
             drawn = [p[0] if len(p) == 1 else p for p in zip(*(p.chunk(samples) for p in parts), strict=True)]
             return torch.cat([super(Declared, self).log_likelihood(x, p, 1, beside) for p in drawn])
-        mask, size, _ = beside or _NOTHING
+        mask, size_factor, _ = beside or _NOTHING
         parameters = self._natural(parameters)
         if mask is not None:
-            each = self._elements(observed(x, mask, self), parameters, samples, size)
+            each = self._elements(observed(x, mask, self), parameters, samples, size_factor)
             return summed(torch.where(mask, each, 0.0), samples, len(x))
         given = self._given(x)
-        returned = self._sized(self._read(x, parameters, samples, given), samples, size)
+        returned = self._sized(self._read(x, parameters, samples, given), samples, size_factor)
         spread = [p.reshape(samples, *x.shape) for p in returned]
         return self._op(x, *self._arranged(spread, given))
 
-    def _elements(self, x: Tensor, parameters: Any, samples: int, size: Tensor | None) -> Tensor:
+    def _elements(self, x: Tensor, parameters: Any, samples: int, size_factor: Tensor | None) -> Tensor:
         """Return log p of each element [K, B, *event] by calling the op on rows of one element."""
         given = self._given(x)
-        returned = self._sized(self._read(x, parameters, samples, given), samples, size)
+        returned = self._sized(self._read(x, parameters, samples, given), samples, size_factor)
         one_each = [p.reshape(samples, -1, 1) for p in returned]
         held = [p.expand(x.shape).reshape(-1, 1) if isinstance(p, Tensor) else p for p in given]
         return self._op(x.reshape(-1, 1), *self._arranged(one_each, held)).reshape(samples, *x.shape)
@@ -315,14 +315,16 @@ class Declared(Likelihood):
         """True unless a subclass overrides log_prob."""
         return type(self).log_prob is Declared.log_prob
 
-    def _sized(self, returned: Sequence[Tensor], samples: int, size: Tensor | None) -> tuple[Tensor, ...]:
-        """Multiply the mean by each example's ``size``: add log size to the first output, a log mean."""
-        if size is None:
+    def _sized(
+        self, returned: Sequence[Tensor], samples: int, size_factor: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Multiply the mean by each example's ``size_factor``: add log size_factor to the first output, a log mean."""
+        if size_factor is None:
             return tuple(returned)
         if not self.takes_size:
             raise self.no_size()
         first, *others = returned
-        log_size = repeat(size.log(), samples)
+        log_size = repeat(size_factor.log(), samples)
         return first + log_size.reshape(-1, *[1] * (first.dim() - 1)), *others
 
     def mean(self, parameters: Any) -> Tensor:
@@ -364,7 +366,7 @@ class Declared(Likelihood):
                 if self._bounded:
                     check_support(type(self), x)
                 if beside is not None:
-                    returned = self._sized(returned, samples, beside.size)
+                    returned = self._sized(returned, samples, beside.size_factor)
                 return self.name, x, returned
         else:
             returned = self._read(x, parameters, samples, given)
@@ -374,7 +376,7 @@ class Declared(Likelihood):
         if any([row is None for row in rows]):
             return None
         if beside is not None:
-            returned = self._sized(returned, samples, beside.size)
+            returned = self._sized(returned, samples, beside.size_factor)
         if x.dim() != 2:
             x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
         check_support(type(self), x)
@@ -408,7 +410,7 @@ class Declared(Likelihood):
     def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> Layers | None:
         """Return a last layer in the fused op's form, or None if it does not fit or would not pay."""
         unfit = self.converts or not self.is_declared or x.requires_grad or not x.numel()
-        if unfit or (beside is not None and not (beside.mask is None and beside.size is None)):
+        if unfit or (beside is not None and not (beside.mask is None and beside.size_factor is None)):
             return None
         given = self._given(x)
         count, size = len(self.outputs) - len(given), x.shape[1:].numel()

@@ -63,7 +63,7 @@ class Categorical(Likelihood):
     ) -> Tensor:
         if type(self).log_prob is not Categorical.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
-        if beside is not None and beside.size is not None:
+        if beside is not None and beside.size_factor is not None:
             raise self.no_size()
         x, parameters = signed(x), self._logits(parameters)
         self._check(x, parameters, samples)
@@ -176,8 +176,8 @@ class Multinomial(Likelihood):
     ) -> Tensor:
         if type(self).log_prob is not Multinomial.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
-        mask, size, _ = beside or Beside()
-        if size is not None:
+        mask, size_factor, _ = beside or Beside()
+        if size_factor is not None:
             raise self.no_size()
         logits = self._read(x, self._logits(parameters), samples)
         if mask is not None:

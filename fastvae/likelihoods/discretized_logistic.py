@@ -159,8 +159,8 @@ class DiscretizedLogistic(Scaled):
         level = ((x - self._origin) * ((self.levels - 1) / self._range)).round()
         return level / (self.levels - 1)
 
-    def _elements(self, x: Tensor, parameters: Any, samples: int, size: Tensor | None) -> Tensor:
-        return super()._elements(self._unit(x), parameters, samples, size)
+    def _elements(self, x: Tensor, parameters: Any, samples: int, size_factor: Tensor | None) -> Tensor:
+        return super()._elements(self._unit(x), parameters, samples, size_factor)
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None

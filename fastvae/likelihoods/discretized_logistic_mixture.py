@@ -86,8 +86,8 @@ class DiscretizedLogisticMixture(Likelihood):
     ) -> Tensor:
         if type(self).log_prob is not DiscretizedLogisticMixture.log_prob:  # overridden by a subclass
             return super().log_likelihood(x, parameters, samples, beside)
-        mask, size, _ = beside or Beside()
-        if size is not None:
+        mask, size_factor, _ = beside or Beside()
+        if size_factor is not None:
             raise self.no_size()
         x, parts = self._read(x, parameters, samples)
         if mask is not None:

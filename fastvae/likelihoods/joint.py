@@ -19,7 +19,7 @@ class Joint(Likelihood):
 
     .. math:: \log p(x|z_k) = \sum_{\text{parts } j} \log p_j(x_j|z_k)
 
-    ``mask`` and ``size`` are dicts by part, too; parts without one may be left out.
+    ``mask`` and ``size_factor`` are dicts by part, too; parts without one may be left out.
 
     Args:
         parts: the likelihood of each part, by keyword: a name or an object.

@@ -121,9 +121,9 @@ class OptimalGaussian(Gaussian):
             )
         return (self.variance.to(x.device).log(),)
 
-    def _elements(self, x: Tensor, parameters: Any, samples: int, size: Tensor | None) -> Tensor:
+    def _elements(self, x: Tensor, parameters: Any, samples: int, size_factor: Tensor | None) -> Tensor:
         with self._measured(x, parameters, samples):
-            return super()._elements(x, parameters, samples, size)
+            return super()._elements(x, parameters, samples, size_factor)
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None

@@ -216,9 +216,9 @@ def _beta(case: Case, dtype: torch.dtype) -> Any:
 
 def options_of(built: Built) -> dict[str, Any]:
     c = built.case
-    options: dict[str, Any] = {"mask": built.mask, "size": built.size, "context": built.context}
+    options: dict[str, Any] = {"mask": built.mask, "size_factor": built.size, "context": built.context}
     if c.entry in ("elbo", "beta_tc") or c.entry == "reconstruction_log_prob":
-        options["samples"] = c.k
+        options["k"] = c.k
     else:
         options["k"] = c.k
     if c.entry in ("elbo", "iwae", "bound", "beta_tc"):
@@ -240,7 +240,7 @@ def options_of(built: Built) -> dict[str, Any]:
     if c.entry == "iwae":
         options["estimator"] = c.estimator
     if c.encoder:
-        options["encoder"] = oracle.ENCODERS[c.encoder][0]()
+        options["q_objective"] = oracle.ENCODERS[c.encoder][0]()
     return options
 
 
@@ -257,11 +257,11 @@ def call(built: Built) -> dict[str, Tensor]:
     if c.entry == "reconstruction_log_prob":
         meaning.pop("prior")
     if c.entry == "evaluate":
-        unused = options.pop("mask"), options.pop("size"), options.pop("context")
+        unused = options.pop("mask"), options.pop("size_factor"), options.pop("context")
         mask, size, context = unused
-        parts = {"x": built.x, "context": context, "mask": mask, "size": size}
+        parts = {"x": built.x, "context": context, "mask": mask, "size_factor": size}
         data = Rows({n: t for n, t in parts.items() if t is not None}, c.batch)
-        options |= {"unpack": lambda batch: batch, "batch_size": _batch_size(c), "progress": False}
+        options |= {"prepare_batch": lambda batch: batch, "batch_size": _batch_size(c), "progress": False}
         encoder = Encoder(built)
         if c.via == "function":
             found = fastvae.evaluate(encoder, built.decoder, data, **options, **meaning)
