@@ -85,11 +85,15 @@ def test_a_decoder_is_called_as_it_is(fused, name, run):
     assert events == expected_events
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3, equal_nan=True)
     assert grads.keys() == expected_grads.keys()
+    # The gradient of a bias in front of a batch norm is the rounding of a sum of numbers like the largest.
+    largest = max(
+        (float(g.abs().nan_to_num().max()) for g in expected_grads.values() if g is not None), default=0
+    )
     for parameter, grad in expected_grads.items():
         assert (grads[parameter] is None) == (grad is None), parameter
         if grad is not None:
-            scale = float(grad.abs().max())
-            torch.testing.assert_close(grads[parameter], grad, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+            atol = 1e-4 * float(grad.abs().max()) + 1e-6 * largest
+            torch.testing.assert_close(grads[parameter], grad, rtol=1e-3, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["sequential", "forward hook on the container", "Linear.forward patched"])
@@ -149,9 +153,15 @@ def test_sharded_and_replicated():
             line.split("|")[1:] for line in run.stdout.splitlines() if line.startswith(f"{name}|")
         )
     assert len(found) == 11
+
+    def numbers(text):
+        return pytest.approx([float(word) for word in text.split()], rel=1e-4)
+
     for name, outcomes in found.items():
-        assert outcomes["True"] == outcomes["False"] and outcomes["False"].startswith("-1"), (name, outcomes)
+        assert numbers(outcomes["True"]) == numbers(outcomes["False"]).expected, (name, outcomes)
+        assert outcomes["False"].startswith("-1"), (name, outcomes)
         if name == "FSDP2 of the decoder, too":
             assert "last layer was freed after the call, as sharding does" in outcomes["FusedHead"]
         else:
-            assert outcomes.get("FusedHead", outcomes["True"]) == outcomes["True"], (name, outcomes)
+            fused_head = outcomes.get("FusedHead", outcomes["True"])
+            assert numbers(fused_head) == numbers(outcomes["True"]).expected, (name, outcomes)
