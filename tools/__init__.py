@@ -1,0 +1,1 @@
+"""What developers run on a checkout; nothing here is installed."""
