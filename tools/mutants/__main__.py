@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .blocks import ROOT, block_at, sources
 from .copies import build, in_copy
-from .generate import Site, applied, changed_lines, parses, sample, sites
+from .generate import Site, applied, changed_lines, sample, sites
 from .places import Entry, locate, mutated, read_table, stale
 from .record import Recording, record
 from .run import Done, Job, fork_all, replace, run_tests
@@ -74,8 +74,8 @@ def _generated(chosen: list[Site], jobs: int, cap: float, only_list: bool) -> in
         work.append(
             Job(
                 str(number),
-                lambda folder, site=site, text=text: replace(in_copy(folder, site.file), text),  # type: ignore[misc]
-                lambda folder, tests=tests: run_tests([], tests),  # type: ignore[misc]
+                lambda folder, site=site, text=text: replace(in_copy(folder, site.file), text),
+                lambda folder, tests=tests: run_tests([], tests),
                 60 + 3 * seconds,
             )
         )
@@ -106,7 +106,7 @@ def _work_on(entry: Entry | None, kind: str, tests: list[str]) -> Job:
     def prepare(folder: Path) -> object:
         return replace(in_copy(folder, entry.file), mutated(entry)) if entry else None
 
-    return Job(str(entry.line) if entry else "", prepare, compile_and_test, 3600.0)  # type: ignore[arg-type]
+    return Job(str(entry.line) if entry else "", prepare, compile_and_test, 3600.0)
 
 
 def _written(kinds: list[str], only: str, jobs: int) -> int:
@@ -128,7 +128,9 @@ def _written(kinds: list[str], only: str, jobs: int) -> int:
             if not done.name:
                 if done.code != 0:
                     survived += 1
-                print(f"{kind}: unchanged code {'passes' if done.code == 0 else f'FAILS {done.verdict()[1]}'}")
+                print(
+                    f"{kind}: unchanged code {'passes' if done.code == 0 else f'FAILS {done.verdict()[1]}'}"
+                )
                 continue
             noticed, message = _verdict(done)
             caught += noticed

@@ -35,8 +35,18 @@ def build(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     runpy.run_path(str(folder / "csrc/list_likelihoods.py"))["write"](target.parent)
     python = sysconfig.get_paths()["include"]
     includes = [f"-I{p}" for p in (folder / "csrc", pybind11.get_include(), python, target.parent)]
-    flags = "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -shared -fPIC -fopenmp-simd -fvisibility=hidden"
-    command = ["c++", *flags.split(), *options, *includes, str(folder / "csrc/bindings.cpp"), "-o", str(target)]
+    flags = (
+        "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -shared -fPIC -fopenmp-simd -fvisibility=hidden"
+    )
+    command = [
+        "c++",
+        *flags.split(),
+        *options,
+        *includes,
+        str(folder / "csrc/bindings.cpp"),
+        "-o",
+        str(target),
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -9,35 +9,32 @@ from typing import NamedTuple
 
 from .blocks import FUNCTIONS, ROOT, is_text
 
-_COMPARISONS: dict[type, type] = {
+_words = str.split
+_OPERATORS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
+    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
-_ARITHMETIC: dict[type, type] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
-    ast.MatMult: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
-}  # fmt: skip
-_PAIRS = (
-    "min max", "amin amax", "minimum maximum", "fmin fmax", "any all", "zeros_like ones_like", "zeros ones",
-    "new_zeros new_ones", "clamp_min clamp_max", "floor ceil", "sum mean", "cumsum cumprod",
-)  # fmt: skip
-_EXCHANGED = {a: b for pair in _PAIRS for a, b in (pair.split(), pair.split()[::-1])}
+_PAIRS = _words(
+    "min,max amin,amax minimum,maximum fmin,fmax any,all zeros_like,ones_like zeros,ones new_zeros,new_ones "
+    "clamp_min,clamp_max floor,ceil sum,mean cumsum,cumprod"
+)
+_EXCHANGED = {a: b for pair in _PAIRS for a, b in (pair.split(","), pair.split(",")[::-1])}
 # Methods whose result is of the same kind as what they are called on. `.to`, `.float`, `.detach` and
 # `.contiguous` are left out: what survives is nearly always equivalent.
-_DROPPED = frozenset(
-    "abs neg clone exp log sqrt square flip cumsum cumprod sort clamp double prepared expand_as reciprocal"
-    " flatten unsqueeze squeeze".split()
+_DROPPED = _words(
+    "abs neg clone exp log sqrt square flip cumsum cumprod sort clamp double prepared expand_as reciprocal "
+    "flatten unsqueeze squeeze"
 )
-_KEPT_KEYWORDS = frozenset(
-    "strict stacklevel name device dtype layout pin_memory file end flush desc".split()
-)
+_KEPT_KEYWORDS = _words("strict stacklevel name device dtype layout pin_memory file end flush desc")
 # Their arguments are texts, types, or for compilers to read.
-_UNTOUCHED = frozenset(
-    "warn cast TypeVar getattr hasattr setattr isinstance issubclass static_assert static_print print"
-    " static_range field dataclass".split()
+_UNTOUCHED = _words(
+    "warn cast TypeVar getattr hasattr setattr isinstance issubclass static_assert static_print print "
+    "static_range field dataclass"
 )
-_MODULES = frozenset("torch math tl np random functional".split())
+_MODULES = _words("torch math tl np random functional")
 _LEAST = 14  # characters of an old fragment, if its statement has as many
 
 
@@ -66,8 +63,7 @@ class Site(NamedTuple):
 
 
 def _like(node: ast.AST, **changes: object) -> ast.AST:
-    fields = {name: getattr(node, name, None) for name in node._fields} | changes
-    return ast.copy_location(type(node)(**fields), node)
+    return type(node)(**{name: getattr(node, name, None) for name in node._fields} | changes)
 
 
 class _Finder(ast.NodeVisitor):
@@ -86,14 +82,15 @@ class _Finder(ast.NodeVisitor):
 
     def add(self, operator: str, node: ast.AST, new: ast.AST) -> None:
         if self.known:
-            name = ".".join(self.functions)
-            self.found.append((operator, name, tuple(self.above), node, ast.copy_location(new, node)))
+            self.found.append((operator, ".".join(self.functions), tuple(self.above), node, new))
 
     def drop(self, node: ast.stmt) -> None:
         self.add("statement dropped", node, ast.Pass())
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        if node.name in ("__repr__", "extra_repr") or any("overload" in ast.dump(d) for d in node.decorator_list):
+        if node.name in ("__repr__", "extra_repr") or any(
+            "overload" in ast.dump(d) for d in node.decorator_list
+        ):
             return
         self.functions.append(node.name)
         self.known.append({a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)})
@@ -125,7 +122,7 @@ class _Finder(ast.NodeVisitor):
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.drop(node)
-        if (operator := _ARITHMETIC.get(type(node.op))) is not None:
+        if (operator := _OPERATORS.get(type(node.op))) is not None:
             self.add("arithmetic", node, _like(node, op=operator()))
         self.visit(node.value)
 
@@ -163,13 +160,13 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Compare(self, node: ast.Compare) -> None:
         for i, operator in enumerate(node.ops):
-            if type(operator) in _COMPARISONS:
-                other = _COMPARISONS[type(operator)]()
+            if type(operator) in _OPERATORS:
+                other = _OPERATORS[type(operator)]()
                 self.add("comparison", node, _like(node, ops=[*node.ops[:i], other, *node.ops[i + 1 :]]))
         self.generic_visit(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        self.add("and/or", node, _like(node, op=ast.Or() if isinstance(node.op, ast.And) else ast.And()))
+        self.add("and/or", node, _like(node, op=_OPERATORS[type(node.op)]()))
         self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
@@ -185,8 +182,8 @@ class _Finder(ast.NodeVisitor):
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         texts = [n for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-        if type(node.op) in _ARITHMETIC and not texts:
-            self.add("arithmetic", node, _like(node, op=_ARITHMETIC[type(node.op)]()))
+        if type(node.op) in _OPERATORS and not texts:
+            self.add("arithmetic", node, _like(node, op=_OPERATORS[type(node.op)]()))
         self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:

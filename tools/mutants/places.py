@@ -171,9 +171,7 @@ def locate(entry: Entry, root: Path = ROOT) -> tuple[int, int]:
         elsewhere = sorted({n for n, _, _ in scopes(entry.file, root) if n.split(sign)[-1] == last})
         hint = f"it has {', '.join(elsewhere)}" if elsewhere else "name the one that does this now"
         raise Stale(entry, f"no function of this name in the file: {hint}, or delete the entry")
-    found = {
-        (m.start(), m.end()) for a, b in spans for m in pattern(entry.old).finditer(text, a, b)
-    }
+    found = {(m.start(), m.end()) for a, b in spans for m in pattern(entry.old).finditer(text, a, b)}
     if len(found) != 1:
         counted = "does not occur" if not found else f"occurs {len(found)} times"
         mend = "write what the code says now, or delete the entry" if not found else "lengthen it"

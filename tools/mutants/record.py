@@ -11,7 +11,6 @@ import hashlib
 import importlib.machinery
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +23,9 @@ from .run import Job, fork_all
 
 HITS = ROOT / "build" / "mutants" / "hits"
 _FOLDER, _FILE = "FASTVAE_MUTANTS_COPY", "FASTVAE_MUTANTS_HITS"
-_PRELUDE = "from torch.compiler import is_compiling as _hit_no\nfrom tools.mutants.record import hit as _hit\n"
+_PRELUDE = (
+    "from torch.compiler import is_compiling as _hit_no\nfrom tools.mutants.record import hit as _hit\n"
+)
 
 seen: set[str] = set()
 _stream: int | None = None
@@ -38,7 +39,7 @@ def hit(key: str) -> None:
             os.write(_stream, f"{key}\n".encode())
 
 
-def _instrument(tree: ast.AST, file: str) -> ast.AST:
+def instrumented(tree: ast.AST, file: str) -> ast.AST:
     for block in list(blocks(tree, file)):
         # Compilers would guard on the set of hits.
         call = ast.parse(f"_hit_no() or _hit({block.key!r})").body[0]
@@ -53,12 +54,12 @@ def _watch(folder: str) -> None:
     """Instrument what is imported from a copy, and what Triton's interpreter compiles again."""
     get_code, compiled = importlib.machinery.SourceFileLoader.get_code, builtins.compile
 
-    def instrumented(self: Any, fullname: str) -> Any:
+    def get_instrumented(self: Any, fullname: str) -> Any:
         file = name_of(self.path, Path(folder))
         if file is None:
             return get_code(self, fullname)
-        tree = _instrument(ast.parse(Path(self.path).read_text()), file)
-        body = tree.body  # type: ignore[attr-defined]
+        tree = instrumented(ast.parse(Path(self.path).read_text()), file)
+        body = tree.body
         last = max(
             (i for i, s in enumerate(body) if getattr(s, "module", None) == "__future__"),
             default=0 if body and isinstance(body[0], ast.Expr) else -1,
@@ -68,11 +69,11 @@ def _watch(folder: str) -> None:
 
     def compile_again(source: Any, filename: Any, mode: str, *rest: Any, **options: Any) -> Any:
         if isinstance(source, ast.Module) and (file := name_of(str(filename), Path(folder))) is not None:
-            source = ast.fix_missing_locations(_instrument(source, file))
+            source = ast.fix_missing_locations(instrumented(source, file))
         return compiled(source, filename, mode, *rest, **options)
 
-    importlib.machinery.SourceFileLoader.get_code = instrumented  # type: ignore[method-assign]
-    builtins.compile = compile_again  # type: ignore[assignment]
+    importlib.machinery.SourceFileLoader.get_code = get_instrumented
+    builtins.compile = compile_again
 
 
 def _to_stream() -> None:
@@ -162,10 +163,7 @@ def record(test_files: list[str], jobs: int) -> int:
         raise SystemExit(f"{missing[0]}: no such test file; name it from the root, as tests/test_vae.py")
     HITS.mkdir(parents=True, exist_ok=True)
     wrong = 0
-    work = [
-        Job(f, lambda folder: None, lambda folder, f=f: _record_one(f, folder), 3600.0)  # type: ignore[misc]
-        for f in chosen
-    ]
+    work = [Job(f, lambda folder: None, lambda folder, f=f: _record_one(f, folder), 3600.0) for f in chosen]
     for done in fork_all(work, jobs):
         print(f"{done.name}: {done.seconds:.0f} s, {done.last()}", flush=True)
         if done.code != 0:
@@ -228,7 +226,10 @@ class Recording:
             if spent + self.seconds[test] <= 0.6 * cap:
                 chosen.append(test)
                 spent += self.seconds[test]
-        turns = [[q[i] for q in queues.values() if i < len(q)] for i in range(max(map(len, queues.values()), default=0))]
+        turns = [
+            [q[i] for q in queues.values() if i < len(q)]
+            for i in range(max(map(len, queues.values()), default=0))
+        ]
         for test in (t for turn in turns for t in turn):
             if spent + self.seconds[test] <= cap and len(chosen) < 500:
                 chosen.append(test)

@@ -132,7 +132,9 @@ def fork_all(work: list[Job], jobs: int) -> Iterator[Done]:
                     if restore:
                         restore()
                     free.append(folder)
-                    yield Done(job.name, code, seconds, (folder.parent / "log.txt").read_text(errors="replace"))
+                    yield Done(
+                        job.name, code, seconds, (folder.parent / "log.txt").read_text(errors="replace")
+                    )
         finally:
             for pid in running:
                 _kill(pid)

@@ -1,6 +1,6 @@
 """The C++ tests on an extension built with the address and undefined-behaviour sanitisers, in a scratch copy.
 
-``python -m tests.sanitize [base avx2 avx512]`` runs them for each instruction set named (default: all that
+``python -m tools.sanitize [base avx2 avx512]`` runs them for each instruction set named (default: all that
 this processor has) and fails on the first report. It is no part of the test suite: it takes some minutes.
 """
 
@@ -12,9 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .mutants import TESTS, build, copy_to
+from .mutants.copies import build, copy_to
 
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("full", "grouped", "importance", "likelihoods", "latent", "mixture", "random", "torch")
+]
 
 
 def _library(name: str) -> str:
