@@ -1,4 +1,4 @@
-"""The mutants' tables fit today's code, and the generator is repeatable: what a rename would break in silence."""
+"""The tables of mutants fit the code of today, and a seed gives the same mutants each time."""
 
 from __future__ import annotations
 

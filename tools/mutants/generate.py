@@ -12,10 +12,10 @@ from .blocks import FUNCTIONS, ROOT, is_text
 _words = str.split
 _OPERATORS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
-    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift,
-    ast.RShift: ast.LShift, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub,
+    ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+    ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
 _PAIRS = _words(
     "min,max amin,amax minimum,maximum fmin,fmax any,all zeros_like,ones_like zeros,ones new_zeros,new_ones "
@@ -66,6 +66,10 @@ def _like(node: ast.AST, **changes: object) -> ast.AST:
     return type(node)(**{name: getattr(node, name, None) for name in node._fields} | changes)
 
 
+def _may_be_swapped(a: ast.expr, b: ast.expr) -> bool:
+    return not any(isinstance(n, (ast.Starred, ast.Constant)) for n in (a, b)) and ast.dump(a) != ast.dump(b)
+
+
 class _Finder(ast.NodeVisitor):
     """Visits a file's functions and notes each (operator, function, ancestors, node, replacement)."""
 
@@ -80,30 +84,27 @@ class _Finder(ast.NodeVisitor):
         super().visit(node)
         self.above.pop()
 
-    def add(self, operator: str, node: ast.AST, new: ast.AST) -> None:
+    def add(self, operator: str, node: ast.AST, new: ast.AST | None = None, **changes: object) -> None:
+        """Note a replacement: another node, or this one with some fields changed."""
         if self.known:
-            self.found.append((operator, ".".join(self.functions), tuple(self.above), node, new))
-
-    def drop(self, node: ast.stmt) -> None:
-        self.add("statement dropped", node, ast.Pass())
+            name = ".".join(self.functions)
+            self.found.append((operator, name, tuple(self.above), node, new or _like(node, **changes)))
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        if node.name in ("__repr__", "extra_repr") or any(
-            "overload" in ast.dump(d) for d in node.decorator_list
-        ):
+        declares = any("overload" in ast.dump(d) for d in node.decorator_list)
+        if declares or node.name in ("__repr__", "extra_repr"):
             return
-        self.functions.append(node.name)
-        self.known.append({a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)})
-        for statement in node.body[is_text(node.body[0]) :]:
-            self.visit(statement)
+        self.known.append({a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)})
+        self._visit_all(node, node.body[is_text(node.body[0]) :])
         self.known.pop()
-        self.functions.pop()
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._visit_all(node, [s for s in node.body if isinstance(s, (*FUNCTIONS, ast.ClassDef))])
+
+    def _visit_all(self, node: ast.FunctionDef | ast.ClassDef, body: list[ast.stmt]) -> None:
         self.functions.append(node.name)
-        for statement in node.body:
-            if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
-                self.visit(statement)
+        for statement in body:
+            self.visit(statement)
         self.functions.pop()
 
     def _leave(self, node: ast.AST) -> None:
@@ -112,38 +113,35 @@ class _Finder(ast.NodeVisitor):
     visit_Raise = visit_Assert = visit_JoinedStr = visit_Import = visit_ImportFrom = _leave
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value:
-            self.visit(node.value)
+        self.visit(node.value or node.target)
 
     def visit_Expr(self, node: ast.Expr) -> None:
         if isinstance(node.value, ast.Call):
-            self.drop(node)
+            self.add("statement dropped", node, ast.Pass())
             self.visit(node.value)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.drop(node)
-        if (operator := _OPERATORS.get(type(node.op))) is not None:
-            self.add("arithmetic", node, _like(node, op=operator()))
+        self.add("statement dropped", node, ast.Pass())
+        if type(node.op) in _OPERATORS:
+            self.add("arithmetic", node, op=_OPERATORS[type(node.op)]())
         self.visit(node.value)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        for target in node.targets:
+        for target in node.targets if self.known else ():
             names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
             # A first assignment to a name is never left out: what follows then fails for a trivial reason.
-            if isinstance(target, (ast.Attribute, ast.Subscript)) or (self.known and names <= self.known[-1]):
-                self.drop(node)
-            if self.known and isinstance(target, (ast.Name, ast.Tuple)):
+            if isinstance(target, (ast.Attribute, ast.Subscript)) or names <= self.known[-1]:
+                self.add("statement dropped", node, ast.Pass())
+            if isinstance(target, (ast.Name, ast.Tuple)):
                 self.known[-1].update(names)
         self.visit(node.value)
 
     def visit_Return(self, node: ast.Return) -> None:
-        value = node.value
-        if isinstance(value, ast.Tuple) and value.elts:
-            self.add("first of a tuple returned", node, _like(node, value=value.elts[0]))
-        elif value is not None and not isinstance(value, ast.Constant):
-            self.add("None returned", node, _like(node, value=ast.Constant(None)))
-        if value is not None:
-            self.visit(value)
+        if isinstance(node.value, ast.Tuple) and node.value.elts:
+            self.add("first of a tuple returned", node, value=node.value.elts[0])
+        elif not isinstance(node.value, (ast.Constant, type(None))):
+            self.add("None returned", node, value=ast.Constant(None))
+        self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
         if "TYPE_CHECKING" in ast.dump(node.test):
@@ -160,47 +158,44 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Compare(self, node: ast.Compare) -> None:
         for i, operator in enumerate(node.ops):
-            if type(operator) in _OPERATORS:
-                other = _OPERATORS[type(operator)]()
-                self.add("comparison", node, _like(node, ops=[*node.ops[:i], other, *node.ops[i + 1 :]]))
+            other = _OPERATORS[type(operator)]()
+            self.add("comparison", node, ops=[*node.ops[:i], other, *node.ops[i + 1 :]])
         self.generic_visit(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        self.add("and/or", node, _like(node, op=_OPERATORS[type(node.op)]()))
+        self.add("and/or", node, op=_OPERATORS[type(node.op)]())
         self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
         if isinstance(node.op, (ast.Not, ast.Invert)):
             self.add("negation dropped", node, node.operand)
-        elif isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        elif isinstance(node.operand, ast.Constant):
             if node.operand.value == 1:
                 self.add("last for first", node, ast.Constant(0))
             return
-        elif isinstance(node.op, ast.USub):
+        else:
             self.add("sign", node, node.operand)
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         texts = [n for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         if type(node.op) in _OPERATORS and not texts:
-            self.add("arithmetic", node, _like(node, op=_OPERATORS[type(node.op)]()))
+            self.add("arithmetic", node, op=_OPERATORS[type(node.op)]())
         self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:
         value = node.value
         if isinstance(value, bool):
-            self.add("bool", node, ast.Constant(not value))
+            self.add("bool", node, value=not value)
         elif isinstance(value, int):
-            self.add("constant", node, ast.Constant({0: 1, 1: 0, 2: 1}.get(value, value + 1)))
+            self.add("constant", node, value={0: 1, 1: 0, 2: 1}.get(value, value + 1))
         elif isinstance(value, float):
-            self.add("constant", node, ast.Constant(value * 2 if value else 1.0))
+            self.add("constant", node, value=value * 2 if value else 1.0)
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
-        if isinstance(part := node.slice, ast.Slice):
-            if part.lower is not None:
-                self.add("slice widened", node, _like(node, slice=_like(part, lower=None)))
-            if part.upper is not None:
-                self.add("slice widened", node, _like(node, slice=_like(part, upper=None)))
+        for end in ("lower", "upper") if isinstance(node.slice, ast.Slice) else ():
+            if getattr(node.slice, end) is not None:
+                self.add("slice widened", node, slice=_like(node.slice, **{end: None}))
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
@@ -217,23 +212,17 @@ class _Finder(ast.NodeVisitor):
             return
         if name in _EXCHANGED and (is_method or name != "sum"):
             other = {"attr" if is_method else "id": _EXCHANGED[name]}
-            self.add("function exchanged", node, _like(node, func=_like(called, **other)))
+            self.add("function exchanged", node, func=_like(called, **other))
         if is_method and name in _DROPPED and not of_module:
             self.add("method dropped", node, called.value)
         if name == "where" and len(given) == 3:
             self.add("where true", node, given[1])
             self.add("where false", node, given[2])
-        elif (
-            len(given) > 1
-            and name not in _EXCHANGED
-            and not any(isinstance(a, (ast.Starred, ast.Constant)) for a in given[:2])
-            and ast.dump(given[0]) != ast.dump(given[1])
-        ):
-            self.add("arguments swapped", node, _like(node, args=[given[1], given[0], *given[2:]]))
+        elif len(given) > 1 and name not in _EXCHANGED and _may_be_swapped(*given[:2]):
+            self.add("arguments swapped", node, args=[given[1], given[0], *given[2:]])
         for i, keyword in enumerate(node.keywords):
             if keyword.arg and keyword.arg not in _KEPT_KEYWORDS:
-                rest = [*node.keywords[:i], *node.keywords[i + 1 :]]
-                self.add("keyword dropped", node, _like(node, keywords=rest))
+                self.add("keyword dropped", node, keywords=[*node.keywords[:i], *node.keywords[i + 1 :]])
         self.generic_visit(node)
 
 
@@ -265,13 +254,10 @@ def sites(file: str, source: str | None = None) -> list[Site]:
                 if last - first >= _LEAST:
                     break
         first, last = span(whole)
-        old, before, after = raw[first:last], raw[first:begin], raw[end:last]
-        changed = b"".join((before, replacement.encode(), after))
-        old_text, new_text = (" ".join(t.decode().split()) for t in (old, changed))
-        if old_text != new_text:
-            made.append(
-                Site(file, function, operator, node.lineno, begin, end, replacement, old_text, new_text)
-            )
+        changed = raw[first:begin] + replacement.encode() + raw[end:last]
+        fragments = [" ".join(part.decode().split()) for part in (raw[first:last], changed)]
+        if fragments[0] != fragments[1]:
+            made.append(Site(file, function, operator, node.lineno, begin, end, replacement, *fragments))
     return made
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from .blocks import FUNCTIONS, ROOT
 
 HERE = Path(__file__).parent
 _ENTRY = re.compile(r"(\S+) +\(([^)]*)\) +(.*?) =>(?: (.*?))??(?: -- (.*))?")
-_CONTROL = frozenset("if for while switch do else try catch return constexpr".split())
+_CONTROL = ("if", "for", "while", "switch", "do", "else", "try", "catch", "return", "constexpr")
 
 
 class Entry(NamedTuple):
@@ -186,12 +185,12 @@ def mutated(entry: Entry, root: Path = ROOT) -> str:
     return text[:first] + entry.new + text[last:]
 
 
-def stale(entries: list[Entry], check: Callable[[Entry], object] = mutated) -> list[str]:
+def stale(entries: list[Entry]) -> list[str]:
     """What is wrong with each entry that does not apply to the code."""
     problems = []
     for entry in entries:
         try:
-            check(entry)
+            locate(entry)
         except Stale as problem:
             problems.append(str(problem))
     return problems

@@ -12,7 +12,8 @@ import importlib.machinery
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,12 @@ def record(test_files: list[str], jobs: int) -> int:
 class Recording:
     """What was recorded: tests by block, and each one's seconds."""
 
-    def __init__(self, files: Iterable[Path] | None = None) -> None:
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.by_block: dict[str, list[str]] = {}
-        self.on_import: dict[str, list[str]] = {}
+        self.files: dict[str, set[str]] = {}
         self.stale: list[str] = []
-        for path in sorted(HITS.glob("*.json") if files is None else files):
+        for path in sorted(HITS.glob("*.json")):
             found = json.loads(path.read_text())
             test_file = f"tests/{path.stem}.py"
             if not (ROOT / test_file).exists():
@@ -188,12 +189,12 @@ class Recording:
             if found["digest"] != _digest(test_file):
                 self.stale.append(test_file)
             for test, (seconds, passed, hits) in found["tests"].items():
-                if test and not passed:
-                    continue
-                self.seconds[test] = seconds
+                if test and passed:
+                    self.seconds[test] = seconds
                 for i in hits:
-                    where = self.by_block if test else self.on_import
-                    where.setdefault(found["keys"][i], []).append(test or test_file)
+                    self.files.setdefault(found["keys"][i], set()).add(test_file)
+                    if test and passed:
+                        self.by_block.setdefault(found["keys"][i], []).append(test)
         if not self.seconds:
             raise SystemExit(
                 f"nothing is recorded in {HITS}: `python -m tools.mutants record` runs the tests once"
@@ -203,11 +204,8 @@ class Recording:
         """All tests that enter a block; for one entered on import, those of every file that imports it."""
         if key is None:
             return []
-        found = self.by_block.get(key) or []
-        if not found and key in self.on_import:
-            files = set(self.on_import[key])
-            found = [t for t in self.seconds if t.partition("::")[0] in files]
-        return found
+        files = self.files.get(key, ())
+        return self.by_block.get(key) or [t for t in self.seconds if t.partition("::")[0] in files]
 
     def choose(self, key: str | None, file: str, cap: float) -> list[str]:
         """Tests for a mutant within so many seconds: its module's own first, then by turns of all files.
@@ -219,27 +217,15 @@ class Recording:
             queues.setdefault(test.partition("::")[0], []).append(test)
         own = f"tests/test_{Path(file).stem.strip('_')}.py"
         if own not in queues and queues:
-            own = max(queues, key=lambda q: (self._blocks_of(file).get(q, 0), q))
+            entered = Counter(f for k, files in self.files.items() if k.startswith(f"{file}:") for f in files)
+            own = max(queues, key=lambda q: (entered[q], q))
+        first = queues.pop(own, [])
+        turns = [t for turn in zip_longest(*queues.values()) for t in turn if t is not None]
         chosen: list[str] = []
         spent = 0.0
-        for test in queues.pop(own, []):
-            if spent + self.seconds[test] <= 0.6 * cap:
-                chosen.append(test)
-                spent += self.seconds[test]
-        turns = [
-            [q[i] for q in queues.values() if i < len(q)]
-            for i in range(max(map(len, queues.values()), default=0))
-        ]
-        for test in (t for turn in turns for t in turn):
-            if spent + self.seconds[test] <= cap and len(chosen) < 500:
-                chosen.append(test)
-                spent += self.seconds[test]
-        return chosen or self.tests_of(key)[:1]
-
-    def _blocks_of(self, file: str) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for key, tests in self.by_block.items():
-            if key.startswith(f"{file}:"):
-                for name in {t.partition("::")[0] for t in tests}:
-                    counts[name] = counts.get(name, 0) + 1
-        return counts
+        for tests, limit in ((first, 0.6 * cap), (turns, cap)):
+            for test in tests:
+                if spent + self.seconds[test] <= limit and len(chosen) < 500:
+                    chosen.append(test)
+                    spent += self.seconds[test]
+        return chosen or [*first, *turns][:1]

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from .blocks import ROOT
 from .copies import copy_extension, copy_to
 
-UNKNOWN = 99
+NOT_COMPILED, UNKNOWN = 98, 99
 
 
 class Job(NamedTuple):
-    """What one process does: ``prepare`` the copy, in the parent; ``work`` in the child gives its exit code."""
+    """What one process does: the parent prepares the copy, the child works and gives an exit code."""
 
-    name: str
+    name: object
     prepare: Callable[[Path], Callable[[], None] | None]
     work: Callable[[Path], int]
     limit: float
@@ -29,7 +29,7 @@ class Job(NamedTuple):
 class Done(NamedTuple):
     """A job's end: its exit code (None where it ran past its limit), seconds, and what it printed."""
 
-    name: str
+    name: object
     code: int | None
     seconds: float
     text: str
@@ -56,10 +56,9 @@ class Done(NamedTuple):
 
 
 def _preload() -> None:
-    os.environ.update(
-        # Of all that a test may draw, the same every time.
-        CI="1", FASTVAE_TEST_PROFILE="mutants", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1"
-    )  # fmt: skip
+    # Of all that a test may draw, the same every time.
+    os.environ.update(CI="1", FASTVAE_TEST_PROFILE="mutants", OMP_NUM_THREADS="1")
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     import hypothesis.extra.numpy
     import pytest
     import scipy.stats
