@@ -76,6 +76,7 @@ def _preload() -> None:
 
 def _child(job: Job, folder: Path, log: Path) -> None:
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, nothing), (1, out), (2, out)):
@@ -98,6 +99,8 @@ def fork_all(work: list[Job], jobs: int) -> Iterator[Done]:
     if not work:
         return
     _preload()
+    # The processes in their own sessions and the copies go with this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="mutants") as scratch:
         free = []
         for i in range(min(jobs, len(work))):
