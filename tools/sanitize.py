@@ -1,7 +1,8 @@
 """The C++ tests on an extension built with the address and undefined-behaviour sanitisers, in a scratch copy.
 
 ``python -m tools.sanitize [base avx2 avx512]`` runs them for each instruction set named (default: all that
-this processor has) and fails on the first report. It is no part of the test suite: it takes some minutes.
+this processor has) and fails on the first report. It is not part of the test suite: it takes
+some minutes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main(names: list[str]) -> int:
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(folder),
-                # Python is not instrumented: the runtime comes first, and what Python keeps is no leak.
+                # Python is not instrumented: the runtime comes first, and what Python keeps does not leak.
                 "LD_PRELOAD": " ".join(map(_library, ("libasan.so", "libubsan.so"))),
                 "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
                 "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",

@@ -36,12 +36,12 @@ def accepted() -> dict[tuple[str, ...], Entry]:
 
 def stale_accepted() -> list[str]:
     """Accepted survivors that the generator no longer makes."""
-    made = {file: {s.key for s in sites(file)} for file in {key[0] for key in accepted()} & set(sources())}
+    today = {file: {s.key for s in sites(file)} for file in {key[0] for key in accepted()} & set(sources())}
     return [
         f"{e.table}, line {e.line}: no mutant of {e.file} {e.function} ({e.words}) is "
         f"{e.old!r} => {e.new!r} now: delete the entry, or write the one that took its place"
         for key, e in accepted().items()
-        if key not in made.get(key[0], ())
+        if key not in today.get(key[0], ())
     ]
 
 

@@ -239,7 +239,7 @@ def sites(file: str, source: str | None = None) -> list[Site]:
 
     finder = _Finder()
     finder.visit(ast.parse(text))
-    made = []
+    found = []
     for operator, function, above, node, new in finder.found:
         begin, end = span(node)
         bare = (ast.stmt, ast.Constant, ast.Name, ast.Call, ast.Attribute, ast.Subscript)
@@ -257,8 +257,8 @@ def sites(file: str, source: str | None = None) -> list[Site]:
         changed = raw[first:begin] + replacement.encode() + raw[end:last]
         fragments = [" ".join(part.decode().split()) for part in (raw[first:last], changed)]
         if fragments[0] != fragments[1]:
-            made.append(Site(file, function, operator, node.lineno, begin, end, replacement, *fragments))
-    return made
+            found.append(Site(file, function, operator, node.lineno, begin, end, replacement, *fragments))
+    return found
 
 
 def applied(site: Site, source: str) -> str:
@@ -275,7 +275,7 @@ def parses(site: Site, source: str) -> bool:
 
 
 def sample(found: dict[str, list[Site]], seed: int, count: int) -> list[Site]:
-    """So many mutants, by the seed: a file by its number of sites, an operator of its, then a site.
+    """Mutants drawn by the seed: a file by its number of sites, one of its operators, then a site.
 
     At most one for each line.
     """
@@ -302,7 +302,9 @@ def changed_lines(base: str) -> dict[str, set[int]]:
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"base={base!r} is no commit that git knows here: {done.stderr.strip()}")
+            raise SystemExit(
+                f"base={base!r} is not a commit that git knows here; name a branch or a commit: {done.stderr.strip()}"
+            )
         return done.stdout
 
     lines: dict[str, set[int]] = {}

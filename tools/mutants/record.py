@@ -1,6 +1,6 @@
 """A recording: which tests enter which blocks, from one run of the tests on instrumented code.
 
-Each test file's is a file of its own in build/mutants/hits, so that one may be made again by itself.
+Each test file's lies in a separate file in build/mutants/hits, so that one can be recorded again by itself.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Recording:
         return self.by_block.get(key) or [t for t in self.seconds if t.partition("::")[0] in files]
 
     def choose(self, key: str | None, file: str, cap: float) -> list[str]:
-        """Tests for a mutant within so many seconds: its module's own first, then by turns of all files.
+        """Tests for a mutant within a number of seconds: its module's own first, then by turns of all files.
 
         A module's own test file has its name, or else enters most of its blocks.
         """

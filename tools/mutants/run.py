@@ -95,7 +95,7 @@ def _child(job: Job, folder: Path, log: Path) -> None:
 
 
 def fork_all(work: list[Job], jobs: int) -> Iterator[Done]:
-    """Run jobs, so many at a time, each in one of as many copies; results as they come."""
+    """Run some jobs at a time, each in a scratch copy; results as they come."""
     if not work:
         return
     _preload()
