@@ -58,9 +58,9 @@ def test_an_accepted_survivor_that_is_not_made_is_reported(monkeypatch):
 
 def test_a_seed_gives_the_same_mutants():
     found = {file: sites(file) for file in sources()}
-    first, again = sample(found, 5, 100), sample(found, 5, 100)
-    assert first == again and len(first) == 100 and sample(found, 6, 100) != first
-    assert len({(s.file, s.line) for s in first}) == 100
+    first, again = sample(found, 5, 40), sample(found, 5, 40)
+    assert first == again and len(first) == 40 and sample(found, 6, 5) != first[:5]
+    assert len({(s.file, s.line) for s in first}) == 40
     for site in first:
         text = (ROOT / site.file).read_text()
         assert parses(site, text) and applied(site, text) != text, f"{site} changes nothing"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 import subprocess
+from functools import cache
 from typing import NamedTuple
 
 from .blocks import FUNCTIONS, ROOT, is_text
@@ -267,9 +268,15 @@ def applied(site: Site, source: str) -> str:
     return (raw[: site.start] + site.text.encode() + raw[site.end :]).decode()
 
 
+@cache
+def _meaning(source: str) -> str:
+    return ast.dump(ast.parse(source))
+
+
 def parses(site: Site, source: str) -> bool:
+    """Whether a mutant is Python, and other Python than before."""
     try:
-        return ast.dump(ast.parse(applied(site, source))) != ast.dump(ast.parse(source))
+        return ast.dump(ast.parse(applied(site, source))) != _meaning(source)
     except SyntaxError:
         return False
 
@@ -302,9 +309,7 @@ def changed_lines(base: str) -> dict[str, set[int]]:
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(
-                f"base={base!r} is not a commit that git knows here; name a branch or a commit: {done.stderr.strip()}"
-            )
+            raise SystemExit(f"base={base!r}: git knows no such branch or commit here: {done.stderr.strip()}")
         return done.stdout
 
     lines: dict[str, set[int]] = {}
