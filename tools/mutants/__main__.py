@@ -104,7 +104,7 @@ def _job(entry: Entry | None, kind: str, tests: list[str]) -> Job:
     return Job(entry or f"{kind}: unchanged code", prepare, work, 3600.0)
 
 
-def _written(kinds: list[str], only: str, jobs: int) -> int:
+def _written(kinds: list[str], only: list[str], jobs: int) -> int:
     """Run the mutants written by hand, after the same tests on code without one."""
     entries = read_table(WRITTEN)
     problems = stale(entries)
@@ -112,7 +112,7 @@ def _written(kinds: list[str], only: str, jobs: int) -> int:
         print(f"STALE {problem}")
     caught, survivors = 0, []
     for kind in kinds:
-        chosen = [e for e in entries if e.kind == kind and only in str(e) and not stale([e])]
+        chosen = [e for e in entries if e.kind == kind and any(t in str(e) for t in only) and not stale([e])]
         tests = list(dict.fromkeys(t for e in chosen for t in e.tests))
         for done in fork_all([_job(None, kind, tests)] if chosen else [], 1):
             print(f"{done.name}: {'passes' if done.code == 0 else 'FAILS'}, {done.last()}", flush=True)
@@ -152,7 +152,7 @@ def main(words: list[str] | None = None) -> int:
     part.add_argument("--functions", action="store_true", help="anywhere in a function with such a line")
     part = commands.add_parser("written", parents=[options], help="the mutants written by hand")
     part.add_argument("kind", nargs="?", choices=list(_RELEVANT))
-    part.add_argument("--only", default="", help="only entries that have this text")
+    part.add_argument("--only", nargs="+", default=[""], help="only entries that have one of these texts")
     given = parser.parse_args(words)
     if given.command == "record":
         return record(given.files, given.jobs)
