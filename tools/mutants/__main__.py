@@ -52,7 +52,7 @@ def _caught_and_not(work: list[Job], jobs: int) -> tuple[int, list[Any]]:
         noticed, message = done.verdict()
         if not noticed:
             survivors.append(done.name)
-        print(f"{'caught  ' if noticed else 'SURVIVED'} {done.name}: {message}", flush=True)
+        print(f"{'caught  ' if noticed else 'SURVIVED'} {str(done.name)[:200]}: {message}", flush=True)
     return len(work) - len(survivors), survivors
 
 

@@ -29,7 +29,9 @@ _DROPPED = _words(
     "abs neg clone exp log sqrt square flip cumsum cumprod sort clamp double prepared expand_as reciprocal "
     "flatten unsqueeze squeeze"
 )
-_KEPT_KEYWORDS = _words("strict stacklevel name device dtype layout pin_memory file end flush desc")
+_KEPT_KEYWORDS = _words(
+    "strict stacklevel validate_args name device dtype layout pin_memory file end flush desc"
+)
 # Their arguments are texts, types, or for compilers to read.
 _UNTOUCHED = _words(
     "warn cast TypeVar getattr hasattr setattr isinstance issubclass static_assert static_print print "
@@ -60,7 +62,7 @@ class Site(NamedTuple):
         return self.file, self.function, self.operator, self.old, self.new
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} {self.function} [{self.operator}] {self.old} => {self.new}"
+        return f"{self.file}:{self.line} {self.function} ({self.operator}) {self.old} => {self.new}"
 
 
 def _like(node: ast.AST, **changes: object) -> ast.AST:
@@ -203,6 +205,10 @@ class _Finder(ast.NodeVisitor):
         if node.attr in ("T", "mT"):
             self.add("transpose dropped", node, node.value)
         self.visit(node.value)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg not in ("strict", "stacklevel", "validate_args"):
+            self.visit(node.value)
 
     def visit_Call(self, node: ast.Call) -> None:
         called, given = node.func, node.args
