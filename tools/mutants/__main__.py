@@ -79,6 +79,8 @@ def _generated(chosen: list[Site], jobs: int, cap: float) -> int:
             unseen.append(site)
             print(f"NOT EXECUTED {site}", flush=True)
     caught, survivors = _caught_and_not(work, jobs)
+    if unseen:
+        print("not executed: no recorded test enters it; if its function changed, record its tests again")
     for site in (*unseen, *survivors):
         print(f"not caught: {site}")
     print(f"caught {caught}, survived {len(survivors)}, not executed {len(unseen)}, accepted {len(known)}")
