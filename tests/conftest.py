@@ -35,7 +35,7 @@ hypothesis.settings.register_profile(
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
-# For mutants.py: a failure is enough, its smallest example is not wanted.
+# For tools/mutants: a failure is enough, its smallest example is not wanted.
 hypothesis.settings.register_profile(
     "mutants",
     hypothesis.settings.get_profile("fastvae"),

@@ -64,7 +64,7 @@ def test_mixture(backend, case):
 
 @pytest.mark.parametrize(
     ("n", "u", "d"),
-    [(3, 300, 2), (16, 513, 5), (300, 17, 3), (1100, 2, 7), (129, 31, 1), (5, 1, 130), (33, 70, 3)],
+    [(3, 300, 2), (16, 513, 5), (300, 17, 3), (2300, 2, 7), (129, 31, 1), (5, 1, 130), (33, 70, 3)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_beyond_a_block_a_unit_and_a_part(backend, n, u, d, dtype):
