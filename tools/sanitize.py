@@ -59,11 +59,7 @@ def main() -> int:
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(folder),
-<<<<<<< HEAD:tests/sanitize.py
                 # Python is not instrumented: the runtime comes first, and what Python keeps is not a leak.
-=======
-                # Python is not instrumented: the runtime comes first, and what Python keeps does not leak.
->>>>>>> mutants:tools/sanitize.py
                 "LD_PRELOAD": " ".join(map(_library, ("libasan.so", "libubsan.so"))),
                 "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
                 "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
