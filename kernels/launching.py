@@ -269,7 +269,7 @@ def _sum_parts(p_0, p_1, p_2, p_3, results) -> Call:
 def _without_too_many(call: Call) -> Call:
     """Return the call with its numbers no longer fixed if the kernel has many specialisations already.
 
-    Otherwise data of varying shapes would compile the kernel for each shape. The interpreter never needs them.
+    Otherwise data of varying shapes would compile the kernel for each shape. The interpreter needs none.
     """
     values = tuple(n.value for n in call.numbers if isinstance(n, tl.constexpr))
     known = _known.setdefault(id(call.kernel), set())
