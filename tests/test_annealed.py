@@ -241,7 +241,7 @@ def test_neither_chunks_nor_rows_nor_batches_change_a_result(start):
 
 @torch.no_grad()
 def test_no_noise_is_used_twice(monkeypatch):
-    """Each chain and transition of the pilot, forward and backward runs has a unique address, in any chunks."""
+    """Each chain and transition of pilot, forward and backward runs has a unique address, in any chunks."""
     drawn, used = Annealing._noise, []
 
     def noise(self, level, transition, chains):
@@ -457,7 +457,7 @@ def test_bounds_of_data_that_the_model_makes():
     ("shape", "conditional"), [((D,), False), ((D,), True), ((D, 1, 1), False), ((D, 1, 1), True)]
 )
 def test_bounds_with_a_prior(shape, conditional):
-    """With the exact posterior both bounds are log p(x), for a shared or a conditional prior, of any shape."""
+    """With the exact posterior both bounds are log p(x), for shared and conditional priors of any shape."""
     model, n, made = LinearGaussian(D, X), 7, []
     latent_dim = shape if len(shape) > 1 else D
     shift = randn(n, D, seed=3, dtype=torch.float64) if conditional else randn(D, seed=3, dtype=torch.float64)

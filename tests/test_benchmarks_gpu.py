@@ -93,7 +93,7 @@ def test_without_triton_it_says_what_to_install(monkeypatch, capsys, tmp_path):
 
 
 def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch, capsys):
-    """Skipped items are listed: with a stopped clock, two seconds remain after the reserve, too few for any."""
+    """Skipped items are listed; the clock stands still, two seconds above the reserve, too few for any."""
 
     def in_this_process(state):
         assert state.stop == 1002 and gpu._worker(state.path) == 0

@@ -17,7 +17,7 @@ CONCENTRATIONS = (1e-30, 1e-3, 0.3, 1.0, 1.7, 40.0, 1e4, 1e6, 1e9)
 
 
 def exact(x: float, c1: float, c0: float, parts: int) -> tuple[list[float], list[float]]:
-    """Return log p and its derivatives by x, log a and log b; and the sizes of each one's cancelling terms."""
+    """Return log p, its derivatives by x, log a and log b, and the sizes of each one's cancelling terms."""
     with mpmath.workdps(80):
         x, c1, c0 = mpmath.mpf(x), mpmath.mpf(c1), mpmath.mpf(c0)
         a, b = mpmath.exp(c1), mpmath.exp(c0)

@@ -114,7 +114,7 @@ class Model:
         return normal(draw_seed(DEVICE, generator(seed)), k, B, D, dtype=torch.float64)
 
     def log_w(self, k=K, seed=7, *, z=None, fixed=False):
-        """Return log weights [K, B] and log q(z|x), at a given z, or with q's density detached (``fixed``)."""
+        """Return log weights [K, B] and log q(z|x), at a given z, or with detached q (``fixed``)."""
         z = self.mu + (0.5 * self.logvar).exp() * self.noise(k, seed) if z is None else z
         mu, logvar = (t.detach() if fixed else t for t in (self.mu, self.logvar))
 

@@ -87,7 +87,7 @@ def test_infinity_is_right_next_to_the_largest_number_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bounds_hold_for_arithmetic(dtype):
-    """Every operation of Rounded bounds the same operation in the dtype, for cancelling, small and large inputs."""
+    """Every operation of Rounded bounds that of the dtype, for cancelling, small and large inputs."""
     wide = torch.float64
     a, b = (torch.randn(2000, dtype=wide) * 10 ** (4 * torch.randn(2000, dtype=wide) / 3) for _ in range(2))
     b = torch.where(torch.rand(2000) < 0.3, a * (1 + 1e-3 * b.sign()), b)
