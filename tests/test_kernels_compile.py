@@ -1,4 +1,4 @@
-"""Every Triton kernel, with its actual launch arguments, compiles for NVIDIA and AMD into lean code, without a GPU."""
+"""Every Triton kernel, as it is launched, compiles for NVIDIA and AMD without a GPU, into lean code."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_planted_scalar_load_is_flagged(planted):
 
 
 def test_planted_scalar_loads_of_50_columns_are_flagged(planted):
-    """Scalar loads are flagged for rows of 50, which allow 8 bytes, also in a half that begins 8 bytes off."""
+    """Scalar loads are flagged for rows of 50, which allow 8 bytes, also in a half offset by 8 bytes."""
     rows, half = ([r for r in planted if r.kernel == name] for name in ("loads_rows", "loads_a_half"))
     assert {r.target for r in rows if narrow([r])} == set(kernels.TARGETS)
     for r in half:

@@ -293,7 +293,7 @@ def test_architectures(monkeypatch, capability, hip, backend):
             with pytest.warns(RuntimeWarning, match="A Card has compute capability 7.5.*need 8.0"):
                 assert _backend.on_gpu(device) == backend
         assert _backend.on_gpu(device) == backend
-        # What is asked for by name is done.
+        # A backend selected by name is used.
         import fastvae
 
         with fastvae.use_backend("triton"):

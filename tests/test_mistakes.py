@@ -71,7 +71,8 @@ def test_weights_are_detached(backend):
 
 @pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
 def test_value_is_the_bound(estimator):
-    # sum w~ log w, the value of a surrogate loss, exceeds the bound by log K minus the entropy of the weights.
+    # sum w~ log w, the value of a surrogate loss, exceeds the bound by log K minus the entropy of the
+    # weights.
     _, decoder = models.networks(X, D)
     x, mu, logvar = randn(B, X, seed=9), randn(B, D, seed=10), randn(B, D, seed=11)
     bound = fastvae.iwae(
@@ -163,8 +164,8 @@ def test_kl_is_not_averaged_over_dimensions(backend):
 
 
 def test_dreg_does_something():
-    # A hook on a copy outside the graph leaves the gradient unchanged. Here z is returned to the user, who runs
-    # the decoder: the gradient through this z must be reweighted too, as the objective does.
+    # A hook on a copy outside the graph leaves the gradient unchanged. Here z is returned to the user, who
+    # runs the decoder: the gradient through this z must be reweighted too, as the objective does.
     _, decoder = models.networks(X, D)
     x, mu, logvar = (
         randn(B, X, seed=22),
