@@ -321,7 +321,7 @@ SPLIT = {
 
 @pytest.mark.parametrize("case", SPLIT)
 def test_sums_that_are_split_over_programs(backend, case):
-    """Every part of a split sum is added once in every gradient, for few rows and many samples or vice versa."""
+    """Every part of a split sum is added once in every gradient, for few rows or few samples."""
     (k, b, size), layouts, latents = SPLIT[case]
     x, mean, upstream = rand(b, size, seed=20), randn(k, b, size, seed=21), randn(k, b, seed=22)
     q = [s * randn(b, size, seed=i) for i, s in ((23, 1), (24, 1), (28, 0.5), (29, 0.5))]

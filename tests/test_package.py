@@ -309,7 +309,7 @@ def test_metadata_and_contents(distributions):
 
 
 def test_setuptools_of_before_2025_reads_pyproject():
-    """Builds with --no-build-isolation: setuptools 68 to 76 refuse every form of `license` that 77 accepts."""
+    """pyproject.toml suits setuptools 68 to 76, which refuse every form of `license` that 77 accepts."""
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^requires = \["setuptools>=68"', text, re.M)
     assert not re.search(r"^license(-files)? *=", text, re.M)

@@ -77,7 +77,7 @@ def test_unbiased(proposal, latent, shift, stretch, k):
 
 @pytest.mark.parametrize("latent, k, times", [(2, 500, 20), (2, 3000, 30), (10, 500, 5), (10, 3000, 30)])
 def test_adapted_is_better(latent, k, times):
-    """For a shifted, too narrow q, as from the ELBO, the squared error is ``times`` smaller at equal draws."""
+    """For a shifted, too narrow q, as from the ELBO, squared errors are ``times`` smaller at equal draws."""
     model = LinearGaussian(latent, latent + 4, dtype=torch.float32)
     x = model.sample(60)
     q = model.posterior(x, 0.5, -1.0)

@@ -187,7 +187,7 @@ def test_estimates_of_p_are_unbiased(d, k):
 
 @pytest.mark.parametrize("d, least", [(2, 30.0), (8, 1.3)])
 def test_variance_is_smaller(d, least):
-    """The mean squared error over 200 rows is smaller, with a fixed seed; measured ratios in docs/NOTES.md."""
+    """The mean squared error over 200 rows is smaller, for a fixed seed; docs/NOTES.md has the ratios."""
     plain = float(estimates(d, 200, 4096, "philox")[1].square().mean())
     even = float(estimates(d, 200, 4096, "qmc")[1].square().mean())
     assert plain > least * even, f"{plain / even:.1f}"

@@ -34,7 +34,7 @@ def exact(delta: float, raw: float, log_floor: float) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("floor", FLOORS)
 def test_any_variance(backend, dtype, floor):
-    """Accurate for any variance, also where the softplus is negligible against the floor, or the floor is 0."""
+    """Accurate for any variance, also where the softplus is negligible against the floor, or without one."""
     log_floor = math.log(floor) if floor else -math.inf
     u = torch.finfo(dtype).eps / 2
     for delta in (0.0, 0.3, -2.0):
