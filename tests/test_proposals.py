@@ -715,7 +715,7 @@ def test_names_are_objects_with_their_defaults():
 
 
 def test_scaled_weights():
-    """Scaling weights equals adding to all log weights."""
+    """Scaling weights by e^c equals adding c to all log weights."""
     log_w = randn(50, 4, seed=3, dtype=torch.float64)
     log_w[:, 2] = -math.inf
     by = torch.tensor([0.5, -3.0, 2.0, 0.0], dtype=torch.float64, device=DEVICE)

@@ -830,7 +830,7 @@ def test_compiled_with_dynamic_shapes(fallback_random):
 
 
 def test_compiled_func_grad(fallback_random):
-    """torch.compile(torch.func.grad(f)) equals eager; an autograd.Function over a bare op would give zeros."""
+    """torch.compile(torch.func.grad(f)) equals eager; an autograd.Function over a bare op gave zeros."""
     encoder, decoder = models.networks(X, D)
     x = randn(B, X, seed=68)
     expected = _eager_gradients(encoder, decoder, x, "dreg")
@@ -886,7 +886,7 @@ def test_compiled_by_inductor_with_a_tensor_beta(fallback_random):
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("kind", ["number", "tensor", "attribute"])
 def test_a_schedule_of_beta_does_not_compile_again(kind, dynamic):
-    """A scheduled beta does not recompile: tensors are inputs, numbers are variables from the second value."""
+    """A scheduled beta does not recompile: tensors are inputs, numbers variables from the second value on."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()

@@ -382,7 +382,7 @@ def test_a_posterior_that_knows_no_offset_is_not_asked_for_one():
 
 @pytest.mark.parametrize("scale", [0.1, torch.full((X,), 0.1)], ids=["number", "row"])
 def test_learned_scale_stays_positive(scale):
-    """A learned scale stays positive for constant pixels, which drive it to 0; a plain step would cross it."""
+    """A learned scale stays positive for constant pixels, which drive it to 0; a plain step crosses it."""
     likelihood = fastvae.Gaussian(scale=scale, learned=True)
     encoder, decoder = models.networks(X, D, "bernoulli")
     vae = fastvae.VAE(encoder, decoder, likelihood=likelihood.to(DEVICE))

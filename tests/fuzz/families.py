@@ -434,7 +434,7 @@ PRIORS: dict[str, Family] = {
 
 
 def priors_of(q: str, entry: str) -> list[str]:
-    """Return the priors whose support is q's, or contains it (an explicit normal prior of positive latents)."""
+    """Return the priors whose support is or contains q's (such as an explicit normal for positive z)."""
     support, spatial = POSTERIORS[q].support, POSTERIORS[q].spatial
     if spatial:
         return ["none", "standard", "diagonal"]
