@@ -64,7 +64,7 @@ class Outcome:
         return not failed and self.counts.get("passed", 0) > 0
 
     def summary(self) -> str:
-        """One line, and the names of the failed tests."""
+        """Summary line, and the names of the failed tests."""
         counts = ", ".join(f"{n} {outcome}" for outcome, n in self.counts.items()) or "none ran"
         line = f"tests: {counts}"
         if self.seconds:

@@ -128,7 +128,7 @@ WORKS = {
 
 @dataclass(frozen=True)
 class Item:
-    """One item to measure.
+    """Item to measure.
 
     Attributes:
         what: a key of WORKS.

@@ -31,7 +31,7 @@ HUGE = 10**8
 
 @dataclass
 class Work:
-    """One computation, by several implementations.
+    """Computation by several implementations.
 
     Attributes:
         group: the computation, such as ``"rsample_kl"``: a part of the table and a plot.

@@ -71,7 +71,7 @@ LATER = {"special": 26, "uniform": 30, "barrier": 30}
 
 
 class Instruction(NamedTuple):
-    """One instruction and its control code."""
+    """Instruction with its control code."""
 
     text: str
     stall: int  # cycles until this warp's next instruction

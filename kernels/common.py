@@ -506,7 +506,7 @@ class EventTiles(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """One program per split; samples vary fastest, so that programs sharing x run together."""
+        """Grid of one program per split; samples vary fastest, so that programs sharing x run together."""
         # Rows and samples on the first axis: the second is limited to 65535.
         return self.k_splits * self.b_splits, self.x_splits
 

@@ -82,7 +82,7 @@ def rsample_tril_kernel(
     stride_mu_d,
     stride_tril_b,
     stride_tril_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,  # columns of noise that a product takes
@@ -146,7 +146,7 @@ def rsample_tril_backward_kernel(
     stride_grad_log_q_b,
     stride_tril_b,
     stride_tril_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,  # rows of a block of the triangle
     BLOCK_D: tl.constexpr,  # columns of a block of the triangle

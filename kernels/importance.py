@@ -53,7 +53,7 @@ def next_block(b_x, b_max):
     b_block = tl.max(tl.where(b_x == b_x, b_x, float("-inf")), axis=1, keep_dims=True)
     b_new = tl.maximum(b_max, b_block)
     b_shift = finite_shift(b_new)
-    # With an infinite maximum the sum is infinite, and rescaling by 0 must not turn it into NaN.
+    # If the maximum is infinite, so is the sum, and rescaling by 0 must not turn it into NaN.
     b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
     return b_new, b_rescale, exp(b_x - b_shift)
 
@@ -72,7 +72,7 @@ def log_mean_exp_kernel(
     k_splits,  # programs along the samples
     stride_k,
     stride_n,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -119,7 +119,7 @@ def log_mean_exp_backward_kernel(
     stride_maximum,
     stride_total,
     TINY: tl.constexpr,  # the smallest normal number of the computation
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):

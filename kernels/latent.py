@@ -230,9 +230,9 @@ def rsample_kl_kernel(
     SCALE: tl.constexpr,  # form of p_logvar: "logvar", "log_scale", "scale", "softplus"
     FLOOR: tl.constexpr,  # added to a softplus
     ALIGN: tl.constexpr,  # alignment of logvar's rows in bytes, up to 16
-    LOOP_D: tl.constexpr,  # a program takes more than one block of columns
-    PER_DIMENSION: tl.constexpr,  # KL [B, D] instead of [B]
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    LOOP_D: tl.constexpr,  # True if a program takes more than one block of columns
+    PER_DIMENSION: tl.constexpr,  # the KL is [B, D] instead of [B]
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -317,7 +317,7 @@ def rsample_log_ratio_kernel(
     SCALE: tl.constexpr,  # form of p_logvar: "logvar", "log_scale", "scale", "softplus"
     FLOOR: tl.constexpr,  # added to a softplus
     ALIGN: tl.constexpr,  # alignment of logvar's rows in bytes, up to 16
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -466,8 +466,8 @@ def rsample_backward_kernel(
     FLOOR: tl.constexpr,  # added to a softplus
     ALIGN: tl.constexpr,  # alignment of logvar's rows in bytes, up to 16
     PER_DIMENSION: tl.constexpr,  # the KL is [B, D] instead of [B]
-    PATH: tl.constexpr,  # drop log q's own dependence on (mu, logvar)
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    PATH: tl.constexpr,  # drop the direct dependence of log q on (mu, logvar)
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -507,7 +507,7 @@ def rsample_backward_kernel(
     s_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h
     s_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h eps; with RATIO times sigma / 2
     s_entropy = tl.zeros([BLOCK_K, BLOCK_B, 1], dtype=DTYPE)  # sum of g
-    s_prior_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # short of a factor 1 / s
+    s_prior_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # without a factor 1 / s
     s_prior_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
     if SAMPLES:
         seed = tl.load(p_seed)
@@ -650,7 +650,7 @@ class LatentTiles(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """One program per split; columns vary fastest, so that neighbouring programs read adjacent memory."""
+        """Grid of one program per split; columns vary fastest, so that neighbours read adjacent memory."""
         return self.b_tiles * self.d_splits, self.k_splits
 
 

@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One launch of a kernel.
+    """Launch of a kernel.
 
     Attributes:
         kernel: takes tensors, results, the integers that vary per call, numbers and constants.

@@ -93,7 +93,7 @@ def log_prob_kernel(
     FACTOR: tl.constexpr,
     SHARED_LOG: tl.constexpr,
     PADDING: tl.constexpr,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -238,7 +238,7 @@ def log_prob_backward_kernel(
     VARIES_2: tl.constexpr,
     GRADIENT: tl.constexpr,  # the likelihood's function, see fastvae.kernels.likelihoods
     FINITE: tl.constexpr,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -348,7 +348,7 @@ def log_prob_flat_backward_kernel(
     VARIES_1: tl.constexpr,
     VARIES_2: tl.constexpr,
     GRADIENT: tl.constexpr,  # the likelihood's function, see fastvae.kernels.likelihoods
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     VECTOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,

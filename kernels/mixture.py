@@ -70,7 +70,7 @@ def prepare_kernel(
     stride_logvar_u,
     stride_logvar_d,
     stride_log_weight,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -137,7 +137,7 @@ def mixture_kernel(
     u_splits,  # programs along the components
     stride_z_n,
     stride_z_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
@@ -182,7 +182,7 @@ def mixture_shares_kernel(
     stride_z_n,
     stride_z_d,
     TINY: tl.constexpr,  # the smallest normal number of the computation
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
@@ -218,7 +218,7 @@ def mixture_rows_kernel(
     stride_z_d,
     stride_mu_u,
     stride_mu_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -261,7 +261,7 @@ def mixture_components_kernel(
     stride_mu_d,
     stride_logvar_u,
     stride_logvar_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):

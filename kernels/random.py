@@ -281,12 +281,12 @@ def noise_kernel(
     k_tiles,  # blocks of samples
     WORDS: tl.constexpr,  # write the words instead of the normals
     RANDOMISATIONS: tl.constexpr,  # number of randomised quasi-Monte-Carlo nets; 0 for plain noise
-    DTYPE: tl.constexpr,  # of the normals
+    DTYPE: tl.constexpr,  # dtype of the normals
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per tile [BLOCK_K, BLOCK_B, BLOCK_D]."""
+    """Write normals or words; one program per tile [BLOCK_K, BLOCK_B, BLOCK_D]."""
     i_b, i_k = split_program(k_tiles)
     i_k *= BLOCK_K
     i_b *= BLOCK_B

@@ -56,12 +56,12 @@ def weigh_kernel(
     p_weights,  # [K, B] out, contiguous, or None
     K,  # samples
     B,  # rows
-    stride_k,  # of the term
+    stride_k,  # strides of the term
     stride_b,
-    SIGN: tl.constexpr,  # of the factor
-    LOG_MEAN_EXP: tl.constexpr,  # over samples; else their mean
+    SIGN: tl.constexpr,  # sign of the factor
+    LOG_MEAN_EXP: tl.constexpr,  # reduce samples by log-mean-exp; else by their mean
     TINY: tl.constexpr,  # the smallest normal number of the computation
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
@@ -69,8 +69,8 @@ def weigh_kernel(
     o_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
     m_b = o_b < B
     b_max = tl.full([BLOCK_B, 1], float("-inf"), dtype=DTYPE)
-    b_sum = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # of the exponentials
-    b_mean = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # of the log-likelihoods
+    b_sum = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # sums of exponentials
+    b_mean = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # sums of log-likelihoods
     b_term = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
     for i_k in range(0, K, BLOCK_K):
         o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
@@ -125,9 +125,9 @@ def weigh_backward_kernel(
     stride_bound,
     stride_mean,
     OF_MEAN: tl.constexpr,  # the upstream gradient is that of the mean over the batch
-    SIGN: tl.constexpr,  # of the factor
+    SIGN: tl.constexpr,  # sign of the factor
     TINY: tl.constexpr,  # the smallest normal number of the computation
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):

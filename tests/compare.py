@@ -21,9 +21,9 @@ from fastvae.reference.common import (
     stirling_error,
 )
 
-# Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): 2 ulp are what CUDA
-# documents for expf; csrc/common.hpp, kernels/common.py and torch are within 1.3. The noise is within 4 ulp
-# of its definition over 10^7 draws (docs/NOTES.md).
+# Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): CUDA documents 2 ulp
+# for expf; csrc/common.hpp, kernels/common.py and torch are within 1.3. The noise is within 4 ulp of its
+# definition over 10^7 draws (docs/NOTES.md).
 EXP = LOG = 4
 NOISE = 8
 

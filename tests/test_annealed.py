@@ -93,7 +93,7 @@ def test_from_the_exact_posterior_every_weight_is_exact():
 @torch.no_grad()
 @pytest.mark.parametrize("mixture", [False, True])
 def test_a_step_alone_is_importance_sampling(mixture):
-    """With one step, the same draws give log_marginal's log p(x); a mixture's strata are weighted."""
+    """A single step with the same draws gives log_marginal's log p(x); a mixture's strata are weighted."""
     model = LinearGaussian(D, X)
     x = model.sample(B)
     q, options = model.posterior(x, 0.3, 0.2), {"likelihood": model.likelihood}
@@ -129,7 +129,7 @@ def test_estimates_where_importance_sampling_is_wrong():
 
 @torch.no_grad()
 def test_a_trajectory_leads_back():
-    """With reversed momentum a trajectory returns, so transitions are reversible; it preserves volume."""
+    """A trajectory with reversed momentum returns, so transitions are reversible; it preserves volume."""
     model = LinearGaussian(2, X)
     x = model.sample(1)
     a = _chains_of(model, x, model.posterior(x, 0.5, 0.3), steps=2, chains=1, leapfrog=3)
@@ -457,7 +457,7 @@ def test_bounds_of_data_that_the_model_makes():
     ("shape", "conditional"), [((D,), False), ((D,), True), ((D, 1, 1), False), ((D, 1, 1), True)]
 )
 def test_bounds_with_a_prior(shape, conditional):
-    """With the exact posterior both bounds are log p(x), for shared and conditional priors of any shape."""
+    """Both bounds are log p(x) for the exact posterior, with shared and conditional priors of any shape."""
     model, n, made = LinearGaussian(D, X), 7, []
     latent_dim = shape if len(shape) > 1 else D
     shift = randn(n, D, seed=3, dtype=torch.float64) if conditional else randn(D, seed=3, dtype=torch.float64)

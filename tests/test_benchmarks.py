@@ -258,7 +258,7 @@ def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
 
 
 def test_the_exact_models_truth_is_exact():
-    """With the exact posterior every weight is p(x)."""
+    """Every weight is p(x) for the exact posterior."""
     from benchmarks import estimators
 
     model = estimators.linear_gaussian(3, 1, 0, 5)

@@ -211,7 +211,7 @@ def test_wrong_kind_of_a_log_prob():
 
 
 def test_a_decoder_of_other_rows_under_a_likelihood_of_ones_own():
-    """One row per sample, which would broadcast over the batch, is reported."""
+    """A decoder output with one row per sample, which would broadcast over the batch, is reported."""
 
     class Broadcasting(fastvae.Likelihood):
         def log_prob(self, x, parameters):

@@ -190,7 +190,7 @@ def test_reduce_overhead(name):
 
 @on_a_card
 def test_capture_draws_the_same_noise():
-    """A graph whose seed is a tensor computes what the eager call does for that seed."""
+    """A graph whose seed is a tensor gives the eager call's result for that seed."""
     mu, logvar = (torch.randn(B, D, device=DEVICE) for _ in range(2))
     seed = torch.tensor(5, device=DEVICE)
     fastvae.ops.rsample_kl(mu, logvar, samples=K, seed=seed)
@@ -207,7 +207,7 @@ def test_capture_draws_the_same_noise():
 @on_a_card
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_of_another_card():
-    """With the first GPU current, tensors on the second are computed there, eagerly and compiled."""
+    """Tensors on the second GPU are computed there while the first is current, eagerly and compiled."""
     device = torch.device("cuda", 1)
     model, x, step = _step_of(BOUNDS["iwae"], device)
     assert step().device == device and torch.cuda.current_device() == 0

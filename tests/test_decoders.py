@@ -129,7 +129,7 @@ def test_another_call_of_the_decoder_meanwhile():
 
 
 def test_frozen_layers_changed_between_the_passes(fused):
-    """With k_chunk the backward pass reruns the decoder, so weights changed in between are an error."""
+    """Changing frozen weights between the passes is an error with k_chunk, which reruns the decoder."""
     decoder = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, X)).requires_grad_(False)
     vae = fastvae.VAE(nn.Linear(X, 2 * D), decoder, likelihood="bernoulli")
     bound = vae.iwae(torch.rand(B, X).round(), k=2 * K, k_chunk=K)

@@ -344,7 +344,7 @@ def test_a_prior_is_trained(name):
 
 
 def test_latents_of_any_number():
-    """With one and three latents, losses are finite and all parameters have gradients."""
+    """Losses are finite and all parameters have gradients for one and three latents."""
     pytest.importorskip("zuko")
     x = demo.digits().test[:5]
     for name in latents.POSTERIORS:

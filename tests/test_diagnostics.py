@@ -126,7 +126,10 @@ def test_the_kl_of_each_latent_is_that_to_the_models_prior(batch_size):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 5])
 def test_active_units_are_counted_by_the_unbiased_variance(batch_size):
-    """With five examples, the variance divided by n would be below the threshold; batches do not matter."""
+    """Variances are unbiased: over five examples, division by n would give less than the threshold.
+
+    Batches do not matter.
+    """
     unit = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0], device=DEVICE, dtype=torch.float64)
     # Unbiased variances: 0.5 s^2 = 0.0101, 0.0099 and 0; divided by five, 0.0081 and less.
     scale = torch.tensor([math.sqrt(0.0202), math.sqrt(0.0198), 0.0], device=DEVICE, dtype=torch.float64)
@@ -151,7 +154,7 @@ def test_batches_of_other_means_are_active_units_too():
 
 
 def test_a_tail_of_four_is_not_fitted():
-    """With fewer than five draws above the rest, which underflows, k̂ is +inf."""
+    """k̂ is +inf if fewer than five draws lie above the rest, which underflows."""
     for above, finite in ((4, False), (5, True)):
         log_w = torch.full((100, 1), -900.0, dtype=torch.float64, device=DEVICE)
         log_w[:above, 0] = -torch.arange(above, dtype=torch.float64)

@@ -785,7 +785,7 @@ def test_nan_stays_in_its_row(backend, where, likelihood):
 
 
 def test_nan_in_one_sample_reaches_its_example(backend):
-    """One NaN among K weights makes its example's bound NaN, at any position, and no other's."""
+    """A NaN among K weights makes its example's bound NaN, at any position, and no other's."""
     for sample in range(K):
         log_w = randn(K, B, seed=16)
         log_w[sample, 3] = math.nan

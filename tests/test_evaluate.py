@@ -1607,7 +1607,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
 
         failed = "rank 2 failed: _Failure: here"
         resumed = {"checkpoint": f"{folder}/run.npz"}
-        # Where, what rank 2 raises, and what the others raise.
+        # Stage, rank 2's error, and the others' error.
         for options, own, words in (
             ({"encode": at(2, fail)}, _Failure, failed),
             ({"decode": at(5, fail)}, _Failure, failed),

@@ -67,7 +67,7 @@ def test_the_gradients_of_a_shared_log_variance_are_summed_before_they_are_round
 
 @pytest.mark.parametrize("shape", [(), (20,), (3, 1, 1), (1, 7, 20), (3, 7, 20)])
 def test_a_log_variance_that_asks_for_no_gradient(backend, shape):
-    """With a fixed log variance of any shape, only the mean's gradient is computed."""
+    """Only the mean's gradient is computed for a fixed log variance of any shape."""
     k, b, x = 3, 7, 20
     data, mean, grad = randn(b, x, seed=1), randn(k, b, x, seed=2).requires_grad_(), randn(k, b, seed=3)
     logvar = randn(*shape, seed=4)

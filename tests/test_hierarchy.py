@@ -414,7 +414,7 @@ def test_an_exact_model_is_evaluated_exactly():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("learned", [False, True], ids=["N(0, I)", "learned"])
 def test_one_level_is_an_ordinary_posterior(backend, dtype, learned):
-    """One level equals an ordinary posterior bit for bit."""
+    """A single level equals an ordinary posterior bit for bit."""
     mu, logvar = (randn(B, D1, seed=s, dtype=dtype).requires_grad_() for s in (1, 2))
     prior = None
     if learned:

@@ -191,7 +191,7 @@ print("fine")
 """
 )
 
-# Kernels of the bit-manipulating functions only: any assertion of a debug program is theirs.
+# Kernels of the bit-manipulating functions only, so that a debug program's assertions come from these.
 OVERFLOWS = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget

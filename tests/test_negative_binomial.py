@@ -115,7 +115,7 @@ def test_dropout(backend, logit):
 
 
 def test_a_row_a_gene(backend):
-    """With one dispersion per gene, its gradient is the sum over cells, zero rows and others."""
+    """The gradient of a dispersion per gene is the sum over cells, in zero rows and others."""
     g = torch.Generator().manual_seed(0)
     x = torch.poisson(torch.rand(6, 800, generator=g) * 9, generator=g)
     x[:3] *= torch.rand(3, 800, generator=g) < 0.1
@@ -131,7 +131,7 @@ def test_a_row_a_gene(backend):
 @pytest.mark.parametrize("inflated", [False, True])
 @pytest.mark.parametrize("form", ["number", "row", "learned"])
 def test_dispersions_that_the_likelihood_holds(backend, inflated, form):
-    """With a dispersion in the likelihood, the decoder returns the others in order, with equal results."""
+    """A decoder returns the parameters not fixed in the likelihood, in order, with equal results."""
     k, b, genes = 3, 4, 7
     g = torch.Generator().manual_seed(1)
     x = torch.poisson(torch.rand(b, genes, generator=g) * 3, generator=g).to(DEVICE)

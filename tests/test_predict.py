@@ -59,7 +59,7 @@ def test_a_load_is_waited_for_by_those_who_name_its_barrier():
 
 
 def test_memory_is_the_limit():
-    """Loads alone are limited by the required bytes, whatever the trace moves."""
+    """Loads alone are limited by the required bytes, independent of the bytes in the trace."""
     loads = [instruction("LDG.E.128 R0", write=0), instruction("FFMA R1", wait=1)] * 50
     moved = 0.5 * WARPS * 3 * 50 * 32 * 16
     found = cycles(loads, WARPS, 3 * WARPS, scale=0.5, bandwidth=2.0)
@@ -75,7 +75,7 @@ def test_a_loop_is_run_as_often_as_the_launch_has_steps():
 
 
 def test_the_command(tmp_path):
-    """One kernel's prediction is within a factor of two of a GPU's measurement, or the model is useless."""
+    """A kernel's prediction is within a factor of two of a GPU's measurement, or the model is useless."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "predicted.csv"
     command = [sys.executable, "-m", "benchmarks", "predict", "bernoulli.*1024×784, float32 forward$"]

@@ -91,7 +91,7 @@ def test_adapted_is_better(latent, k, times):
 
 
 def test_many_latents_and_few_draws():
-    """With D = 50 and 400 draws, too few to learn from, adaptation does no harm."""
+    """Adaptation does no harm for D = 50 and 400 draws, too few to learn from."""
     model = LinearGaussian(50, 60, dtype=torch.float32)
     x = model.sample(40)
     for shift, stretch in ((0.0, 0.5), (0.2, -0.5)):
@@ -445,7 +445,7 @@ def test_nan_and_impossible_examples_harm_no_other():
 
 
 def test_first_weights_that_are_all_zero_or_nearly():
-    """With all or nearly all weights zero, the fit is tempered, or that of q's own draws."""
+    """The fit is tempered, or that of q's own draws, if all or nearly all first weights are zero."""
 
     class Rare(fastvae.Likelihood):
         def log_likelihood(self, x, parameters, samples, beside=None):
@@ -555,7 +555,7 @@ def test_in_turn():
 
 
 def test_in_turn_by_randomisations():
-    """With quasi-Monte-Carlo noise each randomisation cycles separately, in any chunks."""
+    """Each randomisation of quasi-Monte-Carlo noise cycles separately, in any chunks."""
     near, far = (
         fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
         for m in (0.0, 100.0)

@@ -338,7 +338,7 @@ def test_gradients_by_chunks(name, estimator):
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
 def test_the_composed_draw_has_the_fused_ops_gradients(estimator, monkeypatch):
-    """With Philox words instead of the net's, the composed draw gives the fused ops' numbers."""
+    """The composed draw gives the fused ops' numbers if Philox words replace the net's."""
     x, (mu, logvar), decoder, _ = linear(3, batch=4, dtype=torch.float64)
 
     def run(noise):
@@ -388,7 +388,7 @@ def test_a_family_of_the_users():
 
 @pytest.mark.parametrize("merge", [None, "precision"])
 def test_the_levels_of_a_hierarchy(merge, monkeypatch):
-    """With Philox words instead of the net's, used by the top level, a hierarchy gives the usual numbers."""
+    """A hierarchy gives the usual numbers if Philox words replace the net's, which the top level uses."""
     torch.manual_seed(0)
     sizes = (5, 4), (5 if merge else 7, 6), (2, 6)
     networks = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in sizes]

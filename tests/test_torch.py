@@ -799,7 +799,7 @@ def test_seeds_drawn_by_inductor_are_uniform():
 
 
 def test_compiled_with_dynamic_shapes(fallback_random):
-    """One graph for several batch sizes and widths, equal to eager for each."""
+    """A single graph serves several batch sizes and widths, equal to eager mode for each."""
     graphs = 0
 
     def losses(x, mu, logvar, weight, seed):

@@ -294,7 +294,7 @@ def test_long_rows_are_split():
 
 
 def test_a_long_row_of_even_odds(enough):
-    """With even odds every pixel doubles a lane's product; the row is split before that overflows."""
+    """A long row of even odds, which double a lane's product per pixel, is split before that overflows."""
     x = likelihood.MOST_TILES * common.TILE_X + 700
     tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, most_tiles=likelihood.MOST_TILES)
     assert tiles.x_splits == 2 and 4 * tiles.x_tiles < 127

@@ -332,7 +332,7 @@ def test_forward_calls_an_objective_by_name():
 
 @pytest.mark.parametrize("offset", [0, 2, 2**32 - 2 * B])
 def test_parts_of_a_batch_get_the_noise_of_the_whole(backend, offset):
-    """Ranks with one seed compute for their rows what one process computes for all."""
+    """Ranks with one seed give, for their rows, the results of one process for all rows."""
     encoder, decoder = models.networks(X, D)
     rows = 2 * B
     x = randn(rows, X, seed=1)

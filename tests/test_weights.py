@@ -180,7 +180,7 @@ def test_one_draw_that_outweighs_all_others():
 
 @pytest.mark.parametrize("k", [2, 20, 21, 100, 3000])
 def test_equal_weights_leave_nothing_to_estimate(k):
-    """With equal weights, as of the exact posterior, all estimates are log p(x), the interval has width 0."""
+    """Equal weights, as of the exact posterior, make all estimates log p(x), with an interval of width 0."""
     got = _folded(torch.full((k, B), -700.125, dtype=torch.float64, device=DEVICE), 3).summary()
     for value in (got.log_px, got.jackknife, got.psis, got.low, got.high):
         torch.testing.assert_close(value, torch.full_like(value, -700.125), rtol=0, atol=1e-6 / math.sqrt(k))

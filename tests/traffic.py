@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass
 class Launch:
-    """One launch: its arguments, and the byte offsets loaded and stored, by argument."""
+    """Launch: its arguments, and the byte offsets loaded and stored, by argument."""
 
     kernel: str
     grid: tuple[int, ...]

@@ -22,7 +22,7 @@ FUSED = 1 << 18
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. Every field is a plain value, so that the record prints completely."""
+    """Call of the library. Every field is a plain value, so that the record prints completely."""
 
     seed: int
     index: int
