@@ -28,7 +28,7 @@ SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 # Triton's interpreter truncates to bfloat16 and mangles its denormals, so there the casts operate on bits.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Lanes of a warp: AMD's compute cards have wavefronts of 64.
+# Lanes of a warp: AMD's compute GPUs have wavefronts of 64.
 LANES = 64 if torch.version.hip else 32
 
 
@@ -81,7 +81,7 @@ PROGRAMS = 1024
 
 @triton.jit
 def add_bits(b_x, b_y):
-    """x + y modulo 2^32, where TRITON_DEBUG=1 would check each sum of integers for an overflow."""
+    """Add integers modulo 2^32; TRITON_DEBUG=1 would report the overflow of a plain sum."""
     return tl.add(b_x, b_y, sanitize_overflow=False)
 
 

@@ -141,7 +141,7 @@ def load_inputs(
         b_given = b_logvar
         b_logvar = log_variance(b_given, SCALE, FLOOR)
     elif CLAMP:
-        # Written so that NaN is inside and stays.
+        # NaN compares as inside and is kept.
         b_low = b_logvar < LOGVAR_MIN
         b_high = b_logvar > LOGVAR_MAX
         b_logvar = tl.where(b_low, LOGVAR_MIN, tl.where(b_high, LOGVAR_MAX, b_logvar))

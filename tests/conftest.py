@@ -13,7 +13,7 @@ if CUDA:
     # The tests compare to ulps; fast noise is tested separately.
     os.environ.setdefault("FASTVAE_NOISE", "accurate")
 else:
-    # Before triton is imported by anything: the real kernels then run on CPU tensors.
+    # Must be set before triton is imported: the real kernels then run on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis  # noqa: E402

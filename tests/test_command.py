@@ -196,7 +196,7 @@ def test_alone_whatever_the_environment_says(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("data", ["x.npy", "x.npz", "x.pt", "wide.npy", "bytes.npy", "idx"])
 def test_forms_of_data(folder, data, capsys):
-    """All hold the same images, black and white."""
+    """All forms of data hold the same black-and-white images."""
     results = []
     for name in ("x.npy", data):
         out = folder / "out.npz"

@@ -591,7 +591,7 @@ def test_free_bits_below_every_kl_change_nothing_in_the_mean(per):
 
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae"])
 def test_objectives_agree_across_backends(objective):
-    """Values and gradients of every backend, in float32; the normals are equal to a few ulps."""
+    """Values and gradients of every backend agree in float32; the normals are equal to a few ulps."""
     k = 4
     outcomes = {}
     for backend in ("native", "triton", "reference"):

@@ -59,8 +59,8 @@ def test_examples_do_not_mix(k):
 
 
 def test_weights_are_detached(backend):
-    # Had w~ kept its graph in sum w~ log w, the gradient would gain w~ (log w - sum w~ log w), of the size
-    # of the spread of log w, here about 3.
+    # If w~ kept its graph in sum w~ log w, the gradient would gain w~ (log w - sum w~ log w), of the size of
+    # the spread of log w, here about 3.
     log_w = (3 * randn(K, B, seed=8)).requires_grad_()
     (got,) = torch.autograd.grad(ops.log_mean_exp(log_w).sum(), log_w)
     weights = torch.softmax(log_w.detach(), 0)

@@ -1,4 +1,4 @@
-"""The noise: published vectors, equality of the backends, and its distribution."""
+"""Noise: published vectors, equality of the backends, and the distribution."""
 
 from __future__ import annotations
 

@@ -579,7 +579,7 @@ def test_latents_of_one_axis_more():
 
 
 def test_a_latent_dim_of_one_axis_is_its_number():
-    """latent_dim=(D,) is latent_dim=D."""
+    """latent_dim=(D,) is equivalent to latent_dim=D."""
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(X, 6).to(DEVICE), nn.Linear(3, X).to(DEVICE)
     one, other = (fastvae.VAE(encoder, decoder, latent_dim=dim, **BERNOULLI) for dim in ((3,), 3))

@@ -531,7 +531,7 @@ def _scalar(function, *inputs):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_gradients_only_where_asked(backend, name):
-    """Every subset of the inputs gets the gradients that all of them get, and the rest none."""
+    """Any subset of the inputs gets the same gradients as when all require them; the rest get none."""
     function, inputs = _public_ops()[name]
     everything = [t.clone().requires_grad_() for t in inputs]
     full = torch.autograd.grad(_scalar(function, *everything), everything)
@@ -919,7 +919,7 @@ def test_export_of_an_objective():
 
 
 def test_export_keeps_the_ops():
-    """torch.export traces the public ops into their dispatcher entries, shapes and all."""
+    """torch.export traces the public ops into their dispatcher entries, including shapes."""
 
     class Bound(nn.Module):
         def forward(self, x, mu, logvar, seed):

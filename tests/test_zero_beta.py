@@ -97,7 +97,7 @@ def test_an_infinite_kl_of_torchs():
 
 
 def test_a_prior_without_a_share_keeps_its_place_in_the_graph():
-    """Gradients are 0, not missing, as DDP expects while beta rises from 0."""
+    """Gradients of a prior with beta = 0 are 0 instead of missing, as DDP expects while beta rises."""
     prior_mu = torch.zeros(D, device=DEVICE, requires_grad=True)
     x, q = rand(B, X, seed=3).round(), torch.zeros(B, 2 * D, device=DEVICE)
     prior = fastvae.DiagonalNormal(prior_mu, torch.zeros(D, device=DEVICE))

@@ -522,7 +522,7 @@ def _grad(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
         return {f"grad {n}": torch.zeros_like(t).double() for n, t in of.items()}
     for t in of.values():
         t.grad = None
-    loss.backward(retain_graph=True)  # which reentrant checkpoints need
+    loss.backward(retain_graph=True)  # needed by reentrant checkpoints
     return {
         f"grad {n}": torch.zeros_like(t).double() if t.grad is None else t.grad.double().clone()
         for n, t in of.items()

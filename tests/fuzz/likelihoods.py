@@ -40,7 +40,7 @@ class Kind(NamedTuple):
     events: tuple[tuple[int, ...], ...] = EVENTS
     combine: Callable[[list[Tensor]], Any] = lambda o: o[0] if len(o) == 1 else tuple(o)
     native: Any = None  # the user's own log_prob, computed in the user's dtype
-    scale: float = 1.0  # of the decoder's outputs
+    scale: float = 1.0  # scale of the decoder's outputs
 
 
 def _one(event):
