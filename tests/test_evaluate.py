@@ -1694,3 +1694,27 @@ def test_vae_evaluate():
     vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood)
     result = vae.evaluate(x, k=K, generator=generator(1), **QUIET)
     _assert_same(result, _evaluate(model, q, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_data_are_not_rounded_to_half_precision(dtype):
+    """A model in half precision: the likelihood reads counts and size factors as they are."""
+    torch.manual_seed(0)
+    encoder, decoder = torch.nn.Linear(6, 4).to(DEVICE, dtype), torch.nn.Linear(2, 6).to(DEVICE, dtype)
+    torch.nn.init.zeros_(encoder.weight)
+    x = torch.tensor([[257.0, 1, 0, 3, 4097, 2]] * 3, device=DEVICE)
+    size = torch.tensor([1.2345, 500.7, 1000.3], device=DEVICE)
+    seen = []
+
+    class Counts(fastvae.Poisson):
+        def log_likelihood(self, x, parameters, samples, beside=None):
+            seen.append((x, beside.size))
+            return super().log_likelihood(x, parameters, samples, beside)
+
+    fastvae.evaluate(
+        encoder, decoder, [(x, size)], k=3, unpack=lambda b: {"x": b[0] * 1.0, "size": b[1]},
+        likelihood=Counts(), progress=False,
+    )  # fmt: skip
+    for data, factors in seen:
+        assert torch.equal(data, x) and torch.equal(factors, size)
+    assert seen
