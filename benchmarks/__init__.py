@@ -1,1 +1,1 @@
-"""``python -m benchmarks``: fastvae beside plain PyTorch, torch.compile, Pyro and pythae, in one run."""
+"""``python -m benchmarks``: fastvae against plain PyTorch, torch.compile, Pyro and pythae, in one run."""

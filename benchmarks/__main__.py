@@ -11,7 +11,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-# Before torch is imported: the profiler's chatter.
+# Before torch is imported: silence the profiler.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -32,7 +32,7 @@ MODULES = (
     "objectives",
     "head",
 )
-# Other things to do, each with options of its own: the module whose ``main`` takes what follows the name.
+# Subcommands, modules whose ``main`` takes the arguments after the name.
 SUBCOMMANDS = {
     "head_memory": "memory and time over K, the decoder's last layer left to the likelihood",
     "frontend": "what an objective costs of its own, beside a decoder that costs nothing",
@@ -98,10 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
             results = measure(work, options.budget)
             if results[OURS].wrong:
                 print(f"fastvae's own result is wrong: {results[OURS].wrong}", file=sys.stderr)
-            # What is kept for the end must not keep the tensors.
+            # Records kept until the end must not hold the tensors.
             measured.append((replace(work, run={}, check={}), results))
             print(report.table(report.rows_of(*measured[-1], machine, where)), flush=True)
-        # A neighbour may have slowed the first measurement; the best one counts.
+        # Another process may have slowed the first measurement: take the best.
         machine = machine.best(measure_machine())
     where |= report.environment(machine) | {"time": where["time"]}
     rows = [row for work, results in measured for row in report.rows_of(work, results, machine, where)]

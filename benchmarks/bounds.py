@@ -1,10 +1,10 @@
 """``python -m benchmarks bounds``: the demo's digits, trained with each bound, for docs/bounds.md.
 
-One model (64-128-128-8 and back, binarised again in each pass), 64 samples of an example in each step
-whatever the bound, on several seeds. Printed are, for the test images and over the seeds, the IWAE-64 bound,
-log p(x) by 5000 draws, and how far the bound and the ELBO are below, by which the encoder is from the
-posterior; each with the standard deviation over the seeds. Results of each run are kept in a folder, so that
-a table that was interrupted goes on, and seeds can be added.
+One model (64-128-128-8 and back, binarised again in each pass), 64 samples per example in each step for every
+bound, on several seeds. Prints, for the test images and over the seeds, the IWAE-64 bound, log p(x) by 5000
+draws, and the gaps of the bound and of the ELBO, which measure the distance of the encoder from the
+posterior; each with the standard deviation over the seeds. Each run's results are kept in a folder, so that
+an interrupted table can be resumed, and seeds added.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastvae.cli import demo
 from .latents import kept
 
 EVAL_K, K = 5000, 64
-# Objective and encoder's bound, by the names of the papers: (M, K) of MIWAE and PIWAE.
+# Objective and encoder's bound, by the papers' names: (M, K) of MIWAE and PIWAE.
 METHODS: dict[str, dict[str, Any]] = {
     "VAE": {"objective": IWAE(groups=64)},
     "IWAE": {"objective": IWAE()},
@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def result(images: demo.Images, name: str, settings: Any, seed: int) -> dict[str, Tensor]:
-    """Bounds and log p(x) of each test image [N], made now or kept from before."""
+    """Return bounds and log p(x) of each test image [N], computed or read from the cache."""
 
     def train() -> dict[str, Tensor]:
         architecture = {"pixels": 64, "hidden": 128, "latent": settings.latent}
@@ -61,7 +61,7 @@ def result(images: demo.Images, name: str, settings: Any, seed: int) -> dict[str
 
 
 def said(values: Tensor) -> str:
-    """The mean of a number of each seed, and its standard deviation."""
+    """Format the mean over seeds and the standard deviation."""
     spread = f" ± {values.std().item():.2f}" if len(values) > 1 else ""
     return f"{values.mean().item():.2f}{spread}".replace("-", "−")
 

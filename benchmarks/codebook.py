@@ -1,4 +1,4 @@
-"""The nearest code of a VQ-VAE."""
+"""Nearest code of a VQ-VAE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def works(place: Place = CPU):
 
 
 def whole_matrix(z, codes):
-    """As the paper's own code has it."""
+    """Find nearest codes as the paper's own code does."""
     return (z.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * z @ codes.T).argmin(1)
 
 
@@ -29,7 +29,7 @@ def nearest(n: int, u: int, d: int, place: Place = CPU) -> Work:
     functions = {OURS: nearest_code, "eager": whole_matrix, "torch.cdist": cdist}
 
     def check(function):
-        """No other code is nearer, but by rounding."""
+        """Assert that no other code is nearer, up to rounding."""
         z64, codes64 = z[:256].double(), codes.double()
         distances = (z64[:, None] - codes64).square().sum(2)
         found = distances.gather(1, function(z, codes)[:256, None])[:, 0]

@@ -1,4 +1,4 @@
-"""A CUDA device as a place to measure: events, graphs, peak memory. All that touches torch.cuda is here."""
+"""Measurements on a CUDA device: events, graphs, peak memory. All uses of torch.cuda are here."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from . import interpreter
 from .measure import Host, Timed, Work, describe, loop_of, tuple_of
 from .report import processor, versions_of
 
-# A graph holds as many calls as take so long, so that what its launch costs does not count.
+# Duration of a graph's calls, long enough to make its launch negligible.
 GRAPH_SECONDS = 2e-3
 MOST_CALLS = 64
-# The inputs and results of all sets of a work together, in multiples of the L2 cache.
+# Total size of a work's sets of inputs and results, in multiples of the L2 cache.
 TIMES_THE_CACHE = 4
 MOST_SETS = 64
 
 
 class CaptureFailed(Exception):
-    """A CUDA graph could not be captured. What torch keeps of the attempt (the random generator believes that
-    it is being captured, the allocator too) makes this process unfit to go on.
+    """Failed capture of a CUDA graph.
+
+    It leaves torch in a state (the random generator and the allocator still in capture mode) in which the
+    process cannot continue.
     """
 
     def __init__(self, key: str, reason: str):
@@ -37,18 +39,18 @@ class CaptureFailed(Exception):
 
 
 class DeviceLost(Exception):
-    """The device accepts no more work from this process: an illegal address, a failed assertion."""
+    """Loss of the device, which accepts no more work from this process: illegal address, failed assertion."""
 
 
 class Cuda(Host):
-    """The current CUDA device.
+    """Current CUDA device.
 
-    Everything runs on one stream that is not the default one, as a capture requires of its warm-up.
+    Everything runs on one stream other than the default, as a capture requires of its warm-up.
 
     Args:
-        failed: work and implementation → why its capture failed before; it is timed without a graph.
-        cuda: ``torch.cuda``, or what stands in for it in a test.
-        device: where tensors are; another in a test.
+        failed: work and implementation → reason of an earlier failed capture; timed without a graph.
+        cuda: ``torch.cuda``, or a stand-in in a test.
+        device: device of the tensors; a different one in a test.
     """
 
     def __init__(
@@ -64,16 +66,16 @@ class Cuda(Host):
         self.stream = cuda.Stream()
 
     def active(self) -> AbstractContextManager:
-        """Within it, work goes to the one stream."""
+        """Return a context in which work goes to the stream."""
         return self.cuda.stream(self.stream)
 
     @property
     def cache(self) -> int:
-        """Bytes of the L2 cache."""
+        """Size of the L2 cache in bytes."""
         return getattr(self.properties, "L2_cache_size", 0) or 2**26
 
     def seconds(self, launch: Callable[[], object]) -> float:
-        """By the host's clock, from an idle device to an idle device."""
+        """Measure by the host's clock, from an idle device to an idle device."""
         self.cuda.synchronize()
 
         def launch_and_wait():
@@ -83,7 +85,7 @@ class Cuda(Host):
         return super().seconds(launch_and_wait)
 
     def seconds_by_events(self, launch: Callable[[], object]) -> float:
-        """By the device's clock, between what is in the stream before and after."""
+        """Measure by the device's clock, with events in the stream before and after."""
         before, after = (self.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         launch()
@@ -96,11 +98,10 @@ class Cuda(Host):
         if name not in work.graphs:
             return loop_of(run, once, self.seconds, "host")
         key = f"{work.group}: {name}"
-        # Where a plain copy cannot be captured, nothing can.
+        # If a plain copy cannot be captured, nothing can.
         if reason := self.failed.get(key) or self.failed.get("machine: copy"):
             return loop_of(run, once, self.seconds_by_events, f"events: {reason}")
-        # A step is a graph, as in training; of an op's calls a graph holds many, so that its launch does not
-        # count.
+        # A step is one graph, as in training; an op's graph has many calls, to make its launch negligible.
         calls = 1 if work.direction == "step" else math.ceil(GRAPH_SECONDS / max(once, 1e-6))
         calls = max(work.sets, min(MOST_CALLS, calls))
         try:
@@ -111,13 +112,13 @@ class Cuda(Host):
         return replace(timed, calls=timed.calls * calls)
 
     def _capture(self, run: Callable[[], object], calls: int, sets: int) -> Callable[[], object]:
-        # An autograd graph that lives on would tie the capture to what is outside.
+        # A live autograd graph would tie the capture to tensors outside.
         gc.collect()
         for _ in range(max(3, sets)):
             run()
         self.cuda.synchronize()
         graph = self.cuda.CUDAGraph()
-        # Results are kept as long as their inputs are: freed at once, they would stay in the cache.
+        # Results are kept as long as their inputs: freed at once, they would stay in the cache.
         kept = collections.deque(maxlen=sets)
         with self.cuda.graph(graph, stream=self.stream):
             for _ in range(calls):
@@ -148,12 +149,12 @@ class Cuda(Host):
             raise DeviceLost(describe(lost)) from lost
 
     def release(self) -> None:
-        """Give the memory of what has been dropped back to the device."""
+        """Return freed memory to the device."""
         gc.collect()
         self.cuda.empty_cache()
 
     def describe(self) -> tuple[str, list[str]]:
-        """The card's name, and versions that every row names."""
+        """Return the GPU's name, and the versions recorded in every row."""
         runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         return self.properties.name, [*versions_of("triton", "numpy"), runtime, *_of_the_driver()]
 
@@ -163,7 +164,7 @@ def _detached(outputs: object) -> list[torch.Tensor]:
 
 
 def _of_the_driver() -> list[str]:
-    """Its version, and the clocks of the multiprocessors and the memory: now, and at most."""
+    """Return the driver's version, and current and maximum clocks of multiprocessors and memory."""
     names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
     command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader,nounits"]
     try:
@@ -175,9 +176,9 @@ def _of_the_driver() -> list[str]:
 
 
 class StandIn(Host):
-    """The CPU in place of a card, for a dry run: the same methods, a loop for a graph.
+    """CPU stand-in for a GPU in a dry run: the same methods, a loop instead of a graph.
 
-    Compiling costs seconds, so only the first functions are compiled.
+    Compiling takes seconds, so only the first functions are compiled.
     """
 
     COMPILED = 3

@@ -1,4 +1,4 @@
-"""The test suite on a device, within a time: what failed, and how far it came."""
+"""Test suite on a device, with a time limit: failures and progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What runs on the device itself, in order; then the rest.
+# Tests that run on the device itself, in order, before the rest.
 FIRST = (
     "latent",
     "likelihoods",
@@ -30,7 +30,7 @@ FIRST = (
     "mistakes",
     "chunks",
 )
-# What compiles, starts processes or builds for its own sake, without the device.
+# Tests that compile, start processes or build, without the device.
 WITHOUT_DEVICE = ("package", "kernels_compile", "ptx", "launches", "readme", "benchmarks", "benchmarks_gpu")
 # The tests of a dry run.
 QUICK = "compare"
@@ -39,15 +39,15 @@ MOST_SHOWN = 20
 
 @dataclass
 class Outcome:
-    """What came of the tests.
+    """Outcome of the tests.
 
     Attributes:
-        counts: outcome, such as ``"passed"`` → how many tests.
-        failures: names of those that failed.
-        seconds: the time they were given, if it was up before the end.
-        collected: how many there are; 0 if unknown.
-        log: what pytest printed.
-        code: what pytest returned.
+        counts: outcome, such as ``"passed"`` → number of tests.
+        failures: names of the failed tests.
+        seconds: the time limit in seconds, if it was reached; else 0.
+        collected: number of tests; 0 if unknown.
+        log: pytest's output.
+        code: pytest's exit code.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -59,12 +59,12 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether none failed and some passed."""
+        """True if none failed and some passed."""
         failed = self.failures or (self.code and not self.seconds)
         return not failed and self.counts.get("passed", 0) > 0
 
     def summary(self) -> str:
-        """A line, and the names of what failed."""
+        """Summary line, and the names of the failed tests."""
         counts = ", ".join(f"{n} {outcome}" for outcome, n in self.counts.items()) or "none ran"
         line = f"tests: {counts}"
         if self.seconds:
@@ -79,7 +79,7 @@ class Outcome:
         return "\n".join([line, *shown])
 
     def text(self) -> str:
-        """The summary, and what pytest says of the first failures."""
+        """Return the summary, and pytest's reports of the first failures."""
         trouble = self.code and not self.seconds
         reports = re.findall(r"^_{3,} .+? _{3,}$.*?(?=^_{3,} |^={3,} |\Z)", self.log, re.M | re.S)
         shown = [r.strip()[-1500:] for r in reports[:3]]
@@ -92,8 +92,8 @@ def run(seconds: float, dry_run: bool) -> Outcome:
     """Run the suite, or in a dry run one quick file.
 
     Args:
-        seconds: after so many it is stopped.
-        dry_run: whether there is no device.
+        seconds: time limit in seconds.
+        dry_run: True without a device.
     """
     tests = ROOT / "tests"
     rest = sorted(p.stem.removeprefix("test_") for p in tests.glob("test_*.py"))
@@ -106,10 +106,10 @@ def run(seconds: float, dry_run: bool) -> Outcome:
     workers = min(8, cores // 2)
     if not dry_run and workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(workers)]
-        # Each would take all cores for itself, and start as many compilers.
+        # Otherwise each worker would use all cores, and start as many compilers.
         environment |= {"OMP_NUM_THREADS": str(cores // workers), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        # A group of its own, so that its workers end with it.
+        # A separate process group, so that its workers end with it.
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -141,12 +141,12 @@ def _wait(process: subprocess.Popen, seconds: float) -> tuple[int, bool]:
 
 
 def read(log: str, code: int, seconds: float) -> Outcome:
-    """The outcome of what ``pytest -v`` printed, with or without xdist.
+    """Parse the output of ``pytest -v``, with or without xdist.
 
     Args:
-        log: what it printed.
-        code: what it returned.
-        seconds: what it was given, if it was cut off; else 0.
+        log: pytest's output.
+        code: pytest's exit code.
+        seconds: the time limit in seconds, if it was reached; else 0.
     """
     word = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors", "SKIPPED": "skipped"}
     word |= {"XFAIL": "failed as expected", "XPASS": "passed unexpectedly"}

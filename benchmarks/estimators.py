@@ -1,10 +1,10 @@
-"""``python -m benchmarks estimators``: estimates of log p(x) beside the truth, for docs/estimators.md.
+"""``python -m benchmarks estimators``: estimates of log p(x) against the truth, for docs/estimators.md.
 
-Linear-Gaussian models have an exact log p(x), and a q that is off by a stated amount; of two models of
-scikit-learn's digits, trained as the demo trains them with the ELBO and with IWAE, the truth is an estimate
-by very many draws from adapted proposals. Every estimator in ESTIMATORS is a function of a model, the draws
-per example and a seed, and is a row of both tables: another one is a line there. Those in SLOW are measured
-on fewer examples.
+Linear-Gaussian models have an exact log p(x), and a q that is inexact by a stated amount; for two models of
+scikit-learn's digits, trained as in the demo with the ELBO and with IWAE, the truth is an estimate by very
+many draws from adapted proposals. Every estimator in ESTIMATORS is a function of a model, the draws per
+example and a seed, and a row of both tables; adding one takes one line there. Those in SLOW are measured on
+fewer examples.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from . import report
 
 OUT = Path(__file__).parents[1] / "docs" / "estimators.md"
 NOISE = 0.5  # standard deviation of x given z
-# D, and of q: its standard deviation over the posterior's, and its mean's distance in standard deviations.
+# D; q's standard deviation over the posterior's, and its mean's distance in standard deviations.
 EXACT = (
     *((2, scale, shift) for scale, shift in ((1.3, 0), (0.9, 0), (0.7, 0), (0.5, 0), (1, 2))),
     *((10, scale, shift) for scale, shift in ((1.3, 0), (0.9, 0), (0.7, 0), (0.6, 0), (1.1, 1.5))),
     *((50, scale, shift) for scale, shift in ((1.2, 0), (0.97, 0), (0.9, 0), (0.8, 0), (1.05, 1.5))),
 )
-# Those with which all estimators are compared.
+# Models for the comparison of all estimators.
 COMPARED = (
     *((2, scale, shift) for scale, shift in ((1.3, 0), (0.7, 0), (1, 2))),
     *((10, scale, shift) for scale, shift in ((0.9, 0), (0.6, 0), (1.1, 1.5))),
@@ -41,7 +41,7 @@ COMPARED = (
 
 
 class Model(NamedTuple):
-    """Examples, their q, the decoder, and the truth."""
+    """Examples, their q, the decoder, and the true log p(x)."""
 
     name: str
     x: Tensor  # [N, X]
@@ -52,7 +52,7 @@ class Model(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Each [N] in float64: of log p(x), and a 95 % interval; and the rows decoded for an example."""
+    """Estimates of log p(x) and 95 % intervals, [N] in float64 each, and the rows decoded per example."""
 
     value: Tensor
     low: Tensor
@@ -64,7 +64,7 @@ Estimator = Callable[[Model, int, int], Estimate]
 
 
 def marginal(model: Model, k: int, seed: int, **options: Any) -> fastvae.LogMarginal:
-    """:func:`fastvae.log_marginal` of a model, in float64."""
+    """Compute :func:`fastvae.log_marginal` of a model, in float64."""
     noise = torch.Generator().manual_seed(seed)
     found = fastvae.log_marginal(
         model.x, model.q, model.decoder, k=k, generator=noise, **model.options, **options
@@ -73,7 +73,7 @@ def marginal(model: Model, k: int, seed: int, **options: Any) -> fastvae.LogMarg
 
 
 def _normal(value: str, error: str) -> Estimator:
-    """A field of LogMarginal, and 1.96 of its standard errors about it."""
+    """Return an estimator: a field of LogMarginal, plus and minus 1.96 of its standard errors."""
 
     def estimator(model: Model, k: int, seed: int) -> Estimate:
         found = marginal(model, k, seed)
@@ -84,7 +84,7 @@ def _normal(value: str, error: str) -> Estimator:
 
 
 def _interval(**options: Any) -> Estimator:
-    """The jackknife and the interval, with options of log_marginal."""
+    """Return an estimator: the jackknife and the interval, with options of log_marginal."""
 
     def estimator(model: Model, k: int, seed: int) -> Estimate:
         found = marginal(model, k, seed, **options)
@@ -119,7 +119,7 @@ def _annealed(model: Model, k: int, seed: int) -> Estimate:
 
 
 def _unbiased(levels: bool) -> Estimator:
-    """Russian roulette at the mean cost of k draws, an example after the other; it has no interval."""
+    """Return an estimator: Russian roulette at the mean cost of k draws, per example, without interval."""
 
     def estimator(model: Model, k: int, seed: int) -> Estimate:
         generator = torch.Generator().manual_seed(seed)
@@ -144,10 +144,10 @@ def _unbiased(levels: bool) -> Estimator:
 def roulette(
     draw: Callable[[int], Tensor], m: int, generator: torch.Generator, *, levels: bool
 ) -> tuple[float, int]:
-    """An unbiased estimate of log p(x), and the draws that it took, of ``draw(n)``, n log weights.
+    """Return an unbiased estimate of log p(x) and the number of draws, from ``draw(n)``, n log weights.
 
-    SUMO (Luo et al. 2020, section 4): bounds of m, m + 1, … draws, P(K >= k) = 1/k up to 80 and 0.9 of the
-    one before from there. With ``levels`` those of m, 2m, 4m, … draws, means over disjoint blocks (Shi &
+    SUMO (Luo et al. 2020, section 4): bounds of m, m + 1, … draws, P(K >= k) = 1/k up to 80 and 0.9 times the
+    previous one beyond. With ``levels`` bounds of m, 2m, 4m, … draws, means over disjoint blocks (Shi &
     Cornish 2021), P(level >= l) = 2^(-1.5 l).
     """
     u = 1 - float(torch.rand((), generator=generator, dtype=torch.float64))
@@ -176,7 +176,7 @@ SLOW: dict[str, Estimator] = {
 
 
 def linear_gaussian(latent: int, scale: float, shift: float, examples: int) -> Model:
-    """z ~ N(0, I), x = A z + noise, the columns of A orthogonal: the posterior has no correlations."""
+    """Build z ~ N(0, I), x = A z + noise, with orthogonal columns of A: an uncorrelated posterior."""
     numbers = latent + 3
     generator = torch.Generator().manual_seed(latent)
     basis = torch.linalg.qr(torch.randn(numbers, latent, generator=generator, dtype=torch.float64)).Q
@@ -197,8 +197,9 @@ def linear_gaussian(latent: int, scale: float, shift: float, examples: int) -> M
 
 
 def digits(k: int | None, latent: int, epochs: int, examples: int, reference: int) -> Model:
-    """A model of scikit-learn's digits trained with the ELBO, or IWAE with k, and log p(x) of test images by
-    ``reference`` draws.
+    """Train a model of scikit-learn's digits with the ELBO, or IWAE with k draws.
+
+    Its log p(x) of test images is estimated by ``reference`` draws.
     """
     images = demo.digits()
     name = "ELBO" if k is None else f"IWAE-{k}"
@@ -213,20 +214,20 @@ def digits(k: int | None, latent: int, epochs: int, examples: int, reference: in
 
 
 def some_of(model: Model, examples: int) -> Model:
-    """The first examples."""
+    """Return the model with its first examples."""
     q = tuple(v[:examples] for v in model.q)
     return model._replace(x=model.x[:examples], q=q, log_px=model.log_px[:examples])
 
 
 def measured(model: Model, estimator: Estimator, k: int, seeds: int) -> list[str]:
-    """Cells of a row: bias, rms error, coverage, share of open intervals, width, evaluations, time."""
+    """Return a row's cells: bias, rms error, coverage, share of open intervals, width, evaluations, time."""
     begin = time.process_time()
     runs = [estimator(model, k, 100 + seed) for seed in range(seeds)]
     seconds = (time.process_time() - begin) / seeds / len(model.x)
     value, low, high = (torch.stack([run[i] for run in runs]) for i in range(3))
     off = value - model.log_px
     holds = ((low <= model.log_px) & (model.log_px <= high)).double().mean()
-    # Seeds share their examples; errors are independent all the same, as the truth is known.
+    # Seeds share examples, but errors are independent, as the truth is known.
     error = float(off.std()) / math.sqrt(off.numel())
     return [
         f"{float(off.mean()):+.4f} ± {error:.4f}".replace("-", "−"),
@@ -252,7 +253,7 @@ COLUMNS = (
 
 
 def table(models: list[Model], k: int, seeds: int, estimators: dict[str, Estimator]) -> list[str]:
-    """A row for every model and every estimator."""
+    """Return the table with a row per model and estimator."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for model in models:
         khat = float(marginal(model, k, 0).khat.nanmedian())
@@ -265,7 +266,7 @@ def table(models: list[Model], k: int, seeds: int, estimators: dict[str, Estimat
 
 
 def coverage(models: list[Model], draws: list[int]) -> list[str]:
-    """What share of the intervals holds log p(x), by the number of draws."""
+    """Return the table of the intervals' coverage of log p(x), by the number of draws."""
     cells = [f"K = {k}{what}" for k in draws for what in (": ± 1.96 stderr", ": low to high", ", open")]
     lines = [f"| model | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
     for model in models:

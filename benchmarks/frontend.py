@@ -1,8 +1,8 @@
-"""``python -m benchmarks frontend``: what an objective costs of its own, beside a decoder that costs nothing.
+"""``python -m benchmarks frontend``: overhead of an objective, with a decoder that costs nothing.
 
-Forward and backward of ``fastvae.elbo`` and ``fastvae.iwae``, less the decoder's own link in the graph,
-beside the same lines of PyTorch, eager and compiled, and beside two autograd nodes that allocate the same
-results and do nothing. Where people train small models this is the whole cost.
+Forward and backward of ``fastvae.elbo`` and ``fastvae.iwae``, minus the decoder's own node in the graph,
+against the same lines of PyTorch, eager and compiled, and against two autograd nodes that allocate the same
+results and do nothing. For small models this is the whole cost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
     x: Tensor
     mu: Tensor
     logvar: Tensor
-    outputs: tuple[Tensor, ...]  # the decoder's
+    outputs: tuple[Tensor, ...]  # decoder outputs
     grad_z: Tensor
 
     @property
@@ -71,7 +71,7 @@ def make(case: Case, likelihood: str, device: str = "cpu") -> Inputs:
 
 
 class Link(torch.autograd.Function):
-    """The decoder: prepared outputs, and a prepared gradient for z."""
+    """Decoder stand-in: prepared outputs, and a prepared gradient for z."""
 
     @staticmethod
     def forward(ctx, z, grad_z, *outputs):
@@ -142,7 +142,7 @@ def empty(case: Case, likelihood: str, i: Inputs) -> Tensor:
 
 
 def bare(i: Inputs) -> Callable[[], object]:
-    """The link by itself."""
+    """Return forward and backward of the link alone."""
     z = torch.zeros_like(i.grad_z, requires_grad=True)
     grads = tuple(torch.ones_like(o) for o in i.outputs)
 
@@ -160,7 +160,7 @@ COLUMNS = (OURS, COMPILED, "eager", "torch.compile", "torch.compile, fallback_ra
 def implementations(
     case: Case, likelihood: str, i: Inputs, compiled: bool
 ) -> dict[str, Callable[[], object]]:
-    """Each one's forward and backward pass, and the link's."""
+    """Return each implementation's forward and backward pass, and the link's."""
     functions = {OURS: ours, "eager": eager, "empty nodes": empty}
     if compiled:
         torch._dynamo.reset()
@@ -184,13 +184,13 @@ def implementations(
 def measure(
     runs: dict[str, Callable[[], object]], rounds: int, calls: int = 1, wait: Callable[[], object] = bool
 ) -> dict[str, list[float]]:
-    """Microseconds of each run in each round, less those of the link beside it.
+    """Return microseconds of each run in each round, minus those of the link in the same round.
 
     Args:
-        runs: what to measure.
-        rounds: how often.
-        calls: in a row in each round.
-        wait: returns when the device has done all it was asked to.
+        runs: name → function to measure.
+        rounds: number of rounds.
+        calls: consecutive calls per round. Default: 1.
+        wait: returns when the device has finished. Default: no wait.
     """
     for run in runs.values():
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""rsample_tril: draws of a normal distribution with a full covariance."""
+"""Benchmark of rsample_tril: draws of a normal distribution with a full covariance."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def works(place: Place = CPU):
 
 @functools.cache
 def places(d: int, device: torch.device):
-    """Where the packed numbers lie in a matrix, and those of the diagonal among them."""
+    """Return rows and columns of the packed numbers, and the packed indices of the diagonal."""
     rows, columns = torch.tril_indices(d, d, device=device)
     diagonal = torch.arange(d, device=device)
     return rows, columns, diagonal * (diagonal + 3) // 2
 
 
 def matrices(tril, d: int):
-    """L [B, D, D], and the logarithms of its diagonal [B, D]."""
+    """Return L [B, D, D], and the logarithms of its diagonal [B, D]."""
     rows, columns, diagonal = places(d, tril.device)
     logs = tril[:, diagonal]
     scale = tril.new_zeros(len(tril), d, d)
@@ -46,7 +46,7 @@ def formula(eps, mu, scale, logs):
 
 
 def exact(outputs, mu, tril):
-    """The noise behind z, whoever drew it, once it is seen to be standard normal; and what it makes."""
+    """Recover the noise behind any implementation's z, assert that it is standard normal; return results."""
     scale, logs = matrices(tril, mu.shape[1])
     moved = (outputs[0] - mu).detach().transpose(0, 1).mT
     eps = torch.linalg.solve_triangular(scale.detach(), moved, upper=False).mT.transpose(0, 1)
@@ -58,14 +58,14 @@ def exact(outputs, mu, tril):
 
 
 def rsample_tril(k: int, b: int, d: int, target, place: Place = CPU):
-    """The works of one size."""
+    """Yield the works of one size."""
 
     def eager(mu, tril):
         scale, logs = matrices(tril, d)
         return formula(place.randn(k, b, d), mu, scale.to(mu.dtype), logs)
 
     packed = d * (d + 1) // 2
-    # Forward: mu and tril in, both results out. Backward: tril and what arrives at both in, gradients out.
+    # Forward: mu and tril in, both results out. Backward: tril and both upstream gradients in, gradients out.
     size = place.dtype.itemsize
     forward = size * (b * (d + packed) + k * b * d) + 4 * k * b
     backward = forward + size * b * packed
@@ -75,7 +75,7 @@ def rsample_tril(k: int, b: int, d: int, target, place: Place = CPU):
         f"{k}×{b}×{d}",
         lambda: (
             place.randn(b, d, requires_grad=True),
-            # Of a larger one, the noise could not be found again.
+            # The noise could not be recovered from a larger one.
             (0.5 / d**0.5 * place.randn(b, packed)).requires_grad_(),
         ),
         {OURS: lambda mu, tril: ops.rsample_tril(mu, tril, samples=k), "eager": eager},

@@ -1,8 +1,8 @@
-"""``python -m benchmarks gpu``: the tests on the device, then every op, step and evaluation, within a time.
+"""``python -m benchmarks gpu``: tests on the device, then every op, step and evaluation, in limited time.
 
 The command itself touches no device. It runs the tests, and then a process that measures, the most important
-first. That process writes rows as they come, and where it cannot go on (an illegal address, a capture that
-failed) another does what is left. What could not be measured, or not in time, is listed by name.
+items first. That process writes rows as they come; if it cannot continue (an illegal address, a failed
+capture), another does the rest. Items that failed, or for which there was no time, are listed by name.
 """
 
 from __future__ import annotations
@@ -47,29 +47,29 @@ from .objectives import evaluated, evaluation, iwae_without_networks, steps
 from .weigh import bound
 
 ROOT = Path(__file__).parents[1]
-# What the process that measures returns when another must go on.
+# Exit code of a measuring process when another must continue.
 AGAIN = 3
-# What is lost, if not an item.
+# Name of a loss that is not an item.
 MACHINE = "the machine's own speed"
 MOST_PROCESSES = 10
-# Seconds: for tables and plots at the end, and for what is under way when the time is up.
+# Seconds reserved for tables and plots at the end, and for the work in progress when the time is up.
 RESERVE, GRACE = 15, 10
-# Of rounds, for each work; in a dry run two rounds are enough.
+# Seconds of rounds per work; in a dry run two rounds are enough.
 BUDGET = 0.3
-# An item that takes so much longer than expected hangs, and is ended with its process.
+# Seconds beyond the expected time after which an item counts as hanging, and its process is ended.
 PATIENCE = 60
 
-# Compiled versions: the options of each, and those to measure.
+# Compiled versions and their options, and those to measure.
 VERSIONS = {COMPILE: {}, REDUCE_OVERHEAD: {"mode": "reduce-overhead"}}
 COMPILED = (COMPILE,)
 ALL = tuple(VERSIONS)
 
-# What fastvae must be, forward and backward, times as fast as whom.
+# Required speed-up of fastvae over each peer, forward and backward.
 FAST = {"eager": 4.0, COMPILE: 1.2}
 LEVEL = {COMPILE: 1.0}
 
 
-# The same by torch.distributions, as Pyro does it, too.
+# The same by torch.distributions, as in Pyro.
 
 
 def _normal(mu, logvar):
@@ -95,12 +95,12 @@ def _by(function):
 
 
 def _overhead(works, place):
-    """A call of tiny tensors, whose price is Python's; the target is for the forward pass, too."""
+    """Yield works of tiny tensors, dominated by Python's overhead; the target is for the forward pass too."""
     for work in works(replace(place, graphs=False)):
         yield replace(work, group="overhead", case=f"{work.group} {work.case}", target=LEVEL)
 
 
-# What can be measured: works of a size, at a place.
+# Measurable works, as functions of size and place.
 WORKS = {
     "rsample_kl": lambda size, place: rsample_kl(
         *size, FAST if size[0] == 1 else {}, place, _by(_rsample_kl)
@@ -128,15 +128,15 @@ WORKS = {
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to measure.
+    """Item to measure.
 
     Attributes:
         what: a key of WORKS.
         size: its sizes.
         precision: float32 or bfloat16.
         versions: keys of VERSIONS.
-        seconds: that must be left to begin it.
-        small: its sizes in a dry run; default: few numbers along each axis, no two alike.
+        seconds: time that must remain to start it.
+        small: its sizes in a dry run. Default: small, distinct numbers along each axis.
     """
 
     what: str
@@ -153,12 +153,12 @@ class Item:
 
     @property
     def rate(self) -> str:
-        """The precision whose matrix products bound the time. An op's arithmetic is float32 in any."""
+        """Precision of the matrix products that limit the time; an op's arithmetic is always float32."""
         return self.precision if self.what in ("IWAE step", "evaluation") else "float32"
 
     def works(self, host: Host, dry_run: bool) -> Iterator[Work]:
         versions = {name: VERSIONS[name] for name in self.versions}
-        # An evaluation is one of both.
+        # An evaluation covers both precisions.
         size, label = self.size, "" if self.what == "evaluation" else f", {self.precision}"
         if dry_run:
             label += f", DRY RUN of {'×'.join(map(str, size))}"
@@ -168,7 +168,7 @@ class Item:
 
 
 def _plan() -> list[Item]:
-    """Everything, the most important first."""
+    """Return all items, the most important first."""
 
     def main(precision):
         for what, *size in (
@@ -220,8 +220,9 @@ PLAN = _plan()
 
 
 def plan(only: list[str], dry_run: bool) -> list[Item]:
-    """What has one of these parts in its name, everything if there are none; in a dry run one size of each
-    kind, as all are tiny there.
+    """Return the items whose names contain one of ``only``, or all if it is empty.
+
+    A dry run has one size of each kind, as all are tiny there.
     """
     items = [item for item in PLAN if not only or any(part in item.name for part in only)]
     if not dry_run:
@@ -232,19 +233,19 @@ def plan(only: list[str], dry_run: bool) -> list[Item]:
 
 @dataclass
 class State:
-    """What the command and the processes that measure tell each other, in a file.
+    """State shared by the command and the measuring processes, in a file.
 
     Attributes:
-        path: of the file.
-        stop: when the last work must have been done, in seconds since the epoch.
-        only: parts of names; what has none of them is not measured. All, if empty.
-        csv: where the rows are.
-        machines: precision → what the card does at best.
-        began: what is being measured.
-        done: what has been.
-        left_out: what there was no time for.
-        lost: what ended in an error → the error.
-        failed: what could not be captured in a CUDA graph → why.
+        path: the file's path.
+        stop: deadline of the last work, in seconds since the epoch.
+        only: parts of names; items without any of them are not measured. All if empty.
+        csv: path of the rows.
+        machines: precision → the GPU's best speed.
+        began: the item being measured.
+        done: the items measured.
+        left_out: the items for which there was no time.
+        lost: item that ended in an error → the error.
+        failed: work that could not be captured in a CUDA graph → reason.
     """
 
     path: str
@@ -265,7 +266,7 @@ class State:
         for name, value in changes.items():
             setattr(self, name, value)
         path = Path(self.path)
-        # In one step: the process may be ended at any moment.
+        # Atomically: the process may be ended at any moment.
         path.with_suffix(".new").write_text(json.dumps(asdict(self)))
         os.replace(path.with_suffix(".new"), path)
 
@@ -274,12 +275,12 @@ class State:
         return cls(**json.loads(Path(path).read_text()))
 
     def wanted(self) -> list[Item]:
-        """What is to be measured and has not been, in order."""
+        """Return the items still to be measured, in order."""
         over = {*self.done, *self.left_out, *self.lost}
         return [item for item in plan(self.only, self.dry_run) if item.name not in over]
 
 
-# The process that measures
+# The measuring process
 
 
 def _worker(path: str) -> int:
@@ -295,8 +296,8 @@ def _worker(path: str) -> int:
                     print(f"{item.name}: left out for want of time", flush=True)
                     continue
                 state.save(began=item.name)
-                # Nobody handles this signal: it ends the process, also one that waits for the device. There
-                # is none in a dry run, which may be as slow as the machine is busy.
+                # This signal is not handled: it ends the process, even one that waits for the device. Not in
+                # a dry run, which may be slow on a busy machine.
                 if not state.dry_run:
                     signal.alarm(int(PATIENCE + 4 * item.seconds))
                 _try(item, host, machines[item.rate], where[item.rate], state)
@@ -315,7 +316,7 @@ def _worker(path: str) -> int:
 
 
 def _try(item: Item, host: Host, machine: Machine, where: report.Row, state: State) -> None:
-    """Measure an item; an error that the device survives is noted."""
+    """Measure an item; record an error that the device survives."""
     try:
         _measure(item, host, machine, where, state)
     except (CaptureFailed, DeviceLost):
@@ -329,7 +330,7 @@ def _try(item: Item, host: Host, machine: Machine, where: report.Row, state: Sta
 
 
 def _machines(host: Host, state: State) -> tuple[dict[str, report.Row], dict[str, Machine]]:
-    """What every row says of the card, and its speed, by precision; measured by the first process."""
+    """Return each row's entries about the GPU, and its speed, by precision; the first process measures it."""
     if not state.machines:
         numbers, sizes = (2**16, (64, 64)) if state.dry_run else (2**26, (8192, 16384))
         machines = {
@@ -357,7 +358,7 @@ def _machines(host: Host, state: State) -> tuple[dict[str, report.Row], dict[str
 
 
 def _measure(item: Item, host: Host, machine: Machine, where: report.Row, state: State) -> None:
-    """Measure, print and write the works of an item that are not written yet."""
+    """Measure, print and write those works of an item that are not written yet."""
     csv = Path(state.csv)
     key = lambda row: (row["group"], row["case"], row["direction"])  # noqa: E731
     written = {key(row) for row in report.read_csv(csv)} if csv.exists() else set()
@@ -432,7 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _unfit(dry_run: bool) -> str:
-    """Why this machine cannot do it, and what to do; nothing if it can."""
+    """Return why this machine cannot run the command, and a remedy; empty if it can."""
     if not _backend.has_triton():
         return (
             "triton is not installed, and the kernels to measure are written in it; install the version that "
@@ -448,9 +449,9 @@ def _unfit(dry_run: bool) -> str:
 
 
 def _measure_all(state: State) -> State:
-    """Let processes measure until everything is done or the time is up."""
+    """Run measuring processes until everything is done or the time is up."""
     command = [sys.executable, "-m", "benchmarks", "gpu", "--worker", state.path]
-    # Whatever backend is chosen for other work, what a card runs by itself is measured.
+    # Measure the GPU's default backend, whatever is selected for other work.
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTVAE_BACKEND")}
     if state.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "FASTVAE_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
@@ -477,7 +478,7 @@ def _measure_all(state: State) -> State:
             break
         reason = "took much too long" if code == -signal.SIGALRM else f"ended its process, code {code}"
         print(f"{name}: {reason}", flush=True)
-        # What the process itself said of it says more.
+        # The process's own message is more informative.
         state.save(lost={name: reason, **state.lost}, began="")
         if not state.machines:
             break
@@ -486,7 +487,7 @@ def _measure_all(state: State) -> State:
 
 
 def _conclude(state: State, tests: device_tests.Outcome | None, out: Path, began: float) -> int:
-    """Plots, and the tables that are to be seen last."""
+    """Write plots, and print the final tables."""
     csv = Path(state.csv) if state.csv else None
     rows = report.read_csv(csv) if csv and csv.exists() else []
     files = [csv, *gpu_tables.plots(rows, csv.with_suffix(""))] if rows else []

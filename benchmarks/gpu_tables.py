@@ -1,4 +1,4 @@
-"""A GPU run in short: a line for each op and size, the steps, what loses, and plots."""
+"""Summary of a GPU run: a line per op and size, the steps, the losses, and plots."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ BOTH_WAYS = "forward+backward"
 
 
 def _of(rows: list[Row], **wanted: str) -> list[Row]:
-    """The timed rows with these values."""
+    """Return the timed rows with the given values."""
     return [r for r in rows if r["p50_us"] and all(r[key] == value for key, value in wanted.items())]
 
 
 def _bytes(row: Row) -> float:
-    """What had to be moved, from the row's bandwidth and time."""
+    """Return the bytes that had to be moved, from the row's bandwidth and time."""
     return float(row["gb_per_s"]) * float(row["p50_us"]) * 1e3
 
 
 def is_moving(row: Row) -> bool:
-    """Whether the bytes of this row need more time than its operations, so that bandwidth is its limit."""
+    """Return True if bandwidth limits this row: its bytes need more time than its operations."""
     by_bytes = _bytes(row) / 1e3 / max(float(row["copy_gb_per_s"]), float(row["read_gb_per_s"]))
     return by_bytes >= 0.95 * float(row["least_us"])
 
@@ -42,7 +42,7 @@ def _percent(share: str) -> str:
 
 
 def text(rows: list[Row], dry_run: bool) -> str:
-    """The tables that are printed last."""
+    """Return the final tables."""
     if not rows:
         return "nothing was measured"
     mark = (
@@ -61,7 +61,7 @@ def text(rows: list[Row], dry_run: bool) -> str:
 
 
 def predictions(rows: list[Row], path: Path = PREDICTED) -> str:
-    """What ``python -m benchmarks predict`` said of this card, beside what was measured."""
+    """Return the predictions of ``python -m benchmarks predict`` for this GPU next to the measurements."""
     device = next((r["device"] for r in rows), "")
     column = next((f"{card}_us" for card in ("h100", "h200") if card.upper() in device), "")
     if not column or not path.exists():
@@ -83,7 +83,7 @@ def _ratio(mine: dict[str, Row], peer: str) -> str:
 
 
 def _op_table(rows: list[Row]) -> str:
-    """A line for each op and size."""
+    """Return a table with a line per op and size."""
     lines = []
     cases = dict.fromkeys((r["group"], r["case"]) for r in rows if r["gb_per_s"] and r["group"] != "overhead")
     for group, case in cases:
@@ -139,7 +139,7 @@ def _evaluation_table(rows: list[Row]) -> str:
 
 
 def _grid(rows: list[Row], heading: str, unit: float, digits: int, memory: bool = False) -> str:
-    """Implementations down, cases across."""
+    """Return a table of implementations (rows) and cases (columns)."""
     columns = list(dict.fromkeys((r["case"], r["direction"]) for r in rows))
     if not columns:
         return ""
@@ -164,7 +164,7 @@ def _grid(rows: list[Row], heading: str, unit: float, digits: int, memory: bool 
 
 
 def plots(rows: list[Row], stem: Path) -> list[Path]:
-    """Three: bandwidth of the ops, how many times as long peers take, and the same of steps and overhead."""
+    """Draw three plots: the ops' bandwidth, peers' times over fastvae's, and these for steps and overhead."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""Likelihoods with a component axis, and counts with one dispersion a gene."""
+"""Likelihoods with a component axis, and counts with one dispersion per gene."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .latent import EXP
 from .likelihood import _counts
 from .measure import COMPILE, CPU, OURS, Place, op_works
 
-# What each must reach on a CPU, both ways.
+# Required speed-ups on a CPU, forward and backward.
 COUNTS = {"eager": 5.0, COMPILE: 2.0}
 CLASSES = {"eager": 2.0, COMPILE: 1.0}
 MIXTURE = {"eager": 3.0, COMPILE: 1.2}
@@ -26,7 +26,7 @@ def works(place: Place = CPU):
 
 
 def eager_negative_binomial(x, log_mean, log_inverse_dispersion, eps=1e-8):
-    """As scvi-tools has it."""
+    """Compute log p as scvi-tools does."""
     mu, theta = log_mean.exp(), log_inverse_dispersion.exp()
     log_sum = torch.log(theta + mu + eps)
     value = theta * (torch.log(theta + eps) - log_sum) + x * (torch.log(mu + eps) - log_sum)
@@ -34,7 +34,7 @@ def eager_negative_binomial(x, log_mean, log_inverse_dispersion, eps=1e-8):
 
 
 def eager_zero_inflated_negative_binomial(x, log_mean, log_inverse_dispersion, dropout_logit, eps=1e-8):
-    """As scvi-tools has it."""
+    """Compute log p as scvi-tools does."""
     mu, theta, pi = log_mean.exp(), log_inverse_dispersion.exp(), dropout_logit
     log_sum = torch.log(theta + mu + eps)
     softplus = functional.softplus(-pi)
@@ -50,7 +50,7 @@ def eager_categorical(x, logits):
 
 
 def eager_mixture(x, logits, location, log_scale, coefficients):
-    """As PixelCNN++ has it, with the exact bin everywhere."""
+    """Compute log p as PixelCNN++ does, with the exact bin everywhere."""
     x, t, half = x[:, None], torch.tanh(coefficients), 1 / 255
     first, second, third = location.unbind(2)
     second = second + t[:, :, 0] * x[:, :, 0]
@@ -71,7 +71,7 @@ EAGER_COUNTS = {
 
 
 def counts(name: str, cells: int, genes: int, place: Place = CPU):
-    """Counts of genes, nine in ten of them 0, with one dispersion a gene."""
+    """Yield works of gene counts, nine in ten of them 0, with one dispersion per gene."""
     inflated = name.startswith("zero")
     n, size = cells * genes, place.dtype.itemsize
     tensors = 2 + inflated
@@ -117,7 +117,7 @@ def categorical(rows: int, classes: int, positions: int, place: Place = CPU):
 
 
 def mixture(rows: int, components: int, positions: int, place: Place = CPU):
-    """Of colours that are coupled."""
+    """Yield works of mixtures with coupled colours."""
 
     def make():
         levels = torch.randint(256, (rows, 3, positions), device=place.device)
@@ -142,6 +142,6 @@ def mixture(rows: int, components: int, positions: int, place: Place = CPU):
         operations=(n * (16 * EXP + 60), n * (40 * EXP + 150)),
         target=MIXTURE,
         place=place,
-        # Two bins' ends, near each other.
+        # A bin's ends are close to each other.
         tolerance=2e-3,
     )

@@ -1,7 +1,7 @@
-"""The decoder's last layer left to the likelihood, beside storing its output; a step and an evaluation by it.
+"""Last layer fused with the likelihood, against storing its output; a step and an evaluation with it.
 
-"Least" is the time of the matrix products alone. What the fused head keeps in blocks of its own is not in
-"peak" (some MiB a thread): ``python -m benchmarks head_memory`` measures processes.
+"Least" is the time of the matrix products alone. The fused head's own blocks (some MiB per thread) are not in
+"peak": ``python -m benchmarks head_memory`` measures processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .objectives import PIXELS, _eager, _pythae, model_of
 
 HOW = Weighing(1.0, "log_mean_exp", "mean")
 STORED = "fastvae, output stored"
-# Samples, batch, what comes into the layer, outputs.
+# Samples, batch, inputs and outputs of the layer.
 SHAPES = (
     (500, 100, 200, 784),
     (50, 64, 200, 784),
@@ -43,7 +43,7 @@ def works():
 
 
 def inputs(k: int, b: int, inner: int, size: int) -> tuple[Tensor, ...]:
-    """x, what comes into the layer, its weight and bias, and a log-ratio."""
+    """Return x, the layer's input, weight and bias, and a log-ratio."""
     torch.manual_seed(0)
     x, h = torch.rand(b, size).round(), torch.randn(k * b, inner).relu().requires_grad_()
     layer = nn.Linear(inner, size)
@@ -51,7 +51,7 @@ def inputs(k: int, b: int, inner: int, size: int) -> tuple[Tensor, ...]:
 
 
 def eager(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_ratio: Tensor) -> Tensor:
-    """The bound, as one writes it."""
+    """Compute the bound in plain PyTorch."""
     logits = functional.linear(h, weight, bias).unflatten(0, log_ratio.shape)
     loss = functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
     return (torch.logsumexp(log_ratio - loss.sum(-1), 0) - math.log(len(log_ratio))).mean()
@@ -66,7 +66,7 @@ def stored(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_ratio: Tensor
 
 
 def head(k: int, b: int, inner: int, size: int, target: dict[str, float]) -> Work:
-    """The bound from what comes into the layer, and all gradients."""
+    """Return the work of the bound and all gradients from the layer's input."""
     given = inputs(k, b, inner, size)
     compiled = torch.compile(eager, dynamic=False)
     functions = {OURS: fused, STORED: stored, "eager": eager, COMPILE: compiled}
@@ -84,7 +84,7 @@ def head(k: int, b: int, inner: int, size: int, target: dict[str, float]) -> Wor
 
 
 def step() -> Work:
-    """Of a whole VAE, its head fused and forbidden to."""
+    """Return the work of a whole VAE's step, with the head fused and not."""
     model, x = model_of((200,), 50), torch.rand(64, PIXELS).round()
     parts = model["encoder"], model["decoder"]
     losses: dict[str, Callable[[], Tensor]] = {"eager": lambda: _eager(model, x, 50)}
@@ -102,7 +102,7 @@ def step() -> Work:
 
 
 def evaluation() -> Work:
-    """log p(x) of 16 images by 5000 draws each."""
+    """Return the work of log p(x) of 16 images by 5000 draws each."""
     model, x = model_of((200,), 50).eval(), torch.rand(16, PIXELS).round()
     encoder, decoder = model["encoder"], model["decoder"]
 

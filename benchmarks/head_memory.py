@@ -1,7 +1,7 @@
 """``python -m benchmarks head_memory``: the README's picture, docs/head.png: memory and time over K.
 
-How much a process grows at its peak for the bound and all gradients, from what comes into the decoder's last
-layer, and how long that takes: each case in a process of its own.
+Peak growth of a process for the bound and all gradients, from the input of the decoder's last layer, and the
+time it takes: each case in a separate process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def child(which: str, k: int) -> None:
         torch.autograd.grad(run(*given), given[1:])
 
     given = inputs(k, BATCH, HIDDEN, PIXELS)
-    # What is made once: threads, the compiler's code.
+    # One-time costs: threads, the compiler's code.
     step(given if which == "torch.compile" else inputs(2, BATCH, HIDDEN, PIXELS))
     before = peak_mib(reset=True)
     step(given)
@@ -53,7 +53,7 @@ def child(which: str, k: int) -> None:
 
 
 def measured() -> dict[str, dict[int, tuple[float, float]]]:
-    """MiB and seconds by K."""
+    """Return MiB and seconds by K."""
     found: dict[str, dict[int, tuple[float, float]]] = {which: {} for which in IMPLEMENTATIONS}
     for k in SAMPLES:
         for which, by_k in found.items():

@@ -1,4 +1,4 @@
-"""log_mean_exp."""
+"""Benchmark of log_mean_exp."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def works():
 
 
 def log_mean_exp(k, n, target, place: Place = CPU):
-    """The works of one size [K, N]."""
+    """Yield the works of one size [K, N]."""
 
     def eager(log_w):
         return torch.logsumexp(log_w, 0) - math.log(k)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 def quicken() -> None:
-    """Let the interpreter put its own functions in place of Triton's once a launch.
+    """Make the interpreter patch Triton's functions once per launch.
 
-    It looks through the whole language at every call of a function in a kernel, to do what is done already:
-    that is half of a launch's time. A version of Triton in which this has another name stays as it is.
+    By itself it repeats this, over the whole language, at every function call in a kernel, which is half of a
+    launch's time. Versions of Triton in which this function has another name are left unchanged.
     """
     try:
         from triton import language as tl
@@ -30,7 +30,7 @@ def quicken() -> None:
         patched.update(modules)
         restore = scope.restore
 
-        def restore_all() -> None:  # called for the launch, not for what is called in it
+        def restore_all() -> None:  # called for the launch, not for its inner calls
             patched.clear()
             restore()
 

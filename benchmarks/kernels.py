@@ -1,9 +1,9 @@
-"""``python -m benchmarks kernels``: what the compiler makes of every Triton kernel, without a GPU.
+"""``python -m benchmarks kernels``: compiled code of every Triton kernel, without a GPU.
 
-The ops are called on meta tensors of realistic shapes, and a launch is recorded instead of made, so tiles,
-flags and specialisation are those of the launcher and there is no second table to keep. What is recorded is
-compiled for each architecture, and the code is read: registers, spills, shared memory, the widths of what
-is loaded and stored by argument, and the instructions that an element costs.
+The ops are called on meta tensors of realistic shapes, and launches are recorded instead of run, so tiles,
+flags and specialisation are the launcher's, without a second table to maintain. Recorded launches are
+compiled for each architecture, and the code is analysed: registers, spills, shared memory, widths of loads
+and stores by argument, and instructions per element.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-# Registers of a multiprocessor and the most threads that it holds; of AMD's vector units, the registers of a
-# lane and the most wavefronts.
+# Registers and maximum threads of a multiprocessor; for AMD's vector units, registers of a lane and maximum
+# wavefronts.
 REGISTERS, THREADS = 65536, 2048
 AMD_REGISTERS, AMD_WAVES = 512, 8
-# Shared memory that one program may have: 163 KiB on the smallest of the above but AMD's, which has 64.
+# Maximum shared memory of a program: 163 KiB on the smallest NVIDIA target, 64 on AMD's.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {
     torch.float32: "*fp32",
@@ -53,22 +53,24 @@ POINTERS = {
 
 @dataclass
 class Report:
-    """What the compiler made of one launch for one target.
+    """Compiled code of one launch for one target.
 
     Attributes:
-        kernel, launch, target: which.
-        registers: of a thread.
-        spills: bytes (AMD: registers) of a thread that went to memory.
-        shared: bytes of a program.
-        occupancy: the share of a multiprocessor's threads that the registers leave room for.
-        widths: argument → the least bytes that a thread loads or stores of it at once; for AMD, where the
-            argument is not known, "widest" → the most.
-        narrow: of these, arguments that are large and accessed by less than their alignment allows.
-        loop: instructions of an element in the innermost loop, 0 without a loop. NaN, as the next two, where
-            they were not asked for.
-        instructions: of an element in all, those outside of loops shared by all tiles of a program, those of
-            tiles' empty lanes included.
-        bytes: of an element, of all arguments as large as the largest.
+        kernel: name of the kernel.
+        launch: label of the launch.
+        target: label of the target.
+        registers: registers per thread.
+        spills: spilled bytes (AMD: registers) per thread.
+        shared: bytes of shared memory per program.
+        occupancy: fraction of a multiprocessor's threads that the registers allow.
+        widths: argument → minimum bytes of a thread's loads and stores of it; for AMD, where the argument is
+            unknown, "widest" → maximum.
+        narrow: large arguments accessed by fewer bytes than their alignment allows.
+        loop: instructions per element in the innermost loop, 0 without a loop. NaN, like the next two, if not
+            requested.
+        instructions: instructions per element in total; those outside loops are shared by all tiles of a
+            program, those of tiles' empty lanes included.
+        bytes: bytes per element, over all arguments as large as the largest.
     """
 
     kernel: str
@@ -90,7 +92,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float32) -> Iterator:
-    """A likelihood's launches: parameters beside the first of this shape, x's gradient asked for or not."""
+    """Yield a likelihood's launches: parameters after the first of a given shape, x's gradient or not."""
     k, b, pixels = size
     x, first = tensor(b, pixels, dtype=data), tensor(*size, dtype=dtype)
     given = [first, *(tensor(*shape, dtype=dtype) for _ in declared.outputs[1:])]
@@ -110,7 +112,7 @@ def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float3
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A label and a call for every kernel, in the configurations that matter: dtypes, flags, shapes."""
+    """Yield a label and a call for every kernel, in the relevant configurations: dtypes, flags, shapes."""
     from fastvae.kernels import importance, latent, likelihood, random, weigh
     from fastvae.likelihoods.base import DECLARED
     from fastvae.ops.latent import Draw, Form
@@ -166,8 +168,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         "rsample_kl float32 [1, 128, 64], per dimension",
         lambda: latent.rsample_kl(*q, None, None, seed, draw_in(free, 1), True),
     )
-    # A likelihood's parameters beside the first: one per element, per pixel or per row; the gradients that
-    # are asked for with it.
+    # A likelihood's parameters after the first: one per element, per pixel or per row; the needed gradients.
     full, column, row = (lambda k, b, x: (k, b, x)), (lambda k, b, x: (1, 1, x)), (lambda k, b, x: (1, 1, 1))
     for dtype, size, layouts in (
         (f32, (50, 128, 784), (full, column, row)),
@@ -179,7 +180,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     ):
         for declared in DECLARED.values():
             alone = len(declared.outputs) == 1
-            # Long programs are compiled as long: of those two forms.
+            # Heavy likelihoods take long to compile: two forms only.
             chosen = layouts
             if likelihood.is_heavy(declared.name):
                 chosen = (full, column)[: 2 if dtype == f32 and size[0] > 1 else int(size[0] > 1)]
@@ -227,7 +228,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def grouped_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Classes of pixels and of tokens; mixtures of colours and of grey."""
+    """Yield launches for classes of pixels and of tokens; mixtures of colours and of grey."""
     from fastvae.kernels import grouped
 
     for dtype in dtypes:
@@ -252,7 +253,7 @@ def grouped_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Cal
 
 
 def mixture_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A training batch beside a VampPrior, many samples, and latents that are images."""
+    """Yield launches for a training batch with a VampPrior, many samples, and spatial latents."""
     from fastvae.kernels import mixture
 
     for dtype in dtypes:
@@ -270,7 +271,7 @@ def mixture_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Cal
 
 
 def full_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Latents of full covariance: few and many, and few rows of many samples."""
+    """Yield launches for full-covariance latents: few and many, and few rows of many samples."""
     from fastvae.kernels import full
     from fastvae.ops.full import Draw
 
@@ -292,7 +293,7 @@ def full_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
 
 
 def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The last layer of a decoder: of one output, of two, of one beside what is held."""
+    """Yield launches for a decoder's last layer: one output, two, and one with a fixed parameter."""
     from fastvae.kernels import head, likelihood
     from fastvae.likelihoods.base import DECLARED
 
@@ -302,7 +303,7 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                 one_is_enough = size > 784 or dtype != torch.float32
                 if declared.name not in ("bernoulli", "gaussian") and one_is_enough:
                     continue
-                # Those go through torch's products; and these are like a Gaussian.
+                # Heavy ones use torch's products; the named ones are like a Gaussian.
                 if likelihood.is_heavy(declared.name) or declared.name in (
                     "laplace",
                     "logistic",
@@ -324,14 +325,14 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                     )
 
 
-# Sizes that people use, and no power of two: latents of a pair (mu, logvar) that is cut out of one tensor,
-# whose second half begins 8 bytes off where D = 50; events of 8 features to 2000 genes.
+# Common sizes, many not powers of two: latents of a pair (mu, logvar) chunked from one tensor, whose second
+# half begins 8 bytes off for D = 50; events of 8 features to 2000 genes.
 LATENTS = (2, 8, 10, 20, 50, 64, 100, 128)
 EVENTS = (8, 64, 100, 784, 1568, 2000, 3072)
 
 
 def odd_launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """The same of those sizes, at a batch and a number of samples that fill a card."""
+    """Yield launches of those sizes, with a batch and number of samples that fill a GPU."""
     from fastvae.kernels import latent, likelihood
     from fastvae.likelihoods.base import DECLARED
     from fastvae.ops.latent import Draw
@@ -360,18 +361,18 @@ def odd_launches() -> Iterator[tuple[str, Callable[[], object]]]:
                     )
         for x in EVENTS:
             for declared in DECLARED.values():
-                # The walk is the same for all: of others than these, which are compiled fast, one size.
+                # All share the loops: other likelihoods than these, which compile fast, have one size.
                 if declared.name not in ("bernoulli", "gaussian", "poisson") and x != 2000:
                     continue
                 yield from of_likelihood(likelihood, declared, dtype, (50, 1024, x), (50, 1024, x), [False])
 
 
 class Fixed(int):
-    """A number that the compiler is told."""
+    """Number that is a compile-time constant."""
 
 
 def named(kernel, args: tuple, kwargs: dict) -> tuple[dict, dict]:
-    """What ``JITFunction.run`` is given: arguments by name, and options."""
+    """Split the arguments of ``JITFunction.run`` into arguments by name, and options."""
     import triton.language as tl
 
     names = kernel.arg_names
@@ -381,7 +382,7 @@ def named(kernel, args: tuple, kwargs: dict) -> tuple[dict, dict]:
 
 
 def recorded(call: Callable[[], object]) -> list[tuple]:
-    """The kernels that a call would launch: (kernel, arguments by name, options, grid)."""
+    """Return the kernels that a call would launch: (kernel, arguments by name, options, grid)."""
     import triton
 
     from fastvae.kernels import launching
@@ -391,7 +392,7 @@ def recorded(call: Callable[[], object]) -> list[tuple]:
     def run(self, *args, grid, warmup, **kwargs):
         found.append((self, *named(self, args, kwargs), grid))
 
-    # Other targets have other warps, and who asks for all shapes in turn wants each as its user has it.
+    # Other targets have other warp sizes, and each shape is to be compiled as for a first call.
     launching.forget()
     original = triton.JITFunction.run
     triton.JITFunction.run = run
@@ -403,7 +404,7 @@ def recorded(call: Callable[[], object]) -> list[tuple]:
 
 
 def specialisation(kernel, arguments: dict) -> tuple[dict, dict, dict]:
-    """What the launcher compiles for: types, constants, and what is known to be divisible by 16."""
+    """Return the launcher's specialisation: types, constants, and arguments known to be divisible by 16."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
@@ -425,8 +426,10 @@ def specialisation(kernel, arguments: dict) -> tuple[dict, dict, dict]:
 
 @functools.cache
 def _settle_keys() -> None:
-    """Let Triton hash every function after those that it calls: the keys of its cache would depend on what
-    was launched first, since a callee that is not hashed yet does not hand on the constants that it uses.
+    """Make Triton hash every function after its callees.
+
+    Otherwise its cache keys would depend on the order of launches, since a callee that is not hashed yet does
+    not pass on the constants it uses.
     """
     from fastvae.kernels import common, importance, latent, likelihood, random, weigh
     from fastvae.likelihoods.base import DECLARED
@@ -439,7 +442,7 @@ def _settle_keys() -> None:
 
 
 def compiled(kernel, arguments: dict, options: dict, target: str):
-    """What Triton compiles for this launch on this target."""
+    """Compile a launch for a target."""
     _settle_keys()
     import triton
     from triton.backends.compiler import GPUTarget
@@ -449,10 +452,10 @@ def compiled(kernel, arguments: dict, options: dict, target: str):
     signature, constants, attributes = specialisation(kernel, arguments)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu, before = GPUTarget(*TARGETS[target]), driver._active
-    # A kernel asks the driver whose code it is to be.
+    # A kernel asks the driver for its target.
     driver.set_active(SimpleNamespace(get_current_target=lambda: gpu))
     try:
-        # NVIDIA's alone.
+        # For NVIDIA only.
         options = {n: v for n, v in options.items() if n != "maxnreg" or gpu.backend == "cuda"}
         return triton.compile(source, target=gpu, options=options)
     finally:
@@ -460,14 +463,15 @@ def compiled(kernel, arguments: dict, options: dict, target: str):
 
 
 def report(kernel, arguments: dict, options: dict, grid: tuple[int, ...], target: str, label: str) -> Report:
-    """Compile one launch and read its code."""
+    """Compile one launch and analyse its code."""
     (found,) = _reports_of_one((kernel, arguments, options), [(arguments, grid, label)], target, True)
     return found
 
 
 def _reports_of_one(program: tuple, launches: list[tuple], target: str, count: bool) -> list[Report]:
-    """Compile one program, (kernel, arguments, options), and report on it at each of its launches; count its
-    instructions, too, if asked for.
+    """Compile one program, (kernel, arguments, options), and report on each of its launches.
+
+    With ``count``, its instructions are counted too.
     """
     kernel, arguments, options = program
     code = compiled(kernel, arguments, options, target)
@@ -476,7 +480,7 @@ def _reports_of_one(program: tuple, launches: list[tuple], target: str, count: b
     if backend == "hip":
         text = code.asm["amdgcn"]
         field = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # noqa: E731
-        # Scalar registers that do not last are kept in a vector's lanes, and not in memory.
+        # Spilled scalar registers go to a vector's lanes, not to memory.
         registers, spills = field("vgpr_count"), field("vgpr_spill_count")
         widths = _amd_widths(text)
         occupancy = AMD_REGISTERS // _rounded(registers) / AMD_WAVES
@@ -505,7 +509,7 @@ def _reports_of_one(program: tuple, launches: list[tuple], target: str, count: b
 def _costs(
     arguments: dict, grid: tuple[int, ...], threads: int, loops: tuple, widths: dict[str, int], count: bool
 ) -> dict:
-    """What depends on the shapes: instructions of an element, and which arguments are large."""
+    """Return the report's fields that depend on shapes: instructions per element, large arguments."""
     per_thread, steps, k_steps, waste = _tiling(arguments, grid, threads)
     inner, outer, all_ = loops
 
@@ -516,7 +520,7 @@ def _costs(
 
     tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
     largest = max(t.numel() for t in tensors.values())
-    # Several names of one tensor stand for several tensors.
+    # One tensor under several names stands for several tensors.
     moved = sum(t.numel() * t.element_size() for t in tensors.values()) / largest
     large = {n: _widest(t) for n, t in tensors.items() if t.dim() and 32 * t.numel() >= largest}
     if "widest" in widths:  # of all
@@ -533,25 +537,23 @@ def _costs(
 
 
 def _aligned(*numbers: int) -> int:
-    """The largest power of two, up to 16, that divides all of these numbers of bytes."""
+    """Return the largest power of two, up to 16, that divides all the byte counts."""
     return math.gcd(16, *numbers)
 
 
 def _widest(t: torch.Tensor) -> int:
-    """The most bytes of a row that can be accessed at once: no access may straddle rows, or lie across 16
-    bytes.
-    """
+    """Return the maximum bytes of a row accessible at once: no access may straddle rows, or 16 bytes."""
     size = t.element_size()
     return _aligned(*(size * n for n in (t.storage_offset(), t.shape[-1], *t.stride()[:-1])))
 
 
 def _rounded(registers: int) -> int:
-    """Registers are handed out in eights."""
+    """Round up to the allocation unit of eight registers."""
     return 8 * math.ceil(registers / 8)
 
 
 def _tiling(arguments: dict, grid: tuple[int, ...], threads: int) -> tuple[float, float, float, float]:
-    """Elements of a tile for a thread; tiles of a program, in all and along K; lanes by elements."""
+    """Return elements of a tile per thread; tiles of a program, in total and along K; lanes per element."""
     blocks = {n.removeprefix("BLOCK_"): v for n, v in arguments.items() if n.startswith("BLOCK")}
     sizes = {n: arguments.get(n, block) for n, block in blocks.items()}
     tiles = {n: math.ceil(size / blocks[n]) for n, size in sizes.items()}
@@ -563,8 +565,9 @@ def _tiling(arguments: dict, grid: tuple[int, ...], threads: int) -> tuple[float
 
 
 def _assembled(ptx: str, capability: int, disassemble: bool) -> tuple[int, int, str]:
-    """Registers a thread, bytes that it spills, and the disassembly, by NVIDIA's assembler; disassembling
-    takes ten times as long as the rest.
+    """Return registers and spilled bytes per thread, and the disassembly, by NVIDIA's assembler.
+
+    Disassembling takes ten times as long as the rest.
     """
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
@@ -585,11 +588,11 @@ def _output(command: list) -> str:
 
 
 def access_widths(ptx: str, pointers: list[str]) -> dict[str, int]:
-    """The least bytes that a thread loads or stores at once through each pointer argument.
+    """Return the minimum bytes that a thread loads or stores at once through each pointer argument.
 
-    An address is followed back to the argument that it was computed from.
+    An address is traced back to the argument that it was computed from.
     """
-    # The arguments' numbers in PTX are those of the pointers' order among all.
+    # PTX numbers the arguments in the order of the pointers among all.
     declared = re.findall(
         r"\.param \.\w+ (\.ptr)?[^\n]*?_param_(\d+)", ptx.partition(".entry")[2].partition("{")[0]
     )
@@ -597,7 +600,7 @@ def access_widths(ptx: str, pointers: list[str]) -> dict[str, int]:
     names = dict(zip(numbers, pointers, strict=False))
     origin: dict[str, str] = {}
     lines = ptx.splitlines()
-    for _ in range(3):  # addresses that a loop carries are known the second time
+    for _ in range(3):  # loop-carried addresses are known in the second pass
         for line in lines:
             if m := re.search(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
                 if m[2] in names:
@@ -623,19 +626,19 @@ def access_widths(ptx: str, pointers: list[str]) -> dict[str, int]:
 
 
 def _amd_widths(text: str) -> dict[str, int]:
-    """The most bytes that a thread loads or stores at once."""
+    """Return the maximum bytes that a thread loads or stores at once."""
     units = {"dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
     found = re.findall(r"\b(?:global|buffer)_(?:load|store)_(dword|u?short|u?byte)(?:x(\d))?", text)
     return {"widest": max((units[unit] * int(n or 1) for unit, n in found), default=0)}
 
 
-# An instruction without its predicate, and a label, of a line of NVIDIA's disassembly and of AMD's.
+# Patterns of an instruction without its predicate, and of a label, in NVIDIA's and in AMD's disassembly.
 NVIDIA = (r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(\S.*?)\s*;", r"(\.L_x_\d+):")
 AMD = (r"\s+((?:[vs]|ds|global|buffer)_\w.*)", r"(\.LBB\d+_\d+):")
 
 
 def _instructions(assembly: str, instruction: str, label: str) -> tuple[list[str], dict[str, int]]:
-    """The instructions, and where each label stands among them."""
+    """Return the instructions, and each label's index among them."""
     instructions, labels = [], {}
     for line in assembly.splitlines():
         if m := re.match(instruction, line):
@@ -646,11 +649,11 @@ def _instructions(assembly: str, instruction: str, label: str) -> tuple[list[str
 
 
 def _loops(instructions: list[str], labels: dict[str, int]) -> tuple[list[str], list[str], list[str]]:
-    """The longest of the innermost loops, the outermost one around it, and everything."""
+    """Return the longest innermost loop, the outermost loop around it, and all instructions."""
     loops = []
     for i, text in enumerate(instructions):
         m = re.match(r"(?:BRA|s_c?branch)\S*.*?(\.L\w+)", text)
-        # What ends a kernel branches to itself.
+        # A kernel ends with a branch to itself.
         if m and labels.get(m[1], i) < i:
             loops.append((labels[m[1]], i + 1))
 
@@ -667,13 +670,13 @@ def _loops(instructions: list[str], labels: dict[str, int]) -> tuple[list[str], 
 
 
 def _programs(target: str, patterns: list[re.Pattern]) -> list[list[tuple[int, int]]]:
-    """Launches, by the numbers of call and of launch within it, that share a compiled program."""
+    """Return launches grouped by compiled program, as (index of the call, index of the launch in it)."""
     from fastvae.kernels import common
 
     common.LANES = TARGETS[target][2]
     programs: dict[str, list[tuple[int, int]]] = {}
     for i, (label, call) in enumerate(launches()):
-        # float64 once is enough: nobody tunes it.
+        # float64 for one target only: it is not tuned.
         if (target == "sm_90" or "float64" not in label) and all(
             p.search(f"{target} {label}") for p in patterns
         ):
@@ -698,8 +701,9 @@ def _reports(job: tuple[str, list[tuple[int, int]], re.Pattern]) -> list[Report]
 
 
 def reports(patterns: list[str] = (), jobs: int | None = None, counted: str = "") -> Iterator[Report]:
-    """A report for every launch and target whose "target label" all the patterns match, with its instructions
-    where ``counted`` does.
+    """Yield a report for every launch and target whose "target label" all the patterns match.
+
+    Instructions are counted where ``counted`` matches.
     """
     chosen = [re.compile(p) for p in patterns]
     work = [

@@ -1,4 +1,4 @@
-"""rsample_kl and rsample_log_ratio."""
+"""Benchmarks of rsample_kl and rsample_log_ratio."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from fastvae import ops
 
 from .measure import COMPILE, CPU, FALLBACK, OURS, Place, op_works
 
-# Operations of one element, counted in the instructions of the C++: a normal (Philox 30, as 64-bit products
-# take two lanes, and Box-Muller 27), an exponential, exp(u) - 1 - u.
+# Operations per element, counted in instructions of the C++: a normal (Philox 30, as 64-bit products take two
+# lanes, and Box-Muller 27), an exponential, exp(u) - 1 - u.
 NORMAL, EXP, EXPM1 = 57, 16, 20
 
 
@@ -33,7 +33,7 @@ def works():
 
 
 def eps_of(outputs, mu, logvar):
-    """The noise behind z, whoever drew it, once it is seen to be standard normal."""
+    """Recover the noise behind any implementation's z, and assert that it is standard normal."""
     eps = ((outputs[0] - mu) / torch.exp(0.5 * logvar)).detach()
     n = eps.numel()
     assert abs(float(eps.mean())) < 6 / n**0.5, f"the noise has a mean of {float(eps.mean()):.3g}"
@@ -43,8 +43,10 @@ def eps_of(outputs, mu, logvar):
 
 
 def rsample_kl(k, b, d, target, place: Place = CPU, peers=None, chunked=False):
-    """The works of one size; ``peers`` are implementations besides eager PyTorch, of K samples (None for one
-    without an axis); mu and logvar are the halves of an encoder's output if ``chunked``.
+    """Yield the works of one size.
+
+    ``peers`` are implementations other than eager PyTorch, of K samples (None for one sample without an
+    axis); mu and logvar are the halves of an encoder's output if ``chunked``.
     """
 
     def eager(mu, logvar):
@@ -70,7 +72,7 @@ def rsample_kl(k, b, d, target, place: Place = CPU, peers=None, chunked=False):
 
 
 def rsample_log_ratio(k, b, d, target, place: Place = CPU, chunked=False):
-    """The works of one size; mu and logvar are the halves of an encoder's output if ``chunked``."""
+    """Yield the works of one size; mu and logvar are the halves of an encoder's output if ``chunked``."""
 
     def eager(mu, logvar):
         eps = place.randn(k, b, d)
@@ -100,16 +102,16 @@ def rsample_log_ratio(k, b, d, target, place: Place = CPU, chunked=False):
 
 
 def posterior(place: Place, b: int, d: int, chunked: bool):
-    """mu and logvar [B, D], leaves: two tensors, or as ``encoder(x).chunk(2, dim=1)`` returns them."""
+    """Return leaves mu and logvar [B, D]: two tensors, or as from ``encoder(x).chunk(2, dim=1)``."""
     if not chunked:
         return tuple(place.randn(b, d, requires_grad=True) for _ in range(2))
     return tuple(t.requires_grad_() for t in place.randn(b, 2 * d).chunk(2, dim=1))
 
 
 def _works(group, case, sizes, functions, exact, second, operations, target, place, chunked):
-    """The works of either op; ``second`` is how many numbers its second result has."""
+    """Yield the works of either op; ``second`` is the number of elements of its second result."""
     k, b, d = sizes
-    # Forward: mu, logvar in, both results out. Backward: mu, logvar, what arrives at both in, gradients out.
+    # Forward: mu, logvar in, both results out. Backward: mu, logvar, upstream gradients in, gradients out.
     size = place.dtype.itemsize
     forward = size * (2 * b * d + k * b * d) + 4 * second
     backward = forward + size * 2 * b * d

@@ -1,11 +1,11 @@
 """``python -m benchmarks latents``: the demo with each posterior and each prior, for docs/latents.md.
 
 Every posterior with a standard normal prior, and every prior with a diagonal posterior: the demo's two models
-of scikit-learn's digits, trained with the ELBO and with IWAE-50. Printed are log p(x) of the test images, its
-difference to the first row's image by image, and the gap, log p(x) − ELBO: of the model itself, then beside
-the first row's decoder, which stays as it is, of an encoder that is trained for it, and of each test image's
-own q, fitted without an encoder. Results of each run are kept in a folder, so that a table that was
-interrupted goes on, and seeds can be added.
+of scikit-learn's digits, trained with the ELBO and with IWAE-50. Prints log p(x) of the test images, its
+difference from the first row's image by image, and the gap, log p(x) − ELBO: of the model itself; then, with
+the first row's decoder frozen, of an encoder trained for it, and of each test image's own q, fitted without
+an encoder. Each run's results are kept in a folder, so that an interrupted table can be resumed, and seeds
+added.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ COLUMNS = (
     *("gap", "gap, first's decoder", "gap, each image's own q", "tighter by"),
     *("IWAE-50: log p(x)", "to the first"),
 )
-STEPS, RATE, SAMPLES = 300, 0.01, 10  # of fitting each image's own q
+STEPS, RATE, SAMPLES = 300, 0.01, 10  # for fitting each image's own q
 
 
 def own_elbo(model: fastvae.VAE, x: Tensor) -> Tensor:
-    """The ELBO [N] where each x has parameters of q of its own, which begin at what the encoder says."""
+    """Return the ELBO [N] with separate parameters of q for each x, initialised by the encoder."""
     encoder = model.encoder
     with torch.no_grad():
         h = encoder.body(x)
@@ -58,7 +58,7 @@ def own_elbo(model: fastvae.VAE, x: Tensor) -> Tensor:
 
 
 def train(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
-    """Results of one run; of ``how`` "fixed" with the decoder of the first pair."""
+    """Return the results of one run; if ``how`` is "fixed", with the first pair's decoder."""
     posterior, prior = pair
     architecture = {"pixels": 64, "hidden": 128, "latent": settings.latent}
     architecture |= {"posterior": posterior, "prior": prior}
@@ -77,13 +77,13 @@ def train(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, 
 
 
 def result(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
-    """Bounds and log p(x) of each test image [N], made now or kept from before."""
+    """Return bounds and log p(x) of each test image [N], computed or read from the cache."""
     path = settings.out / f"{'-'.join(pair)}-{settings.latent}-{settings.epochs}-{seed}-{how}.pt"
     return kept(path, lambda: train(images, pair, settings, seed, how))
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is in this file; if there is none it is made now, by one thread, the same on any machine."""
+    """Load a file; if it is missing, compute its content with one thread, the same on any machine."""
     if not path.exists():
         with demo.threads(1):
             torch.save(make(), path)
@@ -92,7 +92,7 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def said(values: Tensor, sign: str = "") -> str:
-    """The mean of [seeds, N], and its standard error over the images."""
+    """Format the mean of [seeds, N] and its standard error over the images."""
     of_each = values.double().mean(0)
     error = (of_each.std() / math.sqrt(len(of_each))).item()
     return f"{of_each.mean().item():{sign}.2f} ± {error:.2f}".replace("-", "−")
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> int:
             continue
         cells = [f"`{name}`" for name in pair]
         for how in ("elbo", "fixed", "iwae"):
-            # With the first one's decoder only those that share its prior are compared.
+            # With the first row's decoder, only posteriors that share its prior are compared.
             if how == "fixed" and (pair[1] != STANDARD or pair[0] == LADDER):
                 cells += ["", "", ""]
                 continue

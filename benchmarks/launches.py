@@ -1,9 +1,9 @@
 """``python -m benchmarks launches``: the Python path from a call to its launch, without a GPU.
 
-At small sizes that path is the whole cost. Here Triton compiles for an H100 as it would there, and in place
-of a driver stands one that takes what it is given and does nothing, so that all is measured but the launch
-by CUDA's driver. torch.compile runs its programs for a CPU on tensors of two numbers, beside which its own
-path is all there is. Times are of this processor; the host of a card has another.
+At small sizes that path is the whole cost. Triton compiles as for an H100, with a stand-in driver that
+accepts launches and does nothing, so that everything is measured except the launch by CUDA's driver.
+torch.compile runs its CPU programs on tensors of two numbers, whose cost is negligible against its own path.
+Times are those of this processor; a GPU's host has another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ B, D, PIXELS = 128, 32, 784
 
 
 class NoDriver:
-    """What Triton asks of a driver, for a card of compute capability 9.0; launches are counted."""
+    """Stand-in for Triton's driver, for a GPU of compute capability 9.0, that counts launches."""
 
     def __init__(self):
         from triton.backends.compiler import GPUTarget
@@ -34,7 +34,7 @@ class NoDriver:
         self.target = GPUTarget("cuda", 90, 32)
         self.utils = self
         self.count = 0
-        # The last few: who kept all would keep their tensors.
+        # Only the last few: keeping all would keep their tensors.
         self.launches: collections.deque[tuple] = collections.deque(maxlen=8)
 
     def get_current_device(self) -> int:
@@ -50,7 +50,7 @@ class NoDriver:
         return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
 
     def load_binary(self, *_) -> tuple[int, ...]:
-        """Module, function, registers, spills, threads."""
+        """Return (module, function, registers, spills, threads)."""
         return 1, 1, 32, 0, 1024
 
     def launcher_cls(self, source, metadata) -> Callable[..., None]:
@@ -62,7 +62,7 @@ class NoDriver:
 
 
 def install() -> NoDriver:
-    """Let Triton use a :class:`NoDriver`; kernels are then launched on CPU tensors, and do nothing."""
+    """Make Triton use a :class:`NoDriver`; kernels then launch on CPU tensors, and do nothing."""
     from triton.runtime.driver import driver
 
     stand_in = NoDriver()
@@ -71,7 +71,7 @@ def install() -> NoDriver:
 
 
 def _microseconds(calls: list[Callable[[], object]], rounds: int = 15, repeats: int = 200) -> np.ndarray:
-    """Of each call, in turns: percentiles 20, 50 and 80 over rounds of the mean of repeats."""
+    """Return each call's percentiles 20, 50 and 80, over interleaved rounds, of the mean over repeats."""
     times = np.empty((rounds, len(calls)))
     for i in range(rounds):
         for j, call in enumerate(calls):
@@ -92,7 +92,7 @@ def _eager_gaussian_log_prob(x, mean, logvar):
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mean).square() * torch.exp(-logvar)).sum(-1)
 
 
-# Op: ours, the same in PyTorch, the shape of its inputs, and which of them want gradients.
+# Op → ours, the same in PyTorch, the shape of its inputs, and whether each needs a gradient.
 CASES = {
     "rsample_kl": (ops.rsample_kl, _eager_rsample_kl, (B, D), (True, True)),
     "gaussian_log_prob": (ops.gaussian_log_prob, _eager_gaussian_log_prob, (B, PIXELS), (False, True, True)),

@@ -1,4 +1,4 @@
-"""<likelihood>_log_prob."""
+"""Benchmarks of <likelihood>_log_prob."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def works():
 
 
 def _target(shape, large):
-    """What a likelihood must reach at each size on a CPU; ``large`` where tensors are large."""
+    """Return a likelihood's required speed-ups at a size on a CPU; ``large`` for large tensors."""
     return large if shape in LARGE else {"eager": 2.0, COMPILE: 1.0} if shape == (128, 784) else {}
 
 
 def eager_bernoulli(x, logits):
-    """The careful way: stable, and x is expanded, not copied."""
+    """Compute log p carefully: stable, with x expanded, not copied."""
     loss = functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
     return -loss.sum(-1)
 
@@ -62,7 +62,7 @@ def eager_beta(x, log_concentration1, log_concentration0):
 
 
 def eager_discretized_logistic(x, mean, log_scale, log_bin_width):
-    """The careful way: the usual difference of two sigmoids loses what is far from the mean."""
+    """Compute log p carefully: the usual difference of two sigmoids fails far from the mean."""
     inverse_s, half = torch.exp(-log_scale), 0.5 * torch.exp(log_bin_width)
     upper = functional.logsigmoid((x + half - mean) * inverse_s)
     lower = functional.logsigmoid((mean - x + half) * inverse_s)
@@ -101,12 +101,12 @@ def _pixels(place, shape):
 
 
 def _counts(place, shape):
-    """As of genes: nine in ten are zero."""
+    """Return counts as of genes: nine in ten are zero."""
     counts = torch.poisson(torch.rand(*shape, device=place.device) * 6)
     return (counts * (torch.rand(*shape, device=place.device) < 0.1)).to(place.dtype)
 
 
-# Data; eager PyTorch; how many parameters; operations of an element, forward and backward.
+# Data; eager PyTorch; number of parameters; operations per element, forward and backward.
 CASES = {
     "gaussian": (lambda place, shape: place.randn(*shape), eager_gaussian, 2, (EXP + 4, EXP + 5)),
     # Forward: an exponential, the linear term, a product, 1/16 of a logarithm. Backward: a quotient.
@@ -118,7 +118,7 @@ CASES = {
         1,
         (2 * EXP + 15, EXP + 15),
     ),
-    # Of the data three logarithms; three gamma functions, four exponentials and three logarithms.
+    # Three logarithms of the data; three gamma functions, four exponentials and three logarithms.
     "beta": (
         lambda place, shape: (0.01 + 0.98 * torch.rand(*shape, device=place.device)).to(place.dtype),
         eager_beta,
@@ -139,16 +139,16 @@ CASES = {
         3,
         (4 * EXP + 10, 3 * EXP + 15),
     ),
-    # Of the data a logarithm and Stirling's series, once for all samples; then two exponentials.
+    # A logarithm of the data and Stirling's series, once for all samples; then two exponentials.
     "poisson": (_counts, eager_poisson, 1, (4 * EXP + 30, EXP + 2)),
     "laplace": (lambda place, shape: place.randn(*shape), eager_laplace, 2, (EXP + 4, EXP + 7)),
-    # Three exponentials, two logarithms and the gamma functions' part; backward one logarithm less.
+    # Three exponentials, two logarithms and the gamma functions; backward one logarithm less.
     "student_t": (lambda place, shape: place.randn(*shape), eager_student_t, 3, (5 * EXP + 30, 4 * EXP + 50)),
 }
 
 
 def log_prob(name, shape, target, place: Place = CPU, peers=None):
-    """The works of one size [..., B, X]; ``peers`` are implementations besides eager PyTorch."""
+    """Yield the works of one size [..., B, X]; ``peers`` are implementations other than eager PyTorch."""
     data, eager, parameters, operations = CASES[name]
     yield from _works(
         f"{name}_log_prob",
@@ -170,14 +170,11 @@ def log_prob(name, shape, target, place: Place = CPU, peers=None):
 def _works(
     group, shape, make, ours, eager, *, parameters, operations, target, place: Place = CPU, peers=None
 ):
-    """The works of a likelihood whose parameters are tensors [..., B, X].
+    """Yield the works of a likelihood with parameters [..., B, X].
 
-    Args:
-        make: makes x and the parameters.
-        ours, eager: functions of these.
-        parameters: how many there are.
-        operations: of one element, forward and backward.
-        peers: implementations besides.
+    ``make`` returns x and the parameters, of which ``ours``, ``eager`` and the additional ``peers`` are
+    functions; ``parameters`` is their number, ``operations`` the operations per element, forward and
+    backward.
     """
     n, rows = math.prod(shape), math.prod(shape[:-1])
     size = place.dtype.itemsize
@@ -201,13 +198,13 @@ def _works(
 
 
 def tiles(x, logits):
-    """By the likelihood, some latents at a time."""
+    """Compute all pairs by the likelihood, some latents at a time."""
     parts = [ops.bernoulli_log_prob(x, p[:, None].expand(len(p), *x.shape)) for p in logits.split(5)]
     return torch.cat(parts)
 
 
 def product(x, logits):
-    """In the precision of the logits, whose digits cancel."""
+    """Compute all pairs by a product in the logits' precision, which cancels."""
     return logits @ x.mT - functional.softplus(logits).sum(1, keepdim=True)
 
 

@@ -1,4 +1,4 @@
-"""Measuring: interleaved timing, allocations, and what the machine does at best."""
+"""Measurements: interleaved timing, allocations, and the machine's best speed."""
 
 from __future__ import annotations
 
@@ -21,34 +21,32 @@ OURS = "fastvae"
 COMPILE = "torch.compile"
 FALLBACK = "torch.compile, fallback_random"
 REDUCE_OVERHEAD = "torch.compile, reduce-overhead"
-# No peer: what moving as many bytes takes, measured with the others.
+# Not a peer: the time to move as many bytes, measured with the others.
 COPY = "a copy as large"
 
-# Work of more elements than this is run a few times only, and not checked again: its check passed at smaller
+# Works of more elements than this are run a few times only, and not checked: their checks passed at smaller
 # sizes.
 HUGE = 10**8
 
 
 @dataclass
 class Work:
-    """One thing to compute, by several implementations.
+    """Computation by several implementations.
 
     Attributes:
-        group: what is computed, such as ``"rsample_kl"``: a part of the table and a plot.
+        group: the computation, such as ``"rsample_kl"``: a part of the table and a plot.
         case: its sizes, such as ``"8192×64"``.
-        direction: ``"forward"``, ``"forward+backward"``, or, for what is not split, ``"step"`` or
-            ``"evaluation"``.
+        direction: ``"forward"``, ``"forward+backward"``, or, if not split, ``"step"`` or ``"evaluation"``.
         run: implementation → a function of no arguments that does the work once.
-        check: implementation → a function that raises AssertionError where its result is wrong.
-        bytes: the least that must move between memory and the processor: inputs once a pass, results once.
-        operations: the least arithmetic, counted by hand (a multiply-add is one).
-        huge: whether to be content with few rounds and no check.
-        target: implementation → how many times as fast as it fastvae must be.
-        graphs: the implementations that are captured in a CUDA graph and timed by its replays.
-        sets: how many sets of inputs the implementations go through in turn, so that a cache does not hold
-            them.
-        part: implementation → which part of the work it does, where all of it would take too long; its time
-            is divided by that.
+        check: implementation → a function that raises AssertionError if its result is wrong.
+        bytes: minimum traffic between memory and processor: inputs once per pass, results once.
+        operations: minimum arithmetic, counted by hand (a multiply-add is one).
+        huge: run few rounds and no check.
+        target: implementation → required speed-up of fastvae over it.
+        graphs: implementations captured in a CUDA graph and timed by its replays.
+        sets: number of input sets that implementations cycle through, so that they do not stay in a cache.
+        part: implementation → fraction of the work it does, where all of it would take too long; its time is
+            divided by the fraction.
     """
 
     group: str
@@ -67,9 +65,7 @@ class Work:
 
 @dataclass
 class Result:
-    """What was measured of one implementation: seconds per run in each round, one run's allocations, and by
-    what clock.
-    """
+    """Measurements of one implementation: seconds per run in each round, a run's allocations, the clock."""
 
     seconds: np.ndarray
     peak_bytes: int = 0
@@ -80,7 +76,7 @@ class Result:
 
 @dataclass
 class Timed:
-    """``launch`` does the work ``calls`` times, ``seconds(launch)`` says how long that took, by ``clock``."""
+    """Timed function: ``launch`` does the work ``calls`` times, ``seconds(launch)`` times it by ``clock``."""
 
     launch: Callable[[], object]
     calls: int
@@ -89,28 +85,26 @@ class Timed:
 
 
 class Host:
-    """Where the work is done, its clock and its memory: a CPU. :class:`benchmarks.device.Cuda` has the same
-    methods.
+    """CPU that does the work, with its clock and memory.
 
-    Without a GPU it stands in for one: a work that asks for a CUDA graph gets a loop.
+    :class:`benchmarks.device.Cuda` has the same methods. Without a GPU it stands in for one: a work that
+    requests a CUDA graph gets a loop.
     """
 
     device = torch.device("cpu")
 
     def seconds(self, launch: Callable[[], object]) -> float:
-        """From before the call until all of its work is done."""
+        """Return the time from before the call until all its work is done."""
         before = time.perf_counter()
         launch()
         return time.perf_counter() - before
 
     def prepare(self, work: Work, name: str, once: float) -> Timed:
-        """A way to time an implementation that is warm and takes ``once`` seconds."""
+        """Return the timed function of a warmed-up implementation that takes ``once`` seconds."""
         return loop_of(work.run[name], once, self.seconds, "host")
 
     def memory(self, run: Callable[[], object]) -> tuple[int, int]:
-        """The most bytes held at once for one run, beyond those held before, and how often memory was asked
-        for.
-        """
+        """Return a run's peak bytes beyond those allocated before, and the number of allocations."""
         return allocations(run)
 
     def compile(self, function: Callable, **options) -> Callable:
@@ -119,27 +113,28 @@ class Host:
             return version
 
         def call(*arguments):
-            # Otherwise a forward pass whose backward pass never comes keeps its CUDA graph from being used.
+            # Otherwise a forward pass without a backward pass keeps its CUDA graph from being used.
             torch.compiler.cudagraph_mark_step_begin()
             return version(*arguments)
 
         return call
 
     def sets(self, moved: int) -> int:
-        """How many sets of inputs to go through, for a call that moves so many bytes: here one, caches are
-        part of a CPU's speed.
+        """Return the number of input sets for a call that moves ``moved`` bytes.
+
+        Here one, since caches are part of a CPU's speed.
         """
         return 1
 
     def check_usable(self, error: Exception) -> None:
-        """Raise if no further work can be done here after this error."""
+        """Raise if no further work is possible here after this error."""
 
 
 HOST = Host()
 
 
 def loop_of(run: Callable[[], object], once: float, seconds: Callable, clock: str) -> Timed:
-    """As many calls as take some milliseconds."""
+    """Return a loop of as many calls as take some milliseconds."""
     calls = max(1, int(5e-3 / max(once, 1e-7)))
 
     def launch():
@@ -149,21 +144,20 @@ def loop_of(run: Callable[[], object], once: float, seconds: Callable, clock: st
     return Timed(launch, calls, seconds, clock)
 
 
-# torch.compile's versions of a function: the options of each. On a CPU its own random numbers are slow.
+# torch.compile's versions of a function and their options. On a CPU its own random numbers are slow.
 VERSIONS = {COMPILE: {}, FALLBACK: {"options": {"fallback_random": True}}}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and in what precision works are made.
+    """Host and precision of works.
 
     Attributes:
         host: clock, memory and device.
-        dtype: of the inputs; whole steps are autocast to it.
+        dtype: dtype of the inputs; whole steps are autocast to it.
         versions: compiled version → options of torch.compile.
-        graphs: whether every implementation of an op is captured in a CUDA graph, and goes through several
-            sets of inputs.
-        label: what is added to a work's case.
+        graphs: capture every implementation of an op in a CUDA graph, and cycle through several input sets.
+        label: suffix of a work's case.
     """
 
     host: Host = HOST
@@ -177,12 +171,12 @@ class Place:
         return self.host.device
 
     def sets_of(self, make: Callable[[], tuple[Tensor, ...]], moved: int) -> list[tuple[Tensor, ...]]:
-        """Sets of inputs to go through, made from the seed 0, for a call that moves so many bytes."""
+        """Return the input sets, from seed 0, for a call that moves ``moved`` bytes."""
         torch.manual_seed(0)
         return [make() for _ in range(self.host.sets(moved) if self.graphs else 1)]
 
     def cast(self, function: Callable) -> Callable:
-        """The function as training in this precision calls it: autocast, so that what it sums is float32."""
+        """Return the function as training in this precision calls it: autocast, with float32 sums."""
         if self.dtype == torch.float32:
             return function
 
@@ -200,11 +194,11 @@ CPU = Place()
 
 
 def keep_memory(keep: bool = True) -> bool:
-    """Make glibc keep freed memory, for every implementation alike, and say whether that worked.
+    """Make glibc keep freed memory, for every implementation alike; return True if that worked.
 
-    Otherwise whoever allocates after somebody else's memory went back to the system pays for its pages: that
-    costs more than many a kernel here, and hits at random. Arrays of gigabytes are not kept: they would not
-    fit beside each other.
+    Otherwise an allocation after another implementation's memory was returned to the system pays for page
+    faults, which cost more than many kernels here, at random. Arrays of gigabytes are not kept: several would
+    not fit at once.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     try:
@@ -217,16 +211,16 @@ def keep_memory(keep: bool = True) -> bool:
 
 
 def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Result]:
-    """Run the implementations in turn, round after round, so that a busy machine slows them all alike.
+    """Run the implementations in interleaved rounds, so that a busy machine slows them all alike.
 
-    Each turn is one run that does not count, which brings an implementation's own memory back into the
-    caches, and then as many as take some milliseconds. A wrong result is not timed.
+    Each turn is one uncounted run, which brings the implementation's own memory back into the caches, and
+    then as many as take some milliseconds. A wrong result is not timed.
 
     Args:
-        work: what to run.
-        budget: seconds to spend on the rounds; there are at least five, or two that are longer,
-            or one of more than five seconds.
-        host: where, and by which clock.
+        work: the work to run.
+        budget: seconds to spend on the rounds; there are at least five, or two if a round exceeds the budget,
+            or one if it exceeds five seconds. Default: 0.6.
+        host: machine and clock. Default: the CPU.
     """
     results: dict[str, Result] = {}
     timed: dict[str, Timed] = {}
@@ -239,7 +233,7 @@ def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Res
             peak, count = host.memory(run)
             once = host.seconds(run) if first < 2 else first
             timed[name] = host.prepare(work, name, once)
-        except Exception as error:  # one peer's failure is a row of the table, not the end of the run
+        except Exception as error:  # a peer's failure becomes a row of the table, and does not end the run
             host.check_usable(error)
             results[name] = Result(np.array([]), wrong=describe(error))
             continue
@@ -252,7 +246,7 @@ def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Res
     try:
         start, done = time.perf_counter(), 0
         while names:
-            # The order turns, so that nobody always comes after the same neighbour.
+            # The order rotates, so that predecessors vary.
             for name in names[done % len(names) :] + names[: done % len(names)]:
                 if warm[name]:
                     work.run[name]()
@@ -260,7 +254,7 @@ def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Res
                 times[name].append(seconds / timed[name].calls / work.part.get(name, 1))
             done += 1
             spent = time.perf_counter() - start
-            # What takes long is run less often: five rounds, two above the budget, one above five seconds.
+            # Long works run fewer rounds: five, two above the budget, one above five seconds.
             if spent > budget and done >= (1 if spent / done > 5 else 2 if spent / done > budget else 5):
                 break
     finally:
@@ -271,15 +265,13 @@ def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Res
 
 
 def describe(error: BaseException) -> str:
-    """An error in a line of the table."""
+    """Format an error for a line of the table."""
     text = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {text[0]}"[:120]
 
 
 def allocations(run: Callable[[], object]) -> tuple[int, int]:
-    """The most bytes that torch's allocator held at once for one run, beyond what it held before, and how
-    often it was asked for memory.
-    """
+    """Return a run's peak bytes in torch's allocator beyond those before, and the number of allocations."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         run()
     sizes = []
@@ -302,7 +294,7 @@ def gradients(outputs, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) ->
 
 
 def compiled(function: Callable, sampling: bool, place: Place = CPU) -> dict[str, Callable]:
-    """torch.compile's versions of a function, for one shape each; ``fallback_random`` where it draws."""
+    """Return torch.compile's versions of a function for one shape; ``fallback_random`` if it samples."""
     return {
         name: place.host.compile(function, **options)
         for name, options in place.versions.items()
@@ -325,24 +317,27 @@ def op_works(
     place: Place = CPU,
     tolerance: float | None = None,
 ) -> Iterator[Work]:
-    """The works of one op at one size: forward (recording for backward), and forward and backward.
+    """Yield the works of one op at one size: forward (recording for backward), and forward and backward.
 
     Args:
-        make: makes the inputs.
-        functions: implementation → a function of the inputs; ``"eager"`` is compiled, too.
-        exact: ``exact(outputs, *inputs)`` in float64: what the outputs should be, with gradients; it may take
-            the noise from the outputs.
-        sampling: whether the functions draw random numbers.
-        elements: how many numbers the largest tensor has.
-        moved, operations: the least bytes and operations of forward, and of forward and backward.
-        target: for forward and backward.
-        place: where, and in what precision; fastvae takes its tensors as they are, peers run under autocast.
-        tolerance: of the check, if not that of the precision.
+        group: name of the op.
+        case: label of the size.
+        make: returns the inputs.
+        functions: implementation → a function of the inputs; ``"eager"`` is compiled too.
+        exact: ``exact(outputs, *inputs)`` in float64: the expected outputs, with gradients; it may take the
+            noise from the outputs.
+        sampling: True if the functions draw random numbers.
+        elements: number of elements of the largest tensor.
+        moved: minimum bytes of forward, and of forward and backward.
+        operations: minimum operations of forward, and of forward and backward.
+        target: required speed-ups for forward and backward.
+        place: host and precision; fastvae takes its tensors as they are, peers run under autocast.
+        tolerance: tolerance of the check. Default: that of the precision.
     """
     tolerance = tolerance or TOLERANCE[place.dtype]
     on_cpu = place.device.type == "cpu"
     huge = on_cpu and elements > HUGE
-    # The most that a peer here holds at once is eleven tensors.
+    # Peers have at most eleven tensors in memory at once.
     if huge and (needed := 44 * elements / 2**30) > (there := _available_gib()):
         print(f"{group} {case}: left out; it takes about {needed:.0f} GiB, and there are {there:.0f}")
         return
@@ -353,7 +348,7 @@ def op_works(
     sets = place.sets_of(make, moved[0])
     with torch.no_grad():
         grads = tuple(torch.randn_like(t) for t in tuple_of(functions[OURS](*sets[0])))
-    # A peer may return another dtype, whose gradient is to be ready.
+    # A peer may return another dtype, whose upstream gradient must be prepared.
     ready = {(i, d): g.to(d) for i, g in enumerate(grads) for d in (g.dtype, torch.float32, place.dtype)}
 
     def gradients_of(outputs, inputs):
@@ -380,13 +375,13 @@ def op_works(
                 check(name)
                 found[name] = None
             except Exception as error:
-                # Its traceback would keep the tensors.
+                # A traceback would keep the tensors alive.
                 found[name] = error.with_traceback(None)
         if found[name] is not None:
             raise found[name]
 
     def each(call):
-        """A function of no arguments that goes on to the next set of inputs at every call."""
+        """Return a function of no arguments that takes the next set of inputs at every call."""
         if len(sets) == 1:
             return lambda: call(sets[0])
         turn = itertools.cycle(sets)
@@ -416,7 +411,7 @@ def op_works(
 
 
 def copies(moved: int, place: Place) -> dict[str, Callable[[], object]]:
-    """Copying half as many bytes, as a copy reads and writes: what the card can do at this size."""
+    """Return a copy of half as many bytes, as it reads and writes: the GPU's limit at this size."""
     if not place.graphs:
         return {}
     pairs = itertools.cycle(
@@ -435,14 +430,15 @@ def copies(moved: int, place: Place) -> dict[str, Callable[[], object]]:
     return {COPY: run}
 
 
-# A thousandth of the largest element; where z and products are rounded to eight bits, two hundredths.
+# A thousandth of the largest element; two hundredths where z and products are rounded to eight bits.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that what no kernel writes is seen. A compiled function would be
-    compiled anew.
+    """Fill uninitialised memory with NaN, so that elements no kernel writes are detected.
+
+    A compiled function would be recompiled.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -453,7 +449,7 @@ def poisoned() -> Iterator[None]:
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-3) -> None:
-    """To a part of the largest element: this refuses what is wrong; accuracy is for the tests."""
+    """Assert agreement to a fraction of the largest element, to detect errors; the tests check accuracy."""
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     error = float((got.detach().double() - want.detach()).abs().amax())
     scale = float(want.detach().abs().amax())
@@ -461,7 +457,7 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-3) -> None:
 
 
 def _available_gib() -> float:
-    """Memory that can still be had; infinite where nobody tells."""
+    """Return the available memory; infinite if unknown."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:
@@ -471,26 +467,26 @@ def _available_gib() -> float:
 
 @dataclass
 class Machine:
-    """What this machine does at best, per second: bytes copied (in and out), bytes read, multiply-adds."""
+    """Best speed of a machine, per second: bytes copied (in and out), bytes read, multiply-adds."""
 
     copied: float
     read: float
     operations: float
 
     def best(self, other: Machine) -> Machine:
-        """The better of two measurements, figure by figure."""
+        """Return the better of two measurements, figure by figure."""
         names = ("copied", "read", "operations")
         return Machine(*(max(getattr(self, n), getattr(other, n)) for n in names))
 
     def least_seconds(self, work: Work) -> float:
-        """The time that the bytes and the operations of a work need at least."""
+        """Return the minimum time for a work's bytes and operations."""
         return max(work.bytes / max(self.copied, self.read), work.operations / self.operations)
 
 
 def measure_machine(
     host: Host = HOST, numbers: int = 2**26, size: int = 2048, dtype: torch.dtype = torch.float32
 ) -> Machine:
-    """Copying so many float32, adding them up, and a matrix product of size³; each at its best."""
+    """Measure copying and summing ``numbers`` float32, and a matrix product of size³; the best of each."""
     source = torch.rand(numbers, device=host.device)
     target = torch.zeros_like(source)
     a, b, c = (torch.rand(size, size, device=host.device).to(dtype) for _ in range(3))

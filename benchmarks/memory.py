@@ -1,7 +1,7 @@
-"""``python -m benchmarks.memory``: peak memory of large K, each case in a process of its own.
+"""``python -m benchmarks.memory``: peak memory of large K, each case in a separate process.
 
-What is printed is the growth of the process' resident memory at its peak, over what it was after the same
-call with few samples, so that libraries and models do not count.
+Prints the growth of the process's peak resident memory over that after the same call with few samples, so
+that libraries and models are excluded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CASES = {
 
 
 def peak_mib(reset: bool = False) -> float:
-    """The most resident memory since the last reset; Linux only."""
+    """Return the peak resident memory in MiB since the last reset; Linux only."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Densities of mixtures of normal distributions: a learned prior's, VampPrior's."""
+"""Benchmark of densities of normal mixtures, as of a learned prior or a VampPrior."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def works(place: Place = CPU):
 
 
 def eager(z, mu, logvar, logits):
-    """As the VampPrior's own code has it."""
+    """Compute the density as the VampPrior's own code does."""
     white = (z[:, None] - mu) * torch.exp(-0.5 * logvar)
     scores = -0.5 * (white.square() + logvar + LOG_2_PI).sum(2)
     return torch.logsumexp(torch.log_softmax(logits, 0) + scores, 1)
 
 
 def matrices(z, mu, logvar, logits):
-    """Two products of matrices, which lose (mu / sigma)² roundings."""
+    """Compute the density by two matrix products, which lose (mu / sigma)² roundings."""
     precision = torch.exp(-logvar)
     constant = torch.log_softmax(logits, 0) - 0.5 * (mu.square() * precision + logvar + LOG_2_PI).sum(1)
     scores = constant + z @ (mu * precision).T - 0.5 * (z.square() @ precision.T)
@@ -37,7 +37,7 @@ def matrices(z, mu, logvar, logits):
 
 
 def mixture(n: int, u: int, d: int, target, place: Place = CPU):
-    """z [n, d], and u components."""
+    """Yield the works of z [n, d] and u components."""
     pairs, size = n * u * d, place.dtype.itemsize
     once = size * (n * d + 2 * u * d)
     yield from op_works(

@@ -1,4 +1,4 @@
-"""Whole training steps, and the evaluation of log p(x) by 5000 samples."""
+"""Benchmarks of whole training steps, and of the evaluation of log p(x) by 5000 samples."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def _name(hidden, latent):
 
 
 def _products(hidden, latent):
-    """Multiply-adds of a pass of the encoder, and of the decoder, for one row."""
+    """Return multiply-adds of a pass of the encoder, and of the decoder, for one row."""
     sizes = (PIXELS, *hidden)
     between = sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
     return between + 2 * sizes[-1] * latent, between + sizes[-1] * latent
 
 
-# The loss of a batch, by each implementation: minus the mean bound.
+# Each implementation's loss of a batch: minus the mean bound.
 
 
 def _ours(model, x, k):
@@ -90,7 +90,7 @@ def _distributions(model, x, k):
 
 
 def _pyro(model, k):
-    """A function of x that leaves the gradients and returns the loss; None without Pyro."""
+    """Return a function of x that sets the gradients and returns the loss; None without Pyro."""
     try:
         import pyro
         import pyro.distributions as pd
@@ -129,7 +129,7 @@ def _pyro(model, k):
 
 
 def steps(group, k, batch, hidden, latent, target, place: Place = CPU):
-    """The work of a training step. Where there are CUDA graphs, a whole step is captured in one, too."""
+    """Yield the work of a training step; with CUDA graphs, a whole step is also captured in one."""
     torch.manual_seed(0)
     x = torch.rand(batch, PIXELS).round().to(place.device)
     losses = {OURS: _ours, "eager": _eager, "torch.distributions": _distributions}
@@ -181,7 +181,7 @@ def steps(group, k, batch, hidden, latent, target, place: Place = CPU):
 
         run[name], checks[name] = step, check
     encoder, decoder = _products(hidden, latent)
-    # Forward, and backward by inputs and by weights; the first layers' inputs want no gradient.
+    # Forward, and backward by inputs and by weights; the first layer's inputs need no gradient.
     operations = batch * (3 * encoder - PIXELS * hidden[0]) + k * batch * 3 * decoder
     case = f"{_name(hidden, latent)}, B={batch}{place.label}"
     yield Work(group, case, "step", run, checks, 0, operations, False, target, frozenset(graphs))
@@ -189,7 +189,7 @@ def steps(group, k, batch, hidden, latent, target, place: Place = CPU):
 
 
 def _means(model, loss, runs=8):
-    """Mean loss, its standard error, and the mean gradient of the decoder's last bias, the least noisy."""
+    """Return mean loss, standard error, and mean gradient of the decoder's last bias, the least noisy."""
     values, grads = [], []
     for _ in range(runs):
         model.zero_grad()
@@ -209,9 +209,10 @@ def _assert_same(ours, theirs, tolerance):
 
 
 def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU, chunked=False):
-    """The works of the bound between encoder and decoder: z and the log-ratio from (mu, logvar), and from the
-    decoder's logits, which are given here, the bound. A gradient arrives at z, as from the decoder. mu and
-    logvar are the halves of an encoder's output if ``chunked``.
+    """Yield the works of the IWAE bound without the networks.
+
+    z and the log-ratio come from (mu, logvar), and the bound from given logits; z gets an upstream gradient,
+    as from a decoder. mu and logvar are the halves of an encoder's output if ``chunked``.
     """
 
     how = Weighing(1.0, "log_mean_exp", "none")
@@ -237,7 +238,7 @@ def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU, chunked=F
     def make():
         x = torch.rand(b, pixels, device=place.device).round().to(place.dtype)
         q = posterior(place, b, d, chunked)
-        # A tenth: the weights are then not all one sample's.
+        # A factor of 0.1, so that no single sample has all the weight.
         return x, *q, (0.1 * place.randn(k, b, pixels)).requires_grad_()
 
     size, n = place.dtype.itemsize, k * b * pixels
@@ -254,7 +255,7 @@ def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU, chunked=F
         operations=(n * (EXP + 10) + k * b * d * NORMAL, n * (2 * EXP + 16) + 2 * k * b * d * NORMAL),
         target=target,
         place=place,
-        # The noise is taken from z; rounded to eight bits it moves a log weight of fifty latents by 0.1.
+        # The noise is recovered from z; rounding that to eight bits moves a log weight of 50 latents by 0.1.
         tolerance=None if place.dtype == torch.float32 else 0.25,
     )
 
@@ -266,7 +267,7 @@ def _log_marginal(encoder, decoder, x, k):
 
 
 def evaluated(encoder, decoder, x, k):
-    """log p(x) of a data set."""
+    """Return log p(x) of a data set."""
     return fastvae.evaluate(
         lambda batch: encoder(batch).chunk(2, dim=1), decoder, x, k=k, likelihood="bernoulli", progress=False
     ).log_px
@@ -282,19 +283,21 @@ def evaluation(
     by_hand: int | None = None,
     place: Place = CPU,
 ):
-    """The work of estimating log p(x) of some images.
+    """Yield the work of estimating log p(x) of some images.
 
     Args:
-        k: draws of each.
-        images, hidden, latent: how many, and the model.
+        k: draws per image.
+        images: number of images.
+        hidden: widths of the hidden layers.
+        latent: number of latents.
         ours: ``ours(encoder, decoder, x, k)`` returns log p(x).
-        chunks: draws at a time of the loops written by hand.
-        by_hand: how many of the images these loops do; all, if not given.
-        place: where; with a precision of bfloat16, a loop is autocast to it too.
+        chunks: draws at a time in the hand-written loops.
+        by_hand: number of images in these loops. Default: all.
+        place: host and precision; with bfloat16, a loop is autocast to it too.
     """
     model = model_of(hidden, latent).eval()
     encoder, decoder = model["encoder"], model["decoder"]
-    # Posteriors near the prior and faint images, so that K samples determine log p(x) well enough to compare.
+    # Posteriors near the prior and faint images, so that K samples determine log p(x) accurately enough.
     with torch.no_grad():
         encoder[-1].weight *= 0.1
         decoder[-1].weight *= 0.1
@@ -336,7 +339,7 @@ def evaluation(
     if by_hand is None and (pythae := _pythae(model, hidden, latent)) is not None:
         run["pythae"] = lambda: pythae(x, k)
     means = {}
-    # What 5000 draws of 16 images leave open, or more where there are fewer.
+    # The error of 5000 draws of 16 images, or more if there are fewer.
     allowed = 0.05 * max(1, 5000 * 16 / (k * len(part))) ** 0.5
 
     def check(name):
@@ -354,7 +357,7 @@ def evaluation(
 
 
 def _pythae(model, hidden, latent):
-    """A function of x and k: the mean of log p(x); None without pythae."""
+    """Return a function of x and k that gives the mean of log p(x); None without pythae."""
     try:
         from pythae.models import VAE, VAEConfig
         from pythae.models.base.base_utils import ModelOutput

@@ -1,8 +1,7 @@
 """``python -m benchmarks picture``: the README's picture, docs/front.png: time of a call, and memory over K.
 
-Left: what an objective costs beside the decoder (``python -m benchmarks frontend``, one thread). Right: by
-how much a process grows at its peak when log p(x) is estimated with K draws, each case in a process of its
-own.
+Left: overhead of an objective (``python -m benchmarks frontend``, one thread). Right: peak growth of a
+process that estimates log p(x) with K draws, each case in a separate process.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ COLORS = {"fastvae": "#1f77b4", "eager PyTorch": "#bbbbbb", "torch.compile": "#7
 
 
 def times(rounds: int) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Microseconds (20th, 50th, 80th percentile) of each case and implementation."""
+    """Return microseconds (20th, 50th, 80th percentile) of each case and implementation."""
     found = {}
     for likelihood in frontend.LIKELIHOODS:
         for case in frontend.CASES:
@@ -51,7 +50,7 @@ def times(rounds: int) -> dict[str, dict[str, tuple[float, float, float]]]:
 
 
 def child(which: str, draws: int) -> None:
-    """Print the growth in MiB, over what the process held after the same call with few draws."""
+    """Print the growth in MiB over the process's memory after the same call with few draws."""
     model = model_of((200,), 50)
     x = torch.rand(IMAGES, PIXELS).round()
     q = model["encoder"](x).chunk(2, dim=1)
@@ -77,7 +76,7 @@ def child(which: str, draws: int) -> None:
 
 
 def memory() -> dict[str, dict[int, float]]:
-    """MiB by the number of draws."""
+    """Return MiB by the number of draws."""
     found: dict[str, dict[int, float]] = {"fastvae": {}, "eager PyTorch": {}}
     for which, sizes in found.items():
         for draws in DRAWS:

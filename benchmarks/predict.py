@@ -1,24 +1,24 @@
-"""``python -m benchmarks predict``: the time of a kernel on a card that is not there, from its machine code.
+"""``python -m benchmarks predict``: predicted time of a kernel on an absent GPU, from its machine code.
 
-What Triton compiles for sm_90 is disassembled with its control codes (Huerta et al., Dissecting and modeling
-the architecture of modern GPU cores, MICRO 2025, arXiv 2503.20481), and a quarter of a multiprocessor is run
-instruction by instruction on one trace for all warps: the loop's body as often as the launch has steps.
+Triton's code for sm_90 is disassembled with its control codes (Huerta et al., Dissecting and modeling the
+architecture of modern GPU cores, MICRO 2025, arXiv 2503.20481), and a quarter of a multiprocessor is
+simulated instruction by instruction on one trace for all warps: the loop's body once per step of the launch.
 
 Assumptions, each of them wrong somewhere:
 
-- Each cycle one warp issues one instruction, the last one again if it can; it then waits for as many cycles
-  as its control code says, and for the barriers that it names.
+- Each cycle one warp issues one instruction, the last warp again if it can; it then waits for the cycles and
+  the barriers given by its control code.
 - Pipes take a warp's instruction in 2 cycles (float, integer), 8 (special functions), 4 for each 128 bytes of
-  shared or global memory; results of special functions come after 26 cycles, of shared memory after 32.
+  shared or global memory; results of special functions arrive after 26 cycles, of shared memory after 32.
 - Memory is one server with the bandwidth of a copy, evenly shared by multiprocessors, and a latency of 600
-  cycles. Each tensor moves once, whatever the caches do; stores are waited for by nobody.
-- Of branches that a program takes one of, all are run: a sum of parts seems longer than it is.
-- Warps begin 150 cycles apart, and the next one when one ends. Programs in a last, partial wave take as long
-  as in a full one. A launch in a graph costs 1.5 µs besides.
+  cycles. Each tensor moves once, whatever the caches do; nothing waits for stores.
+- All alternative branches of a program are run: a sum of parts seems longer than it is.
+- Warps start 150 cycles apart, and the next one when one ends. Programs in a last, partial wave take as long
+  as in a full one. A launch in a graph adds 1.5 µs.
 - The clock is 1.755 GHz.
 
-A card that is there is asked by ``python -m benchmarks gpu``; where its results are in ``benchmarks/results``
-they are printed beside the predictions.
+``python -m benchmarks gpu`` measures a real GPU; its results in ``benchmarks/results``, if any, are printed
+next to the predictions.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ GIGAHERTZ = 1.755
 MULTIPROCESSORS = 132
 LATENCY = 600
 LAUNCH_SECONDS = 1.5e-6
-# Bytes a second that a copy moves, read and written.
+# Bytes per second moved by a copy, read and written.
 COPIED = {"H100": 3.0e12, "H200": 4.1e12}
 SHARED_MEMORY, MOST_WARPS, MOST_PROGRAMS = 227 * 1024, 64, 32
-# Warps that are simulated of each that a quarter holds at once.
+# Simulated warps per warp resident in a quarter.
 WAVES = 3
 RESULTS = Path(__file__).parent / "results"
 
-PIPES = [  # the first that matches
+PIPES = [  # the first match wins
     ("memory", r"LDG|STG|LDS|STS|ATOM|RED|SHFL|LDSM|STSM|LD\b|ST\b"),
     ("barrier", r"BAR|MEMBAR|WARPSYNC|DEPBAR|ERRBAR"),
     ("special", r"MUFU|I2F|F2I|F2F|I2FP|FRND|POPC|FLO|BREV"),
@@ -71,20 +71,20 @@ LATER = {"special": 26, "uniform": 30, "barrier": 30}
 
 
 class Instruction(NamedTuple):
-    """One instruction, and what its control code says."""
+    """Instruction with its control code."""
 
     text: str
-    stall: int  # cycles until this warp's next
-    wait: int  # barriers to wait for, a bit each
-    write: int  # barrier that is free when the result is there; 7 for none
-    read: int  # and when the operands have been read
+    stall: int  # cycles until this warp's next instruction
+    wait: int  # bit mask of barriers to wait for
+    write: int  # barrier released when the result is available; 7 for none
+    read: int  # barrier released when the operands have been read; 7 for none
 
     pipe: str
-    bytes: int  # that a thread moves, if it moves some
+    bytes: int  # bytes moved by a thread of a memory instruction
 
     @classmethod
     def of(cls, text: str, code: int) -> Instruction:
-        """With the control code, 21 bits."""
+        """Build an instruction from its text and its control code of 21 bits."""
         found = re.search(r"\.(64|128|U16|U8|S16|S8)\b", text)
         width = {"64": 8, "128": 16, "U16": 2, "S16": 2, "U8": 1, "S8": 1}.get(found[1] if found else "", 4)
         pipe = next(name for name, pattern in PIPES if re.match(pattern, text))
@@ -92,7 +92,7 @@ class Instruction(NamedTuple):
 
 
 def disassembled(binary: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of a cubin, and where each label stands among them."""
+    """Return a cubin's instructions, and each label's index among them."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def disassembled(binary: bytes) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def trace(instructions: list[Instruction], labels: dict[str, int], steps: float) -> list[Instruction]:
-    """What one warp issues: the outermost loop as often as the launch has steps."""
+    """Return the instructions one warp issues: the outermost loop once per step of the launch."""
     loops = []
     for i, instruction in enumerate(instructions):
         m = re.match(r"BRA\S*.*?(\.L_x_\d+)", instruction.text)
@@ -128,14 +128,14 @@ def trace(instructions: list[Instruction], labels: dict[str, int], steps: float)
 
 
 def simulate(issued: list[Instruction], warps: int, total: int, scale: float, bandwidth: float) -> int:
-    """Cycles of a quarter of a multiprocessor.
+    """Return the cycles of a quarter of a multiprocessor.
 
     Args:
-        issued: by each warp.
-        warps: that it holds at once.
-        total: that run in all.
-        scale: of the bytes that the trace moves, to those that must move.
-        bandwidth: bytes a cycle.
+        issued: instructions issued by each warp.
+        warps: warps resident at once.
+        total: warps run in total.
+        scale: factor from the bytes that the trace moves to those that must move.
+        bandwidth: bytes per cycle.
     """
     end, free = len(issued), dict.fromkeys(("memory", "special", "wide", "float", "integer", "uniform"), 0)
     server = 0.0
@@ -154,7 +154,7 @@ def simulate(issued: list[Instruction], warps: int, total: int, scale: float, ba
                 at = max(at, *(barriers[w][b] for b in range(6) if instruction.wait >> b & 1))
             pipe = instruction.pipe
             if pipe in free:
-                # Either half of the lanes takes what is float; products of integers take one of them.
+                # Either half of the lanes takes floats; integer products use one of them.
                 at = max(at, min(free["float"], free["wide"]) if pipe == "float" else free[pipe])
             if at <= cycle:
                 issue = w
@@ -197,15 +197,15 @@ def simulate(issued: list[Instruction], warps: int, total: int, scale: float, ba
 
 @dataclass
 class Predicted:
-    """One launch.
+    """Prediction for one launch.
 
     Attributes:
-        kernel: its name.
-        registers: of a thread.
-        warps: that a quarter of a multiprocessor holds at once.
-        instructions: that a warp issues.
-        bytes: that must move.
-        seconds: by card.
+        kernel: name of the kernel.
+        registers: registers per thread.
+        warps: warps resident in a quarter of a multiprocessor.
+        instructions: instructions issued per warp.
+        bytes: bytes that must move.
+        seconds: predicted time by GPU.
     """
 
     kernel: str
@@ -229,7 +229,7 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
         SHARED_MEMORY // (code.metadata.shared + 1024),
         MOST_PROGRAMS,
     )
-    # Programs that a multiprocessor is given in all, and holds at once.
+    # Programs per multiprocessor in total, and resident at once.
     given = math.prod(grid) / MULTIPROCESSORS
     held = min(*fit, math.ceil(given))
     issued = trace(instructions, labels, steps)
@@ -247,7 +247,7 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
     return Predicted(kernel.__name__, registers, warps, len(issued), moved, seconds)
 
 
-# What is predicted: (group, case, direction) as ``python -m benchmarks gpu`` calls it, and the ops' calls.
+# Predicted cases: (group, case, direction) as in ``python -m benchmarks gpu``, and the ops' calls.
 
 
 def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]:
@@ -321,7 +321,7 @@ COLUMNS = ("group", "case", "direction", "registers", "bytes", "h100_us", "h200_
 
 
 def measured(path: Path) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """(µs, share of a copy as large) of what a card did."""
+    """Return a GPU's measurements: (µs, fraction of an equally large copy)."""
     if not path.exists():
         return {}
     rows = report.read_csv(path)

@@ -1,9 +1,9 @@
-"""``python -m benchmarks qmc``: errors of log p̂(x) by independent draws and by quasi-Monte-Carlo ones.
+"""``python -m benchmarks qmc``: errors of log p̂(x) by independent and by quasi-Monte-Carlo draws.
 
-On linear-Gaussian models, whose log p(x) is known, and on decoders trained on scikit-learn's digits, whose
-log p(x) is a sum over a grid for two latents, and else taken from 2^17 draws; of these the examples whose k̂
-is below 0.7. The ratios of the mean squared errors, of all examples and of the median one, say how many times
-as many independent draws would do; ``covered`` is the share of log p(x) within the stated 95 % interval.
+Uses linear-Gaussian models, whose log p(x) is known, and decoders trained on scikit-learn's digits, whose
+log p(x) is a sum over a grid for two latents, and otherwise from 2^17 draws, for examples with k̂ below 0.7.
+The ratios of mean squared errors, over all examples and of the median one, give the factor of independent
+draws with the same error; ``covered`` is the fraction of log p(x) within the stated 95 % interval.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 import fastvae
 
 SIZES = 256, 1024, 4096, 8192
-# Student's quantile at 97.5 %, of the randomisations' seven degrees of freedom, and the normal's.
+# Quantiles at 97.5 %: Student's with the randomisations' seven degrees of freedom, and the normal's.
 QUANTILE = {"qmc": 2.3646, "philox": 1.96}
 
 
 def linear(d: int, rows: int) -> tuple[Any, ...]:
-    """x, q, decoder and log p(x) of a linear-Gaussian model of 8 numbers, q's mean and scales off."""
+    """Return x, q, decoder and log p(x) of a linear-Gaussian model of 8 features, with an inexact q."""
     g = torch.Generator().manual_seed(d)
     w = torch.randn(8, d, generator=g, dtype=torch.float64) / math.sqrt(d)
     scale = torch.linalg.cholesky(w @ w.mT + torch.eye(8, dtype=torch.float64))
@@ -40,7 +40,7 @@ def linear(d: int, rows: int) -> tuple[Any, ...]:
 
 
 def digits(d: int, epochs: int) -> tuple[fastvae.VAE, Tensor]:
-    """A VAE trained on 1500 digits, and 50 others."""
+    """Train a VAE on 1500 digits; return it and 50 others."""
     from sklearn.datasets import load_digits
 
     images = torch.from_numpy(load_digits().data).float() / 16
@@ -60,7 +60,7 @@ def digits(d: int, epochs: int) -> tuple[fastvae.VAE, Tensor]:
 
 
 def on_grid(vae: fastvae.VAE, x: Tensor) -> Tensor:
-    """log p(x) of two latents, by the trapezoidal rule."""
+    """Compute log p(x) for two latents by the trapezoidal rule."""
     axis = torch.linspace(-7, 7, 701)
     z = torch.cartesian_prod(axis, axis)
     parts = []
@@ -72,7 +72,7 @@ def on_grid(vae: fastvae.VAE, x: Tensor) -> Tensor:
 
 
 def measure(name: str, log_marginal: Callable[..., fastvae.LogMarginal], log_px: Tensor, copies: int) -> None:
-    """A row of the table for each number of draws; log_px [copies · N]."""
+    """Print a row of the table for each number of draws; log_px is [copies · N]."""
     for k in SIZES:
         errors, said = {}, {}
         for noise in ("philox", "qmc"):
@@ -81,7 +81,7 @@ def measure(name: str, log_marginal: Callable[..., fastvae.LogMarginal], log_px:
             seconds = time.perf_counter() - start
             error = found.log_px.double() - log_px
             covered = float((error.abs() <= QUANTILE[noise] * found.stderr).double().mean())
-            errors[noise] = error.square().unflatten(0, (copies, -1)).mean(0)  # of each example
+            errors[noise] = error.square().unflatten(0, (copies, -1)).mean(0)  # per example
             rms = float(errors[noise].mean().sqrt())
             said[noise] = f"{rms:.2e} | {100 * covered:.0f} % | {seconds:.2f} s"
         ratio = float(errors["philox"].mean() / errors["qmc"].mean())

@@ -1,4 +1,4 @@
-"""From measurements to rows; from rows to a table, CSV, plots, and a comparison with recorded rows."""
+"""Reports: measurements as rows; rows as a table, CSV, plots, and a comparison with recorded rows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FULL = ("forward+backward", "step", "evaluation")
 
 
 def environment(machine: Machine, device: str = "", versions: Iterable[str] = ()) -> Row:
-    """What every row says of where and when it was measured.
+    """Return the entries common to all rows: where and when they were measured.
 
     Args:
-        machine: its speed.
-        device: its name; default the processor's.
-        versions: more of them.
+        machine: the machine's speed.
+        device: name of the device. Default: the processor's.
+        versions: additional versions.
     """
     versions = [*versions_of("torch", "fastvae", "pyro-ppl", "pythae"), *versions]
     return {
@@ -40,7 +40,7 @@ def environment(machine: Machine, device: str = "", versions: Iterable[str] = ()
 
 
 def versions_of(*packages: str) -> list[str]:
-    """The versions of those that are installed."""
+    """Return the versions of the installed packages among ``packages``."""
     versions = []
     for package in packages:
         try:
@@ -51,7 +51,7 @@ def versions_of(*packages: str) -> list[str]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -60,7 +60,7 @@ def processor() -> str:
 
 
 def rows_of(work: Work, results: dict[str, Result], machine: Machine, where: Row) -> list[Row]:
-    """A row for each implementation; ``ratio`` is its time divided by fastvae's, round by round."""
+    """Return a row per implementation; ``ratio`` is its time divided by fastvae's, round by round."""
     ours = results[OURS].seconds
     least = machine.least_seconds(work)
     rows = []
@@ -110,7 +110,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def append_csv(rows: list[Row], path: Path) -> None:
-    """Add rows to a file, which begins with them if it is not there."""
+    """Append rows to a file, which is created if missing."""
     if not path.exists():
         write_csv(rows, path)
         return
@@ -124,12 +124,12 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def file_name(where: Row) -> str:
-    """The CSV's name without its ending: the device and the number of threads."""
+    """Return the CSV's name without its ending: the device and the number of threads."""
     return f"cpu-{slug(where['device'])}-{where['threads']}-threads"
 
 
 def slug(name: str) -> str:
-    """A name as a part of a file's name."""
+    """Convert a name to a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -140,7 +140,7 @@ HEAD = (
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows of one work as text; a peer that beats fastvae is marked."""
+    """Format the rows of one work as text; a peer that beats fastvae is marked."""
     rows = list(rows)
     lines = [f"{rows[0]['group']}  {rows[0]['case']}  {rows[0]['direction']}"]
     for row in rows:
@@ -183,7 +183,7 @@ def _percent(text: str) -> str:
 
 
 def loses(row: Row) -> bool:
-    """Whether this peer is faster than fastvae, beyond what its rounds leave open."""
+    """Return True if this peer is faster than fastvae beyond the spread of its rounds."""
     name = row["implementation"]
     return (
         name.split(",")[0] != OURS and name != COPY and bool(row.get("ratio")) and float(row["ratio_p80"]) < 1
@@ -195,7 +195,7 @@ def misses(row: Row) -> bool:
 
 
 def summary(rows: list[Row]) -> str:
-    """The rows that lose, and the targets."""
+    """Format the losing rows and the targets."""
     lines = []
     losing = [r for r in rows if loses(r)]
     lines.append(f"rows in which somebody is faster than fastvae: {len(losing)}")
@@ -220,7 +220,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def got_slower(rows: list[Row], recorded: list[Row], tolerance: float = 0.3) -> list[str]:
-    """Ratios that have fallen by more than the tolerance, and by more than either's spread explains."""
+    """Return ratios that have fallen by more than the tolerance, and by more than either's spread."""
     key = lambda r: (r["group"], r["case"], r["direction"], r["implementation"])  # noqa: E731
     before = {key(r): r for r in recorded if r["ratio"]}
     lines = []
@@ -235,12 +235,12 @@ def got_slower(rows: list[Row], recorded: list[Row], tolerance: float = 0.3) -> 
 
 
 def plots(rows: list[Row], stem: Path, group_of: Callable[[Row], str] | None = None) -> list[Path]:
-    """One plot for each group: how many times as long as fastvae each peer takes, with p20 to p80.
+    """Draw one plot per group: each peer's time relative to fastvae's, with p20 to p80.
 
     Args:
-        rows: what was measured.
-        stem: of the files' names.
-        group_of: the plot that a row belongs to; default: its op's, or that of the objectives.
+        rows: the measurements.
+        stem: stem of the file names.
+        group_of: maps a row to its plot. Default: its op's, or that of the objectives.
     """
     import matplotlib
 

@@ -1,9 +1,9 @@
-"""``python -m benchmarks single_cell``: scvi-tools' model of counts beside the same networks under fastvae.
+"""``python -m benchmarks single_cell``: scvi-tools' model of counts against the same networks in fastvae.
 
-One scvi.model.SCVI (negative binomial, a dispersion for each gene, observed library sizes) on simulated
-counts. Its encoder and decoder are used as they are: by scvi-tools' own loss and ``get_marginal_ll``, and by
-``fastvae.elbo`` and ``fastvae.evaluate``. Printed are both values of the objective for the same z, the time
-of a training step, and time, memory and value of log p(x). Needs ``pip install scvi-tools``.
+One scvi.model.SCVI (negative binomial, a dispersion per gene, observed library sizes) on simulated counts.
+Its encoder and decoder are used unchanged: by scvi-tools' own loss and ``get_marginal_ll``, and by
+``fastvae.elbo`` and ``fastvae.evaluate``. Prints both values of the objective for the same z, the time of a
+training step, and time, memory and value of log p(x). Needs ``pip install scvi-tools``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HIDDEN, LATENT, BATCH = 128, 10, 128
 
 
 def counts(cells: int, genes: int, seed: int = 0) -> np.ndarray:
-    """Negative binomial counts of three kinds of cells, nine of ten of them 0."""
+    """Draw negative binomial counts of three kinds of cells, nine of ten of them 0."""
     draw = np.random.default_rng(seed)
     kinds = draw.integers(3, size=cells)
     profile = np.exp(1.2 * draw.standard_normal((3, genes)))
@@ -40,7 +40,7 @@ def counts(cells: int, genes: int, seed: int = 0) -> np.ndarray:
 
 
 class Encoder(nn.Module):
-    """x [B, genes] -> (mu, logvar), by scvi-tools' networks."""
+    """Encoder x [B, genes] -> (mu, logvar), by scvi-tools' networks."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z [N, latent] -> log shares of the genes, by scvi-tools' networks."""
+    """Decoder z [N, latent] -> log shares of the genes, by scvi-tools' networks."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
 
 
 def build(cells: int, genes: int, epochs: int) -> tuple[Any, Tensor]:
-    """scvi-tools' model after some epochs, and the counts."""
+    """Train scvi-tools' model for some epochs; return it and the counts."""
     import anndata
     import scvi
 
@@ -88,13 +88,13 @@ def likelihood(module: Any) -> fastvae.NegativeBinomial:
 
 
 def batch_of(x: Tensor) -> dict[str, Tensor]:
-    """As scvi-tools' loader gives it."""
+    """Return a batch as from scvi-tools' loader."""
     zeros = torch.zeros(len(x), 1, dtype=torch.long)
     return {"X": x, "batch": zeros, "labels": zeros}
 
 
 def agree(model: Any, x: Tensor) -> float:
-    """The largest relative difference of log p(x|z), by both, for the same z."""
+    """Return the largest relative difference of both libraries' log p(x|z) for the same z."""
     module = model.module.eval()
     with torch.no_grad():
         q = module.inference(x, torch.zeros(len(x), 1))
@@ -106,7 +106,7 @@ def agree(model: Any, x: Tensor) -> float:
 
 
 def steps(model: Any, x: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a training step, forward, backward and Adam, in turns."""
+    """Measure seconds of a training step, forward, backward and Adam, interleaved."""
     module = model.module.train()
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-4)
     encoder, decoder = Encoder(module), Decoder(module)
@@ -134,7 +134,7 @@ def steps(model: Any, x: Tensor, rounds: int) -> dict[str, list[float]]:
 def marginal(
     who: str, cells: int, genes: int, epochs: int, k: int, threads: int
 ) -> tuple[float, float, float]:
-    """Mean log p(x), seconds, and MiB that the process grew by, in a process of its own."""
+    """Return mean log p(x), seconds, and the growth in MiB of this process, which does nothing else."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     model, x = build(cells, genes, epochs)
@@ -143,7 +143,7 @@ def marginal(
 
     def run(k: int) -> float:
         if who == "scvi-tools":
-            # Cell by cell: its mean is that of batches' means, the last of which has fewer cells.
+            # Per cell: its own mean is that of batch means, and the last batch has fewer cells.
             each = model.get_marginal_ll(n_mc_samples=k, batch_size=BATCH, return_mean=False)
             return float(each.double().mean())
         result = fastvae.evaluate(

@@ -1,4 +1,4 @@
-"""The bound from the decoder's output: likelihood, term and both reductions, forward and back."""
+"""Benchmark of the bound from the decoder's output: likelihood, term and both reductions, with gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def works():
 
 
 def bound(k, b, pixels, target, place: Place = CPU):
-    """The works of one size: Bernoulli, the batch's mean; with one sample an ELBO, else an IWAE bound."""
+    """Yield the works of one size: Bernoulli, batch mean; with one sample an ELBO, else an IWAE bound."""
     how = Weighing(-1.0, "mean", "mean") if k == 1 else Weighing(1.0, "log_mean_exp", "mean")
 
     def eager(x, logits, term):
@@ -31,7 +31,7 @@ def bound(k, b, pixels, target, place: Place = CPU):
 
     def make():
         x = torch.rand(b, pixels, device=place.device).round().to(place.dtype)
-        # A tenth: the weights are then not all one sample's.
+        # A factor of 0.1, so that no single sample has all the weight.
         logits = (0.1 * place.randn(k * b, pixels)).requires_grad_()
         term = torch.randn((k, b) if k > 1 else (b,), device=place.device).requires_grad_()
         return x, logits, term

@@ -1,1 +1,1 @@
-"""The ops as Triton kernels: one file per op, with the names and arguments of fastvae.reference."""
+"""Triton kernels of the ops: one file per op, with the names and arguments of fastvae.reference."""

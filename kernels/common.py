@@ -1,9 +1,9 @@
-"""What the kernels share: elementary functions, and the tiles of the likelihoods.
+"""Elementary functions, loads and stores, and tile sizes shared by the kernels.
 
-The elementary functions are float32 arithmetic and the hardware's 2^x and 1/sqrt(x) where their arguments are
-small, so a GPU, Triton's interpreter and the C++ of csrc agree to an ulp or two. Triton's own are used in
-float64 only: ``tl.exp`` is 2^(x log2 e), whose relative error grows with the argument, and ``tl.log`` allows
-for any argument, which takes twice the instructions.
+The elementary functions use float32 arithmetic and the hardware's 2^x and 1/sqrt(x) of small arguments, so a
+GPU, Triton's interpreter and the C++ of csrc agree to an ulp or two. Triton's own are used in float64 only:
+``tl.exp`` is 2^(x log2 e), whose relative error grows with the argument, and ``tl.log`` accepts any argument,
+at twice the instructions.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
-# log 2 in two parts; the first has nine bits, so that its product with an exponent is exact.
+# log 2 in two parts; the first has nine bits, so its product with an exponent is exact.
 LOG_2_HIGH = tl.constexpr(0.693359375)
 LOG_2_LOW = tl.constexpr(-2.12194440e-4)
-# Adding it rounds a float32 to an integer, which then stands in the low bits.
+# Adding it rounds a float32 to an integer, left in the low bits.
 ROUNDER = tl.constexpr(12582912.0)
 ONE_BITS = tl.constexpr(0x3F800000)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
-# Triton's interpreter truncates to bfloat16 and mangles its denormals; there the casts are made of bits.
+# Triton's interpreter truncates to bfloat16 and mangles its denormals, so there the casts operate on bits.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Lanes of a warp: AMD's compute cards have wavefronts of 64.
+# Lanes of a warp: AMD's compute GPUs have wavefronts of 64.
 LANES = 64 if torch.version.hip else 32
 
 
 class Launch(NamedTuple):
-    """Elements of a tile; threads of a program, by the precision of the computation (half: of the data)."""
+    """Elements per tile, and threads per program by dtype of the computation (half: of the data)."""
 
     tile: int
     single: int
@@ -45,69 +45,69 @@ class Launch(NamedTuple):
         return threads // LANES
 
 
-# Launch parameters, and why (`python -m benchmarks kernels` shows what comes of them). No autotuning: a
-# choice made by timing would change the order of sums, and with it bits, from run to run.
+# Launch parameters, and why (`python -m benchmarks kernels` shows their effect). No autotuning: a choice by
+# timing would change the order of sums, and with it the bits, from run to run.
 LAUNCH = {
-    # With noise: 8 elements, two Philox blocks, a thread; the ten rounds' registers bound it.
+    # With noise: 8 elements, two Philox blocks, per thread; limited by the registers of the ten rounds.
     "latent": Launch(1024, 128, 256, 128),
-    # Up to four sums besides: half as much a thread, or float64 spills. Half precision needs 8 elements a
-    # thread for 16 bytes.
+    # Up to four sums in addition: half as many per thread, or float64 spills. Half precision needs 8 elements
+    # per thread for 16-byte loads.
     "latent_backward": Launch(512, 128, 128, 64),
-    # 16 elements a thread: four 16-byte loads of float32 in flight for each operand. Twice that halves the
+    # 16 elements per thread: four 16-byte loads of float32 in flight for each operand. Twice that halves the
     # occupancy.
     "likelihood": Launch(2048, 128, 256, 128),
-    # Sums and two results besides: half as much a thread, or they spill.
+    # Sums and two results in addition: half as many per thread, or they spill.
     "likelihood_backward": Launch(1024, 128, 256, 128),
-    # Those that are long, and bound by arithmetic: two elements a thread, or they spill.
+    # Long functions, bound by arithmetic: two elements per thread, or they spill.
     "likelihood_heavy": Launch(512, 256, 256, 256),
-    # A mixture's component is long; rows and positions are many.
+    # A mixture's component takes long to compute; there are many rows and positions.
     "grouped": Launch(256, 128, 128, 128),
-    # What reaches one side of a mixture's scores: two sums and what they are made of, 8 elements a thread.
+    # Gradients of one side of a mixture's scores: two sums and their operands, 8 elements per thread.
     "mixture_backward": Launch(1024, 128, 256, 128),
-    # A product's tile, samples and columns of z: 16 sums a thread, and what they are sums of.
+    # A product's tile, samples and columns of z: 16 sums per thread, and their operands.
     "full": Launch(2048, 128, 128, 128),
-    # A step's samples and columns of noise: 8 normals a thread, and 16 sums of a block of the triangle.
+    # Samples and columns of noise of one step: 8 normals per thread, and 16 sums of a block of the triangle.
     "full_backward": Launch(1024, 128, 256, 128),
-    # As the likelihoods: one operand, and little arithmetic.
+    # As for the likelihoods: one operand and little arithmetic.
     "importance": Launch(2048, 128, 256, 128),
 }
-# Columns of a likelihood's tile at most: the remaining factor goes to samples, which share x, and to rows.
+# Maximum columns of a likelihood's tile; the remaining factor goes to samples, which share x, and to rows.
 TILE_X = 512
-# Programs to aim at when work is split or merged: several for each of some 130 multiprocessors. A constant
-# and not the device's count, so that the order of sums, and with it every bit, is the same on every GPU of an
-# architecture.
+# Target number of programs when work is split or merged: several for each of some 130 multiprocessors. A
+# constant instead of the device's count, so that the order of sums, and with it every bit, is the same on
+# every GPU of an architecture.
 PROGRAMS = 1024
 
 
 @triton.jit
 def add_bits(b_x, b_y):
-    """x + y modulo 2^32, where TRITON_DEBUG=1 would check each sum of integers for an overflow."""
+    """Add integers modulo 2^32; TRITON_DEBUG=1 would report the overflow of a plain sum."""
     return tl.add(b_x, b_y, sanitize_overflow=False)
 
 
 @triton.jit
 def exp(b_x):
-    """exp(x) to an ulp and a half everywhere, denormal results included; NaN stays NaN."""
+    """Compute exp(x) to 1.5 ulp everywhere, including denormal results; NaN stays NaN."""
     if b_x.dtype == tl.float64:
         b_y = tl.exp(b_x)
     else:
         b_t = b_x * LOG2_E + ROUNDER
-        # 2^n stays a normal number; what is beyond it is left to exp2, by way of r.
+        # Keeps 2^n normal; exp2 of r covers the range beyond.
         b_y = _two_to_n_exp_r(b_x, tl.minimum(tl.maximum(b_t, ROUNDER - 126.0), ROUNDER + 127.0))
     return b_y
 
 
 @triton.jit
 def exp_of_negative(b_x):
-    """exp(x) for x <= 0, to two ulps where it is a normal number, 0 where it is none; NaN stays NaN."""
+    """Compute exp(x) for x <= 0 to two ulps, flushing denormal results to 0; NaN stays NaN."""
     if b_x.dtype == tl.float64:
         b_y = tl.exp(b_x)
     else:
-        # Not below the last number, so that -inf is none of a difference.
+        # Clamp so that -inf does not produce inf - inf.
         b_x = tl.maximum(b_x, -104.0, propagate_nan=tl.PropagateNan.ALL)
         b_t = b_x * LOG2_E
         b_y = tl.exp2(b_t)
-        # What rounding t has cost the exponent. The interpreter's fma rounds twice.
+        # Correct the rounding error of t. The interpreter's fma rounds twice.
         if INTERPRETED:
             b_r = (b_x.to(tl.float64) - b_t.to(tl.float64) * LOG_2).to(tl.float32)
         else:
@@ -118,20 +118,20 @@ def exp_of_negative(b_x):
 
 @triton.jit
 def _two_to_n_exp_r(b_x, b_t):
-    """2^n exp(x - n log 2) for the n in the low bits of t; the hardware's 2^f is good for small f."""
+    """Compute 2^n exp(x - n log 2), n in the low bits of t; the hardware's 2^f is good for small f."""
     b_f = b_t - ROUNDER
     b_r = (b_x - b_f * LOG_2_HIGH) - b_f * LOG_2_LOW
-    # What stands above n in t is shifted out; the sum wraps for an x that is not in the domain.
+    # The shift drops the bits of t above n; the sum wraps for an x outside the domain.
     b_bits = add_bits(b_t.to(tl.int32, bitcast=True) << 23, ONE_BITS)
     return tl.exp2(b_r * LOG2_E) * b_bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def expm1_minus_near(b_x):
-    """exp(x) - 1 - x where |x| < 0.69, and a little beyond."""
+    """Compute exp(x) - 1 - x for |x| < 0.69 and slightly beyond."""
     if b_x.dtype == tl.float64:
         b_half = 0.5 * b_x
-        # Taylor's series of exp(h) - 1 - h to h^15: what is left out is below 1e-17 of it where it is used.
+        # Taylor series of exp(h) - 1 - h to h^15: its relative truncation error is below 1e-17 in this range.
         b_p = b_half * (1.0 / 1307674368000.0) + 1.0 / 87178291200.0
         b_p = (b_p * b_half + 1.0 / 6227020800.0) * b_half + 1.0 / 479001600.0
         b_p = (b_p * b_half + 1.0 / 39916800.0) * b_half + 1.0 / 3628800.0
@@ -139,7 +139,7 @@ def expm1_minus_near(b_x):
         b_p = (b_p * b_half + 1.0 / 5040.0) * b_half + 1.0 / 720.0
         b_p = (b_p * b_half + 1.0 / 120.0) * b_half + 1.0 / 24.0
         b_q = ((b_p * b_half + 1.0 / 6.0) * b_half + 0.5) * b_half * b_half
-        # Twice the argument squares exp: the excess from that of x / 2, a sum of positive terms.
+        # Doubling the argument squares exp: the excess from that of x / 2, a sum of positive terms.
         b_excess = (b_half + b_q) * (b_half + b_q) + 2.0 * b_q
     else:
         # (exp(x) - 1 - x) / x^2 on [-1, 1.5] to 3e-8, a minimax polynomial.
@@ -151,7 +151,7 @@ def expm1_minus_near(b_x):
 
 @triton.jit
 def expm1_parts(b_x):
-    """(exp(x) - 1, exp(x) - 1 - x), neither of which cancels near zero."""
+    """Compute (exp(x) - 1, exp(x) - 1 - x) without cancellation near zero."""
     b_excess = expm1_minus_near(b_x)
     if b_x.dtype == tl.float64:
         b_near = tl.abs(b_x) < 0.69
@@ -165,29 +165,29 @@ def expm1_parts(b_x):
 
 @triton.jit
 def log_of_parts(b_g, b_e):
-    """log((1 + g) 2^e) for 1 + g in [sqrt(1/2), sqrt(2)]: relatively accurate for small g if e is 0."""
+    """Compute log((1 + g) 2^e), 1 + g in [sqrt(1/2), sqrt(2)]; relatively accurate for small g if e is 0."""
     b_z = b_g * b_g
     b_p = (7.0376836292e-2 * b_g - 1.1514610310e-1) * b_g + 1.1676998740e-1
     b_p = (b_p * b_g - 1.2420140846e-1) * b_g + 1.4249322787e-1
     b_p = (b_p * b_g - 1.6668057665e-1) * b_g + 2.0000714765e-1
     b_p = (b_p * b_g - 2.4999993993e-1) * b_g + 3.3333331174e-1
-    # Of two products the compiler may round either, in one tile this, in another that.
+    # An explicit fma: of two products the compiler may round either, differently in different tiles.
     b_y = tl.fma(b_e, LOG_2_LOW, b_g * b_z * b_p) - 0.5 * b_z
     return (b_g + b_y) + LOG_2_HIGH * b_e
 
 
 @triton.jit
 def split_float(b_x):
-    """(m, e) with x = m 2^e, m in [sqrt(1/2), sqrt(2)) and e an int32, for a positive normal float32."""
+    """Split a positive normal float32 x = m 2^e into (m, e), m in [sqrt(1/2), sqrt(2)) and e an int32."""
     b_bits = b_x.to(tl.int32, bitcast=True)
-    # Outside of the domain, in lanes that are not used, they wrap.
+    # Outside the domain, in unused lanes, they wrap.
     b_e = add_bits(b_bits, -SQRT_HALF_BITS) >> 23
     return tl.sub(b_bits, b_e << 23, sanitize_overflow=False).to(tl.float32, bitcast=True), b_e
 
 
 @triton.jit
 def log(b_x):
-    """log(x) for a finite positive normal x; NaN stays NaN."""
+    """Compute log(x) for a finite positive normal x; NaN stays NaN."""
     if b_x.dtype == tl.float64:
         b_y = tl.log(b_x)
     else:
@@ -198,7 +198,7 @@ def log(b_x):
 
 @triton.jit
 def log_positive(b_x):
-    """log(x) for any x >= 0, denormal numbers and both ends included; NaN of others."""
+    """Compute log(x) for any x >= 0, including denormals, 0 and infinity; NaN for others."""
     if b_x.dtype == tl.float64:
         b_y = tl.log(b_x)
     else:
@@ -210,7 +210,7 @@ def log_positive(b_x):
 
 @triton.jit
 def log1p(b_t):
-    """log(1 + t) for t in [0, 1], relatively accurate for small t."""
+    """Compute log(1 + t) for t in [0, 1], relatively accurate for small t."""
     if b_t.dtype == tl.float64:
         # The rounding of 1 + t cancels in the quotient.
         b_v = 1.0 + b_t
@@ -226,19 +226,19 @@ def log1p(b_t):
 
 @triton.jit
 def odds_of_both(b_s, b_t):
-    """(1 + s) (1 + t) - 1 for s, t >= 0: log1p of it is log1p(s) + log1p(t), and nothing cancels."""
+    """Compute (1 + s) (1 + t) - 1 for s, t >= 0 without cancellation; its log1p is log1p(s) + log1p(t)."""
     return b_s + (b_t + b_s * b_t)
 
 
 @triton.jit
 def log1p_of_odds(b_s):
-    """log(1 + s) for s in [0, 2^126], relatively accurate for small s; float32."""
+    """Compute log(1 + s) for s in [0, 2^126], relatively accurate for small s; float32."""
     return tl.where(b_s < 0.5, log1p(b_s), log(1.0 + b_s))
 
 
 @triton.jit
 def reciprocal(b_x):
-    """1/x for x in [1, 2] to an ulp: the GPU's rsqrt squared, and a Newton step."""
+    """Compute 1/x for x in [1, 2] to an ulp: the GPU's rsqrt squared, and a Newton step."""
     b_y = tl.rsqrt(b_x)
     b_y *= b_y
     return b_y + b_y * (1.0 - b_x * b_y)
@@ -246,7 +246,7 @@ def reciprocal(b_x):
 
 @triton.jit
 def softplus(b_x):
-    """log(1 + exp(x)), and its derivative; to full relative accuracy where exp(x) is a normal number."""
+    """Compute log(1 + exp(x)) and its derivative, to full relative accuracy where exp(x) is normal."""
     b_k = exp_of_negative(-tl.abs(b_x))
     b_y = tl.where(b_x < 0, 0.0, b_x) + log1p(b_k)
     return b_y, tl.where(b_x > 0, 1.0, b_k) * reciprocal(1.0 + b_k)
@@ -254,7 +254,7 @@ def softplus(b_x):
 
 @triton.jit
 def quotient(b_x, b_y):
-    """x / y correctly rounded, where the GPU's own float32 division is off by two ulps."""
+    """Compute x / y, correctly rounded; the GPU's own float32 division is off by up to two ulps."""
     if b_x.dtype == tl.float64:
         b_z = b_x / b_y
     else:
@@ -264,19 +264,19 @@ def quotient(b_x, b_y):
 
 @triton.jit
 def sign(b_x):
-    """The sign of x, 0 of 0; NaN stays."""
+    """Return the sign of x: 0 at 0, NaN at NaN."""
     return tl.where(b_x > 0, 1.0, tl.where(b_x < 0, -1.0, b_x))
 
 
 @triton.jit
 def tanh_half(b_x):
-    """tanh(x / 2), relatively accurate everywhere; NaN stays."""
+    """Compute tanh(x / 2), relatively accurate everywhere; NaN stays NaN."""
     b_a = tl.abs(b_x)
     if b_x.dtype == tl.float64:
         b_near = b_a < 0.69
     else:
         b_near = b_a < 1
-    # exp(-|x|) - 1, which near 0 does not cancel.
+    # exp(-|x|) - 1, without cancellation near 0.
     b_e = tl.where(b_near, expm1_minus_near(-b_a) - b_a, exp_of_negative(-b_a) - 1.0)
     b_e /= b_e + 2.0
     return tl.where(b_x < 0, b_e, -b_e)
@@ -284,10 +284,13 @@ def tanh_half(b_x):
 
 @triton.jit
 def log_factorial_excess(b_x, b_log_x):
-    """log x! - (x log x - x) for x >= 0 and log x (any number at 0): Stirling's series is its expansion."""
+    """Compute log x! - (x log x - x), the function Stirling's series expands, for x >= 0.
+
+    ``b_log_x`` is log x; at x = 0 it may be any number.
+    """
     b_v = 1.0 / tl.maximum(b_x, 1.0)
     if b_x.dtype == tl.float64:
-        # Below 16 of x + 16, less the logarithm of the factors between.
+        # Below 16: evaluated at x + 16, minus the logarithm of the factors between.
         b_low = b_x < 16
         b_y = tl.where(b_low, b_x + 16.0, b_x)
         b_product = tl.zeros_like(b_x) + 1.0
@@ -300,7 +303,7 @@ def log_factorial_excess(b_x, b_log_x):
         b_series = ((b_series * b_v2 - 1.0 / 1680.0) * b_v2 + 1.0 / 1260.0) * b_v2 - 1.0 / 360.0
         b_series = (b_series * b_v2 + 1.0 / 12.0) * b_v
         b_log_y = tl.log(b_y)
-        # (y + 1/2) log y - y - (x log x - x), of which the large terms cancel above.
+        # (y + 1/2) log y - y - (x log x - x); for x >= 16 the large terms cancel exactly.
         b_rest = tl.where(b_low, b_y * (b_log_y - 1.0) - b_x * (b_log_x - 1.0) - tl.log(b_product), 0.0)
         b_z = 0.91893853320467274178 + 0.5 * b_log_y + b_series + b_rest
         b_z = tl.where(b_x == 0, 0.0, b_z)
@@ -321,10 +324,10 @@ def log_factorial_excess(b_x, b_log_x):
 
 @triton.jit
 def log1p_square(b_r):
-    """log(1 + r^2), also where r^2 is no number; NaN stays."""
+    """Compute log(1 + r^2), also where r^2 overflows; NaN stays NaN."""
     b_a = tl.abs(b_r)
     b_t = b_a * b_a
-    # Of a large r it is 2 log r.
+    # For large r it is 2 log r.
     b_large = b_a > 1.0e18
     b_log = log(tl.where(b_large, b_a, 1.0 + b_t))
     b_y = tl.where(b_t < 0.5, log1p(b_t), tl.where(b_large, 2.0 * b_log, b_log))
@@ -333,9 +336,9 @@ def log1p_square(b_r):
 
 @triton.jit
 def log1p_excess(b_t, b_y, b_log_1pt):
-    """log(1 + t) - y for t >= 0, y = t / (1 + t) and the logarithm: y^2 / 2 near 0."""
+    """Compute log(1 + t) - y for t >= 0, given y = t / (1 + t) and log(1 + t); about y^2 / 2 near 0."""
     if b_t.dtype == tl.float64:
-        # 2 atanh(s) - y, s = y / (2 - y): y s + 2 s^3 (1/3 + s^2 / 5 + ...), in which nothing cancels.
+        # 2 atanh(s) - y, s = y / (2 - y): y s + 2 s^3 (1/3 + s^2 / 5 + ...), without cancellation.
         b_s = b_y / (2.0 - b_y)
         b_v = b_s * b_s
         b_p = tl.zeros_like(b_v)
@@ -354,10 +357,11 @@ def log1p_excess(b_t, b_y, b_log_1pt):
 
 @triton.jit
 def half_step(b_z, b_log_z):
-    """log Gamma(z + 1/2) - log Gamma(z) - log(z) / 2 for z >= 0 and log z, and z times its derivative.
+    """Compute log Gamma(z + 1/2) - log Gamma(z) - log(z) / 2 for z >= 0, and z times its derivative.
 
-    From that of z + 1, a polynomial of 1 / (z + 1); in float64 from Stirling's series at z + 16. Each step
-    adds the logarithm of a factor near 1; what it adds to the derivative is positive, so nothing cancels.
+    Starts from the value at z + 1, a polynomial in 1 / (z + 1); in float64 from Stirling's series at z + 16.
+    Each step down adds the logarithm of a factor near 1 and a positive term of the derivative, so nothing
+    cancels. ``b_log_z`` is log z.
     """
     b_small = b_z < 1
     if b_z.dtype == tl.float64:
@@ -393,9 +397,9 @@ def half_step(b_z, b_log_z):
 
 @triton.jit
 def split_program(n):
-    """(i // n, i % n) for this program's number i along the grid's first axis; one division, none if n is 1.
+    """Return (i // n, i % n) for this program's index i along the grid's first axis.
 
-    The grid's other axes hold no more than 65535.
+    One division, none if n is 1. The grid's other axes are limited to 65535 programs.
     """
     i = tl.program_id(0)
     i_slow = i // n
@@ -404,7 +408,7 @@ def split_program(n):
 
 @triton.jit
 def event_offsets(start, BLOCK: tl.constexpr, AXIS: tl.constexpr):
-    """Indices start, start + 1, … along one of three axes, int64: they will be multiplied by strides."""
+    """Return indices start, start + 1, … along one of three axes; int64, as strides multiply them."""
     o_x = (start + tl.arange(0, BLOCK)).to(tl.int64)
     if AXIS == 0:
         o_x = o_x[:, None, None]  # [BLOCK, 1, 1]
@@ -417,10 +421,10 @@ def event_offsets(start, BLOCK: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def pixel_span(X, x_tiles, BLOCK_X: tl.constexpr):
-    """First pixel and end of this program's part of a row, along the grid's second axis.
+    """Return the first pixel and the end of this program's part of a row, along the grid's second axis.
 
-    The first is a multiple of BLOCK_X that the compiler can see; the masks compare with X. Otherwise it would
-    not know that loads are aligned.
+    The first is visibly a multiple of BLOCK_X and the masks compare with X, so the compiler knows that loads
+    are aligned.
     """
     x_start = tl.program_id(1) * x_tiles * BLOCK_X
     return x_start, tl.minimum(x_start + x_tiles * BLOCK_X, X)
@@ -428,21 +432,21 @@ def pixel_span(X, x_tiles, BLOCK_X: tl.constexpr):
 
 @triton.jit
 def computed(b_x, DTYPE: tl.constexpr):
-    """A tile as it was loaded, in the dtype of the computation."""
+    """Cast a loaded tile to the dtype of the computation."""
     if b_x.dtype == tl.bfloat16:
         if INTERPRETED:
             b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-        # By way of float32, the one cast that bfloat16 has everywhere.
+        # Via float32, the only cast from bfloat16 that every backend supports.
         b_x = b_x.to(tl.float32)
     return b_x.to(DTYPE)
 
 
 @triton.jit
 def load(p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0, ALIGN: tl.constexpr = 16):
-    """A tile in the dtype of the computation, 0 or what is given outside the mask.
+    """Load a tile in the dtype of the computation; ``other`` outside the mask.
 
-    ALIGN is what each row's address is a multiple of, where the tensor's is none of 16 bytes: the compiler
-    would load one number at a time.
+    ALIGN is the alignment in bytes of each row's address if below 16; without it the compiler would load one
+    number at a time.
     """
     p_tile = p_x + offsets
     if ALIGN < 16:
@@ -452,7 +456,7 @@ def load(p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0, ALI
 
 @triton.jit
 def store(p_x, offsets, b_x, mask):
-    """Write a tile in the dtype of the tensor that it goes to."""
+    """Store a tile in the dtype of the target tensor."""
     if p_x.dtype.element_ty == tl.bfloat16:
         b_x = b_x.to(tl.float32)
         if INTERPRETED:
@@ -464,20 +468,20 @@ def store(p_x, offsets, b_x, mask):
 
 
 def cdiv(n: int, m: int) -> int:
-    """n / m, rounded up. (Triton's own takes five microseconds outside a kernel.)"""
+    """Return n / m, rounded up; Triton's own takes five microseconds outside a kernel."""
     return -(-n // m)
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is not below n; 1 for n = 0."""
+    """Return the smallest power of two >= n; 1 for n = 0."""
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
 def tile_width(n: int, most: int) -> int:
-    """A tile's width for rows of n: the widest power of two up to ``most`` that wastes few lanes.
+    """Return the tile width for rows of n: the widest power of two up to ``most`` that wastes few lanes.
 
-    784 columns are 7 tiles of 128, an eighth of which is empty, and not 2 of 512, almost a quarter. A warp's
-    16-byte loads of float32 span 128.
+    784 columns take 7 tiles of 128, an eighth of them empty, instead of 2 of 512, almost a quarter empty. A
+    warp's 16-byte loads of float32 span 128.
     """
     if n <= 128:
         return min(power_of_two(n), most)
@@ -487,7 +491,7 @@ def tile_width(n: int, most: int) -> int:
 
 
 class EventTiles(NamedTuple):
-    """How a likelihood over [K, B, X] is cut up: tiles, and what one program takes of each axis."""
+    """Partition of a likelihood over [K, B, X]: tile sizes, and one program's share of each axis."""
 
     block_k: int
     block_b: int
@@ -502,8 +506,8 @@ class EventTiles(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """One program per split; samples fastest, so that programs that share x run together."""
-        # Rows and samples on the first axis: the second holds no more than 65535.
+        """Grid of one program per split; samples vary fastest, so that programs sharing x run together."""
+        # Rows and samples on the first axis: the second is limited to 65535.
         return self.k_splits * self.b_splits, self.x_splits
 
 
@@ -514,19 +518,22 @@ def event_tiles(
     """Cut [K, B, X] into tiles and programs.
 
     Args:
-        k, b, x: the sizes, none of them 0.
-        tile: elements of a tile.
-        merge_k, merge_b: let a program loop over several tiles of samples, or of rows, as far as enough
-            programs are left: for sums over them, of which each program writes its part.
-        most_tiles: of a row for one program; 0 is no limit.
+        k: samples, not 0.
+        b: rows, not 0.
+        x: pixels, not 0.
+        tile: elements per tile.
+        merge_k: let a program loop over several tiles of samples, as long as enough programs remain. Used for
+            sums over samples, of which each program writes its part.
+        merge_b: likewise for tiles of rows.
+        most_tiles: maximum tiles of a row per program; 0 means no limit.
     """
     block_x = tile_width(x, TILE_X)
-    # Rows first, until each thread loads 16 bytes of x; then samples, which share these.
+    # Rows first, until each thread loads 16 bytes of x; then samples, which share them.
     block_b = min(power_of_two(b), max(1, TILE_X // block_x))
     block_k = min(power_of_two(k), tile // (block_x * block_b))
     block_b = min(power_of_two(b), tile // (block_x * block_k))
     k_tiles, b_tiles, x_tiles = cdiv(k, block_k), cdiv(b, block_b), cdiv(x, block_x)
-    # Long rows are split only where there are few of them: the parts cost another pass to add.
+    # Long rows are split only where there are few of them: summing the parts takes another pass.
     x_splits = min(x_tiles, max(1, PROGRAMS // (k_tiles * b_tiles)))
     if most_tiles:
         x_splits = max(x_splits, cdiv(x_tiles, most_tiles))
@@ -551,18 +558,19 @@ def event_tiles(
 
 
 def accumulator(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype that is computed and summed in."""
+    """Return the dtype of computation and sums: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of an accumulator."""
+    """Return Triton's dtype for an accumulator dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def row_alignment(t: torch.Tensor) -> int:
-    """Bytes, up to 16, that each row of [B, D] begins at a multiple of: of a pair that is cut out of one
-    tensor the second half begins anywhere. 16 where rows are not contiguous, and it does not matter.
+    """Return the alignment in bytes, up to 16, of the rows of [B, D].
+
+    It can be below 16 where one tensor was chunked into halves. 16 where rows are not contiguous: irrelevant.
     """
     if t.stride(1) != 1:
         return 16
@@ -570,7 +578,7 @@ def row_alignment(t: torch.Tensor) -> int:
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """Strides for a kernel: 0 along axes of size 1, which broadcast, and for a tensor that is None."""
+    """Return strides for a kernel: 0 along axes of size 1, which broadcast, and for None."""
     if tensor is None:
         return (0,) * dims
     shape, stride = tensor.shape, tensor.stride()

@@ -1,11 +1,11 @@
 """Reparameterised sampling of a Gaussian with a full covariance, in Triton.
 
-:mod:`fastvae.ops.full` is the mathematics. A program has one row of the batch. Forward it takes a block of
-samples and makes z block by block of columns, each a product of noise with blocks of the triangle; the noise
-is drawn again for each. Backward it takes one block of the triangle, of which every step's samples make a
-product. The packed triangle is read and written in place, and nothing else is stored.
+See :mod:`fastvae.ops.full` for the mathematics. A program takes one row of the batch. Forward, it takes a
+block of samples and computes z by blocks of columns, each a product of noise with blocks of the triangle; the
+noise is drawn again for each. Backward, it takes one block of the triangle and adds a product per step of
+samples. The packed triangle is read and written in place, and nothing else is stored.
 
-``draw`` is the record of how the draw is made: samples, sample_offset, row_offset.
+``draw`` is the record of a draw's settings: samples, sample_offset, row_offset.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from .launching import Call, Result, fixed, planned
 from .random import normals
 
 HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
-# Columns of a block at most, and steps of a product; the least that a product takes.
+# Maximum columns of a block, columns of noise per product, and the minimum size of a product's axis.
 TILE_D, STEPS, LEAST = 64, 16, 16
-# The first axis of a product at most: of 64 rows Triton 3.7 makes one of TF32 on sm_100 backward, which keeps
-# three digits, though it is told "ieee".
+# Maximum first axis of a product: for 64 rows Triton 3.7 computes the backward product on sm_100 in TF32,
+# which keeps three digits, in spite of input_precision="ieee".
 TILE_FIRST = 32
-# As many registers as there are, or the assembler spills some bytes to have fewer (NVIDIA's).
+# Allow all registers, or NVIDIA's assembler spills some bytes to use fewer.
 OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
-# Steps of a backward program's loop over samples. At least, where the samples are split for want of programs;
-# at most, as a sum in turn loses digits.
+# Steps of a backward program's loop over samples: the minimum where samples are split to get enough programs;
+# the maximum, as long sequential sums lose digits.
 MIN_STEPS, MAX_STEPS = 8, 16
 
 
@@ -51,7 +51,7 @@ def block_of_noise(
     seed, o_k, i_b, i_d, sample_offset, row_offset,
     DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Normals [BLOCK_K, BLOCK_D] of one row, from column i_d on."""
+    """Generate the normals [BLOCK_K, BLOCK_D] of one row, from column i_d on."""
     o_b = tl.zeros([1, 1, 1], dtype=tl.int64) + (i_b.to(tl.int64) + row_offset)
     b_eps = normals(seed, o_k[:, None, None] + sample_offset, o_b, i_d, DTYPE, BLOCK_K, 1, BLOCK_D)
     return tl.reshape(b_eps, [BLOCK_K, BLOCK_D])
@@ -59,7 +59,7 @@ def block_of_noise(
 
 @triton.jit
 def packed(o_i, o_j):
-    """Where L_ij lies among the packed numbers."""
+    """Return the packed index of L_ij."""
     return o_i * (o_i + 1) // 2 + o_j
 
 
@@ -82,12 +82,12 @@ def rsample_tril_kernel(
     stride_mu_d,
     stride_tril_b,
     stride_tril_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,  # columns of noise that a product takes
 ):
-    """One program per row and block of samples."""
+    """Sample z and compute log q(z); one program per row and block of samples."""
     i_b, i_k = split_program(k_tiles)
     o_k = (i_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)  # [BLOCK_K]
     m_k = o_k < K
@@ -95,7 +95,7 @@ def rsample_tril_kernel(
     seed = tl.load(p_seed)
     p_mu += i_b.to(tl.int64) * stride_mu_b
     p_tril += i_b.to(tl.int64) * stride_tril_b
-    # Of the last block of columns, which all of the noise goes into.
+    # Kept from the last block of columns, which uses all of the noise.
     b_squares = tl.zeros([BLOCK_K, STEPS], dtype=DTYPE)
     b_logs = tl.zeros([BLOCK_D], dtype=DTYPE)
     for i_d in range(0, D, BLOCK_D):
@@ -106,7 +106,7 @@ def rsample_tril_kernel(
         for i_j in range(0, tl.minimum(i_d + BLOCK_D, D), STEPS):
             o_j = (i_j + tl.arange(0, STEPS)).to(tl.int64)  # [STEPS]
             b_eps = block_of_noise(seed, o_k, i_b, i_j, sample_offset, row_offset, DTYPE, BLOCK_K, STEPS)
-            # What is behind the last column meets zeros of L.
+            # Noise beyond the last column is multiplied by zeros of L.
             b_squares += tl.where(o_j[None, :] < D, b_eps * b_eps, 0.0)
             mask = (o_j[:, None] <= o_i[None, :]) & m_i[None, :]
             b_l = load(p_tril, packed(o_i[None, :], o_j[:, None]) * stride_tril_d, mask, DTYPE)
@@ -138,7 +138,7 @@ def rsample_tril_backward_kernel(
     D,  # columns
     k_per_program,  # samples of one program
     k_splits,  # programs along the samples
-    j_blocks,  # of columns of the triangle
+    j_blocks,  # blocks of columns of the triangle
     stride_grad_z_k,
     stride_grad_z_b,
     stride_grad_z_d,
@@ -146,12 +146,12 @@ def rsample_tril_backward_kernel(
     stride_grad_log_q_b,
     stride_tril_b,
     stride_tril_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,  # of a block of the triangle
-    BLOCK_D: tl.constexpr,  # and its columns
+    ROWS: tl.constexpr,  # rows of a block of the triangle
+    BLOCK_D: tl.constexpr,  # columns of a block of the triangle
 ):
-    """One program per row, split of the samples, and block of the triangle."""
+    """Compute the gradients; one program per row, split of the samples, and block of the triangle."""
     i_b, i_split = split_program(k_splits)
     i_i = tl.program_id(1) // j_blocks
     i_j = tl.program_id(1) - i_i * j_blocks
@@ -177,7 +177,7 @@ def rsample_tril_backward_kernel(
                     b_eps = block_of_noise(
                         seed, o_k, i_b, i_j * BLOCK_D, sample_offset, row_offset, DTYPE, BLOCK_K, BLOCK_D
                     )
-                    # An operand that is a reshaped tile Triton 3.7's compiler for sm_100 fails on.
+                    # Triton 3.7's compiler for sm_100 fails on an operand that is a reshaped tile.
                     b_eps = tl.where(o_j[None, :] < D, b_eps, 0.0)
                     b_scale = tl.dot(b_g, b_eps, b_scale, input_precision="ieee", out_dtype=DTYPE)
             if (p_grad_log_q is not None) and (p_grad_tril is not None):
@@ -196,7 +196,7 @@ def rsample_tril_backward_kernel(
 
 
 def _width(n: int, most: int = TILE_D) -> int:
-    """Of a block along one axis."""
+    """Return the width of a block along one axis."""
     return max(LEAST, min(power_of_two(n), most))
 
 
@@ -226,7 +226,7 @@ def _draw(mu, tril, seed, samples) -> Call:
 def rsample_tril(
     mu: torch.Tensor, tril: torch.Tensor, seed: torch.Tensor, draw: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """z [K, B, D] and log q(z) [K, B]."""
+    """Return z [K, B, D] and log q(z) [K, B]."""
     (b, d), samples = mu.shape, draw.samples
     if samples == 0 or b == 0 or d == 0:
         return mu.new_empty((samples, b, d)), mu.new_zeros((samples, b), dtype=accumulator(mu))
@@ -239,7 +239,7 @@ def _gradients(grad_z, grad_log_q, tril, seed, samples, d, dtype, need) -> Call:
     computed, launching = accumulator(tril), LAUNCH["full_backward"]
     rows, block_d = _width(d, TILE_FIRST), _width(d)
     block_k = _width(samples, launching.tile // block_d)
-    # The first column of blocks has the means.
+    # The first column of blocks computes the gradient of mu.
     j_blocks, steps = cdiv(d, block_d) if need[1] else 1, cdiv(samples, block_k)
     blocks = cdiv(d, rows) * j_blocks
     splits = max(1, min(PROGRAMS // (b * blocks), steps // MIN_STEPS), cdiv(steps, MAX_STEPS))
@@ -278,7 +278,7 @@ def rsample_tril_backward(
     draw: Any,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients for (mu, tril), None where not needed."""
+    """Return the gradients of (mu, tril), None where not needed."""
     if not any(need):
         return None, None
     nothing = draw.samples == 0 or mu.numel() == 0 or (grad_z is None and grad_log_q is None)

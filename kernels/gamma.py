@@ -1,4 +1,4 @@
-"""What the gamma function and logarithms near 0 are made of; float32 and float64."""
+"""Building blocks of the gamma function, and logarithms accurate near 0; float32 and float64."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ HALF_LOG_2_PI = tl.constexpr(0.91893853320467274178)
 
 @triton.jit
 def split_1p(b_t):
-    """(g, e) with 1 + t = 2^e (1 + g), with what the sum's rounding loses; float32, t > -1."""
+    """Return (g, e) with 1 + t = 2^e (1 + g), corrected for the sum's rounding error; float32, t > -1."""
     b_u = 1.0 + b_t
     b_whole = b_u - 1.0
     b_lost = (1.0 - (b_u - b_whole)) + (b_t - b_whole)
@@ -21,7 +21,7 @@ def split_1p(b_t):
 
 @triton.jit
 def log1p_and_rest(b_t):
-    """log(1 + t) for t > -1, and t - log(1 + t), both relatively accurate near 0."""
+    """Compute log(1 + t) and t - log(1 + t) for t > -1, both relatively accurate near 0."""
     if b_t.dtype == tl.float64:
         # log(1 + t) = 2 artanh(r), by its series near 0.
         b_r = b_t / (2.0 + b_t)
@@ -42,7 +42,7 @@ def log1p_and_rest(b_t):
 
 @triton.jit
 def log_tail(b_g):
-    """log(1 + g) - g for 1 + g in [sqrt(1/2), sqrt(2)]; float32."""
+    """Compute log(1 + g) - g for 1 + g in [sqrt(1/2), sqrt(2)]; float32."""
     b_z = b_g * b_g
     b_p = (7.0376836292e-2 * b_g - 1.1514610310e-1) * b_g + 1.1676998740e-1
     b_p = (b_p * b_g - 1.2420140846e-1) * b_g + 1.4249322787e-1
@@ -53,7 +53,7 @@ def log_tail(b_g):
 
 @triton.jit
 def rest_of_log(b_t, b_u):
-    """t - log(1 + t) of t and of 1 + t, where either has been computed to full relative accuracy."""
+    """Compute t - log(1 + t) from t and u = 1 + t, each given to full relative accuracy."""
     if b_t.dtype == tl.float64:
         _, b_rest = log1p_and_rest(b_t)
         b_y = tl.where(tl.abs(b_t) < 0.25, b_rest, b_t - tl.log(b_u))
@@ -64,7 +64,7 @@ def rest_of_log(b_t, b_u):
 
 @triton.jit
 def log_in_parts(b_x):
-    """log(x) of a positive normal x in two parts: a difference keeps what the first rounds away."""
+    """Compute log(x) of a positive normal x in two parts, so that differences keep the rounding error."""
     if b_x.dtype == tl.float64:
         b_high = tl.log(b_x)
         b_low = tl.zeros_like(b_x)
@@ -83,7 +83,7 @@ def log_in_parts(b_x):
 
 @triton.jit
 def stirling_error(b_x, b_log_x):
-    """log x! - (x + 1/2) log x + x - log(2 pi) / 2 for x > 0 and log x."""
+    """Compute log x! - (x + 1/2) log x + x - log(2 pi) / 2 from x > 0 and log x."""
     if b_x.dtype == tl.float64:
         b_v = 1.0 / tl.maximum(b_x, 16.0)
         b_v2 = b_v * b_v
@@ -103,9 +103,10 @@ def stirling_error(b_x, b_log_x):
 
 @triton.jit
 def digamma_excess(b_x, b_log_x):
-    """x (log x - digamma(x)) - 1/2 for x > 0 and log x."""
+    """Compute x (log x - digamma(x)) - 1/2 from x > 0 and log x."""
     if b_x.dtype == tl.float64:
-        # Below 16 of x + 16, and the fractions between as one: sixteen quotients take many registers.
+        # Below 16: evaluated at x + 16, with the fractions between summed as one: sixteen quotients take many
+        # registers.
         b_low = b_x < 16
         b_z = tl.where(b_low, b_x + 16.0, b_x)
         b_product, b_sum = b_x, tl.zeros_like(b_x) + 1.0
@@ -119,7 +120,7 @@ def digamma_excess(b_x, b_log_x):
         b_below = b_x * (b_log_x - (tl.log(b_z) - 0.5 / b_z - b_rest)) + b_shifted - 0.5
         b_y = tl.where(b_low, b_below, b_z * b_rest)
     else:
-        # Minimax polynomials: times x in 1 / x to 1.4e-7 for x >= 1, and digamma(1 + x) to 2e-7 below.
+        # Minimax polynomials: times x in 1 / x to 1.4e-7 for x >= 1, and digamma(1 + x) to 2e-7 for x < 1.
         b_v = 1.0 / tl.maximum(b_x, 1.0)
         b_p = ((-2.5877416e-4 * b_v + 1.782787e-3) * b_v - 4.7971519e-3) * b_v + 5.8417973e-3
         b_p = ((b_p * b_v - 3.919531e-4) * b_v - 8.2927618e-3) * b_v - 1.6125311e-6

@@ -1,7 +1,7 @@
-"""Likelihoods over a component axis, in Triton. :mod:`fastvae.ops.grouped` is the mathematics.
+"""Likelihoods over a component axis, in Triton. See :mod:`fastvae.ops.grouped` for the mathematics.
 
-A program takes a block of positions of one row; components come one after the other, with running maxima and
-sums, so nothing with the component axis is kept.
+A program takes a block of rows and positions and loops over the components with running maxima and sums, so
+nothing with the component axis is kept.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ from .launching import Call, Result, planned
 
 @triton.jit
 def inverse_scale(log_scale):
-    """Of scales beyond e^60 either way that is taken: the ends of a bin stay finite."""
+    """Return exp(-log_scale), log_scale clamped to [-60, 60] so that the ends of a bin stay finite."""
     held = tl.where(log_scale > 60, 60.0, tl.where(log_scale < -60, -60.0, log_scale))
     return exp(-held)
 
 
 @triton.jit
 def bin_value(x, location, log_scale, half):
-    """log of sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper)), without what lies outside."""
+    """Compute log sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper)) of a bin.
+
+    In the first bin lower is -inf, in the last upper is inf.
+    """
     inverse = inverse_scale(log_scale)
     delta = x - location
     upper, lower = (delta + half) * inverse, (delta - half) * inverse
@@ -55,7 +58,7 @@ def bin_value(x, location, log_scale, half):
 
 @triton.jit
 def bin_gradient(x, location, log_scale, half):
-    """Its derivatives by location and by log scale."""
+    """Compute the derivatives of :func:`bin_value` by location and by log scale."""
     inverse = inverse_scale(log_scale)
     delta = x - location
     upper, lower = (delta + half) * inverse, (delta - half) * inverse
@@ -73,7 +76,7 @@ def bin_gradient(x, location, log_scale, half):
 
 @triton.jit
 def add_exponential(b_s, b_top, b_sum):
-    """The maximum so far, and the sum of exp(s - maximum)."""
+    """Add s to a running maximum and sum of exp(s - maximum); return both."""
     above = b_s > b_top
     b_e = exp_of_negative(tl.where(above, b_top - b_s, b_s - b_top))
     return tl.where(above, b_s, b_top), tl.where(above, b_sum * b_e + 1.0, b_sum + b_e)
@@ -81,7 +84,7 @@ def add_exponential(b_s, b_top, b_sum):
 
 @triton.jit
 def channel(p_p, row, index, o_p, m_p, stride_n, stride_c, stride_p, DTYPE: tl.constexpr):
-    """A row's parameter along the positions."""
+    """Load one channel of a row's parameter along the positions."""
     return load(p_p, row * stride_n + index * stride_c + o_p * stride_p, m_p, DTYPE)
 
 
@@ -91,7 +94,7 @@ def component(
     stride_x_b, stride_x_e, stride_x_p, stride_1_n, stride_1_c, stride_1_p, stride_2_n, stride_2_c,
     stride_2_p, stride_3_n, stride_3_c, stride_3_p, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A logit with its component's log-likelihood."""
+    """Return a component's logit plus its log-likelihood."""
     b_s = b_a
     for e in tl.static_range(CHANNELS):
         i = c * CHANNELS + e
@@ -112,7 +115,7 @@ def coupled(
     p_x, p_coefficients, b_mean, b, row, c, o_p, m_p, stride_x_b, stride_x_e, stride_x_p, stride_3_n,
     stride_3_c, stride_3_p, e: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Green's location by red, blue's by red and green."""
+    """Shift green's location by red, and blue's by red and green."""
     if e >= 1:
         b_red = channel(p_x, b, 0, o_p, m_p, stride_x_b, stride_x_e, stride_x_p, DTYPE)
         i = c * 3 + e - 1
@@ -133,7 +136,7 @@ def grouped_kernel(
     p_location,  # [N, C E, P], or None for classes
     p_log_scale,
     p_coefficients,  # or None
-    p_out,  # [tiles, N] out, parts of the log-likelihood
+    p_out,  # [tiles, N] out, partial log-likelihoods
     p_normaliser,  # [N, P] out
     p_joint,  # [N, P] out
     B,
@@ -155,13 +158,13 @@ def grouped_kernel(
     stride_3_n,
     stride_3_c,
     stride_3_p,
-    SETTING: tl.constexpr,  # the class that does not count, or half a bin's width
+    SETTING: tl.constexpr,  # the ignored class, or half a bin's width
     CHANNELS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program per block of rows and block of positions."""
+    """Compute log p; one program per block of rows and block of positions."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]  # [BLOCK_N, 1]
     b = row % B
     o_p = (tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]  # [1, BLOCK_P]
@@ -210,7 +213,7 @@ def grouped_backward_kernel(
     p_location,  # [N, C E, P], or None for classes
     p_log_scale,
     p_coefficients,  # or None
-    p_grad_a,  # out, contiguous, like these; None where not needed
+    p_grad_a,  # out, contiguous, with the parameters' shapes; None where not needed
     p_grad_location,
     p_grad_log_scale,
     p_grad_coefficients,
@@ -240,7 +243,7 @@ def grouped_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program per block of rows and block of positions."""
+    """Compute the gradients; one program per block of rows and block of positions."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]  # [BLOCK_N, 1]
     b = row % B
     o_p = (tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]  # [1, BLOCK_P]
@@ -301,7 +304,7 @@ def put_coefficient(
     p_grad, p_coefficients, p_x, b_by_mean, b, row, C, P, c, i, e, o_p, m_p, stride_x_b, stride_x_e,
     stride_x_p, stride_3_n, stride_3_c, stride_3_p, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """What reaches a coefficient, of the location that it moves by the channel e."""
+    """Store the gradient of coefficient i, which shifts a location by channel e."""
     b_t = tanh_half(
         2.0 * channel(p_coefficients, row, c * 3 + i, o_p, m_p, stride_3_n, stride_3_c, stride_3_p, DTYPE)
     )
@@ -312,7 +315,7 @@ def put_coefficient(
 def _launch(
     logits: torch.Tensor, classes: bool, dtype: torch.dtype
 ) -> tuple[tuple[int, int], dict[str, int], int]:
-    """The grid, a program's rows and positions, and its warps."""
+    """Return the grid, a program's rows and positions, and its warps."""
     rows, _, positions = logits.shape
     launching = LAUNCH["likelihood_backward" if classes else "grouped"]
     block = min(power_of_two(positions), launching.tile)
@@ -365,7 +368,7 @@ def _backward(grad, normaliser, joint, x, logits, location, log_scale, coefficie
 
 
 def categorical(x: torch.Tensor, logits: torch.Tensor, setting: float) -> tuple[torch.Tensor, ...]:
-    """log p [N], and both log-sums [N, P], of x [B, 1, P] and logits [N, C, P]."""
+    """Return log p [N] and both log-sums [N, P] (normaliser, joint), of x [B, 1, P] and logits [N, C, P]."""
     return discretized_logistic_mixture(x, logits, None, None, None, setting)
 
 
@@ -377,7 +380,7 @@ def discretized_logistic_mixture(
     coefficients: torch.Tensor | None,
     setting: float,
 ) -> tuple[torch.Tensor, ...]:
-    """log p [N], and both log-sums [N, P], of x [B, E, P] and logits [N, C, P]."""
+    """Return log p [N] and both log-sums [N, P] (normaliser, joint), of x [B, E, P] and logits [N, C, P]."""
     if not logits.numel() or not x.numel():
         dtype = accumulator(x, logits)
         empty = logits.new_zeros((logits.shape[0], logits.shape[2]), dtype=dtype)
@@ -394,7 +397,7 @@ def categorical_backward(
     setting: float,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (x, logits), None where not needed."""
+    """Return the gradients of (x, logits), None where not needed and always for x."""
     return discretized_logistic_mixture_backward(
         grad, normaliser, joint, x, logits, None, None, None, setting, need
     )
@@ -412,7 +415,10 @@ def discretized_logistic_mixture_backward(
     setting: float,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (x, logits, location, log_scale, coefficients), None where not needed."""
+    """Return the gradients of (x, logits, location, log_scale, coefficients), None where not needed.
+
+    That of x is always None.
+    """
     parameters = (logits, location, log_scale, coefficients)
     needed = [*need[1:], *[False] * (5 - len(need))]
     if not logits.numel() or not x.numel() or not any(needed):

@@ -1,10 +1,10 @@
-"""log p(x|z) of rows from the decoder's last linear layer, and its gradients; the output is never stored.
+"""Fused last linear layer and log p(x|z), and the gradients; the layer's output is never stored.
 
-Forward a program makes tiles of h W' in registers and applies the likelihood there. Backward blocks of rows
-go through torch's product, the likelihood's kernel and two more products, while they lie in the second-level
-cache: a program that keeps a tile of a gradient in registers would make the output again for every 64 of the
-layer's inputs (docs/NOTES.md). So do the likelihoods that are long, and float64, which has no matrix units
-everywhere, forward too.
+Forward, a program computes tiles of h W' in registers and applies the likelihood there. Backward, blocks of
+rows go through torch's product, the likelihood's kernel and two more products while they lie in the L2 cache:
+a program that kept a tile of a gradient in registers would recompute the output for every 64 of the layer's
+inputs (docs/NOTES.md). Heavy likelihoods, and float64, for which matrix units are not universal, take this
+route forward too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, log1p, strid
 from .launching import Call, Result, fixed, planned
 from .likelihood import MOST_PARAMETERS, is_heavy, log_prob, log_prob_backward, twin
 
-# Rows and outputs of a tile, of float32 and of what is in half precision or more than one output; what comes
-# into the layer at a time, of float32 and of half precision. On four architectures none of these spills.
+# Rows of a tile; its outputs in float32, and in half precision, with several products or with DATA; inputs of
+# the layer per step in float32 and in half precision. None of these spills on four architectures.
 BLOCK_N, BLOCK_X, BLOCK_FEW, BLOCK_H, BLOCK_HALF = 64, 64, 32, 16, 32
-# Two tiles in flight: three take the registers of the sums. And as many of these as there are, or the
-# assembler spills some bytes to have half as many (NVIDIA's; AMD's knows no such limit).
+# Two tiles in flight: three take the registers of the sums. Allow all registers, or NVIDIA's assembler spills
+# some bytes to use half as many; AMD's has no such limit.
 OPTIONS = {"num_stages": 2} if torch.version.hip else {"num_stages": 2, "maxnreg": 255}
-# Numbers of a block's outputs, 16 MiB: with their gradients they fit into a card's second-level cache.
+# Output elements per block, 16 MiB: with their gradients they fit into a GPU's L2 cache.
 BLOCK = 2**22
 
 
@@ -38,7 +38,7 @@ def one_output(
     VARIES: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a parameter: a product with the layer, or what is held."""
+    """Return a tile of a parameter: the layer's output, or a fixed parameter."""
     if p_w is not None:
         b_a = tl.zeros([BLOCK_N, BLOCK_X], dtype=DTYPE)  # [BLOCK_N, BLOCK_X]
         for i_h in range(0, H, BLOCK_H):
@@ -61,18 +61,18 @@ def one_output(
 @triton.jit(do_not_specialize=["N", "B", "x_tiles"])
 def linear_log_prob_kernel(
     p_x,  # [B, X] data, of any type
-    p_h,  # [N, H] what comes into the layer
-    p_w0,  # [X, H] the weights of the outputs that are products; None for others
+    p_h,  # [N, H] input of the layer
+    p_w0,  # [X, H] weights of the parameters the layer outputs; None for the others
     p_w1,
     p_w2,
-    p_b0,  # [X] their biases, or None
+    p_b0,  # [X] biases, or None
     p_b1,
     p_b2,
-    p_p1,  # [X] or one number: the others that are held
+    p_p1,  # [X] or one number: the fixed parameters
     p_p2,
-    p_out,  # [x_splits, N] out, contiguous: parts of the log-likelihood
+    p_out,  # [x_splits, N] out, contiguous: partial log-likelihoods
     N,  # rows, K B
-    B,
+    B,  # batch size
     X,  # outputs
     H,  # inputs of the layer
     x_tiles,  # tiles of outputs of one program
@@ -94,14 +94,14 @@ def linear_log_prob_kernel(
     DATA: tl.constexpr,
     FACTOR: tl.constexpr,
     SHARED_LOG: tl.constexpr,
-    DOT: tl.constexpr,  # of the products' operands
-    DTYPE: tl.constexpr,  # of the computation
+    DOT: tl.constexpr,  # dtype of the products' operands
+    DTYPE: tl.constexpr,  # dtype of the computation
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program per block of rows, and split of the outputs."""
+    """Compute log p(x|z); one program per block of rows, and split of the outputs."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     o_b = o_n % B
@@ -146,7 +146,7 @@ def linear_log_prob_kernel(
 
 
 def _constants(likelihood: Any, h: Tensor, weights: list[Any], held: list[Any]) -> tuple[dict[str, Any], int]:
-    """What the kernels are told, and the warps of a program."""
+    """Return the kernel's compile-time arguments, and the warps of a program."""
     dtypes = {h.dtype, *(w.dtype for w in weights if w is not None)}
     (half, *more) = dtypes
     in_half = not more and half.itemsize == 2 and not INTERPRETED.value
@@ -163,12 +163,12 @@ def _constants(likelihood: Any, h: Tensor, weights: list[Any], held: list[Any]) 
         "BLOCK_H": BLOCK_HALF if in_half else BLOCK_H,
         **OPTIONS,
     }
-    # Of 128 threads each would hold more than registers can.
+    # With 128 threads, each would need more registers than there are.
     return constants, 8
 
 
 def _numbers(x: Tensor, h: Tensor, weights: list[Any], held: list[Any]) -> tuple[Any, ...]:
-    """Strides."""
+    """Return the strides of x, h, the weights and the fixed parameters."""
     each = [n for w in weights for n in strides(w, 2)]
     steps = [0 if p is None or p.numel() == 1 else p.stride(0) for p in held[1:]]
     return tuple(map(fixed, (*strides(x, 2), *h.stride(), *each, *steps)))
@@ -198,7 +198,7 @@ def _rows(x, h, *rest) -> Call:
 
 
 def _padded(layers: Any) -> tuple[Any, ...]:
-    """By output: weights, biases, and what is held of the second and the third."""
+    """Return, padded with None: weights, biases, and the fixed second and third parameters."""
     count = len(layers.weights)
     none = (None,) * (MOST_PARAMETERS - count)
     every = [*[None] * count, *layers.held, *none[len(layers.held) :]]
@@ -207,16 +207,16 @@ def _padded(layers: Any) -> tuple[Any, ...]:
 
 
 def _dtype(x: Tensor, h: Tensor, layers: Any) -> torch.dtype:
-    """Of the computation."""
+    """Return the dtype of the computation."""
     given = (*layers.weights, *layers.biases, *layers.held)
     return accumulator(x, h, *(t for t in given if t is not None))
 
 
 def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tensor:
-    """log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major.
+    """Return log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major.
 
-    ``layers`` has the weights [X, H] and biases [X] or None of the first outputs, which are products, and
-    what is held of the others, each a row [X] or one number.
+    ``layers`` has the weights [X, H] and biases ([X] or None) of the first parameters, which the layer
+    outputs, and in ``held`` the fixed others, each a row [X] or one number.
     """
     is_empty = not (x.numel() and h.numel())
     if not (is_heavy(likelihood.name) or is_empty or _dtype(x, h, layers) == torch.float64):
@@ -232,8 +232,9 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
 def linear_log_prob_backward(
     likelihood: Any, grad: Tensor, x: Tensor, h: Tensor, layers: Any, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (h, *weights, *biases, *held), None where not needed, as ``need`` says in this order.
-    Sums over rows are kept in float32, or float64.
+    """Return the gradients of (h, *weights, *biases, *held), None where ``need``, in this order, is False.
+
+    Sums over rows are accumulated in float32, or float64.
     """
     walk, count = _Walk(x, h, layers), len(layers.weights)
     like = (h, *layers.weights, *layers.biases, *layers.held)
@@ -270,7 +271,7 @@ def linear_log_prob_backward(
 
 
 class _Walk:
-    """Over the rows [K, B, H] of what comes into the layer, by blocks, in the dtype of the computation."""
+    """Iteration over blocks of the layer's input [K, B, H], in the dtype of the computation."""
 
     def __init__(self, x: Tensor, h: Tensor, layers: Any):
         self.dtype = _dtype(x, h, layers)
@@ -283,13 +284,13 @@ class _Walk:
         self.width = x.shape[1] * len(self.layers)
 
     def outputs(self, block: tuple[slice, slice]) -> tuple[list[Tensor], Tensor]:
-        """Each output [K', B', X] of a block, and its rows [K'·B', H]."""
+        """Return each output [K', B', X] of a block, and its inputs [K'·B', H]."""
         rows = self.rows[block]
         wide = rows.flatten(0, 1).to(self.dtype)
         return [linear(wide, w, b).unflatten(0, rows.shape[:2]) for w, b in self.layers], wide
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Samples and rows of the batch, as many as make about BLOCK numbers."""
+        """Yield slices of samples and of the batch with about BLOCK output elements."""
         samples, batch, _ = self.rows.shape
         most = max(1, BLOCK // max(1, self.width))
         some_rows = max(1, min(batch, most))

@@ -1,7 +1,7 @@
 """log-mean-exp over importance samples, in Triton.
 
-:mod:`fastvae.ops.importance` is the mathematics. One pass over memory, with a running maximum
-for each column and a running sum for each lane.
+See :mod:`fastvae.ops.importance` for the mathematics. One pass over memory, with a running maximum per column
+and a running sum per lane.
 """
 
 from __future__ import annotations
@@ -27,40 +27,42 @@ from .common import (
 )
 from .launching import Call, Result, planned
 
-# Columns of a tile. With few, 8 float32: they fill a 32-byte sector, which is what memory hands out, and
-# leave more programs. With many, enough for a thread to have all of a tile's samples: fewer exchanges.
+# Columns of a tile. With few columns, 8 float32 fill a 32-byte sector, the unit of memory access, and leave
+# more programs. With many, a thread holds all of a tile's samples: fewer exchanges.
 TILE_N, TILE_N_WIDE = 8, 256
 MANY_COLUMNS = 16384
-# Elements of a tile at least, where samples are few: 16 bytes a thread.
+# Minimum elements of a tile with few samples: 16 bytes per thread.
 MIN_TILE = 512
-# Samples that a program takes at least, if they are split for want of programs: the parts cost another
-# kernel.
+# Minimum samples per program if they are split to get enough programs: merging parts costs another kernel.
 MIN_SAMPLES = 512
 
 
 @triton.jit
 def finite_shift(b_max):
-    """What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN)."""
+    """Return the shift subtracted before exp: the maximum, or 0 where infinite (inf - inf would be NaN)."""
     return tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)
 
 
 @triton.jit
 def next_block(b_x, b_max):
-    """The maximum so far and of a block [BLOCK_N, BLOCK_K]; what scales the sum so far; exponentials."""
-    # tl.max may drop NaN, so it drops it everywhere; the sum keeps it.
+    """Update the running maximum with a block [BLOCK_N, BLOCK_K].
+
+    Returns the new maximum, the factor that rescales the running sum, and the block's exponentials.
+    """
+    # tl.max may drop NaN, so drop it consistently; the sum keeps it.
     b_block = tl.max(tl.where(b_x == b_x, b_x, float("-inf")), axis=1, keep_dims=True)
     b_new = tl.maximum(b_max, b_block)
     b_shift = finite_shift(b_new)
-    # With an infinite maximum the sum will be infinite, and 0 times a rescaling must not make it NaN.
+    # If the maximum is infinite, so is the sum, and rescaling by 0 must not turn it into NaN.
     b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
     return b_new, b_rescale, exp(b_x - b_shift)
 
 
 @triton.jit(do_not_specialize=["K", "count", "k_per_program"], do_not_specialize_on_alignment=["k_splits"])
 def log_mean_exp_kernel(
-    p_log_w,  # [K, N] log weights; merging: the maxima of the parts
-    p_part,  # [K, N] sums of the parts, or None where the log weights are no parts
-    p_bound,  # [N] out, log (1/count) sum_k exp(log_w), or None where parts are made
+    p_log_w,  # [K, N] log weights; when merging, the maxima of the parts
+    p_part,  # [K, N] sums of the parts when merging, else None
+    p_bound,  # [N] out, log (1/count) sum_k exp(log_w), or None when writing parts
     p_maximum,  # [k_splits, N] out
     p_total,  # [k_splits, N] out, sum_k exp(log_w - maximum)
     K,  # samples, or parts
@@ -70,11 +72,11 @@ def log_mean_exp_kernel(
     k_splits,  # programs along the samples
     stride_k,
     stride_n,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per block of columns and split of the samples."""
+    """Reduce the samples; one program per block of columns and split of the samples."""
     i_n, i_split = split_program(k_splits)
     k_start = i_split * k_per_program
     k_stop = tl.minimum(k_start + k_per_program, K)
@@ -117,11 +119,11 @@ def log_mean_exp_backward_kernel(
     stride_maximum,
     stride_total,
     TINY: tl.constexpr,  # the smallest normal number of the computation
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per tile, tiles of samples fastest."""
+    """Compute the gradient; one program per tile, tiles of samples varying fastest."""
     i_n, i_k = split_program(k_tiles)
     i_k *= BLOCK_K
     i_n *= BLOCK_N
@@ -136,13 +138,13 @@ def log_mean_exp_backward_kernel(
     b_weight = quotient(exp(b_x - finite_shift(b_max)), tl.where(b_total == 0, 1.0, b_total))
     m_zero = (b_weight < TINY) | (b_total == 0)
     b_out = b_grad * b_weight
-    # NaN is below nothing, and stays.
+    # NaN compares false and is kept.
     b_out = tl.where(m_zero | (tl.abs(b_out) < TINY), 0.0, b_out)
     store(p_out, o_k * N + o_n, b_out, mask)
 
 
 def tile(k: int, n: int) -> tuple[int, int]:
-    """(BLOCK_K, BLOCK_N): columns along lanes, the remaining factor to samples."""
+    """Return (BLOCK_K, BLOCK_N): columns along lanes, the remaining factor to samples."""
     block_k = power_of_two(k)
     block_n = TILE_N_WIDE if n >= MANY_COLUMNS else max(TILE_N, MIN_TILE // block_k)
     block_n = min(power_of_two(n), block_n)
@@ -151,7 +153,7 @@ def tile(k: int, n: int) -> tuple[int, int]:
 
 @planned
 def _reduce(log_w, part, k_per_program, count, into_parts) -> Call:
-    """One pass: into as many parts as there are programs for the samples, or of ``count`` of them."""
+    """Plan one pass, which writes parts, one per program, or the bound of ``count`` samples."""
     k, n = log_w.shape
     dtype = accumulator(log_w)
     block_k, block_n = tile(k, n)
@@ -168,9 +170,9 @@ def _reduce(log_w, part, k_per_program, count, into_parts) -> Call:
 
 
 def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log (1/K) sum_k exp(log_w[k]) of [K, N], the maximum, and sum_k exp(log_w[k] - maximum): each [N].
+    """Return log (1/K) sum_k exp(log_w[k]), the maximum, and sum_k exp(log_w[k] - maximum): [N] each.
 
-    A column of -inf has bound -inf and total 0.
+    ``log_w`` is [K, N]. A column of -inf has bound -inf and total 0.
     """
     k, n = log_w.shape
     if n == 0:
@@ -189,8 +191,8 @@ def log_mean_exp(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 def merged(
     maxima: torch.Tensor, totals: torch.Tensor, count: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What :func:`log_mean_exp` gives of ``count`` samples in parts [parts, N], of which these are known."""
-    # The parts' sums count as weights beside exp of the parts' maxima.
+    """Merge maxima and sums [parts, N] of ``count`` samples into :func:`log_mean_exp`'s results."""
+    # The parts' sums multiply exp of the parts' maxima.
     return _reduce((maxima, totals), (len(maxima), count, False))
 
 
@@ -221,7 +223,7 @@ def _weights(grad, log_w, maximum, total) -> Call:
 def log_mean_exp_backward(
     grad: torch.Tensor, log_w: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor
 ) -> torch.Tensor:
-    """grad times the normalised weights softmax_k(log_w): [K, N].
+    """Return grad times the normalised weights softmax_k(log_w): [K, N].
 
     A column of -inf has zero gradient; weights and gradients below the smallest normal number are zero.
     """

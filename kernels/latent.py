@@ -1,12 +1,12 @@
 """Reparameterised sampling with analytic KL or with log p(z) - log q(z|x), in Triton.
 
-:mod:`fastvae.ops.latent` is the mathematics. A tile is [BLOCK_K, BLOCK_B, BLOCK_D]: samples, rows, columns. A
-program keeps a block of rows and loops over its samples, so that what depends on the row alone is read and
-computed once. Rows longer than a tile, and samples where there are few rows, are split over programs, each of
-which writes its part of the sums. The noise never leaves the registers.
+See :mod:`fastvae.ops.latent` for the mathematics. A tile is [BLOCK_K, BLOCK_B, BLOCK_D]: samples, rows,
+columns. A program keeps a block of rows and loops over its samples, so that quantities of the row alone are
+read and computed once. Rows longer than a tile, and samples where there are few rows, are split over
+programs, each of which writes its part of the sums. The noise never leaves the registers.
 
-``draw`` is the record of how the draw is made: samples, sample_offset, row_offset, logvar_min, logvar_max,
-and what ``logvar`` is: scale, floor.
+``draw`` is the record of a draw's settings: samples, sample_offset, row_offset, logvar_min, logvar_max, and
+the meaning of ``logvar``: scale, floor.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ from .common import (
 from .launching import Call, Result, fixed, planned
 from .random import noise_tile, normals
 
-# Steps of a backward program's loop over samples. At least: every split writes its part of the sums, in vain
-# if it is short. At most: float32 sums of that length are as good as torch's blockwise ones.
+# Steps of a backward program's loop over samples. Minimum: every split writes its part of the sums, which is
+# wasteful if it is short. Maximum: float32 sums of that length are as accurate as torch's blockwise ones.
 MIN_STEPS = 8
 MAX_STEPS = 32
 
 
-# Below it a softplus is exp(raw) to the last digit, and perhaps none of the numbers that a float can be.
+# Below it softplus(raw) is exp(raw) to the last digit, and may underflow.
 TAIL = tl.constexpr(-40.0)
 
 
 @triton.jit
 def log_variance(b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
-    """log sigma^2 of a number that is none itself."""
+    """Convert ``b_raw`` (log scale, scale or softplus) to log sigma^2."""
     if SCALE == "log_scale":
         b_logvar = 2.0 * b_raw
     elif SCALE == "scale":
         b_logvar = 2.0 * log_positive(b_raw)
     else:
         b_variance, _ = softplus(b_raw)
-        # A normal number, unless it is infinite.
+        # Normal unless infinite.
         b_logvar = log(b_variance + FLOOR)
         b_right = b_raw < float("inf")
         if FLOOR == 0.0:
@@ -72,7 +72,7 @@ def log_variance(b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
 
 @triton.jit
 def scale(b_logvar, b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
-    """sigma, of the log variance if that was given, else of what was."""
+    """Return sigma, from the log variance if SCALE is "logvar", else from the raw parameter."""
     if SCALE == "logvar":
         b_sigma = exp(0.5 * b_logvar)
     elif SCALE == "log_scale":
@@ -89,7 +89,7 @@ def scale(b_logvar, b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
 
 @triton.jit
 def chain(b_raw, SCALE: tl.constexpr, FLOOR: tl.constexpr):
-    """The derivative of :func:`log_variance`."""
+    """Return the derivative of :func:`log_variance`."""
     if SCALE == "log_scale":
         b_chain = 2.0
     elif SCALE == "scale":
@@ -128,8 +128,10 @@ def load_inputs(
     ALIGN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """mu, logvar, what it was made of (whether the clamp leaves it alone, or the number given in its place),
-    prior mean, prior logvar: [1, BLOCK_B, BLOCK_D].
+    """Load mu, logvar, its origin, the prior's mean and logvar: [1, BLOCK_B, BLOCK_D] each.
+
+    The origin is the raw parameter if SCALE is not "logvar", else a mask of the elements the clamp leaves
+    unchanged.
     """
     mask = (o_b < B) & (o_d < D)
     b_mu = load(p_mu, o_b * stride_mu_b + o_d * stride_mu_d, mask, DTYPE)
@@ -139,7 +141,7 @@ def load_inputs(
         b_given = b_logvar
         b_logvar = log_variance(b_given, SCALE, FLOOR)
     elif CLAMP:
-        # Written so that NaN is inside and stays.
+        # NaN compares as inside and is kept.
         b_low = b_logvar < LOGVAR_MIN
         b_high = b_logvar > LOGVAR_MAX
         b_logvar = tl.where(b_low, LOGVAR_MIN, tl.where(b_high, LOGVAR_MAX, b_logvar))
@@ -157,8 +159,9 @@ def load_inputs(
 
 @triton.jit
 def inverse_scale(b_prior_logvar, p_prior_logvar):
-    """1 / s, or the number 1 for N(0, I); a factor at a time, since 1 / s^2 overflows long before what it is
-    a factor of does.
+    """Return 1 / s of the prior, or 1 for N(0, I).
+
+    Callers multiply by one 1 / s at a time: 1 / s^2 overflows long before a product that contains it.
     """
     b_inverse_s = b_prior_logvar + 1.0
     if p_prior_logvar is not None:
@@ -186,7 +189,7 @@ def draw(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Draw the noise of a tile and store z; returns both in the dtype of the computation, z unrounded."""
+    """Draw the noise of a tile and store z; return both in the dtype of the computation, z unrounded."""
     b_eps = normals(seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
     b_z = b_mu + b_sigma * b_eps  # [BLOCK_K, BLOCK_B, BLOCK_D]
     store(p_z, (o_k * B + o_b) * D + o_d, b_z, (o_k < k_stop) & (o_b < B) & (o_d < D))
@@ -201,7 +204,7 @@ def rsample_kl_kernel(
     p_mu,  # [B, D] mean of q
     p_logvar,  # [B, D] log variance of q
     p_prior_mu,  # [B, D] mean of the prior, or None for N(0, I)
-    p_prior_logvar,  # [B, D] its log variance, None likewise
+    p_prior_logvar,  # [B, D] log variance of the prior, or None likewise
     p_seed,  # [] int64
     p_z,  # [K, B, D] out, contiguous
     p_kl,  # [d_splits, B] or [B, D] out, contiguous, in the dtype of the computation
@@ -224,21 +227,24 @@ def rsample_kl_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
-    SCALE: tl.constexpr,  # what p_logvar is: "logvar", "log_scale", "scale", "softplus"
+    SCALE: tl.constexpr,  # form of p_logvar: "logvar", "log_scale", "scale", "softplus"
     FLOOR: tl.constexpr,  # added to a softplus
-    ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
-    LOOP_D: tl.constexpr,  # a program takes more than one block of columns
-    PER_DIMENSION: tl.constexpr,  # KL [B, D] instead of [B]
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    ALIGN: tl.constexpr,  # alignment of logvar's rows in bytes, up to 16
+    LOOP_D: tl.constexpr,  # True if a program takes more than one block of columns
+    PER_DIMENSION: tl.constexpr,  # the KL is [B, D] instead of [B]
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of rows, split of the columns and split of the samples; the first does the KL."""
+    """Sample z and compute the KL: one program per block of rows, split of the columns and of the samples.
+
+    The first split of the samples computes the KL.
+    """
     i_b, i_d_split = split_program(d_splits)
     i_b *= BLOCK_B
     i_split = tl.program_id(1)
-    # A multiple of BLOCK_D that the compiler can see.
+    # Visibly a multiple of BLOCK_D for the compiler.
     d_start = i_d_split * d_tiles * BLOCK_D
     d_stop = d_start + 1
     if LOOP_D:
@@ -263,7 +269,7 @@ def rsample_kl_kernel(
             if PER_DIMENSION:
                 tl.store(p_kl + o_b * D + o_d, b_term, mask=(o_b < B) & (o_d < D))
             else:
-                # The zeros loaded outside may have a KL too, if they were clamped.
+                # The zeros loaded beyond D may have a nonzero KL if clamped.
                 b_kl += tl.where(o_d < D, b_term, 0.0)
         b_sigma = scale(b_logvar, b_given, SCALE, FLOOR)
         for i_k in range(k_start, k_stop, BLOCK_K):
@@ -272,7 +278,7 @@ def rsample_kl_kernel(
                 p_z, b_mu, b_sigma, seed, o_k, o_b, i_d, o_d, k_stop, B, D, sample_offset, row_offset,
                 DTYPE, BLOCK_K, BLOCK_B, BLOCK_D,
             )  # fmt: skip
-    if not PER_DIMENSION:  # noqa: SIM102 (one is of compile time, the other of run time)
+    if not PER_DIMENSION:  # noqa: SIM102 (compile-time condition outside, run-time condition inside)
         if i_split == 0:
             o_kl = i_d_split.to(tl.int64) * B + o_b
             tl.store(p_kl + o_kl, tl.sum(b_kl, axis=2, keep_dims=True), mask=o_b < B)
@@ -286,7 +292,7 @@ def rsample_log_ratio_kernel(
     p_mu,  # [B, D] mean of q
     p_logvar,  # [B, D] log variance of q
     p_prior_mu,  # [B, D] mean of the prior, or None for N(0, I)
-    p_prior_logvar,  # [B, D] its log variance, None likewise
+    p_prior_logvar,  # [B, D] log variance of the prior, or None likewise
     p_seed,  # [] int64
     p_z,  # [K, B, D] out, contiguous
     p_log_ratio,  # [d_splits, K, B] out, contiguous, in the dtype of the computation
@@ -308,15 +314,15 @@ def rsample_log_ratio_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
-    SCALE: tl.constexpr,  # what p_logvar is: "logvar", "log_scale", "scale", "softplus"
+    SCALE: tl.constexpr,  # form of p_logvar: "logvar", "log_scale", "scale", "softplus"
     FLOOR: tl.constexpr,  # added to a softplus
-    ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    ALIGN: tl.constexpr,  # alignment of logvar's rows in bytes, up to 16
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of rows, block of columns and split of the samples."""
+    """Sample z and its log-ratio; one program per block of rows and of columns and split of the samples."""
     i_b, i_d_split = split_program(d_splits)
     i_b *= BLOCK_B
     i_d = i_d_split * BLOCK_D
@@ -347,7 +353,7 @@ def rsample_log_ratio_kernel(
 
 @triton.jit
 def log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_logvar):
-    """What a column adds to log p(z) - log q(z|x); a product of sums cancels less than squares do."""
+    """Return a column's term of log p(z) - log q(z|x); a product of sums cancels less than squares."""
     b_white = (b_z - b_prior_mu) * inverse_scale(b_prior_logvar, p_prior_logvar)
     return 0.5 * ((b_eps - b_white) * (b_eps + b_white) + (b_logvar - b_prior_logvar))
 
@@ -376,7 +382,10 @@ def load_arriving(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A step's gradients of z [BLOCK_K, BLOCK_B, BLOCK_D], as stored, and of the log-ratio, and weights."""
+    """Load a step's upstream gradients of z (as stored) and of the log-ratio, and the weights.
+
+    Shapes: [BLOCK_K, BLOCK_B, BLOCK_D], [BLOCK_K, BLOCK_B, 1], [BLOCK_K, BLOCK_B, 1].
+    """
     m_row = (o_k < k_stop) & (o_b < B)
     b_h = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
     b_g = tl.zeros([BLOCK_K, BLOCK_B, 1], dtype=DTYPE)
@@ -395,14 +404,15 @@ def load_arriving(
 
 @triton.jit
 def store_part(p_x, b_x, i_split, o_b, o_d, B, D):
-    """Write one split's part of a sum over samples, [1, BLOCK_B, BLOCK_D] of [splits, B, D]."""
+    """Store one split's part of a sum over samples, [1, BLOCK_B, BLOCK_D] of [splits, B, D]."""
     o_b = o_b + i_split.to(tl.int64) * B
     store(p_x, o_b * D + o_d, b_x, (o_b < (i_split.to(tl.int64) + 1) * B) & (o_d < D))
 
 
 @triton.jit(
     do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"],
-    # Of the strides those of one number a row: they change with the batch, and it does not help to know them.
+    # Strides of tensors with one number per row: they change with the batch, and specialising on them gains
+    # nothing.
     do_not_specialize_on_alignment=[
         "d_splits",
         "stride_grad_log_ratio_k",
@@ -415,11 +425,11 @@ def rsample_backward_kernel(
     p_grad_z,  # [K, B, D] gradient of z, or None
     p_grad_kl,  # [B], or [B, D] with PER_DIMENSION, gradient of the KL, or None
     p_grad_log_ratio,  # [K, B] gradient of the log-ratio, or None
-    p_weight,  # [K, B] factor of what reaches mu and logvar, or None
+    p_weight,  # [K, B] factor of the gradients of mu and logvar, or None
     p_mu,  # [B, D] mean of q
     p_logvar,  # [B, D] log variance of q
     p_prior_mu,  # [B, D] mean of the prior, or None for N(0, I)
-    p_prior_logvar,  # [B, D] its log variance, None likewise
+    p_prior_logvar,  # [B, D] log variance of the prior, or None likewise
     p_seed,  # [] int64
     p_grad_mu,  # [splits, B, D] out, contiguous, or None where not needed
     p_grad_logvar,  # likewise
@@ -452,29 +462,29 @@ def rsample_backward_kernel(
     LOGVAR_MIN: tl.constexpr,  # clamp of logvar, with CLAMP
     LOGVAR_MAX: tl.constexpr,
     CLAMP: tl.constexpr,  # whether logvar is clamped
-    SCALE: tl.constexpr,  # what p_logvar is: "logvar", "log_scale", "scale", "softplus"
+    SCALE: tl.constexpr,  # form of p_logvar: "logvar", "log_scale", "scale", "softplus"
     FLOOR: tl.constexpr,  # added to a softplus
-    ALIGN: tl.constexpr,  # bytes that logvar's rows begin at multiples of, up to 16
+    ALIGN: tl.constexpr,  # alignment of logvar's rows in bytes, up to 16
     PER_DIMENSION: tl.constexpr,  # the KL is [B, D] instead of [B]
-    PATH: tl.constexpr,  # drop log q's own dependence on (mu, logvar)
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    PATH: tl.constexpr,  # drop the direct dependence of log q on (mu, logvar)
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of rows, block of columns and split of the samples.
+    """Compute the gradients: one program per block of rows, block of columns and split of the samples.
 
-    The first split adds what the KL gives.
+    The first split adds the KL's gradients.
     """
-    # What is needed of each sample, settled at compile time.
+    # Compile-time flags of the quantities needed per sample.
     Q: tl.constexpr = (p_grad_mu is not None) or (p_grad_logvar is not None)
     RATIO: tl.constexpr = p_grad_log_ratio is not None
     PRIOR: tl.constexpr = (p_grad_prior_mu is not None) or (p_grad_prior_logvar is not None)
     ENTROPY: tl.constexpr = RATIO and (not PATH) and (p_grad_logvar is not None)
     NOISE: tl.constexpr = RATIO or (p_grad_z is not None and p_grad_logvar is not None)
     SAMPLES: tl.constexpr = (Q and p_grad_z is not None) or (RATIO and (Q or PRIOR))
-    # What a step reads is asked for a step ahead, or a warp would wait for the memory at each; AMD's
-    # multiprocessors hold enough others to go on with.
+    # Loads are issued one step ahead, or a warp would wait for memory at each step; AMD's multiprocessors
+    # hold enough other warps to hide the latency.
     AHEAD: tl.constexpr = INTERPRETED or not is_hip()
 
     i_b, i_d = split_program(d_splits)
@@ -493,11 +503,11 @@ def rsample_backward_kernel(
     b_half_sigma = 0.5 * b_sigma
     b_inverse_s = inverse_scale(b_prior_logvar, p_prior_logvar)
     b_delta = b_mu - b_prior_mu
-    # Sums over samples, a lane each until the end.
+    # Sums over samples, per lane until the end.
     s_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h
     s_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # sum of h eps; with RATIO times sigma / 2
     s_entropy = tl.zeros([BLOCK_K, BLOCK_B, 1], dtype=DTYPE)  # sum of g
-    s_prior_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # short of a factor 1 / s
+    s_prior_mu = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)  # without a factor 1 / s
     s_prior_logvar = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_D], dtype=DTYPE)
     if SAMPLES:
         seed = tl.load(p_seed)
@@ -536,8 +546,8 @@ def rsample_backward_kernel(
                 )
             if RATIO:
                 # The distance from the prior's mean over s, its product with g, and that times sigma / (2 s).
-                # A sample without a gradient stays without one, however far away it lies.
-                # With PATH there is one number more to keep, and registers for fewer of these.
+                # A sample with zero upstream gradient contributes zero, even where the distance is infinite.
+                # PATH keeps one more number, which leaves registers for fewer of these.
                 if PATH:
                     b_white = tl.where(b_g == 0, 0.0, b_shift + b_spread * b_eps)
                     b_part = b_g * b_white
@@ -547,10 +557,10 @@ def rsample_backward_kernel(
                     b_part = b_g * b_white
                     b_pull_scaled = b_part * (b_half_sigma * b_inverse_s)
                 b_pull = b_part * b_inverse_s
-                # h sigma / 2, factor by factor: where h is beyond its range this need not be.
+                # h sigma / 2, factor by factor: it can be finite where h overflows.
                 b_scaled = b_h * b_half_sigma - b_pull_scaled
                 b_h -= b_pull
-                # Samples beyond the last have g = 0, which times infinity would be NaN.
+                # Samples beyond the last have g = 0, and 0 times infinity would be NaN.
                 if p_grad_prior_mu is not None:
                     s_prior_mu += tl.where(m_k, b_part, 0.0)
                 if p_grad_prior_logvar is not None:
@@ -575,7 +585,7 @@ def rsample_backward_kernel(
             if p_grad_logvar is not None:
                 s_logvar += b_scaled * b_eps
 
-    # Gradient of the KL, 0 but in one split.
+    # Gradient of the KL; only the first split adds it.
     b_kl = tl.zeros([1, BLOCK_B, 1], dtype=DTYPE)  # [1, BLOCK_B, 1 or BLOCK_D]
     b_ratio = b_kl
     if p_grad_kl is not None:
@@ -586,7 +596,7 @@ def rsample_backward_kernel(
             b_kl = load(p_grad_kl, o_b * stride_grad_kl_b, o_b < B, DTYPE)  # [1, BLOCK_B, 1]
         b_ratio, _ = expm1_parts(b_logvar - b_prior_logvar)
         b_ratio = tl.where(b_kl == 0, 0.0, b_ratio)
-    # A KL without a gradient stays without one, also where it is infinite.
+    # A KL with zero upstream gradient contributes zero, even where it is infinite.
     b_white = tl.where(b_kl == 0, 0.0, b_delta * b_inverse_s)
     b_part = b_kl * b_white
     b_push = tl.where(b_kl == 0, 0.0, b_part * b_inverse_s)
@@ -624,7 +634,7 @@ def rsample_backward_kernel(
 
 
 class LatentTiles(NamedTuple):
-    """How [K, B, D] is cut up: tiles, and what one program takes of each axis."""
+    """Partition of [K, B, D]: tile sizes, and one program's share of each axis."""
 
     k_per_program: int
     d_tiles: int
@@ -635,12 +645,12 @@ class LatentTiles(NamedTuple):
 
     @property
     def numbers(self) -> tuple[int, int]:
-        """What every kernel here takes."""
+        """Integer arguments common to the kernels of this file."""
         return self.k_per_program, self.d_splits
 
     @property
     def grid(self) -> tuple[int, int]:
-        """One program per split; columns fastest, so that neighbours read what lies side by side."""
+        """Grid of one program per split; columns vary fastest, so that neighbours read adjacent memory."""
         return self.b_tiles * self.d_splits, self.k_splits
 
 
@@ -651,12 +661,15 @@ def latent_tiles(
     """Cut [K, B, D] into tiles and programs.
 
     Args:
-        k, b, d: the sizes, b and d not 0.
-        tile: elements of a tile.
-        loop_d: let a program loop over several tiles of columns, as far as enough programs are left;
-            otherwise each takes one.
-        least_steps, most_steps: of a program's loop over samples, as far as there are as many; 0 is no limit.
-            The samples are split for want of programs, or where most_steps asks for it.
+        k: samples.
+        b: rows, not 0.
+        d: columns, not 0.
+        tile: elements per tile.
+        loop_d: let a program loop over several tiles of columns, as long as enough programs remain; otherwise
+            each takes one.
+        least_steps: minimum steps of a program's loop over samples, where there are as many. Samples are
+            split to get enough programs.
+        most_steps: maximum steps of that loop, which may split the samples further; 0 means no limit.
     """
     block_k, block_b, block_d = noise_tile(k, b, d, tile)
     k_tiles, b_tiles, d_tiles = cdiv(k, block_k), cdiv(b, block_b), cdiv(d, block_d)
@@ -664,7 +677,7 @@ def latent_tiles(
     d_splits = cdiv(d_tiles, d_per)
     k_splits = min(PROGRAMS // (b_tiles * d_splits), cdiv(k_tiles, least_steps))
     k_splits = max(k_splits, cdiv(k_tiles, most_steps) if most_steps else 1, 1)
-    # More the grid's second axis cannot hold.
+    # The limit of the grid's second axis.
     k_splits = min(k_splits, 65535)
     k_per = cdiv(max(k_tiles, 1), k_splits) * block_k
     blocks = {"BLOCK_K": block_k, "BLOCK_B": block_b, "BLOCK_D": block_d}
@@ -697,7 +710,7 @@ def rsample_kl(
     draw: Any,
     per_dimension: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
+    """Return z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
     b, d = mu.shape
     if b == 0 or d == 0:
         kl = mu.new_zeros((b, d) if per_dimension else b, dtype=accumulator(mu))
@@ -731,7 +744,7 @@ def rsample_log_ratio(
     draw: Any,
     estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """z [K, B, D] and log p(z) - log q(z|x) [K, B]; the estimator matters in the backward pass only."""
+    """Return z [K, B, D] and log p(z) - log q(z|x) [K, B]; only the backward pass uses the estimator."""
     b, d = mu.shape
     samples = draw.samples
     if samples == 0 or b == 0 or d == 0:
@@ -742,19 +755,19 @@ def rsample_log_ratio(
 
 
 def _inputs(mu, logvar, prior_mu, prior_logvar) -> tuple[Any, ...]:
-    """The strides of the four inputs, as every kernel here takes them."""
+    """Return the strides of the four inputs, in the kernels' order."""
     return tuple(fixed(s) for t in (mu, logvar, prior_mu, prior_logvar) for s in strides(t, 2))
 
 
 def _form(draw: Any) -> tuple[float, float, str, float]:
-    """What logvar is."""
+    """Return the form of logvar: (logvar_min, logvar_max, scale, floor)."""
     return draw.logvar_min, draw.logvar_max, draw.scale, draw.floor
 
 
 def _constants(
     dtype: torch.dtype, form: tuple[float, float, str, float], tiles: LatentTiles, logvar: torch.Tensor
 ) -> dict:
-    """The compile-time arguments of every kernel here; the clamp and the floor are, as hyperparameters."""
+    """Return the kernels' common compile-time arguments, including the hyperparameters clamp and floor."""
     low, high, scale, floor = form
     return {
         "LOGVAR_MIN": low,
@@ -779,7 +792,7 @@ def rsample_kl_backward(
     draw: Any,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed."""
+    """Return the gradients of (mu, logvar, prior_mu, prior_logvar), None where not needed."""
     return _backward(
         grad_z, grad_kl, None, None, mu, logvar, prior_mu, prior_logvar, seed, draw, False, need
     )  # fmt: skip
@@ -798,10 +811,10 @@ def rsample_log_ratio_backward(
     path: bool,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients for (mu, logvar, prior_mu, prior_logvar), None where not needed.
+    """Return the gradients of (mu, logvar, prior_mu, prior_logvar), None where not needed.
 
-    With ``path``, log q's own dependence on (mu, logvar) is dropped (sticking the landing). ``weight`` [K, B]
-    multiplies what reaches mu and logvar, and nothing else (DReG).
+    With ``path``, the direct dependence of log q on (mu, logvar) is dropped (sticking the landing).
+    ``weight`` [K, B] multiplies the gradients of mu and logvar, and nothing else (DReG).
     """
     return _backward(
         grad_z, None, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, draw, path, need
@@ -813,14 +826,14 @@ def _gradients(
     grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, samples, form, path,
     need,
 ) -> Call:  # fmt: skip
-    """Both backward passes: what does not arrive is None, and costs nothing."""
+    """Plan either backward pass: absent upstream gradients are None and cost nothing."""
     b, d = mu.shape
     dtype, launching = accumulator(mu), LAUNCH["latent_backward"]
     per_dimension = grad_kl is not None and grad_kl.dim() == 2
     stride_kl = strides(grad_kl, 2) if per_dimension else (*strides(grad_kl, 1), 0)
-    # The KL alone asks for no sample.
+    # The KL alone needs no samples.
     k = 1 if grad_z is None and grad_log_ratio is None else samples
-    # Every split writes its part of the sums, in vain if its loop is short; a long one loses accuracy.
+    # Every split writes its part of the sums, wasteful if its loop is short; a long loop loses accuracy.
     tiles = latent_tiles(k, b, d, launching.tile, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
     inputs = mu, logvar, prior_mu, prior_logvar
     stride_z = strides(grad_z, 3)
@@ -845,7 +858,7 @@ def _gradients(
             *(*strides(grad_log_ratio, 2), *strides(weight, 2), *_inputs(*inputs)),
         ),
         {"PER_DIMENSION": per_dimension, "PATH": path} | _constants(dtype, form, tiles, logvar),
-        # With a prior's sums besides, 8 numbers a thread of half precision leave registers for too few.
+        # With the prior's sums too, 8 half-precision elements per thread leave registers for too few threads.
         launching.warps(dtype if need[2] or need[3] else mu.dtype),
     )
 
@@ -853,7 +866,7 @@ def _gradients(
 def _backward(
     grad_z, grad_kl, grad_log_ratio, weight, mu, logvar, prior_mu, prior_logvar, seed, draw, path, need
 ):  # fmt: skip
-    # Without a prior there is no tensor to give a gradient to.
+    # Without a prior no tensor receives these gradients.
     need = need[0], need[1], need[2] and prior_mu is not None, need[3] and prior_logvar is not None
     if not any(need):
         return None, None, None, None

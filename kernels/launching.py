@@ -1,8 +1,8 @@
-"""How kernels are launched: a call whose like has been before costs a key, its results and the launch.
+"""Kernel launches with cached plans: a repeated call costs one key, its results and the launch.
 
-An op says what is to be launched as a :class:`Call`, a function of the tensors' shapes, strides and dtypes
-and of its settings. It is computed once for each of these (:func:`planned`), and so is what Triton compiled
-for it; to find that again by itself takes Triton longer than all the rest.
+An op describes a launch as a :class:`Call`, a function of the tensors' shapes, strides and dtypes and of its
+settings. :func:`planned` computes it once for each of these and caches the compiled kernel with it; Triton's
+own look-up would take longer than everything else.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from triton.runtime.driver import driver
 
 from .common import INTERPRETED, LAUNCH, accumulator, cdiv, store, triton_dtype
 
-# Calls that are remembered of one op, and programs of one kernel for numbers that are known to it.
+# Maximum cached calls per op, and maximum specialisations of a kernel on fixed numbers.
 MOST_CALLS = 4096
 MOST_FIXED = 16
-# Split sums that one launch completes, and parts of each that one thread adds, four of them read at once: one
-# after another each would wait for the memory. Numbers of a program.
+# Maximum split sums completed by one launch; maximum parts of each, summed by one thread, which loads PARTS
+# at a time, as single loads would each wait for memory; elements per program.
 MOST_SUMS, MOST_PARTS, SUM_BLOCK = 4, 64, 1024
 PARTS = tl.constexpr(4)
 
 
 class Result(NamedTuple):
-    """A tensor that a kernel writes, and what becomes of it."""
+    """Shape and dtype of a kernel's result, and the parts it is the sum of."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: int = 1  # the kernel writes so many, [parts, *shape], of which this is the sum
-    part: torch.dtype | None = None  # their dtype, if not that of the sum
+    parts: int = 1  # the kernel writes [parts, *shape]; the result is their sum
+    part: torch.dtype | None = None  # dtype of the parts, if not that of the sum
 
 
 class Call(NamedTuple):
-    """One launch of a kernel.
+    """Launch of a kernel.
 
     Attributes:
-        kernel: takes the tensors, the results, what changes from call to call, the numbers and the constants.
-        grid: of programs.
-        results: what it writes; None for what it need not.
-        numbers: among them what :func:`fixed` made.
-        constants: the compile-time arguments.
-        warps: of a program.
+        kernel: takes tensors, results, the integers that vary per call, numbers and constants.
+        grid: number of programs along each axis.
+        results: the kernel's results; None for those not needed.
+        numbers: integer arguments, some of them compile-time constants (:func:`fixed`).
+        constants: the named compile-time arguments.
+        warps: warps per program.
+        left_out: number of optional tensors, after the given ones, that are None. Default: 0.
     """
 
     kernel: triton.JITFunction
@@ -55,18 +56,19 @@ class Call(NamedTuple):
     numbers: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
-    left_out: int = 0  # tensors that the kernel takes, too, after those given: none
+    left_out: int = 0
 
 
 def fixed(n: int) -> tl.constexpr:
-    """A number that the compiler is to know, such as a row's length: it then sees which addresses are
-    aligned. A batch's or a number of samples' is none: they change.
+    """Make a number known to the compiler, such as a row's length, to reveal aligned addresses.
+
+    Not for batch sizes or sample counts, which change.
     """
     return tl.constexpr(n)
 
 
 def described_in_python(tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, tuple[int | None, ...]]:
-    """(all that a launch depends on, addresses) of some tensors; csrc/glance.hpp has the same."""
+    """Return (everything a launch depends on, addresses) of tensors; csrc/glance.hpp has the C++ twin."""
     seen: list[Any] = []
     addresses: list[int | None] = []
     for t in tensors:
@@ -75,34 +77,33 @@ def described_in_python(tensors: Sequence[torch.Tensor | None]) -> tuple[Hashabl
             addresses.append(None)
         else:
             address = t.data_ptr()
-            # A program is for addresses divisible by 16, or not: chunk(2) of 100 columns is off by 8.
+            # Programs are specialised on 16-byte alignment: chunk(2) of 100 columns is off by 8.
             seen.append((t.dtype, t.get_device(), t.shape, t.stride(), address & 15))
             addresses.append(address)
     return tuple(seen), tuple(addresses)
 
 
 described = described_in_python
-with contextlib.suppress(ImportError):  # left out on purpose, or else the first op says what is wrong
+with contextlib.suppress(ImportError):  # omitted on purpose, or else the first op reports the error
     from fastvae._C import described  # type: ignore[no-redef] # noqa: F811
 
 
-# Of every op, what is remembered of its calls; by kernel, the numbers that were fixed.
+# Each op's cached calls; by kernel, the tuples of fixed numbers seen.
 _memories: list[dict[Hashable, _Ready]] = []
 _known: dict[int, set[tuple[int, ...]]] = {}
 
 
 def forget() -> None:
-    """Plan and compile everything anew."""
+    """Drop all cached plans and compiled kernels."""
     for calls in _memories:
         calls.clear()
     _known.clear()
 
 
 def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | None, ...]]:
-    """Make ``plan(*tensors, *settings)``, which says what is launched, a function that launches it.
+    """Turn ``plan(*tensors, *settings)``, which returns a :class:`Call`, into a function that launches it.
 
-    It takes the tensors, hashable settings, and numbers that change from call to call, and returns the
-    results.
+    It takes the tensors, hashable settings and integers that vary per call, and returns the results.
     """
     calls: dict[Hashable, _Ready] = {}
 
@@ -110,10 +111,10 @@ def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | Non
         tensors: tuple[torch.Tensor | None, ...], settings: tuple[Any, ...] = (), loose: tuple[int, ...] = ()
     ) -> tuple[torch.Tensor | None, ...]:
         seen, addresses = described(tensors)
-        # A number beyond 2^31 has another type.
+        # A number beyond 2^31 has a different type.
         key = (seen, settings, *[n >> 31 for n in loose]) if loose else (seen, settings)
         if torch.version.hip:
-            # There a program is for memory that 31 bits address, or not.
+            # On AMD, programs are specialised on whether 31 bits address the storage.
             key += tuple(t is not None and t.untyped_storage().nbytes() < 2**31 for t in tensors)
         ready = calls.get(key)
         if ready is None:
@@ -127,7 +128,7 @@ def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | Non
 
 
 class _Ready:
-    """A call that has been planned, and its program once that is compiled."""
+    """Planned call, and its compiled program after the first launch."""
 
     def __init__(self, call: Call, tensors: tuple[torch.Tensor | None, ...]):
         self.call = _without_too_many(call)
@@ -152,9 +153,9 @@ class _Ready:
         return _summed(results, call.results) if self.sums else tuple(results)
 
     def _compile(self, tensors, results, loose) -> None:
-        """Launch by Triton's own way."""
+        """Launch through Triton, and keep the compiled program unless the launch is watched."""
         kernel, grid, _, numbers, constants, warps, left_out = self.call
-        # a * b + c in one rounding: Triton's default so far, which is about to change.
+        # Contract a * b + c to an fma: Triton's default so far, which is about to change.
         options = {"num_warps": warps, "enable_fp_fusion": True}
         compiled = kernel[grid](*tensors, *self.none, *results, *loose, *numbers, **constants, **options)
         if compiled is None or _is_watched(kernel):
@@ -165,7 +166,7 @@ class _Ready:
         last = (*numbers, *(constants[name] for name in kernel.arg_names[count:]))
 
         def program(stream, addresses, written, loose):
-            # Where an address is a number, nobody asks the driver whose it is.
+            # Passing addresses as integers avoids a driver query for each pointer.
             arguments = *addresses, *none, *written, *loose, *last
             run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
@@ -173,8 +174,9 @@ class _Ready:
 
 
 def _maker(result: Result | None, dtype: torch.dtype) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
-    """The shape of what a kernel writes, and its dtype if that is another; to say it costs half as much as
-    the memory.
+    """Return the shape of a kernel's result, and its dtype if it differs from ``dtype``, else None.
+
+    Passing ``dtype=`` to ``new_empty`` costs half as much as the allocation.
     """
     if result is None:
         return None, None
@@ -186,7 +188,7 @@ def _maker(result: Result | None, dtype: torch.dtype) -> tuple[tuple[int, ...] |
 def _summed(
     written: list[torch.Tensor | None], results: tuple[Result | None, ...]
 ) -> tuple[torch.Tensor | None, ...]:
-    """The second stage of sums that were split, in a fixed order; several by one launch."""
+    """Sum the parts of split results in a fixed order, several by one launch."""
     split = [i for i, r in enumerate(results) if r is not None and r.parts > 1]
     most = max(results[i].parts for i in split), max(math.prod(results[i].shape) for i in split)
     if 1 < len(split) <= MOST_SUMS and most[0] <= MOST_PARTS and most[1] < 2**31 - SUM_BLOCK:
@@ -229,14 +231,14 @@ def sum_parts_kernel(
     n_2,
     n_3,
     DTYPE: tl.constexpr,
-    ALIGN: tl.constexpr,  # what n_0 to n_3 are counted in
+    ALIGN: tl.constexpr,  # unit of n_0 to n_3
     BLOCK: tl.constexpr,
 ):
-    """One program for a stretch of one tensor."""
+    """Sum the parts of up to four tensors; one program per block of one tensor."""
     i = tl.program_id(1)
     if i == 0:
         _sum_one(p_0, p_out_0, parts_0, n_0 * ALIGN, DTYPE, BLOCK)
-    if p_1 is not None:  # noqa: SIM102 (one is of compile time, the other of run time)
+    if p_1 is not None:  # noqa: SIM102 (compile-time condition outside, run-time condition inside)
         if i == 1:
             _sum_one(p_1, p_out_1, parts_1, n_1 * ALIGN, DTYPE, BLOCK)
     if p_2 is not None:  # noqa: SIM102
@@ -252,7 +254,7 @@ def _sum_parts(p_0, p_1, p_2, p_3, results) -> Call:
     count = len(results)
     sizes = [math.prod(r.shape) for r in results]
     none = (0,) * (MOST_SUMS - count)
-    # Of 25000 numbers the compiler would not see that 16 bytes can be read at once.
+    # Passed in units of ALIGN, so that the compiler sees that 16-byte loads are possible (25000, say).
     align = math.gcd(4, *sizes)
     return Call(
         sum_parts_kernel,
@@ -265,8 +267,9 @@ def _sum_parts(p_0, p_1, p_2, p_3, results) -> Call:
 
 
 def _without_too_many(call: Call) -> Call:
-    """Of a kernel for which many numbers were fixed already, these are not: it would be compiled for each
-    shape of data whose shapes change.
+    """Return the call with its numbers no longer fixed if the kernel has many specialisations already.
+
+    Otherwise data of varying shapes would compile the kernel for each shape. The interpreter needs none.
     """
     values = tuple(n.value for n in call.numbers if isinstance(n, tl.constexpr))
     known = _known.setdefault(id(call.kernel), set())
@@ -281,13 +284,13 @@ def _stream_of(device: int) -> int:
 
 
 _runtime = triton.knobs.runtime
-# What Triton calls around a launch: a chain, or in its place what somebody has set.
+# Triton's launch hooks: a chain, or a function set in its place.
 _chains = [getattr(_runtime, f"launch_{when}_hook", None) for when in ("enter", "exit")]
 
 
 def _is_watched(kernel: triton.JITFunction) -> bool:
-    """Whether a launch must be Triton's own: what is compiled depends on more, or more is called."""
-    # What was set lies in the object's dictionary; to ask for each by name costs more than a launch.
+    """Return True if Triton itself must launch: hooks, debugging or instrumentation are set."""
+    # Knobs that were set lie in the object's dictionary; reading each by name costs more than a launch.
     return bool(
         _runtime.__dict__
         or kernel.pre_run_hooks
@@ -303,11 +306,11 @@ def _is_asked_to_watch(kernel: triton.JITFunction) -> bool:
         _runtime.debug
         or kernel.pre_run_hooks
         or any([getattr(hook, "calls", hook) for hook in hooks])
-        # Not every version of Triton has these.
+        # Absent in some versions of Triton.
         or getattr(_runtime, "add_stages_inspection_hook", None)
         or getattr(triton.knobs.compilation, "instrumentation_mode", None)
     )
 
 
-# By the environment, which is read once.
+# Debugging or instrumentation set by the environment, which is read once.
 _WATCHED = bool(_runtime.debug or getattr(triton.knobs.compilation, "instrumentation_mode", None))

@@ -1,9 +1,9 @@
-"""The engine of the likelihoods in Triton: log p(x|z) of rows, summed over the event, and its gradients.
+"""Likelihood engine in Triton: log p(x|z) of rows, summed over the event, and its gradients.
 
-A likelihood is a few scalar functions in a file of :mod:`fastvae.kernels.likelihoods`; walks, broadcasting,
-dtypes, sums and launches are written once, here. A tile is [BLOCK_K, BLOCK_B, BLOCK_X]: samples that share x,
-rows, pixels. A parameter's tile has size 1 along the axes over which it does not vary, so what is computed of
-it alone is computed once for all that share it.
+A likelihood is a few scalar functions in a file of :mod:`fastvae.kernels.likelihoods`; iteration,
+broadcasting, dtypes, sums and launches are written once, here. A tile is [BLOCK_K, BLOCK_B, BLOCK_X]: samples
+that share x, rows, pixels. A parameter's tile has size 1 along the axes over which it does not vary, so
+functions of it alone are computed once.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from .common import (
 from .launching import Call, Result, fixed, planned
 
 MOST_PARAMETERS = 3
-# Tiles of a row for one program where logarithms are shared: the product of four factors of up to 2 from each
-# must stay below 2^127.
+# Maximum tiles of a row per program where logarithms are shared: the product of four factors of up to 2 from
+# each tile must stay below 2^127.
 MOST_TILES = 28
 
-# Where gradients are not summed, samples of a program, which share x.
+# Samples per program, sharing x, where no gradient is summed.
 SAMPLES_FLAT = 2
 
-# Where the gradient of a parameter goes: one per element, one per pixel, or one per row.
+# Layout of a parameter's gradient: none, one per element, one per pixel, or one per row.
 NONE, FULL, COLUMN, ROW = (tl.constexpr(i) for i in range(4))
 # Bits of VARIES, the axes along which a parameter has more than one value.
 ALONG_K, ALONG_B, ALONG_X, ALONG_ALL = (tl.constexpr(i) for i in (1, 2, 4, 7))
@@ -55,7 +55,7 @@ def load_parameter(
     p_p, i_k, i_b, i_x, K, B, X, stride_k, stride_b, stride_x, VARIES: tl.constexpr, PADDING: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """A parameter's tile: [BLOCK_K or 1, BLOCK_B or 1, BLOCK_X or 1]; PADDING beyond the rows."""
+    """Load a parameter's tile [BLOCK_K or 1, BLOCK_B or 1, BLOCK_X or 1]; PADDING beyond the bounds."""
     o_k = event_offsets(i_k if ALONG_K & VARIES else 0, BLOCK_K if ALONG_K & VARIES else 1, 0)
     o_b = event_offsets(i_b if ALONG_B & VARIES else 0, BLOCK_B if ALONG_B & VARIES else 1, 1)
     o_x = event_offsets(i_x if ALONG_X & VARIES else 0, BLOCK_X if ALONG_X & VARIES else 1, 2)
@@ -69,7 +69,7 @@ def log_prob_kernel(
     p_p0,  # [K or 1, B or 1, X or 1] the parameters; None beyond the last
     p_p1,
     p_p2,
-    p_out,  # [x_splits, K, B] out, contiguous: parts of the log-likelihood
+    p_out,  # [x_splits, K, B] out, contiguous: partial log-likelihoods
     K,  # samples
     B,  # rows
     X,  # pixels
@@ -93,17 +93,17 @@ def log_prob_kernel(
     FACTOR: tl.constexpr,
     SHARED_LOG: tl.constexpr,
     PADDING: tl.constexpr,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """One program per block of samples and rows, and split of the pixels."""
+    """Compute log p(x|z); one program per block of samples and rows, and split of the pixels."""
     i_b, i_k = split_program(k_splits)
     i_k *= BLOCK_K
     i_b *= BLOCK_B
     x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
-    # What four pixels, and all tiles of a row, add by log(1 + odds) each is one logarithm of a product.
+    # The terms log(1 + odds) of four pixels, over all tiles of a row, become one logarithm of a product.
     PRODUCT: tl.constexpr = SHARED_LOG and tl.float32 == DTYPE and BLOCK_X >= 4
     LANES: tl.constexpr = BLOCK_X // 4 if PRODUCT else BLOCK_X
     b_sum = tl.zeros([BLOCK_K, BLOCK_B, LANES], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, LANES]
@@ -131,7 +131,7 @@ def log_prob_kernel(
             )  # fmt: skip
         b_data = b_x
         if DATA is not None:
-            # Of x alone: once for all samples of the tile.
+            # Depends on x alone: computed once for all samples of the tile.
             b_own, b_data = DATA(b_x)
         if p_p1 is None:
             b_value = VALUE(b_x, b_data, b_0)
@@ -166,10 +166,10 @@ def log_prob_kernel(
 
 @triton.jit
 def put(p_grad, s_grad, b_grad, o_out, m_row, m_x, m_full, LAYOUT: tl.constexpr):
-    """A tile of a parameter's gradient: stored, or added to sums of a lane each, which are returned."""
+    """Store a tile of a parameter's gradient, or add it to the per-lane sums; return the sums."""
     if LAYOUT == FULL:
         store(p_grad, o_out, b_grad, m_full)
-    # Beyond the rows g is 0, but what it multiplies may be infinite.
+    # Beyond the rows g is 0, but its factor may be infinite.
     elif LAYOUT == COLUMN:
         s_grad += tl.where(m_row, b_grad, 0.0)
     elif LAYOUT == ROW:
@@ -179,7 +179,7 @@ def put(p_grad, s_grad, b_grad, o_out, m_row, m_x, m_full, LAYOUT: tl.constexpr)
 
 @triton.jit
 def put_column(p_grad, s_grad, o_x, X, LAYOUT: tl.constexpr):
-    """Sums over samples and rows, complete for these pixels; zeros to go on with."""
+    """Store the sums over samples and rows, complete for these pixels; return them reset to zero."""
     if LAYOUT == COLUMN:
         b_sum = tl.sum(tl.sum(s_grad, axis=0, keep_dims=True), axis=1, keep_dims=True)
         tl.store(p_grad + tl.program_id(0).to(tl.int64) * X + o_x, b_sum, mask=o_x < X)
@@ -189,7 +189,7 @@ def put_column(p_grad, s_grad, o_x, X, LAYOUT: tl.constexpr):
 
 @triton.jit
 def put_row(p_grad, s_grad, o_k, o_b, K, B, LAYOUT: tl.constexpr):
-    """Sums over the pixels of a row."""
+    """Store the sums over the pixels of each row."""
     if LAYOUT == ROW:
         o_out = (tl.program_id(1).to(tl.int64) * K + o_k) * B + o_b
         tl.store(p_grad + o_out, tl.sum(s_grad, axis=2, keep_dims=True), mask=(o_k < K) & (o_b < B))
@@ -212,8 +212,8 @@ def log_prob_backward_kernel(
     K,  # samples
     B,  # rows
     X,  # pixels
-    k_per_program,  # samples of one program; with ROW one block of them
-    b_per_program,  # rows of one program; with ROW one block of them
+    k_per_program,  # samples of one program; with ROW one block
+    b_per_program,  # rows of one program; with ROW one block
     k_splits,  # programs along the samples
     x_tiles,  # blocks of pixels of one program
     stride_grad_k,
@@ -229,25 +229,25 @@ def log_prob_backward_kernel(
     stride_2_k,
     stride_2_b,
     stride_2_x,
-    MERGE_K: tl.constexpr,  # a program takes more than one block of samples,
-    MERGE_B: tl.constexpr,  # or of rows
-    LAYOUT_0: tl.constexpr,  # of the parameters' gradients: NONE, FULL, COLUMN or ROW
+    MERGE_K: tl.constexpr,  # a program takes more than one block of samples
+    MERGE_B: tl.constexpr,  # a program takes more than one block of rows
+    LAYOUT_0: tl.constexpr,  # layout of the parameter's gradient: NONE, FULL, COLUMN or ROW
     LAYOUT_1: tl.constexpr,
     LAYOUT_2: tl.constexpr,
     VARIES_1: tl.constexpr,
     VARIES_2: tl.constexpr,
     GRADIENT: tl.constexpr,  # the likelihood's function, see fastvae.kernels.likelihoods
     FINITE: tl.constexpr,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """One program per split of the samples, of the rows and of the pixels."""
+    """Compute the gradients; one program per split of the samples, of the rows and of the pixels."""
     i_b_split, i_split = split_program(k_splits)
     k_start = i_split * k_per_program
     b_start = i_b_split * b_per_program
-    # One block, where the compiler can see that it is one, or it takes twice the registers.
+    # A single block is made visible to the compiler, which otherwise takes twice the registers.
     k_stop = k_start + 1
     if MERGE_K:
         k_stop = tl.minimum(k_start + k_per_program, K)
@@ -255,7 +255,7 @@ def log_prob_backward_kernel(
     if MERGE_B:
         b_stop = tl.minimum(b_start + b_per_program, B)
     x_start, x_stop = pixel_span(X, x_tiles, BLOCK_X)
-    # Sums a lane each until they are complete: over the pixels of a row, or over samples and rows.
+    # Per-lane sums until complete: over the pixels of a row, or over samples and rows.
     s_0 = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
     s_1 = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
     s_2 = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
@@ -267,7 +267,7 @@ def log_prob_backward_kernel(
             m_b = o_b < B
             m_bx = m_b & m_x
             b_x = load(p_x, o_b * stride_x_b + o_x * stride_x_x, m_bx, DTYPE)
-            # Those of x are over samples.
+            # The gradient of x is summed over samples.
             s_x = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
             for i_k in range(k_start, k_stop, BLOCK_K):
                 o_k = event_offsets(i_k, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
@@ -317,7 +317,7 @@ def log_prob_backward_kernel(
 
 @triton.jit
 def load_flat(p_p, o_flat, o_x, mask, m_x, VARIES: tl.constexpr, DTYPE: tl.constexpr):
-    """A parameter that lies in memory like the first, one row, or one number."""
+    """Load a parameter that lies in memory like the first, or is one row or one number."""
     if VARIES == ALONG_X:
         b_p = load(p_p, o_x, m_x, DTYPE)
     elif VARIES == 0:
@@ -331,7 +331,7 @@ def load_flat(p_p, o_flat, o_x, mask, m_x, VARIES: tl.constexpr, DTYPE: tl.const
 def log_prob_flat_backward_kernel(
     p_grad,  # [K, B] gradient of the log-likelihood
     p_x,  # [B, X] data, of any type
-    p_p0,  # [K, B, X] the parameters, contiguous; those after it, or None, may be one row or one number
+    p_p0,  # [K, B, X] the parameters, contiguous; the others may also be one row, one number or None
     p_p1,
     p_p2,
     p_grad_x,  # None
@@ -348,13 +348,14 @@ def log_prob_flat_backward_kernel(
     VARIES_1: tl.constexpr,
     VARIES_2: tl.constexpr,
     GRADIENT: tl.constexpr,  # the likelihood's function, see fastvae.kernels.likelihoods
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     VECTOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """One program for a stretch of memory of a few samples: where no gradient is summed rows do not matter,
-    and memory moves faster in long stretches.
+    """Compute the gradients where none is summed; one program per stretch of memory of a few samples.
+
+    Row boundaries do not matter then, and long contiguous stretches use more of the memory bandwidth.
     """
     o_k = event_offsets(tl.program_id(1) * BLOCK_K, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
     o_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]  # [1, BLOCK_G, 1], within 2^31
@@ -388,22 +389,22 @@ def log_prob_flat_backward_kernel(
 
 @functools.cache
 def is_heavy(name: str) -> bool:
-    """Whether much is computed of each element."""
+    """Return True if the likelihood takes much arithmetic per element."""
     return getattr(importlib.import_module(f"{__package__}.likelihoods.{name}"), "HEAVY", False)
 
 
 def launching_of(likelihood: Any, backward: bool) -> Launch:
-    """Elements and threads of a program."""
+    """Return the launch parameters of a likelihood."""
     if is_heavy(likelihood.name):
         return LAUNCH["likelihood_heavy"]
-    # What is computed of the data takes registers; so does a third parameter.
+    # Quantities computed from the data take registers; so does a third parameter.
     many = likelihood.data is not None or len(likelihood.outputs) == MOST_PARAMETERS
     return LAUNCH["likelihood_backward" if backward or many else "likelihood"]
 
 
 @functools.cache
 def twin(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A likelihood's functions and constants for the forward pass, and for the backward pass."""
+    """Return a likelihood's functions and constants for the forward and for the backward pass."""
     module = importlib.import_module(f"{__package__}.likelihoods.{name}")
     forward = {
         "VALUE": module.value,
@@ -420,19 +421,19 @@ def _all(parameters: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...
 
 
 def _varies(parameter: torch.Tensor | None) -> int:
-    """Along which axes it has more than one value, whether it broadcasts or was expanded."""
+    """Return the bit mask of axes with a nonzero stride, that is neither broadcast nor expanded."""
     return sum((s != 0) << i for i, s in enumerate(strides(parameter, 3)))
 
 
 def _described(parameters: tuple[torch.Tensor | None, ...]) -> tuple:
-    """What the kernels are told of the parameters: strides, and along which axes they vary."""
+    """Return the kernels' arguments for the parameters: strides, and the axes along which each varies."""
     numbers = [n for p in parameters for n in _fixed_strides(p)]
-    # The first has all axes: beyond its rows it is PADDING.
+    # The first is loaded along all axes: beyond the bounds it is PADDING.
     return numbers, {f"VARIES_{i}": _varies(p) for i, p in enumerate(parameters) if i}
 
 
 def _fixed_strides(tensor: torch.Tensor | None) -> tuple[Any, ...]:
-    """Those of a row and of a pixel are known; that of a sample changes with the batch."""
+    """Return the strides, fixed for row and pixel; the sample's changes with the batch."""
     first, *others = strides(tensor, 3)
     return first, *map(fixed, others)
 
@@ -459,9 +460,9 @@ def _log_prob(x, *rest) -> Call:
 
 
 def log_prob(likelihood: Any, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-    """log p(x|z) summed over the last axis: [K, B].
+    """Return log p(x|z) summed over the last axis: [K, B].
 
-    x is [B, X]; parameters are broadcastable to [K, B, X], which the first is.
+    x is [B, X]; the first parameter is [K, B, X], the others broadcast to it.
     """
     first = parameters[0]
     if first.numel() == 0:
@@ -470,7 +471,7 @@ def log_prob(likelihood: Any, x: torch.Tensor, *parameters: torch.Tensor) -> tor
 
 
 def _layout(parameter: torch.Tensor | None, needed: bool, k: int, b: int, size: int) -> int:
-    """Where its gradient goes."""
+    """Return the layout of a parameter's gradient."""
     if not needed:
         return NONE.value
     if parameter.shape[2] == 1 and size > 1:
@@ -488,8 +489,8 @@ def _gradients(grad, x, *rest) -> Call:
     layouts = [_layout(p, n, k, b, size) for p, n in zip(parameters, needed, strict=True)]
     if _is_flat(parameters, layouts, need[0]):
         return _flat_gradients(grad, x, parameters, likelihood, needed)
-    # A sum over samples or rows is the shorter the more of them a program takes; a sum over a row needs one
-    # block of rows.
+    # The more samples or rows a program takes, the fewer parts remain to be summed; a sum over a row's pixels
+    # needs one block of rows.
     column, row = COLUMN.value in layouts, ROW.value in layouts
     launching = launching_of(likelihood, True)
     merged = {"merge_k": (need[0] or column) and not row, "merge_b": column and not row}
@@ -528,8 +529,10 @@ def _gradients(grad, x, *rest) -> Call:
 
 
 def _is_flat(parameters: tuple[torch.Tensor | None, ...], layouts: list[int], need_x: bool) -> bool:
-    """Whether nothing is summed, and what varies by sample and row lies in memory like the first parameter,
-    of which 31 bits count a sample's numbers.
+    """Return True if :func:`log_prob_flat_backward_kernel` applies.
+
+    No gradient is summed, parameters that vary by sample and row lie in memory like the first, and 31 bits
+    index one sample of it.
     """
     first, *others = parameters
     return (
@@ -537,7 +540,7 @@ def _is_flat(parameters: tuple[torch.Tensor | None, ...], layouts: list[int], ne
         and set(layouts) <= {NONE.value, FULL.value}
         and first.is_contiguous()
         and first.shape[1] * first.shape[2] < 2**31 - LAUNCH["likelihood_backward"].tile
-        # The grid's second axis holds no more.
+        # The limit of the grid's second axis.
         and first.shape[0] <= 65535 * SAMPLES_FLAT
         and all(
             p is None
@@ -551,7 +554,7 @@ def _is_flat(parameters: tuple[torch.Tensor | None, ...], layouts: list[int], ne
 def _flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
     k, b, size = parameters[0].shape
     dtype = accumulator(x, *(p for p in parameters if p is not None))
-    # As wide as what is loaded at once, and a divisor of the row.
+    # Up to 16 bytes, one load, and a divisor of the row.
     vector = min(size & -size, 16 // parameters[0].element_size())
     block_k = min(power_of_two(k), SAMPLES_FLAT)
     launching = launching_of(likelihood, True)
@@ -578,7 +581,7 @@ def _flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
 def log_prob_backward(
     likelihood: Any, grad: torch.Tensor, x: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients for (x, *parameters), None where not needed; the last argument says which are."""
+    """Return the gradients of (x, *parameters), None where the last argument, ``need``, is False."""
     *given, need = rest
     if given[0].numel() == 0 or not any(need):
         return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, *given), need, strict=True))
@@ -589,7 +592,7 @@ def log_prob_backward(
 
 
 def _as_given(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter's gradient, of what a kernel wrote: [K, B, X], [K, B] for one a row, or [X]."""
+    """Reduce a kernel's gradient ([K, B, X], [K, B] for one per row, or [X]) to the parameter's shape."""
     if grad.dim() < 3:
         grad = grad[:, :, None] if grad.dim() == 2 else grad[None, None]
     return grad.sum_to_size(parameter.shape).to(parameter.dtype)

@@ -1,8 +1,8 @@
-"""Mixtures of diagonal normal distributions, in Triton. :mod:`fastvae.ops.mixture` is the mathematics.
+"""Mixtures of diagonal normal distributions, in Triton. See :mod:`fastvae.ops.mixture` for the mathematics.
 
-The scores [N, U] are a product's tiles, a dimension at a time. In the forward pass they become maxima and
-sums at once. In the backward pass what reaches them is written, for some rows at a time; then one kernel owns
-the rows and takes the components one by one, and another owns components and takes the rows.
+The scores [N, U] are computed in tiles, one dimension at a time. The forward pass reduces them to maxima and
+sums at once. The backward pass stores the scores' gradients, for some rows at a time; then one kernel loops
+over the components for a block of rows, and another over the rows for a block of components.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from .importance import finite_shift, merged, next_block
 from .launching import Call, Result, fixed, planned
 
 LOG_2_PI = tl.constexpr(math.log(2 * math.pi))
-# Components of a tile of scores, along lanes: four of each thread, which loads them at once.
+# Components of a tile of scores, along lanes: four per thread, in one load.
 TILE_U = 256
-# Scores of a thread: of these rows it loads each number for itself.
+# Scores per thread; it loads the numbers of their rows by itself.
 THREAD = 32
-# Dimensions of a score that are written out, so that addresses are made once for them.
+# Unrolled dimensions of a score, which share the address computation.
 UNROLLED = tl.constexpr(4)
-# Rows of a step of the components' gradients: of one, the loads would be waited for; of four, registers would
-# last for fewer threads.
+# Unrolled rows of the components' gradients: with one, each load would stall; with four, registers would last
+# for fewer threads.
 ROWS_UNROLLED = tl.constexpr(2)
-# Rows and columns of a tile that is transposed, and dimensions of a program that does it, at most.
+# Maximum rows and columns of a tile that is transposed, and maximum dimensions of a program that does it.
 TILE_PREPARED, MOST_PREPARED = 32, 256
-# Dimensions of a program of the backward pass at most; the others are another program's. Fewer than its
-# threads, or the compiler loads a row one number a thread, and exchanges them.
+# Maximum dimensions of a backward program; other programs take the rest. Fewer than its threads, or the
+# compiler loads a row with one number per thread and exchanges them.
 TILE_D = 64
-# Numbers of [N, U] that are kept at a time.
+# Maximum elements of [N, U] in memory at a time.
 MOST_SHARES = 1 << 24
 
 
@@ -58,8 +58,8 @@ def prepare_kernel(
     p_log_weight,  # [U]
     p_mean,  # [D, UP] out, 0 beyond U
     p_inverse,  # [D, UP] out, exp(-logvar / 2), 1 beyond U
-    p_scale,  # [U, D] out, the same as it was laid out, or None
-    p_constant,  # [d_splits, U] out, of all together: log weight - (sum_d logvar + log 2 pi) / 2
+    p_scale,  # [U, D] out, the same in the original layout, or None
+    p_constant,  # [d_splits, U] out, parts of log weight - (sum_d logvar + log 2 pi) / 2
     U,
     D,
     UP,
@@ -70,11 +70,11 @@ def prepare_kernel(
     stride_logvar_u,
     stride_logvar_d,
     stride_log_weight,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of components and split of the dimensions: what the other kernels read."""
+    """Prepare the other kernels' inputs; one program per block of components and split of the dimensions."""
     i_u, i_split = split_program(d_splits)
     o_u = (i_u * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[:, None]  # [BLOCK_U, 1]
     m_u = o_u < U
@@ -101,10 +101,9 @@ def prepare_kernel(
 def scores(
     p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE: tl.constexpr
 ):
-    """s [BLOCK_N, BLOCK_U], a dimension at a time; -inf beyond U.
+    """Compute the scores [BLOCK_N, BLOCK_U], one dimension at a time; -inf beyond U.
 
-    Nothing is masked in the loop: components are padded to whole blocks, and the last row stands for those
-    beyond it.
+    The loop needs no masks: components are padded to whole blocks, and rows beyond the last repeat it.
     """
     b_sum = tl.zeros([o_n.shape[0], o_u.shape[1]], dtype=DTYPE)
     p_z += tl.minimum(o_n, N - 1) * stride_z_n
@@ -127,8 +126,8 @@ def mixture_kernel(
     p_mean,  # [D, UP]
     p_inverse,  # [D, UP]
     p_constant,  # [U]
-    p_bound,  # [N] out, log p, or None where parts are made
-    p_maximum,  # [u_splits, N] out, of each split's scores
+    p_bound,  # [N] out, log p, or None when writing parts
+    p_maximum,  # [u_splits, N] out, maximum of each split's scores
     p_total,  # [u_splits, N] out, sum_u exp(s - maximum)
     N,
     U,
@@ -138,11 +137,11 @@ def mixture_kernel(
     u_splits,  # programs along the components
     stride_z_n,
     stride_z_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """One program per block of rows and split of the components."""
+    """Reduce the scores; one program per block of rows and split of the components."""
     i_n, i_split = split_program(u_splits)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
     b_max = tl.full([BLOCK_N, 1], float("-inf"), dtype=DTYPE)
@@ -153,7 +152,7 @@ def mixture_kernel(
         b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE)
         b_max, b_rescale, b_term = next_block(b_s, b_max)
         b_sum = b_sum * b_rescale + tl.sum(b_term, axis=1, keep_dims=True)
-    # Maxima drop NaN.
+    # The maximum drops NaN; the sum keeps it.
     b_max = tl.where(b_sum == b_sum, b_max, b_sum)
     if p_bound is not None:
         tl.store(p_bound + o_n, b_max + log(b_sum), mask=o_n < N)
@@ -183,11 +182,11 @@ def mixture_shares_kernel(
     stride_z_n,
     stride_z_d,
     TINY: tl.constexpr,  # the smallest normal number of the computation
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """What reaches the scores; one program per tile."""
+    """Compute the gradient of the scores; one program per tile."""
     i_n, i_u = split_program(u_tiles)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
     o_u = (i_u * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
@@ -219,11 +218,11 @@ def mixture_rows_kernel(
     stride_z_d,
     stride_mu_u,
     stride_mu_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of rows, split of the components, and block of dimensions."""
+    """Compute the gradient of z; one program per block of rows and dimensions and split of the components."""
     i_n, i_split = split_program(u_splits)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
     o_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
@@ -262,11 +261,14 @@ def mixture_components_kernel(
     stride_mu_d,
     stride_logvar_u,
     stride_logvar_d,
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per block of components, split of the rows, and block of dimensions."""
+    """Compute the components' gradients; one program per block of components, block of dimensions and split.
+
+    The splits are of the rows.
+    """
     i_u, i_split = split_program(n_splits)
     o_u = (i_u * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[:, None]  # [BLOCK_U, 1]
     o_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
@@ -293,7 +295,7 @@ def mixture_components_kernel(
     if p_grad_logvar is not None:
         tl.store(p_grad_logvar + o_out, 0.5 * (b_second - b_share), mask=mask)
     if p_grad_log_weight is not None:
-        # Of every block of dimensions the same.
+        # The same for every block of dimensions; the first stores it.
         tl.store(
             p_grad_log_weight + i_split.to(tl.int64) * U + o_u, b_share, mask=m_u & (tl.program_id(1) == 0)
         )
@@ -309,7 +311,7 @@ def _block_u(u: int) -> int:
 
 @planned
 def _prepare(mu, logvar, log_weight, need_scale) -> Call:
-    """Means and inverse scales [D, UP], inverse scales [U, D] if they are asked for, constants [U]."""
+    """Plan means and inverse scales [D, UP], inverse scales [U, D] with ``need_scale``, and constants [U]."""
     u, d = mu.shape
     dtype = accumulator(mu)
     block_u, block_d = min(power_of_two(u), TILE_PREPARED), min(power_of_two(d), TILE_PREPARED)
@@ -332,7 +334,7 @@ def _prepare(mu, logvar, log_weight, need_scale) -> Call:
 
 
 def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64."""
+    """Return (BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64."""
     block_u = _block_u(u)
     warps = max(1, block_u // (4 * LANES))
     most, least = (max(1, each * warps * LANES // block_u) for each in (THREAD * 4 // dtype.itemsize, 8))
@@ -341,7 +343,10 @@ def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 def _splits(steps: int, others: int, least: int) -> tuple[int, int]:
-    """(steps of a program, programs) of a loop that others run beside; ``least`` steps at least."""
+    """Split a loop that ``others`` programs run into (steps per program, programs), at least ``least`` steps.
+
+    The programs are those along the loop; the grid has ``others`` times as many.
+    """
     splits = max(1, min(PROGRAMS // others, steps // least))
     each = cdiv(steps, splits)
     return each, cdiv(steps, each)
@@ -367,7 +372,7 @@ def _scores(z, mean, inverse, constant) -> Call:
 def mixture_log_prob(
     z: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, log_weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log p [N] of z [N, D] and components [U, D], [U, D], [U]; max_u s, and sum_u exp(s - maximum)."""
+    """Return log p [N], max_u s and sum_u exp(s - maximum) of z [N, D] and components [U, D], [U, D], [U]."""
     if z.numel() == 0:
         return _without_rows(z, log_weight)
     mean, inverse, _, constant = _prepare((mu, logvar, log_weight), (False,))
@@ -376,7 +381,7 @@ def mixture_log_prob(
 
 
 def _without_rows(z, log_weight):
-    """There are no rows, or no dimensions."""
+    """Return the results for z without rows or without dimensions."""
     maximum = log_weight.max().expand(len(z)).contiguous()
     value = torch.logsumexp(log_weight, 0)
     return value.expand(len(z)).contiguous(), maximum, torch.exp(value - maximum)
@@ -463,7 +468,7 @@ def mixture_log_prob_backward(
     log_weight: torch.Tensor,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (z, mu, logvar, log_weight), None where not needed."""
+    """Return the gradients of (z, mu, logvar, log_weight), None where not needed."""
     tensors = z, mu, logvar, log_weight
     if z.numel() == 0:
         share = grad.sum() * torch.softmax(log_weight, 0)

@@ -1,8 +1,8 @@
-"""Noise as an address, in Triton: Philox4x32-10, and a Box-Muller transform that uses both halves of a pair.
+"""Addressed noise in Triton: Philox4x32-10, and a Box-Muller transform that uses both halves of a pair.
 
-:mod:`fastvae.random` says what the address means. In float32 the transform is plain arithmetic, see
-:mod:`.common`: the uniform number keeps its relative accuracy at both ends, so the normals are right to a few
-ulps from the smallest radius to the tail.
+:mod:`fastvae.random` defines the address. In float32 the transform is plain arithmetic, see :mod:`.common`:
+the uniform number keeps its relative accuracy at both ends, so the normals are right to a few ulps from the
+smallest radius to the tail. On a GPU, hardware functions accurate to 1e-5 are the default (FAST).
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 TWO_PI_HIGH = tl.constexpr(6.2831854820251465)
 TWO_PI_LOW = tl.constexpr(-1.7484556025237907e-07)
 MINUS_TWO_LOG_2 = tl.constexpr(-1.3862943611198906)
-# Whether float32 normals are made by the hardware's functions: to 1e-5, in 18 instructions less each.
+# Compute float32 normals with the hardware's functions: to 1e-5, with 18 instructions fewer each.
 FAST = tl.constexpr(not INTERPRETED.value and os.environ.get("FASTVAE_NOISE", "fast") != "accurate")
 
 
 @triton.jit
 def philox_words(seed, o_k, o_b, o_j, level):
-    """Four uint32 words per block of four columns.
+    """Generate four uint32 words per block of four columns.
 
     Args:
         seed: int64 scalar, the key.
-        o_k, o_b: int64 sample [BLOCK_K, 1, 1] and row [1, BLOCK_B, 1], offsets included.
-        o_j: block of columns [1, 1, BLOCK_D // 4].
-        level: of latents in several levels, which the counter's last word tells apart.
+        o_k: int64 samples [BLOCK_K, 1, 1], offset included.
+        o_b: int64 rows [1, BLOCK_B, 1], offset included.
+        o_j: blocks of four columns [1, 1, BLOCK_D // 4].
+        level: level of a hierarchical latent, the counter's last word.
     """
     # Broadcast late: the first rounds then work on few elements.
     b_0, b_1, b_2 = o_j.to(tl.uint32), o_b.to(tl.uint32), o_k.to(tl.uint32)
@@ -57,7 +58,7 @@ def philox_words(seed, o_k, o_b, o_j, level):
     key_0 = seed.to(tl.uint32)
     key_1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        # Both halves of a product by one instruction, where tl.philox takes one for each.
+        # One instruction gives both halves of a product; tl.philox takes one for each.
         b_p = b_0.to(tl.uint64) * PHILOX_0
         b_q = b_2.to(tl.uint64) * PHILOX_1
         b_0, b_2 = (b_q >> 32).to(tl.uint32) ^ b_1 ^ key_0, (b_p >> 32).to(tl.uint32) ^ b_3 ^ key_1
@@ -67,7 +68,7 @@ def philox_words(seed, o_k, o_b, o_j, level):
     return b_0, b_1, b_2, b_3
 
 
-# Quasi-Monte-Carlo words, of a digital net: fastvae/random.py has the definition.
+# Quasi-Monte-Carlo words from a digital net, defined in fastvae/random.py.
 NET_COLUMNS = tl.constexpr(reference.NET_COLUMNS)
 
 
@@ -84,13 +85,19 @@ def net_words(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Four words per block of four columns, of randomised nets that take turns.
+    """Generate four words per block of four columns; sample k comes from net k % RANDOMISATIONS.
 
     Args:
-        p_seed: [RANDOMISATIONS] int64.
-        p_net: [NET_BITS, NET_COLUMNS] int64.
-        o_k, o_b, o_j, level: as :func:`philox_words` has them.
-        top: int64 scalar, above every o_k.
+        p_seed: [RANDOMISATIONS] int64 seeds.
+        p_net: [NET_BITS, NET_COLUMNS] int64 generator matrices.
+        o_k: samples, as for :func:`philox_words`.
+        o_b: rows, likewise.
+        o_j: blocks of four columns, likewise.
+        level: level of a hierarchical latent, likewise.
+        top: int64 scalar, greater than every o_k.
+        RANDOMISATIONS: number of nets.
+        BLOCK_K: samples of the tile.
+        BLOCK_D: columns of the tile.
     """
     b_in_net = (o_j < NET_COLUMNS // 4) & (level == 0)  # [1, 1, BLOCK_D // 4]
     b_seed = tl.load(p_seed + o_k % RANDOMISATIONS)  # [BLOCK_K, 1, 1]
@@ -114,43 +121,43 @@ def net_words(
 
 @triton.jit
 def _distance(b_s):
-    """The distance of u to the nearer of 0 and 1, of the word as an int32."""
-    # The exclusive or is a not for words from 2^31 on. Twice the word plus one is exact in 32 bits, so it is
-    # rounded once.
+    """Return the distance of u to the nearer of 0 and 1, given the word as an int32."""
+    # The exclusive or negates words from 2^31 on. Twice the word plus one is exact in 32 bits, so only the
+    # conversion rounds.
     b_x = (((b_s ^ (b_s >> 31)) << 1) | 1).to(tl.uint32, bitcast=True)
     return b_x.to(tl.float32) * (0.5 * TWO_TO_MINUS_32)
 
 
 @triton.jit
 def _radius(b_w):
-    """sqrt(-2 log u), u = (w + 1/2) 2^-32."""
+    """Compute sqrt(-2 log u), u = (w + 1/2) 2^-32."""
     b_s = b_w.to(tl.int32, bitcast=True)
     b_high = b_s < 0
     b_f = _distance(b_s)
     b_m, b_e = split_float(tl.where(b_high, 1.0 - b_f, b_f))
-    # Above 1/2 from the distance, not from the rounded 1 - f: the smallest radii keep their accuracy. There e
-    # is 0 or -1.
+    # For u > 1/2 use the distance instead of the rounded 1 - f: the smallest radii keep their accuracy. There
+    # e is 0 or -1.
     b_g = tl.where(b_high, tl.where(b_e == 0, -b_f, 1.0 - 2.0 * b_f), b_m - 1.0)
     return tl.sqrt(-2.0 * log_of_parts(b_g, b_e.to(tl.float32)))
 
 
 @triton.jit
 def _with_sign(b_x, b_bit):
-    """x, negated where the sign bit given is set."""
+    """Negate x where the given sign bit is set."""
     return (b_x.to(tl.int32, bitcast=True) ^ b_bit).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _cosine_and_sine(b_w):
-    """cos and sin of 2 pi (w + 1/2) 2^-32."""
+    """Compute cos and sin of 2 pi (w + 1/2) 2^-32."""
     b_s = b_w.to(tl.int32, bitcast=True)
-    # The nearest multiple of a quarter turn is exact in integers, and what is left lies within an eighth.
+    # The nearest multiple of a quarter turn is exact in integers; the remainder is at most an eighth turn.
     b_n = (add_bits(b_s >> 29, 1) >> 1) & 3
     b_t = (((b_s << 2) >> 1) | 1).to(tl.float32) * (0.5 * TWO_TO_MINUS_32)
-    # Cephes' polynomials with their argument in turns, so that the rounding of 2 pi can be made good.
+    # Cephes' polynomials with the argument in turns, so that TWO_PI_LOW can compensate the rounding of 2 pi.
     b_z = b_t * b_t
     b_sin = ((-75.4456525 * b_z + 81.59376781) * b_z - 41.34167234) * b_z + TWO_PI_LOW
-    # Of two products the compiler may round either, in one tile this, in another that.
+    # An explicit fma: of two products the compiler may round either, differently in different tiles.
     b_sin = tl.fma(b_t, TWO_PI_HIGH, b_t * b_sin)
     b_cos = (((59.3497009 * b_z - 85.44714096) * b_z + 64.93936132) * b_z - 19.7392088) * b_z + 1.0
     b_odd = (b_n & 1) != 0
@@ -160,7 +167,7 @@ def _cosine_and_sine(b_w):
 
 @triton.jit
 def _hardware(b_x, CUDA: tl.constexpr, HIP: tl.constexpr):
-    """An instruction of the hardware's, by the name that it has at each vendor's."""
+    """Apply a hardware instruction, given its name on NVIDIA and on AMD."""
     if is_hip():
         b_y = tl.inline_asm_elementwise(HIP, "=v,v", [b_x], tl.float32, is_pure=True, pack=1)
     else:
@@ -170,16 +177,16 @@ def _hardware(b_x, CUDA: tl.constexpr, HIP: tl.constexpr):
 
 @triton.jit
 def _fast_box_muller(b_u, b_v):
-    """To 1e-5, absolutely: NVIDIA's sine and cosine err by 2^-20.5, its log2 by 2^-22."""
+    """Compute two normals to 1e-5 absolute; NVIDIA's sine and cosine err by 2^-20.5, its log2 by 2^-22."""
     b_s = b_u.to(tl.int32, bitcast=True)
     b_f = _distance(b_s)
     b_u = tl.where(b_s < 0, 1.0 - b_f, b_f)
     b_square = _hardware(b_u, "lg2.approx.ftz.f32 $0, $1;", "v_log_f32 $0, $1") * MINUS_TWO_LOG_2
-    # Near 1, where that errs by more than a small radius may: a series to 2e-8.
+    # Near 1, where the error of log2 is too large for a small radius: a series to 2e-8.
     b_near = b_f * (2.0 + b_f * (1.0 + b_f * (2.0 / 3.0)))
     b_square = tl.where((b_s < 0) & (b_s >= -(2**24)), b_near, b_square)
     b_r = _hardware(b_square, "sqrt.approx.ftz.f32 $0, $1;", "v_sqrt_f32 $0, $1")
-    # In radians; in turns at AMD's.
+    # In radians; in turns on AMD.
     UNIT: tl.constexpr = TWO_TO_MINUS_32 if is_hip() else TWO_PI_HIGH * TWO_TO_MINUS_32
     b_a = b_v.to(tl.int32, bitcast=True).to(tl.float32) * UNIT
     b_x = b_r * _hardware(b_a, "cos.approx.ftz.f32 $0, $1;", "v_cos_f32 $0, $1")
@@ -189,8 +196,8 @@ def _fast_box_muller(b_u, b_v):
 
 @triton.jit
 def box_muller(b_u, b_v, DTYPE: tl.constexpr):
-    """Two normals from two words."""
-    if DTYPE == tl.float64:  # noqa: SIM300 (DTYPE is no constant of Python's)
+    """Compute two normals from two words."""
+    if DTYPE == tl.float64:  # noqa: SIM300 (DTYPE is not a Python constant)
         b_r = tl.sqrt(-2.0 * tl.log((b_u.to(tl.float64) + 0.5) * TWO_TO_MINUS_32))
         b_a = (b_v.to(tl.float64) + 0.5) * (TWO_TO_MINUS_32 * (TWO_PI_HIGH + TWO_PI_LOW))
         b_x, b_y = b_r * tl.cos(b_a), b_r * tl.sin(b_a)
@@ -205,7 +212,7 @@ def box_muller(b_u, b_v, DTYPE: tl.constexpr):
 
 @triton.jit
 def interleaved(b_0, b_1, b_2, b_3, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Four tiles of every fourth column as one; a thread that had one element of each holds four in a row."""
+    """Interleave four tiles of every fourth column; one element of each becomes four adjacent in a thread."""
     b_x = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))  # [BLOCK_K, BLOCK_B, BLOCK_D // 4, 2, 2]
     return tl.reshape(b_x, [BLOCK_K, BLOCK_B, BLOCK_D])
 
@@ -222,12 +229,18 @@ def normals(
     BLOCK_D: tl.constexpr,
     level=0,
 ):
-    """Standard normals of a tile that begins at column i_d, a multiple of 4.
+    """Generate standard normals [BLOCK_K, BLOCK_B, BLOCK_D] of a tile that begins at column i_d.
 
     Args:
         seed: int64 scalar.
-        o_k, o_b: int64 address of the samples [BLOCK_K, 1, 1] and rows [1, BLOCK_B, 1], offsets included.
-        level: the last word of the address.
+        o_k: int64 samples [BLOCK_K, 1, 1], offset included.
+        o_b: int64 rows [1, BLOCK_B, 1], offset included.
+        i_d: first column, a multiple of 4.
+        DTYPE: dtype of the normals, float32 or float64.
+        BLOCK_K: samples of the tile.
+        BLOCK_B: rows of the tile.
+        BLOCK_D: columns of the tile, a multiple of 4.
+        level: last word of the address. Default: 0.
     """
     o_j = (i_d // 4 + tl.arange(0, BLOCK_D // 4))[None, None, :]  # [1, 1, BLOCK_D // 4]
     b_w0, b_w1, b_w2, b_w3 = philox_words(seed, o_k, o_b, o_j, level)
@@ -245,7 +258,7 @@ def normals_of_words(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Standard normals of a tile from its words."""
+    """Compute the standard normals of a tile from its words."""
     b_0, b_1 = box_muller(b_w0, b_w1, DTYPE)
     b_2, b_3 = box_muller(b_w2, b_w3, DTYPE)
     return interleaved(b_0, b_1, b_2, b_3, BLOCK_K, BLOCK_B, BLOCK_D)  # [BLOCK_K, BLOCK_B, BLOCK_D]
@@ -257,23 +270,23 @@ def normals_of_words(
 )
 def noise_kernel(
     p_seed,  # [] int64, or [RANDOMISATIONS]
-    p_net,  # [NET_BITS, NET_COLUMNS] int64, where there are randomisations
+    p_net,  # [NET_BITS, NET_COLUMNS] int64, or None without randomisations
     p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
-    level,  # address of all of them
+    level,  # level of the address
     K,  # samples
     B,  # rows
-    D,  # columns; for words a multiple of 4
+    D,  # columns; a multiple of 4 with WORDS
     k_tiles,  # blocks of samples
-    WORDS: tl.constexpr,  # write the words and not the normals
-    RANDOMISATIONS: tl.constexpr,  # of a quasi-Monte-Carlo net; 0 for none
-    DTYPE: tl.constexpr,  # of the normals
+    WORDS: tl.constexpr,  # write the words instead of the normals
+    RANDOMISATIONS: tl.constexpr,  # number of randomised quasi-Monte-Carlo nets; 0 for plain noise
+    DTYPE: tl.constexpr,  # dtype of the normals
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per tile [BLOCK_K, BLOCK_B, BLOCK_D]."""
+    """Write normals or words; one program per tile [BLOCK_K, BLOCK_B, BLOCK_D]."""
     i_b, i_k = split_program(k_tiles)
     i_k *= BLOCK_K
     i_b *= BLOCK_B
@@ -307,9 +320,9 @@ def noise_kernel(
 
 
 def noise_tile(k: int, b: int, d: int, tile: int) -> tuple[int, int, int]:
-    """(BLOCK_K, BLOCK_B, BLOCK_D) of a tile with noise.
+    """Return (BLOCK_K, BLOCK_B, BLOCK_D) of a tile with noise.
 
-    Rows before samples: what depends on the row alone is then computed once.
+    Rows take precedence over samples: quantities that depend on the row alone are then computed once.
     """
     # Four columns share their random words.
     block_d = max(tile_width(d, tile), 4)
@@ -320,7 +333,7 @@ def noise_tile(k: int, b: int, d: int, tile: int) -> tuple[int, int, int]:
 
 @planned
 def _noise(seed, net, k, b, d, dtype) -> Call:
-    """Normals of this dtype, or for int64 words."""
+    """Plan the noise kernel: normals of ``dtype``, or words if it is int64."""
     want_words = dtype == torch.int64
     computed = torch.float32 if want_words else dtype
     block_k, block_b, block_d = noise_tile(k, b, d, LAUNCH["latent"].tile)
@@ -360,7 +373,7 @@ def words(
     row_offset: int = 0,
     level: int = 0,
 ) -> torch.Tensor:
-    """The random words behind the normals: int64 [samples, rows, columns rounded up to 4], below 2^32."""
+    """Return the random words of the normals: int64 [samples, rows, columns rounded up to 4], below 2^32."""
     return _draw(seed, samples, rows, 4 * -(-columns // 4), torch.int64, (sample_offset, row_offset, level))
 
 
@@ -374,5 +387,5 @@ def normal(
     level: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Standard normals [samples, rows, columns]: words 2i and 2i+1 of a row make normals 2i and 2i+1."""
+    """Return standard normals [samples, rows, columns]; words 2i, 2i+1 of a row give normals 2i, 2i+1."""
     return _draw(seed, samples, rows, columns, dtype, (sample_offset, row_offset, level))

@@ -1,9 +1,9 @@
-"""From the log-likelihoods of the samples to the bound of each row, in Triton.
+"""Reduction of the samples' log-likelihoods to the bound of each row, in Triton.
 
-:mod:`fastvae.ops.weigh` is the mathematics. A program takes a block of rows with all their samples: once for
-the sums, and where they are weighed, once more for the weights, out of the caches.
+See :mod:`fastvae.ops.weigh` for the mathematics. A program takes a block of rows with all their samples: one
+pass for the sums and, if the weights are needed, another for these, out of the caches.
 
-``how`` is the record of how: coefficient, over, reduction.
+``how`` is the record of the reduction: coefficient, over, reduction.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def log_weights(
     p_log_likelihood, p_term, p_factor, o_k, o_b, mask, m_b, B, stride_k, stride_b, SIGN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The log-likelihoods of a tile, the factor of their term times it, and zero where there is none."""
+    """Load a tile of log-likelihoods, and of the term times its factor (zero without a term)."""
     b_likelihood = load(p_log_likelihood, o_k * B + o_b, mask, DTYPE)
     b_added = tl.zeros_like(b_likelihood)
     if p_term is not None:
@@ -50,27 +50,27 @@ def log_weights(
 def weigh_kernel(
     p_log_likelihood,  # [K, B] contiguous
     p_term,  # [K, B], or [B] with no stride along the samples, or None
-    p_factor,  # [B] contiguous: its factor, or None for 1
+    p_factor,  # [B] contiguous: the term's factor, or None for 1
     p_bound,  # [B] out
     p_mean,  # [B] out, the mean log-likelihood, or None
     p_weights,  # [K, B] out, contiguous, or None
     K,  # samples
     B,  # rows
-    stride_k,  # of the term
+    stride_k,  # strides of the term
     stride_b,
-    SIGN: tl.constexpr,  # of the factor
-    LOG_MEAN_EXP: tl.constexpr,  # over samples; else their mean
+    SIGN: tl.constexpr,  # sign of the factor
+    LOG_MEAN_EXP: tl.constexpr,  # reduce samples by log-mean-exp; else by their mean
     TINY: tl.constexpr,  # the smallest normal number of the computation
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """One program per block of rows."""
+    """Reduce the samples; one program per block of rows."""
     o_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
     m_b = o_b < B
     b_max = tl.full([BLOCK_B, 1], float("-inf"), dtype=DTYPE)
-    b_sum = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # of the exponentials
-    b_mean = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # of the log-likelihoods
+    b_sum = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # sums of exponentials
+    b_mean = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # sums of log-likelihoods
     b_term = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
     for i_k in range(0, K, BLOCK_K):
         o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
@@ -112,26 +112,26 @@ def weigh_kernel(
 
 @triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["k_tiles"])
 def weigh_backward_kernel(
-    p_grad_bound,  # [B], or [] with no stride: of each row's bound
-    p_grad_mean,  # [B] of the mean log-likelihood, or None
+    p_grad_bound,  # upstream gradient of the bound: [B], or [] with stride 0
+    p_grad_mean,  # [B] upstream gradient of the mean log-likelihood, or None
     p_weights,  # [K, B] contiguous, or None for 1 / K
     p_factor,  # [B] contiguous: the term's factor, or None for 1
-    p_grad,  # [K, B] out, contiguous, of the log-likelihoods
-    p_grad_term,  # [K, B] out, contiguous, of the term of each sample, or None
-    p_grad_kl,  # [B] out, of a term that all samples share, or None
+    p_grad,  # [K, B] out, contiguous: gradient of the log-likelihoods
+    p_grad_term,  # [K, B] out, contiguous: gradient of a term per sample, or None
+    p_grad_kl,  # [B] out: gradient of a term shared by all samples, or None
     K,  # samples
     B,  # rows
     k_tiles,  # blocks of samples
     stride_bound,
     stride_mean,
-    OF_MEAN: tl.constexpr,  # what arrives is of the batch's mean
-    SIGN: tl.constexpr,  # of the factor
+    OF_MEAN: tl.constexpr,  # the upstream gradient is that of the mean over the batch
+    SIGN: tl.constexpr,  # sign of the factor
     TINY: tl.constexpr,  # the smallest normal number of the computation
-    DTYPE: tl.constexpr,  # of the computation: float32 or float64
+    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """One program per block of rows and of samples."""
+    """Compute the gradients; one program per block of rows and of samples."""
     i_b, i_k = split_program(k_tiles)
     o_k = (i_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
     o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
@@ -144,7 +144,7 @@ def weigh_backward_kernel(
     if p_weights is not None:
         b_weight = load(p_weights, o_k * B + o_b, mask, DTYPE)
         b_grad = b_bound * b_weight
-        # NaN is below nothing, and stays.
+        # NaN compares false and is kept.
         b_grad = tl.where((b_weight == 0) | (tl.abs(b_grad) < TINY), 0.0, b_grad)
     else:
         b_grad = quotient(b_bound, b_count) + tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
@@ -164,13 +164,13 @@ def weigh_backward_kernel(
 
 
 def _factor(beta: torch.Tensor | None, coefficient: float, like: torch.Tensor, batch: int):
-    """The term's factor as a sign and a tensor [B], None for 1."""
+    """Return the term's factor as a sign and a tensor [B], None for 1."""
     sign = -1.0 if coefficient < 0 else 1.0
     if beta is None and abs(coefficient) == 1:
         return sign, None
     if beta is None:
         return sign, like.new_full((batch,), abs(coefficient))
-    # One number may lie on the CPU, as torch's operators allow.
+    # A 0-d beta may be on the CPU, as for torch's operators.
     return sign, (abs(coefficient) * beta.to(like)).expand(batch).contiguous()
 
 
@@ -211,8 +211,10 @@ def weigh(
     how: Any,
     terms: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The bound ([B], or its sum or mean), the mean log-likelihood [B] (None without ``terms``), and the
-    normalised weights [K, B] (None for a mean), of log_likelihood [K, B] and a term [K, B], [B] or None.
+    """Reduce log_likelihood [K, B] and a term ([K, B], [B] or None) over samples.
+
+    Returns the bound ([B], or its sum or mean), the mean log-likelihood [B] (None without ``terms``), and the
+    normalised weights [K, B] (None if ``how.over`` is a mean).
     """
     k, b = log_likelihood.shape
     log_mean_exp = how.over == "log_mean_exp"
@@ -256,7 +258,10 @@ def weigh_backward(
     batch: int,
     term_axes: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of the log-likelihoods [K, B], and of a term of so many axes, [K, B] or [B]; None for 0."""
+    """Return the gradients of the log-likelihoods [K, B] and of the term.
+
+    ``term_axes`` is the term's number of axes: 2 for [K, B], 1 for [B], 0 for no term (gradient None).
+    """
     of_mean = how.reduction == "mean"
     if grad_bound is None:
         grad_bound = grad_mean.new_zeros(())

@@ -1,4 +1,4 @@
-"""What is registered, and inputs for it: a likelihood that is declared is covered by the tests of these."""
+"""Registered likelihoods and generated inputs for them; tests over these cover every declared likelihood."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = strategies.distinct_sizes(3)
 
 
 def counts(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Mostly zeros and small ones, some that are large, some that are not whole."""
+    """Return counts: mostly zeros and small numbers, some large, some not integers."""
     values = torch.poisson(
         torch.rand(shape, generator=generator, dtype=torch.float64) * 4, generator=generator
     )
@@ -33,17 +33,17 @@ def counts(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def data(likelihood: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Where the likelihood's data lie, the ends included."""
+    """Return data within the likelihood's support, its ends included."""
     declared, generator = DECLARED[likelihood], torch.Generator().manual_seed(seed)
     if declared.high < math.inf:
         values = torch.rand(shape, generator=generator, dtype=torch.float64)
-        # Both ends as well; but a density that is infinite there has tests of its own.
+        # Both ends too, except for beta, whose infinite density there is tested separately.
         values = 1e-4 + 0.98 * values**4 if likelihood == "beta" else (values * 1.4 - 0.2).clamp(0, 1)
         values = values * (declared.high - declared.low) + declared.low
     elif declared.low == 0 and declared.takes_integers:
         values = counts(shape, generator)
     elif declared.low == 0:
-        # Positive: what a zero is, is an edge of the likelihood's own.
+        # Positive: zero is an edge case of each likelihood, tested separately.
         values = torch.exp(1.5 * torch.randn(shape, generator=generator, dtype=torch.float64))
     else:
         assert declared.low == -math.inf, f"{likelihood}: tell tests/cases.py how to draw its data"
@@ -57,19 +57,19 @@ def data(likelihood: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch
 def parameters(
     likelihood: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """The decoder's output, each tensor of this shape."""
+    """Return the decoder's outputs, each tensor of the given shape."""
     generator = torch.Generator().manual_seed(seed + 1)
     number = len(DECLARED[likelihood].outputs)
     return [torch.randn(shape, generator=generator).to(device=DEVICE, dtype=dtype) for _ in range(number)]
 
 
 def returned(likelihood: str) -> int:
-    """How many of these a decoder returns."""
+    """Return the number of parameters that the decoder returns."""
     return len(DECLARED[likelihood].outputs) - len(DECLARED[likelihood].constants)
 
 
 def forms(likelihood: str, k: int, b: int, event: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of a parameter beside the first, [K, B, *event]; none for a likelihood that has but one."""
+    """Return shapes for the parameters after the first, [K, B, *event]; empty if there is only one."""
     ones = (1,) * len(event)
     all_ = [(k, b, *event), event, (), (b, *event), (b, *ones), (k, 1, *ones), (k, b, *ones)]
     return all_ if len(DECLARED[likelihood].outputs) > 1 else []
@@ -77,7 +77,7 @@ def forms(likelihood: str, k: int, b: int, event: tuple[int, ...]) -> list[tuple
 
 @st.composite
 def log_prob(draw, likelihood: str, sizes=SIZES):
-    """A call of ``ops.<likelihood>_log_prob``: x, parameters, what arrives, and the gradients asked for."""
+    """Draw a call of ``ops.<likelihood>_log_prob``: x, parameters, upstream gradient, needed gradients."""
     declared = DECLARED[likelihood]
     k, b, size = draw(sizes)
     event = (size,) if size % 4 else (size // 4, 4)
@@ -89,7 +89,7 @@ def log_prob(draw, likelihood: str, sizes=SIZES):
         shape = draw(st.sampled_from(forms(likelihood, k, b, event))) if i else (k, b, *event)
         spreads = SPREADS[:2] if dtype == torch.float16 else SPREADS
         spread = draw(st.sampled_from((*spreads, *declared.hazards.get(name, ()))))
-        # One number or one row often stays in float32 beside half-precision tensors.
+        # A number or row often stays in float32 when the other tensors are in half precision.
         kept = torch.float32 if i and dtype != torch.float64 and draw(st.booleans()) else dtype
         given.append(draw(strategies.tensors(shape, kept, spread=spread, device=DEVICE)))
     asked = st.lists(st.booleans(), min_size=len(given), max_size=len(given))
@@ -107,7 +107,7 @@ def log_prob(draw, likelihood: str, sizes=SIZES):
 def case(
     likelihood: str, k: int, b: int, x: int, shape: tuple[int, ...] | None = None, seed: int = 0
 ) -> dict:
-    """Such a call of these sizes, everything asked for; parameters beside the first of another shape."""
+    """Return a call with the given sizes and all gradients; ``shape`` is that of the later parameters."""
     declared = DECLARED[likelihood]
     first, *others = parameters(likelihood, k, b, x, seed=seed)
     if shape is not None:
@@ -122,7 +122,7 @@ def case(
 
 
 def run(case: dict) -> list[Tensor]:
-    """The op's result and its gradients."""
+    """Return the op's result and its gradients."""
     inputs = [t.detach() for t in (case["x"], *case["parameters"])]
     for t, need in zip(inputs, case["need"], strict=True):
         t.requires_grad_(need)
@@ -134,7 +134,7 @@ def run(case: dict) -> list[Tensor]:
 
 
 def results(case: dict) -> list[tuple]:
-    """(name, the op's, plain PyTorch's, what is expected) of everything that a case asks for."""
+    """Return (name, actual, plain PyTorch's, expected) for every result of a case."""
     actual = run(case)
     with fastvae.use_backend("reference"):
         eager = run(case)

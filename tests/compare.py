@@ -1,8 +1,8 @@
-"""The comparison that every kernel test uses: bounds that follow from the roundings of a formula.
+"""Comparison used by every kernel test: error bounds that follow from the roundings of a formula.
 
 A formula of tests/formulas.py is evaluated on :class:`Rounded` numbers: values in float64 that carry, to
-first order, the largest error that arithmetic in the kernel's precision can have made of them. A right kernel
-is within it whatever the inputs are, so no draw of them makes a test fail by chance.
+first order, the largest error that arithmetic in the kernel's precision can cause. A correct kernel is within
+the bound for any inputs, so no test fails by chance.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from fastvae.reference.common import (
     stirling_error,
 )
 
-# Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): 2 ulp are what CUDA
-# documents for expf; csrc/common.hpp, kernels/common.py and torch are within 1.3. The noise is within 4 ulp
-# of its definition over 10^7 draws (docs/NOTES.md).
+# Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): CUDA documents 2 ulp
+# for expf; csrc/common.hpp, kernels/common.py and torch are within 1.3. The noise is within 4 ulp of its
+# definition over 10^7 draws (docs/NOTES.md).
 EXP = LOG = 4
 NOISE = 8
 
-# Elements whose mean error says something, beside that of plain PyTorch on the same inputs.
+# Minimum number of elements for a comparison of mean errors with plain PyTorch.
 MANY = 64
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """The product of bounds, where an exact zero times an unbounded error is still zero, not NaN."""
+    """Multiply bounds; an exact zero times an unbounded error is zero, not NaN."""
     return torch.where((a == 0) | (b == 0), 0.0, a * b)
 
 
 class Rounded:
-    """Exact values, and a bound on the error of what a computation in ``dtype`` makes of them.
+    """Exact values with a bound on the error of computing them in ``dtype``.
 
-    Every operation adds its own rounding, the unit roundoff of its result, to what the errors of its operands
-    come to. Nothing is added where nothing is rounded: by a zero, and by a product with a power of two.
+    Every operation adds its own rounding, the unit roundoff of its result, to the propagated errors of its
+    operands. Exact operations add nothing: those with a zero, and products with a power of two.
     """
 
     def __init__(self, value: Tensor, error: Tensor, u: float):
@@ -48,20 +48,20 @@ class Rounded:
 
     @classmethod
     def exact(cls, value: Tensor, dtype: torch.dtype) -> Rounded:
-        """A number that is given, not computed. ``dtype`` is that of the computation: float32 or float64."""
+        """Wrap an input, which has no error; ``dtype`` is that of the computation, float32 or float64."""
         value = value.detach().double()
         return cls(value, torch.zeros_like(value), torch.finfo(dtype).eps / 2)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        """What a definition in plain PyTorch calls: torch.exp(v) is v.exp(), and so on."""
+        """Dispatch torch functions of a plain PyTorch definition to methods: torch.exp(v) is v.exp(), etc."""
         method = {torch.where: cls._where, torch.zeros_like: cls._zeros}.get(function)
         if method is None:
             method = getattr(cls, function.__name__.strip("_"))
         return method(*args, **(kwargs or {}))
 
     def _as(self, other: Rounded | float) -> Rounded:
-        """A number that a program holds, rounded if its type cannot."""
+        """Wrap a constant, rounded if the dtype cannot represent it."""
         if isinstance(other, Rounded):
             return other
         value = torch.full_like(self.value, other)
@@ -96,7 +96,7 @@ class Rounded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That which is computed in."""
+        """Dtype of the computation."""
         return torch.float64 if self.u < 1e-15 else torch.float32
 
     def abs(self) -> Rounded:
@@ -109,16 +109,16 @@ class Rounded:
         return Rounded(value, error + roundings * self.u * value.abs(), self.u)
 
     def rounded(self, times: float) -> Rounded:
-        """The same after so many more roundings."""
+        """Add ``times`` more roundings."""
         return self._made(self.value, self.error, times)
 
     def off(self, by: Tensor) -> Rounded:
-        """The same with so much more of an error."""
+        """Add ``by`` to the error."""
         return Rounded(self.value, self.error + by, self.u)
 
     def noise(self) -> Rounded:
-        """These are normals, as the kernel makes them."""
-        # In float64 the definition itself rounds the angle, which costs the small ones their digits.
+        """Add the error of the kernel's normals."""
+        # In float64 the definition itself rounds the angle, which costs small normals relative accuracy.
         absolute = 64 * self.u if self.u < 1e-15 else 0.0
         return self._made(self.value, self.error + absolute, NOISE)
 
@@ -165,27 +165,27 @@ class Rounded:
 
     def exp(self) -> Rounded:
         value = self.value.exp()
-        # The relative error of exp is the absolute one of its argument; of nothing, nothing.
+        # The relative error of exp is the absolute error of its argument; an exact 0 has none.
         error = torch.where(value == 0, 0.0, value * torch.expm1(self.error))
-        # Beyond the type it is infinite, and what is made of it anything.
+        # On overflow the result is infinite, and anything computed from it may be wrong.
         error = torch.where(value > torch.finfo(self.dtype).max, torch.inf, error)
         return self._made(value, error, EXP)
 
     def sqrt(self) -> Rounded:
-        """A GPU's takes two ulps."""
+        """Compute the square root; a GPU's errs by two ulps."""
         value = self.value.sqrt()
         least = (self.value - self.error).clamp(min=0).sqrt() + value
         return self._made(value, torch.where(self.error == 0, 0.0, self.error / least), 4)
 
     def precision(self) -> Rounded:
-        """exp(-v), by one exponential or as the square of exp(-v/2)."""
+        """Compute exp(-v), directly or as the square of exp(-v/2)."""
         return (self * -0.5).exp().square()
 
     def log(self) -> Rounded:
         return self._made(self.value.log(), self.error / self.value, LOG)
 
     def expm1(self) -> Rounded:
-        """exp(v) - 1; away from 0 it may be that difference."""
+        """Compute exp(v) - 1; away from 0 as that difference."""
         value = torch.expm1(self.value)
         propagated = torch.where(value == -1, 0.0, (value + 1) * torch.expm1(self.error))
         return Rounded(value, propagated + self._of_expm1(value) * self.u, self.u)
@@ -195,27 +195,26 @@ class Rounded:
         return torch.maximum(3 * value.abs(), torch.where(self.value.abs() < 1, 0.0, difference))
 
     def expm1_minus(self) -> Rounded:
-        """exp(v) - 1 - v: by a series near 0, elsewhere it may be that difference."""
+        """Compute exp(v) - 1 - v: by a series near 0, elsewhere possibly as that difference."""
         expm1 = torch.expm1(self.value)
         series = sum(self.value**n / math.factorial(n) for n in range(2, 13))
         near = self.value.abs() < 0.125
         value = torch.where(near, series, expm1 - self.value)
-        # Of both terms the same error: its derivative is exp(v) - 1.
-        # Without the difference of two infinities.
+        # Both terms share the argument's error: the derivative is exp(v) - 1. Avoids inf - inf.
         beyond = torch.where(self.error.isinf(), torch.inf, torch.expm1(self.error) - self.error)
         propagated = _times(expm1.abs(), self.error) + _times(expm1 + 1, beyond)
         own = torch.where(near, 6 * value, self._of_expm1(expm1) + value)
         return Rounded(value, propagated + own * self.u, self.u)
 
     def log1p_rest(self) -> Rounded:
-        """v - log(1 + v): by a series near 0, elsewhere it may be that difference."""
+        """Compute v - log(1 + v): by a series near 0, elsewhere possibly as that difference."""
         value = log1p_rest(self.value)
         propagated = _times((self.value / (1 + self.value)).abs(), self.error) + 0.5 * self.error.square()
         own = torch.where(self.value.abs() < 0.25, 6 * value, LOG * self.value.abs() + value)
         return Rounded(value, propagated + own * self.u, self.u)
 
     def stirling_error(self) -> Rounded:
-        """By a polynomial, of 1 / v or of v, beside half a logarithm of v and what that times v comes to."""
+        """Compute the error of Stirling's formula by a polynomial in 1 / v or v, log v and v log v."""
         value, x = stirling_error(self.value), self.value
         logarithms = torch.where(x < 16 if self.u < 1e-15 else x < 1, 1 + x + (1 + x) * x.log().abs(), 0.0)
         slope = 0.5 / x.clamp(min=1e-38) / (1 + x)
@@ -224,7 +223,7 @@ class Rounded:
         )
 
     def digamma_excess(self) -> Rounded:
-        """Likewise."""
+        """Compute v (log v - digamma(v)) - 1/2, with roundings like those of ``stirling_error``."""
         value, x = digamma_excess(self.value), self.value
         logarithms = torch.where(x < 16 if self.u < 1e-15 else x < 1, 1 + x * (1 + x.log().abs()), 0.0)
         slope = 1 / (1 + x)
@@ -236,37 +235,37 @@ class Rounded:
         return self._made(torch.log1p(self.value), self.error / (1 + self.value), LOG)
 
     def sign(self) -> Rounded:
-        """Exact, but of a number that its error may have carried across 0."""
+        """Compute the sign, exact unless the error may have carried the number across 0."""
         sure = (self.value.abs() > self.error) | (self.error == 0)
         return Rounded(self.value.sign(), torch.where(sure, 0.0, 2.0), self.u)
 
     def tanh(self) -> Rounded:
-        """e / (e + 2) of e = exp(2 v) - 1, a relative error of which counts at most twice."""
+        """Compute tanh as e / (e + 2), e = exp(2 v) - 1, whose relative error counts at most twice."""
         value = torch.tanh(self.value)
-        # Its slope at the point nearest to 0 that the argument's error allows.
+        # The slope at the point nearest to 0 that the argument's error allows.
         steepest = 1 - torch.tanh((self.value.abs() - self.error).clamp(min=0)).square()
         return self._made(value, steepest * self.error, 2 * 3 + 1 + 2)
 
     def half_step(self) -> Rounded:
-        """A factor near 1 and its logarithm, in float64 sixteen factors; its slope is positive."""
+        """Compute half_step by the log of a factor near 1, in float64 of sixteen; its slope is positive."""
         value, slope = half_step(self.value), half_step_slope(self.value)
         own = 10 + 2 * value.abs() if self.u > 1e-15 else 80 + 2 * value.abs()
         return Rounded(value, _times(slope, self.error) + own * self.u, self.u)
 
     def half_step_slope(self) -> Rounded:
-        """A sum of positive terms, by way of exp: its relative slope is at most 1."""
+        """Compute half_step's slope, a sum of positive terms via exp; its relative slope is at most 1."""
         value = half_step_slope(self.value)
         return self._made(value, _times(value, torch.expm1(self.error)), EXP + 12)
 
     def sigmoid(self) -> Rounded:
-        """Of the given side of exp(-|v|): an exponential, a sum and a quotient."""
+        """Compute the sigmoid from exp(-|v|): an exponential, a sum and a quotient."""
         value = torch.sigmoid(self.value)
         propagated = value * (1 - value) * (self.error + EXP * self.u)
-        # An argument that may be anything leaves the whole range.
+        # An argument of unbounded error allows the whole range.
         return self._made(value, torch.where(self.error.isinf(), 1.0, propagated), 3)
 
     def where(self, mask: Tensor) -> Rounded:
-        """0 where the mask is false."""
+        """Set elements to 0 where the mask is False."""
         return Rounded(torch.where(mask, self.value, 0.0), torch.where(mask, self.error, 0.0), self.u)
 
     def expand(self, *shape: int) -> Rounded:
@@ -279,7 +278,7 @@ class Rounded:
         return total([self], *dims)
 
     def sum_to_size(self, shape: Sequence[int]) -> Rounded:
-        """The sum over what was broadcast from ``shape``."""
+        """Sum over the axes that were broadcast from ``shape``."""
         lead = self.value.dim() - len(shape)
         dims = [i for i, n in enumerate((*[1] * lead, *shape)) if n == 1 and self.value.shape[i] != 1]
         if not dims:
@@ -288,7 +287,7 @@ class Rounded:
         return Rounded(part.value.reshape(shape), part.error.reshape(shape), self.u)
 
     def stored(self, dtype: torch.dtype) -> Rounded:
-        """Rounded to a storage type."""
+        """Round to a storage dtype."""
         info = torch.finfo(dtype)
         if info.eps / 2 <= self.u:
             return self
@@ -297,14 +296,14 @@ class Rounded:
 
 
 def total(terms: Sequence[Rounded], *dims: int, keepdim: bool = False) -> Rounded:
-    """The sum of several terms, and of each over ``dims``, in whatever order.
+    """Sum several terms, and each over ``dims``, in any order.
 
-    An element takes part in as many additions as the order has them for it: in a row of n the sums are over
-    blocks, of 16 a lane and then lanes and blocks; in float64 they may be over one after the other.
+    The order decides how many additions an element takes part in: a row of n is summed by blocks, 16 per lane
+    and then over lanes and blocks; in float64 possibly sequentially.
     """
     terms = [Rounded(*torch.broadcast_tensors(t.value, t.error), t.u) for t in terms]
     u = terms[0].u
-    # A zero is added without a rounding.
+    # Adding zero does not round.
     count = max(sum(bool((t.value != 0).any()) for t in terms), 1)
     n = math.prod(terms[0].value.shape[d] for d in dims)
     additions = n - 1 if u < 1e-15 else min(n - 1, 20 + n / 16)
@@ -316,18 +315,19 @@ def total(terms: Sequence[Rounded], *dims: int, keepdim: bool = False) -> Rounde
 
 
 def assert_accurate(name: str, actual: Tensor, eager: Tensor | None, expected: Rounded) -> None:
-    """Every element is within the bound, and in the bulk the errors are no larger than twice plain PyTorch's.
+    """Assert that every element is within its bound, and the bulk within twice plain PyTorch's error.
 
-    The first holds for any right kernel and any inputs. The second, which sees what the worst case of a long
-    formula would hide, compares root mean squares where there are many elements: rms(kernel) <= 2 rms(eager)
-    + 1 ulp of the values, all relative to the bounds. In 10^6 elements an op (tests/draws.py) it comes to 0.6
-    of that.
+    The first holds for any correct kernel and any inputs. The second, which detects errors that the worst
+    case of a long formula would hide, compares root mean squares where there are many elements: rms(kernel)
+    <= 2 rms(eager) + 1 ulp of the values, all relative to the bounds. Over 10^6 elements per op
+    (tests/draws.py) the largest is 0.6 of that.
 
     Args:
-        actual: what the kernel gave.
-        eager: plain PyTorch on the same inputs in the same dtype; None where elements share an error (a
-            weight's is in all of its row), so that chance has a say in the mean of a few.
-        expected: the formula.
+        name: name of the result, for messages.
+        actual: the kernel's result.
+        eager: plain PyTorch's result for the same inputs in the same dtype; None where elements share an
+            error (a weight's is in all of its row), so that the mean of a few depends on chance.
+        expected: the formula's values and bounds.
     """
     ratios = errors(name, actual, expected)
     if eager is not None:
@@ -350,12 +350,11 @@ def assert_accurate(name: str, actual: Tensor, eager: Tensor | None, expected: R
 
 
 def errors(name: str, actual: Tensor, expected: Rounded) -> Tensor:
-    """The error of each element in units of its bound; infinite where what is not finite differs."""
+    """Return each element's error in units of its bound; infinite where non-finite values differ."""
     exact, bound = expected.value, _bounds(actual.dtype, expected)
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    # Next to the largest number of the dtype infinity is right, too.
+    # Near the dtype's largest number infinity is correct too; beyond it the bound may be NaN.
     most = torch.finfo(actual.dtype).max
-    # Beyond it the bound may be NaN.
     over = (exact.abs() >= most) | (exact.abs() + bound >= most)
     actual = actual.detach().double()
     over &= actual == exact.sign() * torch.inf
@@ -367,9 +366,9 @@ def errors(name: str, actual: Tensor, expected: Rounded) -> Tensor:
 
 
 def in_the_bulk(ratios: Tensor, eager: Tensor | None, expected: Rounded) -> float:
-    """The root mean square of a kernel's errors as a share of what it may be; 0 for few elements.
+    """Return the root mean square of a kernel's errors as a share of its limit.
 
-    And in float64, where the expected values have errors of the same size.
+    0 for few elements, and in float64, where the expected values have errors of the same size.
     """
     if eager is None:
         return 0.0
@@ -385,8 +384,8 @@ def in_the_bulk(ratios: Tensor, eager: Tensor | None, expected: Rounded) -> floa
 
 
 def _bounds(dtype: torch.dtype, expected: Rounded) -> Tensor:
-    """The largest error of each element of a right result that is stored in a dtype."""
+    """Return the largest error of each element of a correct result stored in ``dtype``."""
     info = torch.finfo(dtype)
-    # In float64 the expected value is computed in that precision itself, with as large an error.
+    # In float64 the expected value is computed in the same precision, with an error as large.
     both = 2 if info.bits == 64 else 1
     return both * expected.stored(dtype).error + info.tiny

@@ -1,4 +1,4 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, poisoned memory, one device, all backends."""
+"""Shared fixtures: Triton's interpreter where there is no GPU, poisoned memory, one device, all backends."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 if CUDA:
-    # To ulps, as the tests have it; what is fast has tests of its own.
+    # The tests compare to ulps; fast noise is tested separately.
     os.environ.setdefault("FASTVAE_NOISE", "accurate")
 else:
-    # Before triton is imported by anything: the real kernels then run on CPU tensors.
+    # Must be set before triton is imported: the real kernels then run on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis  # noqa: E402
@@ -35,16 +35,16 @@ hypothesis.settings.register_profile(
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
-# For mutants.py: a failure is enough, its smallest example is not wanted.
+# For tools/mutants: a failure is enough, it need not be shrunk.
 hypothesis.settings.register_profile(
     "mutants",
     hypothesis.settings.get_profile("fastvae"),
     phases=[hypothesis.Phase.generate],
     derandomize=True,
 )
-# For python -m benchmarks gpu: on a card every new shape compiles a kernel, which takes a second.
+# For python -m benchmarks gpu: on a GPU every new shape compiles a kernel, which takes a second.
 hypothesis.settings.register_profile("device", hypothesis.settings.get_profile("fastvae"), max_examples=6)
-# For tests that are run once more elsewhere, such as on an older processor's instructions.
+# For tests that are repeated in another set-up, such as with an older processor's instructions.
 hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("fastvae"), max_examples=8)
 hypothesis.settings.load_profile(os.environ.get("FASTVAE_TEST_PROFILE", "fastvae"))
 
@@ -55,7 +55,7 @@ if not CUDA:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty is filled with NaN, so that an element that no kernel writes is seen."""
+    """Fill torch.empty with NaN, so that an element no kernel writes is detected."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -64,7 +64,7 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Fresh random inputs each time, in CI the same ones; a failure prints the seed that repeats it."""
+    """Seed torch afresh for each test, in CI by the test's name; a failure prints the seed."""
     seed = os.environ.get("FASTVAE_TEST_SEED")
     if seed is None:
         seed = zlib.crc32(request.node.nodeid.encode()) if os.environ.get("CI") else secrets.randbits(32)
@@ -74,14 +74,14 @@ def seeded(request):
 
 @pytest.fixture(params=["native", "reference"] if CUDA else ["native", "triton", "reference"])
 def backend(request):
-    """Each implementation in turn: C++, Triton under its interpreter, PyTorch; on a GPU native is Triton."""
+    """Run under each backend: C++, Triton's interpreter, PyTorch; on a GPU native is Triton."""
     with fastvae.use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture
 def one_thread():
-    """Small models take many times as long with two threads where another process has the second core."""
+    """Use one thread: with two, small models are many times slower if another process has the second core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

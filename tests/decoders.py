@@ -1,9 +1,9 @@
-"""Decoders as users write them, among them every misuse of a last layer: a pool for differential tests.
+"""Pool of decoders as users write them, including every misuse of a last layer, for differential tests.
 
-``DECODERS[name].make(latent, features)`` is a seeded module z [N, latent] -> logits [N, features];
-``DECODERS[name].around(decoder)`` is a context for the call and its backward pass. What a decoder's hooks and
-functions see is counted in ``EVENTS``. Some of the decoders raise, on purpose: the same error is expected
-wherever the same decoder is called.
+``DECODERS[name].make(latent, features)`` returns a seeded module z [N, latent] -> logits [N, features];
+``DECODERS[name].around(decoder)`` is a context for the call and its backward pass. ``EVENTS`` counts the
+calls of a decoder's hooks and functions. Some decoders raise on purpose: the same error is expected wherever
+the same decoder is called.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plain(latent: int, features: int, *end: nn.Module) -> nn.Sequential:
 
 
 class Written(nn.Module):
-    """A decoder with a forward of its own: ``ending(self, h)`` makes the output."""
+    """Decoder with a custom forward: ``ending(self, h)`` computes the output."""
 
     def __init__(self, latent: int, features: int, ending: Callable[[Any, Tensor], Any]):
         super().__init__()
@@ -71,7 +71,7 @@ def written(name: str, ending: Callable[[Any, Tensor], Any], around: Any = _noth
 
 
 def changed(name: str, change: Callable[[nn.Sequential], nn.Module | None], around: Any = _nothing) -> None:
-    """A plain Sequential that something is done to, or that something else is made of."""
+    """Register a plain Sequential modified, or replaced, by ``change``."""
 
     def make(latent: int, features: int) -> nn.Module:
         decoder = plain(latent, features)
@@ -128,7 +128,7 @@ add("a subclass of Sequential", lambda d, x: Subclass(*plain(d, x)))
 add("a subclass of Linear", lambda d, x: nn.Sequential(nn.Linear(d, HIDDEN), Scaled(HIDDEN, x)))
 
 
-# What is done with the output
+# Uses of the output
 
 
 def _sliced(self: Any, h: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ changed("reentrant checkpoint of all", lambda d: Called(d, lambda f, z: checkpoi
 
 
 class Called(nn.Module):
-    """A module that is called in a way of its own."""
+    """Module whose ``inner`` is called by ``call``."""
 
     def __init__(self, inner: nn.Module, call: Callable[[nn.Module, Tensor], Any]):
         super().__init__()
@@ -218,7 +218,7 @@ class Called(nn.Module):
         return self.call(self.inner, z)
 
 
-# What is done with the layer
+# Changes to the layer
 
 
 def _shifted(self: Any, h: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def _swapped(self: Any, h: Tensor) -> Tensor:
 
 
 class Shift(nn.Module):
-    """A part of the body that changes the last layer."""
+    """Part of the body that changes the last layer."""
 
     def __init__(self, layer: nn.Linear, change: Callable[[nn.Linear], Any]):
         super().__init__()
@@ -306,7 +306,7 @@ class MyParameter(nn.Parameter):
 
 
 class Tagged(Tensor):
-    """A tensor whose functions are counted."""
+    """Tensor whose functions are counted."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -431,7 +431,7 @@ for _kind, _register in {
 
 @contextlib.contextmanager
 def _patched(owner: Any, name: str) -> Iterator[None]:
-    """A function of torch's replaced, as profilers and tracers do."""
+    """Replace a function of torch, as profilers and tracers do."""
     original = getattr(owner, name)
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -460,7 +460,7 @@ changed("forward of the layer replaced", _last(_replaced))
 changed("forward of the container replaced", lambda d: _replaced(d))
 
 
-# Per-sample gradients as by opacus: what came into a layer, by a forward hook, times what came back.
+# Per-sample gradients as by opacus: a layer's input, from a forward hook, times its upstream gradient.
 
 
 def _opacus(decoder: nn.Sequential) -> None:

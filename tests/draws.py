@@ -1,12 +1,12 @@
-"""Random draws against the bounds of the tests: many more than the tests make, and how near they come.
+"""Stress test of the error bounds: many more random draws than the tests, and the largest errors found.
 
 ``python -m tests.draws [op ...] [--backend native triton reference]`` draws cases as the tests do until every
 result of an op, and its gradients together, have had a million elements on a backend, and prints the largest
-error as a share of its bound, for float32, float64 and half precision. There, and where a result is a single
-rounding, it comes near 1: half an ulp is certain. ``bulk`` is the largest root mean square as a share of what
-it may be (tests/compare.py). Fails where one exceeds 1, and says which seed repeats it.
+error as a share of its bound, for float32, float64 and half precision. In half precision, and where a result
+is a single rounding, it is near 1: half an ulp is certain. ``bulk`` is the largest root mean square as a
+share of its limit (tests/compare.py). Fails where one exceeds 1, and prints the seed that reproduces it.
 
-It is no part of the test suite: it takes about a minute an op. FASTVAE_ISA chooses the instruction set.
+Not part of the test suite: it takes about a minute per op. FASTVAE_ISA chooses the instruction set.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fastvae import ops
 
 from . import cases, compare, strategies, test_full, test_importance, test_latent, test_mixture, test_weigh
 
-# Few samples and columns, many rows: results that are sums have many elements then. Or many of another axis:
-# sums of many terms.
+# Few samples and columns, many rows, so that results that are sums have many elements; or another long axis,
+# for sums of many terms.
 FEW = st.sampled_from((1, 2, 3, 5, 7))
 MANY = st.sampled_from((1001, 3000, 6007))
 CHUNK = 20  # cases for a seed
 
 
 def _sizes(count):
-    """Sizes as the tests have them, or many rows of few."""
+    """Draw sizes as the tests do, or one long axis and short others."""
     long = [st.tuples(*(MANY if axis == many else FEW for axis in range(count))) for many in range(count)]
     rows = long[1]
     return st.one_of(strategies.distinct_sizes(count), rows, rows, *long)
@@ -59,7 +59,7 @@ OPS = {
 
 
 class Tally:
-    """What was seen of one result."""
+    """Statistics of one result's errors."""
 
     def __init__(self):
         self.cases = self.elements = 0
@@ -86,7 +86,7 @@ class Tally:
 
 
 def draw(op: str, seed: int, tallies: dict[str, Tally]) -> None:
-    """CHUNK cases of an op."""
+    """Draw CHUNK cases of an op."""
     strategy, results = OPS[op]
 
     @hypothesis.seed(seed)

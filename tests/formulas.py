@@ -1,7 +1,7 @@
-"""Every op and its gradients as a formula of rounded numbers: the values that are expected, and their bounds.
+"""Formulas of every op and its gradients on rounded numbers: expected values and their bounds.
 
-Written by hand from the mathematics (docstrings of fastvae.ops), so that it is independent of the reference.
-Where the implementations round differently the formula here has the more roundings of them.
+Written by hand from the mathematics (docstrings of fastvae.ops), so that they are independent of the
+reference. Where implementations round differently, the formula has the larger number of roundings.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .compare import EXP, LOG, Rounded, total
 
 
 def computation(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that is computed in."""
+    """Return the dtype of the computation."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
 
 
 def _given(value: Tensor | Rounded, dtype: torch.dtype) -> Rounded:
-    """A number, or what was computed before."""
+    """Wrap an input; return a computed number unchanged."""
     return value if isinstance(value, Rounded) else Rounded.exact(value, dtype)
 
 
 def _constant(value: float, like: Rounded) -> Rounded:
-    """A number that is no float, perhaps a logarithm that the kernel takes."""
+    """Wrap a constant with a rounding error, such as a logarithm that the kernel computes."""
     value = torch.full_like(like.value, value)
     return Rounded(value, value.abs() * LOG * like.u, like.u)
 
@@ -47,13 +47,11 @@ def rsample(
     per_dimension: bool = False,
     estimator: str = "iwae",
 ) -> tuple[dict[str, Rounded], list[Rounded | None]]:
-    """What rsample_kl and rsample_log_ratio give: z, kl and ratio, and the gradients of the four inputs.
+    """Compute rsample_kl and rsample_log_ratio: z, kl and ratio, and the gradients of the four inputs.
 
-    Args:
-        inputs: mu, logvar or what ``scale`` says, and mean and log variance of the prior or None.
-        eps: the noise [K, B, D] in float64.
-        grad_z, grad_kl, grad_ratio: what arrives at z [K, B, D], the KL [B] (or [B, D] with
-            ``per_dimension``) and the ratio [K, B]; None where nothing does.
+    ``inputs`` are mu, logvar (or the form ``scale``), and mean and log variance of the prior or None; ``eps``
+    is the noise [K, B, D] in float64. The upstream gradients ``grad_z`` [K, B, D], ``grad_kl`` [B] (or [B, D]
+    with ``per_dimension``) and ``grad_ratio`` [K, B] may be None.
     """
     dtype = computation(*inputs)
     storage, device = inputs[0].dtype, eps.device
@@ -67,7 +65,7 @@ def rsample(
     logvar, sigma, inverse_sigma, chain = spread(raw, scale, floor, lo, hi)
     inside = ((raw.value >= lo) & (raw.value <= hi)) | raw.value.isnan()
     eps = Rounded.exact(eps, dtype).noise()
-    # N(0, I) has the precision 1, exactly.
+    # N(0, I) has precision exactly 1.
     precision = s.precision() if inputs[3] is not None else Rounded.exact(torch.ones_like(s.value), dtype)
     move = sigma * eps
     z = mu + move
@@ -102,7 +100,7 @@ def rsample(
     m_grad = total([pull.sum(0), -(g_kl * push)])
     s_grad = total([(g * square).sum(0), -g.sum(0), -(g_kl * u.expm1()), -(g_kl * (delta * push))]) * 0.5
     grads = [mu_grad, logvar_grad.where(inside) if chain is None else logvar_grad * chain, m_grad, s_grad]
-    # A row's gradient is the sum over the batch of gradients as they are stored.
+    # The gradient of a row shared by the batch is the sum of the stored gradients.
     grads = [
         None if t is None else grad if t.shape == (b, d) else grad.stored(storage).sum_to_size(t.shape)
         for grad, t in zip(grads, inputs, strict=True)
@@ -113,20 +111,20 @@ def rsample(
 def spread(
     raw: Rounded, scale: str, floor: float, lo: float, hi: float
 ) -> tuple[Rounded, Rounded, Rounded, Rounded | float | None]:
-    """log σ², σ, 1/σ, and the derivative of the first by the number that is given, None of itself."""
+    """Return log σ², σ, 1/σ, and the derivative of log σ² by ``raw``, None if ``raw`` is log σ² itself."""
     one = Rounded(torch.ones_like(raw.value), torch.zeros_like(raw.value), raw.u)
     if scale == "logvar":
         logvar = raw.clamp(lo, hi)
         return logvar, (logvar * 0.5).exp(), (logvar * -0.5).exp(), None
     if scale == "log_scale":
-        # 1 / σ may be that of a σ that has been rounded.
+        # 1 / σ may be computed from a rounded σ.
         return raw * 2.0, raw.exp(), one / raw.exp(), 2.0
     if scale == "scale":
         return raw.log() * 2.0, raw, one / raw, one / raw * 2.0
     variance = raw.clamp(min=0) + (-raw.abs()).exp().log1p() + floor
     logvar, sigma, chain = variance.log(), variance.sqrt(), raw.sigmoid() / variance
     if floor == 0:
-        # There exp(raw) alone is left, in float64 too.
+        # There softplus(raw) is exp(raw), in float64 too.
         tail = raw.value < -80
         logvar = Rounded._where(tail, raw, logvar)
         sigma = Rounded._where(tail, (raw * 0.5).exp(), sigma)
@@ -134,17 +132,17 @@ def spread(
     return logvar, sigma, one / sigma, chain
 
 
-# How many times the roundings of a likelihood's definition its kernels may have, which group them otherwise:
-# a logarithm of a product of 16 factors has 12 of its own, beside 9.
+# Allowed roundings of a likelihood's kernels as a multiple of its definition's, since kernels group terms
+# differently: a logarithm of a product of 16 factors adds 12 to the 9.
 GROUPED = 3
 
 
 def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, list[Rounded | None]]:
-    """log_prob [K, B] of a declared likelihood, and the gradients of x [B, *event] (None if it has none) and
-    of the parameters, given or computed, which broadcast to the first, [K, B, *event]. The last argument
-    arrives, [K, B].
+    """Compute log_prob [K, B] of a declared likelihood, and the gradients of x and of the parameters.
 
-    The values are those of an independent distribution in float64, the errors those of the definition.
+    x is [B, *event], and its gradient None if the likelihood has none. The parameters, given or computed,
+    broadcast to the first, [K, B, *event]. The last argument is the upstream gradient [K, B]. The values are
+    those of an independent distribution in float64, the errors those of the definition.
     """
     declared = DECLARED[likelihood]
     *parameters, grad = (t.detach() if isinstance(t, Tensor) else t for t in rest)
@@ -160,7 +158,7 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
     values = declared.oracle(*exact).log_prob(wide)
     asked = [wide, *exact] if declared.differentiable else exact
     slopes = torch.autograd.grad(values.sum(), asked)
-    # What cancels inside of the distribution, in float64.
+    # Cancellation inside the distribution, in float64.
     sizes = (1 + wide.detach().abs()) * sum(1 + p.detach().abs() for p in exact)
     of_oracle = 2.0**-46 * (values.detach().abs() + sizes)
 
@@ -174,7 +172,7 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
     if declared.data is not None:
         own = declared.data(wide.detach())
         assert_close(defined.value + own, values.detach(), of_oracle)
-        # Computed by itself, to a few roundings.
+        # Computed separately, to a few roundings.
         error = error + 8 * defined.u * own.abs()
     else:
         assert_close(defined.value, values.detach(), of_oracle)
@@ -192,7 +190,7 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
 
 
 def assert_close(defined: Tensor, expected: Tensor, error: Tensor) -> None:
-    """A definition is what the independent distribution says."""
+    """Assert that a definition agrees with the independent distribution."""
     same = (defined == expected) | (defined.isnan() & expected.isnan())
     wrong = ~same & ~((defined - expected).abs() <= error + 2.0**-40 * expected.abs())
     assert not bool(wrong.any()), (
@@ -201,28 +199,28 @@ def assert_close(defined: Tensor, expected: Tensor, error: Tensor) -> None:
 
 
 def log_mean_exp(log_w: Tensor, grad: Tensor) -> tuple[Rounded, Rounded]:
-    """log_mean_exp over the first axis, and the gradient of log_w."""
+    """Compute log_mean_exp over the first axis, and the gradient of log_w."""
     dtype = computation(log_w)
     bound, weight = _log_mean_exp(Rounded.exact(log_w, dtype), dtype)
     return bound, Rounded.exact(grad, dtype) * weight
 
 
 def _log_mean_exp(log_w: Rounded, dtype: torch.dtype, mean: bool = True) -> tuple[Rounded, Rounded]:
-    """The bound, or the logarithm of the sum, and the normalised weights."""
+    """Compute the bound (without ``mean`` the logarithm of the sum), and the normalised weights."""
     k = log_w.value.shape[0]
     peak = log_w.value.amax(0)
     shift = Rounded.exact(torch.where(peak.isinf(), 0.0, peak), dtype)
     e = (Rounded.exact(log_w.value, dtype) - shift).exp()
-    # A sum so far is scaled by an exponential of its own whenever the maximum rises: after a block of 16, and
-    # not often.
+    # A running sum is rescaled by an exponential whenever the maximum rises: at most once per block of 16,
+    # and rarely.
     scaled = e.rounded((EXP + 1) * min((k - 1) // 16, 8))
     sum_ = scaled.sum(0)
     log_k = [-_constant(math.log(k), sum_)] if mean else []
     bound = total([Rounded.exact(peak, dtype), sum_.log(), *log_k])
-    # Without any weight it is zero.
+    # A column without weight has zero weights.
     weight = _flushed(e / sum_, dtype).where(sum_.value != 0)
-    # What the errors of the log weights come to: in the bound no more than the largest of them, and in a
-    # weight, which stays within [0, 1] whatever they are, its own and those of the others.
+    # Propagated errors of the log weights: in the bound at most the largest of them; in a weight, which stays
+    # within [0, 1], its own and those of the others.
     largest = log_w.error.amax(0)
     change = torch.fmin(weight.value * torch.expm1(log_w.error + largest), torch.ones_like(weight.value))
     return bound.off(largest), weight.off(change)
@@ -231,7 +229,7 @@ def _log_mean_exp(log_w: Rounded, dtype: torch.dtype, mean: bool = True) -> tupl
 def mixture(
     z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor, grad: Tensor
 ) -> tuple[Rounded, list[Rounded]]:
-    """log p [N] of a mixture of normal distributions, and the gradients of z and of the components."""
+    """Compute log p [N] of a mixture of normal distributions, and the gradients of z and the components."""
     dtype = computation(z, mu, logvar, log_weight)
     z, mu, logvar, log_weight, grad = (Rounded.exact(t, dtype) for t in (z, mu, logvar, log_weight, grad))
     inverse = (logvar * -0.5).exp()
@@ -256,11 +254,10 @@ def mixture(
 def full(
     mu: Tensor, tril: Tensor, eps: Tensor, grad_z: Tensor | None, grad_log_q: Tensor | None
 ) -> tuple[Rounded, Rounded, list[Rounded]]:
-    """z and log q of draws with the packed triangle of L, and the gradients of mu and of the triangle.
+    """Compute z and log q of draws with the packed triangle of L, and the gradients of mu and the triangle.
 
-    Args:
-        eps: the noise [K, B, D] in float64.
-        grad_z, grad_log_q: what arrives at z [K, B, D] and at log q [K, B]; None where nothing does.
+    ``eps`` is the noise [K, B, D] in float64; the upstream gradients ``grad_z`` [K, B, D] and ``grad_log_q``
+    [K, B] may be None.
     """
     dtype = computation(mu, tril)
     (k, b, d), device = eps.shape, eps.device
@@ -288,33 +285,33 @@ def full(
 
 
 def _in_turn(terms: Rounded, dim: int, most: int = 256) -> Rounded:
-    """The sum over one axis, of which up to ``most`` are added one after the other."""
+    """Sum over one axis, up to ``most`` terms of it sequentially."""
     size = terms.value.abs().sum(dim)
     return total([terms], dim).off(min(terms.value.shape[dim], most) * terms.u * size)
 
 
 def _flushed(number: Rounded, dtype: torch.dtype) -> Rounded:
-    """It is zero below the smallest normal number."""
+    """Allow for flushing to zero below the smallest normal number."""
     tiny = torch.finfo(dtype).tiny
     small = number.value.abs() < 2 * tiny
     return Rounded(number.value, torch.where(small, number.error + 2 * tiny, number.error), number.u)
 
 
 def product(a: Rounded, b: Rounded) -> Rounded:
-    """a @ b, the sums over their common axis in any order."""
+    """Compute a @ b, summing over the common axis in any order."""
     value, size = a.value @ b.value, a.value.abs() @ b.value.abs()
     error = a.error @ (b.value.abs() + b.error) + a.value.abs() @ b.error
     return Rounded(value, error + a.u * a.value.shape[-1] * size, a.u)
 
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Rounded:
-    """The output of a layer, [N, X]."""
+    """Compute the output of a linear layer, [N, X]."""
     made = product(Rounded.exact(h, dtype), Rounded.exact(weight.mT, dtype))
     return made if bias is None else total([made, Rounded.exact(bias, dtype)])
 
 
 def linear_backward(grad: Rounded, h: Tensor, weight: Tensor) -> list[Rounded]:
-    """Gradients of h, weight and bias, of what arrives at the output [N, X]."""
+    """Compute the gradients of h, weight and bias from the upstream gradient [N, X]."""
     dtype = grad.dtype
     flipped = Rounded(grad.value.mT, grad.error.mT, grad.u)
     ones = torch.ones(h.shape[0], 1, dtype=torch.float64, device=h.device)
@@ -332,12 +329,11 @@ def weigh(
     grad: Tensor,
     grad_mean: Tensor | None,
 ) -> tuple[list[Rounded], list[Rounded | None]]:
-    """The bound and the mean log-likelihood, and the gradients of x, the parameters and the term.
+    """Compute the bound and the mean log-likelihood, and the gradients of x, the parameters and the term.
 
-    Args:
-        parameters: the first [K, B, X], others broadcast to it; given or computed.
-        how: coefficient, over, reduction.
-        grad, grad_mean: what arrives at the bound, and at the mean log-likelihood [B].
+    The first parameter is [K, B, X], others broadcast to it; given or computed. ``how`` is (coefficient,
+    over, reduction). ``grad`` and ``grad_mean`` [B] are the upstream gradients of the bound and of the mean
+    log-likelihood.
     """
     coefficient, over, reduction, *_ = how
     dtype = computation(x, *parameters)

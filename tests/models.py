@@ -1,4 +1,4 @@
-"""Toy models whose truths are known, and the objectives as a textbook writes them."""
+"""Toy models with known ground truth, and the objectives as a textbook writes them."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from .conftest import DEVICE
 
 
 def generator(seed: int) -> torch.Generator:
-    """A fresh generator on the device under test."""
+    """Return a fresh generator on the device under test."""
     return torch.Generator(device=DEVICE).manual_seed(seed)
 
 
 def seed_of(seed: int) -> Tensor:
-    """The seed tensor that an objective draws from ``generator(seed)``."""
+    """Return the seed tensor that an objective draws from ``generator(seed)``."""
     return fastvae.random.draw_seed(DEVICE, generator(seed))
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normals that do not depend on the device under test."""
+    """Return normals that do not depend on the device under test."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
         DEVICE, dtype
     )
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniforms in [0, 1) that do not depend on the device under test."""
+    """Return uniforms in [0, 1) that do not depend on the device under test."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
         DEVICE, dtype
     )
 
 
 class LinearGaussian:
-    """z ~ N(0, I), x|z ~ N(W z + c, s^2 I), W's columns orthogonal: log p(x) is known, p(z|x) diagonal.
+    """Linear Gaussian model z ~ N(0, I), x|z ~ N(W z + c, s^2 I) with known log p(x) and diagonal p(z|x).
+
+    The columns of W are orthogonal.
 
     Args:
-        latent: D.
-        features: X.
-        scale: s.
-        dtype: of everything but the exact answers, which are float64.
+        latent: number of latents D.
+        features: number of features X.
+        scale: standard deviation s.
+        dtype: dtype of everything but the exact answers, which are float64.
     """
 
     def __init__(self, latent: int = 3, features: int = 7, scale: float = 0.6, dtype=torch.float64):
@@ -55,13 +57,13 @@ class LinearGaussian:
         self.dtype = dtype
 
     def sample(self, batch: int, seed: int = 3) -> Tensor:
-        """x [B, X] from the model."""
+        """Draw x [B, X] from the model."""
         z = randn(batch, self.gain.numel(), seed=seed, dtype=torch.float64)
         noise = randn(batch, self.offset.numel(), seed=seed + 1000, dtype=torch.float64)
         return (z @ self.weight.T + self.offset + self.scale * noise).to(self.dtype)
 
     def log_px(self, x: Tensor) -> Tensor:
-        """The exact log marginal likelihood [B]."""
+        """Return the exact log marginal likelihood [B]."""
         size = self.offset.numel()
         covariance = self.weight @ self.weight.T + self.scale**2 * torch.eye(
             size, dtype=torch.float64, device=DEVICE
@@ -69,26 +71,26 @@ class LinearGaussian:
         return torch.distributions.MultivariateNormal(self.offset, covariance).log_prob(x.double())
 
     def posterior(self, x: Tensor, shift: float = 0.0, stretch: float = 0.0) -> tuple[Tensor, Tensor]:
-        """p(z|x) as (mu, logvar), moved by ``shift`` standard deviations, ``stretch`` added to logvar."""
+        """Return p(z|x) as (mu, logvar), mu moved by ``shift`` standard deviations, logvar by ``stretch``."""
         variance = self.scale**2 / (self.scale**2 + self.gain**2)
         mu = variance * ((x.double() - self.offset) @ self.weight) / self.scale**2 + shift * variance.sqrt()
         logvar = variance.log() + stretch
         return mu.to(self.dtype), logvar.expand(mu.shape).to(self.dtype).contiguous()
 
     def decoder(self, z: Tensor) -> Tensor:
-        """The mean of p(x|z)."""
+        """Return the mean of p(x|z)."""
         return z @ self.weight.T.to(z.dtype) + self.offset.to(z.dtype)
 
     @property
     def likelihood(self) -> fastvae.Gaussian:
-        """p(x|z), for a decoder that returns the mean."""
+        """Return p(x|z) for a decoder that returns the mean."""
         return fastvae.Gaussian(scale=self.scale)
 
     def moment(self, n: int, shift: float, stretch: float) -> float:
-        r"""E_q[(w / p(x))^n] with q = ``posterior(x, shift, stretch)``: a Gaussian integral, equal for all x.
+        r"""Return E_q[(w / p(x))^n], q = ``posterior(x, shift, stretch)``: a Gaussian integral.
 
-        Per dimension, in units of the posterior's standard deviation, it is that of p^n q^{1-n} with
-        p = N(0, 1) and q = N(shift, v).
+        It is equal for all x. Per dimension, in units of the posterior's standard deviation, it is that of
+        p^n q^{1-n} with p = N(0, 1) and q = N(shift, v).
         """
         v = math.exp(stretch)
         precision = n - (n - 1) / v
@@ -109,10 +111,9 @@ def textbook_log_weights(
     prior: tuple[Tensor, Tensor] | None = None,
     detached: bool = False,
 ) -> Tensor:
-    """log w [K, B] by torch.distributions, z differentiable; ``detached`` cuts (mu, logvar) off inside log q.
+    """Return log w [K, B] by torch.distributions, differentiable in z.
 
-    Args:
-        log_likelihood: z [K, B, D] -> log p(x|z) [K, B].
+    ``log_likelihood`` maps z [K, B, D] to log p(x|z) [K, B]; ``detached`` detaches (mu, logvar) inside log q.
     """
     Normal = torch.distributions.Normal
     eps = fastvae.random.normal(seed, k, *mu.shape, dtype=mu.dtype)
@@ -125,7 +126,7 @@ def textbook_log_weights(
 
 
 def gaussian_log_likelihood(decoder, x: Tensor):
-    """z [K, B, D] -> log p(x|z) [K, B] by torch.distributions, for a decoder of (mean, logvar)."""
+    """Return z [K, B, D] -> log p(x|z) [K, B] by torch.distributions, for a decoder of (mean, logvar)."""
 
     def log_likelihood(z):
         mean, logvar = decoder(z)
@@ -135,7 +136,7 @@ def gaussian_log_likelihood(decoder, x: Tensor):
 
 
 class Encoder(nn.Module):
-    """x [B, X] -> (mu, logvar) [B, D], and how often it was called."""
+    """Encoder x [B, X] -> (mu, logvar) [B, D] that counts its calls."""
 
     def __init__(self, features: int, latent: int):
         super().__init__()
@@ -148,7 +149,7 @@ class Encoder(nn.Module):
 
 
 class GaussianDecoder(nn.Module):
-    """z [..., D] -> (mean, logvar) [..., X]."""
+    """Decoder z [..., D] -> (mean, logvar) [..., X]."""
 
     def __init__(self, latent: int, features: int):
         super().__init__()
@@ -161,7 +162,7 @@ class GaussianDecoder(nn.Module):
 def networks(
     features: int = 7, latent: int = 3, likelihood: str = "gaussian", seed: int = 0, dtype=torch.float32
 ):
-    """A fresh encoder and decoder with fixed weights."""
+    """Return a fresh encoder and decoder with fixed weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = (

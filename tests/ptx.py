@@ -1,11 +1,11 @@
-"""Runs the PTX that Triton emits, on a CPU: what a card is given, not what the interpreter makes of it.
+"""CPU emulator of the PTX that Triton emits: tests the code a GPU receives instead of the interpreter.
 
-All threads of a program go in step, as numpy arrays with one entry a thread; a branch must be the same for
-all. The hardware's approximate functions get a random error as large as NVIDIA documents, so that what passes
-here does not live by their luck: relative, ex2 2^-22 (PTX ISA), but 2^-23 for arguments up to a half, as
-CUDA's expf is made of these and documented with an ulp; rsqrt 2^-22.9; sqrt 2^-23; lg2 2^-22, and so much
-absolutely in (1/2, 2); sin and cos 2^-20.5 absolutely. Only the instructions that the kernels need are known;
-another one fails by name.
+All threads of a program run in lockstep, as numpy arrays with one entry per thread; a branch must be the same
+for all. The hardware's approximate functions get a random error as large as NVIDIA documents, so that passing
+does not depend on luck: relative, ex2 2^-22 (PTX ISA), but 2^-23 for arguments up to a half, since CUDA's
+expf is built from these and documented with an ulp; rsqrt 2^-22.9; sqrt 2^-23; lg2 2^-22, and absolutely
+2^-22 in (1/2, 2); sin and cos 2^-20.5 absolutely. Only the instructions that the kernels use are implemented;
+any other fails by name.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ COMPARE = {
 
 
 def _wide(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 as float32."""
+    """Convert bfloat16 to float32."""
     return (bits.astype(U32) << U32(16)).view(F32)
 
 
 def _narrow(x: np.ndarray) -> np.ndarray:
-    """float32 to bfloat16, to nearest even."""
+    """Convert float32 to bfloat16, rounding to nearest even."""
     bits = np.ascontiguousarray(x, F32).view(U32)
     rounded = (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16)
     return np.where(np.isnan(x), U32(0x7FC0), rounded).astype(U16)
 
 
 class Program:
-    """A kernel in PTX: its parameters, instructions and labels."""
+    """PTX kernel: its parameters, instructions and labels."""
 
     def __init__(self, text: str):
         head, body = re.search(r"\.entry \w+\((.*?)\)(.*)", text, re.S).groups()
@@ -72,12 +72,12 @@ class Program:
 
 
 def _operands(text: str) -> list[str]:
-    """Split at the commas outside of braces and brackets."""
+    """Split at the commas outside braces and brackets."""
     return [o.strip() for o in re.split(r",(?![^{\[]*[}\]])", text) if o.strip()]
 
 
 class Threads:
-    """One program's threads, and how they carry out instructions."""
+    """Threads of one program, which execute instructions."""
 
     def __init__(
         self, count: int, memory: Memory, parameters: dict[str, int], place: tuple[int, ...], shared
@@ -105,12 +105,12 @@ class Threads:
             getattr(self, "do_" + op[0], self.do_elementwise)(op, operands, active)
 
     def value(self, operand: str, dtype: type) -> np.ndarray:
-        """An operand as an array of this type, by its bits."""
+        """Return an operand as an array of ``dtype``, by its bits."""
         operand = operand.strip()
         if m := re.match(r"%(rd|rs|r|p)\d+$", operand):
             stored = self.registers.get(operand[1:])
             if stored is None:
-                # Nothing was written to it: all bits set, which as a float is NaN.
+                # Never written: all bits set, which as a float is NaN.
                 stored = ~np.zeros(self.count, REGISTERS[m[1]])
             if m[1] == "p":
                 return stored
@@ -185,7 +185,7 @@ class Threads:
                 self.memory.store(address + i * size, size, on, value)
 
     def _matrix_rows(self, operand: str, count: int) -> np.ndarray:
-        """Shared addresses [warps, count, 8 rows]: threads 8 i to 8 i + 7 have those of matrix i."""
+        """Return shared addresses [warps, count, 8 rows]: threads 8 i to 8 i + 7 have those of matrix i."""
         return self.address(operand).reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
 
     def do_ldmatrix(self, op, operands, active):
@@ -194,7 +194,7 @@ class Threads:
         cells = self.shared[rows[..., None] + np.arange(16)].reshape(*rows.shape, 16).view(U16)
         if "trans" in op:
             cells = np.ascontiguousarray(cells.swapaxes(-1, -2))
-        # Thread t has cells 2 (t % 4) and the next of row t / 4.
+        # Thread t has cells 2 (t % 4) and 2 (t % 4) + 1 of row t / 4.
         pairs = np.ascontiguousarray(cells).view(U32).reshape(rows.shape[0], len(names), 32)
         for i, name in enumerate(names):
             self.put(name, pairs[:, i].reshape(-1), active)
@@ -209,7 +209,7 @@ class Threads:
             self.shared[rows[:, i, :, None] + np.arange(16)] = cells.view(np.uint8)
 
     def do_cp(self, op, operands, active):
-        """Asynchronous copies are there at once; of the last number so many bytes are read, the rest is 0."""
+        """Copy at once, though asynchronous; the last operand is the number of bytes read, the rest is 0."""
         if op[2] not in ("ca", "cg"):
             return
         size = int(operands[2], 0)
@@ -221,7 +221,7 @@ class Threads:
         self.shared[self.address(operands[0])[on, None] + np.arange(size)] = values[on]
 
     def do_bar(self, op, operands, active):
-        """All threads are here already."""
+        """Do nothing: the threads run in lockstep."""
 
     def do_shfl(self, op, operands, active):
         to, source, lane, *_ = operands
@@ -371,7 +371,7 @@ class Threads:
 
 
 def _of_all(function: Callable) -> Callable:
-    """A function of two as one of two or three."""
+    """Extend a function of two arguments to two or three."""
     return lambda *values: functools.reduce(lambda a, b: function(a, b), values)
 
 
@@ -393,7 +393,7 @@ ELEMENTWISE: dict[str, Callable] = {
 
 
 class Memory:
-    """The memory of a launch's tensors; any other address is an error."""
+    """Memory of a launch's tensors; any other address is an error."""
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.regions = []
@@ -421,7 +421,7 @@ class Memory:
 
 @contextlib.contextmanager
 def emulated(target: str = "sm_90") -> Iterator[list[str]]:
-    """Within it, a launch compiles its kernel and runs the PTX on CPU tensors; lists the kernels launched."""
+    """Make launches compile their kernels and run the PTX on CPU tensors; yield the list of kernels run."""
     ran: list[str] = []
     programs: dict[str, tuple[Program, int]] = {}
 
@@ -435,7 +435,7 @@ def emulated(target: str = "sm_90") -> Iterator[list[str]]:
         program, shared = programs[key]
         values = [given[n] for n in self.arg_names if n not in constants]
         numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
-        # What follows the arguments are addresses of scratch memory, of which there is none.
+        # After the arguments come addresses of scratch memory, which is absent here.
         numbers += [0] * (len(program.parameters) - len(numbers))
         parameters = dict(zip(program.parameters, numbers, strict=True))
         memory = Memory([v for v in values if isinstance(v, torch.Tensor)])

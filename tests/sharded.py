@@ -1,7 +1,7 @@
-"""Decoders that are sharded or replicated: a script for test_decoders, which prints a line for each.
+"""Script for test_decoders that prints a line per sharded or replicated decoder.
 
-``python -m tests.sharded`` is a process of a world of one, by gloo. A line is the name, whether the last
-layer may be left out, and the bound and the norms of the gradients, or the error.
+``python -m tests.sharded`` runs one process, a world of size one, with gloo. A line has the name, whether the
+last layer can be fused, and the bound and the norms of the gradients, or the error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Hypothesis draws: shapes, dtypes, values and the memory layouts that break kernels."""
+"""Hypothesis strategies: shapes, dtypes, values and the memory layouts that break kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def of_addresses(*shape: int, stride: tuple[int, ...] | None = None, dtype=torch.bfloat16) -> Tensor:
-    """Zeros on a CPU that may be larger than memory: only the pages that are touched are there."""
+    """Return CPU zeros that may be larger than memory: only the touched pages are allocated."""
     stride = stride or tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     elements = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -24,7 +24,7 @@ def of_addresses(*shape: int, stride: tuple[int, ...] | None = None, dtype=torch
 
 
 def distinct_sizes(count: int, largest: int = 70, least: int = 1, elements: int = 20_000):
-    """``count`` sizes, no two equal: a swapped axis then shows. Their product is at most ``elements``."""
+    """Draw ``count`` distinct sizes, so that a swapped axis shows; their product is at most ``elements``."""
     sizes = [n for n in SIZES if least <= n <= largest]
     lists = st.lists(st.sampled_from(sizes), min_size=count, max_size=count, unique=True)
     return lists.filter(lambda drawn: math.prod(drawn) <= elements)
@@ -36,18 +36,18 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def _poison(values: Tensor) -> float:
-    """What spoils every result that it enters, or at least changes it."""
+    """Return a value that spoils, or at least changes, every result it enters."""
     return math.nan if values.is_floating_point() else 1 if values.dtype == torch.bool else 99
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values (but for "expanded", which repeats the first row) in another memory layout."""
+    """Return the values in another memory layout; "expanded" repeats the first row."""
     if values.dim() == 0:
         return values
     if layout == "transposed":
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced":
-        # An odd offset in every axis: no alignment, and neighbours that must not be read.
+        # An odd offset along every axis: no alignment, and neighbours that must not be read.
         padded = values.new_full([n + 3 for n in values.shape], _poison(values))
         view = padded[tuple(slice(1, 1 + n) for n in values.shape)]
         view.copy_(values)
@@ -63,9 +63,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 @st.composite
 def tensors(draw, shape, dtype, *, spread=1.0, device="cpu", low=None, high=None):
-    """Fresh normal values times ``spread`` (or uniform in [low, high], its ends included) in a drawn
-    layout.
-    """
+    """Draw normals times ``spread``, or uniforms in [low, high], ends included, in a drawn layout."""
     generator = torch.Generator().manual_seed(draw(seeds))
     if low is None:
         values = torch.randn(shape, generator=generator, dtype=torch.float64) * spread

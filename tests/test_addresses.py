@@ -1,4 +1,4 @@
-"""Noise is an address: what a row and a draw see does not depend on the batch, and seeds have 64 bits."""
+"""Addressed noise: the noise of a row and draw does not depend on the batch, and seeds have 64 bits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ N, D, X = 23, 3, 7
 
 
 class _Whole(fastvae.DiagonalNormal):
-    """Of a subclass rows cannot be taken, so the whole batch is drawn for."""
+    """Subclass whose rows cannot be sliced, so that the whole batch is drawn."""
 
 
 @pytest.mark.parametrize("hard", [3, 15], ids=["few go on", "most go on"])
 @pytest.mark.parametrize("posterior", [fastvae.DiagonalNormal, _Whole], ids=["rows", "whole"])
 def test_stopping_draws_the_same_noise_in_any_batch(posterior, hard):
-    """An example's noise is that of its place in the data, also when others of its batch have stopped."""
+    """An example's noise is that of its index in the data, even after others of its batch have stopped."""
     model = LinearGaussian(D, X)
     x = model.sample(N)
     shift = torch.full((N,), 0.1, dtype=torch.float64, device=DEVICE)
@@ -52,7 +52,7 @@ def test_stopping_draws_the_same_noise_in_any_batch(posterior, hard):
 
 
 def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
-    """Value and gradient, by the offsets of the first row and the first draw."""
+    """Value and gradient are those of the whole, given the offsets of the first row and the first draw."""
     k, b = 6, 9
     mu, logvar = (randn(b, D, seed=s) for s in (1, 2))
     upstream = randn(k, b, D, seed=3)
@@ -73,7 +73,7 @@ def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
                 *leaves, samples=draws.stop - draws.start, seed=seed, sample_offset=draws.start,
                 row_offset=rows.start, **options,
             )  # fmt: skip
-            # The draws of one row, and no other, in a shard of them.
+            # Only the draws of one row, in a shard of them.
             loss = (z * upstream[draws, rows]).sum() + second.sum()
             results.append((z.detach(), *torch.autograd.grad(loss, leaves)))
         whole, part, tail = results
@@ -81,7 +81,7 @@ def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
         assert torch.equal(tail[0], whole[0][3:, 4:])
         for got, expected in zip(part[1:], whole[1:], strict=True):
             torch.testing.assert_close(got, expected[2:7], rtol=1e-6, atol=1e-6)
-        # What the first draws add to the gradient is what the last ones lack of the whole.
+        # The gradients of the first and of the last draws add up to the whole gradient.
         leaves = [t[4:].clone().requires_grad_() for t in (mu, logvar)]
         z, second = op(*leaves, samples=3, seed=seed, row_offset=4, **options)
         extra = 0 if op is ops.rsample_kl else second.sum()
@@ -92,14 +92,14 @@ def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
 
 @pytest.mark.parametrize("given", [False, True], ids=["torch's state", "a generator"])
 def test_seeds_have_64_bits(given):
-    """Neither half comes twice: of 200 draws two share 32 bits with a chance of 5e-6, and these are fixed."""
+    """Neither half repeats: two of 200 draws share 32 bits with probability 5e-6, and the draws are fixed."""
     source = generator(4) if given else None
     if not given:
         torch.manual_seed(4)
     seeds = [int(fastvae.random.draw_seed(DEVICE, source)) % 2**64 for _ in range(200)]
     for half in ([s >> 32 for s in seeds], [s % 2**32 for s in seeds]):
         assert len(set(half)) == 200
-        # Every bit is 0 in some and 1 in others; 200 draws miss one with a chance of 2^-192.
+        # Every bit is 0 in some and 1 in others; 200 draws miss one with probability 2^-192.
         ones, zeros = 0, 0
         for word in half:
             ones |= word
@@ -108,7 +108,7 @@ def test_seeds_have_64_bits(given):
 
 
 def test_every_bit_of_a_seed_counts(backend):
-    """An int is the tensor that it would be; neighbours in any bit draw other noise."""
+    """An int seed equals the tensor of it; seeds that differ in one bit draw different noise."""
     make = lambda seed: fastvae.random.normal(seed, 2, 3, 5, device=DEVICE)  # noqa: E731
     for seed in (0, 12345, -1, 2**63 - 1, -(2**63)):
         whole = make(seed)
@@ -119,7 +119,7 @@ def test_every_bit_of_a_seed_counts(backend):
 
 
 def test_an_objectives_rows_see_different_noise():
-    """And every draw: no two of the latents of one call are equal."""
+    """No two latents of one call are equal, over rows and draws."""
     seen = []
 
     def decoder(z):
@@ -133,7 +133,7 @@ def test_an_objectives_rows_see_different_noise():
     fastvae.log_marginal(x, q, decoder, k=k, k_chunk=2, likelihood=fastvae.Gaussian(1.0))
     fastvae.elbo(x, q, decoder, k=k, likelihood=fastvae.Gaussian(1.0))
     z = torch.cat(seen).flatten()
-    # Of 594 normals in float32 two are equal with a chance below 0.02, three pairs with one below 1e-6.
+    # Among 594 float32 normals one pair is equal with probability below 0.02, three pairs with below 1e-6.
     assert len(z) == 3 * k * b * D and len(z.unique()) >= len(z) - 3
 
 
@@ -153,7 +153,7 @@ def test_a_vae_samples_by_its_generator_alone():
 
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae", "log_marginal", "reconstruction_log_prob"])
 def test_an_objectives_rows_begin_where_they_are_told(objective):
-    """A part of the batch at its place is that part of the whole batch."""
+    """Part of a batch with its row offset gives that part of the whole batch's result."""
     x, mu, logvar, weight = (randn(*s, seed=5, dtype=torch.float64) for s in ((9, X), (9, D), (9, D), (D, X)))
 
     def run(rows, **options):

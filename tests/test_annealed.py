@@ -1,4 +1,4 @@
-"""Annealed importance sampling against models of known log p(x): bounds from both sides, and the audit."""
+"""Annealed importance sampling on models of known log p(x): bounds from both sides, and the audit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ B, D, X, C = 5, 3, 7, 4
 
 @pytest.fixture(autouse=True)
 def same_networks():
-    """What is compared with its own standard error must not be another in each run."""
+    """Fix the networks, so that comparisons with a standard error do not vary between runs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         yield
@@ -55,9 +55,10 @@ def _exact_draws(model, x, seed=6):
 @torch.no_grad()
 @pytest.mark.parametrize("start", STARTS)
 def test_weights_have_the_mean_that_they_must_have(start, monkeypatch):
-    """E[w] = p(x) forward and E[1/w] = 1/p(x) back, for a q that is off, from 4000 examples of one x each;
-    the bounds enclose the truth, and more temperatures bring them together. These rise unevenly, so that it
-    matters which are passed when.
+    """E[w] = p(x) forward and E[1/w] = 1/p(x) backward, for an inexact q and 4000 copies of one x.
+
+    The bounds enclose the truth, and more temperatures bring them together. The temperatures are unevenly
+    spaced, so that their order matters.
     """
     monkeypatch.setattr("fastvae._annealing.temperatures", lambda n: [(t / n) ** 2 for t in range(n + 1)])
     model, n = LinearGaussian(2, X), 4000
@@ -70,7 +71,7 @@ def test_weights_have_the_mean_that_they_must_have(start, monkeypatch):
         for log_w in (forward - exact, exact - back):
             ratio = log_w.exp()
             assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(n)
-        # By Jensen's inequality the logarithms are on their sides, by far more than their errors.
+        # By Jensen's inequality the logarithms lie on either side, by far more than their errors.
         error = math.sqrt(float(forward.var() + back.var()) / n)
         if steps == 3:
             assert float((exact - forward).mean()) > 5 * error
@@ -92,9 +93,7 @@ def test_from_the_exact_posterior_every_weight_is_exact():
 @torch.no_grad()
 @pytest.mark.parametrize("mixture", [False, True])
 def test_a_step_alone_is_importance_sampling(mixture):
-    """The same draws give the same log p(x) as log_marginal's; those of a mixture's strata count their
-    shares.
-    """
+    """A single step with the same draws gives log_marginal's log p(x); a mixture's strata are weighted."""
     model = LinearGaussian(D, X)
     x = model.sample(B)
     q, options = model.posterior(x, 0.3, 0.2), {"likelihood": model.likelihood}
@@ -109,14 +108,14 @@ def test_a_step_alone_is_importance_sampling(mixture):
 
 @torch.no_grad()
 def test_estimates_where_importance_sampling_is_wrong():
-    """q is half as wide as the posterior, and 3 of its widths off."""
+    """Estimates are accurate for a q half as wide as the posterior and 3 of its widths off."""
     model = LinearGaussian(D, X)
     x = model.sample(20)
     exact, q = model.log_px(x), model.posterior(x, 1.5, -1.4)
     options = {"likelihood": model.likelihood, "generator": generator(2)}
     plain = fastvae.log_marginal(x, q, model.decoder, k=1000, **options)
     result = fastvae.ais(x, q, model.decoder, steps=200, chains=16, **options)
-    # Low by the sum of 20 biases, whose own spread is smaller by far.
+    # Low by the mean of 20 biases, whose spread is far smaller.
     assert float((exact - plain.log_px).mean()) > 0.3
     assert abs(float((exact - result.log_px).mean())) < 0.1
     score = (result.log_px - exact) / result.stderr
@@ -130,22 +129,20 @@ def test_estimates_where_importance_sampling_is_wrong():
 
 @torch.no_grad()
 def test_a_trajectory_leads_back():
-    """With momenta turned around a trajectory returns, so that a transition is reversible, and it keeps
-    volume, whatever the noise.
-    """
+    """A trajectory with reversed momentum returns, so transitions are reversible; it preserves volume."""
     model = LinearGaussian(2, X)
     x = model.sample(1)
     a = _chains_of(model, x, model.posterior(x, 0.5, 0.3), steps=2, chains=1, leapfrog=3)
     size, beta = torch.full((1,), 0.7, dtype=torch.float64), 0.4
 
     def trajectory(z, momentum):
-        """Where it ends, by a transition that is always accepted: columns of noise of probability 1 and 0."""
+        """Return the end point of a transition that the given noise always accepts."""
         noise = torch.cat([momentum, torch.tensor([0.0, -8.0], dtype=torch.float64)])[None, None]
         point, _ = a._move(a._at(z[None, None]), beta, size, noise)
         return point.z[0, 0]
 
     def ended(z, momentum):
-        """Position and momentum of the end: the momentum is that which leads back."""
+        """Return the end's position and its momentum, reversed so that it leads back."""
         step, end = size * a.scale[0], (z, momentum)
         for _ in range(3):
             z, momentum = end
@@ -171,8 +168,9 @@ def test_a_trajectory_leads_back():
 @torch.no_grad()
 @pytest.mark.parametrize("beta", [0.3, 0.8])
 def test_a_transition_leaves_its_distribution_invariant(beta):
-    """From exact draws of π_β, a normal, the moments afterwards are the same; and the acceptance is between
-    all and nothing, so that the test asks something.
+    """A transition from exact draws of π_β, a normal, keeps the moments.
+
+    The acceptance rate is well inside (0, 1), so that the test is not trivial.
     """
     model, n = LinearGaussian(2, X), 20_000
     x = model.sample(1)
@@ -243,7 +241,7 @@ def test_neither_chunks_nor_rows_nor_batches_change_a_result(start):
 
 @torch.no_grad()
 def test_no_noise_is_used_twice(monkeypatch):
-    """Of the pilot, forward and back, each chain and transition has an address of its own, in any chunks."""
+    """Each chain and transition of pilot, forward and backward runs has a unique address, in any chunks."""
     drawn, used = Annealing._noise, []
 
     def noise(self, level, transition, chains):
@@ -260,13 +258,13 @@ def test_no_noise_is_used_twice(monkeypatch):
     assert min(level for level, _ in used) > 2**31  # no hierarchy's
 
 
-# Families, likelihoods, and what comes with x
+# Families, likelihoods, masks, sizes and contexts
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("q", "p"), [p for p in PAIRS if "standard" in p or p[0] in ("diagonal", "mixture")])
 def test_any_posterior_with_any_prior(q, p):
-    """Close to a great many plain draws, whatever the families; a mixture's strata count what they do."""
+    """Close to very many plain draws for any families; a mixture's strata are weighted."""
     posterior, prior = POSTERIORS[q](Parameters()), PRIORS[p](Parameters())
     x = (randn(B, X, seed=7) > 0).double()
     weight = randn(D, X, seed=6).double()
@@ -284,7 +282,7 @@ def test_any_posterior_with_any_prior(q, p):
 
 @torch.no_grad()
 def test_what_comes_with_x():
-    """A mask leaves out, a size is a factor of the mean, and context reaches the decoder: as everywhere."""
+    """A mask excludes elements, a size factor scales the mean, and the context reaches the decoder."""
     x, q = torch.poisson(3 * rand(B, X, seed=1)), (randn(B, D, seed=2), randn(B, D, seed=3))
     mask, size, context = rand(B, X, seed=4) > 0.3, 1 + rand(B, seed=5), randn(B, X, seed=6)
     linear = nn.Linear(D, X).to(DEVICE)
@@ -323,7 +321,7 @@ def test_latents_with_axes_of_their_own_and_several_parts():
 
 
 def test_a_hierarchy():
-    """Its levels' modules are called for each place of the chains."""
+    """The modules of a hierarchy's levels are called for each position of the chains."""
     hierarchy = fastvae.Hierarchy(
         [
             fastvae.Level(2, nn.Linear(X, 4)),
@@ -344,7 +342,7 @@ def test_a_hierarchy():
 
 @torch.no_grad()
 def test_a_bounded_support_is_left_by_no_chain():
-    """torch's own objects raise outside of their support, where a trajectory may lead: it is refused."""
+    """A trajectory that leaves the support, where torch's distributions raise, is rejected."""
     q = td.Uniform(torch.zeros(B, D).double(), 1.0, validate_args=True)
     prior = td.Independent(td.Uniform(torch.zeros(D).double(), 2.0, validate_args=True), 1)
     decoder, x = nn.Linear(D, X).double(), (rand(B, X, seed=1) > 0.5).double()
@@ -353,7 +351,7 @@ def test_a_bounded_support_is_left_by_no_chain():
     many = fastvae.log_marginal(x, q, decoder, k=5000, **options)
     spread = (result.stderr.square() + many.stderr.square()).sqrt()
     assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
-    with pytest.raises(ValueError, match="within the support"):  # the user's object is as it was
+    with pytest.raises(ValueError, match="within the support"):  # the user's object is unchanged
         q.log_prob(torch.full((B, D), -1.0).double())
 
 
@@ -459,9 +457,7 @@ def test_bounds_of_data_that_the_model_makes():
     ("shape", "conditional"), [((D,), False), ((D,), True), ((D, 1, 1), False), ((D, 1, 1), True)]
 )
 def test_bounds_with_a_prior(shape, conditional):
-    """One prior for all, or of a context's rows, over latents of any shape: with the exact posterior the
-    bounds are log p(x).
-    """
+    """Both bounds are log p(x) for the exact posterior, with shared and conditional priors of any shape."""
     model, n, made = LinearGaussian(D, X), 7, []
     latent_dim = shape if len(shape) > 1 else D
     shift = randn(n, D, seed=3, dtype=torch.float64) if conditional else randn(D, seed=3, dtype=torch.float64)
@@ -515,7 +511,7 @@ def test_bounds_need_draws_of_the_model():
 
 @torch.no_grad()
 def test_what_is_made_comes_with_what_a_batch_comes_with():
-    """Sizes multiply the means, context reaches the decoder, and what was not observed stays, NaN or not."""
+    """Simulated data use the batch's size factors and context; unobserved elements stay as they are."""
     n = 4000
     x = torch.full((n, X), math.nan, device=DEVICE)
     mask = (torch.arange(X, device=DEVICE) < 5).expand(n, X)
@@ -538,8 +534,9 @@ def test_what_is_made_comes_with_what_a_batch_comes_with():
 
 @torch.no_grad()
 def test_what_is_made_of_several_parts_and_outputs():
-    """A mean and a dispersion, a mapping of parts: each with its sizes, masks, dtype and shape; z of a prior
-    that has a row for each example.
+    """Simulate several parts and outputs, each with its size factors, masks, dtype and shape.
+
+    z comes from a prior with a row per example.
     """
     n = 4000
     size = torch.linspace(1, 3, n, device=DEVICE)
@@ -590,7 +587,7 @@ N = 37
 
 
 def _narrow(model):
-    """A q that is far too narrow: its few draws do not know what they miss."""
+    """Return a q that is far too narrow, whose few draws cannot reveal the missing mass."""
     return lambda x: model.posterior(x, 1.0, -3.0)
 
 
@@ -622,7 +619,7 @@ def test_an_audit_finds_that_importance_sampling_is_low():
     assert f"log p(x) higher by {audit.mean:.2f} ± {audit.stderr:.2f} nats on average" in str(result)
     assert f"the largest difference {audit.largest[0]:.2f} nats (example {audit.largest[1]})" in str(result)
     assert "on 12 simulated examples" in str(result)
-    # A good one has nothing to be found, and its own numbers do not change.
+    # A good q passes the audit, which does not change the evaluation's numbers.
     plain = _evaluate(model, lambda x: model.posterior(x, 0.1, 0.1), x)
     result = _evaluate(model, lambda x: model.posterior(x, 0.1, 0.1), x, audit=12)
     assert torch.equal(plain.log_px, result.log_px)
@@ -653,7 +650,7 @@ def test_an_audit_is_the_same_whatever_the_batches(monkeypatch):
 
 
 def test_an_audit_of_a_loader_that_reuses_its_buffer(monkeypatch):
-    """What was seen of a batch is kept as it was."""
+    """The audit keeps copies of the batches it samples from."""
     monkeypatch.setattr(importlib.import_module("fastvae.evaluate.audit"), "STEPS", 10)
     model = LinearGaussian(D, X)
     x, buffer = model.sample(N), torch.empty(5, X, dtype=torch.float64, device=DEVICE)
@@ -688,7 +685,7 @@ def test_examples_are_evenly_spaced(n):
 
 
 def test_an_audit_of_masks_sizes_and_context(tmp_path):
-    """What comes with an example comes with it into the audit, a mask for all too; saved and loaded."""
+    """An audited example keeps its size factor and context, and the common mask; saved and loaded."""
     x = torch.poisson(3 * rand(N, X, seed=1)).int()
     size, context = 1 + rand(N, seed=5), randn(N, X, seed=6)
     mask = torch.tensor([True] * (X - 2) + [False] * 2, device=DEVICE)
@@ -774,7 +771,7 @@ def test_a_vae_whose_last_layer_is_left_out():
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 def test_ranks_share_an_audit(tmp_path):
-    """Two ranks, each in a process of its own, find what one finds; beside a checkpoint."""
+    """Two ranks in separate processes give one process's result, with a checkpoint."""
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     model = LinearGaussian(D, X)
     alone = _evaluate(model, _narrow(model), model.sample(N).cpu(), audit=5, batch_size=10)

@@ -1,4 +1,4 @@
-"""python -m benchmarks: what is wrong is not timed, what loses is shown, what got slower is said."""
+"""python -m benchmarks: wrong results are not timed, losses are shown, regressions are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHERE = {"device": "A Processor (R) 7", "threads": "2", "versions": "torch 9", "
 
 
 class Clock(measure.Host):
-    """A host whose time is what the works say they take: a busy machine changes nothing."""
+    """Host with simulated time, as given by the works, so that a busy machine changes nothing."""
 
     def __init__(self):
         self.now = 0.0
@@ -96,7 +96,7 @@ def test_a_wrong_op_is_timed_neither_forward_nor_backward():
         results = measure.measure(work, budget=0)
         assert results["peer"].wrong.startswith("AssertionError: an error of 1") and not results[OURS].wrong
         assert len(results["eager"].seconds) and not len(results["peer"].seconds)
-    # Memory that nobody has written is no result.
+    # Unwritten memory is not a result.
     assert all("nan" in measure.measure(work, budget=0)[OURS].wrong for work in works(unwritten))
 
 
@@ -125,7 +125,7 @@ def test_sets_of_inputs_come_in_turn():
     for _ in range(4):
         forward.run[OURS]()
     assert seen[0] != seen[1] and seen[:2] == seen[2:] and forward.sets == 2
-    # A copy of as many bytes is measured beside it, and is no peer that could win.
+    # A copy of as many bytes is measured too, but does not compete.
     assert measure.COPY in forward.run and forward.graphs == {OURS, "eager", measure.COPY}
     source = forward.run[measure.COPY]()
     assert 2 * source.nbytes == 24
@@ -174,10 +174,10 @@ def test_slower_than_recorded_is_said_and_noise_is_not(tmp_path):
 
 
 def test_every_op_has_its_benchmark():
-    """The house's rule: an op has one name in every layer."""
+    """An op has the same name in every layer, the benchmarks included."""
     root = Path(__file__).parent.parent
     files = (p.stem for p in (root / "fastvae/ops").glob("*.py"))
-    # Draws of gamma.py are torch's own, as one op.
+    # gamma.py wraps torch's own draws in an op.
     ops = [name for name in files if name not in ("op", "gamma") and not name.startswith("_")]
     assert len(ops) >= 4
     for name in ops:
@@ -197,7 +197,7 @@ def test_recorded_results_can_be_read():
 
 
 def test_the_pictures_times_are_of_every_case(monkeypatch):
-    """With stand-ins for what is compiled and timed."""
+    """Every case is compiled and timed, here by stand-ins."""
     from benchmarks import frontend, picture
 
     names = ("link", frontend.OURS, "eager", "torch.compile", "torch.compile, fallback_random")
@@ -215,7 +215,7 @@ def test_the_pictures_times_are_of_every_case(monkeypatch):
 
 
 def test_the_readmes_picture(tmp_path, monkeypatch, capsys):
-    """It is drawn of what is measured, and says it in numbers too."""
+    """The picture is drawn from the measurements, and prints them too."""
     pytest.importorskip("matplotlib")
     from benchmarks import picture
 
@@ -235,7 +235,7 @@ def test_the_readmes_picture(tmp_path, monkeypatch, capsys):
 
 
 def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
-    """Every estimator is a row of both tables, and what is made of one is what is written."""
+    """Every estimator is a row of both tables, and the written numbers are the measured ones."""
     pytest.importorskip("sklearn")
     from benchmarks import estimators
 
@@ -258,7 +258,7 @@ def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
 
 
 def test_the_exact_models_truth_is_exact():
-    """With the exact posterior every weight is p(x)."""
+    """Every weight is p(x) for the exact posterior."""
     from benchmarks import estimators
 
     model = estimators.linear_gaussian(3, 1, 0, 5)

@@ -1,4 +1,4 @@
-"""python -m benchmarks gpu: its dry run, what it judges, its time, its device and its processes."""
+"""python -m benchmarks gpu: the dry run, judgements, time limits, the device and the processes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from benchmarks.measure import COMPILE, COPY, OURS, Machine, Result, Work, measu
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-# What the last thing to be seen of the command may hold.
+# Maximum characters of the command's visible output.
 MOST_CHARACTERS = 12_000
 
 
-# More than a machine is ever busy: what is left out for want of time is tested by a clock of its own.
+# Never reached, even on a busy machine; time limits are tested with a simulated clock.
 HOURS = ("--seconds", 36_000, "--tests-seconds", 18_000)
 
 
@@ -93,9 +93,7 @@ def test_without_triton_it_says_what_to_install(monkeypatch, capsys, tmp_path):
 
 
 def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch, capsys):
-    """By a clock that stands still: two seconds are left after what the end is kept for, every item takes
-    more.
-    """
+    """Skipped items are listed; the clock stands still, two seconds above the reserve, too few for any."""
 
     def in_this_process(state):
         assert state.stop == 1002 and gpu._worker(state.path) == 0
@@ -134,7 +132,7 @@ def test_a_plan_has_no_name_twice():
     }
 
 
-# Tables, of rows that are made up.
+# Tables, from made-up rows.
 
 WHERE = {
     "device": "A Card",
@@ -149,7 +147,7 @@ MACHINE = Machine(copied=4e12, read=3.9e12, operations=2.5e13)
 
 
 def _rows(group, case, seconds, *, moved=0, operations=0, target=None, direction="forward+backward"):
-    """Rows as a run writes them; ``seconds`` are each implementation's."""
+    """Return rows as a run writes them; ``seconds`` maps each implementation to its time."""
     work = Work(group, case, direction, dict.fromkeys(seconds), {}, moved, operations, target=target or {})
     results = {name: Result(torch.tensor([s, s]).numpy()) for name, s in seconds.items()}
     rows = report.rows_of(work, results, MACHINE, WHERE)
@@ -157,7 +155,7 @@ def _rows(group, case, seconds, *, moved=0, operations=0, target=None, direction
 
 
 def test_the_tables_can_be_seen_to_the_end():
-    """All of the plan, with the longest lines: no more than what is shown of a long output."""
+    """The tables of the whole plan, with the longest lines, fit into the visible output."""
     peers = (OURS, "eager", COMPILE, "torch.distributions", COPY)
     rows = []
     for item in gpu.PLAN:
@@ -183,7 +181,7 @@ def test_the_tables_can_be_seen_to_the_end():
     assert max(map(len, text.splitlines())) < 180
 
 
-# The device, with a torch.cuda that writes down what is asked of it.
+# The device, with a torch.cuda that records its calls.
 
 
 class FakeCuda(SimpleNamespace):
@@ -253,7 +251,7 @@ def test_a_graph_is_captured_warm_and_timed_by_events():
         return torch.ones(1)
 
     timed = cuda.prepare(_work(run), OURS, once=1e-3)
-    # As many calls as there are sets of inputs, though two of them would be long enough.
+    # One call per set of inputs, though two would take long enough.
     warm = ["warm"] * 3 + ["synchronize"]
     assert fake.calls == [*warm, "capture", *["captured"] * 3, "synchronize"]
     assert (timed.clock, timed.calls) == ("graph", 3)
@@ -323,7 +321,7 @@ def test_sets_of_inputs_exceed_the_cache():
 
 
 def _measure_all(monkeypatch, tmp_path, ends):
-    """What the command makes of processes that end so: each changes the state and returns a code."""
+    """Run the command with processes that end as given: each changes the state and returns a code."""
     ends = iter(ends)
 
     class Process:
@@ -376,7 +374,7 @@ def test_what_hangs_is_named_and_what_was_to_follow_is_left_out(monkeypatch, tmp
 
 
 class Troubled(device.StandIn):
-    """A stand-in that cannot capture one peer's backward pass, and then loses the device."""
+    """Stand-in device that cannot capture one peer's backward pass, and then fails."""
 
     COMPILED = 0
     failed, lost_in = (), ""
@@ -415,7 +413,7 @@ def test_a_process_that_cannot_go_on_leaves_what_it_has(tmp_path, monkeypatch, c
     state = gpu.State.load(state.path)
     assert state.done == [lme] and state.lost == {gaussian: "DeviceLost: an illegal address"}
     rows = report.read_csv(Path(state.csv))
-    # What was written is not measured again, and the speed of the machine stays what it was.
+    # Recorded rows are not measured again, and the machine's measured speed is kept.
     assert rows[: len(before)] == before and len(rows) == 2 * len(before)
     assert len({r["copy_gb_per_s"] for r in rows}) == 1
     assert gpu._worker(state.path) == 0 and "the device is lost" in capfd.readouterr().out
@@ -461,7 +459,7 @@ def test_the_outcome_of_tests_is_read():
     outcome = device_tests.read(PLAIN, 1, 0)
     assert outcome.counts == {"passed": 1, "errors": 1} and outcome.collected == 3
     assert "assert 1 == 2" in outcome.text() and "short test summary" not in outcome.text()
-    # Cut off without a failure is no failure, and nothing at all is.
+    # Output cut off without a failure counts as passed, no output at all does not.
     assert device_tests.read(SPREAD.replace("FAILED", "PASSED"), -2, 200).passed
     nothing = device_tests.read("no module named pytest", 1, 0)
     assert not nothing.passed and "no module named pytest" in nothing.text()
@@ -469,7 +467,7 @@ def test_the_outcome_of_tests_is_read():
 
 
 def test_tests_are_ended_when_their_time_is_up(tmp_path, monkeypatch):
-    """The group of processes, too; what has been done by then is known."""
+    """A timeout ends the whole process group; the results so far are kept."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_compare.py").write_text(
         "import pathlib, time\n\n\ndef test_a():\n    pass\n\n\n"
@@ -480,7 +478,7 @@ def test_tests_are_ended_when_their_time_is_up(tmp_path, monkeypatch):
         def wait(self, timeout=None):
             if timeout != 4:
                 return super().wait(timeout)
-            # The four seconds are up when the second test has begun, be the machine as busy as it may.
+            # The four seconds end when the second test has begun, however busy the machine.
             while not (tmp_path / "begun").exists() and self.poll() is None:
                 time.sleep(0.01)
             raise subprocess.TimeoutExpired("pytest", timeout)

@@ -1,4 +1,4 @@
-"""bernoulli_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to bernoulli_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .conftest import DEVICE
     ],
 )
 def test_certain_pixels(backend, x, logit, value, gradient, columns):
-    """0 * inf is 0 here: certain and right costs nothing; certain and wrong costs everything."""
-    # The other pixels of a long row cost nothing: they are right by 200 nats.
+    """0 * inf is 0: an infinite logit has log p 0 if right and -inf if wrong."""
+    # The other pixels of a long row have log p of about -e^-200.
     logits, data = torch.full((1, columns), 200.0, device=DEVICE), torch.ones(1, columns, device=DEVICE)
     logits[0, -1], data[0, -1] = logit, x
     logits.requires_grad_()
@@ -40,7 +40,7 @@ def test_certain_pixels(backend, x, logit, value, gradient, columns):
 
 @pytest.mark.parametrize("low, high, hint", [(-1.0, 1.0, r"\(x \+ 1\) / 2"), (0.0, 255.0, "x / 255")])
 def test_targets_outside_the_unit_interval(backend, monkeypatch, low, high, hint):
-    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU the check is asked for
+    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU the check is optional
     x = torch.rand(4, 9, device=DEVICE) * (high - low) + low
     x[0, 0], x[3, 8] = low, high
     with pytest.raises(ValueError, match=rf"\[{low:g}, {high:g}\].*\[0, 1\].*{hint}"):

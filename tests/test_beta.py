@@ -1,4 +1,4 @@
-"""beta_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to beta_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONCENTRATIONS = (1e-30, 1e-3, 0.3, 1.0, 1.7, 40.0, 1e4, 1e6, 1e9)
 
 
 def exact(x: float, c1: float, c0: float, parts: int) -> tuple[list[float], list[float]]:
-    """log p, its derivatives by x, log a and log b; and the sizes of what cancels in each."""
+    """Return log p, its derivatives by x, log a and log b, and the sizes of each one's cancelling terms."""
     with mpmath.workdps(80):
         x, c1, c0 = mpmath.mpf(x), mpmath.mpf(c1), mpmath.mpf(c0)
         a, b = mpmath.exp(c1), mpmath.exp(c0)
@@ -30,8 +30,8 @@ def exact(x: float, c1: float, c0: float, parts: int) -> tuple[list[float], list
             a * (psi - mpmath.digamma(a) + log_x),
             b * (psi - mpmath.digamma(b) + log_y),
         ]
-        # An error of s counts n |x - mean| in log p, and n x (1 - x) in the slopes. It is a rounding of s, or
-        # of a logit in one part.
+        # An error of s is multiplied by n |x - mean| in log p, and by n x (1 - x) in the slopes. It is a
+        # rounding of s, or of a logit that is one number instead of two parts.
         s = abs(log_x - log_y - (c1 - c0)) if parts == 2 else abs(log_x) + abs(log_y)
         move, steep = n * abs(x - a / n), n * x * (1 - x)
         sizes = [
@@ -52,7 +52,7 @@ def results(x, c1, c0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("a", CONCENTRATIONS)
 def test_any_concentration(backend, dtype, a):
-    """Close to the mean and far from it: large gamma functions leave no trace."""
+    """Accurate close to the mean and far from it: large gamma functions cancel without loss."""
     points = [1e-40, 1e-6, 0.03, 0.49, 0.5, 0.51, 0.97, 1 - 1e-6]
     logs, data = [], []
     for b in CONCENTRATIONS:
@@ -78,7 +78,7 @@ def test_any_concentration(backend, dtype, a):
 @pytest.mark.parametrize("columns", [1, 500])
 @pytest.mark.parametrize("end", [0.0, 1.0])
 def test_the_ends(backend, columns, end):
-    """A concentration below 1 has a pole there, one above a zero; of 1 the other alone counts."""
+    """At an end, a concentration below 1 gives a pole, above 1 a zero; at 1 only the other matters."""
     for a, value in ((0.5, math.inf), (1.0, math.log(3)), (2.0, -math.inf)):
         x = torch.full((1, columns), 0.5, device=DEVICE)
         c1, c0 = torch.zeros(2, 1, columns, device=DEVICE)
@@ -89,7 +89,7 @@ def test_the_ends(backend, columns, end):
         assert float(out.detach()) == pytest.approx(value, rel=1e-6, abs=1e-6 * columns)
         own, other = (to_1, to_0) if end == 0 else (to_0, to_1)
         assert float(own[0, -1]) == -math.inf
-        # b (ψ(a + b) - ψ(b)), of log(1 - 0).
+        # b (ψ(a + b) - ψ(b)), as log(1 - 0) is 0.
         slope = 3 * (float(mpmath.digamma(a + 3)) - float(mpmath.digamma(3)))
         assert float(other[0, -1]) == pytest.approx(slope, rel=1e-6)
         inwards = {0.5: -math.inf, 1.0: -2.0, 2.0: math.inf}[a]
@@ -101,18 +101,18 @@ def test_the_ends(backend, columns, end):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_concentrations_beyond_the_largest_number(backend, dtype):
-    """They count as e⁸⁰ and e⁻⁸⁰."""
+    """Log concentrations are clamped to ±80."""
     x = torch.full((1, 1), 0.5, dtype=dtype, device=DEVICE)
     for a, b, value in ((200.0, 200.0, 80.0), (math.inf, math.inf, 80.0), (-math.inf, 0.0, -80.0)):
         found = results(x, torch.full_like(x, a), torch.full_like(x, b))
-        # Of e⁸⁰ and e⁸⁰ at their mean, ½ log(2 n / π).
+        # For e⁸⁰ and e⁸⁰ at their mean, ½ log(2 n / π).
         expected = 0.5 * (value + 2 * math.log(2) - math.log(math.pi)) if value > 0 else value + math.log(2)
         assert float(found[0].detach()) == pytest.approx(expected, rel=1e-6)
         assert not any(bool(f.isnan().any()) for f in found)
 
 
 def test_it_is_torchs_beta():
-    """Where torch's own has digits."""
+    """Equal to torch's Beta where that is accurate."""
     c1, c0 = torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     theirs = torch.distributions.Beta(c1.exp(), c0.exp())
     x = fastvae.Beta().sample((c1, c0), generator=torch.Generator().manual_seed(2)).clamp(1e-300, 1 - 1e-15)

@@ -1,5 +1,6 @@
-"""Every bound of the literature: values, gradients of decoder and encoder, theory; against plain PyTorch in
-float64 that was written from the papers.
+"""Every bound of the literature: values, gradients of decoder and encoder, and theory.
+
+The expected values come from plain PyTorch in float64, written from the papers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def tensor_alpha(value):
     return torch.tensor(value, dtype=torch.float64, device=DEVICE)
 
 
-# Values as the papers write them, of the log weights [K] of one example.
+# Values as in the papers, from the log weights [K] of one example.
 
 
 def lme(w):
@@ -89,7 +90,7 @@ NAMED = [(name, e) for name, (kind, _, _) in CASES.items() for e in estimators_o
 
 
 class Model:
-    """A Gaussian model whose parts are written out; every tensor in it can be learned."""
+    """Explicit Gaussian model, every tensor of which can be learned."""
 
     def __init__(self, dtype=torch.float64, prior=True, shift=0.0):
         self.x = rand(B, X, seed=1, dtype=dtype)
@@ -113,7 +114,7 @@ class Model:
         return normal(draw_seed(DEVICE, generator(seed)), k, B, D, dtype=torch.float64)
 
     def log_w(self, k=K, seed=7, *, z=None, fixed=False):
-        """Log weights [K, B], and log q(z|x) at a z that is held, of leaves, or with q's density held."""
+        """Return log weights [K, B] and log q(z|x), at a given z, or with detached q (``fixed``)."""
         z = self.mu + (0.5 * self.logvar).exp() * self.noise(k, seed) if z is None else z
         mu, logvar = (t.detach() if fixed else t for t in (self.mu, self.logvar))
 
@@ -127,7 +128,7 @@ class Model:
 
 
 def derivatives(value, log_w):
-    """The derivatives and second derivatives [K, B] of each column's bound."""
+    """Return the first and second derivatives [K, B] of each column's bound."""
     first, second = [], []
     for w in log_w.detach().T:
         first.append(torch.func.grad(value)(w))
@@ -136,7 +137,7 @@ def derivatives(value, log_w):
 
 
 def gradients(model, value, estimator, k=K, seed=7, path=None):
-    """Of the bounds' sum, by the definition of the estimator, each sample for itself."""
+    """Compute the gradients of the bounds' sum by the estimator's definition, sample by sample."""
     log_w, log_q = model.log_w(k, seed, fixed=True)
     g, h = derivatives(value, log_w)
     a, s = {
@@ -155,7 +156,7 @@ def gradients(model, value, estimator, k=K, seed=7, path=None):
 @pytest.mark.parametrize("route", ["whole", "chunks"])
 @pytest.mark.parametrize(("name", "estimator"), NAMED)
 def test_value_and_gradients(backend, route, name, estimator):
-    """Of encoder, decoder and prior, by the definitions, in one piece and in chunks that divide nothing."""
+    """Encoder, decoder and prior agree with the definitions, whole and in chunks that do not divide K."""
     dtype, tolerance = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-11)
     kind, options, value = CASES[name]
     model, exact = Model(dtype), Model()
@@ -163,7 +164,7 @@ def test_value_and_gradients(backend, route, name, estimator):
         kind(**options, estimator=estimator), reduction="none", k_chunk=None if route == "whole" else 5
     )
     expected = torch.stack([value(w) for w in exact.log_w()[0].T])
-    # The case that is close to 1 is expanded to first order.
+    # The case close to 1 is expanded to first order.
     loose = max(tolerance, 1e-9) if "close" in name else tolerance
     torch.testing.assert_close(found.double(), expected, rtol=loose, atol=loose)
     grads = torch.autograd.grad(found.sum(), model.learned)
@@ -175,7 +176,7 @@ def test_value_and_gradients(backend, route, name, estimator):
 
 
 def covariance_gradients(model, *_):
-    """TVO's, eq. 13: of each expectation, the expectation of the derivative, and a covariance with it."""
+    """Compute TVO's gradients, eq. 13: expected derivatives plus covariances, for each expectation."""
     held = (model.mu + (0.5 * model.logvar).exp() * model.noise()).detach()
     log_w, log_q = model.log_w(z=held)
     log_p = log_w + log_q
@@ -201,7 +202,7 @@ PAIRS = {
 @pytest.mark.parametrize("route", ["whole", "chunks"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_another_bound_for_the_encoder(backend, name, route, prior):
-    """The value, the decoder and the prior are the first one's, the encoder is the second one's."""
+    """Value, decoder and prior gradients come from the first bound, encoder gradients from the second."""
     dtype, tolerance = (torch.float32, 1e-4) if backend == "triton" else (torch.float64, 1e-11)
     objective, encoder = PAIRS[name]
     model, exact = Model(dtype, prior), Model(prior=prior)
@@ -236,7 +237,7 @@ def test_a_pair_is_what_its_one_bound_is():
 
 
 def test_a_group_without_weight_still_teaches_the_encoder():
-    """PIWAE: of all samples it has a share that no float is, in its own group it has all."""
+    """PIWAE: a group's share of all samples underflows, but in its group its weights sum to one."""
 
     class Line(fastvae.Likelihood):
         def log_prob(self, x, parameters):
@@ -262,7 +263,7 @@ def test_a_group_without_weight_still_teaches_the_encoder():
             k=2, q_objective=IWAE(groups=2), likelihood=Line(), prior=Flat(),
         )  # fmt: skip
         to_mu, to_slope = torch.autograd.grad(bound, (mu, slope))
-        # Both samples' d log w / dz = slope counts a half; the decoder learns by the first, where z = 0.
+        # Each sample's d log w / dz = slope has weight ½; the decoder learns from the first, where z = 0.
         torch.testing.assert_close(to_mu, slope.detach().expand(1, 1))
         assert abs(float(to_slope)) < 1e-25
 
@@ -274,8 +275,9 @@ class Flat(fastvae.Distribution):
 
 @pytest.mark.parametrize("name", [n for n, (kind, _, _) in CASES.items() if kind is not TVO])
 def test_dreg_has_the_expectation_of_the_derivative(name):
-    """Over many draws both estimators of the encoder's gradient have one mean, and for the model's exact
-    posterior DReG's is zero, draw by draw.
+    """Both estimators of the encoder's gradient have the same mean over many draws.
+
+    For the exact posterior DReG's is zero in every draw.
     """
     kind, options, _ = CASES[name]
     batch, n = 4000, 12
@@ -292,13 +294,13 @@ def test_dreg_has_the_expectation_of_the_derivative(name):
     difference = found["iwae"] - found["dreg"]
     error = difference.std(0) / math.sqrt(batch)
     assert (difference.mean(0).abs() < 4.5 * error).all()
-    # The bound of a posterior that is not exact has a gradient to be found.
+    # For an inexact posterior the gradient is nonzero.
     assert (found["dreg"].mean(0).abs() > 5 * found["dreg"].std(0) / math.sqrt(batch)).any()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_exact_posterior(name):
-    """Every weight is p(x): so is each bound, and without the score nothing reaches the encoder."""
+    """Every weight is p(x), so each bound is log p(x), and without the score the encoder's gradient is 0."""
     kind, options, _ = CASES[name]
     x = rand(B, 1, seed=1, dtype=torch.float64)
     log_px = -0.25 * x[:, 0].square() - 0.5 * math.log(4 * math.pi)
@@ -315,8 +317,9 @@ def test_the_exact_posterior(name):
 
 
 def test_orderings():
-    """On the same draws: falling in α, rising from the ELBO to IWAE through CIWAE and MIWAE; TVO between the
-    ELBO and log p(x) as it is refined.
+    """On the same draws, bounds are ordered: decreasing in α, and ELBO <= CIWAE, MIWAE <= IWAE.
+
+    TVO rises from the ELBO to log p(x) as it is refined.
     """
     model = Model()
     with torch.no_grad():
@@ -336,7 +339,7 @@ def test_orderings():
         found = [model.bound(TVO(betas), reduction="none") for betas in grids]
         torch.testing.assert_close(found[0], elbo)
         assert all(bool((a < b).all()) for a, b in itertools.pairwise(found))
-        # The integral over all temperatures is the log-mean-exp of these very weights.
+        # The integral over all temperatures is the log-mean-exp of the same weights.
         torch.testing.assert_close(found[-1], iwae, rtol=1e-3, atol=1e-2)
         assert bool((model.bound(Jackknife(), reduction="none") > iwae).all())
 
@@ -355,12 +358,12 @@ def test_a_u_statistic_has_miwaes_mean_and_less_variance():
     difference = found[2] - found[0]
     assert difference.mean().abs() < 4.5 * difference.std() / math.sqrt(batch)
     assert found[2].var() < 0.7 * found[0].var()
-    # One way to divide is MIWAE, of other groups.
+    # A single partition is MIWAE with other groups.
     assert abs(found[1].var() / found[0].var() - 1) < 0.3
 
 
 def _posterior_gradient(logvar, mean, steps=4001, width=12.0):
-    """∇ of −KL(p(z|x) ‖ q) in one dimension by quadrature, x = 0.7 with unit variances."""
+    """Compute ∇ of −KL(p(z|x) ‖ q) in one dimension by quadrature, x = 0.7 with unit variances."""
     z = torch.linspace(-width, width, steps, dtype=torch.float64)
     posterior = torch.distributions.Normal(0.35, math.sqrt(0.5)).log_prob(z).exp()
     mean, logvar = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (mean, logvar))
@@ -370,7 +373,7 @@ def _posterior_gradient(logvar, mean, steps=4001, width=12.0):
 
 
 def test_wake_phi_follows_the_forward_kl():
-    """As K grows, by quadrature."""
+    """For large K, wake-phi's gradient is that of the forward KL by quadrature."""
     k = 200_000
     x = torch.full((1, 1), 0.7, dtype=torch.float64)
     mu = torch.full((1, 1), 0.1, dtype=torch.float64, requires_grad=True)
@@ -385,8 +388,9 @@ def test_wake_phi_follows_the_forward_kl():
 
 
 def test_the_thermodynamic_gradient_is_that_of_its_integral():
-    """The covariance estimator at large K against the derivative of E_πβ[log w] in one dimension, where π_β
-    is normal; by finite differences of quadrature.
+    """The covariance estimator at large K equals the derivative of E_πβ[log w] in one dimension.
+
+    π_β is normal; the derivative comes from finite differences of quadrature.
     """
     betas, k = (0.0, 0.4), 200_000
 
@@ -430,7 +434,7 @@ HOWS = [(0.0, 4, 0.0), (0.5, 1, 0.0), (-1.0, 3, 0.0), (0.999, 1, 0.0), (0.0, 1, 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("how", HOWS)
 def test_the_fused_reduction(backend, how, reduction, dtype):
-    """More rows than are reduced at a time; the bound of a term that is rounded once in each dtype."""
+    """The fused reduction is exact to rounding, over more rows than are reduced at a time."""
     if backend == "triton" and dtype == torch.float64:
         dtype = torch.float32
     k, b, size = 12, 70, 3
@@ -449,8 +453,8 @@ def test_the_fused_reduction(backend, how, reduction, dtype):
     exact = torch.stack([share * w.mean() + (1 - share) * of_groups(w, groups, alpha) for w in log_w.T])
     exact = exact if reduction == "none" else exact.mean()
     wanted = torch.autograd.grad(exact, wide, upstream.double())
-    # A log weight of about 20 is rounded a few times, and weights are exponentials of these; what is rounded
-    # in float64 counts 1 / (1 - α) times.
+    # A log weight of about 20 is rounded a few times, and weights are its exponentials; float64 roundings are
+    # multiplied by 1 / (1 - α).
     tolerance = 20 * 20 * max(torch.finfo(dtype).eps, 2e-16 / abs(1 - alpha))
     torch.testing.assert_close(bound.double(), exact, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(mean.double(), log_p.mean(0), rtol=tolerance, atol=tolerance)
@@ -460,7 +464,7 @@ def test_the_fused_reduction(backend, how, reduction, dtype):
 
 @pytest.mark.parametrize("name", ["miwae", "vr", "ciwae"])
 def test_by_a_fused_head(backend, name):
-    """From the last layer, in one pass with the gradients: as from its output."""
+    """The fused last layer, in one pass with the gradients, agrees with the separate layer."""
     kind, options, _ = CASES[name]
     torch.manual_seed(0)
     decoder = torch.nn.Sequential(torch.nn.Linear(D, 4), torch.nn.Tanh(), torch.nn.Linear(4, X)).to(DEVICE)
@@ -480,7 +484,7 @@ def test_by_a_fused_head(backend, name):
 
 
 class Own(fastvae.Likelihood):
-    """The density of Gaussian(scale=0.8), of which nothing is fused."""
+    """Gaussian(scale=0.8) as a user's likelihood, which is never fused."""
 
     def log_prob(self, x, mean):
         return torch.distributions.Normal(mean, 0.8).log_prob(x)
@@ -490,7 +494,7 @@ class Own(fastvae.Likelihood):
     "objective", [IWAE(), IWAE(groups=4), IWAE(alpha=0.3), IWAE(3, 0.6), CIWAE(0.3)], ids=repr
 )
 def test_a_likelihood_of_ones_own(objective):
-    """Gives the bounds and gradients of the same likelihood built in."""
+    """A user's likelihood gives the bounds and gradients of the same built-in one."""
     results = []
     for likelihood in (Own(), fastvae.Gaussian(0.8)):
         model = Model(prior=False)
@@ -519,7 +523,7 @@ def test_a_likelihood_of_ones_own_keeps_the_dtype():
 
 
 def test_edges(backend):
-    """A sample of no weight, a row of none: as IWAE has them; a mean knows only minus infinity."""
+    """Samples and rows of zero weight behave as in IWAE; for a mean they give -inf."""
     x, logits = torch.ones(3, 1, device=DEVICE), torch.zeros(4 * 3, 1, device=DEVICE)
     ratio = torch.zeros(4, 3, device=DEVICE)
     ratio[0, 0] = ratio[:, 1] = -math.inf
@@ -537,7 +541,7 @@ def test_edges(backend):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [1, 30, 1000])
 def test_log_weights_far_apart(name, scale):
-    """Images have thousands of pixels: log weights differ by hundreds of nats, and all but one underflow."""
+    """Log weights may differ by hundreds of nats, as for images, so that all but one underflow."""
     kind, options, value = CASES[name]
     log_w = scale * randn(K, B, seed=scale, dtype=torch.float64)
     objective = kind(**options)
@@ -555,7 +559,7 @@ def test_log_weights_far_apart(name, scale):
 @pytest.mark.parametrize("family", ["full", "laplace", "torch", "own"])
 @pytest.mark.parametrize("name", ["vr of groups", "jackknife"])
 def test_any_family(backend, family, name):
-    """DReG of any q, and a pair, in chunks and whole."""
+    """DReG and a pair of bounds work for any q, whole and in chunks."""
     kind, options, _ = CASES[name]
     x, mu, raw = rand(B, X, seed=1), randn(B, D, seed=2).requires_grad_(), 0.3 * randn(B, 3, seed=3)
     raw.requires_grad_()
@@ -575,7 +579,7 @@ def test_any_family(backend, family, name):
     for pair in (None, IWAE(groups=2)):
         results = []
         for chunk in (None, 5):
-            if family == "torch":  # whose noise is torch's own, and other for other chunks
+            if family == "torch":  # torch's own noise differs between chunk sizes
                 chunk = None
             torch.manual_seed(0)
             value = fastvae.bound(

@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: the model and its parts' order, the prior, the data, and the format."""
+"""A checkpoint's identity: the model and its parts' order, the prior, the data, and the format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _run(file, encoder, decoder, x, **options):
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_another_prior_is_another_model(tmp_path, learned):
-    """Even one that is off by less than the results show; a prior computed by a network, too."""
+    """A prior that differs by less than the results show is detected, also one computed by a network."""
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=2)
 
@@ -51,7 +51,7 @@ def test_another_likelihood_is_another_model(tmp_path):
 
 
 def test_encoder_and_decoder_are_not_exchanged(tmp_path):
-    """The same parameters in the other's place."""
+    """Swapped parameters of encoder and decoder are detected."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -70,7 +70,7 @@ def test_encoder_and_decoder_are_not_exchanged(tmp_path):
 
 
 def test_the_same_bytes_in_another_dtype_are_other_data(tmp_path):
-    """Where the first batch, zeros, cannot tell."""
+    """Data of another dtype are detected even if the first batch is zeros."""
     encoder, decoder = models.networks(X, D)
     wide = lambda x: encoder(x.float())  # noqa: E731
     x = randn(N, X, seed=5).to(torch.float16)
@@ -91,7 +91,7 @@ def test_the_same_numbers_in_another_shape_are_other_data(tmp_path):
 
 
 def test_parameters_of_another_dtype_are_other_weights(tmp_path):
-    """Whose bytes, zeros, are the same."""
+    """Parameters of another dtype are detected even if their bytes, zeros, are equal."""
     x = randn(N, X, seed=7)
 
     def parts(dtype):
@@ -107,7 +107,7 @@ def test_parameters_of_another_dtype_are_other_weights(tmp_path):
 
 
 def test_parameters_that_are_columns_of_a_table(tmp_path):
-    """Strided vectors are read as what they hold: the run goes on, and another table is another model."""
+    """Strided parameters are compared by value: the run resumes, and another table is another model."""
     encoder, decoder = models.networks(X, D)
     x, table = randn(N, X, seed=7), 0.3 * randn(D, 2, seed=8)
 
@@ -123,7 +123,7 @@ def test_parameters_that_are_columns_of_a_table(tmp_path):
 
 
 def _edited(file, target, **changes):
-    """A copy of a checkpoint with other settings."""
+    """Copy a checkpoint with changed settings."""
     with np.load(file) as saved:
         arrays = dict(saved)
     settings = json.loads(str(arrays.pop("settings"))) | changes
@@ -154,7 +154,7 @@ def test_a_setting_that_this_version_does_not_know_is_refused(tmp_path):
 
 
 def test_a_run_with_a_nan_goes_on(tmp_path):
-    """The first batch is looked at again, and NaN is what it was then."""
+    """A resumed run compares the first batch, in which NaN equals NaN."""
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=10)
     x[3, 1] = math.nan
@@ -167,7 +167,7 @@ def test_a_run_with_a_nan_goes_on(tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_was_done(tmp_path):
-    """And goes on with it: no batch twice, the same numbers as without a stop."""
+    """A resumed run repeats no batch and gives the numbers of an unbroken run."""
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=11)
     calls = []
@@ -189,7 +189,7 @@ def test_an_interrupted_run_keeps_what_was_done(tmp_path):
         assert saved["sizes"].tolist() == [4, 4, 4]
     calls.clear()
     result = _run(file, goes_on, decoder, x, **options)
-    # One to see that the weights are the same, and the three that were missing.
+    # One batch to compare the weights, and the three missing ones.
     assert calls == [4, 4, 4, 3]
     expected = _run(None, encoder, decoder, x, **options)
     assert torch.equal(result.log_px, expected.log_px)

@@ -1,4 +1,4 @@
-"""iwae by chunks: the gradient of all samples, in the memory of a few of them."""
+"""iwae by chunks: the gradient of all samples in the memory of a few."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ B, D, X, K = 4, 3, 7, 11
 
 
 def _parts(dtype=torch.float32):
-    """Everything that can be learned, and a bound of it."""
+    """Return a bound and everything it can learn."""
     encoder, decoder = models.networks(X, D, "bernoulli", dtype=dtype)
     decoder = nn.Sequential(decoder, nn.Tanh(), nn.Linear(X, X, device=DEVICE, dtype=dtype))
     likelihood = fastvae.Gaussian(torch.full((X,), 0.7, device=DEVICE, dtype=dtype), learned=True)
@@ -38,7 +38,7 @@ def _parts(dtype=torch.float32):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("k_chunk", [1, 4, K - 1])
 def test_chunks_have_the_gradient_of_the_whole(backend, estimator, k_chunk):
-    """For the encoder, the decoder, a learned scale and a learned prior; 4 and 10 do not divide 11."""
+    """Gradients agree for encoder, decoder, learned scale and learned prior; 4 and 10 do not divide 11."""
     dtype, tolerance = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-12)
     bound, learned, _ = _parts(dtype)
     whole, chunked = (bound(estimator=estimator, k_chunk=n, reduction="none") for n in (None, k_chunk))
@@ -63,7 +63,7 @@ def test_terms_and_reductions():
 
 
 def test_dropout_is_the_same_in_both_passes(monkeypatch):
-    """The second pass must see the decoder's own noise again, and leave torch's random state where it was."""
+    """The second pass repeats the decoder's own noise, and leaves torch's random state unchanged."""
     encoder, _ = models.networks(X, D)
     decoder = nn.Sequential(nn.Linear(D, 30), nn.Dropout(0.5), nn.Tanh(), nn.Linear(30, X)).to(DEVICE)
     x = rand(B, X, seed=6)
@@ -87,7 +87,7 @@ def test_dropout_is_the_same_in_both_passes(monkeypatch):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_activations_are_dropped(estimator):
-    """At no time do more rows of the decoder's insides live than a chunk has, forward or backward."""
+    """No more rows of the decoder's activations than a chunk's are alive at any time."""
     alive, most = [0], [0]
 
     class Watch(nn.Module):

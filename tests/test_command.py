@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model as the demo saves it, one saved whole, and data in every form."""
+    """Save a model as the demo does, one as a whole, and data in every form."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         architecture = {"pixels": 64, "hidden": 16, "latent": 2}
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_written_is_seen_before_the_work(folder, monkeyp
 
 
 def test_results_are_not_lost_when_their_folder_is_full_in_the_end(folder, monkeypatch, capsys):
-    """They go elsewhere, and what can be printed is printed."""
+    """Results are saved elsewhere and printed as far as possible."""
     monkeypatch.chdir(folder)
     save = fastvae.Evaluation.save
 
@@ -148,12 +148,12 @@ def test_terminals_of_every_encoding(folder, monkeypatch, encoding, sign):
     assert len(fastvae.Evaluation.load("ß.npz").log_px) == 23
 
 
-# Installed without -e, the package is found; from a clone, by this.
+# Lets a clone's subprocesses find the package when it is not installed.
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_a_process_whose_reader_has_left(folder):
-    """As under ``| head``, with the progress bar in the pipe, too: results are there, and no traceback."""
+    """Under ``| head``, also with the progress bar in the pipe, results are saved without a traceback."""
     command = [sys.executable, "-m", "fastvae", "evaluate", "model.pt", "x.npy", "--k", "30", "--out"]
     read, write = os.pipe()
     os.close(read)
@@ -186,7 +186,7 @@ def test_standard_output_on_a_full_disk(folder):
 
 
 def test_alone_whatever_the_environment_says(folder, monkeypatch, capsys):
-    """As in a shell of a cluster's job, which is rank 0 of several that are not there."""
+    """A single process ignores a cluster job's rank variables in the environment."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.distributed, "init_process_group", _NoWork())
@@ -196,7 +196,7 @@ def test_alone_whatever_the_environment_says(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("data", ["x.npy", "x.npz", "x.pt", "wide.npy", "bytes.npy", "idx"])
 def test_forms_of_data(folder, data, capsys):
-    """All hold the same images, black and white."""
+    """All forms of data hold the same black-and-white images."""
     results = []
     for name in ("x.npy", data):
         out = folder / "out.npz"
@@ -238,7 +238,7 @@ def test_every_option_arrives(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.pt", "whole.pt", "x.pt"])
 def test_a_damaged_archive_is_refused(folder, name):
-    """One byte of a tensor is another: torch.load does not look at the checksums."""
+    """A changed byte of a tensor is detected; torch.load ignores checksums."""
     file = folder / name
     with zipfile.ZipFile(file) as archive:
         entry = max(archive.infolist(), key=lambda e: e.file_size)
@@ -332,7 +332,7 @@ def test_errors(folder, monkeypatch, arguments, words):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_torchrun(folder):
-    """Two processes print one result, that of one process."""
+    """Two processes print one result, equal to a single process's."""
     arguments = ["evaluate", "model.pt", "x.npy", "--k", "30", "--batch-size", "5"]
     outputs = []
     for launcher in ([], ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]):

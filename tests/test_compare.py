@@ -1,4 +1,4 @@
-"""The comparison must fail on wrong kernels, and on no right one, or every other test is worth nothing."""
+"""The comparison must fail on wrong kernels, and only on these, or every other test is worthless."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ F32 = torch.float32
 
 
 def _case():
-    """A formula of a few roundings, over magnitudes from 1e-6 to 1e6; and plain PyTorch's result."""
+    """Return a formula of a few roundings, over magnitudes 1e-6 to 1e6, and plain PyTorch's result."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 40, 7, generator=generator)
     a = a * 10 ** torch.linspace(-6, 6, 7)
@@ -30,7 +30,7 @@ def test_accepts_a_right_kernel():
     some = torch.arange(7) == 3
     one_off = torch.where(some, torch.nextafter(eager, torch.tensor(torch.inf)), eager)
     assert_accurate("an ulp off here and there", one_off, eager, expected)
-    # Plain PyTorch happens to be nearer than any kernel could be expected to be.
+    # Plain PyTorch may by chance be closer than any kernel could be.
     assert_accurate("luck", eager[:5], expected.value.float()[:5], expected[:5])
 
 
@@ -54,7 +54,7 @@ def test_refuses_a_wrong_kernel(name, spoil):
 
 
 def test_refuses_a_kernel_that_is_worse_in_the_bulk():
-    """A quarter of the worst case in every element of a long sum is no luck."""
+    """An error of a quarter of the bound in every element of a long sum is refused."""
     a, b = torch.randn(2, 70, 64)
     expected = (Rounded.exact(a, F32) * Rounded.exact(b, F32)).sum(1)
     eager = (a * b).sum(1)
@@ -87,7 +87,7 @@ def test_infinity_is_right_next_to_the_largest_number_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bounds_hold_for_arithmetic(dtype):
-    """Every operation of Rounded against the same in the dtype; inputs cancel, are small and large."""
+    """Every operation of Rounded bounds that of the dtype, for cancelling, small and large inputs."""
     wide = torch.float64
     a, b = (torch.randn(2000, dtype=wide) * 10 ** (4 * torch.randn(2000, dtype=wide) / 3) for _ in range(2))
     b = torch.where(torch.rand(2000) < 0.3, a * (1 + 1e-3 * b.sign()), b)
@@ -124,7 +124,7 @@ def test_beyond_the_type_infinity_is_right_whatever_the_bound():
 
 @pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
 def test_no_bound_is_nan_where_the_value_is_finite(likelihood):
-    """Also beyond what float32 exponentials hold: a NaN bound would refuse a right kernel."""
+    """No NaN bounds, even where float32 exponentials overflow: these would refuse a correct kernel."""
     declared = DECLARED[likelihood]
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
@@ -132,7 +132,7 @@ def test_no_bound_is_nan_where_the_value_is_finite(likelihood):
         outputs = [spread * torch.randn(4, 5, generator=generator) for spread in spreads]
         x = cases.data(likelihood, 4, 5, seed=seed).cpu()
         if seed % 2 and declared.takes_integers and declared.low <= 0:
-            x = torch.zeros_like(x)  # a count of 0 multiplies whatever overflows
+            x = torch.zeros_like(x)  # a count of 0 times an overflow
         terms = [Rounded.exact(t, F32) for t in (x, *outputs)]
         g = Rounded.exact(torch.ones(4, 5), F32)
         results = [declared.value(*terms), *declared.gradient(g, *terms)]

@@ -1,4 +1,4 @@
-"""torch.compile of every entry, in one graph and with graph breaks; posteriors as plain objects."""
+"""torch.compile of every entry point, in one graph and with graph breaks; posteriors as plain objects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BERNOULLI = {"likelihood": "bernoulli"}
 
 
 class Decoder(nn.Module):
-    """Logits, and before them a statement that a compiler cannot trace."""
+    """Decoder of logits, with a statement that a compiler cannot trace before them."""
 
     def __init__(self, statement="none"):
         super().__init__()
@@ -51,7 +51,7 @@ def _x():
 
 
 def _compare(function, *, fullgraph=False, backend="eager", leaves=()):
-    """Equal values, and equal gradients of the leaves, as in eager mode."""
+    """Assert that values and gradients of the leaves equal those of eager mode."""
     torch._dynamo.reset()
     results = []
     with torch._inductor.config.patch(fallback_random=True):
@@ -65,7 +65,7 @@ def _compare(function, *, fullgraph=False, backend="eager", leaves=()):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
-# Each returns a tensor. Those that run a loop of their own, or find modules, break the graph themselves.
+# Each returns a tensor. Entries that loop, or search for modules, break the graph themselves.
 ENTRIES = {
     "elbo": lambda v, x: v(x),
     "iwae": lambda v, x: v(x, objective="iwae", k=K),
@@ -84,7 +84,7 @@ ENTRIES = {
 }
 
 
-# One objective stands for those that share its code.
+# One objective represents those that share its code.
 SLOW = {"log_marginal", "beta_tc", "ais"}
 BROKEN = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ENTRIES if name != "dreg"
@@ -103,7 +103,7 @@ def test_statements_that_break_the_graph(statement):
     _compare(lambda: vae.iwae(x, k=K), leaves=list(vae.parameters()))
 
 
-# The others are compiled whole elsewhere, in the tests of their own.
+# The others are compiled as one graph in their own tests.
 WHOLE = ["dreg", "sleep", "log_weights", "anomaly_score", "reconstruct", "posterior"]
 
 
@@ -120,7 +120,7 @@ def test_inductor(statement):
     _compare(lambda: vae.iwae(x, k=K), fullgraph=fullgraph, backend="inductor", leaves=list(vae.parameters()))
 
 
-# What an encoder may return, of h [B, 2 D].
+# Forms of an encoder's output, computed from h [B, 2 D].
 POSTERIORS = {
     "tensor": lambda h: h,
     "pair": lambda h: h.chunk(2, 1),
@@ -139,7 +139,7 @@ POSTERIORS = {
 
 @pytest.mark.parametrize("name", [n for n in POSTERIORS if n not in ("tensor", "LowRankNormal", "StudentT")])
 def test_every_posterior_crosses_a_graph_break(name):
-    """In the encoder, between its networks and the objective, and in the decoder."""
+    """Graph breaks in the encoder, between networks and objective, and in the decoder all work."""
     encoder, decoder, x = nn.Linear(X, 2 * D), Decoder("disable"), _x()
 
     def run():
@@ -230,7 +230,7 @@ LEARNED = {
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_prior_owns_its_tensors(name, learned):
-    """As an attribute of any module: found, saved, loaded, moved and pickled."""
+    """A prior's tensors, as an attribute of any module, are found, saved, loaded, moved and pickled."""
     made = []
 
     def tensor(*shape):
@@ -267,7 +267,7 @@ def test_a_fixed_prior_of_any_shape_moves_with_its_vae():
 
 
 def test_the_prior_of_a_vae_may_be_replaced_by_any_other():
-    """A module by a plain object, and back."""
+    """A VAE's prior may change from a module to a plain object, and back."""
     vae = _vae()
     for prior in (
         fastvae.DiagonalNormal(nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))),

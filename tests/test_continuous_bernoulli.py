@@ -1,4 +1,4 @@
-"""continuous_bernoulli_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to continuous_bernoulli_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LOGITS = (0.0, 1e-30, 1e-7, 1e-3, 0.1, 0.999999, 1.0, 1.000001, 2.0, 7.0, 30.0, 
 
 
 def exact(x: float, logit: float) -> tuple[float, float]:
-    """log p, and its derivative by the logit."""
+    """Return log p and its derivative by the logit."""
     with mpmath.workdps(60):
         x, logit = mpmath.mpf(x), mpmath.mpf(logit)
         a, miss = abs(logit), 1 - x if logit > 0 else x
         if a == 0:
             return 0.0, float(x - 0.5)
         log_p = -miss * a - mpmath.log(-mpmath.expm1(-a) / a)
-        # Of a tiny logit these 60 digits are too few.
+        # For a tiny logit 60 digits are too few.
         mean = 0.5 + logit / 12 if a < 1e-6 else 1 / -mpmath.expm1(-logit) - 1 / logit
         return float(log_p), float(x - mean)
 
@@ -32,7 +32,7 @@ def exact(x: float, logit: float) -> tuple[float, float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("x", [0.0, 1e-6, 0.3, 0.5, 0.75, 1.0])
 def test_any_logit(backend, dtype, x):
-    """To a few roundings of the terms, also around λ = ½, where its two poles meet."""
+    """Accurate to a few roundings of the terms, also around λ = ½, where its two poles meet."""
     u = torch.finfo(dtype).eps / 2
     for logit in (*LOGITS, *(-v for v in LOGITS)):
         given = torch.tensor([[logit]], dtype=dtype, device=DEVICE, requires_grad=True)
@@ -50,7 +50,7 @@ def test_any_logit(backend, dtype, x):
 
 @pytest.mark.parametrize("columns", [1, 500])
 def test_infinite_logits(backend, columns):
-    """A point mass at an end."""
+    """An infinite logit is a point mass at an end."""
     for x, logit, log_p in ((1, 1, math.inf), (0, 1, -math.inf), (1, -1, -math.inf), (0, -1, math.inf)):
         data, logits = (torch.full((1, columns), 0.0, device=DEVICE) for _ in range(2))
         data[0, -1], logits[0, -1] = x, logit * math.inf
@@ -62,7 +62,7 @@ def test_infinite_logits(backend, columns):
 
 
 def test_it_is_a_density(backend):
-    """The integral over x is 1, by Gauss and Legendre's rule on 64 intervals."""
+    """The integral over x is 1, by Gauss-Legendre quadrature on 64 intervals."""
     logits = torch.tensor([-50.0, -3.0, 0.0, 1e-3, 0.7, 12.0], dtype=torch.float64, device=DEVICE)
     nodes = torch.tensor([-math.sqrt(0.6), 0.0, math.sqrt(0.6)], dtype=torch.float64, device=DEVICE)
     x = ((torch.arange(64, device=DEVICE)[:, None] + 0.5 + 0.5 * nodes) / 64).reshape(-1, 1)

@@ -1,4 +1,4 @@
-"""What encoders return, and what likelihoods and posteriors of the user's own must."""
+"""Contracts: forms of encoders' outputs, and results required of users' likelihoods and posteriors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BERNOULLI = {"likelihood": "bernoulli"}
 
 
 class DiagonalGaussianDistribution:
-    """diffusers' and latent-diffusion's."""
+    """Posterior class of diffusers and latent-diffusion."""
 
     def __init__(self, parameters):
         self.parameters = parameters
@@ -37,7 +37,7 @@ class DiagonalGaussianDistribution:
 
 
 class ModelOutput(OrderedDict):
-    """diffusers' and transformers': entries are attributes, too."""
+    """Output class of diffusers and transformers, whose entries are also attributes."""
 
     def __init__(self, **entries):
         super().__init__(entries)
@@ -45,7 +45,7 @@ class ModelOutput(OrderedDict):
 
 
 class PlainOutput(OrderedDict):
-    """pythae's: entries are not attributes."""
+    """Output class of pythae, whose entries are not attributes."""
 
 
 Backwards = namedtuple("Backwards", "logvar, mu")
@@ -69,7 +69,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("form", OUTPUTS)
 def test_forms_of_q(form):
-    """Each is read as the pair (mu, logvar), everywhere, gradients and all."""
+    """Every form is read as the pair (mu, logvar) by every function, gradients included."""
     networks = models.networks(X, D, "bernoulli")
     linear, decoder = networks[0].linear, networks[1]
     x = rand(B, X, seed=1)
@@ -106,11 +106,11 @@ def test_forms_of_q(form):
     same(evaluations[1].kl_per_dim, evaluations[0].kl_per_dim)
 
 
-# What methods of the user's own return
+# Results of users' own methods
 
 
 class Own(fastvae.Likelihood):
-    """A Poisson, with a mistake at its end."""
+    """Poisson likelihood whose result passes through ``end``, a mistake."""
 
     def __init__(self, end):
         super().__init__()
@@ -121,7 +121,7 @@ class Own(fastvae.Likelihood):
 
 
 class Around(fastvae.Distribution):
-    """A Gaussian, with a mistake at the end of one of its results."""
+    """Gaussian, one result of which passes through ``end``, a mistake."""
 
     def __init__(self, mu, logvar, method=None, index=0, end=None):
         super().__init__()
@@ -150,7 +150,7 @@ def _kl(q, p):
 
 
 def _calls(with_kl: bool = True):
-    """Everything that draws from q and asks for a likelihood; samples, and a function of x, q, decoder."""
+    """Yield (samples, function of x, q, decoder) for everything that draws from q and takes a likelihood."""
     if with_kl:
         yield K, lambda x, q, f, **o: fastvae.elbo(x, q, f, k=K, **o)
     yield K, lambda x, q, f, **o: fastvae.elbo(x, q, f, k=K, kl="mc", **o)
@@ -180,12 +180,12 @@ SHAPES = {
 @pytest.mark.parametrize("event", [X, B], ids=["X", "X = B"])
 @pytest.mark.parametrize("mistake", SHAPES)
 def test_wrong_shape_of_a_log_prob(mistake, event):
-    """An event as large as the batch broadcasts; none of these goes unnoticed."""
+    """Every wrong shape is reported, even where an event as large as the batch would broadcast."""
     end, shape = SHAPES[mistake]
     x, q, decoder = _arguments(event)
     for samples, call in _calls():
         rows = samples * B
-        if rows == event:  # nothing tells these apart
+        if rows == event:  # indistinguishable
             continue
         with pytest.raises(ValueError) as raised:
             call(x, q, decoder, likelihood=Own(end))
@@ -211,7 +211,7 @@ def test_wrong_kind_of_a_log_prob():
 
 
 def test_a_decoder_of_other_rows_under_a_likelihood_of_ones_own():
-    """One row for each sample would be broadcast over the batch."""
+    """A decoder output with one row per sample, which would broadcast over the batch, is reported."""
 
     class Broadcasting(fastvae.Likelihood):
         def log_prob(self, x, parameters):
@@ -296,7 +296,7 @@ def test_draws_without_their_density():
 
 
 def test_right_shapes_pass():
-    """What is of the user's own and right gives what fastvae's own gives."""
+    """Correct users' classes give the results of fastvae's own."""
     x, q, decoder = _arguments(X)
     own = Own(lambda v: v.sum(-1))
     for _, call in _calls():

@@ -1,4 +1,4 @@
-"""What a training step on a GPU needs: no synchronisation, CUDA graphs, torch.compile's reduce-overhead."""
+"""Training steps on a GPU: no synchronisation, CUDA graphs, torch.compile's reduce-overhead."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ B, D, X, K = 6, 3, 20, 4
 
 
 def _bounds():
-    """Every objective, as a function of (x, q, decoder)."""
+    """Return every objective as a function of (x, q, decoder)."""
     bernoulli, gaussian = {"likelihood": "bernoulli"}, {"likelihood": fastvae.Gaussian(scale=0.3)}
     bounds = {
         "elbo": lambda *a: fastvae.elbo(*a, **bernoulli, beta=0.5, free_bits=0.1),
@@ -50,10 +50,10 @@ class Model(nn.Module):
 
 
 def _step_of(bound, device=DEVICE, lr=1e-2):
-    """A model, a fixed batch, and a training step of it that returns the loss."""
+    """Return a model, a fixed batch, and a training step that returns the loss."""
     model = Model(bound).to(device)
     x = torch.rand(B, X, device=device).round()
-    # A tensor, so that what a graph has captured can be changed.
+    # A tensor, so that it can be changed after a graph's capture.
     rate = torch.tensor(lr, device=device) if CUDA else lr
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, capturable=CUDA)
 
@@ -69,7 +69,7 @@ def _step_of(bound, device=DEVICE, lr=1e-2):
 
 
 class Refusing(TorchDispatchMode):
-    """Fails where a number leaves the device, or a shape depends on one."""
+    """Mode that fails where a number is read from the device, or a shape depends on one."""
 
     REFUSED = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "equal"}
 
@@ -81,7 +81,7 @@ class Refusing(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [n for n in BOUNDS if "gaussian" in n or "monte" in n])
 def test_no_step_waits_for_numbers(backend, name):
-    """Forward and backward, whatever the device. (On a CPU Bernoulli targets are checked by looking.)"""
+    """Neither forward nor backward synchronises on any device, except to check Bernoulli targets on a CPU."""
     model, x, _ = _step_of(BOUNDS[name])
     with Refusing():
         model(x).backward()
@@ -107,7 +107,7 @@ print("fine")
 
 
 def test_tensors_stay_on_the_card():
-    """On fake CUDA tensors, without a card: no number is asked for, no tensor is made elsewhere."""
+    """On fake CUDA tensors, without a GPU: no number is read, no tensor is created on another device."""
     run = subprocess.run([sys.executable, "-c", FAKE], capture_output=True, text=True)
     assert run.stdout.strip() == "fine", run.stderr[-3000:]
 
@@ -150,7 +150,7 @@ def test_a_step_in_a_cuda_graph(name):
     assert torch.cuda.memory_allocated() - held <= 200 * 512
     assert bool(losses.isfinite().all()) and losses.unique().numel() > 190
     assert losses[-50:].mean() < losses[:50].mean()
-    # With the model standing still, the replays' losses are those of the eager model.
+    # With a learning rate of 0, the replays' losses are those of the eager model.
     step.rate.zero_()
     still = []
     for _ in range(100):
@@ -165,7 +165,7 @@ def test_a_step_in_a_cuda_graph(name):
 @on_a_card
 @pytest.mark.parametrize("name", ["elbo", "iwae", "dreg, gaussian"])
 def test_reduce_overhead(name):
-    """torch.compile's CUDA graphs take the whole step, skip nothing, and draw new noise each time."""
+    """torch.compile's CUDA graphs cover the whole step, skip nothing, and draw new noise each time."""
     from torch._dynamo.utils import counters
 
     model, x, _ = _step_of(BOUNDS[name])
@@ -190,7 +190,7 @@ def test_reduce_overhead(name):
 
 @on_a_card
 def test_capture_draws_the_same_noise():
-    """A graph whose seed is a tensor computes what the eager call does for that seed."""
+    """A graph whose seed is a tensor gives the eager call's result for that seed."""
     mu, logvar = (torch.randn(B, D, device=DEVICE) for _ in range(2))
     seed = torch.tensor(5, device=DEVICE)
     fastvae.ops.rsample_kl(mu, logvar, samples=K, seed=seed)
@@ -207,7 +207,7 @@ def test_capture_draws_the_same_noise():
 @on_a_card
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_of_another_card():
-    """With the first card current, tensors of the second are computed there, eagerly and compiled."""
+    """Tensors on the second GPU are computed there while the first is current, eagerly and compiled."""
     device = torch.device("cuda", 1)
     model, x, step = _step_of(BOUNDS["iwae"], device)
     assert step().device == device and torch.cuda.current_device() == 0
@@ -257,7 +257,7 @@ print("fine", worst, distance * math.sqrt(count))
 
 @on_a_card
 def test_fast_noise():
-    """10^8 normals as users have them, to 1e-5 of what the words say; and the ops use the same."""
+    """10^8 normals with users' settings are within 1e-5 of their words' values; the ops use the same."""
     environment = {**os.environ, "FASTVAE_NOISE": "fast"}
     run = subprocess.run([sys.executable, "-c", FAST_NOISE], env=environment, capture_output=True, text=True)
     print(run.stdout)

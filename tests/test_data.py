@@ -1,4 +1,4 @@
-"""What may come with x, or be x: masks, sizes, contexts, weights of examples, several parts."""
+"""Data and their companions: masks, size factors, contexts, example weights, several parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def a_q(seed=1, b=B):
 
 
 class Outputs(nn.Module):
-    """A decoder of as many outputs as a likelihood takes, each [N, *event]."""
+    """Decoder with as many outputs as a likelihood takes, each [N, *event]."""
 
     def __init__(self, likelihood, event, seed=3):
         super().__init__()
@@ -44,7 +44,7 @@ class Outputs(nn.Module):
 
 
 def every(x, q, decoder, **options):
-    """What each objective returns, with the gradients that it has, by the same noise."""
+    """Return each objective's results and gradients, with the same noise."""
     parameters = [p for p in decoder.parameters()] if isinstance(decoder, nn.Module) else []
     results = {}
     for name, call in {
@@ -74,7 +74,7 @@ def assert_same(got, expected, rtol=2e-5, atol=2e-5):
 
 @pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
 def test_what_is_masked_does_not_count(likelihood, backend):
-    """As if the event were those elements alone; whatever lies there, and with gradients that are finite."""
+    """Masked elements have no effect, whatever their values, and the gradients are finite."""
     x = cases.data(likelihood, B, *EVENT, seed=2)
     decoder = Outputs(likelihood, EVENT)
     mask = torch.tensor([[True, False, True], [False, True, True]], device=DEVICE)
@@ -111,7 +111,7 @@ def test_masks_of_each_example(own):
     assert_same(
         {"log_marginal": (got["log_marginal"][0][:1],)}, {"log_marginal": (whole["log_marginal"][0][:1],)}
     )
-    # Nothing was observed: log p of nothing is 0.
+    # Nothing was observed: log p is 0.
     assert float(got["reconstruction"][0][1]) == 0
     for row in range(2, B):
         seen = mask[row]
@@ -193,7 +193,7 @@ def test_a_conditional_prior(returned):
 
 
 def test_a_conditional_vae():
-    """Encoder, decoder and prior see the context; its networks are its own; it samples by label."""
+    """Encoder, decoder and prior receive the context; the VAE owns all networks and samples by label."""
 
     class Concatenated(nn.Linear):
         def forward(self, x, y):
@@ -251,7 +251,7 @@ def test_examples_that_are_done_leave_with_their_labels():
 
 @pytest.mark.parametrize("objective", ["elbo", "iwae", "chunks"])
 def test_examples_without_weight_may_hold_anything(objective):
-    """As documented: replaced before the encoder, and their bounds left out."""
+    """Examples of weight 0 are replaced before the encoder, and their bounds excluded."""
     x, decoder, weights = rand(B, X, seed=2).round(), Outputs("bernoulli", (X,)), rand(B, seed=4)
     encoder = nn.Linear(X, 2 * D).to(DEVICE)
     weights[1] = 0
@@ -325,7 +325,7 @@ def test_masks_and_sizes_of_parts():
 
 
 def test_data_sets_of_several_parts(tmp_path):
-    """Dicts of tensors or arrays, batches that are dicts; checkpoints; bits are of all parts."""
+    """Data may be dicts of tensors or arrays, or dict batches; bits count all parts; checkpoints work."""
     joint, x, decoder = _parts()
     weight = randn(6 + X, 2 * D, seed=10)
 
@@ -359,11 +359,11 @@ def test_data_sets_of_several_parts(tmp_path):
     assert vae.reconstruct(x)["pixels"].shape == (B, *EVENT)
 
 
-# Likelihoods of one's own
+# Users' likelihoods
 
 
 def test_one_from_torch_distributions():
-    """Any of its families, by arguments, names or one tensor; every objective as with fastvae's own."""
+    """A family from torch.distributions, by arguments, names or one tensor, equals fastvae's likelihood."""
     x, decoder = cases.data("laplace", B, X, seed=2), Outputs("laplace", (X,))
     expected = every(x, a_q(), decoder, likelihood="laplace")
     of_two = fastvae.likelihoods.from_distribution(lambda m, s: td.Laplace(m, s.exp()))
@@ -391,7 +391,7 @@ def test_one_from_torch_distributions():
 
 
 def test_classes_in_plain_pytorch():
-    """An axis that the data do not have: logits [N, *event, C], x of integers."""
+    """Outputs may have an axis that the data lack: logits [N, *event, C], integer x."""
     classes = 4
     weight = randn(D, X * classes, seed=3)
     decoder = lambda z: (z @ weight).reshape(-1, X, classes)  # noqa: E731
@@ -430,7 +430,7 @@ def test_a_likelihood_with_parameters_of_its_own():
 
 @pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
 def test_draws_have_the_likelihoods_scores(likelihood):
-    """Of draws from p(x|z), the derivatives of log p by each output have mean 0; so has x less its mean."""
+    """For draws from p(x|z), the scores by each output have mean 0, as has x minus its mean."""
     n = 40_000
     kind = DECLARED[likelihood]()
     outputs = [0.5 * randn(1, X, seed=11 + i, dtype=torch.float64) for i in range(cases.returned(likelihood))]
@@ -459,7 +459,7 @@ def test_draws_of_held_parameters():
     assert half.dtype == torch.float32 and bool((half == half.round()).all())
 
 
-# What is said of mistakes
+# Error messages
 
 POISSON = {"likelihood": "poisson"}
 WRONG = {
@@ -499,7 +499,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use(case, monkeypatch):
-    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU data are looked at where that is asked for
+    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU data are checked on request only
     options, kind, words = WRONG[case]
     options = {n: v.to(DEVICE) if torch.is_tensor(v) else v for n, v in options.items()}
     x = zeros(B, X)
@@ -576,7 +576,7 @@ COMPILED = {
 
 @pytest.mark.parametrize("case", COMPILED)
 def test_under_torch_compile(case):
-    """Without a break, and with the same numbers."""
+    """Compiles without graph breaks and gives the same numbers."""
     torch._dynamo.reset()
     options = {"likelihood": "bernoulli", **COMPILED[case]}
     given = {

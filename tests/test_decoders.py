@@ -1,4 +1,4 @@
-"""Every decoder gives the same numbers, gradients, hook calls and errors, its last layer left out or not."""
+"""Every decoder gives the same numbers, gradients, hook calls and errors, with a fused last layer or not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .decoders import DECODERS, EVENTS
 
 B, K, D, X = 13, 130, 3, 160  # K·B·X is above the threshold, 2^18
 
-# Where the structure proves that nothing can tell the last layer's product from a call of it.
+# Decoders whose structure proves that fusing the last layer cannot be observed.
 LEFT_OUT = {
     "linear", "linear without bias", "sequential", "sequential of one", "nested", "relu in place",
     "batch norm", "dropout", "the body doubles the last layer", "a weight that is no parameter",
@@ -31,7 +31,7 @@ LEFT_OUT = {
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Calls of the ops that leave the last layer out."""
+    """Record calls of the ops that fuse the last layer."""
     found = []
     for module, name in ((fastvae._inputs, "weigh_linear"), (fastvae.likelihoods.base, "linear_rows")):
         function = getattr(module, name)
@@ -41,13 +41,13 @@ def fused(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def threshold(monkeypatch):
-    """The threshold of processors with tiles, so that every processor leaves the last layer out here."""
+    """Use the threshold of processors with matrix tiles, so that every processor fuses the layer here."""
     monkeypatch.setattr(head, "FEWEST_BY_BLAS", head.FEWEST_NUMBERS)
     monkeypatch.setattr(head, "NUMBERS_PER_INPUT", 0)
 
 
 def outcome(name, fuse, run):
-    """Value, gradients by name, hook calls and the error's type of a fresh decoder."""
+    """Return value, gradients by name, hook calls and the error's type of a fresh decoder."""
     case = DECODERS[name]
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(X, 2 * D), case.make(D, X)
@@ -85,11 +85,15 @@ def test_a_decoder_is_called_as_it_is(fused, name, run):
     assert events == expected_events
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3, equal_nan=True)
     assert grads.keys() == expected_grads.keys()
+    # The gradient of a bias in front of a batch norm is the rounding of a sum of numbers like the largest.
+    largest = max(
+        (float(g.abs().nan_to_num().max()) for g in expected_grads.values() if g is not None), default=0
+    )
     for parameter, grad in expected_grads.items():
         assert (grads[parameter] is None) == (grad is None), parameter
         if grad is not None:
-            scale = float(grad.abs().max())
-            torch.testing.assert_close(grads[parameter], grad, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+            atol = 1e-4 * float(grad.abs().max()) + 1e-6 * largest
+            torch.testing.assert_close(grads[parameter], grad, rtol=1e-3, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["sequential", "forward hook on the container", "Linear.forward patched"])
@@ -109,7 +113,7 @@ def test_a_compiled_decoder_is_called_as_it_is(fused, name):
 
 
 def test_another_call_of_the_decoder_meanwhile():
-    """From the body and from another thread: a tensor, as always."""
+    """Calls from the decoder's body or from another thread return a plain tensor."""
     found = []
 
     class Calling(nn.Module):
@@ -129,7 +133,7 @@ def test_another_call_of_the_decoder_meanwhile():
 
 
 def test_frozen_layers_changed_between_the_passes(fused):
-    """With k_chunk the backward pass runs the decoder again, which would have other numbers."""
+    """Changing frozen weights between the passes is an error with k_chunk, which reruns the decoder."""
     decoder = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, X)).requires_grad_(False)
     vae = fastvae.VAE(nn.Linear(X, 2 * D), decoder, likelihood="bernoulli")
     bound = vae.iwae(torch.rand(B, X).round(), k=2 * K, k_chunk=K)
@@ -140,7 +144,7 @@ def test_frozen_layers_changed_between_the_passes(fused):
 
 
 def test_sharded_and_replicated():
-    """FSDP1, FSDP2 and DDP, of the VAE, of the decoder and of its last layer, in a process of their own."""
+    """FSDP1, FSDP2 and DDP of the VAE, the decoder and its last layer work, in a separate process."""
     run = subprocess.run([sys.executable, "-m", "tests.sharded"], capture_output=True, text=True)
     assert run.returncode == 0, (run.returncode, run.stdout, run.stderr)
     found = dict.fromkeys(line.split("|")[0] for line in run.stdout.splitlines())
@@ -149,9 +153,15 @@ def test_sharded_and_replicated():
             line.split("|")[1:] for line in run.stdout.splitlines() if line.startswith(f"{name}|")
         )
     assert len(found) == 11
+
+    def numbers(text):
+        return pytest.approx([float(word) for word in text.split()], rel=1e-4)
+
     for name, outcomes in found.items():
-        assert outcomes["True"] == outcomes["False"] and outcomes["False"].startswith("-1"), (name, outcomes)
+        assert numbers(outcomes["True"]) == numbers(outcomes["False"]).expected, (name, outcomes)
+        assert outcomes["False"].startswith("-1"), (name, outcomes)
         if name == "FSDP2 of the decoder, too":
             assert "last layer was freed after the call, as sharding does" in outcomes["FusedHead"]
         else:
-            assert outcomes.get("FusedHead", outcomes["True"]) == outcomes["True"], (name, outcomes)
+            fused_head = outcomes.get("FusedHead", outcomes["True"])
+            assert numbers(fused_head) == numbers(outcomes["True"]).expected, (name, outcomes)

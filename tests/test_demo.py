@@ -59,7 +59,7 @@ def test_digits(tmp_path, capsys):
     ):
         assert part in text
 
-    # The checkpoint rebuilds the model that the table speaks of.
+    # The checkpoint rebuilds the table's model.
     saved = torch.load(tmp_path / "out" / "iwae.pt", weights_only=True)
     assert saved["architecture"] == {"pixels": 64, "hidden": 128, "latent": 2}
     assert saved["settings"] == {"data": "digits", "epochs": 1, "k": 3, "seed": 0, "shape": [8, 8]}
@@ -124,7 +124,7 @@ def test_read_idx_refuses(tmp_path, name, content, message):
 
 
 def test_read_idx_expands_no_more_than_the_header_says(tmp_path):
-    """256 MiB of zeros make a gzip file of 250 KiB."""
+    """Reading stops at the header's size: a gzip file of 250 KiB can hold 256 MiB of zeros."""
     with gzip.open(tmp_path / "a.gz", "wb") as file:
         file.write(struct.pack(">4I", 0x803, 5, 6, 6))
         for _ in range(256):
@@ -198,7 +198,7 @@ def test_table_says_which_is_better():
     [
         lambda zeros: (zeros, zeros),
         lambda zeros: fastvae.Laplace(zeros, zeros),
-        # Draws that count 1.5 and 0.5.
+        # Draws weighted by 1.5 and 0.5.
         lambda zeros: fastvae.Mixture([(zeros, zeros), (zeros + 1, zeros)], torch.tensor([3.0, 1.0]).log()),
     ],
 )
@@ -208,7 +208,7 @@ def test_posterior_mean_is_exact_where_the_posterior_is_known(q):
             return q(torch.zeros(len(x), 1))
 
     class Sign(torch.nn.Module):
-        """z > 0 makes pixel 0 likely, z < 0 makes it unlikely; pixel 1 is a coin."""
+        """Decoder: pixel 0 is likely for z > 0, unlikely for z < 0; pixel 1 has probability ½."""
 
         def forward(self, z):
             return torch.cat([2 * torch.sign(z), torch.zeros_like(z)], 1)
@@ -250,10 +250,10 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# That of binary pixels is the demo itself.
+# Bernoulli is the demo itself.
 @pytest.mark.parametrize("likelihood", [n for n in kinds.NAMES if n != "bernoulli"])
 def test_any_likelihood(likelihood, tmp_path, capsys):
-    """The digits as its data: trained, measured, drawn; and evaluated again from the checkpoint."""
+    """The demo trains, measures and draws the digits as any likelihood's data; its checkpoint evaluates."""
     out = tmp_path / "out"
     assert main(["demo", "--likelihood", likelihood, "--out", str(out), *TINY]) == 0
     check_pictures(out, {"likelihood.png"})
@@ -275,7 +275,7 @@ def test_an_unknown_likelihood(tmp_path):
         main(["demo", "--likelihood", "poisson", "--data", str(tmp_path), "--out", str(tmp_path)])
 
 
-# Every posterior, and every prior, in other company than the default.
+# Every posterior, and every prior, in combinations other than the default.
 PAIRS = [
     (q, "standard" if q == "ladder" else p)
     for q, p in zip(latents.POSTERIORS, [*latents.PRIORS] * 2, strict=False)
@@ -285,7 +285,7 @@ PAIRS = [
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("posterior, prior", PAIRS[1:])
 def test_any_posterior_and_prior(posterior, prior, tmp_path, capsys):
-    """Trained, measured, drawn; and evaluated again from the checkpoint."""
+    """The demo trains, measures and draws any posterior and prior; its checkpoint evaluates."""
     if "flow" in (posterior, prior):
         pytest.importorskip("zuko")
     out = tmp_path / "out"
@@ -313,7 +313,7 @@ def test_a_ladder_has_a_prior_of_its_own(tmp_path):
 
 
 def test_a_vamp_prior_warms_up():
-    """Its KL counts more and more over three tenths of the steps, and then in full."""
+    """A VampPrior's KL weight rises over three tenths of the steps, and then is 1."""
     architecture = {"pixels": 64, "hidden": 8, "latent": 3}
     beta = latents.beta_of(demo.build({**architecture, "prior": "vamp"}), 100)
     assert [round(float(beta(step)), 3) for step in (0, 15, 30, 99)] == [0.0, 0.5, 1.0, 1.0]
@@ -322,7 +322,7 @@ def test_a_vamp_prior_warms_up():
 
 @pytest.mark.parametrize("name", [n for n in latents.PRIORS if n != "standard"])
 def test_a_prior_is_trained(name):
-    """Its parameters move from where they begin, a VampPrior's from images, whatever their range."""
+    """A prior's parameters move from their start, a VampPrior's from images of any range."""
     if name == "flow":
         pytest.importorskip("zuko")
     images = demo.digits("poisson")
@@ -344,7 +344,7 @@ def test_a_prior_is_trained(name):
 
 
 def test_latents_of_any_number():
-    """One dimension and three: finite, and all parameters have gradients."""
+    """Losses are finite and all parameters have gradients for one and three latents."""
     pytest.importorskip("zuko")
     x = demo.digits().test[:5]
     for name in latents.POSTERIORS:
@@ -358,7 +358,7 @@ def test_latents_of_any_number():
             assert bound.isfinite()
             missing = [n for n, p in model.named_parameters() if p.grad is None]
             assert not missing, (name, latent, missing)
-            # As it is for a VAE that is saved whole.
+            # As for a VAE saved as a whole.
             again = pickle.loads(pickle.dumps(model))
             with torch.random.fork_rng():
                 torch.manual_seed(3)
@@ -375,7 +375,7 @@ def test_the_kl_is_closed_where_it_is_known():
     assert kl() == kl(posterior="full", prior="learned") == kl(posterior="laplace")
     assert kl() == {"kl": "analytic", "samples": 10}
     assert kl(posterior="student_t") == kl(prior="vamp") == {"kl": "mc", "samples": 10}
-    # As many of each component.
+    # 10 per component.
     assert kl(posterior="mixture") == {"kl": "mc", "samples": 20}
 
 
@@ -397,7 +397,7 @@ def test_unknown_latents(tmp_path, monkeypatch, capsys):
 
 
 def test_the_manifold_covers_the_prior():
-    """The grid of the picture, where the decoder is asked: quantiles of each dimension's marginal."""
+    """The picture's grid decodes quantiles of each dimension's marginal."""
 
     class Seen(torch.nn.Module):
         def forward(self, z):

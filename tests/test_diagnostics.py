@@ -1,4 +1,4 @@
-"""The numbers of an evaluation beside log p(x), from log weights that are known."""
+"""Diagnostics of an evaluation, other than log p(x), from known log weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUIET = {"progress": False}
 
 
 class Given(fastvae.Likelihood):
-    """log p(x|z) is what a table says for the example, whose number is its first pixel, and for the draw."""
+    """Likelihood that takes log p(x|z) from a table, by draw and example (x's first pixel is its index)."""
 
     def __init__(self, table):
         super().__init__()
@@ -35,7 +35,7 @@ class Given(fastvae.Likelihood):
 
 
 def _evaluate_table(table, **options):
-    """Of log weights [K, N]: q is the prior, so that they are the log-likelihoods. One batch."""
+    """Evaluate log weights [K, N] in one batch; q is the prior, so they are the log-likelihoods."""
     k, n = table.shape
     zeros = torch.zeros(n, D, dtype=table.dtype, device=DEVICE)
     x = torch.arange(n, device=DEVICE, dtype=table.dtype)[:, None]
@@ -47,7 +47,7 @@ def _evaluate_table(table, **options):
 
 @pytest.mark.parametrize("k_chunk", [None, 600])
 def test_sums_of_float32_weights_are_kept_in_float64(k_chunk):
-    """20 000 of them, to the digits of float64; and so are means of log weights near −1000."""
+    """Sums of 20 000 weights, and means of log weights near −1000, are accurate to float64."""
     k, n = 20_000, 6
     table = (randn(k, n, seed=1) - 1000).float()
     result = _evaluate_table(table, k_chunk=k_chunk)
@@ -66,10 +66,10 @@ def test_sums_of_float32_weights_are_kept_in_float64(k_chunk):
 
 
 def test_what_is_known_stops():
-    """An infinite density, NaN, and equal weights need no more draws; others go on."""
+    """Examples with infinite density, NaN or equal weights stop drawing; others continue."""
 
     class ByExample(fastvae.Likelihood):
-        """Of the example's number, its first pixel, and of z."""
+        """Likelihood that depends on the example's index, its first pixel, and on z."""
 
         def log_likelihood(self, x, parameters, samples, beside=None):
             z = parameters.reshape(samples, len(x), D)[..., 0]
@@ -91,7 +91,7 @@ def test_what_is_known_stops():
         )
     assert result.k.tolist() == [100, 100, 100, 800, 800]
     assert result.log_px[1] == math.inf and result.log_px[4] == -math.inf and bool(result.log_px[2].isnan())
-    # Quantiles are of those that have one.
+    # Quantiles are taken over the examples with a finite ESS.
     assert all(math.isfinite(q) for q in result.ess_quantiles)
 
 
@@ -126,7 +126,10 @@ def test_the_kl_of_each_latent_is_that_to_the_models_prior(batch_size):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 5])
 def test_active_units_are_counted_by_the_unbiased_variance(batch_size):
-    """Over five examples the variance divided by five would be below the threshold; batches do not matter."""
+    """Variances are unbiased: over five examples, division by n would give less than the threshold.
+
+    Batches do not matter.
+    """
     unit = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0], device=DEVICE, dtype=torch.float64)
     # Unbiased variances: 0.5 s^2 = 0.0101, 0.0099 and 0; divided by five, 0.0081 and less.
     scale = torch.tensor([math.sqrt(0.0202), math.sqrt(0.0198), 0.0], device=DEVICE, dtype=torch.float64)
@@ -139,11 +142,11 @@ def test_active_units_are_counted_by_the_unbiased_variance(batch_size):
 
 
 def test_batches_of_other_means_are_active_units_too():
-    """A unit that is constant within each batch, and not between them; batches of unequal sizes."""
+    """A unit constant within each batch but not between them is active, with batches of unequal sizes."""
     levels = torch.tensor([0.0] * 5 + [0.5] * 2, device=DEVICE)
     x = levels[:, None].expand(7, D)
     options = {"k": 2, "likelihood": fastvae.Gaussian(1.0), **QUIET}
-    # Of 0 five times and s twice the variance is 0.238 s^2; about the mean of the batches' means, 0.292 s^2.
+    # Five times 0 and twice s have variance 0.238 s^2; about the mean of the batches' means, 0.292 s^2.
     less = x / 0.5 * math.sqrt(0.038)
     for batches, active in (([x[:5], x[5:]], D), ([x[:5], x[:2]], 0), ([less[:5], less[5:]], 0)):
         result = fastvae.evaluate(lambda x: (x, torch.zeros_like(x)), nn.Identity(), batches, **options)
@@ -151,7 +154,7 @@ def test_batches_of_other_means_are_active_units_too():
 
 
 def test_a_tail_of_four_is_not_fitted():
-    """Fewer than five draws above the rest of the tail, of which the others are out of range: +inf."""
+    """k̂ is +inf if fewer than five draws lie above the rest, which underflows."""
     for above, finite in ((4, False), (5, True)):
         log_w = torch.full((100, 1), -900.0, dtype=torch.float64, device=DEVICE)
         log_w[:above, 0] = -torch.arange(above, dtype=torch.float64)
@@ -162,7 +165,7 @@ def test_a_tail_of_four_is_not_fitted():
 
 
 def test_defaults():
-    """5000 draws; with a tolerance, 100 000 at most, in batches of 100."""
+    """The defaults are 5000 draws, with a tolerance at most 100 000, and batches of 100."""
     sizes = []
 
     def encoder(x):
@@ -209,7 +212,7 @@ def test_what_a_result_says_in_words():
             ), **QUIET,
         )  # fmt: skip
     assert "-inf           1 example, with weights that are all 0" in str(zero)
-    # A share is the same number wherever it is said.
+    # A share is printed as the same number everywhere.
     many = fastvae.evaluate(lambda x: model.posterior(x, 2.0, -2.0), model.decoder, x[1:], k=100, **options)
     share = f"above 0.7 for {100 * many.untrusted:.1f} % of the examples"
     assert many.untrusted > 0.1
@@ -217,7 +220,7 @@ def test_what_a_result_says_in_words():
 
 
 def test_what_is_not_known_is_left_out_of_the_file(tmp_path):
-    """And what is there is read without pickle."""
+    """Unknown quantities are omitted from the file, and the rest is read without pickle."""
 
     class Bare(fastvae.Distribution):
         def __init__(self, mu, logvar):

@@ -1,4 +1,4 @@
-"""discretized_logistic_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to discretized_logistic_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEANS = (-30.0, 0.0, 0.2499, 0.25, 0.5019, 3.0)
 
 
 def exact(x: float, mean: float, log_scale: float, log_width: float) -> tuple[list[float], list[float]]:
-    """log p, its derivatives by the mean and by the logarithms; and the sizes of what cancels in each."""
+    """Return log p, its derivatives by mean and logarithms, and the sizes of each one's cancelling terms."""
     with mpmath.workdps(80):
         x, mean, t, u = (mpmath.mpf(v) for v in (x, mean, log_scale, log_width))
         s, z, h = mpmath.exp(t), (x - mean) / mpmath.exp(t), mpmath.exp(u - t) / 2
@@ -35,7 +35,7 @@ def exact(x: float, mean: float, log_scale: float, log_width: float) -> tuple[li
             by_width = h * (sigmoid(r - h) + sigmoid(-r - h)) + 2 * h / mpmath.expm1(2 * h)
         side = -1 if x == 0 or (x < 1 and z < 0) else 1
         values = [log_p, side * by_r / s, r * by_r - by_width, by_width]
-        # An error of r or of h, beside their logarithms' own.
+        # An error of r or of h, in addition to those of their logarithms.
         move = (abs(z) + h) * sigmoid(r - h) * (1 + abs(t) + abs(u)) / 8
         steep = move * (1 + (abs(z) + h) * sigmoid(h - r)) / 2
         sizes = [abs(log_p) + move, abs(values[1]) * (1 + (abs(z) + h) / 8 * (1 + abs(t) + abs(u))),
@@ -46,7 +46,7 @@ def exact(x: float, mean: float, log_scale: float, log_width: float) -> tuple[li
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [2, 256, 65536])
 def test_any_scale(backend, dtype, levels):
-    """Narrow bins and wide ones, near the mean and far in the tail."""
+    """Accurate for narrow and wide bins, near the mean and far in the tail."""
     rows = [(x, m, math.log(s), -math.log(levels - 1)) for x in POINTS for m in MEANS for s in SCALES]
     x, *given = torch.tensor(rows, dtype=dtype, device=DEVICE).T.contiguous()[:, :, None]
     leaves = [p.clone().requires_grad_() for p in given]
@@ -65,7 +65,7 @@ def test_any_scale(backend, dtype, levels):
 
 
 def test_scales_beyond_the_largest_number(backend):
-    """They count as e⁶⁰ and e⁻⁶⁰."""
+    """Log scales are clamped to ±60."""
     x, mean = torch.tensor([[0.5, 0.0, 1.0]], device=DEVICE), torch.full((1, 3), 0.5, device=DEVICE)
     for log_scale, held in ((math.inf, 60.0), (200.0, 60.0), (-math.inf, -60.0), (-200.0, -60.0)):
         found, expected = (ops.discretized_logistic_log_prob(x, mean, v, -5.5) for v in (log_scale, held))
@@ -89,7 +89,7 @@ def test_probabilities_of_all_levels_add_to_1(backend, dtype, levels, low, high)
 
 
 def test_other_ends_are_another_unit(backend):
-    """Of the same pixels in [0, 1], in [-1, 1] and in bytes."""
+    """The same pixels in [0, 1], in [-1, 1] and in bytes have the same log p."""
     pixels = torch.arange(256, device=DEVICE)[None, :]
     mean, log_scale = rand(3, 256, seed=1), randn(3, 256, seed=2) - 2
     q = torch.zeros(1, 2, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Any q with any p: what is composed is what is fused, torch.distributions objects, closed forms, errors."""
+"""Any q with any p: composed equals fused, torch.distributions objects, closed forms, errors."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ BERNOULLI = {"likelihood": "bernoulli"}
 
 
 class Own(fastvae.DiagonalNormal):
-    """Of a subclass nothing is fused."""
+    """Subclass, for which nothing is fused."""
 
 
 def wide(*shape, seed):
     return randn(*shape, seed=seed).double().requires_grad_()
 
 
-# What a log variance's place may hold. The prior holds the same, without a range.
+# Forms of the log variance. The prior has the same form, without a range.
 FORMS = [
     {},
     {"logvar_range": (-0.5, 0.5)},
@@ -52,7 +52,7 @@ FORMS = [
 
 
 def pairs(kinds=(fastvae.DiagonalNormal, fastvae.DiagonalNormal), prior=True, **form):
-    """q, p, and their parameters in float64."""
+    """Return q, p, and their parameters in float64."""
     positive = form.get("scale") == "scale"
     raw = lambda *shape, seed: (  # noqa: E731
         wide(*shape, seed=seed).detach().exp().requires_grad_() if positive else wide(*shape, seed=seed)
@@ -66,14 +66,17 @@ def pairs(kinds=(fastvae.DiagonalNormal, fastvae.DiagonalNormal), prior=True, **
     return q, kinds[1](m, s, **of_prior), [mu, logvar, m, s]
 
 
-# What is composed is what is fused
+# Composed equals fused
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_composed_ratios_are_the_fused_ones(estimator, prior, form):
-    """Value, and the gradients of q and p under a log-mean-exp, through the decoder and beside it."""
+    """Composed and fused log-ratios have equal values and gradients of q and p under a log-mean-exp.
+
+    The gradients come through the decoder and directly.
+    """
     weight = randn(K, B, D, seed=5).double()
     found = []
     for kinds in ((fastvae.DiagonalNormal,) * 2, (Own, fastvae.DiagonalNormal), (Own, Own)):
@@ -81,7 +84,7 @@ def test_composed_ratios_are_the_fused_ones(estimator, prior, form):
         z, ratio = draw_ratio(q, p, K, SEED, 2, estimator)
         z = z.reshape(K, B, D)
         bound = fastvae.ops.log_mean_exp(ratio + (z * weight).sin().sum(2))
-        upstream = torch.arange(B, dtype=torch.float64, device=DEVICE)  # of one row nothing arrives
+        upstream = torch.arange(B, dtype=torch.float64, device=DEVICE)  # 0 for one row
         found.append([z, ratio, bound, *torch.autograd.grad(bound, leaves, upstream)])
     for other in found[1:]:
         for a, b in zip(other, found[0], strict=True):
@@ -108,7 +111,7 @@ def test_composed_chunks_are_the_whole(route):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-# Transforms with a cache, without which an inverse loses its digits: in float32 tanh is 1 from 9 on.
+# Transforms with a cache, without which the inverse loses accuracy: in float32 tanh is 1 from 9 on.
 
 
 def _transforms(kind, cache_size=1):
@@ -125,7 +128,7 @@ def _transforms(kind, cache_size=1):
 @pytest.mark.parametrize("route", ["iwae", "stl", "dreg", "chunks", WakePhi(), IWAE(groups=2)], ids=str)
 @pytest.mark.parametrize("kind", ["tanh", "inverse", "chain", "composed", "spatial"])
 def test_estimators_have_one_value_under_transforms_that_q_and_p_share(kind, route):
-    """The value and gradients of the same model without the transforms, whose Jacobians cancel."""
+    """Value and gradients equal those of the model without the transforms, whose Jacobians cancel."""
     shape = (B, D, 1, 2) if kind == "spatial" else (B, D)
     options = {"k": K, **BERNOULLI}
     if isinstance(route, str):
@@ -157,7 +160,7 @@ def test_estimators_have_one_value_under_transforms_that_q_and_p_share(kind, rou
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
 def test_transforms_with_parameters_and_a_cache(estimator):
-    """The gradient by what is learned of a transform is that without a cache."""
+    """The gradient by a transform's parameters is the same with and without a cache."""
     x, decoder, found = (randn(B, X, seed=4) > 0).double(), randn(D, X, seed=5).double(), []
     for cache_size in (0, 1):
         leaves = [
@@ -227,14 +230,14 @@ FAMILIES = {
         td.Independent(td.Normal(a, b), 1), [td.TanhTransform(), td.AffineTransform(0.5, 1 + b)]
     ),
 }
-# Torch draws these.
+# Drawn by torch.
 DRAWN = {
     "Gamma": lambda a, b: td.Gamma(a.exp() + 1, b),
     "FisherSnedecor": lambda a, b: td.FisherSnedecor(a.exp() + 4, 5 + b),
 }
 
 
-# Half precision: of parameters a, any, and b, positive, [B, D] or [D] each.
+# Half precision: parameters a, unrestricted, and b, positive, [B, D] or [D] each.
 IN_HALF = {
     "Normal": td.Normal,
     "Independent": lambda a, b: td.Independent(td.Normal(a, b), 1),
@@ -257,8 +260,9 @@ NOT_ADDRESSED = ("HalfNormal", "Gamma", "Beta", "Dirichlet")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", IN_HALF)
 def test_half_precision_is_computed_in_single(name, dtype):
-    """As q and as a prior, in every entry: values are those of the rounded parameters in float64, and the
-    decoder is given z in q's dtype.
+    """In half precision, q and priors give the float64 values of the rounded parameters in every objective.
+
+    The decoder receives z in q's dtype.
     """
     make, seen = IN_HALF[name], []
     parameters = [(0.5 * randn(*shape, seed=i)) for i, shape in enumerate([(B, D), (B, D), (D,), (D,)])]
@@ -273,14 +277,14 @@ def test_half_precision_is_computed_in_single(name, dtype):
     half, exact = ((make(*p[:2]), make(*p[2:])) for p in (parameters, wide))
     z, log_q = rsample(fastvae.distributions.as_posterior(half[0]), K, SEED)
     fix = {"rtol": 1e-4, "atol": 1e-4}
-    if name not in ("Normal", "Independent", "tanh"):  # whose densities are of the noise, or lose digits
+    if name not in ("Normal", "Independent", "tanh"):  # their densities use the noise, or lose accuracy
         torch.testing.assert_close(log_q, total(exact[0], z.double()).float(), **fix)
         log_p = fastvae.distributions.as_prior(half[1]).prepared().log_prob(z)
         torch.testing.assert_close(log_p, total(exact[1], z.double()).float(), **fix)
     found = []
     for q, p in (half, exact):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # where no closed form is known
+            warnings.simplefilter("ignore")  # for want of a closed form
             elbo = fastvae.elbo(x, q, decoder, prior=p, terms=True, generator=generator(5), **BERNOULLI)
         options = {"prior": p, "k": K, **BERNOULLI}
         iwae = [
@@ -294,7 +298,7 @@ def test_half_precision_is_computed_in_single(name, dtype):
             assert all(t.dtype == torch.float32 for t in found[0])
     closed = closed_kl(*(fastvae.distributions.as_prior(d) for d in exact)) is not None
     for i, (one, other) in enumerate(zip(*found, strict=True)):
-        if i and name in ("Normal", "Independent"):  # whose draws are fastvae's own, rounded before p(z)
+        if i and name in ("Normal", "Independent"):  # fastvae's own draws, rounded before p(z)
             fix = dict.fromkeys(("rtol", "atol"), 8 * torch.finfo(dtype).eps)
         if name not in NOT_ADDRESSED or (i == 0 and closed):
             torch.testing.assert_close(one.double(), other.double(), **fix)
@@ -320,7 +324,7 @@ def test_torch_distributions_as_posteriors(name, estimator):
     a, b = _parameters()
     q = family(a, b)
     options = {"estimator": estimator, "generator": generator(3), **BERNOULLI}
-    if name in ("LogNormal", "Gamma", "FisherSnedecor"):  # for which N(0, I) has to be asked for
+    if name in ("LogNormal", "Gamma", "FisherSnedecor"):  # N(0, I) must be requested
         options["prior"] = td.Normal(a.new_zeros(()), 1.0)
     parts = fastvae.log_weights(x, q, decoder, k=K, **options)
     z = seen[0].reshape(K, B, D)
@@ -333,7 +337,7 @@ def test_torch_distributions_as_posteriors(name, estimator):
         value = (torch.logsumexp(log_px + expected, 0) - math.log(K)).sum()
         torch.testing.assert_close(found, torch.autograd.grad(value, [a, b]), rtol=1e-8, atol=1e-9)
         return
-    # Of q's parameters only z is a function: its gradient, weighed by w or w squared, goes through z alone.
+    # The gradient of q's parameters, weighted by w or w squared, goes through z alone.
     fixed = family(a.detach(), b.detach())
     free = z.detach().requires_grad_()
     log_px = td.Bernoulli(logits=free @ weight).log_prob(x).sum(-1)
@@ -347,7 +351,7 @@ def test_torch_distributions_as_posteriors(name, estimator):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_their_noise_is_an_address(name):
-    """Chunks and shards of a draw are its parts."""
+    """Chunks and shards of a draw are parts of the whole draw."""
     a, b = _parameters()
     whole, _ = TorchDistribution(FAMILIES[name](a, b)).rsample(6, SEED)
     part, _ = TorchDistribution(FAMILIES[name](a[2:], b[2:])).rsample(3, SEED, sample_offset=2, row_offset=2)
@@ -367,7 +371,7 @@ def test_what_torch_draws_is_repeatable_and_leaves_its_state(name):
 
 @pytest.mark.parametrize("name", ["Laplace", "LogNormal", "Gumbel", "StudentT", *DRAWN])
 def test_their_draws_follow_them(name):
-    """By their own distribution function they are uniform: mean and variance within six sigma."""
+    """Draws mapped by their distribution function are uniform: mean and variance within six sigma."""
     n = 20_000
     d = (FAMILIES | DRAWN)[name](*(p.detach() for p in _parameters()))
     z, _ = TorchDistribution(d).rsample(n, SEED)
@@ -382,7 +386,7 @@ def test_their_draws_follow_them(name):
 
 
 def test_draws_of_a_full_covariance_have_it():
-    """Each entry within six sigma."""
+    """Each entry of the draws' covariance is within six sigma."""
     n = 20_000
     d = _full(*(p.detach() for p in _parameters()))
     z, _ = TorchDistribution(d).rsample(n, SEED)
@@ -394,11 +398,11 @@ def test_draws_of_a_full_covariance_have_it():
 
 
 def test_the_tail_of_a_quantile_function(monkeypatch):
-    """Its argument is made in double precision: in float32 it is 1 from 5.3 sigma on."""
+    """The quantile function's argument is computed in float64: in float32 it is 1 from 5.3 sigma on."""
     eps = torch.tensor([-6.5, 6.5], dtype=torch.float64, device=DEVICE)
     monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, 2))
     z, _ = TorchDistribution(td.Laplace(torch.zeros(1, 2, device=DEVICE), 1.0)).rsample(1, SEED)
-    # Both are as far out as probability 4.016e-11 is.
+    # Both are the quantiles of tail probability 4.016e-11.
     expected = -math.log(2 * 0.5 * math.erfc(6.5 / math.sqrt(2)))
     torch.testing.assert_close(
         z.flatten().double(), torch.tensor([-expected, expected], device=DEVICE).double(), rtol=1e-4, atol=0
@@ -406,8 +410,9 @@ def test_the_tail_of_a_quantile_function(monkeypatch):
 
 
 def test_an_exact_posterior_weighs_every_draw_alike():
-    """Of a linear-Gaussian model whose latents are rotated, so that its posterior has a full covariance: any
-    K gives log p(x), and STL's gradient is 0.
+    """An exact full-covariance posterior weighs all draws equally: any K gives log p(x), STL's gradient is 0.
+
+    The model is linear-Gaussian with rotated latents.
     """
     model = LinearGaussian(D, X)
     x = model.sample(B)
@@ -439,7 +444,7 @@ PRIORS = {
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
 def test_torch_distributions_as_priors(name, estimator):
-    """Value, and the gradient of the prior's parameters, which is the bound's under every estimator."""
+    """Value and the gradient of the prior's parameters are the bound's, under every estimator."""
     q, _, leaves = pairs(prior=False)
     a = wide(D, seed=8)
     p = PRIORS[name](a)
@@ -485,7 +490,7 @@ def test_compiled(objective):
         options = {"kl": "mc"} if objective is fastvae.elbo else {"k": K, "estimator": "dreg"}
         return objective(x, (mu, logvar), lambda z: z @ weight, prior=prior, **options, **BERNOULLI)
 
-    # torch 2.11 cannot trace a look at an object's attributes, and breaks the graph there.
+    # torch 2.11 cannot trace the inspection of an object's attributes, and breaks the graph there.
     whole = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
     compiled = torch.compile(loss, fullgraph=whole, backend="aot_eager")
     results = []
@@ -498,7 +503,7 @@ def test_compiled(objective):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-# Gamma and Dirichlet draws are torch's, by ops of fastvae's
+# Gamma and Dirichlet draws: torch's, wrapped in fastvae's ops
 
 
 @pytest.mark.parametrize(
@@ -513,7 +518,7 @@ def test_compiled(objective):
     ],
 )
 def test_draws_by_ops_are_torchs_own(make):
-    """In value and in gradient, and torch's state is as it was."""
+    """Draws by ops equal torch's in value and gradient, and leave torch's random state unchanged."""
     leaves = [wide(B, D, seed=s).detach().exp().requires_grad_() for s in (1, 2)]
     results, state = [], torch.get_rng_state()
     z, _ = TorchDistribution(make(*leaves)).rsample(K, SEED, sample_offset=2, row_offset=1)
@@ -528,7 +533,7 @@ def test_draws_by_ops_are_torchs_own(make):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-# What q is over
+# The support of q
 
 
 ON_LESS = {  # with a prior of the same support
@@ -655,7 +660,7 @@ def test_a_registered_kl_is_used():
 
     made = lambda kind: kind(randn(B, D, seed=1), randn(B, D, seed=2))  # noqa: E731
     standard = fastvae.StandardNormal()
-    # What overrides its density is another distribution, until it is told.
+    # A subclass may override the density, so it has no closed form unless registered.
     assert torch.equal(closed_kl(made(Own), standard), closed_kl(made(fastvae.DiagonalNormal), standard))
     assert closed_kl(made(Family), standard) is None
 
@@ -669,7 +674,7 @@ def test_a_registered_kl_is_used():
     assert closed_kl(made(Other), standard) is None
 
 
-# What is held fixed
+# Detached parameters
 
 
 def test_held_is_a_copy_without_gradients():
@@ -788,13 +793,13 @@ def test_a_subclass_of_torchs_draws_and_weighs_as_it_says(family):
         **BERNOULLI,
     )
     assert bool(((seen[0] >= 0.5) & (seen[0] <= 1)).all())
-    # q and p have one density: what is left of the ratio is rounding.
+    # q and p have the same density: the ratio is rounding error.
     torch.testing.assert_close(parts.log_ratio, torch.zeros(K, B, device=DEVICE), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
 def test_parameters_that_cannot_be_held_are_an_error(estimator):
-    """In a closure: counted twice, they would give the prior a wrong gradient without a word."""
+    """Parameters in a closure raise: counted twice, they would silently give the prior a wrong gradient."""
     weight = torch.ones(D, device=DEVICE, requires_grad=True)
 
     class Reaching(fastvae.Distribution):
@@ -843,19 +848,19 @@ def test_what_is_registered_is_looked_at():
 
 
 def test_lazily_negative_tensors():
-    """Views that the dispatcher resolves, which the short way must not read as they lie."""
+    """Lazily negated views, which the dispatcher resolves, must not be read raw by the fast path."""
     mu, logvar, seed = randn(B, D, seed=1), randn(B, D, seed=2), torch.tensor(3, device=DEVICE)
     expected = fastvae.ops.rsample_kl(mu, logvar, seed=seed)
     for a, b in zip(fastvae.ops.rsample_kl(torch._neg_view(-mu), logvar, seed=seed), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
-# A prior as it says
+# A prior's clamp
 
 
 @pytest.mark.parametrize("kl", ["analytic", "mc"])
 def test_a_priors_clamp_counts(kl):
-    """As a prior of the clamped log variance, whose gradient is zero where it is clamped."""
+    """A prior with a clamp equals one of the clamped log variance, with zero gradient where clamped."""
     mu, logvar = wide(B, D, seed=1), wide(B, D, seed=2)
     m, s = wide(D, seed=3), wide(D, seed=4)
     x, weight = (randn(B, X, seed=5) > 0).double(), randn(D, X, seed=6).double()

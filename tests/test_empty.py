@@ -32,7 +32,7 @@ class Summed(fastvae.Likelihood):
 
 
 class Decoder(nn.Module):
-    """One linear layer, cut into outputs of these shapes; by name where names are given."""
+    """Linear layer split into outputs of given shapes, a mapping if names are given."""
 
     def __init__(self, *shapes: tuple[int, ...], names: tuple[str, ...] = ()):
         super().__init__()
@@ -89,7 +89,7 @@ def _check(bound: Tensor, reduction: str, asked: list[Tensor]) -> None:
         assert bound.shape == (0,)
     elif reduction == "sum":
         assert float(bound.detach()) == 0
-    else:  # as torch has it
+    else:  # as torch does
         assert bool(bound.isnan())
     grads = torch.autograd.grad(bound.sum(), asked, allow_unused=True)
     for t, g in zip(asked, grads, strict=True):
@@ -115,7 +115,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 def test_objectives(backend, name, masked):
     likelihood, decoder, x, mask = _inputs(name)
     if masked and name == "summed":
-        return  # log p of each element is what a mask needs
+        return  # a mask needs log p of each element
     for objective in OBJECTIVES.values():
         for reduction in ("none", "sum", "mean"):
             q = _pair()
@@ -207,7 +207,7 @@ COMPONENTS = {
 @pytest.mark.parametrize("name", COMPONENTS)
 @pytest.mark.parametrize("k, b, x", [(2, 0, X), (0, 3, X), (2, 3, 0)])
 def test_likelihoods_with_components(backend, name, k, b, x):
-    """Gradients are tensors, as an optimiser expects them, on every backend: of zeros."""
+    """Gradients are tensors of zeros on every backend, as an optimiser expects."""
     data = torch.zeros(b, *([3] if name != "categorical" else []), x, device=DEVICE)
     shapes = [(k, b, *shape[:-1], x) for shape in COMPONENTS[name]]
     outputs = [torch.zeros(shape, device=DEVICE, requires_grad=True) for shape in shapes]
@@ -221,7 +221,7 @@ def test_likelihoods_with_components(backend, name, k, b, x):
 
 
 def test_a_wholly_masked_batch_leaves_the_measured_variance_alone():
-    """Gaussian(scale='optimal') measures nothing then, before the first batch and after it."""
+    """Gaussian(scale='optimal') measures nothing from a masked batch, before and after the first one."""
     likelihood, decoder, _, _ = _inputs("optimal")
     x, q = torch.rand(4, X, device=DEVICE), tuple(torch.zeros(4, D, device=DEVICE) for _ in range(2))
     nothing = torch.zeros(4, X, dtype=torch.bool, device=DEVICE)

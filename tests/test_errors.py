@@ -1,6 +1,6 @@
-"""Wrong uses: the exception, and that its message names the argument, what came, and what was expected.
+"""Wrong uses: the exception, and a message with the argument, the actual and the expected value.
 
-And the edges that are specified rather than left: an empty batch, and NaN in one row.
+Also the specified edge cases: an empty batch, and NaN in one row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .models import generator, rand, randn, seed_of
 
 B, D, X, K = 5, 3, 7, 4
 
-# A device that is not the one under test, and exists everywhere.
+# A device other than the one under test that always exists.
 ELSEWHERE = "meta"
 
 
@@ -44,12 +44,12 @@ def q():
 
 
 def logits(z):
-    """A decoder for a bernoulli likelihood."""
+    """Decode z for a bernoulli likelihood."""
     return models.networks(X, D, "bernoulli")[1](z)
 
 
 def pair(z):
-    """A decoder for a gaussian likelihood."""
+    """Decode z for a gaussian likelihood."""
     return models.networks(X, D)[1](z)
 
 
@@ -473,7 +473,7 @@ CASES = {
         TypeError,
         ["decoder must be a callable", "got Tensor", "not its output"],
     ),
-    # what only the data can tell
+    # values of the data
     "targets in [-1, 1]": (
         lambda: elbo(2 * x() - 1, q(), logits, **BERNOULLI),
         ValueError,
@@ -661,12 +661,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_use(case, monkeypatch):
     call, exception, fragments = CASES[case]
-    if DEVICE.type == "cuda":  # where data are looked at if asked for only
+    if DEVICE.type == "cuda":  # data are checked on request only
         monkeypatch.setenv("FASTVAE_CHECK", "1")
     with pytest.raises(exception) as raised:
         call()
-    # The class itself: a subclass would be another failure on the way (UnicodeError, torch's
-    # OutOfMemoryError, ...).
+    # The class itself: a subclass would be a different failure (UnicodeError, torch's OutOfMemoryError, ...).
     assert type(raised.value) is exception
     for fragment in fragments:
         assert fragment in str(raised.value)
@@ -677,14 +676,14 @@ def test_wrong_use(case, monkeypatch):
 )
 def test_targets_are_checked_by_every_backend(backend, bad, monkeypatch):
     if DEVICE.type != "cpu":
-        # A GPU would have to synchronise, so it checks only when asked to.
+        # A GPU would have to synchronise, so it checks only on request.
         monkeypatch.setenv("FASTVAE_CHECK", "1")
     with pytest.raises(ValueError, match=re.escape("must lie in [0, 1]")):
         ops.bernoulli_log_prob(bad, randn(K, B, X, seed=5))
 
 
 def test_failed_call_leaves_the_random_state_alone():
-    """Arguments are checked before a seed is drawn, so that mending a call does not change its numbers."""
+    """Arguments are validated before a seed is drawn, so that a failed call does not change later numbers."""
     torch.manual_seed(0)
     expected = elbo(x(), q(), pair)
     torch.manual_seed(0)
@@ -703,7 +702,7 @@ def test_backend_is_restored_after_an_error():
     assert _backend.chosen() == before
 
 
-# An empty batch gives an empty result, and no gradient is lost on the way.
+# An empty batch gives an empty result, and every gradient is defined.
 
 
 def _leaves(rows: int, dtype=torch.float32):
@@ -759,7 +758,7 @@ def test_empty_batch_through_the_objectives(backend, likelihood):
 
 
 def _only(row: int, *tensors) -> None:
-    """Every tensor [B, ...] is NaN somewhere in ``row`` and nowhere else."""
+    """Assert that every tensor [B, ...] has NaN in ``row`` and nowhere else."""
     for t in tensors:
         rows = t.isnan().reshape(B, -1).any(1).tolist()
         assert rows == [b == row for b in range(B)]
@@ -780,13 +779,13 @@ def test_nan_stays_in_its_row(backend, where, likelihood):
         iwae(*arguments, k=K, likelihood=likelihood, reduction="none", estimator="dreg"),
     ):
         _only(row, bound, *torch.autograd.grad(bound.sum(), (mu, logvar)))
-    # Enough draws for k̂ to be a number elsewhere.
+    # Enough draws for k̂ to be defined elsewhere.
     _only(row, *log_marginal(*arguments, k=30, k_chunk=7, likelihood=likelihood))
     _only(row, fastvae.reconstruction_log_prob(*arguments, k=K, likelihood=likelihood))
 
 
 def test_nan_in_one_sample_reaches_its_example(backend):
-    """One bad weight of K makes its example's bound NaN, wherever in the column it stands, and no other's."""
+    """A NaN among K weights makes its example's bound NaN, at any position, and no other's."""
     for sample in range(K):
         log_w = randn(K, B, seed=16)
         log_w[sample, 3] = math.nan
@@ -809,7 +808,7 @@ def test_nan_in_the_decoders_output(backend):
 
 @pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
 def test_certainly_impossible_example_is_minus_infinity(estimator):
-    """Weights that are all zero give a bound of -inf with zero gradient, and log_marginal says the same."""
+    """All-zero weights give a bound of -inf with zero gradient, and log_marginal agrees."""
     data = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=DEVICE)
     # Certain of (1, 0): the second example cannot happen.
     certain = torch.tensor([math.inf, -math.inf], device=DEVICE)
@@ -831,7 +830,7 @@ def test_certainly_impossible_example_is_minus_infinity(estimator):
 
 
 def test_devices_without_an_index():
-    """A user's own distribution may say "cuda", where its tensors say "cuda:0"."""
+    """Devices compare equal without an index: a user's distribution may say "cuda", its tensors "cuda:0"."""
     on = lambda one, other: on_same_device(torch.device(one), torch.device(other))  # noqa: E731
     assert on("cuda", "cuda:0") and on("cuda:1", "cuda") and on("cpu", "cpu") and on("cuda:1", "cuda:1")
     assert not on("cuda:0", "cuda:1") and not on("cpu", "cuda") and not on("cuda:0", "cpu")

@@ -1,4 +1,4 @@
-"""Whole data sets: truth, streaming, stopping, ranks, checkpoints, and what may be wrong with the data."""
+"""Evaluation of data sets: ground truth, streaming, stopping, ranks, checkpoints, and faulty data."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def _assert_same(actual, expected, tolerance=1e-10):
 
 @pytest.mark.parametrize("k", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_linear_gaussian(k):
-    """2000 examples of known log p(x), with q off by a known amount, so that the weights' moments are
-    known.
-    """
+    """Estimates agree with 2000 known log p(x), for an inexact q whose weights' moments are known."""
     n = 2000
     model, x, q = _model_and_data(n, torch.float32)
     result = _evaluate(model, q, x, k=k)
@@ -85,7 +83,7 @@ def test_linear_gaussian(k):
     assert float(error.std()) == pytest.approx(spread, rel=0.1)
     assert result.mc_stderr == pytest.approx(spread / math.sqrt(n), rel=0.1)
     assert float(result.khat.median()) < 0.7
-    # nll's error over examples is that of their mean.
+    # nll's standard error is that of the mean over examples.
     assert result.nll == pytest.approx(-float(result.log_px.mean()), rel=1e-12)
     assert result.stderr == pytest.approx(float(result.log_px.std()) / math.sqrt(n), rel=1e-12)
     assert result.bits_per_dim == pytest.approx(result.nll / (X * math.log(2)), rel=1e-12)
@@ -93,7 +91,7 @@ def test_linear_gaussian(k):
     nll = [v for _, v, _ in result.curve]
     assert [n for n, _, _ in result.curve] == [n for n in (1, 10, 100, 1000) if n < k] + [k]
     for (fewer, before, _), (_, after, _) in itertools.pairwise(result.curve):
-        # Fewer draws are a part of more, so that the difference errs less than they.
+        # Fewer draws are a subset of more, so their difference has a smaller error.
         assert after < before + 4 * math.sqrt(model.moment(2, SHIFT, STRETCH) / (fewer * n))
     assert nll[-1] == result.nll
     kl = fastvae.ops.rsample_kl(*q(x))[1].mean()
@@ -104,9 +102,7 @@ def test_linear_gaussian(k):
 
 
 def test_stopping_at_a_tolerance():
-    """Every example has its error, or the most draws; easy ones cost little; the draws are those of
-    log_marginal.
-    """
+    """Every example reaches the tolerance or the maximum of draws; the draws are log_marginal's."""
     model, x, _ = _model_and_data()
     tol, most = 0.1, 3000
 
@@ -129,22 +125,20 @@ def test_stopping_at_a_tolerance():
         )
         torch.testing.assert_close(result.log_px[rows], expected.log_px.cpu()[rows], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(result.khat[rows], expected.khat.cpu()[rows], rtol=1e-8, atol=1e-8)
-    # In batches, where all of a batch may stop early.
+    # Also in batches, where a whole batch may stop early.
     _assert_same(_evaluate(model, q, x, k=most, tol=tol, k_chunk=17, batch_size=N), result)
     assert [n for n, _, _ in result.curve] == [1, 10, 100, 200, 400, 800, 1600, most]
     assert "on average" in str(result)
 
 
 def test_stopping_draws_for_those_that_go_on_alone():
-    """Neither the decoder nor the sampler works for examples that are done; results are those of their own
-    rows.
-    """
+    """Decoder and sampler process only examples still drawing, with unchanged results."""
     model, x, _ = _model_and_data(100)
     hard = [7, 8, 60]
     drawn = {True: [], False: []}
 
     class Counting(fastvae.DiagonalNormal):
-        """Of a subclass rows cannot be taken, and the whole batch is drawn for."""
+        """Subclass whose rows cannot be sliced, so that the whole batch is drawn."""
 
         sliced = True
 
@@ -170,20 +164,20 @@ def test_stopping_draws_for_those_that_go_on_alone():
         assert results[-1].k[hard].tolist() == [3000] * 3
         assert set(results[-1].k.tolist()) == {100, 3000}
     _assert_same(*results, 1e-9)
-    # And, once, a few draws that show that rows can be decoded alone.
+    # Plus, once, a few draws to check that rows can be decoded separately.
     assert 0 <= sum(k * n for k, n in drawn[True]) - (100 * 100 + 2900 * 3) <= 5 * 100
     assert 0 <= sum(k * n for k, n in drawn[False]) - 3000 * 100 <= 5 * 100
-    # What is drawn at once is bounded in either case.
+    # The number of draws at once is bounded in either case.
     most = 2**18 if DEVICE.type == "cuda" else 2**13
     assert all(k * n <= most for calls in drawn.values() for k, n in calls)
-    # A prior of its own for each row cannot be sliced, but is right.
+    # A prior with a row per example cannot be sliced, but is correct.
     prior = fastvae.DiagonalNormal(*(0 * randn(100, D, seed=1, dtype=torch.float64) for _ in range(2)))
     Counting.sliced = True
     _assert_same(_evaluate(model, q, x, k=3000, tol=0.05, prior=prior), results[0], 1e-9)
 
 
 def test_stopping_waits_for_the_first_weight():
-    """While all weights are 0 the error is not known: drawing goes on; what never comes is said."""
+    """While all weights are 0 the error is unknown and drawing continues; a warning says if it stays so."""
 
     class Rare(fastvae.Likelihood):
         def log_likelihood(self, x, parameters, samples, beside=None):
@@ -201,7 +195,7 @@ def test_stopping_waits_for_the_first_weight():
     assert abs(float(result.log_px[0]) - exact) < 1.5
 
 
-# What a decoder may do with rows that it is given for the whole batch; all are right while no row leaves.
+# Uses of per-row tensors of the whole batch in a decoder; all are correct while no row stops.
 _CLOSING_OVER = {
     "repeated": lambda mean, y: mean + y.repeat(len(mean) // len(y), 1),
     "cut to length": lambda mean, y: mean + y.repeat(-(-len(mean) // len(y)), 1)[: len(mean)],
@@ -214,15 +208,16 @@ _CLOSING_OVER = {
 @pytest.mark.parametrize("how", _CLOSING_OVER)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_tolerance_refuses_rows_that_depend_on_others(how, dtype):
-    """Rows that are done leave, and a decoder that keeps something for each row of the batch would give the
-    others what belongs to them.
+    """A decoder that closes over tensors of the batch's rows is refused.
+
+    When rows stop, it would combine the remaining rows with those of others.
     """
     model, x, q = _model_and_data(24, dtype)
     labels = randn(24, X, seed=11, dtype=dtype)
     x = x + labels
 
     class Conditional:
-        """Takes the labels of its batch, which it numbers itself, from outside, as a closure does."""
+        """Decoder that takes its batch's labels from outside, as a closure does, and counts batches."""
 
         def __init__(self):
             self.seen = 0
@@ -242,10 +237,10 @@ def test_a_tolerance_refuses_rows_that_depend_on_others(how, dtype):
 
     whole = run(x, batch_size=24)
     words = r"tol=0\.1 needs a model in which.*leave tol out.*batch_size=1"
-    for data in (x, [x[:1], x[1:]]):  # of one row alone nothing can be said
+    for data in (x, [x[:1], x[1:]]):  # a single row decides nothing
         with pytest.raises(ValueError, match=words):
             run(data, batch_size=24, tol=0.1)
-    # No more draws than all make, so that nobody leaves; and one row at a time, which has no others.
+    # With the minimum of draws no row stops early; a batch of one row has no others.
     assert run(x, batch_size=24, tol=0.1, k=100).k.tolist() == [100] * 24
     alone = run(x, batch_size=1, tol=1e-9)
     if how != "statistics of the batch" and dtype == torch.float64:
@@ -265,16 +260,14 @@ def test_a_tolerance_says_why_a_row_alone_cannot_be_decoded():
     ) as error:
         fastvae.evaluate(q, decoder, x, tol=0.1, likelihood=model.likelihood, batch_size=24, **QUIET)
     assert isinstance(error.value.__cause__, RuntimeError)
-    # The same goes for the whole batch of course, in its own words.
+    # The whole batch fails too, with the decoder's own message.
     with pytest.raises(RuntimeError, match="^a batch norm of mine"):
         fastvae.evaluate(q, decoder, x, tol=0.1, likelihood=model.likelihood, batch_size=23, **QUIET)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_tolerance_takes_any_honest_decoder(dtype):
-    """Rounding differs with the number of rows; a decoder's own noise cannot be judged; NaN stays where it
-    is.
-    """
+    """Rounding that depends on the number of rows, a decoder's own noise, and NaN are accepted."""
     encoder, decoder = models.networks(X, D, "bernoulli", dtype=dtype)
     x = rand(N, X, seed=2, dtype=dtype).round()
     options = {"likelihood": "bernoulli", "tol": 0.3, "k": 400, **QUIET}
@@ -299,7 +292,7 @@ def test_a_tolerance_takes_any_honest_decoder(dtype):
 
 
 def test_the_question_leaves_no_trace():
-    """Random state and results are those of a run that asks nothing."""
+    """The check of the decoder's rows changes neither the random state nor the results."""
     model, x, q = _model_and_data()
 
     def decoder(z):
@@ -317,8 +310,9 @@ def test_the_question_leaves_no_trace():
 
 
 def test_the_bias_that_stopping_brings():
-    """Low, but by less than half of the tolerance, on weights whose log has a deviation of 1 (shift 1, 3
-    latents: 1.7).
+    """Stopping biases estimates low, by less than half of the tolerance, for log weights of deviation 1.
+
+    (Shift 1, 3 latents: 1.7.)
     """
     model = LinearGaussian(D, X, dtype=torch.float32)
     x = model.sample(1500)
@@ -385,7 +379,7 @@ def test_backends_agree(backend):
 
 
 def test_means_are_over_examples():
-    """A mean of the batches' means would weigh the short last batch's examples eleven times."""
+    """Means are over examples: a mean of batch means would weigh the short last batch's eleven times."""
     model, x, q = _model_and_data()
     x[-1] += 30
     result = _evaluate(model, q, x, batch_size=11)
@@ -398,7 +392,7 @@ def test_means_are_over_examples():
 
 
 def test_active_units():
-    """Latents whose posterior mean varies by more than 0.01 over the data: two of four."""
+    """Active units are latents whose posterior mean has variance above 0.01 over the data: two of four."""
     scale = torch.tensor([1.0, 0.0, 0.09, 0.11], device=DEVICE)
     x = randn(4000, 4, seed=1)
     x = (x - x.mean(0)) / x.std(0)
@@ -412,7 +406,7 @@ def test_active_units():
 
 
 class _Bare(fastvae.Distribution):
-    """A posterior that can do no more than it must."""
+    """Posterior with the required methods only."""
 
     def __init__(self, mu, logvar):
         super().__init__()
@@ -424,7 +418,7 @@ class _Bare(fastvae.Distribution):
 
 
 class _MonteCarlo(_Bare):
-    """Knows its means, and no KL in closed form."""
+    """Posterior with a mean and without a closed-form KL."""
 
     @property
     def mean(self):
@@ -472,7 +466,7 @@ def test_one_example_and_sizes_that_differ():
 
 
 def test_exact_posterior_is_trusted():
-    """Weights that differ by rounding alone have a flat tail, not a heavy one."""
+    """Weights that differ only by rounding have a flat tail, not a heavy one."""
     model = LinearGaussian(D, X, dtype=torch.float32)
     x = model.sample(300)
     result = fastvae.evaluate(model.posterior, model.decoder, x, k=1000, likelihood=model.likelihood, **QUIET)
@@ -480,9 +474,7 @@ def test_exact_posterior_is_trusted():
 
 
 def test_eval_mode_and_back():
-    """Dropout is off in evaluation, also where the encoder is a function of modules; every mode is
-    restored.
-    """
+    """Evaluation turns dropout off, also if the encoder is a function of modules, and restores every mode."""
     encoder = nn.Sequential(nn.Linear(X, 2 * D), nn.Dropout(0.9)).to(DEVICE)
     decoder = nn.Sequential(nn.Linear(D, 9), nn.Dropout(0.9), nn.BatchNorm1d(9), nn.Linear(9, X)).to(DEVICE)
     decoder[2].eval()
@@ -518,7 +510,7 @@ def test_eval_mode_and_back():
 
 
 def test_two_threads_evaluate_one_model():
-    """It is in eval mode while either works, and in its own mode after both."""
+    """A model is in eval mode while either thread works, and in its own mode after both."""
     encoder, decoder = models.networks(X, D)
     decoder = nn.Sequential(decoder, nn.Identity())
     decoder[1].eval()
@@ -659,7 +651,7 @@ def test_a_person_can_read_it(tmp_path):
 
 
 def _quoted(result):
-    """The line that says what to quote."""
+    """Return the summary's line that starts with "to quote"."""
     lines = [line for line in str(result).splitlines() if line.startswith("  to quote")]
     assert len(lines) <= 1
     return "".join(lines)
@@ -677,7 +669,7 @@ def test_it_says_which_estimate_to_quote():
         float((result.jackknife - result.low).square().sum().sqrt()) / N
     )
     assert f"{trusted.nll_jackknife:.2f} ± {result.stderr:.2f} nats, the jackknife's" in _quoted(trusted)
-    # An example that is not trusted counts with its bound, and its interval is open.
+    # An untrusted example contributes its bound, and its interval is open.
     khat, high = trusted.khat.clone(), result.high.clone()
     khat[0], high[0] = 1.2, math.inf
     mixed = dataclasses.replace(result, khat=khat, high=high)
@@ -706,7 +698,7 @@ class _Pairs(torch.utils.data.IterableDataset):
 
 
 class _Table:
-    """As a DataFrame: it iterates over something else than rows."""
+    """Table that iterates over something other than rows, like a DataFrame."""
 
     def __init__(self, array):
         self.array = array
@@ -730,7 +722,7 @@ def test_forms_of_data():
     loader = DataLoader(TensorDataset(x, labels), batch_size=10)
     forms = [x, x.numpy(), TensorDataset(x, labels), loader, [[b, 1] for b in x.split(4)], list(x.split(6))]
     forms += [_Pairs(x), DataLoader(_Pairs(x), None), (b for b in x.split(9)), [x[:5], x[:0], x[5:]]]
-    # Arrays: batches of them, in another order of bytes, backwards in memory, and what can become one.
+    # Arrays: in batches, with swapped bytes, with negative strides, and array-likes.
     array = x.numpy()
     fixed = array.copy()
     fixed.flags.writeable = False
@@ -742,7 +734,7 @@ def test_forms_of_data():
 
 
 def test_an_encoder_that_fails_says_on_what():
-    """A list of examples is taken as batches, which only the encoder can tell from a list of batches."""
+    """An encoder's error names its input: a list of examples is indistinguishable from a list of batches."""
     encoder, decoder = models.networks(X, D)
     with pytest.raises(IndexError) as error:
         fastvae.evaluate(encoder, decoder, list(torch.zeros(5, X, device=DEVICE)), k=3, **QUIET)
@@ -760,8 +752,9 @@ def test_an_encoder_that_fails_says_on_what():
     ],
 )
 def test_batches_go_to_the_models_dtype(given, own, tmp_path):
-    """NumPy's float64 for a float32 model; float32 for one in bfloat16 or float64, as Lightning's bf16-true
-    and 64-true have it.
+    """Batches are cast to the model's dtype: NumPy's float64 to float32; float32 to bfloat16 or float64.
+
+    The latter as with Lightning's bf16-true and 64-true.
     """
     encoder, decoder = models.networks(X, D, dtype=own)
     x = randn(N, X, seed=5, dtype=given)
@@ -781,7 +774,7 @@ def test_batches_go_to_the_models_dtype(given, own, tmp_path):
     # Where the encoder has no parameters, the decoder's dtype is the model's.
     plain = functools.partial(fastvae.evaluate, lambda x: (x[:, :D], x[:, :D]), decoder)
     torch.testing.assert_close(run(x, plain).log_px, run(x.to(own), plain).log_px, rtol=near, atol=near)
-    # What a checkpoint compares are the data as they were given.
+    # A checkpoint compares the data as given.
     first = run(x, checkpoint=file)
     assert torch.equal(run(x, checkpoint=file).log_px, first.log_px)
     with pytest.raises(ValueError, match="other data"):
@@ -804,7 +797,7 @@ def test_data_stay_as_they_are_where_nothing_has_a_dtype():
 
 
 def test_nan_in_one_example():
-    """Its results are NaN, all others right, and a warning counts."""
+    """An example with NaN has NaN results, all others are correct, and a warning counts such examples."""
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=3)
     options = {"k": 25, "batch_size": 10, **QUIET}
@@ -830,7 +823,7 @@ def test_nan_in_one_example():
             torch.testing.assert_close(values[kept], getattr(clean, name)[kept], rtol=1e-4, atol=1e-4)
         assert math.isnan(got.nll)
         assert f"NaN            {len(lost)} example" in str(got)
-    # NaN does not keep an example drawing.
+    # An example with NaN stops drawing.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = fastvae.evaluate(encoder, decoder, bad, tol=10.0, **QUIET)
@@ -935,7 +928,7 @@ def test_out_of_memory_halves_the_chunk(error):
     assert sizes == [40, 20, 10, 10, 10, 10]
     for actual, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
-    # The lesson is kept for the batches that follow.
+    # The reduced size is kept for the following batches.
     sizes.clear()
     with pytest.warns(RuntimeWarning, match="memory ran out"):
         fastvae.evaluate(q, decoder, [x, x], **options, **QUIET)
@@ -962,7 +955,7 @@ def test_other_errors_are_not_swallowed():
     ("event", "draws"), [((784,), 53), ((8, 8), 81), ((3, 64, 64), 3), ((3, 512, 512), 1)]
 )
 def test_chunks_fit_the_caches(event, draws):
-    """At most 4 million numbers of the decoder's output, and 8192 rows."""
+    """A chunk has at most 4 million elements of the decoder's output, and 8192 rows."""
 
     def inputs(device):
         zeros = torch.zeros(100, D, device=device)
@@ -991,7 +984,7 @@ _evaluate(model, stops, x, batch_size=2, checkpoint=sys.argv[1])
 
 
 def test_killed_and_started_again(tmp_path):
-    """Kill -9 in the middle; what was done is not done again, and the result is that of an unbroken run."""
+    """A run killed by SIGKILL resumes without repeating work and gives the result of an unbroken run."""
     file = tmp_path / "run.npz"
     root = Path(__file__).parents[1]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -1010,11 +1003,11 @@ def test_killed_and_started_again(tmp_path):
         return q(x)
 
     result = _evaluate(model, counting, x, batch_size=2, checkpoint=file)
-    # One batch is encoded again, to see whether the weights are the same.
+    # One batch is encoded again, to compare the weights.
     assert len(calls) == 12 - done + 1
     _assert_same(result, _evaluate(model, q, x, batch_size=2), 1e-14)
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
-    # And once more: everything is there.
+    # And once more: everything is in the checkpoint.
     calls.clear()
     again = _evaluate(model, counting, x, batch_size=2, checkpoint=file)
     assert len(calls) == 1
@@ -1022,7 +1015,7 @@ def test_killed_and_started_again(tmp_path):
 
 
 def test_the_seed_is_in_the_checkpoint(tmp_path):
-    """Without a generator, the first run's seed goes on."""
+    """Without a generator, a resumed run uses the first run's seed."""
     model, x, q = _model_and_data()
     torch.manual_seed(1)
     options = {"generator": None, "batch_size": 5}
@@ -1046,7 +1039,7 @@ def test_the_seed_is_in_the_checkpoint(tmp_path):
 
 
 def test_interrupted_twice(tmp_path):
-    """What the first run did is still there when the second is interrupted, too."""
+    """The first run's work is kept when the second run is interrupted too."""
     model, x, q = _model_and_data()
     calls = []
 
@@ -1060,7 +1053,7 @@ def test_interrupted_twice(tmp_path):
         return q(x)
 
     options = {"batch_size": 2, "checkpoint": tmp_path / "run.npz"}
-    for done in (3, 5):  # one batch of a run that goes on is to compare the weights
+    for done in (3, 5):  # a resumed run spends one batch on comparing the weights
         with pytest.raises(Stop):
             _evaluate(model, stops, x, **options)
         with np.load(tmp_path / "run.npz") as saved:
@@ -1086,19 +1079,19 @@ def test_saving_takes_little_of_the_time_and_leaves_nothing_behind(tmp_path, mon
         return q(x)
 
     monkeypatch.setattr(Store, "_write", slow)
-    # By its name fastvae.evaluate is the function.
+    # The attribute fastvae.evaluate is the function, not the package.
     monkeypatch.setattr(
         sys.modules["fastvae.evaluate.checkpoint"], "time", types.SimpleNamespace(monotonic=lambda: now[0])
     )
     _assert_same(_evaluate(model, encoder, x, batch_size=1, checkpoint=tmp_path / "b.npz"), result, 1e-14)
-    # After the first batch, when 20 times as long has gone by, in the end, and when all is put together.
+    # After the first batch, whenever 20 times a write's duration has passed, at the end, and when merging.
     assert writes[0] == 1
     assert 3 < len(writes) < 6
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz"]
 
 
 def _full_disk(monkeypatch, times: int) -> list[int]:
-    """The first so many files cannot be written to their end."""
+    """Make the first ``times`` files fail while being written."""
     left, sync = [times], os.fsync
 
     def full(handle):
@@ -1113,7 +1106,7 @@ def _full_disk(monkeypatch, times: int) -> list[int]:
 
 @pytest.mark.parametrize("times", [2, 10**6])
 def test_a_full_disk_costs_the_checkpoint_not_the_results(tmp_path, monkeypatch, times):
-    """The work goes on, saving is tried again, and a file that is there is not spoiled."""
+    """On a full disk the run continues and retries, and an existing file is not damaged."""
     model, x, q = _model_and_data()
     file = tmp_path / "run.npz"
     expected = _evaluate(model, q, x, batch_size=2)
@@ -1261,7 +1254,7 @@ def test_a_result_whose_parts_do_not_agree_is_not_loaded(tmp_path, case):
 
 
 class _Spy:
-    """Unpickled, it leaves a mark."""
+    """Object that writes a file when unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -1314,7 +1307,7 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path):
 
 
 def test_nobody_foresees_the_name_of_a_draft(tmp_path, monkeypatch):
-    """A link in its place would be written through."""
+    """A draft's name is unpredictable, as a symbolic link at it would be followed."""
     model, x, q = _model_and_data()
     result, names = _evaluate(model, q, x), []
     monkeypatch.setattr(os, "replace", lambda old, new: names.append(Path(old).name))
@@ -1345,7 +1338,7 @@ def test_a_result_replaces_another_when_it_is_whole(tmp_path, monkeypatch):
     ("encoding", "sign"), [("utf-8", "±"), ("cp1252", "±"), ("ascii", "+-"), ("cp932", "±")]
 )
 def test_a_summary_can_be_printed_anywhere(encoding, sign, monkeypatch):
-    """Not even an output that has no sign for ± ends a script that prints a result."""
+    """A result prints even to an encoding without ±."""
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x)
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -1356,7 +1349,7 @@ def test_a_summary_can_be_printed_anywhere(encoding, sign, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
-    """Drafts that a rank had begun to write; nothing else, not even of another checkpoint."""
+    """A killed rank's drafts are removed; nothing else is, not even another checkpoint's."""
     model, x, q = _model_and_data()
     with monkeypatch.context() as killed:
         killed.setattr(os, "replace", lambda old, new: None)
@@ -1379,7 +1372,7 @@ def test_checkpoints_leave_other_files_alone(tmp_path):
     result = _evaluate(model, q, x[:10], batch_size=10, checkpoint=tmp_path / "run[1].npz")
     assert len(result.log_px) == 10
     assert other.exists()
-    # What a rank left there belongs to it, though.
+    # A rank's finished file belongs to the checkpoint, though.
     (tmp_path / "run[1].npz").rename(tmp_path / "run[1].rank3.npz")
     calls = []
     _evaluate(
@@ -1390,7 +1383,7 @@ def test_checkpoints_leave_other_files_alone(tmp_path):
 
 
 def test_what_the_digests_see():
-    """Every tensor's name, type, shape and numbers, and the settings of modules."""
+    """Digests depend on every tensor's name, dtype, shape and values, and on the settings of modules."""
     base = [torch.arange(6.0)]
     seen = [
         digest(v).tobytes() for v in (base, [base[0].view(2, 3)], [base[0].int()], [base[0] + 1e-7], base * 2)
@@ -1459,7 +1452,7 @@ def test_checkpoints_of_something_else(tmp_path):
         run()
     with torch.no_grad():
         decoder.linear.weight[0, 0] -= 1e-6
-    # A change that no module shows.
+    # A change outside any module.
     holder = {"gain": 1.0}
     hidden = tmp_path / "hidden.npz"
     run(decoder=lambda z: tuple(holder["gain"] * v for v in decoder(z)), checkpoint=hidden)
@@ -1504,7 +1497,7 @@ def _run_rank(rank: int, world: int, folder: str, shard: str, options: dict) -> 
         torch.manual_seed(rank)
         options = {"k": 333, "batch_size": 4, "generator": None, "shard": shard, **options}
         if "seed" in options:
-            # Rank 0's counts, whatever the others'.
+            # Rank 0's generator is used, whatever the others' state.
             options["generator"] = torch.Generator().manual_seed(options.pop("seed") + rank)
         if options.pop("shuffled", False):
             loader = DataLoader(TensorDataset(x), 4, shuffle=True)
@@ -1527,7 +1520,7 @@ def _ranks(world: int, folder, shard: str, **options) -> list[fastvae.Evaluation
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("shard, noise", [("data", "philox"), ("samples", "philox"), ("samples", "qmc")])
 def test_any_number_of_ranks(tmp_path, shard, noise):
-    """1, 2 and 3 processes give the same, on each rank."""
+    """1, 2 and 3 processes give the same results on each rank."""
     model, x, q = _model_and_data()
     generator = torch.Generator().manual_seed(6)
     expected = _evaluate(model, q, x, k=333, batch_size=4, noise=noise, generator=generator)
@@ -1539,7 +1532,7 @@ def test_any_number_of_ranks(tmp_path, shard, noise):
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 def test_ranks_with_a_tolerance_and_a_checkpoint(tmp_path):
-    """Two ranks begin, three go on, one finishes: all from one file."""
+    """A run started by two ranks, continued by three and finished by one uses a single file."""
     for shard in ("samples", "data"):
         expected = None
         file = tmp_path / f"{shard}.npz"
@@ -1556,9 +1549,9 @@ class _Failure(Exception):
 
 
 def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
-    """Rank 2 fails at every place; the last one to call evaluate may be any."""
+    """Make rank 2 fail at every stage; any rank may be the last to call evaluate."""
     torch.set_num_threads(1)
-    # Who is started in the background of a shell, and so are its children, is deaf to it.
+    # Background processes of a shell, and their children, ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
@@ -1614,7 +1607,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
 
         failed = "rank 2 failed: _Failure: here"
         resumed = {"checkpoint": f"{folder}/run.npz"}
-        # Where, what rank 2 raises, and what the others raise.
+        # Stage, rank 2's error, and the others' error.
         for options, own, words in (
             ({"encode": at(2, fail)}, _Failure, failed),
             ({"decode": at(5, fail)}, _Failure, failed),
@@ -1637,11 +1630,11 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
                 warnings.simplefilter("ignore")
                 with pytest.raises(expected, match=None if bad else words):
                     evaluate(**options)
-        # All are in step: what follows is right, also from the checkpoint.
+        # All ranks are in step: a further run is correct, also from the checkpoint.
         expected = torch.load(f"{folder}/expected.pt", weights_only=False)
         _assert_same(evaluate(**seeded()), expected)
         _assert_same(evaluate(**seeded(), **resumed), expected)
-        # One rank by itself, while the others do something else.
+        # One rank evaluates alone, while the others do something else.
         if rank == 1:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(distributed, "all_gather_object", None)
@@ -1656,7 +1649,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("shard", ["data", "samples"])
 def test_a_rank_that_fails_tells_the_others(tmp_path, shard):
-    """They raise what happened to it instead of waiting for it, and can go on to something else."""
+    """A failing rank's error is raised on the others, which do not hang and can continue."""
     model, x, q = _model_and_data()
     options = {"k": 200, "batch_size": 2, "generator": torch.Generator().manual_seed(6)}
     torch.save(_evaluate(model, q, x, **options), tmp_path / "expected.pt")
@@ -1682,7 +1675,7 @@ def test_reconstruction_log_prob(backend):
 
 
 def test_anomaly_score():
-    """High for what is unlike the data, whatever the learned prior."""
+    """The anomaly score is high for x unlike the data, whatever the learned prior."""
     model, x, q = _model_and_data(dtype=torch.float32)
     vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood)
     odd = x + 3
@@ -1701,3 +1694,27 @@ def test_vae_evaluate():
     vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood)
     result = vae.evaluate(x, k=K, generator=generator(1), **QUIET)
     _assert_same(result, _evaluate(model, q, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_data_are_not_rounded_to_half_precision(dtype):
+    """A model in half precision: the likelihood reads counts and size factors as they are."""
+    torch.manual_seed(0)
+    encoder, decoder = torch.nn.Linear(6, 4).to(DEVICE, dtype), torch.nn.Linear(2, 6).to(DEVICE, dtype)
+    torch.nn.init.zeros_(encoder.weight)
+    x = torch.tensor([[257.0, 1, 0, 3, 4097, 2]] * 3, device=DEVICE)
+    size = torch.tensor([1.2345, 500.7, 1000.3], device=DEVICE)
+    seen = []
+
+    class Counts(fastvae.Poisson):
+        def log_likelihood(self, x, parameters, samples, beside=None):
+            seen.append((x, beside.size))
+            return super().log_likelihood(x, parameters, samples, beside)
+
+    fastvae.evaluate(
+        encoder, decoder, [(x, size)], k=3, unpack=lambda b: {"x": b[0] * 1.0, "size": b[1]},
+        likelihood=Counts(), progress=False,
+    )  # fmt: skip
+    for data, factors in seen:
+        assert torch.equal(data, x) and torch.equal(factors, size)
+    assert seen

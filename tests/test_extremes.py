@@ -1,4 +1,4 @@
-"""Variances from e^-170 to e^170: whatever float32 can hold is right, and what it cannot is infinite."""
+"""Variances from e^-170 to e^170: results that fit float32 are accurate, others are infinite."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from .conftest import DEVICE
 
 WIDEST = 170.0
 INFO = torch.finfo(torch.float32)
-# Roundings of the longest formula, each half an eps, an exponential or a normal as three; and to spare, one
-# more.
+# Roundings of the longest formula, each half an eps, an exponential or a normal counted as three; plus one to
+# spare.
 ROUNDINGS = 32
 
 
 def assert_right(name, actual, exact, scale, one_sign=False):
-    """Right to the roundings of the terms that ``scale`` sums, wherever these fit float32. Where the result
-    does not it is not finite; with ``one_sign`` it is infinite, elsewhere inf - inf may be NaN.
+    """Assert accuracy to the roundings of the terms, summed in ``scale``, wherever these fit float32.
+
+    A result that overflows is not finite; with ``one_sign`` it is infinite, otherwise inf - inf may be NaN.
     """
     actual, exact, scale = (t.detach().double().cpu() for t in (actual, exact, scale))
     fits = scale < INFO.max / 4
@@ -46,8 +47,9 @@ def _uniform(low, high, *shape):
 
 
 def _latent_case(b, d):
-    """Rows in turn: q and p of one width, the mean as far away as that or by one; a narrow q and a wide p;
-    and both at random.
+    """Return inputs whose rows cycle through four cases.
+
+    q and p of one width, the means that far apart or by one; a narrow q and a wide p; and both at random.
     """
     kind = torch.arange(b)[:, None] % 4
     logvar = torch.where(kind == 2, _uniform(-WIDEST, WIDEST / 4, b, d), _uniform(-WIDEST, WIDEST, b, d))
@@ -65,7 +67,7 @@ def _moved(tensors):
 
 
 def _latent(op, inputs, with_prior, samples, seed, grads, dtype, **options):
-    """Results and gradients, of float32 inputs computed in ``dtype``."""
+    """Return results and gradients of float32 inputs, computed in ``dtype``."""
     inputs = [t.to(dtype).requires_grad_() for t in inputs[: 4 if with_prior else 2]]
     results = op(
         *inputs[:2], samples=samples, seed=seed, prior=tuple(inputs[2:]) if with_prior else None, **options
@@ -77,7 +79,7 @@ def _latent(op, inputs, with_prior, samples, seed, grads, dtype, **options):
     return results, [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
 
 
-# DReG takes its weights from what arrives at the ratio: without it there is no gradient.
+# DReG takes its weights from the ratio's upstream gradient, without which its gradient is undefined.
 ARRIVING = [
     (estimator, arriving)
     for estimator in ("kl", "kl per dimension", "iwae", "stl", "dreg")
@@ -107,7 +109,7 @@ def test_log_variances_of_q_and_p(backend, estimator, arriving, with_prior):
     results, found = _latent(*case, torch.float32, **options)
     with fastvae.use_backend("reference"):
         exact, exact_found = _latent(*case, torch.float64, **options)
-        # With ½σε kept, ε is known to 2e-8 where σ is as small as here.
+        # If ½σε is stored, ε is recovered to 2e-8 for σ as small as here.
         eps = fastvae.random.normal(seed, k, b, d, dtype=torch.float64).abs().clamp(min=0.02)
 
     mu, logvar, m, prior_logvar = (t.double() for t in inputs)
@@ -119,7 +121,7 @@ def test_log_variances_of_q_and_p(backend, estimator, arriving, with_prior):
     g_z, g = (t.double().abs() for t in grads)
     if is_kl:
         u = (logvar - prior_logvar).abs()
-        # What u is rounded by, its exponential magnifies.
+        # The exponential magnifies the rounding of u.
         excess = torch.expm1(logvar - prior_logvar).abs() * (1 + u / ROUNDINGS)
         terms = (near**2 + excess + u) / 2
         scales = [z, terms if per_dimension else terms.sum(1)]
@@ -150,7 +152,7 @@ def test_log_variances_of_q_and_p(backend, estimator, arriving, with_prior):
 
 
 def test_dreg_of_a_normal_with_a_tiny_scale(backend):
-    """As a user has it: a Normal of torch's, whose precision is 1e40 and log variance -92."""
+    """DReG works for a user's torch Normal of precision 1e40, log variance -92."""
     linear = torch.nn.Linear(3, 4, device=DEVICE)
     mean = torch.zeros(5, 3, device=DEVICE, requires_grad=True)
     scale = torch.full((5, 3), 1e-20, device=DEVICE, requires_grad=True)
@@ -163,7 +165,7 @@ def test_dreg_of_a_normal_with_a_tiny_scale(backend):
 
 
 def test_ratio_to_a_narrow_prior(backend):
-    """log p(z) is large there, not -inf: with q = p the ratio is 0, and its parts are 44 and -44."""
+    """A narrow prior's log p(z) is large, not -inf: for q = p the ratio is 0, with terms 44 and -44."""
     logvar = torch.full((2, 3), -89.0, device=DEVICE)
     zeros = torch.zeros_like(logvar)
     _, ratio = ops.rsample_log_ratio(zeros, logvar, samples=5, prior=(zeros, logvar))
@@ -187,7 +189,7 @@ def test_log_variances_of_the_likelihood(backend, layout, pixels):
     k, b = 3, 4
     logvar = torch.empty(LAYOUTS[layout](k, b, pixels)).uniform_(-WIDEST, WIDEST)
     x = torch.randn(b, pixels)
-    # In turn as far away as the scale, exactly there, and by one, or e^43 scales.
+    # Cycling through distances of one scale, zero, and one (e^43 scales).
     kind = (torch.arange(k)[:, None, None] + torch.arange(b)[:, None]) % 3
     wide = torch.exp(logvar / 2).expand(k, b, pixels)
     far = torch.where(kind == 0, wide, torch.where(kind == 1, 0.0, (wide * math.exp(43)).clamp(max=1.0)))
@@ -220,7 +222,7 @@ def test_log_variances_of_the_likelihood(backend, layout, pixels):
 
 @pytest.mark.parametrize("logvar", [-89.0, -120.0, -170.0])
 def test_a_pixel_that_is_met_exactly(backend, logvar):
-    """(x - mean)^2 / s^2 is 0 there, though 1 / s^2 is beyond float32."""
+    """At x = mean, (x - mean)^2 / s^2 is 0, though 1 / s^2 overflows float32."""
     x = torch.rand(2, 5, device=DEVICE)
     mean, v = x.clone().requires_grad_(), torch.tensor(logvar, device=DEVICE, requires_grad=True)
     value = ops.gaussian_log_prob(x, mean, v)
@@ -231,11 +233,11 @@ def test_a_pixel_that_is_met_exactly(backend, logvar):
 
 
 def test_a_scale_too_small_for_its_type(backend):
-    """Infinite where it must be, and nothing of the rows that a tile has more than there are."""
+    """A scale that underflows gives infinities where it must, and padding rows contribute nothing."""
     x, mean = torch.ones(3, 5, device=DEVICE), torch.zeros(7, 3, 5, device=DEVICE, requires_grad=True)
     x.requires_grad_()
     logvar = torch.zeros(5, device=DEVICE)
-    logvar[2] = -400  # 1 / s is beyond float32
+    logvar[2] = -400  # 1 / s overflows float32
     logvar.requires_grad_()
     grads = torch.autograd.grad(ops.gaussian_log_prob(x, mean, logvar).sum(), (x, mean, logvar))
     others = torch.arange(5, device=DEVICE) != 2

@@ -1,4 +1,4 @@
-"""An allocation that fails in the C++ is a MemoryError, in whichever thread, and leaves nothing behind."""
+"""A failed allocation in the C++ is a MemoryError, in any thread, and leaks nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from fastvae import _backend
 
-# operator new of fastvae._C alone: fails at the n-th call from when it is armed.
+# Replaces operator new of fastvae._C only: fails at the n-th call after being armed.
 SHIM = r"""
 #include <dlfcn.h>
 #include <atomic>

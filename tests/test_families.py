@@ -1,4 +1,4 @@
-"""Families over z, each as q and as p: any with any, through every entry; densities, draws, closed forms."""
+"""Families over z as q and as p, in all pairs and entry points: densities, draws, closed forms."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def zeros(*shape):
 
 
 class Parameters:
-    """Leaves of a family, kept in the order in which they are made."""
+    """Leaf tensors of a family, in the order of their creation."""
 
     def __init__(self, dtype=torch.float64, rows=B):
         self.dtype, self.rows, self.leaves = dtype, rows, []
@@ -45,7 +45,7 @@ class Parameters:
 
 
 def _flow(make):
-    """zuko's, of fixed weights, float64 or whatever the others are."""
+    """Build a zuko flow with fixed weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return make()
@@ -63,7 +63,7 @@ def _posterior_flow(p):
     return fastvae.Flow(flow, p(p.rows, 2))
 
 
-# Each of the parameters p, whose rows are [B] of a posterior and none of a prior.
+# Each a function of parameters p; ``rows`` is [B] for a posterior and empty for a prior.
 BOTH = {
     "diagonal": lambda p, rows: fastvae.DiagonalNormal(p(*rows, D), p(*rows, D)),
     "full": lambda p, rows: fastvae.FullNormal(p(*rows, D), p(*rows, D * (D + 1) // 2)),
@@ -123,18 +123,18 @@ PRIORS = {
         _flow(lambda: zuko.flows.MAF(D, transforms=1, hidden_features=[8])).to(DEVICE, p.dtype)
     ),
 }
-# Where q has all of the line and p half of it, log p is −∞.
+# Where q covers the whole line and p half of it, log p is −∞.
 POSITIVE = {"log-normal", "exponential"}
 PAIRS = [
     (q, p)
     for q in POSTERIORS
     for p in PRIORS
-    if (p != "standard" if q in POSITIVE else p not in POSITIVE)  # N(0, I) has another support
+    if (p != "standard" if q in POSITIVE else p not in POSITIVE)  # N(0, I) has a different support
 ]
 
 
 def _prior_of(q):
-    """The default, or a prior of q's support."""
+    """Return a prior with q's support, or None for the default."""
     return fastvae.LogNormal(zeros(D), zeros(D)) if q in POSITIVE else None
 
 
@@ -149,8 +149,10 @@ def _data(dtype):
 
 @pytest.mark.parametrize(("q", "p"), PAIRS, ids=lambda n: n)
 def test_any_posterior_with_any_prior(q, p):
-    """In every entry: weights are log p − log q at the draws, bounds are theirs, chunks are the whole, and
-    gradients reach all parameters.
+    """Any pair works in every entry point.
+
+    Weights are log p − log q at the draws, bounds follow from these, chunks give the whole, and gradients
+    reach all parameters.
     """
     made_q, made_p = Parameters(), Parameters()
     posterior, prior = POSTERIORS[q](made_q), PRIORS[p](made_p)
@@ -169,13 +171,13 @@ def test_any_posterior_with_any_prior(q, p):
     log_w = parts.log_likelihood + parts.log_ratio
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # kl="mc" asks for what has no closed form
+        warnings.simplefilter("error")  # kl="mc" is explicit, so a missing closed form must not warn
         mc = fastvae.elbo(x, posterior, decoder, k=K, kl="mc", generator=generator(5), terms=True, **options)
     expected = (shares.exp() * (log_likelihood + log_p - log_q)).mean(0)
     torch.testing.assert_close(mc.bound, expected, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(mc.bound, mc.log_likelihood - mc.kl, rtol=1e-8, atol=1e-8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where no closed form is known
+        warnings.simplefilter("ignore")  # for want of a closed form
         analytic = fastvae.elbo(x, posterior, decoder, k=K, generator=generator(5), **options)
     assert bool(analytic.isfinite())
 
@@ -224,7 +226,7 @@ def test_estimators_have_one_value_in_half_precision(dtype):
 
 
 class Encoder(nn.Module):
-    """x -> the posterior of a family whose parameters are linear in x."""
+    """Encoder of x to a family's posterior with parameters linear in x."""
 
     def __init__(self, name):
         super().__init__()
@@ -250,7 +252,7 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("name", POSTERIORS)
 @pytest.mark.parametrize("prior", ["standard", "vamp", "mixture"])
 def test_evaluated(name, prior, tmp_path):
-    """Any batch size and a checkpoint give the same; with a tolerance examples leave."""
+    """Any batch size and a checkpoint give the same results; with a tolerance examples stop early."""
     encoder, decoder = Encoder(name).double(), nn.Linear(D, X).double()
     p = _prior_of(name) if prior == "standard" else PRIORS[prior](Parameters())
     x = (randn(23, X, seed=7) > 0).double()
@@ -302,7 +304,7 @@ def _evaluate_on_a_rank(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the ranks have one device")
 def test_ranks_share_an_evaluation_of_any_family(tmp_path):
-    """By examples or by draws, each rank has what one process has."""
+    """Sharded by examples or by draws, each rank has one process's result."""
     torch.multiprocessing.spawn(_evaluate_on_a_rank, args=(2, str(tmp_path)), nprocs=2)
     for i, pair in enumerate(RANKED):
         expected = _evaluated(*pair).log_px
@@ -324,7 +326,7 @@ def test_a_vae_of_each(backend):
 
 @pytest.mark.parametrize("kind", ["posterior", "prior"])
 def test_every_backend(backend, kind):
-    """Each family as q, and as p, in single precision: a bound and all gradients are the reference's."""
+    """In float32, each family's bound and gradients, as q and as p, equal the reference's."""
     x, decoder = _data(torch.float32), _decoder(torch.float32)
     for name in POSTERIORS if kind == "posterior" else PRIORS:
         found = []
@@ -340,13 +342,13 @@ def test_every_backend(backend, kind):
                 leaves = [t for t in made.leaves if t.requires_grad]
                 found.append([bound, *torch.autograd.grad(bound, leaves, allow_unused=True)])
         for one, other in zip(*found, strict=True):
-            # Sums of some hundred numbers of magnitude 10 at most, each of a few roundings.
+            # Sums of some hundred numbers of at most 10, each with a few roundings.
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", [n for n in PRIORS if n not in ("rows", "standard")])
 def test_draws_of_priors(name):
-    """Of the shape, repeatable, and of the density: E[p(z)^-1 f(z)] = ∫f, for a normal f."""
+    """A prior's draws have its shape, repeat, and follow its density: E[p(z)^-1 f(z)] = ∫f, f normal."""
     p = as_prior(PRIORS[name](Parameters(torch.float32)))
     with torch.no_grad():
         z = p.sample(5000, D, device=DEVICE, generator=generator(4))
@@ -384,14 +386,14 @@ OURS = {
 
 @pytest.mark.parametrize("name", SCIPY)
 def test_densities_are_those_of_scipy(name):
-    """Also far out, where the tails are."""
+    """Densities equal scipy's, also far out in the tails."""
     a, b = randn(B, D, seed=1).double(), 0.5 * randn(B, D, seed=2).double()
     z = 30 * randn(K, B, D, seed=3).double()
     z = z.abs() if name in POSITIVE else z
     expected = SCIPY[name](a.cpu().numpy(), b.cpu().numpy()).logpdf(z.cpu().numpy()).sum(-1)
     found = OURS[name](a, b).log_prob(z)
     np.testing.assert_allclose(found.cpu(), expected, rtol=1e-12)
-    # In single precision to its roundings, where exp(-w) of a Gumbel is no infinity.
+    # In float32 to its roundings, where a Gumbel's exp(-w) does not overflow.
     near = (z / 15).float()
     single, double = (OURS[name](*(t.to(dtype) for t in (a.float(), b.float()))).log_prob(near.to(dtype))
                       for dtype in (torch.float32, torch.float64))  # fmt: skip
@@ -400,7 +402,7 @@ def test_densities_are_those_of_scipy(name):
 
 @pytest.mark.parametrize("name", SCIPY)
 def test_draws_follow_their_distribution_function(name):
-    """Kolmogorov and Smirnov's distance, in each dimension: above this bound once in 10^9."""
+    """The Kolmogorov-Smirnov distance in each dimension is below a bound exceeded once in 10^9."""
     a, b = randn(1, D, seed=1), 0.5 * randn(1, D, seed=2)
     z, log_q = OURS[name](a, b).rsample(20_000, SEED)
     for d in range(D):
@@ -412,7 +414,7 @@ def test_draws_follow_their_distribution_function(name):
 
 @pytest.mark.parametrize("name", ["laplace", "logistic", "gumbel", "exponential", "student"])
 def test_the_tails_are_right(name, monkeypatch):
-    """Noise 6.5 standard deviations out is as far out in the family: in single precision 1 − u is 0."""
+    """Noise at 6.5 standard deviations gives the family's quantile there, though 1 − u is 0 in float32."""
     eps = torch.tensor([-6.5, 6.5, 0.3], dtype=torch.float64, device=DEVICE)
     if name == "student":
         eps = torch.cat([eps, torch.zeros(3, dtype=torch.float64, device=DEVICE)])
@@ -420,7 +422,7 @@ def test_the_tails_are_right(name, monkeypatch):
     zeros = torch.zeros(1, 3, device=DEVICE)
     z, _ = OURS[name](zeros, zeros).rsample(1, SEED)
     scipys = SCIPY[name](0.0, 0.0)
-    if name == "student":  # Bailey's length of a bivariate t
+    if name == "student":  # Bailey's radius of a bivariate t
         expected = [e * math.sqrt(4.5 * math.expm1(e * e / 4.5)) / abs(e) for e in (-6.5, 6.5, 0.3)]
     else:
         tail = scipy.stats.norm.sf(6.5)
@@ -429,7 +431,7 @@ def test_the_tails_are_right(name, monkeypatch):
 
 
 def test_student_draws_differentiate_by_degrees_of_freedom():
-    """The pathwise derivative of E[|z|] by ν is that of the mean's formula."""
+    """The pathwise derivative of E[|z|] by ν equals that of the formula for the mean."""
     df = torch.tensor(7.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
     zeros = torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
     z, _ = fastvae.StudentT(zeros, zeros, df).rsample(200_000, SEED)
@@ -447,7 +449,7 @@ def test_student_draws_differentiate_by_degrees_of_freedom():
 
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_draws_are_addressed(name):
-    """Chunks and rows of a draw are its parts, whatever the family; and so are posteriors of some rows."""
+    """Chunks and rows of any family's draw are parts of the whole, as are draws of a row-sliced posterior."""
     q = as_posterior(POSTERIORS[name](Parameters()))
     z, log_q = q.rsample(K, SEED)
     part, part_q = q.rsample(3, SEED, sample_offset=2)
@@ -463,11 +465,11 @@ def test_draws_are_addressed(name):
     torch.testing.assert_close(log_q, q.log_prob(z), rtol=1e-7, atol=1e-7)
 
 
-# Torch and zuko compute in the dtype that they are given.
+# torch and zuko compute in the dtype of their inputs.
 @pytest.mark.parametrize("name", [n for n in BOTH if n != "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
-    """z in the parameters' dtype, densities in float32."""
+    """In half precision z has the parameters' dtype and densities are float32."""
     q = POSTERIORS[name](Parameters(dtype))
     z, log_q = rsample(as_posterior(q), K, SEED)
     assert z.dtype == dtype and log_q.dtype == torch.float32 and bool(log_q.isfinite().all())
@@ -515,7 +517,7 @@ NORMALS = ("diagonal", "full", "low rank")
 @pytest.mark.parametrize("q", NORMALS)
 @pytest.mark.parametrize("p", ["standard", *NORMALS])
 def test_closed_forms_of_normals_are_torchs(q, p):
-    """KL(q ‖ p) in float64 by torch's formula of full covariances, and its gradients."""
+    """KL(q ‖ p) and its gradients equal torch's formula for full covariances in float64."""
     made_q, made_p = Parameters(), Parameters()
     posterior = POSTERIORS[q](made_q)
     prior = as_prior(PRIORS[p](made_p))
@@ -540,7 +542,7 @@ def test_closed_forms_of_normals_are_torchs(q, p):
 
 
 def test_a_kl_near_zero_keeps_its_digits():
-    """Of a full covariance 1e-4 off the prior, in single precision: naively it is rounding."""
+    """The KL of a full covariance 1e-4 off the prior is accurate in float32; naively it is rounding noise."""
     tril = 1e-4 * randn(B, D * (D + 1) // 2, seed=1)
     mu = 1e-4 * randn(B, D, seed=2)
     kl = closed_kl(fastvae.FullNormal(mu, tril), fastvae.StandardNormal()).sum(1)
@@ -549,14 +551,14 @@ def test_a_kl_near_zero_keeps_its_digits():
 
 
 def test_free_bits_of_a_full_covariance():
-    """A dimension's KL is that given the dimensions before it: their sum is the whole."""
+    """A dimension's KL is conditional on the dimensions before it, so that they sum to the whole."""
     made = Parameters()
     q, x, decoder = POSTERIORS["full"](made), _data(torch.float64), _decoder(torch.float64)
     kl = closed_kl(q, fastvae.StandardNormal())
     terms = fastvae.elbo(x, q, decoder, terms=True, free_bits=0.7, **BERNOULLI)
     expected = kl.mean(0).clamp(min=0.7).sum()
     torch.testing.assert_close(terms.kl, expected.expand(B))
-    # Of the last dimension, E over the others of the KL of a normal distribution to N(0, 1).
+    # For the last dimension: the expectation over the others of a normal's KL to N(0, 1).
     _, scale, _ = q._parts()
     z, _ = q.rsample(200_000, SEED)
     before = torch.linalg.solve_triangular(scale, (z - q.mu).movedim(0, -1), upper=False)[:, :-1]
@@ -568,8 +570,9 @@ def test_free_bits_of_a_full_covariance():
 
 @pytest.mark.parametrize("family", ["full", "low rank"])
 def test_the_exact_posterior_weighs_every_draw_alike(family, backend):
-    """Of a linear-Gaussian model whose latents are rotated: any K gives log p(x), the ELBO too, and STL's
-    gradient is 0.
+    """The exact posterior of a linear-Gaussian model with rotated latents weighs all draws equally.
+
+    Any K gives log p(x), the ELBO too, and STL's gradient is 0.
     """
     model = LinearGaussian(D, X)
     x = model.sample(B)
@@ -586,7 +589,7 @@ def test_the_exact_posterior_weighs_every_draw_alike(family, backend):
         leaves = [mean, entries.detach().requires_grad_()]
         q = fastvae.FullNormal(*leaves)
     else:
-        # The least eigenvalue for all, and what the others have more.
+        # The smallest eigenvalue everywhere, plus the excess of the others.
         least = logvar.exp().amin(1)
         more = rotation * (logvar.exp() - least[:, None])[:, None].sqrt()
         leaves = [mean, least.log()[:, None].expand(B, D).clone().requires_grad_(), more.requires_grad_()]
@@ -606,7 +609,7 @@ def test_the_exact_posterior_weighs_every_draw_alike(family, backend):
 
 
 def test_a_mixture_is_stratified_and_unbiased():
-    """Any number of draws, over seeds: the mean of w is p(x), for the ELBO the mean of its terms."""
+    """For any number of draws, the mean of w over seeds is p(x), and the ELBO's that of its terms."""
     model = LinearGaussian(2, X)
     x = model.sample(3)
     mu, logvar = model.posterior(x)
@@ -642,7 +645,10 @@ def test_components_have_noise_of_their_own():
 
 
 def test_gradients_of_a_mixture_are_those_of_its_definition():
-    """Logits, means and variances, of the ELBO and of the IWAE, by torch.distributions at the same draws."""
+    """A mixture's ELBO and IWAE gradients equal those by torch.distributions at the same draws.
+
+    Gradients of logits, means and variances.
+    """
     made = Parameters()
     mu, logvar = [made(B, D) for _ in range(2)], [made(B, D) for _ in range(2)]
     logits = made(B, 2)
@@ -678,14 +684,14 @@ def test_gradients_of_a_mixture_are_those_of_its_definition():
 
 
 def test_a_defensive_mixture_bounds_the_weights():
-    """q far too narrow: with the prior as a component no weight is above p(x|z) / π."""
+    """For a far too narrow q, a prior component of weight π bounds the weights by p(x|z) / π."""
     model = LinearGaussian(2, X)
     x = model.sample(4)
     mu, logvar = model.posterior(x, stretch=-3.0)
     q = fastvae.Mixture([(mu, logvar), fastvae.StandardNormal()], torch.tensor([3.0, 0.0], device=DEVICE))
     parts = fastvae.log_weights(x, q, model.decoder, k=5000, likelihood=model.likelihood)
     shares = torch.log_softmax(torch.tensor([3.0, 0.0], dtype=torch.float64), 0)
-    # log p(z) − log q(z|x) ≤ −log π of the prior, and a draw of a component counts C π.
+    # log p(z) − log q(z|x) ≤ −log π of the prior, and a component's draw is weighted by C π.
     assert float(parts.log_ratio.max()) <= float(math.log(2) + shares.max() - shares[1]) + 1e-6
     plain = fastvae.log_marginal(x, (mu, logvar), model.decoder, k=5000, likelihood=model.likelihood)
     defended = fastvae.log_marginal(x, q, model.decoder, k=5000, likelihood=model.likelihood)
@@ -719,7 +725,7 @@ WITHOUT_ROWS = {
 
 @pytest.mark.parametrize("name", WITHOUT_ROWS)
 def test_a_component_that_is_the_same_for_all_examples(name):
-    """Drawn for each example, as one with equal rows is; the mixture's weights are those written out."""
+    """A shared component is drawn per example, like one with equal rows; the weights are as written out."""
     p, own = Parameters(), Parameters()
     mu, logvar, logits = p(B, D), p(B, D), p(2)
     shared = WITHOUT_ROWS[name](own, ())
@@ -744,7 +750,7 @@ def test_a_component_that_is_the_same_for_all_examples(name):
 
 @pytest.mark.parametrize("family", ["full", "low rank", "laplace", "diagonal"])
 def test_a_subclass_is_not_expanded_as_its_parent(family):
-    """Its density may be another: a component of one's own says that it needs an expand."""
+    """A user's subclass, whose density may differ, must define expand to be a shared component."""
     made = BOTH[family](Parameters(), ())
     made.__class__ = type("Own", (type(made),), {})
     q = fastvae.Mixture([(zeros(B, D).double(), zeros(B, D).double()), made])
@@ -753,7 +759,7 @@ def test_a_subclass_is_not_expanded_as_its_parent(family):
 
 
 def test_rows_of_a_mixture():
-    """Components of a row for each example, of one row for all and of none; logits of both kinds."""
+    """Components may have a row per example, one row or none; logits may be shared or per example."""
     p = Parameters()
     for logits in (None, p(3), p(B, 3)):
         student = fastvae.StudentT(p(B, D), p(B, D), 4.0)
@@ -782,7 +788,7 @@ def test_a_vamp_prior_is_the_mixture_of_its_posteriors(backend):
 
 
 def test_pseudo_inputs_of_a_module():
-    """A prior of what it returns, which trains its parameters."""
+    """A module may return the pseudo-inputs, and the prior trains its parameters."""
     torch.manual_seed(0)
     encoder, z = nn.Linear(X, 2 * D).to(DEVICE), randn(K, B, D, seed=3)
 
@@ -807,7 +813,7 @@ def test_pseudo_inputs_of_a_module():
     "logits", [None, torch.tensor([0.5, -1.0], dtype=torch.float64)], ids=["even", "uneven"]
 )
 def test_a_prior_that_is_a_mixture_of_a_vamp_prior(logits):
-    """With a floor under it: the density is that of the two, in a chunked bound, too."""
+    """A mixture of a VampPrior and a broad component has both densities, also in a chunked bound."""
     made = Parameters()
     vamp, x, decoder = _vamp(made), _data(torch.float64), _decoder(torch.float64)
     q, shares = (made(B, D), made(B, D)), torch.zeros(2).double() if logits is None else logits
@@ -833,7 +839,7 @@ class Counted(nn.Linear):
 
 
 def test_pseudo_inputs_are_encoded_once_a_call():
-    """Whatever the number of chunks, and once for a data set."""
+    """Pseudo-inputs are encoded once per call, for any number of chunks, and once per data set."""
     encoder, decoder = Counted(X, 2 * D).to(DEVICE), nn.Linear(D, X).to(DEVICE)
     prior = fastvae.VampPrior(encoder, nn.Parameter(randn(U, X, seed=2)))
     x = _data(torch.float32)
@@ -892,7 +898,7 @@ def test_a_vamp_prior_in_a_vae_is_trained_saved_and_drawn_from():
 @pytest.mark.parametrize("objective", [fastvae.elbo, fastvae.iwae])
 @pytest.mark.parametrize("name", ["full", "low rank", "laplace", "student", "log-normal", "mixture"])
 def test_compiled(objective, name):
-    """fullgraph, with equal values and gradients."""
+    """Compiles with fullgraph=True to equal values and gradients."""
     encoder = Encoder(name).to(DEVICE)
     prior = fastvae.NormalMixture(*(nn.Parameter(randn(U, D, seed=s)) for s in (1, 2)))
     decoder = nn.Linear(D, X).to(DEVICE)
@@ -928,7 +934,7 @@ def test_a_flow_is_drawn_at_its_address():
 
 
 def test_a_flow_is_trained():
-    """A posterior that is a flow, and a prior that is one: all parameters get gradients."""
+    """All parameters of a flow posterior and a flow prior receive gradients."""
     flow = _flow(lambda: zuko.flows.MAF(D, 2, transforms=2, hidden_features=[8], passes=2)).to(DEVICE)
     prior = fastvae.Flow(_flow(lambda: zuko.flows.NSF(D, transforms=2, hidden_features=[8]))).to(DEVICE)
     encoder, decoder = nn.Linear(X, 2).to(DEVICE), nn.Linear(D, X).to(DEVICE)
@@ -943,7 +949,7 @@ def test_a_flow_is_trained():
 
 
 def test_stl_holds_a_flows_parameters():
-    """A flow that is the identity is the exact posterior of a model without data: STL's gradient vanishes."""
+    """An identity flow is the exact posterior of a model without data, so STL's gradient is 0."""
     flow = _flow(lambda: zuko.flows.MAF(D, 2, transforms=1, hidden_features=[8], passes=2)).to(
         DEVICE, torch.float64
     )
@@ -969,14 +975,14 @@ def test_held_families_have_no_gradient():
 
 
 def test_paths_with_every_prior():
-    """What takes the gradient that reaches q is there for each."""
+    """The "paths" route of q's gradient works with every prior."""
     q = as_posterior(POSTERIORS["full"](Parameters()))
     for make in PRIORS.values():
         _, _, told = draw_chunk(q, as_prior(make(Parameters())).prepared(), K, SEED, 0, 0, "paths")
         assert told.shape == (K, B) and not told.any()
 
 
-# What does not fit
+# Mismatches
 
 
 MISTAKES = {

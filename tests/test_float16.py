@@ -1,4 +1,4 @@
-"""Half precision where gradients and sums might leave its range or lose digits."""
+"""Half precision where gradients and sums might overflow or lose accuracy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENCODERS = {
 
 
 class Gradients:
-    """PIWAE and its kin on one model, whose log weights differ by tens of nats."""
+    """Gradients of PIWAE and related bounds on one model, whose log weights differ by tens of nats."""
 
     def __init__(self, seed):
         torch.manual_seed(seed)
@@ -62,7 +62,7 @@ class Gradients:
 def test_an_encoder_of_its_own_learns_in_float16(name, where, chunk):
     for seed in range(3):
         gradients = Gradients(seed)
-        if where == "everything":  # of the same rounded numbers
+        if where == "everything":  # compare from the same rounded numbers
             gradients.decoder.half().float()
             gradients.mu, gradients.logvar = gradients.mu.half().float(), gradients.logvar.half().float()
         expected = gradients(ENCODERS[name], "nowhere", chunk, torch.float32)
@@ -144,7 +144,7 @@ def test_every_estimator_takes_ones_own_likelihood_in_half_precision(name, dtype
     ],
 )
 def test_a_batch_norm_is_refused_where_samples_are_weighed_by_themselves(call):
-    """In eval mode it mixes no rows, and the other estimators mind no mixing."""
+    """A batch norm in training mode is refused; in eval mode, or by other estimators, it is accepted."""
     x, q = randn(B, X, seed=1), (randn(B, D, seed=2), randn(B, D, seed=3))
 
     class Pair(nn.Module):

@@ -1,4 +1,4 @@
-"""What the front end says about its numbers: terms, β, clamps, priors, scales, and a VAE's own methods."""
+"""Options of the front end: terms, β, clamps, priors, scales, and a VAE's own methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ B, D, X, K = 5, 3, 7, 4
 
 
 def _inputs(dtype=torch.float64):
-    """x, mu, logvar and the weight of a linear decoder."""
+    """Return x, mu, logvar and the weight of a linear decoder."""
     return (
         randn(B, X, seed=1, dtype=dtype),
         randn(B, D, seed=2, dtype=dtype),
@@ -31,7 +31,7 @@ def _inputs(dtype=torch.float64):
 
 
 def _samples(mu, logvar, k, seed):
-    """z [K, B, D] at the address that the objectives draw from."""
+    """Return z [K, B, D] at the address that the objectives draw from."""
     eps = fastvae.random.normal(seed_of(seed), k, *mu.shape, dtype=mu.dtype)
     return mu + torch.exp(0.5 * logvar) * eps
 
@@ -45,7 +45,7 @@ def _close(actual, expected):
 
 @pytest.mark.parametrize("k_chunk", [None, 3])
 def test_terms_of_iwae_are_means_over_the_draws(k_chunk):
-    """log p(x|z) and log q(z|x) − log p(z), which is the KL's Monte Carlo estimate: its sign is the KL's."""
+    """iwae's terms are means of log p(x|z) and of log q(z|x) − log p(z), which estimates the KL."""
     x, mu, logvar, weight = _inputs()
     terms = fastvae.iwae(
         x, (mu, logvar), lambda z: z @ weight, k=K, k_chunk=k_chunk, likelihood=fastvae.Gaussian(0.8),
@@ -77,7 +77,7 @@ def test_terms_of_the_monte_carlo_elbo_are_means_over_the_draws():
     "options", [{}, {"kl": "mc"}, {"kl": "mc", "samples": K}, {"free_bits": 0.3}, {"samples": K}], ids=str
 )
 def test_beta_weighs_every_kind_of_kl(options):
-    """In the value and in the gradient."""
+    """β scales every kind of KL in value and gradient."""
     x, mu, logvar, weight = _inputs()
     mu.requires_grad_()
 
@@ -104,7 +104,7 @@ def test_beta_weighs_every_kind_of_kl(options):
 @pytest.mark.parametrize("wrapped", [False, True], ids=["Normal", "Independent"])
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae"])
 def test_a_torch_normal_is_read_by_its_standard_deviation(objective, wrapped):
-    """As q and as p, of which the scales are σ and s, not variances; by torch's own densities."""
+    """A torch Normal, as q or p, has standard deviations, not variances; compared by torch's densities."""
     x, mu, logvar, weight = _inputs()
     q = td.Normal(mu, torch.exp(0.5 * logvar))
     p = td.Normal(randn(D, seed=8, dtype=torch.float64), 0.5 + rand(D, seed=9, dtype=torch.float64))
@@ -131,7 +131,7 @@ CLAMP = (-0.5, 0.75)
 
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae", "log_marginal"])
 def test_logvar_range_clamps_everything_that_the_posterior_says(objective):
-    """z, the KL and the log-ratio, as if the log variances had come clamped."""
+    """logvar_range acts on z, the KL and the log-ratio like clamped log variances."""
     x, mu, logvar, weight = _inputs()
     assert bool((logvar < CLAMP[0]).any()) and bool((logvar > CLAMP[1]).any())
 
@@ -150,7 +150,7 @@ def test_logvar_range_clamps_everything_that_the_posterior_says(objective):
     assert float((got - run((mu, logvar))).abs().min()) > 1e-6
 
 
-# What stands in the place of these log variances.
+# Other forms of these log variances.
 RAW = {
     "log_scale": (0.0, lambda v: v / 2),
     "scale": (0.0, lambda v: torch.exp(v / 2)),
@@ -162,7 +162,7 @@ RAW = {
 @pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_scale_is_what_its_log_variance_is(name, learned):
-    """As q, and as the prior beside it: bounds, and gradients of what was given, of every objective."""
+    """Every form of scale, in q and prior, gives the bounds and gradients of its log variance."""
     x, mu, logvar, weight = _inputs()
     assert float(logvar.exp().min()) > 0.06
     floor, raw_of = RAW[name]
@@ -237,7 +237,7 @@ def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
 
 
 def test_a_prior_by_its_scale_in_half_precision_is_not_rounded_on_the_way():
-    """Its log variance is no number of the storage type."""
+    """A half-precision scale is not rounded to a half-precision log variance."""
     mu, logvar = (randn(B, D, seed=s).bfloat16() for s in (60, 61))
     p = fastvae.DiagonalNormal(torch.zeros(D), torch.full((D,), 0.9).bfloat16(), scale="scale").to(DEVICE)
     x, decoder = randn(B, D, seed=62).bfloat16(), lambda z: z  # noqa: E731
@@ -249,7 +249,7 @@ def test_a_prior_by_its_scale_in_half_precision_is_not_rounded_on_the_way():
 
 
 def _two_that_go_on(n):
-    """A model of known posterior, and a q that is two deviations off for two of n examples."""
+    """Return a model of known posterior, and a q two deviations off for two of n examples."""
     model = LinearGaussian(D, X)
     x = model.sample(n)
     mu, logvar = model.posterior(x)
@@ -258,7 +258,7 @@ def _two_that_go_on(n):
 
 
 def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
-    """Examples that go on drawing keep their own row of it, though the mean is one for all."""
+    """Examples that continue drawing keep their own row of the prior's scale, though its mean is shared."""
     n = 23
     model, x, mu, logvar = _two_that_go_on(n)
     scales = torch.linspace(-0.4, 0.4, n, dtype=torch.float64, device=DEVICE)[:, None].expand(n, D)
@@ -290,7 +290,7 @@ def test_a_clamp_is_kept_by_examples_that_go_on_drawing():
 
     got = run(fastvae.DiagonalNormal(mu, logvar, logvar_range=(lo, hi)))
     expected = run((mu, logvar.clamp(lo, hi)))
-    # Few enough that they are drawn for by themselves.
+    # Few enough to be drawn separately.
     assert 1 <= int((got.k > 100).sum()) <= 8
     assert torch.equal(got.k, expected.k)
     torch.testing.assert_close(got.log_px, expected.log_px, rtol=1e-10, atol=1e-10)
@@ -307,13 +307,13 @@ def test_an_empty_range_is_refused(value):
 
 
 def test_a_scale_must_be_of_the_event():
-    """Of a row per sample, or per something else, there is no reading."""
+    """A scale per sample, or of any other shape, is refused."""
     x, mu, logvar, weight = _inputs()
     for shape in ((K, 1, X), (X - 1,), (B + 1, X), (1, 1, 1)):
         scale = torch.ones(shape, dtype=torch.float64, device=DEVICE)
         with pytest.raises(ValueError, match="scale has shape"):
             fastvae.iwae(x, (mu, logvar), lambda z: z @ weight, k=K, likelihood=fastvae.Gaussian(scale))
-    # A row, a number and one for each example are.
+    # A row, a number and one per example are accepted.
     for shape in ((X,), (1,), (), (B, X), (B, 1)):
         scale = 0.5 + torch.rand(shape, dtype=torch.float64, device=DEVICE)
         got = fastvae.iwae(
@@ -334,7 +334,7 @@ def test_a_scale_that_is_no_deviation_is_refused(value):
 
 
 def test_a_fixed_log_variance_is_as_exact_as_the_sums(backend):
-    """A number is kept in float32 where the mean is in bfloat16: log 0.01 would lose 0.004 of it."""
+    """A fixed log variance stays float32 for a bfloat16 mean: log 0.01 would err by 0.004."""
     x, mean = (randn(B, X, seed=s).bfloat16() for s in (15, 16))
     got = ops.gaussian_log_prob(x, mean, math.log(0.01))
     exact = td.Normal(mean.double(), 0.1).log_prob(x.double()).sum(1)
@@ -350,7 +350,7 @@ def _vae(likelihood="bernoulli", **options):
 
 
 def test_means_are_in_the_space_of_the_data():
-    """Probabilities for Bernoulli, the mean alone for a Gaussian's pair; at the mean of q, whatever its σ."""
+    """Reconstructions are Bernoulli probabilities or a Gaussian's mean, at the mean of q for any σ."""
     x = rand(B, X, seed=17)
     vae = _vae()
     mu, _ = vae.encoder(x)
@@ -374,7 +374,7 @@ def test_samples_are_of_the_models_dtype(dtype):
 
 @pytest.mark.parametrize("prior", ["standard", "learned"])
 def test_samples_are_draws_from_the_prior(prior):
-    """Mean and deviation of each latent, by a decoder that returns z; the generator decides."""
+    """Samples' latents have the prior's mean and deviation, and repeat with the generator."""
     n = 40_000
     mu, logvar = torch.tensor([0.0, 3.0, -2.0]), torch.tensor([0.0, math.log(4.0), math.log(0.09)])
     if prior == "standard":
@@ -386,7 +386,7 @@ def test_samples_are_draws_from_the_prior(prior):
     ).to(DEVICE)  # fmt: skip
     z = vae.sample(n, mean=True, generator=generator(19)).cpu()
     sigma = torch.exp(0.5 * logvar)
-    # Six standard errors, with one seed.
+    # Six standard errors, with a fixed seed.
     assert bool(((z.mean(0) - mu).abs() < 6 * sigma / math.sqrt(n)).all())
     assert bool(((z.std(0) / sigma - 1).abs() < 6 / math.sqrt(2 * n)).all())
     assert torch.equal(vae.sample(n, mean=True, generator=generator(19)).cpu(), z)
@@ -394,7 +394,7 @@ def test_samples_are_draws_from_the_prior(prior):
 
 
 def test_an_anomaly_score_is_minus_an_and_chos_reconstruction_probability():
-    """By its definition; samples, k_chunk and the generator arrive."""
+    """The score equals its definition, and samples, k_chunk and generator are passed on."""
     x = rand(B, X, seed=21).round()
     vae = _vae()
     mu, logvar = vae.encoder(x)
@@ -437,7 +437,7 @@ def test_a_vae_hands_on_its_prior_its_likelihood_and_every_option():
             vae.encoder, vae.decoder, x, generator=generator(26), **options, **meaning
         ).log_px,
     )  # fmt: skip
-    # Which is not what another prior gives.
+    # Another prior gives a different score.
     vae.prior = fastvae.StandardNormal()
     with pytest.raises(AssertionError):
         same(
@@ -467,7 +467,7 @@ def test_infinite_numbers_are_refused():
 @pytest.mark.parametrize("normal", [False, True])
 @pytest.mark.parametrize("row_offset", [0, 7])
 def test_a_posterior_draws_what_its_objectives_draw(backend, logvar_range, normal, row_offset):
-    """The ops, and the draws as a decoder takes them, are the same; and the KL is that of the definition."""
+    """A posterior's draws equal the ops' and the decoder's z, and its KL the definition's."""
 
     q = fastvae.DiagonalNormal(randn(B, 4, seed=50), randn(B, 4, seed=51), logvar_range=logvar_range)
     prior = fastvae.StandardNormal()

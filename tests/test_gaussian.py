@@ -1,4 +1,4 @@
-"""gaussian_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to gaussian_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from .models import randn
 
 
 def test_large_inputs(backend):
-    """A bias added once per tile, or a constant dropped, hides behind tiny inputs; here x - mean is 1 at
-    1e4.
-    """
+    """Large inputs, with x - mean = 1 at 1e4, reveal a bias added per tile or a dropped constant."""
     x = torch.full((2, 3), 10001.0, device=DEVICE)
     mean = torch.full((5, 2, 3), 10000.0, device=DEVICE)
     out = ops.gaussian_log_prob(x, mean, 2 * math.log(0.5))
@@ -25,7 +23,7 @@ def test_large_inputs(backend):
 
 
 def test_samples_that_fill_a_tile_up_have_no_gradient(backend):
-    """A fourth sample would have mean 0, 1e3 away from x: 0 times the square, infinite, is NaN."""
+    """Padding samples, with mean 0 at distance 1e3 from x, add no gradient: 0 times infinity would be NaN."""
     x, mean = torch.full((5, 6), 1e3, device=DEVICE), torch.full((3, 5, 6), 1e3, device=DEVICE)
     logvar = torch.full((6,), -80.0, device=DEVICE, requires_grad=True)
     grad = torch.autograd.grad(ops.gaussian_log_prob(x, mean, logvar).sum(), logvar)[0]
@@ -33,7 +31,7 @@ def test_samples_that_fill_a_tile_up_have_no_gradient(backend):
 
 
 def test_half_precision_subtracts_in_float32(backend):
-    """256.5 - 256 is lost when x is rounded to bfloat16 first."""
+    """The difference is taken in float32: 256.5 - 256 would be lost by rounding x to bfloat16 first."""
     x = torch.full((1, 1), 256.5, device=DEVICE)
     mean = torch.full((1, 1), 256.0, device=DEVICE, dtype=torch.bfloat16)
     out = ops.gaussian_log_prob(x, mean, 0.0)
@@ -42,7 +40,7 @@ def test_half_precision_subtracts_in_float32(backend):
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 5)])
 def test_a_float64_log_variance_widens_the_result(backend, shape):
-    """Eager, compiled and every backend must agree on the dtype."""
+    """A float64 log variance gives a float64 result, eager, compiled and on every backend."""
     x, mean = torch.randn(3, 5, device=DEVICE), torch.randn(2, 3, 5, device=DEVICE, requires_grad=True)
     logvar = torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
     out = ops.gaussian_log_prob(x, mean, logvar)
@@ -53,7 +51,7 @@ def test_a_float64_log_variance_widens_the_result(backend, shape):
 
 
 def test_the_gradients_of_a_shared_log_variance_are_summed_before_they_are_rounded(backend):
-    """Samples of opposite gradients cancel but for a thousandth, which roundings to bfloat16 would bury."""
+    """Opposite gradients cancel to a thousandth, which rounding each to bfloat16 would bury."""
     k, b, n = 64, 3, 5
     x = torch.zeros(b, n, dtype=torch.bfloat16, device=DEVICE)
     mean = torch.randn(1, b, n, device=DEVICE).bfloat16().expand(k, b, n)
@@ -69,7 +67,7 @@ def test_the_gradients_of_a_shared_log_variance_are_summed_before_they_are_round
 
 @pytest.mark.parametrize("shape", [(), (20,), (3, 1, 1), (1, 7, 20), (3, 7, 20)])
 def test_a_log_variance_that_asks_for_no_gradient(backend, shape):
-    """A fixed scale of all, of each pixel, or of what it may: the mean's gradient by itself."""
+    """Only the mean's gradient is computed for a fixed log variance of any shape."""
     k, b, x = 3, 7, 20
     data, mean, grad = randn(b, x, seed=1), randn(k, b, x, seed=2).requires_grad_(), randn(k, b, seed=3)
     logvar = randn(*shape, seed=4)

@@ -1,4 +1,4 @@
-"""Integers of NumPy's do what Python's do, wherever an integer is asked for."""
+"""NumPy integers behave like Python's wherever an integer is expected."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _hierarchy(dim):
     return fastvae.Level(dim, nn.Linear(7, 6)).dim
 
 
-# What is called with an integer n; the integer.
+# (function of an integer n, the integer).
 CASES = {
     "elbo k": (lambda n: fastvae.elbo(X, Q, decoder, k=n, likelihood="bernoulli"), 3),
     "elbo row_offset": (lambda n: fastvae.elbo(X, Q, decoder, row_offset=n, likelihood="bernoulli"), 5),
@@ -144,7 +144,7 @@ KINDS = (np.int64, np.int32, np.uint8)
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_pythons(name):
-    """The value is that of Python's int, whatever NumPy's type."""
+    """Every NumPy integer type gives the value of Python's int."""
     call, n = CASES[name]
     torch.manual_seed(3)
     expected = call(n)
@@ -156,7 +156,7 @@ def test_as_pythons(name):
 @pytest.mark.parametrize("name", [n for n in CASES if n != "normal seed" and not n.startswith("linear")])
 @pytest.mark.parametrize("wrong", [True, 2.0, "3", torch.tensor(3)], ids=str)
 def test_others_are_refused(name, wrong):
-    """Booleans, floats, strings and tensors are no integers; the error shows what was given."""
+    """Booleans, floats, strings and tensors are refused as integers; the error shows the argument."""
     if name == "stages" and isinstance(wrong, torch.Tensor):
         call = lambda n: schedules.stages([(n, 1)])  # noqa: E731 # the returned function takes tensors
     else:

@@ -1,4 +1,4 @@
-"""What users give as tensors: layouts, stored arrays, another default device, exported programs."""
+"""Users' tensors: layouts, stored arrays, another default device, exported programs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_sparse_masks_and_integers(layout):
 
 
 class Stored:
-    """An array that lies in a file: what is read of it is counted."""
+    """Array in a file that counts the elements read."""
 
     def __init__(self, values):
         self._values, self.shape, self.dtype = values, values.shape, values.dtype
@@ -115,7 +115,7 @@ def test_stored_arrays_are_read_batch_by_batch(tmp_path):
         found = vae.evaluate(data, k=10, batch_size=4, progress=False, generator=generator, **kwargs)
         return torch.as_tensor(found.log_px)
 
-    # torch's product of the encoder rounds by the alignment of its input.
+    # torch's product in the encoder rounds differently by the alignment of its input.
     same = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=0)
     expected = log_px(torch.from_numpy(values))
     stored = Stored(values)
@@ -146,7 +146,7 @@ def test_hdf5_is_read_batch_by_batch(tmp_path):
 
 
 def test_no_tensor_is_made_on_the_default_device():
-    """Tensors say where they are; a default of another device changes nothing."""
+    """New tensors are on their inputs' device, whatever the default device."""
     vae, x = _model(), DENSE
 
     def results():

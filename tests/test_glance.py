@@ -1,4 +1,4 @@
-"""What is asked of tensors at a glance: what passes is right, and the usual passes."""
+"""The fast path's checks: they accept only correct tensors, and accept the usual ones."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_plain_sees_what_stands_between():
         return v.sum()
 
     torch.func.grad(seen)(t)
-    # Still wrapped, outside of the transform.
+    # Still wrapped, outside the transform.
     assert _glance.plain((t,)) == 1
     assert _glance.plain((t, *leaked)) == _glance.plain_in_python((t, *leaked)) == 0
     with Mode():
@@ -74,7 +74,7 @@ def test_plain_sees_what_stands_between():
 
 @pytest.mark.skipif(CUDA, reason="native is Triton there")
 def test_the_short_way_goes_to_the_backend_in_force():
-    """What it gives is bit for bit what the dispatcher gives under the same backend, and not another's."""
+    """The fast path gives the dispatcher's bits under the selected backend, not another's."""
     mu, logvar = torch.randn(2, 300, 40)
     seed = torch.tensor(5)
     found = {}
@@ -83,7 +83,7 @@ def test_the_short_way_goes_to_the_backend_in_force():
             found[name], _ = fastvae.ops.rsample_kl(mu, logvar, seed=seed)
             with Mode():
                 assert torch.equal(fastvae.ops.rsample_kl(mu, logvar, seed=seed)[0], found[name])
-    # Their normals differ in last digits.
+    # The backends' normals differ in the last digits.
     assert not torch.equal(found["native"], found["reference"])
 
 
@@ -150,6 +150,6 @@ def test_outputs():
     assert not _glance.are_outputs(x, k + 1, (first,))
     assert not _glance.are_outputs(x[0], k, (first,))
     assert not _glance.are_outputs(x.view(b, n, 1), k, (first.view(k * b, n, 1),))
-    # There is nothing in them for a kernel.
+    # They are empty.
     assert not _glance.are_outputs(x[:0], k, (first[:0],))
     assert not _glance.are_outputs(x[:, :0], k, (first[:, :0],))

@@ -1,4 +1,4 @@
-"""Signal-to-noise ratios of gradients: of gradients that are known, and as theory has them."""
+"""Signal-to-noise ratios of gradients: for known gradients, and compared with theory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ N = 40
 
 
 def known(n=N, dtype=torch.float64):
-    """Gradients [n, 3] and [n, 2, 2], of which one element is always 0."""
+    """Return gradients [n, 3] and [n, 2, 2], one element of which is always 0."""
     first, second = randn(n, 3, seed=1, dtype=dtype) + 2, 0.5 * randn(n, 2, 2, seed=2, dtype=dtype) - 1
     first[:, 1] = 0
     return first, second
 
 
 def expected(first, second, weights=None):
-    """snr and squared by definition, of gradients whose weights sum to 1."""
+    """Return snr and squared by definition, for gradients whose weights sum to 1."""
     n = len(first)
     w = torch.full((n,), 1 / n, dtype=torch.float64, device=DEVICE) if weights is None else weights
     squares = w.square().sum()
@@ -56,7 +56,7 @@ def test_they_are_their_definition(dtype):
 
     found = gradient_snr(bound, {"a": {"first": p}, "b": q}, evaluations=N)
     snr, squared, squares = expected(first, second)
-    # n roundings of a running mean and of a running square.
+    # n roundings of the running mean and of the running square.
     rel = 4 * N * torch.finfo(dtype).eps
     assert found.snr == pytest.approx(snr, rel=rel) and found.squared == pytest.approx(squared, rel=rel)
     assert found.floor == pytest.approx(math.sqrt(2 / (math.pi * N))) and found.evaluations == pytest.approx(
@@ -68,7 +68,7 @@ def test_they_are_their_definition(dtype):
 
 @pytest.mark.parametrize("window", [None, 7, 1000])
 def test_a_monitor_forgets(window):
-    """The weights are 1/n at first, and then those of a window."""
+    """A monitor's weights are 1/n at first, and then those of a window."""
     first, second = known()
     p, q = (
         torch.zeros(t.shape[1:], dtype=t.dtype, device=DEVICE, requires_grad=True) for t in (first, second)
@@ -91,7 +91,7 @@ def test_a_monitor_forgets(window):
 
 
 def test_pure_noise_is_at_the_floor():
-    """Of 400 elements without a signal: snr within 6 standard errors of the floor, the pooled square of 0."""
+    """For 400 elements of noise, snr is within 6 standard errors of the floor, the pooled square of 0."""
     n, size = 50, 400
     noise = randn(n, size, seed=3, dtype=torch.float64)
     p = torch.zeros(size, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -99,7 +99,7 @@ def test_pure_noise_is_at_the_floor():
     for row in noise:
         monitor.update([row])
     found = monitor.result()
-    # |N(0, 1/n)| has a variance of (1 − 2/π)/n; and Student's t is wider than that by (n − 1)/(n − 3).
+    # |N(0, 1/n)| has variance (1 − 2/π)/n; Student's t is wider by (n − 1)/(n − 3).
     error = math.sqrt((1 - 2 / math.pi) / n / size)
     assert abs(found.snr["p"] - found.floor) < 6 * error + found.floor / n
     assert abs(found.squared["p"]) < 6 * math.sqrt(2 / size) / n
@@ -122,8 +122,9 @@ def test_what_has_no_gradient_counts_as_0():
 
 @pytest.mark.parametrize(("estimator", "slope", "evaluations"), [("iwae", -1, 400), ("dreg", 1, 100)])
 def test_slopes_over_k(estimator, slope, evaluations):
-    """The encoder's squared ratio goes like 1/K with IWAE's gradient and like K with DReG's; the decoder's
-    like K with both (Rainforth et al. 2018, theorem 1; Tucker et al. 2019).
+    """The encoder's squared ratio scales as 1/K with IWAE's gradient and as K with DReG's.
+
+    The decoder's scales as K with both (Rainforth et al. 2018, theorem 1; Tucker et al. 2019).
     """
     model = LinearGaussian(2, 3)
     x = model.sample(100)
@@ -147,8 +148,8 @@ def test_slopes_over_k(estimator, slope, evaluations):
     few, many = at(16), at(256)
     slopes = {name: math.log(many[name] / few[name]) / math.log(16) for name in ("encoder", "decoder")}
     # IWAE's ratio at K = 256 is about 0.35: 400 gradients give its mean to 7 standard errors, the slope to
-    # 0.1. Of the others the variances' error dominates, √(2/100) and less: 0.07. Four of these, and a tenth
-    # for what K = 16 is from its limit.
+    # 0.1. For the others the variances' error dominates, √(2/100) and less: 0.07. Four of these, plus a tenth
+    # for the distance of K = 16 from the limit.
     assert abs(slopes["encoder"] - slope) < (0.5 if estimator == "iwae" else 0.4)
     assert abs(slopes["decoder"] - 1) < 0.4
 

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: on a card as they are, elsewhere with a stand-in for torch.cuda."""
+"""Training steps as CUDA graphs: on a GPU, or elsewhere with a stand-in for torch.cuda."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ B, D, X, K = 6, 3, 20, 4
 
 
 def _training(device=DEVICE, generator=None):
-    """A model's parameters, and a training step of it."""
+    """Return a model's parameters, and its training step."""
     torch.manual_seed(1)
     encoder, decoder = torch.nn.Linear(X, 2 * D).to(device), torch.nn.Linear(D, X).to(device)
     parameters = [*encoder.parameters(), *decoder.parameters()]
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_told(make, message):
 
 
 class Cuda:
-    """What is asked of torch.cuda, written down: a capture runs the step, a replay runs it again in place."""
+    """Recording stand-in for torch.cuda: a capture runs the step, a replay runs it again in place."""
 
     def __init__(self, monkeypatch):
         self.did, self.registered = [], []
@@ -111,10 +111,10 @@ def test_calls_warm_up_then_capture_then_replay(monkeypatch):
         kept.append(one)
         assert torch.equal(one, x + y) and torch.equal(other, x * y)
     assert cuda.did == ["eager"] * 4 + ["capture"] + ["replay"] * 3
-    # What was returned is the caller's: later calls do not write to it.
+    # Returned tensors belong to the caller: later calls do not write to them.
     assert [float(k[0]) for k in kept] == [0, 1, 2, 3, 4]
     assert cuda.registered == [generator]
-    # Inputs of another shape or dtype run as they are, and the graph stays.
+    # Inputs of another shape or dtype run eagerly, and the graph is kept.
     cuda.did.clear()
     for x, y in ((torch.ones(2), torch.ones(2)), (torch.ones(3).double(), torch.ones(3))):
         assert torch.equal(step(x, y)[0], x + y)
@@ -175,6 +175,6 @@ except RuntimeError as error:
 
 @on_a_card
 def test_a_generator_that_is_not_registered_is_refused():
-    """In a process of its own: a capture that failed leaves torch unfit to go on."""
+    """An unregistered generator is refused, in a separate process: a failed capture leaves torch unusable."""
     run = subprocess.run([sys.executable, "-c", NOT_REGISTERED], capture_output=True, text=True)
     assert "generators=[generator]" in run.stdout, run.stdout + run.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Likelihoods over a component axis: classes, mixtures; every backend against plain formulas in float64."""
+"""Likelihoods over a component axis, classes and mixtures: every backend against formulas in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVENT = (3, 4)
 
 
 def naive_categorical(x, logits, ignore=-100):
-    """log p [K, B] of x [B, P] and logits [K, B, C, P]."""
+    """Return log p [K, B] of x [B, P] and logits [K, B, C, P]."""
     picked = torch.zeros(logits.shape[0], *x.shape, dtype=logits.dtype, device=logits.device)
     normal = logits - torch.logsumexp(logits, 2, keepdim=True)
     for b in range(x.shape[0]):
@@ -33,7 +33,7 @@ def naive_categorical(x, logits, ignore=-100):
 
 
 def naive_mixture(x, logits, location, log_scale, coefficients=None, levels=256):
-    """log p [K, B] of x [B, E, P] and logits [K, B, M, P], others [K, B, M, E, P], as PixelCNN++'s code."""
+    """Return log p [K, B] of x [B, E, P], logits [K, B, M, P], others [K, B, M, E, P], as in PixelCNN++."""
     x = x[:, None]
     if coefficients is not None:
         t = torch.tanh(coefficients)
@@ -44,7 +44,7 @@ def naive_mixture(x, logits, location, log_scale, coefficients=None, levels=256)
     inverse, half = torch.exp(-log_scale), 1 / (levels - 1)
     plus, minus = (x - location + half) * inverse, (x - location - half) * inverse
     log_sigmoid = torch.nn.functional.logsigmoid
-    # Of σ(a) − σ(b), from the side on which they are small.
+    # σ(a) − σ(b) from the side where both are small.
     flip = minus > 0
     a, b = torch.where(flip, -minus, plus), torch.where(flip, -plus, minus)
     middle = log_sigmoid(a) + torch.log1p(-torch.exp((log_sigmoid(b) - log_sigmoid(a)).clamp(max=-1e-300)))
@@ -55,7 +55,7 @@ def naive_mixture(x, logits, location, log_scale, coefficients=None, levels=256)
 
 
 def assert_near(got, expected, dtype, scale, what):
-    """Within roundings of sums of this size, of half precision's once more."""
+    """Assert agreement within roundings of sums of this size, plus one rounding to half precision."""
     unit = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     wide = max(unit, 2**-23) if dtype != torch.float64 else unit
     bound = 64 * wide * scale + (unit * expected.abs() if dtype.itemsize == 2 else 0)
@@ -133,7 +133,7 @@ def test_mixture(backend, case):
         x, *[q.reshape(k, b, *q.shape[1:]) for q in given], levels=levels
     )
     expected = naive_mixture(x.double(), *wide, levels=levels)
-    # What a bin's ends, in units of the scale, lose by rounding x, location and scale.
+    # Error of a bin's ends, in units of the scale, from rounding x, location and scale.
     steep = float(torch.exp(-wide[2].detach().amin()))
     scale = (1 + 8 * steep) * p * e
     total = torch.float64 if dtype == torch.float64 else torch.float32
@@ -150,7 +150,7 @@ def test_mixture(backend, case):
 
 
 def test_coupled_colours(backend):
-    """To the digits of float64, value and every gradient; the ends of the grid among the data."""
+    """Coupled colours' value and gradients are accurate to float64, also at the ends of the grid."""
     k, b, m, p = 2, 3, 4, 9
     x = (rand(b, 3, p, seed=1, dtype=torch.float64) * 8).floor().clamp(max=7) * (2 / 7) - 1
     shapes = ((m, p), (m, 3, p), (m, 3, p), (m, 3, p))
@@ -179,7 +179,7 @@ def test_probabilities_of_all_levels_sum_to_one(backend, levels, log_scale):
 
 
 def test_far_scales_and_locations(backend):
-    """Finite, with finite gradients, wherever the decoder begins or ends."""
+    """Values and gradients are finite for extreme scales and locations."""
     location = torch.tensor([0.0, 1e4, -1e4, 3.0], device=DEVICE)
     log_scale = torch.tensor([-90.0, -20.0, 0.0, 20.0, 90.0], device=DEVICE)
     shape = (1, 1, 1, 20)
@@ -196,7 +196,7 @@ def test_far_scales_and_locations(backend):
 
 
 class Decoder(nn.Module):
-    """Outputs of these shapes, side by side."""
+    """Linear decoder with outputs of given shapes."""
 
     def __init__(self, *shapes, scale=0.5):
         super().__init__()
@@ -225,7 +225,7 @@ def _models():
 
 @pytest.mark.parametrize("model", _models())
 def test_every_objective(model, backend):
-    """Of the same draws, in chunks or not: the same; and as the sum of the elements where there are such."""
+    """Every objective is the same in chunks, and equals the sum over elements where it factorises."""
     x, decoder, likelihood = _models()[model]
     q = randn(B, D, seed=2), 0.2 * randn(B, D, seed=3)
     options = {"likelihood": likelihood, "generator": None}
@@ -256,7 +256,7 @@ def test_every_objective(model, backend):
 
 @pytest.mark.parametrize("model", _models())
 def test_masks(model, backend):
-    """As if what was not observed were not there; all observed is no mask."""
+    """Unobserved elements are ignored; a mask of all True changes nothing."""
     x, decoder, likelihood = _models()[model]
     known = fastvae.likelihoods.base.as_likelihood(likelihood)
     q = randn(B, D, seed=2), 0.2 * randn(B, D, seed=3)
@@ -269,7 +269,7 @@ def test_masks(model, backend):
     nothing = known.log_likelihood(x, decoder(z), K, fastvae._nested.Beside(~everything))
     assert bool((nothing == 0).all())
     if model == "multinomial":
-        # Of the classes that were observed alone, as if there were no others.
+        # As if only the observed classes existed.
         mask = everything.clone()
         mask[:, :, 1] = False
         got = known.log_likelihood(x, decoder(z), K, fastvae._nested.Beside(mask))
@@ -277,7 +277,7 @@ def test_masks(model, backend):
         expected = known.log_likelihood(x[..., kept], decoder(z)[..., kept], K)
         torch.testing.assert_close(got, expected)
     elif x.dim() > 1:
-        # Rows of pixels: the first alone.
+        # Only the first row of pixels.
         mask = everything.clone()
         mask[..., 1:, :] = False
         got = known.log_likelihood(x, decoder(z), K, fastvae._nested.Beside(mask))
@@ -286,7 +286,7 @@ def test_masks(model, backend):
         few = tuple(o[..., :1, :] for o in outputs)
         expected = known.log_likelihood(x[..., :1, :].contiguous(), few if len(few) > 1 else few[0], K)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
-        if model == "coupled":  # a channel that was not observed is summed over, where no other needs it
+        if model == "coupled":  # an unobserved channel is marginalised if no other depends on it
             mask = everything.clone()
             mask[:, 2] = False
             two = known.log_likelihood(x, decoder(z), K, fastvae._nested.Beside(mask))
@@ -313,7 +313,7 @@ def test_multinomial_is_that_of_torch():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_draws_and_means_of_half_precision_logits(dtype):
-    """Computed in float32, as from the same logits in it; a multinomial's mean are the classes' shares."""
+    """Draws and means of half-precision logits are computed in float32, as from float32 logits."""
     logits = 3 * randn(500, 7, seed=1).to(dtype)
     for likelihood in (fastvae.Multinomial(), fastvae.Categorical()):
         drawn = [likelihood.sample(t, generator=generator(2)) for t in (logits, logits.float())]
@@ -332,7 +332,7 @@ def test_draws_are_of_their_distributions():
     assert bool(((shares - p).abs() < 6 * (p / n).sqrt()).all())
     mean = fastvae.Categorical().mean(logits)
     torch.testing.assert_close(mean[0], (p * torch.arange(C, device=DEVICE)[:, None]).sum(0))
-    # Of a mixture the mean of the score is 0: of each parameter, over draws.
+    # A mixture's score has mean 0 over draws, for each parameter.
     mixture = fastvae.DiscretizedLogisticMixture(levels=16, low=-1.0)
     shapes = [(C, 2), (C, 3, 2), (C, 3, 2), (C, 3, 2)]
     one = [
@@ -429,7 +429,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use(case, monkeypatch):
-    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU data are looked at where that is asked for
+    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU data are checked on request only
     likelihood, x, decoder, words = WRONG[case]
     q = _zeros(B, D), _zeros(B, D)
     with pytest.raises((TypeError, ValueError)) as raised:
@@ -439,7 +439,7 @@ def test_wrong_use(case, monkeypatch):
 
 
 def test_chunks_are_of_what_the_decoder_returns():
-    """Not of what x has: 64 classes are 64 times as much."""
+    """Chunk sizes count the decoder's output, 64 times x for 64 classes."""
     x = torch.zeros(B, 500, dtype=torch.int64, device=DEVICE)
     rows = []
 
@@ -457,7 +457,7 @@ def test_chunks_are_of_what_the_decoder_returns():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("model", _models())
 def test_objectives_of_other_dtypes(model, dtype, backend):
-    """What the decoder returned counts as it is: wider, it gives the same numbers."""
+    """A decoder output in a wider dtype gives the same numbers."""
     x, decoder, likelihood = _models()[model]
     decoder = decoder.to(dtype)
     q = randn(B, D, seed=2).to(dtype), (0.2 * randn(B, D, seed=3)).to(dtype)

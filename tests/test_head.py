@@ -1,4 +1,4 @@
-"""A likelihood straight from the decoder's last layer: the ops against formulas, how one asks for them."""
+"""Likelihoods fused with the decoder's last layer: the ops against formulas, and their use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HOW = Weighing(1.0, "log_mean_exp", "mean")
 
 @pytest.fixture
 def always(monkeypatch):
-    """However small."""
+    """Fuse the layer however small."""
     for name in ("FEWEST_NUMBERS", "FEWEST_BY_BLAS", "NUMBERS_PER_INPUT", "ROWS_PER_INPUT"):
         monkeypatch.setattr(head, name, 0)
     monkeypatch.setattr(fastvae.vae, "FEWEST_NUMBERS", 0)
@@ -48,7 +48,7 @@ def always(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the ops were used."""
+    """Record the calls of the ops."""
     found = []
 
     def spied(module, name):
@@ -70,7 +70,7 @@ def calls(monkeypatch):
 
 @st.composite
 def layers(draw):
-    """x, h, weight, bias and what is held, of any likelihood."""
+    """Draw x, h, weight, bias and fixed parameters of any likelihood."""
     k, b, inner, size = draw(SIZES)
     likelihood = draw(st.sampled_from(registered.LIKELIHOODS))
     declared = registered.DECLARED[likelihood]
@@ -85,7 +85,7 @@ def layers(draw):
 
     kinds = [dtype, torch.float32, *([torch.int32] if declared.takes_integers else [])]
     x = registered.data(likelihood, b, size, seed=draw(strategies.seeds), dtype=draw(st.sampled_from(kinds)))
-    # The formula's errors are of first order, which an inverse dispersion of exp(20) is too much for.
+    # The formula's errors are of first order, too low for an inverse dispersion of exp(20).
     large = draw(st.sampled_from([1.0] if "negative" in likelihood else [1.0, 4.0]))
     case = {
         "h": tensor(k * b, inner, spread=spread),
@@ -108,7 +108,7 @@ def layers(draw):
 
 
 def outputs_of(case):
-    """All parameters as the formulas take them, [K, B, X] or a row."""
+    """Return all parameters as the formulas take them, [K, B, X] or a row."""
     x, given, dtype = case["x"], case["layers"], case["dtype"]
     made = formulas.linear(given["h"], given["weight"], given["bias"], dtype)
     k, (b, size) = case["samples"], x.shape
@@ -118,7 +118,7 @@ def outputs_of(case):
 
 
 def expected_gradients(case, grads):
-    """Of the layers, by name, of the gradients of the outputs."""
+    """Return the layers' gradients by name, from the gradients of the outputs."""
     given = case["layers"]
     products = given["weight"].shape[0] // case["x"].shape[1]
     flat = [(g.value.flatten(0, 1), g.error.flatten(0, 1)) for g in grads[:products]]
@@ -218,7 +218,7 @@ def wide_case(samples, batch, size, inner, outputs=1, likelihood="bernoulli", dt
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_many_blocks(samples, batch, size, inner, reduction):
-    """Blocks are put together: float64 against the definition, to its digits."""
+    """Many blocks combine to the definition's result, to float64 accuracy."""
     x, h, weight, bias = wide_case(samples, batch, size, inner, 2, "gaussian")
     term = (3 * randn(samples, batch, seed=5)).double().requires_grad_()
     how, beta = Weighing(0.7, "log_mean_exp", reduction), rand(batch, seed=6).double()
@@ -236,7 +236,7 @@ def test_many_blocks(samples, batch, size, inner, reduction):
 
 @pytest.mark.skipif(CUDA, reason="blocks of the C++")
 def test_what_is_too_large_to_be_kept_is_made_again():
-    """All samples of a row take 72 MB, which are not kept between the two passes over them."""
+    """Outputs of 72 MB per row are recomputed instead of kept between the two passes over them."""
     samples, batch, size = 9000, 8, 2000
     x = registered.data("bernoulli", batch, size, seed=1)
     h = randn(samples * batch, 2, seed=2).requires_grad_()
@@ -250,7 +250,7 @@ def test_what_is_too_large_to_be_kept_is_made_again():
 
 
 def test_a_large_bias_is_added_once(backend):
-    """With an offset of 1000 in h·W, too, that it takes away again."""
+    """A large bias is added once, here cancelling an offset of 1000 in h·W."""
     x, h, weight, bias = wide_case(3, 70, 150, 90, dtype=torch.float32)
     h = torch.cat([h.detach(), torch.full((len(h), 1), 1000.0, device=DEVICE)], 1)
     weight = torch.cat([weight.detach(), torch.ones(150, 1, device=DEVICE)], 1)
@@ -259,12 +259,12 @@ def test_a_large_bias_is_added_once(backend):
     wide = ops.bernoulli_log_prob(
         x.double(), (h.double() @ weight.double().mT + bias.double()).unflatten(0, (3, 70))
     )
-    # Each logit is off by some roundings of 1000.
+    # Each logit errs by some roundings of 1000.
     assert float((got - wide).abs().max()) < 150 * 8 * 2**-23 * 1000
 
 
 def test_sums_over_rows_in_float32():
-    """A weight in half precision: its gradient is rounded once, not at every block."""
+    """A half-precision weight's gradient is rounded once, not at every block."""
     x, h, weight, bias = (t.detach().bfloat16() for t in wide_case(40, 120, 160, 6))
     for t in (h, weight, bias):
         t.requires_grad_()
@@ -298,7 +298,7 @@ def test_the_same_bits_with_any_number_of_threads():
 
 
 def test_a_second_backward_pass(backend):
-    """What the first handed over is made again, and what it gave stays as it is."""
+    """A second backward pass recomputes the released buffers and leaves the first's gradients unchanged."""
     x, h, weight, bias = wide_case(K, 9, X, H, dtype=torch.float32)
     term = randn(K, 9, seed=7).requires_grad_()
     bound, _ = weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), term, None, HOW)
@@ -380,11 +380,11 @@ def test_linear_log_prob_checks():
             ops.linear_log_prob(*args, **options)
 
 
-# A decoder's last layers, left to the objective
+# A decoder's last layers, fused by the objective
 
 
 class Body(nn.Module):
-    """With a module that counts its calls, and a norm."""
+    """Decoder body with a module that counts its calls, and a norm."""
 
     def __init__(self):
         super().__init__()
@@ -396,7 +396,7 @@ class Body(nn.Module):
 
 
 class Whole(nn.Module):
-    """What a FusedHead stands for, in plain PyTorch: its layers called and cut."""
+    """Plain PyTorch equivalent of a FusedHead: its layers called and their outputs split."""
 
     def __init__(self, fused):
         super().__init__()
@@ -437,7 +437,7 @@ DECODERS = {
 
 
 def step(objective, decoder, likelihood, **options):
-    """The bound, and gradients of all parameters, of the draws of one seed."""
+    """Return the bound and the gradients of all parameters, for the draws of one seed."""
     torch.manual_seed(3)
     x = rand(B, *EVENT, seed=1).round().cpu()
     q = randn(B, D, seed=2).cpu().requires_grad_(), torch.zeros(B, D, requires_grad=True)
@@ -474,7 +474,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", DECODERS)
 def test_fused_head(always, calls, call, name):
-    """Every objective, layers cut in every way: the numbers are those of the layers' outputs."""
+    """Every objective gives the numbers of the layers' outputs, for every way of splitting them."""
     make, likelihood = DECODERS[name]
     decoder, (objective, options) = make(), CALLS[call]
     likelihood = likelihood if isinstance(likelihood, str) else likelihood()
@@ -485,7 +485,7 @@ def test_fused_head(always, calls, call, name):
 
 
 def test_what_does_not_fit_is_computed(always, calls):
-    """Masks, sizes, other likelihoods, what a likelihood or its data makes of the output first."""
+    """Masks, size factors, unsupported likelihoods and transformed outputs fall back to the plain layer."""
     one, two, classes = fused_head(X), fused_head(2 * X), fused_head(3 * X, event=(3, *EVENT))
 
     class Own(fastvae.Likelihood):
@@ -493,7 +493,7 @@ def test_what_does_not_fit_is_computed(always, calls):
             return -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
 
     class Pair(nn.Module):
-        """A last layer left out, and a tensor beside it."""
+        """Decoder that returns a fused last layer and a tensor."""
 
         def __init__(self):
             super().__init__()
@@ -608,7 +608,7 @@ def test_torch_func_and_inference_mode(always, calls):
 
 @pytest.mark.parametrize("event", [None, EVENT])
 def test_likelihoods_take_the_record(event):
-    """By themselves: log p, means and samples; without x and event flat."""
+    """Likelihoods accept the record directly: log p, means and samples; without x the event is flat."""
     for name, features in (("bernoulli", (X,)), ("gaussian", (X, X)), ("gaussian", (2 * X,))):
         if len(features) == 1 and name == "gaussian" and event is None:
             continue
@@ -682,7 +682,7 @@ def test_what_would_not_run_is_refused(name):
 
 
 def test_parametrised_layers(always, calls):
-    """These compute a weight where it is read."""
+    """Parametrised layers, which compute the weight on access, work."""
     fused = fused_head(X)
     parametrizations.weight_norm(fused.layers[0])
     parametrizations.spectral_norm(fused.layers[0], "weight")
@@ -694,7 +694,7 @@ def test_parametrised_layers(always, calls):
 
 
 def test_the_layer_is_what_it_was_where_it_was_called(always):
-    """Under autocast, without gradients, with a weight that is swapped later."""
+    """The fused layer has the state of its call: autocast, no_grad, or a weight swapped later."""
 
     class Inside(nn.Module):
         def __init__(self):
@@ -727,7 +727,7 @@ def test_the_layer_is_what_it_was_where_it_was_called(always):
 
 @pytest.mark.parametrize("what", ["input", "weight", "bias"])
 def test_what_is_changed_in_place_is_refused(always, what):
-    """Between the decoder and the objective; between the forward and the backward pass, as by autograd."""
+    """In-place changes are refused between decoder and objective, and between forward and backward."""
     fused = fused_head(X)
     layer = fused.layers[0]
 
@@ -744,7 +744,7 @@ def test_what_is_changed_in_place_is_refused(always, what):
     ):
         fastvae.elbo(x, q, Changing(), likelihood="bernoulli")
     if what == "bias":
-        return  # no gradient depends on it
+        return  # no gradient depends on the changed tensor
     kept = []
     fused.body.register_forward_hook(lambda _, __, h: kept.append(h))
     for structure in (fused, nn.Sequential(fused.body, layer)):
@@ -772,7 +772,7 @@ def test_storage_that_was_freed_is_refused(always):
 
 @pytest.mark.parametrize("make", [lambda: sequential(), lambda: nn.Linear(D, X)])
 def test_hooks_run_under_a_compiler(always, make):
-    """torch's older weight norm computes the weight in a hook before the layer."""
+    """Hooks run under a compiler: torch's older weight norm computes the weight in a hook."""
     decoder = make()
     layer = decoder if isinstance(decoder, nn.Linear) else decoder[2][0]
     with warnings.catch_warnings():
@@ -838,7 +838,7 @@ def test_it_fuses_where_that_pays(tiles, monkeypatch):
     assert head.pays(3200, 784, h) and not head.pays(128, 784, h) and not head.pays(200, 20_000, h)
     assert head.pays(512, 784, h) == tiles == head.pays(3200, 784, torch.empty(1, 500))
     assert not head.pays(512, 784, h.double())
-    # Half precision has faster products of torch's on a CPU.
+    # torch's half-precision products are faster on a CPU.
     assert not head.pays(3200, 784, h.bfloat16())
 
 
@@ -878,7 +878,7 @@ def test_compiled(always, name):
 
 @pytest.mark.skipif(CUDA, reason="a process's memory")
 def test_the_output_is_never_stored():
-    """It is 200 MB, as its gradient would be; a step takes a quarter of that for all."""
+    """The output, 200 MB like its gradient, is never stored; a whole step takes a quarter of that."""
     code = """
 import resource, torch, fastvae
 from fastvae.ops.head import Layers, weigh_linear
@@ -906,7 +906,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.parametrize("name", registered.LIKELIHOODS)
 def test_all_pairs(backend, name):
-    """[K, B] of every likelihood, and its gradients, as by the op on copies in float64."""
+    """All-pairs log p [K, B] and gradients of every likelihood equal the op's on float64 copies."""
     k, b = 6, 4
     x = registered.data(name, b, *EVENT, seed=3)
     parameters = registered.parameters(name, k, *EVENT, seed=4)
@@ -929,7 +929,7 @@ def test_all_pairs(backend, name):
 
 
 def test_all_pairs_by_tiles(monkeypatch):
-    """More latents than one tile holds, more examples than one tile holds."""
+    """Tiling of latents and of examples does not change the result."""
     x, location = torch.randn(7, X), torch.randn(11, X, requires_grad=True)
     whole = ops.all_pairs_log_prob(x, (location, torch.zeros(X)), likelihood="laplace")
     (grad,) = torch.autograd.grad(whole.sin().sum(), location)
@@ -943,7 +943,7 @@ def test_all_pairs_by_tiles(monkeypatch):
 
 
 def test_all_pairs_of_a_decoder_that_fits_well():
-    """What cancels in the products: confident logits, small variances, large counts."""
+    """Products that cancel stay accurate: confident logits, small variances, large counts."""
     x = torch.rand(5, 784).round()
     logits = (2 * x - 1) * 40 + torch.randn(5, 784)
     got = ops.all_pairs_log_prob(x, logits, likelihood="bernoulli")
@@ -1009,7 +1009,7 @@ def test_all_pairs_checks():
 
 
 def test_log_px_by_the_prior():
-    """In two dimensions draws from the prior are enough: the exact log p(x) of a linear-Gaussian model."""
+    """In two dimensions, draws from the prior give the exact log p(x) of a linear-Gaussian model."""
     from .models import LinearGaussian
 
     model = LinearGaussian(latent=2, features=5, scale=1.0)
@@ -1022,7 +1022,7 @@ def test_log_px_by_the_prior():
 
 @pytest.mark.skipif(CUDA, reason="compiled elsewhere, as by the tests of launches")
 def test_products_on_matrix_units():
-    """What half precision and TF32 compile to; IEEE's float32 has none."""
+    """Half precision and TF32 compile to matrix instructions; IEEE float32 does not."""
     code = """
 import re, torch
 from types import SimpleNamespace

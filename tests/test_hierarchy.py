@@ -1,4 +1,4 @@
-"""Latents in several levels: against an exact model, the objectives written out, and one level alone."""
+"""Hierarchical latents against an exact model, the objectives written out, and a single level."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ F64 = torch.float64
 
 
 class Module(nn.Module):
-    """A function, with the tensors that it takes as parameters."""
+    """Module of a function, with its tensors as parameters."""
 
     def __init__(self, function, **parameters):
         super().__init__()
@@ -38,7 +38,9 @@ class Module(nn.Module):
 
 
 class TwoLevels:
-    """z_1 ~ N(0, I), z_2 ~ N(A z_1 + a, V), x ~ N(W z_2 + c, s^2 I), such that all of q is diagonal.
+    """Two-level linear Gaussian model whose posterior is diagonal in both levels.
+
+    z_1 ~ N(0, I), z_2 ~ N(A z_1 + a, V), x ~ N(W z_2 + c, s^2 I).
 
     W's columns are orthogonal with lengths g, so p(z_2|z_1, x) has the precision 1/v + g^2/s^2; and A =
     G^-1/2 Q, G = g^2 / (v g^2 + s^2), with Q's columns orthogonal with lengths b, so p(z_1|x) has 1 + b^2.
@@ -71,9 +73,9 @@ class TwoLevels:
         return torch.distributions.MultivariateNormal(mean, covariance).log_prob(x)
 
     def hierarchy(self, merge, learned=False):
-        """The exact posterior: its own parameters are in the modules."""
+        """Return the exact posterior, its parameters in the modules."""
         logvar = self.variance.log()
-        # Of x: W^T (x - c), whose precision by itself is g^2 / s^2.
+        # Evidence of x: W^T (x - c), whose precision alone is g^2 / s^2.
         evidence = self.gain**2 / self.scale**2
         posterior = -torch.log(1 / self.variance + evidence)
 
@@ -83,7 +85,7 @@ class TwoLevels:
 
         def first(m, h):
             centred = h - self.gain**2 * self.shift
-            # h = W^T (x - c) has the covariance g^2 (v g^2 + s^2) given z_1.
+            # h = W^T (x - c) has covariance g^2 (v g^2 + s^2) given z_1.
             mean = (centred / (self.variance * self.gain**2 + self.scale**2)) @ self.down * m.gain
             return mean, m.logvar.expand(mean.shape)
 
@@ -119,7 +121,7 @@ def test_an_exact_posterior_weighs_every_draw_alike(backend, merge):
     log_w = sum(fastvae.log_weights(x, q, model.decoder, k=K, prior=hierarchy, **options))
     close(log_w, exact.expand(K, B))
     close(fastvae.iwae(x, q, model.decoder, k=K, reduction="none", **options), exact)
-    # One draw's log-ratio; the KL in closed form has the noise of one level's mean.
+    # One draw's log-ratio; the closed-form KL has the noise of one level's mean.
     close(fastvae.elbo(x, q, model.decoder, kl="mc", k=K, reduction="none", **options), exact)
     result = fastvae.log_marginal(x, q, model.decoder, k=50, k_chunk=7, **options)
     close(result.log_px, exact)
@@ -128,7 +130,7 @@ def test_an_exact_posterior_weighs_every_draw_alike(backend, merge):
 
 @pytest.mark.parametrize("merge", MERGES)
 def test_the_analytic_kl_is_the_mean_of_the_log_ratio(merge):
-    """And less scattered: given z_1, that of z_2 is exact."""
+    """The analytic KL has the log-ratio's mean and less variance: given z_1, that of z_2 is exact."""
     model = TwoLevels()
     x = model.sample()
     hierarchy = model.hierarchy(merge)
@@ -148,7 +150,7 @@ def test_the_analytic_kl_is_the_mean_of_the_log_ratio(merge):
 
 @pytest.mark.parametrize("merge", MERGES)
 def test_sticking_the_landing_lands(merge):
-    """At the exact posterior no sample's gradient by q's own parameters is left, and without it some is."""
+    """At the exact posterior, STL's gradient of q's parameters is 0 per sample; the plain one's is not."""
     model = TwoLevels()
     x = model.sample()
     hierarchy = model.hierarchy(merge)
@@ -164,7 +166,7 @@ def test_sticking_the_landing_lands(merge):
 
 
 class Networks(nn.Module):
-    """Three levels, the last with a deterministic path, of random networks in float64."""
+    """Three levels of random networks in float64, the last with a deterministic path."""
 
     def __init__(self, merge, features=6, dims=(2, 3, 4), deterministic=True):
         super().__init__()
@@ -205,7 +207,7 @@ class Networks(nn.Module):
         return self.hierarchy(self.features(x))
 
     def written_out(self, x, k, seed, merge, held=False, cut=False):
-        """log p(x|z), the KL of each level given those above, log p(z) and log q(z|x), by torch's own."""
+        """Return log p(x|z), each level's KL given those above, log p(z) and log q(z|x), by torch."""
         Normal = torch.distributions.Normal
         h = self.features(x).repeat(k, 1)
         zs, state, kl, log_p, log_q = [], None, 0, 0, 0
@@ -280,7 +282,7 @@ def test_densities_are_those_of_the_draws(merge):
     torch.testing.assert_close(q.log_prob(z), log_q, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(p.log_prob(z), log_q + log_ratio, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(p.log_prob(z[0, 0]), p.log_prob(z)[0, 0], rtol=1e-12, atol=1e-12)
-    # Another prior than its own: by the densities.
+    # For a foreign prior, by the densities.
     other = copy.deepcopy(p)
     assert q.rsample_log_ratio(other, K, seed_of(3)) is None and q.rsample_kl(other, K, seed_of(3)) is None
     bounds = [
@@ -296,14 +298,14 @@ def test_densities_are_those_of_the_draws(merge):
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
 @pytest.mark.parametrize("merge", MERGES)
 def test_estimators_keep_the_value_and_are_right_in_expectation(merge, estimator):
-    """The mean over many draws of each parameter's gradient is IWAE's, those shared by p and q included."""
+    """Each parameter's mean gradient over many draws is IWAE's, also if shared by p and q."""
     model = Networks(merge)
     k, rows, parts = 1 if estimator == "stl" else 3, 100, 20
     x = data(2).repeat(rows, 1)
     parameters = [p for p in model.parameters() if p.dim() == 1]
 
     def run(estimator, seed):
-        """Means over parts of the draws, whose scatter tells the error."""
+        """Return means over parts of the draws, whose spread gives the error."""
         values, grads = [], []
         for part in range(parts):
             value = fastvae.iwae(
@@ -320,7 +322,7 @@ def test_estimators_keep_the_value_and_are_right_in_expectation(merge, estimator
     _, truths = run("iwae", 6)
     for f, truth in zip(found, truths, strict=True):
         error = ((f.var(0) + truth.var(0)) / parts).sqrt()
-        # Student's t with at least 19 degrees of freedom: beyond 7 with a chance of 1e-6.
+        # Student's t with at least 19 degrees of freedom: beyond 7 with probability 1e-6.
         assert bool(((f.mean(0) - truth.mean(0)).abs() < 7 * error + 1e-12).all())
 
 
@@ -373,7 +375,7 @@ def test_rows_are_those_of_the_posterior():
 
 
 def test_evaluated(tmp_path):
-    """To a tolerance, from a checkpoint, and in other batches; where q is off, draws go on."""
+    """Evaluates to a tolerance, from a checkpoint, and in any batches; where q is inexact, it draws more."""
     model = TwoLevels()
     hierarchy = model.hierarchy("residual")
     x = model.sample(11)
@@ -412,7 +414,7 @@ def test_an_exact_model_is_evaluated_exactly():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("learned", [False, True], ids=["N(0, I)", "learned"])
 def test_one_level_is_an_ordinary_posterior(backend, dtype, learned):
-    """Bit for bit."""
+    """A single level equals an ordinary posterior bit for bit."""
     mu, logvar = (randn(B, D1, seed=s, dtype=dtype).requires_grad_() for s in (1, 2))
     prior = None
     if learned:
@@ -455,7 +457,7 @@ def test_free_bits_are_of_each_dimension():
 
 @pytest.mark.parametrize("merge", ["residual", "precision"])
 def test_a_posterior_near_the_prior_has_an_exact_kl(merge):
-    """In float32 too: of means 1e3 apart from 0 by 1e-4 of a deviation, and variances equal to 1e-4."""
+    """The KL is accurate in float32 for means of 1e3 that differ by 1e-4 deviations, variances by 1e-4."""
     mean, logvar = torch.full((1, D2), 1e3, device=DEVICE), torch.full((1, D2), -3.0, device=DEVICE)
     small = 1e-4
 
@@ -485,7 +487,7 @@ def test_a_posterior_near_the_prior_has_an_exact_kl(merge):
 
 
 def test_shapes_of_latents():
-    """Levels of channels and positions: each module sees them so, and the decoder side by side."""
+    """Levels with channels and positions keep their shapes in modules; the decoder gets them concatenated."""
     seen = []
 
     def note(name, *tensors):
@@ -524,7 +526,7 @@ def test_shapes_of_latents():
 
 
 def test_networks_run_once_for_a_draw():
-    """And the posterior of features alone once for all samples."""
+    """Networks run once per draw, and a posterior of features alone once for all samples."""
     calls = []
 
     class Counted(nn.Linear):
@@ -550,7 +552,7 @@ def test_networks_run_once_for_a_draw():
 
 
 def test_samples_follow_the_prior():
-    """The exact model's mean and covariance."""
+    """Samples have the exact model's mean and covariance."""
     model = TwoLevels()
     hierarchy = model.hierarchy(None)
     n = 40000
@@ -572,7 +574,7 @@ def test_samples_follow_the_prior():
 
 
 def test_the_mean_is_the_chain_of_means():
-    """Of a linear model the posterior's own mean."""
+    """The chain of means is the posterior mean of a linear model."""
     model = TwoLevels()
     x = model.sample()
     q = model.hierarchy("residual")(model.features(x))
@@ -635,7 +637,7 @@ def test_compiled(objective, merge):
 
 
 def test_half_precision():
-    """The densities are summed in float32, and z has the modules' dtype."""
+    """In half precision, densities are summed in float32, and z has the modules' dtype."""
     model = Networks("residual").to(torch.bfloat16)
     q = model(data().bfloat16())
     z, log_q = q.rsample(K, seed_of(1))

@@ -36,7 +36,7 @@ def _run(log_w, grad):
 
 
 def results(case):
-    """(name, the op's, plain PyTorch's, what is expected) of both results."""
+    """Return (name, actual, plain PyTorch's, expected) for both results."""
     actual = _run(*case)
     with fastvae.use_backend("reference"):
         eager = _run(*case)
@@ -60,7 +60,7 @@ def test_the_gradient_is_the_normalised_weights(backend, k):
 @pytest.mark.parametrize("n", [1, 9])
 @pytest.mark.parametrize("order", ["rising", "falling", "shuffled"])
 def test_more_samples_than_a_tile(backend, n, order):
-    """What was summed so far shrinks whenever the maximum rises."""
+    """The running sum is rescaled whenever the maximum rises, over several tiles."""
     k = 5000
     log_w = torch.linspace(-60, 0, k, dtype=torch.float64, device=DEVICE)[:, None] - 100 * torch.arange(
         n, device=DEVICE
@@ -88,7 +88,7 @@ def test_any_axis(backend, dim):
 
 
 def test_equal_weights_give_themselves(backend):
-    """Far from zero: exp would underflow, and the bound must not lose its last digits to log K."""
+    """Equal weights far from zero give themselves: exp would underflow, log K must not cost digits."""
     log_w = torch.full((7, 3), -1234.5, device=DEVICE)
     torch.testing.assert_close(ops.log_mean_exp(log_w), log_w[0], rtol=1e-7, atol=0)
 
@@ -134,7 +134,7 @@ def test_plus_infinity(backend):
 
 
 def test_denormal_weights_and_gradients_are_zero(backend):
-    """They would slow a CPU's backward pass many times over."""
+    """Denormal weights and gradients are flushed to zero: they would slow a CPU's backward pass."""
     tiny = torch.finfo(torch.float32).tiny
     log_w = torch.tensor([[0.0], [-88.0], [-100.0], [-86.0]], device=DEVICE, requires_grad=True)
     grad = torch.autograd.grad(ops.log_mean_exp(log_w), log_w, torch.ones(1, device=DEVICE))[0].flatten()
@@ -143,7 +143,7 @@ def test_denormal_weights_and_gradients_are_zero(backend):
         0
     ].flatten()
     assert grad[3] == 0 and float(grad[0]) == pytest.approx(1e-3)
-    # A denormal weight is zero whatever it is multiplied by.
+    # A denormal weight is zero whatever its factor.
     grad = torch.autograd.grad(ops.log_mean_exp(log_w), log_w, torch.full((1,), 1e6, device=DEVICE))[
         0
     ].flatten()

@@ -1,4 +1,4 @@
-"""Data in integers: every dtype gives what int64 gives, for every likelihood that takes integers."""
+"""Integer data: every dtype gives int64's results, for every likelihood that takes integers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = [d for d in INTEGERS if d != torch.int64]
 
 
 class Counts(fastvae.Likelihood):
-    """A likelihood of a user's own, where nothing is 0."""
+    """User's likelihood, undefined at x = 0."""
 
     takes_integers = True
     inside = 1.0
@@ -47,7 +47,7 @@ LIKELIHOODS.pop("categorical")
 
 
 def _problem(name, likelihood, masked):
-    """x in int64, an encoder, a decoder and a mask."""
+    """Return x in int64, an encoder, a decoder and a mask."""
     torch.manual_seed(0)
     event = 5 if name == "categorical of few positions" else EVENT
     x = torch.randint(2, (B, event))
@@ -106,7 +106,7 @@ def test_every_dtype_gives_what_int64_gives(backend, name, masked):
 @pytest.mark.parametrize("name", LIKELIHOODS)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_the_largest_values_of_a_dtype(backend, name, masked):
-    """A uint8 holds classes up to 255, where 256 and -100 wrap around; counts are its own maximum."""
+    """A dtype's largest values work: uint8 classes to 255, where 256 and -100 would wrap; maximal counts."""
     if name in ("own", "joint", "from_distribution") or (
         name.startswith("categorical") and name != "categorical of 256"
     ):

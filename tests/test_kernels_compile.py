@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for NVIDIA and AMD without a GPU, as it is launched, into lean code."""
+"""Every Triton kernel, as it is launched, compiles for NVIDIA and AMD without a GPU, into lean code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Compiling takes some minutes the first time.
 pytestmark = pytest.mark.slow
 
-# A process of its own: the other tests import triton with TRITON_INTERPRET set, and then it cannot compile.
+# A separate process: the other tests import triton with TRITON_INTERPRET set, and then it cannot compile.
 PLANTED = """
 import dataclasses, json, sys, triton, triton.language as tl
 from benchmarks import kernels
@@ -83,13 +83,13 @@ def _run(*arguments: str, file: pathlib.Path | None = None) -> list[kernels.Repo
     return [kernels.Report(**json.loads(line)) for line in run.stdout.splitlines()]
 
 
-# Launches that read and write each element once, in a step of training.
+# Launches of a training step that read and write each element once.
 ONCE = ("float32 [1, 65536, 64]", "float32 [1, 8192, 784]", "196608]")
 
 
 @pytest.fixture(scope="module")
 def kept(pytestconfig, tmp_path_factory):
-    """Where reports are kept: between runs, if pytest keeps anything."""
+    """Return the folder of cached reports, kept between runs if pytest has a cache."""
     cache = getattr(pytestconfig, "cache", None)
     return tmp_path_factory.mktemp("kernels") if cache is None else cache.mkdir("kernels")
 
@@ -101,7 +101,7 @@ def reports(kept):
 
 @pytest.fixture(scope="module")
 def planted(kept, tmp_path_factory):
-    # Triton reads the source of a kernel from its file.
+    # Triton reads a kernel's source from its file.
     file = tmp_path_factory.mktemp("planted") / "planted.py"
     file.write_text(PLANTED)
     return _reports(kept, "planted", file=file)
@@ -110,7 +110,7 @@ def planted(kept, tmp_path_factory):
 def _reports(
     folder: pathlib.Path, name: str, *arguments: str, file: pathlib.Path | None = None
 ) -> list[kernels.Report]:
-    """Made once for the same code and compiler, also where several processes run the tests."""
+    """Return reports, computed once per code and compiler, also if several processes run the tests."""
     sources = [*sorted((ROOT / "kernels").rglob("*.py")), ROOT / "benchmarks" / "kernels.py"]
     code = [triton.__version__, *arguments, *(f.read_text() for f in sources), PLANTED]
     key = hashlib.blake2b("\n".join(code).encode(), digest_size=8).hexdigest()
@@ -129,56 +129,55 @@ def spilling(reports):
     return [f"{r.target}: {r.launch}: {r.spills}" for r in reports if r.spills]
 
 
-# Few numbers beside what is summed to give them: one of a row, of a column, or of a few rows in all.
+# Small arguments compared with their summands: one number per row, per column, or for a few rows in all.
 SUMS = {
     *("p_kl", "p_log_ratio", "p_grad_kl", "p_grad_log_ratio", "p_weight"),
     *("p_out", "p_grad", "p_bound", "p_maximum", "p_total", "p_log_q", "p_grad_log_q"),
 }
-# Products' tiles: in registers, by way of shared memory.
+# Products' tiles: loaded into registers via shared memory.
 PRODUCTS = ("linear_log_prob_kernel", "rsample_tril_kernel", "rsample_tril_backward_kernel")
 FEW_ROWS = "[50, 4, 32]"
-# Likelihoods made of gamma functions, or of four exponentials.
+# Likelihoods with gamma functions, or with four exponentials.
 HEAVY = ("negative_binomial", "beta_log_prob", "discretized_logistic")
-# One number of a row, which all lanes that have the row read at once; from row to row it is as far as rows
-# are long.
+# One number per row, read by all lanes of the row at once; the stride is the row's length.
 OF_A_ROW = {
     *(("mixture_kernel", "p_z"), ("mixture_shares_kernel", "p_z")),
     *(("mixture_rows_kernel", "p_share"), ("mixture_components_kernel", "p_share")),
 }
-# Of ten components in two dimensions there are fewer numbers than threads.
+# Ten components in two dimensions are fewer numbers than threads.
 FEW_COMPONENTS = "[5000, 10, 2]"
 
 
 def narrow(reports):
-    """Large arguments that are loaded or stored by less than their alignment allows, 16 bytes at most."""
+    """Return large arguments accessed by fewer bytes than their alignment allows, up to 16."""
     return [
         f"{r.target}: {r.launch}: {name}"
         for r in reports
         for name in r.narrow
         if name not in SUMS
         and FEW_ROWS not in r.launch
-        # Parts of the sum over a tile's rows, one number a thread.
+        # Parts of the sum over a tile's rows, one number per thread.
         and not (name in ("p_grad_p1", "p_grad_p2") and "[1, 1, 784]" in r.launch)
-        # With the sums of a learned prior (which the chunked launches lack) four numbers a thread.
+        # With the sums of a learned prior (which the chunked launches lack) four numbers per thread.
         and not (
             r.kernel == "rsample_backward_kernel"
             and ("bfloat16" in r.launch and "chunked" not in r.launch)
             and r.widths.get(name) == 8
         )
         and "float64" not in r.launch
-        # Tiles of a product by way of shared memory: two numbers a thread or more.
+        # Tiles of a product via shared memory: two numbers per thread or more.
         and not (r.kernel in PRODUCTS and r.widths.get(name) in (8, None))
-        # Rows of a packed triangle begin anywhere.
+        # Rows of a packed triangle are unaligned.
         and name not in ("p_tril", "p_grad_tril")
         and (r.kernel, name) not in OF_A_ROW
         and not (FEW_COMPONENTS in r.launch and r.kernel in ("prepare_kernel", "mixture_components_kernel"))
-        # A wavefront of 64 has two of 128 components, or of a row of two dimensions, a thread.
+        # In a wavefront of 64 each thread has two of 128 components, or a row of two dimensions.
         and not (
             r.target == "gfx942"
             and r.kernel in ("mixture_kernel", "mixture_shares_kernel", "mixture_rows_kernel")
             and r.widths.get(name) == 8
         )
-        # Bound by arithmetic, with two elements a thread.
+        # Bound by arithmetic, with two elements per thread.
         and not any(name in r.launch for name in HEAVY)
     ]
 
@@ -194,11 +193,11 @@ def test_a_planted_scalar_load_is_flagged(planted):
 
 
 def test_planted_scalar_loads_of_50_columns_are_flagged(planted):
-    """Rows of 50 allow 8 bytes at a time, also of a half of a pair that begins 8 bytes off."""
+    """Scalar loads are flagged for rows of 50, which allow 8 bytes, also in a half offset by 8 bytes."""
     rows, half = ([r for r in planted if r.kernel == name] for name in ("loads_rows", "loads_a_half"))
     assert {r.target for r in rows if narrow([r])} == set(kernels.TARGETS)
     for r in half:
-        if r.target != "gfx942":  # there the widest access of all is what is seen
+        if r.target != "gfx942":  # for which only the widest access of all is reported
             assert r.widths == {"p_x": 4, "p_y": 8} and r.narrow == ["p_x"]
 
 
@@ -207,7 +206,7 @@ def test_nothing_spills(reports):
 
 
 def test_loads_and_stores_are_wide(reports):
-    """Rows are read and written by as many bytes as their alignment allows, by argument on NVIDIA."""
+    """Rows are read and written by as many bytes as their alignment allows, per argument on NVIDIA."""
     assert not narrow(reports)
 
 
@@ -224,15 +223,15 @@ def test_every_kernel_is_compiled_for_every_target(reports):
 
 
 def test_registers_leave_room(reports):
-    """For a quarter of the threads that a processor can hold."""
+    """Registers suffice for a quarter of a multiprocessor's threads."""
     for r in reports:
-        # A product keeps tiles in registers, so that its threads have all of them.
+        # A product keeps tiles in registers and uses all of them.
         least = 0.125 if r.kernel in PRODUCTS else 0.25
         assert r.occupancy >= least or "float64" in r.launch, r
 
 
 def test_draws_of_full_covariance_are_no_products_of_tf32():
-    """Of which Triton 3.7 makes some for sm_100, though it is told "ieee"."""
+    """No product uses TF32, as Triton 3.7 would for some on sm_100 in spite of "ieee"."""
     script = """
 import torch
 from benchmarks import kernels
@@ -255,22 +254,23 @@ def test_shared_memory_is_there(reports):
 
 
 def test_arithmetic_is_not_the_limit(reports):
-    """What a step of training does once begins fewer instructions than an H100 does while it copies as many
-    bytes: 132 multiprocessors × 128 lanes × 1.755 GHz, at 3 TB/s.
+    """A training step's kernels issue fewer instructions than an H100 can while it copies as many bytes.
+
+    132 multiprocessors × 128 lanes × 1.755 GHz, at 3 TB/s.
     """
     counted = [r for r in reports if r.target == "sm_90" and any(s in r.launch for s in ONCE)]
     assert len(counted) > 10
     for r in counted:
-        # One sample leaves nobody to share what is made of a count, or of degrees of freedom: a logarithm and
-        # Stirling's series; or of a softplus and its logarithm.
+        # With one sample nothing amortises the functions of a count or of degrees of freedom, a logarithm and
+        # Stirling's series; nor a softplus and its logarithm.
         costly = r.launch.startswith(("poisson_log_prob ", "student_t_log_prob ")) or ", softplus" in r.launch
-        # They are bound by arithmetic: so is plain PyTorch.
+        # Bound by arithmetic, as in plain PyTorch.
         most = 75 if any(name in r.launch for name in HEAVY) else 15 if costly else 9.9
         assert r.instructions < most * r.bytes, r
 
 
 def test_one_program_for_every_batch():
-    """A new B or K compiles nothing: launches differ in no more than what alignment asks for."""
+    """A new B or K compiles nothing: programs differ only by alignment."""
     script = """
 from benchmarks import kernels
 from fastvae.kernels import full, importance, latent, likelihood, mixture, weigh

@@ -1,4 +1,4 @@
-"""laplace_log_prob and logistic_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to laplace_log_prob and logistic_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .conftest import DEVICE
 
 
 def run(likelihood, columns, *values):
-    """log p and the gradients of x, location and log_scale, of a row whose last element has these values."""
+    """Return log p and the gradients by x, location and log_scale of a row's last element."""
     filled = [torch.zeros(1, columns, device=DEVICE) for _ in values]
     for tensor, value in zip(filled, values, strict=True):
         tensor[0, -1] = value
@@ -26,7 +26,7 @@ def run(likelihood, columns, *values):
 
 
 def check(found, columns, value, *slopes):
-    """Slopes to a few roundings, the value to those of a row's sum."""
+    """Assert slopes to a few roundings, and the value to those of a row's sum."""
     assert found[0] == pytest.approx(value, rel=1e-6, abs=4e-7 * columns)
     assert found[1:] == pytest.approx(slopes, rel=1e-6, abs=1e-30)
 
@@ -35,10 +35,10 @@ def check(found, columns, value, *slopes):
 @pytest.mark.parametrize(
     "x, location, log_scale, value, to_location, to_scale",
     [
-        # A tie has the gradient 0.
+        # A tie has gradient 0.
         (1.5, 1.5, 0.0, -math.log(2), 0.0, -1.0),
         (-0.0, 0.0, 0.0, -math.log(2), 0.0, -1.0),
-        # The least difference has a sign.
+        # The smallest difference has a sign.
         (1e-45, 0.0, 0.0, -math.log(2), 1.0, -1.0),
         (-1e-45, 0.0, 0.0, -math.log(2), -1.0, -1.0),
         (3e38, -3e38, 0.0, -math.inf, 1.0, math.inf),

@@ -23,7 +23,7 @@ def _eps(seed, k, b, d, k0=0, b0=0):
         return fastvae.random.normal(seed, k, b, d, sample_offset=k0, row_offset=b0, dtype=torch.float64)
 
 
-# A program of Triton's interpreter takes 7 ms to draw a thousand normals.
+# Triton's interpreter takes 7 ms per program to draw a thousand normals.
 USUAL = {"scale": "logvar", "floor": 0.0}
 FORMS = [
     USUAL,
@@ -42,10 +42,10 @@ def cases(draw, sizes=SIZES):
     spread = 2.0 if dtype == torch.float16 else draw(st.sampled_from([0.01, 1.0, 6.0]))
     make = lambda shape, s=1.0: draw(strategies.tensors(shape, dtype, spread=s, device=DEVICE))  # noqa: E731
     estimator = draw(st.sampled_from(["iwae", "stl", "dreg"]))
-    # DReG's weights are shares of what arrives, which has one sign, as a log-mean-exp sends it.
+    # DReG's weights are shares of the upstream gradient, which has one sign, as from a log-mean-exp.
     ends = {"low": 0.0, "high": 1.0} if estimator == "dreg" else {}
     form = draw(st.one_of(st.just(USUAL), st.sampled_from(FORMS)))
-    # A logarithm of sigma spreads the variances twice as wide, beyond what half precision holds of gradients.
+    # A log sigma doubles the spread of log variances, which would overflow half-precision gradients.
     wide = spread / 2 if form["scale"] == "log_scale" else spread
     values = {"low": 0.05, "high": 3.0} if form["scale"] == "scale" else {"spread": wide}
     prior = draw(st.sampled_from(["standard", "row", "full"]))
@@ -75,13 +75,13 @@ def cases(draw, sizes=SIZES):
 
 
 def _arriving(case):
-    """At which results a gradient arrives; DReG needs the log-ratio's."""
+    """Return the results with an upstream gradient; DReG needs the log-ratio's."""
     which = {"both": ("z", "second"), "first": ("z",), "second": ("second",)}[case["which"]]
     return ("z", "second") if case["estimator"] == "dreg" and which == ("z",) else which
 
 
 def _run(case, op, dtype):
-    """Forward and backward in one dtype: outputs and the gradients asked for."""
+    """Run forward and backward in one dtype; return outputs and the needed gradients."""
     inputs = [None if t is None else t.detach().to(dtype) for t in case["inputs"]]
     for t, need in zip(inputs, case["need"], strict=True):
         if t is not None:
@@ -112,7 +112,7 @@ def _run(case, op, dtype):
     grad_other = (
         grad_ratio if op is ops.rsample_log_ratio else grad_kl if case["per_dimension"] else grad_kl[:, 0]
     )
-    # What arrives in the second place is float32 or float64 whatever the inputs are.
+    # The second result's upstream gradient is float32 or float64 for any inputs.
     pairs = [(z, grad_z.to(z.dtype)), (other, grad_other.to(other.dtype))]
     pairs = [pair for name, pair in zip(("z", "second"), pairs, strict=True) if name in _arriving(case)]
     pairs = [(o, g) for o, g in pairs if o.requires_grad]
@@ -123,7 +123,7 @@ def _run(case, op, dtype):
 
 
 def results(case, op):
-    """(name, the op's, plain PyTorch's, what is expected) of everything that a case asks for."""
+    """Return (name, actual, plain PyTorch's, expected) for every result of a case."""
     inputs, dtype = case["inputs"], case["inputs"][0].dtype
     actual = sum(_run(case, op, dtype), ())
     with fastvae.use_backend("reference"):
@@ -211,7 +211,7 @@ def test_without_samples_the_axis_is_left_out(backend):
 
 
 def test_kl_is_accurate_near_the_prior(backend):
-    """exp(u) - 1 - u at u = 1e-3 is 5e-7: exp and expm1 leave nothing of it in float32."""
+    """exp(u) - 1 - u at u = 1e-3 is 5e-7, lost by exp and expm1 in float32."""
     logvar = torch.full((2, 3), 1e-3, device=DEVICE)
     _, kl = ops.rsample_kl(torch.zeros(2, 3, device=DEVICE), logvar)
     exact = 1.5 * (torch.expm1(logvar[0, 0].double()) - logvar[0, 0].double())
@@ -222,7 +222,7 @@ def test_kl_is_accurate_near_the_prior(backend):
     "value", [0.0, -0.0, 1e-30, -88.0, 88.0, -104.0, 200.0, math.inf, -math.inf, math.nan]
 )
 def test_extreme_log_variances(backend, value):
-    """As plain PyTorch: the same zeros, infinities and NaN; only in the row that has them."""
+    """Extreme log variances give plain PyTorch's zeros, infinities and NaN, only in their row."""
     mu = torch.randn(3, 5, device=DEVICE)
     logvar = torch.randn(3, 5, device=DEVICE)
     logvar[1, 2] = value
@@ -246,7 +246,7 @@ def test_extreme_log_variances(backend, value):
 @pytest.mark.parametrize(
     ("form", "values"),
     [
-        # Down to where exp(raw) is no float32, and up to where it is none.
+        # From underflow to overflow of exp(raw) in float32.
         ({"scale": "softplus"}, (-150.0, -104.0, -88.0, -40.5, -39.5, -15.0, 0.0, -0.0, 20.0, 1e4)),
         ({"scale": "softplus", "floor": 1e-4}, (-1e30, -150.0, -20.0, 0.0, 30.0, 1e4)),
         ({"scale": "log_scale"}, (-40.0, 0.0, 1e-3, 20.0)),
@@ -254,7 +254,7 @@ def test_extreme_log_variances(backend, value):
     ],
 )
 def test_extreme_scales(backend, form, values):
-    """Against float64, in which none is extreme: z relative to sigma, KL and log-ratio to their terms."""
+    """Extreme scales agree with float64: z relative to sigma, KL and log-ratio relative to their terms."""
     k, d = 3, len(values)
     raw = torch.tensor(values, device=DEVICE).expand(2, d).clone().requires_grad_()
     mu, seed = torch.zeros(2, d, device=DEVICE, requires_grad=True), torch.tensor(4, device=DEVICE)
@@ -287,7 +287,7 @@ def test_extreme_scales(backend, form, values):
 
 
 def test_kl_of_a_scale_is_accurate_near_the_prior(backend):
-    """exp(u) - 1 - u of u = 1e-3: what sigma^2 or sigma says of it to the last digit is kept."""
+    """exp(u) - 1 - u at u = 1e-3 is as accurate as an ulp of sigma^2 or sigma allows."""
     variance = torch.tensor(1.001, dtype=torch.float64)
     for form, raw in (
         ({"scale": "scale"}, variance.sqrt()),
@@ -324,7 +324,7 @@ def test_nan_log_variance_survives_a_clamp(backend):
 
 @pytest.mark.parametrize("columns", [1, 5, 1030])
 def test_a_clamp_that_excludes_zero_adds_no_kl_outside_the_row(backend, columns):
-    """The zeros that fill a tile are clamped too, and would have a KL of their own."""
+    """Padding zeros of a tile are clamped too, and must not add their KL."""
     zeros = torch.zeros(3, columns, device=DEVICE)
     _, kl = ops.rsample_kl(zeros, zeros, samples=2, logvar_range=(0.25, 1.5))
     exact = columns * (math.expm1(0.25) - 0.25) / 2
@@ -351,7 +351,7 @@ def test_a_chunk_and_a_shard_are_parts_of_the_whole(backend):
         mu[2:6], logvar[2:6], samples=4, seed=seed, sample_offset=5, row_offset=2
     )
     assert torch.equal(z[5:, 2:6], part)
-    if DEVICE.type == "cuda":  # a tile of other sizes sums a row in another order
+    if DEVICE.type == "cuda":  # another tile size sums a row in another order
         torch.testing.assert_close(part_ratio, ratio[5:, 2:6], rtol=2e-6, atol=2e-6)
     else:
         assert torch.equal(ratio[5:, 2:6], part_ratio)
@@ -379,7 +379,7 @@ def test_the_seed_alone_decides(backend, seed):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_the_rounded_float32(backend, dtype):
-    """Rounded to nearest, ties to even, once."""
+    """Half-precision z is the float32 z rounded once, to nearest even."""
     mu, logvar = (torch.randn(64, 33, device=DEVICE).to(dtype) for _ in range(2))
     seed = torch.tensor(3, device=DEVICE)
     z, kl = ops.rsample_kl(mu, logvar, seed=seed)
@@ -391,7 +391,7 @@ def test_half_precision_is_the_rounded_float32(backend, dtype):
 @pytest.mark.parametrize("op", ["rsample_kl", "rsample_log_ratio"])
 @pytest.mark.parametrize("estimator", ["iwae", "dreg"])
 def test_backward_may_run_on_another_backend(op, estimator):
-    """What a forward pass keeps for its own backend is made again by the others."""
+    """Another backend's backward pass recomputes what the forward pass saved for its own."""
     options = {} if op == "rsample_kl" else {"estimator": estimator}
     seed = torch.tensor(7, device=DEVICE)
 
@@ -411,7 +411,7 @@ def test_backward_may_run_on_another_backend(op, estimator):
 
 
 def test_no_gradients_no_slope(monkeypatch):
-    """Large-K evaluation keeps nothing for a backward pass that will not come."""
+    """Large-K evaluation without gradients saves nothing for a backward pass."""
     mu, logvar = torch.randn(2, 4, 3, requires_grad=True)
     z, _ = ops.rsample_log_ratio(mu, logvar, samples=5)
     assert any(t is not None and t.numel() == 5 * 4 * 3 for t in z.grad_fn.saved_tensors)
@@ -426,7 +426,7 @@ def test_no_gradients_no_slope(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1, 3), (70, 1), (33, 50), (64, 17), (5, 513), (3, 1025)])
 def test_tiles_of_rows_hold_every_row(backend, shape):
-    """Around what a tile of rows holds: sizes that fill it, and leave a short last row or tile."""
+    """Every row is computed for sizes around a tile of rows, with a full or short last row or tile."""
     k = 18 if backend != "triton" else 3
     mu, logvar = torch.randn(2, *shape, device=DEVICE)
     prior = torch.randn(2, *shape, device=DEVICE)
@@ -437,7 +437,7 @@ def test_tiles_of_rows_hold_every_row(backend, shape):
     m, v = prior.double()
     terms = eps**2 - (exact - m) ** 2 * torch.exp(-v) + logvar.double() - v
     torch.testing.assert_close(z.double(), exact, rtol=1e-6, atol=2e-6)
-    # Rounding of the terms, and of z and z - m in float32, which (z - m)^2 / s^2 magnifies.
+    # Rounding of the terms, and that of z and z - m in float32, magnified by (z - m)^2 / s^2.
     rounding = (exact - m).abs() * torch.exp(-v) * (mu.abs() + exact.abs() + m.abs())
     bound = (1e-6 * terms.abs() + 4e-7 * rounding).sum(-1) + 1e-6
     assert bool(((ratio.double() - 0.5 * terms.sum(-1)).abs() <= bound).all())

@@ -1,4 +1,4 @@
-"""Lattices over few latents against models of known log p(x), and what they say of their own error."""
+"""Lattices over few latents against models of known log p(x), and their error estimates."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def test_exact_models(dim, points, features):
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_the_error_shows_where_the_posterior_is_too_narrow(dim):
-    """From lattices far too coarse to fine ones: what is said to be below 0.1 nats is so, and by more than
-    is said; and where the truth is missed by a tenth of a nat, this is said.
+    """Error estimates are valid from far too coarse to fine lattices.
+
+    An estimate below 0.1 nats exceeds the true error, and a true error of a tenth of a nat is reported.
     """
     seen = 0
     for scale in (0.05, 0.2, 0.8):
@@ -62,7 +63,7 @@ def test_the_error_shows_where_the_posterior_is_too_narrow(dim):
 
 
 def test_a_narrow_ridge_at_an_angle_is_seen():
-    """Along a diagonal of the lattice no single axis tells: the lattices of every third point do."""
+    """A narrow ridge along a diagonal, invisible along any single axis, shows on every third point."""
     decoder, x = lambda z: z[:, :1] - z[:, 1:], torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
     for scale in (0.02, 0.1, 0.3, 1.0):
         for points in (33, 63, 129):
@@ -89,7 +90,7 @@ def test_mass_beyond_the_ends_is_seen():
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "poisson", "laplace", "negative_binomial"])
 def test_likelihoods_with_and_without_products(likelihood):
-    """As a sum over a lattice by hand, of the likelihood itself; and as importance sampling has it."""
+    """The result equals a lattice sum written out with the likelihood, and importance sampling."""
     outputs = 2 if likelihood in ("laplace", "negative_binomial") else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -101,7 +102,7 @@ def test_likelihoods_with_and_without_products(likelihood):
         return parts if outputs > 1 else parts[0]
 
     result = fastvae.lattice_log_marginal(x, decoder, 2, points=66, likelihood=likelihood)
-    # Of a density with a kink the midpoint rule's error is of the order of h².
+    # For a density with a kink the midpoint rule's error is O(h²).
     assert float(result.error.max()) < (1e-2 if likelihood == "laplace" else 1e-5)
     axis = (torch.arange(66, dtype=torch.float64, device=DEVICE) - 32.5) * 16 / 66
     z = torch.cartesian_prod(axis, axis)
@@ -121,7 +122,7 @@ def test_likelihoods_with_and_without_products(likelihood):
 
 
 def test_priors():
-    """A normal with parameters of its own, learned or not; another with ends that are given."""
+    """Priors may be a normal with any parameters, learned or not, or another with given ends."""
     model = LinearGaussian(2, X)
     x = model.sample(N)
     mu = nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64, device=DEVICE))

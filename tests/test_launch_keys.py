@@ -1,4 +1,4 @@
-"""Which launches share a plan and a program, shown by a kernel that counts how often it is compiled."""
+"""Launches that share a plan and a program, shown by a kernel that counts its compilations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvae.kernels import common, launching  # noqa: E402
 
 
 class Kernel:
-    """Triton's side of a launch: compiles something that notes by which program it is run."""
+    """Stand-in for a Triton kernel whose compiled programs record that they ran."""
 
     arg_names = ("p_x", "p_y", "p_out", "offset", "n", "BLOCK")
     pre_run_hooks = ()
@@ -36,7 +36,7 @@ class Kernel:
 
 @pytest.fixture
 def run(monkeypatch):
-    """Launch one kernel, and say which of its programs ran."""
+    """Launch one kernel, and return the number of the program that ran."""
     kernel, planned = Kernel(), []
     monkeypatch.setattr(launching, "_stream_of", lambda device: 0)
 
@@ -88,7 +88,7 @@ def test_a_program_belongs_to_shapes_and_strides(run):
 
 
 def test_a_program_belongs_to_the_width_of_its_numbers(run):
-    """An offset beyond 2^31 is an int64 in the program, one below it an int32; within them it may change."""
+    """Offsets above and below 2^31 need programs with int64 and int32; within each they share one."""
     x = torch.zeros(8)
     assert run(x, offset=0) == run(x, offset=2**31 - 1) == 1
     assert run(x, offset=2**31) == 2
@@ -121,14 +121,14 @@ def test_described_says_the_same_in_both_languages():
         for j, b in enumerate(tensors):
             for function in (launching.described, launching.described_in_python):
                 (first, one), (second, other) = function((a, x, None)), function((b, x, None))
-                # The first two are alike but for their address.
+                # The first two differ only in address.
                 assert (first == second) == (i == j or {i, j} == {0, 1}), (i, j)
                 assert one[1:] == other[1:] == (x.data_ptr(), None)
                 assert one[0] == (None if a is None else a.data_ptr())
 
 
 def test_numbers_are_fixed_for_a_few_shapes_only(monkeypatch):
-    """A new batch compiles nothing; data of ever new shapes neither, after the first few."""
+    """A new batch compiles nothing; nor do new shapes of data, after the first few."""
     monkeypatch.setattr(launching, "_known", {})
     monkeypatch.setattr(launching, "INTERPRETED", types.SimpleNamespace(value=False))
     kernel = Kernel()
@@ -139,5 +139,5 @@ def test_numbers_are_fixed_for_a_few_shapes_only(monkeypatch):
     for n in range(launching.MOST_FIXED):
         assert numbers(7, launching.fixed(n))[1].value == n
     assert numbers(8, launching.fixed(3))[1].value == 3
-    # Not a constant of Triton's, which would be equal, too.
+    # Not a tl.constexpr, which would compare equal too.
     assert list(map(type, numbers(8, launching.fixed(1000)))) == [int, int]

@@ -1,4 +1,4 @@
-"""What Triton is given at a launch, and what is remembered of it, without a GPU."""
+"""Arguments of Triton launches and their caching, without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# In a process of its own: here kernels are compiled and launched, by a driver that does nothing.
+# In a separate process, where kernels are compiled and launched by a stand-in driver.
 SCRIPT = """
 import torch, fastvae
 from benchmarks.launches import install
@@ -88,7 +88,7 @@ with fastvae.use_backend("triton"):
 print("fine")
 """
 
-# Each loaded program has a handle of its own, and what Triton's own run is asked is counted.
+# Each loaded program has its own handle, and the calls of Triton's own run are counted.
 HANDLES = (
     SCRIPT.partition("mu, logvar = ")[0]
     + """
@@ -191,7 +191,7 @@ print("fine")
 """
 )
 
-# Kernels of nothing but the functions that calculate with bits: what a debugger's program asserts is theirs.
+# Kernels of the bit-manipulating functions only, so that a debug program's assertions come from these.
 OVERFLOWS = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -237,8 +237,9 @@ print("fine")
 
 @pytest.mark.parametrize("name", ["SCRIPT", "ALIGNMENT", "WATCHED", "OVERFLOWS"])
 def test_launches(name, tmp_path):
-    """Programs are remembered: by the alignment of each pointer, and not while Triton is told to debug, whose
-    checks find no overflow in what may wrap.
+    """Programs are cached by the alignment of each pointer, but not while Triton is in debug mode.
+
+    Its overflow checks accept the operations that may wrap.
     """
     script = tmp_path / "script.py"
     script.write_text(globals()[name])
@@ -251,7 +252,7 @@ def test_launches(name, tmp_path):
 
 
 def test_another_device_is_made_current(monkeypatch):
-    """Triton launches on the current device, so that is set where the tensors are elsewhere."""
+    """Triton launches on the current device, so the tensors' device is made current."""
     from fastvae import _backend
 
     entered = []
@@ -279,7 +280,7 @@ def test_another_device_is_made_current(monkeypatch):
     [((7, 5), None, "reference"), ((8, 0), None, "triton"), ((9, 4), "6.2", "triton")],
 )
 def test_architectures(monkeypatch, capability, hip, backend):
-    """What Triton does not know gets plain PyTorch, and is told so once."""
+    """Architectures that Triton does not support use plain PyTorch, with one warning."""
     from fastvae import _backend
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -292,7 +293,7 @@ def test_architectures(monkeypatch, capability, hip, backend):
             with pytest.warns(RuntimeWarning, match="A Card has compute capability 7.5.*need 8.0"):
                 assert _backend.on_gpu(device) == backend
         assert _backend.on_gpu(device) == backend
-        # What is asked for by name is done.
+        # A backend selected by name is used.
         import fastvae
 
         with fastvae.use_backend("triton"):

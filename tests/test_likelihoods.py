@@ -36,7 +36,7 @@ def _check(case):
 
 @each
 def test_every_layer_has_it(likelihood):
-    """One that is declared has its twins, and what only a declaration can tell the tests."""
+    """A declared likelihood has its C++ and Triton twins, and the test data of its declaration."""
     assert likelihood in _backend.extension().likelihoods, "no csrc/likelihoods file, or not built since"
     if importlib.util.find_spec("triton"):
         twin = importlib.import_module(f"fastvae.kernels.likelihoods.{likelihood}")
@@ -59,7 +59,7 @@ def test_rows_longer_than_a_tile(backend, likelihood, shape):
 
 @each
 def test_many_rows_of_a_shared_row(backend, likelihood):
-    """More rows than there are partial sums."""
+    """Gradients of a shared row are correct for more rows than partial sums."""
     _check(cases.case(likelihood, 3, 150, 6, (6,)))
 
 
@@ -102,7 +102,7 @@ def test_without_an_event_axis(backend, likelihood):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", range(7))
 def test_parameters_in_half_precision_that_broadcast(backend, likelihood, dtype, form):
-    """Their gradients are sums, which are rounded once."""
+    """Gradients of broadcast half-precision parameters are sums that are rounded once."""
     case = cases.case(likelihood, 3, 4, 37, cases.forms(likelihood, 3, 4, (37,))[form])
     case["parameters"] = [p.to(dtype) for p in case["parameters"]]
     _check(case)
@@ -118,7 +118,7 @@ def test_parameters_of_one_sample_have_no_axis_of_samples(backend, likelihood):
 
 @each
 def test_one_wide_tensor_widens_the_result(backend, likelihood):
-    """Whichever it is: eager, compiled and every backend must agree on the dtype."""
+    """Any single wide tensor widens the result; eager, compiled and every backend agree on the dtype."""
     narrow = [cases.data(likelihood, 3, 5), *cases.parameters(likelihood, 2, 3, 5)]
     exact = _op(likelihood)(*(t.double() for t in narrow))
     for i in range(len(narrow)):
@@ -146,7 +146,7 @@ def test_integers_are_read_as_they_are(backend, likelihood, dtype, k, b, size):
 
 
 class Decoder(torch.nn.Linear):
-    """A layer that returns what the likelihood asks of a decoder."""
+    """Linear decoder with the likelihood's outputs."""
 
     def __init__(self, likelihood: str, latent: int, size: int):
         self.number = cases.returned(likelihood)
@@ -160,7 +160,7 @@ class Decoder(torch.nn.Linear):
 @pytest.mark.parametrize("likelihood", INTEGER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_networks_see_integers_as_numbers(likelihood, dtype):
-    """The likelihood has them as they are, also where the model's own type could not hold them."""
+    """Networks get floats; the likelihood gets the integers, which the model's dtype may not represent."""
     torch.manual_seed(0)
     encoder, decoder = torch.nn.Linear(7, 2 * 3), Decoder(likelihood, 3, 7)
     torch.nn.init.normal_(encoder.weight, std=1e-3)
@@ -186,7 +186,7 @@ def test_networks_see_integers_as_numbers(likelihood, dtype):
 @pytest.mark.parametrize("likelihood", BOUNDED)
 @pytest.mark.parametrize("columns", [6, 500])
 def test_data_outside_of_the_support(backend, monkeypatch, likelihood, columns):
-    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU the check is asked for
+    monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU the check is optional
     declared = DECLARED[likelihood]
     for wrong in (declared.low - 0.5, declared.high + 0.5):
         if math.isinf(wrong):
@@ -212,7 +212,7 @@ def test_data_without_a_gradient(likelihood):
     outputs = [p[0] for p in cases.parameters(likelihood, 1, 4, 3)][: cases.returned(likelihood)]
     decoder = lambda z: outputs[0] if len(outputs) == 1 else tuple(outputs)  # noqa: E731
     call = lambda x: fastvae.elbo(x, pair, decoder, likelihood=likelihood)  # noqa: E731
-    # From the second call on, a likelihood by its name is known at a glance.
+    # From the second call on, a likelihood's name takes the fast path.
     assert call(x.detach()).isfinite()
     with pytest.raises(ValueError, match=r"x requires a gradient.*x.detach\(\)"):
         call(x)
@@ -232,7 +232,7 @@ def test_named_arguments(likelihood):
 @each
 @pytest.mark.parametrize("objective", ["elbo", "iwae", "log_marginal"])
 def test_objectives(backend, likelihood, objective):
-    """By name, the decoder returning what is declared; chunked or not, the same numbers."""
+    """Objectives take a likelihood by name, and give the same numbers in chunks."""
     k, b, size, latent = 6, 3, 11, 4
     x = cases.data(likelihood, b, size)
     number = cases.returned(likelihood)
@@ -260,7 +260,7 @@ def test_objectives(backend, likelihood, objective):
 
 @each
 def test_means(likelihood):
-    """What reconstructions show is the distribution's mean."""
+    """Reconstructions are the distribution's mean."""
     given = cases.parameters(likelihood, 3, 5)[: cases.returned(likelihood)]
     kind = DECLARED[likelihood]()
     outputs = given[0] if len(given) == 1 else tuple(given)
@@ -281,13 +281,13 @@ _AXES = {"categorical": [(3, 4, 5)], "discretized_logistic_mixture": [(3, 4, 5),
 
 
 def _outputs_of(name, number, draw):
-    """What a decoder returns for this likelihood, each tensor drawn by ``draw(shape)``."""
+    """Return a decoder's outputs for this likelihood, each drawn by ``draw(shape)``."""
     return [draw(shape) for shape in _AXES.get(name, [(3, 5)] * number)]
 
 
 @pytest.mark.parametrize("likelihood", sorted(NAMED))
 def test_means_have_finite_gradients(likelihood):
-    """At 300 random scales and at 0, wherever the mean does not overflow."""
+    """Means have finite gradients at 300 random scales and at 0, wherever the mean does not overflow."""
     kind = NAMED[likelihood]()
     number = cases.returned(likelihood) if likelihood in DECLARED else 1
     generator = torch.Generator().manual_seed(0)
@@ -298,7 +298,7 @@ def test_means_have_finite_gradients(likelihood):
         mean = kind.mean(outputs[0] if len(outputs) == 1 else tuple(outputs))
         assert not bool(mean.isnan().any())
         grads = torch.autograd.grad(mean.sum(), outputs, allow_unused=True)
-        # Near float32's end the slope itself may be beyond it; every output then has the mean's shape.
+        # Near float32's maximum the slope itself may overflow; every output then has the mean's shape.
         finite = mean.abs() < 1e20
         for g in grads:
             if g is not None:

@@ -1,4 +1,4 @@
-"""log_normal_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to log_normal_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .conftest import DEVICE
 @pytest.mark.parametrize("columns", [1, 300])
 @pytest.mark.parametrize("x", [1e-44, 1.2e-38, 1e-30, 0.5, 1.0, 7.0, 1e30, 3e38])
 def test_any_size(backend, columns, x):
-    """Denormal numbers as well, whose logarithm is like any other."""
+    """Accurate for x of any size, including denormal numbers."""
     data = torch.full((1, columns), x, device=DEVICE)
     out = ops.log_normal_log_prob(data, torch.full((1, 1, columns), 3.0, device=DEVICE), math.log(20.0))
     exact = columns * stats.lognorm.logpdf(float(data[0, 0]), 20.0, scale=math.exp(3.0))
@@ -34,7 +34,7 @@ def test_zeros_and_infinities_have_no_density(backend, columns):
 
 
 def test_a_row_without_weight_has_no_gradient(backend):
-    """The bound of a row with a zero is -inf; the others' gradients are as if it were not there."""
+    """A row with a zero has bound -inf and no gradient, and does not affect the others' gradients."""
     x = torch.rand(3, 5, device=DEVICE) + 0.5
     x[1, 2] = 0
     x.requires_grad_()

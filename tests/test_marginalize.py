@@ -1,6 +1,4 @@
-"""A discrete latent summed out, against models whose log p(x) is known and the formulas as the papers have
-them.
-"""
+"""Marginalised discrete latents, against models of known log p(x) and the papers' formulas."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ B, C, D, X, K = 5, 4, 3, 7, 6
 
 
 class Clusters:
-    """y with given probabilities, x|y from a linear-Gaussian model whose offset belongs to y."""
+    """Model with y of given probabilities and x|y from a linear-Gaussian model with an offset per y."""
 
     def __init__(self, dtype=torch.float64):
         self.models = [LinearGaussian(D, X, dtype=dtype) for _ in range(C)]
@@ -33,23 +31,23 @@ class Clusters:
         self.log_prior = torch.log_softmax(randn(C, seed=6, dtype=torch.float64), 0)
 
     def sample(self, batch):
-        """x [B, X], from the classes in turn."""
+        """Draw x [B, X], cycling through the classes."""
         drawn = [model.sample(batch, seed=10 + y) for y, model in enumerate(self.models)]
         return torch.stack([drawn[b % C][b] for b in range(batch)])
 
     def log_px_of_class(self, x):
-        """log p(x|y) [B, C]."""
+        """Return log p(x|y) [B, C]."""
         return torch.stack([model.log_px(x) for model in self.models], 1)
 
     def bound(self, x, y):
-        """log p(x|y) [N] by one draw from the exact p(z|x, y), whose weight it is."""
+        """Return log p(x|y) [N], the weight of one draw from the exact p(z|x, y)."""
         first, offsets = self.models[0], (self.offsets - self.offsets[0]).to(x)
         q = first.posterior(x - y @ offsets)
         decoder = lambda z, y: first.decoder(z) + y @ offsets  # noqa: E731
         return fastvae.iwae(x, q, decoder, k=1, likelihood=first.likelihood, context=y, reduction="none")
 
     def tolerance(self, x):
-        """What rounding may do to a log weight, and to their sum over y: a few operations of that size."""
+        """Return the rounding error of a log weight and of the sum over y, a few operations of that size."""
         dtype = x.dtype
         of_weights = max(log_weight_rounding(m, x, m.posterior(x), 1, dtype) for m in self.models)
         size = float(self.log_px_of_class(x).abs().max() + self.log_prior.abs().max()) + math.log(C)
@@ -77,7 +75,7 @@ def test_without_a_classifier_it_is_log_px(backend, exact, class_chunk):
     torch.testing.assert_close(got.bound, torch.logsumexp(joint, 1), rtol=0, atol=tolerance)
     responsibilities = torch.log_softmax(joint, 1)
     torch.testing.assert_close(got.log_responsibilities, responsibilities, rtol=0, atol=2 * tolerance)
-    # Not all of one class, or the sum would be untested.
+    # No class dominates everywhere, or the sum would be untested.
     assert float(responsibilities.exp().amax(1).min()) < 0.99
 
 
@@ -118,7 +116,7 @@ def test_labels_give_the_joint(backend, exact):
 
 
 def test_log_marginal_of_each_class(backend):
-    """In float32, by importance sampling from q that are not exact."""
+    """log_marginal per class works in float32, by importance sampling from inexact q."""
     clusters = Clusters(torch.float32)
     x = clusters.sample(B)
     first, offsets = clusters.models[0], (clusters.offsets - clusters.offsets[0]).float()
@@ -137,7 +135,7 @@ def test_log_marginal_of_each_class(backend):
     log_prior = clusters.log_prior.float()
     got = fastvae.marginalize(x, log_px, log_prior=log_prior, terms=True)
     joint = clusters.log_px_of_class(x) + clusters.log_prior
-    # The delta method: each class counts by its responsibility.
+    # The delta method: each class is weighted by its responsibility.
     weight = torch.softmax(joint, 1)
     stderr = (weight * estimates[0].stderr.reshape(B, C)).square().sum(1).sqrt()
     score = (got.bound - torch.logsumexp(joint, 1)) / stderr
@@ -145,7 +143,7 @@ def test_log_marginal_of_each_class(backend):
 
 
 def test_noise_of_the_analytic_kl_lifts_it_above_log_px_without_a_classifier():
-    """As the documentation says: e^F must not be too large in the mean, of each class."""
+    """Without a classifier, noise of the analytic KL biases the result above log p(x), as documented."""
     model, replicates = LinearGaussian(D, X), 4000
     x = model.sample(1).expand(replicates, X)
 
@@ -161,10 +159,10 @@ def test_noise_of_the_analytic_kl_lifts_it_above_log_px_without_a_classifier():
     # All classes are the same, so that log p(x) is that of each.
     mean, stderr = mean_excess(0.0, generator=generator(11))
     assert mean > 10 * stderr
-    # A wider q, or the weights would be p(x) itself.
+    # A wider q, or the weights would equal p(x).
     mean, stderr = mean_excess(0.8, kl="mc", generator=generator(12))
     assert mean < -5 * stderr
-    # By a classifier it is linear in F.
+    # With a classifier the result is linear in F.
     uniform = torch.zeros(replicates, C, dtype=torch.float64, device=DEVICE)
     mean, stderr = mean_excess(0.0, log_q=uniform, generator=generator(13))
     assert abs(mean) < 5 * stderr
@@ -174,13 +172,13 @@ def test_noise_of_the_analytic_kl_lifts_it_above_log_px_without_a_classifier():
 
 
 def table_of(values):
-    """x, and a function of it and y, that look the bounds [B, C] up."""
+    """Return x, and a function of x and y that looks up the bounds [B, C]."""
     x = torch.arange(len(values), dtype=torch.float64, device=values.device)[:, None]
     return x, lambda x, y: values[x[:, 0].long(), y.argmax(1)]
 
 
 def written_out(bounds, log_q, log_prior, labels, alpha):
-    """Sums over y of probabilities, example by example; equations 6 to 9 of Kingma et al. 2014."""
+    """Compute sums over y of probabilities, example by example; eqs. 6 to 9 of Kingma et al. 2014."""
     rows, classes = bounds.shape
     results = []
     for b in range(rows):
@@ -218,7 +216,7 @@ def test_the_written_out_formula_and_its_gradients(backend, classifier, log_prio
     got = fastvae.marginalize(x, bound, classes=C, alpha=alpha, reduction=reduction, **given)
     expected = written_out(leaves["bounds"], alpha=alpha, **given)
     expected = expected if reduction == "none" else getattr(expected, reduction)()
-    # Numbers of up to 20, some 10 operations for each class, and B rows.
+    # Numbers up to 20, some 10 operations per class, and B rows.
     bounds_of_error = {"rtol": 0, "atol": 20 * 10 * C * B * torch.finfo(torch.float64).eps}
     torch.testing.assert_close(got, expected, **bounds_of_error)
     weight = torch.linspace(0.5, 1.5, got.numel(), dtype=torch.float64, device=DEVICE).reshape(got.shape)
@@ -246,13 +244,13 @@ def test_alpha_may_be_a_tensor():
 
 
 def test_half_precision_is_summed_in_float32():
-    """As autocast gives a classifier's output."""
+    """A half-precision classifier's output, as under autocast, is summed in float32."""
     bounds, log_q = 900 * rand(B, C, seed=1) - 1000, randn(B, C, seed=2).bfloat16()
     x, bound = table_of(bounds)
     got = fastvae.marginalize(x, bound, log_q=log_q, reduction="none")
     wide = fastvae.marginalize(x, lambda x, y: bound(x, y).double(), log_q=log_q.double(), reduction="none")
     assert got.dtype == torch.float32 and wide.dtype == torch.float64
-    # Numbers of up to 1000, each with some 8 roundings.
+    # Numbers up to 1000, each with some 8 roundings.
     torch.testing.assert_close(got.double(), wide, rtol=0, atol=8 * C * 1000 * torch.finfo(torch.float32).eps)
 
 
@@ -288,13 +286,13 @@ def test_a_class_without_prior_probability(backend):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
     got.sum().backward()
     assert bool(log_prior.grad.isfinite().all()) and not bounds.grad[:, 1].any()
-    # A q that gives it some is infinitely far away.
+    # A q that gives it some probability has an infinite KL.
     log_q = torch.zeros(B, C, dtype=torch.float64, device=DEVICE)
     assert bool((fastvae.marginalize(x, bound, log_q=log_q, log_prior=log_prior) == -math.inf).all())
 
 
 def test_bounds_of_minus_infinity(backend):
-    """As an example to which no draw gives any weight has: no gradient, as of the bound itself."""
+    """Bounds of -inf, of examples without weight, have zero gradient, like the bound itself."""
     bounds = randn(B, C, seed=1)
     bounds[2] = -math.inf
     bounds.requires_grad_()
@@ -342,12 +340,15 @@ def test_one_class_is_the_bound_itself(backend):
         assert torch.equal(got, bounds[:, 0])
 
 
-# What the function is called with
+# Arguments of the function
 
 
 @pytest.mark.parametrize("class_chunk, rows", [(None, [12]), (3, [9, 3]), (1, [3, 3, 3, 3]), (9, [12])])
 def test_the_calls(class_chunk, rows):
-    """One-hot rows, each example with its classes; a dict's tensors alike; x itself, class by class."""
+    """The function gets one-hot rows, each example with its classes, or x itself class by class.
+
+    Tensors in a dict are repeated alike.
+    """
     x = {"x": rand(3, X, seed=1, dtype=torch.float64), "count": torch.tensor([5, 6, 7], device=DEVICE)}
     calls = []
 
@@ -384,7 +385,7 @@ def test_responsibilities_are_the_classifier_whatever_the_labels():
 
 
 class Net(nn.Sequential):
-    """A network of its arguments, side by side."""
+    """Network of its concatenated arguments."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int = 16):
         super().__init__(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
@@ -394,21 +395,21 @@ class Net(nn.Sequential):
 
 
 class OfTheFirst(Net):
-    """A decoder that does not look at y."""
+    """Decoder that ignores y."""
 
     def forward(self, z, y):
         return super().forward(z)
 
 
 def m2(features=X, classes=C, latent=D, hidden=16):
-    """Kingma et al.'s: y goes to encoder and decoder."""
+    """Build the model M2 of Kingma et al.: encoder and decoder take y."""
     encoder = Net(features + classes, 2 * latent, hidden)
     decoder = Net(latent + classes, features, hidden)
     return fastvae.VAE(encoder, decoder, likelihood="bernoulli").to(DEVICE)
 
 
 def gmvae(features=X, classes=C, latent=D, hidden=16):
-    """Clusters: y goes to encoder and prior."""
+    """Build a clustering model: encoder and prior take y."""
     encoder = Net(features + classes, 2 * latent, hidden)
     prior = nn.Linear(classes, 2 * latent)
     return fastvae.VAE(
@@ -430,7 +431,7 @@ def test_a_shard_has_the_noise_of_the_whole():
 
     whole = of(x, 0)
     parts = torch.cat([of(x[:2], 0), of(x[2:], 2)])
-    # The networks' products are of other sizes: a few roundings of numbers of about 10.
+    # The networks' products have different sizes: a few roundings of numbers of about 10.
     torch.testing.assert_close(parts, whole, rtol=0, atol=100 * torch.finfo(torch.float32).eps)
 
 
@@ -452,13 +453,13 @@ def test_compiled_whole(classifier):
         torch.manual_seed(1)
         value = function(x, labels)
         results.append((value, *torch.autograd.grad(value, parameters)))
-    # The first call finds out the latent dimension.
+    # The first call determines the latent dimension.
     for a, b in zip(results[1], results[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_compiled_label_out_of_range_is_nan():
-    """Where labels are not looked at, nothing must pass for a bound."""
+    """A compiled call, which does not check labels, gives NaN for one out of range."""
     x, bound = table_of(randn(3, C, seed=1))
 
     def of(labels):
@@ -472,7 +473,7 @@ def test_a_compiled_label_out_of_range_is_nan():
 
 
 class Mixture(fastvae.Distribution):
-    """p(z) = Σ_y p(y) N(z; mu_y, σ_y²)."""
+    """Mixture p(z) = Σ_y p(y) N(z; mu_y, σ_y²)."""
 
     def __init__(self, mu, logvar, logits):
         super().__init__()
@@ -484,7 +485,7 @@ class Mixture(fastvae.Distribution):
 
 @pytest.fixture(scope="module")
 def mixture():
-    """One latent dimension, a decoder that bends, and log p(x) by quadrature."""
+    """Build a model with one latent dimension, a nonlinear decoder, and log p(x) by quadrature."""
     mu = torch.tensor([[-2.0], [0.5], [1.5]], dtype=torch.float64, device=DEVICE)
     logvar = torch.tensor([[-1.0], [0.0], [-2.0]], dtype=torch.float64, device=DEVICE)
     logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, device=DEVICE)
@@ -495,7 +496,7 @@ def mixture():
         return torch.sin(2 * z) @ weight + offset
 
     prior = Mixture(mu, logvar, logits)
-    # Smooth, and beyond 1e-40 at the ends: the rule of the trapeze is exact.
+    # Smooth, and below 1e-40 at the ends: the trapezoidal rule is exact.
     z = torch.linspace(-12, 14, 20001, dtype=torch.float64, device=DEVICE)[:, None]
     log_joint = prior.log_prob(z[:, None])[:, 0] - torch.nn.functional.binary_cross_entropy_with_logits(
         decoder(z).expand(B, -1, -1), x[:, None].expand(B, len(z), X), reduction="none"
@@ -506,7 +507,7 @@ def mixture():
 
 
 def test_the_mixture_prior_gives_the_same_log_px(mixture):
-    """log p(x): y summed inside the prior of z, and outside the integral over z."""
+    """Summing y inside the prior of z or outside the integral over z gives the same log p(x)."""
     x, q, decoder, prior, log_px = mixture
     options = {"likelihood": "bernoulli", "k": 4000, "generator": generator(4)}
     inside = fastvae.log_marginal(x, q, decoder, prior=prior, **options)
@@ -535,7 +536,7 @@ def test_the_mixture_prior_gives_the_same_log_px(mixture):
 
 
 def test_the_mixture_prior_has_the_higher_elbo(mixture):
-    """By Jensen: log Σ p(y) exp is convex. For any draws, if both have the same ones."""
+    """The mixture prior has the higher ELBO on the same draws, as log Σ p(y) exp is convex (Jensen)."""
     x, q, decoder, prior, _ = mixture
     options = {"likelihood": "bernoulli", "samples": K, "kl": "mc", "reduction": "none"}
     inside = fastvae.elbo(x, q, decoder, prior=prior, generator=generator(5), **options)
@@ -551,7 +552,7 @@ def test_the_mixture_prior_has_the_higher_elbo(mixture):
 
 
 def test_evaluate_of_each_class(mixture):
-    """A whole data set: each example once a class, then the classes are summed."""
+    """A data set is evaluated with each example once per class, then summed over classes."""
     x, q, decoder, prior, log_px = mixture
     encoder = lambda x, y: tuple(t[:1].expand(len(x), 1) for t in q)  # noqa: E731
 

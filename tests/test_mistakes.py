@@ -1,4 +1,4 @@
-"""The mistakes that others made (DESIGN.md), a test each, which says how it shows the mistake."""
+"""Mistakes of other implementations, one test each, with a comment on how the test reveals the mistake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ B, D, X, K = 5, 3, 7, 4
 
 @pytest.mark.parametrize("shape", [(K, B), (B, B)])
 def test_softmax_runs_over_the_samples(backend, shape):
-    # Weights normalised over the batch fail here: with K = B the shapes agree, and only the numbers tell.
+    # Weights normalised over the batch fail here: with K = B the shapes agree, and only the numbers differ.
     log_w = randn(*shape, seed=1).requires_grad_()
     bound = ops.log_mean_exp(log_w)
     assert bound.shape == (shape[1],)
@@ -38,8 +38,8 @@ def test_softmax_runs_over_the_samples(backend, shape):
 
 @pytest.mark.parametrize("k", [K, B])
 def test_examples_do_not_mix(k):
-    # An example's bound and gradients are its own: changing the others must not move a bit of them. A
-    # softmax, a maximum or a mean over the wrong axis mixes them.
+    # Changing the other examples must not change an example's bound and gradients. A softmax, a maximum or a
+    # mean over the wrong axis mixes them.
     _, decoder = models.networks(X, D)
     results = []
     for other in (2, 3):
@@ -52,15 +52,15 @@ def test_examples_do_not_mix(k):
         grads = torch.autograd.grad(bound.sum(), (mu, logvar))
         results.append([bound[0], grads[0][0], grads[1][0], bound[1]])
     first, second = results
-    # The matrix product of the decoder may split its rows in another way, hence not bit for bit.
+    # The decoder's matrix product may split its rows differently, so not bit for bit.
     for actual, expected in zip(first[:3], second[:3], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     assert not torch.equal(first[3], second[3])
 
 
 def test_weights_are_detached(backend):
-    # Had w~ kept its graph in sum w~ log w, the gradient would gain w~ (log w - sum w~ log w), of the size
-    # of the spread of log w, here about 3.
+    # If w~ kept its graph in sum w~ log w, the gradient would gain w~ (log w - sum w~ log w), of the size of
+    # the spread of log w, here about 3.
     log_w = (3 * randn(K, B, seed=8)).requires_grad_()
     (got,) = torch.autograd.grad(ops.log_mean_exp(log_w).sum(), log_w)
     weights = torch.softmax(log_w.detach(), 0)
@@ -71,7 +71,7 @@ def test_weights_are_detached(backend):
 
 @pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
 def test_value_is_the_bound(estimator):
-    # sum w~ log w, what a surrogate loss evaluates to, exceeds the bound by log K less the entropy of the
+    # sum w~ log w, the value of a surrogate loss, exceeds the bound by log K minus the entropy of the
     # weights.
     _, decoder = models.networks(X, D)
     x, mu, logvar = randn(B, X, seed=9), randn(B, D, seed=10), randn(B, D, seed=11)
@@ -88,8 +88,7 @@ def test_value_is_the_bound(estimator):
 
 
 def test_last_chunk_may_be_ragged():
-    # A divisor of chunks * k_chunk is off by log(8/7) or more. Chunks must also see other noise than their
-    # neighbours.
+    # A divisor of chunks * k_chunk is off by log(8/7) or more. Chunks must also have different noise.
     k = 7
     _, decoder = models.networks(X, D, dtype=torch.float64)
     x, mu, logvar = (randn(B, n, seed=s, dtype=torch.float64) for n, s in ((X, 12), (D, 13), (D, 14)))
@@ -106,14 +105,14 @@ def test_last_chunk_may_be_ragged():
 
 
 def test_running_maximum_may_rise_and_fall():
-    # Chunks whose maxima lie 10^5 apart, in both directions, and chunks of zeros: unscaled sums overflow or
-    # vanish.
+    # Chunks whose maxima differ by 10^5, in both directions, and chunks of zeros: unscaled sums overflow or
+    # underflow.
     levels = torch.tensor([-1e5, 3.0, -math.inf, 1e5, -2.0, 1e5 + 1, -math.inf], dtype=torch.float64)
     x, q = torch.zeros(2, X), (torch.zeros(2, D), torch.zeros(2, D))
     coming = iter(levels)
 
     class Given(fastvae.Likelihood):
-        """The decoder returns log p(x|z) itself."""
+        """Likelihood for a decoder that returns log p(x|z) itself."""
 
         def log_likelihood(self, x, parameters, samples, beside=None):
             return parameters.reshape(samples, x.shape[0]).to(x.device)
@@ -124,7 +123,7 @@ def test_running_maximum_may_rise_and_fall():
     got = fastvae.log_marginal(
         x.to(DEVICE), tuple(t.to(DEVICE) for t in q), decoder, k=7, k_chunk=1, likelihood=Given()
     )
-    # q is the prior, so log w is the level; the two largest weigh in the ratio 1 : e.
+    # q is the prior, so log w is the level; the two largest weights have the ratio 1 : e.
     expected = 1e5 + math.log1p(math.e) - math.log(7)
     torch.testing.assert_close(got.log_px.cpu().double(), torch.full((2,), expected, dtype=torch.float64))
     ess = (1 + math.e) ** 2 / (1 + math.e**2)
@@ -165,9 +164,8 @@ def test_kl_is_not_averaged_over_dimensions(backend):
 
 
 def test_dreg_does_something():
-    # A hook on a copy that is not in the graph leaves the gradient as it was. Here z comes back to the
-    # user, who runs the decoder: the gradient through that very z must be weighed too, as the objective
-    # does.
+    # A hook on a copy outside the graph leaves the gradient unchanged. Here z is returned to the user, who
+    # runs the decoder: the gradient through this z must be reweighted too, as the objective does.
     _, decoder = models.networks(X, D)
     x, mu, logvar = (
         randn(B, X, seed=22),
@@ -187,7 +185,7 @@ def test_dreg_does_something():
         ):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     # Without the weights it would be "stl". Where one weight dominates they nearly agree; 1e-3 is a hundred
-    # times what rounding does.
+    # times the rounding error.
     for other in ("iwae", "stl"):
         for one, two in zip(gradients["dreg"], gradients[other], strict=True):
             assert float((one - two).abs().median()) > 1e-3
@@ -218,8 +216,7 @@ def test_constants_count_once_per_element(backend, size):
     # inputs.
     rows = 3
     x = torch.full((rows, size), 30.0, device=DEVICE)
-    # Sums of equal terms: at worst a rounding per addition along a chain of size/8, which pairwise sums do
-    # not have.
+    # Sums of equal terms: at worst a rounding per addition along a chain of size/8, fewer for pairwise sums.
     close = lambda got, value: torch.testing.assert_close(  # noqa: E731
         got.double(), torch.full_like(got.double(), value), rtol=(4 + size / 8) * 6e-8, atol=0
     )
@@ -238,8 +235,8 @@ def test_constants_count_once_per_element(backend, size):
 
 
 def test_weights_of_large_negative_log_weights(backend):
-    # log w of a picture lies near -1000 or -100 000: weights taken from the rounded bound are off by 1e-4
-    # or by 1e-2.
+    # An image's log w is near -1000 or -100 000: weights computed from the rounded bound are off by 1e-4 or
+    # by 1e-2.
     for level in (-1e3, -1e5):
         log_w = (level + randn(K, B, seed=28)).requires_grad_()
         (got,) = torch.autograd.grad(ops.log_mean_exp(log_w).sum(), log_w)
@@ -248,7 +245,7 @@ def test_weights_of_large_negative_log_weights(backend):
         )
 
 
-# Half precision: what is rounded before a cancellation is lost.
+# Half precision: digits rounded off before a cancellation are lost.
 
 
 def _bf16(*values):
@@ -268,13 +265,13 @@ def test_bf16_differences_are_taken_in_float32(backend):
 
 
 def test_bf16_kl_near_the_prior(backend):
-    # exp(l) - 1 - l at l = 0.01 is 5e-5: nothing is left of it if exp(l), or the difference, is rounded to
-    # bfloat16, and in float32 without expm1 it is off by a thousandth.
+    # exp(l) - 1 - l at l = 0.01 is 5e-5: it is lost if exp(l), or the difference, is rounded to bfloat16, and
+    # in float32 without expm1 it is off by a thousandth.
     logvar = _bf16(0.01, -0.02, 0.005)[None]
     _, kl = ops.rsample_kl(torch.zeros_like(logvar), logvar)
     exact = 0.5 * (torch.expm1(logvar.double()) - logvar.double()).sum(1)
     assert kl.dtype == torch.float32
-    # expm1(l) and l are each good to 1 ulp, which the cancellation enlarges by 2/l = 400.
+    # expm1(l) and l are each accurate to 1 ulp, magnified by 2/l = 400 in the cancellation.
     torch.testing.assert_close(kl.double(), exact, rtol=400 * 1.2e-7, atol=0)
 
 
@@ -285,7 +282,7 @@ def test_bf16_log_ratio(backend):
     z, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, prior=prior, seed=seed_of(7))
     assert z.dtype == torch.bfloat16
     assert ratio.dtype == torch.float32
-    # q = p, so that the ratio is zero up to float32 roundings of z, 4e-6 at 32, times 2 eps / sigma < 8.
+    # q = p, so the ratio is zero up to float32 roundings of z, 4e-6 at 32, times 2 eps / sigma < 8.
     assert float(ratio.abs().max()) < 1e-4
     _, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed_of(7))
     eps = fastvae.random.normal(seed_of(7), K, 1, 3).double()
@@ -316,14 +313,14 @@ def test_bf16_sums_are_kept_in_float32(backend):
 
 @pytest.mark.parametrize("magnitude", [50.0, 1e4, 1e30, math.inf])
 def test_zero_times_log_zero(backend, magnitude):
-    # A pixel that is certain and right costs nothing, one that is certain and wrong its logit: never NaN.
+    # A certain pixel has log p 0 if right and minus its logit's magnitude if wrong: never NaN.
     x = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.5]], device=DEVICE)
     signs = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0], device=DEVICE)
     expected = [0.0, 0.0, -magnitude, -magnitude, -0.5 * magnitude]
     for pixel in range(5):
         logits = (magnitude * signs[None, pixel : pixel + 1]).requires_grad_()
         got = ops.bernoulli_log_prob(x[:, pixel : pixel + 1], logits)
-        # log(1 + e^-50) = 2e-22 is the only other thing there.
+        # log(1 + e^-50) = 2e-22 is the only other term.
         torch.testing.assert_close(got, torch.tensor([expected[pixel]], device=DEVICE), rtol=1e-6, atol=1e-21)
         (grad,) = torch.autograd.grad(got.sum(), logits)
         slope = [0.0, 0.0, 1.0, -1.0, -0.5][pixel]
@@ -331,16 +328,16 @@ def test_zero_times_log_zero(backend, magnitude):
 
 
 def test_seed_is_a_value(backend):
-    # Taken for its address, the seed of a fresh or a moved tensor gives other noise, and that of a
-    # rewritten one the same.
+    # If the address were used instead of the value, a fresh or moved seed tensor would give different noise,
+    # and a rewritten one the same.
     mu, logvar = torch.zeros(B, D, device=DEVICE), torch.zeros(B, D, device=DEVICE)
     draw = lambda seed: ops.rsample_kl(mu, logvar, seed=seed)[0]  # noqa: E731
     seeds = torch.tensor([5, -6, 2**40 + 5, 5 + 2**32], device=DEVICE)
     first = draw(seeds[0].clone())
     assert torch.equal(first, draw(torch.tensor(5, device=DEVICE)))
-    # An element of a larger tensor: its pointer is not the storage's.
+    # An element of a larger tensor, whose pointer is not the storage's.
     assert torch.equal(draw(seeds[1]), draw(torch.tensor(-6, device=DEVICE)))
-    # Both halves of the 64 bits count.
+    # Both halves of the 64 bits matter.
     draws = [draw(seed) for seed in seeds]
     for i, one in enumerate(draws):
         for other in draws[:i]:
@@ -352,7 +349,7 @@ def test_seed_is_a_value(backend):
 
 
 def test_backward_sees_the_noise_of_forward(backend):
-    # dz/dlogvar = sigma eps / 2 with the forward's eps; with other noise it would not match z.
+    # dz/dlogvar = sigma eps / 2 with the forward pass's eps; with other noise it would not match z.
     mu, logvar = randn(B, D, seed=29).requires_grad_(), randn(B, D, seed=30).requires_grad_()
     z, _ = ops.rsample_kl(mu, logvar)
     (got,) = torch.autograd.grad(z.sum(), logvar)
@@ -366,7 +363,7 @@ def test_every_call_draws_a_new_seed():
     assert not torch.equal(first, second)
     torch.manual_seed(0)
     assert torch.equal(first, ops.rsample_kl(mu, logvar)[0])
-    # A generator of one's own, and none of torch's state touched.
+    # A user's generator leaves torch's state unchanged.
     state = torch.get_rng_state()
     drawn = [ops.rsample_kl(mu, logvar, generator=generator(8))[0] for _ in range(2)]
     assert torch.equal(*drawn)
@@ -376,7 +373,7 @@ def test_every_call_draws_a_new_seed():
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="needs memory that is mapped when touched")
 @pytest.mark.parametrize("implementation", ["native", "reference"])
 def test_offsets_of_more_than_31_bits(implementation):
-    # Rows 2^31 elements apart: with int32 offsets the second row is read elsewhere, or the process dies.
+    # Rows 2^31 elements apart: with int32 offsets the second row is read elsewhere, or the process crashes.
     # (Triton's offsets are in test_shapes.py.)
     stride = 2**31 + 64
     far = lambda t: of_addresses(*t.shape, stride=(stride, 1), dtype=t.dtype).copy_(t)  # noqa: E731
@@ -420,7 +417,7 @@ def test_log_marginal_keeps_no_graph():
 
 
 class _HostReads(TorchDispatchMode):
-    """Counts what would synchronise with a GPU."""
+    """Mode that counts reads that would synchronise with a GPU."""
 
     count = 0
 
@@ -439,9 +436,9 @@ def test_nothing_is_read_back(likelihood):
     # One .item() per example, or per call, stalls a GPU each time.
     encoder, decoder = models.networks(X, D, likelihood)
     x = rand(B, X, seed=33)
-    # The reference looks at Bernoulli targets itself; the kernels do so in the pass that reads them.
+    # The reference checks Bernoulli targets separately; the kernels do so in the pass that reads them.
     with fastvae.use_backend("native"):
-        # A decoder's first outputs on a CPU are looked at.
+        # A decoder's first outputs on a CPU are inspected.
         fastvae.elbo(x, encoder(x), decoder, likelihood=likelihood)
     with fastvae.use_backend("native"), _HostReads() as reads:
         torch.ones(()).item()
@@ -451,7 +448,7 @@ def test_nothing_is_read_back(likelihood):
         fastvae.iwae(x, encoder(x), decoder, k=K, k_chunk=2, likelihood=likelihood).backward()
         fastvae.log_marginal(x, encoder(x), decoder, k=10, k_chunk=3, likelihood=likelihood)
     assert reads.count == 1
-    # Nor can it be: on the meta device there is nothing to read.
+    # On the meta device, reading is impossible.
     encoder, decoder, x = encoder.to("meta"), decoder.to("meta"), x.to("meta")
     for bound in (
         fastvae.elbo(x, encoder(x), decoder, likelihood=likelihood, k=K, kl="mc"),

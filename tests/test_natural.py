@@ -1,4 +1,4 @@
-"""Decoders that return probabilities or rates: read as such where that is said, and warned of where not."""
+"""Decoders that return probabilities or rates: read as such if declared, otherwise with a warning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ B, D, X, K, CLASSES = 5, 3, 12, 4, 3
 
 
 class Decoder(nn.Module):
-    """Logits or log rates [N, *event], through an activation."""
+    """Decoder of logits or log rates [N, *event], through an activation."""
 
     def __init__(self, shape, activation=None):
         super().__init__()
@@ -36,7 +36,7 @@ def _softmax_of_rows(logits):
     return logits.flatten(1).softmax(1).reshape(logits.shape)
 
 
-# likelihood that reads what the activation makes, that which reads logits, x, the decoder's shape, activation
+# Likelihood of the activation's output, likelihood of logits, x, the decoder's shape, activation.
 CASES = {
     "bernoulli": (Bernoulli(probs=True), Bernoulli(), rand(B, X, seed=1), (X,), torch.sigmoid),
     "continuous_bernoulli": (
@@ -133,7 +133,7 @@ def test_a_joint_of_both():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_bernoulli_is_binary_cross_entropy(dtype):
-    """Values and gradients, at 0 and 1 too."""
+    """Values and gradients equal binary cross entropy's, also at 0 and 1."""
     p = torch.tensor(
         [0.0, 1e-44, 1e-30, 1e-13, 1e-6, 0.3, 0.5, 0.9, 1 - 2**-20, 1.0], dtype=dtype, device=DEVICE
     )
@@ -143,14 +143,14 @@ def test_a_bernoulli_is_binary_cross_entropy(dtype):
     got = Bernoulli(probs=True).log_prob(x, p)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     (grad,), (wanted,) = (torch.autograd.grad(v.sum(), p) for v in (got, expected))
-    # x is nowhere p: what cancels in x - p is rounded once more.
+    # x differs from p everywhere: the cancellation in x - p adds a rounding.
     torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_all_is_finite_at_0_and_1(name, dtype):
-    """Through the activation, whose slope is 0 there, as well."""
+    """All is finite at 0 and 1, also through the activation, whose slope is 0 there."""
     read, _, x, shape, activation = CASES[name]
     logits = torch.full((B, *shape), -3.0, device=DEVICE, dtype=dtype)
     logits[0], logits[1], logits[2, ..., ::2] = -200.0, 80.0 if name == "poisson" else 200.0, -200.0
@@ -248,7 +248,7 @@ def test_compiled_and_differentiated_by_func():
 
 
 def _said(decoder, likelihood="bernoulli", x=None, calls=2, vae=False):
-    """What fastvae warns of in two calls."""
+    """Return fastvae's warnings in ``calls`` calls."""
     x = rand(B, X, seed=1).round() if x is None else x
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Negative binomial counts, with more zeros or not, beyond what every likelihood is tested for."""
+"""Tests specific to negative binomial counts, zero-inflated or not."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .conftest import DEVICE
 
 DISPERSIONS = (1e-4, 0.03, 1.0, 7.3, 1e3, 1e5, 1e8, 1e12)
 COUNTS = (0, 1, 2, 5, 50, 1000, 10**6, 0.3, 2.5)
-# From the count's own logarithm to that of the mean.
+# Log mean minus log count.
 DISTANCES = (0.0, 1e-3, -1e-3, 0.1, -0.1, 0.99, -1.01, 4.0, -6.0)
 
 
 def exact(x: float, m: float, t: float) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
-    """Log p, and its derivatives by log mean and by log inverse dispersion, by the textbook's formula."""
+    """Return log p and its derivatives by log mean and log inverse dispersion, by the textbook formula."""
     x, m, t = mpmath.mpf(x), mpmath.mpf(m), mpmath.mpf(t)
     theta, mean = mpmath.e**t, mpmath.e**m
     value = mpmath.loggamma(x + theta) - mpmath.loggamma(theta) - mpmath.loggamma(x + 1)
@@ -32,7 +32,7 @@ def exact(x: float, m: float, t: float) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.
 
 @pytest.fixture(scope="module")
 def hard():
-    """Counts, log means, log inverse dispersions as float32 has them, and what comes of them, in float64."""
+    """Return float32 counts, log means, log inverse dispersions, and the exact results in float64."""
     rows = [
         (x, math.log(max(x, 0.5)) + d, math.log(theta))
         for theta in DISPERSIONS
@@ -47,7 +47,7 @@ def hard():
 
 @pytest.mark.parametrize("columns", [1, 700])
 def test_any_dispersion_and_count(backend, hard, columns):
-    """Within 1e-5, where differences of lgamma are wrong by whole nats; alone, and among zeros."""
+    """Accurate to 1e-5, alone and among zeros, where differences of lgamma are wrong by whole nats."""
     every = 1 if columns == 1 else 5
     (x, m, t), (value, by_m, by_t) = (rows[:, ::every] for rows in hard)
     wide = [torch.zeros(len(x), columns, device=DEVICE) for _ in range(3)]
@@ -58,11 +58,11 @@ def test_any_dispersion_and_count(backend, hard, columns):
     out = ops.negative_binomial_log_prob(counts, mean, dispersion)
     grads = torch.autograd.grad(out.sum(), (mean, dispersion))
     got_m, got_t = (g[:, columns // 3].double() for g in grads)
-    if backend == "reference":  # which has but the logarithm of a count in float32
+    if backend == "reference":  # which has a count's logarithm in float32 only
         torch.testing.assert_close(out.double(), value, rtol=1e-4, atol=1e-6)
         return
     assert bool(((out.double() - value).abs() <= 1e-5 * value.abs()).all())
-    # Where they pass through 0 there is nothing to be relative to: the parts that cancel are of these sizes.
+    # Near zeros of the slopes, errors are relative to the cancelling terms, which have these sizes.
     theta = t.double().exp()
     share = x * theta / (x + theta)
     assert bool(((got_m - by_m).abs() <= 1e-5 * by_m.abs() + 1e-8 * share).all())
@@ -71,7 +71,7 @@ def test_any_dispersion_and_count(backend, hard, columns):
 
 @pytest.mark.parametrize("columns", [3, 700])
 def test_zeros_of_any_mean(backend, columns):
-    """−θ log(1 + μ/θ) also where the ratio is beyond what an exponential holds; alone and in long rows."""
+    """−θ log(1 + μ/θ) is right also where the ratio overflows an exponential, alone and in long rows."""
     t, theta = math.log(0.7), 0.7
     for ratio in (-60.0, 0.0, 60.0, 100.0, 300.0):
         mean = torch.full((1, columns), ratio + t, device=DEVICE)
@@ -90,7 +90,7 @@ def test_certain_zeros_and_impossible_counts(backend):
 
 @pytest.mark.parametrize("logit", [-80.0, -5.0, 0.0, 0.3, 12.0, 80.0])
 def test_dropout(backend, logit):
-    """Against 50 digits, nearly certain zeros and nearly impossible counts included."""
+    """Dropout agrees with 50 digits, for nearly certain zeros and nearly impossible counts too."""
     x = torch.tensor([[0.0], [0.0], [0.0], [4.0]], device=DEVICE)
     m = torch.tensor([[-9.0], [0.4], [6.0], [1.1]], device=DEVICE, requires_grad=True)
     t = torch.tensor([[0.5], [0.5], [9.0], [-2.0]], device=DEVICE, requires_grad=True)
@@ -115,7 +115,7 @@ def test_dropout(backend, logit):
 
 
 def test_a_row_a_gene(backend):
-    """One dispersion a gene: its gradient is the sum over cells, by rows of zeros and by others."""
+    """The gradient of a dispersion per gene is the sum over cells, in zero rows and others."""
     g = torch.Generator().manual_seed(0)
     x = torch.poisson(torch.rand(6, 800, generator=g) * 9, generator=g)
     x[:3] *= torch.rand(3, 800, generator=g) < 0.1
@@ -131,7 +131,7 @@ def test_a_row_a_gene(backend):
 @pytest.mark.parametrize("inflated", [False, True])
 @pytest.mark.parametrize("form", ["number", "row", "learned"])
 def test_dispersions_that_the_likelihood_holds(backend, inflated, form):
-    """The decoder returns the others, in their order; the same numbers as where it returns all."""
+    """A decoder returns the parameters not fixed in the likelihood, in order, with equal results."""
     k, b, genes = 3, 4, 7
     g = torch.Generator().manual_seed(1)
     x = torch.poisson(torch.rand(b, genes, generator=g) * 3, generator=g).to(DEVICE)

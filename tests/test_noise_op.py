@@ -1,4 +1,4 @@
-"""random.normal and what samples by it, under compilers and exporters: the values of eager mode."""
+"""random.normal, and sampling by it, under compilers and exporters: the values of eager mode."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Draws(nn.Module):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported(strict):
-    """With any number of rows."""
+    """Exported programs take any number of rows."""
     like = torch.ones(3, 5, device=DEVICE)
     shapes = {"seed": None, "like": {0: torch.export.Dim("rows")}}
     exported = torch.export.export(Draws(), (_seed(), like), dynamic_shapes=shapes, strict=strict)
@@ -60,7 +60,7 @@ def _vae():
 
 
 def _same_draws(one, other):
-    """Of two functions that draw from torch's random state."""
+    """Assert that two functions draw the same from torch's random state."""
     torch.manual_seed(3)
     found = one()
     torch.manual_seed(3)
@@ -79,7 +79,7 @@ def test_prior_and_model_sample_compiled(backend, prior):
 
 def test_model_samples_compiled_for_a_processor():
     vae = _vae()
-    # Its own random numbers are not torch's, else.
+    # Otherwise Inductor's random numbers are not torch's.
     compiled = torch.compile(vae.sample, fullgraph=True, options={"fallback_random": True})
     _same_draws(lambda: compiled(4), lambda: vae.sample(4))
 

@@ -1,4 +1,4 @@
-"""Where single numbers are lost: conversions, clamps and their edges, checks of every target, long sums."""
+"""Errors in single numbers: conversions, clamps and their edges, checks of every target, long sums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEED = torch.tensor(5, device=DEVICE)
 
 @pytest.fixture(params=["native", "reference"])
 def on_cpu(request, monkeypatch):
-    """C++ and the reference, whatever device is under test: for what Triton's kernels do another way."""
+    """Run on CPU tensors by C++ and the reference on any device, where Triton's kernels work differently."""
     here = sys.modules[__name__]
     for module in (here, models):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
@@ -31,7 +31,7 @@ def on_cpu(request, monkeypatch):
 
 
 def _all_numbers(dtype):
-    """Every bit pattern of a half precision but NaN: subnormals, both zeros, infinities."""
+    """Return every number of a half precision except NaN: subnormals, both zeros, infinities."""
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).to(DEVICE)
     return patterns[~patterns.isnan()]
 
@@ -45,7 +45,7 @@ def _bits(t):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_half_precision_number_is_read(backend, dtype):
-    """The gradient by x of a Gaussian of mean m, variance 1 and x = 0 is m: m is read, and nothing else."""
+    """Every number is read exactly: a Gaussian's gradient by x with mean m, variance 1, x = 0 is m."""
     mean = _all_numbers(dtype).view(-1, 1)
     x = torch.zeros(len(mean), 1, device=DEVICE, requires_grad=True)
     (grad,) = torch.autograd.grad(ops.gaussian_log_prob(x, mean, 0.0).sum(), x)
@@ -54,19 +54,19 @@ def test_every_half_precision_number_is_read(backend, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_result_is_rounded_to_the_nearest(backend, dtype):
-    """The gradient by m = 0 of such a Gaussian is x: float32 to half precision, ties to even, to infinity."""
+    """Every result is rounded to nearest even, or to infinity: such a Gaussian's gradient by m = 0 is x."""
     exact = _all_numbers(dtype).float()
     exact = exact[exact.isfinite()].sort().values.unique()
     half = (exact[1:] - exact[:-1]) / 2
     ties = exact[:-1] + half
     near = [torch.nextafter(ties, torch.full_like(ties, s)) for s in (-math.inf, math.inf)]
     limit = torch.finfo(dtype).max
-    # Half a step beyond the largest number is where infinity begins.
+    # From half a step beyond the largest number on, the result is infinite.
     edge = torch.tensor(limit, device=DEVICE) + half[-1]
     beyond = torch.stack([edge, torch.nextafter(edge, torch.zeros_like(edge)), edge * 1.01])
     beyond = torch.cat([beyond, -beyond, torch.tensor([math.inf, -math.inf, 3e38, -3e38], device=DEVICE)])
     x = torch.cat([exact, ties, *near, beyond])
-    # Float32 subnormals are not bfloat16's affair only: a GPU may flush them.
+    # Subnormals of float32 are excluded: a GPU may flush them.
     x = x[(x.abs() >= torch.finfo(torch.float32).tiny) | (x == 0)].view(-1, 1)
     if backend == "triton" and not CUDA:  # a few seconds' worth of them, the largest among them
         x = torch.cat([x[::11], x[-2000:]])
@@ -80,7 +80,7 @@ def test_every_result_is_rounded_to_the_nearest(backend, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -(2**31) + 0x7F80FFFF])
 def test_nan_of_any_payload_stays_nan(backend, dtype, bits):
-    """Rounding must not carry it over into a number."""
+    """NaN of any payload stays NaN: rounding must not carry it into a number."""
     x = torch.tensor([bits], dtype=torch.int32).view(torch.float32).expand(3, 5).clone().to(DEVICE)
     mean = torch.zeros(3, 5, dtype=dtype, device=DEVICE, requires_grad=True)
     (grad,) = torch.autograd.grad(ops.gaussian_log_prob(x, mean, 0.0).sum(), mean)
@@ -89,7 +89,7 @@ def test_nan_of_any_payload_stays_nan(backend, dtype, bits):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision_latents_of_any_size(backend, dtype):
-    """Subnormal means, and samples beyond the largest float16: z is the rounded float32 z."""
+    """z is the rounded float32 z, for subnormal means and samples beyond the largest float16."""
     numbers = _all_numbers(dtype)
     mu = numbers[numbers.isfinite()][:: 7 if backend == "triton" else 1]
     mu = mu[: len(mu) // 9 * 9].view(-1, 9)
@@ -107,7 +107,7 @@ def test_half_precision_latents_of_any_size(backend, dtype):
 @pytest.mark.parametrize("limits", [(-math.inf, 0.5), (-0.5, math.inf), (-0.5, 0.5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_clamp_of_one_side(backend, limits, dtype):
-    """z, KL, ratio and gradients are those of clamped log variances; on the edge the gradient is there."""
+    """z, KL, ratio and gradients are those of clamped log variances; the gradient is kept on the edge."""
     b, d, k = 6, 5, 3
     mu = randn(b, d, seed=1, dtype=dtype)
     logvar = 2 * randn(b, d, seed=2, dtype=dtype)
@@ -156,8 +156,9 @@ def test_a_clamp_holds_when_the_backend_changes_between_the_passes(forward, back
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_dispatchers_op_did_not_keep_is_made_again(on_cpu, op, flat, form, dtype):
-    """A graph's op may not know that it will be differentiated; the clamp holds all the same, and half
-    precision is computed in float32.
+    """Buffers a dispatcher op did not save, not knowing that it will be differentiated, are recomputed.
+
+    The clamp still applies, and half precision is computed in float32.
     """
     mu, logvar = ((2 * randn(6, 5, seed=s)).to(dtype) for s in (4, 5))
     options = [False] if op == "rsample_kl" else ["iwae", 0.0, 1, False]
@@ -208,7 +209,7 @@ def _layouts(k, b, size):
     "sizes", [(3, 4, 5), (3, 1, 6), (1, 4, 5), (2, 3, 1), (2, 1, 1), (40, 1, 3), (2, 3, 1100)]
 )
 def test_log_variances_of_every_layout(backend, layout, sizes):
-    """Value and all gradients by torch's own density, whatever is broadcast and how it lies in memory."""
+    """Value and all gradients equal torch's density for any broadcasting and memory layout."""
     k, b, size = sizes
     shape = _layouts(k, b, size)[layout]
     x, mean = randn(b, size, seed=8), randn(k, b, size, seed=9)
@@ -235,15 +236,15 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def _off(actual, exact):
-    """The largest relative error, in eps."""
+    """Return the largest relative error in eps."""
     return float(((actual.detach().double() - exact) / exact).abs().max()) / EPS
 
 
 @pytest.mark.parametrize("values", ["constant", "random"])
 def test_very_long_rows(on_cpu, values):
-    """A blank picture's terms are all rounded to the same side; the tiles of a row are added in double.
+    """Tiles of a row are summed in double, as a blank image's terms all round in the same direction.
 
-    Under its interpreter Triton has few programs; its sums of some thousand terms a lane are another matter.
+    Not for Triton: under its interpreter it has few programs, and sums some thousand terms per lane.
     """
     b, size = 2, 1_000_003
     level = randn(b, 1, seed=15).expand(b, size)
@@ -253,7 +254,7 @@ def test_very_long_rows(on_cpu, values):
     exact = torch.distributions.Normal(0.0, math.exp(0.15)).log_prob(wide).sum(1)
     full = logvar.expand(1, b, size).contiguous()
     number = torch.tensor(0.3, device=DEVICE)
-    # float32's 0.3 is another number.
+    # 0.3 is not exact in float32.
     exact = -0.5 * (math.log(2 * math.pi) + float(number) + wide**2 * math.exp(-float(number))).sum(1)
     for v in (full, logvar, number, number.expand(1, b, 1)):
         assert _off(ops.gaussian_log_prob(x, mean, v), exact) < 8
@@ -267,12 +268,12 @@ def test_very_long_rows(on_cpu, values):
     _, ratio = ops.rsample_log_ratio(*q, samples=1, seed=SEED)
     with fastvae.use_backend("reference"):
         _, exact = ops.rsample_log_ratio(*(t.double() for t in q), samples=1, seed=SEED)
-    # Its terms have both signs: relative to the sum of their magnitudes, two or more a column.
+    # The terms have both signs: relative to the sum of magnitudes, two or more per column.
     assert float((ratio.double() - exact).abs().max()) < 8 * EPS * 2 * size
 
 
 def test_gradients_over_many_samples(on_cpu):
-    """What is summed over 60 000 of them keeps its digits: gradients of x, a shared log variance, and q."""
+    """Sums over 60 000 samples stay accurate: gradients of x, of a shared log variance, and of q."""
     k, size = 60_000, 3
     x, probability = randn(1, size, seed=17), rand(1, size, seed=18)
     mean = torch.full((k, 1, size), 0.3, device=DEVICE)
@@ -286,7 +287,7 @@ def test_gradients_over_many_samples(on_cpu):
     probability.requires_grad_()
     (got,) = torch.autograd.grad(ops.bernoulli_log_prob(probability, mean + 3.0), probability, upstream)
     assert _off(got, (mean[0] + 3.0).double() * g) < 16
-    # q = p, so that of the log variance's gradient nothing but the entropy's is left in the mean.
+    # q = p, so the mean gradient of the log variance is the entropy's.
     q = [torch.zeros(2, size, device=DEVICE, requires_grad=True) for _ in range(2)]
     _, ratio = ops.rsample_log_ratio(*q, samples=k, seed=SEED)
     got = torch.autograd.grad(ratio, q, upstream.expand(k, 2))
@@ -295,7 +296,7 @@ def test_gradients_over_many_samples(on_cpu):
         _, ratio = ops.rsample_log_ratio(*wide, samples=k, seed=SEED)
         exact = torch.autograd.grad(ratio, wide, upstream.double().expand(k, 2))
     for actual, expected in zip(got, exact, strict=True):
-        # Terms of g each: relative to the sum of their magnitudes.
+        # Terms of size g: relative to the sum of magnitudes.
         assert float((actual.double() - expected).abs().max()) < 16 * EPS * g
 
 
@@ -310,7 +311,7 @@ def test_weights_of_many_samples_sum_to_one(on_cpu):
         assert float((bound.double() - exact).detach().abs().max()) < 2 * EPS * 300
 
 
-# Sizes, the log variance's layouts, and the ops of latents, of sums that Triton splits.
+# Cases whose sums Triton splits: sizes, the log variance's layouts, and ops of latents.
 SPLIT = {
     "many samples": ((700, 1, 5), [(5,), ()], ["kl", "iwae", "stl"]),
     "many rows": ((1, 900, 5), [(5,)], []),
@@ -320,7 +321,7 @@ SPLIT = {
 
 @pytest.mark.parametrize("case", SPLIT)
 def test_sums_that_are_split_over_programs(backend, case):
-    """Few rows and many samples, or the other way round: every part is added once, in every gradient."""
+    """Every part of a split sum is added once in every gradient, for few rows or few samples."""
     (k, b, size), layouts, latents = SPLIT[case]
     x, mean, upstream = rand(b, size, seed=20), randn(k, b, size, seed=21), randn(k, b, seed=22)
     q = [s * randn(b, size, seed=i) for i, s in ((23, 1), (24, 1), (28, 0.5), (29, 0.5))]
@@ -350,6 +351,6 @@ def test_sums_that_are_split_over_programs(backend, case):
         expected = run(torch.float64)
     for i, (actual, exact) in enumerate(zip(got, expected, strict=True)):
         assert actual.shape == exact.shape
-        # Sums of some thousand terms of both signs: a part left out, or added twice, is far more.
+        # Sums of some thousand terms of both signs: an omitted or doubled part exceeds this by far.
         bound = 1e-5 * float(exact.detach().abs().max() + 30)
         assert float((actual.double() - exact).detach().abs().max()) <= bound, i

@@ -1,6 +1,6 @@
-"""Every op, through torch's dispatcher or straight in C++, with each tensor wrong in each way.
+"""Every op, via torch's dispatcher or C++ directly, with each tensor invalid in each way.
 
-The outcome is an error or the right number, never a crash.
+The outcome is an error or the correct result, never a crash.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.bool,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16,
 )  # fmt: skip
-# Validated by the same lines of Python whatever computes them.
+# Validated by the same Python code for any backend.
 FEW_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.int32)
 
 
 class _Recording(TorchDispatchMode):
-    """Keeps the arguments of the first call of each op."""
+    """Mode that records the arguments of the first call of each op."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def _leaf(*shape, seed=0):
 
 
 def recorded(likelihoods):
-    """Valid arguments of every op, as the dispatcher takes them."""
+    """Return valid dispatcher arguments of every op."""
     with _Recording() as mode:
         total = 0
         mu, logvar, p_mu, p_logvar = (_leaf(B, D, seed=s) for s in range(4))
@@ -73,7 +73,7 @@ def recorded(likelihoods):
         total = total + ops.discretized_logistic_mixture_log_prob(x, logits, *parts).sum()
         how = Weighing(1.0, "log_mean_exp", "none")
         for name in likelihoods:
-            x = cases.data(name, B, X, seed=1).cpu().clamp(max=100)  # as int8 holds it
+            x = cases.data(name, B, X, seed=1).cpu().clamp(max=100)  # fits int8
             parameters = [p.cpu().requires_grad_() for p in cases.parameters(name, K, B, X, seed=2)]
             total = total + getattr(ops, f"{name}_log_prob")(x, *parameters).sum()
             flat = tuple(p.detach().flatten(0, 1).requires_grad_() for p in parameters)
@@ -95,7 +95,7 @@ def _layers(layer):
 
 
 def wrong(t, dtypes=DTYPES):
-    """Each way in which a tensor may be wrong, or only look so; by what it is called."""
+    """Yield (name, tensor) for each way in which a tensor may be invalid, or only seem so."""
     for dtype in dtypes:
         if dtype != t.dtype:
             yield str(dtype), t.to(dtype)
@@ -130,7 +130,7 @@ def _in_float64(t):
 
 
 def _expected(op, args):
-    """By the definition in float64, or None where it raises."""
+    """Compute the results by the definition in float64; None if it raises."""
     try:
         with torch.no_grad():
             return op._packed(op.composed("reference"))(*tree_map(_in_float64, args))
@@ -139,7 +139,7 @@ def _expected(op, args):
 
 
 def _complaint(op, args, found):
-    """What is wrong with these results, or None."""
+    """Return an error in the results, or None."""
     found = found if isinstance(found, tuple) else (found,)
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if any(f is not None and f.is_meta for f in found):
@@ -162,7 +162,7 @@ def _complaint(op, args, found):
 
 
 def walk(backend, likelihoods):
-    """Prints each call before it is made: what is last is what crashed. Returns complaints."""
+    """Print each call before running it, so that the last is the one that crashed; return complaints."""
     with fastvae.use_backend("native" if backend == "native" else "reference"):
         calls = recorded(likelihoods)
     # Torch's own functions compute the draws of op.module "gamma", and validate their arguments.
@@ -174,13 +174,13 @@ def walk(backend, likelihoods):
         op = REGISTERED[name]
         overloads = ("default", "kernel") if backend == "native" else ("kernel",)
         ways = {o: getattr(getattr(torch.ops.fastvae, name), o) for o in overloads}
-        # The fast path; what it does in plain PyTorch is not validated there.
+        # The fast path; its plain PyTorch fallbacks are not validated there.
         if backend == "native" and _is_cpp(op.native):
             ways["C++"] = op._packed(op.native)
         for i, t in enumerate(args[: op._tensors]):
             if t is None:
                 continue
-            # The forward pass kept what it drew of the parameters as they were.
+            # The forward pass saved draws of the original parameters.
             kept = any(n in ("slope", "eps") for n in op.contract.names)
             for kind, mutated in wrong(t, DTYPES if backend == "native" else FEW_DTYPES):
                 if kept and kind == "of stride 0":
@@ -198,7 +198,7 @@ def walk(backend, likelihoods):
                             complaints.append(f"{case}: {error}")
                         continue
                     accepted += 1
-                    # A tensor whose data are not there may be one that is not read.
+                    # A tensor without data may be one that is not read.
                     unreadable = kind in ("on meta", "freed", "of a storage too small")
                     if (complaint := _complaint(op, args if unreadable else given, found)) is not None:
                         complaints.append(f"{case}: {complaint}")

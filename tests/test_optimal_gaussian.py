@@ -1,4 +1,4 @@
-"""The Gaussian likelihood with the variance that fits best."""
+"""Gaussian likelihood with the optimal variance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def likelihood(**options):
 
 
 def test_training_takes_the_variance_of_its_batch(backend):
-    """The bound is that with this scale held, and so is its gradient; the largest of any scale's."""
+    """In training, bound and gradient are those of the batch's variance, fixed, the best of any scale."""
     x, mean, q = inputs()
     optimal = likelihood()
     terms = fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=optimal, terms=True)
@@ -69,7 +69,7 @@ def test_the_running_mean(backend):
 
 
 def test_one_variance_serves_all_draws(backend):
-    """Of log_marginal in training mode too, however its draws are chunked."""
+    """All draws use one variance, also log_marginal's in training mode, in any chunks."""
     x, _, q = inputs()
     decoder = torch.nn.Linear(1, X).to(DEVICE)
     optimal = likelihood()

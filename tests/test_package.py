@@ -1,4 +1,4 @@
-"""The extension as it is shipped: instruction sets, threads, forks, and what an import does."""
+"""The shipped extension: instruction sets, threads, forks, and imports."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _run(path, **environment):
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_instruction_sets_agree(tmp_path, isa):
-    """A wheel runs on another machine: the code for older processors gives the same to rounding."""
+    """The code for older processors, where a wheel may run, gives the same results to rounding."""
     best = _backend.extension().isa()
     used, results = _run(tmp_path / "older.pt", FASTVAE_ISA=isa)
     assert used == (isa if best != "base" else "base")
@@ -64,13 +64,13 @@ def test_instruction_sets_agree(tmp_path, isa):
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_the_kernels_on_an_older_processor(isa):
-    """Vectors of another length take other paths: every op's own tests, in float64 and half precision too."""
+    """Every op's own tests pass with another vector length, in float64 and half precision too."""
     names = ("random", "latent", "gaussian", "bernoulli", "importance")
     folder = os.path.dirname(__file__)
     tests = [os.path.join(folder, f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-o", "addopts=", "-k", "(native or cpp) and not slow", *tests]
-    # Without a GPU: there "native" is another thing.
+    # Without a GPU, where "native" is Triton.
     environment = {**os.environ, "FASTVAE_ISA": isa, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["FASTVAE_TEST_PROFILE"] = "few"
     root = os.path.dirname(folder)
@@ -87,7 +87,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one thread computes")
 def test_torch_and_the_extension_share_one_openmp():
-    """Two OpenMP runtimes in a process fight over the cores; the one there is gives the kernels threads."""
+    """The process has one OpenMP runtime, which gives the kernels threads; two would fight over the cores."""
     code = """
 import os, torch, fastvae
 threads = lambda: len(os.listdir("/proc/self/task"))
@@ -108,7 +108,7 @@ print(open("/proc/self/maps").read())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_worker_does_not_hang():
-    """A DataLoader's worker is forked after OpenMP ran, and has one thread."""
+    """A DataLoader's worker, forked after OpenMP ran, does not hang, and uses one thread."""
     code = """
 import os, torch, fastvae
 mu = torch.randn(5000, 64)
@@ -155,7 +155,7 @@ def test_without_triton_the_message_says_what_to_install(monkeypatch):
         assert all(gpu == "fails: no triton (pip install 'fastvae[triton]')" for _, _, gpu in info._ops())
 
 
-# As FASTVAE_NO_EXTENSION=1 installs it, or as nobody meant to.
+# As installed with FASTVAE_NO_EXTENSION=1, or by accident.
 WITHOUT_EXTENSION = """
 import sys, torch
 from importlib import metadata
@@ -227,7 +227,7 @@ def test_an_extension_missing_by_accident_is_an_error():
 
 
 def test_an_extension_of_another_version_says_so(monkeypatch):
-    """An editable install whose C++ was not built again."""
+    """An editable install whose C++ was not rebuilt raises a clear error."""
     monkeypatch.setattr(_backend, "extension", lambda: SimpleNamespace(rsample=None))
     with pytest.raises(RuntimeError, match=r"no rsample_kl: it was built from another version.*pip install"):
         _backend.native("rsample_kl")(1, 2)
@@ -237,7 +237,7 @@ def test_an_extension_of_another_version_says_so(monkeypatch):
     "installed, left_out", [("true", True), ("false", False), (None, False)], ids=["pure", "built", "nothing"]
 )
 def test_on_purpose_or_by_accident(tmp_path, monkeypatch, installed, left_out):
-    """The installed wheel tells; the folder that Python is started in has only setuptools' egg-info."""
+    """The installed wheel shows whether the extension was omitted on purpose, not the clone's egg-info."""
     egg, wheel = tmp_path / "clone" / "fastvae.egg-info", tmp_path / "site" / "fastvae-0.1.0.dist-info"
     egg.mkdir(parents=True)
     (egg / "PKG-INFO").write_text("Name: fastvae\nVersion: 0.1.0\n")
@@ -252,7 +252,7 @@ def test_on_purpose_or_by_accident(tmp_path, monkeypatch, installed, left_out):
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """A wheel without the extension and an sdist, built from a copy of what a clone has."""
+    """Build a wheel without the extension and an sdist, from a copy of a clone's files."""
     folder = tmp_path_factory.mktemp("distributions")
     clone = folder / "clone"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
@@ -271,7 +271,7 @@ def distributions(tmp_path_factory):
 
 
 def test_installed_without_a_compiler(distributions, tmp_path):
-    """The README's first lines work, and info says what computes."""
+    """Installed without a compiler, the README's first lines work, and info names the backend."""
     with zipfile.ZipFile(next(distributions.glob("*-py3-none-any.whl"))) as wheel:
         wheel.extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PATH": "", "FASTVAE_BACKEND": ""}
@@ -292,7 +292,7 @@ def test_installed_without_a_compiler(distributions, tmp_path):
 
 
 def test_metadata_and_contents(distributions):
-    """The licence is there by every version of setuptools; triton, a gigabyte, comes only when asked for."""
+    """The licence is included by every version of setuptools; triton, a gigabyte, is optional."""
     with zipfile.ZipFile(next(distributions.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         text = wheel.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
@@ -309,7 +309,7 @@ def test_metadata_and_contents(distributions):
 
 
 def test_setuptools_of_before_2025_reads_pyproject():
-    """With --no-build-isolation it builds: 68 to 76 refuse `license` in every form that 77 likes."""
+    """pyproject.toml suits setuptools 68 to 76, which refuse every form of `license` that 77 accepts."""
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^requires = \["setuptools>=68"', text, re.M)
     assert not re.search(r"^license(-files)? *=", text, re.M)
@@ -318,7 +318,7 @@ def test_setuptools_of_before_2025_reads_pyproject():
 
 @pytest.fixture
 def build_ext(monkeypatch):
-    """setup.py's build_ext, ready to build with a compiler that is no more than its attributes."""
+    """Return setup.py's build_ext with a stand-in compiler that only has attributes."""
     monkeypatch.setenv("FASTVAE_NO_EXTENSION", "1")
     said = {}
     monkeypatch.setattr(setuptools, "setup", said.update)

@@ -1,4 +1,4 @@
-"""poisson_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to poisson_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .conftest import DEVICE
 @pytest.mark.parametrize("columns", [1, 500])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 100, 10**4, 10**6, 10**9])
 def test_counts_of_any_size(backend, dtype, columns, count):
-    """Near the mode x r, exp(r) and log x! cancel but for a few nats: what is left is right in float32."""
+    """Accurate in float32 near the mode, where x r, exp(r) and log x! cancel to a few nats."""
     for ratio in (0.3, 0.9, 1.0, 1.001, 1.3, 4.0):
         rate = max(count, 0.5) * ratio
         log_rate = torch.tensor(math.log(rate), dtype=dtype)
         exact = stats.poisson.logpmf(count, math.exp(float(log_rate)))
         x = torch.full((1, columns), count, dtype=torch.int64, device=DEVICE)
         out = ops.poisson_log_prob(x, log_rate.to(DEVICE).expand(1, columns))
-        # The difference of log rate and log count has the roundings of both, and counts by its derivative.
+        # The difference of log rate and log count has the roundings of both, times its derivative.
         u = torch.finfo(dtype).eps / 2
         moved = abs(count - rate) * (4 * abs(float(log_rate)) + 8 * abs(math.log(max(count, 1))) + 8)
         # SciPy's own terms cancel in float64.
@@ -48,7 +48,7 @@ def test_counts_of_any_size(backend, dtype, columns, count):
     ],
 )
 def test_rates_without_end(backend, x, log_rate, value, gradient, columns):
-    # The other elements of a long row are certain: no counts at a rate of 0.
+    # The other elements of a long row are certain: count 0 at rate 0.
     rates, data = torch.full((1, columns), -math.inf, device=DEVICE), torch.zeros(1, columns, device=DEVICE)
     rates[0, -1], data[0, -1] = log_rate, x
     rates.requires_grad_()
@@ -60,7 +60,7 @@ def test_rates_without_end(backend, x, log_rate, value, gradient, columns):
 
 @pytest.mark.parametrize("columns", [1, 300])
 def test_a_sample_without_weight_has_no_gradient(backend, columns):
-    """Whatever its rate: 0 times infinity would spoil the decoder's gradient for all of the batch."""
+    """A sample of weight 0 has zero gradient for any rate: 0 times infinity would spoil the whole batch's."""
     rates = torch.tensor([1.0, 200.0, math.inf], device=DEVICE)[:, None, None].expand(3, 2, columns).clone()
     x, grad = torch.ones(2, columns, device=DEVICE), torch.tensor([1.0, 0.0, 0.0], device=DEVICE)
     out = ops.poisson_log_prob(x, rates.requires_grad_())
@@ -70,7 +70,7 @@ def test_a_sample_without_weight_has_no_gradient(backend, columns):
 
 
 def test_many_zeros_add_nothing(backend):
-    """An error of the constant that each had would be a nat in a million genes."""
+    """Zeros at tiny rates add nothing: a constant error in each would be a nat in a million genes."""
     x = torch.zeros(1, 10**5, dtype=torch.uint8, device=DEVICE)
     out = ops.poisson_log_prob(x, torch.full((1, 10**5), -30.0, device=DEVICE))
     torch.testing.assert_close(out.double().cpu(), torch.tensor([-1e5 * math.exp(-30.0)]).double())

@@ -1,4 +1,4 @@
-"""The model that predicts kernels' times: traces whose answer is known, and the command."""
+"""Model that predicts kernel times: traces of known duration, and the command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks import gpu_tables, predict  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 WARPS, LENGTH, STARTS = 8, 400, 150 * 8
-# What is issued last is not waited for.
+# The completion of the last instructions is not waited for.
 LAST = 10
 
 
@@ -41,7 +41,7 @@ def test_a_control_code_is_read():
     "text, busy", [("FFMA R0", 1), ("LOP3.LUT R0", 2), ("IMAD R0", 2), ("MUFU.EX2 R0", 8)]
 )
 def test_a_pipe_is_the_limit(text, busy):
-    """However many warps there are, a pipe takes an instruction in so many cycles; floats have two pipes."""
+    """A pipe takes an instruction per ``busy`` cycles for any number of warps; floats have two pipes."""
     least = WARPS * LENGTH * busy
     assert least - LAST <= cycles([instruction(text)] * LENGTH) <= least + STARTS
 
@@ -59,7 +59,7 @@ def test_a_load_is_waited_for_by_those_who_name_its_barrier():
 
 
 def test_memory_is_the_limit():
-    """Of loads that nothing else holds up, by the bytes that must move, whatever the trace moves."""
+    """Loads alone are limited by the required bytes, independent of the bytes in the trace."""
     loads = [instruction("LDG.E.128 R0", write=0), instruction("FFMA R1", wait=1)] * 50
     moved = 0.5 * WARPS * 3 * 50 * 32 * 16
     found = cycles(loads, WARPS, 3 * WARPS, scale=0.5, bandwidth=2.0)
@@ -75,7 +75,7 @@ def test_a_loop_is_run_as_often_as_the_launch_has_steps():
 
 
 def test_the_command(tmp_path):
-    """One kernel, beside what a card did; within a factor of two, or the model is of no use."""
+    """A kernel's prediction is within a factor of two of a GPU's measurement, or the model is useless."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "predicted.csv"
     command = [sys.executable, "-m", "benchmarks", "predict", "bernoulli.*1024×784, float32 forward$"]

@@ -56,7 +56,7 @@ ENTRIES = {
 
 
 def _parts(dtypes):
-    """mu and logvar [B, D] of two dtypes, x, and a decoder that takes z in any."""
+    """Return mu and logvar [B, D] of two dtypes, x, and a decoder of z in any dtype."""
     mu, logvar = (randn(B, D, seed=s).to(dtype) for s, dtype in enumerate(dtypes))
     weight = randn(D, X, seed=2)
     return mu, 0.5 * logvar, rand(B, X, seed=3).round(), lambda z: z.flatten(1).to(weight.dtype) @ weight
@@ -102,7 +102,7 @@ def test_entries(entry, prior, dtypes):
 @pytest.mark.parametrize("entry", ["elbo", "iwae"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
 def test_large(entry, dtypes):
-    """What once read beyond a tensor."""
+    """Regression: large inputs were read beyond a tensor's end."""
     mu, logvar = (randn(512, 512, seed=s).to(dtype) for s, dtype in enumerate(dtypes))
     x = rand(512, X, seed=3).round()
 
@@ -116,7 +116,7 @@ def test_large(entry, dtypes):
 
 @pairs
 def test_normal(dtypes):
-    """torch.distributions.Normal(loc, scale), whose scale is 1: its logarithm is exact in any dtype."""
+    """A torch Normal of two dtypes is promoted; its scale is 1, whose logarithm is exact in any dtype."""
     mu, _, x, decoder = _parts(dtypes)
     scale = torch.ones(B, D, dtype=dtypes[1], device=DEVICE)
     wide = torch.promote_types(*dtypes)
@@ -144,7 +144,7 @@ def test_compiled(entry):
 
 @pytest.mark.parametrize("entry", ["elbo", "iwae"])
 def test_autocast(entry):
-    """An encoder under autocast whose log variance is taken to float32."""
+    """An encoder under autocast may cast its log variance to float32."""
 
     class Encoder(nn.Module):
         def __init__(self, wide):

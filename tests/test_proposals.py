@@ -1,4 +1,4 @@
-"""Proposals: unbiased on exact models, the same for any chunks, batches and ranks, better where q is bad."""
+"""Proposals: unbiased on exact models, invariant to chunks, batches and ranks, better where q is bad."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _marginal(model, x, q, k, proposal, seed=1, **options):
 
 
 def _ratio(model, x, q, k, proposal, **options):
-    """p̂(x) / p(x) of each example."""
+    """Return p̂(x) / p(x) of each example."""
     found = _marginal(model, x, q, k, proposal, **options)
     return torch.exp(found.log_px - model.log_px(x)), found
 
@@ -57,10 +57,10 @@ def _ratio(model, x, q, k, proposal, **options):
     "latent, shift, stretch, k", [(2, 0.7, -0.4, 70), (3, 0.5, 0.5, 203), (8, 0.3, 0.3, 500)]
 )
 def test_unbiased(proposal, latent, shift, stretch, k):
-    """The mean of p̂(x) over examples whose weights have the same distribution is p(x), whatever is fitted.
+    """The mean of p̂(x) over examples with identically distributed weights is p(x), for any fit.
 
-    To weigh all draws by densities that were fitted to them is low by more than ten of these standard errors
-    in the last case (it was tried).
+    Weighting all draws by densities fitted to them is low by more than ten of these standard errors in the
+    last case (measured).
     """
     model = LinearGaussian(latent, latent + 4)
     n = 1000
@@ -69,7 +69,7 @@ def test_unbiased(proposal, latent, shift, stretch, k):
     error = ratio.std() / math.sqrt(n)
     assert float(error) < 0.03
     assert abs(float(ratio.mean()) - 1) < 5 * float(error)
-    # And the error that is told is the one that there is, a mean of squares, where the weights have one.
+    # The reported error is the actual one, a mean of squares, where the weights have a finite one.
     assert stretch < 0 or float(found.stderr.square().mean().sqrt() / ratio.std()) == pytest.approx(
         1, abs=0.15
     )
@@ -77,7 +77,7 @@ def test_unbiased(proposal, latent, shift, stretch, k):
 
 @pytest.mark.parametrize("latent, k, times", [(2, 500, 20), (2, 3000, 30), (10, 500, 5), (10, 3000, 30)])
 def test_adapted_is_better(latent, k, times):
-    """q is moved and too narrow, as the ELBO's are; at equal draws the squared error is so much smaller."""
+    """For a shifted, too narrow q, as from the ELBO, squared errors are ``times`` smaller at equal draws."""
     model = LinearGaussian(latent, latent + 4, dtype=torch.float32)
     x = model.sample(60)
     q = model.posterior(x, 0.5, -1.0)
@@ -91,7 +91,7 @@ def test_adapted_is_better(latent, k, times):
 
 
 def test_many_latents_and_few_draws():
-    """D = 50 and 400 draws: there is little to learn from, and no harm is done."""
+    """Adaptation does no harm for D = 50 and 400 draws, too few to learn from."""
     model = LinearGaussian(50, 60, dtype=torch.float32)
     x = model.sample(40)
     for shift, stretch in ((0.0, 0.5), (0.2, -0.5)):
@@ -104,7 +104,7 @@ def test_many_latents_and_few_draws():
 
 
 def test_a_mode_that_q_has_missed():
-    """x = z² + noise has two, and q knows one: log 2 is missing, unless the prior's draws find the other."""
+    """For x = z² + noise and a q of one mode, log 2 is missing unless the prior's draws find the other."""
     scale, x = 0.3, torch.full((20, 1), 2.0, dtype=torch.float64, device=DEVICE)
     z = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
     density = td.Normal(z.square(), scale).log_prob(torch.tensor(2.0)) + td.Normal(0.0, 1.0).log_prob(z)
@@ -138,13 +138,13 @@ def test_an_exact_posterior_stays_exact(proposal, k):
     torch.testing.assert_close(found.ess, torch.full_like(found.ess, k), rtol=1e-9, atol=0)
     assert float(found.stderr.max()) < 1e-6
     assert bool((found.khat < 0).all())
-    # Draws of later rounds count more. The jackknife takes it back to the order of 1/k².
+    # Draws of later rounds have larger weights. The jackknife reduces this bias to O(1/k²).
     torch.testing.assert_close(found.jackknife, found.log_px, rtol=0, atol=2 / k**2)
     assert float(found.jackknife_stderr.max()) < 2 / k
 
 
 def _fitted_draws(k=164, **options):
-    """z that come from the first fit alone, [100, B, D], as the decoder sees them."""
+    """Return z [100, B, D] drawn from the first fit alone, as the decoder receives them."""
     model, seen = LinearGaussian(D, X), []
     x = model.sample(5)
 
@@ -161,20 +161,20 @@ def _fitted_draws(k=164, **options):
 
 
 def test_the_fits_scale():
-    """Deviations from the fitted mean are multiplied by it, and df is that of the t."""
+    """``scale`` multiplies deviations from the fitted mean, and ``df`` is that of the t distribution."""
     one, three = (_fitted_draws(scale=s) for s in (1.0, 3.0))
     mean = (3 * one - three) / 2
     torch.testing.assert_close(mean, mean[:1].expand_as(mean), rtol=1e-9, atol=1e-9)
     usual = 1 + 0.3 / math.sqrt(D)
     torch.testing.assert_close(_fitted_draws(), mean + usual * (one - mean), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(_fitted_draws(df=8), _fitted_draws(), rtol=0, atol=0)
-    # Cauchy's: one of the 500 is far out. Of a nearly normal t none is.
+    # One of 500 Cauchy draws is far out; of a nearly normal t none is.
     far = [float(((_fitted_draws(df=df) - mean) / (one - mean).std(0)).abs().max()) for df in (1, 500)]
     assert far[0] > 20 and far[1] < 8
 
 
 def test_memory_ends_with_the_fits(monkeypatch):
-    """Of no more than ``most`` draws a number is kept."""
+    """Numbers are kept for no more than ``most`` draws."""
     kept, keep = [], proposals._AdaptedDraws._keep
     monkeypatch.setattr(
         proposals._AdaptedDraws,
@@ -188,7 +188,7 @@ def test_memory_ends_with_the_fits(monkeypatch):
 
 
 def test_the_elbo_is_that_of_q():
-    """Of the first 64 draws where they are q's; unknown where none are, and the report says so."""
+    """The ELBO comes from the first 64 draws if they are q's; otherwise the report says it is unknown."""
     model = LinearGaussian(D, X)
     x = model.sample(9)
 
@@ -200,7 +200,7 @@ def test_the_elbo_is_that_of_q():
 
     adapted, first = run("adapted"), run("posterior", 64)
     torch.testing.assert_close(adapted.elbo, first.elbo, rtol=1e-12, atol=1e-12)
-    # Before anything is fitted the draws are q's.
+    # Before the first fit the draws are q's.
     assert adapted.curve[:2] == first.curve[:2]
     torch.testing.assert_close(run("adapted", 64).log_px, first.log_px, rtol=0, atol=0)
     for name in ("defensive", "inflated", "heavy"):
@@ -211,7 +211,7 @@ def test_the_elbo_is_that_of_q():
         torch.testing.assert_close(result.kl_per_dim, first.kl_per_dim)
 
 
-# The same whatever the way
+# The same in any chunks, batches and ranks
 
 
 def _evaluation(proposal, **options):
@@ -229,7 +229,7 @@ def _evaluation(proposal, **options):
     )
 
 
-# A point set is not drawn in rounds: that is an error, with a test of its own.
+# A point set cannot be drawn in rounds: an error, tested separately.
 _POINTS = [(proposal, "qmc") for proposal in (Defensive(0.07), "heavy")]
 _DRAWS = [(p, "philox") for p in (Defensive(0.07), "heavy", "adapted", Adapted(prior=0.0, most=200))]
 
@@ -260,7 +260,7 @@ def test_row_offset_and_log_marginal():
 @pytest.mark.parametrize("shard", ["data", "samples"])
 @pytest.mark.parametrize("tol", [None, 0.03])
 def test_ranks(tmp_path, shard, tol):
-    """Three processes give what one gives, on each rank."""
+    """Three processes give one process's result on each rank."""
     model, x, q = test_evaluate._model_and_data()
     options = {"proposal": "adapted", "tol": tol}
     noise = torch.Generator().manual_seed(6)
@@ -274,7 +274,7 @@ def test_checkpoints_know_the_proposal(tmp_path):
     expected = _evaluation("adapted", checkpoint=file, batch_size=4)
     with np.load(file) as saved:
         parts = dict(saved)
-    # It goes on from a part of it.
+    # The run resumes from a partial checkpoint.
     whole = ("index", "digest", "latent", "dims", "sizes")
     n = int(parts["sizes"][:2].sum())
     some = {name: v[:2] if name in whole else v[..., :n] for name, v in parts.items() if name != "settings"}
@@ -323,7 +323,7 @@ def test_families(family, name):
 
 @pytest.mark.parametrize("family", ["pair", "softplus", "full", "low rank"])
 def test_inflated_families(family):
-    """Twice the standard deviation, and nothing else."""
+    """Inflated families have twice the standard deviation and are otherwise unchanged."""
     model = LinearGaussian(D, X)
     q = as_posterior(_families(model, model.sample(5))[family])
     wide = Inflated(2.0).of(q, fastvae.StandardNormal())
@@ -335,7 +335,7 @@ def test_inflated_families(family):
 
 
 def test_heavy_and_defensive_densities():
-    """By torch's distributions, at any z."""
+    """Heavy and defensive densities equal torch's at any z."""
     mu, logvar = (randn(4, D, seed=s, dtype=torch.float64) for s in (1, 2))
     z = 3 * randn(6, 4, D, seed=3, dtype=torch.float64)
     q, prior = as_posterior((mu, logvar)), fastvae.StandardNormal()
@@ -349,7 +349,7 @@ def test_heavy_and_defensive_densities():
 
 
 def test_a_hierarchy_and_a_prior_that_cannot_be_drawn_from():
-    """Its share is q's then; a defensive proposal says that it cannot be."""
+    """A prior that cannot be drawn from leaves its share to q; a defensive proposal raises."""
     torch.manual_seed(5)
     linear = torch.nn.Linear(X, 4).to(DEVICE)
     hierarchy = fastvae.Hierarchy(
@@ -372,7 +372,7 @@ def test_a_hierarchy_and_a_prior_that_cannot_be_drawn_from():
 
 
 def test_supports_that_are_not_everything():
-    """Densities of 0 are weights of 0; torch's raise for such z, so that they are refused."""
+    """Draws of zero density have weight 0; torch's distributions, which raise for them, are refused."""
     x = randn(5, X, seed=2)
     weight = torch.ones(D, X, device=DEVICE) / 3
     prior, q = (fastvae.Exponential(t.to(DEVICE)) for t in (torch.zeros(D), torch.zeros(5, D) - 0.5))
@@ -436,7 +436,7 @@ def test_nan_and_impossible_examples_harm_no_other():
     q = model.posterior(x, 0.5, 0.2)
     bad = tuple(t.clone() for t in q)
     bad[0][2], bad[1][4] = math.nan, math.inf
-    bad[1][5] = -200.0  # all draws are the same
+    bad[1][5] = -200.0  # all draws are equal
     for name in ("adapted", "defensive", "heavy"):
         expected, found = (_marginal(model, x, this, 300, name) for this in (q, bad))
         good = [0, 1, 3]
@@ -445,7 +445,7 @@ def test_nan_and_impossible_examples_harm_no_other():
 
 
 def test_first_weights_that_are_all_zero_or_nearly():
-    """The fit is tempered, or that of q's own draws."""
+    """The fit is tempered, or that of q's own draws, if all or nearly all first weights are zero."""
 
     class Rare(fastvae.Likelihood):
         def log_likelihood(self, x, parameters, samples, beside=None):
@@ -473,12 +473,12 @@ def test_a_tempered_sample():
     assert ess.tolist() == pytest.approx([20, 99, 100, 20], rel=1e-2)
     assert stays.tolist() == [False, False, True, False]
     assert float(w[:3, 3].min()) > float(w[3:, 3].max()) > 0
-    # Where enough count, they are the weights themselves.
+    # With enough effective draws, they are the weights themselves.
     log_w = randn(400, 2, seed=1, dtype=torch.float64)
     w, _, stays = _tempered(log_w, torch.ones(400, 1, dtype=torch.float64, device=DEVICE), 20)
     torch.testing.assert_close(w, torch.softmax(log_w, 0))
     assert not bool(stays.any())
-    # By what a draw counts, which makes no weights unequal.
+    # Multiplicities of draws do not make weights unequal.
     counts = 1.0 + torch.arange(400, dtype=torch.float64, device=DEVICE)[:, None] // 100
     w, ess, stays = _tempered(torch.zeros_like(log_w), counts, 20)
     torch.testing.assert_close(w, (counts / counts.sum()).expand(-1, 2))
@@ -487,7 +487,7 @@ def test_a_tempered_sample():
 
 
 def test_a_shrunk_covariance():
-    """Variances are unbiased for normalised weights; correlations are shrunk as the docstring has it."""
+    """Variances are unbiased for normalised weights; correlations are shrunk as documented."""
     root = randn(2, D, D, seed=2, dtype=torch.float64)
     covariance, ess = root @ root.mT, torch.tensor([30.0, 400.0], dtype=torch.float64, device=DEVICE)
     found = _shrunk(covariance, ess)
@@ -498,11 +498,11 @@ def test_a_shrunk_covariance():
         torch.testing.assert_close(found[b], expected, rtol=1e-12, atol=1e-12)
 
 
-# The distributions that are drawn from
+# The proposal distributions
 
 
 def test_full_t():
-    """Its density is SciPy's; its draws have its covariance."""
+    """The full t has SciPy's density, and draws of its covariance."""
     mu = randn(2, D, seed=1, dtype=torch.float64)
     root = randn(2, D, D, seed=2, dtype=torch.float64).tril() + 2 * torch.eye(D, device=DEVICE)
     covariance = root @ root.mT
@@ -515,14 +515,14 @@ def test_full_t():
         # The variance of a t is 9/7 of its scale; the fourth moment is 3 · 7/5 of its square.
         error = 5 * 4.2 * scale / math.sqrt(40_000)
         assert float((torch.cov(z[:, b].T) - covariance[b] * 9 / 7).abs().max()) < error
-    # A matrix that is none is taken for another, whatever.
+    # An invalid covariance is replaced.
     for broken in (torch.full_like(covariance, math.nan), torch.zeros_like(covariance), -covariance):
         other = _FullT.of(mu, broken, 9, mu)
         assert bool(other.rsample(5, seed_of(1))[0].isfinite().all())
 
 
 def test_in_turn():
-    """Shares are exact in any run of a cycle, noise belongs to the draw, and the density is the mixture's."""
+    """In any cycle of draws shares are exact; noise belongs to the draw; the density is the mixture's."""
     near, far = (
         fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
         for m in (0.0, 100.0)
@@ -539,14 +539,14 @@ def test_in_turn():
     parts = torch.stack([near.log_prob(z) + math.log(0.93), far.log_prob(z) + math.log(0.07)])
     torch.testing.assert_close(log_q, torch.logsumexp(parts, 0))
     assert len(z[:, 0, 0].unique()) == 250
-    # No draw of one part has the noise of one of the other's.
+    # No two draws of different parts share noise.
     many = mixture.z(2000, seed, 0, 0).flatten(1)
     is_far = many[:, 0] > 50
     assert float(torch.cdist(many[is_far] - 100, many[~is_far]).min()) > 0.01
-    # Over the places that a seed may choose every draw is one of the mixture's.
+    # Over the positions that a seed may choose, every draw follows the mixture.
     first = [mixture.z(2, torch.tensor(s, device=DEVICE), 5, 0)[:, 0, 0] > 50 for s in range(100)]
     assert torch.stack(first).sum(0).tolist() == [7, 7]
-    # Those that stay have the noise of the first part by itself.
+    # Examples that stay with the first part have its noise alone.
     stays = torch.tensor([False, True, False, True], device=DEVICE)
     some, log_some = _InTurn([near, far], [0.93, 0.07], stays=stays).rsample(250, seed)
     own, log_own = near.rsample(250, seed)
@@ -555,7 +555,7 @@ def test_in_turn():
 
 
 def test_in_turn_by_randomisations():
-    """Of quasi-Monte-Carlo noise each randomisation has turns of its own, in any chunks."""
+    """Each randomisation of quasi-Monte-Carlo noise cycles separately, in any chunks."""
     near, far = (
         fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
         for m in (0.0, 100.0)
@@ -574,7 +574,7 @@ def test_in_turn_by_randomisations():
             torch.testing.assert_close(mixture.rsample(stop - start, seeds, **place)[0], z[start:stop])
             torch.testing.assert_close(mixture.log_shares(stop - start, seeds, **place), shares[start:stop])
         torch.testing.assert_close(log_q, mixture.log_prob(z))
-    # Draws of examples that stay count as those of the first part by itself.
+    # Draws of examples that stay are weighted as those of the first part alone.
     stays = torch.tensor([False, True, False, True], device=DEVICE)
     shares, own = (m.log_shares(30, seed_of(2)) for m in (_InTurn([both, far], [0.9, 0.1]), both))
     found = _InTurn([both, far], [0.9, 0.1], stays=stays).log_shares(30, seed_of(2))
@@ -593,7 +593,7 @@ def test_unbiased_with_a_point_set(proposal):
 
 
 def test_in_turn_of_randomisations():
-    """Each randomisation has its own share of each part's points, whatever part of the draws is made."""
+    """Each randomisation has its own share of each part's points, for any subset of the draws."""
     near, far = (
         fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
         for m in (0.0, 100.0)
@@ -609,12 +609,12 @@ def test_in_turn_of_randomisations():
         torch.testing.assert_close(part[1][:, :3], mixture.log_prob(z[start:stop])[:, 1:])
     parts = torch.stack([near.log_prob(z) + math.log(0.9), far.log_prob(z) + math.log(0.1)])
     torch.testing.assert_close(log_q, torch.logsumexp(parts, 0))
-    # No draw comes twice: each is one point of one randomisation.
+    # No draw repeats: each is one point of one randomisation.
     assert len(z[:, 0, 0].unique()) == 803
 
 
 def test_defensive_quasi_monte_carlo():
-    """The estimate is unbiased, and the spread of the randomisations is its error, which is smaller."""
+    """The estimate is unbiased, and its error, the spread of the randomisations, is smaller."""
     model = LinearGaussian(2, 6)
     x = model.sample(100)
     q, error = model.posterior(x, 0.5, 0.3), {}
@@ -623,7 +623,7 @@ def test_defensive_quasi_monte_carlo():
         ratios = torch.stack([ratio for ratio, _ in found])
         error[noise] = ratios.std(0).square().mean().sqrt()
         told = torch.stack([f.stderr for _, f in found]).square().mean().sqrt()
-        # The examples share where turns begin: the seeds alone are independent.
+        # The examples share the start of the cycle: only the seeds are independent.
         means = ratios.mean(1)
         assert abs(float(means.mean()) - 1) < 5 * float(means.std()) / math.sqrt(60)
         assert float(told / error[noise]) == pytest.approx(1, abs=0.1)
@@ -642,7 +642,7 @@ def test_rounds():
 
 
 class _Bare(fastvae.Distribution):
-    """A posterior without a density elsewhere than at its draws."""
+    """Posterior whose density is known at its draws only."""
 
     def __init__(self, mu):
         super().__init__()
@@ -715,7 +715,7 @@ def test_names_are_objects_with_their_defaults():
 
 
 def test_scaled_weights():
-    """As if all log weights had been raised."""
+    """Scaling weights by e^c equals adding c to all log weights."""
     log_w = randn(50, 4, seed=3, dtype=torch.float64)
     log_w[:, 2] = -math.inf
     by = torch.tensor([0.5, -3.0, 2.0, 0.0], dtype=torch.float64, device=DEVICE)

@@ -1,4 +1,4 @@
-"""The code that the compiler emits for NVIDIA's cards, run without one, computes what the definition says."""
+"""The code emitted for NVIDIA's GPUs, emulated without one, computes the definitions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
-# In a process of its own: with TRITON_INTERPRET set, as the other tests need it, nothing is compiled.
+# In a separate process: with TRITON_INTERPRET set, as the other tests need it, nothing is compiled.
 SCRIPT = """
 import math, sys
 import torch
@@ -185,7 +185,7 @@ for group in (noise, latent, likelihoods, importance, last_layer):
 print("fine")
 """
 
-# Of a file, as Triton reads the source of a kernel there.
+# In a file, since Triton reads a kernel's source from its file.
 FAST = """
 import math, sys
 import torch, triton
@@ -239,12 +239,12 @@ def _run(target: str, *script: str, **variables: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_emitted_code(target):
-    """With the noise that is right to ulps, so that all the rest can be held to its own roundings."""
+    """The emitted code is accurate to its own roundings, with the noise that is accurate to ulps."""
     _run(target, "-c", SCRIPT, FASTVAE_NOISE="accurate")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_fast_normals(target, tmp_path):
-    """To 1e-5 from the tail to the smallest radius, which keeps its digits, as far as a card may err."""
+    """Fast normals are within 1e-5 from the tail to the smallest radius, for the worst documented errors."""
     (tmp_path / "fast.py").write_text(FAST)
     _run(target, str(tmp_path / "fast.py"), FASTVAE_NOISE="fast")

@@ -1,4 +1,4 @@
-"""Quasi-Monte-Carlo noise: its words, its address, and what estimates gain by it."""
+"""Quasi-Monte-Carlo noise: its words, its address, and the gain of estimates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def seeds(count, seed=7):
 
 
 def word(seeds, sample, row, column, level):
-    """One word, by the definition, in Python's integers."""
+    """Compute one word by the definition, in Python's integers."""
     key, point = int(seeds[sample % len(seeds)]) % 2**64, sample // len(seeds)
     in_net = level == 0 and column < 128
     shift = _backend.extension().philox(column // 4, row, 0 if in_net else sample, level, key)[column % 4]
@@ -37,7 +37,7 @@ def word(seeds, sample, row, column, level):
 
 
 def joe_kuo(number, column):
-    """A word of Sobol's sequence; SciPy's is in the order of Gray's code: its i-th is our i ^ (i >> 1)."""
+    """Return a word of Sobol's sequence; SciPy's is in Gray-code order: its i-th is our i ^ (i >> 1)."""
     index, rest = 0, number
     while rest:
         index, rest = index ^ rest, rest >> 1
@@ -50,7 +50,7 @@ SCIPY = qmc.Sobol(128, scramble=False, bits=32).random(2**13)
 
 
 def sum_of_bits(number, column):
-    """Of a number beyond SciPy's first points: its bits', which torch's table has."""
+    """Return the word of a point beyond SciPy's first ones, from its bits and torch's table."""
     bits = (column_of(column)[j] for j in range(30) if number >> j & 1)
     return functools.reduce(operator.xor, bits, 0)
 
@@ -83,7 +83,7 @@ def test_words_are_the_definition(sizes, count, seed, data):
 
 
 def test_words_beyond_the_net():
-    """Of columns, and of late points: all bits of their numbers count."""
+    """Words beyond the net's columns, and of late points, depend on all bits of their index."""
     seed = seeds(3)
     for start in (0, 5, 2**20, 2**32 - 17):
         words = reference.words(seed, 4, 2, 139, start)
@@ -95,7 +95,7 @@ def test_words_beyond_the_net():
 
 @pytest.mark.parametrize("columns", [3, 50, 127, 128, 135, 600])
 def test_normals_agree_to_ulps(backend, columns):
-    """In the C++, tiles that begin below the net's last column, and end beyond it."""
+    """Normals agree to ulps, also in C++ tiles that extend beyond the net's last column."""
     for count, level in ((1, 0), (8, 0), (3, 2)):
         address = {"sample_offset": 5, "row_offset": 2**31 - 3, "level": level}
         eps = random.normal(seeds(count), 4, 3, columns, **address)
@@ -116,7 +116,7 @@ def test_a_part_is_that_part_of_the_whole(backend, sizes, data):
 
 
 def test_points_fill_every_column_evenly():
-    """Each of 64 intervals of a column has one of the first 64 points and one of the next, by any shift."""
+    """Each of 64 intervals of a column has one of the first 64 points and one of the next, for any shift."""
     words = reference.words(seeds(1), 128, 3, 128)
     for part in words.split(64):
         assert bool((part.sort(0).values >> 26 == torch.arange(64)[:, None, None]).all())
@@ -127,13 +127,13 @@ def test_rows_and_randomisations_are_independent():
     words = reference.words(seeds(2, 4), 2, 4000, 2).double() / 2**32
     columns = torch.cat([words[0, :, :2], words[1, :, :2]], 1) - 0.5  # [4000, 4]
     moments = (columns.mT @ columns) / 4000
-    # A product of two has the variance 1/144, a square 1/180; five standard errors.
+    # A product of two has variance 1/144, a square 1/180; five standard errors.
     expected = torch.eye(4, dtype=torch.float64) / 12
     assert float((moments - expected).abs().max()) < 5 / 12 / math.sqrt(4000)
 
 
 def test_neighbouring_seeds_share_no_randomisation():
-    """Else two runs would have seven of eight in common."""
+    """Neighbouring seeds share no randomisation; otherwise two runs would have seven of eight in common."""
     each = [set(seeds(8, seed).tolist()) for seed in range(-20, 20)]
     assert len(set().union(*each)) == 8 * 40
 
@@ -142,7 +142,7 @@ def test_neighbouring_seeds_share_no_randomisation():
 
 
 def linear(d, batch=3, x_dim=5, seed=1, dtype=torch.float32):
-    """x, q, decoder, log p(x): a linear-Gaussian model, and a q that is off."""
+    """Return x, q, decoder and log p(x) of a linear-Gaussian model with an inexact q."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(x_dim, d, generator=g, dtype=torch.float64) / math.sqrt(d)
     x = torch.randn(batch, x_dim, generator=g, dtype=torch.float64) @ (
@@ -163,7 +163,7 @@ LIKELIHOOD = fastvae.Gaussian(scale=1.0)
 
 
 def repeated(d, times, dtype=torch.float32):
-    """One example so often: every row has noise of its own."""
+    """Repeat one example ``times`` times; every row has its own noise."""
     x, (mu, logvar), decoder, log_px = linear(d, batch=1, dtype=dtype)
     return x.expand(times, -1), (mu.expand(times, -1), logvar.expand(times, -1)), decoder, log_px
 
@@ -179,7 +179,7 @@ def estimates(d, times, k, noise, **options):
 
 @pytest.mark.parametrize("d, k", [(2, 64), (2, 100), (8, 64)])
 def test_estimates_of_p_are_unbiased(d, k):
-    """The mean of p̂ / p over 4000 rows is 1, within five of its standard errors."""
+    """The mean of p̂ / p over 4000 rows is 1 within five standard errors."""
     _, error = estimates(d, 4000, k, "qmc")
     ratio = error.exp()
     assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(4000) + 1e-6
@@ -187,7 +187,7 @@ def test_estimates_of_p_are_unbiased(d, k):
 
 @pytest.mark.parametrize("d, least", [(2, 30.0), (8, 1.3)])
 def test_variance_is_smaller(d, least):
-    """Mean squared errors of 200 rows with a fixed seed; measured ratios in docs/NOTES.md."""
+    """The mean squared error over 200 rows is smaller, for a fixed seed; docs/NOTES.md has the ratios."""
     plain = float(estimates(d, 200, 4096, "philox")[1].square().mean())
     even = float(estimates(d, 200, 4096, "qmc")[1].square().mean())
     assert plain > least * even, f"{plain / even:.1f}"
@@ -198,11 +198,11 @@ def test_the_standard_error_covers(k):
     """95 % intervals of Student's t with seven degrees of freedom hold log p(x) in 95 % of 2000 rows."""
     result, error = estimates(3, 2000, k, "qmc")
     covered = float((error.abs() <= 2.3646 * result.stderr).double().mean())
-    # Five standard errors of the share, and the estimate's skewness beside that.
+    # Five standard errors of the share, plus the estimate's skewness.
     assert abs(covered - 0.95) < 5 * math.sqrt(0.95 * 0.05 / 2000) + 0.01, covered
 
 
-# The same numbers however they are made
+# The same numbers in any chunks and shards
 
 
 def test_chunks_and_rows_change_nothing(backend):
@@ -253,7 +253,7 @@ def test_evaluate_is_the_same_however_it_is_cut(tmp_path, tol):
 
 
 def test_shares_of_the_draws_merge():
-    """As ranks that share each example's draws have them: any cuts, in the order of draws."""
+    """Shares of an example's draws, as on several ranks, merge for any cuts, in the order of draws."""
     log_w = torch.randn(45, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole = Weights.of(log_w, 5, 0, 8)
     parts = [Weights.of(log_w[a:b], 5, a, 8) for a, b in ((0, 3), (3, 30), (30, 45))]
@@ -266,7 +266,7 @@ def test_shares_of_the_draws_merge():
     few = Weights.of(log_w[:3], 5, 0, 8).stderr
     torch.testing.assert_close(few, w[:3].std(0) / math.sqrt(3) / w[:3].mean(0))
     assert bool(Weights.of(log_w[:1], 5, 0, 8).stderr.isnan().all())
-    # As of independent draws, and NaN for one draw.
+    # As for independent draws, and NaN for one draw.
     nothing = torch.full_like(log_w, -math.inf)
     assert Weights.of(nothing, 5, 0, 8).jackknife[0].tolist() == 4 * [-math.inf]
     assert bool(Weights.of(nothing[:1], 5, 0, 8).jackknife[0].isnan().all())
@@ -299,7 +299,7 @@ def families(b=4, d=3):
 
 @pytest.mark.parametrize("name", families())
 def test_families(name):
-    """Draws are from q, whatever the family: E_q[p/q] = 1; and by chunks they are the same."""
+    """Draws follow any family's q, E_q[p/q] = 1, and are the same in chunks."""
     q = fastvae.distributions.as_posterior(families()[name])
     seed = seeds(8)
     from fastvae.distributions import STANDARD, draw_chunk
@@ -311,7 +311,7 @@ def test_families(name):
     torch.testing.assert_close(torch.cat([c[1] for c in chunks]), ratio[:113], rtol=1e-10, atol=1e-10)
     groups = ratio.exp().unflatten(0, (-1, 8)).mean(0)  # [8, B]
     error = groups.std(0) / math.sqrt(8)
-    # Of Student's t with seven degrees of freedom 8 standard errors are exceeded once in 10^4.
+    # Student's t with seven degrees of freedom exceeds 8 standard errors once in 10^4.
     assert bool(((groups.mean(0) - 1).abs() < 8 * error + 1e-6).all())
 
 
@@ -338,7 +338,7 @@ def test_gradients_by_chunks(name, estimator):
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
 def test_the_composed_draw_has_the_fused_ops_gradients(estimator, monkeypatch):
-    """With Philox's words in place of the net's, the numbers of the fused ops."""
+    """The composed draw gives the fused ops' numbers if Philox words replace the net's."""
     x, (mu, logvar), decoder, _ = linear(3, batch=4, dtype=torch.float64)
 
     def run(noise):
@@ -388,7 +388,7 @@ def test_a_family_of_the_users():
 
 @pytest.mark.parametrize("merge", [None, "precision"])
 def test_the_levels_of_a_hierarchy(merge, monkeypatch):
-    """With Philox's words in place of the net's, which the top level has, the usual numbers."""
+    """A hierarchy gives the usual numbers if Philox words replace the net's, which the top level uses."""
     torch.manual_seed(0)
     sizes = (5, 4), (5 if merge else 7, 6), (2, 6)
     networks = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in sizes]
@@ -415,7 +415,7 @@ def test_the_levels_of_a_hierarchy(merge, monkeypatch):
 
 
 class _Beside(torch.nn.Module):
-    """A posterior of features and the state above."""
+    """Posterior of the features and the state above."""
 
     def __init__(self, linear):
         super().__init__()
@@ -460,8 +460,10 @@ def test_errors():
 
 
 def test_estimates_go_over_the_randomisations():
-    """The jackknife leaves a randomisation out; the interval is Student's where weights are light, and not
-    narrower than that of independent draws where they are not.
+    """Estimates treat randomisations as the samples.
+
+    The jackknife leaves one randomisation out; the interval is Student's for light-tailed weights, and no
+    narrower than that of independent draws for others.
     """
     g = torch.Generator().manual_seed(5)
     light = torch.rand(800, 3, dtype=torch.float64, generator=g).log1p()
@@ -479,7 +481,7 @@ def test_estimates_go_over_the_randomisations():
     assert bool((found.khat[:3] < 0).all()) and bool((found.khat[3:] > 0).all())
     torch.testing.assert_close(low[:3], found.log_px[:3] + torch.log(1 - relative[:3]))
     torch.testing.assert_close(high[:3], found.log_px[:3] + torch.log(1 + relative[:3]))
-    # Here now the one reaches farther, now the other.
+    # Here either interval may be the wider one.
     relative = relative[3:]
     narrow_low = found.log_px[3:] + torch.log((1 - relative).clamp(min=0.025))
     narrow_high = found.log_px[3:] + torch.log1p(relative)
@@ -490,7 +492,7 @@ def test_estimates_go_over_the_randomisations():
 
 
 def test_students_quantiles():
-    """SciPy's, of even and of odd degrees of freedom."""
+    """Student's quantiles equal SciPy's, for even and odd degrees of freedom."""
     for level in (0.5, 0.95, 0.999):
         for degrees in range(1, 12):
             expected = stats.t.ppf(0.5 + level / 2, degrees)

@@ -1,4 +1,4 @@
-"""VectorQuantizer: the paper's formulas, what is nearest, moving averages, and training by them."""
+"""VectorQuantizer: nearest codes, the paper's formulas, moving averages, and training."""
 
 from __future__ import annotations
 
@@ -34,41 +34,41 @@ def encoded(*spatial, batch=B, dim=D, seed=2, dtype=torch.float64):
 
 
 def brute(z, codebook):
-    """Squared distances [N, U] in float64, by differences."""
+    """Compute squared distances [N, U] in float64, by differences."""
     return (z.double()[:, None] - codebook.double()).square().sum(2)
 
 
 def assert_nearest(z, codebook, index):
-    """The distance of what was found is the least but for the roundings of the scores."""
+    """Assert that the codes found are nearest, up to the roundings of the scores."""
     distance = brute(z, codebook)
     found = distance.gather(1, index[:, None])[:, 0]
     centre = codebook.double().mean(0)
     e, rows = (codebook - centre).norm(dim=1), (z - centre).norm(dim=1)
-    # A score's roundings: 2 of centring, D of a sum, 2 more. Two scores, of half a squared distance.
+    # A score's roundings: 2 from centring, D from a sum, 2 more. Two scores, each half a squared distance.
     u = torch.finfo(z.dtype).eps / 2
     bound = 4 * (z.shape[1] + 4) * u * (0.5 * e.amax() ** 2 + rows.double() * e.amax())
     assert bool((found <= distance.amin(1) + bound).all())
     return float((index == distance.argmin(1)).double().mean())
 
 
-# What is nearest.
+# Nearest codes.
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("n, codes, dim", [(1, 1, 1), (0, 5, 2), (37, 11, 5), (1000, 300, 64), (70, 5, 3)])
 def test_nearest(n, codes, dim, offset, backend, monkeypatch):
-    """In tiles with a remainder too, and where the norms are large against the distances."""
+    """The nearest code is found in tiles with a remainder, and for norms large against the distances."""
     monkeypatch.setattr(tiles, "NUMBERS_ON_CPU", 600)
     z, codebook = (randn(m, dim, seed=s) + offset for m, s in ((n, 3), (codes, 4)))
     index = nearest_code(z, codebook)
     assert index.dtype == torch.int64 and index.shape == (n,)
     if n:
-        # The inputs are what is rounded, not the distances.
+        # Only the inputs are rounded, not the distances.
         assert assert_nearest(z, codebook, index) > 0.99
 
 
 def test_two_clusters_far_apart():
-    """No centre helps here; the bound, which has these norms, holds."""
+    """Two distant clusters, for which centring does not help, stay within the bound of these norms."""
     codebook = torch.cat([randn(20, 4, seed=5), randn(20, 4, seed=6) + 1e3])
     z = torch.cat([randn(30, 4, seed=7), randn(30, 4, seed=8) + 1e3])
     index = nearest_code(z, codebook)
@@ -82,7 +82,7 @@ def test_the_first_of_equals():
 
 
 def test_no_matrix_of_all_distances(monkeypatch):
-    """The largest tensor that is made has as many numbers as a tile."""
+    """The largest tensor allocated has the size of a tile."""
     made = []
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(
@@ -102,7 +102,7 @@ def test_no_matrix_of_all_distances(monkeypatch):
 @pytest.mark.parametrize("spatial", [(), (6,), SPATIAL])
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_values_and_gradients_of_the_formula(decay, spatial):
-    """eq. 3 written out, by autograd, with weights for each example and an arbitrary gradient for z_q."""
+    """Values and gradients equal eq. 3 by autograd, with example weights and any upstream gradient of z_q."""
     vq, z_e = quantizer(commitment=0.3, decay=decay).train(), encoded(*spatial)
     codebook = vq.codebook.detach().clone().requires_grad_(decay is None)
     z_q, loss, indices = vq(z_e)
@@ -122,7 +122,7 @@ def test_values_and_gradients_of_the_formula(decay, spatial):
     leaves = [z_e] + ([vq.codebook] if decay is None else [])
     grads = torch.autograd.grad((weight * loss).sum() + (upstream * z_q).sum(), leaves)
     leaves = [z_e] + ([codebook] if decay is None else [])
-    # Straight through: z_q's gradient is added to z_e's as it is.
+    # Straight through: z_q's gradient is added to z_e's unchanged.
     wanted = torch.autograd.grad((weight * expected).sum() + (upstream * z_e).sum(), leaves)
     for actual, exact in zip(grads, wanted, strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-13)
@@ -136,7 +136,7 @@ def test_the_reconstruction_does_not_move_the_codebook():
 
 
 def test_moving_averages_are_the_papers():
-    """Against sums m and counts N that are kept, over batches of several sizes."""
+    """Moving averages equal the paper's sums m and counts N, over batches of several sizes."""
     vq = quantizer(decay=0.7).train()
     start = vq.codebook.clone()
     size = torch.zeros(U, dtype=torch.float64, device=DEVICE)
@@ -157,7 +157,7 @@ def test_moving_averages_are_the_papers():
 
 
 def test_moving_averages_far_from_the_origin():
-    """A code stays among its positions to float32's precision there; no sums of 1e6 cancel."""
+    """A code far from the origin follows its positions to float32's precision; no sums of 1e6 cancel."""
     vq = quantizer(2, 4, dtype=torch.float32, decay=0.99).train()
     center = torch.tensor([1e3, -1e3], device=DEVICE)[:, None].expand(2, 4)
     with torch.no_grad():
@@ -168,12 +168,12 @@ def test_moving_averages_far_from_the_origin():
     for _ in range(3):
         vq(z_e)
     exact = z_e.double().reshape(2, 500, 4).mean(1)
-    # An ulp of 1000 each step.
+    # An ulp of 1000 per step.
     torch.testing.assert_close(vq.codebook.double(), exact, rtol=0, atol=3 * 2**-14)
 
 
 def test_unused_codes_stay_for_ever():
-    """After more steps than 0.5^t is a number for, nothing is NaN, and a code may come back."""
+    """Unused codes stay: after so many steps that 0.5^t underflows, nothing is NaN, and a code may return."""
     vq = quantizer(2, 1, dtype=torch.float32, decay=0.5).train()
     with torch.no_grad():
         vq.codebook.copy_(torch.tensor([[0.0], [10.0]]))
@@ -219,7 +219,7 @@ def test_state_dict():
 
 @pytest.mark.parametrize("decay", [0.9, None])
 def test_restart(decay):
-    """All codes begin as positions of the first batch; later those unused for so long are redrawn."""
+    """Codes start as positions of the first batch; codes unused for ``restart`` steps are redrawn."""
     vq = quantizer(4, 2, decay=decay, restart=3).train()
     with torch.no_grad():
         vq.codebook.fill_(1e6)
@@ -233,7 +233,7 @@ def test_restart(decay):
     assert torch.equal(*found)  # given the seed
     assert all(bool((z_e == row).all(1).any()) for row in z_q)
     vq = again
-    assert len(vq(z_e).indices.unique()) == 4  # of a batch of distinct rows
+    assert len(vq(z_e).indices.unique()) == 4  # from a batch of distinct rows
     near = vq.codebook.detach()[0].clone()
     rows = near + 0.001 * randn(6, 2, seed=44, dtype=torch.float64)
     for _ in range(3):
@@ -244,7 +244,7 @@ def test_restart(decay):
     indices = vq(rows).indices
     assert bool(((vq.codebook - near).norm(dim=1) < 0.1).all())
     if decay is not None:
-        # Of what the codes were before, nothing counts.
+        # The previous codes have no weight.
         used = indices.unique()
         count = torch.bincount(indices, minlength=4)[used]
         anew = used > 0
@@ -260,7 +260,7 @@ def test_restart_with_nothing_to_draw_from():
     assert torch.equal(vq.codebook, before) and vq.unused.tolist() == [2] * U
 
 
-# What is made of indices.
+# Uses of indices.
 
 
 def test_prior_decode_and_usage():
@@ -287,7 +287,7 @@ def test_prior_decode_and_usage():
 
 
 def test_the_bound_is_one():
-    """log p(x|z_q) + log p(k) <= log p(x), which for one position of few codes is a sum."""
+    """log p(x|z_q) + log p(k) <= log p(x), a sum for one position and few codes."""
     vq = quantizer(decay=None)
     x = randn(B, D, seed=53, dtype=torch.float64)
     log_px_z = fastvae.ops.gaussian_log_prob(
@@ -317,7 +317,7 @@ def test_sample():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    """Distances and loss are float32's, of what z_e holds; so under autocast."""
+    """Distances and loss are computed in float32 from a half-precision z_e, also under autocast."""
     vq, z_e = quantizer(dtype=torch.float32).train(), encoded(*SPATIAL, dtype=dtype)
     before, twin = vq.codebook.clone(), copy.deepcopy(vq)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
@@ -437,7 +437,7 @@ def test_moving_averages_in_half_precision_are_refused():
 
 @pytest.mark.parametrize("options", [{}, {"decay": None}, {"restart": 2}])
 def test_compiled(options):
-    """Values, gradients and codes of eager mode, over steps, in one graph."""
+    """Compiled in one graph, values, gradients and codes equal eager mode's over several steps."""
     eager = quantizer(dtype=torch.float32, **options).train()
     twin = copy.deepcopy(eager)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
@@ -477,7 +477,7 @@ def test_functional_gradient():
 
 
 def _train_one_rank(rank: int, ranks: int, store: str) -> None:
-    """Codes of ranks that share a batch are those of one process that has all of it."""
+    """Assert that codes of ranks that share a batch equal those of one process with the whole batch."""
     torch.set_num_threads(1)
     batches = [torch.randn(9, D, 4, generator=torch.Generator().manual_seed(s)).double() for s in range(4)]
     for options in ({"decay": 0.8}, {"decay": 0.8, "restart": 2}, {"decay": None, "restart": 2}):
@@ -491,7 +491,7 @@ def _train_one_rank(rank: int, ranks: int, store: str) -> None:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
         try:
             torch.manual_seed(rank)
-            # Uneven parts, and one that is empty.
+            # Uneven parts, one of them empty.
             for cut, batch in zip((4, 2, 9, 5), batches, strict=True):
                 shared(batch[:cut] if rank == 0 else batch[cut:])
             if not restarts:
@@ -516,7 +516,7 @@ def test_ranks(tmp_path):
 
 
 class VQVAE(nn.Module):
-    """Of 64 pixels, 4 positions."""
+    """VQ-VAE of 64 pixels and 4 positions."""
 
     def __init__(self, **options):
         super().__init__()
@@ -525,25 +525,25 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Flatten(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64))
 
     def forward(self, x):
-        """log p(x|z_q) [B], the quantizer's loss [B] and the indices."""
+        """Return log p(x|z_q) [B], the quantizer's loss [B] and the indices."""
         z_q, loss, indices = self.vq(self.encoder(x))
         return fastvae.ops.bernoulli_log_prob(x, self.decoder(z_q)), loss, indices
 
     @torch.no_grad()
     def bound(self, x):
-        """A lower bound on log p(x) [B]."""
+        """Return a lower bound on log p(x) [B]."""
         log_px, _, indices = self(x)
         return log_px + self.vq.log_prob(indices)
 
     @torch.no_grad()
     def sample(self, n):
-        """Means of p(x|z) of n draws from the uniform prior."""
+        """Return the means of p(x|z) for n draws from the uniform prior."""
         return self.decoder(self.vq.decode(self.vq.sample(n, (4,)))).sigmoid()
 
 
 @pytest.fixture
 def one_thread():
-    """On a busy machine two threads wait for each other, many times as long as these small ops take."""
+    """Use one thread: on a busy machine two wait for each other far longer than these small ops take."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -575,7 +575,7 @@ def test_a_vqvae_learns_digits(options, one_thread):
         model.vq.perplexity(indices),
     )
     print(before, blind, log_px, bound, float(perplexity))
-    # The codes tell of x what the pixels' means do not, two nats at least; soft pixels have few to tell.
+    # The codes gain at least two nats over the pixels' means; soft pixels carry little information.
     assert log_px > blind + 2
     assert bound > before + 10
     assert perplexity > 4

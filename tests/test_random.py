@@ -1,4 +1,4 @@
-"""The noise: published vectors, equality of the backends, and its distribution."""
+"""Noise: published vectors, equality of the backends, and the distribution."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_triton_words_equal_pytorch(sizes, seed, data):
 @settings(max_examples=15)
 @given(sizes=strategies.distinct_sizes(3, 33), seed=st.integers(-(2**63), 2**63 - 1), data=st.data())
 def test_normals_agree_to_ulps(backend, sizes, seed, data):
-    """In float32 within 4 ulps of the definition in float64, small values and tails alike."""
+    """float32 normals are within 4 ulps of the float64 definition, for small values and tails alike."""
     k0, b0 = data.draw(st.sampled_from([0, 5, 2**32 - 70])), data.draw(st.sampled_from([0, 2**31 - 3]))
     level = data.draw(st.sampled_from([0, 1, 2**32 - 1]))
     address = {"sample_offset": k0, "row_offset": b0, "level": level, "device": DEVICE}
@@ -75,7 +75,7 @@ def test_normals_agree_to_ulps(backend, sizes, seed, data):
 
 
 def test_a_million_normals_to_ulps():
-    """The rare words too: a million draws reach |eps| of 5 and radii of 1e-3."""
+    """Rare words are accurate too: a million draws reach |eps| of 5 and radii of 1e-3."""
     eps = fastvae.random.normal(1, 1, 1000, 1000)
     with fastvae.use_backend("reference"):
         exact = fastvae.random.normal(1, 1, 1000, 1000, dtype=torch.float64)
@@ -86,14 +86,14 @@ def test_a_million_normals_to_ulps():
 def test_tails_reach_six_sigma():
     """The radius of the smallest word is sqrt(2 ln 2^33) = 6.76: no cut below 6.6 sigma."""
     assert math.sqrt(2 * math.log(2**33)) > 6.6
-    # 2^24 normals hold 0.2 beyond 5.77 sigma, where a uniform of 24 bits would end; of 24 draws one has it.
+    # 2^24 normals have 0.2 beyond 5.77 sigma, where a 24-bit uniform would end; one of 24 draws has one.
     draws = torch.stack([fastvae.random.normal(s, 1, 2**12, 2**12).abs().amax() for s in range(24)])
     assert draws.max() > 5.77
 
 
 @pytest.mark.slow
 def test_distribution_in_cpp():
-    """Moments and Kolmogorov-Smirnov at n = 1.6e7, every column of a block of four by itself as well."""
+    """Moments and Kolmogorov-Smirnov distance are right at n = 1.6e7, also per column of a block of four."""
     n = 2**24
     eps = fastvae.random.normal(44, 4, 2**10, 2**12).double()
     for part in (eps.flatten(), *(eps[..., w::4].flatten() for w in range(4))):
@@ -130,7 +130,7 @@ def test_chunks_shards_and_threads_give_the_same_bits(backend):
 
 
 def test_levels_have_noise_of_their_own(backend):
-    """Level 0 is that of the ops which sample, and no level has a part of another's."""
+    """Level 0 is that of the sampling ops, and levels share no noise."""
     levels = [fastvae.random.normal(3, 6, 7, 9, level=n, device=DEVICE) for n in range(3)]
     zeros = torch.zeros(7, 9, device=DEVICE)
     z, _ = fastvae.ops.rsample_kl(zeros, zeros, samples=6, seed=torch.tensor(3, device=DEVICE))

@@ -1,4 +1,4 @@
-"""Objects print what was set: every argument other than its default, where possible as the call itself."""
+"""Reprs show every argument that is not the default, if possible as the call itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastvae.likelihoods import Gaussian, Joint, Laplace, from_distribution
 
 NAMES = {**vars(bounds), **vars(proposals), **vars(fastvae.likelihoods), "schedules": schedules}
 
-# Calls whose objects print as these; evaluated, they are the same again.
+# Calls whose objects print as themselves; evaluating them gives equal objects.
 CALLS = [
     "Gaussian()",
     "Gaussian(scale=0.1)",
@@ -109,7 +109,7 @@ DISTRIBUTIONS = {
 
 @pytest.mark.parametrize("shown", DISTRIBUTIONS)
 def test_distributions_print_what_was_set(shown):
-    """A posterior's and a prior's alike; tensors by dtype and shape, and whether they are learned."""
+    """Posteriors and priors print tensors by dtype and shape, and whether they are learned."""
     assert repr(DISTRIBUTIONS[shown]()) == shown
 
 
@@ -167,7 +167,7 @@ def test_info_says_what_a_gpu_would_run(monkeypatch, capsys, gpu, triton):
 
 
 def test_the_console_script():
-    """Installed beside the interpreter, it is python -m fastvae."""
+    """The console script, installed next to the interpreter, is python -m fastvae."""
     script = Path(sys.executable).with_name("fastvae")
     assert script.exists(), "install again: pip install -e ."
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""What an op returns is the caller's own: it may be modified in place, and gradients stay right."""
+"""Results of an op belong to the caller: they may be modified in place, and gradients stay right."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = {
 
 
 def _likelihood(name, event, lead, row=False):
-    """The parameters beside the first are one row with ``row``."""
+    """Return a call of a likelihood; with ``row``, the parameters after the first are one row."""
     declared = DECLARED[name]
     x = data(name, *event).requires_grad_(declared.differentiable)
     given = [_leaf(*lead, *event)]
@@ -84,18 +84,18 @@ def test_results_may_be_modified_in_place(backend, name):
     modified = call()
     for i, r in enumerate(modified):
         kept = r.detach().clone()
-        # Something with a gradient of its own in one, a factor in the other.
+        # Add a term with a gradient to one, multiply the other.
         r.add_(inputs[0].sum()) if i else r.mul_(2)
         torch.testing.assert_close(r.detach(), kept + inputs[0].sum().detach() if i else 2 * kept)
     found = torch.autograd.grad(modified, inputs, weights)
-    # By the factor the gradient of the first result counts twice; by the sum all of the first input's does.
+    # The factor doubles the gradient of the first result; the sum adds ones to that of the first input.
     first = torch.autograd.grad(call()[:1], inputs, weights[:1], allow_unused=True)
     for i, (f, e, g) in enumerate(zip(found, expected, first, strict=True)):
         more = sum(float(w.sum()) for w in weights[1:]) if i == 0 else 0.0
         torch.testing.assert_close(f, e + (0 if g is None else g) + more)
 
 
-# Other axes than [K, N] are PyTorch's own reshaping, there and back.
+# Axes other than [K, N] are reshaped by PyTorch, forth and back.
 @pytest.mark.parametrize("name", [n for n in CASES if n not in (f"log-mean-exp of {s}" for s in RESHAPED)])
 @pytest.mark.parametrize("grad", [True, False])
 def test_kernels_return_no_views(name, grad):

@@ -1,4 +1,4 @@
-"""Functions of the step, against their formulas."""
+"""Schedules against their formulas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .models import generator, rand, randn
 B, D, X = 5, 3, 7
 LINEAR = [0.1, 0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 0.9]
 WAVE = [0.1 + 0.8 * (1 - math.cos(math.pi * u)) / 2 for u in (0, 0, 0, 0.25, 0.5, 0.75, 1, 1)]
-# Two cycles of 3.5 steps, whose lines take 0.4 of each, 1.4 steps.
+# Two cycles of 3.5 steps, with ramps of 0.4 of each, 1.4 steps.
 CYCLES = [0.1 + 0.8 * min(1, (t % 3.5) / 1.4) for t in range(7)]
 CASES = {
     "linear": (schedules.linear(0.1, 0.9, steps=4, delay=2), LINEAR),
@@ -40,7 +40,7 @@ def test_values(name):
         for given in (step, torch.tensor(step), torch.tensor(step, dtype=torch.int32, device=DEVICE)):
             found = beta(given)
             assert found.dtype == torch.float32 and found.shape == ()
-            # Twice a rounding of float32: of the share and of the line.
+            # Two roundings of float32: of the fraction and of the ramp.
             assert float(found) == pytest.approx(value, abs=2 * torch.finfo(torch.float32).eps)
 
 
@@ -66,7 +66,7 @@ def test_an_objective_takes_them():
 @pytest.mark.parametrize("of_tensors", [False, True], ids=["int", "tensor"])
 @pytest.mark.parametrize("name", CASES)
 def test_they_are_compiled_once(name, of_tensors):
-    """Called before the step, or in it with a step that is a tensor."""
+    """Schedules called outside the compiled step, or in it with a tensor step, compile once."""
     torch._dynamo.reset()
     x, weight, seen = rand(B, X, seed=2).round(), randn(D, X, seed=3), []
     q = randn(B, 2 * D, seed=4)

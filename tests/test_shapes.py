@@ -22,7 +22,7 @@ interpreted = pytest.mark.skipif(CUDA, reason="needs the addresses of Triton's i
 
 @pytest.fixture
 def no_poison():
-    """The results of these tests are larger than memory; nobody may fill them."""
+    """Disable poisoning: the results of these tests are larger than memory."""
     before, torch.utils.deterministic.fill_uninitialized_memory = (
         torch.utils.deterministic.fill_uninitialized_memory,
         False,
@@ -32,12 +32,12 @@ def no_poison():
 
 
 def ends(grid):
-    """The first program and the last."""
+    """Return the first program and the last."""
     return [(0, 0, 0), tuple(n - 1 for n in grid)]
 
 
 def assert_reaches_the_ends(launch, *names: str) -> None:
-    """First and last element were accessed; all else is in range, or recording would have failed."""
+    """Assert access to the first and last element; out-of-range accesses fail in recording."""
     for name in names:
         tensor = launch.tensors[name]
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -48,7 +48,7 @@ def assert_reaches_the_ends(launch, *names: str) -> None:
 
 
 def of_likelihoods(kernels, data, wide, grad):
-    """Calls of every likelihood's kernels, and the arguments that each must reach the ends of."""
+    """Yield calls of every likelihood's kernels, and the arguments whose ends each must reach."""
     for declared in cases.DECLARED.values():
         given = [wide] * len(declared.outputs)
         need = [False] + [True] * len(given)
@@ -61,7 +61,7 @@ def of_likelihoods(kernels, data, wide, grad):
 
 @interpreted
 def test_more_elements_than_int32(no_poison):
-    """Offsets are int64 in every kernel: the last program reaches the last of more than 2^31 elements."""
+    """Every kernel's offsets are int64: the last program reaches the last of more than 2^31 elements."""
     from fastvae.kernels import importance, latent, random
     from fastvae.kernels import likelihood as kernels
 
@@ -96,7 +96,7 @@ def test_more_elements_than_int32(no_poison):
 
 @interpreted
 def test_strides_beyond_int32():
-    """Rows, samples and columns that lie more than 2^31 elements apart."""
+    """Strides of rows, samples and columns may exceed 2^31 elements."""
     from fastvae.kernels import importance, latent
     from fastvae.kernels import likelihood as kernels
 
@@ -128,7 +128,7 @@ def test_strides_beyond_int32():
 
 
 def test_the_grid_is_large_enough():
-    """A grid's second axis holds no more than 65535, whatever the number of samples."""
+    """The grid's second axis stays within 65535 for any number of samples."""
     pytest.importorskip("triton")
     from fastvae.kernels import latent
 
@@ -178,7 +178,7 @@ def test_likelihood_shapes(backend, shape, likelihood):
 
 @pytest.mark.parametrize("k, n", [(5001, 1), (3000, 3), (1, 3000), (2, 16_501), (600, 17)])
 def test_importance_shapes(backend, k, n):
-    """Samples that are split over programs, with -inf, inf and NaN in some columns."""
+    """Samples split over programs work, with -inf, inf and NaN in some columns."""
     log_w = 30 * torch.randn(k, n, device=DEVICE)
     log_w[-1, 0] = -math.inf
     if n > 5:
@@ -187,6 +187,6 @@ def test_importance_shapes(backend, k, n):
         log_w[k // 2, 3] = math.nan
     bound, (name, *weights) = test_importance.results((log_w, torch.randn(n, device=DEVICE)))
     assert_accurate(*bound)
-    # What an infinite weight leaves of the others is nobody's business, but NaN spoils its column alone.
+    # Other weights in a column with an infinite one are unspecified, but NaN affects only its own column.
     columns = [i for i in range(n) if n <= 5 or i != 2]
     assert_accurate(name, *(t[:, columns] for t in weights))

@@ -1,4 +1,4 @@
-"""The sleep phase, against its gradient written out and against the posterior that it must find."""
+"""Sleep phase, against its gradient written out and the exact posterior."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def test_it_is_the_density_of_the_latents_it_drew(backend, likelihood):
 
 
 def test_it_finds_the_exact_posterior():
-    """Of a linear-Gaussian model. With the noise held fixed it is a least-squares problem, whose solution is
-    as far from the truth as its standard errors say, here six at most.
+    """The sleep phase finds the exact posterior of a linear-Gaussian model.
+
+    With fixed noise it is a least-squares problem, whose solution is within six standard errors of the truth.
     """
     model, n = LinearGaussian(D, X), 5000
     encoder = nn.Linear(X, D).to(DEVICE, torch.float64)
@@ -87,7 +88,7 @@ def test_of_a_vae():
     )
     assert torch.equal(vae.sleep(N, generator=generator(3)), expected)
     assert torch.equal(vae(N, objective="sleep", generator=generator(3)), expected)
-    # What it encodes are the model's own draws.
+    # The encoder's inputs are the model's own draws.
     seen = []
     encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     vae.sleep(N, generator=generator(3))

@@ -1,4 +1,4 @@
-"""softplus_gaussian_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to softplus_gaussian_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOORS = (0.0, 1e-30, 1e-4, 1.0)
 
 
 def exact(delta: float, raw: float, log_floor: float) -> list[float]:
-    """log p, and its derivatives by the mean, raw and log_floor."""
+    """Return log p and its derivatives by the mean, raw and log_floor."""
     with mpmath.workdps(60):
         delta, raw, log_floor = mpmath.mpf(delta), mpmath.mpf(raw), mpmath.mpf(log_floor)
         k, floor = mpmath.exp(-abs(raw)), mpmath.exp(log_floor)
@@ -34,7 +34,7 @@ def exact(delta: float, raw: float, log_floor: float) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("floor", FLOORS)
 def test_any_variance(backend, dtype, floor):
-    """Also where the softplus is nothing beside the floor, or the floor is 0."""
+    """Accurate for any variance, also where the softplus is negligible against the floor, or without one."""
     log_floor = math.log(floor) if floor else -math.inf
     u = torch.finfo(dtype).eps / 2
     for delta in (0.0, 0.3, -2.0):
@@ -46,18 +46,18 @@ def test_any_variance(backend, dtype, floor):
         found = [out, *torch.autograd.grad(out.sum(), leaves)]
         for i, row in enumerate(zip(*(t.flatten().tolist() for t in (x, *given[1:])), strict=True)):
             expected = exact(*row)
-            # Of the variance's logarithm, and of the floor's own in its exponential.
+            # Errors of the variance's logarithm, and of the log floor in its exponential.
             size = 1 + abs(math.log(2 * math.pi)) + (abs(log_floor) if floor else 0)
             for name, got, e in zip(("log p", "mean", "raw", "floor"), found, expected, strict=True):
                 number = float(got.flatten()[i])
-                # Where d² / σ² - 1 cancels, of its terms.
+                # Where d² / σ² - 1 cancels, the error is relative to its terms.
                 cancels = abs(expected[1] ** 2) + abs(expected[1] / row[0] if row[0] else 0)
                 bound = 16 * u * (size * abs(e) + (abs(log_floor) if floor and name == "log p" else 1))
                 assert abs(number - e) <= bound + 16 * u * size * cancels, (name, row)
 
 
 def test_what_has_no_bound(backend):
-    """Infinite raws and floors keep a number; NaN passes."""
+    """Infinite raw values and floors give numbers; NaN gives NaN."""
     x = torch.full((1, 1), 0.5, device=DEVICE)
     for raw, log_floor in (
         (-math.inf, 0.0),

@@ -1,4 +1,4 @@
-"""Latents with axes of their own: the same bits as flat ones with a decoder that gives them their shape."""
+"""Spatial latents: the same bits as flat ones with a decoder that reshapes them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ BERNOULLI = {"likelihood": "bernoulli"}
 
 
 class Own(fastvae.DiagonalNormal):
-    """Of a subclass nothing is fused."""
+    """Subclass, for which nothing is fused."""
 
 
 class Decoder(nn.Module):
-    """z [N, C, H, W] -> logits [N, X], and the shapes of z that came."""
+    """Decoder z [N, C, H, W] -> logits [N, X] that records the shapes of z."""
 
     def __init__(self, latent=LATENT):
         super().__init__()
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
 
 
 class Flat(nn.Module):
-    """The same of z [N, D], which is what these tests compare with."""
+    """The same decoder of z [N, D], for comparison."""
 
     def __init__(self):
         super().__init__()
@@ -57,12 +57,12 @@ class Flat(nn.Module):
 
 
 def parameters():
-    """mu and logvar [B, C, H, W]."""
+    """Return mu and logvar [B, C, H, W]."""
     return randn(B, *LATENT, seed=1).requires_grad_(), (0.5 * randn(B, *LATENT, seed=2)).requires_grad_()
 
 
 def both(function, q, p=None):
-    """The results of the function of (q, decoder, prior, generator), spatial and flat, and all gradients."""
+    """Return a function's results of (q, decoder, prior, generator), spatial and flat, and all gradients."""
     found = []
     for decoder, flat in ((Decoder(), lambda t: t), (Flat(), lambda t: t.flatten(1))):
         mu, logvar = parameters()
@@ -184,7 +184,7 @@ PRIORS = {
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", PRIORS)
 def test_every_form_of_prior(name):
-    # Of a flat Laplace whose axis is an event no closed KL is found.
+    # A flat Laplace with an event axis has no closed-form KL.
     kl = "mc" if name == "Independent Laplace" else "analytic"
     for run in (
         objective("elbo", k=3, reduction="none", kl=kl),
@@ -195,7 +195,7 @@ def test_every_form_of_prior(name):
 
 
 def test_a_flat_prior_serves_as_well():
-    """What a decoder's Unflatten needed before, a learned prior [D] in a checkpoint."""
+    """A flat learned prior [D], as in older checkpoints of decoders with an Unflatten, works too."""
     x, (mu, logvar), m, s = rand(B, X, seed=6), parameters(), randn(D, seed=3), randn(B, D, seed=4)
     values = [
         fastvae.elbo(x, (mu, logvar), Decoder(), prior=p, generator=generator(1), **BERNOULLI)
@@ -215,7 +215,7 @@ def test_a_flat_prior_serves_as_well():
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_conditional_prior(flat):
-    """It may return what an encoder may, in either shape."""
+    """A conditional prior may return any form of an encoder's output, in either shape."""
     x, context, decoder = rand(B, X, seed=6), randn(B, 2, seed=7), Decoder()
     mu, logvar = parameters()
     m, s = randn(B, *LATENT, seed=3), randn(B, *LATENT, seed=4)
@@ -253,7 +253,7 @@ def test_priors_of_the_users_own_see_flat_z():
 
     x, q, decoder = rand(B, X, seed=6), parameters(), Decoder()
     fastvae.iwae(x, q, decoder, k=K, prior=Prior(), estimator="dreg", **BERNOULLI)
-    # Of some samples once more, to see what the density reaches.
+    # Once more for some samples, to find the tensors the density depends on.
     assert set(came) == {(K, B, D), (2, B, D)} and decoder.came == [(K * B, *LATENT)]
 
 
@@ -276,11 +276,11 @@ def test_posteriors_of_the_users_own_name_the_shape():
         fastvae.iwae(x, Posterior(), decoder, k=K, **BERNOULLI)
 
 
-# Families of torch's, against their own densities
+# torch's families, against their own densities
 
 
 def _correlated(mu, scale):
-    """An event of one axis, W, in a batch of the others."""
+    """Return a distribution with event axis W and the others as batch."""
     factor = scale.unsqueeze(-1) * torch.tensor([[1.0, 0, 0], [0.5, 1, 0], [-0.3, 0.2, 1]], device=DEVICE)
     return td.MultivariateNormal(mu, scale_tril=factor)
 
@@ -305,7 +305,7 @@ def test_log_weights_are_those_of_torch(name, as_q):
     if as_q:
         q, p = FAMILIES[name](mu, (0.5 * logvar).exp()), td.Normal(0.0, 1.0)
     else:
-        # Of the prior every element is in reach of a draw of q.
+        # Draws of q reach every element of the prior.
         q, p = usual, FAMILIES[name](mu[0] - 100 * (name == "flow"), 200.0 * torch.ones_like(mu[0]))
     zs = []
 
@@ -319,7 +319,7 @@ def test_log_weights_are_those_of_torch(name, as_q):
     assert z.shape[2:] == LATENT
     log_p, log_q = (d.log_prob(z).flatten(2).sum(2) for d in (p, q))
     torch.testing.assert_close(found.log_ratio, log_p - log_q, rtol=1e-9, atol=1e-8)
-    # Each draw's noise is at its address, whatever the chunk.
+    # Each draw's noise is at its address in any chunk.
     whole, parts = (
         fastvae.log_marginal(x, q, decoder, k=K, k_chunk=n, prior=p, generator=generator(1), **BERNOULLI)
         for n in (K, 2)
@@ -329,7 +329,7 @@ def test_log_weights_are_those_of_torch(name, as_q):
 
 @pytest.mark.parametrize("family", ELEMENTWISE, ids=lambda family: family.__name__)
 def test_a_flattened_family_is_itself(family):
-    """Its parameters are its constructor's arguments, by name."""
+    """A flattened family is rebuilt from its parameters, its constructor's arguments by name."""
     names = ("high", "low") if family is td.Uniform else sorted(family.arg_constraints)
     d = family(**{name: i + rand(C, 1, 1, seed=i) + 0.1 for i, name in zip((2, 1, 3), names, strict=False)})
     flat = flat_prior(TorchDistribution(d), LATENT, B)
@@ -352,7 +352,7 @@ def test_closed_forms_of_torch_serve():
 
 
 class Encoder(nn.Module):
-    """Pictures [B, 1, 5, 7] -> channels [B, 2 C, H, W], mu and then logvar."""
+    """Encoder of images [B, 1, 5, 7] -> channels [B, 2 C, H, W], mu and then logvar."""
 
     def __init__(self):
         super().__init__()
@@ -363,7 +363,7 @@ class Encoder(nn.Module):
 
 
 class Pictures(nn.Module):
-    """z [N, C, H, W] -> logits [N, 1, 5, 7]."""
+    """Decoder z [N, C, H, W] -> logits [N, 1, 5, 7]."""
 
     def __init__(self):
         super().__init__()
@@ -402,7 +402,7 @@ def test_a_convolutional_vae(fuse):
     for method, options in (("log_marginal", {"k": 30}), ("anomaly_score", {"k": 20})):
         a, b = (getattr(model, method)(x, generator=generator(3), **options) for model in (vae, flat))
         assert torch.equal(torch.stack(tuple(a)), torch.stack(tuple(b)))
-    # The posterior object goes where the encoder's output goes, whole or in part.
+    # The posterior object may replace the encoder's output.
     bound = fastvae.elbo(x, q, vae.decoder, generator=generator(1), **BERNOULLI)
     assert bound == vae(x, generator=generator(1))
     assert fastvae.elbo(x[1:3], q.rows(1, 3), vae.decoder, **BERNOULLI).isfinite()
@@ -482,7 +482,7 @@ def test_evaluate_is_that_of_flat_latents(tmp_path):
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), name
         assert spatial.kl_per_dim.shape == (D,)
 
-    # A checkpoint is taken up again, by the module too.
+    # A checkpoint is resumed, by the module too.
     file = tmp_path / "run.npz"
     options = {"k": 40, "batch_size": 10, "progress": False, "checkpoint": file, **BERNOULLI}
     first = fastvae.evaluate(vae.encoder, vae.decoder, x, generator=generator(1), **options)
@@ -492,7 +492,7 @@ def test_evaluate_is_that_of_flat_latents(tmp_path):
 
 
 def test_a_decoder_whose_last_layer_is_left_out():
-    """Flattened first, with an output that is large enough for that."""
+    """A decoder that flattens z, with an output large enough, fuses its last layer."""
     b, features, k = 40, 400, 50
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -567,7 +567,7 @@ def test_an_error_inside_the_decoder_tells_how_z_came():
 
 
 def test_latents_of_one_axis_more():
-    """[B, 2 C, L], as of sequences."""
+    """Latents may have one extra axis, [B, 2 C, L], as for sequences."""
     x, q = rand(B, X, seed=6), randn(B, 2 * C, 5, seed=1)
     came = []
 
@@ -579,7 +579,7 @@ def test_latents_of_one_axis_more():
 
 
 def test_a_latent_dim_of_one_axis_is_its_number():
-    """latent_dim=(D,) is latent_dim=D."""
+    """latent_dim=(D,) is equivalent to latent_dim=D."""
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(X, 6).to(DEVICE), nn.Linear(3, X).to(DEVICE)
     one, other = (fastvae.VAE(encoder, decoder, latent_dim=dim, **BERNOULLI) for dim in ((3,), 3))

@@ -1,4 +1,4 @@
-"""student_t_log_prob beyond what every likelihood is tested for (test_likelihoods.py)."""
+"""Tests specific to student_t_log_prob; common ones are in test_likelihoods.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCATION, LOG_SCALE = 0.25, 0.3
 
 
 def exact(x: float, location: float, log_scale: float, log_df: float) -> tuple[list, list]:
-    """log p and the gradients of location, log_scale and log_df; and the sizes of what each is a sum of."""
+    """Return log p, the gradients by location, log_scale and log_df, and the sizes of each one's terms."""
     with mpmath.workdps(60):
         x, location, log_scale, log_df = (mpmath.mpf(v) for v in (x, location, log_scale, log_df))
         df, s = mpmath.exp(log_df), mpmath.exp(log_scale)
@@ -44,7 +44,7 @@ def exact(x: float, location: float, log_scale: float, log_df: float) -> tuple[l
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("df", [1e-8, 1e-2, 0.5, 1.0, 1.99, 2.01, 4.0, 31.0, 33.0, 1e3, 1e8, 1e12])
 def test_any_degrees_of_freedom(backend, dtype, full, df):
-    """Each to a few roundings of the terms that it is a sum of, which are no differences of log Γ."""
+    """Results are accurate to a few roundings of their terms, which are not differences of log Γ."""
     log_df = torch.tensor(math.log(df), dtype=dtype, device=DEVICE)
     x = torch.tensor(X, dtype=dtype, device=DEVICE)[:, None]
     if full:
@@ -66,7 +66,7 @@ def test_any_degrees_of_freedom(backend, dtype, full, df):
 
 
 def test_the_normal_distribution_is_its_limit(backend):
-    """Also where e^log_df is no number."""
+    """The normal distribution is the limit, also where e^log_df overflows."""
     x, location, log_scale = randn(4, 7, seed=1), randn(3, 4, 7, seed=2), 0.3 * randn(3, 4, 7, seed=3)
     normal = ops.gaussian_log_prob(x, location, 2 * log_scale)
     for log_df in (30.0, 80.0, 200.0, math.inf):
@@ -77,7 +77,7 @@ def test_the_normal_distribution_is_its_limit(backend):
 @pytest.mark.parametrize("columns", [1, 500])
 @pytest.mark.parametrize("x, white", [(2e19, 2e19), (1e30, 1e30), (-3e38, -3e38), (math.inf, math.inf)])
 def test_squares_that_are_no_number(backend, columns, x, white):
-    """Of (x - location) / s alone log p is made, which is finite."""
+    """log p is finite where the square of (x - location) / s overflows."""
     data = torch.zeros(1, columns, device=DEVICE)
     data[0, -1] = x
     given = [torch.zeros(1, columns, device=DEVICE, requires_grad=True) for _ in range(3)]
@@ -113,7 +113,7 @@ HELD = {
 
 @pytest.mark.parametrize("form", HELD)
 def test_what_the_likelihood_holds(backend, form):
-    """As the op with the same numbers, in the fused way and by log_prob; what is learned has a gradient."""
+    """The likelihood's fixed or learned parameters act as the op's, fused and by log_prob, with gradients."""
     options, returned = HELD[form]
     options = {n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
     likelihood = fastvae.likelihoods.StudentT(**options).to(DEVICE)

@@ -1,4 +1,4 @@
-"""The parts of a VAE's KL over a data set, against exact models and written-out sums."""
+"""Decomposition of a VAE's KL over a data set, against exact models and written-out sums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N, D, X = 60, 3, 7
 
 
 class Rows(nn.Module):
-    """The posterior of row n is the n-th, whose number is its first feature."""
+    """Encoder whose posterior for row n, its first feature, is the n-th."""
 
     def __init__(self, *parameters, family=lambda *p: p):
         super().__init__()
@@ -45,7 +45,7 @@ def parameters(seed=1):
 
 
 def written_out(q, z, prior):
-    """log q(z|x), log q(z), log q(z_d) [N, D] and log p(z) of z [N, D] of row n."""
+    """Compute log q(z|x), log q(z), log q(z_d) [N, D] and log p(z), of z [N, D] drawn from row n."""
     pairs = q.log_prob(z[:, None])  # [z, posteriors, D]
     log_n = math.log(N)
     each = torch.logsumexp(pairs, 1) - log_n
@@ -74,7 +74,7 @@ def test_they_are_their_sums(backend):
 
 
 def test_posteriors_that_do_not_overlap_say_all_there_is_to_know():
-    """Far apart, the mutual information is log N; all the same, it is 0."""
+    """For distant posteriors the mutual information is log N; for equal ones it is 0."""
     mu = 100 * torch.arange(N, dtype=torch.float64, device=DEVICE)[:, None].expand(N, D)
     zeros = torch.zeros(N, D, dtype=torch.float64, device=DEVICE)
     apart = fastvae.diagnostics.latents(model(mu, zeros), data())
@@ -85,7 +85,7 @@ def test_posteriors_that_do_not_overlap_say_all_there_is_to_know():
 
 
 def test_the_aggregate_posterior_is_the_best_prior():
-    """The KL to it is the mutual information: nothing is left of the rest."""
+    """The KL to the aggregate posterior is the mutual information; the other terms are 0."""
     mu, logvar = parameters()
     vae = model(mu, logvar)
     vae.prior = fastvae.AggregatePosterior(vae.encoder, data(), batch_size=13)
@@ -95,7 +95,7 @@ def test_the_aggregate_posterior_is_the_best_prior():
 
 
 def test_marginals_of_full_covariances():
-    """Each dimension's is that of the diagonal of the covariance; what is correlated counts as such."""
+    """A dimension's marginal has the covariance's diagonal; correlation enters the total correlation."""
     mu = torch.zeros(N, D, dtype=torch.float64, device=DEVICE)
     tril = torch.zeros(N, D * (D + 1) // 2, dtype=torch.float64, device=DEVICE)
     tril[:, 1] = 2.0  # z_2 is 2 z_1 and noise

@@ -1,4 +1,4 @@
-"""Errors that teach: foreign words, near misses, and what a user's function was called with."""
+"""Errors that teach: foreign words, near misses, and the arguments of a user's function."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_unknown_names_say_what_was_meant(arguments, meant):
 
 
 def test_signatures_are_still_those_of_the_functions():
-    """An editor, and what reads signatures, sees through the wrapper."""
+    """Editors and other readers of signatures see through the wrapper."""
     assert next(iter(inspect.signature(fastvae.elbo).parameters)) == "x"
     assert "scale" in inspect.signature(fastvae.Gaussian.__init__).parameters
     assert fastvae.elbo.__name__ == "elbo"

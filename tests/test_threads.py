@@ -19,12 +19,12 @@ from fastvae import _backend, ops
 from . import cases
 from .conftest import CUDA, DEVICE
 
-# Two whose bits differ.
+# Two backends whose bits differ.
 PAIR = ("native", "reference")
 
 
 def _sample():
-    """A function that samples and weighs fixed inputs, and these."""
+    """Return a function that samples and reduces fixed inputs, and the inputs."""
     torch.manual_seed(5)
     mu, logvar = (torch.randn(40, 70, device=DEVICE, requires_grad=True) for _ in range(2))
     seed = torch.tensor(3, device=DEVICE)
@@ -36,7 +36,7 @@ def _sample():
 
 
 def _in_thread(function):
-    """The result of a function in a new thread."""
+    """Return a function's result in a new thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
@@ -95,7 +95,7 @@ def test_tasks_do_not_see_each_others_backend():
         await asyncio.gather(*map(loop, PAIR))
         generator = stream()
         assert await anext(generator) == "reference"
-        # Closed by another task than the one that opened it.
+        # Closed by a different task than the one that opened it.
         await asyncio.create_task(generator.aclose())
         return before
 
@@ -105,7 +105,7 @@ def test_tasks_do_not_see_each_others_backend():
 @pytest.mark.parametrize("where", ["here", "thread"])
 @pytest.mark.parametrize("forward, backward", [PAIR, PAIR[::-1]])
 def test_backward_follows_forward(forward, backward, where):
-    """Bit by bit, in whatever thread and under whatever choice it is asked for."""
+    """A backward pass uses its forward pass's backend, bit for bit, in any thread and under any choice."""
     run, inputs = _sample()
 
     def differentiate(results):
@@ -123,7 +123,7 @@ def test_backward_follows_forward(forward, backward, where):
 
 @pytest.mark.skipif(CUDA, reason="Triton's interpreter is chosen before triton is imported")
 def test_chunks_are_made_again_on_the_backend_of_the_forward_pass():
-    """The second pass of checkpointed chunks, in a thread that chose nothing."""
+    """Checkpointed chunks are recomputed on the forward pass's backend, in a thread without a choice."""
     linear = torch.nn.Linear(4, 6)
     mu, logvar, x = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4), torch.rand(5, 6)
 
@@ -142,7 +142,7 @@ def test_chunks_are_made_again_on_the_backend_of_the_forward_pass():
 @pytest.mark.skipif(sys.platform != "linux", reason="signgam is a variable of glibc")
 @pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial", "beta"])
 def test_signgam_is_left_alone(likelihood):
-    """The global that C's lgamma writes, which another thread may be reading."""
+    """The global signgam, which C's lgamma writes and another thread may be reading, is unchanged."""
     signgam = ctypes.c_int.in_dll(ctypes.CDLL("libm.so.6"), "signgam")
     x = cases.data(likelihood, 4, 5, seed=1, dtype=torch.float64).cpu()
     parameters = [
@@ -180,6 +180,6 @@ sys.exit(not done)
 
 
 def test_a_small_stack():
-    """512 KiB, as macOS and some servers give their threads, is enough for the largest frames, in float64."""
+    """A stack of 512 KiB, as for threads on macOS, suffices for the largest frames, in float64."""
     done = subprocess.run([sys.executable, "-c", SMALL_STACK], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])

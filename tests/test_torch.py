@@ -32,7 +32,7 @@ INF = math.inf
 
 @pytest.fixture
 def fallback_random():
-    """Compiled code draws seeds from torch's own generator, so that compiled equals eager."""
+    """Make compiled code draw seeds from torch's own generator, so that it equals eager mode."""
     from torch._inductor import config
 
     torch._dynamo.reset()
@@ -48,7 +48,7 @@ LOGVAR = ("logvar", 0.0)
 
 
 def _latent_arguments(op: str):
-    """Argument lists of an op of the latent module: with and without prior, clamp, offsets."""
+    """Yield argument lists of an op of the latent module: with and without prior, clamp, offsets."""
     mu, logvar = randn(B, D, seed=1).requires_grad_(), randn(B, D, seed=2).requires_grad_()
     prior = tuple(randn(B, D, seed=s).requires_grad_() for s in (3, 4))
     row = tuple(randn(D, seed=s).requires_grad_().expand(B, D) for s in (5, 6))
@@ -68,7 +68,7 @@ def _latent_arguments(op: str):
 
 
 def _backward_arguments(op: str):
-    """Argument lists of an op's backward, with and without each incoming gradient."""
+    """Yield argument lists of an op's backward, with and without each upstream gradient."""
     g = {
         "z": randn(K, B, D, seed=7),
         "kl": randn(B, seed=8),
@@ -99,7 +99,7 @@ def _backward_arguments(op: str):
 
 
 def _tril_arguments(op: str):
-    """Argument lists of draws with a full covariance, flat or not, and of what goes back."""
+    """Yield argument lists of full-covariance draws, flat or not, and of their backward pass."""
     inputs = [randn(B, D, seed=1), randn(B, D * (D + 1) // 2, seed=2)]
     place = seed_of(1), K, 2, 9
     if op == "rsample_tril":
@@ -115,7 +115,7 @@ def _tril_arguments(op: str):
 
 
 def _log_prob_arguments(op: str):
-    """Argument lists of a likelihood and of its backward pass: parameters that broadcast, dtypes."""
+    """Yield argument lists of a likelihood and its backward pass: broadcast parameters, dtypes."""
     declared = DECLARED[op.removesuffix("_backward").removesuffix("_log_prob")]
     x, first = cases.data(declared.name, B, X), randn(K, B, X, seed=12)
     others = len(declared.outputs) - 1
@@ -135,7 +135,7 @@ def _log_prob_arguments(op: str):
 
 
 def _weigh_arguments(op: str):
-    """Argument lists of a bound and of its backward pass: terms, reductions, parameters that broadcast."""
+    """Yield argument lists of a bound and its backward pass: terms, reductions, broadcast parameters."""
     declared = DECLARED[op.removeprefix("weigh_").removesuffix("_backward")]
     x, rows = cases.data(declared.name, B, X), randn(K * B, X, seed=12)
     kl, ratio, beta = randn(B, seed=41), randn(K, B, seed=42), rand(B, seed=43)
@@ -159,7 +159,7 @@ def _weigh_arguments(op: str):
 
 
 def _grouped_arguments(op: str):
-    """Classes of float and integer data, enough for the C++ and too few; mixtures of colours, and of grey."""
+    """Yield argument lists of float and integer classes, enough for the C++ or not, and of mixtures."""
     backward = op.endswith("_backward")
 
     def of(x, parameters, setting):
@@ -183,7 +183,7 @@ def _grouped_arguments(op: str):
 
 
 def _head_arguments(op: str):
-    """One product and two, with and without a bias and what is held; bounds whose gradients take one pass."""
+    """Yield argument lists with one and two products, biases or not, fixed parameters, one-pass bounds."""
     b, inner = 9, 4
     x, grad = rand(b, X, seed=1).round(), randn(K, b, seed=2)
     for likelihood, count, held in (("bernoulli", 1, 0), ("gaussian", 2, 0), ("gaussian", 1, 1)):
@@ -208,7 +208,7 @@ def _head_arguments(op: str):
 
 
 def _arguments(op: str):
-    """All argument lists that opcheck sees for ``torch.ops.fastvae.<op>``."""
+    """Return all argument lists that opcheck gets for ``torch.ops.fastvae.<op>``."""
     log_w = randn(K, B, seed=13)
     if op.startswith("rsample_tril"):
         yield from _tril_arguments(op)
@@ -269,7 +269,7 @@ def test_opcheck(op, implementation):
 
 
 def _kernel_arguments(name: str):
-    """Those of opcheck, and dtypes that the C++ leaves to Python."""
+    """Yield opcheck's argument lists, and dtypes for which the C++ falls back to Python."""
     yield from _arguments(name)
     if not name.startswith("weigh_gaussian"):
         return
@@ -283,7 +283,7 @@ def _kernel_arguments(name: str):
 
 @pytest.mark.parametrize("name", sorted({n.partition(".")[0] for n in _registered()}))
 def test_kernels_of_graphs_equal_the_ops(name):
-    """What a compiled graph calls, on CPU tensors in C++, gives the op's bits."""
+    """The kernels a compiled graph calls, in C++ on CPU tensors, give the op's bits."""
     op = getattr(torch.ops.fastvae, name)
     for arguments in _kernel_arguments(name):
         arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
@@ -309,13 +309,13 @@ def test_kernels_of_graphs_leak_nothing(x):
     except ValueError:
         assert x[0, 0] > 1
     alive = [weakref.ref(t) for t in (x, logits, term, *results)]
-    # A tensor that C++ still holds keeps its Python object.
+    # A tensor referenced in C++ would keep its Python object alive.
     del x, logits, term, results
     assert [r() for r in alive] == [None] * len(alive)
 
 
 def _functions_called(function) -> set[str]:
-    """Names of fastvae's Python functions that run in a call."""
+    """Return the names of fastvae's Python functions that run in a call."""
     folder, names = os.path.dirname(fastvae.__file__), set()
 
     def note(frame, event, _):
@@ -351,7 +351,7 @@ def test_a_compiled_graph_calls_no_python():
         return torch.autograd.grad(compiled(x, *inputs), (*inputs, weight))
 
     first = step()
-    # It asks which backend is in force, and no more.
+    # It only looks up the selected backend.
     assert _functions_called(step) <= {"on_cpu", "_default"}
     assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(loss)) == 1
     with pytest.raises(ValueError, match=r"x holds values in .*Bernoulli targets must lie in \[0, 1\]"):
@@ -369,7 +369,7 @@ def _double(*shape, seed):
 
 
 def gradcheck(function, inputs) -> bool:
-    """torch's, but for undefined gradients: they have a test of their own, in a process of its own."""
+    """Run torch's gradcheck without undefined gradients, which are tested in a separate process."""
     return torch.autograd.gradcheck(function, inputs, check_undefined_grad=False)
 
 
@@ -438,7 +438,7 @@ def test_gradcheck_of_log_mean_exp(implementation):
 
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "elbo free bits", "elbo free bits of each", "iwae"])
 def test_gradcheck_of_the_objectives(objective):
-    """Through encoder outputs, decoder weights, the learned scale, the learned prior and x at once."""
+    """Gradcheck by encoder outputs, decoder weights, learned scale, learned prior and x at once."""
     x, mu, logvar, weight = (
         _double(B, X, seed=33),
         _double(B, D, seed=34),
@@ -487,7 +487,7 @@ def _public_likelihoods():
 
 
 def _public_ops():
-    """Each public op as a function of all its float inputs, and those inputs."""
+    """Return each public op as a function of all its float inputs, and those inputs."""
     mu, logvar, prior_mu, prior_logvar = (randn(B, D, seed=s) for s in (40, 41, 42, 43))
     mean = randn(K, B, X, seed=45)
     seed = seed_of(4)
@@ -510,7 +510,7 @@ def _public_ops():
         "log_mean_exp": (ops.log_mean_exp, (mean[:, :, 0],)),
         "mixture_log_prob": (
             ops.mixture_log_prob,
-            # Without logits, whose softmax is the compiler's own.
+            # Without logits, whose softmax the compiler computes itself.
             (randn(K, B, D, seed=31), randn(7, D, seed=32), randn(7, D, seed=33)),
         ),
     }
@@ -525,13 +525,13 @@ def _outputs(function, *inputs):
 
 
 def _scalar(function, *inputs):
-    """A sum of the outputs with fixed weights that differ everywhere."""
+    """Return a sum of the outputs with fixed, distinct weights."""
     return sum((randn(*o.shape, seed=47 + i) * o).sum() for i, o in enumerate(_outputs(function, *inputs)))
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_gradients_only_where_asked(backend, name):
-    """Every subset of the inputs gets the gradients that all of them get, and the rest none."""
+    """Any subset of the inputs gets the same gradients as when all require them; the rest get none."""
     function, inputs = _public_ops()[name]
     everything = [t.clone().requires_grad_() for t in inputs]
     full = torch.autograd.grad(_scalar(function, *everything), everything)
@@ -544,9 +544,8 @@ def test_gradients_only_where_asked(backend, name):
         _scalar(function, *leaves).backward()
         for leaf, want, expected in zip(leaves, wanted, full, strict=True):
             if want:
-                # A kernel without the sums that nobody asked for may contract other multiply-adds: a
-                # rounding or two of each of the K terms, the largest of which is about the largest
-                # gradient.
+                # A kernel without the unneeded sums may contract other multiply-adds: one or two roundings of
+                # each of the K terms, the largest of which is about the largest gradient.
                 allowed = K * torch.finfo(torch.float32).eps * float(expected.abs().max())
                 assert float((leaf.grad - expected).abs().max()) <= allowed
             else:
@@ -555,7 +554,7 @@ def test_gradients_only_where_asked(backend, name):
 
 @pytest.mark.parametrize("name", ["rsample_kl", "rsample_log_ratio iwae", "rsample_log_ratio stl"])
 def test_either_output_may_go_unused(backend, name):
-    """The gradient of one of two outputs is what it is when the other's is zero."""
+    """If one of two outputs is unused, the gradient equals that with a zero upstream gradient."""
     function, inputs = _public_ops()[name]
     for used in (0, 1):
         grads = []
@@ -592,9 +591,9 @@ with fastvae.use_backend(sys.argv[1]):
 
 @pytest.mark.parametrize("implementation", ["native", "reference"])
 def test_undefined_gradients(implementation):
-    """What follows an op may send no gradient at all (a Function that returns None): none is passed on.
+    """An undefined upstream gradient (a Function that returned None) gives undefined gradients.
 
-    In a process of its own, since a null pointer ends the process.
+    In a separate process, since a null pointer would crash it.
     """
     run = subprocess.run(
         [sys.executable, "-c", _UNDEFINED, implementation], capture_output=True, text=True, check=False
@@ -613,7 +612,7 @@ def test_second_derivatives_raise(name):
 
 
 def test_second_derivatives_raise_through_an_objective():
-    """A gradient penalty, the usual reason: never silently wrong."""
+    """Second derivatives, usually for a gradient penalty, raise instead of being silently wrong."""
     encoder, decoder = models.networks(X, D)
     x = randn(B, X, seed=51).requires_grad_()
     (grad,) = torch.autograd.grad(fastvae.elbo(x, encoder(x), decoder), x, create_graph=True)
@@ -643,14 +642,14 @@ def test_func_grad_of_the_ops(name):
     for actual, reference in zip(got, expected, strict=True):
         assert torch.equal(actual, reference)
         assert bool(actual.any())
-    # The function that vjp returns is called when the transform is over.
+    # vjp's returned function is called after the transform has ended.
     value, pull = torch.func.vjp(lambda *t: _scalar(function, *t), *inputs)
     for actual, reference in zip(pull(torch.ones_like(value)), expected, strict=True):
         assert torch.equal(actual, reference)
 
 
 def _functional_loss(encoder, decoder, x, estimator="iwae"):
-    """Parameters of both networks -> iwae, stateless, with its noise fixed by torch.manual_seed."""
+    """Return a stateless function from both networks' parameters to iwae, with noise fixed by manual_seed."""
     names = {"encoder": encoder, "decoder": decoder}
 
     def loss(parameters):
@@ -686,7 +685,7 @@ def test_func_grad_of_an_objective(estimator):
     _same(torch.func.grad(loss)(parameters), expected)
 
 
-# torch.compile. Each compilation costs seconds, so that one graph holds as much as it can.
+# torch.compile. Each compilation takes seconds, so one graph covers as much as possible.
 
 
 def _all_ops(function_inputs):
@@ -700,7 +699,7 @@ def _all_ops(function_inputs):
 
 @pytest.mark.slow
 def test_compiled_ops_equal_eager(fallback_random):
-    """All ops in one full graph, values and gradients."""
+    """All ops in one full graph give eager mode's values and gradients."""
     cases = list(_public_ops().values())
     run = _all_ops(cases)
     compiled = torch.compile(run, fullgraph=True)
@@ -723,7 +722,7 @@ def test_compiled_ops_equal_eager(fallback_random):
 @pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 def test_compiled_objectives_equal_eager(fallback_random, likelihood):
-    """elbo and iwae in one training graph, seeds drawn in it; values and gradients."""
+    """elbo and iwae in one training graph that draws the seeds give eager mode's values and gradients."""
     encoder, decoder = models.networks(X, D, likelihood)
     x = rand(B, X, seed=61)
 
@@ -746,7 +745,7 @@ def test_compiled_objectives_equal_eager(fallback_random, likelihood):
         sum((i + 1) * value for i, value in enumerate(values)).backward()
         grads = [p.grad.clone() for m in (encoder, decoder) for p in m.parameters()]
         results.append((torch.stack(values).detach(), grads))
-        # A second call goes on from the generator's state: other noise.
+        # A second call advances the generator: different noise.
         assert not torch.equal(torch.stack(function(x)), results[-1][0])
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-5)
     for actual, expected in zip(results[1][1], results[0][1], strict=True):
@@ -755,7 +754,7 @@ def test_compiled_objectives_equal_eager(fallback_random, likelihood):
 
 
 def test_compiled_draws_are_not_merged(fallback_random):
-    """Two equal calls in one training graph see different noise: the compiler must not join them."""
+    """Two equal calls in one training graph draw different noise: the compiler must not merge them."""
     mu, logvar = randn(B, D, seed=62).requires_grad_(), randn(B, D, seed=63).requires_grad_()
 
     def draw(mu, logvar):
@@ -772,14 +771,14 @@ def test_compiled_draws_are_not_merged(fallback_random):
     torch.manual_seed(7)
     for actual, expected in zip(drawn, draw(mu, logvar), strict=True):
         assert torch.equal(actual, expected)
-    # And the backward of each sees its own noise: dz/dlogvar = (z - mu) / 2.
+    # Each backward pass uses its own noise: dz/dlogvar = (z - mu) / 2.
     (grad,) = torch.autograd.grad(drawn[0].sum() + 10 * drawn[1].sum(), logvar)
     expected = 0.5 * (drawn[0] - mu) + 5 * (drawn[1] - mu)
     torch.testing.assert_close(grad, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_seeds_drawn_by_inductor_are_uniform():
-    """Inductor draws integers in its own way: all 64 bits of a seed must be fair, and no two seeds equal."""
+    """Inductor's own integer draws give seeds with 64 fair bits, no two of them equal."""
     torch._dynamo.reset()
     calls, draws = 64, 64
 
@@ -792,7 +791,7 @@ def test_seeds_drawn_by_inductor_are_uniform():
     number = calls * draws
     assert len(set(seeds.tolist())) == number
     bits = (seeds.unsqueeze(1) >> torch.arange(64)) & 1
-    # Six standard deviations: of 64 bits and of 2016 pairs of them.
+    # Six standard deviations, for 64 bits and 2016 pairs of them.
     assert float((bits.double().mean(0) - 0.5).abs().max()) < 6 * 0.5 / math.sqrt(number)
     signs = 1 - 2 * bits.double()
     together = (signs.T @ signs / number).fill_diagonal_(0)
@@ -800,7 +799,7 @@ def test_seeds_drawn_by_inductor_are_uniform():
 
 
 def test_compiled_with_dynamic_shapes(fallback_random):
-    """One graph for several batch sizes and widths, equal to eager for each."""
+    """A single graph serves several batch sizes and widths, equal to eager mode for each."""
     graphs = 0
 
     def losses(x, mu, logvar, weight, seed):
@@ -831,7 +830,7 @@ def test_compiled_with_dynamic_shapes(fallback_random):
 
 
 def test_compiled_func_grad(fallback_random):
-    """torch.compile(torch.func.grad(f)) equals eager; with an autograd.Function over a bare op, zeros."""
+    """torch.compile(torch.func.grad(f)) equals eager; an autograd.Function over a bare op gave zeros."""
     encoder, decoder = models.networks(X, D)
     x = randn(B, X, seed=68)
     expected = _eager_gradients(encoder, decoder, x, "dreg")
@@ -842,15 +841,15 @@ def test_compiled_func_grad(fallback_random):
 
 
 def _linear_vae():
-    """Of networks that keep no count of their calls, which a compiler would take for a constant."""
+    """Build a VAE of networks without call counters, which a compiler would treat as constants."""
     return fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), likelihood="bernoulli", latent_dim=D).to(DEVICE)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_weights_of_the_kl(fallback_random, dynamic):
-    """beta and free_bits as numbers and as tensors, through elbo and through forward: eager's values."""
+    """beta and free_bits, as numbers and tensors, compile to eager's values via elbo and via forward."""
     vae, x = _linear_vae(), rand(B, X, seed=61)
-    # A draw each, so that the noise is a compiled program's, too.
+    # One draw each, so that the noise also comes from a compiled program.
     weights = (0.3, torch.tensor(0.3, device=DEVICE), rand(B, seed=62), 0.2, torch.tensor(0.2, device=DEVICE))
 
     def losses(x, beta, one, rows, bits, free):
@@ -887,7 +886,7 @@ def test_compiled_by_inductor_with_a_tensor_beta(fallback_random):
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("kind", ["number", "tensor", "attribute"])
 def test_a_schedule_of_beta_does_not_compile_again(kind, dynamic):
-    """A tensor's values are not part of the code; a number is a variable from its second value on."""
+    """A scheduled beta does not recompile: tensors are inputs, numbers variables from the second value on."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -909,7 +908,7 @@ def test_a_schedule_of_beta_does_not_compile_again(kind, dynamic):
 
 
 def test_export_of_an_objective():
-    """The module's forward is what is exported; its noise is drawn by the program."""
+    """Exporting a VAE exports its forward, and the program draws the noise."""
     vae, x = _linear_vae(), rand(B, X, seed=61)
     program = torch.export.export(vae, (x,), {"objective": "iwae", "k": K})
     assert "fastvae.rsample_log_ratio" in str(program.graph)
@@ -920,7 +919,7 @@ def test_export_of_an_objective():
 
 
 def test_export_keeps_the_ops():
-    """torch.export traces the public ops into their dispatcher entries, shapes and all."""
+    """torch.export traces the public ops into their dispatcher entries, including shapes."""
 
     class Bound(nn.Module):
         def forward(self, x, mu, logvar, seed):
@@ -956,13 +955,13 @@ def test_autocast(likelihood):
             bound = objective(x, q, watching, generator=generator(10), **options)
         assert q[0].dtype == seen["z"].dtype == torch.bfloat16
         assert bound.dtype == torch.float32
-        # Given what the networks returned, the objective is the float32 one of the same numbers: only z was
+        # Given the networks' outputs, the objective is the float32 one of the same numbers: only z was
         # rounded.
         out = tuple(o.float() for o in seen["out"]) if likelihood == "gaussian" else seen["out"].float()
         wide = tuple(t.float() for t in q)
         again = objective(x, wide, lambda z, out=out: out, generator=generator(10), **options)
         torch.testing.assert_close(bound, again, rtol=1e-6, atol=1e-5)
-        # And near the float32 networks: parameters good to 2^-8, of sums of X terms of order 1 to 10.
+        # It is near the float32 networks': parameters accurate to 2^-8, sums of X terms of order 1 to 10.
         torch.testing.assert_close(bound, full, rtol=0.03, atol=0.3)
         encoder.zero_grad(), decoder.zero_grad()
         bound.sum().backward()
@@ -1016,7 +1015,7 @@ def test_vae_is_copied(how):
             twin.load_state_dict(torch.load(file, weights_only=True))
     expected = _value(vae, x)
     assert torch.equal(_value(twin, x), expected)
-    # A copy, not another name.
+    # A copy, not an alias.
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.add_(0.1)
@@ -1025,7 +1024,7 @@ def test_vae_is_copied(how):
 
 
 def test_fixed_scale_and_prior_follow_the_module():
-    """Tensors that are not learned are buffers: they are saved, and move with .to()."""
+    """Fixed scales and priors are buffers: they are saved, and move with .to()."""
     encoder, decoder = models.networks(X, D, "bernoulli")
     vae = fastvae.VAE(
         encoder, decoder, likelihood=fastvae.Gaussian(scale=torch.full((X,), 0.7, device=DEVICE)),
@@ -1074,7 +1073,7 @@ def test_likelihoods_may_change_backend_between_the_passes(likelihood, samples, 
 
 
 def _train_one_rank(rank: int, ranks: int, store: str) -> None:
-    """Gradients of DDP-wrapped networks are the ranks' mean of the unwrapped ones."""
+    """Assert that gradients of DDP-wrapped networks are the ranks' mean of the unwrapped ones."""
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
@@ -1103,14 +1102,14 @@ def _train_one_rank(rank: int, ranks: int, store: str) -> None:
             ):
                 assert bool(actual.any())
                 torch.testing.assert_close(actual, reference, rtol=1e-6, atol=1e-6)
-        # Torn down while the other rank still talks, gloo aborts now and then (seen without fastvae, too).
+        # If torn down while the other rank communicates, gloo sometimes aborts (seen without fastvae, too).
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
 
 
 def _train_a_module_on_one_rank(rank: int, ranks: int, store: str) -> None:
-    """DDP(vae)(x) on parts of a batch, one seed on all ranks: the gradient of one process on the whole."""
+    """Assert that DDP(vae)(x) on parts of a batch, with one seed, gives the whole batch's gradient."""
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
@@ -1123,7 +1122,7 @@ def _train_a_module_on_one_rank(rank: int, ranks: int, store: str) -> None:
             {"objective": "iwae", "k": K, "k_chunk": 3},
         )
         for options, fused in itertools.product(every, (False, True)):
-            # However small: this process is the test's own.
+            # Fuse however small, in this test's own process.
             head.ROWS_PER_INPUT = head.NUMBERS_PER_INPUT = 0
             head.FEWEST_NUMBERS = head.FEWEST_BY_BLAS = fastvae.vae.FEWEST_NUMBERS = 0 if fused else 2**60
             x = torch.randn(ranks * B, X, generator=torch.Generator().manual_seed(1))
@@ -1158,7 +1157,7 @@ def test_distributed_data_parallel_of_the_module(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 def test_distributed_data_parallel(tmp_path):
-    # Two processes; a failed assertion in one of them is raised here.
+    # A failed assertion in either process is raised here.
     torch.multiprocessing.spawn(_train_one_rank, args=(2, str(tmp_path / "store")), nprocs=2)
 
 
@@ -1168,7 +1167,10 @@ def test_distributed_data_parallel(tmp_path):
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="threads of the CPU kernels")
 @pytest.mark.parametrize("what", ["latent", *LIKELIHOODS, "log_mean_exp", "iwae"])
 def test_threads_do_not_change_a_bit(what):
-    """Shapes well above where the kernels go parallel (about 40 000 elements)."""
+    """Results do not depend on the number of threads, for shapes well above the parallel threshold.
+
+    The kernels run in parallel from about 40 000 elements on.
+    """
     b, d, size, k = 601, 33, 130, 3
     mu, logvar, x, mean = (
         randn(b, d, seed=80),
@@ -1185,14 +1187,14 @@ def test_threads_do_not_change_a_bit(what):
         return z, kl, z2, ratio
 
     def objective(m, v, s):
-        # The decoder does not multiply matrices, whose library may split sums by the number of threads.
+        # The decoder avoids matrix products, whose library may split sums by the number of threads.
         return fastvae.iwae(
             x, (m, v), lambda z: z[:, :1] * weight[0], k=k, likelihood=fastvae.Gaussian(scale=s),
             estimator="dreg", reduction="none", generator=generator(12),
         )  # fmt: skip
 
     def likelihood(first, *others):
-        """With parameters in full, and with rows of them; x, if it has a gradient, comes last."""
+        """Compute log p for full parameters and for rows of them; a differentiable x comes last."""
         data = others[-1] if DECLARED[what].differentiable else cases.data(what, b, size)
         op, number = getattr(ops, f"{what}_log_prob"), len(DECLARED[what].outputs) - 1
         in_full = op(data, first, *others[:number])
@@ -1215,7 +1217,7 @@ def test_threads_do_not_change_a_bit(what):
             torch.set_num_threads(n)
             leaves = [t.clone().requires_grad_() for t in inputs]
             outputs = _outputs(function, *leaves)
-            # Every kernel's own gradient by a loss without sums of torch's: grad_outputs.
+            # grad_outputs instead of a loss, to avoid torch's sums.
             upstream = [randn(*o.shape, seed=91 + i) for i, o in enumerate(outputs)]
             results.append([*outputs, *torch.autograd.grad(outputs, leaves, upstream)])
     finally:

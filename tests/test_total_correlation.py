@@ -1,4 +1,4 @@
-"""beta_tc, against its sums in plain PyTorch, against the ELBO, and against the latents' report."""
+"""beta_tc against its sums in plain PyTorch, the ELBO, and the report on latents."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def found(x, mu, logvar, weight, **options):
 
 
 def written_out(x, mu, logvar, weight, n=1, k=K):
-    """Chen et al. 2018, eq. 2 and 5, [B]: log-likelihood and the three parts."""
+    """Compute log-likelihood and the three parts [B], eqs. 2 and 5 of Chen et al. 2018."""
     seed = fastvae.random.draw_seed(DEVICE, generator(5))
     sigma = (0.5 * logvar).exp()
     z = mu + sigma * fastvae.random.normal(seed, samples, B, D, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_it_is_its_sums(backend, n):
 
 
 def test_single_precision_keeps_its_digits(backend):
-    """Within roundings of float32 of log densities whose size is some tens."""
+    """Single precision is accurate to float32 roundings of log densities of some tens."""
     x, *leaves = inputs()
     expected = written_out(x, *leaves)
     terms = found(*(t.detach().float() for t in (x, *leaves)), k=K, beta=3.0, terms=True)
@@ -113,7 +113,7 @@ def test_of_a_batch_that_is_the_data_set_they_are_the_report_of_its_latents():
 
 @pytest.mark.parametrize("family", ["full", "low rank"])
 def test_posteriors_with_covariances(family):
-    """Marginals are those of the covariance's diagonal; gradients reach what is beside it."""
+    """Marginals come from the covariance's diagonal; gradients reach the off-diagonal elements too."""
     x, mu, logvar, weight = inputs()
     if family == "full":
         beside = randn(B, D * (D + 1) // 2, seed=7, **WIDE).requires_grad_()
@@ -144,7 +144,7 @@ def test_posteriors_with_covariances(family):
 
 
 def test_what_objectives_take():
-    """Reductions, weights of examples and of terms, masks, contexts, spatial latents, learned priors."""
+    """beta_tc takes reductions, weights of examples and terms, masks, contexts, spatial latents, priors."""
     x, mu, logvar, weight = inputs()
     each = found(x, mu, logvar, weight, reduction="none")
     torch.testing.assert_close(found(x, mu, logvar, weight), each.mean())
@@ -205,12 +205,12 @@ def test_it_compiles_and_differentiates_as_a_function():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_equal_examples_have_no_information(dtype):
-    """q(z) is q(z|x), also where z is rounded by as much as its standard deviation; in the report, too."""
+    """Equal examples have q(z) = q(z|x), also if z's rounding is as large as its deviation; report too."""
     mu = torch.full((2, D), 3.0, dtype=dtype, device=DEVICE)
     logvar = torch.full((2, D), -9.0, dtype=dtype, device=DEVICE)
     x, weight = rand(2, X, seed=4), randn(D, X, seed=3).to(dtype)
     terms = found(x, mu, logvar, weight, k=50, terms=True)
-    # Roundings of float32, of densities of some tens.
+    # Float32 roundings of log densities of some tens.
     torch.testing.assert_close(terms.mutual_information, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
     torch.testing.assert_close(terms.total_correlation, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
     vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE, dtype), latent_dim=D)

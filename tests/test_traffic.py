@@ -1,4 +1,4 @@
-"""Every kernel moves the least: inputs are read once, outputs written once, and nothing else is touched."""
+"""Every kernel has minimal memory traffic: inputs are read once, outputs written once, nothing else."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.skipif(CUDA, reason="counts the accesses of Triton's in
 BERNOULLI = DECLARED["bernoulli"]
 FREE = (0, 0, -math.inf, math.inf)
 SEED = torch.tensor(3)
-# What a launcher may do besides launching: allocate, look at a tensor in another shape, cast the results of
-# split sums to half precision, and add the parts of a split sum.
+# Operations allowed in a launcher besides launching: allocate, view, cast the results of split sums to half
+# precision, and add the parts of a split sum.
 ALLOWED = {"empty", "new_empty", "view", "squeeze_", "resize_", "select", "unsqueeze", "unbind", "_to_copy"}
 
 
 class Called(TorchDispatchMode):
-    """The names of the operations of torch that run."""
+    """Mode that records the names of the torch operations that run."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Called(TorchDispatchMode):
 
 
 def run(call) -> list[Launch]:
-    """The launches of a call that does nothing else to memory than to add the parts of split sums."""
+    """Return the launches of a call, asserting that torch only adds the parts of split sums."""
     with recorded() as launches, Called() as called:
         results = call()
     parts = [t for launch in launches for t in _parts(launch, results)]
@@ -52,14 +52,14 @@ def run(call) -> list[Launch]:
 
 
 def _parts(launch: Launch, results) -> list[torch.Tensor]:
-    """What a launch stores that is no result of the call."""
+    """Return the tensors that a launch stores which are not results of the call."""
     results = results if isinstance(results, tuple) else (results,)
     kept = {t.data_ptr() for t in results if t is not None}
     return [launch.tensors[name] for name in launch.stores if launch.tensors[name].data_ptr() not in kept]
 
 
 def assert_least(launch: Launch, again: dict[str, int] = {}) -> None:  # noqa: B006 (it is only read)
-    """Each element of each argument is either read once (``again``: so often) or written once."""
+    """Assert that each element of each argument is read once (``again`` times) or written once."""
     for name in launch.tensors:
         loaded, stored = launch.counts(launch.loads, name), launch.counts(launch.stores, name)
         what = f"{launch.kernel}: each element of {name}"
@@ -84,19 +84,19 @@ def tensors(count, *shape, dtype=torch.float32):
 
 
 def pair(b, d, dtype, chunked):
-    """mu and logvar; ``chunked`` are the halves of one tensor, as an encoder's output is cut."""
+    """Return mu and logvar; if ``chunked``, the halves of one tensor, as in an encoder's output."""
     if not chunked:
         return tensors(2, b, d, dtype=dtype)
     return list(torch.randn(b, 2 * d).to(dtype).chunk(2, dim=1))
 
 
-# K, B, D, and whether mu and logvar are cut out of one tensor.
+# K, B, D, and whether mu and logvar are halves of one tensor.
 DRAWS = [(1, 33, 70, False), (5, 3, 300, False), (2, 1, 1100, False), (3, 40, 50, True), (2, 130, 10, True)]
 
 
 @pytest.fixture
 def enough(monkeypatch):
-    """As if there were enough programs without splitting anything."""
+    """Disable splitting, as if there were always enough programs."""
     cached = (common.event_tiles, latent.latent_tiles)
     for function in cached:
         function.cache_clear()
@@ -111,7 +111,7 @@ def enough(monkeypatch):
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("k, b, d, chunked", DRAWS)
 def test_latent_reads_once(enough, k, b, d, chunked, prior, dtype):
-    """A program takes all samples of its rows: mu, logvar and the prior's are read once, z written once."""
+    """A program takes all samples of its rows: mu, logvar and the prior are read once, z written once."""
     q, p = pair(b, d, dtype, chunked), tensors(2, b, d, dtype=dtype) if prior else (None, None)
     arguments = (*q, *p, SEED, Draw(k, *FREE))
     (launch,) = run(lambda: latent.rsample_kl(*arguments, False))
@@ -141,7 +141,7 @@ def test_latent_backward_reads_once(enough, k, b, d, chunked, dtype):
     least = (4 + k + 4) * b * d * size
 
     (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, grad_kl, *arguments, need))
-    # A number a row is read by every tile of the row.
+    # A number per row is read by every tile of the row.
     assert_least(launch, {"p_grad_kl": tiles})
     assert launch.bytes() == least + 4 * tiles * b + launch.loaded("p_seed")
 
@@ -157,20 +157,20 @@ def test_latent_backward_reads_once(enough, k, b, d, chunked, dtype):
 
 
 def test_latent_reads_what_it_needs(enough):
-    """Nothing is read for gradients that nobody asks for."""
+    """Nothing is read for gradients that are not needed."""
     k, b, d = 3, 5, 70
     (mu, logvar), (grad_z,), (grad_kl,) = tensors(2, b, d), tensors(1, k, b, d), tensors(1, b)
     arguments = (mu, logvar, None, None, SEED, Draw(k, *FREE))
     (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, None, *arguments, [True, False, False, False]))
     assert launch.loaded("p_grad_z") == grad_z.nbytes and launch.stores.keys() == {"p_grad_mu"}
-    # The KL alone asks for no sample, and the backward pass then reads no seed.
+    # The KL alone needs no samples, and the backward pass then reads no seed.
     (launch,) = run(lambda: latent.rsample_kl_backward(None, grad_kl, *arguments, [True, True, False, False]))
     assert set(launch.loads) == {"p_mu", "p_logvar", "p_grad_kl"}
     assert launch.bytes() == 4 * (4 * b * d + b)
 
 
 def test_split_samples():
-    """Few rows: the samples are split over programs, each of which reads mu and logvar and writes a part."""
+    """For few rows, samples are split over programs, each of which reads mu, logvar and writes a part."""
     k, b, d = 130, 2, 20
     (mu, logvar), (grad_z,) = tensors(2, b, d), tensors(1, k, b, d)
     arguments = (mu, logvar, None, None, SEED, Draw(k, *FREE))
@@ -179,7 +179,7 @@ def test_split_samples():
         lambda: latent.rsample_log_ratio(*arguments, "iwae"),
         lambda: latent.rsample_kl_backward(grad_z, None, *arguments, [True, True, False, False]),
     ):
-        # Of two sums a second launch adds the parts.
+        # A second launch adds the parts of two sums.
         launch, *_ = run(call)
         splits = launch.grid[1]
         assert splits > 1
@@ -199,7 +199,7 @@ each = [
     for name, declared in DECLARED.items()
     for layout in (LAYOUTS if len(declared.outputs) > 1 else ["full"])
 ]
-# With x's gradient, too, where there is one and a program may take all samples, which a row's sum forbids.
+# Also with x's gradient, if x has one and a program may take all samples, which a row's sum forbids.
 each_with_x = [
     pytest.param(*case.values, with_x, id=f"{case.id}{'-x' if with_x else ''}")
     for case in each
@@ -223,7 +223,7 @@ def test_likelihoods_read_once(enough, name, layout, k, b, x, dtype):
     again, moved = {"p_x": blocks}, blocks * data.nbytes + first.nbytes + 4 * k * b
     for i in range(1, len(given)):
         if layout != "full":
-            # A few numbers for all, which every program wants.
+            # A few numbers shared by all programs.
             again[f"p_p{i}"] = int(launch.counts(launch.loads, f"p_p{i}").max())
             assert again[f"p_p{i}"] <= blocks * triton.cdiv(b, tiles.block_b) * _tiles(x, common.TILE_X)
         moved += launch.loaded(f"p_p{i}")
@@ -244,7 +244,7 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
     blocks = common.event_tiles(k, b, x, likelihood.launching_of(declared, True).tile, **merged).k_splits
     assert blocks == 1 or not with_x
     (launch,) = run(lambda: likelihood.log_prob_backward(declared, grad, data, *given, need))
-    # The gradient of a row is read for each of its tiles, or of its groups of pixels, out of the caches.
+    # A row's gradient is read for each of its tiles, or groups of pixels, out of the caches.
     tiles = _tiles(x, common.TILE_X)
     if not with_x and (layout == "full" or len(given) == 1):
         assert launch.kernel == "log_prob_flat_backward_kernel"
@@ -262,7 +262,7 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_last_layers_output_is_not_in_memory(enough, dtype):
-    """A tile of rows reads the layer, a tile of outputs what comes into it; log-likelihoods are written."""
+    """The layer's output is not in memory: layer and inputs are read per tile, log-likelihoods written."""
     k, b, inner, size = 9, 20, 40, 150
     n = k * b
     x, h = torch.rand(b, size), torch.randn(n, inner).to(dtype)
@@ -281,7 +281,7 @@ def test_the_last_layers_output_is_not_in_memory(enough, dtype):
 
 
 def test_long_rows_are_split():
-    """A handful of long rows keeps many programs busy: each writes a part of its row's sum, and no more."""
+    """A few long rows keep many programs busy, each of which only writes a part of its row's sum."""
     k, b, x = 1, 2, 40_000
     logits, data = tensors(2, b, x)
     data = data.sigmoid()
@@ -294,7 +294,7 @@ def test_long_rows_are_split():
 
 
 def test_a_long_row_of_even_odds(enough):
-    """Every pixel doubles a lane's product; before that overflows, the row is split."""
+    """A long row of even odds, which double a lane's product per pixel, is split before that overflows."""
     x = likelihood.MOST_TILES * common.TILE_X + 700
     tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, most_tiles=likelihood.MOST_TILES)
     assert tiles.x_splits == 2 and 4 * tiles.x_tiles < 127
@@ -315,7 +315,7 @@ def test_importance_reads_once(enough):
 
 
 def test_importance_split():
-    """Few columns and many samples: a second launch adds up parts of two numbers for each split."""
+    """For few columns and many samples, a second launch merges two numbers per split."""
     k, n = 3000, 3
     (log_w,) = tensors(1, k, n)
     first, second = run(lambda: importance.log_mean_exp(log_w))
@@ -337,7 +337,7 @@ def test_weigh_reads_once_for_the_sums_and_once_for_the_weights():
     blocks = launch.grid[0] // triton.cdiv(b, importance.tile(k, b)[1])
     assert_least(launch, {"p_grad_bound": blocks})
     assert launch.bytes() == 3 * likelihood.nbytes + 4 * b * blocks
-    # A mean keeps no weights, and a KL is there once for all samples.
+    # A mean stores no weights, and a KL is shared by all samples.
     how = Weighing(-1.0, "mean", "none")
     (launch,) = run(lambda: weigh.weigh(likelihood, kl, None, how, True))
     assert_least(launch, {"p_term": k})
@@ -349,7 +349,7 @@ def test_weigh_reads_once_for_the_sums_and_once_for_the_weights():
 
 @triton.jit
 def reads_twice(p_x, p_y, N, BLOCK: tl.constexpr):
-    """What the checker must flag: a mean, and then the difference from it, each from memory."""
+    """Kernel that the checker must flag: a mean, then the difference from it, each from memory."""
     o_x = tl.arange(0, BLOCK)
     b_mean = tl.sum(tl.load(p_x + o_x, mask=o_x < N, other=0.0)) / N
     tl.store(p_y + o_x, tl.load(p_x + o_x, mask=o_x < N, other=0.0) - b_mean, mask=o_x < N)

@@ -1,4 +1,4 @@
-"""What a type checker says of a user's program: a call's result is known from its arguments."""
+"""Type checking of a user's program: a call's result type follows from its arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fastvae
 
 pytest.importorskip("mypy")
 
-# Each line that ends in a comment, and what mypy must say of it.
+# Lines that end in a comment, which is mypy's expected output for them.
 PROGRAM = """
 import torch
 import fastvae
@@ -75,7 +75,7 @@ reveal_type(fastvae.ops.bernoulli_log_prob(x, x))  # Tensor
 print(-vae.elbo(x), vae.encoder.weight)
 
 fastvae.elbo(x, q, decoder, sample=3)  # error
-fastvae.elbo(x, q, decoder, k=3)  # error
+fastvae.elbo(x, q, decoder, samples=3)  # error
 fastvae.iwae(x, q, decoder, samples=3)  # error
 fastvae.iwae(x, q, decoder, k="5")  # error
 fastvae.beta_tc(x, q, decoder, k=3)  # error
@@ -95,7 +95,7 @@ def test_a_program(tmp_path):
     command += ["--cache-dir", str(tmp_path / "cache"), "--no-error-summary", program.name]
     environment = dict(os.environ)
     root = Path(fastvae.__file__).parents[1]
-    if root.name != "site-packages":  # where mypy looks, and must not be told to
+    if root.name != "site-packages":  # which mypy searches by itself
         environment["MYPYPATH"] = str(root)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     said: dict[int, str] = {}

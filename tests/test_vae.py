@@ -1,4 +1,4 @@
-"""fastvae.VAE as a module: whose parameters it has, how it is copied, called and trained."""
+"""fastvae.VAE as a module: its parameters, copies, calls and training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BERNOULLI = {"likelihood": "bernoulli"}
 
 
 class Net(nn.Module):
-    """Both networks in one module, with methods as other libraries have them."""
+    """Both networks in one module, with methods as in other libraries."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 class Caller:
-    """A callable object that is no module."""
+    """Callable object that is not a module."""
 
     def __init__(self, net):
         self.net = net
@@ -47,7 +47,7 @@ class Caller:
 
 
 class UsesGlobal:
-    """Its code names a module that it does not hold."""
+    """Callable whose code refers to a global module."""
 
     def __call__(self, x):
         return HELD["net"].encode(x)
@@ -60,7 +60,7 @@ HELD = {}
 
 
 class Trainer:
-    """A plain object that holds the networks, and the VAE made of its methods."""
+    """Plain object with the networks, and the VAE of its methods."""
 
     def __init__(self, net):
         self.net = net
@@ -74,7 +74,7 @@ class Trainer:
 
 
 def callables():
-    """A net, and an encoder and a decoder that use it, for each kind of callable."""
+    """Return, for each kind of callable, a net and an encoder and decoder that use it."""
     net = Net()
     enc, dec = net.enc, net.dec
     yield "modules", net, enc, dec
@@ -101,7 +101,7 @@ def build(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_of_any_callable_are_the_vaes(kind):
-    """Optimisers, state_dict, .eval() and .to() reach what the encoder and the decoder use."""
+    """Optimisers, state_dict, .eval() and .to() reach the modules that encoder and decoder use."""
     vae, net = build(kind)
     assert {id(p) for p in vae.parameters()} == {id(p) for p in net.parameters()}
     before = copy.deepcopy(net.state_dict())
@@ -128,7 +128,7 @@ def test_scripted_modules():
     assert len(list(vae.parameters())) == 4
     (-vae(rand(B, X, seed=1))).backward()
     assert all(bool(p.grad.any()) for p in vae.parameters())
-    # Their methods do not say whose they are.
+    # Methods of scripted modules do not reveal their module.
     with pytest.raises(TypeError, match="encoder is a method of a scripted module.*the module itself"):
         fastvae.VAE(scripted.forward, nn.Linear(D, X))
 
@@ -138,7 +138,7 @@ def test_names_are_the_functions_variables():
     vae = fastvae.VAE(lambda x: other(net(x)), Net().decode)
     names = [n for n in vae.state_dict() if not n.startswith("decoder")]
     assert sorted(names) == ["encoder.net.weight", "encoder.other.weight"]
-    # What no variable names gets its type's name, and two of one type a number.
+    # A module without a variable's name gets its type's, with a number if there are two.
     pair = [nn.Linear(X, X, bias=False), nn.Linear(X, 2 * D, bias=False)]
     vae = fastvae.VAE(lambda x: pair[1](pair[0](x)), nn.Linear(D, X))
     names = [n for n in vae.state_dict() if n.startswith("encoder")]
@@ -162,14 +162,14 @@ def test_parameters_outside_of_modules_are_refused():
     ):
         with pytest.raises(TypeError, match=rf"{role} uses a tensor \[7, 6\] that requires gradients"):
             fastvae.VAE(*arguments)
-    # One that a module holds is found with it, and what needs no gradient is data.
+    # A parameter of a module is found with it; a tensor without gradient is data.
     linear, data = nn.Linear(X, 2 * D), randn(X, X, seed=2)
     vae = fastvae.VAE(lambda x: nn.functional.linear(x @ data, linear.weight, linear.bias), nn.Linear(D, X))
     assert len(list(vae.parameters())) == 4
 
 
 class Holder(nn.Module):
-    """As a LightningModule has it: networks, methods, and a VAE of the methods."""
+    """Module with networks, methods, and a VAE of the methods, like a LightningModule."""
 
     def __init__(self, build):
         super().__init__()
@@ -193,7 +193,7 @@ CYCLES = {
 
 @pytest.mark.parametrize("how", CYCLES)
 def test_the_module_that_will_hold_the_vae_is_refused(how):
-    """It would be its own part: train() and state_dict() would not end."""
+    """A VAE that reaches the module holding it is refused: train() and state_dict() would not end."""
     with pytest.raises(ValueError, match=r"reaches the Holder that holds the VAE.*self\.enc and self\.dec"):
         Holder(CYCLES[how])
     holder = Holder(lambda self: fastvae.VAE(self.enc, self.dec))
@@ -229,7 +229,7 @@ def test_a_subclass_with_its_own_methods():
 
 
 def _assert_copy(vae, twin, x):
-    """A copy computes the same, and changing it leaves the original alone."""
+    """Assert that a copy computes the same, and that changing it does not change the original."""
     value = vae(x, generator=generator(1))
     assert torch.equal(twin(x, generator=generator(1)), value)
     with torch.no_grad():
@@ -276,7 +276,7 @@ def _of_a_global(x):
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "average"])
 def test_copies_that_would_use_the_originals_parameters_are_refused(how):
-    """A function cannot be copied, so neither can its modules."""
+    """Copies are refused if a function, which cannot be copied, would use the original's modules."""
     net = Net()
     copies = {
         "deepcopy": copy.deepcopy,
@@ -292,7 +292,7 @@ def test_copies_that_would_use_the_originals_parameters_are_refused(how):
 
 
 def test_evaluate_with_methods():
-    """The net is put into eval mode and back, and its dropout is off."""
+    """evaluate puts the net of methods into eval mode, without dropout, and back."""
     net = Net().train()
     vae = fastvae.VAE(net.encode, net.decode, **BERNOULLI)
     x = rand(B, X, seed=1)
@@ -332,7 +332,7 @@ def test_forward_calls_an_objective_by_name():
 
 @pytest.mark.parametrize("offset", [0, 2, 2**32 - 2 * B])
 def test_parts_of_a_batch_get_the_noise_of_the_whole(backend, offset):
-    """What ranks with one seed compute of their rows, one process computes of all."""
+    """Ranks with one seed give, for their rows, the results of one process for all rows."""
     encoder, decoder = models.networks(X, D)
     rows = 2 * B
     x = randn(rows, X, seed=1)
@@ -353,7 +353,7 @@ def test_parts_of_a_batch_get_the_noise_of_the_whole(backend, offset):
             for start, stop in ((0, rows), (0, B), (B, rows))
         )
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
-        # The same data, another place: other noise.
+        # The same data at other indices have different noise.
         assert not torch.allclose(parts[0], parts[1])
 
 
@@ -382,7 +382,7 @@ def test_a_posterior_that_knows_no_offset_is_not_asked_for_one():
 
 @pytest.mark.parametrize("scale", [0.1, torch.full((X,), 0.1)], ids=["number", "row"])
 def test_learned_scale_stays_positive(scale):
-    """Pixels that never change draw the scale to 0, which a step on the scale itself crosses."""
+    """A learned scale stays positive for constant pixels, which drive it to 0; a plain step crosses it."""
     likelihood = fastvae.Gaussian(scale=scale, learned=True)
     encoder, decoder = models.networks(X, D, "bernoulli")
     vae = fastvae.VAE(encoder, decoder, likelihood=likelihood.to(DEVICE))
@@ -413,7 +413,7 @@ def test_latent_dim_is_checked_where_it_is_given():
         picture.posterior(x)
     flat = fastvae.VAE(lambda x: torch.zeros(len(x), 4, 3, 2), decoder, latent_dim=12)
     assert flat.posterior(x).mean.shape == (4, 12)
-    # What was found in a first batch is no one's wish.
+    # A latent dimension inferred from a first batch is not binding.
     free = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, likelihood=fastvae.Gaussian(0.3))
     free.posterior(x)
     free.encoder = nn.Linear(7, 2 * 3)
@@ -425,7 +425,7 @@ def test_latent_dim_is_checked_where_it_is_given():
     "options", [{"estimator": "dreg"}, {"encoder": fastvae.bounds.IWAE()}], ids=["dreg", "encoder"]
 )
 def test_a_decoder_that_mixes_rows_is_refused_at_any_size(fuse, options):
-    """At a size whose last layer is left to the objective, too."""
+    """A decoder that mixes rows is refused also at sizes whose last layer is fused."""
     decoder = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 800))
     vae = fastvae.VAE(nn.Linear(800, 6), decoder, likelihood="bernoulli", fuse=fuse)
     k = FEWEST_NUMBERS // (5 * 800) + 1

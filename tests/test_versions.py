@@ -1,4 +1,4 @@
-"""k_chunk computes the draws again in the backward pass: from the same tensors, or not at all."""
+"""k_chunk recomputes the draws in the backward pass, and fails if the tensors have changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHANGED = "changed in place between the forward and the backward pass"
 
 
 class Model:
-    """Everything that a bound reads, and the bound by chunks."""
+    """Inputs of a bound, and the bound by chunks."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -52,7 +52,7 @@ CHANGES = {
     "q.logvar": lambda m: add(m.logvar),
     "mask": lambda m: m.mask.logical_not_(),
     "context": lambda m: add(m.context),
-    # Of a function the parameters are known from the graph.
+    # A function's parameters are found in the graph.
     "a tensor that the decoder reads": lambda m: add(m.decoder[0].weight),
     "a tensor that the decoder reads ": lambda m: add(m.decoder[0].bias),
     "prior": lambda m: add(m.prior.mu),
@@ -65,7 +65,7 @@ def test_a_change_before_the_backward_pass_is_refused(name):
     model = Model()
     value = model.conditional()
     CHANGES[name](model)
-    # Where the graph outside of the chunks reads it as well, autograd itself may be first.
+    # If the graph outside the chunks reads it too, autograd may raise first.
     with pytest.raises(RuntimeError, match=f"^{name.strip()}.*{CHANGED}|modified by an inplace operation"):
         value.backward()
 
@@ -108,7 +108,7 @@ def test_parameters_of_every_posterior_are_watched(family):
 
 
 class Shifted(nn.Module):
-    """A decoder that changes its own bias while it runs, and puts it back."""
+    """Decoder that changes its own bias while it runs, and restores it."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +141,7 @@ def test_running_statistics_may_move_between_two_losses():
 
 
 def test_the_encoder_may_change():
-    """Nothing is computed again from it: as without chunks."""
+    """The encoder may change, as without chunks: it is not rerun."""
     model, encoder = Model(), nn.Linear(X, 2 * D).to(DEVICE)
     value = model.bound(q=encoder(model.x))
     add(encoder.bias)

@@ -1,4 +1,4 @@
-"""The bound of a batch from its decoder's output: every backend against plain PyTorch in float64; edges."""
+"""Bounds from a decoder's output: every backend against plain PyTorch in float64, and edge cases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def weigh(likelihood, x, parameters, term=None, *, beta=None, terms=False, **how
 
 
 SIZES = strategies.distinct_sizes(3, elements=8000)
-# Shapes of a parameter beside the first, [K·B, X].
+# Shapes of the parameters after the first, [K·B, X].
 KINDS = {
     "full": lambda n, x: (n, x),
     "row": lambda n, x: (x,),
@@ -97,7 +97,7 @@ def _run(case):
 
 
 def results(case):
-    """(name, the op's, None, what is expected) of everything that a case asks for: see assert_accurate."""
+    """Return (name, actual, None, expected) for every result of a case, for assert_accurate."""
     actual = _run(case)
     x, parameters, batch = case["x"], case["parameters"], len(case["x"])
     first = parameters[0].unflatten(0, (-1, batch))
@@ -136,7 +136,7 @@ def test_weigh(backend, case):
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 @pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
 def test_it_is_what_the_ops_give(backend, likelihood, over):
-    """The bound and its gradients are those of log_prob, the sum, the reductions by themselves."""
+    """Bound and gradients equal those of the separate log_prob, sum and reductions."""
     k, b, size = 5, 3, 7
     x, log_ratio = rand(b, size, seed=1), randn(k, b, seed=2)
     number = 2 if likelihood == "gaussian" else 1
@@ -157,7 +157,7 @@ def test_it_is_what_the_ops_give(backend, likelihood, over):
 @pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
 @pytest.mark.parametrize("axes", [1, 2])
 def test_a_beta_for_each_row(backend, over, axes):
-    """More rows than are reduced at a time, and a term that is no block of memory."""
+    """A beta per row works for more rows than are reduced at a time, and a term that is not contiguous."""
     k, b, size = 3, 150, 2
     term = randn(*((k, b) if axes == 2 else (b,)), 2, seed=3)[..., 0]
     case = {
@@ -174,7 +174,7 @@ def test_a_beta_for_each_row(backend, over, axes):
 
 
 def test_a_term_that_leaves_no_weight(backend):
-    """A row's own term of minus infinity: the bound is that, and no gradient arrives anywhere."""
+    """A row's term of minus infinity gives that bound, and zero gradients."""
     x, logits = rand(2, 3, seed=1), randn(4 * 2, 3, seed=2).requires_grad_()
     term = torch.tensor([-math.inf, 0.5], device=DEVICE, requires_grad=True)
     bound, _ = weigh("bernoulli", x, (logits,), term, over="log_mean_exp")
@@ -185,7 +185,7 @@ def test_a_term_that_leaves_no_weight(backend):
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
 def test_more_samples_than_a_tile(backend, order):
-    """What was summed so far shrinks whenever the maximum rises."""
+    """The running sum is rescaled whenever the maximum rises, over several tiles."""
     k, b = 700, 3
     ratio = torch.linspace(-60, 0, k, dtype=torch.float64, device=DEVICE)[:, None]
     ratio = (ratio if order == "rising" else ratio.flip(0)) - 100 * torch.arange(b, device=DEVICE)
@@ -200,7 +200,7 @@ def test_more_samples_than_a_tile(backend, order):
 
 
 def test_edges(backend):
-    """A sample of no weight, a row of none, infinity and NaN: as log_mean_exp has them."""
+    """Samples and rows of weight zero, infinity and NaN are treated as in log_mean_exp."""
     x, logits = torch.ones(4, 2, device=DEVICE), torch.zeros(3 * 4, 2, device=DEVICE, requires_grad=True)
     ratio = torch.zeros(3, 4, device=DEVICE)
     ratio[0, 0] = ratio[:, 1] = -math.inf
@@ -215,7 +215,7 @@ def test_edges(backend):
 
 
 def test_weights_of_denormal_size_are_none(backend):
-    """They would slow the decoder's backward pass many times over."""
+    """Denormal weights are flushed to zero: they would slow the decoder's backward pass many times."""
     ratio = torch.tensor([[0.0], [-95.0], [-87.0]], device=DEVICE, requires_grad=True)
     x, logits = torch.ones(1, 3, device=DEVICE), torch.zeros(3, 3, device=DEVICE, requires_grad=True)
     bound, _ = weigh("bernoulli", x, (logits,), ratio, over="log_mean_exp", reduction="sum")
@@ -224,7 +224,7 @@ def test_weights_of_denormal_size_are_none(backend):
 
 
 def test_gradients_that_nobody_asks_for(backend):
-    """One parameter alone, the term alone, the mean log-likelihood: each as with the rest."""
+    """Gradients of one parameter, the term or the mean log-likelihood alone equal those of all."""
     k, b, size = 3, 4, 5
     x, mean, logvar = rand(b, size, seed=1), randn(k * b, size, seed=2), randn(size, seed=3)
     kl = randn(b, seed=4)
@@ -261,7 +261,7 @@ def test_rows_longer_than_a_tile_and_many_samples(backend):
         assert_accurate(*result)
 
 
-# The objectives take it wherever it fits.
+# The objectives use the op wherever it applies.
 
 EVENT = (2, 3)
 SCALES = {
@@ -286,7 +286,7 @@ def _likelihood(form, batch, kind=None):
 
 
 def _by_itself(own):
-    """The likelihood as a user's own, whose bound is made of its log_prob."""
+    """Return the likelihood as a user's class, whose bound comes from its log_prob."""
 
     class Own(own):
         def log_prob(self, x, parameters):
@@ -298,7 +298,7 @@ def _by_itself(own):
 @pytest.mark.parametrize("form", SCALES)
 @pytest.mark.parametrize("objective", ["elbo", "elbo, 3", "elbo, mc", "iwae"])
 def test_every_form_of_a_likelihood(backend, form, objective):
-    """With x, q, the decoder and the likelihood's own parameters as leaves: as by its log_prob alone."""
+    """Every form gives log_prob's results and gradients by x, q, decoder and the likelihood's parameters."""
     batch, latent = 4, 3
     x, mu, logvar = rand(batch, *EVENT, seed=1), randn(batch, latent, seed=2), randn(batch, latent, seed=3)
     weight = randn(latent, 6, seed=4)
@@ -329,7 +329,7 @@ def test_every_form_of_a_likelihood(backend, form, objective):
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", fastvae.Gaussian(0.5)])
 def test_an_event_of_one_number(backend, likelihood):
-    """x [B]: as [B, 1]."""
+    """x [B] is treated as [B, 1]."""
     x, mu, logvar, weight = rand(5, seed=1), randn(5, 3, seed=2), randn(5, 3, seed=3), randn(3, seed=4)
 
     def bound(x):
@@ -371,7 +371,7 @@ def test_a_subclass_is_asked_for_its_own_log_prob():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_terms_are_those_of_the_bound(backend, reduction):
-    """bound = log-likelihood - beta KL, [B], each with its gradient, whatever the reduction."""
+    """bound = log-likelihood - beta KL, [B], each with its gradient, for any reduction."""
     x, mu, logvar = rand(4, 7, seed=1), randn(4, 3, seed=2), randn(4, 3, seed=3)
     weight = randn(3, 7, seed=4).requires_grad_()
     for kl, samples in (("analytic", 1), ("analytic", 2), ("mc", 2)):
@@ -413,7 +413,7 @@ def test_the_likelihoods_mean_beside_a_log_mean_exp_has_no_gradient(backend, ove
 
 
 def test_gradients_are_of_their_inputs_dtypes(backend):
-    """As the ops return them, without the cast by which autograd would hide another."""
+    """The ops' gradients have their inputs' dtypes, before autograd's cast could hide an error."""
     b, k, x = 4, 3, 5
     data, mean = rand(b, x, seed=1), randn(k * b, x, seed=2)
     for logvar in (randn(x, seed=3), randn(seed=3)):
@@ -432,7 +432,7 @@ def test_gradients_are_of_their_inputs_dtypes(backend):
 
 
 def test_what_is_kept_has_no_gradient(backend):
-    """Results of the dispatcher's ops that are for the backward pass alone."""
+    """Buffers saved for the backward pass, results of the dispatcher's ops, have no gradient."""
     mu, logvar = (randn(4, 3, seed=s).requires_grad_() for s in (1, 2))
     seed, logits = torch.tensor(3, device=DEVICE), randn(8, 5, seed=4).requires_grad_()
     draw = (2, 0, 0, -math.inf, math.inf, True, "logvar", 0.0)

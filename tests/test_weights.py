@@ -1,5 +1,7 @@
-"""Folded weights: sums that merge, the jackknife by its definition, errors and intervals by simulation,
-Pareto smoothing by the paper, and Pareto k̂ against ArviZ.
+"""Streamed weights: merging sums, the jackknife, errors and intervals, Pareto smoothing and k̂.
+
+The jackknife is tested by its definition, errors and intervals by simulation, Pareto smoothing by the paper,
+k̂ against ArviZ.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ def _fields(weights: Weights) -> tuple[torch.Tensor, ...]:
     order=st.randoms(use_true_random=False),
 )
 def test_any_split_gives_the_same(cuts, level, spread, order):
-    """Chunks of any sizes, merged in any order, are the whole."""
+    """Chunks of any sizes, merged in any order, give the whole."""
     k = 60
     log_w = level + spread * torch.randn(k, B, dtype=torch.float64, device=DEVICE)
     log_w[torch.rand(k, B, device=DEVICE) < 0.2] = -math.inf
-    tail = tail_length(k) + 1  # shorter than is kept, so that much lies below it
+    tail = tail_length(k) + 1  # shorter than the kept draws, so that many lie below it
     parts = [Weights.of(part, tail) for part in log_w.tensor_split(sorted(set(cuts))) if len(part)]
     order.shuffle(parts)
     merged = parts[0]
@@ -51,7 +53,7 @@ def test_any_split_gives_the_same(cuts, level, spread, order):
 
 
 def test_rows_can_be_taken_out_and_put_back():
-    """Examples that go on drawing while others have stopped."""
+    """Rows can be extracted and put back, as when some examples continue while others have stopped."""
     first, second = (randn(k, B, seed=k, dtype=torch.float64) for k in (30, 40))
     tail = tail_length(70) + 1
     whole, rows = Weights.of(first, tail), torch.tensor([3, 0], device=DEVICE)
@@ -105,7 +107,7 @@ def test_one_draw_has_no_error():
 
 
 def test_the_jackknife_of_one_draw_is_not_known():
-    """Whatever its weight; of two draws that are impossible the estimate is −∞."""
+    """The jackknife of one draw is NaN for any weight; of two draws of weight 0 it is −∞."""
     log_w = torch.tensor([[0.5, -math.inf]], device=DEVICE)
     assert bool(torch.stack(Weights.of(log_w, 2).jackknife).isnan().all())
     estimate, error = Weights.of(log_w.expand(2, 2), 2).jackknife
@@ -116,7 +118,7 @@ def test_the_jackknife_of_one_draw_is_not_known():
 
 
 def _folded(log_w, pieces=1):
-    """Weights of all, from pieces of different lengths."""
+    """Return the weights of all draws, merged from pieces of different lengths."""
     k = len(log_w)
     cuts = [k * i * i // pieces**2 for i in range(1, pieces)]
     first, *others = [Weights.of(part, kept_draws(k)) for part in log_w.tensor_split(cuts) if len(part)]
@@ -126,7 +128,7 @@ def _folded(log_w, pieces=1):
 
 
 def _left_out(log_w):
-    """log p(x) of all draws [B], and without each of them [K, B], by their definition."""
+    """Compute log p(x) of all draws [B], and without each of them [K, B], by definition."""
     k = len(log_w)
     rest = torch.stack([torch.logsumexp(torch.cat([log_w[:i], log_w[i + 1 :]]), 0) for i in range(k)])
     return torch.logsumexp(log_w, 0) - math.log(k), rest - math.log(k - 1)
@@ -139,7 +141,7 @@ def test_the_jackknife_is_its_definition(k, pieces, spread):
     log_w = spread * randn(k, B, seed=k, dtype=torch.float64) - 20
     estimate, error = _folded(log_w, pieces).jackknife
     whole, rest = _left_out(log_w)
-    # The definition's own rounding, k times that of numbers of this size, and what the series leaves out.
+    # The definition's own rounding, k times that of numbers of this size, and the series' truncation.
     rounding = 4 * k * torch.finfo(torch.float64).eps * float(rest.abs().max())
     series = (kept_draws(k) + 1) ** -6 * (k > kept_draws(k))
     torch.testing.assert_close(
@@ -150,7 +152,10 @@ def test_the_jackknife_is_its_definition(k, pieces, spread):
 
 
 def test_the_jackknife_leaves_out_no_more_than_it_says():
-    """At its worst: one draw more than the tail holds, of equal weight, and the others next to nothing."""
+    """The series' error is within its bound in the worst case.
+
+    This is one draw more than the tail holds, all of equal weight, and the others negligible.
+    """
     k, large = 400, kept_draws(400) + 1
     log_w = torch.full((k, 1), -60.0, dtype=torch.float64, device=DEVICE)
     log_w[:large] = 0.0
@@ -162,7 +167,7 @@ def test_the_jackknife_leaves_out_no_more_than_it_says():
 
 
 def test_one_draw_that_outweighs_all_others():
-    """Without the largest the next counts, though it is nothing beside it."""
+    """Without a dominant draw the next one counts, though negligible against it."""
     log_w = (
         torch.tensor([0.0, -900.0, -950.0], dtype=torch.float64, device=DEVICE)[:, None].expand(3, 2).clone()
     )
@@ -170,12 +175,12 @@ def test_one_draw_that_outweighs_all_others():
     estimate, _ = _folded(log_w).jackknife
     expected = -math.log(3) + 2 / 3 * 900 - 2 * math.log(3 / 2)
     assert float(estimate[0]) == pytest.approx(expected, rel=1e-14)
-    assert float(estimate[1]) == math.inf  # as its definition has it
+    assert float(estimate[1]) == math.inf  # by definition
 
 
 @pytest.mark.parametrize("k", [2, 20, 21, 100, 3000])
 def test_equal_weights_leave_nothing_to_estimate(k):
-    """As with the exact posterior: all estimates are log p(x), and the interval has no width."""
+    """Equal weights, as of the exact posterior, make all estimates log p(x), with an interval of width 0."""
     got = _folded(torch.full((k, B), -700.125, dtype=torch.float64, device=DEVICE), 3).summary()
     for value in (got.log_px, got.jackknife, got.psis, got.low, got.high):
         torch.testing.assert_close(value, torch.full_like(value, -700.125), rtol=0, atol=1e-6 / math.sqrt(k))
@@ -193,7 +198,7 @@ def test_the_jackknife_removes_the_bias():
 
 
 def _psis(log_w):
-    """Vehtari et al.'s algorithm for one example, in loops: log of the mean of the smoothed weights."""
+    """Compute the log mean of smoothed weights by Vehtari et al.'s algorithm for one example, in loops."""
     k = len(log_w)
     order = np.sort(log_w - log_w.max())
     length = math.ceil(min(k / 5, 3 * math.sqrt(k)))
@@ -236,7 +241,8 @@ def test_psis_where_nothing_can_be_fitted():
 
 
 def _linear_gaussian(k, replicates, scale, latents=2):
-    """Log weights of draws from a q with the exact posterior's mean and its standard deviation times scale;
+    """Return log weights for a q with the exact posterior's mean and ``scale`` times its deviation.
+
     log p(x) is 0.
     """
     square = sum(randn(k, replicates, seed=d + 1, dtype=torch.float64).square() for d in range(latents))
@@ -245,19 +251,19 @@ def _linear_gaussian(k, replicates, scale, latents=2):
 
 @pytest.mark.parametrize(("k", "scale"), [(100, 1.3), (300, 0.9), (300, 0.7), (1000, 0.5)])
 def test_intervals_hold(k, scale):
-    """Pareto k is 1 - scale²; the delta method's interval fails where it is above 1/2."""
+    """Intervals cover for Pareto k = 1 - scale²; the delta method's fail above 1/2."""
     replicates = 1000
     weights = _folded(_linear_gaussian(k, replicates, scale))
     low, high = weights.interval()
     holds = float(((low <= 0) & (high >= 0)).double().mean())
     normal = float((weights.log_px.abs() <= 1.96 * weights.stderr).double().mean())
-    # 95 % less four standard errors of a share of 1000.
+    # 95 % minus four standard errors of a share of 1000.
     assert holds > 0.95 - 4 * math.sqrt(0.05 * 0.95 / replicates)
     assert bool((low <= weights.log_px).all()) and bool((weights.log_px <= high).all())
     if scale == 0.5:
         assert normal < 0.75
     if scale >= 0.9:
-        # Where weights are light it is about as narrow.
+        # For light-tailed weights it is about as narrow.
         assert float((high - low).median()) < 1.25 * float((2 * 1.96 * weights.stderr).median())
     narrower = weights.interval(0.8)
     assert bool((narrower[0] >= low).all()) and bool((narrower[1] <= high).all())
@@ -266,7 +272,7 @@ def test_intervals_hold(k, scale):
 def test_an_interval_is_open_where_the_draws_cannot_tell():
     low, high = _folded(_linear_gaussian(500, 50, 0.3, latents=20)).interval()
     assert bool((high == math.inf).all()) and bool((low < 0).all())
-    # Of one draw Markov's inequality is all that is known.
+    # For one draw only Markov's inequality holds.
     low, high = _folded(torch.zeros(1, B, device=DEVICE)).interval(0.9)
     torch.testing.assert_close(low, torch.full_like(low, math.log(0.05)))
     assert bool((high == math.inf).all())
@@ -283,7 +289,7 @@ def test_estimates_of_infinite_and_nan_weights():
             assert value.isnan().tolist() == [False, False, True, False]
         assert [float(v[1]) for v in (got.log_px, got.jackknife, got.psis, got.low)] == [-math.inf] * 4
         assert float(got.high[1]) == math.inf
-        # Weights of 0 are weights like others.
+        # Weights of 0 count like others.
         estimate, error = _left_out(log_w[:, 3:])
         expected = 100 * estimate - 99 * error.mean(0)
         torch.testing.assert_close(got.jackknife[3:], expected, rtol=0, atol=1e-11)
@@ -324,7 +330,7 @@ def test_khat_of_pareto_weights(shape):
     generator = torch.Generator().manual_seed(5)
     log_w = shape * torch.empty(k, 40, dtype=torch.float64).exponential_(generator=generator).to(DEVICE)
     got = pareto_khat(log_w)
-    # About (1 + shape) / sqrt(M) is the standard error of an estimate, M = 949; and the prior's pull.
+    # An estimate's standard error is about (1 + shape) / sqrt(M), M = 949, plus the prior's bias.
     assert abs(float(got.mean()) - shape) < 5 * (1 + shape) / math.sqrt(949 * 40) + 0.01
     assert float((got - shape).abs().max()) < 5 * (1 + shape) / math.sqrt(949)
 
@@ -339,11 +345,11 @@ def test_khat_where_nothing_can_be_fitted():
     alone = torch.full((100, 1), -900.0, dtype=torch.float64, device=DEVICE)
     alone[17] = 0.0
     assert pareto_khat(alone).tolist() == [math.inf]
-    # Seven draws above a floor that is out of range, as ArviZ fits them.
+    # Seven draws above a floor that underflows, as ArviZ fits them.
     some = torch.full((100, 1), -900.0, dtype=torch.float64, device=DEVICE)
     some[:7, 0] = -torch.arange(7, dtype=torch.float64)
     assert 0 < float(pareto_khat(some)) < 1
-    # Rounding alone is no tail.
+    # Rounding alone does not make a tail.
     rounded = -1000 + 1e-4 * torch.randn(1000, 3, device=DEVICE)
     assert pareto_khat(rounded).tolist() == [-math.inf] * 3
     nan = torch.randn(100, 2, device=DEVICE)
@@ -373,7 +379,7 @@ def test_khat_errors(log_w, error, words):
 
 
 def test_log_marginal_agrees_with_weights_of_all_draws():
-    """Streamed in chunks that do not divide k, and folded now and then, all are those of one array."""
+    """Streamed in chunks that do not divide k, log_marginal's results equal those of a single array."""
     k, features, latent = 333, 7, 3
     decoder = torch.nn.Linear(latent, features, dtype=torch.float64, device=DEVICE)
     likelihood = fastvae.Gaussian(scale=0.5)

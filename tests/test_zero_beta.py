@@ -1,4 +1,4 @@
-"""A KL that does not count is 0, also where it is infinite."""
+"""A KL of weight 0 is 0, also where it is infinite."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .conftest import DEVICE
 from .models import generator, rand, randn
 
 B, D, X, L = 4, 3, 7, 2
-ROW = 1  # whose KL is infinite
+ROW = 1  # the row with infinite KL
 
 
 def _infinite(kind):
-    """Means, log variances and a prior, such that the KL of one row is infinite and its z is not."""
+    """Return means, log variances and a prior such that one row's KL is infinite and its z finite."""
     mu, logvar = randn(B, D, seed=1), 0.3 * randn(B, D, seed=2)
     prior_mu, prior_logvar = torch.zeros(D, device=DEVICE), torch.zeros(D, device=DEVICE)
     if kind == "a narrow q":
@@ -51,7 +51,7 @@ BETAS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_counts_0(backend, kind, beta, kl):
     if kind == "a narrow q" and kl == "mc":
-        return  # log q(z|x) is infinite at z itself, and its gradient is no number
+        return  # log q(z|x) itself is infinite at z, and its gradient NaN
     x, decoder = rand(B, X, seed=3).round(), nn.Linear(D, X).to(DEVICE)
     weight, given = decoder.weight, BETAS[beta]()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_an_infinite_kl_of_torchs():
 
 
 def test_a_prior_without_a_share_keeps_its_place_in_the_graph():
-    """Gradients are 0, not missing, as DDP expects while beta rises from 0."""
+    """Gradients of a prior with beta = 0 are 0 instead of missing, as DDP expects while beta rises."""
     prior_mu = torch.zeros(D, device=DEVICE, requires_grad=True)
     x, q = rand(B, X, seed=3).round(), torch.zeros(B, 2 * D, device=DEVICE)
     prior = fastvae.DiagonalNormal(prior_mu, torch.zeros(D, device=DEVICE))

@@ -1,8 +1,8 @@
-"""What kernels load and store, address by address, under Triton's interpreter.
+"""Recorder of the addresses that kernels load and store under Triton's interpreter.
 
-Every access is attributed to the argument that it reaches, so a test can say how often each element of it is
-read or written; an access that reaches none fails, which the interpreter itself would not notice. With
-``touch=False`` memory is left alone, loads give zeros, and tensors may be larger than memory.
+Every access is attributed to the argument it falls in, so a test can check how often each element is read or
+written; an access outside all arguments fails, which the interpreter itself would not notice. With
+``touch=False`` memory is not accessed, loads return zeros, and tensors may be larger than memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass
 class Launch:
-    """One launch: its arguments, and the byte offsets of what was loaded and stored, by argument."""
+    """Launch: its arguments, and the byte offsets loaded and stored, by argument."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -27,7 +27,7 @@ class Launch:
     stores: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def bytes(self) -> int:
-        """All that is loaded and stored."""
+        """Return the bytes loaded and stored."""
         return sum(
             offsets.size * self.tensors[name].element_size()
             for accesses in (self.loads, self.stores)
@@ -36,11 +36,11 @@ class Launch:
         )
 
     def loaded(self, name: str) -> int:
-        """Bytes loaded of one argument."""
+        """Return the bytes loaded from one argument."""
         return sum(o.size for o in self.loads.get(name, [])) * self.tensors[name].element_size()
 
     def counts(self, accesses: dict[str, list[np.ndarray]], name: str) -> np.ndarray:
-        """How often each element of an argument, in the order of its indices, is loaded or stored."""
+        """Return how often each element of an argument, in index order, is loaded or stored."""
         tensor = self.tensors[name]
         offsets = np.sort(np.concatenate([np.zeros(0, np.int64), *accesses.get(name, [])]))
         every = _offsets(tensor)
@@ -49,7 +49,7 @@ class Launch:
 
 
 def _offsets(tensor: Tensor) -> np.ndarray:
-    """Byte offsets of all elements of a tensor."""
+    """Return the byte offsets of all elements of a tensor."""
     every = np.zeros((1,) * tensor.dim(), np.int64)
     for axis, (n, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         shape = [n if i == axis else 1 for i in range(tensor.dim())]
@@ -58,7 +58,7 @@ def _offsets(tensor: Tensor) -> np.ndarray:
 
 
 def _spans(tensor: Tensor, addresses: np.ndarray) -> bool:
-    """Whether these lie between the tensor's first and last byte."""
+    """Return True if all addresses lie between the tensor's first and last byte."""
     first = tensor.data_ptr()
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     last = first + span * tensor.element_size()
@@ -66,7 +66,7 @@ def _spans(tensor: Tensor, addresses: np.ndarray) -> bool:
 
 
 def _has(tensor: Tensor, addresses: np.ndarray) -> bool:
-    """Whether these are addresses of its elements, which do not overlap."""
+    """Return True if all addresses are those of the tensor's elements, which must not overlap."""
     left, rest = np.divmod(addresses - tensor.data_ptr(), tensor.element_size())
     for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True):
         if stride:
@@ -81,8 +81,8 @@ def recorded(
     """Record every launch within the block.
 
     Args:
-        touch: whether memory is read and written.
-        programs: ``programs(grid)`` lists the programs to run; default: all.
+        touch: read and write memory. Default: True.
+        programs: ``programs(grid)`` lists the programs to run. Default: all.
     """
     from triton.runtime import interpreter
 
@@ -96,7 +96,7 @@ def recorded(
         if not addresses.size:
             return
         reached = [n for n, t in launch.tensors.items() if _spans(t, addresses)]
-        if len(reached) > 1:  # rows of halves of one tensor, in turns
+        if len(reached) > 1:  # interleaved rows of the halves of one tensor
             reached = [n for n in reached if _has(launch.tensors[n], addresses)] or reached
         if reached:
             name = reached[0]

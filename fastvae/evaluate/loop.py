@@ -69,8 +69,8 @@ def evaluate(
 
     Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). Encoder and decoder,
     and the modules that they refer to, are put into eval mode during the evaluation. Batches are moved to the
-    encoder's device and floating dtype (integers only for the encoder: the likelihood gets them unchanged).
-    Means are over examples, for any batches. No gradients are computed.
+    encoder's device and floating dtype; the likelihood gets integers unchanged, and float32 data of a model
+    in half precision, too. Means are over examples, for any batches. No gradients are computed.
 
     Under ``torch.distributed`` (``torchrun``, gloo or nccl) the ranks share the work, and each returns the
     whole result; each must be given the whole data, in the same order. If a rank fails, the others raise an
@@ -186,18 +186,24 @@ def evaluate(
         store.begin(seed)
 
         def read(name: str, x: Any, beside: Beside | None) -> Inputs:
-            def moved(t: Tensor, always: bool) -> Tensor:
-                t = t.to(device or t.device)
-                if t.is_floating_point():
-                    return t.to(dtype or t.dtype)
-                return t.to(dtype or torch.get_default_dtype()) if always else t
+            def seen_by_modules(t: Tensor) -> Tensor:
+                own = t.dtype if t.is_floating_point() else torch.get_default_dtype()
+                return t.to(device or t.device, dtype or own)
 
-            # The likelihood gets integer counts, the encoder gets them in its floating dtype.
-            seen, x = each(lambda t: moved(t, True), x), each(lambda t: moved(t, False), x)
+            def moved(t: Tensor) -> Tensor:
+                """Move data that the likelihood reads: half precision would round integers and float32."""
+                t = t.to(device or t.device)
+                if not t.is_floating_point() or dtype is None:
+                    return t
+                return t.to(dtype if dtype.itemsize > 2 or t.dtype.itemsize == 2 else torch.float32)
+
+            seen, x = each(seen_by_modules, x), each(moved, x)
             context = None
             if beside is not None:
-                beside = Beside(*(each(lambda t: moved(t, False), part) for part in beside))
-                context = beside.context
+                context = each(
+                    lambda t: seen_by_modules(t) if t.is_floating_point() else moved(t), beside.context
+                )
+                beside = Beside(each(moved, beside.mask), each(moved, beside.size), context)
             try:
                 q = as_posterior(called("encoder", encoder, seen, context))
             except Exception as error:

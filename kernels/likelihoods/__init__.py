@@ -1,12 +1,12 @@
-"""The likelihoods in Triton, a file each.
+"""Likelihoods in Triton, one file each.
 
-A file has ``value(x, data, *parameters)``, log p of an element but for FACTOR, and
-``gradient(g, x, *parameters)``, what reaches x and each parameter when g arrives. Optional:
+A file defines ``value(x, data, *parameters)``, log p of an element divided by FACTOR, and
+``gradient(g, x, *parameters)``, the gradients of x and of each parameter for upstream gradient g. Optional:
 
-- FACTOR, of the sum;
-- ``data(x)``: what x adds by itself, and what of it ``value`` takes as ``data``;
-- SHARED_LOG: ``value`` returns a pair, with odds in [0, 1] whose log(1 + odds) is to be added;
-- PADDING: a first parameter with which, and x = 0, ``value`` adds nothing;
-- HEAVY: both are long: a program takes fewer elements;
-- FINITE: ``gradient`` of finite arguments is finite, so that where g is 0 nothing need be masked.
+- FACTOR: factor of the sum of the values. Default: 1;
+- ``data(x)``: returns the term of x alone, and the quantities of x that ``value`` takes as ``data``;
+- SHARED_LOG: ``value`` returns a pair (value, odds), odds in [0, 1]; log(1 + odds) is added to the value;
+- PADDING: a first parameter for which ``value`` is 0 at x = 0;
+- HEAVY: both functions are long, so a program takes fewer elements;
+- FINITE: ``gradient`` of finite arguments is finite, so nothing needs masking where g is 0.
 """

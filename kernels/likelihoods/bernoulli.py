@@ -1,4 +1,4 @@
-"""x l - log(1 + exp(l)) of logits l. The mathematics stands in fastvae/likelihoods/bernoulli.py."""
+"""Bernoulli x l - log(1 + exp(l)) of logits l. See fastvae/likelihoods/bernoulli.py for the mathematics."""
 
 import triton
 import triton.language as tl
@@ -7,15 +7,15 @@ from ..common import exp_of_negative, reciprocal
 
 FACTOR = -1.0
 SHARED_LOG = True
-# A certain miss of 0.
+# x = 0 with certainty: log p is 0.
 PADDING = float("-inf")
 FINITE = True
 
 
 @triton.jit
 def value(x, data, logits):
-    # The probability of a miss times the margin, instead of x l - softplus(l): no cancellation, and 0 * inf
-    # is 0.
+    # The distance of x from the favoured target times |l|, instead of x l - softplus(l): no cancellation, and
+    # 0 * inf is 0.
     miss = tl.where(logits > 0, 1.0 - x, x)
     margin = tl.abs(logits)
     return tl.where(miss == 0, 0.0, miss * margin), exp_of_negative(-margin)
@@ -23,8 +23,7 @@ def value(x, data, logits):
 
 @triton.jit
 def gradient(g, x, logits):
-    # sigmoid(-|l|) is what either target is missed by: x - sigmoid(l) without cancellation at x = 0 and
-    # x = 1.
+    # With sigmoid(-|l|), x - sigmoid(l) does not cancel at x = 0 and x = 1.
     t = exp_of_negative(-tl.abs(logits))
     t *= reciprocal(1.0 + t)
     return g * logits, g * tl.where(logits > 0, (x - 1.0) + t, x - t)

@@ -1,4 +1,4 @@
-"""log Beta(x; exp(c1), exp(c0)). The mathematics stands in fastvae/likelihoods/beta.py."""
+"""log Beta(x; exp(c1), exp(c0)). See fastvae/likelihoods/beta.py for the mathematics."""
 
 import triton
 import triton.language as tl
@@ -14,12 +14,12 @@ def data(x):
     low = x < 0.5
     y = tl.where(low, x, 1.0 - x)
     of_rest, _ = log1p_and_rest(-y)
-    # In float32 denormal numbers need their exponent.
+    # In float32, denormal numbers are scaled to normal ones first.
     denormal = y < (0.0 if x.dtype == tl.float64 else 1.1754943508222875e-38)
     high, small = log_in_parts(tl.where(denormal, y * 16777216.0, y))
     high -= tl.where(denormal, 24 * LOG_2, 0.0)
     near, _ = log1p_and_rest((2.0 * y - 1.0) / (1.0 - y))
-    # Both logarithms are infinite at an end, which adds nothing. The logit is in two parts.
+    # At an end, where logarithms are infinite, the term of x alone is 0. The logit is in two parts.
     end, middle = y == 0, y > 0.25
     first = tl.where(end, float("-inf"), tl.where(middle, near, high))
     second = tl.where(middle | end, 0.0, small - of_rest)
@@ -29,13 +29,13 @@ def data(x):
 
 @triton.jit
 def held(c):
-    """A log concentration whose exponential is a number; NaN stays."""
+    """Clamp a log concentration so that its exponential is finite and nonzero; NaN stays NaN."""
     return tl.where(c > 80.0, 80.0, tl.where(c < -80.0, -80.0, c))
 
 
 @triton.jit
 def shares(c1, c0):
-    """Logs of the lesser concentration and of the other, their ratio, log(1 + this), which is which."""
+    """Return logs of the lesser and larger concentration, their ratio k, log(1 + k), and whether c0 < c1."""
     a, b = held(c1), held(c0)
     other = a > b
     p, q = tl.where(other, b, a), tl.where(other, a, b)
@@ -45,14 +45,14 @@ def shares(c1, c0):
 
 @triton.jit
 def distances(x, first, second, p, q, k, fold, other):
-    """How far x and its rest are from the concentrations' shares: see the C++."""
+    """Compute the logs of the shares x and 1 - x over those of the concentrations: see the C++."""
     logit, low = tl.where(other, -first, first), tl.where(other, -second, second)
     s = (logit + (q - p)) + low
     near = tl.abs(s) < 1.0
     s = tl.where(near, s, 0.0)
     less_line = expm1_minus_near(s)
     log_1pt, rest = log1p_and_rest(k / (1.0 + k) * (less_line + s))
-    # Far from the mode by the logarithms themselves, log(1 + exp(+-logit)).
+    # Far from the mode use the logarithms themselves, log(1 + exp(+-logit)).
     logit += low
     of_rest, _ = log1p_and_rest(-tl.where(x < 0.5, x, 1.0 - x))
     rise = (q - p) + fold - (tl.where(logit > 0, 0.0, -logit) - of_rest)
@@ -70,7 +70,7 @@ def value(x, log_odds, c1, c0):
     distance = tl.where(near, least * less_line - n * rest, largest * fall - least * rise)
     of_n = stirling_error(n, q + fold) - stirling_error(largest, q)
     inside = ((p - 0.5 * fold) + (of_n - log_factorial_excess(least, p))) - distance
-    # At an end one concentration decides: beyond 1 there is no density.
+    # At an end one concentration decides: above 1 the density is 0, below 1 infinite.
     decides, at_end = tl.where(x < 0.5, c1, c0), tl.where(x < 0.5, c0, c1)
     at_end += tl.where(decides == 0, 0.0, decides * float("-inf"))
     return tl.where((x == 0) | (x == 1), at_end, inside)
@@ -87,7 +87,7 @@ def gradient(g, x, c1, c0):
     rise, fall, _, _, _ = distances(x, log_odds[0], log_odds[1], p, q, k, fold, other)
     of_least += least * rise
     of_largest -= largest * fall
-    # Without a weight there is none, also where log p is infinite.
+    # Zero upstream gradient gives zero, even where log p is infinite.
     none = g == 0
     to_1 = tl.where(none, 0.0, g * tl.where(other, of_largest, of_least))
     to_0 = tl.where(none, 0.0, g * tl.where(other, of_least, of_largest))

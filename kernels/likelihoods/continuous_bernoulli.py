@@ -1,5 +1,6 @@
-"""x l - log((exp(l) - 1) / l) of logits l. The mathematics stands in
-fastvae/likelihoods/continuous_bernoulli.py.
+"""Continuous Bernoulli x l - log((exp(l) - 1) / l) of logits l.
+
+See fastvae/likelihoods/continuous_bernoulli.py for the mathematics.
 """
 
 import triton
@@ -7,13 +8,13 @@ import triton.language as tl
 
 from ..common import exp_of_negative, log
 
-# A density of 1.
+# Uniform density: log p is 0.
 PADDING = 0.0
 
 
 @triton.jit
 def sinhc(a):
-    """log(sinh(a / 2) / (a / 2)) and its slope for 0 <= a <= 1."""
+    """Compute log(sinh(a / 2) / (a / 2)) and its slope for 0 <= a <= 1."""
     v = a * a
     if a.dtype == tl.float64:
         p = 4.7700343047570991e-16 - v * 1.0874343492790309e-17
@@ -36,7 +37,7 @@ def value(x, data, logits):
     a = tl.abs(logits)
     miss = tl.where(logits > 0, 1.0 - x, x)
     log_sinhc, _ = sinhc(a)
-    # Of an infinite logit no inf - inf is left: certain and right is infinite.
+    # Avoids inf - inf for an infinite logit, whose density at the favoured end is infinite.
     most = tl.where(a < 1e38, a, 1e38)
     far = log(most / (1.0 - exp_of_negative(-a))) + tl.where(miss == 0, a - most, -miss * a)
     return tl.where(a < 1, (0.5 - miss) * a - log_sinhc, far)
@@ -47,6 +48,6 @@ def gradient(g, x, logits):
     a = tl.abs(logits)
     k = exp_of_negative(-a)
     _, slope = sinhc(a)
-    # What the mean lacks of the end that it leans to.
+    # Distance of the mean from the end it is nearer to.
     rest = tl.where(a < 1, 0.5 - slope, 1.0 / a - k / (1.0 - k))
     return g * logits, g * tl.where(logits > 0, (x - 1.0) + rest, x - rest)

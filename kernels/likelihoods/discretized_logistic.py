@@ -1,5 +1,6 @@
-"""The logarithm of a logistic variable's probability to fall in the bin of x. The mathematics stands in
-fastvae/likelihoods/discretized_logistic.py.
+"""Log probability that a logistic variable falls in the bin of x.
+
+See fastvae/likelihoods/discretized_logistic.py for the mathematics.
 """
 
 import triton
@@ -15,7 +16,12 @@ HEAVY = True
 
 @triton.jit
 def parts(x, mean, log_scale, log_bin_width):
-    """In scales: how far the mean is, outwards at an end, and half the bin's width; 1 - exp(-2 half)."""
+    """Compute the common quantities of value and gradient.
+
+    Returns 1 / s; the distance r of x from the mean in scales, outwards at an end; half the bin's width in
+    scales; 1 - exp(-width); exp(-width); exp(-(r + half)), 0 at an end; whether x is at an end; whether r is
+    negated.
+    """
     log_s = tl.where(log_scale > 60.0, 60.0, tl.where(log_scale < -60.0, -60.0, log_scale))
     inverse_s = exp(-log_s)
     z = (x - mean) * inverse_s
@@ -32,7 +38,7 @@ def parts(x, mean, log_scale, log_bin_width):
 @triton.jit
 def value(x, data, mean, log_scale, log_bin_width):
     _, r, half, below, k, far, end, _ = parts(x, mean, log_scale, log_bin_width)
-    # Of the scale alone, which many elements may share.
+    # Depends on the scale alone, which many elements may share.
     log_below, _ = log1p_and_rest(-k)
     log_below = tl.where(k < 0.5, log_below, log(below))
     v = r - half
@@ -46,7 +52,8 @@ def gradient(g, x, mean, log_scale, log_bin_width):
     t = exp_of_negative(-tl.abs(v))
     sigmoid = tl.where(v >= 0, 1.0, t) * reciprocal(1.0 + t)
     beyond = reciprocal(1.0 + far)
-    # By r and by the logarithm of the width. Of an interior bin its two sides pull; equally where r is 0.
+    # Derivatives by r and by the log width. The two sides of an interior bin pull against each other, equally
+    # at r = 0.
     by_width = half * (sigmoid + far * beyond) + tl.where(end, 0.0, 2.0 * half * (k / below))
     y = -2.0 * r
     less_one = tl.where(y > -0.69, expm1_minus_near(y) + y, exp_of_negative(y) - 1.0)

@@ -1,4 +1,4 @@
-"""log N(x; mean, exp(logvar)). The mathematics stands in fastvae/likelihoods/gaussian.py."""
+"""log N(x; mean, exp(logvar)). See fastvae/likelihoods/gaussian.py for the mathematics."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ LOG_2_PI = tl.constexpr(1.8378770664093453)
 
 @triton.jit
 def value(x, data, mean, logvar):
-    # exp(-logvar) itself overflows long before what it is a factor of does, here and below.
+    # exp(-logvar) overflows long before the products that contain it, here and below.
     white = (x - mean) * exp(-0.5 * logvar)
     return LOG_2_PI + logvar + white * white
 

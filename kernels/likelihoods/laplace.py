@@ -1,4 +1,4 @@
-"""log Laplace(x; location, exp(log_scale)). The mathematics stands in fastvae/likelihoods/laplace.py."""
+"""log Laplace(x; location, exp(log_scale)). See fastvae/likelihoods/laplace.py for the mathematics."""
 
 import triton
 import triton.language as tl

@@ -1,5 +1,6 @@
-"""log of the density of x, whose logarithm is N(location, exp(log_scale)²). The mathematics stands in
-fastvae/likelihoods/log_normal.py.
+"""Log density of x whose logarithm is N(location, exp(log_scale)²).
+
+See fastvae/likelihoods/log_normal.py for the mathematics.
 """
 
 import triton
@@ -12,7 +13,7 @@ from .gaussian import LOG_2_PI
 @triton.jit
 def data(x):
     log_x = log_positive(x)
-    # Of a zero, whose square is infinite, nothing is added: inf - inf would be NaN.
+    # At x = 0 the square is infinite, and adding -log x would give inf - inf.
     return tl.where(x == 0, 0.0, -log_x), log_x
 
 
@@ -28,7 +29,7 @@ def gradient(g, x, location, log_scale):
     t = (log_positive(x) - location) * inverse_s
     push = g * t
     grad_location = push * inverse_s
-    # A sample without weight has no gradient, also where x is 0.
+    # Zero upstream gradient gives zero, even where x is 0.
     none = g == 0
     grad_x = tl.where(none, 0.0, -(g + grad_location) / x)
     return grad_x, tl.where(none, 0.0, grad_location), tl.where(none, 0.0, push * t - g)

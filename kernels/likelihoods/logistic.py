@@ -1,11 +1,11 @@
-"""log Logistic(x; location, exp(log_scale)). The mathematics stands in fastvae/likelihoods/logistic.py."""
+"""log Logistic(x; location, exp(log_scale)). See fastvae/likelihoods/logistic.py for the mathematics."""
 
 import triton
 import triton.language as tl
 
 from ..common import exp, exp_of_negative, tanh_half
 
-# Of halves, since the logarithm counts twice.
+# The value is halved, since the logarithm counts twice.
 FACTOR = -2.0
 SHARED_LOG = True
 

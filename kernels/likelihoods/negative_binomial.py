@@ -1,5 +1,6 @@
-"""Counts of mean exp(m) and variance exp(m) + exp(2 m - t). The mathematics stands in
-fastvae/likelihoods/negative_binomial.py.
+"""Negative binomial counts of mean exp(m) and variance exp(m) + exp(2 m - t).
+
+See fastvae/likelihoods/negative_binomial.py for the mathematics.
 """
 
 import triton
@@ -11,13 +12,13 @@ from ..gamma import digamma_excess, log1p_and_rest, log_in_parts, rest_of_log, s
 # A mean of 0.
 PADDING = float("-inf")
 HEAVY = True
-# Log inverse dispersions near the end of a float32's range.
+# Maximum log inverse dispersion, near the end of float32's range.
 TOP = tl.constexpr(85.0)
 
 
 @triton.jit
 def data(x):
-    # In two parts; that of 0 is far from any mean.
+    # log x in two parts; for x = 0 a value far below any log mean.
     high, low = log_in_parts(x)
     zero = x == 0
     own = tl.where(zero, 0.0, -log_factorial_excess(x, high))
@@ -26,7 +27,7 @@ def data(x):
 
 @triton.jit
 def held(v):
-    """v within what an exponential holds; NaN stays."""
+    """Clamp v so that exp(v) is finite and nonzero; NaN stays NaN."""
     most: tl.constexpr = 700.0 if v.dtype == tl.float64 else 87.0
     return tl.where(v > most, most, tl.where(v < -most, -most, v))
 
@@ -36,7 +37,7 @@ def value(x, log_x, log_mean, log_inverse_dispersion):
     t = tl.where(log_inverse_dispersion > TOP, TOP, log_inverse_dispersion)
     theta = exp(t)
     n = x + theta
-    # At its own mean the count has what is left of four gamma functions.
+    # log p where the mean equals x: the Stirling errors of the gamma functions.
     spread, _ = log1p_and_rest(x / theta)
     own = (stirling_error(n, t + spread) - stirling_error(theta, t)) - 0.5 * spread
     inverse = 1.0 / n
@@ -44,10 +45,10 @@ def value(x, log_x, log_mean, log_inverse_dispersion):
     d = (log_mean - log_x[0]) - log_x[1]
     zero = x == 0
     other = w > v
-    # n times log(1 + w (exp(d) - 1)) - w d, never below 0; of the two forms, that with the smaller factor.
+    # n times log(1 + w (exp(d) - 1)) - w d, never below 0; of its two forms, the one with the smaller factor.
     a, least = tl.where(other, v, w), tl.where(other, theta, x)
     signed = tl.where(other, -d, d)
-    # Of a mean that is nothing beside theta log(1 + mean / theta) is the ratio.
+    # For a mean negligible against theta, theta log(1 + mean / theta) is the mean.
     ratio = log_mean - t
     small = ratio < (-40.0 if x.dtype == tl.float64 else -20.0)
     exponent = tl.where(zero, tl.where(small, log_mean, ratio), signed)
@@ -65,7 +66,7 @@ def value(x, log_x, log_mean, log_inverse_dispersion):
 
 @triton.jit
 def slopes(x, log_mean, log_inverse_dispersion):
-    """Log p of a count of 0, and the slopes by log mean and by log inverse dispersion."""
+    """Compute log p of a count of 0, and the slopes by log mean and by log inverse dispersion."""
     t = tl.where(log_inverse_dispersion > TOP, TOP, log_inverse_dispersion)
     theta = exp(t)
     n = x + theta
@@ -89,5 +90,5 @@ def slopes(x, log_mean, log_inverse_dispersion):
 @triton.jit
 def gradient(g, x, log_mean, log_inverse_dispersion):
     _, by_mean, by_dispersion = slopes(x, log_mean, log_inverse_dispersion)
-    # Beyond the rows, where g is 0, they need not be finite.
+    # Beyond the rows, where g is 0, the slopes need not be finite.
     return 0.0, tl.where(g == 0, 0.0, g * by_mean), tl.where(g == 0, 0.0, g * by_dispersion)

@@ -1,27 +1,26 @@
-"""x r - exp(r) - log x! of log rates r. The mathematics stands in fastvae/likelihoods/poisson.py."""
+"""Poisson x r - exp(r) - log x! of log rates r. See fastvae/likelihoods/poisson.py for the mathematics."""
 
 import triton
 import triton.language as tl
 
 from ..common import exp, expm1_minus_near, log, log_factorial_excess
 
-# A rate of 0.
+# Rate 0: log p of x = 0 is 0.
 PADDING = float("-inf")
 
 
 @triton.jit
 def data(x):
-    # Of a count of 0 it is not used.
+    # Not used for a count of 0.
     log_x = log(x)
     return -log_factorial_excess(x, log_x), log_x
 
 
 @triton.jit
 def value(x, log_x, log_rate):
-    # With d = r - log x this is x (1 + d) - exp(r), or -x (exp(d) - 1 - d), which cancels less where d is
-    # small.
+    # With d = r - log x this is x (1 + d) - exp(r), or -x (exp(d) - 1 - d), which cancels less for small d.
     d = log_rate - log_x
-    # Of an infinite rate no inf - inf is left.
+    # Avoids inf - inf for an infinite rate.
     linear = 1.0 + tl.minimum(d, 710.0)
     far = tl.where(x == 0, 0.0, x * linear) - exp(log_rate)
     return tl.where(tl.abs(d) < 0.69, -x * expm1_minus_near(d), far)
@@ -29,5 +28,5 @@ def value(x, log_x, log_rate):
 
 @triton.jit
 def gradient(g, x, log_rate):
-    # A sample without weight has no gradient, also where its rate overflows.
+    # Zero upstream gradient gives zero, even where the rate overflows.
     return 0.0, tl.where(g == 0, 0.0, g * (x - exp(log_rate)))

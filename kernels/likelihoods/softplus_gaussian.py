@@ -1,5 +1,6 @@
-"""log N(x; mean, log(1 + exp(raw)) + exp(log_floor)). The mathematics stands in
-fastvae/likelihoods/softplus_gaussian.py.
+"""log N(x; mean, log(1 + exp(raw)) + exp(log_floor)).
+
+See fastvae/likelihoods/softplus_gaussian.py for the mathematics.
 """
 
 import triton
@@ -13,7 +14,7 @@ FACTOR = -0.5
 
 @triton.jit
 def variances(raw, log_floor):
-    """The variance, a normal number, and its derivatives by raw and by log_floor."""
+    """Compute the variance, clamped to normal numbers, and its derivatives by raw and by log_floor."""
     raw = tl.where(raw > 1e38, 1e38, tl.where(raw < -80.0, -80.0, raw))
     floor = exp(tl.where(log_floor > 80.0, 80.0, log_floor))
     variance, by_raw = softplus(raw)
@@ -32,7 +33,7 @@ def gradient(g, x, mean, raw, log_floor):
     variance, by_raw, floor = variances(raw, log_floor)
     inverse = 1.0 / variance
     by_raw, by_floor = by_raw * inverse, floor * inverse
-    # In this order, or registers spill.
+    # Another order spills registers.
     white = (x - mean) * inverse
     by_variance = 0.5 * (g * white * (x - mean)) - 0.5 * g
     return -g * white, g * white, by_variance * by_raw, by_variance * by_floor

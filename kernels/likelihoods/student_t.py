@@ -1,5 +1,6 @@
-"""log of Student's t of x; location, exp(log_scale), exp(log_df). The mathematics stands in
-fastvae/likelihoods/student_t.py.
+"""log of Student's t(x; location, exp(log_scale), exp(log_df)).
+
+See fastvae/likelihoods/student_t.py for the mathematics.
 """
 
 import triton
@@ -13,7 +14,7 @@ FACTOR = -0.5
 
 @triton.jit
 def value(x, data, location, log_scale, log_df):
-    # From e^80 on it is the normal distribution.
+    # From df = e^80 on it is the normal distribution.
     log_df = tl.where(log_df > 80, 80.0, log_df)
     df = exp(log_df)
     gammas, _ = half_step(0.5 * df, log_df - LOG_2)
@@ -28,10 +29,10 @@ def gradient(g, x, location, log_scale, log_df):
     inverse_s = exp(-log_scale)
     r = (x - location) * inverse_s * inverse_root
     t = r * r
-    # t / (1 + t), of an infinite t as well; r / (1 + t).
+    # t / (1 + t), also for infinite t.
     rest = 1.0 / (1.0 + t)
     share = tl.where(t < 0.5, t * rest, 1.0 - rest)
-    # In this order, or registers spill.
+    # Another order spills registers.
     _, slope = half_step(0.5 * df, log_df - LOG_2)
     grad_df = g * (slope + 0.5 * (share - df * log1p_excess(t, share, log1p_square(r))))
     pull = tl.where(tl.abs(r) < 1.0e36, r * rest, tl.where(r == r, 0.0, r))

@@ -1,5 +1,6 @@
-"""Zeros with the probability sigmoid(l) of a dropout logit l, else a negative binomial count. The mathematics
-stands in fastvae/likelihoods/zero_inflated_negative_binomial.py.
+"""Zeros with probability sigmoid(l) of a dropout logit l, else a negative binomial count.
+
+See fastvae/likelihoods/zero_inflated_negative_binomial.py for the mathematics.
 """
 
 import triton
@@ -16,7 +17,7 @@ log_prob, slopes = negative_binomial.value, negative_binomial.slopes
 
 @triton.jit
 def shares(v):
-    """sigmoid(v), sigmoid(-v) and log(1 + exp(-|v|))."""
+    """Compute sigmoid(v), sigmoid(-v) and log(1 + exp(-|v|))."""
     k = exp_of_negative(-tl.abs(v))
     large = 1.0 / (1.0 + k)
     small = k * large
@@ -28,7 +29,7 @@ def shares(v):
 def value(x, log_x, log_mean, log_inverse_dispersion, dropout_logit):
     counted = log_prob(x, log_x, log_mean, log_inverse_dispersion)
     _, alive, log_of = shares(dropout_logit)
-    # Near certainty 1 + alive (p - 1), else the sum of both ways to a 0.
+    # Near p = 1 use 1 + alive (p - 1), else the sum of both ways to a 0.
     less_one, _ = expm1_parts(counted)
     change = alive * less_one
     near = change > -0.5
@@ -48,7 +49,7 @@ def gradient(g, x, log_mean, log_inverse_dispersion, dropout_logit):
     less_one, _ = expm1_parts(of_zero)
     part = tl.where(zero, g * counted, g)
     by_logit = tl.where(zero, -dropped * alive * less_one, -dead)
-    # Beyond the rows, where g is 0, they need not be finite.
+    # Beyond the rows, where g is 0, the slopes need not be finite.
     keep = g != 0
     return (
         0.0,

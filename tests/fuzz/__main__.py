@@ -1,4 +1,4 @@
-"""python -m tests.fuzz --minutes 10 [--seed S] [--index I] [--only NAME]"""
+"""Command line of the fuzzer: python -m tests.fuzz --minutes 10 [--seed S] [--index I] [--only NAME]."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import sys
 import tempfile
 import time
 
-TIMEOUT = 600.0  # seconds a case may take, on a busy machine too
+TIMEOUT = 600.0  # seconds per case, enough on a busy machine
 
 
 def child(seed: int, start: int, count: int, only: str) -> None:
-    """Run cases, a line before and a line after each."""
+    """Run cases, printing a line before and after each."""
     import torch
 
     from . import case as cases
@@ -41,7 +41,7 @@ def child(seed: int, start: int, count: int, only: str) -> None:
 
 
 class Report:
-    """Counts, failures, and what was refused."""
+    """Counts, failures and refusals."""
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
@@ -50,7 +50,7 @@ class Report:
 
 
 def run(seed: int, start: int, count: int, only: str = "", deadline: float = math.inf) -> Report:
-    """Run cases in children that may die; every death is a failure of the case that ran."""
+    """Run cases in child processes that may crash; a crash is a failure of the running case."""
     report, index = Report(), start
     while index < start + count and time.monotonic() < deadline:
         command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--child", "--seed", str(seed)]
@@ -62,7 +62,7 @@ def run(seed: int, start: int, count: int, only: str = "", deadline: float = mat
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
-            bufsize=0,  # select does not see what Python has read ahead
+            bufsize=0,  # select does not see data in Python's buffer
         )
         assert process.stdout is not None
         running, ended = None, False

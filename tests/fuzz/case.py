@@ -1,4 +1,4 @@
-"""A case: everything that a random call is made of, drawn from a seed and an index."""
+"""Cases: all settings of a random call, drawn from a seed and an index."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LAYOUTS = ("contiguous", "transposed", "offset", "strided", "expanded")
 TRAINING = ("elbo", "iwae", "bound", "beta_tc", "log_weights")
 SAMPLED = ("iwae", "bound", "log_weights")
 MEASURING = ("log_marginal", "reconstruction_log_prob", "evaluate")
-# Outputs of this many numbers reach the path that never stores the decoder's output.
+# Outputs of this many elements take the path that never stores the decoder's output.
 FUSED = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. Every field is a plain value, so that the record prints as what it is."""
+    """Call of the library. Every field is a plain value, so that the record prints completely."""
 
     seed: int
     index: int
@@ -64,12 +64,12 @@ class Case:
 
     @property
     def numbers(self) -> random.Random:
-        """The source of the tensors' values."""
+        """Return the random generator of the tensors' values."""
         return random.Random(f"tensors {self.seed} {self.index}")
 
 
 def draw(seed: int, index: int) -> Case:
-    """The case of these two numbers."""
+    """Draw the case of a seed and an index."""
     r = random.Random(f"{seed} {index}")
     one = r.choice
 
@@ -116,7 +116,7 @@ def draw(seed: int, index: int) -> Case:
     if families.PRIORS[prior].wide and prior_dtype in HALVES:
         prior_dtype = torch.float32
     x_dtype = dtype()
-    if likelihood.startswith("discretized") and x_dtype in HALVES:  # they do not have the grid's values
+    if likelihood.startswith("discretized") and x_dtype in HALVES:  # cannot represent the grid
         x_dtype = torch.float32
     if entry == "evaluate" and x_dtype.is_floating_point:  # batches are moved to the encoder's dtype
         x_dtype = q_dtypes[0] if not likelihood.startswith("discretized") else torch.float32
@@ -129,7 +129,7 @@ def draw(seed: int, index: int) -> Case:
         estimator = one(oracle.BOUNDS[objective].estimators)
         encoder = rarely(one(tuple(oracle.ENCODERS)), "", 0.25)
         k = oracle.BOUNDS[objective].draws
-    if not family.addressed and entry in MEASURING:  # what torch draws depends on chunks
+    if not family.addressed and entry in MEASURING:  # torch's draws depend on chunks
         entry = "iwae"
     if family.strata:
         estimator, encoder, objective = one(("iwae", "stl")), "", "iwae" if entry == "bound" else ""
@@ -149,14 +149,14 @@ def draw(seed: int, index: int) -> Case:
     if misused and not context:
         decoder = one(decoders.MISUSED)
         composed = q not in families.UNIVARIATE or prior != "none" or kind.native is not None
-        if "autocast" in decoder and composed:  # what is composed then has products in bfloat16
+        if "autocast" in decoder and composed:  # composed densities would have bfloat16 products
             decoder = "pool: linear"
     by_sample = bool(encoder) or estimator == "dreg"
     frozen = rarely(r.randrange(1, 16), 0, 0.3)
     scored = encoder == "wake" or estimator == "covariance"
     if not decoders.fits(decoder, compiled, by_sample, batch, not frozen and not scored):
         decoder = "module"
-    if "the body doubles" in decoder:  # by each call, and chunks call it again in the backward pass
+    if "the body doubles" in decoder:  # per call, and chunks rerun it in the backward pass
         chunkable = False
     analytic = entry == "elbo" and kl == "analytic"
     return Case(

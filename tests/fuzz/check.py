@@ -1,4 +1,4 @@
-"""Run one case: what the library returns against what the oracle does."""
+"""Run one case and compare the library's results with the oracle's."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from . import decoders, families, likelihoods, oracle
 from .case import MEASURING, Case
 from .oracle import Arithmetic
 
-SAMPLES = 4  # of what rounding does
-TIMES = 8  # as much as the largest of them is allowed
+SAMPLES = 4  # random samples of the rounding errors
+TIMES = 8  # allowed error as a multiple of the largest sample
 
-# What the documentation refuses, by what its error says; every other error is a failure.
+# Documented refusals, by their messages; every other error is a failure.
 REFUSED: tuple[str, ...] = ("data has no batches",)
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same numbers in another layout."""
+    """Return the same numbers in another layout."""
     if t.dim() == 0 or t.numel() == 0:
         return t
     if layout == "transposed" and t.dim() > 1:
@@ -42,7 +42,7 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 class Built:
-    """Fresh tensors and modules of a case, the same in each call."""
+    """Fresh tensors and modules of a case, equal for each instance."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -129,12 +129,12 @@ class Built:
 
 
 class Encoder(nn.Module):
-    """Returns the q of a case, whatever x is; of an evaluation the rows that the context names."""
+    """Encoder that returns the case's q for any x; in an evaluation, the rows given by the context."""
 
     def __init__(self, built: Built):
         super().__init__()
         self.built = [built]
-        # Data are moved to the dtype of the encoder's parameters.
+        # Data are cast to the dtype of the encoder's parameters.
         dtype = built.case.x_dtype if built.case.x_dtype.is_floating_point else torch.float32
         self.own = nn.Parameter(torch.zeros((), dtype=dtype), requires_grad=False)
 
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
 
 
 class Recorder(nn.Module):
-    """A decoder that keeps what it is given."""
+    """Decoder that records its inputs."""
 
     def __init__(self, decoder: nn.Module):
         super().__init__()
@@ -156,7 +156,7 @@ class Recorder(nn.Module):
 
 
 def draws(built: Built) -> tuple[Tensor, list[int]]:
-    """z [K, B, D] of the case's call, as its decoder gets it, and how many samples it gets at a time."""
+    """Return z [K, B, D] as the case's decoder receives it, and the number of samples in each call."""
     c = built.case
     recorder = built.decoder = Recorder(built.decoder)
     torch.manual_seed(c.index)
@@ -174,7 +174,7 @@ def _batch_size(case: Case) -> int:
 
 
 def low_rank_noise(built: Built) -> Tensor:
-    """The normals behind z, [K, B, D + R]: each by parameters of 0 and 1."""
+    """Return the normals behind z, [K, B, D + R], isolated by parameters of 0 and 1."""
     c = built.case
     found = []
 
@@ -197,7 +197,7 @@ def low_rank_noise(built: Built) -> Tensor:
 
 
 def _weights(built: Built, value: Tensor, which: int = 0) -> Tensor:
-    """What arrives at a result: 1 at a number."""
+    """Return a result's upstream gradient: 1 for a scalar."""
     w = built.weights[which].to(value.dtype)
     return (
         torch.ones_like(value)
@@ -209,7 +209,7 @@ def _weights(built: Built, value: Tensor, which: int = 0) -> Tensor:
 
 
 def _beta(case: Case, dtype: torch.dtype) -> Any:
-    """β as it is given."""
+    """Return β as passed to the library."""
     rows = torch.linspace(0.0, 2.0, case.batch, dtype=dtype)
     return {"": 1.0, "2": 2.0, "0": 0.0, "tensor": torch.tensor(0.7, dtype=dtype), "rows": rows}[case.beta]
 
@@ -249,7 +249,7 @@ def _log_weights_estimator(case: Case) -> str:
 
 
 def call(built: Built) -> dict[str, Tensor]:
-    """The library's results, by name."""
+    """Return the library's results by name."""
     c = built.case
     options = options_of(built)
     objective = oracle.BOUNDS[c.objective].make(c.estimator) if c.entry == "bound" else None
@@ -296,7 +296,7 @@ def _latent_dim(case: Case) -> Any:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Examples as dicts."""
+    """Data set of examples as dicts."""
 
     def __init__(self, parts: dict[str, Any], count: int):
         self.parts, self.count = parts, count
@@ -312,7 +312,7 @@ class Rows(torch.utils.data.Dataset):
 def expected(
     built: Built, drawn: tuple[Tensor, list[int]], noise: Tensor | None, r: Arithmetic
 ) -> dict[str, Tensor]:
-    """The oracle's results and the gradients that they have, by name."""
+    """Return the oracle's results and their gradients by name."""
     c, (z, samples) = built.case, drawn
     family, prior, kind = families.POSTERIORS[c.q], families.PRIORS[c.prior], likelihoods.ZOO[c.likelihood]
     learns = c.entry not in MEASURING
@@ -328,9 +328,9 @@ def expected(
             given.append(families.turns(c.k, seed, 2))
         path = family.path(*inputs, *given)
         path = wide + (path - path.detach())  # the same numbers
-        if c.q == "mixture":  # the draws of a component are in the dtype of its parameters
+        if c.q == "mixture":  # a component's draws have its parameters' dtype
             path = r(path, min(z.dtype, *families.component_dtypes(built.q_leaves), key=_digits), exact=True)
-        at = r(path, z.dtype)  # where densities are taken
+        at = r(path, z.dtype)  # argument of the densities
         stated = (
             built.prior()(built.context) if c.prior == "of the context" else prior.before(*built.p_leaves)
         )
@@ -368,7 +368,7 @@ def _seed(case: Case) -> Tensor:
 def _log_likelihood(
     built: Built, path: Tensor, dtype: torch.dtype, samples: list[int], r: Arithmetic, kind: Any
 ) -> Tensor:
-    """log p(x|z) [K, B], by the decoder itself on the same numbers."""
+    """Return log p(x|z) [K, B], with the decoder's output on the same numbers."""
     c = built.case
     given = {}
     if isinstance(built.likelihood, nn.Module):
@@ -392,7 +392,7 @@ def _log_likelihood(
             found.append(_summed(r(log_p.double(), log_p.dtype, exact=True), mask, len(rows), c))
             continue
         outputs = likelihoods.read(parameters)
-        # An evaluation's batches are others, and so are the roundings of its matrix products.
+        # An evaluation has other batches, and so other roundings of its matrix products.
         same = c.entry != "evaluate"
         outputs = [r(o.double(), narrow(o), exact=same, absolute=1.0) for o in outputs]
         if built.size is not None:
@@ -409,7 +409,7 @@ def _repeated(t: Tensor, rows: Tensor) -> Tensor:
 
 
 def _summed(log_p: Tensor, mask: Tensor | None, samples: int, case: Case) -> Tensor:
-    """Over what was observed of an event: [K, B]."""
+    """Sum over the observed elements of an event: [K, B]."""
     if mask is not None:
         seen = mask.expand(case.batch, *case.event).repeat(samples, *[1] * len(case.event))
         log_p = torch.where(seen, log_p, 0.0)
@@ -456,7 +456,7 @@ def _reduced(case: Case, bound: Tensor, log_likelihood: Any = None, kl: Any = No
 
 
 def _aggregate(built: Built, q: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-    """log q(z) and Σ log q(z_d) of this batch's mixture."""
+    """Return log q(z) and Σ log q(z_d) of this batch's mixture."""
     n = math.log(max(built.case.batch, 1))
     if isinstance(q, torch.distributions.MultivariateNormal):
         variance = q.covariance_matrix.diagonal(dim1=-2, dim2=-1)
@@ -470,8 +470,9 @@ def _aggregate(built: Built, q: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 def _gradients(
     built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share, float16
 ) -> dict[str, Tensor]:
-    """By autograd of the value; where an estimator says otherwise, by its coefficients of each sample. With
-    ``float16``, decoder and prior learn by at least 2^-11 of what the encoder does, as the library says.
+    """Return the gradients by autograd, or by an estimator's coefficients of each sample.
+
+    With ``float16``, the gradients of decoder and prior are at least 2^-11 of the encoder's, as documented.
     """
     c = built.case
     learned = built.learned
@@ -512,7 +513,7 @@ def _gradients(
 
 
 def _loss_scale(case: Case) -> float:
-    """A factor of the loss that keeps a float16 decoder's gradients of small shares from underflow."""
+    """Return a loss factor that keeps a float16 decoder's gradients of small shares from underflow."""
     by_sample = case.encoder or (case.estimator == "dreg" and case.entry in ("iwae", "bound"))
     return 64.0 if by_sample and case.net_dtype == torch.float16 else 1.0
 
@@ -524,7 +525,7 @@ def _grad(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
         return {f"grad {n}": torch.zeros_like(t).double() for n, t in of.items()}
     for t in of.values():
         t.grad = None
-    loss.backward(retain_graph=True)  # which reentrant checkpoints need
+    loss.backward(retain_graph=True)  # needed by reentrant checkpoints
     return {
         f"grad {n}": torch.zeros_like(t).double() if t.grad is None else t.grad.double().clone()
         for n, t in of.items()
@@ -532,7 +533,7 @@ def _grad(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def results_of(built: Built) -> dict[str, Tensor]:
-    """The library's results and their gradients."""
+    """Return the library's results and their gradients."""
     c = built.case
     torch.manual_seed(c.index)
     run = call
@@ -566,7 +567,7 @@ def _with_gradients(built: Built, found: dict[str, Tensor]) -> dict[str, Tensor]
 def compare(
     case: Case, found: dict[str, Tensor], exact: dict[str, Tensor], shaken: list[dict[str, Tensor]]
 ) -> list[str]:
-    """What is wrong, a line each."""
+    """Return the errors found, a line each."""
     wrong = []
     for name, e in exact.items():
         f = found[name].detach()
@@ -595,7 +596,7 @@ def compare(
 
 
 def unit_of(case: Case) -> float:
-    """A rounding of what is computed in: of float64 if all is."""
+    """Return the unit roundoff of the computation: float64's if all tensors are float64."""
     all_wide = (
         case.backend != "triton"
         and case.prior != "td number"
@@ -608,12 +609,12 @@ def unit_of(case: Case) -> float:
         and not case.size
         and not case.likelihood.endswith("learned")
     )
-    # The formula rounds in float64 as often as the library, whose polynomials have a few roundings more.
+    # The formula has as many float64 roundings as the library, whose polynomials have a few more.
     return 32 * torch.finfo(torch.float64).eps if wide else torch.finfo(torch.float32).eps
 
 
 def outcome(case: Case) -> tuple[str, str]:
-    """``("ok", "")``, ``("refused", what the error says)`` or ``("failed", what is wrong)``."""
+    """Return ``("ok", "")``, ``("refused", message)`` or ``("failed", errors)``."""
     validated = torch.distributions.Distribution.set_default_validate_args
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

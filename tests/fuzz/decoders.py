@@ -1,4 +1,4 @@
-"""Decoders: modules z -> parameters that do with their output whatever users do."""
+"""Decoders: modules z -> parameters that use their output in all ways users do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HIDDEN = 5
 
 
 class Cast(nn.Module):
-    """To a network's own dtype, flat."""
+    """Flatten z and cast it to the network's dtype."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -28,7 +28,7 @@ class Cast(nn.Module):
 
 
 class Halve(torch.autograd.Function):
-    """The identity, whose gradient is half."""
+    """Identity whose gradient is halved."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _disabled(out: Tensor) -> Tensor:
     return out * 1.5
 
 
-# What is done with the last layer's output.
+# Uses of the last layer's output.
 AFTER: dict[str, Callable[[Tensor], Tensor]] = {
     "clamp_": _in_place,
     "mul_": lambda out: out.mul_(0.5),
@@ -98,7 +98,7 @@ AFTER: dict[str, Callable[[Tensor], Tensor]] = {
 INSIDE = ("dropout", "checkpoint", "reentrant", "weights change", "module hook", "backward hook",
           "batch norm", "tied", "frozen", "no grad", "autocast", "weight norm")  # fmt: skip
 POOL = ("module", "sequential", "linear", *AFTER, *INSIDE)
-# Those of tests/decoders.py, for one output of features in float32; but what raises has a test there.
+# Decoders of tests/decoders.py with one float32 output of features, except those that raise, tested there.
 RAISE = ("too few features", "too many features", "wrong inputs", "an axis too many", "a float64 last layer",
          "input changed after the layer")  # fmt: skip
 MISUSED = tuple(f"pool: {name}" for name in DECODERS if name not in RAISE)
@@ -106,10 +106,14 @@ BREAKS = ("print", "item", "disabled")
 
 
 def fits(name: str, compiled: str, by_sample: bool, batch: int, learned: bool) -> bool:
-    """Whether PyTorch itself compiles it, has enough rows, and an estimator that weighs the gradient of each
-    sample has one: a batch norm mixes them. Reentrant checkpoints need a z that requires a gradient.
+    """Return True if a decoder can be used with the other settings.
+
+    PyTorch itself must compile it and it must have enough rows; a batch norm, which mixes rows, excludes
+    estimators that weigh each sample's gradient; reentrant checkpoints need a z that requires a gradient.
     """
     if (name == "reentrant" and not learned) or (name == "pool: a list of rows" and not batch):
+        return False
+    if name == "pool: tensor hook" and by_sample:  # it clamps gradients, of which estimators have others
         return False
     if name == "batch norm" and (by_sample or batch < 2):
         return False
@@ -123,7 +127,7 @@ def dtype(name: str, of_parameters: torch.dtype) -> torch.dtype:
 
 
 class Decoder(nn.Module):
-    """z [N, *latent] -> parameters [N, ...] of the shapes given."""
+    """Decoder z [N, *latent] -> parameters [N, ...] of given shapes."""
 
     def __init__(
         self, name: str, latent: int, shapes: list[tuple[int, ...]], combine: Any, dtype: torch.dtype
@@ -182,7 +186,7 @@ class Decoder(nn.Module):
 
 
 def around(name: str, decoder: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """The modes and patches that a decoder is called under."""
+    """Return the context of modes and patches that a decoder is called under."""
     if name not in MISUSED:
         return contextlib.nullcontext()
     return DECODERS[name.removeprefix("pool: ")].around(decoder)
@@ -191,7 +195,7 @@ def around(name: str, decoder: nn.Module) -> contextlib.AbstractContextManager[A
 def make(
     name: str, latent: int, shapes: list[tuple[int, ...]], combine: Any, dtype: torch.dtype, plain: bool
 ) -> nn.Module:
-    """The decoder of this name; a plain ``nn.Sequential`` where one can return the shapes."""
+    """Build the decoder of a name; if ``plain``, a ``nn.Sequential`` where it can return the shapes."""
     if name in MISUSED:
         return DECODERS[name.removeprefix("pool: ")].make(latent, math.prod(shapes[0]))
     if plain and name in ("sequential", "linear") and len(shapes) == 1:

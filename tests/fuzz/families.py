@@ -1,4 +1,4 @@
-"""Distributions over z: what the library is given, and the same in torch.distributions, in float64."""
+"""Distributions over z: the library's argument, and the same in torch.distributions in float64."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import fastvae
 
 
 class Family(NamedTuple):
-    """A family, as a posterior with rows [B] or as a prior without.
+    """Family, as a posterior with rows [B] or as a prior without.
 
     Attributes:
-        shapes: of the leaves for D latents, without the batch axis.
-        give: what the library is given, of the leaves (after ``before``).
-        exact: the same distribution of them in float64.
+        shapes: shapes of the leaves for D latents, without the batch axis.
+        give: the library's argument as a function of the leaves (after ``before``).
+        exact: the same distribution in float64.
         path: z as a differentiable function of the leaves, given its value (and the noise behind it).
-        before: what a user computes of the leaves first, in their own dtype, such as a scale.
+        before: a user's computation on the leaves, in their dtype, such as of a scale.
     """
 
     shapes: Callable[[int], Sequence[tuple[int, ...]]]
@@ -35,8 +35,8 @@ class Family(NamedTuple):
     strata: int = 0
     spatial: bool = False
     least_latent: int = 1
-    one_dtype: bool = False  # torch's own functions ask for one
-    wide: bool = False  # torch's own has no half precision
+    one_dtype: bool = False  # torch's own functions require a single dtype
+    wide: bool = False  # torch's own lacks half precision
     addressed: bool = True  # draws are functions of the library's own noise
 
 
@@ -45,7 +45,7 @@ def held(value: Tensor) -> Tensor:
 
 
 def located(loc: Tensor, scale: Tensor, z: Tensor) -> Tensor:
-    """loc + scale·w at the w that gives z."""
+    """Return loc + scale·w, differentiable in loc and scale, at the w that gives z."""
     return loc + scale * held((z - loc) / scale)
 
 
@@ -55,7 +55,7 @@ def triangular(mu: Tensor, tril: Tensor, z: Tensor) -> Tensor:
 
 
 class DirichletPath(torch.autograd.Function):
-    """z of a Dirichlet as a function of its concentration: torch's implicit derivative."""
+    """z of a Dirichlet as a function of its concentration, with torch's implicit derivative."""
 
     @staticmethod
     def forward(ctx, concentration, z):
@@ -94,11 +94,11 @@ def _two(d: int):
 
 
 def _exps(*places: int):
-    """Positive parameters from leaves that may be any: those at these places."""
+    """Return a function that exponentiates the leaves at the given positions, to make them positive."""
     return functools.partial(_exponentials, tuple(i in places for i in range(4)))
 
 
-# Not integers, which a compiler takes for dynamic sizes where two families differ in them.
+# Booleans, as a compiler would treat integers that differ between families as dynamic sizes.
 def _exponentials(positive: tuple[bool, ...], *leaves: Tensor) -> tuple[Tensor, ...]:
     return tuple(v.exp() if p else v for v, p in zip(leaves, positive, strict=False))
 
@@ -108,7 +108,7 @@ def _pair(give, **options) -> Family:
 
 
 def _scaled(give, exact, inner=located, **options) -> Family:
-    """Of leaves loc and log_scale."""
+    """Build a family with leaves loc and log_scale."""
     return Family(
         _two, give, lambda loc, s: exact(loc, s.exp()), lambda loc, s, z: inner(loc, s.exp(), z), **options
     )
@@ -119,7 +119,7 @@ def _log_path(loc, scale, z):
 
 
 class LogisticOf:
-    """By its definition: torch's composition of transforms cancels far from the centre."""
+    """Logistic distribution by definition: torch's composed transforms cancel far from the centre."""
 
     def __init__(self, loc, scale):
         self.loc, self.scale = loc, scale
@@ -152,7 +152,7 @@ def _low_rank_path(mu, logvar, factor, z, noise):
 
 
 class MixtureOf:
-    """Components and log weights [..., C], of z's last axis."""
+    """Mixture over z's last axis, of components and log weights [..., C]."""
 
     def __init__(self, parts, logits):
         self.parts, self.logits = parts, torch.log_softmax(logits, -1)
@@ -171,7 +171,7 @@ def _mixture_path(mu, logvar, loc, log_scale, logits, z, turns):
 
 
 def component_dtypes(leaves: Sequence[Tensor]) -> list[torch.dtype]:
-    """The dtypes of the components' draws."""
+    """Return the dtypes of the components' draws."""
     mu, logvar, loc, log_scale, _ = (t.dtype for t in leaves)
     return [torch.promote_types(mu, logvar), torch.promote_types(loc, log_scale)]
 
@@ -193,7 +193,7 @@ def _flat(*tensors: Tensor) -> list[Tensor]:
 
 
 def density(d: Any, z: Tensor) -> Tensor:
-    """log density of z's last axis."""
+    """Return the log density over z's last axis."""
     if not z.numel():  # torch's multivariate normal fails
         return z.sum(-1)
     value = d.log_prob(z)
@@ -365,12 +365,12 @@ POSTERIORS: dict[str, Family] = {
     ),
 }
 NORMAL = ("pair", "tensor", "diagonal", "softplus", "full", "low rank", "td.Normal", "spatial pair")
-# Each latent has a density of its own, and q's and the prior's KL is a sum over them.
+# Latents are independent, so the KL of q and the prior is a sum over them.
 UNIVARIATE = ("pair", "tensor", "diagonal", "softplus", "log scale", "scale", "list", "td.Normal")
 
 
 class NormalMixture:
-    """Of rows [U, D], by its definition: torch's own fails for empty tensors."""
+    """Normal mixture of rows [U, D] by definition: torch's own fails for empty tensors."""
 
     def __init__(self, mu, scale, logits):
         self.parts, self.logits = td.Normal(mu, scale), torch.log_softmax(logits, -1)
@@ -434,7 +434,7 @@ PRIORS: dict[str, Family] = {
 
 
 def priors_of(q: str, entry: str) -> list[str]:
-    """The priors whose support is q's (or contains it: a normal prior of positive latents was asked for)."""
+    """Return the priors whose support is or contains q's (such as an explicit normal for positive z)."""
     support, spatial = POSTERIORS[q].support, POSTERIORS[q].spatial
     if spatial:
         return ["none", "standard", "diagonal"]
@@ -456,12 +456,12 @@ def per_dimension(q: str, prior: str) -> bool:
 
 
 def turns(samples: int, seed: Tensor, count: int) -> Tensor:
-    """Which component each sample of a mixture is drawn from."""
+    """Return the component that each sample of a mixture is drawn from."""
     return torch.remainder(torch.arange(samples) + int(seed) % count, count)
 
 
 def closed_kl(q: Any, p: Any) -> Tensor | None:
-    """KL [B], or [B, D]; None where torch.distributions knows none."""
+    """Return the KL [B] or [B, D]; None if torch.distributions has no closed form."""
     q, p = (_joint(a) if isinstance(b, td.MultivariateNormal) else a for a, b in ((q, p), (p, q)))
     if not (isinstance(q, td.Distribution) and isinstance(p, td.Distribution)):
         return None
@@ -475,7 +475,7 @@ def closed_kl(q: Any, p: Any) -> Tensor | None:
 
 
 def _joint(d: Any) -> Any:
-    """A normal of independent dimensions as a multivariate one."""
+    """Convert a normal of independent dimensions to a multivariate one."""
     if type(d) is td.Normal and d.loc.dim():
         return td.MultivariateNormal(d.loc, torch.diag_embed(d.scale.square()))
     return d

@@ -1,4 +1,4 @@
-"""Likelihoods: what the library is given, data, and log densities element by element in float64."""
+"""Likelihoods: the library's argument, data, and elementwise log densities in float64."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CLASSES, COMPONENTS = 4, 3
 
 
 class Kind(NamedTuple):
-    """A likelihood.
+    """Likelihood.
 
     Attributes:
-        give: a fresh argument ``likelihood=``.
+        give: returns a fresh argument ``likelihood=`` for an event.
         data: x in float64, from standard uniforms.
-        outputs: the shapes that a decoder returns for an event.
+        outputs: shapes of a decoder's outputs for an event.
         log_prob: float64, elementwise [N, *event] (or [N]), of x, the outputs, and the given likelihood.
     """
 
@@ -39,8 +39,8 @@ class Kind(NamedTuple):
     may_be_large: bool = False
     events: tuple[tuple[int, ...], ...] = EVENTS
     combine: Callable[[list[Tensor]], Any] = lambda o: o[0] if len(o) == 1 else tuple(o)
-    native: Any = None  # the user's own log_prob, which is computed in whatever dtype the user has
-    scale: float = 1.0  # of the decoder's outputs
+    native: Any = None  # the user's own log_prob, computed in the user's dtype
+    scale: float = 1.0  # scale of the decoder's outputs
 
 
 def _one(event):
@@ -80,7 +80,7 @@ DATA = {
 
 
 def _declared(name: str) -> Kind:
-    """One with an op of its own: as its name, against the independent distribution that it declares."""
+    """Return a likelihood with its own op, by name, against its declared independent distribution."""
     cls = DECLARED[name]
     returned = len(cls.outputs) - len(cls.constants)
 
@@ -101,7 +101,7 @@ SIZED = ("poisson", "negative_binomial", "zero_inflated_negative_binomial")
 
 
 class Own(fastvae.Likelihood):
-    """A user's, of two lines."""
+    """User's likelihood."""
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         mean, log_scale = parameters
@@ -109,7 +109,7 @@ class Own(fastvae.Likelihood):
 
 
 class OwnOfRows(fastvae.Likelihood):
-    """A user's that is not a sum over elements: [N]."""
+    """User's likelihood that is not a sum over elements: [N]."""
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         return -(x - parameters).square().flatten(1).sum(1).add(1.0).log()
@@ -245,7 +245,7 @@ ZOO: dict[str, Kind] = {
 
 
 def _probabilities(name: str, cls: Any, **options: Any) -> None:
-    """The likelihoods whose decoders return probabilities or rates, where they exist."""
+    """Register a likelihood whose decoder returns probabilities or rates, if it exists."""
     try:
         cls(**options)
     except TypeError:
@@ -282,7 +282,7 @@ PLAIN = tuple(
 
 
 def read(parameters: Any) -> list[Tensor]:
-    """A decoder's output as a list of tensors."""
+    """Return a decoder's output as a list of tensors."""
     if isinstance(parameters, Mapping):
         return list(parameters.values())
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)

@@ -1,8 +1,8 @@
-"""The expected bound and gradients: formulas in float64, and how far rounding may carry them.
+"""Expected bound and gradients: formulas in float64, and sampled rounding errors.
 
-A tolerance is not chosen but sampled: the formula is computed again with every intermediate, forward and
-backward, moved at random by a rounding of the dtype that the library stores or computes it in; how far the
-results move is what rounding may do (Monte Carlo arithmetic; Parker 1997).
+The tolerance is sampled instead of chosen: the formula is recomputed with every intermediate, forward and
+backward, perturbed at random by a rounding of the dtype in which the library stores or computes it; the
+spread of the results is the allowed error (Monte Carlo arithmetic; Parker 1997).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ ENCODERS = {
 
 
 def shares(value: Value, w: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """By how much each sample reaches q: through z [K, B], and through the score of q [K, B]."""
+    """Return each sample's coefficients in q's gradient: of the path through z and of the score, [K, B]."""
     w = w.detach().requires_grad_()
     (g,) = torch.autograd.grad(value(w).sum(), w, create_graph=True)
     zero = torch.zeros_like(w)
@@ -122,10 +122,10 @@ def _signs(t: Tensor) -> Tensor:
 
 
 class Arithmetic:
-    """Exact, or with every number that passes moved by a rounding.
+    """Exact arithmetic, or arithmetic that perturbs every number by a rounding.
 
     Args:
-        unit: a rounding of the dtype that is computed in; 0 for exact arithmetic.
+        unit: unit roundoff of the dtype of the computation; 0 for exact arithmetic. Default: 0.
     """
 
     def __init__(self, unit: float = 0.0):
@@ -134,7 +134,7 @@ class Arithmetic:
     def __call__(
         self, t: Tensor, stored: torch.dtype | None = None, *, exact: bool = False, absolute: float = 0.0
     ) -> Tensor:
-        """``stored`` is the dtype in which its gradient (and, unless it is ``exact``, the number) is kept."""
+        """Perturb t; ``stored`` is the dtype of its gradient and, unless ``exact``, of the number."""
         if not self.unit or not t.is_floating_point():
             return t
         kept = self.unit if stored is None else max(self.unit, torch.finfo(stored).eps)
