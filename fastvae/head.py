@@ -223,7 +223,8 @@ class FusedHead(nn.Module):
     It returns not a tensor but a record of the layers and their input, which every objective, evaluation
     and likelihood accepts in place of the parameters: values and gradients equal those of the layers'
     outputs, to rounding. For K·B samples of a large event these outputs are the largest tensors of a training
-    step. Where the likelihood has no fused op, and with a mask or ``size_factor=``, they are computed as usual.
+    step. Where the likelihood has no fused op, and with ``mask=`` or ``size_factor=``, they are computed as
+    usual.
 
     Args:
         body: module z [N, D] -> h [N, H], which is called.

@@ -69,7 +69,7 @@ def lattice_log_marginal(
     at its ends, extended over half of its width. It excludes rounding, about 1e-6 of log p(x) in float32.
 
     Args:
-        data: data set, as in :func:`fastvae.evaluate`, but without ``prepare_batch``. All of it is kept in memory.
+        data: data set, as in :func:`fastvae.evaluate`, without ``prepare_batch``; kept in memory.
         decoder: z [U, D] -> parameters of the likelihood, called in eval mode.
         latent_dim: D, 1 to 3.
         points: n, a multiple of 3; :math:`n^D` points in all. Default: 3000, 255 and 66 for D = 1, 2 and 3,

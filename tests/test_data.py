@@ -144,7 +144,8 @@ def test_sizes_are_factors_of_the_mean(likelihood, backend):
 
     expected = every(x, a_q(), Scaled(), likelihood=likelihood)
     assert_same(every(x, a_q(), decoder, likelihood=likelihood, size_factor=size), expected)
-    assert_same(every(x.int(), a_q(), decoder, likelihood=likelihood, size_factor=size[:, None].int() * 0 + 1),
+    ones = size[:, None].int() * 0 + 1
+    assert_same(every(x.int(), a_q(), decoder, likelihood=likelihood, size_factor=ones),
                 every(x, a_q(), decoder, likelihood=likelihood))  # fmt: skip
 
 
@@ -472,15 +473,23 @@ WRONG = {
     "a size of another likelihood": (
         {"likelihood": "bernoulli", "size_factor": torch.ones(B)},
         TypeError,
-        ["size_factor is a factor of the mean of counts", "Bernoulli", "NegativeBinomial", "context="],
+        ["size_factor multiplies the mean of counts", "Bernoulli", "NegativeBinomial", "context="],
     ),
-    "a size of other rows": ({**POISSON, "size_factor": torch.ones(B - 1)}, ValueError, ["size_factor has shape [4]"]),
+    "a size of other rows": (
+        {**POISSON, "size_factor": torch.ones(B - 1)},
+        ValueError,
+        ["size_factor has shape [4]"],
+    ),
     "a size of 0": (
         {**POISSON, "size_factor": torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0])},
         ValueError,
         ["size_factor must be positive", "example 2 has 0", "leave it out"],
     ),
-    "a number for a size": ({**POISSON, "size_factor": 3.0}, TypeError, ["size_factor must be a tensor [B]", "float"]),
+    "a number for a size": (
+        {**POISSON, "size_factor": 3.0},
+        TypeError,
+        ["size_factor must be a tensor [B]", "float"],
+    ),
     "a context of other rows": (
         {"context": torch.ones(B + 1)}, ValueError, ["context has shape [6] but q has 5 rows"],
     ),

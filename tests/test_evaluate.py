@@ -1708,11 +1708,11 @@ def test_data_are_not_rounded_to_half_precision(dtype):
 
     class Counts(fastvae.Poisson):
         def log_likelihood(self, x, parameters, samples, beside=None):
-            seen.append((x, beside.size))
+            seen.append((x, beside.size_factor))
             return super().log_likelihood(x, parameters, samples, beside)
 
     fastvae.evaluate(
-        encoder, decoder, [(x, size)], k=3, unpack=lambda b: {"x": b[0] * 1.0, "size": b[1]},
+        encoder, decoder, [(x, size)], k=3, prepare_batch=lambda b: {"x": b[0] * 1.0, "size_factor": b[1]},
         likelihood=Counts(), progress=False,
     )  # fmt: skip
     for data, factors in seen:

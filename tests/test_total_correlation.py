@@ -34,7 +34,7 @@ def written_out(x, mu, logvar, weight, n=1, k=K):
     """Compute log-likelihood and the three parts [B], eqs. 2 and 5 of Chen et al. 2018."""
     seed = fastvae.random.draw_seed(DEVICE, generator(5))
     sigma = (0.5 * logvar).exp()
-    z = mu + sigma * fastvae.random.normal(seed, samples, B, D, dtype=torch.float64)
+    z = mu + sigma * fastvae.random.normal(seed, k, B, D, dtype=torch.float64)
     pairs = td.Normal(mu, sigma).log_prob(z[:, :, None])  # [K, z, posteriors, D]
     log_q = td.Normal(mu, sigma).log_prob(z).sum(2)
     joint = torch.logsumexp(pairs.sum(3), 2) - math.log(n * B)

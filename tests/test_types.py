@@ -55,7 +55,7 @@ reveal_type(fastvae.marginalize(x, bound, log_q=x, terms=either))  # Tensor | Ma
 
 vae = VAE(encoder, decoder, likelihood=Gaussian(scale=0.1))
 reveal_type(vae.elbo(x))  # Tensor
-reveal_type(vae.elbo(x, samples=3, reduction="none"))  # Tensor
+reveal_type(vae.elbo(x, k=3, reduction="none"))  # Tensor
 reveal_type(vae.elbo(x, terms=True))  # Terms
 reveal_type(vae.elbo(x, terms=either))  # Tensor | Terms
 reveal_type(vae.iwae(x, 5))  # Tensor
@@ -78,7 +78,7 @@ fastvae.elbo(x, q, decoder, sample=3)  # error
 fastvae.elbo(x, q, decoder, samples=3)  # error
 fastvae.iwae(x, q, decoder, samples=3)  # error
 fastvae.iwae(x, q, decoder, k="5")  # error
-fastvae.beta_tc(x, q, decoder, k=3)  # error
+fastvae.beta_tc(x, q, decoder, samples=3)  # error
 fastvae.log_weights(x, q, decoder)  # error
 fastvae.marginalize(x, bound, c=3)  # error
 vae.elbo(x, bta=0.5)  # error
@@ -111,7 +111,7 @@ def test_a_program(tmp_path):
 
 def test_overloads_do_not_show():
     names = list(inspect.signature(fastvae.elbo).parameters)
-    assert names[:3] == ["x", "q", "decoder"] and {"samples", "beta", "terms"} <= set(names)
+    assert names[:3] == ["x", "q", "decoder"] and {"k", "beta", "terms"} <= set(names)
     assert (
         "Evidence lower bound" in fastvae.elbo.__doc__ and ":func:`fastvae.elbo`" in fastvae.VAE.elbo.__doc__
     )

@@ -203,7 +203,7 @@ def evaluate(
                 context = each(
                     lambda t: seen_by_modules(t) if t.is_floating_point() else moved(t), beside.context
                 )
-                beside = Beside(each(moved, beside.mask), each(moved, beside.size), context)
+                beside = Beside(each(moved, beside.mask), each(moved, beside.size_factor), context)
             try:
                 q = as_posterior(called("encoder", encoder, seen, context))
             except Exception as error:

@@ -155,7 +155,7 @@ class Likelihood(nn.Module):
     def no_size(self) -> TypeError:
         known = ", ".join(kind.__name__ for kind in DECLARED.values() if kind.takes_size)
         return TypeError(
-            f"size_factor is a factor of the mean of counts, which a {type(self).__name__} likelihood does not "
+            f"size_factor multiplies the mean of counts, which a {type(self).__name__} likelihood does not "
             f"have; those that do: {known}. For others give it as context= and use it in the decoder"
         )
 
@@ -318,7 +318,7 @@ class Declared(Likelihood):
     def _sized(
         self, returned: Sequence[Tensor], samples: int, size_factor: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Multiply the mean by each example's ``size_factor``: add log size_factor to the first output, a log mean."""
+        """Multiply each example's mean by its size factor: add its log to the first output, a log mean."""
         if size_factor is None:
             return tuple(returned)
         if not self.takes_size:
