@@ -1,5 +1,7 @@
-"""Builds fastvae._C (pybind11 and the C++ standard library, no libtorch) and installs kernels/ as
-fastvae.kernels. With FASTVAE_NO_EXTENSION=1 in the environment, fastvae._C is left out.
+"""Build fastvae._C and install kernels/ as fastvae.kernels.
+
+The extension is pybind11 and the C++ standard library, without libtorch. With FASTVAE_NO_EXTENSION=1 in the
+environment it is left out.
 """
 
 import glob

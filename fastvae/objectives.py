@@ -513,8 +513,8 @@ def bound(
         q_objective: bound that trains q, on the same samples. Default: the objective.
             ``objective=IWAE(), q_objective=IWAE(groups=8)`` is PIWAE (Rainforth et al. 2018),
             ``q_objective=WakePhi()`` reweighted wake–sleep. As for ``"dreg"`` of :func:`iwae`, the decoder
-            must treat rows independently. Where gradients by z are float16, the weight of decoder and prior in
-            a sample is raised to at least 2⁻¹¹ of the encoder's, a difference that float16 cannot resolve;
+            must treat rows independently. Where gradients by z are float16, the weight of decoder and prior
+            in a sample is raised to at least 2⁻¹¹ of the encoder's, a difference that float16 cannot resolve;
             scale the loss, as float16 requires in any case.
         likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
         prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.

@@ -35,7 +35,7 @@ def accepted() -> dict[tuple[str, ...], Entry]:
 
 
 def stale_accepted() -> list[str]:
-    """Accepted survivors that the generator no longer makes."""
+    """List accepted survivors that the generator no longer makes."""
     today = {file: {s.key for s in sites(file)} for file in {key[0] for key in accepted()} & set(sources())}
     return [
         f"{e.table}, line {e.line}: no mutant of {e.file} {e.function} ({e.words}) is "
@@ -88,7 +88,7 @@ def _generated(chosen: list[Site], jobs: int, cap: float) -> int:
 
 
 def _job(entry: Entry | None, kind: str, tests: list[str]) -> Job:
-    """What runs an entry's tests on its mutant, or tests on unchanged code."""
+    """Return a function that runs an entry's tests on its mutant, or on unchanged code."""
 
     def work(folder: Path) -> int:
         if kind == "cpp":

@@ -26,14 +26,14 @@ class Block(NamedTuple):
 
 
 def sources() -> list[str]:
-    """The Python files that are mutated, as paths from the root; kernels lie in their own folder."""
+    """List the Python files that are mutated, as paths from the root; kernels lie in their own folder."""
     found = [*(ROOT / "fastvae").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     names = {name_of(p) for p in found}
     return sorted(n for n in names if n is not None)
 
 
 def name_of(path: str | Path, root: Path = ROOT) -> str | None:
-    """A source file's path from the root; kernels may be reached through fastvae/kernels, too."""
+    """Return a source file's path from the root; kernels may be reached through fastvae/kernels, too."""
     try:
         name = Path(path).relative_to(root).as_posix()
     except ValueError:
@@ -75,6 +75,6 @@ def blocks(tree: ast.AST, file: str) -> Iterator[Block]:
 
 
 def block_at(tree: ast.AST, file: str, line: int) -> str | None:
-    """The key of the innermost block with this line; None outside functions."""
+    """Return the key of the innermost block with this line; None outside functions."""
     found = [b for b in blocks(tree, file) if b.first <= line <= b.last]
     return max(found, key=lambda b: (b.first, -b.last)).key if found else None

@@ -111,7 +111,7 @@ class _Finder(ast.NodeVisitor):
         self.functions.pop()
 
     def _leave(self, node: ast.AST) -> None:
-        """What only fails, in words, or only checks types."""
+        """Skip code that only raises, formats messages or checks types."""
 
     visit_Raise = visit_Assert = visit_JoinedStr = visit_Import = visit_ImportFrom = _leave
 
@@ -269,7 +269,7 @@ def sites(file: str, source: str | None = None) -> list[Site]:
 
 
 def applied(site: Site, source: str) -> str:
-    """The file's text with one mutant in it."""
+    """Return the file's text with one mutant in it."""
     raw = source.encode()
     return (raw[: site.start] + site.text.encode() + raw[site.end :]).decode()
 
@@ -310,7 +310,7 @@ def sample(found: dict[str, list[Site]], seed: int, count: int) -> list[Site]:
 
 
 def changed_lines(base: str) -> dict[str, set[int]]:
-    """The lines that the working tree has and the commit it branched from does not, of each source file."""
+    """Find the lines of each source file that the commit it branched from does not have."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)

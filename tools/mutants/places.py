@@ -59,7 +59,7 @@ class Stale(Exception):
 
 
 def read_table(name: str) -> list[Entry]:
-    """The entries of a table in this folder."""
+    """Read the entries of a table in this folder."""
     entries, file = [], ""
     for number, row in enumerate((HERE / name).read_text().splitlines(), 1):
         if row.startswith("["):
@@ -145,7 +145,7 @@ def _name_before(header: str) -> str:
 
 
 def pattern(fragment: str) -> re.Pattern[str]:
-    """A fragment in any layout: its words and signs in order, with whitespace or none between them."""
+    """Compile a fragment in any layout: its words and signs in order, with whitespace or none between them."""
     words = re.findall(r"\w+|[^\w\s]", fragment)
     text = re.escape(words[0])
     for before, word in zip(words, words[1:], strict=False):
@@ -156,7 +156,7 @@ def pattern(fragment: str) -> re.Pattern[str]:
 
 
 def locate(entry: Entry, root: Path = ROOT) -> tuple[int, int]:
-    """The first and last character of an entry's fragment in its file."""
+    """Find the first and last character of an entry's fragment in its file."""
     text = _source(entry.file, root)
     if not text:
         raise Stale(entry, "no such file; where its function went, name that file, or delete the entry")
@@ -179,14 +179,14 @@ def locate(entry: Entry, root: Path = ROOT) -> tuple[int, int]:
 
 
 def mutated(entry: Entry, root: Path = ROOT) -> str:
-    """The file's text with an entry's change in it."""
+    """Return the file's text with an entry's change in it."""
     text = _source(entry.file, root)
     first, last = locate(entry, root)
     return text[:first] + entry.new + text[last:]
 
 
 def stale(entries: list[Entry]) -> list[str]:
-    """What is wrong with each entry that does not apply to the code."""
+    """Explain what is wrong with each entry that does not apply to the code."""
     problems = []
     for entry in entries:
         try:
