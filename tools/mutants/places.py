@@ -145,7 +145,7 @@ def _name_before(header: str) -> str:
 
 
 def pattern(fragment: str) -> re.Pattern[str]:
-    """Compile a fragment in any layout: its words and signs in order, with whitespace or none between them."""
+    """Compile a fragment in any layout: its words and signs in order, whitespace between them optional."""
     words = re.findall(r"\w+|[^\w\s]", fragment)
     text = re.escape(words[0])
     for before, word in zip(words, words[1:], strict=False):
