@@ -208,7 +208,7 @@ class Recording:
         return self.by_block.get(key) or [t for t in self.seconds if t.partition("::")[0] in files]
 
     def choose(self, key: str | None, file: str, cap: float) -> list[str]:
-        """Choose a mutant's tests within a number of seconds: its module's own, then those of all files in turn.
+        """Choose a mutant's tests within some seconds: its module's own, then those of all files in turn.
 
         A module's own test file has its name, or else enters most of its blocks.
         """
