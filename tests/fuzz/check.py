@@ -336,7 +336,9 @@ def expected(
         )
         inner = [r(t.double(), t.dtype, exact=True) for t in stated]
         p = prior.exact(*inner)
-        log_q, log_p = (r(families.density(d, at), absolute=c.latent) for d in (q, p))
+        # Half precision rounds the z of the prior's density, and not the noise that some of q's are of.
+        log_q = r(families.density(q, at), absolute=c.latent)
+        log_p = r(families.density(p, r(path, z.dtype)), absolute=c.latent)
         frozen_q = family.exact(*(t.detach() for t in inputs))
         log_q_of_z = r(families.density(frozen_q, at), absolute=c.latent)
         log_likelihood = _log_likelihood(built, r(path, z.dtype, exact=True), z.dtype, samples, r, kind)
@@ -515,7 +517,7 @@ def _gradients(
 def _loss_scale(case: Case) -> float:
     """Return a loss factor that keeps a float16 decoder's gradients of small shares from underflow."""
     by_sample = case.encoder or (case.estimator == "dreg" and case.entry in ("iwae", "bound"))
-    return 64.0 if by_sample and case.net_dtype == torch.float16 else 1.0
+    return 64.0 if by_sample and torch.float16 in (case.net_dtype, *case.q_dtypes) else 1.0
 
 
 def _grad(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
