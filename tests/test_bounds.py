@@ -66,13 +66,13 @@ def tvo(w, betas):
 BETAS = (0.0, 0.1, 0.5)
 CASES = {
     "iwae": (IWAE, {}, lme),
-    "miwae": (IWAE, {"m": 4}, lambda w: of_groups(w, 4)),
+    "miwae": (IWAE, {"groups": 4}, lambda w: of_groups(w, 4)),
     "vr": (IWAE, {"alpha": 0.3}, lambda w: power(w, 0.3)),
     "vr of a tensor": (IWAE, {"alpha": tensor_alpha(0.3)}, lambda w: power(w, 0.3)),
     "vr beyond 1": (IWAE, {"alpha": 1.5}, lambda w: power(w, 1.5)),
     "vr below 0": (IWAE, {"alpha": -1.0}, lambda w: power(w, -1.0)),
     "vr close to 1": (IWAE, {"alpha": 1 - 1e-6}, lambda w: w.mean() + 0.5e-6 * w.var(correction=0)),
-    "vr of groups": (IWAE, {"m": 3, "alpha": 0.6}, lambda w: of_groups(w, 3, 0.6)),
+    "vr of groups": (IWAE, {"groups": 3, "alpha": 0.6}, lambda w: of_groups(w, 3, 0.6)),
     "elbo": (IWAE, {"alpha": 1.0}, lambda w: w.mean()),
     "elbo of a tensor": (IWAE, {"alpha": tensor_alpha(1.0)}, lambda w: w.mean()),
     "ciwae": (CIWAE, {"beta": 0.3}, lambda w: 0.3 * w.mean() + 0.7 * lme(w)),
@@ -663,14 +663,14 @@ def test_errors():
     model = Model()
     for call, error, message in (
         (lambda: model.bound(IWAE(groups=5)), ValueError, r"groups=5 does not divide k=12 samples"),
-        (lambda: model.bound(UStatistic(5)), ValueError, r"groups=5 does not divide k=12"),
+        (lambda: model.bound(UStatistic(5)), ValueError, r"m=5 does not divide k=12"),
         (lambda: model.bound(UStatistic(4)), ValueError, r"permutations=10 is more than the k/m = 3 ways"),
         (lambda: model.bound(Jackknife(), k=1), ValueError, r"needs k of at least 2"),
         (lambda: model.bound(WakePhi()), ValueError, r"use q_objective=WakePhi\(\)"),
         (lambda: model.bound("iwae"), TypeError, r"objective must be a bound of fastvae.bounds"),
         (lambda: model.bound(IWAE(), q_objective="wake"), TypeError, r"q_objective must be a bound"),
         (lambda: model.bound(IWAE(), k=0), ValueError, r"k must be at least 1"),
-        (lambda: IWAE(groups=0), ValueError, r"m must be at least 1"),
+        (lambda: IWAE(groups=0), ValueError, r"groups must be at least 1"),
         (lambda: IWAE(alpha=math.nan), ValueError, r"alpha must be finite, the order"),
         (lambda: IWAE(alpha=-math.inf), ValueError, r"alpha must be finite, the order"),
         (lambda: IWAE(alpha=torch.zeros(3)), ValueError, r"alpha is a tensor \[3\]"),
