@@ -234,6 +234,18 @@ def test_many_blocks(samples, batch, size, inner, reduction):
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
 
 
+def test_more_outputs_than_a_product_takes_at_once():
+    """Single precision: gradients of 1100 outputs are those of float64 to its roundings."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        x, h, weight, bias = wide_case(2, 30, 1100, 20, dtype=torch.float32)
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (h, weight, bias)]
+        rows = head.linear_rows("bernoulli", x, Layers(*leaves, None, None))
+        found[dtype] = torch.autograd.grad(rows.sum(), leaves)
+    for got, expected in zip(found[torch.float32], found[torch.float64], strict=True):
+        assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
 @pytest.mark.skipif(CUDA, reason="blocks of the C++")
 def test_what_is_too_large_to_be_kept_is_made_again():
     """Outputs of 72 MB per row are recomputed instead of kept between the two passes over them."""
