@@ -232,4 +232,4 @@ def elbo_options(model: fastvae.VAE, x: Tensor, samples: int = 1) -> dict[str, A
     """Return options of the ELBO: the KL in closed form if known, and ``samples`` draws per stratum of q."""
     q = model.posterior(x)
     known = q.own_prior is not None or closed_kl(q, model.prior) is not None
-    return {"kl": "analytic" if known else "mc", "samples": samples * q.strata}
+    return {"kl": "analytic" if known else "mc", "k": samples * q.strata}
