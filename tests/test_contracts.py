@@ -85,7 +85,7 @@ def test_forms_of_q(form):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
 
     for objective, options in (
-        (fastvae.elbo, {"samples": 2}),
+        (fastvae.elbo, {"k": 2}),
         (fastvae.iwae, {"k": K, "estimator": "dreg"}),
     ):
         results = []

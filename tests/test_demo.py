@@ -373,10 +373,10 @@ def test_the_kl_is_closed_where_it_is_known():
         return latents.elbo_options(model, torch.zeros(2, 64), 10)
 
     assert kl() == kl(posterior="full", prior="learned") == kl(posterior="laplace")
-    assert kl() == {"kl": "analytic", "samples": 10}
-    assert kl(posterior="student_t") == kl(prior="vamp") == {"kl": "mc", "samples": 10}
+    assert kl() == {"kl": "analytic", "k": 10}
+    assert kl(posterior="student_t") == kl(prior="vamp") == {"kl": "mc", "k": 10}
     # 10 per component.
-    assert kl(posterior="mixture") == {"kl": "mc", "samples": 20}
+    assert kl(posterior="mixture") == {"kl": "mc", "k": 20}
 
 
 def test_unknown_latents(tmp_path, monkeypatch, capsys):

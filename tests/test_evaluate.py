@@ -1685,7 +1685,7 @@ def test_anomaly_score():
         x, q(x), model.decoder, k=30, likelihood=model.likelihood, generator=generator(9)
     )
     assert torch.equal(got, expected)
-    with pytest.raises(ValueError, match="samples must be at least 1"):
+    with pytest.raises(ValueError, match="k must be at least 1"):
         vae.anomaly_score(x, 0)
 
 

@@ -902,7 +902,7 @@ def test_compiled(objective, name):
     encoder = Encoder(name).to(DEVICE)
     prior = fastvae.NormalMixture(*(nn.Parameter(randn(U, D, seed=s)) for s in (1, 2)))
     decoder = nn.Linear(D, X).to(DEVICE)
-    options = {"kl": "mc", "samples": 4} if objective is fastvae.elbo else {"k": 4}
+    options = {"kl": "mc", "k": 4} if objective is fastvae.elbo else {"k": 4}
 
     def step(x):
         return objective(x, encoder(x), decoder, prior=prior, **options, **BERNOULLI)

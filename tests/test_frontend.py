@@ -74,7 +74,7 @@ def test_terms_of_the_monte_carlo_elbo_are_means_over_the_draws():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kl": "mc"}, {"kl": "mc", "samples": K}, {"free_bits": 0.3}, {"samples": K}], ids=str
+    "options", [{}, {"kl": "mc"}, {"kl": "mc", "k": K}, {"free_bits": 0.3}, {"k": K}], ids=str
 )
 def test_beta_weighs_every_kind_of_kl(options):
     """β scales every kind of KL in value and gradient."""
@@ -402,7 +402,7 @@ def test_an_anomaly_score_is_minus_an_and_chos_reconstruction_probability():
         logits = vae.decoder(_samples(mu, logvar, samples, 22))
         each = td.Bernoulli(logits=logits).log_prob(x).sum(2).detach()
         expected = math.log(samples) - torch.logsumexp(each, 0)
-        options = {} if samples == 100 else {"samples": samples, "k_chunk": 4}
+        options = {} if samples == 100 else {"k": samples, "k_chunk": 4}
         got = vae.anomaly_score(x, generator=generator(22), **options)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="k_chunk must be at least 1"):

@@ -472,8 +472,8 @@ def assert_same(found, expected):
 
 
 CALLS = {
-    "elbo": (fastvae.elbo, {"samples": K}),
-    "terms": (fastvae.elbo, {"terms": True, "samples": K}),
+    "elbo": (fastvae.elbo, {"k": K}),
+    "terms": (fastvae.elbo, {"terms": True, "k": K}),
     "iwae": (fastvae.iwae, {"k": K}),
     "each": (fastvae.iwae, {"k": K, "reduction": "none"}),
     "dreg": (fastvae.iwae, {"k": K, "estimator": "dreg"}),

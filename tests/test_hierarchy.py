@@ -442,7 +442,7 @@ def test_one_level_is_an_ordinary_posterior(backend, dtype, learned):
 def test_free_bits_are_of_each_dimension():
     model = Networks("residual")
     x = data()
-    options = {"likelihood": LIKELIHOOD, "samples": K}
+    options = {"likelihood": LIKELIHOOD, "k": K}
     q = model(x)
     _, kl = q.rsample_kl(model.hierarchy, K, seed_of(1), per_dimension=True)
     assert kl.shape == (B, 9)
@@ -547,7 +547,7 @@ def test_networks_run_once_for_a_draw():
     q = hierarchy(x)
     for run in (fastvae.elbo, fastvae.iwae):
         calls.clear()
-        run(x, q, decoder, likelihood=LIKELIHOOD, **({"k": K} if run is fastvae.iwae else {"samples": K}))
+        run(x, q, decoder, likelihood=LIKELIHOOD, k=K)
         assert sorted(calls) == [("p2", K * B), ("q1", B), ("q2", B)]
 
 

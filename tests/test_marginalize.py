@@ -538,7 +538,7 @@ def test_the_mixture_prior_gives_the_same_log_px(mixture):
 def test_the_mixture_prior_has_the_higher_elbo(mixture):
     """The mixture prior has the higher ELBO on the same draws, as log Σ p(y) exp is convex (Jensen)."""
     x, q, decoder, prior, _ = mixture
-    options = {"likelihood": "bernoulli", "samples": K, "kl": "mc", "reduction": "none"}
+    options = {"likelihood": "bernoulli", "k": K, "kl": "mc", "reduction": "none"}
     inside = fastvae.elbo(x, q, decoder, prior=prior, generator=generator(5), **options)
 
     def bound(x, y):

@@ -256,7 +256,7 @@ def test_beta_may_be_a_tensor(backend, kl):
     x = randn(B, X, seed=21)
 
     def bound(beta, **options):
-        shared = {"samples": 2, "kl": kl, "reduction": "none", "generator": generator(1)}
+        shared = {"k": 2, "kl": kl, "reduction": "none", "generator": generator(1)}
         return fastvae.elbo(x, encoder(x), decoder, beta=beta, **shared, **options)
 
     each = bound(1.0, terms=True).kl
@@ -491,7 +491,7 @@ def test_terms_add_up():
         {},
         {"beta": 0.25},
         {"beta": 0.0},
-        {"kl": "mc", "samples": 4},
+        {"kl": "mc", "k": 4},
         {"free_bits": 0.7, "beta": 3.0},
     ):
         terms, *_ = _elbo(terms=True, **options)

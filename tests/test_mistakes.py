@@ -135,7 +135,7 @@ def test_reductions_run_over_the_batch_only():
     # sums.
     _, decoder = models.networks(X, D)
     x, mu, logvar = randn(B, X, seed=15), randn(B, D, seed=16), randn(B, D, seed=17)
-    for objective, options in ((fastvae.elbo, {"samples": K}), (fastvae.iwae, {"k": K})):
+    for objective, options in ((fastvae.elbo, {"k": K}), (fastvae.iwae, {"k": K})):
         call = functools.partial(objective, x, (mu, logvar), decoder, **options)
         each, total, mean = (call(reduction=r, generator=generator(4)) for r in ("none", "sum", "mean"))
         assert each.shape == (B,)

@@ -947,7 +947,7 @@ def test_autocast(likelihood):
         return seen["out"]
 
     for objective in (fastvae.elbo, fastvae.iwae):
-        options = {"samples": K} if objective is fastvae.elbo else {"k": K}
+        options = {"k": K}
         options |= {"likelihood": likelihood, "reduction": "none"}
         full = objective(x, encoder(x), decoder, generator=generator(10), **options)
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
@@ -1117,7 +1117,7 @@ def _train_a_module_on_one_rank(rank: int, ranks: int, store: str) -> None:
     try:
         every = (
             {},
-            {"objective": "elbo", "samples": 2, "beta": torch.tensor(0.3)},
+            {"objective": "elbo", "k": 2, "beta": torch.tensor(0.3)},
             {"objective": "iwae", "k": K, "estimator": "dreg"},
             {"objective": "iwae", "k": K, "k_chunk": 3},
         )
