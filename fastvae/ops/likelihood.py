@@ -311,20 +311,21 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
     return log_prob
 
 
-_DOCUMENTATION = """log p(x|z) of a {name} likelihood, summed over the event, by the formula of
-    :class:`fastvae.likelihoods.{owner}`.
+_DOCUMENTATION = """Compute log p(x|z) of a {name} likelihood, summed over the event.
+
+    The formula is that of :class:`fastvae.likelihoods.{owner}`.
 
     Args:
         x: data [B, *event]; broadcast over the leading axes of {first}.
         {first}: [..., B, *event].{others}
 
     Returns:
-        nats [..., B], in float32 (float64 if one of the arguments is).
+        Nats [..., B], in float32 (float64 if an argument is).
 
     Raises:
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
-        ValueError: if x is out of range: always on a CPU; on a GPU, where it would cost a
-            synchronisation, if the environment variable FASTVAE_CHECK is 1.
+        ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
+            synchronisation, only if the environment variable FASTVAE_CHECK is 1.
     """
 _OF_OTHERS = """
         {name}: broadcastable to {first}: a tensor like it, one row [*event], or one number."""
