@@ -465,6 +465,8 @@ def closed_kl(q: Any, p: Any) -> Tensor | None:
     q, p = (_joint(a) if isinstance(b, td.MultivariateNormal) else a for a, b in ((q, p), (p, q)))
     if not (isinstance(q, td.Distribution) and isinstance(p, td.Distribution)):
         return None
+    if isinstance(q, td.MultivariateNormal) and not q.loc.numel():  # torch's formula fails
+        return q.loc.sum(-1)
     if isinstance(p, td.Normal) and p.loc.dim() == 0 and isinstance(q, td.MultivariateNormal):
         p = td.Normal(p.loc.expand(q.loc.shape[-1:]), p.scale.expand(q.loc.shape[-1:]))
         p = _joint(p)
