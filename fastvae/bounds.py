@@ -455,8 +455,9 @@ class WakePhi(Bound):
 
 
 # Least weight of a sample for the decoder. Samples with a smaller weight get this one, so that the encoder's
-# weight, which is relative to it, stays finite. The weights sum to 1, so the change is below rounding.
-_LEAST = {torch.float32: 2.0**-100, torch.float64: 2.0**-800}
+# weight, which is relative to it, stays finite. The weights sum to 1, so the change is below rounding. The same
+# for float64: the decoder, z or the prior may be in float32, where less would underflow.
+_LEAST = 2.0**-100
 # Float16 gradients lack that range: there the decoder's weight is at least this fraction of the encoder's.
 # The weights sum to 1, so this adds at most half a unit in the last place of float16.
 _LEAST_OF_FLOAT16 = 2.0**-11
@@ -482,7 +483,7 @@ class _Weighed(torch.autograd.Function):
             return bound.to(dtype), grads, None
         to_q = without_denormals(encoder.told(wide), dtype)
         if encoder.route != "score":
-            floor = torch.full_like(grads, _LEAST[dtype])
+            floor = torch.full_like(grads, _LEAST)
             if float16:
                 floor = torch.maximum(floor, _LEAST_OF_FLOAT16 * to_q.abs())
             least = torch.copysign(floor, grads)

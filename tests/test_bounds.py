@@ -538,6 +538,32 @@ def test_edges(backend):
         assert not grad[:, 1].any()
 
 
+@pytest.mark.parametrize("wide", ["x", "q", "x and q", "all"])
+@pytest.mark.parametrize("prior", ["diagonal", "torch"])
+@pytest.mark.parametrize("second", [IWAE(alpha=1.0), IWAE(groups=4), IWAE(estimator="dreg")], ids=repr)
+def test_samples_without_weight_teach_q_in_mixed_precision(wide, prior, second):
+    """Weights that float64 has, and that underflow in a decoder, prior or z in float32."""
+    gradients = []
+    for exact in (False, True):
+        dtype = lambda part, exact=exact: (  # noqa: E731
+            torch.float64 if exact or wide == "all" or part in wide.split(" and ") else torch.float32
+        )
+        x = 40 * rand(B, X, seed=1).cpu().to(dtype("x"))
+        mu, logvar = (randn(B, D, seed=s).cpu().to(dtype("q")).requires_grad_() for s in (2, 3))
+        weight = randn(X, D, seed=4).cpu().to(dtype("decoder"))
+        zeros = torch.zeros(D, dtype=dtype("prior"))
+        normal = torch.distributions.MultivariateNormal(zeros, torch.eye(D, dtype=dtype("prior")))
+        bound = fastvae.bound(
+            x, (mu, logvar), lambda z, weight=weight: z.to(weight.dtype) @ weight.T, IWAE(), k=K,
+            q_objective=second, likelihood=fastvae.Gaussian(0.1), reduction="sum",
+            prior=normal if prior == "torch" else fastvae.DiagonalNormal(zeros, zeros),
+            generator=torch.Generator().manual_seed(7),
+        )  # fmt: skip
+        gradients.append(torch.autograd.grad(bound, (mu, logvar)))
+    for got, expected in zip(*gradients, strict=True):
+        assert float((got - expected).norm() / expected.norm()) < 1e-3
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [1, 30, 1000])
 def test_log_weights_far_apart(name, scale):

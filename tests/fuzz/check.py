@@ -341,7 +341,8 @@ def expected(
         log_p = r(families.density(p, r(path, z.dtype)), absolute=c.latent)
         frozen_q = family.exact(*(t.detach() for t in inputs))
         log_q_of_z = r(families.density(frozen_q, at), absolute=c.latent)
-        log_likelihood = _log_likelihood(built, r(path, z.dtype, exact=True), z.dtype, samples, r, kind)
+        inside = min(z.dtype, decoders.dtype(c.decoder, c.net_dtype), key=_digits)
+        log_likelihood = _log_likelihood(built, r(path, inside, exact=True), z.dtype, samples, r, kind)
         share = torch.zeros(c.k, 1, dtype=torch.float64)
         if family.strata:
             logits = torch.log_softmax(inputs[4], -1) + math.log(2)

@@ -115,7 +115,7 @@ def fits(name: str, compiled: str, by_sample: bool, batch: int, learned: bool) -
         return False
     if name == "pool: tensor hook" and by_sample:  # it clamps gradients, of which estimators have others
         return False
-    if name == "batch norm" and (by_sample or batch < 2):
+    if name.endswith("batch norm") and (by_sample or batch < 2):
         return False
     uncompiled = ("reentrant", "backward hook", "vmap", "weight norm", "tensor hook", "weights change")
     return not (compiled and name in uncompiled)
