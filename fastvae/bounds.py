@@ -455,8 +455,8 @@ class WakePhi(Bound):
 
 
 # Least weight of a sample for the decoder. Samples with a smaller weight get this one, so that the encoder's
-# weight, which is relative to it, stays finite. The weights sum to 1, so the change is below rounding. The same
-# for float64: the decoder, z or the prior may be in float32, where less would underflow.
+# weight, which is relative to it, stays finite. The weights sum to 1, so the change is below rounding. It is
+# the same for float64: the decoder, z or the prior may be in float32, where less would underflow.
 _LEAST = 2.0**-100
 # Float16 gradients lack that range: there the decoder's weight is at least this fraction of the encoder's.
 # The weights sum to 1, so this adds at most half a unit in the last place of float16.
