@@ -646,7 +646,7 @@ def test_compiled(objective):
 
 
 def test_a_vae_takes_a_bound():
-    """As a method and as the objective of a call, with terms."""
+    """A VAE takes a bound as a method and as the objective of a call, with terms."""
     torch.manual_seed(0)
     vae = fastvae.VAE(torch.nn.Linear(X, 2 * D), torch.nn.Linear(D, X), likelihood="bernoulli").to(DEVICE)
     x = rand(B, X, seed=1)

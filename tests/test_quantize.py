@@ -173,7 +173,7 @@ def test_moving_averages_far_from_the_origin():
 
 
 def test_unused_codes_stay_for_ever():
-    """Unused codes stay: after so many steps that 0.5^t underflows, nothing is NaN, and a code may return."""
+    """Unused codes stay: after enough steps for 0.5^t to underflow, nothing is NaN, and a code may return."""
     vq = quantizer(2, 1, dtype=torch.float32, decay=0.5).train()
     with torch.no_grad():
         vq.codebook.copy_(torch.tensor([[0.0], [10.0]]))

@@ -1,1 +1,1 @@
-"""What developers run on a checkout; nothing here is installed."""
+"""Developer tools, run on a checkout and not installed."""

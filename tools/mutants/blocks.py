@@ -43,7 +43,7 @@ def name_of(path: str | Path, root: Path = ROOT) -> str | None:
 
 
 def is_text(node: ast.stmt) -> bool:
-    """Whether a statement is a docstring."""
+    """Return True if a statement is a docstring."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)

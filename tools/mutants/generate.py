@@ -42,7 +42,7 @@ _LEAST = 14  # characters of an old fragment, if its statement has as many
 
 
 class Site(NamedTuple):
-    """One place and what it becomes: bytes `start` to `end` of the file are replaced by `text`.
+    """Replacement in one place: bytes `start` to `end` of the file are replaced by `text`.
 
     `old` and `new` are the expression around it, long enough to be recognised, with whitespace collapsed.
     """
@@ -280,7 +280,7 @@ def _meaning(source: str) -> str:
 
 
 def parses(site: Site, source: str) -> bool:
-    """Whether a mutant is Python, and other Python than before."""
+    """Return True if a mutant parses and differs from the original."""
     try:
         return ast.dump(ast.parse(applied(site, source))) != _meaning(source)
     except SyntaxError:

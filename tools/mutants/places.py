@@ -26,7 +26,7 @@ _CONTROL = ("if", "for", "while", "switch", "do", "else", "try", "catch", "retur
 
 
 class Entry(NamedTuple):
-    """One entry of a table; `words` are tests, or the operator that an accepted survivor comes from."""
+    """Entry of a table; `words` are tests, or the operator that an accepted survivor comes from."""
 
     table: str
     line: int
@@ -108,7 +108,7 @@ def _blank(match: re.Match[str]) -> str:
 
 
 def _cpp_scopes(text: str) -> list[tuple[str, int, int]]:
-    """By the braces, comments and texts blanked; what is before a brace names its scope."""
+    """Find scopes by braces, with comments and strings blanked; the text before a brace names its scope."""
     skipped = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'|^[ \t]*#(?:\\\n|[^\n])*'
     code = re.sub(skipped, _blank, text, flags=re.S | re.M)
     found: list[tuple[str, int, int]] = []

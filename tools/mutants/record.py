@@ -174,7 +174,7 @@ def record(test_files: list[str], jobs: int) -> int:
 
 
 class Recording:
-    """What was recorded: tests by block, and each one's seconds."""
+    """Recorded tests by block, and the seconds of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -18,7 +18,7 @@ NOT_COMPILED, UNKNOWN = 98, 99
 
 
 class Job(NamedTuple):
-    """What one process does: the parent prepares the copy, the child works and gives an exit code."""
+    """Worker process: the parent prepares the copy, the child works and gives an exit code."""
 
     name: object
     prepare: Callable[[Path], Callable[[], None] | None]
@@ -39,7 +39,7 @@ class Done(NamedTuple):
         return lines[-1][:160] if lines else ""
 
     def verdict(self) -> tuple[bool, str]:
-        """Whether a mutant was caught, and by what."""
+        """Return whether a mutant was caught, and by which test."""
         named = [row for row in self.text.splitlines() if row.startswith(("FAILED", "ERROR"))]
         first = (named or [self.last()])[0][:110]
         if self.code is None:
