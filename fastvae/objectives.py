@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from . import _backend, _stream
 from ._checks import (
@@ -22,9 +23,9 @@ from ._checks import (
 )
 from ._inputs import Inputs, weigh_samples
 from ._nested import Beside, tensors
+from ._recompute import repeatable
 from ._stream import Chunks
 from ._teach import teaches
-from ._versions import Versions
 from .bounds import IWAE, Bound, weighed
 from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
 from .distributions.draws import describe, say_monte_carlo
@@ -379,8 +380,8 @@ def iwae(
         k_chunk: samples per chunk, to train in the memory of one chunk. Activations are dropped and
             recomputed in the backward pass with the same noise (including the decoder's, such as dropout), so
             that the gradient is that of all samples, at the cost of one more forward pass. The decoder is
-            called with N = k_chunk·B; batch statistics, as in BatchNorm, are computed per chunk and updated
-            twice. Default: all k at once.
+            called with N = k_chunk·B; batch statistics, as in BatchNorm, are computed per chunk. Default: all
+            k at once.
         noise: ``"philox"`` (default), independent draws, or ``"qmc"``, one randomised quasi-Monte-Carlo point
             set for each example (:mod:`fastvae.random`): an unbiased estimate of p(x) with less variance
             where few latents matter, hence a tighter bound; best with k a power of 2. These draws use
@@ -777,39 +778,21 @@ def _chunked(
         return [inputs.log_likelihood(z, seen), *(t for t in drawn if t is not None)]
 
     if not torch.compiler.is_compiling():
-        draw = _unchanged(draw, inputs)
+        aside = inputs.beside or Beside()
+        read = {
+            "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
+            "likelihood": inputs.likelihood, "mask": aside.mask, "size_factor": aside.size_factor,
+            "context": aside.context,
+        }  # fmt: skip
+        draw = repeatable(draw, read)
         # Recomputation may run in an autograd thread, and must use the backend of the first pass.
         draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
     on_device = tensors(inputs.x)[0]
-    parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
+    # The second pass runs to its end, to compare its results with the first's.
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(False):
+        parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
     log_likelihood, log_ratio, *told = (torch.cat(each) for each in zip(*parts, strict=True))
     return log_likelihood, log_ratio, told[0] if told else None
-
-
-def _unchanged(draw: Callable[..., list[Tensor]], inputs: Inputs) -> Callable[..., list[Tensor]]:
-    """Wrap ``draw`` so that it refuses to run again on inputs that were changed in place."""
-    beside = inputs.beside or Beside()
-    versions = Versions(
-        {
-            "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
-            "likelihood": inputs.likelihood, "mask": beside.mask, "size_factor": beside.size_factor,
-            "context": beside.context,
-        }
-    )  # fmt: skip
-    drawn: set[int] = set()
-
-    def checked(start: int, on_device: Tensor) -> list[Tensor]:
-        if start in drawn:
-            versions.check()
-        drawn.add(start)
-        outputs: list[Tensor] = []
-        try:
-            outputs = draw(start, on_device)
-        finally:  # checkpoint aborts a recomputation by an exception once it has the tensors it needs
-            versions.note(*outputs)
-        return outputs
-
-    return checked
 
 
 @teaches

@@ -85,6 +85,85 @@ def test_dropout_is_the_same_in_both_passes(monkeypatch):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
 
 
+class MovingScale(nn.Module):
+    """A layer with a buffer that each call replaces by another tensor, as moving averages are often kept."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(width))
+        self.twin = nn.Module()
+        self.twin.register_buffer("scale", self.scale)
+
+    def forward(self, h):
+        self.scale = 0.5 * self.scale + 0.5 * h.detach().abs().mean(0)
+        self.twin.scale.data.mul_(0.9)  # no version of autograd's notices
+        return h * self.scale * self.twin.scale.clone()
+
+
+STATEFUL = {
+    "spectral_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(D, 9)), nn.Tanh()),
+    "spectral_norm, parametrised": lambda: nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(D, 9)), nn.Tanh()
+    ),
+    "batch_norm": lambda: nn.Sequential(nn.Linear(D, 9), nn.BatchNorm1d(9)),
+    "moving_scale": lambda: nn.Sequential(nn.Linear(D, 9), MovingScale(9)),
+    "script": lambda: torch.jit.script(nn.Sequential(nn.Linear(D, 9), nn.Tanh(), nn.Linear(9, 9))),
+    "script, batch_norm": lambda: torch.jit.script(nn.Sequential(nn.Linear(D, 9), nn.BatchNorm1d(9))),
+}
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+@pytest.mark.parametrize("call", ["module", "method"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_buffers_are_those_of_the_first_pass(kind, call, monkeypatch):
+    """The second pass finds the buffers that the first found, and leaves those that the first left."""
+    x = rand(B, X, seed=6)
+
+    def run():
+        torch.manual_seed(12)
+        body = STATEFUL[kind]()
+        decoder = nn.Sequential(body, nn.Linear(9, X)).to(DEVICE)
+        encoder, _ = models.networks(X, D)
+        results = []
+        for _ in range(3):  # TorchScript optimises what was called twice
+            bound = fastvae.iwae(
+                x, encoder(x), decoder if call == "module" else decoder.forward, k=K, k_chunk=4,
+                likelihood="bernoulli", generator=generator(8),
+            )  # fmt: skip
+            learned = [*encoder.parameters(), *decoder.parameters()]
+            results += [bound, *torch.autograd.grad(bound, learned, retain_graph=True)]
+            results += torch.autograd.grad(bound, learned)
+            results += [b.clone() for b in decoder.buffers()]
+        return results
+
+    chunked = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "checkpoint", lambda function, *args, **options: function(*args))
+        expected = run()
+    for actual, wanted in zip(chunked, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_decoder_that_cannot_be_repeated_is_an_error(monkeypatch):
+    """State that is neither a buffer of the decoder's module nor torch's random state."""
+    monkeypatch.setenv("FASTVAE_CHECK", "1")
+    x, hidden, calls = rand(B, X, seed=6), STATEFUL["moving_scale"]().to(DEVICE), []
+    head, noise = nn.Linear(9, X, device=DEVICE), generator(3)
+
+    def counts(z):
+        calls.append(1)
+        return head(hidden[0](z)) * len(calls)
+
+    def draws(z):
+        return head(hidden[0](z)) + torch.randn(X, generator=noise, device=z.device)
+
+    for decoder in (counts, draws, lambda z: head(hidden(z))):
+        encoder, _ = models.networks(X, D)
+        bound = fastvae.iwae(x, encoder(x), decoder, k=K, k_chunk=4, likelihood="bernoulli")
+        with pytest.raises(RuntimeError, match="gave other outputs for the same z"):
+            bound.backward()
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_activations_are_dropped(estimator):
     """No more rows of the decoder's activations than a chunk's are alive at any time."""
