@@ -62,8 +62,8 @@ def _check_repetition(first: Tensor, again: Tensor) -> None:
         raise RuntimeError(
             f"the decoder gave other outputs for the same z when the backward pass ran it again: "
             f"log-likelihoods differ by up to {off:.3g} nats. With k_chunk, only torch's global random state "
-            "and the buffers of a decoder that is a module, or a module's method, are restored for the second "
-            "run. Pass the module as the decoder, draw its noise from torch's global random state, or leave "
+            "and the buffers of a decoder that is a module, or a module's method, are restored in between. "
+            "Pass the module as the decoder, draw its noise from torch's global random state, or leave "
             "k_chunk out"
         )
 
@@ -104,8 +104,8 @@ class Buffers:
 
 
 def _is_still(tensor: Tensor, copy: Tensor, training: bool) -> bool:
-    """Return True for a buffer with the value of its copy; a GPU, which must not wait, answers by the mode."""
-    if tensor.device.type != "cpu":
+    """Return True if a buffer has the value of its copy, on a GPU without looking, in evaluation mode."""
+    if tensor.device.type != "cpu":  # a comparison would wait for the GPU, and fail in a captured graph
         return not training
     try:
         return torch.equal(tensor, copy)
