@@ -10,7 +10,7 @@ import runpy
 import shutil
 import sys
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # The instruction set is chosen at run time (see bindings.cpp), so nothing here names one. No OpenMP runtime
@@ -78,14 +78,7 @@ setup(
     # Not in pyproject.toml: no form of the field there is valid both before and after setuptools 77.
     license="MIT",
     packages=[
-        "fastvae",
-        "fastvae.cli",
-        "fastvae.diagnostics",
-        "fastvae.distributions",
-        "fastvae.evaluate",
-        "fastvae.likelihoods",
-        "fastvae.ops",
-        "fastvae.reference",
+        *find_packages(include=["fastvae", "fastvae.*"], exclude=["fastvae.kernels", "fastvae.kernels.*"]),
         "fastvae.kernels",
         "fastvae.kernels.likelihoods",
     ],

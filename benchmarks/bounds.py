@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.bounds import CIWAE, IWAE, TVO, Jackknife, UStatistic, WakePhi
 from fastvae.cli import demo
+from fastvae.objectives.bounds import CIWAE, IWAE, TVO, Jackknife, UStatistic, WakePhi
 
 from .latents import kept
 

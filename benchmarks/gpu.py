@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import distributions as td
 
-from fastvae import _backend
+from fastvae.core import backend as _backend
 
 from . import device_tests, gpu_tables, report
 from .device import CaptureFailed, Cuda, DeviceLost, StandIn

@@ -1,6 +1,6 @@
 // What Python asks of tensors before a kernel is called, in one call: where models are small, asking costs
 // more than computing. What does not pass is looked at there one by one. The contracts stand in
-// fastvae/_glance.py.
+// fastvae/core/fast_path.py.
 #pragma once
 
 #include "python.hpp"

@@ -1,8 +1,7 @@
 """Objectives of variational autoencoders on fused kernels; see README.md."""
 
-from . import bounds, diagnostics, likelihoods, ops, proposals, random, schedules, weights
-from ._backend import use_backend
-from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
+from . import diagnostics, likelihoods, ops, random
+from .core.backend import use_backend
 from .distributions import (
     AggregatePosterior,
     DiagonalNormal,
@@ -26,10 +25,11 @@ from .distributions import (
     VampPrior,
     register_kl,
 )
-from .evaluate import Audit, Evaluation, evaluate
-from .graphs import graphed
-from .head import FusedHead
-from .lattice import LatticeMarginal, lattice_log_marginal
+from .estimation import proposals, weights
+from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
+from .estimation.audit.lattice import LatticeMarginal, lattice_log_marginal
+from .estimation.evaluation import Audit, Evaluation, evaluate
+from .inputs.last_layer import FusedHead
 from .likelihoods import (
     Bernoulli,
     Beta,
@@ -47,8 +47,10 @@ from .likelihoods import (
     SoftplusGaussian,
     ZeroInflatedNegativeBinomial,
 )
-from .marginal import Marginal, marginalize
-from .objectives import (
+from .objectives import bounds, schedules
+from .objectives.beta_tc import BetaTCTerms, beta_tc
+from .objectives.graphs import graphed
+from .objectives.iwae import (
     LogMarginal,
     LogWeights,
     Terms,
@@ -59,9 +61,9 @@ from .objectives import (
     log_weights,
     reconstruction_log_prob,
 )
+from .objectives.marginalize import Marginal, marginalize
+from .objectives.wake_sleep import sleep
 from .quantize import Quantized, VectorQuantizer
-from .sleep import sleep
-from .total_correlation import BetaTCTerms, beta_tc
 from .vae import VAE
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import embedding
 
-from ._checks import (
+from .core.checks import (
     FLOATING,
     INTEGERS,
     check_count,

@@ -48,8 +48,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend
-from ._checks import as_int, check_address, check_choice, check_seed
+from .core import backend as _backend
+from .core.checks import as_int, check_address, check_choice, check_seed
 from .ops.op import Op
 from .reference import random as reference
 

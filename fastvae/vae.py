@@ -14,29 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from . import objectives
-from ._checks import INTEGERS, check_choice, check_count, shape_of
-from ._misread import look_at_structure
-from ._nested import called, decoded, each, tensors
-from ._teach import teaches
-from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
-from .bounds import Bound
+from .core.checks import INTEGERS, check_choice, check_count, shape_of
+from .core.hints import teaches
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
 from .distributions.base import as_module, tensors_of
-from .evaluate import Evaluation, evaluate
-from .evaluate.modules import modules_of, reached
-from .head import may_end_in_a_layer, run_to_last_layer
+from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
+from .estimation.evaluation import Evaluation, evaluate
+from .inputs.last_layer import may_end_in_a_layer, run_to_last_layer
+from .inputs.misread import look_at_structure
+from .inputs.modules import modules_of, reached
+from .inputs.nested import called, decoded, each, tensors
 from .likelihoods.base import Likelihood, as_likelihood
-from .objectives import LogMarginal, Terms
+from .objectives import iwae as objectives
+from .objectives.beta_tc import BetaTCTerms, beta_tc
+from .objectives.bounds import Bound
+from .objectives.iwae import LogMarginal, Terms
+from .objectives.wake_sleep import simulate, sleep
 from .ops.head import FEWEST_NUMBERS
-from .sleep import simulate, sleep
-from .total_correlation import BetaTCTerms, beta_tc
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .objectives import ElboOptions, IwaeOptions, SampledOptions
-    from .total_correlation import BetaTCOptions
+    from .objectives.beta_tc import BetaTCOptions
+    from .objectives.iwae import ElboOptions, IwaeOptions, SampledOptions
 
 __all__ = ["VAE"]
 

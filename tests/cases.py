@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastvae  # noqa: F401
-from fastvae._checks import INTEGERS
+from fastvae.core.checks import INTEGERS
 from fastvae.likelihoods.base import DECLARED
 
 from . import formulas, strategies

@@ -12,11 +12,12 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
-from fastvae._annealing import STARTS, Annealing, Settings, simulate
-from fastvae._inputs import Inputs
-from fastvae._nested import Beside
-from fastvae._stream import Chunks
-from fastvae.evaluate.audit import Sample
+from fastvae.estimation.audit import annealing
+from fastvae.estimation.audit.annealing import STARTS, Annealing, Settings, simulate
+from fastvae.estimation.evaluation.audit import Sample
+from fastvae.estimation.stream import Chunks
+from fastvae.inputs.batch import Inputs
+from fastvae.inputs.nested import Beside
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, networks, rand, randn, seed_of
@@ -60,7 +61,9 @@ def test_weights_have_the_mean_that_they_must_have(start, monkeypatch):
     The bounds enclose the truth, and more temperatures bring them together. The temperatures are unevenly
     spaced, so that their order matters.
     """
-    monkeypatch.setattr("fastvae._annealing.temperatures", lambda n: [(t / n) ** 2 for t in range(n + 1)])
+    monkeypatch.setattr(
+        "fastvae.estimation.audit.annealing.temperatures", lambda n: [(t / n) ** 2 for t in range(n + 1)]
+    )
     model, n = LinearGaussian(2, X), 4000
     x = model.sample(1).expand(n, X)
     exact, q = model.log_px(x), model.posterior(x, 0.5, 0.4)
@@ -630,7 +633,7 @@ def test_an_audit_finds_that_importance_sampling_is_low():
 
 
 def test_an_audit_is_the_same_whatever_the_batches(monkeypatch):
-    module = importlib.import_module("fastvae.evaluate.audit")
+    module = importlib.import_module("fastvae.estimation.evaluation.audit")
     monkeypatch.setattr(module, "STEPS", 30)
     monkeypatch.setattr(module, "_BLOCK", 3)
     model = LinearGaussian(D, X)
@@ -651,7 +654,7 @@ def test_an_audit_is_the_same_whatever_the_batches(monkeypatch):
 
 def test_an_audit_of_a_loader_that_reuses_its_buffer(monkeypatch):
     """The audit keeps copies of the batches it samples from."""
-    monkeypatch.setattr(importlib.import_module("fastvae.evaluate.audit"), "STEPS", 10)
+    monkeypatch.setattr(importlib.import_module("fastvae.estimation.evaluation.audit"), "STEPS", 10)
     model = LinearGaussian(D, X)
     x, buffer = model.sample(N), torch.empty(5, X, dtype=torch.float64, device=DEVICE)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import bounds
-from fastvae.bounds import CIWAE, IWAE, TVO, Jackknife, UStatistic, WakePhi
+from fastvae.objectives import bounds
+from fastvae.objectives.bounds import CIWAE, IWAE, TVO, Jackknife, UStatistic, WakePhi
 from fastvae.ops.weigh import Weighing, weigh
 from fastvae.random import draw_seed, normal
 

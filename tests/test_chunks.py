@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastvae
-from fastvae import objectives
+from fastvae.objectives import iwae as objectives
 from fastvae.ops.latent import ESTIMATORS
 
 from . import models

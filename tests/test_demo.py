@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import _backend
 from fastvae.cli import demo, kinds, latents, main
+from fastvae.core import backend as _backend
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

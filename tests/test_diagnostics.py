@@ -12,7 +12,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.weights import pareto_khat
+from fastvae.estimation.weights import pareto_khat
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn

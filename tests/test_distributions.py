@@ -11,7 +11,6 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.bounds import IWAE, WakePhi, weighed
 from fastvae.distributions import (
     TorchDistribution,
     closed_kl,
@@ -22,6 +21,7 @@ from fastvae.distributions import (
     rsample,
 )
 from fastvae.distributions.base import held
+from fastvae.objectives.bounds import IWAE, WakePhi, weighed
 from fastvae.reference.gamma import seeded
 
 from .conftest import DEVICE

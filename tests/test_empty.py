@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 import fastvae
-from fastvae import bounds, ops
+from fastvae import ops
 from fastvae.likelihoods.base import DECLARED
+from fastvae.objectives import bounds
 
 from . import cases
 from .conftest import DEVICE

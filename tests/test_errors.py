@@ -15,7 +15,7 @@ from torch import distributions as td
 
 import fastvae
 from fastvae import elbo, iwae, log_marginal, ops
-from fastvae._checks import on_same_device
+from fastvae.core.checks import on_same_device
 
 from . import models
 from .conftest import DEVICE
@@ -694,7 +694,7 @@ def test_failed_call_leaves_the_random_state_alone():
 
 
 def test_backend_is_restored_after_an_error():
-    from fastvae import _backend
+    from fastvae.core import backend as _backend
 
     before = _backend.chosen()
     with pytest.raises(ZeroDivisionError), fastvae.use_backend("reference"):

@@ -25,10 +25,11 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
-from fastvae import _stream
-from fastvae._inputs import Inputs
-from fastvae.evaluate.checkpoint import Store, digest, write_arrays
-from fastvae.evaluate.modules import modules_of, parameters_digest
+from fastvae.estimation import stream as _stream
+from fastvae.estimation.evaluation import checkpoint
+from fastvae.estimation.evaluation.checkpoint import Store, digest, write_arrays
+from fastvae.inputs.batch import Inputs
+from fastvae.inputs.modules import modules_of, parameters_digest
 
 from . import models
 from .conftest import DEVICE
@@ -1079,10 +1080,7 @@ def test_saving_takes_little_of_the_time_and_leaves_nothing_behind(tmp_path, mon
         return q(x)
 
     monkeypatch.setattr(Store, "_write", slow)
-    # The attribute fastvae.evaluate is the function, not the package.
-    monkeypatch.setattr(
-        sys.modules["fastvae.evaluate.checkpoint"], "time", types.SimpleNamespace(monotonic=lambda: now[0])
-    )
+    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     _assert_same(_evaluate(model, encoder, x, batch_size=1, checkpoint=tmp_path / "b.npz"), result, 1e-14)
     # After the first batch, whenever 20 times a write's duration has passed, at the end, and when merging.
     assert writes[0] == 1

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fastvae import _backend
+from fastvae.core import backend as _backend
 
 # Replaces operator new of fastvae._C only: fails at the n-th call after being armed.
 SHIM = r"""

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import fastvae
-from fastvae import bounds, diagnostics, ops, proposals, schedules
+from fastvae import diagnostics, ops
+from fastvae.estimation import proposals
 from fastvae.likelihoods import Categorical, DiscretizedLogistic, DiscretizedLogisticMixture
+from fastvae.objectives import bounds, schedules
 
 X = torch.ones(4, 7)
 Q = torch.zeros(4, 3), torch.zeros(4, 3)

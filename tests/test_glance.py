@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
-from fastvae import _glance
+from fastvae.core import fast_path as _glance
 
 from .conftest import CUDA
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import graphs
+from fastvae.objectives import graphs
 
 from .conftest import CUDA, DEVICE
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fastvae
 from fastvae import ops
-from fastvae.head import LastLayer
+from fastvae.inputs.last_layer import LastLayer
 from fastvae.ops import head
 from fastvae.ops.head import Layers, weigh_linear
 from fastvae.ops.weigh import Weighing

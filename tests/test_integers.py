@@ -7,7 +7,7 @@ import torch
 from torch import distributions as td
 
 import fastvae
-from fastvae._checks import INTEGERS
+from fastvae.core.checks import INTEGERS
 from fastvae.likelihoods.base import DECLARED, NAMED
 
 from . import cases

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fastvae
 from fastvae import ops
-from fastvae._glance import ON_CPU
+from fastvae.core.fast_path import ON_CPU
 
 from . import formulas, strategies
 from .compare import assert_accurate

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
-from fastvae import lattice
+from fastvae.estimation.audit import lattice
 
 from .conftest import DEVICE
 from .models import LinearGaussian, rand

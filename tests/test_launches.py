@@ -253,7 +253,7 @@ def test_launches(name, tmp_path):
 
 def test_another_device_is_made_current(monkeypatch):
     """Triton launches on the current device, so the tensors' device is made current."""
-    from fastvae import _backend
+    from fastvae.core import backend as _backend
 
     entered = []
 
@@ -281,7 +281,7 @@ def test_another_device_is_made_current(monkeypatch):
 )
 def test_architectures(monkeypatch, capability, hip, backend):
     """Architectures that Triton does not support use plain PyTorch, with one warning."""
-    from fastvae import _backend
+    from fastvae.core import backend as _backend
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A Card")
@@ -305,7 +305,7 @@ def test_architectures(monkeypatch, capability, hip, backend):
 
 
 def test_without_triton(monkeypatch):
-    from fastvae import _backend
+    from fastvae.core import backend as _backend
 
     monkeypatch.setattr(_backend, "has_triton", lambda: False)
     with pytest.raises(

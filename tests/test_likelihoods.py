@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastvae
-from fastvae import _backend, ops
-from fastvae._checks import INTEGERS
+from fastvae import ops
+from fastvae.core import backend as _backend
+from fastvae.core.checks import INTEGERS
 from fastvae.likelihoods.base import DECLARED, NAMED
 
 from . import cases

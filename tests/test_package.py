@@ -18,8 +18,9 @@ import setuptools
 import torch
 
 import fastvae
-from fastvae import _backend, ops
+from fastvae import ops
 from fastvae.cli import info
+from fastvae.core import backend as _backend
 
 from .conftest import CUDA
 
@@ -38,7 +39,7 @@ log_px = ops.gaussian_log_prob(x, mean, scale), ops.bernoulli_log_prob(x, mean)
 terms = [z, kl, ratio, *log_px, ops.log_mean_exp(ratio)]
 grads = torch.autograd.grad(sum(t.sum() for t in terms), [mu, logvar, mean, scale])
 torch.save([t.detach() for t in (*terms, *grads)], sys.argv[1])
-print(fastvae._backend.extension().isa())
+print(fastvae.core.backend.extension().isa())
 """
 
 

@@ -13,9 +13,10 @@ from torch import distributed
 from torch import distributions as td
 
 import fastvae
-from fastvae import proposals, random
+from fastvae import random
 from fastvae.distributions import as_posterior
-from fastvae.proposals import (
+from fastvae.estimation import proposals
+from fastvae.estimation.proposals import (
     Adapted,
     Defensive,
     Heavy,
@@ -26,7 +27,7 @@ from fastvae.proposals import (
     _shrunk,
     _tempered,
 )
-from fastvae.weights import Weights
+from fastvae.estimation.weights import Weights
 
 from . import test_evaluate
 from .conftest import DEVICE

@@ -14,9 +14,10 @@ from scipy import stats
 from scipy.stats import qmc
 
 import fastvae
-from fastvae import _backend, random
+from fastvae import random
+from fastvae.core import backend as _backend
+from fastvae.estimation.weights import Weights, _student, between
 from fastvae.reference import random as reference
-from fastvae.weights import Weights, _student, between
 
 from . import strategies
 from .conftest import DEVICE

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastvae
-from fastvae import _backend
+from fastvae.core import backend as _backend
 from fastvae.reference import random as reference
 
 from . import strategies

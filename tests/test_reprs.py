@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import fastvae
-from fastvae import bounds, proposals, schedules
 from fastvae.cli import main
+from fastvae.estimation import proposals
 from fastvae.likelihoods import Gaussian, Joint, Laplace, from_distribution
+from fastvae.objectives import bounds, schedules
 
 NAMES = {**vars(bounds), **vars(proposals), **vars(fastvae.likelihoods), "schedules": schedules}
 
@@ -152,7 +153,7 @@ def test_the_columns_of_info_do_not_run_together(capsys):
 def test_info_says_what_a_gpu_would_run(monkeypatch, capsys, gpu, triton):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr("fastvae._backend.has_triton", lambda: triton)
+    monkeypatch.setattr("fastvae.core.backend.has_triton", lambda: triton)
     with fastvae.use_backend("native"):
         main(["info"])
     line = next(t for t in capsys.readouterr().out.splitlines() if t.startswith("  rsample_kl"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import schedules
+from fastvae.objectives import schedules
 
 from .conftest import DEVICE
 from .models import generator, rand, randn

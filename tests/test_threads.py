@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import _backend, ops
+from fastvae import ops
+from fastvae.core import backend as _backend
 
 from . import cases
 from .conftest import CUDA, DEVICE

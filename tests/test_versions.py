@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastvae
-from fastvae import bounds
+from fastvae.objectives import bounds
 
 from .conftest import DEVICE
 

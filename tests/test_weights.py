@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import genpareto as GPD
 
 import fastvae
-from fastvae import weights as folding
-from fastvae.weights import Weights, kept_draws, pareto_khat, tail_length
+from fastvae.estimation import weights as folding
+from fastvae.estimation.weights import Weights, kept_draws, pareto_khat, tail_length
 
 from .conftest import DEVICE
 from .models import randn

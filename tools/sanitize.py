@@ -30,7 +30,7 @@ def _library(name: str) -> str:
 
 def main() -> int:
     """Build, run, and return the exit status of the first instruction set that fails."""
-    from fastvae._backend import extension
+    from fastvae.core.backend import extension
 
     known = ["base", "avx2", "avx512"]
     parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__)

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import fastvae
 
-from .._terminal import ProgressStream, show
-from ..evaluate.checkpoint import check_destination
+from ..core.terminal import ProgressStream, show
+from ..estimation.evaluation.checkpoint import check_destination
 from . import latents
 from .kinds import Outputs, kind_of
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .._terminal import show
-from ..evaluate.checkpoint import check_destination
-from ..evaluate.ranks import RankFailed
-from ..evaluate.result import UNTRUSTED, Evaluation
+from ..core.terminal import show
+from ..estimation.evaluation.checkpoint import check_destination
+from ..estimation.evaluation.ranks import RankFailed
+from ..estimation.evaluation.result import UNTRUSTED, Evaluation
 from ..likelihoods import Bernoulli
 from ..vae import VAE
 from . import demo

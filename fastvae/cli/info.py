@@ -8,8 +8,9 @@ from importlib import metadata
 
 import torch
 
-from .. import __version__, _backend, ops
-from .._terminal import show
+from .. import __version__, ops
+from ..core import backend as _backend
+from ..core.terminal import show
 
 
 def run() -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from ..core.checks import check_count
 from ..distributions import Distribution, as_prior, is_conditional
 from ..distributions.draws import rsample_as_held
 from ..distributions.mixture import log_aggregate
-from ..evaluate.data import batches_of, data_of, place_of, unpacked
-from ..evaluate.modules import evaluating
+from ..estimation.evaluation.data import batches_of, data_of, place_of, unpacked
+from ..inputs.modules import evaluating
 from ..random import draw_seed
 
 if TYPE_CHECKING:

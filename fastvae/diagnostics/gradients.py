@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count
+from ..core.checks import check_count
 from ..ops.op import accumulator
 
 __all__ = ["GradientMonitor", "GradientSNR", "gradient_snr"]

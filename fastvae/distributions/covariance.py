@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .. import ops, random
-from .._checks import check_same_device, check_tensor, shape_of
+from ..core.checks import check_same_device, check_tensor, shape_of
 from ..ops.op import accumulator
 from ..reference.common import expm1_minus
 from .base import Distribution, Located, hold, is_family, is_still, register_kl

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .. import ops
-from .._checks import check_result
+from ..core.checks import check_result
 from ..ops.latent import dreg_weight, flat_kl, flat_log_ratio, options, path_weight
 from .base import Distribution, Located, closed_kl, fixed_at, held, is_family, is_real
 from .normal import DiagonalNormal, StandardNormal

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .. import random
-from .._checks import check_tensor
+from ..core.checks import check_tensor
 from ..reference.gamma import seeded
 from .base import Distribution, hold, is_family
 from .wrapped import TorchDistribution, at_address

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops, random
-from .._checks import check_choice, check_count, check_tensor, on_same_device, shape_of
-from .._nested import repeat
+from ..core.checks import check_choice, check_count, check_tensor, on_same_device, shape_of
+from ..inputs.nested import repeat
 from ..ops.latent import options as options_of
 from ..ops.op import accumulator
 from ..reference.common import expm1_minus

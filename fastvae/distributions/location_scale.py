@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .. import random
-from .._checks import check_same_device, check_same_shape, check_tensor
+from ..core.checks import check_same_device, check_same_shape, check_tensor
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_still
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from .. import ops, random
-from .._checks import check_count, check_tensor, shape_of
+from ..core.checks import check_count, check_tensor, shape_of
 from ..ops.mixture import check_components
 from ..ops.op import accumulator
 from .base import Distribution, hold, is_family, is_real

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .. import ops, random
-from .._checks import check_same_device, check_same_shape, check_tensor, shape_of
+from ..core.checks import check_same_device, check_same_shape, check_tensor, shape_of
 from ..ops.latent import Form, form_of, options
 from ..ops.op import accumulator
 from ..reference.latent import log_variance

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch import distributions as td
 
-from .._checks import check_tensor, shape_of
-from .._glance import are_rows
-from .._teach import described, did_you_mean, explained
+from ..core.checks import check_tensor, shape_of
+from ..core.fast_path import are_rows
+from ..core.hints import described, did_you_mean, explained
 from ..ops.latent import Form
 from .base import Distribution, is_family
 from .covariance import FullNormal, LowRankNormal

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .._checks import shape_of
+from ..core.checks import shape_of
 from .base import Distribution, is_family
 from .covariance import FullNormal, LowRankNormal
 from .normal import SCALE, DiagonalNormal, diagonal

@@ -13,7 +13,7 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from .. import random
-from .._checks import check_same_device
+from ..core.checks import check_same_device
 from ..ops.gamma import dirichlet, standard_gamma
 from ..reference.gamma import check_philox, seeded
 from .base import Distribution, mapped, tensors_of

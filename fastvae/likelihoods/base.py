@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import (
+from ..core.checks import (
     as_int64,
     check_data,
     check_result,
@@ -20,10 +20,10 @@ from .._checks import (
     on_same_device,
     shape_of,
 )
-from .._glance import are_outputs, are_outputs_in_python
-from .._nested import Beside, each, repeat, tensors
-from .._teach import described, did_you_mean, explained, teaches_by
-from ..head import LastLayer, check_unchanged, multiply_out
+from ..core.fast_path import are_outputs, are_outputs_in_python
+from ..core.hints import described, did_you_mean, explained, teaches_by
+from ..inputs.last_layer import LastLayer, check_unchanged, multiply_out
+from ..inputs.nested import Beside, each, repeat, tensors
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator

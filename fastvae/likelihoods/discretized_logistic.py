@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count
-from .._nested import Beside
-from ..head import LastLayer
+from ..core.checks import check_count
+from ..inputs.last_layer import LastLayer
+from ..inputs.nested import Beside
 from ..ops.head import Layers
 from . import oracles
 from .base import Fused

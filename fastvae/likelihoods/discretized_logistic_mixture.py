@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_data, check_same_device, check_tensor, may_look, shape_of
-from .._nested import Beside
+from ..core.checks import check_count, check_data, check_same_device, check_tensor, may_look, shape_of
+from ..inputs.nested import Beside
 from ..ops.grouped import mixture_rows
 from ..reference import grouped
 from .base import NAMED, Likelihood, describe

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import may_look
+from ..core.checks import may_look
 from ..ops.op import accumulator
 
 # Smallest logarithm, and smallest variance p (1 - p) in a slope, as in F.binary_cross_entropy.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._nested import Beside
-from ..head import LastLayer
+from ..inputs.last_layer import LastLayer
+from ..inputs.nested import Beside
 from ..ops.op import accumulator
 from .base import Fused, describe
 from .gaussian import NAMED_SCALES, Gaussian

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from .._checks import as_int64, shape_of
+from ..core.checks import as_int64, shape_of
 from .base import Likelihood, describe
 
 

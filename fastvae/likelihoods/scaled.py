@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_same_device, check_tensor, shape_of
+from ..core.checks import check_same_device, check_tensor, shape_of
 from .base import DECLARED, Declared, describe
 
 Held = float | Tensor | None

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .._checks import FLOATING, shape_of
+from ..core.checks import FLOATING, shape_of
 
 Shape = tuple[int, ...]  # -1: any size
 _HINT = "The functions of fastvae.ops promote, broadcast and validate their arguments: call the op by them"

@@ -28,15 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, random
-from .._checks import (
-    check_address,
-    check_count,
-    check_same_device,
-    check_seed,
-    check_tensor,
-    shape_of,
-)
+from .. import random
+from ..core import backend as _backend
+from ..core.checks import check_address, check_count, check_same_device, check_seed, check_tensor, shape_of
 from ..reference.random import normal
 from .latent import shape_of_z, stacked
 from .op import Op, accumulator, cast, empty_like, in_shape, or_none

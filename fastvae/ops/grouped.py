@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .._checks import check_data, check_same_device, check_tensor, may_look, shape_of
+from ..core import backend as _backend
+from ..core.checks import check_data, check_same_device, check_tensor, may_look, shape_of
 from ._contract import Contract
 from .likelihood import result_dtype
 from .op import Op

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .._checks import check_data, check_same_device, check_tensor, shape_of
+from ..core import backend as _backend
+from ..core.checks import check_data, check_same_device, check_tensor, shape_of
 from .likelihood import DECLARED, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
 from .weigh import _HOW, Weighing, check_bound, check_grads, finish

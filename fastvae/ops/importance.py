@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _backend
-from .._checks import as_int, check_tensor, shape_of
+from ..core import backend as _backend
+from ..core.checks import as_int, check_tensor, shape_of
 from .op import Op, accumulator
 
 

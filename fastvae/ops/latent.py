@@ -48,8 +48,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend, random
-from .._checks import (
+from .. import random
+from ..core import backend as _backend
+from ..core.checks import (
     check_address,
     check_choice,
     check_count,
@@ -61,7 +62,7 @@ from .._checks import (
     check_tensor,
     shape_of,
 )
-from .._glance import are_rows
+from ..core.fast_path import are_rows
 from ..reference.latent import spread
 from ..reference.random import normal
 from .op import Op, accumulator, empty_like, in_shape, or_none

@@ -32,9 +32,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import _backend
-from .._checks import FLOATING, check_data, check_same_device, check_tensor, checks_data, may_look, shape_of
-from ..head import LastLayer, multiply_out
+from ..core import backend as _backend
+from ..core.checks import (
+    FLOATING,
+    check_data,
+    check_same_device,
+    check_tensor,
+    checks_data,
+    may_look,
+    shape_of,
+)
+from ..inputs.last_layer import LastLayer, multiply_out
 from ._contract import Contract
 from .op import Op, accumulator, cast, in_shape
 

@@ -27,8 +27,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .._checks import check_same_device, check_same_shape, check_tensor, shape_of
+from ..core import backend as _backend
+from ..core.checks import check_same_device, check_same_shape, check_tensor, shape_of
 from ._contract import Contract
 from .op import Op, cast
 

@@ -18,9 +18,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from .. import _backend
-from .._backend import _choice, _default
-from .._glance import ON_CPU, ON_GPU, PLACES, WANTED, plain
+from ..core import backend as _backend
+from ..core.backend import _choice, _default
+from ..core.fast_path import ON_CPU, ON_GPU, PLACES, WANTED, plain
 from ._contract import Contract
 
 _library = torch.library.Library("fastvae", "DEF")

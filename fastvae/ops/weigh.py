@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend
+from ..core import backend as _backend
 from ._contract import Contract
 from .likelihood import Declaration, refuse, result_dtype
 from .op import Op, or_none

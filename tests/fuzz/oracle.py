@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae import bounds
+from fastvae.objectives import bounds
 
 Value = Callable[[Tensor], Tensor]  # the bounds [B] of log weights [K, B]
 

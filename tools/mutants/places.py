@@ -2,7 +2,7 @@
 
 A table has a line for each entry, below a line that names its file::
 
-    [fastvae/weights.py]
+    [fastvae/estimation/weights.py]
     Sums.log_px (weights qmc) square / (number * (number - 1)) => square / (number * number)
 
 This is the function (a class or namespace, or ``-`` for the whole file, will do), the tests, and what is

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import ops
-from ._checks import (
+from .. import ops
+from ..core.checks import (
     FLOATING,
     check_choice,
     check_count,
@@ -22,8 +22,8 @@ from ._checks import (
     on_same_device,
     shape_of,
 )
-from ._nested import each, tensors
-from ._teach import teaches
+from ..core.hints import teaches
+from ..inputs.nested import each, tensors
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import is_dense, may_look
-from .head import called_by
+from ..core.checks import is_dense, may_look
+from .last_layer import called_by
 
 # For events of fewer numbers, all outputs may lie between 0 and 1 by chance.
 _FEWEST = 5

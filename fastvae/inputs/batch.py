@@ -8,11 +8,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from ._checks import check_same_device, is_dense, shape_of, signed
-from ._glance import are_batch, are_batch_in_python
-from ._misread import is_new, look
-from ._nested import (
+from .. import ops
+from ..core.checks import check_same_device, is_dense, shape_of, signed
+from ..core.fast_path import are_batch, are_batch_in_python
+from ..distributions import (
+    STANDARD,
+    Distribution,
+    as_posterior,
+    as_prior,
+    check_support,
+    diagonal,
+    flat_prior,
+)
+from ..likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
+from ..objectives.bounds import CIWAE, IWAE, weighed
+from ..ops.head import Layers, weigh_linear
+from ..ops.weigh import Weighing, weigh
+from ..reference.weigh import times
+from .misread import is_new, look
+from .nested import (
     Beside,
     all_tensors,
     as_mask,
@@ -24,20 +38,6 @@ from ._nested import (
     repeat,
     tensors,
 )
-from .bounds import CIWAE, IWAE, weighed
-from .distributions import (
-    STANDARD,
-    Distribution,
-    as_posterior,
-    as_prior,
-    check_support,
-    diagonal,
-    flat_prior,
-)
-from .likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
-from .ops.head import Layers, weigh_linear
-from .ops.weigh import Weighing, weigh
-from .reference.weigh import times
 
 REAL = torch.distributions.constraints.real
 

@@ -15,22 +15,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .. import _stream
-from .._checks import check_choice, check_count, check_number, shape_of
-from .._inputs import Inputs
-from .._nested import Beside, called, each, event_size, tensors
-from .._stream import Chunks
-from .._teach import teaches
-from .._terminal import ProgressStream
-from ..distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
-from ..likelihoods.base import Likelihood, as_likelihood
+from ...core.checks import check_choice, check_count, check_number, shape_of
+from ...core.hints import teaches
+from ...core.terminal import ProgressStream
+from ...distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
+from ...inputs.batch import Inputs
+from ...inputs.modules import evaluating, modules_of, parameters_digest
+from ...inputs.nested import Beside, called, each, event_size, tensors
+from ...likelihoods.base import Likelihood, as_likelihood
+from ...random import NOISES, RANDOMISATIONS, draw_seed, seed_of
+from .. import stream as _stream
 from ..proposals import Posterior, Proposal, as_proposal
-from ..random import NOISES, RANDOMISATIONS, draw_seed, seed_of
+from ..stream import Chunks
 from ..weights import Weights, kept_draws
 from .audit import Sample, probe, run_audit
 from .checkpoint import Store
 from .data import batches_of, data_of, length_of, place_of, unpacked
-from .modules import evaluating, modules_of, parameters_digest
 from .parts import Part
 from .ranks import Ranks
 from .result import Evaluation, combine

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from ._checks import may_look
-from .distributions import Distribution
-from .head import called_by
+from ..core.checks import may_look
+from ..distributions import Distribution
+from ..inputs.last_layer import called_by
 
 
 def repeatable(draw: Callable[..., list[Tensor]], inputs: Mapping[str, Any]) -> Callable[..., list[Tensor]]:

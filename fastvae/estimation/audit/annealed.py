@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._annealing import STARTS, Annealing, Settings, draw_prior
-from ._checks import check_address, check_choice, check_count
-from ._inputs import Inputs
-from ._nested import Beside, called, check_batch, decoded
-from ._stream import Chunks
-from ._teach import teaches
-from .distributions import as_posterior, as_prior
-from .distributions.spatial import flat_prior
-from .evaluate.modules import evaluating, modules_of
-from .likelihoods.base import Likelihood, as_likelihood
-from .random import draw_seed
+from ...core.checks import check_address, check_choice, check_count
+from ...core.hints import teaches
+from ...distributions import as_posterior, as_prior
+from ...distributions.spatial import flat_prior
+from ...inputs.batch import Inputs
+from ...inputs.modules import evaluating, modules_of
+from ...inputs.nested import Beside, called, check_batch, decoded
+from ...likelihoods.base import Likelihood, as_likelihood
+from ...random import draw_seed
+from ..stream import Chunks
+from .annealing import STARTS, Annealing, Settings, draw_prior
 
 __all__ = ["AnnealedMarginal", "MarginalBounds", "ais", "bdmc"]
 

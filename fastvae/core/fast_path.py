@@ -14,7 +14,7 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
-from ._checks import FLOATING, is_dense
+from .checks import FLOATING, is_dense
 
 ON_CPU, ON_GPU, WANTED = 1, 2, 4
 PLACES = ON_CPU | ON_GPU
@@ -89,4 +89,4 @@ def are_outputs_in_python(x: Tensor, samples: int, parameters: tuple[Any, ...]) 
 
 plain, are_batch, are_outputs = plain_in_python, are_batch_in_python, are_outputs_in_python
 with contextlib.suppress(ImportError):  # left out deliberately, or else the first op raises an explanation
-    from ._C import are_batch, are_outputs, plain  # type: ignore[no-redef] # noqa: F401, F811
+    from .._C import are_batch, are_outputs, plain  # type: ignore[no-redef] # noqa: F401, F811

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from .._checks import FLOATING, check_dense, shape_of
-from .._nested import Beside, tensors
-from ..likelihoods.base import Declared, Likelihood
-from .modules import modules_of
+from ...core.checks import FLOATING, check_dense, shape_of
+from ...inputs.modules import modules_of
+from ...inputs.nested import Beside, tensors
+from ...likelihoods.base import Declared, Likelihood
 
 
 def batches_of(data: Any, batch_size: int, shard: str) -> Iterable[Any]:

@@ -13,29 +13,24 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from . import _backend, _stream
-from ._checks import (
-    check_address,
-    check_choice,
-    check_count,
-    check_weight,
-    may_look,
-)
-from ._inputs import Inputs, weigh_samples
-from ._nested import Beside, tensors
-from ._recompute import repeatable
-from ._stream import Chunks
-from ._teach import teaches
+from ..core import backend as _backend
+from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
+from ..core.hints import teaches
+from ..distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
+from ..distributions.draws import describe, say_monte_carlo
+from ..estimation import stream as _stream
+from ..estimation.proposals import Proposal, as_proposal
+from ..estimation.stream import Chunks
+from ..estimation.weights import LogMarginal, kept_draws
+from ..inputs.batch import Inputs, weigh_samples
+from ..inputs.last_layer import called_by
+from ..inputs.nested import Beside, tensors
+from ..likelihoods import Likelihood
+from ..ops.latent import ESTIMATORS
+from ..ops.weigh import Weighing
+from ..random import RANDOMISATIONS, draw_seed, seed_of
 from .bounds import IWAE, Bound, weighed
-from .distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
-from .distributions.draws import describe, say_monte_carlo
-from .head import called_by
-from .likelihoods import Likelihood
-from .ops.latent import ESTIMATORS
-from .ops.weigh import Weighing
-from .proposals import Proposal, as_proposal
-from .random import RANDOMISATIONS, draw_seed, seed_of
-from .weights import LogMarginal, kept_draws
+from .recompute import repeatable
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack

@@ -17,8 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from ..distributions import Distribution
 from ..distributions.base import tensors_of
+from ..estimation.evaluation.checkpoint import digest
 from ..likelihoods.base import Likelihood
-from .checkpoint import digest
 
 
 def modules_of(function: Callable[..., Any] | Distribution) -> list[nn.Module]:

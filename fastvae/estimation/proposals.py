@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from . import _stream, random
-from ._checks import check_count, check_number
-from ._inputs import Inputs
-from ._stream import Chunks
-from ._teach import did_you_mean
-from .distributions import (
+from .. import random
+from ..core.checks import check_count, check_number
+from ..core.hints import did_you_mean
+from ..distributions import (
     DiagonalNormal,
     Distribution,
     FullNormal,
@@ -34,12 +32,15 @@ from .distributions import (
     log_shares,
     rsample,
 )
-from .distributions.base import is_still
-from .distributions.covariance import _places, _solve, _times
-from .distributions.draws import describe
-from .distributions.mixture import _derived
-from .distributions.wrapped import TorchDistribution, at_address
-from .ops.op import accumulator
+from ..distributions.base import is_still
+from ..distributions.covariance import _places, _solve, _times
+from ..distributions.draws import describe
+from ..distributions.mixture import _derived
+from ..distributions.wrapped import TorchDistribution, at_address
+from ..inputs.batch import Inputs
+from ..ops.op import accumulator
+from . import stream as _stream
+from .stream import Chunks
 from .weights import Weights, tail_length
 
 __all__ = ["Adapted", "Defensive", "Heavy", "Inflated", "Posterior", "Proposal", "as_proposal"]
@@ -51,7 +52,7 @@ _EQUAL = 0.01
 
 
 class Sharing(Protocol):
-    """Processes that share the draws of each example, as :class:`fastvae.evaluate.ranks.Ranks` does."""
+    """Processes that share the draws of each example, as :class:`~.evaluation.ranks.Ranks` does."""
 
     rank: int
 

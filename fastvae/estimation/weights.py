@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._checks import check_tensor, shape_of
+from ..core.checks import check_tensor, shape_of
 
 __all__ = ["LogMarginal", "Weights", "kept_draws", "pareto_khat", "tail_length"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._terminal import printable
+from ...core.terminal import printable
 from .audit import Audit
 from .checkpoint import write_arrays
 from .parts import Part

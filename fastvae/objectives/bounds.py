@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_count, check_number, shape_of
-from .ops.latent import ESTIMATORS
-from .ops.weigh import Weighing
-from .reference.importance import shift
-from .reference.weigh import power_mean, without_denormals
+from ..core.checks import check_choice, check_count, check_number, shape_of
+from ..ops.latent import ESTIMATORS
+from ..ops.weigh import Weighing
+from ..reference.importance import shift
+from ..reference.weigh import power_mean, without_denormals
 
 __all__ = ["CIWAE", "IWAE", "TVO", "Bound", "Jackknife", "UStatistic", "WakePhi"]
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._annealing import Annealing, Settings, simulate
-from .._inputs import Inputs
-from .._nested import Beside, as_mask, as_size_factor, each, tensors
-from .._stream import Chunks
-from .._terminal import ProgressStream
-from ..distributions import rsample
+from ...core.terminal import ProgressStream
+from ...distributions import rsample
+from ...inputs.batch import Inputs
+from ...inputs.nested import Beside, as_mask, as_size_factor, each, tensors
+from ..audit.annealing import Annealing, Settings, simulate
+from ..stream import Chunks
 from .ranks import Ranks
 
 # The defaults of fastvae.ais.

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_count
-from ._inputs import Inputs
-from ._nested import event_size
-from .distributions import Distribution, draw_chunk, log_shares, rsample
-from .likelihoods.base import Declared
-from .random import randomisations_of
+from ..core.checks import check_count
+from ..distributions import Distribution, draw_chunk, log_shares, rsample
+from ..inputs.batch import Inputs
+from ..inputs.nested import event_size
+from ..likelihoods.base import Declared
+from ..random import randomisations_of
 from .weights import Weights
 
 

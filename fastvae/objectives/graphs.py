@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_count, shape_of
+from ..core.checks import check_count, shape_of
 
 
 def graphed(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._checks import as_int, check_count, check_number
+from ..core.checks import as_int, check_count, check_number
 
 __all__ = ["cosine", "cyclical", "linear", "stages"]
 

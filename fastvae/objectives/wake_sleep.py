@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_count
-from ._nested import called, check_batch, decoded
-from ._teach import teaches
-from .distributions import as_posterior, as_prior, flat_prior
-from .distributions.draws import describe
-from .evaluate.data import place_of
-from .likelihoods.base import Likelihood, as_likelihood
-from .objectives import _REDUCTIONS
+from ..core.checks import check_choice, check_count
+from ..core.hints import teaches
+from ..distributions import as_posterior, as_prior, flat_prior
+from ..distributions.draws import describe
+from ..estimation.evaluation.data import place_of
+from ..inputs.nested import called, check_batch, decoded
+from ..likelihoods.base import Likelihood, as_likelihood
+from .iwae import _REDUCTIONS
 
 __all__ = ["sleep"]
 

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from . import random
-from ._inputs import Inputs
-from ._nested import decoded
-from ._stream import Chunks, spared_memory_errors
-from .distributions import DiagonalNormal, Distribution, log_shares, rsample
-from .distributions.base import held
-from .likelihoods.base import Declared, Likelihood
-from .likelihoods.joint import Joint
-from .ops.op import accumulator
-from .weights import Weights
+from ... import random
+from ...distributions import DiagonalNormal, Distribution, log_shares, rsample
+from ...distributions.base import held
+from ...inputs.batch import Inputs
+from ...inputs.nested import decoded
+from ...likelihoods.base import Declared, Likelihood
+from ...likelihoods.joint import Joint
+from ...ops.op import accumulator
+from ..stream import Chunks, spared_memory_errors
+from ..weights import Weights
 
 STARTS = ("posterior", "prior")
 ACCEPTANCE = 0.65  # target of the step size adaptation: Neal 2011, section 5.4.4

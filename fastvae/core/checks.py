@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._teach import did_you_mean
+from .hints import did_you_mean
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Converted to int64, since torch has few operations for these.

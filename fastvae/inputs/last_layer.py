@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import _glance
-from ._checks import FLOATING, shape_of
+from ..core import fast_path as _glance
+from ..core.checks import FLOATING, shape_of
 
 __all__ = ["FusedHead", "LastLayer"]
 

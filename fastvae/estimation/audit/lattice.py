@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import ops
-from ._checks import check_count, check_number, shape_of
-from ._nested import event_size
-from ._teach import teaches
-from .distributions import Distribution, as_prior, is_conditional
-from .distributions.base import is_family
-from .distributions.normal import DiagonalNormal, StandardNormal
-from .evaluate.data import batches_of, data_of, place_of
-from .evaluate.modules import evaluating, modules_of
-from .likelihoods.base import Likelihood, as_likelihood
+from ... import ops
+from ...core.checks import check_count, check_number, shape_of
+from ...core.hints import teaches
+from ...distributions import Distribution, as_prior, is_conditional
+from ...distributions.base import is_family
+from ...distributions.normal import DiagonalNormal, StandardNormal
+from ...inputs.modules import evaluating, modules_of
+from ...inputs.nested import event_size
+from ...likelihoods.base import Likelihood, as_likelihood
+from ..evaluation.data import batches_of, data_of, place_of
 
 __all__ = ["LatticeMarginal", "lattice_log_marginal"]
 

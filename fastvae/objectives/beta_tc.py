@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ._checks import check_address, check_choice, check_count, check_weight
-from ._inputs import Inputs
-from ._nested import Beside
-from ._teach import teaches
-from .distributions.draws import describe, rsample_as_held
-from .distributions.mixture import log_aggregate
-from .likelihoods import Likelihood
-from .objectives import _REDUCTIONS
-from .ops.weigh import Weighing
-from .random import draw_seed
-from .reference.weigh import times
+from ..core.checks import check_address, check_choice, check_count, check_weight
+from ..core.hints import teaches
+from ..distributions.draws import describe, rsample_as_held
+from ..distributions.mixture import log_aggregate
+from ..inputs.batch import Inputs
+from ..inputs.nested import Beside
+from ..likelihoods import Likelihood
+from ..ops.weigh import Weighing
+from ..random import draw_seed
+from ..reference.weigh import times
+from .iwae import _REDUCTIONS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .objectives import BoundOptions
+    from .iwae import BoundOptions
 
     class BetaTCOptions(BoundOptions, total=False):
         beta: float | Tensor
