@@ -13,13 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvae.reference.common import (
-    digamma_excess,
-    half_step,
-    half_step_slope,
-    log1p_rest,
-    stirling_error,
-)
+from fastvae.core.special import digamma_excess, half_step, half_step_slope, log1p_rest, stirling_error
 
 # Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): CUDA documents 2 ulp
 # for expf; csrc/common.hpp, kernels/common.py and torch are within 1.3. The noise is within 4 ulp of its

@@ -12,7 +12,6 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
-from fastvae.estimation.audit import annealing
 from fastvae.estimation.audit.annealing import STARTS, Annealing, Settings, simulate
 from fastvae.estimation.evaluation.audit import Sample
 from fastvae.estimation.stream import Chunks

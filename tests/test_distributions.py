@@ -11,6 +11,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.core.seeding import seeded
 from fastvae.distributions import (
     TorchDistribution,
     closed_kl,
@@ -22,7 +23,6 @@ from fastvae.distributions import (
 )
 from fastvae.distributions.base import held
 from fastvae.objectives.bounds import IWAE, WakePhi, weighed
-from fastvae.reference.gamma import seeded
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn, seed_of

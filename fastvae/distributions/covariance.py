@@ -12,8 +12,8 @@ from torch import distributions as td
 
 from .. import ops, random
 from ..core.checks import check_same_device, check_tensor, shape_of
+from ..core.special import expm1_minus
 from ..ops.op import accumulator
-from ..reference.common import expm1_minus
 from .base import Distribution, Located, hold, is_family, is_still, register_kl
 from .normal import DiagonalNormal, StandardNormal
 

@@ -11,7 +11,7 @@ from torch import distributions as td
 
 from .. import random
 from ..core.checks import check_tensor
-from ..reference.gamma import seeded
+from ..core.seeding import seeded
 from .base import Distribution, hold, is_family
 from .wrapped import TorchDistribution, at_address
 

@@ -11,9 +11,9 @@ from torch import distributions as td
 
 from .. import ops, random
 from ..core.checks import check_same_device, check_same_shape, check_tensor, shape_of
+from ..core.spread import log_variance
 from ..ops.latent import Form, form_of, options
 from ..ops.op import accumulator
-from ..reference.latent import log_variance
 from .base import Distribution, hold, is_family, is_still, register_kl
 
 # A standard deviation in place of a log variance, as in torch's Normal.

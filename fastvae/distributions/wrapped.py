@@ -14,8 +14,8 @@ from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from .. import random
 from ..core.checks import check_same_device
+from ..core.seeding import check_philox, seeded
 from ..ops.gamma import dirichlet, standard_gamma
-from ..reference.gamma import check_philox, seeded
 from .base import Distribution, mapped, tensors_of
 from .location_scale import student_t_noise
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..core.checks import check_same_device, is_dense, shape_of, signed
 from ..core.fast_path import are_batch, are_batch_in_python
+from ..core.reductions import times
 from ..distributions import (
     STANDARD,
     Distribution,
@@ -24,7 +25,6 @@ from ..likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
 from ..objectives.bounds import CIWAE, IWAE, weighed
 from ..ops.head import Layers, weigh_linear
 from ..ops.weigh import Weighing, weigh
-from ..reference.weigh import times
 from .misread import is_new, look
 from .nested import (
     Beside,

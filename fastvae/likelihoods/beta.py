@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference.common import digamma_excess, expm1_minus, log1p_rest, stirling_error
+from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from . import oracles
 from .base import Declared
 

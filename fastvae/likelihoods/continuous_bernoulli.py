@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.common import log_sinhc, log_sinhc_slope
+from ..core.special import log_sinhc, log_sinhc_slope
 from . import oracles
 from .base import Declared
 from .natural import check_flag, logits_of

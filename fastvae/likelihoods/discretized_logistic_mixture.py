@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_count, check_data, check_same_device, check_tensor, may_look, shape_of
+from ..core.logistic_cells import cell_log_prob, coupled
 from ..inputs.nested import Beside
 from ..ops.grouped import mixture_rows
-from ..reference import grouped
 from .base import NAMED, Likelihood, describe
 
 _OUTPUTS = ("logits", "location", "log_scale", "coefficients")
@@ -184,8 +184,8 @@ class DiscretizedLogisticMixture(Likelihood):
         k = len(logits) // max(1, len(x))
         x, mask = (v.flatten(2).repeat(k, 1, 1)[:, None] for v in (torch.where(mask, x, 0.0), mask))
         if coefficients is not None:
-            location = grouped.coupled(x, location, coefficients)
-        own = torch.where(mask, grouped.value(x, location, log_scale, self._half), 0.0).sum(2)
+            location = coupled(x, location, coefficients)
+        own = torch.where(mask, cell_log_prob(x, location, log_scale, self._half), 0.0).sum(2)
         seen = mask.any(2)[:, 0]
         log_p = torch.logsumexp(logits + own, 1) - torch.logsumexp(logits, 1)
         return torch.where(seen, log_p, 0.0).sum(1)

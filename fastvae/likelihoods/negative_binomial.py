@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference.common import digamma_excess, expm1_minus, log1p_rest, stirling_error
+from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from .scaled import Held, Scaled
 
 # Clamps: the log inverse dispersion, and other exponents, near the end of float32's range.

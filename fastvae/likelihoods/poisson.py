@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.common import expm1_minus
+from ..core.special import expm1_minus
 from .base import Declared
 from .natural import check_flag, log_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.common import softplus
+from ..core.special import softplus
 from . import oracles
 from .gaussian import NAMED_SCALES, Gaussian
 from .scaled import normal_like

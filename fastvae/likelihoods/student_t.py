@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..reference.common import half_step, half_step_slope, log1p_excess, log1p_square
+from ..core.special import half_step, half_step_slope, log1p_excess, log1p_square
 from . import oracles
 from .scaled import Held, Scaled, normal_like
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count, check_weight
 from ..core.hints import teaches
+from ..core.reductions import times
 from ..distributions.draws import describe, rsample_as_held
 from ..distributions.mixture import log_aggregate
 from ..inputs.batch import Inputs
@@ -18,7 +19,6 @@ from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..ops.weigh import Weighing
 from ..random import draw_seed
-from ..reference.weigh import times
 from .iwae import _REDUCTIONS
 
 if TYPE_CHECKING:

@@ -29,10 +29,9 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_number, shape_of
+from ..core.reductions import power_mean, shift, without_denormals
 from ..ops.latent import ESTIMATORS
 from ..ops.weigh import Weighing
-from ..reference.importance import shift
-from ..reference.weigh import power_mean, without_denormals
 
 __all__ = ["CIWAE", "IWAE", "TVO", "Bound", "Jackknife", "UStatistic", "WakePhi"]
 

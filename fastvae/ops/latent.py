@@ -63,7 +63,7 @@ from ..core.checks import (
     shape_of,
 )
 from ..core.fast_path import are_rows
-from ..reference.latent import spread
+from ..core.spread import spread
 from ..reference.random import normal
 from .op import Op, accumulator, empty_like, in_shape, or_none
 

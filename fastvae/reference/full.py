@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import upcast
+from ..core.special import upcast
 from .random import normal
 
 LOG_2_PI = math.log(2 * math.pi)

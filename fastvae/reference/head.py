@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .common import upcast
+from ..core.special import upcast
 from .likelihood import log_prob, log_prob_backward
 
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .common import upcast
+from ..core.reductions import shift
+from ..core.special import upcast
 
 
 def log_mean_exp(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,8 +35,3 @@ def log_mean_exp_backward(grad: Tensor, log_w: Tensor, maximum: Tensor, total: T
     result = grad * weight
     result = torch.where((result.abs() < tiny) | (weight == 0), torch.zeros_like(result), result)
     return result.to(dtype)
-
-
-def shift(maximum: Tensor) -> Tensor:
-    """Return the shift before exp: the maximum, or 0 where it is infinite, as inf - inf would be NaN."""
-    return torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)

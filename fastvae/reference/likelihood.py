@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .common import upcast
+from ..core.special import upcast
 
 
 def log_prob(likelihood: Any, x: Tensor, *parameters: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .importance import shift
+from ..core.reductions import shift
 
 # Elements of [N, U, D] computed at a time.
 MOST = 1 << 22
