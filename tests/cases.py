@@ -13,6 +13,7 @@ from fastvae.core.checks import INTEGERS
 from fastvae.likelihoods.base import DECLARED
 
 from . import formulas, strategies
+from .oracles import HAZARDS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LIKELIHOODS = sorted(DECLARED)
@@ -88,7 +89,7 @@ def log_prob(draw, likelihood: str, sizes=SIZES):
     for i, name in enumerate(declared.outputs):
         shape = draw(st.sampled_from(forms(likelihood, k, b, event))) if i else (k, b, *event)
         spreads = SPREADS[:2] if dtype == torch.float16 else SPREADS
-        spread = draw(st.sampled_from((*spreads, *declared.hazards.get(name, ()))))
+        spread = draw(st.sampled_from((*spreads, *HAZARDS.get(likelihood, {}).get(name, ()))))
         # A number or row often stays in float32 when the other tensors are in half precision.
         kept = torch.float32 if i and dtype != torch.float64 and draw(st.booleans()) else dtype
         given.append(draw(strategies.tensors(shape, kept, spread=spread, device=DEVICE)))

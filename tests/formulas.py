@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvae.likelihoods.base import DECLARED
 
 from .compare import EXP, LOG, Rounded, total
+from .oracles import ORACLES
 
 
 def computation(*tensors: Tensor | None) -> torch.dtype:
@@ -155,7 +156,7 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
 
     wide = x.double().expand(shape).clone().requires_grad_(declared.differentiable)
     exact = [p.value.expand(shape).clone().requires_grad_() for p in parameters]
-    values = declared.oracle(*exact).log_prob(wide)
+    values = ORACLES[likelihood](*exact).log_prob(wide)
     asked = [wide, *exact] if declared.differentiable else exact
     slopes = torch.autograd.grad(values.sum(), asked)
     # Cancellation inside the distribution, in float64.

@@ -54,10 +54,11 @@ def log_variance(raw: Tensor, draw: Any) -> Tensor:
     if draw.scale == "log_scale":
         return 2 * raw
     if draw.scale == "scale":
-        return 2 * raw.log()
+        return 2 * torch.log(raw)
     # Softplus as -logsigmoid(-raw), which has the right slope at 0, too.
     if draw.floor > 0:
-        return (draw.floor - logsigmoid(-raw)).log()
+        return torch.log(draw.floor - logsigmoid(-raw))
     # In the tail the other branch gets a dummy input: its slope there would be 0 / 0.
     tail = raw < TAIL
-    return torch.where(tail, raw, (-logsigmoid(-torch.where(tail, 0.0, raw))).log())
+    logvar: Tensor = torch.where(tail, raw, (-logsigmoid(-torch.where(tail, 0.0, raw))).log())
+    return logvar

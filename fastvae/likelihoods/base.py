@@ -223,8 +223,6 @@ class Declared(Likelihood):
     Attributes:
         converts: the decoder returns probabilities or rates instead of the declared outputs.
         constants: the last outputs, which are constants of the likelihood and never come from a decoder.
-        hazards: for the tests: extreme magnitudes of each output, in addition to the usual ones.
-        oracle: for the tests: an independent distribution of x, constructed from the outputs.
     """
 
     name: ClassVar[str]
@@ -233,12 +231,10 @@ class Declared(Likelihood):
     low: ClassVar[float] = -math.inf
     high: ClassVar[float] = math.inf
     hint: ClassVar[str] = ""
-    hazards: ClassVar[dict[str, tuple[float, ...]]] = {}
 
     value: ClassVar[Callable[..., Tensor]]
     gradient: ClassVar[Callable[..., tuple[Tensor | None, ...]]]
     data: ClassVar[Callable[..., Tensor] | None] = None
-    oracle: ClassVar[Callable[..., torch.distributions.Distribution]]
     mean_of: ClassVar[Callable[..., Tensor]]
     draw: ClassVar[Callable[..., Tensor]]
     _bounded: ClassVar[bool]

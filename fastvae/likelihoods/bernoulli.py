@@ -50,8 +50,6 @@ class Bernoulli(Declared):
         "for images scaled to [-1, 1] use (x + 1) / 2, for bytes x / 255, and for data that is not bounded "
         "likelihood='gaussian'"
     )
-    hazards = {"logits": (100.0,)}
-    oracle = staticmethod(lambda logits: torch.distributions.Bernoulli(logits=logits, validate_args=False))
 
     def __init__(self, *, probs: bool = False):
         super().__init__()

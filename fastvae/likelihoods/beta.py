@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
-from . import oracles
 from .base import Declared
 
 # Largest log concentration a: float32 represents both exp(a) and exp(-a).
@@ -58,7 +57,6 @@ class Beta(Declared):
     outputs = ("log_concentration1", "log_concentration0")
     low, high, inside = 0.0, 1.0, 0.5
     hint = "scale the data to (0, 1); at the ends themselves the density may be infinite"
-    oracle = oracles.Beta
 
     @staticmethod
     def value(x: Tensor, log_concentration1: Tensor, log_concentration0: Tensor) -> Tensor:

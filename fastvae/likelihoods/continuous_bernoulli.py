@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..core.special import log_sinhc, log_sinhc_slope
-from . import oracles
 from .base import Declared
 from .natural import check_flag, logits_of
 
@@ -56,8 +55,6 @@ class ContinuousBernoulli(Declared):
     low, high = 0.0, 1.0
     reads, option = "logits", "probs"
     hint = "for images scaled to [-1, 1] use (x + 1) / 2, and for bytes x / 255"
-    hazards = {"logits": (100.0,)}
-    oracle = oracles.ContinuousBernoulli
 
     def __init__(self, *, probs: bool = False):
         super().__init__()

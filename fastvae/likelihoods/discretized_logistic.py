@@ -12,7 +12,6 @@ from ..core.checks import check_count
 from ..inputs.last_layer import LastLayer
 from ..inputs.nested import Beside
 from ..ops.head import Layers
-from . import oracles
 from .base import Fused
 from .scaled import Held, Scaled, exponential_like
 
@@ -77,7 +76,6 @@ class DiscretizedLogistic(Scaled):
         "for bytes high=255.0"
     )
     held = {"scale": "the standard deviation times √3/π"}
-    oracle = oracles.DiscretizedLogistic
 
     def __init__(
         self,

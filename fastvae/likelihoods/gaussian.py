@@ -57,7 +57,6 @@ class Gaussian(Scaled):
     name = "gaussian"
     outputs = ("mean", "logvar")
     held = {"scale": "a standard deviation"}
-    oracle = staticmethod(lambda mean, logvar: torch.distributions.Normal(mean, torch.exp(0.5 * logvar)))
 
     def __new__(cls, scale: Any = None, **options: Any) -> Gaussian:
         """Create the subclass registered for a named scale, such as ``"softplus"``."""

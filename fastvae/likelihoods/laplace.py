@@ -46,7 +46,6 @@ class Laplace(Scaled):
     name = "laplace"
     outputs = ("location", "log_scale")
     held = {"scale": "the mean distance from the location"}
-    oracle = staticmethod(lambda location, log_scale: torch.distributions.Laplace(location, log_scale.exp()))
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

@@ -50,9 +50,6 @@ class LogNormal(Scaled):
     low, inside = 0.0, 1.0
     hint = "pass the positive data themselves, not their logarithms"
     held = {"scale": "the standard deviation of log x"}
-    oracle = staticmethod(
-        lambda location, log_scale: torch.distributions.LogNormal(location, log_scale.exp())
-    )
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from . import oracles
 from .scaled import Scaled, exponential_like
 
 
@@ -44,7 +43,6 @@ class Logistic(Scaled):
     name = "logistic"
     outputs = ("location", "log_scale")
     held = {"scale": "the standard deviation times √3/π"}
-    oracle = oracles.Logistic
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

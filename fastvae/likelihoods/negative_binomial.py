@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +21,6 @@ class Overdispersed(Scaled):
     differentiable = False
     held = {"inverse_dispersion": "the inverse dispersion"}
     hint = "pass the raw counts, neither centred nor on a log scale"
-    hazards = {"log_mean": (20.0,), "log_inverse_dispersion": (10.0,)}
 
     log_inverse_dispersion: nn.Parameter
 
@@ -121,10 +118,6 @@ class NegativeBinomial(Overdispersed):
         return None, g * by_mean, g * by_dispersion
 
     @staticmethod
-    def oracle(log_mean: Tensor, log_inverse_dispersion: Tensor) -> Any:
-        return _Exact(log_mean, log_inverse_dispersion)
-
-    @staticmethod
     def mean_of(log_mean: Tensor, *others: Tensor) -> Tensor:
         return torch.exp(log_mean)
 
@@ -151,27 +144,3 @@ def slopes(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> tuple
     rest = torch.where(r.abs() < 0.25, log1p_rest(r), r - torch.log(u)) + (log_mean - t - ratio).clamp(min=0)
     gamma = 0.5 * (x / n) + (digamma_excess(theta) - theta / n * digamma_excess(n))
     return pull - theta * rest, pull, torch.where(x == 0, 0.0, gamma) - theta * rest
-
-
-class _Exact:
-    """Textbook formula in float64, for the tests.
-
-    Ratios of gamma functions are computed without cancellation: 16 explicit factors, then Stirling's series.
-    """
-
-    def __init__(self, log_mean: Tensor, t: Tensor):
-        self.log_mean, self.t = log_mean, t
-        self.mean = torch.exp(log_mean)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        theta = torch.exp(self.t)
-        top = theta + 16
-
-        def series(z: Tensor) -> Tensor:
-            return 1 / (12 * z) - 1 / (360 * z**3) + 1 / (1260 * z**5) - 1 / (1680 * z**7) + 1 / (1188 * z**9)
-
-        factors = sum(torch.log1p(x / (theta + i)) for i in range(16))
-        gammas = (top + x - 0.5) * torch.log1p(x / top) - x + (series(top + x) - series(top)) - factors
-        gammas = gammas + x * torch.log1p(16 / theta)
-        odds = torch.logaddexp(torch.zeros_like(self.t), self.log_mean - self.t)
-        return gammas + x * self.log_mean - torch.lgamma(x + 1) - (x + theta) * odds

@@ -47,8 +47,6 @@ class Poisson(Declared):
     differentiable = False
     reads, option, counts = "log rates", "rate", True
     hint = "pass the raw counts, neither centred nor on a log scale"
-    hazards = {"log_rate": (20.0,)}
-    oracle = staticmethod(lambda log_rate: torch.distributions.Poisson(log_rate.exp(), validate_args=False))
 
     def __init__(self, *, rate: bool = False):
         super().__init__()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..core.special import softplus
-from . import oracles
 from .gaussian import NAMED_SCALES, Gaussian
 from .scaled import normal_like
 
@@ -51,7 +50,6 @@ class SoftplusGaussian(Gaussian):
     name = "softplus_gaussian"
     outputs = ("mean", "raw", "log_floor")  # type: ignore[assignment]
     constants = ("log_floor",)
-    oracle = oracles.SoftplusGaussian  # type: ignore[assignment]
 
     def __init__(
         self,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.special import half_step, half_step_slope, log1p_excess, log1p_square
-from . import oracles
 from .scaled import Held, Scaled, normal_like
 
 
@@ -61,8 +60,6 @@ class StudentT(Scaled):
     name = "student_t"
     outputs = ("location", "log_scale", "log_df")
     held = {"scale": "a scale", "df": "the degrees of freedom"}
-    hazards = {"log_df": (8.0,)}
-    oracle = oracles.StudentT
 
     log_df: nn.Parameter
 

@@ -43,7 +43,6 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
 
     name = "zero_inflated_negative_binomial"
     outputs = ("log_mean", "log_inverse_dispersion", "dropout_logit")
-    hazards = {**Overdispersed.hazards, "dropout_logit": (40.0,)}
 
     @staticmethod
     def value(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor, dropout_logit: Tensor) -> Tensor:
@@ -68,10 +67,6 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
         by_logit = torch.where(x == 0, by_logit, -torch.sigmoid(dropout_logit))
         return None, part * by_mean, part * by_dispersion, g * by_logit
 
-    @staticmethod
-    def oracle(log_mean: Tensor, log_inverse_dispersion: Tensor, dropout_logit: Tensor) -> Any:
-        return _Exact(NegativeBinomial.oracle(log_mean, log_inverse_dispersion), dropout_logit)
-
     def _returned(self, held: int) -> tuple[str, ...]:
         return self.outputs[::2] if held else self.outputs
 
@@ -93,21 +88,3 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
     ) -> Tensor:
         counts = NegativeBinomial.draw(log_mean, log_inverse_dispersion, generator=generator)
         return counts * torch.bernoulli(torch.sigmoid(-dropout_logit), generator=generator)
-
-
-class _Exact:
-    """Exact log probabilities: counts of 0 sum over dropout and a sampled 0."""
-
-    def __init__(self, counts: Any, logit: Tensor):
-        self.counts, self.logit = counts, logit
-        self.mean = counts.mean * torch.sigmoid(-logit)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        counted = self.counts.log_prob(x)
-        log_alive = torch.nn.functional.logsigmoid(-self.logit)
-        log_dead = torch.nn.functional.logsigmoid(self.logit)
-        # If dropout is nearly certain, log-add-exp would round log p to 0.
-        likely = self.logit > 1
-        sure = torch.log1p(torch.sigmoid(-torch.where(likely, self.logit, 1.0)) * torch.expm1(counted))
-        both = torch.logaddexp(log_dead, log_alive + counted)
-        return torch.where(x == 0, torch.where(likely, sure, both), log_alive + counted)

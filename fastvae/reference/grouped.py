@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.logistic_cells import coupled
+from ..core.logistic_cells import cell_log_prob, cell_slopes, coupled
 from ..core.special import upcast
 
 
@@ -74,7 +74,7 @@ def discretized_logistic_mixture(
     x, logits, *rest = upcast(*given)
     wide, location, log_scale, _ = _components(x, logits, *rest, *[None] * (3 - len(rest)))
     normaliser = torch.logsumexp(logits, 1)
-    joint = torch.logsumexp(logits + value(wide, location, log_scale, setting).sum(2), 1)
+    joint = torch.logsumexp(logits + cell_log_prob(wide, location, log_scale, setting).sum(2), 1)
     return (joint - normaliser).sum(1), normaliser, joint
 
 
@@ -94,9 +94,9 @@ def discretized_logistic_mixture_backward(
     parameters = [logits, location, log_scale] + ([] if coefficients is None else [coefficients])
     x, logits, *rest = upcast(x, *parameters)
     wide, means, scales, coupling = _components(x, logits, *rest, *[None] * (3 - len(rest)))
-    s = logits + value(wide, means, scales, setting).sum(2)
+    s = logits + cell_log_prob(wide, means, scales, setting).sum(2)
     r = grad[:, None, None] * torch.exp(s - joint[:, None])
-    by_location, by_log_scale = gradient(wide, means, scales, setting)
+    by_location, by_log_scale = cell_slopes(wide, means, scales, setting)
     by_location, by_log_scale = r[:, :, None] * by_location, r[:, :, None] * by_log_scale
     grads: list[Tensor] = [r - grad[:, None, None] * torch.exp(logits - normaliser[:, None])]
     grads += [by_location.flatten(1, 2), by_log_scale.flatten(1, 2)]

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 import fastvae
 from fastvae.likelihoods.base import DECLARED
 
+from ..oracles import ORACLES
+
 EVENTS = ((7,), (3,), (1,), (2, 3), (2, 2, 3), (65,))
 CLASSES, COMPONENTS = 4, 3
 
@@ -85,7 +87,7 @@ def _declared(name: str) -> Kind:
     returned = len(cls.outputs) - len(cls.constants)
 
     def log_prob(x, outputs, given):
-        return cls.oracle(
+        return ORACLES[name](
             *outputs, *(torch.full_like(outputs[0], c) for c in CONSTANTS.get(name, ()))
         ).log_prob(x)
 
@@ -117,7 +119,7 @@ class OwnOfRows(fastvae.Likelihood):
 
 def _mixture_log_prob(x, outputs, given):
     logits, location, log_scale = outputs
-    own = DECLARED["discretized_logistic"].oracle(
+    own = ORACLES["discretized_logistic"](
         0.5 * (location + 1), log_scale - math.log(2), torch.full_like(location, -math.log(255))
     )
     return torch.logsumexp(logits.log_softmax(1) + own.log_prob(x[:, None].expand(location.shape)), 1)
@@ -189,11 +191,9 @@ ZOO: dict[str, Kind] = {
         lambda event: fastvae.NegativeBinomial(torch.full(event, 2.0), learned=True),
         _counts,
         _one,
-        lambda x, o, given: (
-            DECLARED["negative_binomial"]
-            .oracle(o[0], given["log_inverse_dispersion"].expand(o[0].shape))
-            .log_prob(x)
-        ),
+        lambda x, o, given: ORACLES["negative_binomial"](
+            o[0], given["log_inverse_dispersion"].expand(o[0].shape)
+        ).log_prob(x),
         integers=True,
         sized=True,
         may_be_large=True,

@@ -1,9 +1,9 @@
-"""Distributions for the tests, for which torch.distributions is missing or inaccurate in float64."""
+"""Independent distribution of x for each declared likelihood, accurate in float64, and extreme outputs."""
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributions
 from torch.distributions import Bernoulli, Distribution, Normal
 
 
@@ -152,3 +152,74 @@ class SoftplusGaussian(Normal):
     def __init__(self, mean: Tensor, raw: Tensor, log_floor: Tensor):
         variance = torch.logaddexp(raw, torch.zeros_like(raw)) + log_floor.exp()
         super().__init__(mean, variance.sqrt(), validate_args=False)
+
+
+class NegativeBinomial:
+    """Negative binomial by the textbook formula in float64.
+
+    Ratios of gamma functions are computed without cancellation: 16 explicit factors, then Stirling's series.
+    """
+
+    def __init__(self, log_mean: Tensor, t: Tensor):
+        self.log_mean, self.t = log_mean, t
+        self.mean = torch.exp(log_mean)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        theta = torch.exp(self.t)
+        top = theta + 16
+
+        def series(z: Tensor) -> Tensor:
+            return 1 / (12 * z) - 1 / (360 * z**3) + 1 / (1260 * z**5) - 1 / (1680 * z**7) + 1 / (1188 * z**9)
+
+        factors = sum(torch.log1p(x / (theta + i)) for i in range(16))
+        gammas = (top + x - 0.5) * torch.log1p(x / top) - x + (series(top + x) - series(top)) - factors
+        gammas = gammas + x * torch.log1p(16 / theta)
+        odds = torch.logaddexp(torch.zeros_like(self.t), self.log_mean - self.t)
+        return gammas + x * self.log_mean - torch.lgamma(x + 1) - (x + theta) * odds
+
+
+class ZeroInflated:
+    """Exact log probabilities: counts of 0 sum over dropout and a sampled 0."""
+
+    def __init__(self, log_mean: Tensor, t: Tensor, logit: Tensor):
+        self.counts, self.logit = NegativeBinomial(log_mean, t), logit
+        self.mean = self.counts.mean * torch.sigmoid(-logit)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        counted = self.counts.log_prob(x)
+        log_alive = torch.nn.functional.logsigmoid(-self.logit)
+        log_dead = torch.nn.functional.logsigmoid(self.logit)
+        # If dropout is nearly certain, log-add-exp would round log p to 0.
+        likely = self.logit > 1
+        sure = torch.log1p(torch.sigmoid(-torch.where(likely, self.logit, 1.0)) * torch.expm1(counted))
+        both = torch.logaddexp(log_dead, log_alive + counted)
+        return torch.where(x == 0, torch.where(likely, sure, both), log_alive + counted)
+
+
+ORACLES = {
+    "bernoulli": lambda logits: Bernoulli(logits=logits, validate_args=False),
+    "beta": Beta,
+    "continuous_bernoulli": ContinuousBernoulli,
+    "discretized_logistic": DiscretizedLogistic,
+    "gaussian": lambda mean, logvar: Normal(mean, torch.exp(0.5 * logvar)),
+    "laplace": lambda location, log_scale: distributions.Laplace(location, log_scale.exp()),
+    "log_normal": lambda location, log_scale: distributions.LogNormal(location, log_scale.exp()),
+    "logistic": Logistic,
+    "negative_binomial": NegativeBinomial,
+    "poisson": lambda log_rate: distributions.Poisson(log_rate.exp(), validate_args=False),
+    "softplus_gaussian": SoftplusGaussian,
+    "student_t": StudentT,
+    "zero_inflated_negative_binomial": ZeroInflated,
+}
+
+# Extreme magnitudes of outputs, by name, in addition to the usual ones.
+HAZARDS = {
+    "bernoulli": {"logits": (100.0,)},
+    "continuous_bernoulli": {"logits": (100.0,)},
+    "negative_binomial": {"log_mean": (20.0,), "log_inverse_dispersion": (10.0,)},
+    "poisson": {"log_rate": (20.0,)},
+    "student_t": {"log_df": (8.0,)},
+    "zero_inflated_negative_binomial": {
+        "log_mean": (20.0,), "log_inverse_dispersion": (10.0,), "dropout_logit": (40.0,),
+    },
+}  # fmt: skip
