@@ -29,6 +29,8 @@ from .estimation import proposals, weights
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .estimation.audit.lattice import LatticeMarginal, lattice_log_marginal
 from .estimation.evaluation import Audit, Evaluation, evaluate
+from .estimation.log_marginal import log_marginal, reconstruction_log_prob
+from .estimation.weights import LogMarginal
 from .inputs.last_layer import FusedHead
 from .likelihoods import (
     Bernoulli,
@@ -49,19 +51,11 @@ from .likelihoods import (
 )
 from .objectives import bounds, schedules
 from .objectives.beta_tc import BetaTCTerms, beta_tc
+from .objectives.elbo import elbo
 from .objectives.graphs import graphed
-from .objectives.iwae import (
-    LogMarginal,
-    LogWeights,
-    Terms,
-    bound,
-    elbo,
-    iwae,
-    log_marginal,
-    log_weights,
-    reconstruction_log_prob,
-)
+from .objectives.iwae import LogWeights, bound, iwae, log_weights
 from .objectives.marginalize import Marginal, marginalize
+from .objectives.options import Terms
 from .objectives.wake_sleep import sleep
 from .quantize import Quantized, VectorQuantizer
 from .vae import VAE

@@ -20,15 +20,20 @@ from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_c
 from .distributions.base import as_module, tensors_of
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .estimation.evaluation import Evaluation, evaluate
+from .estimation.log_marginal import log_marginal as _log_marginal
+from .estimation.log_marginal import reconstruction_log_prob as _reconstruction_log_prob
+from .estimation.weights import LogMarginal
 from .inputs.last_layer import may_end_in_a_layer, run_to_last_layer
 from .inputs.misread import look_at_structure
 from .inputs.modules import modules_of, reached
 from .inputs.nested import called, decoded, each, tensors
 from .likelihoods.base import Likelihood, as_likelihood
-from .objectives import iwae as objectives
 from .objectives.beta_tc import BetaTCTerms, beta_tc
 from .objectives.bounds import Bound
-from .objectives.iwae import LogMarginal, Terms
+from .objectives.elbo import elbo as _elbo
+from .objectives.iwae import bound as _bound
+from .objectives.iwae import iwae as _iwae
+from .objectives.options import Terms
 from .objectives.wake_sleep import simulate, sleep
 from .ops.head import FEWEST_NUMBERS
 
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .objectives.beta_tc import BetaTCOptions
-    from .objectives.iwae import ElboOptions, IwaeOptions, SampledOptions
+    from .objectives.options import ElboOptions, IwaeOptions, SampledOptions
 
 __all__ = ["VAE"]
 
@@ -183,7 +188,7 @@ class VAE(nn.Module):
     def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.elbo` of x; options are its keyword arguments."""
         decoder = self._fused(x, options.get("k", 1))
-        return objectives.elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
+        return _elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
     def iwae(
@@ -200,7 +205,7 @@ class VAE(nn.Module):
     def iwae(self, x: Any, k: int = 50, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
         decoder = self._fused(x, options.get("k_chunk") or k)
-        return objectives.iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
+        return _iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
     def bound(
@@ -238,7 +243,7 @@ class VAE(nn.Module):
     def bound(self, x: Any, objective: Bound, k: int = 50, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments."""
         decoder = self._fused(x, options.get("k_chunk") or k)
-        return objectives.bound(  # type: ignore[no-any-return]
+        return _bound(  # type: ignore[no-any-return]
             x, self._q(x, options), decoder, objective, k=k, **self._meaning(), **options
         )
 
@@ -260,7 +265,7 @@ class VAE(nn.Module):
         The module stays in its current mode (train or eval).
         """
         decoder = self._fused(x, k)
-        return objectives.log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
+        return _log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
 
     @torch.no_grad()
     def ais(self, x: Any, **options: Any) -> AnnealedMarginal:
@@ -288,7 +293,7 @@ class VAE(nn.Module):
         """
         options = {"likelihood": self.likelihood, "k": k, **options}
         decoder = self._fused(x, k)
-        return -objectives.reconstruction_log_prob(x, self._q(x, options), decoder, **options)
+        return -_reconstruction_log_prob(x, self._q(x, options), decoder, **options)
 
     @teaches
     @torch.no_grad()

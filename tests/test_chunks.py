@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastvae
-from fastvae.objectives import iwae as objectives
+from fastvae.objectives import chunks
 from fastvae.ops.latent import ESTIMATORS
 
 from . import models
@@ -79,7 +79,7 @@ def test_dropout_is_the_same_in_both_passes(monkeypatch):
 
     chunked = run()
     with monkeypatch.context() as patch:
-        patch.setattr(objectives, "checkpoint", lambda function, *args, **options: function(*args))
+        patch.setattr(chunks, "checkpoint", lambda function, *args, **options: function(*args))
         expected = run()
     for actual, wanted in zip(chunked, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
@@ -138,7 +138,7 @@ def test_buffers_are_those_of_the_first_pass(kind, call, monkeypatch):
 
     chunked = run()
     with monkeypatch.context() as patch:
-        patch.setattr(objectives, "checkpoint", lambda function, *args, **options: function(*args))
+        patch.setattr(chunks, "checkpoint", lambda function, *args, **options: function(*args))
         expected = run()
     for actual, wanted in zip(chunked, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..core.checks import check_same_device, is_dense, shape_of, signed
 from ..core.fast_path import are_batch, are_batch_in_python
-from ..core.reductions import times
 from ..distributions import (
     STANDARD,
     Distribution,
@@ -22,9 +20,6 @@ from ..distributions import (
     flat_prior,
 )
 from ..likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
-from ..objectives.bounds import CIWAE, IWAE, weighed
-from ..ops.head import Layers, weigh_linear
-from ..ops.weigh import Weighing, weigh
 from .misread import is_new, look
 from .nested import (
     Beside,
@@ -127,19 +122,6 @@ class Inputs(NamedTuple):
             look(self.decoder, likelihood, self.x, parameters)
         return parameters
 
-    def bound(
-        self, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute :func:`fastvae.ops.weigh.weigh` for z [K·B, D] and a term of q and the prior."""
-        parameters = self.decode(z, samples)
-        takes_fused = beta is None or not beta.requires_grad
-        fused = self.likelihood.fused(self.x, parameters, samples, self.beside) if takes_fused else None
-        if fused is not None:
-            # From the decoder's output, or from the input of its last layer.
-            run: Any = weigh_linear if type(fused[2]) is Layers else weigh
-            return run(*fused, term, beta, how, terms)  # type: ignore[no-any-return]
-        return weigh_samples(self._log_prob(z, parameters, samples), term, beta, how)
-
     def log_likelihood(self, z: Tensor, seen: Callable[[Tensor, list[Tensor]], None] | None = None) -> Tensor:
         """Compute log p(x|z) [K, B] for z [K, B, D]; the decoder sees one batch axis, sample-major.
 
@@ -151,9 +133,9 @@ class Inputs(NamedTuple):
             # len would specialise the batch size of an exported program.
             rows = z_rows.shape[0]
             seen(z_rows, [t for t in all_tensors(parameters) if t.dim() and t.shape[0] == rows])
-        return self._log_prob(z_rows, parameters, z.shape[0])
+        return self.log_prob(z_rows, parameters, z.shape[0])
 
-    def _log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:
+    def log_prob(self, z: Tensor, parameters: Any, samples: int) -> Tensor:
         """Compute log p(x|z) [K, B] from the decoder's output for z [K·B, D]."""
         if not (isinstance(self.likelihood, Declared) and self.likelihood.is_declared):
             # A user's likelihood may broadcast shapes that fastvae's own reject.
@@ -185,21 +167,3 @@ def _named(parameters: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _named(part, f"{name}[{key!r}]")
     elif isinstance(parameters, (tuple, list)) and parameters:
         yield from _named(parameters[0], name)
-
-
-def weigh_samples(
-    log_likelihood: Tensor, term: Tensor, beta: Tensor | None, how: Weighing
-) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fastvae.ops.weigh.weigh` from log-likelihoods [K, B], without a fused op."""
-    mean = log_likelihood.mean(0)
-    factor = how.coefficient if beta is None else how.coefficient * beta.to(term.dtype)
-    if how.over == "mean":
-        bound = mean + times(factor, term if term.dim() == 1 else term.mean(0))
-    else:
-        mean = mean.detach()
-        if how.is_plain:
-            bound = ops.log_mean_exp(log_likelihood + times(factor, term))
-        else:
-            objective = CIWAE(how.share) if how.share else IWAE(how.groups, how.alpha)
-            bound = weighed(log_likelihood, times(factor, term), None, objective, None)
-    return bound if how.reduction == "none" else getattr(bound, how.reduction)(), mean

@@ -19,12 +19,13 @@ from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..ops.weigh import Weighing
 from ..random import draw_seed
-from .iwae import _REDUCTIONS
+from .options import REDUCTIONS
+from .reduce import reduce_draws
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .iwae import BoundOptions
+    from .options import BoundOptions
 
     class BetaTCOptions(BoundOptions, total=False):
         beta: float | Tensor
@@ -171,7 +172,7 @@ def beta_tc(
             ("gamma", gamma, "the dimensions' KL"),
         )
     ]
-    check_choice("reduction", reduction, _REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     _, row_offset = check_address(k, q.batch, 0, row_offset)
     if prior.per_row:
         raise ValueError(
@@ -190,7 +191,7 @@ def beta_tc(
     weighted = [times(weight, part) for weight, part in zip(weights, parts, strict=True)]
     term = -(weighted[0] + weighted[1] + weighted[2])
     how = Weighing(1.0, "mean", "none" if terms else reduction)
-    bound, log_likelihood = inputs.bound(z.flatten(0, 1), term, k, None, how, terms)
+    bound, log_likelihood = reduce_draws(inputs, z.flatten(0, 1), term, k, None, how, terms)
     if not terms:
         return bound
     return BetaTCTerms(bound, log_likelihood, *(part.mean(0) for part in parts))  # type: ignore[arg-type]

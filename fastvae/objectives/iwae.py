@@ -2,292 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from ..core import backend as _backend
-from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
+from ..core.checks import check_address, check_choice, check_count
 from ..core.hints import teaches
-from ..distributions import Distribution, draw_chunk, draw_kl, draw_ratio, draw_strata
-from ..distributions.draws import describe, say_monte_carlo
-from ..estimation import stream as _stream
-from ..estimation.proposals import Proposal, as_proposal
-from ..estimation.stream import Chunks
-from ..estimation.weights import LogMarginal, kept_draws
-from ..inputs.batch import Inputs, weigh_samples
+from ..distributions import draw_chunk, draw_ratio
+from ..distributions.draws import describe
+from ..inputs.batch import Inputs
 from ..inputs.last_layer import called_by
-from ..inputs.nested import Beside, tensors
+from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..ops.latent import ESTIMATORS
 from ..ops.weigh import Weighing
-from ..random import RANDOMISATIONS, draw_seed, seed_of
+from ..random import draw_seed, seed_of
 from .bounds import IWAE, Bound, weighed
-from .recompute import repeatable
+from .chunks import chunked
+from .options import REDUCTIONS, Terms
+from .reduce import reduce_draws, reduce_samples
 
 if TYPE_CHECKING:
-    from typing_extensions import TypedDict, Unpack
+    from typing_extensions import Unpack
 
-    # Options shared by the overloads.
-
-    class BoundOptions(TypedDict, total=False):
-        mask: Any
-        size_factor: Any
-        context: Any
-        reduction: str
-        generator: torch.Generator | None
-        row_offset: int
-
-    class ElboOptions(BoundOptions, total=False):
-        k: int
-        beta: float | Tensor
-        free_bits: float | Tensor
-        free_bits_per: str
-        kl: str
-
-    class SampledOptions(BoundOptions, total=False):
-        k_chunk: int | None
-        noise: str
-
-    class IwaeOptions(SampledOptions, total=False):
-        estimator: str
-
-
-__all__ = [
-    "LogMarginal",
-    "LogWeights",
-    "Terms",
-    "bound",
-    "elbo",
-    "iwae",
-    "log_marginal",
-    "log_weights",
-    "reconstruction_log_prob",
-]
-
-
-class Terms(NamedTuple):
-    """Bound to be maximised and its two parts, each [B], in nats.
-
-    ``log_likelihood`` is E_q log p(x|z); ``kl`` is unweighted.
-    """
-
-    bound: Tensor
-    log_likelihood: Tensor
-    kl: Tensor
-
-
-@overload
-def elbo(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: Literal[True],
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[ElboOptions],
-) -> Terms: ...
-@overload
-def elbo(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: Literal[False] = ...,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[ElboOptions],
-) -> Tensor: ...
-@overload
-def elbo(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: bool,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[ElboOptions],
-) -> Tensor | Terms: ...
-@teaches
-def elbo(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    likelihood: str | Likelihood = "gaussian",
-    prior: Any = None,
-    k: int = 1,
-    beta: float | Tensor = 1.0,
-    free_bits: float | Tensor = 0.0,
-    free_bits_per: str = "batch",
-    kl: str = "analytic",
-    mask: Any = None,
-    size_factor: Any = None,
-    context: Any = None,
-    reduction: str = "mean",
-    terms: bool = False,
-    generator: torch.Generator | None = None,
-    row_offset: int = 0,
-) -> Tensor | Terms:
-    r"""Return the ELBO, to be maximised.
-
-    Evidence lower bound with L draws per example:
-
-    .. math:: \frac{1}{K} \sum_{k=1}^{K} \log p(x|z_k) - β\, \mathrm{KL}(q(z|x) \,\|\, p(z)),
-              \quad z_k \sim q(z|x)
-
-    Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.Joint`.
-        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each
-            [B, D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
-            torch.distributions object [B, D] with rsample; or a :class:`fastvae.Distribution`. Latents may
-            be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels are mu,
-            then logvar.
-        decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
-            sample-major. Shaped latents are passed as [N, C, H, W]. With a ``context`` it is called as
-            ``decoder(z, context)``.
-        likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
-            another name, an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean), or a
-            user-defined :class:`fastvae.Likelihood`.
-        prior: ``fastvae.DiagonalNormal(mu, logvar)``, another :class:`fastvae.Distribution`, a
-            torch.distributions object, a pair (mu, logvar), each [B, D], or a function of the context that
-            returns one of these. For shaped latents its parameters broadcast to [B, C, H, W], or are flat,
-            [D]. Default: N(0, I), or the :class:`fastvae.Hierarchy` that produced q.
-        k: draws of z per example. Default 1.
-        beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Default 1.
-            Under torch.compile a new number recompiles; a new value of a tensor does not.
-        free_bits: λ in nats, a number or a tensor []: each dimension's KL counts as at least λ, so its
-            gradient is zero below λ. Default 0: none.
-        free_bits_per: quantity bounded below by λ. ``"batch"`` (default): each dimension's KL averaged over
-            this batch (Kingma et al. 2016, eq. 15),
-            :math:`\sum_d \max(λ, \frac1B \sum_b \mathrm{KL}_{bd})`, which is then the KL of every example.
-            ``"example"``: each dimension's KL per example, :math:`\sum_d \max(λ, \mathrm{KL}_{bd})`, which
-            does not depend on the rest of the batch.
-        kl: ``"analytic"`` (default), in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the
-            draws. Without a closed form for q and the prior, ``"analytic"`` falls back to ``"mc"`` with a
-            warning.
-        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
-            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
-            MIWAE's bound (Mattei & Frellsen 2019).
-        size_factor: size factors [B] that multiply the mean of counts, such as library sizes.
-        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
-            dict of such tensors (labels, batches, positions), repeated for each sample.
-        reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B], to weight and sum
-            yourself. Events are always summed. A weight of 0 does not silence a bound that is NaN or
-            infinite; ``torch.where(weights > 0, bound, 0) * weights`` does. If x is not finite there,
-            replace it with ``torch.where`` before the encoder as well, or gradients become NaN.
-        terms: return :class:`Terms` (bound, log_likelihood, kl), each [B] for any reduction; kl is not
-            multiplied by β.
-        generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
-            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
-            one process draws for the whole batch; without it they all draw the same noise. Default 0.
-
-    Returns:
-        A number in nats, or [B], or Terms.
-
-    Raises:
-        TypeError, ValueError: for an invalid argument, which the message names.
-
-    References:
-        Kingma & Welling, Auto-Encoding Variational Bayes, 2014, eq. 3 and 7.
-
-    Example:
-        >>> import torch, fastvae
-        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
-        >>> x = torch.rand(16, 8)
-        >>> bound = fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")
-        >>> (-bound).backward()
-    """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
-    q, prior = inputs.q, inputs.prior
-    # Fast path: skip validation of common argument types.
-    if type(k) is not int or k < 1:
-        k = check_count("k", k, "the draws of z per example")
-    if type(beta) is not float or not 0 <= beta < math.inf:
-        beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
-    if type(free_bits) is not float or not 0 <= free_bits < math.inf:
-        free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
-    if free_bits_per not in _FREE_BITS_PER:
-        check_choice("free_bits_per", free_bits_per, _FREE_BITS_PER)
-    if kl not in _KLS:
-        check_choice("kl", kl, _KLS)
-    if reduction not in _REDUCTIONS:
-        check_choice("reduction", reduction, _REDUCTIONS)
-    # Reading a tensor's value would synchronise with the device.
-    has_free_bits = free_bits > 0 if type(free_bits) is float else True
-    if has_free_bits and kl == "mc":
-        raise ValueError(
-            "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
-        )
-    if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(k, q.batch, 0, row_offset)
-    seed = draw_seed(inputs.q.device, generator)
-    coefficient, factor = 1.0, None
-    if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
-        coefficient = beta
-    else:
-        # Compiled code specialises on an op's number, but not on a tensor's value.
-        factor = (
-            beta if isinstance(beta, Tensor) else beta * torch.ones((), dtype=torch.float64, device=q.device)
-        )
-    drawn, shares = None, None
-    if kl == "analytic":
-        drawn = draw_kl(q, prior, k, seed, row_offset, has_free_bits)
-    if drawn is not None:
-        z, term = drawn
-        if has_free_bits:
-            if free_bits_per == "batch":
-                term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)
-            else:
-                term = term.clamp(min=free_bits).sum(1)
-        coefficient = -coefficient
-    else:
-        if kl == "analytic":
-            _without_closed_form(q, prior, has_free_bits)
-        if q.strata > 1:
-            z, term, shares = draw_strata(q, prior, k, seed, row_offset)
-        else:
-            z, term = draw_ratio(q, prior, k, seed, row_offset)
-    if coefficient == 0:
-        term = _unweighted(term)
-    how = Weighing(coefficient, "mean", "none" if terms else reduction)
-    if shares is None:
-        bound, log_likelihood = inputs.bound(z, term, k, factor, how, terms)
-    else:
-        counted = (torch.where(shares == 0, 0.0, shares * t) for t in (inputs.log_likelihood(z), term))
-        log_likelihood, term = counted
-        bound, log_likelihood = weigh_samples(log_likelihood, term, factor, how)
-    if not terms:
-        return bound
-    term = term if term.dim() == 1 else term.mean(0)
-    return Terms(bound, log_likelihood, -term if drawn is None else term)  # type: ignore[arg-type]
-
-
-def _unweighted(term: Tensor) -> Tensor:
-    """Detach a KL of weight zero if it is not finite, since autograd turns 0 · inf into NaN."""
-    if may_look(term) and not torch._C._are_functorch_transforms_active() and not bool(term.isfinite().all()):
-        return term.detach()
-    return term
-
-
-def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bool) -> None:
-    if has_free_bits:
-        raise ValueError(
-            "free_bits needs the KL of each dimension in closed form, which is not known for q = "
-            f"{describe(q)} and prior = {describe(prior)}; register one with fastvae.register_kl, or leave "
-            "free_bits out"
-        )
-    say_monte_carlo(q, prior)
+    from .options import IwaeOptions, SampledOptions
 
 
 @overload
@@ -421,7 +161,7 @@ def iwae(
             _check_rows_apart(inputs.decoder, k, "estimator='dreg'")
         seed = draw_seed(inputs.q.device, generator)
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
-        return inputs.bound(z, log_ratio, k, None, how, False)[0]
+        return reduce_draws(inputs, z, log_ratio, k, None, how, False)[0]
     options = k_chunk, noise, reduction, terms, generator, row_offset
     return _bound(inputs, _IWAE[estimator], None, k, *options)
 
@@ -568,8 +308,8 @@ def _bound(
     generator: torch.Generator | None,
     row_offset: int,
 ) -> Tensor | Terms:
-    if reduction not in _REDUCTIONS:
-        check_choice("reduction", reduction, _REDUCTIONS)
+    if reduction not in REDUCTIONS:
+        check_choice("reduction", reduction, REDUCTIONS)
     if k_chunk is not None:
         k_chunk = check_count("k_chunk", k_chunk, "the samples trained on at a time")
     if type(row_offset) is not int or row_offset:
@@ -591,7 +331,7 @@ def _bound(
     if how is not None and whole:
         dreg = (how.alpha if how.over == "log_mean_exp" else 1.0), how.groups
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, draws, seed, row_offset, objective.estimator, *dreg)
-        value, log_likelihood = inputs.bound(z, log_ratio, draws, None, how, terms)
+        value, log_likelihood = reduce_draws(inputs, z, log_ratio, draws, None, how, terms)
     else:
         source = objective if q_objective is None else q_objective
         tied = q_objective is None and source.estimator in ("iwae", "stl")
@@ -604,10 +344,10 @@ def _bound(
             assert k_chunk is not None
             # A compiled checkpoint cannot mutate outer state, so only parameters and autocast are examined.
             see = None if torch.compiler.is_compiling() else narrow.see
-            drawn = _chunked(inputs, seed, draws, k_chunk, route, row_offset, see)
+            drawn = chunked(inputs, seed, draws, k_chunk, route, row_offset, see)
             log_likelihood, log_ratio, told = drawn
         if told is None and how is not None and how.is_plain:
-            value, log_likelihood = weigh_samples(log_likelihood, log_ratio, None, how)
+            value, log_likelihood = reduce_samples(log_likelihood, log_ratio, None, how)
         else:
             value = weighed(log_likelihood, log_ratio, told, objective, q_objective, narrow.found)
             log_likelihood = log_likelihood.detach().mean(0)
@@ -722,226 +462,3 @@ def log_weights(
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
     z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
     return LogWeights(inputs.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)
-
-
-# Small tensors that a chunk leaves in the graph lie between its activations. Freed activations leave holes in
-# the heap that are too small for the next chunk's, so the heap grows with k. Trimming every few chunks, in
-# both passes, returns the pages of these holes to the system.
-_CHUNKS_PER_TRIM = 8
-
-
-def _trim(device: torch.device) -> None:
-    if device.type == "cpu" and (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """Return glibc's malloc_trim, or None on other systems."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return None
-
-
-def _chunked(
-    inputs: Inputs,
-    seed: Tensor,
-    k: int,
-    k_chunk: int,
-    route: str,
-    row_offset: int,
-    seen: Callable[[Tensor, list[Tensor]], None] | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute log p(x|z) and log p(z) − log q(z|x), each [K, B], in chunks that recompute activations.
-
-    The third result, [K, B] or None, receives the gradient for q in its backward pass.
-    """
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "k_chunk does not work under torch.func transforms, which cannot drop activations; leave it out, "
-            "or differentiate with backward() or torch.autograd.grad"
-        )
-
-    # checkpoint keeps the random state (used by dropout) only of devices on which it is passed a tensor.
-    def draw(start: int, on_device: Tensor) -> list[Tensor]:
-        if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
-            _trim(inputs.device)
-        z, *drawn = draw_chunk(
-            inputs.q, inputs.prior, min(k_chunk, k - start), seed, start, row_offset, route
-        )
-        return [inputs.log_likelihood(z, seen), *(t for t in drawn if t is not None)]
-
-    if not torch.compiler.is_compiling():
-        aside = inputs.beside or Beside()
-        read = {
-            "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
-            "likelihood": inputs.likelihood, "mask": aside.mask, "size_factor": aside.size_factor,
-            "context": aside.context,
-        }  # fmt: skip
-        draw = repeatable(draw, read)
-        # Recomputation may run in an autograd thread, and must use the backend of the first pass.
-        draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
-    on_device = tensors(inputs.x)[0]
-    # The second pass runs to its end, to compare its results with the first's.
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(False):
-        parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
-    log_likelihood, log_ratio, *told = (torch.cat(each) for each in zip(*parts, strict=True))
-    return log_likelihood, log_ratio, told[0] if told else None
-
-
-@teaches
-@torch.no_grad()
-def log_marginal(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    k: int = 5000,
-    k_chunk: int | None = None,
-    noise: str = "philox",
-    proposal: str | Proposal = "posterior",
-    likelihood: str | Likelihood = "gaussian",
-    prior: Any = None,
-    mask: Any = None,
-    size_factor: Any = None,
-    context: Any = None,
-    generator: torch.Generator | None = None,
-    row_offset: int = 0,
-) -> LogMarginal:
-    r"""Estimate log p(x) per example by importance sampling, streaming over chunks of the k draws.
-
-    No gradients are computed. With the running maximum M, :math:`S_1 = \sum_k e^{\log w_k - M}` and
-    :math:`S_2 = \sum_k e^{2(\log w_k - M)}`:
-
-    .. math:: \log \hat p = M + \log S_1 - \log K, \quad \mathrm{ESS} = S_1^2 / S_2, \quad
-              \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
-
-    Args:
-        x: data [B, *event], as in :func:`elbo`.
-        q: the encoder's output, as in :func:`elbo`.
-        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
-        k: draws per example. Default 5000.
-        k_chunk: draws per chunk, which bounds memory and changes results only by rounding: the noise of draw
-            k is the same in any chunk. Default: chunks whose decoder output has about 4 million numbers on a
-            CPU (sized for its caches), 64 million elsewhere. Halved, with a warning, when memory runs out.
-        noise: ``"philox"`` (default), independent draws, or ``"qmc"``: eight independently randomised
-            quasi-Monte-Carlo point sets of k/8 draws each (:mod:`fastvae.random`). Their spread gives the
-            standard error, and ``jackknife`` leaves out a point set at a time. The variance is smaller by 20
-            to 300 times for two latents and light weights, by 2 to 3 for eight, and by 1.5 for fifty, from
-            k=4096 on; below 1024 draws it may be larger (docs/NOTES.md). Any k works; 4096, 8192 and other
-            powers of 2 use the points best. ESS and k̂ still say how well q fits. Where k̂ is above 0
-            the standard error is too small: the points remove the variance of most draws, but not that of the
-            rare large weights, which eight point sets seldom contain. The interval from low to high is then
-            at least as wide as that of independent draws.
-        proposal: distribution from which z is drawn, with weights relative to it: ``"posterior"`` (default),
-            q; ``"adapted"``, fitted to each example during sampling, far better for k of some hundreds or
-            more; ``"defensive"``, ``"inflated"`` or ``"heavy"``; or an object of :mod:`fastvae.proposals`.
-        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
-        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size_factor: size factors [B], as in :func:`elbo`.
-        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
-        generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
-
-    Returns:
-        :class:`LogMarginal` (log_px, stderr, ess, khat, jackknife, jackknife_stderr, psis, low, high), each
-        [B]. The standard errors are NaN for k=1. Trust them and the estimates only while Pareto k̂
-        (:func:`fastvae.weights.pareto_khat`) is below 0.7; above that, the variance of the weights is
-        effectively infinite. The interval from low to high contains log p(x) for 95 % of the seeds, also for
-        heavy-tailed weights, given a few hundred draws (docs/estimators.md).
-
-    Raises:
-        TypeError, ValueError: for an invalid argument, which the message names.
-
-    References:
-        Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016, section 5; Nowozin, Debiasing
-        Evidence Approximations, 2018; Vehtari et al., Pareto Smoothed Importance Sampling, 2024.
-
-    Example:
-        >>> import torch, fastvae
-        >>> decoder = torch.nn.Linear(2, 8)
-        >>> q = torch.zeros(16, 2), torch.zeros(16, 2)
-        >>> fastvae.log_marginal(torch.rand(16, 8), q, decoder, k=100, likelihood="bernoulli").log_px.shape
-        torch.Size([16])
-    """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
-    k = check_count("k", k, "the importance samples per example")
-    chunks, proposal = Chunks(k_chunk), as_proposal(proposal, noise)
-    if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
-    seed = seed_of(noise, draw_seed(inputs.q.device, generator), RANDOMISATIONS)
-    draws = proposal.draws(inputs, seed, row_offset, k, chunks, kept_draws(k))
-    total = draws.weights(0, k)
-    assert total is not None
-    w = draws.estimate(total)
-    return LogMarginal(*(v.to(w.maximum.dtype) for v in w.summary()))
-
-
-@teaches
-@torch.no_grad()
-def reconstruction_log_prob(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    k: int = 100,
-    k_chunk: int | None = None,
-    likelihood: str | Likelihood = "gaussian",
-    mask: Any = None,
-    size_factor: Any = None,
-    context: Any = None,
-    generator: torch.Generator | None = None,
-    row_offset: int = 0,
-) -> Tensor:
-    r"""Return the log of the mean likelihood of x over draws from its posterior; low values are anomalous.
-
-    This is An and Cho's reconstruction probability. No gradients are computed.
-
-    .. math:: \log \frac{1}{K} \sum_{k=1}^{K} p(x|z_k), \quad z_k \sim q(z|x)
-
-    Args:
-        x: data [B, *event], as in :func:`elbo`.
-        q: the encoder's output, as in :func:`elbo`.
-        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
-        k: draws per example. Default 100.
-        k_chunk: draws per chunk, as in :func:`log_marginal`.
-        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size_factor: size factors [B], as in :func:`elbo`.
-        context: conditioning input of the decoder, [B, ...], as in :func:`elbo`.
-        generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
-
-    Returns:
-        [B], in nats.
-
-    Raises:
-        TypeError, ValueError: for an invalid argument, which the message names.
-
-    References:
-        An & Cho, Variational Autoencoder based Anomaly Detection using Reconstruction Probability, 2015.
-
-    Example:
-        >>> import torch, fastvae
-        >>> decoder = torch.nn.Linear(2, 8)
-        >>> q = torch.zeros(16, 2), torch.zeros(16, 2)
-        >>> x = torch.rand(16, 8)
-        >>> fastvae.reconstruction_log_prob(x, q, decoder, k=30, likelihood="bernoulli").shape
-        torch.Size([16])
-    """
-    beside = Beside.of(mask, size_factor, context)
-    inputs = Inputs.read(x, q, decoder, likelihood, None, beside, compared=False)
-    k = check_count("k", k, "the draws per example")
-    chunks = Chunks(k_chunk)
-    if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
-    seed = draw_seed(inputs.q.device, generator)
-    w = _stream.weights(inputs, seed, 0, k, chunks, 1, ratio=False, row_offset=row_offset)
-    return w.log_px.to(w.maximum.dtype)
-
-
-_KLS = ("analytic", "mc")
-_FREE_BITS_PER = ("batch", "example")
-_REDUCTIONS = ("mean", "sum", "none")

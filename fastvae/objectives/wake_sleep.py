@@ -16,7 +16,7 @@ from ..distributions.draws import describe
 from ..estimation.evaluation.data import place_of
 from ..inputs.nested import called, check_batch, decoded
 from ..likelihoods.base import Likelihood, as_likelihood
-from .iwae import _REDUCTIONS
+from .options import REDUCTIONS
 
 __all__ = ["sleep"]
 
@@ -75,7 +75,7 @@ def sleep(
     for name, value in (("encoder", encoder), ("decoder", decoder)):
         if not callable(value):
             raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
-    check_choice("reduction", reduction, _REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     likelihood = as_likelihood(likelihood)
     device, dtype = place_of(encoder, decoder)
     like = torch.empty((), device=device, dtype=dtype)

@@ -1,0 +1,88 @@
+"""Draws in chunks whose activations are recomputed in the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from ..core import backend as _backend
+from ..distributions import draw_chunk
+from ..inputs.batch import Inputs
+from ..inputs.nested import Beside, tensors
+from .recompute import repeatable
+
+if TYPE_CHECKING:
+    pass
+
+
+# Small tensors that a chunk leaves in the graph lie between its activations. Freed activations leave holes in
+# the heap that are too small for the next chunk's, so the heap grows with k. Trimming every few chunks, in
+# both passes, returns the pages of these holes to the system.
+_CHUNKS_PER_TRIM = 8
+
+
+def _trim(device: torch.device) -> None:
+    if device.type == "cpu" and (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Return glibc's malloc_trim, or None on other systems."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def chunked(
+    inputs: Inputs,
+    seed: Tensor,
+    k: int,
+    k_chunk: int,
+    route: str,
+    row_offset: int,
+    seen: Callable[[Tensor, list[Tensor]], None] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute log p(x|z) and log p(z) − log q(z|x), each [K, B], in chunks that recompute activations.
+
+    The third result, [K, B] or None, receives the gradient for q in its backward pass.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "k_chunk does not work under torch.func transforms, which cannot drop activations; leave it out, "
+            "or differentiate with backward() or torch.autograd.grad"
+        )
+
+    # checkpoint keeps the random state (used by dropout) only of devices on which it is passed a tensor.
+    def draw(start: int, on_device: Tensor) -> list[Tensor]:
+        if start // k_chunk % _CHUNKS_PER_TRIM == _CHUNKS_PER_TRIM - 1 and not torch.compiler.is_compiling():
+            _trim(inputs.device)
+        z, *drawn = draw_chunk(
+            inputs.q, inputs.prior, min(k_chunk, k - start), seed, start, row_offset, route
+        )
+        return [inputs.log_likelihood(z, seen), *(t for t in drawn if t is not None)]
+
+    if not torch.compiler.is_compiling():
+        aside = inputs.beside or Beside()
+        read = {
+            "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
+            "likelihood": inputs.likelihood, "mask": aside.mask, "size_factor": aside.size_factor,
+            "context": aside.context,
+        }  # fmt: skip
+        draw = repeatable(draw, read)
+        # Recomputation may run in an autograd thread, and must use the backend of the first pass.
+        draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
+    on_device = tensors(inputs.x)[0]
+    # The second pass runs to its end, to compare its results with the first's.
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(False):
+        parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
+    log_likelihood, log_ratio, *told = (torch.cat(each) for each in zip(*parts, strict=True))
+    return log_likelihood, log_ratio, told[0] if told else None

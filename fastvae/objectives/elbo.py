@@ -1,0 +1,245 @@
+"""Evidence lower bound, from one fused draw and one fused reduction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
+from ..core.hints import teaches
+from ..distributions import Distribution, draw_kl, draw_ratio, draw_strata
+from ..distributions.draws import describe, say_monte_carlo
+from ..inputs.batch import Inputs
+from ..inputs.nested import Beside
+from ..likelihoods import Likelihood
+from ..ops.weigh import Weighing
+from ..random import draw_seed
+from .options import REDUCTIONS, Terms
+from .reduce import reduce_draws, reduce_samples
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import ElboOptions
+
+
+@overload
+def elbo(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    *,
+    terms: Literal[True],
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[ElboOptions],
+) -> Terms: ...
+
+
+@overload
+def elbo(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    *,
+    terms: Literal[False] = ...,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[ElboOptions],
+) -> Tensor: ...
+
+
+@overload
+def elbo(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    *,
+    terms: bool,
+    likelihood: str | Likelihood = ...,
+    prior: Any = ...,
+    **options: Unpack[ElboOptions],
+) -> Tensor | Terms: ...
+
+
+@teaches
+def elbo(
+    x: Tensor | Mapping[str, Any],
+    q: Any,
+    decoder: Callable[..., Any],
+    *,
+    likelihood: str | Likelihood = "gaussian",
+    prior: Any = None,
+    k: int = 1,
+    beta: float | Tensor = 1.0,
+    free_bits: float | Tensor = 0.0,
+    free_bits_per: str = "batch",
+    kl: str = "analytic",
+    mask: Any = None,
+    size_factor: Any = None,
+    context: Any = None,
+    reduction: str = "mean",
+    terms: bool = False,
+    generator: torch.Generator | None = None,
+    row_offset: int = 0,
+) -> Tensor | Terms:
+    r"""Return the ELBO, to be maximised.
+
+    Evidence lower bound with L draws per example:
+
+    .. math:: \frac{1}{K} \sum_{k=1}^{K} \log p(x|z_k) - β\, \mathrm{KL}(q(z|x) \,\|\, p(z)),
+              \quad z_k \sim q(z|x)
+
+    Args:
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each
+            [B, D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.Distribution`. Latents may
+            be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels are mu,
+            then logvar.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
+            sample-major. Shaped latents are passed as [N, C, H, W]. With a ``context`` it is called as
+            ``decoder(z, context)``.
+        likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
+            another name, an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean), or a
+            user-defined :class:`fastvae.Likelihood`.
+        prior: ``fastvae.DiagonalNormal(mu, logvar)``, another :class:`fastvae.Distribution`, a
+            torch.distributions object, a pair (mu, logvar), each [B, D], or a function of the context that
+            returns one of these. For shaped latents its parameters broadcast to [B, C, H, W], or are flat,
+            [D]. Default: N(0, I), or the :class:`fastvae.Hierarchy` that produced q.
+        k: draws of z per example. Default 1.
+        beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Default 1.
+            Under torch.compile a new number recompiles; a new value of a tensor does not.
+        free_bits: λ in nats, a number or a tensor []: each dimension's KL counts as at least λ, so its
+            gradient is zero below λ. Default 0: none.
+        free_bits_per: quantity bounded below by λ. ``"batch"`` (default): each dimension's KL averaged over
+            this batch (Kingma et al. 2016, eq. 15),
+            :math:`\sum_d \max(λ, \frac1B \sum_b \mathrm{KL}_{bd})`, which is then the KL of every example.
+            ``"example"``: each dimension's KL per example, :math:`\sum_d \max(λ, \mathrm{KL}_{bd})`, which
+            does not depend on the rest of the batch.
+        kl: ``"analytic"`` (default), in closed form, or ``"mc"``, the mean of log q(z|x) − log p(z) over the
+            draws. Without a closed form for q and the prior, ``"analytic"`` falls back to ``"mc"`` with a
+            warning.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019).
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample.
+        reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B], to weight and sum
+            yourself. Events are always summed. A weight of 0 does not silence a bound that is NaN or
+            infinite; ``torch.where(weights > 0, bound, 0) * weights`` does. If x is not finite there,
+            replace it with ``torch.where`` before the encoder as well, or gradients become NaN.
+        terms: return :class:`Terms` (bound, log_likelihood, kl), each [B] for any reduction; kl is not
+            multiplied by β.
+        generator: source of the noise. Default: torch's global random state.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
+
+    Returns:
+        A number in nats, or [B], or Terms.
+
+    Raises:
+        TypeError, ValueError: for an invalid argument, which the message names.
+
+    References:
+        Kingma & Welling, Auto-Encoding Variational Bayes, 2014, eq. 3 and 7.
+
+    Example:
+        >>> import torch, fastvae
+        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
+        >>> x = torch.rand(16, 8)
+        >>> bound = fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")
+        >>> (-bound).backward()
+    """
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
+    q, prior = inputs.q, inputs.prior
+    # Fast path: skip validation of common argument types.
+    if type(k) is not int or k < 1:
+        k = check_count("k", k, "the draws of z per example")
+    if type(beta) is not float or not 0 <= beta < math.inf:
+        beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
+    if type(free_bits) is not float or not 0 <= free_bits < math.inf:
+        free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
+    if free_bits_per not in _FREE_BITS_PER:
+        check_choice("free_bits_per", free_bits_per, _FREE_BITS_PER)
+    if kl not in _KLS:
+        check_choice("kl", kl, _KLS)
+    if reduction not in REDUCTIONS:
+        check_choice("reduction", reduction, REDUCTIONS)
+    # Reading a tensor's value would synchronise with the device.
+    has_free_bits = free_bits > 0 if type(free_bits) is float else True
+    if has_free_bits and kl == "mc":
+        raise ValueError(
+            "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
+        )
+    if type(row_offset) is not int or row_offset:
+        _, row_offset = check_address(k, q.batch, 0, row_offset)
+    seed = draw_seed(inputs.q.device, generator)
+    coefficient, factor = 1.0, None
+    if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
+        coefficient = beta
+    else:
+        # Compiled code specialises on an op's number, but not on a tensor's value.
+        factor = (
+            beta if isinstance(beta, Tensor) else beta * torch.ones((), dtype=torch.float64, device=q.device)
+        )
+    drawn, shares = None, None
+    if kl == "analytic":
+        drawn = draw_kl(q, prior, k, seed, row_offset, has_free_bits)
+    if drawn is not None:
+        z, term = drawn
+        if has_free_bits:
+            if free_bits_per == "batch":
+                term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)
+            else:
+                term = term.clamp(min=free_bits).sum(1)
+        coefficient = -coefficient
+    else:
+        if kl == "analytic":
+            _without_closed_form(q, prior, has_free_bits)
+        if q.strata > 1:
+            z, term, shares = draw_strata(q, prior, k, seed, row_offset)
+        else:
+            z, term = draw_ratio(q, prior, k, seed, row_offset)
+    if coefficient == 0:
+        term = _unweighted(term)
+    how = Weighing(coefficient, "mean", "none" if terms else reduction)
+    if shares is None:
+        bound, log_likelihood = reduce_draws(inputs, z, term, k, factor, how, terms)
+    else:
+        counted = (torch.where(shares == 0, 0.0, shares * t) for t in (inputs.log_likelihood(z), term))
+        log_likelihood, term = counted
+        bound, log_likelihood = reduce_samples(log_likelihood, term, factor, how)
+    if not terms:
+        return bound
+    term = term if term.dim() == 1 else term.mean(0)
+    return Terms(bound, log_likelihood, -term if drawn is None else term)  # type: ignore[arg-type]
+
+
+def _unweighted(term: Tensor) -> Tensor:
+    """Detach a KL of weight zero if it is not finite, since autograd turns 0 · inf into NaN."""
+    if may_look(term) and not torch._C._are_functorch_transforms_active() and not bool(term.isfinite().all()):
+        return term.detach()
+    return term
+
+
+def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bool) -> None:
+    if has_free_bits:
+        raise ValueError(
+            "free_bits needs the KL of each dimension in closed form, which is not known for q = "
+            f"{describe(q)} and prior = {describe(prior)}; register one with fastvae.register_kl, or leave "
+            "free_bits out"
+        )
+    say_monte_carlo(q, prior)
+
+
+_KLS = ("analytic", "mc")
+
+
+_FREE_BITS_PER = ("batch", "example")

@@ -1,0 +1,46 @@
+"""Bound of a batch from its draws: the decoder, the likelihood and the reduction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import ops
+from ..core.reductions import times
+from ..inputs.batch import Inputs
+from ..ops.head import Layers, weigh_linear
+from ..ops.weigh import Weighing, weigh
+from .bounds import CIWAE, IWAE, weighed
+
+
+def reduce_draws(
+    inputs: Inputs, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Decode z [K·B, D] and compute :func:`fastvae.ops.weigh.weigh` with a term of q and the prior."""
+    parameters = inputs.decode(z, samples)
+    takes_fused = beta is None or not beta.requires_grad
+    fused = inputs.likelihood.fused(inputs.x, parameters, samples, inputs.beside) if takes_fused else None
+    if fused is not None:
+        # From the decoder's output, or from the input of its last layer.
+        run: Any = weigh_linear if type(fused[2]) is Layers else weigh
+        return run(*fused, term, beta, how, terms)  # type: ignore[no-any-return]
+    return reduce_samples(inputs.log_prob(z, parameters, samples), term, beta, how)
+
+
+def reduce_samples(
+    log_likelihood: Tensor, term: Tensor, beta: Tensor | None, how: Weighing
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`fastvae.ops.weigh.weigh` from log-likelihoods [K, B], without a fused op."""
+    mean = log_likelihood.mean(0)
+    factor = how.coefficient if beta is None else how.coefficient * beta.to(term.dtype)
+    if how.over == "mean":
+        bound = mean + times(factor, term if term.dim() == 1 else term.mean(0))
+    else:
+        mean = mean.detach()
+        if how.is_plain:
+            bound = ops.log_mean_exp(log_likelihood + times(factor, term))
+        else:
+            objective = CIWAE(how.share) if how.share else IWAE(how.groups, how.alpha)
+            bound = weighed(log_likelihood, times(factor, term), None, objective, None)
+    return bound if how.reduction == "none" else getattr(bound, how.reduction)(), mean
