@@ -6,13 +6,15 @@
 from .base import Distribution, closed_kl, register_kl
 from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD, check_support, draw_chunk, draw_kl, draw_ratio, draw_strata, log_shares, rsample
+from .encoded import AggregatePosterior, VampPrior
 from .flow import Flow
 from .hierarchy import HierarchicalPosterior, Hierarchy, Level
 from .location_scale import Exponential, Gumbel, Laplace, Logistic, LogNormal, StudentT
-from .mixture import AggregatePosterior, Mixture, NormalMixture, VampPrior
+from .mixture import NormalMixture
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior, as_prior, is_conditional
 from .spatial import flat_prior
+from .stratified import Mixture
 from .wrapped import TorchDistribution
 
 __all__ = [

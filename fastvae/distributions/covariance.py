@@ -69,7 +69,7 @@ class _Correlated(Located):
 
 
 @functools.lru_cache(64)
-def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def triangle_positions(d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows and columns of a packed lower triangle's entries, and the diagonal's indices [D]."""
     rows, columns = torch.tril_indices(d, d, device=device)
     return rows, columns, (rows == columns).nonzero()[:, 0]
@@ -133,7 +133,7 @@ class FullNormal(_Correlated):
                 f"scale_tril has shape {shape_of(scale_tril)} beside a mu of {shape_of(mu)}; expected "
                 f"[..., D, D] = {[*mu.shape, mu.shape[-1]]}"
             )
-        rows, columns, diagonal = _places(mu.shape[-1], mu.device)
+        rows, columns, diagonal = triangle_positions(mu.shape[-1], mu.device)
         entries = scale_tril[..., rows, columns]
         return cls(mu, entries.index_copy(-1, diagonal, entries[..., diagonal].log()))
 
@@ -144,7 +144,7 @@ class FullNormal(_Correlated):
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return mu, L [..., D, D], and the logarithms of its diagonal [..., D]."""
         mu, tril = self._wide()
-        rows, columns, diagonal = _places(mu.shape[-1], mu.device)
+        rows, columns, diagonal = triangle_positions(mu.shape[-1], mu.device)
         logs = tril[..., diagonal]
         entries = tril.index_copy(-1, diagonal, torch.exp(logs))
         scale = tril.new_zeros((*mu.shape, mu.shape[-1]))
@@ -163,13 +163,13 @@ class FullNormal(_Correlated):
             mu, scale, logs = self._parts()
             eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
             log_q = -0.5 * (eps.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
-            z = mu + _times(eps, scale.mT)
+            z = mu + rows_times(eps, scale.mT)
             return z.to(torch.promote_types(self.mu.dtype, self.tril.dtype)), log_q
         return ops.rsample_tril(self.mu, self.tril, samples=samples, seed=seed, **place)
 
     def log_prob(self, z: Tensor) -> Tensor:
         mu, scale, logs = self._parts()
-        white = _solve(scale, z.to(mu.dtype) - mu)
+        white = triangular_solve(scale, z.to(mu.dtype) - mu)
         return -0.5 * (white.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
 
     def rows(self, start: int, stop: int) -> FullNormal | None:
@@ -189,7 +189,7 @@ class FullNormal(_Correlated):
         return td.MultivariateNormal(mu, scale_tril=scale, validate_args=False)
 
 
-def _solve(scale: Tensor, delta: Tensor) -> Tensor:
+def triangular_solve(scale: Tensor, delta: Tensor) -> Tensor:
     """Return L⁻¹ delta [K, B, D], or [..., D] for a single L."""
     solved: Tensor
     if scale.dim() == 2:
@@ -249,7 +249,7 @@ class LowRankNormal(_Correlated):
     def _draw(self, eps: Tensor) -> Tensor:
         mu, logvar, factor = self._wide()
         own, common = eps.split([mu.shape[-1], factor.shape[-1]], -1)
-        z: Tensor = mu + torch.exp(0.5 * logvar) * own + _times(common, factor.mT)
+        z: Tensor = mu + torch.exp(0.5 * logvar) * own + rows_times(common, factor.mT)
         return z
 
     def rsample(
@@ -272,7 +272,7 @@ class LowRankNormal(_Correlated):
         mu, logvar, factor = self._wide()
         white, capacitance = self._capacitance(logvar, factor)
         w = (z.to(mu.dtype) - mu) * torch.exp(-0.5 * logvar)
-        common = _solve(capacitance, _times(w, white))
+        common = triangular_solve(capacitance, rows_times(w, white))
         logs = capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         square: Tensor = common.square().sum(-1) - (w.square() + logvar + LOG_2_PI).sum(-1)
         return 0.5 * square - logs
@@ -295,7 +295,7 @@ class LowRankNormal(_Correlated):
         return td.LowRankMultivariateNormal(mu, factor, torch.exp(logvar), validate_args=False)
 
 
-def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
     """Multiply rows [K, B, N] by matrices [B, N, M], or by one matrix [N, M]."""
     if matrix.dim() == 2:
         return rows @ matrix

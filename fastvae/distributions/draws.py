@@ -21,7 +21,7 @@ STANDARD = StandardNormal()
 _NOT_FUSED = object()
 
 
-def _fused_prior(q: Distribution, p: Distribution, seed: Tensor) -> Any:
+def fused_prior(q: Distribution, p: Distribution, seed: Tensor) -> Any:
     """Return the fused op's prior argument for this q and p, or _NOT_FUSED."""
     # The ops generate Philox noise only.
     if not is_family(q, DiagonalNormal) or seed.dim():
@@ -47,7 +47,7 @@ def draw_kl(
         ValueError: if the KL of each dimension is requested, and only the sum is known.
     """
     usual = is_family(q, DiagonalNormal) and p is STANDARD and not seed.dim()
-    prior = None if usual else _fused_prior(q, p, seed)
+    prior = None if usual else fused_prior(q, p, seed)
     if prior is not _NOT_FUSED:
         parameters = q.mu, q.logvar, q.form  # type: ignore[attr-defined]
         return flat_kl(parameters, prior, seed, samples, row_offset, per_dimension)
@@ -115,7 +115,7 @@ def draw_ratio(
     ``alpha`` and ``groups`` describe the power mean that DReG differentiates.
     """
     usual = is_family(q, DiagonalNormal) and p is STANDARD and not seed.dim()
-    prior = None if usual else _fused_prior(q, p, seed)
+    prior = None if usual else fused_prior(q, p, seed)
     if prior is not _NOT_FUSED:
         parameters = q.mu, q.logvar, q.form  # type: ignore[attr-defined]
         return flat_log_ratio(parameters, prior, seed, samples, row_offset, estimator, alpha, groups)
@@ -147,7 +147,7 @@ def draw_chunk(
     from the decoder; for ``"score"`` it is log q(z|x). It is None for ``"iwae"`` and ``"stl"``.
     ``"dreg"`` would need all samples, not a chunk: use ``"paths"``.
     """
-    prior = _fused_prior(q, p, seed)
+    prior = fused_prior(q, p, seed)
     place: dict[str, Any]
     place = {"sample_offset": sample_offset, "row_offset": row_offset}
     if prior is _NOT_FUSED or route in ("tied", "score"):

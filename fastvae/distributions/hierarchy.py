@@ -18,7 +18,7 @@ from ..inputs.nested import repeat
 from ..ops.latent import options as options_of
 from ..ops.op import accumulator
 from .base import Distribution, is_family
-from .draws import STANDARD, _fused_prior
+from .draws import STANDARD, fused_prior
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior
 
@@ -528,7 +528,7 @@ class HierarchicalPosterior(Distribution):
         if term is _Step.log_q:
             return q.rsample(samples, seed, **place)
         options: dict[str, Any] = {"samples": samples, "seed": seed, **options_of(q.form), **place}
-        options["prior"] = _fused_prior(q, self.hierarchy._p(0, None, self.batch), seed)
+        options["prior"] = fused_prior(q, self.hierarchy._p(0, None, self.batch), seed)
         if term is _Step.log_ratio:
             z, log_ratio, *_ = ops.rsample_log_ratio(q.mu, q.logvar, **options)
             return z, log_ratio

@@ -33,9 +33,9 @@ from ..distributions import (
     rsample,
 )
 from ..distributions.base import is_still
-from ..distributions.covariance import _places, _solve, _times
+from ..distributions.covariance import triangle_positions, triangular_solve, rows_times
 from ..distributions.draws import describe
-from ..distributions.mixture import _derived
+from ..distributions.stratified import derived_seed
 from ..distributions.wrapped import TorchDistribution, at_address
 from ..inputs.batch import Inputs
 from ..ops.op import accumulator
@@ -165,7 +165,7 @@ class Inflated(Proposal):
             return DiagonalNormal(q.mu, (q._wide()[1] + 2 * more).to(q.mu.dtype))
         if isinstance(q, FullNormal) and is_still(q, FullNormal):
             mu, tril = q._wide()
-            diagonal = _places(mu.shape[-1], mu.device)[2]
+            diagonal = triangle_positions(mu.shape[-1], mu.device)[2]
             return FullNormal(q.mu, (tril * self.scale).index_copy(-1, diagonal, tril[..., diagonal] + more))
         if isinstance(q, LowRankNormal) and is_still(q, LowRankNormal):
             _, logvar, factor = q._wide()
@@ -723,12 +723,12 @@ class _FullT(_Drawable):
         shape, dtype = (samples, self.batch, d + self.df), accumulator(self.dtype)
         normals = random.normal(seed, *shape, dtype=dtype, **place).double()  # type: ignore[arg-type]
         chi_square = normals[..., d:].square().sum(-1, keepdim=True)
-        z = self.mu + _times(normals[..., :d] * (self.df / chi_square).sqrt(), self.scale.mT)
+        z = self.mu + rows_times(normals[..., :d] * (self.df / chi_square).sqrt(), self.scale.mT)
         return z.to(self.dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
         d, df = self.mu.shape[1], self.df
-        square = _solve(self.scale, z.double() - self.mu).square().sum(-1)
+        square = triangular_solve(self.scale, z.double() - self.mu).square().sum(-1)
         constant = math.lgamma((df + d) / 2) - math.lgamma(df / 2) - 0.5 * d * math.log(df * math.pi)
         logs = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         value = constant - logs - 0.5 * (df + d) * torch.log1p(square / df)
@@ -801,7 +801,7 @@ class _InTurn(_Drawable):
                 place = (which == c).nonzero()[:, 0]
                 if len(place):
                     first = int(turns[place[0]]) // period * count + int(within[place[0]])
-                    yield part, mine[place], _derived(seed, period * self.number + c), first
+                    yield part, mine[place], derived_seed(seed, period * self.number + c), first
 
     def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
         drawn, places = [], []

@@ -25,7 +25,7 @@ def _noise(seed: Tensor, draw: Any, mu: Tensor) -> Tensor:
     return eps.transpose(0, 1)
 
 
-def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _positions(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the positions of the packed entries in a matrix [D * D], and the indices of its diagonal."""
     rows, columns = torch.tril_indices(d, d, device=device)
     diagonal = torch.arange(d, device=device)
@@ -34,7 +34,7 @@ def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _matrices(tril: Tensor, d: int) -> tuple[Tensor, Tensor]:
     """Return L [B, D, D] and the logarithms of its diagonal [B, D]."""
-    index, diagonal = _places(d, tril.device)
+    index, diagonal = _positions(d, tril.device)
     logs = tril[:, diagonal]
     entries = tril.index_copy(1, diagonal, torch.exp(logs))
     flat = tril.new_zeros(tril.shape[0], d * d).index_copy(1, index, entries)
@@ -64,7 +64,7 @@ def rsample_tril_backward(
     """Return gradients for (mu, tril), None where not needed."""
     dtype, d = mu.dtype, mu.shape[1]
     mu, tril = upcast(mu, tril)
-    index, diagonal = _places(d, tril.device)
+    index, diagonal = _positions(d, tril.device)
     by_mu, by_tril = torch.zeros_like(mu), torch.zeros_like(tril)
     if grad_z is not None:
         grad_z = grad_z.to(mu.dtype)
