@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae.cli import demo
+from fastvae.likelihoods import Gaussian
 
 from . import report
 
@@ -108,7 +109,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 def _annealed(model: Model, k: int, seed: int) -> Estimate:
     chains, steps, leapfrog = 16, 200, 2
-    found = fastvae.ais(
+    found = fastvae.audit.ais(
         model.x, model.q, model.decoder, steps=steps, chains=chains, leapfrog=leapfrog,
         generator=torch.Generator().manual_seed(seed), **model.options,
     )  # fmt: skip
@@ -191,7 +192,7 @@ def linear_gaussian(latent: int, scale: float, shift: float, examples: int) -> M
     covariance = weight @ weight.T + NOISE**2 * torch.eye(numbers, dtype=torch.float64)
     truth = torch.distributions.MultivariateNormal(x.new_zeros(numbers), covariance).log_prob(x)
     off = [f"σ of q × {scale:g}"] * (scale != 1) + [f"mean off by {shift:g} σ"] * (shift != 0)
-    options = {"likelihood": fastvae.Gaussian(scale=NOISE)}
+    options = {"likelihood": Gaussian(scale=NOISE)}
     name = f"D = {latent}, {', '.join(off)}"
     return Model(name, x, (mean, logvar.contiguous()), lambda z: z @ weight.T, options, truth)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import fastvae
+from fastvae.likelihoods import Gaussian
 
 SIZES = 256, 1024, 4096, 8192
 # Quantiles at 97.5 %: Student's with the randomisations' seven degrees of freedom, and the normal's.
@@ -100,7 +101,7 @@ def main(arguments: list[str]) -> int:
     for d in (2, 8, 50):
         x, q, decoder, log_px = linear(d, 50)
         x, q = x.repeat(copies, 1), tuple(t.repeat(copies, 1) for t in q)
-        exact = functools.partial(fastvae.log_marginal, x, q, decoder, likelihood=fastvae.Gaussian(scale=1.0))
+        exact = functools.partial(fastvae.log_marginal, x, q, decoder, likelihood=Gaussian(scale=1.0))
         measure(f"linear, D = {d}", exact, log_px.repeat(copies), copies)
     for d in (2, 8, 50):
         vae, x = digits(d, options.epochs)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
+from fastvae.likelihoods import NegativeBinomial
 
 HIDDEN, LATENT, BATCH = 128, 10, 128
 
@@ -83,8 +84,8 @@ def build(cells: int, genes: int, epochs: int) -> tuple[Any, Tensor]:
     return model, torch.from_numpy(x)
 
 
-def likelihood(module: Any) -> fastvae.NegativeBinomial:
-    return fastvae.NegativeBinomial(torch.exp(module.px_r))
+def likelihood(module: Any) -> NegativeBinomial:
+    return NegativeBinomial(torch.exp(module.px_r))
 
 
 def batch_of(x: Tensor) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ class VectorQuantizer(nn.Module):
     Example:
         >>> import math, torch, fastvae
         >>> encoder = torch.nn.Conv2d(1, 6, 4, stride=4)
-        >>> vq = fastvae.VectorQuantizer(codes=32, dim=6)
+        >>> vq = fastvae.quantize.VectorQuantizer(codes=32, dim=6)
         >>> decoder = torch.nn.ConvTranspose2d(6, 1, 4, stride=4)
         >>> x = torch.rand(5, 1, 8, 8)
         >>> z_q, loss, indices = vq(encoder(x))  # [5, 6, 2, 2], [5], [5, 2, 2]

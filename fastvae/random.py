@@ -8,9 +8,9 @@ The function is Philox4x32-10 [1]_ with the 64-bit seed as its key (low word fir
 
     (column // 4, row, sample, level)
 
-The level is 0 except for the lower levels of a :class:`fastvae.Hierarchy`. The four output words :math:`w_0 …
-w_3` belong to the four columns of the block. The Box-Muller transform maps :math:`w_0, w_1` to columns 0 and
-1, and :math:`w_2, w_3` to columns 2 and 3:
+The level is 0 except for the lower levels of a :class:`fastvae.distributions.Hierarchy`. The four output
+words :math:`w_0 … w_3` belong to the four columns of the block. The Box-Muller transform maps :math:`w_0,
+w_1` to columns 0 and 1, and :math:`w_2, w_3` to columns 2 and 3:
 
 .. math:: u = (w_0 + ½) 2^{-32}, \quad v = (w_1 + ½) 2^{-32}, \quad
           ε_0 = \sqrt{-2 \ln u} \cos 2πv, \quad ε_1 = \sqrt{-2 \ln u} \sin 2πv

@@ -55,8 +55,9 @@ class VAE(nn.Module):
             [B, 2 C, H, W].
         decoder: module z [N, D] -> parameters of the likelihood; z is [N, C, H, W] for latents of that shape.
         likelihood: ``"gaussian"`` (default), ``"bernoulli"``, another name or an object.
-        prior: an object such as ``fastvae.DiagonalNormal``, or a module context -> prior. Default: the
-            :class:`fastvae.Hierarchy` inside the encoder, if it has one, else N(0, I).
+        prior: an object such as ``fastvae.distributions.DiagonalNormal``, or a module context -> prior.
+            Default: the :class:`fastvae.distributions.Hierarchy` inside the encoder, if it has one, else N(0,
+            I).
         latent_dim: D, or (C, H, W). Default: read from the encoder's first output, and unknown to
             :meth:`sample` before that. If given, the encoder's outputs are validated against it, and
             torch.compile compiles only once.
@@ -120,8 +121,10 @@ class VAE(nn.Module):
         if isinstance(prior, td.Distribution) and any(t.requires_grad for t in tensors_of(prior)):
             raise TypeError(
                 f"prior is a torch.distributions.{type(prior).__name__} with learned parameters, which a "
-                "module does not register: they would not be trained. Use fastvae.DiagonalNormal(mu, logvar) "
-                "with nn.Parameters, or a subclass of fastvae.Distribution with the parameters and a log_prob"
+                "module does not register: they would not be trained. Use "
+                "fastvae.distributions.DiagonalNormal(mu, logvar) "
+                "with nn.Parameters, or a subclass of fastvae.distributions.Distribution with the "
+                "parameters and a log_prob"
             )
         if prior is None:
             prior = self._own_prior()
@@ -269,11 +272,11 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def ais(self, x: Any, **options: Any) -> AnnealedMarginal:
-        """Return :func:`fastvae.ais` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.audit.ais` of x; options are its keyword arguments."""
         return ais(x, self._q(x, options), self.decoder, **self._meaning(), **options)
 
     def bdmc(self, **options: Any) -> MarginalBounds:
-        """Return :func:`fastvae.bdmc` of the model; options are its keyword arguments."""
+        """Return :func:`fastvae.audit.bdmc` of the model; options are its keyword arguments."""
         return bdmc(self.posterior, self.decoder, self._known_latent_dim(), **self._meaning(), **options)
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
+from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
 
@@ -82,9 +83,9 @@ class LinearGaussian:
         return z @ self.weight.T.to(z.dtype) + self.offset.to(z.dtype)
 
     @property
-    def likelihood(self) -> fastvae.Gaussian:
+    def likelihood(self) -> Gaussian:
         """Return p(x|z) for a decoder that returns the mean."""
-        return fastvae.Gaussian(scale=self.scale)
+        return Gaussian(scale=self.scale)
 
     def moment(self, n: int, shift: float, stretch: float) -> float:
         r"""Return E_q[(w / p(x))^n], q = ``posterior(x, shift, stretch)``: a Gaussian integral.

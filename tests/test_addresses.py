@@ -8,6 +8,8 @@ from torch import nn
 
 import fastvae
 from fastvae import ops
+from fastvae.distributions import DiagonalNormal
+from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn
@@ -15,12 +17,12 @@ from .models import LinearGaussian, generator, randn
 N, D, X = 23, 3, 7
 
 
-class _Whole(fastvae.DiagonalNormal):
+class _Whole(DiagonalNormal):
     """Subclass whose rows cannot be sliced, so that the whole batch is drawn."""
 
 
 @pytest.mark.parametrize("hard", [3, 15], ids=["few go on", "most go on"])
-@pytest.mark.parametrize("posterior", [fastvae.DiagonalNormal, _Whole], ids=["rows", "whole"])
+@pytest.mark.parametrize("posterior", [DiagonalNormal, _Whole], ids=["rows", "whole"])
 def test_stopping_draws_the_same_noise_in_any_batch(posterior, hard):
     """An example's noise is that of its index in the data, even after others of its batch have stopped."""
     model = LinearGaussian(D, X)
@@ -129,18 +131,16 @@ def test_an_objectives_rows_see_different_noise():
     b, k = 11, 6
     q = torch.zeros(b, D, device=DEVICE), torch.zeros(b, D, device=DEVICE)
     x = torch.zeros(b, 1, device=DEVICE)
-    fastvae.iwae(x, q, decoder, k=k, likelihood=fastvae.Gaussian(1.0))
-    fastvae.log_marginal(x, q, decoder, k=k, k_chunk=2, likelihood=fastvae.Gaussian(1.0))
-    fastvae.elbo(x, q, decoder, k=k, likelihood=fastvae.Gaussian(1.0))
+    fastvae.iwae(x, q, decoder, k=k, likelihood=Gaussian(1.0))
+    fastvae.log_marginal(x, q, decoder, k=k, k_chunk=2, likelihood=Gaussian(1.0))
+    fastvae.elbo(x, q, decoder, k=k, likelihood=Gaussian(1.0))
     z = torch.cat(seen).flatten()
     # Among 594 float32 normals one pair is equal with probability below 0.02, three pairs with below 1e-6.
     assert len(z) == 3 * k * b * D and len(z.unique()) >= len(z) - 3
 
 
 def test_a_vae_samples_by_its_generator_alone():
-    vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Identity(), likelihood=fastvae.Gaussian(1.0), latent_dim=D).to(
-        DEVICE
-    )
+    vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Identity(), likelihood=Gaussian(1.0), latent_dim=D).to(DEVICE)
     torch.manual_seed(1)
     first = vae.sample(5, generator=generator(2))
     torch.manual_seed(3)
@@ -157,7 +157,7 @@ def test_an_objectives_rows_begin_where_they_are_told(objective):
     x, mu, logvar, weight = (randn(*s, seed=5, dtype=torch.float64) for s in ((9, X), (9, D), (9, D), (D, X)))
 
     def run(rows, **options):
-        options = {"likelihood": fastvae.Gaussian(0.7), "generator": generator(6), **options}
+        options = {"likelihood": Gaussian(0.7), "generator": generator(6), **options}
         call = {
             "elbo": lambda *a: fastvae.elbo(*a, k=3, reduction="none", **options),
             "elbo mc": lambda *a: fastvae.elbo(*a, k=3, kl="mc", reduction="none", **options),

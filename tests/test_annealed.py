@@ -12,11 +12,21 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
+from fastvae.distributions import (
+    DiagonalNormal,
+    Distribution,
+    FullNormal,
+    Hierarchy,
+    Level,
+    Mixture,
+    NormalMixture,
+)
 from fastvae.estimation.audit.annealing import STARTS, Annealing, Settings, simulate
 from fastvae.estimation.evaluation.audit import Sample
 from fastvae.estimation.stream import Chunks
 from fastvae.inputs.batch import Inputs
 from fastvae.inputs.nested import Beside
+from fastvae.likelihoods import Gaussian, Joint, NegativeBinomial
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, networks, rand, randn, seed_of
@@ -100,8 +110,8 @@ def test_a_step_alone_is_importance_sampling(mixture):
     x = model.sample(B)
     q, options = model.posterior(x, 0.3, 0.2), {"likelihood": model.likelihood}
     if mixture:
-        q = fastvae.Mixture([q, model.posterior(x, 1.0, 0.5)], torch.tensor([1.0, -1.0]).double())
-    result = fastvae.ais(x, q, model.decoder, steps=1, chains=40, generator=generator(1), **options)
+        q = Mixture([q, model.posterior(x, 1.0, 0.5)], torch.tensor([1.0, -1.0]).double())
+    result = fastvae.audit.ais(x, q, model.decoder, steps=1, chains=40, generator=generator(1), **options)
     expected = fastvae.log_marginal(x, q, model.decoder, k=40, generator=generator(1), **options)
     for name in ("log_px", "stderr", "ess"):
         torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-10, atol=1e-10)
@@ -116,7 +126,7 @@ def test_estimates_where_importance_sampling_is_wrong():
     exact, q = model.log_px(x), model.posterior(x, 1.5, -1.4)
     options = {"likelihood": model.likelihood, "generator": generator(2)}
     plain = fastvae.log_marginal(x, q, model.decoder, k=1000, **options)
-    result = fastvae.ais(x, q, model.decoder, steps=200, chains=16, **options)
+    result = fastvae.audit.ais(x, q, model.decoder, steps=200, chains=16, **options)
     # Low by the mean of 20 biases, whose spread is far smaller.
     assert float((exact - plain.log_px).mean()) > 0.3
     assert abs(float((exact - result.log_px).mean())) < 0.1
@@ -195,7 +205,7 @@ def test_a_transition_leaves_its_distribution_invariant(beta):
 
 def test_gradients_are_those_of_the_densities_and_reach_no_parameter():
     encoder, decoder = networks(X, D, dtype=torch.float64)
-    prior = fastvae.DiagonalNormal(nn.Parameter(randn(D, seed=1).double()), nn.Parameter(torch.zeros(D)))
+    prior = DiagonalNormal(nn.Parameter(randn(D, seed=1).double()), nn.Parameter(torch.zeros(D)))
     prior = prior.to(DEVICE)
     x = randn(B, X, seed=2, dtype=torch.float64)
     inputs = Inputs.read(x, encoder(x), decoder, "gaussian", prior)
@@ -228,7 +238,7 @@ def test_neither_chunks_nor_rows_nor_batches_change_a_result(start):
     def estimate(rows=slice(None), **more):
         its_q = tuple(v[rows] for v in q)
         more = {"generator": generator(3), **options, **more}
-        return fastvae.ais(x[rows], its_q, model.decoder, **more)
+        return fastvae.audit.ais(x[rows], its_q, model.decoder, **more)
 
     whole = estimate()
     for other in (estimate(chain_chunk=1), estimate(chain_chunk=4)):
@@ -276,7 +286,7 @@ def test_any_posterior_with_any_prior(q, p):
         return torch.tanh(z) @ weight
 
     with torch.no_grad():
-        result = fastvae.ais(x, posterior, decoder, steps=20, chains=32, **options)
+        result = fastvae.audit.ais(x, posterior, decoder, steps=20, chains=32, **options)
         plain = fastvae.log_marginal(x, posterior, decoder, k=4000, **options)
     spread = (result.stderr.square() + plain.stderr.square()).sqrt()
     assert bool(((result.log_px - plain.log_px).abs() < 6 * spread + 0.02).all())
@@ -294,11 +304,11 @@ def test_what_comes_with_x():
         return linear(z) + context
 
     x = torch.where(mask, x, math.nan)
-    result = fastvae.ais(x, q, decoder, steps=1, chains=30, generator=generator(1), **options)
+    result = fastvae.audit.ais(x, q, decoder, steps=1, chains=30, generator=generator(1), **options)
     expected = fastvae.log_marginal(x, q, decoder, k=30, generator=generator(1), **options)
     torch.testing.assert_close(result.log_px, expected.log_px.double(), rtol=1e-5, atol=1e-5)
     many = fastvae.log_marginal(x, q, decoder, k=20_000, generator=generator(1), **options)
-    result = fastvae.ais(x, q, decoder, steps=30, chains=30, generator=generator(1), **options)
+    result = fastvae.audit.ais(x, q, decoder, steps=30, chains=30, generator=generator(1), **options)
     spread = (result.stderr.square() + many.stderr.square()).sqrt()
     assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
 
@@ -311,34 +321,34 @@ def test_latents_with_axes_of_their_own_and_several_parts():
         assert z.shape[1:] == (1, 2, 2)
         return {"pixels": pixels(z.flatten(1)), "counts": counts(z.flatten(1))}
 
-    joint = fastvae.Joint(pixels="bernoulli", counts="poisson")
+    joint = Joint(pixels="bernoulli", counts="poisson")
     x = {"pixels": (rand(B, 6, seed=1) > 0.5).float(), "counts": torch.poisson(3 * rand(B, X, seed=2)).int()}
     q = torch.zeros(B, 1, 2, 2, device=DEVICE), torch.zeros(B, 1, 2, 2, device=DEVICE)
     options = {"likelihood": joint, "generator": generator(1)}
     many = fastvae.log_marginal(x, q, decoder, k=5000, **options)
     for chunk in (None, 7):
-        result = fastvae.ais(x, q, decoder, steps=20, chains=30, chain_chunk=chunk, **options)
+        result = fastvae.audit.ais(x, q, decoder, steps=20, chains=30, chain_chunk=chunk, **options)
         spread = (result.stderr.square() + many.stderr.square()).sqrt()
         assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
 
 
 def test_a_hierarchy():
     """The modules of a hierarchy's levels are called for each position of the chains."""
-    hierarchy = fastvae.Hierarchy(
+    hierarchy = Hierarchy(
         [
-            fastvae.Level(2, nn.Linear(X, 4)),
-            fastvae.Level(1, lambda h, z: (h[:, :1], 0 * h[:, :1]), prior=nn.Linear(2, 2)),
+            Level(2, nn.Linear(X, 4)),
+            Level(1, lambda h, z: (h[:, :1], 0 * h[:, :1]), prior=nn.Linear(2, 2)),
         ]
     ).to(DEVICE)
     decoder = nn.Linear(3, X).to(DEVICE)
     x = (rand(B, X, seed=1) > 0.5).float()
     options = {"likelihood": "bernoulli", "generator": generator(1)}
-    result = fastvae.ais(x, hierarchy(x), decoder, steps=20, chains=32, **options)
+    result = fastvae.audit.ais(x, hierarchy(x), decoder, steps=20, chains=32, **options)
     many = fastvae.log_marginal(x, hierarchy(x), decoder, k=5000, **options)
     spread = (result.stderr.square() + many.stderr.square()).sqrt()
     assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
     assert all(p.grad is None for p in (*hierarchy.parameters(), *decoder.parameters()))
-    bounds = fastvae.bdmc(hierarchy, decoder, 3, n=6, steps=30, prior=hierarchy, **options)
+    bounds = fastvae.audit.bdmc(hierarchy, decoder, 3, n=6, steps=30, prior=hierarchy, **options)
     assert bounds.lower.shape == bounds.upper.shape == (6,)
 
 
@@ -349,7 +359,7 @@ def test_a_bounded_support_is_left_by_no_chain():
     prior = td.Independent(td.Uniform(torch.zeros(D).double(), 2.0, validate_args=True), 1)
     decoder, x = nn.Linear(D, X).double(), (rand(B, X, seed=1) > 0.5).double()
     options = {"likelihood": "bernoulli", "prior": prior, "generator": generator(1)}
-    result = fastvae.ais(x, q, decoder, steps=10, chains=200, **options)
+    result = fastvae.audit.ais(x, q, decoder, steps=10, chains=200, **options)
     many = fastvae.log_marginal(x, q, decoder, k=5000, **options)
     spread = (result.stderr.square() + many.stderr.square()).sqrt()
     assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
@@ -371,9 +381,9 @@ def test_when_memory_runs_out_fewer_chains_are_evaluated_at_a_time():
         return model.decoder(z)
 
     options = {"steps": 5, "chains": 8, "likelihood": model.likelihood}
-    expected = fastvae.ais(x, q, model.decoder, generator=generator(1), **options)
+    expected = fastvae.audit.ais(x, q, model.decoder, generator=generator(1), **options)
     with pytest.warns(RuntimeWarning, match=r"going on with 2 \(chain_chunk=2 starts there\)"):
-        result = fastvae.ais(x, q, decoder, generator=generator(1), **options)
+        result = fastvae.audit.ais(x, q, decoder, generator=generator(1), **options)
     torch.testing.assert_close(result.log_px, expected.log_px, rtol=1e-10, atol=1e-10)
     assert max(asked[-20:]) == 2 * B
 
@@ -382,7 +392,7 @@ def test_modules_are_in_eval_mode_and_back():
     decoder = nn.Sequential(nn.Linear(D, X), nn.Dropout(0.5)).to(DEVICE)
     x, q = torch.ones(B, X, device=DEVICE), torch.zeros(B, 2 * D, device=DEVICE)
     options = {"steps": 5, "likelihood": "bernoulli"}
-    first, again = (fastvae.ais(x, q, decoder, generator=generator(1), **options) for _ in range(2))
+    first, again = (fastvae.audit.ais(x, q, decoder, generator=generator(1), **options) for _ in range(2))
     assert torch.equal(first.log_px, again.log_px)
     assert decoder.training
     assert decoder[1].training
@@ -393,7 +403,7 @@ def test_what_is_not_a_number_stays_so():
     decoder = nn.Linear(D, X).to(DEVICE)
     x, q = rand(B, X, seed=1), torch.zeros(B, 2 * D, device=DEVICE)
     x[2] = math.nan
-    log_px = fastvae.ais(x, q, decoder, steps=5, likelihood=fastvae.Gaussian(scale=1.0)).log_px
+    log_px = fastvae.audit.ais(x, q, decoder, steps=5, likelihood=Gaussian(scale=1.0)).log_px
     assert log_px.isnan().tolist() == [False, False, True, False, False]
 
 
@@ -411,7 +421,7 @@ def test_what_is_not_a_number_stays_so():
             "log p\\(x\\|z\\) has no gradient for z",
         ),
         (
-            {"start": "prior", "prior": fastvae.NormalMixture(torch.zeros(2, D), torch.zeros(2, D))},
+            {"start": "prior", "prior": NormalMixture(torch.zeros(2, D), torch.zeros(2, D))},
             "start='prior' needs draws of the prior for each example",
         ),
     ],
@@ -420,7 +430,7 @@ def test_errors(options, message):
     decoder = options.pop("decoder", nn.Linear(D, X))
     options = {"likelihood": "bernoulli", **options}
     with pytest.raises((TypeError, ValueError), match=message):
-        fastvae.ais(torch.ones(B, X), torch.zeros(B, 2 * D), decoder, **options)
+        fastvae.audit.ais(torch.ones(B, X), torch.zeros(B, 2 * D), decoder, **options)
 
 
 # Bounds from both sides
@@ -437,19 +447,19 @@ def test_bounds_of_data_that_the_model_makes():
 
     options = {"n": 200, "likelihood": model.likelihood, "chains": 4}
     few, many = (
-        fastvae.bdmc(encoder, decoder, D, steps=steps, generator=generator(1), **options)
+        fastvae.audit.bdmc(encoder, decoder, D, steps=steps, generator=generator(1), **options)
         for steps in (3, 100)
     )
     assert few.gap > many.gap > -4 * many.gap_stderr
     assert few.gap > 5 * few.gap_stderr
     assert many.gap < 0.3 * few.gap
-    exact = fastvae.bdmc(
+    exact = fastvae.audit.bdmc(
         model.posterior, decoder, D, steps=3, likelihood=model.likelihood, generator=generator(1)
     )
     torch.testing.assert_close(exact.lower, exact.upper, rtol=1e-9, atol=1e-9)
     assert few.gap == pytest.approx(float((few.upper - few.lower).mean()), rel=1e-12)
     assert float(exact.lower.std()) > 0.1  # of several x
-    again = fastvae.bdmc(
+    again = fastvae.audit.bdmc(
         model.posterior, decoder, D, steps=3, likelihood=model.likelihood, generator=generator(1)
     )
     assert torch.equal(again.lower, exact.lower)
@@ -466,7 +476,7 @@ def test_bounds_with_a_prior(shape, conditional):
 
     def prior(context):
         mu = context.view(-1, *shape)
-        return fastvae.DiagonalNormal(mu, torch.zeros_like(mu))
+        return DiagonalNormal(mu, torch.zeros_like(mu))
 
     def encoder(x, context=shift):
         made.append(x)
@@ -480,8 +490,8 @@ def test_bounds_with_a_prior(shape, conditional):
     if conditional:
         options = {"prior": prior, "context": shift}
     else:
-        options = {"prior": fastvae.DiagonalNormal(shift.view(shape), torch.zeros(shape).to(shift))}
-    found = fastvae.bdmc(
+        options = {"prior": DiagonalNormal(shift.view(shape), torch.zeros(shape).to(shift))}
+    found = fastvae.audit.bdmc(
         encoder,
         decoder,
         latent_dim,
@@ -496,19 +506,19 @@ def test_bounds_with_a_prior(shape, conditional):
     torch.testing.assert_close(found.upper, found.lower, rtol=1e-9, atol=1e-9)
     if conditional:
         with pytest.raises(ValueError, match="context"):
-            fastvae.bdmc(encoder, decoder, latent_dim, n=n + 1, likelihood=model.likelihood, **options)
+            fastvae.audit.bdmc(encoder, decoder, latent_dim, n=n + 1, likelihood=model.likelihood, **options)
 
 
 def test_bounds_need_draws_of_the_model():
-    class Odd(fastvae.Distribution):
+    class Odd(Distribution):
         def log_prob(self, z):
             return -0.5 * z.square().sum(-1)
 
     encoder, decoder = nn.Linear(X, 2 * D), nn.Linear(D, X)
     with pytest.raises(NotImplementedError, match="Odd has no sample"):
-        fastvae.bdmc(encoder, decoder, D, n=3, steps=3, likelihood="bernoulli", prior=Odd())
+        fastvae.audit.bdmc(encoder, decoder, D, n=3, steps=3, likelihood="bernoulli", prior=Odd())
     with pytest.raises(ValueError, match="latent_dim must be at least 1"):
-        fastvae.bdmc(encoder, decoder, 0, likelihood="bernoulli")
+        fastvae.audit.bdmc(encoder, decoder, 0, likelihood="bernoulli")
 
 
 @torch.no_grad()
@@ -548,9 +558,7 @@ def test_what_is_made_of_several_parts_and_outputs():
         "other": torch.zeros(n, 3, dtype=torch.int32, device=DEVICE),
         "bits": torch.zeros(n, 2, 2, device=DEVICE),
     }
-    likelihood = fastvae.Joint(
-        counts="negative_binomial", other=fastvae.NegativeBinomial(2.0), bits="bernoulli"
-    )
+    likelihood = Joint(counts="negative_binomial", other=NegativeBinomial(2.0), bits="bernoulli")
 
     def decoder(z, context):
         log_mean = 0.3 * z[:, :1] + context
@@ -563,7 +571,7 @@ def test_what_is_made_of_several_parts_and_outputs():
     context = torch.linspace(-1, 1, n, device=DEVICE)[:, None]
 
     def prior(context):
-        return fastvae.FullNormal.of(5 * context.expand(-1, D), torch.eye(D, device=DEVICE).expand(n, D, D))
+        return FullNormal.of(5 * context.expand(-1, D), torch.eye(D, device=DEVICE).expand(n, D, D))
 
     beside = Beside({"counts": mask}, {"counts": size, "other": size}, context)
     inputs = Inputs.read(x, torch.zeros(n, 2 * D, device=DEVICE), decoder, likelihood, prior, beside)
@@ -715,7 +723,7 @@ def test_an_audit_of_masks_sizes_and_context(tmp_path):
 
 
 def test_an_audit_without_draws_of_the_model_says_so(tmp_path):
-    class Odd(fastvae.Distribution):
+    class Odd(Distribution):
         def log_prob(self, z):
             return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
 
@@ -732,7 +740,7 @@ def test_what_an_audit_cannot_do_is_said_before_the_work():
     model = LinearGaussian(D, X)
     drawn = []
 
-    class Counting(fastvae.Gaussian):
+    class Counting(Gaussian):
         def log_likelihood(self, x, parameters, samples, beside=None):
             drawn.append(samples)
             return super().log_likelihood(x, parameters, samples, beside)
@@ -765,7 +773,7 @@ def test_a_vae_whose_last_layer_is_left_out():
     assert bounds.gap < 0.3
     assert bounds.upper.shape == (6,)
     found = vae.ais(x, steps=50, generator=generator(1))
-    exact = fastvae.lattice_log_marginal(x, vae.decoder, D, likelihood="bernoulli")
+    exact = fastvae.audit.lattice_log_marginal(x, vae.decoder, D, likelihood="bernoulli")
     assert bool(((found.log_px.cpu() - exact.log_px).abs() < 5 * found.stderr.cpu() + exact.error).all())
     assert all(p.grad is None for p in vae.parameters())
 

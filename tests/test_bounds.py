@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, Distribution, FullNormal, Laplace, Mixture, StandardNormal
+from fastvae.likelihoods import Gaussian, Likelihood
 from fastvae.objectives import bounds
 from fastvae.objectives.bounds import CIWAE, IWAE, TVO, Jackknife, UStatistic, WakePhi
 from fastvae.ops.weigh import Weighing, weigh
@@ -103,10 +105,10 @@ class Model:
         self.shift = shift
 
     def bound(self, objective, k=K, seed=7, **options):
-        prior = fastvae.DiagonalNormal(*self.prior) if self.prior[0].requires_grad else None
+        prior = DiagonalNormal(*self.prior) if self.prior[0].requires_grad else None
         q = options.pop("q", (self.mu, self.logvar))
         return fastvae.bound(
-            self.x, q, lambda z: z @ self.weight.T, objective, k=k, likelihood=fastvae.Gaussian(0.8),
+            self.x, q, lambda z: z @ self.weight.T, objective, k=k, likelihood=Gaussian(0.8),
             prior=prior, generator=generator(seed), **options,
         )  # fmt: skip
 
@@ -239,11 +241,11 @@ def test_a_pair_is_what_its_one_bound_is():
 def test_a_group_without_weight_still_teaches_the_encoder():
     """PIWAE: a group's share of all samples underflows, but in its group its weights sum to one."""
 
-    class Line(fastvae.Likelihood):
+    class Line(Likelihood):
         def log_prob(self, x, parameters):
             return parameters[:, 0]
 
-    class Two(fastvae.Distribution):
+    class Two(Distribution):
         def __init__(self, mu):
             super().__init__()
             self.mu, self.batch, self.device = mu, 1, mu.device
@@ -268,7 +270,7 @@ def test_a_group_without_weight_still_teaches_the_encoder():
         assert abs(float(to_slope)) < 1e-25
 
 
-class Flat(fastvae.Distribution):
+class Flat(Distribution):
     def log_prob(self, z):
         return torch.zeros_like(z[..., 0])
 
@@ -288,7 +290,7 @@ def test_dreg_has_the_expectation_of_the_derivative(name):
         logvar = torch.full((batch, 1), -0.5, dtype=torch.float64, requires_grad=True)
         value = fastvae.bound(
             x, (mu, logvar), lambda z: z, kind(**options, estimator=estimator), k=n,
-            likelihood=fastvae.Gaussian(1.0), reduction="sum", generator=torch.Generator().manual_seed(3),
+            likelihood=Gaussian(1.0), reduction="sum", generator=torch.Generator().manual_seed(3),
         )  # fmt: skip
         found[estimator] = torch.cat(torch.autograd.grad(value, (mu, logvar)), 1)
     difference = found["iwae"] - found["dreg"]
@@ -309,7 +311,7 @@ def test_the_exact_posterior(name):
         logvar = torch.full_like(x, math.log(0.5)).requires_grad_()
         value = fastvae.bound(
             x, (mu, logvar), lambda z: z, kind(**options, estimator=estimator), k=K,
-            likelihood=fastvae.Gaussian(1.0), reduction="none",
+            likelihood=Gaussian(1.0), reduction="none",
         )  # fmt: skip
         torch.testing.assert_close(value, log_px, rtol=1e-12, atol=1e-9)
         for grad in torch.autograd.grad(value.sum(), (mu, logvar)):
@@ -350,7 +352,7 @@ def test_a_u_statistic_has_miwaes_mean_and_less_variance():
     q = torch.full((batch, 1), 0.4, dtype=torch.float64), torch.full((batch, 1), 3.0, dtype=torch.float64)
     found = [
         fastvae.bound(
-            x, q, lambda z: z, o, k=k, likelihood=fastvae.Gaussian(1.0), reduction="none",
+            x, q, lambda z: z, o, k=k, likelihood=Gaussian(1.0), reduction="none",
             generator=torch.Generator().manual_seed(5),
         )
         for o in (IWAE(groups=7), UStatistic(5, permutations=1), UStatistic(5, permutations=7))
@@ -380,7 +382,7 @@ def test_wake_phi_follows_the_forward_kl():
     logvar = torch.full((1, 1), 0.2, dtype=torch.float64, requires_grad=True)
     value = fastvae.bound(
         x, (mu, logvar), lambda z: z, IWAE(), q_objective=WakePhi(), k=k, k_chunk=50_000,
-        likelihood=fastvae.Gaussian(1.0), generator=torch.Generator().manual_seed(6),
+        likelihood=Gaussian(1.0), generator=torch.Generator().manual_seed(6),
     )  # fmt: skip
     found = torch.cat(torch.autograd.grad(value, (mu, logvar)))[:, 0]
     # The standard error of a self-normalised mean of numbers of order one.
@@ -416,7 +418,7 @@ def test_the_thermodynamic_gradient_is_that_of_its_integral():
     logvar = torch.full((1, 1), 0.2, dtype=torch.float64, requires_grad=True)
     value = fastvae.bound(
         torch.full((1, 1), 0.7, dtype=torch.float64), (mu, logvar), lambda z: z, TVO(betas), k=k,
-        k_chunk=50_000, likelihood=fastvae.Gaussian(1.0), generator=torch.Generator().manual_seed(8),
+        k_chunk=50_000, likelihood=Gaussian(1.0), generator=torch.Generator().manual_seed(8),
     )  # fmt: skip
     assert abs(float(value) - integral(0.1, 0.2)) < 5 * 3 / math.sqrt(k)
     found = torch.cat(torch.autograd.grad(value, (mu, logvar)))[:, 0]
@@ -483,7 +485,7 @@ def test_by_a_fused_head(backend, name):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
 
-class Own(fastvae.Likelihood):
+class Own(Likelihood):
     """Gaussian(scale=0.8) as a user's likelihood, which is never fused."""
 
     def log_prob(self, x, mean):
@@ -496,7 +498,7 @@ class Own(fastvae.Likelihood):
 def test_a_likelihood_of_ones_own(objective):
     """A user's likelihood gives the bounds and gradients of the same built-in one."""
     results = []
-    for likelihood in (Own(), fastvae.Gaussian(0.8)):
+    for likelihood in (Own(), Gaussian(0.8)):
         model = Model(prior=False)
         value = fastvae.bound(
             model.x, (model.mu, model.logvar), lambda z, w=model.weight: z @ w.T, objective, k=K,
@@ -516,7 +518,7 @@ def test_a_likelihood_of_ones_own_keeps_the_dtype():
             model.x, (model.mu, model.logvar), lambda z: z @ model.weight.T, beta=beta, reduction="none",
             likelihood=likelihood, generator=generator(7),
         )
-        for likelihood in (Own(), fastvae.Gaussian(0.8))
+        for likelihood in (Own(), Gaussian(0.8))
     ]  # fmt: skip
     assert [b.dtype for b in bounds_of] == [torch.float32] * 2
     torch.testing.assert_close(*bounds_of)
@@ -555,8 +557,8 @@ def test_samples_without_weight_teach_q_in_mixed_precision(wide, prior, second):
         normal = torch.distributions.MultivariateNormal(zeros, torch.eye(D, dtype=dtype("prior")))
         bound = fastvae.bound(
             x, (mu, logvar), lambda z, weight=weight: z.to(weight.dtype) @ weight.T, IWAE(), k=K,
-            q_objective=second, likelihood=fastvae.Gaussian(0.1), reduction="sum",
-            prior=normal if prior == "torch" else fastvae.DiagonalNormal(zeros, zeros),
+            q_objective=second, likelihood=Gaussian(0.1), reduction="sum",
+            prior=normal if prior == "torch" else DiagonalNormal(zeros, zeros),
             generator=torch.Generator().manual_seed(7),
         )  # fmt: skip
         gradients.append(torch.autograd.grad(bound, (mu, logvar)))
@@ -591,13 +593,13 @@ def test_any_family(backend, family, name):
     raw.requires_grad_()
     weight = randn(X, D, seed=4)
 
-    class Own(fastvae.DiagonalNormal):
+    class Own(DiagonalNormal):
         pass
 
     def q():
         return {
-            "full": lambda: fastvae.FullNormal(mu, raw),
-            "laplace": lambda: fastvae.Laplace(mu, raw[:, :2]),
+            "full": lambda: FullNormal(mu, raw),
+            "laplace": lambda: Laplace(mu, raw[:, :2]),
             "torch": lambda: torch.distributions.Normal(mu, raw[:, :2].exp()),
             "own": lambda: Own(mu, raw[:, :2]),
         }[family]()
@@ -610,7 +612,7 @@ def test_any_family(backend, family, name):
             torch.manual_seed(0)
             value = fastvae.bound(
                 x, q(), lambda z: z @ weight.T, kind(**options, estimator="dreg"), q_objective=pair, k=K,
-                k_chunk=chunk, likelihood=fastvae.Gaussian(0.9), generator=generator(5),
+                k_chunk=chunk, likelihood=Gaussian(0.9), generator=generator(5),
             )  # fmt: skip
             results.append([value, *torch.autograd.grad(value, (mu, raw))])
         for got, want in zip(*results, strict=True):
@@ -709,7 +711,7 @@ def test_errors():
     ):
         with pytest.raises(error, match=message):
             call()
-    q = fastvae.Mixture([fastvae.DiagonalNormal(model.mu, model.logvar), fastvae.StandardNormal()])
+    q = Mixture([DiagonalNormal(model.mu, model.logvar), StandardNormal()])
     for objective in (IWAE(groups=2), Jackknife(), IWAE(alpha=1.0)):
         with pytest.raises(ValueError, match="drawn from in strata"):
             model.bound(objective, q=q)

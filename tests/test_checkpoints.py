@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal
+from fastvae.likelihoods import Gaussian
 
 from . import models
 from .conftest import DEVICE
@@ -33,7 +35,7 @@ def test_another_prior_is_another_model(tmp_path, learned):
 
     def prior(shift=0.0):
         mu = torch.zeros(D, device=DEVICE) + shift
-        return fastvae.DiagonalNormal(nn.Parameter(mu) if learned else mu, torch.zeros(D, device=DEVICE))
+        return DiagonalNormal(nn.Parameter(mu) if learned else mu, torch.zeros(D, device=DEVICE))
 
     _run(tmp_path / "run.npz", encoder, decoder, x, prior=prior())
     for other in (prior(1e-6), None):
@@ -45,9 +47,9 @@ def test_another_prior_is_another_model(tmp_path, learned):
 def test_another_likelihood_is_another_model(tmp_path):
     encoder, decoder = models.networks(X, D, "bernoulli")
     x = randn(N, X, seed=3)
-    _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=fastvae.Gaussian(0.5))
+    _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=Gaussian(0.5))
     with pytest.raises(ValueError, match="was made with other parameters"):
-        _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=fastvae.Gaussian(0.5 + 1e-9))
+        _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=Gaussian(0.5 + 1e-9))
 
 
 def test_encoder_and_decoder_are_not_exchanged(tmp_path):
@@ -112,7 +114,7 @@ def test_parameters_that_are_columns_of_a_table(tmp_path):
     x, table = randn(N, X, seed=7), 0.3 * randn(D, 2, seed=8)
 
     def prior():
-        return fastvae.DiagonalNormal(table[:, 0], table[:, 1])
+        return DiagonalNormal(table[:, 0], table[:, 1])
 
     file = tmp_path / "run.npz"
     first, again = (_run(file, encoder, decoder, x, prior=prior()) for _ in range(2))

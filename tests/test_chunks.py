@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal
+from fastvae.likelihoods import Gaussian
 from fastvae.objectives import chunks
 from fastvae.ops.latent import ESTIMATORS
 
@@ -23,13 +25,13 @@ def _parts(dtype=torch.float32):
     """Return a bound and everything it can learn."""
     encoder, decoder = models.networks(X, D, "bernoulli", dtype=dtype)
     decoder = nn.Sequential(decoder, nn.Tanh(), nn.Linear(X, X, device=DEVICE, dtype=dtype))
-    likelihood = fastvae.Gaussian(torch.full((X,), 0.7, device=DEVICE, dtype=dtype), learned=True)
+    likelihood = Gaussian(torch.full((X,), 0.7, device=DEVICE, dtype=dtype), learned=True)
     prior = [nn.Parameter(0.3 * randn(D, seed=s, dtype=dtype)) for s in (1, 2)]
     learned = [*encoder.parameters(), *decoder.parameters(), *likelihood.parameters(), *prior]
     x = randn(B, X, seed=3, dtype=dtype)
 
     def bound(**options):
-        model = {"likelihood": likelihood, "prior": fastvae.DiagonalNormal(*prior)}
+        model = {"likelihood": likelihood, "prior": DiagonalNormal(*prior)}
         return fastvae.iwae(x, encoder(x), decoder, k=K, **model, generator=generator(4), **options)
 
     return bound, learned, x
@@ -253,13 +255,13 @@ def test_errors():
 
 @pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
 def test_a_posterior_of_ones_own_knows_nothing_of_chunks(estimator):
-    class Own(fastvae.DiagonalNormal):
+    class Own(DiagonalNormal):
         pass
 
     _, decoder = models.networks(X, D, "bernoulli")
     x = rand(B, X, seed=3)
     results = []
-    for kind, k_chunk in ((fastvae.DiagonalNormal, None), (Own, None), (Own, 4)):
+    for kind, k_chunk in ((DiagonalNormal, None), (Own, None), (Own, 4)):
         mu, logvar = (randn(B, D, seed=s).requires_grad_() for s in (1, 2))
         value = fastvae.iwae(
             x, kind(mu, logvar), decoder, k=K, k_chunk=k_chunk, likelihood="bernoulli", estimator=estimator,

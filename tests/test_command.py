@@ -17,6 +17,7 @@ import torch
 
 import fastvae
 from fastvae.cli import demo, main
+from fastvae.likelihoods import Gaussian
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +29,7 @@ def folder(tmp_path):
         torch.manual_seed(0)
         architecture = {"pixels": 64, "hidden": 16, "latent": 2}
         model = demo.build(architecture)
-        whole = fastvae.VAE(demo.Encoder(64, 16, 2), torch.nn.Linear(2, 64), likelihood=fastvae.Gaussian(0.5))
+        whole = fastvae.VAE(demo.Encoder(64, 16, 2), torch.nn.Linear(2, 64), likelihood=Gaussian(0.5))
     torch.save({"architecture": architecture, "state_dict": model.state_dict()}, tmp_path / "model.pt")
     torch.save(whole, tmp_path / "whole.pt")
     torch.save(model.state_dict(), tmp_path / "weights.pt")

@@ -11,6 +11,18 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import (
+    DiagonalNormal,
+    Distribution,
+    Exponential,
+    FullNormal,
+    Laplace,
+    LowRankNormal,
+    Mixture,
+    NormalMixture,
+    StandardNormal,
+    StudentT,
+)
 
 from .models import randn
 
@@ -76,7 +88,7 @@ ENTRIES = {
     "sleep": lambda v, x: v(B, objective="sleep"),
     "log_marginal": lambda v, x: v(x, objective="log_marginal", k=K).log_px,
     "log_weights": lambda v, x: fastvae.log_weights(x, v.encoder(x), v.decoder, k=K, **BERNOULLI).log_ratio,
-    "ais": lambda v, x: fastvae.ais(x, v.encoder(x), v.decoder, steps=2, chains=2, **BERNOULLI).log_px,
+    "ais": lambda v, x: fastvae.audit.ais(x, v.encoder(x), v.decoder, steps=2, chains=2, **BERNOULLI).log_px,
     "anomaly_score": lambda v, x: v.anomaly_score(x, k=K),
     "reconstruct": lambda v, x: v.reconstruct(x),
     "posterior": lambda v, x: v.posterior(x).log_prob(torch.zeros(2, B, D)),
@@ -129,11 +141,11 @@ POSTERIORS = {
     "td.MultivariateNormal": lambda h: td.MultivariateNormal(
         h[:, :D], scale_tril=torch.diag_embed(h[:, D:].exp()), validate_args=False
     ),
-    "DiagonalNormal": lambda h: fastvae.DiagonalNormal(h[:, :D], h[:, D:], scale="softplus"),
-    "FullNormal": lambda h: fastvae.FullNormal(h[:, :D], torch.cat([h, h], 1)[:, : D * (D + 1) // 2]),
-    "LowRankNormal": lambda h: fastvae.LowRankNormal(h[:, :D], h[:, D:], h[:, :D, None]),
-    "StudentT": lambda h: fastvae.StudentT(h[:, :D], h[:, D:], 4.0),
-    "Mixture": lambda h: fastvae.Mixture([h.chunk(2, 1), fastvae.Laplace(h[:, :D], h[:, D:])]),
+    "DiagonalNormal": lambda h: DiagonalNormal(h[:, :D], h[:, D:], scale="softplus"),
+    "FullNormal": lambda h: FullNormal(h[:, :D], torch.cat([h, h], 1)[:, : D * (D + 1) // 2]),
+    "LowRankNormal": lambda h: LowRankNormal(h[:, :D], h[:, D:], h[:, :D, None]),
+    "StudentT": lambda h: StudentT(h[:, :D], h[:, D:], 4.0),
+    "Mixture": lambda h: Mixture([h.chunk(2, 1), Laplace(h[:, :D], h[:, D:])]),
 }
 
 
@@ -198,7 +210,7 @@ def test_a_posterior_is_a_plain_object(name):
     q = _made(name)
     z = torch.full((2, B, D), 0.3)
     expected = q.log_prob(z)
-    assert isinstance(q, fastvae.Distribution) and not isinstance(q, nn.Module)
+    assert isinstance(q, Distribution) and not isinstance(q, nn.Module)
     assert type(q).__name__ in repr(q) and "log_prob" in dir(q)
     assert list(q.parameters()) == [] and q.state_dict() == {}
     for copied in (pickle.loads(pickle.dumps(q)), copy.copy(q), copy.deepcopy(q), q.to("cpu")):
@@ -216,14 +228,14 @@ def test_a_posterior_is_a_plain_object(name):
 
 
 LEARNED = {
-    "DiagonalNormal": lambda p: fastvae.DiagonalNormal(p(D), p(D)),
-    "FullNormal": lambda p: fastvae.FullNormal(p(D), p(D * (D + 1) // 2)),
-    "LowRankNormal": lambda p: fastvae.LowRankNormal(p(D), p(D), p(D, 2)),
-    "Laplace": lambda p: fastvae.Laplace(p(D), p(D)),
-    "Exponential": lambda p: fastvae.Exponential(p(D)),
-    "StudentT": lambda p: fastvae.StudentT(p(D), p(D), 4.0),
-    "NormalMixture": lambda p: fastvae.NormalMixture(p(2, D), p(2, D)),
-    "Mixture": lambda p: fastvae.Mixture([fastvae.DiagonalNormal(p(D), p(D)), fastvae.Laplace(p(D), p(D))]),
+    "DiagonalNormal": lambda p: DiagonalNormal(p(D), p(D)),
+    "FullNormal": lambda p: FullNormal(p(D), p(D * (D + 1) // 2)),
+    "LowRankNormal": lambda p: LowRankNormal(p(D), p(D), p(D, 2)),
+    "Laplace": lambda p: Laplace(p(D), p(D)),
+    "Exponential": lambda p: Exponential(p(D)),
+    "StudentT": lambda p: StudentT(p(D), p(D), 4.0),
+    "NormalMixture": lambda p: NormalMixture(p(2, D), p(2, D)),
+    "Mixture": lambda p: Mixture([DiagonalNormal(p(D), p(D)), Laplace(p(D), p(D))]),
 }
 
 
@@ -239,8 +251,8 @@ def test_a_prior_owns_its_tensors(name, learned):
 
     owner = nn.Module()
     owner.prior = LEARNED[name](tensor)
-    assert isinstance(owner.prior, fastvae.Distribution)
-    assert isinstance(owner.prior, getattr(fastvae, name)) and owner.prior.family is getattr(fastvae, name)
+    assert isinstance(owner.prior, Distribution)
+    assert isinstance(owner.prior, getattr(fastvae.distributions, name))
     assert len(list(owner.parameters())) == (len(made) if learned else 0)
     state = owner.state_dict()
     assert len(state) >= len(made)
@@ -260,7 +272,7 @@ def test_a_prior_owns_its_tensors(name, learned):
 
 def test_a_fixed_prior_of_any_shape_moves_with_its_vae():
     for shape in ((1, D), (1, 3, 1)):
-        prior = fastvae.DiagonalNormal(torch.zeros(shape), torch.zeros(shape))
+        prior = DiagonalNormal(torch.zeros(shape), torch.zeros(shape))
         vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), prior=prior)
         assert {"prior.mu", "prior.logvar"} <= vae.state_dict().keys()
         assert vae.to(torch.float64).prior.mu.dtype == torch.float64
@@ -270,20 +282,20 @@ def test_the_prior_of_a_vae_may_be_replaced_by_any_other():
     """A VAE's prior may change from a module to a plain object, and back."""
     vae = _vae()
     for prior in (
-        fastvae.DiagonalNormal(nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))),
-        fastvae.StandardNormal(),
-        fastvae.Laplace(torch.zeros(D), torch.zeros(D)),
+        DiagonalNormal(nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))),
+        StandardNormal(),
+        Laplace(torch.zeros(D), torch.zeros(D)),
     ):
         vae.prior = prior
         assert vae.prior is prior and vae.iwae(_x(), k=K).isfinite()
 
 
 def test_a_parameter_that_no_optimiser_would_find_is_refused():
-    class Plain(fastvae.Distribution):
+    class Plain(Distribution):
         def __init__(self):
             self.scale = nn.Parameter(torch.ones(D))
 
-    class Owning(fastvae.Distribution, nn.Module):
+    class Owning(Distribution, nn.Module):
         def __init__(self):
             super().__init__()
             self.scale = nn.Parameter(torch.ones(D))
@@ -291,7 +303,7 @@ def test_a_parameter_that_no_optimiser_would_find_is_refused():
         def log_prob(self, z):
             return -(z / self.scale).square().sum(-1)
 
-    with pytest.raises(TypeError, match=r"class Plain\(fastvae.Distribution, nn.Module\)"):
+    with pytest.raises(TypeError, match=r"class Plain\(fastvae.distributions.Distribution, nn.Module\)"):
         Plain()
     vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), prior=Owning(), **BERNOULLI)
     assert "prior.scale" in vae.state_dict() and "scale" in repr(list(Owning().state_dict()))

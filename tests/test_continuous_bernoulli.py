@@ -8,8 +8,8 @@ import mpmath
 import pytest
 import torch
 
-import fastvae
 from fastvae import ops
+from fastvae.likelihoods import ContinuousBernoulli
 
 from .conftest import DEVICE
 
@@ -66,6 +66,6 @@ def test_it_is_a_density(backend):
     logits = torch.tensor([-50.0, -3.0, 0.0, 1e-3, 0.7, 12.0], dtype=torch.float64, device=DEVICE)
     nodes = torch.tensor([-math.sqrt(0.6), 0.0, math.sqrt(0.6)], dtype=torch.float64, device=DEVICE)
     x = ((torch.arange(64, device=DEVICE)[:, None] + 0.5 + 0.5 * nodes) / 64).reshape(-1, 1)
-    density = fastvae.ContinuousBernoulli().log_prob(x.repeat(1, 6), logits.repeat(192, 1)).exp()
+    density = ContinuousBernoulli().log_prob(x.repeat(1, 6), logits.repeat(192, 1)).exp()
     weights = torch.tensor([5.0, 8.0, 5.0], dtype=torch.float64, device=DEVICE).repeat(64) / (18 * 64)
     torch.testing.assert_close(weights @ density, torch.ones_like(logits), rtol=1e-5, atol=0)

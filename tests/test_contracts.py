@@ -11,7 +11,8 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.distributions import closed_kl
+from fastvae.distributions import DiagonalNormal, Distribution, StandardNormal, closed_kl, register_kl
+from fastvae.likelihoods import Gaussian, Likelihood
 
 from . import models
 from .conftest import DEVICE
@@ -54,7 +55,7 @@ WithDraw = namedtuple("WithDraw", "z, mu, log_var")
 OUTPUTS = {
     "a tensor": lambda both, mu, logvar: both,
     "a list": lambda both, mu, logvar: [mu, logvar],
-    "a posterior": lambda both, mu, logvar: fastvae.DiagonalNormal(mu, logvar),
+    "a posterior": lambda both, mu, logvar: DiagonalNormal(mu, logvar),
     "a Normal": lambda both, mu, logvar: td.Normal(mu, torch.exp(0.5 * logvar)),
     "an Independent": lambda both, mu, logvar: td.Independent(td.Normal(mu, torch.exp(0.5 * logvar)), 1),
     "diffusers' distribution": lambda both, mu, logvar: DiagonalGaussianDistribution(both),
@@ -109,7 +110,7 @@ def test_forms_of_q(form):
 # Results of users' own methods
 
 
-class Own(fastvae.Likelihood):
+class Own(Likelihood):
     """Poisson likelihood whose result passes through ``end``, a mistake."""
 
     def __init__(self, end):
@@ -120,12 +121,12 @@ class Own(fastvae.Likelihood):
         return self.end(x * log_rate - log_rate.exp() - torch.lgamma(x + 1))
 
 
-class Around(fastvae.Distribution):
+class Around(Distribution):
     """Gaussian, one result of which passes through ``end``, a mistake."""
 
     def __init__(self, mu, logvar, method=None, index=0, end=None):
         super().__init__()
-        self._q = fastvae.DiagonalNormal(mu, logvar)
+        self._q = DiagonalNormal(mu, logvar)
         self.batch, self.device = self._q.batch, self._q.device
         self._mistake = method, index, end
 
@@ -142,7 +143,7 @@ class Around(fastvae.Distribution):
         return end(value) if wrong == "log_prob" else value
 
 
-@fastvae.register_kl(Around, fastvae.StandardNormal)
+@register_kl(Around, StandardNormal)
 def _kl(q, p):
     wrong, _, end = q._mistake
     value = closed_kl(q._q, p)
@@ -213,7 +214,7 @@ def test_wrong_kind_of_a_log_prob():
 def test_a_decoder_of_other_rows_under_a_likelihood_of_ones_own():
     """A decoder output with one row per sample, which would broadcast over the batch, is reported."""
 
-    class Broadcasting(fastvae.Likelihood):
+    class Broadcasting(Likelihood):
         def log_prob(self, x, parameters):
             return td.Normal(parameters.mean(0), 1.0).log_prob(x).sum(-1)
 
@@ -239,17 +240,17 @@ def test_wrong_shape_of_a_density(mistake):
     x, q, decoder = _arguments(X)
     for samples, call in _calls(with_kl=False):
         with pytest.raises(ValueError) as raised:
-            call(x, Around(*q, "rsample", 1, end), decoder, likelihood=fastvae.Gaussian(1.0))
+            call(x, Around(*q, "rsample", 1, end), decoder, likelihood=Gaussian(1.0))
         message = str(raised.value)
         assert message.startswith(f"Around.rsample returned {shape(samples)}; expected log q(z|x)")
         assert f"[K, B] = [{samples}, {B}]" in message
     for estimator in ("stl", "dreg"):
         with pytest.raises(ValueError, match=r"Around.log_prob returned .*; expected log q\(z\|x\) \[K, B\]"):
             wrong = Around(*q, "log_prob", 0, end)
-            fastvae.iwae(x, wrong, decoder, k=K, likelihood=fastvae.Gaussian(1.0), estimator=estimator)
+            fastvae.iwae(x, wrong, decoder, k=K, likelihood=Gaussian(1.0), estimator=estimator)
         with pytest.raises(ValueError, match=r"Around.log_prob returned .*; expected log p\(z\) \[K, B\]"):
             wrong = Around(*q, "log_prob", 0, end)
-            fastvae.iwae(x, q, decoder, k=K, likelihood=fastvae.Gaussian(1.0), prior=wrong)
+            fastvae.iwae(x, q, decoder, k=K, likelihood=Gaussian(1.0), prior=wrong)
 
 
 def test_wrong_shape_of_a_kl():
@@ -257,7 +258,7 @@ def test_wrong_shape_of_a_kl():
 
     def bound(method, end, **options):
         q_of_ones_own = Around(*q, method, 0, end)
-        return fastvae.elbo(x, q_of_ones_own, decoder, likelihood=fastvae.Gaussian(1.0), **options)
+        return fastvae.elbo(x, q_of_ones_own, decoder, likelihood=Gaussian(1.0), **options)
 
     for end, shape in ((lambda v: v.mean(), r"\[\]"), (lambda v: v[:, :1], r"\[5, 1\]"), (list, "list")):
         with pytest.raises(
@@ -278,9 +279,7 @@ def test_wrong_shape_of_draws(kl):
         (lambda z: z.flatten(0, 1), [K * B, D]),
     ):
         with pytest.raises(ValueError) as raised:
-            fastvae.elbo(
-                x, Around(*q, "rsample", 0, end), decoder, k=K, likelihood=fastvae.Gaussian(1.0), kl=kl
-            )
+            fastvae.elbo(x, Around(*q, "rsample", 0, end), decoder, k=K, likelihood=Gaussian(1.0), kl=kl)
         assert f"Around.rsample returned {shape}; expected z [K, B, D] = [4, 5, 3]" in str(raised.value)
 
 
@@ -292,7 +291,7 @@ def test_draws_without_their_density():
             return super().rsample(samples, seed, **place)[0]
 
     with pytest.raises(TypeError, match=r"Alone.rsample returned Tensor; expected z \[K, B, D\] and log q"):
-        fastvae.iwae(x, Alone(*q), decoder, k=K, likelihood=fastvae.Gaussian(1.0))
+        fastvae.iwae(x, Alone(*q), decoder, k=K, likelihood=Gaussian(1.0))
 
 
 def test_right_shapes_pass():

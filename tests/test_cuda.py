@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
+from fastvae.likelihoods import Gaussian
 
 from .conftest import CUDA, DEVICE
 
@@ -22,7 +23,7 @@ B, D, X, K = 6, 3, 20, 4
 
 def _bounds():
     """Return every objective as a function of (x, q, decoder)."""
-    bernoulli, gaussian = {"likelihood": "bernoulli"}, {"likelihood": fastvae.Gaussian(scale=0.3)}
+    bernoulli, gaussian = {"likelihood": "bernoulli"}, {"likelihood": Gaussian(scale=0.3)}
     bounds = {
         "elbo": lambda *a: fastvae.elbo(*a, **bernoulli, beta=0.5, free_bits=0.1),
         "elbo, monte carlo": lambda *a: fastvae.elbo(*a, **gaussian, k=2, kl="mc"),

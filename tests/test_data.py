@@ -11,6 +11,15 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal
+from fastvae.likelihoods import (
+    Gaussian,
+    Joint,
+    Likelihood,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+)
 from fastvae.likelihoods.base import DECLARED
 
 from . import cases
@@ -180,15 +189,11 @@ def test_a_conditional_prior(returned):
     prior = {
         "pair": lambda y: (table[y], 0.1 * table[y]),
         "tensor": lambda y: torch.cat([table[y], 0.1 * table[y]], 1),
-        "DiagonalNormal": lambda y: fastvae.DiagonalNormal(table[y], 0.1 * table[y]),
+        "DiagonalNormal": lambda y: DiagonalNormal(table[y], 0.1 * table[y]),
         "torch": lambda y: td.Normal(table[y], torch.exp(0.05 * table[y])),
         "Laplace": lambda y: td.Laplace(table[y], torch.exp(0.05 * table[y])),
     }[returned]
-    fixed = (
-        td.Laplace(mu, torch.exp(0.5 * logvar))
-        if returned == "Laplace"
-        else fastvae.DiagonalNormal(mu, logvar)
-    )
+    fixed = td.Laplace(mu, torch.exp(0.5 * logvar)) if returned == "Laplace" else DiagonalNormal(mu, logvar)
     expected = every(x, q, decoder, likelihood="bernoulli", context=labels, prior=fixed)
     assert_same(every(x, q, decoder, likelihood="bernoulli", context=labels, prior=prior), expected)
 
@@ -213,7 +218,7 @@ def test_a_conditional_vae():
     got = vae.iwae(x, K, context=labels, generator=generator(1))
     expected = fastvae.iwae(
         x, vae.encoder(x, labels), lambda z: vae.decoder(z, labels.repeat(K)), k=K, likelihood="bernoulli",
-        prior=fastvae.DiagonalNormal(*prior(labels).chunk(2, 1)), generator=generator(1),
+        prior=DiagonalNormal(*prior(labels).chunk(2, 1)), generator=generator(1),
     )  # fmt: skip
     torch.testing.assert_close(got, expected)
     assert vae.sample(B, context=labels).shape == (B, X)
@@ -279,7 +284,7 @@ def test_examples_without_weight_may_hold_anything(objective):
 
 
 def _parts():
-    joint = fastvae.Joint(pixels="bernoulli", genes=fastvae.NegativeBinomial(2.0))
+    joint = Joint(pixels="bernoulli", genes=NegativeBinomial(2.0))
     x = {"pixels": rand(B, *EVENT, seed=2).round(), "genes": cases.data("poisson", B, X, seed=3).int()}
     pixels, genes = randn(D, 6, seed=4), 0.2 * randn(D, X, seed=5)
     return joint, x, lambda z: {"pixels": (z @ pixels).reshape(-1, *EVENT), "genes": z @ genes}
@@ -315,7 +320,7 @@ def test_masks_and_sizes_of_parts():
         x["genes"],
         a_q(),
         lambda z: decoder(z)["genes"],
-        likelihood=fastvae.NegativeBinomial(2.0),
+        likelihood=NegativeBinomial(2.0),
         size_factor=size,
     )
     got = sized["elbo"][0] - alone["elbo"][0]
@@ -407,7 +412,7 @@ def test_classes_in_plain_pytorch():
 
 
 def test_a_likelihood_with_parameters_of_its_own():
-    class Learned(fastvae.Likelihood):
+    class Learned(Likelihood):
         def __init__(self):
             super().__init__()
             self.log_scale = nn.Parameter(torch.zeros(X))
@@ -420,7 +425,7 @@ def test_a_likelihood_with_parameters_of_its_own():
     fastvae.iwae(x, a_q(), decoder, k=K, k_chunk=3, likelihood=likelihood).backward()
     bounds = [
         fastvae.iwae(x, a_q(), decoder, k=K, likelihood=kind, generator=generator(3))
-        for kind in (likelihood, fastvae.Gaussian(torch.ones(X, device=DEVICE)))
+        for kind in (likelihood, Gaussian(torch.ones(X, device=DEVICE)))
     ]
     torch.testing.assert_close(*bounds)
     assert likelihood.log_scale.grad.shape == (X,)
@@ -454,9 +459,9 @@ def test_draws_of_held_parameters():
     location = randn(3000, X, seed=1)
     drawn = fastvae.likelihoods.Laplace(scale=0.01).sample(location) - location
     assert bool((drawn.abs().mean() - 0.01).abs() < 6e-4)
-    counts = fastvae.ZeroInflatedNegativeBinomial(5.0).sample((location, location + 30))
+    counts = ZeroInflatedNegativeBinomial(5.0).sample((location, location + 30))
     assert not bool(counts.any())  # all are dropped
-    half = fastvae.Poisson().sample(torch.full((9, 9), 8.0, dtype=torch.bfloat16, device=DEVICE))
+    half = Poisson().sample(torch.full((9, 9), 8.0, dtype=torch.bfloat16, device=DEVICE))
     assert half.dtype == torch.float32 and bool((half == half.round()).all())
 
 
@@ -501,7 +506,7 @@ WRONG = {
         {"prior": lambda c: 3, "context": torch.ones(B, 1)}, TypeError, ["prior, a function", "got int"],
     ),
     "a Joint for one tensor": (
-        {"likelihood": fastvae.Joint(a="poisson")}, TypeError, ["x must be a dict with 'a'", "a tensor [5,"],
+        {"likelihood": Joint(a="poisson")}, TypeError, ["x must be a dict with 'a'", "a tensor [5,"],
     ),
 }  # fmt: skip
 
@@ -540,18 +545,19 @@ def test_wrong_parts():
         "the decoder's output must be a dict .*; 'genes' is missing, 'gene' is not one": (
             x, lambda z: {"pixels": zeros(len(z), *EVENT), "gene": zeros(len(z), X)}, joint,
         ),
-        r"x is a dict, but a Bernoulli likelihood takes one tensor; .* use fastvae.Joint\(pixels=": (
+        r"x is a dict, but a Bernoulli likelihood takes one tensor; .* use "
+        r"fastvae.likelihoods.Joint\(pixels=": (
             x, decoder, "bernoulli",
         ),
         r"x\['genes'\] has shape \[4, 7\] but q has 5 rows": ({**x, "genes": x["genes"][1:]}, decoder, joint),
         r"x\['pixels'\] has dtype torch.int32": ({**x, "pixels": x["pixels"].int() * 255}, decoder,
-                                                  fastvae.Joint(pixels="gaussian", genes="poisson")),
+                                                  Joint(pixels="gaussian", genes="poisson")),
     }  # fmt: skip
     for words, (data, f, likelihood) in calls.items():
         with pytest.raises((TypeError, ValueError), match=words):
             fastvae.iwae(data, a_q(), f, k=2, likelihood=likelihood)
     with pytest.raises(ValueError, match="Joint needs parts by name"):
-        fastvae.Joint()
+        Joint()
     with pytest.raises(TypeError, match="constructor must be a function of the decoder's output"):
         fastvae.likelihoods.from_distribution(td.Normal(0.0, 1.0))
     own = fastvae.likelihoods.from_distribution(lambda logits: logits)

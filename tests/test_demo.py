@@ -15,6 +15,7 @@ import torch
 import fastvae
 from fastvae.cli import demo, kinds, latents, main
 from fastvae.core import backend as _backend
+from fastvae.distributions import DiagonalNormal, Laplace, Mixture
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -197,9 +198,9 @@ def test_table_says_which_is_better():
     "q",
     [
         lambda zeros: (zeros, zeros),
-        lambda zeros: fastvae.Laplace(zeros, zeros),
+        lambda zeros: Laplace(zeros, zeros),
         # Draws weighted by 1.5 and 0.5.
-        lambda zeros: fastvae.Mixture([(zeros, zeros), (zeros + 1, zeros)], torch.tensor([3.0, 1.0]).log()),
+        lambda zeros: Mixture([(zeros, zeros), (zeros + 1, zeros)], torch.tensor([3.0, 1.0]).log()),
     ],
 )
 def test_posterior_mean_is_exact_where_the_posterior_is_known(q):
@@ -408,7 +409,7 @@ def test_the_manifold_covers_the_prior():
         def __getattr__(self, name):
             return lambda *args, **kwargs: None
 
-    prior = fastvae.DiagonalNormal(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]).log() * 2)
+    prior = DiagonalNormal(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]).log() * 2)
     model = fastvae.VAE(lambda x: x, Seen(), likelihood="bernoulli", prior=prior, latent_dim=2)
     run = demo.Run("x", model, {}, [], [], *[torch.zeros(1)] * 3)
     demo._manifold(Axes(), run, demo.digits())

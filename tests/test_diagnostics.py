@@ -12,7 +12,9 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, Distribution
 from fastvae.estimation.weights import pareto_khat
+from fastvae.likelihoods import Gaussian, Likelihood
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn
@@ -21,7 +23,7 @@ N, D, X = 23, 3, 7
 QUIET = {"progress": False}
 
 
-class Given(fastvae.Likelihood):
+class Given(Likelihood):
     """Likelihood that takes log p(x|z) from a table, by draw and example (x's first pixel is its index)."""
 
     def __init__(self, table):
@@ -68,7 +70,7 @@ def test_sums_of_float32_weights_are_kept_in_float64(k_chunk):
 def test_what_is_known_stops():
     """Examples with infinite density, NaN or equal weights stop drawing; others continue."""
 
-    class ByExample(fastvae.Likelihood):
+    class ByExample(Likelihood):
         """Likelihood that depends on the example's index, its first pixel, and on z."""
 
         def log_likelihood(self, x, parameters, samples, beside=None):
@@ -136,7 +138,7 @@ def test_active_units_are_counted_by_the_unbiased_variance(batch_size):
     x = (7 + unit)[:, None]
     result = fastvae.evaluate(
         lambda x: ((x - 7) * scale + 100, torch.zeros(len(x), 3, dtype=x.dtype, device=DEVICE)),
-        nn.Identity(), x.expand(5, 3), k=2, likelihood=fastvae.Gaussian(1.0), batch_size=batch_size, **QUIET,
+        nn.Identity(), x.expand(5, 3), k=2, likelihood=Gaussian(1.0), batch_size=batch_size, **QUIET,
     )  # fmt: skip
     assert result.active_units == 1
 
@@ -145,7 +147,7 @@ def test_batches_of_other_means_are_active_units_too():
     """A unit constant within each batch but not between them is active, with batches of unequal sizes."""
     levels = torch.tensor([0.0] * 5 + [0.5] * 2, device=DEVICE)
     x = levels[:, None].expand(7, D)
-    options = {"k": 2, "likelihood": fastvae.Gaussian(1.0), **QUIET}
+    options = {"k": 2, "likelihood": Gaussian(1.0), **QUIET}
     # Five times 0 and twice s have variance 0.238 s^2; about the mean of the batches' means, 0.292 s^2.
     less = x / 0.5 * math.sqrt(0.038)
     for batches, active in (([x[:5], x[5:]], D), ([x[:5], x[:2]], 0), ([less[:5], less[5:]], 0)):
@@ -173,7 +175,7 @@ def test_defaults():
         return torch.zeros(len(x), 1, device=DEVICE), torch.zeros(len(x), 1, device=DEVICE)
 
     x = torch.linspace(0, 4, 101, device=DEVICE)[:, None]
-    options = {"likelihood": fastvae.Gaussian(1.0), **QUIET}
+    options = {"likelihood": Gaussian(1.0), **QUIET}
     assert set(fastvae.evaluate(encoder, nn.Identity(), x, **options).k.tolist()) == {5000}
     assert sizes == [100, 1]
     result = fastvae.evaluate(encoder, nn.Identity(), x[:1], tol=1e-9, **options)
@@ -222,10 +224,10 @@ def test_what_a_result_says_in_words():
 def test_what_is_not_known_is_left_out_of_the_file(tmp_path):
     """Unknown quantities are omitted from the file, and the rest is read without pickle."""
 
-    class Bare(fastvae.Distribution):
+    class Bare(Distribution):
         def __init__(self, mu, logvar):
             super().__init__()
-            self.inner = fastvae.DiagonalNormal(mu, logvar)
+            self.inner = DiagonalNormal(mu, logvar)
             self.batch, self.device = self.inner.batch, self.inner.device
 
         def rsample(self, samples, seed, **place):

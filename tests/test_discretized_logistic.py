@@ -10,6 +10,7 @@ import torch
 
 import fastvae
 from fastvae import ops
+from fastvae.likelihoods import DiscretizedLogistic
 
 from .conftest import DEVICE
 from .models import rand, randn
@@ -77,7 +78,7 @@ def test_scales_beyond_the_largest_number(backend):
     "levels, low, high", [(2, 0, 1), (3, -1, 1), (256, 0, 1), (256, -1, 1), (256, 0, 255), (100, -3.5, 2.7)]
 )
 def test_probabilities_of_all_levels_add_to_1(backend, dtype, levels, low, high):
-    likelihood = fastvae.DiscretizedLogistic(levels=levels, low=low, high=high)
+    likelihood = DiscretizedLogistic(levels=levels, low=low, high=high)
     values = torch.linspace(low, high, levels, dtype=dtype, device=DEVICE)[:, None].expand(-1, 60)
     width = high - low
     mean = (low + width * (1.4 * rand(60, seed=1, dtype=dtype) - 0.2)).expand(levels, -1)
@@ -93,15 +94,15 @@ def test_other_ends_are_another_unit(backend):
     pixels = torch.arange(256, device=DEVICE)[None, :]
     mean, log_scale = rand(3, 256, seed=1), randn(3, 256, seed=2) - 2
     q = torch.zeros(1, 2, device=DEVICE)
-    expected = fastvae.DiscretizedLogistic().log_likelihood(pixels / 255, (mean, log_scale), 3)
+    expected = DiscretizedLogistic().log_likelihood(pixels / 255, (mean, log_scale), 3)
     for low, high in ((-1.0, 1.0), (0.0, 255.0)):
-        likelihood = fastvae.DiscretizedLogistic(low=low, high=high)
+        likelihood = DiscretizedLogistic(low=low, high=high)
         width, x = high - low, low + (high - low) * (pixels / 255)
         given = low + width * mean, log_scale + math.log(width)
         torch.testing.assert_close(likelihood.log_likelihood(x, given, 3), expected, rtol=1e-5, atol=1e-3)
         terms = fastvae.elbo(x, q, lambda z, g=given: g, k=3, likelihood=likelihood, terms=True)
         torch.testing.assert_close(terms.log_likelihood, expected.mean(0), rtol=1e-5, atol=1e-3)
-        in_units = fastvae.DiscretizedLogistic().mean((mean, log_scale))
+        in_units = DiscretizedLogistic().mean((mean, log_scale))
         torch.testing.assert_close(
             likelihood.mean(given), low + width * in_units, rtol=1e-4, atol=1e-4 * width
         )
@@ -114,9 +115,9 @@ def test_other_ends_are_another_unit(backend):
 
 def test_a_held_scale(backend):
     x, mean = (rand(4, 7, seed=1) * 255).round() / 255, rand(4, 7, seed=2)
-    likelihood = fastvae.DiscretizedLogistic(low=-1.0, scale=0.2, learned=True).to(DEVICE)
+    likelihood = DiscretizedLogistic(low=-1.0, scale=0.2, learned=True).to(DEVICE)
     assert [n for n, _ in likelihood.named_parameters()] == ["log_scale"]
-    free = fastvae.DiscretizedLogistic(low=-1.0)
+    free = DiscretizedLogistic(low=-1.0)
     x = 2 * x - 1
     expected = free.log_prob(x, (mean, torch.full_like(mean, math.log(0.2))))
     torch.testing.assert_close(likelihood.log_prob(x, mean), expected)
@@ -125,8 +126,8 @@ def test_a_held_scale(backend):
 def test_what_is_no_grid():
     for levels in (1, 2.0, True):
         with pytest.raises((TypeError, ValueError), match="levels must be .*the number of values of x; got"):
-            fastvae.DiscretizedLogistic(levels=levels)
+            DiscretizedLogistic(levels=levels)
     with pytest.raises(ValueError, match="low must be below high"):
-        fastvae.DiscretizedLogistic(low=1.0)
+        DiscretizedLogistic(low=1.0)
     with pytest.raises(TypeError, match=r"must return \(mean, log_scale\), got a tensor.*scale=0.1"):
-        fastvae.DiscretizedLogistic().log_prob(torch.zeros(2, 3), torch.zeros(2, 3))
+        DiscretizedLogistic().log_prob(torch.zeros(2, 3), torch.zeros(2, 3))

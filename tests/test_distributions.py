@@ -13,12 +13,19 @@ from torch import nn
 import fastvae
 from fastvae.core.seeding import seeded
 from fastvae.distributions import (
+    DiagonalNormal,
+    Distribution,
+    Exponential,
+    LogNormal,
+    Mixture,
+    StandardNormal,
     TorchDistribution,
     closed_kl,
     draw_chunk,
     draw_kl,
     draw_ratio,
     draws,
+    register_kl,
     rsample,
 )
 from fastvae.distributions.base import held
@@ -32,7 +39,7 @@ SEED = torch.tensor(11, device=DEVICE)
 BERNOULLI = {"likelihood": "bernoulli"}
 
 
-class Own(fastvae.DiagonalNormal):
+class Own(DiagonalNormal):
     """Subclass, for which nothing is fused."""
 
 
@@ -51,7 +58,7 @@ FORMS = [
 ]
 
 
-def pairs(kinds=(fastvae.DiagonalNormal, fastvae.DiagonalNormal), prior=True, **form):
+def pairs(kinds=(DiagonalNormal, DiagonalNormal), prior=True, **form):
     """Return q, p, and their parameters in float64."""
     positive = form.get("scale") == "scale"
     raw = lambda *shape, seed: (  # noqa: E731
@@ -60,7 +67,7 @@ def pairs(kinds=(fastvae.DiagonalNormal, fastvae.DiagonalNormal), prior=True, **
     mu, logvar = wide(B, D, seed=1), raw(B, D, seed=2)
     q = kinds[0](mu, logvar, **form)
     if not prior:
-        return q, fastvae.StandardNormal(), [mu, logvar]
+        return q, StandardNormal(), [mu, logvar]
     m, s = wide(D, seed=3), raw(B, D, seed=4)
     of_prior = {name: value for name, value in form.items() if name != "logvar_range"}
     return q, kinds[1](m, s, **of_prior), [mu, logvar, m, s]
@@ -79,7 +86,7 @@ def test_composed_ratios_are_the_fused_ones(estimator, prior, form):
     """
     weight = randn(K, B, D, seed=5).double()
     found = []
-    for kinds in ((fastvae.DiagonalNormal,) * 2, (Own, fastvae.DiagonalNormal), (Own, Own)):
+    for kinds in ((DiagonalNormal,) * 2, (Own, DiagonalNormal), (Own, Own)):
         q, p, leaves = pairs(kinds, prior, **form)
         z, ratio = draw_ratio(q, p, K, SEED, 2, estimator)
         z = z.reshape(K, B, D)
@@ -97,7 +104,7 @@ def test_composed_chunks_are_the_whole(route):
     encoder = {"tied": IWAE(groups=K), "score": WakePhi(), "paths": IWAE(estimator="dreg")}.get(route)
 
     def bound(kind, cuts):
-        q, p, leaves = pairs((kind, fastvae.DiagonalNormal))
+        q, p, leaves = pairs((kind, DiagonalNormal))
         parts = [draw_chunk(q, p, e - s, SEED, s, 0, route) for s, e in cuts]
         z, ratio = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         assert all((part[2] is None) == (encoder is None) for part in parts)
@@ -105,8 +112,8 @@ def test_composed_chunks_are_the_whole(route):
         value = weighed((z * weight).sin().sum(2), ratio, told, IWAE(), encoder)
         return [value, *torch.autograd.grad(value.sum(), leaves)]
 
-    expected = bound(fastvae.DiagonalNormal, [(0, K)])
-    for kind, cuts in ((Own, [(0, K)]), (Own, [(0, 1), (1, K)]), (fastvae.DiagonalNormal, [(0, 3), (3, K)])):
+    expected = bound(DiagonalNormal, [(0, K)])
+    for kind, cuts in ((Own, [(0, K)]), (Own, [(0, 1), (1, K)]), (DiagonalNormal, [(0, 3), (3, K)])):
         for a, b in zip(bound(kind, cuts), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
@@ -189,8 +196,8 @@ def test_transforms_with_parameters_and_a_cache(estimator):
 @pytest.mark.parametrize("form", FORMS)
 def test_composed_kls_are_the_fused_ones(prior, per_dimension, form):
     found = []
-    for kind in (fastvae.DiagonalNormal, Own):
-        q, p, leaves = pairs((kind, fastvae.DiagonalNormal), prior, **form)
+    for kind in (DiagonalNormal, Own):
+        q, p, leaves = pairs((kind, DiagonalNormal), prior, **form)
         z, kl = draw_kl(q, p, K, SEED, 2, per_dimension)
         found.append([z, kl, *torch.autograd.grad(z.square().sum() + kl.sin().sum(), leaves)])
     for a, b in zip(*found, strict=True):
@@ -204,7 +211,7 @@ def test_densities_are_those_of_torch():
     torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(q.log_prob(z), expected, rtol=1e-9, atol=1e-9)
     expected = td.Normal(0.0, 1.0).log_prob(z).sum(-1)
-    torch.testing.assert_close(fastvae.StandardNormal().log_prob(z), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(StandardNormal().log_prob(z), expected, rtol=1e-9, atol=1e-9)
 
 
 # torch.distributions
@@ -543,9 +550,9 @@ ON_LESS = {  # with a prior of the same support
     "Beta": lambda t, rows: td.Beta(t.exp(), t.exp()),
     "Uniform": lambda t, rows: td.Uniform(0 * t, 0 * t + (0.5 if rows else 1.0)),
     "tanh": lambda t, rows: td.TransformedDistribution(td.Normal(t, 1.0), [td.TanhTransform(cache_size=1)]),
-    "LogNormal": lambda t, rows: fastvae.LogNormal(t, 0 * t),
-    "Exponential": lambda t, rows: fastvae.Exponential(t),
-    "Mixture": lambda t, rows: fastvae.Mixture([fastvae.Exponential(t), td.LogNormal(t, 1.0)]),
+    "LogNormal": lambda t, rows: LogNormal(t, 0 * t),
+    "Exponential": lambda t, rows: Exponential(t),
+    "Mixture": lambda t, rows: Mixture([Exponential(t), td.LogNormal(t, 1.0)]),
     "axes of their own": lambda t, rows: td.Dirichlet(t.exp()[..., None, :].expand(*t.shape[:-1], 2, D)),
 }
 
@@ -659,12 +666,12 @@ def test_a_registered_kl_is_used():
             return super().rsample(samples, seed, **place)
 
     made = lambda kind: kind(randn(B, D, seed=1), randn(B, D, seed=2))  # noqa: E731
-    standard = fastvae.StandardNormal()
+    standard = StandardNormal()
     # A subclass may override the density, so it has no closed form unless registered.
-    assert torch.equal(closed_kl(made(Own), standard), closed_kl(made(fastvae.DiagonalNormal), standard))
+    assert torch.equal(closed_kl(made(Own), standard), closed_kl(made(DiagonalNormal), standard))
     assert closed_kl(made(Family), standard) is None
 
-    @fastvae.register_kl(Family, fastvae.StandardNormal)
+    @register_kl(Family, StandardNormal)
     def _(q, p):
         return torch.full((B,), 7.0, device=DEVICE)
 
@@ -680,7 +687,7 @@ def test_a_registered_kl_is_used():
 def test_held_is_a_copy_without_gradients():
     inner = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
 
-    class Deep(fastvae.Distribution, nn.Module):
+    class Deep(Distribution, nn.Module):
         def __init__(self):
             super().__init__()
             self.net, self.own = inner, nn.Parameter(torch.ones(D))
@@ -722,14 +729,14 @@ def test_held_is_a_copy_without_gradients():
             ValueError,
             r"expected \[B, D\] in all",
         ),
-        (lambda: fastvae.StandardNormal(), TypeError, "q is StandardNormal, which has no rows"),
+        (lambda: StandardNormal(), TypeError, "q is StandardNormal, which has no rows"),
         (
-            lambda: fastvae.DiagonalNormal(torch.zeros(D), torch.zeros(D)),
+            lambda: DiagonalNormal(torch.zeros(D), torch.zeros(D)),
             ValueError,
             r"mu has shape \[3\]; expected",
         ),
         (
-            lambda: fastvae.DiagonalNormal(torch.zeros(B, D), torch.zeros(D)),
+            lambda: DiagonalNormal(torch.zeros(B, D), torch.zeros(D)),
             ValueError,
             r"logvar has shape \[3\]; expected \[B, D\]",
         ),
@@ -741,7 +748,7 @@ def test_what_is_no_posterior(q, exception, words):
 
 
 def test_what_a_family_lacks_is_said():
-    class Nothing(fastvae.Distribution):
+    class Nothing(Distribution):
         batch, device = B, DEVICE
 
     x, decoder, q = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE), Nothing()
@@ -766,11 +773,11 @@ def test_what_a_family_lacks_is_said():
 
 
 def test_a_subclass_of_the_standard_normal_has_no_kl_of_its_parent():
-    class Wider(fastvae.StandardNormal):
+    class Wider(StandardNormal):
         def log_prob(self, z):
             return super().log_prob(z / 2) - z.shape[-1] * math.log(2)
 
-    assert closed_kl(fastvae.DiagonalNormal(randn(B, D, seed=1), randn(B, D, seed=2)), Wider()) is None
+    assert closed_kl(DiagonalNormal(randn(B, D, seed=1), randn(B, D, seed=2)), Wider()) is None
 
 
 @pytest.mark.parametrize("family", [td.Normal, td.Laplace, td.LogNormal])
@@ -802,7 +809,7 @@ def test_parameters_that_cannot_be_held_are_an_error(estimator):
     """Parameters in a closure raise: counted twice, they would silently give the prior a wrong gradient."""
     weight = torch.ones(D, device=DEVICE, requires_grad=True)
 
-    class Reaching(fastvae.Distribution):
+    class Reaching(Distribution):
         def __init__(self):
             super().__init__()
             self.density = lambda z: -(z * weight).square().sum(-1)
@@ -834,17 +841,19 @@ def test_drawing_leaves_other_devices_alone(monkeypatch):
 
 
 def test_what_is_registered_is_looked_at():
-    for wrong in (td.Gamma, fastvae.StandardNormal(), 3):
-        with pytest.raises(TypeError, match="register_kl takes subclasses of fastvae.Distribution"):
-            fastvae.register_kl(wrong, fastvae.StandardNormal)
+    for wrong in (td.Gamma, StandardNormal(), 3):
+        with pytest.raises(
+            TypeError, match="register_kl takes subclasses of fastvae.distributions.Distribution"
+        ):
+            register_kl(wrong, StandardNormal)
 
     class Forgetful(Own):
         def log_prob(self, z):
             return super().log_prob(z)
 
-    fastvae.register_kl(Forgetful, fastvae.StandardNormal)(lambda q, p: None)
+    register_kl(Forgetful, StandardNormal)(lambda q, p: None)
     with pytest.raises(TypeError, match="registered KL of Forgetful and StandardNormal returned None"):
-        closed_kl(Forgetful(randn(B, D, seed=1), randn(B, D, seed=2)), fastvae.StandardNormal())
+        closed_kl(Forgetful(randn(B, D, seed=1), randn(B, D, seed=2)), StandardNormal())
 
 
 def test_lazily_negative_tensors():
@@ -874,8 +883,8 @@ def test_a_priors_clamp_counts(kl):
         )
         return value, *torch.autograd.grad(value, (m, s))
 
-    found = run(fastvae.DiagonalNormal(m, s, logvar_range=(low, high)))
-    expected = run(fastvae.DiagonalNormal(m, s.clamp(low, high)))
+    found = run(DiagonalNormal(m, s, logvar_range=(low, high)))
+    expected = run(DiagonalNormal(m, s.clamp(low, high)))
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
     inside = (s > low) & (s < high)
@@ -883,7 +892,7 @@ def test_a_priors_clamp_counts(kl):
     assert torch.equal(found[2] != 0, inside)
 
 
-class Shifted(fastvae.DiagonalNormal):
+class Shifted(DiagonalNormal):
     def log_prob(self, z):
         return super().log_prob(z) - 1
 
@@ -894,6 +903,6 @@ def test_a_subclass_of_the_prior_has_the_density_that_it_says():
     x, weight = (randn(B, X, seed=5) > 0).float(), randn(D, X, seed=6)
     found = [
         fastvae.iwae(x, q, lambda z: z @ weight, k=K, prior=kind(m, s), generator=generator(7), **BERNOULLI)
-        for kind in (fastvae.DiagonalNormal, Shifted)
+        for kind in (DiagonalNormal, Shifted)
     ]
     torch.testing.assert_close(found[1], found[0] - 1, rtol=1e-5, atol=1e-5)

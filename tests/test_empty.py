@@ -13,6 +13,16 @@ from torch import distributions as td
 
 import fastvae
 from fastvae import ops
+from fastvae.distributions import (
+    DiagonalNormal,
+    FullNormal,
+    Laplace,
+    LowRankNormal,
+    Mixture,
+    NormalMixture,
+    VampPrior,
+)
+from fastvae.likelihoods import Gaussian, Joint, Likelihood, NegativeBinomial
 from fastvae.likelihoods.base import DECLARED
 from fastvae.objectives import bounds
 
@@ -22,12 +32,12 @@ from .conftest import DEVICE
 D, X, C = 3, 5, 4
 
 
-class Own(fastvae.Likelihood):
+class Own(Likelihood):
     def log_prob(self, x, mean):
         return -(x - mean).abs()
 
 
-class Summed(fastvae.Likelihood):
+class Summed(Likelihood):
     def log_prob(self, x, mean):
         return -(x - mean).abs().sum(1)
 
@@ -56,16 +66,16 @@ LIKELIHOODS |= {
     "categorical": (lambda: "categorical", ((C, X),)),
     "multinomial": (lambda: "multinomial", (row,)),
     "mixture": (lambda: "discretized_logistic_mixture", ((C, X),) * 3),
-    "optimal": (lambda: fastvae.Gaussian(scale="optimal"), (row,)),
-    "fixed": (lambda: fastvae.Gaussian(scale=0.1), (row,)),
-    "learned": (lambda: fastvae.NegativeBinomial(torch.ones(X), learned=True), (row,)),
+    "optimal": (lambda: Gaussian(scale="optimal"), (row,)),
+    "fixed": (lambda: Gaussian(scale=0.1), (row,)),
+    "learned": (lambda: NegativeBinomial(torch.ones(X), learned=True), (row,)),
     "own": (Own, (row,)),
     "summed": (Summed, (row,)),
     "from_distribution": (
         lambda: fastvae.likelihoods.from_distribution(lambda logits: td.Bernoulli(logits=logits)),
         (row,),
     ),
-    "joint": (lambda: fastvae.Joint(a="bernoulli", b=fastvae.Gaussian(scale=0.3)), (row, row)),
+    "joint": (lambda: Joint(a="bernoulli", b=Gaussian(scale=0.3)), (row, row)),
 }
 
 
@@ -74,7 +84,7 @@ def _inputs(name):
     likelihood = make()
     if isinstance(likelihood, nn.Module):
         likelihood = likelihood.to(DEVICE)
-    joint = isinstance(likelihood, fastvae.Joint)
+    joint = isinstance(likelihood, Joint)
     decoder = Decoder(*shapes, names=("a", "b") if joint else ()).to(DEVICE)
     x = torch.zeros(0, X, device=DEVICE)
     mask = torch.ones(0, X, dtype=torch.bool, device=DEVICE)
@@ -139,31 +149,31 @@ def test_estimates(backend, name, masked):
     assert fastvae.reconstruction_log_prob(x, _pair(), decoder, k=3, **options).shape == (0,)
     parts = fastvae.log_weights(x, _pair(), decoder, k=4, **options)
     assert all(v.shape == (4, 0) for v in parts)
-    assert fastvae.ais(x, _pair(), decoder, steps=2, chains=2, **options).log_px.shape == (0,)
+    assert fastvae.audit.ais(x, _pair(), decoder, steps=2, chains=2, **options).log_px.shape == (0,)
 
 
 def _mixture(mu, raw):
     logits = torch.zeros(0, 2, device=DEVICE)
-    return fastvae.Mixture([fastvae.DiagonalNormal(mu, raw), fastvae.DiagonalNormal(mu + 1, raw)], logits)
+    return Mixture([DiagonalNormal(mu, raw), DiagonalNormal(mu + 1, raw)], logits)
 
 
 POSTERIORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "pair": lambda mu, raw: (mu, raw),
     "tensor": lambda mu, raw: torch.cat([mu, raw], 1),
     "spatial": lambda mu, raw: (mu[:, :, None, None], raw[:, :, None, None]),
-    "softplus": lambda mu, raw: fastvae.DiagonalNormal(mu, raw, scale="softplus"),
-    "full": lambda mu, raw: fastvae.FullNormal(mu, torch.cat([raw, mu], 1)),
-    "low_rank": lambda mu, raw: fastvae.LowRankNormal(mu, raw, mu.unsqueeze(2)),
-    "laplace": lambda mu, raw: fastvae.Laplace(mu, raw),
+    "softplus": lambda mu, raw: DiagonalNormal(mu, raw, scale="softplus"),
+    "full": lambda mu, raw: FullNormal(mu, torch.cat([raw, mu], 1)),
+    "low_rank": lambda mu, raw: LowRankNormal(mu, raw, mu.unsqueeze(2)),
+    "laplace": lambda mu, raw: Laplace(mu, raw),
     "mixture": _mixture,
     "td.Normal": lambda mu, raw: td.Normal(mu, raw.exp()),
     "td.StudentT": lambda mu, raw: td.StudentT(raw.exp() + 3, mu, raw.exp()),
 }
 PRIORS: dict[str, Callable[[], Any]] = {
     "standard": lambda: None,
-    "diagonal": lambda: fastvae.DiagonalNormal(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)),
-    "mixture": lambda: fastvae.NormalMixture(*(torch.zeros(s, device=DEVICE) for s in ((C, D), (C, D), C))),
-    "vamp": lambda: fastvae.VampPrior(nn.Linear(X, 2 * D), torch.rand(6, X)).to(DEVICE),
+    "diagonal": lambda: DiagonalNormal(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)),
+    "mixture": lambda: NormalMixture(*(torch.zeros(s, device=DEVICE) for s in ((C, D), (C, D), C))),
+    "vamp": lambda: VampPrior(nn.Linear(X, 2 * D), torch.rand(6, X)).to(DEVICE),
     "td.Laplace": lambda: td.Laplace(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)),
 }
 

@@ -25,11 +25,13 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, Distribution, StandardNormal
 from fastvae.estimation import stream as _stream
 from fastvae.estimation.evaluation import checkpoint
 from fastvae.estimation.evaluation.checkpoint import Store, digest, write_arrays
 from fastvae.inputs.batch import Inputs
 from fastvae.inputs.modules import modules_of, parameters_digest
+from fastvae.likelihoods import Bernoulli, Gaussian, Poisson
 
 from . import models
 from .conftest import DEVICE
@@ -138,7 +140,7 @@ def test_stopping_draws_for_those_that_go_on_alone():
     hard = [7, 8, 60]
     drawn = {True: [], False: []}
 
-    class Counting(fastvae.DiagonalNormal):
+    class Counting(DiagonalNormal):
         """Subclass whose rows cannot be sliced, so that the whole batch is drawn."""
 
         sliced = True
@@ -172,7 +174,7 @@ def test_stopping_draws_for_those_that_go_on_alone():
     most = 2**18 if DEVICE.type == "cuda" else 2**13
     assert all(k * n <= most for calls in drawn.values() for k, n in calls)
     # A prior with a row per example cannot be sliced, but is correct.
-    prior = fastvae.DiagonalNormal(*(0 * randn(100, D, seed=1, dtype=torch.float64) for _ in range(2)))
+    prior = DiagonalNormal(*(0 * randn(100, D, seed=1, dtype=torch.float64) for _ in range(2)))
     Counting.sliced = True
     _assert_same(_evaluate(model, q, x, k=3000, tol=0.05, prior=prior), results[0], 1e-9)
 
@@ -180,7 +182,7 @@ def test_stopping_draws_for_those_that_go_on_alone():
 def test_stopping_waits_for_the_first_weight():
     """While all weights are 0 the error is unknown and drawing continues; a warning says if it stays so."""
 
-    class Rare(fastvae.Likelihood):
+    class Rare(fastvae.likelihoods.Likelihood):
         def log_likelihood(self, x, parameters, samples, beside=None):
             return torch.where(parameters.reshape(samples, x.shape[0], D)[..., 0] > x[:, 0], 0.0, -math.inf)
 
@@ -400,18 +402,18 @@ def test_active_units():
     for batch_size in (4000, 7):
         result = fastvae.evaluate(
             lambda x: (x * scale + 5, torch.zeros_like(x)), nn.Identity(), x, k=1,
-            likelihood=fastvae.Gaussian(1.0), batch_size=batch_size, **QUIET,
+            likelihood=Gaussian(1.0), batch_size=batch_size, **QUIET,
         )  # fmt: skip
         assert result.active_units == 2
     assert "2 of 4 active" in str(result)
 
 
-class _Bare(fastvae.Distribution):
+class _Bare(Distribution):
     """Posterior with the required methods only."""
 
     def __init__(self, mu, logvar):
         super().__init__()
-        self._q = fastvae.DiagonalNormal(mu, logvar)
+        self._q = DiagonalNormal(mu, logvar)
         self.batch, self.device = self._q.batch, self._q.device
 
     def rsample(self, samples, seed, **place):
@@ -447,7 +449,7 @@ def test_one_example_and_sizes_that_differ():
     assert "1 example, " in str(result) and "nan" not in str(result)
     assert result.active_units == 0
 
-    class Sum(fastvae.Likelihood):
+    class Sum(fastvae.likelihoods.Likelihood):
         def log_prob(self, x, parameters):
             return parameters.sum(1) - x.sum(1)
 
@@ -502,7 +504,7 @@ def test_eval_mode_and_back():
         fastvae.evaluate(q, broken, x, **options)
     assert encoder.training
 
-    class Watching(fastvae.Bernoulli):
+    class Watching(Bernoulli):
         def log_prob(self, x, parameters):
             assert not self.training
             return super().log_prob(x, parameters)
@@ -960,9 +962,9 @@ def test_chunks_fit_the_caches(event, draws):
 
     def inputs(device):
         zeros = torch.zeros(100, D, device=device)
-        q = fastvae.DiagonalNormal(zeros, zeros)
+        q = DiagonalNormal(zeros, zeros)
         x = torch.empty(100, *event, device=device)
-        return Inputs(x, q, nn.Identity(), fastvae.Bernoulli(), fastvae.StandardNormal())
+        return Inputs(x, q, nn.Identity(), Bernoulli(), StandardNormal())
 
     assert _stream.Chunks(None).draws(inputs("meta"), 100, 1000) >= draws
     assert _stream.Chunks(None).draws(inputs("cpu"), 100, 1000) == draws
@@ -1393,7 +1395,7 @@ def test_what_the_digests_see():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.LeakyReLU(slope))
-        return module, fastvae.Gaussian(scale), fastvae.DiagonalNormal(torch.tensor([mean]), torch.zeros(1))
+        return module, Gaussian(scale), DiagonalNormal(torch.tensor([mean]), torch.zeros(1))
 
     same, *others = [parts(), parts(slope=0.2), parts(scale=0.6), parts(mean=1.0), parts()]
     others[-1][0][1].running_mean += 1
@@ -1401,7 +1403,7 @@ def test_what_the_digests_see():
     swapped[0].register_parameter("a", nn.Parameter(torch.zeros(1)))
     renamed = parts()
     renamed[0].register_parameter("b", nn.Parameter(torch.zeros(1)))
-    computed = parts()[:2] + (fastvae.DiagonalNormal(torch.ones(1, requires_grad=True) * 3, torch.zeros(1)),)
+    computed = parts()[:2] + (DiagonalNormal(torch.ones(1, requires_grad=True) * 3, torch.zeros(1)),)
     found = [parameters_digest(*p) for p in (same, *others, swapped, renamed, computed)]
     assert len(set(found)) == len(found)
     assert parameters_digest(*parts()) == found[0]
@@ -1427,7 +1429,7 @@ def test_checkpoints_of_something_else(tmp_path):
     with pytest.raises(ValueError, match="other seed"):
         run(generator=generator(3))
     with pytest.raises(ValueError, match="other parameters"):
-        run(prior=fastvae.DiagonalNormal(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)))
+        run(prior=DiagonalNormal(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)))
     changed = x.clone()
     changed[15, 2] += 1e-6
     with pytest.raises(ValueError, match="other data: batch 1 differs"):
@@ -1594,7 +1596,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
             options = {"k": 200, "likelihood": model.likelihood, "shard": shard, **QUIET, **options}
             return fastvae.evaluate(encoder, decoder, batches(), **options)
 
-        class Likelihood(fastvae.Gaussian):
+        class Likelihood(Gaussian):
             def log_prob(self, x, parameters):
                 if bad and x.shape[0] == 1:
                     raise _Failure("here")
@@ -1704,7 +1706,7 @@ def test_data_are_not_rounded_to_half_precision(dtype):
     size = torch.tensor([1.2345, 500.7, 1000.3], device=DEVICE)
     seen = []
 
-    class Counts(fastvae.Poisson):
+    class Counts(Poisson):
         def log_likelihood(self, x, parameters, samples, beside=None):
             seen.append((x, beside.size_factor))
             return super().log_likelihood(x, parameters, samples, beside)

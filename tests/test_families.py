@@ -14,7 +14,28 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
-from fastvae.distributions import as_posterior, as_prior, closed_kl, draw_chunk, rsample
+from fastvae.distributions import (
+    AggregatePosterior,
+    DiagonalNormal,
+    Exponential,
+    Flow,
+    FullNormal,
+    Gumbel,
+    Laplace,
+    Logistic,
+    LogNormal,
+    LowRankNormal,
+    Mixture,
+    NormalMixture,
+    StandardNormal,
+    StudentT,
+    VampPrior,
+    as_posterior,
+    as_prior,
+    closed_kl,
+    draw_chunk,
+    rsample,
+)
 from fastvae.distributions.base import held
 
 from .conftest import DEVICE
@@ -52,28 +73,28 @@ def _flow(make):
 
 
 def _mixture(p, rows):
-    pairs = [(p(*rows, D), p(*rows, D)), fastvae.Laplace(p(*rows, D), p(*rows, D))]
-    return fastvae.Mixture(pairs if rows else [fastvae.DiagonalNormal(*pairs[0]), pairs[1]], p(*rows, 2))
+    pairs = [(p(*rows, D), p(*rows, D)), Laplace(p(*rows, D), p(*rows, D))]
+    return Mixture(pairs if rows else [DiagonalNormal(*pairs[0]), pairs[1]], p(*rows, 2))
 
 
 def _posterior_flow(p):
     flow = _flow(lambda: zuko.flows.NSF(D, 2, transforms=1, hidden_features=[8], passes=2)).to(
         DEVICE, p.dtype
     )
-    return fastvae.Flow(flow, p(p.rows, 2))
+    return Flow(flow, p(p.rows, 2))
 
 
 # Each a function of parameters p; ``rows`` is [B] for a posterior and empty for a prior.
 BOTH = {
-    "diagonal": lambda p, rows: fastvae.DiagonalNormal(p(*rows, D), p(*rows, D)),
-    "full": lambda p, rows: fastvae.FullNormal(p(*rows, D), p(*rows, D * (D + 1) // 2)),
-    "low rank": lambda p, rows: fastvae.LowRankNormal(p(*rows, D), p(*rows, D), p(*rows, D, 2)),
-    "laplace": lambda p, rows: fastvae.Laplace(p(*rows, D), p(*rows, D)),
-    "logistic": lambda p, rows: fastvae.Logistic(p(*rows, D), p(*rows, D)),
-    "student": lambda p, rows: fastvae.StudentT(p(*rows, D), p(*rows, D), p(*rows, D, shift=5.0)),
-    "gumbel": lambda p, rows: fastvae.Gumbel(p(*rows, D), p(*rows, D)),
-    "log-normal": lambda p, rows: fastvae.LogNormal(p(*rows, D), p(*rows, D)),
-    "exponential": lambda p, rows: fastvae.Exponential(p(*rows, D)),
+    "diagonal": lambda p, rows: DiagonalNormal(p(*rows, D), p(*rows, D)),
+    "full": lambda p, rows: FullNormal(p(*rows, D), p(*rows, D * (D + 1) // 2)),
+    "low rank": lambda p, rows: LowRankNormal(p(*rows, D), p(*rows, D), p(*rows, D, 2)),
+    "laplace": lambda p, rows: Laplace(p(*rows, D), p(*rows, D)),
+    "logistic": lambda p, rows: Logistic(p(*rows, D), p(*rows, D)),
+    "student": lambda p, rows: StudentT(p(*rows, D), p(*rows, D), p(*rows, D, shift=5.0)),
+    "gumbel": lambda p, rows: Gumbel(p(*rows, D), p(*rows, D)),
+    "log-normal": lambda p, rows: LogNormal(p(*rows, D), p(*rows, D)),
+    "exponential": lambda p, rows: Exponential(p(*rows, D)),
     "mixture": _mixture,
     "torch": lambda p, rows: td.Laplace(p(*rows, D), p(*rows, D).exp()),
 }
@@ -91,12 +112,12 @@ POSTERIORS = {
 
 def _vamp_of_full(p):
     mu = p(D, X)
-    return fastvae.VampPrior(lambda u: fastvae.FullNormal(u @ mu.T, (u @ mu.T).repeat(1, 2)), p(U, X))
+    return VampPrior(lambda u: FullNormal(u @ mu.T, (u @ mu.T).repeat(1, 2)), p(U, X))
 
 
 def _aggregate(p):
     weight = p(2 * D, X)
-    return fastvae.AggregatePosterior(lambda u: u @ weight.T, randn(9, X, seed=8).to(p.dtype), batch_size=4)
+    return AggregatePosterior(lambda u: u @ weight.T, randn(9, X, seed=8).to(p.dtype), batch_size=4)
 
 
 def _vamp(p):
@@ -105,21 +126,21 @@ def _vamp(p):
         encoder.weight.copy_(0.3 * randn(2 * D, X, seed=9))
         encoder.bias.zero_()
     p.leaves += list(encoder.parameters())
-    return fastvae.VampPrior(encoder, p(U, X), p(U))
+    return VampPrior(encoder, p(U, X), p(U))
 
 
 PRIORS = {
     "standard": lambda p: None,
     **{name: (lambda p, make=make: make(p, ())) for name, make in BOTH.items()},
-    "rows": lambda p: fastvae.DiagonalNormal(p(p.rows, D), p(p.rows, D)),
-    "normal mixture": lambda p: fastvae.NormalMixture(p(U, D), p(U, D), p(U)),
+    "rows": lambda p: DiagonalNormal(p(p.rows, D), p(p.rows, D)),
+    "normal mixture": lambda p: NormalMixture(p(U, D), p(U, D), p(U)),
     "torch's mixture": lambda p: td.MixtureSameFamily(
         td.Categorical(logits=p(U)), td.Independent(td.Normal(p(U, D), p(U, D).exp()), 1)
     ),
     "vamp": _vamp,
     "vamp of full": _vamp_of_full,
     "aggregate": _aggregate,
-    "flow": lambda p: fastvae.Flow(
+    "flow": lambda p: Flow(
         _flow(lambda: zuko.flows.MAF(D, transforms=1, hidden_features=[8])).to(DEVICE, p.dtype)
     ),
 }
@@ -135,7 +156,7 @@ PAIRS = [
 
 def _prior_of(q):
     """Return a prior with q's support, or None for the default."""
-    return fastvae.LogNormal(zeros(D), zeros(D)) if q in POSITIVE else None
+    return LogNormal(zeros(D), zeros(D)) if q in POSITIVE else None
 
 
 def _decoder(dtype):
@@ -244,9 +265,7 @@ class Encoder(nn.Module):
             return numbers[:, taken - size : taken].reshape(shape) + shift
 
         take.rows, take.dtype = len(x), x.dtype
-        return (
-            fastvae.Flow(self.flow, take(len(x), 2)) if self.name == "flow" else POSTERIORS[self.name](take)
-        )
+        return Flow(self.flow, take(len(x), 2)) if self.name == "flow" else POSTERIORS[self.name](take)
 
 
 @pytest.mark.parametrize("name", POSTERIORS)
@@ -375,12 +394,12 @@ SCIPY = {
     "exponential": lambda a, b: scipy.stats.expon(scale=np.exp(b)),
 }
 OURS = {
-    "laplace": fastvae.Laplace,
-    "logistic": fastvae.Logistic,
-    "gumbel": fastvae.Gumbel,
-    "log-normal": fastvae.LogNormal,
-    "student": lambda a, b: fastvae.StudentT(a, b, 4.5),
-    "exponential": lambda a, b: fastvae.Exponential(b),
+    "laplace": Laplace,
+    "logistic": Logistic,
+    "gumbel": Gumbel,
+    "log-normal": LogNormal,
+    "student": lambda a, b: StudentT(a, b, 4.5),
+    "exponential": lambda a, b: Exponential(b),
 }
 
 
@@ -434,7 +453,7 @@ def test_student_draws_differentiate_by_degrees_of_freedom():
     """The pathwise derivative of E[|z|] by ν equals that of the formula for the mean."""
     df = torch.tensor(7.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
     zeros = torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
-    z, _ = fastvae.StudentT(zeros, zeros, df).rsample(200_000, SEED)
+    z, _ = StudentT(zeros, zeros, df).rsample(200_000, SEED)
     slopes = torch.autograd.grad(z.abs().mean(), df, retain_graph=True)[0]
 
     def mean(v):
@@ -486,20 +505,20 @@ def test_a_triangle_row_by_row():
         for j in range(i + 1):
             scale[:, i, j] = tril[:, at].exp() if i == j else tril[:, at]
             at += 1
-    q = fastvae.FullNormal(mu, tril)
+    q = FullNormal(mu, tril)
     z, log_q = q.rsample(K, SEED)
     eps = fastvae.random.normal(SEED, K, B, D, dtype=torch.float64)
     torch.testing.assert_close(z, mu + torch.einsum("bij,kbj->kbi", scale, eps), rtol=1e-12, atol=1e-12)
     expected = td.MultivariateNormal(mu, scale_tril=scale)
     torch.testing.assert_close(log_q, expected.log_prob(z), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(q.log_prob(z), expected.log_prob(z), rtol=1e-9, atol=1e-9)
-    again = fastvae.FullNormal.of(mu, scale)
+    again = FullNormal.of(mu, scale)
     torch.testing.assert_close(again.tril, tril, rtol=1e-12, atol=1e-12)
 
 
 def test_low_rank_is_torchs():
     mu, logvar, factor = (randn(*s, seed=i).double() for i, s in enumerate([(B, D), (B, D), (B, D, 2)]))
-    q = fastvae.LowRankNormal(mu, logvar, factor)
+    q = LowRankNormal(mu, logvar, factor)
     z = randn(K, B, D, seed=5).double()
     expected = td.LowRankMultivariateNormal(mu, factor, logvar.exp())
     torch.testing.assert_close(q.log_prob(z), expected.log_prob(z), rtol=1e-9, atol=1e-9)
@@ -525,7 +544,7 @@ def test_closed_forms_of_normals_are_torchs(q, p):
     kl = kl.sum(-1) if kl.dim() == 2 else kl
 
     def full(d):
-        if type(d) is fastvae.StandardNormal:
+        if type(d) is StandardNormal:
             return td.MultivariateNormal(
                 torch.zeros(D, dtype=torch.float64), torch.eye(D, dtype=torch.float64)
             )
@@ -545,8 +564,8 @@ def test_a_kl_near_zero_keeps_its_digits():
     """The KL of a full covariance 1e-4 off the prior is accurate in float32; naively it is rounding noise."""
     tril = 1e-4 * randn(B, D * (D + 1) // 2, seed=1)
     mu = 1e-4 * randn(B, D, seed=2)
-    kl = closed_kl(fastvae.FullNormal(mu, tril), fastvae.StandardNormal()).sum(1)
-    exact = closed_kl(fastvae.FullNormal(mu.double(), tril.double()), fastvae.StandardNormal()).sum(1)
+    kl = closed_kl(FullNormal(mu, tril), StandardNormal()).sum(1)
+    exact = closed_kl(FullNormal(mu.double(), tril.double()), StandardNormal()).sum(1)
     torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=0)
 
 
@@ -554,7 +573,7 @@ def test_free_bits_of_a_full_covariance():
     """A dimension's KL is conditional on the dimensions before it, so that they sum to the whole."""
     made = Parameters()
     q, x, decoder = POSTERIORS["full"](made), _data(torch.float64), _decoder(torch.float64)
-    kl = closed_kl(q, fastvae.StandardNormal())
+    kl = closed_kl(q, StandardNormal())
     terms = fastvae.elbo(x, q, decoder, terms=True, free_bits=0.7, **BERNOULLI)
     expected = kl.mean(0).clamp(min=0.7).sum()
     torch.testing.assert_close(terms.kl, expected.expand(B))
@@ -587,13 +606,13 @@ def test_the_exact_posterior_weighs_every_draw_alike(family, backend):
             index[0] == index[1], scale[:, index[0], index[1]].log(), scale[:, index[0], index[1]]
         )
         leaves = [mean, entries.detach().requires_grad_()]
-        q = fastvae.FullNormal(*leaves)
+        q = FullNormal(*leaves)
     else:
         # The smallest eigenvalue everywhere, plus the excess of the others.
         least = logvar.exp().amin(1)
         more = rotation * (logvar.exp() - least[:, None])[:, None].sqrt()
         leaves = [mean, least.log()[:, None].expand(B, D).clone().requires_grad_(), more.requires_grad_()]
-        q = fastvae.LowRankNormal(*leaves)
+        q = LowRankNormal(*leaves)
     options = {"likelihood": model.likelihood, "reduction": "none"}
     value = fastvae.iwae(x, q, lambda z: model.decoder(z @ rotation), k=K, estimator="stl", **options)
     torch.testing.assert_close(value, model.log_px(x), rtol=1e-9, atol=1e-9)
@@ -614,8 +633,8 @@ def test_a_mixture_is_stratified_and_unbiased():
     x = model.sample(3)
     mu, logvar = model.posterior(x)
     logits = torch.tensor([[1.0, -0.5, 0.0]], dtype=torch.float64, device=DEVICE).expand(3, 3)
-    components = [(mu + 0.3, logvar + 0.2), (mu - 0.4, logvar + 0.4), fastvae.Laplace(mu, 0.5 * logvar)]
-    q = fastvae.Mixture(components, logits)
+    components = [(mu + 0.3, logvar + 0.2), (mu - 0.4, logvar + 0.4), Laplace(mu, 0.5 * logvar)]
+    q = Mixture(components, logits)
     for k in (1, 2, 3, 5):
         ratios = []
         for s in range(400):
@@ -631,7 +650,7 @@ def test_a_mixture_is_stratified_and_unbiased():
 
 def test_each_stratum_has_its_share_of_draws():
     far = [(torch.full((2, 1), 100.0 * c, device=DEVICE), torch.zeros(2, 1, device=DEVICE)) for c in range(3)]
-    q = fastvae.Mixture(far)
+    q = Mixture(far)
     for seed in (torch.tensor(0), torch.tensor(-7), torch.tensor(4)):
         z, _ = q.rsample(12, seed.to(DEVICE))
         counts = torch.bincount((z[:, 0, 0] / 100).round().long(), minlength=3)
@@ -639,7 +658,7 @@ def test_each_stratum_has_its_share_of_draws():
 
 
 def test_components_have_noise_of_their_own():
-    q = fastvae.Mixture([(zeros(2, 3), zeros(2, 3))] * 3)
+    q = Mixture([(zeros(2, 3), zeros(2, 3))] * 3)
     z, _ = q.rsample(6, SEED)
     assert len(z.flatten().unique()) == z.numel()
 
@@ -652,7 +671,7 @@ def test_gradients_of_a_mixture_are_those_of_its_definition():
     made = Parameters()
     mu, logvar = [made(B, D) for _ in range(2)], [made(B, D) for _ in range(2)]
     logits = made(B, 2)
-    q = fastvae.Mixture(list(zip(mu, logvar, strict=True)), logits)
+    q = Mixture(list(zip(mu, logvar, strict=True)), logits)
     x, decoder = _data(torch.float64), _decoder(torch.float64)
     seed = seed_of(5)
     z, _ = q.rsample(K, seed)
@@ -688,7 +707,7 @@ def test_a_defensive_mixture_bounds_the_weights():
     model = LinearGaussian(2, X)
     x = model.sample(4)
     mu, logvar = model.posterior(x, stretch=-3.0)
-    q = fastvae.Mixture([(mu, logvar), fastvae.StandardNormal()], torch.tensor([3.0, 0.0], device=DEVICE))
+    q = Mixture([(mu, logvar), StandardNormal()], torch.tensor([3.0, 0.0], device=DEVICE))
     parts = fastvae.log_weights(x, q, model.decoder, k=5000, likelihood=model.likelihood)
     shares = torch.log_softmax(torch.tensor([3.0, 0.0], dtype=torch.float64), 0)
     # log p(z) − log q(z|x) ≤ −log π of the prior, and a component's draw is weighted by C π.
@@ -702,9 +721,7 @@ def test_a_defensive_mixture_bounds_the_weights():
 @pytest.mark.parametrize("per_row", [False, True])
 def test_reconstruct_decodes_the_mean_of_a_mixture(per_row):
     p = Parameters()
-    q = fastvae.Mixture(
-        [(p(B, D), p(B, D)), fastvae.Gumbel(p(B, D), p(B, D))], p(*([B] if per_row else []), 2)
-    )
+    q = Mixture([(p(B, D), p(B, D)), Gumbel(p(B, D), p(B, D))], p(*([B] if per_row else []), 2))
     z, _ = q.rsample(20_000, SEED)
     weighted = q.log_shares(20_000, SEED).exp()[..., None] * z
     error = weighted.std(0) / math.sqrt(len(z))
@@ -719,7 +736,7 @@ def test_reconstruct_decodes_the_mean_of_a_mixture(per_row):
 
 WITHOUT_ROWS = {
     **{name: make for name, make in BOTH.items() if name != "mixture"},
-    "student of fixed df": lambda p, rows: fastvae.StudentT(p(*rows, D), p(*rows, D), 4.0),
+    "student of fixed df": lambda p, rows: StudentT(p(*rows, D), p(*rows, D), 4.0),
 }
 
 
@@ -729,13 +746,13 @@ def test_a_component_that_is_the_same_for_all_examples(name):
     p, own = Parameters(), Parameters()
     mu, logvar, logits = p(B, D), p(B, D), p(2)
     shared = WITHOUT_ROWS[name](own, ())
-    q = fastvae.Mixture([(mu, logvar), shared], logits)
+    q = Mixture([(mu, logvar), shared], logits)
     seed = seed_of(5)
     z, log_q = q.rsample(K, seed)
     leaves = iter(own.leaves)
     rows = WITHOUT_ROWS[name](lambda *shape, **_: next(leaves).expand(shape), (B,))
-    torch.testing.assert_close(z, fastvae.Mixture([(mu, logvar), rows], logits).rsample(K, seed)[0])
-    each = [fastvae.DiagonalNormal(mu, logvar).log_prob(z), as_prior(shared).log_prob(z)]
+    torch.testing.assert_close(z, Mixture([(mu, logvar), rows], logits).rsample(K, seed)[0])
+    each = [DiagonalNormal(mu, logvar).log_prob(z), as_prior(shared).log_prob(z)]
     expected = torch.logsumexp(torch.stack(each, -1) + torch.log_softmax(logits, 0), -1)
     torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
     turns = torch.remainder(torch.arange(K) + torch.remainder(seed.cpu(), 2), 2)
@@ -753,7 +770,7 @@ def test_a_subclass_is_not_expanded_as_its_parent(family):
     """A user's subclass, whose density may differ, must define expand to be a shared component."""
     made = BOTH[family](Parameters(), ())
     made.__class__ = type("Own", (type(made),), {})
-    q = fastvae.Mixture([(zeros(B, D).double(), zeros(B, D).double()), made])
+    q = Mixture([(zeros(B, D).double(), zeros(B, D).double()), made])
     with pytest.raises(NotImplementedError, match="Own has no expand"):
         q.rsample(K, SEED)
 
@@ -762,8 +779,8 @@ def test_rows_of_a_mixture():
     """Components may have a row per example, one row or none; logits may be shared or per example."""
     p = Parameters()
     for logits in (None, p(3), p(B, 3)):
-        student = fastvae.StudentT(p(B, D), p(B, D), 4.0)
-        q = fastvae.Mixture([student, (p(1, D), p(1, D)), fastvae.StandardNormal()], logits)
+        student = StudentT(p(B, D), p(B, D), 4.0)
+        q = Mixture([student, (p(1, D), p(1, D)), StandardNormal()], logits)
         some, z = q.rows(1, 4), q.rsample(K, SEED)[0]
         torch.testing.assert_close(some.log_prob(z[:, 1:4]), q.log_prob(z)[:, 1:4])
         torch.testing.assert_close(some.rsample(K, SEED, row_offset=1)[0], z[:, 1:4])
@@ -781,9 +798,9 @@ def test_a_vamp_prior_is_the_mixture_of_its_posteriors(backend):
         td.Categorical(logits=torch.zeros(U, device=DEVICE)),
         td.Independent(td.Normal(mu, (0.5 * logvar).exp()), 1),
     ).log_prob(z)
-    prior = fastvae.VampPrior(encoder, inputs)
+    prior = VampPrior(encoder, inputs)
     torch.testing.assert_close(prior.log_prob(z), expected, rtol=1e-5, atol=1e-5)
-    aggregate = fastvae.AggregatePosterior(encoder, inputs.detach(), batch_size=3)
+    aggregate = AggregatePosterior(encoder, inputs.detach(), batch_size=3)
     torch.testing.assert_close(aggregate.log_prob(z), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -801,8 +818,8 @@ def test_pseudo_inputs_of_a_module():
             return torch.sigmoid(self.raw)
 
     inputs = Inputs()
-    prior = fastvae.VampPrior(encoder, inputs)
-    expected = fastvae.VampPrior(encoder, torch.sigmoid(inputs.raw)).log_prob(z)
+    prior = VampPrior(encoder, inputs)
+    expected = VampPrior(encoder, torch.sigmoid(inputs.raw)).log_prob(z)
     torch.testing.assert_close(prior.log_prob(z), expected)
     (grad,) = torch.autograd.grad(prior.log_prob(z).sum(), inputs.raw)
     torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), inputs.raw)[0])
@@ -817,16 +834,14 @@ def test_a_prior_that_is_a_mixture_of_a_vamp_prior(logits):
     made = Parameters()
     vamp, x, decoder = _vamp(made), _data(torch.float64), _decoder(torch.float64)
     q, shares = (made(B, D), made(B, D)), torch.zeros(2).double() if logits is None else logits
-    prior = fastvae.Mixture([vamp, fastvae.StandardNormal()], logits)
-    z = fastvae.DiagonalNormal(*q).rsample(K, seed_of(5))[0]
+    prior = Mixture([vamp, StandardNormal()], logits)
+    z = DiagonalNormal(*q).rsample(K, seed_of(5))[0]
     parts = torch.stack([vamp.log_prob(z), td.Normal(0.0, 1.0).log_prob(z).sum(-1)], -1)
     log_p = torch.logsumexp(parts + torch.log_softmax(shares, 0), -1)
     found = fastvae.iwae(
         x, q, decoder, k=K, k_chunk=4, prior=prior, reduction="none", generator=generator(5), **BERNOULLI
     )
-    log_w = (
-        td.Bernoulli(logits=decoder(z)).log_prob(x).sum(-1) + log_p - fastvae.DiagonalNormal(*q).log_prob(z)
-    )
+    log_w = td.Bernoulli(logits=decoder(z)).log_prob(x).sum(-1) + log_p - DiagonalNormal(*q).log_prob(z)
     torch.testing.assert_close(found, torch.logsumexp(log_w, 0) - math.log(K), rtol=1e-9, atol=1e-9)
 
 
@@ -841,7 +856,7 @@ class Counted(nn.Linear):
 def test_pseudo_inputs_are_encoded_once_a_call():
     """Pseudo-inputs are encoded once per call, for any number of chunks, and once per data set."""
     encoder, decoder = Counted(X, 2 * D).to(DEVICE), nn.Linear(D, X).to(DEVICE)
-    prior = fastvae.VampPrior(encoder, nn.Parameter(randn(U, X, seed=2)))
+    prior = VampPrior(encoder, nn.Parameter(randn(U, X, seed=2)))
     x = _data(torch.float32)
     q = encoder(x).detach().chunk(2, 1)
     for estimator in ESTIMATORS:
@@ -866,19 +881,21 @@ def test_pseudo_inputs_are_encoded_once_a_call():
 
 def test_a_vamp_prior_is_named_in_what_is_said():
     encoder, q = nn.Linear(X, 2 * D).to(DEVICE), (zeros(B, D), zeros(B, D))
-    prior = fastvae.VampPrior(encoder, zeros(U, X))
+    prior = VampPrior(encoder, zeros(U, X))
     fastvae.distributions.draws._said.discard(("DiagonalNormal", "VampPrior"))
     with pytest.warns(UserWarning, match="q = DiagonalNormal and p = VampPrior"):
         fastvae.elbo(_data(torch.float32), q, _decoder(torch.float32), prior=prior, **BERNOULLI)
     with pytest.raises(RuntimeError) as raised:
-        fastvae.VampPrior(encoder, zeros(U, 6)).log_prob(zeros(K, B, D))
+        VampPrior(encoder, zeros(U, 6)).log_prob(zeros(K, B, D))
     if hasattr(raised.value, "__notes__"):
-        assert raised.value.__notes__ == ["fastvae.VampPrior gave the encoder inputs of its own, [4, 6]"]
+        assert raised.value.__notes__ == [
+            "fastvae.distributions.VampPrior gave the encoder inputs of its own, [4, 6]"
+        ]
 
 
 def test_a_vamp_prior_in_a_vae_is_trained_saved_and_drawn_from():
     encoder, decoder = nn.Linear(X, 2 * D), nn.Linear(D, X)
-    prior = fastvae.VampPrior(encoder, nn.Parameter(randn(U, X, seed=2).cpu()), nn.Parameter(torch.zeros(U)))
+    prior = VampPrior(encoder, nn.Parameter(randn(U, X, seed=2).cpu()), nn.Parameter(torch.zeros(U)))
     vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli", prior=prior, latent_dim=D).to(DEVICE)
     assert len(list(vae.parameters())) == 2 + 2 + 2
     before = [p.detach().clone() for p in vae.parameters()]
@@ -887,9 +904,7 @@ def test_a_vamp_prior_in_a_vae_is_trained_saved_and_drawn_from():
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, vae.parameters(), strict=True))
     other = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), likelihood="bernoulli", latent_dim=D)
-    other.prior = fastvae.VampPrior(
-        other.encoder, nn.Parameter(torch.zeros(U, X)), nn.Parameter(torch.zeros(U))
-    )
+    other.prior = VampPrior(other.encoder, nn.Parameter(torch.zeros(U, X)), nn.Parameter(torch.zeros(U)))
     other.to(DEVICE).load_state_dict(vae.state_dict())
     assert torch.equal(other.prior.pseudo_inputs, vae.prior.pseudo_inputs)
     assert vae.sample(4).shape == (4, X)
@@ -900,7 +915,7 @@ def test_a_vamp_prior_in_a_vae_is_trained_saved_and_drawn_from():
 def test_compiled(objective, name):
     """Compiles with fullgraph=True to equal values and gradients."""
     encoder = Encoder(name).to(DEVICE)
-    prior = fastvae.NormalMixture(*(nn.Parameter(randn(U, D, seed=s)) for s in (1, 2)))
+    prior = NormalMixture(*(nn.Parameter(randn(U, D, seed=s)) for s in (1, 2)))
     decoder = nn.Linear(D, X).to(DEVICE)
     options = {"kl": "mc", "k": 4} if objective is fastvae.elbo else {"k": 4}
 
@@ -926,7 +941,7 @@ def test_compiled(objective, name):
 def test_a_flow_is_drawn_at_its_address():
     flow = _flow(lambda: zuko.flows.NSF(D, 2, transforms=2, hidden_features=[8], passes=2)).to(DEVICE)
     context = randn(B, 2, seed=4)
-    z, log_q = fastvae.Flow(flow, context).rsample(K, SEED)
+    z, log_q = Flow(flow, context).rsample(K, SEED)
     eps = fastvae.random.normal(SEED, K, B, D)
     made = flow(context)
     torch.testing.assert_close(z, made.transform.inv(eps), rtol=1e-5, atol=1e-5)
@@ -936,13 +951,13 @@ def test_a_flow_is_drawn_at_its_address():
 def test_a_flow_is_trained():
     """All parameters of a flow posterior and a flow prior receive gradients."""
     flow = _flow(lambda: zuko.flows.MAF(D, 2, transforms=2, hidden_features=[8], passes=2)).to(DEVICE)
-    prior = fastvae.Flow(_flow(lambda: zuko.flows.NSF(D, transforms=2, hidden_features=[8]))).to(DEVICE)
+    prior = Flow(_flow(lambda: zuko.flows.NSF(D, transforms=2, hidden_features=[8]))).to(DEVICE)
     encoder, decoder = nn.Linear(X, 2).to(DEVICE), nn.Linear(D, X).to(DEVICE)
     x = _data(torch.float32)
     for estimator in ESTIMATORS:
         for module in (flow, prior, encoder):
             module.zero_grad()
-        q = fastvae.Flow(flow, encoder(x))
+        q = Flow(flow, encoder(x))
         (-fastvae.iwae(x, q, decoder, k=K, prior=prior, estimator=estimator, **BERNOULLI)).backward()
         for module in (flow, prior, encoder):
             assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in module.parameters())
@@ -956,7 +971,7 @@ def test_stl_holds_a_flows_parameters():
     with torch.no_grad():
         for p in flow.parameters():
             p.zero_()
-    q = fastvae.Flow(flow, torch.zeros(B, 2, dtype=torch.float64, device=DEVICE))
+    q = Flow(flow, torch.zeros(B, 2, dtype=torch.float64, device=DEVICE))
     decoder = lambda z: 0 * z.sum(1, keepdim=True).expand(-1, X)  # noqa: E731
     bound = fastvae.iwae(_data(torch.float64), q, decoder, k=K, estimator="stl", **BERNOULLI)
     grads = torch.autograd.grad(bound, list(flow.parameters()), allow_unused=True)
@@ -987,85 +1002,85 @@ def test_paths_with_every_prior():
 
 MISTAKES = {
     "tril of another size": (
-        lambda: fastvae.FullNormal(zeros(B, D), zeros(B, D)),
+        lambda: FullNormal(zeros(B, D), zeros(B, D)),
         ValueError,
         ["tril", "[5, 3]", "D(D+1)/2", "[5, 6]", "FullNormal.of"],
     ),
     "a matrix for a vector": (
-        lambda: fastvae.FullNormal(zeros(B, D), zeros(B, D, D)),
+        lambda: FullNormal(zeros(B, D), zeros(B, D, D)),
         ValueError,
         ["[5, 3, 3]", "FullNormal.of"],
     ),
     "a matrix that does not fit": (
-        lambda: fastvae.FullNormal.of(zeros(B, D), zeros(B, D, 2)),
+        lambda: FullNormal.of(zeros(B, D), zeros(B, D, 2)),
         ValueError,
         ["scale_tril", "[5, 3, 2]", "[5, 3, 3]"],
     ),
     "a factor without rows": (
-        lambda: fastvae.LowRankNormal(zeros(B, D), zeros(B, D), zeros(D, 2)),
+        lambda: LowRankNormal(zeros(B, D), zeros(B, D), zeros(D, 2)),
         ValueError,
         ["factor [3, 2]", "[B, D, R]"],
     ),
     "scales of another shape": (
-        lambda: fastvae.Laplace(zeros(B, D), zeros(B, 2)),
+        lambda: Laplace(zeros(B, D), zeros(B, 2)),
         ValueError,
         ["log_scale", "[5, 2]", "[5, 3]"],
     ),
-    "integers": (lambda: fastvae.Gumbel(zeros(B, D).int(), zeros(B, D)), TypeError, ["loc", "int32"]),
+    "integers": (lambda: Gumbel(zeros(B, D).int(), zeros(B, D)), TypeError, ["loc", "int32"]),
     "no degrees of freedom": (
-        lambda: fastvae.StudentT(zeros(B, D), zeros(B, D), 0),
+        lambda: StudentT(zeros(B, D), zeros(B, D), 0),
         ValueError,
         ["df", "above 0", "0"],
     ),
-    "no components": (lambda: fastvae.Mixture([]), TypeError, ["components", "at least one"]),
+    "no components": (lambda: Mixture([]), TypeError, ["components", "at least one"]),
     "components of other batches": (
-        lambda: fastvae.Mixture([(zeros(B, D), zeros(B, D)), (zeros(2, D), zeros(2, D))]),
+        lambda: Mixture([(zeros(B, D), zeros(B, D)), (zeros(2, D), zeros(2, D))]),
         ValueError,
         ["[2, 5]", "same B"],
     ),
     "logits of another number": (
-        lambda: fastvae.Mixture([(zeros(B, D), zeros(B, D))] * 2, zeros(B, 3)),
+        lambda: Mixture([(zeros(B, D), zeros(B, D))] * 2, zeros(B, 3)),
         ValueError,
         ["[5, 3]", "2 components"],
     ),
-    "a component that is none": (lambda: fastvae.Mixture([3]), TypeError, ["q must be", "int"]),
-    "an encoder that is none": (lambda: fastvae.VampPrior(3, zeros(U, X)), TypeError, ["encoder", "int"]),
+    "a component that is none": (lambda: Mixture([3]), TypeError, ["q must be", "int"]),
+    "an encoder that is none": (lambda: VampPrior(3, zeros(U, X)), TypeError, ["encoder", "int"]),
     "pseudo-inputs that are none": (
-        lambda: fastvae.VampPrior(nn.Identity(), [1]),
+        lambda: VampPrior(nn.Identity(), [1]),
         TypeError,
         ["pseudo_inputs", "list"],
     ),
     "pseudo-inputs without rows": (
-        lambda: fastvae.VampPrior(nn.Identity(), zeros(X)),
+        lambda: VampPrior(nn.Identity(), zeros(X)),
         ValueError,
         ["pseudo_inputs", "[7]", "[U, *event]"],
     ),
     "weights of other components": (
-        lambda: fastvae.VampPrior(nn.Identity(), zeros(U, 2 * D), zeros(3)).log_prob(zeros(1, 1, D)),
+        lambda: VampPrior(nn.Identity(), zeros(U, 2 * D), zeros(3)).log_prob(zeros(1, 1, D)),
         ValueError,
         ["logits", "[3]", "[4]"],
     ),
     "data without rows": (
-        lambda: fastvae.AggregatePosterior(nn.Identity(), zeros(0, X)),
+        lambda: AggregatePosterior(nn.Identity(), zeros(0, X)),
         ValueError,
         ["data", "[0, 7]", "at least one"],
     ),
     "a prior as a posterior": (
-        lambda: as_posterior(fastvae.Laplace(zeros(D), zeros(D))),
+        lambda: as_posterior(Laplace(zeros(D), zeros(D))),
         TypeError,
         ["Laplace", "[B, D]", "encoder"],
     ),
     "a learned mixture as a posterior": (
-        lambda: as_posterior(fastvae.NormalMixture(zeros(U, D), zeros(U, D))),
+        lambda: as_posterior(NormalMixture(zeros(U, D), zeros(U, D))),
         TypeError,
         ["NormalMixture", "no rows"],
     ),
     "a prior of another D": (
         lambda: fastvae.iwae(
             zeros(B, X),
-            fastvae.FullNormal(zeros(B, D), zeros(B, 6)),
+            FullNormal(zeros(B, D), zeros(B, 6)),
             nn.Identity(),
-            prior=fastvae.Laplace(zeros(2), zeros(2)),
+            prior=Laplace(zeros(2), zeros(2)),
         ),
         ValueError,
         ["prior, Laplace", "[2]", "[5, 3]", "D = 3"],
@@ -1073,25 +1088,23 @@ MISTAKES = {
     "a prior of another D in closed form": (
         lambda: fastvae.elbo(
             zeros(B, X),
-            fastvae.FullNormal(zeros(B, D), zeros(B, 6)),
+            FullNormal(zeros(B, D), zeros(B, 6)),
             nn.Identity(),
-            prior=fastvae.FullNormal(zeros(2), zeros(3)),
+            prior=FullNormal(zeros(2), zeros(3)),
         ),
         ValueError,
         ["prior, FullNormal", "[2]", "[5, 3]", "D = 3"],
     ),
-    "a flow that is none": (lambda: fastvae.Flow(3), TypeError, ["flow", "int"]),
+    "a flow that is none": (lambda: Flow(3), TypeError, ["flow", "int"]),
     "a flow that returns none": (
-        lambda: fastvae.Flow(nn.Identity(), zeros(B, 2)).log_prob(zeros(K, B, D)),
+        lambda: Flow(nn.Identity(), zeros(B, 2)).log_prob(zeros(K, B, D)),
         TypeError,
         ["flow Identity returned Tensor", "log_prob and rsample"],
     ),
     "a family for a likelihood": (
-        lambda: fastvae.elbo(
-            zeros(B, X), (zeros(B, D), zeros(B, D)), nn.Identity(), likelihood=fastvae.Laplace
-        ),
+        lambda: fastvae.elbo(zeros(B, X), (zeros(B, D), zeros(B, D)), nn.Identity(), likelihood=Laplace),
         TypeError,
-        ["fastvae.Laplace", "fastvae.likelihoods.Laplace"],
+        ["fastvae.distributions.Laplace", "fastvae.likelihoods.Laplace"],
     ),
 }
 

@@ -10,6 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.likelihoods import Likelihood
 from fastvae.objectives.bounds import CIWAE, IWAE, TVO, Jackknife
 
 from .conftest import DEVICE
@@ -72,7 +73,7 @@ def test_an_encoder_of_its_own_learns_in_float16(name, where, chunk):
             assert float((g - e).norm() / e.norm()) < 0.05
 
 
-class Own(fastvae.Likelihood):
+class Own(Likelihood):
     def log_prob(self, x, mean):
         return -0.5 * (x - mean).square() - 0.5 * math.log(2 * math.pi)
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import fastvae
 from fastvae import ops
-from fastvae.distributions import draw_kl, draw_ratio
+from fastvae.distributions import DiagonalNormal, StandardNormal, draw_kl, draw_ratio
+from fastvae.likelihoods import Gaussian
 
 from . import models
 from .conftest import DEVICE
@@ -48,7 +49,7 @@ def test_terms_of_iwae_are_means_over_the_draws(k_chunk):
     """iwae's terms are means of log p(x|z) and of log q(z|x) − log p(z), which estimates the KL."""
     x, mu, logvar, weight = _inputs()
     terms = fastvae.iwae(
-        x, (mu, logvar), lambda z: z @ weight, k=K, k_chunk=k_chunk, likelihood=fastvae.Gaussian(0.8),
+        x, (mu, logvar), lambda z: z @ weight, k=K, k_chunk=k_chunk, likelihood=Gaussian(0.8),
         terms=True, generator=generator(5),
     )  # fmt: skip
     z = _samples(mu, logvar, K, 5)
@@ -63,7 +64,7 @@ def test_terms_of_iwae_are_means_over_the_draws(k_chunk):
 def test_terms_of_the_monte_carlo_elbo_are_means_over_the_draws():
     x, mu, logvar, weight = _inputs()
     terms = fastvae.elbo(
-        x, (mu, logvar), lambda z: z @ weight, k=K, kl="mc", likelihood=fastvae.Gaussian(0.8),
+        x, (mu, logvar), lambda z: z @ weight, k=K, kl="mc", likelihood=Gaussian(0.8),
         terms=True, generator=generator(6),
     )  # fmt: skip
     z = _samples(mu, logvar, K, 6)
@@ -83,7 +84,7 @@ def test_beta_weighs_every_kind_of_kl(options):
 
     def run(**more):
         return fastvae.elbo(
-            x, (mu, logvar), lambda z: z @ weight, likelihood=fastvae.Gaussian(0.8), generator=generator(7),
+            x, (mu, logvar), lambda z: z @ weight, likelihood=Gaussian(0.8), generator=generator(7),
             **options, **more,
         )  # fmt: skip
 
@@ -109,7 +110,7 @@ def test_a_torch_normal_is_read_by_its_standard_deviation(objective, wrapped):
     q = td.Normal(mu, torch.exp(0.5 * logvar))
     p = td.Normal(randn(D, seed=8, dtype=torch.float64), 0.5 + rand(D, seed=9, dtype=torch.float64))
     given = (td.Independent(q, 1), td.Independent(p, 1)) if wrapped else (q, p)
-    options = {"likelihood": fastvae.Gaussian(0.8), "prior": given[1], "reduction": "none"}
+    options = {"likelihood": Gaussian(0.8), "prior": given[1], "reduction": "none"}
     if objective == "iwae":
         got = fastvae.iwae(x, given[0], lambda z: z @ weight, k=K, generator=generator(10), **options)
     else:
@@ -136,7 +137,7 @@ def test_logvar_range_clamps_everything_that_the_posterior_says(objective):
     assert bool((logvar < CLAMP[0]).any()) and bool((logvar > CLAMP[1]).any())
 
     def run(q):
-        options = {"likelihood": fastvae.Gaussian(0.8), "generator": generator(11)}
+        options = {"likelihood": Gaussian(0.8), "generator": generator(11)}
         decoder = lambda z: z @ weight  # noqa: E731
         if objective == "iwae":
             return fastvae.iwae(x, q, decoder, k=K, reduction="none", **options)
@@ -145,7 +146,7 @@ def test_logvar_range_clamps_everything_that_the_posterior_says(objective):
         kl = "mc" if objective == "elbo mc" else "analytic"
         return fastvae.elbo(x, q, decoder, kl=kl, reduction="none", **options)
 
-    got = run(fastvae.DiagonalNormal(mu, logvar, logvar_range=CLAMP))
+    got = run(DiagonalNormal(mu, logvar, logvar_range=CLAMP))
     _close(got, run((mu, logvar.clamp(*CLAMP))))
     assert float((got - run((mu, logvar))).abs().min()) > 1e-6
 
@@ -167,7 +168,7 @@ def test_a_scale_is_what_its_log_variance_is(name, learned):
     assert float(logvar.exp().min()) > 0.06
     floor, raw_of = RAW[name]
     form = {"scale": name.split()[0], "floor": floor}
-    options = {"likelihood": fastvae.Gaussian(0.8)}
+    options = {"likelihood": Gaussian(0.8)}
     decoder = lambda z: z @ weight  # noqa: E731
     objectives = {
         "elbo": lambda q, **o: fastvae.elbo(x, q, decoder, k=K, beta=0.7, **o),
@@ -190,9 +191,9 @@ def test_a_scale_is_what_its_log_variance_is(name, learned):
         m, v = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
         pm, pv = (torch.linspace(-0.3, 0.4, D, dtype=mu.dtype, device=DEVICE).requires_grad_() for _ in "ab")
         if raw:
-            q, p = (fastvae.DiagonalNormal(a, raw_of(b), **form) for a, b in ((m, v), (pm, pv)))
+            q, p = (DiagonalNormal(a, raw_of(b), **form) for a, b in ((m, v), (pm, pv)))
         else:
-            q, p = (m, v), fastvae.DiagonalNormal(pm, pv)
+            q, p = (m, v), DiagonalNormal(pm, pv)
         leaves = [m, v, pm, pv] if learned else [m, v]
         bound = objective(q, generator=generator(11), **options, **({"prior": p} if learned else {}))
         return [bound, *torch.autograd.grad(bound, leaves)]
@@ -225,7 +226,7 @@ def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
         return evaluation, fastvae.log_marginal(x, q, model.decoder, generator=generator(14), **options)
 
     (got, marginal), (expected, expected_marginal) = (
-        run(fastvae.DiagonalNormal(mu, raw_of(logvar), **form)), run((mu, logvar))
+        run(DiagonalNormal(mu, raw_of(logvar), **form)), run((mu, logvar))
     )  # fmt: skip
     assert torch.equal(got.k, expected.k)
     for a, b in (
@@ -239,9 +240,9 @@ def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
 def test_a_prior_by_its_scale_in_half_precision_is_not_rounded_on_the_way():
     """A half-precision scale is not rounded to a half-precision log variance."""
     mu, logvar = (randn(B, D, seed=s).bfloat16() for s in (60, 61))
-    p = fastvae.DiagonalNormal(torch.zeros(D), torch.full((D,), 0.9).bfloat16(), scale="scale").to(DEVICE)
+    p = DiagonalNormal(torch.zeros(D), torch.full((D,), 0.9).bfloat16(), scale="scale").to(DEVICE)
     x, decoder = randn(B, D, seed=62).bfloat16(), lambda z: z  # noqa: E731
-    options = {"likelihood": fastvae.Gaussian(0.8), "prior": p, "reduction": "none"}
+    options = {"likelihood": Gaussian(0.8), "prior": p, "reduction": "none"}
     kl = fastvae.elbo(x, (mu, logvar), decoder, terms=True, **options).kl
     m, v, s = mu.double(), logvar.double(), p.logvar.double()
     exact = 0.5 * ((m / s) ** 2 + v.exp() / s**2 - 1 - v + 2 * s.log()).sum(1)
@@ -262,7 +263,7 @@ def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
     n = 23
     model, x, mu, logvar = _two_that_go_on(n)
     scales = torch.linspace(-0.4, 0.4, n, dtype=torch.float64, device=DEVICE)[:, None].expand(n, D)
-    prior = fastvae.DiagonalNormal(torch.zeros(D, dtype=torch.float64, device=DEVICE), scales.contiguous())
+    prior = DiagonalNormal(torch.zeros(D, dtype=torch.float64, device=DEVICE), scales.contiguous())
     options = {"likelihood": model.likelihood, "prior": prior}
     result = fastvae.evaluate(
         lambda _: (mu, logvar), model.decoder, x, k=800, tol=0.15, batch_size=n, progress=False,
@@ -288,7 +289,7 @@ def test_a_clamp_is_kept_by_examples_that_go_on_drawing():
             likelihood=model.likelihood, generator=generator(13),
         )  # fmt: skip
 
-    got = run(fastvae.DiagonalNormal(mu, logvar, logvar_range=(lo, hi)))
+    got = run(DiagonalNormal(mu, logvar, logvar_range=(lo, hi)))
     expected = run((mu, logvar.clamp(lo, hi)))
     # Few enough to be drawn separately.
     assert 1 <= int((got.k > 100).sum()) <= 8
@@ -300,7 +301,7 @@ def test_a_clamp_is_kept_by_examples_that_go_on_drawing():
 @pytest.mark.parametrize("value", [(1.0, 1.0), (math.nan, 1.0), (0.0, math.nan)])
 def test_an_empty_range_is_refused(value):
     with pytest.raises(ValueError, match="logvar_range"):
-        fastvae.DiagonalNormal(torch.zeros(B, D), torch.zeros(B, D), logvar_range=value)
+        DiagonalNormal(torch.zeros(B, D), torch.zeros(B, D), logvar_range=value)
 
 
 # Likelihoods.
@@ -312,12 +313,12 @@ def test_a_scale_must_be_of_the_event():
     for shape in ((K, 1, X), (X - 1,), (B + 1, X), (1, 1, 1)):
         scale = torch.ones(shape, dtype=torch.float64, device=DEVICE)
         with pytest.raises(ValueError, match="scale has shape"):
-            fastvae.iwae(x, (mu, logvar), lambda z: z @ weight, k=K, likelihood=fastvae.Gaussian(scale))
+            fastvae.iwae(x, (mu, logvar), lambda z: z @ weight, k=K, likelihood=Gaussian(scale))
     # A row, a number and one per example are accepted.
     for shape in ((X,), (1,), (), (B, X), (B, 1)):
         scale = 0.5 + torch.rand(shape, dtype=torch.float64, device=DEVICE)
         got = fastvae.iwae(
-            x, (mu, logvar), lambda z: z @ weight, k=K, likelihood=fastvae.Gaussian(scale), terms=True,
+            x, (mu, logvar), lambda z: z @ weight, k=K, likelihood=Gaussian(scale), terms=True,
             generator=generator(14),
         )  # fmt: skip
         z = _samples(mu, logvar, K, 14)
@@ -330,7 +331,7 @@ def test_a_scale_that_is_no_deviation_is_refused(value):
     scale = torch.ones(X)
     scale[2] = value
     with pytest.raises(ValueError, match="must be positive"):
-        fastvae.Gaussian(scale)
+        Gaussian(scale)
 
 
 def test_a_fixed_log_variance_is_as_exact_as_the_sums(backend):
@@ -362,7 +363,7 @@ def test_means_are_in_the_space_of_the_data():
     vae = _vae("gaussian")
     mu, _ = vae.encoder(x)
     torch.testing.assert_close(vae.reconstruct(x), vae.decoder(mu)[0], rtol=1e-6, atol=1e-7)
-    scaled = fastvae.VAE(vae.encoder, lambda z: vae.decoder(z)[0], likelihood=fastvae.Gaussian(0.1))
+    scaled = fastvae.VAE(vae.encoder, lambda z: vae.decoder(z)[0], likelihood=Gaussian(0.1))
     torch.testing.assert_close(scaled.reconstruct(x), vae.decoder(mu)[0], rtol=1e-6, atol=1e-7)
 
 
@@ -379,9 +380,9 @@ def test_samples_are_draws_from_the_prior(prior):
     mu, logvar = torch.tensor([0.0, 3.0, -2.0]), torch.tensor([0.0, math.log(4.0), math.log(0.09)])
     if prior == "standard":
         mu, logvar = torch.zeros(D), torch.zeros(D)
-    options = {"prior": fastvae.DiagonalNormal(nn.Parameter(mu), nn.Parameter(logvar))}
+    options = {"prior": DiagonalNormal(nn.Parameter(mu), nn.Parameter(logvar))}
     vae = fastvae.VAE(
-        nn.Linear(X, 2 * D), nn.Identity(), likelihood=fastvae.Gaussian(1.0), latent_dim=D,
+        nn.Linear(X, 2 * D), nn.Identity(), likelihood=Gaussian(1.0), latent_dim=D,
         **(options if prior == "learned" else {}),
     ).to(DEVICE)  # fmt: skip
     z = vae.sample(n, mean=True, generator=generator(19)).cpu()
@@ -411,7 +412,7 @@ def test_an_anomaly_score_is_minus_an_and_chos_reconstruction_probability():
 
 def test_a_vae_hands_on_its_prior_its_likelihood_and_every_option():
     x = rand(B, X, seed=23)
-    prior = fastvae.DiagonalNormal(nn.Parameter(randn(D, seed=24)), nn.Parameter(randn(D, seed=25)))
+    prior = DiagonalNormal(nn.Parameter(randn(D, seed=24)), nn.Parameter(randn(D, seed=25)))
     vae = _vae(prior=prior)
     q, meaning = vae.encoder(x), {"likelihood": "bernoulli", "prior": prior}
 
@@ -438,7 +439,7 @@ def test_a_vae_hands_on_its_prior_its_likelihood_and_every_option():
         ).log_px,
     )  # fmt: skip
     # Another prior gives a different score.
-    vae.prior = fastvae.StandardNormal()
+    vae.prior = StandardNormal()
     with pytest.raises(AssertionError):
         same(
             vae.elbo(x, generator=generator(26)),
@@ -456,9 +457,7 @@ def test_infinite_numbers_are_refused():
     x, mu, logvar, weight = _inputs()
     for name in ("beta", "free_bits"):
         with pytest.raises(ValueError, match=f"{name} must be finite"):
-            fastvae.elbo(
-                x, (mu, logvar), lambda z: z @ weight, likelihood=fastvae.Gaussian(1.0), **{name: math.inf}
-            )
+            fastvae.elbo(x, (mu, logvar), lambda z: z @ weight, likelihood=Gaussian(1.0), **{name: math.inf})
     with pytest.raises(ValueError, match="tol must be finite"):
         fastvae.evaluate(lambda x: (mu, logvar), lambda z: z @ weight, x, tol=math.inf)
 
@@ -469,10 +468,10 @@ def test_infinite_numbers_are_refused():
 def test_a_posterior_draws_what_its_objectives_draw(backend, logvar_range, normal, row_offset):
     """A posterior's draws equal the ops' and the decoder's z, and its KL the definition's."""
 
-    q = fastvae.DiagonalNormal(randn(B, 4, seed=50), randn(B, 4, seed=51), logvar_range=logvar_range)
-    prior = fastvae.StandardNormal()
+    q = DiagonalNormal(randn(B, 4, seed=50), randn(B, 4, seed=51), logvar_range=logvar_range)
+    prior = StandardNormal()
     if normal:
-        prior = fastvae.DiagonalNormal(randn(4, seed=52), randn(4, seed=53))
+        prior = DiagonalNormal(randn(4, seed=52), randn(4, seed=53))
     seed = torch.tensor(9, device=DEVICE)
     options = {"logvar_range": logvar_range, "samples": 3, "seed": seed, "row_offset": row_offset}
     options["prior"] = (prior.mu, prior.logvar) if normal else None

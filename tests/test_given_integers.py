@@ -9,6 +9,7 @@ from torch import nn
 
 import fastvae
 from fastvae import diagnostics, ops
+from fastvae.distributions import Level
 from fastvae.estimation import proposals
 from fastvae.likelihoods import Categorical, DiscretizedLogistic, DiscretizedLogisticMixture
 from fastvae.objectives import bounds, schedules
@@ -45,17 +46,17 @@ def _marginal(**options):
 
 def _ais(**options):
     options = {"steps": 3, "chains": 4, **options}
-    return fastvae.ais(X, Q, decoder, likelihood="bernoulli", **options).log_px
+    return fastvae.audit.ais(X, Q, decoder, likelihood="bernoulli", **options).log_px
 
 
 def _bdmc(**options):
     options = {"latent_dim": 3, "n": 3, "steps": 3, "chains": 4, **options}
-    return fastvae.bdmc(lambda x: encoder(x), decoder, likelihood="bernoulli", **options).lower
+    return fastvae.audit.bdmc(lambda x: encoder(x), decoder, likelihood="bernoulli", **options).lower
 
 
 def _lattice(**options):
     options = {"points": 9, **options}
-    return fastvae.lattice_log_marginal(
+    return fastvae.audit.lattice_log_marginal(
         X, lambda z: z.expand(-1, 7), 1, likelihood="bernoulli", **options
     ).log_px
 
@@ -65,7 +66,7 @@ def _latents(**options):
 
 
 def _hierarchy(dim):
-    return fastvae.Level(dim, nn.Linear(7, 6)).dim
+    return Level(dim, nn.Linear(7, 6)).dim
 
 
 # (function of an integer n, the integer).
@@ -139,7 +140,7 @@ CASES = {
     "linear steps, delay, step": (lambda n: schedules.linear(0.0, 1.0, n, delay=n)(n + 2), 5),
     "cyclical cycles": (lambda n: schedules.cyclical(0.0, 1.0, 20, cycles=n)(n), 5),
     "stages": (lambda n: schedules.stages([(0, 1), (n, 2)])(n), 5),
-    "vector quantizer": (lambda n: fastvae.VectorQuantizer(n, n, restart=n).codes, 5),
+    "vector quantizer": (lambda n: fastvae.quantize.VectorQuantizer(n, n, restart=n).codes, 5),
 }
 KINDS = (np.int64, np.int32, np.uint8)
 

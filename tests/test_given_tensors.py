@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, FullNormal
+from fastvae.likelihoods import Joint
 
 DENSE = (torch.arange(24.0).reshape(4, 6) % 5 > 1).float()
 
@@ -42,19 +44,19 @@ ENTRIES = {
     "log_weights": ("x", lambda x: fastvae.log_weights(x, q, decoder, k=5, **options)),
     "log_marginal": ("x", lambda x: fastvae.log_marginal(x, q, decoder, k=5, **options)),
     "score": ("x", lambda x: fastvae.reconstruction_log_prob(x, q, decoder, **options)),
-    "ais": ("x", lambda x: fastvae.ais(x, q, decoder, steps=3, chains=2, **options)),
+    "ais": ("x", lambda x: fastvae.audit.ais(x, q, decoder, steps=3, chains=2, **options)),
     "VAE": ("x", lambda x: fastvae.VAE(lambda x: q, decoder, latent_dim=2, **options).elbo(x)),
     "evaluate": ("data", lambda x: fastvae.evaluate(lambda x: q, decoder, x, k=5, progress=False, **options)),
     "batches": ("data", lambda x: fastvae.evaluate(lambda x: q, decoder, [x], progress=False, **options)),
     "parts": ("x['a']", lambda x: fastvae.elbo({"a": x}, q, lambda z: {"a": decoder(z)},
-              likelihood=fastvae.Joint(a="bernoulli"))),
+              likelihood=Joint(a="bernoulli"))),
     "op": ("x", lambda x: fastvae.ops.bernoulli_log_prob(x, DENSE)),
     "op of logits": ("logits", lambda x: fastvae.ops.bernoulli_log_prob(DENSE, x)),
     "q": ("q", lambda x: fastvae.elbo(DENSE, x, nn.Linear(3, 6), **options)),
     "mu": ("mu", lambda x: fastvae.elbo(DENSE, (x, x), nn.Linear(6, 6), **options)),
     "logvar": ("logvar", lambda x: fastvae.elbo(DENSE, (DENSE, x), nn.Linear(6, 6), **options)),
-    "full": ("tril", lambda x: fastvae.FullNormal(DENSE, x)),
-    "prior": ("mu", lambda x: fastvae.DiagonalNormal(x, x)),
+    "full": ("tril", lambda x: FullNormal(DENSE, x)),
+    "prior": ("mu", lambda x: DiagonalNormal(x, x)),
     "context": ("context", lambda x: fastvae.elbo(DENSE, q, lambda z, c: decoder(z), context=x, **options)),
     "decoder": ("logits", lambda x: fastvae.elbo(DENSE, q, lambda z: x, **options)),
     "decoder of two": ("logvar", lambda x: fastvae.elbo(DENSE, q, lambda z: (DENSE, x))),
@@ -129,7 +131,7 @@ def test_stored_arrays_are_read_batch_by_batch(tmp_path):
     )
     same(found, expected)
     joint = fastvae.VAE(lambda x: torch.zeros(len(x["a"]), 4), lambda z: {"a": z @ torch.ones(2, 6)},
-                        likelihood=fastvae.Joint(a="bernoulli"))  # fmt: skip
+                        likelihood=Joint(a="bernoulli"))  # fmt: skip
     stored = Stored(values)
     joint.evaluate({"a": stored}, k=5, batch_size=4, progress=False)
     assert stored.read == [4, 4, 3]
@@ -166,7 +168,7 @@ def test_no_tensor_is_made_on_the_default_device():
         yield vae.ais(x, steps=3, chains=2).log_px
         yield vae.sample(3)
         yield vae.reconstruct(x)
-        yield fastvae.FullNormal.of(x, torch.eye(6, device="cpu").expand(4, 6, 6)).mean
+        yield FullNormal.of(x, torch.eye(6, device="cpu").expand(4, 6, 6)).mean
 
     expected = list(results())
     with torch.device("meta"):

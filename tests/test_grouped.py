@@ -12,6 +12,7 @@ from torch import nn
 
 import fastvae
 from fastvae import ops
+from fastvae.likelihoods import Categorical, DiscretizedLogisticMixture, Multinomial
 
 from . import strategies
 from .conftest import DEVICE
@@ -211,10 +212,10 @@ class Decoder(nn.Module):
 
 def _models():
     pixels = torch.randint(16, (B, 3, *EVENT), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    mixture = fastvae.DiscretizedLogisticMixture(levels=16)
+    mixture = DiscretizedLogisticMixture(levels=16)
     colours = [(C, *EVENT), (C, 3, *EVENT), (C, 3, *EVENT), (C, 3, *EVENT)]
     return {
-        "categorical": (pixels[:, 0] % C, Decoder((C, *EVENT)), fastvae.Categorical()),
+        "categorical": (pixels[:, 0] % C, Decoder((C, *EVENT)), Categorical()),
         "one class": (pixels[:, 0, 0, 0] % C, Decoder((C,)), "categorical"),
         "multinomial": (pixels[:, 0], Decoder(EVENT), "multinomial"),
         "grey": (pixels[:, 0], Decoder(*[(C, *EVENT)] * 3), mixture),
@@ -305,7 +306,7 @@ def test_masks(model, backend):
 def test_multinomial_is_that_of_torch():
     logits = randn(K, B, 7, seed=1)
     x = torch.randint(5, (B, 7), device=DEVICE)
-    got = fastvae.Multinomial().log_likelihood(x, logits.reshape(K * B, 7), K)
+    got = Multinomial().log_likelihood(x, logits.reshape(K * B, 7), K)
     for b in range(B):
         oracle = torch.distributions.Multinomial(int(x[b].sum()), logits=logits[:, b])
         torch.testing.assert_close(got[:, b], oracle.log_prob(x[b].float()), rtol=1e-5, atol=1e-4)
@@ -315,25 +316,25 @@ def test_multinomial_is_that_of_torch():
 def test_draws_and_means_of_half_precision_logits(dtype):
     """Draws and means of half-precision logits are computed in float32, as from float32 logits."""
     logits = 3 * randn(500, 7, seed=1).to(dtype)
-    for likelihood in (fastvae.Multinomial(), fastvae.Categorical()):
+    for likelihood in (Multinomial(), Categorical()):
         drawn = [likelihood.sample(t, generator=generator(2)) for t in (logits, logits.float())]
         assert drawn[0].dtype == drawn[1].dtype and torch.equal(*drawn)
-    mean = fastvae.Multinomial().mean(logits)
+    mean = Multinomial().mean(logits)
     torch.testing.assert_close(mean.float(), logits.float().softmax(1), rtol=1e-2, atol=1e-3)
 
 
 def test_draws_are_of_their_distributions():
     n = 20_000
     logits = randn(1, C, 6, seed=1)
-    classes = fastvae.Categorical().sample(logits.expand(n, -1, -1), generator=generator(2))
+    classes = Categorical().sample(logits.expand(n, -1, -1), generator=generator(2))
     assert classes.dtype == torch.int64 and classes.shape == (n, 6)
     shares = torch.stack([(classes == c).float().mean(0) for c in range(C)])
     p = logits[0].softmax(0)
     assert bool(((shares - p).abs() < 6 * (p / n).sqrt()).all())
-    mean = fastvae.Categorical().mean(logits)
+    mean = Categorical().mean(logits)
     torch.testing.assert_close(mean[0], (p * torch.arange(C, device=DEVICE)[:, None]).sum(0))
     # A mixture's score has mean 0 over draws, for each parameter.
-    mixture = fastvae.DiscretizedLogisticMixture(levels=16, low=-1.0)
+    mixture = DiscretizedLogisticMixture(levels=16, low=-1.0)
     shapes = [(C, 2), (C, 3, 2), (C, 3, 2), (C, 3, 2)]
     one = [
         0.3 * randn(1, *s, seed=i, dtype=torch.float64) - (1.0 if i == 2 else 0) for i, s in enumerate(shapes)
@@ -349,7 +350,7 @@ def test_draws_are_of_their_distributions():
     drawn = [mixture.sample(given, generator=generator(5)) for _ in range(2)]
     assert torch.equal(*drawn) and not torch.equal(drawn[0], x)
     assert mixture.mean(given).shape == (n, 3, 2)
-    one_hot = fastvae.Multinomial().sample(randn(9, 4, seed=3))
+    one_hot = Multinomial().sample(randn(9, 4, seed=3))
     assert torch.equal(one_hot.sum(1), torch.ones(9, device=DEVICE))
 
 

@@ -21,6 +21,14 @@ from torch.nn.utils import parametrizations, prune
 import fastvae
 from fastvae import ops
 from fastvae.inputs.last_layer import LastLayer
+from fastvae.likelihoods import (
+    Categorical,
+    DiscretizedLogistic,
+    Gaussian,
+    Joint,
+    Likelihood,
+    ZeroInflatedNegativeBinomial,
+)
 from fastvae.ops import head
 from fastvae.ops.head import Layers, weigh_linear
 from fastvae.ops.weigh import Weighing
@@ -434,7 +442,7 @@ DECODERS = {
     "one layer in two": (lambda: fused_head(2 * X), "gaussian"),
     "two": (lambda: fused_head(X, X, bias=False), "gaussian"),
     "one": (lambda: fused_head(X, event=EVENT), "bernoulli"),
-    "held": (lambda: fused_head(X), lambda: fastvae.Gaussian(scale=0.5, learned=True)),
+    "held": (lambda: fused_head(X), lambda: Gaussian(scale=0.5, learned=True)),
     "row": (
         lambda: fused_head(X, bias=False),
         lambda: fastvae.likelihoods.Laplace(scale=torch.rand(*EVENT) + 0.1, learned=True),
@@ -443,8 +451,8 @@ DECODERS = {
         lambda: fused_head(2 * X, event=EVENT),
         lambda: fastvae.likelihoods.StudentT(df=4.0, learned_df=True),
     ),
-    "floor": (lambda: fused_head(X, X), lambda: fastvae.Gaussian(scale="softplus")),
-    "three in two": (lambda: fused_head(2 * X, X), lambda: fastvae.ZeroInflatedNegativeBinomial()),
+    "floor": (lambda: fused_head(X, X), lambda: Gaussian(scale="softplus")),
+    "three in two": (lambda: fused_head(2 * X, X), lambda: ZeroInflatedNegativeBinomial()),
 }
 
 
@@ -500,7 +508,7 @@ def test_what_does_not_fit_is_computed(always, calls):
     """Masks, size factors, unsupported likelihoods and transformed outputs fall back to the plain layer."""
     one, two, classes = fused_head(X), fused_head(2 * X), fused_head(3 * X, event=(3, *EVENT))
 
-    class Own(fastvae.Likelihood):
+    class Own(Likelihood):
         def log_prob(self, x, logits):
             return -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
 
@@ -527,15 +535,15 @@ def test_what_does_not_fit_is_computed(always, calls):
             fastvae.likelihoods.from_distribution(_normal),
             {"k": K},
         ),
-        (fastvae.elbo, one, fastvae.Gaussian(scale="optimal"), {}),
-        (fastvae.elbo, two, fastvae.DiscretizedLogistic(low=-1.0), {"mask": mask}),
+        (fastvae.elbo, one, Gaussian(scale="optimal"), {}),
+        (fastvae.elbo, two, DiscretizedLogistic(low=-1.0), {"mask": mask}),
         (fastvae.elbo, classes, "categorical", {}),
         (fastvae.elbo, two, "zero_inflated_negative_binomial", {}),
     ]
     for objective, decoder, likelihood, options in asked[:-1]:
         expected = step(objective, Whole(decoder), copy.deepcopy(likelihood), **options)
         assert_same(step(objective, decoder, copy.deepcopy(likelihood), **options), expected)
-    held = fastvae.ZeroInflatedNegativeBinomial(10.0)
+    held = ZeroInflatedNegativeBinomial(10.0)
     assert_same(step(fastvae.elbo, two, held), step(fastvae.elbo, Whole(two), held))
 
     def separate(z):
@@ -565,7 +573,7 @@ def test_parts_of_a_joint(always, calls):
             pixels = self.pixels(h) if self.fused else self.pixels.layers[0](h)
             return {"pixels": pixels, "label": self.classes(h).unsqueeze(2)}
 
-    decoder, joint = Two(), fastvae.Joint(pixels="bernoulli", label="categorical")
+    decoder, joint = Two(), Joint(pixels="bernoulli", label="categorical")
     x = {"pixels": torch.rand(B, X).round(), "label": torch.randint(0, 3, (B, 1))}
     vae = fastvae.VAE(lambda x: torch.zeros(len(x["label"]), 2 * D), decoder, likelihood=joint, latent_dim=D)
     results = []
@@ -983,20 +991,20 @@ def test_all_pairs_of_objects():
     x, z = torch.rand(4, X).round(), torch.randn(6, D)
     layer = nn.Linear(D, X)
 
-    class Own(fastvae.Likelihood):
+    class Own(Likelihood):
         def log_prob(self, x, mean):
             return -((x - mean) ** 2)
 
     mean = layer(z)
     squares = (mean[:, None] - x).square().sum(2)
     assert torch.allclose(ops.all_pairs_log_prob(x, mean, likelihood=Own()), -squares, rtol=1e-5)
-    normal = ops.all_pairs_log_prob(x, mean, likelihood=fastvae.Gaussian(math.sqrt(0.5)))
+    normal = ops.all_pairs_log_prob(x, mean, likelihood=Gaussian(math.sqrt(0.5)))
     assert torch.allclose(normal, -squares - 0.5 * X * math.log(math.pi), rtol=1e-5)
     fused = fastvae.FusedHead(nn.Identity(), layer)(z)
-    assert torch.equal(ops.all_pairs_log_prob(x, fused, likelihood=fastvae.Gaussian(math.sqrt(0.5))), normal)
+    assert torch.equal(ops.all_pairs_log_prob(x, fused, likelihood=Gaussian(math.sqrt(0.5))), normal)
     assert torch.equal(ops.all_pairs_log_prob(x, fused), ops.all_pairs_log_prob(x, mean))
     classes, logits = torch.randint(0, 3, (4, 9)), torch.randn(6, 3, 9)
-    got = ops.all_pairs_log_prob(classes, logits, likelihood=fastvae.Categorical())
+    got = ops.all_pairs_log_prob(classes, logits, likelihood=Categorical())
     picked = (
         torch.log_softmax(logits, 1)[:, None]
         .expand(6, 4, 3, 9)

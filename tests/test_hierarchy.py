@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fastvae
-from fastvae import Hierarchy, Level
+from fastvae.distributions import DiagonalNormal, Hierarchy, Level, StandardNormal, TorchDistribution
+from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
 from .models import generator, randn, seed_of
@@ -55,7 +56,7 @@ class TwoLevels:
         columns = torch.linalg.qr(randn(D2, D1, seed=4, dtype=F64))[0] * self.strength
         self.down = self.inner.rsqrt()[:, None] * columns
         self.shift, self.offset = randn(D2, seed=5, dtype=F64), randn(X, seed=2, dtype=F64)
-        self.likelihood = fastvae.Gaussian(scale=scale)
+        self.likelihood = Gaussian(scale=scale)
 
     def decoder(self, z):
         return z[:, D1:] @ self.weight.T + self.offset
@@ -192,7 +193,7 @@ class Networks(nn.Module):
             mu, logvar = (nn.Parameter(0.3 * torch.randn(a)) for _ in range(2))
             self.bottom = nn.Linear(X, features)
             self.hierarchy = Hierarchy([
-                Level(a, Beside(features, 2 * a), prior=fastvae.DiagonalNormal(mu, logvar), merge=merge),
+                Level(a, Beside(features, 2 * a), prior=DiagonalNormal(mu, logvar), merge=merge),
                 Level(b, posterior(features, a, b), prior=net(a, 2 * b), merge=merge),
                 Level(c, posterior(features, wide, c), prior=net(wide, 2 * c), merge=merge,
                       top_down=Beside(b + a, wide) if deterministic else None),
@@ -239,7 +240,7 @@ class Networks(nn.Module):
         return [t.unflatten(0, (k, len(x))) for t in (log_likelihood, kl, log_p, log_q)]
 
 
-LIKELIHOOD = fastvae.Gaussian(scale=0.7)
+LIKELIHOOD = Gaussian(scale=0.7)
 
 
 def data(batch=B):
@@ -418,7 +419,7 @@ def test_one_level_is_an_ordinary_posterior(backend, dtype, learned):
     mu, logvar = (randn(B, D1, seed=s, dtype=dtype).requires_grad_() for s in (1, 2))
     prior = None
     if learned:
-        prior = fastvae.DiagonalNormal(*(nn.Parameter(randn(D1, seed=s, dtype=dtype)) for s in (3, 4)))
+        prior = DiagonalNormal(*(nn.Parameter(randn(D1, seed=s, dtype=dtype)) for s in (3, 4)))
     x, decoder = randn(B, X, seed=5, dtype=dtype), nn.Linear(D1, X).to(DEVICE, dtype)
     hierarchy = Hierarchy([Level(D1, lambda h: h.chunk(2, 1), prior=prior)])
     leaves = [mu, logvar, *decoder.parameters(), *hierarchy.parameters()]
@@ -606,13 +607,13 @@ def test_an_ordinary_prior_and_an_ordinary_posterior_go_with_them():
     x = data()
     options = {"likelihood": LIKELIHOOD, "generator": generator(1), "k": K}
     z, log_q = model(x).rsample(K, seed_of(1))
-    standard = fastvae.StandardNormal()
+    standard = StandardNormal()
     _, ratio = fastvae.log_weights(x, model(x), model.decoder, prior=standard, **options)
     torch.testing.assert_close(ratio, standard.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
     q = randn(B, 9, seed=1, dtype=F64), randn(B, 9, seed=2, dtype=F64)
     options["generator"] = generator(1)
     _, ratio = fastvae.log_weights(x, q, model.decoder, prior=model.hierarchy, **options)
-    z, log_q = fastvae.DiagonalNormal(*q).rsample(K, seed_of(1))
+    z, log_q = DiagonalNormal(*q).rsample(K, seed_of(1))
     torch.testing.assert_close(ratio, model.hierarchy.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
 
 
@@ -681,11 +682,11 @@ MISTAKES = {
         lambda: Hierarchy([Level(2, _right, top_down=_right)]), ValueError, "level 1 has a top_down",
     ),
     "a family": (
-        lambda: Level(2, _right, prior=fastvae.TorchDistribution(torch.distributions.Laplace(0.0, 1.0))),
+        lambda: Level(2, _right, prior=TorchDistribution(torch.distributions.Laplace(0.0, 1.0))),
         TypeError, "the levels of a hierarchy are normal",
     ),
     "a prior's width": (
-        lambda: Level(2, _right, prior=fastvae.DiagonalNormal(torch.zeros(3), torch.zeros(()))),
+        lambda: Level(2, _right, prior=DiagonalNormal(torch.zeros(3), torch.zeros(()))),
         ValueError, r"prior.mu has shape \[3\]; expected \[D\] = \[2\]",
     ),
     "too few features": (

@@ -8,6 +8,7 @@ from torch import distributions as td
 
 import fastvae
 from fastvae.core.checks import INTEGERS
+from fastvae.likelihoods import Joint, Likelihood
 from fastvae.likelihoods.base import DECLARED, NAMED
 
 from . import cases
@@ -17,7 +18,7 @@ B, K, D, EVENT, CLASSES = 3, 4, 2, 9, 2
 DTYPES = [d for d in INTEGERS if d != torch.int64]
 
 
-class Counts(fastvae.Likelihood):
+class Counts(Likelihood):
     """User's likelihood, undefined at x = 0."""
 
     takes_integers = True
@@ -41,7 +42,7 @@ LIKELIHOODS |= {
     "categorical that ignores": lambda: fastvae.likelihoods.Categorical(ignore_index=1),
     "from_distribution": _binomial,
     "own": Counts,
-    "joint": lambda: fastvae.Joint(part=fastvae.likelihoods.Poisson()),
+    "joint": lambda: Joint(part=fastvae.likelihoods.Poisson()),
 }
 LIKELIHOODS.pop("categorical")
 
@@ -174,7 +175,7 @@ def test_log_prob_of_classes_in_any_dtype(dtype):
 
 
 def test_a_value_inside_that_integers_do_not_have():
-    class Half(fastvae.Likelihood):
+    class Half(Likelihood):
         takes_integers = True
 
         def __init__(self, inside):

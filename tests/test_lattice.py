@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, NormalMixture
 from fastvae.estimation.audit import lattice
+from fastvae.likelihoods import Gaussian, Joint
 
 from .conftest import DEVICE
 from .models import LinearGaussian, rand
@@ -23,7 +25,7 @@ N, X = 23, 7
 
 
 def _of(model, x, **options):
-    return fastvae.lattice_log_marginal(
+    return fastvae.audit.lattice_log_marginal(
         x, model.decoder, model.gain.numel(), likelihood=model.likelihood, **options
     )
 
@@ -67,8 +69,8 @@ def test_a_narrow_ridge_at_an_angle_is_seen():
     decoder, x = lambda z: z[:, :1] - z[:, 1:], torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
     for scale in (0.02, 0.1, 0.3, 1.0):
         for points in (33, 63, 129):
-            result = fastvae.lattice_log_marginal(
-                x + 0.123, decoder, 2, points=points, likelihood=fastvae.Gaussian(scale=scale)
+            result = fastvae.audit.lattice_log_marginal(
+                x + 0.123, decoder, 2, points=points, likelihood=Gaussian(scale=scale)
             )
             exact = -0.5 * (0.123**2 / (2 + scale**2) + math.log(2 * math.pi * (2 + scale**2)))
             off = abs(float(result.log_px) - exact)
@@ -101,7 +103,7 @@ def test_likelihoods_with_and_without_products(likelihood):
         parts = torch.tanh(linear(z)).chunk(outputs, 1)
         return parts if outputs > 1 else parts[0]
 
-    result = fastvae.lattice_log_marginal(x, decoder, 2, points=66, likelihood=likelihood)
+    result = fastvae.audit.lattice_log_marginal(x, decoder, 2, points=66, likelihood=likelihood)
     # For a density with a kink the midpoint rule's error is O(h²).
     assert float(result.error.max()) < (1e-2 if likelihood == "laplace" else 1e-5)
     axis = (torch.arange(66, dtype=torch.float64, device=DEVICE) - 32.5) * 16 / 66
@@ -130,12 +132,12 @@ def test_priors():
     covariance = model.weight @ torch.diag(logvar.exp()) @ model.weight.T
     covariance = covariance + model.scale**2 * torch.eye(X, dtype=torch.float64, device=DEVICE)
     exact = td.MultivariateNormal(model.decoder(mu[None])[0], covariance).log_prob(x).detach().cpu()
-    prior = fastvae.DiagonalNormal(mu, logvar)
+    prior = DiagonalNormal(mu, logvar)
     torch.testing.assert_close(_of(model, x, prior=prior).log_px, exact, rtol=0, atol=1e-9)
     full = td.MultivariateNormal(mu.detach(), torch.diag(logvar.exp()))
     result = _of(model, x, prior=full, box=([-9.0, -9.0], 9))
     torch.testing.assert_close(result.log_px, exact, rtol=0, atol=1e-9)
-    mixture = fastvae.NormalMixture(torch.stack([mu, mu]).detach(), torch.stack([logvar, logvar]))
+    mixture = NormalMixture(torch.stack([mu, mu]).detach(), torch.stack([logvar, logvar]))
     result = _of(model, x, prior=mixture, box=(-9, 9.0))
     torch.testing.assert_close(result.log_px, exact, rtol=0, atol=1e-9)
 
@@ -172,7 +174,7 @@ def test_points_are_decoded_once_and_pairs_are_never_all_there(monkeypatch):
     monkeypatch.setattr(fastvae.ops, "all_pairs_log_prob", seen)
     monkeypatch.setattr(lattice, "_NUMBERS", 1000)
     x = model.sample(N)
-    fastvae.lattice_log_marginal(x, decoder, 2, points=33, likelihood=model.likelihood)
+    fastvae.audit.lattice_log_marginal(x, decoder, 2, points=33, likelihood=model.likelihood)
     assert sum(decoded) == 33**2
     assert sum(pairs) == N * 33**2
     assert max(pairs) <= 1000
@@ -187,7 +189,7 @@ def test_float32_and_integers():
     linear = nn.Linear(1, X).to(DEVICE)
     counts = torch.poisson(3 * rand(N, X, seed=1))
     options = {"points": 129, "likelihood": "poisson"}
-    one, other = (fastvae.lattice_log_marginal(c, linear, 1, **options) for c in (counts, counts.int()))
+    one, other = (fastvae.audit.lattice_log_marginal(c, linear, 1, **options) for c in (counts, counts.int()))
     torch.testing.assert_close(one.log_px, other.log_px, rtol=1e-6, atol=1e-5)
     assert all(p.grad is None for p in linear.parameters())
 
@@ -196,7 +198,7 @@ def test_modules_are_in_eval_mode_and_back():
     decoder = nn.Sequential(nn.Linear(1, X), nn.Dropout(0.5)).to(DEVICE)
     x = rand(N, X, seed=1)
     options = {"points": 33, "likelihood": "bernoulli"}
-    one, other = (fastvae.lattice_log_marginal(x, decoder, 1, **options) for _ in range(2))
+    one, other = (fastvae.audit.lattice_log_marginal(x, decoder, 1, **options) for _ in range(2))
     assert torch.equal(one.log_px, other.log_px)
     assert decoder.training
 
@@ -213,7 +215,7 @@ def test_what_is_not_a_number_or_impossible():
 
     ones = torch.ones(2, X, dtype=torch.float64, device=DEVICE)
     with np.errstate(all="ignore"):
-        result = fastvae.lattice_log_marginal(ones, decoder, 1, points=6, likelihood="bernoulli")
+        result = fastvae.audit.lattice_log_marginal(ones, decoder, 1, points=6, likelihood="bernoulli")
     assert result.log_px.tolist() == [-math.inf] * 2
     assert result.error.tolist() == [math.inf] * 2
 
@@ -229,9 +231,9 @@ def test_what_is_not_a_number_or_impossible():
         (2, {"box": (1.0, -1.0)}, "must be wider than 0"),
         (2, {"box": (torch.zeros(3), 1.0)}, r"an end of the lattice has shape \[3\]"),
         (2, {"prior": td.Laplace(torch.zeros(2), torch.ones(2))}, "give box="),
-        (2, {"prior": fastvae.DiagonalNormal(torch.zeros(5, 2), torch.zeros(5, 2))}, "of each example"),
+        (2, {"prior": DiagonalNormal(torch.zeros(5, 2), torch.zeros(5, 2))}, "of each example"),
         (2, {"prior": lambda context: context}, "of each example"),
-        (2, {"data": {"x": torch.zeros(4, X)}, "likelihood": fastvae.Joint(x="bernoulli")}, "several parts"),
+        (2, {"data": {"x": torch.zeros(4, X)}, "likelihood": Joint(x="bernoulli")}, "several parts"),
         (2, {"data": []}, "no batches"),
         (2, {"decoder": None}, "decoder must be"),
     ],
@@ -239,4 +241,4 @@ def test_what_is_not_a_number_or_impossible():
 def test_errors(dim, options, message):
     options = {"data": torch.zeros(4, X), "decoder": nn.Linear(2, X), "likelihood": "bernoulli", **options}
     with pytest.raises((TypeError, ValueError), match=message):
-        fastvae.lattice_log_marginal(options.pop("data"), options.pop("decoder"), dim, **options)
+        fastvae.audit.lattice_log_marginal(options.pop("data"), options.pop("decoder"), dim, **options)

@@ -10,6 +10,7 @@ from torch import nn
 
 import fastvae
 from fastvae import ops
+from fastvae.distributions import Distribution
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, rand, randn
@@ -472,7 +473,7 @@ def test_a_compiled_label_out_of_range_is_nan():
 # The same model with a mixture as the prior of z
 
 
-class Mixture(fastvae.Distribution):
+class Mixture(Distribution):
     """Mixture p(z) = Σ_y p(y) N(z; mu_y, σ_y²)."""
 
     def __init__(self, mu, logvar, logits):

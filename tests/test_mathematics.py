@@ -13,6 +13,8 @@ import torch
 from torch import distributions as td
 
 import fastvae
+from fastvae.distributions import DiagonalNormal
+from fastvae.likelihoods import Gaussian
 
 from . import models
 from .conftest import DEVICE
@@ -212,7 +214,7 @@ def test_learned_prior_reaches_its_optimum():
     mu, logvar = randn(B, D, seed=14, dtype=torch.float64), randn(B, D, seed=15, dtype=torch.float64)
     m = mu.mean(0)
     variance = (logvar.exp() + (mu - m) ** 2).mean(0)
-    prior = fastvae.DiagonalNormal(torch.nn.Parameter(m.clone()), torch.nn.Parameter(variance.log()))
+    prior = DiagonalNormal(torch.nn.Parameter(m.clone()), torch.nn.Parameter(variance.log()))
     x = rand(B, X, seed=16, dtype=torch.float64)
     decoder = lambda z: z.new_zeros(z.shape[0], X)  # noqa: E731
     (-fastvae.elbo(x, (mu, logvar), decoder, likelihood="bernoulli", prior=prior)).backward()
@@ -307,13 +309,13 @@ def test_gaussian_scale_is_a_standard_deviation():
     row = rand(X, seed=27, dtype=torch.float64) + 0.5
     number = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
     for scale, learned in ((0.3, False), (number, False), (row, False), (number, True), (row, True)):
-        likelihood = fastvae.Gaussian(scale=scale, learned=learned)
+        likelihood = Gaussian(scale=scale, learned=learned)
         got = likelihood.log_likelihood(x, mean.reshape(k * B, X), k)
         torch.testing.assert_close(got, td.Normal(mean, scale).log_prob(x).sum(2), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(likelihood.scale, scale)
     computed = row.clone().requires_grad_()
     (got,) = torch.autograd.grad(
-        fastvae.Gaussian(computed).log_likelihood(x, mean.reshape(k * B, X), k).sum(), computed
+        Gaussian(computed).log_likelihood(x, mean.reshape(k * B, X), k).sum(), computed
     )
     (expected,) = torch.autograd.grad(td.Normal(mean, computed).log_prob(x).sum(), computed)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -416,8 +418,8 @@ def test_estimators_are_the_textbook_ones(backend, estimator, prior):
     weight = randn(D, X, seed=35, dtype=torch.float64).requires_grad_()
     x = randn(B, X, seed=36, dtype=torch.float64)
     bound = fastvae.iwae(
-        x, tuple(leaves[:2]), lambda z: torch.tanh(z @ weight), k=k, likelihood=fastvae.Gaussian(scale=1.3),
-        prior=fastvae.DiagonalNormal(*leaves[2:]) if parts else None, estimator=estimator, reduction="none",
+        x, tuple(leaves[:2]), lambda z: torch.tanh(z @ weight), k=k, likelihood=Gaussian(scale=1.3),
+        prior=DiagonalNormal(*leaves[2:]) if parts else None, estimator=estimator, reduction="none",
         generator=generator(37),
     )  # fmt: skip
     # Rows have different weights in the loss, to detect a wrong scale per row.
@@ -449,9 +451,7 @@ def test_estimators_leave_value_decoder_and_prior_alone(likelihood):
     results = {}
     for estimator in ("iwae", "dreg", "stl"):
         encoder, decoder = models.networks(X, D, likelihood)
-        prior = fastvae.DiagonalNormal(
-            torch.nn.Parameter(randn(D, seed=41)), torch.nn.Parameter(randn(D, seed=42))
-        )
+        prior = DiagonalNormal(torch.nn.Parameter(randn(D, seed=41)), torch.nn.Parameter(randn(D, seed=42)))
         bound = fastvae.iwae(
             x,
             encoder(x),

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 from fastvae import ops
+from fastvae.likelihoods import Likelihood
 
 from . import models
 from .conftest import DEVICE
@@ -111,7 +112,7 @@ def test_running_maximum_may_rise_and_fall():
     x, q = torch.zeros(2, X), (torch.zeros(2, D), torch.zeros(2, D))
     coming = iter(levels)
 
-    class Given(fastvae.Likelihood):
+    class Given(Likelihood):
         """Likelihood for a decoder that returns log p(x|z) itself."""
 
         def log_likelihood(self, x, parameters, samples, beside=None):

@@ -11,7 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastvae
-from fastvae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Multinomial, Poisson
+from fastvae.likelihoods import (
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    Gaussian,
+    Joint,
+    Multinomial,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+)
 
 from .conftest import DEVICE
 from .models import generator, rand, randn
@@ -117,13 +127,13 @@ def test_a_joint_of_both():
     part = CASES["bernoulli"]
     q = randn(B, 2 * D, seed=4)
     decoder = Decoder((X,), torch.sigmoid)
-    joint = fastvae.Joint(a=Bernoulli(probs=True), b="bernoulli")
+    joint = Joint(a=Bernoulli(probs=True), b="bernoulli")
     logits = Decoder((X,))
     got = fastvae.elbo(
         {"a": part[2], "b": part[2]}, q, lambda z: {"a": decoder(z), "b": logits(z)}, likelihood=joint,
         generator=generator(1),
     )  # fmt: skip
-    both = fastvae.Joint(a="bernoulli", b="bernoulli")
+    both = Joint(a="bernoulli", b="bernoulli")
     expected = fastvae.elbo(
         {"a": part[2], "b": part[2]}, q, lambda z: {"a": logits(z), "b": logits(z)}, likelihood=both,
         generator=generator(1),
@@ -282,7 +292,7 @@ class Nested(nn.Module):
         ("continuous_bernoulli", nn.Sigmoid()),
         ("multinomial", nn.Softmax(1)),
         ("poisson", nn.Softplus()),
-        (fastvae.NegativeBinomial(2.0), nn.Softplus()),
+        (NegativeBinomial(2.0), nn.Softplus()),
     ],
     ids=str,
 )
@@ -329,7 +339,7 @@ def test_outputs_between_0_and_1_are_said_once(monkeypatch):
         and "all outputs of the decoder lie in" in said[0]
     )
     assert len(_said(Method().decode, calls=1)) == 1
-    joint = fastvae.Joint(a="bernoulli")
+    joint = Joint(a="bernoulli")
     q = torch.zeros(B, 2 * D, device=DEVICE)
     with pytest.warns(UserWarning, match="probs=True"):
         fastvae.elbo({"a": rand(B, X, seed=1)}, q, lambda z: {"a": net(z).sigmoid()}, likelihood=joint)
@@ -345,15 +355,15 @@ def test_no_false_alarms(monkeypatch):
     assert not _said(nn.Linear(D, X).to(DEVICE))
     assert not _said(nn.Sequential(nn.Linear(D, 6), nn.Sigmoid(), nn.Linear(6, X)).to(DEVICE))
     assert not _said(sigmoid, Bernoulli(probs=True))
-    assert not _said(sigmoid, fastvae.Gaussian(0.1))
+    assert not _said(sigmoid, Gaussian(0.1))
     assert not _said(nn.Sequential(nn.Linear(D, X), nn.Softplus()).to(DEVICE), Poisson(rate=True), counts)
 
 
 @pytest.mark.parametrize(
     "likelihood",
     [
-        "poisson", Poisson(rate=True), fastvae.NegativeBinomial(2.0),
-        fastvae.ZeroInflatedNegativeBinomial(2.0), "multinomial",
+        "poisson", Poisson(rate=True), NegativeBinomial(2.0),
+        ZeroInflatedNegativeBinomial(2.0), "multinomial",
     ],
     ids=str,
 )  # fmt: skip
@@ -366,7 +376,7 @@ def test_counts_that_are_not_whole_are_said_once(likelihood, monkeypatch):
             return lambda z: net(z).square()
         return lambda z: (net(z), net(z))
 
-    outputs = 2 if isinstance(likelihood, fastvae.ZeroInflatedNegativeBinomial) else 1
+    outputs = 2 if isinstance(likelihood, ZeroInflatedNegativeBinomial) else 1
     counts = (4 * rand(B, X, seed=1)).floor()
     said = _said(decoder(outputs=outputs), likelihood, counts + 0.5)
     assert not said or len(said) == 1

@@ -10,6 +10,7 @@ import torch
 
 import fastvae
 from fastvae import ops
+from fastvae.likelihoods import NegativeBinomial, ZeroInflatedNegativeBinomial
 
 from .conftest import DEVICE
 
@@ -137,7 +138,7 @@ def test_dispersions_that_the_likelihood_holds(backend, inflated, form):
     x = torch.poisson(torch.rand(b, genes, generator=g) * 3, generator=g).to(DEVICE)
     mean, logit = (torch.randn(k * b, genes, generator=g).to(DEVICE) for _ in range(2))
     held = 3.0 if form == "number" else torch.rand(genes, generator=g).to(DEVICE) + 0.5
-    kind = fastvae.ZeroInflatedNegativeBinomial if inflated else fastvae.NegativeBinomial
+    kind = ZeroInflatedNegativeBinomial if inflated else NegativeBinomial
     likelihood = kind(held, learned=form == "learned").to(DEVICE)
     spread = torch.as_tensor(held, device=DEVICE).log().expand(k * b, genes)
     some, every = (mean, logit) if inflated else mean, (mean, spread, *([logit] if inflated else []))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal
 
 from .conftest import DEVICE
 
@@ -72,7 +73,7 @@ def test_prior_and_model_sample_compiled(backend, prior):
     vae = _vae()
     if prior == "diagonal":
         mu, logvar = torch.randn(2, 3, device=DEVICE)
-        vae.prior = fastvae.DiagonalNormal(mu, logvar)
+        vae.prior = DiagonalNormal(mu, logvar)
     compiled = torch.compile(vae.sample, backend="aot_eager", fullgraph=True)
     _same_draws(lambda: compiled(4), lambda: vae.sample(4))
 

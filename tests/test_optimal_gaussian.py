@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastvae
+from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
 from .models import randn
@@ -20,7 +21,7 @@ def inputs():
 
 
 def likelihood(**options):
-    return fastvae.Gaussian(scale="optimal", **options).to(DEVICE)
+    return Gaussian(scale="optimal", **options).to(DEVICE)
 
 
 def test_training_takes_the_variance_of_its_batch(backend):
@@ -33,7 +34,7 @@ def test_training_takes_the_variance_of_its_batch(backend):
     torch.testing.assert_close(optimal.scale, variance.sqrt())
     bounds = []
     for factor in (1.0, 0.95, 1.05):
-        held = fastvae.Gaussian(scale=factor * variance.sqrt())
+        held = Gaussian(scale=factor * variance.sqrt())
         bounds.append(fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=held, terms=True).bound)
     torch.testing.assert_close(terms.bound, bounds[0])
     assert all(float(bounds[0].sum()) > float(b.sum()) for b in bounds[1:])
@@ -43,7 +44,7 @@ def test_training_takes_the_variance_of_its_batch(backend):
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(optimal.variance, variance)  # measured once
     direct = optimal.log_likelihood(x, mean, K)
-    torch.testing.assert_close(direct, fastvae.Gaussian(scale=variance.sqrt()).log_likelihood(x, mean, K))
+    torch.testing.assert_close(direct, Gaussian(scale=variance.sqrt()).log_likelihood(x, mean, K))
 
 
 def test_the_running_mean(backend):
@@ -54,7 +55,7 @@ def test_the_running_mean(backend):
         now = (factor * x - mean[:B].detach()).square().mean()
         expected = now if expected is None else 0.75 * expected + 0.25 * now
     torch.testing.assert_close(optimal.variance, expected)
-    held = fastvae.Gaussian(scale=expected.sqrt()).log_prob(x, mean[:B])
+    held = Gaussian(scale=expected.sqrt()).log_prob(x, mean[:B])
     with torch.no_grad():
         torch.testing.assert_close(optimal.log_prob(x, mean[:B]), held)
     optimal.eval()
@@ -75,7 +76,7 @@ def test_one_variance_serves_all_draws(backend):
     optimal = likelihood()
     fastvae.elbo(x, q, decoder, k=K, likelihood=optimal)
     before = optimal.variance.clone()
-    held = fastvae.Gaussian(scale=before.sqrt())
+    held = Gaussian(scale=before.sqrt())
     for chunk in (1, 4, None):
         found, expected = (
             fastvae.log_marginal(
@@ -130,12 +131,12 @@ def test_mistakes():
         lambda: fastvae.log_marginal(x, q, lambda z: z[:, :1].expand(-1, X), k=2, likelihood=likelihood()),
     ):
         with pytest.raises(
-            RuntimeError, match=r"has no variance yet.*train first.*fastvae.Gaussian\(scale=0.1\)"
+            RuntimeError, match=r"has no variance yet.*train first.*fastvae.likelihoods.Gaussian\(scale=0.1\)"
         ):
             call()
     with pytest.raises(ValueError, match=r"momentum is .*in \(0, 1\], got 0"):
-        fastvae.Gaussian(scale="optimal", momentum=0)
+        Gaussian(scale="optimal", momentum=0)
     with pytest.raises(ValueError, match="measured, neither given nor learned"):
-        fastvae.Gaussian(scale="optimal", learned=True)
+        Gaussian(scale="optimal", learned=True)
     with pytest.raises(TypeError, match="must return the mean alone, a tensor; got a tuple of 2"):
         likelihood().log_prob(x, (mean[:B], mean[:B]))

@@ -10,6 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, Laplace, StudentT
 
 from .conftest import DEVICE
 from .models import rand, randn
@@ -28,18 +29,18 @@ some_pairs = pytest.mark.parametrize("dtypes", [PAIRS[1], PAIRS[3], PAIRS[8]], i
 FORMS = {
     "pair": lambda mu, logvar: (mu, logvar),
     "list": lambda mu, logvar: [mu, logvar],
-    "DiagonalNormal": fastvae.DiagonalNormal,
-    "log_scale": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, scale="log_scale"),
-    "softplus": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, scale="softplus", floor=1e-3),
-    "clamped": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, logvar_range=(-1.0, 1.0)),
-    "Laplace": fastvae.Laplace,
-    "StudentT": lambda loc, log_scale: fastvae.StudentT(loc, log_scale, 5.0),
+    "DiagonalNormal": DiagonalNormal,
+    "log_scale": lambda mu, logvar: DiagonalNormal(mu, logvar, scale="log_scale"),
+    "softplus": lambda mu, logvar: DiagonalNormal(mu, logvar, scale="softplus", floor=1e-3),
+    "clamped": lambda mu, logvar: DiagonalNormal(mu, logvar, logvar_range=(-1.0, 1.0)),
+    "Laplace": Laplace,
+    "StudentT": lambda loc, log_scale: StudentT(loc, log_scale, 5.0),
     "spatial": lambda mu, logvar: (mu[:, :, None, None], logvar[:, :, None, None]),
 }
 PRIORS = {
     "N(0, I)": lambda mu, logvar: None,
-    "row": lambda mu, logvar: fastvae.DiagonalNormal(mu[0].detach(), logvar[0].detach()),
-    "each": lambda mu, logvar: fastvae.DiagonalNormal(logvar.detach(), mu.detach()),
+    "row": lambda mu, logvar: DiagonalNormal(mu[0].detach(), logvar[0].detach()),
+    "each": lambda mu, logvar: DiagonalNormal(logvar.detach(), mu.detach()),
 }
 ENTRIES = {
     "elbo": fastvae.elbo,

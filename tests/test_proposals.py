@@ -14,7 +14,20 @@ from torch import distributions as td
 
 import fastvae
 from fastvae import random
-from fastvae.distributions import as_posterior
+from fastvae.distributions import (
+    DiagonalNormal,
+    Distribution,
+    Exponential,
+    FullNormal,
+    Hierarchy,
+    Laplace,
+    Level,
+    LowRankNormal,
+    Mixture,
+    NormalMixture,
+    StandardNormal,
+    as_posterior,
+)
 from fastvae.estimation import proposals
 from fastvae.estimation.proposals import (
     Adapted,
@@ -28,6 +41,7 @@ from fastvae.estimation.proposals import (
     _tempered,
 )
 from fastvae.estimation.weights import Weights
+from fastvae.likelihoods import Gaussian, Likelihood
 
 from . import test_evaluate
 from .conftest import DEVICE
@@ -118,7 +132,7 @@ def test_a_mode_that_q_has_missed():
             q,
             torch.square,
             k=1000,
-            likelihood=fastvae.Gaussian(scale),
+            likelihood=Gaussian(scale),
             proposal=name,
             generator=generator(3),
         )
@@ -296,14 +310,14 @@ def _families(model, x):
     mu, logvar = model.posterior(x, 0.4, 0.3)
     sd = (0.5 * logvar).exp()
     below = torch.ones(D, D, dtype=sd.dtype, device=DEVICE).tril(-1)
-    full = fastvae.FullNormal.of(mu, torch.diag_embed(sd) + 0.1 * sd[:, :, None] * below)
+    full = FullNormal.of(mu, torch.diag_embed(sd) + 0.1 * sd[:, :, None] * below)
     return {
         "pair": (mu, logvar),
-        "softplus": fastvae.DiagonalNormal(mu, (logvar.exp().expm1()).log(), scale="softplus"),
+        "softplus": DiagonalNormal(mu, (logvar.exp().expm1()).log(), scale="softplus"),
         "full": full,
-        "low rank": fastvae.LowRankNormal(mu, logvar, 0.3 * sd[..., None]),
-        "laplace": fastvae.Laplace(mu, sd.log()),
-        "mixture": fastvae.Mixture(
+        "low rank": LowRankNormal(mu, logvar, 0.3 * sd[..., None]),
+        "laplace": Laplace(mu, sd.log()),
+        "mixture": Mixture(
             [(mu, logvar), (mu + sd, logvar)], torch.stack([x[:, 0].abs(), -x[:, 1].abs()], 1)
         ),
         "torch's": td.Laplace(mu, sd),
@@ -327,7 +341,7 @@ def test_inflated_families(family):
     """Inflated families have twice the standard deviation and are otherwise unchanged."""
     model = LinearGaussian(D, X)
     q = as_posterior(_families(model, model.sample(5))[family])
-    wide = Inflated(2.0).of(q, fastvae.StandardNormal())
+    wide = Inflated(2.0).of(q, StandardNormal())
     seed = seed_of(3)
     z = q.rsample(4, seed)[0] - q.mean
     torch.testing.assert_close(wide.rsample(4, seed)[0] - q.mean, 2 * z, rtol=1e-10, atol=1e-10)
@@ -339,7 +353,7 @@ def test_heavy_and_defensive_densities():
     """Heavy and defensive densities equal torch's at any z."""
     mu, logvar = (randn(4, D, seed=s, dtype=torch.float64) for s in (1, 2))
     z = 3 * randn(6, 4, D, seed=3, dtype=torch.float64)
-    q, prior = as_posterior((mu, logvar)), fastvae.StandardNormal()
+    q, prior = as_posterior((mu, logvar)), StandardNormal()
     sd = (0.5 * logvar).exp()
     heavy = td.StudentT(4.0, mu, sd).log_prob(z).sum(-1)
     torch.testing.assert_close(Heavy(4.0).of(q, prior).log_prob(z), heavy)
@@ -353,14 +367,14 @@ def test_a_hierarchy_and_a_prior_that_cannot_be_drawn_from():
     """A prior that cannot be drawn from leaves its share to q; a defensive proposal raises."""
     torch.manual_seed(5)
     linear = torch.nn.Linear(X, 4).to(DEVICE)
-    hierarchy = fastvae.Hierarchy(
+    hierarchy = Hierarchy(
         [
-            fastvae.Level(2, torch.nn.Linear(4, 4)),
-            fastvae.Level(1, lambda h, z: (h[:, :1] + z[:, :1], h[:, 1:2]), prior=torch.nn.Linear(2, 2)),
+            Level(2, torch.nn.Linear(4, 4)),
+            Level(1, lambda h, z: (h[:, :1] + z[:, :1], h[:, 1:2]), prior=torch.nn.Linear(2, 2)),
         ]
     ).to(DEVICE)
     decoder, x = torch.nn.Linear(3, X).to(DEVICE), torch.rand(6, X, device=DEVICE).round()
-    mixture = fastvae.NormalMixture(*(randn(5, 3, seed=s) for s in (1, 2)))
+    mixture = NormalMixture(*(randn(5, 3, seed=s) for s in (1, 2)))
     pair = torch.zeros(6, 3, device=DEVICE), torch.zeros(6, 3, device=DEVICE)
     for q, prior in ((hierarchy(linear(x)), None), (pair, mixture)):
         options = {"likelihood": "bernoulli", "prior": prior, "k": 1500, "generator": generator(1)}
@@ -376,8 +390,8 @@ def test_supports_that_are_not_everything():
     """Draws of zero density have weight 0; torch's distributions, which raise for them, are refused."""
     x = randn(5, X, seed=2)
     weight = torch.ones(D, X, device=DEVICE) / 3
-    prior, q = (fastvae.Exponential(t.to(DEVICE)) for t in (torch.zeros(D), torch.zeros(5, D) - 0.5))
-    options = {"likelihood": fastvae.Gaussian(1.0), "k": 3000, "prior": prior}
+    prior, q = (Exponential(t.to(DEVICE)) for t in (torch.zeros(D), torch.zeros(5, D) - 0.5))
+    options = {"likelihood": Gaussian(1.0), "k": 3000, "prior": prior}
 
     def run(q, proposal):
         return fastvae.log_marginal(
@@ -403,7 +417,7 @@ def test_latents_with_axes_of_their_own():
     def flat(z):
         return z.repeat(1, 2)
 
-    options = {"likelihood": fastvae.Gaussian(1.0), "k": 200}
+    options = {"likelihood": Gaussian(1.0), "k": 200}
     for name in NAMES:
         shaped = fastvae.log_marginal(
             x, (mu, logvar), decoder, proposal=name, generator=generator(1), **options
@@ -448,7 +462,7 @@ def test_nan_and_impossible_examples_harm_no_other():
 def test_first_weights_that_are_all_zero_or_nearly():
     """The fit is tempered, or that of q's own draws, if all or nearly all first weights are zero."""
 
-    class Rare(fastvae.Likelihood):
+    class Rare(Likelihood):
         def log_likelihood(self, x, parameters, samples, beside=None):
             return torch.where(parameters.reshape(samples, x.shape[0], D)[..., 0] > x[:, 0], 0.0, -math.inf)
 
@@ -525,7 +539,7 @@ def test_full_t():
 def test_in_turn():
     """In any cycle of draws shares are exact; noise belongs to the draw; the density is the mixture's."""
     near, far = (
-        fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
+        DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
         for m in (0.0, 100.0)
     )
     seed = seed_of(2)
@@ -558,10 +572,10 @@ def test_in_turn():
 def test_in_turn_by_randomisations():
     """Each randomisation of quasi-Monte-Carlo noise cycles separately, in any chunks."""
     near, far = (
-        fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
+        DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
         for m in (0.0, 100.0)
     )
-    both = fastvae.Mixture([near, far], torch.tensor([0.4, -0.4], device=DEVICE))
+    both = Mixture([near, far], torch.tensor([0.4, -0.4], device=DEVICE))
     seeds = random.seed_of("qmc", seed_of(2), 3)
     for mixture in (_InTurn([near, far], [0.93, 0.07]), _InTurn([both, far], [0.9, 0.1])):
         z, log_q = mixture.rsample(210, seeds)
@@ -596,7 +610,7 @@ def test_unbiased_with_a_point_set(proposal):
 def test_in_turn_of_randomisations():
     """Each randomisation has its own share of each part's points, for any subset of the draws."""
     near, far = (
-        fastvae.DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
+        DiagonalNormal(torch.full((4, 2), m, device=DEVICE), torch.zeros(4, 2, device=DEVICE))
         for m in (0.0, 100.0)
     )
     seed = fastvae.random.seed_of("qmc", seed_of(2), 8)
@@ -642,7 +656,7 @@ def test_rounds():
 # Errors
 
 
-class _Bare(fastvae.Distribution):
+class _Bare(Distribution):
     """Posterior whose density is known at its draws only."""
 
     def __init__(self, mu):
@@ -656,7 +670,7 @@ class _Bare(fastvae.Distribution):
 
 
 ZEROS = torch.zeros(4, D)
-FULL = fastvae.FullNormal(ZEROS, torch.zeros(4, D * (D + 1) // 2))
+FULL = FullNormal(ZEROS, torch.zeros(4, D * (D + 1) // 2))
 
 
 @pytest.mark.parametrize(
@@ -667,7 +681,7 @@ FULL = fastvae.FullNormal(ZEROS, torch.zeros(4, D * (D + 1) // 2))
         (None, Defensive, TypeError, "proposal must be a name"),
         (None, proposals.Proposal(), NotImplementedError, "use one of fastvae.proposals, such as Defensive"),
         (FULL, "heavy", TypeError, "normal distribution with a diagonal covariance; got FullNormal"),
-        (fastvae.Laplace(ZEROS, ZEROS), "inflated", TypeError, "proposal='inflated' needs .* got Laplace"),
+        (Laplace(ZEROS, ZEROS), "inflated", TypeError, "proposal='inflated' needs .* got Laplace"),
         (_Bare(ZEROS), "adapted", TypeError, "needs the density of q at any z, but _Bare has no log_prob"),
         (_Bare(ZEROS), "defensive", TypeError, "needs the density of q at any z, but _Bare has no log_prob"),
     ],

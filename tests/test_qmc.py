@@ -16,7 +16,19 @@ from scipy.stats import qmc
 import fastvae
 from fastvae import random
 from fastvae.core import backend as _backend
+from fastvae.distributions import (
+    DiagonalNormal,
+    Distribution,
+    FullNormal,
+    Hierarchy,
+    Laplace,
+    Level,
+    LowRankNormal,
+    Mixture,
+    StudentT,
+)
 from fastvae.estimation.weights import Weights, _student, between
+from fastvae.likelihoods import Gaussian
 from fastvae.reference import random as reference
 
 from . import strategies
@@ -160,7 +172,7 @@ def linear(d, batch=3, x_dim=5, seed=1, dtype=torch.float32):
     return x.to(DEVICE, dtype), q, lambda z: z @ w.mT, log_px.to(DEVICE)
 
 
-LIKELIHOOD = fastvae.Gaussian(scale=1.0)
+LIKELIHOOD = Gaussian(scale=1.0)
 
 
 def repeated(d, times, dtype=torch.float32):
@@ -283,16 +295,14 @@ def families(b=4, d=3):
     def some(*shape):
         return (0.3 * torch.randn(*shape, generator=g, dtype=torch.float64)).to(DEVICE).requires_grad_()
 
-    mixture = fastvae.Mixture(
-        [fastvae.DiagonalNormal(some(b, d), some(b, d)), fastvae.FullNormal(some(b, d), some(b, 6))], some(2)
-    )
+    mixture = Mixture([DiagonalNormal(some(b, d), some(b, d)), FullNormal(some(b, d), some(b, 6))], some(2))
     return {
-        "diagonal": fastvae.DiagonalNormal(some(b, d), some(b, d)),
-        "softplus": fastvae.DiagonalNormal(some(b, d), some(b, d), scale="softplus", floor=1e-3),
-        "full": fastvae.FullNormal(some(b, d), some(b, 6)),
-        "low_rank": fastvae.LowRankNormal(some(b, d), some(b, d), some(b, d, 2)),
-        "laplace": fastvae.Laplace(some(b, d), some(b, d)),
-        "student": fastvae.StudentT(some(b, d), some(b, d), 5.0),
+        "diagonal": DiagonalNormal(some(b, d), some(b, d)),
+        "softplus": DiagonalNormal(some(b, d), some(b, d), scale="softplus", floor=1e-3),
+        "full": FullNormal(some(b, d), some(b, 6)),
+        "low_rank": LowRankNormal(some(b, d), some(b, d), some(b, d, 2)),
+        "laplace": Laplace(some(b, d), some(b, d)),
+        "student": StudentT(some(b, d), some(b, d), 5.0),
         "torch": torch.distributions.Normal(some(b, d), some(b, d).exp()),
         "mixture": mixture,
     }
@@ -367,7 +377,7 @@ def test_log_weights_are_those_of_iwae():
 
 
 def test_a_family_of_the_users():
-    class Shifted(fastvae.Distribution):
+    class Shifted(Distribution):
         def __init__(self, mu):
             super().__init__()
             self.mu, self.batch, self.device = mu, mu.shape[0], mu.device
@@ -395,8 +405,8 @@ def test_the_levels_of_a_hierarchy(merge, monkeypatch):
     networks = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in sizes]
     if merge is None:
         networks[1] = _Beside(networks[1])
-    hierarchy = fastvae.Hierarchy([
-        fastvae.Level(2, networks[0]), fastvae.Level(3, networks[1], prior=networks[2], merge=merge)
+    hierarchy = Hierarchy([
+        Level(2, networks[0]), Level(3, networks[1], prior=networks[2], merge=merge)
     ])  # fmt: skip
     hierarchy.to(DEVICE)
     h = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)

@@ -10,8 +10,8 @@ import torch
 from torch import distributed, nn
 
 import fastvae
-from fastvae import VectorQuantizer
 from fastvae.ops.codebook import nearest_code
+from fastvae.quantize import VectorQuantizer
 from fastvae.reference import codebook as tiles
 
 from .conftest import DEVICE

@@ -13,6 +13,17 @@ from torch import nn
 
 import fastvae
 from fastvae.cli import main
+from fastvae.distributions import (
+    AggregatePosterior,
+    DiagonalNormal,
+    Exponential,
+    FullNormal,
+    Mixture,
+    NormalMixture,
+    StandardNormal,
+    StudentT,
+    VampPrior,
+)
 from fastvae.estimation import proposals
 from fastvae.likelihoods import Gaussian, Joint, Laplace, from_distribution
 from fastvae.objectives import bounds, schedules
@@ -84,26 +95,24 @@ class _Inputs(nn.Module):
 
 DISTRIBUTIONS = {
     "NormalMixture(mu=learned float32 [4, 3], logvar=float32 [4, 3], logits=float32 [4])": lambda: (
-        fastvae.NormalMixture(nn.Parameter(_vector(4, 3)), _vector(4, 3), _vector(4))
+        NormalMixture(nn.Parameter(_vector(4, 3)), _vector(4, 3), _vector(4))
     ),
-    "Laplace(loc=learned float32 [3], log_scale=float32 [3])": lambda: fastvae.Laplace(
+    "Laplace(loc=learned float32 [3], log_scale=float32 [3])": lambda: fastvae.distributions.Laplace(
         nn.Parameter(_vector()), _vector()
     ),
-    "Exponential(log_scale=float32 [3])": lambda: fastvae.Exponential(_vector()),
-    "StudentT(loc=float32 [3], log_scale=float32 [3], df=4.0)": lambda: fastvae.StudentT(
-        _vector(), _vector(), 4.0
-    ),
-    "FullNormal(mu=learned float32 [3], tril=float32 [6])": lambda: fastvae.FullNormal(
+    "Exponential(log_scale=float32 [3])": lambda: Exponential(_vector()),
+    "StudentT(loc=float32 [3], log_scale=float32 [3], df=4.0)": lambda: StudentT(_vector(), _vector(), 4.0),
+    "FullNormal(mu=learned float32 [3], tril=float32 [6])": lambda: FullNormal(
         nn.Parameter(_vector()), _vector(6)
     ),
     "DiagonalNormal(mu=float32 [4, 3], logvar=float32 [4, 3], scale='softplus', floor=0.1)": lambda: (
-        fastvae.DiagonalNormal(_vector(4, 3), _vector(4, 3), scale="softplus", floor=0.1)
+        DiagonalNormal(_vector(4, 3), _vector(4, 3), scale="softplus", floor=0.1)
     ),
-    "DiagonalNormal(mu=float32 [3], logvar=float32 [3], logvar_range=[-5.0, 5.0])": lambda: (
-        fastvae.DiagonalNormal(_vector(), _vector(), logvar_range=(-5.0, 5.0))
+    "DiagonalNormal(mu=float32 [3], logvar=float32 [3], logvar_range=[-5.0, 5.0])": lambda: DiagonalNormal(
+        _vector(), _vector(), logvar_range=(-5.0, 5.0)
     ),
     "Mixture(components=[Laplace(loc=float32 [4, 3], log_scale=float32 [4, 3]), StandardNormal()])": lambda: (
-        fastvae.Mixture([fastvae.Laplace(_vector(4, 3), _vector(4, 3)), fastvae.StandardNormal()])
+        Mixture([fastvae.distributions.Laplace(_vector(4, 3), _vector(4, 3)), StandardNormal()])
     ),
 }
 
@@ -116,17 +125,17 @@ def test_distributions_print_what_was_set(shown):
 
 def test_priors_with_modules_print_them():
     encoder, inputs = nn.Linear(7, 6), nn.Parameter(torch.rand(9, 7))
-    vamp = repr(fastvae.VampPrior(encoder, inputs, torch.zeros(9)))
+    vamp = repr(VampPrior(encoder, inputs, torch.zeros(9)))
     assert "logits=float32 [9]" in vamp and "pseudo_inputs=learned float32 [9, 7]" in vamp
     assert "(encoder): Linear(in_features=7" in vamp
-    assert "(pseudo_inputs): _Inputs()" in repr(fastvae.VampPrior(encoder, _Inputs()))
-    aggregate = repr(fastvae.AggregatePosterior(encoder, torch.rand(40, 7), batch_size=8))
+    assert "(pseudo_inputs): _Inputs()" in repr(VampPrior(encoder, _Inputs()))
+    aggregate = repr(AggregatePosterior(encoder, torch.rand(40, 7), batch_size=8))
     assert "batch_size=8, data=float32 [40, 7]" in aggregate and "(encoder): Linear" in aggregate
-    learned = fastvae.Laplace(nn.Parameter(_vector()), _vector())
-    mixture = repr(fastvae.Mixture([learned, fastvae.StandardNormal()], _vector(2)))
+    learned = fastvae.distributions.Laplace(nn.Parameter(_vector()), _vector())
+    mixture = repr(Mixture([learned, StandardNormal()], _vector(2)))
     assert "components=[Laplace, StandardNormal()], logits=float32 [2]" in mixture
     assert "(component_0): Laplace(loc=learned float32 [3], log_scale=float32 [3])" in mixture
-    vae = fastvae.VAE(encoder, nn.Linear(3, 7), prior=fastvae.VampPrior(encoder, inputs))
+    vae = fastvae.VAE(encoder, nn.Linear(3, 7), prior=VampPrior(encoder, inputs))
     assert "pseudo_inputs=learned float32 [9, 7]" in repr(vae)
 
 

@@ -10,6 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, Distribution, FullNormal, Mixture, StandardNormal, StudentT
 from fastvae.likelihoods.base import as_likelihood
 
 from .conftest import DEVICE
@@ -22,7 +23,7 @@ N, D, X = 6, 3, 7
 def test_it_is_the_density_of_the_latents_it_drew(backend, likelihood):
     encoder, decoder = networks(X, D, likelihood, dtype=torch.float64)
     noise = generator(1)
-    z = fastvae.StandardNormal().sample(N, D, device=DEVICE, generator=noise).double()
+    z = StandardNormal().sample(N, D, device=DEVICE, generator=noise).double()
     with torch.no_grad():
         x = as_likelihood(likelihood).sample(decoder(z), generator=noise)
     mu, logvar = encoder(x)
@@ -65,7 +66,7 @@ def test_it_finds_the_exact_posterior():
         optimizer.zero_grad()
         value = -fastvae.sleep(
             q, model.decoder, n, latent_dim=D, likelihood=model.likelihood, generator=generator(2),
-            prior=fastvae.DiagonalNormal(*torch.zeros(2, D, dtype=torch.float64, device=DEVICE)),
+            prior=DiagonalNormal(*torch.zeros(2, D, dtype=torch.float64, device=DEVICE)),
         )  # fmt: skip
         value.backward()
         return value
@@ -121,16 +122,16 @@ def test_contexts_shapes_and_counts():
     assert bool((encoder.linear.weight.grad != 0).any())
 
 
-@pytest.mark.parametrize("q", [fastvae.FullNormal, fastvae.StudentT, "mixture"])
+@pytest.mark.parametrize("q", [FullNormal, StudentT, "mixture"])
 def test_other_posteriors(q):
-    width = {fastvae.FullNormal: [D, 6], fastvae.StudentT: [D] * 3, "mixture": [D] * 4}[q]
+    width = {FullNormal: [D, 6], StudentT: [D] * 3, "mixture": [D] * 4}[q]
     encoder = nn.Linear(X, sum(width)).to(DEVICE)
 
     def posterior(x):
         parts = encoder(x).split(width, 1)
         if q == "mixture":
-            return fastvae.Mixture([fastvae.DiagonalNormal(*parts[:2]), fastvae.DiagonalNormal(*parts[2:])])
-        return q(*parts) if q is fastvae.FullNormal else q(parts[0], parts[1], 1 + parts[2].exp())
+            return Mixture([DiagonalNormal(*parts[:2]), DiagonalNormal(*parts[2:])])
+        return q(*parts) if q is FullNormal else q(parts[0], parts[1], 1 + parts[2].exp())
 
     value = fastvae.sleep(posterior, nn.Linear(D, X).to(DEVICE), N, latent_dim=D, likelihood="bernoulli")
     value.backward()
@@ -169,7 +170,7 @@ WRONG = {
     ),
     "a prior without draws": (
         (ENCODER, DECODER, N),
-        {"prior": fastvae.Distribution()},
+        {"prior": Distribution()},
         NotImplementedError,
         "has no sample",
     ),

@@ -11,6 +11,7 @@ import torch
 
 import fastvae
 from fastvae import ops
+from fastvae.likelihoods import Gaussian, SoftplusGaussian
 
 from .conftest import DEVICE
 from .models import randn
@@ -78,48 +79,48 @@ def test_what_has_no_bound(backend):
 
 @pytest.mark.parametrize("floor", [0.0, 1e-4, 0.5])
 def test_it_is_a_gaussian(backend, floor):
-    likelihood = fastvae.Gaussian(scale="softplus", floor=floor)
-    assert type(likelihood) is fastvae.SoftplusGaussian and isinstance(likelihood, fastvae.Gaussian)
+    likelihood = Gaussian(scale="softplus", floor=floor)
+    assert type(likelihood) is SoftplusGaussian and isinstance(likelihood, Gaussian)
     assert pickle.loads(pickle.dumps(likelihood)).floor == likelihood.floor == floor
     assert likelihood.scale is None
     x, mean, raw = randn(4, 7, seed=1), randn(12, 7, seed=2), randn(12, 7, seed=3)
     variance = torch.nn.functional.softplus(raw) + floor
-    expected = fastvae.Gaussian().log_likelihood(x, (mean, variance.log()), 3)
+    expected = Gaussian().log_likelihood(x, (mean, variance.log()), 3)
     torch.testing.assert_close(likelihood.log_likelihood(x, (mean, raw), 3), expected)
     q = torch.zeros(4, 2, device=DEVICE)
     terms = fastvae.elbo(x, q, lambda z: (mean, raw), k=3, likelihood=likelihood, terms=True)
     torch.testing.assert_close(terms.log_likelihood, expected.mean(0))
     assert torch.equal(likelihood.mean((mean, raw)), mean)
-    assert fastvae.Gaussian(scale="softplus").floor == 1e-4
+    assert Gaussian(scale="softplus").floor == 1e-4
 
 
 @pytest.mark.parametrize(
     "make, error, message",
     [
         (
-            lambda: fastvae.Gaussian(scale="softmax"),
+            lambda: Gaussian(scale="softmax"),
             TypeError,
             r"number or a tensor, or a name \(.*'softplus'.*got the str 'softmax'",
         ),
         (
-            lambda: fastvae.Gaussian(scale="softplus", floor=-1.0),
+            lambda: Gaussian(scale="softplus", floor=-1.0),
             ValueError,
             "floor is the least variance.*-1.0",
         ),
         (
-            lambda: fastvae.Gaussian(scale="softplus", floor=None),
+            lambda: Gaussian(scale="softplus", floor=None),
             TypeError,
             "floor must be a number.*NoneType",
         ),
         (
-            lambda: fastvae.Gaussian(scale="softplus", learned=True),
+            lambda: Gaussian(scale="softplus", learned=True),
             ValueError,
-            r"comes from the decoder.*fastvae.Gaussian\(scale=0.1, learned=True\)",
+            r"comes from the decoder.*fastvae.likelihoods.Gaussian\(scale=0.1, learned=True\)",
         ),
         (
-            lambda: fastvae.Gaussian(scale="softplus").log_prob(torch.zeros(2, 3), torch.zeros(2, 3)),
+            lambda: Gaussian(scale="softplus").log_prob(torch.zeros(2, 3), torch.zeros(2, 3)),
             TypeError,
-            r"must return \(mean, raw\), got a tensor.*fastvae.Gaussian\(scale=0.1\)",
+            r"must return \(mean, raw\), got a tensor.*fastvae.likelihoods.Gaussian\(scale=0.1\)",
         ),
     ],
 )

@@ -10,8 +10,9 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.distributions import TorchDistribution, flat_prior
+from fastvae.distributions import DiagonalNormal, Distribution, TorchDistribution, flat_prior
 from fastvae.distributions.spatial import ELEMENTWISE
+from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
 from .models import generator, rand, randn
@@ -24,7 +25,7 @@ D = C * H * W
 BERNOULLI = {"likelihood": "bernoulli"}
 
 
-class Own(fastvae.DiagonalNormal):
+class Own(DiagonalNormal):
     """Subclass, for which nothing is fused."""
 
 
@@ -126,7 +127,7 @@ def pair(mu, logvar):
 @pytest.mark.parametrize("name", [*OBJECTIVES, "reconstruction_log_prob"])
 def test_every_objective_is_that_of_flat_latents(name, backend):
     if name in OBJECTIVES:
-        equal(both(OBJECTIVES[name], pair, fastvae.DiagonalNormal))
+        equal(both(OBJECTIVES[name], pair, DiagonalNormal))
         equal(both(OBJECTIVES[name], pair))
     else:
         equal(both(objective(name, k=K, k_chunk=2), pair))
@@ -150,7 +151,7 @@ QS = {
     "Normal": lambda mu, logvar: td.Normal(mu, logvar.exp()),
     "Independent": lambda mu, logvar: td.Independent(td.Normal(mu, logvar.exp()), mu.dim() - 1),
     "nested": lambda mu, logvar: td.Independent(td.Independent(td.Normal(mu, logvar.exp()), 1), 0),
-    "DiagonalNormal": lambda mu, logvar: fastvae.DiagonalNormal(mu, logvar, logvar_range=(-0.3, 0.4)),
+    "DiagonalNormal": lambda mu, logvar: DiagonalNormal(mu, logvar, logvar_range=(-0.3, 0.4)),
     "a subclass": lambda mu, logvar: Own(mu, logvar, logvar_range=(-0.3, 0.4)),
     "a subclass with buffers": lambda mu, logvar: Own(mu.detach(), logvar.detach()),
     "Laplace": lambda mu, logvar: td.Laplace(mu, logvar.exp()),
@@ -162,15 +163,15 @@ QS = {
 @pytest.mark.parametrize("name", QS)
 def test_every_form_of_q(name):
     run = objective("iwae", k=K, k_chunk=4, estimator="dreg")
-    prior = [fastvae.DiagonalNormal] if name in ("LogNormal", "Gamma") else []
+    prior = [DiagonalNormal] if name in ("LogNormal", "Gamma") else []
     equal(both(run, QS[name], *prior))
     equal(both(objective("elbo", kl="mc", k=2), QS[name], *prior))
-    equal(both(objective("log_marginal", k=23), QS[name], fastvae.DiagonalNormal))
+    equal(both(objective("log_marginal", k=23), QS[name], DiagonalNormal))
 
 
 PRIORS = {
-    "DiagonalNormal, clamped": lambda m, s: fastvae.DiagonalNormal(m, s, logvar_range=(0.8, 1.2)),
-    "of each row": lambda m, s: fastvae.DiagonalNormal(m.expand(B, *m.shape), s.expand(1, *m.shape)),
+    "DiagonalNormal, clamped": lambda m, s: DiagonalNormal(m, s, logvar_range=(0.8, 1.2)),
+    "of each row": lambda m, s: DiagonalNormal(m.expand(B, *m.shape), s.expand(1, *m.shape)),
     "a subclass": Own,
     "Normal": lambda m, s: td.Normal(m, s),
     "Independent, 1": lambda m, s: td.Independent(td.Normal(m, s), 1),
@@ -200,9 +201,9 @@ def test_a_flat_prior_serves_as_well():
     values = [
         fastvae.elbo(x, (mu, logvar), Decoder(), prior=p, generator=generator(1), **BERNOULLI)
         for p in (
-            fastvae.DiagonalNormal(m, s),
-            fastvae.DiagonalNormal(m.view(LATENT), s),
-            fastvae.DiagonalNormal(m, s.view(B, *LATENT)),
+            DiagonalNormal(m, s),
+            DiagonalNormal(m.view(LATENT), s),
+            DiagonalNormal(m, s.view(B, *LATENT)),
         )
     ]
     assert values[0] == values[1] == values[2]
@@ -236,7 +237,7 @@ def test_a_conditional_prior(flat):
         x,
         (mu, logvar),
         decoder,
-        prior=fastvae.DiagonalNormal(m + context.sum(), s),
+        prior=DiagonalNormal(m + context.sum(), s),
         generator=generator(1),
         **options,
     )
@@ -246,7 +247,7 @@ def test_a_conditional_prior(flat):
 def test_priors_of_the_users_own_see_flat_z():
     came = []
 
-    class Prior(fastvae.Distribution):
+    class Prior(Distribution):
         def log_prob(self, z):
             came.append(tuple(z.shape))
             return -z.abs().sum(-1)
@@ -258,7 +259,7 @@ def test_priors_of_the_users_own_see_flat_z():
 
 
 def test_posteriors_of_the_users_own_name_the_shape():
-    class Posterior(fastvae.Distribution):
+    class Posterior(Distribution):
         batch, device, latent = B, DEVICE, LATENT
         dims = D
 
@@ -424,12 +425,12 @@ def test_sampling_before_encoding(name):
 def test_sampling_with_a_conditional_prior():
     def prior(context):
         mu = context.view(-1, C, 1, 1).expand(-1, *LATENT)
-        return fastvae.DiagonalNormal(mu, torch.full((C, 1, 1), -99.0))
+        return DiagonalNormal(mu, torch.full((C, 1, 1), -99.0))
 
     vae = fastvae.VAE(
         lambda x, context: randn(B, 2 * C, H, W, seed=1),
         lambda z, context: z,
-        likelihood=fastvae.Gaussian(scale=1.0),
+        likelihood=Gaussian(scale=1.0),
         prior=prior,
         latent_dim=list(LATENT),
     ).cpu()
@@ -467,13 +468,13 @@ def test_evaluate_is_that_of_flat_latents(tmp_path):
         {"k": 40, "batch_size": 10},
         {"k": 400, "tol": 0.1, "batch_size": 10},
         {"k": 40, "prior": td.Normal(torch.zeros(C, 1, 1, device=DEVICE), 1.5)},
-        {"k": 40, "prior": fastvae.DiagonalNormal(randn(*LATENT, seed=2), randn(C, 1, 1, seed=3))},
+        {"k": 40, "prior": DiagonalNormal(randn(*LATENT, seed=2), randn(C, 1, 1, seed=3))},
     ):
         options = {"progress": False, **BERNOULLI, **options}
         spatial = fastvae.evaluate(vae.encoder, vae.decoder, x, generator=generator(1), **options)
-        if isinstance(options.get("prior"), fastvae.DiagonalNormal):
+        if isinstance(options.get("prior"), DiagonalNormal):
             p = options["prior"]
-            options["prior"] = fastvae.DiagonalNormal(p.mu.flatten(), p.logvar.expand(LATENT).flatten())
+            options["prior"] = DiagonalNormal(p.mu.flatten(), p.logvar.expand(LATENT).flatten())
         elif "prior" in options:
             options["prior"] = td.Normal(torch.zeros(D, device=DEVICE), 1.5)
         flat = fastvae.evaluate(encoder, decoder, x, generator=generator(1), **options)
@@ -538,7 +539,7 @@ def test_compiled(name, prior):
     decoder = Decoder()
 
     def loss(x, q, m, s):
-        p = None if prior is None else fastvae.DiagonalNormal(m, s)
+        p = None if prior is None else DiagonalNormal(m, s)
         if prior == "Normal":
             p = td.Normal(m, s.exp(), validate_args=False)
         options = {"prior": p, **BERNOULLI}

@@ -10,6 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import AggregatePosterior, DiagonalNormal, FullNormal, Laplace, LowRankNormal
 
 from .conftest import DEVICE
 from .models import generator, randn
@@ -56,7 +57,7 @@ def test_they_are_their_sums(backend):
     mu, logvar = parameters()
     found = fastvae.diagnostics.latents(model(mu, logvar), data(), batch_size=17, generator=generator(3))
     seed = fastvae.random.draw_seed(DEVICE, generator(3))
-    z = fastvae.DiagonalNormal(mu, logvar).rsample(1, seed)[0][0]
+    z = DiagonalNormal(mu, logvar).rsample(1, seed)[0][0]
     own, whole, each, log_p = written_out(td.Normal(mu, (0.5 * logvar).exp()), z, td.Normal(0.0, 1.0))
     expected = {
         "kl": own - log_p.sum(1),
@@ -88,7 +89,7 @@ def test_the_aggregate_posterior_is_the_best_prior():
     """The KL to the aggregate posterior is the mutual information; the other terms are 0."""
     mu, logvar = parameters()
     vae = model(mu, logvar)
-    vae.prior = fastvae.AggregatePosterior(vae.encoder, data(), batch_size=13)
+    vae.prior = AggregatePosterior(vae.encoder, data(), batch_size=13)
     found = fastvae.diagnostics.latents(vae, data())
     assert found.marginal_kl == pytest.approx(0, abs=1e-6) and found.dimension_kl is None
     assert found.kl == pytest.approx(found.mutual_information)
@@ -100,7 +101,7 @@ def test_marginals_of_full_covariances():
     tril = torch.zeros(N, D * (D + 1) // 2, dtype=torch.float64, device=DEVICE)
     tril[:, 1] = 2.0  # z_2 is 2 z_1 and noise
     found = fastvae.diagnostics.latents(
-        model(mu, tril, family=fastvae.FullNormal), data(), examples=N, generator=generator(5)
+        model(mu, tril, family=FullNormal), data(), examples=N, generator=generator(5)
     )
     assert found.mutual_information == pytest.approx(0, abs=1e-6)
     # −½ log(1 − ρ²) with ρ² = 4/5
@@ -108,14 +109,14 @@ def test_marginals_of_full_covariances():
     factor = torch.zeros(N, D, 1, dtype=torch.float64, device=DEVICE)
     factor[:, 1] = 2.0
     low = fastvae.diagnostics.latents(
-        model(mu, torch.zeros_like(mu), factor, family=fastvae.LowRankNormal), data(), generator=generator(5)
+        model(mu, torch.zeros_like(mu), factor, family=LowRankNormal), data(), generator=generator(5)
     )
     assert low.total_correlation == pytest.approx(0, abs=1e-6)
 
 
 def test_what_is_not_known_is_none_and_not_said():
     mu, logvar = parameters()
-    vae = model(mu, logvar, family=fastvae.Laplace, prior=fastvae.Laplace(mu[0], logvar[0]))
+    vae = model(mu, logvar, family=Laplace, prior=Laplace(mu[0], logvar[0]))
     found = fastvae.diagnostics.latents(vae, data(), examples=7)
     assert found.total_correlation is None and found.dimension_kl is None
     assert "total correlation" not in str(found) and "mutual information" in str(found)

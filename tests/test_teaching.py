@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.likelihoods import Gaussian, Likelihood
 
 x, q, decoder = torch.ones(4, 6), torch.zeros(4, 4), nn.Linear(2, 6)
 vae = fastvae.VAE(nn.Linear(6, 4), decoder, likelihood="bernoulli")
@@ -32,7 +33,7 @@ KEYWORDS = {
     "a method": (lambda: vae.iwae(x, num_samples=5), ["iwae()", "num_samples"]),
     "sample": (lambda: vae.sample(n_samples=5), ["sample()", "mean n="]),
     "ais": (lambda: vae.ais(x, seed=5), ["ais()", "generator="]),
-    "scale": (lambda: fastvae.Gaussian(sigma=0.1), ["Gaussian()", "scale="]),
+    "scale": (lambda: Gaussian(sigma=0.1), ["Gaussian()", "scale="]),
     "inherited": (lambda: fastvae.likelihoods.Laplace(std=0.1), ["Laplace()", "scale="]),
     "an op": (lambda: fastvae.ops.gaussian_log_prob(x, x), ["gaussian_log_prob()", "(x, mean, logvar)"]),
 }  # fmt: skip
@@ -76,11 +77,11 @@ def test_unknown_names_say_what_was_meant(arguments, meant):
 def test_signatures_are_still_those_of_the_functions():
     """Editors and other readers of signatures see through the wrapper."""
     assert next(iter(inspect.signature(fastvae.elbo).parameters)) == "x"
-    assert "scale" in inspect.signature(fastvae.Gaussian.__init__).parameters
+    assert "scale" in inspect.signature(Gaussian.__init__).parameters
     assert fastvae.elbo.__name__ == "elbo"
 
 
-class Failing(fastvae.Likelihood):
+class Failing(Likelihood):
     def log_prob(self, x, parameters):
         return x @ parameters
 

@@ -18,6 +18,8 @@ from torch import distributed, nn
 
 import fastvae
 from fastvae import ops
+from fastvae.distributions import DiagonalNormal
+from fastvae.likelihoods import Gaussian
 from fastvae.ops import head
 from fastvae.ops.weigh import Weighing
 
@@ -450,8 +452,8 @@ def test_gradcheck_of_the_objectives(objective):
 
     def function(x, mu, logvar, weight, scale, prior_mu, prior_logvar):
         shared = {
-            "likelihood": fastvae.Gaussian(scale=scale),
-            "prior": fastvae.DiagonalNormal(prior_mu, prior_logvar),
+            "likelihood": Gaussian(scale=scale),
+            "prior": DiagonalNormal(prior_mu, prior_logvar),
             "reduction": "none",
             "generator": generator(3),
         }
@@ -976,10 +978,8 @@ def test_autocast(likelihood):
 
 def _vae():
     encoder, decoder = models.networks(X, D, "bernoulli")
-    likelihood = fastvae.Gaussian(scale=torch.full((X,), 0.7, device=DEVICE), learned=True)
-    prior = fastvae.DiagonalNormal(
-        nn.Parameter(randn(D, seed=73)), nn.Parameter(torch.zeros(D, device=DEVICE))
-    )
+    likelihood = Gaussian(scale=torch.full((X,), 0.7, device=DEVICE), learned=True)
+    prior = DiagonalNormal(nn.Parameter(randn(D, seed=73)), nn.Parameter(torch.zeros(D, device=DEVICE)))
     return fastvae.VAE(encoder, decoder, likelihood=likelihood, prior=prior, latent_dim=D)
 
 
@@ -1027,8 +1027,8 @@ def test_fixed_scale_and_prior_follow_the_module():
     """Fixed scales and priors are buffers: they are saved, and move with .to()."""
     encoder, decoder = models.networks(X, D, "bernoulli")
     vae = fastvae.VAE(
-        encoder, decoder, likelihood=fastvae.Gaussian(scale=torch.full((X,), 0.7, device=DEVICE)),
-        prior=fastvae.DiagonalNormal(randn(D, seed=76), randn(D, seed=77)),
+        encoder, decoder, likelihood=Gaussian(scale=torch.full((X,), 0.7, device=DEVICE)),
+        prior=DiagonalNormal(randn(D, seed=76), randn(D, seed=77)),
     )  # fmt: skip
     assert {"likelihood.fixed_scale", "prior.mu", "prior.logvar"} <= set(vae.state_dict())
     assert len(list(vae.parameters())) == 4
@@ -1189,7 +1189,7 @@ def test_threads_do_not_change_a_bit(what):
     def objective(m, v, s):
         # The decoder avoids matrix products, whose library may split sums by the number of threads.
         return fastvae.iwae(
-            x, (m, v), lambda z: z[:, :1] * weight[0], k=k, likelihood=fastvae.Gaussian(scale=s),
+            x, (m, v), lambda z: z[:, :1] * weight[0], k=k, likelihood=Gaussian(scale=s),
             estimator="dreg", reduction="none", generator=generator(12),
         )  # fmt: skip
 

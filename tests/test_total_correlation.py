@@ -10,6 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, FullNormal, Laplace, LowRankNormal
 
 from .conftest import DEVICE
 from .models import generator, rand, randn
@@ -117,12 +118,12 @@ def test_posteriors_with_covariances(family):
     x, mu, logvar, weight = inputs()
     if family == "full":
         beside = randn(B, D * (D + 1) // 2, seed=7, **WIDE).requires_grad_()
-        q = fastvae.FullNormal(mu, beside)
+        q = FullNormal(mu, beside)
         scale = q._parts()[1]
         covariance = scale @ scale.mT
     else:
         beside = randn(B, D, 1, seed=7, **WIDE).requires_grad_()
-        q = fastvae.LowRankNormal(mu, logvar, beside)
+        q = LowRankNormal(mu, logvar, beside)
         covariance = beside @ beside.mT + torch.diag_embed(logvar.exp())
     seed = fastvae.random.draw_seed(DEVICE, generator(5))
     z, _ = q.rsample(1, seed)
@@ -166,7 +167,7 @@ def test_what_objectives_take():
         likelihood="bernoulli", generator=generator(5),
     )  # fmt: skip
     torch.testing.assert_close(spatial, each.mean())
-    prior = fastvae.DiagonalNormal(*(nn.Parameter(torch.zeros(D, device=DEVICE, **WIDE)) for _ in range(2)))
+    prior = DiagonalNormal(*(nn.Parameter(torch.zeros(D, device=DEVICE, **WIDE)) for _ in range(2)))
     bound = found(x, mu, logvar, weight, prior=prior)
     torch.testing.assert_close(bound, each.mean())
     assert bool((torch.autograd.grad(bound, prior.mu)[0] != 0).all())
@@ -240,9 +241,9 @@ def _call(**options):
 
 ROWS = torch.zeros(B, D, device=DEVICE, **WIDE)
 WRONG = {
-    "a q that is no normal": (_call(q=fastvae.Laplace(ROWS, ROWS)), ValueError, "marginal.*q is Laplace"),
+    "a q that is no normal": (_call(q=Laplace(ROWS, ROWS)), ValueError, "marginal.*q is Laplace"),
     "a prior of each example": (
-        _call(prior=fastvae.DiagonalNormal(ROWS, ROWS)),
+        _call(prior=DiagonalNormal(ROWS, ROWS)),
         ValueError,
         "needs one prior for all examples",
     ),

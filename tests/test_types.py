@@ -19,7 +19,9 @@ pytest.importorskip("mypy")
 PROGRAM = """
 import torch
 import fastvae
-from fastvae import DiagonalNormal, Gaussian, VAE
+from fastvae import VAE
+from fastvae.distributions import DiagonalNormal
+from fastvae.likelihoods import Gaussian
 
 x = torch.rand(16, 8)
 encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
@@ -70,7 +72,7 @@ reveal_type(vae.evaluate(x))  # Evaluation
 reveal_type(vae.posterior(x))  # Distribution
 reveal_type(vae.sample(3))  # Any
 reveal_type(DiagonalNormal(x, x).mu)  # Tensor
-reveal_type(fastvae.VectorQuantizer(4, 2).encode(x))  # Tensor
+reveal_type(fastvae.quantize.VectorQuantizer(4, 2).encode(x))  # Tensor
 reveal_type(fastvae.ops.bernoulli_log_prob(x, x))  # Tensor
 print(-vae.elbo(x), vae.encoder.weight)
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, Distribution
+from fastvae.likelihoods import Gaussian
 from fastvae.ops.head import FEWEST_NUMBERS
 
 from . import models
@@ -358,10 +360,10 @@ def test_parts_of_a_batch_get_the_noise_of_the_whole(backend, offset):
 
 
 def test_a_posterior_that_knows_no_offset_is_not_asked_for_one():
-    class Plain(fastvae.Distribution):
+    class Plain(Distribution):
         def __init__(self, mu, logvar):
             super().__init__()
-            self.inner = fastvae.DiagonalNormal(mu, logvar)
+            self.inner = DiagonalNormal(mu, logvar)
             self.batch, self.device = mu.shape[0], mu.device
 
         def rsample(self, samples, seed):
@@ -383,7 +385,7 @@ def test_a_posterior_that_knows_no_offset_is_not_asked_for_one():
 @pytest.mark.parametrize("scale", [0.1, torch.full((X,), 0.1)], ids=["number", "row"])
 def test_learned_scale_stays_positive(scale):
     """A learned scale stays positive for constant pixels, which drive it to 0; a plain step crosses it."""
-    likelihood = fastvae.Gaussian(scale=scale, learned=True)
+    likelihood = Gaussian(scale=scale, learned=True)
     encoder, decoder = models.networks(X, D, "bernoulli")
     vae = fastvae.VAE(encoder, decoder, likelihood=likelihood.to(DEVICE))
     assert "likelihood.log_scale" in vae.state_dict()
@@ -404,7 +406,7 @@ def test_learned_scale_stays_positive(scale):
 
 def test_latent_dim_is_checked_where_it_is_given():
     decoder, x = nn.Linear(2, 7), torch.rand(4, 7)
-    vae = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, latent_dim=3, likelihood=fastvae.Gaussian(0.3))
+    vae = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, latent_dim=3, likelihood=Gaussian(0.3))
     for call in (vae, vae.posterior, vae.log_marginal, vae.evaluate):
         with pytest.raises(ValueError, match=r"a q of 2 latents, but the VAE has latent_dim=3; .*\[B, 6\]"):
             call(x)
@@ -414,7 +416,7 @@ def test_latent_dim_is_checked_where_it_is_given():
     flat = fastvae.VAE(lambda x: torch.zeros(len(x), 4, 3, 2), decoder, latent_dim=12)
     assert flat.posterior(x).mean.shape == (4, 12)
     # A latent dimension inferred from a first batch is not binding.
-    free = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, likelihood=fastvae.Gaussian(0.3))
+    free = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, likelihood=Gaussian(0.3))
     free.posterior(x)
     free.encoder = nn.Linear(7, 2 * 3)
     assert free.posterior(x).mean.shape == (4, 3)

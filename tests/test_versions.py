@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal, Mixture
+from fastvae.likelihoods import Gaussian
 from fastvae.objectives import bounds
 
 from .conftest import DEVICE
@@ -26,8 +28,8 @@ class Model:
         self.mu, self.logvar = (torch.randn(B, D, device=DEVICE).requires_grad_() * 1.0 for _ in range(2))
         self.mask = torch.rand(B, X, device=DEVICE) < 0.7
         self.context = torch.randn(B, D, device=DEVICE)
-        self.prior = fastvae.DiagonalNormal(*(nn.Parameter(torch.zeros(D, device=DEVICE)) for _ in range(2)))
-        self.likelihood = fastvae.Gaussian(scale=0.5, learned=True).to(DEVICE)
+        self.prior = DiagonalNormal(*(nn.Parameter(torch.zeros(D, device=DEVICE)) for _ in range(2)))
+        self.likelihood = Gaussian(scale=0.5, learned=True).to(DEVICE)
 
     def bound(self, call=fastvae.iwae, *more, q=None, decoder=None, k_chunk=K_CHUNK, **options):
         torch.manual_seed(1)
@@ -96,8 +98,8 @@ def test_frozen_parameters_of_a_decoder_are_watched_too():
 def test_parameters_of_every_posterior_are_watched(family):
     model = Model()
     if family == "Mixture":
-        parts = [fastvae.DiagonalNormal(model.mu + i, model.logvar + i) for i in range(2)]
-        q, read = fastvae.Mixture(parts, torch.zeros(B, 2, device=DEVICE)), parts[1].mu
+        parts = [DiagonalNormal(model.mu + i, model.logvar + i) for i in range(2)]
+        q, read = Mixture(parts, torch.zeros(B, 2, device=DEVICE)), parts[1].mu
     else:
         scale = model.logvar.exp()
         q, read = getattr(torch.distributions, family)(model.mu, scale), scale

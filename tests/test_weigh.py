@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastvae
 from fastvae import ops
+from fastvae.likelihoods import Bernoulli, Gaussian
 from fastvae.ops.weigh import Weighing
 from fastvae.ops.weigh import weigh as fused
 
@@ -281,8 +282,8 @@ SCALES = {
 def _likelihood(form, batch, kind=None):
     scale = SCALES[form](batch)
     if form == "bernoulli":
-        return (kind or fastvae.Bernoulli)()
-    return (kind or fastvae.Gaussian)(scale, learned=form.startswith("learned")).to(DEVICE)
+        return (kind or Bernoulli)()
+    return (kind or Gaussian)(scale, learned=form.startswith("learned")).to(DEVICE)
 
 
 def _by_itself(own):
@@ -304,7 +305,7 @@ def test_every_form_of_a_likelihood(backend, form, objective):
     weight = randn(latent, 6, seed=4)
     results = []
     for wrap in (lambda kind: kind, _by_itself):
-        kind = wrap(fastvae.Bernoulli if form == "bernoulli" else fastvae.Gaussian)
+        kind = wrap(Bernoulli if form == "bernoulli" else Gaussian)
         likelihood = _likelihood(form, batch, kind)
         leaves = [t.clone().requires_grad_() for t in (x, mu, logvar, weight)] + list(likelihood.parameters())
 
@@ -327,7 +328,7 @@ def test_every_form_of_a_likelihood(backend, form, objective):
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", fastvae.Gaussian(0.5)])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", Gaussian(0.5)])
 def test_an_event_of_one_number(backend, likelihood):
     """x [B] is treated as [B, 1]."""
     x, mu, logvar, weight = rand(5, seed=1), randn(5, 3, seed=2), randn(5, 3, seed=3), randn(3, seed=4)
@@ -346,7 +347,7 @@ def test_an_event_of_one_number(backend, likelihood):
 @pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)])
 def test_a_scale_keeps_its_digits_beside_a_decoder_in_half_precision(backend, scale):
     x, q = rand(4, 7, seed=1), (torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE))
-    likelihood = fastvae.Gaussian(scale).to(DEVICE)
+    likelihood = Gaussian(scale).to(DEVICE)
     mean = torch.zeros(4, 7, dtype=torch.bfloat16, device=DEVICE)
     bound = fastvae.elbo(x, q, lambda z: mean, likelihood=likelihood, reduction="none")
     exact = torch.distributions.Normal(0.0, 0.3).log_prob(x.double()).sum(1)
@@ -354,7 +355,7 @@ def test_a_scale_keeps_its_digits_beside_a_decoder_in_half_precision(backend, sc
 
 
 def test_a_subclass_is_asked_for_its_own_log_prob():
-    class Half(fastvae.Bernoulli):
+    class Half(Bernoulli):
         def log_prob(self, x, parameters):
             return 0.5 * super().log_prob(x, parameters)
 

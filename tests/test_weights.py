@@ -18,6 +18,7 @@ from scipy.stats import genpareto as GPD
 import fastvae
 from fastvae.estimation import weights as folding
 from fastvae.estimation.weights import Weights, kept_draws, pareto_khat, tail_length
+from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
 from .models import randn
@@ -382,7 +383,7 @@ def test_log_marginal_agrees_with_weights_of_all_draws():
     """Streamed in chunks that do not divide k, log_marginal's results equal those of a single array."""
     k, features, latent = 333, 7, 3
     decoder = torch.nn.Linear(latent, features, dtype=torch.float64, device=DEVICE)
-    likelihood = fastvae.Gaussian(scale=0.5)
+    likelihood = Gaussian(scale=0.5)
     x = randn(B, features, seed=1, dtype=torch.float64)
     q = tuple(randn(B, latent, seed=s, dtype=torch.float64) for s in (2, 3))
     seed = torch.Generator(DEVICE).manual_seed(5)

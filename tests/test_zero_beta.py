@@ -10,6 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
+from fastvae.distributions import DiagonalNormal
 
 from .conftest import DEVICE
 from .models import generator, rand, randn
@@ -62,7 +63,7 @@ def test_it_counts_0(backend, kind, beta, kl):
     def step(counted, *tensors, **options):
         mu, logvar, *prior = tensors
         bound = fastvae.elbo(
-            x[counted], (mu[counted], logvar[counted]), decoder, prior=fastvae.DiagonalNormal(*prior), kl=kl,
+            x[counted], (mu[counted], logvar[counted]), decoder, prior=DiagonalNormal(*prior), kl=kl,
             k=L, likelihood="bernoulli", generator=generator(5), reduction="none", **options,
         )  # fmt: skip
         return bound, *torch.autograd.grad(bound.sum(), [*tensors, weight])
@@ -73,7 +74,7 @@ def test_it_counts_0(backend, kind, beta, kl):
     for name, grad in zip(("mu", "logvar", "prior mu", "prior logvar", "decoder"), grads, strict=True):
         assert bool(grad.isfinite().all()), (name, grad)
     terms = fastvae.elbo(
-        x, tensors[:2], decoder, prior=fastvae.DiagonalNormal(*tensors[2:]), kl=kl, k=L, beta=given,
+        x, tensors[:2], decoder, prior=DiagonalNormal(*tensors[2:]), kl=kl, k=L, beta=given,
         likelihood="bernoulli", generator=generator(5), terms=True,
     )  # fmt: skip
     likelihood = terms.log_likelihood
@@ -100,7 +101,7 @@ def test_a_prior_without_a_share_keeps_its_place_in_the_graph():
     """Gradients of a prior with beta = 0 are 0 instead of missing, as DDP expects while beta rises."""
     prior_mu = torch.zeros(D, device=DEVICE, requires_grad=True)
     x, q = rand(B, X, seed=3).round(), torch.zeros(B, 2 * D, device=DEVICE)
-    prior = fastvae.DiagonalNormal(prior_mu, torch.zeros(D, device=DEVICE))
+    prior = DiagonalNormal(prior_mu, torch.zeros(D, device=DEVICE))
     decoder = nn.Linear(D, X).to(DEVICE)
     bound = fastvae.elbo(x, q, decoder, prior=prior, beta=0.0, likelihood="bernoulli")
     (grad,) = torch.autograd.grad(bound, prior_mu)

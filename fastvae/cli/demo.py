@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastvae
+from fastvae.distributions import StandardNormal
 
 from ..core.terminal import ProgressStream, show
 from ..estimation.evaluation.checkpoint import check_destination
@@ -559,7 +560,7 @@ def _manifold(axes: Any, result: Run, images: Images) -> None:
     side = 20
     device = images.test.device
     shares = (torch.arange(side, device=device) + 0.5) / side
-    if result.model.prior.family is fastvae.StandardNormal:
+    if result.model.prior.family is StandardNormal:
         first = second = torch.special.ndtri(shares)
     else:
         noise = torch.Generator(device).manual_seed(TEST_SEED)

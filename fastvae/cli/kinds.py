@@ -13,6 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
+from fastvae.likelihoods import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    Multinomial,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+)
 
 from ..likelihoods.base import Likelihood
 
@@ -76,21 +86,21 @@ def _kind(name: str) -> Kind:
     share = "pixels as numbers in (0, 1), with the noise of their rounding"
     ink = "ink of each pixel, a count from 0 to 16"
     kinds: dict[str, Kind] = {
-        "bernoulli": Kind(_binary, _as_it_is, (PIXELS,), fastvae.Bernoulli, (0.0,), "binarised pixels"),
-        "poisson": Kind(*counts, (PIXELS,), fastvae.Poisson, (1.0,), ink),
-        "negative_binomial": Kind(*counts, (PIXELS,) * 2, fastvae.NegativeBinomial, (1.0, 0.0), ink),
+        "bernoulli": Kind(_binary, _as_it_is, (PIXELS,), Bernoulli, (0.0,), "binarised pixels"),
+        "poisson": Kind(*counts, (PIXELS,), Poisson, (1.0,), ink),
+        "negative_binomial": Kind(*counts, (PIXELS,) * 2, NegativeBinomial, (1.0, 0.0), ink),
         "zero_inflated_negative_binomial": Kind(
-            *counts, (PIXELS,) * 3, fastvae.ZeroInflatedNegativeBinomial, (1.0, 0.0, -1.0), ink
+            *counts, (PIXELS,) * 3, ZeroInflatedNegativeBinomial, (1.0, 0.0, -1.0), ink
         ),
         "categorical": Kind(
-            *counts, ((LEVELS, *PIXELS),), fastvae.Categorical, (0.0,), "the level of each pixel, a class"
+            *counts, ((LEVELS, *PIXELS),), Categorical, (0.0,), "the level of each pixel, a class"
         ),
         "multinomial": Kind(
-            *counts, (PIXELS,), fastvae.Multinomial, (0.0,), "where the ink of an image is, dot by dot"
+            *counts, (PIXELS,), Multinomial, (0.0,), "where the ink of an image is, dot by dot"
         ),
         "discretized_logistic_mixture": Kind(
             _shares, _as_it_is, (_MIXED,) * 3,
-            lambda: fastvae.DiscretizedLogisticMixture(levels=LEVELS), (0.0, 0.0, -1.0),
+            lambda: DiscretizedLogisticMixture(levels=LEVELS), (0.0, 0.0, -1.0),
             "the level of each pixel, on a grid of 17",
         ),
     }  # fmt: skip
@@ -99,7 +109,7 @@ def _kind(name: str) -> Kind:
     declared = fastvae.likelihoods.base.DECLARED[name]
     outputs = len(declared.outputs)
     if name == "discretized_logistic":
-        likelihood: Callable[[], Likelihood] = lambda: fastvae.DiscretizedLogistic(levels=LEVELS)  # noqa: E731
+        likelihood: Callable[[], Likelihood] = lambda: DiscretizedLogistic(levels=LEVELS)  # noqa: E731
         return Kind(_shares, _as_it_is, (PIXELS,) * 2, likelihood, (0.0, -1.0), kinds[_MIXTURE].says)
     if name == "continuous_bernoulli":
         return Kind(_shares, _as_it_is, (PIXELS,), declared, (0.0,), "pixels as shares of ink, 0 to 1")

@@ -10,6 +10,22 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
+from fastvae.distributions import (
+    DiagonalNormal,
+    Distribution,
+    Flow,
+    FullNormal,
+    HierarchicalPosterior,
+    Hierarchy,
+    Laplace,
+    Level,
+    LowRankNormal,
+    Mixture,
+    NormalMixture,
+    StandardNormal,
+    StudentT,
+    VampPrior,
+)
 
 from ..distributions import closed_kl
 
@@ -38,22 +54,22 @@ def _pair(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     return mu, logvar
 
 
-def _softplus(mu: Tensor, raw: Tensor) -> fastvae.DiagonalNormal:
-    return fastvae.DiagonalNormal(mu, raw, scale="softplus", floor=1e-4)
+def _softplus(mu: Tensor, raw: Tensor) -> DiagonalNormal:
+    return DiagonalNormal(mu, raw, scale="softplus", floor=1e-4)
 
 
-def _low_rank(mu: Tensor, logvar: Tensor, factor: Tensor) -> fastvae.LowRankNormal:
-    return fastvae.LowRankNormal(mu, logvar, factor.unflatten(1, (-1, RANK)))
+def _low_rank(mu: Tensor, logvar: Tensor, factor: Tensor) -> LowRankNormal:
+    return LowRankNormal(mu, logvar, factor.unflatten(1, (-1, RANK)))
 
 
-def _student_t(loc: Tensor, log_scale: Tensor, log_df: Tensor) -> fastvae.StudentT:
+def _student_t(loc: Tensor, log_scale: Tensor, log_df: Tensor) -> StudentT:
     """Return Student's t with more than 1 degree of freedom, about 11 initially."""
-    return fastvae.StudentT(loc, log_scale, 1 + 10 * torch.exp(log_df))
+    return StudentT(loc, log_scale, 1 + 10 * torch.exp(log_df))
 
 
-def _mixture(mu: Tensor, logvar: Tensor, logits: Tensor) -> fastvae.Mixture:
+def _mixture(mu: Tensor, logvar: Tensor, logits: Tensor) -> Mixture:
     parts = zip(mu.chunk(PARTS, 1), logvar.chunk(PARTS, 1), strict=True)
-    return fastvae.Mixture([fastvae.DiagonalNormal(*part) for part in parts], logits)
+    return Mixture([DiagonalNormal(*part) for part in parts], logits)
 
 
 class _FlowOfNormal(nn.Module):
@@ -82,8 +98,8 @@ class _Flow(nn.Module):
         super().__init__()
         self.flow = _FlowOfNormal(latent)
 
-    def forward(self, *outputs: Tensor) -> fastvae.Flow:
-        return fastvae.Flow(self.flow, torch.cat(outputs, 1))
+    def forward(self, *outputs: Tensor) -> Flow:
+        return Flow(self.flow, torch.cat(outputs, 1))
 
 
 class _Ladder(nn.Module):
@@ -95,14 +111,14 @@ class _Ladder(nn.Module):
     def __init__(self, upper: int, lower: int):
         super().__init__()
         down = nn.Sequential(nn.Linear(upper, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2 * lower))
-        self.hierarchy = fastvae.Hierarchy(
+        self.hierarchy = Hierarchy(
             [
-                fastvae.Level(upper, nn.Identity()),
-                fastvae.Level(lower, nn.Identity(), prior=down, merge="precision"),
+                Level(upper, nn.Identity()),
+                Level(lower, nn.Identity(), prior=down, merge="precision"),
             ]
         )
 
-    def forward(self, upper: Tensor, lower: Tensor) -> fastvae.HierarchicalPosterior:
+    def forward(self, upper: Tensor, lower: Tensor) -> HierarchicalPosterior:
         return self.hierarchy([upper, lower])  # type: ignore[no-any-return]
 
 
@@ -115,9 +131,9 @@ def _ladder(d: int) -> Posterior:
 POSTERIORS: dict[str, Callable[[int], Posterior]] = {
     DIAGONAL: lambda d: Posterior({"mu": d, "logvar": d}, _pair),
     "softplus": lambda d: Posterior({"mu": d, "raw": d}, _softplus),
-    "full": lambda d: Posterior({"mu": d, "tril": d * (d + 1) // 2}, fastvae.FullNormal),
+    "full": lambda d: Posterior({"mu": d, "tril": d * (d + 1) // 2}, FullNormal),
     "low_rank": lambda d: Posterior({"mu": d, "logvar": d, "factor": d * RANK}, _low_rank),
-    "laplace": lambda d: Posterior({"loc": d, "log_scale": d}, fastvae.Laplace),
+    "laplace": lambda d: Posterior({"loc": d, "log_scale": d}, Laplace),
     "student_t": lambda d: Posterior({"loc": d, "log_scale": d, "log_df": d}, _student_t),
     "mixture": lambda d: Posterior({"mu": PARTS * d, "logvar": PARTS * d, "logits": PARTS}, _mixture),
     "flow": lambda d: Posterior({"mu": d, "logvar": d, "context": CONTEXT}, _Flow(d)),
@@ -125,15 +141,15 @@ POSTERIORS: dict[str, Callable[[int], Posterior]] = {
 }
 
 
-def _learned(encoder: nn.Module, pixels: int, latent: int) -> fastvae.DiagonalNormal:
-    return fastvae.DiagonalNormal(*(nn.Parameter(torch.zeros(latent)) for _ in range(2)))
+def _learned(encoder: nn.Module, pixels: int, latent: int) -> DiagonalNormal:
+    return DiagonalNormal(*(nn.Parameter(torch.zeros(latent)) for _ in range(2)))
 
 
-def _normals(encoder: nn.Module, pixels: int, latent: int) -> fastvae.NormalMixture:
+def _normals(encoder: nn.Module, pixels: int, latent: int) -> NormalMixture:
     """Return a mixture that is initially about N(0, I): means of variance 3/4, components of variance 1/4."""
     mu = 0.75**0.5 * torch.randn(COMPONENTS, latent)
     logvar = torch.full((COMPONENTS, latent), 0.25).log()
-    return fastvae.NormalMixture(*(nn.Parameter(t) for t in (mu, logvar, torch.zeros(COMPONENTS))))
+    return NormalMixture(*(nn.Parameter(t) for t in (mu, logvar, torch.zeros(COMPONENTS))))
 
 
 class PseudoInputs(nn.Module):
@@ -158,18 +174,18 @@ class PseudoInputs(nn.Module):
         self.raw.copy_(torch.logit(x / self.most, eps=0.05))
 
 
-def _vamp(encoder: nn.Module, pixels: int, latent: int) -> fastvae.VampPrior:
-    return fastvae.VampPrior(encoder, PseudoInputs(pixels), nn.Parameter(torch.zeros(PSEUDO_INPUTS)))
+def _vamp(encoder: nn.Module, pixels: int, latent: int) -> VampPrior:
+    return VampPrior(encoder, PseudoInputs(pixels), nn.Parameter(torch.zeros(PSEUDO_INPUTS)))
 
 
-def _flow(encoder: nn.Module, pixels: int, latent: int) -> fastvae.Flow:
+def _flow(encoder: nn.Module, pixels: int, latent: int) -> Flow:
     zuko = _zuko("--prior")
-    return fastvae.Flow(zuko.flows.NSF(latent, transforms=2, hidden_features=FLOW_HIDDEN))
+    return Flow(zuko.flows.NSF(latent, transforms=2, hidden_features=FLOW_HIDDEN))
 
 
 # Functions of encoder, pixels and latent dimension that return the prior.
-PRIORS: dict[str, Callable[[nn.Module, int, int], fastvae.Distribution]] = {
-    STANDARD: lambda encoder, pixels, latent: fastvae.StandardNormal(),
+PRIORS: dict[str, Callable[[nn.Module, int, int], Distribution]] = {
+    STANDARD: lambda encoder, pixels, latent: StandardNormal(),
     "learned": _learned,
     "mixture": _normals,
     "vamp": _vamp,
@@ -212,7 +228,7 @@ def check(posterior: str, prior: str, latent: int) -> None:
 
 def start(model: fastvae.VAE, x: Tensor) -> None:
     """Initialise the pseudo-inputs of a VampPrior, if the model has one, with training data."""
-    if isinstance(model.prior, fastvae.VampPrior):
+    if isinstance(model.prior, VampPrior):
         model.prior.pseudo_inputs.start(x)
 
 
@@ -222,7 +238,7 @@ def beta_of(model: fastvae.VAE, steps: int) -> Callable[[int], Tensor] | None:
     The encoder of a VampPrior also defines the prior, so q = p costs nothing from the first step. Without a
     warm-up q may ignore x (Tomczak & Welling 2018 use one, too).
     """
-    if not isinstance(model.prior, fastvae.VampPrior):
+    if not isinstance(model.prior, VampPrior):
         return None
     return fastvae.schedules.linear(0.0, 1.0, max(1, round(WARM_UP * steps)))
 

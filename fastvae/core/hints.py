@@ -40,8 +40,8 @@ _ARGUMENTS = (
 # Alternatives to common arguments that fastvae does not have.
 _INSTEAD = {
     "seed": "generator=torch.Generator().manual_seed(0) seeds one call, torch.manual_seed(0) all",
-    "sigma": "a likelihood holds its own, such as likelihood=fastvae.Gaussian(scale=0.1)",
-    "scale": "a likelihood holds its own, such as likelihood=fastvae.Gaussian(scale=0.1)",
+    "sigma": "a likelihood holds its own, such as likelihood=fastvae.likelihoods.Gaussian(scale=0.1)",
+    "scale": "a likelihood holds its own, such as likelihood=fastvae.likelihoods.Gaussian(scale=0.1)",
     "beta": "fastvae.elbo and fastvae.beta_tc weight the KL",
     "m": "fastvae.bound(x, q, decoder, fastvae.bounds.IWAE(groups=8), k=64) has groups",
     "groups": "fastvae.bound(x, q, decoder, fastvae.bounds.IWAE(groups=8), k=64) has groups",

@@ -1,6 +1,7 @@
-"""Diagnostics of a model and its training: information in the latents, noise of gradients."""
+"""Diagnostics: information in the latents, noise of gradients, tails of weights."""
 
+from ..estimation.weights import pareto_khat
 from .aggregate import Latents, latents
 from .gradients import GradientMonitor, GradientSNR, gradient_snr
 
-__all__ = ["GradientMonitor", "GradientSNR", "Latents", "gradient_snr", "latents"]
+__all__ = ["GradientMonitor", "GradientSNR", "Latents", "gradient_snr", "latents", "pareto_khat"]

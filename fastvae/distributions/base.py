@@ -28,7 +28,7 @@ class Distribution:
     A distribution is an ``nn.Module`` only if it owns state, so that a learned prior's parameters are
     registered, saved and moved: if it is constructed from an ``nn.Parameter``, a module, or the fixed tensors
     [D] of a prior. Otherwise it is a plain object. A subclass that creates parameters itself inherits from
-    both: ``class Mine(fastvae.Distribution, nn.Module)``.
+    both: ``class Mine(fastvae.distributions.Distribution, nn.Module)``.
 
     Attributes:
         family: the class of the distribution, the same for a plain object and for a module.
@@ -48,7 +48,7 @@ class Distribution:
 
     Example:
         >>> import torch, fastvae
-        >>> class Laplace(fastvae.Distribution):
+        >>> class Laplace(fastvae.distributions.Distribution):
         ...     def log_prob(self, z):
         ...         return -(z.abs() + torch.log(torch.tensor(2.0))).sum(-1)
         >>> x, q = torch.ones(4, 7), (torch.zeros(4, 3), torch.zeros(4, 3))
@@ -106,7 +106,8 @@ class Distribution:
             own = self.family.__name__
             raise TypeError(
                 f"{own}.{name} is of class {type(value).__name__}, but {own} is not an nn.Module, so that no "
-                f"optimiser would find it. Inherit from both: class {own}(fastvae.Distribution, nn.Module)"
+                "optimiser would find it. Inherit from both: class "
+                f"{own}(fastvae.distributions.Distribution, nn.Module)"
             )
         object.__setattr__(self, name, value)
 
@@ -259,7 +260,7 @@ class Distribution:
     def expand(self, batch: int, like: Tensor) -> Distribution:
         """Return this distribution as a posterior that is the same for every example.
 
-        :class:`fastvae.Mixture` calls it on a component without rows if another component has rows.
+        :class:`Mixture` calls it on a component without rows if another component has rows.
 
         Args:
             batch: number of examples B.
@@ -501,9 +502,9 @@ def register_kl(q: type[Distribution], p: type[Distribution]) -> Callable[[_Clos
 
     Example:
         >>> import torch, fastvae
-        >>> class Laplace(fastvae.Distribution):
+        >>> class Laplace(fastvae.distributions.Distribution):
         ...     pass
-        >>> @fastvae.register_kl(fastvae.DiagonalNormal, Laplace)
+        >>> @fastvae.distributions.register_kl(fastvae.distributions.DiagonalNormal, Laplace)
         ... def _(q, p):
         ...     return torch.zeros_like(q.mu)
     """
@@ -511,7 +512,8 @@ def register_kl(q: type[Distribution], p: type[Distribution]) -> Callable[[_Clos
     for family in (q, p):
         if not (isinstance(family, type) and issubclass(family, Distribution)):
             raise TypeError(
-                f"register_kl takes subclasses of fastvae.Distribution, got {family!r}; for families of "
+                f"register_kl takes subclasses of fastvae.distributions.Distribution, got {family!r}; for "
+                "families of "
                 "torch.distributions use torch.distributions.register_kl, which is asked too"
             )
 

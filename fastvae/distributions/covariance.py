@@ -95,10 +95,11 @@ class FullNormal(_Correlated):
 
     Example:
         >>> import torch, fastvae
+        >>> from fastvae.distributions import FullNormal
         >>> encoder, decoder = torch.nn.Linear(7, 3 + 6), torch.nn.Linear(3, 7)
         >>> x = torch.rand(4, 7)
         >>> mu, tril = encoder(x).split([3, 6], 1)
-        >>> (-fastvae.elbo(x, fastvae.FullNormal(mu, tril), decoder, likelihood="bernoulli")).backward()
+        >>> (-fastvae.elbo(x, FullNormal(mu, tril), decoder, likelihood="bernoulli")).backward()
     """
 
     tril: Tensor
@@ -114,7 +115,7 @@ class FullNormal(_Correlated):
             raise ValueError(
                 f"mu has shape {shape_of(mu)} and tril {shape_of(tril)}; expected mu [B, D] of a posterior "
                 f"or [D] of a prior, and tril [..., D(D+1)/2] = {list(expected)}, the lower triangle row by "
-                "row. For a matrix use fastvae.FullNormal.of(mu, scale_tril)"
+                "row. For a matrix use fastvae.distributions.FullNormal.of(mu, scale_tril)"
             )
         hold(self, mu=mu, tril=tril)
 
@@ -217,7 +218,7 @@ class LowRankNormal(_Correlated):
 
     Example:
         >>> import torch, fastvae
-        >>> q = fastvae.LowRankNormal(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 3, 2))
+        >>> q = fastvae.distributions.LowRankNormal(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 3, 2))
         >>> q.log_prob(torch.zeros(5, 4, 3)).shape
         torch.Size([5, 4])
     """

@@ -70,7 +70,7 @@ def draw_kl(
     if per_dimension and kl.dim() == 1:
         raise ValueError(
             f"free_bits needs the KL of each dimension, but the {names} is known only as a sum. Register a "
-            "closed form [B, D] with fastvae.register_kl, or leave free_bits out"
+            "closed form [B, D] with fastvae.distributions.register_kl, or leave free_bits out"
         )
     return z.flatten(0, 1), kl if per_dimension or kl.dim() == 1 else kl.sum(1)
 
@@ -86,7 +86,7 @@ def say_monte_carlo(q: Distribution, p: Distribution) -> None:
         warnings.warn(
             f"fastvae.elbo: no closed form of KL(q || p) is known for q = {names[0]} and p = {names[1]}; it "
             'is estimated from the draws. Pass kl="mc" to ask for that (and stop this warning), or register '
-            "a closed form with fastvae.register_kl",
+            "a closed form with fastvae.distributions.register_kl",
             UserWarning,
             stacklevel=3,
         )

@@ -86,7 +86,7 @@ class VampPrior(_Encoded):
     Example:
         >>> import torch, fastvae
         >>> encoder, decoder = torch.nn.Linear(7, 6), torch.nn.Linear(3, 7)
-        >>> prior = fastvae.VampPrior(encoder, torch.nn.Parameter(torch.rand(9, 7)))
+        >>> prior = fastvae.distributions.VampPrior(encoder, torch.nn.Parameter(torch.rand(9, 7)))
         >>> vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli", prior=prior, latent_dim=3)
         >>> (-vae.elbo(torch.rand(4, 7), kl="mc")).backward()
         >>> vae.sample(2).shape
@@ -139,8 +139,9 @@ class AggregatePosterior(_Encoded):
 
     Example:
         >>> import torch, fastvae
+        >>> from fastvae.distributions import AggregatePosterior
         >>> encoder = torch.nn.Linear(7, 6)
-        >>> fastvae.AggregatePosterior(encoder, torch.rand(40, 7)).log_prob(torch.zeros(5, 4, 3)).shape
+        >>> AggregatePosterior(encoder, torch.rand(40, 7)).log_prob(torch.zeros(5, 4, 3)).shape
         torch.Size([5, 4])
     """
 

@@ -42,7 +42,7 @@ class Flow(Distribution):
     Example:
         >>> import torch, fastvae, zuko  # doctest: +SKIP
         >>> encoder, flow = torch.nn.Linear(7, 5), zuko.flows.NSF(3, 5, passes=2)  # doctest: +SKIP
-        >>> q = fastvae.Flow(flow, encoder(torch.rand(4, 7)))  # doctest: +SKIP
+        >>> q = fastvae.distributions.Flow(flow, encoder(torch.rand(4, 7)))  # doctest: +SKIP
     """
 
     context: Tensor | None

@@ -41,7 +41,7 @@ class Level(nn.Module):
         dim: the latents of this level: a number, or a shape such as (channels, height, width).
         posterior: a module (features, state) -> normal; for the first level (features) -> normal.
         prior: a module (state) -> normal; or None, the default, for N(0, I); or a
-            :class:`fastvae.DiagonalNormal` whose parameters broadcast to [D], fixed or learned. The first
+            :class:`DiagonalNormal` whose parameters broadcast to [D], fixed or learned. The first
             level has no state, so its prior is one of the last two.
         merge: the combination of the posterior's output and the prior's (m, log s²) to q. None: the output is
             q's mean and log variance. ``"residual"``: the output (Δμ, Δlogvar) is relative to the prior,
@@ -64,7 +64,7 @@ class Level(nn.Module):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.Level(5, torch.nn.Linear(8, 10))
+        >>> fastvae.distributions.Level(5, torch.nn.Linear(8, 10))
         Level(
           dim=5
           (posterior): Linear(in_features=8, out_features=10, bias=True)
@@ -113,7 +113,7 @@ class Level(nn.Module):
         if not is_family(prior, DiagonalNormal):
             raise TypeError(
                 f"prior is a {type(prior).__name__}; the levels of a hierarchy are normal: N(0, I), a "
-                "fastvae.DiagonalNormal, or a module that returns mean and log variance"
+                "fastvae.distributions.DiagonalNormal, or a module that returns mean and log variance"
             )
         for name, value in (("mu", prior.mu), ("logvar", prior.logvar)):
             if value.shape not in ((), (1,), (self.dim,)):
@@ -227,9 +227,9 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.bottom, self.top = torch.nn.Linear(8, 6), torch.nn.Linear(6, 4)
-        ...         self.hierarchy = fastvae.Hierarchy([
-        ...             fastvae.Level(2, torch.nn.Linear(4, 4)),
-        ...             fastvae.Level(
+        ...         self.hierarchy = fastvae.distributions.Hierarchy([
+        ...             fastvae.distributions.Level(2, torch.nn.Linear(4, 4)),
+        ...             fastvae.distributions.Level(
         ...                 3, torch.nn.Linear(6, 6), prior=torch.nn.Linear(2, 6), merge="precision"
         ...             ),
         ...         ])
@@ -247,14 +247,17 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
     def __init__(self, levels: Sequence[Level]):
         super().__init__()
         if isinstance(levels, Level) or not all(isinstance(level, Level) for level in levels):
-            raise TypeError("levels must be a list of fastvae.Level, from the top to the bottom")
+            raise TypeError(
+                "levels must be a list of fastvae.distributions.Level, from the top to the bottom"
+            )
         if not levels:
-            raise ValueError("levels is empty; expected one fastvae.Level at least")
+            raise ValueError("levels is empty; expected one fastvae.distributions.Level at least")
         first = levels[0]
         if first._is_conditional:
             raise ValueError(
                 "level 1 has a prior that is a function of the levels above, and there are none: leave prior "
-                "out for N(0, I), or give a fastvae.DiagonalNormal, whose parameters may be learned"
+                "out for N(0, I), or give a fastvae.distributions.DiagonalNormal, whose parameters may be "
+                "learned"
             )
         if first.top_down is not None:
             raise ValueError("level 1 has a top_down, but no level above it; leave it out")
@@ -382,9 +385,10 @@ class HierarchicalPosterior(Distribution):
 
     Example:
         >>> import torch, fastvae
-        >>> hierarchy = fastvae.Hierarchy([
-        ...     fastvae.Level(2, torch.nn.Linear(8, 4)),
-        ...     fastvae.Level(3, lambda h, z: (h[:, :3], 0 * h[:, 3:6]), prior=torch.nn.Linear(2, 6)),
+        >>> from fastvae.distributions import Level
+        >>> hierarchy = fastvae.distributions.Hierarchy([
+        ...     fastvae.distributions.Level(2, torch.nn.Linear(8, 4)),
+        ...     Level(3, lambda h, z: (h[:, :3], 0 * h[:, 3:6]), prior=torch.nn.Linear(2, 6)),
         ... ])
         >>> q = hierarchy(torch.rand(16, 8))
         >>> q.batch, q.mean.shape

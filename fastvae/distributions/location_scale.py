@@ -145,8 +145,8 @@ class Laplace(LocationScale):
     Example:
         >>> import torch, fastvae
         >>> x, decoder = torch.ones(4, 7), torch.nn.Linear(3, 7)
-        >>> q = fastvae.Laplace(torch.zeros(4, 3), torch.zeros(4, 3))
-        >>> p = fastvae.Laplace(torch.zeros(3), torch.zeros(3))
+        >>> q = fastvae.distributions.Laplace(torch.zeros(4, 3), torch.zeros(4, 3))
+        >>> p = fastvae.distributions.Laplace(torch.zeros(3), torch.zeros(3))
         >>> fastvae.elbo(x, q, decoder, likelihood="bernoulli", prior=p).shape
         torch.Size([])
     """
@@ -176,7 +176,8 @@ class Logistic(LocationScale):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.Logistic(torch.zeros(2), torch.zeros(2)).log_prob(torch.zeros(5, 4, 2)).shape
+        >>> from fastvae.distributions import Logistic
+        >>> Logistic(torch.zeros(2), torch.zeros(2)).log_prob(torch.zeros(5, 4, 2)).shape
         torch.Size([5, 4])
     """
 
@@ -202,7 +203,7 @@ class Gumbel(LocationScale):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.Gumbel(torch.zeros(2), torch.zeros(2)).log_prob(torch.zeros(5, 4, 2)).shape
+        >>> fastvae.distributions.Gumbel(torch.zeros(2), torch.zeros(2)).log_prob(torch.zeros(5, 4, 2)).shape
         torch.Size([5, 4])
     """
 
@@ -231,7 +232,7 @@ class Exponential(LocationScale):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.Exponential(torch.zeros(2)).log_prob(torch.ones(5, 4, 2)).shape
+        >>> fastvae.distributions.Exponential(torch.zeros(2)).log_prob(torch.ones(5, 4, 2)).shape
         torch.Size([5, 4])
     """
 
@@ -280,7 +281,8 @@ class StudentT(LocationScale):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.StudentT(torch.zeros(2), torch.zeros(2), 4.0).log_prob(torch.zeros(5, 4, 2)).shape
+        >>> from fastvae.distributions import StudentT
+        >>> StudentT(torch.zeros(2), torch.zeros(2), 4.0).log_prob(torch.zeros(5, 4, 2)).shape
         torch.Size([5, 4])
     """
 
@@ -339,7 +341,8 @@ class LogNormal(LocationScale):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.LogNormal(torch.zeros(2), torch.zeros(2)).log_prob(torch.ones(5, 4, 2)).shape
+        >>> from fastvae.distributions import LogNormal
+        >>> LogNormal(torch.zeros(2), torch.zeros(2)).log_prob(torch.ones(5, 4, 2)).shape
         torch.Size([5, 4])
     """
 

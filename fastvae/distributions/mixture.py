@@ -102,7 +102,7 @@ class NormalMixture(_Components, nn.Module):  # type: ignore[misc]
         >>> import torch, fastvae
         >>> mu, logvar, logits = (torch.nn.Parameter(t) for t in (torch.randn(9, 3), torch.zeros(9, 3),
         ...                                                       torch.zeros(9)))
-        >>> prior = fastvae.NormalMixture(mu, logvar, logits)
+        >>> prior = fastvae.distributions.NormalMixture(mu, logvar, logits)
         >>> vae = fastvae.VAE(torch.nn.Linear(7, 6), torch.nn.Linear(3, 7), likelihood="bernoulli",
         ...                   prior=prior)
         >>> (-vae.iwae(torch.rand(4, 7), k=5)).backward()

@@ -25,7 +25,7 @@ class StandardNormal(Distribution):
 
     Example:
         >>> import fastvae
-        >>> fastvae.StandardNormal().sample(5, 2).shape
+        >>> fastvae.distributions.StandardNormal().sample(5, 2).shape
         torch.Size([5, 2])
     """
 
@@ -75,13 +75,14 @@ class DiagonalNormal(Distribution):
 
     Example:
         >>> import torch, fastvae
-        >>> q = fastvae.DiagonalNormal(torch.zeros(4, 2), torch.zeros(4, 2), logvar_range=(-10.0, 10.0))
+        >>> from fastvae.distributions import DiagonalNormal
+        >>> q = DiagonalNormal(torch.zeros(4, 2), torch.zeros(4, 2), logvar_range=(-10.0, 10.0))
         >>> q.batch
         4
         >>> mu, logvar = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-        >>> len(list(fastvae.DiagonalNormal(mu, logvar).parameters()))
+        >>> len(list(fastvae.distributions.DiagonalNormal(mu, logvar).parameters()))
         2
-        >>> q = fastvae.DiagonalNormal(torch.zeros(4, 2), torch.zeros(4, 2), scale="softplus", floor=1e-4)
+        >>> q = DiagonalNormal(torch.zeros(4, 2), torch.zeros(4, 2), scale="softplus", floor=1e-4)
         >>> q.log_variance()[0]  # log(log 2 + 1e-4)
         tensor([-0.3664, -0.3664])
     """

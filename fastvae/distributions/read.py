@@ -54,7 +54,8 @@ def as_posterior(q: Any) -> Distribution:
         return _pair(mu, logvar)
     raise TypeError(
         "q must be a pair (mu, logvar) of tensors [B, D]; a tensor [B, 2 D], mu and logvar side by side; a "
-        "torch.distributions object of shape [B, D] with rsample; a fastvae.Distribution; or an object or "
+        "torch.distributions object of shape [B, D] with rsample; a fastvae.distributions.Distribution; "
+        "or an object or "
         f"mapping with a mean ({', '.join(_MEANS)}) and a log variance ({', '.join(_LOGVARS)}); latents may "
         f"have axes of their own, [B, C, H, W] in place of [B, D]. Got {_describe(q)}"
     )
@@ -200,8 +201,10 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
             return DiagonalNormal(normal.loc, 2 * normal.scale.log())
         return _of_torch(prior)
     raise TypeError(
-        f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), a fastvae.Distribution "
-        "such as fastvae.DiagonalNormal(mu, logvar), a torch.distributions object, or a function of the "
+        f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), a "
+        "fastvae.distributions.Distribution "
+        "such as fastvae.distributions.DiagonalNormal(mu, logvar), a torch.distributions object, or a "
+        "function of the "
         "context; got "
         f"{type(prior).__name__}"
     )

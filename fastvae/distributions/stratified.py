@@ -45,8 +45,8 @@ class Mixture(Distribution):
     Example:
         >>> import torch, fastvae
         >>> x, decoder = torch.ones(4, 7), torch.nn.Linear(3, 7)
-        >>> near, wide = (torch.zeros(4, 3), torch.zeros(4, 3)), fastvae.StandardNormal()
-        >>> q = fastvae.Mixture([near, wide], torch.tensor([2.0, 0.0]))
+        >>> near, wide = (torch.zeros(4, 3), torch.zeros(4, 3)), fastvae.distributions.StandardNormal()
+        >>> q = fastvae.distributions.Mixture([near, wide], torch.tensor([2.0, 0.0]))
         >>> fastvae.iwae(x, q, decoder, k=10, likelihood="bernoulli").shape
         torch.Size([])
     """

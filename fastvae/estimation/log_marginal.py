@@ -81,7 +81,7 @@ def log_marginal(
     Returns:
         :class:`LogMarginal` (log_px, stderr, ess, khat, jackknife, jackknife_stderr, psis, low, high), each
         [B]. The standard errors are NaN for k=1. Trust them and the estimates only while Pareto k̂
-        (:func:`fastvae.weights.pareto_khat`) is below 0.7; above that, the variance of the weights is
+        (:func:`fastvae.diagnostics.pareto_khat`) is below 0.7; above that, the variance of the weights is
         effectively infinite. The interval from low to high contains log p(x) for 95 % of the seeds, also for
         heavy-tailed weights, given a few hundred draws (docs/estimators.md).
 

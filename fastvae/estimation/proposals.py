@@ -33,7 +33,7 @@ from ..distributions import (
     rsample,
 )
 from ..distributions.base import is_still
-from ..distributions.covariance import triangle_positions, triangular_solve, rows_times
+from ..distributions.covariance import rows_times, triangle_positions, triangular_solve
 from ..distributions.draws import describe
 from ..distributions.stratified import derived_seed
 from ..distributions.wrapped import TorchDistribution, at_address
@@ -136,8 +136,8 @@ class Posterior(Proposal):
 class Inflated(Proposal):
     """Posterior q with inflated standard deviations, for a q that is too narrow, as after ELBO training.
 
-    q must be a normal distribution: a pair (mu, logvar), :class:`fastvae.FullNormal` or
-    :class:`fastvae.LowRankNormal`.
+    q must be a normal distribution: a pair (mu, logvar), :class:`fastvae.distributions.FullNormal` or
+    :class:`fastvae.distributions.LowRankNormal`.
 
     Args:
         scale: factor of the standard deviations. Default 1.2.
@@ -179,7 +179,7 @@ class Heavy(Proposal):
 
     Its tails are heavier than those of any nearly normal p(z|x), so the weights are bounded.
 
-    q must be a pair (mu, logvar) or a :class:`fastvae.DiagonalNormal`.
+    q must be a pair (mu, logvar) or a :class:`fastvae.distributions.DiagonalNormal`.
 
     Args:
         df: degrees of freedom. Default 5.

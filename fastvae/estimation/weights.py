@@ -530,7 +530,7 @@ def pareto_khat(log_w: Tensor) -> Tensor:
     Example:
         >>> import torch, fastvae
         >>> log_w = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
-        >>> bool((fastvae.weights.pareto_khat(log_w) < 0.7).all())
+        >>> bool((fastvae.diagnostics.pareto_khat(log_w) < 0.7).all())
         True
     """
     check_tensor("log_w", log_w, 2, "[K, B]")

@@ -39,7 +39,7 @@ class Likelihood(nn.Module):
 
     Example:
         >>> import torch, fastvae
-        >>> class Laplace(fastvae.Likelihood):
+        >>> class Laplace(fastvae.likelihoods.Likelihood):
         ...     def log_prob(self, x, location):
         ...         return -(x - location).abs() - torch.log(torch.tensor(2.0))
         >>> x, q = torch.ones(4, 7), torch.zeros(4, 2 * 3)
@@ -194,7 +194,7 @@ def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
     if isinstance(x, Mapping):
         raise TypeError(
             f"mask is given with an x of several parts, whose elements {type(likelihood).__name__} does not "
-            "tell apart; use fastvae.Joint, which takes a mask of each"
+            "tell apart; use fastvae.likelihoods.Joint, which takes a mask of each"
         )
     inside = float(likelihood.inside)
     if not (x.is_floating_point() or inside.is_integer()):
@@ -254,7 +254,7 @@ class Declared(Likelihood):
             parts = ", ".join(f'{part}="{self.name}"' for part in list(x)[:3])
             raise TypeError(
                 f"{name} is a dict, but a {type(self).__name__} likelihood takes one tensor; for several "
-                f"parts use fastvae.Joint({parts})"
+                f"parts use fastvae.likelihoods.Joint({parts})"
             )
         check_data(x, self, name)
 
@@ -545,7 +545,8 @@ def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
     known = ", ".join(map(repr, sorted(NAMED)))
     if not isinstance(likelihood, str):
         raise TypeError(
-            f"likelihood must be a name ({known}) or an object such as fastvae.Gaussian(scale=0.1); got "
+            f"likelihood must be a name ({known}) or an object such as "
+            "fastvae.likelihoods.Gaussian(scale=0.1); got "
             f"{likelihood!r}{_hint(likelihood)}"
         )
     if likelihood not in NAMED:

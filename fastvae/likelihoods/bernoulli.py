@@ -35,7 +35,7 @@ class Bernoulli(Declared):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.Bernoulli().log_prob(torch.ones(4, 7), torch.zeros(4, 7)).shape
+        >>> fastvae.likelihoods.Bernoulli().log_prob(torch.ones(4, 7), torch.zeros(4, 7)).shape
         torch.Size([4, 7])
         >>> x, logits = torch.ones(4, 8, 8), torch.zeros(50, 4, 8, 8)
         >>> fastvae.ops.bernoulli_log_prob(x, logits)[0, 0]  # 64 log ½

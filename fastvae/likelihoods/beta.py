@@ -46,7 +46,7 @@ class Beta(Declared):
     Example:
         >>> import torch, fastvae
         >>> zeros = torch.zeros(4, 7)
-        >>> fastvae.Beta().log_prob(torch.rand(4, 7), (zeros, zeros)).shape
+        >>> fastvae.likelihoods.Beta().log_prob(torch.rand(4, 7), (zeros, zeros)).shape
         torch.Size([4, 7])
         >>> x = torch.full((2, 3), 0.5)
         >>> fastvae.ops.beta_log_prob(x, torch.full((2, 3), 2.0).log(), 0.0)  # 3 log 2x

@@ -146,7 +146,7 @@ class Multinomial(Likelihood):
         >>> clicks, q = torch.tensor([[1, 0, 1], [0, 2, 0]]), torch.zeros(2, 2 * 5)
         >>> fastvae.iwae(clicks, q, torch.nn.Linear(5, 3), k=7, likelihood="multinomial").shape
         torch.Size([])
-        >>> fastvae.Multinomial().log_prob(clicks, torch.zeros(2, 3))  # log 2 − 2 log 3, −2 log 3
+        >>> fastvae.likelihoods.Multinomial().log_prob(clicks, torch.zeros(2, 3))  # log 2 − 2 log 3, −2 log 3
         tensor([-1.5041, -2.1972])
     """
 

@@ -43,7 +43,7 @@ class ContinuousBernoulli(Declared):
 
     Example:
         >>> import torch, fastvae
-        >>> fastvae.ContinuousBernoulli().log_prob(torch.rand(4, 7), torch.zeros(4, 7)).shape
+        >>> fastvae.likelihoods.ContinuousBernoulli().log_prob(torch.rand(4, 7), torch.zeros(4, 7)).shape
         torch.Size([4, 7])
         >>> x, logits = torch.ones(2, 3), torch.full((2, 3), 2.0)
         >>> fastvae.ops.continuous_bernoulli_log_prob(x, logits)  # 3 (log 2 - log(1 - e^-2))

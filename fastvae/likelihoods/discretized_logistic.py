@@ -58,10 +58,10 @@ class DiscretizedLogistic(Scaled):
     Example:
         >>> import torch, fastvae
         >>> pixels = torch.randint(256, (4, 7)) / 255
-        >>> likelihood = fastvae.DiscretizedLogistic(scale=0.05, learned=True)
+        >>> likelihood = fastvae.likelihoods.DiscretizedLogistic(scale=0.05, learned=True)
         >>> likelihood.log_prob(pixels, torch.full((4, 7), 0.5)).shape
         torch.Size([4, 7])
-        >>> signs = fastvae.DiscretizedLogistic(levels=2, low=-1.0)
+        >>> signs = fastvae.likelihoods.DiscretizedLogistic(levels=2, low=-1.0)
         >>> signs.log_prob(torch.ones(1, 1), (torch.zeros(1, 1), torch.zeros(1, 1)))  # log σ(0)
         tensor([[-0.6931]])
     """
@@ -72,7 +72,8 @@ class DiscretizedLogistic(Scaled):
     low, high = 0.0, 1.0
     differentiable = False
     hint = (
-        "for data with other ends give them, such as fastvae.DiscretizedLogistic(low=-1.0, high=1.0), and "
+        "for data with other ends give them, such as fastvae.likelihoods.DiscretizedLogistic(low=-1.0, "
+        "high=1.0), and "
         "for bytes high=255.0"
     )
     held = {"scale": "the standard deviation times √3/π"}

@@ -52,7 +52,7 @@ class DiscretizedLogisticMixture(Likelihood):
         >>> def decoder(z):
         ...     zeros = torch.zeros(len(z), 5, 3, 4, 4)
         ...     return zeros[:, :, 0], zeros, zeros - 3, zeros
-        >>> mixture = fastvae.DiscretizedLogisticMixture()
+        >>> mixture = fastvae.likelihoods.DiscretizedLogisticMixture()
         >>> fastvae.iwae(x, torch.zeros(2, 2 * 3), decoder, k=5, likelihood=mixture).shape
         torch.Size([])
     """

@@ -34,8 +34,8 @@ class Gaussian(Scaled):
         scale: standard deviation s > 0: a number, a tensor broadcastable to the event, or a tensor that a
             network computed. Default: the decoder returns the log variance, too. ``"softplus"``: the decoder
             returns (mean, raw), and the variance is softplus(raw) + ``floor``, see
-            :class:`fastvae.SoftplusGaussian`. ``"optimal"``: the decoder returns the mean alone, and one σ²
-            is estimated, see :class:`fastvae.OptimalGaussian`.
+            :class:`SoftplusGaussian`. ``"optimal"``: the decoder returns the mean alone, and one σ²
+            is estimated, see :class:`OptimalGaussian`.
         learned: train the scale, starting from this value. The parameter is ``log_scale``, so an optimiser
             step cannot make the scale 0 or negative; the property ``scale`` returns its exponential.
 
@@ -44,7 +44,7 @@ class Gaussian(Scaled):
 
     Example:
         >>> import torch, fastvae
-        >>> likelihood = fastvae.Gaussian(scale=0.1, learned=True)
+        >>> likelihood = fastvae.likelihoods.Gaussian(scale=0.1, learned=True)
         >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
         torch.Size([4, 7])
         >>> [name for name, _ in likelihood.named_parameters()]

@@ -33,7 +33,8 @@ class Joint(Likelihood):
 
     Example:
         >>> import torch, fastvae
-        >>> joint = fastvae.Joint(pixels="bernoulli", genes=fastvae.NegativeBinomial(10.0))
+        >>> from fastvae.likelihoods import Joint, NegativeBinomial
+        >>> joint = Joint(pixels="bernoulli", genes=NegativeBinomial(10.0))
         >>> x = {"pixels": torch.ones(4, 8, 8), "genes": torch.ones(4, 20, dtype=torch.int32)}
         >>> pixels, genes = torch.nn.Linear(3, 64), torch.nn.Linear(3, 20)
         >>> def decoder(z):

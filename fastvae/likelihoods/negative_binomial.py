@@ -77,7 +77,7 @@ class NegativeBinomial(Overdispersed):
     Example:
         >>> import torch, fastvae
         >>> counts, q = torch.tensor([[0, 3], [1, 2]]), torch.zeros(2, 2 * 5)
-        >>> of_genes = fastvae.NegativeBinomial(torch.full((2,), 10.0), learned=True)
+        >>> of_genes = fastvae.likelihoods.NegativeBinomial(torch.full((2,), 10.0), learned=True)
         >>> fastvae.iwae(counts, q, torch.nn.Linear(5, 2), k=7, likelihood=of_genes).shape
         torch.Size([])
         >>> zeros = torch.zeros(2, 2)

@@ -20,7 +20,7 @@ from .gaussian import NAMED_SCALES, Gaussian
 class OptimalGaussian(Gaussian):
     r"""Gaussian likelihood p(x|z) = N(mean, σ²) with the maximum-likelihood σ², shared by all elements.
 
-    The decoder returns ``mean``. ``fastvae.Gaussian(scale="optimal")`` creates it.
+    The decoder returns ``mean``. ``fastvae.likelihoods.Gaussian(scale="optimal")`` creates it.
 
     .. math:: σ^2 = \frac1{|i, k|} \sum_{i,k} (x_i - m_{ki})^2
 
@@ -30,7 +30,7 @@ class OptimalGaussian(Gaussian):
     ``variance``.
 
     Args:
-        scale: always ``"optimal"``, the name by which :class:`fastvae.Gaussian` creates it.
+        scale: always ``"optimal"``, the name by which :class:`Gaussian` creates it.
         momentum: the weight of the newest σ² in the running mean, in (0, 1], as in BatchNorm; the first
             estimate initialises the mean.
         learned: always False, as σ² is estimated.
@@ -43,7 +43,7 @@ class OptimalGaussian(Gaussian):
 
     Example:
         >>> import torch, fastvae
-        >>> likelihood = fastvae.Gaussian(scale="optimal")
+        >>> likelihood = fastvae.likelihoods.Gaussian(scale="optimal")
         >>> x, q = torch.randn(4, 7), torch.zeros(4, 2 * 3)
         >>> bound = fastvae.elbo(x, q, lambda z: torch.zeros(len(z), 7), likelihood=likelihood)
         >>> torch.allclose(likelihood.variance, x.square().mean())
@@ -56,7 +56,7 @@ class OptimalGaussian(Gaussian):
         if scale != "optimal" or learned:
             raise ValueError(
                 "an optimal scale is measured, neither given nor learned; for these use "
-                "fastvae.Gaussian(scale=0.1, learned=True)"
+                "fastvae.likelihoods.Gaussian(scale=0.1, learned=True)"
             )
         super().__init__()
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 < momentum <= 1:
@@ -117,7 +117,7 @@ class OptimalGaussian(Gaussian):
             raise RuntimeError(
                 "scale='optimal' has no variance yet, which it measures in training mode with gradients "
                 "enabled; train first, load a state_dict, or give a number, as in "
-                "fastvae.Gaussian(scale=0.1)"
+                "fastvae.likelihoods.Gaussian(scale=0.1)"
             )
         return (self.variance.to(x.device).log(),)
 

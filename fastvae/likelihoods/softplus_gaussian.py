@@ -16,7 +16,8 @@ from .scaled import normal_like
 class SoftplusGaussian(Gaussian):
     r"""Gaussian likelihood p(x|z) = N(mean, softplus(raw) + floor).
 
-    The decoder returns ``(mean, raw)``. ``fastvae.Gaussian(scale="softplus", floor=1e-4)`` creates it.
+    The decoder returns ``(mean, raw)``. ``fastvae.likelihoods.Gaussian(scale="softplus", floor=1e-4)``
+    creates it.
 
     .. math:: \log p(x|z_k) = -½ \sum_i \big[\log 2π σ_{ki}^2 + (x_i - m_{ki})^2 / σ_{ki}^2\big],
               \quad σ^2 = \log(1 + e^r) + \text{floor}
@@ -32,7 +33,7 @@ class SoftplusGaussian(Gaussian):
     ``fastvae.ops.softplus_gaussian_log_prob(x, mean, raw, log_floor)``.
 
     Args:
-        scale: always ``"softplus"``, the name by which :class:`fastvae.Gaussian` creates it.
+        scale: always ``"softplus"``, the name by which :class:`Gaussian` creates it.
         floor: lower bound of the variance, which prevents collapse; 0 for none.
         learned: always False, as the decoder returns the scale.
 
@@ -41,7 +42,7 @@ class SoftplusGaussian(Gaussian):
 
     Example:
         >>> import torch, fastvae
-        >>> likelihood = fastvae.Gaussian(scale="softplus", floor=0.0)
+        >>> likelihood = fastvae.likelihoods.Gaussian(scale="softplus", floor=0.0)
         >>> x, zeros = torch.zeros(2, 3), torch.zeros(2, 3)
         >>> likelihood.log_prob(x, (zeros, zeros))[0]  # -½ log(2π log 2)
         tensor([-0.7357, -0.7357, -0.7357])
@@ -61,7 +62,7 @@ class SoftplusGaussian(Gaussian):
         if scale != "softplus" or learned:
             raise ValueError(
                 "the scale of a softplus Gaussian comes from the decoder; to hold or learn one use "
-                "fastvae.Gaussian(scale=0.1, learned=True)"
+                "fastvae.likelihoods.Gaussian(scale=0.1, learned=True)"
             )
         super().__init__()
         if isinstance(floor, bool) or not isinstance(floor, (int, float)):
@@ -99,7 +100,7 @@ class SoftplusGaussian(Gaussian):
         return (math.log(self.floor) if self.floor else -math.inf,)
 
     def _example(self, names: list[str], more: str = "") -> str:
-        return f"fastvae.Gaussian(scale=0.1{more})"
+        return f"fastvae.likelihoods.Gaussian(scale=0.1{more})"
 
     @property
     def scale(self) -> None:

@@ -17,14 +17,14 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
 
     Each negative binomial count is replaced by 0 with probability σ(l). The decoder returns ``(log_mean,
     log_inverse_dispersion, dropout_logit)``, or ``(log_mean, dropout_logit)`` when ``inverse_dispersion`` is
-    given, as in :class:`fastvae.NegativeBinomial`.
+    given, as in :class:`NegativeBinomial`.
 
     .. math:: p(x|z_k) = \prod_i \big[σ(l) [x_i = 0] + σ(-l)\, \mathrm{NB}(x_i; e^m, e^t)\big]
 
     For a count of 0, with :math:`a = σ(-l) (\mathrm{NB}(0) - 1)`, log p is computed as :math:`\log(1 + a)` if
     a > -½, and otherwise as the log-sum-exp of l and log NB(0), minus log(1 + exp(l)). With the upstream
     gradient :math:`g` and :math:`ω = σ(\log \mathrm{NB}(0) - l)` for a count of 0, else 1, the gradients of
-    log mean and log inverse dispersion are ω times those of :class:`fastvae.NegativeBinomial`, and that of
+    log mean and log inverse dispersion are ω times those of :class:`NegativeBinomial`, and that of
     the logit is :math:`g\, (1 - ω) σ(-l) (1 - \mathrm{NB}(0))` for a count of 0, else :math:`-g\, σ(l)`.
 
     The op is ``fastvae.ops.zero_inflated_negative_binomial_log_prob(x, log_mean,

@@ -184,7 +184,7 @@ def beta_tc(
     if each is None:
         raise ValueError(
             "beta_tc needs the marginal distribution of each dimension, which is known of normal posteriors; "
-            f"q is {describe(q)}. Use fastvae.DiagonalNormal, FullNormal or LowRankNormal"
+            f"q is {describe(q)}. Use fastvae.distributions.DiagonalNormal, FullNormal or LowRankNormal"
         )
     whole, dimensions = whole - log_n, each.sum(-1) - each.shape[-1] * log_n
     parts = log_q - whole, whole - dimensions, dimensions - prior.log_prob(z)

@@ -95,22 +95,23 @@ def elbo(
               \quad z_k \sim q(z|x)
 
     Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.Joint`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each
             [B, D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
-            torch.distributions object [B, D] with rsample; or a :class:`fastvae.Distribution`. Latents may
-            be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels are mu,
-            then logvar.
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
+            Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
+            are mu, then logvar.
         decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
             sample-major. Shaped latents are passed as [N, C, H, W]. With a ``context`` it is called as
             ``decoder(z, context)``.
         likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
-            another name, an object such as ``fastvae.Gaussian(scale=0.1)`` (it returns the mean), or a
-            user-defined :class:`fastvae.Likelihood`.
-        prior: ``fastvae.DiagonalNormal(mu, logvar)``, another :class:`fastvae.Distribution`, a
-            torch.distributions object, a pair (mu, logvar), each [B, D], or a function of the context that
-            returns one of these. For shaped latents its parameters broadcast to [B, C, H, W], or are flat,
-            [D]. Default: N(0, I), or the :class:`fastvae.Hierarchy` that produced q.
+            another name, an object such as ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean),
+            or a user-defined :class:`fastvae.likelihoods.Likelihood`.
+        prior: ``fastvae.distributions.DiagonalNormal(mu, logvar)``, another
+            :class:`fastvae.distributions.Distribution`, a torch.distributions object, a pair (mu, logvar),
+            each [B, D], or a function of the context that returns one of these. For shaped latents its
+            parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q.
         k: draws of z per example. Default 1.
         beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Default 1.
             Under torch.compile a new number recompiles; a new value of a tensor does not.
@@ -233,7 +234,8 @@ def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bo
     if has_free_bits:
         raise ValueError(
             "free_bits needs the KL of each dimension in closed form, which is not known for q = "
-            f"{describe(q)} and prior = {describe(prior)}; register one with fastvae.register_kl, or leave "
+            f"{describe(q)} and prior = {describe(prior)}; register one with "
+            "fastvae.distributions.register_kl, or leave "
             "free_bits out"
         )
     say_monte_carlo(q, prior)

@@ -214,7 +214,7 @@ def _flat(tensor: Tensor, first: int) -> Tensor:
 
 
 def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100) -> Tensor:
-    r"""Return log p(x|z) of classes, summed over the event, by the formula of :class:`fastvae.Categorical`.
+    r"""Return log p(x|z) of classes, summed over the event; see :class:`fastvae.likelihoods.Categorical`.
 
     Args:
         x: classes [B, \*event], whole numbers of any dtype; broadcast over the leading axes of logits.
@@ -252,7 +252,7 @@ def discretized_logistic_mixture_log_prob(
 ) -> Tensor:
     r"""Return log p(x|z) of values on a grid, summed over the event.
 
-    The formula is that of :class:`fastvae.DiscretizedLogisticMixture`.
+    The formula is that of :class:`fastvae.likelihoods.DiscretizedLogisticMixture`.
 
     Args:
         x: data [B, E, \*positions] on [−1, 1], of E channels; broadcast over the leading axes of logits.

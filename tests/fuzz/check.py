@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
+from fastvae.distributions import LowRankNormal
+from fastvae.likelihoods import Gaussian
 
 from . import decoders, families, likelihoods, oracle
 from .case import MEASURING, Case
@@ -190,8 +192,8 @@ def low_rank_noise(built: Built) -> Tensor:
         scales.append((logvar - 80.0, one))
     for scale in scales:
         torch.manual_seed(c.index)
-        x, q = torch.zeros(c.batch, 1), fastvae.LowRankNormal(mu, *scale)
-        fastvae.log_weights(x, q, decoder, k=c.k, likelihood=fastvae.Gaussian(scale=1.0), noise=c.noise)
+        x, q = torch.zeros(c.batch, 1), LowRankNormal(mu, *scale)
+        fastvae.log_weights(x, q, decoder, k=c.k, likelihood=Gaussian(scale=1.0), noise=c.noise)
     own, *shared = (z.reshape(c.k, c.batch, c.latent) for z in found)
     return torch.cat([own, *(z[..., :1] for z in shared)], -1)
 
@@ -588,8 +590,8 @@ def compare(
         bound += 4 * info.eps * float(e.abs().amax()) + 64 * info.smallest_normal
         off = (f.double() - e).abs()
         off = torch.where((f.double() == e) | (f.isnan() & e.isnan()), 0.0, off)
-        # Results, or terms that cancel in them, beyond the largest number: a relative error of one roundoff in
-        # a term moves the result by roundoff times the term.
+        # Results, or terms that cancel in them, beyond the largest number: one roundoff of a term moves the
+        # result by roundoff times the term.
         overflows = bound >= TIMES * info.eps * info.max
         off = torch.where(((e.abs() >= 0.9 * info.max) | overflows) & ~f.isfinite(), 0.0, off)
         if math.isfinite(bound) and not bool((off <= bound).all()) and bool(e.isfinite().all()):

@@ -13,6 +13,18 @@ from torch import distributions as td
 from torch.nn import functional as F
 
 import fastvae
+from fastvae.distributions import (
+    DiagonalNormal,
+    Exponential,
+    FullNormal,
+    Gumbel,
+    Laplace,
+    Logistic,
+    LogNormal,
+    LowRankNormal,
+    Mixture,
+    StudentT,
+)
 
 
 class Family(NamedTuple):
@@ -216,49 +228,45 @@ POSTERIORS: dict[str, Family] = {
         lambda t: _normal(*t.chunk(2, -1)),
         lambda t, z: _normal_path(*t.chunk(2, -1), z),
     ),
-    "diagonal": _pair(fastvae.DiagonalNormal),
+    "diagonal": _pair(DiagonalNormal),
     "clamped": Family(
         _two,
-        lambda mu, s: fastvae.DiagonalNormal(mu, s, logvar_range=(-1.0, 0.5)),
+        lambda mu, s: DiagonalNormal(mu, s, logvar_range=(-1.0, 0.5)),
         lambda mu, s: _normal(mu, s.clamp(-1.0, 0.5)),
         lambda mu, s, z: _normal_path(mu, s.clamp(-1.0, 0.5), z),
     ),
     "softplus": Family(
         _two,
-        lambda mu, s: fastvae.DiagonalNormal(mu, s, scale="softplus", floor=1e-4),
+        lambda mu, s: DiagonalNormal(mu, s, scale="softplus", floor=1e-4),
         softplus_normal,
         lambda mu, s, z: located(mu, (F.softplus(s) + 1e-4).sqrt(), z),
     ),
-    "log scale": _scaled(lambda mu, s: fastvae.DiagonalNormal(mu, s, scale="log_scale"), td.Normal),
-    "scale": Family(
-        _two, lambda mu, s: fastvae.DiagonalNormal(mu, s, scale="scale"), td.Normal, located, _exps(1)
-    ),
+    "log scale": _scaled(lambda mu, s: DiagonalNormal(mu, s, scale="log_scale"), td.Normal),
+    "scale": Family(_two, lambda mu, s: DiagonalNormal(mu, s, scale="scale"), td.Normal, located, _exps(1)),
     "full": Family(
         lambda d: ((d,), (d * (d + 1) // 2,)),
-        fastvae.FullNormal,
+        FullNormal,
         lambda mu, t: _mvn(mu, _of_tril(mu, t)),
         lambda mu, t, z: triangular(mu, _of_tril(mu, t), z),
     ),
     "low rank": Family(
-        lambda d: ((d,), (d,), (d, 2)), fastvae.LowRankNormal, _low_rank, _low_rank_path, least_latent=2
+        lambda d: ((d,), (d,), (d, 2)), LowRankNormal, _low_rank, _low_rank_path, least_latent=2
     ),
-    "laplace": _scaled(fastvae.Laplace, td.Laplace),
-    "logistic": _scaled(fastvae.Logistic, LogisticOf),
-    "gumbel": _scaled(fastvae.Gumbel, td.Gumbel),
-    "student": _scaled(lambda m, s: fastvae.StudentT(m, s, 5.0), lambda m, s: td.StudentT(5.0, m, s)),
-    "log-normal": _scaled(fastvae.LogNormal, td.LogNormal, _log_path, **POSITIVE),
+    "laplace": _scaled(Laplace, td.Laplace),
+    "logistic": _scaled(Logistic, LogisticOf),
+    "gumbel": _scaled(Gumbel, td.Gumbel),
+    "student": _scaled(lambda m, s: StudentT(m, s, 5.0), lambda m, s: td.StudentT(5.0, m, s)),
+    "log-normal": _scaled(LogNormal, td.LogNormal, _log_path, **POSITIVE),
     "exponential": Family(
         lambda d: ((d,),),
-        fastvae.Exponential,
+        Exponential,
         lambda s: td.Exponential((-s).exp()),
         lambda s, z: s.exp() * held(z / s.exp()),
         **POSITIVE,
     ),
     "mixture": Family(
         lambda d: ((d,), (d,), (d,), (d,), (2,)),
-        lambda a, b, c, d, logits: fastvae.Mixture(
-            [fastvae.DiagonalNormal(a, b), fastvae.Laplace(c, d)], logits
-        ),
+        lambda a, b, c, d, logits: Mixture([DiagonalNormal(a, b), Laplace(c, d)], logits),
         _mixture,
         _mixture_path,
         strata=2,
@@ -388,7 +396,7 @@ PRIORS: dict[str, Family] = {
     "standard": Family(lambda d: (), lambda: "standard_normal", _standard, lambda: None),
     "normal mixture": Family(
         lambda d: ((4, d), (4, d), (4,)),
-        fastvae.NormalMixture,
+        fastvae.distributions.NormalMixture,
         lambda m, s, w: NormalMixture(m, (0.5 * s).exp(), w),
         lambda: None,
     ),

@@ -12,6 +12,7 @@ from torch import distributions as td
 from torch.nn import functional as F
 
 import fastvae
+from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Joint, Likelihood, NegativeBinomial, Poisson
 from fastvae.likelihoods.base import DECLARED
 
 from ..oracles import ORACLES
@@ -102,7 +103,7 @@ CONSTANTS = {"discretized_logistic": (-math.log(255),)}
 SIZED = ("poisson", "negative_binomial", "zero_inflated_negative_binomial")
 
 
-class Own(fastvae.Likelihood):
+class Own(Likelihood):
     """User's likelihood."""
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
@@ -110,7 +111,7 @@ class Own(fastvae.Likelihood):
         return -0.5 * ((x - mean) * torch.exp(-log_scale)).square() - log_scale
 
 
-class OwnOfRows(fastvae.Likelihood):
+class OwnOfRows(Likelihood):
     """User's likelihood that is not a sum over elements: [N]."""
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
@@ -150,7 +151,7 @@ def _given_scale(cls, **options):
 ZOO: dict[str, Kind] = {
     **{name: _declared(name) for name in DECLARED if name != "softplus_gaussian"},
     "gaussian of a scale": Kind(
-        _given_scale(fastvae.Gaussian, scale=0.7),
+        _given_scale(Gaussian, scale=0.7),
         _real,
         _one,
         lambda x, o, given: td.Normal(o[0], 0.7).log_prob(x),
@@ -158,7 +159,7 @@ ZOO: dict[str, Kind] = {
         may_be_large=True,
     ),
     "gaussian, learned": Kind(
-        lambda event: fastvae.Gaussian(scale=torch.full(event, 0.7), learned=True),
+        lambda event: Gaussian(scale=torch.full(event, 0.7), learned=True),
         _real,
         _one,
         lambda x, o, given: td.Normal(o[0], given["log_scale"].exp()).log_prob(x),
@@ -173,7 +174,7 @@ ZOO: dict[str, Kind] = {
         may_be_large=True,
     ),
     "softplus gaussian": Kind(
-        _given_scale(fastvae.Gaussian, scale="softplus", floor=1e-3),
+        _given_scale(Gaussian, scale="softplus", floor=1e-3),
         _real,
         _many(2),
         lambda x, o, given: td.Normal(o[0], (F.softplus(o[1]) + 1e-3).sqrt()).log_prob(x),
@@ -188,7 +189,7 @@ ZOO: dict[str, Kind] = {
         may_be_large=True,
     ),
     "negative_binomial, learned": Kind(
-        lambda event: fastvae.NegativeBinomial(torch.full(event, 2.0), learned=True),
+        lambda event: NegativeBinomial(torch.full(event, 2.0), learned=True),
         _counts,
         _one,
         lambda x, o, given: ORACLES["negative_binomial"](
@@ -223,7 +224,7 @@ ZOO: dict[str, Kind] = {
         events=((7,), (2, 3)),
     ),
     "joint": Kind(
-        lambda event: fastvae.Joint(ink="bernoulli", count="poisson"),
+        lambda event: Joint(ink="bernoulli", count="poisson"),
         lambda u: {"ink": _binary(u), "count": _counts(u)},
         _many(2),
         _joint,
@@ -268,9 +269,9 @@ def _probabilities(name: str, cls: Any, **options: Any) -> None:
     )
 
 
-_probabilities("bernoulli", fastvae.Bernoulli, probs=True)
-_probabilities("poisson", fastvae.Poisson, rate=True)
-_probabilities("categorical", fastvae.Categorical, probs=True)
+_probabilities("bernoulli", Bernoulli, probs=True)
+_probabilities("poisson", Poisson, rate=True)
+_probabilities("categorical", Categorical, probs=True)
 
 
 # A decoder returns one tensor of features.

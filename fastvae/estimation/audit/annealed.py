@@ -127,7 +127,7 @@ def ais(
     Returns:
         :class:`AnnealedMarginal` (log_px, stderr, ess, acceptance), each [B]. The standard error is the delta
         method's, NaN for a single chain. If the chains' weights differ much (ess far below C), use more
-        steps. :func:`fastvae.bdmc` measures how far below log p(x) the estimate is, on simulated data.
+        steps. :func:`fastvae.audit.bdmc` measures how far below log p(x) the estimate is, on simulated data.
 
     Raises:
         TypeError, ValueError: for an invalid argument, which the message names; for a decoder that is not
@@ -141,7 +141,7 @@ def ais(
         >>> import torch, fastvae
         >>> decoder = torch.nn.Linear(2, 8)
         >>> q = torch.zeros(16, 2), torch.zeros(16, 2)
-        >>> result = fastvae.ais(torch.rand(16, 8), q, decoder, steps=20, likelihood="bernoulli")
+        >>> result = fastvae.audit.ais(torch.rand(16, 8), q, decoder, steps=20, likelihood="bernoulli")
         >>> result.log_px.shape
         torch.Size([16])
     """
@@ -173,7 +173,8 @@ def bdmc(
 ) -> MarginalBounds:
     r"""Bound log p(x) from both sides on data simulated by the model, by bidirectional Monte Carlo.
 
-    The gap bounds the error of :func:`fastvae.ais` with the same settings. With :math:`z^* \sim p(z)` and
+    The gap bounds the error of :func:`fastvae.audit.ais` with the same settings. With :math:`z^* \sim p(z)`
+    and
     :math:`x \sim p(x|z^*)`, :math:`z^*` is an exact draw from p(z|x), from which reverse chains run to q0.
     Then :math:`E[1/w] = 1/p(x)`, and
 
@@ -187,12 +188,12 @@ def bdmc(
         decoder: z [n, D] -> parameters of the likelihood, which needs ``sample``.
         latent_dim: D, or the shape (C, H, W) of shaped latents.
         n: number of examples to simulate. Default 100.
-        steps: T, as in :func:`fastvae.ais`. The decoder is evaluated and differentiated about
+        steps: T, as in :func:`fastvae.audit.ais`. The decoder is evaluated and differentiated about
             2.25·C·T·leapfrog times per x. Default 200.
         chains: C, chains per example and direction. Default 16.
-        leapfrog: leapfrog steps per transition, as in :func:`fastvae.ais`. Default 2.
-        start: q0, ``"posterior"`` (default) or ``"prior"``, as in :func:`fastvae.ais`.
-        chain_chunk: chains per decoder call, as in :func:`fastvae.ais`.
+        leapfrog: leapfrog steps per transition, as in :func:`fastvae.audit.ais`. Default 2.
+        start: q0, ``"posterior"`` (default) or ``"prior"``, as in :func:`fastvae.audit.ais`.
+        chain_chunk: chains per decoder call, as in :func:`fastvae.audit.ais`.
         likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
         prior: as in :func:`fastvae.elbo`; it needs ``sample``. Default: N(0, I).
         context: conditioning input of encoder, decoder and prior, with n rows, as in :func:`fastvae.elbo`.
@@ -213,7 +214,7 @@ def bdmc(
     Example:
         >>> import torch, fastvae
         >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
-        >>> bounds = fastvae.bdmc(encoder, decoder, 2, n=10, steps=20, likelihood="bernoulli")
+        >>> bounds = fastvae.audit.bdmc(encoder, decoder, 2, n=10, steps=20, likelihood="bernoulli")
         >>> bounds.lower.shape, bounds.upper.shape
         (torch.Size([10]), torch.Size([10]))
     """

@@ -1,6 +1,7 @@
 r"""Annealed Markov chains from a distribution with known draws to p(z|x), and in reverse.
 
-:func:`fastvae.ais`, :func:`fastvae.bdmc` and the audit of :func:`fastvae.evaluate` use them. Between
+:func:`fastvae.audit.ais`, :func:`fastvae.audit.bdmc` and the audit of :func:`fastvae.evaluate` use them.
+Between
 :math:`π_0 = q_0` and :math:`π_1 ∝ p(x, z)` lie :math:`\log π_β = (1 - β) \log q_0(z) + β \log p(x, z)`. A
 transition of Hamiltonian Monte Carlo leaves :math:`π_β` invariant and is reversible, so a chain may run in
 either direction.

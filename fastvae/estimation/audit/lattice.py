@@ -96,7 +96,7 @@ def lattice_log_marginal(
     Example:
         >>> import torch, fastvae
         >>> decoder, x = torch.nn.Linear(2, 8), torch.rand(16, 8)
-        >>> result = fastvae.lattice_log_marginal(x, decoder, 2, likelihood="bernoulli")
+        >>> result = fastvae.audit.lattice_log_marginal(x, decoder, 2, likelihood="bernoulli")
         >>> result.log_px.shape, bool((result.error < 1e-4).all())
         (torch.Size([16]), True)
     """

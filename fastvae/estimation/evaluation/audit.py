@@ -20,7 +20,7 @@ from ..audit.annealing import Annealing, Settings, simulate
 from ..stream import Chunks
 from .ranks import Ranks
 
-# The defaults of fastvae.ais.
+# The defaults of fastvae.audit.ais.
 STEPS, CHAINS, LEAPFROG = 200, 16, 2
 _BLOCK = 100  # examples per block, independent of the batches, so that results are, too
 _PREFIX = "audit_"  # prefix of the audit's arrays in a file
@@ -30,8 +30,8 @@ _PREFIX = "audit_"  # prefix of the audit's arrays in a file
 class Audit:
     """Audit of :func:`fastvae.evaluate`, from ``audit=``.
 
-    Tensors are float64: [A] for the examples estimated once more by :func:`fastvae.ais`, and [S] for as many
-    simulated examples, as in :func:`fastvae.bdmc`.
+    Tensors are float64: [A] for the examples estimated once more by :func:`fastvae.audit.ais`, and [S] for as
+    many simulated examples, as in :func:`fastvae.audit.bdmc`.
     """
 
     examples: Tensor

@@ -84,7 +84,7 @@ def evaluate(
             latents are passed as [N, C, H, W]; in the result they are flat, D = C·H·W.
         data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches, tensors or
             arrays, such as a DataLoader; if a batch is a tuple or list, its first entry. For
-            :class:`fastvae.Joint` a dict of tensors or arrays, or batches that are dicts.
+            :class:`fastvae.likelihoods.Joint` a dict of tensors or arrays, or batches that are dicts.
         k: draws per example, default 5000. With ``tol`` the maximum, default 100 000.
         tol: draw 100, 200, 400, … until an example's standard error is at most tol nats, so that easy
             examples cost little. An example may stop before its largest weights are drawn, which biases log
@@ -108,11 +108,11 @@ def evaluate(
             or settings. If it cannot be written, a warning is issued and the evaluation continues. Default:
             None.
         audit: number of examples, evenly spaced over the data, to estimate once more at the end by
-            :func:`fastvae.ais` with its default settings, which shows by how much the importance estimate may
-            be low. As many simulated examples are bounded from both sides (:func:`fastvae.bdmc`), which
-            measures the error of the annealing. The result is ``audit``, :class:`fastvae.Audit`. Each example
-            takes 8000 evaluations of the decoder with a gradient by z, a simulated one 14 400. It is not part
-            of a checkpoint. Default: no audit.
+            :func:`fastvae.audit.ais` with its default settings, which shows by how much the importance
+            estimate may be low. As many simulated examples are bounded from both sides
+            (:func:`fastvae.audit.bdmc`), which measures the error of the annealing. The result is ``audit``,
+            :class:`~.audit.Audit`. Each example takes 8000 evaluations of the decoder with a gradient by z, a
+            simulated one 14 400. It is not part of a checkpoint. Default: no audit.
         shard: division of the work under torch.distributed: ``"data"`` (default), by batches; ``"samples"``,
             by each example's draws, for few examples and a large k; or ``"none"``: this process evaluates
             alone, and others need not call evaluate.

@@ -57,7 +57,7 @@ class Evaluation:
     psis: Tensor
     """Pareto-smoothed estimate of log p(x) (Vehtari et al. 2024): lower variance, biased low."""
     low: Tensor
-    """Lower end of a 95 % interval for log p(x) over the draws (:mod:`fastvae.weights`)."""
+    """Lower end of a 95 % interval for log p(x) over the draws (:mod:`fastvae.estimation.weights`)."""
     high: Tensor
     """Upper end of the interval; +∞ where the draws do not bound log p(x)."""
     k: Tensor
