@@ -393,7 +393,7 @@ def recorded(call: Callable[[], object]) -> list[tuple]:
         found.append((self, *named(self, args, kwargs), grid))
 
     # Other targets have other warp sizes, and each shape is to be compiled as for a first call.
-    launching.forget()
+    launching.clear_caches()
     original = triton.JITFunction.run
     triton.JITFunction.run = run
     try:
