@@ -345,8 +345,8 @@ def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int, int]:
 def _splits(steps: int, others: int, min_steps: int) -> tuple[int, int]:
     """Split a loop that ``others`` programs run into (steps per program, programs).
 
-    A program runs at least ``min_steps`` steps. The programs are those along the loop; the grid has ``others``
-    times as many.
+    A program runs at least ``min_steps`` steps. The programs are those along the loop; the grid has
+    ``others`` times as many.
     """
     splits = max(1, min(PROGRAMS // others, steps // min_steps))
     each = cdiv(steps, splits)
