@@ -213,4 +213,4 @@ class StandIn(Host):
         pass
 
     def describe(self) -> tuple[str, list[str]]:
-        return f"DRY RUN without a card, {processor()}", versions_of("triton", "numpy")
+        return f"DRY RUN without a GPU, {processor()}", versions_of("triton", "numpy")
