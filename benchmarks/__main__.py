@@ -87,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{where['gflop_per_s']} GFLOP/s; freed memory is "
         f"{'kept' if kept else 'NOT kept: allocations will cost page faults'}\n\n"
         "× fastvae: time / fastvae's in the same round. of copy: minimum traffic per second, relative "
-        "to that of a copy.\nof least: minimum time for the bytes and operations, relative to the time taken. MiB, "
-        "allocs: per run.\n\n" + report.HEAD,
+        "to that of a copy.\nof least: minimum time for the bytes and operations, relative to the time taken. "
+        "MiB, allocs: per run.\n\n" + report.HEAD,
         flush=True,
     )
     if os.getloadavg()[0] > 0.5 * torch.get_num_threads():

@@ -31,7 +31,7 @@ struct Head {
   i64 samples() const { return h.n0 / x.n0; }
 };
 
-// Where the gradients go, contiguous, of compute type; null where not wanted.
+// Destinations of the gradients, contiguous, of compute type; null where not needed.
 struct HeadGradients {
   address h, weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
   bool any() const {
@@ -52,8 +52,8 @@ struct Block {
 // for each block. Small calls are divided, too.
 constexpr i64 kBlockBytes = 3 << 17, kFewestBlockRows = 64, kMostBlockRows = 512, kFewestBlocks = 16,
               kCachedWeights = 1 << 20;
-// Outputs of all samples of a row are kept by all threads up to so many bytes, from one pass to the other;
-// beyond, they are made again.
+// The outputs of all samples of a row are kept by all threads up to this number of bytes, from one pass to
+// the other; beyond it, they are recomputed.
 constexpr i64 kKeptBytes = i64{1} << 27;
 // Partial gradients of the weights, of so many rows at least, and so many bytes at most: a function of the
 // shape, so that the bits are the same for any number of threads, up to that of the partials; each thread
@@ -206,7 +206,8 @@ struct HeadSums {
   explicit HeadSums(const Head& head) : a(head) {}
 };
 
-// The gradients of a block, whose outputs and whose rows of h are there; g (samples, rows) arrives.
+// The gradients of a block whose outputs and rows of h are loaded; g (samples, rows) is the upstream
+// gradient.
 template <class C>
 void head_block_backward(HeadWorker<C>& work, const Block& block, const C* h, const C* out, const C* g,
                          i64 g_stride, const HeadGradients& to, HeadSums<C>& sums) {
@@ -296,8 +297,8 @@ void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
   }
 }
 
-// What arrives at each sample's log-likelihood, grad (K, B) of compute type with strides, is known: the
-// outputs are made again.
+// With the upstream gradient of each sample's log-likelihood known, grad (K, B) of compute type with strides:
+// the outputs are recomputed.
 template <class C>
 void head_rows_backward(const Head& a, const Tensor& grad, const HeadGradients& to) {
   const Blocks blocks(a, rows_per_block<C>(a), false);
