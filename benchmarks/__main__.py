@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{where['gflop_per_s']} GFLOP/s; freed memory is "
         f"{'kept' if kept else 'NOT kept: allocations will cost page faults'}\n\n"
         "× fastvae: time / fastvae's in the same round. of copy: minimum traffic per second, relative "
-        "to that of a copy.\nof least: minimum time for the bytes and operations, relative to the time taken. "
+        "to that of a copy.\nof least: minimum time for the bytes and operations, relative to time taken. "
         "MiB, allocs: per run.\n\n" + report.HEAD,
         flush=True,
     )

@@ -188,7 +188,7 @@ inline Scale scale_of(const char* name) {
   return static_cast<Scale>(number);
 }
 
-// How a draw of z is made.
+// Settings of a draw of z.
 struct Draw {
   i64 samples, sample_offset, row_offset;
   double logvar_min, logvar_max;
@@ -226,7 +226,7 @@ struct RowGradients {
 
 // Reduction of the samples to a bound.
 struct How {
-  double coefficient;  // of the term, beside beta
+  double coefficient;  // of the term, in addition to beta
   bool log_mean_exp;   // over samples; else their mean
   char reduction;      // of the batch: n(one), s(um), m(ean)
   double alpha;        // a log-mean-exp is that of w^(1 - alpha), over 1 - alpha

@@ -16,7 +16,8 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// Samples per unit of work, and per block of a sum over samples; maximum values of noise stored per unit.
+// Maximum and minimum samples per unit of work, and the noise values per unit between them; a block of a sum
+// over samples has the maximum.
 constexpr i64 kMostDraws = 64, kFewestDraws = 16, kNumbersDrawn = 16384;
 // Rows of L whose gradients a unit computes; and products added sequentially.
 constexpr i64 kScaleRows = 64, kStepsAdded = 128;

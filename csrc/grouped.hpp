@@ -228,7 +228,7 @@ struct GroupReader {
   }
 };
 
-// Positions of a tile: what is kept of them, and a component's parameters, stay in the first cache.
+// Positions of a tile: their sums and a component's parameters stay in the first-level cache.
 constexpr i64 kGroupTile = 1024;
 
 template <class C>

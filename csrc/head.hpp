@@ -55,9 +55,9 @@ constexpr i64 kBlockBytes = 3 << 17, kFewestBlockRows = 64, kMostBlockRows = 512
 // The outputs of all samples of a row are kept by all threads up to this number of bytes, from one pass to
 // the other; beyond it, they are recomputed.
 constexpr i64 kKeptBytes = i64{1} << 27;
-// Partial gradients of the weights, of so many rows at least, and so many bytes at most: a function of the
-// shape, so that the bits are the same for any number of threads, up to that of the partials; each thread
-// more has one of its own.
+// Partial gradients of the weights, each of at least this number of rows, and of at most this number of bytes
+// in all: a function of the shape, so that the bits are the same for any number of threads, up to that of the
+// partials; each further thread has a separate one.
 constexpr i64 kRowsPerPartial = 512, kMostPartials = 64, kPartialBytes = i64{1} << 22;
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -412,7 +412,7 @@ bool head_weigh(const Head& a, const Weighing& w, const WeighingResults& to, con
   return inside;
 }
 
-// @param t weights and biases of the outputs that are products, then the held ones: each a tensor or null.
+// @param t weights and biases of the outputs that are products, then the fixed ones: each a tensor or null.
 inline Head head_of(int likelihood, const Tensor& x, const Tensor& h, const HeadTensors& t, int threads) {
   Head a{likelihood, 0, 0, x, h, {}, {}, {}, threads};
   for (int j = 0; j < kMostParameters; ++j) {
