@@ -19,7 +19,7 @@ namespace fastvae {
 namespace FASTVAE_ISA {
 
 // x (B, X), h (K B, H), sample-major. The first `linear` outputs are products: weight (X, H) and bias (X) of
-// compute type, the bias null for none; the others are held: a row (X) or a number.
+// compute type, the bias null for none; the others are fixed: a row (X) or a number.
 struct Head {
   int likelihood, linear, outputs;
   Tensor x, h, weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
@@ -73,8 +73,8 @@ i64 rows_per_block(const Head& a) {
   return between(fewest, fit < share ? fit : share, kMostBlockRows);
 }
 
-// All samples and rows in blocks of about `most` rows, or of `samples` samples if that many are told: samples
-// of a row stay together, which share what is made of x.
+// All samples and rows in blocks of about `most` rows, or of `samples` samples if given: samples of a row,
+// which share values prepared from x, stay together.
 struct Blocks {
   i64 all_samples, all_rows, samples, rows, across;
   Blocks(const Head& a, i64 most, bool whole) : all_samples(a.samples()), all_rows(a.rows()) {
