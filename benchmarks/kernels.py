@@ -312,12 +312,14 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                     continue
                 outputs = len(declared.outputs)
                 least = len(declared.constants)
-                for held in sorted({least, outputs - 1}) if declared.name == "gaussian" else [least]:
-                    count = outputs - held
+                for fixed_count in sorted({least, outputs - 1}) if declared.name == "gaussian" else [least]:
+                    count = outputs - fixed_count
                     h, x = tensor(k * b, inner, dtype=dtype), tensor(b, size)
                     weights = (tensor(size, inner, dtype=dtype),) * count
                     row = tensor(size, dtype=dtype)
-                    layers = SimpleNamespace(weights=weights, biases=(row,) * count, held=(row,) * held)
+                    layers = SimpleNamespace(
+                        weights=weights, biases=(row,) * count, held=(row,) * fixed_count
+                    )
                     label = f"{declared.name} {str(dtype)[6:]} [{k * b}, {inner}, {count}·{size}]"
                     yield (
                         f"linear_log_prob {label}",

@@ -231,12 +231,12 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
     )
     # Programs per multiprocessor in total, and resident at once.
     given = math.prod(grid) / MULTIPROCESSORS
-    held = min(*fit, math.ceil(given))
+    resident = min(*fit, math.ceil(given))
     issued = trace(instructions, labels, steps)
     moved = sum(t.numel() * t.element_size() for t in arguments.values() if isinstance(t, torch.Tensor))
     of_trace = sum(32 * i.bytes for i in issued if i.text.startswith(("LDG", "STG")))
     scale = moved / (math.prod(grid) * of_program * max(1, of_trace))
-    warps = max(1, held * of_program // 4)
+    warps = max(1, resident * of_program // 4)
     every = max(1, math.ceil(given) * of_program // 4)
     total = min(WAVES * warps, every)
     seconds = {}
