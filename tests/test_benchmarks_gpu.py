@@ -416,7 +416,7 @@ def test_a_process_that_cannot_go_on_leaves_what_it_has(tmp_path, monkeypatch, c
     # Recorded rows are not measured again, and the machine's measured speed is kept.
     assert rows[: len(before)] == before and len(rows) == 2 * len(before)
     assert len({r["copy_gb_per_s"] for r in rows}) == 1
-    assert gpu._worker(state.path) == 0 and "the device is lost" in capfd.readouterr().out
+    assert gpu._worker(state.path) == 0 and "has lost the device" in capfd.readouterr().out
 
 
 def test_the_state_is_a_file(tmp_path):
