@@ -34,16 +34,16 @@ MODULES = (
 )
 # Subcommands, modules whose ``main`` takes the arguments after the name.
 SUBCOMMANDS = {
-    "head_memory": "memory and time over K, the decoder's last layer left to the likelihood",
-    "frontend": "what an objective costs of its own, beside a decoder that costs nothing",
-    "gpu": "run the tests on a card, and measure it",
-    "kernels": "what the compiler makes of the kernels, without a GPU",
-    "predict": "times of the kernels on a card that is not there, from their machine code",
-    "single_cell": "scvi-tools' model of counts beside the same networks under fastvae",
-    "qmc": "errors of log p(x) by quasi-Monte-Carlo draws beside those of independent ones",
-    "latents": "the demo with every posterior and every prior, the tables of docs/latents.md",
-    "bounds": "the demo's digits trained with every bound, the table of docs/bounds.md",
-    "estimators": "estimates of log p(x) beside the truth, the tables of docs/estimators.md",
+    "head_memory": "memory and time over K, with the decoder's last layer fused into the likelihood",
+    "frontend": "overhead of an objective, with a decoder that costs nothing",
+    "gpu": "tests and measurements on a GPU",
+    "kernels": "compiled code of the kernels, without a GPU",
+    "predict": "predicted times of the kernels on an absent GPU, from their machine code",
+    "single_cell": "scvi-tools' model of counts against the same networks in fastvae",
+    "qmc": "errors of log p(x) from quasi-Monte-Carlo draws and from independent draws",
+    "latents": "the demo with every posterior and every prior, for docs/latents.md",
+    "bounds": "the demo's digits trained with every bound, for docs/bounds.md",
+    "estimators": "estimates of log p(x) against the truth, for docs/estimators.md",
     "picture": "the README's picture: the time of a call, and memory over K",
     "launches": "the Python path from a call to its launch, without a GPU",
 }
@@ -55,19 +55,20 @@ def main(arguments: list[str] | None = None) -> int:
         return importlib.import_module(f".{arguments[0]}", __package__).main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure fastvae beside eager PyTorch, torch.compile, torch.distributions, Pyro and "
-        "pythae (those that are installed), interleaved in one run; print a table, write CSV and plots.",
-        epilog="Instead of modules: " + "; ".join(f"{name} ({what})" for name, what in SUBCOMMANDS.items()),
+        description="Measure fastvae, eager PyTorch, torch.compile, torch.distributions, Pyro and "
+        "pythae (where installed), interleaved in one run; print a table, write CSV and plots.",
+        epilog="Instead of modules, one of: "
+        + "; ".join(f"{name} ({what})" for name, what in SUBCOMMANDS.items()),
     )
     parser.add_argument("modules", nargs="*", metavar="module", help=f"some of: {', '.join(MODULES)}")
     parser.add_argument("--out", type=Path, help="where CSV and plots go; default: benchmarks/results")
     parser.add_argument(
-        "--budget", type=float, default=0.6, help="seconds of rounds for each work (default 0.6)"
+        "--budget", type=float, default=0.6, help="seconds of rounds per computation (default 0.6)"
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compare the ratios with those recorded for this device, say what got slower, and write nothing",
+        help="compare the ratios with those recorded for this device, list regressions, and write nothing",
     )
     options = parser.parse_args(arguments)
     if unknown := [m for m in options.modules if m not in MODULES]:
@@ -85,13 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
         f"matrix product does "
         f"{where['gflop_per_s']} GFLOP/s; freed memory is "
         f"{'kept' if kept else 'NOT kept: allocations will cost page faults'}\n\n"
-        "× fastvae: time / fastvae's in the same round. of copy: bytes that must move, a second, to those of "
-        "a copy.\nof least: the time that bytes and operations need at least, to the time taken. MiB, "
-        "allocs: of one run.\n\n" + report.HEAD,
+        "× fastvae: time / fastvae's in the same round. of copy: minimum traffic per second, relative "
+        "to that of a copy.\nof least: minimum time for the bytes and operations, relative to time taken. "
+        "MiB, allocs: per run.\n\n" + report.HEAD,
         flush=True,
     )
     if os.getloadavg()[0] > 0.5 * torch.get_num_threads():
-        print(f"(others are at work here, a load of {os.getloadavg()[0]:.1f}: ratios will be disturbed)")
+        print(f"(this machine is busy, with a load of {os.getloadavg()[0]:.1f}: expect noisy ratios)")
     measured = []
     for module in options.modules or MODULES:
         for work in importlib.import_module(f".{module}", __package__).works():
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         machine = machine.best(measure_machine())
     where |= report.environment(machine) | {"time": where["time"]}
     rows = [row for work, results in measured for row in report.rows_of(work, results, machine, where)]
-    print(f"\nat best: {where['copy_gb_per_s']} GB/s copied, {where['gflop_per_s']} GFLOP/s")
+    print(f"\nbest speed: {where['copy_gb_per_s']} GB/s copied, {where['gflop_per_s']} GFLOP/s")
     print(report.summary(rows))
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
     path = stem.with_suffix(".csv")
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"nothing is recorded for this device: {path} is missing; run without --check first")
             return 2
         slower = report.got_slower(rows, report.read_csv(path))
-        print("\n".join(["got slower than recorded:", *slower]) if slower else "nothing got slower")
+        print("\n".join(["slower than recorded:", *slower]) if slower else "no regression")
         return 1 if slower else 0
     if options.modules and path.exists():
         groups = {r["group"] for r in rows}

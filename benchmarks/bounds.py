@@ -1,7 +1,7 @@
 """``python -m benchmarks bounds``: the demo's digits, trained with each bound, for docs/bounds.md.
 
-One model (64-128-128-8 and back, binarised again in each pass), 64 samples per example in each step for every
-bound, on several seeds. Prints, for the test images and over the seeds, the IWAE-64 bound, log p(x) by 5000
+One model (64-128-128-8 and back, binarised anew in each pass), 64 samples per example in each step for every
+bound, on several seeds. Prints, for the test images and over the seeds, the IWAE-64 bound, log p(x) with 5000
 draws, and the gaps of the bound and of the ELBO, which measure the distance of the encoder from the
 posterior; each with the standard deviation over the seeds. Each run's results are kept in a folder, so that
 an interrupted table can be resumed, and seeds added.
@@ -60,7 +60,7 @@ def result(images: demo.Images, name: str, settings: Any, seed: int) -> dict[str
     return kept(settings.out / file, train)
 
 
-def said(values: Tensor) -> str:
+def cell(values: Tensor) -> str:
     """Format the mean over seeds and the standard deviation."""
     spread = f" ± {values.std().item():.2f}" if len(values) > 1 else ""
     return f"{values.mean().item():.2f}{spread}".replace("-", "−")
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--names", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("--out", type=Path, default=Path("demo-bounds"), help="where results are kept")
+    parser.add_argument("--out", type=Path, default=Path("demo-bounds"), help="folder for the results")
     settings = parser.parse_args(arguments)
     settings.out.mkdir(parents=True, exist_ok=True)
     images = demo.digits()
@@ -83,6 +83,6 @@ def main(arguments: list[str]) -> int:
         iwae, log_px, elbo = (
             torch.stack([run[n].double().mean() for run in runs]) for n in ("iwae", "log_px", "elbo")
         )
-        cells = [name, *(said(v) for v in (iwae, log_px, iwae - log_px, elbo - log_px))]
+        cells = [name, *(cell(v) for v in (iwae, log_px, iwae - log_px, elbo - log_px))]
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0

@@ -129,10 +129,10 @@ class Cuda(Host):
     def memory(self, run: Callable[[], object]) -> tuple[int, int]:
         self.cuda.synchronize()
         self.cuda.reset_peak_memory_stats()
-        held, count = self.cuda.memory_allocated(), self._allocations()
+        before, count = self.cuda.memory_allocated(), self._allocations()
         run()
         self.cuda.synchronize()
-        return max(0, self.cuda.max_memory_allocated() - held), self._allocations() - count
+        return max(0, self.cuda.max_memory_allocated() - before), self._allocations() - count
 
     def _allocations(self) -> int:
         return self.cuda.memory_stats().get("allocation.all.allocated", 0)
@@ -213,4 +213,4 @@ class StandIn(Host):
         pass
 
     def describe(self) -> tuple[str, list[str]]:
-        return f"DRY RUN without a card, {processor()}", versions_of("triton", "numpy")
+        return f"DRY RUN without a GPU, {processor()}", versions_of("triton", "numpy")

@@ -68,9 +68,8 @@ class Outcome:
         counts = ", ".join(f"{n} {outcome}" for outcome, n in self.counts.items()) or "none ran"
         line = f"tests: {counts}"
         if self.seconds:
-            line += (
-                f"; cut off after {self.seconds:.0f} s, {sum(self.counts.values())} of {self.collected} done"
-            )
+            done = sum(self.counts.values())
+            line += f"; interrupted after {self.seconds:.0f} s, {done} of {self.collected} done"
         elif self.code and not self.failures:
             line += f"; pytest returned {self.code}"
         shown = [f"  {name}" for name in self.failures[:MOST_SHOWN]]

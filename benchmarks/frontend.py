@@ -212,16 +212,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks frontend", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=400, help="of each implementation (default 400)")
+    parser.add_argument("--rounds", type=int, default=400, help="rounds per implementation (default 400)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--likelihoods", nargs="+", default=LIKELIHOODS, choices=LIKELIHOODS)
     parser.add_argument(
-        "--cases", type=int, nargs="+", default=range(len(CASES)), help="some of them, by number"
+        "--cases", type=int, nargs="+", default=range(len(CASES)), help="numbers of the cases to run"
     )
     parser.add_argument(
-        "--device", default="cpu", help="of the tensors (default cpu); on another, twenty calls in a row"
+        "--device",
+        default="cpu",
+        help="device of the tensors (default cpu); other devices run twenty calls in a row",
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     options = parser.parse_args(arguments)
     if options.device != "cpu":
         options.threads = [torch.get_num_threads()]
@@ -234,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"{threads} thread{'s' * (threads > 1)}, {likelihood} | "
                 + " | ".join(columns)
-                + " | to eager | to compiled | to empty"
+                + " | vs eager | vs compiled | vs empty"
             )
             for case in (CASES[n] for n in options.cases):
                 i = make(case, likelihood, options.device)

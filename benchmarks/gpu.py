@@ -293,7 +293,7 @@ def _worker(path: str) -> int:
             for item in state.wanted():
                 if time.time() + item.seconds > state.stop:
                     state.save(left_out=[*state.left_out, item.name])
-                    print(f"{item.name}: left out for want of time", flush=True)
+                    print(f"{item.name}: skipped for lack of time", flush=True)
                     continue
                 state.save(began=item.name)
                 # This signal is not handled: it ends the process, even one that waits for the device. Not in
@@ -305,11 +305,11 @@ def _worker(path: str) -> int:
                 state.save(began="")
                 host.release()
         except CaptureFailed as error:
-            print(f"a CUDA graph could not be captured: {error}; once more without", flush=True)
+            print(f"a CUDA graph could not be captured: {error}; retrying without", flush=True)
             state.save(failed={**state.failed, error.key: error.reason})
             return AGAIN
         except DeviceLost as error:
-            print(f"the device is lost to this process: {error}", flush=True)
+            print(f"this process has lost the device: {error}", flush=True)
             state.save(lost={**state.lost, state.began or MACHINE: describe(error)})
             return AGAIN if state.machines else 1
     return 0
@@ -379,37 +379,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu",
         description="On a machine with a CUDA device: run the tests there, then measure every op, IWAE "
-        "training steps and the evaluation of log p(x) beside eager PyTorch, torch.compile, "
-        "torch.distributions and Pyro (where installed). Prints short tables last; writes CSV and plots.",
+        "training steps and the evaluation of log p(x), with eager PyTorch, torch.compile, "
+        "torch.distributions and Pyro (where installed) as peers. Ends with short tables; writes CSV and "
+        "plots.",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where CSV and plots go")
-    parser.add_argument("--seconds", type=float, default=420, help="for everything (default 420)")
-    parser.add_argument("--tests-seconds", type=float, default=200, help="for the tests (default 200)")
+    parser.add_argument("--seconds", type=float, default=420, help="total time limit (default 420)")
+    parser.add_argument(
+        "--tests-seconds", type=float, default=200, help="time limit of the tests (default 200)"
+    )
     parser.add_argument("--no-tests", action="store_true", help="do not run the tests")
     parser.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="PART",
-        help="measure only what has this in its name (may be given several times)",
+        help="measure only items whose names contain this (may be repeated)",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="without a device: the same on tiny CPU tensors with Triton's interpreter, which shows that "
-        "every line works, and nothing else; marked as such everywhere",
+        help="without a device: run every line on tiny CPU tensors with Triton's interpreter; the output is "
+        "marked as a dry run, and its numbers mean nothing",
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
         return _worker(options.worker)
     if options.out is None:
-        parser.error("--out DIR is missing: the folder where CSV and plots go")
+        parser.error("--out DIR is missing: the folder for CSV and plots")
     if options.seconds <= 0:
         parser.error(f"--seconds must be greater than 0, got {options.seconds:g}")
     if not plan(options.only, options.dry_run):
         names = "\n  ".join(item.name for item in PLAN)
-        parser.error(f"--only {options.only[0]!r} is in none of the names:\n  {names}")
+        parser.error(f"--only {options.only[0]!r} matches none of the names:\n  {names}")
     if reason := _unfit(options.dry_run):
         print(f"python -m benchmarks gpu: {reason}", file=sys.stderr)
         return 2
@@ -436,13 +439,13 @@ def _unfit(dry_run: bool) -> str:
     """Return why this machine cannot run the command, and a remedy; empty if it can."""
     if not _backend.has_triton():
         return (
-            "triton is not installed, and the kernels to measure are written in it; install the version that "
-            "belongs to this torch (`pip install triton`)"
+            "triton is not installed, and the kernels to measure need it; install the version that "
+            "matches this torch (`pip install triton`)"
         )
     if not dry_run and not torch.cuda.is_available():
         return (
-            f"no CUDA device was found (torch {torch.__version__}); expected a machine with an NVIDIA card, "
-            "a driver, and a torch built for CUDA. To see that the command works up to the device, add "
+            f"no CUDA device was found (torch {torch.__version__}); expected a machine with an NVIDIA GPU, "
+            "a driver, and a torch built for CUDA. To test the command without a device, add "
             "--dry-run; to measure the CPU, run `python -m benchmarks`"
         )
     return ""
@@ -456,7 +459,7 @@ def _measure_all(state: State) -> State:
     if state.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "FASTVAE_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     elif torch.version.hip:
-        print("this is ROCm: CUDA's names stand for HIP's here, and nobody has tried it", flush=True)
+        print("this is ROCm: CUDA's names refer to HIP here; untested", flush=True)
     for _ in range(MOST_PROCESSES):
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
         try:
@@ -473,10 +476,10 @@ def _measure_all(state: State) -> State:
             continue
         name = state.began or MACHINE
         if code is None:
-            print(f"{name}: cut off, the time is up", flush=True)
+            print(f"{name}: interrupted, the time is up", flush=True)
             state.save(left_out=[*state.left_out, name], began="")
             break
-        reason = "took much too long" if code == -signal.SIGALRM else f"ended its process, code {code}"
+        reason = "timed out" if code == -signal.SIGALRM else f"ended its process, code {code}"
         print(f"{name}: {reason}", flush=True)
         # The process's own message is more informative.
         state.save(lost={name: reason, **state.lost}, began="")
@@ -497,8 +500,8 @@ def _conclude(state: State, tests: device_tests.Outcome | None, out: Path, began
         files.append(log)
     print("\n" + gpu_tables.text(rows, state.dry_run))
     for heading, lines in (
-        ("left out for want of time", state.left_out),
-        ("ended in an error", [f"{name}: {reason}" for name, reason in state.lost.items()]),
+        ("skipped for lack of time", state.left_out),
+        ("failed with an error", [f"{name}: {reason}" for name, reason in state.lost.items()]),
         ("timed without a CUDA graph", [f"{name}: {reason}" for name, reason in state.failed.items()]),
     ):
         if lines:
@@ -506,7 +509,7 @@ def _conclude(state: State, tests: device_tests.Outcome | None, out: Path, began
     if tests is not None:
         print(tests.summary())
     print(*(f"{path} ({path.stat().st_size / 1024:.0f} KiB)" for path in files), sep="\n")
-    mark = ", A DRY RUN: no number is a card's" if state.dry_run else ""
+    mark = ", A DRY RUN: no number was measured on a GPU" if state.dry_run else ""
     print(f"{(time.time() - began) / 60:.1f} minutes{mark}")
     wrong = any(row["wrong"] and row["implementation"].split(",")[0] == OURS for row in rows)
     failed = tests is not None and not tests.passed

@@ -46,13 +46,14 @@ def text(rows: list[Row], dry_run: bool) -> str:
     if not rows:
         return "nothing was measured"
     mark = (
-        "DRY RUN: what follows was computed on a CPU, and no number says anything of a card\n"
+        "DRY RUN: the following was computed on a CPU; its numbers mean nothing for a GPU\n"
         if dry_run
         else ""
     )
     row = next((r for r in rows if _precision(r) == "float32"), rows[0])
     speed = (
-        f"a copy of this run: {row['copy_gb_per_s']} GB/s; {row['device']}, {row['versions']}, {row['time']}"
+        f"speed of a copy in this run: {row['copy_gb_per_s']} GB/s; {row['device']}, {row['versions']}, "
+        f"{row['time']}"
     )
     parts = [mark + _step_table(rows), _evaluation_table(rows), _call_table(rows), _op_table(rows), speed]
     parts.append("not judged" if dry_run else report.summary(rows))
@@ -66,15 +67,15 @@ def predictions(rows: list[Row], path: Path = PREDICTED) -> str:
     column = next((f"{card}_us" for card in ("h100", "h200") if card.upper() in device), "")
     if not column or not path.exists():
         return ""
-    said = {(r["group"], r["case"], r["direction"]): r for r in report.read_csv(path)}
+    predicted = {(r["group"], r["case"], r["direction"]): r for r in report.read_csv(path)}
     lines = []
     for r in _of(rows, implementation=OURS):
-        found = said.get((r["group"], r["case"], r["direction"]))
+        found = predicted.get((r["group"], r["case"], r["direction"]))
         if found is not None:
             took, expected = float(r["p50_us"]), float(found[column])
             name = f"{r['group']} {r['case']} {r['direction']}"
             lines.append(f"  {name:66s} {took:7.1f} {expected:7.1f} ({expected / took - 1:+.0%})")
-    return "\n".join(["measured, and predicted before, µs:", *lines]) if lines else ""
+    return "\n".join(["measured and previously predicted, µs:", *lines]) if lines else ""
 
 
 def _ratio(mine: dict[str, Row], peer: str) -> str:
@@ -114,8 +115,8 @@ def _op_table(rows: list[Row]) -> str:
     head = "     µs GB/s  copy same eager  comp distr"
     return "\n".join(
         [
-            "ops: forward | forward+backward: µs, GB/s, share of the copy below and of a copy as large, × of",
-            "eager, torch.compile, torch.distributions | MiB at once, fastvae/eager; *: bound by arithmetic",
+            "ops: forward | forward+backward: µs, GB/s, % of the copy speed below and of an equal copy, × of",
+            "eager, torch.compile, torch.distributions | peak memory (MiB), fastvae/eager; *: compute-bound",
             f"{'':38s} |{head} |{head} | MiB",
             *lines,
         ]
@@ -124,17 +125,17 @@ def _op_table(rows: list[Row]) -> str:
 
 def _call_table(rows: list[Row]) -> str:
     mine = [r for r in rows if r["group"] == "overhead"]
-    return _grid(mine, "overhead, µs a call by the host's clock", 1, 1)
+    return _grid(mine, "overhead, µs per call by the host's clock", 1, 1)
 
 
 def _step_table(rows: list[Row]) -> str:
     mine = [r for r in rows if r["direction"] == "step"]
-    return _grid(mine, "IWAE training steps, ms (MiB at once)", 1e3, 3, memory=True)
+    return _grid(mine, "IWAE training steps, ms (peak memory, MiB)", 1e3, 3, memory=True)
 
 
 def _evaluation_table(rows: list[Row]) -> str:
     mine = [r for r in rows if r["direction"] == "evaluation"]
-    heading = "evaluation, s (MiB at once); a loop by hand does a part of the images, and its time is scaled"
+    heading = "evaluation, s (peak memory, MiB); hand-written loops take some images, their times are scaled"
     return _grid(mine, heading, 1e6, 3, memory=True)
 
 
@@ -195,7 +196,7 @@ def _bandwidth_plot(rows: list[Row], stem: Path) -> list[Path]:
             ax.barh(at, [100 * float(r["share_of_copy"]) for r in mine], 0.26, label=name, color=f"C{i}")
         ax.axvline(100 * SHARE_OF_COPY, color="k", lw=0.8, ls="--")
         ax.set_title(direction, fontsize=10)
-        ax.set_xlabel("bytes that must move, a second, in % of a copy's")
+        ax.set_xlabel("minimum traffic per second, % of a copy's")
         ax.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(labels)), [f"{group} {case}" for group, case in labels], fontsize=8)
     axes[0].set_ylim(len(labels) - 0.5, -0.5)

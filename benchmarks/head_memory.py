@@ -61,8 +61,8 @@ def measured() -> dict[str, dict[int, tuple[float, float]]]:
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             by_k[k] = tuple(map(float, out.split()))  # type: ignore[assignment]
             mib, seconds = by_k[k]
-            beside = " ".join(f"{a / b:.2f}" for a, b in zip(by_k[k], found[FUSED][k], strict=True))
-            print(f"K={k:5} {which:24} {mib:8.0f} MiB {seconds * 1e3:9.1f} ms   ({beside})", flush=True)
+            ratios = " ".join(f"{a / b:.2f}" for a, b in zip(by_k[k], found[FUSED][k], strict=True))
+            print(f"K={k:5} {which:24} {mib:8.0f} MiB {seconds * 1e3:9.1f} ms   ({ratios})", flush=True)
     return found
 
 
@@ -70,7 +70,7 @@ def draw(found: dict[str, dict[int, tuple[float, float]]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    for i, (ax, label) in enumerate(zip(axes, ("MiB more at the peak", "seconds"), strict=True)):
+    for i, (ax, label) in enumerate(zip(axes, ("peak memory (MiB)", "seconds"), strict=True)):
         for which, by_k in found.items():
             color = IMPLEMENTATIONS[which][1]
             ax.plot(list(by_k), [v[i] for v in by_k.values()], "o-", color=color, label=which)

@@ -312,12 +312,14 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                     continue
                 outputs = len(declared.outputs)
                 least = len(declared.constants)
-                for held in sorted({least, outputs - 1}) if declared.name == "gaussian" else [least]:
-                    count = outputs - held
+                for fixed_count in sorted({least, outputs - 1}) if declared.name == "gaussian" else [least]:
+                    count = outputs - fixed_count
                     h, x = tensor(k * b, inner, dtype=dtype), tensor(b, size)
                     weights = (tensor(size, inner, dtype=dtype),) * count
                     row = tensor(size, dtype=dtype)
-                    layers = SimpleNamespace(weights=weights, biases=(row,) * count, held=(row,) * held)
+                    layers = SimpleNamespace(
+                        weights=weights, biases=(row,) * count, held=(row,) * fixed_count
+                    )
                     label = f"{declared.name} {str(dtype)[6:]} [{k * b}, {inner}, {count}·{size}]"
                     yield (
                         f"linear_log_prob {label}",
@@ -393,7 +395,7 @@ def recorded(call: Callable[[], object]) -> list[tuple]:
         found.append((self, *named(self, args, kwargs), grid))
 
     # Other targets have other warp sizes, and each shape is to be compiled as for a first call.
-    launching.forget()
+    launching.clear_caches()
     original = triton.JITFunction.run
     triton.JITFunction.run = run
     try:
@@ -576,10 +578,10 @@ def _assembled(ptx: str, capability: int, disassemble: bool) -> tuple[int, int, 
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         arch = f"-arch={sm_arch_from_capability(capability)}"
-        said = _output([get_ptxas(capability).path, "-v", arch, source, "-o", binary])
+        log = _output([get_ptxas(capability).path, "-v", arch, source, "-o", binary])
         assembly = _output([knobs.nvidia.nvdisasm.path, "-c", binary]) if disassemble else ""
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
-    return int(re.search(r"Used (\d+) registers", said)[1]), spills, assembly
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    return int(re.search(r"Used (\d+) registers", log)[1]), spills, assembly
 
 
 def _output(command: list) -> str:
@@ -734,21 +736,23 @@ def row(r: Report) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks kernels",
-        description="Compile every Triton kernel as it is launched, without a GPU, and print what it takes: "
-        "registers of a thread (reg) and the share of a multiprocessor's threads for which they last (occ); "
-        "bytes spilled and shared; an element's instructions, in the innermost loop and all (loop, instr), "
-        "and its bytes; and the least bytes that a thread loads or stores at once of each argument. "
-        "`python -m benchmarks predict` says what time they take.",
+        description="Compile every Triton kernel as it is launched, without a GPU, and print its resources: "
+        "registers per thread (reg) and the share of a multiprocessor's threads that they allow (occ); "
+        "bytes spilled and shared; instructions per element, in the innermost loop and in total (loop, "
+        "instr); bytes per element; and the narrowest access of a thread to each argument. "
+        "`python -m benchmarks predict` predicts the times.",
     )
     parser.add_argument("patterns", nargs="*", help='regular expressions that "target launch" must match')
     parser.add_argument(
         "--count",
         default="",
         metavar="PATTERN",
-        help="count instructions where this matches alone; it is most of the time",
+        help="count instructions only where this matches; counting takes most of the time",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
-    parser.add_argument("--jobs", type=int, help="processes; default: the processors, 8 at most")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
+    parser.add_argument(
+        "--jobs", type=int, help="number of processes; default: the number of processors, at most 8"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")

@@ -91,7 +91,7 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def said(values: Tensor, sign: str = "") -> str:
+def cell(values: Tensor, sign: str = "") -> str:
     """Format the mean of [seeds, N] and its standard error over the images."""
     of_each = values.double().mean(0)
     error = (of_each.std() / math.sqrt(len(of_each))).item()
@@ -102,9 +102,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks latents", description=__doc__)
     parser.add_argument("--latent", type=int, default=2, help="latent dimensions (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="means are over these (default: 0)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="seeds to average over (default: 0)"
+    )
     parser.add_argument("--names", nargs="+", help="rows other than the first, by name; default: all")
-    parser.add_argument("--out", type=Path, default=Path("demo-latents"), help="where results are kept")
+    parser.add_argument("--out", type=Path, default=Path("demo-latents"), help="folder for the results")
     settings = parser.parse_args(arguments)
     settings.out.mkdir(parents=True, exist_ok=True)
     images = demo.digits()
@@ -123,13 +125,13 @@ def main(arguments: list[str]) -> int:
             of = {name: torch.stack([run[name] for run in runs]) for name in runs[0] if name != "decoder"}
             log_px = of.pop("log_px")
             if how != "fixed":
-                cells.append(said(log_px))
-                cells.append(said(log_px - first[how], "+") if how in first else "")
+                cells.append(cell(log_px))
+                cells.append(cell(log_px - first[how], "+") if how in first else "")
                 first.setdefault(how, log_px)
             if how != "iwae":
-                cells += [said(log_px - bound) for bound in of.values()]
+                cells += [cell(log_px - bound) for bound in of.values()]
             if how == "fixed":
-                cells.append(said(of["own"] - first["own"], "+") if "own" in first else "")
+                cells.append(cell(of["own"] - first["own"], "+") if "own" in first else "")
                 first.setdefault("own", of["own"])
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0

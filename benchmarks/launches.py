@@ -3,7 +3,7 @@
 At small sizes that path is the whole cost. Triton compiles as for an H100, with a stand-in driver that
 accepts launches and does nothing, so that everything is measured except the launch by CUDA's driver.
 torch.compile runs its CPU programs on tensors of two numbers, whose cost is negligible against its own path.
-Times are those of this processor; a GPU's host has another.
+Times are this processor's; a GPU's host has a different one.
 """
 
 from __future__ import annotations
@@ -124,14 +124,14 @@ def _text(percentiles: np.ndarray) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks launches",
-        description="The Python path from a call to its launch, beside torch.compile's, without a GPU.",
+        description="The Python path from a call to its launch, and torch.compile's, without a GPU.",
     )
     parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels are not launched: unset it")
     torch.set_num_threads(1)
     driver = install()
-    print(f"microseconds a call: p50 (p20 – p80); one thread, torch {torch.__version__}")
+    print(f"microseconds per call: p50 (p20 – p80); one thread, torch {torch.__version__}")
     for name, (ours, eager, shape, wanted) in CASES.items():
         theirs = _calls(torch.compile(eager, dynamic=False), (1, 2), wanted)
         with fastvae.use_backend("triton"):

@@ -281,8 +281,8 @@ def allocations(run: Callable[[], object]) -> tuple[int, int]:
         stack.extend(event.children)
         if event.typed[0] == torch._C._profiler._EventType.Allocation:
             sizes.append((event.start_time_ns, event.typed[1].alloc_size))
-    held = np.cumsum([size for _, size in sorted(sizes)] or [0])
-    return int(max(held.max(), 0)), sum(size > 0 for _, size in sizes)
+    allocated = np.cumsum([size for _, size in sorted(sizes)] or [0])
+    return int(max(allocated.max(), 0)), sum(size > 0 for _, size in sizes)
 
 
 def tuple_of(outputs) -> tuple[Tensor, ...]:
@@ -339,7 +339,7 @@ def op_works(
     huge = on_cpu and elements > HUGE
     # Peers have at most eleven tensors in memory at once.
     if huge and (needed := 44 * elements / 2**30) > (there := _available_gib()):
-        print(f"{group} {case}: left out; it takes about {needed:.0f} GiB, and there are {there:.0f}")
+        print(f"{group} {case}: skipped; it needs about {needed:.0f} GiB, and {there:.0f} are available")
         return
     if on_cpu:
         keep_memory(not huge)

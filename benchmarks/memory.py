@@ -64,8 +64,8 @@ def main() -> int:
         grown[case], seconds = map(float, out.split())
         print(f"{case:32} + {grown[case]:7.1f} MiB   {seconds:6.2f} s", flush=True)
     few, many, whole, chunked = grown.values()
-    print(f"log_marginal, from K=200 to K=100 000: + {many - few:.1f} MiB (wanted: less than 50)")
-    print(f"iwae step by chunks: 1/{whole / chunked:.0f} of the memory (wanted: less than 1/20)")
+    print(f"log_marginal, from K=200 to K=100 000: + {many - few:.1f} MiB (target: less than 50)")
+    print(f"iwae step by chunks: 1/{whole / chunked:.0f} of the memory (target: less than 1/20)")
     return 0 if many - few < 50 and whole / chunked > 20 else 1
 
 

@@ -104,11 +104,11 @@ def draw(found: dict[str, dict[str, tuple[float, float, float]]], grown: dict[st
             left.bar_label(bars, [f"{m:.0f}" for m in middle], fontsize=7, padding=1)
     left.set_xticks(range(len(found)), list(found), fontsize=8)
     left.set_ylabel("µs, forward + backward")
-    left.set_title("What an objective costs beside the decoder, by batch × pixels (one thread)", fontsize=10)
+    left.set_title("Overhead of the objective, by batch × pixels (one thread)", fontsize=10)
     left.legend(frameon=False, fontsize=8)
     for which, sizes in grown.items():
         right.plot(list(sizes), list(sizes.values()), "o-", color=COLORS[which], label=which)
-    right.set(xscale="log", yscale="log", xlabel="K, draws per image", ylabel="MiB more at the peak")
+    right.set(xscale="log", yscale="log", xlabel="K, draws per image", ylabel="peak memory (MiB)")
     right.set_title(f"log p(x) of {IMAGES} images, 784 pixels", fontsize=10)
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks picture", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=400, help="of each implementation (default 400)")
+    parser.add_argument("--rounds", type=int, default=400, help="rounds per implementation (default 400)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     keep_memory()

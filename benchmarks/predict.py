@@ -56,7 +56,7 @@ SHARED_MEMORY, MOST_WARPS, MOST_PROGRAMS = 227 * 1024, 64, 32
 WAVES = 3
 RESULTS = Path(__file__).parent / "results"
 
-PIPES = [  # the first match wins
+PIPES = [  # first match wins
     ("memory", r"LDG|STG|LDS|STS|ATOM|RED|SHFL|LDSM|STSM|LD\b|ST\b"),
     ("barrier", r"BAR|MEMBAR|WARPSYNC|DEPBAR|ERRBAR"),
     ("special", r"MUFU|I2F|F2I|F2F|I2FP|FRND|POPC|FLO|BREV"),
@@ -231,12 +231,12 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
     )
     # Programs per multiprocessor in total, and resident at once.
     given = math.prod(grid) / MULTIPROCESSORS
-    held = min(*fit, math.ceil(given))
+    resident = min(*fit, math.ceil(given))
     issued = trace(instructions, labels, steps)
     moved = sum(t.numel() * t.element_size() for t in arguments.values() if isinstance(t, torch.Tensor))
     of_trace = sum(32 * i.bytes for i in issued if i.text.startswith(("LDG", "STG")))
     scale = moved / (math.prod(grid) * of_program * max(1, of_trace))
-    warps = max(1, held * of_program // 4)
+    warps = max(1, resident * of_program // 4)
     every = max(1, math.ceil(given) * of_program // 4)
     total = min(WAVES * warps, every)
     seconds = {}
@@ -338,11 +338,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks predict",
         description="Predict the kernels' times on an H100 and an H200 from their machine code, without a "
-        "card. Beside them: the share of a copy's speed, and what a card did, if that was recorded.",
+        "GPU. Also prints the share of a copy's speed, and recorded measurements, if any.",
     )
     parser.add_argument("patterns", nargs="*", help='regular expressions that "op case direction" must match')
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
-    parser.add_argument("--jobs", type=int, help="processes; default: the processors, 8 at most")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table as CSV")
+    parser.add_argument(
+        "--jobs", type=int, help="number of processes; default: the number of processors, at most 8"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
@@ -353,8 +355,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"nothing matches {' '.join(options.patterns)}")
     found = measured(RESULTS / "gpu-nvidia-h100-80gb-hbm3.csv")
     print(
-        "predicted: µs on an H100 (of a copy as large), on an H200; measured: µs on an H100 (of a copy); the "
-        "model's error"
+        "predicted: µs on an H100 (% of an equally large copy), on an H200; measured: µs on an H100 "
+        "(% of a copy); the model's error"
     )
     rows, errors = [], []
     today = datetime.date.today().isoformat()

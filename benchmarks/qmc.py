@@ -75,7 +75,7 @@ def on_grid(vae: fastvae.VAE, x: Tensor) -> Tensor:
 def measure(name: str, log_marginal: Callable[..., fastvae.LogMarginal], log_px: Tensor, copies: int) -> None:
     """Print a row of the table for each number of draws; log_px is [copies · N]."""
     for k in SIZES:
-        errors, said = {}, {}
+        errors, results = {}, {}
         for noise in ("philox", "qmc"):
             start = time.perf_counter()
             found = log_marginal(k=k, noise=noise, generator=torch.Generator().manual_seed(k))
@@ -84,16 +84,21 @@ def measure(name: str, log_marginal: Callable[..., fastvae.LogMarginal], log_px:
             covered = float((error.abs() <= QUANTILE[noise] * found.stderr).double().mean())
             errors[noise] = error.square().unflatten(0, (copies, -1)).mean(0)  # per example
             rms = float(errors[noise].mean().sqrt())
-            said[noise] = f"{rms:.2e} | {100 * covered:.0f} % | {seconds:.2f} s"
+            results[noise] = f"{rms:.2e} | {100 * covered:.0f} % | {seconds:.2f} s"
         ratio = float(errors["philox"].mean() / errors["qmc"].mean())
         median = float((errors["philox"] / errors["qmc"]).median())
-        print(f"| {name} | {k} | {said['philox']} | {said['qmc']} | {ratio:.3g} | {median:.3g} |", flush=True)
+        print(
+            f"| {name} | {k} | {results['philox']} | {results['qmc']} | {ratio:.3g} | {median:.3g} |",
+            flush=True,
+        )
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks qmc", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=60, help="of training (default: %(default)s)")
-    parser.add_argument("--copies", type=int, default=16, help="of each example (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=60, help="training epochs (default: %(default)s)")
+    parser.add_argument(
+        "--copies", type=int, default=16, help="copies of each example (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     copies = options.copies
     print("| model | K | philox: rms | covered | time | qmc: rms | covered | time | ratio of MSE | median |")

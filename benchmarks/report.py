@@ -198,7 +198,7 @@ def summary(rows: list[Row]) -> str:
     """Format the losing rows and the targets."""
     lines = []
     losing = [r for r in rows if loses(r)]
-    lines.append(f"rows in which somebody is faster than fastvae: {len(losing)}")
+    lines.append(f"rows in which a peer is faster than fastvae: {len(losing)}")
     for r in losing:
         lines.append(
             f"  {r['group']} {r['case']} {r['direction']}: {r['implementation']}, {_number(r['ratio'])}×"
@@ -270,7 +270,7 @@ def plots(rows: list[Row], stem: Path, group_of: Callable[[Row], str] | None = N
         bound = [min(1.0, float(r["share_of_least"])) for r in ours]
         ax.plot(
             *(bound, [labels.index(_label(r, group)) for r in ours]),
-            *("|",), ms=16, mew=2, color="0.4", label="least that bytes and operations allow",
+            *("|",), ms=16, mew=2, color="0.4", label="minimum for the bytes and operations",
         )  # fmt: skip
         ax.axvline(1, color="k", lw=1)
         ax.set_xscale("log")

@@ -29,7 +29,7 @@ HIDDEN, LATENT, BATCH = 128, 10, 128
 
 
 def counts(cells: int, genes: int, seed: int = 0) -> np.ndarray:
-    """Draw negative binomial counts of three kinds of cells, nine of ten of them 0."""
+    """Draw negative binomial counts of three kinds of cells, nine in ten of them 0."""
     draw = np.random.default_rng(seed)
     kinds = draw.integers(3, size=cells)
     profile = np.exp(1.2 * draw.standard_normal((3, genes)))
@@ -168,10 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cells", type=int, default=2000)
     parser.add_argument("--genes", type=int, default=2000)
     parser.add_argument(
-        "--epochs", type=int, default=5, help="of training by scvi-tools, before (default: 5)"
+        "--epochs", type=int, default=5, help="epochs of training by scvi-tools beforehand (default: 5)"
     )
-    parser.add_argument("--k", type=int, default=200, help="draws of log p(x) (default: 200)")
-    parser.add_argument("--rounds", type=int, default=100, help="training steps timed (default: 100)")
+    parser.add_argument("--k", type=int, default=200, help="draws per example for log p(x) (default: 200)")
+    parser.add_argument("--rounds", type=int, default=100, help="timed training steps (default: 100)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(arguments)
     try:
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("scvi-tools", "fastvae"):
         with get_context("spawn").Pool(1) as pool:
             value, seconds, grown = pool.apply(marginal, (name, *settings))
-        print(f"log p(x), K={args.k}, {name}: {value:.2f} nats a cell, {seconds:.1f} s, {grown:.0f} MiB more")
+        print(f"log p(x), K={args.k}, {name}: {value:.2f} nats per cell, {seconds:.1f} s, + {grown:.0f} MiB")
     return 0
 
 

@@ -1,4 +1,4 @@
-// What Python hands to the kernels. Compiled once: no code of an instruction set is in it.
+// Arguments that Python passes to the kernels. Compiled once: contains no code of an instruction set.
 #pragma once
 
 #include <cstring>
@@ -26,7 +26,7 @@ constexpr const char* kDtypeNames[] = {"float32",
                                        "bool",
                                        "of a dtype that no kernel reads"};
 
-// Why a kernel must not read a tensor.
+// Reason why a kernel must not read a tensor.
 enum Flaw { kSound, kNoTensor, kNotOnCpu, kNotStrided, kUnknownDtype, kFreed };
 constexpr const char* kFlaws[] = {"",
                                   "is not a tensor",
@@ -155,14 +155,14 @@ struct Contract {
   }
 };
 
-// What a kernel fills: contiguous, null where it is not wanted.
+// A result of a kernel: contiguous, null where not needed.
 struct Output {
   address data = 0;
   operator address() const { return data; }
 };
 
-// Those of a likelihood's outputs: weights and biases of what is a product with the last layer, others that
-// are held; null for none.
+// Gradients of a likelihood's outputs: weights and biases of the outputs computed by the last layer, and the
+// fixed ones; null if none.
 struct HeadTensors {
   Tensor weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
 };
@@ -170,15 +170,14 @@ struct HeadOutputs {
   Output weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
 };
 
-// Which of the inputs need a gradient, as far as there are any.
+// Which of the inputs need a gradient.
 constexpr int kMostNeeds = kMostParameters + 2;
 struct Need {
   bool gradient[kMostNeeds] = {};
   bool operator[](int i) const { return gradient[i]; }
 };
 
-// What stands in the place of a log variance: log sigma^2 itself, log sigma, sigma, or r of sigma^2 =
-// softplus(r) + floor.
+// Form of a log variance: log sigma^2 itself, log sigma, sigma, or r of sigma^2 = softplus(r) + floor.
 enum Scale { kLogvar, kLogScale, kSigma, kSoftplus, kScales };
 constexpr const char* kScaleNames[] = {"logvar", "log_scale", "scale", "softplus"};
 inline Scale scale_of(const char* name) {
@@ -189,7 +188,7 @@ inline Scale scale_of(const char* name) {
   return static_cast<Scale>(number);
 }
 
-// How a draw of z is made.
+// Settings of a draw of z.
 struct Draw {
   i64 samples, sample_offset, row_offset;
   double logvar_min, logvar_max;
@@ -198,7 +197,7 @@ struct Draw {
   double floor;
 };
 
-// How a draw is made of what takes no clamp.
+// Settings of a draw without a clamp.
 struct Place {
   i64 samples, sample_offset, row_offset;
   bool flat;
@@ -218,16 +217,16 @@ struct Rows {
   int threads;
 };
 
-// What is asked for: gradients of x (B, X) and of parameters, contiguous, null where not wanted. Those of
-// parameters that broadcast are of compute type: (X), one number, or (K, B).
+// Requested gradients: of x (B, X) and of parameters, contiguous, null where not needed. Those of parameters
+// that broadcast are of compute type: (X), one number, or (K, B).
 struct RowGradients {
   Tensor grad;  // (K, B) of compute type: arrives
   address x, p[kMostParameters];
 };
 
-// How the samples become a bound.
+// Reduction of the samples to a bound.
 struct How {
-  double coefficient;  // of the term, beside beta
+  double coefficient;  // of the term, in addition to beta
   bool log_mean_exp;   // over samples; else their mean
   char reduction;      // of the batch: n(one), s(um), m(ean)
   double alpha;        // a log-mean-exp is that of w^(1 - alpha), over 1 - alpha
@@ -281,12 +280,12 @@ struct Weighing {
   }
 };
 
-// What it writes, of compute type: the bound, one number or (B); (B); (K, B). The last two may be null.
+// Results, of compute type: the bound, one number or (B); (B); (K, B). The last two may be null.
 struct WeighingResults {
   address bound, log_likelihood, weights;
 };
 
-// What arrives at them: strides may be 0, addresses null; and the weights (K, B) again.
+// Upstream gradients: strides may be 0, addresses null; and the weights (K, B) again.
 struct WeighingGradients {
   Tensor bound, log_likelihood;
   address weights;

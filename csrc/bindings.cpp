@@ -86,7 +86,7 @@ PYBIND11_MODULE(_C, m) {
   FASTVAE_DEF(head_log_prob);
   FASTVAE_DEF(head_log_prob_backward);
   FASTVAE_DEF(head_weigh_rows);
-  // What is read of a tensor, in either way; for tests.
+  // The description of a tensor as read in either way; for tests.
   m.def("read", [](py::handle tensor, bool by_methods) {
     const Tensor t = by_methods ? tensor_by_methods(tensor.ptr()) : tensor_of(tensor.ptr());
     return py::make_tuple(t.data, t.dtype, t.axes, t.n0, t.n1, t.n2, t.s0, t.s1, t.s2,

@@ -1,5 +1,5 @@
-// The ops: what is read of the arguments, what is made for the results, and which kernel is called. Written
-// once for both callers, Python (python.hpp) and torch's dispatcher (dispatcher.hpp).
+// The ops: reading of arguments, allocation of results, and the kernel to call. Written once for both
+// callers, Python (python.hpp) and torch's dispatcher (dispatcher.hpp).
 #pragma once
 
 #include <initializer_list>
@@ -198,7 +198,7 @@ struct RsampleKl {
   }
 };
 
-// What arrives at z and at the KL, the slope, the op's arguments, need -> gradients. Without the slope
+// Upstream gradients of z and the KL, the slope, the op's arguments, need -> gradients. Without the slope
 // `otherwise` is called.
 struct RsampleKlBackward {
   static constexpr const char* kName = "rsample_kl_backward";
@@ -246,7 +246,7 @@ struct RsampleLogRatio {
   }
 };
 
-// What arrives at z and at the log-ratio, weights, the slope, the op's arguments, path, need -> gradients.
+// Upstream gradients of z and the log-ratio, weights, the slope, the op's arguments, path, need -> gradients.
 struct RsampleLogRatioBackward {
   static constexpr const char* kName = "rsample_log_ratio_backward";
   static constexpr bool kEmptyForNone = false;
@@ -298,7 +298,7 @@ struct RsampleTril {
   }
 };
 
-// What arrives at z and at log q, the noise, the op's arguments, need -> gradients. Without the noise
+// Upstream gradients of z and log q, the noise, the op's arguments, need -> gradients. Without the noise
 // `otherwise` is called.
 struct RsampleTrilBackward {
   static constexpr const char* kName = "rsample_tril_backward";
@@ -331,7 +331,7 @@ struct RsampleTrilBackward {
   }
 };
 
-// x, parameters -> log-likelihoods. What does not fit, or has an x that lies where it cannot, is left to
+// x, parameters -> log-likelihoods. Calls that do not fit, or whose x is outside the support, are left to
 // `otherwise`.
 struct LogProb {
   static constexpr const char* kName = "log_prob";
@@ -349,7 +349,7 @@ struct LogProb {
   }
 };
 
-// What arrives, x, parameters, need -> gradients of x and of the parameters.
+// Upstream gradient, x, parameters, need -> gradients of x and of the parameters.
 struct LogProbBackward {
   static constexpr const char* kName = "log_prob_backward";
   static constexpr bool kEmptyForNone = false;
@@ -405,8 +405,8 @@ struct Weigh {
   }
 };
 
-// What arrives at the bound and at the mean log-likelihood, weights, x, parameters, term, beta, how, need ->
-// gradients of x, parameters, term.
+// Upstream gradients of the bound and of the mean log-likelihood, weights, x, parameters, term, beta, how,
+// need -> gradients of x, parameters, term.
 struct WeighBackward {
   static constexpr const char* kName = "weigh_backward";
   static constexpr bool kEmptyForNone = false;
@@ -429,7 +429,7 @@ struct WeighBackward {
     if (w.log_mean_exp || weights_tensor.given)
       contract.expect("weights", weights_tensor, a.wide, {w.rows.samples, a.x.n0}, true);
     const Need need = from.need();
-    // Those of parameters that broadcast are sums, and must not be rounded before.
+    // Gradients of parameters that broadcast are sums, and must not be rounded before.
     const auto dtype = [&](int j) { return w.rows.kind[j] == kFull ? a.parameter[j].dtype : a.wide; };
     MadeOf<Caller> to[kMostParameters + 2];
     MadeOf<Caller>& to_term = to[a.count + 1];

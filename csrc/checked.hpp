@@ -1,5 +1,5 @@
-// The kernels that Python calls with results that it allocated: their arguments are validated here, once for
-// all instruction sets.
+// Kernels called from Python with results that Python allocated: validates their arguments, once for all
+// instruction sets.
 #pragma once
 
 #include <iterator>
@@ -13,8 +13,7 @@ namespace fastvae {
 
 constexpr int compute_dtype(bool wide) { return wide ? kFloat64 : kFloat32; }
 
-// Data, or parameters, that are read in any storage type but float64, which only a computation in double
-// reads.
+// Data, or parameters, of any storage type. float64 is read only by a computation in double.
 inline void expect_narrow(const Contract& contract, const char* name, const Tensor& t, bool wide) {
   if (!wide && t.given && t.dtype == kFloat64)
     contract.refuse(name, t, "no float64, unless the computation is in float64");
@@ -35,7 +34,7 @@ inline void checked_normal(Tensor out, bool wide, Tensor seed, Tensor net, i64 r
          row_offset, level, threads);
 }
 
-// What both passes of the likelihoods with a component axis read.
+// Arguments common to both passes of the likelihoods with a component axis.
 inline void expect_grouped(const Contract& contract, const Tensor& x, const Tensor& logits,
                            const Tensor& location, const Tensor& log_scale, const Tensor& coefficients,
                            bool wide) {
@@ -74,7 +73,7 @@ inline bool checked_grouped_log_prob(Tensor x, Tensor logits, Tensor location, T
                 {joint.data}, threads);
 }
 
-// A gradient: None, or contiguous, of the shape of what it is of, and of its dtype or another.
+// A gradient: None, or contiguous, with the shape of its input, and of the input's dtype or another.
 inline void expect_gradient(const Contract& contract, const char* name, const Tensor& t, const Tensor& of,
                             int dtype) {
   if (!t.given) return;
@@ -97,7 +96,7 @@ inline void checked_grouped_log_prob_backward(Tensor grad, Tensor normaliser, Te
   contract.expect("normaliser", normaliser, dtype, {logits.n0, logits.n2}, true);
   contract.expect("joint", joint, dtype, {logits.n0, logits.n2}, true);
   expect_gradient(contract, "to_logits", to_logits, logits, logits.dtype);
-  // Classes have a gradient of their logits alone, which is written.
+  // Classes have a gradient for their logits alone, which is written.
   if (!location.given && !to_logits.given) return;
   expect_gradient(contract, "to_location", to_location, location, location.dtype);
   expect_gradient(contract, "to_log_scale", to_log_scale, log_scale, log_scale.dtype);
@@ -139,8 +138,8 @@ inline void checked_mixture_log_prob_backward(Tensor grad, Tensor maximum, Tenso
          {to_log_weight.data}, threads);
 }
 
-// What all passes from a last layer read: x (B, X), h (K B, H), weights (X, H) and biases (X) of the first
-// outputs, others.
+// Arguments common to all passes from a last layer: x (B, X), h (K B, H), weights (X, H) and biases (X) of
+// the first outputs, other parameters.
 inline void expect_head(const Contract& contract, int likelihood, const Tensor& x, const Tensor& h,
                         const HeadTensors& t, bool wide) {
   if (likelihood < 0 || likelihood >= static_cast<int>(std::size(kLikelihoods)))

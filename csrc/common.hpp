@@ -27,16 +27,16 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// A loop over a tile, compiled by itself: among others GCC forgets that its pointers do not overlap and
-// leaves it scalar.
+// Marks a loop over a tile as a separate function: inlined into another, GCC forgets that its pointers do not
+// overlap and leaves it scalar.
 #define FASTVAE_LOOP __attribute__((noinline))
 
-// For what such loops call element by element: one call that is not inlined, and the loop is scalar. Left to
-// itself GCC stops inlining when a file has grown by some share.
+// Marks functions called per element by such loops: one call that is not inlined leaves the loop scalar. Left
+// to itself, GCC stops inlining when a file has grown by some share.
 #define FASTVAE_INLINE inline __attribute__((always_inline))
-#define FASTVAE_INLINED __attribute__((always_inline))  // of a lambda
+#define FASTVAE_INLINED __attribute__((always_inline))  // for a lambda
 
-// Columns handled at a time: a few buffers of this length stay in the first-level cache.
+// Columns processed at a time: a few buffers of this length stay in the first-level cache.
 constexpr int kTile = 1024;
 
 struct bf16 {
@@ -46,7 +46,7 @@ struct f16 {
   std::uint16_t bits;
 };
 
-// The type that a storage type is computed and summed in.
+// The type in which a storage type is computed and summed.
 template <class T>
 struct Compute {
   using type = float;
@@ -74,8 +74,8 @@ FASTVAE_INLINE std::enable_if_t<std::is_integral<T>::value, T> upcast(T v) {
 FASTVAE_INLINE float upcast(float v) { return v; }
 FASTVAE_INLINE float upcast(bf16 v) { return bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16); }
 FASTVAE_INLINE float upcast(f16 v) {
-  // Shift the exponent into place; infinities and NaN get the rest of it, subnormals are renormalised by a
-  // subtraction.
+  // Shift the exponent into place; infinities and NaN get the rest of it, a subtraction renormalises
+  // subnormals.
   const std::uint32_t magnitude = (v.bits & 0x7fffu) << 13;
   const std::uint32_t exponent = magnitude & (0x7c00u << 13);
   const std::uint32_t normal = magnitude + (112u << 23);
@@ -95,7 +95,7 @@ FASTVAE_INLINE void assign(bf16& to, float v) {
 FASTVAE_INLINE void assign(f16& to, float v) {
   const std::uint32_t all = bit_cast<std::uint32_t>(v), sign = all & 0x80000000u, bits = all ^ sign;
   const std::uint32_t magic = ((127u - 15u) + (23u - 10u) + 1u)
-                              << 23;  // adding it rounds at the subnormals' last place
+                              << 23;  // adding it rounds to the last digit of the subnormals
   const std::uint32_t subnormal =
       bit_cast<std::uint32_t>(bit_cast<float>(bits) + bit_cast<float>(magic)) - magic;
   const std::uint32_t normal = (bits + ((15u - 127u) << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
@@ -104,7 +104,7 @@ FASTVAE_INLINE void assign(f16& to, float v) {
   to.bits = static_cast<std::uint16_t>(half | (sign >> 16));
 }
 
-// A matrix or a stack of matrices somewhere in memory: address of the first element and strides in elements.
+// A matrix or a stack of matrices anywhere in memory: address of the first element and strides in elements.
 template <class T>
 struct View {
   T* data;
@@ -135,8 +135,7 @@ inline void fill(C* p, C value, int n) {
   for (int i = 0; i < n; ++i) p[i] = value;
 }
 
-// One vector of the instruction set, anywhere in memory. The attributes of an alias template clang would
-// forget.
+// One vector of the instruction set, at any address. clang would drop the attributes of an alias template.
 constexpr int kVectorBytes = FASTVAE_VECTOR_BYTES;
 template <class C>
 struct VectorOf {
@@ -146,10 +145,10 @@ template <class C>
 using Vector = typename VectorOf<C>::type;
 template <class C>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
-// Behind a tile's last element a whole vector may be read.
+// A whole vector may be read beyond a tile's last element.
 constexpr int kBuffer = kTile + 16;
 
-// Copies a short row: whole vectors, the last of which overlaps the one before.
+// Copies a short row in whole vectors, the last of which overlaps the one before.
 template <class C>
 inline void copy(C* to, const C* from, int n) {
   constexpr int step = kLanes<C>;
@@ -163,7 +162,8 @@ inline void copy(C* to, const C* from, int n) {
   *reinterpret_cast<Vector<C>*>(to + n - step) = *reinterpret_cast<const Vector<C>*>(from + n - step);
 }
 
-// n elements from p as compute type: p itself where nothing must be done, else buffer, filled.
+// Returns n elements from p in the compute type: p itself where no conversion is needed, else the filled
+// buffer.
 template <class T>
 inline const compute_t<T>* load(compute_t<T>* __restrict buffer, const T* p, i64 stride, int n) {
   if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
@@ -180,7 +180,7 @@ inline const compute_t<T>* load(compute_t<T>* __restrict buffer, const T* p, i64
   return buffer;
 }
 
-// Where to write n results that must end up at p, which is contiguous: p itself or buffer, then commit().
+// Buffer for n results whose destination p is contiguous: p itself or `buffer`; commit() stores them.
 template <class T>
 FASTVAE_INLINE compute_t<T>* target(T* p, compute_t<T>* buffer) {
   if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
@@ -198,14 +198,14 @@ inline void commit(T* __restrict p, const compute_t<T>* __restrict buffer, int n
 }
 
 // A tile: `rows` rows of n columns each, `pitch` elements apart in buffers. Loops run over all of it at once,
-// the few elements between rows included: whatever these hold, nobody reads the results.
+// including the few elements between rows, whose results are never read.
 struct Tile {
   int rows, n, pitch;
   int size() const { return (rows - 1) * pitch + n; }
   bool dense(i64 stride) const { return rows == 1 || (pitch == n && stride == n); }
 };
 
-// The tile of a strided matrix that begins at p, as compute type: in place where it lies so already.
+// Returns the tile of a strided matrix that begins at p in the compute type, in place where possible.
 template <class T>
 inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1, const Tile& t) {
   if (s1 == 1 && t.dense(s0)) return load(buffer, p, 1, t.size());
@@ -217,7 +217,7 @@ inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1
   return buffer;
 }
 
-// Where to write a tile that must end up in rows s0 apart at p, and how it gets there.
+// Buffer for a tile whose destination is rows s0 apart at p, and how it is stored there.
 template <class T>
 FASTVAE_INLINE compute_t<T>* target(T* p, compute_t<T>* buffer, i64 s0, const Tile& t) {
   return p && t.dense(s0) ? target(p, buffer) : buffer;
@@ -234,7 +234,7 @@ inline void commit(T* p, const compute_t<T>* from, i64 s0, const Tile& t) {
   }
 }
 
-// The sum of term(i) over [0, n): blocks in which each lane adds 16 terms in C, then double.
+// Sums term(i) over [0, n): blocks in which each lane adds 16 terms in C, then in double.
 template <class C, class F>
 FASTVAE_INLINE double sum_over(int n, F term) {
   constexpr int block = 16 * kLanes<C>;
@@ -249,7 +249,7 @@ FASTVAE_INLINE double sum_over(int n, F term) {
   return total;
 }
 
-// sums[r] += the sum of row r of a tile in a buffer, as sum_over adds it.
+// Adds the sum of row r of a buffered tile to sums[r], in the order of sum_over.
 template <class C>
 FASTVAE_LOOP void add_row_sums(const C* p, const Tile& t, double* sums) {
   constexpr int lanes = kLanes<C>, block = 16 * lanes;
@@ -264,7 +264,7 @@ FASTVAE_LOOP void add_row_sums(const C* p, const Tile& t, double* sums) {
       const int last = whole - first < block ? whole : first + block;
       Vector<C> part = zero;
       for (int i = first; i < last; i += lanes) part += *reinterpret_cast<const Vector<C>*>(row + i);
-      // Selected, not multiplied: what stands behind the row may be NaN.
+      // Selected, not multiplied: elements beyond the row may be NaN.
       if (last == whole && whole < t.n)
         part += mask > zero ? *reinterpret_cast<const Vector<C>*>(row + whole) : zero;
       C sum = 0;
@@ -277,7 +277,7 @@ FASTVAE_LOOP void add_row_sums(const C* p, const Tile& t, double* sums) {
   }
 }
 
-// Calls f with a value of the storage type that a dtype code means.
+// Calls f with a value of the storage type given by a dtype code.
 template <class F>
 inline void for_dtype(int code, F f) {
   switch (code) {
@@ -288,7 +288,7 @@ inline void for_dtype(int code, F f) {
   }
 }
 
-// Runs body(begin, end) over parts of [0, units) on several threads where the number of elements pays for
+// Runs body(begin, end) over parts of [0, units), on several threads if there are enough elements to pay for
 // them.
 template <class F>
 inline void parallel(int threads, i64 units, i64 elements, F body) {
@@ -302,27 +302,26 @@ FASTVAE_INLINE double abs_(double x) { return __builtin_fabs(x); }
 FASTVAE_INLINE float sqrt_(float x) { return __builtin_sqrtf(x); }
 FASTVAE_INLINE double sqrt_(double x) { return __builtin_sqrt(x); }
 
-// Elementary functions in float: Cephes' polynomials (S. Moshier), about 1 ulp; in double: the C library.
+// Elementary functions: in float Cephes' polynomials (S. Moshier), to about 1 ulp; in double the C library.
 
 // exp(x) = 2^n (1 + p) with |x - n ln 2| < 0.35; at n = 0, p = x + x^2 q(x).
 struct Reduced {
   std::uint32_t integer;  // n in its low bits
   float n, p, r2q;
-  // 2^(n + shift), for what a normal number can hold. NaN gives some number: p is NaN then.
+  // 2^(n + shift), within the range of normal numbers. For NaN the result is arbitrary, as p is NaN then.
   FASTVAE_INLINE float power(int shift) const {
     return bit_cast<float>((integer + static_cast<std::uint32_t>(127 + shift)) << 23);
   }
 };
-// kHalves / 2 times x is taken for x: that power of two is folded into the constants, and not one rounding
-// differs.
+// Evaluates at kHalves / 2 times x: the power of two is folded into the constants, and no rounding changes.
 template <int kHalves = 2>
 FASTVAE_INLINE Reduced reduce(float x) {
   constexpr float f = kHalves / 2.0f, f2 = f * f, f3 = f2 * f, f4 = f3 * f;
   const float rounded =
       x * (1.44269504088896341f * f) + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer
   const float n = rounded - 12582912.0f;
-  const float t = (x - n * (0.693359375f / f)) + n * (2.12194440e-4f / f);  // what is left is f t
-  // In pairs, which shortens the chain of operations that wait for each other; likewise below.
+  const float t = (x - n * (0.693359375f / f)) + n * (2.12194440e-4f / f);  // remainder f t
+  // In pairs, which shortens the dependency chain; likewise below.
   const float t2 = t * t;
   const float q = ((1.9875691500e-4f * f4 * f3 * t + 1.3981999507e-3f * f4 * f2) * t2 +
                    (8.3334519073e-3f * f4 * f * t + 4.1665795894e-2f * f4)) *
@@ -331,16 +330,16 @@ FASTVAE_INLINE Reduced reduce(float x) {
   const float r2q = t2 * q;
   return {bit_cast<std::uint32_t>(rounded), n, f * t + r2q, r2q};
 }
-FASTVAE_INLINE float clip_below(float x, float lo) { return x < lo ? lo : x; }  // NaN stays
+FASTVAE_INLINE float clip_below(float x, float lo) { return x < lo ? lo : x; }  // NaN stays NaN
 template <class C>
 FASTVAE_INLINE C clip(C x, C lo, C hi) {
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
 }
 
-// exp(kHalves / 2 * x). In two steps, so that neither subnormal results nor the largest ones lose anything on
-// the way: 2^(n -+ 64), then 2^+-64. The sign of x chooses by its bit: two comparisons of x would tempt the
-// compiler to branch, and the loop around to stay scalar.
+// exp(kHalves / 2 * x). In two steps, 2^(n -+ 64) and then 2^+-64, so that neither subnormal nor very large
+// results lose accuracy. The sign bit of x selects: two comparisons of x would tempt the compiler to branch,
+// and leave the surrounding loop scalar.
 template <int kHalves = 2>
 FASTVAE_INLINE float exp_(float x) {
   constexpr float f = kHalves / 2.0f, low = -104.0f / f, high = 89.0f / f;
@@ -363,8 +362,8 @@ FASTVAE_INLINE float exp_negative(float x) {
 }
 FASTVAE_INLINE double exp_negative(double x) { return __builtin_exp(x); }
 
-// The scaled half of exp(x) - 1: 2 * (s p + (s - 1/2)) with s = 2^(n-1) is exact in form at n = 0 and finite
-// up to the end.
+// The scaled half of exp(x) - 1: 2 * (s p + (s - 1/2)) with s = 2^(n-1) is exact in form at n = 0, and finite
+// up to the largest x.
 FASTVAE_INLINE float expm1_from(const Reduced& e) {
   const float s = e.power(-1);
   return 2.0f * (s * e.p + (s - 0.5f));
@@ -374,13 +373,14 @@ FASTVAE_INLINE double expm1_(double x) { return __builtin_expm1(x); }
 
 // exp(x) - 1 - x, without cancellation near 0.
 FASTVAE_INLINE float expm1_minus(float x) {
-  // The x at the end is bounded above, so that inf gives inf; below -87 exp(x) is nothing beside it.
+  // The last x is bounded above, so that inf gives inf; below -87 exp(x) is negligible against it.
   const float top = x > 89.0f ? 89.0f : x;
   const Reduced e = reduce(clip_below(top, -87.0f));
   return e.n == 0.0f ? e.r2q : expm1_from(e) - top;
 }
 FASTVAE_INLINE double expm1_minus(double x) {
-  // The series where expm1(x) - x would lose more than 3 bits: the next term is below 1e-17 of the sum.
+  // The series where expm1(x) - x would lose more than 3 bits; its truncation error is below 1e-17 of the
+  // sum.
   const double small =
       x * x *
       (0.5 + x * (1.0 / 6 +
@@ -407,7 +407,7 @@ FASTVAE_INLINE float log_from(float g, float e) {
   return (g + (log_tail(g) - 2.12194440e-4f * e)) + 0.693359375f * e;
 }
 
-// A number as 2^e (1 + g), g as above.
+// Represents a number as 2^e (1 + g), g as above.
 struct Split {
   float g, e;
 };
@@ -416,7 +416,7 @@ FASTVAE_INLINE Split split(float x) {
   return {bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f,
           static_cast<float>(static_cast<std::int32_t>(shifted) >> 23)};
 }
-// Of 1 + t, with what its rounding loses.
+// The same for 1 + t, corrected for the sum's rounding error.
 FASTVAE_INLINE Split split_1p(float t) {
   const float u = 1.0f + t, whole = u - 1.0f;
   const float lost = (1.0f - (u - whole)) + (t - whole);
@@ -430,7 +430,7 @@ FASTVAE_INLINE Split split_1p(float t) {
 // log(1 + t) for -1 < t < 2^127, to full relative accuracy.
 FASTVAE_INLINE float log1p_(float t) {
   const Split s = split_1p(t);
-  // A NaN has lost its bits on the way; the last term brings it back.
+  // NaN has lost its bits on the way; the last term restores it.
   return log_from(s.g, s.e) + (t - t);
 }
 FASTVAE_INLINE double log1p_(double t) { return __builtin_log1p(t); }
@@ -447,27 +447,27 @@ FASTVAE_INLINE Softplus<C> softplus(C x) {
   return {(above ? x : C(0)) + log1p_(k), (above ? C(1) : k) / (C(1) + k)};
 }
 
-// log(x) for positive normal numbers, some number for others; NaN stays, and infinity becomes NaN.
+// log(x) for positive normal numbers, arbitrary for others; NaN stays NaN, and infinity becomes NaN.
 FASTVAE_INLINE float log_(float x) {
   const Split s = split(x);
   return log_from(s.g, s.e) + (x - x);
 }
 FASTVAE_INLINE double log_(double x) { return __builtin_log(x); }
 
-// The same in two parts: a difference of logarithms keeps what the first rounds away.
+// The same in two parts: a difference of logarithms keeps the digits that the first part rounds away.
 template <class C>
 struct TwoParts {
   C high, low;
 };
 FASTVAE_INLINE TwoParts<float> log_in_parts(float x) {
   const Split s = split(x);
-  const float y = log_tail(s.g) - 2.12194440e-4f * s.e, whole = 0.693359375f * s.e;  // the last is exact
+  const float y = log_tail(s.g) - 2.12194440e-4f * s.e, whole = 0.693359375f * s.e;  // the latter is exact
   const float part = s.g + y, high = whole + part;
   return {high + (x - x), ((whole - high) + part) + ((s.g - part) + y)};
 }
 FASTVAE_INLINE TwoParts<double> log_in_parts(double x) { return {__builtin_log(x), 0.0}; }
 
-// log(1 + t) for t > -1, and t - log(1 + t), to full relative accuracy, too.
+// log(1 + t) for t > -1, and t - log(1 + t), also to full relative accuracy.
 template <class C>
 struct LogAndRest {
   C log, rest;
@@ -490,7 +490,7 @@ FASTVAE_INLINE LogAndRest<double> log1p_and_rest(double t) {
   return {log, __builtin_fabs(t) < 0.3 ? r * (t - 2 * v * series) : t - log};
 }
 
-// t - log(1 + t) of t and of 1 + t, where either has been computed to full relative accuracy.
+// t - log(1 + t) from t and 1 + t, each given to full relative accuracy.
 FASTVAE_INLINE float rest_of_log(float t, float u) {
   const Split s = split(u);
   const bool near = abs_(t) < 0.25f;
@@ -501,10 +501,10 @@ FASTVAE_INLINE double rest_of_log(double t, double u) {
   return __builtin_fabs(t) < 0.25 ? log1p_and_rest(t).rest : t - __builtin_log(u);
 }
 
-// What the gamma function is made of, of x >= 0 and log x: by polynomials in 1 / x for x >= 1, and in x
+// Building blocks of the gamma function, for x >= 0 and log x: polynomials in 1 / x for x >= 1, and in x
 // below.
 
-// Stirling's error, log x! - (x + 1/2) log x + x - log(2 pi) / 2, times x, of 1 / x.
+// Stirling's error, log x! - (x + 1/2) log x + x - log(2 pi) / 2, times x, as a function of 1 / x.
 FASTVAE_INLINE float stirling_series(float u) {
   const float u2 = u * u;
   const float series = ((1.4221894e-4f * u - 6.4566986e-4f) * u2 + (1.0635331e-3f * u - 6.0909733e-5f)) * u2 +
@@ -527,16 +527,16 @@ FASTVAE_INLINE float log_factorial_below(float x, float log_x) {
   return y * ((y - 1.0f) * (r * y + 5.7721565e-1f) + 1.0f - log_x);
 }
 inline double log_factorial_below(double x, double log_x) {
-  int sign;  // lgamma would write a global one
+  int sign;  // lgamma would write a global variable
   return ::lgamma_r(1 + x, &sign) - x * (log_x - 1);
 }
 
-// From where on the series is right.
+// Argument from which the series is accurate.
 FASTVAE_INLINE float series_begins(float) { return 1.0f; }
 FASTVAE_INLINE double series_begins(double) { return 16.0; }
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
 
-// log x! - (x log x - x), any number for log x at 0; and without its first terms, 1/2 log(2 pi x): Stirling's
+// log x! - (x log x - x), with any number for log x at 0; and the same without 1/2 log(2 pi x): Stirling's
 // error.
 template <class C>
 FASTVAE_INLINE C log_factorial_excess(C x, C log_x) {
@@ -551,7 +551,7 @@ FASTVAE_INLINE C stirling_error(C x, C log_x) {
                     : u * stirling_series(u);
 }
 
-// x (log x - digamma(x)) - 1/2 for x > 0 and log x.
+// x (log x - digamma(x)) - 1/2 from x > 0 and log x.
 FASTVAE_INLINE float digamma_excess(float x, float log_x) {
   const float u = 1.0f / (x < 1.0f ? 1.0f : x), u2 = u * u;
   const float series =
@@ -564,7 +564,7 @@ FASTVAE_INLINE float digamma_excess(float x, float log_x) {
            y2 +
        (-1.2010771f * y + 1.6449006f)) *
           y -
-      5.7721548e-1f;  // of 1 + y
+      5.7721548e-1f;  // logarithm of 1 + y
   return x < 1.0f ? 0.5f + y * (log_x - digamma) : u * ((series * u - 1.6125311e-6f) * u + 8.3333344e-2f);
 }
 inline double digamma_excess(double x, double log_x) {
@@ -579,7 +579,7 @@ inline double digamma_excess(double x, double log_x) {
       v *
       (1.0 / 12 + v * (-1.0 / 120 +
                        v * (1.0 / 252 + v * (-1.0 / 240 + v * (1.0 / 132 + v * (-691.0 / 32760 + v / 12))))));
-  // Where nothing was shifted the logarithms are the same.
+  // Without a shift the logarithms are equal.
   return z == x ? z * rest : x * (log_x - (__builtin_log(z) - 0.5 / z - rest)) + shifted - 0.5;
 }
 
@@ -596,8 +596,8 @@ FASTVAE_LOOP void multiply_pairs(int n, C* __restrict e, const C* __restrict oth
   for (int i = 0; i < n; ++i) e[i] += other[i] * (C(1) + e[i]);
 }
 
-// The sum of log(1 + e[i]) for e in [0, 1], through products: with 1 + e = (1 + a)(1 + b), e = a + b (1 + a)
-// keeps the relative accuracy that 1 + e would not, and one logarithm serves 16 elements. Overwrites e.
+// Sums log(1 + e[i]) for e in [0, 1] through products: with 1 + e = (1 + a)(1 + b), e = a + b (1 + a) keeps
+// the relative accuracy that 1 + e would lose, and one logarithm serves 16 elements. Overwrites e.
 template <class C>
 FASTVAE_LOOP double sum_log1p(C* e, int n) {
   for (int halvings = 0; halvings < 4 && n > 1; ++halvings) {
@@ -613,11 +613,11 @@ FASTVAE_INLINE float smallest_normal(float) { return __FLT_MIN__; }
 FASTVAE_INLINE double smallest_normal(double) { return __DBL_MIN__; }
 FASTVAE_INLINE float infinity(float) { return __builtin_inff(); }
 FASTVAE_INLINE double infinity(double) { return __builtin_inf(); }
-// By its bits, for who has compared x already.
+// By its bits, for callers that have already compared x.
 FASTVAE_INLINE bool is_infinite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7fffffffu) == 0x7f800000u; }
 FASTVAE_INLINE bool is_infinite(double x) { return __builtin_isinf(x); }
 
-// The sign of x, 0 of 0; NaN stays. Two tests of x itself would be two branches.
+// The sign of x, 0 for 0; NaN stays NaN. Two comparisons of x would be two branches.
 template <class C>
 FASTVAE_INLINE C sign_(C x) {
   const C large = C(1) / smallest_normal(C());
@@ -627,11 +627,11 @@ FASTVAE_INLINE C sign_(C x) {
 // tanh(x / 2), relatively accurate everywhere.
 template <class C>
 FASTVAE_INLINE C tanh_half(C x) {
-  const C e = expm1_(x > C(40) ? C(40) : x);  // beyond which it is 1
+  const C e = expm1_(x > C(40) ? C(40) : x);  // beyond this it is 1
   return e / (e + C(2));
 }
 
-// log(x) for any x >= 0, denormal numbers and both ends included; NaN stays.
+// log(x) for any x >= 0, including denormals, 0 and infinity; NaN stays NaN.
 FASTVAE_INLINE float log_positive(float x) {
   const std::uint32_t bits = bit_cast<std::uint32_t>(x);
   const bool small = bits < 0x00800000u;
@@ -639,23 +639,24 @@ FASTVAE_INLINE float log_positive(float x) {
   return x == 0.0f ? -infinity(x) : bits == 0x7f800000u ? x : y;
 }
 FASTVAE_INLINE double log_positive(double x) { return __builtin_log(x); }
-// The same of any x: NaN of a negative one. By its bits, as x has been compared already.
+// The same for any x: NaN if negative. By its bits, as x has been compared already.
 FASTVAE_INLINE float log_of_any(float x) {
   return bit_cast<std::uint32_t>(x) > 0x80000000u ? bit_cast<float>(0x7fc00000u) : log_positive(x);
 }
 FASTVAE_INLINE double log_of_any(double x) { return __builtin_log(x); }
 
-// log(1 + r^2), also where r^2 is no number; NaN stays.
+// log(1 + r^2), also where r^2 overflows; NaN stays NaN.
 template <class C>
 FASTVAE_INLINE C log1p_square(C r) {
   const C a = abs_(r);
-  // Of a large r this is 2 log r, and 2 beside it nothing. One half keeps 1 + a / 2 below 2^127.
+  // For large r it is 2 log r, and 2 is negligible against that. One half keeps 1 + a / 2 below 2^127.
   const bool large = a > C(0x1p60);
   const C y = log1p_(large ? C(0.5) * a : a * a);
   return is_infinite(a) ? a : large ? C(2) * (y + C(0.69314718055994530942)) : y;
 }
 
-// log(1 + t) - y for t >= 0, y = t / (1 + t) and the logarithm: its expansion is y^2 / 2 + y^3 / 3 + ....
+// log(1 + t) - y for t >= 0, given y = t / (1 + t) and the logarithm; its expansion is y^2 / 2 + y^3 / 3 +
+// ....
 FASTVAE_INLINE float log1p_excess(float t, float y, float log_1pt) {
   const float y2 = y * y;
   // (-log(1 - y) - y) / y^2 on [0, 0.35] to 2e-8.
@@ -666,21 +667,21 @@ FASTVAE_INLINE float log1p_excess(float t, float y, float log_1pt) {
   return t < 0.5f ? p * y2 : log_1pt - y;
 }
 FASTVAE_INLINE double log1p_excess(double t, double y, double log_1pt) {
-  // 2 atanh(s) - y, s = y / (2 - y): y s + 2 s^3 (1/3 + s^2 / 5 + ...), in which nothing cancels.
+  // 2 atanh(s) - y, s = y / (2 - y): y s + 2 s^3 (1/3 + s^2 / 5 + ...), without cancellation.
   const double s = y / (2 - y), v = s * s;
   double series = 0;
   for (int n = 33; n > 1; n -= 2) series = 1.0 / n + v * series;
   return t < 1 ? y * s + 2 * v * s * series : log_1pt - y;
 }
 
-// log Gamma(z + 1/2) - log Gamma(z) - log(z) / 2 for z >= 0 and log z, -1 / (8 z) where z is large; and z
+// log Gamma(z + 1/2) - log Gamma(z) - log(z) / 2 from z >= 0 and log z, about -1 / (8 z) for large z; and z
 // times its derivative.
 template <class C>
 struct HalfStep {
   C value, slope;
 };
-// From that of z + 1, u = 1 / (z + 1), on which both are polynomials of u. Each step of 1 adds the logarithm
-// of one factor near 1; what it adds to the slope is positive, so that nothing cancels.
+// Starts from the values at z + 1, polynomials in u = 1 / (z + 1). Each step down adds the logarithm of a
+// factor near 1 and a positive term of the slope, so nothing cancels.
 FASTVAE_INLINE HalfStep<float> half_step(float z, float log_z) {
   const float u = 1.0f / (z + 1.0f), c = 1.0f / (z + 0.5f), u2 = u * u;
   const float p =
@@ -714,7 +715,7 @@ inline HalfStep<double> half_step(double z, double log_z) {
   return {u * p + 0.5 * (__builtin_log(factor) + (small ? log_z : 0.0)), slope + z * u * u * q};
 }
 
-// Numbers for the length of a call, as they come.
+// Uninitialised memory for the duration of a call.
 template <class C>
 struct Scratch {
   C* const data;

@@ -1,4 +1,4 @@
-// What a likelihood declares, in a file of csrc/likelihoods: scalar functions of one element.
+// Declaration of a likelihood, in a file of csrc/likelihoods: scalar functions of one element.
 
 #if defined(FASTVAE_DECLARATION_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_DECLARATION_HPP
@@ -14,37 +14,37 @@ namespace FASTVAE_ISA {
 
 constexpr int kMostPrepared = 4, kMostData = 2;
 
-// What a likelihood declares, and what it leaves out.
+// Defaults for the optional parts of a declaration.
 struct Declaration {
   static constexpr int kParameters = 1;
-  // The parameter of which something is computed by itself, once a tile where it broadcasts, and how many
-  // numbers that is.
+  // The parameter with a prepare() hook, evaluated once per tile where the parameter broadcasts, and the
+  // number of values it computes.
   static constexpr int kHooked = -1, kPrepared = 0;
-  // data() tells what x adds by itself, and so many numbers of it that value() takes, and perhaps gradient():
-  // once, not for each sample.
+  // data() computes, once for all samples, the term of x alone and kData further values of x, which value()
+  // and perhaps gradient() take.
   static constexpr int kData = 0;
   static constexpr bool kGradientTakesData = false;
-  // zero() is value() for x = 0, for which data() adds 0, and zero_gradient() is gradient(), which cost less:
-  // where most of x is 0 the others are taken apart.
+  // zero() is a cheaper value() for x = 0, where data() adds 0, and zero_gradient() likewise gradient():
+  // where most of x is 0, the other elements are gathered and computed separately.
   static constexpr bool kSparse = false, kSparseGradient = false;
-  // value() leaves a factor 1 + odds, odds in [0, 1], whose logarithm is to be added: elements share
+  // value() leaves out a factor 1 + odds, odds in [0, 1], whose logarithm is to be added: elements share
   // logarithms.
   static constexpr bool kSharedLog = false;
   // log p = kFactor * sum(kConstant + value).
   static constexpr double kFactor = 1, kConstant = 0;
-  // x lies between these, or is NaN.
+  // Bounds of x, which may also be NaN.
   static constexpr double kLow = -__builtin_inf(), kHigh = __builtin_inf();
 };
 
-// One element of a tile, and what the scalar functions make of it. No arrays: with one GCC leaves a loop
-// scalar.
+// One element of a tile, and the values that the scalar functions compute for it. No arrays: GCC leaves a
+// loop with one scalar.
 template <class C>
 struct Element {
   C x, d0, d1, p0, p1, p2, q0, q1, q2, q3;
 };
 template <class C>
 struct Prepared {
-  C own, q0, q1, q2, q3;  // what the hooked parameter adds by itself, and what is used of it
+  C own, q0, q1, q2, q3;  // the hooked parameter's own term, and the values used from it
 };
 template <class C>
 struct Value {

@@ -165,7 +165,7 @@ class FromDispatcher {
       stack_[i] = reinterpret_cast<Word>(std::exchange(made[i].handle, nullptr));
   }
 
-  // Whether the C++ is the backend in force.
+  // Returns true if the C++ is the selected backend.
   bool serves() const {
     const pybind11::gil_scoped_acquire gil;
     const pybind11::object name = called(op_.backend, nullptr, 0);
@@ -214,7 +214,7 @@ class FromDispatcher {
     const Word* word = reinterpret_cast<const Word*>(words_[i]);
     return word ? reinterpret_cast<Handle>(*word) : nullptr;
   }
-  // An argument as Python has it; a tensor's handle becomes Python's.
+  // An argument as a Python object; a tensor's handle is passed on to Python.
   pybind11::object object_at(int i) {
     at_ = i;
     switch (op_.types[static_cast<std::size_t>(i)]) {

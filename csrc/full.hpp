@@ -1,6 +1,6 @@
-// Reparameterised sampling with a full covariance, and the density of what is drawn. The mathematics stands
-// in fastvae/ops/full.py. A row's samples are a product with a triangular matrix: lanes are the columns of
-// the result, and steps end where the triangle does.
+// Reparameterised sampling with a full covariance, and the density of the samples. See fastvae/ops/full.py
+// for the mathematics. A row's samples are a product with a triangular matrix: lanes are the columns of the
+// result, and steps end where the triangle does.
 
 #if defined(FASTVAE_FULL_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_FULL_HPP
@@ -16,13 +16,14 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// Samples of a unit of work, and of a block of a sum over samples; numbers of their noise, in that bounds.
+// Maximum and minimum samples per unit of work, and the noise values per unit between them; a block of a sum
+// over samples has the maximum.
 constexpr i64 kMostDraws = 64, kFewestDraws = 16, kNumbersDrawn = 16384;
-// Rows of L whose gradients a unit makes; and products that are added one after the other.
+// Rows of L whose gradients a unit computes; and products added sequentially.
 constexpr i64 kScaleRows = 64, kStepsAdded = 128;
 
-// c (kRows x kVectors vectors) = sum_p a(i, p) b(p, v), or that added to c. A row of `a` is a_row further, a
-// step a_step.
+// c (kRows x kVectors vectors) = sum_p a(i, p) b(p, v), or adds that to c. Rows of `a` are a_row apart, steps
+// a_step.
 template <class C, int kRows, int kVectors>
 FASTVAE_INLINE void triangle_tile(i64 steps, const C* a, i64 a_row, i64 a_step, const C* b, i64 b_step,
                                   bool add, C* c, i64 c_row) {
@@ -49,7 +50,7 @@ FASTVAE_INLINE void triangle_tile(i64 steps, const C* a, i64 a_row, i64 a_step, 
   }
 }
 
-// Calls f(a number of rows that is known to the compiler, the first of them) until `rows` are done.
+// Calls f(number of rows as a compile-time constant, index of the first) until `rows` are done.
 template <class F>
 FASTVAE_INLINE void by_tiles(i64 rows, F f) {
   i64 i = 0;
@@ -58,8 +59,7 @@ FASTVAE_INLINE void by_tiles(i64 rows, F f) {
   for (; i < rows; ++i) f(std::integral_constant<int, 1>(), i);
 }
 
-// One panel of what L eps comes to: c (draws x a panel), of eps (draws x steps) and columns of L side by
-// side.
+// One panel of L eps: c (draws x a panel), from eps (draws x steps) and adjacent columns of L.
 template <class C>
 FASTVAE_LOOP void times_panel(i64 draws, i64 steps, const C* eps, i64 eps_row, const C* panel, C* c,
                               i64 c_row) {
@@ -73,8 +73,8 @@ FASTVAE_LOOP void times_panel(i64 draws, i64 steps, const C* eps, i64 eps_row, c
   }
 }
 
-// Products of each two columns i >= j of a triangle, summed over draws: c(i, j), added to or not. Row i is
-// the triangle's row first + i.
+// Products of each pair of columns i >= j of a triangle, summed over draws: stored in c(i, j), or added. Row
+// i is the triangle's row first + i.
 template <class C>
 FASTVAE_LOOP void products_below(i64 draws, i64 rows, i64 first, const C* grad, i64 grad_row, const C* eps,
                                  i64 eps_row, bool add, C* c, i64 c_row) {
@@ -106,7 +106,7 @@ FASTVAE_LOOP void add_mean(int n, const compute_t<T>* __restrict move, const com
   for (int i = 0; i < n; ++i) assign(out[i], mean[i] + move[i]);
 }
 
-// Where row i of a triangle begins.
+// Index of the first element of row i of a packed triangle.
 inline i64 triangle(i64 i) { return i * (i + 1) / 2; }
 
 // L of one row of the batch, packed.
@@ -118,7 +118,7 @@ struct Triangle {
   C operator()(i64 i, i64 j) const { return upcast(data[(triangle(i) + j) * stride]); }
   C diagonal(i64 i) const { return exp_((*this)(i, i)); }
 
-  // Rows [first, first + width) as columns, those side by side; zeros above the diagonal and behind the last
+  // Returns rows [first, first + width) as adjacent columns; zeros above the diagonal and beyond the last
   // row.
   void panel(i64 first, i64 width, i64 rows, C* to) const {
     const i64 last = first + width < rows ? first + width : rows;
@@ -200,7 +200,7 @@ void full_gradients(Output to_mu, Output to_tril, const Tensor& grad_z, const Te
     const Scratch<C> sums(kScaleRows * columns), grads(kMostDraws * kScaleRows),
         noise(with_scale ? kMostDraws * columns : 0);
     double total[kScaleRows];
-    // Behind a row something may be multiplied, which nobody reads.
+    // Elements beyond a row may be multiplied; their results are never read.
     if (with_scale) fill(noise.data, C(0), static_cast<int>(kMostDraws * columns));
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 b = unit / blocks, first = unit % blocks * kScaleRows;
@@ -253,9 +253,10 @@ inline void rsample_tril(Output z, Output log_q, Output eps, const Tensor& mu, c
   });
 }
 
-// @param to_mu (B, D), @param to_tril (B, D (D + 1) / 2): written, null where not wanted
-// @param grad_z (K, B, D) or (K B, D), @param grad_log_q (K, B): null where nothing arrives
-// @param eps from the forward pass; it may be null where grad_z or to_tril is
+// @param to_mu (B, D), @param to_tril (B, D (D + 1) / 2): written, null where not needed
+// @param grad_z (K, B, D) or (K B, D), @param grad_log_q (K, B): null where the result has no upstream
+// gradient
+// @param eps from the forward pass; may be null if grad_z or to_tril is
 inline void rsample_tril_backward(Output to_mu, Output to_tril, const Tensor& grad_z,
                                   const Tensor& grad_log_q, const Tensor& eps, const Tensor& mu,
                                   const Tensor& tril, const Place& place, int threads) {

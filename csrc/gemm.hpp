@@ -1,7 +1,6 @@
-// The three products of a linear layer: outputs = h W' + bias, and from the gradients of the outputs those of
-// h and of W. By the BLAS that torch brought; in float with AVX-512 by tiles of our own, since there it
-// leaves half of the vectors' width unused on AMD's processors (measured: 107 and 250 of 255 GFLOP/s a core;
-// docs/NOTES.md).
+// The three products of a linear layer: outputs = h W' + bias, and from the outputs' gradients those of h and
+// of W. Uses torch's BLAS; in float with AVX-512 separate tiles, since that BLAS leaves half of the vectors'
+// width unused on AMD's processors (measured: 107 and 250 of 255 GFLOP/s per core; docs/NOTES.md).
 
 #if defined(FASTVAE_GEMM_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_GEMM_HPP
@@ -20,9 +19,9 @@ namespace FASTVAE_ISA {
 
 constexpr i64 kPanel = 32, kDepth = 512;
 
-// c (kRows x up to 16 kVectors) = first + sum_p a(i, p) b(p, j), or that added to c. With kByRows numbers of
-// a row of `a` follow each other, and rows are a_stride apart; else numbers of a step do, and steps are. A
-// tile of 14 x 32 stays in registers.
+// c (kRows x up to 16 kVectors) = first + sum_p a(i, p) b(p, j), or adds that to c. With kByRows the elements
+// of a row of `a` are contiguous and rows are a_stride apart; otherwise the elements of a step are
+// contiguous, and steps a_stride apart. A tile of 14 x 32 stays in registers.
 template <int kRows, int kVectors, bool kByRows>
 FASTVAE_INLINE void product_tile(i64 depth, const float* a, i64 a_stride, const float* b, i64 b_step,
                                  __mmask16 last, const float* first, bool add, float* c, i64 c_row) {
@@ -83,7 +82,7 @@ __attribute__((noinline)) void product_strip(i64 rows, i64 depth, const float* a
   tiles(std::integral_constant<int, 1>());
 }
 
-// And of columns: strip by strip, which are b_panel apart where b is packed, else side by side.
+// And any number of columns, strip by strip: strips are b_panel apart where b is packed, else adjacent.
 template <bool kByRows>
 void product(i64 rows, i64 columns, i64 depth, const float* a, i64 a_stride, const float* b, i64 b_step,
              i64 b_panel, const float* first, bool add, float* c, i64 c_row) {
@@ -108,9 +107,9 @@ template <class C>
 struct Layer {
   const C *weight, *bias;  // the bias (X) or null
   i64 stride, columns, inner;
-  const C* packed = nullptr;  // strips of kPanel outputs, numbers of a step together
+  const C* packed = nullptr;  // strips of kPanel outputs, the elements of a step contiguous
 
-  // Numbers of what pack() needs room for.
+  // Number of elements that pack() needs.
   i64 packed_size() const {
 #if FASTVAE_VECTOR_BYTES == 64
     if (std::is_same<C, float>::value) return (columns + kPanel - 1) / kPanel * kPanel * inner;
@@ -131,7 +130,7 @@ struct Layer {
 #endif
   }
 
-  // out (n, X) of h (n, H).
+  // Computes out (n, X) from h (n, H).
   void outputs(i64 n, const C* h, C* out) const {
 #if FASTVAE_VECTOR_BYTES == 64
     if constexpr (std::is_same<C, float>::value)
@@ -141,7 +140,7 @@ struct Layer {
     for (i64 i = 0; i < n && bias; ++i) copy(out + i * columns, bias, static_cast<int>(columns));
     gemm('T', 'N', columns, n, inner, weight, stride, h, inner, bias ? C(1) : C(0), out, columns);
   }
-  // What reaches h (n, H), of what reaches the outputs (n, X); added to what is there, or not.
+  // Computes the gradient of h (n, H) from that of the outputs (n, X); adds to the existing values, or not.
   void to_inputs(i64 n, const C* grad, bool add, C* to) const {
 #if FASTVAE_VECTOR_BYTES == 64
     if constexpr (std::is_same<C, float>::value) {
@@ -155,11 +154,11 @@ struct Layer {
 #endif
     gemm('N', 'N', inner, n, columns, weight, stride, grad, columns, add ? C(1) : C(0), to, inner);
   }
-  // What reaches the weight (X, H).
+  // Computes the gradient of the weight (X, H).
   void to_weight(i64 n, const C* h, const C* grad, bool add, C* to) const {
 #if FASTVAE_VECTOR_BYTES == 64
     if constexpr (std::is_same<C, float>::value) {
-      // A few outputs at a time: what reaches them stays in the first-level cache.
+      // A few outputs at a time: their gradients stay in the first-level cache.
       constexpr i64 kOutputs = 56;
       for (i64 i = 0; i < columns; i += kOutputs) {
         const i64 rows = columns - i < kOutputs ? columns - i : kOutputs;

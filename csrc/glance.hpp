@@ -1,6 +1,6 @@
-// What Python asks of tensors before a kernel is called, in one call: where models are small, asking costs
-// more than computing. What does not pass is looked at there one by one. The contracts stand in
-// fastvae/core/fast_path.py.
+// Checks of tensors for Python before a kernel is called, in one call: for small models checking costs more
+// than computing. Anything that fails is checked in Python one by one. See fastvae/core/fast_path.py for the
+// contracts.
 #pragma once
 
 #include "python.hpp"
@@ -140,8 +140,8 @@ inline int call_plain(PyObject* const* a) { return plain(a[0]); }
 inline int call_are_batch(PyObject* const* a) { return are_batch(a[0], a[1], a[2]); }
 inline int call_are_outputs(PyObject* const* a) { return are_outputs(a[0], a[1], a[2]); }
 
-// All that the launch of a kernel depends on, of a tuple of tensors or None, as bytes that compare equal
-// where a launch is the same; and their addresses.
+// Describes a tuple of tensors or None by everything that a kernel launch depends on, as bytes that are equal
+// where launches are; and returns their addresses.
 inline PyObject* described(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
   if (n != 1 || !PyTuple_Check(arguments[0]))
     return PyErr_Format(PyExc_TypeError, "fastvae._C: expected a tuple of tensors");

@@ -25,7 +25,7 @@ struct ComponentSlopes {
   C location, log_scale;
 };
 
-// The maximum of what came so far and the sum of exp(s - maximum).
+// The running maximum and the sum of exp(s - maximum).
 template <class C>
 struct RunningSums {
   C top[kBuffer], sum[kBuffer];
@@ -52,7 +52,7 @@ FASTVAE_LOOP void log_of_sums(int n, const C* __restrict top, const C* __restric
   for (int i = 0; i < n; ++i) out[i] = top[i] + log_positive(sum[i]);
 }
 
-// The logit of the class that x is.
+// The logit of the class given by x.
 template <class C>
 FASTVAE_LOOP void pick_class(int n, C number, const C* __restrict x, const C* __restrict a,
                              C* __restrict picked) {
@@ -114,7 +114,7 @@ FASTVAE_LOOP void component_gradients(int n, C setting, const C* __restrict r, c
     out_log_scale[i] = r[i] * slopes.log_scale;
   }
 }
-// Colours: location + tanh(coefficient) x of a channel before.
+// Colours: location + tanh(coefficient) x of an earlier channel.
 template <class C>
 FASTVAE_LOOP void couple(int n, const C* __restrict x, const C* __restrict coefficient,
                          const C* __restrict from, C* __restrict to) {
@@ -228,7 +228,7 @@ struct GroupReader {
   }
 };
 
-// Positions of a tile: what is kept of them, and a component's parameters, stay in the first cache.
+// Positions of a tile: their sums and a component's parameters stay in the first-level cache.
 constexpr i64 kGroupTile = 1024;
 
 template <class C>
@@ -276,7 +276,7 @@ bool grouped_rows(const Grouped& a, C* out, C* normaliser, C* joint, int threads
   return !outside;
 }
 
-// Where gradients go, in the storage types of what they are of; null where not wanted.
+// Destinations of gradients, in the storage types of their inputs; null where not needed.
 struct GroupedGradients {
   address logits, location, log_scale, coefficients;
 };

@@ -19,7 +19,7 @@ namespace fastvae {
 namespace FASTVAE_ISA {
 
 // x (B, X), h (K B, H), sample-major. The first `linear` outputs are products: weight (X, H) and bias (X) of
-// compute type, the bias null for none; the others are held: a row (X) or a number.
+// compute type, the bias null for none; the others are fixed: a row (X) or a number.
 struct Head {
   int likelihood, linear, outputs;
   Tensor x, h, weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
@@ -31,7 +31,7 @@ struct Head {
   i64 samples() const { return h.n0 / x.n0; }
 };
 
-// Where the gradients go, contiguous, of compute type; null where not wanted.
+// Destinations of the gradients, contiguous, of compute type; null where not needed.
 struct HeadGradients {
   address h, weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
   bool any() const {
@@ -52,12 +52,12 @@ struct Block {
 // for each block. Small calls are divided, too.
 constexpr i64 kBlockBytes = 3 << 17, kFewestBlockRows = 64, kMostBlockRows = 512, kFewestBlocks = 16,
               kCachedWeights = 1 << 20;
-// Outputs of all samples of a row are kept by all threads up to so many bytes, from one pass to the other;
-// beyond, they are made again.
+// The outputs of all samples of a row are kept by all threads up to this number of bytes, from one pass to
+// the other; beyond it, they are recomputed.
 constexpr i64 kKeptBytes = i64{1} << 27;
-// Partial gradients of the weights, of so many rows at least, and so many bytes at most: a function of the
-// shape, so that the bits are the same for any number of threads, up to that of the partials; each thread
-// more has one of its own.
+// Partial gradients of the weights, each of at least this number of rows, and of at most this number of bytes
+// in all: a function of the shape, so that the bits are the same for any number of threads, up to that of the
+// partials; each further thread has a separate one.
 constexpr i64 kRowsPerPartial = 512, kMostPartials = 64, kPartialBytes = i64{1} << 22;
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -73,8 +73,8 @@ i64 rows_per_block(const Head& a) {
   return between(fewest, fit < share ? fit : share, kMostBlockRows);
 }
 
-// All samples and rows in blocks of about `most` rows, or of `samples` samples if that many are told: samples
-// of a row stay together, which share what is made of x.
+// All samples and rows in blocks of about `most` rows, or of `samples` samples if given: samples of a row,
+// which share values prepared from x, stay together.
 struct Blocks {
   i64 all_samples, all_rows, samples, rows, across;
   Blocks(const Head& a, i64 most, bool whole) : all_samples(a.samples()), all_rows(a.rows()) {
@@ -206,7 +206,8 @@ struct HeadSums {
   explicit HeadSums(const Head& head) : a(head) {}
 };
 
-// The gradients of a block, whose outputs and whose rows of h are there; g (samples, rows) arrives.
+// The gradients of a block whose outputs and rows of h are loaded; g (samples, rows) is the upstream
+// gradient.
 template <class C>
 void head_block_backward(HeadWorker<C>& work, const Block& block, const C* h, const C* out, const C* g,
                          i64 g_stride, const HeadGradients& to, HeadSums<C>& sums) {
@@ -296,8 +297,8 @@ void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
   }
 }
 
-// What arrives at each sample's log-likelihood, grad (K, B) of compute type with strides, is known: the
-// outputs are made again.
+// With the upstream gradient of each sample's log-likelihood known, grad (K, B) of compute type with strides:
+// the outputs are recomputed.
 template <class C>
 void head_rows_backward(const Head& a, const Tensor& grad, const HeadGradients& to) {
   const Blocks blocks(a, rows_per_block<C>(a), false);
@@ -411,7 +412,7 @@ bool head_weigh(const Head& a, const Weighing& w, const WeighingResults& to, con
   return inside;
 }
 
-// @param t weights and biases of the outputs that are products, then the held ones: each a tensor or null.
+// @param t weights and biases of the outputs that are products, then the fixed ones: each a tensor or null.
 inline Head head_of(int likelihood, const Tensor& x, const Tensor& h, const HeadTensors& t, int threads) {
   Head a{likelihood, 0, 0, x, h, {}, {}, {}, threads};
   for (int j = 0; j < kMostParameters; ++j) {

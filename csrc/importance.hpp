@@ -1,4 +1,4 @@
-// log-mean-exp over samples, and its gradient. The mathematics stands in fastvae/ops/importance.py.
+// log-mean-exp over samples, and its gradient. See fastvae/ops/importance.py for the mathematics.
 
 #if defined(FASTVAE_IMPORTANCE_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_IMPORTANCE_HPP
@@ -13,10 +13,10 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// Columns handled at a time; kSamplesPerBlock samples come between two looks at the maximum.
+// Columns processed at a time; the maximum is updated every kSamplesPerBlock samples.
 constexpr int kColumnsPerUnit = 64;
 
-// What is subtracted before exp: the maximum, or 0 where it is infinite (inf minus inf would be NaN).
+// The shift subtracted before exp: the maximum, or 0 where it is infinite (inf - inf would be NaN).
 template <class C>
 FASTVAE_INLINE C shift_of(C maximum) {
   return abs_(maximum) == infinity(C{}) ? C(0) : maximum;
@@ -35,7 +35,7 @@ FASTVAE_LOOP void add_exponentials(C* __restrict sum, const C* __restrict row, c
   for (int i = 0; i < n; ++i) sum[i] += exp_(row[i] - shift[i]);
 }
 
-// out = g w, or 0 where either is too small to be a normal number.
+// out = g w, or 0 where either is below the smallest normal number.
 template <class C>
 FASTVAE_LOOP void times_weights(C* __restrict out, const C* __restrict g, const C* __restrict row,
                                 const C* __restrict shift, const C* __restrict inverse, int n) {
@@ -57,7 +57,7 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
   parallel(threads, units, samples * columns, [&](i64 begin, i64 end) {
     C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], next[kColumnsPerUnit],
         shift[kColumnsPerUnit], scale[kColumnsPerUnit], part[kColumnsPerUnit];
-    double sum[kColumnsPerUnit];  // of the blocks' sums: thousands of samples must not cost digits
+    double sum[kColumnsPerUnit];  // for the sums of blocks: thousands of samples must not cost digits
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 column = unit * kColumnsPerUnit;
       const int n = static_cast<int>(columns - column < kColumnsPerUnit ? columns - column : kColumnsPerUnit);
@@ -69,13 +69,12 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
         for (int k = 0; k < m; ++k) rows[k] = load(block[k], log_w.at(k0 + k, column), log_w.s1, n);
         fill(next, -infinity(C{}), n);
         for (int k = 0; k < m; ++k) raise_maximum(next, rows[k], n);
-        // A NaN may or may not reach `next`; the sum below carries it in either case.
+        // NaN may or may not reach `next`; the sum below keeps it in either case.
         raise_maximum(next, peak, n);
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
           shift[i] = shift_of(next[i]);
-          // While nothing but -inf has come the sum is 0 (or NaN), after +inf it is inf: both keep their
-          // scale.
+          // While all values are -inf the sum is 0 (or NaN), after +inf it is inf: both keep their scale.
           scale[i] = exp_negative(abs_(peak[i]) == infinity(C{}) ? C(0) : peak[i] - next[i]);
           part[i] = C(0);
           peak[i] = next[i];

@@ -1,5 +1,5 @@
 // All kernels for one instruction set, FASTVAE_ISA, with vectors of FASTVAE_VECTOR_BYTES. No include guard:
-// targets.hpp includes this file once for each.
+// targets.hpp includes this file once per instruction set.
 #include "full.hpp"
 #include "grouped.hpp"
 #include "head.hpp"

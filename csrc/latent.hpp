@@ -1,6 +1,5 @@
-// Reparameterised sampling with the KL or with log p(z) - log q(z|x), forward and backward.
-// The mathematics stands in fastvae/ops/latent.py; names and arguments are those of
-// fastvae/reference/latent.py.
+// Reparameterised sampling with the KL or with log p(z) - log q(z|x), forward and backward. See
+// fastvae/ops/latent.py for the mathematics; names and arguments are those of fastvae/reference/latent.py.
 
 #if defined(FASTVAE_LATENT_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LATENT_HPP
@@ -16,8 +15,8 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// Samples of a tile that a unit of work handles: long enough to share what a tile needs, short enough to
-// spread K over threads when there are few rows.
+// Samples per tile of a unit of work: enough to amortise the tile's own quantities, few enough to spread K
+// over threads when there are few rows.
 constexpr i64 kSamplesPerUnit = 16;
 
 template <class T>
@@ -27,17 +26,17 @@ struct Latent {
   std::uint64_t seed;
   i64 samples, rows, columns, sample_offset, row_offset;
   compute_t<T> logvar_min, logvar_max;
-  Scale scale;  // what `logvar` is
+  Scale scale;  // meaning of `logvar`
   compute_t<T> floor;
   int threads;
   bool with_prior() const { return prior_mu || prior_logvar; }
 };
 
-// What a tile of q and p comes to. Without a prior, p = N(0, I), its three arrays are not read.
+// Quantities of a tile of q and p. Without a prior, p = N(0, I), its three arrays are not read.
 template <class C>
 struct LatentArrays {
   const C *mu, *logvar, *clamped, *prior_mu, *prior_logvar, *inverse_s;
-  // Where no log variance was given: sigma / 2, and the derivative of the log variance by what was given.
+  // Where another form than log variances was given: sigma / 2, and the derivative of the log variance by it.
   const C *half_sigma, *chain;
 };
 
@@ -47,16 +46,15 @@ FASTVAE_LOOP void clamp_all(int n, const C* __restrict x, C lo, C hi, C* __restr
   for (int i = 0; i < n; ++i) out[i] = clip(x[i], lo, hi);
 }
 
-// 1 / s of log variances. It is multiplied one factor at a time: 1 / s^2 overflows long before what it is a
-// factor of does.
+// 1 / s from log variances. Callers multiply by one factor at a time: 1 / s^2 overflows long before products
+// that contain it.
 template <class C>
 FASTVAE_LOOP void inverse_scales(int n, const C* __restrict logvar, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) out[i] = exp_<-1>(logvar[i]);
 }
 
-// What a number in the place of a log variance comes to: log sigma^2, sigma / 2, and the derivative of the
-// first by the number.
+// Converts a raw parameter to log sigma^2, sigma / 2, and the derivative of the former by the parameter.
 template <class C>
 struct Spread {
   C logvar, half_sigma, chain;
@@ -82,7 +80,7 @@ struct OfSoftplus {
       const C variance = s.value + floor;
       return {log_positive(variance), C(0.5) * sqrt_(variance), s.slope / variance};
     } else {
-      // Below -40 the softplus is exp(raw), and may be none of the numbers that a float can be.
+      // Below -40 the softplus is exp(raw), and may underflow.
       const bool tail = s.slope < C(4.2e-18);
       return {tail ? raw : log_positive(s.value), C(0.5) * (tail ? exp_<1>(raw) : sqrt_(s.value)),
               tail ? C(1) : s.slope / s.value};
@@ -142,7 +140,7 @@ struct LatentTile {
   }
 };
 
-// x - m, a quotient with s, and log sigma^2 - log s^2, at i.
+// x - m, its quotient with s, and log sigma^2 - log s^2, at i.
 template <bool kPrior, class C>
 FASTVAE_INLINE C distance(const LatentArrays<C>& q, C x, int i) {
   return kPrior ? x - q.prior_mu[i] : x;
@@ -172,8 +170,8 @@ FASTVAE_LOOP void kl_terms(int n, const LatentArrays<C>& q, C* __restrict out) {
   }
 }
 
-// z, the derivative of z by logvar if that is kept, and what of twice the log-ratio depends on the noise if
-// that is wanted.
+// z, the derivative of z by logvar if it is stored, and the noise-dependent part of twice the log-ratio if
+// needed.
 template <bool kKeep, bool kRatio, bool kPrior, class C>
 FASTVAE_LOOP void draw(int n, const LatentArrays<C>& q, const C* __restrict half_sigma,
                        const C* __restrict eps, C* __restrict z, C* __restrict slope, C* __restrict terms) {
@@ -194,7 +192,7 @@ FASTVAE_LOOP double sum_log_variances(int n, const C* __restrict logvar, const C
   return sum_over<C>(n, [=](int i) { return kPrior ? logvar[i] - prior_logvar[i] : logvar[i]; });
 }
 
-// What a forward pass writes: z [K, B, D]; if kept, the derivative of z by logvar [K, B, D]; and kl [B] (or
+// Results of a forward pass: z [K, B, D]; if stored, the derivative of z by logvar [K, B, D]; and kl [B] (or
 // [B, D] with per_dimension), or log_ratio [K, B].
 template <class T>
 struct LatentResults {
@@ -272,17 +270,17 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
   });
 }
 
-// What arrives: at z (K, B, D), at kl (B, D) with strides, or at log_ratio (K, B); the weights of DReG (K,
-// B).
+// Upstream gradients: of z (K, B, D), of kl (B, D) with strides, or of log_ratio (K, B); and the weights of
+// DReG (K, B).
 template <class T>
 struct LatentGrads {
   View<const T> z;
   View<const compute_t<T>> slope, kl, log_ratio, weight;
   bool path;
-  T *mu, *logvar, *prior_mu, *prior_logvar;  // where results go, (B, D); null where none is asked for
+  T *mu, *logvar, *prior_mu, *prior_logvar;  // results (B, D); null where not needed
 };
 
-// Sums over samples, for each element of a tile: h, h times the derivative of z by logvar, and the prior's.
+// Sums over samples for each element of a tile: h, h times the derivative of z by logvar, and the prior's.
 template <class C>
 struct LatentSums {
   C h[kTile], h_slope[kTile], prior[kTile], prior_logvar[kTile];
@@ -320,7 +318,7 @@ FASTVAE_LOOP void accumulate(int n, const C* __restrict slope, const C* __restri
   }
 }
 
-// The same with the log-ratio; ratio and weight are spread over the elements of their row.
+// The same with the log-ratio; ratio and weight are expanded over the elements of their row.
 template <bool kPath, bool kPrior, class C>
 FASTVAE_LOOP void accumulate_ratio(int n, const LatentArrays<C>& q, const C* inverse_sigma,
                                    const C* __restrict slope, const C* __restrict grad_z,
@@ -328,11 +326,11 @@ FASTVAE_LOOP void accumulate_ratio(int n, const LatentArrays<C>& q, const C* inv
                                    LatentSums<C>& __restrict sums) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    // A sample without a gradient stays without one, however far away it lies.
+    // A sample with zero upstream gradient contributes zero, even where the distance is infinite.
     const C white =
         ratio[i] == C(0) ? C(0) : over_s<kPrior>(q, distance<kPrior>(q, q.mu[i] + C(2) * slope[i], i), i);
     const C part = ratio[i] * white, pull = over_s<kPrior>(q, part, i);
-    // h times the slope, factor by factor: where h is beyond its range this need not be.
+    // h times the slope, factor by factor: it can be finite where h overflows.
     C h = grad_z[i] - pull, h_slope = grad_z[i] * slope[i] - part * over_s<kPrior>(q, slope[i], i);
     if constexpr (kPath) {
       const C eps = C(2) * slope[i] * inverse_sigma[i], push = ratio[i] * eps;
@@ -348,8 +346,8 @@ FASTVAE_LOOP void accumulate_ratio(int n, const LatentArrays<C>& q, const C* inv
   }
 }
 
-// The gradients of mu and logvar from the sums; `side` is what arrives at kl, or else the sum of what arrives
-// at the log-ratio.
+// The gradients of mu and logvar from the sums; `side` is the gradient of kl, or else the summed gradient of
+// the log-ratio.
 template <bool kKl, bool kPrior, class C>
 FASTVAE_LOOP void finish_q(int n, const LatentArrays<C>& q, const C* __restrict h_sum,
                            const C* __restrict h_slope_sum, const C* __restrict side, C* __restrict out_mu,
@@ -363,7 +361,7 @@ FASTVAE_LOOP void finish_q(int n, const LatentArrays<C>& q, const C* __restrict 
     }
     out_mu[i] = mu;
     const C v = h_slope_sum[i] + C(0.5) * entropy;
-    // Comparing for inequality keeps the NaN of a NaN log variance.
+    // Comparing for inequality keeps NaN for a NaN log variance.
     out_logvar[i] = q.clamped[i] < q.logvar[i] || q.clamped[i] > q.logvar[i] ? C(0) : v;
   }
 }
@@ -383,7 +381,7 @@ FASTVAE_LOOP void finish_prior(int n, const LatentArrays<C>& q, const LatentSums
   }
 }
 
-// Elements whose KL has no gradient, which may be infinite: those without the KL take the place of those with
+// For elements whose KL has zero gradient and may be infinite, replaces the sums with the KL by those without
 // it.
 template <class C>
 FASTVAE_LOOP bool any_zero(int n, const C* __restrict from) {
@@ -403,14 +401,14 @@ FASTVAE_LOOP void multiply(int n, const C* __restrict by, C* __restrict to) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) to[i] *= by[i];
 }
-// 1 / sigma of sigma / 2.
+// 1 / sigma from sigma / 2.
 template <class C>
 FASTVAE_LOOP void half_inverses(int n, const C* __restrict half_sigma, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) out[i] = C(0.5) / half_sigma[i];
 }
 
-// One number for each row, written to all elements of the row.
+// Expands one number per row to all elements of the row.
 template <class C, class F>
 inline void spread(C* out, const Tile& t, F value) {
   for (int r = 0; r < t.rows; ++r) fill(out + r * t.pitch, value(r), t.n);
@@ -426,7 +424,8 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
       weight[kTile] = {};
     C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile], no_side[kTile] = {}, first_without[kTile],
                                                               second_without[kTile];
-    // In two levels, blocks of kSamplesPerBlock and then the blocks: thousands must not cost digits.
+    // In two levels, blocks of kSamplesPerBlock and then the blocks: thousands of samples must not cost
+    // digits.
     LatentSums<C> total, block;
     double entropy[kMostRows];
     for (i64 tile = begin; tile < end; ++tile) {
@@ -510,14 +509,14 @@ void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
   });
 }
 
-// What every entry point takes of q and p, and of the noise where it draws.
+// Inputs of every entry point: q and p, and the noise where it draws.
 struct LatentArguments {
   Tensor mu, logvar, prior_mu, prior_logvar;  // (B, D); the priors may be null, for N(0, I)
   Draw draw;
   int threads;
-  address seed = 0;  // of an int64
+  address seed = 0;  // address of an int64
 
-  // Calls f(Yes or No: whether there is a prior but N(0, I); the arguments for the storage type T).
+  // Calls f(Yes or No: whether there is a prior other than N(0, I); the arguments for the storage type T).
   template <class F>
   void call(F f) const {
     for_dtype(mu.dtype, [&](auto t) {
@@ -568,7 +567,7 @@ inline void rsample_log_ratio(Output z, Output slope, Output log_ratio, const Te
 }
 
 // @param out_mu, out_logvar, out_prior_mu, out_prior_logvar (B, D): written
-// @param grad_z (K, B, D), @param grad_kl (B), or (B, D): null where nothing arrives
+// @param grad_z (K, B, D), @param grad_kl (B), or (B, D): null without an upstream gradient
 // @param grad_z, slope (K, B, D) or (K B, D): the latter from the forward pass
 inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_prior_mu,
                                 Output out_prior_logvar, const Tensor& grad_z, const Tensor& grad_kl,
@@ -591,7 +590,7 @@ inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_pri
   });
 }
 
-// @param grad_log_ratio (K, B), @param weight (K, B): null where nothing arrives, and without DReG
+// @param grad_log_ratio (K, B), @param weight (K, B): null without an upstream gradient, and without DReG
 inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output out_prior_mu,
                                        Output out_prior_logvar, const Tensor& grad_z,
                                        const Tensor& grad_log_ratio, const Tensor& weight,

@@ -24,8 +24,8 @@ constexpr i64 kParts = 16, kMostParts = 64, kBytesOfParts = i64{1} << 24;
 // Squares that are added one after the other.
 constexpr i64 kSquares = 128;
 
-// What the kernels read of the components, block by block: for each dimension means and inverse scales side
-// by side, then constants. Behind the last component they are those of one that is never chosen.
+// Packed inputs of the kernels, block by block: for each dimension means and inverse scales side by side,
+// then constants. Beyond the last component they are those of one that is never chosen.
 template <class C>
 struct Components {
   static constexpr i64 kMost = 1024 / static_cast<i64>(sizeof(C)), kPad = 64 / static_cast<i64>(sizeof(C));
@@ -150,8 +150,8 @@ FASTVAE_LOOP void shares(i64 n, C scale, C shift, C* __restrict s, C* __restrict
   }
 }
 
-// What a block of components sends back to kRows rows: by_z, added to; and what reaches the components, added
-// to.
+// Gradients from a block of components for kRows rows: by_z, accumulated; and the components' gradients,
+// accumulated.
 template <class C, int kRows, bool kInputs, bool kParameters>
 FASTVAE_INLINE void slope_tile(i64 width, const C* means, const C* r, const C* z, double* by_z, C* by_mean,
                                C* by_logvar) {
@@ -243,7 +243,7 @@ void mixture_rows(const NormalMixture& a, C* out, C* maximum, C* total, int thre
         for (i64 i = 0; i < n; ++i) {
           const C* row = s.data + i * c.width;
           const C here = largest(c.width, row), above = here > most[i] ? here : most[i];
-          // What is subtracted: infinity minus infinity would be NaN.
+          // The shift that is subtracted: inf - inf would be NaN.
           const C shift = is_infinite(above) ? C(0) : above;
           sum[i] *= most[i] < above ? static_cast<double>(exp_(most[i] - shift)) : 1.0;
           sum[i] += sum_of_exponentials(static_cast<int>(c.width), shift, row);
@@ -259,7 +259,7 @@ void mixture_rows(const NormalMixture& a, C* out, C* maximum, C* total, int thre
   });
 }
 
-// Where gradients go, contiguous and of compute type; null where not wanted.
+// Destinations of gradients, contiguous and of compute type; null where not needed.
 template <class C>
 struct MixtureGradients {
   C *z, *mu, *logvar, *log_weight;

@@ -17,9 +17,9 @@ using address = std::uintptr_t;
 // Below this many elements a thread costs more than it saves (measured: docs/NOTES.md).
 constexpr i64 kElementsPerThread = 20000;
 
-// The OpenMP runtime that torch brought into this process, whichever compiler built this file. None is
-// linked: it could be a second one, and two fight over the cores. GNU's, LLVM's and Intel's runtimes all have
-// these functions on Linux; elsewhere one thread computes.
+// The OpenMP runtime that torch loaded into this process, whichever compiler built this file. None is linked:
+// a second one would compete for the cores. GNU's, LLVM's and Intel's runtimes all have these functions on
+// Linux; elsewhere one thread computes.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread)() = nullptr;
@@ -27,8 +27,8 @@ struct OpenMP {
 
   OpenMP() {
 #ifdef __linux__
-    // Torch loads its runtime for everybody; where one did not, GNU's is opened by name, the one already
-    // loaded if there is one.
+    // Torch loads its runtime with global visibility; where it did not, GNU's is opened by name, which finds
+    // a loaded one.
     for (const char* library : {static_cast<const char*>(nullptr), "libgomp.so.1"}) {
       void* handle = dlopen(library, RTLD_LAZY);
       if (handle == nullptr) continue;
@@ -46,8 +46,8 @@ inline const OpenMP& openmp() {
   return runtime;
 }
 
-// Runs work(context, begin, end) on contiguous parts of [0, units), and rethrows an exception of one. A
-// part's bounds depend on the number of threads, so what a unit computes must not depend on its neighbours.
+// Runs work(context, begin, end) on contiguous parts of [0, units), and rethrows one part's exception. A
+// part's bounds depend on the number of threads, so a unit's result must not depend on its neighbours.
 inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(void*, i64, i64),
                             void* context) {
   struct Team {
@@ -55,7 +55,7 @@ inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(v
     void (*work)(void*, i64, i64);
     void* context;
     std::atomic<bool> failed{false};
-    std::exception_ptr error;  // the first: none may leave a parallel region
+    std::exception_ptr error;  // the first one: an exception may not leave a parallel region
   };
   Team team{std::min<i64>({static_cast<i64>(threads), units, elements / kElementsPerThread}), units, work,
             context};
@@ -64,7 +64,7 @@ inline void parallel_ranges(int threads, i64 units, i64 elements, void (*work)(v
     if (units > 0) work(context, 0, units);
     return;
   }
-  // The team may be smaller than asked for.
+  // The team may be smaller than requested.
   auto run = [](void* p) {
     Team& t = *static_cast<Team*>(p);
     for (i64 part = openmp().thread(); part < t.parts && !t.failed; part += openmp().threads()) {

@@ -1,4 +1,4 @@
-// Matrix products, by the BLAS that torch brought into this process; none is linked. Compiled once.
+// Matrix products by the BLAS that torch loaded into this process; none is linked. Compiled once.
 #pragma once
 
 #ifdef __linux__
@@ -9,7 +9,7 @@
 
 namespace fastvae {
 
-// In Fortran's convention: matrices lie column by column.
+// Fortran's convention: matrices are stored column by column.
 template <class C>
 using Gemm = void (*)(const char* a_is, const char* b_is, const int* m, const int* n, const int* k,
                       const C* alpha, const C* a, const int* lda, const C* b, const int* ldb, const C* beta,
@@ -24,7 +24,7 @@ inline Blas& blas() {
   return functions;
 }
 
-// Looks in torch's library and those that it was linked to; false where there is none.
+// Searches torch's library and its dependencies; false if there is none.
 inline bool find_blas(const char* torch_library) {
 #ifdef __linux__
   void* torch = dlopen(torch_library, RTLD_LAZY | RTLD_NOLOAD);

@@ -1,5 +1,5 @@
-// Python as a caller of the ops in calls.hpp: how its arguments are read and results are made. A tensor is
-// read by its own methods and made by torch's functions, so that no libtorch is linked and one build serves
+// Python as a caller of the ops in calls.hpp: reads its arguments and allocates the results. Tensors are read
+// by their own methods and allocated by torch's functions, so no libtorch is linked and one build serves
 // every version.
 #pragma once
 
@@ -40,7 +40,7 @@ struct Torch {
   }
 };
 inline const Torch& torch_names() {
-  static const Torch* const names = new Torch;  // never destroyed: Python may be gone by then
+  static const Torch* const names = new Torch;  // never destroyed: Python may have exited by then
   return *names;
 }
 
@@ -55,9 +55,9 @@ inline i64 integer(PyObject* number) {
   return value;
 }
 
-// Where in Python's object of a tensor its handle lies, as torch's C interface takes it; -1 where that is not
-// known. Found by comparison with a handle that torch made of the same tensor: reading by it costs a tenth of
-// asking the object's methods.
+// Offset of the handle that torch's C interface takes in Python's tensor object; -1 if unknown. Found by
+// comparison with a handle that torch created for the same tensor: reading it costs a tenth of calling the
+// object's methods.
 inline Py_ssize_t find_handle() {
   namespace py = pybind11;
   if (!torch_interface().complete) return -1;
@@ -87,7 +87,7 @@ inline Py_ssize_t find_handle() {
   return found;
 }
 
-// The items of a tuple, as far as there are any, and how many there are: of more than three none is read.
+// The items of a tuple, as many as exist, and their number; of a tuple of more than three none is read.
 inline int read_numbers(PyObject* tuple, i64& n0, i64& n1, i64& n2) {
   i64* numbers[] = {&n0, &n1, &n2};
   const Py_ssize_t size = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : 4;
@@ -142,14 +142,14 @@ inline pybind11::list likelihoods() {
   return names;
 }
 
-// A tensor, and the object that it was read from.
+// A tensor, and the object it was read from.
 struct Given : Tensor {
   PyObject* object = Py_None;
   Given() = default;
   explicit Given(PyObject* tensor) : Tensor(tensor_of(tensor)), object(tensor) {}
 };
 
-// A result: a tensor that a kernel fills, or None.
+// A result: a tensor for a kernel to fill, or None.
 struct Made : Output {
   pybind11::object object = pybind11::none();
   int dtype = 0;
@@ -164,10 +164,10 @@ struct Made : Output {
   }
 };
 
-// An uninitialised contiguous tensor [sizes] where the given one lies.
+// Allocates an uninitialised contiguous tensor [sizes] on the device of the given one.
 inline Made make(const Given& given, std::initializer_list<i64> sizes, int dtype) {
   const Torch& names = torch_names();
-  // Sizes one by one cost less than a tuple of them, but for none.
+  // Sizes one by one cost less than a tuple of them, except for none.
   PyObject* arguments[5] = {given.object};
   std::size_t n = 1;
   pybind11::object items[4];
@@ -186,9 +186,9 @@ inline Made make(const Given& given, std::initializer_list<i64> sizes, int dtype
               dtype);
 }
 
-// An uninitialised contiguous tensor of the given one's shape.
+// Allocates an uninitialised contiguous tensor of the given one's shape.
 inline Made make_like(const Given& given, int dtype) {
-  if (dtype == given.dtype && given.is_contiguous()) {  // at two thirds of the price
+  if (dtype == given.dtype && given.is_contiguous()) {  // a third cheaper
     return Made(owned(PyObject_CallOneArg(torch_names().empty_like, given.object)), dtype);
   }
   if (given.axes == 0) return make(given, {}, dtype);
@@ -219,7 +219,7 @@ class FromPython {
   using Given = fastvae::Given;
   using Made = fastvae::Made;
   using Results = PyObject*;
-  static constexpr int kHow = 1;  // arguments that it is
+  static constexpr int kHow = 1;  // number of arguments
 
   FromPython(PyObject* const* arguments, Py_ssize_t number) : at_(arguments), end_(arguments + number) {}
 
@@ -229,7 +229,7 @@ class FromPython {
     if (name == nullptr) throw pybind11::error_already_set();
     return number_of(name);
   }
-  // The function that is called with what follows where the C++ does not serve.
+  // The function called with the following arguments where the C++ does not apply.
   void read_otherwise() {
     otherwise_ = next();
     given_ = at_;
@@ -270,14 +270,14 @@ class FromPython {
     return need;
   }
 
-  // Whether what must be computed and given in two dtypes can be.
+  // Returns true if arguments of two dtypes can be computed and returned.
   bool converts() const { return true; }
   Given in_dtype(const Given& given, int dtype) {
     converted_ = pybind11::handle(given.object).attr("to")(pybind11::handle(torch_names().dtypes[dtype]));
     return Given(converted_.ptr());
   }
   int threads() const { return number_of_threads(); }
-  // Calls a kernel while other threads of Python go on.
+  // Calls a kernel with the GIL released.
   template <class F, class... A>
   static auto run(F kernel, const A&... arguments) {
     const pybind11::gil_scoped_release release;
@@ -299,10 +299,10 @@ class FromPython {
   }
   PyObject *const *at_, *const *end_, *const *given_ = nullptr;
   PyObject* otherwise_ = nullptr;
-  pybind11::object converted_;  // kept while it is read
+  pybind11::object converted_;  // alive while it is read
 };
 
-// As Python calls a function: without pybind11, whose call costs as much as a small kernel.
+// Calling convention of Python functions without pybind11, whose call costs as much as a small kernel.
 template <class F>
 PyObject* guarded(F function) {
   try {
@@ -326,7 +326,7 @@ inline PyMethodDef fast_method(const char* name,
           nullptr};
 }
 
-// An op of calls.hpp as a function of Python.
+// An op of calls.hpp as a Python function.
 template <class Op>
 PyMethodDef method() {
   return fast_method(Op::kName, [](PyObject*, PyObject* const* arguments, Py_ssize_t n) {
@@ -350,7 +350,7 @@ struct type_caster<fastvae::Tensor> {
   }
 };
 
-// A tuple of three tuples of three: weights, biases, held.
+// A tuple of three tuples of three: weights, biases, fixed parameters.
 template <>
 struct type_caster<fastvae::HeadTensors> {
   PYBIND11_TYPE_CASTER(fastvae::HeadTensors, const_name("tuple"));

@@ -15,13 +15,13 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// How a storage type's numbers are read and written.
+// Conversions of a storage type.
 template <class C>
 struct Storage {
-  i64 size;  // of an element, in bytes
+  i64 size;  // bytes per element
   const C* (*load)(C* buffer, address from, i64 stride, int n);
   void (*store)(address to, const C* from, int n);  // null for integers, which have no gradients
-  bool in_place;                                    // the compute type itself
+  bool in_place;                                    // for the compute type itself
 };
 
 template <class T, class C>
@@ -59,7 +59,7 @@ const Storage<C>& storage(int dtype) {
       {8, load_as<double, C>, store_as<double, C>, std::is_same<C, double>::value},
       {2, load_as<bf16, C>, store_as<bf16, C>, false},
       {2, load_as<f16, C>, store_as<f16, C>, false},
-      integers<std::uint8_t, C>,  // and bool
+      integers<std::uint8_t, C>,  // also bool
       integers<std::int8_t, C>,
       integers<std::int16_t, C>,
       integers<std::int32_t, C>,

@@ -1,6 +1,6 @@
-// The instruction set that kernels are compiled for. Their headers are included once for each, in a namespace
-// named by it, and their include guards therefore compare two macros: FASTVAE_TOGGLE changes from one
-// inclusion of kernels.hpp to the next. A header that is opened alone is of the base instruction set.
+// Instruction set for which kernels are compiled. Their headers are included once for each, in a namespace
+// named after it, and their include guards therefore compare two macros: FASTVAE_TOGGLE changes from one
+// inclusion of kernels.hpp to the next. A header opened alone is compiled for the base instruction set.
 #ifndef FASTVAE_ISA
 #define FASTVAE_ISA base
 #endif

@@ -25,7 +25,7 @@
 #endif
 #endif
 
-// By clang this has not been tried.
+// Untested with clang.
 #if defined(FASTVAE_AVX2) && !defined(__clang__)
 #define FASTVAE_AVX512 1
 #pragma GCC push_options
@@ -40,7 +40,7 @@ namespace fastvae {
 
 enum class Isa { base, avx2, avx512 };
 
-// The best instruction set that this processor has and FASTVAE_ISA (for tests) does not forbid.
+// The best instruction set that this processor supports and FASTVAE_ISA (for tests) allows.
 inline Isa choose_isa() {
   Isa best = Isa::base;
 #ifdef FASTVAE_AVX2

@@ -1,4 +1,4 @@
-// How rows, columns and samples are cut into tiles: functions of the shape alone, so that results do not
+// Partition of rows, columns and samples into tiles: functions of the shape alone, so that results do not
 // depend on threads.
 
 #if defined(FASTVAE_TILES_HPP) == defined(FASTVAE_TOGGLE)
@@ -13,18 +13,18 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// Rows and vectors of a tile of a product that stays in registers.
+// Rows and vectors of a product's tile, which stays in registers.
 constexpr int kTileRows = 8, kTileVectors = kVectorBytes == 64 ? 2 : 1;
 
-// Samples summed before their sum is added to those before.
+// Samples summed before their sum is added to the previous ones.
 constexpr i64 kSamplesPerBlock = 16;
 
 inline int tile_width(i64 columns, i64 column) {
   return static_cast<int>(columns - column < kTile ? columns - column : kTile);
 }
 
-// How many rows are handled as one tile: a function of the shape alone, so that results do not depend on
-// threads. Nearly a full tile, and all tiles of nearly one height.
+// Number of rows processed as one tile: a function of the shape alone, so that results do not depend on
+// threads. Nearly a full tile, and all tiles of nearly the same height.
 constexpr int kMostRows = 64;
 inline i64 rows_per_tile(i64 rows, i64 columns) {
   const i64 pitch = columns > 0 ? (columns + 3) / 4 * 4 : 4;

@@ -1,5 +1,5 @@
-// Torch's C interface, whose functions are looked up in the library that is loaded: nothing is linked, and no
-// header of torch is needed.
+// Torch's C interface, whose functions are looked up in the loaded library: nothing is linked, and no torch
+// header is needed.
 #pragma once
 
 #ifdef __linux__
@@ -19,7 +19,7 @@ using Word = std::uint64_t;
 using Handle = void*;
 using Boxed = void (*)(Word*, std::uint64_t, std::uint64_t);
 
-// As torch 2.11 has it, which later versions keep to for those who say so.
+// As in torch 2.11; later versions keep to it for callers that declare this version.
 constexpr Word kInterface = (Word{2} << 56) | (Word{11} << 48);
 
 struct TorchInterface {
@@ -101,7 +101,7 @@ inline void succeed(int error) {
 
 constexpr int kItemSizes[kDtypes] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 1};
 
-// Reads a tensor. What a kernel must not read has a flaw, and no address.
+// Reads a tensor. One that a kernel must not read gets a flaw, and no address.
 inline Tensor tensor_of(Handle handle) {
   Tensor t;
   if (handle == nullptr) return t;
@@ -129,7 +129,7 @@ inline Tensor tensor_of(Handle handle) {
     last += (sizes[i] - 1) * strides[i];
     if (axes <= 3) *s[i] = strides[i];
   }
-  // As sharding leaves a parameter that is elsewhere.
+  // As left by sharding for a parameter that is elsewhere.
   if (count > 0 && (last + 1) * kItemSizes[t.dtype] > bytes) return t.with(kFreed);
   if (device != torch.cpu) return t.with(kNotOnCpu);
   if (t.dtype == kBool) t.dtype = kUInt8;

@@ -1,5 +1,5 @@
-// The bound of a batch: log p(x|z) of every row, the term of q and p added, reduced over samples and over the
-// batch; and back. The mathematics stands in fastvae/ops/weigh.py.
+// The bound of a batch: log p(x|z) of every row plus the term of q and p, reduced over samples and over the
+// batch; and the gradients. See fastvae/ops/weigh.py for the mathematics.
 
 #if defined(FASTVAE_WEIGH_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_WEIGH_HPP
@@ -50,9 +50,9 @@ void mean_over_samples(i64 samples, i64 first, int n, const C* p, i64 s0, i64 s1
   for (int i = 0; i < n; ++i) out[i] /= static_cast<double>(samples);
 }
 
-// Of log weights (K, B) to the power 1 - alpha in groups of samples: the log-mean-exps over 1 - alpha,
-// averaged, and a share of the mean of the log weights; and the derivatives by these, the weights. In type W
-// where the power makes differences small.
+// For log weights (K, B) to the power 1 - alpha in groups of samples: the log-mean-exps over 1 - alpha,
+// averaged, and a share of the mean of the log weights; and the derivatives by the log weights, which are the
+// weights. Computed in type W where the power makes differences small.
 template <class W, class C>
 void bounds_of_groups(const Weighing& w, const W* scaled, const C* log_w, C* bound, C* weights) {
   const i64 samples = w.rows.samples, rows = w.rows.rows, groups = w.how.groups, size = samples / groups;
@@ -82,8 +82,8 @@ void bounds_of_groups(const Weighing& w, const W* scaled, const C* log_w, C* bou
   }
 }
 
-// The bound of each row, and the mean of its log-likelihoods where that is asked for. `log_w` holds the
-// log-likelihoods (K, B), and becomes the log weights where these are weighed.
+// The bound of each row, and the mean of its log-likelihoods if requested. `log_w` contains the
+// log-likelihoods (K, B), and is overwritten with the log weights where those are needed.
 template <class C>
 void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C* weights) {
   const i64 samples = w.rows.samples, rows = w.rows.rows;

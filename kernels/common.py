@@ -477,17 +477,17 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
-def tile_width(n: int, most: int) -> int:
-    """Return the tile width for rows of n: the widest power of two up to ``most`` that wastes few lanes.
+def tile_width(n: int, limit: int) -> int:
+    """Return the tile width for rows of n: the widest power of two up to ``limit`` that wastes few lanes.
 
     784 columns take 7 tiles of 128, an eighth of them empty, instead of 2 of 512, almost a quarter empty. A
     warp's 16-byte loads of float32 span 128.
     """
     if n <= 128:
-        return min(power_of_two(n), most)
-    widths = [w for w in (1024, 512, 256, 128) if w <= most]
-    least = min(cdiv(n, w) * w for w in widths)
-    return next(w for w in widths if cdiv(n, w) * w <= max(least, n + n // 16))
+        return min(power_of_two(n), limit)
+    widths = [w for w in (1024, 512, 256, 128) if w <= limit]
+    padded = min(cdiv(n, w) * w for w in widths)
+    return next(w for w in widths if cdiv(n, w) * w <= max(padded, n + n // 16))
 
 
 class EventTiles(NamedTuple):
@@ -513,7 +513,7 @@ class EventTiles(NamedTuple):
 
 @functools.lru_cache(4096)
 def event_tiles(
-    k: int, b: int, x: int, tile: int, *, merge_k: bool = False, merge_b: bool = False, most_tiles: int = 0
+    k: int, b: int, x: int, tile: int, *, merge_k: bool = False, merge_b: bool = False, max_tiles: int = 0
 ) -> EventTiles:
     """Cut [K, B, X] into tiles and programs.
 
@@ -525,7 +525,7 @@ def event_tiles(
         merge_k: let a program loop over several tiles of samples, as long as enough programs remain. Used for
             sums over samples, of which each program writes its part.
         merge_b: likewise for tiles of rows.
-        most_tiles: maximum tiles of a row per program; 0 means no limit.
+        max_tiles: maximum tiles of a row per program; 0 means no limit.
     """
     block_x = tile_width(x, TILE_X)
     # Rows first, until each thread loads 16 bytes of x; then samples, which share them.
@@ -535,8 +535,8 @@ def event_tiles(
     k_tiles, b_tiles, x_tiles = cdiv(k, block_k), cdiv(b, block_b), cdiv(x, block_x)
     # Long rows are split only where there are few of them: summing the parts takes another pass.
     x_splits = min(x_tiles, max(1, PROGRAMS // (k_tiles * b_tiles)))
-    if most_tiles:
-        x_splits = max(x_splits, cdiv(x_tiles, most_tiles))
+    if max_tiles:
+        x_splits = max(x_splits, cdiv(x_tiles, max_tiles))
     b_splits = min(b_tiles, max(1, PROGRAMS // x_splits)) if merge_b else b_tiles
     k_splits = min(k_tiles, max(1, PROGRAMS // (x_splits * b_splits))) if merge_k else k_tiles
     k_per, b_per, x_per = (

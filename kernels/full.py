@@ -35,7 +35,7 @@ from .random import normals
 
 HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 # Maximum columns of a block, columns of noise per product, and the minimum size of a product's axis.
-TILE_D, STEPS, LEAST = 64, 16, 16
+TILE_D, STEPS, MIN_AXIS = 64, 16, 16
 # Maximum first axis of a product: for 64 rows Triton 3.7 computes the backward product on sm_100 in TF32,
 # which keeps three digits, in spite of input_precision="ieee".
 TILE_FIRST = 32
@@ -164,7 +164,7 @@ def rsample_tril_backward_kernel(
         k_stop = tl.minimum(k_start + k_per_program, K)
         b_scale = tl.zeros([ROWS, BLOCK_D], dtype=DTYPE)
         s_mu = tl.zeros([ROWS, BLOCK_K], dtype=DTYPE)
-        s_arrives = tl.zeros([BLOCK_K], dtype=DTYPE)
+        s_grad_log_q = tl.zeros([BLOCK_K], dtype=DTYPE)
         seed = tl.load(p_seed)
         for i_k in range(k_start, k_stop, BLOCK_K):
             o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)  # [BLOCK_K]
@@ -182,7 +182,7 @@ def rsample_tril_backward_kernel(
                     b_scale = tl.dot(b_g, b_eps, b_scale, input_precision="ieee", out_dtype=DTYPE)
             if (p_grad_log_q is not None) and (p_grad_tril is not None):
                 o_q = o_k * stride_grad_log_q_k + o_b * stride_grad_log_q_b
-                s_arrives += load(p_grad_log_q, o_q, m_k, DTYPE)
+                s_grad_log_q += load(p_grad_log_q, o_q, m_k, DTYPE)
         o_out = i_split.to(tl.int64) * B + o_b
         if p_grad_mu is not None:
             store(p_grad_mu, o_out * D + o_i, tl.sum(s_mu, axis=1), m_i & (i_j == 0))
@@ -190,14 +190,14 @@ def rsample_tril_backward_kernel(
             m_diagonal = o_i[:, None] == o_j[None, :]
             o_l = packed(o_i, o_i) * stride_tril_d
             b_diagonal = exp(load(p_tril, o_b * stride_tril_b + o_l, m_i, DTYPE))[:, None]
-            b_scale = tl.where(m_diagonal, b_scale * b_diagonal - tl.sum(s_arrives, axis=0), b_scale)
+            b_scale = tl.where(m_diagonal, b_scale * b_diagonal - tl.sum(s_grad_log_q, axis=0), b_scale)
             mask = (o_j[None, :] <= o_i[:, None]) & m_i[:, None]
             store(p_grad_tril, o_out * packed(D, 0) + packed(o_i[:, None], o_j[None, :]), b_scale, mask)
 
 
-def _width(n: int, most: int = TILE_D) -> int:
+def _width(n: int, limit: int = TILE_D) -> int:
     """Return the width of a block along one axis."""
-    return max(LEAST, min(power_of_two(n), most))
+    return max(MIN_AXIS, min(power_of_two(n), limit))
 
 
 @planned

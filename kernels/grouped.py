@@ -33,8 +33,8 @@ from .launching import Call, Result, planned
 @triton.jit
 def inverse_scale(log_scale):
     """Return exp(-log_scale), log_scale clamped to [-60, 60] so that the ends of a bin stay finite."""
-    held = tl.where(log_scale > 60, 60.0, tl.where(log_scale < -60, -60.0, log_scale))
-    return exp(-held)
+    clamped = tl.where(log_scale > 60, 60.0, tl.where(log_scale < -60, -60.0, log_scale))
+    return exp(-clamped)
 
 
 @triton.jit
@@ -68,9 +68,9 @@ def bin_gradient(x, location, log_scale, half):
     large_below, large_above = 1.0 / (1.0 + k_below), 1.0 / (1.0 + k_above)
     below = tl.where(first, 0.0, tl.where(lower > 0, large_below, k_below * large_below))
     above = tl.where(last, 0.0, tl.where(upper > 0, k_above * large_above, large_above))
-    most = tl.where(width < 80, width, 80.0)
-    inner, _ = expm1_parts(most)
-    share = tl.where(first | last, 0.0, most / inner)
+    bounded = tl.where(width < 80, width, 80.0)
+    inner, _ = expm1_parts(bounded)
+    share = tl.where(first | last, 0.0, bounded / inner)
     return (below - above) * inverse, lower * below - upper * above - share
 
 
@@ -286,13 +286,13 @@ def grouped_backward_kernel(
                     store(p_grad_log_scale, o_out, b_r * b_by_scale, m_p)
                 if p_grad_coefficients is not None:
                     if e >= 1:
-                        put_coefficient(
+                        store_coefficient_gradient(
                             p_grad_coefficients, p_coefficients, p_x, b_by_mean, b, row, C, P, c, e - 1, 0,
                             o_p, m_p, stride_x_b, stride_x_e, stride_x_p, stride_3_n, stride_3_c, stride_3_p,
                             DTYPE,
                         )  # fmt: skip
                     if e == 2:
-                        put_coefficient(
+                        store_coefficient_gradient(
                             p_grad_coefficients, p_coefficients, p_x, b_by_mean, b, row, C, P, c, 2, 1,
                             o_p, m_p, stride_x_b, stride_x_e, stride_x_p, stride_3_n, stride_3_c, stride_3_p,
                             DTYPE,
@@ -300,7 +300,7 @@ def grouped_backward_kernel(
 
 
 @triton.jit
-def put_coefficient(
+def store_coefficient_gradient(
     p_grad, p_coefficients, p_x, b_by_mean, b, row, C, P, c, i, e, o_p, m_p, stride_x_b, stride_x_e,
     stride_x_p, stride_3_n, stride_3_c, stride_3_p, DTYPE: tl.constexpr,
 ):  # fmt: skip

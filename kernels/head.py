@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, log1p, strides
 from .launching import Call, Result, fixed, planned
-from .likelihood import MOST_PARAMETERS, is_heavy, log_prob, log_prob_backward, twin
+from .likelihood import MAX_PARAMETERS, is_heavy, log_prob, log_prob_backward, scalar_functions
 
 # Rows of a tile; its outputs in float32, and in half precision, with several products or with DATA; inputs of
 # the layer per step in float32 and in half precision. None of these spills on four architectures.
@@ -33,8 +33,8 @@ BLOCK = 2**22
 
 
 @triton.jit
-def one_output(
-    p_h, p_w, p_b, p_held, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_w_x, stride_w_h, stride_p,
+def parameter_tile(
+    p_h, p_w, p_b, p_fixed, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_w_x, stride_w_h, stride_p,
     VARIES: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -52,9 +52,9 @@ def one_output(
         if p_b is not None:
             b_a += load(p_b, o_x, m_x, DTYPE)[None, :]
     elif VARIES:
-        b_a = load(p_held, o_x * stride_p, m_x, DTYPE)[None, :]  # [1, BLOCK_X]
+        b_a = load(p_fixed, o_x * stride_p, m_x, DTYPE)[None, :]  # [1, BLOCK_X]
     else:
-        b_a = tl.load(p_held).to(DTYPE)
+        b_a = tl.load(p_fixed).to(DTYPE)
     return b_a
 
 
@@ -113,23 +113,23 @@ def linear_log_prob_kernel(
         m_x = o_x < X
         mask = m_n[:, None] & m_x[None, :]
         b_x = load(p_x, o_b[:, None] * stride_x_b + o_x[None, :] * stride_x_x, mask, DTYPE)
-        b_0 = one_output(
+        b_0 = parameter_tile(
             p_h, p_w0, p_b0, None, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_0_x, stride_0_h, 0,
             0, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
         )  # fmt: skip
         if (p_w1 is not None) or (p_p1 is not None):
-            b_1 = one_output(
+            b_1 = parameter_tile(
                 p_h, p_w1, p_b1, p_p1, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_1_x, stride_1_h,
                 stride_p1, VARIES_1, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
             )  # fmt: skip
         if (p_w2 is not None) or (p_p2 is not None):
-            b_2 = one_output(
+            b_2 = parameter_tile(
                 p_h, p_w2, p_b2, p_p2, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_2_x, stride_2_h,
                 stride_p2, VARIES_2, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
             )  # fmt: skip
         b_data = b_x
         if DATA is not None:
-            b_own, b_data = DATA(b_x)
+            b_data_value, b_data = DATA(b_x)
         if (p_w1 is None) and (p_p1 is None):
             b_value = VALUE(b_x, b_data, b_0)
         elif (p_w2 is None) and (p_p2 is None):
@@ -140,12 +140,14 @@ def linear_log_prob_kernel(
             b_value, b_odds = b_value
             b_value += log1p(b_odds)
         if DATA is not None:
-            b_value += b_own
+            b_value += b_data_value
         b_sum += tl.sum(tl.where(mask, b_value, 0.0), axis=1)
     tl.store(p_out + tl.program_id(1).to(tl.int64) * N + o_n, FACTOR * b_sum, mask=m_n)
 
 
-def _constants(likelihood: Any, h: Tensor, weights: list[Any], held: list[Any]) -> tuple[dict[str, Any], int]:
+def _constants(
+    likelihood: Any, h: Tensor, weights: list[Any], parameters: list[Any]
+) -> tuple[dict[str, Any], int]:
     """Return the kernel's compile-time arguments, and the warps of a program."""
     dtypes = {h.dtype, *(w.dtype for w in weights if w is not None)}
     (half, *more) = dtypes
@@ -154,7 +156,7 @@ def _constants(likelihood: Any, h: Tensor, weights: list[Any], held: list[Any]) 
     exact = torch.get_float32_matmul_precision() == "highest" or bool(torch.version.hip)
     few = in_half or sum(w is not None for w in weights) > 1 or likelihood.data is not None
     constants = {
-        **{f"VARIES_{i}": p is not None and p.numel() > 1 for i, p in enumerate(held) if i},
+        **{f"VARIES_{i}": p is not None and p.numel() > 1 for i, p in enumerate(parameters) if i},
         "DOT": dot,
         "DTYPE": tl.float32,
         "PRECISION": "ieee" if exact else "tf32",
@@ -167,11 +169,11 @@ def _constants(likelihood: Any, h: Tensor, weights: list[Any], held: list[Any]) 
     return constants, 8
 
 
-def _numbers(x: Tensor, h: Tensor, weights: list[Any], held: list[Any]) -> tuple[Any, ...]:
+def _numbers(x: Tensor, h: Tensor, weights: list[Any], parameters: list[Any]) -> tuple[Any, ...]:
     """Return the strides of x, h, the weights and the fixed parameters."""
     each = [n for w in weights for n in strides(w, 2)]
-    steps = [0 if p is None or p.numel() == 1 else p.stride(0) for p in held[1:]]
-    return tuple(map(fixed, (*strides(x, 2), *h.stride(), *each, *steps)))
+    stride_of_each = [0 if p is None or p.numel() == 1 else p.stride(0) for p in parameters[1:]]
+    return tuple(map(fixed, (*strides(x, 2), *h.stride(), *each, *stride_of_each)))
 
 
 def _sizes(x: Tensor, h: Tensor) -> tuple[Any, ...]:
@@ -180,18 +182,18 @@ def _sizes(x: Tensor, h: Tensor) -> tuple[Any, ...]:
 
 @planned
 def _rows(x, h, *rest) -> Call:
-    weights, held, likelihood = list(rest[:3]), [None, *rest[6:8]], rest[8]
+    weights, parameters, likelihood = list(rest[:3]), [None, *rest[6:8]], rest[8]
     (b, size), n = x.shape, h.shape[0]
-    constants, warps = _constants(likelihood, h, weights, held)
+    constants, warps = _constants(likelihood, h, weights, parameters)
     blocks, tiles = cdiv(n, BLOCK_N), cdiv(size, constants["BLOCK_X"])
     x_tiles = max(1, cdiv(tiles, max(1, PROGRAMS // blocks)))
     splits = cdiv(tiles, x_tiles)
-    functions = {name: f for name, f in twin(likelihood.name)[0].items() if name != "PADDING"}
+    functions = {name: f for name, f in scalar_functions(likelihood.name)[0].items() if name != "PADDING"}
     return Call(
         linear_log_prob_kernel,
         (blocks, splits),
         (Result((n // b, b), torch.float32, splits),),
-        (*_sizes(x, h), x_tiles, *_numbers(x, h, weights, held)),
+        (*_sizes(x, h), x_tiles, *_numbers(x, h, weights, parameters)),
         constants | functions,
         warps,
     )
@@ -200,10 +202,10 @@ def _rows(x, h, *rest) -> Call:
 def _padded(layers: Any) -> tuple[Any, ...]:
     """Return, padded with None: weights, biases, and the fixed second and third parameters."""
     count = len(layers.weights)
-    none = (None,) * (MOST_PARAMETERS - count)
-    every = [*[None] * count, *layers.held, *none[len(layers.held) :]]
+    none = (None,) * (MAX_PARAMETERS - count)
+    all_parameters = [*[None] * count, *layers.held, *none[len(layers.held) :]]
     biases = [b if b is None else b.contiguous() for b in layers.biases]
-    return *layers.weights, *none, *biases, *none, *every[1:]
+    return *layers.weights, *none, *biases, *none, *all_parameters[1:]
 
 
 def _dtype(x: Tensor, h: Tensor, layers: Any) -> torch.dtype:
@@ -225,7 +227,7 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
     out = walk.rows.new_empty(walk.rows.shape[:2], dtype=walk.dtype)
     for block in walk.blocks():
         outputs, _ = walk.outputs(block)
-        out[block] = log_prob(likelihood, x[block[1]], *outputs, *walk.held)
+        out[block] = log_prob(likelihood, x[block[1]], *outputs, *walk.parameters)
     return out
 
 
@@ -243,17 +245,23 @@ def linear_log_prob_backward(
         for t, n in zip(like, need, strict=True)
     ]
     to_h = None if sums[0] is None else sums[0].view(walk.rows.shape)
-    to_weights, to_biases, to_held = (
+    to_weights, to_biases, to_parameters = (
         sums[1 : 1 + count],
         sums[1 + count : 1 + 2 * count],
         sums[1 + 2 * count :],
     )
-    asked = [w is not None or b is not None for w, b in zip(to_weights, to_biases, strict=True)]
-    asked = [False, *(to_h is not None or a for a in asked), *(t is not None for t in to_held)]
+    need_block = [w is not None or b is not None for w, b in zip(to_weights, to_biases, strict=True)]
+    need_block = [
+        False,
+        *(to_h is not None or a for a in need_block),
+        *(t is not None for t in to_parameters),
+    ]
     for block in walk.blocks():
         outputs, wide = walk.outputs(block)
-        arrives = grad[block].contiguous()
-        _, *grads = log_prob_backward(likelihood, arrives, x[block[1]], *outputs, *walk.held, asked)
+        upstream = grad[block].contiguous()
+        _, *grads = log_prob_backward(
+            likelihood, upstream, x[block[1]], *outputs, *walk.parameters, need_block
+        )
         for j, g in enumerate(grads[:count]):
             if g is None:
                 continue
@@ -264,7 +272,7 @@ def linear_log_prob_backward(
                 to_weights[j].addmm_(flat.mT, wide)
             if to_biases[j] is not None:
                 to_biases[j] += flat.sum(0)
-        for total, g in zip(to_held, grads[count:], strict=True):
+        for total, g in zip(to_parameters, grads[count:], strict=True):
             if total is not None:
                 total += g.reshape(total.shape)
     return tuple(None if r is None else r.to(t.dtype) for r, t in zip(sums, like, strict=True))
@@ -280,7 +288,7 @@ class _Walk:
             (w.to(self.dtype), None if b is None else b.to(self.dtype))
             for w, b in zip(layers.weights, layers.biases, strict=True)
         ]
-        self.held = [p.reshape(1, 1, -1).to(self.dtype) for p in layers.held]
+        self.parameters = [p.reshape(1, 1, -1).to(self.dtype) for p in layers.held]
         self.width = x.shape[1] * len(self.layers)
 
     def outputs(self, block: tuple[slice, slice]) -> tuple[list[Tensor], Tensor]:
@@ -292,9 +300,9 @@ class _Walk:
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Yield slices of samples and of the batch with about BLOCK output elements."""
         samples, batch, _ = self.rows.shape
-        most = max(1, BLOCK // max(1, self.width))
-        some_rows = max(1, min(batch, most))
-        some_samples = max(1, most // some_rows)
-        for b in range(0, batch, some_rows):
-            for k in range(0, samples, some_samples):
-                yield slice(k, k + some_samples), slice(b, b + some_rows)
+        limit = max(1, BLOCK // max(1, self.width))
+        block_rows = max(1, min(batch, limit))
+        block_samples = max(1, limit // block_rows)
+        for b in range(0, batch, block_rows):
+            for k in range(0, samples, block_samples):
+                yield slice(k, k + block_samples), slice(b, b + block_rows)

@@ -359,7 +359,7 @@ def log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_log
 
 
 @triton.jit
-def load_arriving(
+def load_upstream(
     p_grad_z,
     p_grad_log_ratio,
     p_weight,
@@ -521,7 +521,7 @@ def rsample_backward_kernel(
         k_start = i_split * k_per_program
         k_stop = tl.minimum(k_start + k_per_program, K)
         o_k = (k_start + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None, None]  # [BLOCK_K, 1, 1]
-        n_h, n_g, n_weight = load_arriving(
+        n_h, n_g, n_weight = load_upstream(
             p_grad_z, p_grad_log_ratio, p_weight, o_k, o_b, o_d, k_stop, B, D,
             stride_grad_z_k, stride_grad_z_b, stride_grad_z_d, stride_grad_log_ratio_k,
             stride_grad_log_ratio_b, stride_weight_k, stride_weight_b,
@@ -532,7 +532,7 @@ def rsample_backward_kernel(
             m_k = o_k < k_stop
             if AHEAD:
                 b_h, b_g, b_weight = computed(n_h, DTYPE), n_g, n_weight
-            n_h, n_g, n_weight = load_arriving(
+            n_h, n_g, n_weight = load_upstream(
                 p_grad_z, p_grad_log_ratio, p_weight, o_k + BLOCK_K if AHEAD else o_k, o_b, o_d, k_stop, B, D,
                 stride_grad_z_k, stride_grad_z_b, stride_grad_z_d, stride_grad_log_ratio_k,
                 stride_grad_log_ratio_b, stride_weight_k, stride_weight_b,
@@ -656,7 +656,7 @@ class LatentTiles(NamedTuple):
 
 @functools.lru_cache(4096)
 def latent_tiles(
-    k: int, b: int, d: int, tile: int, *, loop_d: bool = False, least_steps: int = 1, most_steps: int = 0
+    k: int, b: int, d: int, tile: int, *, loop_d: bool = False, min_steps: int = 1, max_steps: int = 0
 ) -> LatentTiles:
     """Cut [K, B, D] into tiles and programs.
 
@@ -667,16 +667,16 @@ def latent_tiles(
         tile: elements per tile.
         loop_d: let a program loop over several tiles of columns, as long as enough programs remain; otherwise
             each takes one.
-        least_steps: minimum steps of a program's loop over samples, where there are as many. Samples are
+        min_steps: minimum steps of a program's loop over samples, where there are as many. Samples are
             split to get enough programs.
-        most_steps: maximum steps of that loop, which may split the samples further; 0 means no limit.
+        max_steps: maximum steps of that loop, which may split the samples further; 0 means no limit.
     """
     block_k, block_b, block_d = noise_tile(k, b, d, tile)
     k_tiles, b_tiles, d_tiles = cdiv(k, block_k), cdiv(b, block_b), cdiv(d, block_d)
     d_per = cdiv(d_tiles, max(1, PROGRAMS // b_tiles)) if loop_d else 1
     d_splits = cdiv(d_tiles, d_per)
-    k_splits = min(PROGRAMS // (b_tiles * d_splits), cdiv(k_tiles, least_steps))
-    k_splits = max(k_splits, cdiv(k_tiles, most_steps) if most_steps else 1, 1)
+    k_splits = min(PROGRAMS // (b_tiles * d_splits), cdiv(k_tiles, min_steps))
+    k_splits = max(k_splits, cdiv(k_tiles, max_steps) if max_steps else 1, 1)
     # The limit of the grid's second axis.
     k_splits = min(k_splits, 65535)
     k_per = cdiv(max(k_tiles, 1), k_splits) * block_k
@@ -834,7 +834,7 @@ def _gradients(
     # The KL alone needs no samples.
     k = 1 if grad_z is None and grad_log_ratio is None else samples
     # Every split writes its part of the sums, wasteful if its loop is short; a long loop loses accuracy.
-    tiles = latent_tiles(k, b, d, launching.tile, least_steps=MIN_STEPS, most_steps=MAX_STEPS)
+    tiles = latent_tiles(k, b, d, launching.tile, min_steps=MIN_STEPS, max_steps=MAX_STEPS)
     inputs = mu, logvar, prior_mu, prior_logvar
     stride_z = strides(grad_z, 3)
     return Call(

@@ -20,11 +20,11 @@ from triton.runtime.driver import driver
 from .common import INTERPRETED, LAUNCH, accumulator, cdiv, store, triton_dtype
 
 # Maximum cached calls per op, and maximum specialisations of a kernel on fixed numbers.
-MOST_CALLS = 4096
-MOST_FIXED = 16
+MAX_CALLS = 4096
+MAX_FIXED = 16
 # Maximum split sums completed by one launch; maximum parts of each, summed by one thread, which loads PARTS
 # at a time, as single loads would each wait for memory; elements per program.
-MOST_SUMS, MOST_PARTS, SUM_BLOCK = 4, 64, 1024
+MAX_SUMS, MAX_PARTS, SUM_BLOCK = 4, 64, 1024
 PARTS = tl.constexpr(4)
 
 
@@ -69,18 +69,18 @@ def fixed(n: int) -> tl.constexpr:
 
 def described_in_python(tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, tuple[int | None, ...]]:
     """Return (everything a launch depends on, addresses) of tensors; csrc/glance.hpp has the C++ twin."""
-    seen: list[Any] = []
+    description: list[Any] = []
     addresses: list[int | None] = []
     for t in tensors:
         if t is None:
-            seen.append(None)
+            description.append(None)
             addresses.append(None)
         else:
             address = t.data_ptr()
             # Programs are specialised on 16-byte alignment: chunk(2) of 100 columns is off by 8.
-            seen.append((t.dtype, t.get_device(), t.shape, t.stride(), address & 15))
+            description.append((t.dtype, t.get_device(), t.shape, t.stride(), address & 15))
             addresses.append(address)
-    return tuple(seen), tuple(addresses)
+    return tuple(description), tuple(addresses)
 
 
 described = described_in_python
@@ -89,13 +89,13 @@ with contextlib.suppress(ImportError):  # omitted on purpose, or else the first 
 
 
 # Each op's cached calls; by kernel, the tuples of fixed numbers seen.
-_memories: list[dict[Hashable, _Ready]] = []
+_caches: list[dict[Hashable, _PlannedCall]] = []
 _known: dict[int, set[tuple[int, ...]]] = {}
 
 
-def forget() -> None:
+def clear_caches() -> None:
     """Drop all cached plans and compiled kernels."""
-    for calls in _memories:
+    for calls in _caches:
         calls.clear()
     _known.clear()
 
@@ -105,75 +105,79 @@ def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | Non
 
     It takes the tensors, hashable settings and integers that vary per call, and returns the results.
     """
-    calls: dict[Hashable, _Ready] = {}
+    calls: dict[Hashable, _PlannedCall] = {}
 
     def launch(
-        tensors: tuple[torch.Tensor | None, ...], settings: tuple[Any, ...] = (), loose: tuple[int, ...] = ()
+        tensors: tuple[torch.Tensor | None, ...],
+        settings: tuple[Any, ...] = (),
+        varying: tuple[int, ...] = (),
     ) -> tuple[torch.Tensor | None, ...]:
-        seen, addresses = described(tensors)
+        description, addresses = described(tensors)
         # A number beyond 2^31 has a different type.
-        key = (seen, settings, *[n >> 31 for n in loose]) if loose else (seen, settings)
+        key = (description, settings, *[n >> 31 for n in varying]) if varying else (description, settings)
         if torch.version.hip:
             # On AMD, programs are specialised on whether 31 bits address the storage.
             key += tuple(t is not None and t.untyped_storage().nbytes() < 2**31 for t in tensors)
         ready = calls.get(key)
         if ready is None:
-            if len(calls) >= MOST_CALLS:
+            if len(calls) >= MAX_CALLS:
                 calls.clear()
-            ready = calls[key] = _Ready(plan(*tensors, *settings), tensors)
-        return ready(tensors, addresses, loose)
+            ready = calls[key] = _PlannedCall(plan(*tensors, *settings), tensors)
+        return ready(tensors, addresses, varying)
 
-    _memories.append(calls)
+    _caches.append(calls)
     return launch
 
 
-class _Ready:
+class _PlannedCall:
     """Planned call, and its compiled program after the first launch."""
 
     def __init__(self, call: Call, tensors: tuple[torch.Tensor | None, ...]):
-        self.call = _without_too_many(call)
+        self.call = _limit_specialisations(call)
         self.none = (None,) * call.left_out
         self.like = next(i for i, t in enumerate(tensors) if t is not None)
         like = tensors[self.like]
         self.device = like.get_device()
-        self.makers = [_maker(r, like.dtype) for r in call.results]
+        self.allocations = [_allocation(r, like.dtype) for r in call.results]
         self.sums = any(r is not None and r.parts > 1 for r in call.results)
         self.program: Callable[..., object] | None = None
 
-    def __call__(self, tensors, addresses, loose):
+    def __call__(self, tensors, addresses, varying):
         like = tensors[self.like]
         results = [None if m is None else like.new_empty(m) if d is None else like.new_empty(m, dtype=d)
-                   for m, d in self.makers]  # fmt: skip
+                   for m, d in self.allocations]  # fmt: skip
         call = self.call
         if self.program is None or _is_watched(call.kernel):
-            self._compile(tensors, results, loose)
+            self._compile(tensors, results, varying)
         else:
             written = [None if r is None else r.data_ptr() for r in results]
-            self.program(_stream_of(self.device), addresses, written, loose)
+            self.program(_stream_of(self.device), addresses, written, varying)
         return _summed(results, call.results) if self.sums else tuple(results)
 
-    def _compile(self, tensors, results, loose) -> None:
+    def _compile(self, tensors, results, varying) -> None:
         """Launch through Triton, and keep the compiled program unless the launch is watched."""
         kernel, grid, _, numbers, constants, warps, left_out = self.call
         # Contract a * b + c to an fma: Triton's default so far, which is about to change.
         options = {"num_warps": warps, "enable_fp_fusion": True}
-        compiled = kernel[grid](*tensors, *self.none, *results, *loose, *numbers, **constants, **options)
+        compiled = kernel[grid](*tensors, *self.none, *results, *varying, *numbers, **constants, **options)
         if compiled is None or _is_watched(kernel):
             return
         x, y, z = (*grid, 1, 1)[:3]
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        none, count = self.none, len(tensors) + left_out + len(results) + len(loose) + len(numbers)
+        none, count = self.none, len(tensors) + left_out + len(results) + len(varying) + len(numbers)
         last = (*numbers, *(constants[name] for name in kernel.arg_names[count:]))
 
-        def program(stream, addresses, written, loose):
+        def program(stream, addresses, written, varying):
             # Passing addresses as integers avoids a driver query for each pointer.
-            arguments = *addresses, *none, *written, *loose, *last
+            arguments = *addresses, *none, *written, *varying, *last
             run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
         self.program = program
 
 
-def _maker(result: Result | None, dtype: torch.dtype) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
+def _allocation(
+    result: Result | None, dtype: torch.dtype
+) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
     """Return the shape of a kernel's result, and its dtype if it differs from ``dtype``, else None.
 
     Passing ``dtype=`` to ``new_empty`` costs half as much as the allocation.
@@ -190,9 +194,9 @@ def _summed(
 ) -> tuple[torch.Tensor | None, ...]:
     """Sum the parts of split results in a fixed order, several by one launch."""
     split = [i for i, r in enumerate(results) if r is not None and r.parts > 1]
-    most = max(results[i].parts for i in split), max(math.prod(results[i].shape) for i in split)
-    if 1 < len(split) <= MOST_SUMS and most[0] <= MOST_PARTS and most[1] < 2**31 - SUM_BLOCK:
-        none = (None,) * (MOST_SUMS - len(split))
+    parts, size = max(results[i].parts for i in split), max(math.prod(results[i].shape) for i in split)
+    if 1 < len(split) <= MAX_SUMS and parts <= MAX_PARTS and size < 2**31 - SUM_BLOCK:
+        none = (None,) * (MAX_SUMS - len(split))
         sums = _sum_parts((*(written[i] for i in split), *none), (tuple(results[i] for i in split),))
     else:
         sums = [written[i].sum(0).to(results[i].dtype) for i in split]
@@ -253,27 +257,27 @@ def sum_parts_kernel(
 def _sum_parts(p_0, p_1, p_2, p_3, results) -> Call:
     count = len(results)
     sizes = [math.prod(r.shape) for r in results]
-    none = (0,) * (MOST_SUMS - count)
+    none = (0,) * (MAX_SUMS - count)
     # Passed in units of ALIGN, so that the compiler sees that 16-byte loads are possible (25000, say).
     align = math.gcd(4, *sizes)
     return Call(
         sum_parts_kernel,
         (cdiv(max(sizes), SUM_BLOCK), count),
-        tuple(Result(r.shape, r.dtype) for r in results) + (None,) * (MOST_SUMS - count),
+        tuple(Result(r.shape, r.dtype) for r in results) + (None,) * (MAX_SUMS - count),
         (*(r.parts for r in results), *none, *(n // align for n in sizes), *none),
         {"DTYPE": triton_dtype(accumulator(p_0)), "ALIGN": align, "BLOCK": SUM_BLOCK},
         LAUNCH["importance"].warps(torch.float32),
     )
 
 
-def _without_too_many(call: Call) -> Call:
+def _limit_specialisations(call: Call) -> Call:
     """Return the call with its numbers no longer fixed if the kernel has many specialisations already.
 
     Otherwise data of varying shapes would compile the kernel for each shape. The interpreter needs none.
     """
     values = tuple(n.value for n in call.numbers if isinstance(n, tl.constexpr))
     known = _known.setdefault(id(call.kernel), set())
-    if values in known or (len(known) < MOST_FIXED and not INTERPRETED.value):
+    if values in known or (len(known) < MAX_FIXED and not INTERPRETED.value):
         known.add(values)
         return call
     return call._replace(numbers=tuple(getattr(n, "value", n) for n in call.numbers))

@@ -36,10 +36,10 @@ from .common import (
 )
 from .launching import Call, Result, fixed, planned
 
-MOST_PARAMETERS = 3
+MAX_PARAMETERS = 3
 # Maximum tiles of a row per program where logarithms are shared: the product of four factors of up to 2 from
 # each tile must stay below 2^127.
-MOST_TILES = 28
+MAX_TILES = 28
 
 # Samples per program, sharing x, where no gradient is summed.
 SAMPLES_FLAT = 2
@@ -132,7 +132,7 @@ def log_prob_kernel(
         b_data = b_x
         if DATA is not None:
             # Depends on x alone: computed once for all samples of the tile.
-            b_own, b_data = DATA(b_x)
+            b_data_value, b_data = DATA(b_x)
         if p_p1 is None:
             b_value = VALUE(b_x, b_data, b_0)
         elif p_p2 is None:
@@ -142,7 +142,7 @@ def log_prob_kernel(
         if SHARED_LOG:
             b_value, b_odds = b_value
         if DATA is not None:
-            b_value += b_own
+            b_value += b_data_value
         if PADDING is None:
             b_value = tl.where(m_x, b_value, 0.0)
             if SHARED_LOG:
@@ -165,7 +165,7 @@ def log_prob_kernel(
 
 
 @triton.jit
-def put(p_grad, s_grad, b_grad, o_out, m_row, m_x, m_full, LAYOUT: tl.constexpr):
+def store_or_add(p_grad, s_grad, b_grad, o_out, m_row, m_x, m_full, LAYOUT: tl.constexpr):
     """Store a tile of a parameter's gradient, or add it to the per-lane sums; return the sums."""
     if LAYOUT == FULL:
         store(p_grad, o_out, b_grad, m_full)
@@ -178,7 +178,7 @@ def put(p_grad, s_grad, b_grad, o_out, m_row, m_x, m_full, LAYOUT: tl.constexpr)
 
 
 @triton.jit
-def put_column(p_grad, s_grad, o_x, X, LAYOUT: tl.constexpr):
+def store_column_sums(p_grad, s_grad, o_x, X, LAYOUT: tl.constexpr):
     """Store the sums over samples and rows, complete for these pixels; return them reset to zero."""
     if LAYOUT == COLUMN:
         b_sum = tl.sum(tl.sum(s_grad, axis=0, keep_dims=True), axis=1, keep_dims=True)
@@ -188,7 +188,7 @@ def put_column(p_grad, s_grad, o_x, X, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def put_row(p_grad, s_grad, o_k, o_b, K, B, LAYOUT: tl.constexpr):
+def store_row_sums(p_grad, s_grad, o_k, o_b, K, B, LAYOUT: tl.constexpr):
     """Store the sums over the pixels of each row."""
     if LAYOUT == ROW:
         o_out = (tl.program_id(1).to(tl.int64) * K + o_k) * B + o_b
@@ -297,22 +297,26 @@ def log_prob_backward_kernel(
                 o_out = (o_k * B + o_b) * X + o_x
                 if p_grad_x is not None:
                     s_x += b_grads[0] if FINITE else tl.where(m_row, b_grads[0], 0.0)
-                s_0 = put(p_grad_p0, s_0, b_grads[1], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_0)
+                s_0 = store_or_add(p_grad_p0, s_0, b_grads[1], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_0)
                 if p_p1 is not None:
-                    s_1 = put(p_grad_p1, s_1, b_grads[2], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_1)
+                    s_1 = store_or_add(
+                        p_grad_p1, s_1, b_grads[2], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_1
+                    )
                 if p_p2 is not None:
-                    s_2 = put(p_grad_p2, s_2, b_grads[3], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_2)
+                    s_2 = store_or_add(
+                        p_grad_p2, s_2, b_grads[3], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_2
+                    )
             if p_grad_x is not None:
                 o_part = (i_split.to(tl.int64) * B + o_b) * X + o_x
                 store(p_grad_x, o_part, tl.sum(s_x, axis=0, keep_dims=True), m_b & m_x)
-        s_0 = put_column(p_grad_p0, s_0, o_x, X, LAYOUT_0)
-        s_1 = put_column(p_grad_p1, s_1, o_x, X, LAYOUT_1)
-        s_2 = put_column(p_grad_p2, s_2, o_x, X, LAYOUT_2)
+        s_0 = store_column_sums(p_grad_p0, s_0, o_x, X, LAYOUT_0)
+        s_1 = store_column_sums(p_grad_p1, s_1, o_x, X, LAYOUT_1)
+        s_2 = store_column_sums(p_grad_p2, s_2, o_x, X, LAYOUT_2)
     o_k = event_offsets(k_start, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
     o_b = event_offsets(b_start, BLOCK_B, 1)  # [1, BLOCK_B, 1]
-    put_row(p_grad_p0, s_0, o_k, o_b, K, B, LAYOUT_0)
-    put_row(p_grad_p1, s_1, o_k, o_b, K, B, LAYOUT_1)
-    put_row(p_grad_p2, s_2, o_k, o_b, K, B, LAYOUT_2)
+    store_row_sums(p_grad_p0, s_0, o_k, o_b, K, B, LAYOUT_0)
+    store_row_sums(p_grad_p1, s_1, o_k, o_b, K, B, LAYOUT_1)
+    store_row_sums(p_grad_p2, s_2, o_k, o_b, K, B, LAYOUT_2)
 
 
 @triton.jit
@@ -398,12 +402,12 @@ def launching_of(likelihood: Any, backward: bool) -> Launch:
     if is_heavy(likelihood.name):
         return LAUNCH["likelihood_heavy"]
     # Quantities computed from the data take registers; so does a third parameter.
-    many = likelihood.data is not None or len(likelihood.outputs) == MOST_PARAMETERS
+    many = likelihood.data is not None or len(likelihood.outputs) == MAX_PARAMETERS
     return LAUNCH["likelihood_backward" if backward or many else "likelihood"]
 
 
 @functools.cache
-def twin(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def scalar_functions(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a likelihood's functions and constants for the forward and for the backward pass."""
     module = importlib.import_module(f"{__package__}.likelihoods.{name}")
     forward = {
@@ -417,7 +421,7 @@ def twin(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _all(parameters: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
-    return *parameters, *(None,) * (MOST_PARAMETERS - len(parameters))
+    return *parameters, *(None,) * (MAX_PARAMETERS - len(parameters))
 
 
 def _varies(parameter: torch.Tensor | None) -> int:
@@ -443,10 +447,10 @@ def _log_prob(x, *rest) -> Call:
     *given, likelihood = rest
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
-    functions, _ = twin(likelihood.name)
+    functions, _ = scalar_functions(likelihood.name)
     launching = launching_of(likelihood, False)
-    most_tiles = MOST_TILES if functions["SHARED_LOG"] else 0
-    tiles = event_tiles(k, b, size, launching.tile, most_tiles=most_tiles)
+    max_tiles = MAX_TILES if functions["SHARED_LOG"] else 0
+    tiles = event_tiles(k, b, size, launching.tile, max_tiles=max_tiles)
     numbers, varies = _described(_all(tuple(given)))
     return Call(
         log_prob_kernel,
@@ -455,7 +459,7 @@ def _log_prob(x, *rest) -> Call:
         (k, b, fixed(size), tiles.k_splits, tiles.x_tiles, *map(fixed, strides(x, 2)), *numbers),
         {**varies, **functions, "DTYPE": triton_dtype(dtype), **tiles.blocks},
         launching.warps(dtype),
-        MOST_PARAMETERS - len(given),
+        MAX_PARAMETERS - len(given),
     )
 
 
@@ -485,7 +489,7 @@ def _gradients(grad, x, *rest) -> Call:
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
     parameters = _all(tuple(given))
-    needed = [*need[1:], *[False] * (MOST_PARAMETERS - len(given))]
+    needed = [*need[1:], *[False] * (MAX_PARAMETERS - len(given))]
     layouts = [_layout(p, n, k, b, size) for p, n in zip(parameters, needed, strict=True)]
     if _is_flat(parameters, layouts, need[0]):
         return _flat_gradients(grad, x, parameters, likelihood, needed)
@@ -519,12 +523,12 @@ def _gradients(grad, x, *rest) -> Call:
             "MERGE_B": tiles.b_per_program > tiles.block_b,
             **{f"LAYOUT_{i}": layout for i, layout in enumerate(layouts)},
             **varies,
-            **twin(likelihood.name)[1],
+            **scalar_functions(likelihood.name)[1],
             "DTYPE": triton_dtype(dtype),
             **tiles.blocks,
         },
         launching.warps(dtype),
-        MOST_PARAMETERS - len(given),
+        MAX_PARAMETERS - len(given),
     )
 
 
@@ -567,7 +571,7 @@ def _flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
         (k, groups, fixed(size), *strides(grad, 2), *map(fixed, strides(x, 2))),
         {
             **{f"VARIES_{i}": _varies(p) for i, p in enumerate(parameters) if i},
-            "GRADIENT": twin(likelihood.name)[1]["GRADIENT"],
+            "GRADIENT": scalar_functions(likelihood.name)[1]["GRADIENT"],
             "DTYPE": triton_dtype(dtype),
             "VECTOR": vector,
             "BLOCK_K": block_k,
@@ -587,11 +591,12 @@ def log_prob_backward(
         return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, *given), need, strict=True))
     grad_x, *grads = _gradients((grad, x, *given), (likelihood, tuple(need)))
     return grad_x, *(
-        g if g is None or g.shape == p.shape else _as_given(g, p) for g, p in zip(grads, given, strict=False)
+        g if g is None or g.shape == p.shape else _sum_to_shape_of(g, p)
+        for g, p in zip(grads, given, strict=False)
     )
 
 
-def _as_given(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _sum_to_shape_of(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Reduce a kernel's gradient ([K, B, X], [K, B] for one per row, or [X]) to the parameter's shape."""
     if grad.dim() < 3:
         grad = grad[:, :, None] if grad.dim() == 2 else grad[None, None]

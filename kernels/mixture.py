@@ -43,12 +43,12 @@ UNROLLED = tl.constexpr(4)
 # for fewer threads.
 ROWS_UNROLLED = tl.constexpr(2)
 # Maximum rows and columns of a tile that is transposed, and maximum dimensions of a program that does it.
-TILE_PREPARED, MOST_PREPARED = 32, 256
+TILE_PREPARED, MAX_PREPARED = 32, 256
 # Maximum dimensions of a backward program; other programs take the rest. Fewer than its threads, or the
 # compiler loads a row with one number per thread and exchanges them.
 TILE_D = 64
 # Maximum elements of [N, U] in memory at a time.
-MOST_SHARES = 1 << 24
+MAX_SHARES = 1 << 24
 
 
 @triton.jit(do_not_specialize_on_alignment=["d_splits"])
@@ -316,14 +316,14 @@ def _prepare(mu, logvar, log_weight, need_scale) -> Call:
     dtype = accumulator(mu)
     block_u, block_d = min(power_of_two(u), TILE_PREPARED), min(power_of_two(d), TILE_PREPARED)
     padded = cdiv(u, _block_u(u)) * _block_u(u)
-    splits = cdiv(d, MOST_PREPARED)
+    splits = cdiv(d, MAX_PREPARED)
     each = cdiv(cdiv(d, block_d), splits) * block_d
     splits = cdiv(d, each)
-    laid_out = Result((d, padded), dtype)
+    transposed = Result((d, padded), dtype)
     return Call(
         prepare_kernel,
         (splits * cdiv(padded, block_u),),
-        (laid_out, laid_out, Result((u, d), dtype) if need_scale else None, Result((u,), dtype, splits)),
+        (transposed, transposed, Result((u, d), dtype) if need_scale else None, Result((u,), dtype, splits)),
         (
             *(fixed(u), fixed(d), fixed(padded), each, splits),
             *(*_strides(mu), *_strides(logvar), *strides(log_weight, 1)),
@@ -337,17 +337,18 @@ def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Return (BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64."""
     block_u = _block_u(u)
     warps = max(1, block_u // (4 * LANES))
-    most, least = (max(1, each * warps * LANES // block_u) for each in (THREAD * 4 // dtype.itemsize, 8))
+    maximum, minimum = (max(1, each * warps * LANES // block_u) for each in (THREAD * 4 // dtype.itemsize, 8))
     enough = power_of_two(max(1, n * cdiv(u, block_u) // PROGRAMS))
-    return min(power_of_two(n), most, max(least, enough)), block_u, warps
+    return min(power_of_two(n), maximum, max(minimum, enough)), block_u, warps
 
 
-def _splits(steps: int, others: int, least: int) -> tuple[int, int]:
-    """Split a loop that ``others`` programs run into (steps per program, programs), at least ``least`` steps.
+def _splits(steps: int, others: int, min_steps: int) -> tuple[int, int]:
+    """Split a loop that ``others`` programs run into (steps per program, programs).
 
-    The programs are those along the loop; the grid has ``others`` times as many.
+    A program runs at least ``min_steps`` steps. The programs are those along the loop; the grid has
+    ``others`` times as many.
     """
-    splits = max(1, min(PROGRAMS // others, steps // least))
+    splits = max(1, min(PROGRAMS // others, steps // min_steps))
     each = cdiv(steps, splits)
     return each, cdiv(steps, each)
 
@@ -475,9 +476,9 @@ def mixture_log_prob_backward(
         grads = *(torch.zeros_like(t) for t in tensors[:3]), share
         return tuple(g if n else None for g, n in zip(grads, need, strict=True))
     mean, inverse, scale, constant = _prepare((mu, logvar, log_weight), (need[0],))
-    most = max(1, MOST_SHARES // len(mu))
+    rows_at_once = max(1, MAX_SHARES // len(mu))
     pieces = []
-    for g, m, s, rows in zip(*(t.split(most) for t in (grad, maximum, total, z)), strict=True):
+    for g, m, s, rows in zip(*(t.split(rows_at_once) for t in (grad, maximum, total, z)), strict=True):
         (share,) = _shares((g, m, s, rows, mean, inverse, constant))
         by_z = _rows((share, rows, mu, scale)) if need[0] else (None,)
         by_parameters = (

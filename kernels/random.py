@@ -356,12 +356,12 @@ def _noise(seed, net, k, b, d, dtype) -> Call:
 
 
 def _draw(
-    seed: torch.Tensor, k: int, b: int, d: int, dtype: torch.dtype, place: tuple[int, int, int]
+    seed: torch.Tensor, k: int, b: int, d: int, dtype: torch.dtype, address: tuple[int, int, int]
 ) -> torch.Tensor:
     if k == 0 or b == 0 or d == 0:
         return torch.empty((k, b, d), dtype=dtype, device=seed.device)
     net = reference.net(seed.device) if seed.dim() else None
-    return _noise((seed, net), (k, b, d, dtype), place)[0]
+    return _noise((seed, net), (k, b, d, dtype), address)[0]
 
 
 def words(

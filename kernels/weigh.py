@@ -230,7 +230,7 @@ def weigh(
 
 
 @planned
-def _spread(grad_bound, grad_mean, weights, factor, k, b, sign, of_mean, term_axes) -> Call:
+def _gradients(grad_bound, grad_mean, weights, factor, k, b, sign, of_mean, term_axes) -> Call:
     dtype = grad_bound.dtype
     block_k, block_b = tile(k, b)
     k_tiles = cdiv(k, block_k)
@@ -271,7 +271,7 @@ def weigh_backward(
     sign, factor = _factor(beta, how.coefficient, grad_bound, batch)
     settings = samples, batch, sign, of_mean, term_axes
     kept = weights if weights is None else weights.contiguous()
-    grad, grad_term, grad_kl = _spread((grad_bound, grad_mean, kept, factor), settings)
+    grad, grad_term, grad_kl = _gradients((grad_bound, grad_mean, kept, factor), settings)
     if term_axes == 1 and weights is not None:
         grad_kl = sign * grad.sum(0) if factor is None else sign * factor * grad.sum(0)
     return grad, grad_kl if grad_term is None else grad_term

@@ -154,7 +154,7 @@ def test_rows_that_lose_are_shown():
     assert report.loses(rows[1]) and report.misses(rows[1])
     assert "◄ faster than fastvae" in report.table(rows)
     text = report.summary(rows)
-    assert "somebody is faster than fastvae: 1" in text and "targets met: 0 of 1" in text
+    assert "a peer is faster than fastvae: 1" in text and "targets met: 0 of 1" in text
 
 
 def test_slower_than_recorded_is_said_and_noise_is_not(tmp_path):

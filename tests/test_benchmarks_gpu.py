@@ -47,7 +47,7 @@ def _check_dry_run(done, out, groups):
     for r in rows:
         assert r["device"].startswith("DRY RUN") and "DRY RUN" in r["case"] and not r["wrong"], r
         assert "triton" in r["versions"] and r["time"] and float(r["p50_us"]) > 0
-    assert "DRY RUN: what follows was computed on a CPU" in done.stdout
+    assert "DRY RUN: the following was computed on a CPU" in done.stdout
     assert "not judged" in done.stdout and "targets met" not in done.stdout
     return rows
 
@@ -60,7 +60,7 @@ def test_dry_run_of_one_op(tmp_path):
     ours = [r for r in rows if r["implementation"] == OURS and r["group"] == "log_mean_exp"]
     assert [r["direction"] for r in ours] == ["forward", "forward+backward"]
     assert all(r["clock"] == "stand-in for a graph" and r["share_of_copy"] for r in ours)
-    assert "left out" not in done.stdout and "ended in an error" not in done.stdout
+    assert "skipped" not in done.stdout and "failed with an error" not in done.stdout
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "_measure_all", in_this_process)
     arguments = ["--dry-run", "--no-tests", "--out", str(tmp_path), "--only", "rsample_kl"]
     assert gpu.main([*arguments, "--seconds", str(gpu.RESERVE + 2)]) == 1  # nothing was measured
-    listed = capsys.readouterr().out.rpartition("left out for want of time: ")[2].splitlines()[1:]
+    listed = capsys.readouterr().out.rpartition("skipped for lack of time: ")[2].splitlines()[1:]
     names = [item.name for item in gpu.plan(["rsample_kl"], True)]
     assert len(names) > 2 and [line.strip() for line in listed[: len(names)]] == names
 
@@ -368,7 +368,7 @@ def test_what_hangs_is_named_and_what_was_to_follow_is_left_out(monkeypatch, tmp
     machines = {"machines": lambda state: {"float32": {}}}
     one, other = ({**machines, "began": lambda state, n=n: n} for n in ("one", "other"))
     state, _ = _measure_all(monkeypatch, tmp_path, [(one, -signal.SIGALRM), (other, None)])
-    assert state.lost == {"one": "took much too long"} and state.left_out == ["other", name]
+    assert state.lost == {"one": "timed out"} and state.left_out == ["other", name]
     state, _ = _measure_all(monkeypatch, tmp_path, [({}, 1)])
     assert list(state.lost) == [gpu.MACHINE] and state.left_out == [name]
 
@@ -416,7 +416,7 @@ def test_a_process_that_cannot_go_on_leaves_what_it_has(tmp_path, monkeypatch, c
     # Recorded rows are not measured again, and the machine's measured speed is kept.
     assert rows[: len(before)] == before and len(rows) == 2 * len(before)
     assert len({r["copy_gb_per_s"] for r in rows}) == 1
-    assert gpu._worker(state.path) == 0 and "the device is lost" in capfd.readouterr().out
+    assert gpu._worker(state.path) == 0 and "has lost the device" in capfd.readouterr().out
 
 
 def test_the_state_is_a_file(tmp_path):
@@ -454,7 +454,7 @@ FAILED tests/test_x.py::test_b[a b] - assert 1 == 2
 def test_the_outcome_of_tests_is_read():
     outcome = device_tests.read(SPREAD, -2, 200)
     assert outcome.counts == {"passed": 1, "failed": 1, "skipped": 1} and not outcome.passed
-    assert "cut off after 200 s, 3 of 5 done" in outcome.summary()
+    assert "interrupted after 200 s, 3 of 5 done" in outcome.summary()
     assert "tests/test_latent.py::test_b[a b]" in outcome.summary()
     outcome = device_tests.read(PLAIN, 1, 0)
     assert outcome.counts == {"passed": 1, "errors": 1} and outcome.collected == 3

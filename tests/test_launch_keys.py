@@ -134,9 +134,9 @@ def test_numbers_are_fixed_for_a_few_shapes_only(monkeypatch):
     kernel = Kernel()
 
     def numbers(*numbers):
-        return launching._without_too_many(launching.Call(kernel, (1,), (), numbers, {}, 4)).numbers
+        return launching._limit_specialisations(launching.Call(kernel, (1,), (), numbers, {}, 4)).numbers
 
-    for n in range(launching.MOST_FIXED):
+    for n in range(launching.MAX_FIXED):
         assert numbers(7, launching.fixed(n))[1].value == n
     assert numbers(8, launching.fixed(3))[1].value == 3
     # Not a tl.constexpr, which would compare equal too.

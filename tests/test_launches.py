@@ -37,7 +37,7 @@ def described(launch):
 
 
 def known():
-    return sum(map(len, launching._memories))
+    return sum(map(len, launching._caches))
 
 mu, logvar = (torch.randn(6, 40, requires_grad=True) for _ in range(2))
 x, mean = torch.rand(6, 80), torch.randn(3, 6, 80, requires_grad=True)
@@ -66,17 +66,17 @@ calls = {
 }
 with fastvae.use_backend("triton"):
     for name, call in calls.items():
-        launching.forget()
+        launching.clear_caches()
         first = launched(call)
         before = known()
         again = launched(call)
         assert first and [described(a) for a in first] == [described(a) for a in again], name
         assert before == len(first) == known(), (name, before, len(first))
         # What is remembered is what Triton would find by itself.
-        launching.forget()
+        launching.clear_caches()
         assert [(a[4], a[5]) for a in launched(call)] == [(a[4], a[5]) for a in again], name
     # Another offset is another number, not another program.
-    launching.forget()
+    launching.clear_caches()
     near, far = launched(calls["rsample_kl"]), launched(lambda: calls["rsample_kl"](7))
     assert known() == 2
     assert described(near[0])[1][7] == "0" and described(far[0])[1][7] == "7", described(far[0])
@@ -132,9 +132,9 @@ with fastvae.use_backend("triton"):
         assert all(map(is_remembered, group))
         assert [handle(call) for call in group] == found
         # Each is the program that Triton would choose for these pointers.
-        launching.forget()
+        launching.clear_caches()
         assert [handle(call) for call in reversed(group)] == found[::-1]
-        assert not any(launching.forget() or is_remembered(call) for call in group)
+        assert not any(launching.clear_caches() or is_remembered(call) for call in group)
     # Another batch, or another number of samples, needs no other program; another number of columns does.
     wide = torch.randn(40, 100)
     for op in (ops.rsample_kl, ops.rsample_log_ratio):

@@ -133,7 +133,7 @@ def test_the_grid_is_large_enough():
     from fastvae.kernels import latent
 
     for b, d in ((1, 512), (4, 100), (1, 10**6)):
-        tiles = latent.latent_tiles(2 * 10**8, b, d, 512, least_steps=8, most_steps=32)
+        tiles = latent.latent_tiles(2 * 10**8, b, d, 512, min_steps=8, max_steps=32)
         assert tiles.grid[1] <= 65535 and tiles.grid[1] * tiles.k_per_program >= 2 * 10**8
 
 

@@ -295,8 +295,8 @@ def test_long_rows_are_split():
 
 def test_a_long_row_of_even_odds(enough):
     """A long row of even odds, which double a lane's product per pixel, is split before that overflows."""
-    x = likelihood.MOST_TILES * common.TILE_X + 700
-    tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, most_tiles=likelihood.MOST_TILES)
+    x = likelihood.MAX_TILES * common.TILE_X + 700
+    tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, max_tiles=likelihood.MAX_TILES)
     assert tiles.x_splits == 2 and 4 * tiles.x_tiles < 127
     out = likelihood.log_prob(BERNOULLI, torch.full((1, x), 0.5), torch.zeros(1, 1, x))
     assert float(out) == pytest.approx(-x * math.log(2), rel=1e-6)

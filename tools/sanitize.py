@@ -1,8 +1,9 @@
-"""Runs the C++ tests, or the fuzzer, on an extension with GCC's address and undefined-behaviour sanitisers.
+"""Run the C++ tests, or the fuzzer, on an extension with GCC's address and undefined-behaviour sanitisers.
 
 ``python -m tools.sanitize [--fuzz MINUTES] [base avx2 avx512]`` builds a copy of the project, runs it for
-each instruction set named (default: all that this processor has) and fails on the first report. ``--fuzz``
-runs random calls of the objectives instead of the tests. The suite does not include it: it takes minutes.
+each instruction set named (default: all that this processor supports) and fails on the first report.
+``--fuzz`` runs random calls of the objectives instead of the tests. The suite does not include it: it takes
+minutes.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def main() -> int:
 
     known = ["base", "avx2", "avx512"]
     parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__)
-    parser.add_argument("isa", nargs="*", help=f"of {', '.join(known)}")
+    parser.add_argument("isa", nargs="*", help=f"instruction sets, of {', '.join(known)}")
     parser.add_argument("--fuzz", type=float, metavar="MINUTES", help="run the fuzzer for that long")
-    parser.add_argument("--seed", type=int, help="of the fuzzer")
+    parser.add_argument("--seed", type=int, help="seed of the fuzzer")
     args = parser.parse_args()
     if unknown := [n for n in args.isa if n not in known]:
         parser.error(f"unknown instruction set {unknown[0]!r}; known: {', '.join(known)}")
@@ -59,7 +60,7 @@ def main() -> int:
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(folder),
-                # Python is not instrumented: the runtime comes first, and what Python keeps is not a leak.
+                # Python is not instrumented: preload the runtime, and ignore memory kept by Python as leaks.
                 "LD_PRELOAD": " ".join(map(_library, ("libasan.so", "libubsan.so"))),
                 "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
                 "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",

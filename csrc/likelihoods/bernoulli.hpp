@@ -1,4 +1,4 @@
-// x l - log(1 + exp(l)) of logits l. The mathematics stands in fastvae/likelihoods/bernoulli.py.
+// x l - log(1 + exp(l)) of logits l. See fastvae/likelihoods/bernoulli.py for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_BERNOULLI_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_BERNOULLI_HPP
@@ -17,12 +17,12 @@ struct Bernoulli : Declaration {
   static constexpr bool kSharedLog = true;
   static constexpr double kFactor = -1, kLow = 0, kHigh = 1;
 
-  // What the target lacks of the side the logit is on, times |l|; and log(1 + exp(-|l|)) is to be added.
+  // The distance of x from the favoured target, times |l|; log(1 + exp(-|l|)) is to be added.
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
     const C l = e.p0, magnitude = abs_(l);
     const C odds = exp_negative(-magnitude);
-    // 0 * inf is 0: certain and right.
+    // 0 * inf is 0: log p is 0 where x is certain.
     const C miss = l > C(0) ? C(1) - e.x : e.x;
     return {miss == C(0) ? C(0) : miss * magnitude, odds};
   }

@@ -1,4 +1,4 @@
-// log Beta(x; exp(c1), exp(c0)). The mathematics stands in fastvae/likelihoods/beta.py.
+// log Beta(x; exp(c1), exp(c0)). See fastvae/likelihoods/beta.py for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_BETA_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_BETA_HPP
@@ -17,13 +17,13 @@ struct Beta : Declaration {
   static constexpr bool kGradientTakesData = true;
   static constexpr double kLow = 0, kHigh = 1;
 
-  // The logit of x in two parts, of which log p sees n times the error. Both logarithms are infinite at an
-  // end, which adds nothing.
+  // The logit of x in two parts, as log p multiplies its error by n. Both logarithms are infinite at an end,
+  // where the term of x alone is 0.
   template <class C>
   static FASTVAE_INLINE Prepared<C> data(C x) {
     const bool low = x < C(0.5);
     const C y = low ? x : C(1) - x, of_rest = log1p_(-y), smallest = smallest_normal(x);
-    // Numbers that are denormal need their exponent.
+    // Denormal numbers are scaled to normal ones first.
     const bool denormal = y < smallest, end = y == C(0);
     const TwoParts<C> log_y = log_in_parts(denormal ? y * C(0x1p24) : y);
     const C high = log_y.high - (denormal ? C(16.635532333438687) : C(0));
@@ -36,9 +36,9 @@ struct Beta : Declaration {
     return {end ? C(0) : -(high + of_rest), low ? first : -first, low ? second : -second};
   }
 
-  // The lesser concentration (log p, exp(p)), the other, their shares of the sum n, and how far x and its
-  // rest are from these: rise is the logarithm of x's share over the lesser's, fall of the rest's over the
-  // other's, negative.
+  // The lesser concentration (log p, exp(p)), the other, their shares of the sum n, and the distances of x
+  // and 1 - x from these: rise is the logarithm of x's share over the lesser's, fall that of the rest's over
+  // the other's, negative.
   template <class C>
   struct Parts {
     C p, q, least, largest, fold, w, v, rise, fall, distance;
@@ -58,7 +58,7 @@ struct Beta : Declaration {
             held = clip(s, C(-1), C(1));
     const C less_line = expm1_minus(held);
     const LogAndRest<C> near = log1p_and_rest(w * (less_line + held));
-    // Far from the mode by the logarithms themselves, log(1 + exp(+-logit)).
+    // Far from the mode use the logarithms themselves, log(1 + exp(+-logit)).
     const C l = logit + low, of_rest = log1p_(e.x < C(0.5) ? -e.x : e.x - C(1));
     const C above = (l > C(0) ? l : C(0)) - of_rest, below = (l > C(0) ? C(0) : -l) - of_rest;
     const bool is_near = abs_(s) < C(1);
@@ -72,13 +72,13 @@ struct Beta : Declaration {
     const Parts<C> s = parts(e);
     const C of_n = stirling_error(s.least + s.largest, s.q + s.fold) - stirling_error(s.largest, s.q);
     const C inside = ((s.p - C(0.5) * s.fold) + (of_n - log_factorial_excess(s.least, s.p))) - s.distance;
-    // At an end one concentration decides: beyond 1 there is no density.
+    // At an end one concentration decides: above 1 the density is 0.
     const bool low = e.x < C(0.5);
     const C decides = low ? e.p0 : e.p1, limit = decides * -infinity(decides);
     const C at_end = (low ? e.p1 : e.p0) + (decides == C(0) ? C(0) : limit);
     return {is_infinite(e.d0) ? at_end : inside};
   }
-  // Without a weight there is no gradient, also where log p is infinite.
+  // Zero upstream gradient gives zero, even where log p is infinite.
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
     const Parts<C> s = parts(e);

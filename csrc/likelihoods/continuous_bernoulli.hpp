@@ -1,5 +1,5 @@
-// x l - log((exp(l) - 1) / l) of logits l. The mathematics stands in
-// fastvae/likelihoods/continuous_bernoulli.py.
+// x l - log((exp(l) - 1) / l) of logits l. See fastvae/likelihoods/continuous_bernoulli.py for the
+// mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP
@@ -21,7 +21,7 @@ struct ContinuousBernoulli : Declaration {
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
     const C l = e.p0, a = abs_(l), miss = l > C(0) ? C(1) - e.x : e.x;
     const bool right = miss == C(0);
-    // Of an infinite logit no inf - inf is left: certain and right is infinite.
+    // Avoids inf - inf for an infinite logit, whose density at the favoured end is infinite.
     const C most = a < C(1e38) ? a : C(1e38), end = right ? a - most : C(0);
     const C near = (C(0.5) - miss) * a - sinhc(a).value;
     const C far = log_(most / (C(1) - exp_negative(-a))) - (right ? C(0) : miss * a);
@@ -30,7 +30,7 @@ struct ContinuousBernoulli : Declaration {
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
     const C l = e.p0, a = abs_(l), k = exp_negative(-a);
-    // What the mean lacks of the end that it leans to.
+    // Distance of the mean from the end it is nearer to.
     const C rest = a < C(1) ? C(0.5) - sinhc(a).slope : C(1) / a - k / (C(1) - k);
     return {g * l, g * (l > C(0) ? (e.x - C(1)) + rest : e.x - rest)};
   }

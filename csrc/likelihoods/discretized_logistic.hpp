@@ -1,5 +1,5 @@
-// The logarithm of a logistic variable's probability to fall in the bin of x. The mathematics stands in
-// fastvae/likelihoods/discretized_logistic.py.
+// Log probability that a logistic variable falls in the bin of x. See
+// fastvae/likelihoods/discretized_logistic.py for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP
@@ -18,7 +18,8 @@ struct DiscretizedLogistic : Declaration {
   static constexpr bool kSharedLog = true;
   static constexpr double kFactor = -1, kLow = 0, kHigh = 1;
 
-  // In scales: how far the mean is, outwards at an end, and half the bin's width; 1 - exp(-2 half).
+  // In units of the scale: distance of the mean, outwards at an end, and half the bin's width; 1 - exp(-2
+  // half).
   template <class C>
   struct Parts {
     C inverse_s, r, half, below, k, far;
@@ -28,7 +29,7 @@ struct DiscretizedLogistic : Declaration {
   static FASTVAE_INLINE Parts<C> parts(Element<C> e) {
     const C log_s = clip(e.p1, C(-60), C(60)), inverse_s = exp_<-2>(log_s), z = (e.x - e.p0) * inverse_s;
     const C width = exp_(e.p2 - log_s), half = C(0.5) * width;
-    // 0 or 1, by one test.
+    // 0 or 1, with one comparison.
     const bool end = e.x * (C(1) - e.x) <= C(0), turned = (end ? e.x - C(0.5) : z) < C(0);
     const C r = turned ? -z : z;
     return {
@@ -46,7 +47,8 @@ struct DiscretizedLogistic : Declaration {
     const Parts<C> s = parts(e);
     const C v = s.r - s.half, t = exp_negative(-abs_(v)), sigmoid = (v >= C(0) ? C(1) : t) / (C(1) + t),
             beyond = C(1) / (C(1) + s.far);
-    // By r and by the logarithm of the width. Of an interior bin its two sides pull; equally where r is 0.
+    // Derivatives by r and by the log width. The two sides of an interior bin pull against each other,
+    // equally at r = 0.
     const C by_r = s.end ? sigmoid : sigmoid * beyond * -expm1_(C(-2) * s.r);
     const C inside = s.end ? C(0) : (s.half * (s.far * beyond) + C(2) * s.half * (s.k / s.below));
     const C by_width = s.half * sigmoid + inside, push = g * by_r * s.inverse_s;

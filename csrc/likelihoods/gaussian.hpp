@@ -1,4 +1,4 @@
-// log N(x; mean, exp(logvar)). The mathematics stands in fastvae/likelihoods/gaussian.py.
+// log N(x; mean, exp(logvar)). See fastvae/likelihoods/gaussian.py for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_GAUSSIAN_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_GAUSSIAN_HPP
@@ -16,7 +16,7 @@ struct Gaussian : Declaration {
   static constexpr int kParameters = 2, kHooked = 1, kPrepared = 1;
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
 
-  // 1 / s: exp(-logvar) itself overflows long before what it is a factor of does.
+  // 1 / s: exp(-logvar) overflows long before the products that contain it.
   template <class C>
   static FASTVAE_INLINE Prepared<C> prepare(C logvar) {
     return {logvar, exp_<-1>(logvar)};

@@ -1,4 +1,4 @@
-// log Laplace(x; location, exp(log_scale)). The mathematics stands in fastvae/likelihoods/laplace.py.
+// log Laplace(x; location, exp(log_scale)). See fastvae/likelihoods/laplace.py for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_LAPLACE_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_LAPLACE_HPP

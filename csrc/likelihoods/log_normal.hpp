@@ -1,5 +1,5 @@
-// log of the density of x, whose logarithm is N(location, exp(log_scale)^2). The mathematics stands in
-// fastvae/likelihoods/log_normal.py.
+// Log density of x whose logarithm is N(location, exp(log_scale)^2). See fastvae/likelihoods/log_normal.py
+// for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP
@@ -18,7 +18,7 @@ struct LogNormal : Declaration {
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
   static constexpr double kLow = 0;
 
-  // Of a zero, whose square is infinite, nothing is added: inf - inf would be NaN.
+  // At x = 0 the square is infinite, and adding -log x would give inf - inf.
   template <class C>
   static FASTVAE_INLINE Prepared<C> data(C x) {
     const C log_x = log_positive(x);
@@ -33,7 +33,7 @@ struct LogNormal : Declaration {
     const C t = (e.d0 - e.p0) * e.q0;
     return {t * t};
   }
-  // A sample without weight has no gradient, also where x is 0.
+  // Zero upstream gradient gives zero, even where x is 0.
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
     const C t = (log_positive(e.x) - e.p0) * e.q0, push = g * t, location = push * e.q0;

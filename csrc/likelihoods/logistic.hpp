@@ -1,4 +1,4 @@
-// log Logistic(x; location, exp(log_scale)). The mathematics stands in fastvae/likelihoods/logistic.py.
+// log Logistic(x; location, exp(log_scale)). See fastvae/likelihoods/logistic.py for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_LOGISTIC_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_LOGISTIC_HPP
@@ -17,7 +17,7 @@ struct Logistic : Declaration {
   static constexpr bool kSharedLog = true;
   static constexpr double kFactor = -2;
 
-  // Halves, since the logarithm counts twice.
+  // The value is halved, since the logarithm counts twice.
   template <class C>
   static FASTVAE_INLINE Prepared<C> prepare(C log_scale) {
     return {C(0.5) * log_scale, exp_<-2>(log_scale)};

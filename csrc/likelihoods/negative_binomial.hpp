@@ -1,5 +1,5 @@
-// Counts of mean exp(m) and variance exp(m) + exp(2 m - t). The mathematics stands in
-// fastvae/likelihoods/negative_binomial.py.
+// Counts of mean exp(m) and variance exp(m) + exp(2 m - t). See fastvae/likelihoods/negative_binomial.py for
+// the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP
@@ -18,14 +18,14 @@ struct NegativeBinomial : Declaration {
   static constexpr bool kGradientTakesData = true, kSparse = true, kSparseGradient = true;
   static constexpr double kLow = 0;
 
-  // theta, what Stirling leaves of its gamma function and of its digamma, and t, at most near the end of a
+  // theta, Stirling's errors of its gamma function and of its digamma, and t, clamped near the end of
   // float32's range.
   template <class C>
   static FASTVAE_INLINE Prepared<C> prepare(C t) {
     const C top = t > C(85) ? C(85) : t, theta = exp_(top);
     return {C(0), theta, stirling_error(theta, top), digamma_excess(theta, top), top};
   }
-  // log x in two parts; that of 0 is far from any mean.
+  // log x in two parts; for x = 0 a value far below any log mean.
   template <class C>
   static FASTVAE_INLINE Prepared<C> data(C x) {
     const bool zero = x == C(0);
@@ -34,7 +34,7 @@ struct NegativeBinomial : Declaration {
             zero ? C(0) : log_x.low};
   }
 
-  // exp(v) - 1, exp(v) - 1 - v where |v| < 1, and exp(v) and v within what a normal number holds.
+  // exp(v) - 1, exp(v) - 1 - v where |v| < 1, and exp(v) and v clamped to normal numbers.
   template <class C>
   struct Exponential {
     C less_one, less_line, whole, v;
@@ -50,7 +50,7 @@ struct NegativeBinomial : Declaration {
     return {__builtin_expm1(top), expm1_minus(top), __builtin_exp(top), top};
   }
 
-  // -theta log(1 + mean / theta), in which of a mean that is nothing beside theta the logarithm is the ratio.
+  // -theta log(1 + mean / theta); for a mean negligible against theta the logarithm is the ratio.
   template <class C>
   static FASTVAE_INLINE bool is_small(C ratio) {
     return ratio < (sizeof(C) == 4 ? C(-20) : C(-40));
@@ -64,13 +64,14 @@ struct NegativeBinomial : Declaration {
     const C beyond = exponent - exponential_.v, above = beyond > C(0) ? beyond : C(0);
     return -(small ? exponential_.whole : e.q0 * (log1p_(exponential_.whole) + above));
   }
-  // Of any count.
+  // For any count.
   template <class C>
   static FASTVAE_INLINE C log_prob(Element<C> e) {
     const C theta = e.q0, n = e.x + theta, inverse = C(1) / n, w = e.x * inverse, v = theta * inverse;
     const C d = (e.p0 - e.d0) - e.d1, ratio = e.p0 - e.q3;
     const bool zero = e.x == C(0), other = w > v, small = is_small(ratio);
-    // n times log(1 + w (exp(d) - 1)) - w d, never below 0; of the two forms, that with the smaller factor.
+    // n times log(1 + w (exp(d) - 1)) - w d, never below 0; of its two forms, the one with the smaller
+    // factor.
     const C a = other ? v : w, least = other ? theta : e.x, signed_d = other ? -d : d,
             exponent = zero ? (small ? e.p0 : ratio) : signed_d;
     const Exponential<C> exponential_ = exponential(exponent);
@@ -80,7 +81,7 @@ struct NegativeBinomial : Declaration {
     const C far = (n * log.log - least * exponential_.v) + outside,
             near = least * exponential_.less_line - n * log.rest;
     const C distance = abs_(signed_d) < C(1) ? near : far;
-    // At its own mean the count has what is left of four gamma functions.
+    // log p where the mean equals x: the Stirling errors of the gamma functions.
     const C spread = log1p_(e.x / theta);
     const C own = (stirling_error(n, e.q3 + spread) - e.q1) - C(0.5) * spread;
     const C of_zero = small ? exponential_.whole : theta * (log.log + above);

@@ -1,4 +1,4 @@
-// x r - exp(r) - log x! of log rates r. The mathematics stands in fastvae/likelihoods/poisson.py.
+// x r - exp(r) - log x! of log rates r. See fastvae/likelihoods/poisson.py for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_POISSON_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_POISSON_HPP
@@ -17,18 +17,18 @@ struct Poisson : Declaration {
   static constexpr bool kSparse = true;
   static constexpr double kLow = 0;
 
-  // What is left of x log x - x - log x!, and log x, which a count of 0 does not use.
+  // x log x - x - log x!, and log x, which is not used for a count of 0.
   template <class C>
   static FASTVAE_INLINE Prepared<C> data(C x) {
     const C log_x = log_(x);
     return {-log_factorial_excess(x, log_x), log_x};
   }
-  // With d = r - log x the rest is x (1 + d) - exp(r), which is -x (exp(d) - 1 - d): where d is small the
-  // latter cancels less.
+  // With d = r - log x the rest is x (1 + d) - exp(r), or -x (exp(d) - 1 - d), which cancels less for small
+  // d.
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
     const C r = e.p0, d = r - e.d0;
-    const C linear = C(1) + (d > C(710) ? C(710) : d);  // of an infinite rate no inf - inf is left
+    const C linear = C(1) + (d > C(710) ? C(710) : d);  // avoids inf - inf for an infinite rate
     const C far = (e.x == C(0) ? C(0) : e.x * linear) - exp_(r);
     return {abs_(d) < C(1) ? -e.x * expm1_minus(d) : far};
   }
@@ -38,7 +38,7 @@ struct Poisson : Declaration {
   }
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
-    // A sample without weight has no gradient, also where its rate overflows.
+    // Zero upstream gradient gives zero, even where the rate overflows.
     return {C(0), g == C(0) ? C(0) : g * (e.x - exp_(e.p0))};
   }
 };

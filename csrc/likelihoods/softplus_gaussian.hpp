@@ -1,5 +1,5 @@
-// log N(x; mean, log(1 + exp(raw)) + exp(log_floor)). The mathematics stands in
-// fastvae/likelihoods/softplus_gaussian.py.
+// log N(x; mean, log(1 + exp(raw)) + exp(log_floor)). See fastvae/likelihoods/softplus_gaussian.py for the
+// mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP
@@ -17,7 +17,7 @@ struct SoftplusGaussian : Declaration {
   static constexpr int kParameters = 3;
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
 
-  // The variance, a normal number, and its derivatives by raw and by log_floor.
+  // The variance, clamped to normal numbers, and its derivatives by raw and by log_floor.
   template <class C>
   struct Variance {
     C variance, by_raw, floor;

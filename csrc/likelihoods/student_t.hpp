@@ -1,5 +1,5 @@
-// log of Student's t of x; location, exp(log_scale), exp(log_df). The mathematics stands in
-// fastvae/likelihoods/student_t.py.
+// log of Student's t(x; location, exp(log_scale), exp(log_df)). See fastvae/likelihoods/student_t.py for the
+// mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_STUDENT_T_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_STUDENT_T_HPP
@@ -17,7 +17,7 @@ struct StudentT : Declaration {
   static constexpr int kParameters = 3, kHooked = 2, kPrepared = 3;
   static constexpr double kFactor = -0.5, kConstant = 1.8378770664093454835606594728112;  // log 2 pi
 
-  // 1 / sqrt(df), df, and the derivative of what the gamma functions add by log df. From e^80 on it is the
+  // 1 / sqrt(df), df, and the derivative of the gamma functions' term by log df. From e^80 on it is the
   // normal distribution.
   template <class C>
   static FASTVAE_INLINE Prepared<C> prepare(C given) {
@@ -34,7 +34,7 @@ struct StudentT : Declaration {
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
     const C inverse_s = exp_<-2>(e.p1), r = (e.x - e.p0) * inverse_s * e.q0, t = r * r,
             log_1pt = log1p_square(r);
-    // t / (1 + t), of an infinite t as well; r / (1 + t).
+    // t / (1 + t), also for infinite t; r / (1 + t).
     const C rest = C(1) / (C(1) + t), share = t < C(0.5) ? t * rest : C(1) - rest;
     const C pull = clip(r, C(-0x1p120), C(0x1p120)) * rest;
     const C location = g * ((e.q1 + C(1)) * e.q0 * pull) * inverse_s;

@@ -1,5 +1,5 @@
-// Zeros with the probability sigmoid(l) of a dropout logit l, else a negative binomial count. The mathematics
-// stands in fastvae/likelihoods/zero_inflated_negative_binomial.py.
+// Zeros with probability sigmoid(l) of a dropout logit l, else a negative binomial count. See
+// fastvae/likelihoods/zero_inflated_negative_binomial.py for the mathematics.
 
 #if defined(FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP
@@ -28,8 +28,8 @@ struct ZeroInflatedNegativeBinomial : NegativeBinomial {
     return {above ? large : small, above ? small : large, k, (above ? v : C(0)) + log1p_(k)};
   }
 
-  // Of log p of a counted 0. Near certainty it is 1 + no (p - 1), else the sum of both ways to a 0, where l
-  // is below 0.
+  // From log p of a counted 0. Near p = 1 use 1 + no (p - 1), else the sum of both ways to a 0, where l is
+  // below 0.
   template <class C>
   static FASTVAE_INLINE C either(C counted, C l, Shares<C> dead) {
     const C change = dead.no * expm1_(counted), apart = abs_(l - counted), larger = l > counted ? l : counted;

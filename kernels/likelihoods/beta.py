@@ -28,7 +28,7 @@ def data(x):
 
 
 @triton.jit
-def held(c):
+def clamped(c):
     """Clamp a log concentration so that its exponential is finite and nonzero; NaN stays NaN."""
     return tl.where(c > 80.0, 80.0, tl.where(c < -80.0, -80.0, c))
 
@@ -36,7 +36,7 @@ def held(c):
 @triton.jit
 def shares(c1, c0):
     """Return logs of the lesser and larger concentration, their ratio k, log(1 + k), and whether c0 < c1."""
-    a, b = held(c1), held(c0)
+    a, b = clamped(c1), clamped(c0)
     other = a > b
     p, q = tl.where(other, b, a), tl.where(other, a, b)
     k = exp_of_negative(p - q)
@@ -91,7 +91,7 @@ def gradient(g, x, c1, c0):
     none = g == 0
     to_1 = tl.where(none, 0.0, g * tl.where(other, of_largest, of_least))
     to_0 = tl.where(none, 0.0, g * tl.where(other, of_least, of_largest))
-    low, _ = expm1_parts(held(c1))
-    high, _ = expm1_parts(held(c0))
+    low, _ = expm1_parts(clamped(c1))
+    high, _ = expm1_parts(clamped(c0))
     of_x = tl.where(low == 0, 0.0, low / x) - tl.where(high == 0, 0.0, high / (1.0 - x))
     return tl.where(none, 0.0, g * of_x), to_1, to_0

@@ -26,7 +26,7 @@ def data(x):
 
 
 @triton.jit
-def held(v):
+def clamped(v):
     """Clamp v so that exp(v) is finite and nonzero; NaN stays NaN."""
     most: tl.constexpr = 700.0 if v.dtype == tl.float64 else 87.0
     return tl.where(v > most, most, tl.where(v < -most, -most, v))
@@ -52,7 +52,7 @@ def value(x, log_x, log_mean, log_inverse_dispersion):
     ratio = log_mean - t
     small = ratio < (-40.0 if x.dtype == tl.float64 else -20.0)
     exponent = tl.where(zero, tl.where(small, log_mean, ratio), signed)
-    top = held(exponent)
+    top = clamped(exponent)
     less_one, less_line = expm1_parts(top)
     whole = exp(top)
     log_of, rest = log1p_and_rest(tl.where(zero, whole, a * less_one))
@@ -74,13 +74,13 @@ def slopes(x, log_mean, log_inverse_dispersion):
     zero = x == 0
     d = tl.where(zero, 1e30, (log_mean - high) - low)
     ratio = log_mean - t
-    top = held(ratio)
+    top = clamped(ratio)
     # The shares of theta and of the mean in their sum.
     k = exp_of_negative(-tl.abs(top))
     large = 1.0 / (1.0 + k)
     of_theta = tl.where(ratio > 0, k * large, large)
     of_mean = tl.where(ratio > 0, large, k * large)
-    less_one, _ = expm1_parts(held(d))
+    less_one, _ = expm1_parts(clamped(d))
     pull = tl.where(tl.abs(d) < 1, -x * less_one * of_theta, x * of_theta - theta * of_mean)
     rest = rest_of_log(pull / theta, (n / theta) * of_theta) + tl.maximum(ratio - top, 0.0)
     gamma = 0.5 * (x / n) + (digamma_excess(theta, t) - theta / n * digamma_excess(n, log(n)))
