@@ -12,8 +12,9 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastvae
 from fastvae import ops
@@ -234,3 +235,37 @@ def test_wrong_tensors(way):
         [sys.executable, "-m", "tests.test_op_contracts", way, *names], capture_output=True, text=True
     )
     assert done.returncode == 0, (done.returncode, done.stdout[-3000:], done.stderr[-2000:])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_results_have_the_layout_that_compiled_code_expects(backend):
+    """Results have the strides of the op's fake for any layout of the inputs: graphs take views of them."""
+
+    def turned(t):
+        return t.mT.contiguous().mT
+
+    with fastvae.use_backend(backend):
+        calls = recorded(list(DECLARED))
+        for name, args in calls.items():
+            op = getattr(torch.ops.fastvae, name)
+            args = tree_map(lambda t: t.detach() if _is(t) else t, args)
+            axes = [i for i, t in enumerate(args) if _is(t) and t.dim() > 1]
+            accepted = 0
+            for those in (axes, *([i] for i in axes)):
+                given = [turned(t) if i in those else t for i, t in enumerate(args)]
+                try:
+                    results = op(*given)
+                except ValueError as error:  # tensors that an op saved for its gradient are contiguous
+                    assert "contiguous" in str(error)
+                    continue
+                accepted += 1
+                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                    fakes = op(*tree_map(lambda t, m=mode: m.from_tensor(t) if _is(t) else t, given))
+                for result, fake in zip(tree_leaves(results), tree_leaves(fakes), strict=True):
+                    if result is not None:
+                        assert result.shape == fake.shape and result.stride() == fake.stride(), (name, those)
+            assert accepted or not axes, name
+
+
+def _is(t):
+    return isinstance(t, torch.Tensor)

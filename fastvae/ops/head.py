@@ -288,7 +288,7 @@ class _WeighLinearBackward(Op):
             term.dim() if need[-1] else 0,
         )
         grads = rows(grad, x, h, *others, likelihood, need[:-1]) if any(need[:-1]) else [None] * _GRADIENTS
-        return *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
+        return *grads, grad_term if grad_term is None else grad_term.to(term.dtype).contiguous()
 
     def check(self, *args):
         grads, tensors, (term, beta, how) = (

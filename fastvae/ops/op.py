@@ -143,7 +143,10 @@ class Op:
         return registered
 
     def _implementation(self, backend: str) -> Callable:
-        return self.native if backend == "native" else self.composed(backend)
+        if backend == "native":
+            return self.native
+        function = self.composed(backend)
+        return _with_contiguous_results(function) if backend == "reference" else function
 
     def _on_cpu(self, *args):
         return self._by_backend(_backend.on_cpu())(*args)
@@ -360,3 +363,16 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Cast to ``dtype``; return the tensor itself if it already has it."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _with_contiguous_results(function: Callable) -> Callable:
+    """Give results of plain PyTorch, which follow the inputs' layout, the contiguous layout of the fakes."""
+
+    def contiguous(result):
+        return None if result is None else result.contiguous()
+
+    def call(*args):
+        results = function(*args)
+        return tuple(map(contiguous, results)) if isinstance(results, tuple) else contiguous(results)
+
+    return call
