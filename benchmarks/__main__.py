@@ -36,16 +36,8 @@ MODULES = (
 SUBCOMMANDS = {
     "head_memory": "memory and time over K, with the decoder's last layer fused into the likelihood",
     "frontend": "overhead of an objective, with a decoder that costs nothing",
-    "gpu": "tests and measurements on a GPU",
-    "kernels": "compiled code of the kernels, without a GPU",
-    "predict": "predicted times of the kernels on an absent GPU, from their machine code",
     "single_cell": "scvi-tools' model of counts against the same networks in fastvae",
-    "qmc": "errors of log p(x) from quasi-Monte-Carlo draws and from independent draws",
-    "latents": "the demo with every posterior and every prior, for docs/latents.md",
-    "bounds": "the demo's digits trained with every bound, for docs/bounds.md",
-    "estimators": "estimates of log p(x) against the truth, for docs/estimators.md",
     "picture": "the README's picture: the time of a call, and memory over K",
-    "launches": "the Python path from a call to its launch, without a GPU",
 }
 
 

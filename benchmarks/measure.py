@@ -87,7 +87,7 @@ class Timed:
 class Host:
     """CPU that does the work, with its clock and memory.
 
-    :class:`benchmarks.device.Cuda` has the same methods. Without a GPU it stands in for one: a work that
+    :class:`tools.device.Cuda` has the same methods. Without a GPU it stands in for one: a work that
     requests a CUDA graph gets a loop.
     """
 

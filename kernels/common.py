@@ -45,7 +45,7 @@ class Launch(NamedTuple):
         return threads // LANES
 
 
-# Launch parameters, and why (`python -m benchmarks kernels` shows their effect). No autotuning: a choice by
+# Launch parameters, and why (`python -m tools.kernels` shows their effect). No autotuning: a choice by
 # timing would change the order of sums, and with it the bits, from run to run.
 LAUNCH = {
     # With noise: 8 elements, two Philox blocks, per thread; limited by the registers of the ten rounds.

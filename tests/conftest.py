@@ -24,7 +24,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 import fastvae  # noqa: E402
-from benchmarks import interpreter  # noqa: E402
+from tools import interpreter  # noqa: E402
 
 from .cases import DEVICE  # noqa: E402
 
@@ -42,7 +42,7 @@ hypothesis.settings.register_profile(
     phases=[hypothesis.Phase.generate],
     derandomize=True,
 )
-# For python -m benchmarks gpu: on a GPU every new shape compiles a kernel, which takes a second.
+# For python -m tools.gpu: on a GPU every new shape compiles a kernel, which takes a second.
 hypothesis.settings.register_profile("device", hypothesis.settings.get_profile("fastvae"), max_examples=6)
 # For tests that are repeated in another set-up, such as with an older processor's instructions.
 hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("fastvae"), max_examples=8)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import triton
 
-from benchmarks import kernels
+from tools import kernels
 
 U16, U32, U64, F32 = np.uint16, np.uint32, np.uint64, np.float32
 TYPES = {

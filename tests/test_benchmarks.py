@@ -237,7 +237,7 @@ def test_the_readmes_picture(tmp_path, monkeypatch, capsys):
 def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
     """Every estimator is a row of both tables, and the written numbers are the measured ones."""
     pytest.importorskip("sklearn")
-    from benchmarks import estimators
+    from docs.experiments import estimators
 
     def off_by_two(model, k, seed):
         value = model.log_px - 2
@@ -259,7 +259,7 @@ def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
 
 def test_the_exact_models_truth_is_exact():
     """Every weight is p(x) for the exact posterior."""
-    from benchmarks import estimators
+    from docs.experiments import estimators
 
     model = estimators.linear_gaussian(3, 1, 0, 5)
     found = estimators.marginal(model, 2, 0)

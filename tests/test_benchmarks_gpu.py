@@ -1,4 +1,4 @@
-"""python -m benchmarks gpu: the dry run, judgements, time limits, the device and the processes."""
+"""python -m tools.gpu: the dry run, judgements, time limits, the device and the processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import device, device_tests, gpu, gpu_tables, report
+from benchmarks import report
 from benchmarks.measure import COMPILE, COPY, OURS, Machine, Result, Work, measure
+from tools import device, device_tests, gpu, gpu_tables
 
 pytest.importorskip("triton")
 

@@ -1046,7 +1046,7 @@ def test_products_on_matrix_units():
     code = """
 import re, torch
 from types import SimpleNamespace
-from benchmarks.kernels import compiled, recorded, tensor
+from tools.kernels import compiled, recorded, tensor
 from fastvae.kernels import head
 from fastvae.likelihoods.base import DECLARED
 for dtype in (torch.bfloat16, torch.float32):

@@ -16,7 +16,7 @@ import pytest
 triton = pytest.importorskip("triton")
 fcntl = pytest.importorskip("fcntl")
 
-from benchmarks import kernels  # noqa: E402
+from tools import kernels  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Compiling takes some minutes the first time.
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 # A separate process: the other tests import triton with TRITON_INTERPRET set, and then it cannot compile.
 PLANTED = """
 import dataclasses, json, sys, triton, triton.language as tl
-from benchmarks import kernels
+from tools import kernels
 
 @triton.jit
 def spills(p_x, BLOCK: tl.constexpr):
@@ -234,7 +234,7 @@ def test_draws_of_full_covariance_are_no_products_of_tf32():
     """No product uses TF32, as Triton 3.7 would for some on sm_100 in spite of "ieee"."""
     script = """
 import torch
-from benchmarks import kernels
+from tools import kernels
 for label, call in kernels.full_launches((torch.float32, torch.bfloat16)):
     for kernel, arguments, options, _ in kernels.recorded(call):
         for target in ("sm_80", "sm_90", "sm_100"):
@@ -272,7 +272,7 @@ def test_arithmetic_is_not_the_limit(reports):
 def test_one_program_for_every_batch():
     """A new B or K compiles nothing: programs differ only by alignment."""
     script = """
-from benchmarks import kernels
+from tools import kernels
 from fastvae.kernels import full, importance, latent, likelihood, mixture, weigh
 from fastvae.likelihoods.base import DECLARED
 from fastvae.ops.full import Draw as Place

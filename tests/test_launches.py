@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # In a separate process, where kernels are compiled and launched by a stand-in driver.
 SCRIPT = """
 import torch, fastvae
-from benchmarks.launches import install
+from tools.launches import install
 from fastvae import ops
 from fastvae.kernels import launching, likelihood
 

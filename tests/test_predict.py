@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_tables, predict  # noqa: E402
+from tools import gpu_tables, predict  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 WARPS, LENGTH, STARTS = 8, 400, 150 * 8

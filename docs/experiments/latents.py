@@ -1,4 +1,4 @@
-"""``python -m benchmarks latents``: the demo with each posterior and each prior, for docs/latents.md.
+"""``python -m docs.experiments.latents``: the demo with each posterior and each prior, for docs/latents.md.
 
 Every posterior with a standard normal prior, and every prior with a diagonal posterior: the demo's two models
 of scikit-learn's digits, trained with the ELBO and with IWAE-50. Prints log p(x) of the test images, its
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def cell(values: Tensor, sign: str = "") -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks latents", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m docs.experiments.latents", description=__doc__)
     parser.add_argument("--latent", type=int, default=2, help="latent dimensions (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
     parser.add_argument(
@@ -135,3 +136,7 @@ def main(arguments: list[str]) -> int:
                 first.setdefault("own", of["own"])
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -14,9 +14,10 @@ from types import ModuleType
 
 import torch
 
+from benchmarks.measure import Host, Timed, Work, describe, loop_of, tuple_of
+from benchmarks.report import processor, versions_of
+
 from . import interpreter
-from .measure import Host, Timed, Work, describe, loop_of, tuple_of
-from .report import processor, versions_of
 
 # Duration of a graph's calls, long enough to make its launch negligible.
 GRAPH_SECONDS = 2e-3

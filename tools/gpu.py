@@ -1,4 +1,4 @@
-"""``python -m benchmarks gpu``: tests on the device, then every op, step and evaluation, in limited time.
+"""``python -m tools.gpu``: tests on the device, then every op, step and evaluation, in limited time.
 
 The command itself touches no device. It runs the tests, and then a process that measures, the most important
 items first. That process writes rows as they come; if it cannot continue (an illegal address, a failed
@@ -24,14 +24,11 @@ from pathlib import Path
 import torch
 from torch import distributions as td
 
-from fastvae.core import backend as _backend
-
-from . import device_tests, gpu_tables, report
-from .device import CaptureFailed, Cuda, DeviceLost, StandIn
-from .importance import log_mean_exp
-from .latent import rsample_kl, rsample_log_ratio
-from .likelihood import log_prob
-from .measure import (
+from benchmarks import report
+from benchmarks.importance import log_mean_exp
+from benchmarks.latent import rsample_kl, rsample_log_ratio
+from benchmarks.likelihood import log_prob
+from benchmarks.measure import (
     COMPILE,
     OURS,
     REDUCE_OVERHEAD,
@@ -43,8 +40,12 @@ from .measure import (
     measure,
     measure_machine,
 )
-from .objectives import evaluated, evaluation, iwae_without_networks, steps
-from .weigh import bound
+from benchmarks.objectives import evaluated, evaluation, iwae_without_networks, steps
+from benchmarks.weigh import bound
+from fastvae.core import backend as _backend
+
+from . import device_tests, gpu_tables
+from .device import CaptureFailed, Cuda, DeviceLost, StandIn
 
 ROOT = Path(__file__).parents[1]
 # Exit code of a measuring process when another must continue.
@@ -377,7 +378,7 @@ def _measure(item: Item, host: Host, machine: Machine, where: report.Row, state:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu",
+        prog="python -m tools.gpu",
         description="On a machine with a CUDA device: run the tests there, then measure every op, IWAE "
         "training steps and the evaluation of log p(x), with eager PyTorch, torch.compile, "
         "torch.distributions and Pyro (where installed) as peers. Ends with short tables; writes CSV and "
@@ -414,7 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = "\n  ".join(item.name for item in PLAN)
         parser.error(f"--only {options.only[0]!r} matches none of the names:\n  {names}")
     if reason := _unfit(options.dry_run):
-        print(f"python -m benchmarks gpu: {reason}", file=sys.stderr)
+        print(f"python -m tools.gpu: {reason}", file=sys.stderr)
         return 2
     began = time.time()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -453,7 +454,7 @@ def _unfit(dry_run: bool) -> str:
 
 def _measure_all(state: State) -> State:
     """Run measuring processes until everything is done or the time is up."""
-    command = [sys.executable, "-m", "benchmarks", "gpu", "--worker", state.path]
+    command = [sys.executable, "-m", "tools.gpu", "--worker", state.path]
     # Measure the GPU's default backend, whatever is selected for other work.
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTVAE_BACKEND")}
     if state.dry_run:
@@ -514,3 +515,7 @@ def _conclude(state: State, tests: device_tests.Outcome | None, out: Path, began
     wrong = any(row["wrong"] and row["implementation"].split(",")[0] == OURS for row in rows)
     failed = tests is not None and not tests.passed
     return 1 if wrong or failed or state.lost or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

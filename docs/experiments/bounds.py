@@ -1,4 +1,4 @@
-"""``python -m benchmarks bounds``: the demo's digits, trained with each bound, for docs/bounds.md.
+"""``python -m docs.experiments.bounds``: the demo's digits, trained with each bound, for docs/bounds.md.
 
 One model (64-128-128-8 and back, binarised anew in each pass), 64 samples per example in each step for every
 bound, on several seeds. Prints, for the test images and over the seeds, the IWAE-64 bound, log p(x) with 5000
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def cell(values: Tensor) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks bounds", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m docs.experiments.bounds", description=__doc__)
     parser.add_argument("--latent", type=int, default=8, help="latent dimensions (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
@@ -86,3 +87,7 @@ def main(arguments: list[str]) -> int:
         cells = [name, *(cell(v) for v in (iwae, log_px, iwae - log_px, elbo - log_px))]
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

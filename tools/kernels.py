@@ -1,4 +1,4 @@
-"""``python -m benchmarks kernels``: compiled code of every Triton kernel, without a GPU.
+"""``python -m tools.kernels``: compiled code of every Triton kernel, without a GPU.
 
 The ops are called on meta tensors of realistic shapes, and launches are recorded instead of run, so tiles,
 flags and specialisation are the launcher's, without a second table to maintain. Recorded launches are
@@ -735,12 +735,12 @@ def row(r: Report) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks kernels",
+        prog="python -m tools.kernels",
         description="Compile every Triton kernel as it is launched, without a GPU, and print its resources: "
         "registers per thread (reg) and the share of a multiprocessor's threads that they allow (occ); "
         "bytes spilled and shared; instructions per element, in the innermost loop and in total (loop, "
         "instr); bytes per element; and the narrowest access of a thread to each argument. "
-        "`python -m benchmarks predict` predicts the times.",
+        "`python -m tools.predict` predicts the times.",
     )
     parser.add_argument("patterns", nargs="*", help='regular expressions that "target launch" must match')
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""``python -m benchmarks launches``: the Python path from a call to its launch, without a GPU.
+"""``python -m tools.launches``: the Python path from a call to its launch, without a GPU.
 
 At small sizes that path is the whole cost. Triton compiles as for an H100, with a stand-in driver that
 accepts launches and does nothing, so that everything is measured except the launch by CUDA's driver.
@@ -123,7 +123,7 @@ def _text(percentiles: np.ndarray) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks launches",
+        prog="python -m tools.launches",
         description="The Python path from a call to its launch, and torch.compile's, without a GPU.",
     )
     parser.parse_args(arguments)

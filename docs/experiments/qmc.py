@@ -1,4 +1,4 @@
-"""``python -m benchmarks qmc``: errors of log p̂(x) by independent and by quasi-Monte-Carlo draws.
+"""``python -m docs.experiments.qmc``: errors of log p̂(x) by independent and by quasi-Monte-Carlo draws.
 
 Uses linear-Gaussian models, whose log p(x) is known, and decoders trained on scikit-learn's digits, whose
 log p(x) is a sum over a grid for two latents, and otherwise from 2^17 draws, for examples with k̂ below 0.7.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,7 @@ def measure(name: str, log_marginal: Callable[..., fastvae.LogMarginal], log_px:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks qmc", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m docs.experiments.qmc", description=__doc__)
     parser.add_argument("--epochs", type=int, default=60, help="training epochs (default: %(default)s)")
     parser.add_argument(
         "--copies", type=int, default=16, help="copies of each example (default: %(default)s)"
@@ -117,3 +118,7 @@ def main(arguments: list[str]) -> int:
         trained = functools.partial(vae.log_marginal, x[fine].repeat(copies, 1))
         measure(f"digits, D = {d} ({int(fine.sum())})", trained, log_px[fine].repeat(copies), copies)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

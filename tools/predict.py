@@ -1,4 +1,4 @@
-"""``python -m benchmarks predict``: predicted time of a kernel on an absent GPU, from its machine code.
+"""``python -m tools.predict``: predicted time of a kernel on an absent GPU, from its machine code.
 
 Triton's code for sm_90 is disassembled with its control codes (Huerta et al., Dissecting and modeling the
 architecture of modern GPU cores, MICRO 2025, arXiv 2503.20481), and a quarter of a multiprocessor is
@@ -17,7 +17,7 @@ Assumptions, each of them wrong somewhere:
   as in a full one. A launch in a graph adds 1.5 µs.
 - The clock is 1.755 GHz.
 
-``python -m benchmarks gpu`` measures a real GPU; its results in ``benchmarks/results``, if any, are printed
+``python -m tools.gpu`` measures a real GPU; its results in ``benchmarks/results``, if any, are printed
 next to the predictions.
 """
 
@@ -41,9 +41,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import kernels, report
+from benchmarks import report
+from benchmarks.measure import COPY, OURS
+
+from . import kernels
 from .kernels import tensor
-from .measure import COPY, OURS
 
 GIGAHERTZ = 1.755
 MULTIPROCESSORS = 132
@@ -54,7 +56,7 @@ COPIED = {"H100": 3.0e12, "H200": 4.1e12}
 SHARED_MEMORY, MOST_WARPS, MOST_PROGRAMS = 227 * 1024, 64, 32
 # Simulated warps per warp resident in a quarter.
 WAVES = 3
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 PIPES = [  # first match wins
     ("memory", r"LDG|STG|LDS|STS|ATOM|RED|SHFL|LDSM|STSM|LD\b|ST\b"),
@@ -247,7 +249,7 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
     return Predicted(kernel.__name__, registers, warps, len(issued), moved, seconds)
 
 
-# Predicted cases: (group, case, direction) as in ``python -m benchmarks gpu``, and the ops' calls.
+# Predicted cases: (group, case, direction) as in ``python -m tools.gpu``, and the ops' calls.
 
 
 def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]:
@@ -336,7 +338,7 @@ def measured(path: Path) -> dict[tuple[str, str, str], tuple[float, float]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks predict",
+        prog="python -m tools.predict",
         description="Predict the kernels' times on an H100 and an H200 from their machine code, without a "
         "GPU. Also prints the share of a copy's speed, and recorded measurements, if any.",
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import report
-from .measure import COMPILE, COPY, OURS
-from .report import Row
+from benchmarks import report
+from benchmarks.measure import COMPILE, COPY, OURS
+from benchmarks.report import Row
 
 SHARE_OF_COPY = 0.9
 PREDICTED = Path(__file__).parent / "predicted-sm_90.csv"
@@ -62,7 +62,7 @@ def text(rows: list[Row], dry_run: bool) -> str:
 
 
 def predictions(rows: list[Row], path: Path = PREDICTED) -> str:
-    """Return the predictions of ``python -m benchmarks predict`` for this GPU next to the measurements."""
+    """Return the predictions of ``python -m tools.predict`` for this GPU next to the measurements."""
     device = next((r["device"] for r in rows), "")
     column = next((f"{card}_us" for card in ("h100", "h200") if card.upper() in device), "")
     if not column or not path.exists():
