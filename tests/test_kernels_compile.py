@@ -73,7 +73,7 @@ def _run(*arguments: str, file: pathlib.Path | None = None) -> list[kernels.Repo
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     run = subprocess.run(
-        [sys.executable, *([file] if file else ["-m", "benchmarks", "kernels", "--json"]), *arguments],
+        [sys.executable, *([file] if file else ["-m", "tools.kernels", "--json"]), *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

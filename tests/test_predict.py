@@ -78,7 +78,7 @@ def test_the_command(tmp_path):
     """A kernel's prediction is within a factor of two of a GPU's measurement, or the model is useless."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "predicted.csv"
-    command = [sys.executable, "-m", "benchmarks", "predict", "bernoulli.*1024×784, float32 forward$"]
+    command = [sys.executable, "-m", "tools.predict", "bernoulli.*1024×784, float32 forward$"]
     run = subprocess.run([*command, "--out", out], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     (row,) = csv.DictReader(out.open())

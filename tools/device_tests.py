@@ -31,7 +31,7 @@ FIRST = (
     "chunks",
 )
 # Tests that compile, start processes or build, without the device.
-WITHOUT_DEVICE = ("package", "kernels_compile", "ptx", "launches", "readme", "benchmarks", "benchmarks_gpu")
+WITHOUT_DEVICE = ("package", "kernels_compile", "ptx", "launches", "readme", "benchmarks", "gpu_runner")
 # The tests of a dry run.
 QUICK = "compare"
 MOST_SHOWN = 20

@@ -30,7 +30,7 @@ HOURS = ("--seconds", 36_000, "--tests-seconds", 18_000)
 
 
 def _run(*arguments):
-    command = [sys.executable, "-m", "benchmarks", "gpu", *map(str, arguments)]
+    command = [sys.executable, "-m", "tools.gpu", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
