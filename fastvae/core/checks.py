@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .hints import did_you_mean
+from .torch_private import functorch_is_active
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Converted to int64, since torch has few operations for these.
@@ -207,7 +208,7 @@ def check_weight(name: str, value: Any, meaning: str, q: Any, *, per_row: bool) 
             f"{name} is on {value.device} but q is on {device}; move it with {name}.to({str(device)!r})"
         )
     # On a GPU reading the values would synchronise.
-    known = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    known = not torch.compiler.is_compiling() and not functorch_is_active()
     if known and (value.is_cpu or checks_data()):
         wrong = ~((value >= 0) & (value < math.inf)).detach()
         if bool(wrong.any()):

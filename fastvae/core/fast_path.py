@@ -11,15 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import _C, Tensor
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from .checks import FLOATING, is_dense
+from .torch_private import (
+    dispatch_mode_depth,
+    forward_ad_is_active,
+    functorch_is_active,
+    is_functorch_wrapped,
+    tracing_state,
+)
 
 ON_CPU, ON_GPU, WANTED = 1, 2, 4
 PLACES = ON_CPU | ON_GPU
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_is_wrapped = _C._functorch.is_functorch_wrapped_tensor
 
 
 def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
@@ -29,10 +34,10 @@ def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
     tensor subclass or mixed devices.
     """
     if (
-        _C._are_functorch_transforms_active()
-        or _C._len_torch_dispatch_stack()
-        or _C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+        functorch_is_active()
+        or dispatch_mode_depth()
+        or tracing_state() is not None
+        or forward_ad_is_active()
     ):
         return 0
     found = 0
@@ -41,7 +46,7 @@ def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
             continue
         # Tensors saved by torch.func.vjp are still wrapped when its function is called outside the transform.
         # Only the dispatcher resolves lazily negated views.
-        if type(t) not in _PLAIN or _is_wrapped(t) or t.is_neg() or not (t.is_cpu or t.is_cuda):
+        if type(t) not in _PLAIN or is_functorch_wrapped(t) or t.is_neg() or not (t.is_cpu or t.is_cuda):
             return 0
         found |= (ON_CPU if t.is_cpu else ON_GPU) | (WANTED if t.requires_grad else 0)
     # The seed of GPU tensors must be on the GPU, too, so mixed devices go to full validation.

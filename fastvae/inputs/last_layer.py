@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -13,6 +12,13 @@ from torch.nn import functional
 
 from ..core import fast_path as _glance
 from ..core.checks import FLOATING, shape_of
+from ..core.torch_private import (
+    has_hooks,
+    is_functorch_wrapped,
+    is_torchs,
+    runs_torchs_call,
+    torch_function_depth,
+)
 
 __all__ = ["FusedHead", "LastLayer"]
 
@@ -60,7 +66,7 @@ def _is_allocated(tensor: Tensor) -> bool:
     """Return True unless the tensor's storage has been freed, as sharding does."""
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or not tensor.numel():
         return True
-    if _glance._is_wrapped(tensor):  # by torch.func, whose tensors have no storage
+    if is_functorch_wrapped(tensor):  # by torch.func, whose tensors have no storage
         return True
     reach = tensor.storage_offset() + 1
     for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
@@ -155,44 +161,12 @@ def called_by(function: Any) -> Any:
     return function.__self__ if type(function) is MethodType else function
 
 
-_CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
-
-
 def _is_forward_alone(module: nn.Module) -> bool:
     """Return True for an ``nn.Linear`` or ``nn.Sequential`` whose call runs only torch's own forward."""
     kind = type(module)
     if kind is not nn.Linear and kind is not nn.Sequential:
         return False
-    if _has_hooks(module) or module._compiled_call_impl is not None:
-        return False
-    if torch.nn.modules.module._has_any_global_hook() or any([name in module.__dict__ for name in _CALLED]):
-        return False
-    return bool(_is_torchs(kind))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _is_torchs(kind: type[nn.Module]) -> bool:
-    """Return True if none of the functions that a call of the class runs has been replaced."""
-    forward = vars(sys.modules[kind.__module__])
-    others = vars(torch.nn.modules.module)
-    return functional.linear is torch._C._nn.linear and all(
-        [
-            getattr(getattr(kind, name), "__globals__", None) is (forward if name == "forward" else others)
-            for name in _CALLED
-        ]
-    )
-
-
-# Set here because torch.compiler.assume_constant_result would import the whole compiler.
-_is_torchs._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return not has_hooks(module) and runs_torchs_call(module) and is_torchs(kind)
 
 
 def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
@@ -207,7 +181,7 @@ def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
     for t in tensors:
         if t.dtype != h.dtype or t.dtype not in FLOATING or t.layout != torch.strided or t.device != h.device:
             return False
-    if torch.is_autocast_enabled(h.device.type) or torch._C._len_torch_function_stack():
+    if torch.is_autocast_enabled(h.device.type) or torch_function_depth():
         return False
     return torch.compiler.is_compiling() or (
         bool(_glance.plain(tensors) & _glance.PLACES) and all([_is_allocated(t) for t in tensors])
@@ -267,7 +241,11 @@ class FusedHead(nn.Module):
                 "torch.nn.Linear(200, 784)); got none"
             )
         for i, layer in enumerate(layers):
-            if not isinstance(layer, nn.Linear) or not _has_its_forward(layer):
+            if (
+                not isinstance(layer, nn.Linear)
+                or type(layer).forward is not nn.Linear.forward
+                or not runs_torchs_call(layer)
+            ):
                 raise TypeError(
                     f"layer {i} must be an nn.Linear with nn.Linear's own forward, it is not called; got "
                     f"{type(layer).__name__}. Make it a part of the body, or use no FusedHead"
@@ -318,8 +296,8 @@ class FusedHead(nn.Module):
     @staticmethod
     def _check(i: int, layer: Any, h: Any) -> None:
         """Reject a layer whose call is more than its product, and an incompatible input."""
-        hooks = _has_hooks(layer) or torch.nn.modules.module._has_any_global_hook()
-        if hooks or not _has_its_forward(layer):
+        hooks = has_hooks(layer)
+        if hooks or _is_replaced(layer):
             what = "hooks" if hooks else f"a forward of its own ({type(layer).__name__})"
             raise TypeError(
                 f"layer {i} of FusedHead has {what}, but it is not called; use "
@@ -344,6 +322,6 @@ def _attached(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor)
 
 
-def _has_its_forward(layer: nn.Module) -> bool:
-    own = [name for name in _CALLED if name in layer.__dict__]
-    return not own and type(layer).forward is nn.Linear.forward and layer._compiled_call_impl is None
+def _is_replaced(layer: nn.Linear) -> bool:
+    """Return True if a call of the layer runs another forward than ``nn.Linear``'s."""
+    return type(layer).forward is not nn.Linear.forward or not runs_torchs_call(layer)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.checks import is_dense, may_look
+from ..core.torch_private import functorch_is_active
 from .last_layer import called_by
 
 # For events of fewer numbers, all outputs may lie between 0 and 1 by chance.
@@ -71,7 +71,7 @@ def look(decoder: Any, likelihood: Any, x: Any, outputs: Any) -> None:
             look(None, part, x[name], outputs[name])
         return
     # Tensors under a transform, and subclasses, may have no values.
-    if type(x) is not Tensor or not is_dense(x) or torch._C._are_functorch_transforms_active():
+    if type(x) is not Tensor or not is_dense(x) or functorch_is_active():
         return
     if not look_at_structure(decoder, likelihood):
         _look_at_outputs(likelihood, outputs)

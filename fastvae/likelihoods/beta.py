@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
+from ..core.torch_private import standard_gamma
 from .base import Declared
 
 # Largest log concentration a: float32 represents both exp(a) and exp(-a).
@@ -112,7 +113,7 @@ def _log_gamma(log_concentration: Tensor, generator: torch.Generator | None) -> 
     """Draw log Gamma(a, 1) as log Gamma(a + 1, 1) + log(u) / a, which cannot underflow."""
     a = torch.exp(log_concentration.clamp(max=_MOST))
     exponential = torch.empty_like(a).exponential_(generator=generator)
-    return torch.log(torch._standard_gamma(a + 1, generator)) - exponential / a
+    return torch.log(standard_gamma(a + 1, generator)) - exponential / a
 
 
 def _parts(x: Tensor, log_concentration1: Tensor, log_concentration0: Tensor) -> tuple[Tensor, ...]:

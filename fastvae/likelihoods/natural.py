@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import may_look
+from ..core.torch_private import functorch_is_active
 from ..ops.op import accumulator
 
 # Smallest logarithm, and smallest variance p (1 - p) in a slope, as in F.binary_cross_entropy.
@@ -67,7 +68,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _check(values: Tensor, high: float, owner: str, expected: str, instead: str) -> None:
-    known = type(values) is Tensor and not torch._C._are_functorch_transforms_active()
+    known = type(values) is Tensor and not functorch_is_active()
     if not known or not may_look(values):
         return
     least, most = (float(v) for v in values.detach().aminmax())

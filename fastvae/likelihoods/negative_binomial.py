@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
+from ..core.torch_private import standard_gamma
 from .scaled import Held, Scaled
 
 # Clamps: the log inverse dispersion, and other exponents, near the end of float32's range.
@@ -126,7 +127,7 @@ class NegativeBinomial(Overdispersed):
         log_mean: Tensor, log_inverse_dispersion: Tensor, *, generator: torch.Generator | None
     ) -> Tensor:
         theta = torch.exp(log_inverse_dispersion.clamp(max=_TOP))
-        gamma = torch._standard_gamma(theta, generator)
+        gamma = standard_gamma(theta, generator)
         return torch.poisson(torch.exp(log_mean) * (gamma / theta), generator=generator)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.special import half_step, half_step_slope, log1p_excess, log1p_square
+from ..core.torch_private import standard_gamma
 from .scaled import Held, Scaled, normal_like
 
 
@@ -93,7 +94,7 @@ class StudentT(Scaled):
         location: Tensor, log_scale: Tensor, log_df: Tensor, *, generator: torch.Generator | None
     ) -> Tensor:
         half = 0.5 * torch.exp(log_df.clamp(max=80))
-        spread = torch.sqrt(half / torch._standard_gamma(half, generator))
+        spread = torch.sqrt(half / standard_gamma(half, generator))
         return location + torch.exp(log_scale) * spread * normal_like(location, generator)
 
     def __init__(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..core import backend as _backend
+from ..core.torch_private import functorch_is_active
 from ..distributions import draw_chunk
 from ..inputs.batch import Inputs
 from ..inputs.nested import Beside, tensors
@@ -55,7 +56,7 @@ def chunked(
 
     The third result, [K, B] or None, receives the gradient for q in its backward pass.
     """
-    if torch._C._are_functorch_transforms_active():
+    if functorch_is_active():
         raise RuntimeError(
             "k_chunk does not work under torch.func transforms, which cannot drop activations; leave it out, "
             "or differentiate with backward() or torch.autograd.grad"

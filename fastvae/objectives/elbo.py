@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
 from ..core.hints import teaches
+from ..core.torch_private import functorch_is_active
 from ..distributions import Distribution, draw_kl, draw_ratio, draw_strata
 from ..distributions.draws import describe, say_monte_carlo
 from ..inputs.batch import Inputs
@@ -225,7 +226,7 @@ def elbo(
 
 def _unweighted(term: Tensor) -> Tensor:
     """Detach a KL of weight zero if it is not finite, since autograd turns 0 · inf into NaN."""
-    if may_look(term) and not torch._C._are_functorch_transforms_active() and not bool(term.isfinite().all()):
+    if may_look(term) and not functorch_is_active() and not bool(term.isfinite().all()):
         return term.detach()
     return term
 

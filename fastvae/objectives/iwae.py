@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count
 from ..core.hints import teaches
+from ..core.torch_private import AnyBatchNorm
 from ..distributions import draw_chunk, draw_ratio
 from ..distributions.draws import describe
 from ..inputs.batch import Inputs
@@ -363,9 +364,7 @@ def _check_rows_apart(decoder: Any, draws: int, what: str) -> None:
     if draws == 1 or not isinstance(decoder, torch.nn.Module):
         return
     for name, module in decoder.named_modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (
-            module.training or module.running_mean is None
-        ):
+        if isinstance(module, AnyBatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"{what} weighs the gradient that reaches each sample of z by itself, but the decoder's "
                 f"{name or 'module'}, a {type(module).__name__}, takes statistics over all samples: the "

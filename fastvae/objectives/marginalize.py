@@ -23,6 +23,7 @@ from ..core.checks import (
     shape_of,
 )
 from ..core.hints import teaches
+from ..core.torch_private import functorch_is_active
 from ..inputs.nested import each, tensors
 
 if TYPE_CHECKING:
@@ -313,7 +314,7 @@ def _classes(classes: Any, log_q: Any, log_prior: Any, like: Tensor, batch: int)
 
 
 def _may_look(labels: Tensor) -> bool:
-    return may_look(labels) and not torch._C._are_functorch_transforms_active()
+    return may_look(labels) and not functorch_is_active()
 
 
 def _check_labels(labels: Any, like: Tensor, batch: int, classes: int) -> None:

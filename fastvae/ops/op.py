@@ -1,8 +1,7 @@
 """Registration of an op with torch: a dispatcher entry with kernels per device, a fake, and autograd.
 
-The Autograd kernel is Python and uses private names of torch, ``_SingleLevelFunction`` and
-``_AutoDispatchBelowAutograd`` among them. Compared with ``torch.library.register_autograd`` it costs half the
-time per call and works under ``torch.func.grad``.
+The Autograd kernel is Python and uses private names of torch (core/torch_private.py). Compared with
+``torch.library.register_autograd`` it costs half the time per call and works under ``torch.func.grad``.
 """
 
 from __future__ import annotations
@@ -13,14 +12,21 @@ from collections.abc import Callable
 from typing import Any, overload
 
 import torch
-from torch import _C, Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from ..core import backend as _backend
 from ..core.backend import _choice, _default
 from ..core.fast_path import ON_CPU, ON_GPU, PLACES, WANTED, plain
+from ..core.torch_private import (
+    BelowAutograd,
+    SingleLevelFunction,
+    any_requires_grad,
+    forward_ad_is_active,
+    from_handles,
+    handle_of,
+    single_level_autograd,
+)
 from ._contract import Contract
 
 _library = torch.library.Library("fastvae", "DEF")
@@ -123,7 +129,7 @@ class Op:
             results = self._registered(*self._unpacked(args))
         else:
             function, node, native = way
-            wanted = found & WANTED and _C.is_grad_enabled()
+            wanted = found & WANTED and torch.is_grad_enabled()
             if self.told:
                 args = (*args, native if wanted else False)
             results = node.apply(*args) if wanted else function(*args)
@@ -204,20 +210,20 @@ class Op:
     # Autograd
 
     def _below_autograd(self, *args):
-        with _C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             return self._kernel(*self._unpacked(args))
 
     def _autograd(self, *fields):
         """Run the op as the dispatcher's Autograd kernel, with a node if a gradient is needed."""
-        if forward_ad._current_level >= 0 and _any_tangent(fields):
+        if forward_ad_is_active() and _any_tangent(fields):
             raise RuntimeError(
                 f"fastvae::{self.name}: forward-mode differentiation is not implemented; use reverse mode "
                 "(backward, torch.func.grad, torch.func.vjp)."
             )
         if wants_gradients(fields[: self._tensors]):
-            with enable_single_level_autograd_function():
+            with single_level_autograd():
                 return self._packed(self._dispatched_node.apply)(*fields)
-        with _C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             return self._kernel(*fields)
 
     def _node(self, function: Callable, place: int = 0) -> type[Any]:
@@ -236,7 +242,7 @@ class Op:
 
         def backward(ctx, *grads):
             # Backend, grad mode or tensors may have changed since the forward pass.
-            if ctx.backend != _backend.chosen() or _C.is_grad_enabled() or plain(grads) != place:
+            if ctx.backend != _backend.chosen() or torch.is_grad_enabled() or plain(grads) != place:
                 return self._differentiate(ctx, *grads)
             return self.backward(run, ctx, *grads)
 
@@ -248,7 +254,7 @@ class Op:
 
         def backward(ctx, *grads):
             # Backend, grad mode or tensors may have changed since the forward pass.
-            if run is None or _C.is_grad_enabled() or plain(grads) != ON_CPU:
+            if run is None or torch.is_grad_enabled() or plain(grads) != ON_CPU:
                 ctx.backend = "native"
                 return self._differentiate(ctx, *grads)
             return self.backward(run, ctx, *grads)
@@ -257,7 +263,7 @@ class Op:
 
     def _node_of(self, forward: Callable, backward: Callable) -> type[Any]:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(self.name, (_SingleLevelFunction,), methods)
+        return type(self.name, (SingleLevelFunction,), methods)
 
     def _differentiate(self, ctx, *grads):
         if all([g is None for g in grads]):  # no upstream gradient reached the op
@@ -291,14 +297,14 @@ def _implemented_in_cpp(name: str, registered: Any, in_python: Callable) -> bool
         return False
     if not all(t in _LETTERS for t in types):
         return False
-    steal = _C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # the single-tensor variant leaks (torch 2.13)
-    handle = _C._aoti.unsafe_alloc_void_ptr_from_tensor
 
     def with_handles(*args):
         given = zip(types, args, strict=True)
-        results = in_python(*(steal([a])[0] if "Tensor" in t and a is not None else a for t, a in given))
+        results = in_python(
+            *(from_handles([a])[0] if "Tensor" in t and a is not None else a for t, a in given)
+        )
         results = results if isinstance(results, tuple) else (results,)
-        return [None if r is None else handle(r) for r in results]
+        return [None if r is None else handle_of(r) for r in results]
 
     letters = "".join(_LETTERS[t] for t in types)
     return bool(implement(name, _KERNEL, letters, with_handles, _backend.on_cpu))
@@ -315,7 +321,7 @@ def wants_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
         return False
     if torch.compiler.is_compiling():
         return any([t is not None and t.requires_grad for t in tensors])
-    return _C._any_requires_grad(*tensors)
+    return any_requires_grad(*tensors)
 
 
 def _cpp_differentiates(tensors: tuple[Any, ...]) -> bool:

@@ -1,0 +1,94 @@
+"""Names of torch that are not public, collected here because any release of torch may change them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import _C, nn
+from torch._functorch.utils import enable_single_level_autograd_function as single_level_autograd
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+
+__all__ = [
+    "AnyBatchNorm",
+    "BelowAutograd",
+    "SingleLevelFunction",
+    "any_requires_grad",
+    "dirichlet_grad",
+    "dispatch_mode_depth",
+    "forward_ad_is_active",
+    "from_handles",
+    "functorch_is_active",
+    "handle_of",
+    "has_hooks",
+    "is_functorch_wrapped",
+    "is_torchs",
+    "runs_torchs_call",
+    "sample_dirichlet",
+    "single_level_autograd",
+    "standard_gamma",
+    "standard_gamma_grad",
+    "torch_function_depth",
+    "tracing_state",
+]
+
+BelowAutograd = _C._AutoDispatchBelowAutograd
+any_requires_grad = _C._any_requires_grad
+dispatch_mode_depth = _C._len_torch_dispatch_stack
+functorch_is_active = _C._are_functorch_transforms_active
+is_functorch_wrapped = _C._functorch.is_functorch_wrapped_tensor
+torch_function_depth = _C._len_torch_function_stack
+tracing_state = _C._get_tracing_state
+# Tensors as addresses, for kernels that C++ registers without linking libtorch. The variant for one tensor
+# leaks (torch 2.13).
+from_handles = _C._aoti.alloc_tensors_by_stealing_from_void_ptrs
+handle_of = _C._aoti.unsafe_alloc_void_ptr_from_tensor
+# Torch's own samplers and their implicit gradients.
+standard_gamma = torch._standard_gamma
+standard_gamma_grad = torch._standard_gamma_grad
+sample_dirichlet = torch._sample_dirichlet
+dirichlet_grad = torch._dirichlet_grad
+
+_CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
+
+
+def forward_ad_is_active() -> bool:
+    """Return True inside ``torch.autograd.forward_ad.dual_level``."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a call of the module, or of any module, runs hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def runs_torchs_call(module: nn.Module) -> bool:
+    """Return True if a call of the module object itself is neither compiled nor replaced."""
+    return module._compiled_call_impl is None and not any([name in module.__dict__ for name in _CALLED])
+
+
+def is_torchs(kind: type[nn.Module]) -> bool:
+    """Return True if none of the functions that a call of the class runs has been replaced."""
+    forward = vars(sys.modules[kind.__module__])
+    others = vars(torch.nn.modules.module)
+    return functional.linear is _C._nn.linear and all(
+        [
+            getattr(getattr(kind, name), "__globals__", None) is (forward if name == "forward" else others)
+            for name in _CALLED
+        ]
+    )
+
+
+# Set here because torch.compiler.assume_constant_result would import the whole compiler.
+_marked: Any = is_torchs
+_marked._dynamo_marked_constant = True
