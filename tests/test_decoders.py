@@ -33,7 +33,10 @@ LEFT_OUT = {
 def fused(monkeypatch):
     """Record calls of the ops that fuse the last layer."""
     found = []
-    for module, name in ((fastvae.objectives.reduce, "weigh_linear"), (fastvae.likelihoods.base, "linear_rows")):
+    for module, name in (
+        (fastvae.objectives.reduce, "weigh_linear"),
+        (fastvae.likelihoods.base, "linear_rows"),
+    ):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, f=function: found.append(f) or f(*args))
     return found
