@@ -16,6 +16,7 @@ from torch import distributions as td
 
 from .core.checks import INTEGERS, check_choice, check_count, shape_of
 from .core.hints import teaches
+from .core.nested import called, decoded, each, tensors
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
 from .distributions.base import as_module, tensors_of
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
@@ -26,7 +27,6 @@ from .estimation.weights import LogMarginal
 from .inputs.last_layer import may_end_in_a_layer, run_to_last_layer
 from .inputs.misread import look_at_structure
 from .inputs.modules import modules_of, reached
-from .inputs.nested import called, decoded, each, tensors
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives.beta_tc import BetaTCTerms, beta_tc
 from .objectives.bounds import Bound

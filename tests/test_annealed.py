@@ -12,6 +12,7 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
+from fastvae.core.nested import Beside
 from fastvae.distributions import (
     DiagonalNormal,
     Distribution,
@@ -25,7 +26,6 @@ from fastvae.estimation.audit.annealing import STARTS, Annealing, Settings, simu
 from fastvae.estimation.evaluation.audit import Sample
 from fastvae.estimation.stream import Chunks
 from fastvae.inputs.batch import Inputs
-from fastvae.inputs.nested import Beside
 from fastvae.likelihoods import Gaussian, Joint, NegativeBinomial
 
 from .conftest import DEVICE

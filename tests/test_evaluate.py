@@ -25,10 +25,11 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
+from fastvae.core.digest import digest
 from fastvae.distributions import DiagonalNormal, Distribution, StandardNormal
 from fastvae.estimation import stream as _stream
 from fastvae.estimation.evaluation import checkpoint
-from fastvae.estimation.evaluation.checkpoint import Store, digest, write_arrays
+from fastvae.estimation.evaluation.checkpoint import Store, write_arrays
 from fastvae.inputs.batch import Inputs
 from fastvae.inputs.modules import modules_of, parameters_digest
 from fastvae.likelihoods import Bernoulli, Gaussian, Poisson

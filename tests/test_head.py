@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fastvae
 from fastvae import ops
-from fastvae.inputs.last_layer import LastLayer
+from fastvae.core.deferred import LastLayer
 from fastvae.likelihoods import (
     Categorical,
     DiscretizedLogistic,

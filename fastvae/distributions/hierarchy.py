@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from .. import ops, random
 from ..core.checks import check_choice, check_count, check_tensor, on_same_device, shape_of
+from ..core.nested import repeat
 from ..core.special import expm1_minus
-from ..inputs.nested import repeat
 from ..ops.latent import options as options_of
 from ..ops.op import accumulator
 from .base import Distribution, is_family

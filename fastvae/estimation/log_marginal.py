@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_count
 from ..core.hints import teaches
+from ..core.nested import Beside
 from ..inputs.batch import Inputs
-from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..random import RANDOMISATIONS, draw_seed, seed_of
 from . import stream as _stream

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_count
+from ..core.nested import event_size
 from ..distributions import Distribution, draw_chunk, log_shares, rsample
 from ..inputs.batch import Inputs
-from ..inputs.nested import event_size
 from ..likelihoods.base import Declared
 from ..random import randomisations_of
 from .weights import Weights

@@ -10,18 +10,7 @@ from torch import Tensor
 
 from ..core.checks import check_same_device, is_dense, shape_of, signed
 from ..core.fast_path import are_batch, are_batch_in_python
-from ..distributions import (
-    STANDARD,
-    Distribution,
-    as_posterior,
-    as_prior,
-    check_support,
-    diagonal,
-    flat_prior,
-)
-from ..likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
-from .misread import is_new, look
-from .nested import (
+from ..core.nested import (
     Beside,
     all_tensors,
     as_mask,
@@ -33,6 +22,17 @@ from .nested import (
     repeat,
     tensors,
 )
+from ..distributions import (
+    STANDARD,
+    Distribution,
+    as_posterior,
+    as_prior,
+    check_support,
+    diagonal,
+    flat_prior,
+)
+from ..likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
+from .misread import is_new, look
 
 REAL = torch.distributions.constraints.real
 

@@ -4,123 +4,22 @@ from __future__ import annotations
 
 import functools
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..core import fast_path as _glance
 from ..core.checks import FLOATING, shape_of
+from ..core.deferred import PLAIN, LastLayer, deferred_layer, is_allocated
 from ..core.torch_private import (
     has_hooks,
-    is_functorch_wrapped,
     is_torchs,
     runs_torchs_call,
     torch_function_depth,
 )
 
 __all__ = ["FusedHead", "LastLayer"]
-
-_PLAIN = (Tensor, nn.Parameter)
-
-
-class LastLayer(NamedTuple):
-    r"""Deferred linear layers of one input, which objectives and likelihoods read as a decoder's output.
-
-    .. math:: a_n = W h_n + c
-
-    Attributes:
-        input: h, [N, H].
-        weights: W of each layer, [X, H].
-        biases: c of each layer, [X], or None.
-        event: shape of an output's row; a layer with n times as many features has n outputs, concatenated.
-            None: the shape of an example of x, or one flat output per layer if x is not known.
-        versions: in-place version of each tensor at the time of the call.
-    """
-
-    input: Tensor
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    event: tuple[int, ...] | None
-    versions: tuple[int, ...]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.input, *self.weights, *[b for b in self.biases if b is not None])
-
-
-def _record(
-    h: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], event: tuple[int, ...] | None
-) -> LastLayer:
-    layer = LastLayer(h, weights, biases, event, ())
-    return layer._replace(versions=tuple([_version(t) for t in layer.tensors]))
-
-
-def _version(tensor: Tensor) -> int:
-    """Return a tensor's in-place version, or 0 where versions are not tracked."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def _is_allocated(tensor: Tensor) -> bool:
-    """Return True unless the tensor's storage has been freed, as sharding does."""
-    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or not tensor.numel():
-        return True
-    if is_functorch_wrapped(tensor):  # by torch.func, whose tensors have no storage
-        return True
-    reach = tensor.storage_offset() + 1
-    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        reach += (n - 1) * stride
-    return tensor.untyped_storage().nbytes() >= reach * tensor.itemsize
-
-
-def check_unchanged(layer: LastLayer) -> None:
-    """Validate that the record's tensors have not changed since the call.
-
-    Raises:
-        RuntimeError: if one was changed in place, or its storage was freed.
-    """
-    fix = "let the decoder call the layer itself instead of fastvae.FusedHead"
-    for t, version in zip(layer.tensors, layer.versions, strict=True):
-        name = "input" if t is layer.input else "weight or bias"
-        if _version(t) > version:
-            raise RuntimeError(
-                f"the {name} {shape_of(t)} of the decoder's last layer was changed in place after the layer "
-                f"was called, so its output cannot be computed any more; change it out of place, or {fix}"
-            )
-        if not _is_allocated(t):
-            raise RuntimeError(
-                f"the {name} {shape_of(t)} of the decoder's last layer was freed after the call, as sharding "
-                f"does; shard the module that holds the decoder and calls the objective, or {fix}"
-            )
-
-
-def multiply_out(layer: LastLayer, event: tuple[int, ...] | None) -> tuple[Tensor, ...]:
-    r"""Compute the outputs, each [N, \*event], or one flat output per layer without an event.
-
-    Raises:
-        ValueError: if a layer's features are not a multiple of the event's numbers.
-    """
-    check_unchanged(layer)
-    outputs: list[Tensor] = []
-    with torch.autocast(layer.input.device.type, enabled=False):  # the record has the dtypes of the call
-        products = [
-            functional.linear(layer.input, w, b) for w, b in zip(layer.weights, layer.biases, strict=True)
-        ]
-    for product in products:
-        if event is None:
-            outputs.append(product)
-            continue
-        size = torch.Size(event).numel()
-        features = product.shape[1]
-        if features % size if size else features:
-            raise ValueError(
-                f"a last layer of FusedHead has {features} outputs; expected a multiple of {size}, the "
-                f"numbers of an event {list(event)}"
-            )
-        parts = (product,) if features == size else product.split(size, 1)
-        outputs += [part if part.shape[1:] == event else part.reshape(len(part), *event) for part in parts]
-    return tuple(outputs)
 
 
 # Automatic fusion, where the structure proves it safe
@@ -146,7 +45,7 @@ def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
     layer: Any = decoder
     if not _is_product_alone(value, layer.weight, layer.bias):
         return layer(value)
-    return _record(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]))
+    return deferred_layer(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]))
 
 
 def may_end_in_a_layer(decoder: Any) -> bool:
@@ -172,7 +71,7 @@ def _is_forward_alone(module: nn.Module) -> bool:
 def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
     """Return True if ``functional.linear`` of these is a plain matrix product of compatible tensors."""
     tensors = (h, weight) if bias is None else (h, weight, bias)
-    if not all([type(t) in _PLAIN for t in tensors]):
+    if not all([type(t) in PLAIN for t in tensors]):
         return False
     if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1]:
         return False
@@ -184,7 +83,7 @@ def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
     if torch.is_autocast_enabled(h.device.type) or torch_function_depth():
         return False
     return torch.compiler.is_compiling() or (
-        bool(_glance.plain(tensors) & _glance.PLACES) and all([_is_allocated(t) for t in tensors])
+        bool(_glance.plain(tensors) & _glance.PLACES) and all([is_allocated(t) for t in tensors])
     )
 
 
@@ -282,13 +181,13 @@ class FusedHead(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
             weights = tuple([keep(layer.weight).to(dtype) for layer in layers])
             biases = tuple([None if layer.bias is None else keep(layer.bias).to(dtype) for layer in layers])
-            return _record(keep(h).to(dtype), weights, biases, self.event)
+            return deferred_layer(keep(h).to(dtype), weights, biases, self.event)
         for t in (t for layer in layers for t in (layer.weight, layer.bias) if t is not None):
             if t.dtype != h.dtype:
                 raise TypeError(f"h has dtype {h.dtype} and a last layer {t.dtype}; cast one of them")
         weights = tuple([keep(layer.weight) for layer in layers])
         biases = tuple([None if layer.bias is None else keep(layer.bias) for layer in layers])
-        return _record(keep(h), weights, biases, self.event)
+        return deferred_layer(keep(h), weights, biases, self.event)
 
     def extra_repr(self) -> str:
         return "" if self.event is None else f"event={self.event}"

@@ -20,10 +20,10 @@ from ..core.checks import (
     on_same_device,
     shape_of,
 )
+from ..core.deferred import LastLayer, check_unchanged, multiply_out
 from ..core.fast_path import are_outputs, are_outputs_in_python
 from ..core.hints import described, did_you_mean, explained, teaches_by
-from ..inputs.last_layer import LastLayer, check_unchanged, multiply_out
-from ..inputs.nested import Beside, each, repeat, tensors
+from ..core.nested import Beside, each, repeat, tensors
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator

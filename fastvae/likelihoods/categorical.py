@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import as_int, check_data, check_same_device, check_tensor, may_look, shape_of, signed
-from ..inputs.nested import Beside, repeat
+from ..core.nested import Beside, repeat
 from ..ops.grouped import categorical_rows, check_classes
 from .base import NAMED, Likelihood, describe
 from .natural import check_flag, log_of

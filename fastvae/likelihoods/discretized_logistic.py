@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_count
-from ..inputs.last_layer import LastLayer
-from ..inputs.nested import Beside
+from ..core.deferred import LastLayer
+from ..core.nested import Beside
 from ..ops.head import Layers
 from .base import Fused
 from .scaled import Held, Scaled, exponential_like

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_data, check_same_device, check_tensor, may_look, shape_of
 from ..core.logistic_cells import cell_log_prob, coupled
-from ..inputs.nested import Beside
+from ..core.nested import Beside
 from ..ops.grouped import mixture_rows
 from .base import NAMED, Likelihood, describe
 

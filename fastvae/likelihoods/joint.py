@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inputs.nested import Beside
+from ..core.nested import Beside
 from .base import Likelihood, as_likelihood, describe
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inputs.last_layer import LastLayer
-from ..inputs.nested import Beside
+from ..core.deferred import LastLayer
+from ..core.nested import Beside
 from ..ops.op import accumulator
 from .base import Fused, describe
 from .gaussian import NAMED_SCALES, Gaussian

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count, check_weight
 from ..core.hints import teaches
+from ..core.nested import Beside
 from ..core.reductions import times
 from ..distributions.draws import describe, rsample_as_held
 from ..distributions.mixture import log_aggregate
 from ..inputs.batch import Inputs
-from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..ops.weigh import Weighing
 from ..random import draw_seed

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..core import backend as _backend
+from ..core.nested import Beside, tensors
 from ..core.torch_private import functorch_is_active
 from ..distributions import draw_chunk
 from ..inputs.batch import Inputs
-from ..inputs.nested import Beside, tensors
 from .recompute import repeatable
 
 if TYPE_CHECKING:

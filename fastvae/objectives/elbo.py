@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
 from ..core.hints import teaches
+from ..core.nested import Beside
 from ..core.torch_private import functorch_is_active
 from ..distributions import Distribution, draw_kl, draw_ratio, draw_strata
 from ..distributions.draws import describe, say_monte_carlo
 from ..inputs.batch import Inputs
-from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..ops.weigh import Weighing
 from ..random import draw_seed

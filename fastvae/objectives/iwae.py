@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count
 from ..core.hints import teaches
+from ..core.nested import Beside
 from ..core.torch_private import AnyBatchNorm
 from ..distributions import draw_chunk, draw_ratio
 from ..distributions.draws import describe
 from ..inputs.batch import Inputs
 from ..inputs.last_layer import called_by
-from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..ops.latent import ESTIMATORS
 from ..ops.weigh import Weighing

@@ -23,8 +23,8 @@ from ..core.checks import (
     shape_of,
 )
 from ..core.hints import teaches
+from ..core.nested import each, tensors
 from ..core.torch_private import functorch_is_active
-from ..inputs.nested import each, tensors
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count
 from ..core.hints import teaches
+from ..core.nested import called, check_batch, decoded
 from ..distributions import as_posterior, as_prior, flat_prior
 from ..distributions.draws import describe
 from ..estimation.evaluation.data import place_of
-from ..inputs.nested import called, check_batch, decoded
 from ..likelihoods.base import Likelihood, as_likelihood
 from .options import REDUCTIONS
 

@@ -42,7 +42,7 @@ from ..core.checks import (
     may_look,
     shape_of,
 )
-from ..inputs.last_layer import LastLayer, multiply_out
+from ..core.deferred import LastLayer, multiply_out
 from ._contract import Contract
 from .op import Op, accumulator, cast, in_shape
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ...core.checks import check_address, check_choice, check_count
 from ...core.hints import teaches
+from ...core.nested import Beside, called, check_batch, decoded
 from ...distributions import as_posterior, as_prior
 from ...distributions.spatial import flat_prior
 from ...inputs.batch import Inputs
 from ...inputs.modules import evaluating, modules_of
-from ...inputs.nested import Beside, called, check_batch, decoded
 from ...likelihoods.base import Likelihood, as_likelihood
 from ...random import draw_seed
 from ..stream import Chunks

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from ... import random
+from ...core.nested import decoded
 from ...distributions import DiagonalNormal, Distribution, log_shares, rsample
 from ...distributions.base import held
 from ...inputs.batch import Inputs
-from ...inputs.nested import decoded
 from ...likelihoods.base import Declared, Likelihood
 from ...likelihoods.joint import Joint
 from ...ops.op import accumulator

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...core.nested import Beside, as_mask, as_size_factor, each, tensors
 from ...core.terminal import ProgressStream
 from ...distributions import rsample
 from ...inputs.batch import Inputs
-from ...inputs.nested import Beside, as_mask, as_size_factor, each, tensors
 from ..audit.annealing import Annealing, Settings, simulate
 from ..stream import Chunks
 from .ranks import Ranks

@@ -12,14 +12,13 @@ import secrets
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ...core.digest import digest
 from .parts import Part, pack, unpack
 from .ranks import Ranks
 
@@ -295,13 +294,3 @@ class Store:
                     f"checkpoint {file} was made with other {name}{values}. Use another name to start over, "
                     "or delete it"
                 )
-
-
-def digest(tensors: Iterable[Tensor]) -> np.ndarray:
-    """Hash the dtypes, shapes and values of tensors to [16] bytes."""
-    found = hashlib.blake2b(digest_size=16)
-    for t in tensors:
-        t = t.detach().cpu().contiguous()
-        found.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        found.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return np.frombuffer(found.digest(), np.uint8).copy()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ...core.checks import FLOATING, check_dense, shape_of
+from ...core.nested import Beside, tensors
 from ...inputs.modules import modules_of
-from ...inputs.nested import Beside, tensors
 from ...likelihoods.base import Declared, Likelihood
 
 

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from ...core.checks import check_choice, check_count, check_number, shape_of
 from ...core.hints import teaches
+from ...core.nested import Beside, called, each, event_size, tensors
 from ...core.terminal import ProgressStream
 from ...distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ...inputs.batch import Inputs
 from ...inputs.modules import evaluating, modules_of, parameters_digest
-from ...inputs.nested import Beside, called, each, event_size, tensors
 from ...likelihoods.base import Likelihood, as_likelihood
 from ...random import NOISES, RANDOMISATIONS, draw_seed, seed_of
 from .. import stream as _stream

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import check_dense, may_look, on_same_device, shape_of
-from ..core.hints import described, explained
+from .checks import check_dense, may_look, on_same_device, shape_of
+from .hints import described, explained
 
 
 def each(function: Callable[[Tensor], Any], value: Any) -> Any:
