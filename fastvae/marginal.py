@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ._checks import (
     shape_of,
 )
 from ._nested import each, tensors
+from ._records import registered
 from ._teach import teaches
 
 if TYPE_CHECKING:
@@ -41,15 +43,16 @@ if TYPE_CHECKING:
 __all__ = ["Marginal", "marginalize"]
 
 
-class Marginal(NamedTuple):
-    """Bound [B] to be maximised, in nats, and the log responsibilities of the classes [B, C].
-
-    ``log_responsibilities`` is log q(y|x) if a classifier was given, else the exact log p(y|x) of the bounds.
-    Labels do not change it.
-    """
+@registered
+@dataclass(frozen=True, eq=False)
+class Marginal:
+    """Bound of a model with a discrete latent, and the responsibilities of its classes."""
 
     bound: Tensor
+    """Bound to be maximised, in nats [B]."""
     log_responsibilities: Tensor
+    """log q(y|x) if a classifier was given, else the exact log p(y|x) of the bounds [B, C]; labels do not
+    change it."""
 
 
 @overload

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .._estimates import UNTRUSTED
 from .._terminal import show
 from ..evaluate.checkpoint import check_destination
 from ..evaluate.ranks import RankFailed
-from ..evaluate.result import UNTRUSTED, Evaluation
+from ..evaluate.result import Evaluation
 from ..likelihoods import Bernoulli
 from ..vae import VAE
 from . import demo
