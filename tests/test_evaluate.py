@@ -29,6 +29,7 @@ from fastvae import _stream
 from fastvae._inputs import Inputs
 from fastvae.evaluate.checkpoint import Store, digest, write_arrays
 from fastvae.evaluate.modules import modules_of, parameters_digest
+from fastvae.weights import ESTIMATES
 
 from . import models
 from .conftest import DEVICE
@@ -681,6 +682,35 @@ def test_it_says_which_estimate_to_quote():
     nothing = dataclasses.replace(result, nll=math.nan)
     assert not _quoted(nothing)
     assert max(len(_quoted(r)) for r in (trusted, mixed, doubtful)) <= 110
+
+
+def test_figures_of_the_data():
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x, k=200)
+    figures = result.figures
+    assert figures["log_px"] == result.nll and figures["log_px_stderr"] == result.mc_stderr
+    assert figures["jackknife"] == result.nll_jackknife and figures["psis"] == -float(result.psis.mean())
+    assert figures["jackknife_stderr"] == float(result.jackknife_stderr.square().sum().sqrt()) / N
+    assert figures["ess"] == float(result.ess.median()) and figures["khat"] == float(result.khat.median())
+    assert not {"low", "high"} & figures.keys()
+
+
+def test_an_estimate_that_is_declared_with_a_heading_is_reported(monkeypatch):
+    model, x, q = _model_and_data()
+    for k in (200, 1):
+        result = _evaluate(model, q, x, k=k)
+        plain = str(result).splitlines()
+        with monkeypatch.context() as patched:
+            declared = dataclasses.replace(ESTIMATES["psis"], heading="PSIS")
+            patched.setitem(ESTIMATES, "psis", declared)
+            found = [line for line in str(result).splitlines() if line not in plain]
+        error = f" (± {result.mc_stderr:.2g} by the draws)" * (k > 1)
+        assert found == [f"  PSIS           {result.figures['psis']:.2f} nats{error}"]
+        # A number that is not known is left out: the jackknife of one draw.
+        with monkeypatch.context() as patched:
+            declared = dataclasses.replace(ESTIMATES["jackknife"], heading="jackknife")
+            patched.setitem(ESTIMATES, "jackknife", declared)
+            assert len(str(result).splitlines()) == len(plain) + (k > 1)
 
 
 # Data in every form

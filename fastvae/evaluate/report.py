@@ -75,13 +75,13 @@ def _quoted(result: Evaluation) -> _Lines:
 
 
 def _estimates(result: Evaluation) -> _Lines:
-    """Return the number of each estimate that is declared with a heading."""
-    figures = result.figures
-    found = []
+    """Return the number of each estimate that is declared with a heading, if it is known."""
+    figures, found = result.figures, []
     for name, declared in ESTIMATES.items():
-        if declared.heading and name in figures:
-            error = f" (± {figures[declared.stderr]:.2g} by the draws)" if declared.stderr in figures else ""
-            found.append((declared.heading, f"{figures[name]:.2f} {declared.unit}".rstrip() + error))
+        if declared.heading and not math.isnan(value := figures.get(name, math.nan)):
+            by_draws = figures.get(declared.stderr, math.nan)
+            error = "" if math.isnan(by_draws) else f"(± {by_draws:.2g} by the draws)"
+            found.append((declared.heading, " ".join(filter(None, [f"{value:.2f}", declared.unit, error]))))
     return found
 
 
