@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -259,7 +259,8 @@ def _check_bounds(part: Any, batch: int, classes: int, like: Tensor) -> None:
     rows = batch * classes
     expected = f"expected B·C = {batch}·{classes} bounds [{rows}], one for each row that it is given"
     if not isinstance(part, Tensor):
-        hint = ", such as its log_px or bound" if isinstance(part, tuple) else ""
+        record = isinstance(part, tuple) or is_dataclass(part)
+        hint = ", such as its log_px or bound" if record else ""
         raise TypeError(f"bound returned {type(part).__name__}; {expected}, in one tensor{hint}")
     if part.shape != (rows,):
         hint = ": give the objective reduction='none'" if part.dim() == 0 else ""

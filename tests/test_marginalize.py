@@ -687,6 +687,11 @@ WRONG = {
         TypeError,
         ["bound returned Terms", "such as its log_px or bound"],
     ),
+    "a bound's estimates": (
+        _call(lambda x, y: fastvae.LatticeMarginal(x, x)),
+        TypeError,
+        ["bound returned LatticeMarginal", "such as its log_px or bound"],
+    ),
     "a bound of integers": (_call(lambda x, y: y.argmax(1)), TypeError, ["torch.int64", "floating-point"]),
     "a bound elsewhere": (
         _call(lambda x, y: torch.zeros(len(x), device="meta")),
