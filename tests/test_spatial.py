@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 
 import pytest
@@ -15,7 +14,7 @@ from fastvae.distributions import TorchDistribution, flat_prior
 from fastvae.distributions.spatial import ELEMENTWISE
 
 from .conftest import DEVICE
-from .models import generator, rand, randn
+from .models import generator, rand, randn, values_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,9 +96,7 @@ def objective(name, **options):
         if prior is not None:
             given["prior"] = prior
         result = function(rand(B, X, seed=6), q, decoder, **given)
-        if dataclasses.is_dataclass(result):
-            return tuple(vars(result).values())
-        return tuple(result) if isinstance(result, tuple) else (result,)
+        return values_of(result)
 
     return run
 
