@@ -26,9 +26,9 @@ from .report import report
 class Evaluation(Examples):
     """Result of :func:`fastvae.evaluate`.
 
-    It has the fields of :class:`fastvae.LogMarginal`, the draws ``k`` and the ``elbo``, tensors [N] on the CPU
-    in the order of the examples, in float64 except k; and the numbers of the data set below. ``print`` it for
-    a summary, :meth:`save` it to a file.
+    It has the fields of :class:`fastvae.LogMarginal`, the draws ``k`` and the ``elbo``, tensors [N] on the
+    CPU in the order of the examples, in float64 except k; and the numbers of the data set below. ``print`` it
+    for a summary, :meth:`save` it to a file.
     """
 
     nll: float
