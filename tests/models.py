@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -171,3 +172,10 @@ def networks(
         )
         encoder = Encoder(features, latent)
     return encoder.to(DEVICE, dtype), decoder.to(DEVICE, dtype)
+
+
+def values_of(result):
+    """Return the tensors of a result: one, a tuple, or a record."""
+    if dataclasses.is_dataclass(result):
+        return tuple(vars(result).values())
+    return tuple(result) if isinstance(result, tuple) else (result,)

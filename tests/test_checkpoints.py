@@ -145,6 +145,17 @@ def test_another_format_is_refused(tmp_path, made):
         _run(other, encoder, decoder, x)
 
 
+def test_other_estimates_are_refused(tmp_path):
+    """A checkpoint names its estimates: another version may have more or fewer."""
+    encoder, decoder = models.networks(X, D)
+    x = randn(N, X, seed=8)
+    file = tmp_path / "run.npz"
+    _run(file, encoder, decoder, x)
+    other = _edited(file, tmp_path / "other.npz", estimates="log_px")
+    with pytest.raises(ValueError, match="other estimates: 'log_px' then, 'log_px log_px_stderr"):
+        _run(other, encoder, decoder, x)
+
+
 def test_a_setting_that_this_version_does_not_know_is_refused(tmp_path):
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=9)

@@ -28,8 +28,9 @@ import fastvae
 from fastvae.core.digest import digest
 from fastvae.distributions import DiagonalNormal, Distribution, StandardNormal
 from fastvae.estimation import stream as _stream
-from fastvae.estimation.evaluation import checkpoint
+from fastvae.estimation.evaluation import checkpoint as checkpoint_module
 from fastvae.estimation.evaluation.checkpoint import Store, write_arrays
+from fastvae.estimation.weights import ESTIMATES
 from fastvae.inputs.batch import Inputs
 from fastvae.inputs.modules import modules_of, parameters_digest
 from fastvae.likelihoods import Bernoulli, Gaussian, Poisson
@@ -53,8 +54,7 @@ def _evaluate(model, q, x, **options):
     return fastvae.evaluate(q, model.decoder, x, **options)
 
 
-FIELDS = ("log_px", "log_px_stderr", "ess", "khat", "k", "elbo", "kl_per_dim")
-FIELDS += ("jackknife", "jackknife_stderr", "psis", "low", "high")
+FIELDS = (*(f.name for f in dataclasses.fields(fastvae.LogMarginal)), "k", "elbo", "kl_per_dim")
 NUMBERS = ("nll", "stderr", "mc_stderr", "bits_per_dim", "active_units", "dims")
 
 
@@ -347,13 +347,11 @@ def test_independent_of_batches_and_chunks():
 def test_the_draws_are_those_of_log_marginal():
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x, batch_size=N)
-    for name, values in (
-        fastvae.log_marginal(x, q(x), model.decoder, k=K, likelihood=model.likelihood, generator=generator(1))
-        ._asdict()
-        .items()
-    ):
-        got = getattr(result, {"stderr": "log_px_stderr"}.get(name, name))
-        torch.testing.assert_close(got, values.cpu(), rtol=1e-10, atol=1e-10)
+    expected = fastvae.log_marginal(
+        x, q(x), model.decoder, k=K, likelihood=model.likelihood, generator=generator(1)
+    )
+    for name, values in vars(expected).items():
+        torch.testing.assert_close(getattr(result, name), values.cpu(), rtol=1e-10, atol=1e-10)
 
 
 def test_autocast():
@@ -664,7 +662,7 @@ def _quoted(result):
 def test_it_says_which_estimate_to_quote():
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x, k=200)
-    assert result.nll_psis == -float(result.psis.mean())
+    assert result.figures["psis"] == -float(result.psis.mean())
     trusted = dataclasses.replace(result, khat=torch.full_like(result.khat, 0.5))
     assert trusted.nll_jackknife == -float(result.jackknife.mean())
     low, high = trusted.nll_interval
@@ -688,6 +686,35 @@ def test_it_says_which_estimate_to_quote():
     nothing = dataclasses.replace(result, nll=math.nan)
     assert not _quoted(nothing)
     assert max(len(_quoted(r)) for r in (trusted, mixed, doubtful)) <= 110
+
+
+def test_figures_of_the_data():
+    model, x, q = _model_and_data()
+    result = _evaluate(model, q, x, k=200)
+    figures = result.figures
+    assert figures["log_px"] == result.nll and figures["log_px_stderr"] == result.mc_stderr
+    assert figures["jackknife"] == result.nll_jackknife and figures["psis"] == -float(result.psis.mean())
+    assert figures["jackknife_stderr"] == float(result.jackknife_stderr.square().sum().sqrt()) / N
+    assert figures["ess"] == float(result.ess.median()) and figures["khat"] == float(result.khat.median())
+    assert not {"low", "high"} & figures.keys()
+
+
+def test_an_estimate_that_is_declared_with_a_heading_is_reported(monkeypatch):
+    model, x, q = _model_and_data()
+    for k in (200, 1):
+        result = _evaluate(model, q, x, k=k)
+        plain = str(result).splitlines()
+        with monkeypatch.context() as patched:
+            declared = dataclasses.replace(ESTIMATES["psis"], heading="PSIS")
+            patched.setitem(ESTIMATES, "psis", declared)
+            found = [line for line in str(result).splitlines() if line not in plain]
+        error = f" (± {result.mc_stderr:.2g} by the draws)" * (k > 1)
+        assert found == [f"  PSIS           {result.figures['psis']:.2f} nats{error}"]
+        # A number that is not known is left out: the jackknife of one draw.
+        with monkeypatch.context() as patched:
+            declared = dataclasses.replace(ESTIMATES["jackknife"], heading="jackknife")
+            patched.setitem(ESTIMATES, "jackknife", declared)
+            assert len(str(result).splitlines()) == len(plain) + (k > 1)
 
 
 # Data in every form
@@ -930,8 +957,7 @@ def test_out_of_memory_halves_the_chunk(error):
     ):
         got = fastvae.log_marginal(x, q(x), decoder, generator=generator(1), **options)
     assert sizes == [40, 20, 10, 10, 10, 10]
-    for actual, wanted in zip(got, expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vars(got), vars(expected), rtol=1e-10, atol=1e-10)
     # The reduced size is kept for the following batches.
     sizes.clear()
     with pytest.warns(RuntimeWarning, match="memory ran out"):
@@ -1083,7 +1109,7 @@ def test_saving_takes_little_of_the_time_and_leaves_nothing_behind(tmp_path, mon
         return q(x)
 
     monkeypatch.setattr(Store, "_write", slow)
-    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(checkpoint_module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     _assert_same(_evaluate(model, encoder, x, batch_size=1, checkpoint=tmp_path / "b.npz"), result, 1e-14)
     # After the first batch, whenever 20 times a write's duration has passed, at the end, and when merging.
     assert writes[0] == 1

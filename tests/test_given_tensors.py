@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -206,4 +207,8 @@ def test_exported_programs_take_any_batch(call):
     torch.manual_seed(1)
     found = program(x)
     torch.manual_seed(1)
-    torch.testing.assert_close(found, module(x), equal_nan=True)
+    expected = module(x)
+    assert type(found) is type(expected)
+    if dataclasses.is_dataclass(found):
+        found, expected = vars(found), vars(expected)
+    torch.testing.assert_close(found, expected, equal_nan=True)

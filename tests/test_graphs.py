@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -77,7 +78,10 @@ class Cuda:
             def replay(self):
                 cuda.did.append("replay")
                 wrapped = cuda.wrapped
-                for place, result in zip(wrapped.results, wrapped.step(*wrapped.inputs), strict=True):
+                results = wrapped.results, wrapped.step(*wrapped.inputs)
+                if dataclasses.is_dataclass(results[0]):
+                    results = [vars(r).values() for r in results]
+                for place, result in zip(*results, strict=True):
                     place.copy_(result)
 
         @contextlib.contextmanager
@@ -121,6 +125,18 @@ def test_calls_warm_up_then_capture_then_replay(monkeypatch):
     assert cuda.did == ["eager"] * 4
     step(torch.ones(3), torch.ones(3))
     assert cuda.did[4:] == ["replay"]
+
+
+@pytest.mark.skipif(CUDA, reason="stands in for a card")
+def test_a_step_may_return_a_record(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    step = fastvae.graphed(lambda x: fastvae.audit.LatticeMarginal(x + 1, 2 * x), warmup=1)
+    cuda.wrapped = step
+    found = [step(torch.full((3,), float(i))) for i in range(4)]
+    assert cuda.did == ["eager"] * 2 + ["capture"] + ["replay"] * 3
+    assert all(type(result) is fastvae.audit.LatticeMarginal for result in found)
+    assert [float(result.log_px[0]) for result in found] == [1, 2, 3, 4]
+    assert [float(result.error[0]) for result in found] == [0, 2, 4, 6]
 
 
 @pytest.mark.skipif(CUDA, reason="stands in for a card")

@@ -37,7 +37,7 @@ from . import cases as registered
 from . import formulas, strategies
 from .compare import Rounded, assert_accurate
 from .conftest import CUDA, DEVICE
-from .models import rand, randn
+from .models import rand, randn, values_of
 
 K, B, D, H, X = 5, 3, 2, 4, 12
 EVENT = (3, 4)
@@ -465,7 +465,7 @@ def step(objective, decoder, likelihood, **options):
     if isinstance(likelihood, nn.Module):
         learned += [p for p in likelihood.parameters() if not any(p is o for o in learned)]
     result = objective(x, q, decoder, likelihood=likelihood, **options)
-    result = result if isinstance(result, tuple) else (result,)
+    result = values_of(result)
     if not result[0].requires_grad:
         return [*result]
     grads = torch.autograd.grad(result[0].sum(), [*q, *learned], allow_unused=True)

@@ -138,7 +138,7 @@ def test_log_marginal_of_each_class(backend):
     joint = clusters.log_px_of_class(x) + clusters.log_prior
     # The delta method: each class is weighted by its responsibility.
     weight = torch.softmax(joint, 1)
-    stderr = (weight * estimates[0].stderr.reshape(B, C)).square().sum(1).sqrt()
+    stderr = (weight * estimates[0].log_px_stderr.reshape(B, C)).square().sum(1).sqrt()
     score = (got.bound - torch.logsumexp(joint, 1)) / stderr
     assert len(estimates) == 1 and float(score.abs().max()) < 5
 
@@ -530,8 +530,8 @@ def test_the_mixture_prior_gives_the_same_log_px(mixture):
 
     outside = fastvae.marginalize(x, log_px_of_class, log_prior=prior.logits, terms=True)
     weight = outside.log_responsibilities.exp()
-    stderr = (weight * estimates[0].stderr.reshape(B, 3)).square().sum(1).sqrt()
-    for value, error in ((inside.log_px, inside.stderr), (outside.bound, stderr)):
+    stderr = (weight * estimates[0].log_px_stderr.reshape(B, 3)).square().sum(1).sqrt()
+    for value, error in ((inside.log_px, inside.log_px_stderr), (outside.bound, stderr)):
         assert float(((value - log_px) / error).abs().max()) < 5
         assert float(error.max()) < 0.1
 
@@ -687,6 +687,11 @@ WRONG = {
         _call(lambda x, y: fastvae.Terms(x, x, x)),
         TypeError,
         ["bound returned Terms", "such as its log_px or bound"],
+    ),
+    "a bound's estimates": (
+        _call(lambda x, y: fastvae.audit.LatticeMarginal(x, x)),
+        TypeError,
+        ["bound returned LatticeMarginal", "such as its log_px or bound"],
     ),
     "a bound of integers": (_call(lambda x, y: y.argmax(1)), TypeError, ["torch.int64", "floating-point"]),
     "a bound elsewhere": (

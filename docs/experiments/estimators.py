@@ -3,8 +3,8 @@
 Linear-Gaussian models have an exact log p(x), and a q that is inexact by a stated amount; for two models of
 scikit-learn's digits, trained as in the demo with the ELBO and with IWAE, the truth is an estimate by very
 many draws from adapted proposals. Every estimator in ESTIMATORS is a function of a model, the draws per
-example and a seed, and a row of both tables; adding one takes one line there. Those in SLOW are measured on
-fewer examples.
+example and a seed, and a row of both tables. The fields of LogMarginal that have a standard error are among
+them by their declaration; a proposal takes one line there. Those in SLOW are measured on fewer examples.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 import fastvae
 from benchmarks import report
 from fastvae.cli import demo
+from fastvae.estimation.weights import ESTIMATES
 from fastvae.likelihoods import Gaussian
 
 OUT = Path(__file__).parents[1] / "estimators.md"
@@ -70,7 +71,7 @@ def marginal(model: Model, k: int, seed: int, **options: Any) -> fastvae.LogMarg
     found = fastvae.log_marginal(
         model.x, model.q, model.decoder, k=k, generator=noise, **model.options, **options
     )
-    return fastvae.LogMarginal(*(v.double() for v in found))
+    return fastvae.LogMarginal(**{name: v.double() for name, v in vars(found).items()})
 
 
 def _normal(value: str, error: str) -> Estimator:
@@ -95,9 +96,11 @@ def _interval(**options: Any) -> Estimator:
 
 
 ESTIMATORS: dict[str, Estimator] = {
-    "`log_px` ± 1.96 `stderr`": _normal("log_px", "stderr"),
-    "`jackknife` ± 1.96 `jackknife_stderr`": _normal("jackknife", "jackknife_stderr"),
-    "`psis` ± 1.96 `stderr`": _normal("psis", "stderr"),
+    **{
+        f"`{name}` ± 1.96 `{declared.stderr}`": _normal(name, declared.stderr)
+        for name, declared in ESTIMATES.items()
+        if declared.stderr
+    },
     "`jackknife`, `low` to `high`": _interval(),
     '`noise="qmc"`': _interval(noise="qmc"),
     '`proposal="inflated"`': _interval(proposal="inflated"),
@@ -113,7 +116,7 @@ def _annealed(model: Model, k: int, seed: int) -> Estimate:
         model.x, model.q, model.decoder, steps=steps, chains=chains, leapfrog=leapfrog,
         generator=torch.Generator().manual_seed(seed), **model.options,
     )  # fmt: skip
-    half = 1.96 * found.stderr
+    half = 1.96 * found.log_px_stderr
     return Estimate(
         found.log_px, found.log_px - half, found.log_px + half, chains * steps * leapfrog * 5 // 4
     )
@@ -169,8 +172,8 @@ def roulette(
 
 
 SLOW: dict[str, Estimator] = {
-    "`log_px` ± 1.96 `stderr`": _normal("log_px", "stderr"),
-    "`ais` ± 1.96 `stderr`, with gradients": _annealed,
+    "`log_px` ± 1.96 `log_px_stderr`": _normal("log_px", "log_px_stderr"),
+    "`ais` ± 1.96 `log_px_stderr`, with gradients": _annealed,
     "SUMO": _unbiased(levels=False),
     "unbiased by levels": _unbiased(levels=True),
 }
@@ -274,7 +277,7 @@ def coverage(models: list[Model], draws: list[int]) -> list[str]:
         row = [model.name]
         for k in draws:
             found = marginal(model, k, 7)
-            normal = (found.log_px - model.log_px).abs() <= 1.96 * found.stderr
+            normal = (found.log_px - model.log_px).abs() <= 1.96 * found.log_px_stderr
             holds = (found.low <= model.log_px) & (model.log_px <= found.high)
             row += [f"{100 * float(v.double().mean()):.1f}" for v in (normal, holds, found.high.isinf())]
         lines.append(f"| {' | '.join(row)} |")
@@ -291,11 +294,7 @@ again:
 
 | field | meaning | when to quote it |
 |---|---|---|
-| `log_px` | log of the mean weight: low by about stderr²/2 | as a bound, where k̂ is above 0.7 |
-| `jackknife` | corrected for the bias of order 1/K (Nowozin 2018) | where k̂ is below 0.7, \
-above all for means |
-| `psis` | the largest weights replaced by quantiles of a Pareto distribution (Vehtari et al. 2024) | for \
-a single example whose k̂ is above 0.5: the smallest rms error, but biased low |
+{fields}
 | `low`, `high` | a 95 % interval over the draws: Hall's for a mean, its upper end raised by the posterior \
 of the Pareto tail | always; `high` = ∞ means that these draws do not bound log p(x) from above |
 
@@ -382,7 +381,12 @@ def main(arguments: list[str]) -> int:
         exact = {c: m for c, m in exact.items() if any(name in m.name for name in settings.names)}
     compared = [m for case, m in exact.items() if case in COMPARED]
     fewer = [some_of(m, some) for m in exact.values()]
-    tables = {"exact": table(compared, settings.k, 1, ESTIMATORS), "coverage": coverage(fewer, draws)}
+    fields = [f"| `{name}` | {d.about} | {d.quote} |" for name, d in ESTIMATES.items() if d.about]
+    tables = {
+        "fields": fields,
+        "exact": table(compared, settings.k, 1, ESTIMATORS),
+        "coverage": coverage(fewer, draws),
+    }
     images = 50 if settings.quick else 397
     models = [digits(k, settings.latent, settings.epochs, images, settings.reference) for k in (None, 50)]
     tables["digits"] = table(models, settings.k, settings.seeds, ESTIMATORS)

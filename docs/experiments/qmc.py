@@ -82,7 +82,7 @@ def measure(name: str, log_marginal: Callable[..., fastvae.LogMarginal], log_px:
             found = log_marginal(k=k, noise=noise, generator=torch.Generator().manual_seed(k))
             seconds = time.perf_counter() - start
             error = found.log_px.double() - log_px
-            covered = float((error.abs() <= QUANTILE[noise] * found.stderr).double().mean())
+            covered = float((error.abs() <= QUANTILE[noise] * found.log_px_stderr).double().mean())
             errors[noise] = error.square().unflatten(0, (copies, -1)).mean(0)  # per example
             rms = float(errors[noise].mean().sqrt())
             results[noise] = f"{rms:.2e} | {100 * covered:.0f} % | {seconds:.2f} s"

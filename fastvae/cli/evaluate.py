@@ -21,9 +21,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..core.terminal import show
+from ..estimation.estimates import UNTRUSTED
 from ..estimation.evaluation.checkpoint import check_destination
 from ..estimation.evaluation.ranks import RankFailed
-from ..estimation.evaluation.result import UNTRUSTED, Evaluation
+from ..estimation.evaluation.result import Evaluation
 from ..likelihoods import Bernoulli
 from ..vae import VAE
 from . import demo

@@ -79,11 +79,10 @@ def log_marginal(
         row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
 
     Returns:
-        :class:`LogMarginal` (log_px, stderr, ess, khat, jackknife, jackknife_stderr, psis, low, high), each
-        [B]. The standard errors are NaN for k=1. Trust them and the estimates only while Pareto k̂
-        (:func:`fastvae.diagnostics.pareto_khat`) is below 0.7; above that, the variance of the weights is
-        effectively infinite. The interval from low to high contains log p(x) for 95 % of the seeds, also for
-        heavy-tailed weights, given a few hundred draws (docs/estimators.md).
+        :class:`LogMarginal`, each field [B]. The standard errors are NaN for k=1. Trust them and the
+        estimates only while Pareto k̂ (:func:`fastvae.diagnostics.pareto_khat`) is below 0.7; above that, the
+        variance of the weights is effectively infinite. The interval from low to high contains log p(x) for
+        95 % of the seeds, also for heavy-tailed weights, given a few hundred draws (docs/estimators.md).
 
     Raises:
         TypeError, ValueError: for an invalid argument, which the message names.
@@ -109,7 +108,7 @@ def log_marginal(
     total = draws.weights(0, k)
     assert total is not None
     w = draws.estimate(total)
-    return LogMarginal(*(v.to(w.maximum.dtype) for v in w.summary()))
+    return w.summary(w.maximum.dtype)
 
 
 @teaches

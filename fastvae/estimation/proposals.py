@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -536,7 +536,7 @@ class _AdaptedDraws(Draws):
             first, second = first + t * draws, second + t**2 * draws
         scaled = total.scaled(torch.log(n / first))
         spread = second / first.square() - 1 / n
-        return scaled._replace(uneven=spread)
+        return replace(scaled, uneven=spread)
 
     def elbo(self, total: Weights) -> Tensor:
         return total.elbo if self._elbo is None else self._elbo

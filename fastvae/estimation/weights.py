@@ -47,6 +47,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.checks import check_tensor, shape_of
+from ..core.records import registered
+from .estimates import estimate, estimates_of, in_quadrature, median, nll, nll_where_trusted
 
 __all__ = ["LogMarginal", "Weights", "kept_draws", "pareto_khat", "tail_length"]
 
@@ -71,27 +74,56 @@ _LIGHT = 0.0
 _NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))
 
 
-class LogMarginal(NamedTuple):
-    """Importance-sampling estimates of log p(x), each [B], in nats, with their errors and diagnostics."""
+@registered
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LogMarginal:
+    """Importance-sampling estimates of log p(x), each [B], in nats, with their errors and diagnostics.
 
-    log_px: Tensor
+    Each is the property of that name of :class:`Weights`.
+    """
+
+    log_px: Tensor = field(
+        metadata=estimate(
+            figure=nll,
+            stderr="log_px_stderr",
+            about="log of the mean weight: low by about log_px_stderr²/2",
+            quote="as a bound, where k̂ is above 0.7",
+        )
+    )
     """Log of the mean weight: a lower bound of log p(x) in expectation."""
-    stderr: Tensor
-    """Standard error of log_px, by the delta method."""
-    ess: Tensor
+    log_px_stderr: Tensor = field(metadata=estimate(figure=in_quadrature, nonnegative=True))
+    """Standard error of log_px over the draws, by the delta method."""
+    ess: Tensor = field(metadata=estimate(figure=median, unit="draws", nonnegative=True))
     """Effective sample size, out of k draws."""
-    khat: Tensor
+    khat: Tensor = field(metadata=estimate(figure=median, unit=""))
     """Pareto k̂: above 0.7 neither estimates nor standard errors are reliable."""
-    jackknife: Tensor
-    """Jackknife estimate, without the bias of order 1/k: the one to average over examples."""
-    jackknife_stderr: Tensor
+    jackknife: Tensor = field(
+        metadata=estimate(
+            figure=nll_where_trusted,
+            stderr="jackknife_stderr",
+            about="without the bias of order 1/K (Nowozin 2018)",
+            quote="where k̂ is below 0.7, most of all for means",
+        )
+    )
+    """Jackknife estimate, without the bias of order 1/k (Nowozin 2018): the one to average over examples."""
+    jackknife_stderr: Tensor = field(metadata=estimate(figure=in_quadrature, nonnegative=True))
     """Standard error of the jackknife estimate."""
-    psis: Tensor
-    """Pareto-smoothed estimate: lower variance for heavy-tailed weights, biased low."""
+    psis: Tensor = field(
+        metadata=estimate(
+            figure=nll,
+            stderr="log_px_stderr",
+            about="the largest weights replaced by quantiles of a Pareto distribution (Vehtari et al. 2024)",
+            quote="for a single example whose k̂ is above 0.5: the least rms error, but low on average",
+        )
+    )
+    """Pareto-smoothed estimate (Vehtari et al. 2024): lower variance for heavy-tailed weights, biased low."""
     low: Tensor
-    """Lower end of the 95 % interval for log p(x) over the draws."""
+    """Lower end of the 95 % interval for log p(x) over the draws (:mod:`fastvae.estimation.weights`)."""
     high: Tensor
-    """Upper end of the interval; +∞ where the draws do not bound it."""
+    """Upper end of the interval; +∞ where the draws do not bound log p(x)."""
+
+
+ESTIMATES = estimates_of(LogMarginal)
 
 
 def tail_length(k: int) -> int:
@@ -104,12 +136,13 @@ def kept_draws(k: int) -> int:
     return max(tail_length(k) + 1, min(k, _LEAST_TAIL))
 
 
-class Weights(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Weights:
     """Statistics of the weights of a set of draws, per example; the last axis of every field is the batch."""
 
     powers: Tensor  # [6, B] float64, sums of w^j of the weights below the tail, relative to the tail's least
     log_sum: Tensor  # [B] float64, sum of the log weights
-    count: Tensor  # type: ignore[assignment] # [B] int64
+    count: Tensor  # [B] int64
     tail: Tensor  # [T, B], the largest log weights, descending; padded with -inf
     # [R, B] float64, sum of each randomisation's weights relative to the maximum; [0, B] if independent
     turns: Tensor
@@ -156,16 +189,22 @@ class Weights(NamedTuple):
         """Multiply all weights of an example by exp(log_factor), a number or [B]."""
         if isinstance(log_factor, Tensor):
             by = log_factor.to(self.maximum.dtype)
-            return self._replace(log_sum=self.log_sum + log_factor * self.count, tail=self.tail + by)
+            return replace(self, log_sum=self.log_sum + log_factor * self.count, tail=self.tail + by)
         return self.scaled(torch.full_like(self.log_sum, log_factor)) if log_factor else self
 
     def at(self, rows: Tensor) -> Weights:
         """Return the statistics of the examples with indices ``rows``."""
-        return Weights(*(v[..., rows] for v in self))
+        return Weights(*(v[..., rows] for v in self.tensors))
 
     def put(self, rows: Tensor, part: Weights) -> Weights:
         """Replace the statistics of the examples with indices ``rows``."""
-        return Weights(*(v.index_copy(-1, rows, p) for v, p in zip(self, part, strict=True)))
+        pairs = zip(self.tensors, part.tensors, strict=True)
+        return Weights(*(v.index_copy(-1, rows, p) for v, p in pairs))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All fields, in the order of the constructor."""
+        return self.powers, self.log_sum, self.count, self.tail, self.turns, self.uneven
 
     def _relative(self) -> tuple[Tensor, Tensor]:
         """Return the tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
@@ -199,7 +238,7 @@ class Weights(NamedTuple):
         return self.log_sum / self.count
 
     @property
-    def stderr(self) -> Tensor:
+    def log_px_stderr(self) -> Tensor:
         """Standard error of log_px [B]; NaN for one draw.
 
         For quasi-Monte-Carlo draws it is computed by :func:`between`.
@@ -222,20 +261,29 @@ class Weights(NamedTuple):
     @property
     def khat(self) -> Tensor:
         """Pareto k̂ [B], see :func:`pareto_khat`."""
-        return _fit(self.tail, self.count).khat
+        return self._pareto.khat
 
     @property
-    def jackknife(self) -> tuple[Tensor, Tensor]:
-        """Jackknife estimate and its standard error, each [B].
+    def jackknife(self) -> Tensor:
+        """Jackknife estimate [B].
 
-        They are NaN for one draw, and infinite if only one weight is nonzero, since leaving it out leaves
-        log 0. For quasi-Monte-Carlo draws one randomisation at a time is left out.
+        It is NaN for one draw, and infinite if only one weight is nonzero, since leaving it out leaves log 0.
+        For quasi-Monte-Carlo draws one randomisation at a time is left out.
         """
+        return self._jackknife[0]
+
+    @property
+    def jackknife_stderr(self) -> Tensor:
+        """Standard error of the jackknife estimate [B]."""
+        return self._jackknife[1]
+
+    @functools.cached_property
+    def _jackknife(self) -> tuple[Tensor, Tensor]:
         if len(self.turns):
             found = between(self.turns, self.count)
             nothing = (self.maximum == -math.inf) & (found.number > 1)
-            estimate = torch.where(nothing, -math.inf, self.log_px + found.correction)
-            return estimate, found.jackknife_stderr
+            value = torch.where(nothing, -math.inf, self.log_px + found.correction)
+            return value, found.jackknife_stderr
         k = self.count.double()
         tail, rest = self._relative()
         total = tail.sum(0) + rest[0]
@@ -251,27 +299,15 @@ class Weights(NamedTuple):
         scaled = rest / total ** torch.arange(1, _POWERS + 1, device=total.device)[:, None]
         first = left_out.sum(0) + torch.tensordot(scaled.new_tensor(_LOG), scaled, 1)
         square = left_out.square().sum(0) + torch.tensordot(scaled.new_tensor(_LOG_SQUARE), scaled, 1)
-        estimate = self._log_mean(total) - (k - 1) * (first / k - torch.log1p(-1 / k)) - self.uneven / 2
+        value = self._log_mean(total) - (k - 1) * (first / k - torch.log1p(-1 / k)) - self.uneven / 2
         error = ((square - first.square() / k - self.uneven).clamp(min=0) * (k - 1) / k).sqrt()
         nothing = self.maximum == -math.inf
-        return torch.where(nothing & (k > 1), -math.inf, estimate), torch.where(nothing, math.nan, error)
+        return torch.where(nothing & (k > 1), -math.inf, value), torch.where(nothing, math.nan, error)
 
     @property
     def psis(self) -> Tensor:
         """Pareto-smoothed estimate of log p(x) [B]; log_px where no tail can be fitted."""
-        return self._smoothed(_fit(self.tail, self.count))
-
-    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Return the ends of an interval for log p(x), each [B], with coverage ``level`` over seeds."""
-        return self._interval(level, _fit(self.tail, self.count))
-
-    def summary(self) -> LogMarginal:
-        """Compute all estimates, in float64."""
-        fit = _fit(self.tail, self.count)
-        values = self.log_px, self.stderr, self.ess, fit.khat, *self.jackknife
-        return LogMarginal(*values, self._smoothed(fit), *self._interval(0.95, fit))
-
-    def _smoothed(self, fit: _Fit) -> Tensor:
+        fit = self._pareto
         tail, rest = self._relative()
         rank = torch.arange(self.tail.shape[0], dtype=torch.float64, device=tail.device)[:, None]
         # Standard exponential quantiles; those of the Pareto distribution are σ (e^{k x} - 1) / k.
@@ -283,7 +319,32 @@ class Weights(NamedTuple):
         total = body + torch.where(rank < fit.n, smooth, 0.0).sum(0)
         return torch.where(fit.khat.isfinite(), self._log_mean(total), self.log_px)
 
-    def _interval(self, level: float, fit: _Fit) -> tuple[Tensor, Tensor]:
+    @property
+    def low(self) -> Tensor:
+        """Lower end of the 95 % interval [B]."""
+        return self._interval_of_summary[0]
+
+    @property
+    def high(self) -> Tensor:
+        """Upper end of the 95 % interval [B]."""
+        return self._interval_of_summary[1]
+
+    def summary(self, dtype: torch.dtype = torch.float64) -> LogMarginal:
+        """Compute all estimates."""
+        return LogMarginal(**{name: getattr(self, name).to(dtype) for name in ESTIMATES})
+
+    @functools.cached_property
+    def _pareto(self) -> _Fit:
+        """Pareto distribution of the tail, which several estimates share."""
+        return _fit(self.tail, self.count)
+
+    @functools.cached_property
+    def _interval_of_summary(self) -> tuple[Tensor, Tensor]:
+        return self.interval(0.95)
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the ends of an interval for log p(x), each [B], with coverage ``level`` over seeds."""
+        fit = self._pareto
         low, high = self._independent(level, fit)
         if not len(self.turns):
             return low, high

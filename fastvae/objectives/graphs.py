@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def graphed(
 
     Args:
         step: function of tensors that trains: zero_grad, the bound, backward, the optimizer's step. Returns
-            a tensor, a tuple of tensors, or None.
+            a tensor, a tuple or a dataclass of tensors, or None.
         generators: generators of the device that the step draws from, in addition to torch's global one.
             Default: none.
         warmup: calls before the capture, in which kernels are compiled and tuned. Default 3.
@@ -142,6 +143,10 @@ def _each(results: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(results)
     if isinstance(results, (tuple, list)) and all(isinstance(r, Tensor) for r in results):
         return tuple(function(r) for r in results)
+    if is_dataclass(results) and not isinstance(results, type):
+        values = vars(results)
+        if all(isinstance(r, Tensor) for r in values.values()):
+            return replace(results, **{name: function(r) for name, r in values.items()})
     raise TypeError(
         f"a graphed step must return a tensor, a tuple of tensors, or None; got {type(results).__name__}"
     )

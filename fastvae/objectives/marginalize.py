@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ..core.checks import (
 )
 from ..core.hints import teaches
 from ..core.nested import each, tensors
+from ..core.records import registered
 from ..core.torch_private import functorch_is_active
 
 if TYPE_CHECKING:
@@ -42,15 +44,16 @@ if TYPE_CHECKING:
 __all__ = ["Marginal", "marginalize"]
 
 
-class Marginal(NamedTuple):
-    """Bound [B] to be maximised, in nats, and the log responsibilities of the classes [B, C].
-
-    ``log_responsibilities`` is log q(y|x) if a classifier was given, else the exact log p(y|x) of the bounds.
-    Labels do not change it.
-    """
+@registered
+@dataclass(frozen=True, eq=False)
+class Marginal:
+    """Bound of a model with a discrete latent, and the responsibilities of its classes."""
 
     bound: Tensor
+    """Bound to be maximised, in nats [B]."""
     log_responsibilities: Tensor
+    """log q(y|x) if a classifier was given, else the exact log p(y|x) of the bounds [B, C]; labels do not
+    change it."""
 
 
 @overload
@@ -257,7 +260,8 @@ def _check_bounds(part: Any, batch: int, classes: int, like: Tensor) -> None:
     rows = batch * classes
     expected = f"expected B·C = {batch}·{classes} bounds [{rows}], one for each row that it is given"
     if not isinstance(part, Tensor):
-        hint = ", such as its log_px or bound" if isinstance(part, tuple) else ""
+        record = isinstance(part, tuple) or is_dataclass(part)
+        hint = ", such as its log_px or bound" if record else ""
         raise TypeError(f"bound returned {type(part).__name__}; {expected}, in one tensor{hint}")
     if part.shape != (rows,):
         hint = ": give the objective reduction='none'" if part.dim() == 0 else ""

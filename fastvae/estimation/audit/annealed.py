@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ...core.checks import check_address, check_choice, check_count
 from ...core.hints import teaches
 from ...core.nested import Beside, called, check_batch, decoded
+from ...core.records import registered
 from ...distributions import as_posterior, as_prior
 from ...distributions.spatial import flat_prior
 from ...inputs.batch import Inputs
@@ -23,31 +25,34 @@ from .annealing import STARTS, Annealing, Settings, draw_prior
 __all__ = ["AnnealedMarginal", "MarginalBounds", "ais", "bdmc"]
 
 
-class AnnealedMarginal(NamedTuple):
-    """Estimate of log p(x) by annealed importance sampling, each field [B] in float64.
-
-    ``log_px`` is in nats, a lower bound in expectation; ``stderr`` its standard error over the chains;
-    ``ess`` the effective number of chains; ``acceptance`` the mean acceptance probability of the transitions,
-    NaN without transitions.
-    """
+@registered
+@dataclass(frozen=True, eq=False)
+class AnnealedMarginal:
+    """Estimate of log p(x) by annealed importance sampling, each field [B] in float64."""
 
     log_px: Tensor
-    stderr: Tensor
+    """Estimate of log p(x), in nats: a lower bound in expectation."""
+    log_px_stderr: Tensor
+    """Standard error of log_px over the chains."""
     ess: Tensor
+    """Effective number of chains."""
     acceptance: Tensor
+    """Mean acceptance probability of the transitions; NaN without transitions."""
 
 
-class MarginalBounds(NamedTuple):
-    """Stochastic bounds on log p(x) of data x simulated by the model, each [n] in float64, in nats.
-
-    In expectation ``lower`` lies below log p(x) and ``upper`` above it. The standard errors are over the
-    chains.
-    """
+@registered
+@dataclass(frozen=True, eq=False)
+class MarginalBounds:
+    """Stochastic bounds on log p(x) of data x simulated by the model, each [n] in float64, in nats."""
 
     lower: Tensor
+    """Lower bound of log p(x), in expectation."""
     upper: Tensor
+    """Upper bound of log p(x), in expectation."""
     lower_stderr: Tensor
+    """Standard error of lower over the chains."""
     upper_stderr: Tensor
+    """Standard error of upper over the chains."""
 
     @property
     def gap(self) -> float:
@@ -125,9 +130,9 @@ def ais(
         row_offset: index of x's first row in the noise's address, as in :func:`fastvae.elbo`. Default 0.
 
     Returns:
-        :class:`AnnealedMarginal` (log_px, stderr, ess, acceptance), each [B]. The standard error is the delta
-        method's, NaN for a single chain. If the chains' weights differ much (ess far below C), use more
-        steps. :func:`fastvae.audit.bdmc` measures how far below log p(x) the estimate is, on simulated data.
+        :class:`AnnealedMarginal`, each field [B]. The standard error is the delta method's, NaN for a single
+        chain. If the chains' weights differ much (ess far below C), use more steps.
+        :func:`fastvae.audit.bdmc` measures how far below log p(x) the estimate is, on simulated data.
 
     Raises:
         TypeError, ValueError: for an invalid argument, which the message names; for a decoder that is not
@@ -200,8 +205,7 @@ def bdmc(
         generator: source of the noise, on the modules' device. Default: torch's global random state.
 
     Returns:
-        :class:`MarginalBounds` (lower, upper, lower_stderr, upper_stderr), each [n], with ``gap`` and
-        ``gap_stderr``.
+        :class:`MarginalBounds`, each field [n], with ``gap`` and ``gap_stderr``.
 
     Raises:
         TypeError, ValueError: for an invalid argument, which the message names.

@@ -144,12 +144,12 @@ class Annealing:
         """Estimate log p(x), its standard error, the effective number of chains and acceptance, each [B]."""
         log_w, acceptance = self.forward()
         w = Weights.of(log_w, 1)
-        return w.log_px, w.stderr, w.ess, acceptance
+        return w.log_px, w.log_px_stderr, w.ess, acceptance
 
     def bounds(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Bound log p(x) from below and above, with standard errors, each [B], given draws z of p(z|x)."""
         lower, upper = (Weights.of(w, 1) for w in (self.forward().log_w, -self.reverse(z).log_w))
-        return lower.log_px, -upper.log_px, lower.stderr, upper.stderr
+        return lower.log_px, -upper.log_px, lower.log_px_stderr, upper.log_px_stderr
 
     def _run(self, level: int, order: range, point: Point, log_w: Tensor) -> Annealed:
         """Run the chains from ``point`` through the transitions in this order."""

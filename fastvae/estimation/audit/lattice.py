@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ... import ops
 from ...core.checks import check_count, check_number, shape_of
 from ...core.hints import teaches
 from ...core.nested import event_size
+from ...core.records import registered
 from ...distributions import Distribution, as_prior, is_conditional
 from ...distributions.base import is_family
 from ...distributions.normal import DiagonalNormal, StandardNormal
@@ -31,11 +33,15 @@ _POINTS = {1: 3000, 2: 255, 3: 66}
 _NUMBERS = 2**22
 
 
-class LatticeMarginal(NamedTuple):
-    """Log p(x) of each example by a lattice and its estimated error, each [N] in float64, in nats."""
+@registered
+@dataclass(frozen=True, eq=False)
+class LatticeMarginal:
+    """Log p(x) of each example by a lattice, each field [N] in float64, in nats."""
 
     log_px: Tensor
+    """Log p(x)."""
     error: Tensor
+    """Estimated error of log_px."""
 
 
 @teaches
@@ -84,7 +90,7 @@ def lattice_log_marginal(
         batch_size: examples per batch; it changes results only by rounding. Default 1000.
 
     Returns:
-        :class:`LatticeMarginal` (log_px, error), each [N]. Memory is :math:`(3^D + 1) N` numbers, the data,
+        :class:`LatticeMarginal`, each field [N]. Memory is :math:`(3^D + 1) N` numbers, the data,
         and a block of points.
 
     Raises:

@@ -12,6 +12,7 @@ import secrets
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from ...core.digest import digest
+from ...random import draw_seed
 from .parts import Part, pack, unpack
 from .ranks import Ranks
 
@@ -146,12 +148,18 @@ class Store:
         seed: int | None = self.settings["seed"]
         return seed
 
-    def begin(self, seed: int) -> None:
-        """Collect all ranks' earlier results in rank 0's file, before the first batch."""
+    def begin(self) -> int:
+        """Agree on the seed, and collect all ranks' earlier results in rank 0's file, before the first batch.
+
+        Returns:
+            The seed, which is drawn if neither the checkpoint nor the user has one.
+        """
+        seed: int = self.ranks.first(int(draw_seed("cpu")) if self.seed is None else self.seed)
         self.settings["seed"] = seed
         if self.ranks.rank == 0:
             self.mine = list(self.done.values())
         self._collect(self.mine)
+        return seed
 
     def see(self, index: int, tensors: list[Tensor]) -> Part | None:
         """Register a batch, and return its results from the checkpoint, or None.
@@ -168,7 +176,7 @@ class Store:
             self._same_everywhere()
         part = self.done.get(index)
         if part is not None and not np.array_equal(part.digest, found):
-            was, now = len(part.log_px), len(tensors[0])
+            was, now = len(part), len(tensors[0])
             if was != now:
                 raise ValueError(
                     f"checkpoint {self.path} was made with other batches: batch {index} had {was} examples "
@@ -181,10 +189,22 @@ class Store:
             )
         return part
 
+    def compare(self, part: Part, first_draw: np.ndarray) -> None:
+        """Compare a saved batch's first draw with a new one, which also detects changed weights and code.
+
+        Raises:
+            ValueError: if they differ.
+        """
+        if not np.allclose(part.curve[0], first_draw, rtol=1e-5, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"checkpoint {self.path} was made with another encoder or decoder: the same draw now has "
+                "different weights. Use another file name to start over, or delete the file"
+            )
+
     def add(self, part: Part) -> None:
         """Add the results of a registered batch."""
         mark = self._seen.get(part.index)
-        self.mine.append(part if mark is None else part._replace(digest=np.frombuffer(mark, np.uint8)))
+        self.mine.append(part if mark is None else replace(part, digest=np.frombuffer(mark, np.uint8)))
         # Saving takes at most a twentieth of the time.
         if time.monotonic() - self._saved >= 20 * self._cost:
             self.save()
@@ -273,18 +293,18 @@ class Store:
                 with np.load(file, allow_pickle=False) as data:
                     arrays = dict(data)
                 made = dict(json.loads(str(arrays.pop("settings"))))
-                found = unpack(arrays)
             except Exception as error:  # reading an arbitrary file may raise anything
-                raise ValueError(
-                    f"checkpoint {file} is no checkpoint of fastvae.evaluate ({type(error).__name__}: "
-                    f"{error}); give another name, or delete it"
-                ) from None
+                raise _unreadable(file, error) from None
             self._compare(file, made)
+            try:
+                found = unpack(arrays)
+            except Exception as error:
+                raise _unreadable(file, error) from None
             parts.update((p.index, p) for p in found)
         return list(parts.values())
 
     def _compare(self, file: Path, made: dict[str, Any]) -> None:
-        for name in sorted(self.settings.keys() | made.keys()):
+        for name in sorted(self.settings.keys() | made.keys(), key=lambda name: (name != "format", name)):
             was, now = (settings.get(name, _UNSAID.get(name)) for settings in (made, self.settings))
             if name == "seed" and now is None:
                 self.settings["seed"] = was
@@ -294,3 +314,10 @@ class Store:
                     f"checkpoint {file} was made with other {name}{values}. Use another name to start over, "
                     "or delete it"
                 )
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"checkpoint {file} is no checkpoint of fastvae.evaluate ({type(error).__name__}: {error}); give "
+        "another name, or delete it"
+    )

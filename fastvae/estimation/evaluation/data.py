@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,64 @@ from ...core.checks import FLOATING, check_dense, shape_of
 from ...core.nested import Beside, tensors
 from ...inputs.modules import modules_of
 from ...likelihoods.base import Declared, Likelihood
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Batch of the data."""
+
+    index: int
+    row: int  # index of its first example in the data
+    x: Any  # [B, *event], or a dict of these
+    beside: Beside | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return [*tensors(self.x), *(t for part in self.beside or () for t in tensors(part))]
+
+
+class Batches:
+    """Batches of the user's data, validated and counted; those without examples are left out.
+
+    Args:
+        data: as in :func:`fastvae.evaluate`.
+        batch_size: examples per batch, for data not in batches.
+        likelihood: the likelihood, which validates x.
+        prepare_batch: the user's function of a batch, or None.
+        shard: division of the work over the ranks.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        likelihood: Likelihood,
+        prepare_batch: Callable[[Any], Mapping[str, Any]] | None,
+        shard: str,
+    ):
+        self._batches = batches_of(data, batch_size, shard)
+        self._likelihood, self._prepare_batch = likelihood, prepare_batch
+        self.number = length_of(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        row, axes = 0, None
+        for index, batch in enumerate(self._batches):
+            batch, beside = unpacked(batch, self._prepare_batch)
+            x = data_of(batch, axes, self._likelihood)
+            examples, axes = tensors(x)[0].shape[0], [t.dim() for t in tensors(x)]
+            if examples:
+                yield Batch(index, row, x, beside)
+            row += examples
+
+
+def check_prepare_batch(prepare_batch: Any) -> None:
+    """Validate that it is None or a function."""
+    if prepare_batch is not None and not callable(prepare_batch):
+        raise TypeError(
+            "prepare_batch must be a function of a batch, such as lambda batch: {'x': batch[0], 'context': "
+            f"batch[1]}}; got {type(prepare_batch).__name__}"
+        )
 
 
 def batches_of(data: Any, batch_size: int, shard: str) -> Iterable[Any]:

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from ..weights import LogMarginal
 
 
-class Part(NamedTuple):
-    """Results of one batch; the last axis of the second group of fields is its examples."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Examples(LogMarginal):
+    """Estimates of the examples of a batch or of a data set, each field [n], on the CPU."""
 
-    index: int  # type: ignore[assignment] # index of the batch
+    k: Tensor
+    """Number of draws, int64."""
+    elbo: Tensor
+    """Mean of the log weights of draws from q: the bound for k=1. NaN without draws from q."""
+
+
+# Fields with a number for each example.
+PER_EXAMPLE = tuple(f.name for f in fields(Examples))
+
+
+def joined(parts: list[Examples]) -> dict[str, Tensor]:
+    """Concatenate the fields of batches."""
+    return {name: torch.cat([getattr(p, name) for p in parts]) for name in PER_EXAMPLE}
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Results of one batch."""
+
+    index: int  # index of the batch
     digest: np.ndarray  # [16] bytes, hash of the data
-    latent: (
-        np.ndarray
-    )  # [3, D]: posterior means' mean and sum of squared deviations, the KL's sum; [2, D] without KL
+    # [3, D]: posterior means' mean and sum of squared deviations, the KL's sum; [2, D] without KL
+    latent: np.ndarray
     dims: int  # elements in one example
-
-    log_px: np.ndarray
-    stderr: np.ndarray
-    ess: np.ndarray
-    khat: np.ndarray
-    jackknife: np.ndarray
-    jackknife_stderr: np.ndarray
-    psis: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    k: np.ndarray
-    elbo: np.ndarray
     curve: np.ndarray  # [R, n]: the bound after each recorded number of draws
+    examples: Examples
+
+    def __len__(self) -> int:
+        return len(self.examples.log_px)
 
 
 _PER_BATCH = ("index", "digest", "latent", "dims")
 # dtype kind and number of axes of each array of packed parts.
-_PACKED = dict.fromkeys(Part._fields, ("f", 1)) | {
+_PACKED = dict.fromkeys(PER_EXAMPLE, ("f", 1)) | {
     "index": ("i", 1),
     "digest": ("u", 2),
     "latent": ("f", 3),
@@ -46,10 +61,10 @@ _PACKED = dict.fromkeys(Part._fields, ("f", 1)) | {
 
 def pack(parts: list[Part]) -> dict[str, np.ndarray]:
     """Pack parts, at least one, into arrays for np.savez."""
-    fields = {name: [getattr(p, name) for p in parts] for name in Part._fields}
-    arrays = {name: np.stack([np.asarray(v) for v in fields.pop(name)]) for name in _PER_BATCH}
-    arrays["sizes"] = np.array([len(p.log_px) for p in parts])
-    return arrays | {name: np.concatenate(values, -1) for name, values in fields.items()}
+    arrays = {name: np.stack([np.asarray(getattr(p, name)) for p in parts]) for name in _PER_BATCH}
+    arrays["sizes"] = np.array([len(p) for p in parts])
+    arrays["curve"] = np.concatenate([p.curve for p in parts], -1)
+    return arrays | {name: v.numpy() for name, v in joined([p.examples for p in parts]).items()}
 
 
 def unpack(arrays: dict[str, np.ndarray]) -> list[Part]:
@@ -62,15 +77,24 @@ def unpack(arrays: dict[str, np.ndarray]) -> list[Part]:
         if arrays[name].dtype.kind != kind or arrays[name].ndim != axes:
             raise ValueError(f"{name} is of {arrays[name].dtype} with {arrays[name].ndim} axes")
     sizes = arrays["sizes"]
-    for name in Part._fields:
+    for name in _PACKED:
         length = arrays[name].shape[0 if name in _PER_BATCH else -1]
-        expected = len(sizes) if name in _PER_BATCH else sizes.sum()
+        expected = len(sizes) if name in (*_PER_BATCH, "sizes") else sizes.sum()
         if length != expected or (sizes < 1).any():
             raise ValueError(f"sizes {sizes[:5].tolist()}… do not fit {name}, which has {length} entries")
-    cuts = np.cumsum(sizes)[:-1]
-    fields = {
-        name: list(arrays[name]) if name in _PER_BATCH else np.split(arrays[name], cuts, -1)
-        for name in Part._fields
-    }
-    parts = [Part(*values) for values in zip(*fields.values(), strict=True)]
-    return [p._replace(index=int(p.index), dims=int(p.dims)) for p in parts]
+    stops = np.cumsum(sizes)
+    rows = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
+    return [_part(arrays, index, span) for index, span in enumerate(rows)]
+
+
+def _part(arrays: dict[str, np.ndarray], index: int, rows: slice) -> Part:
+    """Return the part at an index, whose examples are these rows."""
+    estimates = {name: torch.from_numpy(arrays[name][rows]) for name in PER_EXAMPLE}
+    return Part(
+        index=int(arrays["index"][index]),
+        digest=arrays["digest"][index],
+        latent=arrays["latent"][index],
+        dims=int(arrays["dims"][index]),
+        curve=arrays["curve"][:, rows],
+        examples=Examples(**estimates),
+    )

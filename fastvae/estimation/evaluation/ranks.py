@@ -123,7 +123,7 @@ class Ranks:
         if not self.by_samples:
             return part
         merged: Weights | None = None
-        for values in self.gather(None if part is None else [v.cpu() for v in part], "draws"):
+        for values in self.gather(None if part is None else [v.cpu() for v in part.tensors], "draws"):
             if values is not None:
                 its = Weights(*(v.to(device) for v in values))
                 merged = its if merged is None else merged.merge(its)

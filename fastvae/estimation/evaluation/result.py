@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,24 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.terminal import printable
+from ..estimates import UNTRUSTED, in_quadrature, nll, nll_where_trusted, where_trusted
+from ..weights import ESTIMATES
 from .audit import Audit
 from .checkpoint import write_arrays
-from .parts import Part
-
-ACTIVE = 0.01  # variance of the posterior mean, Burda et al. 2016
-UNTRUSTED = 0.7  # Pareto k̂, Vehtari et al. 2024
-LEAST_FOR_KHAT = 21  # draws, for a tail of five
-# Fraction of examples with k̂ above 0.7 beyond which the NLL is only called a bound: docs/estimators.md.
-BOUND_ONLY = 0.05
+from .latents import latents_of
+from .parts import PER_EXAMPLE, Examples, Part, joined
+from .report import report
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evaluation(Examples):
     """Result of :func:`fastvae.evaluate`.
 
-    It has numbers for the data set, and float64 tensors [N] for its examples, in order. ``print`` it for a
-    summary, :meth:`save` it to a file.
+    It has the fields of :class:`fastvae.LogMarginal`, the draws ``k`` and the ``elbo``, tensors [N] on the
+    CPU in the order of the examples, in float64 except k; and the numbers of the data set below. ``print`` it
+    for a summary, :meth:`save` it to a file.
     """
 
     nll: float
@@ -42,28 +39,6 @@ class Evaluation:
     """Standard error of nll over the draws of z, that is over seeds."""
     bits_per_dim: float
     """nll / (X log 2) for X elements in an example. For data dequantised from 2^b levels to [0, 1], add b."""
-    log_px: Tensor
-    """Estimate of log p(x) of each example, in nats."""
-    log_px_stderr: Tensor
-    """Standard error of log_px over the draws."""
-    ess: Tensor
-    """Effective sample size."""
-    khat: Tensor
-    """Pareto k̂: above 0.7 the example's estimates and their standard errors are unreliable."""
-    jackknife: Tensor
-    """Jackknife estimate of log p(x), without log_px's bias of order 1/k (Nowozin 2018)."""
-    jackknife_stderr: Tensor
-    """Standard error of the jackknife estimate over the draws."""
-    psis: Tensor
-    """Pareto-smoothed estimate of log p(x) (Vehtari et al. 2024): lower variance, biased low."""
-    low: Tensor
-    """Lower end of a 95 % interval for log p(x) over the draws (:mod:`fastvae.estimation.weights`)."""
-    high: Tensor
-    """Upper end of the interval; +∞ where the draws do not bound log p(x)."""
-    k: Tensor
-    """Number of draws, int64."""
-    elbo: Tensor
-    """Mean of the log weights of draws from q: the bound for k=1. NaN without draws from q."""
     active_units: int | None
     """Latents whose posterior mean has a variance above 0.01 over the data (Burda et al.); None if q has
     no mean, or NaN in it."""
@@ -76,6 +51,16 @@ class Evaluation:
     """Number of elements in an example, X; the mean if examples differ in size."""
     audit: Audit | None = None
     """Audit of some examples by annealed importance sampling; None if not requested."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Number of the data set for each field that has one.
+
+        It is the NLL for an estimate of log p(x), the error of the mean for a standard error, and the median
+        for a diagnostic. The jackknife's is ``nll_jackknife``.
+        """
+        declared = ((name, e.figure) for name, e in ESTIMATES.items())
+        return {name: figure(getattr(self, name), self) for name, figure in declared if figure is not None}
 
     @property
     def ess_quantiles(self) -> tuple[float, float, float]:
@@ -97,12 +82,7 @@ class Evaluation:
         Examples with k̂ above 0.7, where the jackknife may be far off, enter with log_px, a lower bound in
         expectation.
         """
-        return -float(self._corrected.mean())
-
-    @property
-    def nll_psis(self) -> float:
-        """NLL by the Pareto-smoothed estimates."""
-        return -float(self.psis.mean())
+        return nll_where_trusted(self.jackknife, self)
 
     @property
     def nll_interval(self) -> tuple[float, float]:
@@ -111,84 +91,14 @@ class Evaluation:
         The half widths of the examples' intervals are added in quadrature. The lower end is −∞ if one of them
         is unbounded above.
         """
-        center, n = self._corrected, len(self.log_px)
+        center, n = where_trusted(self.jackknife, self), len(self.log_px)
         up, down = (float(v.square().sum().sqrt()) / n for v in (self.high - center, center - self.low))
         return -float(center.mean()) - up, -float(center.mean()) + down
 
-    @property
-    def _corrected(self) -> Tensor:
-        return torch.where(self.khat > UNTRUSTED, self.log_px, self.jackknife)
-
     def __str__(self) -> str:
-        n, fewest, most = len(self.log_px), int(self.k.min()), int(self.k.max())
-        draws = f"{most} draw{'s' * (most > 1)} each"
-        if fewest != most:
-            draws = f"{fewest} to {most} draws, {float(self.k.double().mean()):.0f} on average"
-        gap = round(float((self.log_px - self.elbo).mean()), 2) + 0.0  # not -0.00
-        elbo = f"{float(self.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)"
-        if bool(self.elbo.isnan().all() and not self.log_px.isnan().all()):
-            elbo = "unknown; no draws came from q itself"
-        low, median, high = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in self.ess_quantiles)
-        error = f" ± {self.stderr:.2f}" * (n > 1)
-        by_draws = f"± {self.mc_stderr:.2g} by the draws"
-        if most == 1:
-            by_draws = "one draw does not tell its error"
-        nll = f"{self.nll:.2f}{error} nats ({by_draws})"
-        ess = f"median {median}; {low} to {high} for nine of ten examples" if n > 1 else median
-        lines = [
-            f"log p(x) of {n} example{'s' * (n > 1)}, {draws}",
-            f"  NLL            {nll}",
-            f"  bits           {self.bits_per_dim:.4f} per dimension, of {self.dims:g}",
-            f"  ELBO           {elbo}",
-            f"  ESS            {ess}",
-        ]
-        if bool(self.khat.isnan().all()):
-            reason = f"; it takes {LEAST_FOR_KHAT} draws" * (most < LEAST_FOR_KHAT)
-            lines.append(f"  Pareto k-hat   unknown{reason}")
-        else:
-            share = f"above {UNTRUSTED} for {100 * self.untrusted:.1f} % of the examples"
-            lines.append(f"  Pareto k-hat   median {float(self.khat.nanmedian()):.2f}; {share}")
-            if self.untrusted:
-                lines[-1] += ","
-                lines.append("                 whose log p(x) is not to be trusted, and likely too low")
-        lines[2:2] = self._to_quote()
-        if self.active_units is not None:
-            total = kl = ""
-            if self.kl_per_dim is not None:
-                total = f" of {len(self.kl_per_dim)}"
-                kl = f"; KL {float(self.kl_per_dim.sum()):.2f} nats"
-            lines.append(f"  latents        {self.active_units}{total} active{kl}")
-        if self.audit is not None:
-            lines.append(f"  audit          {self.audit}".replace("\n", "\n" + 17 * " "))
-        if nan := int(self.log_px.isnan().sum()):
-            lines.append(f"  NaN            {nan} example{'s' * (nan > 1)}")
-        if impossible := int((self.log_px == -math.inf).sum()):
-            lines.append(
-                f"  -inf           {impossible} example{'s' * (impossible > 1)}, with weights that are all 0"
-            )
-        # Printing a summary must not fail if the output cannot encode ±.
-        return printable("\n".join(lines), sys.stdout)
+        return report(self)
 
     __repr__ = __str__
-
-    def _to_quote(self) -> list[str]:
-        """Return a line that says which NLL estimate to quote, and why; empty if the NLL is not finite."""
-        if not math.isfinite(self.nll):
-            return []
-        error = f" ± {self.stderr:.2f}" * (len(self.log_px) > 1)
-        why = ""
-        if bool(self.khat.isnan().all()):
-            why = "too few draws to tell its bias"
-        elif self.untrusted > BOUND_ONLY:
-            why = f"k-hat is above {UNTRUSTED} for {100 * self.untrusted:.1f} % of the examples"
-        if why:
-            return [f"  to quote       at most {self.nll:.2f}{error} nats, a bound only: {why}"]
-        digits = min(6, max(2, -math.floor(math.log10(max(self.mc_stderr, 1e-9)))))
-        low, high = self.nll_interval
-        draws = f"95 % by the draws: {low:.{digits}f} to {high:.{digits}f}"
-        if math.isinf(low):
-            draws = f"not above {high:.{digits}f} by the draws, 97.5 %"
-        return [f"  to quote       {self.nll_jackknife:.2f}{error} nats, the jackknife's ({draws})"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field except None to an .npz file, for :meth:`load` and ``numpy.load``.
@@ -253,9 +163,11 @@ def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         elif name == "curve":
             _check_array(name, value, np.float64, (len(value), 3))
             values[name] = [(int(k), nll, error) for k, nll, error in value.tolist()]
-        elif "Tensor" in field.type:
-            shape = (len(value),) if name == "kl_per_dim" else (n,)
-            _check_array(name, value, np.int64 if name == "k" else np.float64, shape)
+        elif name in PER_EXAMPLE:
+            _check_array(name, value, np.int64 if name == "k" else np.float64, (n,))
+            values[name] = torch.from_numpy(value)
+        elif name == "kl_per_dim":
+            _check_array(name, value, np.float64, (len(value),))
             values[name] = torch.from_numpy(value)
         else:
             _check_array(name, value, np.int64 if name == "active_units" else np.float64, ())
@@ -282,11 +194,12 @@ def _check_values(values: dict[str, Any]) -> None:
         "log_px must have examples": n > 0,
         "log_px must not be infinite upwards": not bool((log_px == math.inf).any()),
         "k must be at least 1": bool((k >= 1).all()),
-        "log_px_stderr must not be negative": not bool((values["log_px_stderr"] < 0).any()),
-        "jackknife_stderr must not be negative": not bool((values["jackknife_stderr"] < 0).any()),
-        "ess must be between 0 and k": not bool(
-            ((values["ess"] < 0) | (values["ess"] > k * (1 + 1e-6))).any()
-        ),
+        **{
+            f"{name} must not be negative": not bool((values[name] < 0).any())
+            for name, declared in ESTIMATES.items()
+            if declared.nonnegative
+        },
+        "ess must be between 0 and k": not bool((values["ess"] > k * (1 + 1e-6)).any()),
         "low must not be above high": not bool((values["low"] > values["high"]).any()),
         "dims must be positive": values["dims"] > 0,
         "curve must rise in draws, from 1": draws == sorted(set(draws)) and min(draws, default=1) >= 1,
@@ -314,39 +227,28 @@ def _same(value: float, expected: float) -> bool:
 
 
 def combine(parts: list[Part], looks: list[int]) -> Evaluation:
-    def joined(name: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([getattr(p, name) for p in parts], -1))
-
-    log_px, stderr, curve = joined("log_px"), joined("stderr"), joined("curve")
-    n = len(log_px)
-    total = sum(p.dims * len(p.log_px) for p in parts)
+    """Combine the results of all batches; ``looks`` are the numbers of draws of the curve."""
+    examples = Examples(**joined([p.examples for p in parts]))
+    log_px, n = examples.log_px, len(examples.log_px)
     advice = (
         ", so the means are NaN too; check their x, q and decoder output, or use -result.log_px.nanmean()"
     )
     _warn_about("NaN", log_px.isnan(), advice)
     advice = ": all of their importance weights are 0; use more draws or another q"
     _warn_about("-inf", log_px == -math.inf, advice)
-    nll = -float(log_px.mean())
-    active, kl = _latents(parts)
+    total = sum(p.dims * len(p) for p in parts)
+    mean = nll(log_px, examples)
+    active, kl = latents_of(parts)
+    curve = torch.from_numpy(np.concatenate([p.curve for p in parts], -1))
     return Evaluation(
-        nll=nll,
+        **vars(examples),
+        nll=mean,
         stderr=_standard_error(log_px),
-        mc_stderr=float(stderr.square().sum().sqrt()) / n,
-        bits_per_dim=nll * n / (total * math.log(2)) if total else math.nan,
-        log_px=log_px,
-        log_px_stderr=stderr,
-        ess=joined("ess"),
-        khat=joined("khat"),
-        jackknife=joined("jackknife"),
-        jackknife_stderr=joined("jackknife_stderr"),
-        psis=joined("psis"),
-        low=joined("low"),
-        high=joined("high"),
-        k=joined("k"),
-        elbo=joined("elbo"),
+        mc_stderr=in_quadrature(examples.log_px_stderr, examples),
+        bits_per_dim=mean * n / (total * math.log(2)) if total else math.nan,
         active_units=active,
         kl_per_dim=kl,
-        curve=[(k, -float(v.mean()), _standard_error(v)) for k, v in zip(looks, curve, strict=True)],
+        curve=[(k, nll(v, examples), _standard_error(v)) for k, v in zip(looks, curve, strict=True)],
         dims=total / n,
     )
 
@@ -364,16 +266,3 @@ def _warn_about(what: str, which: Tensor, advice: str) -> None:
 
 def _standard_error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def _latents(parts: list[Part]) -> tuple[int | None, Tensor | None]:
-    """Combine the batches' statistics to active units and KL per dimension."""
-    if not parts[0].latent.shape[1]:
-        return None, None
-    sizes = np.array([len(p.log_px) for p in parts], dtype=np.float64)[:, None]
-    mean, deviations, *kl = np.stack([p.latent for p in parts], 1)  # each [parts, D]
-    n = sizes.sum()
-    common = (sizes * mean).sum(0) / n
-    variance = (deviations + sizes * (mean - common) ** 2).sum(0) / max(n - 1, 1)
-    active = None if np.isnan(variance).any() else int((variance > ACTIVE).sum())
-    return active, torch.from_numpy(kl[0].sum(0) / n) if kl else None

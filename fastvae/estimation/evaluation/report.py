@@ -1,0 +1,146 @@
+"""Report of an evaluation, for people."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+from ...core.terminal import printable
+from ..estimates import UNTRUSTED
+from ..weights import ESTIMATES
+
+if TYPE_CHECKING:
+    from .result import Evaluation
+
+LEAST_FOR_KHAT = 21  # draws, for a tail of five
+# Fraction of examples with k̂ above 0.7 beyond which the NLL is only called a bound: docs/estimators.md.
+BOUND_ONLY = 0.05
+
+
+def report(result: Evaluation) -> str:
+    """Return a summary of the result, in lines of a heading and a text."""
+    n = len(result.log_px)
+    sections = (_nll, _quoted, _estimates, _bits, _elbo, _ess, _khat, _latents, _audit, _not_finite)
+    lines = [f"log p(x) of {_examples(n)}, {_draws(result)}"]
+    lines += [f"  {heading:<14} {text}" for section in sections for heading, text in section(result)]
+    # Printing a summary must not fail if the output cannot encode ±.
+    return printable("\n".join(lines), sys.stdout)
+
+
+# Headings of a section, with their texts.
+_Lines = list[tuple[str, str]]
+
+
+def _examples(n: int) -> str:
+    return f"{n} example{'s' * (n > 1)}"
+
+
+def _draws(result: Evaluation) -> str:
+    fewest, most = int(result.k.min()), int(result.k.max())
+    if fewest != most:
+        return f"{fewest} to {most} draws, {float(result.k.double().mean()):.0f} on average"
+    return f"{most} draw{'s' * (most > 1)} each"
+
+
+def _over_examples(result: Evaluation) -> str:
+    return f" ± {result.stderr:.2f}" * (len(result.log_px) > 1)
+
+
+def _nll(result: Evaluation) -> _Lines:
+    by_draws = f"± {result.mc_stderr:.2g} by the draws"
+    if int(result.k.max()) == 1:
+        by_draws = "one draw does not tell its error"
+    return [("NLL", f"{result.nll:.2f}{_over_examples(result)} nats ({by_draws})")]
+
+
+def _quoted(result: Evaluation) -> _Lines:
+    """Return which estimate of the NLL to quote, and why; nothing if the NLL is not finite."""
+    if not math.isfinite(result.nll):
+        return []
+    error = _over_examples(result)
+    why = ""
+    if bool(result.khat.isnan().all()):
+        why = "too few draws to tell its bias"
+    elif result.untrusted > BOUND_ONLY:
+        why = f"k-hat is {_share_untrusted(result)}"
+    if why:
+        return [("to quote", f"at most {result.nll:.2f}{error} nats, a bound only: {why}")]
+    digits = min(6, max(2, -math.floor(math.log10(max(result.mc_stderr, 1e-9)))))
+    low, high = result.nll_interval
+    draws = f"95 % by the draws: {low:.{digits}f} to {high:.{digits}f}"
+    if math.isinf(low):
+        draws = f"not above {high:.{digits}f} by the draws, 97.5 %"
+    return [("to quote", f"{result.nll_jackknife:.2f}{error} nats, the jackknife's ({draws})")]
+
+
+def _estimates(result: Evaluation) -> _Lines:
+    """Return the number of each estimate that is declared with a heading, if it is known."""
+    figures, found = result.figures, []
+    for name, declared in ESTIMATES.items():
+        if declared.heading and not math.isnan(value := figures.get(name, math.nan)):
+            by_draws = figures.get(declared.stderr, math.nan)
+            error = "" if math.isnan(by_draws) else f"(± {by_draws:.2g} by the draws)"
+            found.append((declared.heading, " ".join(filter(None, [f"{value:.2f}", declared.unit, error]))))
+    return found
+
+
+def _bits(result: Evaluation) -> _Lines:
+    return [("bits", f"{result.bits_per_dim:.4f} per dimension, of {result.dims:g}")]
+
+
+def _elbo(result: Evaluation) -> _Lines:
+    if bool(result.elbo.isnan().all() and not result.log_px.isnan().all()):
+        return [("ELBO", "unknown; no draws came from q itself")]
+    gap = round(float((result.log_px - result.elbo).mean()), 2) + 0.0  # not -0.00
+    return [("ELBO", f"{float(result.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)")]
+
+
+def _ess(result: Evaluation) -> _Lines:
+    low, median, high = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in result.ess_quantiles)
+    if len(result.log_px) == 1:
+        return [("ESS", median)]
+    return [("ESS", f"median {median}; {low} to {high} for nine of ten examples")]
+
+
+def _khat(result: Evaluation) -> _Lines:
+    if bool(result.khat.isnan().all()):
+        reason = f"; it takes {LEAST_FOR_KHAT} draws" * (int(result.k.max()) < LEAST_FOR_KHAT)
+        return [("Pareto k-hat", f"unknown{reason}")]
+    text = f"median {float(result.khat.nanmedian()):.2f}; {_share_untrusted(result)}"
+    if not result.untrusted:
+        return [("Pareto k-hat", text)]
+    return [
+        ("Pareto k-hat", f"{text},"),
+        ("", "whose log p(x) is not to be trusted, and likely too low"),
+    ]
+
+
+def _share_untrusted(result: Evaluation) -> str:
+    return f"above {UNTRUSTED} for {100 * result.untrusted:.1f} % of the examples"
+
+
+def _latents(result: Evaluation) -> _Lines:
+    if result.active_units is None:
+        return []
+    total = kl = ""
+    if result.kl_per_dim is not None:
+        total = f" of {len(result.kl_per_dim)}"
+        kl = f"; KL {float(result.kl_per_dim.sum()):.2f} nats"
+    return [("latents", f"{result.active_units}{total} active{kl}")]
+
+
+def _audit(result: Evaluation) -> _Lines:
+    if result.audit is None:
+        return []
+    first, *rest = str(result.audit).split("\n")
+    return [("audit", first), *(("", line) for line in rest)]
+
+
+def _not_finite(result: Evaluation) -> _Lines:
+    found = []
+    if nan := int(result.log_px.isnan().sum()):
+        found.append(("NaN", _examples(nan)))
+    if impossible := int((result.log_px == -math.inf).sum()):
+        found.append(("-inf", f"{_examples(impossible)}, with weights that are all 0"))
+    return found
