@@ -6,7 +6,11 @@
 #pragma once
 
 #include "calls/full.hpp"
+#include "calls/grouped.hpp"
+#include "calls/head.hpp"
 #include "calls/importance.hpp"
 #include "calls/latent.hpp"
 #include "calls/likelihood.hpp"
+#include "calls/mixture.hpp"
+#include "calls/random.hpp"
 #include "calls/weigh.hpp"

@@ -48,7 +48,7 @@ struct Shape {
   Py_ssize_t axes;
   explicit Shape(PyObject* tensor)
       : sizes(owned(PyObject_GetAttr(tensor, torch_names().shape))), axes(PyTuple_GET_SIZE(sizes.ptr())) {}
-  i64 operator[](Py_ssize_t i) const { return integer(PyTuple_GET_ITEM(sizes.ptr(), i)); }
+  i64 operator[](Py_ssize_t i) const { return to_integer(PyTuple_GET_ITEM(sizes.ptr(), i)); }
   bool operator==(const Shape& other) const {
     bool same = axes == other.axes;
     for (Py_ssize_t i = 0; same && i < axes; ++i) same = (*this)[i] == other[i];
@@ -88,7 +88,7 @@ inline bool are_batch(PyObject* x, PyObject* mu, PyObject* logvar) {
 inline bool are_outputs(PyObject* x, PyObject* samples, PyObject* parameters) {
   const Shape shape(x);
   if (shape.axes != 2) return false;
-  const i64 rows = integer(samples) * shape[0], columns = shape[1];
+  const i64 rows = to_integer(samples) * shape[0], columns = shape[1];
   if (rows == 0 || columns == 0) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parameters); ++i) {
     PyObject* p = PyTuple_GET_ITEM(parameters, i);
@@ -106,9 +106,9 @@ constexpr int kOnCpu = 1, kOnGpu = 2, kWanted = 4;
 inline int plain(PyObject* tensors) {
   const Glance& names = glance();
   if (owned(PyObject_CallNoArgs(names.transforms)).ptr() == Py_True ||
-      integer(owned(PyObject_CallNoArgs(names.modes)).ptr()) != 0 ||
+      to_integer(owned(PyObject_CallNoArgs(names.modes)).ptr()) != 0 ||
       owned(PyObject_CallNoArgs(names.tracing)).ptr() != Py_None ||
-      integer(owned(PyObject_GetAttr(names.forward_ad, names.level)).ptr()) >= 0) {
+      to_integer(owned(PyObject_GetAttr(names.forward_ad, names.level)).ptr()) >= 0) {
     return 0;
   }
   int found = 0;
@@ -155,7 +155,7 @@ inline PyObject* described(PyObject*, PyObject* const* arguments, Py_ssize_t n) 
     const auto note_all = [&](const pybind11::object& numbers) {
       const Py_ssize_t count = PyTuple_GET_SIZE(numbers.ptr());
       note(count);
-      for (Py_ssize_t i = 0; i < count; ++i) note(integer(PyTuple_GET_ITEM(numbers.ptr(), i)));
+      for (Py_ssize_t i = 0; i < count; ++i) note(to_integer(PyTuple_GET_ITEM(numbers.ptr(), i)));
     };
     for (Py_ssize_t i = 0; i < size; ++i) {
       PyObject* t = PyTuple_GET_ITEM(arguments[0], i);
@@ -171,7 +171,7 @@ inline PyObject* described(PyObject*, PyObject* const* arguments, Py_ssize_t n) 
       note(PyLong_AsUnsignedLongLong(address.ptr()) & 15);
       // There is one object of each dtype.
       note(reinterpret_cast<i64>(owned(PyObject_GetAttr(t, names.dtype)).ptr()));
-      note(integer(owned(PyObject_CallMethodNoArgs(t, glance().get_device)).ptr()));
+      note(to_integer(owned(PyObject_CallMethodNoArgs(t, glance().get_device)).ptr()));
       note_all(owned(PyObject_GetAttr(t, names.shape)));
       note_all(owned(PyObject_CallMethodNoArgs(t, names.stride)));
       PyTuple_SET_ITEM(addresses.ptr(), i, address.release().ptr());
