@@ -7,7 +7,7 @@
 
 #include "calls.hpp"
 #include "dispatcher.hpp"
-#include "glance.hpp"
+#include "launch_key.hpp"
 #include "products.hpp"
 #include "python.hpp"
 #include "targets.hpp"
@@ -95,7 +95,6 @@ PYBIND11_MODULE(_C, m) {
                           std::string(kFlaws[t.flaw]));
   });
   m.def("reads_by_handle", [] { return find_handle() >= 0; });
-  add_glances(m.ptr());
   m.attr("likelihoods") = likelihoods();
   static PyMethodDef ops[] = {
       method<RsampleKl>(),
@@ -119,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
       method<WeighLinear>(),
       method<LogMeanExp>(),
       method<LogMeanExpBackward>(),
+      fast_method("described", &described),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(m.ptr(), ops) != 0) throw py::error_already_set();

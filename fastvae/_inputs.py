@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_same_device, is_dense, shape_of, signed
-from ._glance import are_batch, are_batch_in_python
+from ._checks import check_same_device, shape_of, signed
+from ._glance import are_batch
 from ._misread import is_new, look
 from ._nested import (
     Beside,
@@ -67,10 +67,7 @@ class Inputs(NamedTuple):
         # Fast path: a pair (mu, logvar), a named likelihood and the standard prior.
         if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
-            glance = are_batch_in_python if torch.compiler.is_compiling() else are_batch
-            # The C++ does not check the layout.
-            dense = all([type(t) is not Tensor or is_dense(t) for t in (x, *q)])
-            fits = known is not None and callable(decoder) and dense and glance(x, *q)
+            fits = known is not None and callable(decoder) and are_batch(x, *q)
             if fits and (known.differentiable or not x.requires_grad):
                 return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD, None))
         likelihood = as_likelihood(likelihood, shared=True)

@@ -16,11 +16,10 @@ from .._checks import (
     check_result,
     check_same_device,
     check_tensor,
-    is_dense,
     on_same_device,
     shape_of,
 )
-from .._glance import are_outputs, are_outputs_in_python
+from .._glance import are_outputs
 from .._nested import Beside, each, repeat, tensors
 from .._teach import described, did_you_mean, explained, teaches_by
 from ..head import LastLayer, check_unchanged, multiply_out
@@ -359,9 +358,7 @@ class Declared(Likelihood):
         given = self._given(x)
         parameters = self._natural(parameters)
         returned = parameters if type(parameters) is tuple else (parameters,)
-        glance = are_outputs_in_python if torch.compiler.is_compiling() else are_outputs
-        dense = all([not isinstance(p, Tensor) or is_dense(p) for p in returned])
-        if dense and len(returned) + len(given) == len(self.outputs) and glance(x, samples, returned):
+        if len(returned) + len(given) == len(self.outputs) and are_outputs(x, samples, returned):
             if not given:
                 if self._bounded:
                     check_support(type(self), x)
