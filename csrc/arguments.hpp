@@ -117,9 +117,16 @@ struct Contract {
     if (!fits(t, dtype, sizes) && !fits(t, dtype, others))
       refuse(name, t, described(dtype, sizes) + " or " + shape(others));
   }
-  void expect_count(const char* name, i64 value) const {
-    if (value < 1)
-      throw std::invalid_argument(subject(name) + " is " + std::to_string(value) + "; expected at least 1");
+  void expect_count(const char* name, i64 value, i64 least = 1) const {
+    if (value < least)
+      throw std::invalid_argument(subject(name) + " is " + std::to_string(value) + "; expected at least " +
+                                  std::to_string(least));
+  }
+  // The dtype of a computation.
+  void expect_dtype(int dtype) const {
+    if (dtype != kFloat32 && dtype != kFloat64)
+      throw std::invalid_argument(subject("dtype") + " is " + kDtypeNames[dtype] +
+                                  "; expected float32 or float64");
   }
   [[noreturn]] void refuse(const char* name, const Tensor& t, const std::string& expected) const {
     std::string found = !t.given ? "is None" : std::string("is ") + kDtypeNames[t.dtype] + " " + shape(t);

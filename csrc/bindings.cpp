@@ -6,9 +6,9 @@
 #include <utility>
 
 #include "calls.hpp"
-#include "checked.hpp"
 #include "dispatcher.hpp"
-#include "glance.hpp"
+#include "launch_key.hpp"
+#include "products.hpp"
 #include "python.hpp"
 #include "targets.hpp"
 
@@ -29,6 +29,16 @@ std::map<std::string, Implement> kernels() {
       {"rsample_log_ratio_backward", &Kernel<RsampleLogRatioBackward, 0>::implement},
       {"rsample_tril", &Kernel<RsampleTril, 0>::implement},
       {"rsample_tril_backward", &Kernel<RsampleTrilBackward, 0>::implement},
+      {"mixture_log_prob", &Kernel<MixtureLogProb, 0>::implement},
+      {"mixture_log_prob_backward", &Kernel<MixtureLogProbBackward, 0>::implement},
+      {"normal", &Kernel<Normal, 0>::implement},
+      {"categorical_log_prob", &Kernel<GroupedLogProb, 0>::implement},
+      {"categorical_log_prob_backward", &Kernel<GroupedLogProbBackward, 0>::implement},
+      {"discretized_logistic_mixture_log_prob", &Kernel<GroupedLogProb, 1>::implement},
+      {"discretized_logistic_mixture_log_prob_backward", &Kernel<GroupedLogProbBackward, 1>::implement},
+      {"linear_log_prob", &Kernel<LinearLogProb, 0>::implement},
+      {"linear_log_prob_backward", &Kernel<LinearLogProbBackward, 0>::implement},
+      {"weigh_linear", &Kernel<WeighLinear, 0>::implement},
       {"log_mean_exp", &Kernel<LogMeanExp, 0>::implement},
       {"log_mean_exp_backward", &Kernel<LogMeanExpBackward, 0>::implement},
   };
@@ -75,26 +85,16 @@ PYBIND11_MODULE(_C, m) {
 
   using namespace fastvae;
   const std::string torch = py::module_::import("torch").attr("__file__").cast<std::string>();
-  torch_interface().find((torch.substr(0, torch.find_last_of('/')) + "/lib/libtorch_cpu.so").c_str());
-  using release = py::call_guard<py::gil_scoped_release>;
-#define FASTVAE_DEF(name) m.def(#name, &checked_##name, release())
-  FASTVAE_DEF(normal);
-  FASTVAE_DEF(grouped_log_prob);
-  FASTVAE_DEF(grouped_log_prob_backward);
-  FASTVAE_DEF(mixture_log_prob);
-  FASTVAE_DEF(mixture_log_prob_backward);
-  FASTVAE_DEF(head_log_prob);
-  FASTVAE_DEF(head_log_prob_backward);
-  FASTVAE_DEF(head_weigh_rows);
-  // The description of a tensor as read in either way; for tests.
+  const std::string library = torch.substr(0, torch.find_last_of('/')) + "/lib/libtorch_cpu.so";
+  torch_interface().find(library.c_str());
+  find_blas(library.c_str());
+  // What is read of a tensor, in either way; for tests.
   m.def("read", [](py::handle tensor, bool by_methods) {
     const Tensor t = by_methods ? tensor_by_methods(tensor.ptr()) : tensor_of(tensor.ptr());
     return py::make_tuple(t.data, t.dtype, t.axes, t.n0, t.n1, t.n2, t.s0, t.s1, t.s2,
                           std::string(kFlaws[t.flaw]));
   });
   m.def("reads_by_handle", [] { return find_handle() >= 0; });
-  m.def("find_blas", &find_blas);
-  add_glances(m.ptr());
   m.attr("likelihoods") = likelihoods();
   static PyMethodDef ops[] = {
       method<RsampleKl>(),
@@ -107,8 +107,18 @@ PYBIND11_MODULE(_C, m) {
       method<LogProbBackward>(),
       method<Weigh>(),
       method<WeighBackward>(),
+      method<MixtureLogProb>(),
+      method<MixtureLogProbBackward>(),
+      method<Normal>(),
+      method<NormalOfNet>(),
+      method<GroupedLogProb>(),
+      method<GroupedLogProbBackward>(),
+      method<LinearLogProb>(),
+      method<LinearLogProbBackward>(),
+      method<WeighLinear>(),
       method<LogMeanExp>(),
       method<LogMeanExpBackward>(),
+      fast_method("described", &described),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(m.ptr(), ops) != 0) throw py::error_already_set();

@@ -12,6 +12,7 @@
 #include <string>
 #include <utility>
 
+#include "python.hpp"
 #include "torch.hpp"
 
 namespace fastvae {
@@ -57,7 +58,7 @@ struct Registered {
   int likelihood = 0;
   bool empty_for_none = false;
   std::string types;  // of the arguments: t(ensor), T(ensor or None), i(nteger), f(loat), b(ool), s(tring),
-                      // l(ist of bools)
+                      // l(ist of bools), d(type)
   PyObject* in_python =
       nullptr;  // called with the arguments, tensors as capsules of handles, where the C++ does not serve
   PyObject* backend = nullptr;  // called for the name of the backend in force
@@ -99,6 +100,24 @@ class FromDispatcher {
   void read_otherwise() const {}
   void skip() { ++at_; }
   bool flag() { return (next() & 0xff) != 0; }
+  i64 integer() { return static_cast<i64>(next()); }
+  double real() {
+    const Word word = next();
+    double value = 0;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+  }
+  const char* text() {
+    const char* characters = "";
+    succeed(torch_interface().text(reinterpret_cast<Handle>(next()), &characters));
+    return characters;
+  }
+  int dtype() {
+    const auto type = static_cast<std::int32_t>(next());
+    int found = 0;
+    while (found < kDtypes && torch_interface().dtypes[found] != type) ++found;
+    return found;
+  }
   Given given() { return Given(handle_at(at_++)); }
   Tensor tensor() { return given(); }
   Draw draw() {
@@ -136,6 +155,7 @@ class FromDispatcher {
 
   bool converts() const { return false; }
   static Given in_dtype(const Given& given, int /*dtype*/) { return given; }
+  static Given contiguous(const Given& given) { return given; }
   int threads() const {
     std::uint32_t number = 1;
     succeed(torch_interface().threads(&number));
@@ -197,18 +217,6 @@ class FromDispatcher {
 
  private:
   Word next() { return words_[at_++]; }
-  i64 integer() { return static_cast<i64>(next()); }
-  double real() {
-    const Word word = next();
-    double value = 0;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-  }
-  const char* text() {
-    const char* characters = "";
-    succeed(torch_interface().text(reinterpret_cast<Handle>(next()), &characters));
-    return characters;
-  }
   Handle handle_at(int i) const {
     if (op_.types[static_cast<std::size_t>(i)] == 't') return reinterpret_cast<Handle>(words_[i]);
     const Word* word = reinterpret_cast<const Word*>(words_[i]);
@@ -222,6 +230,12 @@ class FromDispatcher {
       case 'f': return pybind11::float_(real());
       case 'b': return pybind11::bool_(flag());
       case 's': return pybind11::str(text());
+      case 'd': {
+        const int known = dtype();
+        if (known == kDtypes)
+          throw std::invalid_argument(std::string("fastvae: dtype is ") + kDtypeNames[known]);
+        return pybind11::reinterpret_borrow<pybind11::object>(torch_names().dtypes[known]);
+      }
       case 'l': {
         const Need found = need();
         pybind11::list list;

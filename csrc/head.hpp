@@ -449,15 +449,13 @@ inline void head_log_prob_backward(int likelihood, Tensor grad, Tensor x, Tensor
 }
 // With gradients, which need a sum or a mean over the batch, or without.
 inline bool head_weigh_rows(int likelihood, Tensor x, Tensor h, HeadTensors tensors, Tensor term, Tensor beta,
-                            double coefficient, bool log_mean_exp, char reduction, double alpha, i64 groups,
-                            double share, bool wide, Output bound, Output log_likelihood, Output weights,
+                            How how, bool wide, Output bound, Output log_likelihood, Output weights,
                             Output to_h, HeadOutputs outputs, int threads) {
   const Head a = head_of(likelihood, x, h, tensors, threads);
   Tensor full = x;
   full.axes = 2;
   full.n0 = h.n0;
-  const Weighing w(likelihood, x, 1, &full, term, beta,
-                   {coefficient, log_mean_exp, reduction, alpha, groups, share}, threads);
+  const Weighing w(likelihood, x, 1, &full, term, beta, how, threads);
   const WeighingResults to{bound, log_likelihood, weights};
   const HeadGradients gradients = head_gradients_of(to_h, outputs);
   return wide ? head_weigh<double>(a, w, to, gradients) : head_weigh<float>(a, w, to, gradients);

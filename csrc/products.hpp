@@ -18,14 +18,15 @@ using Gemm = void (*)(const char* a_is, const char* b_is, const int* m, const in
 struct Blas {
   Gemm<float> sgemm = nullptr;
   Gemm<double> dgemm = nullptr;
+  bool complete() const { return sgemm != nullptr && dgemm != nullptr; }
 };
 inline Blas& blas() {
   static Blas functions;
   return functions;
 }
 
-// Searches torch's library and its dependencies; false if there is none.
-inline bool find_blas(const char* torch_library) {
+// Looks in torch's library and those that it was linked to.
+inline void find_blas(const char* torch_library) {
 #ifdef __linux__
   void* torch = dlopen(torch_library, RTLD_LAZY | RTLD_NOLOAD);
   if (torch != nullptr) {
@@ -35,7 +36,6 @@ inline bool find_blas(const char* torch_library) {
 #else
   static_cast<void>(torch_library);
 #endif
-  return blas().sgemm != nullptr && blas().dgemm != nullptr;
 }
 
 template <class C>

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "targets.hpp"
 #include "torch.hpp"
@@ -49,7 +50,7 @@ inline pybind11::object owned(PyObject* result) {
   return pybind11::reinterpret_steal<pybind11::object>(result);
 }
 
-inline i64 integer(PyObject* number) {
+inline i64 to_integer(PyObject* number) {
   const i64 value = PyLong_AsLongLong(number);
   if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
   return value;
@@ -91,7 +92,7 @@ inline Py_ssize_t find_handle() {
 inline int read_numbers(PyObject* tuple, i64& n0, i64& n1, i64& n2) {
   i64* numbers[] = {&n0, &n1, &n2};
   const Py_ssize_t size = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : 4;
-  for (Py_ssize_t i = 0; i < size && size <= 3; ++i) *numbers[i] = integer(PyTuple_GET_ITEM(tuple, i));
+  for (Py_ssize_t i = 0; i < size && size <= 3; ++i) *numbers[i] = to_integer(PyTuple_GET_ITEM(tuple, i));
   return static_cast<int>(size);
 }
 
@@ -118,9 +119,10 @@ inline Tensor tensor_by_methods(PyObject* tensor) {
     return t.with(kFreed);
   if (!object.attr("is_cpu").cast<bool>()) return t.with(kNotOnCpu);
   if (t.dtype == kBool) t.dtype = kUInt8;
-  t.data = count > 0
-               ? static_cast<address>(integer(owned(PyObject_CallMethodNoArgs(tensor, names.data_ptr)).ptr()))
-               : 0;
+  t.data =
+      count > 0
+          ? static_cast<address>(to_integer(owned(PyObject_CallMethodNoArgs(tensor, names.data_ptr)).ptr()))
+          : 0;
   return t;
 }
 
@@ -198,10 +200,10 @@ inline Made make_like(const Given& given, int dtype) {
 }
 
 inline int number_of_threads() {
-  return static_cast<int>(integer(owned(PyObject_CallNoArgs(torch_names().get_num_threads)).ptr()));
+  return static_cast<int>(to_integer(owned(PyObject_CallNoArgs(torch_names().get_num_threads)).ptr()));
 }
 
-inline double real(PyObject* number) {
+inline double to_real(PyObject* number) {
   const double value = PyFloat_AsDouble(number);
   if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
   return value;
@@ -224,12 +226,8 @@ class FromPython {
   FromPython(PyObject* const* arguments, Py_ssize_t number) : at_(arguments), end_(arguments + number) {}
 
   int left() const { return static_cast<int>(end_ - at_); }
-  int likelihood() {
-    const char* name = PyUnicode_AsUTF8(next());
-    if (name == nullptr) throw pybind11::error_already_set();
-    return number_of(name);
-  }
-  // The function called with the following arguments where the C++ does not apply.
+  int likelihood() { return number_of(text()); }
+  // The function that is called with what follows where the C++ does not serve.
   void read_otherwise() {
     otherwise_ = next();
     given_ = at_;
@@ -240,24 +238,37 @@ class FromPython {
 
   void skip() { next(); }
   bool flag() { return next() == Py_True; }
+  i64 integer() { return to_integer(next()); }
+  double real() { return to_real(next()); }
+  const char* text() {
+    const char* characters = PyUnicode_AsUTF8(next());
+    if (characters == nullptr) throw pybind11::error_already_set();
+    return characters;
+  }
+  int dtype() {
+    const PyObject* wanted = next();
+    int found = 0;
+    while (found < kDtypes && torch_names().dtypes[found] != wanted) ++found;
+    return found;
+  }
   Tensor tensor() { return tensor_of(next()); }
   Given given() { return Given(next()); }
   Draw draw() {  // (samples, sample_offset, row_offset, logvar_min, logvar_max, flat, scale, floor)
     PyObject* const* t = items_of(next(), 8);
     const char* scale = PyUnicode_AsUTF8(t[6]);
     if (scale == nullptr) throw pybind11::error_already_set();
-    return {integer(t[0]), integer(t[1]),   integer(t[2]),   real(t[3]),
-            real(t[4]),    t[5] == Py_True, scale_of(scale), real(t[7])};
+    return {to_integer(t[0]), to_integer(t[1]), to_integer(t[2]), to_real(t[3]),
+            to_real(t[4]),    t[5] == Py_True,  scale_of(scale),  to_real(t[7])};
   }
   Place place() {  // (samples, sample_offset, row_offset, flat)
     PyObject* const* t = items_of(next(), 4);
-    return {integer(t[0]), integer(t[1]), integer(t[2]), t[3] == Py_True};
+    return {to_integer(t[0]), to_integer(t[1]), to_integer(t[2]), t[3] == Py_True};
   }
   How how() {  // (coefficient, over, reduction, alpha, groups, share)
     PyObject* const* t = items_of(next(), 6);
     const bool log_mean_exp = PyUnicode_CompareWithASCIIString(t[1], "log_mean_exp") == 0;
-    return {real(t[0]), log_mean_exp,  static_cast<char>(PyUnicode_READ_CHAR(t[2], 0)),
-            real(t[3]), integer(t[4]), real(t[5])};
+    return {to_real(t[0]), log_mean_exp,     static_cast<char>(PyUnicode_READ_CHAR(t[2], 0)),
+            to_real(t[3]), to_integer(t[4]), to_real(t[5])};
   }
   Need need() {
     Need need;
@@ -273,9 +284,9 @@ class FromPython {
   // Returns true if arguments of two dtypes can be computed and returned.
   bool converts() const { return true; }
   Given in_dtype(const Given& given, int dtype) {
-    converted_ = pybind11::handle(given.object).attr("to")(pybind11::handle(torch_names().dtypes[dtype]));
-    return Given(converted_.ptr());
+    return kept(pybind11::handle(given.object).attr("to")(pybind11::handle(torch_names().dtypes[dtype])));
   }
+  Given contiguous(const Given& given) { return kept(pybind11::handle(given.object).attr("contiguous")()); }
   int threads() const { return number_of_threads(); }
   // Calls a kernel with the GIL released.
   template <class F, class... A>
@@ -299,7 +310,11 @@ class FromPython {
   }
   PyObject *const *at_, *const *end_, *const *given_ = nullptr;
   PyObject* otherwise_ = nullptr;
-  pybind11::object converted_;  // alive while it is read
+  Given kept(pybind11::object tensor) {
+    copies_.push_back(std::move(tensor));
+    return Given(copies_.back().ptr());
+  }
+  std::vector<pybind11::object> copies_;  // kept while they are read
 };
 
 // Calling convention of Python functions without pybind11, whose call costs as much as a small kernel.
@@ -338,33 +353,3 @@ PyMethodDef method() {
 }
 
 }  // namespace fastvae
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<fastvae::Tensor> {
-  PYBIND11_TYPE_CASTER(fastvae::Tensor, const_name("Tensor | None"));
-  bool load(handle source, bool) {
-    value = fastvae::tensor_of(source.ptr());
-    return true;
-  }
-};
-
-// A tuple of three tuples of three: weights, biases, fixed parameters.
-template <>
-struct type_caster<fastvae::HeadTensors> {
-  PYBIND11_TYPE_CASTER(fastvae::HeadTensors, const_name("tuple"));
-  bool load(handle source, bool) {
-    fastvae::Tensor* rows[] = {value.weight, value.bias, value.held};
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 3) return false;
-    for (int i = 0; i < 3; ++i) {
-      PyObject* row = PyTuple_GET_ITEM(source.ptr(), i);
-      if (!PyTuple_Check(row) || PyTuple_GET_SIZE(row) != fastvae::kMostParameters) return false;
-      for (int j = 0; j < fastvae::kMostParameters; ++j)
-        rows[i][j] = fastvae::tensor_of(PyTuple_GET_ITEM(row, j));
-    }
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail

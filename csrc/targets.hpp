@@ -81,6 +81,10 @@ F pick(F base, [[maybe_unused]] F avx2, [[maybe_unused]] F avx512) {
 #define FASTVAE_NAME(name, L) #name,
 constexpr const char* kLikelihoods[] = {FASTVAE_LIKELIHOODS(FASTVAE_NAME)};
 #undef FASTVAE_NAME
+// The numbers of their parameters.
+#define FASTVAE_COUNT(name, L) base::L::kParameters,
+constexpr int kParameterCounts[] = {FASTVAE_LIKELIHOODS(FASTVAE_COUNT)};
+#undef FASTVAE_COUNT
 
 inline int number_of(const char* likelihood) {
   int number = 0;

@@ -41,6 +41,7 @@ on, and levels above 0, use the Philox words at (column // 4, row, k, level) und
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -205,24 +206,15 @@ class _Normal(Op):
         "SymInt level, ScalarType dtype) -> Tensor"
     )
 
-    def native(
-        self,
-        seed: Tensor,
-        samples: int,
-        rows: int,
-        columns: int,
-        sample_offset: int,
-        row_offset: int,
-        level: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        out = seed.new_empty((samples, rows, columns), dtype=dtype)
-        _backend.extension().normal(
-            out, dtype == torch.float64, seed, reference.net(seed.device) if seed.dim() else None,
-            randomisations_of(seed), samples, rows, columns, sample_offset, row_offset, level,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return out
+    def __init__(self) -> None:
+        self.native = functools.partial(_backend.native(self.name), self._of_net)
+        super().__init__()
+
+    @staticmethod
+    def _of_net(seed: Tensor, *noise: Any) -> Tensor:
+        """Call the C++ for quasi-Monte-Carlo noise, which reads the net as well."""
+        eps: Tensor = _backend.native("normal_of_net")(seed, reference.net(seed.device), *noise)
+        return eps
 
     def check(self, seed: Tensor, samples: int, rows: int, columns: int, *place: Any) -> None:
         self.contract.expect("seed", seed, torch.int64, (), (-1,))

@@ -68,7 +68,7 @@ def fixed(n: int) -> tl.constexpr:
 
 
 def described_in_python(tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, tuple[int | None, ...]]:
-    """Return (everything a launch depends on, addresses) of tensors; csrc/glance.hpp has the C++ twin."""
+    """Return (everything a launch depends on, addresses) of tensors; csrc/launch_key.hpp has the C++ twin."""
     description: list[Any] = []
     addresses: list[int | None] = []
     for t in tensors:

@@ -566,6 +566,41 @@ def test_samples_without_weight_teach_q_in_mixed_precision(wide, prior, second):
         assert float((got - expected).norm() / expected.norm()) < 1e-3
 
 
+def _in_float16(h, weight):
+    return (h.half() @ weight.half().T).to(h.dtype)
+
+
+def _in_autocast(h, weight):
+    with torch.autocast(h.device.type, torch.float16):
+        return (h @ weight.T).float()
+
+
+@pytest.mark.parametrize("k_chunk", [None, 3])
+@pytest.mark.parametrize("where", ["inside the decoder", "autocast inside the decoder", "q of torch"])
+def test_samples_without_weight_teach_q_through_float16(where, k_chunk):
+    """Gradients by z in float16, whose range a least share of 2⁻¹⁰⁰ would leave, wherever the cast hides."""
+    gradients = []
+    for narrow in (True, False):
+        x = 3 * rand(B, X, seed=1)
+        mu, log_scale = (randn(B, D, seed=s).half() for s in (2, 3))
+        if not (narrow and where == "q of torch"):
+            mu, log_scale = mu.float(), log_scale.float()
+        mu.requires_grad_(), log_scale.requires_grad_()
+        q = torch.distributions.Laplace(mu, log_scale.exp()) if where == "q of torch" else (mu, log_scale)
+        weight = randn(X, D, seed=4)
+        product = _in_float16 if where == "inside the decoder" else _in_autocast
+        if not narrow or where == "q of torch":
+            product = lambda h, w: h.float() @ w.T  # noqa: E731
+        bound = fastvae.bound(
+            x, q, lambda z, product=product, weight=weight: product(z, weight), IWAE(), k=8, k_chunk=k_chunk,
+            q_objective=IWAE(alpha=1.0), likelihood=Gaussian(0.3), reduction="sum",
+            generator=generator(7),
+        )  # fmt: skip
+        gradients.append(torch.autograd.grad(bound, (mu, log_scale)))
+    for got, expected in zip(*gradients, strict=True):
+        assert float((got.float() - expected).norm() / expected.norm()) < 0.02
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [1, 30, 1000])
 def test_log_weights_far_apart(name, scale):

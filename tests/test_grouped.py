@@ -24,7 +24,8 @@ EVENT = (3, 4)
 
 def naive_categorical(x, logits, ignore=-100):
     """Return log p [K, B] of x [B, P] and logits [K, B, C, P]."""
-    picked = torch.zeros(logits.shape[0], *x.shape, dtype=logits.dtype, device=logits.device)
+    # Zero, with a gradient even if every class is ignored.
+    picked = torch.where(torch.ones_like(logits[:, :, 0], dtype=torch.bool), 0.0, logits[:, :, 0])
     normal = logits - torch.logsumexp(logits, 2, keepdim=True)
     for b in range(x.shape[0]):
         for p in range(x.shape[1]):

@@ -221,6 +221,17 @@ if __name__ == "__main__":
     sys.exit(bool(found))
 
 
+@pytest.mark.parametrize("overload", ["default", "kernel"])
+def test_layers_of_another_number_of_outputs(overload):
+    """The C++ would read an output that is not there."""
+    op = getattr(torch.ops.fastvae.linear_log_prob, overload)
+    x, h, weight = torch.zeros(B, X), torch.zeros(K * B, H), torch.zeros(X, H)
+    with pytest.raises(ValueError, match="as many layers and constants as gaussian has outputs, 2"):
+        op(x, h, weight, None, None, None, "gaussian")
+    with pytest.raises(ValueError, match="as many layers and constants as bernoulli has outputs, 1"):
+        op(x, h, weight, None, torch.zeros(X), None, "bernoulli")
+
+
 @pytest.mark.parametrize(
     "way",
     [

@@ -56,7 +56,7 @@ TRACED = ("LogMarginal", "Marginal")
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_result_is_a_frozen_record(name):
     result = RESULTS[name](_vae(), _x())
-    assert type(result) is getattr(fastvae, name) and not isinstance(result, tuple)
+    assert type(result).__name__ == name and not isinstance(result, tuple)
     with pytest.raises(TypeError, match="unpack"):
         _first, *_ = result
     with pytest.raises(TypeError, match="subscriptable"):

@@ -273,6 +273,12 @@ def test_opcheck(op, implementation):
 def _kernel_arguments(name: str):
     """Yield opcheck's argument lists, and dtypes for which the C++ falls back to Python."""
     yield from _arguments(name)
+    if name == "normal":
+        yield torch.tensor([9, 4]), K, B, D, 1, 4, 0, torch.float64  # of two randomisations
+    if name in ("linear_log_prob", "linear_log_prob_backward", "weigh_linear"):
+        for arguments in _arguments(name):
+            # Weights and biases that the C++ must copy first.
+            yield [a.half() if isinstance(a, torch.Tensor) and a.dim() == 1 else a for a in arguments]
     if not name.startswith("weigh_gaussian"):
         return
     for x, mean, logvar, term, *rest in _arguments(name) if not name.endswith("_backward") else ():
@@ -330,6 +336,29 @@ def _functions_called(function) -> set[str]:
     finally:
         sys.setprofile(None)
     return names
+
+
+@pytest.mark.skipif(CUDA, reason="on a GPU the kernels are Triton's, which Python launches")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "normal",
+        "mixture_log_prob",
+        "mixture_log_prob_backward",
+        "categorical_log_prob",
+        "categorical_log_prob_backward",
+        "discretized_logistic_mixture_log_prob",
+        "discretized_logistic_mixture_log_prob_backward",
+        "linear_log_prob",
+        "linear_log_prob_backward",
+        "weigh_linear",
+    ],
+)
+def test_kernels_of_graphs_call_no_python(name):
+    kernel = getattr(torch.ops.fastvae, name).kernel
+    arguments = next(iter(_arguments(name)))
+    arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    assert _functions_called(lambda: kernel(*arguments)) <= {"on_cpu", "_default"}
 
 
 @pytest.mark.skipif(CUDA, reason="on a GPU the kernels are Triton's, which Python launches")

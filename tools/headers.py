@@ -24,7 +24,8 @@ def main() -> int:
         flags = ["-std=c++17", "-fsyntax-only", "-fopenmp-simd", "-DFASTVAE_BASE_ONLY"]
 
         def problems(header: Path) -> str:
-            source = Path(generated) / f"{header.stem}_alone.cpp"
+            name = "_".join(header.relative_to(CSRC).with_suffix("").parts)
+            source = Path(generated) / f"{name}_alone.cpp"
             source.write_text(f'#include "{header}"\n')
             command = [os.environ.get("CXX", "c++"), *flags, *(f"-I{i}" for i in includes), str(source)]
             done = subprocess.run(command, capture_output=True, text=True)

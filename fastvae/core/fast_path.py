@@ -1,12 +1,10 @@
-"""Fast-path checks before each kernel call, in C++ where the extension is available (csrc/glance.hpp).
+"""Fast-path checks before each kernel call.
 
-For small models these checks in Python cost more than the kernels. A compiler cannot trace the C++: under
-``torch.compiler.is_compiling()`` use the ``_in_python`` versions.
+They accept the usual arguments at once; whatever fails them is validated argument by argument.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +25,7 @@ PLACES = ON_CPU | ON_GPU
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
+def plain(tensors: Sequence[Tensor | None]) -> int:
     """Return ``ON_CPU`` or ``ON_GPU``, plus ``WANTED`` if a tensor requires a gradient; 0 off the fast path.
 
     The fast path requires plain tensors in eager mode: no transform, dispatch mode, tracing, forward-mode AD,
@@ -53,6 +51,11 @@ def plain_in_python(tensors: Sequence[Tensor | None]) -> int:
     return 0 if found & ON_CPU and found & ON_GPU else found
 
 
+def _is_tensor(value: Any) -> bool:
+    """Return True for a tensor or parameter, of a subclass only under a compiler, whose tensors are that."""
+    return type(value) in _PLAIN or (torch.compiler.is_compiling() and isinstance(value, Tensor))
+
+
 def are_rows(mu: Any, logvar: Any) -> bool:
     """Return True if (mu, logvar) are common: dense tensors [B, D] of one floating dtype and device."""
     return (
@@ -68,10 +71,12 @@ def are_rows(mu: Any, logvar: Any) -> bool:
     )
 
 
-def are_batch_in_python(x: Any, mu: Any, logvar: Any) -> bool:
+def are_batch(x: Any, mu: Any, logvar: Any) -> bool:
     """Return True if x [B, *event] and a pair [B, D] are common; False means that they need validation."""
     return (
-        isinstance(x, Tensor)
+        _is_tensor(x)
+        and _is_tensor(mu)
+        and _is_tensor(logvar)
         and is_dense(x)
         and are_rows(mu, logvar)
         and x.dim() > 0
@@ -81,17 +86,18 @@ def are_batch_in_python(x: Any, mu: Any, logvar: Any) -> bool:
     )
 
 
-def are_outputs_in_python(x: Tensor, samples: int, parameters: tuple[Any, ...]) -> bool:
+def are_outputs(x: Tensor, samples: int, parameters: tuple[Any, ...]) -> bool:
     """Return True if x is [B, X], not empty, and the decoder's outputs are [K·B, X] on its device."""
     if x.dim() != 2 or not x.numel():
         return False
     shape = (samples * x.shape[0], x.shape[1])
     for p in parameters:
-        if not (isinstance(p, Tensor) and p.shape == shape and p.dtype in FLOATING and p.device == x.device):
+        if not (
+            _is_tensor(p)
+            and is_dense(p)
+            and p.shape == shape
+            and p.dtype in FLOATING
+            and p.device == x.device
+        ):
             return False
     return True
-
-
-plain, are_batch, are_outputs = plain_in_python, are_batch_in_python, are_outputs_in_python
-with contextlib.suppress(ImportError):  # left out deliberately, or else the first op raises an explanation
-    from .._C import are_batch, are_outputs, plain  # type: ignore[no-redef] # noqa: F401, F811

@@ -23,6 +23,7 @@ __all__ = [
     "forward_ad_is_active",
     "from_handles",
     "functorch_is_active",
+    "gradient_dtypes",
     "handle_of",
     "has_hooks",
     "is_functorch_wrapped",
@@ -59,6 +60,22 @@ _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
 def forward_ad_is_active() -> bool:
     """Return True inside ``torch.autograd.forward_ad.dual_level``."""
     return bool(forward_ad._current_level >= 0)
+
+
+def gradient_dtypes(outputs: list[torch.Tensor], begin: torch.Tensor) -> set[torch.dtype]:
+    """Return the dtypes of all gradients on the way from ``outputs`` back to ``begin`` and to leaves."""
+    found: set[torch.dtype] = set()
+    done = {begin.grad_fn}
+    todo = [t.grad_fn for t in outputs if t.grad_fn is not None and t.grad_fn not in done]
+    done.update(todo)
+    while todo:
+        node = todo.pop()
+        assert node is not None
+        found.update(m.dtype for m in getattr(node, "_input_metadata", ()))
+        parents = {p for p, _ in node.next_functions if p is not None} - done
+        done |= parents
+        todo.extend(parents)
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import check_same_device, is_dense, shape_of, signed
-from ..core.fast_path import are_batch, are_batch_in_python
+from ..core.checks import check_same_device, shape_of, signed
+from ..core.fast_path import are_batch
 from ..core.nested import (
     Beside,
     all_tensors,
@@ -62,10 +62,7 @@ class Inputs(NamedTuple):
         # Fast path: a pair (mu, logvar), a named likelihood and the standard prior.
         if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
-            glance = are_batch_in_python if torch.compiler.is_compiling() else are_batch
-            # The C++ does not check the layout.
-            dense = all([type(t) is not Tensor or is_dense(t) for t in (x, *q)])
-            fits = known is not None and callable(decoder) and dense and glance(x, *q)
+            fits = known is not None and callable(decoder) and are_batch(x, *q)
             if fits and (known.differentiable or not x.requires_grad):
                 return tuple.__new__(cls, (x, diagonal(*q), decoder, known, STANDARD, None))
         likelihood = as_likelihood(likelihood, shared=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import fast_path as _glance
+from ..core import fast_path
 from ..core.checks import FLOATING, shape_of
 from ..core.deferred import PLAIN, LastLayer, deferred_layer, is_allocated
 from ..core.torch_private import (
@@ -83,7 +83,7 @@ def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
     if torch.is_autocast_enabled(h.device.type) or torch_function_depth():
         return False
     return torch.compiler.is_compiling() or (
-        bool(_glance.plain(tensors) & _glance.PLACES) and all([is_allocated(t) for t in tensors])
+        bool(fast_path.plain(tensors) & fast_path.PLACES) and all([is_allocated(t) for t in tensors])
     )
 
 

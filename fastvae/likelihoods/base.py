@@ -16,14 +16,14 @@ from ..core.checks import (
     check_result,
     check_same_device,
     check_tensor,
-    is_dense,
     on_same_device,
     shape_of,
 )
-from ..core.deferred import LastLayer, check_unchanged, multiply_out
-from ..core.fast_path import are_outputs, are_outputs_in_python
+from ..core.deferred import check_unchanged, multiply_out
+from ..core.fast_path import are_outputs
 from ..core.hints import described, did_you_mean, explained, teaches_by
 from ..core.nested import Beside, each, repeat, tensors
+from ..inputs.last_layer import LastLayer
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator
@@ -355,9 +355,7 @@ class Declared(Likelihood):
         given = self._given(x)
         parameters = self._natural(parameters)
         returned = parameters if type(parameters) is tuple else (parameters,)
-        glance = are_outputs_in_python if torch.compiler.is_compiling() else are_outputs
-        dense = all([not isinstance(p, Tensor) or is_dense(p) for p in returned])
-        if dense and len(returned) + len(given) == len(self.outputs) and glance(x, samples, returned):
+        if len(returned) + len(given) == len(self.outputs) and are_outputs(x, samples, returned):
             if not given:
                 if self._bounded:
                     check_support(type(self), x)

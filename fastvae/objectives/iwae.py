@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.checks import check_address, check_choice, check_count
 from ..core.hints import teaches
 from ..core.nested import Beside
-from ..core.torch_private import AnyBatchNorm
+from ..core.torch_private import AnyBatchNorm, gradient_dtypes
 from ..distributions import draw_chunk, draw_ratio
 from ..distributions.draws import describe
 from ..inputs.batch import Inputs
@@ -337,7 +337,7 @@ def _bound(
         source = objective if q_objective is None else q_objective
         tied = q_objective is None and source.estimator in ("iwae", "stl")
         route = source.estimator if tied else source.route
-        narrow = _Float16(inputs.decoder, inputs.device)
+        narrow = _Float16(inputs)
         if whole:
             z, log_ratio, told = draw_chunk(inputs.q, inputs.prior, draws, seed, 0, row_offset, route)
             log_likelihood = inputs.log_likelihood(z, narrow.see)
@@ -374,17 +374,24 @@ def _check_rows_apart(decoder: Any, draws: int, what: str) -> None:
 
 
 class _Float16:
-    """Detector of float16 gradients by z, through decoder parameters, autocast, z or decoder output."""
+    """Detector of float16 gradients by z, whose range is too small for the least share of a sample.
 
-    def __init__(self, decoder: Any, device: torch.device):
-        owner = called_by(decoder)
+    It looks at the decoder's parameters, autocast, the z of q, and each step of the decoder's graph. A
+    compiled decoder hides its steps, and a compiled objective its graph.
+    """
+
+    def __init__(self, inputs: Inputs):
+        owner = called_by(inputs.decoder)
         parameters = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
-        kind = device.type
+        kind = inputs.device.type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        self.found = cast or any(p.dtype == torch.float16 for p in parameters)
+        narrow = inputs.q.z_dtype == torch.float16 or any(p.dtype == torch.float16 for p in parameters)
+        self.found = cast or narrow
 
     def see(self, z: Tensor, outputs: list[Tensor]) -> None:
         self.found = self.found or any(t.dtype == torch.float16 for t in (z, *outputs))
+        if not self.found and not torch.compiler.is_compiling():
+            self.found = torch.float16 in gradient_dtypes(outputs, z)
 
 
 class LogWeights(NamedTuple):

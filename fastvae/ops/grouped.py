@@ -14,8 +14,8 @@ log-sums of each position are kept for the gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ._contract import Contract
 from .likelihood import result_dtype
 from .op import Op
 
-# For fewer positions the SIMD lanes of a CPU would be partly empty.
+# For fewer positions the SIMD lanes of a CPU would be partly empty. As in csrc/calls/grouped.hpp.
 FEWEST_POSITIONS = 8
 
 
@@ -46,22 +46,15 @@ class _Grouped(Op):
         inputs = ", ".join([f"Tensor {p}" for p in parameters] + [f"Tensor? {p}" for p in optional])
         self.schema = f"(Tensor x, {inputs}, float setting) -> (Tensor, Tensor, Tensor)"
         self.gradient = _GroupedBackward(name, self.parameters, inputs)
+        self.native = functools.partial(_backend.native("grouped_log_prob"), self._not_native)
         super().__init__()
 
-    def native(self, x, *rest):
+    def _not_native(self, x, *rest):
+        """Handle calls that the C++ does not: :func:`_left_to_torch`, or an invalid class, which raises."""
         *parameters, setting = rest
-        logits = parameters[0]
-        rows, _, positions = logits.shape
-        if not logits.numel() or not x.numel() or _left_to_torch(x, parameters):
-            return self.composed("reference")(x, *rest)
-        dtype = result_dtype(x, *(p for p in parameters if p is not None))
-        out = logits.new_empty(rows, dtype=dtype)
-        sums = [logits.new_empty((rows, positions), dtype=dtype) for _ in range(2)]
-        run = _backend.native("grouped_log_prob")
-        wide, threads = dtype == torch.float64, torch.get_num_threads()
-        if not run(x, *_four(parameters), setting, wide, out, *sums, threads):
-            refuse_classes(x, logits.shape[1], setting)
-        return out, *sums
+        if not _left_to_torch(x, parameters):
+            refuse_classes(x, parameters[0].shape[1], setting)
+        return self.composed("reference")(x, *rest)
 
     def composed(self, backend):
         return getattr(_backend.layer(backend, self.module), self.likelihood)
@@ -101,20 +94,10 @@ class _GroupedBackward(Op):
             f"(Tensor grad, Tensor normaliser, Tensor joint, Tensor x, {inputs}, float setting, "
             f"bool[{1 + parameters}] need) -> ({results})"
         )
+        self.native = functools.partial(
+            _backend.native("grouped_log_prob_backward"), self.composed("reference")
+        )
         super().__init__()
-
-    def native(self, grad, normaliser, joint, x, *rest):
-        *parameters, setting, need = rest
-        if not parameters[0].numel() or not x.numel() or _left_to_torch(x, parameters):
-            return self.composed("reference")(grad, normaliser, joint, x, *rest)
-        grads = [
-            torch.empty_like(p, memory_format=torch.contiguous_format) if n else None
-            for p, n in zip(parameters, need[1:], strict=True)
-        ]
-        run = _backend.native("grouped_log_prob_backward")
-        wide, threads = grad.dtype == torch.float64, torch.get_num_threads()
-        run(grad, normaliser, joint, x, *_four(parameters), setting, wide, *_four(grads), threads)
-        return None, *grads
 
     def composed(self, backend):
         function = getattr(_backend.layer(backend, self.module), f"{self.likelihood}_backward")
@@ -138,14 +121,10 @@ class _GroupedBackward(Op):
         return tuple(t.new_empty(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
 
 
-def _four(tensors: Any) -> tuple[Any, ...]:
-    return *tensors, *[None] * (4 - len(tensors))
-
-
-def _left_to_torch(x: Tensor, parameters: list[Tensor | None]) -> bool:
-    """Return True for classes with few positions, or more channels than the C++ supports."""
-    few = len(parameters) == 1 and parameters[0].shape[2] < FEWEST_POSITIONS  # type: ignore[union-attr]
-    return few or x.shape[1] > 3
+def _left_to_torch(x: Tensor, parameters: list[Tensor]) -> bool:
+    """Return True for nothing to sum, classes with few positions, or more channels than the C++ supports."""
+    few = len(parameters) == 1 and parameters[0].shape[2] < FEWEST_POSITIONS
+    return not parameters[0].numel() or not x.numel() or few or x.shape[1] > 3
 
 
 def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor | None]) -> None:

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +38,8 @@ _INPUTS = "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? held0, Tenso
 # All of them but x have gradients.
 _GRADIENTS = _TENSORS - 1
 
-# A batch with fewer rows does not occupy all cores by rows; its samples are divided among them instead.
+# A batch with fewer rows does not occupy all cores by rows; its samples are divided among them instead. As in
+# csrc/calls/head.hpp.
 FEWEST_ROWS = 8
 
 
@@ -84,52 +84,12 @@ class _Layers:
         if bias is not None:
             self.biases = bias.chunk(self.products) if self.products > 1 else (bias,)
 
-    def padded(self, weights: Any, biases: Any, held: Any) -> tuple[tuple[Any, ...], ...]:
-        """Return the tuples padded to three outputs each, as the C++ takes them."""
-        most = 3
-        before = (None,) * self.products
-        rows = (tuple(weights), tuple(biases), (*before, *held))
-        return tuple((*row, *[None] * (most - len(row))) for row in rows)
 
-
-def _native_layers(
-    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *held: Tensor | None
-) -> tuple[Any, torch.dtype]:
-    """Return the layers as the C++ reads them, in the dtype of the computation."""
-    dtype = result_dtype(*(t for t in (x, h, weight, bias, *held) if t is not None))
-    weight, bias = cast(weight, dtype), cast(bias, dtype)
-    if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
-        weight = weight.contiguous()
-    layers = _Layers(x, weight, None if bias is None else bias.contiguous(), *held)
-    return layers, dtype
-
-
-def _fits(x: Tensor, h: Tensor, *_: Any) -> bool:
-    """Return True if the product is not empty and a BLAS was found."""
-    return bool(x.numel() and h.numel()) and _has_blas()
-
-
-@functools.cache
-def _has_blas() -> bool:
-    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
-    return bool(_backend.native("find_blas")(path))
-
-
-class _Room:
-    """Buffers for the gradients; the outputs' weight gradients are views of one buffer."""
-
-    def __init__(self, layers: _Layers, like: tuple[Tensor | None, ...], need: Any, dtype: torch.dtype):
-        h, weight, bias, *held = self.all = [
-            t.new_empty(t.shape, dtype=dtype) if n and t is not None else None
-            for t, n in zip(like, need, strict=True)
-        ]
-        none = (None,) * layers.products
-        self.to_h = h
-        self.outputs = layers.padded(
-            none if weight is None else weight.chunk(layers.products),
-            none if bias is None else bias.chunk(layers.products),
-            held[: len(layers.held)],
-        )
+def _refuse_outside(likelihood: str, x: Tensor) -> None:
+    """Raise ValueError for x out of range, found by the C++ or not."""
+    declared = DECLARED[likelihood]
+    if bool(((x < declared.low) | (x > declared.high)).any()):
+        refuse(declared, x)
 
 
 def _check_inputs(contract, x, h, weight, bias, *held):
@@ -158,19 +118,9 @@ class _LinearLogProbBackward(Op):
     results = ", ".join(["Tensor"] * _GRADIENTS)
     schema = f"(Tensor grad, {_INPUTS}, str likelihood, bool[{_GRADIENTS}] need) -> ({results})"
 
-    def native(self, grad, *args):
-        *tensors, likelihood, need = args
-        if not _fits(*tensors):
-            return self.composed("reference")(grad, *args)
-        x, h, *rest = tensors
-        layers, dtype = _native_layers(x, h, *rest)
-        room = _Room(layers, (h, *rest), need, dtype)
-        given = layers.padded(layers.weights, layers.biases, layers.held)
-        _backend.native("head_log_prob_backward")(
-            _number(likelihood), cast(grad, dtype), x, h, given, dtype == torch.float64, room.to_h,
-            room.outputs, torch.get_num_threads(),
-        )  # fmt: skip
-        return tuple(g if g is None else cast(g, t.dtype) for g, t in zip(room.all, (h, *rest), strict=True))
+    def __init__(self):
+        self.native = functools.partial(_backend.native(self.name), self.composed("reference"))
+        super().__init__()
 
     def composed(self, backend):
         function = _backend.layer(backend, "head").linear_log_prob_backward
@@ -211,20 +161,14 @@ class _LinearLogProb(Op):
     schema = f"({_INPUTS}, str likelihood) -> Tensor"
     gradient = _LinearLogProbBackward()
 
-    def native(self, *args):
-        *tensors, likelihood = args
-        if not _fits(*tensors):
-            return self.composed("reference")(*args)
-        x, h, *rest = tensors
-        layers, dtype = _native_layers(x, h, *rest)
-        out = h.new_empty(h.shape[0] // len(x), len(x), dtype=dtype)
-        given = layers.padded(layers.weights, layers.biases, layers.held)
-        inside = _backend.native("head_log_prob")(
-            _number(likelihood), x, h, given, dtype == torch.float64, out, torch.get_num_threads()
-        )
-        if not inside:
-            refuse(DECLARED[likelihood], x)
-        return out
+    def __init__(self):
+        self.native = functools.partial(_backend.native(self.name), self._not_native)
+        super().__init__()
+
+    def _not_native(self, x, *rest):
+        """Handle calls that the C++ does not: an empty product, no BLAS, or x out of range, which raises."""
+        _refuse_outside(rest[-1], x)
+        return self.composed("reference")(x, *rest)
 
     def composed(self, backend):
         function = _backend.layer(backend, "head").linear_log_prob
@@ -326,6 +270,10 @@ class _WeighLinear(Op):
     )
     gradient = _WeighLinearBackward()
 
+    def __init__(self):
+        self.native = functools.partial(_backend.native(self.name), self._not_native)
+        super().__init__()
+
     def __call__(self, *args):
         wanted = torch.is_grad_enabled()
         need = [wanted and t is not None and t.requires_grad for t in args[1:_TENSORS]]
@@ -335,29 +283,10 @@ class _WeighLinear(Op):
     def _at_once(x, h, how, terms, need):
         return any(need) and how.reduction != "none" and not terms and h.is_cpu and x.shape[0] >= FEWEST_ROWS
 
-    def native(self, *args):
-        *tensors, term, beta, how, likelihood, terms, need = args
-        if not _fits(*tensors):
-            return self.composed("reference")(*args)
-        x, h, *rest = tensors
-        layers, dtype = _native_layers(x, h, *rest)
-        batch, term = len(x), cast(term, dtype)
-        bound = h.new_empty((batch,) if how.reduction == "none" else (), dtype=dtype)
-        mean = h.new_empty(batch, dtype=dtype) if terms else None
-        weights = None
-        if how.over == "log_mean_exp":
-            weights = h.new_empty(h.shape[0] // batch, batch, dtype=dtype)
-        once = self._at_once(x, h, how, terms, need)
-        room = _Room(layers, (h, *rest), need if once else [False] * _GRADIENTS, dtype)
-        given = layers.padded(layers.weights, layers.biases, layers.held)
-        inside = _backend.native("head_weigh_rows")(
-            _number(likelihood), x, h, given, term, beta, how.coefficient, how.over == "log_mean_exp",
-            how.reduction[0], *how[3:], dtype == torch.float64, bound, mean, weights, room.to_h, room.outputs,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        if not inside:
-            refuse(DECLARED[likelihood], x)
-        return bound, mean, weights, *room.all
+    def _not_native(self, x, *rest):
+        """Handle calls that the C++ does not: an empty product, no BLAS, or x out of range, which raises."""
+        _refuse_outside(rest[-3], x)
+        return self.composed("reference")(x, *rest)
 
     def composed(self, backend):
         rows = _linear_log_prob.composed(backend)
@@ -460,12 +389,6 @@ class Layers(NamedTuple):
 
 _linear_log_prob = _LinearLogProb()
 _weigh_linear = _WeighLinear()
-
-
-@functools.cache
-def _number(likelihood: str) -> int:
-    known: list[str] = _backend.extension().likelihoods
-    return known.index(likelihood)
 
 
 def weigh_linear(

@@ -22,6 +22,7 @@ gradient. An r below the smallest normal number is flushed to zero.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -32,7 +33,6 @@ from ..core.checks import check_same_device, check_same_shape, check_tensor, sha
 from ._contract import Contract
 from .op import Op, cast
 
-_run, _run_backward = (_backend.native(f"mixture_log_prob{suffix}") for suffix in ("", "_backward"))
 _INPUTS = "Tensor z, Tensor mu, Tensor logvar, Tensor log_weight"
 
 
@@ -119,16 +119,9 @@ class _MixtureLogProbBackward(Op):
         "-> (Tensor, Tensor, Tensor, Tensor)"
     )
 
-    def native(self, grad, maximum, total, z, mu, logvar, log_weight, need):
-        tensors = z, mu, logvar, log_weight
-        if not z.numel():
-            return self.composed("reference")(grad, maximum, total, *tensors, need)
-        grads = [
-            torch.empty_like(t, memory_format=torch.contiguous_format) if n else None
-            for t, n in zip(tensors, need, strict=True)
-        ]
-        _run_backward(grad, maximum, total, *tensors, *grads, torch.get_num_threads())
-        return tuple(grads)
+    def __init__(self):
+        self.native = functools.partial(_backend.native(self.name), self.composed("reference"))
+        super().__init__()
 
     def check(self, grad, maximum, total, z, mu, logvar, log_weight, need):
         _check_inputs(self.contract, z, mu, logvar, log_weight)
@@ -149,12 +142,9 @@ class _MixtureLogProb(Op):
     shown = 1
     gradient = _MixtureLogProbBackward()
 
-    def native(self, z, mu, logvar, log_weight):
-        if not z.numel():
-            return self.composed("reference")(z, mu, logvar, log_weight)
-        results = [z.new_empty(len(z)) for _ in range(3)]
-        _run(z, mu, logvar, log_weight, *results, torch.get_num_threads())
-        return tuple(results)
+    def __init__(self):
+        self.native = functools.partial(_backend.native(self.name), self.composed("reference"))
+        super().__init__()
 
     def check(self, z, mu, logvar, log_weight):
         _check_inputs(self.contract, z, mu, logvar, log_weight)

@@ -280,7 +280,7 @@ class Op:
 # Letters by which the C++ identifies the argument types of an op that the dispatcher calls.
 _LETTERS = {
     "Tensor": "t", "Optional[Tensor]": "T", "int": "i", "SymInt": "i", "float": "f", "bool": "b", "str": "s",
-    "List[bool]": "l",
+    "List[bool]": "l", "ScalarType": "d",
 }  # fmt: skip
 
 
@@ -290,7 +290,8 @@ def _implemented_in_cpp(name: str, registered: Any, in_python: Callable) -> bool
     A compiled graph then calls it without Python, which costs 20 µs more per op. Calls that the C++ does not
     handle, and other backends, go to ``in_python``.
     """
-    types = [str(a.type) for a in registered._schema.arguments]
+    # A dtype's type is that of its number.
+    types = [str(a.real_type if str(a.type) == "int" else a.type) for a in registered._schema.arguments]
     try:
         implement = _backend.extension().implement
     except (RuntimeError, AttributeError):  # left out, or missing by accident, which the first call reports

@@ -1,0 +1,226 @@
+// Likelihoods of a decoder that ends in linear layers, whose outputs are never stored: ops/head.py.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "arguments.hpp"
+#include "calls/caller.hpp"
+#include "products.hpp"
+#include "targets.hpp"
+#include "torch.hpp"
+
+namespace fastvae {
+
+// A batch of fewer rows is divided among threads by samples, which takes two passes. As in ops/head.py.
+constexpr i64 kFewestRows = 8;
+
+// x (B, X), h (K B, H), weight (m X, H) and bias (m X) of the first m outputs, and up to two constant
+// outputs, each a row (X) or a number. `fits` says whether the C++ computes it: `otherwise` does for nothing
+// to sum, without a BLAS, and where tensors must be copied first and the caller does not.
+template <class Caller>
+struct HeadArguments {
+  static constexpr int kConstants = kMostParameters - 1;
+  static constexpr int kGradients = 3 + kConstants;
+  GivenOf<Caller> x, h, weight, bias, constant[kConstants];
+  int products = 0, constants = 0, wide = kFloat32;
+  int dtypes[kGradients];  // of the gradients
+  bool fits = false;
+  HeadTensors tensors;
+
+  HeadArguments(Caller& from, const Contract& contract)
+      : x(from.given()), h(from.given()), weight(from.given()), bias(from.given()) {
+    for (GivenOf<Caller>& t : constant) {
+      t = from.given();
+      constants += t.given;
+    }
+    contract.expect("x", x, kAnyDtype, {-1, -1});
+    contract.expect("h", h, kFloating, {-1, -1});
+    if (x.n0 > 0 ? h.n0 % x.n0 != 0 : h.n0 != 0)
+      contract.refuse("h", h, "a multiple of x's " + std::to_string(x.n0) + " rows");
+    contract.expect("weight", weight, kFloating, {-1, h.n1});
+    products = x.n1 > 0 ? static_cast<int>(weight.n0 / x.n1) : 1;
+    if (weight.n0 != products * x.n1 || products < 1 || products > kMostParameters - constants)
+      contract.refuse("weight", weight,
+                      Contract::shape({x.n1, h.n1}) + " for each of 1 to " +
+                          std::to_string(kMostParameters - constants) + " outputs");
+    if (bias.given) contract.expect("bias", bias, kFloating, {weight.n0});
+    for (const Tensor& t : constant) {
+      if (t.given && !Contract::fits(t, kFloating, {}) && !Contract::fits(t, kFloating, {1}))
+        contract.expect("a constant output", t, kFloating, {x.n1});
+    }
+    for (const Tensor* t :
+         std::initializer_list<const Tensor*>{&x, &h, &weight, &bias, constant, constant + 1}) {
+      if (t->given && t->dtype == kFloat64) wide = kFloat64;
+    }
+    for (int i = 0; i < kGradients; ++i) dtypes[i] = differentiable(i).dtype;
+    fits = x.size() > 0 && h.size() > 0 && blas().complete() && in_place(from);
+    if (fits) lay_out();
+  }
+  void expect_outputs(const Contract& contract, int likelihood) const {
+    if (products + constants != kParameterCounts[likelihood])
+      contract.refuse("weight", weight,
+                      std::string("as many layers and constants as ") + kLikelihoods[likelihood] +
+                          " has outputs, " + std::to_string(kParameterCounts[likelihood]));
+  }
+  i64 samples() const { return h.n0 / x.n0; }
+  const GivenOf<Caller>& differentiable(int i) const {
+    return i == 0 ? h : i == 1 ? weight : i == 2 ? bias : constant[i - 3];
+  }
+
+  // Gradients of h, weight, bias and the constants, of the dtype of the computation.
+  struct Gradients {
+    MadeOf<Caller> made[kGradients];
+    HeadOutputs outputs{};
+  };
+  Gradients gradients(const Need& need) const {
+    Gradients to;
+    for (int i = 0; i < kGradients; ++i) {
+      if (need[i] && differentiable(i).given) to.made[i] = make_like(differentiable(i), wide);
+    }
+    const i64 item = kItemSizes[wide];
+    for (int j = 0; j < products; ++j) {
+      if (to.made[1].data) to.outputs.weight[j].data = to.made[1].data + offset(j * x.n1 * h.n1, item);
+      if (to.made[2].data) to.outputs.bias[j].data = to.made[2].data + offset(j * x.n1, item);
+    }
+    int j = products;
+    for (int i = 0; i < kConstants; ++i) {
+      if (constant[i].given) to.outputs.held[j++].data = to.made[3 + i].data;
+    }
+    return to;
+  }
+
+ private:
+  static address offset(i64 elements, i64 item) { return static_cast<address>(elements * item); }
+  // Weights and biases as the products read them, in the dtype of the computation; false where they are not
+  // and the caller makes no copies.
+  bool in_place(Caller& from) {
+    const auto rows = [&] {
+      return (weight.s1 == 1 || weight.n1 == 1) && (weight.s0 >= weight.n1 || weight.n0 == 1);
+    };
+    const bool biases = !bias.given || (bias.dtype == wide && bias.is_contiguous());
+    if ((weight.dtype != wide || !rows() || !biases) && !from.converts()) return false;
+    if (weight.dtype != wide) weight = from.in_dtype(weight, wide);
+    if (!rows()) weight = from.contiguous(weight);
+    if (bias.given && bias.dtype != wide) bias = from.in_dtype(bias, wide);
+    if (!bias.is_contiguous()) bias = from.contiguous(bias);
+    return true;
+  }
+  void lay_out() {
+    const i64 item = kItemSizes[wide], stride = weight.n0 == 1 ? weight.n1 : weight.s0;
+    for (int j = 0; j < products; ++j) {
+      Tensor& w = tensors.weight[j] = weight;
+      w.data += offset(j * x.n1 * stride, item);
+      w.n0 = x.n1;
+      w.s0 = stride;
+      w.s1 = 1;
+      if (!bias.given) continue;
+      Tensor& b = tensors.bias[j] = bias;
+      b.data += offset(j * x.n1, item);
+      b.n0 = x.n1;
+      b.s0 = 1;
+    }
+    int j = products;
+    for (const Tensor& t : constant) {
+      if (t.given) tensors.held[j++] = t;
+    }
+  }
+};
+
+// x, layers, the likelihood's name -> log-likelihoods. `otherwise` is called if the arguments do not fit, or
+// x lies where it cannot.
+struct LinearLogProb {
+  static constexpr const char* kName = "linear_log_prob";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(head_log_prob);
+    from.read_otherwise();
+    const Contract contract{kName};
+    const HeadArguments<Caller> a(from, contract);
+    const int likelihood = number_of(from.text());
+    a.expect_outputs(contract, likelihood);
+    if (!a.fits) return from.otherwise();
+    MadeOf<Caller> out = make(a.h, {a.samples(), a.x.n0}, a.wide);
+    if (!from.run(kernel, likelihood, a.x, a.h, a.tensors, a.wide == kFloat64, out, from.threads()))
+      return from.otherwise();
+    return from.results({std::move(out)});
+  }
+};
+
+// The upstream gradient, x, layers, the likelihood's name, need -> gradients of h, weight, bias and
+// constants.
+struct LinearLogProbBackward {
+  static constexpr const char* kName = "linear_log_prob_backward";
+  static constexpr bool kEmptyForNone = false;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(head_log_prob_backward);
+    from.read_otherwise();
+    const Tensor grad = from.tensor();
+    const Contract contract{kName};
+    HeadArguments<Caller> a(from, contract);
+    const int likelihood = number_of(from.text());
+    a.expect_outputs(contract, likelihood);
+    if (!a.fits) return from.otherwise();
+    contract.expect("grad", grad, a.wide, {a.samples(), a.x.n0});
+    const Need need = from.need();
+    for (int i = 0; i < a.kGradients; ++i) {
+      if (need[i] && a.differentiable(i).given && a.dtypes[i] != a.wide && !from.converts())
+        return from.otherwise();
+    }
+    auto to = a.gradients(need);
+    from.run(kernel, likelihood, grad, a.x, a.h, a.tensors, a.wide == kFloat64, to.made[0], to.outputs,
+             from.threads());
+    for (int i = 0; i < a.kGradients; ++i) to.made[i].convert(a.dtypes[i]);
+    return from.results(std::move(to.made));
+  }
+};
+
+// x, layers, term, beta, how, the likelihood's name, terms, need -> bound, mean log-likelihood, weights, and
+// in the dtype of the computation the gradients of h, weight, bias and constants for an upstream gradient of
+// 1, where they take no further pass. `otherwise` is called if the arguments do not fit, or x lies where it
+// cannot.
+struct WeighLinear {
+  static constexpr const char* kName = "weigh_linear";
+  static constexpr bool kEmptyForNone = true;
+  template <class Caller>
+  static ResultsOf<Caller> call(Caller& from) {
+    static const auto kernel = FASTVAE_PICK(head_weigh_rows);
+    from.read_otherwise();
+    const Contract contract{kName};
+    const HeadArguments<Caller> a(from, contract);
+    GivenOf<Caller> term = from.given();
+    const Tensor beta = from.tensor();
+    const How how = from.how();
+    const int likelihood = number_of(from.text());
+    const bool terms = from.flag();
+    const Need need = from.need();
+    a.expect_outputs(contract, likelihood);
+    const i64 rows = a.x.n0, samples = rows > 0 ? a.samples() : 0;
+    if (term.given) contract.expect_either("term", term, kFloating, {rows > 0 ? samples : -1, rows}, {rows});
+    if (beta.given) contract.expect_either("beta", beta, kFloating, {}, {rows});
+    contract.expect_count("groups", how.groups);
+    if (samples % how.groups != 0) contract.refuse("h", a.h, "whole groups of samples");
+    if (!a.fits) return from.otherwise();
+    if (term.given && term.dtype != a.wide) {
+      if (!from.converts()) return from.otherwise();
+      term = from.in_dtype(term, a.wide);
+    }
+    MadeOf<Caller> bound = how.reduction == 'n' ? make(a.h, {rows}, a.wide) : make(a.h, {}, a.wide), mean,
+                   weights;
+    if (terms) mean = make(a.h, {rows}, a.wide);
+    if (how.log_mean_exp) weights = make(a.h, {samples, rows}, a.wide);
+    const bool once = how.reduction != 'n' && !terms && rows >= kFewestRows;
+    auto to = a.gradients(once ? need : Need{});
+    if (!from.run(kernel, likelihood, a.x, a.h, a.tensors, term, beta, how, a.wide == kFloat64, bound, mean,
+                  weights, to.made[0], to.outputs, from.threads()))
+      return from.otherwise();
+    return from.results({std::move(bound), std::move(mean), std::move(weights), std::move(to.made[0]),
+                         std::move(to.made[1]), std::move(to.made[2]), std::move(to.made[3]),
+                         std::move(to.made[4])});
+  }
+};
+
+}  // namespace fastvae
