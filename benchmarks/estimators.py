@@ -100,8 +100,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "`psis` ± 1.96 `stderr`": _normal("psis", "stderr"),
     "`jackknife`, `low` to `high`": _interval(),
     '`noise="qmc"`': _interval(noise="qmc"),
-    '`proposal="inflated"`': _interval(proposal="inflated"),
-    '`proposal="heavy"`': _interval(proposal="heavy"),
     '`proposal="defensive"`': _interval(proposal="defensive"),
     '`proposal="adapted"`': _interval(proposal="adapted"),
 }

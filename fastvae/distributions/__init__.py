@@ -5,16 +5,28 @@
 
 from .base import Distribution, closed_kl, register_kl
 from .covariance import FullNormal, LowRankNormal
-from .draws import STANDARD, check_support, draw_chunk, draw_kl, draw_ratio, draw_strata, log_shares, rsample
+from .draws import (
+    STANDARD,
+    check_support,
+    describe,
+    draw_chunk,
+    draw_kl,
+    draw_ratio,
+    draw_strata,
+    draw_z,
+    log_shares,
+    rsample,
+)
 from .encoded import AggregatePosterior, VampPrior
 from .flow import Flow
 from .hierarchy import HierarchicalPosterior, Hierarchy, Level
 from .location_scale import Exponential, Gumbel, Laplace, Logistic, LogNormal, StudentT
 from .mixture import NormalMixture
+from .multivariate_t import MultivariateStudentT
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior, as_prior, is_conditional
 from .spatial import flat_prior
-from .stratified import Mixture
+from .stratified import Mixture, StratifiedMixture, expanded_at_address
 from .wrapped import TorchDistribution
 
 __all__ = [
@@ -34,8 +46,10 @@ __all__ = [
     "Logistic",
     "LowRankNormal",
     "Mixture",
+    "MultivariateStudentT",
     "NormalMixture",
     "StandardNormal",
+    "StratifiedMixture",
     "StudentT",
     "TorchDistribution",
     "VampPrior",
@@ -43,11 +57,14 @@ __all__ = [
     "as_prior",
     "check_support",
     "closed_kl",
+    "describe",
     "diagonal",
     "draw_chunk",
     "draw_kl",
     "draw_ratio",
     "draw_strata",
+    "draw_z",
+    "expanded_at_address",
     "flat_prior",
     "is_conditional",
     "log_shares",

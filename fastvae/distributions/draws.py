@@ -339,6 +339,27 @@ def rsample(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[
     return z, log_q
 
 
+class Drawable(Distribution):
+    """Distribution that can be sampled without evaluating its density."""
+
+    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        """Draw z [K, B, D], the same as :meth:`rsample`."""
+        raise NotImplementedError
+
+    def rsample(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        z = self.z(samples, seed, sample_offset, row_offset)
+        return z, self.log_prob(z)
+
+
+def draw_z(q: Distribution, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+    """Draw z [K, B, D], without evaluating the density if it is not needed for the draw."""
+    if isinstance(q, Drawable):
+        return q.z(samples, seed, sample_offset, row_offset)
+    return rsample(q, samples, seed, sample_offset=sample_offset, row_offset=row_offset)[0]
+
+
 def rsample_as_held(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
     """Return z [K, B, D] and log q(z|x) [K, B] at the stored z, for comparison with other densities at z.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from .. import random
 from ..core.checks import check_tensor, shape_of
 from ..ops.op import accumulator
 from .base import Distribution, hold, is_family, is_real
+from .draws import Drawable, draw_z, log_shares
 from .read import as_component
+from .wrapped import TorchDistribution, at_address
 
 
 class Mixture(Distribution):
@@ -217,6 +219,122 @@ class Mixture(Distribution):
         return Mixture(known, logits) if len(known) == len(parts) else None
 
 
+class StratifiedMixture(Drawable):
+    """Stratified mixture: components are drawn in a fixed cycle, from an offset that depends on the seed.
+
+    All draws have equal weight, and each is distributed as the mixture, over random offsets.
+
+    Args:
+        parts: component distributions with rows, all with the same B.
+        shares: each component's share of the draws, rounded to hundredths.
+        number: index that separates its noise from that of other mixtures with the same seed. Default 1.
+        stays: bool [B], the examples drawn from the first component alone, with the noise that this
+            component has on its own. Default: None, no examples.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Distribution],
+        shares: Sequence[float],
+        number: int = 1,
+        stays: Tensor | None = None,
+    ):
+        super().__init__()
+        self._given = parts, shares, number
+        counts = [round(100 * share) for share in shares]
+        counts[counts.index(max(counts))] += 100 - sum(counts)
+        divisor = math.gcd(*counts)
+        self._own, self.number = parts[0], number
+        self._parts = [(part, n // divisor) for part, n in zip(parts, counts, strict=True) if n]
+        self._stays = stays if stays is not None and bool(stays.any()) else None
+        # Spread evenly: for each position in a cycle, the component and its draw's index within the cycle.
+        places = sorted(((i + 0.5) / n, c, i) for c, (_, n) in enumerate(self._parts) for i in range(n))
+        self._cycle = torch.tensor([place[1:] for place in places], device="cpu")  # [period, 2]
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self._own.batch
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._own.device
+
+    def rows(self, start: int, stop: int) -> StratifiedMixture | None:
+        parts, shares, number = self._given
+        some = [part.rows(start, stop) for part in parts]
+        known = [part for part in some if part is not None]
+        stays = None if self._stays is None else self._stays[start:stop]
+        return StratifiedMixture(known, shares, number, stays) if len(known) == len(some) else None
+
+    @property
+    def strata(self) -> int:  # type: ignore[override]
+        return max(part.strata for part, _ in self._parts)
+
+    def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Iterator[tuple[Any, ...]]:
+        """Yield each component with the indices of its samples, its seed and the index of its first draw.
+
+        Its further draws have consecutive indices. Randomisations are treated separately.
+        """
+        period, numbers = len(self._cycle), torch.arange(sample_offset, sample_offset + samples, device="cpu")
+        seeds = seed.split(1) if seed.dim() else (seed,)
+        for r, seed in enumerate(seeds):
+            mine = (numbers % len(seeds) == r).nonzero()[:, 0]
+            turns = numbers[mine] // len(seeds) + int(seed) % period
+            which, within = self._cycle[turns % period].unbind(1)
+            for c, (part, count) in enumerate(self._parts):
+                place = (which == c).nonzero()[:, 0]
+                if len(place):
+                    first = int(turns[place[0]]) // period * count + int(within[place[0]])
+                    yield part, mine[place], derived_seed(seed, period * self.number + c), first
+
+    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        drawn, places = [], []
+        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
+            drawn.append(draw_z(part, len(place), own_seed, first, row_offset))
+            places.append(place)
+        order = torch.cat(places).argsort().to(drawn[0].device)
+        z = torch.cat([d.to(drawn[0].dtype) for d in drawn])[order]
+        if self._stays is None:
+            return z
+        own = draw_z(self._own, samples, seed, sample_offset, row_offset)
+        return torch.where(self._stays[:, None], own, z.to(own.dtype))
+
+    def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
+        """Return the log weight of each draw within a component that is itself a stratified mixture."""
+        shares = torch.zeros(samples, self.batch, device=seed.device)
+        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
+            found = log_shares(part, len(place), own_seed, first)
+            if found is not None:
+                shares = shares.to(found.dtype)
+                shares[place.to(seed.device)] = found.expand(-1, self.batch)
+        own = log_shares(self._own, samples, seed, sample_offset)
+        if self._stays is None or own is None:
+            return shares if self._stays is None else torch.where(self._stays, 0.0, shares)
+        return torch.where(self._stays, own.to(shares.dtype), shares)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        value = self._mixed(z)
+        return value if self._stays is None else torch.where(self._stays, self._own.log_prob(z), value)
+
+    def _mixed(self, z: Tensor) -> Tensor:
+        scores = [p.log_prob(z) + math.log(n / len(self._cycle)) for p, n in self._parts]
+        return torch.logsumexp(torch.stack(scores), 0)
+
+
 def derived_seed(seed: Tensor, number: int) -> Tensor:
     """Return a distinct seed for each number (multiplier of Knuth's MMIX)."""
     return seed * 6364136223846793005 + 1442695040888963407 * (number + 1) % 2**63
+
+
+def expanded_at_address(prior: Distribution, batch: int, like: Tensor) -> Distribution | None:
+    """Expand the prior to a distribution with rows that supports draws at an address; None if it cannot."""
+    made = prior
+    if not (prior.has_rows and prior.batch == batch):
+        try:
+            made = prior.expand(batch, like)
+        except NotImplementedError:
+            return None
+    if isinstance(made, TorchDistribution):
+        zero = torch.zeros((), dtype=torch.int64, device=like.device)
+        return made if at_address(made.distribution, (1, *like.shape), zero, {}) is not None else None
+    return made
