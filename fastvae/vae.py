@@ -16,8 +16,15 @@ from torch import distributions as td
 
 from .core.checks import INTEGERS, check_choice, check_count, shape_of
 from .core.hints import teaches
-from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
-from .distributions.base import as_module, tensors_of
+from .distributions import (
+    Distribution,
+    Hierarchy,
+    as_module,
+    as_posterior,
+    as_prior,
+    is_conditional,
+    tensors_of,
+)
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .estimation.evaluation import Evaluation, evaluate
 from .estimation.log_marginal import log_marginal as _log_marginal

@@ -25,10 +25,10 @@ from fastvae.distributions import (
     draw_kl,
     draw_ratio,
     draws,
+    frozen,
     register_kl,
-    rsample,
+    rsample_log_prob,
 )
-from fastvae.distributions.base import held
 from fastvae.objectives.bounds import IWAE, WakePhi, weighed
 
 from .conftest import DEVICE
@@ -206,7 +206,7 @@ def test_composed_kls_are_the_fused_ones(prior, per_dimension, form):
 
 def test_densities_are_those_of_torch():
     q, p, _ = pairs()
-    z, log_q = rsample(q, K, SEED)
+    z, log_q = rsample_log_prob(q, K, SEED)
     expected = td.Normal(q.mu, torch.exp(0.5 * q.logvar)).log_prob(z).sum(-1)
     torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(q.log_prob(z), expected, rtol=1e-9, atol=1e-9)
@@ -282,7 +282,7 @@ def test_half_precision_is_computed_in_single(name, dtype):
 
     x = torch.ones(B, X, device=DEVICE)
     half, exact = ((make(*p[:2]), make(*p[2:])) for p in (parameters, wide))
-    z, log_q = rsample(fastvae.distributions.as_posterior(half[0]), K, SEED)
+    z, log_q = rsample_log_prob(fastvae.distributions.as_posterior(half[0]), K, SEED)
     fix = {"rtol": 1e-4, "atol": 1e-4}
     if name not in ("Normal", "Independent", "tanh"):  # their densities use the noise, or lose accuracy
         torch.testing.assert_close(log_q, total(exact[0], z.double()).float(), **fix)
@@ -351,7 +351,7 @@ def test_torch_distributions_as_posteriors(name, estimator):
     log_w = log_px + td.Normal(0.0, 1.0).log_prob(free).sum(-1) - total(fixed, free)
     w = torch.softmax(log_w.detach(), 0) ** (2 if estimator == "dreg" else 1)
     (to_z,) = torch.autograd.grad((w * log_w).sum(), free)
-    drawn, _ = fastvae.distributions.as_posterior(q).rsample(K, seed_of(3))
+    drawn, _ = fastvae.distributions.as_posterior(q).rsample_log_prob(K, seed_of(3))
     assert torch.equal(drawn, z)
     torch.testing.assert_close(found, torch.autograd.grad(drawn, [a, b], to_z), rtol=1e-8, atol=1e-9)
 
@@ -360,8 +360,10 @@ def test_torch_distributions_as_posteriors(name, estimator):
 def test_their_noise_is_an_address(name):
     """Chunks and shards of a draw are parts of the whole draw."""
     a, b = _parameters()
-    whole, _ = TorchDistribution(FAMILIES[name](a, b)).rsample(6, SEED)
-    part, _ = TorchDistribution(FAMILIES[name](a[2:], b[2:])).rsample(3, SEED, sample_offset=2, row_offset=2)
+    whole, _ = TorchDistribution(FAMILIES[name](a, b)).rsample_log_prob(6, SEED)
+    part, _ = TorchDistribution(FAMILIES[name](a[2:], b[2:])).rsample_log_prob(
+        3, SEED, sample_offset=2, row_offset=2
+    )
     assert torch.equal(whole[2:5, 2:], part)
 
 
@@ -369,7 +371,7 @@ def test_their_noise_is_an_address(name):
 def test_what_torch_draws_is_repeatable_and_leaves_its_state(name):
     q = TorchDistribution(DRAWN[name](*_parameters()))
     before = torch.get_rng_state()
-    draw = lambda **place: q.rsample(K, SEED, **place)[0]  # noqa: E731
+    draw = lambda **place: q.rsample_log_prob(K, SEED, **place)[0]  # noqa: E731
     assert torch.equal(draw(), draw())
     assert not torch.equal(draw(), draw(sample_offset=1))
     assert not torch.equal(draw(), draw(row_offset=1))
@@ -381,7 +383,7 @@ def test_their_draws_follow_them(name):
     """Draws mapped by their distribution function are uniform: mean and variance within six sigma."""
     n = 20_000
     d = (FAMILIES | DRAWN)[name](*(p.detach() for p in _parameters()))
-    z, _ = TorchDistribution(d).rsample(n, SEED)
+    z, _ = TorchDistribution(d).rsample_log_prob(n, SEED)
     if name in ("StudentT", "FisherSnedecor"):  # without a distribution function
         mean, sigma = z.mean(0), d.variance.sqrt()
         assert bool((sigma < 20).all())
@@ -396,7 +398,7 @@ def test_draws_of_a_full_covariance_have_it():
     """Each entry of the draws' covariance is within six sigma."""
     n = 20_000
     d = _full(*(p.detach() for p in _parameters()))
-    z, _ = TorchDistribution(d).rsample(n, SEED)
+    z, _ = TorchDistribution(d).rsample_log_prob(n, SEED)
     expected, centred = d.covariance_matrix, z - d.mean
     found = torch.einsum("kbi,kbj->bij", centred, centred) / n
     variances = expected.diagonal(dim1=-2, dim2=-1)
@@ -408,7 +410,7 @@ def test_the_tail_of_a_quantile_function(monkeypatch):
     """The quantile function's argument is computed in float64: in float32 it is 1 from 5.3 sigma on."""
     eps = torch.tensor([-6.5, 6.5], dtype=torch.float64, device=DEVICE)
     monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, 2))
-    z, _ = TorchDistribution(td.Laplace(torch.zeros(1, 2, device=DEVICE), 1.0)).rsample(1, SEED)
+    z, _ = TorchDistribution(td.Laplace(torch.zeros(1, 2, device=DEVICE), 1.0)).rsample_log_prob(1, SEED)
     # Both are the quantiles of tail probability 4.016e-11.
     expected = -math.log(2 * 0.5 * math.erfc(6.5 / math.sqrt(2)))
     torch.testing.assert_close(
@@ -528,7 +530,7 @@ def test_draws_by_ops_are_torchs_own(make):
     """Draws by ops equal torch's in value and gradient, and leave torch's random state unchanged."""
     leaves = [wide(B, D, seed=s).detach().exp().requires_grad_() for s in (1, 2)]
     results, state = [], torch.get_rng_state()
-    z, _ = TorchDistribution(make(*leaves)).rsample(K, SEED, sample_offset=2, row_offset=1)
+    z, _ = TorchDistribution(make(*leaves)).rsample_log_prob(K, SEED, sample_offset=2, row_offset=1)
     assert torch.equal(torch.get_rng_state(), state)
     with seeded(SEED, DEVICE, 2, 1):
         own = make(*leaves).rsample((K,))
@@ -662,8 +664,8 @@ def test_a_registered_kl_is_used():
         pass
 
     class Other(Family):
-        def rsample(self, samples, seed, **place):
-            return super().rsample(samples, seed, **place)
+        def rsample_log_prob(self, samples, seed, **place):
+            return super().rsample_log_prob(samples, seed, **place)
 
     made = lambda kind: kind(randn(B, D, seed=1), randn(B, D, seed=2))  # noqa: E731
     standard = StandardNormal()
@@ -695,7 +697,7 @@ def test_held_is_a_copy_without_gradients():
             self.itself = [self]
 
     deep = Deep()
-    copied = held(deep)
+    copied = frozen(deep)
     assert copied is not deep and copied.itself[0] is copied and type(copied) is Deep
     assert not copied.own.requires_grad and not copied.net[0].weight.requires_grad
     assert not copied.listed[0].requires_grad and not copied.listed[1]["a"].requires_grad
@@ -709,7 +711,7 @@ def test_held_is_a_copy_without_gradients():
         "net.1.bias",
     }
     flow = FAMILIES["a flow"](*_parameters())
-    assert not held(flow).rsample().requires_grad and flow.rsample().requires_grad
+    assert not frozen(flow).rsample().requires_grad and flow.rsample().requires_grad
 
 
 # Errors
@@ -752,7 +754,7 @@ def test_what_a_family_lacks_is_said():
         batch, device = B, DEVICE
 
     x, decoder, q = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE), Nothing()
-    with pytest.raises(NotImplementedError, match="Nothing has no rsample, which a posterior needs"):
+    with pytest.raises(NotImplementedError, match="Nothing has no rsample_log_prob, which a posterior needs"):
         fastvae.iwae(x, q, decoder, **BERNOULLI)
     pair = torch.zeros(B, D, device=DEVICE), torch.zeros(B, D, device=DEVICE)
     with pytest.raises(NotImplementedError, match="Nothing has no log_prob"):
@@ -822,7 +824,7 @@ def test_parameters_that_cannot_be_held_are_an_error(estimator):
     options = {"k": K, "prior": Reaching(), "estimator": estimator}
     call = lambda: fastvae.iwae(x, q, decoder, **options, **BERNOULLI)  # noqa: E731
     if estimator == "dreg":
-        with pytest.raises(RuntimeError, match="Reaching.log_prob with its parameters held fixed.*closure"):
+        with pytest.raises(RuntimeError, match="Reaching.log_prob with its parameters frozen.*closure"):
             call()
     else:
         assert torch.autograd.grad(call(), weight)[0].isfinite().all()
@@ -837,7 +839,7 @@ def test_a_learned_prior_of_torchs_is_refused_by_a_module():
 def test_drawing_leaves_other_devices_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("reseeded"))
     q = td.Gamma(torch.ones(B, D), torch.ones(B, D))
-    TorchDistribution(q).rsample(2, torch.tensor(3))
+    TorchDistribution(q).rsample_log_prob(2, torch.tensor(3))
 
 
 def test_what_is_registered_is_looked_at():

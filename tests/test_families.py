@@ -34,9 +34,9 @@ from fastvae.distributions import (
     as_prior,
     closed_kl,
     draw_chunk,
-    rsample,
+    frozen,
+    rsample_log_prob,
 )
-from fastvae.distributions.base import held
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn, seed_of
@@ -182,7 +182,7 @@ def test_any_posterior_with_any_prior(q, p):
     options = {"prior": prior, **BERNOULLI}
     read_q, read_p = as_posterior(posterior), as_prior(prior)
     seed = seed_of(5)
-    z, _ = rsample(read_q, K, seed)
+    z, _ = rsample_log_prob(read_q, K, seed)
     log_q, log_p = read_q.log_prob(z), read_p.log_prob(z)
     parts = fastvae.log_weights(x, posterior, decoder, k=K, generator=generator(5), **options)
     shares = read_q.log_shares(K, seed) if read_q.strata > 1 else torch.zeros(1, 1, dtype=z.dtype)
@@ -423,7 +423,7 @@ def test_densities_are_those_of_scipy(name):
 def test_draws_follow_their_distribution_function(name):
     """The Kolmogorov-Smirnov distance in each dimension is below a bound exceeded once in 10^9."""
     a, b = randn(1, D, seed=1), 0.5 * randn(1, D, seed=2)
-    z, log_q = OURS[name](a, b).rsample(20_000, SEED)
+    z, log_q = OURS[name](a, b).rsample_log_prob(20_000, SEED)
     for d in range(D):
         scipys = SCIPY[name](float(a[0, d]), float(b[0, d]))
         statistic = scipy.stats.kstest(z[:, 0, d].cpu().numpy(), scipys.cdf).statistic
@@ -439,7 +439,7 @@ def test_the_tails_are_right(name, monkeypatch):
         eps = torch.cat([eps, torch.zeros(3, dtype=torch.float64, device=DEVICE)])
     monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, -1))
     zeros = torch.zeros(1, 3, device=DEVICE)
-    z, _ = OURS[name](zeros, zeros).rsample(1, SEED)
+    z, _ = OURS[name](zeros, zeros).rsample_log_prob(1, SEED)
     scipys = SCIPY[name](0.0, 0.0)
     if name == "student":  # Bailey's radius of a bivariate t
         expected = [e * math.sqrt(4.5 * math.expm1(e * e / 4.5)) / abs(e) for e in (-6.5, 6.5, 0.3)]
@@ -453,7 +453,7 @@ def test_student_draws_differentiate_by_degrees_of_freedom():
     """The pathwise derivative of E[|z|] by ν equals that of the formula for the mean."""
     df = torch.tensor(7.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
     zeros = torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
-    z, _ = StudentT(zeros, zeros, df).rsample(200_000, SEED)
+    z, _ = StudentT(zeros, zeros, df).rsample_log_prob(200_000, SEED)
     slopes = torch.autograd.grad(z.abs().mean(), df, retain_graph=True)[0]
 
     def mean(v):
@@ -470,15 +470,15 @@ def test_student_draws_differentiate_by_degrees_of_freedom():
 def test_draws_are_addressed(name):
     """Chunks and rows of any family's draw are parts of the whole, as are draws of a row-sliced posterior."""
     q = as_posterior(POSTERIORS[name](Parameters()))
-    z, log_q = q.rsample(K, SEED)
-    part, part_q = q.rsample(3, SEED, sample_offset=2)
+    z, log_q = q.rsample_log_prob(K, SEED)
+    part, part_q = q.rsample_log_prob(3, SEED, sample_offset=2)
     torch.testing.assert_close(part, z[2:5], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(part_q, log_q[2:5], rtol=1e-10, atol=1e-10)
     some = q.rows(1, 4)
     if name == "torch":
         assert some is None
         return
-    part, part_q = some.rsample(K, SEED, row_offset=1)
+    part, part_q = some.rsample_log_prob(K, SEED, row_offset=1)
     torch.testing.assert_close(part, z[:, 1:4], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(part_q, log_q[:, 1:4], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(log_q, q.log_prob(z), rtol=1e-7, atol=1e-7)
@@ -490,7 +490,7 @@ def test_draws_are_addressed(name):
 def test_half_precision(name, dtype):
     """In half precision z has the parameters' dtype and densities are float32."""
     q = POSTERIORS[name](Parameters(dtype))
-    z, log_q = rsample(as_posterior(q), K, SEED)
+    z, log_q = rsample_log_prob(as_posterior(q), K, SEED)
     assert z.dtype == dtype and log_q.dtype == torch.float32 and bool(log_q.isfinite().all())
 
 
@@ -506,7 +506,7 @@ def test_a_triangle_row_by_row():
             scale[:, i, j] = tril[:, at].exp() if i == j else tril[:, at]
             at += 1
     q = FullNormal(mu, tril)
-    z, log_q = q.rsample(K, SEED)
+    z, log_q = q.rsample_log_prob(K, SEED)
     eps = fastvae.random.normal(SEED, K, B, D, dtype=torch.float64)
     torch.testing.assert_close(z, mu + torch.einsum("bij,kbj->kbi", scale, eps), rtol=1e-12, atol=1e-12)
     expected = td.MultivariateNormal(mu, scale_tril=scale)
@@ -522,7 +522,7 @@ def test_low_rank_is_torchs():
     z = randn(K, B, D, seed=5).double()
     expected = td.LowRankMultivariateNormal(mu, factor, logvar.exp())
     torch.testing.assert_close(q.log_prob(z), expected.log_prob(z), rtol=1e-9, atol=1e-9)
-    draws, _ = q.rsample(20_000, SEED)
+    draws, _ = q.rsample_log_prob(20_000, SEED)
     centred, covariance = draws - mu, expected.covariance_matrix
     found = torch.einsum("kbi,kbj->bij", centred, centred) / len(draws)
     spread = covariance.diagonal(dim1=-2, dim2=-1)
@@ -579,7 +579,7 @@ def test_free_bits_of_a_full_covariance():
     torch.testing.assert_close(terms.kl, expected.expand(B))
     # For the last dimension: the expectation over the others of a normal's KL to N(0, 1).
     _, scale, _ = q._parts()
-    z, _ = q.rsample(200_000, SEED)
+    z, _ = q.rsample_log_prob(200_000, SEED)
     before = torch.linalg.solve_triangular(scale, (z - q.mu).movedim(0, -1), upper=False)[:, :-1]
     mean = q.mu[:, -1:] + torch.einsum("bj,bjk->bk", scale[:, -1, :-1], before)
     own = scale[:, -1, -1:]
@@ -652,14 +652,14 @@ def test_each_stratum_has_its_share_of_draws():
     far = [(torch.full((2, 1), 100.0 * c, device=DEVICE), torch.zeros(2, 1, device=DEVICE)) for c in range(3)]
     q = Mixture(far)
     for seed in (torch.tensor(0), torch.tensor(-7), torch.tensor(4)):
-        z, _ = q.rsample(12, seed.to(DEVICE))
+        z, _ = q.rsample_log_prob(12, seed.to(DEVICE))
         counts = torch.bincount((z[:, 0, 0] / 100).round().long(), minlength=3)
         assert counts.tolist() == [4, 4, 4]
 
 
 def test_components_have_noise_of_their_own():
     q = Mixture([(zeros(2, 3), zeros(2, 3))] * 3)
-    z, _ = q.rsample(6, SEED)
+    z, _ = q.rsample_log_prob(6, SEED)
     assert len(z.flatten().unique()) == z.numel()
 
 
@@ -674,7 +674,7 @@ def test_gradients_of_a_mixture_are_those_of_its_definition():
     q = Mixture(list(zip(mu, logvar, strict=True)), logits)
     x, decoder = _data(torch.float64), _decoder(torch.float64)
     seed = seed_of(5)
-    z, _ = q.rsample(K, seed)
+    z, _ = q.rsample_log_prob(K, seed)
     normal = [td.Normal(m, (0.5 * v).exp()) for m, v in zip(mu, logvar, strict=True)]
     log_weight = torch.log_softmax(logits, 1)
     log_q = torch.logsumexp(torch.stack([n.log_prob(z).sum(-1) for n in normal], -1) + log_weight, -1)
@@ -722,7 +722,7 @@ def test_a_defensive_mixture_bounds_the_weights():
 def test_reconstruct_decodes_the_mean_of_a_mixture(per_row):
     p = Parameters()
     q = Mixture([(p(B, D), p(B, D)), Gumbel(p(B, D), p(B, D))], p(*([B] if per_row else []), 2))
-    z, _ = q.rsample(20_000, SEED)
+    z, _ = q.rsample_log_prob(20_000, SEED)
     weighted = q.log_shares(20_000, SEED).exp()[..., None] * z
     error = weighted.std(0) / math.sqrt(len(z))
     assert bool(((weighted.mean(0) - q.mean).abs() < 6 * error).all())
@@ -748,10 +748,10 @@ def test_a_component_that_is_the_same_for_all_examples(name):
     shared = WITHOUT_ROWS[name](own, ())
     q = Mixture([(mu, logvar), shared], logits)
     seed = seed_of(5)
-    z, log_q = q.rsample(K, seed)
+    z, log_q = q.rsample_log_prob(K, seed)
     leaves = iter(own.leaves)
     rows = WITHOUT_ROWS[name](lambda *shape, **_: next(leaves).expand(shape), (B,))
-    torch.testing.assert_close(z, Mixture([(mu, logvar), rows], logits).rsample(K, seed)[0])
+    torch.testing.assert_close(z, Mixture([(mu, logvar), rows], logits).rsample_log_prob(K, seed)[0])
     each = [DiagonalNormal(mu, logvar).log_prob(z), as_prior(shared).log_prob(z)]
     expected = torch.logsumexp(torch.stack(each, -1) + torch.log_softmax(logits, 0), -1)
     torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
@@ -772,7 +772,7 @@ def test_a_subclass_is_not_expanded_as_its_parent(family):
     made.__class__ = type("Own", (type(made),), {})
     q = Mixture([(zeros(B, D).double(), zeros(B, D).double()), made])
     with pytest.raises(NotImplementedError, match="Own has no expand"):
-        q.rsample(K, SEED)
+        q.rsample_log_prob(K, SEED)
 
 
 def test_rows_of_a_mixture():
@@ -781,9 +781,9 @@ def test_rows_of_a_mixture():
     for logits in (None, p(3), p(B, 3)):
         student = StudentT(p(B, D), p(B, D), 4.0)
         q = Mixture([student, (p(1, D), p(1, D)), StandardNormal()], logits)
-        some, z = q.rows(1, 4), q.rsample(K, SEED)[0]
+        some, z = q.rows(1, 4), q.rsample_log_prob(K, SEED)[0]
         torch.testing.assert_close(some.log_prob(z[:, 1:4]), q.log_prob(z)[:, 1:4])
-        torch.testing.assert_close(some.rsample(K, SEED, row_offset=1)[0], z[:, 1:4])
+        torch.testing.assert_close(some.rsample_log_prob(K, SEED, row_offset=1)[0], z[:, 1:4])
 
 
 # VampPrior and aggregate posteriors
@@ -835,7 +835,7 @@ def test_a_prior_that_is_a_mixture_of_a_vamp_prior(logits):
     vamp, x, decoder = _vamp(made), _data(torch.float64), _decoder(torch.float64)
     q, shares = (made(B, D), made(B, D)), torch.zeros(2).double() if logits is None else logits
     prior = Mixture([vamp, StandardNormal()], logits)
-    z = DiagonalNormal(*q).rsample(K, seed_of(5))[0]
+    z = DiagonalNormal(*q).rsample_log_prob(K, seed_of(5))[0]
     parts = torch.stack([vamp.log_prob(z), td.Normal(0.0, 1.0).log_prob(z).sum(-1)], -1)
     log_p = torch.logsumexp(parts + torch.log_softmax(shares, 0), -1)
     found = fastvae.iwae(
@@ -941,7 +941,7 @@ def test_compiled(objective, name):
 def test_a_flow_is_drawn_at_its_address():
     flow = _flow(lambda: zuko.flows.NSF(D, 2, transforms=2, hidden_features=[8], passes=2)).to(DEVICE)
     context = randn(B, 2, seed=4)
-    z, log_q = Flow(flow, context).rsample(K, SEED)
+    z, log_q = Flow(flow, context).rsample_log_prob(K, SEED)
     eps = fastvae.random.normal(SEED, K, B, D)
     made = flow(context)
     torch.testing.assert_close(z, made.transform.inv(eps), rtol=1e-5, atol=1e-5)
@@ -981,12 +981,12 @@ def test_stl_holds_a_flows_parameters():
 def test_held_families_have_no_gradient():
     for name, make in POSTERIORS.items():
         q = as_posterior(make(Parameters()))
-        z = q.rsample(K, SEED)[0].detach()
-        assert not held(q).log_prob(z).requires_grad, name
+        z = q.rsample_log_prob(K, SEED)[0].detach()
+        assert not frozen(q).log_prob(z).requires_grad, name
     for name, make in PRIORS.items():
         p = as_prior(make(Parameters())).prepared()
         z = randn(K, B, D, seed=1).double().abs()
-        assert not held(p).log_prob(z).requires_grad, name
+        assert not frozen(p).log_prob(z).requires_grad, name
 
 
 def test_paths_with_every_prior():

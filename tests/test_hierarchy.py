@@ -278,7 +278,7 @@ def test_values_and_gradients_are_those_written_out(backend, objective, merge, d
 def test_densities_are_those_of_the_draws(merge):
     model = Networks(merge)
     q, p = model(data()), model.hierarchy
-    z, log_q = q.rsample(K, seed_of(3), sample_offset=2, row_offset=1)
+    z, log_q = q.rsample_log_prob(K, seed_of(3), sample_offset=2, row_offset=1)
     _, log_ratio = q.rsample_log_ratio(p, K, seed_of(3), sample_offset=2, row_offset=1)
     torch.testing.assert_close(q.log_prob(z), log_q, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(p.log_prob(z), log_q + log_ratio, rtol=1e-10, atol=1e-10)
@@ -369,8 +369,8 @@ def test_rows_are_those_of_the_posterior():
     q = Networks(None)(data())
     part = q.rows(1, 4)
     assert part.batch == 3
-    z, log_q = q.rsample(K, seed_of(9))
-    z_part, log_q_part = part.rsample(K, seed_of(9), row_offset=1)
+    z, log_q = q.rsample_log_prob(K, seed_of(9))
+    z_part, log_q_part = part.rsample_log_prob(K, seed_of(9), row_offset=1)
     torch.testing.assert_close(z_part, z[:, 1:4], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(log_q_part, log_q[:, 1:4], rtol=1e-12, atol=1e-12)
 
@@ -579,7 +579,7 @@ def test_the_mean_is_the_chain_of_means():
     model = TwoLevels()
     x = model.sample()
     q = model.hierarchy("residual")(model.features(x))
-    z, _ = q.rsample(40000, seed_of(4))
+    z, _ = q.rsample_log_prob(40000, seed_of(4))
     error = z.std(0) / math.sqrt(len(z))
     assert bool(((z.mean(0) - q.mean).abs() < 5 * error).all())
 
@@ -606,14 +606,14 @@ def test_an_ordinary_prior_and_an_ordinary_posterior_go_with_them():
     model = Networks(None)
     x = data()
     options = {"likelihood": LIKELIHOOD, "generator": generator(1), "k": K}
-    z, log_q = model(x).rsample(K, seed_of(1))
+    z, log_q = model(x).rsample_log_prob(K, seed_of(1))
     standard = StandardNormal()
     _, ratio = fastvae.log_weights(x, model(x), model.decoder, prior=standard, **options)
     torch.testing.assert_close(ratio, standard.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
     q = randn(B, 9, seed=1, dtype=F64), randn(B, 9, seed=2, dtype=F64)
     options["generator"] = generator(1)
     _, ratio = fastvae.log_weights(x, q, model.decoder, prior=model.hierarchy, **options)
-    z, log_q = DiagonalNormal(*q).rsample(K, seed_of(1))
+    z, log_q = DiagonalNormal(*q).rsample_log_prob(K, seed_of(1))
     torch.testing.assert_close(ratio, model.hierarchy.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
 
 
@@ -641,7 +641,7 @@ def test_half_precision():
     """In half precision, densities are summed in float32, and z has the modules' dtype."""
     model = Networks("residual").to(torch.bfloat16)
     q = model(data().bfloat16())
-    z, log_q = q.rsample(K, seed_of(1))
+    z, log_q = q.rsample_log_prob(K, seed_of(1))
     assert z.dtype == torch.bfloat16 and log_q.dtype == torch.float32
     assert fastvae.elbo(data().bfloat16(), q, model.decoder, likelihood=LIKELIHOOD).isfinite()
     vae = fastvae.VAE(model, model.decoder, likelihood=LIKELIHOOD)

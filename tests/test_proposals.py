@@ -499,7 +499,7 @@ def test_multivariate_student_t():
     root = randn(2, D, D, seed=2, dtype=torch.float64).tril() + 2 * torch.eye(D, device=DEVICE)
     covariance = root @ root.mT
     t = MultivariateStudentT.of(mu, covariance, 9, mu)
-    z, log_q = t.rsample(40_000, seed_of(1))
+    z, log_q = t.rsample_log_prob(40_000, seed_of(1))
     for b in range(2):
         expected = stats.multivariate_t(mu[b].cpu(), covariance[b].cpu(), df=9).logpdf(z[:50, b].cpu())
         np.testing.assert_allclose(log_q[:50, b].cpu(), expected, rtol=1e-10)
@@ -510,7 +510,7 @@ def test_multivariate_student_t():
     # An invalid covariance is replaced.
     for broken in (torch.full_like(covariance, math.nan), torch.zeros_like(covariance), -covariance):
         other = MultivariateStudentT.of(mu, broken, 9, mu)
-        assert bool(other.rsample(5, seed_of(1))[0].isfinite().all())
+        assert bool(other.rsample_log_prob(5, seed_of(1))[0].isfinite().all())
 
 
 def test_stratified_mixture():
@@ -521,13 +521,13 @@ def test_stratified_mixture():
     )
     seed = seed_of(2)
     mixture = StratifiedMixture([near, far], [0.93, 0.07])
-    z, log_q = mixture.rsample(250, seed)
+    z, log_q = mixture.rsample_log_prob(250, seed)
     is_far = z[:, 0, 0] > 50
     for start in range(150):
         assert int(is_far[start : start + 100].sum()) == 7
-    part = mixture.rsample(31, seed, sample_offset=77, row_offset=1)[0][:, :3]
+    part = mixture.rsample_log_prob(31, seed, sample_offset=77, row_offset=1)[0][:, :3]
     torch.testing.assert_close(part, z[77:108, 1:])
-    torch.testing.assert_close(mixture.rows(1, 3).rsample(250, seed, row_offset=1)[0], z[:, 1:3])
+    torch.testing.assert_close(mixture.rows(1, 3).rsample_log_prob(250, seed, row_offset=1)[0], z[:, 1:3])
     parts = torch.stack([near.log_prob(z) + math.log(0.93), far.log_prob(z) + math.log(0.07)])
     torch.testing.assert_close(log_q, torch.logsumexp(parts, 0))
     assert len(z[:, 0, 0].unique()) == 250
@@ -540,8 +540,8 @@ def test_stratified_mixture():
     assert torch.stack(first).sum(0).tolist() == [7, 7]
     # Examples that stay with the first part have its noise alone.
     stays = torch.tensor([False, True, False, True], device=DEVICE)
-    some, log_some = StratifiedMixture([near, far], [0.93, 0.07], stays=stays).rsample(250, seed)
-    own, log_own = near.rsample(250, seed)
+    some, log_some = StratifiedMixture([near, far], [0.93, 0.07], stays=stays).rsample_log_prob(250, seed)
+    own, log_own = near.rsample_log_prob(250, seed)
     torch.testing.assert_close(some, torch.where(stays[:, None], own, z))
     torch.testing.assert_close(log_some, torch.where(stays, log_own, log_q))
 
@@ -555,7 +555,7 @@ def test_stratified_mixture_by_randomisations():
     both = Mixture([near, far], torch.tensor([0.4, -0.4], device=DEVICE))
     seeds = random.seed_of("qmc", seed_of(2), 3)
     for mixture in (StratifiedMixture([near, far], [0.93, 0.07]), StratifiedMixture([both, far], [0.9, 0.1])):
-        z, log_q = mixture.rsample(210, seeds)
+        z, log_q = mixture.rsample_log_prob(210, seeds)
         shares = mixture.log_shares(210, seeds)
         for r in range(3):
             own = seeds[r : r + 1]
@@ -563,7 +563,9 @@ def test_stratified_mixture_by_randomisations():
             torch.testing.assert_close(shares[r::3], mixture.log_shares(70, own))
         for start, stop in ((0, 1), (1, 3), (77, 108)):
             place = {"sample_offset": start}
-            torch.testing.assert_close(mixture.rsample(stop - start, seeds, **place)[0], z[start:stop])
+            torch.testing.assert_close(
+                mixture.rsample_log_prob(stop - start, seeds, **place)[0], z[start:stop]
+            )
             torch.testing.assert_close(mixture.log_shares(stop - start, seeds, **place), shares[start:stop])
         torch.testing.assert_close(log_q, mixture.log_prob(z))
     # Draws of examples that stay are weighted as those of the first part alone.
@@ -591,11 +593,11 @@ def test_stratified_mixture_of_randomisations():
     )
     seed = fastvae.random.seed_of("qmc", seed_of(2), 8)
     mixture = StratifiedMixture([near, far], [0.9, 0.1])
-    z, log_q = mixture.rsample(803, seed)
+    z, log_q = mixture.rsample_log_prob(803, seed)
     is_far = (z[:, 0, 0] > 50)[:800].unflatten(0, (100, 8))
     assert is_far.sum(0).tolist() == 8 * [10]
     for start, stop in ((0, 1), (5, 6), (77, 108), (640, 803)):
-        part = mixture.rsample(stop - start, seed, sample_offset=start, row_offset=1)
+        part = mixture.rsample_log_prob(stop - start, seed, sample_offset=start, row_offset=1)
         torch.testing.assert_close(part[0][:, :3], z[start:stop, 1:])
         torch.testing.assert_close(part[1][:, :3], mixture.log_prob(z[start:stop])[:, 1:])
     parts = torch.stack([near.log_prob(z) + math.log(0.9), far.log_prob(z) + math.log(0.1)])
@@ -639,7 +641,7 @@ class _Bare(Distribution):
         super().__init__()
         self.mu, self.batch, self.device = mu, len(mu), mu.device
 
-    def rsample(self, samples, seed, *, sample_offset=0, row_offset=0):
+    def rsample_log_prob(self, samples, seed, *, sample_offset=0, row_offset=0):
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
         eps = fastvae.random.normal(seed, samples, *self.mu.shape, **place)
         return self.mu + eps, td.Normal(0.0, 1.0).log_prob(eps).sum(-1)

@@ -382,7 +382,7 @@ def test_a_family_of_the_users():
             super().__init__()
             self.mu, self.batch, self.device = mu, mu.shape[0], mu.device
 
-        def rsample(self, samples, seed, **place):
+        def rsample_log_prob(self, samples, seed, **place):
             eps = fastvae.random.normal(seed, samples, *self.mu.shape, dtype=self.mu.dtype, **place)
             return self.mu + eps, -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1)
 

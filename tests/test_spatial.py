@@ -263,7 +263,7 @@ def test_posteriors_of_the_users_own_name_the_shape():
         batch, device, latent = B, DEVICE, LATENT
         dims = D
 
-        def rsample(self, samples, seed, **place):
+        def rsample_log_prob(self, samples, seed, **place):
             z = fastvae.random.normal(seed, samples, B, self.dims)
             return z, -0.5 * (z.square() + torch.tensor(2 * torch.pi).log()).sum(2)
 

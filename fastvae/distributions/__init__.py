@@ -3,7 +3,8 @@
 :mod:`~fastvae.distributions.draws` selects the fused op for a pair of families.
 """
 
-from .base import Distribution, closed_kl, register_kl
+from .base import Distribution, as_module, is_family
+from .closed_form import closed_kl, register_kl
 from .covariance import FullNormal, LowRankNormal
 from .draws import (
     STANDARD,
@@ -15,7 +16,7 @@ from .draws import (
     draw_strata,
     draw_z,
     log_shares,
-    rsample,
+    rsample_log_prob,
 )
 from .encoded import AggregatePosterior, VampPrior
 from .flow import Flow
@@ -27,6 +28,7 @@ from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior, as_prior, is_conditional
 from .spatial import flat_prior
 from .stratified import Mixture, StratifiedMixture, expanded_at_address
+from .tensors import frozen, tensors_of
 from .wrapped import TorchDistribution
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "StudentT",
     "TorchDistribution",
     "VampPrior",
+    "as_module",
     "as_posterior",
     "as_prior",
     "check_support",
@@ -66,8 +69,11 @@ __all__ = [
     "draw_z",
     "expanded_at_address",
     "flat_prior",
+    "frozen",
     "is_conditional",
+    "is_family",
     "log_shares",
     "register_kl",
-    "rsample",
+    "rsample_log_prob",
+    "tensors_of",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
@@ -14,16 +13,18 @@ from torch import distributions as td
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+from .tensors import Holder, mapped, tensors_of
+
 # Methods that a module takes from nn.Module, not from Distribution.
 _OF_MODULES = ("__setattr__", "__repr__", "to", "parameters", "state_dict")
 
 
-class Distribution:
+class Distribution(Holder):
     """Distribution over z: a posterior q(z|x), with a row of parameters for each example, or a prior p(z).
 
     Subclass it for a family that is in neither fastvae nor ``torch.distributions``; torch's objects are
     accepted as they are. A prior needs :meth:`log_prob`; a posterior needs ``batch``, ``device`` and
-    :meth:`rsample`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too.
+    :meth:`rsample_log_prob`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too.
 
     A distribution is an ``nn.Module`` only if it owns state, so that a learned prior's parameters are
     registered, saved and moved: if it is constructed from an ``nn.Parameter``, a module, or the fixed tensors
@@ -159,7 +160,7 @@ class Distribution:
         done = {id(module): module for module in self.modules()}  # type: ignore[attr-defined]
         for name, value in self.__dict__.items():
             if not name.startswith("_"):
-                self.__dict__[name] = _mapped(value, fn, done)
+                self.__dict__[name] = mapped(value, fn, done)
         return self
 
     @property
@@ -177,7 +178,7 @@ class Distribution:
         """
         raise NotImplementedError(f"{self.family.__name__} has no log_prob")
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Draw z [K, B, D], differentiable in the parameters, and return it with its log density [K, B].
@@ -190,21 +191,22 @@ class Distribution:
             sample_offset: index of the first sample. Default: 0, and callers may omit it.
             row_offset: index of the first row. Default: 0, and callers may omit it.
         """
-        raise NotImplementedError(f"{self.family.__name__} has no rsample, which a posterior needs")
+        raise NotImplementedError(f"{self.family.__name__} has no rsample_log_prob, which a posterior needs")
 
     def rsample_log_ratio(
         self, p: Distribution, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor] | None:
         """Draw z [K, B, D] and return it with log p(z) − log q(z|x) [K, B], computed in one pass, or None.
 
-        None means that q has no better method for this prior than :meth:`rsample` and p's :meth:`log_prob`.
+        None means that q has no better method for this prior than :meth:`rsample_log_prob` and p's
+        :meth:`log_prob`.
 
         Args:
             p: the prior.
-            samples: as in :meth:`rsample`.
-            seed: as in :meth:`rsample`.
-            sample_offset: as in :meth:`rsample`.
-            row_offset: as in :meth:`rsample`.
+            samples: as in :meth:`rsample_log_prob`.
+            seed: as in :meth:`rsample_log_prob`.
+            sample_offset: as in :meth:`rsample_log_prob`.
+            row_offset: as in :meth:`rsample_log_prob`.
         """
         return None
 
@@ -223,9 +225,9 @@ class Distribution:
 
         Args:
             p: the prior.
-            samples: as in :meth:`rsample`.
-            seed: as in :meth:`rsample`.
-            row_offset: as in :meth:`rsample`.
+            samples: as in :meth:`rsample_log_prob`.
+            seed: as in :meth:`rsample_log_prob`.
+            row_offset: as in :meth:`rsample_log_prob`.
             per_dimension: return the KL of each dimension [B, D], averaged over the samples, for free bits.
         """
         return None
@@ -282,9 +284,9 @@ class Distribution:
         """Return the log of each draw's weight, [K, B] or [K, 1], for a q with ``strata``; mean weight 1.
 
         Args:
-            samples: as in :meth:`rsample`.
-            seed: as in :meth:`rsample`.
-            sample_offset: as in :meth:`rsample`.
+            samples: as in :meth:`rsample_log_prob`.
+            seed: as in :meth:`rsample_log_prob`.
+            sample_offset: as in :meth:`rsample_log_prob`.
         """
         raise NotImplementedError(f"{self.family.__name__} has strata, but no log_shares")
 
@@ -384,31 +386,6 @@ def hold(distribution: Distribution, **values: Tensor | None) -> None:
             distribution.register_buffer(name, value)
 
 
-# Types that are searched for tensors when a distribution's parameters are frozen.
-_HOLDERS = (Distribution, nn.Module, td.Distribution, td.Transform)
-
-
-# Attribute in which a transform caches its last input and output, matched by identity.
-_CACHE = "_cached_x_y"
-
-
-def tensors_of(value: Any, depth: int = 6, cached: bool = False) -> Iterator[Tensor]:
-    """Yield the tensors of distributions, transforms and modules; optionally those in transforms' caches."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, _HOLDERS) and depth:
-        attributes = value.__dict__  # whose values torch 2.11 cannot trace
-        for name in attributes:
-            if name != _CACHE or cached:
-                yield from tensors_of(attributes[name], depth - 1, cached)
-    elif isinstance(value, dict):
-        for name in value:
-            yield from tensors_of(value[name], depth, cached)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_of(part, depth, cached)
-
-
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
         learned = "learned " if isinstance(value, nn.Parameter) else ""
@@ -422,131 +399,7 @@ def _brief(value: Any) -> str:
     return getattr(value, "__qualname__", None) or repr(value)
 
 
-def held(value: Any) -> Any:
-    """Return a frozen copy: the same values, with every parameter detached."""
-    return mapped(value, lambda t: t.detach() if t.requires_grad else t)
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy with ``function`` applied to each tensor.
-
-    A transform whose tensors are all unchanged is not copied: its inverse must still recognise its cached
-    output.
-    """
-    return _mapped(value, function, {})
-
-
-def fixed_at(distribution: Distribution, z: Tensor) -> tuple[Distribution, Tensor]:
-    """Return the distribution and a detached z that its transforms' caches still recognise."""
-    if not any(t is z for t in tensors_of(distribution, cached=True)):
-        return distribution, z.detach()
-    detached: dict[int, Tensor] = {}
-
-    def detach(tensor: Tensor) -> Tensor:
-        return detached.setdefault(id(tensor), tensor.detach()) if tensor.requires_grad else tensor
-
-    return _mapped(distribution, lambda t: t, {}, detach), detach(z)
-
-
-def _mapped(
-    value: Any,
-    function: Callable[[Tensor], Tensor],
-    seen: dict[int, Any],
-    in_cache: Callable[[Tensor], Tensor] | None = None,
-) -> Any:
-    copied: Any
-    if isinstance(value, Tensor):
-        return function(value)
-    if id(value) in seen:
-        return seen[id(value)]
-    if isinstance(value, weakref.ref):  # a transform's reference to its inverse, which is recreated
-        return None
-    cache: Any = (None, None)
-    if isinstance(value, td.Transform):
-        if in_cache is None and all(function(t) is t for t in tensors_of(value)):
-            return value
-        # A cached preimage under learned parameters depends on them and must not be detached.
-        if in_cache is not None and not any(t.requires_grad for t in tensors_of(value)):
-            cache = tuple(t if t is None else in_cache(t) for t in value.__dict__.get(_CACHE, ()))
-    if isinstance(value, _HOLDERS):
-        seen[id(value)] = copied = object.__new__(type(value))
-        attributes = copied.__dict__
-        for name in value.__dict__:
-            part = cache if name == _CACHE else _mapped(value.__dict__[name], function, seen, in_cache)
-            attributes[name] = part
-        return copied
-    if type(value) in (tuple, list):
-        return type(value)([_mapped(v, function, seen, in_cache) for v in value])
-    if isinstance(value, dict) and hasattr(value, "copy"):
-        copied = seen[id(value)] = value.copy()
-        copied.update({name: _mapped(v, function, seen, in_cache) for name, v in value.items()})
-        return copied
-    return value
-
-
-# Closed forms
-
-_Closed = Callable[[Any, Any], Tensor]
-_closed: dict[tuple[type, type], _Closed] = {}
-
-
-def register_kl(q: type[Distribution], p: type[Distribution]) -> Callable[[_Closed], _Closed]:
-    r"""Register a closed form of KL(q ‖ p) for two families, as ``torch.distributions.register_kl`` does.
-
-    The function takes the two distributions and returns the KL of each dimension [B, D], or its sum [B]. It
-    is also used for subclasses that override neither ``log_prob`` nor ``rsample``.
-
-    Args:
-        q: family of the posterior.
-        p: family of the prior.
-
-    Example:
-        >>> import torch, fastvae
-        >>> class Laplace(fastvae.distributions.Distribution):
-        ...     pass
-        >>> @fastvae.distributions.register_kl(fastvae.distributions.DiagonalNormal, Laplace)
-        ... def _(q, p):
-        ...     return torch.zeros_like(q.mu)
-    """
-
-    for family in (q, p):
-        if not (isinstance(family, type) and issubclass(family, Distribution)):
-            raise TypeError(
-                f"register_kl takes subclasses of fastvae.distributions.Distribution, got {family!r}; for "
-                "families of "
-                "torch.distributions use torch.distributions.register_kl, which is asked too"
-            )
-
-    def register(function: _Closed) -> _Closed:
-        _closed[q, p] = function
-        return function
-
-    return register
-
-
-def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
-    """Return KL(q ‖ p), [B, D] or [B], or None if there is no closed form."""
-    for a in type(q).__mro__:
-        for b in type(p).__mro__:
-            function = _closed.get((a, b))
-            if function is not None and is_still(q, a) and is_still(p, b):
-                kl = function(q, p)
-                if kl is None:
-                    raise TypeError(
-                        f"the registered KL of {a.__name__} and {b.__name__} returned None; expected a "
-                        "tensor, [B, D] or [B]"
-                    )
-                return kl
-    one, other = q.as_torch(), p.as_torch()
-    if one is None or other is None:
-        return None
-    try:
-        return td.kl_divergence(one, other)
-    except NotImplementedError:
-        return None
-
-
 def is_still(distribution: Distribution, family: type) -> bool:
     """Return True if a subclass overrides neither the density nor the draws of this family."""
     kind = distribution.family
-    return kind.log_prob is family.log_prob and kind.rsample is family.rsample  # type: ignore[attr-defined]
+    return kind.log_prob is family.log_prob and kind.rsample_log_prob is family.rsample_log_prob  # type: ignore[attr-defined]

@@ -14,7 +14,8 @@ from .. import ops, random
 from ..core.checks import check_same_device, check_tensor, shape_of
 from ..core.special import expm1_minus
 from ..ops.op import accumulator
-from .base import Distribution, Located, hold, is_family, is_still, register_kl
+from .base import Distribution, Located, hold, is_family, is_still
+from .closed_form import register_kl
 from .normal import DiagonalNormal, StandardNormal
 
 _Same = TypeVar("_Same", bound=Distribution)
@@ -156,7 +157,7 @@ class FullNormal(_Correlated):
         mu, scale, _ = self._parts()
         return mu + eps @ scale.mT
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
@@ -253,7 +254,7 @@ class LowRankNormal(_Correlated):
         z: Tensor = mu + torch.exp(0.5 * logvar) * own + rows_times(common, factor.mT)
         return z
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}

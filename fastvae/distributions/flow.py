@@ -105,12 +105,12 @@ class Flow(Distribution):
                 extra = ladj.dim() - len(shape[:-1])
                 return z, base.log_prob(eps) - (ladj.flatten(-extra).sum(-1) if extra > 0 else ladj)
         if isinstance(made, td.Distribution) and at_address(made, (1, 1, 1), seed, {}) is not None:
-            return TorchDistribution(made).rsample(samples, seed, **place)
+            return TorchDistribution(made).rsample_log_prob(samples, seed, **place)
         with seeded(seed, self.device, place.get("sample_offset", 0), place.get("row_offset", 0)):
             z = made.rsample((samples,))
         return z, made.log_prob(z)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place = {"sample_offset": sample_offset, "row_offset": row_offset}

@@ -455,7 +455,7 @@ class HierarchicalPosterior(Distribution):
         self.hierarchy._descend(visit)
         return _added(terms)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
@@ -530,7 +530,7 @@ class HierarchicalPosterior(Distribution):
         """Draw the first level, whose q and p are shared by all samples, with the fused ops."""
         q = self._posterior(0, self.features[0], None)
         if term is _Step.log_q:
-            return q.rsample(samples, seed, **place)
+            return q.rsample_log_prob(samples, seed, **place)
         options: dict[str, Any] = {"samples": samples, "seed": seed, **options_of(q.form), **place}
         options["prior"] = fused_prior(q, self.hierarchy._p(0, None, self.batch), seed)
         if term is _Step.log_ratio:

@@ -73,7 +73,7 @@ class LocationScale(Located):
         normals = random.normal(seed, k, b, d * self._normals, dtype=torch.float64, **place)
         return self._white(normals)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         loc, log_scale = self._wide()
@@ -364,10 +364,12 @@ class LogNormal(LocationScale):
         log_z = torch.log(torch.where(outside, 1.0, z))
         return torch.where(outside.any(-1), -math.inf, super().log_prob(log_z) - log_z.sum(-1))
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        log_z, log_q = super().rsample(samples, seed, sample_offset=sample_offset, row_offset=row_offset)
+        log_z, log_q = super().rsample_log_prob(
+            samples, seed, sample_offset=sample_offset, row_offset=row_offset
+        )
         return torch.exp(log_z), log_q - log_z.to(log_q.dtype).sum(-1)
 
     def sample(

@@ -72,7 +72,7 @@ class _Components(Distribution):
                         "not implemented; drawing from the mixture needs it"
                     )
                 places = (chosen == u).nonzero()[:, 0]
-                draws = row.rsample(len(places), seed, row_offset=u)[0][:, 0]
+                draws = row.rsample_log_prob(len(places), seed, row_offset=u)[0][:, 0]
                 z = draws.new_empty(n, draws.shape[1]) if z is None else z
                 z[places] = draws
             first += part.batch

@@ -14,7 +14,8 @@ from ..core.checks import check_same_device, check_same_shape, check_tensor, sha
 from ..core.spread import log_variance
 from ..ops.latent import Form, form_of, options
 from ..ops.op import accumulator
-from .base import Distribution, hold, is_family, is_still, register_kl
+from .base import Distribution, hold, is_family, is_still
+from .closed_form import register_kl
 
 # A standard deviation in place of a log variance, as in torch's Normal.
 SCALE = form_of("scale", None, None)
@@ -155,7 +156,7 @@ class DiagonalNormal(Distribution):
         white = (z.to(accumulator(z.dtype)) - mu) * torch.exp(-0.5 * logvar)
         return -0.5 * (white.square() + logvar + math.log(2 * math.pi)).sum(-1)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}

@@ -161,7 +161,7 @@ class Mixture(Distribution):
         turn = torch.remainder(numbers, seed.shape[0])
         return numbers // seed.shape[0] + torch.remainder(seed, self.strata)[turn], turn
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         count, batch = self.strata, self.batch
@@ -174,8 +174,10 @@ class Mixture(Distribution):
             component = self.components[c]
             if not component.has_rows or component.batch < batch:
                 assert like is not None or component.has_rows  # components with rows come first
-                component = component.expand(batch, component.rsample(1, seed)[0] if like is None else like)
-            z, _ = component.rsample(
+                component = component.expand(
+                    batch, component.rsample_log_prob(1, seed)[0] if like is None else like
+                )
+            z, _ = component.rsample_log_prob(
                 r * (last - first + 1), derived_seed(seed, c), sample_offset=r * first, row_offset=row_offset
             )
             like = z

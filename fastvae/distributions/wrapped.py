@@ -16,8 +16,9 @@ from .. import random
 from ..core.checks import check_same_device
 from ..core.seeding import check_philox, seeded
 from ..ops.gamma import dirichlet, standard_gamma
-from .base import Distribution, mapped, tensors_of
+from .base import Distribution
 from .location_scale import student_t_noise
+from .tensors import mapped, tensors_of
 
 # Families with elementwise parameters, which are also their constructor's arguments.
 ELEMENTWISE = (
@@ -124,7 +125,7 @@ class TorchDistribution(Distribution):
         value = d.log_prob(z)
         return value if self._summed else value.sum(-1)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         shape = (samples, *self.distribution.batch_shape, *self.distribution.event_shape)

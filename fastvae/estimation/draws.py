@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..distributions import Distribution, rsample
+from ..distributions import Distribution, rsample_log_prob
 from ..inputs.batch import Inputs
 from . import stream as _stream
 from .stream import Chunks
@@ -92,5 +92,5 @@ def with_latent_of(q: Distribution, r: Distribution) -> Distribution:
 def example_of(q: Distribution, row_offset: int = 0) -> Tensor:
     """Draw one z per example, [B, D], with a fixed seed; 0 where it is not finite."""
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    z = rsample(q, 1, seed, row_offset=row_offset)[0][0]
+    z = rsample_log_prob(q, 1, seed, row_offset=row_offset)[0][0]
     return torch.where(z.isfinite(), z, 0.0)

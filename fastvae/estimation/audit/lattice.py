@@ -15,9 +15,7 @@ from torch.utils.data import Dataset
 from ... import ops
 from ...core.checks import check_count, check_number, shape_of
 from ...core.hints import teaches
-from ...distributions import Distribution, as_prior, is_conditional
-from ...distributions.base import is_family
-from ...distributions.normal import DiagonalNormal, StandardNormal
+from ...distributions import DiagonalNormal, Distribution, StandardNormal, as_prior, is_conditional, is_family
 from ...inputs.modules import evaluating, modules_of
 from ...inputs.nested import event_size
 from ...likelihoods.base import Likelihood, as_likelihood
