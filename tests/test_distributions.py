@@ -51,10 +51,10 @@ def wide(*shape, seed):
 FORMS = [
     {},
     {"logvar_range": (-0.5, 0.5)},
-    {"scale": "log_scale"},
-    {"scale": "scale"},
-    {"scale": "softplus"},
-    {"scale": "softplus", "floor": 0.01},
+    {"scale_form": "log_scale"},
+    {"scale_form": "scale"},
+    {"scale_form": "softplus"},
+    {"scale_form": "softplus", "floor": 0.01},
 ]
 
 
@@ -759,13 +759,15 @@ def test_what_a_family_lacks_is_said():
     pair = torch.zeros(B, D, device=DEVICE), torch.zeros(B, D, device=DEVICE)
     with pytest.raises(NotImplementedError, match="Nothing has no log_prob"):
         fastvae.iwae(x, pair, decoder, prior=q, **BERNOULLI)
-    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, **BERNOULLI)
-    with pytest.raises(NotImplementedError, match="Nothing has no sample"):
+    vae = fastvae.VAE(lambda x: pair, decoder, prior=Distribution(), latent_dim=D, **BERNOULLI)
+    with pytest.raises(NotImplementedError, match="Distribution has no sample"):
         vae.sample(2)
-    with pytest.raises(
-        ValueError, match=r"the prior has the shape \[4\]; to draw z \[2, 3\] from it, it must be \[3\]"
-    ):
-        TorchDistribution(td.Laplace(torch.zeros(4), 1.0)).sample(2, 3)
+    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, **BERNOULLI)
+    with pytest.raises(ValueError, match=f"Nothing, has {B} rows, but 2 draws were requested"):
+        vae.sample(2)
+    message = r"the prior, Laplace, has parameters \[4\]; to draw z \[k, 3\] from it, they must broadcast to"
+    with pytest.raises(ValueError, match=message):
+        TorchDistribution(td.Laplace(torch.zeros(4), 1.0)).sample(2, dim=3)
     bare = fastvae.VAE(lambda x: q, decoder, **BERNOULLI)
     with pytest.raises(ValueError, match="mean of q.* is not known"):
         bare.reconstruct(x)

@@ -14,6 +14,7 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
+from fastvae import random
 from fastvae.distributions import (
     AggregatePosterior,
     DiagonalNormal,
@@ -29,6 +30,7 @@ from fastvae.distributions import (
     NormalMixture,
     StandardNormal,
     StudentT,
+    TorchDistribution,
     VampPrior,
     as_posterior,
     as_prior,
@@ -370,9 +372,9 @@ def test_draws_of_priors(name):
     """A prior's draws have its shape, repeat, and follow its density: E[p(z)^-1 f(z)] = ∫f, f normal."""
     p = as_prior(PRIORS[name](Parameters(torch.float32)))
     with torch.no_grad():
-        z = p.sample(5000, D, device=DEVICE, generator=generator(4))
+        z = p.sample(5000, dim=D, device=DEVICE, generator=generator(4))
         assert z.shape == (5000, D)
-        assert torch.equal(z, p.sample(5000, D, device=DEVICE, generator=generator(4)))
+        assert torch.equal(z, p.sample(5000, dim=D, device=DEVICE, generator=generator(4)))
         z = z.double()
         if name in POSITIVE:
             f = td.Gamma(torch.full((D,), 3.0, dtype=z.dtype), torch.full((D,), 2.5, dtype=z.dtype))
@@ -998,6 +1000,250 @@ def test_paths_with_every_prior():
 
 
 # Mismatches
+
+# The words of torch.distributions
+
+
+def _torch_of(name, rows):
+    """Return our family and torch's equivalent, in float64."""
+    p = Parameters()
+    ours = as_prior(BOTH[name](p, rows))
+    a = [t.detach() for t in p.leaves]
+    if name == "logistic":
+        base = td.Uniform(torch.zeros_like(a[0]), 1.0)
+        transforms = [td.SigmoidTransform().inv, td.AffineTransform(a[0], a[1].exp())]
+        return ours, td.TransformedDistribution(base, transforms)
+    of_torch = {
+        "diagonal": lambda: td.Normal(a[0], (0.5 * a[1]).exp()),
+        "full": ours.as_torch,
+        "low rank": lambda: td.LowRankMultivariateNormal(a[0], a[2], a[1].exp()),
+        "laplace": lambda: td.Laplace(a[0], a[1].exp()),
+        "student": lambda: td.StudentT(a[2], a[0], a[1].exp()),
+        "gumbel": lambda: td.Gumbel(a[0], a[1].exp()),
+        "log-normal": lambda: td.LogNormal(a[0], a[1].exp()),
+        "exponential": lambda: td.Exponential(1 / a[0].exp()),
+        "torch": lambda: td.Laplace(a[0], a[1].exp()),
+    }
+    return ours, of_torch[name]()
+
+
+MOMENTS = ("mean", "variance", "stddev")
+CLOSED = [name for name in BOTH if name not in ("mixture", "logistic")]
+
+
+@pytest.mark.parametrize("rows", [(B,), ()], ids=["posterior", "prior"])
+@pytest.mark.parametrize("name", CLOSED)
+def test_words_of_torch(name, rows):
+    """Moments [B, D] and the entropy [B] are those of torch's family, for a prior [D] and []."""
+    ours, other = _torch_of(name, rows)
+    for word in MOMENTS:
+        value = getattr(ours, word)
+        assert value.shape == (*rows, D), word
+        torch.testing.assert_close(value, getattr(other, word), rtol=1e-12, atol=1e-12, msg=word)
+    entropy = other.entropy()
+    entropy = entropy if other.event_shape else entropy.sum(-1)
+    assert ours.entropy().shape == rows
+    torch.testing.assert_close(ours.entropy(), entropy, rtol=1e-12, atol=1e-12)
+    for word in ("loc", "scale"):
+        if name in ("full", "low rank") and word == "scale":
+            assert not hasattr(ours, "scale")
+        elif hasattr(other, word):
+            torch.testing.assert_close(getattr(ours, word), getattr(other, word), rtol=1e-12, atol=1e-12)
+    # Autograd reaches the parameters.
+    (ours.entropy().sum() + ours.variance.sum()).backward()
+
+
+@pytest.mark.parametrize("name", ["log_scale", "scale", "softplus", "logvar"])
+def test_the_scale_of_every_form(name):
+    mu, raw = randn(B, D, seed=1).double(), randn(B, D, seed=2).double().abs()
+    sd = {
+        "logvar": (0.5 * raw).exp(),
+        "log_scale": raw.exp(),
+        "scale": raw,
+        "softplus": nn.functional.softplus(raw).sqrt(),
+    }[name]
+    q = DiagonalNormal(mu, raw, scale_form=name)
+    normal = td.Normal(mu, sd)
+    for word in ("loc", "scale", *MOMENTS):
+        torch.testing.assert_close(getattr(q, word), getattr(normal, word), rtol=1e-12, atol=1e-12, msg=word)
+    torch.testing.assert_close(q.entropy(), normal.entropy().sum(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_words_in_half_precision():
+    """Moments have the dtype of z, the entropy float32."""
+    for name in CLOSED:
+        if name == "torch":  # its own dtypes
+            continue
+        q = BOTH[name](Parameters(torch.bfloat16), (B,))
+        exact = BOTH[name](Parameters(torch.float64), (B,))
+        assert all(getattr(q, word).dtype == torch.bfloat16 for word in MOMENTS), name
+        torch.testing.assert_close(q.variance.double(), exact.variance, rtol=0.1, atol=0.1)
+        assert q.entropy().dtype == torch.float32
+        torch.testing.assert_close(q.entropy().double(), exact.entropy(), rtol=0.05, atol=0.05)
+
+
+def test_moments_of_other_degrees_of_freedom():
+    df = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64)
+    ours = StudentT(torch.zeros(3).double(), torch.ones(3).double(), df)
+    expected = td.StudentT(df, torch.zeros(3).double(), torch.ones(3).double().exp())
+    torch.testing.assert_close(ours.variance, expected.variance, equal_nan=True)
+    torch.testing.assert_close(ours.entropy(), expected.entropy().sum())
+
+
+def test_parameters_that_broadcast():
+    p = DiagonalNormal(torch.zeros(D), torch.zeros(()))
+    assert p.variance.shape == p.stddev.shape == (D,) and p.entropy().shape == ()
+    assert p.sample(5).shape == p.sample(5, dim=D).shape == (5, D)
+    assert StandardNormal().sample(5, dim=2).shape == (5, 2)
+    assert Laplace(torch.zeros(()), torch.zeros(())).sample(2, dim=7).shape == (2, 7)
+    assert Laplace(torch.zeros(1), torch.zeros(1)).sample(2, dim=7).shape == (2, 7)
+    assert [float(getattr(StandardNormal(), w)) for w in ("loc", "mean", "scale", "variance", "stddev")] == [
+        0.0, 0.0, 1.0, 1.0, 1.0,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in POSTERIORS if n not in ("student", "log-normal")])
+def test_moments_are_those_of_the_draws(name):
+    """Mean and variance of draws of a posterior [k, B, D] are ``mean`` and ``variance``."""
+    q = as_posterior(POSTERIORS[name](Parameters()))
+    z = q.sample(40_000, generator=generator(3))
+    assert z.shape == (40_000, B, D) and not z.requires_grad
+    if name == "flow":
+        for word in MOMENTS:
+            with pytest.raises(NotImplementedError, match=f"Flow has no {word} in closed form"):
+                getattr(q, word)
+        return
+    mean, variance = q.mean.detach(), q.variance.detach()
+    assert mean.shape == variance.shape == (B, D)
+    assert bool(((z.mean(0) - mean).abs() < 6 * (variance / 40_000).sqrt()).all())
+    fourth = (z - mean).square().var(0)
+    assert bool(((z - mean).square().mean(0) - variance).abs().lt(7 * (fourth / 40_000).sqrt()).all())
+
+
+@pytest.mark.parametrize("name", [n for n in PRIORS if n not in ("standard", "rows", "log-normal")])
+def test_moments_of_priors(name):
+    """A prior's draws are [k, D], and its mean and variance theirs."""
+    p = as_prior(PRIORS[name](Parameters()))
+    z = p.sample(40_000, generator=generator(3)).double()
+    assert z.shape == (40_000, D) and not z.requires_grad
+    torch.testing.assert_close(p.sample(7, dim=D, generator=generator(3)).double(),
+                               p.sample(7, generator=generator(3)).double())  # fmt: skip
+    assert p.log_prob(z[:9]).shape == (9,)
+    with pytest.raises(ValueError, match=f"{D + 1}"):
+        p.sample(7, dim=D + 1)
+    if name == "flow":
+        with pytest.raises(NotImplementedError, match="Flow has no mean in closed form"):
+            _ = p.mean
+        return
+    mean, variance = p.mean.detach().double(), p.variance.detach().double()
+    assert mean.shape == variance.shape == (D,)
+    assert bool(((z.mean(0) - mean).abs() < 6 * (variance / 40_000).sqrt()).all())
+    fourth = (z - mean).square().var(0)
+    assert bool(((z - mean).square().mean(0) - variance).abs().lt(7 * (fourth / 40_000).sqrt()).all())
+
+
+@pytest.mark.parametrize("name", [n for n in POSTERIORS if n != "mixture"])
+def test_rsample_is_the_addressed_draw(name):
+    """``rsample`` gives z of ``rsample_log_prob`` from the generator's seed, with gradients."""
+    made = Parameters()
+    q = as_posterior(POSTERIORS[name](made))
+    z = q.rsample(K, generator=generator(3))
+    expected, _ = q.rsample_log_prob(K, random.draw_seed(DEVICE, generator(3)))
+    assert z.shape == (K, B, D) and torch.equal(z, expected)
+    assert torch.equal(q.sample(K, generator=generator(3)), z)
+    assert q.sample().shape == (1, B, D) and q.log_prob(q.sample()).shape == (1, B)
+    assert any(g is not None for g in torch.autograd.grad(z.sum(), made.leaves, allow_unused=True))
+
+
+@pytest.mark.parametrize("name", ["diagonal", "full", "low rank", "laplace", "log-normal", "flow", "torch"])
+def test_rsample_of_a_prior(name):
+    made = Parameters()
+    p = as_prior(PRIORS[name](made))
+    z = p.rsample(K, generator=generator(3))
+    assert z.shape == (K, D) and z.requires_grad
+    if name != "torch":  # whose sample is another function
+        assert torch.equal(p.sample(K, generator=generator(3)), z)
+
+
+LACKING = {
+    "entropy of a mixture": (
+        lambda: Mixture([(zeros(B, D), zeros(B, D))]).entropy(), "Mixture has no entropy"
+    ),
+    "rsample of a mixture": (
+        lambda: Mixture([(zeros(B, D), zeros(B, D))]).rsample(), "Mixture has no rsample"
+    ),
+    "entropy of components": (
+        lambda: NormalMixture(zeros(U, D), zeros(U, D)).entropy(), "NormalMixture has no entropy"
+    ),
+    "rsample of components": (
+        lambda: NormalMixture(zeros(U, D), zeros(U, D)).rsample(), "NormalMixture has no rsample"
+    ),
+    "entropy of a flow": (lambda: Flow(_flow(lambda: zuko.flows.NSF(D))).entropy(), "Flow has no entropy"),
+    "mean of a mixture with a flow": (
+        lambda: Mixture([Flow(_flow(lambda: zuko.flows.NSF(D, 2)), zeros(B, 2))]).mean, "Flow has no mean"
+    ),
+    "mean of torch's": (
+        lambda: TorchDistribution(td.TransformedDistribution(td.Normal(zeros(D), 1.0), [])).mean,
+        "TransformedDistribution has no mean",
+    ),
+    "entropy of torch's": (
+        lambda: TorchDistribution(td.VonMises(zeros(D), 1.0)).entropy(), "VonMises has no entropy"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_a_word_that_a_family_lacks(what):
+    make, message = LACKING[what]
+    with pytest.raises(NotImplementedError, match=message):
+        make()
+
+
+def test_words_without_a_number_of_latents():
+    for p in (StandardNormal(), Laplace(zeros(), zeros()), TorchDistribution(td.Normal(0.0, 1.0))):
+        with pytest.raises(ValueError, match="pass dim="):
+            p.sample(3)
+    for p in (
+        Laplace(zeros(), zeros()),
+        TorchDistribution(td.Normal(0.0, 1.0)),
+        DiagonalNormal(zeros(), zeros()),
+    ):
+        with pytest.raises(ValueError, match=r"entropy needs|do not determine D"):
+            p.entropy()
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        StandardNormal().sample(0, dim=2)
+
+
+class _Unnamed(fastvae.distributions.Distribution):
+    """Posterior without any moment."""
+
+
+def test_words_of_a_users_family():
+    """A family may define moments in its constructor; what it lacks, or overrides, is an error."""
+    with pytest.raises(NotImplementedError, match="_Unnamed has no variance in closed form"):
+        _ = _Unnamed().variance
+    assert not hasattr(_Unnamed(), "mean")
+    with pytest.raises(NotImplementedError, match="_Unnamed has no stddev"):
+        _ = _Unnamed().stddev
+    one = _Unnamed()
+    one.variance = torch.full((D,), 4.0)
+    torch.testing.assert_close(one.stddev, torch.full((D,), 2.0))
+
+    class Learned(fastvae.distributions.Distribution, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.variance = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+
+    assert Learned().mean.shape == (D,) and len(list(Learned().parameters())) == 2
+
+    class Wider(DiagonalNormal):
+        def log_prob(self, z):
+            return super().log_prob(z / 2) - D * math.log(2)
+
+    with pytest.raises(NotImplementedError, match="Wider has no variance"):
+        _ = Wider(zeros(B, D), zeros(B, D)).variance
+    with pytest.raises(NotImplementedError, match="Wider has no entropy"):
+        Wider(zeros(B, D), zeros(B, D)).entropy()
 
 
 MISTAKES = {

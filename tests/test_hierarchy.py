@@ -520,7 +520,7 @@ def test_shapes_of_latents():
         ("q2", (n, 5, 2, 2), (n, 3, 2, 2)), ("p2", (n, 3, 2, 2)),
         ("q3", (n, 5, 4, 4), (n, 4, 4, 4)), ("p3", (n, 4, 4, 4)),
     ]  # fmt: skip
-    parts = hierarchy.split(hierarchy.sample(6, 48, device=DEVICE))
+    parts = hierarchy.split(hierarchy.sample(6, dim=48, device=DEVICE))
     assert [tuple(p.shape) for p in parts] == [(6, 3, 2, 2), (6, 1, 2, 2), (6, 2, 4, 4)]
     with pytest.raises(ValueError, match=r"above level 3 have the shapes \(3, 2, 2\), \(1, 4, 4\).*top_down"):
         Hierarchy([Level((3, 2, 2), up), Level((1, 4, 4), up, prior=up), Level(2, up)])
@@ -558,7 +558,7 @@ def test_samples_follow_the_prior():
     hierarchy = model.hierarchy(None)
     n = 40000
     with torch.no_grad():
-        z = hierarchy.sample(n, sum(D), device=DEVICE, generator=generator(3))
+        z = hierarchy.sample(n, device=DEVICE, generator=generator(3))
     assert z.dtype == F64
     eye = torch.eye(D1, dtype=F64, device=DEVICE)
     lower = model.down @ model.down.T + torch.diag(model.variance)
@@ -719,7 +719,9 @@ MISTAKES = {
         lambda: two().log_prob(torch.ones(K, B, 4)), ValueError,
         "must be the 5 latents of all levels, 2 \\+ 3",
     ),
-    "a dim to sample": (lambda: two().sample(6, 4), ValueError, "dim is 4, but the hierarchy has 5 latents"),
+    "a dim to sample": (
+        lambda: two().sample(6, dim=4), ValueError, "dim is 4, but the hierarchy has 5 latents"
+    ),
     "q itself": (
         lambda: fastvae.elbo(torch.ones(B, X), two(), nn.Linear(5, X)), TypeError,
         "q is Hierarchy, which has no rows",

@@ -305,7 +305,7 @@ def _families(model, x):
     full = FullNormal.of(mu, torch.diag_embed(sd) + 0.1 * sd[:, :, None] * below)
     return {
         "pair": (mu, logvar),
-        "softplus": DiagonalNormal(mu, (logvar.exp().expm1()).log(), scale="softplus"),
+        "softplus": DiagonalNormal(mu, (logvar.exp().expm1()).log(), scale_form="softplus"),
         "full": full,
         "low rank": LowRankNormal(mu, logvar, 0.3 * sd[..., None]),
         "laplace": Laplace(mu, sd.log()),

@@ -298,7 +298,7 @@ def families(b=4, d=3):
     mixture = Mixture([DiagonalNormal(some(b, d), some(b, d)), FullNormal(some(b, d), some(b, 6))], some(2))
     return {
         "diagonal": DiagonalNormal(some(b, d), some(b, d)),
-        "softplus": DiagonalNormal(some(b, d), some(b, d), scale="softplus", floor=1e-3),
+        "softplus": DiagonalNormal(some(b, d), some(b, d), scale_form="softplus", floor=1e-3),
         "full": FullNormal(some(b, d), some(b, 6)),
         "low_rank": LowRankNormal(some(b, d), some(b, d), some(b, d, 2)),
         "laplace": Laplace(some(b, d), some(b, d)),

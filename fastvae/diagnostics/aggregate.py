@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_count
-from ..distributions import Distribution, as_prior, is_conditional
+from ..distributions import Distribution, as_prior, is_conditional, known_mean
 from ..distributions.draws import rsample_as_stored
 from ..distributions.mixture import log_aggregate
 from ..estimation.evaluation.data import batches_of, data_of, place_of, unpacked
@@ -156,7 +156,7 @@ def latents(
             found["total_correlation"] = whole - each.sum(1)
             dimensions = _dimensions(prior, z)
             dimension_kl = None if dimensions is None else (each - dimensions).mean(0)
-        means = [q.mean for q in posteriors]
+        means = [known_mean(q) for q in posteriors]
         known = [m for m in means if m is not None]
         active = None
         if len(known) == len(means):

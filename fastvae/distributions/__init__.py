@@ -3,7 +3,7 @@
 :mod:`~fastvae.distributions.draws` selects the fused op for a pair of families.
 """
 
-from .base import Distribution, as_module, is_family
+from .base import Distribution, as_module, is_family, known_mean
 from .closed_form import closed_kl, register_kl
 from .covariance import FullNormal, LowRankNormal
 from .draws import (
@@ -12,6 +12,7 @@ from .draws import (
     describe,
     draw_chunk,
     draw_kl,
+    draw_prior,
     draw_ratio,
     draw_strata,
     draw_z,
@@ -64,6 +65,7 @@ __all__ = [
     "diagonal",
     "draw_chunk",
     "draw_kl",
+    "draw_prior",
     "draw_ratio",
     "draw_strata",
     "draw_z",
@@ -72,6 +74,7 @@ __all__ = [
     "frozen",
     "is_conditional",
     "is_family",
+    "known_mean",
     "log_shares",
     "register_kl",
     "rsample_log_prob",

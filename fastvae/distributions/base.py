@@ -13,18 +13,55 @@ from torch import distributions as td
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+from ..core.checks import check_count
+from ..random import draw_seed
 from .tensors import Holder, mapped, tensors_of
+
+# Where fastvae's own families are.
+_OWN = "fastvae.distributions."
 
 # Methods that a module takes from nn.Module, not from Distribution.
 _OF_MODULES = ("__setattr__", "__repr__", "to", "parameters", "state_dict")
 
 
+class NoClosedForm(NotImplementedError, AttributeError):
+    """Request for a moment that a family does not have in closed form.
+
+    It is an AttributeError, too, so that ``hasattr`` is False and a module may own a parameter of that name.
+    """
+
+
+class _Moment:
+    """Attribute that a family may define, as a property or in its constructor."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, distribution: Distribution | None, kind: type | None = None) -> Any:
+        if distribution is None:
+            return self
+        raise no_closed_form(distribution, self.name)
+
+
+def no_closed_form(distribution: Distribution, name: str) -> NotImplementedError:
+    """Return the error for a moment that this family does not have in closed form."""
+    family = distribution.family.__name__
+    error: type[NotImplementedError] = NotImplementedError if distribution.is_own else NoClosedForm
+    return error(f"{family} has no {name} in closed form; estimate it from {family}.sample(k)")
+
+
 class Distribution(Holder):
     """Distribution over z: a posterior q(z|x), with a row of parameters for each example, or a prior p(z).
 
+    It has the words of ``torch.distributions``: ``mean``, ``variance``, ``stddev`` and :meth:`entropy`, in
+    closed form where there is one, :meth:`sample`, :meth:`rsample` and :meth:`log_prob`, and, in families
+    with a location and a scale, ``loc`` and ``scale``. The D latents are one event: :meth:`log_prob` and
+    :meth:`entropy` are summed over them. Moments are [B, D] for a posterior and [D] for a prior.
+
     Subclass it for a family that is in neither fastvae nor ``torch.distributions``; torch's objects are
-    accepted as they are. A prior needs :meth:`log_prob`; a posterior needs ``batch``, ``device`` and
-    :meth:`rsample_log_prob`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too.
+    accepted as they are. A prior needs :meth:`log_prob`, and :meth:`sample` to be drawn from; a posterior
+    needs ``batch``, ``device`` and :meth:`rsample_log_prob`, and for ``estimator="stl"`` and ``"dreg"``
+    :meth:`log_prob` too.
 
     A distribution is an ``nn.Module`` only if it owns state, so that a learned prior's parameters are
     registered, saved and moved: if it is constructed from an ``nn.Parameter``, a module, or the fixed tensors
@@ -35,7 +72,9 @@ class Distribution(Holder):
         family: the class of the distribution, the same for a plain object and for a module.
         batch: posterior: the number of examples B.
         device: posterior: the device on which z is drawn.
-        mean: posterior: the mean of each row [B, D], or None if it is unknown.
+        mean: the mean, [B, D] for a posterior. Without a closed form a NotImplementedError, as the next two.
+        variance: the variance of each dimension, [B, D] for a posterior.
+        stddev: the square root of the variance.
         latent: posterior: the shape of an example's latents if they have several axes, such as (C, H, W): the
             decoder gets z as [N, C, H, W]. The methods of q and of the prior use flat z, D = C·H·W. Default:
             None, the decoder gets z [N, D].
@@ -61,7 +100,8 @@ class Distribution(Holder):
     family: ClassVar[type[Distribution]]
     batch: int
     device: torch.device
-    mean: Tensor | None = None
+    mean: Any = _Moment()
+    variance: Any = _Moment()
     latent: tuple[int, ...] | None = None
     z_dtype: torch.dtype | None = None
     support: Any = td.constraints.real
@@ -82,6 +122,11 @@ class Distribution(Holder):
         else:
             names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
             cls._as_module = type(cls.__name__, (cls, nn.Module), names, as_module=True)
+        is_users = not cls.__module__.startswith(_OWN)
+        if is_users and not {"log_prob", "rsample_log_prob"}.isdisjoint(vars(cls)):
+            # The moments of the family that it overrides are not those of the subclass.
+            for name in {"variance", "stddev", "entropy"} - set(vars(cls)):
+                setattr(cls, name, vars(Distribution)[name])
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         given = (*args, *kwargs.values())
@@ -232,23 +277,81 @@ class Distribution(Holder):
         """
         return None
 
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviation of each dimension, [B, D], or [D] for a prior."""
+        try:
+            variance: Tensor = self.variance
+        except NotImplementedError:
+            raise no_closed_form(self, "stddev") from None
+        return variance.sqrt()
+
+    def entropy(self) -> Tensor:
+        """Return the differential entropy, summed over D: [B], or [] for a prior, in nats.
+
+        Raises:
+            NotImplementedError: if the family has none in closed form, such as a mixture.
+        """
+        family = self.family.__name__
+        raise NotImplementedError(
+            f"{family} has no entropy in closed form; the mean of -{family}.log_prob over draws estimates it"
+        )
+
     def sample(
         self,
-        n: int,
-        dim: int,
+        k: int = 1,
         *,
+        dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw n values of a prior [n, dim], for :meth:`fastvae.VAE.sample`.
+        """Draw z without gradients, [k, B, D] with rows and [k, D] without.
 
         Args:
-            n: number of draws.
-            dim: number of latents D.
+            k: number of draws, for each row if there are rows. Default 1.
+            dim: number of latents D, for a prior whose parameters do not determine it, such as N(0, I).
             device: device of the result, for a prior without tensors.
             generator: source of the seed. Default: torch's own generator.
         """
-        raise NotImplementedError(f"{self.family.__name__} has no sample, which drawing from the prior needs")
+        if not self.has_rows and type(self)._draw_alone is Distribution._draw_alone:
+            raise NotImplementedError(
+                f"{self.family.__name__} has no sample, which drawing from the prior needs"
+            )
+        with torch.no_grad():
+            return self.rsample(k, dim=dim, device=device, generator=generator)
+
+    def rsample(
+        self,
+        k: int = 1,
+        *,
+        dim: int | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw z, differentiable in the parameters, [k, B, D] with rows and [k, D] without.
+
+        Args:
+            k: number of draws, for each row if there are rows. Default 1.
+            dim: number of latents D, for a prior whose parameters do not determine it, such as N(0, I).
+            device: device of the result, for a prior without tensors.
+            generator: source of the seed. Default: torch's own generator.
+
+        Raises:
+            NotImplementedError: if the draws are not differentiable, as those of a mixture.
+        """
+        k = check_count("k", k, "the number of draws")
+        if self.has_rows:
+            return self.rsample_log_prob(k, draw_seed(self.device, generator))[0]
+        return self._draw_alone(k, dim, draw_seed(self._device_or(device), generator))
+
+    def _device_or(self, device: torch.device | str | None) -> torch.device:
+        """Return the device of the parameters, or the given one, or the CPU."""
+        tensor = next(tensors_of(self), None)
+        return torch.device(device or "cpu") if tensor is None else tensor.device
+
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        """Draw z [k, D] of a distribution without rows."""
+        raise NotImplementedError(f"{self.family.__name__} has no rsample, draws with gradients")
 
     def rows(self, start: int, stop: int) -> Distribution | None:
         """Return the posterior of the examples start to stop, or None if the family does not support it.
@@ -291,9 +394,14 @@ class Distribution(Holder):
         raise NotImplementedError(f"{self.family.__name__} has strata, but no log_shares")
 
     @property
+    def is_own(self) -> bool:
+        """True for fastvae's own families, False for a user's."""
+        return self.family.__module__.startswith(_OWN)
+
+    @property
     def reaches_others(self) -> bool:
         """True if the density may use parameters that are not attributes, as in a user's family."""
-        return not self.family.__module__.startswith("fastvae.distributions.")
+        return not self.is_own
 
     def as_torch(self) -> td.Distribution | None:
         """Return the equivalent torch.distributions object, for torch's KL registry, or None."""
@@ -320,25 +428,61 @@ def is_real(support: Any) -> bool:
 class Located(Distribution):
     """Family whose parameters have the axes of its location, [B, D], or [D] for a prior."""
 
-    @property
-    def location(self) -> Tensor:
-        raise NotImplementedError
+    loc: Tensor
 
     @property
     def batch(self) -> int:  # type: ignore[override]
-        return self.location.shape[0]
+        return self.loc.shape[0]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.location.device
+        return self.loc.device
 
     @property
     def has_rows(self) -> bool:
-        return self.location.dim() == 2
+        return self.loc.dim() == 2
 
     @property
     def per_row(self) -> bool:  # type: ignore[override]
-        return self.location.dim() > 1 and self.location.shape[0] > 1
+        return self.loc.dim() > 1 and self.loc.shape[0] > 1
+
+
+def count_latents(name: str, shape: tuple[int, ...], dim: int | None) -> int:
+    """Return D for a prior's parameters of this shape, which broadcast to [D].
+
+    Args:
+        name: name of the family, for messages.
+        shape: shape of the parameters.
+        dim: number of latents requested, or None.
+
+    Raises:
+        ValueError: if ``dim`` does not fit, or is needed and missing.
+    """
+    if dim is not None:
+        dim = check_count("dim", dim, "the number of latents")
+    if len(shape) > 1 or (dim is not None and shape not in ((), (1,), (dim,))):
+        raise ValueError(
+            f"the prior, {name}, has parameters {list(shape)}; to draw z [k, {dim or 'D'}] from it, they "
+            f"must broadcast to [{dim or 'D'}]"
+        )
+    if dim is None and not shape:
+        raise ValueError(f"{name} has parameters [], which do not determine the number of latents; pass dim=")
+    return shape[-1] if dim is None else dim
+
+
+def check_latents(name: str, own: int, dim: int | None) -> None:
+    """Validate a requested number of latents of a distribution that has ``own``."""
+    if dim not in (None, own):
+        raise ValueError(f"dim is {dim}, but the prior, {name}, has D = {own} latents")
+
+
+def known_mean(distribution: Distribution) -> Tensor | None:
+    """Return the mean, or None if the family has none in closed form."""
+    try:
+        mean: Tensor | None = distribution.mean
+    except (NotImplementedError, AttributeError):  # a module's __getattr__ raises the latter
+        return None
+    return mean
 
 
 def _owns_state(given: Any) -> bool:

@@ -14,7 +14,7 @@ from .. import ops, random
 from ..core.checks import check_same_device, check_tensor, shape_of
 from ..core.special import expm1_minus
 from ..ops.op import accumulator
-from .base import Distribution, Located, hold, is_family, is_still
+from .base import Distribution, Located, check_latents, hold, is_family, is_still
 from .closed_form import register_kl
 from .normal import DiagonalNormal, StandardNormal
 
@@ -28,11 +28,11 @@ class _Correlated(Located):
     mu: Tensor
 
     @property
-    def location(self) -> Tensor:
+    def loc(self) -> Tensor:  # type: ignore[override]
         return self.mu
 
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         return self.mu
 
     @property
@@ -52,21 +52,20 @@ class _Correlated(Located):
             made.z_dtype = self.z_dtype
         return made
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        if self.mu.dim() != 1 or self.mu.shape[0] != dim:
-            raise ValueError(
-                f"the prior's mu has shape {shape_of(self.mu)}; to draw z [{n}, {dim}] from it, it must be "
-                f"[{dim}]"
-            )
-        seed = random.draw_seed(self.device, generator)
-        return self._draw(random.normal(seed, n, 1, self._normals(), dtype=self._dtype))[:, 0]
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        check_latents(self.family.__name__, self.mu.shape[0], dim)
+        return self._draw(random.normal(seed, k, 1, self._normals(), dtype=self._dtype))[:, 0]
+
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        """Return the variances [..., D], and half the log determinant of the covariance [...]."""
+        raise NotImplementedError
+
+    @property
+    def variance(self) -> Tensor:
+        return self._covariance()[0].to(self.mu.dtype)
+
+    def entropy(self) -> Tensor:
+        return self._covariance()[1] + 0.5 * self.mu.shape[-1] * (1 + LOG_2_PI)
 
 
 @functools.lru_cache(64)
@@ -152,6 +151,15 @@ class FullNormal(_Correlated):
         scale = tril.new_zeros((*mu.shape, mu.shape[-1]))
         scale = scale.flatten(-2).index_copy(-1, rows * mu.shape[-1] + columns, entries)
         return mu, scale.unflatten(-1, (mu.shape[-1], mu.shape[-1])), logs
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Cholesky factor L of the covariance, [..., D, D]."""
+        return self._parts()[1].to(self.mu.dtype)
+
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        _, scale, logs = self._parts()
+        return scale.square().sum(-1), logs.sum(-1)
 
     def _draw(self, eps: Tensor) -> Tensor:
         mu, scale, _ = self._parts()
@@ -269,6 +277,12 @@ class LowRankNormal(_Correlated):
         one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         root: Tensor = torch.linalg.cholesky(one + white.mT @ white)
         return white, root
+
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        _, logvar, factor = self._wide()
+        _, capacitance = self._capacitance(logvar, factor)
+        logs = capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return torch.exp(logvar) + factor.square().sum(-1), 0.5 * logvar.sum(-1) + logs
 
     def log_prob(self, z: Tensor) -> Tensor:
         mu, logvar, factor = self._wide()

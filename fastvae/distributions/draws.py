@@ -314,7 +314,8 @@ def check_support(q: Distribution, p: Distribution) -> None:
 
 def _check_prior(q: Distribution, p: Distribution) -> None:
     """Validate that q and p have the same number of latents, if both are known."""
-    own, other = (getattr(d, "mu", getattr(d, "loc", None)) for d in (q, p))
+    own, other = (getattr(d, "mu", None if isinstance(d, TorchDistribution) else getattr(d, "loc", None))
+                  for d in (q, p))  # fmt: skip
     if own is None or other is None or own.dim() < 2 or other.dim() == 0:
         return
     if other.shape[-1] not in (1, own.shape[-1]):
@@ -346,22 +347,45 @@ def rsample_log_prob(q: Distribution, samples: int, seed: Tensor, **place: int) 
 class Drawable(Distribution):
     """Distribution that can be sampled without evaluating its density."""
 
-    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+    def draw(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
         """Draw z [K, B, D], the same as :meth:`rsample_log_prob`."""
         raise NotImplementedError
 
     def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        z = self.z(samples, seed, sample_offset, row_offset)
+        z = self.draw(samples, seed, sample_offset, row_offset)
         return z, self.log_prob(z)
 
 
 def draw_z(q: Distribution, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
     """Draw z [K, B, D], without evaluating the density if it is not needed for the draw."""
     if isinstance(q, Drawable):
-        return q.z(samples, seed, sample_offset, row_offset)
+        return q.draw(samples, seed, sample_offset, row_offset)
     return rsample_log_prob(q, samples, seed, sample_offset=sample_offset, row_offset=row_offset)[0]
+
+
+def draw_prior(
+    p: Distribution,
+    n: int,
+    dim: int,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw z [n, dim] from the prior for n examples, from its own row for each if it has rows.
+
+    Raises:
+        ValueError: if the prior has another number of rows or of latents.
+    """
+    if not (p.has_rows or p.per_row):
+        return p.sample(n, dim=dim, device=device, generator=generator)
+    if p.has_rows and p.batch not in (1, n):
+        raise ValueError(f"the prior, {describe(p)}, has {p.batch} rows, but {n} draws were requested")
+    rows = p if p.has_rows and p.batch == n else p.expand(n, torch.empty(n, dim, device=device))
+    z = rows.sample(generator=generator)[0]
+    if z.shape[1] != dim:
+        raise ValueError(f"the prior, {describe(p)}, has D = {z.shape[1]} latents; expected {dim}")
+    return z
 
 
 def rsample_as_stored(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .. import random
 from ..core.checks import check_tensor
 from ..core.seeding import seeded
-from .base import Distribution, hold, is_family
+from .base import Distribution, check_latents, hold, is_family
 from .wrapped import TorchDistribution, at_address
 
 
@@ -119,21 +118,9 @@ class Flow(Distribution):
             made = made.expand((self.batch,))
         return self._draw(made, samples, seed, place)
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        seed, made = random.draw_seed(self.device, generator), self._made()
-        if self.context is None:
-            z = self._draw(made.expand((1,)), n, seed, {})[0][:, 0]
-        else:
-            z = self._draw(made, 1, seed, {})[0][0]
-        if z.shape != (n, dim):
-            raise ValueError(f"the prior draws z {list(z.shape)}, but [{n}, {dim}] was asked for")
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        z = self._draw(self._made().expand((1,)), k, seed, {})[0][:, 0]
+        check_latents("Flow", z.shape[1], dim)
         return z
 
     def rows(self, start: int, stop: int) -> Flow | None:

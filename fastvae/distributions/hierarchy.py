@@ -240,7 +240,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         >>> (-fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")).backward()
         >>> fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli").shape
         torch.Size([])
-        >>> [tuple(z.shape) for z in encoder.hierarchy.split(encoder.hierarchy.sample(7, 5))]
+        >>> [tuple(z.shape) for z in encoder.hierarchy.split(encoder.hierarchy.sample(7))]
         [(7, 2), (7, 3)]
     """
 
@@ -313,22 +313,14 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         self._descend(visit)
         return _added(terms).reshape(z.shape[:-1])
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        if dim != self.dim:
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        if dim not in (None, self.dim):
             raise ValueError(f"dim is {dim}, but the hierarchy has {self.dim} latents, {self._listed()}")
         own = next(self.parameters(), torch.empty(()))
-        seed = random.draw_seed(device or own.device, generator)
 
         def visit(index: int, level: Level, state: Any) -> Tensor:
-            p = self._p(index, state, n)
-            eps = random.normal(seed, 1, n, level.dim, level=index, dtype=accumulator(own.dtype))[0]
+            p = self._p(index, state, k)
+            eps = random.normal(seed, 1, k, level.dim, level=index, dtype=accumulator(own.dtype))[0]
             if isinstance(p, DiagonalNormal):
                 mu, logvar = p._wide()
                 eps = mu + torch.exp(0.5 * logvar) * eps
@@ -433,7 +425,7 @@ class HierarchicalPosterior(Distribution):
         return True  # the levels' modules are the user's
 
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         def visit(index: int, level: Level, state: Any) -> Tensor:
             step, dtype = self._step(index, state, 1)
             return (step.mean + step.shift).expand(1, self.batch, level.dim)[0].to(dtype)

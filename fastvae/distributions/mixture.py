@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, random
-from ..core.checks import shape_of
+from ..core.checks import check_count, shape_of
 from ..ops.mixture import check_components
-from .base import Distribution, hold, is_family
+from .base import Distribution, check_latents, hold, is_family
 from .covariance import FullNormal, LowRankNormal
 from .normal import DiagonalNormal
 
@@ -49,18 +49,20 @@ class _Components(Distribution):
         scores = torch.cat(found, 1)
         return torch.logsumexp(scores + self._weights(scores, scores.shape[1]), 1).reshape(z.shape[:-1])
 
+    @torch.no_grad()
     def sample(
         self,
-        n: int,
-        dim: int,
+        k: int = 1,
         *,
+        dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
+        k = check_count("k", k, "the number of draws")
         parts = self._parts()
         where, count = parts[0].device, sum(part.batch for part in parts)
-        weights = self._weights(torch.empty((), device=where), count).detach().exp()
-        chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
+        weights = self._weights(torch.empty((), device=where), count).exp()
+        chosen = torch.multinomial(weights, k, replacement=True, generator=generator)
         seed = random.draw_seed(where, generator)
         z, first = None, 0
         for part in parts:
@@ -73,13 +75,31 @@ class _Components(Distribution):
                     )
                 places = (chosen == u).nonzero()[:, 0]
                 draws = row.rsample_log_prob(len(places), seed, row_offset=u)[0][:, 0]
-                z = draws.new_empty(n, draws.shape[1]) if z is None else z
+                z = draws.new_empty(k, draws.shape[1]) if z is None else z
                 z[places] = draws
             first += part.batch
-        if z is None or z.shape[1] != dim:
-            d = "none" if z is None else z.shape[1]
-            raise ValueError(f"the prior has D = {d}, but z [{n}, {dim}] was asked for")
+        assert z is not None
+        check_latents(self.family.__name__, z.shape[1], dim)
         return z
+
+    @property
+    def mean(self) -> Tensor:
+        return self._moments(False)[0]
+
+    @property
+    def variance(self) -> Tensor:
+        return self._moments(True)[1]
+
+    def _moments(self, both: bool) -> tuple[Tensor, Tensor]:
+        """Return the mean [D], and the variance [D] if ``both``."""
+        parts = self._parts()
+        means = torch.cat([part.mean for part in parts])
+        shares = self._weights(means, len(means)).exp()
+        mean = shares @ means
+        if not both:
+            return mean, mean
+        variances = torch.cat([part.variance for part in parts])
+        return mean, shares @ (variances + (means - mean).square())
 
 
 class NormalMixture(_Components, nn.Module):  # type: ignore[misc]

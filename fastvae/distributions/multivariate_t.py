@@ -9,23 +9,24 @@ from torch import Tensor
 
 from .. import random
 from ..ops.op import accumulator
+from .base import Located
 from .covariance import rows_times, triangular_solve
 from .draws import Drawable
 
 
-class MultivariateStudentT(Drawable):
+class MultivariateStudentT(Drawable, Located):
     r"""Multivariate Student t, :math:`z = μ + L ε \sqrt{ν / χ^2_ν}`, with float64 parameters.
 
     Args:
-        mu: μ [B, D].
-        scale: L, lower triangular [B, D, D].
+        loc: μ [B, D].
+        scale_tril: L, lower triangular [B, D, D].
         df: ν.
         dtype: dtype of z.
     """
 
-    def __init__(self, mu: Tensor, scale: Tensor, df: int, dtype: torch.dtype):
+    def __init__(self, loc: Tensor, scale_tril: Tensor, df: int, dtype: torch.dtype):
         super().__init__()
-        self.mu, self.scale, self.df, self.dtype = mu, scale, df, dtype
+        self.loc, self.scale_tril, self.df, self.dtype = loc, scale_tril, df, dtype
 
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor, df: int, like: Tensor) -> MultivariateStudentT:
@@ -46,33 +47,35 @@ class MultivariateStudentT(Drawable):
         return cls(torch.where(good[:, None], mean, 0.0), scale, df, like.dtype)
 
     @property
-    def batch(self) -> int:  # type: ignore[override]
-        return self.mu.shape[0]
+    def mean(self) -> Tensor:
+        return self.loc
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.mu.device
+    def variance(self) -> Tensor:
+        factor = self.df / (self.df - 2) if self.df > 2 else math.inf if self.df > 1 else math.nan
+        return factor * self.scale_tril.square().sum(-1)
 
     def put(self, rows: Tensor, other: MultivariateStudentT) -> MultivariateStudentT:
         """Replace the parameters of the examples with indices ``rows``."""
-        mu, scale = self.mu.index_copy(0, rows, other.mu), self.scale.index_copy(0, rows, other.scale)
-        return MultivariateStudentT(mu, scale, self.df, self.dtype)
+        loc = self.loc.index_copy(0, rows, other.loc)
+        scale_tril = self.scale_tril.index_copy(0, rows, other.scale_tril)
+        return MultivariateStudentT(loc, scale_tril, self.df, self.dtype)
 
     def rows(self, start: int, stop: int) -> MultivariateStudentT:
-        return MultivariateStudentT(self.mu[start:stop], self.scale[start:stop], self.df, self.dtype)
+        return MultivariateStudentT(self.loc[start:stop], self.scale_tril[start:stop], self.df, self.dtype)
 
-    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
-        d, place = self.mu.shape[1], {"sample_offset": sample_offset, "row_offset": row_offset}
+    def draw(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        d, place = self.loc.shape[1], {"sample_offset": sample_offset, "row_offset": row_offset}
         shape, dtype = (samples, self.batch, d + self.df), accumulator(self.dtype)
         normals = random.normal(seed, *shape, dtype=dtype, **place).double()  # type: ignore[arg-type]
         chi_square = normals[..., d:].square().sum(-1, keepdim=True)
-        z = self.mu + rows_times(normals[..., :d] * (self.df / chi_square).sqrt(), self.scale.mT)
+        z = self.loc + rows_times(normals[..., :d] * (self.df / chi_square).sqrt(), self.scale_tril.mT)
         return z.to(self.dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        d, df = self.mu.shape[1], self.df
-        square = triangular_solve(self.scale, z.double() - self.mu).square().sum(-1)
+        d, df = self.loc.shape[1], self.df
+        square = triangular_solve(self.scale_tril, z.double() - self.loc).square().sum(-1)
         constant = math.lgamma((df + d) / 2) - math.lgamma(df / 2) - 0.5 * d * math.log(df * math.pi)
-        logs = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        logs = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         value = constant - logs - 0.5 * (df + d) * torch.log1p(square / df)
         return value.to(accumulator(z.dtype))

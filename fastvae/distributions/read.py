@@ -17,8 +17,8 @@ from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD
 from .mixture import NormalMixture
 from .normal import SCALE, DiagonalNormal, StandardNormal, check_posterior, diagonal
-from .spatial import flat_posterior, univariate
-from .wrapped import TorchDistribution, in_single
+from .spatial import flat_posterior
+from .wrapped import TorchDistribution, in_single, univariate
 
 # Names of a mean and a log variance in an encoder's output: in plain code, diffusers, pythae.
 _MEANS = ("mu", "mean", "loc", "embedding")
@@ -197,7 +197,7 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
         # flat_prior handles events with more axes: spatial latents, or an error.
         if len(prior.event_shape) <= 1 and type(normal := univariate(prior)) is td.Normal:
             if normal.scale.dtype.itemsize == 2:
-                return DiagonalNormal(normal.loc, normal.scale, scale="scale")
+                return DiagonalNormal(normal.loc, normal.scale, scale_form="scale")
             return DiagonalNormal(normal.loc, 2 * normal.scale.log())
         return _of_torch(prior)
     raise TypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from .. import random
-from ..core.checks import check_tensor, shape_of
+from ..core.checks import check_count, check_tensor, shape_of
 from ..ops.op import accumulator
 from .base import Distribution, hold, is_family, is_real
 from .draws import Drawable, draw_z, log_shares
@@ -125,13 +125,20 @@ class Mixture(Distribution):
         return any(c.reaches_others for c in self.components)
 
     @property
-    def mean(self) -> Tensor | None:  # type: ignore[override]
-        known = [c.mean for c in self.components]
-        means = [m for m in known if m is not None]
-        if len(means) < len(known):
-            return None
-        shares = self._log_weights(means[0]).exp().unbind(-1)
-        return torch.stack([s[..., None] * m for s, m in zip(shares, means, strict=True)]).sum(0)
+    def mean(self) -> Tensor:
+        return self._mixed([c.mean for c in self.components])
+
+    @property
+    def variance(self) -> Tensor:
+        means = [c.mean for c in self.components]
+        mean = self._mixed(means)
+        pairs = zip(self.components, means, strict=True)
+        return self._mixed([c.variance + (m - mean).square() for c, m in pairs])
+
+    def _mixed(self, values: list[Tensor]) -> Tensor:
+        """Return the average of the components' values, by π."""
+        shares = self._log_weights(values[0]).exp().unbind(-1)
+        return torch.stack([s[..., None] * v for s, v in zip(shares, values, strict=True)]).sum(0)
 
     def _log_weights(self, like: Tensor) -> Tensor:
         """Return log π, [C] or [B, C]."""
@@ -164,29 +171,36 @@ class Mixture(Distribution):
     def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        count, batch = self.strata, self.batch
+        count = self.strata
         # Draw from each component the range that any seed could select, in each randomisation.
         r = random.randomisations_of(seed) or 1
         first = sample_offset // r // count
         last = ((sample_offset + samples - 1) // r + count - 1) // count
-        parts, like = [], None
-        for c in sorted(range(count), key=lambda c: not self.components[c].has_rows):
-            component = self.components[c]
-            if not component.has_rows or component.batch < batch:
-                assert like is not None or component.has_rows  # components with rows come first
-                component = component.expand(
-                    batch, component.rsample_log_prob(1, seed)[0] if like is None else like
-                )
-            z, _ = component.rsample_log_prob(
-                r * (last - first + 1), derived_seed(seed, c), sample_offset=r * first, row_offset=row_offset
-            )
-            like = z
-            parts.append((c, z))
+        count_each = r * (last - first + 1)
+
+        def draw(c: int, component: Distribution) -> Tensor:
+            place = {"sample_offset": r * first, "row_offset": row_offset}
+            return component.rsample_log_prob(count_each, derived_seed(seed, c), **place)[0]
+
+        drawn = self._from_each(draw, seed)
         turns, randomisation = self._turns(samples, seed, sample_offset)
         places = torch.remainder(turns, count) * (last - first + 1) + turns // count - first
         places = r * places + randomisation
-        z = torch.cat([z for _, z in sorted(parts, key=lambda p: p[0])]).index_select(0, places)
+        z = torch.cat(drawn).index_select(0, places)
         return z, self.log_prob(z)
+
+    def _from_each(self, draw: Callable[[int, Distribution], Tensor], seed: Tensor) -> list[Tensor]:
+        """Draw z [K, B, D] from each component c by ``draw(c, component)``, expanded to all rows."""
+        drawn: dict[int, Tensor] = {}
+        like = None
+        for c in sorted(range(self.strata), key=lambda c: not self.components[c].has_rows):
+            component = self.components[c]
+            if not component.has_rows or component.batch < self.batch:
+                assert like is not None or component.has_rows  # components with rows come first
+                like = component.rsample_log_prob(1, seed)[0] if like is None else like
+                component = component.expand(self.batch, like)
+            drawn[c] = like = draw(c, component)
+        return [drawn[c] for c in range(self.strata)]
 
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         dtype = torch.float32 if self.logits is None else accumulator(self.logits.dtype)
@@ -196,20 +210,61 @@ class Mixture(Distribution):
 
     def sample(
         self,
-        n: int,
-        dim: int,
+        k: int = 1,
         *,
+        dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        draws = [c.sample(n, dim, device=device, generator=generator) for c in self.components]
-        weights = self._log_weights(draws[0]).detach().exp()
-        if weights.dim() != 1:
-            raise ValueError(
-                f"the prior's logits are of rows, {shape_of(weights)}; drawing from it needs [C]"
-            )
-        chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
-        return torch.stack(draws, 1)[torch.arange(n, device=chosen.device), chosen]
+        """Draw z without gradients, [k, B, D] with rows and [k, D] without; components are drawn by π.
+
+        Args:
+            k: number of draws, for each row if there are rows. Default 1.
+            dim: number of latents D, if no component has them.
+            device: device of the result, for components without tensors.
+            generator: source of the seeds. Default: torch's own generator.
+        """
+        k = check_count("k", k, "the number of draws")
+        with torch.no_grad():
+            if self.has_rows:
+                return self._sample_rows(k, generator)
+            draws = [c.sample(k, dim=dim, device=device, generator=generator) for c in self.components]
+            weights = self._log_weights(draws[0]).exp()
+            if weights.dim() != 1:
+                raise ValueError(
+                    f"the prior's logits are of rows, {shape_of(weights)}; drawing from it needs [C]"
+                )
+            chosen = torch.multinomial(weights, k, replacement=True, generator=generator)
+            return torch.stack(draws, 1)[torch.arange(k, device=chosen.device), chosen]
+
+    def _sample_rows(self, k: int, generator: torch.Generator | None) -> Tensor:
+        seed = random.draw_seed(self.device, generator)
+        draws = self._from_each(lambda _, c: c.sample(k, generator=generator), seed)
+        weights = self._log_weights(draws[0]).exp().expand(self.batch, -1)
+        chosen = torch.multinomial(weights, k, replacement=True, generator=generator).mT  # [k, B]
+        stacked = torch.stack(draws)
+        return stacked.gather(0, chosen[None, ..., None].expand(1, *stacked.shape[1:]))[0]
+
+    def rsample(
+        self,
+        k: int = 1,
+        *,
+        dim: int | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Raise NotImplementedError: the choice of a component is not differentiable.
+
+        Args:
+            k: unused.
+            dim: unused.
+            device: unused.
+            generator: unused.
+        """
+        raise NotImplementedError(
+            f"{self.family.__name__} has no rsample: the choice of a component is not differentiable. Use "
+            "sample, or rsample_log_prob, whose stratified draws log_shares weights"
+        )
 
     def rows(self, start: int, stop: int) -> Mixture | None:
         if not is_family(self, Mixture):
@@ -289,7 +344,7 @@ class StratifiedMixture(Drawable):
                     first = int(turns[place[0]]) // period * count + int(within[place[0]])
                     yield part, mine[place], derived_seed(seed, period * self.number + c), first
 
-    def z(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+    def draw(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
         drawn, places = [], []
         for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
             drawn.append(draw_z(part, len(place), own_seed, first, row_offset))
@@ -315,12 +370,9 @@ class StratifiedMixture(Drawable):
         return torch.where(self._stays, own.to(shares.dtype), shares)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        value = self._mixed(z)
-        return value if self._stays is None else torch.where(self._stays, self._own.log_prob(z), value)
-
-    def _mixed(self, z: Tensor) -> Tensor:
         scores = [p.log_prob(z) + math.log(n / len(self._cycle)) for p, n in self._parts]
-        return torch.logsumexp(torch.stack(scores), 0)
+        value = torch.logsumexp(torch.stack(scores), 0)
+        return value if self._stays is None else torch.where(self._stays, self._own.log_prob(z), value)
 
 
 def derived_seed(seed: Tensor, number: int) -> Tensor:

@@ -95,8 +95,12 @@ class Form(NamedTuple):
     floor: float = 0.0
 
 
-def form_of(scale: str, floor: float | None, logvar_range: tuple[float, float] | None) -> Form | None:
+def form_of(
+    scale: str, floor: float | None, logvar_range: tuple[float, float] | None, name: str = "scale"
+) -> Form | None:
     """Validate these options, and return them as a Form; None for an unclamped log variance.
+
+    ``name`` is that of the user's argument for ``scale``.
 
     Raises:
         TypeError, ValueError: if an option is invalid, or does not apply to the others.
@@ -104,12 +108,12 @@ def form_of(scale: str, floor: float | None, logvar_range: tuple[float, float] |
     # Return early: a compiler would specialise on floats that are tested, and recompile.
     if logvar_range is None and scale == "logvar" and floor is None:
         return None
-    check_choice("scale", scale, SCALES)
+    check_choice(name, scale, SCALES)
     floor = 0.0 if floor is None else check_number("floor", floor, "the least variance")
     if scale != "softplus" and floor != 0:
         raise ValueError(
-            f"floor={floor} is added to the variance of scale='softplus', and has no meaning with "
-            f"scale={scale!r}; leave it out"
+            f"floor={floor} is added to the variance of {name}='softplus', and has no meaning with "
+            f"{name}={scale!r}; leave it out"
         )
     if 0 < floor < _LEAST_FLOOR:
         raise ValueError(
@@ -118,8 +122,8 @@ def form_of(scale: str, floor: float | None, logvar_range: tuple[float, float] |
         )
     if scale != "logvar" and logvar_range is not None:
         raise ValueError(
-            f"logvar_range bounds a log variance, and has no meaning with scale={scale!r}; bound what the "
-            "network returns, or give scale='softplus' a floor"
+            f"logvar_range bounds a log variance, and has no meaning with {name}={scale!r}; bound what the "
+            f"network returns, or give {name}='softplus' a floor"
         )
     return Form(*check_logvar_range(logvar_range), scale, floor)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from ... import random
-from ...distributions import DiagonalNormal, Distribution, frozen, log_shares, rsample_log_prob
+from ...distributions import DiagonalNormal, Distribution, draw_prior, frozen, log_shares, rsample_log_prob
 from ...inputs.batch import Inputs
 from ...inputs.nested import decoded
 from ...likelihoods.base import Declared, Likelihood
@@ -338,14 +338,6 @@ def simulate(inputs: Inputs, dim: int, dtype: torch.dtype, generator: torch.Gene
         _sized(inputs.likelihood, parameters, x, size_factor), generator=generator
     )
     return z, _like(drawn, x, mask)
-
-
-def draw_prior(
-    prior: Distribution, batch: int, dim: int, device: torch.device, generator: torch.Generator
-) -> Tensor:
-    if prior.per_row:
-        return prior.rsample_log_prob(1, random.draw_seed(device, generator))[0][0]
-    return prior.sample(batch, dim, device=device, generator=generator)
 
 
 def _sized(likelihood: Likelihood, parameters: Any, x: Any, size_factor: Any) -> Any:

@@ -18,7 +18,15 @@ from tqdm import tqdm
 from ...core.checks import check_choice, check_count, check_number, shape_of
 from ...core.hints import teaches
 from ...core.terminal import ProgressStream
-from ...distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
+from ...distributions import (
+    STANDARD,
+    Distribution,
+    as_posterior,
+    as_prior,
+    closed_kl,
+    is_conditional,
+    known_mean,
+)
 from ...inputs.batch import Inputs
 from ...inputs.modules import evaluating, modules_of, parameters_digest
 from ...inputs.nested import Beside, called, each, event_size, tensors
@@ -375,7 +383,8 @@ def _check_rows(inputs: Inputs, key: Tensor, row: int, plan: _Plan) -> None:
     off = _distance(alone, whole_rows)
     # Differences due to the number of draws are rounding, or the decoder's own noise, and set the tolerance.
     noise = _distance(again, whole).max()
-    mean = tensors(inputs.x)[0] if inputs.q.mean is None else inputs.q.mean
+    mean = known_mean(inputs.q)
+    mean = tensors(inputs.x)[0] if mean is None else mean
     half = mean.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
     rounding = 2e-3 if half else 1e-5
     largest = whole[whole.isfinite()].abs().amax() if bool(whole.isfinite().any()) else 0.0
@@ -398,9 +407,10 @@ def _latent_statistics(q: Distribution, prior: Distribution) -> np.ndarray:
 
     It is [2, D] if q has no analytic KL to this prior, and [2, 0] if q has no means [B, D].
     """
-    if q.mean is None or q.mean.dim() != 2:
+    means = known_mean(q)
+    if means is None or means.dim() != 2:
         return np.zeros((2, 0))
-    means = q.mean.double()
+    means = means.double()
     mean = means.mean(0)
     statistics = [mean, (means - mean).square().sum(0)]
     kl = closed_kl(q, prior)
