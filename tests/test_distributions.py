@@ -910,3 +910,109 @@ def test_a_subclass_of_the_prior_has_the_density_that_it_says():
         for kind in (DiagonalNormal, Shifted)
     ]
     torch.testing.assert_close(found[1], found[0] - 1, rtol=1e-5, atol=1e-5)
+
+
+# A pair (mu, logvar) as the prior
+
+
+def _entries():
+    """Yield each entry that takes ``prior=``, as a function of the prior."""
+    x, q = (randn(B, X, seed=1) > 0).float(), (randn(B, D, seed=2), randn(B, D, seed=3))
+    encoder, decoder = nn.Linear(X, 2 * D).to(DEVICE), nn.Linear(D, X).to(DEVICE)
+
+    def call(function, *arguments, **options):
+        return lambda prior: function(*arguments, prior=prior, generator=generator(4), **BERNOULLI, **options)
+
+    yield "elbo", call(fastvae.elbo, x, q, decoder)
+    yield "elbo mc", call(fastvae.elbo, x, q, decoder, kl="mc", k=3)
+    yield "iwae", call(fastvae.iwae, x, q, decoder, k=K)
+    yield "iwae in chunks", call(fastvae.iwae, x, q, decoder, k=K, k_chunk=2, estimator="dreg")
+    yield "bound", call(fastvae.bound, x, q, decoder, fastvae.bounds.IWAE(2), k=K)
+    yield "beta_tc", call(fastvae.beta_tc, x, q, decoder, dataset_size=99)
+    yield "sleep", call(fastvae.sleep, encoder, decoder, B, latent_dim=D)
+    yield "log_weights", lambda p: call(fastvae.log_weights, x, q, decoder, k=K)(p).log_ratio
+    for proposal in ("posterior", "defensive", "adapted"):
+        marginal = call(fastvae.log_marginal, x, q, decoder, k=100, proposal=proposal)
+        yield f"log_marginal {proposal}", lambda p, marginal=marginal: marginal(p).log_px
+    evaluate = call(fastvae.evaluate, encoder, decoder, x, k=20, progress=False)
+    yield "evaluate", lambda p: torch.as_tensor(evaluate(p).log_px)
+    ais = call(fastvae.audit.ais, x, q, decoder, steps=3, chains=2)
+    yield "ais", lambda p: ais(p).log_px
+    bdmc = call(fastvae.audit.bdmc, encoder, decoder, D, n=4, steps=3, chains=2)
+    yield "bdmc", lambda p: bdmc(p).lower
+    lattice = fastvae.audit.lattice_log_marginal
+    yield "lattice", lambda p: lattice(x, decoder, D, points=9, prior=p, **BERNOULLI).log_px
+
+    def vae(method, *arguments, **options):
+        def run(prior):
+            model = fastvae.VAE(encoder, decoder, prior=prior, latent_dim=D, **BERNOULLI)
+            return getattr(model, method)(*arguments, generator=generator(4), **options)
+
+        return run
+
+    yield "VAE.elbo", vae("elbo", x)
+    yield "VAE.iwae", vae("iwae", x, k=K)
+    yield "VAE.sample", vae("sample", 5, mean=True)
+    yield "VAE.log_marginal", lambda p: vae("log_marginal", x, k=50)(p).log_px
+    yield "latents", lambda p: torch.tensor(
+        fastvae.diagnostics.latents(fastvae.VAE(encoder, decoder, prior=p, **BERNOULLI), x,
+                                    generator=generator(4)).kl
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, _ in _entries()])
+def test_a_pair_is_a_prior_everywhere(name):
+    """``prior=(mu, logvar)``, a tuple or a list, is DiagonalNormal(mu, logvar), for [D] and for [B, D]."""
+    torch.manual_seed(0)
+    entry = dict(_entries())[name]
+    shared = name in ("lattice", "latents", "bdmc", "beta_tc") or name.startswith("VAE")
+    for rows in ((), (B,)):
+        if rows and shared:
+            continue
+        if rows and name == "evaluate":  # whose batches have other rows
+            continue
+        pair = randn(*rows, D, seed=5), randn(*rows, D, seed=6)
+        torch.manual_seed(1)
+        expected = entry(DiagonalNormal(*pair))
+        for given in (pair, list(pair)):
+            torch.manual_seed(1)
+            assert torch.equal(entry(given), expected)
+        standard = entry(None)
+        assert not torch.equal(standard, expected)
+
+
+def test_a_learned_pair_is_registered():
+    pair = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))
+    vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), prior=pair, **BERNOULLI)
+    names = [name for name, _ in vae.named_parameters() if name.startswith("prior")]
+    assert names == ["prior.mu", "prior.logvar"]
+    (-vae.iwae(torch.ones(B, X), k=3)).backward()
+    assert pair[0].grad is not None and bool(pair[1].grad.any())
+    fixed = fastvae.VAE(
+        nn.Linear(X, 2 * D), nn.Linear(D, X), prior=(torch.zeros(D), torch.ones(D)), **BERNOULLI
+    )
+    assert {"prior.mu", "prior.logvar"} <= set(fixed.state_dict())
+
+
+@pytest.mark.parametrize("op", ["rsample_kl", "rsample_log_ratio"])
+@pytest.mark.parametrize("form", [f for f in FORMS if "logvar_range" not in f])
+def test_ops_take_a_diagonal_normal(op, form):
+    """``prior=DiagonalNormal(...)`` is its mean and log variance."""
+    function = getattr(fastvae.ops, op)
+    mu, logvar = randn(B, D, seed=1), randn(B, D, seed=2)
+    p = DiagonalNormal(randn(D, seed=3), randn(D, seed=4).abs(), **form)
+    found, expected = (
+        function(mu, logvar, samples=K, prior=prior, seed=SEED) for prior in (p, (p.mu, p.log_variance()))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_ops_refuse_other_priors():
+    mu, logvar = randn(B, D, seed=1), randn(B, D, seed=2)
+    for wrong in (Own(mu, logvar), fastvae.distributions.Laplace(mu, logvar)):
+        with pytest.raises(TypeError, match=r"prior must be a pair of tensors \(mean, logvar\), a fastvae"):
+            fastvae.ops.rsample_kl(mu, logvar, prior=wrong)
+    half = DiagonalNormal(mu.bfloat16(), logvar.abs().bfloat16(), scale_form="scale")
+    with pytest.raises(ValueError, match="no log variance, which half precision would round"):
+        fastvae.ops.rsample_kl(mu, logvar, prior=half)

@@ -328,10 +328,20 @@ CASES = {
         ValueError,
         ["prior='normal'", "'standard_normal'"],
     ),
-    "prior a pair": (
-        lambda: elbo(x(), q(), pair, prior=q()),
+    "prior of three tensors": (
+        lambda: elbo(x(), q(), pair, prior=(*q(), q()[0])),
         TypeError,
-        ["prior must be", "fastvae.distributions.DiagonalNormal(mu, logvar)", "got tuple"],
+        ["prior must be", "a pair (mu, logvar)", "got tuple"],
+    ),
+    "prior of numbers": (
+        lambda: elbo(x(), q(), pair, prior=(0.0, 0.0)),
+        TypeError,
+        ["the prior's mu must be", "float"],
+    ),
+    "prior of a pair of another D": (
+        lambda: elbo(x(), q(), pair, prior=(mu(2), mu(2))),
+        ValueError,
+        ["prior mean has shape [2]", "[5, 3]"],
     ),
     "torch prior of another dimension": (
         lambda: elbo(x(), q(), pair, prior=td.Laplace(mu(2), 1.0), kl="mc"),
