@@ -60,7 +60,7 @@ FORMS = [
 
 def pairs(kinds=(DiagonalNormal, DiagonalNormal), prior=True, **form):
     """Return q, p, and their parameters in float64."""
-    positive = form.get("scale") == "scale"
+    positive = form.get("scale_form") == "scale"
     raw = lambda *shape, seed: (  # noqa: E731
         wide(*shape, seed=seed).detach().exp().requires_grad_() if positive else wide(*shape, seed=seed)
     )

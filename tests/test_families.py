@@ -36,9 +36,11 @@ from fastvae.distributions import (
     as_prior,
     closed_kl,
     draw_chunk,
+    draw_prior,
     frozen,
     rsample_log_prob,
 )
+from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn, seed_of
@@ -1163,6 +1165,31 @@ def test_rsample_of_a_prior(name):
     assert z.shape == (K, D) and z.requires_grad
     if name != "torch":  # whose sample is another function
         assert torch.equal(p.sample(K, generator=generator(3)), z)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_conditional_prior_is_drawn_from(name):
+    """Each example's z is drawn from its own row; an unconditional row [1, D] is expanded."""
+    p = frozen(as_prior(BOTH[name](Parameters(torch.float32), (B,))))
+    z = draw_prior(p, B, D, DEVICE, generator(2))
+    assert torch.equal(z, p.sample(generator=generator(2))[0])
+    encoder = nn.Linear(X + 1, 2 * D)
+    options = {"prior": lambda context: p, "latent_dim": D, "likelihood": Gaussian(1.0)}
+    vae = fastvae.VAE(encoder, lambda z, context: z, **options).to(DEVICE)
+    drawn = vae.sample(B, mean=True, context=zeros(B, 1), generator=generator(2))
+    torch.testing.assert_close(drawn, z)
+    if name == "diagonal":  # a mean for each row, and one variance
+        shared = DiagonalNormal(p.mu, p.logvar[0])
+        expected = DiagonalNormal(p.mu, p.logvar[0].expand(B, D)).sample(2, generator=generator(2))
+        assert torch.equal(shared.sample(2, generator=generator(2)), expected)
+        assert DiagonalNormal(p.mu[0], p.logvar).sample(2).shape == (2, B, D)
+    with pytest.raises(ValueError, match=f"has {B} rows, but {B + 1} draws"):
+        draw_prior(p, B + 1, D)
+    with pytest.raises(ValueError, match=f"has D = {D} latents; expected {D + 1}"):
+        draw_prior(p, B, D + 1)
+    one = as_prior(BOTH[name](Parameters(torch.float32, rows=1), (1,)))
+    if name != "mixture":  # which has no expand
+        assert draw_prior(one, B, D).shape == (B, D)
 
 
 LACKING = {

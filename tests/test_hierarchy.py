@@ -655,7 +655,7 @@ def test_parameters_in_a_closure_cannot_be_held():
     ])  # fmt: skip
     x, decoder = randn(B, X, seed=1), nn.Linear(sum(D), X).to(DEVICE)
     assert fastvae.iwae(x, hierarchy(x), decoder, k=K, likelihood=LIKELIHOOD).isfinite()
-    with pytest.raises(RuntimeError, match="HierarchicalPosterior.log_prob with its parameters held"):
+    with pytest.raises(RuntimeError, match="HierarchicalPosterior.log_prob with its parameters frozen"):
         fastvae.iwae(x, hierarchy(x), decoder, k=K, likelihood=LIKELIHOOD, estimator="stl")
 
 

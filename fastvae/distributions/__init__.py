@@ -3,7 +3,7 @@
 :mod:`~fastvae.distributions.draws` selects the fused op for a pair of families.
 """
 
-from .base import Distribution, as_module, is_family, known_mean
+from .base import Distribution, as_module, is_family
 from .closed_form import closed_kl, register_kl
 from .covariance import FullNormal, LowRankNormal
 from .draws import (
@@ -21,7 +21,8 @@ from .draws import (
 )
 from .encoded import AggregatePosterior, VampPrior
 from .flow import Flow
-from .hierarchy import HierarchicalPosterior, Hierarchy, Level
+from .hierarchy import HierarchicalPosterior, Hierarchy
+from .level import Level
 from .location_scale import Exponential, Gumbel, Laplace, Logistic, LogNormal, StudentT
 from .mixture import NormalMixture
 from .multivariate_t import MultivariateStudentT
@@ -30,6 +31,7 @@ from .read import as_posterior, as_prior, is_conditional
 from .spatial import flat_prior
 from .stratified import Mixture, StratifiedMixture, expanded_at_address
 from .tensors import frozen, tensors_of
+from .words import known_mean
 from .wrapped import TorchDistribution
 
 __all__ = [

@@ -14,9 +14,10 @@ from .. import ops, random
 from ..core.checks import check_same_device, check_tensor, shape_of
 from ..core.special import expm1_minus
 from ..ops.op import accumulator
-from .base import Distribution, Located, check_latents, hold, is_family, is_still
+from .base import Distribution, Located, hold, is_family, is_still
 from .closed_form import register_kl
 from .normal import DiagonalNormal, StandardNormal
+from .words import check_latents
 
 _Same = TypeVar("_Same", bound=Distribution)
 LOG_2_PI = math.log(2 * math.pi)

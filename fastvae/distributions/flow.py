@@ -11,7 +11,8 @@ from torch import distributions as td
 
 from ..core.checks import check_tensor
 from ..core.seeding import seeded
-from .base import Distribution, check_latents, hold, is_family
+from .base import Distribution, hold, is_family
+from .words import check_latents
 from .wrapped import TorchDistribution, at_address
 
 

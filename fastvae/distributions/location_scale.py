@@ -13,7 +13,8 @@ from torch import distributions as td
 from .. import random
 from ..core.checks import check_same_device, check_same_shape, check_tensor
 from ..ops.op import accumulator
-from .base import Distribution, Located, count_latents, hold, is_still
+from .base import Distribution, Located, hold, is_still
+from .words import count_latents
 
 # The mean of the standard Gumbel distribution.
 _EULER = 0.57721566490153286

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from .. import ops, random
 from ..core.checks import check_count, shape_of
 from ..ops.mixture import check_components
-from .base import Distribution, check_latents, hold, is_family
+from .base import Distribution, hold, is_family
 from .covariance import FullNormal, LowRankNormal
 from .normal import DiagonalNormal
+from .words import check_latents
 
 # Elements of [N, U, D] computed at a time without a fused op.
 MOST = 1 << 22

@@ -14,8 +14,9 @@ from ..core.checks import check_same_device, check_same_shape, check_tensor, sha
 from ..core.spread import log_variance
 from ..ops.latent import Form, form_of, options
 from ..ops.op import accumulator
-from .base import Distribution, count_latents, hold, is_family, is_still
+from .base import Distribution, hold, is_family, is_still
 from .closed_form import register_kl
+from .words import count_latents
 
 # A standard deviation in place of a log variance, as in torch's Normal.
 SCALE = form_of("scale", None, None)
@@ -122,7 +123,7 @@ class DiagonalNormal(Distribution):
 
     @property
     def batch(self) -> int:  # type: ignore[override]
-        return self.mu.shape[0]
+        return (self.mu if self.mu.dim() > 1 else self.logvar).shape[0]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -169,7 +170,7 @@ class DiagonalNormal(Distribution):
 
     @property
     def has_rows(self) -> bool:
-        return self.mu.dim() == 2
+        return self.mu.dim() == 2 or self.logvar.dim() == 2
 
     @property
     def per_row(self) -> bool:  # type: ignore[override]
@@ -206,6 +207,9 @@ class DiagonalNormal(Distribution):
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
+        if self.mu.shape != self.logvar.shape:  # of a prior
+            rows = self.of(self.mu.expand(self._shape), self.logvar.expand(self._shape))
+            return rows.rsample_log_prob(samples, seed, **place)
         mu, logvar = self._wide()
         # The density uses the noise, not z: sigma would cancel in (z - mu) / sigma.
         eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)

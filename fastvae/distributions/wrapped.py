@@ -17,9 +17,10 @@ from .. import random
 from ..core.checks import check_count, check_same_device
 from ..core.seeding import check_philox, seeded
 from ..ops.gamma import dirichlet, standard_gamma
-from .base import Distribution, count_latents
+from .base import Distribution
 from .location_scale import student_t_noise
 from .tensors import mapped, tensors_of
+from .words import count_latents
 
 # Families with elementwise parameters, which are also their constructor's arguments.
 ELEMENTWISE = (
