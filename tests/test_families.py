@@ -29,6 +29,7 @@ from fastvae.distributions import (
     Mixture,
     NormalMixture,
     StandardNormal,
+    StratifiedMixture,
     StudentT,
     TorchDistribution,
     VampPrior,
@@ -1201,6 +1202,10 @@ LACKING = {
     ),
     "entropy of components": (
         lambda: NormalMixture(zeros(U, D), zeros(U, D)).entropy(), "NormalMixture has no entropy"
+    ),
+    "sample of strata with weights": (
+        lambda: StratifiedMixture([Mixture([(zeros(B, D), zeros(B, D))] * 2)], [1.0]).sample(),
+        "StratifiedMixture has strata, whose draws follow q only with the weights",
     ),
     "rsample of components": (
         lambda: NormalMixture(zeros(U, D), zeros(U, D)).rsample(), "NormalMixture has no rsample"

@@ -507,6 +507,8 @@ def test_multivariate_student_t():
         # The variance of a t is 9/7 of its scale; the fourth moment is 3 · 7/5 of its square.
         error = 5 * 4.2 * scale / math.sqrt(40_000)
         assert float((torch.cov(z[:, b].T) - covariance[b] * 9 / 7).abs().max()) < error
+    torch.testing.assert_close(t.variance, covariance.diagonal(dim1=1, dim2=2) * 9 / 7)
+    assert torch.equal(t.mean, mu) and t.sample(5).shape == t.rsample(5).shape == (5, 2, D)
     # An invalid covariance is replaced.
     for broken in (torch.full_like(covariance, math.nan), torch.zeros_like(covariance), -covariance):
         other = MultivariateStudentT.of(mu, broken, 9, mu)

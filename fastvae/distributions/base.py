@@ -315,6 +315,10 @@ class Distribution(Holder):
             NotImplementedError: if the draws are not differentiable, as those of a mixture.
         """
         k = check_count("k", k, "the number of draws")
+        if self.strata > 1:
+            raise NotImplementedError(
+                f"{self.family.__name__} has strata, whose draws follow q only with the weights of log_shares"
+            )
         if self.has_rows:
             return self.rsample_log_prob(k, draw_seed(self.device, generator))[0]
         return self._draw_alone(k, dim, draw_seed(self._device_or(device), generator))

@@ -148,7 +148,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
             p = self._p(index, state, k)
             eps = random.normal(seed, 1, k, level.dim, level=index, dtype=accumulator(own.dtype))[0]
             if isinstance(p, DiagonalNormal):
-                mu, logvar = p._wide()
+                mu, logvar = p.wide()
                 eps = mu + torch.exp(0.5 * logvar) * eps
             return eps.to(own.dtype)
 
@@ -369,11 +369,11 @@ class HierarchicalPosterior(Distribution):
         shared = index == 0 or level.merge == "precision"
         made = self._posterior(index, h if shared else repeat(h, samples), state)
         dtype = torch.promote_types(made.mu.dtype, made.logvar.dtype)
-        mu, logvar = (t.unflatten(0, (-1, self.batch)) if self.batch else t[None] for t in made._wide())
+        mu, logvar = (t.unflatten(0, (-1, self.batch)) if self.batch else t[None] for t in made.wide())
         mean = scale = mu.new_zeros(())
         p = self.hierarchy._p(index, state, samples * self.batch)
         if isinstance(p, DiagonalNormal):
-            mean, scale = p._wide()
+            mean, scale = p.wide()
             if level.has_conditional_prior:
                 mean, scale = (t.reshape(samples, self.batch, level.dim) for t in (mean, scale))
         if level.merge == "residual":

@@ -68,10 +68,10 @@ class LocationScale(Located):
 
     @property
     def variance(self) -> Tensor:
-        return self._elementwise(self._variance * torch.exp(2 * self._wide()[1]))
+        return self._elementwise(self._variance * torch.exp(2 * self.wide()[1]))
 
     def entropy(self) -> Tensor:
-        return self._summed(self._wide()[1] + self._entropy)
+        return self._summed(self.wide()[1] + self._entropy)
 
     @property
     def _shape(self) -> torch.Size:
@@ -90,12 +90,13 @@ class LocationScale(Located):
             )
         return value.expand(self._shape).sum(-1)
 
-    def _wide(self) -> tuple[Tensor, Tensor]:
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Return loc and log_scale in the accumulation dtype."""
         dtype = accumulator(torch.promote_types(self.loc.dtype, self.log_scale.dtype))
         return self.loc.to(dtype), self.log_scale.to(dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         w = (z.to(accumulator(z.dtype)) - loc) * torch.exp(-log_scale)
         return (self._log_density(w) - log_scale).sum(-1)
 
@@ -108,7 +109,7 @@ class LocationScale(Located):
     def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
         w = self._noise(seed, (samples, *loc.shape), place).to(loc.dtype)
         # The density uses the noise, not z.
@@ -118,7 +119,7 @@ class LocationScale(Located):
         ).sum(-1)
 
     def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         dim = count_latents(self.family.__name__, self._shape, dim)
         w = self._noise(seed, (1, k, dim), {})[0].to(loc.dtype)
         return loc + torch.exp(log_scale) * w
@@ -149,7 +150,7 @@ class LocationScale(Located):
     def as_torch(self) -> td.Distribution | None:
         if not is_still(self, next(c for c in self.family.__mro__ if c.__module__ == __name__)):
             return None
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         return self._torch(loc, torch.exp(log_scale))
 
 
@@ -336,12 +337,12 @@ class StudentT(LocationScale):
 
     @property
     def variance(self) -> Tensor:
-        df, log_scale = self.df.to(torch.float64), self._wide()[1]
+        df, log_scale = self.df.to(torch.float64), self.wide()[1]
         variance = torch.where(df > 2, df / (df - 2), torch.where(df > 1, math.inf, math.nan))
         return self._elementwise(variance.to(log_scale.dtype) * torch.exp(2 * log_scale))
 
     def entropy(self) -> Tensor:
-        df, log_scale = self.df.to(torch.float64), self._wide()[1]
+        df, log_scale = self.df.to(torch.float64), self.wide()[1]
         log_beta = torch.lgamma(df / 2) + math.lgamma(0.5) - torch.lgamma((df + 1) / 2)
         of_w = (
             (df + 1) / 2 * (torch.digamma((df + 1) / 2) - torch.digamma(df / 2)) + 0.5 * df.log() + log_beta
@@ -401,12 +402,12 @@ class LogNormal(LocationScale):
 
     @property
     def variance(self) -> Tensor:
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         square = torch.exp(2 * log_scale)
         return self._elementwise(torch.expm1(square) * torch.exp(2 * loc + square))
 
     def entropy(self) -> Tensor:
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         return self._summed(loc + log_scale + 0.5 * (1 + math.log(2 * math.pi)))
 
     def _log_density(self, w: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ class _Rows(_Components):
 
 def mixture_of_rows(parts: list[Distribution], logits: Tensor | None) -> NormalMixture | _Rows:
     """Return the mixture of the concatenated rows of posteriors."""
-    pairs = [part._wide() for part in parts if is_family(part, DiagonalNormal)]
+    pairs = [part.wide() for part in parts if is_family(part, DiagonalNormal)]
     if len(pairs) < len(parts):
         return _Rows(parts, logits)
     mu, logvar = (t[0] if len(t) == 1 else torch.cat(t) for t in zip(*pairs, strict=True))
@@ -201,11 +201,11 @@ def log_aggregate(parts: list[Distribution], z: Tensor) -> tuple[Tensor, Tensor 
 def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
     """Return mean and log variance of each dimension [B, D], or None if q is not normal."""
     if is_family(q, DiagonalNormal):
-        return q._wide()
+        return q.wide()
     if is_family(q, FullNormal):
         mu, scale, _ = q._parts()
         return mu, scale.square().sum(-1).log()
     if is_family(q, LowRankNormal):
-        mu, logvar, factor = q._wide()
+        mu, logvar, factor = q.wide()
         return mu, (logvar.exp() + factor.square().sum(-1)).log()
     return None

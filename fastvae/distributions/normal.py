@@ -142,7 +142,7 @@ class DiagonalNormal(Distribution):
         """Standard deviation, whatever the form of ``logvar``."""
         if self.form is not None and self.form.scale == "scale":
             return self.logvar.expand(self._shape)
-        return self._elementwise(torch.exp(0.5 * self._wide()[1]))
+        return self._elementwise(torch.exp(0.5 * self.wide()[1]))
 
     @property
     def stddev(self) -> Tensor:
@@ -150,10 +150,10 @@ class DiagonalNormal(Distribution):
 
     @property
     def variance(self) -> Tensor:
-        return self._elementwise(torch.exp(self._wide()[1]))
+        return self._elementwise(torch.exp(self.wide()[1]))
 
     def entropy(self) -> Tensor:
-        logvar = self._wide()[1].expand(self._shape)
+        logvar = self.wide()[1].expand(self._shape)
         if logvar.dim() not in (1, 2):
             shapes = f"mu has shape {shape_of(self.mu)} and logvar {shape_of(self.logvar)}"
             raise ValueError(f"entropy needs parameters [B, D] or [D]; {shapes}")
@@ -192,14 +192,14 @@ class DiagonalNormal(Distribution):
         """Return log σ², whatever the meaning of ``logvar``."""
         return self.logvar if self.form is None else log_variance(self.logvar, self.form)
 
-    def _wide(self) -> tuple[Tensor, Tensor]:
+    def wide(self) -> tuple[Tensor, Tensor]:
         """Return mu and the log variance in the accumulation dtype."""
         dtype = accumulator(torch.promote_types(self.mu.dtype, self.logvar.dtype))
         logvar = self.logvar.to(dtype)
         return self.mu.to(dtype), logvar if self.form is None else log_variance(logvar, self.form)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        mu, logvar = self._wide()
+        mu, logvar = self.wide()
         white = (z.to(accumulator(z.dtype)) - mu) * torch.exp(-0.5 * logvar)
         return -0.5 * (white.square() + logvar + math.log(2 * math.pi)).sum(-1)
 
@@ -210,7 +210,7 @@ class DiagonalNormal(Distribution):
         if self.mu.shape != self.logvar.shape:  # of a prior
             rows = self.of(self.mu.expand(self._shape), self.logvar.expand(self._shape))
             return rows.rsample_log_prob(samples, seed, **place)
-        mu, logvar = self._wide()
+        mu, logvar = self.wide()
         # The density uses the noise, not z: sigma would cancel in (z - mu) / sigma.
         eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
         if seed.dim():
@@ -223,7 +223,7 @@ class DiagonalNormal(Distribution):
 
     def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
         eps = random.normal(seed, 1, k, count_latents(self.family.__name__, self._shape, dim))[0]
-        mu, logvar = self._wide()
+        mu, logvar = self.wide()
         return mu + torch.exp(0.5 * logvar) * eps
 
     def rows(self, start: int, stop: int) -> DiagonalNormal | None:
@@ -254,7 +254,7 @@ class DiagonalNormal(Distribution):
     def as_torch(self) -> td.Normal | None:
         if not is_still(self, DiagonalNormal):
             return None
-        mu, logvar = self._wide()
+        mu, logvar = self.wide()
         return td.Normal(mu, torch.exp(0.5 * logvar), validate_args=False)
 
 
@@ -296,8 +296,8 @@ def check_posterior(q: DiagonalNormal) -> DiagonalNormal:
 @register_kl(DiagonalNormal, DiagonalNormal)
 def _kl(q: DiagonalNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
     """Return the KL of each dimension, where the fused op does not apply."""
-    mu, logvar = q._wide()
-    prior_mu, prior_logvar = p._wide() if isinstance(p, DiagonalNormal) else (0.0, torch.zeros_like(logvar))
+    mu, logvar = q.wide()
+    prior_mu, prior_logvar = p.wide() if isinstance(p, DiagonalNormal) else (0.0, torch.zeros_like(logvar))
     u = logvar - prior_logvar
     white = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
     return 0.5 * (white.square() + torch.expm1(u) - u)

@@ -191,7 +191,7 @@ class Annealing:
         """Return q0's scale per dimension [B, D]: half the width of its central 68 %, for any family."""
         dtype = accumulator(self.dtype)
         if isinstance(self.base, DiagonalNormal):
-            return torch.exp(0.5 * self.base._wide()[1]).to(dtype).expand(self.inputs.q.batch, self.dim)
+            return torch.exp(0.5 * self.base.wide()[1]).to(dtype).expand(self.inputs.q.batch, self.dim)
         first = self.settings.chains + self.settings.pilots
         z, _ = rsample_log_prob(
             self.drawn, _FOR_SCALE, self.seed, sample_offset=first, row_offset=self.row_offset

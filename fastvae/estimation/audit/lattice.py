@@ -211,7 +211,7 @@ def _ends(
         if is_family(prior, StandardNormal):
             centre, scale = torch.zeros((), device=device), torch.ones((), device=device)
         elif is_family(prior, DiagonalNormal):
-            centre, logvar = prior._wide()
+            centre, logvar = prior.wide()
             scale = torch.exp(0.5 * logvar)
         else:
             raise ValueError(
