@@ -141,7 +141,7 @@ def normal(
 
     Args:
         seed: int64 tensor [], or an int; or a tensor [R], as ``noise="qmc"`` passes to a distribution's
-            ``rsample``, for quasi-Monte-Carlo noise of R randomisations.
+            ``rsample_log_prob``, for quasi-Monte-Carlo noise of R randomisations.
         samples: number of samples.
         rows: number of rows.
         columns: number of columns.

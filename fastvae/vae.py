@@ -16,9 +16,16 @@ from torch import distributions as td
 
 from .core.checks import INTEGERS, check_choice, check_count, shape_of
 from .core.hints import teaches
-from .core.nested import called, decoded, each, tensors
-from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
-from .distributions.base import as_module, tensors_of
+from .distributions import (
+    Distribution,
+    Hierarchy,
+    as_module,
+    as_posterior,
+    as_prior,
+    is_conditional,
+    known_mean,
+    tensors_of,
+)
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .estimation.evaluation import Evaluation, evaluate
 from .estimation.log_marginal import log_marginal as _log_marginal
@@ -175,7 +182,7 @@ class VAE(nn.Module):
             x = each(lambda t: t.to(dtype) if t.dtype in INTEGERS else t, x)
         q = as_posterior(called("encoder", self.encoder, x, context))
         if self.latent_dim is None or self._checks_latent_dim:
-            found = q.latent or (None if q.mean is None else q.mean.shape[1])
+            found = q.latent or (None if (mean := known_mean(q)) is None else mean.shape[1])
             if self.latent_dim is None:
                 self.latent_dim = found
             elif found is not None:
@@ -338,9 +345,10 @@ class VAE(nn.Module):
     def reconstruct(self, x: Any, *, context: Any = None) -> Any:
         """Return the mean of p(x|z) at the mean of q(z|x), [B, *event]."""
         q = self.posterior(x, context)
-        if q.mean is None:
+        mean = known_mean(q)
+        if mean is None:
             raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
-        return self.likelihood.mean(self._decode(q.mean, context, q.latent))
+        return self.likelihood.mean(self._decode(mean, context, q.latent))
 
     def _check_latent_dim(self, found: int | tuple[int, ...]) -> None:
         """Raise ValueError if q's latent dimension differs from ``latent_dim``."""

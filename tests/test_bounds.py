@@ -250,7 +250,7 @@ def test_a_group_without_weight_still_teaches_the_encoder():
             super().__init__()
             self.mu, self.batch, self.device = mu, 1, mu.device
 
-        def rsample(self, samples, seed, *, sample_offset=0, row_offset=0):
+        def rsample_log_prob(self, samples, seed, *, sample_offset=0, row_offset=0):
             z = torch.arange(samples, dtype=self.mu.dtype, device=self.device)[:, None, None] + self.mu
             return z, 0 * z.sum(2)
 

@@ -141,7 +141,7 @@ POSTERIORS = {
     "td.MultivariateNormal": lambda h: td.MultivariateNormal(
         h[:, :D], scale_tril=torch.diag_embed(h[:, D:].exp()), validate_args=False
     ),
-    "DiagonalNormal": lambda h: DiagonalNormal(h[:, :D], h[:, D:], scale="softplus"),
+    "DiagonalNormal": lambda h: DiagonalNormal(h[:, :D], h[:, D:], scale_form="softplus"),
     "FullNormal": lambda h: FullNormal(h[:, :D], torch.cat([h, h], 1)[:, : D * (D + 1) // 2]),
     "LowRankNormal": lambda h: LowRankNormal(h[:, :D], h[:, D:], h[:, :D, None]),
     "StudentT": lambda h: StudentT(h[:, :D], h[:, D:], 4.0),

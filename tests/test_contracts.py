@@ -130,10 +130,10 @@ class Around(Distribution):
         self.batch, self.device = self._q.batch, self._q.device
         self._mistake = method, index, end
 
-    def rsample(self, samples, seed, **place):
-        results = list(self._q.rsample(samples, seed, **place))
+    def rsample_log_prob(self, samples, seed, **place):
+        results = list(self._q.rsample_log_prob(samples, seed, **place))
         wrong, index, end = self._mistake
-        if wrong == "rsample":
+        if wrong == "rsample_log_prob":
             results[index] = end(results[index])
         return tuple(results)
 
@@ -240,9 +240,9 @@ def test_wrong_shape_of_a_density(mistake):
     x, q, decoder = _arguments(X)
     for samples, call in _calls(with_kl=False):
         with pytest.raises(ValueError) as raised:
-            call(x, Around(*q, "rsample", 1, end), decoder, likelihood=Gaussian(1.0))
+            call(x, Around(*q, "rsample_log_prob", 1, end), decoder, likelihood=Gaussian(1.0))
         message = str(raised.value)
-        assert message.startswith(f"Around.rsample returned {shape(samples)}; expected log q(z|x)")
+        assert message.startswith(f"Around.rsample_log_prob returned {shape(samples)}; expected log q(z|x)")
         assert f"[K, B] = [{samples}, {B}]" in message
     for estimator in ("stl", "dreg"):
         with pytest.raises(ValueError, match=r"Around.log_prob returned .*; expected log q\(z\|x\) \[K, B\]"):
@@ -279,18 +279,24 @@ def test_wrong_shape_of_draws(kl):
         (lambda z: z.flatten(0, 1), [K * B, D]),
     ):
         with pytest.raises(ValueError) as raised:
-            fastvae.elbo(x, Around(*q, "rsample", 0, end), decoder, k=K, likelihood=Gaussian(1.0), kl=kl)
-        assert f"Around.rsample returned {shape}; expected z [K, B, D] = [4, 5, 3]" in str(raised.value)
+            fastvae.elbo(
+                x, Around(*q, "rsample_log_prob", 0, end), decoder, k=K, likelihood=Gaussian(1.0), kl=kl
+            )
+        assert f"Around.rsample_log_prob returned {shape}; expected z [K, B, D] = [4, 5, 3]" in str(
+            raised.value
+        )
 
 
 def test_draws_without_their_density():
     x, q, decoder = _arguments(X)
 
     class Alone(Around):
-        def rsample(self, samples, seed, **place):
-            return super().rsample(samples, seed, **place)[0]
+        def rsample_log_prob(self, samples, seed, **place):
+            return super().rsample_log_prob(samples, seed, **place)[0]
 
-    with pytest.raises(TypeError, match=r"Alone.rsample returned Tensor; expected z \[K, B, D\] and log q"):
+    with pytest.raises(
+        TypeError, match=r"Alone.rsample_log_prob returned Tensor; expected z \[K, B, D\] and log q"
+    ):
         fastvae.iwae(x, Alone(*q), decoder, k=K, likelihood=Gaussian(1.0))
 
 

@@ -230,8 +230,8 @@ def test_what_is_not_known_is_left_out_of_the_file(tmp_path):
             self.inner = DiagonalNormal(mu, logvar)
             self.batch, self.device = self.inner.batch, self.inner.device
 
-        def rsample(self, samples, seed, **place):
-            return self.inner.rsample(samples, seed, **place)
+        def rsample_log_prob(self, samples, seed, **place):
+            return self.inner.rsample_log_prob(samples, seed, **place)
 
     model = LinearGaussian(D, X)
     result = fastvae.evaluate(

@@ -25,10 +25,10 @@ from fastvae.distributions import (
     draw_kl,
     draw_ratio,
     draws,
+    frozen,
     register_kl,
-    rsample,
+    rsample_log_prob,
 )
-from fastvae.distributions.base import held
 from fastvae.objectives.bounds import IWAE, WakePhi, weighed
 
 from .conftest import DEVICE
@@ -51,16 +51,16 @@ def wide(*shape, seed):
 FORMS = [
     {},
     {"logvar_range": (-0.5, 0.5)},
-    {"scale": "log_scale"},
-    {"scale": "scale"},
-    {"scale": "softplus"},
-    {"scale": "softplus", "floor": 0.01},
+    {"scale_form": "log_scale"},
+    {"scale_form": "scale"},
+    {"scale_form": "softplus"},
+    {"scale_form": "softplus", "floor": 0.01},
 ]
 
 
 def pairs(kinds=(DiagonalNormal, DiagonalNormal), prior=True, **form):
     """Return q, p, and their parameters in float64."""
-    positive = form.get("scale") == "scale"
+    positive = form.get("scale_form") == "scale"
     raw = lambda *shape, seed: (  # noqa: E731
         wide(*shape, seed=seed).detach().exp().requires_grad_() if positive else wide(*shape, seed=seed)
     )
@@ -206,7 +206,7 @@ def test_composed_kls_are_the_fused_ones(prior, per_dimension, form):
 
 def test_densities_are_those_of_torch():
     q, p, _ = pairs()
-    z, log_q = rsample(q, K, SEED)
+    z, log_q = rsample_log_prob(q, K, SEED)
     expected = td.Normal(q.mu, torch.exp(0.5 * q.logvar)).log_prob(z).sum(-1)
     torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(q.log_prob(z), expected, rtol=1e-9, atol=1e-9)
@@ -282,7 +282,7 @@ def test_half_precision_is_computed_in_single(name, dtype):
 
     x = torch.ones(B, X, device=DEVICE)
     half, exact = ((make(*p[:2]), make(*p[2:])) for p in (parameters, wide))
-    z, log_q = rsample(fastvae.distributions.as_posterior(half[0]), K, SEED)
+    z, log_q = rsample_log_prob(fastvae.distributions.as_posterior(half[0]), K, SEED)
     fix = {"rtol": 1e-4, "atol": 1e-4}
     if name not in ("Normal", "Independent", "tanh"):  # their densities use the noise, or lose accuracy
         torch.testing.assert_close(log_q, total(exact[0], z.double()).float(), **fix)
@@ -351,7 +351,7 @@ def test_torch_distributions_as_posteriors(name, estimator):
     log_w = log_px + td.Normal(0.0, 1.0).log_prob(free).sum(-1) - total(fixed, free)
     w = torch.softmax(log_w.detach(), 0) ** (2 if estimator == "dreg" else 1)
     (to_z,) = torch.autograd.grad((w * log_w).sum(), free)
-    drawn, _ = fastvae.distributions.as_posterior(q).rsample(K, seed_of(3))
+    drawn, _ = fastvae.distributions.as_posterior(q).rsample_log_prob(K, seed_of(3))
     assert torch.equal(drawn, z)
     torch.testing.assert_close(found, torch.autograd.grad(drawn, [a, b], to_z), rtol=1e-8, atol=1e-9)
 
@@ -360,8 +360,10 @@ def test_torch_distributions_as_posteriors(name, estimator):
 def test_their_noise_is_an_address(name):
     """Chunks and shards of a draw are parts of the whole draw."""
     a, b = _parameters()
-    whole, _ = TorchDistribution(FAMILIES[name](a, b)).rsample(6, SEED)
-    part, _ = TorchDistribution(FAMILIES[name](a[2:], b[2:])).rsample(3, SEED, sample_offset=2, row_offset=2)
+    whole, _ = TorchDistribution(FAMILIES[name](a, b)).rsample_log_prob(6, SEED)
+    part, _ = TorchDistribution(FAMILIES[name](a[2:], b[2:])).rsample_log_prob(
+        3, SEED, sample_offset=2, row_offset=2
+    )
     assert torch.equal(whole[2:5, 2:], part)
 
 
@@ -369,7 +371,7 @@ def test_their_noise_is_an_address(name):
 def test_what_torch_draws_is_repeatable_and_leaves_its_state(name):
     q = TorchDistribution(DRAWN[name](*_parameters()))
     before = torch.get_rng_state()
-    draw = lambda **place: q.rsample(K, SEED, **place)[0]  # noqa: E731
+    draw = lambda **place: q.rsample_log_prob(K, SEED, **place)[0]  # noqa: E731
     assert torch.equal(draw(), draw())
     assert not torch.equal(draw(), draw(sample_offset=1))
     assert not torch.equal(draw(), draw(row_offset=1))
@@ -381,7 +383,7 @@ def test_their_draws_follow_them(name):
     """Draws mapped by their distribution function are uniform: mean and variance within six sigma."""
     n = 20_000
     d = (FAMILIES | DRAWN)[name](*(p.detach() for p in _parameters()))
-    z, _ = TorchDistribution(d).rsample(n, SEED)
+    z, _ = TorchDistribution(d).rsample_log_prob(n, SEED)
     if name in ("StudentT", "FisherSnedecor"):  # without a distribution function
         mean, sigma = z.mean(0), d.variance.sqrt()
         assert bool((sigma < 20).all())
@@ -396,7 +398,7 @@ def test_draws_of_a_full_covariance_have_it():
     """Each entry of the draws' covariance is within six sigma."""
     n = 20_000
     d = _full(*(p.detach() for p in _parameters()))
-    z, _ = TorchDistribution(d).rsample(n, SEED)
+    z, _ = TorchDistribution(d).rsample_log_prob(n, SEED)
     expected, centred = d.covariance_matrix, z - d.mean
     found = torch.einsum("kbi,kbj->bij", centred, centred) / n
     variances = expected.diagonal(dim1=-2, dim2=-1)
@@ -408,7 +410,7 @@ def test_the_tail_of_a_quantile_function(monkeypatch):
     """The quantile function's argument is computed in float64: in float32 it is 1 from 5.3 sigma on."""
     eps = torch.tensor([-6.5, 6.5], dtype=torch.float64, device=DEVICE)
     monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, 2))
-    z, _ = TorchDistribution(td.Laplace(torch.zeros(1, 2, device=DEVICE), 1.0)).rsample(1, SEED)
+    z, _ = TorchDistribution(td.Laplace(torch.zeros(1, 2, device=DEVICE), 1.0)).rsample_log_prob(1, SEED)
     # Both are the quantiles of tail probability 4.016e-11.
     expected = -math.log(2 * 0.5 * math.erfc(6.5 / math.sqrt(2)))
     torch.testing.assert_close(
@@ -528,7 +530,7 @@ def test_draws_by_ops_are_torchs_own(make):
     """Draws by ops equal torch's in value and gradient, and leave torch's random state unchanged."""
     leaves = [wide(B, D, seed=s).detach().exp().requires_grad_() for s in (1, 2)]
     results, state = [], torch.get_rng_state()
-    z, _ = TorchDistribution(make(*leaves)).rsample(K, SEED, sample_offset=2, row_offset=1)
+    z, _ = TorchDistribution(make(*leaves)).rsample_log_prob(K, SEED, sample_offset=2, row_offset=1)
     assert torch.equal(torch.get_rng_state(), state)
     with seeded(SEED, DEVICE, 2, 1):
         own = make(*leaves).rsample((K,))
@@ -662,8 +664,8 @@ def test_a_registered_kl_is_used():
         pass
 
     class Other(Family):
-        def rsample(self, samples, seed, **place):
-            return super().rsample(samples, seed, **place)
+        def rsample_log_prob(self, samples, seed, **place):
+            return super().rsample_log_prob(samples, seed, **place)
 
     made = lambda kind: kind(randn(B, D, seed=1), randn(B, D, seed=2))  # noqa: E731
     standard = StandardNormal()
@@ -695,7 +697,7 @@ def test_held_is_a_copy_without_gradients():
             self.itself = [self]
 
     deep = Deep()
-    copied = held(deep)
+    copied = frozen(deep)
     assert copied is not deep and copied.itself[0] is copied and type(copied) is Deep
     assert not copied.own.requires_grad and not copied.net[0].weight.requires_grad
     assert not copied.listed[0].requires_grad and not copied.listed[1]["a"].requires_grad
@@ -709,7 +711,7 @@ def test_held_is_a_copy_without_gradients():
         "net.1.bias",
     }
     flow = FAMILIES["a flow"](*_parameters())
-    assert not held(flow).rsample().requires_grad and flow.rsample().requires_grad
+    assert not frozen(flow).rsample().requires_grad and flow.rsample().requires_grad
 
 
 # Errors
@@ -752,18 +754,20 @@ def test_what_a_family_lacks_is_said():
         batch, device = B, DEVICE
 
     x, decoder, q = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE), Nothing()
-    with pytest.raises(NotImplementedError, match="Nothing has no rsample, which a posterior needs"):
+    with pytest.raises(NotImplementedError, match="Nothing has no rsample_log_prob, which a posterior needs"):
         fastvae.iwae(x, q, decoder, **BERNOULLI)
     pair = torch.zeros(B, D, device=DEVICE), torch.zeros(B, D, device=DEVICE)
     with pytest.raises(NotImplementedError, match="Nothing has no log_prob"):
         fastvae.iwae(x, pair, decoder, prior=q, **BERNOULLI)
-    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, **BERNOULLI)
-    with pytest.raises(NotImplementedError, match="Nothing has no sample"):
+    vae = fastvae.VAE(lambda x: pair, decoder, prior=Distribution(), latent_dim=D, **BERNOULLI)
+    with pytest.raises(NotImplementedError, match="Distribution has no sample"):
         vae.sample(2)
-    with pytest.raises(
-        ValueError, match=r"the prior has the shape \[4\]; to draw z \[2, 3\] from it, it must be \[3\]"
-    ):
-        TorchDistribution(td.Laplace(torch.zeros(4), 1.0)).sample(2, 3)
+    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, **BERNOULLI)
+    with pytest.raises(ValueError, match=f"Nothing, has {B} rows, but 2 draws were requested"):
+        vae.sample(2)
+    message = r"the prior, Laplace, has parameters \[4\]; to draw z \[k, 3\] from it, they must broadcast to"
+    with pytest.raises(ValueError, match=message):
+        TorchDistribution(td.Laplace(torch.zeros(4), 1.0)).sample(2, dim=3)
     bare = fastvae.VAE(lambda x: q, decoder, **BERNOULLI)
     with pytest.raises(ValueError, match="mean of q.* is not known"):
         bare.reconstruct(x)
@@ -822,7 +826,7 @@ def test_parameters_that_cannot_be_held_are_an_error(estimator):
     options = {"k": K, "prior": Reaching(), "estimator": estimator}
     call = lambda: fastvae.iwae(x, q, decoder, **options, **BERNOULLI)  # noqa: E731
     if estimator == "dreg":
-        with pytest.raises(RuntimeError, match="Reaching.log_prob with its parameters held fixed.*closure"):
+        with pytest.raises(RuntimeError, match="Reaching.log_prob with its parameters frozen.*closure"):
             call()
     else:
         assert torch.autograd.grad(call(), weight)[0].isfinite().all()
@@ -837,7 +841,7 @@ def test_a_learned_prior_of_torchs_is_refused_by_a_module():
 def test_drawing_leaves_other_devices_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("reseeded"))
     q = td.Gamma(torch.ones(B, D), torch.ones(B, D))
-    TorchDistribution(q).rsample(2, torch.tensor(3))
+    TorchDistribution(q).rsample_log_prob(2, torch.tensor(3))
 
 
 def test_what_is_registered_is_looked_at():
@@ -906,3 +910,109 @@ def test_a_subclass_of_the_prior_has_the_density_that_it_says():
         for kind in (DiagonalNormal, Shifted)
     ]
     torch.testing.assert_close(found[1], found[0] - 1, rtol=1e-5, atol=1e-5)
+
+
+# A pair (mu, logvar) as the prior
+
+
+def _entries():
+    """Yield each entry that takes ``prior=``, as a function of the prior."""
+    x, q = (randn(B, X, seed=1) > 0).float(), (randn(B, D, seed=2), randn(B, D, seed=3))
+    encoder, decoder = nn.Linear(X, 2 * D).to(DEVICE), nn.Linear(D, X).to(DEVICE)
+
+    def call(function, *arguments, **options):
+        return lambda prior: function(*arguments, prior=prior, generator=generator(4), **BERNOULLI, **options)
+
+    yield "elbo", call(fastvae.elbo, x, q, decoder)
+    yield "elbo mc", call(fastvae.elbo, x, q, decoder, kl="mc", k=3)
+    yield "iwae", call(fastvae.iwae, x, q, decoder, k=K)
+    yield "iwae in chunks", call(fastvae.iwae, x, q, decoder, k=K, k_chunk=2, estimator="dreg")
+    yield "bound", call(fastvae.bound, x, q, decoder, fastvae.bounds.IWAE(2), k=K)
+    yield "beta_tc", call(fastvae.beta_tc, x, q, decoder, dataset_size=99)
+    yield "sleep", call(fastvae.sleep, encoder, decoder, B, latent_dim=D)
+    yield "log_weights", lambda p: call(fastvae.log_weights, x, q, decoder, k=K)(p).log_ratio
+    for proposal in ("posterior", "defensive", "adapted"):
+        marginal = call(fastvae.log_marginal, x, q, decoder, k=100, proposal=proposal)
+        yield f"log_marginal {proposal}", lambda p, marginal=marginal: marginal(p).log_px
+    evaluate = call(fastvae.evaluate, encoder, decoder, x, k=20, progress=False)
+    yield "evaluate", lambda p: torch.as_tensor(evaluate(p).log_px)
+    ais = call(fastvae.audit.ais, x, q, decoder, steps=3, chains=2)
+    yield "ais", lambda p: ais(p).log_px
+    bdmc = call(fastvae.audit.bdmc, encoder, decoder, D, n=4, steps=3, chains=2)
+    yield "bdmc", lambda p: bdmc(p).lower
+    lattice = fastvae.audit.lattice_log_marginal
+    yield "lattice", lambda p: lattice(x, decoder, D, points=9, prior=p, **BERNOULLI).log_px
+
+    def vae(method, *arguments, **options):
+        def run(prior):
+            model = fastvae.VAE(encoder, decoder, prior=prior, latent_dim=D, **BERNOULLI)
+            return getattr(model, method)(*arguments, generator=generator(4), **options)
+
+        return run
+
+    yield "VAE.elbo", vae("elbo", x)
+    yield "VAE.iwae", vae("iwae", x, k=K)
+    yield "VAE.sample", vae("sample", 5, mean=True)
+    yield "VAE.log_marginal", lambda p: vae("log_marginal", x, k=50)(p).log_px
+    yield "latents", lambda p: torch.tensor(
+        fastvae.diagnostics.latents(fastvae.VAE(encoder, decoder, prior=p, **BERNOULLI), x,
+                                    generator=generator(4)).kl
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, _ in _entries()])
+def test_a_pair_is_a_prior_everywhere(name):
+    """``prior=(mu, logvar)``, a tuple or a list, is DiagonalNormal(mu, logvar), for [D] and for [B, D]."""
+    torch.manual_seed(0)
+    entry = dict(_entries())[name]
+    shared = name in ("lattice", "latents", "bdmc", "beta_tc") or name.startswith("VAE")
+    for rows in ((), (B,)):
+        if rows and shared:
+            continue
+        if rows and name == "evaluate":  # whose batches have other rows
+            continue
+        pair = randn(*rows, D, seed=5), randn(*rows, D, seed=6)
+        torch.manual_seed(1)
+        expected = entry(DiagonalNormal(*pair))
+        for given in (pair, list(pair)):
+            torch.manual_seed(1)
+            assert torch.equal(entry(given), expected)
+        standard = entry(None)
+        assert not torch.equal(standard, expected)
+
+
+def test_a_learned_pair_is_registered():
+    pair = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))
+    vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), prior=pair, **BERNOULLI)
+    names = [name for name, _ in vae.named_parameters() if name.startswith("prior")]
+    assert names == ["prior.mu", "prior.logvar"]
+    (-vae.iwae(torch.ones(B, X), k=3)).backward()
+    assert pair[0].grad is not None and bool(pair[1].grad.any())
+    fixed = fastvae.VAE(
+        nn.Linear(X, 2 * D), nn.Linear(D, X), prior=(torch.zeros(D), torch.ones(D)), **BERNOULLI
+    )
+    assert {"prior.mu", "prior.logvar"} <= set(fixed.state_dict())
+
+
+@pytest.mark.parametrize("op", ["rsample_kl", "rsample_log_ratio"])
+@pytest.mark.parametrize("form", [f for f in FORMS if "logvar_range" not in f])
+def test_ops_take_a_diagonal_normal(op, form):
+    """``prior=DiagonalNormal(...)`` is its mean and log variance."""
+    function = getattr(fastvae.ops, op)
+    mu, logvar = randn(B, D, seed=1), randn(B, D, seed=2)
+    p = DiagonalNormal(randn(D, seed=3), randn(D, seed=4).abs(), **form)
+    found, expected = (
+        function(mu, logvar, samples=K, prior=prior, seed=SEED) for prior in (p, (p.mu, p.log_variance()))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_ops_refuse_other_priors():
+    mu, logvar = randn(B, D, seed=1), randn(B, D, seed=2)
+    for wrong in (Own(mu, logvar), fastvae.distributions.Laplace(mu, logvar)):
+        with pytest.raises(TypeError, match=r"prior must be a pair of tensors \(mean, logvar\), a fastvae"):
+            fastvae.ops.rsample_kl(mu, logvar, prior=wrong)
+    half = DiagonalNormal(mu.bfloat16(), logvar.abs().bfloat16(), scale_form="scale")
+    with pytest.raises(ValueError, match="no log variance, which half precision would round"):
+        fastvae.ops.rsample_kl(mu, logvar, prior=half)

@@ -161,7 +161,7 @@ POSTERIORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "pair": lambda mu, raw: (mu, raw),
     "tensor": lambda mu, raw: torch.cat([mu, raw], 1),
     "spatial": lambda mu, raw: (mu[:, :, None, None], raw[:, :, None, None]),
-    "softplus": lambda mu, raw: DiagonalNormal(mu, raw, scale="softplus"),
+    "softplus": lambda mu, raw: DiagonalNormal(mu, raw, scale_form="softplus"),
     "full": lambda mu, raw: FullNormal(mu, torch.cat([raw, mu], 1)),
     "low_rank": lambda mu, raw: LowRankNormal(mu, raw, mu.unsqueeze(2)),
     "laplace": lambda mu, raw: Laplace(mu, raw),

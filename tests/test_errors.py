@@ -328,10 +328,20 @@ CASES = {
         ValueError,
         ["prior='normal'", "'standard_normal'"],
     ),
-    "prior a pair": (
-        lambda: elbo(x(), q(), pair, prior=q()),
+    "prior of three tensors": (
+        lambda: elbo(x(), q(), pair, prior=(*q(), q()[0])),
         TypeError,
-        ["prior must be", "fastvae.distributions.DiagonalNormal(mu, logvar)", "got tuple"],
+        ["prior must be", "a pair (mu, logvar)", "got tuple"],
+    ),
+    "prior of numbers": (
+        lambda: elbo(x(), q(), pair, prior=(0.0, 0.0)),
+        TypeError,
+        ["the prior's mu must be", "float"],
+    ),
+    "prior of a pair of another D": (
+        lambda: elbo(x(), q(), pair, prior=(mu(2), mu(2))),
+        ValueError,
+        ["prior mean has shape [2]", "[5, 3]"],
     ),
     "torch prior of another dimension": (
         lambda: elbo(x(), q(), pair, prior=td.Laplace(mu(2), 1.0), kl="mc"),
@@ -546,9 +556,9 @@ CASES = {
         ["logvar_range", "lo < hi", "(3.0, -3.0)"],
     ),
     "a scale that is none": (
-        lambda: DiagonalNormal(*q(), scale="sigma"),
+        lambda: DiagonalNormal(*q(), scale_form="sigma"),
         ValueError,
-        ["scale='sigma' is unknown", "'logvar', 'log_scale', 'scale', 'softplus'"],
+        ["scale_form='sigma' is unknown", "'logvar', 'log_scale', 'scale', 'softplus'"],
     ),
     "a floor of a log variance": (
         lambda: ops.rsample_kl(*q(), floor=1e-4),
@@ -561,19 +571,19 @@ CASES = {
         ["floor must be finite and at least 0", "-0.0001"],
     ),
     "a floor that is no number": (
-        lambda: DiagonalNormal(*q(), scale="softplus", floor="1e-4"),
+        lambda: DiagonalNormal(*q(), scale_form="softplus", floor="1e-4"),
         TypeError,
         ["floor must be a number", "the least variance", "'1e-4'"],
     ),
     "a floor too small for float32": (
-        lambda: DiagonalNormal(*q(), scale="softplus", floor=1e-40),
+        lambda: DiagonalNormal(*q(), scale_form="softplus", floor=1e-40),
         ValueError,
         ["floor must be 0 or at least 1.18e-38", "1e-40"],
     ),
     "logvar_range of a softplus": (
-        lambda: DiagonalNormal(*q(), scale="softplus", logvar_range=(-3, 3)),
+        lambda: DiagonalNormal(*q(), scale_form="softplus", logvar_range=(-3, 3)),
         ValueError,
-        ["logvar_range bounds a log variance", "scale='softplus'", "floor"],
+        ["logvar_range bounds a log variance", "scale_form='softplus'", "floor"],
     ),
     "logvar_range a number": (
         lambda: ops.rsample_kl(*q(), logvar_range=3.0),

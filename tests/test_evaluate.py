@@ -152,9 +152,9 @@ def test_stopping_draws_for_those_that_go_on_alone():
                 part = Counting(self.mu[start:stop], self.logvar[start:stop])
             return part
 
-        def rsample(self, samples, seed, **place):
+        def rsample_log_prob(self, samples, seed, **place):
             drawn[self.sliced].append((samples, self.batch))
-            return super().rsample(samples, seed, **place)
+            return super().rsample_log_prob(samples, seed, **place)
 
     def q(x):
         mu, logvar = model.posterior(x)
@@ -415,8 +415,8 @@ class _Bare(Distribution):
         self._q = DiagonalNormal(mu, logvar)
         self.batch, self.device = self._q.batch, self._q.device
 
-    def rsample(self, samples, seed, **place):
-        return self._q.rsample(samples, seed, **place)
+    def rsample_log_prob(self, samples, seed, **place):
+        return self._q.rsample_log_prob(samples, seed, **place)
 
 
 class _MonteCarlo(_Bare):

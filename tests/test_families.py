@@ -14,6 +14,7 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
+from fastvae import random
 from fastvae.distributions import (
     AggregatePosterior,
     DiagonalNormal,
@@ -28,15 +29,19 @@ from fastvae.distributions import (
     Mixture,
     NormalMixture,
     StandardNormal,
+    StratifiedMixture,
     StudentT,
+    TorchDistribution,
     VampPrior,
     as_posterior,
     as_prior,
     closed_kl,
     draw_chunk,
-    rsample,
+    draw_prior,
+    frozen,
+    rsample_log_prob,
 )
-from fastvae.distributions.base import held
+from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, randn, seed_of
@@ -182,7 +187,7 @@ def test_any_posterior_with_any_prior(q, p):
     options = {"prior": prior, **BERNOULLI}
     read_q, read_p = as_posterior(posterior), as_prior(prior)
     seed = seed_of(5)
-    z, _ = rsample(read_q, K, seed)
+    z, _ = rsample_log_prob(read_q, K, seed)
     log_q, log_p = read_q.log_prob(z), read_p.log_prob(z)
     parts = fastvae.log_weights(x, posterior, decoder, k=K, generator=generator(5), **options)
     shares = read_q.log_shares(K, seed) if read_q.strata > 1 else torch.zeros(1, 1, dtype=z.dtype)
@@ -370,9 +375,9 @@ def test_draws_of_priors(name):
     """A prior's draws have its shape, repeat, and follow its density: E[p(z)^-1 f(z)] = ∫f, f normal."""
     p = as_prior(PRIORS[name](Parameters(torch.float32)))
     with torch.no_grad():
-        z = p.sample(5000, D, device=DEVICE, generator=generator(4))
+        z = p.sample(5000, dim=D, device=DEVICE, generator=generator(4))
         assert z.shape == (5000, D)
-        assert torch.equal(z, p.sample(5000, D, device=DEVICE, generator=generator(4)))
+        assert torch.equal(z, p.sample(5000, dim=D, device=DEVICE, generator=generator(4)))
         z = z.double()
         if name in POSITIVE:
             f = td.Gamma(torch.full((D,), 3.0, dtype=z.dtype), torch.full((D,), 2.5, dtype=z.dtype))
@@ -423,7 +428,7 @@ def test_densities_are_those_of_scipy(name):
 def test_draws_follow_their_distribution_function(name):
     """The Kolmogorov-Smirnov distance in each dimension is below a bound exceeded once in 10^9."""
     a, b = randn(1, D, seed=1), 0.5 * randn(1, D, seed=2)
-    z, log_q = OURS[name](a, b).rsample(20_000, SEED)
+    z, log_q = OURS[name](a, b).rsample_log_prob(20_000, SEED)
     for d in range(D):
         scipys = SCIPY[name](float(a[0, d]), float(b[0, d]))
         statistic = scipy.stats.kstest(z[:, 0, d].cpu().numpy(), scipys.cdf).statistic
@@ -439,7 +444,7 @@ def test_the_tails_are_right(name, monkeypatch):
         eps = torch.cat([eps, torch.zeros(3, dtype=torch.float64, device=DEVICE)])
     monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, -1))
     zeros = torch.zeros(1, 3, device=DEVICE)
-    z, _ = OURS[name](zeros, zeros).rsample(1, SEED)
+    z, _ = OURS[name](zeros, zeros).rsample_log_prob(1, SEED)
     scipys = SCIPY[name](0.0, 0.0)
     if name == "student":  # Bailey's radius of a bivariate t
         expected = [e * math.sqrt(4.5 * math.expm1(e * e / 4.5)) / abs(e) for e in (-6.5, 6.5, 0.3)]
@@ -453,7 +458,7 @@ def test_student_draws_differentiate_by_degrees_of_freedom():
     """The pathwise derivative of E[|z|] by ν equals that of the formula for the mean."""
     df = torch.tensor(7.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
     zeros = torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
-    z, _ = StudentT(zeros, zeros, df).rsample(200_000, SEED)
+    z, _ = StudentT(zeros, zeros, df).rsample_log_prob(200_000, SEED)
     slopes = torch.autograd.grad(z.abs().mean(), df, retain_graph=True)[0]
 
     def mean(v):
@@ -470,15 +475,15 @@ def test_student_draws_differentiate_by_degrees_of_freedom():
 def test_draws_are_addressed(name):
     """Chunks and rows of any family's draw are parts of the whole, as are draws of a row-sliced posterior."""
     q = as_posterior(POSTERIORS[name](Parameters()))
-    z, log_q = q.rsample(K, SEED)
-    part, part_q = q.rsample(3, SEED, sample_offset=2)
+    z, log_q = q.rsample_log_prob(K, SEED)
+    part, part_q = q.rsample_log_prob(3, SEED, sample_offset=2)
     torch.testing.assert_close(part, z[2:5], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(part_q, log_q[2:5], rtol=1e-10, atol=1e-10)
     some = q.rows(1, 4)
     if name == "torch":
         assert some is None
         return
-    part, part_q = some.rsample(K, SEED, row_offset=1)
+    part, part_q = some.rsample_log_prob(K, SEED, row_offset=1)
     torch.testing.assert_close(part, z[:, 1:4], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(part_q, log_q[:, 1:4], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(log_q, q.log_prob(z), rtol=1e-7, atol=1e-7)
@@ -490,7 +495,7 @@ def test_draws_are_addressed(name):
 def test_half_precision(name, dtype):
     """In half precision z has the parameters' dtype and densities are float32."""
     q = POSTERIORS[name](Parameters(dtype))
-    z, log_q = rsample(as_posterior(q), K, SEED)
+    z, log_q = rsample_log_prob(as_posterior(q), K, SEED)
     assert z.dtype == dtype and log_q.dtype == torch.float32 and bool(log_q.isfinite().all())
 
 
@@ -506,7 +511,7 @@ def test_a_triangle_row_by_row():
             scale[:, i, j] = tril[:, at].exp() if i == j else tril[:, at]
             at += 1
     q = FullNormal(mu, tril)
-    z, log_q = q.rsample(K, SEED)
+    z, log_q = q.rsample_log_prob(K, SEED)
     eps = fastvae.random.normal(SEED, K, B, D, dtype=torch.float64)
     torch.testing.assert_close(z, mu + torch.einsum("bij,kbj->kbi", scale, eps), rtol=1e-12, atol=1e-12)
     expected = td.MultivariateNormal(mu, scale_tril=scale)
@@ -522,7 +527,7 @@ def test_low_rank_is_torchs():
     z = randn(K, B, D, seed=5).double()
     expected = td.LowRankMultivariateNormal(mu, factor, logvar.exp())
     torch.testing.assert_close(q.log_prob(z), expected.log_prob(z), rtol=1e-9, atol=1e-9)
-    draws, _ = q.rsample(20_000, SEED)
+    draws, _ = q.rsample_log_prob(20_000, SEED)
     centred, covariance = draws - mu, expected.covariance_matrix
     found = torch.einsum("kbi,kbj->bij", centred, centred) / len(draws)
     spread = covariance.diagonal(dim1=-2, dim2=-1)
@@ -579,7 +584,7 @@ def test_free_bits_of_a_full_covariance():
     torch.testing.assert_close(terms.kl, expected.expand(B))
     # For the last dimension: the expectation over the others of a normal's KL to N(0, 1).
     _, scale, _ = q._parts()
-    z, _ = q.rsample(200_000, SEED)
+    z, _ = q.rsample_log_prob(200_000, SEED)
     before = torch.linalg.solve_triangular(scale, (z - q.mu).movedim(0, -1), upper=False)[:, :-1]
     mean = q.mu[:, -1:] + torch.einsum("bj,bjk->bk", scale[:, -1, :-1], before)
     own = scale[:, -1, -1:]
@@ -652,14 +657,14 @@ def test_each_stratum_has_its_share_of_draws():
     far = [(torch.full((2, 1), 100.0 * c, device=DEVICE), torch.zeros(2, 1, device=DEVICE)) for c in range(3)]
     q = Mixture(far)
     for seed in (torch.tensor(0), torch.tensor(-7), torch.tensor(4)):
-        z, _ = q.rsample(12, seed.to(DEVICE))
+        z, _ = q.rsample_log_prob(12, seed.to(DEVICE))
         counts = torch.bincount((z[:, 0, 0] / 100).round().long(), minlength=3)
         assert counts.tolist() == [4, 4, 4]
 
 
 def test_components_have_noise_of_their_own():
     q = Mixture([(zeros(2, 3), zeros(2, 3))] * 3)
-    z, _ = q.rsample(6, SEED)
+    z, _ = q.rsample_log_prob(6, SEED)
     assert len(z.flatten().unique()) == z.numel()
 
 
@@ -674,7 +679,7 @@ def test_gradients_of_a_mixture_are_those_of_its_definition():
     q = Mixture(list(zip(mu, logvar, strict=True)), logits)
     x, decoder = _data(torch.float64), _decoder(torch.float64)
     seed = seed_of(5)
-    z, _ = q.rsample(K, seed)
+    z, _ = q.rsample_log_prob(K, seed)
     normal = [td.Normal(m, (0.5 * v).exp()) for m, v in zip(mu, logvar, strict=True)]
     log_weight = torch.log_softmax(logits, 1)
     log_q = torch.logsumexp(torch.stack([n.log_prob(z).sum(-1) for n in normal], -1) + log_weight, -1)
@@ -722,7 +727,7 @@ def test_a_defensive_mixture_bounds_the_weights():
 def test_reconstruct_decodes_the_mean_of_a_mixture(per_row):
     p = Parameters()
     q = Mixture([(p(B, D), p(B, D)), Gumbel(p(B, D), p(B, D))], p(*([B] if per_row else []), 2))
-    z, _ = q.rsample(20_000, SEED)
+    z, _ = q.rsample_log_prob(20_000, SEED)
     weighted = q.log_shares(20_000, SEED).exp()[..., None] * z
     error = weighted.std(0) / math.sqrt(len(z))
     assert bool(((weighted.mean(0) - q.mean).abs() < 6 * error).all())
@@ -748,10 +753,10 @@ def test_a_component_that_is_the_same_for_all_examples(name):
     shared = WITHOUT_ROWS[name](own, ())
     q = Mixture([(mu, logvar), shared], logits)
     seed = seed_of(5)
-    z, log_q = q.rsample(K, seed)
+    z, log_q = q.rsample_log_prob(K, seed)
     leaves = iter(own.leaves)
     rows = WITHOUT_ROWS[name](lambda *shape, **_: next(leaves).expand(shape), (B,))
-    torch.testing.assert_close(z, Mixture([(mu, logvar), rows], logits).rsample(K, seed)[0])
+    torch.testing.assert_close(z, Mixture([(mu, logvar), rows], logits).rsample_log_prob(K, seed)[0])
     each = [DiagonalNormal(mu, logvar).log_prob(z), as_prior(shared).log_prob(z)]
     expected = torch.logsumexp(torch.stack(each, -1) + torch.log_softmax(logits, 0), -1)
     torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
@@ -772,7 +777,7 @@ def test_a_subclass_is_not_expanded_as_its_parent(family):
     made.__class__ = type("Own", (type(made),), {})
     q = Mixture([(zeros(B, D).double(), zeros(B, D).double()), made])
     with pytest.raises(NotImplementedError, match="Own has no expand"):
-        q.rsample(K, SEED)
+        q.rsample_log_prob(K, SEED)
 
 
 def test_rows_of_a_mixture():
@@ -781,9 +786,9 @@ def test_rows_of_a_mixture():
     for logits in (None, p(3), p(B, 3)):
         student = StudentT(p(B, D), p(B, D), 4.0)
         q = Mixture([student, (p(1, D), p(1, D)), StandardNormal()], logits)
-        some, z = q.rows(1, 4), q.rsample(K, SEED)[0]
+        some, z = q.rows(1, 4), q.rsample_log_prob(K, SEED)[0]
         torch.testing.assert_close(some.log_prob(z[:, 1:4]), q.log_prob(z)[:, 1:4])
-        torch.testing.assert_close(some.rsample(K, SEED, row_offset=1)[0], z[:, 1:4])
+        torch.testing.assert_close(some.rsample_log_prob(K, SEED, row_offset=1)[0], z[:, 1:4])
 
 
 # VampPrior and aggregate posteriors
@@ -835,7 +840,7 @@ def test_a_prior_that_is_a_mixture_of_a_vamp_prior(logits):
     vamp, x, decoder = _vamp(made), _data(torch.float64), _decoder(torch.float64)
     q, shares = (made(B, D), made(B, D)), torch.zeros(2).double() if logits is None else logits
     prior = Mixture([vamp, StandardNormal()], logits)
-    z = DiagonalNormal(*q).rsample(K, seed_of(5))[0]
+    z = DiagonalNormal(*q).rsample_log_prob(K, seed_of(5))[0]
     parts = torch.stack([vamp.log_prob(z), td.Normal(0.0, 1.0).log_prob(z).sum(-1)], -1)
     log_p = torch.logsumexp(parts + torch.log_softmax(shares, 0), -1)
     found = fastvae.iwae(
@@ -941,7 +946,7 @@ def test_compiled(objective, name):
 def test_a_flow_is_drawn_at_its_address():
     flow = _flow(lambda: zuko.flows.NSF(D, 2, transforms=2, hidden_features=[8], passes=2)).to(DEVICE)
     context = randn(B, 2, seed=4)
-    z, log_q = Flow(flow, context).rsample(K, SEED)
+    z, log_q = Flow(flow, context).rsample_log_prob(K, SEED)
     eps = fastvae.random.normal(SEED, K, B, D)
     made = flow(context)
     torch.testing.assert_close(z, made.transform.inv(eps), rtol=1e-5, atol=1e-5)
@@ -981,12 +986,12 @@ def test_stl_holds_a_flows_parameters():
 def test_held_families_have_no_gradient():
     for name, make in POSTERIORS.items():
         q = as_posterior(make(Parameters()))
-        z = q.rsample(K, SEED)[0].detach()
-        assert not held(q).log_prob(z).requires_grad, name
+        z = q.rsample_log_prob(K, SEED)[0].detach()
+        assert not frozen(q).log_prob(z).requires_grad, name
     for name, make in PRIORS.items():
         p = as_prior(make(Parameters())).prepared()
         z = randn(K, B, D, seed=1).double().abs()
-        assert not held(p).log_prob(z).requires_grad, name
+        assert not frozen(p).log_prob(z).requires_grad, name
 
 
 def test_paths_with_every_prior():
@@ -998,6 +1003,279 @@ def test_paths_with_every_prior():
 
 
 # Mismatches
+
+# The words of torch.distributions
+
+
+def _torch_of(name, rows):
+    """Return our family and torch's equivalent, in float64."""
+    p = Parameters()
+    ours = as_prior(BOTH[name](p, rows))
+    a = [t.detach() for t in p.leaves]
+    if name == "logistic":
+        base = td.Uniform(torch.zeros_like(a[0]), 1.0)
+        transforms = [td.SigmoidTransform().inv, td.AffineTransform(a[0], a[1].exp())]
+        return ours, td.TransformedDistribution(base, transforms)
+    of_torch = {
+        "diagonal": lambda: td.Normal(a[0], (0.5 * a[1]).exp()),
+        "full": ours.as_torch,
+        "low rank": lambda: td.LowRankMultivariateNormal(a[0], a[2], a[1].exp()),
+        "laplace": lambda: td.Laplace(a[0], a[1].exp()),
+        "student": lambda: td.StudentT(a[2], a[0], a[1].exp()),
+        "gumbel": lambda: td.Gumbel(a[0], a[1].exp()),
+        "log-normal": lambda: td.LogNormal(a[0], a[1].exp()),
+        "exponential": lambda: td.Exponential(1 / a[0].exp()),
+        "torch": lambda: td.Laplace(a[0], a[1].exp()),
+    }
+    return ours, of_torch[name]()
+
+
+MOMENTS = ("mean", "variance", "stddev")
+CLOSED = [name for name in BOTH if name not in ("mixture", "logistic")]
+
+
+@pytest.mark.parametrize("rows", [(B,), ()], ids=["posterior", "prior"])
+@pytest.mark.parametrize("name", CLOSED)
+def test_words_of_torch(name, rows):
+    """Moments [B, D] and the entropy [B] are those of torch's family, for a prior [D] and []."""
+    ours, other = _torch_of(name, rows)
+    for word in MOMENTS:
+        value = getattr(ours, word)
+        assert value.shape == (*rows, D), word
+        torch.testing.assert_close(value, getattr(other, word), rtol=1e-12, atol=1e-12, msg=word)
+    entropy = other.entropy()
+    entropy = entropy if other.event_shape else entropy.sum(-1)
+    assert ours.entropy().shape == rows
+    torch.testing.assert_close(ours.entropy(), entropy, rtol=1e-12, atol=1e-12)
+    for word in ("loc", "scale"):
+        if name in ("full", "low rank") and word == "scale":
+            assert not hasattr(ours, "scale")
+        elif hasattr(other, word):
+            torch.testing.assert_close(getattr(ours, word), getattr(other, word), rtol=1e-12, atol=1e-12)
+    # Autograd reaches the parameters.
+    (ours.entropy().sum() + ours.variance.sum()).backward()
+
+
+@pytest.mark.parametrize("name", ["log_scale", "scale", "softplus", "logvar"])
+def test_the_scale_of_every_form(name):
+    mu, raw = randn(B, D, seed=1).double(), randn(B, D, seed=2).double().abs()
+    sd = {
+        "logvar": (0.5 * raw).exp(),
+        "log_scale": raw.exp(),
+        "scale": raw,
+        "softplus": nn.functional.softplus(raw).sqrt(),
+    }[name]
+    q = DiagonalNormal(mu, raw, scale_form=name)
+    normal = td.Normal(mu, sd)
+    for word in ("loc", "scale", *MOMENTS):
+        torch.testing.assert_close(getattr(q, word), getattr(normal, word), rtol=1e-12, atol=1e-12, msg=word)
+    torch.testing.assert_close(q.entropy(), normal.entropy().sum(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_words_in_half_precision():
+    """Moments have the dtype of z, the entropy float32."""
+    for name in CLOSED:
+        if name == "torch":  # its own dtypes
+            continue
+        q = BOTH[name](Parameters(torch.bfloat16), (B,))
+        exact = BOTH[name](Parameters(torch.float64), (B,))
+        assert all(getattr(q, word).dtype == torch.bfloat16 for word in MOMENTS), name
+        torch.testing.assert_close(q.variance.double(), exact.variance, rtol=0.1, atol=0.1)
+        assert q.entropy().dtype == torch.float32
+        torch.testing.assert_close(q.entropy().double(), exact.entropy(), rtol=0.05, atol=0.05)
+
+
+def test_moments_of_other_degrees_of_freedom():
+    df = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64)
+    ours = StudentT(torch.zeros(3).double(), torch.ones(3).double(), df)
+    expected = td.StudentT(df, torch.zeros(3).double(), torch.ones(3).double().exp())
+    torch.testing.assert_close(ours.variance, expected.variance, equal_nan=True)
+    torch.testing.assert_close(ours.entropy(), expected.entropy().sum())
+
+
+def test_parameters_that_broadcast():
+    p = DiagonalNormal(torch.zeros(D), torch.zeros(()))
+    assert p.variance.shape == p.stddev.shape == (D,) and p.entropy().shape == ()
+    assert p.sample(5).shape == p.sample(5, dim=D).shape == (5, D)
+    assert StandardNormal().sample(5, dim=2).shape == (5, 2)
+    assert Laplace(torch.zeros(()), torch.zeros(())).sample(2, dim=7).shape == (2, 7)
+    assert Laplace(torch.zeros(1), torch.zeros(1)).sample(2, dim=7).shape == (2, 7)
+    assert [float(getattr(StandardNormal(), w)) for w in ("loc", "mean", "scale", "variance", "stddev")] == [
+        0.0, 0.0, 1.0, 1.0, 1.0,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in POSTERIORS if n not in ("student", "log-normal")])
+def test_moments_are_those_of_the_draws(name):
+    """Mean and variance of draws of a posterior [k, B, D] are ``mean`` and ``variance``."""
+    q = as_posterior(POSTERIORS[name](Parameters()))
+    z = q.sample(40_000, generator=generator(3))
+    assert z.shape == (40_000, B, D) and not z.requires_grad
+    if name == "flow":
+        for word in MOMENTS:
+            with pytest.raises(NotImplementedError, match=f"Flow has no {word} in closed form"):
+                getattr(q, word)
+        return
+    mean, variance = q.mean.detach(), q.variance.detach()
+    assert mean.shape == variance.shape == (B, D)
+    assert bool(((z.mean(0) - mean).abs() < 6 * (variance / 40_000).sqrt()).all())
+    fourth = (z - mean).square().var(0)
+    assert bool(((z - mean).square().mean(0) - variance).abs().lt(7 * (fourth / 40_000).sqrt()).all())
+
+
+@pytest.mark.parametrize("name", [n for n in PRIORS if n not in ("standard", "rows", "log-normal")])
+def test_moments_of_priors(name):
+    """A prior's draws are [k, D], and its mean and variance theirs."""
+    p = as_prior(PRIORS[name](Parameters()))
+    z = p.sample(40_000, generator=generator(3)).double()
+    assert z.shape == (40_000, D) and not z.requires_grad
+    torch.testing.assert_close(p.sample(7, dim=D, generator=generator(3)).double(),
+                               p.sample(7, generator=generator(3)).double())  # fmt: skip
+    assert p.log_prob(z[:9]).shape == (9,)
+    with pytest.raises(ValueError, match=f"{D + 1}"):
+        p.sample(7, dim=D + 1)
+    if name == "flow":
+        with pytest.raises(NotImplementedError, match="Flow has no mean in closed form"):
+            _ = p.mean
+        return
+    mean, variance = p.mean.detach().double(), p.variance.detach().double()
+    assert mean.shape == variance.shape == (D,)
+    assert bool(((z.mean(0) - mean).abs() < 6 * (variance / 40_000).sqrt()).all())
+    fourth = (z - mean).square().var(0)
+    assert bool(((z - mean).square().mean(0) - variance).abs().lt(7 * (fourth / 40_000).sqrt()).all())
+
+
+@pytest.mark.parametrize("name", [n for n in POSTERIORS if n != "mixture"])
+def test_rsample_is_the_addressed_draw(name):
+    """``rsample`` gives z of ``rsample_log_prob`` from the generator's seed, with gradients."""
+    made = Parameters()
+    q = as_posterior(POSTERIORS[name](made))
+    z = q.rsample(K, generator=generator(3))
+    expected, _ = q.rsample_log_prob(K, random.draw_seed(DEVICE, generator(3)))
+    assert z.shape == (K, B, D) and torch.equal(z, expected)
+    assert torch.equal(q.sample(K, generator=generator(3)), z)
+    assert q.sample().shape == (1, B, D) and q.log_prob(q.sample()).shape == (1, B)
+    assert any(g is not None for g in torch.autograd.grad(z.sum(), made.leaves, allow_unused=True))
+
+
+@pytest.mark.parametrize("name", ["diagonal", "full", "low rank", "laplace", "log-normal", "flow", "torch"])
+def test_rsample_of_a_prior(name):
+    made = Parameters()
+    p = as_prior(PRIORS[name](made))
+    z = p.rsample(K, generator=generator(3))
+    assert z.shape == (K, D) and z.requires_grad
+    if name != "torch":  # whose sample is another function
+        assert torch.equal(p.sample(K, generator=generator(3)), z)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_conditional_prior_is_drawn_from(name):
+    """Each example's z is drawn from its own row; an unconditional row [1, D] is expanded."""
+    p = frozen(as_prior(BOTH[name](Parameters(torch.float32), (B,))))
+    z = draw_prior(p, B, D, DEVICE, generator(2))
+    assert torch.equal(z, p.sample(generator=generator(2))[0])
+    encoder = nn.Linear(X + 1, 2 * D)
+    options = {"prior": lambda context: p, "latent_dim": D, "likelihood": Gaussian(1.0)}
+    vae = fastvae.VAE(encoder, lambda z, context: z, **options).to(DEVICE)
+    drawn = vae.sample(B, mean=True, context=zeros(B, 1), generator=generator(2))
+    torch.testing.assert_close(drawn, z)
+    if name == "diagonal":  # a mean for each row, and one variance
+        shared = DiagonalNormal(p.mu, p.logvar[0])
+        expected = DiagonalNormal(p.mu, p.logvar[0].expand(B, D)).sample(2, generator=generator(2))
+        assert torch.equal(shared.sample(2, generator=generator(2)), expected)
+        assert DiagonalNormal(p.mu[0], p.logvar).sample(2).shape == (2, B, D)
+    with pytest.raises(ValueError, match=f"has {B} rows, but {B + 1} draws"):
+        draw_prior(p, B + 1, D)
+    with pytest.raises(ValueError, match=f"has D = {D} latents; expected {D + 1}"):
+        draw_prior(p, B, D + 1)
+    one = as_prior(BOTH[name](Parameters(torch.float32, rows=1), (1,)))
+    if name != "mixture":  # which has no expand
+        assert draw_prior(one, B, D).shape == (B, D)
+
+
+LACKING = {
+    "entropy of a mixture": (
+        lambda: Mixture([(zeros(B, D), zeros(B, D))]).entropy(), "Mixture has no entropy"
+    ),
+    "rsample of a mixture": (
+        lambda: Mixture([(zeros(B, D), zeros(B, D))]).rsample(), "Mixture has no rsample"
+    ),
+    "entropy of components": (
+        lambda: NormalMixture(zeros(U, D), zeros(U, D)).entropy(), "NormalMixture has no entropy"
+    ),
+    "sample of strata with weights": (
+        lambda: StratifiedMixture([Mixture([(zeros(B, D), zeros(B, D))] * 2)], [1.0]).sample(),
+        "StratifiedMixture has strata, whose draws follow q only with the weights",
+    ),
+    "rsample of components": (
+        lambda: NormalMixture(zeros(U, D), zeros(U, D)).rsample(), "NormalMixture has no rsample"
+    ),
+    "entropy of a flow": (lambda: Flow(_flow(lambda: zuko.flows.NSF(D))).entropy(), "Flow has no entropy"),
+    "mean of a mixture with a flow": (
+        lambda: Mixture([Flow(_flow(lambda: zuko.flows.NSF(D, 2)), zeros(B, 2))]).mean, "Flow has no mean"
+    ),
+    "mean of torch's": (
+        lambda: TorchDistribution(td.TransformedDistribution(td.Normal(zeros(D), 1.0), [])).mean,
+        "TransformedDistribution has no mean",
+    ),
+    "entropy of torch's": (
+        lambda: TorchDistribution(td.VonMises(zeros(D), 1.0)).entropy(), "VonMises has no entropy"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_a_word_that_a_family_lacks(what):
+    make, message = LACKING[what]
+    with pytest.raises(NotImplementedError, match=message):
+        make()
+
+
+def test_words_without_a_number_of_latents():
+    for p in (StandardNormal(), Laplace(zeros(), zeros()), TorchDistribution(td.Normal(0.0, 1.0))):
+        with pytest.raises(ValueError, match="pass dim="):
+            p.sample(3)
+    for p in (
+        Laplace(zeros(), zeros()),
+        TorchDistribution(td.Normal(0.0, 1.0)),
+        DiagonalNormal(zeros(), zeros()),
+    ):
+        with pytest.raises(ValueError, match=r"entropy needs|do not determine D"):
+            p.entropy()
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        StandardNormal().sample(0, dim=2)
+
+
+class _Unnamed(fastvae.distributions.Distribution):
+    """Posterior without any moment."""
+
+
+def test_words_of_a_users_family():
+    """A family may define moments in its constructor; what it lacks, or overrides, is an error."""
+    with pytest.raises(NotImplementedError, match="_Unnamed has no variance in closed form"):
+        _ = _Unnamed().variance
+    assert not hasattr(_Unnamed(), "mean")
+    with pytest.raises(NotImplementedError, match="_Unnamed has no stddev"):
+        _ = _Unnamed().stddev
+    one = _Unnamed()
+    one.variance = torch.full((D,), 4.0)
+    torch.testing.assert_close(one.stddev, torch.full((D,), 2.0))
+
+    class Learned(fastvae.distributions.Distribution, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.variance = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+
+    assert Learned().mean.shape == (D,) and len(list(Learned().parameters())) == 2
+
+    class Wider(DiagonalNormal):
+        def log_prob(self, z):
+            return super().log_prob(z / 2) - D * math.log(2)
+
+    with pytest.raises(NotImplementedError, match="Wider has no variance"):
+        _ = Wider(zeros(B, D), zeros(B, D)).variance
+    with pytest.raises(NotImplementedError, match="Wider has no entropy"):
+        Wider(zeros(B, D), zeros(B, D)).entropy()
 
 
 MISTAKES = {

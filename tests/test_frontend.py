@@ -167,7 +167,7 @@ def test_a_scale_is_what_its_log_variance_is(name, learned):
     x, mu, logvar, weight = _inputs()
     assert float(logvar.exp().min()) > 0.06
     floor, raw_of = RAW[name]
-    form = {"scale": name.split()[0], "floor": floor}
+    form = {"scale_form": name.split()[0], "floor": floor}
     options = {"likelihood": Gaussian(0.8)}
     decoder = lambda z: z @ weight  # noqa: E731
     objectives = {
@@ -209,7 +209,7 @@ def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
     model, x, mu, logvar = _two_that_go_on(n)
     logvar = logvar.clamp(min=-2.5)
     floor, raw_of = RAW[name]
-    form = {"scale": name.split()[0], "floor": floor}
+    form = {"scale_form": name.split()[0], "floor": floor}
     options = {"likelihood": model.likelihood, "k": 800}
 
     def run(q):
@@ -240,7 +240,7 @@ def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
 def test_a_prior_by_its_scale_in_half_precision_is_not_rounded_on_the_way():
     """A half-precision scale is not rounded to a half-precision log variance."""
     mu, logvar = (randn(B, D, seed=s).bfloat16() for s in (60, 61))
-    p = DiagonalNormal(torch.zeros(D), torch.full((D,), 0.9).bfloat16(), scale="scale").to(DEVICE)
+    p = DiagonalNormal(torch.zeros(D), torch.full((D,), 0.9).bfloat16(), scale_form="scale").to(DEVICE)
     x, decoder = randn(B, D, seed=62).bfloat16(), lambda z: z  # noqa: E731
     options = {"likelihood": Gaussian(0.8), "prior": p, "reduction": "none"}
     kl = fastvae.elbo(x, (mu, logvar), decoder, terms=True, **options).kl

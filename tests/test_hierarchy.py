@@ -278,7 +278,7 @@ def test_values_and_gradients_are_those_written_out(backend, objective, merge, d
 def test_densities_are_those_of_the_draws(merge):
     model = Networks(merge)
     q, p = model(data()), model.hierarchy
-    z, log_q = q.rsample(K, seed_of(3), sample_offset=2, row_offset=1)
+    z, log_q = q.rsample_log_prob(K, seed_of(3), sample_offset=2, row_offset=1)
     _, log_ratio = q.rsample_log_ratio(p, K, seed_of(3), sample_offset=2, row_offset=1)
     torch.testing.assert_close(q.log_prob(z), log_q, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(p.log_prob(z), log_q + log_ratio, rtol=1e-10, atol=1e-10)
@@ -369,8 +369,8 @@ def test_rows_are_those_of_the_posterior():
     q = Networks(None)(data())
     part = q.rows(1, 4)
     assert part.batch == 3
-    z, log_q = q.rsample(K, seed_of(9))
-    z_part, log_q_part = part.rsample(K, seed_of(9), row_offset=1)
+    z, log_q = q.rsample_log_prob(K, seed_of(9))
+    z_part, log_q_part = part.rsample_log_prob(K, seed_of(9), row_offset=1)
     torch.testing.assert_close(z_part, z[:, 1:4], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(log_q_part, log_q[:, 1:4], rtol=1e-12, atol=1e-12)
 
@@ -520,7 +520,7 @@ def test_shapes_of_latents():
         ("q2", (n, 5, 2, 2), (n, 3, 2, 2)), ("p2", (n, 3, 2, 2)),
         ("q3", (n, 5, 4, 4), (n, 4, 4, 4)), ("p3", (n, 4, 4, 4)),
     ]  # fmt: skip
-    parts = hierarchy.split(hierarchy.sample(6, 48, device=DEVICE))
+    parts = hierarchy.split(hierarchy.sample(6, dim=48, device=DEVICE))
     assert [tuple(p.shape) for p in parts] == [(6, 3, 2, 2), (6, 1, 2, 2), (6, 2, 4, 4)]
     with pytest.raises(ValueError, match=r"above level 3 have the shapes \(3, 2, 2\), \(1, 4, 4\).*top_down"):
         Hierarchy([Level((3, 2, 2), up), Level((1, 4, 4), up, prior=up), Level(2, up)])
@@ -558,7 +558,7 @@ def test_samples_follow_the_prior():
     hierarchy = model.hierarchy(None)
     n = 40000
     with torch.no_grad():
-        z = hierarchy.sample(n, sum(D), device=DEVICE, generator=generator(3))
+        z = hierarchy.sample(n, device=DEVICE, generator=generator(3))
     assert z.dtype == F64
     eye = torch.eye(D1, dtype=F64, device=DEVICE)
     lower = model.down @ model.down.T + torch.diag(model.variance)
@@ -579,7 +579,7 @@ def test_the_mean_is_the_chain_of_means():
     model = TwoLevels()
     x = model.sample()
     q = model.hierarchy("residual")(model.features(x))
-    z, _ = q.rsample(40000, seed_of(4))
+    z, _ = q.rsample_log_prob(40000, seed_of(4))
     error = z.std(0) / math.sqrt(len(z))
     assert bool(((z.mean(0) - q.mean).abs() < 5 * error).all())
 
@@ -606,14 +606,14 @@ def test_an_ordinary_prior_and_an_ordinary_posterior_go_with_them():
     model = Networks(None)
     x = data()
     options = {"likelihood": LIKELIHOOD, "generator": generator(1), "k": K}
-    z, log_q = model(x).rsample(K, seed_of(1))
+    z, log_q = model(x).rsample_log_prob(K, seed_of(1))
     standard = StandardNormal()
     _, ratio = fastvae.log_weights(x, model(x), model.decoder, prior=standard, **options)
     torch.testing.assert_close(ratio, standard.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
     q = randn(B, 9, seed=1, dtype=F64), randn(B, 9, seed=2, dtype=F64)
     options["generator"] = generator(1)
     _, ratio = fastvae.log_weights(x, q, model.decoder, prior=model.hierarchy, **options)
-    z, log_q = DiagonalNormal(*q).rsample(K, seed_of(1))
+    z, log_q = DiagonalNormal(*q).rsample_log_prob(K, seed_of(1))
     torch.testing.assert_close(ratio, model.hierarchy.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
 
 
@@ -641,7 +641,7 @@ def test_half_precision():
     """In half precision, densities are summed in float32, and z has the modules' dtype."""
     model = Networks("residual").to(torch.bfloat16)
     q = model(data().bfloat16())
-    z, log_q = q.rsample(K, seed_of(1))
+    z, log_q = q.rsample_log_prob(K, seed_of(1))
     assert z.dtype == torch.bfloat16 and log_q.dtype == torch.float32
     assert fastvae.elbo(data().bfloat16(), q, model.decoder, likelihood=LIKELIHOOD).isfinite()
     vae = fastvae.VAE(model, model.decoder, likelihood=LIKELIHOOD)
@@ -655,7 +655,7 @@ def test_parameters_in_a_closure_cannot_be_held():
     ])  # fmt: skip
     x, decoder = randn(B, X, seed=1), nn.Linear(sum(D), X).to(DEVICE)
     assert fastvae.iwae(x, hierarchy(x), decoder, k=K, likelihood=LIKELIHOOD).isfinite()
-    with pytest.raises(RuntimeError, match="HierarchicalPosterior.log_prob with its parameters held"):
+    with pytest.raises(RuntimeError, match="HierarchicalPosterior.log_prob with its parameters frozen"):
         fastvae.iwae(x, hierarchy(x), decoder, k=K, likelihood=LIKELIHOOD, estimator="stl")
 
 
@@ -719,7 +719,9 @@ MISTAKES = {
         lambda: two().log_prob(torch.ones(K, B, 4)), ValueError,
         "must be the 5 latents of all levels, 2 \\+ 3",
     ),
-    "a dim to sample": (lambda: two().sample(6, 4), ValueError, "dim is 4, but the hierarchy has 5 latents"),
+    "a dim to sample": (
+        lambda: two().sample(6, dim=4), ValueError, "dim is 4, but the hierarchy has 5 latents"
+    ),
     "q itself": (
         lambda: fastvae.elbo(torch.ones(B, X), two(), nn.Linear(5, X)), TypeError,
         "q is Hierarchy, which has no rows",

@@ -299,7 +299,7 @@ def families(b=4, d=3):
     mixture = Mixture([DiagonalNormal(some(b, d), some(b, d)), FullNormal(some(b, d), some(b, 6))], some(2))
     return {
         "diagonal": DiagonalNormal(some(b, d), some(b, d)),
-        "softplus": DiagonalNormal(some(b, d), some(b, d), scale="softplus", floor=1e-3),
+        "softplus": DiagonalNormal(some(b, d), some(b, d), scale_form="softplus", floor=1e-3),
         "full": FullNormal(some(b, d), some(b, 6)),
         "low_rank": LowRankNormal(some(b, d), some(b, d), some(b, d, 2)),
         "laplace": Laplace(some(b, d), some(b, d)),
@@ -383,7 +383,7 @@ def test_a_family_of_the_users():
             super().__init__()
             self.mu, self.batch, self.device = mu, mu.shape[0], mu.device
 
-        def rsample(self, samples, seed, **place):
+        def rsample_log_prob(self, samples, seed, **place):
             eps = fastvae.random.normal(seed, samples, *self.mu.shape, dtype=self.mu.dtype, **place)
             return self.mu + eps, -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1)
 

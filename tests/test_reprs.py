@@ -105,8 +105,8 @@ DISTRIBUTIONS = {
     "FullNormal(mu=learned float32 [3], tril=float32 [6])": lambda: FullNormal(
         nn.Parameter(_vector()), _vector(6)
     ),
-    "DiagonalNormal(mu=float32 [4, 3], logvar=float32 [4, 3], scale='softplus', floor=0.1)": lambda: (
-        DiagonalNormal(_vector(4, 3), _vector(4, 3), scale="softplus", floor=0.1)
+    "DiagonalNormal(mu=float32 [4, 3], logvar=float32 [4, 3], scale_form='softplus', floor=0.1)": lambda: (
+        DiagonalNormal(_vector(4, 3), _vector(4, 3), scale_form="softplus", floor=0.1)
     ),
     "DiagonalNormal(mu=float32 [3], logvar=float32 [3], logvar_range=[-5.0, 5.0])": lambda: DiagonalNormal(
         _vector(), _vector(), logvar_range=(-5.0, 5.0)

@@ -23,7 +23,7 @@ N, D, X = 6, 3, 7
 def test_it_is_the_density_of_the_latents_it_drew(backend, likelihood):
     encoder, decoder = networks(X, D, likelihood, dtype=torch.float64)
     noise = generator(1)
-    z = StandardNormal().sample(N, D, device=DEVICE, generator=noise).double()
+    z = StandardNormal().sample(N, dim=D, device=DEVICE, generator=noise).double()
     with torch.no_grad():
         x = as_likelihood(likelihood).sample(decoder(z), generator=noise)
     mu, logvar = encoder(x)

@@ -10,7 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.distributions import DiagonalNormal, Distribution, TorchDistribution, flat_prior
+from fastvae.distributions import DiagonalNormal, Distribution, TorchDistribution, as_posterior, flat_prior
 from fastvae.distributions.spatial import ELEMENTWISE
 from fastvae.likelihoods import Gaussian
 
@@ -263,7 +263,7 @@ def test_posteriors_of_the_users_own_name_the_shape():
         batch, device, latent = B, DEVICE, LATENT
         dims = D
 
-        def rsample(self, samples, seed, **place):
+        def rsample_log_prob(self, samples, seed, **place):
             z = fastvae.random.normal(seed, samples, B, self.dims)
             return z, -0.5 * (z.square() + torch.tensor(2 * torch.pi).log()).sum(2)
 
@@ -595,3 +595,25 @@ def test_an_empty_batch(backend):
     q = torch.zeros(0, 2 * C, H, W, device=DEVICE)
     x = torch.zeros(0, X, device=DEVICE)
     assert fastvae.iwae(x, q, Decoder(), k=K, reduction="none", **BERNOULLI).shape == (0,)
+
+
+def test_words_of_flattened_latents():
+    """Moments of a posterior [B, *latent] are flat, and its entropy is summed over all latents."""
+    loc, scale = randn(B, *LATENT, seed=1), randn(B, *LATENT, seed=2).exp()
+    root = torch.diag_embed(scale)
+    for d in (
+        td.Laplace(loc, scale),
+        td.FisherSnedecor(5 + scale, 5 + scale),
+        td.MultivariateNormal(loc, scale_tril=root),
+    ):
+        flat = as_posterior(d)
+        for word in ("mean", "variance", "stddev"):
+            expected = getattr(d, word).reshape(B, -1)
+            torch.testing.assert_close(getattr(flat, word), expected, msg=word)
+        try:
+            entropy = d.entropy()
+        except NotImplementedError:
+            with pytest.raises(NotImplementedError, match="has no entropy in closed form"):
+                flat.entropy()
+            continue
+        torch.testing.assert_close(flat.entropy(), entropy.reshape(B, -1).sum(1), rtol=1e-5, atol=1e-4)

@@ -126,7 +126,7 @@ def test_posteriors_with_covariances(family):
         q = LowRankNormal(mu, logvar, beside)
         covariance = beside @ beside.mT + torch.diag_embed(logvar.exp())
     seed = fastvae.random.draw_seed(DEVICE, generator(5))
-    z, _ = q.rsample(1, seed)
+    z, _ = q.rsample_log_prob(1, seed)
     terms = fastvae.beta_tc(
         x, q, lambda z: z @ weight, likelihood="bernoulli", generator=generator(5), terms=True
     )

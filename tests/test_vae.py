@@ -366,8 +366,8 @@ def test_a_posterior_that_knows_no_offset_is_not_asked_for_one():
             self.inner = DiagonalNormal(mu, logvar)
             self.batch, self.device = mu.shape[0], mu.device
 
-        def rsample(self, samples, seed):
-            return self.inner.rsample(samples, seed)
+        def rsample_log_prob(self, samples, seed):
+            return self.inner.rsample_log_prob(samples, seed)
 
     encoder, decoder = models.networks(X, D)
     x = randn(B, X, seed=1)

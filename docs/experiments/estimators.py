@@ -103,8 +103,6 @@ ESTIMATORS: dict[str, Estimator] = {
     },
     "`jackknife`, `low` to `high`": _interval(),
     '`noise="qmc"`': _interval(noise="qmc"),
-    '`proposal="inflated"`': _interval(proposal="inflated"),
-    '`proposal="heavy"`': _interval(proposal="heavy"),
     '`proposal="defensive"`': _interval(proposal="defensive"),
     '`proposal="adapted"`': _interval(proposal="adapted"),
 }

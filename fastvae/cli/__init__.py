@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         default="posterior",
         metavar="NAME",
         help="what z is drawn from: posterior, the model's q; adapted, fitted to each example; defensive, "
-        "inflated or heavy (default: %(default)s)",
+        "q and the prior in turn (default: %(default)s)",
     )
     evaluate.add_argument(
         "--noise",

@@ -564,7 +564,7 @@ def _manifold(axes: Any, result: Run, images: Images) -> None:
         first = second = torch.special.ndtri(shares)
     else:
         noise = torch.Generator(device).manual_seed(TEST_SEED)
-        draws = result.model.prior.sample(10_000, 2, device=device, generator=noise)
+        draws = result.model.prior.sample(10_000, dim=2, device=device, generator=noise)
         first, second = torch.quantile(draws, shares, dim=0).unbind(1)
     # Rows are drawn from the top, so z2 decreases.
     z2, z1 = torch.meshgrid(second.flip(0), first, indexing="ij")

@@ -55,7 +55,7 @@ def _pair(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softplus(mu: Tensor, raw: Tensor) -> DiagonalNormal:
-    return DiagonalNormal(mu, raw, scale="softplus", floor=1e-4)
+    return DiagonalNormal(mu, raw, scale_form="softplus", floor=1e-4)
 
 
 def _low_rank(mu: Tensor, logvar: Tensor, factor: Tensor) -> LowRankNormal:

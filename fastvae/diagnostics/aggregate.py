@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_count
-from ..distributions import Distribution, as_prior, is_conditional
-from ..distributions.draws import rsample_as_held
+from ..distributions import Distribution, as_prior, is_conditional, known_mean
+from ..distributions.draws import rsample_as_stored
 from ..distributions.mixture import log_aggregate
 from ..estimation.evaluation.data import batches_of, data_of, place_of, unpacked
 from ..inputs.modules import evaluating
@@ -137,7 +137,7 @@ def latents(
         drawn, own, first = [], [], 0
         for q in posteriors:
             rows = taken[(taken >= first) & (taken < first + q.batch)] - first
-            z, log_q = rsample_as_held(q, 1, seed, row_offset=first)
+            z, log_q = rsample_as_stored(q, 1, seed, row_offset=first)
             drawn.append(z[0, rows])
             own.append(log_q[0, rows])
             first += q.batch
@@ -156,7 +156,7 @@ def latents(
             found["total_correlation"] = whole - each.sum(1)
             dimensions = _dimensions(prior, z)
             dimension_kl = None if dimensions is None else (each - dimensions).mean(0)
-        means = [q.mean for q in posteriors]
+        means = [known_mean(q) for q in posteriors]
         known = [m for m in means if m is not None]
         active = None
         if len(known) == len(means):

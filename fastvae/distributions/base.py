@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
@@ -11,19 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
+from ..core.checks import check_count
+from ..random import draw_seed
+from .tensors import Holder, mapped, tensors_of
+from .words import Moment, no_closed_form
+
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# Where fastvae's own families are.
+_OWN = "fastvae.distributions."
 
 # Methods that a module takes from nn.Module, not from Distribution.
 _OF_MODULES = ("__setattr__", "__repr__", "to", "parameters", "state_dict")
 
 
-class Distribution:
+class Distribution(Holder):
     """Distribution over z: a posterior q(z|x), with a row of parameters for each example, or a prior p(z).
 
+    It has the words of ``torch.distributions``: ``mean``, ``variance``, ``stddev`` and :meth:`entropy`, in
+    closed form where there is one, :meth:`sample`, :meth:`rsample` and :meth:`log_prob`, and, in families
+    with a location and a scale, ``loc`` and ``scale``. The D latents are one event: :meth:`log_prob` and
+    :meth:`entropy` are summed over them. Moments are [B, D] for a posterior and [D] for a prior.
+
     Subclass it for a family that is in neither fastvae nor ``torch.distributions``; torch's objects are
-    accepted as they are. A prior needs :meth:`log_prob`; a posterior needs ``batch``, ``device`` and
-    :meth:`rsample`, and for ``estimator="stl"`` and ``"dreg"`` :meth:`log_prob` too.
+    accepted as they are. A prior needs :meth:`log_prob`, and :meth:`sample` to be drawn from; a posterior
+    needs ``batch``, ``device`` and :meth:`rsample_log_prob`, and for ``estimator="stl"`` and ``"dreg"``
+    :meth:`log_prob` too.
 
     A distribution is an ``nn.Module`` only if it owns state, so that a learned prior's parameters are
     registered, saved and moved: if it is constructed from an ``nn.Parameter``, a module, or the fixed tensors
@@ -34,7 +47,9 @@ class Distribution:
         family: the class of the distribution, the same for a plain object and for a module.
         batch: posterior: the number of examples B.
         device: posterior: the device on which z is drawn.
-        mean: posterior: the mean of each row [B, D], or None if it is unknown.
+        mean: the mean, [B, D] for a posterior. Without a closed form a NotImplementedError, as the next two.
+        variance: the variance of each dimension, [B, D] for a posterior.
+        stddev: the square root of the variance.
         latent: posterior: the shape of an example's latents if they have several axes, such as (C, H, W): the
             decoder gets z as [N, C, H, W]. The methods of q and of the prior use flat z, D = C·H·W. Default:
             None, the decoder gets z [N, D].
@@ -60,7 +75,8 @@ class Distribution:
     family: ClassVar[type[Distribution]]
     batch: int
     device: torch.device
-    mean: Tensor | None = None
+    mean: Any = Moment()
+    variance: Any = Moment()
     latent: tuple[int, ...] | None = None
     z_dtype: torch.dtype | None = None
     support: Any = td.constraints.real
@@ -81,6 +97,11 @@ class Distribution:
         else:
             names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
             cls._as_module = type(cls.__name__, (cls, nn.Module), names, as_module=True)
+        is_users = not cls.__module__.startswith(_OWN)
+        if is_users and not {"log_prob", "rsample_log_prob"}.isdisjoint(vars(cls)):
+            # The moments of the family that it overrides are not those of the subclass.
+            for name in {"variance", "stddev", "entropy"} - set(vars(cls)):
+                setattr(cls, name, vars(Distribution)[name])
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         given = (*args, *kwargs.values())
@@ -159,7 +180,7 @@ class Distribution:
         done = {id(module): module for module in self.modules()}  # type: ignore[attr-defined]
         for name, value in self.__dict__.items():
             if not name.startswith("_"):
-                self.__dict__[name] = _mapped(value, fn, done)
+                self.__dict__[name] = mapped(value, fn, done)
         return self
 
     @property
@@ -177,7 +198,7 @@ class Distribution:
         """
         raise NotImplementedError(f"{self.family.__name__} has no log_prob")
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Draw z [K, B, D], differentiable in the parameters, and return it with its log density [K, B].
@@ -190,21 +211,22 @@ class Distribution:
             sample_offset: index of the first sample. Default: 0, and callers may omit it.
             row_offset: index of the first row. Default: 0, and callers may omit it.
         """
-        raise NotImplementedError(f"{self.family.__name__} has no rsample, which a posterior needs")
+        raise NotImplementedError(f"{self.family.__name__} has no rsample_log_prob, which a posterior needs")
 
     def rsample_log_ratio(
         self, p: Distribution, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor] | None:
         """Draw z [K, B, D] and return it with log p(z) − log q(z|x) [K, B], computed in one pass, or None.
 
-        None means that q has no better method for this prior than :meth:`rsample` and p's :meth:`log_prob`.
+        None means that q has no better method for this prior than :meth:`rsample_log_prob` and p's
+        :meth:`log_prob`.
 
         Args:
             p: the prior.
-            samples: as in :meth:`rsample`.
-            seed: as in :meth:`rsample`.
-            sample_offset: as in :meth:`rsample`.
-            row_offset: as in :meth:`rsample`.
+            samples: as in :meth:`rsample_log_prob`.
+            seed: as in :meth:`rsample_log_prob`.
+            sample_offset: as in :meth:`rsample_log_prob`.
+            row_offset: as in :meth:`rsample_log_prob`.
         """
         return None
 
@@ -223,30 +245,92 @@ class Distribution:
 
         Args:
             p: the prior.
-            samples: as in :meth:`rsample`.
-            seed: as in :meth:`rsample`.
-            row_offset: as in :meth:`rsample`.
+            samples: as in :meth:`rsample_log_prob`.
+            seed: as in :meth:`rsample_log_prob`.
+            row_offset: as in :meth:`rsample_log_prob`.
             per_dimension: return the KL of each dimension [B, D], averaged over the samples, for free bits.
         """
         return None
 
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviation of each dimension, [B, D], or [D] for a prior."""
+        try:
+            variance: Tensor = self.variance
+        except NotImplementedError:
+            raise no_closed_form(self, "stddev") from None
+        return variance.sqrt()
+
+    def entropy(self) -> Tensor:
+        """Return the differential entropy, summed over D: [B], or [] for a prior, in nats.
+
+        Raises:
+            NotImplementedError: if the family has none in closed form, such as a mixture.
+        """
+        family = self.family.__name__
+        raise NotImplementedError(
+            f"{family} has no entropy in closed form; the mean of -{family}.log_prob over draws estimates it"
+        )
+
     def sample(
         self,
-        n: int,
-        dim: int,
+        k: int = 1,
         *,
+        dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw n values of a prior [n, dim], for :meth:`fastvae.VAE.sample`.
+        """Draw z without gradients, [k, B, D] with rows and [k, D] without.
 
         Args:
-            n: number of draws.
-            dim: number of latents D.
+            k: number of draws, for each row if there are rows. Default 1.
+            dim: number of latents D, for a prior whose parameters do not determine it, such as N(0, I).
             device: device of the result, for a prior without tensors.
             generator: source of the seed. Default: torch's own generator.
         """
-        raise NotImplementedError(f"{self.family.__name__} has no sample, which drawing from the prior needs")
+        if not self.has_rows and type(self)._draw_alone is Distribution._draw_alone:
+            raise NotImplementedError(
+                f"{self.family.__name__} has no sample, which drawing from the prior needs"
+            )
+        with torch.no_grad():
+            return self.rsample(k, dim=dim, device=device, generator=generator)
+
+    def rsample(
+        self,
+        k: int = 1,
+        *,
+        dim: int | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw z, differentiable in the parameters, [k, B, D] with rows and [k, D] without.
+
+        Args:
+            k: number of draws, for each row if there are rows. Default 1.
+            dim: number of latents D, for a prior whose parameters do not determine it, such as N(0, I).
+            device: device of the result, for a prior without tensors.
+            generator: source of the seed. Default: torch's own generator.
+
+        Raises:
+            NotImplementedError: if the draws are not differentiable, as those of a mixture.
+        """
+        k = check_count("k", k, "the number of draws")
+        if self.strata > 1:
+            raise NotImplementedError(
+                f"{self.family.__name__} has strata, whose draws follow q only with the weights of log_shares"
+            )
+        if self.has_rows:
+            return self.rsample_log_prob(k, draw_seed(self.device, generator))[0]
+        return self._draw_alone(k, dim, draw_seed(self._device_or(device), generator))
+
+    def _device_or(self, device: torch.device | str | None) -> torch.device:
+        """Return the device of the parameters, or the given one, or the CPU."""
+        tensor = next(tensors_of(self), None)
+        return torch.device(device or "cpu") if tensor is None else tensor.device
+
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        """Draw z [k, D] of a distribution without rows."""
+        raise NotImplementedError(f"{self.family.__name__} has no rsample, draws with gradients")
 
     def rows(self, start: int, stop: int) -> Distribution | None:
         """Return the posterior of the examples start to stop, or None if the family does not support it.
@@ -282,16 +366,21 @@ class Distribution:
         """Return the log of each draw's weight, [K, B] or [K, 1], for a q with ``strata``; mean weight 1.
 
         Args:
-            samples: as in :meth:`rsample`.
-            seed: as in :meth:`rsample`.
-            sample_offset: as in :meth:`rsample`.
+            samples: as in :meth:`rsample_log_prob`.
+            seed: as in :meth:`rsample_log_prob`.
+            sample_offset: as in :meth:`rsample_log_prob`.
         """
         raise NotImplementedError(f"{self.family.__name__} has strata, but no log_shares")
 
     @property
+    def is_own(self) -> bool:
+        """True for fastvae's own families, False for a user's."""
+        return self.family.__module__.startswith(_OWN)
+
+    @property
     def reaches_others(self) -> bool:
         """True if the density may use parameters that are not attributes, as in a user's family."""
-        return not self.family.__module__.startswith("fastvae.distributions.")
+        return not self.is_own
 
     def as_torch(self) -> td.Distribution | None:
         """Return the equivalent torch.distributions object, for torch's KL registry, or None."""
@@ -318,25 +407,23 @@ def is_real(support: Any) -> bool:
 class Located(Distribution):
     """Family whose parameters have the axes of its location, [B, D], or [D] for a prior."""
 
-    @property
-    def location(self) -> Tensor:
-        raise NotImplementedError
+    loc: Tensor
 
     @property
     def batch(self) -> int:  # type: ignore[override]
-        return self.location.shape[0]
+        return self.loc.shape[0]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.location.device
+        return self.loc.device
 
     @property
     def has_rows(self) -> bool:
-        return self.location.dim() == 2
+        return self.loc.dim() == 2
 
     @property
     def per_row(self) -> bool:  # type: ignore[override]
-        return self.location.dim() > 1 and self.location.shape[0] > 1
+        return self.loc.dim() > 1 and self.loc.shape[0] > 1
 
 
 def _owns_state(given: Any) -> bool:
@@ -384,31 +471,6 @@ def hold(distribution: Distribution, **values: Tensor | None) -> None:
             distribution.register_buffer(name, value)
 
 
-# Types that are searched for tensors when a distribution's parameters are frozen.
-_HOLDERS = (Distribution, nn.Module, td.Distribution, td.Transform)
-
-
-# Attribute in which a transform caches its last input and output, matched by identity.
-_CACHE = "_cached_x_y"
-
-
-def tensors_of(value: Any, depth: int = 6, cached: bool = False) -> Iterator[Tensor]:
-    """Yield the tensors of distributions, transforms and modules; optionally those in transforms' caches."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, _HOLDERS) and depth:
-        attributes = value.__dict__  # whose values torch 2.11 cannot trace
-        for name in attributes:
-            if name != _CACHE or cached:
-                yield from tensors_of(attributes[name], depth - 1, cached)
-    elif isinstance(value, dict):
-        for name in value:
-            yield from tensors_of(value[name], depth, cached)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_of(part, depth, cached)
-
-
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
         learned = "learned " if isinstance(value, nn.Parameter) else ""
@@ -422,131 +484,7 @@ def _brief(value: Any) -> str:
     return getattr(value, "__qualname__", None) or repr(value)
 
 
-def held(value: Any) -> Any:
-    """Return a frozen copy: the same values, with every parameter detached."""
-    return mapped(value, lambda t: t.detach() if t.requires_grad else t)
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy with ``function`` applied to each tensor.
-
-    A transform whose tensors are all unchanged is not copied: its inverse must still recognise its cached
-    output.
-    """
-    return _mapped(value, function, {})
-
-
-def fixed_at(distribution: Distribution, z: Tensor) -> tuple[Distribution, Tensor]:
-    """Return the distribution and a detached z that its transforms' caches still recognise."""
-    if not any(t is z for t in tensors_of(distribution, cached=True)):
-        return distribution, z.detach()
-    detached: dict[int, Tensor] = {}
-
-    def detach(tensor: Tensor) -> Tensor:
-        return detached.setdefault(id(tensor), tensor.detach()) if tensor.requires_grad else tensor
-
-    return _mapped(distribution, lambda t: t, {}, detach), detach(z)
-
-
-def _mapped(
-    value: Any,
-    function: Callable[[Tensor], Tensor],
-    seen: dict[int, Any],
-    in_cache: Callable[[Tensor], Tensor] | None = None,
-) -> Any:
-    copied: Any
-    if isinstance(value, Tensor):
-        return function(value)
-    if id(value) in seen:
-        return seen[id(value)]
-    if isinstance(value, weakref.ref):  # a transform's reference to its inverse, which is recreated
-        return None
-    cache: Any = (None, None)
-    if isinstance(value, td.Transform):
-        if in_cache is None and all(function(t) is t for t in tensors_of(value)):
-            return value
-        # A cached preimage under learned parameters depends on them and must not be detached.
-        if in_cache is not None and not any(t.requires_grad for t in tensors_of(value)):
-            cache = tuple(t if t is None else in_cache(t) for t in value.__dict__.get(_CACHE, ()))
-    if isinstance(value, _HOLDERS):
-        seen[id(value)] = copied = object.__new__(type(value))
-        attributes = copied.__dict__
-        for name in value.__dict__:
-            part = cache if name == _CACHE else _mapped(value.__dict__[name], function, seen, in_cache)
-            attributes[name] = part
-        return copied
-    if type(value) in (tuple, list):
-        return type(value)([_mapped(v, function, seen, in_cache) for v in value])
-    if isinstance(value, dict) and hasattr(value, "copy"):
-        copied = seen[id(value)] = value.copy()
-        copied.update({name: _mapped(v, function, seen, in_cache) for name, v in value.items()})
-        return copied
-    return value
-
-
-# Closed forms
-
-_Closed = Callable[[Any, Any], Tensor]
-_closed: dict[tuple[type, type], _Closed] = {}
-
-
-def register_kl(q: type[Distribution], p: type[Distribution]) -> Callable[[_Closed], _Closed]:
-    r"""Register a closed form of KL(q ‖ p) for two families, as ``torch.distributions.register_kl`` does.
-
-    The function takes the two distributions and returns the KL of each dimension [B, D], or its sum [B]. It
-    is also used for subclasses that override neither ``log_prob`` nor ``rsample``.
-
-    Args:
-        q: family of the posterior.
-        p: family of the prior.
-
-    Example:
-        >>> import torch, fastvae
-        >>> class Laplace(fastvae.distributions.Distribution):
-        ...     pass
-        >>> @fastvae.distributions.register_kl(fastvae.distributions.DiagonalNormal, Laplace)
-        ... def _(q, p):
-        ...     return torch.zeros_like(q.mu)
-    """
-
-    for family in (q, p):
-        if not (isinstance(family, type) and issubclass(family, Distribution)):
-            raise TypeError(
-                f"register_kl takes subclasses of fastvae.distributions.Distribution, got {family!r}; for "
-                "families of "
-                "torch.distributions use torch.distributions.register_kl, which is asked too"
-            )
-
-    def register(function: _Closed) -> _Closed:
-        _closed[q, p] = function
-        return function
-
-    return register
-
-
-def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
-    """Return KL(q ‖ p), [B, D] or [B], or None if there is no closed form."""
-    for a in type(q).__mro__:
-        for b in type(p).__mro__:
-            function = _closed.get((a, b))
-            if function is not None and is_still(q, a) and is_still(p, b):
-                kl = function(q, p)
-                if kl is None:
-                    raise TypeError(
-                        f"the registered KL of {a.__name__} and {b.__name__} returned None; expected a "
-                        "tensor, [B, D] or [B]"
-                    )
-                return kl
-    one, other = q.as_torch(), p.as_torch()
-    if one is None or other is None:
-        return None
-    try:
-        return td.kl_divergence(one, other)
-    except NotImplementedError:
-        return None
-
-
 def is_still(distribution: Distribution, family: type) -> bool:
     """Return True if a subclass overrides neither the density nor the draws of this family."""
     kind = distribution.family
-    return kind.log_prob is family.log_prob and kind.rsample is family.rsample  # type: ignore[attr-defined]
+    return kind.log_prob is family.log_prob and kind.rsample_log_prob is family.rsample_log_prob  # type: ignore[attr-defined]

@@ -14,8 +14,10 @@ from .. import ops, random
 from ..core.checks import check_same_device, check_tensor, shape_of
 from ..core.special import expm1_minus
 from ..ops.op import accumulator
-from .base import Distribution, Located, hold, is_family, is_still, register_kl
+from .base import Distribution, Located, hold, is_family, is_still
+from .closed_form import register_kl
 from .normal import DiagonalNormal, StandardNormal
+from .words import check_latents
 
 _Same = TypeVar("_Same", bound=Distribution)
 LOG_2_PI = math.log(2 * math.pi)
@@ -27,11 +29,11 @@ class _Correlated(Located):
     mu: Tensor
 
     @property
-    def location(self) -> Tensor:
+    def loc(self) -> Tensor:  # type: ignore[override]
         return self.mu
 
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         return self.mu
 
     @property
@@ -51,21 +53,20 @@ class _Correlated(Located):
             made.z_dtype = self.z_dtype
         return made
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        if self.mu.dim() != 1 or self.mu.shape[0] != dim:
-            raise ValueError(
-                f"the prior's mu has shape {shape_of(self.mu)}; to draw z [{n}, {dim}] from it, it must be "
-                f"[{dim}]"
-            )
-        seed = random.draw_seed(self.device, generator)
-        return self._draw(random.normal(seed, n, 1, self._normals(), dtype=self._dtype))[:, 0]
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        check_latents(self.family.__name__, self.mu.shape[0], dim)
+        return self._draw(random.normal(seed, k, 1, self._normals(), dtype=self._dtype))[:, 0]
+
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        """Return the variances [..., D], and half the log determinant of the covariance [...]."""
+        raise NotImplementedError
+
+    @property
+    def variance(self) -> Tensor:
+        return self._covariance()[0].to(self.mu.dtype)
+
+    def entropy(self) -> Tensor:
+        return self._covariance()[1] + 0.5 * self.mu.shape[-1] * (1 + LOG_2_PI)
 
 
 @functools.lru_cache(64)
@@ -131,20 +132,21 @@ class FullNormal(_Correlated):
         check_tensor("scale_tril", scale_tril)
         if scale_tril.shape != (*mu.shape, mu.shape[-1]):
             raise ValueError(
-                f"scale_tril has shape {shape_of(scale_tril)} beside a mu of {shape_of(mu)}; expected "
+                f"scale_tril has shape {shape_of(scale_tril)} for a mu of {shape_of(mu)}; expected "
                 f"[..., D, D] = {[*mu.shape, mu.shape[-1]]}"
             )
         rows, columns, diagonal = triangle_positions(mu.shape[-1], mu.device)
         entries = scale_tril[..., rows, columns]
         return cls(mu, entries.index_copy(-1, diagonal, entries[..., diagonal].log()))
 
-    def _wide(self) -> tuple[Tensor, Tensor]:
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Return mu and tril in the accumulation dtype."""
         dtype = accumulator(torch.promote_types(self.mu.dtype, self.tril.dtype))
         return self.mu.to(dtype), self.tril.to(dtype)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return mu, L [..., D, D], and the logarithms of its diagonal [..., D]."""
-        mu, tril = self._wide()
+        mu, tril = self.wide()
         rows, columns, diagonal = triangle_positions(mu.shape[-1], mu.device)
         logs = tril[..., diagonal]
         entries = tril.index_copy(-1, diagonal, torch.exp(logs))
@@ -152,11 +154,20 @@ class FullNormal(_Correlated):
         scale = scale.flatten(-2).index_copy(-1, rows * mu.shape[-1] + columns, entries)
         return mu, scale.unflatten(-1, (mu.shape[-1], mu.shape[-1])), logs
 
+    @property
+    def scale_tril(self) -> Tensor:
+        """Cholesky factor L of the covariance, [..., D, D]."""
+        return self._parts()[1].to(self.mu.dtype)
+
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        _, scale, logs = self._parts()
+        return scale.square().sum(-1), logs.sum(-1)
+
     def _draw(self, eps: Tensor) -> Tensor:
         mu, scale, _ = self._parts()
         return mu + eps @ scale.mT
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
@@ -242,22 +253,23 @@ class LowRankNormal(_Correlated):
     def _normals(self) -> int:
         return self.mu.shape[-1] + self.factor.shape[-1]
 
-    def _wide(self) -> tuple[Tensor, Tensor, Tensor]:
+    def wide(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mu, logvar and the factor in the accumulation dtype."""
         dtypes = (self.mu.dtype, self.logvar.dtype, self.factor.dtype)
         dtype = accumulator(functools.reduce(torch.promote_types, dtypes))
         return self.mu.to(dtype), self.logvar.to(dtype), self.factor.to(dtype)
 
     def _draw(self, eps: Tensor) -> Tensor:
-        mu, logvar, factor = self._wide()
+        mu, logvar, factor = self.wide()
         own, common = eps.split([mu.shape[-1], factor.shape[-1]], -1)
         z: Tensor = mu + torch.exp(0.5 * logvar) * own + rows_times(common, factor.mT)
         return z
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
-        dtype = self._wide()[0].dtype
+        dtype = self.wide()[0].dtype
         eps = random.normal(seed, samples, self.batch, self._normals(), dtype=dtype, **place)
         z = self._draw(eps)
         return z.to(self.mu.dtype), self.log_prob(z)
@@ -269,8 +281,14 @@ class LowRankNormal(_Correlated):
         root: Tensor = torch.linalg.cholesky(one + white.mT @ white)
         return white, root
 
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        _, logvar, factor = self.wide()
+        _, capacitance = self._capacitance(logvar, factor)
+        logs = capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return torch.exp(logvar) + factor.square().sum(-1), 0.5 * logvar.sum(-1) + logs
+
     def log_prob(self, z: Tensor) -> Tensor:
-        mu, logvar, factor = self._wide()
+        mu, logvar, factor = self.wide()
         white, capacitance = self._capacitance(logvar, factor)
         w = (z.to(mu.dtype) - mu) * torch.exp(-0.5 * logvar)
         common = triangular_solve(capacitance, rows_times(w, white))
@@ -292,7 +310,7 @@ class LowRankNormal(_Correlated):
     def as_torch(self) -> td.LowRankMultivariateNormal | None:
         if not is_still(self, LowRankNormal):
             return None
-        mu, logvar, factor = self._wide()
+        mu, logvar, factor = self.wide()
         return td.LowRankMultivariateNormal(mu, factor, torch.exp(logvar), validate_args=False)
 
 
@@ -306,7 +324,7 @@ def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
 def _of_prior(p: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the prior's mean and log variance."""
     if isinstance(p, DiagonalNormal):
-        return p._wide()
+        return p.wide()
     return torch.zeros_like(like), torch.zeros_like(like)
 
 
@@ -328,9 +346,9 @@ def _root(d: DiagonalNormal | FullNormal | LowRankNormal) -> tuple[Tensor, Tenso
     if isinstance(d, FullNormal):
         return d._parts()
     if isinstance(d, DiagonalNormal):
-        mu, logvar = d._wide()
+        mu, logvar = d.wide()
         return mu, torch.diag_embed(torch.exp(0.5 * logvar)), 0.5 * logvar
-    mu, logvar, factor = d._wide()
+    mu, logvar, factor = d.wide()
     root = torch.linalg.cholesky(factor @ factor.mT + torch.diag_embed(torch.exp(logvar)))
     return mu, root, root.diagonal(dim1=-2, dim2=-1).log()
 
@@ -354,7 +372,7 @@ def _kl_roots(q: DiagonalNormal | FullNormal | LowRankNormal, p: FullNormal | Lo
 @register_kl(LowRankNormal, StandardNormal)
 @register_kl(LowRankNormal, DiagonalNormal)
 def _kl_low_rank(q: LowRankNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
-    mu, logvar, factor = q._wide()
+    mu, logvar, factor = q.wide()
     prior_mu, prior_logvar = _of_prior(p, mu)
     inverse = torch.exp(-0.5 * prior_logvar)
     _, capacitance = q._capacitance(logvar, factor)

@@ -12,8 +12,10 @@ from torch import distributions as td
 from .. import ops
 from ..core.checks import check_result
 from ..ops.latent import dreg_weight, flat_kl, flat_log_ratio, options, path_weight
-from .base import Distribution, Located, closed_kl, fixed_at, held, is_family, is_real
+from .base import Distribution, Located, is_family, is_real
+from .closed_form import closed_kl
 from .normal import DiagonalNormal, StandardNormal
+from .tensors import fixed_at, frozen
 from .wrapped import TorchDistribution
 
 # Stateless and shared: creating a module costs more than the kernels of a small batch.
@@ -58,7 +60,7 @@ def draw_kl(
     kl = closed_kl(q, p)
     if kl is None:
         return None
-    z, _ = rsample(q, samples, seed, row_offset=row_offset)
+    z, _ = rsample_log_prob(q, samples, seed, row_offset=row_offset)
     names = f"KL of {describe(q)} and {describe(p)}"
     shapes = (q.batch,), (q.batch, z.shape[2])
     if not isinstance(kl, Tensor) or kl.shape not in shapes:
@@ -189,20 +191,20 @@ def _composed(
         return *drawn, None
     if route == "score":
         with torch.no_grad():
-            z, _ = rsample(q, samples, seed, **place)
+            z, _ = rsample_log_prob(q, samples, seed, **place)
         z = z.detach() if z.requires_grad else z  # if possible z itself, which transforms recognise
         log_q = _log_prob(*fixed_at(q, z), "q(z|x)")
         return z, _log_prob(*fixed_at(p, z), "p(z)") - log_q.detach(), log_q
-    z, log_q = rsample(q, samples, seed, **place)
+    z, log_q = rsample_log_prob(q, samples, seed, **place)
     if route not in ("iwae", "tied"):
         # q's parameters are frozen in its density, and reached through z alone.
-        through_z = _log_prob(_held(q, z, route), z, "q(z|x)")
+        through_z = _log_prob(_frozen(q, z, route), z, "q(z|x)")
         # Half precision rounds z by as much as a narrow posterior's σ: take the value from the noise.
         log_q = _Valued.apply(log_q, through_z) if z.dtype.itemsize == 2 else through_z  # type: ignore[no-untyped-call]
     if route in ("iwae", "stl"):
         return z, _log_prob(p, z, "p(z)") - log_q, None
     log_p = _log_prob(*fixed_at(p, z), "p(z)")
-    log_ratio = _log_prob(_held(p, z, route), z, "p(z)") - log_q
+    log_ratio = _log_prob(_frozen(p, z, route), z, "p(z)") - log_q
     z, log_ratio, told = _Rerouted.apply(z, log_ratio, alpha, groups, route != "dreg")  # type: ignore[no-untyped-call]
     # The prior's parameters get the bound's gradient, at a detached z.
     return z, log_ratio + (log_p - log_p.detach()), told
@@ -216,15 +218,15 @@ def log_shares(q: Distribution, samples: int, seed: Tensor, sample_offset: int =
 _ASKED = {"paths": "estimator='dreg'", "tied": "a bound of the encoder's own"}
 
 
-def _held(distribution: Distribution, z: Tensor, route: str) -> Distribution:
+def _frozen(distribution: Distribution, z: Tensor, route: str) -> Distribution:
     """Return a frozen copy, or raise if a user's log_prob still reaches parameters elsewhere."""
-    fixed: Distribution = held(distribution)
+    fixed: Distribution = frozen(distribution)
     looked_at = distribution.reaches_others and not torch.compiler.is_compiling()
     of_fixed, value = fixed_at(fixed, z) if looked_at else (fixed, z)
     if looked_at and of_fixed.log_prob(value[:2]).requires_grad:
         raise RuntimeError(
             f"{_ASKED.get(route, f'estimator={route!r}')} needs {describe(distribution)}.log_prob with its "
-            "parameters held fixed, but it reaches some that are not its own tensors or modules: in a "
+            "parameters frozen, but it reaches some that are not its own tensors or modules: in a "
             "closure, a namedtuple, a compiled or scripted module. Keep them as attributes of the "
             "distribution, or use estimator='iwae'"
         )
@@ -312,7 +314,8 @@ def check_support(q: Distribution, p: Distribution) -> None:
 
 def _check_prior(q: Distribution, p: Distribution) -> None:
     """Validate that q and p have the same number of latents, if both are known."""
-    own, other = (getattr(d, "mu", getattr(d, "loc", None)) for d in (q, p))
+    own, other = (getattr(d, "mu", None if isinstance(d, TorchDistribution) else getattr(d, "loc", None))
+                  for d in (q, p))  # fmt: skip
     if own is None or other is None or own.dim() < 2 or other.dim() == 0:
         return
     if other.shape[-1] not in (1, own.shape[-1]):
@@ -322,29 +325,75 @@ def _check_prior(q: Distribution, p: Distribution) -> None:
         )
 
 
-def rsample(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
-    """Call ``q.rsample`` and validate its results, except for fastvae's DiagonalNormal."""
+def rsample_log_prob(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
+    """Call ``q.rsample_log_prob`` and validate its results, except for fastvae's DiagonalNormal."""
     place = {name: value for name, value in place.items() if not (type(value) is int and value == 0)}
-    results = q.rsample(samples, seed, **place)
+    results = q.rsample_log_prob(samples, seed, **place)
     if is_family(q, DiagonalNormal):
         return results
     if not (isinstance(results, (tuple, list)) and len(results) == 2):
         came = f"{len(results)} results" if isinstance(results, (tuple, list)) else type(results).__name__
-        raise TypeError(f"{describe(q)}.rsample returned {came}; expected z [K, B, D] and log q(z|x) [K, B]")
+        raise TypeError(
+            f"{describe(q)}.rsample_log_prob returned {came}; expected z [K, B, D] and log q(z|x) [K, B]"
+        )
     z, log_q = results
     shape = (samples, q.batch, z.shape[-1] if isinstance(z, Tensor) and z.dim() else "D")
     fix = "samples come first, and the latent dimensions last"
-    check_result(q, "rsample", "z", z, "[K, B, D]", shape, q.device, fix)
-    _check_density(q, "rsample", "log q(z|x)", log_q, z)
+    check_result(q, "rsample_log_prob", "z", z, "[K, B, D]", shape, q.device, fix)
+    _check_density(q, "rsample_log_prob", "log q(z|x)", log_q, z)
     return z, log_q
 
 
-def rsample_as_held(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
+class Drawable(Distribution):
+    """Distribution that can be sampled without evaluating its density."""
+
+    def draw(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        """Draw z [K, B, D], the same as :meth:`rsample_log_prob`."""
+        raise NotImplementedError
+
+    def rsample_log_prob(
+        self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        z = self.draw(samples, seed, sample_offset, row_offset)
+        return z, self.log_prob(z)
+
+
+def draw_z(q: Distribution, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+    """Draw z [K, B, D], without evaluating the density if it is not needed for the draw."""
+    if isinstance(q, Drawable):
+        return q.draw(samples, seed, sample_offset, row_offset)
+    return rsample_log_prob(q, samples, seed, sample_offset=sample_offset, row_offset=row_offset)[0]
+
+
+def draw_prior(
+    p: Distribution,
+    n: int,
+    dim: int,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw z [n, dim] from the prior for n examples, from its own row for each if it has rows.
+
+    Raises:
+        ValueError: if the prior has another number of rows or of latents.
+    """
+    if not (p.has_rows or p.per_row):
+        return p.sample(n, dim=dim, device=device, generator=generator)
+    if p.has_rows and p.batch not in (1, n):
+        raise ValueError(f"the prior, {describe(p)}, has {p.batch} rows, but {n} draws were requested")
+    rows = p if p.has_rows and p.batch == n else p.expand(n, torch.empty(n, dim, device=device))
+    z = rows.sample(generator=generator)[0]
+    if z.shape[1] != dim:
+        raise ValueError(f"the prior, {describe(p)}, has D = {z.shape[1]} latents; expected {dim}")
+    return z
+
+
+def rsample_as_stored(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
     """Return z [K, B, D] and log q(z|x) [K, B] at the stored z, for comparison with other densities at z.
 
     Half precision rounds z by as much as a narrow posterior's σ, so the density of the noise would differ.
     """
-    z, log_q = rsample(q, samples, seed, **place)
+    z, log_q = rsample_log_prob(q, samples, seed, **place)
     return z, _log_prob(q, z, "q(z|x)") if z.dtype.itemsize == 2 else log_q
 
 

@@ -43,7 +43,9 @@ class _Encoded(Distribution, nn.Module):  # type: ignore[misc]
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
                     given = shape_of(x) if isinstance(x, Tensor) else type(x).__name__
-                    error.add_note(f"fastvae.{name} gave the encoder inputs of its own, {given}")
+                    error.add_note(
+                        f"fastvae.distributions.{name} gave the encoder inputs of its own, {given}"
+                    )
                 raise
         made = mixture_of_rows(parts, self.logits)
         made.__dict__["made_by"] = name
@@ -52,15 +54,26 @@ class _Encoded(Distribution, nn.Module):  # type: ignore[misc]
     def log_prob(self, z: Tensor) -> Tensor:
         return self.prepared().log_prob(z)
 
+    @torch.no_grad()
     def sample(
         self,
-        n: int,
-        dim: int,
+        k: int = 1,
         *,
+        dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        return self.prepared().sample(n, dim, device=device, generator=generator)
+        return self.prepared().sample(k, dim=dim, device=device, generator=generator)
+
+    @property
+    def mean(self) -> Tensor:
+        mean: Tensor = self.prepared().mean
+        return mean
+
+    @property
+    def variance(self) -> Tensor:
+        variance: Tensor = self.prepared().variance
+        return variance
 
 
 class VampPrior(_Encoded):

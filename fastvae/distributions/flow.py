@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .. import random
 from ..core.checks import check_tensor
 from ..core.seeding import seeded
 from .base import Distribution, hold, is_family
+from .words import check_latents
 from .wrapped import TorchDistribution, at_address
 
 
@@ -105,12 +105,12 @@ class Flow(Distribution):
                 extra = ladj.dim() - len(shape[:-1])
                 return z, base.log_prob(eps) - (ladj.flatten(-extra).sum(-1) if extra > 0 else ladj)
         if isinstance(made, td.Distribution) and at_address(made, (1, 1, 1), seed, {}) is not None:
-            return TorchDistribution(made).rsample(samples, seed, **place)
+            return TorchDistribution(made).rsample_log_prob(samples, seed, **place)
         with seeded(seed, self.device, place.get("sample_offset", 0), place.get("row_offset", 0)):
             z = made.rsample((samples,))
         return z, made.log_prob(z)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
@@ -119,21 +119,9 @@ class Flow(Distribution):
             made = made.expand((self.batch,))
         return self._draw(made, samples, seed, place)
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        seed, made = random.draw_seed(self.device, generator), self._made()
-        if self.context is None:
-            z = self._draw(made.expand((1,)), n, seed, {})[0][:, 0]
-        else:
-            z = self._draw(made, 1, seed, {})[0][0]
-        if z.shape != (n, dim):
-            raise ValueError(f"the prior draws z {list(z.shape)}, but [{n}, {dim}] was asked for")
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        z = self._draw(self._made().expand((1,)), k, seed, {})[0][:, 0]
+        check_latents("Flow", z.shape[1], dim)
         return z
 
     def rows(self, start: int, stop: int) -> Flow | None:

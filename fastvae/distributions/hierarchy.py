@@ -3,196 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops, random
-from ..core.checks import check_choice, check_count, check_tensor, on_same_device, shape_of
-from ..core.nested import repeat
-from ..core.special import expm1_minus
+from ..core.checks import on_same_device, shape_of
+from ..inputs.nested import repeat
 from ..ops.latent import options as options_of
 from ..ops.op import accumulator
 from .base import Distribution, is_family
 from .draws import STANDARD, fused_prior
-from .normal import DiagonalNormal, StandardNormal, diagonal
-from .read import as_posterior
-
-_MERGES = ("residual", "precision")
-_LOG_2_PI = math.log(2 * math.pi)
-
-
-class Level(nn.Module):
-    r"""Level of a :class:`Hierarchy`.
-
-    It consists of the networks for :math:`p(z_l | z_{<l})` and :math:`q(z_l | x, z_{<l})`.
-
-    Its modules see one batch axis, the N = K·B rows of all samples, and z in the shape ``dim``. The levels
-    above reach them as the *state*: these levels concatenated along axis 1, or the output of ``top_down``.
-    The first level has no state. Each module returns a normal in a form accepted from an encoder: a pair of
-    mean and log variance, each [N, \*dim]; one tensor with both concatenated along axis 1; or a normal
-    distribution.
-
-    Args:
-        dim: the latents of this level: a number, or a shape such as (channels, height, width).
-        posterior: a module (features, state) -> normal; for the first level (features) -> normal.
-        prior: a module (state) -> normal; or None, the default, for N(0, I); or a
-            :class:`DiagonalNormal` whose parameters broadcast to [D], fixed or learned. The first
-            level has no state, so its prior is one of the last two.
-        merge: the combination of the posterior's output and the prior's (m, log s²) to q. None: the output is
-            q's mean and log variance. ``"residual"``: the output (Δμ, Δlogvar) is relative to the prior,
-            :math:`q = N(m + Δμ, s^2 e^{Δ\mathrm{logvar}})`, as in NVAE. ``"precision"``: the output is a
-            normal that depends on x alone, and q is its product with the prior, as in the ladder VAE,
-            :math:`σ^{-2} = \hat σ^{-2} + s^{-2},\ μ = σ^2 (\hat μ \hat σ^{-2} + m s^{-2})`; the posterior
-            is then called with the features alone, once for all samples.
-        top_down: a module (z of the level above, state of the level above) -> state of this level; for the
-            second level, whose predecessor has no state, (z) -> state. It is a deterministic path, such as
-            NVAE's; for a Markov chain use ``lambda z, state=None: z``.
-
-    A callable that is not a module must have no parameters: an optimiser would not find them.
-
-    Raises:
-        TypeError, ValueError: for invalid arguments.
-
-    References:
-        Vahdat & Kautz, NVAE, 2020, eq. 2; Sønderby, Raiko, Maaløe, Sønderby & Winther, Ladder Variational
-        Autoencoders, 2016, eq. 17 to 19.
-
-    Example:
-        >>> import torch, fastvae
-        >>> fastvae.distributions.Level(5, torch.nn.Linear(8, 10))
-        Level(
-          dim=5
-          (posterior): Linear(in_features=8, out_features=10, bias=True)
-        )
-    """
-
-    # Modules or functions.
-    posterior: Any
-    prior: Any
-    top_down: Any
-
-    def __init__(
-        self,
-        dim: int | Sequence[int],
-        posterior: Callable[..., Any],
-        *,
-        prior: Callable[..., Any] | Distribution | None = None,
-        merge: str | None = None,
-        top_down: Callable[..., Any] | None = None,
-    ):
-        super().__init__()
-        event = tuple(dim) if isinstance(dim, (tuple, list, torch.Size)) else (dim,)
-        meaning = "the latents of a level, or each axis of their shape"
-        event = tuple([check_count("dim", n, meaning) for n in event or (0,)])
-        self.event: tuple[int, ...] = event
-        self.dim = math.prod(event)
-        for name, function in (("posterior", posterior), ("prior", prior), ("top_down", top_down)):
-            fixed = name == "prior" and isinstance(function, Distribution)
-            if not (callable(function) or fixed or function is None and name != "posterior"):
-                raise TypeError(f"{name} must be a module or another callable; got {type(function).__name__}")
-            setattr(self, name, function)
-        if merge is not None:
-            check_choice("merge", merge, _MERGES)
-        self.merge = merge
-        if isinstance(prior, Distribution):
-            self._check_fixed(prior)
-
-    def extra_repr(self) -> str:
-        dim = self.event if len(self.event) > 1 else self.dim
-        return f"dim={dim}" + (f", merge={self.merge!r}" if self.merge else "")
-
-    def _check_fixed(self, prior: Distribution) -> None:
-        """Validate a prior that is the same for all rows."""
-        if is_family(prior, StandardNormal):
-            return
-        if not is_family(prior, DiagonalNormal):
-            raise TypeError(
-                f"prior is a {type(prior).__name__}; the levels of a hierarchy are normal: N(0, I), a "
-                "fastvae.distributions.DiagonalNormal, or a module that returns mean and log variance"
-            )
-        for name, value in (("mu", prior.mu), ("logvar", prior.logvar)):
-            if value.shape not in ((), (1,), (self.dim,)):
-                raise ValueError(
-                    f"prior.{name} has shape {shape_of(value)}; expected [D] = [{self.dim}] or [], for every "
-                    "row alike"
-                )
-
-    @property
-    def _fixed(self) -> DiagonalNormal | None:
-        """Fixed or learned prior without a module; None for N(0, I)."""
-        return self.prior if isinstance(self.prior, DiagonalNormal) else None
-
-    @property
-    def _is_conditional(self) -> bool:
-        return self.prior is not None and not isinstance(self.prior, Distribution)
-
-    def _read(self, value: Any, rows: int, who: str) -> DiagonalNormal:
-        """Validate a module's output, each part [rows, D], and return it as a normal."""
-        expected = f"mean and log variance, each [N, *dim] = {[rows, *self.event]}"
-        both = f"one tensor {[rows, 2 * self.event[0], *self.event[1:]]}"
-        form = None
-        if isinstance(value, Tensor):
-            check_tensor(f"what {who} returned", value)
-            if value.shape != (rows, 2 * self.event[0], *self.event[1:]):
-                raise ValueError(f"{who} returned a tensor {shape_of(value)}; expected {both}, or {expected}")
-            mu, logvar = value.chunk(2, 1)
-        elif type(value) in (tuple, list) and len(value) == 2:
-            mu, logvar = value
-        else:
-            try:
-                q = as_posterior(value)
-            except TypeError:
-                q = None
-            if q is None or not is_family(q, DiagonalNormal):
-                raise TypeError(
-                    f"{who} returned {type(value).__name__}; expected a normal: {expected}, or {both}"
-                )
-            mu, logvar, form = q.mu, q.logvar, q.form
-        for name, part in (("mean", mu), ("log variance", logvar)):
-            check_tensor(f"the {name} that {who} returned", part)
-            if part.shape not in ((rows, *self.event), (rows, self.dim)):
-                raise ValueError(f"{who} returned a {name} {shape_of(part)}; expected {expected}")
-        return diagonal(mu.flatten(1), logvar.flatten(1), form)
-
-
-class _Step(NamedTuple):
-    """Distributions p = N(mean, exp(logvar)) and q = N(mean + shift, exp(logvar + stretch)) of a level.
-
-    Each field broadcasts to [K, B, D]. Comparisons of q and p use the differences, so that nothing cancels.
-    """
-
-    mean: Tensor
-    logvar: Tensor
-    shift: Tensor
-    stretch: Tensor
-
-    def draw(self, eps: Tensor) -> Tensor:
-        return self.mean + self.shift + torch.exp(0.5 * (self.logvar + self.stretch)) * eps
-
-    # Each returns a tensor broadcastable to [K, B, D].
-
-    def log_q_of(self, z: Tensor) -> Tensor:
-        white = (z - self.mean - self.shift) * torch.exp(-0.5 * (self.logvar + self.stretch))
-        return self.log_q(white)
-
-    def log_q(self, eps: Tensor) -> Tensor:
-        return -0.5 * (eps.square() + self.logvar + self.stretch + _LOG_2_PI)
-
-    def log_ratio(self, eps: Tensor) -> Tensor:
-        """Return log p − log q as a function of the noise."""
-        # (z - m) / s.
-        white = self.shift * torch.exp(-0.5 * self.logvar) + torch.exp(0.5 * self.stretch) * eps
-        return 0.5 * ((eps - white) * (eps + white) + self.stretch)
-
-    def kl(self, eps: Tensor) -> Tensor:
-        """Return the KL in closed form, independent of the noise."""
-        white = self.shift * torch.exp(-0.5 * self.logvar)
-        return 0.5 * (white.square() + expm1_minus(self.stretch))
+from .level import Level, Step
+from .normal import DiagonalNormal
 
 
 class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
@@ -240,7 +66,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         >>> (-fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")).backward()
         >>> fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli").shape
         torch.Size([])
-        >>> [tuple(z.shape) for z in encoder.hierarchy.split(encoder.hierarchy.sample(7, 5))]
+        >>> [tuple(z.shape) for z in encoder.hierarchy.split(encoder.hierarchy.sample(7))]
         [(7, 2), (7, 3)]
     """
 
@@ -253,7 +79,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         if not levels:
             raise ValueError("levels is empty; expected one fastvae.distributions.Level at least")
         first = levels[0]
-        if first._is_conditional:
+        if first.has_conditional_prior:
             raise ValueError(
                 "level 1 has a prior that is a function of the levels above, and there are none: leave prior "
                 "out for N(0, I), or give a fastvae.distributions.DiagonalNormal, whose parameters may be "
@@ -313,24 +139,16 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         self._descend(visit)
         return _added(terms).reshape(z.shape[:-1])
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        if dim != self.dim:
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        if dim not in (None, self.dim):
             raise ValueError(f"dim is {dim}, but the hierarchy has {self.dim} latents, {self._listed()}")
         own = next(self.parameters(), torch.empty(()))
-        seed = random.draw_seed(device or own.device, generator)
 
         def visit(index: int, level: Level, state: Any) -> Tensor:
-            p = self._p(index, state, n)
-            eps = random.normal(seed, 1, n, level.dim, level=index, dtype=accumulator(own.dtype))[0]
+            p = self._p(index, state, k)
+            eps = random.normal(seed, 1, k, level.dim, level=index, dtype=accumulator(own.dtype))[0]
             if isinstance(p, DiagonalNormal):
-                mu, logvar = p._wide()
+                mu, logvar = p.wide()
                 eps = mu + torch.exp(0.5 * logvar) * eps
             return eps.to(own.dtype)
 
@@ -357,9 +175,9 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
     def _p(self, index: int, state: Any, rows: int) -> Distribution:
         """Return a level's prior for these rows, with parameters broadcastable to [N, D]."""
         level = self._level(index)
-        if level._is_conditional:
-            return level._read(level.prior(state), rows, f"the prior of level {index + 1}")
-        return level._fixed or STANDARD
+        if level.has_conditional_prior:
+            return level.read(level.prior(state), rows, f"the prior of level {index + 1}")
+        return level.fixed_prior or STANDARD
 
     def _check_latents(self, z: Tensor) -> None:
         if z.shape[-1] != self.dim:
@@ -433,7 +251,7 @@ class HierarchicalPosterior(Distribution):
         return True  # the levels' modules are the user's
 
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         def visit(index: int, level: Level, state: Any) -> Tensor:
             step, dtype = self._step(index, state, 1)
             return (step.mean + step.shift).expand(1, self.batch, level.dim)[0].to(dtype)
@@ -455,11 +273,11 @@ class HierarchicalPosterior(Distribution):
         self.hierarchy._descend(visit)
         return _added(terms)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
-        z, terms = self._draw(_Step.log_q, samples, seed, place)
+        z, terms = self._draw(Step.log_q, samples, seed, place)
         return z, _added(terms)
 
     def rsample_log_ratio(
@@ -468,7 +286,7 @@ class HierarchicalPosterior(Distribution):
         if p is not self.hierarchy:
             return None
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
-        z, terms = self._draw(_Step.log_ratio, samples, seed, place)
+        z, terms = self._draw(Step.log_ratio, samples, seed, place)
         return z, _added(terms)
 
     def rsample_kl(
@@ -482,7 +300,7 @@ class HierarchicalPosterior(Distribution):
     ) -> tuple[Tensor, Tensor] | None:
         if p is not self.hierarchy:
             return None
-        z, terms = self._draw(_Step.kl, samples, seed, {"row_offset": row_offset}, summed=not per_dimension)
+        z, terms = self._draw(Step.kl, samples, seed, {"row_offset": row_offset}, summed=not per_dimension)
         if per_dimension:
             return z, torch.cat([t.mean(0) for t in terms], -1)
         kl = _added(terms)
@@ -495,7 +313,7 @@ class HierarchicalPosterior(Distribution):
 
     def _draw(
         self,
-        term: Callable[[_Step, Tensor], Tensor],
+        term: Callable[[Step, Tensor], Tensor],
         samples: int,
         seed: Tensor,
         place: dict[str, int],
@@ -529,11 +347,11 @@ class HierarchicalPosterior(Distribution):
     ) -> tuple[Tensor, Tensor]:
         """Draw the first level, whose q and p are shared by all samples, with the fused ops."""
         q = self._posterior(0, self.features[0], None)
-        if term is _Step.log_q:
-            return q.rsample(samples, seed, **place)
+        if term is Step.log_q:
+            return q.rsample_log_prob(samples, seed, **place)
         options: dict[str, Any] = {"samples": samples, "seed": seed, **options_of(q.form), **place}
         options["prior"] = fused_prior(q, self.hierarchy._p(0, None, self.batch), seed)
-        if term is _Step.log_ratio:
+        if term is Step.log_ratio:
             z, log_ratio, *_ = ops.rsample_log_ratio(q.mu, q.logvar, **options)
             return z, log_ratio
         z, kl = ops.rsample_kl(q.mu, q.logvar, per_dimension=not summed, **options)
@@ -543,28 +361,28 @@ class HierarchicalPosterior(Distribution):
         """Return the output of a level's posterior network."""
         level = self.hierarchy._level(index)
         given = (features,) if index == 0 or level.merge == "precision" else (features, state)
-        return level._read(level.posterior(*given), features.shape[0], f"the posterior of level {index + 1}")
+        return level.read(level.posterior(*given), features.shape[0], f"the posterior of level {index + 1}")
 
-    def _step(self, index: int, state: Any, samples: int) -> tuple[_Step, torch.dtype]:
+    def _step(self, index: int, state: Any, samples: int) -> tuple[Step, torch.dtype]:
         """Return a level's q and p given the state of the levels above, and z's dtype."""
         level, h = self.hierarchy._level(index), self.features[index]
         shared = index == 0 or level.merge == "precision"
         made = self._posterior(index, h if shared else repeat(h, samples), state)
         dtype = torch.promote_types(made.mu.dtype, made.logvar.dtype)
-        mu, logvar = (t.unflatten(0, (-1, self.batch)) if self.batch else t[None] for t in made._wide())
+        mu, logvar = (t.unflatten(0, (-1, self.batch)) if self.batch else t[None] for t in made.wide())
         mean = scale = mu.new_zeros(())
         p = self.hierarchy._p(index, state, samples * self.batch)
         if isinstance(p, DiagonalNormal):
-            mean, scale = p._wide()
-            if level._is_conditional:
+            mean, scale = p.wide()
+            if level.has_conditional_prior:
                 mean, scale = (t.reshape(samples, self.batch, level.dim) for t in (mean, scale))
         if level.merge == "residual":
-            return _Step(mean, scale, mu, logvar), dtype
+            return Step(mean, scale, mu, logvar), dtype
         if level.merge is None:
-            return _Step(mean, scale, mu - mean, logvar - scale), dtype
+            return Step(mean, scale, mu - mean, logvar - scale), dtype
         # The features' share of q's precision, and the log of the prior's share.
         share = torch.sigmoid(scale - logvar)
-        return _Step(mean, scale, share * (mu - mean), functional.logsigmoid(logvar - scale)), dtype
+        return Step(mean, scale, share * (mu - mean), functional.logsigmoid(logvar - scale)), dtype
 
 
 def _added(terms: list[Tensor]) -> Tensor:

@@ -14,6 +14,10 @@ from .. import random
 from ..core.checks import check_same_device, check_same_shape, check_tensor
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_still
+from .words import count_latents
+
+# The mean of the standard Gumbel distribution.
+_EULER = 0.57721566490153286
 
 
 class LocationScale(Located):
@@ -54,16 +58,45 @@ class LocationScale(Located):
 
     _normals = 1  # per w
 
-    @property
-    def location(self) -> Tensor:
-        return self.loc
+    # Variance and entropy of w.
+    _variance: float
+    _entropy: float
 
-    def _wide(self) -> tuple[Tensor, Tensor]:
+    @property
+    def scale(self) -> Tensor:
+        return torch.exp(self.log_scale)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._elementwise(self._variance * torch.exp(2 * self.wide()[1]))
+
+    def entropy(self) -> Tensor:
+        return self._summed(self.wide()[1] + self._entropy)
+
+    @property
+    def _shape(self) -> torch.Size:
+        shape: torch.Size = torch.broadcast_shapes(self.loc.shape, self.log_scale.shape)
+        return shape
+
+    def _elementwise(self, value: Tensor) -> Tensor:
+        """Return the value in the shape and dtype of z."""
+        return value.expand(self._shape).to(torch.promote_types(self.loc.dtype, self.log_scale.dtype))
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """Sum over D."""
+        if not self._shape:
+            raise ValueError(
+                f"{self.family.__name__} has parameters [], which do not determine D; expand them"
+            )
+        return value.expand(self._shape).sum(-1)
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Return loc and log_scale in the accumulation dtype."""
         dtype = accumulator(torch.promote_types(self.loc.dtype, self.log_scale.dtype))
         return self.loc.to(dtype), self.log_scale.to(dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         w = (z.to(accumulator(z.dtype)) - loc) * torch.exp(-log_scale)
         return (self._log_density(w) - log_scale).sum(-1)
 
@@ -73,10 +106,10 @@ class LocationScale(Located):
         normals = random.normal(seed, k, b, d * self._normals, dtype=torch.float64, **place)
         return self._white(normals)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
         w = self._noise(seed, (samples, *loc.shape), place).to(loc.dtype)
         # The density uses the noise, not z.
@@ -85,16 +118,10 @@ class LocationScale(Located):
             self._log_density(w) - log_scale
         ).sum(-1)
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        loc, log_scale = self._wide()
-        w = self._noise(random.draw_seed(loc.device, generator), (1, n, dim), {})[0].to(loc.dtype)
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        loc, log_scale = self.wide()
+        dim = count_latents(self.family.__name__, self._shape, dim)
+        w = self._noise(seed, (1, k, dim), {})[0].to(loc.dtype)
         return loc + torch.exp(log_scale) * w
 
     def rows(self, start: int, stop: int) -> LocationScale | None:
@@ -123,7 +150,7 @@ class LocationScale(Located):
     def as_torch(self) -> td.Distribution | None:
         if not is_still(self, next(c for c in self.family.__mro__ if c.__module__ == __name__)):
             return None
-        loc, log_scale = self._wide()
+        loc, log_scale = self.wide()
         return self._torch(loc, torch.exp(log_scale))
 
 
@@ -151,8 +178,10 @@ class Laplace(LocationScale):
         torch.Size([])
     """
 
+    _variance, _entropy = 2.0, 1 + math.log(2)
+
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         return self.loc
 
     def _log_density(self, w: Tensor) -> Tensor:
@@ -181,8 +210,10 @@ class Logistic(LocationScale):
         torch.Size([5, 4])
     """
 
+    _variance, _entropy = math.pi**2 / 3, 2.0
+
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         return self.loc
 
     def _log_density(self, w: Tensor) -> Tensor:
@@ -207,9 +238,11 @@ class Gumbel(LocationScale):
         torch.Size([5, 4])
     """
 
+    _variance, _entropy = math.pi**2 / 6, 1 + _EULER
+
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
-        return self.loc + 0.57721566490153286 * torch.exp(self.log_scale)
+    def mean(self) -> Tensor:
+        return self.loc + _EULER * torch.exp(self.log_scale)
 
     def _log_density(self, w: Tensor) -> Tensor:
         return -w - torch.exp(-w)
@@ -236,6 +269,7 @@ class Exponential(LocationScale):
         torch.Size([5, 4])
     """
 
+    _variance, _entropy = 1.0, 1.0
     support = td.constraints.nonnegative
 
     def __init__(self, log_scale: Tensor):
@@ -243,7 +277,7 @@ class Exponential(LocationScale):
         super().__init__(torch.zeros_like(log_scale, requires_grad=False), log_scale)
 
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         return torch.exp(self.log_scale)
 
     def _log_density(self, w: Tensor) -> Tensor:
@@ -298,8 +332,22 @@ class StudentT(LocationScale):
         hold(self, df=df)
 
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        df, log_scale = self.df.to(torch.float64), self.wide()[1]
+        variance = torch.where(df > 2, df / (df - 2), torch.where(df > 1, math.inf, math.nan))
+        return self._elementwise(variance.to(log_scale.dtype) * torch.exp(2 * log_scale))
+
+    def entropy(self) -> Tensor:
+        df, log_scale = self.df.to(torch.float64), self.wide()[1]
+        log_beta = torch.lgamma(df / 2) + math.lgamma(0.5) - torch.lgamma((df + 1) / 2)
+        of_w = (
+            (df + 1) / 2 * (torch.digamma((df + 1) / 2) - torch.digamma(df / 2)) + 0.5 * df.log() + log_beta
+        )
+        return self._summed(of_w.to(log_scale.dtype) + log_scale)
 
     def _log_density(self, w: Tensor) -> Tensor:
         df = self.df.to(torch.float64)
@@ -349,8 +397,18 @@ class LogNormal(LocationScale):
     support = td.constraints.positive
 
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def mean(self) -> Tensor:
         return torch.exp(self.loc + 0.5 * torch.exp(2 * self.log_scale))
+
+    @property
+    def variance(self) -> Tensor:
+        loc, log_scale = self.wide()
+        square = torch.exp(2 * log_scale)
+        return self._elementwise(torch.expm1(square) * torch.exp(2 * loc + square))
+
+    def entropy(self) -> Tensor:
+        loc, log_scale = self.wide()
+        return self._summed(loc + log_scale + 0.5 * (1 + math.log(2 * math.pi)))
 
     def _log_density(self, w: Tensor) -> Tensor:
         return -0.5 * (w.square() + math.log(2 * math.pi))
@@ -364,21 +422,16 @@ class LogNormal(LocationScale):
         log_z = torch.log(torch.where(outside, 1.0, z))
         return torch.where(outside.any(-1), -math.inf, super().log_prob(log_z) - log_z.sum(-1))
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        log_z, log_q = super().rsample(samples, seed, sample_offset=sample_offset, row_offset=row_offset)
+        log_z, log_q = super().rsample_log_prob(
+            samples, seed, sample_offset=sample_offset, row_offset=row_offset
+        )
         return torch.exp(log_z), log_q - log_z.to(log_q.dtype).sum(-1)
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return torch.exp(super().sample(n, dim, device=device, generator=generator))
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        return torch.exp(super()._draw_alone(k, dim, seed))
 
     def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
         return td.LogNormal(loc, scale, validate_args=False)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, random
-from ..core.checks import shape_of
+from ..core.checks import check_count, shape_of
 from ..ops.mixture import check_components
 from .base import Distribution, hold, is_family
 from .covariance import FullNormal, LowRankNormal
 from .normal import DiagonalNormal
+from .words import check_latents
 
 # Elements of [N, U, D] computed at a time without a fused op.
 MOST = 1 << 22
@@ -49,18 +50,20 @@ class _Components(Distribution):
         scores = torch.cat(found, 1)
         return torch.logsumexp(scores + self._weights(scores, scores.shape[1]), 1).reshape(z.shape[:-1])
 
+    @torch.no_grad()
     def sample(
         self,
-        n: int,
-        dim: int,
+        k: int = 1,
         *,
+        dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
+        k = check_count("k", k, "the number of draws")
         parts = self._parts()
         where, count = parts[0].device, sum(part.batch for part in parts)
-        weights = self._weights(torch.empty((), device=where), count).detach().exp()
-        chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
+        weights = self._weights(torch.empty((), device=where), count).exp()
+        chosen = torch.multinomial(weights, k, replacement=True, generator=generator)
         seed = random.draw_seed(where, generator)
         z, first = None, 0
         for part in parts:
@@ -72,14 +75,32 @@ class _Components(Distribution):
                         "not implemented; drawing from the mixture needs it"
                     )
                 places = (chosen == u).nonzero()[:, 0]
-                draws = row.rsample(len(places), seed, row_offset=u)[0][:, 0]
-                z = draws.new_empty(n, draws.shape[1]) if z is None else z
+                draws = row.rsample_log_prob(len(places), seed, row_offset=u)[0][:, 0]
+                z = draws.new_empty(k, draws.shape[1]) if z is None else z
                 z[places] = draws
             first += part.batch
-        if z is None or z.shape[1] != dim:
-            d = "none" if z is None else z.shape[1]
-            raise ValueError(f"the prior has D = {d}, but z [{n}, {dim}] was asked for")
+        assert z is not None
+        check_latents(self.family.__name__, z.shape[1], dim)
         return z
+
+    @property
+    def mean(self) -> Tensor:
+        return self._moments(False)[0]
+
+    @property
+    def variance(self) -> Tensor:
+        return self._moments(True)[1]
+
+    def _moments(self, both: bool) -> tuple[Tensor, Tensor]:
+        """Return the mean [D], and the variance [D] if ``both``."""
+        parts = self._parts()
+        means = torch.cat([part.mean for part in parts])
+        shares = self._weights(means, len(means)).exp()
+        mean = shares @ means
+        if not both:
+            return mean, mean
+        variances = torch.cat([part.variance for part in parts])
+        return mean, shares @ (variances + (means - mean).square())
 
 
 class NormalMixture(_Components, nn.Module):  # type: ignore[misc]
@@ -151,7 +172,7 @@ class _Rows(_Components):
 
 def mixture_of_rows(parts: list[Distribution], logits: Tensor | None) -> NormalMixture | _Rows:
     """Return the mixture of the concatenated rows of posteriors."""
-    pairs = [part._wide() for part in parts if is_family(part, DiagonalNormal)]
+    pairs = [part.wide() for part in parts if is_family(part, DiagonalNormal)]
     if len(pairs) < len(parts):
         return _Rows(parts, logits)
     mu, logvar = (t[0] if len(t) == 1 else torch.cat(t) for t in zip(*pairs, strict=True))
@@ -180,11 +201,11 @@ def log_aggregate(parts: list[Distribution], z: Tensor) -> tuple[Tensor, Tensor 
 def _marginals(q: Distribution) -> tuple[Tensor, Tensor] | None:
     """Return mean and log variance of each dimension [B, D], or None if q is not normal."""
     if is_family(q, DiagonalNormal):
-        return q._wide()
+        return q.wide()
     if is_family(q, FullNormal):
         mu, scale, _ = q._parts()
         return mu, scale.square().sum(-1).log()
     if is_family(q, LowRankNormal):
-        mu, logvar, factor = q._wide()
+        mu, logvar, factor = q.wide()
         return mu, (logvar.exp() + factor.square().sum(-1)).log()
     return None

@@ -14,7 +14,9 @@ from ..core.checks import check_same_device, check_same_shape, check_tensor, sha
 from ..core.spread import log_variance
 from ..ops.latent import Form, form_of, options
 from ..ops.op import accumulator
-from .base import Distribution, hold, is_family, is_still, register_kl
+from .base import Distribution, hold, is_family, is_still
+from .closed_form import register_kl
+from .words import count_latents
 
 # A standard deviation in place of a log variance, as in torch's Normal.
 SCALE = form_of("scale", None, None)
@@ -25,23 +27,34 @@ class StandardNormal(Distribution):
 
     Example:
         >>> import fastvae
-        >>> fastvae.distributions.StandardNormal().sample(5, 2).shape
+        >>> fastvae.distributions.StandardNormal().sample(5, dim=2).shape
         torch.Size([5, 2])
     """
+
+    # Parameters [], which broadcast to [D].
+
+    @property
+    def loc(self) -> Tensor:
+        return torch.zeros(())
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.zeros(())
+
+    @property
+    def scale(self) -> Tensor:
+        return torch.ones(())
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.ones(())
 
     def log_prob(self, z: Tensor) -> Tensor:
         z = z.to(accumulator(z.dtype))
         return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return random.normal(random.draw_seed(device or "cpu", generator), 1, n, dim)[0]
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        return random.normal(seed, 1, k, count_latents("StandardNormal", (), dim))[0]
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
         zeros = like.new_zeros(batch, like.shape[-1])
@@ -52,25 +65,26 @@ class StandardNormal(Distribution):
 
 
 class DiagonalNormal(Distribution):
-    r"""Diagonal normal N(mu, diag σ²), with σ² = exp(logvar), or as set by ``scale``.
+    r"""Diagonal normal N(mu, diag σ²), with σ² = exp(logvar), or as set by ``scale_form``.
 
     It is the posterior that a pair ``(mu, logvar)`` stands for, or a prior, fixed or learned.
 
     .. math:: \log p(z) = -½ \sum_d \big[(z - μ)^2 / σ^2 + \log 2πσ^2\big]
 
-    A posterior's σ is computed inside the kernels for every scale, and never stored as a tensor.
+    A posterior's σ is computed inside the kernels for every form, and never stored as a tensor.
 
     Args:
-        mu, logvar: mean, and log variance or as set by ``scale``: [B, D] or [B, \*latent] each for a
+        mu, logvar: mean, and log variance or as set by ``scale_form``: [B, D] or [B, \*latent] each for a
             posterior; for a prior broadcastable to that, an ``nn.Parameter`` if learned, a network's output
             if conditional.
-        scale: the meaning of ``logvar``: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which
-            must be positive (a negative σ gives NaN); ``"softplus"``, r in σ² = log(1 + exp(r)) + floor.
+        scale_form: the meaning of ``logvar``: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ,
+            which must be positive (a negative σ gives NaN); ``"softplus"``, r in σ² = log(1 + exp(r)) +
+            floor.
         floor: lower bound of a softplus variance, such as 1e-4, which prevents collapse. Default: none.
         logvar_range: clamp a log variance to (lo, hi), with zero gradient outside. Default: no clamp.
 
     Raises:
-        TypeError, ValueError: if mu and logvar are not floating-point tensors on one device, the scale is
+        TypeError, ValueError: if mu and logvar are not floating-point tensors on one device, the form is
             unknown, or floor or logvar_range does not apply to it.
 
     Example:
@@ -82,7 +96,7 @@ class DiagonalNormal(Distribution):
         >>> mu, logvar = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
         >>> len(list(fastvae.distributions.DiagonalNormal(mu, logvar).parameters()))
         2
-        >>> q = DiagonalNormal(torch.zeros(4, 2), torch.zeros(4, 2), scale="softplus", floor=1e-4)
+        >>> q = DiagonalNormal(torch.zeros(4, 2), torch.zeros(4, 2), scale_form="softplus", floor=1e-4)
         >>> q.log_variance()[0]  # log(log 2 + 1e-4)
         tensor([-0.3664, -0.3664])
     """
@@ -96,7 +110,7 @@ class DiagonalNormal(Distribution):
         mu: Tensor,
         logvar: Tensor,
         *,
-        scale: str = "logvar",
+        scale_form: str = "logvar",
         floor: float | None = None,
         logvar_range: tuple[float, float] | None = None,
     ):
@@ -104,24 +118,59 @@ class DiagonalNormal(Distribution):
         check_tensor("mu", mu)
         check_tensor("logvar", logvar)
         check_same_device("logvar", logvar, "mu", mu)
-        self.form = form_of(scale, floor, logvar_range)
+        self.form = form_of(scale_form, floor, logvar_range, "scale_form")
         hold(self, mu=mu, logvar=logvar)
 
     @property
     def batch(self) -> int:  # type: ignore[override]
-        return self.mu.shape[0]
+        return (self.mu if self.mu.dim() > 1 else self.logvar).shape[0]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return self.mu.device
 
     @property
-    def mean(self) -> Tensor:  # type: ignore[override]
+    def loc(self) -> Tensor:
         return self.mu
 
     @property
+    def mean(self) -> Tensor:
+        return self.mu
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation, whatever the form of ``logvar``."""
+        if self.form is not None and self.form.scale == "scale":
+            return self.logvar.expand(self._shape)
+        return self._elementwise(torch.exp(0.5 * self.wide()[1]))
+
+    @property
+    def stddev(self) -> Tensor:
+        return self.scale
+
+    @property
+    def variance(self) -> Tensor:
+        return self._elementwise(torch.exp(self.wide()[1]))
+
+    def entropy(self) -> Tensor:
+        logvar = self.wide()[1].expand(self._shape)
+        if logvar.dim() not in (1, 2):
+            shapes = f"mu has shape {shape_of(self.mu)} and logvar {shape_of(self.logvar)}"
+            raise ValueError(f"entropy needs parameters [B, D] or [D]; {shapes}")
+        return 0.5 * (logvar + (1 + math.log(2 * math.pi))).sum(-1)
+
+    @property
+    def _shape(self) -> torch.Size:
+        shape: torch.Size = torch.broadcast_shapes(self.mu.shape, self.logvar.shape)
+        return shape
+
+    def _elementwise(self, value: Tensor) -> Tensor:
+        """Return the value in the shape and dtype of z."""
+        return value.expand(self._shape).to(torch.promote_types(self.mu.dtype, self.logvar.dtype))
+
+    @property
     def has_rows(self) -> bool:
-        return self.mu.dim() == 2
+        return self.mu.dim() == 2 or self.logvar.dim() == 2
 
     @property
     def per_row(self) -> bool:  # type: ignore[override]
@@ -131,9 +180,8 @@ class DiagonalNormal(Distribution):
         values = super()._set()
         del values["form"]
         shown = options(self.form)
-        if shown.get("scale") == "logvar":  # the default
-            del shown["scale"]
-        return values | shown
+        form = shown.pop("scale", "logvar")
+        return values | ({} if form == "logvar" else {"scale_form": form}) | shown
 
     @property
     def has_logvar(self) -> bool:
@@ -144,22 +192,25 @@ class DiagonalNormal(Distribution):
         """Return log σ², whatever the meaning of ``logvar``."""
         return self.logvar if self.form is None else log_variance(self.logvar, self.form)
 
-    def _wide(self) -> tuple[Tensor, Tensor]:
+    def wide(self) -> tuple[Tensor, Tensor]:
         """Return mu and the log variance in the accumulation dtype."""
         dtype = accumulator(torch.promote_types(self.mu.dtype, self.logvar.dtype))
         logvar = self.logvar.to(dtype)
         return self.mu.to(dtype), logvar if self.form is None else log_variance(logvar, self.form)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        mu, logvar = self._wide()
+        mu, logvar = self.wide()
         white = (z.to(accumulator(z.dtype)) - mu) * torch.exp(-0.5 * logvar)
         return -0.5 * (white.square() + logvar + math.log(2 * math.pi)).sum(-1)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
-        mu, logvar = self._wide()
+        if self.mu.shape != self.logvar.shape:  # of a prior
+            rows = self.of(self.mu.expand(self._shape), self.logvar.expand(self._shape))
+            return rows.rsample_log_prob(samples, seed, **place)
+        mu, logvar = self.wide()
         # The density uses the noise, not z: sigma would cancel in (z - mu) / sigma.
         eps = random.normal(seed, samples, *mu.shape, dtype=mu.dtype, **place)
         if seed.dim():
@@ -170,16 +221,9 @@ class DiagonalNormal(Distribution):
             z, _ = ops.rsample_kl(self.mu, self.logvar, samples=samples, seed=seed, **kwargs)
         return z, -0.5 * (eps.square() + logvar + math.log(2 * math.pi)).sum(-1)
 
-    def sample(
-        self,
-        n: int,
-        dim: int,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        eps = random.normal(random.draw_seed(self.mu.device, generator), 1, n, dim)[0]
-        mu, logvar = self._wide()
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        eps = random.normal(seed, 1, k, count_latents(self.family.__name__, self._shape, dim))[0]
+        mu, logvar = self.wide()
         return mu + torch.exp(0.5 * logvar) * eps
 
     def rows(self, start: int, stop: int) -> DiagonalNormal | None:
@@ -210,7 +254,7 @@ class DiagonalNormal(Distribution):
     def as_torch(self) -> td.Normal | None:
         if not is_still(self, DiagonalNormal):
             return None
-        mu, logvar = self._wide()
+        mu, logvar = self.wide()
         return td.Normal(mu, torch.exp(0.5 * logvar), validate_args=False)
 
 
@@ -252,8 +296,8 @@ def check_posterior(q: DiagonalNormal) -> DiagonalNormal:
 @register_kl(DiagonalNormal, DiagonalNormal)
 def _kl(q: DiagonalNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
     """Return the KL of each dimension, where the fused op does not apply."""
-    mu, logvar = q._wide()
-    prior_mu, prior_logvar = p._wide() if isinstance(p, DiagonalNormal) else (0.0, torch.zeros_like(logvar))
+    mu, logvar = q.wide()
+    prior_mu, prior_logvar = p.wide() if isinstance(p, DiagonalNormal) else (0.0, torch.zeros_like(logvar))
     u = logvar - prior_logvar
     white = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
     return 0.5 * (white.square() + torch.expm1(u) - u)

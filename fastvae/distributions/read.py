@@ -17,8 +17,8 @@ from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD
 from .mixture import NormalMixture
 from .normal import SCALE, DiagonalNormal, StandardNormal, check_posterior, diagonal
-from .spatial import flat_posterior, univariate
-from .wrapped import TorchDistribution, in_single
+from .spatial import flat_posterior
+from .wrapped import TorchDistribution, in_single, univariate
 
 # Names of a mean and a log variance in an encoder's output: in plain code, diffusers, pythae.
 _MEANS = ("mu", "mean", "loc", "embedding")
@@ -162,8 +162,8 @@ def is_conditional(prior: Any) -> bool:
 def as_prior(prior: Any, context: Any = None) -> Distribution:
     """Convert the accepted forms of a prior to a distribution.
 
-    Accepted are None or "standard_normal", a fastvae distribution, a torch.distributions object, or a
-    function of the context that returns one of these or an encoder's output.
+    Accepted are None or "standard_normal", a pair (mu, logvar), a fastvae distribution, a
+    torch.distributions object, or a function of the context that returns one of these or an encoder's output.
     """
     if is_conditional(prior):
         if context is None:
@@ -186,6 +186,10 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
         return STANDARD
     if isinstance(prior, Distribution):
         return prior
+    if type(prior) in (tuple, list) and len(prior) == 2:
+        for name, part in zip(("mu", "logvar"), prior, strict=True):
+            check_tensor(f"the prior's {name}", part)
+        return DiagonalNormal(*prior)
     if isinstance(prior, str):
         if prior not in _NAMES:
             raise ValueError(
@@ -197,14 +201,11 @@ def as_prior(prior: Any, context: Any = None) -> Distribution:
         # flat_prior handles events with more axes: spatial latents, or an error.
         if len(prior.event_shape) <= 1 and type(normal := univariate(prior)) is td.Normal:
             if normal.scale.dtype.itemsize == 2:
-                return DiagonalNormal(normal.loc, normal.scale, scale="scale")
+                return DiagonalNormal(normal.loc, normal.scale, scale_form="scale")
             return DiagonalNormal(normal.loc, 2 * normal.scale.log())
         return _of_torch(prior)
     raise TypeError(
-        f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), a "
-        "fastvae.distributions.Distribution "
-        "such as fastvae.distributions.DiagonalNormal(mu, logvar), a torch.distributions object, or a "
-        "function of the "
-        "context; got "
-        f"{type(prior).__name__}"
+        f"prior must be None for N(0, I), a name ({', '.join(map(repr, _NAMES))}), a pair (mu, logvar), a "
+        "fastvae.distributions.Distribution such as fastvae.distributions.Laplace(loc, log_scale), a "
+        f"torch.distributions object, or a function of the context; got {type(prior).__name__}"
     )

@@ -16,7 +16,7 @@ from ..core.checks import shape_of
 from .base import Distribution, is_family
 from .covariance import FullNormal, LowRankNormal
 from .normal import SCALE, DiagonalNormal, diagonal
-from .wrapped import ELEMENTWISE, TorchDistribution
+from .wrapped import ELEMENTWISE, TorchDistribution, univariate
 
 
 class _Flattened(td.TransformedDistribution):
@@ -27,12 +27,14 @@ class _Flattened(td.TransformedDistribution):
         (shape,) = self.transforms
         return shape(self.base_dist.mean)  # type: ignore[no-any-return]
 
+    @property
+    def variance(self) -> Tensor:
+        (shape,) = self.transforms
+        return shape(self.base_dist.variance)  # type: ignore[no-any-return]
 
-def univariate(d: td.Distribution) -> td.Distribution:
-    """Strip ``Independent`` wrappers."""
-    while isinstance(d, td.Independent):
-        d = d.base_dist
-    return d
+    def entropy(self) -> Tensor:
+        value: Tensor = self.base_dist.entropy()
+        return value.flatten(len(self.batch_shape)).sum(-1) if value.dim() > len(self.batch_shape) else value
 
 
 def _flat(

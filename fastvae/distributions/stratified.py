@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from .. import random
-from ..core.checks import check_tensor, shape_of
+from ..core.checks import check_count, check_tensor, shape_of
 from ..ops.op import accumulator
 from .base import Distribution, hold, is_family, is_real
+from .draws import Drawable, draw_z, log_shares
 from .read import as_component
+from .wrapped import TorchDistribution, at_address
 
 
 class Mixture(Distribution):
@@ -123,13 +125,20 @@ class Mixture(Distribution):
         return any(c.reaches_others for c in self.components)
 
     @property
-    def mean(self) -> Tensor | None:  # type: ignore[override]
-        known = [c.mean for c in self.components]
-        means = [m for m in known if m is not None]
-        if len(means) < len(known):
-            return None
-        shares = self._log_weights(means[0]).exp().unbind(-1)
-        return torch.stack([s[..., None] * m for s, m in zip(shares, means, strict=True)]).sum(0)
+    def mean(self) -> Tensor:
+        return self._mixed([c.mean for c in self.components])
+
+    @property
+    def variance(self) -> Tensor:
+        means = [c.mean for c in self.components]
+        mean = self._mixed(means)
+        pairs = zip(self.components, means, strict=True)
+        return self._mixed([c.variance + (m - mean).square() for c, m in pairs])
+
+    def _mixed(self, values: list[Tensor]) -> Tensor:
+        """Return the average of the components' values, by π."""
+        shares = self._log_weights(values[0]).exp().unbind(-1)
+        return torch.stack([s[..., None] * v for s, v in zip(shares, values, strict=True)]).sum(0)
 
     def _log_weights(self, like: Tensor) -> Tensor:
         """Return log π, [C] or [B, C]."""
@@ -159,30 +168,39 @@ class Mixture(Distribution):
         turn = torch.remainder(numbers, seed.shape[0])
         return numbers // seed.shape[0] + torch.remainder(seed, self.strata)[turn], turn
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        count, batch = self.strata, self.batch
+        count = self.strata
         # Draw from each component the range that any seed could select, in each randomisation.
         r = random.randomisations_of(seed) or 1
         first = sample_offset // r // count
         last = ((sample_offset + samples - 1) // r + count - 1) // count
-        parts, like = [], None
-        for c in sorted(range(count), key=lambda c: not self.components[c].has_rows):
-            component = self.components[c]
-            if not component.has_rows or component.batch < batch:
-                assert like is not None or component.has_rows  # components with rows come first
-                component = component.expand(batch, component.rsample(1, seed)[0] if like is None else like)
-            z, _ = component.rsample(
-                r * (last - first + 1), derived_seed(seed, c), sample_offset=r * first, row_offset=row_offset
-            )
-            like = z
-            parts.append((c, z))
+        count_each = r * (last - first + 1)
+
+        def draw(c: int, component: Distribution) -> Tensor:
+            place = {"sample_offset": r * first, "row_offset": row_offset}
+            return component.rsample_log_prob(count_each, derived_seed(seed, c), **place)[0]
+
+        drawn = self._from_each(draw, seed)
         turns, randomisation = self._turns(samples, seed, sample_offset)
         places = torch.remainder(turns, count) * (last - first + 1) + turns // count - first
         places = r * places + randomisation
-        z = torch.cat([z for _, z in sorted(parts, key=lambda p: p[0])]).index_select(0, places)
+        z = torch.cat(drawn).index_select(0, places)
         return z, self.log_prob(z)
+
+    def _from_each(self, draw: Callable[[int, Distribution], Tensor], seed: Tensor) -> list[Tensor]:
+        """Draw z [K, B, D] from each component c by ``draw(c, component)``, expanded to all rows."""
+        drawn: dict[int, Tensor] = {}
+        like = None
+        for c in sorted(range(self.strata), key=lambda c: not self.components[c].has_rows):
+            component = self.components[c]
+            if not component.has_rows or component.batch < self.batch:
+                assert like is not None or component.has_rows  # components with rows come first
+                like = component.rsample_log_prob(1, seed)[0] if like is None else like
+                component = component.expand(self.batch, like)
+            drawn[c] = like = draw(c, component)
+        return [drawn[c] for c in range(self.strata)]
 
     def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         dtype = torch.float32 if self.logits is None else accumulator(self.logits.dtype)
@@ -192,20 +210,61 @@ class Mixture(Distribution):
 
     def sample(
         self,
-        n: int,
-        dim: int,
+        k: int = 1,
         *,
+        dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        draws = [c.sample(n, dim, device=device, generator=generator) for c in self.components]
-        weights = self._log_weights(draws[0]).detach().exp()
-        if weights.dim() != 1:
-            raise ValueError(
-                f"the prior's logits are of rows, {shape_of(weights)}; drawing from it needs [C]"
-            )
-        chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
-        return torch.stack(draws, 1)[torch.arange(n, device=chosen.device), chosen]
+        """Draw z without gradients, [k, B, D] with rows and [k, D] without; components are drawn by π.
+
+        Args:
+            k: number of draws, for each row if there are rows. Default 1.
+            dim: number of latents D, if no component has them.
+            device: device of the result, for components without tensors.
+            generator: source of the seeds. Default: torch's own generator.
+        """
+        k = check_count("k", k, "the number of draws")
+        with torch.no_grad():
+            if self.has_rows:
+                return self._sample_rows(k, generator)
+            draws = [c.sample(k, dim=dim, device=device, generator=generator) for c in self.components]
+            weights = self._log_weights(draws[0]).exp()
+            if weights.dim() != 1:
+                raise ValueError(
+                    f"the prior's logits are of rows, {shape_of(weights)}; drawing from it needs [C]"
+                )
+            chosen = torch.multinomial(weights, k, replacement=True, generator=generator)
+            return torch.stack(draws, 1)[torch.arange(k, device=chosen.device), chosen]
+
+    def _sample_rows(self, k: int, generator: torch.Generator | None) -> Tensor:
+        seed = random.draw_seed(self.device, generator)
+        draws = self._from_each(lambda _, c: c.sample(k, generator=generator), seed)
+        weights = self._log_weights(draws[0]).exp().expand(self.batch, -1)
+        chosen = torch.multinomial(weights, k, replacement=True, generator=generator).mT  # [k, B]
+        stacked = torch.stack(draws)
+        return stacked.gather(0, chosen[None, ..., None].expand(1, *stacked.shape[1:]))[0]
+
+    def rsample(
+        self,
+        k: int = 1,
+        *,
+        dim: int | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Raise NotImplementedError: the choice of a component is not differentiable.
+
+        Args:
+            k: unused.
+            dim: unused.
+            device: unused.
+            generator: unused.
+        """
+        raise NotImplementedError(
+            f"{self.family.__name__} has no rsample: the choice of a component is not differentiable. Use "
+            "sample, or rsample_log_prob, whose stratified draws log_shares weights"
+        )
 
     def rows(self, start: int, stop: int) -> Mixture | None:
         if not is_family(self, Mixture):
@@ -217,6 +276,119 @@ class Mixture(Distribution):
         return Mixture(known, logits) if len(known) == len(parts) else None
 
 
+class StratifiedMixture(Drawable):
+    """Stratified mixture: components are drawn in a fixed cycle, from an offset that depends on the seed.
+
+    All draws have equal weight, and each is distributed as the mixture, over random offsets.
+
+    Args:
+        parts: component distributions with rows, all with the same B.
+        shares: each component's share of the draws, rounded to hundredths.
+        number: index that separates its noise from that of other mixtures with the same seed. Default 1.
+        stays: bool [B], the examples drawn from the first component alone, with the noise that this
+            component has on its own. Default: None, no examples.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Distribution],
+        shares: Sequence[float],
+        number: int = 1,
+        stays: Tensor | None = None,
+    ):
+        super().__init__()
+        self._given = parts, shares, number
+        counts = [round(100 * share) for share in shares]
+        counts[counts.index(max(counts))] += 100 - sum(counts)
+        divisor = math.gcd(*counts)
+        self._own, self.number = parts[0], number
+        self._parts = [(part, n // divisor) for part, n in zip(parts, counts, strict=True) if n]
+        self._stays = stays if stays is not None and bool(stays.any()) else None
+        # Spread evenly: for each position in a cycle, the component and its draw's index within the cycle.
+        places = sorted(((i + 0.5) / n, c, i) for c, (_, n) in enumerate(self._parts) for i in range(n))
+        self._cycle = torch.tensor([place[1:] for place in places], device="cpu")  # [period, 2]
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self._own.batch
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._own.device
+
+    def rows(self, start: int, stop: int) -> StratifiedMixture | None:
+        parts, shares, number = self._given
+        some = [part.rows(start, stop) for part in parts]
+        known = [part for part in some if part is not None]
+        stays = None if self._stays is None else self._stays[start:stop]
+        return StratifiedMixture(known, shares, number, stays) if len(known) == len(some) else None
+
+    @property
+    def strata(self) -> int:  # type: ignore[override]
+        return max(part.strata for part, _ in self._parts)
+
+    def _turns(self, samples: int, seed: Tensor, sample_offset: int) -> Iterator[tuple[Any, ...]]:
+        """Yield each component with the indices of its samples, its seed and the index of its first draw.
+
+        Its further draws have consecutive indices. Randomisations are treated separately.
+        """
+        period, numbers = len(self._cycle), torch.arange(sample_offset, sample_offset + samples, device="cpu")
+        seeds = seed.split(1) if seed.dim() else (seed,)
+        for r, seed in enumerate(seeds):
+            mine = (numbers % len(seeds) == r).nonzero()[:, 0]
+            turns = numbers[mine] // len(seeds) + int(seed) % period
+            which, within = self._cycle[turns % period].unbind(1)
+            for c, (part, count) in enumerate(self._parts):
+                place = (which == c).nonzero()[:, 0]
+                if len(place):
+                    first = int(turns[place[0]]) // period * count + int(within[place[0]])
+                    yield part, mine[place], derived_seed(seed, period * self.number + c), first
+
+    def draw(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        drawn, places = [], []
+        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
+            drawn.append(draw_z(part, len(place), own_seed, first, row_offset))
+            places.append(place)
+        order = torch.cat(places).argsort().to(drawn[0].device)
+        z = torch.cat([d.to(drawn[0].dtype) for d in drawn])[order]
+        if self._stays is None:
+            return z
+        own = draw_z(self._own, samples, seed, sample_offset, row_offset)
+        return torch.where(self._stays[:, None], own, z.to(own.dtype))
+
+    def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
+        """Return the log weight of each draw within a component that is itself a stratified mixture."""
+        shares = torch.zeros(samples, self.batch, device=seed.device)
+        for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
+            found = log_shares(part, len(place), own_seed, first)
+            if found is not None:
+                shares = shares.to(found.dtype)
+                shares[place.to(seed.device)] = found.expand(-1, self.batch)
+        own = log_shares(self._own, samples, seed, sample_offset)
+        if self._stays is None or own is None:
+            return shares if self._stays is None else torch.where(self._stays, 0.0, shares)
+        return torch.where(self._stays, own.to(shares.dtype), shares)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        scores = [p.log_prob(z) + math.log(n / len(self._cycle)) for p, n in self._parts]
+        value = torch.logsumexp(torch.stack(scores), 0)
+        return value if self._stays is None else torch.where(self._stays, self._own.log_prob(z), value)
+
+
 def derived_seed(seed: Tensor, number: int) -> Tensor:
     """Return a distinct seed for each number (multiplier of Knuth's MMIX)."""
     return seed * 6364136223846793005 + 1442695040888963407 * (number + 1) % 2**63
+
+
+def expanded_at_address(prior: Distribution, batch: int, like: Tensor) -> Distribution | None:
+    """Expand the prior to a distribution with rows that supports draws at an address; None if it cannot."""
+    made = prior
+    if not (prior.has_rows and prior.batch == batch):
+        try:
+            made = prior.expand(batch, like)
+        except NotImplementedError:
+            return None
+    if isinstance(made, TorchDistribution):
+        zero = torch.zeros((), dtype=torch.int64, device=like.device)
+        return made if at_address(made.distribution, (1, *like.shape), zero, {}) is not None else None
+    return made

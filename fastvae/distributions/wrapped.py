@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from .. import random
-from ..core.checks import check_same_device
+from ..core.checks import check_count, check_same_device
 from ..core.seeding import check_philox, seeded
 from ..ops.gamma import dirichlet, standard_gamma
-from .base import Distribution, mapped, tensors_of
+from .base import Distribution
 from .location_scale import student_t_noise
+from .tensors import mapped, tensors_of
+from .words import count_latents
 
 # Families with elementwise parameters, which are also their constructor's arguments.
 ELEMENTWISE = (
@@ -80,12 +83,46 @@ class TorchDistribution(Distribution):
         return next(tensors_of(self.distribution), torch.empty(())).device
 
     @property
-    def mean(self) -> Tensor | None:  # type: ignore[override]
+    def loc(self) -> Tensor:
+        return self._univariate.loc  # type: ignore[no-any-return]
+
+    @property
+    def scale(self) -> Tensor:
+        return self._univariate.scale  # type: ignore[no-any-return]
+
+    @property
+    def mean(self) -> Tensor:
         try:
-            mean = self.distribution.mean
+            return self.distribution.mean
         except NotImplementedError:  # raised by most transformed distributions
-            return None
-        return mean if mean.dim() == 2 and self.is_posterior else None
+            raise NotImplementedError(f"{self._name} has no mean in closed form") from None
+
+    @property
+    def variance(self) -> Tensor:
+        try:
+            return self.distribution.variance
+        except NotImplementedError:
+            raise NotImplementedError(f"{self._name} has no variance in closed form") from None
+
+    def entropy(self) -> Tensor:
+        try:
+            value = self.distribution.entropy()
+        except NotImplementedError:
+            raise NotImplementedError(f"{self._name} has no entropy in closed form") from None
+        if not (self._summed or value.dim()):
+            raise ValueError(f"{self._name} has parameters [], which do not determine D; expand them")
+        return value if self._summed else value.sum(-1)
+
+    @property
+    def _univariate(self) -> Any:
+        return univariate(self.distribution)
+
+    @property
+    def _name(self) -> str:
+        d: Any = self.distribution
+        while type(d).__name__ == "_Flattened":
+            d = d.base_dist
+        return type(d).__name__
 
     @property
     def support(self) -> Any:
@@ -124,7 +161,7 @@ class TorchDistribution(Distribution):
         value = d.log_prob(z)
         return value if self._summed else value.sum(-1)
 
-    def rsample(
+    def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         shape = (samples, *self.distribution.batch_shape, *self.distribution.event_shape)
@@ -139,21 +176,30 @@ class TorchDistribution(Distribution):
 
     def sample(
         self,
-        n: int,
-        dim: int,
+        k: int = 1,
         *,
+        dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        d = self.distribution
-        shape = (*d.batch_shape, *d.event_shape)
-        if len(shape) > 1 or shape not in ((), (1,), (dim,)):
-            raise ValueError(
-                f"the prior has the shape {list(shape)}; to draw z [{n}, {dim}] from it, it must be [{dim}] "
-                "or []"
-            )
-        with seeded(random.draw_seed(self.device, generator), self.device, 0, 0):
-            return d.sample((n,) if shape == (dim,) else (n, dim)).reshape(n, dim)
+        if self.has_rows and self.distribution.has_rsample:
+            return super().sample(k, dim=dim, generator=generator)
+        k = check_count("k", k, "the number of draws")
+        return self._draw_by_torch(self.distribution.sample, k, dim, random.draw_seed(self.device, generator))
+
+    def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:
+        if not self.distribution.has_rsample:
+            raise NotImplementedError(f"{self._name} has no rsample; use sample, without gradients")
+        return self._draw_by_torch(self.distribution.rsample, k, dim, seed)
+
+    def _draw_by_torch(self, draw: Callable[..., Tensor], k: int, dim: int | None, seed: Tensor) -> Tensor:
+        """Draw z with torch's generator, from a state that the seed determines."""
+        shape = (*self.distribution.batch_shape, *self.distribution.event_shape)
+        with seeded(seed, self.device, 0, 0):
+            if self.has_rows:
+                return draw((k,))
+            dim = count_latents(self._name, shape, dim)
+            return draw((k,) if shape == (dim,) else (k, dim)).reshape(k, dim)
 
     def expand(self, batch: int, like: Tensor) -> TorchDistribution:
         d = self.distribution
@@ -176,6 +222,13 @@ class TorchDistribution(Distribution):
         made = TorchDistribution(wide)
         made.latent, made.z_dtype = self.latent, z_dtype
         return made
+
+
+def univariate(d: td.Distribution) -> td.Distribution:
+    """Strip ``Independent`` wrappers."""
+    while isinstance(d, td.Independent):
+        d = d.base_dist
+    return d
 
 
 def in_single(d: td.Distribution) -> tuple[td.Distribution, torch.dtype | None]:

@@ -69,7 +69,7 @@ def log_marginal(
             at least as wide as that of independent draws.
         proposal: distribution from which z is drawn, with weights relative to it: ``"posterior"`` (default),
             q; ``"adapted"``, fitted to each example during sampling, far better for k of some hundreds or
-            more; ``"defensive"``, ``"inflated"`` or ``"heavy"``; or an object of :mod:`fastvae.proposals`.
+            more; ``"defensive"``; or an object of :mod:`fastvae.proposals`.
         likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
         prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.

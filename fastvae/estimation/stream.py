@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_count
-from ..core.nested import event_size
-from ..distributions import Distribution, draw_chunk, log_shares, rsample
+from ..distributions import Distribution, draw_chunk, log_shares, rsample_log_prob
 from ..inputs.batch import Inputs
 from ..likelihoods.base import Declared
 from ..random import randomisations_of
@@ -100,7 +99,7 @@ def stream(
             if ratio:
                 part = draw_chunk(q, inputs.prior, count, seed, start, offset)[:2]
             else:
-                part = rsample(q, count, seed, sample_offset=start, row_offset=offset)[:1]
+                part = rsample_log_prob(q, count, seed, sample_offset=start, row_offset=offset)[:1]
                 shares = log_shares(q, count, seed, start)
                 if shares is not None:
                     part = part[0], shares.expand(count, q.batch)

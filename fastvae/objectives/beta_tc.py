@@ -13,7 +13,7 @@ from ..core.checks import check_address, check_choice, check_count, check_weight
 from ..core.hints import teaches
 from ..core.nested import Beside
 from ..core.reductions import times
-from ..distributions.draws import describe, rsample_as_held
+from ..distributions.draws import describe, rsample_as_stored
 from ..distributions.mixture import log_aggregate
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
@@ -179,7 +179,7 @@ def beta_tc(
             "beta_tc needs one prior for all examples, which the aggregate posterior is compared with; the "
             "one given has parameters for each example, or is a function of the context"
         )
-    z, log_q = rsample_as_held(q, k, draw_seed(q.device, generator), row_offset=row_offset)
+    z, log_q = rsample_as_stored(q, k, draw_seed(q.device, generator), row_offset=row_offset)
     whole, each = log_aggregate([q], z)
     if each is None:
         raise ValueError(

@@ -110,7 +110,7 @@ def elbo(
             or a user-defined :class:`fastvae.likelihoods.Likelihood`.
         prior: ``fastvae.distributions.DiagonalNormal(mu, logvar)``, another
             :class:`fastvae.distributions.Distribution`, a torch.distributions object, a pair (mu, logvar),
-            each [B, D], or a function of the context that returns one of these. For shaped latents its
+            each [D] or [B, D], or a function of the context that returns one of these. For shaped latents its
             parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
             :class:`fastvae.distributions.Hierarchy` that produced q.
         k: draws of z per example. Default 1.

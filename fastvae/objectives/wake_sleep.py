@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count
 from ..core.hints import teaches
-from ..core.nested import called, check_batch, decoded
-from ..distributions import as_posterior, as_prior, flat_prior
-from ..distributions.draws import describe
+from ..distributions import as_posterior, as_prior, describe, draw_prior, flat_prior, known_mean
 from ..estimation.evaluation.data import place_of
 from ..likelihoods.base import Likelihood, as_likelihood
 from .options import REDUCTIONS
@@ -85,9 +83,10 @@ def sleep(
     q = as_posterior(called("encoder", encoder, x, context))
     if q.batch != n:
         raise ValueError(f"the encoder returned a q of {q.batch} rows for x of n = {n} rows")
-    if q.mean is not None and q.mean.shape[-1] != z.shape[1]:
+    mean = known_mean(q)
+    if mean is not None and mean.shape[-1] != z.shape[1]:
         raise ValueError(
-            f"q, {describe(q)}, has D = {q.mean.shape[-1]} latents, but latent_dim={latent_dim!r} is "
+            f"q, {describe(q)}, has D = {mean.shape[-1]} latents, but latent_dim={latent_dim!r} is "
             f"{z.shape[1]}; expected as many"
         )
     log_q = q.log_prob(z[None])[0]
@@ -116,5 +115,5 @@ def simulate(
         if latent is None
         else math.prod(latent)
     )
-    z = prior.sample(n, size, device=like.device, generator=generator).to(like.dtype)
+    z = draw_prior(prior, n, size, like.device, generator).to(like.dtype)
     return z, decoded(decoder, z, context, latent)

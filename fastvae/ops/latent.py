@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,15 @@ SCALES = ("logvar", "log_scale", "scale", "softplus")
 _LEAST_FLOOR = 2.0**-126
 
 
+class NormalPrior(Protocol):
+    """Diagonal normal prior, as :class:`fastvae.distributions.DiagonalNormal` is."""
+
+    mu: Tensor
+
+    def log_variance(self) -> Tensor:
+        """Return log σ²."""
+
+
 class Draw(NamedTuple):
     """Parameters of a draw: the non-tensor arguments of both ops, in every layer."""
 
@@ -95,8 +104,12 @@ class Form(NamedTuple):
     floor: float = 0.0
 
 
-def form_of(scale: str, floor: float | None, logvar_range: tuple[float, float] | None) -> Form | None:
+def form_of(
+    scale: str, floor: float | None, logvar_range: tuple[float, float] | None, name: str = "scale"
+) -> Form | None:
     """Validate these options, and return them as a Form; None for an unclamped log variance.
+
+    ``name`` is that of the user's argument for ``scale``.
 
     Raises:
         TypeError, ValueError: if an option is invalid, or does not apply to the others.
@@ -104,12 +117,12 @@ def form_of(scale: str, floor: float | None, logvar_range: tuple[float, float] |
     # Return early: a compiler would specialise on floats that are tested, and recompile.
     if logvar_range is None and scale == "logvar" and floor is None:
         return None
-    check_choice("scale", scale, SCALES)
+    check_choice(name, scale, SCALES)
     floor = 0.0 if floor is None else check_number("floor", floor, "the least variance")
     if scale != "softplus" and floor != 0:
         raise ValueError(
-            f"floor={floor} is added to the variance of scale='softplus', and has no meaning with "
-            f"scale={scale!r}; leave it out"
+            f"floor={floor} is added to the variance of {name}='softplus', and has no meaning with "
+            f"{name}={scale!r}; leave it out"
         )
     if 0 < floor < _LEAST_FLOOR:
         raise ValueError(
@@ -118,8 +131,8 @@ def form_of(scale: str, floor: float | None, logvar_range: tuple[float, float] |
         )
     if scale != "logvar" and logvar_range is not None:
         raise ValueError(
-            f"logvar_range bounds a log variance, and has no meaning with scale={scale!r}; bound what the "
-            "network returns, or give scale='softplus' a floor"
+            f"logvar_range bounds a log variance, and has no meaning with {name}={scale!r}; bound what the "
+            f"network returns, or give {name}='softplus' a floor"
         )
     return Form(*check_logvar_range(logvar_range), scale, floor)
 
@@ -136,7 +149,7 @@ def rsample_kl(
     logvar: Tensor,
     *,
     samples: int | None = None,
-    prior: tuple[Tensor, Tensor] | None = None,
+    prior: tuple[Tensor, Tensor] | NormalPrior | None = None,
     scale: str = "logvar",
     floor: float | None = None,
     logvar_range: tuple[float, float] | None = None,
@@ -155,7 +168,8 @@ def rsample_kl(
         mu: mean of q, [B, D].
         logvar: log variance of q, or as set by ``scale``, [B, D].
         samples: number of draws per row, K; None (the default) draws one and omits the axis.
-        prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
+        prior: mean and log variance of p, each broadcastable to [B, D], or a
+            :class:`~fastvae.distributions.DiagonalNormal`; default N(0, I).
         scale: the meaning of logvar: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which must
             be positive (a negative σ gives NaN); ``"softplus"``, r in σ² = softplus(r) + floor.
         floor: lower bound of a softplus variance. Default: none, which is 0.
@@ -197,7 +211,7 @@ def rsample_log_ratio(
     logvar: Tensor,
     *,
     samples: int,
-    prior: tuple[Tensor, Tensor] | None = None,
+    prior: tuple[Tensor, Tensor] | NormalPrior | None = None,
     estimator: str = "iwae",
     scale: str = "logvar",
     floor: float | None = None,
@@ -216,7 +230,8 @@ def rsample_log_ratio(
         mu: mean of q, [B, D].
         logvar: log variance of q, or as set by ``scale``, [B, D].
         samples: number of draws per row, K.
-        prior: mean and log variance of p, each broadcastable to [B, D]; default N(0, I).
+        prior: mean and log variance of p, each broadcastable to [B, D], or a
+            :class:`~fastvae.distributions.DiagonalNormal`; default N(0, I).
         estimator: the gradient of mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the score of
             q; ``"dreg"``, doubly reparameterised, which assumes that the ratio feeds one log-mean-exp over
             these samples; otherwise use ``paths``.
@@ -325,11 +340,20 @@ def _check_tensors(mu, logvar, prior):
 
 
 def _pair(prior):
+    # A subclass may have another density.
+    if getattr(prior, "is_own", False) and hasattr(prior, "log_variance"):
+        if prior.logvar.dtype.itemsize == 2 and not prior.has_logvar:
+            raise ValueError(
+                f"prior has {prior.logvar.dtype} parameters that are no log variance, which half precision "
+                "would round; pass (mean, logvar), or parameters in float32"
+            )
+        return prior.mu, prior.log_variance()
     try:
         mean, logvar = prior
     except (TypeError, ValueError):
         raise TypeError(
-            f"prior must be a pair of tensors (mean, logvar) or None for N(0, I), got {type(prior).__name__}"
+            "prior must be a pair of tensors (mean, logvar), a fastvae.distributions.DiagonalNormal or None "
+            f"for N(0, I); got {type(prior).__name__}"
         ) from None
     return mean, logvar
 

@@ -237,12 +237,14 @@ POSTERIORS: dict[str, Family] = {
     ),
     "softplus": Family(
         _two,
-        lambda mu, s: DiagonalNormal(mu, s, scale="softplus", floor=1e-4),
+        lambda mu, s: DiagonalNormal(mu, s, scale_form="softplus", floor=1e-4),
         softplus_normal,
         lambda mu, s, z: located(mu, (F.softplus(s) + 1e-4).sqrt(), z),
     ),
-    "log scale": _scaled(lambda mu, s: DiagonalNormal(mu, s, scale="log_scale"), td.Normal),
-    "scale": Family(_two, lambda mu, s: DiagonalNormal(mu, s, scale="scale"), td.Normal, located, _exps(1)),
+    "log scale": _scaled(lambda mu, s: DiagonalNormal(mu, s, scale_form="log_scale"), td.Normal),
+    "scale": Family(
+        _two, lambda mu, s: DiagonalNormal(mu, s, scale_form="scale"), td.Normal, located, _exps(1)
+    ),
     "full": Family(
         lambda d: ((d,), (d * (d + 1) // 2,)),
         FullNormal,

@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 from ...core.checks import check_address, check_choice, check_count
 from ...core.hints import teaches
-from ...core.nested import Beside, called, check_batch, decoded
-from ...core.records import registered
-from ...distributions import as_posterior, as_prior
-from ...distributions.spatial import flat_prior
+from ...distributions import as_posterior, as_prior, draw_prior, flat_prior
 from ...inputs.batch import Inputs
 from ...inputs.modules import evaluating, modules_of
 from ...likelihoods.base import Likelihood, as_likelihood
 from ...random import draw_seed
 from ..stream import Chunks
-from .annealing import STARTS, Annealing, Settings, draw_prior
+from .annealing import STARTS, Annealing, Settings
 
 __all__ = ["AnnealedMarginal", "MarginalBounds", "ais", "bdmc"]
 

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from ... import random
-from ...core.nested import decoded
-from ...distributions import DiagonalNormal, Distribution, log_shares, rsample
-from ...distributions.base import held
+from ...distributions import DiagonalNormal, Distribution, draw_prior, frozen, log_shares, rsample_log_prob
 from ...inputs.batch import Inputs
 from ...likelihoods.base import Declared, Likelihood
 from ...likelihoods.joint import Joint
@@ -122,7 +120,7 @@ class Annealing:
         self.tick = tick
         self.betas = temperatures(settings.steps)
         self.prior = _without_validation(inputs.prior)
-        like = rsample(inputs.q, 1, seed, row_offset=row_offset)[0]
+        like = rsample_log_prob(inputs.q, 1, seed, row_offset=row_offset)[0]
         self.dtype, self.dim = like.dtype, like.shape[2]
         self.drawn = inputs.q if settings.start == "posterior" else _expanded(inputs.prior, like)
         self.base = _without_validation(self.drawn)
@@ -182,7 +180,7 @@ class Annealing:
 
     def _drawn(self, first: int, count: int) -> tuple[Point, Tensor]:
         """Draw the initial points of chains from q0, and their log weights, nonzero for a stratified q0."""
-        z, _ = rsample(self.drawn, count, self.seed, sample_offset=first, row_offset=self.row_offset)
+        z, _ = rsample_log_prob(self.drawn, count, self.seed, sample_offset=first, row_offset=self.row_offset)
         point = self._at(z.to(accumulator(z.dtype)))
         shares = log_shares(self.drawn, count, self.seed, first)
         log_w = torch.zeros_like(point.base)
@@ -192,9 +190,11 @@ class Annealing:
         """Return q0's scale per dimension [B, D]: half the width of its central 68 %, for any family."""
         dtype = accumulator(self.dtype)
         if isinstance(self.base, DiagonalNormal):
-            return torch.exp(0.5 * self.base._wide()[1]).to(dtype).expand(self.inputs.q.batch, self.dim)
+            return torch.exp(0.5 * self.base.wide()[1]).to(dtype).expand(self.inputs.q.batch, self.dim)
         first = self.settings.chains + self.settings.pilots
-        z, _ = rsample(self.drawn, _FOR_SCALE, self.seed, sample_offset=first, row_offset=self.row_offset)
+        z, _ = rsample_log_prob(
+            self.drawn, _FOR_SCALE, self.seed, sample_offset=first, row_offset=self.row_offset
+        )
         low, high = torch.quantile(z.to(dtype), z.new_tensor([0.16, 0.84], dtype=dtype), dim=0)
         width = 0.5 * (high - low)
         return torch.where((width > 0) & width.isfinite(), width, 1.0)
@@ -291,7 +291,7 @@ def _without_validation(distribution: Distribution) -> Distribution:
     """Return a copy whose torch distributions return −∞ or NaN outside their support, and do not raise."""
     if not any(isinstance(d, td.Distribution) for d in _parts(distribution)):
         return distribution
-    fixed: Distribution = held(distribution)
+    fixed: Distribution = frozen(distribution)
     for part in _parts(fixed):
         if isinstance(part, td.Distribution):
             part._validate_args = False
@@ -337,14 +337,6 @@ def simulate(inputs: Inputs, dim: int, dtype: torch.dtype, generator: torch.Gene
         _sized(inputs.likelihood, parameters, x, size_factor), generator=generator
     )
     return z, _like(drawn, x, mask)
-
-
-def draw_prior(
-    prior: Distribution, batch: int, dim: int, device: torch.device, generator: torch.Generator
-) -> Tensor:
-    if prior.per_row:
-        return prior.rsample(1, random.draw_seed(device, generator))[0][0]
-    return prior.sample(batch, dim, device=device, generator=generator)
 
 
 def _sized(likelihood: Likelihood, parameters: Any, x: Any, size_factor: Any) -> Any:

@@ -16,11 +16,7 @@ from torch.utils.data import Dataset
 from ... import ops
 from ...core.checks import check_count, check_number, shape_of
 from ...core.hints import teaches
-from ...core.nested import event_size
-from ...core.records import registered
-from ...distributions import Distribution, as_prior, is_conditional
-from ...distributions.base import is_family
-from ...distributions.normal import DiagonalNormal, StandardNormal
+from ...distributions import DiagonalNormal, Distribution, StandardNormal, as_prior, is_conditional, is_family
 from ...inputs.modules import evaluating, modules_of
 from ...likelihoods.base import Likelihood, as_likelihood
 from ..evaluation.data import batches_of, data_of, place_of
@@ -219,7 +215,7 @@ def _ends(
         if is_family(prior, StandardNormal):
             centre, scale = torch.zeros((), device=device), torch.ones((), device=device)
         elif is_family(prior, DiagonalNormal):
-            centre, logvar = prior._wide()
+            centre, logvar = prior.wide()
             scale = torch.exp(0.5 * logvar)
         else:
             raise ValueError(

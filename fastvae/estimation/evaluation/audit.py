@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...core.nested import Beside, as_mask, as_size_factor, each, tensors
 from ...core.terminal import ProgressStream
-from ...distributions import rsample
+from ...distributions import rsample_log_prob
 from ...inputs.batch import Inputs
 from ..audit.annealing import Annealing, Settings, simulate
 from ..stream import Chunks
@@ -261,7 +261,7 @@ def _derived(seed: int, stream: int) -> int:
 
 def _simulated(inputs: Inputs, seed: int) -> tuple[Tensor, Any] | str:
     """Simulate z and x from the model, or return the reason why this is not possible."""
-    like = rsample(inputs.q, 1, torch.zeros((), dtype=torch.int64, device=inputs.device))[0]
+    like = rsample_log_prob(inputs.q, 1, torch.zeros((), dtype=torch.int64, device=inputs.device))[0]
     generator = torch.Generator(inputs.device).manual_seed(seed % 2**63)
     try:
         return simulate(inputs, like.shape[2], like.dtype, generator)

@@ -1,0 +1,188 @@
+"""Level of a hierarchy: its networks, and the pair of normals p and q that they define."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.checks import check_choice, check_count, check_tensor, shape_of
+from ..core.special import expm1_minus
+from .base import Distribution, is_family
+from .normal import DiagonalNormal, StandardNormal, diagonal
+from .read import as_posterior
+
+_MERGES = ("residual", "precision")
+_LOG_2_PI = math.log(2 * math.pi)
+
+
+class Level(nn.Module):
+    r"""Level of a :class:`Hierarchy`.
+
+    It consists of the networks for :math:`p(z_l | z_{<l})` and :math:`q(z_l | x, z_{<l})`.
+
+    Its modules see one batch axis, the N = K·B rows of all samples, and z in the shape ``dim``. The levels
+    above reach them as the *state*: these levels concatenated along axis 1, or the output of ``top_down``.
+    The first level has no state. Each module returns a normal in a form accepted from an encoder: a pair of
+    mean and log variance, each [N, \*dim]; one tensor with both concatenated along axis 1; or a normal
+    distribution.
+
+    Args:
+        dim: the latents of this level: a number, or a shape such as (channels, height, width).
+        posterior: a module (features, state) -> normal; for the first level (features) -> normal.
+        prior: a module (state) -> normal; or None, the default, for N(0, I); or a
+            :class:`DiagonalNormal` whose parameters broadcast to [D], fixed or learned. The first
+            level has no state, so its prior is one of the last two.
+        merge: the combination of the posterior's output and the prior's (m, log s²) to q. None: the output is
+            q's mean and log variance. ``"residual"``: the output (Δμ, Δlogvar) is relative to the prior,
+            :math:`q = N(m + Δμ, s^2 e^{Δ\mathrm{logvar}})`, as in NVAE. ``"precision"``: the output is a
+            normal that depends on x alone, and q is its product with the prior, as in the ladder VAE,
+            :math:`σ^{-2} = \hat σ^{-2} + s^{-2},\ μ = σ^2 (\hat μ \hat σ^{-2} + m s^{-2})`; the posterior
+            is then called with the features alone, once for all samples.
+        top_down: a module (z of the level above, state of the level above) -> state of this level; for the
+            second level, whose predecessor has no state, (z) -> state. It is a deterministic path, such as
+            NVAE's; for a Markov chain use ``lambda z, state=None: z``.
+
+    A callable that is not a module must have no parameters: an optimiser would not find them.
+
+    Raises:
+        TypeError, ValueError: for invalid arguments.
+
+    References:
+        Vahdat & Kautz, NVAE, 2020, eq. 2; Sønderby, Raiko, Maaløe, Sønderby & Winther, Ladder Variational
+        Autoencoders, 2016, eq. 17 to 19.
+
+    Example:
+        >>> import torch, fastvae
+        >>> fastvae.distributions.Level(5, torch.nn.Linear(8, 10))
+        Level(
+          dim=5
+          (posterior): Linear(in_features=8, out_features=10, bias=True)
+        )
+    """
+
+    # Modules or functions.
+    posterior: Any
+    prior: Any
+    top_down: Any
+
+    def __init__(
+        self,
+        dim: int | Sequence[int],
+        posterior: Callable[..., Any],
+        *,
+        prior: Callable[..., Any] | Distribution | None = None,
+        merge: str | None = None,
+        top_down: Callable[..., Any] | None = None,
+    ):
+        super().__init__()
+        event = tuple(dim) if isinstance(dim, (tuple, list, torch.Size)) else (dim,)
+        meaning = "the latents of a level, or each axis of their shape"
+        event = tuple([check_count("dim", n, meaning) for n in event or (0,)])
+        self.event: tuple[int, ...] = event
+        self.dim = math.prod(event)
+        for name, function in (("posterior", posterior), ("prior", prior), ("top_down", top_down)):
+            fixed = name == "prior" and isinstance(function, Distribution)
+            if not (callable(function) or fixed or function is None and name != "posterior"):
+                raise TypeError(f"{name} must be a module or another callable; got {type(function).__name__}")
+            setattr(self, name, function)
+        if merge is not None:
+            check_choice("merge", merge, _MERGES)
+        self.merge = merge
+        if isinstance(prior, Distribution):
+            self._check_fixed(prior)
+
+    def extra_repr(self) -> str:
+        dim = self.event if len(self.event) > 1 else self.dim
+        return f"dim={dim}" + (f", merge={self.merge!r}" if self.merge else "")
+
+    def _check_fixed(self, prior: Distribution) -> None:
+        """Validate a prior that is the same for all rows."""
+        if is_family(prior, StandardNormal):
+            return
+        if not is_family(prior, DiagonalNormal):
+            raise TypeError(
+                f"prior is a {type(prior).__name__}; the levels of a hierarchy are normal: N(0, I), a "
+                "fastvae.distributions.DiagonalNormal, or a module that returns mean and log variance"
+            )
+        for name, value in (("mu", prior.mu), ("logvar", prior.logvar)):
+            if value.shape not in ((), (1,), (self.dim,)):
+                raise ValueError(
+                    f"prior.{name} has shape {shape_of(value)}; expected [D] = [{self.dim}] or [], for every "
+                    "row alike"
+                )
+
+    @property
+    def fixed_prior(self) -> DiagonalNormal | None:
+        """Fixed or learned prior without a module; None for N(0, I)."""
+        return self.prior if isinstance(self.prior, DiagonalNormal) else None
+
+    @property
+    def has_conditional_prior(self) -> bool:
+        return self.prior is not None and not isinstance(self.prior, Distribution)
+
+    def read(self, value: Any, rows: int, who: str) -> DiagonalNormal:
+        """Validate a module's output, each part [rows, D], and return it as a normal."""
+        expected = f"mean and log variance, each [N, *dim] = {[rows, *self.event]}"
+        both = f"one tensor {[rows, 2 * self.event[0], *self.event[1:]]}"
+        form = None
+        if isinstance(value, Tensor):
+            check_tensor(f"what {who} returned", value)
+            if value.shape != (rows, 2 * self.event[0], *self.event[1:]):
+                raise ValueError(f"{who} returned a tensor {shape_of(value)}; expected {both}, or {expected}")
+            mu, logvar = value.chunk(2, 1)
+        elif type(value) in (tuple, list) and len(value) == 2:
+            mu, logvar = value
+        else:
+            try:
+                q = as_posterior(value)
+            except TypeError:
+                q = None
+            if q is None or not is_family(q, DiagonalNormal):
+                raise TypeError(
+                    f"{who} returned {type(value).__name__}; expected a normal: {expected}, or {both}"
+                )
+            mu, logvar, form = q.mu, q.logvar, q.form
+        for name, part in (("mean", mu), ("log variance", logvar)):
+            check_tensor(f"the {name} that {who} returned", part)
+            if part.shape not in ((rows, *self.event), (rows, self.dim)):
+                raise ValueError(f"{who} returned a {name} {shape_of(part)}; expected {expected}")
+        return diagonal(mu.flatten(1), logvar.flatten(1), form)
+
+
+class Step(NamedTuple):
+    """Distributions p = N(mean, exp(logvar)) and q = N(mean + shift, exp(logvar + stretch)) of a level.
+
+    Each field broadcasts to [K, B, D]. Comparisons of q and p use the differences, so that nothing cancels.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    shift: Tensor
+    stretch: Tensor
+
+    def draw(self, eps: Tensor) -> Tensor:
+        return self.mean + self.shift + torch.exp(0.5 * (self.logvar + self.stretch)) * eps
+
+    # Each returns a tensor broadcastable to [K, B, D].
+
+    def log_q_of(self, z: Tensor) -> Tensor:
+        white = (z - self.mean - self.shift) * torch.exp(-0.5 * (self.logvar + self.stretch))
+        return self.log_q(white)
+
+    def log_q(self, eps: Tensor) -> Tensor:
+        return -0.5 * (eps.square() + self.logvar + self.stretch + _LOG_2_PI)
+
+    def log_ratio(self, eps: Tensor) -> Tensor:
+        """Return log p − log q as a function of the noise."""
+        # (z - m) / s.
+        white = self.shift * torch.exp(-0.5 * self.logvar) + torch.exp(0.5 * self.stretch) * eps
+        return 0.5 * ((eps - white) * (eps + white) + self.stretch)
+
+    def kl(self, eps: Tensor) -> Tensor:
+        """Return the KL in closed form, independent of the noise."""
+        white = self.shift * torch.exp(-0.5 * self.logvar)
+        return 0.5 * (white.square() + expm1_minus(self.stretch))
