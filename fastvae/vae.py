@@ -16,6 +16,7 @@ from torch import distributions as td
 
 from .core.checks import INTEGERS, check_choice, check_count, shape_of
 from .core.hints import teaches
+from .core.nested import called, decoded, each, tensors
 from .distributions import (
     Distribution,
     Hierarchy,

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .. import ops, random
 from ..core.checks import on_same_device, shape_of
-from ..inputs.nested import repeat
+from ..core.nested import repeat
 from ..ops.latent import options as options_of
 from ..ops.op import accumulator
 from .base import Distribution, is_family

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ class AdaptedDraws(Draws):
             first, second = first + t * draws, second + t**2 * draws
         scaled = total.scaled(torch.log(n / first))
         spread = second / first.square() - 1 / n
-        return scaled._replace(uneven=spread)
+        return replace(scaled, uneven=spread)
 
     def elbo(self, total: Weights) -> Tensor:
         return total.elbo if self._elbo is None else self._elbo

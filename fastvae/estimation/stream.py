@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_count
+from ..core.nested import event_size
 from ..distributions import Distribution, draw_chunk, log_shares, rsample_log_prob
 from ..inputs.batch import Inputs
 from ..likelihoods.base import Declared

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch import distributions as td
 from torch.nn.parameter import is_lazy
 
+from ..core.digest import digest
 from ..distributions import Distribution, tensors_of
-from ..estimation.evaluation.checkpoint import digest
 from ..likelihoods.base import Likelihood
 
 

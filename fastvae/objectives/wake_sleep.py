@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count
 from ..core.hints import teaches
+from ..core.nested import called, check_batch, decoded
 from ..distributions import as_posterior, as_prior, describe, draw_prior, flat_prior, known_mean
 from ..estimation.evaluation.data import place_of
 from ..likelihoods.base import Likelihood, as_likelihood

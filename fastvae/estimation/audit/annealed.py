@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ...core.checks import check_address, check_choice, check_count
 from ...core.hints import teaches
+from ...core.nested import Beside, called, check_batch, decoded
+from ...core.records import registered
 from ...distributions import as_posterior, as_prior, draw_prior, flat_prior
 from ...inputs.batch import Inputs
 from ...inputs.modules import evaluating, modules_of

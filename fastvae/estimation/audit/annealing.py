@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from ... import random
+from ...core.nested import decoded
 from ...distributions import DiagonalNormal, Distribution, draw_prior, frozen, log_shares, rsample_log_prob
 from ...inputs.batch import Inputs
 from ...likelihoods.base import Declared, Likelihood

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from ... import ops
 from ...core.checks import check_count, check_number, shape_of
 from ...core.hints import teaches
+from ...core.nested import event_size
+from ...core.records import registered
 from ...distributions import DiagonalNormal, Distribution, StandardNormal, as_prior, is_conditional, is_family
 from ...inputs.modules import evaluating, modules_of
 from ...likelihoods.base import Likelihood, as_likelihood

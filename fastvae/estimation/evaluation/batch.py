@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.nested import event_size
 from ...inputs.batch import Inputs
 from ...random import RANDOMISATIONS, seed_of
-from ..proposals import Draws
+from ..draws import Draws
 from ..weights import Weights, kept_draws
 from .latents import latent_statistics
 from .parts import Examples, Part

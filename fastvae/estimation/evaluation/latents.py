@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...distributions import Distribution, closed_kl
+from ...distributions.words import known_mean
 from .parts import Part
 
 ACTIVE = 0.01  # variance of the posterior mean, Burda et al. 2016
@@ -17,9 +18,10 @@ def latent_statistics(q: Distribution, prior: Distribution) -> np.ndarray:
 
     It is [2, D] if q has no analytic KL to this prior, and [2, 0] if q has no means [B, D].
     """
-    if q.mean is None or q.mean.dim() != 2:
+    means = known_mean(q)
+    if means is None or means.dim() != 2:
         return np.zeros((2, 0))
-    means = q.mean.double()
+    means = means.double()
     mean = means.mean(0)
     statistics = [mean, (means - mean).square().sum(0)]
     kl = closed_kl(q, prior)

@@ -14,16 +14,6 @@ from torch.utils.data import Dataset
 
 from ...core.checks import check_choice, check_count
 from ...core.hints import teaches
-from ...core.terminal import ProgressStream
-from ...distributions import (
-    STANDARD,
-    Distribution,
-    as_posterior,
-    as_prior,
-    closed_kl,
-    is_conditional,
-    known_mean,
-)
 from ...inputs.batch import Inputs
 from ...inputs.modules import evaluating
 from ...likelihoods.base import Likelihood
@@ -186,73 +176,23 @@ def _evaluate_batches(
     compared = False
     with progress_of(batches.number, shown) as progress:
         try:
-            alone = log_weights(1, Chunks(1), rows)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            raise refuse(f"With {len(rows)} of {batch} rows of the first batch it raised {said}") from error
-    whole_rows = whole[rows.cpu()]
-    off = _distance(alone, whole_rows)
-    # Differences due to the number of draws are rounding, or the decoder's own noise, and set the tolerance.
-    noise = _distance(again, whole).max()
-    mean = known_mean(inputs.q)
-    mean = tensors(inputs.x)[0] if mean is None else mean
-    half = mean.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
-    rounding = 2e-3 if half else 1e-5
-    largest = whole[whole.isfinite()].abs().amax() if bool(whole.isfinite().any()) else 0.0
-    if float(off.max()) > max(10 * float(noise), 0.01 * plan.tol, rounding * float(largest)):
-        n = int(off.argmax())
-        raise refuse(
-            f"Row {int(rows[n])} of the first batch has a log weight of {float(whole_rows[n]):.6g} in the "
-            f"whole batch of {batch}, and of {float(alone[n]):.6g} where {len(rows)} of its rows are decoded"
-        )
+            for batch in batches:
+                sample.see(batch.x, batch.beside, batch.row)
+                part = store.see(batch.index, batch.tensors)
+                if part is None and store.ranks.takes(batch.index):
+                    part = estimator.part(batch.index, _read(batch, model, sample), batch.row)
+                    store.add(part)
+                elif part is not None and not compared:
+                    store.compare(part, estimator.first_draw(_read(batch, model, sample), batch.row))
+                    compared = True
+                progress.update(part)
+        finally:
+            store.save()
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """Compute |a − b|, with 0 for equal infinities and for NaN in both, else infinity for these."""
-    same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf))
-
-
-def _latent_statistics(q: Distribution, prior: Distribution) -> np.ndarray:
-    """Return [3, D]: mean of the posterior means, sum of their squared deviations, sum of the KL.
-
-    It is [2, D] if q has no analytic KL to this prior, and [2, 0] if q has no means [B, D].
-    """
-    means = known_mean(q)
-    if means is None or means.dim() != 2:
-        return np.zeros((2, 0))
-    means = means.double()
-    mean = means.mean(0)
-    statistics = [mean, (means - mean).square().sum(0)]
-    kl = closed_kl(q, prior)
-    if kl is not None and kl.shape == means.shape:
-        statistics.append(kl.double().sum(0))
-    return torch.stack(statistics).cpu().numpy()
-
-
-class _Running:
-    """Running NLL of the parts, by sums relative to the first value."""
-
-    def __init__(self) -> None:
-        self.n, self.shift, self.first, self.second = 0, 0.0, 0.0, 0.0
-
-    def add(self, part: Part) -> str:
-        if not self.n:
-            self.shift = part.log_px[0]
-        values = part.log_px - self.shift
-        self.n += len(values)
-        self.first += values.sum()
-        self.second += np.square(values).sum()
-        variance = (self.second - self.first**2 / self.n) / max(self.n - 1, 1)
-        return f"NLL {-self.shift - self.first / self.n:.2f} ± {np.sqrt(variance / self.n):.2f}"
-
-
-def _check_first_draw(checkpoint: Any, part: Part, again: Part) -> None:
-    """Compare the first draw with the checkpoint's, which also detects changed weights and code."""
-    if not np.allclose(part.curve[0], again.curve[0], rtol=1e-5, atol=1e-3, equal_nan=True):
-        raise ValueError(
-            f"checkpoint {checkpoint} was made with another encoder or decoder: the same draw now has "
-            "different weights. Use another file name to start over, or delete the file"
-        )
+def _read(batch: Batch, model: Model, sample: Sample) -> Inputs:
+    """Encode a batch; the first one is checked to be one that can be audited, if an audit follows."""
+    inputs = model.read_batch(f"batch {batch.index}", batch.x, batch.beside)
+    if sample.count and batch.row == 0:
+        probe(inputs)
+    return inputs

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.nested import tensors
+from ...distributions.words import known_mean
 from ...inputs.batch import Inputs
 from .. import stream as _stream
 from ..stream import Chunks
@@ -64,7 +65,8 @@ def _refused(tol: float, reason: str) -> ValueError:
 
 def _rounding(inputs: Inputs) -> float:
     """Return the relative rounding error of log weights."""
-    mean = tensors(inputs.x)[0] if inputs.q.mean is None else inputs.q.mean
+    mean = known_mean(inputs.q)
+    mean = tensors(inputs.x)[0] if mean is None else mean
     half = mean.dtype.itemsize == 2 or torch.is_autocast_enabled(inputs.q.device.type)
     return 2e-3 if half else 1e-5
 
