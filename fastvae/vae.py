@@ -190,7 +190,7 @@ class VAE(nn.Module):
     def elbo(self, x: Any, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
     def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.elbo` of x; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("k", 1))
+        decoder = self._fused(x, options.get("k", 1), options)
         return _elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
@@ -207,7 +207,7 @@ class VAE(nn.Module):
     ) -> Tensor | Terms: ...
     def iwae(self, x: Any, k: int = 50, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("k_chunk") or k)
+        decoder = self._fused(x, options.get("k_chunk") or k, options)
         return _iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
@@ -245,7 +245,7 @@ class VAE(nn.Module):
     ) -> Tensor | Terms: ...
     def bound(self, x: Any, objective: Bound, k: int = 50, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("k_chunk") or k)
+        decoder = self._fused(x, options.get("k_chunk") or k, options)
         return _bound(  # type: ignore[no-any-return]
             x, self._q(x, options), decoder, objective, k=k, **self._meaning(), **options
         )
@@ -258,7 +258,7 @@ class VAE(nn.Module):
     def beta_tc(self, x: Any, *, terms: bool, **options: Unpack[BetaTCOptions]) -> Tensor | BetaTCTerms: ...
     def beta_tc(self, x: Any, **options: Any) -> Tensor | BetaTCTerms:
         """Return :func:`fastvae.beta_tc` of x; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("k", 1))
+        decoder = self._fused(x, options.get("k", 1), options)
         return beta_tc(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -267,7 +267,7 @@ class VAE(nn.Module):
 
         The module stays in its current mode (train or eval).
         """
-        decoder = self._fused(x, k)
+        decoder = self._fused(x, k, options)
         return _log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
 
     @torch.no_grad()
@@ -295,7 +295,7 @@ class VAE(nn.Module):
         latents that are rare under the prior.
         """
         options = {"likelihood": self.likelihood, "k": k, **options}
-        decoder = self._fused(x, k)
+        decoder = self._fused(x, k, options)
         return -_reconstruction_log_prob(x, self._q(x, options), decoder, **options)
 
     @teaches
@@ -378,8 +378,10 @@ class VAE(nn.Module):
     def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
         return self.posterior(x, options.get("context"))
 
-    def _fused(self, x: Any, samples: Any) -> Any:
+    def _fused(self, x: Any, samples: Any, options: dict[str, Any]) -> Any:
         """Return the decoder, without its last layer where fusing that into the objective may be faster."""
+        if options.get("terms"):  # which return the decoder's output
+            return self.decoder
         # An exported program must serve any batch size, so the choice cannot depend on it.
         may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
         may_pay = may_pay and not torch.compiler.is_exporting()

@@ -684,7 +684,7 @@ WRONG = {
         ["shape [5, 1]", "5·1 bounds [5]"],
     ),
     "a bound's terms": (
-        _call(lambda x, y: fastvae.Terms(x, x, x)),
+        _call(lambda x, y: fastvae.Terms(x, x, x, None, None)),
         TypeError,
         ["bound returned Terms", "such as its log_px or bound"],
     ),

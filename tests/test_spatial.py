@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -97,6 +98,8 @@ def objective(name, **options):
         if prior is not None:
             given["prior"] = prior
         result = function(rand(B, X, seed=6), q, decoder, **given)
+        if dataclasses.is_dataclass(result):
+            return tuple(v for name, v in vars(result).items() if name not in ("z", "output"))
         return tuple(result) if isinstance(result, tuple) else (result,)
 
     return run

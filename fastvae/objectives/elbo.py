@@ -135,8 +135,9 @@ def elbo(
             yourself. Events are always summed. A weight of 0 does not silence a bound that is NaN or
             infinite; ``torch.where(weights > 0, bound, 0) * weights`` does. If x is not finite there,
             replace it with ``torch.where`` before the encoder as well, or gradients become NaN.
-        terms: return :class:`Terms` (bound, log_likelihood, kl), each [B] for any reduction; kl is not
-            multiplied by β.
+        terms: return :class:`fastvae.Terms` (bound, log_likelihood, kl, z, output): the first three are [B]
+            for any reduction, kl is not multiplied by β, and further losses on z and output train q and the
+            decoder.
         generator: source of the noise. Default: torch's global random state.
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
@@ -212,15 +213,19 @@ def elbo(
         term = _unweighted(term)
     how = Weighing(coefficient, "mean", "none" if terms else reduction)
     if shares is None:
-        bound, log_likelihood = reduce_draws(inputs, z, term, k, factor, how, terms)
+        bound, log_likelihood, output = reduce_draws(inputs, z, term, k, factor, how, terms)
     else:
-        counted = (torch.where(shares == 0, 0.0, shares * t) for t in (inputs.log_likelihood(z), term))
-        log_likelihood, term = counted
+        z_rows = z.flatten(0, 1)
+        output = inputs.output(z_rows, k) if terms else None
+        log_likelihood = inputs.log_likelihood(z, output=output)
+        log_likelihood, term = (torch.where(shares == 0, 0.0, shares * t) for t in (log_likelihood, term))
         bound, log_likelihood = reduce_samples(log_likelihood, term, factor, how)
+        z = z_rows
     if not terms:
         return bound
     term = term if term.dim() == 1 else term.mean(0)
-    return Terms(bound, log_likelihood, -term if drawn is None else term)  # type: ignore[arg-type]
+    divergence = -term if drawn is None else term
+    return Terms(bound, log_likelihood, divergence, inputs.shaped(z, k), output)  # type: ignore[arg-type]
 
 
 def _unweighted(term: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..core.checks import (
     shape_of,
 )
 from ..core.hints import teaches
+from ..core.results import as_pytree
 from ..inputs.nested import each, tensors
 
 if TYPE_CHECKING:
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 __all__ = ["Marginal", "marginalize"]
 
 
-class Marginal(NamedTuple):
+@as_pytree
+@dataclass(frozen=True, eq=False)
+class Marginal:
     """Bound [B] to be maximised, in nats, and the log responsibilities of the classes [B, C].
 
     ``log_responsibilities`` is log q(y|x) if a classifier was given, else the exact log p(y|x) of the bounds.
@@ -256,7 +260,8 @@ def _check_bounds(part: Any, batch: int, classes: int, like: Tensor) -> None:
     rows = batch * classes
     expected = f"expected B·C = {batch}·{classes} bounds [{rows}], one for each row that it is given"
     if not isinstance(part, Tensor):
-        hint = ", such as its log_px or bound" if isinstance(part, tuple) else ""
+        is_result = isinstance(part, tuple) or is_dataclass(part)
+        hint = ", such as its log_px or bound" if is_result else ""
         raise TypeError(f"bound returned {type(part).__name__}; {expected}, in one tensor{hint}")
     if part.shape != (rows,):
         hint = ": give the objective reduction='none'" if part.dim() == 0 else ""

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from ..core.results import as_pytree
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
-class Terms(NamedTuple):
-    """Bound to be maximised and its two parts, each [B], in nats.
+@as_pytree
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Bound to be maximised, its parts, and the draws and the decoder's output of the same pass.
 
-    ``log_likelihood`` is E_q log p(x|z); ``kl`` is unweighted.
+    A further loss on ``z`` or ``output`` trains encoder and decoder in the same backward pass. Both are None
+    with a ``k_chunk`` below k, which saves their memory, and with ``estimator="dreg"`` and ``q_objective=``,
+    which rescale each draw's gradient on its way to q, and would rescale that of another loss.
+
+    Attributes:
+        bound: bound of each example, [B], in nats.
+        log_likelihood: mean of log p(x|z) over the draws, [B].
+        kl: KL(q(z|x) ‖ p(z)) without its weight, or the mean of log q(z|x) − log p(z) over the draws, [B].
+        z: draws from q(z|x), [K, B, D] or [K, B, C, H, W], in the dtype that the decoder gets. Those of a
+            :class:`fastvae.distributions.Mixture` take turns between its components, whatever their weights.
+        output: what the decoder returned for ``z``, K·B rows, sample-major. The last layer is never fused
+            with ``terms=True``; the record of a :class:`fastvae.FusedHead` is replaced by its outputs.
     """
 
     bound: Tensor
     log_likelihood: Tensor
     kl: Tensor
+    z: Tensor | None
+    output: Any
 
 
 class BoundOptions(TypedDict, total=False):
