@@ -16,6 +16,7 @@ from torch import distributions as td
 
 from .core.checks import INTEGERS, check_choice, check_count, shape_of
 from .core.hints import teaches
+from .core.options import OBJECTIVES, Objective
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
 from .distributions.base import as_module, tensors_of
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
@@ -140,7 +141,7 @@ class VAE(nn.Module):
         return ", ".join([*known, *["fuse=False"] * (not self.fuse)])
 
     def forward(
-        self, x: Any, objective: str | Bound = "elbo", **options: Any
+        self, x: Any, objective: Objective | Bound = "elbo", **options: Any
     ) -> Tensor | Terms | BetaTCTerms | LogMarginal:
         """Call the method named by ``objective``, or :meth:`bound` for a bound object.
 
@@ -163,7 +164,7 @@ class VAE(nn.Module):
         """
         if isinstance(objective, Bound):
             return self.bound(x, objective, **options)  # type: ignore[no-any-return]
-        check_choice("objective", objective, _OBJECTIVES)
+        check_choice("objective", objective, OBJECTIVES)
         return getattr(self, objective)(x, **options)  # type: ignore[no-any-return]
 
     def posterior(self, x: Any, context: Any = None) -> Distribution:
@@ -395,9 +396,6 @@ class VAE(nn.Module):
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}
-
-
-_OBJECTIVES = ("elbo", "iwae", "beta_tc", "sleep", "log_marginal")
 
 
 def _as_latent_dim(value: Any) -> int | tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
+from fastvae.core.options import STARTS
 from fastvae.distributions import (
     DiagonalNormal,
     Distribution,
@@ -21,7 +22,7 @@ from fastvae.distributions import (
     Mixture,
     NormalMixture,
 )
-from fastvae.estimation.audit.annealing import STARTS, Annealing, Settings, simulate
+from fastvae.estimation.audit.annealing import Annealing, Settings, simulate
 from fastvae.estimation.evaluation.audit import Sample
 from fastvae.estimation.stream import Chunks
 from fastvae.inputs.batch import Inputs

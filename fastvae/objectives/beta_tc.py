@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count, check_weight
 from ..core.hints import teaches
+from ..core.options import REDUCTIONS, Reduction
 from ..core.reductions import times
 from ..core.results import as_pytree
 from ..distributions.draws import describe, rsample_as_held
@@ -21,7 +22,7 @@ from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..ops.weigh import Weighing
 from ..random import draw_seed
-from .options import REDUCTIONS, Terms
+from .options import Terms
 from .reduce import reduce_draws
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def beta_tc(
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,

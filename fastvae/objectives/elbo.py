@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
 from ..core.hints import teaches
+from ..core.options import FREE_BITS_PER, KL, KLS, REDUCTIONS, FreeBitsPer, Reduction
 from ..distributions import Distribution, draw_kl, draw_ratio, draw_strata
 from ..distributions.draws import describe, say_monte_carlo
 from ..inputs.batch import Inputs
@@ -18,7 +19,7 @@ from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
 from ..ops.weigh import Weighing
 from ..random import draw_seed
-from .options import REDUCTIONS, Terms
+from .options import Terms
 from .reduce import reduce_draws, reduce_samples
 
 if TYPE_CHECKING:
@@ -77,12 +78,12 @@ def elbo(
     k: int = 1,
     beta: float | Tensor = 1.0,
     free_bits: float | Tensor = 0.0,
-    free_bits_per: str = "batch",
-    kl: str = "analytic",
+    free_bits_per: FreeBitsPer = "batch",
+    kl: KL = "analytic",
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -168,10 +169,10 @@ def elbo(
         beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
     if type(free_bits) is not float or not 0 <= free_bits < math.inf:
         free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
-    if free_bits_per not in _FREE_BITS_PER:
-        check_choice("free_bits_per", free_bits_per, _FREE_BITS_PER)
-    if kl not in _KLS:
-        check_choice("kl", kl, _KLS)
+    if free_bits_per not in FREE_BITS_PER:
+        check_choice("free_bits_per", free_bits_per, FREE_BITS_PER)
+    if kl not in KLS:
+        check_choice("kl", kl, KLS)
     if reduction not in REDUCTIONS:
         check_choice("reduction", reduction, REDUCTIONS)
     # Reading a tensor's value would synchronise with the device.
@@ -244,9 +245,3 @@ def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bo
             "free_bits out"
         )
     say_monte_carlo(q, prior)
-
-
-_KLS = ("analytic", "mc")
-
-
-_FREE_BITS_PER = ("batch", "example")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count
 from ..core.hints import teaches
+from ..core.options import ESTIMATORS, REDUCTIONS, Estimator, Noise, Reduction
 from ..core.results import as_pytree
 from ..distributions import draw_chunk, draw_ratio
 from ..distributions.draws import describe
@@ -18,12 +19,11 @@ from ..inputs.batch import Inputs
 from ..inputs.last_layer import called_by
 from ..inputs.nested import Beside
 from ..likelihoods import Likelihood
-from ..ops.latent import ESTIMATORS
 from ..ops.weigh import Weighing
 from ..random import draw_seed, seed_of
 from .bounds import IWAE, Bound, weighed
 from .chunks import chunked
-from .options import REDUCTIONS, Terms
+from .options import Terms
 from .reduce import reduce_draws, reduce_samples
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ def iwae(
     k: int = 50,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    estimator: str = "iwae",
+    estimator: Estimator = "iwae",
     k_chunk: int | None = None,
-    noise: str = "philox",
+    noise: Noise = "philox",
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -169,7 +169,7 @@ def iwae(
 
 
 _IWAE = {estimator: IWAE(estimator=estimator) for estimator in ESTIMATORS}
-_LOG_MEAN_EXP = {reduction: Weighing(1.0, "log_mean_exp", reduction) for reduction in ("mean", "sum", "none")}
+_LOG_MEAN_EXP = {reduction: Weighing(1.0, "log_mean_exp", reduction) for reduction in REDUCTIONS}
 
 
 @overload
@@ -226,11 +226,11 @@ def bound(
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     k_chunk: int | None = None,
-    noise: str = "philox",
+    noise: Noise = "philox",
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -305,8 +305,8 @@ def _bound(
     q_objective: Bound | None,
     draws: int,
     k_chunk: int | None,
-    noise: str,
-    reduction: str,
+    noise: Noise,
+    reduction: Reduction,
     terms: bool,
     generator: torch.Generator | None,
     row_offset: int,
@@ -416,8 +416,8 @@ def log_weights(
     k: int,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    estimator: str = "iwae",
-    noise: str = "philox",
+    estimator: Estimator = "iwae",
+    noise: Noise = "philox",
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,

@@ -24,6 +24,7 @@ from ..core.checks import (
     shape_of,
 )
 from ..core.hints import teaches
+from ..core.options import REDUCTIONS, Reduction
 from ..core.results import as_pytree
 from ..inputs.nested import each, tensors
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
         labels: Tensor | None
         alpha: float | Tensor
         class_chunk: int | None
-        reduction: str
+        reduction: Reduction
 
 
 __all__ = ["Marginal", "marginalize"]
@@ -91,7 +92,7 @@ def marginalize(
     labels: Tensor | None = None,
     alpha: float | Tensor = 0.0,
     class_chunk: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
 ) -> Tensor | Marginal:
     r"""Return a bound on log p(x) of a model with a discrete latent y, summed exactly over its C classes.
@@ -195,7 +196,7 @@ def marginalize(
             "alpha is the weight of log q(y|x) in examples that have a label; it needs log_q and labels"
         )
     chunk = classes if class_chunk is None else check_count("class_chunk", class_chunk, "classes per call")
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("reduction", reduction, REDUCTIONS)
 
     bounds = _of_each_class(bound, x, like, batch, classes, chunk)
     given = [t.dtype for t in (bounds, log_q, log_prior) if t is not None]

@@ -8,9 +8,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from ..core.options import KL, Estimator, FreeBitsPer, Noise, Reduction
 from ..core.results import as_pytree
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 @as_pytree
@@ -45,7 +44,7 @@ class BoundOptions(TypedDict, total=False):
     mask: Any
     size_factor: Any
     context: Any
-    reduction: str
+    reduction: Reduction
     generator: torch.Generator | None
     row_offset: int
 
@@ -56,18 +55,18 @@ class ElboOptions(BoundOptions, total=False):
     k: int
     beta: float | Tensor
     free_bits: float | Tensor
-    free_bits_per: str
-    kl: str
+    free_bits_per: FreeBitsPer
+    kl: KL
 
 
 class SampledOptions(BoundOptions, total=False):
     """Options of every bound of k draws."""
 
     k_chunk: int | None
-    noise: str
+    noise: Noise
 
 
 class IwaeOptions(SampledOptions, total=False):
     """Options of :func:`~.iwae.iwae`."""
 
-    estimator: str
+    estimator: Estimator

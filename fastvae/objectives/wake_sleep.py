@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count
 from ..core.hints import teaches
+from ..core.options import REDUCTIONS, Reduction
 from ..distributions import as_posterior, as_prior, flat_prior
 from ..distributions.draws import describe
 from ..estimation.evaluation.data import place_of
 from ..inputs.nested import called, check_batch, decoded
 from ..likelihoods.base import Likelihood, as_likelihood
-from .options import REDUCTIONS
 
 __all__ = ["sleep"]
 
@@ -31,7 +31,7 @@ def sleep(
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Return log q(z|x) of data simulated by the model, to be maximised: the sleep phase of wake–sleep.

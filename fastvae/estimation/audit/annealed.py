@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...core.checks import check_address, check_choice, check_count
 from ...core.hints import teaches
+from ...core.options import STARTS, Start
 from ...distributions import as_posterior, as_prior
 from ...distributions.spatial import flat_prior
 from ...inputs.batch import Inputs
@@ -18,7 +19,7 @@ from ...inputs.nested import Beside, called, check_batch, decoded
 from ...likelihoods.base import Likelihood, as_likelihood
 from ...random import draw_seed
 from ..stream import Chunks
-from .annealing import STARTS, Annealing, Settings, draw_prior
+from .annealing import Annealing, Settings, draw_prior
 
 __all__ = ["AnnealedMarginal", "MarginalBounds", "ais", "bdmc"]
 
@@ -71,7 +72,7 @@ def ais(
     steps: int = 200,
     chains: int = 16,
     leapfrog: int = 2,
-    start: str = "posterior",
+    start: Start = "posterior",
     chain_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
@@ -164,7 +165,7 @@ def bdmc(
     steps: int = 200,
     chains: int = 16,
     leapfrog: int = 2,
-    start: str = "posterior",
+    start: Start = "posterior",
     chain_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from ... import random
+from ...core.options import Start
 from ...distributions import DiagonalNormal, Distribution, log_shares, rsample
 from ...distributions.base import held
 from ...inputs.batch import Inputs
@@ -30,7 +31,6 @@ from ...ops.op import accumulator
 from ..stream import Chunks, spared_memory_errors
 from ..weights import Weights
 
-STARTS = ("posterior", "prior")
 ACCEPTANCE = 0.65  # target of the step size adaptation: Neal 2011, section 5.4.4
 # Separate noise for each kind of run: last words of the address, far from the levels of a hierarchy.
 _FORWARD, _PILOT, _REVERSE = (2**32 - n for n in (1, 2, 3))
@@ -53,7 +53,7 @@ class Settings(NamedTuple):
     steps: int
     chains: int
     leapfrog: int
-    start: str
+    start: Start
     chunks: Chunks
 
     @property

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ...core.checks import check_choice, check_count, check_number, shape_of
 from ...core.hints import teaches
+from ...core.options import SHARDS, Noise, ProposalName, Shard
 from ...core.terminal import ProgressStream
 from ...distributions import STANDARD, Distribution, as_posterior, as_prior, closed_kl, is_conditional
 from ...inputs.batch import Inputs
@@ -50,15 +51,15 @@ def evaluate(
     k: int | None = None,
     tol: float | None = None,
     k_chunk: int | None = None,
-    noise: str = "philox",
-    proposal: str | Proposal = "posterior",
+    noise: Noise = "philox",
+    proposal: ProposalName | Proposal = "posterior",
     batch_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     prepare_batch: Callable[[Any], Mapping[str, Any]] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     audit: int | None = None,
-    shard: str = "data",
+    shard: Shard = "data",
     progress: bool = True,
     generator: torch.Generator | None = None,
 ) -> Evaluation:
@@ -159,7 +160,7 @@ def evaluate(
     check_choice("noise", noise, NOISES)
     if audit:
         audit = check_count("audit", audit, "the examples that are estimated once more")
-    check_choice("shard", shard, ("data", "samples", "none"))
+    check_choice("shard", shard, SHARDS)
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size, "the examples of a batch")
     k = k or (5000 if tol is None else 100_000)
