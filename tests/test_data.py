@@ -390,7 +390,7 @@ def test_one_from_torch_distributions():
         lambda m, s: td.Independent(td.Laplace(m, s.exp()), 1)
     )
     assert_same(every(x, a_q(), decoder, likelihood=independent), expected)
-    vae = fastvae.VAE(lambda x: a_q(), decoder, likelihood=of_two, latent_dim=D)
+    vae = fastvae.VAE(lambda x: a_q(), decoder, likelihood=of_two, latent_dim=D, modules=[])
     assert vae.sample(4).shape == (4, X) and vae.reconstruct(x).shape == (B, X)
     drawn = [vae.sample(4, generator=generator(7)) for _ in range(2)]
     assert torch.equal(*drawn)

@@ -479,7 +479,7 @@ def test_every_entry_takes_them(backend):
     assert fastvae.reconstruction_log_prob(x, q, decoder, k=9, **BERNOULLI).isfinite().all()
     result = fastvae.evaluate(lambda x: q, decoder, x, k=9, progress=False, **options)
     assert result.log_px.isfinite().all() and result.kl_per_dim.shape == (D,)
-    vae = fastvae.VAE(lambda x: q, decoder, prior=p, **BERNOULLI)
+    vae = fastvae.VAE(lambda x: q, decoder, prior=p, modules=[], **BERNOULLI)
     assert vae(x).isfinite() and vae.reconstruct(x).shape == (B, X) and vae.latent_dim == D
     assert vae.sample(6).shape == (6, X)
     assert torch.equal(vae.sample(6, generator=generator(1)), vae.sample(6, generator=generator(1)))
@@ -566,7 +566,7 @@ def test_a_posterior_on_less_than_the_whole_space_needs_a_prior(name):
     for objective in (fastvae.elbo, fastvae.iwae, fastvae.log_marginal):
         with pytest.raises(ValueError, match=r"support is .* not all of R\^D.*N\(0, I\).*pass prior="):
             objective(x, q, decoder, **BERNOULLI)
-    vae = fastvae.VAE(lambda x: q, decoder, **BERNOULLI)
+    vae = fastvae.VAE(lambda x: q, decoder, modules=[], **BERNOULLI)
     with pytest.raises(ValueError, match="pass prior="):
         vae(x, objective="iwae", k=K)
     assert fastvae.iwae(x, q, decoder, k=K, prior=p, **BERNOULLI).isfinite()
@@ -757,14 +757,14 @@ def test_what_a_family_lacks_is_said():
     pair = torch.zeros(B, D, device=DEVICE), torch.zeros(B, D, device=DEVICE)
     with pytest.raises(NotImplementedError, match="Nothing has no log_prob"):
         fastvae.iwae(x, pair, decoder, prior=q, **BERNOULLI)
-    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, **BERNOULLI)
+    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, modules=[], **BERNOULLI)
     with pytest.raises(NotImplementedError, match="Nothing has no sample"):
         vae.sample(2)
     with pytest.raises(
         ValueError, match=r"the prior has the shape \[4\]; to draw z \[2, 3\] from it, it must be \[3\]"
     ):
         TorchDistribution(td.Laplace(torch.zeros(4), 1.0)).sample(2, 3)
-    bare = fastvae.VAE(lambda x: q, decoder, **BERNOULLI)
+    bare = fastvae.VAE(lambda x: q, decoder, modules=[], **BERNOULLI)
     with pytest.raises(ValueError, match="mean of q.* is not known"):
         bare.reconstruct(x)
 

@@ -595,7 +595,7 @@ def test_in_a_vae():
     assert vae.sample(6).shape == (6, X) and vae.reconstruct(x).shape == (B, X)
     assert vae.log_marginal(x, k=9).log_px.shape == (B,)
     assert vae.evaluate(x, k=9, progress=False).log_px.shape == (B,)
-    assert vae.anomaly_score(x, k=9).shape == (B,)
+    assert vae.reconstruction_log_prob(x, k=9).shape == (B,)
     copied = copy.deepcopy(vae)
     assert torch.equal(copied.elbo(x, k=K, generator=generator(1)), expected)
     with pytest.raises(ValueError, match="2 hierarchies"):

@@ -418,6 +418,7 @@ def gmvae(features=X, classes=C, latent=D, hidden=16):
         OfTheFirst(latent, features, hidden),
         likelihood="bernoulli",
         prior=lambda y: prior(y).chunk(2, 1),
+        modules=[prior],
     ).to(DEVICE)
 
 

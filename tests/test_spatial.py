@@ -392,6 +392,7 @@ def test_a_convolutional_vae(fuse):
     flat = fastvae.VAE(
         lambda x: [t.flatten(1) for t in vae.encoder(x).chunk(2, 1)],
         lambda z: vae.decoder(z.unflatten(1, LATENT)),
+        modules=[vae.encoder, vae.decoder],
         **BERNOULLI,
     )
     for options in ({}, {"objective": "iwae", "k": K, "estimator": "stl"}):
@@ -403,7 +404,7 @@ def test_a_convolutional_vae(fuse):
     assert torch.equal(vae.reconstruct(x), vae.decoder(q.mean.view(B, *LATENT)).sigmoid())
     assert torch.equal(vae.sample(3, generator=generator(2)), flat.sample(3, generator=generator(2)))
     assert vae.sample(3, mean=True).shape == (3, 1, 5, 7)
-    for method, options in (("log_marginal", {"k": 30}), ("anomaly_score", {"k": 20})):
+    for method, options in (("log_marginal", {"k": 30}), ("reconstruction_log_prob", {"k": 20})):
         a, b = (getattr(model, method)(x, generator=generator(3), **options) for model in (vae, flat))
         assert torch.equal(torch.stack(tuple(a)), torch.stack(tuple(b)))
     # The posterior object may replace the encoder's output.
@@ -436,6 +437,7 @@ def test_sampling_with_a_conditional_prior():
         likelihood=Gaussian(scale=1.0),
         prior=prior,
         latent_dim=list(LATENT),
+        modules=[],
     ).cpu()
     context = torch.arange(3.0 * C).view(3, C)
     torch.testing.assert_close(

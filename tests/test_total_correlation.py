@@ -111,7 +111,7 @@ def test_the_size_of_the_data_set_changes_no_gradient():
 def test_of_a_batch_that_is_the_data_set_they_are_the_report_of_its_latents():
     x, mu, logvar, weight = (t.detach() for t in inputs())
     terms = found(x, mu, logvar, weight, terms=True)
-    vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE), latent_dim=D)
+    vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE), latent_dim=D, modules=[])
     report = fastvae.diagnostics.latents(vae, x, generator=generator(5))
     assert float(terms.mutual_information.mean()) == pytest.approx(report.mutual_information)
     assert float(terms.total_correlation.mean()) == pytest.approx(report.total_correlation)
@@ -186,7 +186,7 @@ def test_a_vae_has_it():
     x, mu, logvar, weight = (t.detach() for t in inputs())
     decoder = nn.Linear(D, X, bias=False).to(DEVICE, torch.float64)
     decoder.weight.data = weight.T
-    vae = fastvae.VAE(lambda x: (mu, logvar), decoder, likelihood="bernoulli")
+    vae = fastvae.VAE(lambda x: (mu, logvar), decoder, likelihood="bernoulli", modules=[])
     for call in (vae.beta_tc, lambda x, **o: vae(x, objective="beta_tc", **o)):
         torch.testing.assert_close(
             call(x, beta=2.0, generator=generator(5)), found(x, mu, logvar, weight, beta=2.0)
@@ -223,7 +223,7 @@ def test_equal_examples_have_no_information(dtype):
     # Float32 roundings of log densities of some tens.
     torch.testing.assert_close(terms.mutual_information, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
     torch.testing.assert_close(terms.total_correlation, torch.zeros(2, device=DEVICE), rtol=0, atol=2e-5)
-    vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE, dtype), latent_dim=D)
+    vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE, dtype), latent_dim=D, modules=[])
     assert fastvae.diagnostics.latents(vae, x).mutual_information == pytest.approx(0, abs=2e-5)
 
 

@@ -157,7 +157,7 @@ def marginalize(
         ...         return super().forward(z)
         >>> prior = torch.nn.Linear(3, 4)  # mu and logvar of p(z|y)
         >>> vae = fastvae.VAE(Encoder(11, 4), Decoder(2, 8), likelihood="bernoulli",
-        ...                   prior=lambda y: prior(y).chunk(2, 1))
+        ...                   prior=lambda y: prior(y).chunk(2, 1), modules=[prior])
         >>> def bound(x, y):
         ...     return vae.elbo(x, context=y, kl="mc", reduction="none")
         >>> x = torch.rand(16, 8)

@@ -69,9 +69,10 @@ def evaluate(
               \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^{K} w_k
 
     Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). Encoder and decoder,
-    and the modules that they refer to, are put into eval mode during the evaluation. Batches are moved to the
-    encoder's device and floating dtype; the likelihood gets integers unchanged, and float32 data of a model
-    in half precision, too. Means are over examples, for any batches. No gradients are computed.
+    modules or methods of modules, are put into eval mode during the evaluation; the modules that another
+    function reaches must be in eval mode already, or be named by a :class:`fastvae.VAE`. Batches are moved to
+    the encoder's device and floating dtype; the likelihood gets integers unchanged, and float32 data of a
+    model in half precision, too. Means are over examples, for any batches. No gradients are computed.
 
     Under ``torch.distributed`` (``torchrun``, gloo or nccl) the ranks share the work, and each returns the
     whole result; each must be given the whole data, in the same order. If a rank fails, the others raise an

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ... import ops
 from ...core.checks import check_count, check_number, shape_of
 from ...core.hints import teaches
+from ...core.results import as_pytree
 from ...distributions import Distribution, as_prior, is_conditional
 from ...distributions.base import is_family
 from ...distributions.normal import DiagonalNormal, StandardNormal
-from ...inputs.modules import evaluating, modules_of
+from ...inputs.modules import check_modules, check_repeatable, evaluating, modules_of
 from ...inputs.nested import event_size
 from ...likelihoods.base import Likelihood, as_likelihood
 from ..evaluation.data import batches_of, data_of, place_of
 
-__all__ = ["LatticeMarginal", "lattice_log_marginal"]
+__all__ = ["LatticeMarginal", "lattice"]
 
 # Default points per dimension, by D.
 _POINTS = {1: 3000, 2: 255, 3: 66}
@@ -31,7 +33,9 @@ _POINTS = {1: 3000, 2: 255, 3: 66}
 _NUMBERS = 2**22
 
 
-class LatticeMarginal(NamedTuple):
+@as_pytree
+@dataclass(frozen=True, eq=False)
+class LatticeMarginal:
     """Log p(x) of each example by a lattice and its estimated error, each [N] in float64, in nats."""
 
     log_px: Tensor
@@ -40,17 +44,18 @@ class LatticeMarginal(NamedTuple):
 
 @teaches
 @torch.no_grad()
-def lattice_log_marginal(
+def lattice(
     data: Tensor | np.ndarray | Dataset[Any] | Iterable[Any],
     decoder: Callable[..., Any],
-    latent_dim: int,
     *,
+    latent_dim: int,
     points: int | None = None,
     radius: float = 8.0,
     box: tuple[Any, Any] | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     batch_size: int = 1000,
+    modules: Sequence[nn.Module] = (),
 ) -> LatticeMarginal:
     r"""Compute log p(x) of every example of a data set without encoder or sampling, for one to three latents.
 
@@ -82,6 +87,8 @@ def lattice_log_marginal(
             matrix products, are far faster. Default ``"gaussian"``.
         prior: as in :func:`fastvae.elbo`, the same for all examples. Default: N(0, I).
         batch_size: examples per batch; it changes results only by rounding. Default 1000.
+        modules: modules that a function as decoder reaches, to be put into eval mode, as in
+            :func:`fastvae.audit.ais`. Default: none.
 
     Returns:
         :class:`LatticeMarginal` (log_px, error), each [N]. Memory is :math:`(3^D + 1) N` numbers, the data,
@@ -96,7 +103,7 @@ def lattice_log_marginal(
     Example:
         >>> import torch, fastvae
         >>> decoder, x = torch.nn.Linear(2, 8), torch.rand(16, 8)
-        >>> result = fastvae.audit.lattice_log_marginal(x, decoder, 2, likelihood="bernoulli")
+        >>> result = fastvae.audit.lattice(x, decoder, latent_dim=2, likelihood="bernoulli")
         >>> result.log_px.shape, bool((result.error < 1e-4).all())
         (torch.Size([16]), True)
     """
@@ -115,8 +122,8 @@ def lattice_log_marginal(
             f"points must be a multiple of 3, got {points}: every third makes a lattice that tells the error"
         )
     batch_size = check_count("batch_size", batch_size, "the examples at a time")
-    prior = _shared(prior)
-    device, dtype = place_of(decoder, decoder)
+    prior, reached = _shared(prior), check_modules(modules)
+    device, dtype = place_of(decoder if not reached else nn.ModuleList(reached), decoder)
     xs = [x.to(device or x.device) for x in _examples(data, batch_size, likelihood, dtype)]
     if not xs:
         raise ValueError("data has no batches: there is nothing to evaluate")
@@ -126,7 +133,9 @@ def lattice_log_marginal(
     low, high = _ends(prior, box, radius, latent_dim, xs[0].device)
     spacing = (high - low) / points
     size = max(1, _NUMBERS // max(event_size(xs[0]), *(len(x) for x in xs)))
-    with evaluating([m for f in (decoder, likelihood, prior) for m in modules_of(f)]):
+    reached += [m for f in (decoder, likelihood, prior) for m in modules_of(f)]
+    with evaluating(reached):
+        check_repeatable(decoder, lambda: decoder((0.5 * (low + high))[None].to(dtype)))
         prior = prior.prepared()
         # Log sums of p(x, z) over each coarse lattice, and over the ends.
         sums, at_ends = [], _Sum(xs)
