@@ -360,7 +360,7 @@ def test_data_sets_of_several_parts(tmp_path):
     with pytest.raises(ValueError, match="was made with other data: batch 0 differs"):
         run(other, checkpoint=file)
     assert whole.bits_per_dim == pytest.approx(whole.nll / math.log(2) / (6 + X))
-    vae = fastvae.VAE(encoder, decoder, likelihood=joint, latent_dim=D)
+    vae = fastvae.VAE(encoder, decoder, likelihood=joint, latent_dim=D, modules=[])
     assert vae(x).shape == () and vae.sample(4)["genes"].shape == (4, X)
     assert vae.reconstruct(x)["pixels"].shape == (B, *EVENT)
 
