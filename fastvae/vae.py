@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-import sys
-from collections.abc import Callable, Iterator
-from types import FrameType, FunctionType
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from .core.checks import INTEGERS, check_choice, check_count, shape_of
+from .core.checks import INTEGERS, check_choice, check_count
 from .core.hints import teaches
 from .core.nested import called, decoded, each, tensors
-from .distributions import (
-    Distribution,
-    Hierarchy,
-    as_module,
-    as_posterior,
-    as_prior,
-    is_conditional,
-    known_mean,
-    tensors_of,
-)
+from .core.options import OBJECTIVES, Objective
+from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
+from .distributions.base import as_module
+from .distributions.tensors import tensors_of
+from .distributions.words import known_mean
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .estimation.evaluation import Evaluation, evaluate
 from .estimation.log_marginal import log_marginal as _log_marginal
 from .estimation.log_marginal import reconstruction_log_prob as _reconstruction_log_prob
 from .estimation.weights import LogMarginal
-from .inputs.last_layer import may_end_in_a_layer, run_to_last_layer
+from .inputs.last_layer import called_by, may_end_in_a_layer, run_to_last_layer
 from .inputs.misread import look_at_structure
-from .inputs.modules import modules_of, reached
+from .inputs.modules import check_modules, is_known, modules_of
 from .likelihoods.base import Likelihood, as_likelihood
 from .objectives.beta_tc import BetaTCTerms, beta_tc
 from .objectives.bounds import Bound
@@ -74,17 +66,23 @@ class VAE(nn.Module):
             ``nn.Sequential`` that ends in one, without hooks, on a CPU, for outputs of some hundred thousand
             numbers or more. Values and gradients agree to rounding. For other decoders use
             :class:`fastvae.FusedHead`. Default True.
+        modules: all modules that encoder, decoder and prior reach where these are functions, lambdas or other
+            callables, in any order, such as ``fastvae.VAE(lambda x: net(x)[0], decoder, modules=[net])``; an
+            empty list if there are none. Parameters outside of modules are not trained by
+            ``vae.parameters()``. Default: None, no such callables.
 
     Conditional models: with ``context=``, encoder and decoder are called with the context as their second
     argument, and a prior that is a function with the context alone.
 
-    Encoder and decoder may also be functions or methods. The modules that such a callable reaches when the
-    VAE is built are registered as modules of the VAE, so that optimisers, ``state_dict``, ``.to()`` and
-    ``.eval()`` find them.
+    Encoder, decoder and prior may also be methods of modules, such as ``fastvae.VAE(net.encode,
+    net.decode)``: their modules are registered as modules of the VAE, so that optimisers, ``state_dict``,
+    ``.to()`` and ``.eval()`` find them. For any other callable ``modules`` names them. Inside a module that
+    holds the VAE, pass the networks, ``fastvae.VAE(self.encoder, self.decoder)``, since methods of this
+    module would make each a part of the other.
 
     Raises:
-        TypeError, ValueError: for an invalid argument; for a callable that reaches a parameter outside
-            any module, or the module that will contain the VAE.
+        TypeError, ValueError: for an invalid argument; for a function without ``modules``. ``train()``,
+            ``state_dict()`` and the like raise if a method or function reaches the module that holds the VAE.
 
     Example:
         >>> import torch, fastvae
@@ -117,13 +115,15 @@ class VAE(nn.Module):
         prior: Any = None,
         latent_dim: int | tuple[int, ...] | None = None,
         fuse: bool = True,
+        modules: Sequence[nn.Module] | None = None,
     ):
         super().__init__()
         self.fuse = fuse
+        reached = None if modules is None else check_modules(modules)
         for name, value in (("encoder", encoder), ("decoder", decoder)):
             if not callable(value):
                 raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
-            setattr(self, name, _as_module(name, value, self))
+            setattr(self, name, _as_module(name, value, self, reached))
         self.likelihood = as_likelihood(likelihood)
         look_at_structure(self.decoder, self.likelihood)
         if isinstance(prior, td.Distribution) and any(t.requires_grad for t in tensors_of(prior)):
@@ -136,7 +136,16 @@ class VAE(nn.Module):
             )
         if prior is None:
             prior = self._own_prior()
-        self.prior = _as_module("prior", prior, self) if is_conditional(prior) else as_module(as_prior(prior))
+        if is_conditional(prior):
+            self.prior = _as_module("prior", prior, self, reached)
+        else:
+            self.prior = as_module(as_prior(prior))
+        functions = encoder, decoder, *[prior] * is_conditional(prior)
+        if reached and all([is_known(f) for f in functions]):
+            raise TypeError(
+                "modules names the modules that functions reach, but encoder, decoder and prior are modules "
+                "or methods of modules; leave it out"
+            )
         given = latent_dim is not None
         if latent_dim is None and isinstance(self.prior, Hierarchy):
             latent_dim = self.prior.dim
@@ -148,7 +157,7 @@ class VAE(nn.Module):
         return ", ".join([*known, *["fuse=False"] * (not self.fuse)])
 
     def forward(
-        self, x: Any, objective: str | Bound = "elbo", **options: Any
+        self, x: Any, objective: Objective | Bound = "elbo", **options: Any
     ) -> Tensor | Terms | BetaTCTerms | LogMarginal:
         """Call the method named by ``objective``, or :meth:`bound` for a bound object.
 
@@ -171,7 +180,7 @@ class VAE(nn.Module):
         """
         if isinstance(objective, Bound):
             return self.bound(x, objective, **options)  # type: ignore[no-any-return]
-        check_choice("objective", objective, _OBJECTIVES)
+        check_choice("objective", objective, OBJECTIVES)
         return getattr(self, objective)(x, **options)  # type: ignore[no-any-return]
 
     def posterior(self, x: Any, context: Any = None) -> Distribution:
@@ -198,7 +207,7 @@ class VAE(nn.Module):
     def elbo(self, x: Any, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
     def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.elbo` of x; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("k", 1))
+        decoder = self._fused(x, options.get("k", 1), options)
         return _elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
@@ -215,7 +224,7 @@ class VAE(nn.Module):
     ) -> Tensor | Terms: ...
     def iwae(self, x: Any, k: int = 50, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("k_chunk") or k)
+        decoder = self._fused(x, options.get("k_chunk") or k, options)
         return _iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
@@ -253,7 +262,7 @@ class VAE(nn.Module):
     ) -> Tensor | Terms: ...
     def bound(self, x: Any, objective: Bound, k: int = 50, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("k_chunk") or k)
+        decoder = self._fused(x, options.get("k_chunk") or k, options)
         return _bound(  # type: ignore[no-any-return]
             x, self._q(x, options), decoder, objective, k=k, **self._meaning(), **options
         )
@@ -266,7 +275,7 @@ class VAE(nn.Module):
     def beta_tc(self, x: Any, *, terms: bool, **options: Unpack[BetaTCOptions]) -> Tensor | BetaTCTerms: ...
     def beta_tc(self, x: Any, **options: Any) -> Tensor | BetaTCTerms:
         """Return :func:`fastvae.beta_tc` of x; options are its keyword arguments."""
-        decoder = self._fused(x, options.get("k", 1))
+        decoder = self._fused(x, options.get("k", 1), options)
         return beta_tc(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -275,17 +284,18 @@ class VAE(nn.Module):
 
         The module stays in its current mode (train or eval).
         """
-        decoder = self._fused(x, k)
+        decoder = self._fused(x, k, options)
         return _log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
 
     @torch.no_grad()
     def ais(self, x: Any, **options: Any) -> AnnealedMarginal:
         """Return :func:`fastvae.audit.ais` of x; options are its keyword arguments."""
-        return ais(x, self._q(x, options), self.decoder, **self._meaning(), **options)
+        return ais(x, self._q(x, options), self.decoder, modules=[self], **self._meaning(), **options)
 
     def bdmc(self, **options: Any) -> MarginalBounds:
         """Return :func:`fastvae.audit.bdmc` of the model; options are its keyword arguments."""
-        return bdmc(self.posterior, self.decoder, self._known_latent_dim(), **self._meaning(), **options)
+        options = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
+        return bdmc(self.posterior, self.decoder, modules=[self], **options)
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """Return :func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
@@ -295,16 +305,16 @@ class VAE(nn.Module):
         return evaluate(self.posterior, decoder, data, **self._meaning(), **options)
 
     @torch.no_grad()
-    def anomaly_score(self, x: Any, k: int = 100, **options: Any) -> Tensor:
-        """Return an anomaly score of x, [B], in nats; high is anomalous.
+    def reconstruction_log_prob(self, x: Any, k: int = 100, **options: Any) -> Tensor:
+        """Return :func:`fastvae.reconstruction_log_prob` of x, [B]; options are its keyword arguments.
 
-        It is minus :func:`fastvae.reconstruction_log_prob`, An and Cho's reconstruction probability; options
-        are its keyword arguments. Minus :meth:`log_marginal` is the other usual score, which also penalises
-        latents that are rare under the prior.
+        Its negative is an anomaly score, by An and Cho's reconstruction probability. Minus
+        :meth:`log_marginal` is the other usual score, which also penalises latents that are rare under the
+        prior.
         """
         options = {"likelihood": self.likelihood, "k": k, **options}
-        decoder = self._fused(x, k)
-        return -_reconstruction_log_prob(x, self._q(x, options), decoder, **options)
+        decoder = self._fused(x, k, options)
+        return _reconstruction_log_prob(x, self._q(x, options), decoder, **options)
 
     @teaches
     @torch.no_grad()
@@ -387,8 +397,10 @@ class VAE(nn.Module):
     def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
         return self.posterior(x, options.get("context"))
 
-    def _fused(self, x: Any, samples: Any) -> Any:
+    def _fused(self, x: Any, samples: Any, options: dict[str, Any]) -> Any:
         """Return the decoder, without its last layer where fusing that into the objective may be faster."""
+        if options.get("terms"):  # which return the decoder's output
+            return self.decoder
         # An exported program must serve any batch size, so the choice cannot depend on it.
         may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
         may_pay = may_pay and not torch.compiler.is_exporting()
@@ -402,9 +414,6 @@ class VAE(nn.Module):
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}
-
-
-_OBJECTIVES = ("elbo", "iwae", "beta_tc", "sleep", "log_marginal")
 
 
 def _as_latent_dim(value: Any) -> int | tuple[int, ...]:
@@ -426,9 +435,8 @@ class _Function(nn.Module):
     def __init__(self, function: Callable[..., Any], modules: list[nn.Module]):
         super().__init__()
         self.function = function
-        variables = _variables(function)
         for module in modules:
-            name = start = variables.get(id(module), type(module).__name__.lower())
+            name = start = type(module).__name__.lower()
             count = 1
             while hasattr(self, name):
                 count += 1
@@ -439,17 +447,14 @@ class _Function(nn.Module):
         return self.function(*args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Copying a function returns the function itself, which still refers to the original's modules.
-        kinds = (nn.Module, FunctionType)
-        functions = [f for f in reached(self.function, kinds) if isinstance(f, FunctionType)]
-        own = {id(m) for m in self.children()}
-        if lost := {type(m).__name__ for f in functions for m in modules_of(f) if id(m) in own}:
-            names = ", ".join(sorted(lost))
+        # A method is copied with its module. A function would go on referring to the original's modules.
+        if self._modules and not is_known(self.function):
+            names = ", ".join(sorted({type(m).__name__ for m in self.children()}))
             raise TypeError(
                 f"a VAE whose encoder or decoder is the function {_name(self.function)} cannot be copied or "
                 f"pickled: the copy would go on using the original's {names}. Pass VAE the "
                 "module itself, if the function does no more than split its output, or put the function's "
-                "code into the forward of an nn.Module"
+                "code into the forward of an nn.Module, or into a method of one"
             )
         return super().__reduce_ex__(protocol)
 
@@ -477,40 +482,23 @@ class _Function(nn.Module):
                 raise ValueError(_cycle(_name(self.function), name, module))
 
 
-def _as_module(name: str, function: Callable[..., Any], vae: VAE) -> Callable[..., Any]:
-    """Wrap a callable in a module that registers the modules it reaches; unchanged if it reaches none."""
-    if isinstance(function, nn.Module):
+def _as_module(
+    name: str, function: Callable[..., Any], vae: VAE, modules: list[nn.Module] | None
+) -> Callable[..., Any]:
+    """Wrap a method or a function in a module that registers the modules it reaches."""
+    owner = called_by(function)
+    if isinstance(function, nn.Module) or owner is vae:
         return function
-    found = reached(function, (nn.Module, Tensor))
-    modules = [m for m in found if isinstance(m, nn.Module) and m is not vae]
-    if isinstance(function, torch.ScriptMethod) and not modules:
+    if is_known(function):
+        return _Function(function, modules_of(function))
+    if modules is None:
         raise TypeError(
-            f"{name} is a method of a scripted module and does not refer to it; pass VAE the module itself"
+            f"{name} is {_name(function)}, neither a module nor a method of one, so the VAE does not know "
+            f"which modules it reaches: they would not be trained, saved, moved, or put into eval mode. Name "
+            f"all of them, such as VAE({name}=..., modules=[net]), or modules=[] if there are none; or pass "
+            "the module itself, or its method, such as net.encode"
         )
-    for module in modules:
-        if _in_construction(module):
-            raise ValueError(_cycle(name, "self", module))
-    held = {id(p) for m in (vae, *modules) for p in m.parameters()}
-    for t in found:
-        if isinstance(t, Tensor) and t.requires_grad and t.is_leaf and id(t) not in held:
-            raise TypeError(
-                f"{name} uses a tensor {shape_of(t)} that requires gradients and belongs to no module, so "
-                f"the VAE's parameters would not include it. Make {name} an nn.Module that holds it as an "
-                "nn.Parameter"
-            )
     return _Function(function, modules) if modules else function
-
-
-def _in_construction(module: nn.Module) -> bool:
-    """Return True if a frame on the stack is the module's ``__init__``."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        own = code.co_varnames[0] if code.co_name == "__init__" and code.co_argcount else None
-        if own is not None and frame.f_locals.get(own) is module:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _cycle(function: str, name: str, module: nn.Module) -> str:
@@ -521,15 +509,6 @@ def _cycle(function: str, name: str, module: nn.Module) -> str:
         f"the other. Give VAE the networks themselves{example}; or build no VAE, and call fastvae.elbo or "
         "fastvae.iwae yourself"
     )
-
-
-def _variables(function: Callable[..., Any]) -> dict[int, str]:
-    """Return the names of the objects that the function's code refers to, by id."""
-    try:
-        nonlocals, variables, *_ = inspect.getclosurevars(function)
-    except (TypeError, ValueError):  # not a function, or a variable that is not set yet
-        return {}
-    return {id(value): name for name, value in {**variables, **nonlocals}.items()}
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 
@@ -13,6 +14,7 @@ from torch import distributions as td
 
 import fastvae
 from fastvae.core.nested import Beside
+from fastvae.core.options import STARTS
 from fastvae.distributions import (
     DiagonalNormal,
     Distribution,
@@ -22,7 +24,7 @@ from fastvae.distributions import (
     Mixture,
     NormalMixture,
 )
-from fastvae.estimation.audit.annealing import STARTS, Annealing, Settings, simulate
+from fastvae.estimation.audit.annealing import Annealing, Settings, simulate
 from fastvae.estimation.evaluation.audit import Sample
 from fastvae.estimation.stream import Chunks
 from fastvae.inputs.batch import Inputs
@@ -111,7 +113,7 @@ def test_a_step_alone_is_importance_sampling(mixture):
     q, options = model.posterior(x, 0.3, 0.2), {"likelihood": model.likelihood}
     if mixture:
         q = Mixture([q, model.posterior(x, 1.0, 0.5)], torch.tensor([1.0, -1.0]).double())
-    result = fastvae.audit.ais(x, q, model.decoder, steps=1, chains=40, generator=generator(1), **options)
+    result = fastvae.audit.ais(x, q, model.decoder, steps=1, k=40, generator=generator(1), **options)
     expected = fastvae.log_marginal(x, q, model.decoder, k=40, generator=generator(1), **options)
     for name in ("log_px", "log_px_stderr", "ess"):
         torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-10, atol=1e-10)
@@ -126,7 +128,7 @@ def test_estimates_where_importance_sampling_is_wrong():
     exact, q = model.log_px(x), model.posterior(x, 1.5, -1.4)
     options = {"likelihood": model.likelihood, "generator": generator(2)}
     plain = fastvae.log_marginal(x, q, model.decoder, k=1000, **options)
-    result = fastvae.audit.ais(x, q, model.decoder, steps=200, chains=16, **options)
+    result = fastvae.audit.ais(x, q, model.decoder, steps=200, k=16, **options)
     # Low by the mean of 20 biases, whose spread is far smaller.
     assert float((exact - plain.log_px).mean()) > 0.3
     assert abs(float((exact - result.log_px).mean())) < 0.1
@@ -233,7 +235,7 @@ def test_neither_chunks_nor_rows_nor_batches_change_a_result(start):
     model = LinearGaussian(D, X)
     x = model.sample(B)
     q = model.posterior(x, 0.5, 0.3)
-    options = {"steps": 15, "chains": 6, "start": start, "likelihood": model.likelihood}
+    options = {"steps": 15, "k": 6, "start": start, "likelihood": model.likelihood}
 
     def estimate(rows=slice(None), **more):
         its_q = tuple(v[rows] for v in q)
@@ -241,11 +243,12 @@ def test_neither_chunks_nor_rows_nor_batches_change_a_result(start):
         return fastvae.audit.ais(x[rows], its_q, model.decoder, **more)
 
     whole = estimate()
-    for other in (estimate(chain_chunk=1), estimate(chain_chunk=4)):
-        torch.testing.assert_close(vars(other), vars(whole), rtol=1e-10, atol=1e-10)
+    for other in (estimate(k_chunk=1), estimate(k_chunk=4)):
+        for a, b in zip(vars(whole).values(), vars(other).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     part = estimate(slice(2, 4), row_offset=2)
-    for name, value in vars(part).items():
-        torch.testing.assert_close(value, getattr(whole, name)[2:4], rtol=1e-10, atol=1e-10)
+    for a, b in zip(vars(whole).values(), vars(part).values(), strict=True):
+        torch.testing.assert_close(a[2:4], b, rtol=1e-10, atol=1e-10)
     other = estimate(generator=generator(4))
     assert bool((other.log_px != whole.log_px).all())
 
@@ -285,7 +288,7 @@ def test_any_posterior_with_any_prior(q, p):
         return torch.tanh(z) @ weight
 
     with torch.no_grad():
-        result = fastvae.audit.ais(x, posterior, decoder, steps=20, chains=32, **options)
+        result = fastvae.audit.ais(x, posterior, decoder, steps=20, k=32, **options)
         plain = fastvae.log_marginal(x, posterior, decoder, k=4000, **options)
     spread = (result.log_px_stderr.square() + plain.log_px_stderr.square()).sqrt()
     assert bool(((result.log_px - plain.log_px).abs() < 6 * spread + 0.02).all())
@@ -303,12 +306,12 @@ def test_what_comes_with_x():
         return linear(z) + context
 
     x = torch.where(mask, x, math.nan)
-    result = fastvae.audit.ais(x, q, decoder, steps=1, chains=30, generator=generator(1), **options)
+    result = fastvae.audit.ais(x, q, decoder, steps=1, k=30, generator=generator(1), **options)
     expected = fastvae.log_marginal(x, q, decoder, k=30, generator=generator(1), **options)
     torch.testing.assert_close(result.log_px, expected.log_px.double(), rtol=1e-5, atol=1e-5)
     many = fastvae.log_marginal(x, q, decoder, k=20_000, generator=generator(1), **options)
-    result = fastvae.audit.ais(x, q, decoder, steps=30, chains=30, generator=generator(1), **options)
-    spread = (result.log_px_stderr.square() + many.log_px_stderr.square()).sqrt()
+    result = fastvae.audit.ais(x, q, decoder, steps=30, k=30, generator=generator(1), **options)
+    spread = (result.stderr.square() + many.stderr.square()).sqrt()
     assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
 
 
@@ -326,8 +329,8 @@ def test_latents_with_axes_of_their_own_and_several_parts():
     options = {"likelihood": joint, "generator": generator(1)}
     many = fastvae.log_marginal(x, q, decoder, k=5000, **options)
     for chunk in (None, 7):
-        result = fastvae.audit.ais(x, q, decoder, steps=20, chains=30, chain_chunk=chunk, **options)
-        spread = (result.log_px_stderr.square() + many.log_px_stderr.square()).sqrt()
+        result = fastvae.audit.ais(x, q, decoder, steps=20, k=30, k_chunk=chunk, **options)
+        spread = (result.stderr.square() + many.stderr.square()).sqrt()
         assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
 
 
@@ -342,12 +345,12 @@ def test_a_hierarchy():
     decoder = nn.Linear(3, X).to(DEVICE)
     x = (rand(B, X, seed=1) > 0.5).float()
     options = {"likelihood": "bernoulli", "generator": generator(1)}
-    result = fastvae.audit.ais(x, hierarchy(x), decoder, steps=20, chains=32, **options)
+    result = fastvae.audit.ais(x, hierarchy(x), decoder, steps=20, k=32, **options)
     many = fastvae.log_marginal(x, hierarchy(x), decoder, k=5000, **options)
     spread = (result.log_px_stderr.square() + many.log_px_stderr.square()).sqrt()
     assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
     assert all(p.grad is None for p in (*hierarchy.parameters(), *decoder.parameters()))
-    bounds = fastvae.audit.bdmc(hierarchy, decoder, 3, n=6, steps=30, prior=hierarchy, **options)
+    bounds = fastvae.audit.bdmc(hierarchy, decoder, latent_dim=3, n=6, steps=30, prior=hierarchy, **options)
     assert bounds.lower.shape == bounds.upper.shape == (6,)
 
 
@@ -358,7 +361,7 @@ def test_a_bounded_support_is_left_by_no_chain():
     prior = td.Independent(td.Uniform(torch.zeros(D).double(), 2.0, validate_args=True), 1)
     decoder, x = nn.Linear(D, X).double(), (rand(B, X, seed=1) > 0.5).double()
     options = {"likelihood": "bernoulli", "prior": prior, "generator": generator(1)}
-    result = fastvae.audit.ais(x, q, decoder, steps=10, chains=200, **options)
+    result = fastvae.audit.ais(x, q, decoder, steps=10, k=200, **options)
     many = fastvae.log_marginal(x, q, decoder, k=5000, **options)
     spread = (result.log_px_stderr.square() + many.log_px_stderr.square()).sqrt()
     assert bool(((result.log_px - many.log_px).abs() < 5 * spread).all())
@@ -379,9 +382,9 @@ def test_when_memory_runs_out_fewer_chains_are_evaluated_at_a_time():
             raise torch.OutOfMemoryError
         return model.decoder(z)
 
-    options = {"steps": 5, "chains": 8, "likelihood": model.likelihood}
+    options = {"steps": 5, "k": 8, "likelihood": model.likelihood}
     expected = fastvae.audit.ais(x, q, model.decoder, generator=generator(1), **options)
-    with pytest.warns(RuntimeWarning, match=r"going on with 2 \(chain_chunk=2 starts there\)"):
+    with pytest.warns(RuntimeWarning, match=r"going on with 2 \(k_chunk=2 starts there\)"):
         result = fastvae.audit.ais(x, q, decoder, generator=generator(1), **options)
     torch.testing.assert_close(result.log_px, expected.log_px, rtol=1e-10, atol=1e-10)
     assert max(asked[-20:]) == 2 * B
@@ -395,6 +398,23 @@ def test_modules_are_in_eval_mode_and_back():
     assert torch.equal(first.log_px, again.log_px)
     assert decoder.training
     assert decoder[1].training
+    # A function's modules must be named, or be in eval mode already.
+    function = lambda z: decoder(z)  # noqa: E731
+    run = functools.partial(fastvae.audit.ais, x, q, function, generator=generator(1), **options)
+    with pytest.raises(ValueError, match=r"returns another output.*modules=\[net\]"):
+        run()
+    named = fastvae.audit.ais(x, q, function, modules=[decoder], generator=generator(1), **options)
+    assert torch.equal(named.log_px, first.log_px) and decoder.training
+    with pytest.raises(TypeError, match="modules must be a list"):
+        run(modules=decoder)
+    with pytest.raises(ValueError, match=r"returns another output.*modules=\[net\]"):
+        fastvae.audit.bdmc(nn.Linear(X, 2 * D), function, latent_dim=D, n=3, **options)
+    encoder = nn.Sequential(nn.Linear(X, 2 * D), nn.Dropout(0.5)).to(DEVICE)
+    vae = fastvae.VAE(encoder, function, latent_dim=D, modules=[decoder], likelihood="bernoulli")
+    assert vae.bdmc(n=3, steps=5).lower.isfinite().all() and vae.ais(x, steps=5).log_px.isfinite().all()
+    assert vae.training and decoder.training
+    decoder.eval()
+    assert torch.equal(run(generator=generator(1)).log_px, first.log_px)
 
 
 @torch.no_grad()
@@ -410,10 +430,10 @@ def test_what_is_not_a_number_stays_so():
     ("options", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
-        ({"chains": 1.5}, "chains must be an int"),
+        ({"k": 1.5}, "k must be an int"),
         ({"leapfrog": 0}, "leapfrog must be at least 1"),
         ({"start": "encoder"}, "start='encoder' is unknown; known: 'posterior', 'prior'"),
-        ({"chain_chunk": 0}, "chain_chunk must be at least 1"),
+        ({"k_chunk": 0}, "k_chunk must be at least 1"),
         ({"decoder": lambda z: torch.zeros(len(z), X)}, "log p\\(x\\|z\\) has no gradient for z"),
         (
             {"decoder": lambda z: torch.zeros(X, requires_grad=True) + z.detach().sum(1, keepdim=True)},
@@ -444,22 +464,22 @@ def test_bounds_of_data_that_the_model_makes():
     def decoder(z):
         return model.decoder(z.double())
 
-    options = {"n": 200, "likelihood": model.likelihood, "chains": 4}
+    options = {"n": 200, "likelihood": model.likelihood, "k": 4}
     few, many = (
-        fastvae.audit.bdmc(encoder, decoder, D, steps=steps, generator=generator(1), **options)
+        fastvae.audit.bdmc(encoder, decoder, latent_dim=D, steps=steps, generator=generator(1), **options)
         for steps in (3, 100)
     )
     assert few.gap > many.gap > -4 * many.gap_stderr
     assert few.gap > 5 * few.gap_stderr
     assert many.gap < 0.3 * few.gap
     exact = fastvae.audit.bdmc(
-        model.posterior, decoder, D, steps=3, likelihood=model.likelihood, generator=generator(1)
+        model.posterior, decoder, latent_dim=D, steps=3, likelihood=model.likelihood, generator=generator(1)
     )
     torch.testing.assert_close(exact.lower, exact.upper, rtol=1e-9, atol=1e-9)
     assert few.gap == pytest.approx(float((few.upper - few.lower).mean()), rel=1e-12)
     assert float(exact.lower.std()) > 0.1  # of several x
     again = fastvae.audit.bdmc(
-        model.posterior, decoder, D, steps=3, likelihood=model.likelihood, generator=generator(1)
+        model.posterior, decoder, latent_dim=D, steps=3, likelihood=model.likelihood, generator=generator(1)
     )
     assert torch.equal(again.lower, exact.lower)
 
@@ -493,7 +513,7 @@ def test_bounds_with_a_prior(shape, conditional):
     found = fastvae.audit.bdmc(
         encoder,
         decoder,
-        latent_dim,
+        latent_dim=latent_dim,
         n=n,
         steps=3,
         likelihood=model.likelihood,
@@ -505,7 +525,9 @@ def test_bounds_with_a_prior(shape, conditional):
     torch.testing.assert_close(found.upper, found.lower, rtol=1e-9, atol=1e-9)
     if conditional:
         with pytest.raises(ValueError, match="context"):
-            fastvae.audit.bdmc(encoder, decoder, latent_dim, n=n + 1, likelihood=model.likelihood, **options)
+            fastvae.audit.bdmc(
+                encoder, decoder, latent_dim=latent_dim, n=n + 1, likelihood=model.likelihood, **options
+            )
 
 
 def test_bounds_need_draws_of_the_model():
@@ -515,9 +537,9 @@ def test_bounds_need_draws_of_the_model():
 
     encoder, decoder = nn.Linear(X, 2 * D), nn.Linear(D, X)
     with pytest.raises(NotImplementedError, match="Odd has no sample"):
-        fastvae.audit.bdmc(encoder, decoder, D, n=3, steps=3, likelihood="bernoulli", prior=Odd())
+        fastvae.audit.bdmc(encoder, decoder, latent_dim=D, n=3, steps=3, likelihood="bernoulli", prior=Odd())
     with pytest.raises(ValueError, match="latent_dim must be at least 1"):
-        fastvae.audit.bdmc(encoder, decoder, 0, likelihood="bernoulli")
+        fastvae.audit.bdmc(encoder, decoder, latent_dim=0, likelihood="bernoulli")
 
 
 @torch.no_grad()
@@ -772,9 +794,8 @@ def test_a_vae_whose_last_layer_is_left_out():
     assert bounds.gap < 0.3
     assert bounds.upper.shape == (6,)
     found = vae.ais(x, steps=50, generator=generator(1))
-    exact = fastvae.audit.lattice_log_marginal(x, vae.decoder, D, likelihood="bernoulli")
-    off = found.log_px.cpu() - exact.log_px
-    assert bool((off.abs() < 5 * found.log_px_stderr.cpu() + exact.error).all())
+    exact = fastvae.audit.lattice(x, vae.decoder, latent_dim=D, likelihood="bernoulli")
+    assert bool(((found.log_px.cpu() - exact.log_px).abs() < 5 * found.stderr.cpu() + exact.error).all())
     assert all(p.grad is None for p in vae.parameters())
 
 

@@ -60,7 +60,11 @@ def test_one_chunk_is_the_whole(k_chunk):
 
 def test_terms_and_reductions():
     bound, _, _ = _parts(torch.float64)
-    for options in ({"terms": True}, {"reduction": "sum"}, {"reduction": "none"}, {}):
+    in_chunks, whole = bound(k_chunk=4, terms=True), bound(terms=True)
+    for name in ("bound", "log_likelihood", "kl"):
+        parts = getattr(in_chunks, name), getattr(whole, name)
+        torch.testing.assert_close(*parts, rtol=1e-12, atol=1e-12)
+    for options in ({"reduction": "sum"}, {"reduction": "none"}, {}):
         torch.testing.assert_close(bound(k_chunk=4, **options), bound(**options), rtol=1e-12, atol=1e-12)
 
 

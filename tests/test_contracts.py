@@ -97,7 +97,7 @@ def test_forms_of_q(form):
             same(got, expected)
     vaes = [fastvae.VAE(read, decoder, **BERNOULLI) for read in (pair, encoder)]
     same(*(vae.reconstruct(x) for vae in vaes))
-    same(*(vae.anomaly_score(x, 9, generator=generator(1)) for vae in vaes))
+    same(*(vae.reconstruction_log_prob(x, 9, generator=generator(1)) for vae in vaes))
     assert vaes[1].latent_dim == D
     evaluations = [
         fastvae.evaluate(read, decoder, x, k=9, progress=False, generator=generator(1), **BERNOULLI)

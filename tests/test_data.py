@@ -360,7 +360,7 @@ def test_data_sets_of_several_parts(tmp_path):
     with pytest.raises(ValueError, match="was made with other data: batch 0 differs"):
         run(other, checkpoint=file)
     assert whole.bits_per_dim == pytest.approx(whole.nll / math.log(2) / (6 + X))
-    vae = fastvae.VAE(encoder, decoder, likelihood=joint, latent_dim=D)
+    vae = fastvae.VAE(encoder, decoder, likelihood=joint, latent_dim=D, modules=[])
     assert vae(x).shape == () and vae.sample(4)["genes"].shape == (4, X)
     assert vae.reconstruct(x)["pixels"].shape == (B, *EVENT)
 
@@ -390,7 +390,7 @@ def test_one_from_torch_distributions():
         lambda m, s: td.Independent(td.Laplace(m, s.exp()), 1)
     )
     assert_same(every(x, a_q(), decoder, likelihood=independent), expected)
-    vae = fastvae.VAE(lambda x: a_q(), decoder, likelihood=of_two, latent_dim=D)
+    vae = fastvae.VAE(lambda x: a_q(), decoder, likelihood=of_two, latent_dim=D, modules=[])
     assert vae.sample(4).shape == (4, X) and vae.reconstruct(x).shape == (B, X)
     drawn = [vae.sample(4, generator=generator(7)) for _ in range(2)]
     assert torch.equal(*drawn)

@@ -410,7 +410,7 @@ def test_the_manifold_covers_the_prior():
             return lambda *args, **kwargs: None
 
     prior = DiagonalNormal(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]).log() * 2)
-    model = fastvae.VAE(lambda x: x, Seen(), likelihood="bernoulli", prior=prior, latent_dim=2)
+    model = fastvae.VAE(lambda x: x, Seen(), likelihood="bernoulli", prior=prior, latent_dim=2, modules=[])
     run = demo.Run("x", model, {}, [], [], *[torch.zeros(1)] * 3)
     demo._manifold(Axes(), run, demo.digits())
     grid = model.decoder.z

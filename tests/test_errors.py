@@ -651,17 +651,17 @@ CASES = {
     # the module
     "encoder no callable": (lambda: fastvae.VAE(3, logits), TypeError, ["encoder must be a module", "int"]),
     "encoder returns an odd width": (
-        lambda: fastvae.VAE(lambda data: mu(B, 2 * D + 1), pair).elbo(x()),
+        lambda: fastvae.VAE(lambda data: mu(B, 2 * D + 1), pair, modules=[]).elbo(x()),
         ValueError,
         ["q has shape [5, 7]", "[B, 2 D]"],
     ),
     "unknown objective": (
-        lambda: fastvae.VAE(lambda data: q(), pair)(x(), objective="IWAE"),
+        lambda: fastvae.VAE(lambda data: q(), pair, modules=[])(x(), objective="IWAE"),
         ValueError,
         ["objective='IWAE'", "'elbo', 'iwae', 'beta_tc', 'sleep', 'log_marginal'"],
     ),
     "latent dimension unknown": (
-        lambda: fastvae.VAE(lambda data: q(), pair).sample(2),
+        lambda: fastvae.VAE(lambda data: q(), pair, modules=[]).sample(2),
         ValueError,
         ["latent dimension", "latent_dim=D"],
     ),

@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
 from fastvae.core.digest import digest
-from fastvae.distributions import DiagonalNormal, Distribution, StandardNormal
+from fastvae.distributions import DiagonalNormal, Distribution, Mixture, StandardNormal, VampPrior
 from fastvae.estimation import stream as _stream
 from fastvae.estimation.evaluation import checkpoint as checkpoint_module
 from fastvae.estimation.evaluation.checkpoint import Store, write_arrays
 from fastvae.estimation.weights import ESTIMATES
 from fastvae.inputs.batch import Inputs
+from fastvae.inputs.last_layer import run_to_last_layer
 from fastvae.inputs.modules import modules_of, parameters_digest
 from fastvae.likelihoods import Bernoulli, Gaussian, Poisson
 
@@ -437,7 +438,9 @@ def test_posteriors_without_means_or_kl():
             assert result.active_units == active
             assert result.kl_per_dim is None
         assert ("latents" in str(result)) == (active is not None)
-        vae = fastvae.VAE(lambda x, kind=kind: kind(*q(x)), model.decoder, likelihood=model.likelihood)
+        vae = fastvae.VAE(
+            lambda x, kind=kind: kind(*q(x)), model.decoder, likelihood=model.likelihood, modules=[]
+        )
         vae.evaluate(x, k=3, **QUIET)
 
 
@@ -486,8 +489,10 @@ def test_eval_mode_and_back():
         seen.append((encoder.training, decoder[1].training, torch.is_grad_enabled()))
         return encoder(x).chunk(2, dim=1)
 
-    options = {"likelihood": "bernoulli", "k": 5, **QUIET}
-    first, second = (fastvae.evaluate(q, decoder, x, generator=generator(1), **options) for _ in range(2))
+    options = {"k": 5, **QUIET}
+    vae = fastvae.VAE(q, decoder, modules=[encoder], likelihood="bernoulli")
+    first, second = (vae.evaluate(x, generator=generator(1), **options) for _ in range(2))
+    options["likelihood"] = "bernoulli"
     assert set(seen) == {(False, False, False)}
     assert torch.equal(first.log_px, second.log_px)
     assert [m.training for m in (encoder, encoder[1], decoder, decoder[1], decoder[2])] == [True] * 4 + [
@@ -519,9 +524,16 @@ def test_two_threads_evaluate_one_model():
     x, modes, failed = rand(N, X, seed=2), [], []
     second_began, first_ended = threading.Event(), threading.Event()
 
-    def q(x):
-        modes.append((encoder.training, decoder.training, decoder[0].training))
-        return encoder(x)
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = encoder
+
+        def forward(self, x):
+            modes.append((encoder.training, decoder.training, decoder[0].training))
+            return encoder(x)
+
+    q = Encoder()
 
     def data_of_the_first():
         yield x
@@ -555,62 +567,34 @@ def test_two_threads_evaluate_one_model():
     assert [m.training for m in (encoder, decoder, decoder[0], decoder[1])] == [True, True, True, False]
     # An evaluation inside another, too.
     inner = lambda x: (fastvae.evaluate(encoder, decoder, x, k=1, **QUIET), q(x))[1]  # noqa: E731
-    fastvae.evaluate(inner, decoder, x, k=3, **QUIET)
+    fastvae.VAE(inner, decoder, modules=[q]).evaluate(x, k=3, **QUIET)
     assert modes[-1] == (False, False, False)
     assert encoder.training
 
 
-_GLOBAL = nn.Linear(2, 2)
-
-
-def test_modules_are_found_wherever_they_are():
+def test_modules_of_a_callable():
+    """A callable's modules are itself, its owner and a distribution's; none is found inside a function."""
     module, other = nn.Linear(2, 2), nn.Linear(2, 2)
 
-    class Callable:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def __call__(self, x):
-            return self.inner(x)
-
+    class Plain:
         def method(self, x):
-            return self.inner(x)
+            return module(x)
 
-    def function(x):
-        return module(x) + other(x)
-
-    def nested(x):
-        return function(x)
-
-    @functools.lru_cache(None)
-    def cached(x):
-        return module(x)
-
-    held = [module]
-    holder = types.SimpleNamespace(net=module)
-    for encoder, found in (
+    prior = Mixture([VampPrior(module, torch.zeros(3, 2)), StandardNormal()])
+    compiled = torch.compile(module)
+    for function, found in (
         (module, [module]),
         (module.forward, [module]),
-        (function, [module, other]),
-        (nested, [module, other]),
-        (functools.partial(lambda m, x: m(x), module), [module]),
-        (Callable(module), [module]),
-        (Callable(module).method, [module]),
-        (Callable(function), [module, other]),
-        (lambda x: held[0](x), [module]),
-        (lambda x: holder.net(x), [module]),
-        (lambda x, net=module: net(x), [module]),
-        (lambda x, *, net=module: net(x), [module]),
-        (lambda x: [_GLOBAL(v) for v in (lambda y: [y])(x)], [_GLOBAL]),
-        (cached, [module]),
-        (torch.compile(module), None),
+        (functools.partial(run_to_last_layer, module), [module]),
+        (compiled, [compiled]),
+        (StandardNormal(), []),
+        (lambda x: module(x), []),
+        (functools.partial(module), []),
+        (Plain().method, []),
         (len, []),
     ):
-        got = modules_of(encoder)
-        if found is None:
-            assert module in [m for part in got for m in part.modules()]
-        else:
-            assert {id(m) for m in got} == {id(m) for m in found}
+        assert modules_of(function) == found
+    assert other not in modules_of(prior) and module in [m for p in modules_of(prior) for m in p.modules()]
 
 
 def test_progress_shows_the_running_nll(capsys):
@@ -1701,24 +1685,25 @@ def test_reconstruction_log_prob(backend):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_anomaly_score():
-    """The anomaly score is high for x unlike the data, whatever the learned prior."""
+def test_a_vaes_reconstruction_log_prob():
+    """It is low for x unlike the data, whatever the learned prior."""
     model, x, q = _model_and_data(dtype=torch.float32)
-    vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood)
+    vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood, modules=[])
     odd = x + 3
-    assert float(vae.anomaly_score(odd, k=30).min()) > float(vae.anomaly_score(x, k=30).max())
-    got = vae.anomaly_score(x, 30, generator=generator(9))
-    expected = -fastvae.reconstruction_log_prob(
+    usual, unusual = (vae.reconstruction_log_prob(data, k=30) for data in (x, odd))
+    assert float(unusual.max()) < float(usual.min())
+    got = vae.reconstruction_log_prob(x, 30, generator=generator(9))
+    expected = fastvae.reconstruction_log_prob(
         x, q(x), model.decoder, k=30, likelihood=model.likelihood, generator=generator(9)
     )
     assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="k must be at least 1"):
-        vae.anomaly_score(x, 0)
+        vae.reconstruction_log_prob(x, 0)
 
 
 def test_vae_evaluate():
     model, x, q = _model_and_data()
-    vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood)
+    vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood, modules=[])
     result = vae.evaluate(x, k=K, generator=generator(1), **QUIET)
     _assert_same(result, _evaluate(model, q, x))
 

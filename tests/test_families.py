@@ -345,7 +345,7 @@ def test_a_vae_of_each(backend):
         x = _data(torch.float32)
         (-vae.iwae(x, k=4)).backward()
         assert all(g is None or bool(g.isfinite().all()) for g in (p.grad for p in vae.parameters()))
-        assert vae.anomaly_score(x, k=7).shape == (B,)
+        assert vae.reconstruction_log_prob(x, k=7).shape == (B,)
 
 
 @pytest.mark.parametrize("kind", ["posterior", "prior"])

@@ -45,8 +45,8 @@ ENTRIES = {
     "log_weights": ("x", lambda x: fastvae.log_weights(x, q, decoder, k=5, **options)),
     "log_marginal": ("x", lambda x: fastvae.log_marginal(x, q, decoder, k=5, **options)),
     "score": ("x", lambda x: fastvae.reconstruction_log_prob(x, q, decoder, **options)),
-    "ais": ("x", lambda x: fastvae.audit.ais(x, q, decoder, steps=3, chains=2, **options)),
-    "VAE": ("x", lambda x: fastvae.VAE(lambda x: q, decoder, latent_dim=2, **options).elbo(x)),
+    "ais": ("x", lambda x: fastvae.audit.ais(x, q, decoder, steps=3, k=2, **options)),
+    "VAE": ("x", lambda x: fastvae.VAE(lambda x: q, decoder, latent_dim=2, modules=[], **options).elbo(x)),
     "evaluate": ("data", lambda x: fastvae.evaluate(lambda x: q, decoder, x, k=5, progress=False, **options)),
     "batches": ("data", lambda x: fastvae.evaluate(lambda x: q, decoder, [x], progress=False, **options)),
     "parts": ("x['a']", lambda x: fastvae.elbo({"a": x}, q, lambda z: {"a": decoder(z)},
@@ -126,13 +126,18 @@ def test_stored_arrays_are_read_batch_by_batch(tmp_path):
     assert stored.read == [4, 4, 3]
     x, context = Stored(values), Stored(values[:, :1])
     same(log_px([Stored(values[:4]), (Stored(values[4:]), 0)]), expected)
-    vae = fastvae.VAE(lambda x, c, f=vae.encoder: f(x), lambda z, c, f=vae.decoder: f(z), **options)
+    vae = fastvae.VAE(
+        lambda x, c, f=vae.encoder: f(x),
+        lambda z, c, f=vae.decoder: f(z),
+        modules=[vae.encoder, vae.decoder],
+        **options,
+    )
     found = log_px(
         [{"x": x, "c": context}], prepare_batch=lambda batch: {"x": batch["x"], "context": batch["c"]}
     )
     same(found, expected)
     joint = fastvae.VAE(lambda x: torch.zeros(len(x["a"]), 4), lambda z: {"a": z @ torch.ones(2, 6)},
-                        likelihood=Joint(a="bernoulli"))  # fmt: skip
+                        likelihood=Joint(a="bernoulli"), modules=[])  # fmt: skip
     stored = Stored(values)
     joint.evaluate({"a": stored}, k=5, batch_size=4, progress=False)
     assert stored.read == [4, 4, 3]
@@ -165,8 +170,8 @@ def test_no_tensor_is_made_on_the_default_device():
             found = vae.evaluate(x, k=300, proposal=proposal, batch_size=3, progress=False)
             yield torch.from_numpy(np.asarray(found.log_px))
         yield vae.log_marginal(x, k=64, noise="qmc", proposal="defensive").psis
-        yield vae.anomaly_score(x)
-        yield vae.ais(x, steps=3, chains=2).log_px
+        yield vae.reconstruction_log_prob(x)
+        yield vae.ais(x, steps=3, k=2).log_px
         yield vae.sample(3)
         yield vae.reconstruct(x)
         yield FullNormal.of(x, torch.eye(6, device="cpu").expand(4, 6, 6)).mean
@@ -190,14 +195,14 @@ class Exported(nn.Module):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda vae, x: vae.anomaly_score(x, k=10),
-        lambda vae, x: vae.anomaly_score(x, k=10, k_chunk=4),
+        lambda vae, x: vae.reconstruction_log_prob(x, k=10),
+        lambda vae, x: vae.reconstruction_log_prob(x, k=10, k_chunk=4),
         lambda vae, x: vae.log_marginal(x, k=30),
         lambda vae, x: vae.elbo(x, reduction="none"),
         lambda vae, x: vae.iwae(x, k=5, reduction="none"),
         lambda vae, x: vae.reconstruct(x),
     ],
-    ids=["anomaly_score", "chunks", "log_marginal", "elbo", "iwae", "reconstruct"],
+    ids=["reconstruction_log_prob", "chunks", "log_marginal", "elbo", "iwae", "reconstruct"],
 )
 def test_exported_programs_take_any_batch(call):
     module = Exported(call)

@@ -575,7 +575,9 @@ def test_parts_of_a_joint(always, calls):
 
     decoder, joint = Two(), Joint(pixels="bernoulli", label="categorical")
     x = {"pixels": torch.rand(B, X).round(), "label": torch.randint(0, 3, (B, 1))}
-    vae = fastvae.VAE(lambda x: torch.zeros(len(x["label"]), 2 * D), decoder, likelihood=joint, latent_dim=D)
+    vae = fastvae.VAE(
+        lambda x: torch.zeros(len(x["label"]), 2 * D), decoder, likelihood=joint, latent_dim=D, modules=[]
+    )
     results = []
     for fused in (True, False):
         decoder.fused = fused
@@ -828,7 +830,7 @@ def test_a_vae_fuses_by_itself(always, calls):
         assert torch.allclose(vae(x, **options), expected, rtol=1e-5)
         assert calls
         calls.clear()
-    for method in ("log_marginal", "anomaly_score", "evaluate"):
+    for method in ("log_marginal", "reconstruction_log_prob", "evaluate"):
         results = []
         for model in (vae, forbidden):
             calls.clear()

@@ -119,8 +119,8 @@ def test_an_exact_posterior_weighs_every_draw_alike(backend, merge):
     options = {"likelihood": model.likelihood}
     exact = model.log_px(x)
     close = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
-    log_w = sum(fastvae.log_weights(x, q, model.decoder, k=K, prior=hierarchy, **options))
-    close(log_w, exact.expand(K, B))
+    parts = fastvae.log_weights(x, q, model.decoder, k=K, prior=hierarchy, **options)
+    close(parts.log_likelihood + parts.log_ratio, exact.expand(K, B))
     close(fastvae.iwae(x, q, model.decoder, k=K, reduction="none", **options), exact)
     # One draw's log-ratio; the closed-form KL has the noise of one level's mean.
     close(fastvae.elbo(x, q, model.decoder, kl="mc", k=K, reduction="none", **options), exact)
@@ -595,7 +595,7 @@ def test_in_a_vae():
     assert vae.sample(6).shape == (6, X) and vae.reconstruct(x).shape == (B, X)
     assert vae.log_marginal(x, k=9).log_px.shape == (B,)
     assert vae.evaluate(x, k=9, progress=False).log_px.shape == (B,)
-    assert vae.anomaly_score(x, k=9).shape == (B,)
+    assert vae.reconstruction_log_prob(x, k=9).shape == (B,)
     copied = copy.deepcopy(vae)
     assert torch.equal(copied.elbo(x, k=K, generator=generator(1)), expected)
     with pytest.raises(ValueError, match="2 hierarchies"):
@@ -608,12 +608,12 @@ def test_an_ordinary_prior_and_an_ordinary_posterior_go_with_them():
     options = {"likelihood": LIKELIHOOD, "generator": generator(1), "k": K}
     z, log_q = model(x).rsample_log_prob(K, seed_of(1))
     standard = StandardNormal()
-    _, ratio = fastvae.log_weights(x, model(x), model.decoder, prior=standard, **options)
+    ratio = fastvae.log_weights(x, model(x), model.decoder, prior=standard, **options).log_ratio
     torch.testing.assert_close(ratio, standard.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
     q = randn(B, 9, seed=1, dtype=F64), randn(B, 9, seed=2, dtype=F64)
     options["generator"] = generator(1)
-    _, ratio = fastvae.log_weights(x, q, model.decoder, prior=model.hierarchy, **options)
-    z, log_q = DiagonalNormal(*q).rsample_log_prob(K, seed_of(1))
+    ratio = fastvae.log_weights(x, q, model.decoder, prior=model.hierarchy, **options).log_ratio
+    z, log_q = DiagonalNormal(*q).rsample(K, seed_of(1))
     torch.testing.assert_close(ratio, model.hierarchy.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae.distributions import DiagonalNormal, NormalMixture
-from fastvae.estimation.audit import lattice
+from fastvae.estimation.audit import lattices
 from fastvae.likelihoods import Gaussian, Joint
 
 from .conftest import DEVICE
@@ -25,8 +25,8 @@ N, X = 23, 7
 
 
 def _of(model, x, **options):
-    return fastvae.audit.lattice_log_marginal(
-        x, model.decoder, model.gain.numel(), likelihood=model.likelihood, **options
+    return fastvae.audit.lattice(
+        x, model.decoder, latent_dim=model.gain.numel(), likelihood=model.likelihood, **options
     )
 
 
@@ -69,8 +69,8 @@ def test_a_narrow_ridge_at_an_angle_is_seen():
     decoder, x = lambda z: z[:, :1] - z[:, 1:], torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
     for scale in (0.02, 0.1, 0.3, 1.0):
         for points in (33, 63, 129):
-            result = fastvae.audit.lattice_log_marginal(
-                x + 0.123, decoder, 2, points=points, likelihood=Gaussian(scale=scale)
+            result = fastvae.audit.lattice(
+                x + 0.123, decoder, latent_dim=2, points=points, likelihood=Gaussian(scale=scale)
             )
             exact = -0.5 * (0.123**2 / (2 + scale**2) + math.log(2 * math.pi * (2 + scale**2)))
             off = abs(float(result.log_px) - exact)
@@ -103,7 +103,7 @@ def test_likelihoods_with_and_without_products(likelihood):
         parts = torch.tanh(linear(z)).chunk(outputs, 1)
         return parts if outputs > 1 else parts[0]
 
-    result = fastvae.audit.lattice_log_marginal(x, decoder, 2, points=66, likelihood=likelihood)
+    result = fastvae.audit.lattice(x, decoder, latent_dim=2, points=66, likelihood=likelihood)
     # For a density with a kink the midpoint rule's error is O(h²).
     assert float(result.error.max()) < (1e-2 if likelihood == "laplace" else 1e-5)
     axis = (torch.arange(66, dtype=torch.float64, device=DEVICE) - 32.5) * 16 / 66
@@ -151,10 +151,11 @@ def test_data_as_evaluate_takes_them_and_in_any_blocks(monkeypatch):
         _of(model, DataLoader(TensorDataset(x.cpu()), 5), points=33),
         _of(model, (part for part in x.split(7)), points=33),
     ]
-    monkeypatch.setattr(lattice, "_NUMBERS", 300)
+    monkeypatch.setattr(lattices, "_NUMBERS", 300)
     others.append(_of(model, x, points=33))
     for other in others:
-        torch.testing.assert_close(vars(other), vars(whole), rtol=1e-11, atol=1e-11)
+        for a, b in zip(vars(whole).values(), vars(other).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_points_are_decoded_once_and_pairs_are_never_all_there(monkeypatch):
@@ -171,10 +172,10 @@ def test_points_are_decoded_once_and_pairs_are_never_all_there(monkeypatch):
         return model.decoder(z)
 
     monkeypatch.setattr(fastvae.ops, "all_pairs_log_prob", seen)
-    monkeypatch.setattr(lattice, "_NUMBERS", 1000)
+    monkeypatch.setattr(lattices, "_NUMBERS", 1000)
     x = model.sample(N)
-    fastvae.audit.lattice_log_marginal(x, decoder, 2, points=33, likelihood=model.likelihood)
-    assert sum(decoded) == 33**2
+    fastvae.audit.lattice(x, decoder, latent_dim=2, points=33, likelihood=model.likelihood)
+    assert decoded[:2] == [1, 1] and sum(decoded[2:]) == 33**2  # a function is called twice with one z
     assert sum(pairs) == N * 33**2
     assert max(pairs) <= 1000
 
@@ -188,7 +189,7 @@ def test_float32_and_integers():
     linear = nn.Linear(1, X).to(DEVICE)
     counts = torch.poisson(3 * rand(N, X, seed=1))
     options = {"points": 129, "likelihood": "poisson"}
-    one, other = (fastvae.audit.lattice_log_marginal(c, linear, 1, **options) for c in (counts, counts.int()))
+    one, other = (fastvae.audit.lattice(c, linear, latent_dim=1, **options) for c in (counts, counts.int()))
     torch.testing.assert_close(one.log_px, other.log_px, rtol=1e-6, atol=1e-5)
     assert all(p.grad is None for p in linear.parameters())
 
@@ -197,9 +198,13 @@ def test_modules_are_in_eval_mode_and_back():
     decoder = nn.Sequential(nn.Linear(1, X), nn.Dropout(0.5)).to(DEVICE)
     x = rand(N, X, seed=1)
     options = {"points": 33, "likelihood": "bernoulli"}
-    one, other = (fastvae.audit.lattice_log_marginal(x, decoder, 1, **options) for _ in range(2))
+    one, other = (fastvae.audit.lattice(x, decoder, latent_dim=1, **options) for _ in range(2))
     assert torch.equal(one.log_px, other.log_px)
     assert decoder.training
+    with pytest.raises(ValueError, match=r"returns another output.*modules=\[net\]"):
+        fastvae.audit.lattice(x, lambda z: decoder(z), latent_dim=1, **options)
+    named = fastvae.audit.lattice(x, lambda z: decoder(z), latent_dim=1, modules=[decoder], **options)
+    assert torch.equal(named.log_px, one.log_px) and decoder.training
 
 
 def test_what_is_not_a_number_or_impossible():
@@ -214,7 +219,7 @@ def test_what_is_not_a_number_or_impossible():
 
     ones = torch.ones(2, X, dtype=torch.float64, device=DEVICE)
     with np.errstate(all="ignore"):
-        result = fastvae.audit.lattice_log_marginal(ones, decoder, 1, points=6, likelihood="bernoulli")
+        result = fastvae.audit.lattice(ones, decoder, latent_dim=1, points=6, likelihood="bernoulli")
     assert result.log_px.tolist() == [-math.inf] * 2
     assert result.error.tolist() == [math.inf] * 2
 
@@ -240,4 +245,4 @@ def test_what_is_not_a_number_or_impossible():
 def test_errors(dim, options, message):
     options = {"data": torch.zeros(4, X), "decoder": nn.Linear(2, X), "likelihood": "bernoulli", **options}
     with pytest.raises((TypeError, ValueError), match=message):
-        fastvae.audit.lattice_log_marginal(options.pop("data"), options.pop("decoder"), dim, **options)
+        fastvae.audit.lattice(options.pop("data"), options.pop("decoder"), latent_dim=dim, **options)

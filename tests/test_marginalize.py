@@ -418,6 +418,7 @@ def gmvae(features=X, classes=C, latent=D, hidden=16):
         OfTheFirst(latent, features, hidden),
         likelihood="bernoulli",
         prior=lambda y: prior(y).chunk(2, 1),
+        modules=[prior],
     ).to(DEVICE)
 
 
@@ -684,7 +685,7 @@ WRONG = {
         ["shape [5, 1]", "5·1 bounds [5]"],
     ),
     "a bound's terms": (
-        _call(lambda x, y: fastvae.Terms(x, x, x)),
+        _call(lambda x, y: fastvae.Terms(x, x, x, None, None)),
         TypeError,
         ["bound returned Terms", "such as its log_px or bound"],
     ),

@@ -498,7 +498,7 @@ def test_terms_add_up():
         terms, *_ = _elbo(terms=True, **options)
         bound, *_ = _elbo(reduction="none", **options)
         assert torch.equal(terms.bound, bound)
-        assert all(t.shape == (B,) for t in terms)
+        assert terms.bound.shape == terms.log_likelihood.shape == terms.kl.shape == (B,)
         beta = options.get("beta", 1.0)
         torch.testing.assert_close(
             terms.bound, terms.log_likelihood - beta * terms.kl, rtol=1e-14, atol=1e-14

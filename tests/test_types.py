@@ -8,10 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import fastvae
+from fastvae import bounds, proposals, random
+from fastvae.core import options
+from fastvae.ops import latent
 
 pytest.importorskip("mypy")
 
@@ -27,6 +31,7 @@ x = torch.rand(16, 8)
 encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
 q = encoder(x)
 either = bool(x.any())
+name = str(input())
 
 
 def bound(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -36,6 +41,9 @@ def bound(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 reveal_type(fastvae.elbo(x, q, decoder))  # Tensor
 reveal_type(fastvae.elbo(x, q, decoder, likelihood="bernoulli", beta=0.5, kl="mc"))  # Tensor
 reveal_type(fastvae.elbo(x, q, decoder, terms=False))  # Tensor
+reveal_type(fastvae.elbo(x, q, decoder, terms=True).kl)  # Tensor
+reveal_type(fastvae.elbo(x, q, decoder, terms=True).z)  # Tensor | None
+reveal_type(fastvae.elbo(x, q, decoder, likelihood=name))  # Tensor
 reveal_type(fastvae.elbo(x, q, decoder, prior=None, terms=True))  # Terms
 reveal_type(fastvae.elbo(x, q, decoder, terms=either))  # Tensor | Terms
 reveal_type(fastvae.iwae(x, q, decoder, k=5, estimator="dreg", k_chunk=2))  # Tensor
@@ -83,6 +91,26 @@ fastvae.iwae(x, q, decoder, k="5")  # error
 fastvae.beta_tc(x, q, decoder, samples=3)  # error
 fastvae.log_weights(x, q, decoder)  # error
 fastvae.marginalize(x, bound, c=3)  # error
+fastvae.elbo(x, q, decoder, reduction="avg")  # error
+fastvae.elbo(x, q, decoder, kl="exact")  # error
+fastvae.elbo(x, q, decoder, free_bits_per="row")  # error
+fastvae.iwae(x, q, decoder, estimator="DReG")  # error
+fastvae.iwae(x, q, decoder, noise="sobol")  # error
+fastvae.beta_tc(x, q, decoder, reduction="avg")  # error
+fastvae.bound(x, q, decoder, fastvae.bounds.IWAE(), reduction="avg")  # error
+fastvae.bounds.CIWAE(0.5, estimator="covariance")  # error
+fastvae.bounds.TVO(estimator="dreg")  # error
+fastvae.log_weights(x, q, decoder, k=3, noise="normal")  # error
+fastvae.log_marginal(x, q, decoder, proposal="adaptive")  # error
+fastvae.marginalize(x, bound, reduction="avg")  # error
+fastvae.sleep(encoder, decoder, 9, latent_dim=2, reduction="avg")  # error
+fastvae.audit.ais(x, q, decoder, start="q")  # error
+fastvae.elbo(x, q, decoder, likelihood=0)  # error
+vae.elbo(x, reduction="avg")  # error
+vae.iwae(x, estimator="DReG")  # error
+vae.forward(x, objective="ELBO")  # error
+bound, log_likelihood, kl = vae.elbo(x, terms=True)  # error
+vae.elbo(x, terms=True)[0]  # error
 vae.elbo(x, bta=0.5)  # error
 vae.iwae(x, beta=0.5)  # error
 -vae.elbo(x, terms=True)  # error
@@ -117,3 +145,12 @@ def test_overloads_do_not_show():
     assert (
         "Evidence lower bound" in fastvae.elbo.__doc__ and ":func:`fastvae.elbo`" in fastvae.VAE.elbo.__doc__
     )
+
+
+def test_the_types_are_what_the_functions_accept():
+    assert get_args(options.Noise) == random.NOISES
+    assert get_args(options.Estimator) == latent.ESTIMATORS
+    assert set(get_args(options.ProposalName)) <= set(proposals._NAMED)
+    kinds = [v for v in vars(bounds).values() if isinstance(v, type) and issubclass(v, bounds.Bound)]
+    assert {e for kind in kinds for e in kind.estimators} == set(get_args(options.BoundEstimator))
+    assert all(callable(getattr(fastvae.VAE, name)) for name in options.OBJECTIVES)

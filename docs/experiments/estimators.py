@@ -109,15 +109,13 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def _annealed(model: Model, k: int, seed: int) -> Estimate:
-    chains, steps, leapfrog = 16, 200, 2
+    draws, steps, leapfrog = 16, 200, 2
     found = fastvae.audit.ais(
-        model.x, model.q, model.decoder, steps=steps, chains=chains, leapfrog=leapfrog,
+        model.x, model.q, model.decoder, k=draws, steps=steps, leapfrog=leapfrog,
         generator=torch.Generator().manual_seed(seed), **model.options,
     )  # fmt: skip
-    half = 1.96 * found.log_px_stderr
-    return Estimate(
-        found.log_px, found.log_px - half, found.log_px + half, chains * steps * leapfrog * 5 // 4
-    )
+    half = 1.96 * found.stderr
+    return Estimate(found.log_px, found.log_px - half, found.log_px + half, draws * steps * leapfrog * 5 // 4)
 
 
 def _unbiased(levels: bool) -> Estimator:

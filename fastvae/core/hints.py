@@ -15,9 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Groups of synonymous arguments, of fastvae and other libraries.
 _ARGUMENTS = (
-    ("k", "samples", "n", "num_samples", "n_samples", "num_particles", "n_particles",
+    ("k", "samples", "n", "chains", "num_samples", "n_samples", "num_particles", "n_particles",
      "mc_samples", "draws", "l"),
-    ("k_chunk", "chunk", "chunks", "chunk_size", "micro_batch"),
+    ("k_chunk", "chunk", "chain_chunk", "chunks", "chunk_size", "micro_batch"),
     ("beta", "kl_weight", "kld_weight", "kl_coef", "kl_beta"),
     ("free_bits", "free_nats", "min_kl", "lambda"),
     ("groups", "m", "num_groups"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.checks import check_address, check_count
 from ..core.hints import teaches
 from ..core.nested import Beside
+from ..core.options import Noise, ProposalName
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
 from ..random import RANDOMISATIONS, draw_seed, seed_of
@@ -32,8 +33,8 @@ def log_marginal(
     *,
     k: int = 5000,
     k_chunk: int | None = None,
-    noise: str = "philox",
-    proposal: str | Proposal = "posterior",
+    noise: Noise = "philox",
+    proposal: ProposalName | Proposal = "posterior",
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     mask: Any = None,

@@ -32,6 +32,7 @@ from ..distributions import (
     flat_prior,
 )
 from ..likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
+from .last_layer import LastLayer
 from .misread import is_new, look
 
 REAL = torch.distributions.constraints.real
@@ -99,18 +100,35 @@ class Inputs(NamedTuple):
         return self._replace(x=each(lambda t: t[rows], self.x), beside=beside)
 
     def decode(self, z: Tensor, samples: int) -> Any:
-        """Call the decoder on z [K·B, D], reshaped to [K·B, *latent]."""
+        """Call the decoder on z [K·B, D], reshaped to [K·B, *latent], and read its output."""
+        return self.read_output(z, self._returned(z, samples), samples)
+
+    def output(self, z: Tensor, samples: int) -> Any:
+        """Call the decoder as :meth:`decode` does; return its output unread, last layers multiplied out."""
+        returned = self._returned(z, samples)
+        return self.likelihood.multiplied_out(returned, self.x) if _is_deferred(returned) else returned
+
+    def shaped(self, z: Tensor, samples: int) -> Tensor:
+        """Return z [K·B, D] as [K, B, *latent], in the dtype that the decoder gets."""
+        z = z if self.q.z_dtype is None else z.to(self.q.z_dtype)
+        z = z.unflatten(0, (samples, -1))
+        return z if self.q.latent is None else z.unflatten(2, self.q.latent)
+
+    def _returned(self, z: Tensor, samples: int) -> Any:
         latent = self.q.latent
         if self.q.z_dtype is not None:
             z = z.to(self.q.z_dtype)
         context = None if self.beside is None else self.beside.context
         if context is None and latent is None:
-            parameters = called("decoder", self.decoder, z, None)
-        else:
-            context = None if context is None else repeat(context, samples)
-            parameters = decoded(self.decoder, z, context, latent)
-            if latent is not None:
-                self._check_rows(z, parameters, samples)
+            return called("decoder", self.decoder, z, None)
+        context = None if context is None else repeat(context, samples)
+        returned = decoded(self.decoder, z, context, latent)
+        if latent is not None:
+            self._check_rows(z, returned, samples)
+        return returned
+
+    def read_output(self, z: Tensor, parameters: Any, samples: int) -> Any:
+        """Read what the decoder returned for z [K·B, D] as the likelihood takes it."""
         if type(parameters) is not Tensor:
             parameters = self.likelihood.read_output(self.x, parameters, samples, self.beside)
         likelihood = self.likelihood
@@ -119,13 +137,22 @@ class Inputs(NamedTuple):
             look(self.decoder, likelihood, self.x, parameters)
         return parameters
 
-    def log_likelihood(self, z: Tensor, seen: Callable[[Tensor, list[Tensor]], None] | None = None) -> Tensor:
+    def log_likelihood(
+        self,
+        z: Tensor,
+        seen: Callable[[Tensor, list[Tensor]], None] | None = None,
+        output: Any = None,
+    ) -> Tensor:
         """Compute log p(x|z) [K, B] for z [K, B, D]; the decoder sees one batch axis, sample-major.
 
-        ``seen`` is called with the rows of z and the tensors that the decoder returned.
+        ``seen`` is called with the rows of z and the tensors that the decoder returned. ``output`` is that of
+        :meth:`output` for this z, if the decoder has been called.
         """
         z_rows = z.flatten(0, 1)
-        parameters = self.decode(z_rows, z.shape[0])
+        if output is None:
+            parameters = self.decode(z_rows, z.shape[0])
+        else:
+            parameters = self.read_output(z_rows, output, z.shape[0])
         if seen is not None:
             # len would specialise the batch size of an exported program.
             rows = z_rows.shape[0]
@@ -152,6 +179,15 @@ class Inputs(NamedTuple):
                     f"[{', '.join(map(str, (rows, *event)))}]; expected K·B = {samples}·{rows // samples} "
                     f"rows, one for each row of z{hint}"
                 )
+
+
+def _is_deferred(returned: Any) -> bool:
+    """Return True if a decoder's output has a last layer that is not multiplied out."""
+    if type(returned) is LastLayer:
+        return True
+    if type(returned) is dict:
+        return any([_is_deferred(part) for part in returned.values()])
+    return type(returned) in (tuple, list) and any([_is_deferred(part) for part in returned])
 
 
 def _named(parameters: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

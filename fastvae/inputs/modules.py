@@ -1,13 +1,10 @@
-"""Modules that a callable refers to: search, hash, and eval mode."""
+"""Modules of a callable: search, hash, and eval mode."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,67 +13,73 @@ from torch import distributions as td
 from torch.nn.parameter import is_lazy
 
 from ..core.digest import digest
+from ..core.nested import all_tensors
 from ..distributions import Distribution, tensors_of
 from ..likelihoods.base import Likelihood
+from .last_layer import called_by
 
 
 def modules_of(function: Callable[..., Any] | Distribution) -> list[nn.Module]:
-    """Return the modules that a callable is or refers to, within three steps.
+    """Return the module that a callable is, or whose method it is, or those of a distribution.
 
-    References are a method's object, attributes, default arguments, closure variables and globals named in
-    its code.
+    The modules that another callable reaches are unknown: its caller names them.
     """
-    owner = function.__self__ if inspect.ismethod(function) else function
-    if torch.compiler.is_compiling() and isinstance(owner, nn.Module):
-        return [owner]  # the compiler cannot trace the search
-    return reached(function, nn.Module)
+    owner: Any = called_by(function)
+    if isinstance(owner, nn.Module):
+        return [owner]
+    if isinstance(owner, Distribution):
+        return [m for part in vars(owner).values() for m in _in_distribution(part)]
+    return []
 
 
-def reached(function: Callable[..., Any] | Distribution, kinds: type | tuple[type, ...]) -> list[Any]:
-    """Return the objects of these kinds that a callable is or refers to; found objects are not searched."""
-    found: dict[int, Any] = {}
-    seen: dict[int, int] = {}
-
-    def visit(value: Any, depth: int) -> None:
-        if isinstance(value, kinds):
-            found[id(value)] = value
-        elif seen.get(id(value), 0) < depth and not isinstance(value, (type, ModuleType, Tensor)):
-            seen[id(value)] = depth
-            for part in _reached(value):
-                visit(part, depth - (not inspect.ismethod(value)))
-
-    visit(function, 4)
-    return list(found.values())
+def _in_distribution(part: Any) -> list[nn.Module]:
+    if isinstance(part, nn.Module):
+        return [part]
+    if isinstance(part, Distribution):
+        return modules_of(part)
+    if isinstance(part, (tuple, list)):
+        return [m for each in part for m in _in_distribution(each)]
+    return []
 
 
-def _reached(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from list(value.values())[:1000]
-    elif isinstance(value, (tuple, list)):
-        yield from value[:1000]
-    elif isinstance(value, functools.partial):
-        yield from (value.func, value.args, value.keywords)
-    elif inspect.ismethod(value):
-        yield from (value.__self__, value.__func__)
-    elif isinstance(value, FunctionType):
-        yield from (value.__defaults__, value.__kwdefaults__)
-        for cell in value.__closure__ or ():
-            with contextlib.suppress(ValueError):  # a variable that is not set yet
-                yield cell.cell_contents
-        yield from (value.__globals__[n] for n in _names(value.__code__) if n in value.__globals__)
-        yield getattr(value, "__wrapped__", None)
-    elif hasattr(value, "__dict__"):
-        yield vars(value)
-        yield inspect.getattr_static(type(value), "__call__", None)
+def is_known(function: Callable[..., Any] | Distribution) -> bool:
+    """Return True for a callable whose modules :func:`modules_of` knows."""
+    return isinstance(called_by(function), (nn.Module, Distribution))
 
 
-def _names(code: CodeType) -> set[str]:
-    """Return the names of globals and attributes in a function's code and in its inner functions."""
-    return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+def check_modules(modules: Any) -> list[nn.Module]:
+    """Validate the argument ``modules=``, the modules that functions reach."""
+    if isinstance(modules, nn.Module) or not isinstance(modules, Iterable):
+        came = type(modules).__name__
+        raise TypeError(f"modules must be a list of modules that functions reach, such as [net]; got {came}")
+    named = list(modules)
+    for module in named:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"modules must be a list of nn.Modules; one of them is a {type(module).__name__}")
+    return named
+
+
+def check_repeatable(function: Callable[..., Any], call: Callable[[], Any]) -> None:
+    """Validate that ``call``, of a decoder, returns the same tensors twice, as it does in eval mode.
+
+    A module and a module's method have been put into eval mode, and need no call.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if is_known(function) or torch.compiler.is_compiling():
+        return
+    one, other = (all_tensors(call()) for _ in range(2))
+    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True)):
+        raise ValueError(
+            "decoder is a function that returns another output when it is called again with the same z, as a "
+            "module with dropout does in training mode. Name the modules that it reaches, such as "
+            "modules=[net], to put them into eval mode, or call .eval() on them before"
+        )
 
 
 def parameters_digest(*callables: Callable[..., Any] | Distribution) -> str:
-    """Hash the state and the representation of all modules that the callables refer to."""
+    """Hash the state and the representation of the modules of all callables."""
     tensors: list[Tensor] = []
     names: list[str] = []
 
@@ -91,10 +94,9 @@ def parameters_digest(*callables: Callable[..., Any] | Distribution) -> str:
                 tensors.extend(tensors_of(value))
 
     for function in callables:
-        for distribution in reached(function, Distribution):
-            if not isinstance(distribution, nn.Module):
-                names.append(distribution.family.__name__)
-                add(distribution)
+        if isinstance(function, Distribution) and not isinstance(function, nn.Module):
+            names.append(function.family.__name__)
+            add(function)
         for module in modules_of(function):
             module = getattr(module, "_orig_mod", module)  # compiled or not
             names.append(repr(module))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..core.checks import check_address, check_choice, check_count, check_weight
 from ..core.hints import teaches
 from ..core.nested import Beside
+from ..core.options import REDUCTIONS, Reduction
+from ..core.records import registered
 from ..core.reductions import times
 from ..distributions.draws import describe, rsample_as_stored
 from ..distributions.mixture import log_aggregate
@@ -19,7 +22,7 @@ from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
 from ..ops.weigh import Weighing
 from ..random import draw_seed
-from .options import REDUCTIONS
+from .options import Terms
 from .reduce import reduce_draws
 
 if TYPE_CHECKING:
@@ -38,16 +41,19 @@ if TYPE_CHECKING:
 __all__ = ["BetaTCTerms", "beta_tc"]
 
 
-class BetaTCTerms(NamedTuple):
-    """Bound to be maximised and its parts, each [B], in nats.
+@registered
+@dataclass(frozen=True, eq=False)
+class BetaTCTerms(Terms):
+    """Terms of :func:`fastvae.beta_tc`, whose ``kl`` is the sum of three parts.
 
-    The parts are means over the draws, without weights: ``log_likelihood`` log p(x|z),
-    ``mutual_information`` log q(z|x) − log q(z), ``total_correlation`` log q(z) − Σ_d log q(z_d), and
-    ``dimension_kl`` Σ_d log q(z_d) − log p(z).
+    The parts are means over the draws, without weights, each [B], in nats.
+
+    Attributes:
+        mutual_information: log q(z|x) − log q(z).
+        total_correlation: log q(z) − Σ_d log q(z_d).
+        dimension_kl: Σ_d log q(z_d) − log p(z).
     """
 
-    bound: Tensor
-    log_likelihood: Tensor
     mutual_information: Tensor
     total_correlation: Tensor
     dimension_kl: Tensor
@@ -102,7 +108,7 @@ def beta_tc(
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -138,7 +144,8 @@ def beta_tc(
         size_factor: size factors [B], as in :func:`fastvae.elbo`.
         context: conditioning input of the decoder, [B, ...], as in :func:`fastvae.elbo`.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`fastvae.elbo`.
-        terms: return :class:`BetaTCTerms`, each [B] for any reduction.
+        terms: return :class:`BetaTCTerms`, the :class:`fastvae.Terms` of an ELBO and the three parts of its
+            KL, each [B] for any reduction.
         generator: source of the noise. Default: torch's global random state.
         row_offset: index of x's first row in the noise's address, as in :func:`fastvae.elbo`. Default 0.
 
@@ -187,11 +194,15 @@ def beta_tc(
             f"q is {describe(q)}. Use fastvae.distributions.DiagonalNormal, FullNormal or LowRankNormal"
         )
     whole, dimensions = whole - log_n, each.sum(-1) - each.shape[-1] * log_n
-    parts = log_q - whole, whole - dimensions, dimensions - prior.log_prob(z)
+    log_p = prior.log_prob(z)
+    parts = log_q - whole, whole - dimensions, dimensions - log_p
     weighted = [times(weight, part) for weight, part in zip(weights, parts, strict=True)]
     term = -(weighted[0] + weighted[1] + weighted[2])
     how = Weighing(1.0, "mean", "none" if terms else reduction)
-    bound, log_likelihood = reduce_draws(inputs, z.flatten(0, 1), term, k, None, how, terms)
+    z = z.flatten(0, 1)
+    bound, log_likelihood, output = reduce_draws(inputs, z, term, k, None, how, terms)
     if not terms:
         return bound
-    return BetaTCTerms(bound, log_likelihood, *(part.mean(0) for part in parts))  # type: ignore[arg-type]
+    kl = (log_q - log_p).mean(0)
+    means = [part.mean(0) for part in parts]
+    return BetaTCTerms(bound, log_likelihood, kl, inputs.shaped(z, k), output, *means)  # type: ignore[arg-type]

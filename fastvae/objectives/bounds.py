@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_number, shape_of
+from ..core.options import ESTIMATORS, BoundEstimator, Estimator, Reduction
 from ..core.reductions import power_mean, shift, without_denormals
-from ..ops.latent import ESTIMATORS
 from ..ops.weigh import Weighing
 
 __all__ = ["CIWAE", "IWAE", "TVO", "Bound", "Jackknife", "UStatistic", "WakePhi"]
@@ -61,7 +61,7 @@ class Bound:
 
     estimators: tuple[str, ...] = ESTIMATORS
 
-    def __init__(self, estimator: str = "iwae"):
+    def __init__(self, estimator: BoundEstimator = "iwae"):
         known = tuple(e for e in self.estimators if e != "dreg" or type(self).paths is not Bound.paths)
         check_choice("estimator", estimator, known)
         self.estimator = estimator
@@ -99,7 +99,7 @@ class Bound:
 
     # Interface to the objectives.
 
-    def weighing(self, reduction: str) -> Weighing | None:
+    def weighing(self, reduction: Reduction) -> Weighing | None:
         """Return the equivalent reduction of the fused ops, or None."""
         return None
 
@@ -144,7 +144,7 @@ class IWAE(Bound):
         torch.Size([])
     """
 
-    def __init__(self, groups: int = 1, alpha: float | Tensor = 0.0, estimator: str = "iwae"):
+    def __init__(self, groups: int = 1, alpha: float | Tensor = 0.0, estimator: Estimator = "iwae"):
         self.groups = check_count("groups", groups, "the groups of samples")
         self.alpha = check_alpha(alpha)
         super().__init__(estimator)
@@ -156,7 +156,7 @@ class IWAE(Bound):
     def is_mean(self) -> bool:
         return not isinstance(self.alpha, Tensor) and self.alpha == 1
 
-    def weighing(self, reduction: str) -> Weighing | None:
+    def weighing(self, reduction: Reduction) -> Weighing | None:
         if isinstance(self.alpha, Tensor):
             return None
         if self.is_mean:
@@ -196,13 +196,13 @@ class CIWAE(Bound):
         torch.Size([])
     """
 
-    def __init__(self, beta: float = 0.5, estimator: str = "iwae"):
+    def __init__(self, beta: float = 0.5, estimator: Estimator = "iwae"):
         self.beta = check_number("beta", beta, "the ELBO's share, in [0, 1]")
         if self.beta > 1:
             raise ValueError(f"beta must lie in [0, 1], the ELBO's share; got {beta}")
         super().__init__(estimator)
 
-    def weighing(self, reduction: str) -> Weighing | None:
+    def weighing(self, reduction: Reduction) -> Weighing | None:
         # DReG's weights cannot be recovered from the gradient of this reduction.
         if self.estimator == "dreg":
             return None
@@ -249,7 +249,7 @@ class UStatistic(Bound):
         torch.Size([])
     """
 
-    def __init__(self, m: int, permutations: int = 10, estimator: str = "iwae"):
+    def __init__(self, m: int, permutations: int = 10, estimator: Estimator = "iwae"):
         self.m = check_count("m", m, "the samples of a bound")
         self.permutations = check_count("permutations", permutations, "the ways to divide the samples")
         super().__init__(estimator)
@@ -379,7 +379,11 @@ class TVO(Bound):
 
     estimators = ("covariance", "iwae", "stl")
 
-    def __init__(self, betas: Sequence[float] | None = None, estimator: str = "covariance"):
+    def __init__(
+        self,
+        betas: Sequence[float] | None = None,
+        estimator: Literal["covariance", "iwae", "stl"] = "covariance",
+    ):
         if betas is not None and not isinstance(betas, Iterable):
             raise TypeError(
                 f"betas must be a list of numbers, the left ends of intervals; got {type(betas).__name__}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
 from ..core.hints import teaches
 from ..core.nested import Beside
+from ..core.options import FREE_BITS_PER, KL, KLS, REDUCTIONS, FreeBitsPer, Reduction
 from ..core.torch_private import functorch_is_active
 from ..distributions import Distribution, draw_kl, draw_ratio, draw_strata
 from ..distributions.draws import describe, say_monte_carlo
@@ -19,7 +20,7 @@ from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
 from ..ops.weigh import Weighing
 from ..random import draw_seed
-from .options import REDUCTIONS, Terms
+from .options import Terms
 from .reduce import reduce_draws, reduce_samples
 
 if TYPE_CHECKING:
@@ -78,12 +79,12 @@ def elbo(
     k: int = 1,
     beta: float | Tensor = 1.0,
     free_bits: float | Tensor = 0.0,
-    free_bits_per: str = "batch",
-    kl: str = "analytic",
+    free_bits_per: FreeBitsPer = "batch",
+    kl: KL = "analytic",
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -136,8 +137,9 @@ def elbo(
             yourself. Events are always summed. A weight of 0 does not silence a bound that is NaN or
             infinite; ``torch.where(weights > 0, bound, 0) * weights`` does. If x is not finite there,
             replace it with ``torch.where`` before the encoder as well, or gradients become NaN.
-        terms: return :class:`Terms` (bound, log_likelihood, kl), each [B] for any reduction; kl is not
-            multiplied by β.
+        terms: return :class:`fastvae.Terms` (bound, log_likelihood, kl, z, output): the first three are [B]
+            for any reduction, kl is not multiplied by β, and further losses on z and output train q and the
+            decoder.
         generator: source of the noise. Default: torch's global random state.
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
@@ -168,10 +170,10 @@ def elbo(
         beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
     if type(free_bits) is not float or not 0 <= free_bits < math.inf:
         free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
-    if free_bits_per not in _FREE_BITS_PER:
-        check_choice("free_bits_per", free_bits_per, _FREE_BITS_PER)
-    if kl not in _KLS:
-        check_choice("kl", kl, _KLS)
+    if free_bits_per not in FREE_BITS_PER:
+        check_choice("free_bits_per", free_bits_per, FREE_BITS_PER)
+    if kl not in KLS:
+        check_choice("kl", kl, KLS)
     if reduction not in REDUCTIONS:
         check_choice("reduction", reduction, REDUCTIONS)
     # Reading a tensor's value would synchronise with the device.
@@ -213,15 +215,19 @@ def elbo(
         term = _unweighted(term)
     how = Weighing(coefficient, "mean", "none" if terms else reduction)
     if shares is None:
-        bound, log_likelihood = reduce_draws(inputs, z, term, k, factor, how, terms)
+        bound, log_likelihood, output = reduce_draws(inputs, z, term, k, factor, how, terms)
     else:
-        counted = (torch.where(shares == 0, 0.0, shares * t) for t in (inputs.log_likelihood(z), term))
-        log_likelihood, term = counted
+        z_rows = z.flatten(0, 1)
+        output = inputs.output(z_rows, k) if terms else None
+        log_likelihood = inputs.log_likelihood(z, output=output)
+        log_likelihood, term = (torch.where(shares == 0, 0.0, shares * t) for t in (log_likelihood, term))
         bound, log_likelihood = reduce_samples(log_likelihood, term, factor, how)
+        z = z_rows
     if not terms:
         return bound
     term = term if term.dim() == 1 else term.mean(0)
-    return Terms(bound, log_likelihood, -term if drawn is None else term)  # type: ignore[arg-type]
+    divergence = -term if drawn is None else term
+    return Terms(bound, log_likelihood, divergence, inputs.shaped(z, k), output)  # type: ignore[arg-type]
 
 
 def _unweighted(term: Tensor) -> Tensor:
@@ -240,9 +246,3 @@ def _without_closed_form(q: Distribution, prior: Distribution, has_free_bits: bo
             "free_bits out"
         )
     say_monte_carlo(q, prior)
-
-
-_KLS = ("analytic", "mc")
-
-
-_FREE_BITS_PER = ("batch", "example")

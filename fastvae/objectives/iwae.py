@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,18 +12,19 @@ from torch import Tensor
 from ..core.checks import check_address, check_choice, check_count
 from ..core.hints import teaches
 from ..core.nested import Beside
+from ..core.options import ESTIMATORS, REDUCTIONS, Estimator, Noise, Reduction
+from ..core.records import registered
 from ..core.torch_private import AnyBatchNorm, gradient_dtypes
 from ..distributions import draw_chunk, draw_ratio
 from ..distributions.draws import describe
 from ..inputs.batch import Inputs
 from ..inputs.last_layer import called_by
 from ..likelihoods import Likelihood
-from ..ops.latent import ESTIMATORS
 from ..ops.weigh import Weighing
 from ..random import draw_seed, seed_of
 from .bounds import IWAE, Bound, weighed
 from .chunks import chunked
-from .options import REDUCTIONS, Terms
+from .options import Terms
 from .reduce import reduce_draws, reduce_samples
 
 if TYPE_CHECKING:
@@ -76,13 +78,13 @@ def iwae(
     k: int = 50,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    estimator: str = "iwae",
+    estimator: Estimator = "iwae",
     k_chunk: int | None = None,
-    noise: str = "philox",
+    noise: Noise = "philox",
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -126,9 +128,9 @@ def iwae(
         size_factor: size factors [B], as in :func:`elbo`.
         context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`elbo`.
-        terms: return :class:`Terms` (bound, log_likelihood, kl), each [B] for any reduction: the bound to
-            train on, and the means of log p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws, detached,
-            for logging.
+        terms: return :class:`fastvae.Terms`: the bound to train on; log_likelihood and kl, the means of
+            log p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws, detached, for logging, each [B] for
+            any reduction; and z and output, for further losses, None with ``k_chunk`` and ``"dreg"``.
         generator: source of the noise. Default: torch's global random state.
         row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
 
@@ -168,7 +170,7 @@ def iwae(
 
 
 _IWAE = {estimator: IWAE(estimator=estimator) for estimator in ESTIMATORS}
-_LOG_MEAN_EXP = {reduction: Weighing(1.0, "log_mean_exp", reduction) for reduction in ("mean", "sum", "none")}
+_LOG_MEAN_EXP = {reduction: Weighing(1.0, "log_mean_exp", reduction) for reduction in REDUCTIONS}
 
 
 @overload
@@ -225,11 +227,11 @@ def bound(
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     k_chunk: int | None = None,
-    noise: str = "philox",
+    noise: Noise = "philox",
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
@@ -261,7 +263,8 @@ def bound(
         size_factor: size factors [B], as in :func:`elbo`.
         context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`elbo`.
-        terms: return :class:`Terms`, each [B], as in :func:`iwae`.
+        terms: return :class:`fastvae.Terms`, as in :func:`iwae`; z and output are None with ``k_chunk``,
+            ``"dreg"`` and ``q_objective``.
         generator: source of the noise. Default: torch's global random state.
         row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
 
@@ -303,8 +306,8 @@ def _bound(
     q_objective: Bound | None,
     draws: int,
     k_chunk: int | None,
-    noise: str,
-    reduction: str,
+    noise: Noise,
+    reduction: Reduction,
     terms: bool,
     generator: torch.Generator | None,
     row_offset: int,
@@ -324,7 +327,7 @@ def _bound(
             "use iwae() or elbo()"
         )
     whole = k_chunk is None or k_chunk >= draws
-    told = None
+    told, z, output = None, None, None
     if (q_objective is not None and q_objective.route != "score") or objective.estimator == "dreg":
         _check_rows_apart(
             inputs.decoder, draws, "q_objective=" if q_objective else f"estimator={objective.estimator!r}"
@@ -332,7 +335,7 @@ def _bound(
     if how is not None and whole:
         dreg = (how.alpha if how.over == "log_mean_exp" else 1.0), how.groups
         z, log_ratio = draw_ratio(inputs.q, inputs.prior, draws, seed, row_offset, objective.estimator, *dreg)
-        value, log_likelihood = reduce_draws(inputs, z, log_ratio, draws, None, how, terms)
+        value, log_likelihood, output = reduce_draws(inputs, z, log_ratio, draws, None, how, terms)
     else:
         source = objective if q_objective is None else q_objective
         tied = q_objective is None and source.estimator in ("iwae", "stl")
@@ -340,7 +343,9 @@ def _bound(
         narrow = _Float16(inputs)
         if whole:
             z, log_ratio, told = draw_chunk(inputs.q, inputs.prior, draws, seed, 0, row_offset, route)
-            log_likelihood = inputs.log_likelihood(z, narrow.see)
+            output = inputs.output(z.flatten(0, 1), draws) if terms else None
+            log_likelihood = inputs.log_likelihood(z, narrow.see, output)
+            z = z.flatten(0, 1)
         else:
             assert k_chunk is not None
             # A compiled checkpoint cannot mutate outer state, so only parameters and autocast are examined.
@@ -355,7 +360,12 @@ def _bound(
             value = value if terms or reduction == "none" else getattr(value, reduction)()
     if not terms:
         return value
-    return Terms(value, log_likelihood.detach(), -log_ratio.detach().mean(0))  # type: ignore[union-attr]
+    if z is None or q_objective is not None or objective.estimator not in ("iwae", "stl"):
+        # The gradient of a draw is rescaled on its way to q, and so would be that of another loss.
+        z = output = None
+    z = None if z is None else inputs.shaped(z, draws)
+    parts = log_likelihood.detach(), -log_ratio.detach().mean(0)  # type: ignore[union-attr]
+    return Terms(value, *parts, z, output)
 
 
 def _check_rows_apart(decoder: Any, draws: int, what: str) -> None:
@@ -394,7 +404,9 @@ class _Float16:
             self.found = torch.float16 in gradient_dtypes(outputs, z)
 
 
-class LogWeights(NamedTuple):
+@registered
+@dataclass(frozen=True, eq=False)
+class LogWeights:
     """Parts of the log weights, each [K, B], in nats: log p(x|z_k), and log p(z_k) − log q(z_k|x)."""
 
     log_likelihood: Tensor
@@ -410,8 +422,8 @@ def log_weights(
     k: int,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
-    estimator: str = "iwae",
-    noise: str = "philox",
+    estimator: Estimator = "iwae",
+    noise: Noise = "philox",
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,

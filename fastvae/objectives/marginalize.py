@@ -25,6 +25,7 @@ from ..core.checks import (
 )
 from ..core.hints import teaches
 from ..core.nested import each, tensors
+from ..core.options import REDUCTIONS, Reduction
 from ..core.records import registered
 from ..core.torch_private import functorch_is_active
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         labels: Tensor | None
         alpha: float | Tensor
         class_chunk: int | None
-        reduction: str
+        reduction: Reduction
 
 
 __all__ = ["Marginal", "marginalize"]
@@ -47,7 +48,11 @@ __all__ = ["Marginal", "marginalize"]
 @registered
 @dataclass(frozen=True, eq=False)
 class Marginal:
-    """Bound of a model with a discrete latent, and the responsibilities of its classes."""
+    """Bound [B] to be maximised, in nats, and the log responsibilities of the classes [B, C].
+
+    ``log_responsibilities`` is log q(y|x) if a classifier was given, else the exact log p(y|x) of the bounds.
+    Labels do not change it.
+    """
 
     bound: Tensor
     """Bound to be maximised, in nats [B]."""
@@ -91,7 +96,7 @@ def marginalize(
     labels: Tensor | None = None,
     alpha: float | Tensor = 0.0,
     class_chunk: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     terms: bool = False,
 ) -> Tensor | Marginal:
     r"""Return a bound on log p(x) of a model with a discrete latent y, summed exactly over its C classes.
@@ -156,7 +161,7 @@ def marginalize(
         ...         return super().forward(z)
         >>> prior = torch.nn.Linear(3, 4)  # mu and logvar of p(z|y)
         >>> vae = fastvae.VAE(Encoder(11, 4), Decoder(2, 8), likelihood="bernoulli",
-        ...                   prior=lambda y: prior(y).chunk(2, 1))
+        ...                   prior=lambda y: prior(y).chunk(2, 1), modules=[prior])
         >>> def bound(x, y):
         ...     return vae.elbo(x, context=y, kl="mc", reduction="none")
         >>> x = torch.rand(16, 8)
@@ -195,7 +200,7 @@ def marginalize(
             "alpha is the weight of log q(y|x) in examples that have a label; it needs log_q and labels"
         )
     chunk = classes if class_chunk is None else check_count("class_chunk", class_chunk, "classes per call")
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("reduction", reduction, REDUCTIONS)
 
     bounds = _of_each_class(bound, x, like, batch, classes, chunk)
     given = [t.dtype for t in (bounds, log_q, log_prior) if t is not None]
@@ -260,8 +265,8 @@ def _check_bounds(part: Any, batch: int, classes: int, like: Tensor) -> None:
     rows = batch * classes
     expected = f"expected B·C = {batch}·{classes} bounds [{rows}], one for each row that it is given"
     if not isinstance(part, Tensor):
-        record = isinstance(part, tuple) or is_dataclass(part)
-        hint = ", such as its log_px or bound" if record else ""
+        is_result = isinstance(part, tuple) or is_dataclass(part)
+        hint = ", such as its log_px or bound" if is_result else ""
         raise TypeError(f"bound returned {type(part).__name__}; {expected}, in one tensor{hint}")
     if part.shape != (rows,):
         hint = ": give the objective reduction='none'" if part.dim() == 0 else ""

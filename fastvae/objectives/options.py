@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("mean", "sum", "none")
+from ..core.options import KL, Estimator, FreeBitsPer, Noise, Reduction
+from ..core.records import registered
 
 
-class Terms(NamedTuple):
-    """Bound to be maximised and its two parts, each [B], in nats.
+@registered
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Bound to be maximised, its parts, and the draws and the decoder's output of the same pass.
 
-    ``log_likelihood`` is E_q log p(x|z); ``kl`` is unweighted.
+    A further loss on ``z`` or ``output`` trains encoder and decoder in the same backward pass. Both are None
+    with a ``k_chunk`` below k, which saves their memory, and with ``estimator="dreg"`` and ``q_objective=``,
+    which rescale each draw's gradient on its way to q, and would rescale that of another loss.
+
+    Attributes:
+        bound: bound of each example, [B], in nats.
+        log_likelihood: mean of log p(x|z) over the draws, [B].
+        kl: KL(q(z|x) ‖ p(z)) without its weight, or the mean of log q(z|x) − log p(z) over the draws, [B].
+        z: draws from q(z|x), [K, B, D] or [K, B, C, H, W], in the dtype that the decoder gets. Those of a
+            :class:`fastvae.distributions.Mixture` take turns between its components, whatever their weights.
+        output: what the decoder returned for ``z``, K·B rows, sample-major. The last layer is never fused
+            with ``terms=True``; the record of a :class:`fastvae.FusedHead` is replaced by its outputs.
     """
 
     bound: Tensor
     log_likelihood: Tensor
     kl: Tensor
+    z: Tensor | None
+    output: Any
 
 
 class BoundOptions(TypedDict, total=False):
@@ -27,7 +44,7 @@ class BoundOptions(TypedDict, total=False):
     mask: Any
     size_factor: Any
     context: Any
-    reduction: str
+    reduction: Reduction
     generator: torch.Generator | None
     row_offset: int
 
@@ -38,18 +55,18 @@ class ElboOptions(BoundOptions, total=False):
     k: int
     beta: float | Tensor
     free_bits: float | Tensor
-    free_bits_per: str
-    kl: str
+    free_bits_per: FreeBitsPer
+    kl: KL
 
 
 class SampledOptions(BoundOptions, total=False):
     """Options of every bound of k draws."""
 
     k_chunk: int | None
-    noise: str
+    noise: Noise
 
 
 class IwaeOptions(SampledOptions, total=False):
     """Options of :func:`~.iwae.iwae`."""
 
-    estimator: str
+    estimator: Estimator

@@ -16,16 +16,24 @@ from .bounds import CIWAE, IWAE, weighed
 
 def reduce_draws(
     inputs: Inputs, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Decode z [K·B, D] and compute :func:`fastvae.ops.weigh.weigh` with a term of q and the prior."""
-    parameters = inputs.decode(z, samples)
+) -> tuple[Tensor, Tensor | None, Any]:
+    """Decode z [K·B, D] and compute :func:`fastvae.ops.weigh.weigh` with a term of q and the prior.
+
+    With ``terms`` the third result is the decoder's output.
+    """
+    output = None
+    if terms:
+        output = inputs.output(z, samples)
+        parameters = inputs.read_output(z, output, samples)
+    else:
+        parameters = inputs.decode(z, samples)
     takes_fused = beta is None or not beta.requires_grad
     fused = inputs.likelihood.fused(inputs.x, parameters, samples, inputs.beside) if takes_fused else None
     if fused is not None:
         # From the decoder's output, or from the input of its last layer.
         run: Any = weigh_linear if type(fused[2]) is Layers else weigh
-        return run(*fused, term, beta, how, terms)  # type: ignore[no-any-return]
-    return reduce_samples(inputs.log_prob(z, parameters, samples), term, beta, how)
+        return *run(*fused, term, beta, how, terms), output
+    return *reduce_samples(inputs.log_prob(z, parameters, samples), term, beta, how), output
 
 
 def reduce_samples(

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count
 from ..core.hints import teaches
 from ..core.nested import called, check_batch, decoded
-from ..distributions import as_posterior, as_prior, describe, draw_prior, flat_prior, known_mean
+from ..core.options import REDUCTIONS, Reduction
+from ..distributions import as_posterior, as_prior, flat_prior
+from ..distributions.draws import describe, draw_prior
+from ..distributions.words import known_mean
 from ..estimation.evaluation.data import place_of
 from ..likelihoods.base import Likelihood, as_likelihood
-from .options import REDUCTIONS
 
 __all__ = ["sleep"]
 
@@ -30,7 +32,7 @@ def sleep(
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     context: Any = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Return log q(z|x) of data simulated by the model, to be maximised: the sleep phase of wake–sleep.

@@ -80,7 +80,7 @@ def draw(seed: int, index: int) -> Case:
     via = r.choices(("function", "method", "forward"), (4, 2, 1))[0]
     if via == "forward" and entry in ("log_weights", "reconstruction_log_prob", "evaluate"):
         via = "method"
-    if entry == "log_weights" or (entry == "reconstruction_log_prob" and via == "method"):
+    if entry == "log_weights":
         via = "function"
     q = one(families.NORMAL if entry == "beta_tc" else tuple(families.POSTERIORS))
     family = families.POSTERIORS[q]

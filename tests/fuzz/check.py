@@ -268,7 +268,7 @@ def call(built: Built) -> dict[str, Tensor]:
         if c.via == "function":
             found = fastvae.evaluate(encoder, built.decoder, data, **options, **meaning)
         else:
-            vae = fastvae.VAE(encoder, built.decoder, **meaning)
+            vae = fastvae.VAE(encoder, built.decoder, modules=[], **meaning)
             found = vae.evaluate(data, **options)
         return {"value": torch.as_tensor(found.log_px)}
     if c.via == "function":
@@ -276,7 +276,7 @@ def call(built: Built) -> dict[str, Tensor]:
         more = [objective] if objective is not None else []
         result = run(built.x, built.q(), built.decoder, *more, **options, **meaning)
     else:
-        vae = fastvae.VAE(Encoder(built), built.decoder, latent_dim=_latent_dim(c), **meaning)
+        vae = fastvae.VAE(Encoder(built), built.decoder, latent_dim=_latent_dim(c), modules=[], **meaning)
         if c.via == "forward":
             result = vae(built.x, objective=objective if objective is not None else c.entry, **options)
         else:

@@ -1,6 +1,6 @@
 """Audits of log p(x): annealed importance sampling, bounds from both sides, and a lattice for few latents."""
 
 from .annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
-from .lattice import LatticeMarginal, lattice_log_marginal
+from .lattices import LatticeMarginal, lattice
 
-__all__ = ["AnnealedMarginal", "LatticeMarginal", "MarginalBounds", "ais", "bdmc", "lattice_log_marginal"]
+__all__ = ["AnnealedMarginal", "LatticeMarginal", "MarginalBounds", "ais", "bdmc", "lattice"]

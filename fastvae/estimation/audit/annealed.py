@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from ...core.checks import check_address, check_choice, check_count
 from ...core.hints import teaches
 from ...core.nested import Beside, called, check_batch, decoded
+from ...core.options import STARTS, Start
 from ...core.records import registered
-from ...distributions import as_posterior, as_prior, draw_prior, flat_prior
+from ...distributions import as_posterior, as_prior, draw_prior
+from ...distributions.draws import rsample_log_prob
+from ...distributions.spatial import flat_prior
 from ...inputs.batch import Inputs
-from ...inputs.modules import evaluating, modules_of
+from ...inputs.modules import check_modules, check_repeatable, evaluating, modules_of
 from ...likelihoods.base import Likelihood, as_likelihood
 from ...random import draw_seed
 from ..stream import Chunks
-from .annealing import STARTS, Annealing, Settings
+from .annealing import Annealing, Settings
 
 __all__ = ["AnnealedMarginal", "MarginalBounds", "ais", "bdmc"]
 
@@ -27,7 +30,12 @@ __all__ = ["AnnealedMarginal", "MarginalBounds", "ais", "bdmc"]
 @registered
 @dataclass(frozen=True, eq=False)
 class AnnealedMarginal:
-    """Estimate of log p(x) by annealed importance sampling, each field [B] in float64."""
+    """Estimate of log p(x) by annealed importance sampling, each field [B] in float64.
+
+    ``log_px`` is in nats, a lower bound in expectation; ``stderr`` its standard error over the chains;
+    ``ess`` the effective number of chains; ``acceptance`` the mean acceptance probability of the transitions,
+    NaN without transitions.
+    """
 
     log_px: Tensor
     """Estimate of log p(x), in nats: a lower bound in expectation."""
@@ -42,7 +50,11 @@ class AnnealedMarginal:
 @registered
 @dataclass(frozen=True, eq=False)
 class MarginalBounds:
-    """Stochastic bounds on log p(x) of data x simulated by the model, each [n] in float64, in nats."""
+    """Stochastic bounds on log p(x) of data x simulated by the model, each [n] in float64, in nats.
+
+    In expectation ``lower`` lies below log p(x) and ``upper`` above it. The standard errors are over the
+    chains.
+    """
 
     lower: Tensor
     """Lower bound of log p(x), in expectation."""
@@ -72,16 +84,17 @@ def ais(
     q: Any,
     decoder: Callable[..., Any],
     *,
+    k: int = 16,
     steps: int = 200,
-    chains: int = 16,
     leapfrog: int = 2,
-    start: str = "posterior",
-    chain_chunk: int | None = None,
+    start: Start = "posterior",
+    k_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     mask: Any = None,
     size_factor: Any = None,
     context: Any = None,
+    modules: Sequence[nn.Module] = (),
     generator: torch.Generator | None = None,
     row_offset: int = 0,
 ) -> AnnealedMarginal:
@@ -93,7 +106,7 @@ def ais(
     q_0(z)^{1 - β_t}\, p(x, z)^{β_t}` invariant, :math:`0 = β_0 < … < β_T = 1`:
 
     .. math:: \log w = \sum_{t=1}^{T} (β_t - β_{t-1}) \log \frac{p(x, z_{t-1})}{q_0(z_{t-1})}, \quad
-              E[w] = p(x), \quad \log \hat p(x) = \log \frac{1}{C} \sum_{c=1}^{C} w_c
+              E[w] = p(x), \quad \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^{K} w_k
 
     It is a lower bound in expectation which, unlike that of :func:`fastvae.log_marginal`, tightens with more
     steps as well as with more chains. With ``steps=1`` it is importance sampling.
@@ -107,15 +120,15 @@ def ais(
         q: the encoder's output, as in :func:`fastvae.elbo`; it needs ``log_prob``, as all of fastvae's
             families have.
         decoder: maps z [N, D] to the likelihood's parameters, as in :func:`fastvae.elbo`. It is called in
-            eval mode, and differentiated by z, not by its parameters.
-        steps: T. The decoder is evaluated and differentiated 1.25·C·((T − 1)·leapfrog + 1) times per
+            eval mode, and differentiated by z, not by its parameters. For a function see ``modules``.
+        k: draws per example, each the end of a chain. Default 16.
+        steps: T. The decoder is evaluated and differentiated 1.25·K·((T − 1)·leapfrog + 1) times per
             example. Default 200.
-        chains: C, chains per example. Default 16.
         leapfrog: leapfrog steps per transition. At the same cost, more temperatures with 1 or 2 leapfrog
             steps were better on every model tried, including correlated latents (docs/NOTES.md). Default 2.
         start: q0: ``"posterior"`` (default), q, the better start even where q is inaccurate; or ``"prior"``,
             which ignores q (except for the number of latents).
-        chain_chunk: chains per decoder call, which bounds memory and changes results only by rounding.
+        k_chunk: draws per decoder call, which bounds memory and changes results only by rounding.
             Default: chunks whose decoder output has about 4 million numbers on a CPU, 64 million elsewhere.
             Halved, with a warning, when memory runs out.
         likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
@@ -123,19 +136,22 @@ def ais(
         mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`fastvae.elbo`.
         size_factor: size factors [B], as in :func:`fastvae.elbo`.
         context: conditioning input of the decoder and prior, [B, ...], as in :func:`fastvae.elbo`.
+        modules: modules that a function as decoder or prior reaches, to be put into eval mode, too. A module
+            and a method of a module need none. A function with modules that are not named must be in eval
+            mode already: one whose output changes between two calls is rejected. Default: none.
         generator: source of the noise. Default: torch's global random state. The noise is a function of its
             address: the same for any batch and chunk. In float32 rounding differences may flip the acceptance
             of a transition, and change that example's estimate within its error.
         row_offset: index of x's first row in the noise's address, as in :func:`fastvae.elbo`. Default 0.
 
     Returns:
-        :class:`AnnealedMarginal`, each field [B]. The standard error is the delta method's, NaN for a single
-        chain. If the chains' weights differ much (ess far below C), use more steps.
-        :func:`fastvae.audit.bdmc` measures how far below log p(x) the estimate is, on simulated data.
+        :class:`AnnealedMarginal` (log_px, stderr, ess, acceptance), each [B]. The standard error is the delta
+        method's, NaN for a single chain. If the chains' weights differ much (ess far below k), use more
+        steps. :func:`fastvae.audit.bdmc` measures how far below log p(x) the estimate is, on simulated data.
 
     Raises:
         TypeError, ValueError: for an invalid argument, which the message names; for a decoder that is not
-            differentiable.
+            differentiable, or a function that is not deterministic.
 
     References:
         Neal, Annealed Importance Sampling, 2001; Neal, MCMC Using Hamiltonian Dynamics, 2011; Wu, Burda,
@@ -149,11 +165,13 @@ def ais(
         >>> result.log_px.shape
         torch.Size([16])
     """
-    settings = _settings(steps, chains, leapfrog, start, chain_chunk)
-    with evaluating(_modules(decoder, likelihood, prior, getattr(q, "own_prior", None))):
+    settings = _settings(k, steps, leapfrog, start, k_chunk)
+    found = _modules(decoder, likelihood, prior, getattr(q, "own_prior", None))
+    with evaluating([*found, *check_modules(modules)]):
         inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
         _, row_offset = check_address(settings.chains * settings.steps, inputs.q.batch, 0, row_offset)
         seed = draw_seed(inputs.q.device, generator)
+        _check_repeatable(inputs, seed)
         return AnnealedMarginal(*Annealing(inputs, seed, settings, row_offset).estimate())
 
 
@@ -162,17 +180,18 @@ def ais(
 def bdmc(
     encoder: Callable[..., Any],
     decoder: Callable[..., Any],
-    latent_dim: int | tuple[int, ...],
     *,
+    latent_dim: int | tuple[int, ...],
     n: int = 100,
+    k: int = 16,
     steps: int = 200,
-    chains: int = 16,
     leapfrog: int = 2,
-    start: str = "posterior",
-    chain_chunk: int | None = None,
+    start: Start = "posterior",
+    k_chunk: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     context: Any = None,
+    modules: Sequence[nn.Module] = (),
     generator: torch.Generator | None = None,
 ) -> MarginalBounds:
     r"""Bound log p(x) from both sides on data simulated by the model, by bidirectional Monte Carlo.
@@ -182,7 +201,7 @@ def bdmc(
     :math:`x \sim p(x|z^*)`, :math:`z^*` is an exact draw from p(z|x), from which reverse chains run to q0.
     Then :math:`E[1/w] = 1/p(x)`, and
 
-    .. math:: E \log \frac{1}{C} \sum_c w_c \;\le\; \log p(x) \;\le\; -E \log \frac{1}{C} \sum_c 1/w'_c
+    .. math:: E \log \frac{1}{K} \sum_k w_k \;\le\; \log p(x) \;\le\; -E \log \frac{1}{K} \sum_k 1/w'_k
 
     for forward (w) and reverse (w') chains. In expectation, the gap is at least the error of either bound. It
     measures the error on simulated x only, and says nothing about data unlike them.
@@ -192,15 +211,16 @@ def bdmc(
         decoder: z [n, D] -> parameters of the likelihood, which needs ``sample``.
         latent_dim: D, or the shape (C, H, W) of shaped latents.
         n: number of examples to simulate. Default 100.
+        k: draws per example and direction, each the end of a chain. Default 16.
         steps: T, as in :func:`fastvae.audit.ais`. The decoder is evaluated and differentiated about
-            2.25·C·T·leapfrog times per x. Default 200.
-        chains: C, chains per example and direction. Default 16.
+            2.25·K·T·leapfrog times per x. Default 200.
         leapfrog: leapfrog steps per transition, as in :func:`fastvae.audit.ais`. Default 2.
         start: q0, ``"posterior"`` (default) or ``"prior"``, as in :func:`fastvae.audit.ais`.
-        chain_chunk: chains per decoder call, as in :func:`fastvae.audit.ais`.
+        k_chunk: draws per decoder call, as in :func:`fastvae.audit.ais`.
         likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
         prior: as in :func:`fastvae.elbo`; it needs ``sample``. Default: N(0, I).
         context: conditioning input of encoder, decoder and prior, with n rows, as in :func:`fastvae.elbo`.
+        modules: modules that functions reach, as in :func:`fastvae.audit.ais`. Default: none.
         generator: source of the noise, on the modules' device. Default: torch's global random state.
 
     Returns:
@@ -217,11 +237,12 @@ def bdmc(
     Example:
         >>> import torch, fastvae
         >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
-        >>> bounds = fastvae.audit.bdmc(encoder, decoder, 2, n=10, steps=20, likelihood="bernoulli")
+        >>> bounds = fastvae.audit.bdmc(encoder, decoder, latent_dim=2, n=10, steps=20,
+        ...                             likelihood="bernoulli")
         >>> bounds.lower.shape, bounds.upper.shape
         (torch.Size([10]), torch.Size([10]))
     """
-    settings = _settings(steps, chains, leapfrog, start, chain_chunk)
+    settings = _settings(k, steps, leapfrog, start, k_chunk)
     likelihood = as_likelihood(likelihood)
     n = check_count("n", n, "the examples that are made")
     check_address(settings.chains * settings.steps, n, 0, 0)
@@ -229,12 +250,12 @@ def bdmc(
     dim = 1
     for axis in (latent_dim,) if latent is None else latent:
         dim *= check_count("latent_dim", axis, "the number of latents, or each axis of their shape")
-    modules = _modules(encoder, decoder, likelihood, prior)
-    like = next((p for m in modules for p in m.parameters()), torch.empty(()))
+    reached = [*_modules(encoder, decoder, likelihood, prior), *check_modules(modules)]
+    like = next((p for m in reached for p in m.parameters()), torch.empty(()))
     if context is not None:
         check_batch("context", context, n, like.device)
     seed = draw_seed(like.device, generator)
-    with evaluating(modules):
+    with evaluating(reached):
         own = as_prior(prior, context).prepared()
         own = own if latent is None else flat_prior(own, latent, n)
         made_by = torch.Generator(like.device).manual_seed(int(seed) % 2**63)
@@ -244,15 +265,21 @@ def bdmc(
         )
         q = as_posterior(called("encoder", encoder, x, context))
         inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(None, None, context))
+        _check_repeatable(inputs, seed)
         return MarginalBounds(*Annealing(inputs, seed, settings).bounds(z))
 
 
-def _settings(steps: Any, chains: Any, leapfrog: Any, start: Any, chain_chunk: Any) -> Settings:
+def _check_repeatable(inputs: Inputs, seed: Tensor) -> None:
+    z, _ = rsample_log_prob(inputs.q, 1, seed)
+    check_repeatable(inputs.decoder, lambda: inputs.log_likelihood(z))
+
+
+def _settings(k: Any, steps: Any, leapfrog: Any, start: Any, k_chunk: Any) -> Settings:
+    k = check_count("k", k, "the chains of each example")
     steps = check_count("steps", steps, "the temperatures between q0 and p(z|x)")
-    chains = check_count("chains", chains, "the chains of each example")
     leapfrog = check_count("leapfrog", leapfrog, "the leapfrog steps of a transition")
     check_choice("start", start, STARTS)
-    return Settings(steps, chains, leapfrog, start, Chunks(chain_chunk, "chain_chunk"))
+    return Settings(steps, k, leapfrog, start, Chunks(k_chunk))
 
 
 def _modules(*parts: Any) -> list[nn.Module]:

@@ -21,7 +21,10 @@ from torch import distributions as td
 
 from ... import random
 from ...core.nested import decoded
-from ...distributions import DiagonalNormal, Distribution, draw_prior, frozen, log_shares, rsample_log_prob
+from ...core.options import Start
+from ...distributions import DiagonalNormal, Distribution, log_shares
+from ...distributions.draws import draw_prior, rsample_log_prob
+from ...distributions.tensors import frozen
 from ...inputs.batch import Inputs
 from ...likelihoods.base import Declared, Likelihood
 from ...likelihoods.joint import Joint
@@ -29,7 +32,6 @@ from ...ops.op import accumulator
 from ..stream import Chunks, spared_memory_errors
 from ..weights import Weights
 
-STARTS = ("posterior", "prior")
 ACCEPTANCE = 0.65  # target of the step size adaptation: Neal 2011, section 5.4.4
 # Separate noise for each kind of run: last words of the address, far from the levels of a hierarchy.
 _FORWARD, _PILOT, _REVERSE = (2**32 - n for n in (1, 2, 3))
@@ -52,7 +54,7 @@ class Settings(NamedTuple):
     steps: int
     chains: int
     leapfrog: int
-    start: str
+    start: Start
     chunks: Chunks
 
     @property

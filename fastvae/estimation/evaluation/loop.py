@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ...core.checks import check_choice, check_count
 from ...core.hints import teaches
+from ...core.options import SHARDS, Noise, ProposalName, Shard
 from ...inputs.batch import Inputs
 from ...inputs.modules import evaluating
 from ...likelihoods.base import Likelihood
@@ -40,15 +41,15 @@ def evaluate(
     k: int | None = None,
     tol: float | None = None,
     k_chunk: int | None = None,
-    noise: str = "philox",
-    proposal: str | Proposal = "posterior",
+    noise: Noise = "philox",
+    proposal: ProposalName | Proposal = "posterior",
     batch_size: int | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     prepare_batch: Callable[[Any], Mapping[str, Any]] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     audit: int | None = None,
-    shard: str = "data",
+    shard: Shard = "data",
     progress: bool = True,
     generator: torch.Generator | None = None,
 ) -> Evaluation:
@@ -58,9 +59,10 @@ def evaluate(
               \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^{K} w_k
 
     Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). Encoder and decoder,
-    and the modules that they refer to, are put into eval mode during the evaluation. Batches are moved to the
-    encoder's device and floating dtype; the likelihood gets integers unchanged, and float32 data of a model
-    in half precision, too. Means are over examples, for any batches. No gradients are computed.
+    modules or methods of modules, are put into eval mode during the evaluation; the modules that another
+    function reaches must be in eval mode already, or be named by a :class:`fastvae.VAE`. Batches are moved to
+    the encoder's device and floating dtype; the likelihood gets integers unchanged, and float32 data of a
+    model in half precision, too. Means are over examples, for any batches. No gradients are computed.
 
     Under ``torch.distributed`` (``torchrun``, gloo or nccl) the ranks share the work, and each returns the
     whole result; each must be given the whole data, in the same order. If a rank fails, the others raise an
@@ -136,7 +138,7 @@ def evaluate(
     plan = Plan.read(k, tol, k_chunk, noise, proposal)
     if audit:
         audit = check_count("audit", audit, "the examples that are estimated once more")
-    check_choice("shard", shard, ("data", "samples", "none"))
+    check_choice("shard", shard, SHARDS)
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size, "the examples of a batch")
     ranks, sample = Ranks(shard), Sample(audit or 0)

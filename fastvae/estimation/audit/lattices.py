@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ... import ops
@@ -18,12 +18,14 @@ from ...core.checks import check_count, check_number, shape_of
 from ...core.hints import teaches
 from ...core.nested import event_size
 from ...core.records import registered
-from ...distributions import DiagonalNormal, Distribution, StandardNormal, as_prior, is_conditional, is_family
-from ...inputs.modules import evaluating, modules_of
+from ...distributions import Distribution, as_prior, is_conditional
+from ...distributions.base import is_family
+from ...distributions.normal import DiagonalNormal, StandardNormal
+from ...inputs.modules import check_modules, check_repeatable, evaluating, modules_of
 from ...likelihoods.base import Likelihood, as_likelihood
 from ..evaluation.data import batches_of, data_of, place_of
 
-__all__ = ["LatticeMarginal", "lattice_log_marginal"]
+__all__ = ["LatticeMarginal", "lattice"]
 
 # Default points per dimension, by D.
 _POINTS = {1: 3000, 2: 255, 3: 66}
@@ -34,7 +36,7 @@ _NUMBERS = 2**22
 @registered
 @dataclass(frozen=True, eq=False)
 class LatticeMarginal:
-    """Log p(x) of each example by a lattice, each field [N] in float64, in nats."""
+    """Log p(x) of each example by a lattice and its estimated error, each [N] in float64, in nats."""
 
     log_px: Tensor
     """Log p(x)."""
@@ -44,17 +46,18 @@ class LatticeMarginal:
 
 @teaches
 @torch.no_grad()
-def lattice_log_marginal(
+def lattice(
     data: Tensor | np.ndarray | Dataset[Any] | Iterable[Any],
     decoder: Callable[..., Any],
-    latent_dim: int,
     *,
+    latent_dim: int,
     points: int | None = None,
     radius: float = 8.0,
     box: tuple[Any, Any] | None = None,
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     batch_size: int = 1000,
+    modules: Sequence[nn.Module] = (),
 ) -> LatticeMarginal:
     r"""Compute log p(x) of every example of a data set without encoder or sampling, for one to three latents.
 
@@ -86,6 +89,8 @@ def lattice_log_marginal(
             matrix products, are far faster. Default ``"gaussian"``.
         prior: as in :func:`fastvae.elbo`, the same for all examples. Default: N(0, I).
         batch_size: examples per batch; it changes results only by rounding. Default 1000.
+        modules: modules that a function as decoder reaches, to be put into eval mode, as in
+            :func:`fastvae.audit.ais`. Default: none.
 
     Returns:
         :class:`LatticeMarginal`, each field [N]. Memory is :math:`(3^D + 1) N` numbers, the data,
@@ -100,7 +105,7 @@ def lattice_log_marginal(
     Example:
         >>> import torch, fastvae
         >>> decoder, x = torch.nn.Linear(2, 8), torch.rand(16, 8)
-        >>> result = fastvae.audit.lattice_log_marginal(x, decoder, 2, likelihood="bernoulli")
+        >>> result = fastvae.audit.lattice(x, decoder, latent_dim=2, likelihood="bernoulli")
         >>> result.log_px.shape, bool((result.error < 1e-4).all())
         (torch.Size([16]), True)
     """
@@ -119,8 +124,8 @@ def lattice_log_marginal(
             f"points must be a multiple of 3, got {points}: every third makes a lattice that tells the error"
         )
     batch_size = check_count("batch_size", batch_size, "the examples at a time")
-    prior = _shared(prior)
-    device, dtype = place_of(decoder, decoder)
+    prior, reached = _shared(prior), check_modules(modules)
+    device, dtype = place_of(decoder if not reached else nn.ModuleList(reached), decoder)
     xs = [x.to(device or x.device) for x in _examples(data, batch_size, likelihood, dtype)]
     if not xs:
         raise ValueError("data has no batches: there is nothing to evaluate")
@@ -130,7 +135,9 @@ def lattice_log_marginal(
     low, high = _ends(prior, box, radius, latent_dim, xs[0].device)
     spacing = (high - low) / points
     size = max(1, _NUMBERS // max(event_size(xs[0]), *(len(x) for x in xs)))
-    with evaluating([m for f in (decoder, likelihood, prior) for m in modules_of(f)]):
+    reached += [m for f in (decoder, likelihood, prior) for m in modules_of(f)]
+    with evaluating(reached):
+        check_repeatable(decoder, lambda: decoder((0.5 * (low + high))[None].to(dtype)))
         prior = prior.prepared()
         # Log sums of p(x, z) over each coarse lattice, and over the ends.
         sums, at_ends = [], _Sum(xs)
