@@ -536,11 +536,11 @@ def test_stratified_mixture():
     torch.testing.assert_close(log_q, torch.logsumexp(parts, 0))
     assert len(z[:, 0, 0].unique()) == 250
     # No two draws of different parts share noise.
-    many = mixture.z(2000, seed, 0, 0).flatten(1)
+    many = mixture.draw(2000, seed, 0, 0).flatten(1)
     is_far = many[:, 0] > 50
     assert float(torch.cdist(many[is_far] - 100, many[~is_far]).min()) > 0.01
     # Over the positions that a seed may choose, every draw follows the mixture.
-    first = [mixture.z(2, torch.tensor(s, device=DEVICE), 5, 0)[:, 0, 0] > 50 for s in range(100)]
+    first = [mixture.draw(2, torch.tensor(s, device=DEVICE), 5, 0)[:, 0, 0] > 50 for s in range(100)]
     assert torch.stack(first).sum(0).tolist() == [7, 7]
     # Examples that stay with the first part have its noise alone.
     stays = torch.tensor([False, True, False, True], device=DEVICE)
@@ -563,7 +563,7 @@ def test_stratified_mixture_by_randomisations():
         shares = mixture.log_shares(210, seeds)
         for r in range(3):
             own = seeds[r : r + 1]
-            torch.testing.assert_close(z[r::3], mixture.z(70, own, 0, 0))
+            torch.testing.assert_close(z[r::3], mixture.draw(70, own, 0, 0))
             torch.testing.assert_close(shares[r::3], mixture.log_shares(70, own))
         for start, stop in ((0, 1), (1, 3), (77, 108)):
             place = {"sample_offset": start}

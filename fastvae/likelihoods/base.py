@@ -526,7 +526,7 @@ def _hint(likelihood: Any) -> str:
         return ""
     named = [c.__name__ for c in map(type, SHARED.values()) if c.__name__ == kind.__name__]
     also = f"; the likelihood of this name is fastvae.likelihoods.{named[0]}" if named else ""
-    return f", fastvae.{kind.__name__}: a distribution over z{also}"
+    return f", fastvae.distributions.{kind.__name__}: a distribution over z{also}"
 
 
 def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
