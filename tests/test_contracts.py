@@ -95,7 +95,7 @@ def test_forms_of_q(form):
             results.append((bound, *torch.autograd.grad(bound, [*linear.parameters()])))
         for got, expected in zip(*results, strict=True):
             same(got, expected)
-    vaes = [fastvae.VAE(read, decoder, **BERNOULLI) for read in (pair, encoder)]
+    vaes = [fastvae.VAE(read, decoder, modules=[linear], **BERNOULLI) for read in (pair, encoder)]
     same(*(vae.reconstruct(x) for vae in vaes))
     same(*(vae.reconstruction_log_prob(x, 9, generator=generator(1)) for vae in vaes))
     assert vaes[1].latent_dim == D

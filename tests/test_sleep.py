@@ -66,7 +66,7 @@ def test_it_finds_the_exact_posterior():
         optimizer.zero_grad()
         value = -fastvae.sleep(
             q, model.decoder, n, latent_dim=D, likelihood=model.likelihood, generator=generator(2),
-            prior=DiagonalNormal(*torch.zeros(2, D, dtype=torch.float64, device=DEVICE)),
+            prior=DiagonalNormal(*torch.zeros(2, D, dtype=torch.float64, device=DEVICE)), modules=[encoder],
         )  # fmt: skip
         value.backward()
         return value

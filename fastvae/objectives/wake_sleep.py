@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.checks import check_choice, check_count
 from ..core.hints import teaches
@@ -17,6 +17,8 @@ from ..distributions import as_posterior, as_prior, flat_prior
 from ..distributions.draws import describe, draw_prior
 from ..distributions.words import known_mean
 from ..estimation.evaluation.data import place_of
+from ..inputs.modules import check_modules
+from ..inputs.nested import called, check_batch, decoded
 from ..likelihoods.base import Likelihood, as_likelihood
 
 __all__ = ["sleep"]
@@ -33,6 +35,7 @@ def sleep(
     prior: Any = None,
     context: Any = None,
     reduction: Reduction = "mean",
+    modules: Sequence[nn.Module] = (),
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Return log q(z|x) of data simulated by the model, to be maximised: the sleep phase of wake–sleep.
@@ -54,6 +57,8 @@ def sleep(
         context: conditioning input of encoder, decoder and a prior that is a function: a tensor [n, ...] or a
             dict of such tensors.
         reduction: ``"mean"`` (default) or ``"sum"`` over the examples, or ``"none"`` for [n].
+        modules: modules that encoder and decoder reach if these are functions, not modules or methods of
+            modules: the simulated data get the device and dtype of their parameters. Default: none.
         generator: source of the noise. Default: torch's global random state.
 
     Returns:
@@ -78,7 +83,8 @@ def sleep(
             raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
     check_choice("reduction", reduction, REDUCTIONS)
     likelihood = as_likelihood(likelihood)
-    device, dtype = place_of(encoder, decoder)
+    reached = check_modules(modules)
+    device, dtype = place_of(nn.ModuleList(reached) if reached else encoder, decoder)
     like = torch.empty((), device=device, dtype=dtype)
     with torch.no_grad():
         z, parameters = simulate(decoder, prior, n, latent_dim, context, like, generator)
