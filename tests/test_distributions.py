@@ -935,11 +935,11 @@ def _entries():
         yield f"log_marginal {proposal}", lambda p, marginal=marginal: marginal(p).log_px
     evaluate = call(fastvae.evaluate, encoder, decoder, x, k=20, progress=False)
     yield "evaluate", lambda p: torch.as_tensor(evaluate(p).log_px)
-    ais = call(fastvae.audit.ais, x, q, decoder, steps=3, chains=2)
+    ais = call(fastvae.audit.ais, x, q, decoder, steps=3, k=2)
     yield "ais", lambda p: ais(p).log_px
-    bdmc = call(fastvae.audit.bdmc, encoder, decoder, D, n=4, steps=3, chains=2)
+    bdmc = call(fastvae.audit.bdmc, encoder, decoder, D, n=4, steps=3, k=2)
     yield "bdmc", lambda p: bdmc(p).lower
-    lattice = fastvae.audit.lattice_log_marginal
+    lattice = fastvae.audit.lattice
     yield "lattice", lambda p: lattice(x, decoder, D, points=9, prior=p, **BERNOULLI).log_px
 
     def vae(method, *arguments, **options):

@@ -40,9 +40,9 @@ def _evaluation(vae, x, **options):
 
 RESULTS = {
     "LogMarginal": lambda vae, x: vae.log_marginal(x, k=30),
-    "AnnealedMarginal": lambda vae, x: vae.ais(x, steps=3, chains=2),
-    "MarginalBounds": lambda vae, x: vae.bdmc(n=4, steps=3, chains=2),
-    "LatticeMarginal": lambda vae, x: fastvae.audit.lattice_log_marginal(
+    "AnnealedMarginal": lambda vae, x: vae.ais(x, steps=3, k=2),
+    "MarginalBounds": lambda vae, x: vae.bdmc(n=4, steps=3, k=2),
+    "LatticeMarginal": lambda vae, x: fastvae.audit.lattice(
         x, vae.decoder, D, points=33, likelihood="bernoulli"
     ),
     "Marginal": _marginal,

@@ -114,7 +114,7 @@ def _annealed(model: Model, k: int, seed: int) -> Estimate:
         model.x, model.q, model.decoder, k=draws, steps=steps, leapfrog=leapfrog,
         generator=torch.Generator().manual_seed(seed), **model.options,
     )  # fmt: skip
-    half = 1.96 * found.stderr
+    half = 1.96 * found.log_px_stderr
     return Estimate(found.log_px, found.log_px - half, found.log_px + half, draws * steps * leapfrog * 5 // 4)
 
 

@@ -18,7 +18,6 @@ from ..distributions.draws import describe, draw_prior
 from ..distributions.words import known_mean
 from ..estimation.evaluation.data import place_of
 from ..inputs.modules import check_modules
-from ..inputs.nested import called, check_batch, decoded
 from ..likelihoods.base import Likelihood, as_likelihood
 
 __all__ = ["sleep"]

@@ -32,7 +32,7 @@ __all__ = ["AnnealedMarginal", "MarginalBounds", "ais", "bdmc"]
 class AnnealedMarginal:
     """Estimate of log p(x) by annealed importance sampling, each field [B] in float64.
 
-    ``log_px`` is in nats, a lower bound in expectation; ``stderr`` its standard error over the chains;
+    ``log_px`` is in nats, a lower bound in expectation; ``log_px_stderr`` its standard error over the chains;
     ``ess`` the effective number of chains; ``acceptance`` the mean acceptance probability of the transitions,
     NaN without transitions.
     """
