@@ -34,7 +34,8 @@ class Rows(nn.Module):
 
 def model(*parameters, prior=None, **options):
     encoder = Rows(*parameters, **options)
-    return fastvae.VAE(encoder, nn.Linear(D, X).to(DEVICE, torch.float64), prior=prior, latent_dim=D)
+    decoder = nn.Linear(D, X).to(DEVICE, torch.float64)
+    return fastvae.VAE(encoder, decoder, prior=prior, latent_dim=D, modules=[])
 
 
 def data(n=N):
