@@ -268,9 +268,8 @@ def _log_marginal(encoder, decoder, x, k):
 
 def evaluated(encoder, decoder, x, k):
     """Return log p(x) of a data set."""
-    return fastvae.evaluate(
-        lambda batch: encoder(batch).chunk(2, dim=1), decoder, x, k=k, likelihood="bernoulli", progress=False
-    ).log_px
+    vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli", fuse=False)
+    return fastvae.evaluate(vae, x, k=k, progress=False).log_px
 
 
 def evaluation(

@@ -147,8 +147,9 @@ def marginal(
             # Per cell: its own mean is that of batch means, and the last batch has fewer cells.
             each = model.get_marginal_ll(n_mc_samples=k, batch_size=BATCH, return_mean=False)
             return float(each.double().mean())
+        vae = fastvae.VAE(encoder, decoder, likelihood=likelihood(module), modules=[module])
         result = fastvae.evaluate(
-            encoder, decoder, x, k=k, batch_size=BATCH, likelihood=likelihood(module), progress=False,
+            vae, x, k=k, batch_size=BATCH, progress=False,
             prepare_batch=lambda rows: {"x": rows, "size_factor": rows.sum(1)},
         )  # fmt: skip
         return -result.nll

@@ -299,10 +299,14 @@ class VAE(nn.Module):
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """Return :func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
+        return evaluate(self, data, **options)
+
+    def evaluated_parts(self) -> tuple[Any, Any, Likelihood, Any]:
+        """Return encoder, decoder, likelihood and prior as :func:`fastvae.evaluate` calls them."""
         on_cpu = all([p.is_cpu for p in self.parameters()])
         fuses = self.fuse and on_cpu and may_end_in_a_layer(self.decoder)
         decoder = functools.partial(run_to_last_layer, self.decoder) if fuses else self.decoder
-        return evaluate(self.posterior, decoder, data, **self._meaning(), **options)
+        return self.posterior, decoder, self.likelihood, self.prior
 
     @torch.no_grad()
     def reconstruction_log_prob(self, x: Any, k: int = 100, **options: Any) -> Tensor:

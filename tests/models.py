@@ -179,3 +179,18 @@ def values_of(result):
     if dataclasses.is_dataclass(result):
         return tuple(vars(result).values())
     return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+class Parts:
+    """Encoder, decoder, likelihood and prior that are evaluated without a VAE around them."""
+
+    def __init__(self, *parts):
+        self._parts = parts
+
+    def evaluated_parts(self):
+        return self._parts
+
+
+def evaluate_parts(encoder, decoder, data, *, likelihood="gaussian", prior=None, **options):
+    """Evaluate functions of any kind."""
+    return fastvae.evaluate(Parts(encoder, decoder, likelihood, prior), data, **options)

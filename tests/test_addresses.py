@@ -12,7 +12,7 @@ from fastvae.distributions import DiagonalNormal
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, randn
+from .models import LinearGaussian, evaluate_parts, generator, randn
 
 N, D, X = 23, 3, 7
 
@@ -38,7 +38,7 @@ def test_stopping_draws_the_same_noise_in_any_batch(posterior, hard):
             start = next(starts)
             return posterior(mu + shift[start : start + len(x), None] * torch.exp(0.5 * logvar), logvar)
 
-        return fastvae.evaluate(
+        return evaluate_parts(
             encoder, model.decoder, x, k=1600, tol=0.1, batch_size=batch_size, likelihood=model.likelihood,
             progress=False, generator=generator(1), **options,
         )  # fmt: skip

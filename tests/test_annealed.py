@@ -31,7 +31,7 @@ from fastvae.inputs.batch import Inputs
 from fastvae.likelihoods import Gaussian, Joint, NegativeBinomial
 
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, networks, rand, randn, seed_of
+from .models import LinearGaussian, evaluate_parts, generator, networks, rand, randn, seed_of
 from .test_families import PAIRS, POSTERIORS, PRIORS, Parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -630,7 +630,7 @@ def _evaluate(model, q, x, **options):
         "progress": False,
         **options,
     }
-    return fastvae.evaluate(q, model.decoder, x, **options)
+    return evaluate_parts(q, model.decoder, x, **options)
 
 
 def test_an_audit_finds_that_importance_sampling_is_low():
@@ -722,7 +722,7 @@ def test_an_audit_of_masks_sizes_and_context(tmp_path):
     mask = torch.tensor([True] * (X - 2) + [False] * 2, device=DEVICE)
     encoder, linear = nn.Linear(X, 2 * D).to(DEVICE), nn.Linear(D, X).to(DEVICE)
     batches = [(x[i : i + 9], size[i : i + 9], context[i : i + 9]) for i in range(0, N, 9)]
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         lambda x, context: encoder(0.1 * x),
         lambda z, context: linear(z) + context,
         batches,
@@ -767,7 +767,7 @@ def test_what_an_audit_cannot_do_is_said_before_the_work():
             return super().log_likelihood(x, parameters, samples, beside)
 
     with pytest.raises(ValueError, match="no gradient for z"):
-        fastvae.evaluate(
+        evaluate_parts(
             model.posterior,
             lambda z: model.decoder(z.detach()),
             model.sample(N),

@@ -11,20 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-import fastvae
 from fastvae.distributions import DiagonalNormal
 from fastvae.likelihoods import Gaussian
 
 from . import models
 from .conftest import DEVICE
-from .models import generator, randn
+from .models import evaluate_parts, generator, randn
 
 N, D, X, K = 23, 3, 7, 40
 
 
 def _run(file, encoder, decoder, x, **options):
     options = {"k": K, "batch_size": 10, "progress": False, "generator": generator(1), **options}
-    return fastvae.evaluate(encoder, decoder, x, checkpoint=file, **options)
+    return evaluate_parts(encoder, decoder, x, checkpoint=file, **options)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -87,7 +86,7 @@ def test_the_same_numbers_in_another_shape_are_other_data(tmp_path):
     flat = lambda x: encoder(x.flatten(1))  # noqa: E731
     reshaped = lambda z: tuple(v.view(-1, 1, X) for v in decoder(z))  # noqa: E731
     x = randn(N, X, seed=6)
-    _run(tmp_path / "run.npz", flat, decoder, x)
+    _run(tmp_path / "run.npz", flat, lambda z: decoder(z), x)
     with pytest.raises(ValueError, match="was made with other data"):
         _run(tmp_path / "run.npz", flat, reshaped, x[:, None])
 

@@ -16,7 +16,7 @@ from fastvae.likelihoods import Gaussian, Likelihood
 
 from . import models
 from .conftest import DEVICE
-from .models import generator, rand, randn
+from .models import evaluate_parts, generator, rand, randn
 
 B, D, X, K = 5, 3, 7, 4
 BERNOULLI = {"likelihood": "bernoulli"}
@@ -100,7 +100,7 @@ def test_forms_of_q(form):
     same(*(vae.reconstruction_log_prob(x, 9, generator=generator(1)) for vae in vaes))
     assert vaes[1].latent_dim == D
     evaluations = [
-        fastvae.evaluate(read, decoder, x, k=9, progress=False, generator=generator(1), **BERNOULLI)
+        evaluate_parts(read, decoder, x, k=9, progress=False, generator=generator(1), **BERNOULLI)
         for read in (pair, encoder)
     ]
     same(evaluations[1].log_px, evaluations[0].log_px)
@@ -160,7 +160,7 @@ def _calls(with_kl: bool = True):
     yield 2, lambda x, q, f, **o: fastvae.iwae(x, q, f, k=K, k_chunk=2, estimator="dreg", **o)
     yield 3, lambda x, q, f, **o: fastvae.log_marginal(x, q, f, k=9, k_chunk=3, **o)
     yield 3, lambda x, q, f, **o: fastvae.reconstruction_log_prob(x, q, f, k=9, k_chunk=3, **o)
-    yield 1, lambda x, q, f, **o: fastvae.evaluate(lambda x: q, f, x, k=9, progress=False, **o)
+    yield 1, lambda x, q, f, **o: evaluate_parts(lambda x: q, f, x, k=9, progress=False, **o)
 
 
 def _arguments(event):

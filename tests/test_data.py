@@ -24,7 +24,7 @@ from fastvae.likelihoods.base import DECLARED
 
 from . import cases
 from .conftest import DEVICE
-from .models import generator, rand, randn
+from .models import evaluate_parts, generator, rand, randn
 
 B, D, X, K = 5, 3, 7, 4
 EVENT = (2, 3)
@@ -237,7 +237,7 @@ def test_examples_that_are_done_leave_with_their_labels():
     x, labels = rand(2 * B, X, seed=2).round(), torch.arange(2 * B, device=DEVICE) % 3
 
     def run(**options):
-        return fastvae.evaluate(
+        return evaluate_parts(
             lambda x, y: (zeros(len(x), D), zeros(len(x), D)),
             lambda z, y: scale[y][:, None] * (z @ weight),
             [(x[:6], labels[:6]), (x[6:], labels[6:])],
@@ -341,7 +341,7 @@ def test_data_sets_of_several_parts(tmp_path):
 
     def run(data, **options):
         options = {"k": 50, "progress": False, "generator": generator(2), **options}
-        return fastvae.evaluate(encoder, decoder, data, likelihood=joint, **options)
+        return evaluate_parts(encoder, decoder, data, likelihood=joint, **options)
 
     whole = run(x)
     arrays = {n: np.asarray(t.cpu()) for n, t in x.items()}
@@ -566,12 +566,12 @@ def test_wrong_parts():
     ):
         fastvae.iwae(zeros(B, X), a_q(), lambda z: zeros(len(z), X), k=2, likelihood=own)
     with pytest.raises(TypeError, match="prepare_batch must return a dict with 'x'.*; got tuple"):
-        fastvae.evaluate(
+        evaluate_parts(
             lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, prepare_batch=lambda b: (b, b),
             progress=False,
         )  # fmt: skip
     with pytest.raises(TypeError, match="got unknown 'label'"):
-        fastvae.evaluate(
+        evaluate_parts(
             lambda x: a_q(), lambda z: zeros(len(z), X), [zeros(B, X)], k=2, progress=False,
             prepare_batch=lambda b: {"x": b, "label": b},
         )  # fmt: skip

@@ -17,7 +17,7 @@ from fastvae.estimation.weights import pareto_khat
 from fastvae.likelihoods import Gaussian, Likelihood
 
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, randn
+from .models import LinearGaussian, evaluate_parts, generator, randn
 
 N, D, X = 23, 3, 7
 QUIET = {"progress": False}
@@ -42,7 +42,7 @@ def _evaluate_table(table, **options):
     zeros = torch.zeros(n, D, dtype=table.dtype, device=DEVICE)
     x = torch.arange(n, device=DEVICE, dtype=table.dtype)[:, None]
     options = {"k": k, "batch_size": n, **QUIET, **options}
-    return fastvae.evaluate(
+    return evaluate_parts(
         lambda x: (zeros[: len(x)], zeros[: len(x)]), nn.Identity(), x, likelihood=Given(table), **options
     )
 
@@ -88,7 +88,7 @@ def test_what_is_known_stops():
     x = torch.arange(5, device=DEVICE, dtype=torch.float64)[:, None]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = fastvae.evaluate(
+        result = evaluate_parts(
             lambda x: (zeros, zeros), nn.Identity(), x, likelihood=ByExample(), k=800, tol=0.01, **QUIET
         )
     assert result.k.tolist() == [100, 100, 100, 800, 800]
@@ -117,7 +117,7 @@ def test_the_kl_of_each_latent_is_that_to_the_models_prior(batch_size):
     prior = td.Normal(
         randn(D, seed=5, dtype=torch.float64), 0.5 + randn(D, seed=6, dtype=torch.float64).abs()
     )
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         model.posterior, model.decoder, x, k=9, likelihood=model.likelihood, prior=prior,
         batch_size=batch_size, **QUIET,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def test_active_units_are_counted_by_the_unbiased_variance(batch_size):
     # Unbiased variances: 0.5 s^2 = 0.0101, 0.0099 and 0; divided by five, 0.0081 and less.
     scale = torch.tensor([math.sqrt(0.0202), math.sqrt(0.0198), 0.0], device=DEVICE, dtype=torch.float64)
     x = (7 + unit)[:, None]
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         lambda x: ((x - 7) * scale + 100, torch.zeros(len(x), 3, dtype=x.dtype, device=DEVICE)),
         nn.Identity(), x.expand(5, 3), k=2, likelihood=Gaussian(1.0), batch_size=batch_size, **QUIET,
     )  # fmt: skip
@@ -151,7 +151,7 @@ def test_batches_of_other_means_are_active_units_too():
     # Five times 0 and twice s have variance 0.238 s^2; about the mean of the batches' means, 0.292 s^2.
     less = x / 0.5 * math.sqrt(0.038)
     for batches, active in (([x[:5], x[5:]], D), ([x[:5], x[:2]], 0), ([less[:5], less[5:]], 0)):
-        result = fastvae.evaluate(lambda x: (x, torch.zeros_like(x)), nn.Identity(), batches, **options)
+        result = evaluate_parts(lambda x: (x, torch.zeros_like(x)), nn.Identity(), batches, **options)
         assert result.active_units == active
 
 
@@ -176,16 +176,16 @@ def test_defaults():
 
     x = torch.linspace(0, 4, 101, device=DEVICE)[:, None]
     options = {"likelihood": Gaussian(1.0), **QUIET}
-    assert set(fastvae.evaluate(encoder, nn.Identity(), x, **options).k.tolist()) == {5000}
+    assert set(evaluate_parts(encoder, nn.Identity(), x, **options).k.tolist()) == {5000}
     assert sizes == [100, 1]
-    result = fastvae.evaluate(encoder, nn.Identity(), x[:1], tol=1e-9, **options)
+    result = evaluate_parts(encoder, nn.Identity(), x[:1], tol=1e-9, **options)
     assert result.k.tolist() == [100_000]
 
 
 def test_what_a_result_says_in_words():
     model = LinearGaussian(D, X)
     x = model.sample(N)
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         lambda x: model.posterior(x, 0.4, 0.3), model.decoder, x, k=500, likelihood=model.likelihood, **QUIET
     )
     gap = float((result.log_px - result.elbo).mean())
@@ -194,20 +194,20 @@ def test_what_a_result_says_in_words():
     assert f"bits           {result.bits_per_dim:.4f} per dimension, of {X}" in str(result)
     assert f"KL {float(result.kl_per_dim.sum()):.2f} nats" in str(result)
     assert f"median {float(result.khat.nanmedian()):.2f}; above 0.7 for" in str(result)
-    few = fastvae.evaluate(model.posterior, model.decoder, x, k=20, likelihood=model.likelihood, **QUIET)
+    few = evaluate_parts(model.posterior, model.decoder, x, k=20, likelihood=model.likelihood, **QUIET)
     assert "unknown; it takes 21 draws" in str(few)
     assert few.khat.isnan().all()
-    one = fastvae.evaluate(model.posterior, model.decoder, x, k=1, likelihood=model.likelihood, **QUIET)
+    one = evaluate_parts(model.posterior, model.decoder, x, k=1, likelihood=model.likelihood, **QUIET)
     assert "nan" not in str(one)
     assert "(one draw does not tell its error)" in str(one)
     x[0, 0] = math.nan
     options = {"likelihood": model.likelihood, **QUIET}
     with pytest.warns(RuntimeWarning, match="log p.x. is NaN for 1 of 1"):
-        nothing = fastvae.evaluate(model.posterior, model.decoder, x[:1], k=30, **options)
+        nothing = evaluate_parts(model.posterior, model.decoder, x[:1], k=30, **options)
     assert "Pareto k-hat   unknown\n" in str(nothing)
     x[0] = 1e30
     with pytest.warns(RuntimeWarning, match="log p.x. is -inf for 1 of 1"):
-        zero = fastvae.evaluate(
+        zero = evaluate_parts(
             lambda x: model.posterior(torch.zeros_like(x)), model.decoder, x[:1], k=30,
             likelihood=fastvae.likelihoods.from_distribution(
                 lambda z: td.Uniform(z[:, :1].expand(-1, X) - 1, z[:, :1].expand(-1, X) + 1, False)
@@ -215,7 +215,7 @@ def test_what_a_result_says_in_words():
         )  # fmt: skip
     assert "-inf           1 example, with weights that are all 0" in str(zero)
     # A share is printed as the same number everywhere.
-    many = fastvae.evaluate(lambda x: model.posterior(x, 2.0, -2.0), model.decoder, x[1:], k=100, **options)
+    many = evaluate_parts(lambda x: model.posterior(x, 2.0, -2.0), model.decoder, x[1:], k=100, **options)
     share = f"above 0.7 for {100 * many.untrusted:.1f} % of the examples"
     assert many.untrusted > 0.1
     assert str(many).count(share) == 2
@@ -234,7 +234,7 @@ def test_what_is_not_known_is_left_out_of_the_file(tmp_path):
             return self.inner.rsample_log_prob(samples, seed, **place)
 
     model = LinearGaussian(D, X)
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         lambda x: Bare(*model.posterior(x)), model.decoder, model.sample(N), k=9, likelihood=model.likelihood,
         **QUIET,
     )  # fmt: skip
@@ -252,7 +252,7 @@ def test_an_array_that_may_not_be_written_is_read():
     x = model.sample(N)
     array = x.cpu().numpy().copy()
     array.flags.writeable = False
-    run = lambda data, encoder: fastvae.evaluate(  # noqa: E731
+    run = lambda data, encoder: evaluate_parts(  # noqa: E731
         encoder, model.decoder, data, k=9, likelihood=model.likelihood, generator=generator(7), **QUIET
     )
     encoder = nn.Module()

@@ -32,7 +32,7 @@ from fastvae.distributions import (
 from fastvae.objectives.bounds import IWAE, WakePhi, weighed
 
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, randn, seed_of
+from .models import LinearGaussian, evaluate_parts, generator, randn, seed_of
 
 K, B, D, X = 4, 5, 3, 7
 SEED = torch.tensor(11, device=DEVICE)
@@ -479,7 +479,7 @@ def test_every_entry_takes_them(backend):
     assert fastvae.iwae(x, q, decoder, k=K, k_chunk=3, estimator="dreg", **options).isfinite()
     assert fastvae.log_marginal(x, q, decoder, k=9, k_chunk=4, **options).log_px.isfinite().all()
     assert fastvae.reconstruction_log_prob(x, q, decoder, k=9, **BERNOULLI).isfinite().all()
-    result = fastvae.evaluate(lambda x: q, decoder, x, k=9, progress=False, **options)
+    result = evaluate_parts(lambda x: q, decoder, x, k=9, progress=False, **options)
     assert result.log_px.isfinite().all() and result.kl_per_dim.shape == (D,)
     vae = fastvae.VAE(lambda x: q, decoder, prior=p, modules=[], **BERNOULLI)
     assert vae(x).isfinite() and vae.reconstruct(x).shape == (B, X) and vae.latent_dim == D
@@ -933,7 +933,7 @@ def _entries():
     for proposal in ("posterior", "defensive", "adapted"):
         marginal = call(fastvae.log_marginal, x, q, decoder, k=100, proposal=proposal)
         yield f"log_marginal {proposal}", lambda p, marginal=marginal: marginal(p).log_px
-    evaluate = call(fastvae.evaluate, encoder, decoder, x, k=20, progress=False)
+    evaluate = call(evaluate_parts, encoder, decoder, x, k=20, progress=False)
     yield "evaluate", lambda p: torch.as_tensor(evaluate(p).log_px)
     ais = call(fastvae.audit.ais, x, q, decoder, steps=3, k=2)
     yield "ais", lambda p: ais(p).log_px

@@ -38,7 +38,7 @@ from fastvae.likelihoods import Bernoulli, Gaussian, Poisson
 
 from . import models
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, rand, randn, seed_of
+from .models import LinearGaussian, evaluate_parts, generator, rand, randn, seed_of
 
 N, D, X, K = 23, 3, 7, 40
 QUIET = {"progress": False}
@@ -52,7 +52,7 @@ def _model_and_data(n=N, dtype=torch.float64):
 
 def _evaluate(model, q, x, **options):
     options = {"k": K, "likelihood": model.likelihood, "generator": generator(1), **QUIET, **options}
-    return fastvae.evaluate(q, model.decoder, x, **options)
+    return evaluate_parts(q, model.decoder, x, **options)
 
 
 FIELDS = (*(f.name for f in dataclasses.fields(fastvae.LogMarginal)), "k", "elbo", "kl_per_dim")
@@ -191,7 +191,7 @@ def test_stopping_waits_for_the_first_weight():
     x = torch.tensor([[2.5], [50.0], [-9.0]], device=DEVICE).expand(3, X)
     q = lambda x: (torch.zeros(len(x), D, device=DEVICE), torch.zeros(len(x), D, device=DEVICE))  # noqa: E731
     with pytest.warns(RuntimeWarning, match=r"-inf for 1 of 3 examples \(number 1\)"):
-        result = fastvae.evaluate(
+        result = evaluate_parts(
             q, nn.Identity(), x, likelihood=Rare(), k=20_000, tol=0.3, generator=generator(1), **QUIET
         )
     assert result.k.tolist()[1:] == [20_000, 100]
@@ -238,7 +238,7 @@ def test_a_tolerance_refuses_rows_that_depend_on_others(how, dtype):
     def run(data, **options):
         this = Conditional()
         options = {"k": 300, "likelihood": model.likelihood, "generator": generator(1), **QUIET, **options}
-        return fastvae.evaluate(this.encode, this.decode, data, **options)
+        return evaluate_parts(this.encode, this.decode, data, **options)
 
     whole = run(x, batch_size=24)
     words = r"tol=0\.1 needs a model in which.*leave tol out.*batch_size=1"
@@ -263,11 +263,11 @@ def test_a_tolerance_says_why_a_row_alone_cannot_be_decoded():
     with pytest.raises(
         ValueError, match="12 of 24 rows .* raised RuntimeError: a batch norm of mine"
     ) as error:
-        fastvae.evaluate(q, decoder, x, tol=0.1, likelihood=model.likelihood, batch_size=24, **QUIET)
+        evaluate_parts(q, decoder, x, tol=0.1, likelihood=model.likelihood, batch_size=24, **QUIET)
     assert isinstance(error.value.__cause__, RuntimeError)
     # The whole batch fails too, with the decoder's own message.
     with pytest.raises(RuntimeError, match="^a batch norm of mine"):
-        fastvae.evaluate(q, decoder, x, tol=0.1, likelihood=model.likelihood, batch_size=23, **QUIET)
+        evaluate_parts(q, decoder, x, tol=0.1, likelihood=model.likelihood, batch_size=23, **QUIET)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -290,10 +290,10 @@ def test_a_tolerance_takes_any_honest_decoder(dtype):
         warnings.simplefilter("ignore")
         for these in (decoder, noisy, nan, impossible):
             for size in (N, 2, 1):
-                assert len(fastvae.evaluate(encoder, these, x, batch_size=size, **options).log_px) == N
+                assert len(evaluate_parts(encoder, these, x, batch_size=size, **options).log_px) == N
         for low in (torch.bfloat16, torch.float16):
             with torch.autocast(DEVICE.type, low):
-                fastvae.evaluate(encoder, decoder, x, **options)
+                evaluate_parts(encoder, decoder, x, **options)
 
 
 def test_the_question_leaves_no_trace():
@@ -306,7 +306,7 @@ def test_the_question_leaves_no_trace():
     def run(**options):
         torch.manual_seed(3)
         options = {"likelihood": model.likelihood, "generator": generator(1), **QUIET, **options}
-        return fastvae.evaluate(q, decoder, x, batch_size=10, **options), torch.get_rng_state()
+        return evaluate_parts(q, decoder, x, batch_size=10, **options), torch.get_rng_state()
 
     # All are done after a hundred draws.
     (asked, state), (plain, expected) = run(tol=1e9, k=200), run(k=100)
@@ -321,7 +321,7 @@ def test_the_bias_that_stopping_brings():
     """
     model = LinearGaussian(D, X, dtype=torch.float32)
     x = model.sample(1500)
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         lambda x: model.posterior(x, 0.6, 0.0), model.decoder, x, tol=0.1, likelihood=model.likelihood,
         batch_size=500, generator=generator(2), **QUIET,
     )  # fmt: skip
@@ -363,7 +363,7 @@ def test_autocast():
     for enabled in (False, True):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
             results.append(
-                fastvae.evaluate(
+                evaluate_parts(
                     encoder, decoder, x, k=500, likelihood="bernoulli", generator=generator(1), **QUIET
                 )
             )
@@ -400,7 +400,7 @@ def test_active_units():
     x = randn(4000, 4, seed=1)
     x = (x - x.mean(0)) / x.std(0)
     for batch_size in (4000, 7):
-        result = fastvae.evaluate(
+        result = evaluate_parts(
             lambda x: (x * scale + 5, torch.zeros_like(x)), nn.Identity(), x, k=1,
             likelihood=Gaussian(1.0), batch_size=batch_size, **QUIET,
         )  # fmt: skip
@@ -459,12 +459,12 @@ def test_one_example_and_sizes_that_differ():
         return torch.zeros(len(x), D, device=DEVICE), torch.zeros(len(x), D, device=DEVICE)
 
     batches = [torch.ones(3, 4), torch.ones(2, 9), torch.ones(1, 0)]
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         encoder, nn.Identity(), [b.to(DEVICE) for b in batches], k=9, likelihood=Sum(), **QUIET
     )
     assert result.dims == (3 * 4 + 2 * 9) / 6
     assert result.bits_per_dim == pytest.approx(-float(result.log_px.sum()) / (30 * math.log(2)))
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         encoder, nn.Identity(), torch.ones(2, 0, device=DEVICE), k=9, likelihood=Sum(), **QUIET
     )
     assert math.isnan(result.bits_per_dim)
@@ -474,7 +474,7 @@ def test_exact_posterior_is_trusted():
     """Weights that differ only by rounding have a flat tail, not a heavy one."""
     model = LinearGaussian(D, X, dtype=torch.float32)
     x = model.sample(300)
-    result = fastvae.evaluate(model.posterior, model.decoder, x, k=1000, likelihood=model.likelihood, **QUIET)
+    result = evaluate_parts(model.posterior, model.decoder, x, k=1000, likelihood=model.likelihood, **QUIET)
     assert result.khat.tolist() == [-math.inf] * 300
 
 
@@ -505,7 +505,7 @@ def test_eval_mode_and_back():
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
-        fastvae.evaluate(q, broken, x, **options)
+        evaluate_parts(q, broken, x, **options)
     assert encoder.training
 
     class Watching(Bernoulli):
@@ -513,7 +513,7 @@ def test_eval_mode_and_back():
             assert not self.training
             return super().log_prob(x, parameters)
 
-    fastvae.evaluate(q, decoder, x, **{**options, "likelihood": Watching()})
+    evaluate_parts(q, decoder, x, **{**options, "likelihood": Watching()})
 
 
 def test_two_threads_evaluate_one_model():
@@ -547,7 +547,7 @@ def test_two_threads_evaluate_one_model():
 
     def second():
         try:
-            fastvae.evaluate(q, decoder, data_of_the_second(), k=3, **QUIET)
+            evaluate_parts(q, decoder, data_of_the_second(), k=3, **QUIET)
         except BaseException as error:
             failed.append(error)
 
@@ -559,14 +559,14 @@ def test_two_threads_evaluate_one_model():
         thread.start()
         yield from batches
 
-    fastvae.evaluate(q, decoder, starting(), k=3, **QUIET)
+    evaluate_parts(q, decoder, starting(), k=3, **QUIET)
     first_ended.set()
     thread.join()
     assert not failed
     assert modes == [(False, False, False)] * 3
     assert [m.training for m in (encoder, decoder, decoder[0], decoder[1])] == [True, True, True, False]
     # An evaluation inside another, too.
-    inner = lambda x: (fastvae.evaluate(encoder, decoder, x, k=1, **QUIET), q(x))[1]  # noqa: E731
+    inner = lambda x: (evaluate_parts(encoder, decoder, x, k=1, **QUIET), q(x))[1]  # noqa: E731
     fastvae.VAE(inner, decoder, modules=[q]).evaluate(x, k=3, **QUIET)
     assert modes[-1] == (False, False, False)
     assert encoder.training
@@ -752,7 +752,7 @@ def test_an_encoder_that_fails_says_on_what():
     """An encoder's error names its input: a list of examples is indistinguishable from a list of batches."""
     encoder, decoder = models.networks(X, D)
     with pytest.raises(IndexError) as error:
-        fastvae.evaluate(encoder, decoder, list(torch.zeros(5, X, device=DEVICE)), k=3, **QUIET)
+        evaluate_parts(encoder, decoder, list(torch.zeros(5, X, device=DEVICE)), k=3, **QUIET)
     if sys.version_info >= (3, 11):
         assert error.value.__notes__[-1] == "fastvae.evaluate gave the encoder batch 0: [7], torch.float32"
 
@@ -787,7 +787,7 @@ def test_batches_go_to_the_models_dtype(given, own, tmp_path):
     for data in forms:
         torch.testing.assert_close(run(data).log_px, expected.log_px, rtol=near, atol=near)
     # Where the encoder has no parameters, the decoder's dtype is the model's.
-    plain = functools.partial(fastvae.evaluate, lambda x: (x[:, :D], x[:, :D]), decoder)
+    plain = functools.partial(evaluate_parts, lambda x: (x[:, :D], x[:, :D]), decoder)
     torch.testing.assert_close(run(x, plain).log_px, run(x.to(own), plain).log_px, rtol=near, atol=near)
     # A checkpoint compares the data as given.
     first = run(x, checkpoint=file)
@@ -805,7 +805,7 @@ def test_data_stay_as_they_are_where_nothing_has_a_dtype():
 
     for dtype in (torch.float64, torch.float32):
         x = rand(N, X, seed=1, dtype=dtype)
-        fastvae.evaluate(
+        evaluate_parts(
             q, lambda z: torch.zeros_like(z[:, :1]).expand(-1, X), x, k=2, likelihood="bernoulli", **QUIET
         )
     assert seen == [torch.float64, torch.float32]
@@ -816,11 +816,11 @@ def test_nan_in_one_example():
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=3)
     options = {"k": 25, "batch_size": 10, **QUIET}
-    clean = fastvae.evaluate(encoder, decoder, x, generator=generator(1), **options)
+    clean = evaluate_parts(encoder, decoder, x, generator=generator(1), **options)
     bad = x.clone()
     bad[12, 1] = math.nan
     with pytest.warns(RuntimeWarning, match=r"NaN for 1 of 23 examples \(number 12\)"):
-        result = fastvae.evaluate(encoder, decoder, bad, generator=generator(1), **options)
+        result = evaluate_parts(encoder, decoder, bad, generator=generator(1), **options)
 
     def spoils(z):
         mean, logvar = decoder(z)
@@ -829,7 +829,7 @@ def test_nan_in_one_example():
         return rows.flatten(0, 1), logvar
 
     with pytest.warns(RuntimeWarning, match=r"NaN for 3 of 23 examples \(number 2, 12, 22\)"):
-        other = fastvae.evaluate(encoder, spoils, x, generator=generator(1), k_chunk=1, **options)
+        other = evaluate_parts(encoder, spoils, x, generator=generator(1), k_chunk=1, **options)
     for got, lost in ((result, [12]), (other, [2, 12, 22])):
         kept = [n for n in range(N) if n not in lost]
         for name in ("log_px", "log_px_stderr", "ess", "khat", "elbo"):
@@ -841,7 +841,7 @@ def test_nan_in_one_example():
     # An example with NaN stops drawing.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = fastvae.evaluate(encoder, decoder, bad, tol=10.0, **QUIET)
+        result = evaluate_parts(encoder, decoder, bad, tol=10.0, **QUIET)
     assert set(result.k.tolist()) == {100}
 
 
@@ -875,7 +875,7 @@ def test_nan_in_one_example():
 def test_bad_data(data, error, words):
     encoder, decoder = models.networks(X, D)
     with pytest.raises(error, match=words):
-        fastvae.evaluate(encoder, decoder, data, k=3, **QUIET)
+        evaluate_parts(encoder, decoder, data, k=3, **QUIET)
 
 
 @pytest.mark.parametrize(
@@ -896,20 +896,20 @@ def test_bad_data(data, error, words):
 def test_bad_options(options, error, words):
     encoder, decoder = models.networks(X, D)
     with pytest.raises(error, match=words):
-        fastvae.evaluate(encoder, decoder, torch.zeros(3, X), **QUIET, **options)
+        evaluate_parts(encoder, decoder, torch.zeros(3, X), **QUIET, **options)
 
 
 def test_modules_on_other_devices():
     encoder, decoder = models.networks(X, D)
     with pytest.raises(ValueError, match="the encoder is on meta but the decoder is on"):
-        fastvae.evaluate(encoder.to("meta"), decoder, torch.zeros(3, X), k=3, **QUIET)
+        evaluate_parts(encoder.to("meta"), decoder, torch.zeros(3, X), k=3, **QUIET)
     with pytest.raises(ValueError, match="without numbers"):
-        fastvae.evaluate(encoder, decoder.to("meta"), torch.zeros(3, X), k=3, **QUIET)
+        evaluate_parts(encoder, decoder.to("meta"), torch.zeros(3, X), k=3, **QUIET)
     with pytest.raises(TypeError, match="encoder must be a module"):
-        fastvae.evaluate(None, decoder, torch.zeros(3, X))
+        evaluate_parts(None, decoder, torch.zeros(3, X))
     loader = DataLoader(TensorDataset(torch.zeros(4, X)), sampler=DistributedSampler([0] * 4, 2, 0))
     with pytest.raises(ValueError, match="DistributedSampler"):
-        fastvae.evaluate(*models.networks(X, D), loader)
+        evaluate_parts(*models.networks(X, D), loader)
 
 
 # Memory
@@ -945,7 +945,7 @@ def test_out_of_memory_halves_the_chunk(error):
     # The reduced size is kept for the following batches.
     sizes.clear()
     with pytest.warns(RuntimeWarning, match="memory ran out"):
-        fastvae.evaluate(q, decoder, [x, x], **options, **QUIET)
+        evaluate_parts(q, decoder, [x, x], **options, **QUIET)
     assert [n for n in sizes if n > 11] == [30, 15]
 
 
@@ -1430,7 +1430,7 @@ def test_checkpoints_of_something_else(tmp_path):
 
     def run(encoder=encoder, decoder=decoder, x=x, **options):
         options = {"k": K, "batch_size": 10, "checkpoint": file, **QUIET, **options}
-        return fastvae.evaluate(encoder, decoder, x, **options)
+        return evaluate_parts(encoder, decoder, x, **options)
 
     run()
     with pytest.raises(ValueError, match="other k: 40 then, 41 now"):
@@ -1605,7 +1605,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
                 return model.decoder(z)
 
             options = {"k": 200, "likelihood": model.likelihood, "shard": shard, **QUIET, **options}
-            return fastvae.evaluate(encoder, decoder, batches(), **options)
+            return evaluate_parts(encoder, decoder, batches(), **options)
 
         class Likelihood(Gaussian):
             def log_prob(self, x, parameters):
@@ -1723,7 +1723,7 @@ def test_data_are_not_rounded_to_half_precision(dtype):
             seen.append((x, beside.size_factor))
             return super().log_likelihood(x, parameters, samples, beside)
 
-    fastvae.evaluate(
+    evaluate_parts(
         encoder, decoder, [(x, size)], k=3, prepare_batch=lambda b: {"x": b[0] * 1.0, "size_factor": b[1]},
         likelihood=Counts(), progress=False,
     )  # fmt: skip

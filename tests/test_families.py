@@ -44,7 +44,7 @@ from fastvae.distributions import (
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, randn, seed_of
+from .models import LinearGaussian, evaluate_parts, generator, randn, seed_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -281,16 +281,16 @@ def test_evaluated(name, prior, tmp_path):
     p = _prior_of(name) if prior == "standard" else PRIORS[prior](Parameters())
     x = (randn(23, X, seed=7) > 0).double()
     options = {"likelihood": "bernoulli", "prior": p, "progress": False}
-    whole = fastvae.evaluate(encoder, decoder, x, k=12, generator=generator(2), **options)
+    whole = evaluate_parts(encoder, decoder, x, k=12, generator=generator(2), **options)
     path = tmp_path / "run.npz"
     parts = [
-        fastvae.evaluate(encoder, decoder, x, k=12, batch_size=5, k_chunk=5, checkpoint=path,
+        evaluate_parts(encoder, decoder, x, k=12, batch_size=5, k_chunk=5, checkpoint=path,
                          generator=generator(2), **options)
         for _ in range(2)
     ]  # fmt: skip
     for part in parts:
         np.testing.assert_allclose(part.log_px, whole.log_px, rtol=1e-9)
-    early = fastvae.evaluate(encoder, decoder, x, k=400, tol=0.3, generator=generator(2), **options)
+    early = evaluate_parts(encoder, decoder, x, k=400, tol=0.3, generator=generator(2), **options)
     assert np.isfinite(early.log_px).all()
 
 
@@ -311,7 +311,7 @@ def _evaluated(q: str, p: str, **options):
         "progress": False,
         **options,
     }
-    return fastvae.evaluate(encoder, decoder, x, generator=torch.Generator().manual_seed(2), **options)
+    return evaluate_parts(encoder, decoder, x, generator=torch.Generator().manual_seed(2), **options)
 
 
 def _evaluate_on_a_rank(rank: int, world: int, folder: str) -> None:
@@ -870,7 +870,7 @@ def test_pseudo_inputs_are_encoded_once_a_call():
         bound.backward()
         assert encoder.calls == 1
     encoder.calls = 0
-    fastvae.evaluate(
+    evaluate_parts(
         lambda x: x[:, : 2 * D],
         decoder,
         x,

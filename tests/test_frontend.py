@@ -16,7 +16,7 @@ from fastvae.likelihoods import Gaussian
 
 from . import models
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, rand, randn, seed_of
+from .models import LinearGaussian, evaluate_parts, generator, rand, randn, seed_of
 
 B, D, X, K = 5, 3, 7, 4
 
@@ -213,7 +213,7 @@ def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
     options = {"likelihood": model.likelihood, "k": 800}
 
     def run(q):
-        evaluation = fastvae.evaluate(
+        evaluation = evaluate_parts(
             lambda _: q,
             model.decoder,
             x,
@@ -265,7 +265,7 @@ def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
     scales = torch.linspace(-0.4, 0.4, n, dtype=torch.float64, device=DEVICE)[:, None].expand(n, D)
     prior = DiagonalNormal(torch.zeros(D, dtype=torch.float64, device=DEVICE), scales.contiguous())
     options = {"likelihood": model.likelihood, "prior": prior}
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         lambda _: (mu, logvar), model.decoder, x, k=800, tol=0.15, batch_size=n, progress=False,
         generator=generator(12), **options,
     )  # fmt: skip
@@ -284,7 +284,7 @@ def test_a_clamp_is_kept_by_examples_that_go_on_drawing():
     lo, hi = float(logvar.min()) + 0.2, float(logvar.max()) - 0.2
 
     def run(q):
-        return fastvae.evaluate(
+        return evaluate_parts(
             lambda _: q, model.decoder, x, k=800, tol=0.2, batch_size=n, progress=False,
             likelihood=model.likelihood, generator=generator(13),
         )  # fmt: skip
@@ -436,7 +436,7 @@ def test_a_vae_hands_on_its_prior_its_likelihood_and_every_option():
     options = {"k": 30, "progress": False}
     same(
         vae.evaluate(x, generator=generator(26), **options).log_px,
-        fastvae.evaluate(
+        evaluate_parts(
             vae.encoder, vae.decoder, x, generator=generator(26), **options, **meaning
         ).log_px,
     )  # fmt: skip
@@ -461,7 +461,7 @@ def test_infinite_numbers_are_refused():
         with pytest.raises(ValueError, match=f"{name} must be finite"):
             fastvae.elbo(x, (mu, logvar), lambda z: z @ weight, likelihood=Gaussian(1.0), **{name: math.inf})
     with pytest.raises(ValueError, match="tol must be finite"):
-        fastvae.evaluate(lambda x: (mu, logvar), lambda z: z @ weight, x, tol=math.inf)
+        evaluate_parts(lambda x: (mu, logvar), lambda z: z @ weight, x, tol=math.inf)
 
 
 @pytest.mark.parametrize("logvar_range", [None, (-0.5, 0.5)])

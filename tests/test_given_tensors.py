@@ -14,6 +14,8 @@ import fastvae
 from fastvae.distributions import DiagonalNormal, FullNormal
 from fastvae.likelihoods import Joint
 
+from .models import evaluate_parts
+
 DENSE = (torch.arange(24.0).reshape(4, 6) % 5 > 1).float()
 
 
@@ -47,8 +49,8 @@ ENTRIES = {
     "score": ("x", lambda x: fastvae.reconstruction_log_prob(x, q, decoder, **options)),
     "ais": ("x", lambda x: fastvae.audit.ais(x, q, decoder, steps=3, k=2, **options)),
     "VAE": ("x", lambda x: fastvae.VAE(lambda x: q, decoder, latent_dim=2, modules=[], **options).elbo(x)),
-    "evaluate": ("data", lambda x: fastvae.evaluate(lambda x: q, decoder, x, k=5, progress=False, **options)),
-    "batches": ("data", lambda x: fastvae.evaluate(lambda x: q, decoder, [x], progress=False, **options)),
+    "evaluate": ("data", lambda x: evaluate_parts(lambda x: q, decoder, x, k=5, progress=False, **options)),
+    "batches": ("data", lambda x: evaluate_parts(lambda x: q, decoder, [x], progress=False, **options)),
     "parts": ("x['a']", lambda x: fastvae.elbo({"a": x}, q, lambda z: {"a": decoder(z)},
               likelihood=Joint(a="bernoulli"))),
     "op": ("x", lambda x: fastvae.ops.bernoulli_log_prob(x, DENSE)),

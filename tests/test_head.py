@@ -38,7 +38,7 @@ from . import cases as registered
 from . import formulas, strategies
 from .compare import Rounded, assert_accurate
 from .conftest import CUDA, DEVICE
-from .models import rand, randn, values_of
+from .models import rand, randn
 
 K, B, D, H, X = 5, 3, 2, 4, 12
 EVENT = (3, 4)

@@ -15,7 +15,7 @@ from fastvae.distributions import DiagonalNormal, Hierarchy, Level, StandardNorm
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
-from .models import generator, randn, seed_of
+from .models import evaluate_parts, generator, randn, seed_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -387,7 +387,7 @@ def test_evaluated(tmp_path):
     options = {"k": 1600, "tol": 0.03, "likelihood": model.likelihood, "progress": False}
     path = tmp_path / "state.npz"
     first, again, whole = (
-        fastvae.evaluate(encoder, model.decoder, x, generator=generator(10), **place, **options)
+        evaluate_parts(encoder, model.decoder, x, generator=generator(10), **place, **options)
         for place in (
             {"batch_size": 4, "checkpoint": path},
             {"batch_size": 4, "checkpoint": path},
@@ -405,7 +405,7 @@ def test_an_exact_model_is_evaluated_exactly():
     model = TwoLevels()
     x = model.sample(11)
     hierarchy = model.hierarchy("precision")
-    result = fastvae.evaluate(
+    result = evaluate_parts(
         lambda x: hierarchy(model.features(x)), model.decoder, x, k=200, batch_size=4,
         likelihood=model.likelihood, progress=False,
     )  # fmt: skip

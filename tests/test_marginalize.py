@@ -13,7 +13,7 @@ from fastvae import ops
 from fastvae.distributions import Distribution
 
 from .conftest import DEVICE
-from .models import LinearGaussian, generator, rand, randn
+from .models import LinearGaussian, evaluate_parts, generator, rand, randn
 from .test_mathematics import log_weight_rounding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -559,7 +559,7 @@ def test_evaluate_of_each_class(mixture):
     encoder = lambda x, y: tuple(t[:1].expand(len(x), 1) for t in q)  # noqa: E731
 
     def log_px_of_class(x, y):
-        result = fastvae.evaluate(
+        result = evaluate_parts(
             encoder,
             decoder,
             torch.utils.data.TensorDataset(x, y),

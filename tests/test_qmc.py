@@ -33,6 +33,7 @@ from fastvae.reference import random as reference
 
 from . import strategies
 from .conftest import DEVICE
+from .models import evaluate_parts
 
 MASK = 2**32 - 1
 
@@ -247,7 +248,7 @@ def test_evaluate_is_the_same_however_it_is_cut(tmp_path, tol):
 
     def run(**options):
         options = {"k": 400, "batch_size": 3} | options
-        return fastvae.evaluate(
+        return evaluate_parts(
             Encoder(), decoder, x, likelihood=LIKELIHOOD, noise="qmc", tol=tol, progress=False,
             generator=torch.Generator().manual_seed(1), **options,
         )  # fmt: skip
@@ -260,7 +261,7 @@ def test_evaluate_is_the_same_however_it_is_cut(tmp_path, tol):
     again = run(checkpoint=tmp_path / "a.npz")
     assert torch.equal(again.log_px, other.log_px)
     with pytest.raises(ValueError, match="made with other noise: 'qmc' then, 'philox' now"):
-        fastvae.evaluate(
+        evaluate_parts(
             Encoder(), decoder, x, likelihood=LIKELIHOOD, k=400, tol=tol, batch_size=3, progress=False,
             generator=torch.Generator().manual_seed(1), checkpoint=tmp_path / "a.npz",
         )  # fmt: skip
@@ -461,7 +462,7 @@ def test_errors():
         with pytest.raises(ValueError, match="noise.*'philox'.*'qmc'"):
             function(x, q, decoder, k=4, likelihood=LIKELIHOOD, noise="sobol")
     with pytest.raises(ValueError, match="noise.*'philox'.*'qmc'"):
-        fastvae.evaluate(lambda x: q, decoder, x, likelihood=LIKELIHOOD, noise="sobol", progress=False)
+        evaluate_parts(lambda x: q, decoder, x, likelihood=LIKELIHOOD, noise="sobol", progress=False)
     gamma = torch.distributions.Gamma(torch.ones_like(q[0]), torch.ones_like(q[0]))
     with pytest.raises(ValueError, match="noise='qmc' needs a q"):
         fastvae.iwae(x, gamma, decoder, k=4, likelihood=LIKELIHOOD, noise="qmc", prior=gamma)

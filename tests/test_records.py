@@ -43,7 +43,7 @@ RESULTS = {
     "AnnealedMarginal": lambda vae, x: vae.ais(x, steps=3, k=2),
     "MarginalBounds": lambda vae, x: vae.bdmc(n=4, steps=3, k=2),
     "LatticeMarginal": lambda vae, x: fastvae.audit.lattice(
-        x, vae.decoder, D, points=33, likelihood="bernoulli"
+        x, vae.decoder, latent_dim=D, points=33, likelihood="bernoulli"
     ),
     "Marginal": _marginal,
     "Evaluation": _evaluation,

@@ -16,7 +16,7 @@ from fastvae.distributions.spatial import ELEMENTWISE
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
-from .models import generator, rand, randn
+from .models import evaluate_parts, generator, rand, randn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -476,13 +476,13 @@ def test_evaluate_is_that_of_flat_latents(tmp_path):
         {"k": 40, "prior": DiagonalNormal(randn(*LATENT, seed=2), randn(C, 1, 1, seed=3))},
     ):
         options = {"progress": False, **BERNOULLI, **options}
-        spatial = fastvae.evaluate(vae.encoder, vae.decoder, x, generator=generator(1), **options)
+        spatial = evaluate_parts(vae.encoder, vae.decoder, x, generator=generator(1), **options)
         if isinstance(options.get("prior"), DiagonalNormal):
             p = options["prior"]
             options["prior"] = DiagonalNormal(p.mu.flatten(), p.logvar.expand(LATENT).flatten())
         elif "prior" in options:
             options["prior"] = td.Normal(torch.zeros(D, device=DEVICE), 1.5)
-        flat = fastvae.evaluate(encoder, decoder, x, generator=generator(1), **options)
+        flat = evaluate_parts(encoder, decoder, x, generator=generator(1), **options)
         for name in ("log_px", "log_px_stderr", "ess", "khat", "kl_per_dim"):
             a, b = (torch.as_tensor(getattr(result, name)) for result in (spatial, flat))
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), name
@@ -491,9 +491,9 @@ def test_evaluate_is_that_of_flat_latents(tmp_path):
     # A checkpoint is resumed, by the module too.
     file = tmp_path / "run.npz"
     options = {"k": 40, "batch_size": 10, "progress": False, "checkpoint": file, **BERNOULLI}
-    first = fastvae.evaluate(vae.encoder, vae.decoder, x, generator=generator(1), **options)
+    first = evaluate_parts(vae.encoder, vae.decoder, x, generator=generator(1), **options)
     vae.decoder.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
-    again = fastvae.evaluate(vae.encoder, vae.decoder, x, generator=generator(1), **options)
+    again = evaluate_parts(vae.encoder, vae.decoder, x, generator=generator(1), **options)
     assert torch.equal(torch.as_tensor(first.log_px), torch.as_tensor(again.log_px))
 
 

@@ -15,6 +15,7 @@ import fastvae
 from fastvae.distributions import LowRankNormal
 from fastvae.likelihoods import Gaussian
 
+from ..models import evaluate_parts
 from . import decoders, families, likelihoods, oracle
 from .case import MEASURING, Case
 from .oracle import Arithmetic
@@ -266,7 +267,7 @@ def call(built: Built) -> dict[str, Tensor]:
         options |= {"prepare_batch": lambda batch: batch, "batch_size": _batch_size(c), "progress": False}
         encoder = Encoder(built)
         if c.via == "function":
-            found = fastvae.evaluate(encoder, built.decoder, data, **options, **meaning)
+            found = evaluate_parts(encoder, built.decoder, data, **options, **meaning)
         else:
             vae = fastvae.VAE(encoder, built.decoder, modules=[], **meaning)
             found = vae.evaluate(data, **options)

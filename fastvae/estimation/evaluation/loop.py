@@ -17,7 +17,6 @@ from ...core.hints import teaches
 from ...core.options import SHARDS, Noise, ProposalName, Shard
 from ...inputs.batch import Inputs
 from ...inputs.modules import evaluating
-from ...likelihoods.base import Likelihood
 from ...random import draw_seed
 from ..proposals import Proposal
 from .audit import Sample, probe, run_audit
@@ -34,8 +33,7 @@ from .result import Evaluation, combine
 @teaches
 @torch.no_grad()
 def evaluate(
-    encoder: Callable[..., Any],
-    decoder: Callable[..., Any],
+    vae: Any,
     data: Tensor | np.ndarray | Mapping[str, Any] | Dataset[Any] | Iterable[Any],
     *,
     k: int | None = None,
@@ -44,8 +42,6 @@ def evaluate(
     noise: Noise = "philox",
     proposal: ProposalName | Proposal = "posterior",
     batch_size: int | None = None,
-    likelihood: str | Likelihood = "gaussian",
-    prior: Any = None,
     prepare_batch: Callable[[Any], Mapping[str, Any]] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     audit: int | None = None,
@@ -58,11 +54,10 @@ def evaluate(
     .. math:: \mathrm{NLL} = -\frac{1}{N} \sum_{n=1}^{N} \log \hat p(x_n), \quad
               \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^{K} w_k
 
-    Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). Encoder and decoder,
-    modules or methods of modules, are put into eval mode during the evaluation; the modules that another
-    function reaches must be in eval mode already, or be named by a :class:`fastvae.VAE`. Batches are moved to
-    the encoder's device and floating dtype; the likelihood gets integers unchanged, and float32 data of a
-    model in half precision, too. Means are over examples, for any batches. No gradients are computed.
+    Each batch is encoded once; its draws are streamed (:func:`fastvae.log_marginal`). The model is in eval
+    mode during the evaluation. Batches are moved to its device and floating dtype; the likelihood gets
+    integers unchanged, and float32 data of a model in half precision, too. Means are over examples, for any
+    batches. No gradients are computed.
 
     Under ``torch.distributed`` (``torchrun``, gloo or nccl) the ranks share the work, and each returns the
     whole result; each must be given the whole data, in the same order. If a rank fails, the others raise an
@@ -71,9 +66,7 @@ def evaluate(
     rounding.
 
     Args:
-        encoder: x [B, \*event] -> q, as in :func:`fastvae.elbo`; with a context, (x, context) -> q.
-        decoder: z [N, D] -> parameters of the likelihood; with a context, (z, context) -> parameters. Shaped
-            latents are passed as [N, C, H, W]; in the result they are flat, D = C·H·W.
+        vae: the model, a :class:`fastvae.VAE`; ``vae.evaluate(data, ...)`` is the same call.
         data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches, tensors or
             arrays, such as a DataLoader; if a batch is a tuple or list, its first entry. For
             :class:`fastvae.likelihoods.Joint` a dict of tensors or arrays, or batches that are dicts.
@@ -90,8 +83,6 @@ def evaluate(
             is NaN.
         batch_size: examples per batch, for data not in batches. It does not change results. Default: 100, on
             a GPU 500.
-        likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
-        prior: as in :func:`fastvae.elbo`. Default: N(0, I), or the hierarchy that produced q.
         prepare_batch: function of a batch that returns a dict with ``x`` and, optionally, ``mask``,
             ``size_factor`` and ``context`` (:func:`fastvae.elbo`), such as
             ``lambda batch: {"x": batch[0], "context": batch[1]}``. Default: the batch is x.
@@ -125,15 +116,12 @@ def evaluate(
 
     Example:
         >>> import torch, fastvae
-        >>> encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
-        >>> def q(x):
-        ...     return encoder(x).chunk(2, dim=1)
-        >>> x = torch.rand(16, 8)
-        >>> result = fastvae.evaluate(q, decoder, x, k=50, likelihood="bernoulli", progress=False)
+        >>> vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli")
+        >>> result = fastvae.evaluate(vae, torch.rand(16, 8), k=50, progress=False)
         >>> result.log_px.shape, result.kl_per_dim.shape
         (torch.Size([16]), torch.Size([2]))
     """
-    model = Model.read(encoder, decoder, likelihood, prior)
+    model = Model.of(vae)
     check_prepare_batch(prepare_batch)
     plan = Plan.read(k, tol, k_chunk, noise, proposal)
     if audit:

@@ -33,8 +33,19 @@ class Model:
     prior: Any  # None may stand for the posterior's own prior
 
     @classmethod
+    def of(cls, vae: Any) -> Model:
+        """Return the parts of a :class:`fastvae.VAE`."""
+        parts = getattr(vae, "evaluated_parts", None)
+        if parts is None:
+            raise TypeError(
+                f"vae must be a fastvae.VAE, got {type(vae).__name__}; wrap your networks: "
+                "fastvae.evaluate(fastvae.VAE(encoder, decoder, likelihood=...), data)"
+            )
+        return cls.read(*parts())
+
+    @classmethod
     def read(cls, encoder: Any, decoder: Any, likelihood: str | Likelihood, prior: Any) -> Model:
-        """Validate the arguments of :func:`fastvae.evaluate`."""
+        """Validate the parts of a model."""
         likelihood = as_likelihood(likelihood)
         prior = prior if prior is None or is_conditional(prior) else as_prior(prior)
         for name, value in (("encoder", encoder), ("decoder", decoder)):

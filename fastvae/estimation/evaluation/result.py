@@ -121,10 +121,8 @@ class Evaluation(Examples):
 
         Example:
             >>> import tempfile, torch, fastvae
-            >>> def encoder(x):
-            ...     return torch.zeros(len(x), 2), torch.zeros(len(x), 2)
-            >>> decoder, x = torch.nn.Linear(2, 8), torch.rand(16, 8)
-            >>> result = fastvae.evaluate(encoder, decoder, x, k=50, likelihood="bernoulli", progress=False)
+            >>> vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli")
+            >>> result = vae.evaluate(torch.rand(16, 8), k=50, progress=False)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     result.save(f"{folder}/result.npz")
             ...     again = fastvae.Evaluation.load(f"{folder}/result.npz")
