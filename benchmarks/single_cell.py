@@ -101,7 +101,7 @@ def agree(model: Any, x: Tensor) -> float:
         q = module.inference(x, torch.zeros(len(x), 1))
         theirs = module.generative(q["z"], q["library"], torch.zeros(len(x), 1))["px"].log_prob(x).sum(1)
         log_mean = Decoder(module)(q["z"])
-        given = fastvae.core.nested.Beside(size_factor=x.sum(1))
+        given = fastvae.core.nested.Conditioning(size_factor=x.sum(1))
         ours = likelihood(module).log_likelihood(x, log_mean, 1, given)[0]
     return float(((ours - theirs) / theirs).abs().max())
 

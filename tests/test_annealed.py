@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch import distributions as td
 
 import fastvae
-from fastvae.core.nested import Beside
+from fastvae.core.nested import Conditioning
 from fastvae.core.options import STARTS
 from fastvae.distributions import (
     DiagonalNormal,
@@ -555,7 +555,7 @@ def test_what_is_made_comes_with_what_a_batch_comes_with():
         return 0.3 * z[:, :1] + context.expand(-1, X)
 
     q = torch.zeros(n, 2 * D, device=DEVICE)
-    inputs = Inputs.read(x, q, decoder, "poisson", None, Beside(mask, size, context))
+    inputs = Inputs.read(x, q, decoder, "poisson", None, Conditioning(mask, size, context))
     z, made = simulate(inputs, D, torch.float32, generator(1))
     assert made.shape == x.shape
     assert bool((made.isnan() == ~mask).all())
@@ -594,8 +594,8 @@ def test_what_is_made_of_several_parts_and_outputs():
     def prior(context):
         return FullNormal.of(5 * context.expand(-1, D), torch.eye(D, device=DEVICE).expand(n, D, D))
 
-    beside = Beside({"counts": mask}, {"counts": size, "other": size}, context)
-    inputs = Inputs.read(x, torch.zeros(n, 2 * D, device=DEVICE), decoder, likelihood, prior, beside)
+    conditioning = Conditioning({"counts": mask}, {"counts": size, "other": size}, context)
+    inputs = Inputs.read(x, torch.zeros(n, 2 * D, device=DEVICE), decoder, likelihood, prior, conditioning)
     z, made = simulate(inputs, D, torch.float32, generator(1))
     assert abs(float((z - 5 * context).mean())) < 5 / math.sqrt(n * D)
     assert float((z - 5 * context).var()) == pytest.approx(1, abs=5 * math.sqrt(2 / (n * D)))
@@ -762,9 +762,9 @@ def test_what_an_audit_cannot_do_is_said_before_the_work():
     drawn = []
 
     class Counting(Gaussian):
-        def log_likelihood(self, x, parameters, samples, beside=None):
+        def log_likelihood(self, x, parameters, samples, conditioning=None):
             drawn.append(samples)
-            return super().log_likelihood(x, parameters, samples, beside)
+            return super().log_likelihood(x, parameters, samples, conditioning)
 
     with pytest.raises(ValueError, match="no gradient for z"):
         evaluate_parts(

@@ -31,7 +31,7 @@ class Given(Likelihood):
         self.register_buffer("table", table)
         self.drawn = 0
 
-    def log_likelihood(self, x, parameters, samples, beside=None):
+    def log_likelihood(self, x, parameters, samples, conditioning=None):
         start, self.drawn = self.drawn, self.drawn + samples
         return self.table[start : start + samples, x[:, 0].long()]
 
@@ -73,7 +73,7 @@ def test_what_is_known_stops():
     class ByExample(Likelihood):
         """Likelihood that depends on the example's index, its first pixel, and on z."""
 
-        def log_likelihood(self, x, parameters, samples, beside=None):
+        def log_likelihood(self, x, parameters, samples, conditioning=None):
             z = parameters.reshape(samples, len(x), D)[..., 0]
             kinds = [
                 0 * z,

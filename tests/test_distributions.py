@@ -108,8 +108,8 @@ def test_composed_chunks_are_the_whole(route):
         parts = [draw_chunk(q, p, e - s, SEED, s, 0, route) for s, e in cuts]
         z, ratio = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         assert all((part[2] is None) == (encoder is None) for part in parts)
-        told = None if encoder is None else torch.cat([part[2] for part in parts])
-        value = weighed((z * weight).sin().sum(2), ratio, told, IWAE(), encoder)
+        q_grad = None if encoder is None else torch.cat([part[2] for part in parts])
+        value = weighed((z * weight).sin().sum(2), ratio, q_grad, IWAE(), encoder)
         return [value, *torch.autograd.grad(value.sum(), leaves)]
 
     expected = bound(DiagonalNormal, [(0, K)])

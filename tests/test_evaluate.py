@@ -185,7 +185,7 @@ def test_stopping_waits_for_the_first_weight():
     """While all weights are 0 the error is unknown and drawing continues; a warning says if it stays so."""
 
     class Rare(fastvae.likelihoods.Likelihood):
-        def log_likelihood(self, x, parameters, samples, beside=None):
+        def log_likelihood(self, x, parameters, samples, conditioning=None):
             return torch.where(parameters.reshape(samples, x.shape[0], D)[..., 0] > x[:, 0], 0.0, -math.inf)
 
     x = torch.tensor([[2.5], [50.0], [-9.0]], device=DEVICE).expand(3, X)
@@ -1719,9 +1719,9 @@ def test_data_are_not_rounded_to_half_precision(dtype):
     seen = []
 
     class Counts(Poisson):
-        def log_likelihood(self, x, parameters, samples, beside=None):
-            seen.append((x, beside.size_factor))
-            return super().log_likelihood(x, parameters, samples, beside)
+        def log_likelihood(self, x, parameters, samples, conditioning=None):
+            seen.append((x, conditioning.size_factor))
+            return super().log_likelihood(x, parameters, samples, conditioning)
 
     evaluate_parts(
         encoder, decoder, [(x, size)], k=3, prepare_batch=lambda b: {"x": b[0] * 1.0, "size_factor": b[1]},

@@ -190,7 +190,7 @@ def test_any_posterior_with_any_prior(q, p):
     z, _ = rsample_log_prob(read_q, K, seed)
     log_q, log_p = read_q.log_prob(z), read_p.log_prob(z)
     parts = fastvae.log_weights(x, posterior, decoder, k=K, generator=generator(5), **options)
-    shares = read_q.log_shares(K, seed) if read_q.strata > 1 else torch.zeros(1, 1, dtype=z.dtype)
+    shares = read_q.log_stratum_weights(K, seed) if read_q.strata > 1 else torch.zeros(1, 1, dtype=z.dtype)
     torch.testing.assert_close(parts.log_ratio, log_p - log_q + shares, rtol=1e-8, atol=1e-8)
     log_likelihood = td.Bernoulli(logits=decoder(z)).log_prob(x).sum(-1)
     torch.testing.assert_close(parts.log_likelihood, log_likelihood, rtol=1e-8, atol=1e-8)
@@ -728,7 +728,7 @@ def test_reconstruct_decodes_the_mean_of_a_mixture(per_row):
     p = Parameters()
     q = Mixture([(p(B, D), p(B, D)), Gumbel(p(B, D), p(B, D))], p(*([B] if per_row else []), 2))
     z, _ = q.rsample_log_prob(20_000, SEED)
-    weighted = q.log_shares(20_000, SEED).exp()[..., None] * z
+    weighted = q.log_stratum_weights(20_000, SEED).exp()[..., None] * z
     error = weighted.std(0) / math.sqrt(len(z))
     assert bool(((weighted.mean(0) - q.mean).abs() < 6 * error).all())
     vae = fastvae.VAE(nn.Linear(X, 6).double(), nn.Linear(D, X).double(), latent_dim=D, **BERNOULLI).to(
@@ -998,8 +998,8 @@ def test_paths_with_every_prior():
     """The "paths" route of q's gradient works with every prior."""
     q = as_posterior(POSTERIORS["full"](Parameters()))
     for make in PRIORS.values():
-        _, _, told = draw_chunk(q, as_prior(make(Parameters())).prepared(), K, SEED, 0, 0, "paths")
-        assert told.shape == (K, B) and not told.any()
+        _, _, q_grad = draw_chunk(q, as_prior(make(Parameters())).prepared(), K, SEED, 0, 0, "paths")
+        assert q_grad.shape == (K, B) and not q_grad.any()
 
 
 # Mismatches

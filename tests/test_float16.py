@@ -108,9 +108,9 @@ def test_what_ones_own_likelihood_returns_is_summed_in_float32(name, dtype, mask
     each = likelihood.log_prob(x.repeat(K, 1), outputs).reshape(K, B, -1).float()
     each = each if mask is None else torch.where(mask, each, 0)
     expected = each.double().sum(2).float()
-    from fastvae.core.nested import Beside
+    from fastvae.core.nested import Conditioning
 
-    found = likelihood.log_likelihood(x, outputs, K, Beside.of(mask, None, None))
+    found = likelihood.log_likelihood(x, outputs, K, Conditioning.of(mask, None, None))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
 
 

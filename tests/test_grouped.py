@@ -269,13 +269,13 @@ def test_masks(model, backend):
     everything = torch.ones(x.shape, dtype=torch.bool, device=DEVICE)
     torch.testing.assert_close(run(mask=everything), run(), rtol=1e-5, atol=1e-4)
     z = randn(K * B, D, seed=5)
-    nothing = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Beside(~everything))
+    nothing = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Conditioning(~everything))
     assert bool((nothing == 0).all())
     if model == "multinomial":
         # As if only the observed classes existed.
         mask = everything.clone()
         mask[:, :, 1] = False
-        got = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Beside(mask))
+        got = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Conditioning(mask))
         kept = torch.tensor([True, False, True, True], device=DEVICE)
         expected = known.log_likelihood(x[..., kept], decoder(z)[..., kept], K)
         torch.testing.assert_close(got, expected)
@@ -283,7 +283,7 @@ def test_masks(model, backend):
         # Only the first row of pixels.
         mask = everything.clone()
         mask[..., 1:, :] = False
-        got = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Beside(mask))
+        got = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Conditioning(mask))
         outputs = decoder(z)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         few = tuple(o[..., :1, :] for o in outputs)
@@ -292,7 +292,7 @@ def test_masks(model, backend):
         if model == "coupled":  # an unobserved channel is marginalised if no other depends on it
             mask = everything.clone()
             mask[:, 2] = False
-            two = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Beside(mask))
+            two = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Conditioning(mask))
             wide = [
                 o.flatten(2 + (i > 0)).reshape(K, B, C, *([3] if i else []), -1)
                 for i, o in enumerate(outputs)

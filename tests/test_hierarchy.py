@@ -179,7 +179,7 @@ class Networks(nn.Module):
             def net(i, o):
                 return nn.Sequential(nn.Linear(i, 8), nn.Tanh(), nn.Linear(8, o))
 
-            class Beside(nn.Module):
+            class Conditioning(nn.Module):
                 def __init__(self, i, o):
                     super().__init__()
                     self.net = net(i, o)
@@ -188,15 +188,15 @@ class Networks(nn.Module):
                     return self.net(torch.cat(args, 1))
 
             def posterior(i, state, o):
-                return Beside(i + (0 if merge == "precision" else state), 2 * o)
+                return Conditioning(i + (0 if merge == "precision" else state), 2 * o)
 
             mu, logvar = (nn.Parameter(0.3 * torch.randn(a)) for _ in range(2))
             self.bottom = nn.Linear(X, features)
             self.hierarchy = Hierarchy([
-                Level(a, Beside(features, 2 * a), prior=DiagonalNormal(mu, logvar), merge=merge),
+                Level(a, Conditioning(features, 2 * a), prior=DiagonalNormal(mu, logvar), merge=merge),
                 Level(b, posterior(features, a, b), prior=net(a, 2 * b), merge=merge),
                 Level(c, posterior(features, wide, c), prior=net(wide, 2 * c), merge=merge,
-                      top_down=Beside(b + a, wide) if deterministic else None),
+                      top_down=Conditioning(b + a, wide) if deterministic else None),
             ])  # fmt: skip
             self.decoder = nn.Linear(sum(dims), X)
         self.to(DEVICE, F64)

@@ -115,7 +115,7 @@ def test_running_maximum_may_rise_and_fall():
     class Given(Likelihood):
         """Likelihood for a decoder that returns log p(x|z) itself."""
 
-        def log_likelihood(self, x, parameters, samples, beside=None):
+        def log_likelihood(self, x, parameters, samples, conditioning=None):
             return parameters.reshape(samples, x.shape[0]).to(x.device)
 
     def decoder(z):

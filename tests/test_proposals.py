@@ -442,7 +442,7 @@ def test_first_weights_that_are_all_zero_or_nearly():
     """The fit is tempered, or that of q's own draws, if all or nearly all first weights are zero."""
 
     class Rare(Likelihood):
-        def log_likelihood(self, x, parameters, samples, beside=None):
+        def log_likelihood(self, x, parameters, samples, conditioning=None):
             return torch.where(parameters.reshape(samples, x.shape[0], D)[..., 0] > x[:, 0], 0.0, -math.inf)
 
     x = torch.tensor([[1.5], [2.5], [50.0], [-9.0]], device=DEVICE).expand(4, X)
@@ -560,22 +560,26 @@ def test_stratified_mixture_by_randomisations():
     seeds = random.seed_of("qmc", seed_of(2), 3)
     for mixture in (StratifiedMixture([near, far], [0.93, 0.07]), StratifiedMixture([both, far], [0.9, 0.1])):
         z, log_q = mixture.rsample_log_prob(210, seeds)
-        shares = mixture.log_shares(210, seeds)
+        shares = mixture.log_stratum_weights(210, seeds)
         for r in range(3):
             own = seeds[r : r + 1]
             torch.testing.assert_close(z[r::3], mixture.draw(70, own, 0, 0))
-            torch.testing.assert_close(shares[r::3], mixture.log_shares(70, own))
+            torch.testing.assert_close(shares[r::3], mixture.log_stratum_weights(70, own))
         for start, stop in ((0, 1), (1, 3), (77, 108)):
             place = {"sample_offset": start}
             torch.testing.assert_close(
                 mixture.rsample_log_prob(stop - start, seeds, **place)[0], z[start:stop]
             )
-            torch.testing.assert_close(mixture.log_shares(stop - start, seeds, **place), shares[start:stop])
+            torch.testing.assert_close(
+                mixture.log_stratum_weights(stop - start, seeds, **place), shares[start:stop]
+            )
         torch.testing.assert_close(log_q, mixture.log_prob(z))
     # Draws of examples that stay are weighted as those of the first part alone.
     stays = torch.tensor([False, True, False, True], device=DEVICE)
-    shares, own = (m.log_shares(30, seed_of(2)) for m in (StratifiedMixture([both, far], [0.9, 0.1]), both))
-    found = StratifiedMixture([both, far], [0.9, 0.1], stays=stays).log_shares(30, seed_of(2))
+    shares, own = (
+        m.log_stratum_weights(30, seed_of(2)) for m in (StratifiedMixture([both, far], [0.9, 0.1]), both)
+    )
+    found = StratifiedMixture([both, far], [0.9, 0.1], stays=stays).log_stratum_weights(30, seed_of(2))
     assert bool(own.any()) and not torch.equal(own.expand_as(shares), shares)
     torch.testing.assert_close(found, torch.where(stays, own, shares))
 

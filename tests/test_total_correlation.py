@@ -123,14 +123,14 @@ def test_posteriors_with_covariances(family):
     """Marginals come from the covariance's diagonal; gradients reach the off-diagonal elements too."""
     x, mu, logvar, weight = inputs()
     if family == "full":
-        beside = randn(B, D * (D + 1) // 2, seed=7, **WIDE).requires_grad_()
-        q = FullNormal(mu, beside)
+        factor = randn(B, D * (D + 1) // 2, seed=7, **WIDE).requires_grad_()
+        q = FullNormal(mu, factor)
         scale = q._parts()[1]
         covariance = scale @ scale.mT
     else:
-        beside = randn(B, D, 1, seed=7, **WIDE).requires_grad_()
-        q = LowRankNormal(mu, logvar, beside)
-        covariance = beside @ beside.mT + torch.diag_embed(logvar.exp())
+        factor = randn(B, D, 1, seed=7, **WIDE).requires_grad_()
+        q = LowRankNormal(mu, logvar, factor)
+        covariance = factor @ factor.mT + torch.diag_embed(logvar.exp())
     seed = fastvae.random.draw_seed(DEVICE, generator(5))
     z, _ = q.rsample_log_prob(1, seed)
     terms = fastvae.beta_tc(
@@ -144,7 +144,7 @@ def test_posteriors_with_covariances(family):
     for got, part in zip(_each(terms)[2:], expected, strict=True):
         torch.testing.assert_close(got, part, rtol=1e-9, atol=1e-9)
     gradients = (
-        torch.autograd.grad(t.sum(), (mu, beside), retain_graph=True)
+        torch.autograd.grad(t.sum(), (mu, factor), retain_graph=True)
         for t in (terms.total_correlation, expected[1])
     )
     for got, part in zip(*gradients, strict=True):

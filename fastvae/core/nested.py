@@ -93,7 +93,7 @@ def event_size(x: Any) -> int:
     return sum(t.shape[1:].numel() for t in tensors(x))
 
 
-class Beside(NamedTuple):
+class Conditioning(NamedTuple):
     """Conditioning inputs of a batch: mask of observed elements, size factors and context.
 
     Each is None or has x's batch axis.
@@ -104,19 +104,19 @@ class Beside(NamedTuple):
     context: Any = None
 
     @classmethod
-    def of(cls, mask: Any, size_factor: Any, context: Any) -> Beside | None:
+    def of(cls, mask: Any, size_factor: Any, context: Any) -> Conditioning | None:
         """Return the three inputs as a record, or None if all are None."""
         given = mask is not None or size_factor is not None or context is not None
         return cls(mask, size_factor, context) if given else None
 
-    def at(self, rows: Tensor) -> Beside:
+    def at(self, rows: Tensor) -> Conditioning:
         """Select the examples with indices ``rows``."""
-        return Beside(*(each(lambda t: t[rows], part) for part in self))
+        return Conditioning(*(each(lambda t: t[rows], part) for part in self))
 
-    def part(self, name: str) -> Beside | None:
+    def part(self, name: str) -> Conditioning | None:
         """Return the mask and size factors of one part of x, or None without both."""
         mask, size_factor = (p.get(name) if isinstance(p, Mapping) else None for p in self[:2])
-        return Beside.of(mask, size_factor, None)
+        return Conditioning.of(mask, size_factor, None)
 
 
 def check_batch(

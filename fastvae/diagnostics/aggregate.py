@@ -183,13 +183,13 @@ def _posteriors(
     device, dtype = place_of(vae.encoder, vae.decoder)
     axes = None
     for batch in batches_of(data, batch_size, "none"):
-        given, beside = unpacked(batch, prepare_batch)
+        given, conditioning = unpacked(batch, prepare_batch)
         x = data_of(given, axes, vae.likelihood)
         if isinstance(x, Tensor):
             axes = [x.dim()]
             x = x.to(device or x.device, dtype if x.is_floating_point() else None)
-        if beside is not None and beside.context is not None:
-            yield vae.posterior(x, beside.context)
+        if conditioning is not None and conditioning.context is not None:
+            yield vae.posterior(x, conditioning.context)
         elif not isinstance(x, Tensor) or len(x):
             yield vae.posterior(x)
 

@@ -16,7 +16,7 @@ from .draws import (
     draw_ratio,
     draw_strata,
     draw_z,
-    log_shares,
+    log_stratum_weights,
     rsample_log_prob,
 )
 from .encoded import AggregatePosterior, VampPrior
@@ -77,7 +77,7 @@ __all__ = [
     "is_conditional",
     "is_family",
     "known_mean",
-    "log_shares",
+    "log_stratum_weights",
     "register_kl",
     "rsample_log_prob",
     "tensors_of",

@@ -317,7 +317,8 @@ class Distribution(Holder):
         k = check_count("k", k, "the number of draws")
         if self.strata > 1:
             raise NotImplementedError(
-                f"{self.family.__name__} has strata, whose draws follow q only with the weights of log_shares"
+                f"{self.family.__name__} has strata, whose draws follow q only with the weights of "
+                "log_stratum_weights"
             )
         if self.has_rows:
             return self.rsample_log_prob(k, draw_seed(self.device, generator))[0]
@@ -362,7 +363,7 @@ class Distribution(Holder):
         """
         return self
 
-    def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
+    def log_stratum_weights(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         """Return the log of each draw's weight, [K, B] or [K, 1], for a q with ``strata``; mean weight 1.
 
         Args:
@@ -370,7 +371,7 @@ class Distribution(Holder):
             seed: as in :meth:`rsample_log_prob`.
             sample_offset: as in :meth:`rsample_log_prob`.
         """
-        raise NotImplementedError(f"{self.family.__name__} has strata, but no log_shares")
+        raise NotImplementedError(f"{self.family.__name__} has strata, but no log_stratum_weights")
 
     @property
     def is_own(self) -> bool:

@@ -336,9 +336,9 @@ def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tens
     prior_mu, prior_logvar = _of_prior(p, mu)
     inverse = torch.exp(-0.5 * prior_logvar)
     # Diagonal terms L² − 1 − log L², without cancellation, and squares of the off-diagonal entries.
-    beside = torch.tril(scale * inverse[..., None], -1).square().sum(-1)
+    cross = torch.tril(scale * inverse[..., None], -1).square().sum(-1)
     move = (mu - prior_mu) * inverse
-    return 0.5 * (expm1_minus(2 * logs - prior_logvar) + beside + move.square())
+    return 0.5 * (expm1_minus(2 * logs - prior_logvar) + cross + move.square())
 
 
 def _root(d: DiagonalNormal | FullNormal | LowRankNormal) -> tuple[Tensor, Tensor, Tensor]:
@@ -364,8 +364,8 @@ def _kl_roots(q: DiagonalNormal | FullNormal | LowRankNormal, p: FullNormal | Lo
     prior_mu, prior_scale, prior_logs = _root(p)
     white = torch.linalg.solve_triangular(prior_scale, scale, upper=False)
     move = torch.linalg.solve_triangular(prior_scale, (mu - prior_mu)[..., None], upper=False)[..., 0]
-    beside = torch.tril(white, -1).square().sum(-1)
-    kl: Tensor = 0.5 * (expm1_minus(2 * (logs - prior_logs)) + beside + move.square()).sum(-1)
+    cross = torch.tril(white, -1).square().sum(-1)
+    kl: Tensor = 0.5 * (expm1_minus(2 * (logs - prior_logs)) + cross + move.square()).sum(-1)
     return kl
 
 
@@ -376,7 +376,7 @@ def _kl_low_rank(q: LowRankNormal, p: StandardNormal | DiagonalNormal) -> Tensor
     prior_mu, prior_logvar = _of_prior(p, mu)
     inverse = torch.exp(-0.5 * prior_logvar)
     _, capacitance = q._capacitance(logvar, factor)
-    beside = (factor * inverse[..., None]).square().sum(-1)
+    cross = (factor * inverse[..., None]).square().sum(-1)
     move = (mu - prior_mu) * inverse
-    terms = expm1_minus(logvar - prior_logvar) + beside + move.square()
+    terms = expm1_minus(logvar - prior_logvar) + cross + move.square()
     return 0.5 * terms.sum(-1) - capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -122,7 +122,7 @@ def draw_ratio(
         parameters = q.mu, q.logvar, q.form  # type: ignore[attr-defined]
         return flat_log_ratio(parameters, prior, seed, samples, row_offset, estimator, alpha, groups)
     z, log_ratio, _ = _composed(q, p, samples, seed, estimator, alpha, groups, row_offset=row_offset)
-    shares = log_shares(q, samples, seed)
+    shares = log_stratum_weights(q, samples, seed)
     return z.flatten(0, 1), log_ratio if shares is None else log_ratio + shares
 
 
@@ -131,7 +131,7 @@ def draw_strata(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return z [K, B, D], log p(z) − log q(z|x) [K, B] and the draws' weights [K, B], for a q with strata."""
     z, log_ratio, _ = _composed(q, p, samples, seed, "iwae", row_offset=row_offset)
-    return z, log_ratio, q.log_shares(samples, seed).exp().expand(log_ratio.shape)
+    return z, log_ratio, q.log_stratum_weights(samples, seed).exp().expand(log_ratio.shape)
 
 
 def draw_chunk(
@@ -153,9 +153,9 @@ def draw_chunk(
     place: dict[str, Any]
     place = {"sample_offset": sample_offset, "row_offset": row_offset}
     if prior is _NOT_FUSED or route in ("tied", "score"):
-        z, log_ratio, told = _composed(q, p, samples, seed, route, **place)
-        shares = log_shares(q, samples, seed, sample_offset)
-        return z, log_ratio if shares is None else log_ratio + shares, told
+        z, log_ratio, q_grad = _composed(q, p, samples, seed, route, **place)
+        shares = log_stratum_weights(q, samples, seed, sample_offset)
+        return z, log_ratio if shares is None else log_ratio + shares, q_grad
     place |= options(q.form)  # type: ignore[attr-defined]
     by_paths = route == "paths"
     z, log_ratio, *zeros = ops.rsample_log_ratio(
@@ -205,14 +205,14 @@ def _composed(
         return z, _log_prob(p, z, "p(z)") - log_q, None
     log_p = _log_prob(*fixed_at(p, z), "p(z)")
     log_ratio = _log_prob(_frozen(p, z, route), z, "p(z)") - log_q
-    z, log_ratio, told = _Rerouted.apply(z, log_ratio, alpha, groups, route != "dreg")  # type: ignore[no-untyped-call]
+    z, log_ratio, q_grad = _Rerouted.apply(z, log_ratio, alpha, groups, route != "dreg")  # type: ignore[no-untyped-call]
     # The prior's parameters get the bound's gradient, at a detached z.
-    return z, log_ratio + (log_p - log_p.detach()), told
+    return z, log_ratio + (log_p - log_p.detach()), q_grad
 
 
-def log_shares(q: Distribution, samples: int, seed: Tensor, sample_offset: int = 0) -> Tensor | None:
+def log_stratum_weights(q: Distribution, samples: int, seed: Tensor, sample_offset: int = 0) -> Tensor | None:
     """Return the log weights of strata, [K, B] or [K, 1], or None if all draws have equal weight."""
-    return q.log_shares(samples, seed, sample_offset=sample_offset) if q.strata > 1 else None
+    return q.log_stratum_weights(samples, seed, sample_offset=sample_offset) if q.strata > 1 else None
 
 
 _ASKED = {"paths": "estimator='dreg'", "tied": "a bound of the encoder's own"}
@@ -236,22 +236,22 @@ def _frozen(distribution: Distribution, z: Tensor, route: str) -> Distribution:
 class _Rerouted(torch.autograd.Function):
     """Identity on z and the log-ratio whose backward pass multiplies their gradients by a factor per sample.
 
-    The factor is DReG's, computed from the log-ratio's upstream gradient; or, with ``told``, the upstream
+    The factor is DReG's, computed from the log-ratio's upstream gradient; or, with ``q_grad``, the upstream
     gradient of the third result, zeros [K, B], divided by that of the log-ratio.
     """
 
     @staticmethod
-    def forward(z: Tensor, log_ratio: Tensor, alpha: float, groups: int, told: bool) -> tuple[Any, ...]:
-        return z.view_as(z), log_ratio.view_as(log_ratio), torch.zeros_like(log_ratio) if told else None
+    def forward(z: Tensor, log_ratio: Tensor, alpha: float, groups: int, q_grad: bool) -> tuple[Any, ...]:
+        return z.view_as(z), log_ratio.view_as(log_ratio), torch.zeros_like(log_ratio) if q_grad else None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         ctx.set_materialize_grads(False)
-        *_, ctx.alpha, ctx.groups, ctx.told = inputs
+        *_, ctx.alpha, ctx.groups, ctx.q_grad = inputs
 
     @staticmethod
     def backward(ctx: Any, grad_z: Any, grad_ratio: Any, grad_told: Any) -> Any:
-        if ctx.told:
+        if ctx.q_grad:
             weight = path_weight(grad_ratio, grad_told)
         else:
             weight = dreg_weight(grad_ratio, ctx.alpha, ctx.groups)

@@ -14,7 +14,7 @@ from .. import random
 from ..core.checks import check_count, check_tensor, shape_of
 from ..ops.op import accumulator
 from .base import Distribution, hold, is_family, is_real
-from .draws import Drawable, draw_z, log_shares
+from .draws import Drawable, draw_z, log_stratum_weights
 from .read import as_component
 from .wrapped import TorchDistribution, at_address
 
@@ -202,7 +202,7 @@ class Mixture(Distribution):
             drawn[c] = like = draw(c, component)
         return [drawn[c] for c in range(self.strata)]
 
-    def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
+    def log_stratum_weights(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         dtype = torch.float32 if self.logits is None else accumulator(self.logits.dtype)
         weights = self._log_weights(torch.empty((), dtype=dtype, device=seed.device)) + math.log(self.strata)
         chosen = torch.remainder(self._turns(samples, seed, sample_offset)[0], self.strata)
@@ -263,7 +263,7 @@ class Mixture(Distribution):
         """
         raise NotImplementedError(
             f"{self.family.__name__} has no rsample: the choice of a component is not differentiable. Use "
-            "sample, or rsample_log_prob, whose stratified draws log_shares weights"
+            "sample, or rsample_log_prob, whose stratified draws log_stratum_weights weights"
         )
 
     def rows(self, start: int, stop: int) -> Mixture | None:
@@ -356,15 +356,15 @@ class StratifiedMixture(Drawable):
         own = draw_z(self._own, samples, seed, sample_offset, row_offset)
         return torch.where(self._stays[:, None], own, z.to(own.dtype))
 
-    def log_shares(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
+    def log_stratum_weights(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         """Return the log weight of each draw within a component that is itself a stratified mixture."""
         shares = torch.zeros(samples, self.batch, device=seed.device)
         for part, place, own_seed, first in self._turns(samples, seed, sample_offset):
-            found = log_shares(part, len(place), own_seed, first)
+            found = log_stratum_weights(part, len(place), own_seed, first)
             if found is not None:
                 shares = shares.to(found.dtype)
                 shares[place.to(seed.device)] = found.expand(-1, self.batch)
-        own = log_shares(self._own, samples, seed, sample_offset)
+        own = log_stratum_weights(self._own, samples, seed, sample_offset)
         if self._stays is None or own is None:
             return shares if self._stays is None else torch.where(self._stays, 0.0, shares)
         return torch.where(self._stays, own.to(shares.dtype), shares)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_count
 from ..core.hints import teaches
-from ..core.nested import Beside
+from ..core.nested import Conditioning
 from ..core.options import Noise, ProposalName
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
@@ -99,7 +99,7 @@ def log_marginal(
         >>> fastvae.log_marginal(torch.rand(16, 8), q, decoder, k=100, likelihood="bernoulli").log_px.shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     k = check_count("k", k, "the importance samples per example")
     chunks, proposal = Chunks(k_chunk), as_proposal(proposal, noise)
     if type(row_offset) is not int or row_offset:
@@ -164,8 +164,8 @@ def reconstruction_log_prob(
         >>> fastvae.reconstruction_log_prob(x, q, decoder, k=30, likelihood="bernoulli").shape
         torch.Size([16])
     """
-    beside = Beside.of(mask, size_factor, context)
-    inputs = Inputs.read(x, q, decoder, likelihood, None, beside, compared=False)
+    conditioning = Conditioning.of(mask, size_factor, context)
+    inputs = Inputs.read(x, q, decoder, likelihood, None, conditioning, compared=False)
     k = check_count("k", k, "the draws per example")
     chunks = Chunks(k_chunk)
     if type(row_offset) is not int or row_offset:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.checks import check_count
 from ..core.nested import event_size
-from ..distributions import Distribution, draw_chunk, log_shares, rsample_log_prob
+from ..distributions import Distribution, draw_chunk, log_stratum_weights, rsample_log_prob
 from ..inputs.batch import Inputs
 from ..likelihoods.base import Declared
 from ..random import randomisations_of
@@ -101,7 +101,7 @@ def stream(
                 part = draw_chunk(q, inputs.prior, count, seed, start, offset)[:2]
             else:
                 part = rsample_log_prob(q, count, seed, sample_offset=start, row_offset=offset)[:1]
-                shares = log_shares(q, count, seed, start)
+                shares = log_stratum_weights(q, count, seed, start)
                 if shares is not None:
                     part = part[0], shares.expand(count, q.batch)
             parts.append(part if wanted is None else tuple(v[:, wanted] for v in part))
@@ -112,7 +112,7 @@ def stream(
     while start < stop:
         count = chunks.draws(inputs, batch, stop - start)
         log_w = None
-        with spared_memory_errors() if count > 1 else contextlib.nullcontext():
+        with suppress_out_of_memory() if count > 1 else contextlib.nullcontext():
             log_w = draw(count)
         # Outside the exception handler, whose traceback would keep the failed chunk's tensors alive.
         if log_w is None:
@@ -145,7 +145,7 @@ def spans_of(
 
 
 @contextlib.contextmanager
-def spared_memory_errors() -> Iterator[None]:
+def suppress_out_of_memory() -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):

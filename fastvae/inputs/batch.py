@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.checks import check_same_device, shape_of, signed
 from ..core.fast_path import are_batch
 from ..core.nested import (
-    Beside,
+    Conditioning,
     all_tensors,
     as_mask,
     as_size_factor,
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
     decoder: Callable[..., Any]
     likelihood: Likelihood
     prior: Distribution
-    beside: Beside | None = None
+    conditioning: Conditioning | None = None
 
     @classmethod
     def read(
@@ -56,12 +56,12 @@ class Inputs(NamedTuple):
         decoder: Any,
         likelihood: Any,
         prior: Any,
-        beside: Beside | None = None,
+        conditioning: Conditioning | None = None,
         compared: bool = True,
     ) -> Inputs:
         """Validate the user's arguments; with ``compared``, also the supports of q and the prior."""
         # Fast path: a pair (mu, logvar), a named likelihood and the standard prior.
-        if type(q) is tuple and len(q) == 2 and prior is None and beside is None:
+        if type(q) is tuple and len(q) == 2 and prior is None and conditioning is None:
             known: Any = SHARED.get(likelihood) if type(likelihood) is str else None
             fits = known is not None and callable(decoder) and are_batch(x, *q)
             if fits and (known.differentiable or not x.requires_grad):
@@ -77,18 +77,20 @@ class Inputs(NamedTuple):
                 f"{type(decoder).__name__}. Pass the decoder itself, not its output"
             )
         context = None
-        if beside is not None:
-            mask, size_factor, context = beside
+        if conditioning is not None:
+            mask, size_factor, context = conditioning
             if context is not None:
                 check_batch("context", context, q.batch, q.device)
             mask = None if mask is None else as_mask(mask, x)
-            beside = Beside(mask, None if size_factor is None else as_size_factor(size_factor, x), context)
+            conditioning = Conditioning(
+                mask, None if size_factor is None else as_size_factor(size_factor, x), context
+            )
         prior = as_prior(q.own_prior if prior is None else prior, context).prepared()
         if q.latent is not None:
             prior = flat_prior(prior, q.latent, q.batch, q)
         if compared and q.support is not REAL:
             check_support(q, prior)
-        return cls(x, q, decoder, likelihood, prior, beside)
+        return cls(x, q, decoder, likelihood, prior, conditioning)
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +98,8 @@ class Inputs(NamedTuple):
 
     def at(self, rows: Tensor) -> Inputs:
         """Select the data of the examples with indices ``rows``; q and the prior keep all rows."""
-        beside = None if self.beside is None else self.beside.at(rows)
-        return self._replace(x=each(lambda t: t[rows], self.x), beside=beside)
+        conditioning = None if self.conditioning is None else self.conditioning.at(rows)
+        return self._replace(x=each(lambda t: t[rows], self.x), conditioning=conditioning)
 
     def decode(self, z: Tensor, samples: int) -> Any:
         """Call the decoder on z [K·B, D], reshaped to [K·B, *latent], and read its output."""
@@ -118,7 +120,7 @@ class Inputs(NamedTuple):
         latent = self.q.latent
         if self.q.z_dtype is not None:
             z = z.to(self.q.z_dtype)
-        context = None if self.beside is None else self.beside.context
+        context = None if self.conditioning is None else self.conditioning.context
         if context is None and latent is None:
             return called("decoder", self.decoder, z, None)
         context = None if context is None else repeat(context, samples)
@@ -130,7 +132,7 @@ class Inputs(NamedTuple):
     def read_output(self, z: Tensor, parameters: Any, samples: int) -> Any:
         """Read what the decoder returned for z [K·B, D] as the likelihood takes it."""
         if type(parameters) is not Tensor:
-            parameters = self.likelihood.read_output(self.x, parameters, samples, self.beside)
+            parameters = self.likelihood.read_output(self.x, parameters, samples, self.conditioning)
         likelihood = self.likelihood
         looks = (likelihood.reads or likelihood.counts) and not torch.compiler.is_compiling()
         if looks and z.shape[0] and is_new(self.decoder):
@@ -166,7 +168,7 @@ class Inputs(NamedTuple):
             for name, part in _named(parameters):
                 check_same_device(f"the decoder's output{name}", part, "x", tensors(self.x)[0])
             self._check_rows(z, parameters, samples)
-        return self.likelihood.log_likelihood(self.x, parameters, samples, self.beside)
+        return self.likelihood.log_likelihood(self.x, parameters, samples, self.conditioning)
 
     def _check_rows(self, z: Tensor, parameters: Any, samples: int) -> None:
         rows = z.shape[0]

@@ -22,7 +22,7 @@ from ..core.checks import (
 from ..core.deferred import check_unchanged, multiply_out
 from ..core.fast_path import are_outputs
 from ..core.hints import described, did_you_mean, explained, teaches_by
-from ..core.nested import Beside, each, repeat, tensors
+from ..core.nested import Conditioning, each, repeat, tensors
 from ..inputs.last_layer import LastLayer
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
@@ -99,9 +99,11 @@ class Likelihood(nn.Module):
         for key, part in x.items():
             check_data(part, self, f"{name}[{key!r}]")
 
-    def log_likelihood(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Tensor:
+    def log_likelihood(
+        self, x: Any, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Tensor:
         """Return log p(x|z) [K, B] of a batch x and the decoder's output for K·B rows of z, sample-major."""
-        mask, size_factor, _ = beside or _NOTHING
+        mask, size_factor, _ = conditioning or _NOTHING
         if size_factor is not None:
             raise self.no_size()
         batch = tensors(x)[0].shape[0]
@@ -119,7 +121,9 @@ class Likelihood(nn.Module):
             value = torch.where(repeat(mask, samples), value, 0.0)
         return summed(value, samples, batch)
 
-    def read_output(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
+    def read_output(
+        self, x: Any, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Any:
         """Return the decoder's output for K·B rows of z as :meth:`fused` and :meth:`log_likelihood` take it.
 
         A last layer stays unmultiplied if a fused op takes it, and is multiplied out otherwise.
@@ -141,7 +145,9 @@ class Likelihood(nn.Module):
         """Return the event shape of the layer's output; None: the shape of the layer itself."""
         return layer.event
 
-    def fused(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
+    def fused(
+        self, x: Any, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Fused | None:
         """Return the arguments of the fused op, or None if there is no such op."""
         return None
 
@@ -179,7 +185,7 @@ class Likelihood(nn.Module):
         )  # fmt: skip
 
 
-_NOTHING = Beside()
+_NOTHING = Conditioning()
 
 
 def summed(value: Tensor, samples: int, batch: int) -> Tensor:
@@ -269,7 +275,7 @@ class Declared(Likelihood):
         return self._elements(x, parameters, 1, None)[0]
 
     def log_likelihood(
-        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Tensor:
         """Return log p(x|z) [K, B] for the decoder's output for K·B rows of z, sample-major."""
         if type(parameters) is Layers:
@@ -279,12 +285,12 @@ class Declared(Likelihood):
                 p for p in self._given(x) if isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1
             ]
             if not of_rows or samples == 1:
-                return super().log_likelihood(x, parameters, samples, beside)
+                return super().log_likelihood(x, parameters, samples, conditioning)
             # The likelihood's own parameters [B, ...] fit one batch, not K·B rows: evaluate sample by sample.
             parts = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
             drawn = [p[0] if len(p) == 1 else p for p in zip(*(p.chunk(samples) for p in parts), strict=True)]
-            return torch.cat([super(Declared, self).log_likelihood(x, p, 1, beside) for p in drawn])
-        mask, size_factor, _ = beside or _NOTHING
+            return torch.cat([super(Declared, self).log_likelihood(x, p, 1, conditioning) for p in drawn])
+        mask, size_factor, _ = conditioning or _NOTHING
         parameters = self._natural(parameters)
         if mask is not None:
             each = self._elements(observed(x, mask, self), parameters, samples, size_factor)
@@ -299,8 +305,8 @@ class Declared(Likelihood):
         given = self._given(x)
         returned = self._sized(self._read(x, parameters, samples, given), samples, size_factor)
         one_each = [p.reshape(samples, -1, 1) for p in returned]
-        held = [p.expand(x.shape).reshape(-1, 1) if isinstance(p, Tensor) else p for p in given]
-        return self._op(x.reshape(-1, 1), *self._arranged(one_each, held)).reshape(samples, *x.shape)
+        own = [p.expand(x.shape).reshape(-1, 1) if isinstance(p, Tensor) else p for p in given]
+        return self._op(x.reshape(-1, 1), *self._arranged(one_each, own)).reshape(samples, *x.shape)
 
     @property
     def _op(self) -> Callable[..., Tensor]:
@@ -346,9 +352,11 @@ class Declared(Likelihood):
         dtype = accumulator(first.dtype)
         return [torch.as_tensor(p, dtype=dtype, device=first.device).expand(first.shape) for p in every]
 
-    def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
+    def fused(
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Fused | None:
         """Return the validated arguments of the fused op, or None if they do not fit it."""
-        if not self.is_declared or (beside is not None and beside.mask is not None):
+        if not self.is_declared or (conditioning is not None and conditioning.mask is not None):
             return None
         if type(parameters) is Layers:
             return self.name, _flat(x), parameters
@@ -359,8 +367,8 @@ class Declared(Likelihood):
             if not given:
                 if self._bounded:
                     check_support(type(self), x)
-                if beside is not None:
-                    returned = self._sized(returned, samples, beside.size_factor)
+                if conditioning is not None:
+                    returned = self._sized(returned, samples, conditioning.size_factor)
                 return self.name, x, returned
         else:
             returned = self._read(x, parameters, samples, given)
@@ -369,8 +377,8 @@ class Declared(Likelihood):
         rows = [_of_the_event(p, returned[0], x) for p in given]
         if any([row is None for row in rows]):
             return None
-        if beside is not None:
-            returned = self._sized(returned, samples, beside.size_factor)
+        if conditioning is not None:
+            returned = self._sized(returned, samples, conditioning.size_factor)
         if x.dim() != 2:
             x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
         check_support(type(self), x)
@@ -391,9 +399,11 @@ class Declared(Likelihood):
         """Convert the decoder's output to the declared outputs."""
         return parameters
 
-    def read_output(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
+    def read_output(
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Any:
         if type(parameters) is LastLayer:
-            layers = self._layers(x, parameters, samples, beside)
+            layers = self._layers(x, parameters, samples, conditioning)
             if layers is not None:
                 return layers
         return self.multiplied_out(parameters, x)
@@ -401,10 +411,14 @@ class Declared(Likelihood):
     def _event(self, layer: LastLayer, x: Any) -> tuple[int, ...] | None:
         return tuple(x.shape[1:]) if layer.event is None and isinstance(x, Tensor) else layer.event
 
-    def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> Layers | None:
+    def _layers(
+        self, x: Tensor, layer: LastLayer, samples: int, conditioning: Conditioning | None
+    ) -> Layers | None:
         """Return a last layer in the fused op's form, or None if it does not fit or would not pay."""
         unfit = self.converts or not self.is_declared or x.requires_grad or not x.numel()
-        if unfit or (beside is not None and not (beside.mask is None and beside.size_factor is None)):
+        if unfit or (
+            conditioning is not None and not (conditioning.mask is None and conditioning.size_factor is None)
+        ):
             return None
         given = self._given(x)
         count, size = len(self.outputs) - len(given), x.shape[1:].numel()
@@ -431,16 +445,16 @@ class Declared(Likelihood):
             if any([b is not None for b in layer.biases]):
                 pairs = zip(layer.weights, layer.biases, strict=True)
                 bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
-        held = [None if row is None else row.reshape(-1) for row in rows]
-        return Layers(h, weight, bias, *held, *[None] * (2 - len(held)))
+        own = [None if row is None else row.reshape(-1) for row in rows]
+        return Layers(h, weight, bias, *own, *[None] * (2 - len(own)))
 
-    def _returned(self, held: int) -> tuple[str, ...]:
-        """Return the names of the decoder's outputs if the likelihood itself has ``held`` outputs."""
-        return self.outputs[: len(self.outputs) - held]
+    def _returned(self, own: int) -> tuple[str, ...]:
+        """Return the names of the decoder's outputs if the likelihood itself has ``own`` outputs."""
+        return self.outputs[: len(self.outputs) - own]
 
-    def _arranged(self, returned: Sequence[Any], held: Sequence[Any]) -> tuple[Any, ...]:
+    def _arranged(self, returned: Sequence[Any], own: Sequence[Any]) -> tuple[Any, ...]:
         """Return all outputs in the declared order."""
-        return (*returned, *held)
+        return (*returned, *own)
 
     def _read(self, x: Tensor, parameters: Any, samples: int, given: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Validate the decoder's outputs, each [K·B, *event], and return them as a tuple."""

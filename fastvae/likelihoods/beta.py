@@ -130,12 +130,12 @@ def _parts(x: Tensor, log_concentration1: Tensor, log_concentration0: Tensor) ->
     logit = torch.where(y > 0.25, torch.log1p((2 * y - 1) / (1 - y)), torch.log(y) - of_rest)
     logit = torch.where(low == other, -logit, logit)
     s = logit - (p - q)
-    held, near = s.clamp(-1, 1), s.abs() < 1
-    t = w * torch.expm1(held)
+    clamped, near = s.clamp(-1, 1), s.abs() < 1
+    t = w * torch.expm1(clamped)
     log_1pt = torch.log1p(t)
     # Far from the mode use the logarithms themselves, log(1 + exp(±logit)).
-    rise = torch.where(near, held - log_1pt, fold - (p - q) - ((-logit).clamp(min=0) - of_rest))
+    rise = torch.where(near, clamped - log_1pt, fold - (p - q) - ((-logit).clamp(min=0) - of_rest))
     fall = torch.where(near, log_1pt, logit.clamp(min=0) - of_rest - fold)
-    close = least * expm1_minus(held) - (least + largest) * log1p_rest(t)
+    close = least * expm1_minus(clamped) - (least + largest) * log1p_rest(t)
     distance = torch.where(near, close, largest * fall - least * rise)
     return p, q, least, largest, fold, w, v, rise, fall, distance, other

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import as_int, check_data, check_same_device, check_tensor, may_look, shape_of, signed
-from ..core.nested import Beside, repeat
+from ..core.nested import Conditioning, repeat
 from ..ops.grouped import categorical_rows, check_classes
 from .base import NAMED, Likelihood, describe
 from .natural import check_flag, log_of
@@ -59,18 +59,18 @@ class Categorical(Likelihood):
         self.ignore_index = as_int("ignore_index", ignore_index, "a class that x may hold")
 
     def log_likelihood(
-        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Tensor:
         if type(self).log_prob is not Categorical.log_prob:  # overridden by a subclass
-            return super().log_likelihood(x, parameters, samples, beside)
-        if beside is not None and beside.size_factor is not None:
+            return super().log_likelihood(x, parameters, samples, conditioning)
+        if conditioning is not None and conditioning.size_factor is not None:
             raise self.no_size()
         x, parameters = signed(x), self._logits(parameters)
         self._check(x, parameters, samples)
-        if beside is not None and beside.mask is not None:
+        if conditioning is not None and conditioning.mask is not None:
             # In a dtype that represents ignore_index.
             wide = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.long()
-            x = torch.where(beside.mask, wide, self.ignore_index)
+            x = torch.where(conditioning.mask, wide, self.ignore_index)
         return categorical_rows(x, parameters, self.ignore_index).reshape(samples, len(x))
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
@@ -172,11 +172,11 @@ class Multinomial(Likelihood):
             raise ValueError(f"{name} holds {float(x.min()):g}, but counts must lie at or above 0")
 
     def log_likelihood(
-        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Tensor:
         if type(self).log_prob is not Multinomial.log_prob:  # overridden by a subclass
-            return super().log_likelihood(x, parameters, samples, beside)
-        mask, size_factor, _ = beside or Beside()
+            return super().log_likelihood(x, parameters, samples, conditioning)
+        mask, size_factor, _ = conditioning or Conditioning()
         if size_factor is not None:
             raise self.no_size()
         logits = self._read(x, self._logits(parameters), samples)

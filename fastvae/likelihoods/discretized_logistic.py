@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..core.checks import check_count
 from ..core.deferred import LastLayer
-from ..core.nested import Beside
+from ..core.nested import Conditioning
 from ..ops.head import Layers
 from .base import Fused
-from .scaled import Held, Scaled, exponential_like
+from .scaled import OwnParameter, Scaled, exponential_like
 
 
 class DiscretizedLogistic(Scaled):
@@ -76,14 +76,14 @@ class DiscretizedLogistic(Scaled):
         "high=1.0), and "
         "for bytes high=255.0"
     )
-    held = {"scale": "the standard deviation times √3/π"}
+    own_parameters = {"scale": "the standard deviation times √3/π"}
 
     def __init__(
         self,
         levels: int = 256,
         low: float = 0.0,
         high: float = 1.0,
-        scale: Held = None,
+        scale: OwnParameter = None,
         *,
         learned: bool = False,
     ):
@@ -141,15 +141,17 @@ class DiscretizedLogistic(Scaled):
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
         return (*super()._given(x), -math.log(self.levels - 1))
 
-    def _arranged(self, returned: Any, held: Any) -> tuple[Any, ...]:
-        every = (*returned, *held)
+    def _arranged(self, returned: Any, own: Any) -> tuple[Any, ...]:
+        every = (*returned, *own)
         if self._is_unit:
             return every
         return (every[0] - self._origin) / self._range, every[1] - math.log(self._range), every[2]
 
-    def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> Layers | None:
+    def _layers(
+        self, x: Tensor, layer: LastLayer, samples: int, conditioning: Conditioning | None
+    ) -> Layers | None:
         # For any other range the outputs are shifted and scaled first, so they must be computed.
-        return super()._layers(x, layer, samples, beside) if self._is_unit else None
+        return super()._layers(x, layer, samples, conditioning) if self._is_unit else None
 
     def _unit(self, x: Tensor) -> Tensor:
         """Map x to [0, 1], exactly 0 and 1 at the ends."""
@@ -162,16 +164,18 @@ class DiscretizedLogistic(Scaled):
         return super()._elements(self._unit(x), parameters, samples, size_factor)
 
     def log_likelihood(
-        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Tensor:
         """Return log p(x|z) [K, B] for the decoder's output for K·B rows of z, sample-major."""
-        if beside is None or beside.mask is None:
+        if conditioning is None or conditioning.mask is None:
             x = self._unit(x)
-        return super().log_likelihood(x, parameters, samples, beside)
+        return super().log_likelihood(x, parameters, samples, conditioning)
 
-    def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
+    def fused(
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Fused | None:
         """Return the validated arguments of the fused op, or None if they do not fit it."""
-        return super().fused(self._unit(x), parameters, samples, beside)
+        return super().fused(self._unit(x), parameters, samples, conditioning)
 
     def mean(self, parameters: Any) -> Tensor:
         """Return the mean of x [N, *event] over the grid's values."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_data, check_same_device, check_tensor, may_look, shape_of
 from ..core.logistic_cells import cell_log_prob, coupled
-from ..core.nested import Beside
+from ..core.nested import Conditioning
 from ..ops.grouped import mixture_rows
 from .base import NAMED, Likelihood, describe
 
@@ -82,11 +82,11 @@ class DiscretizedLogisticMixture(Likelihood):
                 )
 
     def log_likelihood(
-        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Tensor:
         if type(self).log_prob is not DiscretizedLogisticMixture.log_prob:  # overridden by a subclass
-            return super().log_likelihood(x, parameters, samples, beside)
-        mask, size_factor, _ = beside or Beside()
+            return super().log_likelihood(x, parameters, samples, conditioning)
+        mask, size_factor, _ = conditioning or Conditioning()
         if size_factor is not None:
             raise self.no_size()
         x, parts = self._read(x, parameters, samples)

@@ -56,7 +56,7 @@ class Gaussian(Scaled):
 
     name = "gaussian"
     outputs = ("mean", "logvar")
-    held = {"scale": "a standard deviation"}
+    own_parameters = {"scale": "a standard deviation"}
 
     def __new__(cls, scale: Any = None, **options: Any) -> Gaussian:
         """Create the subclass registered for a named scale, such as ``"softplus"``."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.nested import Beside
+from ..core.nested import Conditioning
 from .base import Likelihood, as_likelihood, describe
 
 
@@ -58,11 +58,13 @@ class Joint(Likelihood):
         for key, part in self._each():
             part.check(x[key], f"{name}[{key!r}]")
 
-    def read_output(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Any:
+    def read_output(
+        self, x: Any, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Any:
         self._matched(parameters, "the decoder's output")
         returned = {}
         for name, part in self._each():
-            own = None if beside is None else beside.part(name)
+            own = None if conditioning is None else conditioning.part(name)
             returned[name] = part.read_output(x[name], parameters[name], samples, own)
         return returned
 
@@ -71,11 +73,13 @@ class Joint(Likelihood):
         parts = {} if x is None else x
         return {n: part.multiplied_out(parameters[n], parts.get(n)) for n, part in self._each()}
 
-    def log_likelihood(self, x: Any, parameters: Any, samples: int, beside: Beside | None = None) -> Tensor:
+    def log_likelihood(
+        self, x: Any, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Tensor:
         self._matched(parameters, "the decoder's output")
         total: Any = 0
         for name, part in self._each():
-            own = None if beside is None else beside.part(name)
+            own = None if conditioning is None else conditioning.part(name)
             total = total + part.log_likelihood(x[name], parameters[name], samples, own)
         return total  # type: ignore[no-any-return]
 

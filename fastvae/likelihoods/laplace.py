@@ -45,7 +45,7 @@ class Laplace(Scaled):
 
     name = "laplace"
     outputs = ("location", "log_scale")
-    held = {"scale": "the mean distance from the location"}
+    own_parameters = {"scale": "the mean distance from the location"}
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

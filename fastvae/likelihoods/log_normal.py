@@ -49,7 +49,7 @@ class LogNormal(Scaled):
     outputs = ("location", "log_scale")
     low, inside = 0.0, 1.0
     hint = "pass the positive data themselves, not their logarithms"
-    held = {"scale": "the standard deviation of log x"}
+    own_parameters = {"scale": "the standard deviation of log x"}
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

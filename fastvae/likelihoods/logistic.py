@@ -42,7 +42,7 @@ class Logistic(Scaled):
 
     name = "logistic"
     outputs = ("location", "log_scale")
-    held = {"scale": "the standard deviation times √3/π"}
+    own_parameters = {"scale": "the standard deviation times √3/π"}
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

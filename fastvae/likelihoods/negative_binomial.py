@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from ..core.torch_private import standard_gamma
-from .scaled import Held, Scaled
+from .scaled import OwnParameter, Scaled
 
 # Clamps: the log inverse dispersion, and other exponents, near the end of float32's range.
 _TOP, _MOST = 85.0, 87.0
@@ -20,18 +20,18 @@ class Overdispersed(Scaled):
     takes_integers = takes_size = True
     reads, counts = "log rates", True
     differentiable = False
-    held = {"inverse_dispersion": "the inverse dispersion"}
+    own_parameters = {"inverse_dispersion": "the inverse dispersion"}
     hint = "pass the raw counts, neither centred nor on a log scale"
 
     log_inverse_dispersion: nn.Parameter
 
-    def __init__(self, inverse_dispersion: Held = None, *, learned: bool = False):
+    def __init__(self, inverse_dispersion: OwnParameter = None, *, learned: bool = False):
         super().__init__(inverse_dispersion, learned=learned)
 
     @property
-    def inverse_dispersion(self) -> Held:
+    def inverse_dispersion(self) -> OwnParameter:
         """Inverse dispersion θ, learned or fixed; None if the decoder returns it."""
-        return self._read_held("inverse_dispersion")
+        return self._own_parameter("inverse_dispersion")
 
     @staticmethod
     def data(x: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ class NegativeBinomial(Overdispersed):
         # Use, of two equivalent forms, the one with the smaller factor, which cancels less.
         a, least = torch.where(w > v, v, w), torch.where(w > v, theta, x)
         s = torch.where(w > v, -d, d)
-        held = s.clamp(-_MOST, _MOST)
-        y, beyond = a * torch.expm1(held), s - held
+        clamped = s.clamp(-_MOST, _MOST)
+        y, beyond = a * torch.expm1(clamped), s - clamped
         outside = torch.where(beyond > 0, (n - least) * beyond, -least * beyond)
-        far = n * torch.log1p(y) - least * held + outside
-        distance = torch.where(s.abs() < 1, least * expm1_minus(held) - n * log1p_rest(y), far)
+        far = n * torch.log1p(y) - least * clamped + outside
+        distance = torch.where(s.abs() < 1, least * expm1_minus(clamped) - n * log1p_rest(y), far)
         own = stirling_error(n) - stirling_error(theta) - 0.5 * torch.log1p(x / theta)
         low = ratio.clamp(max=_MOST)
         # For mean << theta, theta log(1 + mean / theta) is the mean.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.deferred import LastLayer
-from ..core.nested import Beside
+from ..core.nested import Conditioning
 from ..ops.op import accumulator
 from .base import Fused, describe
 from .gaussian import NAMED_SCALES, Gaussian
@@ -102,10 +102,10 @@ class OptimalGaussian(Gaussian):
         finally:
             self._now = None
 
-    def _layers(self, x: Tensor, layer: LastLayer, samples: int, beside: Beside | None) -> None:
+    def _layers(self, x: Tensor, layer: LastLayer, samples: int, conditioning: Conditioning | None) -> None:
         return None  # the variance is estimated from the mean, so it must be computed
 
-    def _returned(self, held: int) -> tuple[str, ...]:
+    def _returned(self, own: int) -> tuple[str, ...]:
         return ("mean",)
 
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
@@ -126,18 +126,20 @@ class OptimalGaussian(Gaussian):
             return super()._elements(x, parameters, samples, size_factor)
 
     def log_likelihood(
-        self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Tensor:
         """Return log p(x|z) [K, B] for the decoder's output for K·B rows of z, sample-major."""
-        with self._measured(x, parameters, samples, None if beside is None else beside.mask):
-            return super().log_likelihood(x, parameters, samples, beside)
+        with self._measured(x, parameters, samples, None if conditioning is None else conditioning.mask):
+            return super().log_likelihood(x, parameters, samples, conditioning)
 
-    def fused(self, x: Tensor, parameters: Any, samples: int, beside: Beside | None = None) -> Fused | None:
+    def fused(
+        self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
+    ) -> Fused | None:
         """Return the validated arguments of the fused op, or None if they do not fit it."""
-        if beside is not None and beside.mask is not None:
+        if conditioning is not None and conditioning.mask is not None:
             return None
         with self._measured(x, parameters, samples):
-            return super().fused(x, parameters, samples, beside)
+            return super().fused(x, parameters, samples, conditioning)
 
     def _wrong_output(self, came: Any) -> TypeError:
         return TypeError(

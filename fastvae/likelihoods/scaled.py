@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.checks import check_same_device, check_tensor, shape_of
 from .base import DECLARED, Declared, describe
 
-Held = float | Tensor | None
+OwnParameter = float | Tensor | None
 
 # Example values for error messages.
 EXAMPLES = {"scale": 0.1, "df": 4.0, "inverse_dispersion": 10.0}
@@ -25,24 +25,24 @@ class Scaled(Declared):
     parameter ``log_scale``.
 
     Attributes:
-        held: parameters that the constructor takes, by name, each with a description.
+        own_parameters: parameters that the constructor takes, by name, each with a description.
     """
 
-    held: ClassVar[dict[str, str]] = {"scale": "a scale"}
+    own_parameters: ClassVar[dict[str, str]] = {"scale": "a scale"}
 
     # Only one of the two is set, depending on ``learned``.
     log_scale: nn.Parameter
-    fixed_scale: Held
+    fixed_scale: OwnParameter
 
-    def __init__(self, scale: Held = None, *, learned: bool = False):
+    def __init__(self, scale: OwnParameter = None, *, learned: bool = False):
         super().__init__()
         self._holds: tuple[str, ...] = ()
-        self._hold(next(iter(self.held)), scale, learned)
+        self._set_parameter(next(iter(self.own_parameters)), scale, learned)
         self.learned = learned
 
-    def _hold(self, name: str, value: Held, learned: bool) -> None:
+    def _set_parameter(self, name: str, value: OwnParameter, learned: bool) -> None:
         """Register a parameter as learned or fixed; None leaves it to the decoder."""
-        names = list(self.held)
+        names = list(self.own_parameters)
         flag = "learned" if name == names[0] else f"learned_{name}"
         by_hand = self._example(names[names.index(name) :], f", {flag}=True")
         if isinstance(value, nn.Parameter) or (learned and isinstance(value, Tensor) and value.requires_grad):
@@ -52,7 +52,7 @@ class Scaled(Declared):
             )
         if learned and value is None:
             raise ValueError(f"{flag}=True needs a {name} to begin at, such as {by_hand}")
-        must = f"{name} is {self.held[name]} and must be positive and finite"
+        must = f"{name} is {self.own_parameters[name]} and must be positive and finite"
         if value is not None and not isinstance(value, Tensor):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
@@ -79,18 +79,18 @@ class Scaled(Declared):
         shown = []
         for name in self._holds:
             learned = f"log_{name}" in self._parameters
-            flag = "learned" if name == next(iter(self.held)) else f"learned_{name}"
-            shown += [f"{name}={shown_value(self._read_held(name))}", *[f"{flag}=True"] * learned]
+            flag = "learned" if name == next(iter(self.own_parameters)) else f"learned_{name}"
+            shown += [f"{name}={shown_value(self._own_parameter(name))}", *[f"{flag}=True"] * learned]
         return ", ".join(shown)
 
-    def _read_held(self, name: str) -> Held:
+    def _own_parameter(self, name: str) -> OwnParameter:
         learned: Tensor | None = self._parameters.get(f"log_{name}")
         return getattr(self, f"fixed_{name}") if learned is None else learned.exp()
 
     @property
-    def scale(self) -> Held:
+    def scale(self) -> OwnParameter:
         """Scale, learned or fixed; None if the decoder returns it."""
-        return self._read_held("scale")
+        return self._own_parameter("scale")
 
     def _given(self, x: Tensor) -> tuple[float | Tensor, ...]:
         if not self._holds:
@@ -112,8 +112,8 @@ class Scaled(Declared):
         every, first = ", ".join(returned_all), self.outputs[0]
         if not self._holds:
             returned = 1 if isinstance(came, Tensor) else len(came) if isinstance(came, (tuple, list)) else 0
-            missing = list(self.held)[returned - 1 :] if 0 < returned < len(returned_all) else []
-            give = " and ".join(f"{name}, {self.held[name]}" for name in missing)
+            missing = list(self.own_parameters)[returned - 1 :] if 0 < returned < len(returned_all) else []
+            give = " and ".join(f"{name}, {self.own_parameters[name]}" for name in missing)
             hint = (
                 f"; for {'a ' + first if returned == 1 else 'these'} alone, give {give}: "
                 f"likelihood={self._example(missing)}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.special import half_step, half_step_slope, log1p_excess, log1p_square
 from ..core.torch_private import standard_gamma
-from .scaled import Held, Scaled, normal_like
+from .scaled import OwnParameter, Scaled, normal_like
 
 
 class StudentT(Scaled):
@@ -60,7 +60,7 @@ class StudentT(Scaled):
 
     name = "student_t"
     outputs = ("location", "log_scale", "log_df")
-    held = {"scale": "a scale", "df": "the degrees of freedom"}
+    own_parameters = {"scale": "a scale", "df": "the degrees of freedom"}
 
     log_df: nn.Parameter
 
@@ -99,8 +99,8 @@ class StudentT(Scaled):
 
     def __init__(
         self,
-        df: Held = None,
-        scale: Held = None,
+        df: OwnParameter = None,
+        scale: OwnParameter = None,
         *,
         learned: bool = False,
         learned_df: bool = False,
@@ -112,10 +112,10 @@ class StudentT(Scaled):
                 "(location, log_scale, log_df)"
             )
         super().__init__(scale, learned=learned)
-        self._hold("df", df, learned_df)
+        self._set_parameter("df", df, learned_df)
         self.learned_df = learned_df
 
     @property
-    def df(self) -> Held:
+    def df(self) -> OwnParameter:
         """Degrees of freedom, learned or fixed; None if the decoder returns them."""
-        return self._read_held("df")
+        return self._own_parameter("df")

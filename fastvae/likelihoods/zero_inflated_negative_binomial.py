@@ -67,11 +67,11 @@ class ZeroInflatedNegativeBinomial(Overdispersed):
         by_logit = torch.where(x == 0, by_logit, -torch.sigmoid(dropout_logit))
         return None, part * by_mean, part * by_dispersion, g * by_logit
 
-    def _returned(self, held: int) -> tuple[str, ...]:
-        return self.outputs[::2] if held else self.outputs
+    def _returned(self, own: int) -> tuple[str, ...]:
+        return self.outputs[::2] if own else self.outputs
 
-    def _arranged(self, returned: Sequence[Any], held: Sequence[Any]) -> tuple[Any, ...]:
-        return (returned[0], *held, *returned[1:])
+    def _arranged(self, returned: Sequence[Any], own: Sequence[Any]) -> tuple[Any, ...]:
+        return (returned[0], *own, *returned[1:])
 
     @staticmethod
     def mean_of(log_mean: Tensor, _: Tensor, dropout_logit: Tensor) -> Tensor:  # type: ignore[override]

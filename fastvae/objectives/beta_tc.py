@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count, check_weight
 from ..core.hints import teaches
-from ..core.nested import Beside
+from ..core.nested import Conditioning
 from ..core.options import REDUCTIONS, Reduction
 from ..core.records import registered
 from ..core.reductions import times
@@ -165,7 +165,7 @@ def beta_tc(
         >>> bound = fastvae.beta_tc(x, encoder(x), decoder, beta=6.0, likelihood="bernoulli")
         >>> (-bound).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     q, prior = inputs.q, inputs.prior
     k = check_count("k", k, "the draws of z per example")
     log_n = 0.0

@@ -108,7 +108,7 @@ class Bound:
         """Route by which the encoder's gradient reaches q, see :mod:`fastvae.distributions.draws`."""
         return {"iwae": "tied", "stl": "paths", "dreg": "paths"}.get(self.estimator, "score")
 
-    def told(self, log_w: Tensor) -> Tensor:
+    def q_grad(self, log_w: Tensor) -> Tensor:
         """Compute the encoder's weights [K, B], sent along :attr:`route`: a_k, or s_k for the score route."""
         return self.paths(log_w) if self.estimator == "dreg" else self.reduce(log_w)[1]
 
@@ -415,9 +415,9 @@ class TVO(Bound):
             grads = grads + length * weights * (1 + beta * centred)
         return bound, grads
 
-    def told(self, log_w: Tensor) -> Tensor:
+    def q_grad(self, log_w: Tensor) -> Tensor:
         if self.estimator != "covariance":
-            return super().told(log_w)
+            return super().q_grad(log_w)
         score = torch.zeros_like(log_w)
         for length, beta, weights, centred, _ in self._intervals(log_w):
             score = score + length * weights * ((1 - beta) * centred - 1)
@@ -453,7 +453,7 @@ class WakePhi(Bound):
     def value(self, log_w: Tensor) -> Tensor:
         raise ValueError("WakePhi trains q alone and has no value; use q_objective=WakePhi()")
 
-    def told(self, log_w: Tensor) -> Tensor:
+    def q_grad(self, log_w: Tensor) -> Tensor:
         return power_mean(log_w)[1]
 
 
@@ -473,7 +473,7 @@ class _Weighed(torch.autograd.Function):
     def forward(
         log_likelihood: Tensor,
         log_ratio: Tensor,
-        told: Tensor | None,
+        q_grad: Tensor | None,
         objective: Bound,
         encoder: Bound,
         float16: bool,
@@ -482,9 +482,9 @@ class _Weighed(torch.autograd.Function):
         dtype, wide = log_w.dtype, log_w.double()
         bound, grads = objective.reduce(wide)
         grads = without_denormals(grads, dtype)
-        if told is None:
+        if q_grad is None:
             return bound.to(dtype), grads, None
-        to_q = without_denormals(encoder.told(wide), dtype)
+        to_q = without_denormals(encoder.q_grad(wide), dtype)
         if encoder.route != "score":
             floor = torch.full_like(grads, _LEAST)
             if float16:
@@ -515,18 +515,18 @@ class _Weighed(torch.autograd.Function):
 def weighed(
     log_likelihood: Tensor,
     log_ratio: Tensor,
-    told: Tensor | None,
+    q_grad: Tensor | None,
     objective: Bound,
     encoder: Bound | None,
     float16: bool = False,
 ) -> Tensor:
     """Compute the bound [B] from log p(x|z) and log p(z) − log q(z|x), each [K, B].
 
-    ``told`` receives the gradient for q, of the encoder's bound or else of the objective. ``float16`` is True
-    if gradients by z pass through that dtype.
+    ``q_grad`` receives the gradient for q, of the encoder's bound or else of the objective. ``float16`` is
+    True if gradients by z pass through that dtype.
     """
     bound, *_ = _Weighed.apply(  # type: ignore[no-untyped-call]
-        log_likelihood, log_ratio, told, objective, encoder or objective, float16
+        log_likelihood, log_ratio, q_grad, objective, encoder or objective, float16
     )
     return bound  # type: ignore[no-any-return]
 

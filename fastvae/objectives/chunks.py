@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..core import backend as _backend
-from ..core.nested import Beside, tensors
+from ..core.nested import Conditioning, tensors
 from ..core.torch_private import functorch_is_active
 from ..distributions import draw_chunk
 from ..inputs.batch import Inputs
@@ -72,7 +72,7 @@ def chunked(
         return [inputs.log_likelihood(z, seen), *(t for t in drawn if t is not None)]
 
     if not torch.compiler.is_compiling():
-        aside = inputs.beside or Beside()
+        aside = inputs.conditioning or Conditioning()
         read = {
             "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
             "likelihood": inputs.likelihood, "mask": aside.mask, "size_factor": aside.size_factor,
@@ -85,5 +85,5 @@ def chunked(
     # The second pass runs to its end, to compare its results with the first's.
     with contextlib.nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(False):
         parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
-    log_likelihood, log_ratio, *told = (torch.cat(each) for each in zip(*parts, strict=True))
-    return log_likelihood, log_ratio, told[0] if told else None
+    log_likelihood, log_ratio, *q_grad = (torch.cat(each) for each in zip(*parts, strict=True))
+    return log_likelihood, log_ratio, q_grad[0] if q_grad else None

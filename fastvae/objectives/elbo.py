@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
 from ..core.hints import teaches
-from ..core.nested import Beside
+from ..core.nested import Conditioning
 from ..core.options import FREE_BITS_PER, KL, KLS, REDUCTIONS, FreeBitsPer, Reduction
 from ..core.torch_private import functorch_is_active
 from ..distributions import Distribution, draw_kl, draw_ratio, draw_strata
@@ -161,7 +161,7 @@ def elbo(
         >>> bound = fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")
         >>> (-bound).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     q, prior = inputs.q, inputs.prior
     # Fast path: skip validation of common argument types.
     if type(k) is not int or k < 1:

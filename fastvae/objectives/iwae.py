@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_address, check_choice, check_count
 from ..core.hints import teaches
-from ..core.nested import Beside
+from ..core.nested import Conditioning
 from ..core.options import ESTIMATORS, REDUCTIONS, Estimator, Noise, Reduction
 from ..core.records import registered
 from ..core.torch_private import AnyBatchNorm, gradient_dtypes
@@ -150,7 +150,7 @@ def iwae(
         >>> bound = fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli", estimator="dreg")
         >>> (-bound).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     if type(k) is not int or k < 1:
         k = check_count("k", k, "the importance samples per example")
     if estimator not in ESTIMATORS:
@@ -285,7 +285,7 @@ def bound(
         >>> tvo = fastvae.bounds.TVO()
         >>> (-fastvae.bound(x, encoder(x), decoder, tvo, k=20, likelihood="bernoulli")).backward()
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     if type(k) is not int or k < 1:
         k = check_count("k", k, "the importance samples per example")
     for name, value in (("objective", objective), ("q_objective", q_objective)):
@@ -321,13 +321,13 @@ def _bound(
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
     how = objective.weighing("none" if terms else reduction) if q_objective is None else None
     if inputs.q.strata > 1 and (how is None or not how.is_plain or how.over == "mean"):
-        beside = "" if q_objective is None else " with q_objective="
+        suffix = "" if q_objective is None else " with q_objective="
         raise ValueError(
-            f"q = {describe(inputs.q)} is drawn from in strata, which {objective!r}{beside} does not weigh; "
+            f"q = {describe(inputs.q)} is drawn from in strata, which {objective!r}{suffix} does not weigh; "
             "use iwae() or elbo()"
         )
     whole = k_chunk is None or k_chunk >= draws
-    told, z, output = None, None, None
+    q_grad, z, output = None, None, None
     if (q_objective is not None and q_objective.route != "score") or objective.estimator == "dreg":
         _check_rows_apart(
             inputs.decoder, draws, "q_objective=" if q_objective else f"estimator={objective.estimator!r}"
@@ -342,7 +342,7 @@ def _bound(
         route = source.estimator if tied else source.route
         narrow = _Float16(inputs)
         if whole:
-            z, log_ratio, told = draw_chunk(inputs.q, inputs.prior, draws, seed, 0, row_offset, route)
+            z, log_ratio, q_grad = draw_chunk(inputs.q, inputs.prior, draws, seed, 0, row_offset, route)
             output = inputs.output(z.flatten(0, 1), draws) if terms else None
             log_likelihood = inputs.log_likelihood(z, narrow.see, output)
             z = z.flatten(0, 1)
@@ -351,11 +351,11 @@ def _bound(
             # A compiled checkpoint cannot mutate outer state, so only parameters and autocast are examined.
             see = None if torch.compiler.is_compiling() else narrow.see
             drawn = chunked(inputs, seed, draws, k_chunk, route, row_offset, see)
-            log_likelihood, log_ratio, told = drawn
-        if told is None and how is not None and how.is_plain:
+            log_likelihood, log_ratio, q_grad = drawn
+        if q_grad is None and how is not None and how.is_plain:
             value, log_likelihood = reduce_samples(log_likelihood, log_ratio, None, how)
         else:
-            value = weighed(log_likelihood, log_ratio, told, objective, q_objective, narrow.found)
+            value = weighed(log_likelihood, log_ratio, q_grad, objective, q_objective, narrow.found)
             log_likelihood = log_likelihood.detach().mean(0)
             value = value if terms or reduction == "none" else getattr(value, reduction)()
     if not terms:
@@ -470,7 +470,7 @@ def log_weights(
         >>> tempered.shape
         torch.Size([16])
     """
-    inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     k = check_count("k", k, "the importance samples per example")
     check_choice("estimator", estimator, ESTIMATORS)
     if type(row_offset) is not int or row_offset:

@@ -28,7 +28,9 @@ def reduce_draws(
     else:
         parameters = inputs.decode(z, samples)
     takes_fused = beta is None or not beta.requires_grad
-    fused = inputs.likelihood.fused(inputs.x, parameters, samples, inputs.beside) if takes_fused else None
+    fused = (
+        inputs.likelihood.fused(inputs.x, parameters, samples, inputs.conditioning) if takes_fused else None
+    )
     if fused is not None:
         # From the decoder's output, or from the input of its last layer.
         run: Any = weigh_linear if type(fused[2]) is Layers else weigh

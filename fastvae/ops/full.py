@@ -200,7 +200,7 @@ class _RsampleTril(Op):
     name = "rsample_tril"
     schema = f"({_INPUTS}{_DRAW}, bool keep_noise) -> (Tensor, Tensor, Tensor)"
     record = Draw
-    told = True
+    takes_keep = True
     shown = 2
     gradient = _RsampleTrilBackward()
     native = staticmethod(_backend.native(name))

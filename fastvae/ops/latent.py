@@ -426,7 +426,7 @@ class _Draw(Op):
 
     module = "latent"
     record = Draw
-    told = True
+    takes_keep = True
 
     def check(self, *args):
         _check_inputs(self.contract, *args[:6])

@@ -56,8 +56,8 @@ class Op:
         schema: arguments and results, in torch's syntax.
         record: the type of the record.
         shown: the number of results that a caller gets; the others are for the gradient.
-        told: the op has a last argument, which callers omit: whether to keep a tensor for the C++'s backward
-            pass.
+        takes_keep: the op has a last argument, which callers omit: whether to keep a tensor for the backward
+            pass of the C++.
         gradient: the op that computes this op's gradients; without it, differentiation raises.
     """
 
@@ -66,7 +66,7 @@ class Op:
     schema: str
     record: type[Any] | None = None
     shown: int | None = None
-    told: bool = False
+    takes_keep: bool = False
     gradient: Op | None = None
 
     # A subclass defines these.
@@ -124,13 +124,13 @@ class Op:
         found = 0 if torch.compiler.is_compiling() else plain(tensors)
         way = self._ways.get((found & PLACES, _choice.get() or _default())) if found else None
         if way is None:
-            if self.told:
+            if self.takes_keep:
                 args = (*args, _cpp_differentiates(tensors))
             results = self._registered(*self._unpacked(args))
         else:
             function, node, native = way
             wanted = found & WANTED and torch.is_grad_enabled()
-            if self.told:
+            if self.takes_keep:
                 args = (*args, native if wanted else False)
             results = node.apply(*args) if wanted else function(*args)
         return results if self.shown is None else results[: self.shown]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.checks import check_address, check_choice, check_count
 from ...core.hints import teaches
-from ...core.nested import Beside, called, check_batch, decoded
+from ...core.nested import Conditioning, called, check_batch, decoded
 from ...core.options import STARTS, Start
 from ...core.records import registered
 from ...distributions import as_posterior, as_prior, draw_prior
@@ -168,7 +168,7 @@ def ais(
     settings = _settings(k, steps, leapfrog, start, k_chunk)
     found = _modules(decoder, likelihood, prior, getattr(q, "own_prior", None))
     with evaluating([*found, *check_modules(modules)]):
-        inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(mask, size_factor, context))
+        inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
         _, row_offset = check_address(settings.chains * settings.steps, inputs.q.batch, 0, row_offset)
         seed = draw_seed(inputs.q.device, generator)
         _check_repeatable(inputs, seed)
@@ -264,7 +264,7 @@ def bdmc(
             likelihood.multiplied_out(decoded(decoder, z, context, latent)), generator=made_by
         )
         q = as_posterior(called("encoder", encoder, x, context))
-        inputs = Inputs.read(x, q, decoder, likelihood, prior, Beside.of(None, None, context))
+        inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(None, None, context))
         _check_repeatable(inputs, seed)
         return MarginalBounds(*Annealing(inputs, seed, settings).bounds(z))
 

@@ -22,14 +22,14 @@ from torch import distributions as td
 from ... import random
 from ...core.nested import decoded
 from ...core.options import Start
-from ...distributions import DiagonalNormal, Distribution, log_shares
+from ...distributions import DiagonalNormal, Distribution, log_stratum_weights
 from ...distributions.draws import draw_prior, rsample_log_prob
 from ...distributions.tensors import frozen
 from ...inputs.batch import Inputs
 from ...likelihoods.base import Declared, Likelihood
 from ...likelihoods.joint import Joint
 from ...ops.op import accumulator
-from ..stream import Chunks, spared_memory_errors
+from ..stream import Chunks, suppress_out_of_memory
 from ..weights import Weights
 
 ACCEPTANCE = 0.65  # target of the step size adaptation: Neal 2011, section 5.4.4
@@ -185,7 +185,7 @@ class Annealing:
         """Draw the initial points of chains from q0, and their log weights, nonzero for a stratified q0."""
         z, _ = rsample_log_prob(self.drawn, count, self.seed, sample_offset=first, row_offset=self.row_offset)
         point = self._at(z.to(accumulator(z.dtype)))
-        shares = log_shares(self.drawn, count, self.seed, first)
+        shares = log_stratum_weights(self.drawn, count, self.seed, first)
         log_w = torch.zeros_like(point.base)
         return point, log_w if shares is None else log_w + shares
 
@@ -220,7 +220,7 @@ class Annealing:
         while first < len(z):
             count = chunks.draws(self.inputs, batch, len(z) - first)
             part = None
-            with spared_memory_errors() if count > 1 else contextlib.nullcontext():
+            with suppress_out_of_memory() if count > 1 else contextlib.nullcontext():
                 part = some_at(z[first : first + count])
             # Outside the exception handler, whose traceback would keep the failed chunk's tensors alive.
             if part is None:
@@ -332,7 +332,7 @@ def simulate(inputs: Inputs, dim: int, dtype: torch.dtype, generator: torch.Gene
     Context, sizes and masks are those of the batch, and unobserved elements of its x are left unchanged.
     """
     batch, device, x = inputs.q.batch, inputs.device, inputs.x
-    mask, size_factor, context = inputs.beside or (None, None, None)
+    mask, size_factor, context = inputs.conditioning or (None, None, None)
     z = draw_prior(inputs.prior, batch, dim, device, generator).to(dtype)
     returned = decoded(inputs.decoder, z, context, inputs.q.latent)
     parameters = inputs.likelihood.multiplied_out(returned, x)

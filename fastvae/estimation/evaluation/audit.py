@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...core.nested import Beside, as_mask, as_size_factor, each, tensors
+from ...core.nested import Conditioning, as_mask, as_size_factor, each, tensors
 from ...core.terminal import ProgressStream
 from ...distributions import rsample_log_prob
 from ...inputs.batch import Inputs
@@ -144,22 +144,24 @@ class Sample:
     def __init__(self, count: int):
         self.count = count
         self._every = 1
-        self._kept: dict[int, tuple[Any, Beside | None]] = {}
+        self._kept: dict[int, tuple[Any, Conditioning | None]] = {}
 
-    def see(self, x: Any, beside: Beside | None, start: int) -> None:
+    def see(self, x: Any, conditioning: Conditioning | None, start: int) -> None:
         """Sample from a batch whose first example has index ``start``."""
         if not self.count:
             return
-        if beside is not None:
-            mask, size_factor, context = beside
+        if conditioning is not None:
+            mask, size_factor, context = conditioning
             mask = None if mask is None else as_mask(mask, x)
-            beside = Beside(mask, None if size_factor is None else as_size_factor(size_factor, x), context)
+            conditioning = Conditioning(
+                mask, None if size_factor is None else as_size_factor(size_factor, x), context
+            )
         for row in range(-start % self._every, len(tensors(x)[0]), self._every):
 
             def one(t: Tensor, row: int = row) -> Tensor:
                 return t[row : row + 1].clone()
 
-            rest = None if beside is None else Beside(*(each(one, part) for part in beside))
+            rest = None if conditioning is None else Conditioning(*(each(one, part) for part in conditioning))
             self._kept[start + row] = each(one, x), rest
         while len(self._kept) > 2 * self.count:
             self._every *= 2
@@ -172,11 +174,11 @@ class Sample:
         count = min(self.count, len(kept))
         return [kept[i * len(kept) // count] for i in range(count)]
 
-    def batch(self, examples: list[int]) -> tuple[Any, Beside | None]:
+    def batch(self, examples: list[int]) -> tuple[Any, Conditioning | None]:
         """Concatenate stored examples to one batch."""
         xs, besides = zip(*(self._kept[n] for n in examples), strict=True)
         x = _joined(xs)
-        return x, None if besides[0] is None else Beside(*map(_joined, zip(*besides, strict=True)))
+        return x, None if besides[0] is None else Conditioning(*map(_joined, zip(*besides, strict=True)))
 
 
 def _joined(parts: Any) -> Any:
@@ -194,7 +196,7 @@ def probe(inputs: Inputs) -> None:
 
 def run_audit(
     sample: Sample,
-    read: Callable[[str, Any, Beside | None], Inputs],
+    read: Callable[[str, Any, Conditioning | None], Inputs],
     log_px: Tensor,
     seed: int,
     ranks: Ranks,
@@ -220,15 +222,15 @@ def run_audit(
     with tqdm(total=total, desc="audit", unit="move", disable=not progress, file=ProgressStream()) as bar:
         for made, b in mine:
             place = f"block {b} of the audit"
-            x, beside = sample.batch(blocks[b])
-            inputs = read(place, x, beside)
+            x, conditioning = sample.batch(blocks[b])
+            inputs = read(place, x, conditioning)
             if made:
                 drawn = _simulated(inputs, _derived(seed, 3 + b))
                 if isinstance(drawn, str):
                     found[made, b] = drawn
                     continue
                 z, x = drawn
-                inputs = read(f"{place}, simulated", x, beside)
+                inputs = read(f"{place}, simulated", x, conditioning)
             key = torch.tensor(_derived(seed, 1 + made), dtype=torch.int64, device=inputs.device)
             annealing = Annealing(inputs, key, settings, b * _BLOCK, bar.update)
             results = annealing.bounds(z) if made else annealing.estimate()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ...core.checks import FLOATING, check_dense, shape_of
-from ...core.nested import Beside, tensors
+from ...core.nested import Conditioning, tensors
 from ...inputs.modules import modules_of
 from ...likelihoods.base import Declared, Likelihood
 
@@ -25,12 +25,12 @@ class Batch:
     index: int
     row: int  # index of its first example in the data
     x: Any  # [B, *event], or a dict of these
-    beside: Beside | None
+    conditioning: Conditioning | None
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors of the batch."""
-        return [*tensors(self.x), *(t for part in self.beside or () for t in tensors(part))]
+        return [*tensors(self.x), *(t for part in self.conditioning or () for t in tensors(part))]
 
 
 class Batches:
@@ -59,11 +59,11 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         row, axes = 0, None
         for index, batch in enumerate(self._batches):
-            batch, beside = unpacked(batch, self._prepare_batch)
+            batch, conditioning = unpacked(batch, self._prepare_batch)
             x = data_of(batch, axes, self._likelihood)
             examples, axes = tensors(x)[0].shape[0], [t.dim() for t in tensors(x)]
             if examples:
-                yield Batch(index, row, x, beside)
+                yield Batch(index, row, x, conditioning)
             row += examples
 
 
@@ -158,12 +158,12 @@ def length_of(batches: Iterable[Any]) -> int | None:
 
 def unpacked(
     batch: Any, prepare_batch: Callable[[Any], Mapping[str, Any]] | None
-) -> tuple[Any, Beside | None]:
+) -> tuple[Any, Conditioning | None]:
     """Split a batch into x and its conditioning inputs (mask, size_factor, context)."""
     if prepare_batch is None:
         return batch, None
     parts = prepare_batch(batch)
-    known = ("x", *Beside._fields)
+    known = ("x", *Conditioning._fields)
     if not isinstance(parts, Mapping) or "x" not in parts or (extra := [n for n in parts if n not in known]):
         came = type(parts).__name__
         if isinstance(parts, Mapping):
@@ -172,7 +172,7 @@ def unpacked(
             "prepare_batch must return a dict with 'x' and, where there are any, "
             f"{', '.join(map(repr, known[1:]))}; got {came}"
         )
-    return parts["x"], Beside.of(*(each_array(parts.get(name)) for name in known[1:]))
+    return parts["x"], Conditioning.of(*(each_array(parts.get(name)) for name in known[1:]))
 
 
 def each_array(value: Any) -> Any:

@@ -167,7 +167,7 @@ def _evaluate_batches(
     with progress_of(batches.number, shown) as progress:
         try:
             for batch in batches:
-                sample.see(batch.x, batch.beside, batch.row)
+                sample.see(batch.x, batch.conditioning, batch.row)
                 part = store.see(batch.index, batch.tensors)
                 if part is None and store.ranks.takes(batch.index):
                     part = estimator.part(batch.index, _read(batch, model, sample), batch.row)
@@ -182,7 +182,7 @@ def _evaluate_batches(
 
 def _read(batch: Batch, model: Model, sample: Sample) -> Inputs:
     """Encode a batch; the first one is checked to be one that can be audited, if an audit follows."""
-    inputs = model.read_batch(f"batch {batch.index}", batch.x, batch.beside)
+    inputs = model.read_batch(f"batch {batch.index}", batch.x, batch.conditioning)
     if sample.count and batch.row == 0:
         probe(inputs)
     return inputs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.checks import shape_of
-from ...core.nested import Beside, called, each, tensors
+from ...core.nested import Conditioning, called, each, tensors
 from ...distributions import STANDARD, Distribution, as_posterior, as_prior, is_conditional
 from ...inputs.batch import Inputs
 from ...inputs.modules import modules_of, parameters_digest
@@ -80,14 +80,16 @@ class Model:
             return dataclasses.replace(self, prior=self.prior.prepared())
         return self
 
-    def read_batch(self, name: str, x: Any, beside: Beside | None) -> Inputs:
+    def read_batch(self, name: str, x: Any, conditioning: Conditioning | None) -> Inputs:
         """Encode a batch; ``name`` describes it in a note on the encoder's errors."""
         seen, x = each(self._for_modules, x), each(self._for_likelihood, x)
         context = None
-        if beside is not None:
-            context = each(self._for_context, beside.context)
-            mask, size_factor = (each(self._for_likelihood, v) for v in (beside.mask, beside.size_factor))
-            beside = Beside(mask, size_factor, context)
+        if conditioning is not None:
+            context = each(self._for_context, conditioning.context)
+            mask, size_factor = (
+                each(self._for_likelihood, v) for v in (conditioning.mask, conditioning.size_factor)
+            )
+            conditioning = Conditioning(mask, size_factor, context)
         try:
             q = as_posterior(called("encoder", self.encoder, seen, context))
         except Exception as error:
@@ -98,7 +100,7 @@ class Model:
                     f"{'' if context is None else ' and the context'}"
                 )
             raise
-        return Inputs.read(x, q, self.decoder, self.likelihood, self.prior, beside)
+        return Inputs.read(x, q, self.decoder, self.likelihood, self.prior, conditioning)
 
     def _for_modules(self, t: Tensor) -> Tensor:
         device, dtype = self.place
