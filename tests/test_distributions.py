@@ -760,13 +760,15 @@ def test_what_a_family_lacks_is_said():
     pair = torch.zeros(B, D, device=DEVICE), torch.zeros(B, D, device=DEVICE)
     with pytest.raises(NotImplementedError, match="Nothing has no log_prob"):
         fastvae.iwae(x, pair, decoder, prior=q, **BERNOULLI)
-    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, modules=[], **BERNOULLI)
-    with pytest.raises(NotImplementedError, match="Nothing has no sample"):
+    vae = fastvae.VAE(lambda x: pair, decoder, prior=Distribution(), latent_dim=D, modules=[], **BERNOULLI)
+    with pytest.raises(NotImplementedError, match="Distribution has no sample"):
         vae.sample(2)
-    with pytest.raises(
-        ValueError, match=r"the prior has the shape \[4\]; to draw z \[2, 3\] from it, it must be \[3\]"
-    ):
-        TorchDistribution(td.Laplace(torch.zeros(4), 1.0)).sample(2, 3)
+    vae = fastvae.VAE(lambda x: pair, decoder, prior=q, latent_dim=D, modules=[], **BERNOULLI)
+    with pytest.raises(ValueError, match=f"Nothing, has {B} rows, but 2 draws were requested"):
+        vae.sample(2)
+    message = r"the prior, Laplace, has parameters \[4\]; to draw z \[k, 3\] from it, they must broadcast to"
+    with pytest.raises(ValueError, match=message):
+        TorchDistribution(td.Laplace(torch.zeros(4), 1.0)).sample(2, dim=3)
     bare = fastvae.VAE(lambda x: q, decoder, modules=[], **BERNOULLI)
     with pytest.raises(ValueError, match="mean of q.* is not known"):
         bare.reconstruct(x)
@@ -937,10 +939,10 @@ def _entries():
     yield "evaluate", lambda p: torch.as_tensor(evaluate(p).log_px)
     ais = call(fastvae.audit.ais, x, q, decoder, steps=3, k=2)
     yield "ais", lambda p: ais(p).log_px
-    bdmc = call(fastvae.audit.bdmc, encoder, decoder, D, n=4, steps=3, k=2)
+    bdmc = call(fastvae.audit.bdmc, encoder, decoder, latent_dim=D, n=4, steps=3, k=2)
     yield "bdmc", lambda p: bdmc(p).lower
     lattice = fastvae.audit.lattice
-    yield "lattice", lambda p: lattice(x, decoder, D, points=9, prior=p, **BERNOULLI).log_px
+    yield "lattice", lambda p: lattice(x, decoder, latent_dim=D, points=9, prior=p, **BERNOULLI).log_px
 
     def vae(method, *arguments, **options):
         def run(prior):
