@@ -52,9 +52,14 @@ def log_marginal(
               \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
     Args:
-        x: data [B, *event], as in :func:`elbo`.
-        q: the encoder's output, as in :func:`elbo`.
-        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
+            D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
+            Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
+            are mu, then logvar.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
+            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         k: draws per example. Default 5000.
         k_chunk: draws per chunk, which bounds memory and changes results only by rounding: the noise of draw
             k is the same in any chunk. Default: chunks whose decoder output has about 4 million numbers on a
@@ -64,20 +69,31 @@ def log_marginal(
             standard error, and ``jackknife`` leaves out a point set at a time. The variance is smaller by 20
             to 300 times for two latents and light weights, by 2 to 3 for eight, and by 1.5 for fifty, from
             k=4096 on; below 1024 draws it may be larger (docs/NOTES.md). Any k works; 4096, 8192 and other
-            powers of 2 use the points best. ESS and k̂ still say how well q fits. Where k̂ is above 0
-            the standard error is too small: the points remove the variance of most draws, but not that of the
+            powers of 2 use the points best. ESS and k̂ still say how well q fits. Where k̂ is above 0 the
+            standard error is too small: the points remove the variance of most draws, but not that of the
             rare large weights, which eight point sets seldom contain. The interval from low to high is then
             at least as wide as that of independent draws.
         proposal: distribution from which z is drawn, with weights relative to it: ``"posterior"`` (default),
             q; ``"adapted"``, fitted to each example during sampling, far better for k of some hundreds or
             more; ``"defensive"``; or an object of :mod:`fastvae.proposals`.
-        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
-        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size_factor: size factors [B], as in :func:`elbo`.
-        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019). Default: all are observed.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes. Default: none.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample. Default: none.
         generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
 
     Returns:
         :class:`LogMarginal`, each field [B]. The standard errors are NaN for k=1. Trust them and the
@@ -135,17 +151,32 @@ def reconstruction_log_prob(
     .. math:: \log \frac{1}{K} \sum_{k=1}^{K} p(x|z_k), \quad z_k \sim q(z|x)
 
     Args:
-        x: data [B, *event], as in :func:`elbo`.
-        q: the encoder's output, as in :func:`elbo`.
-        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
+            D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
+            Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
+            are mu, then logvar.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
+            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         k: draws per example. Default 100.
-        k_chunk: draws per chunk, as in :func:`log_marginal`.
-        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size_factor: size factors [B], as in :func:`elbo`.
-        context: conditioning input of the decoder, [B, ...], as in :func:`elbo`.
+        k_chunk: draws per chunk, which bounds memory and changes results only by rounding: the noise of draw
+            k is the same in any chunk. Default: chunks whose decoder output has about 4 million numbers on a
+            CPU (sized for its caches), 64 million elsewhere. Halved, with a warning, when memory runs out.
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019). Default: all are observed.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes. Default: none.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample. Default: none.
         generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
 
     Returns:
         [B], in nats.

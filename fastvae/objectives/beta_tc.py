@@ -124,10 +124,15 @@ def beta_tc(
     With α = β = γ = 1 it is the ELBO with ``kl="mc"``, for any batch.
 
     Args:
-        x: data [B, *event], as in :func:`fastvae.elbo`.
-        q: the encoder's output, as in :func:`fastvae.elbo`: a normal distribution with a diagonal, full or
-            low-rank covariance. Processes that split a batch mix the posteriors of their rows only.
-        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`fastvae.elbo`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
+            D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
+            Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
+            are mu, then logvar. It must be normal, with a diagonal, full or low-rank covariance. Processes
+            that split a batch mix the posteriors of their rows only.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
+            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         beta: weight of the total correlation, a number or a tensor, [] or [B]. Default 6.
         alpha: weight of the mutual information of x and z, like beta. Default 1.
         gamma: weight of the dimensions' KL to the prior, like beta. Default 1.
@@ -136,18 +141,30 @@ def beta_tc(
             dimensions' KL; no gradient depends on it. Default: 1, which treats this batch as the data set:
             the mutual information is then at most log B, and the total correlation is not dominated by a
             constant.
-        likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
-        prior: as in :func:`fastvae.elbo`, the same for all examples; the last term is the dimensions' KL
-            only if the prior's dimensions are independent. Default: N(0, I).
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q. It is the same for all examples; the
+            last term is the dimensions' KL only if the prior's dimensions are independent.
         k: draws of z per example. Default 1.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`fastvae.elbo`.
-        size_factor: size factors [B], as in :func:`fastvae.elbo`.
-        context: conditioning input of the decoder, [B, ...], as in :func:`fastvae.elbo`.
-        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`fastvae.elbo`.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019). Default: all are observed.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes. Default: none.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample. Default: none.
+        reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B], to weight and sum
+            yourself. Events are always summed.
         terms: return :class:`BetaTCTerms`, the :class:`fastvae.Terms` of an ELBO and the three parts of its
             KL, each [B] for any reduction.
         generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address, as in :func:`fastvae.elbo`. Default 0.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
 
     Returns:
         A number in nats, or [B], or BetaTCTerms.

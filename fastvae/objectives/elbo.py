@@ -91,28 +91,27 @@ def elbo(
 ) -> Tensor | Terms:
     r"""Return the ELBO, to be maximised.
 
-    Evidence lower bound with L draws per example:
+    Evidence lower bound with K draws per example:
 
     .. math:: \frac{1}{K} \sum_{k=1}^{K} \log p(x|z_k) - β\, \mathrm{KL}(q(z|x) \,\|\, p(z)),
               \quad z_k \sim q(z|x)
 
     Args:
         x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
-        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each
-            [B, D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
+            D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
             Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
             are mu, then logvar.
-        decoder: maps z [N, D] to the likelihood's parameters, N rows each; called once, with N = L·B,
-            sample-major. Shaped latents are passed as [N, C, H, W]. With a ``context`` it is called as
-            ``decoder(z, context)``.
-        likelihood: ``"gaussian"`` (the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns logits),
-            another name, an object such as ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean),
-            or a user-defined :class:`fastvae.likelihoods.Likelihood`.
-        prior: ``fastvae.distributions.DiagonalNormal(mu, logvar)``, another
-            :class:`fastvae.distributions.Distribution`, a torch.distributions object, a pair (mu, logvar),
-            each [D] or [B, D], or a function of the context that returns one of these. For shaped latents its
-            parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
+            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
             :class:`fastvae.distributions.Hierarchy` that produced q.
         k: draws of z per example. Default 1.
         beta: weight of the KL (β-VAE, Higgins et al. 2017): a number, or a tensor, [] or [B]. Default 1.
@@ -129,14 +128,14 @@ def elbo(
             warning.
         mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
             where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
-            MIWAE's bound (Mattei & Frellsen 2019).
-        size_factor: size factors [B] that multiply the mean of counts, such as library sizes.
+            MIWAE's bound (Mattei & Frellsen 2019). Default: all are observed.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes. Default: none.
         context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
-            dict of such tensors (labels, batches, positions), repeated for each sample.
+            dict of such tensors (labels, batches, positions), repeated for each sample. Default: none.
         reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B], to weight and sum
             yourself. Events are always summed. A weight of 0 does not silence a bound that is NaN or
-            infinite; ``torch.where(weights > 0, bound, 0) * weights`` does. If x is not finite there,
-            replace it with ``torch.where`` before the encoder as well, or gradients become NaN.
+            infinite; ``torch.where(weights > 0, bound, 0) * weights`` does. If x is not finite there, replace
+            it with ``torch.where`` before the encoder as well, or gradients become NaN.
         terms: return :class:`fastvae.Terms` (bound, log_likelihood, kl, z, output): the first three are [B]
             for any reduction, kl is not multiplied by β, and further losses on z and output train q and the
             decoder.

@@ -100,12 +100,23 @@ def iwae(
     :func:`bound`.
 
     Args:
-        x: data [B, *event], as in :func:`elbo`.
-        q: the encoder's output, as in :func:`elbo`.
-        decoder: maps z [N, D] to the likelihood's parameters; called with N = k·B, once without ``k_chunk``.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
+            D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
+            Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
+            are mu, then logvar.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
+            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         k: importance samples per example. Default 50.
-        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
-        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q.
         estimator: gradient that reaches q. The value and the decoder's gradient do not depend on it.
             ``"iwae"`` (default): the bound's derivative, whose signal-to-noise ratio falls with k (Rainforth
                 et al. 2018).
@@ -124,15 +135,21 @@ def iwae(
             set for each example (:mod:`fastvae.random`): an unbiased estimate of p(x) with less variance
             where few latents matter, hence a tighter bound; best with k a power of 2. These draws use
             composed operations, not the fused op.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size_factor: size factors [B], as in :func:`elbo`.
-        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
-        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`elbo`.
-        terms: return :class:`fastvae.Terms`: the bound to train on; log_likelihood and kl, the means of
-            log p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws, detached, for logging, each [B] for
-            any reduction; and z and output, for further losses, None with ``k_chunk`` and ``"dreg"``.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019). Default: all are observed.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes. Default: none.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample. Default: none.
+        reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B], to weight and sum
+            yourself. Events are always summed.
+        terms: return :class:`fastvae.Terms`: the bound to train on; log_likelihood and kl, the means of log
+            p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws, detached, for logging, each [B] for any
+            reduction; and z and output, for further losses, None with ``k_chunk`` and ``"dreg"``.
         generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
 
     Returns:
         A number in nats, or [B], or Terms.
@@ -242,9 +259,14 @@ def bound(
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
     Args:
-        x: data [B, *event], as in :func:`elbo`.
-        q: the encoder's output, as in :func:`elbo`.
-        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
+            D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
+            Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
+            are mu, then logvar.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
+            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         objective: the bound F, such as ``fastvae.bounds.CIWAE(0.5)``: its value is returned, and its gradient
             trains decoder, likelihood and prior.
         k: total samples per example; :class:`fastvae.bounds.IWAE` with M groups has k/M in each.
@@ -255,18 +277,39 @@ def bound(
             must treat rows independently. Where gradients by z are float16, the weight of decoder and prior
             in a sample is raised to at least 2⁻¹¹ of the encoder's, a difference that float16 cannot resolve;
             scale the loss, as float16 requires in any case.
-        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
-        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
-        k_chunk: samples per chunk, as in :func:`iwae`. Default: all k at once.
-        noise: ``"philox"`` (default) or ``"qmc"``, as in :func:`iwae`.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size_factor: size factors [B], as in :func:`elbo`.
-        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
-        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``, as in :func:`elbo`.
-        terms: return :class:`fastvae.Terms`, as in :func:`iwae`; z and output are None with ``k_chunk``,
-            ``"dreg"`` and ``q_objective``.
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q.
+        k_chunk: samples per chunk, to train in the memory of one chunk. Activations are dropped and
+            recomputed in the backward pass with the same noise (including the decoder's, such as dropout), so
+            that the gradient is that of all samples, at the cost of one more forward pass. The decoder is
+            called with N = k_chunk·B; batch statistics, as in BatchNorm, are computed per chunk. Default: all
+            k at once.
+        noise: ``"philox"`` (default), independent draws, or ``"qmc"``, one randomised quasi-Monte-Carlo point
+            set for each example (:mod:`fastvae.random`): an unbiased estimate of p(x) with less variance
+            where few latents matter, hence a tighter bound; best with k a power of 2. These draws use
+            composed operations, not the fused op.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019). Default: all are observed.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes. Default: none.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample. Default: none.
+        reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"`` for [B], to weight and sum
+            yourself. Events are always summed.
+        terms: return :class:`fastvae.Terms`: the bound to train on; log_likelihood and kl, the means of log
+            p(x|z_k) and of log q(z_k|x) − log p(z_k) over the draws, detached, for logging, each [B] for any
+            reduction; and z and output, for further losses, None with ``k_chunk``, ``"dreg"`` and
+            ``q_objective``.
         generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
 
     Returns:
         A number in nats, or [B], or Terms.
@@ -435,22 +478,40 @@ def log_weights(
     .. math:: \log w_k = \log p(x|z_k) + \big[\log p(z_k) - \log q(z_k|x)\big], \quad z_k \sim q(z|x)
 
     Args:
-        x: data [B, *event], as in :func:`elbo`.
-        q: the encoder's output, as in :func:`elbo`.
-        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`elbo`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
+            D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
+            Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
+            are mu, then logvar.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
+            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         k: draws per example.
-        likelihood: name or object, as in :func:`elbo`. Default ``"gaussian"``.
-        prior: as in :func:`elbo`. Default: N(0, I), or the hierarchy that produced q.
-        estimator: gradient that reaches q through the log-ratio, as in :func:`iwae`. ``"dreg"`` takes its
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q.
+        estimator: gradient that reaches q through the log-ratio: ``"iwae"`` (default), all of it, ``"stl"``,
+            without q's score, or ``"dreg"``, doubly reparameterised (:func:`iwae`). ``"dreg"`` takes its
             weights from the upstream gradient of the log-ratio: it is correct under one log-mean-exp over
-            these k draws. Default ``"iwae"``.
-        noise: ``"philox"`` (default) or ``"qmc"``, as in :func:`iwae`. With ``"qmc"`` the k draws are one
-            randomised point set; subsets may be point sets too, such as the first 2^m draws.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`elbo`.
-        size_factor: size factors [B], as in :func:`elbo`.
-        context: conditioning input of the decoder and prior, [B, ...], as in :func:`elbo`.
+            these k draws.
+        noise: ``"philox"`` (default), independent draws, or ``"qmc"``: the k draws of an example are one
+            randomised quasi-Monte-Carlo point set (:mod:`fastvae.random`); subsets may be point sets too,
+            such as the first 2^m draws.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019). Default: all are observed.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes. Default: none.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample. Default: none.
         generator: source of the noise. Default: torch's global random state.
-        row_offset: index of x's first row in the noise's address, as in :func:`elbo`. Default 0.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
 
     Returns:
         :class:`LogWeights` (log_likelihood, log_ratio), each [K, B].

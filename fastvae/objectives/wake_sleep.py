@@ -45,14 +45,19 @@ def sleep(
     opposite direction to the ELBO's, so q covers the posterior of simulated x.
 
     Args:
-        encoder: maps x [n, \*event] to q, as in :func:`fastvae.elbo`; called with ``context``, if given, as
-            its second argument.
+        encoder: maps x [n, \*event] to q: a tensor [n, 2 D], mu and logvar concatenated, a pair (mu, logvar),
+            or another posterior; called with ``context``, if given, as its second argument.
         decoder: maps z [n, D] to the likelihood's parameters; called in its current mode (train or eval).
         n: number of examples to simulate.
         latent_dim: D, or the shape (C, H, W) of shaped latents.
-        likelihood: as in :func:`fastvae.elbo`; it must implement ``sample``, as fastvae's do. Default
-            ``"gaussian"``.
-        prior: as in :func:`fastvae.elbo`; it must implement ``sample``. Default: N(0, I).
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`. It must implement ``sample``, as fastvae's do.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q. It must implement ``sample``.
         context: conditioning input of encoder, decoder and a prior that is a function: a tensor [n, ...] or a
             dict of such tensors.
         reduction: ``"mean"`` (default) or ``"sum"`` over the examples, or ``"none"`` for [n].

@@ -116,11 +116,16 @@ def ais(
     acceptance near 0.65. The step size is then fixed, so that it does not depend on the chains.
 
     Args:
-        x: data [B, *event], as in :func:`fastvae.elbo`.
-        q: the encoder's output, as in :func:`fastvae.elbo`; it needs ``log_prob``, as all of fastvae's
-            families have.
-        decoder: maps z [N, D] to the likelihood's parameters, as in :func:`fastvae.elbo`. It is called in
-            eval mode, and differentiated by z, not by its parameters. For a function see ``modules``.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
+            D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
+            torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
+            Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
+            are mu, then logvar. It needs ``log_prob``, as all of fastvae's families have.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
+            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``. It
+            is called in eval mode, and differentiated by z, not by its parameters. For a function see
+            ``modules``.
         k: draws per example, each the end of a chain. Default 16.
         steps: T. The decoder is evaluated and differentiated 1.25·K·((T − 1)·leapfrog + 1) times per
             example. Default 200.
@@ -128,21 +133,32 @@ def ais(
             steps were better on every model tried, including correlated latents (docs/NOTES.md). Default 2.
         start: q0: ``"posterior"`` (default), q, the better start even where q is inaccurate; or ``"prior"``,
             which ignores q (except for the number of latents).
-        k_chunk: draws per decoder call, which bounds memory and changes results only by rounding.
-            Default: chunks whose decoder output has about 4 million numbers on a CPU, 64 million elsewhere.
-            Halved, with a warning, when memory runs out.
-        likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
-        prior: as in :func:`fastvae.elbo`. Default: N(0, I), or the hierarchy that produced q.
-        mask: observed elements of x, bool, [B, *event] or [*event], as in :func:`fastvae.elbo`.
-        size_factor: size factors [B], as in :func:`fastvae.elbo`.
-        context: conditioning input of the decoder and prior, [B, ...], as in :func:`fastvae.elbo`.
+        k_chunk: draws per decoder call, which bounds memory and changes results only by rounding. Default:
+            chunks whose decoder output has about 4 million numbers on a CPU, 64 million elsewhere. Halved,
+            with a warning, when memory runs out.
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q.
+        mask: bool, [B, *event] or [*event], True for observed elements of x. The others are ignored, even
+            where x is NaN. Give the encoder an x without them, such as ``torch.where(mask, x, 0)``: this is
+            MIWAE's bound (Mattei & Frellsen 2019). Default: all are observed.
+        size_factor: size factors [B] that multiply the mean of counts, such as library sizes. Default: none.
+        context: conditioning input of the decoder, and of a prior that is a function: a tensor [B, ...] or a
+            dict of such tensors (labels, batches, positions), repeated for each sample. Default: none.
         modules: modules that a function as decoder or prior reaches, to be put into eval mode, too. A module
             and a method of a module need none. A function with modules that are not named must be in eval
             mode already: one whose output changes between two calls is rejected. Default: none.
         generator: source of the noise. Default: torch's global random state. The noise is a function of its
             address: the same for any batch and chunk. In float32 rounding differences may flip the acceptance
             of a transition, and change that example's estimate within its error.
-        row_offset: index of x's first row in the noise's address, as in :func:`fastvae.elbo`. Default 0.
+        row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
+            batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
+            one process draws for the whole batch; without it they all draw the same noise. Default 0.
 
     Returns:
         :class:`AnnealedMarginal` (log_px, stderr, ess, acceptance), each [B]. The standard error is the delta
@@ -207,20 +223,35 @@ def bdmc(
     measures the error on simulated x only, and says nothing about data unlike them.
 
     Args:
-        encoder: x [n, \*event] -> q, as in :func:`fastvae.evaluate`; with a context, (x, context) -> q.
-        decoder: z [n, D] -> parameters of the likelihood, which needs ``sample``.
+        encoder: x [n, \*event] -> q: a tensor [n, 2 D], mu and logvar concatenated, a pair (mu, logvar), or
+            another posterior; with a context, (x, context) -> q.
+        decoder: z [n, D] -> parameters of the likelihood, which needs ``sample``; with a context, (z,
+            context) -> parameters.
         latent_dim: D, or the shape (C, H, W) of shaped latents.
         n: number of examples to simulate. Default 100.
         k: draws per example and direction, each the end of a chain. Default 16.
-        steps: T, as in :func:`fastvae.audit.ais`. The decoder is evaluated and differentiated about
+        steps: T, the number of temperatures. The decoder is evaluated and differentiated about
             2.25·K·T·leapfrog times per x. Default 200.
-        leapfrog: leapfrog steps per transition, as in :func:`fastvae.audit.ais`. Default 2.
-        start: q0, ``"posterior"`` (default) or ``"prior"``, as in :func:`fastvae.audit.ais`.
-        k_chunk: draws per decoder call, as in :func:`fastvae.audit.ais`.
-        likelihood: name or object, as in :func:`fastvae.elbo`. Default ``"gaussian"``.
-        prior: as in :func:`fastvae.elbo`; it needs ``sample``. Default: N(0, I).
-        context: conditioning input of encoder, decoder and prior, with n rows, as in :func:`fastvae.elbo`.
-        modules: modules that functions reach, as in :func:`fastvae.audit.ais`. Default: none.
+        leapfrog: leapfrog steps per transition. At the same cost, more temperatures with 1 or 2 leapfrog
+            steps were better on every model tried, including correlated latents (docs/NOTES.md). Default 2.
+        start: q0: ``"posterior"`` (default), q, the better start even where q is inaccurate; or ``"prior"``,
+            which ignores q (except for the number of latents).
+        k_chunk: draws per decoder call, which bounds memory and changes results only by rounding. Default:
+            chunks whose decoder output has about 4 million numbers on a CPU, 64 million elsewhere. Halved,
+            with a warning, when memory runs out.
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q. It needs ``sample``.
+        context: conditioning input of encoder, decoder and a prior that is a function: a tensor [n, ...] or a
+            dict of such tensors. Default: none.
+        modules: modules that a function as decoder or prior reaches, to be put into eval mode, too. A module
+            and a method of a module need none. A function with modules that are not named must be in eval
+            mode already: one whose output changes between two calls is rejected. Default: none.
         generator: source of the noise, on the modules' device. Default: torch's global random state.
 
     Returns:

@@ -76,7 +76,7 @@ def lattice(
     at its ends, extended over half of its width. It excludes rounding, about 1e-6 of log p(x) in float32.
 
     Args:
-        data: data set, as in :func:`fastvae.evaluate`, without ``prepare_batch``; kept in memory.
+        data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches; kept in memory.
         decoder: z [U, D] -> parameters of the likelihood, called in eval mode.
         latent_dim: D, 1 to 3.
         points: n, a multiple of 3; :math:`n^D` points in all. Default: 3000, 255 and 66 for D = 1, 2 and 3,
@@ -85,12 +85,19 @@ def lattice(
         radius: half width of the lattice for a normal prior, in its standard deviations. Default 8.
         box: lower and upper ends of the lattice, each [D] or a number, in place of ``radius``. Required for
             a prior that is not a diagonal normal.
-        likelihood: as in :func:`fastvae.elbo`. Bernoulli, Poisson and Gaussian likelihoods, whose pairs are
-            matrix products, are far faster. Default ``"gaussian"``.
-        prior: as in :func:`fastvae.elbo`, the same for all examples. Default: N(0, I).
+        likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
+            logits), another name of :mod:`fastvae.likelihoods`, an object such as
+            ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
+            :class:`fastvae.likelihoods.Likelihood`. Bernoulli, Poisson and Gaussian likelihoods, whose pairs
+            are matrix products, are far faster.
+        prior: a pair (mu, logvar), each [D] or [B, D]; a :class:`fastvae.distributions.Distribution` or a
+            torch.distributions object; or a function of the context that returns one of these. For shaped
+            latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
+            :class:`fastvae.distributions.Hierarchy` that produced q. It is the same for all examples.
         batch_size: examples per batch; it changes results only by rounding. Default 1000.
-        modules: modules that a function as decoder reaches, to be put into eval mode, as in
-            :func:`fastvae.audit.ais`. Default: none.
+        modules: modules that a function as decoder or prior reaches, to be put into eval mode, too. A module
+            and a method of a module need none. A function with modules that are not named must be in eval
+            mode already: one whose output changes between two calls is rejected. Default: none.
 
     Returns:
         :class:`LatticeMarginal`, each field [N]. Memory is :math:`(3^D + 1) N` numbers, the data,
