@@ -13,7 +13,7 @@ from torch import nn
 
 import fastvae
 from fastvae.distributions import DiagonalNormal, Distribution
-from fastvae.estimation.weights import pareto_khat
+from fastvae.estimation.pareto import pareto_khat
 from fastvae.likelihoods import Gaussian, Likelihood
 
 from .conftest import DEVICE

@@ -1175,7 +1175,7 @@ def test_a_conditional_prior_is_drawn_from(name):
     z = draw_prior(p, B, D, DEVICE, generator(2))
     assert torch.equal(z, p.sample(generator=generator(2))[0])
     encoder = nn.Linear(X + 1, 2 * D)
-    options = {"prior": lambda context: p, "latent_dim": D, "likelihood": Gaussian(1.0)}
+    options = {"prior": lambda context: p, "latent_dim": D, "likelihood": Gaussian(1.0), "modules": []}
     vae = fastvae.VAE(encoder, lambda z, context: z, **options).to(DEVICE)
     drawn = vae.sample(B, mean=True, context=zeros(B, 1), generator=generator(2))
     torch.testing.assert_close(drawn, z)

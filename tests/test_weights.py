@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from scipy.stats import genpareto as GPD
 
 import fastvae
-from fastvae.estimation import weights as folding
-from fastvae.estimation.weights import Weights, kept_draws, pareto_khat, tail_length
+from fastvae.estimation import pareto
+from fastvae.estimation.pareto import pareto_khat, tail_length
+from fastvae.estimation.weights import Weights, kept_draws
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
@@ -311,7 +312,7 @@ def test_no_examples():
 def test_khat_is_fitted_in_pieces(monkeypatch):
     log_w = torch.randn(500, B, dtype=torch.float64, device=DEVICE)
     whole = pareto_khat(log_w)
-    monkeypatch.setattr(folding, "_FIT_SIZE", 2000)
+    monkeypatch.setattr(pareto, "_FIT_SIZE", 2000)
     torch.testing.assert_close(pareto_khat(log_w), whole, rtol=1e-12, atol=1e-12)
 
 

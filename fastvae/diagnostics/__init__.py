@@ -1,6 +1,6 @@
 """Diagnostics: information in the latents, noise of gradients, tails of weights."""
 
-from ..estimation.weights import pareto_khat
+from ..estimation.pareto import pareto_khat
 from .aggregate import Latents, latents
 from .gradients import GradientMonitor, GradientSNR, gradient_snr
 

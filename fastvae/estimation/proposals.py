@@ -23,8 +23,8 @@ from ..distributions import Distribution, StratifiedMixture, TorchDistribution, 
 from ..inputs.batch import Inputs
 from .adaptive import AdaptedDraws, Fit
 from .draws import Alone, Draws, Sharing, example_of, with_latent_of
+from .pareto import tail_length
 from .stream import Chunks
-from .weights import tail_length
 
 __all__ = ["Adapted", "Defensive", "Posterior", "Proposal", "as_proposal"]
 

@@ -55,11 +55,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.checks import check_tensor, shape_of
 from ..core.records import registered
 from .estimates import estimate, estimates_of, in_quadrature, median, nll, nll_where_trusted
+from .pareto import TailFit, finite_shift, fit_tail, largest_of, tail_length
 
-__all__ = ["LogMarginal", "Weights", "kept_draws", "pareto_khat", "tail_length"]
+__all__ = ["LogMarginal", "Weights", "kept_draws"]
 
 # Number of power sums of the weights below the tail, and minimum length of the tail.
 _POWERS, _LEAST_TAIL = 6, 64
@@ -126,11 +126,6 @@ class LogMarginal:
 ESTIMATES = estimates_of(LogMarginal)
 
 
-def tail_length(k: int) -> int:
-    """Return the number of largest weights, of k draws, that k̂ is fitted to: min(k/5, 3 √k), rounded up."""
-    return math.ceil(min(k / 5, 3 * math.sqrt(k)))
-
-
 def kept_draws(k: int) -> int:
     """Return the number of largest weights, of k draws, that :class:`Weights` must store."""
     return max(tail_length(k) + 1, min(k, _LEAST_TAIL))
@@ -160,10 +155,12 @@ class Weights:
         turns = _by_turns(wide, start, randomisations)
         if log_w.shape[0] <= tail:
             powers = wide.new_zeros(_POWERS, log_w.shape[1])
-            return cls(powers, wide.sum(0), count, _largest(log_w, tail), turns, turns.new_zeros(count.shape))
+            return cls(
+                powers, wide.sum(0), count, largest_of(log_w, tail), turns, turns.new_zeros(count.shape)
+            )
         # topk treats NaN as the largest value.
         largest, place = log_w.topk(tail, dim=0)
-        below = torch.exp(wide - _shift(largest[-1]).double()).scatter_(0, place, 0.0)
+        below = torch.exp(wide - finite_shift(largest[-1]).double()).scatter_(0, place, 0.0)
         return cls(_power_sums(below), wide.sum(0), count, largest, turns, turns.new_zeros(count.shape))
 
     def merge(self, other: Weights) -> Weights:
@@ -174,12 +171,12 @@ class Weights:
             .sort(0, descending=True)
             .values.split([length, other.tail.shape[0]])
         )
-        least = _shift(tail[-1]).double()
+        least = finite_shift(tail[-1]).double()
         powers = _power_sums(torch.exp(below.double() - least))
         for part in (self, other):
-            powers += _scaled(part.powers, _shift(part.tail[-1]).double() - least)
+            powers += _scaled(part.powers, finite_shift(part.tail[-1]).double() - least)
         # If all log weights are -inf the sums are 0, and so may be the scale.
-        scale = _shift(tail[0]).double()
+        scale = finite_shift(tail[0]).double()
         turns = self.turns * torch.exp(self.maximum.double() - scale)
         turns = turns + other.turns * torch.exp(other.maximum.double() - scale)
         log_sum, count = self.log_sum + other.log_sum, self.count + other.count
@@ -208,9 +205,9 @@ class Weights:
 
     def _relative(self) -> tuple[Tensor, Tensor]:
         """Return the tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
-        shift = _shift(self.maximum).double()
+        shift = finite_shift(self.maximum).double()
         return torch.exp(self.tail.double() - shift), _scaled(
-            self.powers, _shift(self.tail[-1]).double() - shift
+            self.powers, finite_shift(self.tail[-1]).double() - shift
         )
 
     def _sums(self, powers: int) -> Tensor:
@@ -230,7 +227,7 @@ class Weights:
 
     def _log_mean(self, total: Tensor) -> Tensor:
         """Return the log of the mean weight [B], given the sum of weights relative to the maximum."""
-        return _shift(self.maximum).double() + torch.log(total) - torch.log(self.count.double())
+        return finite_shift(self.maximum).double() + torch.log(total) - torch.log(self.count.double())
 
     @property
     def elbo(self) -> Tensor:
@@ -289,10 +286,10 @@ class Weights:
         total = tail.sum(0) + rest[0]
         share = tail / total
         # The sum without the largest weight, which may dominate, is computed relative to the second largest.
-        second = _shift(self.tail[1]).double()
+        second = finite_shift(self.tail[1]).double()
         others = torch.exp(self.tail[1:].double() - second).sum(0)
-        others = others + _scaled(self.powers[:1], _shift(self.tail[-1]).double() - second)[0]
-        without = second - _shift(self.maximum).double() + torch.log(others) - torch.log(total)
+        others = others + _scaled(self.powers[:1], finite_shift(self.tail[-1]).double() - second)[0]
+        without = second - finite_shift(self.maximum).double() + torch.log(others) - torch.log(total)
         left_out = torch.cat([without[None], torch.log1p(-share[1:])])
         # Padding of the tail, and -inf minus -inf.
         left_out = torch.where(self.tail == -math.inf, 0.0, left_out)
@@ -334,9 +331,9 @@ class Weights:
         return LogMarginal(**{name: getattr(self, name).to(dtype) for name in ESTIMATES})
 
     @functools.cached_property
-    def _pareto(self) -> _Fit:
+    def _pareto(self) -> TailFit:
         """Pareto distribution of the tail, which several estimates share."""
-        return _fit(self.tail, self.count)
+        return fit_tail(self.tail, self.count)
 
     @functools.cached_property
     def _interval_of_summary(self) -> tuple[Tensor, Tensor]:
@@ -361,7 +358,7 @@ class Weights:
         low = torch.where(light, ends[0], torch.fmin(low, ends[0]))
         return low, torch.where(light, ends[1], torch.fmax(high, ends[1]))
 
-    def _independent(self, level: float, fit: _Fit) -> tuple[Tensor, Tensor]:
+    def _independent(self, level: float, fit: TailFit) -> tuple[Tensor, Tensor]:
         """Return the interval for independent draws."""
         k, below = self.count.double(), (1 - level) / 2
         z = NormalDist().inv_cdf((1 + level) / 2)
@@ -382,7 +379,7 @@ class Weights:
         low = torch.where(self.maximum == -math.inf, -math.inf, low)
         return low, torch.where(self.maximum.isnan(), math.nan, high)
 
-    def _pareto_end(self, probability: float, fit: _Fit) -> Tensor:
+    def _pareto_end(self, probability: float, fit: TailFit) -> Tensor:
         """Return the quantile of log p(x) over the tail's posterior [B].
 
         It is -inf without a fit, and +inf where the posterior does not bound it.
@@ -417,7 +414,7 @@ class Weights:
             below: Tensor = (weight * torch.special.ndtr((value - at) / spread)).sum(0)
             return below - probability
 
-        found: Tensor = _shift(self.maximum).double() + _root(excess, begin, end)
+        found: Tensor = finite_shift(self.maximum).double() + _root(excess, begin, end)
         found = torch.where(open_share < _OPEN, found, math.inf)
         found = torch.where(fit.khat.isfinite(), found, -math.inf)
         return torch.where(fit.khat == math.inf, math.inf, found)
@@ -518,7 +515,7 @@ def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
     """
     if not randomisations:
         return log_w.new_empty(0, log_w.shape[1])
-    w = torch.exp(log_w - _shift(log_w.amax(0)))
+    w = torch.exp(log_w - finite_shift(log_w.amax(0)))
     front = start % randomisations
     padded: Tensor = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
     return padded.reshape(padded.shape[0] // randomisations, randomisations, w.shape[1]).sum(0)
@@ -547,115 +544,3 @@ def _student(level: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if within(middle) < level else (low, middle)
     return low
-
-
-def _shift(maximum: Tensor) -> Tensor:
-    """Return the maximum to subtract before exp, or 0 where it is infinite, to avoid inf - inf."""
-    return torch.nan_to_num(maximum, nan=math.nan, posinf=0.0, neginf=0.0)
-
-
-def _largest(log_w: Tensor, count: int) -> Tensor:
-    """Return the ``count`` largest of each column, descending, padded with -inf; NaN counts as largest."""
-    found = log_w.topk(min(count, log_w.shape[0]), dim=0).values
-    if found.shape[0] == count:
-        return found
-    missing = found.new_full((count - found.shape[0], *found.shape[1:]), -math.inf)
-    return torch.cat([found, missing])
-
-
-def pareto_khat(log_w: Tensor) -> Tensor:
-    r"""Compute Pareto k̂ of importance weights; estimates with k̂ above 0.7 are unreliable.
-
-    It is the shape of the generalised Pareto distribution fitted to the upper tail of the weights. The
-    M = min(K/5, 3√K) largest ratios, minus the next largest one, are fitted by Zhang and Stephens' method:
-    with M excesses :math:`x_i` and :math:`ξ(θ) = \frac{1}{M} \sum_i \log(1 - θ x_i)`, the posterior mean of θ
-    under their prior and the profile likelihood :math:`M (\log(-θ/ξ) - ξ - 1)` gives :math:`\hat k = ξ(\hat
-    θ)`, shrunk towards ½ with the weight of ten draws.
-
-    Args:
-        log_w: log weights [K, B].
-
-    Returns:
-        [B] in float64. −∞ for a flat tail, whose log weights lie within 0.001 of each other, as for the exact
-        posterior, whose weights are equal up to rounding. +∞ where fewer than five draws exceed the cutoff.
-        NaN for K below 21, which leaves fewer than five draws to fit, and for NaN weights.
-
-    Raises:
-        TypeError, ValueError: if log_w is not a floating-point tensor [K, B].
-
-    References:
-        Vehtari, Simpson, Gelman, Yao & Gabry, Pareto Smoothed Importance Sampling, JMLR 25, 2024;
-        Zhang & Stephens, A New and Efficient Estimation Method for the Generalized Pareto Distribution,
-        Technometrics 51, 2009.
-
-    Example:
-        >>> import torch, fastvae
-        >>> log_w = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
-        >>> bool((fastvae.diagnostics.pareto_khat(log_w) < 0.7).all())
-        True
-    """
-    check_tensor("log_w", log_w, 2, "[K, B]")
-    k, batch = log_w.shape
-    if k == 0:
-        raise ValueError(f"log_w has no draws: its shape is {shape_of(log_w)}; at least one is needed")
-    count = torch.full((batch,), k, dtype=torch.int64, device=log_w.device)
-    return _fit(_largest(log_w, tail_length(k) + 1), count).khat
-
-
-# Largest spread of log weights in a flat tail, due to rounding and harmless to every estimate.
-_FLAT = 1e-3
-# Largest intermediate of the fit, in numbers: candidates × tail × examples.
-_FIT_SIZE = 2**21
-
-
-class _Fit(NamedTuple):
-    """Generalised Pareto distribution fitted to the largest weights, relative to the maximum."""
-
-    khat: Tensor  # [B], infinite or NaN without a fit, see pareto_khat
-    scale: Tensor  # [B], σ
-    cutoff: Tensor  # [B], log of the threshold of the tail
-    inside: Tensor  # [T, B], True for weights above the cutoff
-    n: Tensor  # [B], number of weights above the cutoff
-    theta: Tensor  # [J, B], candidates for -ξ/σ
-    xi: Tensor  # [J, B], the shape given θ
-    weight: Tensor  # [J, B], posterior of the candidates
-
-
-def _fit(tail: Tensor, count: Tensor) -> _Fit:
-    """Fit the largest log weights [T, B], descending, of ``count`` [B] draws; T > tail_length(count)."""
-    k = count.double()
-    length = torch.minimum(k / 5, 3 * k.sqrt()).ceil().long()
-    relative = tail.double() - _shift(tail[0])
-    # The largest weight below the tail; ratios that underflow are excluded from the tail.
-    cutoff = relative.gather(0, length[None])[0].clamp(min=math.log(torch.finfo(torch.float64).tiny))
-    cutoff = torch.where(tail[0].isnan(), math.nan, cutoff)
-    inside = relative > cutoff
-    excess = torch.where(inside, torch.expm1(relative - cutoff) * torch.exp(cutoff), 0.0)  # [T, B], 0 outside
-    n = inside.sum(0)
-
-    # Candidates: 1 / max + (1 - sqrt(m / (j - 1/2))) / (3 x_q), x_q the first quartile.
-    m = 30 + n.double().sqrt().floor()
-    j = torch.arange(1, 31 + math.isqrt(tail.shape[0]), device=tail.device)[:, None]
-    quartile = (n - (n / 4 + 0.5).floor().long()).clamp(min=0, max=tail.shape[0] - 1)
-    theta = 1 / excess[0] + (1 - (m / (j - 0.5)).sqrt()) / (3 * excess.gather(0, quartile[None])[0])  # [J, B]
-
-    def shape(theta: Tensor) -> Tensor:
-        # An exported program, whose batch may vary, cannot split by size.
-        exporting = torch.compiler.is_exporting()
-        size = theta.shape[0] if exporting else max(1, _FIT_SIZE // max(1, excess.numel()))
-        return torch.cat([torch.log1p(-t[:, None] * excess).sum(1) for t in theta.split(size)]) / n
-
-    xi = shape(theta)
-    profile = n * (torch.log(-theta / xi) - xi - 1)
-    weight = torch.softmax(torch.where(j <= m, profile, -math.inf), 0)
-    weight = torch.where(weight >= 10 * torch.finfo(torch.float64).eps, weight, 0.0)
-    # A candidate of zero weight may be infinite.
-    best = torch.where(weight > 0, theta * weight, 0.0).sum(0) / weight.sum(0)
-    found = shape(best[None])[0]
-    khat = (n * found + 10 * 0.5) / (n + 10)
-
-    khat = torch.where(n <= 4, math.inf, khat)
-    khat = torch.where(relative[0] - cutoff < _FLAT, -math.inf, khat)
-    unknown = (length <= 4) | tail[0].isnan() | (tail[0] == -math.inf)
-    khat = torch.where(unknown, math.nan, khat)
-    return _Fit(khat, -found / best, cutoff, inside, n, theta, xi, weight)
