@@ -78,7 +78,7 @@ def rsample_tril(k: int, b: int, d: int, target, place: Place = CPU):
             # The noise could not be recovered from a larger one.
             (0.5 / d**0.5 * place.randn(b, packed)).requires_grad_(),
         ),
-        {OURS: lambda mu, tril: ops.rsample_tril(mu, tril, samples=k), "eager": eager},
+        {OURS: lambda mu, tril: ops.rsample_tril(mu, tril, k=k), "eager": eager},
         exact,
         sampling=True,
         elements=max(k * b * d, b * d * d),

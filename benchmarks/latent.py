@@ -60,7 +60,7 @@ def rsample_kl(k, b, d, target, place: Place = CPU, peers=None, chunked=False):
         return z, 0.5 * (mu**2 + torch.expm1(logvar) - logvar).sum(-1)
 
     samples = None if k == 1 else k
-    functions = {OURS: lambda mu, logvar: ops.rsample_kl(mu, logvar, samples=samples), "eager": eager}
+    functions = {OURS: lambda mu, logvar: ops.rsample_kl(mu, logvar, k=samples), "eager": eager}
     for name, peer in (peers or {}).items():
         functions[name] = lambda mu, logvar, peer=peer: peer(mu, logvar, samples)
     forward = b * d * (EXP + EXPM1 + 3) + k * b * d * (NORMAL + 2)
@@ -84,7 +84,7 @@ def rsample_log_ratio(k, b, d, target, place: Place = CPU, chunked=False):
         z = mu + torch.exp(0.5 * logvar) * eps
         return z, 0.5 * (eps**2 - z**2 + logvar).sum(-1)
 
-    functions = {OURS: lambda mu, logvar: ops.rsample_log_ratio(mu, logvar, samples=k), "eager": eager}
+    functions = {OURS: lambda mu, logvar: ops.rsample_log_ratio(mu, logvar, k=k), "eager": eager}
     forward, backward = b * d * EXP + k * b * d * (NORMAL + 5), 6 * k * b * d
     case = f"{k}×{b}×{d}"
     yield from _works(

@@ -218,7 +218,7 @@ def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU, chunked=F
     how = Weighing(1.0, "log_mean_exp", "none")
 
     def ours(x, mu, logvar, logits):
-        z, log_ratio = ops.rsample_log_ratio(mu, logvar, samples=k)
+        z, log_ratio = ops.rsample_log_ratio(mu, logvar, k=k)
         return z, weigh("bernoulli", x, (logits.flatten(0, 1),), log_ratio, None, how)[0]
 
     def bound(x, logits, eps, z, logvar):

@@ -279,7 +279,7 @@ def test_a_posterior_of_ones_own_knows_nothing_of_chunks(estimator):
 
 def test_paths_need_both_gradients():
     mu, logvar = (randn(B, D, seed=s).requires_grad_() for s in (14, 15))
-    z, ratio, paths = fastvae.ops.rsample_log_ratio(mu, logvar, samples=K, paths=True)
+    z, ratio, paths = fastvae.ops.rsample_log_ratio(mu, logvar, k=K, paths=True)
     assert paths.shape == (K, B)
     assert not paths.any()
     with pytest.raises(RuntimeError, match="one did not arrive"):

@@ -194,14 +194,14 @@ def test_capture_draws_the_same_noise():
     """A graph whose seed is a tensor gives the eager call's result for that seed."""
     mu, logvar = (torch.randn(B, D, device=DEVICE) for _ in range(2))
     seed = torch.tensor(5, device=DEVICE)
-    fastvae.ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+    fastvae.ops.rsample_kl(mu, logvar, k=K, seed=seed)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        z, kl = fastvae.ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+        z, kl = fastvae.ops.rsample_kl(mu, logvar, k=K, seed=seed)
     for value in (5, -7):
         seed.fill_(value)
         graph.replay()
-        expected = fastvae.ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+        expected = fastvae.ops.rsample_kl(mu, logvar, k=K, seed=seed)
         assert torch.equal(z, expected[0]) and torch.equal(kl, expected[1])
 
 

@@ -566,7 +566,7 @@ CASES = {
         ["floor=0.0001", "scale='softplus'", "scale='logvar'", "leave it out"],
     ),
     "a negative floor": (
-        lambda: ops.rsample_log_ratio(*q(), samples=2, scale="softplus", floor=-1e-4),
+        lambda: ops.rsample_log_ratio(*q(), k=2, scale="softplus", floor=-1e-4),
         ValueError,
         ["floor must be finite and at least 0", "-0.0001"],
     ),
@@ -602,7 +602,7 @@ CASES = {
         ["seed must be an int64 tensor", "torch.int32"],
     ),
     "seed with an axis": (
-        lambda: ops.rsample_log_ratio(*q(), samples=K, seed=torch.zeros(1, dtype=torch.int64, device=DEVICE)),
+        lambda: ops.rsample_log_ratio(*q(), k=K, seed=torch.zeros(1, dtype=torch.int64, device=DEVICE)),
         TypeError,
         ["seed must be an int64 tensor of no dimensions", "[1]"],
     ),
@@ -627,7 +627,7 @@ CASES = {
         ["row_offset must be an int", "got 1.0"],
     ),
     "sample_offset beyond the address": (
-        lambda: ops.rsample_log_ratio(*q(), samples=2, sample_offset=2**32 - 1),
+        lambda: ops.rsample_log_ratio(*q(), k=2, sample_offset=2**32 - 1),
         ValueError,
         ["sample_offset must lie in", "got 4294967295", "2 samples"],
     ),
@@ -727,9 +727,9 @@ def test_empty_batch_through_the_ops(backend, prior):
     if prior:
         parts = tuple(randn(D, seed=s).requires_grad_() for s in (8, 9))
         leaves += parts
-    z, kl = ops.rsample_kl(mu, logvar, samples=K, prior=parts)
+    z, kl = ops.rsample_kl(mu, logvar, k=K, prior=parts)
     assert (z.shape, kl.shape) == ((K, 0, D), (0,))
-    z2, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, prior=parts, estimator="dreg")
+    z2, ratio = ops.rsample_log_ratio(mu, logvar, k=K, prior=parts, estimator="dreg")
     assert (z2.shape, ratio.shape) == ((K, 0, D), (K, 0))
     assert ops.rsample_kl(mu, logvar, prior=parts, per_dimension=True)[1].shape == (0, D)
     bound = ops.log_mean_exp(ratio)
@@ -827,7 +827,7 @@ def test_certainly_impossible_example_is_minus_infinity(estimator):
     options = {"reduction": "none", "generator": generator(0), "estimator": estimator, **BERNOULLI}
     bound = iwae(data, (mu, logvar), decoder, k=K, **options)
     # For the first, log p(x|z) = 0 and the bound is the mean of p(z) / q(z).
-    _, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed_of(0))
+    _, ratio = ops.rsample_log_ratio(mu, logvar, k=K, seed=seed_of(0))
     torch.testing.assert_close(bound[0], ops.log_mean_exp(ratio)[0], rtol=1e-6, atol=1e-6)
     assert float(bound[1]) == -math.inf
     grad_mu, grad_logvar = torch.autograd.grad(bound.sum(), (mu, logvar))

@@ -1674,7 +1674,7 @@ def test_reconstruction_log_prob(backend):
     encoder, decoder = models.networks(X, D, "bernoulli")
     x, samples = rand(N, X, seed=7), 9
     q = encoder(x)
-    z, _ = fastvae.ops.rsample_log_ratio(*q, samples=samples, seed=seed_of(8))
+    z, _ = fastvae.ops.rsample_log_ratio(*q, k=samples, seed=seed_of(8))
     log_likelihood = torch.distributions.Bernoulli(logits=decoder(z), validate_args=False).log_prob(x).sum(2)
     expected = (torch.logsumexp(log_likelihood, 0) - math.log(samples)).detach()
     for k_chunk in (None, 2):

@@ -168,7 +168,7 @@ def test_ratio_to_a_narrow_prior(backend):
     """A narrow prior's log p(z) is large, not -inf: for q = p the ratio is 0, with terms 44 and -44."""
     logvar = torch.full((2, 3), -89.0, device=DEVICE)
     zeros = torch.zeros_like(logvar)
-    _, ratio = ops.rsample_log_ratio(zeros, logvar, samples=5, prior=(zeros, logvar))
+    _, ratio = ops.rsample_log_ratio(zeros, logvar, k=5, prior=(zeros, logvar))
     torch.testing.assert_close(ratio, torch.zeros_like(ratio), rtol=0, atol=1e-4)
     mean = torch.full_like(zeros, 1.0)
     _, kl = ops.rsample_kl(mean, logvar, prior=(mean, logvar))

@@ -475,7 +475,7 @@ def test_a_posterior_draws_what_its_objectives_draw(backend, logvar_range, norma
     if normal:
         prior = DiagonalNormal(randn(4, seed=52), randn(4, seed=53))
     seed = torch.tensor(9, device=DEVICE)
-    options = {"logvar_range": logvar_range, "samples": 3, "seed": seed, "row_offset": row_offset}
+    options = {"logvar_range": logvar_range, "k": 3, "seed": seed, "row_offset": row_offset}
     options["prior"] = (prior.mu, prior.logvar) if normal else None
     z, kl = fastvae.ops.rsample_kl(q.mu, q.logvar, **options)
     y, ratio = fastvae.ops.rsample_log_ratio(q.mu, q.logvar, **options)

@@ -63,7 +63,7 @@ def _run(case):
     leaves = [t.detach().requires_grad_(n) for t, n in zip(case["inputs"], case["need"], strict=True)]
     k0, b0 = case["offsets"]
     place = {"seed": case["seed"], "sample_offset": k0, "row_offset": b0}
-    outputs = ops.rsample_tril(*leaves, samples=case["samples"], **place)
+    outputs = ops.rsample_tril(*leaves, k=case["samples"], **place)
     asked = [t for t in leaves if t.requires_grad]
     pairs = [p for p, w in zip(zip(outputs, case["grads"], strict=True), case["which"], strict=True) if w]
     # The density alone does not depend on mu.
@@ -140,7 +140,7 @@ def test_it_is_torchs_multivariate_normal(backend):
     """The density at the draws, and the draws' moments, are torch's MultivariateNormal's."""
     k, b, d = 6, 4, 5
     mu, tril = randn(b, d, seed=1).double(), 0.5 * randn(b, _size(d), seed=2).double()
-    z, log_q = ops.rsample_tril(mu, tril, samples=k, seed=seed_of(3))
+    z, log_q = ops.rsample_tril(mu, tril, k=k, seed=seed_of(3))
     expected = td.MultivariateNormal(mu, scale_tril=_matrix(tril, d)).log_prob(z)
     torch.testing.assert_close(log_q, expected, rtol=1e-11, atol=1e-11)
 
@@ -148,7 +148,7 @@ def test_it_is_torchs_multivariate_normal(backend):
 def test_the_draws_have_that_covariance():
     k, d = 200_000, 3
     mu, tril = randn(1, d, seed=1), 0.5 * randn(1, _size(d), seed=2)
-    z, _ = ops.rsample_tril(mu, tril, samples=k, seed=seed_of(3))
+    z, _ = ops.rsample_tril(mu, tril, k=k, seed=seed_of(3))
     scale = _matrix(tril, d)[0]
     covariance = scale @ scale.T
     off = (torch.cov(z[:, 0].T) - covariance).abs()
@@ -172,7 +172,7 @@ def test_gradients_are_autograds_of_the_plain_formula(backend):
         return (z.sin() * log_q[..., None]).sum() + log_q.cos().sum()
 
     expected = torch.autograd.grad(loss(z, log_q), leaves)
-    got = torch.autograd.grad(loss(*ops.rsample_tril(*leaves, samples=k, seed=seed_of(3))), leaves)
+    got = torch.autograd.grad(loss(*ops.rsample_tril(*leaves, k=k, seed=seed_of(3))), leaves)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
@@ -183,7 +183,7 @@ def test_a_diagonal_scale_is_a_diagonal_normal(backend):
     mu, logvar = randn(b, d, seed=1), randn(b, d, seed=2)
     rows, columns = torch.tril_indices(d, d, device=DEVICE)
     tril = torch.where(rows == columns, 0.5 * logvar[:, rows], 0.0)
-    place = {"samples": k, "seed": seed_of(3), "sample_offset": 2, "row_offset": 5}
+    place = {"k": k, "seed": seed_of(3), "sample_offset": 2, "row_offset": 5}
     z, log_q = ops.rsample_tril(mu, tril, **place)
     expected, _ = ops.rsample_kl(mu, logvar, **place)
     torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
@@ -200,7 +200,7 @@ def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
     def run(rows, draws):
         leaves = [t[rows].clone().requires_grad_() for t in (mu, tril)]
         z, log_q = ops.rsample_tril(
-            *leaves, samples=len(range(k)[draws]), seed=seed_of(3), sample_offset=draws.start,
+            *leaves, k=len(range(k)[draws]), seed=seed_of(3), sample_offset=draws.start,
             row_offset=rows.start,
         )  # fmt: skip
         loss = (z * upstream[draws, rows]).sum() + log_q.square().sum()
@@ -221,7 +221,7 @@ def test_threads_do_not_change_a_bit():
 
     def run():
         leaves = [t.clone().requires_grad_() for t in (mu, tril)]
-        z, log_q = ops.rsample_tril(*leaves, samples=80, seed=seed_of(4))
+        z, log_q = ops.rsample_tril(*leaves, k=80, seed=seed_of(4))
         return z, log_q, *torch.autograd.grad((z * upstream).sum() + log_q.sum(), leaves)
 
     before = torch.get_num_threads()
@@ -241,7 +241,7 @@ def test_the_flat_form_is_the_same_memory(backend):
     mu, tril, upstream = randn(b, d, seed=1), randn(b, _size(d), seed=2), randn(k, b, d, seed=3)
     found = []
     for op in (
-        lambda *q: ops.rsample_tril(*q, samples=k, seed=seed_of(3), sample_offset=2, row_offset=4),
+        lambda *q: ops.rsample_tril(*q, k=k, seed=seed_of(3), sample_offset=2, row_offset=4),
         lambda *q: flat_tril(*q, seed_of(3), k, 2, 4),
     ):
         leaves = [t.clone().requires_grad_() for t in (mu, tril)]
@@ -259,7 +259,7 @@ def test_each_gradient_by_itself(backend, wanted):
     tensors = [randn(3, 6, seed=1), randn(3, _size(6), seed=2)]
 
     def run(*leaves):
-        z, log_q = ops.rsample_tril(*leaves, samples=4, seed=seed_of(3))
+        z, log_q = ops.rsample_tril(*leaves, k=4, seed=seed_of(3))
         return z, z.square().sum() + log_q.sin().sum()
 
     every = [t.clone().requires_grad_() for t in tensors]
@@ -276,7 +276,7 @@ def test_each_gradient_by_itself(backend, wanted):
 def test_nothing_to_draw(backend, b, d):
     mu, tril = torch.zeros(b, d, device=DEVICE), torch.zeros(b, _size(d), device=DEVICE)
     leaves = [t.requires_grad_() for t in (mu, tril)]
-    z, log_q = ops.rsample_tril(*leaves, samples=5)
+    z, log_q = ops.rsample_tril(*leaves, k=5)
     assert z.shape == (5, b, d) and log_q.shape == (5, b) and not log_q.any()
     grads = torch.autograd.grad(z.sum() + log_q.sum(), leaves)
     assert [g.shape for g in grads] == [t.shape for t in leaves]
@@ -288,7 +288,7 @@ def test_what_is_no_number_stays_where_it_is(backend):
     mu, tril = randn(b, d, seed=1), randn(b, _size(d), seed=2)
     tril[1, _size(3) + 1] = math.nan  # L_31
     tril[0, _size(2) - 1] = math.inf  # log L_11
-    z, log_q = ops.rsample_tril(mu, tril, samples=k, seed=seed_of(3))
+    z, log_q = ops.rsample_tril(mu, tril, k=k, seed=seed_of(3))
     assert bool(z[:, 1, 3].isnan().all()) and bool(z[:, 0, 1].isinf().all())
     assert int(z.isfinite().sum()) == z.numel() - 2 * k
     assert bool((log_q[:, 0] == -math.inf).all()) and bool(log_q[:, 1].isfinite().all())
@@ -298,8 +298,8 @@ def test_what_lies_above_the_diagonal_is_not_there(backend):
     """A column of z depends neither on later columns of the noise nor on memory above the diagonal."""
     mu = torch.zeros(2, 37, device=DEVICE, dtype=torch.float64)
     tril = 0.3 * randn(2, _size(37), seed=2).double()
-    z, _ = ops.rsample_tril(mu, tril, samples=3, seed=seed_of(3))
-    first, _ = ops.rsample_tril(mu[:, :9], tril[:, : _size(9)], samples=3, seed=seed_of(3))
+    z, _ = ops.rsample_tril(mu, tril, k=3, seed=seed_of(3))
+    first, _ = ops.rsample_tril(mu[:, :9], tril[:, : _size(9)], k=3, seed=seed_of(3))
     torch.testing.assert_close(z[:, :, :9], first, rtol=1e-13, atol=1e-13)
 
 
@@ -308,11 +308,9 @@ def test_the_halves_of_an_encoders_output(backend):
     k, b, d = 3, 4, 5
     out = randn(b, d + _size(d), seed=1)
     mu, tril = out.split([d, _size(d)], 1)
-    z, log_q = ops.rsample_tril(mu, tril.double(), samples=k, seed=seed_of(3))
+    z, log_q = ops.rsample_tril(mu, tril.double(), k=k, seed=seed_of(3))
     assert z.dtype == log_q.dtype == torch.float64
-    expected = ops.rsample_tril(
-        mu.contiguous().double(), tril.contiguous().double(), samples=k, seed=seed_of(3)
-    )
+    expected = ops.rsample_tril(mu.contiguous().double(), tril.contiguous().double(), k=k, seed=seed_of(3))
     assert torch.equal(z, expected[0]) and torch.equal(log_q, expected[1])
 
 
@@ -322,7 +320,7 @@ MISTAKES = {
     "another triangle": ((MU, torch.zeros(4, 5)), {}, ValueError, ["[4, 5]", "[4, 3]", "[4, 6]"]),
     "another batch": ((MU, torch.zeros(1, 6)), {}, ValueError, ["[1, 6]", "[4, 6]"]),
     "integers": ((MU, TRIL.int()), {}, TypeError, ["tril", "int32"]),
-    "no sample": ((MU, TRIL), {"samples": 0}, ValueError, ["samples", "0"]),
+    "no sample": ((MU, TRIL), {"k": 0}, ValueError, ["k", "0"]),
     "an address": ((MU, TRIL), {"row_offset": 2**32}, ValueError, ["row_offset"]),
     "a seed": ((MU, TRIL), {"seed": torch.zeros(())}, TypeError, ["seed", "int64"]),
 }
@@ -332,5 +330,5 @@ MISTAKES = {
 def test_mistakes(name):
     arguments, options, error, words = MISTAKES[name]
     with pytest.raises(error) as raised:
-        ops.rsample_tril(*arguments, **{"samples": 2, **options})
+        ops.rsample_tril(*arguments, **{"k": 2, **options})
     assert all(word in str(raised.value) for word in words), raised.value

@@ -613,7 +613,7 @@ def test_an_ordinary_prior_and_an_ordinary_posterior_go_with_them():
     q = randn(B, 9, seed=1, dtype=F64), randn(B, 9, seed=2, dtype=F64)
     options["generator"] = generator(1)
     ratio = fastvae.log_weights(x, q, model.decoder, prior=model.hierarchy, **options).log_ratio
-    z, log_q = DiagonalNormal(*q).rsample(K, seed_of(1))
+    z, log_q = DiagonalNormal(*q).rsample_log_prob(K, seed_of(1))
     torch.testing.assert_close(ratio, model.hierarchy.log_prob(z) - log_q, rtol=1e-10, atol=1e-10)
 
 

@@ -95,7 +95,7 @@ def _run(case, op, dtype):
     outputs = op(
         mu,
         logvar,
-        samples=case["samples"],
+        k=case["samples"],
         prior=None if prior_mu is None else (prior_mu, prior_logvar),
         logvar_range=case["logvar_range"],
         **case.get("form", USUAL),
@@ -195,8 +195,8 @@ def test_rows_longer_than_a_tile(backend, op, columns):
 def test_z_is_mu_plus_sigma_eps(backend):
     mu, logvar = torch.randn(6, 9, device=DEVICE), torch.randn(6, 9, device=DEVICE)
     seed = torch.tensor(5, device=DEVICE)
-    z, _ = ops.rsample_kl(mu, logvar, samples=4, seed=seed)
-    again, _ = ops.rsample_log_ratio(mu, logvar, samples=4, seed=seed)
+    z, _ = ops.rsample_kl(mu, logvar, k=4, seed=seed)
+    again, _ = ops.rsample_log_ratio(mu, logvar, k=4, seed=seed)
     assert torch.equal(z, again)
     expected = mu.double() + torch.exp(logvar.double() / 2) * _eps(seed, 4, 6, 9)
     torch.testing.assert_close(z.double(), expected, rtol=1e-6, atol=1e-6)
@@ -206,7 +206,7 @@ def test_without_samples_the_axis_is_left_out(backend):
     mu, logvar = torch.randn(6, 9, device=DEVICE), torch.randn(6, 9, device=DEVICE)
     seed = torch.tensor(5, device=DEVICE)
     assert torch.equal(
-        ops.rsample_kl(mu, logvar, seed=seed)[0], ops.rsample_kl(mu, logvar, samples=1, seed=seed)[0][0]
+        ops.rsample_kl(mu, logvar, seed=seed)[0], ops.rsample_kl(mu, logvar, k=1, seed=seed)[0][0]
     )
 
 
@@ -230,8 +230,8 @@ def test_extreme_log_variances(backend, value):
 
     def run():
         m, v = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-        z, kl = ops.rsample_kl(m, v, samples=2, seed=seed)
-        y, ratio = ops.rsample_log_ratio(m, v, samples=2, seed=seed)
+        z, kl = ops.rsample_kl(m, v, k=2, seed=seed)
+        y, ratio = ops.rsample_log_ratio(m, v, k=2, seed=seed)
         grads = torch.autograd.grad(z.sum() + kl.sum() + y.sum() + ratio.sum(), (m, v))
         return [z, kl, y, ratio, *grads]
 
@@ -266,7 +266,7 @@ def test_extreme_scales(backend, form, values):
         variance = (2 * wide).exp() if form["scale"] == "log_scale" else wide**2
         slope = 2 * torch.ones_like(wide) if form["scale"] == "log_scale" else 2 / wide
     eps = _eps(seed, k, 2, d)
-    z, kl = ops.rsample_kl(mu, raw, samples=k, per_dimension=True, seed=seed, **form)
+    z, kl = ops.rsample_kl(mu, raw, k=k, per_dimension=True, seed=seed, **form)
     torch.testing.assert_close(z.double(), variance.sqrt() * eps, rtol=3e-6, atol=1e-37)
     excess = variance - 1 - variance.log()
     torch.testing.assert_close(kl.double(), 0.5 * excess, rtol=2e-6, atol=1e-7)
@@ -277,7 +277,7 @@ def test_extreme_scales(backend, form, values):
     size = (0.5 * variance.sqrt() * eps).abs().sum(0) * slope
     assert bool(((grad.double() - expected).abs() <= 4e-6 * size + 1e-37).all())
     for i in range(d):
-        one = {"samples": k, "seed": seed, **form}
+        one = {"k": k, "seed": seed, **form}
         _, ratio = ops.rsample_log_ratio(mu[:, i : i + 1], raw[:, i : i + 1], **one)
         noise = _eps(seed, k, 2, 1)[..., 0]
         square, constant = variance[:, i] * noise**2, variance[:, i].log()
@@ -310,7 +310,7 @@ def test_a_scale_that_is_negative_gives_nan(backend):
     sigma = torch.tensor([[0.5, -0.5], [0.5, 0.5]], device=DEVICE)
     mu, seed = torch.zeros(2, 2, device=DEVICE), torch.tensor(4, device=DEVICE)
     _, kl = ops.rsample_kl(mu, sigma, seed=seed, scale="scale")
-    _, ratio = ops.rsample_log_ratio(mu, sigma, samples=3, seed=seed, scale="scale")
+    _, ratio = ops.rsample_log_ratio(mu, sigma, k=3, seed=seed, scale="scale")
     assert kl.isnan().tolist() == [True, False]
     assert ratio.isnan().tolist() == [[True, False]] * 3
 
@@ -326,7 +326,7 @@ def test_nan_log_variance_survives_a_clamp(backend):
 def test_a_clamp_that_excludes_zero_adds_no_kl_outside_the_row(backend, columns):
     """Padding zeros of a tile are clamped too, and must not add their KL."""
     zeros = torch.zeros(3, columns, device=DEVICE)
-    _, kl = ops.rsample_kl(zeros, zeros, samples=2, logvar_range=(0.25, 1.5))
+    _, kl = ops.rsample_kl(zeros, zeros, k=2, logvar_range=(0.25, 1.5))
     exact = columns * (math.expm1(0.25) - 0.25) / 2
     torch.testing.assert_close(kl, torch.full((3,), exact, device=DEVICE), rtol=1e-6, atol=0)
 
@@ -336,7 +336,7 @@ def test_empty(backend, shape):
     mu = torch.randn(shape, device=DEVICE, requires_grad=True)
     logvar = torch.randn(shape, device=DEVICE, requires_grad=True)
     for op in (ops.rsample_kl, ops.rsample_log_ratio):
-        z, other = op(mu, logvar, samples=2)
+        z, other = op(mu, logvar, k=2)
         assert z.shape == (2, *shape)
         assert torch.equal(other, torch.zeros_like(other))
         grads = torch.autograd.grad(z.sum() + other.sum(), (mu, logvar))
@@ -346,9 +346,9 @@ def test_empty(backend, shape):
 def test_a_chunk_and_a_shard_are_parts_of_the_whole(backend):
     mu, logvar = torch.randn(7, 10, device=DEVICE), torch.randn(7, 10, device=DEVICE)
     seed = torch.tensor(-3, device=DEVICE)
-    z, ratio = ops.rsample_log_ratio(mu, logvar, samples=9, seed=seed)
+    z, ratio = ops.rsample_log_ratio(mu, logvar, k=9, seed=seed)
     part, part_ratio = ops.rsample_log_ratio(
-        mu[2:6], logvar[2:6], samples=4, seed=seed, sample_offset=5, row_offset=2
+        mu[2:6], logvar[2:6], k=4, seed=seed, sample_offset=5, row_offset=2
     )
     assert torch.equal(z[5:, 2:6], part)
     if DEVICE.type == "cuda":  # another tile size sums a row in another order
@@ -399,7 +399,7 @@ def test_backward_may_run_on_another_backend(op, estimator):
         torch.manual_seed(0)
         mu, logvar = (torch.randn(5, 6, device=DEVICE, requires_grad=True) for _ in range(2))
         with fastvae.use_backend(forward):
-            results = getattr(ops, op)(mu, logvar, samples=samples, seed=seed, **options)
+            results = getattr(ops, op)(mu, logvar, k=samples, seed=seed, **options)
         weights = [torch.randn_like(r).square() for r in results]
         with fastvae.use_backend(backward):
             return torch.autograd.grad(results, (mu, logvar), weights)
@@ -413,14 +413,14 @@ def test_backward_may_run_on_another_backend(op, estimator):
 def test_no_gradients_no_slope(monkeypatch):
     """Large-K evaluation without gradients saves nothing for a backward pass."""
     mu, logvar = torch.randn(2, 4, 3, requires_grad=True)
-    z, _ = ops.rsample_log_ratio(mu, logvar, samples=5)
+    z, _ = ops.rsample_log_ratio(mu, logvar, k=5)
     assert any(t is not None and t.numel() == 5 * 4 * 3 for t in z.grad_fn.saved_tensors)
     op, kept = ops.latent._rsample_log_ratio, []
     way = ON_CPU, "native"
     function, *others = op._ways[way]
     monkeypatch.setitem(op._ways, way, (lambda *a: kept.append(a[-1]) or function(*a), *others))
     with torch.no_grad():
-        ops.rsample_log_ratio(mu, logvar, samples=5)
+        ops.rsample_log_ratio(mu, logvar, k=5)
     assert kept == [False]
 
 
@@ -432,7 +432,7 @@ def test_tiles_of_rows_hold_every_row(backend, shape):
     prior = torch.randn(2, *shape, device=DEVICE)
     seed = torch.tensor(3, device=DEVICE)
     eps = _eps(seed, k, *shape)
-    z, ratio = ops.rsample_log_ratio(mu, logvar, samples=k, prior=tuple(prior), seed=seed)
+    z, ratio = ops.rsample_log_ratio(mu, logvar, k=k, prior=tuple(prior), seed=seed)
     exact = mu.double() + torch.exp(0.5 * logvar.double()) * eps
     m, v = prior.double()
     terms = eps**2 - (exact - m) ** 2 * torch.exp(-v) + logvar.double() - v

@@ -49,7 +49,7 @@ ones = lambda *t: [torch.ones_like(u) for u in t]
 def grad(out, *inputs):
     return torch.autograd.grad(out, inputs, ones(*out) if isinstance(out, tuple) else ones(out))
 
-three = {"samples": 3, "seed": seed}
+three = {"k": 3, "seed": seed}
 calls = {
     "rsample_kl": lambda k0=0, b0=0: grad(
         ops.rsample_kl(mu, logvar, **three, sample_offset=k0, row_offset=b0), mu, logvar
@@ -139,9 +139,9 @@ with fastvae.use_backend("triton"):
     wide = torch.randn(40, 100)
     for op in (ops.rsample_kl, ops.rsample_log_ratio):
         halves = lambda b: wide[:b].chunk(2, dim=1)
-        found = {handle(lambda: op(*halves(b), samples=k)) for b, k in ((20, 9), (21, 9), (21, 11))}
+        found = {handle(lambda: op(*halves(b), k=k)) for b, k in ((20, 9), (21, 9), (21, 11))}
         assert len(found) == 1, found
-        assert handle(lambda: op(wide[:20, :48], wide[:20, 50:98], samples=9)) not in found
+        assert handle(lambda: op(wide[:20, :48], wide[:20, 50:98], k=9)) not in found
 print("fine")
 """
 )

@@ -200,7 +200,7 @@ def test_monte_carlo_kl(prior):
     """The mean of log q - log p over the draws is the analytic KL within 4.5 standard errors."""
     mu, logvar, parts, p = _latents(prior)
     k = 40_000
-    z, log_ratio = fastvae.ops.rsample_log_ratio(mu, logvar, samples=k, prior=parts, seed=seed_of(5))
+    z, log_ratio = fastvae.ops.rsample_log_ratio(mu, logvar, k=k, prior=parts, seed=seed_of(5))
     _, kl = fastvae.ops.rsample_kl(mu, logvar, prior=parts)
     score = (-log_ratio.mean(0) - kl) / (log_ratio.std(0) / math.sqrt(k))
     assert float(score.abs().max()) < 4.5

@@ -175,7 +175,7 @@ def test_dreg_does_something():
     )
     gradients = {}
     for estimator in ("iwae", "stl", "dreg"):
-        z, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, estimator=estimator, seed=seed_of(5))
+        z, ratio = ops.rsample_log_ratio(mu, logvar, k=K, estimator=estimator, seed=seed_of(5))
         log_w = ops.gaussian_log_prob(x, *decoder(z)) + ratio
         gradients[estimator] = torch.autograd.grad(ops.log_mean_exp(log_w).sum(), (mu, logvar))
         through = fastvae.iwae(
@@ -229,7 +229,7 @@ def test_constants_count_once_per_element(backend, size):
     close(kl, size * 450.0)
     # q = p: the ratio vanishes for every draw, whatever the mean and the tile, up to the rounding of z near
     # 32, which is 2e-6, times eps / sigma, and a few roundings of eps^2.
-    _, ratio = ops.rsample_log_ratio(x, x * 0 + 1, samples=2, prior=(x, x * 0 + 1), seed=seed_of(13))
+    _, ratio = ops.rsample_log_ratio(x, x * 0 + 1, k=2, prior=(x, x * 0 + 1), seed=seed_of(13))
     eps = fastvae.random.normal(seed_of(13), 2, rows, size).abs()
     allowed = (2e-6 * eps / math.exp(0.5) + 5e-7 * eps**2).sum(2)
     assert bool((ratio.abs() <= allowed).all())
@@ -280,12 +280,12 @@ def test_bf16_log_ratio(backend):
     # eps^2 - z^2 with z rounded to bfloat16 is off by 2^-8 z^2, which is 4 nats at z = 32.
     mu, logvar = _bf16(32.0, -20.0, 9.0)[None], _bf16(0.5, -1.0, 2.0)[None]
     prior = (mu, logvar)
-    z, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, prior=prior, seed=seed_of(7))
+    z, ratio = ops.rsample_log_ratio(mu, logvar, k=K, prior=prior, seed=seed_of(7))
     assert z.dtype == torch.bfloat16
     assert ratio.dtype == torch.float32
     # q = p, so the ratio is zero up to float32 roundings of z, 4e-6 at 32, times 2 eps / sigma < 8.
     assert float(ratio.abs().max()) < 1e-4
-    _, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed_of(7))
+    _, ratio = ops.rsample_log_ratio(mu, logvar, k=K, seed=seed_of(7))
     eps = fastvae.random.normal(seed_of(7), K, 1, 3).double()
     exact = 0.5 * (eps**2 - (mu + torch.exp(0.5 * logvar.double()) * eps) ** 2 + logvar).sum(2)
     torch.testing.assert_close(ratio.double(), exact, rtol=1e-5, atol=0)
@@ -387,12 +387,12 @@ def test_offsets_of_more_than_31_bits(implementation):
             lambda t: ops.bernoulli_log_prob(near, t),
             lambda t: ops.log_mean_exp(t),
             lambda t: ops.rsample_kl(t, near)[1],
-            lambda t: ops.rsample_log_ratio(near, t, samples=K, seed=seed_of(9))[1],
+            lambda t: ops.rsample_log_ratio(near, t, k=K, seed=seed_of(9))[1],
         ):
             assert torch.equal(op(far(near)), op(near))
         # Noise addresses use all 32 bits, too.
         z = [
-            ops.rsample_kl(near * 0, near * 0, samples=1, seed=seed_of(10), sample_offset=k, row_offset=b)[0]
+            ops.rsample_kl(near * 0, near * 0, k=1, seed=seed_of(10), sample_offset=k, row_offset=b)[0]
             for k in (0, 2**31, 2**32 - 1)
             for b in (0, 2**31, 2**32 - rows)
         ]

@@ -95,8 +95,8 @@ def test_half_precision_latents_of_any_size(backend, dtype):
     mu = mu[: len(mu) // 9 * 9].view(-1, 9)
     for level in (-200.0, 20.0):
         logvar = torch.full_like(mu, level)
-        z, _ = ops.rsample_log_ratio(mu, logvar, samples=1, seed=SEED)
-        wide, _ = ops.rsample_log_ratio(mu.float(), logvar.float(), samples=1, seed=SEED)
+        z, _ = ops.rsample_log_ratio(mu, logvar, k=1, seed=SEED)
+        wide, _ = ops.rsample_log_ratio(mu.float(), logvar.float(), k=1, seed=SEED)
         assert torch.equal(z, wide.to(dtype))
     assert bool(z.isinf().any()) == (dtype == torch.float16)
 
@@ -124,7 +124,7 @@ def test_a_clamp_of_one_side(backend, limits, dtype):
             leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
             given = leaves[1] if clamped else leaves[1].clamp(*limits)
             out = op(
-                leaves[0], given, samples=k, seed=SEED, logvar_range=limits if clamped else None, **options
+                leaves[0], given, k=k, seed=SEED, logvar_range=limits if clamped else None, **options
             )
             results.append((*(o.detach() for o in out), *torch.autograd.grad(out, leaves, (grad_z, second))))
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
@@ -140,7 +140,7 @@ def test_a_clamp_holds_when_the_backend_changes_between_the_passes(forward, back
         mu, logvar = (2 * randn(6, 5, seed=s) for s in (4, 5))
         leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
         with fastvae.use_backend(first):
-            z, kl = ops.rsample_kl(*leaves, samples=3, seed=SEED, logvar_range=(-0.5, 0.5))
+            z, kl = ops.rsample_kl(*leaves, k=3, seed=SEED, logvar_range=(-0.5, 0.5))
         with fastvae.use_backend(then):
             return torch.autograd.grad((z.square().sum(), kl.sum()), leaves)
 
@@ -263,11 +263,11 @@ def test_very_long_rows(on_cpu, values):
     exact = (x.sigmoid().double() * logit - math.log1p(math.exp(logit))).sum(1)
     assert _off(coin, exact) < 8
     q = x, full[0]
-    _, kl = ops.rsample_kl(*q, samples=1, seed=SEED)
+    _, kl = ops.rsample_kl(*q, k=1, seed=SEED)
     assert _off(kl, 0.5 * (wide**2 + math.expm1(float(number)) - float(number)).sum(1)) < 8
-    _, ratio = ops.rsample_log_ratio(*q, samples=1, seed=SEED)
+    _, ratio = ops.rsample_log_ratio(*q, k=1, seed=SEED)
     with fastvae.use_backend("reference"):
-        _, exact = ops.rsample_log_ratio(*(t.double() for t in q), samples=1, seed=SEED)
+        _, exact = ops.rsample_log_ratio(*(t.double() for t in q), k=1, seed=SEED)
     # The terms have both signs: relative to the sum of magnitudes, two or more per column.
     assert float((ratio.double() - exact).abs().max()) < 8 * EPS * 2 * size
 
@@ -289,11 +289,11 @@ def test_gradients_over_many_samples(on_cpu):
     assert _off(got, (mean[0] + 3.0).double() * g) < 16
     # q = p, so the mean gradient of the log variance is the entropy's.
     q = [torch.zeros(2, size, device=DEVICE, requires_grad=True) for _ in range(2)]
-    _, ratio = ops.rsample_log_ratio(*q, samples=k, seed=SEED)
+    _, ratio = ops.rsample_log_ratio(*q, k=k, seed=SEED)
     got = torch.autograd.grad(ratio, q, upstream.expand(k, 2))
     with fastvae.use_backend("reference"):
         wide = [t.detach().double().requires_grad_() for t in q]
-        _, ratio = ops.rsample_log_ratio(*wide, samples=k, seed=SEED)
+        _, ratio = ops.rsample_log_ratio(*wide, k=k, seed=SEED)
         exact = torch.autograd.grad(ratio, wide, upstream.double().expand(k, 2))
     for actual, expected in zip(got, exact, strict=True):
         # Terms of size g: relative to the sum of magnitudes.
@@ -338,7 +338,7 @@ def test_sums_that_are_split_over_programs(backend, case):
         results += [value, *torch.autograd.grad(value, leaves, upstream.to(dtype))]
         for name in latents:
             leaves = [t.detach().to(dtype).requires_grad_() for t in q]
-            options = {"samples": k, "seed": SEED, "prior": leaves[2:]}
+            options = {"k": k, "seed": SEED, "prior": leaves[2:]}
             if name == "kl":
                 out, second = ops.rsample_kl(*leaves[:2], **options), grad_kl
             else:

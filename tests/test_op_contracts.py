@@ -58,11 +58,11 @@ def recorded(likelihoods):
         total = 0
         mu, logvar, p_mu, p_logvar = (_leaf(B, D, seed=s) for s in range(4))
         seed = torch.tensor(5)
-        options = {"samples": K, "prior": (p_mu, p_logvar), "seed": seed}
+        options = {"k": K, "prior": (p_mu, p_logvar), "seed": seed}
         for results in (
             ops.rsample_kl(mu, logvar, **options),
             ops.rsample_log_ratio(mu, logvar, estimator="dreg", **options),
-            ops.rsample_tril(mu, _leaf(B, D * (D + 1) // 2, seed=4), samples=K, seed=seed),
+            ops.rsample_tril(mu, _leaf(B, D * (D + 1) // 2, seed=4), k=K, seed=seed),
         ):
             total = total + sum(r.square().sum() for r in results)
         total = total + ops.log_mean_exp(_leaf(K, B)).square().sum()

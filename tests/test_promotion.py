@@ -175,7 +175,7 @@ def test_autocast(entry):
 def test_ops(dtypes, backend):
     mu, logvar, *_ = _parts(dtypes)
     wide, seed = torch.promote_types(*dtypes), torch.tensor(3, device=DEVICE)
-    for op, options in ((fastvae.ops.rsample_kl, {}), (fastvae.ops.rsample_log_ratio, {"samples": K})):
+    for op, options in ((fastvae.ops.rsample_kl, {}), (fastvae.ops.rsample_log_ratio, {"k": K})):
         found = op(mu, logvar, seed=seed, prior=(logvar[0], mu), **options)
         expected = op(*(t.to(wide) for t in (mu, logvar)), seed=seed, prior=(logvar[0], mu), **options)
         for one, other in zip(found, expected, strict=True):

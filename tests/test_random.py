@@ -133,7 +133,7 @@ def test_levels_have_noise_of_their_own(backend):
     """Level 0 is that of the sampling ops, and levels share no noise."""
     levels = [fastvae.random.normal(3, 6, 7, 9, level=n, device=DEVICE) for n in range(3)]
     zeros = torch.zeros(7, 9, device=DEVICE)
-    z, _ = fastvae.ops.rsample_kl(zeros, zeros, samples=6, seed=torch.tensor(3, device=DEVICE))
+    z, _ = fastvae.ops.rsample_kl(zeros, zeros, k=6, seed=torch.tensor(3, device=DEVICE))
     assert torch.equal(levels[0], z)
     assert torch.equal(levels[0], fastvae.random.normal(3, 6, 7, 9, device=DEVICE))
     part = fastvae.random.normal(3, 2, 3, 9, sample_offset=3, row_offset=4, level=2, device=DEVICE)

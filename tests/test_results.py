@@ -44,7 +44,7 @@ def _likelihood(name, event, lead, row=False):
 
 def _latent(op, samples, **options):
     mu, logvar = _leaf(5, 4), _leaf(5, 4)
-    return lambda: getattr(ops, op)(mu, logvar, samples=samples, seed=_seed(), **options), [mu, logvar]
+    return lambda: getattr(ops, op)(mu, logvar, k=samples, seed=_seed(), **options), [mu, logvar]
 
 
 def _log_mean_exp(*shape, dim=0):

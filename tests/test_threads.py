@@ -31,7 +31,7 @@ def _sample():
     seed = torch.tensor(3, device=DEVICE)
 
     def run():
-        return ops.rsample_log_ratio(mu, logvar, samples=3, seed=seed)
+        return ops.rsample_log_ratio(mu, logvar, k=3, seed=seed)
 
     return run, (mu, logvar)
 

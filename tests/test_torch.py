@@ -417,7 +417,7 @@ def test_gradcheck_of_the_latent_ops(implementation, prior):
     seed = seed_of(2)
 
     def arguments(mu, logvar, *parts):
-        return {"args": (mu, logvar), "prior": parts or None, "seed": seed, "samples": K}
+        return {"args": (mu, logvar), "prior": parts or None, "seed": seed, "k": K}
 
     def call(op, **options):
         def function(*leaves):
@@ -524,7 +524,7 @@ def _public_ops():
     seed = seed_of(4)
 
     def latent(op, **options):
-        return lambda m, v, pm, pv: op(m, v, samples=K, prior=(pm, pv), seed=seed, **options)
+        return lambda m, v, pm, pv: op(m, v, k=K, prior=(pm, pv), seed=seed, **options)
 
     inputs = (mu, logvar, prior_mu, prior_logvar)
     return {
@@ -534,7 +534,7 @@ def _public_ops():
         "rsample_log_ratio dreg": (latent(ops.rsample_log_ratio, estimator="dreg"), inputs),
         "rsample_log_ratio stl": (latent(ops.rsample_log_ratio, estimator="stl"), inputs),
         "rsample_tril": (
-            lambda m, t: ops.rsample_tril(m, t, samples=K, seed=seed),
+            lambda m, t: ops.rsample_tril(m, t, k=K, seed=seed),
             (mu, randn(B, D * (D + 1) // 2, seed=44)),
         ),
         **_public_likelihoods(),
@@ -791,7 +791,7 @@ def test_compiled_draws_are_not_merged(fallback_random):
     def draw(mu, logvar):
         one, _ = ops.rsample_kl(mu, logvar)
         other, _ = ops.rsample_kl(mu, logvar)
-        return one, other, *(ops.rsample_log_ratio(mu, logvar, samples=1)[0] for _ in range(2))
+        return one, other, *(ops.rsample_log_ratio(mu, logvar, k=1)[0] for _ in range(2))
 
     # aot_eager runs the same graph passes, without generating code.
     compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
@@ -834,9 +834,9 @@ def test_compiled_with_dynamic_shapes(fallback_random):
     graphs = 0
 
     def losses(x, mu, logvar, weight, seed):
-        z, kl = ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+        z, kl = ops.rsample_kl(mu, logvar, k=K, seed=seed)
         one = ops.bernoulli_log_prob(x, z @ weight).mean(0) - kl
-        z, ratio = ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed, estimator="dreg")
+        z, ratio = ops.rsample_log_ratio(mu, logvar, k=K, seed=seed, estimator="dreg")
         return one + ops.log_mean_exp(ops.gaussian_log_prob(x, z @ weight, 0.0) + ratio)
 
     def counting(graph, inputs):
@@ -954,7 +954,7 @@ def test_export_keeps_the_ops():
 
     class Bound(nn.Module):
         def forward(self, x, mu, logvar, seed):
-            z, kl = ops.rsample_kl(mu, logvar, samples=K, seed=seed)
+            z, kl = ops.rsample_kl(mu, logvar, k=K, seed=seed)
             return ops.gaussian_log_prob(x, z, 0.0).mean(0) - kl
 
     inputs = (randn(B, D, seed=69), randn(B, D, seed=70), randn(B, D, seed=71), seed_of(9))
@@ -1211,8 +1211,8 @@ def test_threads_do_not_change_a_bit(what):
     log_w = randn(40, 5001, seed=85)
 
     def latent(m, v, pm, pv):
-        z, kl = ops.rsample_kl(m, v, samples=k, prior=(pm, pv), seed=seed_of(12))
-        z2, ratio = ops.rsample_log_ratio(m, v, samples=k, prior=(pm, pv), seed=seed_of(12), estimator="dreg")
+        z, kl = ops.rsample_kl(m, v, k=k, prior=(pm, pv), seed=seed_of(12))
+        z2, ratio = ops.rsample_log_ratio(m, v, k=k, prior=(pm, pv), seed=seed_of(12), estimator="dreg")
         return z, kl, z2, ratio
 
     def objective(m, v, s):

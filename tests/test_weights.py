@@ -392,7 +392,7 @@ def test_log_marginal_agrees_with_weights_of_all_draws():
     x = randn(B, features, seed=1, dtype=torch.float64)
     q = tuple(randn(B, latent, seed=s, dtype=torch.float64) for s in (2, 3))
     seed = torch.Generator(DEVICE).manual_seed(5)
-    z, ratio = fastvae.ops.rsample_log_ratio(*q, samples=k, generator=torch.Generator(DEVICE).manual_seed(5))
+    z, ratio = fastvae.ops.rsample_log_ratio(*q, k=k, generator=torch.Generator(DEVICE).manual_seed(5))
     whole = Weights.of(
         likelihood.log_likelihood(x, decoder(z.flatten(0, 1)), k).detach() + ratio, kept_draws(k)
     )

@@ -177,7 +177,7 @@ class FullNormal(_Correlated):
             log_q = -0.5 * (eps.square() + LOG_2_PI).sum(-1) - logs.sum(-1)
             z = mu + rows_times(eps, scale.mT)
             return z.to(torch.promote_types(self.mu.dtype, self.tril.dtype)), log_q
-        return ops.rsample_tril(self.mu, self.tril, samples=samples, seed=seed, **place)
+        return ops.rsample_tril(self.mu, self.tril, k=samples, seed=seed, **place)
 
     def log_prob(self, z: Tensor) -> Tensor:
         mu, scale, logs = self._parts()

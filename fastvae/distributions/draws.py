@@ -159,7 +159,7 @@ def draw_chunk(
     place |= options(q.form)  # type: ignore[attr-defined]
     by_paths = route == "paths"
     z, log_ratio, *zeros = ops.rsample_log_ratio(
-        q.mu, q.logvar, samples=samples, prior=prior,  # type: ignore[attr-defined]
+        q.mu, q.logvar, k=samples, prior=prior,  # type: ignore[attr-defined]
         estimator="stl" if by_paths else route, seed=seed, paths=by_paths, **place,
     )  # fmt: skip
     return z, log_ratio, zeros[0] if zeros else None

@@ -349,7 +349,7 @@ class HierarchicalPosterior(Distribution):
         q = self._posterior(0, self.features[0], None)
         if term is Step.log_q:
             return q.rsample_log_prob(samples, seed, **place)
-        options: dict[str, Any] = {"samples": samples, "seed": seed, **options_of(q.form), **place}
+        options: dict[str, Any] = {"k": samples, "seed": seed, **options_of(q.form), **place}
         options["prior"] = fused_prior(q, self.hierarchy._p(0, None, self.batch), seed)
         if term is Step.log_ratio:
             z, log_ratio, *_ = ops.rsample_log_ratio(q.mu, q.logvar, **options)

@@ -218,7 +218,7 @@ class DiagonalNormal(Distribution):
             z = (mu + torch.exp(0.5 * logvar) * eps).to(dtype)
         else:
             kwargs = options(self.form) | place
-            z, _ = ops.rsample_kl(self.mu, self.logvar, samples=samples, seed=seed, **kwargs)
+            z, _ = ops.rsample_kl(self.mu, self.logvar, k=samples, seed=seed, **kwargs)
         return z, -0.5 * (eps.square() + logvar + math.log(2 * math.pi)).sum(-1)
 
     def _draw_alone(self, k: int, dim: int | None, seed: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def rsample_tril(
     mu: Tensor,
     tril: Tensor,
     *,
-    samples: int,
+    k: int,
     seed: Tensor | None = None,
     generator: torch.Generator | None = None,
     sample_offset: int = 0,
@@ -67,11 +67,11 @@ def rsample_tril(
         mu: mean of q, [B, D].
         tril: the lower triangle of L, row by row, [B, D(D+1)/2], with logarithms on its diagonal, so that any
             numbers are valid.
-        samples: number of draws per row, K.
-        seed: as in :func:`fastvae.ops.rsample_kl`.
-        generator: as in :func:`fastvae.ops.rsample_kl`.
-        sample_offset: as in :func:`fastvae.ops.rsample_kl`.
-        row_offset: as in :func:`fastvae.ops.rsample_kl`.
+        k: number of draws per row.
+        seed: int64 tensor with no dimensions that fixes the noise; default: drawn from ``generator``.
+        generator: source of the seed; default torch's own, so that ``torch.manual_seed`` applies.
+        sample_offset: index of the first sample, for a chunk of a larger draw. Default: 0.
+        row_offset: index of the first row, for a shard of a larger batch. Default: 0.
 
     Returns:
         z [K, B, D] in the inputs' dtype, and the log density in nats [K, B] in float32 (float64 for float64
@@ -87,20 +87,18 @@ def rsample_tril(
     Example:
         >>> import torch, fastvae
         >>> mu, tril = torch.randn(4, 3), torch.randn(4, 6)
-        >>> z, log_q = fastvae.ops.rsample_tril(mu, tril, samples=5)
+        >>> z, log_q = fastvae.ops.rsample_tril(mu, tril, k=5)
         >>> z.shape, log_q.shape
         (torch.Size([5, 4, 3]), torch.Size([5, 4]))
     """
-    samples = check_count("samples", samples, "the draws per row")
+    k = check_count("k", k, "the draws per row")
     mu, tril = _check_tensors(mu, tril)
     if not (
-        type(sample_offset) is type(row_offset) is int
-        and sample_offset == row_offset == 0
-        and samples <= 2**32
+        type(sample_offset) is type(row_offset) is int and sample_offset == row_offset == 0 and k <= 2**32
     ):
-        sample_offset, row_offset = check_address(samples, mu.shape[0], sample_offset, row_offset)
+        sample_offset, row_offset = check_address(k, mu.shape[0], sample_offset, row_offset)
     seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
-    return _rsample_tril(mu, tril, seed, Draw(samples, sample_offset, row_offset))
+    return _rsample_tril(mu, tril, seed, Draw(k, sample_offset, row_offset))
 
 
 def flat_tril(

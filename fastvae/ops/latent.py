@@ -148,7 +148,7 @@ def rsample_kl(
     mu: Tensor,
     logvar: Tensor,
     *,
-    samples: int | None = None,
+    k: int | None = None,
     prior: tuple[Tensor, Tensor] | NormalPrior | None = None,
     scale: str = "logvar",
     floor: float | None = None,
@@ -167,7 +167,7 @@ def rsample_kl(
     Args:
         mu: mean of q, [B, D].
         logvar: log variance of q, or as set by ``scale``, [B, D].
-        samples: number of draws per row, K; None (the default) draws one and omits the axis.
+        k: number of draws per row; None (the default) draws one and omits the axis.
         prior: mean and log variance of p, each broadcastable to [B, D], or a
             :class:`~fastvae.distributions.DiagonalNormal`; default N(0, I).
         scale: the meaning of logvar: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which must
@@ -181,7 +181,7 @@ def rsample_kl(
         row_offset: index of the first row, for a shard of a larger batch. Default: 0.
 
     Returns:
-        z [K, B, D] (or [B, D] without ``samples``) in the inputs' dtype, and the KL in nats, [B] or [B, D],
+        z [K, B, D] (or [B, D] without ``k``) in the inputs' dtype, and the KL in nats, [B] or [B, D],
         in float32 (float64 for float64 inputs).
 
     Raises:
@@ -194,13 +194,13 @@ def rsample_kl(
     Example:
         >>> import torch, fastvae
         >>> mu, logvar = torch.randn(4, 3), torch.randn(4, 3)
-        >>> z, kl = fastvae.ops.rsample_kl(mu, logvar, samples=5)
+        >>> z, kl = fastvae.ops.rsample_kl(mu, logvar, k=5)
         >>> z.shape, kl.shape
         (torch.Size([5, 4, 3]), torch.Size([4]))
     """
-    if samples is not None:
-        samples = check_count("samples", samples, "the draws per row")
-    draws, flat = (1, True) if samples is None else (samples, False)
+    if k is not None:
+        k = check_count("k", k, "the draws per row")
+    draws, flat = (1, True) if k is None else (k, False)
     form = form_of(scale, floor, logvar_range)
     arguments = _prepare(mu, logvar, form, prior, seed, generator, draws, sample_offset, row_offset, flat)
     return _rsample_kl(*arguments, bool(per_dimension))
@@ -210,7 +210,7 @@ def rsample_log_ratio(
     mu: Tensor,
     logvar: Tensor,
     *,
-    samples: int,
+    k: int,
     prior: tuple[Tensor, Tensor] | NormalPrior | None = None,
     estimator: str = "iwae",
     scale: str = "logvar",
@@ -229,19 +229,20 @@ def rsample_log_ratio(
     Args:
         mu: mean of q, [B, D].
         logvar: log variance of q, or as set by ``scale``, [B, D].
-        samples: number of draws per row, K.
+        k: number of draws per row.
         prior: mean and log variance of p, each broadcastable to [B, D], or a
             :class:`~fastvae.distributions.DiagonalNormal`; default N(0, I).
         estimator: the gradient of mu and logvar: ``"iwae"``, the derivative; ``"stl"``, without the score of
             q; ``"dreg"``, doubly reparameterised, which assumes that the ratio feeds one log-mean-exp over
             these samples; otherwise use ``paths``.
-        scale: as in :func:`rsample_kl`.
-        floor: as in :func:`rsample_kl`.
-        logvar_range: as in :func:`rsample_kl`.
-        seed: as in :func:`rsample_kl`.
-        generator: as in :func:`rsample_kl`.
-        sample_offset: as in :func:`rsample_kl`.
-        row_offset: as in :func:`rsample_kl`.
+        scale: the meaning of logvar: ``"logvar"``, log σ²; ``"log_scale"``, log σ; ``"scale"``, σ, which must
+            be positive (a negative σ gives NaN); ``"softplus"``, r in σ² = softplus(r) + floor.
+        floor: lower bound of a softplus variance. Default: none, which is 0.
+        logvar_range: clamp logvar to (lo, hi) first; its gradient is zero outside. Default: no clamp.
+        seed: int64 tensor with no dimensions that fixes the noise; default: drawn from ``generator``.
+        generator: source of the seed; default torch's own, so that ``torch.manual_seed`` applies.
+        sample_offset: index of the first sample, for a chunk of a larger draw. Default: 0.
+        row_offset: index of the first row, for a shard of a larger batch. Default: 0.
         paths: return zeros [K, B], too, an alternative to ``"dreg"``: their upstream gradient, instead of the
             ratio's, reaches mu and logvar, through z and without the score of q.
 
@@ -250,7 +251,8 @@ def rsample_log_ratio(
         inputs).
 
     Raises:
-        TypeError, ValueError: as in :func:`rsample_kl`, and for an unknown estimator.
+        TypeError, ValueError: if mu and logvar are not floating-point tensors [B, D] on one device, or
+            another argument is invalid.
 
     References:
         Burda, Grosse & Salakhutdinov 2016; Roeder, Wu & Duvenaud 2017, eq. 8; Tucker, Lawson, Gu & Maddison
@@ -259,14 +261,14 @@ def rsample_log_ratio(
     Example:
         >>> import torch, fastvae
         >>> mu, logvar = torch.randn(4, 3), torch.randn(4, 3)
-        >>> z, log_ratio = fastvae.ops.rsample_log_ratio(mu, logvar, samples=5)
+        >>> z, log_ratio = fastvae.ops.rsample_log_ratio(mu, logvar, k=5)
         >>> z.shape, log_ratio.shape
         (torch.Size([5, 4, 3]), torch.Size([5, 4]))
     """
-    samples = check_count("samples", samples, "the draws per row")
+    k = check_count("k", k, "the draws per row")
     check_choice("estimator", estimator, ESTIMATORS)
     form = form_of(scale, floor, logvar_range)
-    arguments = _prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, False)
+    arguments = _prepare(mu, logvar, form, prior, seed, generator, k, sample_offset, row_offset, False)
     results = _rsample_log_ratio(*arguments, estimator, 0.0, 1, bool(paths))
     return results if paths else results[:2]
 
