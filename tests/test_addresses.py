@@ -72,7 +72,7 @@ def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
         ):
             leaves = [t[rows].clone().requires_grad_() for t in (mu, logvar)]
             z, second = op(
-                *leaves, samples=draws.stop - draws.start, seed=seed, sample_offset=draws.start,
+                *leaves, k=draws.stop - draws.start, seed=seed, sample_offset=draws.start,
                 row_offset=rows.start, **options,
             )  # fmt: skip
             # Only the draws of one row, in a shard of them.
@@ -85,7 +85,7 @@ def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
             torch.testing.assert_close(got, expected[2:7], rtol=1e-6, atol=1e-6)
         # The gradients of the first and of the last draws add up to the whole gradient.
         leaves = [t[4:].clone().requires_grad_() for t in (mu, logvar)]
-        z, second = op(*leaves, samples=3, seed=seed, row_offset=4, **options)
+        z, second = op(*leaves, k=3, seed=seed, row_offset=4, **options)
         extra = 0 if op is ops.rsample_kl else second.sum()
         first = torch.autograd.grad((z * upstream[:3, 4:]).sum() + extra, leaves)
         for a, c, expected in zip(first, tail[1:], whole[1:], strict=True):

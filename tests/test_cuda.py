@@ -245,12 +245,12 @@ mu, logvar, seed = mu.requires_grad_(), logvar.requires_grad_(), torch.tensor(11
 eps = fastvae.random.normal(seed, k, b, d).double()
 sigma, g = torch.exp(0.5 * logvar.detach().double()), torch.randn(k, b, d, device=device)
 for op in (ops.rsample_kl, ops.rsample_log_ratio):
-    z, _ = op(mu, logvar, samples=k, seed=seed)
+    z, _ = op(mu, logvar, k=k, seed=seed)
     torch.testing.assert_close(z.double(), mu + sigma * eps, rtol=1e-6, atol=1e-6)
     got = torch.autograd.grad(z, (mu, logvar), g)
     torch.testing.assert_close(got[0].double(), g.double().sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1].double(), (0.5 * g * sigma * eps).sum(0), rtol=1e-5, atol=1e-5)
-    part, _ = op(mu[4:9], logvar[4:9], samples=3, seed=seed, sample_offset=2, row_offset=4)
+    part, _ = op(mu[4:9], logvar[4:9], k=3, seed=seed, sample_offset=2, row_offset=4)
     assert torch.equal(part, z[2:5, 4:9])
 print("fine", worst, distance * math.sqrt(count))
 """

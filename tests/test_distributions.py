@@ -1003,7 +1003,7 @@ def test_ops_take_a_diagonal_normal(op, form):
     mu, logvar = randn(B, D, seed=1), randn(B, D, seed=2)
     p = DiagonalNormal(randn(D, seed=3), randn(D, seed=4).abs(), **form)
     found, expected = (
-        function(mu, logvar, samples=K, prior=prior, seed=SEED) for prior in (p, (p.mu, p.log_variance()))
+        function(mu, logvar, k=K, prior=prior, seed=SEED) for prior in (p, (p.mu, p.log_variance()))
     )
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)

@@ -70,7 +70,7 @@ def _latent(op, inputs, with_prior, samples, seed, grads, dtype, **options):
     """Return results and gradients of float32 inputs, computed in ``dtype``."""
     inputs = [t.to(dtype).requires_grad_() for t in inputs[: 4 if with_prior else 2]]
     results = op(
-        *inputs[:2], samples=samples, seed=seed, prior=tuple(inputs[2:]) if with_prior else None, **options
+        *inputs[:2], k=samples, seed=seed, prior=tuple(inputs[2:]) if with_prior else None, **options
     )
     arriving = [g.to(dtype) for g in grads]
     pairs = [(r, g) for r, g in zip(results, arriving, strict=True) if bool(g.abs().sum() > 0)]

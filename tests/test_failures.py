@@ -48,7 +48,7 @@ mu, tril, z = leaf(B, D), leaf(B, D * (D + 1) // 2), leaf(K * B, D)
 parts, logits, weight = leaf(300, D), leaf(K * B, X), leaf(X, D)
 classes = leaf(K, B, 15, 64)
 CALLS = {
-    "tril": lambda: ops.rsample_tril(mu, tril, samples=100, seed=seed)[0].sum(),
+    "tril": lambda: ops.rsample_tril(mu, tril, k=100, seed=seed)[0].sum(),
     "mixture": lambda: ops.mixture_log_prob(z, parts, parts).sum(),
     "weigh": lambda: weigh("bernoulli", x, (logits,), None, None, how)[0],
     "shared": lambda: ops.gaussian_log_prob(x, logits.view(K, B, X), weight[:, :1].T.expand(1, X)[0]).sum(),

@@ -123,9 +123,7 @@ def test_a_clamp_of_one_side(backend, limits, dtype):
         for clamped in (True, False):
             leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
             given = leaves[1] if clamped else leaves[1].clamp(*limits)
-            out = op(
-                leaves[0], given, k=k, seed=SEED, logvar_range=limits if clamped else None, **options
-            )
+            out = op(leaves[0], given, k=k, seed=SEED, logvar_range=limits if clamped else None, **options)
             results.append((*(o.detach() for o in out), *torch.autograd.grad(out, leaves, (grad_z, second))))
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         for got, expected in zip(*results, strict=True):

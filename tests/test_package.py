@@ -33,8 +33,8 @@ generator = torch.Generator().manual_seed(0)
 make = lambda *s: torch.randn(s, generator=generator).requires_grad_()
 mu, logvar, mean, scale = make(37, 70), make(37, 70), make(3, 37, 131), make(131)
 x, seed = torch.rand(37, 131, generator=generator), torch.tensor(7)
-z, kl = ops.rsample_kl(mu, logvar, samples=5, seed=seed)
-y, ratio = ops.rsample_log_ratio(mu, logvar, samples=5, seed=seed)
+z, kl = ops.rsample_kl(mu, logvar, k=5, seed=seed)
+y, ratio = ops.rsample_log_ratio(mu, logvar, k=5, seed=seed)
 log_px = ops.gaussian_log_prob(x, mean, scale), ops.bernoulli_log_prob(x, mean)
 terms = [z, kl, ratio, *log_px, ops.log_mean_exp(ratio)]
 grads = torch.autograd.grad(sum(t.sum() for t in terms), [mu, logvar, mean, scale])
@@ -175,8 +175,8 @@ mu, logvar = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3, requires_g
 x, logits, seed = torch.rand(6, 11), torch.randn(4, 6, 11, requires_grad=True), torch.tensor(5)
 
 def everything():
-    z, kl = ops.rsample_kl(mu, logvar, samples=4, seed=seed)
-    y, ratio = ops.rsample_log_ratio(mu, logvar, samples=4, seed=seed)
+    z, kl = ops.rsample_kl(mu, logvar, k=4, seed=seed)
+    y, ratio = ops.rsample_log_ratio(mu, logvar, k=4, seed=seed)
     log_px = ops.gaussian_log_prob(x, logits, logits) + ops.bernoulli_log_prob(x, logits)
     results = [z, kl, y, log_px, ops.log_mean_exp(ratio), fastvae.random.normal(seed, 4, 6, 3)]
     torch.manual_seed(1)

@@ -71,7 +71,7 @@ def latent():
         eps = reference.normal(seed, k, b, d, dtype=torch.float64)
 
         def call(op, mu, logvar, *prior, **more):
-            return op(mu, logvar, prior=prior or None, samples=k, seed=seed, **clamp, **more)
+            return op(mu, logvar, prior=prior or None, k=k, seed=seed, **clamp, **more)
 
         def expected(grad_z, grad, second, arrives, **more):
             tensors = [t.detach() for t in inputs] + [None] * (4 - len(inputs))

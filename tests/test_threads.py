@@ -163,7 +163,7 @@ K, B, D, X = 3, 40, 8, 700
 def run():
     mu, logvar, seed = leaf(B, D), leaf(B, D), torch.tensor(3)
     prior = leaf(B, D), leaf(B, D)
-    sum(r.sum() for r in ops.rsample_log_ratio(mu, logvar, samples=K, seed=seed, prior=prior)).backward()
+    sum(r.sum() for r in ops.rsample_log_ratio(mu, logvar, k=K, seed=seed, prior=prior)).backward()
     each = leaf(K, B, 5, 3, X)
     pixels = torch.zeros(B, 3, X, dtype=torch.float64)
     ops.discretized_logistic_mixture_log_prob(pixels, leaf(K, B, 5, X), each, each, each).sum().backward()
