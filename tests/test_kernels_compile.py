@@ -111,7 +111,7 @@ def _reports(
     folder: pathlib.Path, name: str, *arguments: str, file: pathlib.Path | None = None
 ) -> list[kernels.Report]:
     """Return reports, computed once per code and compiler, also if several processes run the tests."""
-    sources = [*sorted((ROOT / "kernels").rglob("*.py")), ROOT / "benchmarks" / "kernels.py"]
+    sources = [*sorted((ROOT / "kernels").rglob("*.py")), ROOT / "tools" / "kernels.py"]
     code = [triton.__version__, *arguments, *(f.read_text() for f in sources), PLANTED]
     key = hashlib.blake2b("\n".join(code).encode(), digest_size=8).hexdigest()
     found = folder / f"{name}-{key}.json"
