@@ -190,7 +190,10 @@ def grouped_kernel(
             )  # fmt: skip
             b_top_own, b_sum_own = add_exponential(b_s, b_top_own, b_sum_own)
     b_normaliser = b_top + log_positive(b_sum)
-    if p_location is not None:
+    if p_location is None:
+        # A NaN in x equals no class, and must not look like an impossible one.
+        b_joint = tl.where(b_first == b_first, b_joint, b_first)
+    else:
         b_joint = b_top_own + log_positive(b_sum_own)
     o_out = row * P + o_p
     tl.store(p_normaliser + o_out, b_normaliser, mask=m_p)

@@ -478,3 +478,12 @@ def test_objectives_of_other_dtypes(model, dtype, backend):
         got = call(decoder)
         assert got.dtype == outer
         torch.testing.assert_close(got.double(), call(wide).double(), rtol=1e-5, atol=1e-3)
+
+
+def test_a_class_that_is_nan(backend):
+    """NaN in gives NaN out, in its row alone."""
+    x = torch.tensor([[0.0, math.nan, 2.0], [1.0, 2.0, 0.0]], device=DEVICE)
+    logits = randn(K, 2, 4, 3, seed=1)
+    out = ops.categorical_log_prob(x, logits)
+    assert bool(out[:, 0].isnan().all())
+    torch.testing.assert_close(out[:, 1:], ops.categorical_log_prob(x[1:], logits[:, 1:]))

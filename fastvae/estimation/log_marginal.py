@@ -52,7 +52,8 @@ def log_marginal(
               \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
     Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`. A NaN makes its
+            example's result NaN, unless ``mask`` excludes it.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
             D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
@@ -151,7 +152,8 @@ def reconstruction_log_prob(
     .. math:: \log \frac{1}{K} \sum_{k=1}^{K} p(x|z_k), \quad z_k \sim q(z|x)
 
     Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`. A NaN makes its
+            example's result NaN, unless ``mask`` excludes it.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
             D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.

@@ -97,7 +97,8 @@ def elbo(
               \quad z_k \sim q(z|x)
 
     Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`. A NaN makes its
+            example's result NaN, unless ``mask`` excludes it.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
             D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.

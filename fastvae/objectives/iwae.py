@@ -100,7 +100,8 @@ def iwae(
     :func:`bound`.
 
     Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`. A NaN makes its
+            example's result NaN, unless ``mask`` excludes it.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
             D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
@@ -259,7 +260,8 @@ def bound(
               \log w_k = \log p(x|z_k) + \log p(z_k) - \log q(z_k|x), \quad z_k \sim q(z|x)
 
     Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`. A NaN makes its
+            example's result NaN, unless ``mask`` excludes it.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
             D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
@@ -478,7 +480,8 @@ def log_weights(
     .. math:: \log w_k = \log p(x|z_k) + \big[\log p(z_k) - \log q(z_k|x)\big], \quad z_k \sim q(z|x)
 
     Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`. A NaN makes its
+            example's result NaN, unless ``mask`` excludes it.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
             D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.

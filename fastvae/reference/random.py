@@ -1,4 +1,4 @@
-"""Philox4x32-10 and the Box-Muller transform in plain PyTorch: the definition of fastvae's noise.
+"""Philox4x32-10 and the Box-Muller transform in plain PyTorch: fastvae's noise in plain PyTorch, as :mod:`fastvae.random` defines it.
 
 See :mod:`fastvae.random` for the meaning of the address. The computation is in float64, then rounded.
 """

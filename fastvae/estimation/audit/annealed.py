@@ -116,7 +116,8 @@ def ais(
     acceptance near 0.65. The step size is then fixed, so that it does not depend on the chains.
 
     Args:
-        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`.
+        x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`. A NaN makes its
+            example's result NaN, unless ``mask`` excludes it.
         q: the encoder's output: a tensor [B, 2 D], mu and logvar concatenated; a pair (mu, logvar), each [B,
             D]; an object or mapping with these names, such as the outputs of diffusers and pythae; a
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
