@@ -1,4 +1,4 @@
-"""Philox4x32-10 and the Box-Muller transform in plain PyTorch: fastvae's noise in plain PyTorch, as :mod:`fastvae.random` defines it.
+"""Philox4x32-10 and the Box-Muller transform in plain PyTorch: the noise that fastvae's kernels compute.
 
 See :mod:`fastvae.random` for the meaning of the address. The computation is in float64, then rounded.
 """
