@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..core.checks import check_count
-
-if TYPE_CHECKING:
-    from .base import Distribution
 
 
 class NoClosedForm(NotImplementedError, AttributeError):
@@ -25,20 +22,20 @@ class Moment:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, distribution: Distribution | None, kind: type | None = None) -> Any:
+    def __get__(self, distribution: Any, kind: type | None = None) -> Any:
         if distribution is None:
             return self
         raise no_closed_form(distribution, self.name)
 
 
-def no_closed_form(distribution: Distribution, name: str) -> NotImplementedError:
+def no_closed_form(distribution: Any, name: str) -> NotImplementedError:
     """Return the error for a moment that this family does not have in closed form."""
     family = distribution.family.__name__
     error: type[NotImplementedError] = NotImplementedError if distribution.is_own else NoClosedForm
     return error(f"{family} has no {name} in closed form; estimate it from {family}.sample(k)")
 
 
-def known_mean(distribution: Distribution) -> Tensor | None:
+def known_mean(distribution: Any) -> Tensor | None:
     """Return the mean, or None if the family has none in closed form."""
     try:
         mean: Tensor | None = distribution.mean

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .weights import LogMarginal
 
 UNTRUSTED = 0.7  # Pareto k̂, Vehtari et al. 2024
 
@@ -36,7 +33,7 @@ class Estimate:
         quote: advice in docs/estimators.md on when to quote it.
     """
 
-    figure: Callable[[Tensor, LogMarginal], float] | None = None
+    figure: Callable[[Tensor, Any], float] | None = None
     heading: str = ""
     unit: str = "nats"
     stderr: str = ""
@@ -50,7 +47,7 @@ def estimate(**options: Any) -> dict[str, Estimate]:
     return {_KEY: Estimate(**options)}
 
 
-def estimates_of(record: type[LogMarginal]) -> dict[str, Estimate]:
+def estimates_of(record: type[Any]) -> dict[str, Estimate]:
     """Return the declaration of each field, by name."""
     return {f.name: f.metadata.get(_KEY, Estimate()) for f in fields(record)}
 
@@ -58,26 +55,26 @@ def estimates_of(record: type[LogMarginal]) -> dict[str, Estimate]:
 # Figures of a data set
 
 
-def nll(values: Tensor, record: LogMarginal) -> float:
+def nll(values: Tensor, record: Any) -> float:
     """Return minus the mean of estimates of log p(x)."""
     return -float(values.mean())
 
 
-def nll_where_trusted(values: Tensor, record: LogMarginal) -> float:
+def nll_where_trusted(values: Tensor, record: Any) -> float:
     """Return the NLL of estimates that are unreliable for a heavy tail."""
     return nll(where_trusted(values, record), record)
 
 
-def where_trusted(values: Tensor, record: LogMarginal) -> Tensor:
+def where_trusted(values: Tensor, record: Any) -> Tensor:
     """Replace the values of examples with k̂ above 0.7 by log_px, a lower bound in expectation."""
     return torch.where(record.khat > UNTRUSTED, record.log_px, values)
 
 
-def in_quadrature(values: Tensor, record: LogMarginal) -> float:
+def in_quadrature(values: Tensor, record: Any) -> float:
     """Return the standard error of the mean, given independent standard errors."""
     return float(values.square().sum().sqrt()) / len(values)
 
 
-def median(values: Tensor, record: LogMarginal) -> float:
+def median(values: Tensor, record: Any) -> float:
     """Return the median of the values except NaN."""
     return float(values.nanmedian())

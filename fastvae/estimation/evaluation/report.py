@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...core.terminal import printable
 from ..estimates import UNTRUSTED
 from ..weights import ESTIMATES
-
-if TYPE_CHECKING:
-    from .result import Evaluation
 
 LEAST_FOR_KHAT = 21  # draws, for a tail of five
 # Fraction of examples with k̂ above 0.7 beyond which the NLL is only called a bound: docs/estimators.md.
 BOUND_ONLY = 0.05
 
 
-def report(result: Evaluation) -> str:
+def report(result: Any) -> str:
     """Return a summary of the result, in lines of a heading and a text."""
     n = len(result.log_px)
     sections = (_nll, _quoted, _estimates, _bits, _elbo, _ess, _khat, _latents, _audit, _not_finite)
@@ -36,25 +33,25 @@ def _examples(n: int) -> str:
     return f"{n} example{'s' * (n > 1)}"
 
 
-def _draws(result: Evaluation) -> str:
+def _draws(result: Any) -> str:
     fewest, most = int(result.k.min()), int(result.k.max())
     if fewest != most:
         return f"{fewest} to {most} draws, {float(result.k.double().mean()):.0f} on average"
     return f"{most} draw{'s' * (most > 1)} each"
 
 
-def _over_examples(result: Evaluation) -> str:
+def _over_examples(result: Any) -> str:
     return f" ± {result.stderr:.2f}" * (len(result.log_px) > 1)
 
 
-def _nll(result: Evaluation) -> _Lines:
+def _nll(result: Any) -> _Lines:
     by_draws = f"± {result.mc_stderr:.2g} by the draws"
     if int(result.k.max()) == 1:
         by_draws = "one draw does not tell its error"
     return [("NLL", f"{result.nll:.2f}{_over_examples(result)} nats ({by_draws})")]
 
 
-def _quoted(result: Evaluation) -> _Lines:
+def _quoted(result: Any) -> _Lines:
     """Return which estimate of the NLL to quote, and why; nothing if the NLL is not finite."""
     if not math.isfinite(result.nll):
         return []
@@ -74,7 +71,7 @@ def _quoted(result: Evaluation) -> _Lines:
     return [("to quote", f"{result.nll_jackknife:.2f}{error} nats, the jackknife's ({draws})")]
 
 
-def _estimates(result: Evaluation) -> _Lines:
+def _estimates(result: Any) -> _Lines:
     """Return the number of each estimate that is declared with a heading, if it is known."""
     figures, found = result.figures, []
     for name, declared in ESTIMATES.items():
@@ -85,25 +82,25 @@ def _estimates(result: Evaluation) -> _Lines:
     return found
 
 
-def _bits(result: Evaluation) -> _Lines:
+def _bits(result: Any) -> _Lines:
     return [("bits", f"{result.bits_per_dim:.4f} per dimension, of {result.dims:g}")]
 
 
-def _elbo(result: Evaluation) -> _Lines:
+def _elbo(result: Any) -> _Lines:
     if bool(result.elbo.isnan().all() and not result.log_px.isnan().all()):
         return [("ELBO", "unknown; no draws came from q itself")]
     gap = round(float((result.log_px - result.elbo).mean()), 2) + 0.0  # not -0.00
     return [("ELBO", f"{float(result.elbo.mean()):.2f} nats, {gap:.2f} below log p(x)")]
 
 
-def _ess(result: Evaluation) -> _Lines:
+def _ess(result: Any) -> _Lines:
     low, median, high = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in result.ess_quantiles)
     if len(result.log_px) == 1:
         return [("ESS", median)]
     return [("ESS", f"median {median}; {low} to {high} for nine of ten examples")]
 
 
-def _khat(result: Evaluation) -> _Lines:
+def _khat(result: Any) -> _Lines:
     if bool(result.khat.isnan().all()):
         reason = f"; it takes {LEAST_FOR_KHAT} draws" * (int(result.k.max()) < LEAST_FOR_KHAT)
         return [("Pareto k-hat", f"unknown{reason}")]
@@ -116,11 +113,11 @@ def _khat(result: Evaluation) -> _Lines:
     ]
 
 
-def _share_untrusted(result: Evaluation) -> str:
+def _share_untrusted(result: Any) -> str:
     return f"above {UNTRUSTED} for {100 * result.untrusted:.1f} % of the examples"
 
 
-def _latents(result: Evaluation) -> _Lines:
+def _latents(result: Any) -> _Lines:
     if result.active_units is None:
         return []
     total = kl = ""
@@ -130,14 +127,14 @@ def _latents(result: Evaluation) -> _Lines:
     return [("latents", f"{result.active_units}{total} active{kl}")]
 
 
-def _audit(result: Evaluation) -> _Lines:
+def _audit(result: Any) -> _Lines:
     if result.audit is None:
         return []
     first, *rest = str(result.audit).split("\n")
     return [("audit", first), *(("", line) for line in rest)]
 
 
-def _not_finite(result: Evaluation) -> _Lines:
+def _not_finite(result: Any) -> _Lines:
     found = []
     if nan := int(result.log_px.isnan().sum()):
         found.append(("NaN", _examples(nan)))
