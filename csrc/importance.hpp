@@ -13,7 +13,7 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// Columns processed at a time; the maximum is updated every kSamplesPerBlock samples.
+// Columns processed at a time. The maximum is updated every kSamplesPerBlock (tiles.hpp) samples.
 constexpr int kColumnsPerUnit = 64;
 
 // The shift subtracted before exp: the maximum, or 0 where it is infinite (inf - inf would be NaN).
