@@ -3,8 +3,8 @@
 See :mod:`fastvae.ops.weigh` for the mathematics. A program takes a block of rows with all their samples: one
 pass for the sums and, if the weights are needed, another for these, out of the caches.
 
-``how`` is the record of the reduction (:class:`fastvae.ops.weigh.Weighing`). Only the plain ones are here: the
-mean and one log-mean-exp; groups, powers and shares run as a few small torch kernels in float64.
+``how`` is the record of the reduction (:class:`fastvae.ops.weigh.Weighing`). Only the plain ones are here,
+the mean and one log-mean-exp; groups, powers and shares run as a few small torch kernels in float64.
 """
 
 from __future__ import annotations
