@@ -1,5 +1,7 @@
 """Objectives of variational autoencoders on fused kernels; see README.md."""
 
+from typing import TYPE_CHECKING, NoReturn
+
 from . import diagnostics, distributions, likelihoods, ops, quantize, random
 from .core.backend import use_backend
 from .estimation import audit, proposals
@@ -51,3 +53,11 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+if not TYPE_CHECKING:  # to a type checker it would mean that every name exists
+
+    def __getattr__(name: str) -> NoReturn:
+        places = [m.__name__ for m in (likelihoods, distributions, audit, quantize) if name in m.__all__]
+        hint = "; use " + " or ".join(f"fastvae.{place.rpartition('.')[2]}.{name}" for place in places)
+        raise AttributeError(f"module 'fastvae' has no attribute {name!r}{hint if places else ''}")

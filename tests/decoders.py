@@ -342,7 +342,7 @@ changed(
     "a subclass of Tensor",
     _last(lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach().as_subclass(Tagged)))),
 )
-changed("a weight that is no parameter", _last(_plain_weight))
+changed("a weight that is not a parameter", _last(_plain_weight))
 changed("frozen last layer", _last(lambda m: m.requires_grad_(False)))
 changed("frozen weight", _last(lambda m: setattr(m.weight, "requires_grad", False)))
 changed("frozen body", lambda d: d[0].requires_grad_(False) and None)

@@ -290,7 +290,7 @@ def test_goes_on_from_its_checkpoint(folder, capsys):
     ("arguments", "words"),
     [
         (["nothing.pt", "x.npy"], "No such file"),
-        (["x.npy", "x.npy"], "x.npy is damaged, or is no file that torch.save wrote$"),
+        (["x.npy", "x.npy"], "x.npy is damaged, or was not written by torch.save$"),
         (["weights.pt", "x.npy"], r"expected a model of the demo.*torch\.save\(vae, path\)"),
         (["model.pt", "nothing"], "'digits', a folder of IDX files"),
         (["model.pt", "nothing.npy"], "No such file"),
@@ -300,9 +300,9 @@ def test_goes_on_from_its_checkpoint(folder, capsys):
         (["model.pt", "zero.npy"], "zero.npy cannot be read: EOFError"),
         (["model.pt", "garbage.pt"], "garbage.pt cannot be read"),
         (["model.pt", "dict.pt"], "holds an object of dict"),
-        (["garbage.pt", "x.npy"], "garbage.pt is damaged, or is no file that torch.save wrote$"),
-        (["garbage.pt", "x.npy", "--trust"], "garbage.pt is damaged, or is no file that torch.save wrote$"),
-        (["partial.pt", "x.npy"], "no whole checkpoint of the demo"),
+        (["garbage.pt", "x.npy"], "garbage.pt is damaged, or was not written by torch.save$"),
+        (["garbage.pt", "x.npy", "--trust"], "garbage.pt is damaged, or was not written by torch.save$"),
+        (["partial.pt", "x.npy"], "not a complete checkpoint of the demo"),
         (["model.pt", "x.npy", "--plot", "p.foo"], r"must end in \.png"),
         (["model.pt", "x.npy", "--out", "run"], r"must end in \.npz"),
         (

@@ -21,7 +21,7 @@ B, K, D, X = 13, 130, 3, 160  # K·B·X is above the threshold, 2^18
 # Decoders whose structure proves that fusing the last layer cannot be observed.
 LEFT_OUT = {
     "linear", "linear without bias", "sequential", "sequential of one", "nested", "relu in place",
-    "batch norm", "dropout", "the body doubles the last layer", "a weight that is no parameter",
+    "batch norm", "dropout", "the body doubles the last layer", "a weight that is not a parameter",
     "frozen last layer", "frozen weight", "frozen body", "frozen", "weight tensor hook",
     "post-accumulate hook", "tied", "a transposed weight", "saved on the CPU", "anomaly detection",
     "deepcopied", "pickled", "saved and loaded", "compiled body",

@@ -570,7 +570,7 @@ CASES = {
         ValueError,
         ["floor must be finite and at least 0", "-0.0001"],
     ),
-    "a floor that is no number": (
+    "a floor that is not a number": (
         lambda: DiagonalNormal(*q(), scale_form="softplus", floor="1e-4"),
         TypeError,
         ["floor must be a number", "the least variance", "'1e-4'"],

@@ -1283,7 +1283,7 @@ def test_no_code_of_a_file_runs(tmp_path):
     np.savez(file, **{**arrays, "khat": np.array([_Spy(mark)], dtype=object)})
     with pytest.raises(ValueError, match="holds no result"):
         fastvae.Evaluation.load(file)
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         _evaluate(model, q, x, checkpoint=file)
     assert not mark.exists()
 
@@ -1472,7 +1472,7 @@ def test_checkpoints_of_something_else(tmp_path):
         run(decoder=lambda z: tuple(holder["gain"] * v for v in decoder(z)), checkpoint=hidden)
     for content in (b"", b"PK\x03\x04 nonsense", file.read_bytes()[:-300]):
         (tmp_path / "bad.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad\.npz is no checkpoint of fastvae\.evaluate"):
+        with pytest.raises(ValueError, match=r"bad\.npz is not a checkpoint of fastvae\.evaluate"):
             run(checkpoint=tmp_path / "bad.npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     np.savez(tmp_path / "list.npz", settings="[1, 2]")
@@ -1489,7 +1489,7 @@ def test_checkpoints_of_something_else(tmp_path):
         np.savez(tmp_path / "shape.npz", **{**saved, "sizes": np.array([[10, 10, 3]])})
     changed = ("fewer.npz", "more.npz", "none.npz", "real.npz", "shape.npz")
     for name in ("other.npz", "list.npz", "array.npy", "older.npz", *changed):
-        with pytest.raises(ValueError, match=f"{name} is no checkpoint"):
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint"):
             run(checkpoint=tmp_path / name)
     run(tol=np.float32(0.1), checkpoint=tmp_path / "tol")
     run(tol=np.float32(0.1), checkpoint=tmp_path / "tol")

@@ -894,7 +894,7 @@ def test_a_vamp_prior_is_named_in_what_is_said():
         VampPrior(encoder, zeros(U, 6)).log_prob(zeros(K, B, D))
     if hasattr(raised.value, "__notes__"):
         assert raised.value.__notes__ == [
-            "fastvae.distributions.VampPrior gave the encoder inputs of its own, [4, 6]"
+            "fastvae.distributions.VampPrior gave the encoder its own inputs, [4, 6]"
         ]
 
 

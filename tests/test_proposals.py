@@ -623,11 +623,11 @@ def test_defensive_quasi_monte_carlo():
         found = [_ratio(model, x, q, 203, Defensive(0.1), seed=s, noise=noise) for s in range(60)]
         ratios = torch.stack([ratio for ratio, _ in found])
         error[noise] = ratios.std(0).square().mean().sqrt()
-        told = torch.stack([f.log_px_stderr for _, f in found]).square().mean().sqrt()
+        estimated = torch.stack([f.log_px_stderr for _, f in found]).square().mean().sqrt()
         # The examples share the start of the cycle: only the seeds are independent.
         means = ratios.mean(1)
         assert abs(float(means.mean()) - 1) < 5 * float(means.std()) / math.sqrt(60)
-        assert float(told / error[noise]) == pytest.approx(1, abs=0.1)
+        assert float(estimated / error[noise]) == pytest.approx(1, abs=0.1)
     assert error["qmc"] < 0.6 * error["philox"]
 
 

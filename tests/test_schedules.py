@@ -117,7 +117,11 @@ WRONG = {
         TypeError,
         "step must be an int",
     ),
-    "an end that is no number": (lambda: schedules.cosine("0", 1.0, 3), TypeError, "first must be a number"),
+    "an end that is not a number": (
+        lambda: schedules.cosine("0", 1.0, 3),
+        TypeError,
+        "first must be a number",
+    ),
     "no stages": (lambda: schedules.stages([]), TypeError, "at least one; got an empty one"),
     "a dict of stages": (lambda: schedules.stages({0: 1}), TypeError, "list of pairs.*got dict"),
     "stages without steps": (lambda: schedules.stages([1, 5]), TypeError, "pairs .*got 1"),

@@ -122,3 +122,14 @@ def test_compiled_calls_go_without_a_graph_break():
     found = compiled(x, mu, logvar)
     torch.manual_seed(0)
     torch.testing.assert_close(found, step(x, mu, logvar))
+
+
+def test_a_name_is_found_in_its_module():
+    for name, place in (
+        ("Bernoulli", "use fastvae.likelihoods.Bernoulli$"),
+        ("Laplace", "use fastvae.likelihoods.Laplace or fastvae.distributions.Laplace$"),
+        ("ais", "use fastvae.audit.ais$"),
+        ("nothing", "no attribute 'nothing'$"),
+    ):
+        with pytest.raises(AttributeError, match=place):
+            getattr(fastvae, name)

@@ -250,7 +250,7 @@ def _call(**options):
 
 ROWS = torch.zeros(B, D, device=DEVICE, **WIDE)
 WRONG = {
-    "a q that is no normal": (_call(q=Laplace(ROWS, ROWS)), ValueError, "marginal.*q is Laplace"),
+    "a q that is not normal": (_call(q=Laplace(ROWS, ROWS)), ValueError, "marginal.*q is Laplace"),
     "a prior of each example": (
         _call(prior=DiagonalNormal(ROWS, ROWS)),
         ValueError,

@@ -144,7 +144,7 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
     except pickle.UnpicklingError as error:
         # A complete archive of torch.save, or an old file in which torch.load found a class.
         if trust or not (zipfile.is_zipfile(path) or "GLOBAL" in str(error)):
-            raise ValueError(f"{path} is damaged, or is no file that torch.save wrote") from None
+            raise ValueError(f"{path} is damaged, or was not written by torch.save") from None
         raise ValueError(
             f"{path} holds a pickled object, and loading one runs code from the file. If you trust where it "
             "comes from, add --trust"
@@ -162,7 +162,7 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
         try:
             return demo.of_checkpoint(saved), saved["architecture"]
         except (RuntimeError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no whole checkpoint of the demo: {_said(error)}") from None
+            raise ValueError(f"{path} is not a complete checkpoint of the demo: {_said(error)}") from None
     if isinstance(saved, VAE):
         return saved, {}
     came = f"an object of {type(saved).__name__}"

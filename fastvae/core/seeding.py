@@ -13,7 +13,7 @@ def check_philox(seed: Tensor) -> None:
     if seed.dim():
         raise ValueError(
             "noise='qmc' needs a q that is a function of fastvae's noise, but this one's is torch's own: "
-            "a torch.distributions object that is no function of normals and has no icdf, or a flow with "
+            "a torch.distributions object that is not a function of normals and has no icdf, or a flow with "
             "such a base. Use noise='philox', or a q whose rsample_log_prob calls fastvae.random.normal"
         )
 

@@ -43,9 +43,7 @@ class _Encoded(Distribution, nn.Module):  # type: ignore[misc]
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
                     given = shape_of(x) if isinstance(x, Tensor) else type(x).__name__
-                    error.add_note(
-                        f"fastvae.distributions.{name} gave the encoder inputs of its own, {given}"
-                    )
+                    error.add_note(f"fastvae.distributions.{name} gave the encoder its own inputs, {given}")
                 raise
         made = mixture_of_rows(parts, self.logits)
         made.__dict__["made_by"] = name

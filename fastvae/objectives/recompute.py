@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ from ..inputs.last_layer import called_by
 def repeatable(draw: Callable[..., list[Tensor]], inputs: Mapping[str, Any]) -> Callable[..., list[Tensor]]:
     """Wrap ``draw(start, ...)`` so that a second call with the same ``start`` repeats the first, or raises.
 
-    The second call restores the modules' buffers as the first found them, and puts the current ones back
-    afterwards: with spectral norm's power iteration, other buffers would give other weights. It refuses
+    The second call runs with the modules' buffers as the first found them, and leaves the current ones: with
+    spectral norm's power iteration, other buffers would give other weights. It refuses
     inputs that were changed in place, and other results. TorchScript runs unoptimised: it optimises a
     function after the first calls, and the optimised function saves other tensors for the backward pass.
 
@@ -30,25 +31,27 @@ def repeatable(draw: Callable[..., list[Tensor]], inputs: Mapping[str, Any]) -> 
     versions, modules = Versions(inputs), [m for value in inputs.values() for m in _modules(value)]
     first: dict[Any, tuple[Buffers, Tensor]] = {}
 
-    def repeated(start: Any, *args: Any) -> list[Tensor]:
-        before = Buffers(modules)
-        again = first.get(start)
-        if again is not None:
-            versions.check()
-            again[0].restore()
+    def run(start: Any, *args: Any) -> list[Tensor]:
         outputs: list[Tensor] = []
         try:
             with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 outputs = draw(start, *args)
         finally:
             versions.note(*outputs)
-            if again is not None:
-                before.put_back()
-        if again is None:
-            before.keep_changed()
-            first[start] = before, outputs[0].detach()
+        return outputs
+
+    def repeated(start: Any, *args: Any) -> list[Tensor]:
+        if start in first:
+            versions.check()
+            buffers, log_likelihood = first[start]
+            with buffers.restored():
+                outputs = run(start, *args)
+            _check_repetition(log_likelihood, outputs[0].detach())
         else:
-            _check_repetition(again[1], outputs[0].detach())
+            buffers = Buffers(modules)
+            outputs = run(start, *args)
+            buffers.keep_changed()
+            first[start] = buffers, outputs[0].detach()
         return outputs
 
     return repeated
@@ -69,7 +72,7 @@ def _check_repetition(first: Tensor, again: Tensor) -> None:
 
 
 class Buffers:
-    """Buffers of modules at one moment, to restore what a forward pass updates or replaces."""
+    """Buffers of modules before a forward pass, which may update or replace them."""
 
     def __init__(self, modules: list[nn.Module]):
         # A buffer that is registered twice stays one tensor.
@@ -89,23 +92,29 @@ class Buffers:
             if getattr(module, name, None) is not tensor or not _is_still(tensor, copy, module.training)
         ]
 
-    def restore(self) -> None:
-        """Set buffers to new copies of their values at that moment, which a repetition may update."""
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Context manager: the modules have copies of these buffers, which a repetition may update."""
+        now = [(module, name, getattr(module, name)) for module, name, _, _ in self._entries]
         copies: dict[int, Tensor] = {}
         for module, name, _, copy in self._entries:
             if id(copy) not in copies:
                 copies[id(copy)] = copy.clone()
             setattr(module, name, copies[id(copy)])
-
-    def put_back(self) -> None:
-        """Set buffers to the tensors of that moment."""
-        for module, name, tensor, _ in self._entries:
-            setattr(module, name, tensor)
+        try:
+            yield
+        finally:
+            for module, name, tensor in now:
+                setattr(module, name, tensor)
 
 
 def _is_still(tensor: Tensor, copy: Tensor, training: bool) -> bool:
-    """Return True if a buffer has the value of its copy, on a GPU without looking, in evaluation mode."""
-    if tensor.device.type != "cpu":  # a comparison would wait for the GPU, and fail in a captured graph
+    """Return True if a buffer still has the value of its copy.
+
+    A comparison would wait for a GPU and fail in a captured graph; there, buffers of modules in training mode
+    count as changed.
+    """
+    if tensor.device.type != "cpu":
         return not training
     try:
         return torch.equal(tensor, copy)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common import exp, exp_of_negative, expm1_minus_near, expm1_parts, log, log1p, reciprocal
-from ..gamma import log1p_and_rest
+from ..special import log1p_and_rest
 
 FACTOR = -1.0
 SHARED_LOG = True

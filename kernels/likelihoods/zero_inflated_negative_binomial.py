@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common import exp_of_negative, expm1_parts
-from ..gamma import log1p_and_rest
+from ..special import log1p_and_rest
 from . import negative_binomial
 
 HEAVY = True

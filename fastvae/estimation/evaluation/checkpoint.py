@@ -318,6 +318,6 @@ class Store:
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"checkpoint {file} is no checkpoint of fastvae.evaluate ({type(error).__name__}: {error}); give "
+        f"checkpoint {file} is not a checkpoint of fastvae.evaluate ({type(error).__name__}: {error}); give "
         "another name, or delete it"
     )
