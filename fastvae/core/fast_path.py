@@ -52,7 +52,7 @@ def plain(tensors: Sequence[Tensor | None]) -> int:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Return True for a plain tensor or parameter; under a compiler, whose tensors are subclasses, for any."""
+    """Return True for a plain tensor or parameter; under a compiler, which has subclasses, for any."""
     return type(value) in _PLAIN or (torch.compiler.is_compiling() and isinstance(value, Tensor))
 
 
