@@ -383,7 +383,7 @@ def _log_likelihood(
     x, mask = built.x, built.mask
     inner = decoders.dtype(c.decoder, c.net_dtype)  # a decoder may cast its output
     narrow = lambda o: min(o.dtype, inner, key=_digits)  # noqa: E731
-    found = []
+    found, added = [], []
     for rows in path.split(samples):
         native = rows.to(dtype).flatten(0, 1)
         if families.POSTERIORS[c.q].spatial:
@@ -395,7 +395,9 @@ def _log_likelihood(
             parameters = [r(o, narrow(o), exact=True) for o in likelihoods.read(parameters)]
             parameters = kind.combine(parameters)
             log_p = kind.native(x.repeat(len(rows), *[1] * (x.dim() - 1)), parameters)
-            found.append(_summed(r(log_p.double(), log_p.dtype, exact=True), mask, len(rows), c))
+            log_p = r(log_p.double(), log_p.dtype, exact=True)
+            found.append(_summed(log_p, mask, len(rows), c))
+            added.append(_summed(log_p.detach().abs(), mask, len(rows), c))
             continue
         outputs = likelihoods.read(parameters)
         # An evaluation has other batches, and so other roundings of its matrix products.
@@ -407,7 +409,9 @@ def _log_likelihood(
         data = {n: _repeated(t, rows) for n, t in x.items()} if isinstance(x, dict) else _repeated(x, rows)
         log_p = r(kind.log_prob(data, outputs, given), absolute=1.0)
         found.append(_summed(log_p, mask, len(rows), c))
-    return r(torch.cat(found))
+        added.append(_summed(log_p.detach().abs(), mask, len(rows), c))
+    # A sum's rounding is relative to its terms, which may cancel.
+    return r(torch.cat(found), absolute=torch.cat(added))
 
 
 def _repeated(t: Tensor, rows: Tensor) -> Tensor:

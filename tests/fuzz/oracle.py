@@ -107,7 +107,7 @@ def shares(value: Value, w: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
 
 class _Shake(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, forward: float, backward: float, absolute: float) -> Tensor:
+    def forward(ctx: Any, t: Tensor, forward: float, backward: float, absolute: float | Tensor) -> Tensor:
         ctx.by = backward
         return t + forward * _signs(t) * (t.abs() + absolute)
 
@@ -132,7 +132,12 @@ class Arithmetic:
         self.unit = unit
 
     def __call__(
-        self, t: Tensor, stored: torch.dtype | None = None, *, exact: bool = False, absolute: float = 0.0
+        self,
+        t: Tensor,
+        stored: torch.dtype | None = None,
+        *,
+        exact: bool = False,
+        absolute: float | Tensor = 0.0,
     ) -> Tensor:
         """Perturb t; ``stored`` is the dtype of its gradient and, unless ``exact``, of the number."""
         if not self.unit or not t.is_floating_point():
