@@ -21,14 +21,14 @@ from . import report  # noqa: E402
 from .measure import OURS, keep_memory, measure, measure_machine  # noqa: E402
 
 MODULES = (
-    "latent",
-    "full",
+    "normal_diagonal",
+    "normal_full",
     "likelihood",
-    "grouped",
+    "components",
     "mixture",
     "codebook",
-    "importance",
-    "weigh",
+    "logsumexp",
+    "reduce",
     "objectives",
     "head",
 )

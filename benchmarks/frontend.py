@@ -123,7 +123,7 @@ class EmptyDraw(torch.autograd.Function):
         return grad_z.new_empty(shape), grad_z.new_empty(shape), None
 
 
-class EmptyWeigh(torch.autograd.Function):
+class EmptyReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, term, *outputs):
         ctx.save_for_backward(term, *outputs)
@@ -138,7 +138,7 @@ class EmptyWeigh(torch.autograd.Function):
 def empty(case: Case, likelihood: str, i: Inputs) -> Tensor:
     z, term = EmptyDraw.apply(i.mu, i.logvar, case.k)
     outputs = Link.apply(z, i.grad_z, *i.outputs)
-    return EmptyWeigh.apply(i.x, term, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+    return EmptyReduce.apply(i.x, term, *(outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 def bare(i: Inputs) -> Callable[[], object]:

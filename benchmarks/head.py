@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastvae
-from fastvae.ops.head import Layers, weigh_linear
-from fastvae.ops.weigh import Weighing, weigh
+from fastvae.ops.head import Layers, reduce_linear
+from fastvae.ops.reduce import BoundReduction, reduce
 
 from .measure import COMPILE, OURS, Work, assert_near, keep_memory
 from .objectives import PIXELS, _eager, _pythae, model_of
 
-HOW = Weighing(1.0, "log_mean_exp", "mean")
+HOW = BoundReduction(1.0, "log_mean_exp", "mean")
 STORED = "fastvae, output stored"
 # Samples, batch, inputs and outputs of the layer.
 SHAPES = (
@@ -58,11 +58,11 @@ def eager(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_ratio: Tensor)
 
 
 def fused(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_ratio: Tensor) -> Tensor:
-    return weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), log_ratio, None, HOW)[0]
+    return reduce_linear("bernoulli", x, Layers(h, weight, bias, None, None), log_ratio, None, HOW)[0]
 
 
 def stored(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_ratio: Tensor) -> Tensor:
-    return weigh("bernoulli", x, (functional.linear(h, weight, bias),), log_ratio, None, HOW)[0]
+    return reduce("bernoulli", x, (functional.linear(h, weight, bias),), log_ratio, None, HOW)[0]
 
 
 def head(k: int, b: int, inner: int, size: int, target: dict[str, float]) -> Work:

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 import fastvae
 from fastvae import ops
-from fastvae.ops.weigh import Weighing, weigh
+from fastvae.ops.reduce import BoundReduction, reduce
 
-from .latent import EXP, NORMAL, eps_of, posterior
 from .likelihood import eager_bernoulli
 from .measure import COMPILE, CPU, FALLBACK, OURS, Place, Work, op_works
+from .normal_diagonal import EXP, NORMAL, eps_of, posterior
 
 PIXELS = 784
 
@@ -215,11 +215,11 @@ def iwae_without_networks(k, b, d, pixels, target, place: Place = CPU, chunked=F
     as from a decoder. mu and logvar are the halves of an encoder's output if ``chunked``.
     """
 
-    how = Weighing(1.0, "log_mean_exp", "none")
+    how = BoundReduction(1.0, "log_mean_exp", "none")
 
     def ours(x, mu, logvar, logits):
         z, log_ratio = ops.rsample_log_ratio(mu, logvar, k=k)
-        return z, weigh("bernoulli", x, (logits.flatten(0, 1),), log_ratio, None, how)[0]
+        return z, reduce("bernoulli", x, (logits.flatten(0, 1),), log_ratio, None, how)[0]
 
     def bound(x, logits, eps, z, logvar):
         log_w = eager_bernoulli(x, logits) + 0.5 * ((eps.square() - z.square()).sum(-1) + logvar.sum(-1))

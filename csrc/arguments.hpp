@@ -171,10 +171,10 @@ struct Output {
 // Gradients of a likelihood's outputs: weights and biases of the outputs computed by the last layer, and the
 // fixed ones; null if none.
 struct HeadTensors {
-  Tensor weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
+  Tensor weight[kMostParameters], bias[kMostParameters], constant[kMostParameters];
 };
 struct HeadOutputs {
-  Output weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
+  Output weight[kMostParameters], bias[kMostParameters], constant[kMostParameters];
 };
 
 // Which of the inputs need a gradient.
@@ -244,7 +244,7 @@ struct How {
 };
 
 // A call that goes on to the bound.
-struct Weighing {
+struct BoundReduction {
   Rows rows;
   Tensor term;       // (K, B), or (B) with no stride over samples: of compute type; null for none
   bool each_sample;  // the first
@@ -255,8 +255,8 @@ struct Weighing {
   double scale;        // of the sum over the batch; 0: no sum
 
   // Of x (B, X), a decoder's outputs, the first (K B, X), and a term (K, B) or (B).
-  Weighing(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added,
-           const Tensor& weight, const How& own, int threads)
+  BoundReduction(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added,
+                 const Tensor& weight, const How& own, int threads)
       : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)),
         each_sample(added.axes == 2), beta(weight), how(own), coefficient(own.coefficient),
         log_mean_exp(own.log_mean_exp), scale(own.reduction == 'n'   ? 0
@@ -288,12 +288,12 @@ struct Weighing {
 };
 
 // Results, of compute type: the bound, one number or (B); (B); (K, B). The last two may be null.
-struct WeighingResults {
+struct ReductionResults {
   address bound, log_likelihood, weights;
 };
 
 // Upstream gradients: strides may be 0, addresses null; and the weights (K, B) again.
-struct WeighingGradients {
+struct ReductionGradients {
   Tensor bound, log_likelihood;
   address weights;
 };

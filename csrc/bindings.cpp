@@ -32,13 +32,13 @@ std::map<std::string, Implement> kernels() {
       {"mixture_log_prob", &Kernel<MixtureLogProb, 0>::implement},
       {"mixture_log_prob_backward", &Kernel<MixtureLogProbBackward, 0>::implement},
       {"normal", &Kernel<Normal, 0>::implement},
-      {"categorical_log_prob", &Kernel<GroupedLogProb, 0>::implement},
-      {"categorical_log_prob_backward", &Kernel<GroupedLogProbBackward, 0>::implement},
-      {"discretized_logistic_mixture_log_prob", &Kernel<GroupedLogProb, 1>::implement},
-      {"discretized_logistic_mixture_log_prob_backward", &Kernel<GroupedLogProbBackward, 1>::implement},
+      {"categorical_log_prob", &Kernel<ComponentsLogProb, 0>::implement},
+      {"categorical_log_prob_backward", &Kernel<ComponentsLogProbBackward, 0>::implement},
+      {"discretized_logistic_mixture_log_prob", &Kernel<ComponentsLogProb, 1>::implement},
+      {"discretized_logistic_mixture_log_prob_backward", &Kernel<ComponentsLogProbBackward, 1>::implement},
       {"linear_log_prob", &Kernel<LinearLogProb, 0>::implement},
       {"linear_log_prob_backward", &Kernel<LinearLogProbBackward, 0>::implement},
-      {"weigh_linear", &Kernel<WeighLinear, 0>::implement},
+      {"reduce_linear", &Kernel<ReduceLinear, 0>::implement},
       {"log_mean_exp", &Kernel<LogMeanExp, 0>::implement},
       {"log_mean_exp_backward", &Kernel<LogMeanExpBackward, 0>::implement},
   };
@@ -48,8 +48,8 @@ std::map<std::string, Implement> kernels() {
 #define FASTVAE_KERNELS(name, L)                                               \
   all[#name "_log_prob"] = &Kernel<LogProb, k##L>::implement;                  \
   all[#name "_log_prob_backward"] = &Kernel<LogProbBackward, k##L>::implement; \
-  all["weigh_" #name] = &Kernel<Weigh, k##L>::implement;                       \
-  all["weigh_" #name "_backward"] = &Kernel<WeighBackward, k##L>::implement;
+  all["reduce_" #name] = &Kernel<Reduce, k##L>::implement;                     \
+  all["reduce_" #name "_backward"] = &Kernel<ReduceBackward, k##L>::implement;
   FASTVAE_LIKELIHOODS(FASTVAE_KERNELS)
 #undef FASTVAE_KERNELS
   return all;
@@ -105,17 +105,17 @@ PYBIND11_MODULE(_C, m) {
       method<RsampleTrilBackward>(),
       method<LogProb>(),
       method<LogProbBackward>(),
-      method<Weigh>(),
-      method<WeighBackward>(),
+      method<Reduce>(),
+      method<ReduceBackward>(),
       method<MixtureLogProb>(),
       method<MixtureLogProbBackward>(),
       method<Normal>(),
       method<NormalOfNet>(),
-      method<GroupedLogProb>(),
-      method<GroupedLogProbBackward>(),
+      method<ComponentsLogProb>(),
+      method<ComponentsLogProbBackward>(),
       method<LinearLogProb>(),
       method<LinearLogProbBackward>(),
-      method<WeighLinear>(),
+      method<ReduceLinear>(),
       method<LogMeanExp>(),
       method<LogMeanExpBackward>(),
       fast_method("described", &described),

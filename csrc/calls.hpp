@@ -5,12 +5,12 @@
 // and the call.
 #pragma once
 
-#include "calls/full.hpp"
-#include "calls/grouped.hpp"
+#include "calls/normal_full.hpp"
+#include "calls/components.hpp"
 #include "calls/head.hpp"
-#include "calls/importance.hpp"
-#include "calls/latent.hpp"
+#include "calls/logsumexp.hpp"
+#include "calls/normal_diagonal.hpp"
 #include "calls/likelihood.hpp"
 #include "calls/mixture.hpp"
 #include "calls/random.hpp"
-#include "calls/weigh.hpp"
+#include "calls/reduce.hpp"

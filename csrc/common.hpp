@@ -315,7 +315,7 @@ struct Reduced {
 };
 // Evaluates at kHalves / 2 times x: the power of two is folded into the constants, and no rounding changes.
 template <int kHalves = 2>
-FASTVAE_INLINE Reduced reduce(float x) {
+FASTVAE_INLINE Reduced range_reduced(float x) {
   constexpr float f = kHalves / 2.0f, f2 = f * f, f3 = f2 * f, f4 = f3 * f;
   const float rounded =
       x * (1.44269504088896341f * f) + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer
@@ -343,7 +343,7 @@ FASTVAE_INLINE C clip(C x, C lo, C hi) {
 template <int kHalves = 2>
 FASTVAE_INLINE float exp_(float x) {
   constexpr float f = kHalves / 2.0f, low = -104.0f / f, high = 89.0f / f;
-  const Reduced e = reduce<kHalves>(kHalves > 0 ? clip(x, low, high) : clip(x, high, low));
+  const Reduced e = range_reduced<kHalves>(kHalves > 0 ? clip(x, low, high) : clip(x, high, low));
   const std::int32_t side = (bit_cast<std::int32_t>(x) >> 31) & 128,
                      shift = kHalves > 0 ? side - 64 : 64 - side;
   const float s = e.power(shift);
@@ -356,7 +356,7 @@ FASTVAE_INLINE double exp_(double x) {
 
 // exp(x) for x <= 0.
 FASTVAE_INLINE float exp_negative(float x) {
-  const Reduced e = reduce(clip_below(x, -104.0f));
+  const Reduced e = range_reduced(clip_below(x, -104.0f));
   const float s = e.power(64);
   return (s * e.p + s) * 0x1p-64f;
 }
@@ -368,14 +368,14 @@ FASTVAE_INLINE float expm1_from(const Reduced& e) {
   const float s = e.power(-1);
   return 2.0f * (s * e.p + (s - 0.5f));
 }
-FASTVAE_INLINE float expm1_(float x) { return expm1_from(reduce(clip(x, -87.0f, 89.0f))); }
+FASTVAE_INLINE float expm1_(float x) { return expm1_from(range_reduced(clip(x, -87.0f, 89.0f))); }
 FASTVAE_INLINE double expm1_(double x) { return __builtin_expm1(x); }
 
 // exp(x) - 1 - x, without cancellation near 0.
 FASTVAE_INLINE float expm1_minus(float x) {
   // The last x is bounded above, so that inf gives inf; below -87 exp(x) is negligible against it.
   const float top = x > 89.0f ? 89.0f : x;
-  const Reduced e = reduce(clip_below(top, -87.0f));
+  const Reduced e = range_reduced(clip_below(top, -87.0f));
   return e.n == 0.0f ? e.r2q : expm1_from(e) - top;
 }
 FASTVAE_INLINE double expm1_minus(double x) {

@@ -13,7 +13,7 @@
 #include "gemm.hpp"
 #include "likelihood.hpp"
 #include "storage.hpp"
-#include "weigh.hpp"
+#include "reduce.hpp"
 
 namespace fastvae {
 namespace FASTVAE_ISA {
@@ -22,7 +22,7 @@ namespace FASTVAE_ISA {
 // compute type, the bias null for none; the others are fixed: a row (X) or a number.
 struct Head {
   int likelihood, linear, outputs;
-  Tensor x, h, weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
+  Tensor x, h, weight[kMostParameters], bias[kMostParameters], constant[kMostParameters];
   int threads;
 
   i64 rows() const { return x.n0; }
@@ -33,10 +33,10 @@ struct Head {
 
 // Destinations of the gradients, contiguous, of compute type; null where not needed.
 struct HeadGradients {
-  address h, weight[kMostParameters], bias[kMostParameters], held[kMostParameters];
+  address h, weight[kMostParameters], bias[kMostParameters], constant[kMostParameters];
   bool any() const {
     bool found = h != 0;
-    for (int j = 0; j < kMostParameters; ++j) found |= weight[j] || bias[j] || held[j];
+    for (int j = 0; j < kMostParameters; ++j) found |= weight[j] || bias[j] || constant[j];
     return found;
   }
 };
@@ -155,11 +155,11 @@ struct HeadWorker {
         p.s2 = 1;
         r.kind[j] = kFull;
       } else {
-        const bool number = a.held[j].size() == 1;
-        r.p[j] = a.held[j];
+        const bool number = a.constant[j].size() == 1;
+        r.p[j] = a.constant[j];
         r.kind[j] = number ? kNumber : kColumn;
         r.p[j].s0 = r.p[j].s1 = 0;
-        r.p[j].s2 = number ? 0 : a.held[j].s0;
+        r.p[j].s2 = number ? 0 : a.constant[j].s0;
       }
     }
     return r;
@@ -200,7 +200,7 @@ bool head_rows(const Head& a, C* out) {
 template <class C>
 struct HeadSums {
   const Head& a;
-  C *weight[kMostParameters] = {}, *held[kMostParameters] = {};
+  C *weight[kMostParameters] = {}, *constant[kMostParameters] = {};
   double* bias[kMostParameters] = {};
   bool first = true;
   explicit HeadSums(const Head& head) : a(head) {}
@@ -217,14 +217,14 @@ void head_block_backward(HeadWorker<C>& work, const Block& block, const C* h, co
   gradients.grad = {reinterpret_cast<address>(g), std::is_same<C, double>::value, g_stride, 1};
   C* const grad = work.grad.data;
   for (int j = 0; j < a.outputs; ++j) {
-    if (j < a.linear ? to.h || to.weight[j] || to.bias[j] : to.held[j] != 0)
+    if (j < a.linear ? to.h || to.weight[j] || to.bias[j] : to.constant[j] != 0)
       gradients.p[j] = reinterpret_cast<address>(grad + j * n * columns);
   }
   reduce_rows_backward<C>(work.rows(block, out), gradients);
   for (int j = 0; j < a.outputs; ++j) {
     const C* its = grad + j * n * columns;
     if (j >= a.linear) {
-      if (to.held[j]) add_elements(a.held[j].size(), its, sums.held[j]);
+      if (to.constant[j]) add_elements(a.constant[j].size(), its, sums.constant[j]);
       continue;
     }
     if (to.weight[j]) work.layers[j].to_weight(n, h, its, !sums.first, sums.weight[j]);
@@ -255,14 +255,14 @@ void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
   // The first group's sums of weights are the result itself.
   const i64 columns = a.columns(), size = columns * a.inner();
   const Scratch<C> partial((groups - 1) * elements);
-  std::vector<C> held(static_cast<std::size_t>(groups * columns * a.outputs));
+  std::vector<C> constant(static_cast<std::size_t>(groups * columns * a.outputs));
   std::vector<double> bias(static_cast<std::size_t>(groups * columns * a.outputs));
   const auto sums_of = [&](i64 group) {
     HeadSums<C> sums(a);
     C* at = partial.data + (group - 1) * elements;
     for (int j = 0; j < a.outputs; ++j) {
       const auto small = static_cast<std::size_t>((group * a.outputs + j) * columns);
-      sums.held[j] = &held[small];
+      sums.constant[j] = &constant[small];
       sums.bias[j] = &bias[small];
       if (j >= a.linear || !to.weight[j]) continue;
       sums.weight[j] = group == 0 ? pointer<C>(to.weight[j]) : at;
@@ -280,10 +280,11 @@ void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
   for (int j = 0; j < a.outputs; ++j) {
     for (i64 group = 1; group < groups; ++group) {
       const HeadSums<C> sums = sums_of(group);
-      add_elements(columns, sums.held[j], all.held[j]);
+      add_elements(columns, sums.constant[j], all.constant[j]);
       add_doubles(columns, sums.bias[j], all.bias[j]);
     }
-    if (to.held[j]) copy(pointer<C>(to.held[j]), all.held[j], static_cast<int>(a.held[j].size()));
+    if (to.constant[j])
+      copy(pointer<C>(to.constant[j]), all.constant[j], static_cast<int>(a.constant[j].size()));
     C* to_bias = pointer<C>(to.bias[j]);
     for (i64 i = 0; i < columns && to_bias; ++i) to_bias[i] = static_cast<C>(all.bias[j][i]);
     if (j >= a.linear || !to.weight[j]) continue;
@@ -320,10 +321,10 @@ void head_rows_backward(const Head& a, const Tensor& grad, const HeadGradients& 
   });
 }
 
-// The part of a weighing that is of these rows, with one thread.
+// The part of a reduction that belongs to these rows, with one thread.
 template <class C>
-Weighing weighing_of(const Weighing& all, const Block& block) {
-  Weighing w = all;
+BoundReduction reduction_of(const BoundReduction& all, const Block& block) {
+  BoundReduction w = all;
   w.rows.samples = block.samples;
   w.rows.rows = block.rows;
   w.rows.threads = 1;
@@ -335,8 +336,8 @@ Weighing weighing_of(const Weighing& all, const Block& block) {
 // The bound, and in the same pass the gradients for 1 arriving at its sum or mean: all samples of a row are
 // there together, so that their weights are known while their outputs still lie in the cache.
 template <class C>
-bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingResults& to,
-                     const HeadGradients& gradients) {
+bool head_reduce_once(const Head& a, const BoundReduction& w, C* bound, const ReductionResults& to,
+                      const HeadGradients& gradients) {
   const i64 step = rows_per_block<C>(a), samples = a.samples(), all_rows = a.rows();
   const Blocks spans(a, step, true);
   const i64 width = a.columns() * a.linear, whole = spans.samples * spans.rows,
@@ -367,7 +368,7 @@ bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingR
           __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
         }
       }
-      const Weighing own = weighing_of<C>(w, span);
+      const BoundReduction own = reduction_of<C>(w, span);
       bounds_of_rows(own, log_p.data, bound + span.b,
                      to.log_likelihood ? pointer<C>(to.log_likelihood) + span.b : nullptr, weights);
       const C scale = static_cast<C>(w.scale), even = static_cast<C>(w.scale / static_cast<double>(samples));
@@ -393,13 +394,14 @@ bool head_weigh_once(const Head& a, const Weighing& w, C* bound, const WeighingR
 }
 
 template <class C>
-bool head_weigh(const Head& a, const Weighing& w, const WeighingResults& to, const HeadGradients& gradients) {
+bool head_reduce(const Head& a, const BoundReduction& w, const ReductionResults& to,
+                 const HeadGradients& gradients) {
   const i64 rows = a.rows();
   const Scratch<C> bound(rows);
   C* const bounds = w.scale == 0 ? pointer<C>(to.bound) : bound.data;
   bool inside;
   if (gradients.any()) {
-    inside = head_weigh_once(a, w, bounds, to, gradients);
+    inside = head_reduce_once(a, w, bounds, to, gradients);
   } else {
     const Scratch<C> log_w(a.h.n0);
     inside = head_rows(a, log_w.data);
@@ -418,9 +420,9 @@ inline Head head_of(int likelihood, const Tensor& x, const Tensor& h, const Head
   for (int j = 0; j < kMostParameters; ++j) {
     a.weight[j] = t.weight[j];
     a.bias[j] = t.bias[j];
-    a.held[j] = t.held[j];
+    a.constant[j] = t.constant[j];
     a.linear += t.weight[j].data != 0;
-    a.outputs += t.weight[j].data != 0 || t.held[j].data != 0;
+    a.outputs += t.weight[j].data != 0 || t.constant[j].data != 0;
   }
   return a;
 }
@@ -429,7 +431,7 @@ inline HeadGradients head_gradients_of(const Output& h, const HeadOutputs& t) {
   for (int j = 0; j < kMostParameters; ++j) {
     to.weight[j] = t.weight[j];
     to.bias[j] = t.bias[j];
-    to.held[j] = t.held[j];
+    to.constant[j] = t.constant[j];
   }
   return to;
 }
@@ -448,17 +450,17 @@ inline void head_log_prob_backward(int likelihood, Tensor grad, Tensor x, Tensor
   wide ? head_rows_backward<double>(a, grad, to) : head_rows_backward<float>(a, grad, to);
 }
 // With gradients, which need a sum or a mean over the batch, or without.
-inline bool head_weigh_rows(int likelihood, Tensor x, Tensor h, HeadTensors tensors, Tensor term, Tensor beta,
-                            How how, bool wide, Output bound, Output log_likelihood, Output weights,
-                            Output to_h, HeadOutputs outputs, int threads) {
+inline bool head_reduce_rows(int likelihood, Tensor x, Tensor h, HeadTensors tensors, Tensor term,
+                             Tensor beta, How how, bool wide, Output bound, Output log_likelihood,
+                             Output weights, Output to_h, HeadOutputs outputs, int threads) {
   const Head a = head_of(likelihood, x, h, tensors, threads);
   Tensor full = x;
   full.axes = 2;
   full.n0 = h.n0;
-  const Weighing w(likelihood, x, 1, &full, term, beta, how, threads);
-  const WeighingResults to{bound, log_likelihood, weights};
+  const BoundReduction w(likelihood, x, 1, &full, term, beta, how, threads);
+  const ReductionResults to{bound, log_likelihood, weights};
   const HeadGradients gradients = head_gradients_of(to_h, outputs);
-  return wide ? head_weigh<double>(a, w, to, gradients) : head_weigh<float>(a, w, to, gradients);
+  return wide ? head_reduce<double>(a, w, to, gradients) : head_reduce<float>(a, w, to, gradients);
 }
 
 }  // namespace FASTVAE_ISA

@@ -1,14 +1,14 @@
 // All kernels for one instruction set, FASTVAE_ISA, with vectors of FASTVAE_VECTOR_BYTES. No include guard:
 // targets.hpp includes this file once per instruction set.
-#include "full.hpp"
-#include "grouped.hpp"
+#include "normal_full.hpp"
+#include "components.hpp"
 #include "head.hpp"
-#include "importance.hpp"
-#include "latent.hpp"
+#include "logsumexp.hpp"
+#include "normal_diagonal.hpp"
 #include "likelihood.hpp"
 #include "mixture.hpp"
 #include "random.hpp"
-#include "weigh.hpp"
+#include "reduce.hpp"
 
 #undef FASTVAE_ISA
 #undef FASTVAE_VECTOR_BYTES

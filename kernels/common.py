@@ -49,7 +49,7 @@ class Launch(NamedTuple):
 # timing would change the order of sums, and with it the bits, from run to run.
 LAUNCH = {
     # With noise: 8 elements, two Philox blocks, per thread; limited by the registers of the ten rounds.
-    "latent": Launch(1024, 128, 256, 128),
+    "normal_diagonal": Launch(1024, 128, 256, 128),
     # Up to four sums in addition: half as many per thread, or float64 spills. Half precision needs 8 elements
     # per thread for 16-byte loads.
     "latent_backward": Launch(512, 128, 128, 64),
@@ -61,15 +61,15 @@ LAUNCH = {
     # Long functions, bound by arithmetic: two elements per thread, or they spill.
     "likelihood_heavy": Launch(512, 256, 256, 256),
     # A mixture's component takes long to compute; there are many rows and positions.
-    "grouped": Launch(256, 128, 128, 128),
+    "components": Launch(256, 128, 128, 128),
     # Gradients of one side of a mixture's scores: two sums and their operands, 8 elements per thread.
     "mixture_backward": Launch(1024, 128, 256, 128),
     # A product's tile, samples and columns of z: 16 sums per thread, and their operands.
-    "full": Launch(2048, 128, 128, 128),
+    "normal_full": Launch(2048, 128, 128, 128),
     # Samples and columns of noise of one step: 8 normals per thread, and 16 sums of a block of the triangle.
     "full_backward": Launch(1024, 128, 256, 128),
     # As for the likelihoods: one operand and little arithmetic.
-    "importance": Launch(2048, 128, 256, 128),
+    "logsumexp": Launch(2048, 128, 256, 128),
 }
 # Maximum columns of a likelihood's tile; the remaining factor goes to samples, which share x, and to rows.
 TILE_X = 512

@@ -203,14 +203,14 @@ def _padded(layers: Any) -> tuple[Any, ...]:
     """Return, padded with None: weights, biases, and the fixed second and third parameters."""
     count = len(layers.weights)
     none = (None,) * (MAX_PARAMETERS - count)
-    all_parameters = [*[None] * count, *layers.held, *none[len(layers.held) :]]
+    all_parameters = [*[None] * count, *layers.constants, *none[len(layers.constants) :]]
     biases = [b if b is None else b.contiguous() for b in layers.biases]
     return *layers.weights, *none, *biases, *none, *all_parameters[1:]
 
 
 def _dtype(x: Tensor, h: Tensor, layers: Any) -> torch.dtype:
     """Return the dtype of the computation."""
-    given = (*layers.weights, *layers.biases, *layers.held)
+    given = (*layers.weights, *layers.biases, *layers.constants)
     return accumulator(x, h, *(t for t in given if t is not None))
 
 
@@ -218,7 +218,7 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
     """Return log p(x|z) [K, B] of x [B, X] and h [K·B, H], sample-major.
 
     ``layers`` has the weights [X, H] and biases ([X] or None) of the first parameters, which the layer
-    outputs, and in ``held`` the fixed others, each a row [X] or one number.
+    outputs, and in ``constants`` the fixed others, each a row [X] or one number.
     """
     is_empty = not (x.numel() and h.numel())
     if not (is_heavy(likelihood.name) or is_empty or _dtype(x, h, layers) == torch.float64):
@@ -234,12 +234,12 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
 def linear_log_prob_backward(
     likelihood: Any, grad: Tensor, x: Tensor, h: Tensor, layers: Any, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of (h, *weights, *biases, *held), None where ``need``, in this order, is False.
+    """Return the gradients of (h, *weights, *biases, *constants) in the order of ``need``, or None.
 
     Sums over rows are accumulated in float32, or float64.
     """
     walk, count = _Walk(x, h, layers), len(layers.weights)
-    like = (h, *layers.weights, *layers.biases, *layers.held)
+    like = (h, *layers.weights, *layers.biases, *layers.constants)
     sums = [
         torch.zeros_like(t, dtype=walk.dtype) if n and t is not None else None
         for t, n in zip(like, need, strict=True)
@@ -288,7 +288,7 @@ class _Walk:
             (w.to(self.dtype), None if b is None else b.to(self.dtype))
             for w, b in zip(layers.weights, layers.biases, strict=True)
         ]
-        self.parameters = [p.reshape(1, 1, -1).to(self.dtype) for p in layers.held]
+        self.parameters = [p.reshape(1, 1, -1).to(self.dtype) for p in layers.constants]
         self.width = x.shape[1] * len(self.layers)
 
     def outputs(self, block: tuple[slice, slice]) -> tuple[list[Tensor], Tensor]:

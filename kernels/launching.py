@@ -266,7 +266,7 @@ def _sum_parts(p_0, p_1, p_2, p_3, results) -> Call:
         tuple(Result(r.shape, r.dtype) for r in results) + (None,) * (MAX_SUMS - count),
         (*(r.parts for r in results), *none, *(n // align for n in sizes), *none),
         {"DTYPE": triton_dtype(accumulator(p_0)), "ALIGN": align, "BLOCK": SUM_BLOCK},
-        LAUNCH["importance"].warps(torch.float32),
+        LAUNCH["logsumexp"].warps(torch.float32),
     )
 
 

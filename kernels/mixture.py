@@ -29,8 +29,8 @@ from .common import (
     tile_width,
     triton_dtype,
 )
-from .importance import finite_shift, merged, next_block
 from .launching import Call, Result, fixed, planned
+from .logsumexp import finite_shift, merged, next_block
 
 LOG_2_PI = tl.constexpr(math.log(2 * math.pi))
 # Components of a tile of scores, along lanes: four per thread, in one load.
@@ -329,7 +329,7 @@ def _prepare(mu, logvar, log_weight, need_scale) -> Call:
             *(*_strides(mu), *_strides(logvar), *strides(log_weight, 1)),
         ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
-        LAUNCH["importance"].warps(dtype),
+        LAUNCH["logsumexp"].warps(dtype),
     )
 
 

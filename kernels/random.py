@@ -336,7 +336,7 @@ def _noise(seed, net, k, b, d, dtype) -> Call:
     """Plan the noise kernel: normals of ``dtype``, or words if it is int64."""
     want_words = dtype == torch.int64
     computed = torch.float32 if want_words else dtype
-    block_k, block_b, block_d = noise_tile(k, b, d, LAUNCH["latent"].tile)
+    block_k, block_b, block_d = noise_tile(k, b, d, LAUNCH["normal_diagonal"].tile)
     k_tiles = cdiv(k, block_k)
     return Call(
         noise_kernel,
@@ -351,7 +351,7 @@ def _noise(seed, net, k, b, d, dtype) -> Call:
             "BLOCK_B": block_b,
             "BLOCK_D": block_d,
         },
-        LAUNCH["latent"].warps(computed),
+        LAUNCH["normal_diagonal"].warps(computed),
     )
 
 

@@ -23,7 +23,16 @@ from hypothesis import strategies as st
 import fastvae
 from fastvae import ops
 
-from . import cases, compare, strategies, test_full, test_importance, test_latent, test_mixture, test_weigh
+from . import (
+    cases,
+    compare,
+    strategies,
+    test_logsumexp,
+    test_mixture,
+    test_normal_diagonal,
+    test_normal_full,
+    test_reduce,
+)
 
 # Few samples and columns, many rows, so that results that are sums have many elements; or another long axis,
 # for sums of many terms.
@@ -40,21 +49,21 @@ def _sizes(count):
 
 
 def _rsample_kl(case):
-    return test_latent.results({**case, "estimator": "iwae"}, ops.rsample_kl)
+    return test_normal_diagonal.results({**case, "estimator": "iwae"}, ops.rsample_kl)
 
 
 def _rsample_log_ratio(case):
-    return test_latent.results(case, ops.rsample_log_ratio)
+    return test_normal_diagonal.results(case, ops.rsample_log_ratio)
 
 
 OPS = {
-    "rsample_kl": (test_latent.cases(_sizes(3)), _rsample_kl),
-    "rsample_log_ratio": (test_latent.cases(_sizes(3)), _rsample_log_ratio),
-    "rsample_tril": (test_full.cases(), test_full.results),
+    "rsample_kl": (test_normal_diagonal.cases(_sizes(3)), _rsample_kl),
+    "rsample_log_ratio": (test_normal_diagonal.cases(_sizes(3)), _rsample_log_ratio),
+    "rsample_tril": (test_normal_full.cases(), test_normal_full.results),
     **{f"{name}_log_prob": (cases.log_prob(name, _sizes(3)), cases.results) for name in cases.LIKELIHOODS},
-    "log_mean_exp": (test_importance.cases(_sizes(2)), test_importance.results),
+    "log_mean_exp": (test_logsumexp.cases(_sizes(2)), test_logsumexp.results),
     "mixture_log_prob": (test_mixture.cases(_sizes(3)), test_mixture.results),
-    "weigh": (test_weigh.cases(_sizes(3)), test_weigh.results),
+    "reduce": (test_reduce.cases(_sizes(3)), test_reduce.results),
 }
 
 

@@ -320,7 +320,7 @@ def linear_backward(grad: Rounded, h: Tensor, weight: Tensor) -> list[Rounded]:
     return [product(grad, Rounded.exact(weight, dtype)), product(flipped, Rounded.exact(h, dtype)), to_bias]
 
 
-def weigh(
+def reduce(
     likelihood: str,
     x: Tensor,
     parameters: Sequence[Tensor | Rounded],

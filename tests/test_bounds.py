@@ -16,7 +16,7 @@ from fastvae.distributions import DiagonalNormal, Distribution, FullNormal, Lapl
 from fastvae.likelihoods import Gaussian, Likelihood
 from fastvae.objectives import bounds
 from fastvae.objectives.bounds import CIWAE, IWAE, TVO, Jackknife, UStatistic, WakePhi
-from fastvae.ops.weigh import Weighing, weigh
+from fastvae.ops.reduce import BoundReduction, reduce
 from fastvae.random import draw_seed, normal
 
 from . import models
@@ -149,8 +149,8 @@ def gradients(model, value, estimator, k=K, seed=7, path=None):
         "wake": (torch.zeros_like(g), g),
     }[estimator]
     own = [model.weight, *(p for p in model.prior if p.requires_grad)]
-    held = (model.mu + (0.5 * model.logvar).exp() * model.noise(k, seed)).detach()
-    to_model = torch.autograd.grad((g * model.log_w(k, seed, z=held)[0]).sum(), own)
+    fixed_z = (model.mu + (0.5 * model.logvar).exp() * model.noise(k, seed)).detach()
+    to_model = torch.autograd.grad((g * model.log_w(k, seed, z=fixed_z)[0]).sum(), own)
     to_q = torch.autograd.grad((a * log_w).sum() + (s * log_q).sum(), [model.mu, model.logvar])
     return [*to_q, *to_model]
 
@@ -179,8 +179,8 @@ def test_value_and_gradients(backend, route, name, estimator):
 
 def covariance_gradients(model, *_):
     """Compute TVO's gradients, eq. 13: expected derivatives plus covariances, for each expectation."""
-    held = (model.mu + (0.5 * model.logvar).exp() * model.noise()).detach()
-    log_w, log_q = model.log_w(z=held)
+    fixed_z = (model.mu + (0.5 * model.logvar).exp() * model.noise()).detach()
+    log_w, log_q = model.log_w(z=fixed_z)
     log_p = log_w + log_q
     total = 0.0
     for beta, end in zip(BETAS, (*BETAS[1:], 1.0), strict=True):
@@ -443,8 +443,8 @@ def test_the_fused_reduction(backend, how, reduction, dtype):
     x, logits = rand(b, size, seed=1).to(dtype), randn(k * b, size, seed=2).to(dtype).requires_grad_()
     ratio = (5 * randn(k, b, seed=3)).to(dtype).requires_grad_()
     alpha, groups, share = how
-    bound, mean = weigh(
-        "bernoulli", x, (logits,), ratio, None, Weighing(0.7, "log_mean_exp", reduction, *how), True
+    bound, mean = reduce(
+        "bernoulli", x, (logits,), ratio, None, BoundReduction(0.7, "log_mean_exp", reduction, *how), True
     )
     upstream = randn(*bound.shape, seed=4).to(bound.dtype)
     grads = torch.autograd.grad(bound, (logits, ratio), upstream)
@@ -532,8 +532,8 @@ def test_edges(backend):
     ratio[1, 2] = math.nan
     ratio.requires_grad_()
     for alpha in (0.0, 0.5):
-        how = Weighing(1.0, "log_mean_exp", "none", alpha, 2)
-        bound, _ = weigh("bernoulli", x, (logits,), ratio, None, how)
+        how = BoundReduction(1.0, "log_mean_exp", "none", alpha, 2)
+        bound, _ = reduce("bernoulli", x, (logits,), ratio, None, how)
         assert bound[0].isfinite() and bound[1] == -math.inf and bound[2].isnan()
         (grad,) = torch.autograd.grad(bound[:2].sum(), ratio)
         torch.testing.assert_close(grad[:, 0], torch.tensor([0.0, 0.5, 0.25, 0.25], device=DEVICE))

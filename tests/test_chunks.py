@@ -12,7 +12,7 @@ import fastvae
 from fastvae.distributions import DiagonalNormal
 from fastvae.likelihoods import Gaussian
 from fastvae.objectives import chunks
-from fastvae.ops.latent import ESTIMATORS
+from fastvae.ops.normal_diagonal import ESTIMATORS
 
 from . import models
 from .conftest import DEVICE

@@ -142,13 +142,13 @@ def test_a_step_in_a_cuda_graph(name):
     with torch.cuda.graph(graph):
         loss = step()
     graph.replay()
-    held = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
     losses = []
     for _ in range(200):
         graph.replay()
         losses.append(loss.clone())
     losses = torch.stack(losses).double().cpu()
-    assert torch.cuda.memory_allocated() - held <= 200 * 512
+    assert torch.cuda.memory_allocated() - before <= 200 * 512
     assert bool(losses.isfinite().all()) and losses.unique().numel() > 190
     assert losses[-50:].mean() < losses[:50].mean()
     # With a learning rate of 0, the replays' losses are those of the eager model.

@@ -34,7 +34,7 @@ def fused(monkeypatch):
     """Record calls of the ops that fuse the last layer."""
     found = []
     for module, name in (
-        (fastvae.objectives.reduce, "weigh_linear"),
+        (fastvae.objectives.reduce, "reduce_linear"),
         (fastvae.likelihoods.base, "linear_rows"),
     ):
         function = getattr(module, name)

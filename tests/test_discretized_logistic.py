@@ -68,8 +68,8 @@ def test_any_scale(backend, dtype, levels):
 def test_scales_beyond_the_largest_number(backend):
     """Log scales are clamped to ±60."""
     x, mean = torch.tensor([[0.5, 0.0, 1.0]], device=DEVICE), torch.full((1, 3), 0.5, device=DEVICE)
-    for log_scale, held in ((math.inf, 60.0), (200.0, 60.0), (-math.inf, -60.0), (-200.0, -60.0)):
-        found, expected = (ops.discretized_logistic_log_prob(x, mean, v, -5.5) for v in (log_scale, held))
+    for log_scale, clamped in ((math.inf, 60.0), (200.0, 60.0), (-math.inf, -60.0), (-200.0, -60.0)):
+        found, expected = (ops.discretized_logistic_log_prob(x, mean, v, -5.5) for v in (log_scale, clamped))
         assert bool(found.isfinite().all()) and torch.equal(found, expected)
 
 

@@ -29,7 +29,7 @@ from fastvae.distributions import (
     register_kl,
     rsample_log_prob,
 )
-from fastvae.objectives.bounds import IWAE, WakePhi, weighed
+from fastvae.objectives.bounds import IWAE, WakePhi, bound_from_weights
 
 from .conftest import DEVICE
 from .models import LinearGaussian, evaluate_parts, generator, randn, seed_of
@@ -109,7 +109,7 @@ def test_composed_chunks_are_the_whole(route):
         z, ratio = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         assert all((part[2] is None) == (encoder is None) for part in parts)
         q_grad = None if encoder is None else torch.cat([part[2] for part in parts])
-        value = weighed((z * weight).sin().sum(2), ratio, q_grad, IWAE(), encoder)
+        value = bound_from_weights((z * weight).sin().sum(2), ratio, q_grad, IWAE(), encoder)
         return [value, *torch.autograd.grad(value.sum(), leaves)]
 
     expected = bound(DiagonalNormal, [(0, K)])

@@ -36,13 +36,13 @@ void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 SCRIPT = r"""
 import ctypes, sys, torch, fastvae
 from fastvae import ops
-from fastvae.ops.head import Layers, weigh_linear
-from fastvae.ops.weigh import Weighing, weigh
+from fastvae.ops.head import Layers, reduce_linear
+from fastvae.ops.reduce import BoundReduction, reduce
 shim = ctypes.CDLL(sys.argv[1]); threads = int(sys.argv[2]); torch.set_num_threads(threads)
 K, B, D, X = 4, 64, 40, 512
 leaf = lambda *s: torch.randn(*s, generator=torch.Generator().manual_seed(0)).requires_grad_()
 seed = torch.tensor(3)
-how = Weighing(1.0, "log_mean_exp", "sum", 0.5, 2, 0.25)
+how = BoundReduction(1.0, "log_mean_exp", "sum", 0.5, 2, 0.25)
 x = torch.ones(B, X)
 mu, tril, z = leaf(B, D), leaf(B, D * (D + 1) // 2), leaf(K * B, D)
 parts, logits, weight = leaf(300, D), leaf(K * B, X), leaf(X, D)
@@ -50,9 +50,9 @@ classes = leaf(K, B, 15, 64)
 CALLS = {
     "tril": lambda: ops.rsample_tril(mu, tril, k=100, seed=seed)[0].sum(),
     "mixture": lambda: ops.mixture_log_prob(z, parts, parts).sum(),
-    "weigh": lambda: weigh("bernoulli", x, (logits,), None, None, how)[0],
+    "reduce": lambda: reduce("bernoulli", x, (logits,), None, None, how)[0],
     "shared": lambda: ops.gaussian_log_prob(x, logits.view(K, B, X), weight[:, :1].T.expand(1, X)[0]).sum(),
-    "linear": lambda: weigh_linear("bernoulli", x, Layers(z, weight, None, None, None), None, None, how)[0],
+    "linear": lambda: reduce_linear("bernoulli", x, Layers(z, weight, None, None, None), None, None, how)[0],
     "classes": lambda: ops.categorical_log_prob(torch.ones(B, 64), classes).sum(),
 }
 for name, call in CALLS.items():

@@ -76,7 +76,7 @@ def test_dry_run_of_everything(tmp_path):
 
 GROUPS = (
     *("rsample_kl", "rsample_log_ratio", "gaussian_log_prob", "bernoulli_log_prob", "poisson_log_prob"),
-    *("weigh", "log_mean_exp", "IWAE without networks"),
+    *("reduce", "log_mean_exp", "IWAE without networks"),
 )
 
 
@@ -432,8 +432,8 @@ def test_the_state_is_a_file(tmp_path):
 SPREAD = """
 created: 8/8 workers
 8 workers [5 items]
-[gw1] [ 20%] PASSED tests/test_latent.py::test_a[x-1]
-[gw0] [ 40%] FAILED tests/test_latent.py::test_b[a b]
+[gw1] [ 20%] PASSED tests/test_normal_diagonal.py::test_a[x-1]
+[gw0] [ 40%] FAILED tests/test_normal_diagonal.py::test_b[a b]
 [gw0] [ 60%] SKIPPED tests/test_torch.py::test_c
 """
 PLAIN = """
@@ -456,7 +456,7 @@ def test_the_outcome_of_tests_is_read():
     outcome = device_tests.read(SPREAD, -2, 200)
     assert outcome.counts == {"passed": 1, "failed": 1, "skipped": 1} and not outcome.passed
     assert "interrupted after 200 s, 3 of 5 done" in outcome.summary()
-    assert "tests/test_latent.py::test_b[a b]" in outcome.summary()
+    assert "tests/test_normal_diagonal.py::test_b[a b]" in outcome.summary()
     outcome = device_tests.read(PLAIN, 1, 0)
     assert outcome.counts == {"passed": 1, "errors": 1} and outcome.collected == 3
     assert "assert 1 == 2" in outcome.text() and "short test summary" not in outcome.text()

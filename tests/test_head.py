@@ -31,8 +31,8 @@ from fastvae.likelihoods import (
     ZeroInflatedNegativeBinomial,
 )
 from fastvae.ops import head
-from fastvae.ops.head import Layers, weigh_linear
-from fastvae.ops.weigh import Weighing
+from fastvae.ops.head import Layers, reduce_linear
+from fastvae.ops.reduce import BoundReduction
 
 from . import cases as registered
 from . import formulas, strategies
@@ -44,7 +44,7 @@ K, B, D, H, X = 5, 3, 2, 4, 12
 EVENT = (3, 4)
 SIZES = strategies.distinct_sizes(4, largest=40, elements=20_000)
 HELD = {"row": lambda x: (x,), "number": lambda x: (1,)}
-HOW = Weighing(1.0, "log_mean_exp", "mean")
+HOW = BoundReduction(1.0, "log_mean_exp", "mean")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(module, name, spy)
 
-    spied(fastvae.objectives.reduce, "weigh_linear")
+    spied(fastvae.objectives.reduce, "reduce_linear")
     spied(fastvae.likelihoods.base, "linear_rows")
     return found
 
@@ -86,7 +86,7 @@ def layers(draw):
     dtype = draw(strategies.dtypes)
     outputs = len(declared.outputs)
     least = len(declared.constants)
-    held = draw(st.integers(least, outputs - 1))
+    fixed = draw(st.integers(least, outputs - 1))
     spread = draw(st.sampled_from([0.05, 1.0, 3.0]))
 
     def tensor(*shape, **options):
@@ -98,12 +98,12 @@ def layers(draw):
     large = draw(st.sampled_from([1.0] if "negative" in likelihood else [1.0, 4.0]))
     case = {
         "h": tensor(k * b, inner, spread=spread),
-        "weight": tensor((outputs - held) * size, inner, spread=inner**-0.5),
-        "bias": tensor((outputs - held) * size, spread=large) if draw(st.booleans()) else None,
+        "weight": tensor((outputs - fixed) * size, inner, spread=inner**-0.5),
+        "bias": tensor((outputs - fixed) * size, spread=large) if draw(st.booleans()) else None,
     }
     for i in range(2):
         shape = HELD[draw(st.sampled_from(sorted(HELD)))](size)
-        case[f"held{i}"] = tensor(*shape) if i < held else None
+        case[f"constant{i}"] = tensor(*shape) if i < fixed else None
     need = {n: t is not None and draw(st.booleans()) for n, t in case.items()}
     return {
         "likelihood": likelihood,
@@ -123,7 +123,9 @@ def outputs_of(case):
     k, (b, size) = case["samples"], x.shape
     parts = zip(made.value.split(size, 1), made.error.split(size, 1), strict=True)
     rows = [Rounded(v.reshape(k, b, size), e.reshape(k, b, size), made.u) for v, e in parts]
-    return rows + [p.reshape(1, 1, -1) for n, p in given.items() if n.startswith("held") and p is not None]
+    return rows + [
+        p.reshape(1, 1, -1) for n, p in given.items() if n.startswith("constant") and p is not None
+    ]
 
 
 def expected_gradients(case, grads):
@@ -140,8 +142,8 @@ def expected_gradients(case, grads):
         )
     )
     for i, g in enumerate(grads[products:]):
-        p = given[f"held{i}"]
-        found[f"held{i}"] = Rounded(g.value.reshape(p.shape), g.error.reshape(p.shape), g.u)
+        p = given[f"constant{i}"]
+        found[f"constant{i}"] = Rounded(g.value.reshape(p.shape), g.error.reshape(p.shape), g.u)
     return found
 
 
@@ -176,7 +178,7 @@ def test_log_prob(backend, case):
 
 
 @given(case=layers(), data=st.data())
-def test_weigh(backend, case, data):
+def test_reduce(backend, case, data):
     leaves = leaves_of(case)
     x, k = case["x"], case["samples"]
     over = data.draw(st.sampled_from(["mean", "log_mean_exp"]))
@@ -188,18 +190,18 @@ def test_weigh(backend, case, data):
     beta = data.draw(st.sampled_from([None, (), (len(x),)]))
     beta = None if beta is None else 2 * rand(*beta, seed=case["seed"] + 1)
     grad = randn(*((len(x),) if reduction == "none" else ()), seed=case["seed"] + 2)
-    bound, mean = weigh_linear(
+    bound, mean = reduce_linear(
         case["likelihood"],
         x,
         Layers(*leaves.values()),
         term,
         beta,
-        Weighing(coefficient, over, reduction),
+        BoundReduction(coefficient, over, reduction),
         terms,
     )
     asked = [t for t in (*leaves.values(), term) if t is not None and t.requires_grad]
     found = list(torch.autograd.grad(bound, asked, grad.to(bound.dtype))) if asked else []
-    values, grads = formulas.weigh(
+    values, grads = formulas.reduce(
         case["likelihood"], x, outputs_of(case), term, beta, (coefficient, over, reduction), grad, None
     )
     if term is not None:
@@ -230,11 +232,11 @@ def test_many_blocks(samples, batch, size, inner, reduction):
     """Many blocks combine to the definition's result, to float64 accuracy."""
     x, h, weight, bias = wide_case(samples, batch, size, inner, 2, "gaussian")
     term = (3 * randn(samples, batch, seed=5)).double().requires_grad_()
-    how, beta = Weighing(0.7, "log_mean_exp", reduction), rand(batch, seed=6).double()
+    how, beta = BoundReduction(0.7, "log_mean_exp", reduction), rand(batch, seed=6).double()
     results = {}
     for name in ("native", "reference"):
         with fastvae.use_backend(name):
-            bound, _ = weigh_linear("gaussian", x, Layers(h, weight, bias, None, None), term, beta, how)
+            bound, _ = reduce_linear("gaussian", x, Layers(h, weight, bias, None, None), term, beta, how)
             arrives = torch.linspace(-2, 3, batch).double().to(DEVICE) if reduction == "none" else None
             results[name] = [bound, *torch.autograd.grad(bound, (h, weight, bias, term), arrives)]
             rows = head.linear_rows("gaussian", x, Layers(h, weight, bias, None, None))
@@ -262,7 +264,7 @@ def test_what_is_too_large_to_be_kept_is_made_again():
     x = registered.data("bernoulli", batch, size, seed=1)
     h = randn(samples * batch, 2, seed=2).requires_grad_()
     weight = randn(size, 2, seed=3).requires_grad_()
-    bound, _ = weigh_linear("bernoulli", x, Layers(h, weight, None, None, None), None, None, HOW)
+    bound, _ = reduce_linear("bernoulli", x, Layers(h, weight, None, None, None), None, None, HOW)
     grads = torch.autograd.grad(bound, (h, weight))
     rows = head.linear_rows("bernoulli", x, Layers(h, weight, None, None, None))
     other = torch.autograd.grad(ops.log_mean_exp(rows).mean(), (h, weight))
@@ -308,7 +310,7 @@ def test_the_same_bits_with_any_number_of_threads():
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            bound, _ = weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), None, None, HOW)
+            bound, _ = reduce_linear("bernoulli", x, Layers(h, weight, bias, None, None), None, None, HOW)
             rows = head.linear_rows("bernoulli", x, Layers(h, weight, bias, None, None))
             grads = torch.autograd.grad(rows, (h, weight, bias), torch.cos(rows.detach()))
             found.append([bound, *torch.autograd.grad(bound, (h, weight, bias)), rows, *grads])
@@ -322,7 +324,7 @@ def test_a_second_backward_pass(backend):
     """A second backward pass recomputes the released buffers and leaves the first's gradients unchanged."""
     x, h, weight, bias = wide_case(K, 9, X, H, dtype=torch.float32)
     term = randn(K, 9, seed=7).requires_grad_()
-    bound, _ = weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), term, None, HOW)
+    bound, _ = reduce_linear("bernoulli", x, Layers(h, weight, bias, None, None), term, None, HOW)
     leaves = (h, weight, bias, term)
     first = torch.autograd.grad(bound, leaves, retain_graph=True)
     kept = [g.clone() for g in first]
@@ -338,7 +340,7 @@ def test_transforms_and_compilers(backend):
     x, h, weight, bias = (t.detach() for t in wide_case(K, 9, X, H, dtype=torch.float32))
 
     def function(weight, bias):
-        return weigh_linear("bernoulli", x, Layers(h, weight, bias, None, None), None, None, HOW)[0]
+        return reduce_linear("bernoulli", x, Layers(h, weight, bias, None, None), None, None, HOW)[0]
 
     wanted = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
     expected = torch.autograd.grad(function(*wanted), wanted)
@@ -443,7 +445,7 @@ DECODERS = {
     "one layer in two": (lambda: fused_head(2 * X), "gaussian"),
     "two": (lambda: fused_head(X, X, bias=False), "gaussian"),
     "one": (lambda: fused_head(X, event=EVENT), "bernoulli"),
-    "held": (lambda: fused_head(X), lambda: Gaussian(scale=0.5, learned=True)),
+    "fixed": (lambda: fused_head(X), lambda: Gaussian(scale=0.5, learned=True)),
     "row": (
         lambda: fused_head(X, bias=False),
         lambda: fastvae.likelihoods.Laplace(scale=torch.rand(*EVENT) + 0.1, learned=True),
@@ -546,8 +548,8 @@ def test_what_does_not_fit_is_computed(always, calls):
     for objective, decoder, likelihood, options in asked[:-1]:
         expected = step(objective, Whole(decoder), copy.deepcopy(likelihood), **options)
         assert_same(step(objective, decoder, copy.deepcopy(likelihood), **options), expected)
-    held = ZeroInflatedNegativeBinomial(10.0)
-    assert_same(step(fastvae.elbo, two, held), step(fastvae.elbo, Whole(two), held))
+    fixed = ZeroInflatedNegativeBinomial(10.0)
+    assert_same(step(fastvae.elbo, two, fixed), step(fastvae.elbo, Whole(two), fixed))
 
     def separate(z):
         mean, logvar = pair(z)
@@ -898,7 +900,7 @@ def test_compiled(always, name):
             bound.backward()
             results.append([bound, *(p.grad.clone() for p in decoder.parameters() if p.grad is not None)])
     assert_same(*results)
-    assert any("weigh_linear" in target for target in traced) == (name != "shaped")
+    assert any("reduce_linear" in target for target in traced) == (name != "shaped")
 
 
 @pytest.mark.skipif(CUDA, reason="a process's memory")
@@ -906,13 +908,13 @@ def test_the_output_is_never_stored():
     """The output, 200 MB like its gradient, is never stored; a whole step takes a quarter of that."""
     code = """
 import resource, torch, fastvae
-from fastvae.ops.head import Layers, weigh_linear
-from fastvae.ops.weigh import Weighing
+from fastvae.ops.head import Layers, reduce_linear
+from fastvae.ops.reduce import BoundReduction
 def step(k, b, size=784):
     h, weight = torch.randn(k * b, 16, requires_grad=True), torch.randn(size, 16, requires_grad=True)
-    how = Weighing(1.0, "log_mean_exp", "mean")
+    how = BoundReduction(1.0, "log_mean_exp", "mean")
     layers = Layers(h, weight, None, None, None)
-    weigh_linear("bernoulli", torch.ones(b, size), layers, None, None, how)[0].backward()
+    reduce_linear("bernoulli", torch.ones(b, size), layers, None, None, how)[0].backward()
     rows = fastvae.ops.linear_log_prob(torch.ones(b, size), h.view(k, b, 16), weight)
     rows.sum().backward()
 step(3, 8)
@@ -1059,7 +1061,7 @@ for dtype in (torch.bfloat16, torch.float32):
         torch.set_float32_matmul_precision(precision)
         h, x = tensor(3200, 200, dtype=dtype), tensor(64, 784)
         weight, bias = tensor(784, 200, dtype=dtype), tensor(784, dtype=dtype)
-        layers = SimpleNamespace(weights=(weight,), biases=(bias,), held=())
+        layers = SimpleNamespace(weights=(weight,), biases=(bias,), constants=())
         ((kernel, arguments, options, _),) = recorded(
             lambda: head.linear_log_prob(DECLARED["bernoulli"], x, h, layers)
         )

@@ -207,7 +207,7 @@ class Networks(nn.Module):
     def forward(self, x):
         return self.hierarchy(self.features(x))
 
-    def written_out(self, x, k, seed, merge, held=False, cut=False):
+    def written_out(self, x, k, seed, merge, fixed=False, cut=False):
         """Return log p(x|z), each level's KL given those above, log p(z) and log q(z|x), by torch."""
         Normal = torch.distributions.Normal
         h = self.features(x).repeat(k, 1)

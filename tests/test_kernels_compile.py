@@ -273,12 +273,12 @@ def test_one_program_for_every_batch():
     """A new B or K compiles nothing: programs differ only by alignment."""
     script = """
 from tools import kernels
-from fastvae.kernels import full, importance, latent, likelihood, mixture, weigh
+from fastvae.kernels import normal_full, logsumexp, normal_diagonal, likelihood, mixture, reduce
 from fastvae.likelihoods.base import DECLARED
-from fastvae.ops.full import Draw as Place
-from fastvae.ops.latent import Draw
-from fastvae.ops.weigh import Weighing
-how = Weighing(-1.0, "log_mean_exp", "mean")
+from fastvae.ops.normal_full import Draw as Place
+from fastvae.ops.normal_diagonal import Draw
+from fastvae.ops.reduce import BoundReduction
+how = BoundReduction(-1.0, "log_mean_exp", "mean")
 seed = kernels.tensor(dtype=kernels.torch.int64)
 found = {}
 for b in range(2, 130):
@@ -290,12 +290,14 @@ for b in range(2, 130):
             f = t(b, d), t(b, d * (d + 1) // 2), seed, Place(k, 0, 0)
             components = t(500, d), t(500, d), t(500)
             for call in (
-                lambda: full.rsample_tril(*f),
-                lambda: full.rsample_tril_backward(t(k, b, d), t(k, b), *f, [True, True]),
-                lambda: latent.rsample_kl(*a, False),
-                lambda: latent.rsample_log_ratio(*a, "iwae"),
-                lambda: latent.rsample_kl_backward(t(k, b, d), t(b), *a, need),
-                lambda: latent.rsample_log_ratio_backward(t(k, b, d), t(k, b), None, *a, False, need),
+                lambda: normal_full.rsample_tril(*f),
+                lambda: normal_full.rsample_tril_backward(t(k, b, d), t(k, b), *f, [True, True]),
+                lambda: normal_diagonal.rsample_kl(*a, False),
+                lambda: normal_diagonal.rsample_log_ratio(*a, "iwae"),
+                lambda: normal_diagonal.rsample_kl_backward(t(k, b, d), t(b), *a, need),
+                lambda: normal_diagonal.rsample_log_ratio_backward(
+                    t(k, b, d), t(k, b), None, *a, False, need
+                ),
                 *(
                     call
                     for name, declared in DECLARED.items()
@@ -311,9 +313,9 @@ for b in range(2, 130):
                 lambda: mixture.mixture_log_prob_backward(
                     *[t(k * b)] * 3, t(k * b, d), *components, [True] * 4
                 ),
-                lambda: importance.log_mean_exp(t(k, b)),
-                lambda: weigh.weigh(t(k, b), t(k, b), None, how, True),
-                lambda: weigh.weigh_backward(t(), None, t(k, b), None, how, k, b, 2),
+                lambda: logsumexp.log_mean_exp(t(k, b)),
+                lambda: reduce.reduce(t(k, b), t(k, b), None, how, True),
+                lambda: reduce.reduce_backward(t(), None, t(k, b), None, how, k, b, 2),
             ):
                 for kernel, arguments, options, _ in kernels.recorded(call):
                     blocks = tuple(v for n, v in arguments.items() if n.startswith("BLOCK"))

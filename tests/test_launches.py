@@ -311,4 +311,4 @@ def test_without_triton(monkeypatch):
     with pytest.raises(
         RuntimeError, match="need triton, which is not installed.*use_backend\\('reference'\\)"
     ):
-        _backend.layer("triton", "latent")
+        _backend.layer("triton", "normal_diagonal")

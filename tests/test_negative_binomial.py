@@ -137,10 +137,10 @@ def test_dispersions_that_the_likelihood_holds(backend, inflated, form):
     g = torch.Generator().manual_seed(1)
     x = torch.poisson(torch.rand(b, genes, generator=g) * 3, generator=g).to(DEVICE)
     mean, logit = (torch.randn(k * b, genes, generator=g).to(DEVICE) for _ in range(2))
-    held = 3.0 if form == "number" else torch.rand(genes, generator=g).to(DEVICE) + 0.5
+    fixed = 3.0 if form == "number" else torch.rand(genes, generator=g).to(DEVICE) + 0.5
     kind = ZeroInflatedNegativeBinomial if inflated else NegativeBinomial
-    likelihood = kind(held, learned=form == "learned").to(DEVICE)
-    spread = torch.as_tensor(held, device=DEVICE).log().expand(k * b, genes)
+    likelihood = kind(fixed, learned=form == "learned").to(DEVICE)
+    spread = torch.as_tensor(fixed, device=DEVICE).log().expand(k * b, genes)
     some, every = (mean, logit) if inflated else mean, (mean, spread, *([logit] if inflated else []))
     q = torch.zeros(b, 2 * 5, device=DEVICE)
     bounds = [

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastvae
 from fastvae import ops
 from fastvae.likelihoods.base import DECLARED
-from fastvae.ops.head import weigh_linear
+from fastvae.ops.head import reduce_linear
 from fastvae.ops.op import REGISTERED
-from fastvae.ops.weigh import Weighing, weigh
+from fastvae.ops.reduce import BoundReduction, reduce
 
 from . import cases
 from .conftest import CUDA
@@ -72,17 +72,19 @@ def recorded(likelihoods):
         logits, x = _leaf(K, B, U, P), torch.zeros(B, E, P)
         parts = (each, each, each)
         total = total + ops.discretized_logistic_mixture_log_prob(x, logits, *parts).sum()
-        how = Weighing(1.0, "log_mean_exp", "none")
+        how = BoundReduction(1.0, "log_mean_exp", "none")
         for name in likelihoods:
             x = cases.data(name, B, X, seed=1).cpu().clamp(max=100)  # fits int8
             parameters = [p.cpu().requires_grad_() for p in cases.parameters(name, K, B, X, seed=2)]
             total = total + getattr(ops, f"{name}_log_prob")(x, *parameters).sum()
             flat = tuple(p.detach().flatten(0, 1).requires_grad_() for p in parameters)
-            total = total + weigh(name, x, flat, _leaf(K, B), torch.ones(B), how)[0].sum()
+            total = total + reduce(name, x, flat, _leaf(K, B), torch.ones(B), how)[0].sum()
         x = cases.data("bernoulli", B, X, seed=1).cpu()
         layer = (_leaf(K * B, H), _leaf(X, H), _leaf(X), None, None)
         torch.ops.fastvae.linear_log_prob(x, *layer, "bernoulli").sum().backward()
-        total = total + weigh_linear("bernoulli", x, _layers(layer), _leaf(K, B), torch.ones(B), how)[0].sum()
+        total = (
+            total + reduce_linear("bernoulli", x, _layers(layer), _leaf(K, B), torch.ones(B), how)[0].sum()
+        )
         total.backward()
         fastvae.random.normal(seed, K, B, D)
         fastvae.ops.codebook.nearest_code(_leaf(B, D).detach(), _leaf(U, D).detach())

@@ -34,8 +34,8 @@ def test_training_takes_the_variance_of_its_batch(backend):
     torch.testing.assert_close(optimal.scale, variance.sqrt())
     bounds = []
     for factor in (1.0, 0.95, 1.05):
-        held = Gaussian(scale=factor * variance.sqrt())
-        bounds.append(fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=held, terms=True).bound)
+        fixed = Gaussian(scale=factor * variance.sqrt())
+        bounds.append(fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=fixed, terms=True).bound)
     torch.testing.assert_close(terms.bound, bounds[0])
     assert all(float(bounds[0].sum()) > float(b.sum()) for b in bounds[1:])
     (found,), (expected,) = (
@@ -55,15 +55,15 @@ def test_the_running_mean(backend):
         now = (factor * x - mean[:B].detach()).square().mean()
         expected = now if expected is None else 0.75 * expected + 0.25 * now
     torch.testing.assert_close(optimal.variance, expected)
-    held = Gaussian(scale=expected.sqrt()).log_prob(x, mean[:B])
+    fixed = Gaussian(scale=expected.sqrt()).log_prob(x, mean[:B])
     with torch.no_grad():
-        torch.testing.assert_close(optimal.log_prob(x, mean[:B]), held)
+        torch.testing.assert_close(optimal.log_prob(x, mean[:B]), fixed)
     optimal.eval()
-    torch.testing.assert_close(optimal.log_prob(x, mean[:B]), held)
+    torch.testing.assert_close(optimal.log_prob(x, mean[:B]), fixed)
     copy = likelihood()
     copy.load_state_dict(optimal.state_dict())
-    torch.testing.assert_close(copy.eval().log_prob(x, mean[:B]), held)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(optimal)).log_prob(x, mean[:B]), held)
+    torch.testing.assert_close(copy.eval().log_prob(x, mean[:B]), fixed)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(optimal)).log_prob(x, mean[:B]), fixed)
     torch.testing.assert_close(optimal.variance, expected)
     drawn = optimal.sample(torch.zeros(20_000, 1, device=DEVICE))
     assert abs(float(drawn.var() / expected) - 1) < 0.06
@@ -76,7 +76,7 @@ def test_one_variance_serves_all_draws(backend):
     optimal = likelihood()
     fastvae.elbo(x, q, decoder, k=K, likelihood=optimal)
     before = optimal.variance.clone()
-    held = Gaussian(scale=before.sqrt())
+    fixed = Gaussian(scale=before.sqrt())
     for chunk in (1, 4, None):
         found, expected = (
             fastvae.log_marginal(
@@ -88,7 +88,7 @@ def test_one_variance_serves_all_draws(backend):
                 likelihood=p,
                 generator=torch.Generator(DEVICE).manual_seed(1),
             ).log_px
-            for p in (optimal, held)
+            for p in (optimal, fixed)
         )
         torch.testing.assert_close(found, expected)
     assert torch.equal(optimal.variance, before)

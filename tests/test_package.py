@@ -66,7 +66,7 @@ def test_instruction_sets_agree(tmp_path, isa):
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_the_kernels_on_an_older_processor(isa):
     """Every op's own tests pass with another vector length, in float64 and half precision too."""
-    names = ("random", "latent", "gaussian", "bernoulli", "importance")
+    names = ("random", "normal_diagonal", "gaussian", "bernoulli", "logsumexp")
     folder = os.path.dirname(__file__)
     tests = [os.path.join(folder, f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -150,7 +150,7 @@ def test_typed_and_complete():
 def test_without_triton_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(_backend, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match=r"on a GPU.* need triton.*pip install 'fastvae\[triton\]'"):
-        _backend.layer("triton", "latent")
+        _backend.layer("triton", "normal_diagonal")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with fastvae.use_backend("native"):
         assert all(gpu == "fails: no triton (pip install 'fastvae[triton]')" for _, _, gpu in info._ops())
@@ -302,11 +302,15 @@ def test_metadata_and_contents(distributions):
     needs = [line for line in text.splitlines() if line.startswith("Requires-Dist: ")]
     assert not any("triton" in n and "extra ==" not in n for n in needs)
     assert sum("triton" in n and re.search("extra == .triton", n) is not None for n in needs) == 1
-    assert {"fastvae/kernels/latent.py", "fastvae/reference/latent.py", "fastvae/py.typed"} <= set(names)
+    assert {
+        "fastvae/kernels/normal_diagonal.py",
+        "fastvae/reference/normal_diagonal.py",
+        "fastvae/py.typed",
+    } <= set(names)
     with tarfile.open(next(distributions.glob("*.tar.gz"))) as sdist:
         inside = {n.partition("/")[2] for n in sdist.getnames()}
     sources = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
-    assert inside >= {"setup.py", "pyproject.toml", "LICENSE", "kernels/latent.py", *sources}
+    assert inside >= {"setup.py", "pyproject.toml", "LICENSE", "kernels/normal_diagonal.py", *sources}
 
 
 def test_setuptools_of_before_2025_reads_pyproject():

@@ -21,7 +21,7 @@ import torch
 import fastvae
 from fastvae import ops
 from fastvae.ops.head import Layers, linear_rows
-from fastvae.ops.weigh import Weighing, weigh
+from fastvae.ops.reduce import BoundReduction, reduce
 from fastvae.reference import random as reference
 from tests import cases, formulas
 from tests.compare import Rounded, assert_accurate
@@ -121,23 +121,23 @@ def importance():
         name = f"log_mean_exp [{k}, {n}]"
         compare(name, ops.log_mean_exp, (log_w,), lambda g, w=log_w: formulas.log_mean_exp(w.detach(), g))
     for k, b, how in (
-        (70, 5, Weighing(1.0, "log_mean_exp", "none")),
-        (3, 11, Weighing(-0.7, "log_mean_exp", "mean")),
-        (9, 4, Weighing(-0.7, "mean", "sum")),
+        (70, 5, BoundReduction(1.0, "log_mean_exp", "none")),
+        (3, 11, BoundReduction(-0.7, "log_mean_exp", "mean")),
+        (9, 4, BoundReduction(-0.7, "mean", "sum")),
     ):
         x, (logits,), (term,) = torch.rand(b, 6), leaves(1, k * b, 6), leaves(1, k, b, scale=5.0)
         beta = torch.rand(b) if how.reduction == "sum" else None
 
         def bound(logits, term):
-            return weigh("bernoulli", x, (logits,), term, beta, how)[0]
+            return reduce("bernoulli", x, (logits,), term, beta, how)[0]
 
         def expected(grad):
             rows = logits.detach().unflatten(0, (k, b))
-            values, grads = formulas.weigh("bernoulli", x, [rows], term.detach(), beta, how, grad, None)
+            values, grads = formulas.reduce("bernoulli", x, [rows], term.detach(), beta, how, grad, None)
             flat = formulas.Rounded(grads[1].value.flatten(0, 1), grads[1].error.flatten(0, 1), grads[1].u)
             return [values[0], flat, grads[2]]
 
-        compare(f"weigh [{k}, {b}], {how.over}", bound, (logits, term), expected)
+        compare(f"reduce [{k}, {b}], {how.over}", bound, (logits, term), expected)
     log_w = torch.tensor([[math.inf, 0.0], [1.0, math.nan]])
     with emulated(target), fastvae.use_backend("triton"):
         bound = ops.log_mean_exp(log_w)

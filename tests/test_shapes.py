@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastvae import ops
-from fastvae.ops.latent import Draw
+from fastvae.ops.normal_diagonal import Draw
 
-from . import cases, test_importance, test_latent
+from . import cases, test_logsumexp, test_normal_diagonal
 from .compare import assert_accurate
 from .conftest import CUDA, DEVICE
 from .strategies import of_addresses
@@ -62,8 +62,8 @@ def of_likelihoods(kernels, data, wide, grad):
 @interpreted
 def test_more_elements_than_int32(no_poison):
     """Every kernel's offsets are int64: the last program reaches the last of more than 2^31 elements."""
-    from fastvae.kernels import importance, latent, random
     from fastvae.kernels import likelihood as kernels
+    from fastvae.kernels import logsumexp, normal_diagonal, random
 
     from .traffic import recorded
 
@@ -74,17 +74,17 @@ def test_more_elements_than_int32(no_poison):
     need = [True, True, False, False]
     long = [of_addresses(2 * b, x) for _ in range(3)]
     for call, names in (
-        (lambda: latent.rsample_kl(*arguments, False), ["p_z"]),
-        (lambda: latent.rsample_log_ratio(*arguments, "iwae"), ["p_z"]),
-        (lambda: latent.rsample_kl_backward(wide, None, *arguments, need), ["p_grad_z"]),
+        (lambda: normal_diagonal.rsample_kl(*arguments, False), ["p_z"]),
+        (lambda: normal_diagonal.rsample_log_ratio(*arguments, "iwae"), ["p_z"]),
+        (lambda: normal_diagonal.rsample_kl_backward(wide, None, *arguments, need), ["p_grad_z"]),
         (
-            lambda: latent.rsample_kl_backward(None, *long, None, None, SEED, Draw(1, *FREE), need),
+            lambda: normal_diagonal.rsample_kl_backward(None, *long, None, None, SEED, Draw(1, *FREE), need),
             ["p_mu", "p_logvar", "p_grad_kl", "p_grad_mu", "p_grad_logvar"],
         ),
         *of_likelihoods(kernels, data, wide, grad),
-        (lambda: importance.log_mean_exp(wide.view(2 * 1100, b)), ["p_log_w"]),
+        (lambda: logsumexp.log_mean_exp(wide.view(2 * 1100, b)), ["p_log_w"]),
         (
-            lambda: importance.log_mean_exp_backward(grad[0], wide.view(2 * 1100, b), grad[0], grad[1]),
+            lambda: logsumexp.log_mean_exp_backward(grad[0], wide.view(2 * 1100, b), grad[0], grad[1]),
             ["p_log_w", "p_out"],
         ),
         (lambda: random.normal(SEED, k, b, x), ["p_out"]),
@@ -97,8 +97,8 @@ def test_more_elements_than_int32(no_poison):
 @interpreted
 def test_strides_beyond_int32():
     """Strides of rows, samples and columns may exceed 2^31 elements."""
-    from fastvae.kernels import importance, latent
     from fastvae.kernels import likelihood as kernels
+    from fastvae.kernels import logsumexp, normal_diagonal
 
     from .traffic import recorded
 
@@ -110,17 +110,19 @@ def test_strides_beyond_int32():
         arguments = (mu, logvar, None, None, SEED, Draw(2, *FREE))
         log_w = of_addresses(3, 2, stride=stride)
         for call, names in (
-            (lambda: latent.rsample_kl(*arguments, False), ["p_mu", "p_logvar"]),  # noqa: B023
-            (lambda: latent.rsample_log_ratio(*arguments, "iwae"), ["p_mu", "p_logvar"]),  # noqa: B023
+            (lambda: normal_diagonal.rsample_kl(*arguments, False), ["p_mu", "p_logvar"]),  # noqa: B023
+            (lambda: normal_diagonal.rsample_log_ratio(*arguments, "iwae"), ["p_mu", "p_logvar"]),  # noqa: B023
             (
-                lambda: latent.rsample_kl_backward(grad_z, grad_kl, *arguments, [True, True, False, False]),  # noqa: B023
+                lambda z=grad_z, kl=grad_kl, a=arguments: normal_diagonal.rsample_kl_backward(
+                    z, kl, *a, [True, True, False, False]
+                ),
                 ["p_mu", "p_logvar", "p_grad_z", "p_grad_kl"],
             ),
             *(
                 (lambda d=d, g=grad_z, x=data: kernels.log_prob(d, x, *[g] * len(d.outputs)), ["p_x", "p_p0"])
                 for d in cases.DECLARED.values()
             ),
-            (lambda: importance.log_mean_exp(log_w), ["p_log_w"]),  # noqa: B023
+            (lambda: logsumexp.log_mean_exp(log_w), ["p_log_w"]),  # noqa: B023
         ):
             with recorded(touch=False) as launches:
                 call()
@@ -130,10 +132,10 @@ def test_strides_beyond_int32():
 def test_the_grid_is_large_enough():
     """The grid's second axis stays within 65535 for any number of samples."""
     pytest.importorskip("triton")
-    from fastvae.kernels import latent
+    from fastvae.kernels import normal_diagonal
 
     for b, d in ((1, 512), (4, 100), (1, 10**6)):
-        tiles = latent.latent_tiles(2 * 10**8, b, d, 512, min_steps=8, max_steps=32)
+        tiles = normal_diagonal.latent_tiles(2 * 10**8, b, d, 512, min_steps=8, max_steps=32)
         assert tiles.grid[1] <= 65535 and tiles.grid[1] * tiles.k_per_program >= 2 * 10**8
 
 
@@ -165,7 +167,7 @@ def test_latent_shapes(backend, shape):
         "which": "both",
     }
     for op in (ops.rsample_kl, ops.rsample_log_ratio):
-        for result in test_latent.results(case, op):
+        for result in test_normal_diagonal.results(case, op):
             assert_accurate(*result)
 
 
@@ -185,7 +187,7 @@ def test_importance_shapes(backend, k, n):
         log_w[:, 1] = -math.inf
         log_w[k // 2, 2] = math.inf
         log_w[k // 2, 3] = math.nan
-    bound, (name, *weights) = test_importance.results((log_w, torch.randn(n, device=DEVICE)))
+    bound, (name, *weights) = test_logsumexp.results((log_w, torch.randn(n, device=DEVICE)))
     assert_accurate(*bound)
     # Other weights in a column with an infinite one are unspecified, but NaN affects only its own column.
     columns = [i for i in range(n) if n <= 5 or i != 2]

@@ -134,10 +134,10 @@ def test_what_the_likelihood_holds(backend, form):
         grads = torch.autograd.grad(terms.bound.sum(), list(likelihood.parameters()))
         assert all(bool((grad != 0).all()) for grad in grads)
     for name in ("df", "scale"):
-        held = getattr(likelihood, name)
-        assert (held is None) == (name not in options)
-        if held is not None:
-            torch.testing.assert_close(torch.as_tensor(held).detach(), torch.as_tensor(options[name]))
+        fixed = getattr(likelihood, name)
+        assert (fixed is None) == (name not in options)
+        if fixed is not None:
+            torch.testing.assert_close(torch.as_tensor(fixed).detach(), torch.as_tensor(options[name]))
 
 
 def test_a_scale_needs_degrees_of_freedom():

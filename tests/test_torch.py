@@ -21,7 +21,7 @@ from fastvae import ops
 from fastvae.distributions import DiagonalNormal
 from fastvae.likelihoods import Gaussian
 from fastvae.ops import head
-from fastvae.ops.weigh import Weighing
+from fastvae.ops.reduce import BoundReduction
 
 from . import cases, models
 from .cases import DECLARED, LIKELIHOODS
@@ -136,9 +136,9 @@ def _log_prob_arguments(op: str):
             yield x.int(), first.half().requires_grad_(), *(randn(1, 1, X, seed=14) for _ in range(others))
 
 
-def _weigh_arguments(op: str):
+def _reduce_arguments(op: str):
     """Yield argument lists of a bound and its backward pass: terms, reductions, broadcast parameters."""
-    declared = DECLARED[op.removeprefix("weigh_").removesuffix("_backward")]
+    declared = DECLARED[op.removeprefix("reduce_").removesuffix("_backward")]
     x, rows = cases.data(declared.name, B, X), randn(K * B, X, seed=12)
     kl, ratio, beta = randn(B, seed=41), randn(K, B, seed=42), rand(B, seed=43)
     seconds = [(K * B, X), (X,), ()]
@@ -148,7 +148,7 @@ def _weigh_arguments(op: str):
         (seconds[2], ratio, None, "log_mean_exp", "sum", True),
     ):
         parameters = (rows, *(randn(*shape, seed=14 + j) for j in range(len(declared.outputs) - 1)))
-        how = Weighing(-0.5, over, reduction, *((0.5, K, 0.25) if over == "log_mean_exp" else ()))
+        how = BoundReduction(-0.5, over, reduction, *((0.5, K, 0.25) if over == "log_mean_exp" else ()))
         if not op.endswith("_backward"):
             leaves = (t.clone().requires_grad_() for t in (*parameters, term))
             yield x.clone().requires_grad_(declared.differentiable), *leaves, factor, *how, terms
@@ -188,10 +188,10 @@ def _head_arguments(op: str):
     """Yield argument lists with one and two products, biases or not, fixed parameters, one-pass bounds."""
     b, inner = 9, 4
     x, grad = rand(b, X, seed=1).round(), randn(K, b, seed=2)
-    for likelihood, count, held in (("bernoulli", 1, 0), ("gaussian", 2, 0), ("gaussian", 1, 1)):
+    for likelihood, count, fixed in (("bernoulli", 1, 0), ("gaussian", 2, 0), ("gaussian", 1, 1)):
         h, weight = randn(K * b, inner, seed=3), randn(count * X, inner, seed=4)
         layers = [h, weight, randn(count * X, seed=5) if count == 1 else None, None, None]
-        layers[3] = randn(X, seed=6) if held else None
+        layers[3] = randn(X, seed=6) if fixed else None
         need = [t is not None for t in layers]
         if op == "linear_log_prob":
             yield x, *(t if t is None else t.clone().requires_grad_() for t in layers), likelihood
@@ -199,8 +199,8 @@ def _head_arguments(op: str):
             yield grad, x, *layers, likelihood, need
         else:
             for over, reduction in (("mean", "none"), ("log_mean_exp", "none"), ("log_mean_exp", "mean")):
-                how, term = Weighing(-0.5, over, reduction), randn(K, b, seed=7)
-                if op == "weigh_linear":
+                how, term = BoundReduction(-0.5, over, reduction), randn(K, b, seed=7)
+                if op == "reduce_linear":
                     leaves = (t if t is None else t.clone().requires_grad_() for t in layers)
                     yield x, *leaves, term.clone().requires_grad_(), None, *how, likelihood, False, need
                     continue
@@ -218,12 +218,12 @@ def _arguments(op: str):
         yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
     elif op.startswith(("categorical", "discretized_logistic_mixture")):
         yield from _grouped_arguments(op)
-    elif op.startswith(("linear_log_prob", "weigh_linear")):
+    elif op.startswith(("linear_log_prob", "reduce_linear")):
         yield from _head_arguments(op)
     elif op.startswith(tuple(LIKELIHOODS)):
         yield from _log_prob_arguments(op)
-    elif op.startswith("weigh"):
-        yield from _weigh_arguments(op)
+    elif op.startswith("reduce"):
+        yield from _reduce_arguments(op)
     elif op.startswith("mixture_log_prob"):
         components = randn(7, D, seed=21), randn(7, D, seed=22), randn(7, seed=23)
         if op == "mixture_log_prob":
@@ -275,11 +275,11 @@ def _kernel_arguments(name: str):
     yield from _arguments(name)
     if name == "normal":
         yield torch.tensor([9, 4]), K, B, D, 1, 4, 0, torch.float64  # of two randomisations
-    if name in ("linear_log_prob", "linear_log_prob_backward", "weigh_linear"):
+    if name in ("linear_log_prob", "linear_log_prob_backward", "reduce_linear"):
         for arguments in _arguments(name):
             # Weights and biases that the C++ must copy first.
             yield [a.half() if isinstance(a, torch.Tensor) and a.dim() == 1 else a for a in arguments]
-    if not name.startswith("weigh_gaussian"):
+    if not name.startswith("reduce_gaussian"):
         return
     for x, mean, logvar, term, *rest in _arguments(name) if not name.endswith("_backward") else ():
         yield x, mean.bfloat16(), logvar.bfloat16(), term, *rest
@@ -310,10 +310,10 @@ def test_kernels_of_graphs_equal_the_ops(name):
 @pytest.mark.parametrize("x", [0.5, 1.5], ids=["in C++", "refused by Python"])
 def test_kernels_of_graphs_leak_nothing(x):
     x, logits, term = torch.full((B, X), x), torch.zeros(K * B, X), torch.zeros(K, B)
-    how = *Weighing(1.0, "log_mean_exp", "none"), True
+    how = *BoundReduction(1.0, "log_mean_exp", "none"), True
     results = ()
     try:
-        results = torch.ops.fastvae.weigh_bernoulli.kernel(x, logits, term, None, *how)
+        results = torch.ops.fastvae.reduce_bernoulli.kernel(x, logits, term, None, *how)
     except ValueError:
         assert x[0, 0] > 1
     alive = [weakref.ref(t) for t in (x, logits, term, *results)]
@@ -351,7 +351,7 @@ def _functions_called(function) -> set[str]:
         "discretized_logistic_mixture_log_prob_backward",
         "linear_log_prob",
         "linear_log_prob_backward",
-        "weigh_linear",
+        "reduce_linear",
     ],
 )
 def test_kernels_of_graphs_call_no_python(name):
@@ -388,7 +388,7 @@ def test_a_compiled_graph_calls_no_python():
     with pytest.raises(ValueError, match=r"x holds values in .*Bernoulli targets must lie in \[0, 1\]"):
         step(x + 1)
     with fastvae.use_backend("reference"):
-        assert "weigh" in _functions_called(step)
+        assert "reduce" in _functions_called(step)
     assert all(g.shape == f.shape for g, f in zip(step(), first, strict=True))
 
 

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvae.kernels import common, head, importance, latent, likelihood, weigh
-from fastvae.ops.latent import Draw
-from fastvae.ops.weigh import Weighing
+from fastvae.kernels import common, head, likelihood, logsumexp, normal_diagonal, reduce
+from fastvae.ops.normal_diagonal import Draw
+from fastvae.ops.reduce import BoundReduction
 
 from . import cases
 from .cases import DECLARED
@@ -97,10 +97,10 @@ DRAWS = [(1, 33, 70, False), (5, 3, 300, False), (2, 1, 1100, False), (3, 40, 50
 @pytest.fixture
 def enough(monkeypatch):
     """Disable splitting, as if there were always enough programs."""
-    cached = (common.event_tiles, latent.latent_tiles)
+    cached = (common.event_tiles, normal_diagonal.latent_tiles)
     for function in cached:
         function.cache_clear()
-    for module in (common, latent, importance):
+    for module in (common, normal_diagonal, logsumexp):
         monkeypatch.setattr(module, "PROGRAMS", 1)
     yield
     for function in cached:
@@ -114,16 +114,16 @@ def test_latent_reads_once(enough, k, b, d, chunked, prior, dtype):
     """A program takes all samples of its rows: mu, logvar and the prior are read once, z written once."""
     q, p = pair(b, d, dtype, chunked), tensors(2, b, d, dtype=dtype) if prior else (None, None)
     arguments = (*q, *p, SEED, Draw(k, *FREE))
-    (launch,) = run(lambda: latent.rsample_kl(*arguments, False))
+    (launch,) = run(lambda: normal_diagonal.rsample_kl(*arguments, False))
     assert_least(launch)
     size, row = q[0].element_size(), 4 * b
     read = (2 + 2 * prior) * b * d * size + 8 * math.prod(launch.grid)
     # Not a byte more: no noise, no copies.
     assert launch.bytes() == read + k * b * d * size + 4 * launch.tensors["p_kl"].numel()
 
-    (launch,) = run(lambda: latent.rsample_log_ratio(*arguments, "iwae"))
+    (launch,) = run(lambda: normal_diagonal.rsample_log_ratio(*arguments, "iwae"))
     assert_least(launch)
-    tiles = _tiles(d, common.LAUNCH["latent"].tile)
+    tiles = _tiles(d, common.LAUNCH["normal_diagonal"].tile)
     assert launch.tensors["p_log_ratio"].numel() == tiles * k * b
     read = (2 + 2 * prior) * b * d * size + 8 * math.prod(launch.grid)
     assert launch.bytes() == read + k * b * d * size + k * row * tiles
@@ -140,17 +140,19 @@ def test_latent_backward_reads_once(enough, k, b, d, chunked, dtype):
     # mu, logvar, the prior's, z's gradient; four gradients.
     least = (4 + k + 4) * b * d * size
 
-    (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, grad_kl, *arguments, need))
+    (launch,) = run(lambda: normal_diagonal.rsample_kl_backward(grad_z, grad_kl, *arguments, need))
     # A number per row is read by every tile of the row.
     assert_least(launch, {"p_grad_kl": tiles})
     assert launch.bytes() == least + 4 * tiles * b + launch.loaded("p_seed")
 
-    (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, grad_each, *arguments, need))
+    (launch,) = run(lambda: normal_diagonal.rsample_kl_backward(grad_z, grad_each, *arguments, need))
     assert_least(launch)
     assert launch.bytes() == least + 4 * b * d + launch.loaded("p_seed")
 
     (launch,) = run(
-        lambda: latent.rsample_log_ratio_backward(grad_z, grad_ratio, weight, *arguments, False, need)
+        lambda: normal_diagonal.rsample_log_ratio_backward(
+            grad_z, grad_ratio, weight, *arguments, False, need
+        )
     )
     assert_least(launch, {"p_grad_log_ratio": tiles, "p_weight": tiles})
     assert launch.bytes() == least + 4 * tiles * 2 * k * b + launch.loaded("p_seed")
@@ -161,10 +163,14 @@ def test_latent_reads_what_it_needs(enough):
     k, b, d = 3, 5, 70
     (mu, logvar), (grad_z,), (grad_kl,) = tensors(2, b, d), tensors(1, k, b, d), tensors(1, b)
     arguments = (mu, logvar, None, None, SEED, Draw(k, *FREE))
-    (launch,) = run(lambda: latent.rsample_kl_backward(grad_z, None, *arguments, [True, False, False, False]))
+    (launch,) = run(
+        lambda: normal_diagonal.rsample_kl_backward(grad_z, None, *arguments, [True, False, False, False])
+    )
     assert launch.loaded("p_grad_z") == grad_z.nbytes and launch.stores.keys() == {"p_grad_mu"}
     # The KL alone needs no samples, and the backward pass then reads no seed.
-    (launch,) = run(lambda: latent.rsample_kl_backward(None, grad_kl, *arguments, [True, True, False, False]))
+    (launch,) = run(
+        lambda: normal_diagonal.rsample_kl_backward(None, grad_kl, *arguments, [True, True, False, False])
+    )
     assert set(launch.loads) == {"p_mu", "p_logvar", "p_grad_kl"}
     assert launch.bytes() == 4 * (4 * b * d + b)
 
@@ -175,9 +181,9 @@ def test_split_samples():
     (mu, logvar), (grad_z,) = tensors(2, b, d), tensors(1, k, b, d)
     arguments = (mu, logvar, None, None, SEED, Draw(k, *FREE))
     for call in (
-        lambda: latent.rsample_kl(*arguments, False),
-        lambda: latent.rsample_log_ratio(*arguments, "iwae"),
-        lambda: latent.rsample_kl_backward(grad_z, None, *arguments, [True, True, False, False]),
+        lambda: normal_diagonal.rsample_kl(*arguments, False),
+        lambda: normal_diagonal.rsample_log_ratio(*arguments, "iwae"),
+        lambda: normal_diagonal.rsample_kl_backward(grad_z, None, *arguments, [True, True, False, False]),
     ):
         # A second launch adds the parts of two sums.
         launch, *_ = run(call)
@@ -267,7 +273,7 @@ def test_the_last_layers_output_is_not_in_memory(enough, dtype):
     n = k * b
     x, h = torch.rand(b, size), torch.randn(n, inner).to(dtype)
     weight, bias = torch.randn(size, inner).to(dtype), torch.randn(size).to(dtype)
-    layers = SimpleNamespace(weights=(weight,), biases=(bias,), held=())
+    layers = SimpleNamespace(weights=(weight,), biases=(bias,), constants=())
     (launch,) = run(lambda: head.linear_log_prob(BERNOULLI, x, h, layers))
     # Half precision is computed in float32 here.
     rows, outputs = triton.cdiv(n, head.BLOCK_N), triton.cdiv(size, head.BLOCK_X)
@@ -288,7 +294,7 @@ def test_long_rows_are_split():
     (launch,) = run(lambda: likelihood.log_prob(BERNOULLI, data, logits[None]))
     assert launch.grid[1] > 50 and launch.tensors["p_out"].shape == (launch.grid[1], k, b)
     assert_least(launch)
-    (launch,) = run(lambda: latent.rsample_kl(data, logits, None, None, SEED, Draw(1, *FREE), False))
+    (launch,) = run(lambda: normal_diagonal.rsample_kl(data, logits, None, None, SEED, Draw(1, *FREE), False))
     assert launch.grid[0] == b * launch.tensors["p_kl"].shape[0] > 60
     assert_least(launch)
 
@@ -302,14 +308,14 @@ def test_a_long_row_of_even_odds(enough):
     assert float(out) == pytest.approx(-x * math.log(2), rel=1e-6)
 
 
-def test_importance_reads_once(enough):
-    for k, n in ((70, 5), (300, 33), (40, importance.MANY_COLUMNS + 3)):
+def test_log_mean_exp_reads_once(enough):
+    for k, n in ((70, 5), (300, 33), (40, logsumexp.MANY_COLUMNS + 3)):
         (log_w,), (grad, maximum, total) = tensors(1, k, n), tensors(3, n)
-        (launch,) = run(lambda: importance.log_mean_exp(log_w))  # noqa: B023
+        (launch,) = run(lambda: logsumexp.log_mean_exp(log_w))  # noqa: B023
         assert_least(launch)
         assert launch.bytes() == log_w.nbytes + 12 * n
-        (launch,) = run(lambda: importance.log_mean_exp_backward(grad, log_w, maximum, total))  # noqa: B023
-        blocks = launch.grid[0] // triton.cdiv(n, importance.tile(k, n)[1])
+        (launch,) = run(lambda: logsumexp.log_mean_exp_backward(grad, log_w, maximum, total))  # noqa: B023
+        blocks = launch.grid[0] // triton.cdiv(n, logsumexp.tile(k, n)[1])
         assert_least(launch, {"p_grad": blocks, "p_maximum": blocks, "p_total": blocks})
         assert launch.bytes() == 2 * log_w.nbytes + 12 * n * blocks
 
@@ -318,9 +324,9 @@ def test_importance_split():
     """For few columns and many samples, a second launch merges two numbers per split."""
     k, n = 3000, 3
     (log_w,) = tensors(1, k, n)
-    first, second = run(lambda: importance.log_mean_exp(log_w))
+    first, second = run(lambda: logsumexp.log_mean_exp(log_w))
     splits = first.tensors["p_maximum"].shape[0]
-    assert 1 < splits <= k // importance.MIN_SAMPLES and first.tensors["p_total"].shape == (splits, n)
+    assert 1 < splits <= k // logsumexp.MIN_SAMPLES and first.tensors["p_total"].shape == (splits, n)
     assert_least(first)
     assert_least(second)
     assert first.bytes() + second.bytes() == log_w.nbytes + 4 * (4 * splits * n + 3 * n)
@@ -329,20 +335,20 @@ def test_importance_split():
 def test_weigh_reads_once_for_the_sums_and_once_for_the_weights():
     k, b = 300, 5
     (likelihood, ratio), (kl, grad, grad_mean) = tensors(2, k, b), tensors(3, b)
-    how = Weighing(1.0, "log_mean_exp", "none")
-    (launch,) = run(lambda: weigh.weigh(likelihood, ratio, None, how, True))
+    how = BoundReduction(1.0, "log_mean_exp", "none")
+    (launch,) = run(lambda: reduce.reduce(likelihood, ratio, None, how, True))
     assert_least(launch, {"p_log_likelihood": 2, "p_term": 2})
     assert launch.bytes() == 5 * likelihood.nbytes + 8 * b
-    (launch,) = run(lambda: weigh.weigh_backward(grad, None, likelihood, None, how, k, b, 2))
-    blocks = launch.grid[0] // triton.cdiv(b, importance.tile(k, b)[1])
+    (launch,) = run(lambda: reduce.reduce_backward(grad, None, likelihood, None, how, k, b, 2))
+    blocks = launch.grid[0] // triton.cdiv(b, logsumexp.tile(k, b)[1])
     assert_least(launch, {"p_grad_bound": blocks})
     assert launch.bytes() == 3 * likelihood.nbytes + 4 * b * blocks
     # A mean stores no weights, and a KL is shared by all samples.
-    how = Weighing(-1.0, "mean", "none")
-    (launch,) = run(lambda: weigh.weigh(likelihood, kl, None, how, True))
+    how = BoundReduction(-1.0, "mean", "none")
+    (launch,) = run(lambda: reduce.reduce(likelihood, kl, None, how, True))
     assert_least(launch, {"p_term": k})
     assert launch.stores.keys() == {"p_bound", "p_mean"}
-    (launch,) = run(lambda: weigh.weigh_backward(grad, grad_mean, None, None, how, k, b, 1))
+    (launch,) = run(lambda: reduce.reduce_backward(grad, grad_mean, None, None, how, k, b, 1))
     assert_least(launch, {"p_grad_bound": blocks, "p_grad_mean": blocks})
     assert launch.stores.keys() == {"p_grad", "p_grad_kl"}
 

@@ -15,7 +15,7 @@ import pytest
 import fastvae
 from fastvae import bounds, proposals, random
 from fastvae.core import options
-from fastvae.ops import latent
+from fastvae.ops import normal_diagonal
 
 pytest.importorskip("mypy")
 
@@ -149,7 +149,7 @@ def test_overloads_do_not_show():
 
 def test_the_types_are_what_the_functions_accept():
     assert get_args(options.Noise) == random.NOISES
-    assert get_args(options.Estimator) == latent.ESTIMATORS
+    assert get_args(options.Estimator) == normal_diagonal.ESTIMATORS
     assert set(get_args(options.ProposalName)) <= set(proposals._NAMED)
     kinds = [v for v in vars(bounds).values() if isinstance(v, type) and issubclass(v, bounds.Bound)]
     assert {e for kind in kinds for e in kind.estimators} == set(get_args(options.BoundEstimator))

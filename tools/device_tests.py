@@ -15,13 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Tests that run on the device itself, in order, before the rest.
 FIRST = (
-    "latent",
+    "normal_diagonal",
     "likelihoods",
-    "weigh",
+    "reduce",
     "gaussian",
     "bernoulli",
     "poisson",
-    "importance",
+    "logsumexp",
     "random",
     "shapes",
     "cuda",

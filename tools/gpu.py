@@ -25,9 +25,8 @@ import torch
 from torch import distributions as td
 
 from benchmarks import report
-from benchmarks.importance import log_mean_exp
-from benchmarks.latent import rsample_kl, rsample_log_ratio
 from benchmarks.likelihood import log_prob
+from benchmarks.logsumexp import log_mean_exp
 from benchmarks.measure import (
     COMPILE,
     OURS,
@@ -40,8 +39,9 @@ from benchmarks.measure import (
     measure,
     measure_machine,
 )
+from benchmarks.normal_diagonal import rsample_kl, rsample_log_ratio
 from benchmarks.objectives import evaluated, evaluation, iwae_without_networks, steps
-from benchmarks.weigh import bound
+from benchmarks.reduce import bound
 from fastvae.core import backend as _backend
 
 from . import device_tests, gpu_tables
@@ -112,7 +112,7 @@ WORKS = {
     "gaussian_log_prob": lambda size, place: log_prob("gaussian", size, LEVEL, place, _by(_gaussian)),
     "bernoulli_log_prob": lambda size, place: log_prob("bernoulli", size, LEVEL, place, _by(_bernoulli)),
     "poisson_log_prob": lambda size, place: log_prob("poisson", size, {}, place),
-    "weigh": lambda size, place: bound(*size, FAST, place),
+    "reduce": lambda size, place: bound(*size, FAST, place),
     "log_mean_exp": lambda size, place: log_mean_exp(*size, {}, place),
     "IWAE without networks": lambda size, place: iwae_without_networks(*size, FAST, place, chunked=True),
     "overhead of rsample_kl": lambda size, place: _overhead(lambda p: rsample_kl(*size, {}, p), place),
@@ -174,7 +174,7 @@ def _plan() -> list[Item]:
     def main(precision):
         for what, *size in (
             ("rsample_log_ratio, chunked", 50, 1024, 50),
-            ("weigh", 50, 1024, 784),
+            ("reduce", 50, 1024, 784),
             ("IWAE without networks", 50, 1024, 50, 784),
             ("bernoulli_log_prob", 50, 1024, 784),
             ("gaussian_log_prob", 50, 1024, 784),

@@ -113,10 +113,10 @@ def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float3
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and a call for every kernel, in the relevant configurations: dtypes, flags, shapes."""
-    from fastvae.kernels import importance, latent, likelihood, random, weigh
+    from fastvae.kernels import likelihood, logsumexp, normal_diagonal, random, reduce
     from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.latent import Draw, Form
-    from fastvae.ops.weigh import Weighing
+    from fastvae.ops.normal_diagonal import Draw, Form
+    from fastvae.ops.reduce import BoundReduction
 
     def draw_in(form, k):
         return Draw(k, 0, 0, form.logvar_min, form.logvar_max, scale=form.scale, floor=form.floor)
@@ -150,23 +150,28 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             label = f"{str(dtype)[6:]} [{k}, {b}, {d}]" + (
                 "" if form.scale == "logvar" else f", {form.scale}"
             )
-            yield f"rsample_kl {label}", lambda a=arguments: latent.rsample_kl(*a, False)
-            yield f"rsample_log_ratio {label}", lambda a=arguments: latent.rsample_log_ratio(*a, "iwae")
+            yield f"rsample_kl {label}", lambda a=arguments: normal_diagonal.rsample_kl(*a, False)
+            yield (
+                f"rsample_log_ratio {label}",
+                lambda a=arguments: normal_diagonal.rsample_log_ratio(*a, "iwae"),
+            )
             yield (
                 f"rsample_kl_backward {label}",
-                lambda a=arguments, n=need, z=grad_z, g=grad_kl: latent.rsample_kl_backward(z, g, *a, n),
+                lambda a=arguments, n=need, z=grad_z, g=grad_kl: normal_diagonal.rsample_kl_backward(
+                    z, g, *a, n
+                ),
             )
             for path, weight in ((False, None), (True, grad_ratio)):
                 yield (
                     f"rsample_log_ratio_backward {label}, path={path}",
                     lambda a=arguments, n=need, z=grad_z, g=grad_ratio, w=weight, p=path: (
-                        latent.rsample_log_ratio_backward(z, g, w, *a, p, n)
+                        normal_diagonal.rsample_log_ratio_backward(z, g, w, *a, p, n)
                     ),
                 )
     q = (tensor(128, 64), tensor(128, 64))
     yield (
         "rsample_kl float32 [1, 128, 64], per dimension",
-        lambda: latent.rsample_kl(*q, None, None, seed, draw_in(free, 1), True),
+        lambda: normal_diagonal.rsample_kl(*q, None, None, seed, draw_in(free, 1), True),
     )
     # A likelihood's parameters after the first: one per element, per pixel or per row; the needed gradients.
     full, column, row = (lambda k, b, x: (k, b, x)), (lambda k, b, x: (1, 1, x)), (lambda k, b, x: (1, 1, 1))
@@ -192,7 +197,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             for declared in DECLARED.values():
                 if declared.takes_integers and not (likelihood.is_heavy(declared.name) and dtype == bf16):
                     yield from of_likelihood(likelihood, declared, dtype, size, size, [False], torch.uint8)
-    yield from grouped_launches((f32, bf16, f64))
+    yield from components_launches((f32, bf16, f64))
     yield from mixture_launches((f32, f64))
     yield from full_launches((f32, bf16, f64))
     yield from head_launches((f32, bf16))
@@ -200,36 +205,36 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         for k, n in ((5000, 128), (50, 65536)):
             log_w, column = tensor(k, n, dtype=dtype), tensor(n, dtype=f64 if dtype == f64 else f32)
             label = f"{str(dtype)[6:]} [{k}, {n}]"
-            yield f"log_mean_exp {label}", lambda w=log_w: importance.log_mean_exp(w)
+            yield f"log_mean_exp {label}", lambda w=log_w: logsumexp.log_mean_exp(w)
             yield (
                 f"log_mean_exp_backward {label}",
-                lambda w=log_w, c=column: importance.log_mean_exp_backward(c, w, c, c),
+                lambda w=log_w, c=column: logsumexp.log_mean_exp_backward(c, w, c, c),
             )
     for dtype in (f32, f64):
         for k, b in ((1, 1024), (50, 128), (5000, 16)):
             likelihood, row = tensor(k, b, dtype=dtype), tensor(b, dtype=dtype)
             beta = None if k == 50 else row
             for how, term, weights in (
-                (Weighing(-1.0, "mean", "none"), row, None),
-                (Weighing(1.0, "log_mean_exp", "none"), likelihood, likelihood),
+                (BoundReduction(-1.0, "mean", "none"), row, None),
+                (BoundReduction(1.0, "log_mean_exp", "none"), likelihood, likelihood),
             ):
                 label = f"{str(dtype)[6:]} [{k}, {b}], {how.over}"
                 yield (
-                    f"weigh {label}",
-                    lambda v=likelihood, t=term, b=beta, h=how: weigh.weigh(v, t, b, h, True),
+                    f"reduce {label}",
+                    lambda v=likelihood, t=term, b=beta, h=how: reduce.reduce(v, t, b, h, True),
                 )
                 yield (
-                    f"weigh_backward {label}",
-                    lambda g=row, w=weights, b=beta, h=how, n=(k, b), t=term: weigh.weigh_backward(
+                    f"reduce_backward {label}",
+                    lambda g=row, w=weights, b=beta, h=how, n=(k, b), t=term: reduce.reduce_backward(
                         g, None, w, b, h, *n, t.dim()
                     ),
                 )
     yield from odd_launches()
 
 
-def grouped_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+def components_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield launches for classes of pixels and of tokens; mixtures of colours and of grey."""
-    from fastvae.kernels import grouped
+    from fastvae.kernels import components
 
     for dtype in dtypes:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -244,7 +249,7 @@ def grouped_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Cal
                 name, arguments = "discretized_logistic_mixture", (x, logits, *others, coupling, 1 / 255)
             need = [False, *[t is not None for t in arguments[1:-1]]]
             label = f"{str(dtype)[6:]} [{n}, {c}, {channels}, {p}]"
-            forward, backward = getattr(grouped, name), getattr(grouped, f"{name}_backward")
+            forward, backward = getattr(components, name), getattr(components, f"{name}_backward")
             yield f"{name} {label}", lambda f=forward, a=arguments: f(*a)
             yield (
                 f"{name}_backward {label}",
@@ -272,8 +277,8 @@ def mixture_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Cal
 
 def full_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield launches for full-covariance latents: few and many, and few rows of many samples."""
-    from fastvae.kernels import full
-    from fastvae.ops.full import Draw
+    from fastvae.kernels import normal_full
+    from fastvae.ops.normal_full import Draw
 
     seed = tensor(dtype=torch.int64)
     for dtype in dtypes:
@@ -282,11 +287,11 @@ def full_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
             mu, tril = tensor(b, d, dtype=dtype), tensor(b, d * (d + 1) // 2, dtype=dtype)
             grads = tensor(k, b, d, dtype=dtype), tensor(k, b, dtype=wide)
             label, draw = f"{str(dtype)[6:]} {[k, b, d]}", Draw(k, 0, 0)
-            yield f"rsample_tril {label}", lambda q=(mu, tril), d=draw: full.rsample_tril(*q, seed, d)
+            yield f"rsample_tril {label}", lambda q=(mu, tril), d=draw: normal_full.rsample_tril(*q, seed, d)
             for need in ([True, True], [True, False]):
                 yield (
                     f"rsample_tril_backward {label}, need={need}",
-                    lambda g=grads, q=(mu, tril), d=draw, n=need: full.rsample_tril_backward(
+                    lambda g=grads, q=(mu, tril), d=draw, n=need: normal_full.rsample_tril_backward(
                         *g, *q, seed, d, n
                     ),
                 )
@@ -318,7 +323,7 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                     weights = (tensor(size, inner, dtype=dtype),) * count
                     row = tensor(size, dtype=dtype)
                     layers = SimpleNamespace(
-                        weights=weights, biases=(row,) * count, held=(row,) * fixed_count
+                        weights=weights, biases=(row,) * count, constants=(row,) * fixed_count
                     )
                     label = f"{declared.name} {str(dtype)[6:]} [{k * b}, {inner}, {count}·{size}]"
                     yield (
@@ -335,9 +340,9 @@ EVENTS = (8, 64, 100, 784, 1568, 2000, 3072)
 
 def odd_launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield launches of those sizes, with a batch and number of samples that fill a GPU."""
-    from fastvae.kernels import latent, likelihood
+    from fastvae.kernels import likelihood, normal_diagonal
     from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.latent import Draw
+    from fastvae.ops.normal_diagonal import Draw
 
     seed, need = tensor(dtype=torch.int64), [True, True, False, False]
     for dtype in (torch.float32, torch.bfloat16):
@@ -348,16 +353,19 @@ def odd_launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 z = tensor(k, b, d, dtype=dtype)
                 label = f"{str(dtype)[6:]} [{k}, {b}, {d}], chunked"
                 if k == 1:
-                    yield f"rsample_kl {label}", lambda g=given: latent.rsample_kl(*g, False)
+                    yield f"rsample_kl {label}", lambda g=given: normal_diagonal.rsample_kl(*g, False)
                     yield (
                         f"rsample_kl_backward {label}",
-                        lambda g=given, z=z, b=b: latent.rsample_kl_backward(z, tensor(b), *g, need),
+                        lambda g=given, z=z, b=b: normal_diagonal.rsample_kl_backward(z, tensor(b), *g, need),
                     )
                 else:
-                    yield f"rsample_log_ratio {label}", lambda g=given: latent.rsample_log_ratio(*g, "iwae")
+                    yield (
+                        f"rsample_log_ratio {label}",
+                        lambda g=given: normal_diagonal.rsample_log_ratio(*g, "iwae"),
+                    )
                     yield (
                         f"rsample_log_ratio_backward {label}, path=False",
-                        lambda g=given, z=z, k=k, b=b: latent.rsample_log_ratio_backward(
+                        lambda g=given, z=z, k=k, b=b: normal_diagonal.rsample_log_ratio_backward(
                             z, tensor(k, b), None, *g, False, need
                         ),
                     )
@@ -433,11 +441,11 @@ def _settle_keys() -> None:
     Otherwise its cache keys would depend on the order of launches, since a callee that is not hashed yet does
     not pass on the constants it uses.
     """
-    from fastvae.kernels import common, importance, latent, likelihood, random, weigh
+    from fastvae.kernels import common, likelihood, logsumexp, normal_diagonal, random, reduce
     from fastvae.likelihoods.base import DECLARED
 
     twins = [importlib.import_module(f"fastvae.kernels.likelihoods.{name}") for name in sorted(DECLARED)]
-    for module in (common, random, latent, *twins, likelihood, importance, weigh):
+    for module in (common, random, normal_diagonal, *twins, likelihood, logsumexp, reduce):
         for value in vars(module).values():
             if hasattr(value, "cache_key"):
                 value.cache_key  # noqa: B018

@@ -253,9 +253,9 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
 
 
 def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]:
-    from fastvae.kernels import importance, latent, likelihood
+    from fastvae.kernels import likelihood, logsumexp, normal_diagonal
     from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.latent import Draw
+    from fastvae.ops.normal_diagonal import Draw
 
     seed, need = tensor(dtype=torch.int64), [True, True, False, False]
     for dtype in (torch.float32, torch.bfloat16):
@@ -277,14 +277,14 @@ def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]
             if k == 1:
                 op, size = "rsample_kl", f"{b}×{d}"
                 pair = [
-                    lambda g=given: latent.rsample_kl(*g, False),
-                    lambda g=given, z=z, b=b: latent.rsample_kl_backward(z, tensor(b), *g, need),
+                    lambda g=given: normal_diagonal.rsample_kl(*g, False),
+                    lambda g=given, z=z, b=b: normal_diagonal.rsample_kl_backward(z, tensor(b), *g, need),
                 ]
             else:
                 op, size = "rsample_log_ratio", f"{k}×{b}×{d}"
                 pair = [
-                    lambda g=given: latent.rsample_log_ratio(*g, "iwae"),
-                    lambda g=given, z=z, k=k, b=b: latent.rsample_log_ratio_backward(
+                    lambda g=given: normal_diagonal.rsample_log_ratio(*g, "iwae"),
+                    lambda g=given, z=z, k=k, b=b: normal_diagonal.rsample_log_ratio_backward(
                         z, tensor(k, b), None, *g, False, need
                     ),
                 ]
@@ -307,8 +307,8 @@ def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]
     for k, n in ((50, 1048576), (5000, 16384)):
         log_w, column = tensor(k, n), tensor(n)
         pair = [
-            lambda w=log_w: importance.log_mean_exp(w),
-            lambda w=log_w, c=column: importance.log_mean_exp_backward(c, w, c, c),
+            lambda w=log_w: logsumexp.log_mean_exp(w),
+            lambda w=log_w, c=column: logsumexp.log_mean_exp_backward(c, w, c, c),
         ]
         yield ("log_mean_exp", f"{k}×{n}, float32", "forward"), pair[:1]
         yield ("log_mean_exp", f"{k}×{n}, float32", "forward+backward"), pair

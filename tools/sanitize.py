@@ -20,7 +20,16 @@ from .mutants.copies import build, copy_to
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("full", "grouped", "importance", "likelihoods", "latent", "mixture", "random", "torch")
+    for name in (
+        "normal_full",
+        "components",
+        "logsumexp",
+        "likelihoods",
+        "normal_diagonal",
+        "mixture",
+        "random",
+        "torch",
+    )
 ]
 
 

@@ -86,7 +86,7 @@ struct HeadArguments {
     }
     int j = products;
     for (int i = 0; i < kConstants; ++i) {
-      if (constant[i].given) to.outputs.held[j++].data = to.made[3 + i].data;
+      if (constant[i].given) to.outputs.constant[j++].data = to.made[3 + i].data;
     }
     return to;
   }
@@ -123,7 +123,7 @@ struct HeadArguments {
     }
     int j = products;
     for (const Tensor& t : constant) {
-      if (t.given) tensors.held[j++] = t;
+      if (t.given) tensors.constant[j++] = t;
     }
   }
 };
@@ -182,12 +182,12 @@ struct LinearLogProbBackward {
 // in the dtype of the computation the gradients of h, weight, bias and constants for an upstream gradient of
 // 1, where they take no further pass. `otherwise` is called if the arguments do not fit, or x lies where it
 // cannot.
-struct WeighLinear {
-  static constexpr const char* kName = "weigh_linear";
+struct ReduceLinear {
+  static constexpr const char* kName = "reduce_linear";
   static constexpr bool kEmptyForNone = true;
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
-    static const auto kernel = FASTVAE_PICK(head_weigh_rows);
+    static const auto kernel = FASTVAE_PICK(head_reduce_rows);
     from.read_otherwise();
     const Contract contract{kName};
     const HeadArguments<Caller> a(from, contract);

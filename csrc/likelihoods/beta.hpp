@@ -45,24 +45,25 @@ struct Beta : Declaration {
     bool other;
   };
   template <class C>
-  static FASTVAE_INLINE C held(C c) {
+  static FASTVAE_INLINE C clamped(C c) {
     return clip(c, C(-80), C(80));
   }
   template <class C>
   static FASTVAE_INLINE Parts<C> parts(Element<C> e) {
-    const C a = held(e.p0), b = held(e.p1);
+    const C a = clamped(e.p0), b = clamped(e.p1);
     const bool other = a > b;
     const C p = other ? b : a, q = other ? a : b, gap = q - p, k = exp_negative(-gap), fold = log1p_(k);
     const C v = C(1) / (C(1) + k), w = k * v, least = exp_(p), largest = exp_(q);
     const C logit = other ? -e.d0 : e.d0, low = other ? -e.d1 : e.d1, s = (logit + gap) + low,
-            held = clip(s, C(-1), C(1));
-    const C less_line = expm1_minus(held);
-    const LogAndRest<C> near = log1p_and_rest(w * (less_line + held));
+            clipped = clip(s, C(-1), C(1));
+    const C less_line = expm1_minus(clipped);
+    const LogAndRest<C> near = log1p_and_rest(w * (less_line + clipped));
     // Far from the mode use the logarithms themselves, log(1 + exp(+-logit)).
     const C l = logit + low, of_rest = log1p_(e.x < C(0.5) ? -e.x : e.x - C(1));
     const C above = (l > C(0) ? l : C(0)) - of_rest, below = (l > C(0) ? C(0) : -l) - of_rest;
     const bool is_near = abs_(s) < C(1);
-    const C rise = is_near ? held - near.log : (gap + fold) - below, fall = is_near ? near.log : above - fold;
+    const C rise = is_near ? clipped - near.log : (gap + fold) - below,
+            fall = is_near ? near.log : above - fold;
     const C distance =
         is_near ? least * less_line - (least + largest) * near.rest : largest * fall - least * rise;
     return {p, q, least, largest, fold, w, v, rise, fall, distance, other};
@@ -85,7 +86,7 @@ struct Beta : Declaration {
     const C of_n = digamma_excess(s.least + s.largest, s.q + s.fold);
     const C least = s.least * s.rise + (C(0.5) * s.v + (digamma_excess(s.least, s.p) - s.w * of_n));
     const C largest = (C(0.5) * s.w + (digamma_excess(s.largest, s.q) - s.v * of_n)) - s.largest * s.fall;
-    const C low = expm1_(held(e.p0)), high = expm1_(held(e.p1));
+    const C low = expm1_(clamped(e.p0)), high = expm1_(clamped(e.p1));
     const C of_x = (low == C(0) ? C(0) : low / e.x) - (high == C(0) ? C(0) : high / (C(1) - e.x));
     const bool none = g == C(0);
     return {none ? C(0) : g * of_x, none ? C(0) : g * (s.other ? largest : least),

@@ -41,7 +41,7 @@ struct NegativeBinomial : Declaration {
   };
   static FASTVAE_INLINE Exponential<float> exponential(float v) {
     const float top = clip(v, -87.0f, 87.0f);
-    const Reduced e = reduce(top);
+    const Reduced e = range_reduced(top);
     const float less_one = expm1_from(e), s = e.power(0);
     return {less_one, e.n == 0.0f ? e.r2q : less_one - top, s * e.p + s, top};
   }

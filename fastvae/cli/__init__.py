@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_path,
         const=True,
         metavar="FILE.png",
-        help="draw NLL against draws, and histograms (default: beside --out, else evaluation.png)",
+        help="draw NLL against draws, and histograms (default: next to --out, else evaluation.png)",
     )
     evaluate.add_argument(
         "--checkpoint", type=_path, metavar="RUN.npz", help="save results as they come, and resume from them"

@@ -208,7 +208,7 @@ def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
     return torch.where(mask, x, torch.full((), inside, dtype=x.dtype, device=x.device))
 
 
-# Arguments of fastvae.ops.weigh: the likelihood's name, x [B, X], and parameters, the first [K·B, X]; or
+# Arguments of fastvae.ops.reduce: the likelihood's name, x [B, X], and parameters, the first [K·B, X]; or
 # those of fastvae.ops.head.
 Fused = tuple[str, Tensor, tuple[Tensor, ...]] | tuple[str, Tensor, Layers]
 

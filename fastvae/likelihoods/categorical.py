@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.checks import as_int, check_data, check_same_device, check_tensor, may_look, shape_of, signed
 from ..core.nested import Conditioning, repeat
-from ..ops.grouped import categorical_rows, check_classes
+from ..ops.components import categorical_rows, check_classes
 from .base import NAMED, Likelihood, describe
 from .natural import check_flag, log_of
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.checks import check_count, check_data, check_same_device, check_tensor, may_look, shape_of
 from ..core.logistic_cells import cell_log_prob, coupled
 from ..core.nested import Conditioning
-from ..ops.grouped import mixture_rows
+from ..ops.components import mixture_rows
 from .base import NAMED, Likelihood, describe
 
 _OUTPUTS = ("logits", "location", "log_scale", "coefficients")
@@ -29,7 +29,7 @@ class DiscretizedLogisticMixture(Likelihood):
     for x in [−1, 1]; the first σ is 1 at the upper end, the second 0 at the lower. A bin's probability is
     computed as :math:`σ(a) σ(-b) (1 - e^{b - a})`, which does not cancel. With coefficients c the locations
     of green and blue are :math:`μ_G + \tanh(c_0) x_R` and :math:`μ_B + \tanh(c_1) x_R + \tanh(c_2) x_G`.
-    Gradients: :mod:`fastvae.ops.grouped`. Scales are clamped to :math:`[e^{-60}, e^{60}]`.
+    Gradients: :mod:`fastvae.ops.components`. Scales are clamped to :math:`[e^{-60}, e^{60}]`.
 
     x is [B, E, \*positions], or for one channel [B, \*positions], with location and log_scale shaped like
     logits. Locations and scales refer to [−1, 1], whatever ``low`` and ``high`` are. The op is

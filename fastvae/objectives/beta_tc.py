@@ -20,7 +20,7 @@ from ..distributions.draws import describe, rsample_as_stored
 from ..distributions.mixture import log_aggregate
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
-from ..ops.weigh import Weighing
+from ..ops.reduce import BoundReduction
 from ..random import draw_seed
 from .options import Terms
 from .reduce import reduce_draws
@@ -216,7 +216,7 @@ def beta_tc(
     parts = log_q - whole, whole - dimensions, dimensions - log_p
     weighted = [times(weight, part) for weight, part in zip(weights, parts, strict=True)]
     term = -(weighted[0] + weighted[1] + weighted[2])
-    how = Weighing(1.0, "mean", "none" if terms else reduction)
+    how = BoundReduction(1.0, "mean", "none" if terms else reduction)
     z = z.flatten(0, 1)
     bound, log_likelihood, output = reduce_draws(inputs, z, term, k, None, how, terms)
     if not terms:

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count, check_number, shape_of
 from ..core.options import ESTIMATORS, BoundEstimator, Estimator, Reduction
 from ..core.reductions import power_mean, shift, without_denormals
-from ..ops.weigh import Weighing
+from ..ops.reduce import BoundReduction
 
 __all__ = ["CIWAE", "IWAE", "TVO", "Bound", "Jackknife", "UStatistic", "WakePhi"]
 
@@ -99,7 +99,7 @@ class Bound:
 
     # Interface to the objectives.
 
-    def weighing(self, reduction: Reduction) -> Weighing | None:
+    def fused_reduction(self, reduction: Reduction) -> BoundReduction | None:
         """Return the equivalent reduction of the fused ops, or None."""
         return None
 
@@ -156,12 +156,12 @@ class IWAE(Bound):
     def is_mean(self) -> bool:
         return not isinstance(self.alpha, Tensor) and self.alpha == 1
 
-    def weighing(self, reduction: Reduction) -> Weighing | None:
+    def fused_reduction(self, reduction: Reduction) -> BoundReduction | None:
         if isinstance(self.alpha, Tensor):
             return None
         if self.is_mean:
-            return Weighing(1.0, "mean", reduction)
-        return Weighing(1.0, "log_mean_exp", reduction, self.alpha, self.groups)
+            return BoundReduction(1.0, "mean", reduction)
+        return BoundReduction(1.0, "log_mean_exp", reduction, self.alpha, self.groups)
 
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         if self.is_mean:
@@ -202,13 +202,13 @@ class CIWAE(Bound):
             raise ValueError(f"beta must lie in [0, 1], the ELBO's share; got {beta}")
         super().__init__(estimator)
 
-    def weighing(self, reduction: Reduction) -> Weighing | None:
+    def fused_reduction(self, reduction: Reduction) -> BoundReduction | None:
         # DReG's weights cannot be recovered from the gradient of this reduction.
         if self.estimator == "dreg":
             return None
         if self.beta == 1:
-            return Weighing(1.0, "mean", reduction)
-        return Weighing(1.0, "log_mean_exp", reduction, share=self.beta)
+            return BoundReduction(1.0, "mean", reduction)
+        return BoundReduction(1.0, "log_mean_exp", reduction, share=self.beta)
 
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         return power_mean(log_w, share=self.beta)
@@ -466,7 +466,7 @@ _LEAST = 2.0**-100
 _LEAST_OF_FLOAT16 = 2.0**-11
 
 
-class _Weighed(torch.autograd.Function):
+class _BoundFromWeights(torch.autograd.Function):
     """Bound [B] with its backward weights [K, B]: derivatives by log weights, and the encoder's weights."""
 
     @staticmethod
@@ -512,7 +512,7 @@ class _Weighed(torch.autograd.Function):
         return *sent, None, None, None
 
 
-def weighed(
+def bound_from_weights(
     log_likelihood: Tensor,
     log_ratio: Tensor,
     q_grad: Tensor | None,
@@ -525,7 +525,7 @@ def weighed(
     ``q_grad`` receives the gradient for q, of the encoder's bound or else of the objective. ``float16`` is
     True if gradients by z pass through that dtype.
     """
-    bound, *_ = _Weighed.apply(  # type: ignore[no-untyped-call]
+    bound, *_ = _BoundFromWeights.apply(  # type: ignore[no-untyped-call]
         log_likelihood, log_ratio, q_grad, objective, encoder or objective, float16
     )
     return bound  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from ..distributions import Distribution, draw_kl, draw_ratio, draw_strata
 from ..distributions.draws import describe, say_monte_carlo
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
-from ..ops.weigh import Weighing
+from ..ops.reduce import BoundReduction
 from ..random import draw_seed
 from .options import Terms
 from .reduce import reduce_draws, reduce_samples
@@ -213,7 +213,7 @@ def elbo(
             z, term = draw_ratio(q, prior, k, seed, row_offset)
     if coefficient == 0:
         term = _unweighted(term)
-    how = Weighing(coefficient, "mean", "none" if terms else reduction)
+    how = BoundReduction(coefficient, "mean", "none" if terms else reduction)
     if shares is None:
         bound, log_likelihood, output = reduce_draws(inputs, z, term, k, factor, how, terms)
     else:

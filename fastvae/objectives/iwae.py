@@ -20,9 +20,9 @@ from ..distributions.draws import describe
 from ..inputs.batch import Inputs
 from ..inputs.last_layer import called_by
 from ..likelihoods import Likelihood
-from ..ops.weigh import Weighing
+from ..ops.reduce import BoundReduction
 from ..random import draw_seed, seed_of
-from .bounds import IWAE, Bound, weighed
+from .bounds import IWAE, Bound, bound_from_weights
 from .chunks import chunked
 from .options import Terms
 from .reduce import reduce_draws, reduce_samples
@@ -188,7 +188,7 @@ def iwae(
 
 
 _IWAE = {estimator: IWAE(estimator=estimator) for estimator in ESTIMATORS}
-_LOG_MEAN_EXP = {reduction: Weighing(1.0, "log_mean_exp", reduction) for reduction in REDUCTIONS}
+_LOG_MEAN_EXP = {reduction: BoundReduction(1.0, "log_mean_exp", reduction) for reduction in REDUCTIONS}
 
 
 @overload
@@ -364,11 +364,11 @@ def _bound(
     if type(row_offset) is not int or row_offset:
         _, row_offset = check_address(draws, inputs.q.batch, 0, row_offset)
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
-    how = objective.weighing("none" if terms else reduction) if q_objective is None else None
+    how = objective.fused_reduction("none" if terms else reduction) if q_objective is None else None
     if inputs.q.strata > 1 and (how is None or not how.is_plain or how.over == "mean"):
         suffix = "" if q_objective is None else " with q_objective="
         raise ValueError(
-            f"q = {describe(inputs.q)} is drawn from in strata, which {objective!r}{suffix} does not weigh; "
+            f"q = {describe(inputs.q)} is drawn from in strata, which {objective!r}{suffix} does not reduce; "
             "use iwae() or elbo()"
         )
     whole = k_chunk is None or k_chunk >= draws
@@ -400,7 +400,9 @@ def _bound(
         if q_grad is None and how is not None and how.is_plain:
             value, log_likelihood = reduce_samples(log_likelihood, log_ratio, None, how)
         else:
-            value = weighed(log_likelihood, log_ratio, q_grad, objective, q_objective, narrow.found)
+            value = bound_from_weights(
+                log_likelihood, log_ratio, q_grad, objective, q_objective, narrow.found
+            )
             log_likelihood = log_likelihood.detach().mean(0)
             value = value if terms or reduction == "none" else getattr(value, reduction)()
     if not terms:

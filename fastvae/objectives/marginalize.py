@@ -194,8 +194,8 @@ def marginalize(
     if labels is not None:
         _check_labels(labels, like, batch, classes)
     alpha = check_weight("alpha", alpha, "the weight of log q(y|x)", like, per_row=False)
-    weighs_labels = isinstance(alpha, Tensor) or alpha != 0
-    if weighs_labels and (log_q is None or labels is None):
+    uses_label_weights = isinstance(alpha, Tensor) or alpha != 0
+    if uses_label_weights and (log_q is None or labels is None):
         raise ValueError(
             "alpha is the weight of log q(y|x) in examples that have a label; it needs log_q and labels"
         )
@@ -213,7 +213,7 @@ def marginalize(
         log_q = torch.log_softmax(log_q.to(dtype), 1)
     result = _summed(joint, log_q, labels)
     if labels is not None:
-        if log_q is not None and weighs_labels:
+        if log_q is not None and uses_label_weights:
             log_q_of_label = log_q.gather(1, labels.clamp(0, classes - 1)[:, None])[:, 0]
             result = result + torch.where(labels == -1, 0.0, alpha * log_q_of_label)
         if not _may_look(labels):

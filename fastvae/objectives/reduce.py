@@ -9,15 +9,21 @@ from torch import Tensor
 from .. import ops
 from ..core.reductions import times
 from ..inputs.batch import Inputs
-from ..ops.head import Layers, weigh_linear
-from ..ops.weigh import Weighing, weigh
-from .bounds import CIWAE, IWAE, weighed
+from ..ops.head import Layers, reduce_linear
+from ..ops.reduce import BoundReduction, reduce
+from .bounds import CIWAE, IWAE, bound_from_weights
 
 
 def reduce_draws(
-    inputs: Inputs, z: Tensor, term: Tensor, samples: int, beta: Tensor | None, how: Weighing, terms: bool
+    inputs: Inputs,
+    z: Tensor,
+    term: Tensor,
+    samples: int,
+    beta: Tensor | None,
+    how: BoundReduction,
+    terms: bool,
 ) -> tuple[Tensor, Tensor | None, Any]:
-    """Decode z [K·B, D] and compute :func:`fastvae.ops.weigh.weigh` with a term of q and the prior.
+    """Decode z [K·B, D] and compute :func:`fastvae.ops.reduce.reduce` with a term of q and the prior.
 
     With ``terms`` the third result is the decoder's output.
     """
@@ -33,15 +39,15 @@ def reduce_draws(
     )
     if fused is not None:
         # From the decoder's output, or from the input of its last layer.
-        run: Any = weigh_linear if type(fused[2]) is Layers else weigh
+        run: Any = reduce_linear if type(fused[2]) is Layers else reduce
         return *run(*fused, term, beta, how, terms), output
     return *reduce_samples(inputs.log_prob(z, parameters, samples), term, beta, how), output
 
 
 def reduce_samples(
-    log_likelihood: Tensor, term: Tensor, beta: Tensor | None, how: Weighing
+    log_likelihood: Tensor, term: Tensor, beta: Tensor | None, how: BoundReduction
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fastvae.ops.weigh.weigh` from log-likelihoods [K, B], without a fused op."""
+    """Compute :func:`fastvae.ops.reduce.reduce` from log-likelihoods [K, B], without a fused op."""
     mean = log_likelihood.mean(0)
     factor = how.coefficient if beta is None else how.coefficient * beta.to(term.dtype)
     if how.over == "mean":
@@ -52,5 +58,5 @@ def reduce_samples(
             bound = ops.log_mean_exp(log_likelihood + times(factor, term))
         else:
             objective = CIWAE(how.share) if how.share else IWAE(how.groups, how.alpha)
-            bound = weighed(log_likelihood, times(factor, term), None, objective, None)
+            bound = bound_from_weights(log_likelihood, times(factor, term), None, objective, None)
     return bound if how.reduction == "none" else getattr(bound, how.reduction)(), mean

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import likelihood as _likelihood
-from . import weigh as _weigh
-from .full import rsample_tril
-from .grouped import categorical_log_prob, discretized_logistic_mixture_log_prob
+from . import reduce as _reduce
+from .components import categorical_log_prob, discretized_logistic_mixture_log_prob
 from .head import linear_log_prob
-from .importance import log_mean_exp
-from .latent import rsample_kl, rsample_log_ratio
 from .likelihood import all_pairs_log_prob
+from .logsumexp import log_mean_exp
 from .mixture import mixture_log_prob
+from .normal_diagonal import rsample_kl, rsample_log_ratio
+from .normal_full import rsample_tril
 
 __all__ = [
     "all_pairs_log_prob",
@@ -36,7 +36,7 @@ def declare(likelihood: _likelihood.Declaration) -> None:
     name = f"{likelihood.name}_log_prob"
     globals()[name] = _likelihood.declare(likelihood)
     __all__.append(name)
-    _weigh.declare(likelihood)
+    _reduce.declare(likelihood)
 
 
 def __getattr__(name: str) -> Callable[..., Tensor]:

@@ -29,7 +29,7 @@ from ..core import backend as _backend
 from ..core.checks import check_data, check_same_device, check_tensor, shape_of
 from .likelihood import DECLARED, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
-from .weigh import _HOW, Weighing, check_bound, check_grads, finish
+from .reduce import _HOW, BoundReduction, check_bound, check_grads, finish
 
 # Tensors of each op: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
 # other outputs, each a row [X] or a number.
@@ -73,11 +73,11 @@ class _Layers:
 
     Attributes:
         weights, biases: [X, H] each, and [X] or None, of the first outputs, which are products.
-        held: the other outputs, each a row [X] or one number.
+        constants: the other outputs, each a row [X] or one number.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *held: Tensor | None):
-        self.held = tuple(p for p in held if p is not None)
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *constants: Tensor | None):
+        self.constants = tuple(p for p in constants if p is not None)
         self.products = weight.shape[0] // x.shape[1] if x.shape[1] else 1
         self.weights = weight.chunk(self.products) if self.products > 1 else (weight,)
         self.biases: tuple[Tensor | None, ...] = (None,) * self.products
@@ -92,7 +92,7 @@ def _refuse_outside(likelihood: str, x: Tensor) -> None:
         refuse(declared, x)
 
 
-def _check_inputs(contract, x, h, weight, bias, *held):
+def _check_inputs(contract, x, h, weight, bias, *constants):
     """Validate the inputs shared by all ops here, and return K."""
     if x.is_complex() or x.dim() != 2:
         contract.refuse("x", x, "[B, X]")
@@ -101,17 +101,17 @@ def _check_inputs(contract, x, h, weight, bias, *held):
     contract.expect("weight", weight, None, (-1, h.shape[1]))
     if h.shape[0] % batch if batch else h.shape[0]:
         contract.refuse("h", h, f"a multiple of x's {batch} rows")
-    most = 3 - sum(p is not None for p in held)
+    most = 3 - sum(p is not None for p in constants)
     if weight.shape[0] % size or not size <= weight.shape[0] <= most * size if size else weight.shape[0]:
         contract.refuse("weight", weight, f"[m·{size}, {h.shape[1]}] of m outputs, 1 to {most}")
     contract.expect("bias", bias, None, (weight.shape[0],))
-    for i, p in enumerate(held):
-        contract.expect(f"held{i}", p, None, (size,), (1,), ())
+    for i, p in enumerate(constants):
+        contract.expect(f"constant{i}", p, None, (size,), (1,), ())
     return h.shape[0] // batch if batch else 0
 
 
 class _LinearLogProbBackward(Op):
-    """Op for the gradients of (h, weight, bias, held), None where not needed."""
+    """Op for the gradients of (h, weight, bias, constants), None where not needed."""
 
     module = "head"
     name = "linear_log_prob_backward"
@@ -128,15 +128,15 @@ class _LinearLogProbBackward(Op):
         def backward(grad, *args):
             x, h, *rest, likelihood, need = args
             layers = _Layers(x, *rest)
-            need_h, need_weight, need_bias, *need_held = need
+            need_h, need_weight, need_bias, *need_constants = need
             each = (need_h, *[need_weight] * layers.products, *[need_bias] * layers.products)
-            wanted = (*each, *need_held[: len(layers.held)])
+            wanted = (*each, *need_constants[: len(layers.constants)])
             to_h, *grads = function(DECLARED[likelihood], grad, x, h, layers, wanted)
             n = layers.products
             to_weight = torch.cat(grads[:n]) if need_weight else None
             to_bias = torch.cat(grads[n : 2 * n]) if need_bias else None
-            held = [*grads[2 * n :], None, None][: _GRADIENTS - 3]
-            return to_h, to_weight, to_bias, *held
+            constants = [*grads[2 * n :], None, None][: _GRADIENTS - 3]
+            return to_h, to_weight, to_bias, *constants
 
         return backward
 
@@ -197,12 +197,12 @@ class _LinearLogProb(Op):
         return None, *run(grad, *ctx.saved_tensors, ctx.likelihood, need), None
 
 
-class _WeighLinearBackward(Op):
-    """Op for the gradients of (h, weight, bias, held, term), None where not needed."""
+class _ReduceLinearBackward(Op):
+    """Op for the gradients of (h, weight, bias, constants, term), None where not needed."""
 
     module = "head"
-    name = "weigh_linear_backward"
-    record = Weighing
+    name = "reduce_linear_backward"
+    record = BoundReduction
     results = ", ".join(["Tensor"] * (_GRADIENTS + 1))
     schema = (
         f"(Tensor? grad_bound, Tensor? grad_log_likelihood, Tensor? weights, {_INPUTS}, Tensor? term, "
@@ -221,7 +221,7 @@ class _WeighLinearBackward(Op):
         grad_bound, grad_mean, weights, x, h, *rest = args
         *others, term, beta, how, likelihood, need = rest
         batch = x.shape[0]
-        grad, grad_term = _backend.layer(backend, "weigh").weigh_backward(
+        grad, grad_term = _backend.layer(backend, "reduce").reduce_backward(
             grad_bound,
             grad_mean,
             weights,
@@ -252,23 +252,23 @@ class _WeighLinearBackward(Op):
         )
 
 
-class _WeighLinear(Op):
+class _ReduceLinear(Op):
     """Op for the bound, the mean log-likelihood and the normalised weights.
 
-    It also returns the gradients of (h, weight, bias, held) for an upstream gradient of 1, if they are needed
+    It also returns the gradients of (h, weight, bias, constants) for an upstream gradient of 1, if needed
     and take no further pass.
     """
 
     module = "head"
-    name = "weigh_linear"
-    record = Weighing
+    name = "reduce_linear"
+    record = BoundReduction
     shown = 2
     results = ", ".join(["Tensor"] * (3 + _GRADIENTS))
     schema = (
         f"({_INPUTS}, Tensor? term, Tensor? beta, {_HOW}, str likelihood, bool terms, "
         f"bool[{_GRADIENTS}] need) -> ({results})"
     )
-    gradient = _WeighLinearBackward()
+    gradient = _ReduceLinearBackward()
 
     def __init__(self):
         self.native = functools.partial(_backend.native(self.name), self._not_native)
@@ -291,7 +291,7 @@ class _WeighLinear(Op):
     def composed(self, backend):
         rows = _linear_log_prob.composed(backend)
         rows_backward = _linear_log_prob.gradient.composed(backend)
-        layer = _backend.layer(backend, "weigh")
+        layer = _backend.layer(backend, "reduce")
 
         def function(*args):
             *tensors, term, beta, how, likelihood, terms, need = args
@@ -300,7 +300,7 @@ class _WeighLinear(Op):
             grads = [None] * _GRADIENTS
             if self._at_once(x, h, how, terms, need):
                 samples = h.shape[0] // x.shape[0]
-                arrives, _ = layer.weigh_backward(
+                arrives, _ = layer.reduce_backward(
                     torch.ones_like(bound), None, weights, beta, how, samples, x.shape[0], 0
                 )
                 # Keep full precision here: the gradients are rounded to half once, after scaling.
@@ -365,7 +365,7 @@ class _WeighLinear(Op):
         grad_term = None
         if need[-1]:
             x, h = tensors[:2]
-            finish = _backend.layer("reference", "weigh").weigh_backward
+            finish = _backend.layer("reference", "reduce").reduce_backward
             _, grad_term = finish(
                 grad_bound, None, weights, beta, ctx.how, h.shape[0] // x.shape[0], x.shape[0], term.dim()
             )
@@ -388,20 +388,20 @@ class Layers(NamedTuple):
 
 
 _linear_log_prob = _LinearLogProb()
-_weigh_linear = _WeighLinear()
+_reduce_linear = _ReduceLinear()
 
 
-def weigh_linear(
+def reduce_linear(
     likelihood: str,
     x: Tensor,
     layers: Layers,
     term: Tensor | None,
     beta: Tensor | None,
-    how: Weighing,
+    how: BoundReduction,
     terms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the bound of a batch, as :func:`fastvae.ops.weigh.weigh`, for x [B, X] and :class:`Layers`."""
-    bound, mean = _weigh_linear(x, *layers, term, beta, how, likelihood, terms)
+    """Return the bound of a batch, as :func:`fastvae.ops.reduce.reduce`, for x [B, X] and :class:`Layers`."""
+    bound, mean = _reduce_linear(x, *layers, term, beta, how, likelihood, terms)
     return bound, mean if terms else None
 
 
@@ -415,7 +415,7 @@ def linear_log_prob(
     h: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *held: Tensor | float,
+    *constants: Tensor | float,
     likelihood: str = "bernoulli",
 ) -> Tensor:
     r"""Return log p(x|z) for a decoder that ends in a linear layer, whose output is never stored.
@@ -426,9 +426,9 @@ def linear_log_prob(
         x: data [B, \*event] with X numbers per example; it has no gradient.
         h: the layer's input, [..., B, H].
         weight: [m·X, H], for the concatenation of the likelihood's first m outputs: for a Gaussian m is 2,
-            (mean, logvar), or 1 if its logvar is given in ``held``.
+            (mean, logvar), or 1 if its logvar is given in ``constants``.
         bias: [m·X], or None.
-        *held: the other outputs, each a number, or a tensor with one or X numbers.
+        *constants: the other outputs, each a number, or a tensor with one or X numbers.
         likelihood: the name of a likelihood that has an op ``fastvae.ops.<name>_log_prob``.
 
     Returns:
@@ -471,18 +471,18 @@ def linear_log_prob(
             "same B"
         )
     outputs = len(declared.outputs)
-    products = outputs - len(held)
+    products = outputs - len(constants)
     names = ", ".join(declared.outputs)
     if weight.dim() != 2 or products < 1 or weight.shape != (products * size, h.shape[-1]):
         raise ValueError(
             f"weight has shape {shape_of(weight)}; expected [m·X, H] = [{products}·{size}, {h.shape[-1]}], "
-            f"of the {products} outputs of a {likelihood} likelihood ({names}) that are not held"
+            f"of the {products} outputs of a {likelihood} likelihood ({names}) that are not constant"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {shape_of(bias)}; expected [m·X] = [{weight.shape[0]}]")
     check_support(declared, x)
     rows = []
-    for name, value in zip(declared.outputs[products:], held, strict=True):
+    for name, value in zip(declared.outputs[products:], constants, strict=True):
         p = torch.as_tensor(
             value, dtype=None if isinstance(value, Tensor) else torch.float32, device=x.device
         )

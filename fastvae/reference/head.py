@@ -27,8 +27,8 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
 def linear_log_prob_backward(
     likelihood: Any, grad: Tensor, x: Tensor, h: Tensor, layers: Any, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients for (h, *weights, *biases, *held) in the order of ``need``, None where not needed."""
-    weights, biases, held = layers.weights, layers.biases, layers.held
+    """Return gradients for (h, *weights, *biases, *constants) in the order of ``need``, or None."""
+    weights, biases, constants = layers.weights, layers.biases, layers.constants
     outputs, given = _outputs(x, h, layers), _spread(layers)
     every = [False, *[True] * (len(outputs) + len(given))]
     grads: list[Any] = list(log_prob_backward(likelihood, grad, x, *outputs, *given, every)[1:])
@@ -36,8 +36,8 @@ def linear_log_prob_backward(
     wide: torch.dtype = rows[0].dtype
     to_h = torch.stack([g @ w.to(wide) for g, w in zip(rows, weights, strict=True)]).sum(0)
     results: list[Any] = [to_h, *(g.mT @ h.to(wide) for g in rows), *(g.sum(0) for g in rows)]
-    results += [g.reshape(p.shape) for g, p in zip(grads[len(weights) :], held, strict=True)]
-    like = (h, *weights, *biases, *held)
+    results += [g.reshape(p.shape) for g, p in zip(grads[len(weights) :], constants, strict=True)]
+    like = (h, *weights, *biases, *constants)
     return tuple(
         r.to(t.dtype) if n and t is not None else None for r, t, n in zip(results, like, need, strict=True)
     )
@@ -56,4 +56,4 @@ def _outputs(x: Tensor, h: Tensor, layers: Any) -> list[Tensor]:
 
 
 def _spread(layers: Any) -> list[Tensor]:
-    return [p.reshape(1, 1, -1) for p in layers.held]
+    return [p.reshape(1, 1, -1) for p in layers.constants]

@@ -109,8 +109,10 @@ def fits(name: str, compiled: str, by_sample: bool, batch: int, learned: bool) -
     """Return True if a decoder can be used with the other settings.
 
     PyTorch itself must compile it and it must have enough rows; a batch norm, which mixes rows, excludes
-    estimators that weigh each sample's gradient; reentrant checkpoints need a z that requires a gradient.
+    estimators that scale each sample's gradient; reentrant checkpoints need a z that requires a gradient.
     """
+    if name == "dropout" and compiled == "eager":  # torch's checkpoints draw another mask there
+        return False
     if (name == "reentrant" and not learned) or (name == "pool: a list of rows" and not batch):
         return False
     if name == "pool: tensor hook" and by_sample:  # it clamps gradients, of which estimators have others

@@ -52,17 +52,17 @@ class Family(NamedTuple):
     addressed: bool = True  # draws are functions of the library's own noise
 
 
-def held(value: Tensor) -> Tensor:
+def frozen(value: Tensor) -> Tensor:
     return value.detach()
 
 
 def located(loc: Tensor, scale: Tensor, z: Tensor) -> Tensor:
     """Return loc + scale·w, differentiable in loc and scale, at the w that gives z."""
-    return loc + scale * held((z - loc) / scale)
+    return loc + scale * frozen((z - loc) / scale)
 
 
 def triangular(mu: Tensor, tril: Tensor, z: Tensor) -> Tensor:
-    w = torch.linalg.solve_triangular(held(tril), held(z - mu).unsqueeze(-1), upper=False)
+    w = torch.linalg.solve_triangular(frozen(tril), frozen(z - mu).unsqueeze(-1), upper=False)
     return mu + (tril @ w).squeeze(-1)
 
 
@@ -88,9 +88,9 @@ def beta_path(a: Tensor, b: Tensor, z: Tensor) -> Tensor:
 
 
 def gamma_path(a: Tensor, rate: Tensor, z: Tensor) -> Tensor:
-    wide, g = torch.broadcast_tensors(a, held(z * rate))
-    slope = torch._standard_gamma_grad(held(wide).contiguous(), g.contiguous())
-    return (g + slope * (a - held(a))) / rate
+    wide, g = torch.broadcast_tensors(a, frozen(z * rate))
+    slope = torch._standard_gamma_grad(frozen(wide).contiguous(), g.contiguous())
+    return (g + slope * (a - frozen(a))) / rate
 
 
 def _normal(mu, logvar):
@@ -263,7 +263,7 @@ POSTERIORS: dict[str, Family] = {
         lambda d: ((d,),),
         Exponential,
         lambda s: td.Exponential((-s).exp()),
-        lambda s, z: s.exp() * held(z / s.exp()),
+        lambda s, z: s.exp() * frozen(z / s.exp()),
         **POSITIVE,
     ),
     "mixture": Family(
@@ -307,7 +307,7 @@ POSTERIORS: dict[str, Family] = {
         lambda d: ((d,),),
         td.Exponential,
         td.Exponential,
-        lambda rate, z: held(z * rate) / rate,
+        lambda rate, z: frozen(z * rate) / rate,
         _exps(0),
         one_dtype=True,
         **POSITIVE,
@@ -316,7 +316,7 @@ POSTERIORS: dict[str, Family] = {
         lambda d: ((d,),),
         td.HalfNormal,
         td.HalfNormal,
-        lambda s, z: s * held(z / s),
+        lambda s, z: s * frozen(z / s),
         _exps(0),
         one_dtype=True,
         addressed=False,

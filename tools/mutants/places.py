@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
     @property
     def tests(self) -> list[str]:
-        """The tests as pytest takes them: "latent" is tests/test_latent.py."""
+        """The tests as pytest takes them: "latent" is tests/test_normal_diagonal.py."""
         parts = (word.partition("::") for word in self.words.split())
         return [f"tests/test_{file}.py{colons}{test}" for file, colons, test in parts]
 

@@ -426,7 +426,7 @@ def _check_inputs(contract, mu, logvar, prior_mu, prior_logvar, seed, draw):
 class _Draw(Op):
     """Op whose last result is the slope of the noise, kept for the backward pass."""
 
-    module = "latent"
+    module = "normal_diagonal"
     record = Draw
     takes_keep = True
 
@@ -451,7 +451,7 @@ class _Gradient(Op):
         arrives: the number of leading arguments that are upstream gradients or their factors.
     """
 
-    module = "latent"
+    module = "normal_diagonal"
     record = Draw
     arrives: int
 

@@ -1,4 +1,4 @@
-// Draws of a normal with a full covariance: ops/full.py.
+// Draws of a normal with a full covariance: ops/normal_full.py.
 #pragma once
 
 #include <utility>

@@ -1,9 +1,9 @@
 """Reparameterised sampling of a Gaussian with a full covariance, in Triton.
 
-See :mod:`fastvae.ops.full` for the mathematics. A program takes one row of the batch. Forward, it takes a
-block of samples and computes z by blocks of columns, each a product of noise with blocks of the triangle; the
-noise is drawn again for each. Backward, it takes one block of the triangle and adds a product per step of
-samples. The packed triangle is read and written in place, and nothing else is stored.
+See :mod:`fastvae.ops.normal_full` for the mathematics. A program takes one row of the batch. Forward, it
+takes a block of samples and computes z by blocks of columns, each a product of noise with blocks of the
+triangle; the noise is drawn again for each. Backward, it takes one block of the triangle and adds a product
+per step of samples. The packed triangle is read and written in place, and nothing else is stored.
 
 ``draw`` is the record of a draw's settings: samples, sample_offset, row_offset.
 """
@@ -203,7 +203,7 @@ def _width(n: int, limit: int = TILE_D) -> int:
 @planned
 def _draw(mu, tril, seed, samples) -> Call:
     b, d = mu.shape
-    dtype, launching = accumulator(mu), LAUNCH["full"]
+    dtype, launching = accumulator(mu), LAUNCH["normal_full"]
     block_d = _width(d)
     block_k = _width(samples, min(TILE_FIRST, launching.tile // block_d))
     k_tiles = cdiv(samples, block_k)

@@ -3,11 +3,11 @@
 // which emits its own number for certain, s_c is a_c for that class. Lanes are positions; components come one
 // after the other, with running maxima and sums.
 
-#if defined(FASTVAE_GROUPED_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_GROUPED_HPP
-#undef FASTVAE_GROUPED_HPP
+#if defined(FASTVAE_COMPONENTS_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_COMPONENTS_HPP
+#undef FASTVAE_COMPONENTS_HPP
 #else
-#define FASTVAE_GROUPED_HPP
+#define FASTVAE_COMPONENTS_HPP
 #endif
 
 #include <vector>
@@ -171,7 +171,7 @@ struct DiscretizedLogisticComponent {
 
 // A call: data (B, E, P), logits (N, C, P), the components' parameters (N, C E, P) or none, for classes; N a
 // multiple of B. `setting` is the class that does not count, or half a bin's width.
-struct Grouped {
+struct ComponentRows {
   Tensor x, logits, location, log_scale, coefficients;
   double setting;
   i64 channels() const { return x.n1; }
@@ -180,7 +180,7 @@ struct Grouped {
 
 template <class C>
 struct GroupReader {
-  const Grouped& a;
+  const ComponentRows& a;
   const C setting;
   C x[3][kBuffer], logit[kBuffer], location[3][kBuffer], log_scale[3][kBuffer], coefficient[3][kBuffer],
       shifted[2][kBuffer], s[kBuffer];
@@ -188,7 +188,7 @@ struct GroupReader {
           *at_coefficient[3] = {};
   const C* means[3] = {};
 
-  explicit GroupReader(const Grouped& call) : a(call), setting(static_cast<C>(call.setting)) {}
+  explicit GroupReader(const ComponentRows& call) : a(call), setting(static_cast<C>(call.setting)) {}
   static const C* read(C* buffer, const Tensor& t, i64 row, i64 group, i64 position, int n) {
     const Storage<C>& from = storage<C>(t.dtype);
     const address begin =
@@ -232,7 +232,7 @@ struct GroupReader {
 constexpr i64 kGroupTile = 1024;
 
 template <class C>
-bool grouped_rows(const Grouped& a, C* out, C* normaliser, C* joint, int threads) {
+bool components_rows(const ComponentRows& a, C* out, C* normaliser, C* joint, int threads) {
   const i64 rows = a.logits.n0, groups = a.logits.n1, positions = a.logits.n2, batch = a.x.n0;
   const i64 tiles = (positions + kGroupTile - 1) / kGroupTile;
   std::vector<double> parts(static_cast<std::size_t>(rows * tiles));
@@ -277,13 +277,13 @@ bool grouped_rows(const Grouped& a, C* out, C* normaliser, C* joint, int threads
 }
 
 // Destinations of gradients, in the storage types of their inputs; null where not needed.
-struct GroupedGradients {
+struct ComponentsGradients {
   address logits, location, log_scale, coefficients;
 };
 
 template <class C>
-void grouped_rows_backward(const Grouped& a, const Tensor& grad, const C* normaliser, const C* joint,
-                           const GroupedGradients& to, int threads) {
+void components_rows_backward(const ComponentRows& a, const Tensor& grad, const C* normaliser, const C* joint,
+                              const ComponentsGradients& to, int threads) {
   const i64 rows = a.logits.n0, groups = a.logits.n1, positions = a.logits.n2, batch = a.x.n0,
             channels = a.channels();
   const i64 tiles = (positions + kGroupTile - 1) / kGroupTile;
@@ -335,29 +335,30 @@ void grouped_rows_backward(const Grouped& a, const Tensor& grad, const C* normal
 
 // @param out (N), normaliser (N, P), joint (N, P): of compute type, that is double if `wide`, contiguous,
 // written. Returns whether x holds classes, where it must.
-inline bool grouped_log_prob(Tensor x, Tensor logits, Tensor location, Tensor log_scale, Tensor coefficients,
-                             double setting, bool wide, Output out, Output normaliser, Output joint,
-                             int threads) {
-  const Grouped a{x, logits, location, log_scale, coefficients, setting};
-  return wide ? grouped_rows(a, pointer<double>(out), pointer<double>(normaliser), pointer<double>(joint),
-                             threads)
-              : grouped_rows(a, pointer<float>(out), pointer<float>(normaliser), pointer<float>(joint),
-                             threads);
+inline bool components_log_prob(Tensor x, Tensor logits, Tensor location, Tensor log_scale,
+                                Tensor coefficients, double setting, bool wide, Output out, Output normaliser,
+                                Output joint, int threads) {
+  const ComponentRows a{x, logits, location, log_scale, coefficients, setting};
+  return wide ? components_rows(a, pointer<double>(out), pointer<double>(normaliser), pointer<double>(joint),
+                                threads)
+              : components_rows(a, pointer<float>(out), pointer<float>(normaliser), pointer<float>(joint),
+                                threads);
 }
 
 // @param grad (N) of compute type; what is written is contiguous, in the storage types of the parameters.
-inline void grouped_log_prob_backward(Tensor grad, Tensor normaliser, Tensor joint, Tensor x, Tensor logits,
-                                      Tensor location, Tensor log_scale, Tensor coefficients, double setting,
-                                      bool wide, Output to_logits, Output to_location, Output to_log_scale,
-                                      Output to_coefficients, int threads) {
-  const Grouped a{x, logits, location, log_scale, coefficients, setting};
-  const GroupedGradients to{to_logits, to_location, to_log_scale, to_coefficients};
+inline void components_log_prob_backward(Tensor grad, Tensor normaliser, Tensor joint, Tensor x,
+                                         Tensor logits, Tensor location, Tensor log_scale,
+                                         Tensor coefficients, double setting, bool wide, Output to_logits,
+                                         Output to_location, Output to_log_scale, Output to_coefficients,
+                                         int threads) {
+  const ComponentRows a{x, logits, location, log_scale, coefficients, setting};
+  const ComponentsGradients to{to_logits, to_location, to_log_scale, to_coefficients};
   if (wide) {
-    grouped_rows_backward(a, grad, pointer<const double>(normaliser.data), pointer<const double>(joint.data),
-                          to, threads);
+    components_rows_backward(a, grad, pointer<const double>(normaliser.data),
+                             pointer<const double>(joint.data), to, threads);
   } else {
-    grouped_rows_backward(a, grad, pointer<const float>(normaliser.data), pointer<const float>(joint.data),
-                          to, threads);
+    components_rows_backward(a, grad, pointer<const float>(normaliser.data), pointer<const float>(joint.data),
+                             to, threads);
   }
 }
 

@@ -1,10 +1,10 @@
 """Reduction of the samples' log-likelihoods to the bound of each row, in Triton.
 
-See :mod:`fastvae.ops.weigh` for the mathematics. A program takes a block of rows with all their samples: one
+See :mod:`fastvae.ops.reduce` for the mathematics. A program takes a block of rows with all their samples: one
 pass for the sums and, if the weights are needed, another for these, out of the caches.
 
-``how`` is the record of the reduction (:class:`fastvae.ops.weigh.Weighing`). Only the plain ones are here,
-the mean and one log-mean-exp; groups, powers and shares run as a few small torch kernels in float64.
+``how`` is the record of the reduction (:class:`fastvae.ops.reduce.BoundReduction`). Only the plain ones are
+here, the mean and one log-mean-exp; groups, powers and shares run as a few small torch kernels in float64.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .common import (
     strides,
     triton_dtype,
 )
-from .importance import finite_shift, next_block, tile
 from .launching import Call, Result, planned
+from .logsumexp import finite_shift, next_block, tile
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def log_weights(
 
 
 @triton.jit(do_not_specialize=["K"])
-def weigh_kernel(
+def reduce_kernel(
     p_log_likelihood,  # [K, B] contiguous
     p_term,  # [K, B], or [B] with no stride along the samples, or None
     p_factor,  # [B] contiguous: the term's factor, or None for 1
@@ -112,7 +112,7 @@ def weigh_kernel(
 
 
 @triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["k_tiles"])
-def weigh_backward_kernel(
+def reduce_backward_kernel(
     p_grad_bound,  # upstream gradient of the bound: [B], or [] with stride 0
     p_grad_mean,  # [B] upstream gradient of the mean log-likelihood, or None
     p_weights,  # [K, B] contiguous, or None for 1 / K
@@ -186,13 +186,13 @@ def _constants(dtype: torch.dtype, sign: float, block_k: int, block_b: int) -> d
 
 
 @planned
-def _weigh(log_likelihood, term, factor, sign, log_mean_exp, terms) -> Call:
+def _reduce(log_likelihood, term, factor, sign, log_mean_exp, terms) -> Call:
     k, b = log_likelihood.shape
     dtype = log_likelihood.dtype
     stride_term = (0, 0) if term is None else strides(term, 2) if term.dim() == 2 else (0, term.stride(0))
     block_k, block_b = tile(k, b)
     return Call(
-        weigh_kernel,
+        reduce_kernel,
         (cdiv(b, block_b),),
         (
             Result((b,), dtype),
@@ -201,11 +201,11 @@ def _weigh(log_likelihood, term, factor, sign, log_mean_exp, terms) -> Call:
         ),
         (k, b, *stride_term),
         {"LOG_MEAN_EXP": log_mean_exp, **_constants(dtype, sign, block_k, block_b)},
-        LAUNCH["importance"].warps(dtype),
+        LAUNCH["logsumexp"].warps(dtype),
     )
 
 
-def weigh(
+def reduce(
     log_likelihood: torch.Tensor,
     term: torch.Tensor | None,
     beta: torch.Tensor | None,
@@ -221,7 +221,7 @@ def weigh(
     log_mean_exp = how.over == "log_mean_exp"
     sign, factor = _factor(beta, how.coefficient, log_likelihood, b)
     if b > 0:
-        bound, mean, weights = _weigh((log_likelihood, term, factor), (sign, log_mean_exp, terms))
+        bound, mean, weights = _reduce((log_likelihood, term, factor), (sign, log_mean_exp, terms))
     else:
         bound, mean = log_likelihood.new_empty(0), log_likelihood.new_empty(0) if terms else None
         weights = log_likelihood.new_empty((k, 0)) if log_mean_exp else None
@@ -236,7 +236,7 @@ def _gradients(grad_bound, grad_mean, weights, factor, k, b, sign, of_mean, term
     block_k, block_b = tile(k, b)
     k_tiles = cdiv(k, block_k)
     return Call(
-        weigh_backward_kernel,
+        reduce_backward_kernel,
         (k_tiles * cdiv(b, block_b),),
         (
             Result((k, b), dtype),
@@ -245,11 +245,11 @@ def _gradients(grad_bound, grad_mean, weights, factor, k, b, sign, of_mean, term
         ),
         (k, b, k_tiles, *(strides(grad_bound, 1) if grad_bound.dim() else (0,)), *strides(grad_mean, 1)),
         {"OF_MEAN": of_mean, **_constants(dtype, sign, block_k, block_b)},
-        LAUNCH["importance"].warps(dtype),
+        LAUNCH["logsumexp"].warps(dtype),
     )
 
 
-def weigh_backward(
+def reduce_backward(
     grad_bound: torch.Tensor | None,
     grad_mean: torch.Tensor | None,
     weights: torch.Tensor | None,

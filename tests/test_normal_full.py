@@ -13,7 +13,7 @@ from torch import distributions as td
 import fastvae
 from fastvae import ops
 from fastvae.distributions import DiagonalNormal
-from fastvae.ops.full import flat_tril
+from fastvae.ops.normal_full import flat_tril
 
 from . import formulas, strategies
 from .compare import assert_accurate

@@ -1,4 +1,4 @@
-// The bound from the decoder's output: ops/weigh.py.
+// The bound from the decoder's output: ops/reduce.py.
 #pragma once
 
 #include <initializer_list>
@@ -14,7 +14,7 @@ namespace fastvae {
 
 // x, the likelihood's parameters, term, beta, and how, with `behind` arguments more behind them.
 template <class Caller>
-struct WeighArguments {
+struct ReduceArguments {
   int likelihood, count = 0;
   GivenOf<Caller> x, parameter[kMostParameters], term;
   Tensor beta;
@@ -22,10 +22,10 @@ struct WeighArguments {
   int wide, term_dtype;
   bool fits = true;  // there is something to sum over, and no dtype in the way
 
-  WeighArguments(int its, Caller& from, int behind, const Contract& contract) : likelihood(its) {
+  ReduceArguments(int its, Caller& from, int behind, const Contract& contract) : likelihood(its) {
     const int outputs = from.left() - 3 - Caller::kHow - behind;
     if (outputs < 1 || outputs > kMostParameters)
-      throw std::runtime_error("fastvae._C: weigh takes one to three parameters");
+      throw std::runtime_error("fastvae._C: reduce takes one to three parameters");
     x = from.given();
     wide = x.wide();
     for (; count < outputs; ++count) {
@@ -63,7 +63,7 @@ struct WeighArguments {
     if (x.n0 > 0 && all / x.n0 % how.groups != 0)
       contract.refuse("the first parameter", parameter[0], "whole groups of samples");
   }
-  Weighing weighing(int threads) const {
+  BoundReduction reduction(int threads) const {
     const Tensor outputs[kMostParameters] = {parameter[0], parameter[1], parameter[2]};
     return {likelihood, x, count, outputs, term, beta, how, threads};
   }
@@ -71,22 +71,22 @@ struct WeighArguments {
 
 // x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. Where there is nothing to sum
 // over, or x lies where it cannot, `otherwise` is called with them.
-struct Weigh {
-  static constexpr const char* kName = "weigh";
+struct Reduce {
+  static constexpr const char* kName = "reduce";
   static constexpr bool kEmptyForNone = true;
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
-    static const auto kernel = FASTVAE_PICK(weigh);
+    static const auto kernel = FASTVAE_PICK(reduce);
     const int likelihood = from.likelihood();
     from.read_otherwise();
-    const WeighArguments<Caller> a(likelihood, from, 1, {kName, kLikelihoods[likelihood]});
+    const ReduceArguments<Caller> a(likelihood, from, 1, {kName, kLikelihoods[likelihood]});
     if (!a.fits) return from.otherwise();
-    const Weighing w = a.weighing(from.threads());
+    const BoundReduction w = a.reduction(from.threads());
     MadeOf<Caller> bound = w.scale == 0 ? make(a.x, {a.x.n0}, a.wide) : make(a.x, {}, a.wide), log_likelihood,
                    weights;
     if (from.flag()) log_likelihood = make(a.x, {a.x.n0}, a.wide);
     if (w.log_mean_exp) weights = make(a.x, {w.rows.samples, w.rows.rows}, a.wide);
-    if (!from.run(kernel, w, w.wide(), WeighingResults{bound, log_likelihood, weights}))
+    if (!from.run(kernel, w, w.wide(), ReductionResults{bound, log_likelihood, weights}))
       return from.otherwise();
     return from.results({std::move(bound), std::move(log_likelihood), std::move(weights)});
   }
@@ -94,20 +94,20 @@ struct Weigh {
 
 // What arrives at the bound and at the mean log-likelihood, weights, x, parameters, term, beta, how, need ->
 // gradients of x, parameters, term.
-struct WeighBackward {
-  static constexpr const char* kName = "weigh_backward";
+struct ReduceBackward {
+  static constexpr const char* kName = "reduce_backward";
   static constexpr bool kEmptyForNone = false;
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
-    static const auto kernel = FASTVAE_PICK(weigh_backward);
+    static const auto kernel = FASTVAE_PICK(reduce_backward);
     const int likelihood = from.likelihood();
     from.read_otherwise();
     const Tensor bound = from.tensor(), log_likelihood = from.tensor(), weights_tensor = from.tensor();
     const Output weights{weights_tensor.data};
     const Contract contract{kName, kLikelihoods[likelihood]};
-    const WeighArguments<Caller> a(likelihood, from, 1, contract);
+    const ReduceArguments<Caller> a(likelihood, from, 1, contract);
     if (!a.fits) return from.otherwise();
-    const Weighing w = a.weighing(from.threads());
+    const BoundReduction w = a.reduction(from.threads());
     if (bound.given) {
       w.scale == 0 ? contract.expect("grad_bound", bound, a.wide, {a.x.n0})
                    : contract.expect("grad_bound", bound, a.wide, {});
@@ -129,7 +129,7 @@ struct WeighBackward {
     if (need[a.count + 1]) to_term = make_like(a.term, a.wide);
     address parameters[kMostParameters] = {};
     for (int j = 0; j < a.count; ++j) parameters[j] = to[j + 1];
-    from.run(kernel, w, w.wide(), WeighingGradients{bound, log_likelihood, weights},
+    from.run(kernel, w, w.wide(), ReductionGradients{bound, log_likelihood, weights},
              RowGradients{{}, to[0], {parameters[0], parameters[1], parameters[2]}}, to_term);
     for (int j = 0; j < a.count; ++j) to[j + 1].convert(a.parameter[j].dtype);
     to_term.convert(a.term_dtype);

@@ -1,15 +1,15 @@
 // The bound of a batch: log p(x|z) of every row plus the term of q and p, reduced over samples and over the
-// batch; and the gradients. See fastvae/ops/weigh.py for the mathematics.
+// batch; and the gradients. See fastvae/ops/reduce.py for the mathematics.
 
-#if defined(FASTVAE_WEIGH_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_WEIGH_HPP
-#undef FASTVAE_WEIGH_HPP
+#if defined(FASTVAE_REDUCE_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_REDUCE_HPP
+#undef FASTVAE_REDUCE_HPP
 #else
-#define FASTVAE_WEIGH_HPP
+#define FASTVAE_REDUCE_HPP
 #endif
 
 #include "common.hpp"
-#include "importance.hpp"
+#include "logsumexp.hpp"
 #include "likelihood.hpp"
 #include "tiles.hpp"
 
@@ -29,7 +29,7 @@ struct Factor {
   const Storage<C>* storage;
   Tensor beta;
 
-  explicit Factor(const Weighing& w)
+  explicit Factor(const BoundReduction& w)
       : coefficient(w.coefficient), storage(&fastvae::FASTVAE_ISA::storage<C>(w.beta.dtype)), beta(w.beta) {}
   double operator()(i64 b) const {
     if (!beta.data) return coefficient;
@@ -54,7 +54,7 @@ void mean_over_samples(i64 samples, i64 first, int n, const C* p, i64 s0, i64 s1
 // averaged, and a share of the mean of the log weights; and the derivatives by the log weights, which are the
 // weights. Computed in type W where the power makes differences small.
 template <class W, class C>
-void bounds_of_groups(const Weighing& w, const W* scaled, const C* log_w, C* bound, C* weights) {
+void bounds_of_groups(const BoundReduction& w, const W* scaled, const C* log_w, C* bound, C* weights) {
   const i64 samples = w.rows.samples, rows = w.rows.rows, groups = w.how.groups, size = samples / groups;
   const double power = 1 - w.how.alpha, share = w.how.share;
   const Scratch<W> room(3 * rows), weight(size * rows);
@@ -85,7 +85,7 @@ void bounds_of_groups(const Weighing& w, const W* scaled, const C* log_w, C* bou
 // The bound of each row, and the mean of its log-likelihoods if requested. `log_w` contains the
 // log-likelihoods (K, B), and is overwritten with the log weights where those are needed.
 template <class C>
-void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C* weights) {
+void bounds_of_rows(const BoundReduction& w, C* log_w, C* bound, C* log_likelihood, C* weights) {
   const i64 samples = w.rows.samples, rows = w.rows.rows;
   const C* term = pointer<const C>(w.term.data);
   const Factor<C> factor(w);
@@ -133,7 +133,7 @@ void bounds_of_rows(const Weighing& w, C* log_w, C* bound, C* log_likelihood, C*
 }
 
 template <class C>
-bool weigh_rows(const Weighing& w, const WeighingResults& to) {
+bool reduce_samples(const BoundReduction& w, const ReductionResults& to) {
   const i64 rows = w.rows.rows;
   const Scratch<C> log_w(w.rows.samples * rows);
   const bool in_range = reduce_rows(w.rows, log_w.data);
@@ -151,8 +151,8 @@ bool weigh_rows(const Weighing& w, const WeighingResults& to) {
 }
 
 template <class C>
-void weigh_rows_backward(const Weighing& w, const WeighingGradients& from, const RowGradients& to,
-                         address out_term) {
+void reduce_samples_backward(const BoundReduction& w, const ReductionGradients& from, const RowGradients& to,
+                             address out_term) {
   const i64 samples = w.rows.samples, rows = w.rows.rows;
   const C tiny = smallest_normal(C{});
   const Factor<C> factor(w);
@@ -193,13 +193,13 @@ void weigh_rows_backward(const Weighing& w, const WeighingGradients& from, const
   reduce_rows_backward<C>(w.rows, gradients);
 }
 
-inline bool weigh(const Weighing& w, bool wide, const WeighingResults& to) {
-  return wide ? weigh_rows<double>(w, to) : weigh_rows<float>(w, to);
+inline bool reduce(const BoundReduction& w, bool wide, const ReductionResults& to) {
+  return wide ? reduce_samples<double>(w, to) : reduce_samples<float>(w, to);
 }
-inline void weigh_backward(const Weighing& w, bool wide, const WeighingGradients& from,
-                           const RowGradients& to, address out_term) {
-  wide ? weigh_rows_backward<double>(w, from, to, out_term)
-       : weigh_rows_backward<float>(w, from, to, out_term);
+inline void reduce_backward(const BoundReduction& w, bool wide, const ReductionGradients& from,
+                            const RowGradients& to, address out_term) {
+  wide ? reduce_samples_backward<double>(w, from, to, out_term)
+       : reduce_samples_backward<float>(w, from, to, out_term);
 }
 
 }  // namespace FASTVAE_ISA

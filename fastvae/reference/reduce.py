@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..core.reductions import power_mean, times, without_denormals
-from .importance import log_mean_exp, log_mean_exp_backward
+from .logsumexp import log_mean_exp, log_mean_exp_backward
 
 
-def weigh(
+def reduce(
     log_likelihood: Tensor,
     term: Tensor | None,
     beta: Tensor | None,
@@ -44,7 +44,7 @@ def weigh(
     return _reduce(bound, how.reduction), mean if terms else None, weights
 
 
-def weigh_backward(
+def reduce_backward(
     grad_bound: Tensor | None,
     grad_mean: Tensor | None,
     weights: Tensor | None,

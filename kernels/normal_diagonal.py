@@ -1,8 +1,8 @@
 """Reparameterised sampling with analytic KL or with log p(z) - log q(z|x), in Triton.
 
-See :mod:`fastvae.ops.latent` for the mathematics. A tile is [BLOCK_K, BLOCK_B, BLOCK_D]: samples, rows,
-columns. A program keeps a block of rows and loops over its samples, so that quantities of the row alone are
-read and computed once. Rows longer than a tile, and samples where there are few rows, are split over
+See :mod:`fastvae.ops.normal_diagonal` for the mathematics. A tile is [BLOCK_K, BLOCK_B, BLOCK_D]: samples,
+rows, columns. A program keeps a block of rows and loops over its samples, so that quantities of the row alone
+are read and computed once. Rows longer than a tile, and samples where there are few rows, are split over
 programs, each of which writes its part of the sums. The noise never leaves the registers.
 
 ``draw`` is the record of a draw's settings: samples, sample_offset, row_offset, logvar_min, logvar_max, and
@@ -687,7 +687,7 @@ def latent_tiles(
 @planned
 def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, form, per_dimension) -> Call:
     b, d = mu.shape
-    dtype, launching = accumulator(mu), LAUNCH["latent"]
+    dtype, launching = accumulator(mu), LAUNCH["normal_diagonal"]
     tiles = latent_tiles(samples, b, d, launching.tile, loop_d=True)
     kl = Result((b, d), dtype) if per_dimension else Result((b,), dtype, tiles.d_splits)
     return Call(
@@ -723,7 +723,7 @@ def rsample_kl(
 @planned
 def _draw_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, form) -> Call:
     b, d = mu.shape
-    dtype, launching = accumulator(mu), LAUNCH["latent"]
+    dtype, launching = accumulator(mu), LAUNCH["normal_diagonal"]
     tiles = latent_tiles(samples, b, d, launching.tile)
     return Call(
         rsample_log_ratio_kernel,

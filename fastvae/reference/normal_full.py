@@ -1,6 +1,6 @@
 """Reparameterised sampling of a Gaussian with a full covariance, in plain PyTorch.
 
-:mod:`fastvae.ops.full` gives the mathematics. ``draw`` is the record of a draw's parameters: samples,
+:mod:`fastvae.ops.normal_full` gives the mathematics. ``draw`` is the record of a draw's parameters: samples,
 sample_offset, row_offset.
 """
 

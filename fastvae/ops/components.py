@@ -26,17 +26,17 @@ from ._contract import Contract
 from .likelihood import result_dtype
 from .op import Op
 
-# For fewer positions the SIMD lanes of a CPU would be partly empty. As in csrc/calls/grouped.hpp.
+# For fewer positions the SIMD lanes of a CPU would be partly empty. As in csrc/calls/components.hpp.
 FEWEST_POSITIONS = 8
 
 
-class _Grouped(Op):
+class _Components(Op):
     """Op for log p [N], and both log-sums [N, P].
 
     It takes x [B, E, P], logits [N, C, P] and the components' parameters [N, C E, P].
     """
 
-    module = "grouped"
+    module = "components"
     shown = 1
 
     def __init__(self, name: str, parameters: tuple[str, ...], optional: tuple[str, ...] = ()):
@@ -45,8 +45,8 @@ class _Grouped(Op):
         self.parameters = len(parameters) + len(optional)
         inputs = ", ".join([f"Tensor {p}" for p in parameters] + [f"Tensor? {p}" for p in optional])
         self.schema = f"(Tensor x, {inputs}, float setting) -> (Tensor, Tensor, Tensor)"
-        self.gradient = _GroupedBackward(name, self.parameters, inputs)
-        self.native = functools.partial(_backend.native("grouped_log_prob"), self._not_native)
+        self.gradient = _ComponentsBackward(name, self.parameters, inputs)
+        self.native = functools.partial(_backend.native("components_log_prob"), self._not_native)
         super().__init__()
 
     def _not_native(self, x, *rest):
@@ -81,10 +81,10 @@ class _Grouped(Op):
         return *run(grad, *ctx.saved_tensors, ctx.setting, [False, *need]), None
 
 
-class _GroupedBackward(Op):
+class _ComponentsBackward(Op):
     """Op for the gradients of (x, *parameters), None where not needed."""
 
-    module = "grouped"
+    module = "components"
 
     def __init__(self, name: str, parameters: int, inputs: str):
         self.likelihood, self.parameters = name, parameters
@@ -95,7 +95,7 @@ class _GroupedBackward(Op):
             f"bool[{1 + parameters}] need) -> ({results})"
         )
         self.native = functools.partial(
-            _backend.native("grouped_log_prob_backward"), self.composed("reference")
+            _backend.native("components_log_prob_backward"), self.composed("reference")
         )
         super().__init__()
 
@@ -143,8 +143,8 @@ def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor | N
             contract.refuse(name, p, "None, where x has not three channels")
 
 
-_categorical = _Grouped("categorical", ("logits",))
-_mixture = _Grouped("discretized_logistic_mixture", ("logits", "location", "log_scale"), ("coefficients",))
+_categorical = _Components("categorical", ("logits",))
+_mixture = _Components("discretized_logistic_mixture", ("logits", "location", "log_scale"), ("coefficients",))
 
 
 def refuse_classes(x: Tensor, classes: int, ignore_index: float) -> None:

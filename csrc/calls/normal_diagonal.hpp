@@ -1,4 +1,4 @@
-// Draws of a diagonal normal: ops/latent.py.
+// Draws of a diagonal normal: ops/normal_diagonal.py.
 #pragma once
 
 #include <cstring>
@@ -11,12 +11,12 @@
 namespace fastvae {
 
 template <class Caller>
-struct LatentArguments {
+struct DiagonalArguments {
   GivenOf<Caller> mu;
   Tensor logvar, prior_mu, prior_logvar, seed_tensor;
   Draw draw;
   Output seed;
-  LatentArguments(Caller& from, const Contract& contract)
+  DiagonalArguments(Caller& from, const Contract& contract)
       : mu(from.given()), logvar(from.tensor()), prior_mu(from.tensor()), prior_logvar(from.tensor()),
         seed_tensor(from.tensor()), draw(from.draw()), seed{seed_tensor.data} {
     contract.expect("mu", mu, kFloating, {-1, -1});
@@ -39,9 +39,9 @@ struct LatentArguments {
 
 // Gradients of q and p.
 template <class Caller>
-struct LatentGradients {
+struct DiagonalGradients {
   MadeOf<Caller> made[4];
-  LatentGradients(const GivenOf<Caller>& like, const Need& need) {
+  DiagonalGradients(const GivenOf<Caller>& like, const Need& need) {
     for (int i = 0; i < 4; ++i) {
       if (need[i]) made[i] = make_like(like, like.dtype);
     }
@@ -54,7 +54,7 @@ struct RsampleKl {
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(rsample_kl);
-    const LatentArguments<Caller> q(from, {kName});
+    const DiagonalArguments<Caller> q(from, {kName});
     const bool per_dimension = from.flag(), keep_slope = from.flag();
     const int wide = q.mu.wide();
     MadeOf<Caller> z = q.make_z(q.mu.dtype),
@@ -77,13 +77,13 @@ struct RsampleKlBackward {
     from.read_otherwise();
     const Tensor grad_z = from.tensor(), grad_kl = from.tensor(), slope = from.tensor();
     const Contract contract{kName};
-    const LatentArguments<Caller> q(from, contract);
+    const DiagonalArguments<Caller> q(from, contract);
     const int wide = q.mu.wide();
     q.expect_like_z(contract, "grad_z", grad_z, q.mu.dtype);
     q.expect_like_z(contract, "slope", slope, wide);
     if (grad_kl.given) contract.expect_either("grad_kl", grad_kl, wide, {q.mu.n0}, {q.mu.n0, q.mu.n1});
     if (!slope.data && q.mu.size()) return from.otherwise();
-    LatentGradients<Caller> to(q.mu, from.need());
+    DiagonalGradients<Caller> to(q.mu, from.need());
     from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_kl, slope, q.mu, q.logvar,
              q.prior_mu, q.prior_logvar, q.draw, from.threads());
     return from.results(std::move(to.made));
@@ -96,7 +96,7 @@ struct RsampleLogRatio {
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
     static const auto kernel = FASTVAE_PICK(rsample_log_ratio);
-    const LatentArguments<Caller> q(from, {kName});
+    const DiagonalArguments<Caller> q(from, {kName});
     from.skip();
     from.skip();
     from.skip();  // the estimator, its alpha and groups, which are the gradient's
@@ -125,7 +125,7 @@ struct RsampleLogRatioBackward {
     const Tensor grad_z = from.tensor(), grad_log_ratio = from.tensor(), weight = from.tensor(),
                  slope = from.tensor();
     const Contract contract{kName};
-    const LatentArguments<Caller> q(from, contract);
+    const DiagonalArguments<Caller> q(from, contract);
     const int wide = q.mu.wide();
     q.expect_like_z(contract, "grad_z", grad_z, q.mu.dtype);
     q.expect_like_z(contract, "slope", slope, wide);
@@ -134,7 +134,7 @@ struct RsampleLogRatioBackward {
     if (weight.given) contract.expect("weight", weight, wide, {q.draw.samples, q.mu.n0});
     if (!slope.data && q.mu.size()) return from.otherwise();
     const bool path = from.flag();
-    LatentGradients<Caller> to(q.mu, from.need());
+    DiagonalGradients<Caller> to(q.mu, from.need());
     from.run(kernel, to.made[0], to.made[1], to.made[2], to.made[3], grad_z, grad_log_ratio, weight, slope,
              q.mu, q.logvar, q.prior_mu, q.prior_logvar, q.draw, from.threads(), path);
     return from.results(std::move(to.made));

@@ -1,4 +1,4 @@
-// Likelihoods with a component axis: ops/grouped.py.
+// Likelihoods with a component axis: ops/components.py.
 #pragma once
 
 #include <stdexcept>
@@ -11,7 +11,7 @@
 
 namespace fastvae {
 
-// For fewer positions the SIMD lanes would be partly empty. As in ops/grouped.py.
+// For fewer positions the SIMD lanes would be partly empty. As in ops/components.py.
 constexpr i64 kFewestPositions = 8;
 
 // x (B, E, P), logits (N, C, P), and for components that are not classes location and log_scale (N, C E, P)
@@ -19,14 +19,14 @@ constexpr i64 kFewestPositions = 8;
 // whether the C++ computes it: `otherwise` does for nothing to sum, classes of few positions, or many
 // channels.
 template <class Caller>
-struct GroupedArguments {
+struct ComponentsArguments {
   static constexpr int kMost = 4;
   GivenOf<Caller> x, parameter[kMost];
   int count = 0, wide;
   double setting;
   bool fits;
 
-  GroupedArguments(Caller& from, int behind, const Contract& contract) : x(from.given()), wide(x.wide()) {
+  ComponentsArguments(Caller& from, int behind, const Contract& contract) : x(from.given()), wide(x.wide()) {
     const int given = from.left() - 1 - behind;
     if (given != 1 && given != kMost)
       throw std::runtime_error("fastvae._C: " + std::string(contract.op) + " takes one parameter or four");
@@ -55,14 +55,14 @@ struct GroupedArguments {
 
 // x, parameters, setting -> log-likelihoods, and for each position the log-sums over the logits and over the
 // components. `otherwise` is called if the arguments do not fit, or x does not hold classes.
-struct GroupedLogProb {
-  static constexpr const char* kName = "grouped_log_prob";
+struct ComponentsLogProb {
+  static constexpr const char* kName = "components_log_prob";
   static constexpr bool kEmptyForNone = true;
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
-    static const auto kernel = FASTVAE_PICK(grouped_log_prob);
+    static const auto kernel = FASTVAE_PICK(components_log_prob);
     from.read_otherwise();
-    const GroupedArguments<Caller> a(from, 0, {kName});
+    const ComponentsArguments<Caller> a(from, 0, {kName});
     if (!a.fits) return from.otherwise();
     const GivenOf<Caller>& logits = a.parameter[0];
     const auto per_position = [&] { return make(logits, {logits.n0, logits.n2}, a.wide); };
@@ -77,23 +77,23 @@ struct GroupedLogProb {
 
 // The upstream gradient, both log-sums, x, parameters, setting, need -> gradients of x, which has none, and
 // of the parameters.
-struct GroupedLogProbBackward {
-  static constexpr const char* kName = "grouped_log_prob_backward";
+struct ComponentsLogProbBackward {
+  static constexpr const char* kName = "components_log_prob_backward";
   static constexpr bool kEmptyForNone = false;
   template <class Caller>
   static ResultsOf<Caller> call(Caller& from) {
-    static const auto kernel = FASTVAE_PICK(grouped_log_prob_backward);
+    static const auto kernel = FASTVAE_PICK(components_log_prob_backward);
     from.read_otherwise();
     const Tensor grad = from.tensor(), normaliser = from.tensor(), joint = from.tensor();
     const Contract contract{kName};
-    const GroupedArguments<Caller> a(from, 1, contract);
+    const ComponentsArguments<Caller> a(from, 1, contract);
     if (!a.fits) return from.otherwise();
     const GivenOf<Caller>& logits = a.parameter[0];
     contract.expect("grad", grad, a.wide, {logits.n0});
     contract.expect("normaliser", normaliser, a.wide, {logits.n0, logits.n2}, true);
     contract.expect("joint", joint, a.wide, {logits.n0, logits.n2}, true);
     const Need need = from.need();
-    MadeOf<Caller> to[GroupedArguments<Caller>::kMost + 1];
+    MadeOf<Caller> to[ComponentsArguments<Caller>::kMost + 1];
     bool any = false;
     for (int j = 0; j < a.count; ++j) {
       if (!need[j + 1] || !a.parameter[j].given) continue;

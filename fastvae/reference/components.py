@@ -1,4 +1,4 @@
-"""Likelihoods over a component axis, in plain PyTorch; :mod:`fastvae.ops.grouped` gives the mathematics."""
+"""Likelihoods over a component axis in plain PyTorch; the mathematics is in :mod:`fastvae.ops.components`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 // Reparameterised sampling with the KL or with log p(z) - log q(z|x), forward and backward. See
-// fastvae/ops/latent.py for the mathematics; names and arguments are those of fastvae/reference/latent.py.
+// fastvae/ops/normal_diagonal.py for the mathematics; names and arguments are those of
+// fastvae/reference/normal_diagonal.py.
 
-#if defined(FASTVAE_LATENT_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LATENT_HPP
-#undef FASTVAE_LATENT_HPP
+#if defined(FASTVAE_NORMAL_DIAGONAL_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_NORMAL_DIAGONAL_HPP
+#undef FASTVAE_NORMAL_DIAGONAL_HPP
 #else
-#define FASTVAE_LATENT_HPP
+#define FASTVAE_NORMAL_DIAGONAL_HPP
 #endif
 
 #include "common.hpp"
@@ -20,7 +21,7 @@ namespace FASTVAE_ISA {
 constexpr i64 kSamplesPerUnit = 16;
 
 template <class T>
-struct Latent {
+struct Diagonal {
   using Storage = T;
   View<const T> mu, logvar, prior_mu, prior_logvar;  // (B, D)
   std::uint64_t seed;
@@ -113,7 +114,7 @@ struct LatentTile {
   C mu[kTile] = {}, logvar[kTile] = {}, clamped[kTile], half_sigma[kTile], chain[kChain ? kTile : 1];
   C prior_mu[kTile] = {}, prior_logvar[kTile] = {}, inverse_s[kTile];
 
-  LatentArrays<C> read(const Latent<T>& a, i64 row, i64 column, const Tile& t) {
+  LatentArrays<C> read(const Diagonal<T>& a, i64 row, i64 column, const Tile& t) {
     const int n = t.size();
     LatentArrays<C> q{};
     q.mu = load(mu, a.mu.at(row, column), a.mu.s0, a.mu.s1, t);
@@ -195,14 +196,14 @@ FASTVAE_LOOP double sum_log_variances(int n, const C* __restrict logvar, const C
 // Results of a forward pass: z [K, B, D]; if stored, the derivative of z by logvar [K, B, D]; and kl [B] (or
 // [B, D] with per_dimension), or log_ratio [K, B].
 template <class T>
-struct LatentResults {
+struct DiagonalResults {
   T* z;
   compute_t<T>*slope, *kl, *log_ratio;
   bool per_dimension;
 };
 
 template <bool kPrior, class T>
-void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
+void diagonal_forward(const Diagonal<T>& a, const DiagonalResults<T>& to) {
   using C = compute_t<T>;
   const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
   const i64 chunks = (a.samples + kSamplesPerUnit - 1) / kSamplesPerUnit;
@@ -273,7 +274,7 @@ void latent_forward(const Latent<T>& a, const LatentResults<T>& to) {
 // Upstream gradients: of z (K, B, D), of kl (B, D) with strides, or of log_ratio (K, B); and the weights of
 // DReG (K, B).
 template <class T>
-struct LatentGrads {
+struct DiagonalGrads {
   View<const T> z;
   View<const compute_t<T>> slope, kl, log_ratio, weight;
   bool path;
@@ -415,7 +416,7 @@ inline void spread(C* out, const Tile& t, F value) {
 }
 
 template <bool kPrior, class T>
-void latent_backward(const Latent<T>& a, const LatentGrads<T>& g) {
+void diagonal_backward(const Diagonal<T>& a, const DiagonalGrads<T>& g) {
   using C = compute_t<T>;
   const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
   parallel(a.threads, tiles, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
@@ -522,21 +523,21 @@ struct LatentArguments {
     for_dtype(mu.dtype, [&](auto t) {
       using T = decltype(t);
       using C = compute_t<T>;
-      const Latent<T> a{view<const T>(mu),
-                        view<const T>(logvar),
-                        view<const T>(prior_mu),
-                        view<const T>(prior_logvar),
-                        seed ? *pointer<const std::uint64_t>(seed) : 0,
-                        draw.samples,
-                        mu.n0,
-                        mu.n1,
-                        draw.sample_offset,
-                        draw.row_offset,
-                        static_cast<C>(draw.logvar_min),
-                        static_cast<C>(draw.logvar_max),
-                        draw.scale,
-                        static_cast<C>(draw.floor),
-                        threads};
+      const Diagonal<T> a{view<const T>(mu),
+                          view<const T>(logvar),
+                          view<const T>(prior_mu),
+                          view<const T>(prior_logvar),
+                          seed ? *pointer<const std::uint64_t>(seed) : 0,
+                          draw.samples,
+                          mu.n0,
+                          mu.n1,
+                          draw.sample_offset,
+                          draw.row_offset,
+                          static_cast<C>(draw.logvar_min),
+                          static_cast<C>(draw.logvar_max),
+                          draw.scale,
+                          static_cast<C>(draw.floor),
+                          threads};
       a.with_prior() ? f(Yes{}, a) : f(No{}, a);
     });
   }
@@ -549,8 +550,8 @@ inline void rsample_kl(Output z, Output slope, Output kl, const Tensor& mu, cons
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads, seed}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_forward<decltype(prior)::value>(
-        q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension});
+    diagonal_forward<decltype(prior)::value>(
+        q, DiagonalResults<T>{pointer<T>(z), pointer<C>(slope), pointer<C>(kl), nullptr, per_dimension});
   });
 }
 
@@ -561,8 +562,8 @@ inline void rsample_log_ratio(Output z, Output slope, Output log_ratio, const Te
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads, seed}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_forward<decltype(prior)::value>(
-        q, LatentResults<T>{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false});
+    diagonal_forward<decltype(prior)::value>(
+        q, DiagonalResults<T>{pointer<T>(z), pointer<C>(slope), nullptr, pointer<C>(log_ratio), false});
   });
 }
 
@@ -577,16 +578,16 @@ inline void rsample_kl_backward(Output out_mu, Output out_logvar, Output out_pri
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_backward<decltype(prior)::value>(q, LatentGrads<T>{view<const T>(grad_z.stacked(draw.samples)),
-                                                              view<const C>(slope.stacked(draw.samples)),
-                                                              view<const C>(grad_kl),
-                                                              {},
-                                                              {},
-                                                              false,
-                                                              pointer<T>(out_mu),
-                                                              pointer<T>(out_logvar),
-                                                              pointer<T>(out_prior_mu),
-                                                              pointer<T>(out_prior_logvar)});
+    diagonal_backward<decltype(prior)::value>(q, DiagonalGrads<T>{view<const T>(grad_z.stacked(draw.samples)),
+                                                                  view<const C>(slope.stacked(draw.samples)),
+                                                                  view<const C>(grad_kl),
+                                                                  {},
+                                                                  {},
+                                                                  false,
+                                                                  pointer<T>(out_mu),
+                                                                  pointer<T>(out_logvar),
+                                                                  pointer<T>(out_prior_mu),
+                                                                  pointer<T>(out_prior_logvar)});
   });
 }
 
@@ -600,16 +601,16 @@ inline void rsample_log_ratio_backward(Output out_mu, Output out_logvar, Output 
   LatentArguments{mu, logvar, prior_mu, prior_logvar, draw, threads}.call([&](auto prior, auto& q) {
     using T = typename std::decay_t<decltype(q)>::Storage;
     using C = compute_t<T>;
-    latent_backward<decltype(prior)::value>(q, LatentGrads<T>{view<const T>(grad_z.stacked(draw.samples)),
-                                                              view<const C>(slope.stacked(draw.samples)),
-                                                              {},
-                                                              view<const C>(grad_log_ratio),
-                                                              view<const C>(weight),
-                                                              path,
-                                                              pointer<T>(out_mu),
-                                                              pointer<T>(out_logvar),
-                                                              pointer<T>(out_prior_mu),
-                                                              pointer<T>(out_prior_logvar)});
+    diagonal_backward<decltype(prior)::value>(q, DiagonalGrads<T>{view<const T>(grad_z.stacked(draw.samples)),
+                                                                  view<const C>(slope.stacked(draw.samples)),
+                                                                  {},
+                                                                  view<const C>(grad_log_ratio),
+                                                                  view<const C>(weight),
+                                                                  path,
+                                                                  pointer<T>(out_mu),
+                                                                  pointer<T>(out_logvar),
+                                                                  pointer<T>(out_prior_mu),
+                                                                  pointer<T>(out_prior_logvar)});
   });
 }
 

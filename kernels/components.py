@@ -1,4 +1,4 @@
-"""Likelihoods over a component axis, in Triton. See :mod:`fastvae.ops.grouped` for the mathematics.
+"""Likelihoods over a component axis, in Triton. See :mod:`fastvae.ops.components` for the mathematics.
 
 A program takes a block of rows and positions and loops over the components with running maxima and sums, so
 nothing with the component axis is kept.
@@ -130,7 +130,7 @@ def coupled(
 
 
 @triton.jit(do_not_specialize=["B", "N"])
-def grouped_kernel(
+def components_kernel(
     p_x,  # [B, E, P] data, of any type
     p_a,  # [N, C, P] logits
     p_location,  # [N, C E, P], or None for classes
@@ -207,7 +207,7 @@ def grouped_kernel(
 
 
 @triton.jit(do_not_specialize=["B", "N"])
-def grouped_backward_kernel(
+def components_backward_kernel(
     p_grad,  # [N]
     p_normaliser,  # [N, P]
     p_joint,  # [N, P]
@@ -320,7 +320,7 @@ def _launch(
 ) -> tuple[tuple[int, int], dict[str, int], int]:
     """Return the grid, a program's rows and positions, and its warps."""
     rows, _, positions = logits.shape
-    launching = LAUNCH["likelihood_backward" if classes else "grouped"]
+    launching = LAUNCH["likelihood_backward" if classes else "components"]
     block = min(power_of_two(positions), launching.tile)
     block_n = min(power_of_two(rows), launching.tile // block)
     grid = cdiv(rows, block_n), cdiv(positions, block)
@@ -342,7 +342,7 @@ def _forward(x, logits, location, log_scale, coefficients, setting) -> Call:
     dtype = accumulator(x, *(p for p in parameters if p is not None))
     grid, blocks, warps = _launch(logits, location is None, dtype)
     return Call(
-        grouped_kernel,
+        components_kernel,
         grid,
         (Result((rows,), dtype, grid[1]), Result((rows, positions), dtype), Result((rows, positions), dtype)),
         (x.shape[0], rows, groups, positions, *_numbers(x, parameters)),
@@ -358,7 +358,7 @@ def _backward(grad, normaliser, joint, x, logits, location, log_scale, coefficie
     grid, blocks, warps = _launch(logits, location is None, dtype)
     needed = [*need, *[False] * (4 - len(need))]
     return Call(
-        grouped_backward_kernel,
+        components_backward_kernel,
         grid,
         tuple(
             Result(tuple(p.shape), p.dtype) if n and p is not None else None

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import fastvae
 from fastvae import ops
 from fastvae.likelihoods import Bernoulli, Gaussian
-from fastvae.ops.weigh import Weighing
-from fastvae.ops.weigh import weigh as fused
+from fastvae.ops.reduce import BoundReduction
+from fastvae.ops.reduce import reduce as fused
 
 from . import cases as registered
 from . import formulas, strategies
@@ -22,9 +22,9 @@ from .conftest import DEVICE
 from .models import rand, randn
 
 
-def weigh(likelihood, x, parameters, term=None, *, beta=None, terms=False, **how):
+def reduce(likelihood, x, parameters, term=None, *, beta=None, terms=False, **how):
     how = {"coefficient": 1.0, "over": "mean", "reduction": "none"} | how
-    return fused(likelihood, x, parameters, term, beta, Weighing(**how), terms)
+    return fused(likelihood, x, parameters, term, beta, BoundReduction(**how), terms)
 
 
 SIZES = strategies.distinct_sizes(3, elements=8000)
@@ -83,7 +83,7 @@ def _leaves(case):
 def _run(case):
     (x, *parameters), term = _leaves(case)
     coefficient, over, reduction = case["how"]
-    bound, mean = weigh(
+    bound, mean = reduce(
         case["likelihood"], x, tuple(parameters), term, beta=case["beta"], coefficient=coefficient, over=over,
         reduction=reduction, terms=case["terms"],
     )  # fmt: skip
@@ -105,7 +105,7 @@ def results(case):
     spread = [first] + [
         p.unflatten(0, (-1, batch)) if p.dim() == 2 else p.reshape(1, 1, -1) for p in parameters[1:]
     ]
-    values, grads = formulas.weigh(
+    values, grads = formulas.reduce(
         case["likelihood"],
         x,
         spread,
@@ -129,7 +129,7 @@ def results(case):
 
 
 @given(case=cases())
-def test_weigh(backend, case):
+def test_reduce(backend, case):
     for result in results(case):
         assert_accurate(*result)
 
@@ -144,7 +144,7 @@ def test_it_is_what_the_ops_give(backend, likelihood, over):
     leaves = [randn(k * b, size, seed=3 + i).requires_grad_() for i in range(number)] + [
         log_ratio.requires_grad_()
     ]
-    bound, _ = weigh(likelihood, x, tuple(leaves[:-1]), leaves[-1], over=over, reduction="mean")
+    bound, _ = reduce(likelihood, x, tuple(leaves[:-1]), leaves[-1], over=over, reduction="mean")
     log_prob = getattr(ops, f"{likelihood}_log_prob")
     log_w = log_prob(x, *(p.unflatten(0, (k, b)) for p in leaves[:-1])) + leaves[-1]
     expected = (ops.log_mean_exp(log_w) if over == "log_mean_exp" else log_w.mean(0)).mean()
@@ -178,7 +178,7 @@ def test_a_term_that_leaves_no_weight(backend):
     """A row's term of minus infinity gives that bound, and zero gradients."""
     x, logits = rand(2, 3, seed=1), randn(4 * 2, 3, seed=2).requires_grad_()
     term = torch.tensor([-math.inf, 0.5], device=DEVICE, requires_grad=True)
-    bound, _ = weigh("bernoulli", x, (logits,), term, over="log_mean_exp")
+    bound, _ = reduce("bernoulli", x, (logits,), term, over="log_mean_exp")
     grad_logits, grad_term = torch.autograd.grad(bound.sum(), (logits, term))
     assert bound[0] == -math.inf and not grad_logits.view(4, 2, 3)[:, 0].any()
     torch.testing.assert_close(grad_term, torch.tensor([0.0, 1.0], device=DEVICE))
@@ -192,7 +192,7 @@ def test_more_samples_than_a_tile(backend, order):
     ratio = (ratio if order == "rising" else ratio.flip(0)) - 100 * torch.arange(b, device=DEVICE)
     x, logits = torch.ones(b, 1, device=DEVICE), torch.zeros(k * b, 1, device=DEVICE)
     narrow = ratio.float().requires_grad_()
-    bound, mean = weigh("bernoulli", x, (logits,), narrow, over="log_mean_exp", terms=True)
+    bound, mean = reduce("bernoulli", x, (logits,), narrow, over="log_mean_exp", terms=True)
     expected = torch.logsumexp(ratio, 0) - math.log(k) - math.log(2)
     torch.testing.assert_close(bound.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(mean, torch.full_like(mean, -math.log(2)))
@@ -207,7 +207,7 @@ def test_edges(backend):
     ratio[0, 0] = ratio[:, 1] = -math.inf
     ratio[1, 2], ratio[2, 3] = math.inf, math.nan
     ratio.requires_grad_()
-    bound, _ = weigh("bernoulli", x, (logits,), ratio, over="log_mean_exp")
+    bound, _ = reduce("bernoulli", x, (logits,), ratio, over="log_mean_exp")
     assert bound[1] == -math.inf and bound[2] == math.inf and bound[3].isnan()
     grad_logits, grad_ratio = torch.autograd.grad(bound[:2].sum(), (logits, ratio))
     torch.testing.assert_close(grad_ratio[:, 0], torch.tensor([0.0, 0.5, 0.5], device=DEVICE))
@@ -219,7 +219,7 @@ def test_weights_of_denormal_size_are_none(backend):
     """Denormal weights are flushed to zero: they would slow the decoder's backward pass many times."""
     ratio = torch.tensor([[0.0], [-95.0], [-87.0]], device=DEVICE, requires_grad=True)
     x, logits = torch.ones(1, 3, device=DEVICE), torch.zeros(3, 3, device=DEVICE, requires_grad=True)
-    bound, _ = weigh("bernoulli", x, (logits,), ratio, over="log_mean_exp", reduction="sum")
+    bound, _ = reduce("bernoulli", x, (logits,), ratio, over="log_mean_exp", reduction="sum")
     _, grad = torch.autograd.grad(bound, (logits, ratio), torch.tensor(1e-2, device=DEVICE))
     assert grad[0] == 1e-2 and grad[1] == 0 and grad[2] == 0
 
@@ -232,7 +232,7 @@ def test_gradients_that_nobody_asks_for(backend):
 
     def run(*asked):
         leaves = [t.clone().requires_grad_(n in asked) for n, t in enumerate((mean, logvar, kl))]
-        bound, average = weigh(
+        bound, average = reduce(
             "gaussian", x, tuple(leaves[:2]), leaves[2], coefficient=-2.0, reduction="sum", terms=True
         )
         return bound, average, leaves
@@ -400,7 +400,7 @@ def test_a_beta_that_is_learned_gets_its_gradient(backend):
 
 def test_no_second_derivatives():
     logits = torch.zeros(4, 7, device=DEVICE, requires_grad=True)
-    bound, _ = weigh("bernoulli", rand(4, 7, seed=1), (logits,), reduction="sum")
+    bound, _ = reduce("bernoulli", rand(4, 7, seed=1), (logits,), reduction="sum")
     (grad,) = torch.autograd.grad(bound, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         grad.sum().backward()
@@ -409,7 +409,7 @@ def test_no_second_derivatives():
 @pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
 def test_the_likelihoods_mean_beside_a_log_mean_exp_has_no_gradient(backend, over):
     x, logits = rand(4, 7, seed=1), randn(3 * 4, 7, seed=2).requires_grad_()
-    bound, mean = weigh("bernoulli", x, (logits,), over=over, terms=True)
+    bound, mean = reduce("bernoulli", x, (logits,), over=over, terms=True)
     assert bound.requires_grad and mean.requires_grad == (over == "mean")
 
 
@@ -419,9 +419,9 @@ def test_gradients_are_of_their_inputs_dtypes(backend):
     data, mean = rand(b, x, seed=1), randn(k * b, x, seed=2)
     for logvar in (randn(x, seed=3), randn(seed=3)):
         given = data, mean, logvar.bfloat16(), randn(k, b, seed=4).double()
-        how = Weighing(1.0, "mean", "sum")
+        how = BoundReduction(1.0, "mean", "sum")
         grad = torch.ones((), device=DEVICE)
-        op = torch.ops.fastvae.weigh_gaussian_backward
+        op = torch.ops.fastvae.reduce_gaussian_backward
         for inputs, need in (
             (given, [True] * 4),
             ((data.double(), mean, *given[2:]), [False, True, True, True]),
@@ -442,8 +442,8 @@ def test_what_is_kept_has_no_gradient(backend):
         torch.ops.fastvae.rsample_log_ratio(mu, logvar, None, None, seed, *draw, "iwae", 0.0, 1, False, True)[
             3
         ],
-        torch.ops.fastvae.weigh_bernoulli(
-            rand(4, 5, seed=5), logits, None, None, *Weighing(1.0, "log_mean_exp", "none"), False
+        torch.ops.fastvae.reduce_bernoulli(
+            rand(4, 5, seed=5), logits, None, None, *BoundReduction(1.0, "log_mean_exp", "none"), False
         )[2],
         *torch.ops.fastvae.log_mean_exp(logits)[1:],
     ]

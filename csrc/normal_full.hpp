@@ -1,12 +1,12 @@
-// Reparameterised sampling with a full covariance, and the density of the samples. See fastvae/ops/full.py
-// for the mathematics. A row's samples are a product with a triangular matrix: lanes are the columns of the
-// result, and steps end where the triangle does.
+// Reparameterised sampling with a full covariance, and the density of the samples. See
+// fastvae/ops/normal_full.py for the mathematics. A row's samples are a product with a triangular matrix:
+// lanes are the columns of the result, and steps end where the triangle does.
 
-#if defined(FASTVAE_FULL_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_FULL_HPP
-#undef FASTVAE_FULL_HPP
+#if defined(FASTVAE_NORMAL_FULL_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_NORMAL_FULL_HPP
+#undef FASTVAE_NORMAL_FULL_HPP
 #else
-#define FASTVAE_FULL_HPP
+#define FASTVAE_NORMAL_FULL_HPP
 #endif
 
 #include "common.hpp"

@@ -1,4 +1,4 @@
-// log-mean-exp: ops/importance.py.
+// log-mean-exp: ops/logsumexp.py.
 #pragma once
 
 #include <utility>

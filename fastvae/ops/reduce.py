@@ -19,7 +19,7 @@ whose weights are :math:`s / MK + (1 - s) \tilde w_{kb} / M`, normalised in each
 gradient :math:`g_b` and the weights :math:`\tilde w_{kb}` (or :math:`1/K`), the gradient of a sample's
 log-likelihood is :math:`g_{kb} = g_b \tilde w_{kb}`, and that of its term :math:`c_b g_{kb}`. The forward
 pass keeps the weights, so that the backward pass is a single pass over the likelihood's gradients. Weights
-and gradients below the smallest normal number are zero (:mod:`fastvae.ops.importance`).
+and gradients below the smallest normal number are zero (:mod:`fastvae.ops.logsumexp`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .likelihood import Declaration, refuse, result_dtype
 from .op import Op, or_none
 
 
-class Weighing(NamedTuple):
+class BoundReduction(NamedTuple):
     """Reduction of samples to a bound: the op's non-tensor arguments, in every layer."""
 
     coefficient: float  # factor of the term
@@ -54,21 +54,21 @@ class Weighing(NamedTuple):
         return self.alpha == 0 and self.groups == 1 and self.share == 0
 
 
-def finish(backend: str, how: Weighing) -> Callable[..., Any]:
+def finish(backend: str, how: BoundReduction) -> Callable[..., Any]:
     """Return the function that reduces log-likelihoods to the bound.
 
     Triton has the two plain reductions; others take a few small torch kernels in float64.
     """
-    return _backend.layer(backend if how.is_plain else "reference", "weigh").weigh
+    return _backend.layer(backend if how.is_plain else "reference", "reduce").reduce
 
 
-def weigh(
+def reduce(
     likelihood: str,
     x: Tensor,
     parameters: tuple[Tensor, ...],
     term: Tensor | None,
     beta: Tensor | None,
-    how: Weighing,
+    how: BoundReduction,
     terms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Return the bound of a batch from its decoder's output.
@@ -83,7 +83,7 @@ def weigh(
             [X], or one number.
         term: the term added to each sample's log-likelihood, [K, B], or shared by a row's samples, [B].
         beta: factor of the term, in addition to how.coefficient: [] or [B], without a gradient; None for 1.
-        how: the reduction, a :class:`Weighing`.
+        how: the reduction, a :class:`BoundReduction`.
         terms: also return the mean of the log-likelihoods. For a log-mean-exp it has no gradient.
 
     Returns:
@@ -92,14 +92,14 @@ def weigh(
 
     Example:
         >>> import torch
-        >>> from fastvae.ops.weigh import Weighing, weigh
+        >>> from fastvae.ops.reduce import BoundReduction, reduce
         >>> x, logits, log_ratio = torch.ones(4, 7), torch.zeros(3 * 4, 7), torch.zeros(3, 4)
-        >>> how = Weighing(1.0, "log_mean_exp", "none")
-        >>> bound, _ = weigh("bernoulli", x, (logits,), log_ratio, None, how)
+        >>> how = BoundReduction(1.0, "log_mean_exp", "none")
+        >>> bound, _ = reduce("bernoulli", x, (logits,), log_ratio, None, how)
         >>> bound  # 7 log ½
         tensor([-4.8520, -4.8520, -4.8520, -4.8520])
     """
-    bound, mean, *_ = _weigh[likelihood](x, *parameters, term, beta, how, terms)
+    bound, mean, *_ = _reduce[likelihood](x, *parameters, term, beta, how, terms)
     return bound, mean if terms else None
 
 
@@ -107,7 +107,7 @@ _HOW = "float coefficient, str over, str reduction, float alpha, SymInt groups, 
 
 
 def check_bound(
-    contract: Contract, batch: int, rows: int, term: Tensor | None, beta: Tensor | None, how: Weighing
+    contract: Contract, batch: int, rows: int, term: Tensor | None, beta: Tensor | None, how: BoundReduction
 ) -> int:
     """Validate the inputs of a bound of K·B rows, and return K."""
     samples = rows // batch if batch else 0
@@ -122,7 +122,12 @@ def check_bound(
 
 
 def check_grads(
-    contract: Contract, batch: int, samples: int, how: Weighing, dtype: torch.dtype, grads: tuple[Any, ...]
+    contract: Contract,
+    batch: int,
+    samples: int,
+    how: BoundReduction,
+    dtype: torch.dtype,
+    grads: tuple[Any, ...],
 ) -> None:
     """Validate the upstream gradients and the saved weights."""
     bound, log_likelihood, weights = grads
@@ -148,19 +153,19 @@ def _check_inputs(contract: Contract, number: int, x: Tensor, rest: Any) -> int:
     return check_bound(contract, x.shape[0], rows, term, beta, how)
 
 
-class _Weigh(Op):
-    module = "weigh"
-    record = Weighing
+class _Reduce(Op):
+    module = "reduce"
+    record = BoundReduction
     shown = 2
 
     def __init__(self, likelihood: Declaration):
         self.likelihood, self.number = likelihood, len(likelihood.outputs)
-        self.name = f"weigh_{likelihood.name}"
+        self.name = f"reduce_{likelihood.name}"
         parameters = ", ".join(f"Tensor {p}" for p in likelihood.outputs)
         inputs = f"Tensor x, {parameters}, Tensor? term, Tensor? beta, {_HOW}"
         self.schema = f"({inputs}, bool terms) -> (Tensor, Tensor, Tensor)"
-        self.gradient = _WeighBackward(likelihood, inputs)
-        self.native = functools.partial(_backend.native("weigh"), likelihood.name, self._not_native)
+        self.gradient = _ReduceBackward(likelihood, inputs)
+        self.native = functools.partial(_backend.native("reduce"), likelihood.name, self._not_native)
         super().__init__()
 
     def _not_native(self, *args):
@@ -211,28 +216,28 @@ class _Weigh(Op):
         return *run(grad_bound, grad_mean, or_none(weights), *inputs, ctx.how, need), None, None, None
 
 
-class _WeighBackward(Op):
+class _ReduceBackward(Op):
     """Op for the gradients of (x, *parameters, term), None where not needed."""
 
-    module = "weigh"
-    record = Weighing
+    module = "reduce"
+    record = BoundReduction
 
     def __init__(self, likelihood: Declaration, inputs: str):
         self.likelihood, self.number = likelihood, len(likelihood.outputs)
-        self.name = f"weigh_{likelihood.name}_backward"
+        self.name = f"reduce_{likelihood.name}_backward"
         results = self.number + 2
         self.schema = (
             f"(Tensor? grad_bound, Tensor? grad_log_likelihood, Tensor? weights, {inputs}, "
             f"bool[{results}] need) -> ({', '.join(['Tensor'] * results)})"
         )
         self.native = functools.partial(
-            _backend.native("weigh_backward"), likelihood.name, self.composed("reference")
+            _backend.native("reduce_backward"), likelihood.name, self.composed("reference")
         )
         super().__init__()
 
     def composed(self, backend):
         rows = _backend.layer(backend, "likelihood").log_prob_backward
-        spread_out = _backend.layer(backend, "weigh").weigh_backward
+        spread_out = _backend.layer(backend, "reduce").reduce_backward
 
         def function(grad_bound, grad_log_likelihood, weights, x, *rest):
             parameters, (term, beta, how, need) = rest[: self.number], rest[self.number :]
@@ -273,9 +278,9 @@ def _with_samples(x: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
     return spread
 
 
-_weigh: dict[str, _Weigh] = {}
+_reduce: dict[str, _Reduce] = {}
 
 
 def declare(likelihood: Declaration) -> None:
     """Register the op of a likelihood."""
-    _weigh[likelihood.name] = _Weigh(likelihood)
+    _reduce[likelihood.name] = _Reduce(likelihood)

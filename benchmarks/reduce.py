@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from fastvae.ops.weigh import Weighing, weigh
+from fastvae.ops.reduce import BoundReduction, reduce
 
-from .latent import EXP
 from .likelihood import eager_bernoulli
 from .measure import COMPILE, CPU, OURS, Place, op_works
+from .normal_diagonal import EXP
 
 
 def works():
@@ -21,7 +21,7 @@ def works():
 
 def bound(k, b, pixels, target, place: Place = CPU):
     """Yield the works of one size: Bernoulli, batch mean; with one sample an ELBO, else an IWAE bound."""
-    how = Weighing(-1.0, "mean", "mean") if k == 1 else Weighing(1.0, "log_mean_exp", "mean")
+    how = BoundReduction(-1.0, "mean", "mean") if k == 1 else BoundReduction(1.0, "log_mean_exp", "mean")
 
     def eager(x, logits, term):
         log_px = eager_bernoulli(x, logits.unflatten(0, (k, b)))
@@ -39,10 +39,10 @@ def bound(k, b, pixels, target, place: Place = CPU):
     size, n = place.dtype.itemsize, k * b * pixels
     forward = size * (b * pixels + n) + 4 * k * b
     yield from op_works(
-        "weigh",
+        "reduce",
         f"{k}×{b}×{pixels}",
         make,
-        {OURS: lambda x, logits, term: weigh("bernoulli", x, (logits,), term, None, how)[0], "eager": eager},
+        {OURS: lambda x, logits, term: reduce("bernoulli", x, (logits,), term, None, how)[0], "eager": eager},
         lambda outputs, *wide: eager(*wide),
         sampling=False,
         elements=n,

@@ -1,6 +1,6 @@
 """log-mean-exp over importance samples, in Triton.
 
-See :mod:`fastvae.ops.importance` for the mathematics. One pass over memory, with a running maximum per column
+See :mod:`fastvae.ops.logsumexp` for the mathematics. One pass over memory, with a running maximum per column
 and a running sum per lane.
 """
 
@@ -148,7 +148,7 @@ def tile(k: int, n: int) -> tuple[int, int]:
     block_k = power_of_two(k)
     block_n = TILE_N_WIDE if n >= MANY_COLUMNS else max(TILE_N, MIN_TILE // block_k)
     block_n = min(power_of_two(n), block_n)
-    return min(block_k, LAUNCH["importance"].tile // block_n), block_n
+    return min(block_k, LAUNCH["logsumexp"].tile // block_n), block_n
 
 
 @planned
@@ -165,7 +165,7 @@ def _reduce(log_w, part, k_per_program, count, into_parts) -> Call:
         (None if into_parts else Result(shape, dtype), Result(shape, dtype), Result(shape, dtype)),
         (k, n, count, k_per_program, splits, *strides(log_w, 2)),
         {"DTYPE": triton_dtype(dtype), "BLOCK_K": block_k, "BLOCK_N": block_n},
-        LAUNCH["importance"].warps(dtype),
+        LAUNCH["logsumexp"].warps(dtype),
     )
 
 
@@ -216,7 +216,7 @@ def _weights(grad, log_w, maximum, total) -> Call:
             "BLOCK_K": block_k,
             "BLOCK_N": block_n,
         },
-        LAUNCH["importance"].warps(dtype),
+        LAUNCH["logsumexp"].warps(dtype),
     )
 
 

@@ -1,10 +1,10 @@
-// log-mean-exp over samples, and its gradient. See fastvae/ops/importance.py for the mathematics.
+// log-mean-exp over samples, and its gradient. See fastvae/ops/logsumexp.py for the mathematics.
 
-#if defined(FASTVAE_IMPORTANCE_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_IMPORTANCE_HPP
-#undef FASTVAE_IMPORTANCE_HPP
+#if defined(FASTVAE_LOGSUMEXP_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_LOGSUMEXP_HPP
+#undef FASTVAE_LOGSUMEXP_HPP
 #else
-#define FASTVAE_IMPORTANCE_HPP
+#define FASTVAE_LOGSUMEXP_HPP
 #endif
 
 #include "common.hpp"

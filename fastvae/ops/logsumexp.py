@@ -60,7 +60,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 class _LogMeanExpBackward(Op):
-    module = "importance"
+    module = "logsumexp"
     name = "log_mean_exp_backward"
     schema = "(Tensor grad, Tensor log_w, Tensor maximum, Tensor total) -> Tensor"
     native = staticmethod(_backend.native(name))
@@ -77,7 +77,7 @@ class _LogMeanExpBackward(Op):
 class _LogMeanExp(Op):
     """Op for the bound [N] of log_w [K, N]; the maximum and scaled sum are returned for the gradient."""
 
-    module = "importance"
+    module = "logsumexp"
     name = "log_mean_exp"
     schema = "(Tensor log_w) -> (Tensor, Tensor, Tensor)"
     shown = 1

@@ -10,7 +10,7 @@ noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random`):
 The density is computed from the noise: no triangular system is solved, and nothing cancels.
 
 Gradients. With the upstream gradients :math:`g^z` of z and :math:`g^q_k` of the density, differentiated both
-through z and through (μ, L) (the ``"iwae"`` estimator of :mod:`fastvae.ops.latent`):
+through z and through (μ, L) (the ``"iwae"`` estimator of :mod:`fastvae.ops.normal_diagonal`):
 
 .. math::
     \bar μ_i = \sum_k g^z_{ki}, \quad \bar L_{ij} = \sum_k g^z_{ki} ε_{kj} \ (i > j), \quad
@@ -32,7 +32,7 @@ from .. import random
 from ..core import backend as _backend
 from ..core.checks import check_address, check_count, check_same_device, check_seed, check_tensor, shape_of
 from ..reference.random import normal
-from .latent import shape_of_z, stacked
+from .normal_diagonal import shape_of_z, stacked
 from .op import Op, accumulator, cast, empty_like, in_shape, or_none
 
 
@@ -122,7 +122,7 @@ def _check_tensors(mu: Tensor, tril: Tensor) -> tuple[Tensor, Tensor]:
     b, d = mu.shape
     if tril.shape[0] != b or tril.shape[1] != d * (d + 1) // 2:
         raise ValueError(
-            f"tril has shape {shape_of(tril)} beside a mu of {shape_of(mu)}; expected [B, D(D+1)/2] = "
+            f"tril has shape {shape_of(tril)} and mu has {shape_of(mu)}; expected [B, D(D+1)/2] = "
             f"[{b}, {d * (d + 1) // 2}]: the lower triangle of L row by row, its diagonal as logarithms"
         )
     return _in_one_dtype(mu, tril)
@@ -153,7 +153,7 @@ def _check_inputs(contract, mu, tril, seed, draw):
 class _RsampleTrilBackward(Op):
     """Op for the gradients of (mu, tril), None where not needed."""
 
-    module = "full"
+    module = "normal_full"
     name = "rsample_tril_backward"
     schema = (
         f"(Tensor? grad_z, Tensor? grad_log_q, Tensor? eps, {_INPUTS}{_DRAW}, bool[2] need) "
@@ -194,7 +194,7 @@ class _RsampleTrilBackward(Op):
 class _RsampleTril(Op):
     """Op for z and log q; its last result is the noise, kept if tril requires a gradient."""
 
-    module = "full"
+    module = "normal_full"
     name = "rsample_tril"
     schema = f"({_INPUTS}{_DRAW}, bool keep_noise) -> (Tensor, Tensor, Tensor)"
     record = Draw
