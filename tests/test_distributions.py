@@ -1017,3 +1017,24 @@ def test_ops_refuse_other_priors():
     half = DiagonalNormal(mu.bfloat16(), logvar.abs().bfloat16(), scale_form="scale")
     with pytest.raises(ValueError, match="no log variance, which half precision would round"):
         fastvae.ops.rsample_kl(mu, logvar, prior=half)
+
+
+@pytest.mark.parametrize("route", ["stl", "dreg", "chunks", WakePhi(), IWAE(groups=2)], ids=str)
+def test_estimators_have_one_value_where_a_sample_has_prior_density_0(route):
+    """A Gumbel's density is 0 in float32 from z = −90 on; such a sample has weight 0 for every estimator."""
+    x, decoder = (randn(B, X, seed=4) > 0).float(), nn.Linear(1, X).to(DEVICE)
+    loc = torch.full((B, 1), -88.0, device=DEVICE, requires_grad=True)
+    q = td.Normal(loc, torch.ones_like(loc))
+    p = td.Gumbel(torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE), validate_args=False)
+    options = {"k": K, "prior": p, "reduction": "none", **BERNOULLI}
+    expected = fastvae.iwae(x, q, decoder, generator=generator(5), **options)
+    z = fastvae.log_weights(x, q, decoder, k=K, prior=p, generator=generator(5), **BERNOULLI)
+    dead = z.log_ratio == -math.inf
+    assert bool(dead.any()) and not bool(dead.all(0).any())
+    if route == "chunks":
+        found = fastvae.iwae(x, q, decoder, estimator="dreg", k_chunk=4, generator=generator(5), **options)
+    elif isinstance(route, str):
+        found = fastvae.iwae(x, q, decoder, estimator=route, generator=generator(5), **options)
+    else:
+        found = fastvae.bound(x, q, decoder, IWAE(), q_objective=route, generator=generator(5), **options)
+    torch.testing.assert_close(found, expected)

@@ -200,14 +200,14 @@ def _composed(
         # q's parameters are frozen in its density, and reached through z alone.
         through_z = _log_prob(_frozen(q, z, route), z, "q(z|x)")
         # Half precision rounds z by as much as a narrow posterior's σ: take the value from the noise.
-        log_q = _Valued.apply(log_q, through_z) if z.dtype.itemsize == 2 else through_z  # type: ignore[no-untyped-call]
+        log_q = with_gradient(log_q.detach(), through_z) if z.dtype.itemsize == 2 else through_z
     if route in ("iwae", "stl"):
         return z, _log_prob(p, z, "p(z)") - log_q, None
     log_p = _log_prob(*fixed_at(p, z), "p(z)")
     log_ratio = _log_prob(_frozen(p, z, route), z, "p(z)") - log_q
     z, log_ratio, q_grad = _Rerouted.apply(z, log_ratio, alpha, groups, route != "dreg")  # type: ignore[no-untyped-call]
     # The prior's parameters get the bound's gradient, at a detached z.
-    return z, log_ratio + (log_p - log_p.detach()), q_grad
+    return z, with_gradient(log_ratio, log_p), q_grad
 
 
 def log_stratum_weights(q: Distribution, samples: int, seed: Tensor, sample_offset: int = 0) -> Tensor | None:
@@ -250,9 +250,9 @@ class _Rerouted(torch.autograd.Function):
         *_, ctx.alpha, ctx.groups, ctx.q_grad = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Any, grad_ratio: Any, grad_told: Any) -> Any:
+    def backward(ctx: Any, grad_z: Any, grad_ratio: Any, grad_q: Any) -> Any:
         if ctx.q_grad:
-            weight = path_weight(grad_ratio, grad_told)
+            weight = path_weight(grad_ratio, grad_q)
         else:
             weight = dreg_weight(grad_ratio, ctx.alpha, ctx.groups)
         if grad_z is not None:
@@ -260,20 +260,28 @@ class _Rerouted(torch.autograd.Function):
         return grad_z, weight * grad_ratio, None, None, None
 
 
-class _Valued(torch.autograd.Function):
-    """Function with the first argument's value and the second's gradient."""
+def with_gradient(value: Tensor, source: Tensor) -> Tensor:
+    """Return ``value``, whose gradient also reaches ``source``.
 
+    Adding ``source - source.detach()`` would make an infinite log density NaN.
+    """
+    if not source.requires_grad:
+        return value
+    return _WithGradient.apply(value, source.expand_as(value))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(value: Tensor, through: Tensor) -> Tensor:
+    def forward(value: Tensor, source: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.dtype = inputs[1].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        return None, grad
+        return grad, grad.to(ctx.dtype)
 
 
 # Validation of users' distributions
