@@ -2,13 +2,15 @@ r"""Seeds, and noise as a function of an address.
 
 fastvae never stores the noise of a sample: it is a pure function of (seed, sample, row, column, level), so
 the backward pass, another thread count, a chunk of the samples, a shard of the rows or another device all see
-the same numbers.
+the same numbers. Only families that torch itself samples (its Gamma, Beta, Dirichlet and a user's own) draw
+from torch's generator, seeded for each call by ``core/seeding.py``.
 
 The function is Philox4x32-10 [1]_ with the 64-bit seed as its key (low word first) and the counter
 
     (column // 4, row, sample, level)
 
-The level is 0 except for the lower levels of a :class:`fastvae.distributions.Hierarchy`. The four output
+The level is 0 except for the lower levels of a :class:`fastvae.distributions.Hierarchy` and the transitions
+of :func:`fastvae.audit.ais` and :func:`~fastvae.audit.bdmc`. The four output
 words :math:`w_0 … w_3` belong to the four columns of the block. The Box-Muller transform maps :math:`w_0,
 w_1` to columns 0 and 1, and :math:`w_2, w_3` to columns 2 and 3:
 

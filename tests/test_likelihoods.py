@@ -188,7 +188,8 @@ def test_networks_see_integers_as_numbers(likelihood, dtype):
 
 @pytest.mark.parametrize("likelihood", BOUNDED)
 @pytest.mark.parametrize("columns", [6, 500])
-def test_data_outside_of_the_support(backend, monkeypatch, likelihood, columns):
+@pytest.mark.parametrize("with_nan", [False, True])
+def test_data_outside_of_the_support(backend, monkeypatch, likelihood, columns, with_nan):
     monkeypatch.setenv("FASTVAE_CHECK", "1")  # on a GPU the check is optional
     declared = DECLARED[likelihood]
     for wrong in (declared.low - 0.5, declared.high + 0.5):
@@ -196,6 +197,8 @@ def test_data_outside_of_the_support(backend, monkeypatch, likelihood, columns):
             continue
         x = cases.data(likelihood, 4, columns)
         x[3, -1] = wrong
+        if with_nan:  # does not hide the wrong value
+            x[1, 0] = math.nan
         given = cases.parameters(likelihood, 2, 4, columns)[: cases.returned(likelihood)]
         flat = [p.flatten(0, 1) for p in given]
         message = rf"x holds values in .*{wrong:g}.*must lie .*{declared.hint.split()[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 
 import pytest
@@ -140,3 +141,16 @@ def test_mistakes():
         Gaussian(scale="optimal", learned=True)
     with pytest.raises(TypeError, match="must return the mean alone, a tensor; got a tuple of 2"):
         likelihood().log_prob(x, (mean[:B], mean[:B]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_nan_in_x_does_not_reach_the_running_variance(masked):
+    x, mean = torch.rand(B, X, device=DEVICE), torch.rand(B, X, device=DEVICE, requires_grad=True)
+    optimal = Gaussian(scale="optimal").to(DEVICE)
+    mask = torch.ones(B, X, dtype=torch.bool, device=DEVICE) if masked else None
+    q = torch.zeros(B, 4, device=DEVICE)
+    fastvae.elbo(x, q, lambda z: mean, likelihood=optimal, mask=mask)
+    before = optimal.variance.clone()
+    x[1, 2] = math.nan
+    assert fastvae.elbo(x, q, lambda z: mean, likelihood=optimal, mask=mask).isnan()
+    assert torch.equal(optimal.variance, before)

@@ -87,13 +87,13 @@ class OptimalGaussian(Gaussian):
             kept = self.variance.to(square.device, square.dtype)
             if mask is None:
                 now = square.mean().clamp(min=1e-30)
-                known = torch.ones_like(kept, dtype=torch.bool)
+                known = now.isfinite()  # a NaN in x must not reach the running variance
             else:
                 count = samples * mask.expand(x.shape).sum()
-                known = count > 0
                 now = (torch.where(mask, square, 0.0).sum() / count).clamp(min=1e-30)
+                known = (count > 0) & now.isfinite()
                 # A fully masked batch has no estimate and needs no variance; any finite value serves.
-                now = torch.where(known, now, torch.where(kept.isnan(), 1.0, kept))
+                now = torch.where(count > 0, now, torch.where(kept.isnan(), 1.0, kept))
             new = torch.where(kept.isnan(), now, torch.lerp(kept, now, self.momentum))
             self.variance = torch.where(known, new, kept).to(self.variance.dtype)
         self._now = now

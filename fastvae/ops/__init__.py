@@ -2,6 +2,8 @@
 
 Each likelihood has its own op, ``<likelihood>_log_prob(x, *parameters)``, such as
 ``bernoulli_log_prob(x, logits)`` and ``gaussian_log_prob(x, mean, logvar)``.
+
+CONTRIBUTING.md follows one objective through these ops, the kernels and back.
 """
 
 from collections.abc import Callable

@@ -260,13 +260,14 @@ def check_support(likelihood: Declaration, x: Tensor) -> None:
         return
     values = x.detach()
     # Written so that NaN passes: NaN in gives NaN out.
-    if bool(values.amin() < likelihood.low) or bool(values.amax() > likelihood.high):
+    if bool(((values < likelihood.low) | (values > likelihood.high)).any()):
         refuse(likelihood, values)
 
 
 def refuse(likelihood: Declaration, x: Tensor) -> None:
     """Raise ValueError for x outside of [low, high]."""
-    low, high = float(x.amin()), float(x.amax())
+    known = x[~x.isnan()] if x.is_floating_point() else x
+    low, high = float(known.amin()), float(known.amax())
     bounds = f"in [{likelihood.low:g}, {likelihood.high:g}]"
     if likelihood.high == math.inf:
         bounds = f"at or above {likelihood.low:g}"

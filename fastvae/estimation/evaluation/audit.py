@@ -257,8 +257,11 @@ def run_audit(
 
 
 def _derived(seed: int, stream: int) -> int:
-    """Derive a seed for noise that is independent of the draws."""
-    return (seed + stream * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+    """Derive a seed for noise that is independent of the draws, those of ``noise="qmc"`` included.
+
+    The increment is another odd number than that between the seeds of randomisations (fastvae/random.py).
+    """
+    return (seed + stream * 0xD6E8FEB86659FD93 + 2**63) % 2**64 - 2**63
 
 
 def _simulated(inputs: Inputs, seed: int) -> tuple[Tensor, Any] | str:
