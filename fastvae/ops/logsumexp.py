@@ -9,9 +9,9 @@ rounding error would shift them all by :math:`10^{-4}`. A column of −∞ gives
 NaN. Weights and gradients below the smallest normal number are zero: denormals would slow the decoder's
 backward pass many times over.
 
-Objectives do not call this op where the likelihood is fused: :mod:`fastvae.ops.reduce` computes the bound from
-the decoder's output, in csrc/reduce.hpp and kernels/reduce.py. Evaluation folds log weights chunk by chunk:
-``fastvae/estimation/weights.py``.
+Objectives do not call this op where the likelihood is fused: :mod:`fastvae.ops.reduce` computes the bound
+from the decoder's output, in csrc/reduce.hpp and kernels/reduce.py. Evaluation folds log weights chunk by
+chunk: ``fastvae/estimation/weights.py``.
 """
 
 from __future__ import annotations
