@@ -83,7 +83,7 @@ setup(
         "fastvae.kernels.likelihoods",
     ],
     package_dir={"fastvae.kernels": "kernels"},
-    package_data={"fastvae": ["py.typed"]},
+    package_data={"fastvae": ["py.typed", "ops/_declared.pyi"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
 )

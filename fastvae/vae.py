@@ -40,8 +40,7 @@ from .ops.head import FEWEST_NUMBERS
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .objectives.beta_tc import BetaTCOptions
-    from .objectives.options import ElboOptions, IwaeOptions, SampledOptions
+    from .objectives.options import BetaTCOptions, ElboOptions, IwaeOptions, QObjectiveOptions
 
 __all__ = ["VAE"]
 
@@ -234,9 +233,8 @@ class VAE(nn.Module):
         objective: Bound,
         k: int = ...,
         *,
-        q_objective: Bound | None = ...,
         terms: Literal[True],
-        **options: Unpack[SampledOptions],
+        **options: Unpack[QObjectiveOptions],
     ) -> Terms: ...
     @overload
     def bound(
@@ -245,20 +243,12 @@ class VAE(nn.Module):
         objective: Bound,
         k: int = ...,
         *,
-        q_objective: Bound | None = ...,
         terms: Literal[False] = ...,
-        **options: Unpack[SampledOptions],
+        **options: Unpack[QObjectiveOptions],
     ) -> Tensor: ...
     @overload
     def bound(
-        self,
-        x: Any,
-        objective: Bound,
-        k: int = ...,
-        *,
-        q_objective: Bound | None = ...,
-        terms: bool,
-        **options: Unpack[SampledOptions],
+        self, x: Any, objective: Bound, k: int = ..., *, terms: bool, **options: Unpack[QObjectiveOptions]
     ) -> Tensor | Terms: ...
     def bound(self, x: Any, objective: Bound, k: int = 50, **options: Any) -> Tensor | Terms:
         """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments."""

@@ -305,12 +305,14 @@ def test_metadata_and_contents(distributions):
     assert {
         "fastvae/kernels/normal_diagonal.py",
         "fastvae/reference/normal_diagonal.py",
+        "fastvae/ops/_declared.pyi",
         "fastvae/py.typed",
     } <= set(names)
     with tarfile.open(next(distributions.glob("*.tar.gz"))) as sdist:
         inside = {n.partition("/")[2] for n in sdist.getnames()}
     sources = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
     assert inside >= {"setup.py", "pyproject.toml", "LICENSE", "kernels/normal_diagonal.py", *sources}
+    assert "fastvae/ops/_declared.pyi" in inside
 
 
 def test_setuptools_of_before_2025_reads_pyproject():

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
 import fastvae
 from fastvae import bounds, proposals, random
 from fastvae.core import options
+from fastvae.objectives import options as objectives
 from fastvae.ops import normal_diagonal
 
 pytest.importorskip("mypy")
@@ -26,6 +27,7 @@ import fastvae
 from fastvae import VAE
 from fastvae.distributions import DiagonalNormal
 from fastvae.likelihoods import Gaussian
+from fastvae.ops import gaussian_log_prob
 
 x = torch.rand(16, 8)
 encoder, decoder = torch.nn.Linear(8, 4), torch.nn.Linear(2, 8)
@@ -49,6 +51,9 @@ reveal_type(fastvae.elbo(x, q, decoder, terms=either))  # Tensor | Terms
 reveal_type(fastvae.iwae(x, q, decoder, k=5, estimator="dreg", k_chunk=2))  # Tensor
 reveal_type(fastvae.iwae(x, q, decoder, k=5, terms=True))  # Terms
 reveal_type(fastvae.iwae(x, q, decoder, k=5, terms=either))  # Tensor | Terms
+reveal_type(fastvae.bound(x, q, decoder, fastvae.bounds.TVO(), k=5, noise="qmc"))  # Tensor
+reveal_type(fastvae.bound(x, q, decoder, fastvae.bounds.TVO(), terms=True))  # Terms
+reveal_type(fastvae.bound(x, q, decoder, fastvae.bounds.TVO(), terms=either))  # Tensor | Terms
 reveal_type(fastvae.beta_tc(x, q, decoder, beta=4.0, reduction="none"))  # Tensor
 reveal_type(fastvae.beta_tc(x, q, decoder, dataset_size=100, terms=True))  # BetaTCTerms
 reveal_type(fastvae.beta_tc(x, q, decoder, terms=either))  # Tensor | BetaTCTerms
@@ -71,8 +76,12 @@ reveal_type(vae.elbo(x, terms=either))  # Tensor | Terms
 reveal_type(vae.iwae(x, 5))  # Tensor
 reveal_type(vae.iwae(x, k=5, terms=True))  # Terms
 reveal_type(vae.iwae(x, k=5, terms=either))  # Tensor | Terms
+reveal_type(vae.bound(x, fastvae.bounds.TVO(), 5))  # Tensor
+reveal_type(vae.bound(x, fastvae.bounds.TVO(), q_objective=fastvae.bounds.WakePhi(), terms=True))  # Terms
+reveal_type(vae.bound(x, fastvae.bounds.TVO(), terms=either))  # Tensor | Terms
 reveal_type(vae.beta_tc(x, alpha=0.5))  # Tensor
 reveal_type(vae.beta_tc(x, terms=True))  # BetaTCTerms
+reveal_type(vae.beta_tc(x, terms=either))  # Tensor | BetaTCTerms
 reveal_type(vae.sleep(3))  # Tensor
 reveal_type(fastvae.diagnostics.latents(vae, x).kl)  # float
 reveal_type(vae.log_marginal(x))  # LogMarginal
@@ -81,7 +90,9 @@ reveal_type(vae.posterior(x))  # Distribution
 reveal_type(vae.sample(3))  # Any
 reveal_type(DiagonalNormal(x, x).mu)  # Tensor
 reveal_type(fastvae.quantize.VectorQuantizer(4, 2).encode(x))  # Tensor
-reveal_type(fastvae.ops.bernoulli_log_prob(x, x))  # Tensor
+reveal_type(fastvae.ops.bernoulli_log_prob)  # def (x: Tensor, logits: Tensor) -> Tensor
+reveal_type(gaussian_log_prob)  # def (x: Tensor, mean: Tensor, logvar: Tensor | float) -> Tensor
+reveal_type(gaussian_log_prob(x, x, logvar=0.0))  # Tensor
 print(-vae.elbo(x), vae.encoder.weight)
 
 fastvae.elbo(x, q, decoder, sample=3)  # error
@@ -113,6 +124,10 @@ bound, log_likelihood, kl = vae.elbo(x, terms=True)  # error
 vae.elbo(x, terms=True)[0]  # error
 vae.elbo(x, bta=0.5)  # error
 vae.iwae(x, beta=0.5)  # error
+vae.bound(x, fastvae.bounds.TVO(), likelihood="bernoulli")  # error
+gaussian_log_prob(x, x)  # error
+gaussian_log_prob(x, mean=x, log_var=x)  # error
+fastvae.ops.benoulli_log_prob(x, x)  # error
 -vae.elbo(x, terms=True)  # error
 """
 
@@ -145,6 +160,16 @@ def test_overloads_do_not_show():
     assert (
         "Evidence lower bound" in fastvae.elbo.__doc__ and ":func:`fastvae.elbo`" in fastvae.VAE.elbo.__doc__
     )
+
+
+@pytest.mark.parametrize("name", ["elbo", "iwae", "bound", "beta_tc"])
+def test_overloads_take_every_argument(name):
+    """The keyword arguments of the overloads have the names and types of the function's."""
+    function = inspect.unwrap(getattr(fastvae, name))
+    keywords = [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    types = get_type_hints(function)
+    arguments = getattr(objectives, {"beta_tc": "BetaTC"}.get(name, name.title()) + "Arguments")
+    assert {n: types[n] for n in keywords if n != "terms"} == get_type_hints(arguments)
 
 
 def test_the_types_are_what_the_functions_accept():

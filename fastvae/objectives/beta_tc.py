@@ -28,15 +28,7 @@ from .reduce import reduce_draws
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import BoundOptions
-
-    class BetaTCOptions(BoundOptions, total=False):
-        beta: float | Tensor
-        alpha: float | Tensor
-        gamma: float | Tensor
-        dataset_size: int | None
-        k: int
-
+    from .options import BetaTCArguments, Data, Decoder
 
 __all__ = ["BetaTCTerms", "beta_tc"]
 
@@ -61,36 +53,15 @@ class BetaTCTerms(Terms):
 
 @overload
 def beta_tc(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: Literal[True],
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[BetaTCOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[BetaTCArguments]
 ) -> BetaTCTerms: ...
 @overload
 def beta_tc(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: Literal[False] = ...,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[BetaTCOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = ..., **options: Unpack[BetaTCArguments]
 ) -> Tensor: ...
 @overload
 def beta_tc(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: bool,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[BetaTCOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: bool, **options: Unpack[BetaTCArguments]
 ) -> Tensor | BetaTCTerms: ...
 @teaches
 def beta_tc(

@@ -26,48 +26,21 @@ from .reduce import reduce_draws, reduce_samples
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import ElboOptions
+    from .options import Data, Decoder, ElboArguments
 
 
 @overload
 def elbo(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: Literal[True],
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[ElboOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[ElboArguments]
 ) -> Terms: ...
-
-
 @overload
 def elbo(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: Literal[False] = ...,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[ElboOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = ..., **options: Unpack[ElboArguments]
 ) -> Tensor: ...
-
-
 @overload
 def elbo(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: bool,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[ElboOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: bool, **options: Unpack[ElboArguments]
 ) -> Tensor | Terms: ...
-
-
 @teaches
 def elbo(
     x: Tensor | Mapping[str, Any],

@@ -30,44 +30,20 @@ from .reduce import reduce_draws, reduce_samples
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import IwaeOptions, SampledOptions
+    from .options import BoundArguments, Data, Decoder, IwaeArguments
 
 
 @overload
 def iwae(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: Literal[True],
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    k: int = ...,
-    **options: Unpack[IwaeOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[IwaeArguments]
 ) -> Terms: ...
 @overload
 def iwae(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: Literal[False] = ...,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    k: int = ...,
-    **options: Unpack[IwaeOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = ..., **options: Unpack[IwaeArguments]
 ) -> Tensor: ...
 @overload
 def iwae(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    *,
-    terms: bool,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    k: int = ...,
-    **options: Unpack[IwaeOptions],
+    x: Data, q: Any, decoder: Decoder, *, terms: bool, **options: Unpack[IwaeArguments]
 ) -> Tensor | Terms: ...
 @teaches
 def iwae(
@@ -193,45 +169,27 @@ _LOG_MEAN_EXP = {reduction: BoundReduction(1.0, "log_mean_exp", reduction) for r
 
 @overload
 def bound(
-    x: Tensor | Mapping[str, Any],
+    x: Data,
     q: Any,
-    decoder: Callable[..., Any],
+    decoder: Decoder,
     objective: Bound,
     *,
     terms: Literal[True],
-    k: int = ...,
-    q_objective: Bound | None = ...,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[SampledOptions],
+    **options: Unpack[BoundArguments],
 ) -> Terms: ...
 @overload
 def bound(
-    x: Tensor | Mapping[str, Any],
+    x: Data,
     q: Any,
-    decoder: Callable[..., Any],
+    decoder: Decoder,
     objective: Bound,
     *,
     terms: Literal[False] = ...,
-    k: int = ...,
-    q_objective: Bound | None = ...,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[SampledOptions],
+    **options: Unpack[BoundArguments],
 ) -> Tensor: ...
 @overload
 def bound(
-    x: Tensor | Mapping[str, Any],
-    q: Any,
-    decoder: Callable[..., Any],
-    objective: Bound,
-    *,
-    terms: bool,
-    k: int = ...,
-    q_objective: Bound | None = ...,
-    likelihood: str | Likelihood = ...,
-    prior: Any = ...,
-    **options: Unpack[SampledOptions],
+    x: Data, q: Any, decoder: Decoder, objective: Bound, *, terms: bool, **options: Unpack[BoundArguments]
 ) -> Tensor | Terms: ...
 @teaches
 def bound(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ..core.options import KL, Estimator, FreeBitsPer, Noise, Reduction
 from ..core.records import registered
+from ..likelihoods import Likelihood
+from .bounds import Bound
 
 
 @registered
@@ -36,6 +39,13 @@ class Terms:
     kl: Tensor
     z: Tensor | None
     output: Any
+
+
+# Keyword arguments of the overloads by ``terms``: ``...Options`` of a VAE's methods, ``...Arguments`` of the
+# functions, which also take the parts of a model.
+
+Data = Tensor | Mapping[str, Any]
+Decoder = Callable[..., Any]
 
 
 class BoundOptions(TypedDict, total=False):
@@ -70,3 +80,46 @@ class IwaeOptions(SampledOptions, total=False):
     """Options of :func:`~.iwae.iwae`."""
 
     estimator: Estimator
+
+
+class QObjectiveOptions(SampledOptions, total=False):
+    """Options of :func:`~.iwae.bound`."""
+
+    q_objective: Bound | None
+
+
+class BetaTCOptions(BoundOptions, total=False):
+    """Options of :func:`~.beta_tc.beta_tc`."""
+
+    beta: float | Tensor
+    alpha: float | Tensor
+    gamma: float | Tensor
+    dataset_size: int | None
+    k: int
+
+
+class ModelArguments(TypedDict, total=False):
+    """Parts of a model, which a :class:`fastvae.VAE` passes itself."""
+
+    likelihood: str | Likelihood
+    prior: Any
+
+
+class ElboArguments(ElboOptions, ModelArguments, total=False):
+    """Keyword arguments of :func:`~.elbo.elbo`, except ``terms``."""
+
+
+class IwaeArguments(IwaeOptions, ModelArguments, total=False):
+    """Keyword arguments of :func:`~.iwae.iwae`, except ``terms``."""
+
+    k: int
+
+
+class BoundArguments(QObjectiveOptions, ModelArguments, total=False):
+    """Keyword arguments of :func:`~.iwae.bound`, except ``terms``."""
+
+    k: int
+
+
+class BetaTCArguments(BetaTCOptions, ModelArguments, total=False):
+    """Keyword arguments of :func:`~.beta_tc.beta_tc`, except ``terms``."""

@@ -6,9 +6,7 @@ Each likelihood has its own op, ``<likelihood>_log_prob(x, *parameters)``, such 
 CONTRIBUTING.md follows one objective through these ops, the kernels and back.
 """
 
-from collections.abc import Callable
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NoReturn
 
 from . import likelihood as _likelihood
 from . import reduce as _reduce
@@ -32,6 +30,12 @@ __all__ = [
     "rsample_tril",
 ]
 
+if TYPE_CHECKING:  # the ops that declare() defines, in _declared.pyi
+    from . import _declared
+    from ._declared import *  # noqa: F403
+
+    __all__ += _declared.__all__
+
 
 def declare(likelihood: _likelihood.Declaration) -> None:
     """Register the ops of a likelihood, and export its ``<likelihood>_log_prob`` here."""
@@ -41,6 +45,7 @@ def declare(likelihood: _likelihood.Declaration) -> None:
     _reduce.declare(likelihood)
 
 
-def __getattr__(name: str) -> Callable[..., Tensor]:
-    # Gives type checkers a type for the dynamically declared ops.
-    raise AttributeError(f"fastvae.ops has no {name!r}; it has {', '.join(__all__)}")
+if not TYPE_CHECKING:  # to a type checker it would mean that every name exists
+
+    def __getattr__(name: str) -> NoReturn:
+        raise AttributeError(f"fastvae.ops has no {name!r}; it has {', '.join(__all__)}")

@@ -290,9 +290,9 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
     first, *others = likelihood.outputs
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    types = {"x": Tensor, first: Tensor} | dict.fromkeys(others, Tensor | float)
     signature = inspect.Signature(
-        [inspect.Parameter(n, kind, annotation=Tensor) for n in ("x", *likelihood.outputs)],
-        return_annotation=Tensor,
+        [inspect.Parameter(n, kind, annotation=t) for n, t in types.items()], return_annotation=Tensor
     )
 
     def log_prob(*args: Any, **named: Any) -> Tensor:
@@ -337,7 +337,7 @@ _DOCUMENTATION = """Compute log p(x|z) of a {name} likelihood, summed over the e
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
     """
 _OF_OTHERS = """
-        {name}: broadcastable to {first}: a tensor like it, one row [*event], or one number."""
+        {name}: broadcastable to {first}: its shape, one row [*event], or one number."""
 
 
 def _check_event(x: Tensor, name: str, parameter: Any) -> None:
