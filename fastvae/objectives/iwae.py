@@ -22,8 +22,9 @@ from ..inputs.last_layer import called_by
 from ..likelihoods import Likelihood
 from ..ops.reduce import BoundReduction
 from ..random import draw_seed, seed_of
-from .bounds import IWAE, Bound, bound_from_weights
+from .bounds import IWAE, Bound
 from .chunks import chunked
+from .from_weights import bound_from_weights
 from .options import Terms
 from .reduce import reduce_draws, reduce_samples
 
