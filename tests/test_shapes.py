@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvae import ops
-from fastvae.ops.normal_diagonal import Draw
+from fastvae.ops.normal_arguments import Draw
 
 from . import cases, test_logsumexp, test_normal_diagonal
 from .compare import assert_accurate

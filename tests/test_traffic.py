@@ -12,7 +12,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvae.kernels import common, head, likelihood, logsumexp, normal_diagonal, reduce
-from fastvae.ops.normal_diagonal import Draw
+from fastvae.ops.normal_arguments import Draw
 from fastvae.ops.reduce import BoundReduction
 
 from . import cases

@@ -115,7 +115,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and a call for every kernel, in the relevant configurations: dtypes, flags, shapes."""
     from fastvae.kernels import likelihood, logsumexp, normal_diagonal, random, reduce
     from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.normal_diagonal import Draw, Form
+    from fastvae.ops.normal_arguments import Draw, Form
     from fastvae.ops.reduce import BoundReduction
 
     def draw_in(form, k):
@@ -342,7 +342,7 @@ def odd_launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield launches of those sizes, with a batch and number of samples that fill a GPU."""
     from fastvae.kernels import likelihood, normal_diagonal
     from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.normal_diagonal import Draw
+    from fastvae.ops.normal_arguments import Draw
 
     seed, need = tensor(dtype=torch.int64), [True, True, False, False]
     for dtype in (torch.float32, torch.bfloat16):
