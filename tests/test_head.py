@@ -961,7 +961,7 @@ def test_all_pairs_by_tiles(monkeypatch):
     whole = ops.all_pairs_log_prob(x, (location, torch.zeros(X)), likelihood="laplace")
     (grad,) = torch.autograd.grad(whole.sin().sum(), location)
     for tile in (1, 5 * X, 40 * X):
-        monkeypatch.setattr(fastvae.ops.likelihood, "_TILE", tile)
+        monkeypatch.setattr(fastvae.ops.all_pairs, "_TILE", tile)
         parts = ops.all_pairs_log_prob(x, (location, torch.zeros(X)), likelihood="laplace")
         (part_grad,) = torch.autograd.grad(parts.sin().sum(), location)
         assert torch.allclose(parts, whole, rtol=1e-6) and torch.allclose(
