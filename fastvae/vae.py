@@ -27,7 +27,8 @@ from .estimation.weights import LogMarginal
 from .inputs.last_layer import called_by, may_end_in_a_layer, run_to_last_layer
 from .inputs.misread import look_at_structure
 from .inputs.modules import check_modules, is_known, modules_of
-from .likelihoods.base import Likelihood, as_likelihood
+from .likelihoods.base import Likelihood
+from .likelihoods.read import as_likelihood
 from .objectives.beta_tc import BetaTCTerms, beta_tc
 from .objectives.bounds import Bound
 from .objectives.elbo import elbo as _elbo

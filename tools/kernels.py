@@ -114,7 +114,7 @@ def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float3
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and a call for every kernel, in the relevant configurations: dtypes, flags, shapes."""
     from fastvae.kernels import likelihood, logsumexp, normal_diagonal, random, reduce
-    from fastvae.likelihoods.base import DECLARED
+    from fastvae.likelihoods.declared import DECLARED
     from fastvae.ops.normal_arguments import Draw, Form
     from fastvae.ops.reduce import BoundReduction
 
@@ -300,7 +300,7 @@ def full_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
 def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield launches for a decoder's last layer: one output, two, and one with a fixed parameter."""
     from fastvae.kernels import head, likelihood
-    from fastvae.likelihoods.base import DECLARED
+    from fastvae.likelihoods.declared import DECLARED
 
     for dtype in dtypes:
         for k, b, inner, size in ((50, 64, 200, 784), (50, 1024, 512, 3072)):
@@ -341,7 +341,7 @@ EVENTS = (8, 64, 100, 784, 1568, 2000, 3072)
 def odd_launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield launches of those sizes, with a batch and number of samples that fill a GPU."""
     from fastvae.kernels import likelihood, normal_diagonal
-    from fastvae.likelihoods.base import DECLARED
+    from fastvae.likelihoods.declared import DECLARED
     from fastvae.ops.normal_arguments import Draw
 
     seed, need = tensor(dtype=torch.int64), [True, True, False, False]
@@ -442,7 +442,7 @@ def _settle_keys() -> None:
     not pass on the constants it uses.
     """
     from fastvae.kernels import common, likelihood, logsumexp, normal_diagonal, random, reduce
-    from fastvae.likelihoods.base import DECLARED
+    from fastvae.likelihoods.declared import DECLARED
 
     twins = [importlib.import_module(f"fastvae.kernels.likelihoods.{name}") for name in sorted(DECLARED)]
     for module in (common, random, normal_diagonal, *twins, likelihood, logsumexp, reduce):

@@ -254,7 +254,7 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
 
 def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]:
     from fastvae.kernels import likelihood, logsumexp, normal_diagonal
-    from fastvae.likelihoods.base import DECLARED
+    from fastvae.likelihoods.declared import DECLARED
     from fastvae.ops.normal_arguments import Draw
 
     seed, need = tensor(dtype=torch.int64), [True, True, False, False]
