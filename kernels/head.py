@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, log1p, strides
+from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, strides
+from .elementary import log1p
 from .launching import Call, Result, fixed, planned
 from .likelihood import MAX_PARAMETERS, is_heavy, log_prob, log_prob_backward, scalar_functions
 

@@ -24,9 +24,6 @@ from .common import (
     event_offsets,
     event_tiles,
     load,
-    log1p,
-    log1p_of_odds,
-    odds_of_both,
     pixel_span,
     power_of_two,
     split_program,
@@ -34,6 +31,7 @@ from .common import (
     strides,
     triton_dtype,
 )
+from .elementary import log1p, log1p_of_odds, odds_of_both
 from .launching import Call, Result, fixed, planned
 
 MAX_PARAMETERS = 3

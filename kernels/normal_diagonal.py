@@ -26,19 +26,14 @@ from .common import (
     accumulator,
     cdiv,
     computed,
-    exp,
-    expm1_parts,
     load,
-    log,
-    log_positive,
-    quotient,
     row_alignment,
-    softplus,
     split_program,
     store,
     strides,
     triton_dtype,
 )
+from .elementary import exp, expm1_parts, log, log_positive, quotient, softplus
 from .launching import Call, Result, fixed, planned
 from .random import noise_tile, normals
 
