@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvae.kernels import common, head, likelihood, logsumexp, normal_diagonal, reduce
+from fastvae.kernels import common, head, likelihood, logsumexp, normal_diagonal, normal_tiles, reduce
 from fastvae.ops.normal_arguments import Draw
 from fastvae.ops.reduce import BoundReduction
 
@@ -97,10 +97,10 @@ DRAWS = [(1, 33, 70, False), (5, 3, 300, False), (2, 1, 1100, False), (3, 40, 50
 @pytest.fixture
 def enough(monkeypatch):
     """Disable splitting, as if there were always enough programs."""
-    cached = (common.event_tiles, normal_diagonal.latent_tiles)
+    cached = (common.event_tiles, normal_tiles.latent_tiles)
     for function in cached:
         function.cache_clear()
-    for module in (common, normal_diagonal, logsumexp):
+    for module in (common, normal_tiles, logsumexp):
         monkeypatch.setattr(module, "PROGRAMS", 1)
     yield
     for function in cached:

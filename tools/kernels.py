@@ -441,11 +441,32 @@ def _settle_keys() -> None:
     Otherwise its cache keys would depend on the order of launches, since a callee that is not hashed yet does
     not pass on the constants it uses.
     """
-    from fastvae.kernels import common, elementary, likelihood, logsumexp, normal_diagonal, random, reduce
+    from fastvae.kernels import (
+        common,
+        elementary,
+        likelihood,
+        logsumexp,
+        normal_diagonal,
+        normal_diagonal_backward,
+        normal_tiles,
+        random,
+        reduce,
+    )
     from fastvae.likelihoods.declared import DECLARED
 
     twins = [importlib.import_module(f"fastvae.kernels.likelihoods.{name}") for name in sorted(DECLARED)]
-    for module in (common, elementary, random, normal_diagonal, *twins, likelihood, logsumexp, reduce):
+    for module in (
+        common,
+        elementary,
+        random,
+        normal_tiles,
+        normal_diagonal_backward,
+        normal_diagonal,
+        *twins,
+        likelihood,
+        logsumexp,
+        reduce,
+    ):
         for value in vars(module).values():
             if hasattr(value, "cache_key"):
                 value.cache_key  # noqa: B018
