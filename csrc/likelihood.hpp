@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common.hpp"
+#include "elementary.hpp"
 #include "declaration.hpp"
 #include "storage.hpp"
 #include "tiles.hpp"
