@@ -8,12 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import (
-    as_int64,
-    check_data,
-    check_result,
-    shape_of,
-)
+from ..core.checks import as_int64, check_data, check_result, shape_of
 from ..core.deferred import multiply_out
 from ..core.hints import described, explained, teaches_by
 from ..core.nested import Conditioning, each, repeat, tensors
