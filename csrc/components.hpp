@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common.hpp"
+#include "elementary.hpp"
 #include "storage.hpp"
 #include "tiles.hpp"
 

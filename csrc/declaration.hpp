@@ -8,6 +8,7 @@
 #endif
 
 #include "common.hpp"
+#include "elementary.hpp"
 
 namespace fastvae {
 namespace FASTVAE_ISA {

@@ -10,6 +10,7 @@
 #endif
 
 #include "common.hpp"
+#include "elementary.hpp"
 #include "gemm.hpp"
 #include "likelihood.hpp"
 #include "storage.hpp"

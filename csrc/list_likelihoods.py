@@ -1,4 +1,4 @@
-"""Lists what lies in csrc/likelihoods for likelihood.hpp: a likelihood is registered by its file."""
+"""Lists what lies in csrc/likelihoods for likelihood_loops.hpp: a likelihood is registered by its file."""
 
 from pathlib import Path
 

@@ -8,6 +8,7 @@
 #endif
 
 #include "common.hpp"
+#include "elementary.hpp"
 #include "tiles.hpp"
 
 namespace fastvae {

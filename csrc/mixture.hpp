@@ -11,6 +11,7 @@
 #endif
 
 #include "common.hpp"
+#include "elementary.hpp"
 #include "tiles.hpp"
 
 namespace fastvae {

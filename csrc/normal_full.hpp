@@ -10,6 +10,7 @@
 #endif
 
 #include "common.hpp"
+#include "elementary.hpp"
 #include "random.hpp"
 #include "tiles.hpp"
 

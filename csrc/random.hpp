@@ -8,6 +8,7 @@
 #define FASTVAE_RANDOM_HPP
 #endif
 
+#include "elementary.hpp"
 #include "tiles.hpp"
 
 namespace fastvae {

@@ -9,6 +9,7 @@
 #endif
 
 #include "common.hpp"
+#include "elementary.hpp"
 #include "logsumexp.hpp"
 #include "likelihood.hpp"
 #include "tiles.hpp"

@@ -13,7 +13,8 @@ from .objectives import bounds, schedules
 from .objectives.beta_tc import beta_tc
 from .objectives.elbo import elbo
 from .objectives.graphs import graphed
-from .objectives.iwae import bound, iwae, log_weights
+from .objectives.iwae import bound, iwae
+from .objectives.log_weights import log_weights
 from .objectives.marginalize import marginalize
 from .objectives.options import Terms
 from .objectives.wake_sleep import sleep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -24,10 +24,12 @@ from .estimation.evaluation import Evaluation, evaluate
 from .estimation.log_marginal import log_marginal as _log_marginal
 from .estimation.log_marginal import reconstruction_log_prob as _reconstruction_log_prob
 from .estimation.weights import LogMarginal
-from .inputs.last_layer import called_by, may_end_in_a_layer, run_to_last_layer
+from .inputs.functions import as_registered
+from .inputs.last_layer import may_end_in_a_layer, run_to_last_layer
 from .inputs.misread import look_at_structure
-from .inputs.modules import check_modules, is_known, modules_of
-from .likelihoods.base import Likelihood, as_likelihood
+from .inputs.modules import check_modules, is_known
+from .likelihoods.base import Likelihood
+from .likelihoods.read import as_likelihood
 from .objectives.beta_tc import BetaTCTerms, beta_tc
 from .objectives.bounds import Bound
 from .objectives.elbo import elbo as _elbo
@@ -122,7 +124,7 @@ class VAE(nn.Module):
         for name, value in (("encoder", encoder), ("decoder", decoder)):
             if not callable(value):
                 raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
-            setattr(self, name, _as_module(name, value, self, reached))
+            setattr(self, name, as_registered(name, value, self, reached, VAE))
         self.likelihood = as_likelihood(likelihood)
         look_at_structure(self.decoder, self.likelihood)
         if isinstance(prior, td.Distribution) and any(t.requires_grad for t in tensors_of(prior)):
@@ -136,7 +138,7 @@ class VAE(nn.Module):
         if prior is None:
             prior = self._own_prior()
         if is_conditional(prior):
-            self.prior = _as_module("prior", prior, self, reached)
+            self.prior = as_registered("prior", prior, self, reached, VAE)
         else:
             self.prior = as_module(as_prior(prior))
         functions = encoder, decoder, *[prior] * is_conditional(prior)
@@ -421,89 +423,3 @@ def _as_latent_dim(value: Any) -> int | tuple[int, ...]:
 
 def _axes(latent_dim: int | tuple[int, ...]) -> tuple[int, ...]:
     return latent_dim if isinstance(latent_dim, tuple) else (latent_dim,)
-
-
-class _Function(nn.Module):
-    """Module that wraps a function and registers the modules that it reaches as children."""
-
-    def __init__(self, function: Callable[..., Any], modules: list[nn.Module]):
-        super().__init__()
-        self.function = function
-        for module in modules:
-            name = start = type(module).__name__.lower()
-            count = 1
-            while hasattr(self, name):
-                count += 1
-                name = f"{start}{count}"
-            self.add_module(name, module)
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A method is copied with its module. A function would go on referring to the original's modules.
-        if self._modules and not is_known(self.function):
-            names = ", ".join(sorted({type(m).__name__ for m in self.children()}))
-            raise TypeError(
-                f"a VAE whose encoder or decoder is the function {_name(self.function)} cannot be copied or "
-                f"pickled: the copy would go on using the original's {names}. Pass VAE the "
-                "module itself, if the function does no more than split its output, or put the function's "
-                "code into the forward of an nn.Module, or into a method of one"
-            )
-        return super().__reduce_ex__(protocol)
-
-    # These traverse all modules, and would not terminate if one of the children contained the VAE.
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        self._refuse_cycle()
-        return super().named_children()
-
-    def extra_repr(self) -> str:
-        self._refuse_cycle()
-        return super().extra_repr()
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse_cycle()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse_cycle()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _refuse_cycle(self) -> None:
-        for name, module in self._modules.items():
-            if module is not None and any(m is self for m in module.modules()):
-                raise ValueError(_cycle(_name(self.function), name, module))
-
-
-def _as_module(
-    name: str, function: Callable[..., Any], vae: VAE, modules: list[nn.Module] | None
-) -> Callable[..., Any]:
-    """Wrap a method or a function in a module that registers the modules it reaches."""
-    owner = called_by(function)
-    if isinstance(function, nn.Module) or owner is vae:
-        return function
-    if is_known(function):
-        return _Function(function, modules_of(function))
-    if modules is None:
-        raise TypeError(
-            f"{name} is {_name(function)}, neither a module nor a method of one, so the VAE does not know "
-            f"which modules it reaches: they would not be trained, saved, moved, or put into eval mode. Name "
-            f"all of them, such as VAE({name}=..., modules=[net]), or modules=[] if there are none; or pass "
-            "the module itself, or its method, such as net.encode"
-        )
-    return _Function(function, modules) if modules else function
-
-
-def _cycle(function: str, name: str, module: nn.Module) -> str:
-    parts = [f"{name}.{n}" for n, m in module.named_children() if not isinstance(m, VAE)]
-    example = f", such as {' and '.join(parts)}" if parts else ""
-    return (
-        f"{function} reaches the {type(module).__name__} that holds the VAE, so that each would be a part of "
-        f"the other. Give VAE the networks themselves{example}; or build no VAE, and call fastvae.elbo or "
-        "fastvae.iwae yourself"
-    )
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)

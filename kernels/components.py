@@ -12,21 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    LAUNCH,
-    accumulator,
-    cdiv,
-    exp,
-    exp_of_negative,
-    expm1_parts,
-    load,
-    log_positive,
-    power_of_two,
-    store,
-    strides,
-    tanh_half,
-    triton_dtype,
-)
+from .common import LAUNCH, accumulator, cdiv, load, power_of_two, store, strides, triton_dtype
+from .elementary import exp, exp_of_negative, expm1_parts, log_positive, tanh_half
 from .launching import Call, Result, planned
 
 

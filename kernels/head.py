@@ -18,9 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, log1p, strides
+from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, strides
+from .elementary import log1p
 from .launching import Call, Result, fixed, planned
-from .likelihood import MAX_PARAMETERS, is_heavy, log_prob, log_prob_backward, scalar_functions
+from .likelihood import log_prob, log_prob_backward
+from .likelihood_parameters import MAX_PARAMETERS, is_heavy, scalar_functions
 
 # Rows of a tile; its outputs in float32, and in half precision, with several products or with DATA; inputs of
 # the layer per step in float32 and in half precision. None of these spills on four architectures.

@@ -8,8 +8,6 @@ functions of it alone are computed once.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -17,37 +15,38 @@ import triton
 import triton.language as tl
 
 from .common import (
-    LAUNCH,
-    Launch,
     accumulator,
-    cdiv,
     event_offsets,
     event_tiles,
     load,
-    log1p,
-    log1p_of_odds,
-    odds_of_both,
     pixel_span,
-    power_of_two,
     split_program,
     store,
     strides,
     triton_dtype,
 )
+from .elementary import log1p, log1p_of_odds, odds_of_both
 from .launching import Call, Result, fixed, planned
+from .likelihood_flat import flat_gradients, is_flat
+from .likelihood_parameters import (
+    ALONG_ALL,
+    ALONG_B,
+    ALONG_K,
+    ALONG_X,
+    COLUMN,
+    FULL,
+    MAX_PARAMETERS,
+    NONE,
+    ROW,
+    all_parameters,
+    described,
+    launching_of,
+    scalar_functions,
+)
 
-MAX_PARAMETERS = 3
 # Maximum tiles of a row per program where logarithms are shared: the product of four factors of up to 2 from
 # each tile must stay below 2^127.
 MAX_TILES = 28
-
-# Samples per program, sharing x, where no gradient is summed.
-SAMPLES_FLAT = 2
-
-# Layout of a parameter's gradient: none, one per element, one per pixel, or one per row.
-NONE, FULL, COLUMN, ROW = (tl.constexpr(i) for i in range(4))
-# Bits of VARIES, the axes along which a parameter has more than one value.
-ALONG_K, ALONG_B, ALONG_X, ALONG_ALL = (tl.constexpr(i) for i in (1, 2, 4, 7))
 
 
 @triton.jit
@@ -319,129 +318,6 @@ def log_prob_backward_kernel(
     store_row_sums(p_grad_p2, s_2, o_k, o_b, K, B, LAYOUT_2)
 
 
-@triton.jit
-def load_flat(p_p, o_flat, o_x, mask, m_x, VARIES: tl.constexpr, DTYPE: tl.constexpr):
-    """Load a parameter that lies in memory like the first, or is one row or one number."""
-    if VARIES == ALONG_X:
-        b_p = load(p_p, o_x, m_x, DTYPE)
-    elif VARIES == 0:
-        b_p = tl.load(p_p).to(DTYPE)
-    else:
-        b_p = load(p_p, o_flat, mask, DTYPE)
-    return b_p
-
-
-@triton.jit(do_not_specialize=["K", "G"])
-def log_prob_flat_backward_kernel(
-    p_grad,  # [K, B] gradient of the log-likelihood
-    p_x,  # [B, X] data, of any type
-    p_p0,  # [K, B, X] the parameters, contiguous; the others may also be one row, one number or None
-    p_p1,
-    p_p2,
-    p_grad_x,  # None
-    p_grad_p0,  # [K, B, X] out, contiguous, or None where not needed
-    p_grad_p1,
-    p_grad_p2,
-    K,  # samples
-    G,  # groups of VECTOR pixels of a sample, B * X / VECTOR
-    X,  # pixels, a multiple of VECTOR
-    stride_grad_k,
-    stride_grad_b,
-    stride_x_b,
-    stride_x_x,
-    VARIES_1: tl.constexpr,
-    VARIES_2: tl.constexpr,
-    GRADIENT: tl.constexpr,  # the likelihood's function, see fastvae.kernels.likelihoods
-    DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
-    VECTOR: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
-    """Compute the gradients where none is summed; one program per stretch of memory of a few samples.
-
-    Row boundaries do not matter then, and long contiguous stretches use more of the memory bandwidth.
-    """
-    o_k = event_offsets(tl.program_id(1) * BLOCK_K, BLOCK_K, 0)  # [BLOCK_K, 1, 1]
-    o_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]  # [1, BLOCK_G, 1], within 2^31
-    m_g = o_g < G
-    mask = m_g & (o_k < K)
-    o_vector = tl.arange(0, VECTOR)[None, None, :]  # [1, 1, VECTOR]
-    o_b = o_g // (X // VECTOR)
-    o_x = (o_g - o_b * (X // VECTOR)) * VECTOR + o_vector  # [1, BLOCK_G, VECTOR]
-    o_b = o_b.to(tl.int64)
-    b_g = load(p_grad, o_k * stride_grad_k + o_b * stride_grad_b, mask, DTYPE)  # [BLOCK_K, BLOCK_G, 1]
-    b_x = load(p_x, o_b * stride_x_b + o_x * stride_x_x, m_g, DTYPE)  # [1, BLOCK_G, VECTOR]
-    o_flat = o_k * G * VECTOR + (o_g * VECTOR + o_vector)
-    b_0 = load(p_p0, o_flat, mask, DTYPE)
-    if p_p1 is not None:
-        b_1 = load_flat(p_p1, o_flat, o_x, mask, m_g, VARIES_1, DTYPE)
-    if p_p2 is not None:
-        b_2 = load_flat(p_p2, o_flat, o_x, mask, m_g, VARIES_2, DTYPE)
-    if p_p1 is None:
-        b_grads = GRADIENT(b_g, b_x, b_0)
-    elif p_p2 is None:
-        b_grads = GRADIENT(b_g, b_x, b_0, b_1)
-    else:
-        b_grads = GRADIENT(b_g, b_x, b_0, b_1, b_2)
-    if p_grad_p0 is not None:
-        store(p_grad_p0, o_flat, b_grads[1], mask)
-    if p_grad_p1 is not None:
-        store(p_grad_p1, o_flat, b_grads[2], mask)
-    if p_grad_p2 is not None:
-        store(p_grad_p2, o_flat, b_grads[3], mask)
-
-
-@functools.cache
-def is_heavy(name: str) -> bool:
-    """Return True if the likelihood takes much arithmetic per element."""
-    return getattr(importlib.import_module(f"{__package__}.likelihoods.{name}"), "HEAVY", False)
-
-
-def launching_of(likelihood: Any, backward: bool) -> Launch:
-    """Return the launch parameters of a likelihood."""
-    if is_heavy(likelihood.name):
-        return LAUNCH["likelihood_heavy"]
-    # Quantities computed from the data take registers; so does a third parameter.
-    many = likelihood.data is not None or len(likelihood.outputs) == MAX_PARAMETERS
-    return LAUNCH["likelihood_backward" if backward or many else "likelihood"]
-
-
-@functools.cache
-def scalar_functions(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a likelihood's functions and constants for the forward and for the backward pass."""
-    module = importlib.import_module(f"{__package__}.likelihoods.{name}")
-    forward = {
-        "VALUE": module.value,
-        "DATA": getattr(module, "data", None),
-        "FACTOR": getattr(module, "FACTOR", 1.0),
-        "SHARED_LOG": getattr(module, "SHARED_LOG", False),
-        "PADDING": getattr(module, "PADDING", None),
-    }
-    return forward, {"GRADIENT": module.gradient, "FINITE": getattr(module, "FINITE", False)}
-
-
-def _all(parameters: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
-    return *parameters, *(None,) * (MAX_PARAMETERS - len(parameters))
-
-
-def _varies(parameter: torch.Tensor | None) -> int:
-    """Return the bit mask of axes with a nonzero stride, that is neither broadcast nor expanded."""
-    return sum((s != 0) << i for i, s in enumerate(strides(parameter, 3)))
-
-
-def _described(parameters: tuple[torch.Tensor | None, ...]) -> tuple:
-    """Return the kernels' arguments for the parameters: strides, and the axes along which each varies."""
-    numbers = [n for p in parameters for n in _fixed_strides(p)]
-    # The first is loaded along all axes: beyond the bounds it is PADDING.
-    return numbers, {f"VARIES_{i}": _varies(p) for i, p in enumerate(parameters) if i}
-
-
-def _fixed_strides(tensor: torch.Tensor | None) -> tuple[Any, ...]:
-    """Return the strides, fixed for row and pixel; the sample's changes with the batch."""
-    first, *others = strides(tensor, 3)
-    return first, *map(fixed, others)
-
-
 @planned
 def _log_prob(x, *rest) -> Call:
     *given, likelihood = rest
@@ -451,7 +327,7 @@ def _log_prob(x, *rest) -> Call:
     launching = launching_of(likelihood, False)
     max_tiles = MAX_TILES if functions["SHARED_LOG"] else 0
     tiles = event_tiles(k, b, size, launching.tile, max_tiles=max_tiles)
-    numbers, varies = _described(_all(tuple(given)))
+    numbers, varies = described(all_parameters(tuple(given)))
     return Call(
         log_prob_kernel,
         tiles.grid,
@@ -488,11 +364,11 @@ def _gradients(grad, x, *rest) -> Call:
     *given, likelihood, need = rest
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
-    parameters = _all(tuple(given))
+    parameters = all_parameters(tuple(given))
     needed = [*need[1:], *[False] * (MAX_PARAMETERS - len(given))]
     layouts = [_layout(p, n, k, b, size) for p, n in zip(parameters, needed, strict=True)]
-    if _is_flat(parameters, layouts, need[0]):
-        return _flat_gradients(grad, x, parameters, likelihood, needed)
+    if is_flat(parameters, layouts, need[0]):
+        return flat_gradients(grad, x, parameters, likelihood, needed)
     # The more samples or rows a program takes, the fewer parts remain to be summed; a sum over a row's pixels
     # needs one block of rows.
     column, row = COLUMN.value in layouts, ROW.value in layouts
@@ -509,7 +385,7 @@ def _gradients(grad, x, *rest) -> Call:
             results.append(Result((k, b), dtype, tiles.x_splits))
         else:
             results.append(Result((k, b, size), p.dtype if p.shape == (k, b, size) else dtype))
-    numbers, varies = _described(parameters)
+    numbers, varies = described(parameters)
     return Call(
         log_prob_backward_kernel,
         tiles.grid,
@@ -529,56 +405,6 @@ def _gradients(grad, x, *rest) -> Call:
         },
         launching.warps(dtype),
         MAX_PARAMETERS - len(given),
-    )
-
-
-def _is_flat(parameters: tuple[torch.Tensor | None, ...], layouts: list[int], need_x: bool) -> bool:
-    """Return True if :func:`log_prob_flat_backward_kernel` applies.
-
-    No gradient is summed, parameters that vary by sample and row lie in memory like the first, and 31 bits
-    index one sample of it.
-    """
-    first, *others = parameters
-    return (
-        not need_x
-        and set(layouts) <= {NONE.value, FULL.value}
-        and first.is_contiguous()
-        and first.shape[1] * first.shape[2] < 2**31 - LAUNCH["likelihood_backward"].tile
-        # The limit of the grid's second axis.
-        and first.shape[0] <= 65535 * SAMPLES_FLAT
-        and all(
-            p is None
-            or (p.shape == first.shape and p.is_contiguous())
-            or (layout == NONE.value and _varies(p) in (0, ALONG_X.value) and strides(p, 3)[2] in (0, 1))
-            for p, layout in zip(others, layouts[1:], strict=True)
-        )
-    )
-
-
-def _flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
-    k, b, size = parameters[0].shape
-    dtype = accumulator(x, *(p for p in parameters if p is not None))
-    # Up to 16 bytes, one load, and a divisor of the row.
-    vector = min(size & -size, 16 // parameters[0].element_size())
-    block_k = min(power_of_two(k), SAMPLES_FLAT)
-    launching = launching_of(likelihood, True)
-    groups, block_g = b * size // vector, launching.tile // (block_k * vector)
-    results = [Result((k, b, size), p.dtype) if n else None for p, n in zip(parameters, needed, strict=True)]
-    return Call(
-        log_prob_flat_backward_kernel,
-        (cdiv(groups, block_g), cdiv(k, block_k)),
-        (None, *results),
-        (k, groups, fixed(size), *strides(grad, 2), *map(fixed, strides(x, 2))),
-        {
-            **{f"VARIES_{i}": _varies(p) for i, p in enumerate(parameters) if i},
-            "GRADIENT": scalar_functions(likelihood.name)[1]["GRADIENT"],
-            "DTYPE": triton_dtype(dtype),
-            "VECTOR": vector,
-            "BLOCK_K": block_k,
-            "BLOCK_G": block_g,
-        },
-        launching.warps(dtype),
-        sum(p is None for p in parameters),
     )
 
 

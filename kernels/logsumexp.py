@@ -15,16 +15,14 @@ from .common import (
     PROGRAMS,
     accumulator,
     cdiv,
-    exp,
     load,
-    log,
     power_of_two,
-    quotient,
     split_program,
     store,
     strides,
     triton_dtype,
 )
+from .elementary import exp, log, quotient
 from .launching import Call, Result, planned
 
 # Columns of a tile. With few columns, 8 float32 fill a 32-byte sector, the unit of memory access, and leave

@@ -19,16 +19,14 @@ from .common import (
     PROGRAMS,
     accumulator,
     cdiv,
-    exp,
     load,
-    log,
     power_of_two,
-    quotient,
     split_program,
     strides,
     tile_width,
     triton_dtype,
 )
+from .elementary import exp, log, quotient
 from .launching import Call, Result, fixed, planned
 from .logsumexp import finite_shift, merged, next_block
 

@@ -22,7 +22,6 @@ from .common import (
     PROGRAMS,
     accumulator,
     cdiv,
-    exp,
     load,
     power_of_two,
     split_program,
@@ -30,6 +29,7 @@ from .common import (
     strides,
     triton_dtype,
 )
+from .elementary import exp
 from .launching import Call, Result, fixed, planned
 from .random import normals
 

@@ -16,18 +16,8 @@ from triton.language.target_info import is_hip
 
 from fastvae.reference import random as reference
 
-from .common import (
-    INTERPRETED,
-    LAUNCH,
-    add_bits,
-    cdiv,
-    log_of_parts,
-    power_of_two,
-    split_float,
-    split_program,
-    tile_width,
-    triton_dtype,
-)
+from .common import INTERPRETED, LAUNCH, cdiv, power_of_two, split_program, tile_width, triton_dtype
+from .elementary import add_bits, log_of_parts, split_float
 from .launching import Call, Result, fixed, planned
 
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): multipliers, and the key's increments.

@@ -15,18 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    LAUNCH,
-    cdiv,
-    exp,
-    load,
-    log,
-    quotient,
-    split_program,
-    store,
-    strides,
-    triton_dtype,
-)
+from .common import LAUNCH, cdiv, load, split_program, store, strides, triton_dtype
+from .elementary import exp, log, quotient
 from .launching import Call, Result, planned
 from .logsumexp import finite_shift, next_block, tile
 

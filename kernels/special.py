@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import LOG_2_HIGH, LOG_2_LOW, add_bits, log, log_factorial_excess, log_of_parts, split_float
+from .elementary import LOG_2_HIGH, LOG_2_LOW, add_bits, log, log_factorial_excess, log_of_parts, split_float
 
 HALF_LOG_2_PI = tl.constexpr(0.91893853320467274178)
 

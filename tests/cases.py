@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastvae  # noqa: F401
 from fastvae.core.checks import INTEGERS
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 
 from . import formulas, strategies
 from .oracles import HAZARDS

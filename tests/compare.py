@@ -16,8 +16,8 @@ from torch import Tensor
 from fastvae.core.special import digamma_excess, half_step, half_step_slope, log1p_rest, stirling_error
 
 # Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): CUDA documents 2 ulp
-# for expf; csrc/common.hpp, kernels/common.py and torch are within 1.3. The noise is within 4 ulp of its
-# definition over 10^7 draws (docs/NOTES.md).
+# for expf; csrc/elementary.hpp, kernels/elementary.py and torch are within 1.3. The noise is within 4 ulp of
+# its definition over 10^7 draws (docs/NOTES.md).
 EXP = LOG = 4
 NOISE = 8
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 
 from .compare import EXP, LOG, Rounded, total
 from .oracles import ORACLES

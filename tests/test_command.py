@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae.cli import demo, main
+from fastvae.cli import demo, main, models
 from fastvae.likelihoods import Gaussian
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +28,8 @@ def folder(tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         architecture = {"pixels": 64, "hidden": 16, "latent": 2}
-        model = demo.build(architecture)
-        whole = fastvae.VAE(demo.Encoder(64, 16, 2), torch.nn.Linear(2, 64), likelihood=Gaussian(0.5))
+        model = models.build(architecture)
+        whole = fastvae.VAE(models.Encoder(64, 16, 2), torch.nn.Linear(2, 64), likelihood=Gaussian(0.5))
     torch.save({"architecture": architecture, "state_dict": model.state_dict()}, tmp_path / "model.pt")
     torch.save(whole, tmp_path / "whole.pt")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -67,7 +67,7 @@ def test_results_and_picture(folder, capsys, monkeypatch):
     assert "NLL" in shown.err
     assert shown.out.splitlines()[-2:] == ["results.npz", "results.png"]
     with np.load("results.npz") as saved:
-        model = demo.load("model.pt")
+        model = models.load("model.pt")
         x = torch.from_numpy(np.load("x.npy")).flatten(1)
         expected = model.evaluate(x, k=60, progress=False, generator=torch.Generator().manual_seed(3))
         np.testing.assert_allclose(saved["log_px"], expected.log_px.numpy(), rtol=1e-6)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 
 from . import cases
 from .compare import Rounded, assert_accurate, total

@@ -247,7 +247,7 @@ def test_every_objective(model, backend):
     got = run(fastvae.log_marginal, k=9, k_chunk=4)
     assert bool(got.log_px.isfinite().all())
     z = randn(2 * B, D, seed=5)
-    known = fastvae.likelihoods.base.as_likelihood(likelihood)
+    known = fastvae.likelihoods.read.as_likelihood(likelihood)
     rows = known.log_likelihood(x, decoder(z), 2)
     each = known.log_prob(torch.cat([x, x]), decoder(z))
     torch.testing.assert_close(each.reshape(2, B, -1).sum(2), rows, rtol=1e-5, atol=1e-4)
@@ -261,7 +261,7 @@ def test_every_objective(model, backend):
 def test_masks(model, backend):
     """Unobserved elements are ignored; a mask of all True changes nothing."""
     x, decoder, likelihood = _models()[model]
-    known = fastvae.likelihoods.base.as_likelihood(likelihood)
+    known = fastvae.likelihoods.read.as_likelihood(likelihood)
     q = randn(B, D, seed=2), 0.2 * randn(B, D, seed=3)
     run = lambda **o: fastvae.iwae(  # noqa: E731
         x, q, decoder, k=K, likelihood=known, generator=generator(4), reduction="none", **o

@@ -20,7 +20,7 @@ from fastvae.likelihoods import (
     Poisson,
     ZeroInflatedNegativeBinomial,
 )
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 
 from . import cases
 from .conftest import DEVICE

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import fastvae
-from fastvae.cli import demo, kinds, latents, main
+from fastvae.cli import demo, kinds, latents, main, models, pictures, training
+from fastvae.cli.images import digits, read_idx
 from fastvae.core import backend as _backend
 from fastvae.distributions import DiagonalNormal, Laplace, Mixture
 
@@ -64,17 +65,17 @@ def test_digits(tmp_path, capsys):
     saved = torch.load(tmp_path / "out" / "iwae.pt", weights_only=True)
     assert saved["architecture"] == {"pixels": 64, "hidden": 128, "latent": 2}
     assert saved["settings"] == {"data": "digits", "epochs": 1, "k": 3, "seed": 0, "shape": [8, 8]}
-    model = demo.load(tmp_path / "out" / "iwae.pt")
-    noise = torch.Generator().manual_seed(demo.TEST_SEED)
-    result = model.evaluate(demo.digits().test, k=7, generator=noise, progress=False)
+    model = models.load(tmp_path / "out" / "iwae.pt")
+    noise = torch.Generator().manual_seed(training.TEST_SEED)
+    result = model.evaluate(digits().test, k=7, generator=noise, progress=False)
     assert f"{-result.nll:.2f} ±" in text
 
 
 def test_a_seed_repeats_itself():
-    images = demo.digits()
+    images = digits()
     architecture = {"pixels": 64, "hidden": 8, "latent": 3}
-    with demo.threads(1):
-        first, again, other = (demo.train("x", 2, images, architecture, 1, 5, seed) for seed in (3, 3, 4))
+    with training.threads(1):
+        first, again, other = (training.train("x", 2, images, architecture, 1, 5, seed) for seed in (3, 3, 4))
     assert first.train_curve == again.train_curve and torch.equal(first.log_px, again.log_px)
     assert first.train_curve != other.train_curve
 
@@ -94,9 +95,9 @@ def test_read_idx(tmp_path):
     data = idx_bytes(5, 0)
     (tmp_path / "a").write_bytes(data)
     (tmp_path / "a.gz").write_bytes(gzip.compress(data))
-    images = demo.read_idx(tmp_path / "a")
+    images = read_idx(tmp_path / "a")
     assert images.shape == (5, 6, 6) and images.tobytes() == data[16:]
-    assert np.array_equal(images, demo.read_idx(tmp_path / "a.gz"))
+    assert np.array_equal(images, read_idx(tmp_path / "a.gz"))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_read_idx(tmp_path):
 def test_read_idx_refuses(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        demo.read_idx(tmp_path / name)
+        read_idx(tmp_path / name)
 
 
 def test_read_idx_expands_no_more_than_the_header_says(tmp_path):
@@ -133,7 +134,7 @@ def test_read_idx_expands_no_more_than_the_header_says(tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="goes on after 196 bytes"):
-            demo.read_idx(tmp_path / "a.gz")
+            read_idx(tmp_path / "a.gz")
         assert tracemalloc.get_traced_memory()[1] < 2**22
     finally:
         tracemalloc.stop()
@@ -184,7 +185,7 @@ def test_interrupt(monkeypatch, capsys):
 def test_table_says_which_is_better():
     def run(name, log_px):
         values = torch.tensor(log_px)
-        return demo.Run(name, None, {}, [], [], values - 1, values, torch.full_like(values, 5.0))
+        return training.Run(name, None, {}, [], [], values - 1, values, torch.full_like(values, 5.0))
 
     low, high = run("ELBO", [-10.0, -12.0, -14.0]), run("IWAE-9", [-9.0, -11.5, -12.5])
     assert "IWAE-9 is better than ELBO by 1.00 nats per image (± 0.29" in demo.table([low, high], 7)
@@ -216,7 +217,7 @@ def test_posterior_mean_is_exact_where_the_posterior_is_known(q):
 
     model = fastvae.VAE(Fixed(), Sign(), likelihood="bernoulli", latent_dim=1)
     p = 1 / (1 + math.exp(-2))
-    result = demo.posterior_mean(model, torch.tensor([[1.0, 1.0], [0.0, 1.0]]), k=200_000)
+    result = pictures.posterior_mean(model, torch.tensor([[1.0, 1.0], [0.0, 1.0]]), k=200_000)
     expected = torch.tensor([[p * p + (1 - p) ** 2, 0.5], [2 * p * (1 - p), 0.5]])
     assert torch.allclose(result, expected, atol=0.005)
 
@@ -262,9 +263,9 @@ def test_any_likelihood(likelihood, tmp_path, capsys):
     assert kinds.kind_of(likelihood).says in text and "is better than" in text and "nan" not in text
     saved = torch.load(out / "iwae.pt", weights_only=True)
     assert saved["architecture"]["likelihood"] == likelihood
-    model = demo.load(out / "iwae.pt")
-    noise = torch.Generator().manual_seed(demo.TEST_SEED)
-    result = model.evaluate(demo.digits(likelihood).test, k=7, generator=noise, progress=False)
+    model = models.load(out / "iwae.pt")
+    noise = torch.Generator().manual_seed(training.TEST_SEED)
+    result = model.evaluate(digits(likelihood).test, k=7, generator=noise, progress=False)
     assert f"{-result.nll:.2f} ±" in text
     assert main(["evaluate", str(out / "iwae.pt"), "digits", "--k", "7"]) == 0
 
@@ -298,9 +299,9 @@ def test_any_posterior_and_prior(posterior, prior, tmp_path, capsys):
     assert ", ".join(f"{option} {name}" for option, name in names.items()) + ", 128 hidden units" in text
     saved = torch.load(out / "iwae.pt", weights_only=True)
     assert saved["architecture"] == {"pixels": 64, "hidden": 128, "latent": 2, **names}
-    model = demo.load(out / "iwae.pt")
-    noise = torch.Generator().manual_seed(demo.TEST_SEED)
-    result = model.evaluate(demo.digits().test, k=7, generator=noise, progress=False)
+    model = models.load(out / "iwae.pt")
+    noise = torch.Generator().manual_seed(training.TEST_SEED)
+    result = model.evaluate(digits().test, k=7, generator=noise, progress=False)
     assert f"{-result.nll:.2f} ±" in text
     assert main(["evaluate", str(out / "iwae.pt"), "digits", "--k", "7"]) == 0
 
@@ -316,9 +317,9 @@ def test_a_ladder_has_a_prior_of_its_own(tmp_path):
 def test_a_vamp_prior_warms_up():
     """A VampPrior's KL weight rises over three tenths of the steps, and then is 1."""
     architecture = {"pixels": 64, "hidden": 8, "latent": 3}
-    beta = latents.beta_of(demo.build({**architecture, "prior": "vamp"}), 100)
+    beta = latents.beta_of(models.build({**architecture, "prior": "vamp"}), 100)
     assert [round(float(beta(step)), 3) for step in (0, 15, 30, 99)] == [0.0, 0.5, 1.0, 1.0]
-    assert latents.beta_of(demo.build(architecture), 100) is None
+    assert latents.beta_of(models.build(architecture), 100) is None
 
 
 @pytest.mark.parametrize("name", [n for n in latents.PRIORS if n != "standard"])
@@ -326,34 +327,34 @@ def test_a_prior_is_trained(name):
     """A prior's parameters move from their start, a VampPrior's from images of any range."""
     if name == "flow":
         pytest.importorskip("zuko")
-    images = demo.digits("poisson")
+    images = digits("poisson")
     architecture = {"pixels": 64, "hidden": 8, "latent": 3, "likelihood": "poisson", "prior": name}
     torch.manual_seed(3)
-    before = demo.build(architecture)
+    before = models.build(architecture)
     latents.start(before, images.train)
     if name == "vamp":
         inputs = before.prior.pseudo_inputs()
         assert inputs.amin() >= 0 and inputs.amax() <= 16
         assert torch.allclose(inputs, images.train[: len(inputs)].clamp(0.05 * 16, 0.95 * 16), atol=1e-4)
-    with demo.threads(1):
-        run = demo.train("x", 2, images, architecture, 1, 5, seed=3)
+    with training.threads(1):
+        run = training.train("x", 2, images, architecture, 1, 5, seed=3)
     own = {n: p for n, p in run.model.prior.named_parameters() if not n.startswith("encoder.")}
     assert own
     for n, p in own.items():
         # 14 steps of Adam.
-        assert 0 < (p - before.prior.get_parameter(n)).abs().amax() < 20 * demo.LEARNING_RATE, n
+        assert 0 < (p - before.prior.get_parameter(n)).abs().amax() < 20 * training.LEARNING_RATE, n
 
 
 def test_latents_of_any_number():
     """Losses are finite and all parameters have gradients for one and three latents."""
     pytest.importorskip("zuko")
-    x = demo.digits().test[:5]
+    x = digits().test[:5]
     for name in latents.POSTERIORS:
         ladder = name == "ladder"
         for latent in (2, 3) if ladder else (1, 3):
             architecture = {"pixels": 64, "hidden": 8, "latent": latent, "posterior": name}
             architecture["prior"] = "standard" if ladder else "flow"
-            model = demo.build(architecture)
+            model = models.build(architecture)
             bound = model.iwae(x, 4)
             bound.backward()
             assert bound.isfinite()
@@ -370,7 +371,7 @@ def test_latents_of_any_number():
 
 def test_the_kl_is_closed_where_it_is_known():
     def kl(**names):
-        model = demo.build({"pixels": 64, "hidden": 8, "latent": 3, **names})
+        model = models.build({"pixels": 64, "hidden": 8, "latent": 3, **names})
         return latents.elbo_options(model, torch.zeros(2, 64), 10)
 
     assert kl() == kl(posterior="full", prior="learned") == kl(posterior="laplace")
@@ -411,8 +412,8 @@ def test_the_manifold_covers_the_prior():
 
     prior = DiagonalNormal(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]).log() * 2)
     model = fastvae.VAE(lambda x: x, Seen(), likelihood="bernoulli", prior=prior, latent_dim=2, modules=[])
-    run = demo.Run("x", model, {}, [], [], *[torch.zeros(1)] * 3)
-    demo._manifold(Axes(), run, demo.digits())
+    run = training.Run("x", model, {}, [], [], *[torch.zeros(1)] * 3)
+    pictures._manifold(Axes(), run, digits())
     grid = model.decoder.z
     assert torch.allclose(grid.mean(0), prior.mu, atol=0.1)
     expected = prior.mu + torch.tensor([0.5, 3.0]) * torch.tensor([-1.959964])

@@ -29,7 +29,8 @@ from fastvae.distributions import (
     register_kl,
     rsample_log_prob,
 )
-from fastvae.objectives.bounds import IWAE, WakePhi, bound_from_weights
+from fastvae.objectives.bounds import IWAE, WakePhi
+from fastvae.objectives.from_weights import bound_from_weights
 
 from .conftest import DEVICE
 from .models import LinearGaussian, evaluate_parts, generator, randn, seed_of

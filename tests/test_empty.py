@@ -23,7 +23,7 @@ from fastvae.distributions import (
     VampPrior,
 )
 from fastvae.likelihoods import Gaussian, Joint, Likelihood, NegativeBinomial
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 from fastvae.objectives import bounds
 
 from . import cases

@@ -70,7 +70,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, name, spy)
 
     spied(fastvae.objectives.reduce, "reduce_linear")
-    spied(fastvae.likelihoods.base, "linear_rows")
+    spied(fastvae.likelihoods.declared, "linear_rows")
     return found
 
 
@@ -639,7 +639,7 @@ def test_likelihoods_take_the_record(event):
     for name, features in (("bernoulli", (X,)), ("gaussian", (X, X)), ("gaussian", (2 * X,))):
         if len(features) == 1 and name == "gaussian" and event is None:
             continue
-        fused, likelihood = fused_head(*features, event=event), fastvae.likelihoods.base.as_likelihood(name)
+        fused, likelihood = fused_head(*features, event=event), fastvae.likelihoods.read.as_likelihood(name)
         z, x = torch.randn(5, D), torch.rand(5, *EVENT).round()
         record, parameters = fused(z), Whole(fused)(z)
         assert torch.allclose(likelihood.log_prob(x, record), likelihood.log_prob(x, parameters), atol=1e-6)
@@ -961,7 +961,7 @@ def test_all_pairs_by_tiles(monkeypatch):
     whole = ops.all_pairs_log_prob(x, (location, torch.zeros(X)), likelihood="laplace")
     (grad,) = torch.autograd.grad(whole.sin().sum(), location)
     for tile in (1, 5 * X, 40 * X):
-        monkeypatch.setattr(fastvae.ops.likelihood, "_TILE", tile)
+        monkeypatch.setattr(fastvae.ops.all_pairs, "_TILE", tile)
         parts = ops.all_pairs_log_prob(x, (location, torch.zeros(X)), likelihood="laplace")
         (part_grad,) = torch.autograd.grad(parts.sin().sum(), location)
         assert torch.allclose(parts, whole, rtol=1e-6) and torch.allclose(
@@ -1055,7 +1055,7 @@ import re, torch
 from types import SimpleNamespace
 from tools.kernels import compiled, recorded, tensor
 from fastvae.kernels import head
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 for dtype in (torch.bfloat16, torch.float32):
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)

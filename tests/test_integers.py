@@ -9,7 +9,8 @@ from torch import distributions as td
 import fastvae
 from fastvae.core.checks import INTEGERS
 from fastvae.likelihoods import Joint, Likelihood
-from fastvae.likelihoods.base import DECLARED, NAMED
+from fastvae.likelihoods.base import NAMED
+from fastvae.likelihoods.declared import DECLARED
 
 from . import cases
 from .conftest import DEVICE

@@ -274,9 +274,9 @@ def test_one_program_for_every_batch():
     script = """
 from tools import kernels
 from fastvae.kernels import normal_full, logsumexp, normal_diagonal, likelihood, mixture, reduce
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 from fastvae.ops.normal_full import Draw as Place
-from fastvae.ops.normal_diagonal import Draw
+from fastvae.ops.normal_arguments import Draw
 from fastvae.ops.reduce import BoundReduction
 how = BoundReduction(-1.0, "log_mean_exp", "mean")
 seed = kernels.tensor(dtype=kernels.torch.int64)

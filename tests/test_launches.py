@@ -196,7 +196,7 @@ OVERFLOWS = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastvae.kernels import common, random
+from fastvae.kernels import elementary, random
 
 @triton.jit
 def noise(p_seed, p_out):
@@ -211,9 +211,9 @@ def noise(p_seed, p_out):
 def functions(p_x, p_out):
     o = tl.arange(0, 4)
     b_x = tl.load(p_x + o)
-    b_y, b_z = common.expm1_parts(b_x)
-    b_y += b_z + common.exp(b_x) + common.exp_of_negative(b_x)
-    b_y += common.log(b_x) + common.log1p(b_x) + common.log1p_of_odds(b_x)
+    b_y, b_z = elementary.expm1_parts(b_x)
+    b_y += b_z + elementary.exp(b_x) + elementary.exp_of_negative(b_x)
+    b_y += elementary.log(b_x) + elementary.log1p(b_x) + elementary.log1p_of_odds(b_x)
     tl.store(p_out + o, b_y)
 
 @triton.jit

@@ -15,7 +15,8 @@ from fastvae import ops
 from fastvae.core import backend as _backend
 from fastvae.core.checks import INTEGERS
 from fastvae.likelihoods import ContinuousBernoulli
-from fastvae.likelihoods.base import DECLARED, NAMED
+from fastvae.likelihoods.base import NAMED
+from fastvae.likelihoods.declared import DECLARED
 
 from . import cases
 from .cases import LIKELIHOODS

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastvae
 from fastvae import ops
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 from fastvae.ops.head import reduce_linear
 from fastvae.ops.op import REGISTERED
 from fastvae.ops.reduce import BoundReduction, reduce

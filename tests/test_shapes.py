@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvae import ops
-from fastvae.ops.normal_diagonal import Draw
+from fastvae.ops.normal_arguments import Draw
 
 from . import cases, test_logsumexp, test_normal_diagonal
 from .compare import assert_accurate
@@ -132,10 +132,10 @@ def test_strides_beyond_int32():
 def test_the_grid_is_large_enough():
     """The grid's second axis stays within 65535 for any number of samples."""
     pytest.importorskip("triton")
-    from fastvae.kernels import normal_diagonal
+    from fastvae.kernels import normal_tiles
 
     for b, d in ((1, 512), (4, 100), (1, 10**6)):
-        tiles = normal_diagonal.latent_tiles(2 * 10**8, b, d, 512, min_steps=8, max_steps=32)
+        tiles = normal_tiles.latent_tiles(2 * 10**8, b, d, 512, min_steps=8, max_steps=32)
         assert tiles.grid[1] <= 65535 and tiles.grid[1] * tiles.k_per_program >= 2 * 10**8
 
 

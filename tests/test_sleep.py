@@ -11,7 +11,7 @@ from torch import nn
 
 import fastvae
 from fastvae.distributions import DiagonalNormal, Distribution, FullNormal, Mixture, StandardNormal, StudentT
-from fastvae.likelihoods.base import as_likelihood
+from fastvae.likelihoods.read import as_likelihood
 
 from .conftest import DEVICE
 from .models import LinearGaussian, generator, networks, randn

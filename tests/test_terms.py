@@ -14,7 +14,7 @@ import fastvae
 from fastvae.distributions import FullNormal, Laplace, Mixture
 from fastvae.objectives.beta_tc import BetaTCTerms
 from fastvae.objectives.bounds import CIWAE, IWAE, Jackknife, WakePhi
-from fastvae.objectives.iwae import LogWeights
+from fastvae.objectives.log_weights import LogWeights
 from fastvae.objectives.marginalize import Marginal
 
 from .conftest import DEVICE

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvae.kernels import common, head, likelihood, logsumexp, normal_diagonal, reduce
-from fastvae.ops.normal_diagonal import Draw
+from fastvae.kernels import common, head, likelihood, logsumexp, normal_diagonal, normal_tiles, reduce
+from fastvae.kernels.likelihood_flat import SAMPLES_FLAT
+from fastvae.kernels.likelihood_parameters import is_heavy, launching_of
+from fastvae.ops.normal_arguments import Draw
 from fastvae.ops.reduce import BoundReduction
 
 from . import cases
@@ -97,10 +99,10 @@ DRAWS = [(1, 33, 70, False), (5, 3, 300, False), (2, 1, 1100, False), (3, 40, 50
 @pytest.fixture
 def enough(monkeypatch):
     """Disable splitting, as if there were always enough programs."""
-    cached = (common.event_tiles, normal_diagonal.latent_tiles)
+    cached = (common.event_tiles, normal_tiles.latent_tiles)
     for function in cached:
         function.cache_clear()
-    for module in (common, normal_diagonal, logsumexp):
+    for module in (common, normal_tiles, logsumexp):
         monkeypatch.setattr(module, "PROGRAMS", 1)
     yield
     for function in cached:
@@ -222,9 +224,9 @@ def test_likelihoods_read_once(enough, name, layout, k, b, x, dtype):
     declared, data = DECLARED[name], cases.data(name, b, x)
     (first,) = tensors(1, k, b, x, dtype=dtype)
     given = [first, *tensors(len(declared.outputs) - 1, *LAYOUTS[layout](k, b, x), dtype=dtype)]
-    tiles = common.event_tiles(k, b, x, likelihood.launching_of(declared, False).tile)
+    tiles = common.event_tiles(k, b, x, launching_of(declared, False).tile)
     blocks = triton.cdiv(k, tiles.block_k)
-    assert blocks < k or k == 1 or likelihood.is_heavy(name)
+    assert blocks < k or k == 1 or is_heavy(name)
     (launch,) = run(lambda: likelihood.log_prob(declared, data, *given))
     again, moved = {"p_x": blocks}, blocks * data.nbytes + first.nbytes + 4 * k * b
     for i in range(1, len(given)):
@@ -247,7 +249,7 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
     given = [first, *tensors(len(declared.outputs) - 1, *LAYOUTS[layout](k, b, x), dtype=dtype)]
     need = [with_x] + [True] * len(given)
     merged = {"merge_k": with_x or layout == "column", "merge_b": layout == "column"}
-    blocks = common.event_tiles(k, b, x, likelihood.launching_of(declared, True).tile, **merged).k_splits
+    blocks = common.event_tiles(k, b, x, launching_of(declared, True).tile, **merged).k_splits
     assert blocks == 1 or not with_x
     (launch,) = run(lambda: likelihood.log_prob_backward(declared, grad, data, *given, need))
     # A row's gradient is read for each of its tiles, or groups of pixels, out of the caches.
@@ -255,7 +257,7 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
     if not with_x and (layout == "full" or len(given) == 1):
         assert launch.kernel == "log_prob_flat_backward_kernel"
         tiles = x // min(x & -x, 16 // first.element_size())
-        blocks = triton.cdiv(k, likelihood.SAMPLES_FLAT)
+        blocks = triton.cdiv(k, SAMPLES_FLAT)
     again, moved = {"p_x": blocks, "p_grad": tiles}, blocks * data.nbytes + tiles * grad.nbytes
     moved += 2 * first.nbytes + (data.nbytes if with_x else 0)
     for i in range(1, len(given)):

@@ -18,7 +18,8 @@ from scipy.stats import genpareto as GPD
 import fastvae
 from fastvae.estimation import pareto
 from fastvae.estimation.pareto import pareto_khat, tail_length
-from fastvae.estimation.weights import Weights, kept_draws
+from fastvae.estimation.sums import kept_draws
+from fastvae.estimation.weights import Weights
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE

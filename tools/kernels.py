@@ -114,8 +114,9 @@ def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float3
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and a call for every kernel, in the relevant configurations: dtypes, flags, shapes."""
     from fastvae.kernels import likelihood, logsumexp, normal_diagonal, random, reduce
-    from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.normal_diagonal import Draw, Form
+    from fastvae.kernels.likelihood_parameters import is_heavy
+    from fastvae.likelihoods.declared import DECLARED
+    from fastvae.ops.normal_arguments import Draw, Form
     from fastvae.ops.reduce import BoundReduction
 
     def draw_in(form, k):
@@ -187,7 +188,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             alone = len(declared.outputs) == 1
             # Heavy likelihoods take long to compile: two forms only.
             chosen = layouts
-            if likelihood.is_heavy(declared.name):
+            if is_heavy(declared.name):
                 chosen = (full, column)[: 2 if dtype == f32 and size[0] > 1 else int(size[0] > 1)]
             for layout in (full,) if alone else chosen:
                 needs = [alone, not alone and layout is column] if alone else [layout is column]
@@ -195,7 +196,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield from of_likelihood(likelihood, declared, dtype, size, layout(*size), needs)
         if dtype != f64 and size[0] > 1:
             for declared in DECLARED.values():
-                if declared.takes_integers and not (likelihood.is_heavy(declared.name) and dtype == bf16):
+                if declared.takes_integers and not (is_heavy(declared.name) and dtype == bf16):
                     yield from of_likelihood(likelihood, declared, dtype, size, size, [False], torch.uint8)
     yield from components_launches((f32, bf16, f64))
     yield from mixture_launches((f32, f64))
@@ -299,8 +300,9 @@ def full_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
 
 def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield launches for a decoder's last layer: one output, two, and one with a fixed parameter."""
-    from fastvae.kernels import head, likelihood
-    from fastvae.likelihoods.base import DECLARED
+    from fastvae.kernels import head
+    from fastvae.kernels.likelihood_parameters import is_heavy
+    from fastvae.likelihoods.declared import DECLARED
 
     for dtype in dtypes:
         for k, b, inner, size in ((50, 64, 200, 784), (50, 1024, 512, 3072)):
@@ -309,7 +311,7 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                 if declared.name not in ("bernoulli", "gaussian") and one_is_enough:
                     continue
                 # Heavy ones use torch's products; the named ones are like a Gaussian.
-                if likelihood.is_heavy(declared.name) or declared.name in (
+                if is_heavy(declared.name) or declared.name in (
                     "laplace",
                     "logistic",
                     "log_normal",
@@ -341,8 +343,8 @@ EVENTS = (8, 64, 100, 784, 1568, 2000, 3072)
 def odd_launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield launches of those sizes, with a batch and number of samples that fill a GPU."""
     from fastvae.kernels import likelihood, normal_diagonal
-    from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.normal_diagonal import Draw
+    from fastvae.likelihoods.declared import DECLARED
+    from fastvae.ops.normal_arguments import Draw
 
     seed, need = tensor(dtype=torch.int64), [True, True, False, False]
     for dtype in (torch.float32, torch.bfloat16):
@@ -441,11 +443,34 @@ def _settle_keys() -> None:
     Otherwise its cache keys would depend on the order of launches, since a callee that is not hashed yet does
     not pass on the constants it uses.
     """
-    from fastvae.kernels import common, likelihood, logsumexp, normal_diagonal, random, reduce
-    from fastvae.likelihoods.base import DECLARED
+    from fastvae.kernels import (
+        common,
+        elementary,
+        likelihood,
+        likelihood_flat,
+        logsumexp,
+        normal_diagonal,
+        normal_diagonal_backward,
+        normal_tiles,
+        random,
+        reduce,
+    )
+    from fastvae.likelihoods.declared import DECLARED
 
     twins = [importlib.import_module(f"fastvae.kernels.likelihoods.{name}") for name in sorted(DECLARED)]
-    for module in (common, random, normal_diagonal, *twins, likelihood, logsumexp, reduce):
+    for module in (
+        common,
+        elementary,
+        random,
+        normal_tiles,
+        normal_diagonal_backward,
+        normal_diagonal,
+        *twins,
+        likelihood_flat,
+        likelihood,
+        logsumexp,
+        reduce,
+    ):
         for value in vars(module).values():
             if hasattr(value, "cache_key"):
                 value.cache_key  # noqa: B018

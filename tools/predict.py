@@ -254,8 +254,8 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
 
 def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]:
     from fastvae.kernels import likelihood, logsumexp, normal_diagonal
-    from fastvae.likelihoods.base import DECLARED
-    from fastvae.ops.normal_diagonal import Draw
+    from fastvae.likelihoods.declared import DECLARED
+    from fastvae.ops.normal_arguments import Draw
 
     seed, need = tensor(dtype=torch.int64), [True, True, False, False]
     for dtype in (torch.float32, torch.bfloat16):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.cli import demo
+from fastvae.cli import training
+from fastvae.cli.images import Images, digits
 from fastvae.objectives.bounds import CIWAE, IWAE, TVO, Jackknife, UStatistic, WakePhi
 
 from .latents import kept
@@ -46,15 +47,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def result(images: demo.Images, name: str, settings: Any, seed: int) -> dict[str, Tensor]:
+def result(images: Images, name: str, settings: Any, seed: int) -> dict[str, Tensor]:
     """Return bounds and log p(x) of each test image [N], computed or read from the cache."""
 
     def train() -> dict[str, Tensor]:
         architecture = {"pixels": 64, "hidden": 128, "latent": settings.latent}
         bound = functools.partial(fastvae.bound, k=K, **METHODS[name])
         title = f"{name}, {seed}"
-        run = demo.train(title, K, images, architecture, settings.epochs, EVAL_K, seed, bound)
-        iwae = demo.bound_on_test(run.model, images.test, K)
+        run = training.train(title, K, images, architecture, settings.epochs, EVAL_K, seed, bound)
+        iwae = training.bound_on_test(run.model, images.test, K)
         return {"log_px": run.log_px, "elbo": run.elbo, "iwae": iwae}
 
     file = f"{name.replace(' ', '')}-{settings.latent}-{settings.epochs}-{seed}.pt"
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-bounds"), help="folder for the results")
     settings = parser.parse_args(arguments)
     settings.out.mkdir(parents=True, exist_ok=True)
-    images = demo.digits()
+    images = digits()
     columns = "bound", "IWAE-64", f"log p(x), K={EVAL_K}", "IWAE-64 − log p(x)", "ELBO − log p(x)"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for name in settings.names:

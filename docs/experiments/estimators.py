@@ -22,7 +22,8 @@ from torch import Tensor
 
 import fastvae
 from benchmarks import report
-from fastvae.cli import demo
+from fastvae.cli import images as demo_images
+from fastvae.cli import training
 from fastvae.estimation.weights import ESTIMATES
 from fastvae.likelihoods import Gaussian
 
@@ -201,10 +202,10 @@ def digits(k: int | None, latent: int, epochs: int, examples: int, reference: in
 
     Its log p(x) of test images is estimated by ``reference`` draws.
     """
-    images = demo.digits()
+    images = demo_images.digits()
     name = "ELBO" if k is None else f"IWAE-{k}"
     architecture = {"pixels": 64, "hidden": 128, "latent": latent}
-    model = demo.train(name, k, images, architecture, epochs, 1, 0).model
+    model = training.train(name, k, images, architecture, epochs, 1, 0).model
     x = images.test[:examples]
     with torch.no_grad():
         q = model.encoder(x)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
-from fastvae.cli import demo
+from fastvae.cli import models, training
+from fastvae.cli.images import Images, digits
 from fastvae.cli.latents import DIAGONAL, LADDER, POSTERIORS, PRIORS, STANDARD, elbo_options
 
 EVAL_K, K = 5000, 50
@@ -41,7 +42,7 @@ def own_elbo(model: fastvae.VAE, x: Tensor) -> Tensor:
         h = encoder.body(x)
         parameters = [nn.Parameter(encoder.get_submodule(name)(h)) for name in encoder.outputs]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
-    noise = torch.Generator().manual_seed(demo.TEST_SEED)
+    noise = torch.Generator().manual_seed(training.TEST_SEED)
     options = {"likelihood": model.likelihood, "prior": model.prior, "generator": noise}
     options |= elbo_options(model, x[:1], SAMPLES)
     for step in range(STEPS):
@@ -58,7 +59,7 @@ def own_elbo(model: fastvae.VAE, x: Tensor) -> Tensor:
     return value
 
 
-def train(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
+def train(images: Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
     """Return the results of one run; if ``how`` is "fixed", with the first pair's decoder."""
     posterior, prior = pair
     architecture = {"pixels": 64, "hidden": 128, "latent": settings.latent}
@@ -66,18 +67,18 @@ def train(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, 
     title = f"{posterior}, {prior}, {how}, {seed}"
     if how != "fixed":
         k = K if how == "iwae" else None
-        run = demo.train(title, k, images, architecture, settings.epochs, EVAL_K, seed)
+        run = training.train(title, k, images, architecture, settings.epochs, EVAL_K, seed)
         return {"log_px": run.log_px, "elbo": run.elbo, "decoder": run.model.decoder.state_dict()}
     first = result(images, PAIRS[0], settings, seed, "elbo")
     torch.manual_seed(seed)
-    model = demo.build(architecture)
+    model = models.build(architecture)
     model.decoder.load_state_dict(first["decoder"])
     model.decoder.requires_grad_(False)
-    run = demo.fit(title, None, images, model, architecture, settings.epochs, 1, seed)
+    run = training.fit(title, None, images, model, architecture, settings.epochs, 1, seed)
     return {"log_px": first["log_px"], "elbo": run.elbo, "own": own_elbo(model, images.test)}
 
 
-def result(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
+def result(images: Images, pair: tuple[str, str], settings: Any, seed: int, how: str) -> dict[str, Any]:
     """Return bounds and log p(x) of each test image [N], computed or read from the cache."""
     path = settings.out / f"{'-'.join(pair)}-{settings.latent}-{settings.epochs}-{seed}-{how}.pt"
     return kept(path, lambda: train(images, pair, settings, seed, how))
@@ -86,7 +87,7 @@ def result(images: demo.Images, pair: tuple[str, str], settings: Any, seed: int,
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Load a file; if it is missing, compute its content with one thread, the same on any machine."""
     if not path.exists():
-        with demo.threads(1):
+        with training.threads(1):
             torch.save(make(), path)
     found: dict[str, Any] = torch.load(path)
     return found
@@ -110,7 +111,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-latents"), help="folder for the results")
     settings = parser.parse_args(arguments)
     settings.out.mkdir(parents=True, exist_ok=True)
-    images = demo.digits()
+    images = digits()
     first: dict[str, Tensor] = {}
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     for pair in PAIRS:

@@ -37,14 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ..random import NOISES
-    from . import latents
-
     parser = argparse.ArgumentParser(
         prog="python -m fastvae", description="Fused kernels for the objectives of variational autoencoders."
     )
     parser.add_argument("--version", action="version", version=f"fastvae {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_demo(commands)
+    _add_evaluate(commands)
+    commands.add_parser(
+        "info",
+        help="print versions, devices and which implementation each op uses here",
+        description="Print versions, devices, the state of the C++ extension, and which implementation each "
+        "op uses on CPU and on GPU tensors.",
+    )
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from . import latents
 
     demo = commands.add_parser(
         "demo",
@@ -123,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         help="seed of weights, batches and noise; the test set is always the same (default: %(default)s)",
     )
 
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from ..random import NOISES
+
     evaluate = commands.add_parser(
         "evaluate",
         help="estimate log p(x) of a saved data set under a saved model",
@@ -178,6 +192,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="estimate N examples once more by annealed importance sampling: is log p(x) too low?",
     )
+    _add_run(evaluate)
+
+
+def _add_run(evaluate: argparse.ArgumentParser) -> None:
+    """Add the options of how evaluate computes."""
     evaluate.add_argument(
         "--batch-size",
         type=_whole,
@@ -201,14 +220,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--trust", action="store_true", help="load a pickled model, which may run code from the file"
     )
-
-    commands.add_parser(
-        "info",
-        help="print versions, devices and which implementation each op uses here",
-        description="Print versions, devices, the state of the C++ extension, and which implementation each "
-        "op uses on CPU and on GPU tensors.",
-    )
-    return parser
 
 
 def _path(text: str) -> Path:

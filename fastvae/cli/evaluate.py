@@ -27,7 +27,8 @@ from ..estimation.evaluation.ranks import RankFailed
 from ..estimation.evaluation.result import Evaluation
 from ..likelihoods import Bernoulli
 from ..vae import VAE
-from . import demo
+from . import models
+from .images import digits, find_idx, idx_folder, read_idx
 
 
 def run(args: argparse.Namespace) -> None:
@@ -160,7 +161,7 @@ def load_model(path: Path, trust: bool) -> tuple[VAE, dict[str, Any]]:
         raise ValueError(f"{path} cannot be read by torch.load: {_said(error)}") from None
     if isinstance(saved, dict) and {"architecture", "state_dict"} <= saved.keys():
         try:
-            return demo.of_checkpoint(saved), saved["architecture"]
+            return models.of_checkpoint(saved), saved["architecture"]
         except (RuntimeError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a complete checkpoint of the demo: {_said(error)}") from None
     if isinstance(saved, VAE):
@@ -186,11 +187,11 @@ def load_data(name: str, binary: bool, likelihood: str = "bernoulli") -> Tensor:
     """Load test data [N, ...]: scikit-learn's digits, a folder of IDX files, or an array in a file."""
     path = Path(name).expanduser()
     if name == "digits" and not path.exists():
-        return demo.digits(likelihood).test
+        return digits(likelihood).test
     if path.is_dir():
         if binary:
-            return demo.idx_folder(path).test
-        return torch.from_numpy(demo.read_idx(demo.find_idx(path, "t10k"))).float() / 255
+            return idx_folder(path).test
+        return torch.from_numpy(read_idx(find_idx(path, "t10k"))).float() / 255
     if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
         raise ValueError(
             f"DATA {name} cannot be read: expected 'digits', a folder of IDX files, or a file "

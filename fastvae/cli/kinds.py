@@ -106,7 +106,7 @@ def _kind(name: str) -> Kind:
     }  # fmt: skip
     if name in kinds:
         return kinds[name]
-    declared = fastvae.likelihoods.base.DECLARED[name]
+    declared = fastvae.likelihoods.declared.DECLARED[name]
     outputs = len(declared.outputs)
     if name == "discretized_logistic":
         likelihood: Callable[[], Likelihood] = lambda: DiscretizedLogistic(levels=LEVELS)  # noqa: E731

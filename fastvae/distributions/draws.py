@@ -11,7 +11,8 @@ from torch import distributions as td
 
 from .. import ops
 from ..core.checks import check_result
-from ..ops.normal_diagonal import dreg_weight, flat_kl, flat_log_ratio, options, path_weight
+from ..ops.normal_arguments import options
+from ..ops.normal_diagonal import dreg_weight, flat_kl, flat_log_ratio, path_weight
 from .base import Distribution, Located, is_family, is_real
 from .closed_form import closed_kl
 from .normal import DiagonalNormal, StandardNormal

@@ -13,7 +13,7 @@ from torch.nn import functional
 from .. import ops, random
 from ..core.checks import on_same_device, shape_of
 from ..core.nested import repeat
-from ..ops.normal_diagonal import options as options_of
+from ..ops.normal_arguments import options as options_of
 from ..ops.op import accumulator
 from .base import Distribution, is_family
 from .draws import STANDARD, fused_prior

@@ -12,7 +12,7 @@ from torch import distributions as td
 from .. import ops, random
 from ..core.checks import check_same_device, check_same_shape, check_tensor, shape_of
 from ..core.spread import log_variance
-from ..ops.normal_diagonal import Form, form_of, options
+from ..ops.normal_arguments import Form, form_of, options
 from ..ops.op import accumulator
 from .base import Distribution, hold, is_family, is_still
 from .closed_form import register_kl

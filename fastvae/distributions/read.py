@@ -11,7 +11,7 @@ from torch import distributions as td
 from ..core.checks import check_tensor, shape_of
 from ..core.fast_path import are_rows
 from ..core.hints import described, did_you_mean, explained
-from ..ops.normal_diagonal import Form
+from ..ops.normal_arguments import Form
 from .base import Distribution, is_family
 from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD

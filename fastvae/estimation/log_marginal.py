@@ -18,7 +18,8 @@ from ..random import RANDOMISATIONS, draw_seed, seed_of
 from . import stream as _stream
 from .proposals import Proposal, as_proposal
 from .stream import Chunks
-from .weights import LogMarginal, kept_draws
+from .sums import kept_draws
+from .weights import LogMarginal
 
 if TYPE_CHECKING:
     pass

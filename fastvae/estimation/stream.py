@@ -15,7 +15,7 @@ from ..core.checks import check_count
 from ..core.nested import event_size
 from ..distributions import Distribution, draw_chunk, log_stratum_weights, rsample_log_prob
 from ..inputs.batch import Inputs
-from ..likelihoods.base import Declared
+from ..likelihoods.declared import Declared
 from ..random import randomisations_of
 from .weights import Weights
 

@@ -1,16 +1,15 @@
-r"""Streaming statistics of importance weights, for log p(x), its errors and its diagnostics.
+r"""Estimates of log p(x) from importance weights, with their errors and diagnostics.
 
-Memory does not grow with K except for the tail, the :math:`3\sqrt K` largest log weights, at least 64. The
-tail is stored exactly; the weights below it are stored as the sums of six powers. With the maximum M,
-:math:`S_j = \sum_k e^{j (\log w_k - M)}` and :math:`\tilde w_k = w_k / \sum_l w_l`:
+With the maximum M of the log weights, :math:`S_j = \sum_k e^{j (\log w_k - M)}`, of which
+:mod:`fastvae.estimation.sums` keeps the parts, and :math:`\tilde w_k = w_k / \sum_l w_l`:
 
 .. math::
     \log \hat p = M + \log S_1 - \log K, \quad \mathrm{ESS} = S_1^2 / S_2, \quad
     \mathrm{stderr} = \sqrt{(S_2 / S_1^2 - 1/K)\, K / (K - 1)}
 
-The standard error is the delta method's, :math:`\mathrm{sd}(w) / (\sqrt K\, \bar w)`. Draws of other
-chunks or machines are merged by adding sums, never means. Quasi-Monte-Carlo draws are not independent: their
-errors and the jackknife use the randomisations, which are independent (:func:`between`).
+The standard error is the delta method's, :math:`\mathrm{sd}(w) / (\sqrt K\, \bar w)`. Quasi-Monte-Carlo draws
+are not independent: their errors and the jackknife use the randomisations, which are independent
+(:func:`between`).
 
 *Jackknife* (Nowozin, Debiasing Evidence Approximations, ICLR 2018, order 1): it removes the bias of order
 1/K. Leaving out draw k multiplies the sum by :math:`1 - \tilde w_k`, so
@@ -47,22 +46,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..core.records import registered
 from .estimates import estimate, estimates_of, in_quadrature, median, nll, nll_where_trusted
-from .pareto import TailFit, finite_shift, fit_tail, largest_of, tail_length
+from .pareto import TailFit, finite_shift, fit_tail
+from .sums import POWERS, WeightSums, rescaled
 
-__all__ = ["LogMarginal", "Weights", "kept_draws"]
+__all__ = ["LogMarginal", "Weights"]
 
-# Number of power sums of the weights below the tail, and minimum length of the tail.
-_POWERS, _LEAST_TAIL = 6, 64
 # Coefficients of x^j, j = 1 .. 6, in log(1 - x) and in its square.
 _LOG = (-1.0, -1 / 2, -1 / 3, -1 / 4, -1 / 5, -1 / 6)
 _LOG_SQUARE = (0.0, 1.0, 1.0, 11 / 12, 5 / 6, 137 / 180)
@@ -126,99 +123,9 @@ class LogMarginal:
 ESTIMATES = estimates_of(LogMarginal)
 
 
-def kept_draws(k: int) -> int:
-    """Return the number of largest weights, of k draws, that :class:`Weights` must store."""
-    return max(tail_length(k) + 1, min(k, _LEAST_TAIL))
-
-
 @dataclass(frozen=True, eq=False)
-class Weights:
-    """Statistics of the weights of a set of draws, per example; the last axis of every field is the batch."""
-
-    powers: Tensor  # [6, B] float64, sums of w^j of the weights below the tail, relative to the tail's least
-    log_sum: Tensor  # [B] float64, sum of the log weights
-    count: Tensor  # [B] int64
-    tail: Tensor  # [T, B], the largest log weights, descending; padded with -inf
-    # [R, B] float64, sum of each randomisation's weights relative to the maximum; [0, B] if independent
-    turns: Tensor
-    uneven: Tensor  # [B] float64, part of the relative second moment due to unequal coefficients of draws
-
-    @classmethod
-    def of(cls, log_w: Tensor, tail: int, start: int = 0, randomisations: int = 0) -> Weights:
-        """Compute the statistics of log weights [K, B], storing the ``tail`` largest.
-
-        ``start`` is the index of the first draw. Draw k belongs to randomisation k mod ``randomisations``,
-        which is 0 for independent draws.
-        """
-        wide = log_w.double()
-        count = torch.full(log_w.shape[1:], log_w.shape[0], dtype=torch.int64, device=log_w.device)
-        turns = _by_turns(wide, start, randomisations)
-        if log_w.shape[0] <= tail:
-            powers = wide.new_zeros(_POWERS, log_w.shape[1])
-            return cls(
-                powers, wide.sum(0), count, largest_of(log_w, tail), turns, turns.new_zeros(count.shape)
-            )
-        # topk treats NaN as the largest value.
-        largest, place = log_w.topk(tail, dim=0)
-        below = torch.exp(wide - finite_shift(largest[-1]).double()).scatter_(0, place, 0.0)
-        return cls(_power_sums(below), wide.sum(0), count, largest, turns, turns.new_zeros(count.shape))
-
-    def merge(self, other: Weights) -> Weights:
-        """Combine the statistics of two sets of draws."""
-        length = self.tail.shape[0]
-        tail, below = (
-            torch.cat([self.tail, other.tail])
-            .sort(0, descending=True)
-            .values.split([length, other.tail.shape[0]])
-        )
-        least = finite_shift(tail[-1]).double()
-        powers = _power_sums(torch.exp(below.double() - least))
-        for part in (self, other):
-            powers += _scaled(part.powers, finite_shift(part.tail[-1]).double() - least)
-        # If all log weights are -inf the sums are 0, and so may be the scale.
-        scale = finite_shift(tail[0]).double()
-        turns = self.turns * torch.exp(self.maximum.double() - scale)
-        turns = turns + other.turns * torch.exp(other.maximum.double() - scale)
-        log_sum, count = self.log_sum + other.log_sum, self.count + other.count
-        return Weights(powers, log_sum, count, tail, turns, torch.zeros_like(log_sum))
-
-    def scaled(self, log_factor: float | Tensor) -> Weights:
-        """Multiply all weights of an example by exp(log_factor), a number or [B]."""
-        if isinstance(log_factor, Tensor):
-            by = log_factor.to(self.maximum.dtype)
-            return replace(self, log_sum=self.log_sum + log_factor * self.count, tail=self.tail + by)
-        return self.scaled(torch.full_like(self.log_sum, log_factor)) if log_factor else self
-
-    def at(self, rows: Tensor) -> Weights:
-        """Return the statistics of the examples with indices ``rows``."""
-        return Weights(*(v[..., rows] for v in self.tensors))
-
-    def put(self, rows: Tensor, part: Weights) -> Weights:
-        """Replace the statistics of the examples with indices ``rows``."""
-        pairs = zip(self.tensors, part.tensors, strict=True)
-        return Weights(*(v.index_copy(-1, rows, p) for v, p in pairs))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All fields, in the order of the constructor."""
-        return self.powers, self.log_sum, self.count, self.tail, self.turns, self.uneven
-
-    def _relative(self) -> tuple[Tensor, Tensor]:
-        """Return the tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
-        shift = finite_shift(self.maximum).double()
-        return torch.exp(self.tail.double() - shift), _scaled(
-            self.powers, finite_shift(self.tail[-1]).double() - shift
-        )
-
-    def _sums(self, powers: int) -> Tensor:
-        """Sum the first powers of all weights [powers, B], relative to the maximum."""
-        tail, rest = self._relative()
-        return _power_sums(tail, powers) + rest[:powers]
-
-    @property
-    def maximum(self) -> Tensor:
-        """Largest log weight [B]."""
-        return self.tail[0]
+class Weights(WeightSums):
+    """Estimates of log p(x), their errors and diagnostics, from the statistics of the weights."""
 
     @property
     def log_px(self) -> Tensor:
@@ -288,12 +195,12 @@ class Weights:
         # The sum without the largest weight, which may dominate, is computed relative to the second largest.
         second = finite_shift(self.tail[1]).double()
         others = torch.exp(self.tail[1:].double() - second).sum(0)
-        others = others + _scaled(self.powers[:1], finite_shift(self.tail[-1]).double() - second)[0]
+        others = others + rescaled(self.powers[:1], finite_shift(self.tail[-1]).double() - second)[0]
         without = second - finite_shift(self.maximum).double() + torch.log(others) - torch.log(total)
         left_out = torch.cat([without[None], torch.log1p(-share[1:])])
         # Padding of the tail, and -inf minus -inf.
         left_out = torch.where(self.tail == -math.inf, 0.0, left_out)
-        scaled = rest / total ** torch.arange(1, _POWERS + 1, device=total.device)[:, None]
+        scaled = rest / total ** torch.arange(1, POWERS + 1, device=total.device)[:, None]
         first = left_out.sum(0) + torch.tensordot(scaled.new_tensor(_LOG), scaled, 1)
         square = left_out.square().sum(0) + torch.tensordot(scaled.new_tensor(_LOG_SQUARE), scaled, 1)
         value = self._log_mean(total) - (k - 1) * (first / k - torch.log1p(-1 / k)) - self.uneven / 2
@@ -420,22 +327,6 @@ class Weights:
         return torch.where(fit.khat == math.inf, math.inf, found)
 
 
-def _power_sums(values: Tensor, powers: int = _POWERS) -> Tensor:
-    """Sum the first powers of values [K, B]; returns [powers, B]."""
-    power, sums = values, [values.sum(0)]
-    for _ in range(1, powers):
-        power = power * values
-        sums.append(power.sum(0))
-    return torch.stack(sums)
-
-
-def _scaled(powers: Tensor, log_scale: Tensor) -> Tensor:
-    """Rescale power sums [J, B] to weights multiplied by exp(log_scale), [B]."""
-    order = torch.arange(1, powers.shape[0] + 1, device=powers.device)[:, None]
-    # An empty sum may come with an infinite scale.
-    return torch.where(powers == 0, 0.0, powers * torch.exp(order * log_scale))
-
-
 def _root(f: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> Tensor:
     """Find the root of f, which rises from below 0 at ``begin`` to above 0 at ``end``.
 
@@ -506,19 +397,6 @@ def between(turns: Tensor, count: Tensor) -> Between:
     square = torch.where(drawn, (others - average).square(), 0.0).sum(0)
     jackknife_stderr = (square * (number - 1) / number).sqrt()
     return Between(stderr, -(number - 1) * average, jackknife_stderr, number)
-
-
-def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
-    """Sum weights relative to the largest per randomisation [R, B], given log weights [K, B] in float64.
-
-    Row k is draw ``start`` + k, and belongs to randomisation (``start`` + k) mod R.
-    """
-    if not randomisations:
-        return log_w.new_empty(0, log_w.shape[1])
-    w = torch.exp(log_w - finite_shift(log_w.amax(0)))
-    front = start % randomisations
-    padded: Tensor = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
-    return padded.reshape(padded.shape[0] // randomisations, randomisations, w.shape[1]).sum(0)
 
 
 @functools.cache

@@ -31,7 +31,9 @@ from ..distributions import (
     diagonal,
     flat_prior,
 )
-from ..likelihoods.base import SHARED, Declared, Likelihood, as_likelihood
+from ..likelihoods.base import Likelihood
+from ..likelihoods.declared import SHARED, Declared
+from ..likelihoods.read import as_likelihood
 from .last_layer import LastLayer
 from .misread import is_new, look
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Declared
+from .declared import Declared
 from .natural import check_flag, logits_of
 
 

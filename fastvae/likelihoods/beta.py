@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from ..core.torch_private import standard_gamma
-from .base import Declared
+from .declared import Declared
 
 # Largest log concentration a: float32 represents both exp(a) and exp(-a).
 _MOST = 80.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.special import log_sinhc, log_sinhc_slope
-from .base import Declared
+from .declared import Declared
 from .natural import check_flag, logits_of
 
 

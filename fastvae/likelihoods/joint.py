@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.nested import Conditioning
-from .base import Likelihood, as_likelihood, describe
+from .base import Likelihood, describe
+from .read import as_likelihood
 
 
 class Joint(Likelihood):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.special import expm1_minus
-from .base import Declared
+from .declared import Declared
 from .natural import check_flag, log_of
 
 

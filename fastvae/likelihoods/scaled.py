@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_same_device, check_tensor, shape_of
-from .base import DECLARED, Declared, describe
+from .base import describe
+from .declared import DECLARED, Declared
 
 OwnParameter = float | Tensor | None
 

@@ -136,19 +136,7 @@ def elbo(
     """
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     q, prior = inputs.q, inputs.prior
-    # Fast path: skip validation of common argument types.
-    if type(k) is not int or k < 1:
-        k = check_count("k", k, "the draws of z per example")
-    if type(beta) is not float or not 0 <= beta < math.inf:
-        beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
-    if type(free_bits) is not float or not 0 <= free_bits < math.inf:
-        free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
-    if free_bits_per not in FREE_BITS_PER:
-        check_choice("free_bits_per", free_bits_per, FREE_BITS_PER)
-    if kl not in KLS:
-        check_choice("kl", kl, KLS)
-    if reduction not in REDUCTIONS:
-        check_choice("reduction", reduction, REDUCTIONS)
+    k, beta, free_bits = _read_options(q, k, beta, free_bits, free_bits_per, kl, reduction)
     # Reading a tensor's value would synchronise with the device.
     has_free_bits = free_bits > 0 if type(free_bits) is float else True
     if has_free_bits and kl == "mc":
@@ -158,24 +146,13 @@ def elbo(
     if type(row_offset) is not int or row_offset:
         _, row_offset = check_address(k, q.batch, 0, row_offset)
     seed = draw_seed(inputs.q.device, generator)
-    coefficient, factor = 1.0, None
-    if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
-        coefficient = beta
-    else:
-        # Compiled code specialises on an op's number, but not on a tensor's value.
-        factor = (
-            beta if isinstance(beta, Tensor) else beta * torch.ones((), dtype=torch.float64, device=q.device)
-        )
-    drawn, shares = None, None
-    if kl == "analytic":
-        drawn = draw_kl(q, prior, k, seed, row_offset, has_free_bits)
+    coefficient, factor = _weight_of_kl(beta, q)
+    shares = None
+    drawn = draw_kl(q, prior, k, seed, row_offset, has_free_bits) if kl == "analytic" else None
     if drawn is not None:
         z, term = drawn
         if has_free_bits:
-            if free_bits_per == "batch":
-                term = term.mean(0).clamp(min=free_bits).sum().expand(q.batch)
-            else:
-                term = term.clamp(min=free_bits).sum(1)
+            term = _bounded_below(term, q.batch, free_bits, free_bits_per)
         coefficient = -coefficient
     else:
         if kl == "analytic":
@@ -201,6 +178,49 @@ def elbo(
     term = term if term.dim() == 1 else term.mean(0)
     divergence = -term if drawn is None else term
     return Terms(bound, log_likelihood, divergence, inputs.shaped(z, k), output)  # type: ignore[arg-type]
+
+
+def _read_options(
+    q: Distribution,
+    k: int,
+    beta: float | Tensor,
+    free_bits: float | Tensor,
+    free_bits_per: FreeBitsPer,
+    kl: KL,
+    reduction: Reduction,
+) -> tuple[int, float | Tensor, float | Tensor]:
+    """Validate these options, and return k, beta and free_bits."""
+    # Fast path: skip validation of common argument types.
+    if type(k) is not int or k < 1:
+        k = check_count("k", k, "the draws of z per example")
+    if type(beta) is not float or not 0 <= beta < math.inf:
+        beta = check_weight("beta", beta, "the weight of the KL", q, per_row=True)
+    if type(free_bits) is not float or not 0 <= free_bits < math.inf:
+        free_bits = check_weight("free_bits", free_bits, "in nats per dimension", q, per_row=False)
+    if free_bits_per not in FREE_BITS_PER:
+        check_choice("free_bits_per", free_bits_per, FREE_BITS_PER)
+    if kl not in KLS:
+        check_choice("kl", kl, KLS)
+    if reduction not in REDUCTIONS:
+        check_choice("reduction", reduction, REDUCTIONS)
+    return k, beta, free_bits
+
+
+def _weight_of_kl(beta: float | Tensor, q: Distribution) -> tuple[float, Tensor | None]:
+    """Return β as a number of the fused op and, if it is not constant, a tensor."""
+    if type(beta) is float and not (beta != 1 and torch.compiler.is_compiling()):
+        return beta, None
+    # Compiled code specialises on an op's number, but not on a tensor's value.
+    if isinstance(beta, Tensor):
+        return 1.0, beta
+    return 1.0, beta * torch.ones((), dtype=torch.float64, device=q.device)
+
+
+def _bounded_below(kl: Tensor, batch: int, free_bits: float | Tensor, per: FreeBitsPer) -> Tensor:
+    """Sum a KL [B, D] over the dimensions, each of which counts as at least ``free_bits``: [B]."""
+    if per == "batch":
+        return kl.mean(0).clamp(min=free_bits).sum().expand(batch)
+    return kl.clamp(min=free_bits).sum(1)
 
 
 def _unweighted(term: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from ..core.reductions import times
 from ..inputs.batch import Inputs
 from ..ops.head import Layers, reduce_linear
 from ..ops.reduce import BoundReduction, reduce
-from .bounds import CIWAE, IWAE, bound_from_weights
+from .bounds import CIWAE, IWAE
+from .from_weights import bound_from_weights
 
 
 def reduce_draws(

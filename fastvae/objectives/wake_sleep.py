@@ -18,7 +18,8 @@ from ..distributions.draws import describe, draw_prior
 from ..distributions.words import known_mean
 from ..estimation.evaluation.data import place_of
 from ..inputs.modules import check_modules
-from ..likelihoods.base import Likelihood, as_likelihood
+from ..likelihoods.base import Likelihood
+from ..likelihoods.read import as_likelihood
 
 __all__ = ["sleep"]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import likelihood as _likelihood
 from . import reduce as _reduce
+from .all_pairs import all_pairs_log_prob
 from .components import categorical_log_prob, discretized_logistic_mixture_log_prob
 from .head import linear_log_prob
-from .likelihood import all_pairs_log_prob
 from .logsumexp import log_mean_exp
 from .mixture import mixture_log_prob
 from .normal_diagonal import rsample_kl, rsample_log_ratio

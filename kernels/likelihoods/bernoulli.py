@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import exp_of_negative, reciprocal
+from ..elementary import exp_of_negative, reciprocal
 
 FACTOR = -1.0
 SHARED_LOG = True

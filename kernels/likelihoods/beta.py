@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from ..common import LOG_2, exp, exp_of_negative, expm1_minus_near, expm1_parts, log1p, log_factorial_excess
+from ..elementary import (
+    LOG_2,
+    exp,
+    exp_of_negative,
+    expm1_minus_near,
+    expm1_parts,
+    log1p,
+    log_factorial_excess,
+)
 from ..special import digamma_excess, log1p_and_rest, log_in_parts, stirling_error
 
 HEAVY = True

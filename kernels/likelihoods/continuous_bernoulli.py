@@ -6,7 +6,7 @@ See fastvae/likelihoods/continuous_bernoulli.py for the mathematics.
 import triton
 import triton.language as tl
 
-from ..common import exp_of_negative, log
+from ..elementary import exp_of_negative, log
 
 # Uniform density: log p is 0.
 PADDING = 0.0

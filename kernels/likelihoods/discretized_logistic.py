@@ -6,7 +6,7 @@ See fastvae/likelihoods/discretized_logistic.py for the mathematics.
 import triton
 import triton.language as tl
 
-from ..common import exp, exp_of_negative, expm1_minus_near, expm1_parts, log, log1p, reciprocal
+from ..elementary import exp, exp_of_negative, expm1_minus_near, expm1_parts, log, log1p, reciprocal
 from ..special import log1p_and_rest
 
 FACTOR = -1.0

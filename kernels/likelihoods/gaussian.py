@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import exp
+from ..elementary import exp
 
 FACTOR = -0.5
 LOG_2_PI = tl.constexpr(1.8378770664093453)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import LOG_2, exp, sign
+from ..elementary import LOG_2, exp, sign
 
 FACTOR = -1.0
 

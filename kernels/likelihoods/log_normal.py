@@ -6,7 +6,7 @@ See fastvae/likelihoods/log_normal.py for the mathematics.
 import triton
 import triton.language as tl
 
-from ..common import exp, log_positive
+from ..elementary import exp, log_positive
 from .gaussian import LOG_2_PI
 
 

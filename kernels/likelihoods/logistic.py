@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import exp, exp_of_negative, tanh_half
+from ..elementary import exp, exp_of_negative, tanh_half
 
 # The value is halved, since the logarithm counts twice.
 FACTOR = -2.0

@@ -6,7 +6,7 @@ See fastvae/likelihoods/negative_binomial.py for the mathematics.
 import triton
 import triton.language as tl
 
-from ..common import exp, exp_of_negative, expm1_parts, log, log_factorial_excess
+from ..elementary import exp, exp_of_negative, expm1_parts, log, log_factorial_excess
 from ..special import digamma_excess, log1p_and_rest, log_in_parts, rest_of_log, stirling_error
 
 # A mean of 0.

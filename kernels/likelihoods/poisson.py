@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import exp, expm1_minus_near, log, log_factorial_excess
+from ..elementary import exp, expm1_minus_near, log, log_factorial_excess
 
 # Rate 0: log p of x = 0 is 0.
 PADDING = float("-inf")

@@ -6,7 +6,7 @@ See fastvae/likelihoods/softplus_gaussian.py for the mathematics.
 import triton
 import triton.language as tl
 
-from ..common import exp, log, softplus
+from ..elementary import exp, log, softplus
 from .gaussian import LOG_2_PI
 
 FACTOR = -0.5

@@ -6,7 +6,7 @@ See fastvae/likelihoods/student_t.py for the mathematics.
 import triton
 import triton.language as tl
 
-from ..common import LOG_2, exp, half_step, log1p_excess, log1p_square
+from ..elementary import LOG_2, exp, half_step, log1p_excess, log1p_square
 from .gaussian import LOG_2_PI
 
 FACTOR = -0.5

@@ -6,7 +6,7 @@ See fastvae/likelihoods/zero_inflated_negative_binomial.py for the mathematics.
 import triton
 import triton.language as tl
 
-from ..common import exp_of_negative, expm1_parts
+from ..elementary import exp_of_negative, expm1_parts
 from ..special import log1p_and_rest
 from . import negative_binomial
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fastvae
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Joint, Likelihood, NegativeBinomial, Poisson
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 
 from ..oracles import ORACLES
 

@@ -19,7 +19,8 @@ from ...distributions.draws import rsample_log_prob
 from ...distributions.spatial import flat_prior
 from ...inputs.batch import Inputs
 from ...inputs.modules import check_modules, check_repeatable, evaluating, modules_of
-from ...likelihoods.base import Likelihood, as_likelihood
+from ...likelihoods.base import Likelihood
+from ...likelihoods.read import as_likelihood
 from ...random import draw_seed
 from ..stream import Chunks
 from .annealing import Annealing, Settings

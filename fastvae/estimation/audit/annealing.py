@@ -26,7 +26,8 @@ from ...distributions import DiagonalNormal, Distribution, log_stratum_weights
 from ...distributions.draws import draw_prior, rsample_log_prob
 from ...distributions.tensors import frozen
 from ...inputs.batch import Inputs
-from ...likelihoods.base import Declared, Likelihood
+from ...likelihoods.base import Likelihood
+from ...likelihoods.declared import Declared
 from ...likelihoods.joint import Joint
 from ...ops.op import accumulator
 from ..stream import Chunks, suppress_out_of_memory

@@ -22,7 +22,8 @@ from ...distributions import Distribution, as_prior, is_conditional
 from ...distributions.base import is_family
 from ...distributions.normal import DiagonalNormal, StandardNormal
 from ...inputs.modules import check_modules, check_repeatable, evaluating, modules_of
-from ...likelihoods.base import Likelihood, as_likelihood
+from ...likelihoods.base import Likelihood
+from ...likelihoods.read import as_likelihood
 from ..evaluation.data import batches_of, data_of, place_of
 
 __all__ = ["LatticeMarginal", "lattice"]

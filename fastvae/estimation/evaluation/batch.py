@@ -12,7 +12,8 @@ from ...core.nested import event_size
 from ...inputs.batch import Inputs
 from ...random import RANDOMISATIONS, seed_of
 from ..draws import Draws
-from ..weights import Weights, kept_draws
+from ..sums import kept_draws
+from ..weights import Weights
 from .latents import latent_statistics
 from .parts import Examples, Part
 from .plan import FIRST_LOOK, Plan

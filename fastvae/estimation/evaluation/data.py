@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from ...core.checks import FLOATING, check_dense, shape_of
 from ...core.nested import Conditioning, tensors
 from ...inputs.modules import modules_of
-from ...likelihoods.base import Declared, Likelihood
+from ...likelihoods.base import Likelihood
+from ...likelihoods.declared import Declared
 
 
 @dataclass(frozen=True, eq=False)

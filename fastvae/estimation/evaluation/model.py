@@ -16,7 +16,8 @@ from ...core.nested import Conditioning, called, each, tensors
 from ...distributions import STANDARD, Distribution, as_posterior, as_prior, is_conditional
 from ...inputs.batch import Inputs
 from ...inputs.modules import modules_of, parameters_digest
-from ...likelihoods.base import Likelihood, as_likelihood
+from ...likelihoods.base import Likelihood
+from ...likelihoods.read import as_likelihood
 from .data import place_of
 
 # Default batch sizes. A GPU waits for the host if batches are small: docs/NOTES.md.

@@ -9,7 +9,8 @@ from ...core.checks import check_choice, check_count, check_number
 from ...random import NOISES
 from ..proposals import Posterior, Proposal, as_proposal
 from ..stream import Chunks
-from ..weights import ESTIMATES, kept_draws
+from ..sums import kept_draws
+from ..weights import ESTIMATES
 
 FIRST_LOOK = 100  # draws before the stopping criterion is first evaluated
 FORMAT = 3  # version of the checkpoint's arrays other than the estimates, which its settings name

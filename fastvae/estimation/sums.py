@@ -1,0 +1,147 @@
+r"""Streaming sums of importance weights, which chunks and machines merge.
+
+Memory does not grow with K except for the tail, the :math:`3\sqrt K` largest log weights, at least 64. The
+tail is stored exactly; the weights below it are stored as the sums of six powers. Draws of other chunks or
+machines are merged by adding sums, never means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .pareto import finite_shift, largest_of, tail_length
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Number of power sums of the weights below the tail, and minimum length of the tail.
+POWERS, _LEAST_TAIL = 6, 64
+
+
+def kept_draws(k: int) -> int:
+    """Return the number of largest weights, of k draws, that :class:`WeightSums` must store."""
+    return max(tail_length(k) + 1, min(k, _LEAST_TAIL))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSums:
+    """Statistics of the weights of a set of draws, per example; the last axis of every field is the batch."""
+
+    powers: Tensor  # [6, B] float64, sums of w^j of the weights below the tail, relative to the tail's least
+    log_sum: Tensor  # [B] float64, sum of the log weights
+    count: Tensor  # [B] int64
+    tail: Tensor  # [T, B], the largest log weights, descending; padded with -inf
+    # [R, B] float64, sum of each randomisation's weights relative to the maximum; [0, B] if independent
+    turns: Tensor
+    uneven: Tensor  # [B] float64, part of the relative second moment due to unequal coefficients of draws
+
+    @classmethod
+    def of(cls, log_w: Tensor, tail: int, start: int = 0, randomisations: int = 0) -> Self:
+        """Compute the statistics of log weights [K, B], storing the ``tail`` largest.
+
+        ``start`` is the index of the first draw. Draw k belongs to randomisation k mod ``randomisations``,
+        which is 0 for independent draws.
+        """
+        wide = log_w.double()
+        count = torch.full(log_w.shape[1:], log_w.shape[0], dtype=torch.int64, device=log_w.device)
+        turns = _by_turns(wide, start, randomisations)
+        if log_w.shape[0] <= tail:
+            powers = wide.new_zeros(POWERS, log_w.shape[1])
+            return cls(
+                powers, wide.sum(0), count, largest_of(log_w, tail), turns, turns.new_zeros(count.shape)
+            )
+        # topk treats NaN as the largest value.
+        largest, place = log_w.topk(tail, dim=0)
+        below = torch.exp(wide - finite_shift(largest[-1]).double()).scatter_(0, place, 0.0)
+        return cls(_power_sums(below), wide.sum(0), count, largest, turns, turns.new_zeros(count.shape))
+
+    def merge(self, other: Self) -> Self:
+        """Combine the statistics of two sets of draws."""
+        length = self.tail.shape[0]
+        tail, below = (
+            torch.cat([self.tail, other.tail])
+            .sort(0, descending=True)
+            .values.split([length, other.tail.shape[0]])
+        )
+        least = finite_shift(tail[-1]).double()
+        powers = _power_sums(torch.exp(below.double() - least))
+        for part in (self, other):
+            powers += rescaled(part.powers, finite_shift(part.tail[-1]).double() - least)
+        # If all log weights are -inf the sums are 0, and so may be the scale.
+        scale = finite_shift(tail[0]).double()
+        turns = self.turns * torch.exp(self.maximum.double() - scale)
+        turns = turns + other.turns * torch.exp(other.maximum.double() - scale)
+        log_sum, count = self.log_sum + other.log_sum, self.count + other.count
+        return type(self)(powers, log_sum, count, tail, turns, torch.zeros_like(log_sum))
+
+    def scaled(self, log_factor: float | Tensor) -> Self:
+        """Multiply all weights of an example by exp(log_factor), a number or [B]."""
+        if isinstance(log_factor, Tensor):
+            by = log_factor.to(self.maximum.dtype)
+            return replace(self, log_sum=self.log_sum + log_factor * self.count, tail=self.tail + by)
+        return self.scaled(torch.full_like(self.log_sum, log_factor)) if log_factor else self
+
+    def at(self, rows: Tensor) -> Self:
+        """Return the statistics of the examples with indices ``rows``."""
+        return type(self)(*(v[..., rows] for v in self.tensors))
+
+    def put(self, rows: Tensor, part: Self) -> Self:
+        """Replace the statistics of the examples with indices ``rows``."""
+        pairs = zip(self.tensors, part.tensors, strict=True)
+        return type(self)(*(v.index_copy(-1, rows, p) for v, p in pairs))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All fields, in the order of the constructor."""
+        return self.powers, self.log_sum, self.count, self.tail, self.turns, self.uneven
+
+    def _relative(self) -> tuple[Tensor, Tensor]:
+        """Return the tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
+        shift = finite_shift(self.maximum).double()
+        return torch.exp(self.tail.double() - shift), rescaled(
+            self.powers, finite_shift(self.tail[-1]).double() - shift
+        )
+
+    def _sums(self, powers: int) -> Tensor:
+        """Sum the first powers of all weights [powers, B], relative to the maximum."""
+        tail, rest = self._relative()
+        return _power_sums(tail, powers) + rest[:powers]
+
+    @property
+    def maximum(self) -> Tensor:
+        """Largest log weight [B]."""
+        return self.tail[0]
+
+
+def _power_sums(values: Tensor, powers: int = POWERS) -> Tensor:
+    """Sum the first powers of values [K, B]; returns [powers, B]."""
+    power, sums = values, [values.sum(0)]
+    for _ in range(1, powers):
+        power = power * values
+        sums.append(power.sum(0))
+    return torch.stack(sums)
+
+
+def rescaled(powers: Tensor, log_scale: Tensor) -> Tensor:
+    """Rescale power sums [J, B] to weights multiplied by exp(log_scale), [B]."""
+    order = torch.arange(1, powers.shape[0] + 1, device=powers.device)[:, None]
+    # An empty sum may come with an infinite scale.
+    return torch.where(powers == 0, 0.0, powers * torch.exp(order * log_scale))
+
+
+def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
+    """Sum weights relative to the largest per randomisation [R, B], given log weights [K, B] in float64.
+
+    Row k is draw ``start`` + k, and belongs to randomisation (``start`` + k) mod R.
+    """
+    if not randomisations:
+        return log_w.new_empty(0, log_w.shape[1])
+    w = torch.exp(log_w - finite_shift(log_w.amax(0)))
+    front = start % randomisations
+    padded: Tensor = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
+    return padded.reshape(padded.shape[0] // randomisations, randomisations, w.shape[1]).sum(0)
