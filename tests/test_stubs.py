@@ -7,7 +7,7 @@ import ast
 import pytest
 
 from fastvae import ops
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 
 tools = pytest.importorskip("tools.stubs", reason="a checkout has tools")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvae import ops
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 
 STUB = Path(__file__).parents[1] / "fastvae" / "ops" / "_declared.pyi"
 _HEADER = '''"""Ops of the declared likelihoods, written by ``python -m tools.stubs``."""
