@@ -236,7 +236,7 @@ print("fine")
 
 
 @pytest.mark.parametrize("name", ["SCRIPT", "ALIGNMENT", "WATCHED", "OVERFLOWS"])
-def test_launches(name, tmp_path):
+def test_programs_are_cached_by_alignment(name, tmp_path):
     """Programs are cached by the alignment of each pointer, but not while Triton is in debug mode.
 
     Its overflow checks accept the operations that may wrap.
@@ -251,7 +251,7 @@ def test_launches(name, tmp_path):
     assert run.stdout.strip() == "fine", run.stderr[-4000:]
 
 
-def test_another_device_is_made_current(monkeypatch):
+def test_the_device_of_the_tensors_becomes_current(monkeypatch):
     """Triton launches on the current device, so the tensors' device is made current."""
     from fastvae.core import backend as _backend
 
@@ -279,7 +279,7 @@ def test_another_device_is_made_current(monkeypatch):
     "capability, hip, backend",
     [((7, 5), None, "reference"), ((8, 0), None, "triton"), ((9, 4), "6.2", "triton")],
 )
-def test_architectures(monkeypatch, capability, hip, backend):
+def test_unsupported_architectures_use_plain_pytorch(monkeypatch, capability, hip, backend):
     """Architectures that Triton does not support use plain PyTorch, with one warning."""
     from fastvae.core import backend as _backend
 
@@ -304,7 +304,7 @@ def test_architectures(monkeypatch, capability, hip, backend):
         _backend._native_on_gpu.cache_clear()
 
 
-def test_without_triton(monkeypatch):
+def test_a_missing_triton_is_an_error(monkeypatch):
     from fastvae.core import backend as _backend
 
     monkeypatch.setattr(_backend, "has_triton", lambda: False)

@@ -238,13 +238,13 @@ def _run(target: str, *script: str, **variables: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_emitted_code(target):
+def test_emitted_code_is_accurate(target):
     """The emitted code is accurate to its own roundings, with the noise that is accurate to ulps."""
     _run(target, "-c", SCRIPT, FASTVAE_NOISE="accurate")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_fast_normals(target, tmp_path):
+def test_fast_normals_are_accurate(target, tmp_path):
     """Fast normals are within 1e-5 from the tail to the smallest radius, for the worst documented errors."""
     (tmp_path / "fast.py").write_text(FAST)
     _run(target, str(tmp_path / "fast.py"), FASTVAE_NOISE="fast")
