@@ -54,7 +54,7 @@ def test_stopping_draws_the_same_noise_in_any_batch(posterior, hard):
 
 
 def test_a_shard_with_offsets_equals_that_part_of_the_whole(backend):
-    """Value and gradient are those of the whole, given the offsets of the first row and the first draw."""
+    """Given the offsets of the first row and draw, value and gradient equal that part of the whole."""
     k, b = 6, 9
     mu, logvar = (randn(b, D, seed=s) for s in (1, 2))
     upstream = randn(k, b, D, seed=3)

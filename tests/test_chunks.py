@@ -102,7 +102,7 @@ class MovingScale(nn.Module):
 
     def forward(self, h):
         self.scale = 0.5 * self.scale + 0.5 * h.detach().abs().mean(0)
-        self.twin.scale.data.mul_(0.9)  # no version of autograd's notices
+        self.twin.scale.data.mul_(0.9)  # not detected by autograd's version counters
         return h * self.scale * self.twin.scale.clone()
 
 
@@ -122,7 +122,7 @@ STATEFUL = {
 @pytest.mark.parametrize("call", ["module", "method"])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_both_passes_see_the_same_buffers(kind, call, monkeypatch):
-    """The second pass finds the buffers that the first found, and leaves those that the first left."""
+    """The second pass finds the buffers that the first found, and leaves them as the first left them."""
     x = rand(B, X, seed=6)
 
     def run():
@@ -131,7 +131,7 @@ def test_both_passes_see_the_same_buffers(kind, call, monkeypatch):
         decoder = nn.Sequential(body, nn.Linear(9, X)).to(DEVICE)
         encoder, _ = models.networks(X, D)
         results = []
-        for _ in range(3):  # TorchScript optimises what was called twice
+        for _ in range(3):  # TorchScript optimises functions that were called twice
             bound = fastvae.iwae(
                 x, encoder(x), decoder if call == "module" else decoder.forward, k=K, k_chunk=4,
                 likelihood="bernoulli", generator=generator(8),

@@ -89,10 +89,10 @@ def test_an_unwritable_folder_fails_before_evaluation(folder, monkeypatch):
     monkeypatch.setattr(demo, "train", _NoWork())
     for option, name in (("--out", "out.npz"), ("--plot", "plot.png"), ("--checkpoint", "run.npz")):
         with pytest.raises(
-            SystemExit, match=f"{option} /proc/{name}: no file can be made in the folder /proc"
+            SystemExit, match=f"{option} /proc/{name}: no file can be created in the folder /proc"
         ):
             main(["evaluate", "model.pt", "x.npy", option, f"/proc/{name}"])
-    with pytest.raises(SystemExit, match="no file can be made in the folder /proc"):
+    with pytest.raises(SystemExit, match="no file can be created in the folder /proc"):
         main(["demo", "--out", "/proc"])
 
 

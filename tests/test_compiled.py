@@ -223,7 +223,7 @@ def test_a_posterior_is_a_plain_object(name):
     with pytest.raises(TypeError, match="floating-point"):
         q.to(torch.int64)
     owner = nn.Linear(1, 1)
-    owner.last = q  # such as an encoder that remembers what it returned
+    owner.last = q  # such as an encoder that stores its last output
     assert len(list(owner.modules())) == 1 and len(owner.state_dict()) == 2
 
 

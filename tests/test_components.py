@@ -272,7 +272,7 @@ def test_masks(model, backend):
     nothing = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Conditioning(~everything))
     assert bool((nothing == 0).all())
     if model == "multinomial":
-        # As if only the observed classes existed.
+        # Equals the op with the observed classes only.
         mask = everything.clone()
         mask[:, :, 1] = False
         got = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Conditioning(mask))

@@ -238,7 +238,7 @@ distance = float((histogram.cumsum(0)[:-1] / count - torch.special.ndtr(edges)).
 # Kolmogorov and Smirnov's: beyond it once in 10^9.
 assert distance < 3.3 / math.sqrt(count), distance
 
-# What z is made of, what the gradient takes it for, and what normal() says are the same noise.
+# The noise of z, of its gradient and of normal() is the same.
 b, d, k = 33, 50, 7
 mu, logvar = torch.randn(b, 2 * d, device=device).chunk(2, dim=1)
 mu, logvar, seed = mu.requires_grad_(), logvar.requires_grad_(), torch.tensor(11, device=device)

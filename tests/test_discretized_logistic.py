@@ -36,7 +36,7 @@ def exact(x: float, mean: float, log_scale: float, log_width: float) -> tuple[li
             by_width = h * (sigmoid(r - h) + sigmoid(-r - h)) + 2 * h / mpmath.expm1(2 * h)
         side = -1 if x == 0 or (x < 1 and z < 0) else 1
         values = [log_p, side * by_r / s, r * by_r - by_width, by_width]
-        # An error of r or of h, in addition to those of their logarithms.
+        # An error of r or of h, in addition to the errors of their logarithms.
         move = (abs(z) + h) * sigmoid(r - h) * (1 + abs(t) + abs(u)) / 8
         steep = move * (1 + (abs(z) + h) * sigmoid(h - r)) / 2
         sizes = [abs(log_p) + move, abs(values[1]) * (1 + (abs(z) + h) / 8 * (1 + abs(t) + abs(u))),

@@ -565,7 +565,7 @@ def test_two_threads_evaluate_one_model():
     assert not failed
     assert modes == [(False, False, False)] * 3
     assert [m.training for m in (encoder, decoder, decoder[0], decoder[1])] == [True, True, True, False]
-    # An evaluation inside another, too.
+    # Also for nested evaluations.
     inner = lambda x: (evaluate_parts(encoder, decoder, x, k=1, **QUIET), q(x))[1]  # noqa: E731
     fastvae.VAE(inner, decoder, modules=[q]).evaluate(x, k=3, **QUIET)
     assert modes[-1] == (False, False, False)
@@ -694,7 +694,7 @@ def test_estimates_with_a_heading_are_reported(monkeypatch):
             found = [line for line in str(result).splitlines() if line not in plain]
         error = f" (± {result.mc_stderr:.2g} by the draws)" * (k > 1)
         assert found == [f"  PSIS           {result.figures['psis']:.2f} nats{error}"]
-        # A number that is not known is left out: the jackknife of one draw.
+        # A number that is unknown is omitted: the jackknife of one draw.
         with monkeypatch.context() as patched:
             declared = dataclasses.replace(ESTIMATES["jackknife"], heading="jackknife")
             patched.setitem(ESTIMATES, "jackknife", declared)
@@ -1021,7 +1021,7 @@ def test_a_killed_run_can_be_resumed(tmp_path):
     assert len(calls) == 12 - done + 1
     _assert_same(result, _evaluate(model, q, x, batch_size=2), 1e-14)
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
-    # And once more: everything is in the checkpoint.
+    # A further run finds everything in the checkpoint.
     calls.clear()
     again = _evaluate(model, counting, x, batch_size=2, checkpoint=file)
     assert len(calls) == 1
@@ -1170,7 +1170,7 @@ def test_an_unwritable_folder_fails_before_evaluation():
         raise AssertionError("too late")
 
     with pytest.raises(
-        ValueError, match=r"checkpoint /proc/run\.npz: no file can be made in the folder /proc"
+        ValueError, match=r"checkpoint /proc/run\.npz: no file can be created in the folder /proc"
     ):
         _evaluate(model, encoder, x, checkpoint="/proc/run.npz")
 
@@ -1508,7 +1508,7 @@ def _run_rank(rank: int, world: int, folder: str, shard: str, options: dict) -> 
         torch.manual_seed(rank)
         options = {"k": 333, "batch_size": 4, "generator": None, "shard": shard, **options}
         if "seed" in options:
-            # Rank 0's generator is used, whatever the others' state.
+            # All ranks use rank 0's generator.
             options["generator"] = torch.Generator().manual_seed(options.pop("seed") + rank)
         if options.pop("shuffled", False):
             loader = DataLoader(TensorDataset(x), 4, shuffle=True)
@@ -1645,7 +1645,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
         expected = torch.load(f"{folder}/expected.pt", weights_only=False)
         _assert_same(evaluate(**seeded()), expected)
         _assert_same(evaluate(**seeded(), **resumed), expected)
-        # One rank evaluates alone, while the others do something else.
+        # One rank may evaluate alone while the others do other work.
         if rank == 1:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(distributed, "all_gather_object", None)

@@ -1004,7 +1004,7 @@ def test_path_gradients_work_with_every_prior():
 
 # Mismatches
 
-# The words of torch.distributions
+# Moments, entropy and sampling, named as in torch.distributions
 
 
 def _torch_of(name, rows):
@@ -1037,7 +1037,7 @@ CLOSED = [name for name in BOTH if name not in ("mixture", "logistic")]
 @pytest.mark.parametrize("rows", [(B,), ()], ids=["posterior", "prior"])
 @pytest.mark.parametrize("name", CLOSED)
 def test_moments_and_entropy_equal_torch(name, rows):
-    """Moments [B, D] and the entropy [B] are those of torch's family, for a prior [D] and []."""
+    """Moments [B, D] and the entropy [B] equal those of torch's family; for a prior they are [D] and []."""
     ours, other = _torch_of(name, rows)
     for word in MOMENTS:
         value = getattr(ours, word)
@@ -1251,7 +1251,7 @@ class _Unnamed(fastvae.distributions.Distribution):
 
 
 def test_moments_of_a_custom_family():
-    """A family may define moments in its constructor; what it lacks, or overrides, is an error."""
+    """A family may define moments in its constructor; missing or overridden moments raise."""
     with pytest.raises(NotImplementedError, match="_Unnamed has no variance in closed form"):
         _ = _Unnamed().variance
     assert not hasattr(_Unnamed(), "mean")

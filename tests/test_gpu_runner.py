@@ -299,7 +299,7 @@ def test_a_lost_device_is_raised_and_not_tabulated():
 
     with pytest.raises(device.DeviceLost, match="illegal memory access"):
         measure(_work(run), 0, cuda)
-    # Another error is.
+    # Other errors are rows.
     _, cuda = _cuda()
     assert "ZeroDivisionError" in measure(_work(lambda: 1 / 0), 0, cuda)[OURS].wrong
 
@@ -313,7 +313,7 @@ def test_memory_is_the_peak_that_a_run_adds():
 def test_sets_of_inputs_exceed_the_cache():
     _, cuda = _cuda()
     assert cuda.cache == 60 * 2**20
-    assert cuda.sets(10**12) == 2  # never the same inputs again at once
+    assert cuda.sets(10**12) == 2  # never the same inputs twice in a row
     assert 4 * cuda.cache <= 20 * 2**20 * cuda.sets(20 * 2**20) < 5 * cuda.cache
     assert cuda.sets(1) == device.MOST_SETS
 

@@ -68,7 +68,7 @@ def test_results_equal_the_definition(dtype):
 
 @pytest.mark.parametrize("window", [None, 7, 1000])
 def test_a_monitor_averages_over_a_window(window):
-    """A monitor's weights are 1/n at first, and then those of a window."""
+    """A monitor averages over all steps at first, and then over a window."""
     first, second = known()
     p, q = (
         torch.zeros(t.shape[1:], dtype=t.dtype, device=DEVICE, requires_grad=True) for t in (first, second)

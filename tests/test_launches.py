@@ -72,7 +72,7 @@ with fastvae.use_backend("triton"):
         again = launched(call)
         assert first and [described(a) for a in first] == [described(a) for a in again], name
         assert before == len(first) == known(), (name, before, len(first))
-        # What is remembered is what Triton would find by itself.
+        # The cached arguments equal those that Triton computes.
         launching.clear_caches()
         assert [(a[4], a[5]) for a in launched(call)] == [(a[4], a[5]) for a in again], name
     # Another offset is another number, not another program.
@@ -80,7 +80,7 @@ with fastvae.use_backend("triton"):
     near, far = launched(calls["rsample_kl"]), launched(lambda: calls["rsample_kl"](7))
     assert known() == 2
     assert described(near[0])[1][7] == "0" and described(far[0])[1][7] == "7", described(far[0])
-    # One beyond 2^31 has another type, and gets a program of its own.
+    # An offset beyond 2^31 has another type, and needs another program.
     launched(lambda: calls["rsample_kl"](2**31))
     assert known() == 4
     launched(lambda: calls["rsample_kl"](0, 2**31))
@@ -191,7 +191,7 @@ print("fine")
 """
 )
 
-# Kernels of the bit-manipulating functions only, so that a debug program's assertions come from these.
+# Kernels of the bit-manipulating functions only, so that any assertion of a debug program is theirs.
 OVERFLOWS = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget

@@ -76,7 +76,7 @@ def test_without_a_classifier_the_bound_is_log_px(backend, exact, class_chunk):
     torch.testing.assert_close(got.bound, torch.logsumexp(joint, 1), rtol=0, atol=tolerance)
     responsibilities = torch.log_softmax(joint, 1)
     torch.testing.assert_close(got.log_responsibilities, responsibilities, rtol=0, atol=2 * tolerance)
-    # No class dominates everywhere, or the sum would be untested.
+    # No class dominates everywhere; otherwise the sum would be untested.
     assert float(responsibilities.exp().amax(1).min()) < 0.99
 
 
@@ -262,7 +262,7 @@ def test_half_precision_is_summed_in_float32():
 def test_a_class_of_zero_probability_under_q_is_ignored(backend, value):
     bounds, log_q = randn(B, C, seed=1, dtype=torch.float64), randn(B, C, seed=2, dtype=torch.float64)
     bounds[:, 1], log_q[:, 1] = value, -math.inf
-    log_q[0, 2] = -2000.0  # its probability is 0, its logarithm is not
+    log_q[0, 2] = -2000.0  # a probability of 0 with a finite logarithm
     bounds.requires_grad_(), log_q.requires_grad_()
     x, bound = table_of(bounds)
     got = fastvae.marginalize(x, bound, log_q=log_q, reduction="none")

@@ -558,7 +558,7 @@ def test_free_bits_of_each_example(tensor):
     floor = float(kl.median()) + 1e-3
     below = kl < floor
     assert below.any() and not below.all()
-    # Some examples are on the other side than their dimension's mean, to tell it from the batch variant.
+    # Some examples are on the other side than their dimension's mean, unlike in the batch variant.
     assert bool((below != (kl.mean(0) < floor)).any())
     free_bits = torch.tensor(floor, dtype=torch.float64, device=DEVICE) if tensor else floor
     terms, mu, logvar = _elbo(terms=True, free_bits=free_bits, free_bits_per="example")

@@ -98,7 +98,7 @@ def test_operators():
         ),
         ("keyword dropped", "g(x, k, keep=not keep, generator=None)", "g(x, k, generator=None)"),
     }
-    # What only talks or serves type checkers stays as it is, and so does what hardly means anything.
+    # Messages, docstrings, code for type checkers and trivial code are not mutated.
     assert not [m for m in found if any(text in m[1] for text in ("ValueError", "docstring", "k = 3"))]
     assert "method dropped" not in {operator for operator, _, _ in found}
 

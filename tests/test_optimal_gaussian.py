@@ -25,7 +25,7 @@ def likelihood(**options):
 
 
 def test_training_uses_the_variance_of_the_batch(backend):
-    """In training, bound and gradient are those of the batch's variance, fixed, the best of any scale."""
+    """In training, bound and gradient equal those of a fixed scale, the batch's, which is the best of any."""
     x, mean, q = inputs()
     optimal = likelihood()
     terms = fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=optimal, terms=True)

@@ -196,7 +196,7 @@ def test_memory_is_bounded_by_most(monkeypatch):
 
 
 def test_the_elbo_comes_from_draws_of_q():
-    """The ELBO comes from the first 64 draws if they are q's; otherwise the report says it is unknown."""
+    """The ELBO comes from the first 64 draws if these are q's; otherwise the report says it is unknown."""
     model = LinearGaussian(D, X)
     x = model.sample(9)
 
@@ -681,7 +681,7 @@ def test_unsupported_combinations_are_refused(q, proposal, error, words):
 def test_adapted_refuses_a_point_set():
     x, decoder, q = torch.ones(4, X), torch.nn.Linear(D, X), (ZEROS, ZEROS)
     for name in ("adapted", Adapted()):
-        with pytest.raises(ValueError, match="no point set together; use noise='philox'"):
+        with pytest.raises(ValueError, match="together are not a point set; use noise='philox'"):
             fastvae.log_marginal(x, q, decoder, k=100, likelihood="bernoulli", proposal=name, noise="qmc")
 
 

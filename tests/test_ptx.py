@@ -34,8 +34,8 @@ f32, bf16 = torch.float32, torch.bfloat16
 
 
 def compare(name, function, inputs, expected):
-    # The results of function(*inputs) and their gradients beside plain PyTorch's. ``expected`` makes of the
-    # gradients that arrive at the results what the results and the gradients of the inputs should be.
+    # Compare the results of function(*inputs) and their gradients with plain PyTorch's. ``expected`` maps the
+    # upstream gradients to the expected results and gradients of the inputs.
     def run():
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         results = function(*leaves)

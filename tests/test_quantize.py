@@ -244,7 +244,7 @@ def test_restart(decay):
     indices = vq(rows).indices
     assert bool(((vq.codebook - near).norm(dim=1) < 0.1).all())
     if decay is not None:
-        # The previous codes have no weight.
+        # The previous codes have zero weight.
         used = indices.unique()
         count = torch.bincount(indices, minlength=4)[used]
         anew = used > 0

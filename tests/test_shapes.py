@@ -189,6 +189,6 @@ def test_log_mean_exp_shapes(backend, k, n):
         log_w[k // 2, 3] = math.nan
     bound, (name, *weights) = test_logsumexp.results((log_w, torch.randn(n, device=DEVICE)))
     assert_accurate(*bound)
-    # Other weights in a column with an infinite one are unspecified, but NaN affects only its own column.
+    # In a column with an infinite weight the others are unspecified; NaN affects only its own column.
     columns = [i for i in range(n) if n <= 5 or i != 2]
     assert_accurate(name, *(t[:, columns] for t in weights))

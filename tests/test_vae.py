@@ -422,7 +422,7 @@ def test_an_explicit_latent_dim_is_checked():
         picture.posterior(x)
     flat = fastvae.VAE(lambda x: torch.zeros(len(x), 4, 3, 2), decoder, latent_dim=12, modules=[])
     assert flat.posterior(x).mean.shape == (4, 12)
-    # A latent dimension inferred from a first batch is not binding.
+    # A latent dimension inferred from a first batch may change.
     free = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, likelihood=Gaussian(0.3))
     free.posterior(x)
     free.encoder = nn.Linear(7, 2 * 3)

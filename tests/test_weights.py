@@ -295,7 +295,7 @@ def test_estimates_of_infinite_and_nan_weights():
             assert value.isnan().tolist() == [False, False, True, False]
         assert [float(v[1]) for v in (got.log_px, got.jackknife, got.psis, got.low)] == [-math.inf] * 4
         assert float(got.high[1]) == math.inf
-        # Weights of 0 count like others.
+        # Zero weights count like others.
         estimate, error = _left_out(log_w[:, 3:])
         expected = 100 * estimate - 99 * error.mean(0)
         torch.testing.assert_close(got.jackknife[3:], expected, rtol=0, atol=1e-11)
