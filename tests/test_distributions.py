@@ -555,14 +555,14 @@ ON_LESS = {  # with a prior of the same support
     "LogNormal": lambda t, rows: LogNormal(t, 0 * t),
     "Exponential": lambda t, rows: Exponential(t),
     "Mixture": lambda t, rows: Mixture([Exponential(t), td.LogNormal(t, 1.0)]),
-    "axes of their own": lambda t, rows: td.Dirichlet(t.exp()[..., None, :].expand(*t.shape[:-1], 2, D)),
+    "several axes": lambda t, rows: td.Dirichlet(t.exp()[..., None, :].expand(*t.shape[:-1], 2, D)),
 }
 
 
 @pytest.mark.parametrize("name", ON_LESS)
 def test_a_posterior_of_restricted_support_needs_a_prior(name):
     make, x = ON_LESS[name], torch.ones(B, X, device=DEVICE)
-    size = 2 * D if name == "axes of their own" else D
+    size = 2 * D if name == "several axes" else D
     decoder = lambda z: z.flatten(1) @ torch.ones(size, X, device=DEVICE)  # noqa: E731
     q, p = make(0.3 * randn(B, D, seed=1), True), make(randn(D, seed=2), False)
     for objective in (fastvae.elbo, fastvae.iwae, fastvae.log_marginal):
@@ -589,7 +589,7 @@ def _mvn(mean, scale):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: td.Independent(d, 1)], ids=["plain", "Independent"])
 @pytest.mark.parametrize("name", ["mvn", "mvn, one", "mvn, rows", "dirichlet"])
-def test_grouped_latents_have_a_closed_kl(name, wrap, unsaid):
+def test_grouped_latents_have_a_closed_kl(name, wrap, no_earlier_warning):
     x, decoder = torch.ones(B, X, device=DEVICE), lambda z: z.new_zeros(len(z), X)
     a, b, c, d = (
         0.4 * randn(*shape, seed=i) for i, shape in enumerate(((B, 3, 5), (B, 3, 5), (3, 5), (3, 5)))
@@ -617,12 +617,12 @@ def test_grouped_latents_have_a_closed_kl(name, wrap, unsaid):
 
 
 @pytest.fixture
-def unsaid(monkeypatch):
+def no_earlier_warning(monkeypatch):
     monkeypatch.setattr(draws, "_said", set())
 
 
 @pytest.mark.filterwarnings("error")
-def test_closed_forms_of_torch_are_used(unsaid):
+def test_closed_forms_of_torch_are_used(no_earlier_warning):
     x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
     location = randn(B, D, seed=1)
     laplace, normal = td.Laplace(location, 0.7), td.Normal(location, 0.7)
@@ -636,7 +636,7 @@ def test_closed_forms_of_torch_are_used(unsaid):
     torch.testing.assert_close(terms.kl, td.kl_divergence(*together))
 
 
-def test_a_kl_without_closed_form_is_estimated_with_one_warning(unsaid):
+def test_a_kl_without_closed_form_is_estimated_with_one_warning(no_earlier_warning):
     x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
     q, p = (randn(B, D, seed=1), randn(B, D, seed=2)), td.StudentT(5.0)
     call = lambda **options: fastvae.elbo(  # noqa: E731
@@ -1015,7 +1015,7 @@ def test_ops_refuse_other_priors():
         with pytest.raises(TypeError, match=r"prior must be a pair of tensors \(mean, logvar\), a fastvae"):
             fastvae.ops.rsample_kl(mu, logvar, prior=wrong)
     half = DiagonalNormal(mu.bfloat16(), logvar.abs().bfloat16(), scale_form="scale")
-    with pytest.raises(ValueError, match="no log variance, which half precision would round"):
+    with pytest.raises(ValueError, match="not log variances, which half precision would round"):
         fastvae.ops.rsample_kl(mu, logvar, prior=half)
 
 

@@ -206,7 +206,7 @@ def test_every_form_of_scale_equals_its_log_variance(name, learned):
 @pytest.mark.parametrize("name", RAW)
 def test_unfinished_examples_keep_their_scale(name):
     n = 23
-    model, x, mu, logvar = _two_that_go_on(n)
+    model, x, mu, logvar = _two_unfinished(n)
     logvar = logvar.clamp(min=-2.5)
     floor, raw_of = RAW[name]
     form = {"scale_form": name.split()[0], "floor": floor}
@@ -249,7 +249,7 @@ def test_a_half_precision_scale_of_a_prior_is_not_rounded():
     torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def _two_that_go_on(n):
+def _two_unfinished(n):
     """Return a model of known posterior, and a q two deviations off for two of n examples."""
     model = LinearGaussian(D, X)
     x = model.sample(n)
@@ -261,7 +261,7 @@ def _two_that_go_on(n):
 def test_unfinished_examples_keep_their_row_of_the_prior_scale():
     """Examples that continue drawing keep their own row of the prior's scale, though its mean is shared."""
     n = 23
-    model, x, mu, logvar = _two_that_go_on(n)
+    model, x, mu, logvar = _two_unfinished(n)
     scales = torch.linspace(-0.4, 0.4, n, dtype=torch.float64, device=DEVICE)[:, None].expand(n, D)
     prior = DiagonalNormal(torch.zeros(D, dtype=torch.float64, device=DEVICE), scales.contiguous())
     options = {"likelihood": model.likelihood, "prior": prior}
@@ -280,7 +280,7 @@ def test_unfinished_examples_keep_their_row_of_the_prior_scale():
 
 def test_unfinished_examples_keep_their_clamp():
     n = 23
-    model, x, mu, logvar = _two_that_go_on(n)
+    model, x, mu, logvar = _two_unfinished(n)
     lo, hi = float(logvar.min()) + 0.2, float(logvar.max()) - 0.2
 
     def run(q):

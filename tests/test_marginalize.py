@@ -395,7 +395,7 @@ class Net(nn.Sequential):
         return super().forward(torch.cat(parts, 1))
 
 
-class OfTheFirst(Net):
+class IgnoresClass(Net):
     """Decoder that ignores y."""
 
     def forward(self, z, y):
@@ -415,7 +415,7 @@ def gmvae(features=X, classes=C, latent=D, hidden=16):
     prior = nn.Linear(classes, 2 * latent)
     return fastvae.VAE(
         encoder,
-        OfTheFirst(latent, features, hidden),
+        IgnoresClass(latent, features, hidden),
         likelihood="bernoulli",
         prior=lambda y: prior(y).chunk(2, 1),
         modules=[prior],

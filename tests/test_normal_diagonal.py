@@ -74,7 +74,7 @@ def cases(draw, sizes=SIZES):
     }
 
 
-def _arriving(case):
+def _results_with_gradients(case):
     """Return the results with an upstream gradient; DReG needs the log-ratio's."""
     which = {"both": ("z", "second"), "first": ("z",), "second": ("second",)}[case["which"]]
     return ("z", "second") if case["estimator"] == "dreg" and which == ("z",) else which
@@ -114,7 +114,11 @@ def _run(case, op, dtype):
     )
     # The second result's upstream gradient is float32 or float64 for any inputs.
     pairs = [(z, grad_z.to(z.dtype)), (other, grad_other.to(other.dtype))]
-    pairs = [pair for name, pair in zip(("z", "second"), pairs, strict=True) if name in _arriving(case)]
+    pairs = [
+        pair
+        for name, pair in zip(("z", "second"), pairs, strict=True)
+        if name in _results_with_gradients(case)
+    ]
     pairs = [(o, g) for o, g in pairs if o.requires_grad]
     outs, arriving = zip(*pairs, strict=True)
     grads = torch.autograd.grad(outs, asked, arriving, allow_unused=True)
@@ -134,14 +138,14 @@ def results(case, op):
         other["per_dimension"] = case["per_dimension"]
     else:
         other = {"grad_ratio": grad_ratio, "estimator": case["estimator"]}
-    arrives = _arriving(case)
-    if "second" not in arrives:
+    differentiated = _results_with_gradients(case)
+    if "second" not in differentiated:
         other |= {name: None for name in ("grad_kl", "grad_ratio") if name in other}
     eps = _eps(case["seed"], case["samples"], *inputs[0].shape, *case["offsets"])
     expected, grads = formulas.rsample(
         inputs,
         eps,
-        grad_z if "z" in arrives else None,
+        grad_z if "z" in differentiated else None,
         logvar_range=case["logvar_range"],
         **case.get("form", USUAL),
         **other,

@@ -406,7 +406,7 @@ def test_the_levels_of_a_hierarchy(merge, monkeypatch):
     sizes = (5, 4), (5 if merge else 7, 6), (2, 6)
     networks = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in sizes]
     if merge is None:
-        networks[1] = _Beside(networks[1])
+        networks[1] = _WithFeatures(networks[1])
     hierarchy = Hierarchy([
         Level(2, networks[0]), Level(3, networks[1], prior=networks[2], merge=merge)
     ])  # fmt: skip
@@ -427,7 +427,7 @@ def test_the_levels_of_a_hierarchy(merge, monkeypatch):
     torch.testing.assert_close(run("qmc"), plain, rtol=1e-10, atol=1e-12)
 
 
-class _Beside(torch.nn.Module):
+class _WithFeatures(torch.nn.Module):
     """Posterior of the features and the state above."""
 
     def __init__(self, linear):

@@ -286,7 +286,7 @@ def _likelihood(form, batch, kind=None):
     return (kind or Gaussian)(scale, learned=form.startswith("learned")).to(DEVICE)
 
 
-def _by_itself(own):
+def _as_custom(own):
     """Return the likelihood as a user's class, whose bound comes from its log_prob."""
 
     class Own(own):
@@ -304,7 +304,7 @@ def test_every_form_of_a_likelihood(backend, form, objective):
     x, mu, logvar = rand(batch, *EVENT, seed=1), randn(batch, latent, seed=2), randn(batch, latent, seed=3)
     weight = randn(latent, 6, seed=4)
     results = []
-    for wrap in (lambda kind: kind, _by_itself):
+    for wrap in (lambda kind: kind, _as_custom):
         kind = wrap(Bernoulli if form == "bernoulli" else Gaussian)
         likelihood = _likelihood(form, batch, kind)
         leaves = [t.clone().requires_grad_() for t in (x, mu, logvar, weight)] + list(likelihood.parameters())

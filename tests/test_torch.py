@@ -160,7 +160,7 @@ def _reduce_arguments(op: str):
         yield grad, mean, weights, x, *parameters, term, factor, *how, need
 
 
-def _grouped_arguments(op: str):
+def _components_arguments(op: str):
     """Yield argument lists of float and integer classes, enough for the C++ or not, and of mixtures."""
     backward = op.endswith("_backward")
 
@@ -217,7 +217,7 @@ def _arguments(op: str):
     elif op.startswith("rsample"):
         yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
     elif op.startswith(("categorical", "discretized_logistic_mixture")):
-        yield from _grouped_arguments(op)
+        yield from _components_arguments(op)
     elif op.startswith(("linear_log_prob", "reduce_linear")):
         yield from _head_arguments(op)
     elif op.startswith(tuple(LIKELIHOODS)):
